@@ -1,0 +1,213 @@
+//! What happens in a migration, as typed values: the log, the progress display, the metrics and the report all come from
+//! these and from nothing else.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use memferry_stages::meter::Reading;
+use memferry_stages::tally::RoundTally;
+
+/// Which end of a migration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Role {
+    /// Sends.
+    Source,
+    /// Receives.
+    Destination,
+}
+
+/// Where a migration stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Phase {
+    /// Connecting, agreeing, arming logs.
+    Setup,
+    /// Rounds, while the guest runs.
+    Active,
+    /// The guest is paused at the source.
+    Switchover,
+    /// The guest runs at the destination (or the file is complete).
+    Completed,
+    /// It failed; the source is as it was.
+    Failed,
+    /// It was cancelled; the source is as it was.
+    Cancelled,
+    /// Go was sent and nothing came back.
+    Unconfirmed,
+}
+
+/// A RAM block, for reports.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BlockFacts {
+    /// Its id.
+    pub id: String,
+    /// Its length.
+    pub bytes: u64,
+    /// Its page size.
+    pub page_size: u64,
+}
+
+/// Figures taken once in a while during a migration, for whoever watches.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Progress {
+    /// The current round, from 1.
+    pub round: u32,
+    /// Page bytes that are dirty or taken and not acknowledged.
+    pub remaining_bytes: u64,
+    /// Bytes of the guest.
+    pub total_bytes: u64,
+    /// Bytes handed to the transport so far.
+    pub wire_bytes: u64,
+    /// Bytes to the wire a second, lately.
+    pub wire_rate: f64,
+    /// Page bytes a second that get done, lately.
+    pub page_rate: f64,
+    /// Page bytes a second that the guest dirtied between the last syncs, if there were two.
+    pub dirty_rate: Option<f64>,
+    /// What a switchover now would cost, if it can be told.
+    pub expected_downtime: Option<Duration>,
+}
+
+/// The parts of the downtime.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DowntimeParts {
+    /// Pause to pages known: device state aside.
+    pub final_sync: Duration,
+    /// The last round, until its last byte is loaded.
+    pub final_transfer: Duration,
+    /// Saving and sending device state.
+    pub state: Duration,
+    /// Digests.
+    pub verify: Duration,
+    /// Go to Running.
+    pub handover: Duration,
+}
+
+/// One thing that happened.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Event {
+    /// The phase changed.
+    Phase(Phase),
+    /// The peer is there and agreed.
+    Connected {
+        /// Who, or which file.
+        peer: String,
+    },
+    /// The guest's blocks are known; with the bound of the memory the engine takes for itself.
+    Guest {
+        /// Its blocks.
+        blocks: Vec<BlockFacts>,
+        /// Its pages.
+        pages: u64,
+        /// Bound of queues, pools, caches and bitmaps in bytes.
+        memory_bound: u64,
+    },
+    /// The scanner reached the end of the bitmap; its batches are on their way.
+    RoundScanned {
+        /// The round.
+        round: u32,
+    },
+    /// All batches of a round are sent.
+    RoundSent {
+        /// Its figures, all lanes together.
+        tally: RoundTally,
+        /// From its first batch to its last byte sent.
+        duration: Duration,
+    },
+    /// A sync between rounds found this many dirty pages.
+    Synced {
+        /// The round before it.
+        after_round: u32,
+        /// Pages that are dirty.
+        dirty_pages: u64,
+        /// How long the sync took.
+        duration: Duration,
+    },
+    /// What the controller decided after a sync, and why, in words and figures.
+    Decided {
+        /// The words.
+        what: String,
+    },
+    /// Figures on the way.
+    Progress(Progress),
+    /// A stranger or a broken peer was turned away; waiting goes on.
+    TurnedAway {
+        /// Who.
+        peer: String,
+        /// Why.
+        why: String,
+    },
+    /// Something the operator should know, and the migration goes on.
+    Warning(String),
+    /// The guest was paused at the source.
+    Paused,
+    /// The guest goes on at the source.
+    Resumed,
+    /// It ended.
+    Ended(Ended),
+}
+
+/// How it ended, with everything the report needs that no event before it said.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Ended {
+    /// [`Phase::Completed`], [`Phase::Failed`], [`Phase::Cancelled`] or [`Phase::Unconfirmed`].
+    pub phase: Phase,
+    /// Why not completed.
+    pub error: Option<String>,
+    /// Were digests compared: `None` if they never were.
+    pub verified: Option<bool>,
+    /// From start to verdict.
+    pub total: Duration,
+    /// From start to the first page.
+    pub setup: Duration,
+    /// Pause to Running, if the guest was paused.
+    pub downtime: Option<Duration>,
+    /// Its parts.
+    pub parts: DowntimeParts,
+    /// Bytes handed to the transport (source) or taken from it (destination).
+    pub wire_bytes: u64,
+    /// Most memory the engine held.
+    pub memory_peak: u64,
+    /// How every stage spent its time.
+    pub stages: Vec<Reading>,
+}
+
+/// Takes events as they happen. Called from the control plane: return soon, never block.
+pub trait Observer: Send + Sync {
+    /// One event of one end.
+    fn event(&self, role: Role, event: &Event);
+}
+
+/// A list of observers, cheap to clone, tied to one end of a migration.
+#[derive(Clone)]
+pub struct Observers {
+    role: Role,
+    list: Arc<[Arc<dyn Observer>]>,
+}
+
+impl fmt::Debug for Observers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} observers of the {:?}", self.list.len(), self.role)
+    }
+}
+
+impl Observers {
+    /// Observers of one end.
+    #[must_use]
+    pub fn new(role: Role, list: Vec<Arc<dyn Observer>>) -> Self {
+        Self { role, list: list.into() }
+    }
+
+    /// Which end.
+    #[must_use]
+    pub fn role(&self) -> Role {
+        self.role
+    }
+
+    /// Tells every observer.
+    pub fn tell(&self, event: &Event) {
+        for observer in self.list.iter() {
+            observer.event(self.role, event);
+        }
+    }
+}

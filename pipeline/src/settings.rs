@@ -1,0 +1,88 @@
+//! How a migration is to run: plain values, wherever they come from (a TOML file, a VMM's own code).
+
+use std::time::Duration;
+
+use memferry_stages::codec::Codec;
+use memferry_stages::geometry::PageSize;
+
+/// How pages are encoded.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EncoderSettings {
+    /// Compressor, in the first round; in every round where `xbzrle` is `None`.
+    pub compress: Option<Codec>,
+    /// Deltas from the first RoundComplete on.
+    pub xbzrle: Option<XbzrleSettings>,
+}
+
+/// How deltas are made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct XbzrleSettings {
+    /// Bytes of the cache, all lanes together.
+    pub cache_bytes: u64,
+    /// Are pages that miss the cache, or whose delta is not smaller, compressed? Else they go raw.
+    pub compress_on_miss: bool,
+    /// Do pages enter the cache in the first round already?
+    pub cache_first_round: bool,
+}
+
+/// What happens when the deadline passes or the rounds are used up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnDeadline {
+    /// The migration is cancelled; the guest goes on at the source.
+    Cancel,
+    /// The guest is paused and moved, however long that takes.
+    SwitchOver,
+}
+
+/// What becomes of the source guest when a stream without a return path is complete.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum After {
+    /// It goes on: a snapshot.
+    Resume,
+    /// It stays paused: a move.
+    Pause,
+}
+
+/// Settings of a source.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SourceSettings {
+    /// Lanes: chains of stages side by side.
+    pub lanes: u16,
+    /// Connections, 1 to `lanes`.
+    pub connections: u16,
+    /// Encodings.
+    pub encoder: EncoderSettings,
+    /// Do payloads carry a checksum?
+    pub checksum: bool,
+    /// Bytes a second on the wire, all connections together; `None` is as fast as it goes.
+    pub max_bandwidth: Option<u64>,
+    /// How long the guest may be paused, by the forecast.
+    pub downtime_limit: Duration,
+    /// The most rounds before the last one.
+    pub max_rounds: u32,
+    /// The longest the rounds may take, from the start.
+    pub deadline: Option<Duration>,
+    /// What happens after `max_rounds` or at the `deadline`.
+    pub on_deadline: OnDeadline,
+    /// Compare digests before the destination may run.
+    pub verify: bool,
+    /// For a transport without a return path.
+    pub after: Option<After>,
+    /// How long the last handshake may take on either side of Go.
+    pub handover_timeout: Duration,
+}
+
+/// Settings of a destination. What the stream is like, the source says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DestinationSettings {
+    /// The page size its guest is built for; another one is refused. `None` takes what comes.
+    pub page_size: Option<PageSize>,
+    /// The most lanes it accepts.
+    pub max_lanes: u16,
+    /// Is a stream without digests refused?
+    pub require_verify: bool,
+    /// How long a connection may take to say Hello, and all of them to arrive.
+    pub hello_timeout: Duration,
+    /// How long to wait for Go.
+    pub handover_timeout: Duration,
+}

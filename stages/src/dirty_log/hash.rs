@@ -1,0 +1,4 @@
+//! todo
+/// placeholder
+#[derive(Debug)]
+pub struct HashLog;

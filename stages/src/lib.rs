@@ -1,0 +1,22 @@
+//! The stages of a memory migration, and what they work on.
+//!
+//! ```text
+//!  dirty logs ──▶ bitmap_sync ──▶ bitmap ──▶ scanner ─▶ zero_detector ─▶ encoder ─▶ sender ═══▶ receiver ─▶ loader
+//! ```
+//!
+//! Each stage is one module: a value with an `async fn run(self, …queues)` that owns its state, takes items from one
+//! bounded queue and puts them into the next ([`queue`]). No stage knows its neighbours; the pipeline joins them, and a
+//! test or a bench can run one alone.
+
+pub mod batch;
+pub mod bitmap;
+pub mod codec;
+pub mod dirty_log;
+pub mod geometry;
+pub mod memory;
+pub mod meter;
+pub mod pool;
+pub mod queue;
+pub mod tally;
+pub mod wire;
+pub mod xbzrle;

@@ -1,0 +1,4 @@
+//! Memory mapped into this process.
+/// placeholder
+#[derive(Debug)]
+pub struct FileMemory;

@@ -1,0 +1,135 @@
+//! The memory-access seam: how pages leave and enter the memory of one RAM block.
+//!
+//! Whole extents are read and runs of pages are written through one trait, [`Memory`]. What lies behind it may be
+//! mapped into this process ([`mapped`]) or a file read and written by position ([`file`]). A running guest changes
+//! under a reader's hands, so nothing here ever hands out a reference to guest memory: bytes are copied out once and
+//! copied in (law 3).
+
+pub mod file;
+pub mod mapped;
+
+use std::fmt;
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::geometry::{BlockInfo, Layout, LayoutError, PageSize};
+use crate::pool::PooledBuffer;
+use crate::xbzrle::Delta;
+
+pub use file::FileMemory;
+pub use mapped::MappedMemory;
+
+/// Memory of one RAM block, in pages.
+///
+/// Implementations are called from many threads at once, for different pages (a page keeps its lane, law 4). Reads
+/// may race with the guest's writes; writes happen at a destination whose guest does not run yet. A partial last page
+/// (a block whose length is no multiple of the page size) reads as zeros behind the block's end, and what is written
+/// there is dropped.
+pub trait Memory: Send + Sync + fmt::Debug {
+    /// True length in bytes.
+    fn length(&self) -> u64;
+
+    /// Reads the pages of `mask` of an extent (bit 0 is page `first_page`), each byte once, in one pass with the zero
+    /// test: pages that are not zero are put whole one after another into `into` from its start (its filled length is set
+    /// to their sum), zero pages are left out. Returns the mask of the zero pages.
+    ///
+    /// # Errors
+    /// When the memory cannot be read: a file that shrank is [`io::ErrorKind::UnexpectedEof`].
+    fn read_extent(&self, page_size: PageSize, first_page: u64, mask: u64, into: &mut PooledBuffer) -> io::Result<u64>;
+
+    /// Copies one page out, whole, zero or not. For digests, page hashes and deltas on memory without mapping.
+    ///
+    /// # Errors
+    /// As [`Memory::read_extent`].
+    fn read_page(&self, page_size: PageSize, page: u64, into: &mut [u8]) -> io::Result<()>;
+
+    /// Writes whole pages that lie one after another, from page `first_page` on.
+    ///
+    /// # Errors
+    /// When they cannot be written: a full disk.
+    fn write_pages(&self, page_size: PageSize, first_page: u64, bytes: &[u8]) -> io::Result<()>;
+
+    /// Makes pages zero that may hold something else. Where the memory can forget them (a hole), it does.
+    ///
+    /// # Errors
+    /// As [`Memory::write_pages`].
+    fn write_zeros(&self, page_size: PageSize, pages: Range<u64>) -> io::Result<()>;
+
+    /// Applies a delta to a page in place. The delta was checked whole before, so it cannot fail half-way.
+    ///
+    /// # Errors
+    /// When the page cannot be read or written.
+    fn patch(&self, page_size: PageSize, page: u64, delta: &Delta<'_>) -> io::Result<()>;
+
+    /// The ranges of pages that were never touched: they are zero, and nobody needs to read them. Asked after the dirty
+    /// log was started, so that a later write to one is seen. Nothing unless the memory can tell.
+    ///
+    /// # Errors
+    /// When the kernel refuses the question; the caller goes on without the answer.
+    fn untouched(&self, page_size: PageSize) -> io::Result<Vec<Range<u64>>> {
+        let _ = page_size;
+        Ok(Vec::new())
+    }
+}
+
+/// A RAM block: what it is, and its memory. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct RamBlock {
+    /// Id, length, addresses.
+    pub info: BlockInfo,
+    /// Its memory, `info.length` bytes.
+    pub memory: Arc<dyn Memory>,
+    /// Does the block read as zeros wherever nothing was loaded? A destination then need not touch zero pages.
+    pub fresh: bool,
+}
+
+/// All RAM blocks of a guest with their layout: what the stages are given. Clones share it.
+#[derive(Clone, Debug)]
+pub struct GuestMemory {
+    shared: Arc<(Layout, Vec<RamBlock>)>,
+}
+
+impl GuestMemory {
+    /// Checks the blocks and lays them out.
+    ///
+    /// # Errors
+    /// A [`LayoutError`] if the blocks cannot be.
+    ///
+    /// # Panics
+    /// If a block's memory is not as long as the block says: that is the guest's mistake.
+    pub fn new(page_size: PageSize, blocks: Vec<RamBlock>) -> Result<Self, LayoutError> {
+        let layout = Layout::new(page_size, blocks.iter().map(|block| block.info.clone()).collect())?;
+        for block in &blocks {
+            assert_eq!(block.memory.length(), block.info.length, "length of RAM block {:?}", block.info.id);
+        }
+        Ok(Self { shared: Arc::new((layout, blocks)) })
+    }
+
+    /// The layout of the blocks.
+    #[must_use]
+    pub fn layout(&self) -> &Layout {
+        &self.shared.0
+    }
+
+    /// The size of every page.
+    #[must_use]
+    pub fn page_size(&self) -> PageSize {
+        self.layout().page_size()
+    }
+
+    /// A block by its index.
+    ///
+    /// # Panics
+    /// If there is no such block.
+    #[must_use]
+    pub fn block(&self, index: u32) -> &RamBlock {
+        &self.shared.1[index as usize]
+    }
+
+    /// All blocks.
+    #[must_use]
+    pub fn blocks(&self) -> &[RamBlock] {
+        &self.shared.1
+    }
+}

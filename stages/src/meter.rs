@@ -1,0 +1,115 @@
+//! How a stage spends its time: working, waiting for input, waiting for output.
+//!
+//! A stage's queues do the measuring ([`crate::queue`]): only a wait reads the clock, and only when there is one, so
+//! a stage that never waits costs nothing to measure. What is left of its lifetime is work. The figures go to the
+//! report, and the stage that waits least is the bottleneck.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+/// The meter of one stage in one lane. Shared: the stage writes, anyone reads.
+#[derive(Debug)]
+pub struct Meter {
+    name: &'static str,
+    lane: Option<u16>,
+    started: Instant,
+    ended_ns: AtomicU64,
+    input_wait_ns: AtomicU64,
+    output_wait_ns: AtomicU64,
+    batches: AtomicU64,
+    pages: AtomicU64,
+    bytes: AtomicU64,
+}
+
+/// What a [`Meter`] read at one moment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Reading {
+    /// The stage: "scanner", "encoder", …
+    pub name: &'static str,
+    /// Its lane (a connection's number for sender and receiver), if there is one of it for each.
+    pub lane: Option<u16>,
+    /// Time it worked: its lifetime less its waits.
+    pub busy: Duration,
+    /// Time it waited for something to do.
+    pub input_wait: Duration,
+    /// Time it waited for room behind it: a full queue, an empty pool, a slow transport.
+    pub output_wait: Duration,
+    /// Batches that passed.
+    pub batches: u64,
+    /// Pages that passed.
+    pub pages: u64,
+    /// Bytes that passed, as the stage counts them.
+    pub bytes: u64,
+}
+
+impl Meter {
+    /// A meter that starts to run.
+    #[must_use]
+    pub fn start(name: &'static str, lane: Option<u16>) -> Arc<Self> {
+        let zero = || AtomicU64::new(0);
+        Arc::new(Self {
+            name,
+            lane,
+            started: Instant::now(),
+            ended_ns: zero(),
+            input_wait_ns: zero(),
+            output_wait_ns: zero(),
+            batches: zero(),
+            pages: zero(),
+            bytes: zero(),
+        })
+    }
+
+    /// A batch passed, of so many pages and bytes.
+    pub fn count(&self, pages: u64, bytes: u64) {
+        self.batches.fetch_add(1, Ordering::Relaxed);
+        self.pages.fetch_add(pages, Ordering::Relaxed);
+        self.bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Bytes that passed so far.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.bytes.load(Ordering::Relaxed)
+    }
+
+    /// Adds the time since `since` to the waits for input.
+    pub fn waited_for_input(&self, since: Instant) {
+        self.input_wait_ns.fetch_add(nanos(since.elapsed()), Ordering::Relaxed);
+    }
+
+    /// Adds the time since `since` to the waits for output.
+    pub fn waited_for_output(&self, since: Instant) {
+        self.output_wait_ns.fetch_add(nanos(since.elapsed()), Ordering::Relaxed);
+    }
+
+    /// The stage has ended: its lifetime stops here.
+    pub fn end(&self) {
+        self.ended_ns.store(nanos(self.started.elapsed()).max(1), Ordering::Relaxed);
+    }
+
+    /// The figures as they are.
+    #[must_use]
+    pub fn read(&self) -> Reading {
+        let load = |cell: &AtomicU64| cell.load(Ordering::Relaxed);
+        let ended = load(&self.ended_ns);
+        let life = if ended == 0 { self.started.elapsed() } else { Duration::from_nanos(ended) };
+        let input_wait = Duration::from_nanos(load(&self.input_wait_ns));
+        let output_wait = Duration::from_nanos(load(&self.output_wait_ns));
+        Reading {
+            name: self.name,
+            lane: self.lane,
+            busy: life.saturating_sub(input_wait + output_wait),
+            input_wait,
+            output_wait,
+            batches: load(&self.batches),
+            pages: load(&self.pages),
+            bytes: load(&self.bytes),
+        }
+    }
+}
+
+fn nanos(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,167 @@
+//! Pooled buffers: what is in flight is bounded in bytes, and no buffer is given back to the kernel (law 9).
+//!
+//! A buffer of 256 KiB that is freed goes back to the kernel and faults in again page by page when the next one is
+//! allocated, which costs more than filling it. So a pool hands out a fixed number of buffers of one size, makes
+//! each on first use, and takes them back when they are dropped, wherever that is.
+
+use std::ops::{Deref, DerefMut};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use async_channel::{Receiver, Sender};
+
+/// A fixed number of buffers of one size. Clones share the buffers.
+#[derive(Clone, Debug)]
+pub struct BufferPool {
+    shared: Arc<Shared>,
+    free: Receiver<Vec<u8>>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    give_back: Sender<Vec<u8>>,
+    buffer_bytes: usize,
+    buffers: usize,
+    made: AtomicUsize,
+}
+
+impl BufferPool {
+    /// A pool of `buffers` buffers of `buffer_bytes` each. None is allocated before its first use.
+    ///
+    /// # Panics
+    /// If there is to be no buffer, or an empty one.
+    #[must_use]
+    pub fn new(buffers: usize, buffer_bytes: usize) -> Self {
+        assert!(buffers > 0 && buffer_bytes > 0, "a pool of {buffers} buffers of {buffer_bytes} bytes");
+        let (give_back, free) = async_channel::bounded(buffers);
+        for _ in 0..buffers {
+            give_back.try_send(Vec::new()).expect("there is room for every buffer");
+        }
+        Self { shared: Arc::new(Shared { give_back, buffer_bytes, buffers, made: AtomicUsize::new(0) }), free }
+    }
+
+    /// Waits for a free buffer. Its content is whatever its last user left.
+    pub async fn take(&self) -> PooledBuffer {
+        let buffer = self.free.recv().await.expect("the pool holds a sender");
+        self.ready(buffer)
+    }
+
+    /// A free buffer, if there is one at once.
+    #[must_use]
+    pub fn try_take(&self) -> Option<PooledBuffer> {
+        self.free.try_recv().ok().map(|buffer| self.ready(buffer))
+    }
+
+    /// The most bytes this pool ever holds.
+    #[must_use]
+    pub fn bound_bytes(&self) -> u64 {
+        (self.shared.buffers * self.shared.buffer_bytes) as u64
+    }
+
+    /// Bytes of the buffers made so far: the peak, since none is freed before the pool is.
+    #[must_use]
+    pub fn peak_bytes(&self) -> u64 {
+        (self.shared.made.load(Ordering::Relaxed) * self.shared.buffer_bytes) as u64
+    }
+
+    fn ready(&self, mut buffer: Vec<u8>) -> PooledBuffer {
+        if buffer.is_empty() {
+            buffer = vec![0; self.shared.buffer_bytes];
+            self.shared.made.fetch_add(1, Ordering::Relaxed);
+        }
+        PooledBuffer { filled: 0, buffer, home: self.shared.clone() }
+    }
+}
+
+/// A buffer on loan from a [`BufferPool`]: it derefs to the part that is filled, and goes home when dropped.
+#[derive(Debug)]
+pub struct PooledBuffer {
+    filled: usize,
+    buffer: Vec<u8>,
+    home: Arc<Shared>,
+}
+
+impl PooledBuffer {
+    /// The whole buffer, to be written.
+    pub fn space(&mut self) -> &mut [u8] {
+        &mut self.buffer
+    }
+
+    /// The part that is not filled yet, to be written.
+    pub fn spare(&mut self) -> &mut [u8] {
+        &mut self.buffer[self.filled..]
+    }
+
+    /// Says how many bytes from the start are filled.
+    ///
+    /// # Panics
+    /// If the buffer is not that long.
+    pub fn set_filled(&mut self, bytes: usize) {
+        assert!(bytes <= self.buffer.len(), "{bytes} bytes in a buffer of {}", self.buffer.len());
+        self.filled = bytes;
+    }
+
+    /// Puts bytes behind what is filled.
+    ///
+    /// # Panics
+    /// If they do not fit.
+    pub fn extend(&mut self, bytes: &[u8]) {
+        self.spare()[..bytes.len()].copy_from_slice(bytes);
+        self.filled += bytes.len();
+    }
+
+    /// How many bytes the buffer can hold.
+    #[must_use]
+    pub fn capacity(&self) -> usize {
+        self.buffer.len()
+    }
+}
+
+impl Deref for PooledBuffer {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.buffer[..self.filled]
+    }
+}
+
+impl DerefMut for PooledBuffer {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        &mut self.buffer[..self.filled]
+    }
+}
+
+impl Drop for PooledBuffer {
+    fn drop(&mut self) {
+        // It fails only when the pool itself is gone: then the buffer is freed here.
+        drop(self.home.give_back.try_send(std::mem::take(&mut self.buffer)));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pool_never_holds_more_than_its_bound_and_makes_buffers_on_demand() {
+        let pool = BufferPool::new(2, 100);
+        assert_eq!((pool.bound_bytes(), pool.peak_bytes()), (200, 0));
+        let mut one = pool.try_take().unwrap();
+        one.extend(b"abc");
+        assert_eq!((&one[..], pool.peak_bytes()), (&b"abc"[..], 100));
+        let two = pool.try_take().unwrap();
+        assert!(pool.try_take().is_none());
+        drop(one);
+        let again = pool.try_take().unwrap();
+        assert!(again.is_empty());
+        assert_eq!((again.capacity(), pool.peak_bytes()), (100, 200));
+        drop((two, again));
+        assert_eq!(pool.peak_bytes(), 200);
+    }
+
+    #[test]
+    fn a_buffer_may_outlive_its_pool() {
+        let buffer = BufferPool::new(1, 8).try_take();
+        drop(buffer);
+    }
+}

@@ -1,0 +1,62 @@
+//! What a round came to, counted by the stages of a lane on the way and added up over the lanes.
+
+use std::ops::AddAssign;
+
+/// Figures of one round. Travels with RoundComplete: each stage adds what it knows.
+///
+/// `zero + raw + compressed + xbzrle + unchanged = pages`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RoundTally {
+    /// The round, from 1.
+    pub round: u32,
+    /// Is it the last round?
+    pub last: bool,
+    /// Batches scanned.
+    pub batches: u64,
+    /// Pages scanned.
+    pub pages: u64,
+    /// Pages that were all zero.
+    pub zero: u64,
+    /// Pages sent as they are.
+    pub raw: u64,
+    /// Pages sent compressed.
+    pub compressed: u64,
+    /// Pages sent as a delta.
+    pub xbzrle: u64,
+    /// Pages whose delta came out equal: not sent.
+    pub unchanged: u64,
+    /// Pages that were looked up and had no entry in the XBZRLE cache.
+    pub xbzrle_misses: u64,
+    /// Pages whose delta was not smaller than the page.
+    pub xbzrle_overflows: u64,
+    /// Bytes of the pages scanned.
+    pub bytes_in: u64,
+    /// Bytes of the frames made of them.
+    pub bytes_out: u64,
+}
+
+impl RoundTally {
+    /// A tally of nothing yet.
+    #[must_use]
+    pub fn new(round: u32, last: bool) -> Self {
+        Self { round, last, ..Self::default() }
+    }
+}
+
+impl AddAssign for RoundTally {
+    /// Adds another lane's figures of the same round.
+    fn add_assign(&mut self, other: Self) {
+        debug_assert_eq!(self.round, other.round, "tallies of two rounds");
+        self.batches += other.batches;
+        self.pages += other.pages;
+        self.zero += other.zero;
+        self.raw += other.raw;
+        self.compressed += other.compressed;
+        self.xbzrle += other.xbzrle;
+        self.unchanged += other.unchanged;
+        self.xbzrle_misses += other.xbzrle_misses;
+        self.xbzrle_overflows += other.xbzrle_overflows;
+        self.bytes_in += other.bytes_in;
+        self.bytes_out += other.bytes_out;
+    }
+}

@@ -1,0 +1,39 @@
+//! The stream: frames of one shape, the same bytes on every transport.
+//!
+//! All integers are little-endian. A connection (or a file) is frames one after another, the first is Hello:
+//!
+//! ```text
+//! head, 16 bytes
+//! ┌────────┬────────┬────────┬──────────┬─────────────────────────────┐
+//! │ kind 1 │flags 1 │ lane 2 │ length 4 │ xxh3-64 of the 8 before   8 │
+//! └────────┴────────┴────────┴──────────┴─────────────────────────────┘
+//!   flags: bit 0 = must be understood; all others 0
+//!   lane: 0 for control frames
+//!   length: bytes that follow the head; at most what the kind allows, checked before anything is allocated
+//!
+//! body of every kind but Pages
+//! ┌───────────────────────┬─────────────────────────────┐
+//! │ fields   length - 8   │ xxh3-64 of the fields     8 │
+//! └───────────────────────┴─────────────────────────────┘
+//!
+//! body of Pages: see [`pages`]
+//! ```
+//!
+//! An unknown kind is skipped if its must-understand bit is clear, and is an error if it is set. A feature (see
+//! [`hello`]) is what both ends must agree on before a frame that uses it.
+//!
+//! Direction: source to destination carries Hello, State, Blocks, Pages, RoundComplete, Switchover, Digests, Go, Abort, End;
+//! the return path carries Accept, Ready, Progress, PageHashes, Loaded, Running, Refused, StartFailed, Abort.
+
+pub mod frame;
+pub mod hello;
+pub mod messages;
+pub mod pages;
+
+pub use frame::{FrameHead, HEAD_BYTES, Kind};
+pub use hello::{Features, Hello, SessionId};
+pub use messages::Message;
+pub use pages::{PageEncoding, PagesHead};
+
+/// The version of the stream's format. A peer of another version is refused with both versions named.
+pub const PROTOCOL_VERSION: u16 = 1;

@@ -1,0 +1,1 @@
+//! The oracle: the encoding done byte by byte, as the description reads.

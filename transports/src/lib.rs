@@ -1,0 +1,108 @@
+//! How the bytes of a migration travel. Knows nothing of pages, frames or guests.
+//!
+//! A [`Transport`] makes [`Connection`]s at the source and a [`Listener`] at the destination. Each connection is a
+//! reliable ordered byte stream with, where the transport has one, a return path the other way.
+//!
+//! | address | transport | return path | connections |
+//! |---|---|---|---|
+//! | `tcp:host:port`, `tcp:[::1]:port` | [`tcp`] | yes | several |
+//! | `unix:/path` | [`unix`] | yes | several |
+//! | `file:/path` | [`file`] | no | one |
+//! | (in the process) | [`memory`] | yes | several |
+//!
+//! # What flush and shutdown mean
+//! The engine speaks to a connection in the words of [`AsyncWrite`]: `flush` returns when what was written is as durable
+//! as the transport makes it (a file: on disk), and `shutdown` completes the stream (a file: flushed and renamed into
+//! place; a socket: end of stream). A writer that is dropped without `shutdown` leaves nothing that looks complete.
+
+pub mod address;
+pub mod file;
+pub mod memory;
+pub mod tcp;
+pub mod unix;
+
+use std::fmt;
+use std::io;
+use std::time::Duration;
+
+use futures::future::BoxFuture;
+use tokio::io::{AsyncRead, AsyncWrite};
+
+pub use address::{Address, AddressError};
+
+/// One reliable ordered byte stream, seen from one end.
+pub struct Connection {
+    /// Who is at the other end, for messages: "127.0.0.1:41234", a file's name.
+    pub peer: String,
+    /// Bytes to the other end; `None` where this end only reads (a file's destination).
+    pub writer: Option<Box<dyn AsyncWrite + Send + Unpin>>,
+    /// Bytes from the other end; `None` where this end only writes (a file's source).
+    pub reader: Option<Box<dyn AsyncRead + Send + Unpin>>,
+}
+
+impl fmt::Debug for Connection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Connection").field("peer", &self.peer).finish_non_exhaustive()
+    }
+}
+
+/// What a transport can do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Capabilities {
+    /// Does the destination's end answer?
+    pub return_path: bool,
+    /// The most connections of one migration.
+    pub max_connections: u16,
+    /// Does the stream stay, to be read later and more than once?
+    pub stored: bool,
+}
+
+/// How bytes travel from a source to a destination.
+///
+/// # Example
+/// ```
+/// use memferry_transports::{memory::MemoryTransport, Transport};
+/// use tokio::io::{AsyncReadExt, AsyncWriteExt};
+///
+/// # tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
+/// let transport = MemoryTransport::new(64 * 1024);
+/// let mut listener = transport.listen().await?;
+/// let mut source = transport.connect().await?;
+/// let mut destination = listener.accept().await?;
+/// source.writer.as_mut().unwrap().write_all(b"page").await?;
+/// let mut bytes = [0; 4];
+/// destination.reader.as_mut().unwrap().read_exact(&mut bytes).await?;
+/// assert_eq!(&bytes, b"page");
+/// # std::io::Result::Ok(()) }).unwrap();
+/// ```
+pub trait Transport: Send + Sync + fmt::Debug {
+    /// What it can do.
+    fn capabilities(&self) -> Capabilities;
+
+    /// Where it leads, as an operator would write it.
+    fn address(&self) -> String;
+
+    /// The source's side: one more connection. Where nobody listens yet it tries again, for as long as the transport was
+    /// told to.
+    fn connect(&self) -> BoxFuture<'_, io::Result<Connection>>;
+
+    /// The destination's side: ready for connections from the return of this call on.
+    fn listen(&self) -> BoxFuture<'_, io::Result<Box<dyn Listener>>>;
+}
+
+/// Waits for connections. Dropping it stops listening and removes what it created.
+pub trait Listener: Send + fmt::Debug {
+    /// The next connection. An error of one connection attempt is passed over; an error returned here is the listener's own.
+    fn accept(&mut self) -> BoxFuture<'_, io::Result<Connection>>;
+
+    /// Where it really listens: the port that the system chose, if 0 was asked for.
+    fn local_address(&self) -> String;
+}
+
+/// The transport of an address.
+///
+/// `connect_timeout` is how long a source keeps trying while nobody listens.
+#[must_use]
+pub fn open(address: &Address, connect_timeout: Duration) -> Box<dyn Transport> {
+    todo!()
+}
