@@ -1,1 +1,2 @@
+//! The `memferry` program.
 fn main() {}
