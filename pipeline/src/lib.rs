@@ -2,4 +2,5 @@
 
 pub mod events;
 pub mod guest;
+pub mod migration;
 pub mod settings;
