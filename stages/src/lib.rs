@@ -18,5 +18,6 @@ pub mod meter;
 pub mod pool;
 pub mod queue;
 pub mod tally;
+pub mod token_bucket;
 pub mod wire;
 pub mod xbzrle;
