@@ -10,14 +10,21 @@
 
 pub mod batch;
 pub mod bitmap;
+pub mod bitmap_sync;
 pub mod codec;
 pub mod dirty_log;
+pub mod encoder;
+pub mod error;
 pub mod geometry;
+pub mod in_flight;
 pub mod memory;
 pub mod meter;
 pub mod pool;
 pub mod queue;
+pub mod scanner;
+mod stage;
 pub mod tally;
 pub mod token_bucket;
 pub mod wire;
 pub mod xbzrle;
+pub mod zero_detector;
