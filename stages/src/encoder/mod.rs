@@ -26,7 +26,7 @@ use bytes::Bytes;
 use crate::batch::{Batch, CopiedBatch, Item};
 use crate::codec::Codec;
 use crate::error::StageError;
-use crate::geometry::{PageSize, bits};
+use crate::geometry::{ExtentAt, PageSize, bits};
 use crate::meter::Meter;
 use crate::pool::{BufferPool, PooledBuffer};
 use crate::queue::{Inlet, Outlet};
@@ -101,6 +101,7 @@ impl Encoder {
     /// batches, their pages, and the bytes of the Pages frames made of them.
     #[must_use]
     pub fn new(lane: u16, page_size: PageSize, plan: EncoderPlan, pool: BufferPool, meter: Arc<Meter>) -> Self {
+        let at = ExtentAt { block: 0, extent: 0 };
         Self {
             lane,
             page_size,
@@ -108,7 +109,7 @@ impl Encoder {
             coder: PageCoder::new(page_size, &plan),
             pool,
             counted: RoundTally::default(),
-            head: PagesHead::default(),
+            head: PagesHead { at, round: 0, mask: 0, zero: 0, payload_hash: 0, pages: Vec::with_capacity(64) },
             stage: Stage::new("encoder", Some(lane), meter),
         }
     }
