@@ -17,6 +17,7 @@ pub mod encoder;
 pub mod error;
 pub mod geometry;
 pub mod in_flight;
+mod kernel;
 pub mod memory;
 pub mod meter;
 mod pending;
