@@ -202,9 +202,7 @@ impl Loader {
     /// Writes whole pages side by side.
     fn write(&self, at: ExtentAt, mask: u64, bytes: &[u8]) -> Result<(), Fault> {
         let first = at.page(mask.trailing_zeros()).page;
-        self.replace(at, mask, || {
-            self.memory.block(at.block).memory.write_pages(self.memory.page_size(), first, bytes)
-        })
+        self.replace(at, mask, || self.memory.block(at.block).memory.write_pages(self.memory.page_size(), first, bytes))
     }
 
     fn patch(&self, at: ExtentAt, piece: &Piece<'_>) -> Result<(), Fault> {
@@ -252,8 +250,7 @@ fn pieces<'a>(head: &'a PagesHead, payload: &'a [u8]) -> impl Iterator<Item = Pi
         let (first, &(encoding, bytes)) = pages.next()?;
         let (mut count, mut length) = (1, bytes as usize);
         while encoding == PageEncoding::Raw
-            && let Some((_, &(_, bytes))) =
-                pages.next_if(|&(bit, &(next, _))| next == encoding && bit == first + count)
+            && let Some((_, &(_, bytes))) = pages.next_if(|&(bit, &(next, _))| next == encoding && bit == first + count)
         {
             count += 1;
             length += bytes as usize;
