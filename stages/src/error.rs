@@ -6,6 +6,7 @@ use std::io;
 use crate::geometry::PageAt;
 use crate::queue::Closed;
 use crate::wire::frame::FrameError;
+use crate::wire::reader::ReadError;
 
 /// The error of one stage: which one, and what happened. Its text holds the cause's.
 #[derive(Debug, thiserror::Error)]
@@ -54,6 +55,9 @@ pub enum Cause {
     /// A frame that cannot be.
     #[error(transparent)]
     Frame(#[from] FrameError),
+    /// A stream could not be read: a frame that cannot be, damage, an early end, or the transport.
+    #[error(transparent)]
+    Read(#[from] ReadError),
     /// The transport failed.
     #[error("the transport failed: {0}")]
     Transport(#[source] io::Error),
