@@ -11,6 +11,8 @@
 //! drop      without a finished shutdown: the temporary file is removed
 //! ```
 //!
+//! A program that is killed leaves its `.partial-…` file, which nothing takes for a stream; it may be deleted.
+//!
 //! Writes and reads happen where they are asked for, since the page cache takes them at the speed of memory; on a runtime
 //! of several threads the others go on meanwhile. Flushes run where blocking is allowed. Not for a tokio `LocalSet`.
 
@@ -376,5 +378,74 @@ fn retry_interrupted(mut call: impl FnMut() -> io::Result<usize>) -> io::Result<
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
             done => return done,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::AsyncWriteExt;
+
+    /// A writer over a device that is always full; what is beside the path is a plain file.
+    fn on_a_full_device(path: &Path) -> FileWriter {
+        let (_, temporary) = Temporary::create(path).expect("created");
+        FileWriter::over(OpenOptions::new().write(true).open("/dev/full").expect("opened"), temporary)
+    }
+
+    #[tokio::test]
+    async fn an_error_stays_and_names_the_file() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("stream");
+        let mut writer = on_a_full_device(&path);
+        let error = writer.write_all(b"page").await.expect_err("full");
+        assert_eq!(error.kind(), ErrorKind::StorageFull);
+        assert!(error.to_string().contains("stream.partial-"), "{error}");
+        for again in [writer.write_all(b"x").await.err(), writer.flush().await.err(), writer.shutdown().await.err()] {
+            assert_eq!(again.expect("it failed").to_string(), error.to_string());
+        }
+        drop(writer);
+        assert_eq!(fs::read_dir(directory.path()).expect("a directory").count(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_flush_that_fails_is_not_forgotten() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("stream");
+        // A device cannot be flushed, so the bytes are not on disk, whatever a later call says.
+        let (_, temporary) = Temporary::create(&path).expect("created");
+        let null = OpenOptions::new().write(true).open("/dev/null").expect("opened");
+        let mut writer = FileWriter::over(null, temporary);
+        writer.write_all(b"page").await.expect("written");
+        let error = writer.flush().await.expect_err("no flush").to_string();
+        assert_eq!(writer.shutdown().await.expect_err("no flush").to_string(), error);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_stream_that_was_given_up_is_never_renamed_and_the_other_way_round() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("stream");
+        let (file, temporary) = Temporary::create(&path).expect("created");
+        temporary.give_up();
+        temporary.complete(&file).expect_err("given up");
+        assert_eq!(fs::read_dir(directory.path()).expect("a directory").count(), 0);
+
+        let (file, temporary) = Temporary::create(&path).expect("created");
+        temporary.complete(&file).expect("complete");
+        temporary.give_up();
+        drop(temporary);
+        assert!(path.exists());
+    }
+
+    #[tokio::test]
+    async fn a_rename_that_fails_leaves_nothing() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("stream");
+        let mut writer = FileWriter::create(&path).expect("created");
+        writer.write_all(b"page").await.expect("written");
+        fs::create_dir(&path).expect("something in the way");
+        writer.shutdown().await.expect_err("a directory");
+        drop(writer);
+        assert_eq!(fs::read_dir(directory.path()).expect("a directory").count(), 1);
     }
 }

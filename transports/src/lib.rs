@@ -7,7 +7,7 @@
 //! |---|---|---|---|
 //! | `tcp:host:port`, `tcp:[::1]:port` | [`tcp`] | yes | several |
 //! | `unix:/path` | [`unix`] | yes | several |
-//! | `file:/path` | [`file`] | no | one |
+//! | `file:/path` | [`mod@file`] | no | one |
 //! | (in the process) | [`memory`] | yes | several |
 //!
 //! # What flush and shutdown mean

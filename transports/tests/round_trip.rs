@@ -27,7 +27,7 @@ async fn with_return_path(directory: &tempfile::TempDir) -> Vec<Box<dyn Transpor
 
 /// Bytes that are nowhere the same as a little further on.
 fn pattern(length: usize) -> Vec<u8> {
-    (0..length).map(|at| ((at * 7 + at / 251 + at / 65_536) % 256) as u8).collect()
+    (0..length).map(|at| (at * 7 + at / 251 + at / 65_536).to_le_bytes()[0]).collect()
 }
 
 /// Writes everything through vectored writes of odd slices.
