@@ -13,6 +13,7 @@ pub mod bitmap;
 pub mod codec;
 pub mod dirty_log;
 pub mod geometry;
+mod kernel;
 pub mod memory;
 pub mod meter;
 pub mod pool;

@@ -5,8 +5,11 @@
 //! under a reader's hands, so nothing here ever hands out a reference to guest memory: bytes are copied out once and
 //! copied in (law 3).
 
+mod copy;
 pub mod file;
+mod holes;
 pub mod mapped;
+mod present;
 
 use std::fmt;
 use std::io;
@@ -62,13 +65,22 @@ pub trait Memory: Send + Sync + fmt::Debug {
     /// When the page cannot be read or written.
     fn patch(&self, page_size: PageSize, page: u64, delta: &Delta<'_>) -> io::Result<()>;
 
-    /// The ranges of pages that were never touched: they are zero, and nobody needs to read them. Asked after the dirty
-    /// log was started, so that a later write to one is seen. Nothing unless the memory can tell.
+    /// The ranges of pages that were never touched, ascending: they are zero, and nobody needs to read them. Asked after
+    /// the dirty log was started, so that a later write to one is seen. Nothing unless the memory can tell.
     ///
     /// # Errors
     /// When the kernel refuses the question; the caller goes on without the answer.
     fn untouched(&self, page_size: PageSize) -> io::Result<Vec<Range<u64>>> {
-        let _ = page_size;
+        self.untouched_in(page_size, 0..self.length().div_ceil(page_size.bytes() as u64))
+    }
+
+    /// Those of [`Memory::untouched`] that lie in `pages`, a range of pages of this memory, cut off at its ends. What an
+    /// implementation answers.
+    ///
+    /// # Errors
+    /// As [`Memory::untouched`].
+    fn untouched_in(&self, page_size: PageSize, pages: Range<u64>) -> io::Result<Vec<Range<u64>>> {
+        let _ = (page_size, pages);
         Ok(Vec::new())
     }
 }
