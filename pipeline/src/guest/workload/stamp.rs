@@ -1,0 +1,3 @@
+//! stamp
+/// Bytes of a stamp, at the start of a page.
+pub(super) const STAMP_BYTES: usize = 16;
