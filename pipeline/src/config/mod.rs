@@ -108,9 +108,11 @@ impl Source<'_> {
         ConfigError(faults.into_iter().map(|fault| self.locate(fault)).collect())
     }
 
-    /// The last `--set` that touches the key is where its value comes from; else the file.
+    /// The last `--set` of the key is where its value comes from; else the file.
     fn locate(&self, fault: Fault) -> Shown {
-        let set = self.sets.iter().rev().find(|set| !fault.path.is_empty() && set.touches(&fault.path));
+        let only_set = !place::exists(self.original.as_item(), &fault.path);
+        let comes_from = |set: &&Override| set.gives(&fault.path) || (only_set && set.lies_in(&fault.path));
+        let set = self.sets.iter().rev().find(comes_from);
         match set {
             Some(set) => {
                 let span = Some(0..set.text.len());

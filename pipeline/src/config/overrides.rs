@@ -40,13 +40,19 @@ impl Override {
         Ok(())
     }
 
-    /// Is `path` what this sets, or something in it or around it?
-    pub(super) fn touches(&self, path: &str) -> bool {
-        let within = |outer: &str, inner: &str| {
-            inner.strip_prefix(outer).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
-        };
-        within(&self.path, path) || within(path, &self.path)
+    /// Does the value at `path` come from this?
+    pub(super) fn gives(&self, path: &str) -> bool {
+        within(&self.path, path)
     }
+
+    /// Does it set something in the table at `path`?
+    pub(super) fn lies_in(&self, path: &str) -> bool {
+        within(path, &self.path)
+    }
+}
+
+fn within(outer: &str, inner: &str) -> bool {
+    inner.strip_prefix(outer).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
 }
 
 fn enter<'a>(item: &'a mut Item, step: &str) -> Result<&'a mut Item, String> {

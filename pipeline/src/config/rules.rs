@@ -6,12 +6,12 @@ use std::time::Duration;
 use memferry_stages::geometry::{MAX_BLOCK_ID, MAX_BLOCKS, MAX_LANES, PageSize};
 use memferry_transports::{Address, Capabilities, open};
 
-use super::Purpose;
 use super::fault::Fault;
 use super::tables::{
     Compress, Config, DeltaChoice, FileTable, FillTable, GuestTable, OnMiss, Pattern, WorkloadTable, WriterTable,
 };
 use super::values::{Size, Time};
+use super::{Purpose, settings};
 
 /// Everything that is wrong.
 pub(super) fn check(config: &Config, purpose: Purpose) -> Vec<Fault> {
@@ -154,17 +154,22 @@ fn check_workload(table: &WorkloadTable, faults: &mut Vec<Fault>) {
     let most = u32::try_from(MAX_BLOCKS).expect("a small number");
     let blocks = (1..=most).contains(&table.blocks);
     need(faults, blocks, "guest.workload.blocks", format!("{} blocks", table.blocks), format!("write a number from 1 to {most}"));
-    let least = Size(table.page_size.0.saturating_mul(u64::from(table.blocks.max(1))));
+    let unit = Size(table.page_size.0.saturating_mul(u64::from(table.blocks.max(1))));
     need(
         faults,
-        table.memory >= least,
+        table.memory.0 > 0 && table.memory.0.is_multiple_of(unit.0.max(1)),
         "guest.workload.memory",
-        format!("{} of memory is not a page for each block", table.memory),
-        format!("write at least \"{least}\""),
+        format!("{} cannot be cut into equal blocks of whole pages", table.memory),
+        format!("write a multiple of {unit}, such as \"1 GiB\""),
     );
     check_fill(&table.fill, faults);
     for (number, writer) in table.writers.iter().enumerate() {
         check_writer(writer, table.page_size, &format!("guest.workload.writers.{number}"), faults);
+    }
+    if faults.is_empty()
+        && let Err(error) = settings::workload(table).validate()
+    {
+        faults.push(Fault { path: "guest.workload".into(), what: error.to_string(), help: None });
     }
 }
 
@@ -181,10 +186,10 @@ fn check_fill(fill: &FillTable, faults: &mut Vec<Fault>) {
 fn check_writer(writer: &WriterTable, page_size: Size, path: &str, faults: &mut Vec<Fault>) {
     need(
         faults,
-        writer.bytes.0 >= 1 && writer.bytes <= page_size,
+        writer.bytes <= page_size,
         &format!("{path}.bytes"),
         format!("a write of {} in a page of {page_size}", writer.bytes),
-        format!("write a size from 1 to {} bytes", page_size.0),
+        format!("write a size of at most {} bytes", page_size.0),
     );
     let rate = writer.pages_per_second;
     let right = rate.is_finite() && rate >= 0.0;
