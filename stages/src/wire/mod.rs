@@ -25,15 +25,25 @@
 //! Direction: source to destination carries Hello, State, Blocks, Pages, RoundComplete, Switchover, Digests, Go, Abort, End;
 //! the return path carries Accept, Ready, Progress, PageHashes, Loaded, Running, Refused, StartFailed, Abort.
 
+pub mod error;
+mod fields;
 pub mod frame;
 pub mod hello;
 pub mod messages;
 pub mod pages;
+mod put;
+pub mod reader;
+mod take;
 
+pub use error::{FrameError, WireError};
 pub use frame::{FrameHead, HEAD_BYTES, Kind};
 pub use hello::{Features, Hello, SessionId};
 pub use messages::Message;
 pub use pages::{PageEncoding, PagesHead};
+pub use reader::{FrameReader, Incoming, PagesFrame, ReadError};
 
 /// The version of the stream's format. A peer of another version is refused with both versions named.
 pub const PROTOCOL_VERSION: u16 = 1;
+
+#[cfg(test)]
+mod tests;
