@@ -46,7 +46,7 @@ impl Link {
         settings: SourceSettings,
         page_size: PageSize,
     ) -> Result<Self, MigrationError> {
-        let session = SessionId::random();
+        let session = SessionId::random()?;
         let mut link = Self { peer: transport.address(), writers: Vec::new(), said: None };
         for connection in 0..settings.connections {
             let opened = transport.connect().await?;
