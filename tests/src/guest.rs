@@ -77,6 +77,21 @@ impl TestGuest {
         guest
     }
 
+    /// A source guest with one block in which every byte is noise; nobody writes it.
+    #[must_use]
+    pub fn incompressible(page_size: PageSize, length: u64) -> Self {
+        let guest = Self::empty();
+        guest.map(page_size, &[info(0, length)]);
+        let mut noise = 1;
+        let mut chunk = vec![0; 64 << 10];
+        let block = guest.blocks.lock().unwrap()[0].clone();
+        for start in (0..block.len()).step_by(chunk.len()) {
+            chunk.chunks_exact_mut(8).for_each(|word| word.copy_from_slice(&(next(&mut noise) << 1).to_le_bytes()));
+            block.store(start, &chunk[..chunk.len().min(block.len() - start)]);
+        }
+        guest
+    }
+
     /// A destination guest: it takes whatever blocks come.
     #[must_use]
     pub fn destination() -> Self {
