@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 use rustix::mm::{MapFlags, ProtFlags};
 
-use super::{Memory, copy, holes, present};
+use super::{Memory, copy, holes, present, with_scratch};
 use crate::geometry::{PageSize, bits};
 use crate::pool::PooledBuffer;
 use crate::xbzrle::Delta;
@@ -237,14 +237,15 @@ impl Memory for MappedMemory {
     }
 
     fn write_zeros(&self, page_size: PageSize, pages: Range<u64>) -> io::Result<()> {
-        let mut scratch = vec![0; page_size.bytes()];
-        for page in pages {
-            if !self.copy_page(page_size, page, &mut scratch) {
-                let (to, bytes) = self.page(page_size, page);
-                // SAFETY: `page` has checked the range; the guest does not run.
-                unsafe { to.write_bytes(0, bytes) };
+        with_scratch(page_size.bytes(), |scratch| {
+            for page in pages {
+                if !self.copy_page(page_size, page, scratch) {
+                    let (to, bytes) = self.page(page_size, page);
+                    // SAFETY: `page` has checked the range; the guest does not run.
+                    unsafe { to.write_bytes(0, bytes) };
+                }
             }
-        }
+        });
         Ok(())
     }
 
