@@ -3,4 +3,5 @@
 pub mod config;
 pub mod events;
 pub mod guest;
+pub mod report;
 pub mod settings;
