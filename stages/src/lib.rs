@@ -12,6 +12,7 @@ pub mod batch;
 pub mod bitmap;
 pub mod bitmap_sync;
 pub mod codec;
+pub mod digest;
 pub mod dirty_log;
 pub mod encoder;
 pub mod error;

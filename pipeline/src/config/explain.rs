@@ -12,16 +12,25 @@ pub(super) fn explain(message: &str, path: String) -> Fault {
         return unknown(path, &words, "unknown value", "it is one of");
     }
     if let (true, Some(field)) = (message.starts_with("missing field"), words.first()) {
-        let what = if path.is_empty() { format!("`{field}` is missing") } else { format!("`{field}` is missing in `{path}`") };
-        return Fault { help: example(field).map(|example| format!("write {example}")), path, what };
+        return missing(field, path);
     }
     if message.starts_with("wanted exactly 1 element") {
         return Fault::new(path, "one of several variants has to be chosen here", "keep one of the tables and delete the others");
     }
+    let message = message.replacen("invalid type: ", "this is the ", 1).replacen("invalid value: ", "this is the ", 1);
     match message.split_once(", expected ") {
         Some((what, expected)) => Fault::new(path, what, format!("write {}", plain(expected))),
-        None => Fault { path, what: message.to_owned(), help: None },
+        None => Fault::bare(path, message),
     }
+}
+
+fn missing(field: &str, path: String) -> Fault {
+    let help = example(field).map(|example| format!("write {example}"));
+    if matches!(field, "guest" | "transport") {
+        return Fault { help, ..Fault::bare("", format!("there is no table `{field}`")) };
+    }
+    let what = format!("`{field}` is missing in `{path}`");
+    Fault { help, ..Fault::bare(path, what) }
 }
 
 fn unknown(path: String, words: &[&str], what: &str, list: &str) -> Fault {
@@ -31,7 +40,8 @@ fn unknown(path: String, words: &[&str], what: &str, list: &str) -> Fault {
         Some(near) => format!("did you mean `{near}`? {list} {all}"),
         None => format!("{list} {all}"),
     };
-    Fault::new(path, format!("{what} `{word}`"), help)
+    let names_key = path.rsplit('.').next() == Some(word);
+    Fault { names_key, ..Fault::new(path, format!("{what} `{word}`"), help) }
 }
 
 /// What stands between backticks.

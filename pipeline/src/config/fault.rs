@@ -17,12 +17,19 @@ pub struct Fault {
     pub what: String,
     /// What to write instead.
     pub help: Option<String>,
+    /// Is it the key's name that is wrong, and not its value?
+    pub names_key: bool,
 }
 
 impl Fault {
+    /// `what` is wrong at `path`.
+    pub(super) fn bare(path: impl Into<String>, what: impl Into<String>) -> Self {
+        Self { path: path.into(), what: what.into(), help: None, names_key: false }
+    }
+
     /// `what` is wrong at `path`; `help` says what would be right.
     pub fn new(path: impl Into<String>, what: impl Into<String>, help: impl Into<String>) -> Self {
-        Self { path: path.into(), what: what.into(), help: Some(help.into()) }
+        Self { help: Some(help.into()), ..Self::bare(path, what) }
     }
 }
 
@@ -62,7 +69,7 @@ pub struct ConfigError(pub(super) Vec<Shown>);
 impl ConfigError {
     /// Something is wrong that has no line: a file that cannot be read.
     pub(super) fn without_place(origin: &str, what: String, help: Option<String>) -> Self {
-        let fault = Fault { path: String::new(), what, help };
+        let fault = Fault { help, ..Fault::bare("", what) };
         Self(vec![Shown { fault, origin: origin.to_owned(), text: String::new(), span: None }])
     }
 

@@ -75,7 +75,7 @@ fn with_sets(text: &str, sets: &[Override]) -> Result<String, ConfigError> {
 }
 
 fn not_toml(name: &str, text: &str, error: &toml_edit::TomlError) -> ConfigError {
-    let fault = Fault { path: String::new(), what: format!("this is no TOML: {}", error.message()), help: None };
+    let fault = Fault::bare("", format!("this is no TOML: {}", error.message()));
     ConfigError(vec![Shown { fault, origin: name.into(), text: text.into(), span: error.span() }])
 }
 
@@ -119,7 +119,7 @@ impl Source<'_> {
                 Shown { fault, origin: "--set".into(), text: set.text.clone(), span }
             }
             None => {
-                let span = place::span_of(self.original.as_item(), &fault.path);
+                let span = place::span_of(self.original.as_item(), &fault.path, fault.names_key);
                 Shown { fault, origin: self.name.into(), text: self.text.into(), span }
             }
         }

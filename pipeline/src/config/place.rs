@@ -4,13 +4,14 @@ use std::ops::Range;
 
 use toml_edit::{Item, TableLike, Value};
 
-/// The bytes of the value at a dotted path; of the nearest table around it if the key is not there.
-pub(super) fn span_of(root: &Item, path: &str) -> Option<Range<usize>> {
+/// The bytes of the value at a dotted path, or of its key; of the nearest table around it if the key is not there.
+pub(super) fn span_of(root: &Item, path: &str, of_key: bool) -> Option<Range<usize>> {
     let mut node = Node::Item(root);
     let mut span = None;
     for step in path.split('.') {
         let Some((found, key)) = node.child(step) else { break };
-        span = found.span().filter(|span| !span.is_empty()).or(key).or(span);
+        let value = found.span().filter(|span| !span.is_empty());
+        span = if of_key { key.or(value) } else { value.or(key) }.or(span);
         node = found;
     }
     span

@@ -37,11 +37,11 @@ fn need(faults: &mut Vec<Fault>, right: bool, path: &str, what: impl Into<String
 fn transport(config: &Config, purpose: Purpose, faults: &mut Vec<Fault>) {
     match config.transport.address.parse::<Address>() {
         Ok(address) => capabilities(config, open(&address, Duration::ZERO).capabilities(), purpose, faults),
-        Err(error) => faults.push(Fault {
-            path: "transport.address".into(),
-            what: error.to_string(),
-            help: Some("write \"tcp:host:port\", \"unix:/path\" or \"file:/path\"".into()),
-        }),
+        Err(error) => {
+            let error = error.to_string();
+            let (what, help) = error.split_once("; ").unwrap_or((&error, "write tcp:HOST:PORT, unix:/PATH or file:/PATH"));
+            faults.push(Fault::new("transport.address", what, help));
+        }
     }
 }
 
@@ -169,7 +169,7 @@ fn check_workload(table: &WorkloadTable, faults: &mut Vec<Fault>) {
     if faults.is_empty()
         && let Err(error) = settings::workload(table).validate()
     {
-        faults.push(Fault { path: "guest.workload".into(), what: error.to_string(), help: None });
+        faults.push(Fault::bare("guest.workload", error.to_string()));
     }
 }
 

@@ -32,7 +32,7 @@ pub struct Deadline(pub Option<Duration>);
 impl fmt::Display for Size {
     /// The largest unit that divides it, so that nothing is lost: `1536 MiB`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        const UNITS: [(u64, &str); 8] = [
+        const UNITS: [(u64, &str); 7] = [
             (1 << 40, "TiB"),
             (1 << 30, "GiB"),
             (1 << 20, "MiB"),
@@ -40,7 +40,6 @@ impl fmt::Display for Size {
             (1_000_000_000_000, "TB"),
             (1_000_000_000, "GB"),
             (1_000_000, "MB"),
-            (1000, "kB"),
         ];
         let fits = |&&(unit, _): &&(u64, &str)| self.0 >= unit && self.0.is_multiple_of(unit);
         match UNITS.iter().find(fits) {

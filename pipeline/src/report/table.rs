@@ -81,14 +81,14 @@ fn lines(frame: Frame, ended: &Ended, account: &Account, other: Option<&Account>
     if let Some(downtime) = ended.downtime {
         let parts = &ended.parts;
         let parts = [
-            ("final sync", parts.final_sync),
+            ("sync", parts.final_sync),
             ("transfer", parts.final_transfer),
             ("state", parts.state),
             ("verify", parts.verify),
             ("handover", parts.handover),
         ];
         let parts = parts.map(|(name, time)| format!("{name} {}", human::time(time))).join(", ");
-        lines.push(("downtime", format!("{} = {parts}", human::time(downtime))));
+        lines.push(("downtime", format!("{}: {parts}", human::time(downtime))));
     }
     let rate = human::rate(throughput(ended));
     lines.push(("wire", format!("{} at {rate}, setup {}", human::bytes(ended.wire_bytes), human::time(ended.setup))));
