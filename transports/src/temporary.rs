@@ -1,7 +1,8 @@
 //! A file that is written beside its place, and moved there when it is complete.
 //!
 //! Takes a path and gives an open file with another name in the same directory, for the owner only. Owns that name: either
-//! [`complete`](Temporary::complete) renames it, or it is removed, whichever comes first and never both.
+//! [`complete`](Temporary::complete) renames it, or it is removed by
+//! [`give_up`](Temporary::give_up), whichever comes first and never both.
 
 use std::fs::{self, File, OpenOptions};
 use std::hash::{BuildHasher, RandomState};
@@ -59,12 +60,6 @@ impl Temporary {
     }
 }
 
-impl Drop for Temporary {
-    fn drop(&mut self) {
-        self.give_up();
-    }
-}
-
 /// Where the stream goes in the end: the path, or what a symbolic link there leads to.
 fn target_of(path: &Path) -> io::Result<PathBuf> {
     match fs::symlink_metadata(path) {
@@ -116,7 +111,6 @@ mod tests {
         let (file, temporary) = Temporary::create(&path).expect("created");
         temporary.complete(&file).expect("complete");
         temporary.give_up();
-        drop(temporary);
         assert!(path.exists());
     }
 }
