@@ -230,7 +230,7 @@ async fn durable_rounds_are_flushed_once_and_reported_after_it() {
     running.bulk.put(round_complete(1, 1, 4)).await.unwrap();
     settle().await;
     assert_eq!(wire.look().flushes, [13]);
-    let mut reports = || running.sent.try_next();
+    let reports = || running.sent.try_next();
     assert_eq!(
         [reports(), reports(), reports()],
         [completed(0, 1), completed(0, 2), Some(Sent::Switchover { lane: 0 })]
