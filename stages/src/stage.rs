@@ -7,6 +7,9 @@ use crate::error::{Cause, StageError};
 use crate::meter::Meter;
 use crate::pool::{BufferPool, PooledBuffer};
 
+#[cfg(test)]
+pub(crate) mod testing;
+
 /// The identity of a running stage. When it is dropped, at the stage's end or when its task is, its meter stops.
 #[derive(Debug)]
 pub(crate) struct Stage {
@@ -42,5 +45,33 @@ impl Stage {
 impl Drop for Stage {
     fn drop(&mut self) {
         self.meter.end();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn waiting_for_a_buffer_counts_as_waiting_for_output_and_the_meter_stops_with_the_stage() {
+        let stage = Stage::new("test", None, testing::meter());
+        let meter = stage.meter.clone();
+        let pool = BufferPool::new(1, 8);
+        testing::block_on(async {
+            let held = stage.take_buffer(&pool).await;
+            assert_eq!(meter.read().output_wait, Duration::ZERO);
+            let release = async {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+                drop(held);
+            };
+            tokio::join!(stage.take_buffer(&pool), release);
+        });
+        drop(stage);
+        let reading = meter.read();
+        assert!(reading.output_wait >= Duration::from_millis(20), "{reading:?}");
+        std::thread::sleep(Duration::from_millis(1));
+        assert_eq!(meter.read(), reading);
     }
 }
