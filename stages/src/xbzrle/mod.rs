@@ -16,7 +16,12 @@
 
 pub mod cache;
 mod delta;
+mod differences;
+mod encode;
 pub mod naive;
+
+#[cfg(test)]
+mod tests;
 
 pub use cache::XbzrleCache;
 pub use delta::{Delta, DeltaError};
@@ -43,7 +48,8 @@ pub enum Encoded {
 /// # Panics
 /// If the three do not have the same length, or it is no multiple of 8.
 pub fn encode_page(old: &[u8], new: &[u8], out: &mut [u8]) -> Encoded {
-    naive::encode_page(old, new, out)
+    assert_sizes(old, new, out);
+    if new.len() <= MAX_RUN { encode::encode(old, new, out) } else { encode::encode_pieces(old, new, out) }
 }
 
 fn assert_sizes(old: &[u8], new: &[u8], out: &[u8]) {
