@@ -11,6 +11,7 @@ mod holes;
 pub mod mapped;
 mod present;
 
+use std::cell::RefCell;
 use std::fmt;
 use std::io;
 use std::ops::Range;
@@ -144,4 +145,22 @@ impl GuestMemory {
     pub fn blocks(&self) -> &[RamBlock] {
         &self.shared.1
     }
+}
+
+/// Are all bytes zero? At the speed of memory, up to the first that is not.
+fn is_zero(bytes: &[u8]) -> bool {
+    let or = |chunk: &[u8]| chunk.iter().fold(0, |all, byte| all | byte);
+    let mut chunks = bytes.chunks_exact(256);
+    chunks.all(|chunk| or(chunk) == 0) && or(chunks.remainder()) == 0
+}
+
+/// Room for one page, kept by each thread so that no page allocates. Its content is whatever was left there.
+fn with_scratch<R>(bytes: usize, work: impl FnOnce(&mut [u8]) -> R) -> R {
+    thread_local! {
+        static SCRATCH: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+    }
+    SCRATCH.with_borrow_mut(|scratch| {
+        scratch.resize(bytes.max(scratch.len()), 0);
+        work(&mut scratch[..bytes])
+    })
 }
