@@ -289,3 +289,6 @@ impl Marks {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,16 +1,16 @@
 //! The XBZRLE cache of one lane: copies of pages as the destination holds them (law 6).
 //!
-//! A page may lie in one of eight slots: two groups of four neighbours, found by two hashes of its place. The least used
-//! group takes a page as long as it has a free slot, which fills the cache nearly to its end before pages have to
-//! compete; then the oldest of the eight gives way, if it is old enough. Each slot has its page of memory from its
-//! first use on; memory is taken in chunks, as pages come in.
+//! A page may lie in one of sixteen slots: two groups of eight neighbours, found by two hashes of its place. The emptier
+//! group takes a page as long as it has a free slot: so nine tenths of the cache are full before one page in a hundred
+//! finds no place (with one group of four, three tenths). Then the oldest of the sixteen gives way, if it is old enough.
+//! Each slot has its page of memory from its first use on; memory is taken in chunks, as pages come in.
 
 use std::ops::Range;
 
 use crate::geometry::{PageAt, PageSize};
 
 /// Slots of a group.
-const GROUP: usize = 4;
+const GROUP: usize = 8;
 /// Bytes of a chunk of page memory.
 const CHUNK_BYTES: usize = 2 << 20;
 /// A page used in round g may be replaced from round g + 2 on.
@@ -304,10 +304,12 @@ mod tests {
             let mut cache = cache_of(4096);
             let slots = cache.slots.len() as u64;
             let dealt = |number: u64| at(number / 512 * 512 * lanes + number % 512);
-            let kept = (0..slots).filter(|&number| cache.insert(dealt(number), &[1; 4096], 1)).count();
-            assert!(kept as f64 > 0.95 * slots as f64, "{kept} of {slots} with {lanes} lanes");
-            let half = (0..slots / 2).filter(|&number| cache.get(dealt(number), 1).is_some()).count() as u64;
-            assert!(half * 100 >= slots / 2 * 99, "{half} of the first {}", slots / 2);
+            let mut kept = |numbers: Range<u64>| {
+                numbers.filter(|&number| cache.insert(dealt(number), &[1; 4096], 1)).count() as u64
+            };
+            let most = kept(0..slots * 8 / 10);
+            let all = most + kept(slots * 8 / 10..slots);
+            assert!(most * 100 > slots * 79 && all * 100 > slots * 94, "{most} and {all} of {slots}, {lanes} lanes");
         }
     }
 
