@@ -60,17 +60,18 @@ impl Writer<'_> {
     #[inline]
     fn runs(&mut self, old: &[u8]) -> Option<()> {
         let mut open = None;
-        let mut last = false;
         for (index, (old, new)) in old.chunks(SPAN).zip(self.new.chunks(SPAN)).enumerate() {
-            let turns = Turns::find(old, new, last);
-            for at in turns.positions() {
-                let at = index * SPAN + at;
-                match open.take() {
-                    None => open = Some(at),
-                    Some(start) => self.run(start, at)?,
+            let turns = Turns::find(old, new, open.is_some());
+            for block in ones(turns.blocks) {
+                let from = index * SPAN + block * BLOCK;
+                let mut turns = open.take().into_iter().chain(ones(turns.bytes[block]).map(|byte| from + byte));
+                while let Some(start) = turns.next() {
+                    match turns.next() {
+                        Some(end) => self.run(start, end)?,
+                        None => open = Some(start),
+                    }
                 }
             }
-            last = open.is_some();
         }
         if let Some(start) = open {
             self.run(start, self.new.len())?;
@@ -146,11 +147,6 @@ impl Turns {
             turns.blocks |= u64::from(*bytes != 0) << block;
         }
         turns
-    }
-
-    #[inline]
-    fn positions(&self) -> impl Iterator<Item = usize> {
-        ones(self.blocks).flat_map(|block| ones(self.bytes[block]).map(move |byte| block * BLOCK + byte))
     }
 }
 
