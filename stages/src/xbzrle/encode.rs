@@ -1,4 +1,6 @@
 //! The encoder that is used: it compares a block at a time into a mask of differing bytes, and walks the mask's turns.
+//!
+//! A [`Writer`] owns the place reached in the page and in the delta, and makes QEMU's overflow tests where it writes.
 
 use super::differences::{BLOCK, differences};
 use super::{Encoded, MAX_RUN, PIECE_BYTES};
@@ -111,8 +113,7 @@ impl Writer<'_> {
     #[inline]
     fn length(&mut self, length: usize) -> Option<()> {
         let room = self.out.get_mut(self.written..)?.first_chunk_mut()?;
-        let high = u8::try_from(length >> 7).expect("at most the longest run");
-        let low = (length & 0x7f) as u8;
+        let [low, high] = [length & 0x7f, length >> 7].map(|bits| u8::try_from(bits).expect("at most the longest run"));
         *room = [if high == 0 { low } else { low | 0x80 }, high];
         self.written += if high == 0 { 1 } else { 2 };
         Some(())
