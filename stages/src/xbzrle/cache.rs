@@ -1,8 +1,8 @@
 //! The XBZRLE cache of one lane: copies of pages as the destination holds them (law 6).
 //!
 //! A page may lie in one of sixteen slots: two groups of eight neighbours, found by two hashes of its place. The emptier
-//! group takes a page as long as it has a free slot: so nine tenths of the cache are full before one page in a hundred
-//! finds no place (with one group of four, three tenths). Then the oldest of the sixteen gives way, if it is old enough.
+//! group takes a page as long as it has a free slot: so nine tenths of the cache fill with one page in a hundred turned
+//! away, where a single group of four would fill three tenths. Then the oldest of the sixteen gives way, if it is old enough.
 //! Each slot has its page of memory from its first use on; memory is taken in chunks, as pages come in.
 
 use std::ops::Range;
@@ -323,7 +323,7 @@ mod tests {
             assert!(cache.bound_bytes() > 63 << 20 && cache.bound_bytes() <= 64 << 20);
             assert!(cache.insert(at(3), &vec![7; page_size.bytes()], 1));
             assert_eq!(cache.memory_bytes(), empty + (2 << 20));
-            (0..20_000).for_each(|page| drop(cache.insert(at(page), &vec![7; page_size.bytes()], 1)));
+            (0..20_000).for_each(|page| _ = cache.insert(at(page), &vec![7; page_size.bytes()], 1));
             assert!(cache.memory_bytes() <= cache.bound_bytes());
         }
     }
