@@ -1,0 +1,3 @@
+//! The `memferry` program: what its command line says, and what it does.
+
+pub mod inspect;
