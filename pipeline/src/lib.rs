@@ -6,6 +6,7 @@ pub mod events;
 pub mod guest;
 pub mod log;
 pub mod metrics;
+pub mod migration;
 pub mod progress;
 pub mod report;
 pub mod settings;

@@ -11,18 +11,18 @@
 //! drop      without a finished shutdown: the temporary file is removed
 //! ```
 //!
+//! A program that is killed leaves its `.partial-…` file, which nothing takes for a stream; it may be deleted.
+//!
 //! Writes and reads happen where they are asked for, since the page cache takes them at the speed of memory; on a runtime
 //! of several threads the others go on meanwhile. Flushes run where blocking is allowed. Not for a tokio `LocalSet`.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::future::Future;
-use std::hash::{BuildHasher, RandomState};
 use std::io::{self, ErrorKind, IoSlice, Write};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
 use std::task::{Context, Poll, ready};
 
 use futures::FutureExt;
@@ -34,6 +34,7 @@ use tokio::task::coop::poll_proceed;
 use tokio::task::{JoinHandle, block_in_place, spawn_blocking};
 
 use crate::retry::in_context;
+use crate::temporary::{Temporary, require_regular};
 use crate::{Capabilities, Connection, Listener, Transport};
 
 /// A stream in a file.
@@ -180,7 +181,7 @@ impl FileWriter {
 
     /// Remembers an error, with the place in front of it.
     fn fail(&mut self, error: &io::Error) -> io::Error {
-        let error = in_context(error, &format!("cannot write {}", self.temporary.path.display()));
+        let error = in_context(error, &format!("cannot write {}", self.temporary.path().display()));
         self.failed = Some((error.kind(), error.to_string()));
         error
     }
@@ -269,99 +270,6 @@ impl Drop for FileWriter {
     }
 }
 
-/// The temporary file beside the path that it will have.
-#[derive(Debug)]
-struct Temporary {
-    path: PathBuf,
-    target: PathBuf,
-    fate: AtomicU8,
-}
-
-/// Being written: the rename and the giving up are each a step away from here, and only one of them is taken.
-const OPEN: u8 = 0;
-const RENAMING: u8 = 1;
-const GIVEN_UP: u8 = 2;
-
-impl Temporary {
-    fn create(path: &Path) -> io::Result<(File, Self)> {
-        let target = target_of(path)?;
-        loop {
-            let path = beside(&target);
-            match OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path) {
-                Ok(file) => return Ok((file, Self { path, target, fate: AtomicU8::new(OPEN) })),
-                Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
-                Err(error) => return Err(in_context(&error, &format!("cannot create {}", path.display()))),
-            }
-        }
-    }
-
-    /// Flushes the file and gives it its name, unless it was given up meanwhile.
-    fn complete(&self, file: &File) -> io::Result<()> {
-        file.sync_all()?;
-        if !self.leave_open(RENAMING) {
-            return Err(io::Error::new(ErrorKind::Interrupted, "the stream was given up while it was flushed"));
-        }
-        fs::rename(&self.path, &self.target).inspect_err(|_| self.fate.store(OPEN, Ordering::Release))?;
-        sync_directory(&self.target).map_err(|error| {
-            let place = format!("{} is in place, but a power failure may still undo that", self.target.display());
-            in_context(&error, &place)
-        })
-    }
-
-    /// Removes the file, unless it has its name already or is about to.
-    fn give_up(&self) {
-        if self.leave_open(GIVEN_UP)
-            && let Err(error) = fs::remove_file(&self.path)
-        {
-            tracing::warn!(path = %self.path.display(), %error, "the unfinished stream could not be removed");
-        }
-    }
-
-    fn leave_open(&self, fate: u8) -> bool {
-        self.fate.compare_exchange(OPEN, fate, Ordering::AcqRel, Ordering::Acquire).is_ok()
-    }
-}
-
-impl Drop for Temporary {
-    fn drop(&mut self) {
-        self.give_up();
-    }
-}
-
-/// Where the stream goes in the end: the path, or what a symbolic link there leads to.
-fn target_of(path: &Path) -> io::Result<PathBuf> {
-    match fs::symlink_metadata(path) {
-        Ok(_) => {
-            let target = fs::canonicalize(path)?;
-            require_regular(&fs::metadata(&target)?)?;
-            Ok(target)
-        }
-        Err(error) if error.kind() == ErrorKind::NotFound => Ok(path.to_owned()),
-        Err(error) => Err(error),
-    }
-}
-
-fn require_regular(found: &fs::Metadata) -> io::Result<()> {
-    let what = if found.is_dir() { "it is a directory" } else { "it is no regular file" };
-    if found.is_file() { Ok(()) } else { Err(io::Error::new(ErrorKind::InvalidInput, what)) }
-}
-
-/// A name in the same directory that nobody has.
-fn beside(target: &Path) -> PathBuf {
-    let mut name = target.as_os_str().to_owned();
-    name.push(format!(".partial-{:016x}", RandomState::new().hash_one(std::process::id())));
-    name.into()
-}
-
-fn sync_directory(of: &Path) -> io::Result<()> {
-    let parent = of.parent().filter(|parent| !parent.as_os_str().is_empty());
-    match File::open(parent.unwrap_or(Path::new(".")))?.sync_all() {
-        // Some file systems have no such thing.
-        Err(error) if error.kind() == ErrorKind::InvalidInput => Ok(()),
-        done => done,
-    }
-}
-
 /// Runs a call that may block for a moment. On a runtime of several threads the other tasks of this one go elsewhere.
 fn in_place<R>(call: impl FnOnce() -> R) -> R {
     match Handle::try_current() {
@@ -376,5 +284,59 @@ fn retry_interrupted(mut call: impl FnMut() -> io::Result<usize>) -> io::Result<
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
             done => return done,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::OpenOptions;
+    use tokio::io::AsyncWriteExt;
+
+    /// A writer over a device that is always full; what is beside the path is a plain file.
+    fn on_a_full_device(path: &Path) -> FileWriter {
+        let (_, temporary) = Temporary::create(path).expect("created");
+        FileWriter::over(OpenOptions::new().write(true).open("/dev/full").expect("opened"), temporary)
+    }
+
+    #[tokio::test]
+    async fn an_error_stays_and_names_the_file() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("stream");
+        let mut writer = on_a_full_device(&path);
+        let error = writer.write_all(b"page").await.expect_err("full");
+        assert_eq!(error.kind(), ErrorKind::StorageFull);
+        assert!(error.to_string().contains("stream.partial-"), "{error}");
+        for again in [writer.write_all(b"x").await.err(), writer.flush().await.err(), writer.shutdown().await.err()] {
+            assert_eq!(again.expect("it failed").to_string(), error.to_string());
+        }
+        drop(writer);
+        assert_eq!(fs::read_dir(directory.path()).expect("a directory").count(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_flush_that_fails_is_not_forgotten() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("stream");
+        // A device cannot be flushed, so the bytes are not on disk, whatever a later call says.
+        let (_, temporary) = Temporary::create(&path).expect("created");
+        let null = OpenOptions::new().write(true).open("/dev/null").expect("opened");
+        let mut writer = FileWriter::over(null, temporary);
+        writer.write_all(b"page").await.expect("written");
+        let error = writer.flush().await.expect_err("no flush").to_string();
+        assert_eq!(writer.shutdown().await.expect_err("no flush").to_string(), error);
+        assert!(!path.exists());
+    }
+
+    #[tokio::test]
+    async fn a_rename_that_fails_leaves_nothing() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("stream");
+        let mut writer = FileWriter::create(&path).expect("created");
+        writer.write_all(b"page").await.expect("written");
+        fs::create_dir(&path).expect("something in the way");
+        writer.shutdown().await.expect_err("a directory");
+        drop(writer);
+        assert_eq!(fs::read_dir(directory.path()).expect("a directory").count(), 1);
     }
 }

@@ -7,7 +7,7 @@
 //! |---|---|---|---|
 //! | `tcp:host:port`, `tcp:[::1]:port` | [`tcp`] | yes | several |
 //! | `unix:/path` | [`unix`] | yes | several |
-//! | `file:/path` | [`file`] | no | one |
+//! | `file:/path` | [`mod@file`] | no | one |
 //! | (in the process) | [`memory`] | yes | several |
 //!
 //! # What flush and shutdown mean
@@ -22,6 +22,7 @@ pub mod file;
 pub mod memory;
 mod retry;
 pub mod tcp;
+mod temporary;
 pub mod unix;
 
 use std::fmt;

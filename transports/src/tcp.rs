@@ -147,8 +147,11 @@ impl Listener for Listening {
 }
 
 async fn connect_to(address: SocketAddr) -> io::Result<TcpStream> {
-    let stream = TcpStream::connect(address).await?;
-    // A port of the ephemeral range on this host can be connected to itself when nobody listens there.
+    refuse_itself(TcpStream::connect(address).await?)
+}
+
+/// Where nobody listens, a port of the ephemeral range on this host can come to be connected to itself.
+fn refuse_itself(stream: TcpStream) -> io::Result<TcpStream> {
     if stream.local_addr()? == stream.peer_addr()? {
         return Err(ErrorKind::ConnectionRefused.into());
     }
@@ -156,11 +159,15 @@ async fn connect_to(address: SocketAddr) -> io::Result<TcpStream> {
 }
 
 fn connection(stream: TcpStream, peer: SocketAddr) -> io::Result<Connection> {
-    stream.set_nodelay(true)?;
-    let keepalive = TcpKeepalive::new().with_time(KEEPALIVE_AFTER).with_interval(KEEPALIVE_EVERY);
-    SockRef::from(&stream).set_tcp_keepalive(&keepalive)?;
+    prepare(&stream)?;
     let (reader, writer) = stream.into_split();
     Ok(Connection { peer: peer.to_string(), writer: Some(Box::new(writer)), reader: Some(Box::new(reader)) })
+}
+
+fn prepare(stream: &TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    let keepalive = TcpKeepalive::new().with_time(KEEPALIVE_AFTER).with_interval(KEEPALIVE_EVERY);
+    SockRef::from(stream).set_tcp_keepalive(&keepalive)
 }
 
 /// Why each address of a host could not be reached.
@@ -205,4 +212,43 @@ fn may_listen_later(kind: ErrorKind) -> bool {
             | TimedOut
             | Interrupted
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::net::TcpSocket;
+
+    #[tokio::test]
+    async fn a_socket_that_is_connected_to_itself_is_refused() {
+        let socket = TcpSocket::new_v4().expect("a socket");
+        socket.bind("127.0.0.1:0".parse().expect("an address")).expect("bound");
+        let own = socket.local_addr().expect("its address");
+        let stream = socket.connect(own).await.expect("to itself");
+        assert_eq!(refuse_itself(stream).expect_err("itself").kind(), ErrorKind::ConnectionRefused);
+    }
+
+    #[tokio::test]
+    async fn frames_leave_at_once_and_a_vanished_peer_is_noticed() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("listening");
+        let stream = connect_to(listener.local_addr().expect("an address")).await.expect("connected");
+        prepare(&stream).expect("prepared");
+        let socket = SockRef::from(&stream);
+        assert!(stream.nodelay().expect("asked") && socket.keepalive().expect("asked"));
+    }
+
+    #[test]
+    fn the_most_hopeful_address_tells_the_kind() {
+        let (six, four) = ("[::1]:7".parse().expect("an address"), "127.0.0.1:7".parse().expect("an address"));
+        let mut causes = Causes::default();
+        causes.add(six, &ErrorKind::PermissionDenied.into());
+        causes.add(four, &ErrorKind::ConnectionRefused.into());
+        let Failure::Retry(error) = causes.failure() else { panic!("one of them may listen later") };
+        assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
+        assert_eq!(error.to_string(), "[::1]:7: permission denied, 127.0.0.1:7: connection refused");
+
+        let mut causes = Causes::default();
+        causes.add(six, &ErrorKind::PermissionDenied.into());
+        assert!(matches!(causes.failure(), Failure::Final(_)));
+    }
 }

@@ -1,4 +1,101 @@
-//! todo
-/// placeholder
+//! The software log: its writers mark what they write.
+
+use std::io;
+use std::ops::Range;
+
+use super::DirtyLog;
+use crate::bitmap::DirtyBitmap;
+use crate::geometry::{ExtentAt, Layout};
+
+/// A log that knows what its writers [`mark`](DirtyLog::mark), and nothing else. A mark costs one atomic operation for
+/// each extent it touches. It re-arms in sync: taking a bit and being ready for the next mark are one swap.
+///
+/// # Example
+/// ```
+/// use memferry_stages::{bitmap::DirtyBitmap, dirty_log::{DirtyLog, SoftwareLog}};
+/// # use memferry_stages::geometry::{BlockInfo, ExtentAt, Layout, PageSize};
+/// # let ram = BlockInfo { id: "ram".into(), length: 1 << 20, guest_address: 0, backing_page_size: 4096 };
+/// # let layout = Layout::new(PageSize::DEFAULT, vec![ram]).unwrap();
+/// let (log, dirty) = (SoftwareLog::new(&layout), DirtyBitmap::empty(&layout));
+/// log.start()?;
+/// // A writer has stored into pages 65 and 66 of block 0, and says so:
+/// log.mark(0, 65..67);
+/// log.sync(0, 0..2, &dirty)?;
+/// assert_eq!(dirty.peek(ExtentAt { block: 0, extent: 1 }), 0b110);
+/// # std::io::Result::Ok(())
+/// ```
 #[derive(Debug)]
-pub struct SoftwareLog;
+pub struct SoftwareLog {
+    pending: DirtyBitmap,
+}
+
+impl SoftwareLog {
+    /// A log for the blocks of this layout.
+    #[must_use]
+    pub fn new(layout: &Layout) -> Self {
+        Self { pending: DirtyBitmap::empty(layout) }
+    }
+}
+
+impl DirtyLog for SoftwareLog {
+    /// Marks made before are kept: a mark too many costs a page's transfer, one too few a guest.
+    fn start(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn sync(&self, block: u32, extents: Range<u32>, into: &DirtyBitmap) -> io::Result<()> {
+        collect(&self.pending, block, extents, into);
+        Ok(())
+    }
+
+    fn mark(&self, block: u32, pages: Range<u64>) {
+        self.pending.set_range(block, pages);
+    }
+
+    /// Forgets every mark.
+    fn stop(&self) -> io::Result<()> {
+        clear(&self.pending);
+        Ok(())
+    }
+}
+
+/// Moves the bits of some extents from a log's own bitmap into another.
+pub(super) fn collect(pending: &DirtyBitmap, block: u32, extents: Range<u32>, into: &DirtyBitmap) {
+    for extent in extents {
+        let at = ExtentAt { block, extent };
+        into.set_mask(at, pending.take(at));
+    }
+}
+
+/// Clears a log's own bitmap.
+pub(super) fn clear(pending: &DirtyBitmap) {
+    for at in pending.extents() {
+        let _forgotten = pending.take(at);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::geometry::{BlockInfo, PageSize};
+
+    #[test]
+    fn a_mark_is_found_once_and_a_stopped_log_forgets() {
+        let block = |id: &str| BlockInfo { id: id.into(), length: 1 << 20, guest_address: 0, backing_page_size: 4096 };
+        let layout = Layout::new(PageSize::DEFAULT, vec![block("a"), block("b")]).unwrap();
+        let (log, dirty) = (SoftwareLog::new(&layout), DirtyBitmap::empty(&layout));
+        log.start().unwrap();
+        log.mark(1, 60..70);
+        log.sync(0, 0..4, &dirty).unwrap();
+        log.sync(1, 0..1, &dirty).unwrap();
+        assert_eq!(dirty.count(), 4);
+        log.sync(1, 0..4, &dirty).unwrap();
+        assert_eq!(dirty.count(), 10);
+        assert_eq!(dirty.clear_range(1, 0..256), 10);
+        log.sync(1, 0..4, &dirty).unwrap();
+        log.mark(0, 0..256);
+        log.stop().unwrap();
+        log.sync(0, 0..4, &dirty).unwrap();
+        assert_eq!(dirty.count(), 0);
+    }
+}

@@ -1,4 +1,388 @@
-//! Memory mapped into this process.
-/// placeholder
-#[derive(Debug)]
-pub struct MappedMemory;
+//! Memory mapped into this process: anonymous, a memfd, a file, or lent by a VMM.
+//!
+//! A [`MappedMemory`] owns its mapping and unmaps it when dropped; memory that is lent is kept alive instead. Nothing
+//! hands out a reference to it: pages are copied out and in through raw pointers, because others (vCPUs, writer threads,
+//! another process) store into it at any time. That is what the `unsafe` in here is for. Keep this value alive as long as a pointer from
+//! [`MappedMemory::as_ptr`] is in use.
+
+use std::any::Any;
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::ptr::{NonNull, null_mut};
+use std::sync::Arc;
+
+use rustix::mm::{MapFlags, ProtFlags};
+
+use super::{Memory, copy, holes, present, with_scratch};
+use crate::geometry::{PageSize, bits};
+use crate::pool::PooledBuffer;
+use crate::xbzrle::Delta;
+
+/// What lies behind memory that a VMM lends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lent {
+    /// A private anonymous mapping.
+    Anonymous,
+    /// A shared mapping of a file or memfd.
+    Shared,
+}
+
+/// Memory of one RAM block in this process's address space.
+pub struct MappedMemory {
+    start: NonNull<u8>,
+    length: usize,
+    backing: Backing,
+}
+
+enum Backing {
+    Anonymous,
+    Shared(File),
+    Lent { kind: Lent, _keep_alive: Arc<dyn Any + Send + Sync> },
+}
+
+// SAFETY: the pointer is used only for volatile and bulk copies within the mapping, which lives as long as the value; the
+// mapping is not tied to a thread.
+unsafe impl Send for MappedMemory {}
+// SAFETY: as for `Send`; concurrent copies of the same bytes may tear, which the seam's contract allows for reads that
+// race with the guest and excludes for writes.
+unsafe impl Sync for MappedMemory {}
+
+impl MappedMemory {
+    /// Private memory of `length` bytes that reads as zeros and takes up nothing until it is written.
+    ///
+    /// # Errors
+    /// If the length is 0 or the kernel has no room for it.
+    pub fn anonymous(length: usize) -> io::Result<Self> {
+        check_length(length)?;
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+        // SAFETY: a fresh mapping at an address that the kernel chooses touches no other memory.
+        let start =
+            unsafe { rustix::mm::mmap_anonymous(null_mut(), length, ProtFlags::READ | ProtFlags::WRITE, flags) }?;
+        Ok(Self::over(start.cast(), length, Backing::Anonymous))
+    }
+
+    /// Shared memory of `length` bytes in a memfd of this name, which other mappings may share.
+    ///
+    /// # Errors
+    /// If the length is 0, or the kernel has no room for it.
+    pub fn memfd(name: &str, length: usize) -> io::Result<Self> {
+        check_length(length)?;
+        let file = File::from(rustix::fs::memfd_create(name, rustix::fs::MemfdFlags::CLOEXEC)?);
+        file.set_len(length as u64)?;
+        Self::file(file)
+    }
+
+    /// The whole of a file, shared: what is written here is written to it. The file must not shrink while it is mapped
+    /// (the process would be killed by SIGBUS): files of others belong into [`super::FileMemory`].
+    ///
+    /// # Errors
+    /// If the file is empty or cannot be mapped for reading and writing.
+    pub fn file(file: File) -> io::Result<Self> {
+        let length = usize::try_from(file.metadata()?.len()).map_err(io::Error::other)?;
+        check_length(length)?;
+        let access = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: a fresh mapping at an address that the kernel chooses touches no other memory.
+        let start = unsafe { rustix::mm::mmap(null_mut(), length, access, MapFlags::SHARED, &file, 0) }?;
+        Ok(Self::over(start.cast(), length, Backing::Shared(file)))
+    }
+
+    /// Memory that a VMM has mapped: `length` bytes at `start`, which live as long as `keep_alive`.
+    ///
+    /// # Safety
+    /// As long as `keep_alive` is held the bytes stay mapped for reading and writing, no Rust reference to them exists
+    /// while this value is used, and `kind` says what they are.
+    ///
+    /// # Panics
+    /// If `start` is not aligned to 4 KiB, or the length is 0.
+    #[must_use]
+    pub unsafe fn from_raw(
+        start: NonNull<u8>,
+        length: usize,
+        kind: Lent,
+        keep_alive: Arc<dyn Any + Send + Sync>,
+    ) -> Self {
+        assert!(start.addr().get().is_multiple_of(4096), "memory at {start:p} does not start on a page");
+        assert!(length > 0, "a block has at least one byte");
+        Self { start, length, backing: Backing::Lent { kind, _keep_alive: keep_alive } }
+    }
+
+    fn over(start: *mut u8, length: usize, backing: Backing) -> Self {
+        Self { start: NonNull::new(start).expect("the kernel maps nothing at 0"), length, backing }
+    }
+
+    /// The first byte. Valid as long as this value lives.
+    #[must_use]
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.start.as_ptr()
+    }
+
+    /// Length in bytes.
+    #[must_use]
+    #[expect(clippy::len_without_is_empty, reason = "it is never empty")]
+    pub fn len(&self) -> usize {
+        self.length
+    }
+
+    /// Can other mappings write the same memory?
+    #[must_use]
+    pub fn is_shared(&self) -> bool {
+        matches!(self.backing, Backing::Shared(_) | Backing::Lent { kind: Lent::Shared, .. })
+    }
+
+    /// Stores bytes as a guest does: others may read them at the same time, each aligned word of 8 bytes is stored at
+    /// once.
+    ///
+    /// # Panics
+    /// If they reach beyond the end.
+    pub fn store(&self, offset: usize, bytes: &[u8]) {
+        let to = self.at(offset, bytes.len());
+        // SAFETY: `at` has checked the range; no reference to the memory exists.
+        unsafe { copy::store(to, bytes) }
+    }
+
+    /// Loads bytes that others may store at the same time, each aligned word of 8 bytes at once.
+    ///
+    /// # Panics
+    /// If they reach beyond the end.
+    pub fn load(&self, offset: usize, into: &mut [u8]) {
+        let from = self.at(offset, into.len());
+        // SAFETY: `at` has checked the range; no reference to the memory exists.
+        unsafe { copy::load(from, into) }
+    }
+
+    /// Asks the kernel to back the memory by huge pages, which makes first touch much cheaper. Advice only.
+    ///
+    /// # Errors
+    /// If the kernel knows no huge pages.
+    pub fn advise_huge(&self) -> io::Result<()> {
+        let length = self.length.next_multiple_of(rustix::param::page_size());
+        // SAFETY: the range is this mapping; the advice changes no content.
+        unsafe { rustix::mm::madvise(self.as_ptr().cast(), length, rustix::mm::Advice::LinuxHugepage) }?;
+        Ok(())
+    }
+
+    /// The address of `length` bytes at `offset`.
+    fn at(&self, offset: usize, length: usize) -> *mut u8 {
+        let fits = offset.checked_add(length).is_some_and(|end| end <= self.length);
+        assert!(fits, "{length} bytes at {offset} in memory of {} bytes", self.length);
+        // SAFETY: within the mapping.
+        unsafe { self.as_ptr().add(offset) }
+    }
+
+    /// Where a page starts, and how many of its bytes are in the block.
+    fn page(&self, page_size: PageSize, page: u64) -> (*mut u8, usize) {
+        let start = usize::try_from(page).ok().and_then(|page| page.checked_mul(page_size.bytes()));
+        let start = start.filter(|&start| start < self.length);
+        let start = start.unwrap_or_else(|| panic!("page {page} in memory of {} bytes", self.length));
+        let bytes = page_size.bytes().min(self.length - start);
+        (self.at(start, bytes), bytes)
+    }
+
+    /// Copies a page out unless it is zero.
+    fn copy_page(&self, page_size: PageSize, page: u64, into: &mut [u8]) -> bool {
+        let (from, bytes) = self.page(page_size, page);
+        if bytes == into.len() {
+            // SAFETY: `page` has checked the range; no reference to the memory exists.
+            return unsafe { copy::copy_unless_zero(from, into) };
+        }
+        let (inside, beyond) = into.split_at_mut(bytes);
+        // SAFETY: as above.
+        unsafe { copy::load(from, inside) };
+        beyond.fill(0);
+        inside.iter().all(|&byte| byte == 0)
+    }
+}
+
+impl Memory for MappedMemory {
+    fn length(&self) -> u64 {
+        self.length as u64
+    }
+
+    fn read_extent(&self, page_size: PageSize, first_page: u64, mask: u64, into: &mut PooledBuffer) -> io::Result<u64> {
+        let (mut zero, mut filled) = (0, 0);
+        for bit in bits(mask) {
+            let space = &mut into.space()[filled..filled + page_size.bytes()];
+            if self.copy_page(page_size, first_page + u64::from(bit), space) {
+                zero |= 1 << bit;
+            } else {
+                filled += page_size.bytes();
+            }
+        }
+        into.set_filled(filled);
+        Ok(zero)
+    }
+
+    fn read_page(&self, page_size: PageSize, page: u64, into: &mut [u8]) -> io::Result<()> {
+        assert_eq!(into.len(), page_size.bytes(), "room for one page");
+        if self.copy_page(page_size, page, into) {
+            into.fill(0);
+        }
+        Ok(())
+    }
+
+    fn write_pages(&self, page_size: PageSize, first_page: u64, bytes: &[u8]) -> io::Result<()> {
+        assert!(bytes.len().is_multiple_of(page_size.bytes()), "{} bytes are no whole pages", bytes.len());
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        self.page(page_size, first_page + (bytes.len() / page_size.bytes()) as u64 - 1);
+        let (to, _) = self.page(page_size, first_page);
+        let inside = bytes.len().min(self.length - (to.addr() - self.start.addr().get()));
+        // SAFETY: the first and the last page are of this memory, and what lies beyond its end is left out. The guest
+        // does not run, `bytes` is not this memory since no reference to it exists.
+        unsafe { to.copy_from_nonoverlapping(bytes.as_ptr(), inside) };
+        Ok(())
+    }
+
+    fn write_zeros(&self, page_size: PageSize, pages: Range<u64>) -> io::Result<()> {
+        with_scratch(page_size.bytes(), |scratch| {
+            for page in pages {
+                if !self.copy_page(page_size, page, scratch) {
+                    let (to, bytes) = self.page(page_size, page);
+                    // SAFETY: `page` has checked the range; the guest does not run.
+                    unsafe { to.write_bytes(0, bytes) };
+                }
+            }
+        });
+        Ok(())
+    }
+
+    fn patch(&self, page_size: PageSize, page: u64, delta: &Delta<'_>) -> io::Result<()> {
+        let (to, bytes) = self.page(page_size, page);
+        for (offset, run) in delta.runs() {
+            assert!(offset + run.len() <= page_size.bytes(), "a delta of a larger page");
+            let start = offset.min(bytes);
+            let inside = run.len().min(bytes - start);
+            // SAFETY: start + inside is at most the page's bytes in the block; the guest does not run.
+            unsafe { to.add(start).copy_from_nonoverlapping(run.as_ptr(), inside) };
+        }
+        Ok(())
+    }
+
+    fn untouched_in(&self, page_size: PageSize, pages: Range<u64>) -> io::Result<Vec<Range<u64>>> {
+        match &self.backing {
+            Backing::Shared(file) => holes::untouched(file, self.length(), page_size, pages),
+            Backing::Anonymous | Backing::Lent { kind: Lent::Anonymous, .. } => {
+                present::untouched(self.start.addr().get(), self.length, page_size, pages)
+            }
+            Backing::Lent { kind: Lent::Shared, .. } => Ok(Vec::new()),
+        }
+    }
+}
+
+impl fmt::Debug for MappedMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kind = match self.backing {
+            Backing::Anonymous => "anonymous",
+            Backing::Shared(_) => "shared",
+            Backing::Lent { .. } => "lent",
+        };
+        write!(f, "MappedMemory({kind}, {} bytes at {:p})", self.length, self.start)
+    }
+}
+
+impl Drop for MappedMemory {
+    fn drop(&mut self) {
+        if !matches!(self.backing, Backing::Lent { .. }) {
+            // SAFETY: the mapping was made by this value for this length, and nothing can use it any more.
+            let unmapped = unsafe { rustix::mm::munmap(self.start.as_ptr().cast(), self.length) };
+            debug_assert!(unmapped.is_ok(), "a mapping of ours is unmapped");
+        }
+    }
+}
+
+fn check_length(length: usize) -> io::Result<()> {
+    let empty = || io::Error::new(io::ErrorKind::InvalidInput, "memory of 0 bytes cannot be mapped");
+    if length == 0 { Err(empty()) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pool::BufferPool;
+
+    const PAGE: PageSize = PageSize::DEFAULT;
+
+    fn all_kinds(length: usize) -> Vec<MappedMemory> {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(length as u64).unwrap();
+        vec![
+            MappedMemory::anonymous(length).unwrap(),
+            MappedMemory::memfd("test", length).unwrap(),
+            MappedMemory::file(file).unwrap(),
+            lend(MappedMemory::anonymous(length).unwrap(), Lent::Anonymous),
+            lend(MappedMemory::memfd("lent", length).unwrap(), Lent::Shared),
+        ]
+    }
+
+    fn lend(owner: MappedMemory, kind: Lent) -> MappedMemory {
+        let (start, length) = (owner.start, owner.length);
+        // SAFETY: the owner is kept alive by the value.
+        unsafe { MappedMemory::from_raw(start, length, kind, Arc::new(owner)) }
+    }
+
+    #[test]
+    fn an_extent_is_read_without_its_zero_pages() {
+        for memory in all_kinds(70 * 4096 + 100) {
+            memory.store(3 * 4096 + 4095, &[7]);
+            memory.store(64 * 4096, &[8; 4096]);
+            memory.store(70 * 4096 + 99, &[9]);
+            let mut buffer = BufferPool::new(1, PAGE.extent_bytes()).try_take().unwrap();
+            assert_eq!(memory.read_extent(PAGE, 0, 0b1010, &mut buffer).unwrap(), 0b10);
+            assert_eq!((buffer.len(), buffer[4094], buffer[4095]), (4096, 0, 7));
+            assert_eq!(memory.read_extent(PAGE, 64, 0x7f, &mut buffer).unwrap(), 0x3e);
+            assert!(buffer[..4096] == [8; 4096]);
+            assert_eq!((buffer.len(), buffer[4096 + 98], buffer[4096 + 99], buffer[4096 + 100]), (8192, 0, 9, 0));
+            assert_eq!(memory.read_extent(PAGE, 0, 0, &mut buffer).unwrap(), 0);
+            assert!(buffer.is_empty());
+        }
+    }
+
+    #[test]
+    fn what_lies_beyond_a_partial_last_page_reads_as_zeros_and_is_dropped() {
+        for memory in all_kinds(4096 + 10) {
+            memory.write_pages(PAGE, 0, &[5; 8192]).unwrap();
+            let mut page = [1; 4096];
+            memory.read_page(PAGE, 1, &mut page).unwrap();
+            assert!(page[..10] == [5; 10] && page[10..] == [0; 4086]);
+            memory.write_zeros(PAGE, 0..2).unwrap();
+            memory.read_page(PAGE, 1, &mut page).unwrap();
+            assert!(page == [0; 4096]);
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "page 2 in memory of 4106 bytes")]
+    fn a_page_beyond_the_end_is_our_own_mistake() {
+        let memory = MappedMemory::anonymous(4106).unwrap();
+        memory.write_pages(PAGE, 1, &[5; 8192]).unwrap();
+    }
+
+    #[test]
+    fn untouched_pages_are_those_that_nothing_was_written_to() {
+        for memory in all_kinds(100 * 4096 + 1) {
+            let whole = memory.untouched(PAGE).unwrap();
+            if whole.is_empty() {
+                println!("skipped: {memory:?} cannot tell what was touched");
+                continue;
+            }
+            assert_eq!(whole, vec![0..101], "{memory:?}");
+            memory.store(10 * 4096 - 1, &[1, 1]);
+            assert_eq!(memory.untouched(PAGE).unwrap(), [0..9, 11..101], "{memory:?}");
+            assert_eq!(memory.untouched_in(PAGE, 5..10).unwrap(), vec![5..9], "{memory:?}");
+            assert_eq!(memory.untouched_in(PAGE, 9..11).unwrap(), [], "{memory:?}");
+            let larger = PageSize::new(16384).unwrap();
+            assert_eq!(memory.untouched(larger).unwrap(), [0..2, 3..26], "{memory:?}");
+            memory.store(100 * 4096, &[1]);
+            assert_eq!(memory.untouched(PAGE).unwrap(), [0..9, 11..100], "{memory:?}");
+        }
+    }
+
+    #[test]
+    fn memory_of_no_bytes_is_refused() {
+        assert!(MappedMemory::anonymous(0).is_err());
+        assert!(MappedMemory::file(tempfile::tempfile().unwrap()).is_err());
+    }
+}

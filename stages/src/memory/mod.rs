@@ -5,9 +5,13 @@
 //! under a reader's hands, so nothing here ever hands out a reference to guest memory: bytes are copied out once and
 //! copied in (law 3).
 
+mod copy;
 pub mod file;
+mod holes;
 pub mod mapped;
+mod present;
 
+use std::cell::RefCell;
 use std::fmt;
 use std::io;
 use std::ops::Range;
@@ -62,13 +66,22 @@ pub trait Memory: Send + Sync + fmt::Debug {
     /// When the page cannot be read or written.
     fn patch(&self, page_size: PageSize, page: u64, delta: &Delta<'_>) -> io::Result<()>;
 
-    /// The ranges of pages that were never touched: they are zero, and nobody needs to read them. Asked after the dirty
-    /// log was started, so that a later write to one is seen. Nothing unless the memory can tell.
+    /// The ranges of pages that were never touched, ascending: they are zero, and nobody needs to read them. Asked after
+    /// the dirty log was started, so that a later write to one is seen. Nothing unless the memory can tell.
     ///
     /// # Errors
     /// When the kernel refuses the question; the caller goes on without the answer.
     fn untouched(&self, page_size: PageSize) -> io::Result<Vec<Range<u64>>> {
-        let _ = page_size;
+        self.untouched_in(page_size, 0..self.length().div_ceil(page_size.bytes() as u64))
+    }
+
+    /// Those of [`Memory::untouched`] that lie in `pages`, a range of pages of this memory, cut off at its ends. What an
+    /// implementation answers.
+    ///
+    /// # Errors
+    /// As [`Memory::untouched`].
+    fn untouched_in(&self, page_size: PageSize, pages: Range<u64>) -> io::Result<Vec<Range<u64>>> {
+        let _ = (page_size, pages);
         Ok(Vec::new())
     }
 }
@@ -132,4 +145,22 @@ impl GuestMemory {
     pub fn blocks(&self) -> &[RamBlock] {
         &self.shared.1
     }
+}
+
+/// Are all bytes zero? At the speed of memory, up to the first that is not.
+fn is_zero(bytes: &[u8]) -> bool {
+    let or = |chunk: &[u8]| chunk.iter().fold(0, |all, byte| all | byte);
+    let mut chunks = bytes.chunks_exact(256);
+    chunks.all(|chunk| or(chunk) == 0) && or(chunks.remainder()) == 0
+}
+
+/// Room for one page, kept by each thread so that no page allocates. Its content is whatever was left there.
+fn with_scratch<R>(bytes: usize, work: impl FnOnce(&mut [u8]) -> R) -> R {
+    thread_local! {
+        static SCRATCH: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+    }
+    SCRATCH.with_borrow_mut(|scratch| {
+        scratch.resize(bytes.max(scratch.len()), 0);
+        work(&mut scratch[..bytes])
+    })
 }

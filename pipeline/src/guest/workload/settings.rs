@@ -53,7 +53,7 @@ pub enum LogChoice {
     Hash,
 }
 
-/// What the memory holds at the start: shares of any sum, dealt by runs of 16 pages.
+/// What the memory holds at the start: shares of any sum, dealt by runs of 64 KiB or one page, whichever is larger.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Fill {
     /// Never touched: zero pages.
