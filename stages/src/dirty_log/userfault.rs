@@ -1,4 +1,156 @@
-//! todo
-/// placeholder
+//! The userfault log: the kernel notes which pages of this process were stored into.
+//!
+//! Memory is registered with a userfaultfd in asynchronous write-protect mode; a sync asks PAGEMAP_SCAN for the pages
+//! written since the last one, which write-protects them again in the same step. So it re-arms in sync. Needs Linux 6.7,
+//! no privilege.
+//!
+//! It sees stores through the registered mapping only, those of the kernel (a read into guest memory) included. It does not
+//! see a `pwrite` to the file of a shared block, a store through another mapping of it, hole punching, memory given
+//! back by `madvise`, or DMA into pinned pages: whoever does that marks. A shared block therefore needs its guest's word
+//! that the mapping is exclusive.
+//!
+//! Anonymous memory is armed by a scan for pages that are there: a hole needs no arming, since a page that appears later
+//! has no protection and so counts as written. Shared memory has pages that this mapping's table does not show, so it is armed
+//! whole, at the price of page tables for its holes.
+
+use std::fmt;
+use std::io;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use rustix::io::Errno;
+
+use super::DirtyLog;
+use super::software::{clear, collect};
+use crate::bitmap::DirtyBitmap;
+use crate::geometry::Layout;
+use crate::kernel::{PRESENT, Pagemap, SWAPPED, Scan, Userfaultfd, WP_ASYNC, WP_SHARED, WP_UNPOPULATED, WRITTEN};
+use crate::memory::MappedMemory;
+
+const FEATURES: u64 = WP_ASYNC | WP_UNPOPULATED | WP_SHARED;
+
+/// Finds the stores into mapped memory of this process.
+pub struct UserfaultLog {
+    /// The first field, to be dropped before the memory.
+    armed: Mutex<Option<Armed>>,
+    /// By block: the memory that this log follows, if it does.
+    memory: Vec<Option<Arc<MappedMemory>>>,
+    pending: DirtyBitmap,
+}
+
+/// Dropping it unregisters everything.
 #[derive(Debug)]
-pub struct UserfaultLog;
+struct Armed {
+    userfault: Userfaultfd,
+    pagemap: Pagemap,
+}
+
+impl UserfaultLog {
+    /// A log that follows the memory of some blocks of this layout, each given with its index. For the other blocks it
+    /// knows what is marked.
+    ///
+    /// # Panics
+    /// If there is no such block, or its memory is not as long as the block.
+    #[must_use]
+    pub fn new(layout: &Layout, blocks: Vec<(u32, Arc<MappedMemory>)>) -> Self {
+        let mut memory = vec![None; layout.blocks().len()];
+        for (block, mapped) in blocks {
+            assert_eq!(mapped.len() as u64, layout.blocks()[block as usize].length, "length of block {block}");
+            memory[block as usize] = Some(mapped);
+        }
+        Self { armed: Mutex::new(None), memory, pending: DirtyBitmap::empty(layout) }
+    }
+
+    /// Can this host do it?
+    ///
+    /// # Errors
+    /// Why not, and what to do about it.
+    pub fn supported() -> Result<(), String> {
+        let features = Userfaultfd::features().map_err(|error| match Errno::from_io_error(&error) {
+            Some(Errno::NOSYS) => "the kernel was built without userfaultfd".into(),
+            Some(Errno::PERM) => "userfaultfd is forbidden here: allow the system call in the sandbox".into(),
+            _ => format!("userfaultfd does not open: {error}"),
+        })?;
+        let missing = FEATURES & !features;
+        if missing != 0 {
+            return Err(format!("userfaultfd lacks the features {missing:#x}: Linux 6.7 or later has them"));
+        }
+        let pagemap = Pagemap::open().map_err(|error| format!("/proc/self/pagemap does not open: {error}"))?;
+        let nowhere = Scan { any_of: PRESENT, protect: false };
+        let page = rustix::param::page_size();
+        match pagemap.scan(nowhere, page..2 * page, |_| ()) {
+            Ok(()) => Ok(()),
+            Err(error) => Err(format!("there is no PAGEMAP_SCAN ({error}): Linux 6.7 or later has it")),
+        }
+    }
+
+    fn armed(&self) -> MutexGuard<'_, Option<Armed>> {
+        self.armed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn followed(&self) -> impl Iterator<Item = &Arc<MappedMemory>> {
+        self.memory.iter().flatten()
+    }
+
+    /// The addresses of the pages of some extents, cut off at the end of the mapping.
+    fn addresses(&self, memory: &MappedMemory, extents: &Range<u32>) -> Range<usize> {
+        let (whole, extent) = (mapping(memory), self.pending.layout().page_size().extent_bytes());
+        let at = |extents: u32| whole.start.saturating_add(extents as usize * extent).min(whole.end);
+        at(extents.start)..at(extents.end)
+    }
+}
+
+impl DirtyLog for UserfaultLog {
+    fn start(&self) -> io::Result<()> {
+        let armed = Armed { userfault: Userfaultfd::open(FEATURES)?, pagemap: Pagemap::open()? };
+        for memory in self.followed() {
+            // SAFETY: the mapping belongs to the memory, which this log keeps alive until the descriptor is dropped.
+            unsafe { armed.userfault.register(mapping(memory)) }?;
+            if memory.is_shared() {
+                armed.userfault.write_protect(mapping(memory))?;
+            } else {
+                armed.pagemap.scan(Scan { any_of: PRESENT | SWAPPED, protect: true }, mapping(memory), |_| ())?;
+            }
+        }
+        *self.armed() = Some(armed);
+        Ok(())
+    }
+
+    fn sync(&self, block: u32, extents: Range<u32>, into: &DirtyBitmap) -> io::Result<()> {
+        collect(&self.pending, block, extents.clone(), into);
+        let Some(memory) = &self.memory[block as usize] else { return Ok(()) };
+        let armed = self.armed();
+        let armed = armed.as_ref().ok_or_else(|| io::Error::other("the userfault log was not started"))?;
+        let (start, page) = (mapping(memory).start, into.layout().page_size().bytes());
+        let end = into.layout().block_pages(block);
+        let found = |written: Range<usize>| {
+            let first = ((written.start - start) / page) as u64;
+            let last = ((written.end - start).div_ceil(page) as u64).min(end);
+            into.set_range(block, first..last);
+        };
+        armed.pagemap.scan(Scan { any_of: WRITTEN, protect: true }, self.addresses(memory, &extents), found)
+    }
+
+    fn mark(&self, block: u32, pages: Range<u64>) {
+        self.pending.set_range(block, pages);
+    }
+
+    fn stop(&self) -> io::Result<()> {
+        let armed = self.armed().take();
+        clear(&self.pending);
+        let Some(armed) = armed else { return Ok(()) };
+        self.followed().try_for_each(|memory| armed.userfault.unregister(mapping(memory)))
+    }
+}
+
+impl fmt::Debug for UserfaultLog {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("UserfaultLog").field("memory", &self.memory).finish_non_exhaustive()
+    }
+}
+
+/// The addresses of a memory's mapping, in whole pages of the host.
+fn mapping(memory: &MappedMemory) -> Range<usize> {
+    let start = memory.as_ptr().addr();
+    start..start + memory.len().next_multiple_of(rustix::param::page_size())
+}

@@ -40,7 +40,10 @@ impl FileMemory {
         let file = File::open(path).map_err(named)?;
         let length = file.metadata().map_err(named)?.len();
         if length == 0 {
-            return Err(named(io::Error::new(io::ErrorKind::InvalidInput, "it is empty, memory has at least one byte")));
+            return Err(named(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "it is empty, memory has at least one byte",
+            )));
         }
         Ok(Self { file, path: path.into(), length })
     }

@@ -163,6 +163,22 @@ impl MappedMemory {
         Ok(())
     }
 
+    /// Gives private memory back to the host: it reads as zeros then. A dirty log may not see it, and must be told.
+    /// On shared memory it changes nothing but this mapping's tables; there, punch a hole into the file.
+    ///
+    /// # Errors
+    /// If `offset` is not on a page of the host, or the memory is locked.
+    ///
+    /// # Panics
+    /// If the range, but for the rest of the last page, reaches beyond the end.
+    pub fn give_back(&self, offset: usize, length: usize) -> io::Result<()> {
+        let start = self.at(offset, length.min(self.length.saturating_sub(offset)));
+        let end = (offset + length).min(self.length.next_multiple_of(rustix::param::page_size()));
+        // SAFETY: the range is in this mapping, to which no reference exists; its content becomes zero or stays.
+        unsafe { rustix::mm::madvise(start.cast(), end - offset, rustix::mm::Advice::LinuxDontNeed) }?;
+        Ok(())
+    }
+
     /// The address of `length` bytes at `offset`.
     fn at(&self, offset: usize, length: usize) -> *mut u8 {
         let fits = offset.checked_add(length).is_some_and(|end| end <= self.length);
