@@ -1,5 +1,6 @@
 //! memferry moves the memory of a running guest to another process, host or file while the guest keeps writing to it.
 
+pub mod cli;
 pub mod config;
 pub mod events;
 pub mod guest;

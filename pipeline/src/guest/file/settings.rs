@@ -13,7 +13,7 @@ use crate::guest::GuestError;
 pub struct FileGuestSettings {
     /// Its images, one RAM block each, in order.
     pub images: Vec<Image>,
-    /// Size of a page.
+    /// Source: size of a page. A destination takes what comes.
     pub page_size: PageSize,
     /// Source: the command, as an argument vector, that stops whoever writes the images: when it has succeeded, nobody
     /// writes. Without one the images are taken as nobody's.

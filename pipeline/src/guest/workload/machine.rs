@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use memferry_stages::dirty_log::{DirtyLog, SoftwareLog};
+use memferry_stages::dirty_log::{DirtyLog, HashLog, SoftwareLog, UserfaultLog};
 use memferry_stages::geometry::BlockInfo;
 use memferry_stages::memory::{GuestMemory, MappedMemory, RamBlock};
 
@@ -30,7 +30,7 @@ impl Machine {
         let rams = infos.into_iter().zip(&blocks).map(as_block).collect();
         let memory = GuestMemory::new(settings.page_size, rams).map_err(|error| GuestError(error.to_string()))?;
         let is_marking = match settings.dirty_log {
-            LogChoice::Auto => true,
+            LogChoice::Auto => UserfaultLog::supported().is_err(),
             choice => choice == LogChoice::Software,
         };
         let marks = is_marking.then(|| Arc::new(SoftwareLog::new(memory.layout())));
@@ -60,7 +60,14 @@ impl Machine {
         if let Some(marks) = &self.marks {
             return Ok(vec![marks.clone()]);
         }
-        Err(GuestError("this dirty log cannot be made".into()))
+        if self.settings.dirty_log == LogChoice::Hash {
+            return Ok(vec![Arc::new(HashLog::new(self.memory.clone()))]);
+        }
+        UserfaultLog::supported().map_err(|why| {
+            GuestError(format!("the userfault log cannot be used: {why}; or take dirty_log = \"software\""))
+        })?;
+        let numbered = (0..).zip(self.blocks.iter().cloned()).collect();
+        Ok(vec![Arc::new(UserfaultLog::new(self.memory.layout(), numbered))])
     }
 
     /// Stores bytes into a page. [`Machine::mark`] must follow.
