@@ -63,7 +63,7 @@ pub(super) fn wait(child: &mut Child, timeout: Duration) -> io::Result<Option<Ex
 /// Kills a command and its process group. It was not waited for yet, so its number is still its own.
 fn kill(child: &mut Child) {
     // Either fails only if there is nothing left to kill.
-    drop(kill_process_group(Pid::from_child(child), Signal::KILL));
+    kill_process_group(Pid::from_child(child), Signal::KILL).unwrap_or_default();
     drop(child.wait());
 }
 
