@@ -55,3 +55,17 @@ impl CopiedBatch {
         self.batch.mask & !self.zero
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::stage::testing::batch;
+
+    #[test]
+    fn the_pages_in_the_buffer_are_those_that_are_not_zero() {
+        let copied = |mask, zero| CopiedBatch { batch: batch(0, mask, 1), zero, pages: None };
+        assert_eq!(copied(0b1110, 0b0110).present(), 0b1000);
+        assert_eq!(copied(u64::MAX, 0).present(), u64::MAX);
+        assert_eq!(copied(1 << 63, 1 << 63).present(), 0);
+    }
+}

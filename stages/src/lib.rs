@@ -10,16 +10,28 @@
 
 pub mod batch;
 pub mod bitmap;
+pub mod bitmap_sync;
 pub mod codec;
 pub mod digest;
 pub mod dirty_log;
+pub mod encoder;
+pub mod error;
 pub mod geometry;
 pub mod host;
+pub mod in_flight;
 mod kernel;
+pub mod loader;
 pub mod memory;
 pub mod meter;
+mod pending;
 pub mod pool;
 pub mod queue;
+pub mod receiver;
+pub mod scanner;
+pub mod sender;
+mod stage;
 pub mod tally;
+pub mod token_bucket;
 pub mod wire;
 pub mod xbzrle;
+pub mod zero_detector;

@@ -61,6 +61,17 @@ impl<T> Outlet<T> {
         }
         sent.map_err(|_| Closed)
     }
+
+    /// Puts an item into the queue if there is room, and drops it if there is none.
+    ///
+    /// # Errors
+    /// [`Closed`] if nobody will take it.
+    pub fn offer(&self, item: T) -> Result<(), Closed> {
+        match self.sender.try_send(item) {
+            Ok(()) | Err(async_channel::TrySendError::Full(_)) => Ok(()),
+            Err(async_channel::TrySendError::Closed(_)) => Err(Closed),
+        }
+    }
 }
 
 /// The end that a stage takes from.
@@ -96,5 +107,105 @@ impl<T> Inlet<T> {
     #[must_use]
     pub fn try_next(&self) -> Option<T> {
         self.receiver.try_recv().ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use futures::FutureExt;
+
+    use super::*;
+    use crate::stage::testing::{block_on, drain, meter};
+
+    const WAIT: Duration = Duration::from_millis(20);
+
+    #[test]
+    fn a_queue_holds_its_capacity_and_not_one_more() {
+        let (outlet, inlet) = bounded(3);
+        let mut puts: Vec<_> = (0..5).map(|item| Box::pin(outlet.put(item))).collect();
+        let done: Vec<_> = puts.iter_mut().map(|put| put.as_mut().now_or_never() == Some(Ok(()))).collect();
+        assert_eq!(done, [true, true, true, false, false]);
+        assert_eq!(drain(&inlet), [0, 1, 2]);
+    }
+
+    #[test]
+    fn what_was_put_is_taken_before_the_end_is_seen() {
+        block_on(async {
+            let (outlet, inlet) = bounded(2);
+            outlet.put(7).await.unwrap();
+            drop(outlet);
+            assert_eq!((inlet.next().await, inlet.next().await), (Some(7), None));
+        });
+    }
+
+    #[test]
+    fn putting_fails_when_nobody_will_take_it_also_while_it_waits() {
+        block_on(async {
+            let (outlet, inlet) = bounded(1);
+            outlet.put(1).await.unwrap();
+            let leave = async { drop(inlet) };
+            assert_eq!(tokio::join!(outlet.put(2), leave).0, Err(Closed));
+            assert_eq!(outlet.put(3).await, Err(Closed));
+        });
+    }
+
+    #[test]
+    fn a_take_that_is_given_up_takes_nothing() {
+        block_on(async {
+            let (outlet, inlet) = bounded(1);
+            for item in 0..10 {
+                assert_eq!(inlet.next().now_or_never(), None);
+                outlet.put(item).await.unwrap();
+                assert_eq!(inlet.next().await, Some(item));
+            }
+        });
+    }
+
+    #[test]
+    fn each_end_counts_its_own_waits_and_nothing_else() {
+        let (putter, taker) = (meter(), meter());
+        let (outlet, inlet) = bounded(1);
+        let (outlet, inlet) = (outlet.metered(&putter), inlet.metered(&taker));
+        block_on(async {
+            outlet.put(0).await.unwrap();
+            inlet.next().await.unwrap();
+            assert_eq!((putter.read().output_wait, taker.read().input_wait), (Duration::ZERO, Duration::ZERO));
+            let late = async {
+                tokio::time::sleep(WAIT).await;
+                outlet.put(1).await.unwrap();
+            };
+            tokio::join!(inlet.next(), late);
+            assert_eq!(putter.read().output_wait, Duration::ZERO);
+            outlet.put(2).await.unwrap();
+            let late = async {
+                tokio::time::sleep(WAIT).await;
+                inlet.next().await
+            };
+            tokio::join!(outlet.put(3), late).0.unwrap();
+        });
+        assert!(taker.read().input_wait >= WAIT && putter.read().output_wait >= WAIT);
+        assert_eq!((putter.read().input_wait, taker.read().output_wait), (Duration::ZERO, Duration::ZERO));
+    }
+
+    #[test]
+    fn a_long_backlog_lets_others_have_their_turn() {
+        const ITEMS: usize = 10_000;
+        let turns = block_on(async {
+            let (outlet, inlet) = bounded(ITEMS);
+            for item in 0..ITEMS {
+                outlet.put(item).await.unwrap();
+            }
+            drop(outlet);
+            let consumer = tokio::spawn(async move { while inlet.next().await.is_some() {} });
+            let mut turns = 0;
+            while !consumer.is_finished() {
+                turns += 1;
+                tokio::task::yield_now().await;
+            }
+            turns
+        });
+        assert!(turns >= ITEMS / 256, "{turns} turns beside {ITEMS} items");
     }
 }

@@ -1,9 +1,26 @@
-//! The head that every frame has, and the checks that come before anything else is believed.
+//! The head that every frame has, and the checks that come before anything else is believed. Its box stands in [`super`];
+//! the seed of its checksum is the bytes `mferry-1` as a little-endian number.
+//!
+//! The head, the checksum behind a body's fields and the first ten bytes of a Hello are the same in every version of the
+//! protocol, so that a reader can name the version of a peer that it does not understand.
 
-use crate::geometry::PageSize;
+use std::fmt;
+
+use xxhash_rust::xxh3::xxh3_64_with_seed;
+
+pub use super::error::{FrameError, WireError};
+use super::{messages, pages};
+use crate::geometry::{MAX_LANES, PageSize};
 
 /// Bytes of a frame's head.
 pub const HEAD_BYTES: usize = 16;
+/// The most bytes that follow the head of a frame whose kind is unknown.
+pub const MAX_UNKNOWN_BYTES: u32 = 1 << 20;
+
+/// Seed of the head's checksum: a run of zeros, or of anything else, is no head.
+const HEAD_SEED: u64 = u64::from_le_bytes(*b"mferry-1");
+/// The only flag.
+const MUST_UNDERSTAND: u8 = 1;
 
 /// What a frame is. The number is its byte on the wire.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -47,6 +64,83 @@ pub enum Kind {
     StartFailed = 39,
 }
 
+impl Kind {
+    /// Every kind, in the order of their numbers.
+    pub const ALL: [Self; 18] = [
+        Self::Hello,
+        Self::State,
+        Self::Blocks,
+        Self::Pages,
+        Self::RoundComplete,
+        Self::Switchover,
+        Self::Digests,
+        Self::Go,
+        Self::Abort,
+        Self::End,
+        Self::Accept,
+        Self::Ready,
+        Self::Progress,
+        Self::PageHashes,
+        Self::Loaded,
+        Self::Running,
+        Self::Refused,
+        Self::StartFailed,
+    ];
+
+    /// The kind of a byte, if this version knows it.
+    #[must_use]
+    pub fn from_u8(byte: u8) -> Option<Self> {
+        Self::ALL.into_iter().find(|&kind| kind as u8 == byte)
+    }
+
+    /// Its name, for messages.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Hello => "Hello",
+            Self::State => "State",
+            Self::Blocks => "Blocks",
+            Self::Pages => "Pages",
+            Self::RoundComplete => "RoundComplete",
+            Self::Switchover => "Switchover",
+            Self::Digests => "Digests",
+            Self::Go => "Go",
+            Self::Abort => "Abort",
+            Self::End => "End",
+            Self::Accept => "Accept",
+            Self::Ready => "Ready",
+            Self::Progress => "Progress",
+            Self::PageHashes => "PageHashes",
+            Self::Loaded => "Loaded",
+            Self::Running => "Running",
+            Self::Refused => "Refused",
+            Self::StartFailed => "StartFailed",
+        }
+    }
+
+    /// Does a frame of this kind belong to a lane? All others are control frames.
+    #[must_use]
+    pub fn is_of_lane(self) -> bool {
+        matches!(self, Self::Pages | Self::RoundComplete | Self::Switchover)
+    }
+
+    /// The most bytes that follow the head of a frame of this kind.
+    #[must_use]
+    pub fn max_bytes(self, page_size: PageSize) -> u32 {
+        let bytes = match self {
+            Self::Pages => pages::MAX_HEAD_BYTES + page_size.extent_bytes(),
+            message => messages::max_body_bytes(message),
+        };
+        u32::try_from(bytes).expect("every bound is a few MiB")
+    }
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
 /// The head of a frame, believed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FrameHead {
@@ -60,43 +154,70 @@ pub struct FrameHead {
     pub length: u32,
 }
 
-/// Why a frame is refused. The offset of the frame in its stream is added by whoever reads ([`FrameError`]).
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum WireError {
-    /// The head's checksum does not match: damage, or no memferry stream at all.
-    #[error("the frame head is damaged (checksum mismatch), or this is not a memferry stream")]
-    HeadChecksum,
-    // … the implementer completes this list: one variant for each thing that a peer can get wrong, with the figures.
-    /// What a field holds cannot be.
-    #[error("{0}")]
-    Field(String),
-}
-
-/// What was wrong, and where.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("frame at byte {offset} of {stream}: {error}")]
-pub struct FrameError {
-    /// Where the frame began, in bytes from the stream's start.
-    pub offset: u64,
-    /// Which stream: "connection 0", a file's name.
-    pub stream: String,
-    /// What is wrong.
-    pub error: WireError,
-}
-
 impl FrameHead {
+    /// The head of a frame of this version: every kind of it must be understood.
+    ///
+    /// # Panics
+    /// If a control frame is given a lane other than 0, or `lane` is not below [`MAX_LANES`].
+    #[must_use]
+    pub fn new(kind: Kind, lane: u16, length: u32) -> Self {
+        check_lane(kind, lane).unwrap_or_else(|error| panic!("{error}"));
+        Self { kind: kind as u8, must_understand: true, lane, length }
+    }
+
     /// Reads a head: checksum first, then the fields (unknown flags are refused), then the length against what the kind
-    /// may have at most.
+    /// may have at most, and the lane. A head that is returned is of a known kind, or of one that can be skipped.
     ///
     /// # Errors
-    /// [`WireError`] for damage or a length out of bounds.
+    /// [`WireError`] for damage, a kind that must be understood and is not known, a length or a lane out of bounds.
     pub fn parse(bytes: &[u8; HEAD_BYTES], page_size: PageSize) -> Result<Self, WireError> {
-        todo!()
+        let [kind, flags, lane0, lane1, l0, l1, l2, l3, ..] = *bytes;
+        if *bytes != seal([kind, flags, lane0, lane1, l0, l1, l2, l3]) {
+            return Err(WireError::HeadChecksum);
+        }
+        if flags & !MUST_UNDERSTAND != 0 {
+            return Err(WireError::UnknownFlags { flags: flags & !MUST_UNDERSTAND });
+        }
+        let (lane, length) = (u16::from_le_bytes([lane0, lane1]), u32::from_le_bytes([l0, l1, l2, l3]));
+        let head = Self { kind, must_understand: flags & MUST_UNDERSTAND != 0, lane, length };
+        head.check(page_size)?;
+        Ok(head)
     }
 
     /// The head's bytes.
     #[must_use]
     pub fn to_bytes(self) -> [u8; HEAD_BYTES] {
-        todo!()
+        let [lane0, lane1] = self.lane.to_le_bytes();
+        let [l0, l1, l2, l3] = self.length.to_le_bytes();
+        seal([self.kind, u8::from(self.must_understand), lane0, lane1, l0, l1, l2, l3])
     }
+
+    fn check(self, page_size: PageSize) -> Result<(), WireError> {
+        let known = Kind::from_u8(self.kind);
+        if known.is_none() && self.must_understand {
+            return Err(WireError::UnknownKind { kind: self.kind });
+        }
+        let most = known.map_or(MAX_UNKNOWN_BYTES, |kind| kind.max_bytes(page_size));
+        if self.length > most {
+            return Err(WireError::TooLong { kind: self.kind, length: self.length, most });
+        }
+        known.map_or(Ok(()), |kind| check_lane(kind, self.lane))
+    }
+}
+
+fn check_lane(kind: Kind, lane: u16) -> Result<(), WireError> {
+    match (kind.is_of_lane(), lane) {
+        (true, MAX_LANES..) => Err(WireError::Lane { kind, lane }),
+        (false, 1..) => Err(WireError::ControlLane { kind, lane }),
+        _ => Ok(()),
+    }
+}
+
+/// Puts the checksum behind a head's fields.
+pub(super) fn seal(fields: [u8; 8]) -> [u8; HEAD_BYTES] {
+    let checksum = xxh3_64_with_seed(&fields, HEAD_SEED);
+    let mut bytes = [0; HEAD_BYTES];
+    bytes[..8].copy_from_slice(&fields);
+    bytes[8..].copy_from_slice(&checksum.to_le_bytes());
+    bytes
 }

@@ -1,15 +1,51 @@
 //! Hello: who speaks, in which version, with which features, on which of how many connections.
+//!
+//! ```text
+//! fields of the body
+//! ┌─────────┬───────────┬────────────┬──────────────┬───────────────┬─────────┬─────────────┬──────────────┐
+//! │ magic 8 │ version 2 │ session 16 │ connection 2 │ connections 2 │ lanes 2 │ page size 4 │ features n 2 │
+//! ├─────────┴───────────┴────────────┴──────────────┴───────────────┴─────────┴─────────────┴──────────────┤
+//! │ n times: required 1 (0 or 1) │ name: length 1, UTF-8                                                   │
+//! └────────────────────────────────────────────────────────────────────────────────────────────────────────┘
+//! ```
+//!
+//! Magic is checked first, then the version; nothing behind a strange version is believed.
 
 use std::fmt;
+use std::fs::File;
+use std::io::{self, Read};
 
-use crate::geometry::PageSize;
+use super::PROTOCOL_VERSION;
+use super::error::WireError;
+use super::fields::{Fields, within};
+use super::put::{put_list, put_name};
+use crate::geometry::{MAX_LANES, PageSize};
 
 /// First bytes of every stream's Hello body: what `file` and a port's listener recognise it by.
 pub const MAGIC: [u8; 8] = *b"memferry";
 
+/// The most features of a stream.
+pub const MAX_FEATURES: usize = 64;
+/// The longest name of a feature, in bytes of UTF-8.
+pub const MAX_FEATURE_NAME: usize = 64;
+/// The most bytes of a Hello's fields: more than this version needs, so that a later one can still be named.
+pub(super) const MAX_FIELDS: usize = 16 << 10;
+
 /// A random number that names one migration: all its connections say the same.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct SessionId(pub [u8; 16]);
+
+impl SessionId {
+    /// A number from the system's generator.
+    ///
+    /// # Errors
+    /// When `/dev/urandom` cannot be read.
+    pub fn random() -> io::Result<Self> {
+        let mut bytes = [0; 16];
+        File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+        Ok(Self(bytes))
+    }
+}
 
 impl fmt::Debug for SessionId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -65,6 +101,55 @@ pub struct Features {
     pub verify: bool,
 }
 
+impl Features {
+    /// The features that are used, by name. All of them are required: the stream makes no sense without them.
+    #[must_use]
+    pub fn to_list(self) -> Vec<Feature> {
+        let used = self.named().into_iter().filter(|&(_, used)| used);
+        used.map(|(name, _)| Feature { name: name.to_owned(), required: true }).collect()
+    }
+
+    /// The known features of a list; unknown optional ones are passed over.
+    ///
+    /// # Errors
+    /// [`WireError::UnknownFeatures`] with the names of those that are required and unknown.
+    pub fn from_list(list: &[Feature]) -> Result<Self, WireError> {
+        let mut features = Self::default();
+        let mut unknown = Vec::new();
+        for feature in list {
+            match features.by_name(&feature.name) {
+                Some(used) => *used = true,
+                None if feature.required => unknown.push(feature.name.clone()),
+                None => {}
+            }
+        }
+        if unknown.is_empty() { Ok(features) } else { Err(WireError::UnknownFeatures { names: unknown }) }
+    }
+
+    fn named(self) -> [(&'static str, bool); 6] {
+        [
+            (feature::CHECKSUM, self.checksum),
+            (feature::SNAP, self.snap),
+            (feature::LZ4, self.lz4),
+            (feature::ZSTD, self.zstd),
+            (feature::XBZRLE, self.xbzrle),
+            (feature::VERIFY, self.verify),
+        ]
+    }
+
+    fn by_name(&mut self, name: &str) -> Option<&mut bool> {
+        match name {
+            feature::CHECKSUM => Some(&mut self.checksum),
+            feature::SNAP => Some(&mut self.snap),
+            feature::LZ4 => Some(&mut self.lz4),
+            feature::ZSTD => Some(&mut self.zstd),
+            feature::XBZRLE => Some(&mut self.xbzrle),
+            feature::VERIFY => Some(&mut self.verify),
+            _ => None,
+        }
+    }
+}
+
 /// The first frame of a connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Hello {
@@ -82,4 +167,69 @@ pub struct Hello {
     pub page_size: PageSize,
     /// What the stream uses.
     pub features: Vec<Feature>,
+}
+
+impl Hello {
+    /// # Panics
+    /// If a number, a list or a name is out of its bounds.
+    pub(super) fn put(&self, out: &mut Vec<u8>) {
+        self.check().unwrap_or_else(|error| panic!("{error}"));
+        out.extend(MAGIC);
+        out.extend(self.version.to_le_bytes());
+        out.extend(self.session.0);
+        out.extend(self.connection.to_le_bytes());
+        out.extend(self.connections.to_le_bytes());
+        out.extend(self.lanes.to_le_bytes());
+        let page_size = u32::try_from(self.page_size.bytes()).expect("at most 64 KiB");
+        out.extend(page_size.to_le_bytes());
+        put_list(out, &self.features, 0..=MAX_FEATURES, |out, feature| {
+            out.push(u8::from(feature.required));
+            put_name(out, &feature.name, MAX_FEATURE_NAME);
+        });
+    }
+
+    pub(super) fn take(fields: &mut Fields<'_>) -> Result<Self, WireError> {
+        let found = fields.array("magic")?;
+        if found != MAGIC {
+            return Err(WireError::Magic { found });
+        }
+        let version = fields.u16("version")?;
+        if version != PROTOCOL_VERSION {
+            return Err(WireError::Version { theirs: version, ours: PROTOCOL_VERSION });
+        }
+        let hello = Self {
+            version,
+            session: SessionId(fields.array("session")?),
+            connection: fields.u16("connection")?,
+            connections: fields.u16("number of connections")?,
+            lanes: fields.u16("number of lanes")?,
+            page_size: take_page_size(fields)?,
+            features: fields.list("number of features", 0..=MAX_FEATURES, take_feature)?,
+        };
+        hello.check()?;
+        Ok(hello)
+    }
+
+    fn check(&self) -> Result<(), WireError> {
+        within("number of lanes", self.lanes.into(), 1..=MAX_LANES.into())?;
+        within("number of connections", self.connections.into(), 1..=self.lanes.into())?;
+        within("connection", self.connection.into(), 0..=u64::from(self.connections) - 1)?;
+        let twice = |(index, feature): &(usize, &Feature)| {
+            self.features[..*index].iter().any(|before| before.name == feature.name)
+        };
+        match self.features.iter().enumerate().find(twice) {
+            Some((_, feature)) => Err(WireError::FeatureTwice { name: feature.name.clone() }),
+            None => Ok(()),
+        }
+    }
+}
+
+fn take_page_size(fields: &mut Fields<'_>) -> Result<PageSize, WireError> {
+    let bytes = fields.u32("page size")?;
+    PageSize::new(bytes.into()).ok_or(WireError::PageSize { bytes })
+}
+
+fn take_feature(fields: &mut Fields<'_>) -> Result<Feature, WireError> {
+    let required = fields.bool("the required byte of a feature")?;
+    Ok(Feature { required, name: fields.name("length of a feature's name", MAX_FEATURE_NAME)? })
 }

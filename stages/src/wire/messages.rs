@@ -1,9 +1,41 @@
 //! Every frame but Pages, as a typed value: the control messages of both directions.
+//!
+//! The fields of each body, in order and with their bytes; their xxh3-64 follows them (see [`super`]).
+//!
+//! ```text
+//! ┌───────────────┬──────────────────────────────────────────────────────────────────────────────────────┐
+//! │ Hello         │ see hello                                                                            │
+//! │ State         │ phase 1 · end 1 · version 4 · section: name · length 4 · bytes                       │
+//! │ Blocks        │ list of (id: name · length 8 · guest address 8 · backing page size 8)                │
+//! │ RoundComplete │ round 4 · last 1 · counts 8 each: batches · pages · zero · raw · compressed ·        │
+//! │               │ xbzrle · unchanged · misses · overflows · bytes in · bytes out                       │
+//! │ Switchover    │                                                                                      │
+//! │ Digests       │ block 4 · first stretch 8 · list of (xxh3-128 16 · masks n 1 · n masks 8 each);      │
+//! │               │ the masks of left out pages end with the last that is not 0                          │
+//! │ Go            │ run state 1                                                                          │
+//! │ Abort         │ reason                                                                               │
+//! │ End           │ run state 1 · frames 8                                                               │
+//! │ Accept        │ list of name                                                                         │
+//! │ Ready         │                                                                                      │
+//! │ Progress      │ bytes 8 · list of (frames of a lane 8)                                               │
+//! │ PageHashes    │ block 4 · first page 8 · list of (xxh3-64 8)                                         │
+//! │ Loaded        │ verified 1                                                                           │
+//! │ Running       │                                                                                      │
+//! │ Refused       │ reason                                                                               │
+//! │ StartFailed   │ reason                                                                               │
+//! └───────────────┴──────────────────────────────────────────────────────────────────────────────────────┘
+//!
+//! name:   length 1 (never 0) · UTF-8           list: count 2 · items
+//! reason: length 2 · UTF-8                     phase, run state, end, last, verified: 0 or 1
+//! ```
+//!
+//! A value has one form only: what decodes is what would be encoded.
 
 use bytes::Bytes;
 
-use super::hello::Hello;
-use crate::geometry::{BlockInfo, PageAt};
+use super::frame::Kind;
+use super::hello::{self, Hello, MAX_FEATURE_NAME, MAX_FEATURES};
+use crate::geometry::{BlockInfo, MAX_BLOCK_ID, MAX_BLOCKS, MAX_LANES, PageAt};
 use crate::tally::RoundTally;
 
 /// The longest reason that Abort, Refused and StartFailed carry, in bytes of UTF-8; longer ones are cut by the sender.
@@ -14,6 +46,18 @@ pub const MAX_STATE_CHUNK: usize = 1 << 20;
 pub const MAX_STATE_BYTES: u64 = 256 << 20;
 /// The most stretches whose digests stand in one frame.
 pub const MAX_DIGESTS: usize = 4096;
+
+/// The longest name of a section of state, in bytes of UTF-8.
+pub const MAX_SECTION_NAME: usize = 255;
+/// The most extents of a stretch, and so the masks that one digest may leave out.
+pub const MAX_STRETCH_EXTENTS: usize = 8;
+/// The most pages of a stretch, and so the hashes in one PageHashes.
+pub const MAX_STRETCH_PAGES: usize = MAX_STRETCH_EXTENTS * u64::BITS as usize;
+/// The most that a count of a tally may be: far above any guest, and any number of lanes adds up without overflow.
+pub const MAX_COUNT: u64 = 1 << 56;
+
+/// Bytes of the checksum behind the fields.
+pub(super) const CHECKSUM_BYTES: usize = 8;
 
 /// When a section of state is given to the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -94,11 +138,11 @@ pub enum Message {
     Go(RunState),
     /// The sender gives up; why.
     Abort(String),
-    /// The end mark of a file: the guest's run state and how many frames stand before this one.
+    /// The end mark: all state, digests and pages have been sent. In a file it is the last frame.
     End {
         /// What the guest was doing.
         run_state: RunState,
-        /// Frames before this one.
+        /// Pages frames of all lanes.
         frames: u64,
     },
     /// The destination takes part; the optional features it accepts.
@@ -125,4 +169,53 @@ pub enum Message {
     Refused(String),
     /// The destination began to start the guest and failed.
     StartFailed(String),
+}
+
+impl Message {
+    /// The kind of frame it travels in.
+    #[must_use]
+    pub fn kind(&self) -> Kind {
+        match self {
+            Self::Hello(_) => Kind::Hello,
+            Self::State(_) => Kind::State,
+            Self::Blocks(_) => Kind::Blocks,
+            Self::RoundComplete(_) => Kind::RoundComplete,
+            Self::Switchover => Kind::Switchover,
+            Self::Digests { .. } => Kind::Digests,
+            Self::Go(_) => Kind::Go,
+            Self::Abort(_) => Kind::Abort,
+            Self::End { .. } => Kind::End,
+            Self::Accept(_) => Kind::Accept,
+            Self::Ready => Kind::Ready,
+            Self::Progress(_) => Kind::Progress,
+            Self::PageHashes { .. } => Kind::PageHashes,
+            Self::Loaded { .. } => Kind::Loaded,
+            Self::Running => Kind::Running,
+            Self::Refused(_) => Kind::Refused,
+            Self::StartFailed(_) => Kind::StartFailed,
+        }
+    }
+}
+
+/// The most bytes that the body of a message of this kind may have.
+///
+/// # Panics
+/// For Pages, which is no message.
+pub(super) fn max_body_bytes(kind: Kind) -> usize {
+    let fields = match kind {
+        Kind::Hello => hello::MAX_FIELDS,
+        Kind::State => 1 + 1 + 4 + (1 + MAX_SECTION_NAME) + (4 + MAX_STATE_CHUNK),
+        Kind::Blocks => 2 + MAX_BLOCKS * (1 + MAX_BLOCK_ID + 3 * 8),
+        Kind::Pages => unreachable!("Pages is no message"),
+        Kind::RoundComplete => 4 + 1 + 11 * 8,
+        Kind::Digests => 4 + 8 + 2 + MAX_DIGESTS * (16 + 1 + MAX_STRETCH_EXTENTS * 8),
+        Kind::Go | Kind::Loaded => 1,
+        Kind::End => 1 + 8,
+        Kind::Accept => 2 + MAX_FEATURES * (1 + MAX_FEATURE_NAME),
+        Kind::Progress => 8 + 2 + MAX_LANES as usize * 8,
+        Kind::PageHashes => 4 + 8 + 2 + MAX_STRETCH_PAGES * 8,
+        Kind::Abort | Kind::Refused | Kind::StartFailed => 2 + MAX_REASON,
+        Kind::Switchover | Kind::Ready | Kind::Running => 0,
+    };
+    fields + CHECKSUM_BYTES
 }

@@ -4,14 +4,14 @@
 //!
 //! ```text
 //! head, 16 bytes
-//! ┌────────┬────────┬────────┬──────────┬─────────────────────────────┐
-//! │ kind 1 │flags 1 │ lane 2 │ length 4 │ xxh3-64 of the 8 before   8 │
-//! └────────┴────────┴────────┴──────────┴─────────────────────────────┘
+//! ┌────────┬─────────┬────────┬──────────┬───────────────────────────────────┐
+//! │ kind 1 │ flags 1 │ lane 2 │ length 4 │ seeded xxh3-64 of the 8 before  8 │
+//! └────────┴─────────┴────────┴──────────┴───────────────────────────────────┘
 //!   flags: bit 0 = must be understood; all others 0
-//!   lane: 0 for control frames
+//!   lane: of Pages, RoundComplete and Switchover; 0 for all others, which are control frames
 //!   length: bytes that follow the head; at most what the kind allows, checked before anything is allocated
 //!
-//! body of every kind but Pages
+//! body of every kind but Pages; its fields: see [`messages`] and [`hello`]
 //! ┌───────────────────────┬─────────────────────────────┐
 //! │ fields   length - 8   │ xxh3-64 of the fields     8 │
 //! └───────────────────────┴─────────────────────────────┘
@@ -25,15 +25,25 @@
 //! Direction: source to destination carries Hello, State, Blocks, Pages, RoundComplete, Switchover, Digests, Go, Abort, End;
 //! the return path carries Accept, Ready, Progress, PageHashes, Loaded, Running, Refused, StartFailed, Abort.
 
+pub mod error;
+mod fields;
 pub mod frame;
 pub mod hello;
 pub mod messages;
 pub mod pages;
+mod put;
+pub mod reader;
+mod take;
 
+pub use error::{FrameError, WireError};
 pub use frame::{FrameHead, HEAD_BYTES, Kind};
 pub use hello::{Features, Hello, SessionId};
 pub use messages::Message;
 pub use pages::{PageEncoding, PagesHead};
+pub use reader::{FrameReader, Incoming, PagesFrame, ReadError};
 
 /// The version of the stream's format. A peer of another version is refused with both versions named.
 pub const PROTOCOL_VERSION: u16 = 1;
+
+#[cfg(test)]
+mod tests;

@@ -18,8 +18,14 @@
 //! all zero. The payload's hash is 0 where the `payload-xxh3` feature is off. One frame is sent for each batch, even if
 //! it brings no page: the count of frames in a lane is what Progress acknowledges.
 
-use super::frame::WireError;
-use crate::geometry::{ExtentAt, Layout};
+use std::fmt;
+
+use xxhash_rust::xxh3::xxh3_64;
+
+use super::error::WireError;
+use super::fields::{Fields, within};
+use super::frame::{FrameHead, HEAD_BYTES, Kind};
+use crate::geometry::{ExtentAt, Layout, PageSize, bits};
 
 /// How a page's bytes are coded. The number is on the wire.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -37,10 +43,60 @@ pub enum PageEncoding {
     Xbzrle = 5,
 }
 
+impl PageEncoding {
+    /// The encoding of a byte, if this version knows it.
+    #[must_use]
+    pub fn from_u8(byte: u8) -> Option<Self> {
+        [Self::Raw, Self::Snap, Self::Lz4, Self::Zstd, Self::Xbzrle].into_iter().find(|&known| known as u8 == byte)
+    }
+
+    /// The least and the most bytes that a page has in this encoding.
+    fn page_bytes(self, page_size: PageSize) -> (u32, u32) {
+        let page = u32::try_from(page_size.bytes()).expect("at most 64 KiB");
+        match self {
+            Self::Raw => (page, page),
+            Self::Snap | Self::Lz4 | Self::Zstd => (1, page - 1),
+            Self::Xbzrle => (1, page),
+        }
+    }
+}
+
+impl fmt::Display for PageEncoding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Raw => "raw",
+            Self::Snap => "snap",
+            Self::Lz4 => "lz4",
+            Self::Zstd => "zstd",
+            Self::Xbzrle => "xbzrle",
+        })
+    }
+}
+
 /// Bytes of the fixed part of a Pages body.
 pub const FIXED_BYTES: usize = 40;
+/// Bytes of one page's descriptor.
+const DESCRIPTOR_BYTES: usize = 4;
+/// Bytes of the checksum of what stands before the payload.
+const CHECKSUM_BYTES: usize = 8;
 /// The most bytes that stand before the payload: fixed part, 64 descriptors, checksum.
-pub const MAX_HEAD_BYTES: usize = FIXED_BYTES + 64 * 4 + 8;
+pub const MAX_HEAD_BYTES: usize = FIXED_BYTES + 64 * DESCRIPTOR_BYTES + CHECKSUM_BYTES;
+/// The fewest: of a frame that brings only zero pages, or none.
+pub const MIN_HEAD_BYTES: usize = FIXED_BYTES + CHECKSUM_BYTES;
+
+/// Bytes before the payload, told by the masks of the fixed part.
+#[must_use]
+pub fn head_bytes(fixed: &[u8; FIXED_BYTES]) -> usize {
+    let word = |at: usize| u64::from_le_bytes(fixed[at..at + 8].try_into().expect("8 bytes"));
+    let (mask, zero) = (word(16), word(24));
+    MIN_HEAD_BYTES + (mask & !zero).count_ones() as usize * DESCRIPTOR_BYTES
+}
+
+/// The xxh3-64 of a payload; never 0, which stands for no hash.
+#[must_use]
+pub fn payload_hash(payload: &[u8]) -> u64 {
+    xxh3_64(payload).max(1)
+}
 
 /// What stands before the payload of a Pages frame.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -67,9 +123,31 @@ impl PagesHead {
     }
 
     /// The frame's head and the body up to the payload, as they go on the wire in front of it.
+    ///
+    /// # Panics
+    /// If `zero` has a page that `mask` has not, `pages` is not one for each page of `mask & !zero`, or `lane` is not below
+    /// [`crate::geometry::MAX_LANES`].
     #[must_use]
     pub fn to_bytes(&self, lane: u16) -> bytes::Bytes {
-        todo!()
+        assert_eq!(self.zero & !self.mask, 0, "zero pages outside the mask");
+        assert_eq!((self.mask & !self.zero).count_ones() as usize, self.pages.len(), "a descriptor for each page");
+        let payload = u32::try_from(self.payload_bytes()).expect("an extent is at most 4 MiB");
+        let head_bytes = MIN_HEAD_BYTES + self.pages.len() * DESCRIPTOR_BYTES;
+        let length = u32::try_from(head_bytes).expect("a few hundred") + payload;
+        let mut out = Vec::with_capacity(HEAD_BYTES + head_bytes);
+        out.extend(FrameHead::new(Kind::Pages, lane, length).to_bytes());
+        for field in [self.at.block, self.at.extent, self.round, payload] {
+            out.extend(field.to_le_bytes());
+        }
+        for field in [self.mask, self.zero, self.payload_hash] {
+            out.extend(field.to_le_bytes());
+        }
+        for &(encoding, bytes) in &self.pages {
+            out.extend((encoding as u32 | bytes << 8).to_le_bytes());
+        }
+        let checksum = xxh3_64(&out[HEAD_BYTES..]);
+        out.extend(checksum.to_le_bytes());
+        out.into()
     }
 
     /// Reads a body up to its payload (`bytes` is that part and no more) and checks all of it against the layout: block,
@@ -78,6 +156,87 @@ impl PagesHead {
     /// # Errors
     /// [`WireError`] with what is wrong and both figures.
     pub fn parse(bytes: &[u8], frame_length: u32, layout: &Layout) -> Result<Self, WireError> {
-        todo!()
+        let short = WireError::Short { field: "the head of a Pages frame", needs: MIN_HEAD_BYTES, left: bytes.len() };
+        let (checked, checksum) = bytes.split_last_chunk::<CHECKSUM_BYTES>().ok_or(short)?;
+        if xxh3_64(checked) != u64::from_le_bytes(*checksum) {
+            return Err(WireError::BodyChecksum { kind: Kind::Pages });
+        }
+        let mut fields = Fields::new(checked);
+        let at = ExtentAt { block: fields.u32("block")?, extent: fields.u32("extent")? };
+        let round = fields.u32("round")?;
+        let payload = fields.u32("payload bytes")?;
+        let [mask, zero, payload_hash] =
+            [fields.u64("mask")?, fields.u64("zero mask")?, fields.u64("hash of the payload")?];
+        within("round", round.into(), 1..=u32::MAX.into())?;
+        check_masks(at, mask, zero, layout)?;
+        let pages = take_descriptors(&mut fields, at, mask & !zero, layout.page_size())?;
+        fields.end()?;
+        let head = Self { at, round, mask, zero, payload_hash, pages };
+        head.check_lengths(payload, bytes.len(), frame_length)?;
+        Ok(head)
     }
+
+    /// Is this the payload that was sent? To be asked where the `payload-xxh3` feature is on. An empty payload cannot be
+    /// damaged.
+    ///
+    /// # Errors
+    /// [`WireError::PayloadHash`] if it is another one.
+    pub fn check_payload(&self, payload: &[u8]) -> Result<(), WireError> {
+        let found = payload_hash(payload);
+        if payload.is_empty() || found == self.payload_hash {
+            Ok(())
+        } else {
+            Err(WireError::PayloadHash { said: self.payload_hash, found })
+        }
+    }
+
+    fn check_lengths(&self, payload: u32, head_bytes: usize, frame_length: u32) -> Result<(), WireError> {
+        let sum = self.payload_bytes() as u64;
+        if sum != u64::from(payload) {
+            return Err(WireError::PayloadSum { sum, payload });
+        }
+        let parts = head_bytes as u64 + sum;
+        if parts == u64::from(frame_length) {
+            Ok(())
+        } else {
+            Err(WireError::FrameLength { length: frame_length, parts })
+        }
+    }
+}
+
+fn check_masks(at: ExtentAt, mask: u64, zero: u64, layout: &Layout) -> Result<(), WireError> {
+    let blocks = layout.block_count();
+    if at.block >= blocks {
+        return Err(WireError::NoBlock { block: at.block, blocks });
+    }
+    let extents = layout.block_extents(at.block);
+    if at.extent >= extents {
+        return Err(WireError::NoExtent { at, extents });
+    }
+    let valid = layout.valid_mask(at);
+    if mask & !valid != 0 {
+        return Err(WireError::BeyondBlock { at, mask, valid });
+    }
+    if zero & !mask != 0 { Err(WireError::ZeroOutside { zero, mask }) } else { Ok(()) }
+}
+
+fn take_descriptors(
+    fields: &mut Fields<'_>,
+    at: ExtentAt,
+    present: u64,
+    page_size: PageSize,
+) -> Result<Vec<(PageEncoding, u32)>, WireError> {
+    let mut pages = Vec::with_capacity(present.count_ones() as usize);
+    for bit in bits(present) {
+        let [encoding, bytes @ ..] = fields.array::<DESCRIPTOR_BYTES>("descriptors")?;
+        let [b0, b1, b2] = bytes;
+        let (page, bytes) = (at.page(bit), u32::from_le_bytes([b0, b1, b2, 0]));
+        let encoding = PageEncoding::from_u8(encoding).ok_or(WireError::UnknownEncoding { page, encoding })?;
+        let (least, most) = encoding.page_bytes(page_size);
+        if !(least..=most).contains(&bytes) {
+            return Err(WireError::PageBytes { page, encoding, bytes, least, most });
+        }
+        pages.push((encoding, bytes));
+    }
+    Ok(pages)
 }

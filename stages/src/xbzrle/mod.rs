@@ -9,12 +9,22 @@
 //!
 //! The encoding is QEMU's, bit for bit (migration/xbzrle.c, version 10.2): runs are maximal, and a page overflows by
 //! exactly QEMU's tests. A run length ends at 0x3fff, so pages larger than 8 KiB are coded as [`PIECE_BYTES`] pieces, each
-//! with a u16 length in front (0 = this piece is equal).
+//! with a u16 length in front (0 = this piece is equal). A piece that overflows, alone among pieces that do not, is
+//! written as one run of all its bytes; only if the pieces do not fit into a page together does the page overflow.
+//!
+//! A delta from a peer is a [`Delta`] only once it has been checked whole. [`XbzrleCache`] keeps what to encode against.
 
 pub mod cache;
+mod delta;
+mod differences;
+mod encode;
 pub mod naive;
 
+#[cfg(test)]
+mod tests;
+
 pub use cache::XbzrleCache;
+pub use delta::{Delta, DeltaError};
 
 /// The longest run that can be written.
 pub const MAX_RUN: usize = 0x3fff;
@@ -32,51 +42,19 @@ pub enum Encoded {
     Overflow,
 }
 
-/// Encodes `new` against `old`, a page of any size, into `out`; a delta never takes more than a page.
+/// Encodes `new` against `old`, a page of any size, into `out`; a delta never takes more than a page. Beyond the delta
+/// `out` is left with anything.
 ///
 /// # Panics
-/// If the three do not have the same length, or it is no multiple of 8.
+/// If the three do not have the same length, or it is no multiple of 8, or of [`PIECE_BYTES`] if it is coded in pieces.
 pub fn encode_page(old: &[u8], new: &[u8], out: &mut [u8]) -> Encoded {
-    todo!()
+    assert_sizes(old, new, out);
+    if new.len() <= MAX_RUN { encode::encode(old, new, out) } else { encode::encode_pieces(old, new, out) }
 }
 
-/// Why bytes are no delta of a page.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum DeltaError {
-    /// Ends in the middle.
-    #[error("it ends in the middle of a run at byte {at}")]
-    Truncated {
-        /// Offset in the delta.
-        at: usize,
-    },
-}
-
-/// A delta that was checked from its first byte to its last: applying it cannot fail.
-#[derive(Clone, Copy, Debug)]
-pub struct Delta<'a> {
-    bytes: &'a [u8],
-    page_bytes: usize,
-}
-
-impl<'a> Delta<'a> {
-    /// Checks a whole delta of a page of `page_bytes`.
-    ///
-    /// # Errors
-    /// A [`DeltaError`] with the offset of the first byte that cannot be.
-    pub fn parse(bytes: &'a [u8], page_bytes: usize) -> Result<Self, DeltaError> {
-        todo!()
-    }
-
-    /// The runs of new bytes as (offset in the page, bytes), in order.
-    pub fn runs(&self) -> impl Iterator<Item = (usize, &'a [u8])> {
-        std::iter::empty()
-    }
-
-    /// Patches the old copy of the page.
-    ///
-    /// # Panics
-    /// If `page` is not of the size the delta was checked for.
-    pub fn apply(&self, page: &mut [u8]) {
-        todo!()
-    }
+fn assert_sizes(old: &[u8], new: &[u8], out: &[u8]) {
+    let lengths = (old.len(), new.len(), out.len());
+    assert!(lengths.0 == lengths.1 && lengths.1 == lengths.2, "old, new and out of different lengths: {lengths:?}");
+    let unit = if new.len() <= MAX_RUN { 8 } else { PIECE_BYTES };
+    assert!(new.len().is_multiple_of(unit), "a page of {} bytes is no multiple of {unit}", new.len());
 }

@@ -1,0 +1,219 @@
+//! Stage: encoder. Makes the frames of a lane.
+//!
+//! - **Takes** copied batches and the marks between them.
+//! - **Gives** [`Outgoing`] frames, for each batch exactly one, whatever it comes to: the count of frames in a lane is what
+//!   the destination acknowledges.
+//! - **Owns** its lane's share of the XBZRLE cache, and the compressor.
+//! - **Promises** law 5: the choice of encoding changes where the first RoundComplete passes, and only there. And law 6:
+//!   once a page is sent, the cache holds of it what the destination holds, or nothing.
+//!
+//! ```text
+//! a page ──▶ page_coder: which encoding? ──▶ payload: where do its bytes stand? ──▶ here: the frame
+//!                 └─▶ reference: what does the destination hold?
+//! ```
+//!
+//! It takes buffers of a pool of its own while it holds one of the detector's (law 9). Where all pages of a batch go raw,
+//! the detector's buffer is the payload and no byte is copied.
+
+mod page_coder;
+mod payload;
+mod reference;
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use crate::batch::{Batch, CopiedBatch, Item};
+use crate::codec::Codec;
+use crate::error::StageError;
+use crate::geometry::{ExtentAt, PageSize, bits};
+use crate::meter::Meter;
+use crate::pool::{BufferPool, PooledBuffer};
+use crate::queue::{Inlet, Outlet};
+use crate::stage::Stage;
+use crate::tally::RoundTally;
+use crate::wire::pages::payload_hash;
+use crate::wire::{Message, PageEncoding, PagesHead};
+use page_coder::{Coded, PageCoder};
+use payload::Payload;
+
+/// How pages are to be encoded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct EncoderPlan {
+    /// Compressor of the first round; of every round where `delta` is `None`.
+    pub compress: Option<Codec>,
+    /// Deltas, from the first RoundComplete on.
+    pub delta: Option<DeltaPlan>,
+    /// Does each payload carry its xxh3-64?
+    pub checksum: bool,
+}
+
+/// How deltas are made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeltaPlan {
+    /// Bytes of the cache: this lane's share.
+    pub cache_bytes: u64,
+    /// Compressor of pages that miss the cache or whose delta is not smaller; without one they go raw.
+    pub on_miss: Option<Codec>,
+    /// Do pages enter the cache in the first round already?
+    pub cache_first_round: bool,
+}
+
+/// A frame for the sender, or as much of one as stands before its payload.
+#[derive(Debug)]
+pub struct Outgoing {
+    /// The lane whose frame it is.
+    pub lane: u16,
+    /// The frame's head and its body up to the payload; a whole frame where there is no payload.
+    pub head: Bytes,
+    /// The payload.
+    pub payload: Option<PooledBuffer>,
+    /// What is reached when this frame is sent.
+    pub mark: Option<Mark>,
+}
+
+/// What a frame stands for, for the sender to report.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mark {
+    /// All frames of the round stand before this one in the lane; the figures are complete.
+    RoundComplete(RoundTally),
+    /// The lane's last frame.
+    Switchover,
+}
+
+/// The stage: see the module.
+#[derive(Debug)]
+pub struct Encoder {
+    lane: u16,
+    page_size: PageSize,
+    checksum: bool,
+    coder: PageCoder,
+    pool: BufferPool,
+    /// What was counted since the last RoundComplete.
+    counted: RoundTally,
+    /// The head of the frame that is being made; its list of pages is used again and again.
+    head: PagesHead,
+    stage: Stage,
+}
+
+impl Encoder {
+    /// The encoder of one lane. A buffer of `pool`, which is not the detector's, holds a whole extent. The meter counts
+    /// batches, their pages, and the bytes of the Pages frames made of them.
+    #[must_use]
+    pub fn new(lane: u16, page_size: PageSize, plan: EncoderPlan, pool: BufferPool, meter: Arc<Meter>) -> Self {
+        let at = ExtentAt { block: 0, extent: 0 };
+        Self {
+            lane,
+            page_size,
+            checksum: plan.checksum,
+            coder: PageCoder::new(page_size, &plan),
+            pool,
+            counted: RoundTally::default(),
+            head: PagesHead { at, round: 0, mask: 0, zero: 0, payload_hash: 0, pages: Vec::with_capacity(64) },
+            stage: Stage::new("encoder", Some(lane), meter),
+        }
+    }
+
+    /// The most bytes that its cache takes.
+    #[must_use]
+    pub fn bound_bytes(&self) -> u64 {
+        self.coder.bound_bytes()
+    }
+
+    /// Runs until the switchover has passed, or there is no more input.
+    ///
+    /// # Errors
+    /// When the next stage has ended.
+    pub async fn run(mut self, input: Inlet<Item<CopiedBatch>>, output: Outlet<Outgoing>) -> Result<(), StageError> {
+        let (input, output) = (input.metered(&self.stage.meter), output.metered(&self.stage.meter));
+        while let Some(item) = input.next().await {
+            let outgoing = match item {
+                Item::Batch(copied) => self.encode(copied).await,
+                Item::RoundComplete(tally) => self.round_complete(tally),
+                Item::Switchover => self.mark(&Message::Switchover, Mark::Switchover),
+            };
+            let over = outgoing.mark == Some(Mark::Switchover);
+            output.put(outgoing).await.map_err(|closed| self.stage.fails(closed))?;
+            if over {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// The frame of a batch.
+    async fn encode(&mut self, copied: CopiedBatch) -> Outgoing {
+        let CopiedBatch { batch, zero, pages } = copied;
+        self.head.pages.clear();
+        for bit in bits(zero) {
+            self.coder.zero(batch.at.page(bit), &batch);
+        }
+        let (unchanged, payload) = match pages {
+            Some(pages) => {
+                let own = self.stage.take_buffer(&self.pool).await;
+                self.code(&batch, batch.mask & !zero, Payload::new(self.page_size.bytes(), pages, own))
+            }
+            None => (0, None),
+        };
+        self.head.at = batch.at;
+        self.head.round = batch.round;
+        self.head.mask = batch.mask & !unchanged;
+        self.head.zero = zero;
+        self.frame(payload, &batch)
+    }
+
+    /// Codes the pages that stand in the payload's buffer, and lists them in the head. Returns those that are not sent.
+    fn code(&mut self, batch: &Batch, present: u64, mut payload: Payload) -> (u64, Option<PooledBuffer>) {
+        let mut unchanged = 0;
+        for bit in bits(present) {
+            let (page, room) = payload.next_page();
+            match self.coder.code(batch.at.page(bit), page, batch, room, &mut self.counted) {
+                Coded::Unchanged => {
+                    payload.leave_out();
+                    unchanged |= 1 << bit;
+                }
+                Coded::Raw => {
+                    payload.push_raw();
+                    self.list(PageEncoding::Raw, self.page_size.bytes());
+                }
+                Coded::As(encoding, bytes) => {
+                    payload.push_coded(bytes);
+                    self.list(encoding, bytes);
+                }
+            }
+        }
+        (unchanged, payload.finish())
+    }
+
+    fn list(&mut self, encoding: PageEncoding, bytes: usize) {
+        self.head.pages.push((encoding, u32::try_from(bytes).expect("no more than a page")));
+    }
+
+    fn frame(&mut self, payload: Option<PooledBuffer>, batch: &Batch) -> Outgoing {
+        self.head.payload_hash = match &payload {
+            Some(payload) if self.checksum => payload_hash(payload),
+            _ => 0,
+        };
+        let head = self.head.to_bytes(self.lane);
+        let bytes = (head.len() + payload.as_ref().map_or(0, |payload| payload.len())) as u64;
+        self.counted.bytes_out += bytes;
+        self.stage.meter.count(u64::from(batch.mask.count_ones()), bytes);
+        Outgoing { lane: self.lane, head, payload, mark: None }
+    }
+
+    /// The round's figures are complete here, and the choice of encoding may change.
+    fn round_complete(&mut self, mut tally: RoundTally) -> Outgoing {
+        tally += RoundTally { round: tally.round, ..std::mem::take(&mut self.counted) };
+        debug_assert_eq!(
+            tally.zero + tally.raw + tally.compressed + tally.xbzrle + tally.unchanged,
+            tally.pages,
+            "the encodings add up: {tally:?}"
+        );
+        self.coder.round_complete();
+        self.mark(&Message::RoundComplete(tally), Mark::RoundComplete(tally))
+    }
+
+    fn mark(&self, message: &Message, mark: Mark) -> Outgoing {
+        Outgoing { lane: self.lane, head: message.encode(self.lane), payload: None, mark: Some(mark) }
+    }
+}

@@ -1,0 +1,81 @@
+//! The payload of one frame, as its pages are coded one by one.
+//!
+//! As long as all pages stay raw, the buffer that the detector filled is the payload as it stands. The first page that is
+//! coded, or left out, ends that: the raw pages before it are copied in one piece, and the payload grows in a buffer of
+//! its own.
+
+use crate::pool::PooledBuffer;
+
+/// A payload that grows page by page.
+#[derive(Debug)]
+pub(super) struct Payload {
+    page_bytes: usize,
+    /// The pages to be coded, whole, one after another.
+    pages: PooledBuffer,
+    /// How many of them are done.
+    done: usize,
+    /// Where coded pages are put; as long as `pages` at least.
+    own: PooledBuffer,
+    /// Is the payload in `own`? Else it is what is done of `pages`.
+    apart: bool,
+    /// Its bytes.
+    bytes: usize,
+}
+
+impl Payload {
+    /// An empty payload for the pages in a buffer.
+    ///
+    /// # Panics
+    /// If `own` is the shorter buffer.
+    pub(super) fn new(page_bytes: usize, pages: PooledBuffer, own: PooledBuffer) -> Self {
+        assert!(own.capacity() >= pages.len(), "{} bytes of pages for {} of room", pages.len(), own.capacity());
+        Self { page_bytes, pages, done: 0, own, apart: false, bytes: 0 }
+    }
+
+    /// The next page, and room of a page's size for what it is coded as.
+    pub(super) fn next_page(&mut self) -> (&[u8], &mut [u8]) {
+        let start = self.done * self.page_bytes;
+        let room = &mut self.own.space()[self.bytes..self.bytes + self.page_bytes];
+        (&self.pages[start..start + self.page_bytes], room)
+    }
+
+    /// The next page goes as it is.
+    pub(super) fn push_raw(&mut self) {
+        if self.apart {
+            let (page, room) = self.next_page();
+            room.copy_from_slice(page);
+        }
+        self.done += 1;
+        self.bytes += self.page_bytes;
+    }
+
+    /// The next page goes as the first `bytes` of its room.
+    pub(super) fn push_coded(&mut self, bytes: usize) {
+        self.set_apart();
+        self.done += 1;
+        self.bytes += bytes;
+    }
+
+    /// The next page does not go.
+    pub(super) fn leave_out(&mut self) {
+        self.set_apart();
+        self.done += 1;
+    }
+
+    /// The buffer with the payload in it, unless it is empty.
+    pub(super) fn finish(mut self) -> Option<PooledBuffer> {
+        if !self.apart {
+            return Some(self.pages);
+        }
+        self.own.set_filled(self.bytes);
+        (self.bytes > 0).then_some(self.own)
+    }
+
+    /// From here on the payload is in the buffer of its own.
+    fn set_apart(&mut self) {
+        if !self.apart {
+            self.own.space()[..self.bytes].copy_from_slice(&self.pages[..self.bytes]);
+            self.apart = true;
+        }
+    }
+}

@@ -1,0 +1,108 @@
+//! Why a stage ended before its time.
+
+use std::fmt;
+use std::io;
+
+use crate::geometry::PageAt;
+use crate::queue::Closed;
+use crate::wire::frame::FrameError;
+use crate::wire::reader::ReadError;
+
+/// The error of one stage: which one, and what happened. Its text holds the cause's.
+#[derive(Debug, thiserror::Error)]
+#[error("{stage}{}: {cause}", Number(stage, *lane))]
+pub struct StageError {
+    /// The stage: "scanner", "encoder", …
+    pub stage: &'static str,
+    /// Its lane (for sender and receiver: its connection), if there is one of it for each.
+    pub lane: Option<u16>,
+    /// What happened.
+    pub cause: Cause,
+}
+
+impl StageError {
+    /// Did it end only because a neighbour had ended? Then another stage's error is the one to report.
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        matches!(self.cause, Cause::Closed(_))
+    }
+}
+
+/// What ended a stage.
+#[derive(Debug, thiserror::Error)]
+pub enum Cause {
+    /// A neighbour ended first.
+    #[error(transparent)]
+    Closed(#[from] Closed),
+    /// Guest memory could not be read or written.
+    #[error("{doing} {at}: {error}")]
+    Memory {
+        /// What was tried: "cannot read from", "cannot write".
+        doing: &'static str,
+        /// The page, or the first of several.
+        at: PageAt,
+        /// Why it failed.
+        error: io::Error,
+    },
+    /// A dirty log failed.
+    #[error("the dirty log cannot be {doing}: {error}")]
+    Log {
+        /// What was tried: "synced", "re-armed".
+        doing: &'static str,
+        /// Why it failed.
+        error: io::Error,
+    },
+    /// A frame that cannot be.
+    #[error(transparent)]
+    Frame(#[from] FrameError),
+    /// A stream could not be read: a frame that cannot be, damage, an early end, or the transport.
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    /// The transport failed.
+    #[error("the transport failed: {0}")]
+    Transport(#[source] io::Error),
+}
+
+/// " of lane 2", or nothing. A sender and a receiver belong to a connection.
+struct Number<'a>(&'a str, Option<u16>);
+
+impl fmt::Display for Number<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self.1, self.0) {
+            (None, _) => Ok(()),
+            (Some(number), "sender" | "receiver") => write!(f, " of connection {number}"),
+            (Some(number), _) => write!(f, " of lane {number}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_says_which_stage_of_which_lane() {
+        let error = |stage, lane, cause| StageError { stage, lane, cause }.to_string();
+        let at = PageAt { block: 1, page: 640 };
+        let short = || io::Error::new(io::ErrorKind::UnexpectedEof, "the file ends at byte 7");
+        assert_eq!(
+            error("zero-page detector", Some(2), Cause::Memory { doing: "cannot read from", at, error: short() }),
+            "zero-page detector of lane 2: cannot read from page 640 of block 1: the file ends at byte 7"
+        );
+        assert_eq!(
+            error("bitmap sync", None, Cause::Log { doing: "synced", error: short() }),
+            "bitmap sync: the dirty log cannot be synced: the file ends at byte 7"
+        );
+        assert_eq!(
+            error("sender", Some(0), Cause::Transport(short())),
+            "sender of connection 0: the transport failed: the file ends at byte 7"
+        );
+    }
+
+    #[test]
+    fn only_a_neighbours_end_is_closed() {
+        let error = |cause| StageError { stage: "encoder", lane: Some(0), cause };
+        assert!(error(Closed.into()).is_closed());
+        assert!(!error(Cause::Transport(io::ErrorKind::BrokenPipe.into())).is_closed());
+    }
+}

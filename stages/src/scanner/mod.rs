@@ -1,0 +1,153 @@
+//! Stage: dirty scanner. Takes dirty pages from the bitmap and deals them to the lanes.
+//!
+//! - **Takes** a [`ScanOrder`] from the controller: one round.
+//! - **Gives** each lane its batches in address order and, behind them in the same queue, the round's
+//!   [`RoundComplete`](Item::RoundComplete) (law 5); a [`RoundScanned`] to the controller. The last round ends with
+//!   [`Switchover`](Item::Switchover) in every lane.
+//! - **Owns** nothing: the bitmap belongs to all.
+//! - **Promises** law 1: every bit that is set when its word is taken is in exactly one batch, no other is in any. And law 2:
+//!   the word is taken, then the logs are re-armed for its bits, and only then does the batch go where it is read. What is
+//!   taken is [`InFlight`] before it is anywhere else, so it can be given back whenever the migration ends.
+//!
+//! A clean word costs a load, a dirty one a swap and a put. When a lane is full the scanner waits, and so nothing is taken
+//! that has no place to go.
+
+use std::sync::Arc;
+
+use crate::batch::{Batch, Item};
+use crate::bitmap::DirtyBitmap;
+use crate::dirty_log::DirtyLog;
+use crate::error::{Cause, StageError};
+use crate::geometry::{ExtentAt, LaneMap};
+use crate::in_flight::InFlight;
+use crate::meter::Meter;
+use crate::queue::{Inlet, Outlet};
+use crate::stage::Stage;
+use crate::tally::RoundTally;
+
+/// Scan the bitmap once, from its first word to its last.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ScanOrder {
+    /// The round's number, from 1.
+    pub round: u32,
+    /// Is the guest paused, and this the last round?
+    pub last: bool,
+}
+
+/// The scan reached the bitmap's end; its batches are on their way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RoundScanned {
+    /// As in the order.
+    pub round: u32,
+    /// Pages that were taken, all lanes together.
+    pub pages: u64,
+}
+
+/// The stage: see the module.
+#[derive(Debug)]
+pub struct Scanner {
+    bitmap: Arc<DirtyBitmap>,
+    untouched: Option<Arc<DirtyBitmap>>,
+    logs: Vec<Arc<dyn DirtyLog>>,
+    lanes: LaneMap,
+    in_flight: Arc<InFlight>,
+    stage: Stage,
+}
+
+impl Scanner {
+    /// A scanner of `bitmap` for the lanes of the map. The meter counts batches, their pages and the bytes of these.
+    ///
+    /// `untouched` are pages that were never touched when the `logs` were armed already: they are marked so in the first
+    /// batch that takes them, once. If a sync may come before the first scan, it must know them too
+    /// ([`BitmapSync::with_untouched`](crate::bitmap_sync::BitmapSync::with_untouched)).
+    #[must_use]
+    pub fn new(
+        bitmap: Arc<DirtyBitmap>,
+        untouched: Option<Arc<DirtyBitmap>>,
+        logs: Vec<Arc<dyn DirtyLog>>,
+        lanes: LaneMap,
+        in_flight: Arc<InFlight>,
+        meter: Arc<Meter>,
+    ) -> Self {
+        Self { bitmap, untouched, logs, lanes, in_flight, stage: Stage::new("scanner", None, meter) }
+    }
+
+    /// Runs until the last round is scanned, or there are no more orders.
+    ///
+    /// # Errors
+    /// When a log cannot be re-armed, or a lane or the controller has ended.
+    ///
+    /// # Panics
+    /// If there is not one queue for each lane of the map.
+    pub async fn run(
+        self,
+        input: Inlet<ScanOrder>,
+        lanes: Vec<Outlet<Item<Batch>>>,
+        scanned: Outlet<RoundScanned>,
+    ) -> Result<(), StageError> {
+        assert_eq!(lanes.len(), usize::from(self.lanes.lanes()), "queues for the lanes");
+        let (input, scanned) = (input.metered(&self.stage.meter), scanned.metered(&self.stage.meter));
+        let lanes: Vec<_> = lanes.into_iter().map(|lane| lane.metered(&self.stage.meter)).collect();
+        while let Some(order) = input.next().await {
+            let pages = self.scan(order, &lanes).await?;
+            self.put(&scanned, RoundScanned { round: order.round, pages }).await?;
+            if order.last {
+                for lane in &lanes {
+                    self.put(lane, Item::Switchover).await?;
+                }
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// One round: every lane gets its batches and then its RoundComplete. Returns how many pages were taken.
+    async fn scan(&self, order: ScanOrder, lanes: &[Outlet<Item<Batch>>]) -> Result<u64, StageError> {
+        let mut tallies = vec![RoundTally::new(order.round, order.last); lanes.len()];
+        for at in self.bitmap.extents() {
+            let Some(batch) = self.take(at, order)? else { continue };
+            let lane = self.lanes.lane(at);
+            self.in_flight.record(lane, &batch);
+            self.count(&batch, &mut tallies[usize::from(lane)]);
+            self.put(&lanes[usize::from(lane)], Item::Batch(batch)).await?;
+        }
+        for (lane, &tally) in lanes.iter().zip(&tallies) {
+            self.put(lane, Item::RoundComplete(tally)).await?;
+        }
+        Ok(tallies.iter().map(|tally| tally.pages).sum())
+    }
+
+    /// Takes a word: clear, then re-arm (law 2). It is read by whoever gets the batch.
+    fn take(&self, at: ExtentAt, order: ScanOrder) -> Result<Option<Batch>, StageError> {
+        let mask = self.bitmap.take(at);
+        if mask == 0 {
+            return Ok(None);
+        }
+        let untouched = self.untouched.as_ref().map_or(0, |untouched| untouched.take_mask(at, mask));
+        for log in &self.logs {
+            log.rearm(at, mask).map_err(|error| {
+                self.bitmap.set_mask(at, mask);
+                self.stage.fails(Cause::Log { doing: "re-armed", error })
+            })?;
+        }
+        Ok(Some(Batch { at, mask, untouched, round: order.round, last: order.last }))
+    }
+
+    fn count(&self, batch: &Batch, tally: &mut RoundTally) {
+        let pages = u64::from(batch.mask.count_ones());
+        let bytes = pages * self.bitmap.layout().page_size().bytes() as u64;
+        tally.batches += 1;
+        tally.pages += pages;
+        tally.bytes_in += bytes;
+        self.stage.meter.count(pages, bytes);
+    }
+
+    /// Puts, and lets other tasks have their turn: a queue that always has room never makes the scanner wait.
+    async fn put<T>(&self, outlet: &Outlet<T>, item: T) -> Result<(), StageError> {
+        tokio::task::coop::consume_budget().await;
+        outlet.put(item).await.map_err(|closed| self.stage.fails(closed))
+    }
+}
+
+#[cfg(test)]
+mod tests;

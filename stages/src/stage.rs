@@ -1,0 +1,77 @@
+//! What every stage carries: its name and its meter, from which its errors and its waits are made.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use crate::error::{Cause, StageError};
+use crate::meter::Meter;
+use crate::pool::{BufferPool, PooledBuffer};
+
+#[cfg(test)]
+pub(crate) mod testing;
+
+/// The identity of a running stage. When it is dropped, at the stage's end or when its task is, its meter stops.
+#[derive(Debug)]
+pub(crate) struct Stage {
+    name: &'static str,
+    lane: Option<u16>,
+    /// Where its work and its waits are counted.
+    pub(crate) meter: Arc<Meter>,
+}
+
+impl Stage {
+    /// The stage `name`, of a lane if there is one for each.
+    pub(crate) fn new(name: &'static str, lane: Option<u16>, meter: Arc<Meter>) -> Self {
+        Self { name, lane, meter }
+    }
+
+    /// This stage's error with that cause.
+    pub(crate) fn fails(&self, cause: impl Into<Cause>) -> StageError {
+        StageError { stage: self.name, lane: self.lane, cause: cause.into() }
+    }
+
+    /// A buffer of a pool; waiting for one counts as waiting for output, for it is the stages behind that hold them.
+    pub(crate) async fn take_buffer(&self, pool: &BufferPool) -> PooledBuffer {
+        if let Some(buffer) = pool.try_take() {
+            return buffer;
+        }
+        let since = Instant::now();
+        let buffer = pool.take().await;
+        self.meter.waited_for_output(since);
+        buffer
+    }
+}
+
+impl Drop for Stage {
+    fn drop(&mut self) {
+        self.meter.end();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn waiting_for_a_buffer_counts_as_waiting_for_output_and_the_meter_stops_with_the_stage() {
+        let stage = Stage::new("test", None, testing::meter());
+        let meter = stage.meter.clone();
+        let pool = BufferPool::new(1, 8);
+        testing::block_on(async {
+            let held = stage.take_buffer(&pool).await;
+            assert_eq!(meter.read().output_wait, Duration::ZERO);
+            let release = async {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+                drop(held);
+            };
+            tokio::join!(stage.take_buffer(&pool), release);
+        });
+        drop(stage);
+        let reading = meter.read();
+        assert!(reading.output_wait >= Duration::from_millis(20), "{reading:?}");
+        std::thread::sleep(Duration::from_millis(1));
+        assert_eq!(meter.read(), reading);
+    }
+}

@@ -1,0 +1,76 @@
+//! What the tests of the stages share: guests to work on, and queues whose other end is the test.
+
+use std::sync::Arc;
+
+use crate::batch::{Batch, Item};
+use crate::bitmap::DirtyBitmap;
+use crate::geometry::{BlockInfo, ExtentAt, Layout, PageSize};
+use crate::memory::{GuestMemory, MappedMemory, Memory, RamBlock};
+use crate::meter::Meter;
+use crate::queue::Inlet;
+
+/// The page size of so many KiB.
+pub(crate) fn page_size(kib: u64) -> PageSize {
+    PageSize::new(kib << 10).expect("4 to 64")
+}
+
+/// What a block of so many bytes is.
+pub(crate) fn block(index: usize, length: u64) -> BlockInfo {
+    BlockInfo { id: format!("ram{index}"), length, guest_address: 0, backing_page_size: 4096 }
+}
+
+/// Blocks of these lengths.
+pub(crate) fn layout(page_size: PageSize, lengths: &[u64]) -> Layout {
+    let blocks = lengths.iter().enumerate().map(|(index, &length)| block(index, length));
+    Layout::new(page_size, blocks.collect()).expect("a few blocks")
+}
+
+/// A guest over these memories.
+pub(crate) fn guest(page_size: PageSize, memories: Vec<Arc<dyn Memory>>) -> GuestMemory {
+    let ram = |(index, memory): (usize, Arc<dyn Memory>)| RamBlock {
+        info: block(index, memory.length()),
+        memory,
+        fresh: true,
+    };
+    GuestMemory::new(page_size, memories.into_iter().enumerate().map(ram).collect()).expect("a few blocks")
+}
+
+/// Memory of this process.
+pub(crate) fn mapped(length: u64) -> Arc<MappedMemory> {
+    Arc::new(MappedMemory::anonymous(usize::try_from(length).expect("a few MiB")).expect("memory"))
+}
+
+/// A meter that nobody reads.
+pub(crate) fn meter() -> Arc<Meter> {
+    Meter::start("test", None)
+}
+
+/// A batch of the first block.
+pub(crate) fn batch(extent: u32, mask: u64, round: u32) -> Batch {
+    Batch { at: ExtentAt { block: 0, extent }, mask, untouched: 0, round, last: false }
+}
+
+/// Everything in a queue by now.
+pub(crate) fn drain<T>(inlet: &Inlet<T>) -> Vec<T> {
+    std::iter::from_fn(|| inlet.try_next()).collect()
+}
+
+/// The batches among items.
+pub(crate) fn batches<B>(items: Vec<Item<B>>) -> Vec<B> {
+    let batch = |item| match item {
+        Item::Batch(batch) => Some(batch),
+        _ => None,
+    };
+    items.into_iter().filter_map(batch).collect()
+}
+
+/// The words of a bitmap.
+pub(crate) fn words(bitmap: &DirtyBitmap) -> Vec<u64> {
+    bitmap.extents().map(|at| bitmap.peek(at)).collect()
+}
+
+/// Runs a test's future on this thread, with a thread beside it where blocking is allowed.
+pub(crate) fn block_on<T>(future: impl Future<Output = T>) -> T {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    runtime.block_on(future)
+}

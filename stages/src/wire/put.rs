@@ -1,0 +1,144 @@
+//! Messages into bytes. What is out of its bounds here is our own mistake, and an assertion.
+
+use std::ops::RangeInclusive;
+
+use bytes::Bytes;
+use xxhash_rust::xxh3::xxh3_64;
+
+use super::frame::{FrameHead, HEAD_BYTES};
+use super::hello::{MAX_FEATURE_NAME, MAX_FEATURES};
+use super::messages::{
+    CHECKSUM_BYTES, MAX_DIGESTS, MAX_REASON, MAX_SECTION_NAME, MAX_STATE_CHUNK, MAX_STRETCH_PAGES, Message, Progress,
+    StateChunk, StretchDigest,
+};
+use crate::geometry::{BlockInfo, MAX_BLOCK_ID, MAX_BLOCKS, MAX_LANES, PageAt};
+use crate::tally::RoundTally;
+
+impl Message {
+    /// The whole frame, head included. A reason longer than [`MAX_REASON`] is cut at the end of a character.
+    ///
+    /// # Panics
+    /// If a control message is given a lane other than 0, or a list, a name or a chunk is out of its bounds.
+    #[must_use]
+    pub fn encode(&self, lane: u16) -> Bytes {
+        let mut frame = vec![0; HEAD_BYTES];
+        self.put_fields(&mut frame);
+        let checksum = xxh3_64(&frame[HEAD_BYTES..]);
+        frame.extend(checksum.to_le_bytes());
+        let length = u32::try_from(frame.len() - HEAD_BYTES).expect("bounded by kind");
+        frame[..HEAD_BYTES].copy_from_slice(&FrameHead::new(self.kind(), lane, length).to_bytes());
+        frame.into()
+    }
+
+    fn put_fields(&self, out: &mut Vec<u8>) {
+        match self {
+            Self::Hello(hello) => hello.put(out),
+            Self::State(chunk) => put_state(out, chunk),
+            Self::Blocks(blocks) => put_list(out, blocks, 1..=MAX_BLOCKS, put_block),
+            Self::RoundComplete(tally) => put_tally(out, tally),
+            Self::Digests { block, first, stretches } => put_digests(out, *block, *first, stretches),
+            Self::Go(run_state) => out.push(*run_state as u8),
+            Self::End { run_state, frames } => {
+                out.push(*run_state as u8);
+                out.extend(frames.to_le_bytes());
+            }
+            Self::Accept(names) => {
+                put_list(out, names, 0..=MAX_FEATURES, |out, name| put_name(out, name, MAX_FEATURE_NAME));
+            }
+            Self::Progress(progress) => put_progress(out, progress),
+            Self::PageHashes { first, hashes } => put_page_hashes(out, *first, hashes),
+            Self::Loaded { verified } => out.push(u8::from(*verified)),
+            Self::Abort(reason) | Self::Refused(reason) | Self::StartFailed(reason) => put_reason(out, reason),
+            Self::Switchover | Self::Ready | Self::Running => {}
+        }
+    }
+}
+
+fn put_state(out: &mut Vec<u8>, chunk: &StateChunk) {
+    assert!(chunk.bytes.len() <= MAX_STATE_CHUNK, "a chunk of {} bytes, at most {MAX_STATE_CHUNK}", chunk.bytes.len());
+    out.reserve_exact(chunk.bytes.len() + chunk.name.len() + 11 + CHECKSUM_BYTES);
+    out.extend([chunk.phase as u8, u8::from(chunk.end)]);
+    out.extend(chunk.version.to_le_bytes());
+    put_name(out, &chunk.name, MAX_SECTION_NAME);
+    out.extend(u32::try_from(chunk.bytes.len()).expect("at most MAX_STATE_CHUNK").to_le_bytes());
+    out.extend_from_slice(&chunk.bytes);
+}
+
+fn put_block(out: &mut Vec<u8>, block: &BlockInfo) {
+    put_name(out, &block.id, MAX_BLOCK_ID);
+    for number in [block.length, block.guest_address, block.backing_page_size] {
+        out.extend(number.to_le_bytes());
+    }
+}
+
+fn put_tally(out: &mut Vec<u8>, tally: &RoundTally) {
+    out.extend(tally.round.to_le_bytes());
+    out.push(u8::from(tally.last));
+    let counts = [
+        tally.batches,
+        tally.pages,
+        tally.zero,
+        tally.raw,
+        tally.compressed,
+        tally.xbzrle,
+        tally.unchanged,
+        tally.xbzrle_misses,
+        tally.xbzrle_overflows,
+        tally.bytes_in,
+        tally.bytes_out,
+    ];
+    for count in counts {
+        out.extend(count.to_le_bytes());
+    }
+}
+
+fn put_digests(out: &mut Vec<u8>, block: u32, first: u64, stretches: &[StretchDigest]) {
+    out.extend(block.to_le_bytes());
+    out.extend(first.to_le_bytes());
+    put_list(out, stretches, 1..=MAX_DIGESTS, |out, digest| {
+        out.extend(digest.hash.to_le_bytes());
+        let words = digest.left_out.iter().rposition(|&mask| mask != 0).map_or(0, |last| last + 1);
+        out.push(u8::try_from(words).expect("at most 8"));
+        for mask in &digest.left_out[..words] {
+            out.extend(mask.to_le_bytes());
+        }
+    });
+}
+
+fn put_page_hashes(out: &mut Vec<u8>, first: PageAt, hashes: &[u64]) {
+    out.extend(first.block.to_le_bytes());
+    out.extend(first.page.to_le_bytes());
+    put_list(out, hashes, 1..=MAX_STRETCH_PAGES, |out, hash| out.extend(hash.to_le_bytes()));
+}
+
+fn put_progress(out: &mut Vec<u8>, progress: &Progress) {
+    out.extend(progress.bytes.to_le_bytes());
+    put_list(out, &progress.frames, 0..=MAX_LANES.into(), |out, frames| out.extend(frames.to_le_bytes()));
+}
+
+fn put_reason(out: &mut Vec<u8>, reason: &str) {
+    let reason = &reason[..reason.floor_char_boundary(MAX_REASON)];
+    out.extend(u16::try_from(reason.len()).expect("at most MAX_REASON").to_le_bytes());
+    out.extend(reason.as_bytes());
+}
+
+/// A name: its length in a byte, then its bytes.
+pub(super) fn put_name(out: &mut Vec<u8>, name: &str, most: usize) {
+    assert!((1..=most).contains(&name.len()), "a name of {} bytes, 1 to {most} are possible", name.len());
+    out.push(u8::try_from(name.len()).expect("no name is longer than 255 bytes"));
+    out.extend(name.as_bytes());
+}
+
+/// A list: its count in two bytes, then its items.
+pub(super) fn put_list<T>(
+    out: &mut Vec<u8>,
+    items: &[T],
+    counts: RangeInclusive<usize>,
+    put: impl Fn(&mut Vec<u8>, &T),
+) {
+    assert!(counts.contains(&items.len()), "a list of {} items, {counts:?} are possible", items.len());
+    out.extend(u16::try_from(items.len()).expect("no list is longer than 65535").to_le_bytes());
+    for item in items {
+        put(out, item);
+    }
+}

@@ -1,0 +1,164 @@
+//! Bytes into messages. Every byte may be a peer's lie: nothing is believed before it is checked.
+
+use bytes::Bytes;
+use xxhash_rust::xxh3::xxh3_64;
+
+use super::error::WireError;
+use super::fields::{Fields, within};
+use super::frame::Kind;
+use super::hello::{Hello, MAX_FEATURE_NAME, MAX_FEATURES};
+use super::messages::{
+    CHECKSUM_BYTES, MAX_COUNT, MAX_DIGESTS, MAX_REASON, MAX_SECTION_NAME, MAX_STATE_CHUNK, MAX_STRETCH_EXTENTS,
+    MAX_STRETCH_PAGES, Message, Progress, RunState, StateChunk, StatePhase, StretchDigest,
+};
+use crate::geometry::{BlockInfo, EXTENT_PAGES, MAX_BLOCK_ID, MAX_BLOCKS, MAX_LANES, PageAt};
+use crate::tally::RoundTally;
+
+/// The most extents, and so stretches, of a block.
+const MAX_EXTENTS: u64 = u32::MAX as u64;
+
+impl Message {
+    /// Reads a body: the checksum of its fields first, then field after field, each within its bounds, and nothing behind
+    /// the last. What it needs to know of the migration (is there such a block?) is checked by whoever knows it.
+    ///
+    /// # Errors
+    /// [`WireError`] with what is wrong and the figures.
+    ///
+    /// # Panics
+    /// For [`Kind::Pages`], which is no message.
+    pub fn decode(kind: Kind, body: &[u8]) -> Result<Self, WireError> {
+        let mut fields = Fields::new(checked_fields(kind, body)?);
+        let message = take_message(kind, &mut fields)?;
+        fields.end()?;
+        Ok(message)
+    }
+}
+
+/// A body without its checksum, which is right.
+fn checked_fields(kind: Kind, body: &[u8]) -> Result<&[u8], WireError> {
+    let short = WireError::Short { field: "checksum", needs: CHECKSUM_BYTES, left: body.len() };
+    let (fields, checksum) = body.split_last_chunk::<CHECKSUM_BYTES>().ok_or(short)?;
+    if xxh3_64(fields) == u64::from_le_bytes(*checksum) { Ok(fields) } else { Err(WireError::BodyChecksum { kind }) }
+}
+
+fn take_message(kind: Kind, fields: &mut Fields<'_>) -> Result<Message, WireError> {
+    Ok(match kind {
+        Kind::Hello => Message::Hello(Hello::take(fields)?),
+        Kind::State => Message::State(take_state(fields)?),
+        Kind::Blocks => Message::Blocks(fields.list("number of RAM blocks", 1..=MAX_BLOCKS, take_block)?),
+        Kind::Pages => panic!("Pages is no message"),
+        Kind::RoundComplete => Message::RoundComplete(take_tally(fields)?),
+        Kind::Switchover => Message::Switchover,
+        Kind::Digests => take_digests(fields)?,
+        Kind::Go => Message::Go(take_run_state(fields)?),
+        Kind::Abort => Message::Abort(take_reason(fields)?),
+        Kind::End => Message::End { run_state: take_run_state(fields)?, frames: fields.u64("number of frames")? },
+        Kind::Accept => Message::Accept(take_accepted(fields)?),
+        Kind::Ready => Message::Ready,
+        Kind::Progress => Message::Progress(take_progress(fields)?),
+        Kind::PageHashes => take_page_hashes(fields)?,
+        Kind::Loaded => Message::Loaded { verified: fields.bool("verified byte")? },
+        Kind::Running => Message::Running,
+        Kind::Refused => Message::Refused(take_reason(fields)?),
+        Kind::StartFailed => Message::StartFailed(take_reason(fields)?),
+    })
+}
+
+fn take_state(fields: &mut Fields<'_>) -> Result<StateChunk, WireError> {
+    let phase = fields.choice("phase of a state section", &[StatePhase::Setup, StatePhase::Device])?;
+    let end = fields.bool("end byte of a state section")?;
+    let version = fields.u32("version of a state section")?;
+    let name = fields.name("length of a state section's name", MAX_SECTION_NAME)?;
+    let length = fields.u32("length of a state chunk")?;
+    within("length of a state chunk", length.into(), 0..=MAX_STATE_CHUNK as u64)?;
+    let bytes = Bytes::copy_from_slice(fields.slice("a state chunk", length as usize)?);
+    Ok(StateChunk { phase, name, version, end, bytes })
+}
+
+fn take_block(fields: &mut Fields<'_>) -> Result<BlockInfo, WireError> {
+    Ok(BlockInfo {
+        id: fields.name("length of a RAM block's id", MAX_BLOCK_ID)?,
+        length: fields.u64("length of a RAM block")?,
+        guest_address: fields.u64("guest address of a RAM block")?,
+        backing_page_size: fields.u64("backing page size of a RAM block")?,
+    })
+}
+
+fn take_tally(fields: &mut Fields<'_>) -> Result<RoundTally, WireError> {
+    let round = fields.u32("round")?;
+    within("round", round.into(), 1..=u32::MAX.into())?;
+    let last = fields.bool("last byte of a round")?;
+    let mut count = |field| fields.u64(field).and_then(|count| within(field, count, 0..=MAX_COUNT));
+    Ok(RoundTally {
+        round,
+        last,
+        batches: count("count of batches")?,
+        pages: count("count of pages")?,
+        zero: count("count of zero pages")?,
+        raw: count("count of raw pages")?,
+        compressed: count("count of compressed pages")?,
+        xbzrle: count("count of xbzrle pages")?,
+        unchanged: count("count of unchanged pages")?,
+        xbzrle_misses: count("count of xbzrle misses")?,
+        xbzrle_overflows: count("count of xbzrle overflows")?,
+        bytes_in: count("count of bytes in")?,
+        bytes_out: count("count of bytes out")?,
+    })
+}
+
+fn take_digests(fields: &mut Fields<'_>) -> Result<Message, WireError> {
+    let block = take_block_index(fields)?;
+    let first = fields.u64("first stretch")?;
+    let stretches = fields.list("number of digests", 1..=MAX_DIGESTS, take_digest)?;
+    within("first stretch", first, 0..=MAX_EXTENTS - stretches.len() as u64)?;
+    Ok(Message::Digests { block, first, stretches })
+}
+
+fn take_digest(fields: &mut Fields<'_>) -> Result<StretchDigest, WireError> {
+    let hash = fields.u128("a digest")?;
+    let words = fields.u8("number of left out masks")?;
+    within("number of left out masks", words.into(), 0..=MAX_STRETCH_EXTENTS as u64)?;
+    let mut left_out = [0; MAX_STRETCH_EXTENTS];
+    for mask in &mut left_out[..words.into()] {
+        *mask = fields.u64("a left out mask")?;
+    }
+    match left_out[..words.into()] {
+        [.., 0] => Err(WireError::LeftOutPadded),
+        _ => Ok(StretchDigest { hash, left_out }),
+    }
+}
+
+fn take_page_hashes(fields: &mut Fields<'_>) -> Result<Message, WireError> {
+    let first = PageAt { block: take_block_index(fields)?, page: fields.u64("first page")? };
+    let hashes = fields.list("number of page hashes", 1..=MAX_STRETCH_PAGES, |fields| fields.u64("a page hash"))?;
+    within("first page", first.page, 0..=MAX_EXTENTS * EXTENT_PAGES - hashes.len() as u64)?;
+    Ok(Message::PageHashes { first, hashes })
+}
+
+fn take_accepted(fields: &mut Fields<'_>) -> Result<Vec<String>, WireError> {
+    fields.list("number of features", 0..=MAX_FEATURES, |fields| {
+        fields.name("length of a feature's name", MAX_FEATURE_NAME)
+    })
+}
+
+fn take_progress(fields: &mut Fields<'_>) -> Result<Progress, WireError> {
+    let bytes = fields.u64("bytes loaded")?;
+    let frames = fields.list("number of lanes", 0..=MAX_LANES.into(), |fields| fields.u64("frames loaded"))?;
+    Ok(Progress { bytes, frames })
+}
+
+fn take_block_index(fields: &mut Fields<'_>) -> Result<u32, WireError> {
+    let block = fields.u32("block")?;
+    within("block", block.into(), 0..=MAX_BLOCKS as u64 - 1)?;
+    Ok(block)
+}
+
+fn take_run_state(fields: &mut Fields<'_>) -> Result<RunState, WireError> {
+    fields.choice("run state", &[RunState::Running, RunState::Paused])
+}
+
+fn take_reason(fields: &mut Fields<'_>) -> Result<String, WireError> {
+    let length = fields.u16("length of a reason")?;
+    within("length of a reason", length.into(), 0..=MAX_REASON as u64)?;
+    fields.text("a reason", length.into())
+}

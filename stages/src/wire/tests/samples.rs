@@ -1,0 +1,109 @@
+//! One frame of each kind, and strategies for any of them.
+
+use bytes::Bytes;
+
+use crate::geometry::{BlockInfo, ExtentAt, Layout, PageAt, PageSize};
+use crate::tally::RoundTally;
+use crate::wire::messages::{Progress, RunState, StateChunk, StatePhase, StretchDigest};
+use crate::wire::pages::payload_hash;
+use crate::wire::{Features, Hello, Message, PROTOCOL_VERSION, PageEncoding, PagesHead, SessionId};
+
+/// Two blocks: 2 extents and 1 page, and a few bytes.
+pub(super) fn layout() -> Layout {
+    let block = |id: &str, length| BlockInfo { id: id.into(), length, guest_address: 0, backing_page_size: 4096 };
+    Layout::new(PageSize::DEFAULT, vec![block("ram", 129 * 4096), block("rom", 700)]).unwrap()
+}
+
+pub(super) fn hello() -> Hello {
+    let features = Features { checksum: true, lz4: true, xbzrle: true, ..Features::default() };
+    Hello {
+        version: PROTOCOL_VERSION,
+        session: SessionId(*b"0123456789abcdef"),
+        connection: 1,
+        connections: 2,
+        lanes: 3,
+        page_size: PageSize::DEFAULT,
+        features: features.to_list(),
+    }
+}
+
+pub(super) fn tally() -> RoundTally {
+    RoundTally {
+        round: 2,
+        last: true,
+        batches: 3,
+        pages: 15,
+        zero: 1,
+        raw: 2,
+        compressed: 3,
+        xbzrle: 4,
+        unchanged: 5,
+        xbzrle_misses: 6,
+        xbzrle_overflows: 7,
+        bytes_in: 61440,
+        bytes_out: 9000,
+    }
+}
+
+/// A message of each kind, in the order of their numbers.
+pub(super) fn messages() -> Vec<Message> {
+    let chunk = StateChunk {
+        phase: StatePhase::Device,
+        name: "cpu".into(),
+        version: 7,
+        end: true,
+        bytes: Bytes::from_static(b"state"),
+    };
+    let block = BlockInfo { id: "ram".into(), length: 129 * 4096, guest_address: 1 << 32, backing_page_size: 2 << 20 };
+    let all = StretchDigest { hash: 1 << 100 | 2, left_out: [0; 8] };
+    let some = StretchDigest { hash: 3, left_out: [4, 0, 5, 0, 0, 0, 0, 0] };
+    vec![
+        Message::Hello(hello()),
+        Message::State(chunk),
+        Message::Blocks(vec![block]),
+        Message::RoundComplete(tally()),
+        Message::Switchover,
+        Message::Digests { block: 1, first: 6, stretches: vec![all, some] },
+        Message::Go(RunState::Paused),
+        Message::Abort("disk full".into()),
+        Message::End { run_state: RunState::Running, frames: 17 },
+        Message::Accept(vec!["lz4".into()]),
+        Message::Ready,
+        Message::Progress(Progress { bytes: 1 << 33, frames: vec![8, 9] }),
+        Message::PageHashes { first: PageAt { block: 1, page: 512 }, hashes: vec![10, 11] },
+        Message::Loaded { verified: true },
+        Message::Running,
+        Message::Refused("blocks differ".into()),
+        Message::StartFailed("no /dev/kvm".into()),
+    ]
+}
+
+/// A Pages frame with a zero page, a raw, a compressed and a delta, and its payload.
+pub(super) fn pages() -> (PagesHead, Vec<u8>) {
+    let payload: Vec<u8> = (0..4096 + 100 + 9).map(|i| (i * 7 % 251) as u8).collect();
+    let head = PagesHead {
+        at: ExtentAt { block: 0, extent: 1 },
+        round: 2,
+        mask: 0x8000_0000_0000_0017,
+        zero: 0x12,
+        payload_hash: payload_hash(&payload),
+        pages: vec![(PageEncoding::Raw, 4096), (PageEncoding::Lz4, 100), (PageEncoding::Xbzrle, 9)],
+    };
+    (head, payload)
+}
+
+/// A frame that brings only zero pages.
+pub(super) fn zero_pages() -> PagesHead {
+    let at = ExtentAt { block: 1, extent: 0 };
+    PagesHead { at, round: 1, mask: 1, zero: 1, payload_hash: 0, pages: vec![] }
+}
+
+/// Frames of all kinds one after another, and where each begins.
+pub(super) fn stream() -> (Vec<u8>, Vec<usize>) {
+    let (head, payload) = pages();
+    let mut frames: Vec<Vec<u8>> = messages().iter().map(|message| message.encode(0).to_vec()).collect();
+    frames.insert(3, zero_pages().to_bytes(1).to_vec());
+    frames.insert(3, [&head.to_bytes(2)[..], &payload].concat());
+    let starts = frames.iter().scan(0, |start, frame| Some(std::mem::replace(start, *start + frame.len()))).collect();
+    (frames.concat(), starts)
+}
