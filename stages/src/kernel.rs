@@ -79,10 +79,12 @@ struct Region {
     categories: u64,
 }
 
-/// What a scan looks for.
+/// What a scan looks for: pages of all of these categories, and of at least one of those if there are any.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Scan {
-    /// Pages of any of these categories.
+    /// Each must hold.
+    pub(crate) all_of: u64,
+    /// One must hold, unless there is none.
     pub(crate) any_of: u64,
     /// Write-protect them in the same step? The range must be registered with a [`Userfaultfd`] then.
     pub(crate) protect: bool,
@@ -116,8 +118,9 @@ impl Pagemap {
                 end: range.end as u64,
                 regions: regions.as_mut_ptr().expose_provenance() as u64,
                 region_count: REGIONS as u64,
+                category_mask: scan.all_of,
                 category_anyof_mask: scan.any_of,
-                return_mask: scan.any_of,
+                return_mask: scan.all_of | scan.any_of,
                 ..ScanArg::default()
             };
             // SAFETY: PAGEMAP_SCAN takes a ScanArg; it fills at most REGIONS regions, which outlive the call.
@@ -276,7 +279,7 @@ pub(crate) fn userfault_features() -> Result<u64, String> {
 pub(crate) fn pagemap_scan() -> Result<(), String> {
     let pagemap = Pagemap::open().map_err(|error| format!("/proc/self/pagemap does not open: {error}"))?;
     let page = rustix::param::page_size();
-    let anywhere = pagemap.scan(Scan { any_of: PRESENT, protect: false }, page..2 * page, |_| ());
+    let anywhere = pagemap.scan(Scan { all_of: PRESENT, any_of: 0, protect: false }, page..2 * page, |_| ());
     anywhere.map_err(|error| format!("the kernel refuses PAGEMAP_SCAN ({error}): Linux 6.7 or later has it"))
 }
 

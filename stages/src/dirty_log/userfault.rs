@@ -96,7 +96,11 @@ impl DirtyLog for UserfaultLog {
             if memory.is_shared() {
                 armed.userfault.write_protect(mapping(memory))?;
             } else {
-                armed.pagemap.scan(Scan { any_of: PRESENT | SWAPPED, protect: true }, mapping(memory), |_| ())?;
+                armed.pagemap.scan(
+                    Scan { all_of: 0, any_of: PRESENT | SWAPPED, protect: true },
+                    mapping(memory),
+                    |_| (),
+                )?;
             }
         }
         *self.armed() = Some(armed);
@@ -115,7 +119,11 @@ impl DirtyLog for UserfaultLog {
             let last = ((written.end - start).div_ceil(page) as u64).min(end);
             into.set_range(block, first..last);
         };
-        armed.pagemap.scan(Scan { any_of: WRITTEN, protect: true }, self.addresses(memory, &extents), found)
+        // A hole beside a page that is there counts as written. In anonymous memory it is none: nothing was stored. In
+        // shared memory it may be a page that was written and then taken out of this mapping's tables.
+        let there = if memory.is_shared() { 0 } else { PRESENT | SWAPPED };
+        let scan = Scan { all_of: WRITTEN, any_of: there, protect: true };
+        armed.pagemap.scan(scan, self.addresses(memory, &extents), found)
     }
 
     fn mark(&self, block: u32, pages: Range<u64>) {
