@@ -1,7 +1,7 @@
 //! The memory-access seam: how pages leave and enter the memory of one RAM block.
 //!
 //! Whole extents are read and runs of pages are written through one trait, [`Memory`]. What lies behind it may be
-//! mapped into this process ([`mapped`]) or a file read and written by position ([`file`]). A running guest changes
+//! mapped into this process ([`mapped`]) or a file read and written by position ([`mod@file`]). A running guest changes
 //! under a reader's hands, so nothing here ever hands out a reference to guest memory: bytes are copied out once and
 //! copied in (law 3).
 
