@@ -175,6 +175,18 @@ fn the_table_fits_a_terminal() {
 }
 
 #[test]
+fn of_many_rounds_the_first_and_the_last_are_shown() {
+    let mut account = accountant().account(Role::Source);
+    let last = account.rounds.pop().unwrap();
+    account.rounds.extend(vec![account.rounds[0].clone(); 29]);
+    account.rounds.push(last);
+    let text = table::summary(RUN, &account, None);
+    let lines: Vec<_> = text.lines().collect();
+    assert_eq!(lines[9], "  ... 19 rounds more");
+    assert!(lines[13].starts_with("2 last") && lines[14].is_empty(), "{text}");
+}
+
+#[test]
 fn a_failure_says_why_and_claims_nothing() {
     let failed = Ended { phase: Phase::Failed, error: Some("disk full".into()), verified: None, ..ended(Role::Source) };
     assert_eq!(table::verdict(&failed, &account::Account::default()), "failed after 2.50 s: disk full");
