@@ -11,8 +11,10 @@
 pub mod batch;
 pub mod bitmap;
 pub mod codec;
+pub mod digest;
 pub mod dirty_log;
 pub mod geometry;
+pub mod host;
 mod kernel;
 pub mod memory;
 pub mod meter;
