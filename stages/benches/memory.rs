@@ -1,7 +1,7 @@
 //! Copying pages out of memory, beside what memory can do: memcpy and a read-only sweep in the same run.
 //!
-//! The memory is larger than any cache and is walked from end to end, as a scanner does. Every page is written before, or
-//! it would read as the kernel's one zero page.
+//! The memory is larger than any cache and is walked from end to end, as a scanner does; no huge pages, on either side of
+//! a comparison. Every page is written before, or it would read as the kernel's one zero page.
 
 use std::hint::black_box;
 use std::sync::Arc;
@@ -24,8 +24,6 @@ const EXTENT: usize = 64 * 4096;
 /// Memory whose page `n` is zero where `zero(n)`, and noise elsewhere.
 fn memory(zero: impl Fn(usize) -> bool) -> Arc<MappedMemory> {
     let memory = Arc::new(MappedMemory::anonymous(BYTES).expect("memory"));
-    // Advice: without huge pages the figures are lower, not wrong.
-    drop(memory.advise_huge());
     let mut state = 1_u64;
     let mut noise = [0; 4096];
     for (page, offset) in (0..BYTES).step_by(4096).enumerate() {

@@ -10,14 +10,12 @@ use xxhash_rust::xxh3::{Xxh3Default, xxh3_64};
 
 use crate::bitmap::DirtyBitmap;
 use crate::geometry::{ExtentAt, STRETCH_BYTES, bits};
-use crate::memory::GuestMemory;
+use crate::memory::{GuestMemory, ZEROS};
 use crate::pool::PooledBuffer;
 
 /// Extents of a stretch at most: masks of pages of a stretch have as many words.
 pub const STRETCH_WORDS: usize = 8;
-const _: () = assert!(STRETCH_BYTES as usize == STRETCH_WORDS * 64 * 4096);
-
-static ZEROS: [u8; 65536] = [0; 65536];
+const _: () = assert!(STRETCH_BYTES == STRETCH_WORDS as u64 * 64 * 4096);
 
 /// What a digest leaves out, and what it need not read.
 #[derive(Clone, Copy, Debug, Default)]
