@@ -1,4 +1,6 @@
 //! The encoder that is used: it compares a block at a time into a mask of differing bytes, and walks the mask's turns.
+//!
+//! A [`Writer`] owns the place reached in the page and in the delta, and makes QEMU's overflow tests where it writes.
 
 use super::differences::{BLOCK, differences};
 use super::{Encoded, MAX_RUN, PIECE_BYTES};
@@ -60,17 +62,18 @@ impl Writer<'_> {
     #[inline]
     fn runs(&mut self, old: &[u8]) -> Option<()> {
         let mut open = None;
-        let mut last = false;
         for (index, (old, new)) in old.chunks(SPAN).zip(self.new.chunks(SPAN)).enumerate() {
-            let turns = Turns::find(old, new, last);
-            for at in turns.positions() {
-                let at = index * SPAN + at;
-                match open.take() {
-                    None => open = Some(at),
-                    Some(start) => self.run(start, at)?,
+            let turns = Turns::find(old, new, open.is_some());
+            for block in ones(turns.blocks) {
+                let from = index * SPAN + block * BLOCK;
+                let mut turns = open.take().into_iter().chain(ones(turns.bytes[block]).map(|byte| from + byte));
+                while let Some(start) = turns.next() {
+                    match turns.next() {
+                        Some(end) => self.run(start, end)?,
+                        None => open = Some(start),
+                    }
                 }
             }
-            last = open.is_some();
         }
         if let Some(start) = open {
             self.run(start, self.new.len())?;
@@ -110,8 +113,7 @@ impl Writer<'_> {
     #[inline]
     fn length(&mut self, length: usize) -> Option<()> {
         let room = self.out.get_mut(self.written..)?.first_chunk_mut()?;
-        let high = u8::try_from(length >> 7).expect("at most the longest run");
-        let low = (length & 0x7f) as u8;
+        let [low, high] = [length & 0x7f, length >> 7].map(|bits| u8::try_from(bits).expect("at most the longest run"));
         *room = [if high == 0 { low } else { low | 0x80 }, high];
         self.written += if high == 0 { 1 } else { 2 };
         Some(())
@@ -146,11 +148,6 @@ impl Turns {
             turns.blocks |= u64::from(*bytes != 0) << block;
         }
         turns
-    }
-
-    #[inline]
-    fn positions(&self) -> impl Iterator<Item = usize> {
-        ones(self.blocks).flat_map(|block| ones(self.bytes[block]).map(move |byte| block * BLOCK + byte))
     }
 }
 
