@@ -18,13 +18,11 @@ use std::io;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use rustix::io::Errno;
-
 use super::DirtyLog;
 use super::software::{clear, collect};
 use crate::bitmap::DirtyBitmap;
 use crate::geometry::Layout;
-use crate::kernel::{PRESENT, Pagemap, SWAPPED, Scan, Userfaultfd, WP_ASYNC, WP_SHARED, WP_UNPOPULATED, WRITTEN};
+use crate::kernel::{self, PRESENT, Pagemap, SWAPPED, Scan, Userfaultfd, WP_ASYNC, WP_SHARED, WP_UNPOPULATED, WRITTEN};
 use crate::memory::MappedMemory;
 
 const FEATURES: u64 = WP_ASYNC | WP_UNPOPULATED | WP_SHARED;
@@ -66,22 +64,11 @@ impl UserfaultLog {
     /// # Errors
     /// Why not, and what to do about it.
     pub fn supported() -> Result<(), String> {
-        let features = Userfaultfd::features().map_err(|error| match Errno::from_io_error(&error) {
-            Some(Errno::NOSYS) => "the kernel was built without userfaultfd".into(),
-            Some(Errno::PERM) => "userfaultfd is forbidden here: allow the system call in the sandbox".into(),
-            _ => format!("userfaultfd does not open: {error}"),
-        })?;
-        let missing = FEATURES & !features;
+        let missing = FEATURES & !kernel::userfault_features()?;
         if missing != 0 {
             return Err(format!("userfaultfd lacks the features {missing:#x}: Linux 6.7 or later has them"));
         }
-        let pagemap = Pagemap::open().map_err(|error| format!("/proc/self/pagemap does not open: {error}"))?;
-        let nowhere = Scan { any_of: PRESENT, protect: false };
-        let page = rustix::param::page_size();
-        match pagemap.scan(nowhere, page..2 * page, |_| ()) {
-            Ok(()) => Ok(()),
-            Err(error) => Err(format!("there is no PAGEMAP_SCAN ({error}): Linux 6.7 or later has it")),
-        }
+        kernel::pagemap_scan()
     }
 
     fn armed(&self) -> MutexGuard<'_, Option<Armed>> {
