@@ -64,9 +64,9 @@ pub(crate) fn name(role: Role) -> &'static str {
 /// # Panics
 /// If a log was started in this process before.
 pub fn start(level: &str, screen: Screen) -> Result<(), String> {
-    let filter = EnvFilter::builder().parse(level).map_err(|error| {
-        format!("--log {level:?} is not a level: {error}; write error, warn, info, debug or trace")
-    })?;
+    let filter = EnvFilter::builder()
+        .parse(level)
+        .map_err(|error| format!("--log {level:?} is not a level: {error}; write error, warn, info, debug or trace"))?;
     let lines = tracing_subscriber::fmt().with_env_filter(filter).with_target(false);
     lines.with_ansi(io::stderr().is_terminal()).with_writer(LogWriter(screen)).init();
     Ok(())
@@ -120,7 +120,8 @@ mod tests {
         let subscriber = tracing_subscriber::fmt().without_time().with_ansi(false).with_target(false);
         let subscriber = subscriber.with_writer(move || writer.clone()).finish();
         tracing::subscriber::with_default(subscriber, || {
-            LogObserver.event(Role::Destination, &Event::TurnedAway { peer: "10.0.0.9".into(), why: "no Hello".into() });
+            LogObserver
+                .event(Role::Destination, &Event::TurnedAway { peer: "10.0.0.9".into(), why: "no Hello".into() });
             script(Role::Source).iter().for_each(|event| LogObserver.event(Role::Source, event));
         });
         let text = String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();

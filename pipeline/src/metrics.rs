@@ -163,7 +163,8 @@ fn stage(role: &'static str, reading: &Reading) {
     let states = [("busy", reading.busy), ("input_wait", reading.input_wait), ("output_wait", reading.output_wait)];
     for (state, time) in states {
         let labels = [("role", role), ("stage", reading.name), ("state", state)];
-        counter!("memferry_stage_microseconds_total", &labels).increment(u64::try_from(time.as_micros()).unwrap_or(u64::MAX));
+        counter!("memferry_stage_microseconds_total", &labels)
+            .increment(u64::try_from(time.as_micros()).unwrap_or(u64::MAX));
     }
 }
 
@@ -212,11 +213,13 @@ mod tests {
             let observer = MetricsObserver::new();
             script(Role::Source).iter().for_each(|event| observer.event(Role::Source, event));
         });
-        let entry = |(key, _, description, value): (metrics_util::CompositeKey, _, Option<metrics::SharedString>, _)| {
-            assert!(description.is_some(), "{key:?} is described");
-            let labels = key.key().labels().filter(|label| label.key() != "role").map(|label| label.value().to_owned());
-            (std::iter::once(key.key().name().to_owned()).chain(labels).collect::<Vec<_>>().join(" "), value)
-        };
+        let entry =
+            |(key, _, description, value): (metrics_util::CompositeKey, _, Option<metrics::SharedString>, _)| {
+                assert!(description.is_some(), "{key:?} is described");
+                let labels =
+                    key.key().labels().filter(|label| label.key() != "role").map(|label| label.value().to_owned());
+                (std::iter::once(key.key().name().to_owned()).chain(labels).collect::<Vec<_>>().join(" "), value)
+            };
         snapshotter.snapshot().into_vec().into_iter().map(entry).collect()
     }
 

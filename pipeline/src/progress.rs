@@ -201,7 +201,9 @@ mod tests {
     fn lines_come_once_a_second_and_milestones_at_once() {
         let lines = ProgressLines::new(Role::Source, Vec::new());
         let start = Instant::now();
-        for (ms, event) in [(0, progress(1)), (400, progress(1)), (900, Event::Paused), (1000, progress(2)), (1999, progress(2))] {
+        for (ms, event) in
+            [(0, progress(1)), (400, progress(1)), (900, Event::Paused), (1000, progress(2)), (1999, progress(2))]
+        {
             lines.show(&event, start + Duration::from_millis(ms));
         }
         let text = String::from_utf8(lines.out.into_inner().unwrap().0).unwrap();

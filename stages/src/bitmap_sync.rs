@@ -160,3 +160,147 @@ fn ranges(layout: &Layout) -> impl Iterator<Item = (u32, Range<u32>)> {
         (0..extents).step_by(step).map(range)
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+    use std::sync::mpsc;
+
+    use super::*;
+    use crate::dirty_log::SoftwareLog;
+    use crate::queue::bounded;
+    use crate::stage::testing::{block_on, layout, meter, page_size, words};
+
+    /// A log that does in each sync what it is told, and remembers what it was asked for.
+    struct Told<F> {
+        asked: Mutex<Vec<(u32, Range<u32>)>>,
+        does: F,
+    }
+
+    impl<F> Told<F> {
+        fn new(does: F) -> Arc<Self> {
+            Arc::new(Self { asked: Mutex::default(), does })
+        }
+    }
+
+    impl<F> std::fmt::Debug for Told<F> {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            write!(f, "{:?}", self.asked)
+        }
+    }
+
+    impl<F: Fn() -> io::Result<()> + Send + Sync> DirtyLog for Told<F> {
+        fn start(&self) -> io::Result<()> {
+            Ok(())
+        }
+        fn sync(&self, block: u32, extents: Range<u32>, _into: &DirtyBitmap) -> io::Result<()> {
+            self.asked.lock().unwrap().push((block, extents));
+            (self.does)()
+        }
+        fn mark(&self, _block: u32, _pages: Range<u64>) {}
+        fn stop(&self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    /// Gives the orders, one after another, and returns the answers.
+    fn orders(sync: BitmapSync, after_rounds: &[u32]) -> Result<Vec<Synced>, StageError> {
+        block_on(async {
+            let ((order, orders), (answer, answers)) = (bounded(16), bounded(16));
+            for &after_round in after_rounds {
+                order.put(SyncOrder { after_round }).await.unwrap();
+            }
+            drop(order);
+            sync.run(orders, answer).await?;
+            Ok(crate::stage::testing::drain(&answers))
+        })
+    }
+
+    #[test]
+    fn what_any_log_saw_is_in_the_bitmap() {
+        let layout = layout(page_size(4), &[1 << 20, 1 << 20]);
+        let [one, two] = [(); 2].map(|()| Arc::new(SoftwareLog::new(&layout)));
+        let bitmap = Arc::new(DirtyBitmap::empty(&layout));
+        bitmap.set_range(0, 0..1);
+        one.mark(0, 0..3);
+        two.mark(0, 2..5);
+        two.mark(1, 255..256);
+        let meter = meter();
+        let sync = BitmapSync::new(vec![one.clone(), two], bitmap.clone(), meter.clone());
+        let synced = orders(sync, &[3, 4]).unwrap();
+        let figures: Vec<_> = synced.iter().map(|synced| (synced.after_round, synced.dirty_pages)).collect();
+        assert_eq!(figures, [(3, 6), (4, 6)]);
+        assert_eq!(words(&bitmap), [0b11111, 0, 0, 0, 0, 0, 0, 1 << 63]);
+        assert_eq!((meter.read().batches, meter.read().pages), (2, 12));
+    }
+
+    #[test]
+    fn every_log_is_asked_for_every_extent_in_ranges_of_64_mib() {
+        let ask = |page_kib, lengths: &[u64]| {
+            let logs = [(); 2].map(|()| Told::new(|| Ok(())));
+            let bitmap = Arc::new(DirtyBitmap::empty(&layout(page_size(page_kib), lengths)));
+            orders(BitmapSync::new(vec![logs[0].clone(), logs[1].clone()], bitmap, meter()), &[0]).unwrap();
+            let [one, two] = logs.map(|log| std::mem::take(&mut *log.asked.lock().unwrap()));
+            assert_eq!(one, two);
+            one
+        };
+        assert_eq!(ask(4, &[(128 << 20) + 1, 7]), [(0, 0..256), (0, 256..512), (0, 512..513), (1, 0..1)]);
+        assert_eq!(ask(64, &[128 << 20]), [(0, 0..16), (0, 16..32)]);
+    }
+
+    #[test]
+    fn the_time_the_logs_take_is_measured() {
+        let pause = Duration::from_millis(15);
+        let slow = Told::new(move || {
+            std::thread::sleep(pause);
+            Ok(())
+        });
+        let bitmap = Arc::new(DirtyBitmap::empty(&layout(page_size(4), &[4096, 4096])));
+        let synced = orders(BitmapSync::new(vec![slow], bitmap, meter()), &[0]).unwrap();
+        assert!(synced[0].duration >= 2 * pause, "{synced:?}");
+    }
+
+    #[test]
+    fn a_log_that_fails_ends_the_stage() {
+        let broken = Told::new(|| Err(io::Error::other("no more")));
+        let bitmap = Arc::new(DirtyBitmap::empty(&layout(page_size(4), &[4096])));
+        let error = orders(BitmapSync::new(vec![broken], bitmap, meter()), &[0]).unwrap_err();
+        assert_eq!(error.to_string(), "bitmap sync: the dirty log cannot be synced: no more");
+    }
+
+    #[test]
+    fn the_sync_of_a_dropped_task_ends_at_the_next_range() {
+        let (begun, has_begun) = mpsc::channel();
+        let (go_on, may_go_on) = mpsc::channel::<()>();
+        let may_go_on = Mutex::new(may_go_on);
+        let log = Told::new(move || {
+            begun.send(()).unwrap();
+            may_go_on.lock().unwrap().recv().map_err(|_| io::Error::other("asked again"))
+        });
+        let bitmap = Arc::new(DirtyBitmap::empty(&layout(page_size(4), &[64 << 20, 4096, 4096])));
+        let sync = BitmapSync::new(vec![log.clone()], bitmap, meter());
+        block_on(async {
+            let ((order, orders), (answer, _answers)) = (bounded(1), bounded(1));
+            order.put(SyncOrder { after_round: 1 }).await.unwrap();
+            let task = tokio::spawn(sync.run(orders, answer));
+            tokio::task::spawn_blocking(move || has_begun.recv().unwrap()).await.unwrap();
+            task.abort();
+            assert!(task.await.unwrap_err().is_cancelled());
+            go_on.send(()).unwrap();
+        });
+        // The runtime has ended, and with it the thread where the sync was: nothing more is asked.
+        assert_eq!(*log.asked.lock().unwrap(), [(0, 0..256)]);
+    }
+
+    #[test]
+    fn a_page_that_was_written_before_the_first_scan_is_no_more_untouched() {
+        let layout = layout(page_size(4), &[1 << 20]);
+        let log = Arc::new(SoftwareLog::new(&layout));
+        let (bitmap, untouched) = (Arc::new(DirtyBitmap::filled(&layout)), Arc::new(DirtyBitmap::filled(&layout)));
+        log.mark(0, 64..66);
+        let sync = BitmapSync::new(vec![log], bitmap.clone(), meter()).with_untouched(untouched.clone());
+        assert_eq!(orders(sync, &[0]).unwrap()[0].dirty_pages, 256);
+        assert_eq!(words(&untouched), [u64::MAX, !0b11, u64::MAX, u64::MAX]);
+        assert_eq!(words(&bitmap), [u64::MAX; 4]);
+    }
+}

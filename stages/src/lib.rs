@@ -17,6 +17,7 @@ pub mod dirty_log;
 pub mod encoder;
 pub mod error;
 pub mod geometry;
+pub mod host;
 pub mod in_flight;
 mod kernel;
 pub mod loader;

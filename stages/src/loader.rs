@@ -267,3 +267,10 @@ fn cause(fault: Fault, offset: u64) -> Cause {
         Fault::Memory(at, error) => Cause::Memory { doing: "cannot write", at, error },
     }
 }
+
+#[cfg(test)]
+pub(crate) mod frames;
+#[cfg(test)]
+pub(crate) mod recorder;
+#[cfg(test)]
+mod tests;

@@ -125,8 +125,8 @@ mod tests {
     fn a_queue_holds_its_capacity_and_not_one_more() {
         let (outlet, inlet) = bounded(3);
         let mut puts: Vec<_> = (0..5).map(|item| Box::pin(outlet.put(item))).collect();
-        let done = |put: &mut std::pin::Pin<Box<_>>| put.as_mut().now_or_never() == Some(Ok(()));
-        assert_eq!(puts.iter_mut().map(done).collect::<Vec<_>>(), [true, true, true, false, false]);
+        let done: Vec<_> = puts.iter_mut().map(|put| put.as_mut().now_or_never() == Some(Ok(()))).collect();
+        assert_eq!(done, [true, true, true, false, false]);
         assert_eq!(drain(&inlet), [0, 1, 2]);
     }
 

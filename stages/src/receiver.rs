@@ -207,3 +207,6 @@ impl<R: AsyncRead + Unpin + Send> Receiver<R> {
         Cause::Frame(self.reader.fail(error))
     }
 }
+
+#[cfg(test)]
+mod tests;

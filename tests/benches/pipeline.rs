@@ -28,7 +28,8 @@ const RUNS: usize = 5;
 
 fn main() {
     // `cargo test --benches` runs this too: a smaller memory then, and one run, to see that it works.
-    let (bytes, runs) = if std::env::args().any(|argument| argument == "--bench") { (BYTES, RUNS) } else { (64 << 20, 1) };
+    let (bytes, runs) =
+        if std::env::args().any(|argument| argument == "--bench") { (BYTES, RUNS) } else { (64 << 20, 1) };
     println!("{} MiB of incompressible memory, median of {runs} runs, page bytes a second", bytes >> 20);
     println!("{:<34}{:>12}{:>12}{:>8}", "", "memferry", "bare", "ratio");
     let dir = tempfile::tempdir().expect("a folder for sockets");
@@ -51,7 +52,14 @@ fn settings(lanes: u16, connections: u16, checksum: bool) -> SourceSettings {
     }
 }
 
-fn compare(name: &str, runs: usize, bytes: usize, address: &str, settings: &SourceSettings, bare: impl Fn() -> Duration) {
+fn compare(
+    name: &str,
+    runs: usize,
+    bytes: usize,
+    address: &str,
+    settings: &SourceSettings,
+    bare: impl Fn() -> Duration,
+) {
     let (mut ours, mut theirs, mut last) = (Vec::new(), Vec::new(), None);
     for _ in 0..runs {
         theirs.push(bare());
@@ -75,7 +83,10 @@ fn print_stages(ends: &Ends) {
     for stage in ends.source.stages.iter().chain(&ends.destination.stages) {
         let lane = stage.lane.map_or(String::new(), |lane| lane.to_string());
         let (busy, input, output) = (stage.busy, stage.input_wait, stage.output_wait);
-        println!("    {:<16}{lane:<4} busy {busy:>10.1?}  waits for input {input:>10.1?}  for output {output:>10.1?}", stage.name);
+        println!(
+            "    {:<16}{lane:<4} busy {busy:>10.1?}  waits for input {input:>10.1?}  for output {output:>10.1?}",
+            stage.name
+        );
     }
 }
 

@@ -99,7 +99,8 @@ impl TestGuest {
     }
 
     fn empty() -> Self {
-        let section = StateSection { name: "devices".into(), version: 7, bytes: (0..=255).cycle().take(100_000).collect() };
+        let section =
+            StateSection { name: "devices".into(), version: 7, bytes: (0..=255).cycle().take(100_000).collect() };
         Self {
             memory: Mutex::default(),
             blocks: Mutex::default(),

@@ -1,14 +1,14 @@
 //! A file that is written beside its place, and moved there when it is complete.
 //!
 //! Takes a path and gives an open file with another name in the same directory, for the owner only. Owns that name: either
-//! [`complete`](Temporary::complete) renames it, or it is removed, whichever comes first and never both.
+//! [`complete`](Temporary::complete) renames it, or it is removed by
+//! [`give_up`](Temporary::give_up), whichever comes first and never both.
 
 use std::fs::{self, File, OpenOptions};
 use std::hash::{BuildHasher, RandomState};
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU8, Ordering};
 
 use crate::retry::in_context;
 
@@ -17,13 +17,7 @@ use crate::retry::in_context;
 pub(crate) struct Temporary {
     path: PathBuf,
     target: PathBuf,
-    fate: AtomicU8,
 }
-
-/// Being written: the rename and the giving up are each a step away from here, and only one of them is taken.
-const OPEN: u8 = 0;
-const RENAMING: u8 = 1;
-const GIVEN_UP: u8 = 2;
 
 impl Temporary {
     /// A temporary file for what `path` shall hold.
@@ -32,7 +26,7 @@ impl Temporary {
         loop {
             let path = beside(&target);
             match OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path) {
-                Ok(file) => return Ok((file, Self { path, target, fate: AtomicU8::new(OPEN) })),
+                Ok(file) => return Ok((file, Self { path, target })),
                 Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
                 Err(error) => return Err(in_context(&error, &format!("cannot create {}", path.display()))),
             }
@@ -44,36 +38,25 @@ impl Temporary {
         &self.path
     }
 
-    /// Flushes the file and gives it its name, unless it was given up meanwhile.
+    /// Flushes the file and gives it its name. An error if it was given up, even meanwhile: the system lets either the rename
+    /// or the removal find the temporary name, never both.
     pub(crate) fn complete(&self, file: &File) -> io::Result<()> {
         file.sync_all()?;
-        if !self.leave_open(RENAMING) {
-            return Err(io::Error::new(ErrorKind::Interrupted, "the stream was given up while it was flushed"));
-        }
-        fs::rename(&self.path, &self.target).inspect_err(|_| self.fate.store(OPEN, Ordering::Release))?;
+        fs::rename(&self.path, &self.target)?;
         sync_directory(&self.target).map_err(|error| {
             let place = format!("{} is in place, but a power failure may still undo that", self.target.display());
             in_context(&error, &place)
         })
     }
 
-    /// Removes the file, unless it has its name already or is about to.
+    /// Removes the file, unless it has its name already.
     pub(crate) fn give_up(&self) {
-        if self.leave_open(GIVEN_UP)
-            && let Err(error) = fs::remove_file(&self.path)
-        {
-            tracing::warn!(path = %self.path.display(), %error, "the unfinished stream could not be removed");
+        match fs::remove_file(&self.path) {
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                tracing::warn!(path = %self.path.display(), %error, "the unfinished stream could not be removed");
+            }
+            _ => {}
         }
-    }
-
-    fn leave_open(&self, fate: u8) -> bool {
-        self.fate.compare_exchange(OPEN, fate, Ordering::AcqRel, Ordering::Acquire).is_ok()
-    }
-}
-
-impl Drop for Temporary {
-    fn drop(&mut self) {
-        self.give_up();
     }
 }
 
@@ -128,7 +111,6 @@ mod tests {
         let (file, temporary) = Temporary::create(&path).expect("created");
         temporary.complete(&file).expect("complete");
         temporary.give_up();
-        drop(temporary);
         assert!(path.exists());
     }
 }

@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 
-const ABOUT: &str = "Moves the memory of a running guest to another process, host or file while the guest keeps writing to it";
+const ABOUT: &str =
+    "Moves the memory of a running guest to another process, host or file while the guest keeps writing to it";
 
 const EXAMPLES: &str = "\
 Examples:

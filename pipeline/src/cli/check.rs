@@ -45,7 +45,9 @@ fn facts(config: &Config) -> Vec<String> {
         facts.push(format!("verify: about {} of the downtime go to digests", human::time(hash)));
         if hash > settings.downtime_limit {
             let limit = human::time(settings.downtime_limit);
-            facts.push(format!("the digests alone take longer than the downtime limit of {limit}: raise it, or verify = false"));
+            facts.push(format!(
+                "the digests alone take longer than the downtime limit of {limit}: raise it, or verify = false"
+            ));
         }
     }
     if hashes_for_log(config) {
@@ -67,7 +69,9 @@ fn layout(config: &Config) -> Result<Layout, String> {
             let settings = source_files(table);
             let length = |image: &crate::guest::file::Image| {
                 let found = std::fs::metadata(&image.path).map(|file| file.len());
-                found.map(|length| block(image.id.clone(), length)).map_err(|e| format!("{}: {e}", image.path.display()))
+                found
+                    .map(|length| block(image.id.clone(), length))
+                    .map_err(|e| format!("{}: {e}", image.path.display()))
             };
             (settings.page_size, settings.images.iter().map(length).collect::<Result<_, _>>()?)
         }

@@ -93,7 +93,9 @@ impl Inspection {
         payload: &mut Vec<u8>,
     ) -> Result<(), ReadError> {
         let (Some(layout), Some(hello)) = (&self.layout, &self.hello) else {
-            return Err(reader.fail(WireError::OutOfPlace { kind: Kind::Pages, why: "no blocks came before it" }).into());
+            return Err(reader
+                .fail(WireError::OutOfPlace { kind: Kind::Pages, why: "no blocks came before it" })
+                .into());
         };
         let head = reader.parse_pages(frame, layout)?;
         let right = LaneMap::new(hello.lanes, layout.page_size()).lane(head.at);
@@ -115,7 +117,11 @@ impl Inspection {
         Ok(())
     }
 
-    fn message<R: AsyncRead + Unpin>(&mut self, reader: &mut FrameReader<R>, message: Message) -> Result<(), ReadError> {
+    fn message<R: AsyncRead + Unpin>(
+        &mut self,
+        reader: &mut FrameReader<R>,
+        message: Message,
+    ) -> Result<(), ReadError> {
         let misplaced = |kind, why| Err(reader.fail(WireError::OutOfPlace { kind, why }).into());
         if self.hello.is_none() && !matches!(message, Message::Hello(_)) {
             return misplaced(message.kind(), "a stream begins with Hello");
@@ -267,7 +273,8 @@ mod tests {
             page_size: PageSize::DEFAULT,
             features: vec![Feature { name: feature::CHECKSUM.into(), required: true }],
         };
-        let block = BlockInfo { id: "ram".into(), length: 1 << 20, guest_address: 0x4000_0000, backing_page_size: 4096 };
+        let block =
+            BlockInfo { id: "ram".into(), length: 1 << 20, guest_address: 0x4000_0000, backing_page_size: 4096 };
         let payload = [9; 4096];
         let pages = PagesHead {
             at: ExtentAt { block: 0, extent: 0 },
@@ -284,12 +291,8 @@ mod tests {
             end,
             bytes: vec![1; 10].into(),
         };
-        let head: [&[u8]; 4] = [
-            &Message::Hello(hello).encode(0),
-            &Message::Blocks(vec![block]).encode(0),
-            &pages.to_bytes(0),
-            &payload,
-        ];
+        let head: [&[u8]; 4] =
+            [&Message::Hello(hello).encode(0), &Message::Blocks(vec![block]).encode(0), &pages.to_bytes(0), &payload];
         let tail: [&[u8]; 5] = [
             &Message::RoundComplete(RoundTally { unchanged: 5, ..RoundTally::new(1, true) }).encode(0),
             &Message::Switchover.encode(0),

@@ -85,7 +85,7 @@ fn inspect(file: &Path) -> ExitCode {
 }
 
 fn probe() -> ExitCode {
-    print(&memferry_stages::host::Probe::new().to_string(), DONE)
+    print(&memferry_stages::host::Probe::run().to_string(), DONE)
 }
 
 /// The configuration, or the exit code after its errors were shown.

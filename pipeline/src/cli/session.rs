@@ -303,8 +303,7 @@ mod tests {
     #[tokio::test]
     async fn an_end_that_finds_out_is_left_alone() {
         let (cancel_send, cancel_receive) = (CancellationToken::new(), CancellationToken::new());
-        let (sent, received) =
-            both(async { failed() }, cancel_send, async { failed() }, cancel_receive.clone()).await;
+        let (sent, received) = both(async { failed() }, cancel_send, async { failed() }, cancel_receive.clone()).await;
         assert_eq!((sent.phase, received.phase), (Phase::Failed, Phase::Failed));
         assert!(!cancel_receive.is_cancelled());
     }

@@ -15,7 +15,11 @@ pub(super) fn explain(message: &str, path: String) -> Fault {
         return missing(field, path);
     }
     if message.starts_with("wanted exactly 1 element") {
-        return Fault::new(path, "one of several variants has to be chosen here", "keep one of the tables and delete the others");
+        return Fault::new(
+            path,
+            "one of several variants has to be chosen here",
+            "keep one of the tables and delete the others",
+        );
     }
     let message = message.replacen("invalid type: ", "this is the ", 1).replacen("invalid value: ", "this is the ", 1);
     match message.split_once(", expected ") {
@@ -73,7 +77,9 @@ fn example(field: &str) -> Option<&'static str> {
         "images" => r#"images = [{ id = "ram", path = "/dev/shm/guest.ram" }]"#,
         "id" => r#"id = "ram": the name of the RAM block, the same at both ends"#,
         "path" => r#"path = "/dev/shm/guest.ram""#,
-        "pattern" => r#"pattern = "sequential", "uniform", { zipf = { exponent = 1.1 } } or { hot-spot = { pages = 0.1, writes = 0.9 } }"#,
+        "pattern" => {
+            r#"pattern = "sequential", "uniform", { zipf = { exponent = 1.1 } } or { hot-spot = { pages = 0.1, writes = 0.9 } }"#
+        }
         "exponent" => "exponent = 1.1",
         "pages" => "pages = 0.1: the share of the pages that are hot",
         "writes" => "writes = 0.9: the share of the writes that go to the hot pages",

@@ -17,8 +17,8 @@ use std::path::Path;
 
 use toml_edit::{Document, DocumentMut};
 
-pub use fault::{ConfigError, Fault};
 use fault::Shown;
+pub use fault::{ConfigError, Fault};
 use overrides::Override;
 pub use tables::Config;
 
@@ -54,7 +54,10 @@ pub fn load(file: &Path, sets: &[String], purpose: Purpose) -> Result<Config, Co
 /// As [`load`].
 pub fn parse(name: &str, text: &str, sets: &[String], purpose: Purpose) -> Result<Config, ConfigError> {
     let original = Document::parse(text).map_err(|error| not_toml(name, text, &error))?;
-    let sets = sets.iter().map(|set| Override::parse(set).map_err(|what| bad_set(set, what))).collect::<Result<Vec<_>, _>>()?;
+    let sets = sets
+        .iter()
+        .map(|set| Override::parse(set).map_err(|what| bad_set(set, what)))
+        .collect::<Result<Vec<_>, _>>()?;
     let effective = with_sets(text, &sets)?;
     let source = Source { name, text, original: &original, sets: &sets };
     let config: Config = toml::from_str(&effective).map_err(|error| source.show([misread(&effective, &error)]))?;

@@ -60,7 +60,8 @@ fn enter<'a>(item: &'a mut Item, step: &str) -> Result<&'a mut Item, String> {
         *item = Item::Table(toml_edit::Table::new());
     }
     if item.is_array_of_tables() || item.is_array() {
-        let index: usize = step.parse().map_err(|_| format!("{step:?} is not the number of an entry, counted from 0"))?;
+        let index: usize =
+            step.parse().map_err(|_| format!("{step:?} is not the number of an entry, counted from 0"))?;
         return item.get_mut(index).ok_or_else(|| format!("there is no entry {index}"));
     }
     let holds_keys = item.is_table_like();

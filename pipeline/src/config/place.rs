@@ -77,7 +77,9 @@ impl<'a> Node<'a> {
         }
         let numbered = |(number, node): (usize, Node<'a>)| (number.to_string(), None, node);
         let array = match self {
-            Node::Item(Item::ArrayOfTables(tables)) => return tables.iter().map(Node::Table).enumerate().map(numbered).collect(),
+            Node::Item(Item::ArrayOfTables(tables)) => {
+                return tables.iter().map(Node::Table).enumerate().map(numbered).collect();
+            }
             Node::Item(item) => item.as_array(),
             Node::Value(value) => value.as_array(),
             Node::Table(_) => None,

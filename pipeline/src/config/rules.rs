@@ -39,7 +39,8 @@ fn transport(config: &Config, purpose: Purpose, faults: &mut Vec<Fault>) {
         Ok(address) => capabilities(config, open(&address, Duration::ZERO).capabilities(), purpose, faults),
         Err(error) => {
             let error = error.to_string();
-            let (what, help) = error.split_once("; ").unwrap_or((&error, "write tcp:HOST:PORT, unix:/PATH or file:/PATH"));
+            let (what, help) =
+                error.split_once("; ").unwrap_or((&error, "write tcp:HOST:PORT, unix:/PATH or file:/PATH"));
             faults.push(Fault::new("transport.address", what, help));
         }
     }
@@ -146,14 +147,26 @@ fn page_size(config: &Config) -> Size {
 
 fn check_page_size(size: Size, path: &str, faults: &mut Vec<Fault>) {
     let what = format!("a page of {size} cannot be");
-    need(faults, PageSize::new(size.0).is_some(), path, what, "write \"4 KiB\", \"8 KiB\", \"16 KiB\", \"32 KiB\" or \"64 KiB\"");
+    need(
+        faults,
+        PageSize::new(size.0).is_some(),
+        path,
+        what,
+        "write \"4 KiB\", \"8 KiB\", \"16 KiB\", \"32 KiB\" or \"64 KiB\"",
+    );
 }
 
 fn check_workload(table: &WorkloadTable, faults: &mut Vec<Fault>) {
     check_page_size(table.page_size, "guest.workload.page_size", faults);
     let most = u32::try_from(MAX_BLOCKS).expect("a small number");
     let blocks = (1..=most).contains(&table.blocks);
-    need(faults, blocks, "guest.workload.blocks", format!("{} blocks", table.blocks), format!("write a number from 1 to {most}"));
+    need(
+        faults,
+        blocks,
+        "guest.workload.blocks",
+        format!("{} blocks", table.blocks),
+        format!("write a number from 1 to {most}"),
+    );
     let unit = Size(table.page_size.0.saturating_mul(u64::from(table.blocks.max(1))));
     need(
         faults,
@@ -177,7 +190,13 @@ fn check_fill(fill: &FillTable, faults: &mut Vec<Fault>) {
     let shares = [("zero", fill.zero), ("text", fill.text), ("random", fill.random), ("process", fill.process)];
     for (name, share) in shares {
         let right = share.is_finite() && share >= 0.0;
-        need(faults, right, &format!("guest.workload.fill.{name}"), format!("a share of {share}"), "write a number from 0 up");
+        need(
+            faults,
+            right,
+            &format!("guest.workload.fill.{name}"),
+            format!("a share of {share}"),
+            "write a number from 0 up",
+        );
     }
     let sum: f64 = shares.iter().map(|(_, share)| share).sum();
     need(faults, sum > 0.0, "guest.workload.fill", "the shares add up to nothing", "give one of them at least 1.0");
@@ -239,8 +258,20 @@ fn check_images(table: &FileTable, purpose: Purpose, faults: &mut Vec<Fault>) {
     for (number, image) in table.images.iter().enumerate() {
         let path = |key: &str| format!("guest.file.images.{number}.{key}");
         let right = (1..=MAX_BLOCK_ID).contains(&image.id.len());
-        need(faults, right, &path("id"), format!("an id of {} bytes", image.id.len()), format!("write 1 to {MAX_BLOCK_ID}"));
-        need(faults, ids.insert(&image.id), &path("id"), format!("two images have the id {:?}", image.id), "name them apart");
+        need(
+            faults,
+            right,
+            &path("id"),
+            format!("an id of {} bytes", image.id.len()),
+            format!("write 1 to {MAX_BLOCK_ID}"),
+        );
+        need(
+            faults,
+            ids.insert(&image.id),
+            &path("id"),
+            format!("two images have the id {:?}", image.id),
+            "name them apart",
+        );
         let what = |file: &std::path::Path| format!("{} stands here twice", file.display());
         need(faults, files.insert(&image.path), &path("path"), what(&image.path), "name another file");
         match &image.copy {

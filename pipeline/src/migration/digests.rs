@@ -9,9 +9,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use memferry_stages::bitmap::DirtyBitmap;
-use memferry_stages::digest::{self, Scratch};
+use memferry_stages::digest::{self, Known};
 use memferry_stages::geometry::{EXTENT_PAGES, Layout, PageAt};
 use memferry_stages::memory::GuestMemory;
+use memferry_stages::pool::{BufferPool, PooledBuffer};
 use memferry_stages::wire::Message;
 use memferry_stages::wire::messages::{MAX_DIGESTS, StretchDigest};
 use tokio::task::JoinHandle;
@@ -102,7 +103,7 @@ pub(super) fn start(memory: &GuestMemory) -> Pending {
         let (memory, stop) = (memory.clone(), stop.clone());
         tokio::task::spawn_blocking(move || {
             let untouched = untouched_pages(&memory);
-            let mut scratch = Scratch::new(memory.page_size());
+            let mut scratch = scratch(&memory);
             all_stretches(memory.layout())
                 .skip(number)
                 .step_by(cores)
@@ -140,7 +141,7 @@ pub(super) fn estimate(memory: &GuestMemory) -> io::Result<Duration> {
     let step = stretches.len().div_ceil(SAMPLES);
     let sample: Vec<_> = stretches.iter().step_by(step).collect();
     let untouched = untouched_pages(memory);
-    let mut scratch = Scratch::new(memory.page_size());
+    let mut scratch = scratch(memory);
     let began = Instant::now();
     for &&at in &sample {
         hash(memory, at, &untouched, &mut scratch)?;
@@ -152,7 +153,7 @@ pub(super) fn estimate(memory: &GuestMemory) -> io::Result<Duration> {
 /// The page hashes of a stretch, to be sent. May block.
 pub(super) fn page_hashes(memory: &GuestMemory, at: StretchAt) -> io::Result<Message> {
     let first = first_page(memory.layout(), at);
-    let hashes = digest::page_hashes(memory, at.block, at.stretch)?;
+    let hashes = digest::page_hashes(memory, at.block, at.stretch, &mut scratch(memory))?;
     Ok(Message::PageHashes { first, hashes })
 }
 
@@ -163,7 +164,7 @@ pub(super) fn first_differing_page(memory: &GuestMemory, first: PageAt, theirs: 
     if first.block >= layout.block_count() || first.page >= layout.block_pages(first.block) {
         return Err(io::Error::new(io::ErrorKind::InvalidData, format!("the peer asks about {first}")));
     }
-    let ours = digest::page_hashes(memory, first.block, first.page / pages)?;
+    let ours = digest::page_hashes(memory, first.block, first.page / pages, &mut scratch(memory))?;
     let differs = (first.page..).zip(ours.iter().zip(theirs)).find(|(_, (ours, theirs))| ours != theirs);
     Ok(differs.map(|(page, _)| PageAt { block: first.block, page }))
 }
@@ -173,8 +174,14 @@ pub(super) fn first_page(layout: &Layout, at: StretchAt) -> PageAt {
     PageAt { block: at.block, page: at.stretch * layout.page_size().stretch_extents() * EXTENT_PAGES }
 }
 
-fn hash(memory: &GuestMemory, at: StretchAt, untouched: &DirtyBitmap, scratch: &mut Scratch) -> io::Result<u128> {
-    digest::stretch_digest(memory, at.block, at.stretch, Some(untouched), scratch)
+fn hash(memory: &GuestMemory, at: StretchAt, untouched: &DirtyBitmap, scratch: &mut PooledBuffer) -> io::Result<u128> {
+    let known = Known { untouched: Some(untouched), ..Known::default() };
+    digest::stretch_digest(memory, at.block, at.stretch, &known, scratch)
+}
+
+/// A buffer to read an extent into.
+fn scratch(memory: &GuestMemory) -> PooledBuffer {
+    BufferPool::new(1, memory.page_size().extent_bytes()).try_take().expect("it has one")
 }
 
 fn stretches_of(layout: &Layout, block: u32) -> u64 {

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use memferry_stages::bitmap_sync::Synced;
-use memferry_stages::queue::{Closed, Inlet, Outlet, bounded};
+use memferry_stages::queue::{Closed, Inlet, bounded};
 use memferry_stages::scanner::RoundScanned;
 use memferry_stages::sender::{Control, Sent};
 use memferry_stages::wire::Message;

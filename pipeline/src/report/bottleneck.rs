@@ -39,7 +39,8 @@ fn suspects(reading: &Reading) -> impl Iterator<Item = Suspect<'_>> {
     let life = (reading.busy + reading.input_wait + reading.output_wait).as_secs_f64();
     let share = move |time: std::time::Duration| if life > 0.0 { time.as_secs_f64() / life } else { 0.0 };
     let itself = Suspect { reading, transport: false, share: share(reading.busy) };
-    let behind = (reading.name == "sender").then(|| Suspect { reading, transport: true, share: share(reading.output_wait) });
+    let behind =
+        (reading.name == "sender").then(|| Suspect { reading, transport: true, share: share(reading.output_wait) });
     std::iter::once(itself).chain(behind)
 }
 
@@ -55,7 +56,11 @@ impl fmt::Display for Blame<'_> {
         match (transport, self.cap) {
             (true, Some(cap)) => {
                 let cap = human::bytes(cap);
-                write!(f, "max_bandwidth ({cap}/s) or the transport: {} waited for it {percent:.0} % of the time", Name(reading))
+                write!(
+                    f,
+                    "max_bandwidth ({cap}/s) or the transport: {} waited for it {percent:.0} % of the time",
+                    Name(reading)
+                )
             }
             (true, None) => write!(f, "the transport: {} waited for it {percent:.0} % of the time", Name(reading)),
             (false, _) => write!(f, "{}: busy {percent:.0} % of the time", Name(reading)),

@@ -77,10 +77,7 @@ mod tests {
     #[test]
     fn figures_have_three_digits_and_a_unit() {
         let sizes = [0, 999, 1023, 1 << 20, 18_140_000, (1 << 30) - 1, 3 << 40, u64::MAX].map(bytes);
-        assert_eq!(
-            sizes,
-            ["0 B", "999 B", "1.00 KiB", "1.00 MiB", "17.3 MiB", "1.00 GiB", "3.00 TiB", "16777216 TiB"]
-        );
+        assert_eq!(sizes, ["0 B", "999 B", "1.00 KiB", "1.00 MiB", "17.3 MiB", "1.00 GiB", "3.00 TiB", "16777216 TiB"]);
         let times = [0, 999, 213_000, 999_900, 12_345_678, 245_000_000].map(|us| time(Duration::from_micros(us)));
         assert_eq!(times, ["0 µs", "999 µs", "213 ms", "1.00 s", "12.3 s", "4m 05s"]);
         assert_eq!([0, 999, 1000, 262_144, 16_777_216].map(count), ["0", "999", "1,000", "262,144", "16.8M"]);

@@ -18,13 +18,11 @@ use std::io;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use rustix::io::Errno;
-
 use super::DirtyLog;
 use super::software::{clear, collect};
 use crate::bitmap::DirtyBitmap;
 use crate::geometry::Layout;
-use crate::kernel::{PRESENT, Pagemap, SWAPPED, Scan, Userfaultfd, WP_ASYNC, WP_SHARED, WP_UNPOPULATED, WRITTEN};
+use crate::kernel::{self, PRESENT, Pagemap, SWAPPED, Scan, Userfaultfd, WP_ASYNC, WP_SHARED, WP_UNPOPULATED, WRITTEN};
 use crate::memory::MappedMemory;
 
 const FEATURES: u64 = WP_ASYNC | WP_UNPOPULATED | WP_SHARED;
@@ -66,22 +64,11 @@ impl UserfaultLog {
     /// # Errors
     /// Why not, and what to do about it.
     pub fn supported() -> Result<(), String> {
-        let features = Userfaultfd::features().map_err(|error| match Errno::from_io_error(&error) {
-            Some(Errno::NOSYS) => "the kernel was built without userfaultfd".into(),
-            Some(Errno::PERM) => "userfaultfd is forbidden here: allow the system call in the sandbox".into(),
-            _ => format!("userfaultfd does not open: {error}"),
-        })?;
-        let missing = FEATURES & !features;
+        let missing = FEATURES & !kernel::userfault_features()?;
         if missing != 0 {
             return Err(format!("userfaultfd lacks the features {missing:#x}: Linux 6.7 or later has them"));
         }
-        let pagemap = Pagemap::open().map_err(|error| format!("/proc/self/pagemap does not open: {error}"))?;
-        let nowhere = Scan { any_of: PRESENT, protect: false };
-        let page = rustix::param::page_size();
-        match pagemap.scan(nowhere, page..2 * page, |_| ()) {
-            Ok(()) => Ok(()),
-            Err(error) => Err(format!("there is no PAGEMAP_SCAN ({error}): Linux 6.7 or later has it")),
-        }
+        kernel::pagemap_scan()
     }
 
     fn armed(&self) -> MutexGuard<'_, Option<Armed>> {
@@ -153,4 +140,62 @@ impl fmt::Debug for UserfaultLog {
 fn mapping(memory: &MappedMemory) -> Range<usize> {
     let start = memory.as_ptr().addr();
     start..start + memory.len().next_multiple_of(rustix::param::page_size())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+    use crate::geometry::{BlockInfo, ExtentAt, PageSize};
+
+    fn log(memory: &Arc<MappedMemory>, page_size: u64) -> (UserfaultLog, DirtyBitmap) {
+        let length = memory.len() as u64;
+        let info = BlockInfo { id: "ram".into(), length, guest_address: 0, backing_page_size: 4096 };
+        let layout = Layout::new(PageSize::new(page_size).unwrap(), vec![info]).unwrap();
+        (UserfaultLog::new(&layout, vec![(0, memory.clone())]), DirtyBitmap::empty(&layout))
+    }
+
+    fn found(log: &UserfaultLog, dirty: &DirtyBitmap) -> u64 {
+        log.sync(0, 0..1, dirty).unwrap();
+        dirty.take(ExtentAt { block: 0, extent: 0 })
+    }
+
+    #[test]
+    fn host_pages_are_folded_into_larger_ones() {
+        if let Err(why) = UserfaultLog::supported() {
+            return println!("skipped: {why}");
+        }
+        let memory = Arc::new(MappedMemory::anonymous(10 * 16384 + 5).unwrap());
+        let (log, dirty) = log(&memory, 16384);
+        log.start().unwrap();
+        memory.store(3 * 16384 - 1, &[1, 1]);
+        memory.store(10 * 16384 + 4, &[1]);
+        assert_eq!(found(&log, &dirty), 0b100_0000_1100);
+        assert_eq!(found(&log, &dirty), 0);
+        log.stop().unwrap();
+    }
+
+    #[test]
+    fn stores_of_the_kernel_are_seen_and_those_to_the_file_are_not() {
+        if let Err(why) = UserfaultLog::supported() {
+            return println!("skipped: {why}");
+        }
+        let file = File::from(rustix::fs::memfd_create("test", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
+        file.set_len(64 * 4096).unwrap();
+        let memory = Arc::new(MappedMemory::file(file.try_clone().unwrap()).unwrap());
+        let (log, dirty) = log(&memory, 4096);
+        log.start().unwrap();
+        // SAFETY: the page is in the mapping, and nothing else uses it while this reference lives.
+        let page = unsafe { std::slice::from_raw_parts_mut(memory.as_ptr().add(5 * 4096), 4096) };
+        File::open("/dev/zero").unwrap().read_exact_at(page, 0).unwrap();
+        assert_eq!(found(&log, &dirty), 1 << 5);
+        file.write_all_at(&[1], 7 * 4096).unwrap();
+        assert_eq!(found(&log, &dirty), 0);
+        log.mark(0, 7..8);
+        assert_eq!(found(&log, &dirty), 1 << 7);
+        log.stop().unwrap();
+        assert!(log.sync(0, 0..1, &dirty).is_err(), "a log that was stopped cannot be read");
+    }
 }

@@ -45,11 +45,8 @@ struct Deltas {
 impl PageCoder {
     /// A coder before its first round.
     pub(super) fn new(page_size: PageSize, plan: &EncoderPlan) -> Self {
-        let deltas = |plan: DeltaPlan| Deltas {
-            plan,
-            reference: Reference::new(page_size, plan.cache_bytes),
-            begun: false,
-        };
+        let deltas =
+            |plan: DeltaPlan| Deltas { plan, reference: Reference::new(page_size, plan.cache_bytes), begun: false };
         Self { compressor: plan.compress.map(Compressor::new), deltas: plan.delta.map(deltas) }
     }
 

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 
-use super::{Memory, holes, is_zero, with_scratch};
+use super::{Memory, ZEROS, holes, is_zero, with_scratch};
 use crate::geometry::{PageSize, runs};
 use crate::pool::PooledBuffer;
 use crate::xbzrle::Delta;
@@ -117,7 +117,6 @@ impl FileMemory {
 
     /// Writes zeros over a range of a file system that has no holes.
     fn overwrite(&self, bytes: Range<u64>) -> io::Result<()> {
-        const ZEROS: [u8; 65536] = [0; 65536];
         let mut at = bytes.start;
         while at < bytes.end {
             let part = &ZEROS[..length_of(&(at..bytes.end)).min(ZEROS.len())];
@@ -290,6 +289,14 @@ mod tests {
         let mut buffer = BufferPool::new(1, PAGE.extent_bytes()).try_take().unwrap();
         let zero = memory.read_extent(PAGE, 0, (1 << 40) - 1, &mut buffer).unwrap();
         assert_eq!(zero, (1 << 39) - 2);
+    }
+
+    #[test]
+    fn a_delta_patches_the_page_in_place() {
+        let (_folder, memory) = created(2 * 4096 - 10);
+        memory.write_pages(PAGE, 0, &[1; 8192]).unwrap();
+        crate::memory::tests::patch_both_pages(&memory);
+        assert_eq!(std::fs::metadata(memory.path()).unwrap().len(), 2 * 4096 - 10);
     }
 
     proptest! {

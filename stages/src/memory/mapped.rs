@@ -397,6 +397,24 @@ mod tests {
     }
 
     #[test]
+    fn a_delta_patches_the_page_in_place() {
+        for memory in all_kinds(2 * 4096 - 10) {
+            memory.write_pages(PAGE, 0, &[1; 8192]).unwrap();
+            crate::memory::tests::patch_both_pages(&memory);
+        }
+    }
+
+    #[test]
+    fn what_is_given_back_reads_as_zeros() {
+        let memory = MappedMemory::anonymous(3 * 4096 - 10).unwrap();
+        memory.write_pages(PAGE, 0, &[1; 3 * 4096]).unwrap();
+        memory.give_back(4096, 2 * 4096).unwrap();
+        let mut bytes = [0; 3 * 4096 - 10];
+        memory.load(0, &mut bytes);
+        assert!(bytes[..4096] == [1; 4096] && bytes[4096..] == [0; 8182]);
+    }
+
+    #[test]
     fn memory_of_no_bytes_is_refused() {
         assert!(MappedMemory::anonymous(0).is_err());
         assert!(MappedMemory::file(tempfile::tempfile().unwrap()).is_err());

@@ -64,9 +64,6 @@ pub enum Sent {
         /// The lane.
         lane: u16,
     },
-    /// One more control frame was handed to the writer whole; they come in the order in which the frames were given. If
-    /// the sender ended with an error, a frame that was not reported did not leave whole.
-    ControlWritten,
 }
 
 /// The stage: see the module.
@@ -148,8 +145,6 @@ impl<W: AsyncWrite + Unpin + Send> Sender<W> {
                 Step::Control(Control::Frame(frame)) => {
                     self.end_frame(sent).await?;
                     self.write_control(&frame).await?;
-                    // The controller may have stopped listening, and its last word must go out all the same.
-                    sent.put(Sent::ControlWritten).await.ok();
                 }
                 Step::Control(Control::Finish) => {
                     self.end_frame(sent).await?;
@@ -289,3 +284,6 @@ impl Marks {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

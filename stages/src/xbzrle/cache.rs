@@ -1,30 +1,38 @@
 //! The XBZRLE cache of one lane: copies of pages as the destination holds them (law 6).
 //!
-//! A page may lie in one of eight slots: two groups of four neighbours, found by two hashes of its place. The least used
-//! group takes a page as long as it has a free slot, which fills the cache nearly to its end before pages have to
-//! compete; then the oldest of the eight gives way, if it is old enough. Each slot has its page of memory from its
-//! first use on; memory is taken in chunks, as pages come in.
+//! A page may lie in one of sixteen slots: two groups of eight neighbours, found by two hashes of its place. The emptier
+//! group takes a page as long as it has a free slot: so nine tenths of the cache fill with one page in a hundred turned
+//! away, where a single group of four would fill three tenths. Then the oldest of the sixteen gives way, if it is old enough.
+//! Each slot has its page of memory from its first use on; memory is taken in chunks, as pages come in.
 
+use std::fmt;
 use std::ops::Range;
 
 use crate::geometry::{PageAt, PageSize};
 
 /// Slots of a group.
-const GROUP: usize = 4;
+const GROUP: usize = 8;
 /// Bytes of a chunk of page memory.
 const CHUNK_BYTES: usize = 2 << 20;
 /// A page used in round g may be replaced from round g + 2 on.
 const LIFETIME: u32 = 2;
 
 /// Copies of pages, bounded in bytes, replaced by age. Owned by one lane's encoder: no locks.
-#[derive(Debug)]
 pub struct XbzrleCache {
     slots: Vec<Slot>,
     memory: PageMemory,
 }
 
+impl fmt::Debug for XbzrleCache {
+    /// Sizes only: what it holds is guest memory.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (slots, bytes) = (self.slots.len(), self.memory_bytes());
+        f.debug_struct("XbzrleCache").field("slots", &slots).field("memory_bytes", &bytes).finish_non_exhaustive()
+    }
+}
+
 /// One place for a page.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Default)]
 struct Slot {
     /// The page's key; 0 while the slot is free.
     key: u64,
@@ -137,7 +145,6 @@ fn mix(key: u64) -> u64 {
 }
 
 /// Memory for a number of pages, taken in chunks as pages are asked for.
-#[derive(Debug)]
 struct PageMemory {
     page_bytes: usize,
     pages: usize,
@@ -304,10 +311,12 @@ mod tests {
             let mut cache = cache_of(4096);
             let slots = cache.slots.len() as u64;
             let dealt = |number: u64| at(number / 512 * 512 * lanes + number % 512);
-            let kept = (0..slots).filter(|&number| cache.insert(dealt(number), &[1; 4096], 1)).count();
-            assert!(kept as f64 > 0.95 * slots as f64, "{kept} of {slots} with {lanes} lanes");
-            let half = (0..slots / 2).filter(|&number| cache.get(dealt(number), 1).is_some()).count() as u64;
-            assert!(half * 100 >= slots / 2 * 99, "{half} of the first {}", slots / 2);
+            let mut kept = |numbers: Range<u64>| {
+                numbers.filter(|&number| cache.insert(dealt(number), &[1; 4096], 1)).count() as u64
+            };
+            let most = kept(0..slots * 8 / 10);
+            let all = most + kept(slots * 8 / 10..slots);
+            assert!(most * 100 > slots * 79 && all * 100 > slots * 94, "{most} and {all} of {slots}, {lanes} lanes");
         }
     }
 
@@ -321,7 +330,7 @@ mod tests {
             assert!(cache.bound_bytes() > 63 << 20 && cache.bound_bytes() <= 64 << 20);
             assert!(cache.insert(at(3), &vec![7; page_size.bytes()], 1));
             assert_eq!(cache.memory_bytes(), empty + (2 << 20));
-            (0..20_000).for_each(|page| drop(cache.insert(at(page), &vec![7; page_size.bytes()], 1)));
+            (0..20_000).for_each(|page| _ = cache.insert(at(page), &vec![7; page_size.bytes()], 1));
             assert!(cache.memory_bytes() <= cache.bound_bytes());
         }
     }

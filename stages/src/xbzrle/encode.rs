@@ -1,8 +1,12 @@
 //! The encoder that is used: it compares a block at a time into a mask of differing bytes, and walks the mask's turns.
+//!
+//! A [`Writer`] owns the place reached in the page and in the delta, and makes QEMU's overflow tests where it writes.
 
 use super::differences::{BLOCK, differences};
 use super::{Encoded, MAX_RUN, PIECE_BYTES};
 
+/// Bytes whose differences are found before runs are written.
+const SPAN: usize = BLOCK * 64;
 /// Runs up to this length are copied as if they had it, where there is room: one load and one store.
 const SHORT_RUN: usize = 16;
 
@@ -58,18 +62,16 @@ impl Writer<'_> {
     #[inline]
     fn runs(&mut self, old: &[u8]) -> Option<()> {
         let mut open = None;
-        let mut last = 0;
-        for block in 0..self.new.len().div_ceil(BLOCK) {
-            let mask = differences(&block_at(old, block), &block_at(self.new, block));
-            // A bit for each byte that differs where its neighbour before does not, or the other way round.
-            let mut turns = mask ^ (mask << 1 | last);
-            last = mask >> (BLOCK - 1);
-            while turns != 0 {
-                let at = block * BLOCK + turns.trailing_zeros() as usize;
-                turns &= turns - 1;
-                match open.take() {
-                    None => open = Some(at),
-                    Some(start) => self.run(start, at)?,
+        for (index, (old, new)) in old.chunks(SPAN).zip(self.new.chunks(SPAN)).enumerate() {
+            let turns = Turns::find(old, new, open.is_some());
+            for block in ones(turns.blocks) {
+                let from = index * SPAN + block * BLOCK;
+                let mut turns = open.take().into_iter().chain(ones(turns.bytes[block]).map(|byte| from + byte));
+                while let Some(start) = turns.next() {
+                    match turns.next() {
+                        Some(end) => self.run(start, end)?,
+                        None => open = Some(start),
+                    }
                 }
             }
         }
@@ -111,8 +113,7 @@ impl Writer<'_> {
     #[inline]
     fn length(&mut self, length: usize) -> Option<()> {
         let room = self.out.get_mut(self.written..)?.first_chunk_mut()?;
-        let high = u8::try_from(length >> 7).expect("at most the longest run");
-        let low = (length & 0x7f) as u8;
+        let [low, high] = [length & 0x7f, length >> 7].map(|bits| u8::try_from(bits).expect("at most the longest run"));
         *room = [if high == 0 { low } else { low | 0x80 }, high];
         self.written += if high == 0 { 1 } else { 2 };
         Some(())
@@ -123,6 +124,41 @@ impl Writer<'_> {
         let fits = self.written == 0 || self.read == self.new.len() || self.written + 2 <= self.out.len();
         fits.then_some(())
     }
+}
+
+/// Where in a span equal bytes turn to differing ones, and back. All of a span is compared before its turns are looked
+/// at: what they say is hard to predict, and must not hold up the loads of the next blocks.
+struct Turns {
+    /// A bit for each block that has a turn.
+    blocks: u64,
+    /// A bit for each byte that differs where its neighbour before does not, or the other way round.
+    bytes: [u64; SPAN / BLOCK],
+}
+
+impl Turns {
+    /// Compares a span; `last` tells whether the byte before it differs.
+    #[inline]
+    fn find(old: &[u8], new: &[u8], last: bool) -> Self {
+        let mut turns = Self { blocks: 0, bytes: [0; SPAN / BLOCK] };
+        let mut last = u64::from(last);
+        for (block, bytes) in turns.bytes.iter_mut().enumerate().take(new.len().div_ceil(BLOCK)) {
+            let mask = differences(&block_at(old, block), &block_at(new, block));
+            *bytes = mask ^ (mask << 1 | last);
+            last = mask >> (BLOCK - 1);
+            turns.blocks |= u64::from(*bytes != 0) << block;
+        }
+        turns
+    }
+}
+
+/// The bits of a word that are set, lowest first.
+#[inline]
+fn ones(mut word: u64) -> impl Iterator<Item = usize> {
+    std::iter::from_fn(move || {
+        let bit = word.trailing_zeros();
+        word &= word.checked_sub(1)?;
+        Some(bit as usize)
+    })
 }
 
 /// A block of a page; zeros follow the end of a page that is no multiple of blocks.

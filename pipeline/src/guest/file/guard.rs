@@ -105,8 +105,8 @@ fn watch(argv: &[String]) -> Result<(), GuestError> {
     let failed = |error: io::Error| GuestError::caused("it cannot watch", error);
     let (timeout, resume) = arguments(argv)?;
     // It fails where the guard was started by hand and leads a group already; then it is in nobody's way.
-    drop(rustix::process::setsid());
-    let deaf = ignore_signals().map_err(failed)?;
+    rustix::process::setsid().ok();
+    let _deaf = ignore_signals().map_err(failed)?;
     let mut line = UnixStream::from(io::stdin().as_fd().try_clone_to_owned().map_err(failed)?);
     line.write_all(&[READY]).map_err(failed)?;
     if is_dismissed(&mut line) {
@@ -115,7 +115,6 @@ fn watch(argv: &[String]) -> Result<(), GuestError> {
     say(&format!("memferry ended while the guest was paused, and had not handed it over: running {resume:?}"));
     commands::run("resume", resume, timeout)?;
     say("the guest was resumed");
-    drop(deaf);
     Ok(())
 }
 
@@ -160,3 +159,6 @@ fn ignore_signals() -> io::Result<Runtime> {
 fn say(words: &str) {
     drop(writeln!(io::stderr(), "memferry guard: {words}"));
 }
+
+#[cfg(test)]
+mod tests;

@@ -38,6 +38,14 @@ struct Hold {
     guard: Option<Guard>,
 }
 
+impl Hold {
+    fn dismiss(&mut self) {
+        if let Some(guard) = self.guard.take() {
+            guard.dismiss();
+        }
+    }
+}
+
 impl Source {
     pub(super) fn new(settings: FileGuestSettings, guard_program: Option<PathBuf>) -> Result<Self, GuestError> {
         settings.validate()?;
@@ -81,14 +89,13 @@ impl Source {
         let Some(resume) = self.settings.resume.as_ref().filter(|_| hold.is_paused) else { return Ok(()) };
         commands::run("resume", resume, self.settings.command_timeout)?;
         hold.is_paused = false;
-        hold.guard.take().map_or((), Guard::dismiss);
+        hold.dismiss();
         Ok(())
     }
 
     /// The guest may run elsewhere from here on: the guard goes.
     pub(super) fn committed(&self) {
-        let guard = self.hold().guard.take();
-        guard.map_or((), Guard::dismiss);
+        self.hold().dismiss();
     }
 
     /// Every path still leads to the file that was opened, and that is as long as it was.

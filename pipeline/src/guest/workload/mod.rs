@@ -34,6 +34,7 @@ use memferry_stages::memory::GuestMemory;
 use self::crew::Crew;
 use self::machine::Machine;
 use self::state::DeviceState;
+use self::writer::Writer;
 use super::{Guest, GuestError, GuestState, RunState};
 
 pub use settings::{Backing, Fill, LogChoice, Pattern, Region, WorkloadSettings, WriterSettings};
@@ -63,8 +64,8 @@ pub struct Workload {
 enum Life {
     /// A destination that knows nothing yet.
     Expected,
-    /// Its memory is there; its pages are on their way.
-    Built(Arc<Machine>),
+    /// Its memory is there, its pages are on their way; its writers have not written yet.
+    Built { machine: Arc<Machine>, writers: Vec<Writer> },
     /// It has its writers' state. `written` counts what was written before it came here.
     Whole { machine: Arc<Machine>, crew: Crew, written: u64, has_started: bool },
 }
@@ -141,7 +142,7 @@ impl Workload {
     fn machine(&self) -> Result<Arc<Machine>, GuestError> {
         match &*self.life() {
             Life::Expected => Err(GuestError("the workload has no memory yet".into())),
-            Life::Built(machine) | Life::Whole { machine, .. } => Ok(machine.clone()),
+            Life::Built { machine, .. } | Life::Whole { machine, .. } => Ok(machine.clone()),
         }
     }
 
@@ -204,19 +205,21 @@ impl Guest for Workload {
         }
         let settings = state::load_settings(setup)?;
         compare_blocks(&settings, page_size, blocks)?;
-        *life = Life::Built(Arc::new(Machine::new(settings, true)?));
+        let machine = Arc::new(Machine::new(settings, true)?);
+        *life = Life::Built { writers: writer::writers(machine.settings()), machine };
         Ok(())
     }
 
     fn prepare(&self, state: &GuestState) -> Result<(), GuestError> {
         let mut life = self.life();
-        let Life::Built(machine) = &*life else {
+        let Life::Built { machine, writers } = &mut *life else {
             return Err(GuestError("the workload is not between build and start".into()));
         };
         let machine = machine.clone();
-        let came = DeviceState::load(state, machine.settings().writers.len(), machine.pages())?;
-        let (writers, written) = (restore(&machine, came.clone())?, came.written);
-        let mut crew = Crew::new(machine.clone(), writers);
+        let came = DeviceState::load(state, writers.len(), machine.pages())?;
+        let written = came.written;
+        restore(writers, came)?;
+        let mut crew = Crew::new(machine.clone(), std::mem::take(writers));
         crew.hire()?;
         *life = Life::Whole { machine, crew, written, has_started: false };
         Ok(())
@@ -251,16 +254,15 @@ fn compare_blocks(settings: &WorkloadSettings, page_size: PageSize, blocks: &[Bl
     Ok(())
 }
 
-/// The writers, as they were when they were saved.
-fn restore(machine: &Machine, came: DeviceState) -> Result<Vec<writer::Writer>, GuestError> {
+/// Brings the writers to where they were when they were saved.
+fn restore(writers: &mut [Writer], came: DeviceState) -> Result<(), GuestError> {
     let DeviceState { cursors, mut sequences, .. } = came;
-    let mut writers = writer::writers(machine.settings());
     for (index, (writer, cursor)) in writers.iter_mut().zip(cursors).enumerate() {
         writer.restore(cursor, &mut sequences).map_err(|why| GuestError(format!("state of writer {index}: {why}")))?;
     }
     match sequences.iter().position(|&sequence| sequence != 0) {
         Some(page) => Err(GuestError(format!("the state says that page {page} was written, and no writer has it"))),
-        None => Ok(writers),
+        None => Ok(()),
     }
 }
 

@@ -17,6 +17,7 @@ pub(super) struct Scanner {
     pub(super) memory: GuestMemory,
     pub(super) logs: Vec<Arc<dyn DirtyLog>>,
     pub(super) dirty: DirtyBitmap,
+    buffers: BufferPool,
     order: Order,
 }
 
@@ -32,7 +33,8 @@ impl Scanner {
     pub(super) fn start(subject: &Subject, order: Order) -> io::Result<Self> {
         let (memory, logs) = (subject.memory.clone(), subject.logs.clone());
         logs.iter().try_for_each(|log| log.start())?;
-        Ok(Self { dirty: DirtyBitmap::filled(memory.layout()), memory, logs, order })
+        let buffers = BufferPool::new(4, memory.page_size().extent_bytes());
+        Ok(Self { dirty: DirtyBitmap::filled(memory.layout()), memory, logs, buffers, order })
     }
 
     pub(super) fn layout(&self) -> &Layout {
@@ -54,6 +56,8 @@ impl Scanner {
         let batch = |mask| Batch { at, mask, untouched: 0, round: 1, last: false };
         if self.order == Order::ReadBeforeTake && self.dirty.peek(at) != 0 {
             let copy = self.read_batch(batch(self.dirty.peek(at)))?;
+            // Wide enough for a writer to be in.
+            std::thread::sleep(std::time::Duration::from_micros(50));
             let mask = self.dirty.take(at);
             self.rearm(at, mask)?;
             return Ok(Some(Taken { batch: copy.batch, early: Some(copy) }));
@@ -73,11 +77,7 @@ impl Scanner {
         if let Some(copy) = taken.early {
             return Ok(copy);
         }
-        let copy = self.read_batch(taken.batch)?;
-        if self.order == Order::ReadBeforeRearm {
-            self.rearm(taken.batch.at, taken.batch.mask)?;
-        }
-        Ok(copy)
+        self.read_batch(taken.batch)
     }
 
     fn rearm(&self, at: ExtentAt, mask: u64) -> io::Result<()> {
@@ -86,8 +86,8 @@ impl Scanner {
 
     fn read_batch(&self, batch: Batch) -> io::Result<CopiedBatch> {
         let size = self.memory.page_size();
-        let pool = BufferPool::new(1, size.extent_bytes());
-        let mut buffer = pool.try_take().expect("a pool of one");
+        let another = || BufferPool::new(1, size.extent_bytes()).try_take().expect("a pool of one");
+        let mut buffer = self.buffers.try_take().unwrap_or_else(another);
         let memory = &self.memory.block(batch.at.block).memory;
         let zero = memory.read_extent(size, batch.at.first_page(), batch.mask, &mut buffer)?;
         let pages = (zero != batch.mask).then_some(buffer);
@@ -95,8 +95,12 @@ impl Scanner {
     }
 
     /// Tells the logs of a copy.
-    pub(super) fn report(&self, copy: &CopiedBatch) {
+    pub(super) fn report(&self, copy: &CopiedBatch) -> io::Result<()> {
+        if self.order == Order::ReadBeforeRearm {
+            self.rearm(copy.batch.at, copy.batch.mask)?;
+        }
         self.logs.iter().for_each(|log| log.copied(copy));
+        Ok(())
     }
 
     /// Takes, reads, reports and sends everything that is dirty.
@@ -104,7 +108,7 @@ impl Scanner {
         for at in self.dirty.extents() {
             if let Some(taken) = self.take(at)? {
                 let copy = self.read(taken)?;
-                self.report(&copy);
+                self.report(&copy)?;
                 mirror.load(&copy);
             }
         }
@@ -150,7 +154,8 @@ impl Mirror {
             let memory = &memory.block(at.block).memory;
             memory.read_page(layout.page_size(), at.page, &mut source).map_err(Breach::failed(case))?;
             let copy = self.page(at);
-            if let Some(byte) = (0..source.len()).find(|&byte| source[byte] != copy[byte]) {
+            if source != copy {
+                let byte = (0..source.len()).find(|&byte| source[byte] != copy[byte]).expect("they differ");
                 let (has, sent) = (source[byte], copy[byte]);
                 let what = format!("{at} was lost: byte {byte} is {has:#04x}, the destination has {sent:#04x}");
                 return Err(Breach::new(case, what));

@@ -72,7 +72,7 @@ fn hand_over(scanner: &Scanner, to_lane: &SyncSender<Taken>) -> io::Result<()> {
 fn lane(scanner: &Scanner, mut mirror: Mirror, taken: &Receiver<Taken>) -> io::Result<Mirror> {
     for taken in taken {
         let copy = scanner.read(taken)?;
-        scanner.report(&copy);
+        scanner.report(&copy)?;
         mirror.load(&copy);
     }
     Ok(mirror)

@@ -13,8 +13,8 @@ use crate::batch::CopiedBatch;
 use crate::geometry::{ExtentAt, PageAt};
 
 const CASE: &str = "schedules";
-const SCHEDULES: u64 = 60;
-const STEPS: u64 = 400;
+const SCHEDULES: u64 = 1000;
+const STEPS: u64 = 60;
 
 pub(super) fn schedules(make: &dyn Fn() -> Subject, order: Order) -> Result<(), Breach> {
     let subject = make();
@@ -46,7 +46,7 @@ impl<'a> Schedule<'a> {
     fn start(subject: &'a Subject, order: Order, seed: u64) -> io::Result<Self> {
         let scanner = Scanner::start(subject, order)?;
         let mut random = Random(seed);
-        let hot = (0..4).map(|_| random.page(scanner.layout())).collect();
+        let hot = (0..2).map(|_| random.page(scanner.layout())).collect();
         let extents: Vec<_> = scanner.dirty.extents().collect();
         let (mirror, ahead) = (Mirror::new(scanner.layout()), extents.len());
         Ok(Self { subject, scanner, mirror, random, hot, extents, ahead, taken: VecDeque::new(), read: None })
@@ -55,11 +55,11 @@ impl<'a> Schedule<'a> {
     fn play(&mut self) -> io::Result<()> {
         for _ in 0..STEPS {
             match self.random.below(8) {
-                0..3 => self.write(),
-                3 => self.next_round()?,
-                4 => self.take()?,
+                0..2 => self.write(),
+                2 => self.next_round()?,
+                3..5 => self.take()?,
                 5 => self.read()?,
-                6 => self.report(),
+                6 => self.report()?,
                 _ => self.punch(),
             }
         }
@@ -121,25 +121,25 @@ impl<'a> Schedule<'a> {
 
     /// The lane reads a batch: it has reported the one before.
     fn read(&mut self) -> io::Result<()> {
-        self.report();
+        self.report()?;
         if let Some(taken) = self.taken.pop_front() {
             self.read = Some(self.scanner.read(taken)?);
         }
         Ok(())
     }
 
-    fn report(&mut self) {
+    fn report(&mut self) -> io::Result<()> {
         if let Some(copy) = self.read.take() {
-            self.scanner.report(&copy);
+            self.scanner.report(&copy)?;
             self.mirror.load(&copy);
         }
+        Ok(())
     }
 
     fn drain(&mut self) -> io::Result<()> {
         while !self.taken.is_empty() {
             self.read()?;
         }
-        self.report();
-        Ok(())
+        self.report()
     }
 }

@@ -3,6 +3,7 @@
 //! A line is the head, the fields or the checksum; the spaces stand between the fields.
 
 use super::samples;
+use crate::wire::Kind;
 
 /// Hexadecimal with the spaces left out.
 fn golden(text: &str) -> String {
@@ -11,6 +12,13 @@ fn golden(text: &str) -> String {
 
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[test]
+fn there_is_a_sample_of_every_kind() {
+    let sampled: Vec<Kind> = samples::messages().iter().map(|message| message.kind()).collect();
+    let kinds: Vec<Kind> = Kind::ALL.into_iter().filter(|&kind| kind != Kind::Pages).collect();
+    assert_eq!(sampled, kinds);
 }
 
 #[test]

@@ -148,3 +148,6 @@ impl Scanner {
         outlet.put(item).await.map_err(|closed| self.stage.fails(closed))
     }
 }
+
+#[cfg(test)]
+mod tests;
