@@ -18,7 +18,7 @@ const LAST_ROUNDS: usize = 4;
 #[must_use]
 pub fn verdict(verdict: &Ended, account: &Account) -> String {
     let mut line = format!("{} after {}", status(verdict.phase), human::time(verdict.total));
-    if let Some(error) = &verdict.error {
+    if let Some(error) = verdict.error.as_ref().filter(|error| *error != status(verdict.phase)) {
         write!(line, ": {error}").expect("a string takes it");
     }
     if verdict.phase == Phase::Completed {
@@ -111,7 +111,7 @@ fn lines(frame: Frame, ended: &Ended, account: &Account, other: Option<&Account>
     lines.push(("memory", format!("{} at most, {} allowed", human::bytes(peak), human::bytes(bound))));
     let stages: Vec<_> = ended.stages.iter().chain(far.iter().flat_map(|far| &far.stages)).cloned().collect();
     if !stages.is_empty() {
-        lines.push(("bottleneck", bottleneck(&stages, frame.max_bandwidth)));
+        lines.push(("bottleneck", bottleneck(&stages, frame.capped)));
     }
     lines
 }

@@ -93,7 +93,7 @@ fn accountant() -> Accountant {
     accountant
 }
 
-const RUN: Frame = Frame { role: "run", max_bandwidth: None };
+const RUN: Frame = Frame { role: "run", capped: false };
 
 fn report() -> Report {
     let accountant = accountant();
