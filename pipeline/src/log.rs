@@ -1,12 +1,12 @@
 //! The log: events as lines, to standard error.
 
-use std::io;
+use std::io::{self, IsTerminal};
 
-use tracing::{debug, error, info, warn};
+use tracing::{debug, info, warn};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::MakeWriter;
 
-use crate::events::{Ended, Event, Observer, Phase, Role};
+use crate::events::{Ended, Event, Observer, Role};
 use crate::progress::Screen;
 use crate::report::human;
 
@@ -39,12 +39,12 @@ impl Observer for LogObserver {
     }
 }
 
+/// Why it did not complete is the verdict, and said as such; the log keeps it beside the rest.
 fn log_end(role: &str, ended: &Ended) {
     let total = human::time(ended.total);
-    match (&ended.error, ended.phase) {
-        (Some(error), Phase::Cancelled) => warn!(role, total, "cancelled: {error}"),
-        (Some(error), phase) => error!(role, total, ?phase, "{error}"),
-        (None, phase) => info!(role, total, ?phase, "ended"),
+    match &ended.error {
+        Some(error) => info!(role, total, phase = ?ended.phase, "ended: {error}"),
+        None => info!(role, total, phase = ?ended.phase, "ended"),
     }
 }
 
@@ -67,7 +67,8 @@ pub fn start(level: &str, screen: Screen) -> Result<(), String> {
     let filter = EnvFilter::builder()
         .parse(level)
         .map_err(|error| format!("--log {level:?} is not a level: {error}; write error, warn, info, debug or trace"))?;
-    tracing_subscriber::fmt().with_env_filter(filter).with_target(false).with_writer(LogWriter(screen)).init();
+    let lines = tracing_subscriber::fmt().with_env_filter(filter).with_target(false);
+    lines.with_ansi(io::stderr().is_terminal()).with_writer(LogWriter(screen)).init();
     Ok(())
 }
 

@@ -35,7 +35,9 @@ fn milestone(event: &Event) -> Option<String> {
         Event::Connected { peer } => Some(format!("connected to {peer}")),
         Event::Guest { blocks, pages, .. } => {
             let bytes = blocks.iter().map(|block| block.bytes).sum();
-            Some(format!("{} in {} pages and {} blocks", human::bytes(bytes), human::count(*pages), blocks.len()))
+            let plural = if blocks.len() == 1 { "" } else { "s" };
+            let (bytes, pages) = (human::bytes(bytes), human::count(*pages));
+            Some(format!("{bytes} in {pages} pages, {} RAM block{plural}", blocks.len()))
         }
         Event::RoundSent { tally, duration } => Some(format!(
             "round {} done in {}: {} pages, {} became {}",
@@ -52,7 +54,7 @@ fn milestone(event: &Event) -> Option<String> {
     }
 }
 
-/// A line for each milestone and one a second in between, for logs and pipes.
+/// A line for each milestone and at most one a second in between (short rounds among them), for logs and pipes.
 pub struct ProgressLines<W> {
     role: Role,
     out: Mutex<(W, Option<Instant>)>,
@@ -72,13 +74,22 @@ impl<W: Write + Send> ProgressLines<W> {
 
     fn show(&self, event: &Event, at: Instant) {
         let mut out = self.out.lock().unwrap_or_else(PoisonError::into_inner);
+        let due = out.1.is_none_or(|last| at.duration_since(last) >= LINE_EVERY);
         let line = match event {
-            Event::Progress(progress) if out.1.is_none_or(|last| at.duration_since(last) >= LINE_EVERY) => {
-                out.1 = Some(at);
-                Some(format!("round {}: {}", progress.round, figures(progress)))
-            }
+            Event::Progress(progress) => Some(format!("round {}: {}", progress.round, figures(progress))),
             other => milestone(other),
         };
+        let frequent = match event {
+            Event::Progress(_) => true,
+            Event::RoundSent { tally, duration } => *duration < LINE_EVERY && !tally.last,
+            _ => false,
+        };
+        if frequent && !due {
+            return;
+        }
+        if frequent {
+            out.1 = Some(at);
+        }
         if let Some(line) = line {
             // Nobody may be reading; the migration goes on.
             drop(writeln!(out.0, "{line}"));
@@ -211,7 +222,7 @@ mod tests {
         let text = String::from_utf8(lines.out.into_inner().unwrap().0).unwrap();
         insta::assert_snapshot!(text, @r"
         connected to 127.0.0.1:41234
-        1.00 GiB in 262,144 pages and 1 blocks
+        1.00 GiB in 262,144 pages, 1 RAM block
         round 1 done in 2.10 s: 262,144 pages, 1.00 GiB became 512 MiB
         switching over
         the guest is paused at the source

@@ -1,1 +1,308 @@
-fn main() {}
+//! The stages behind the encoder, each alone between two queues, beside memcpy of the same bytes from and to the same
+//! kind of place.
+//!
+//! A turn is 128 MiB of a guest, so what is called cold is out of every cache. It was all written before: the cost of
+//! first touch is the host's. A figure is page bytes a second, whatever they take on the wire.
+//!
+//! - sender: cold payloads into a sink that copies them into one warm buffer, as a socket would.
+//! - receiver: a cold stream in memory into warm pooled buffers.
+//! - loader: warm payloads into cold guest memory, by encoding.
+
+use std::future::Future;
+use std::hint::black_box;
+use std::io::{self, IoSlice};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use criterion::measurement::WallTime;
+use criterion::{BenchmarkGroup, Criterion, Throughput};
+use futures::join;
+use memferry_stages::batch::Item;
+use memferry_stages::bitmap::DirtyBitmap;
+use memferry_stages::codec::{Codec, Compressor};
+use memferry_stages::encoder::{Mark, Outgoing};
+use memferry_stages::geometry::{BlockInfo, ExtentAt, LaneMap, Layout, PageSize};
+use memferry_stages::loader::{LaneProgress, Loader};
+use memferry_stages::memory::{GuestMemory, MappedMemory, RamBlock};
+use memferry_stages::meter::Meter;
+use memferry_stages::pool::{BufferPool, PooledBuffer};
+use memferry_stages::queue::bounded;
+use memferry_stages::receiver::{Arrived, Receiver};
+use memferry_stages::sender::{Control, Sender};
+use memferry_stages::wire::hello::Features;
+use memferry_stages::wire::pages::{PageEncoding, PagesHead, payload_hash};
+use memferry_stages::wire::reader::FrameReader;
+use memferry_stages::xbzrle::{Encoded, encode_page};
+use tokio::io::AsyncWrite;
+
+const PAGE: usize = 4096;
+const EXTENT: usize = 64 * PAGE;
+const EXTENTS: u32 = 512;
+const TURN: usize = EXTENTS as usize * EXTENT;
+/// Buffers of the stages that reuse them.
+const WARM: usize = 4;
+
+fn main() {
+    let mut criterion = Criterion::default()
+        .sample_size(10)
+        .warm_up_time(Duration::from_millis(200))
+        .measurement_time(Duration::from_secs(1))
+        .nresamples(1000)
+        .configure_from_args();
+    sender(&mut criterion);
+    receiver(&mut criterion);
+    loader(&mut criterion);
+    criterion.final_summary();
+}
+
+fn group<'a>(criterion: &'a mut Criterion, name: &str) -> BenchmarkGroup<'a, WallTime> {
+    let mut group = criterion.benchmark_group(name);
+    group.throughput(Throughput::Bytes(TURN as u64));
+    group
+}
+
+/// Measures turns of async work, whose preparation is not counted.
+fn turns<P, F: Future>(
+    group: &mut BenchmarkGroup<'_, WallTime>,
+    name: &str,
+    mut prepare: impl FnMut() -> P,
+    work: impl Fn(P) -> F,
+) {
+    let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
+    group.bench_function(name, |bencher| {
+        bencher.iter_custom(|turns| {
+            let turn = |_| {
+                let prepared = prepare();
+                let start = Instant::now();
+                runtime.block_on(work(prepared));
+                start.elapsed()
+            };
+            (0..turns).map(turn).sum()
+        });
+    });
+}
+
+fn sender(criterion: &mut Criterion) {
+    let pool = BufferPool::new(EXTENTS as usize, EXTENT);
+    let mut buffers: Vec<PooledBuffer> = (0..EXTENTS).map(|_| filled(&pool, &random(EXTENT))).collect();
+    let mut sink = Sink(vec![1; EXTENT]);
+    let mut group = group(criterion, "sender");
+    group.bench_function("memcpy", |bencher| {
+        bencher.iter(|| buffers.iter().for_each(|buffer| black_box(&mut sink.0).copy_from_slice(buffer)));
+    });
+    buffers.clear();
+    turns(&mut group, "into a sink", || (outgoing(&pool), sink.clone()), |(frames, sink)| send(frames, sink));
+}
+
+/// Raw frames of a whole turn, their payloads in the buffers of the pool, which keep what was put there.
+fn outgoing(pool: &BufferPool) -> Vec<Outgoing> {
+    let mut buffers: Vec<_> = std::iter::from_fn(|| pool.try_take()).collect();
+    buffers.iter_mut().for_each(|buffer| buffer.set_filled(EXTENT));
+    let frame = |(extent, payload)| {
+        let mark = (extent == EXTENTS - 1).then_some(Mark::Switchover);
+        Outgoing { lane: 0, head: raw_head(extent, 0).to_bytes(0), payload: Some(payload), mark }
+    };
+    (0..).zip(buffers).map(frame).collect()
+}
+
+async fn send(frames: Vec<Outgoing>, sink: Sink) {
+    let meter = Meter::start("sender", Some(0));
+    let ((control, control_in), (bulk, bulk_in), (sent, reports)) = (bounded(1), bounded(16), bounded(4));
+    let feed = async {
+        for frame in frames {
+            bulk.put(frame).await.expect("the sender runs");
+        }
+        reports.next().await.expect("the last frame is reported");
+        control.put(Control::Finish).await.expect("the sender runs");
+    };
+    let (ran, ()) = join!(Sender::new(0, sink, None, false, 1, meter).run(control_in, bulk_in, sent), feed);
+    ran.expect("a sink does not fail");
+}
+
+/// Copies what it is given into one buffer.
+#[derive(Clone)]
+struct Sink(Vec<u8>);
+
+impl AsyncWrite for Sink {
+    fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.poll_write_vectored(context, &[IoSlice::new(bytes)])
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+        slices: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        for slice in slices {
+            black_box(&mut self.0[..slice.len()]).copy_from_slice(slice);
+        }
+        Poll::Ready(Ok(slices.iter().map(|slice| slice.len()).sum()))
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+}
+
+fn receiver(criterion: &mut Criterion) {
+    let payload = random(EXTENT);
+    let stream: Vec<u8> =
+        (0..EXTENTS).flat_map(|extent| [&raw_head(extent, 0).to_bytes(0)[..], &payload].concat()).collect();
+    let pool = BufferPool::new(WARM, EXTENT);
+    let mut warm = vec![1; EXTENT];
+    let mut group = group(criterion, "receiver");
+    group.bench_function("memcpy", |bencher| {
+        bencher.iter(|| stream.chunks_exact(EXTENT).for_each(|part| black_box(&mut warm).copy_from_slice(part)));
+    });
+    turns(&mut group, "from memory", || (), |()| receive(&stream, pool.clone()));
+}
+
+async fn receive(stream: &[u8], pool: BufferPool) {
+    let meter = Meter::start("receiver", Some(0));
+    let reader = FrameReader::new(stream, "memory".into(), PageSize::DEFAULT);
+    let lanes = LaneMap::new(1, PageSize::DEFAULT);
+    let receiver = Receiver::new(0, 1, reader, layout(), lanes, pool, meter);
+    let ((outlet, arrived), (control, _messages)) = (bounded(WARM), bounded(1));
+    let count = async {
+        let mut frames = 0;
+        while arrived.next().await.is_some() {
+            frames += 1;
+        }
+        assert_eq!(frames, EXTENTS);
+    };
+    let (ran, ()) = join!(receiver.run(vec![Some(outlet)], control), count);
+    ran.expect("the stream is whole");
+}
+
+fn loader(criterion: &mut Criterion) {
+    let memory = Arc::new(MappedMemory::anonymous(TURN).expect("memory"));
+    let (old, old_text) = (random(EXTENT), text());
+    let info = layout().blocks()[0].clone();
+    let guest = GuestMemory::new(PageSize::DEFAULT, vec![RamBlock { info, memory: memory.clone(), fresh: true }])
+        .expect("a guest of one block");
+    let fill = |extent: &[u8]| (0..EXTENTS as usize).for_each(|number| memory.store(number * EXTENT, extent));
+    fill(&old);
+    let mut group = group(criterion, "loader");
+    group.bench_function("memcpy", |bencher| bencher.iter(|| fill(black_box(&old))));
+
+    let raw = Coded { pages: vec![(PageEncoding::Raw, 4096); 64], payload: old.clone() };
+    loads(&mut group, "raw, with checksum", &guest, &raw, true);
+    loads(&mut group, "raw", &guest, &raw, false);
+    for codec in [Codec::Snap, Codec::Lz4, Codec::Zstd { level: 1 }] {
+        let mut compressor = Compressor::new(codec);
+        let compress =
+            |page: &[u8], out: &mut [u8]| compressor.compress(page, &mut out[..PAGE - 1]).expect("it shrinks");
+        let coded = Coded::new(codec.encoding(), &old_text, compress);
+        loads(&mut group, &format!("{codec}, text"), &guest, &coded, true);
+    }
+    fill(&old_text);
+    let delta = |page: &[u8], out: &mut [u8]| {
+        let mut changed = page.to_vec();
+        (0..8).for_each(|word| changed[word * 500] ^= 0x55);
+        let Encoded::Delta(bytes) = encode_page(page, &changed, out) else { panic!("eight bytes differ") };
+        bytes
+    };
+    loads(&mut group, "xbzrle, 8 bytes a page", &guest, &Coded::new(PageEncoding::Xbzrle, &old_text, delta), true);
+    loads(&mut group, "zero, loaded before", &guest, &Coded { pages: vec![], payload: vec![] }, true);
+}
+
+/// Pages of an extent as they are on the wire: all of them zero if there are none.
+struct Coded {
+    pages: Vec<(PageEncoding, u32)>,
+    payload: Vec<u8>,
+}
+
+impl Coded {
+    fn new(encoding: PageEncoding, extent: &[u8], mut encode: impl FnMut(&[u8], &mut [u8]) -> usize) -> Self {
+        let mut coded = Self { pages: vec![], payload: vec![] };
+        let mut out = vec![0; PAGE];
+        for page in extent.chunks_exact(PAGE) {
+            let bytes = encode(page, &mut out);
+            coded.pages.push((encoding, u32::try_from(bytes).expect("less than a page")));
+            coded.payload.extend(&out[..bytes]);
+        }
+        coded
+    }
+
+    fn head(&self, extent: u32, payload_hash: u64) -> PagesHead {
+        let (at, zero) = (ExtentAt { block: 0, extent }, if self.pages.is_empty() { u64::MAX } else { 0 });
+        PagesHead { at, round: 1, mask: u64::MAX, zero, payload_hash, pages: self.pages.clone() }
+    }
+}
+
+/// Loads a turn of such extents over memory that is held.
+fn loads(group: &mut BenchmarkGroup<'_, WallTime>, name: &str, guest: &GuestMemory, coded: &Coded, checksum: bool) {
+    let pool = BufferPool::new(WARM, EXTENT);
+    let filled_buffers: Vec<_> = (0..WARM).map(|_| filled(&pool, &coded.payload)).collect();
+    drop(filled_buffers);
+    let hash = payload_hash(&coded.payload);
+    let heads = || (0..EXTENTS).map(|extent| coded.head(extent, hash)).collect();
+    let work = |heads| load(guest.clone(), heads, &coded.payload, pool.clone(), checksum);
+    turns(group, name, heads, work);
+}
+
+async fn load(guest: GuestMemory, heads: Vec<PagesHead>, payload: &[u8], pool: BufferPool, checksum: bool) {
+    let held = Arc::new(DirtyBitmap::filled(guest.layout()));
+    let allowed = Features { snap: true, lz4: true, zstd: true, xbzrle: true, ..Features::default() };
+    let (progress, meter) = (Arc::new(LaneProgress::default()), Meter::start("loader", Some(0)));
+    let loader = Loader::new(0, guest, held, checksum, allowed, progress.clone(), meter);
+    let ((outlet, input), (output, _reports)) = (bounded(WARM), bounded(1));
+    let feed = async {
+        for head in heads {
+            let buffer = if payload.is_empty() { None } else { Some(pool.take().await) };
+            let payload = buffer.map(|mut buffer| {
+                buffer.set_filled(payload.len());
+                buffer
+            });
+            outlet.put(Item::Batch(Arrived { head, payload, offset: 0 })).await.expect("the loader runs");
+        }
+        outlet.put(Item::Switchover).await.expect("the loader runs");
+    };
+    let (ran, ()) = join!(loader.run(input, output), feed);
+    ran.expect("the frames are whole");
+    assert_eq!(progress.frames.load(std::sync::atomic::Ordering::Acquire), u64::from(EXTENTS));
+}
+
+fn layout() -> Layout {
+    let info = BlockInfo { id: "ram".into(), length: TURN as u64, guest_address: 0, backing_page_size: 4096 };
+    Layout::new(PageSize::DEFAULT, vec![info]).expect("a layout")
+}
+
+fn raw_head(extent: u32, payload_hash: u64) -> PagesHead {
+    let at = ExtentAt { block: 0, extent };
+    PagesHead { at, round: 1, mask: u64::MAX, zero: 0, payload_hash, pages: vec![(PageEncoding::Raw, 4096); 64] }
+}
+
+fn filled(pool: &BufferPool, bytes: &[u8]) -> PooledBuffer {
+    let mut buffer = pool.try_take().expect("a free buffer");
+    buffer.extend(bytes);
+    buffer
+}
+
+fn random(bytes: usize) -> Vec<u8> {
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state
+    };
+    black_box((0..bytes / 8).flat_map(|_| next().to_le_bytes()).collect())
+}
+
+/// Source text of this very program: it compresses as text does.
+fn text() -> Vec<u8> {
+    let source =
+        [include_str!("sink_stages.rs"), include_str!("../src/sender/mod.rs"), include_str!("../src/loader.rs")];
+    black_box(source.concat().into_bytes().into_iter().cycle().take(EXTENT).collect())
+}

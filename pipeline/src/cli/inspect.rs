@@ -312,7 +312,25 @@ mod tests {
     fn a_whole_stream_is_laid_out() {
         let inspection = inspect(&stream());
         assert!(inspection.is_whole(), "{inspection}");
-        insta::assert_snapshot!(inspection, @"");
+        insta::assert_snapshot!(inspection, @r"
+        protocol    1
+        session     07070707070707070707070707070707
+        lanes       1 on 1 connections
+        page size   4.00 KiB
+        features    payload-xxh3
+        stream      4.46 KiB in 8 frames
+
+        block                         bytes          pages      guest address
+        ram                        1.00 MiB            256         0x40000000
+
+        round      frames        zero         raw  compressed      xbzrle   unchanged       bytes
+            1           1           1           1           0           0           5    4.07 KiB
+
+        state section                part  version      bytes
+        cpu                        device        3       20 B
+
+        whole: the end mark is there; the guest ran
+        ");
     }
 
     #[test]

@@ -196,7 +196,7 @@ impl Session {
 
     /// Says how it ended and writes the report.
     fn conclude(&self, verdict: &Ended, account: &Account, far: Option<&Account>) {
-        let frame = Frame { role: self.role, max_bandwidth: self.config.migration.max_bandwidth.0 };
+        let frame = Frame { role: self.role, capped: self.config.migration.max_bandwidth.0.is_some() };
         if let Some(file) = &self.options.report
             && let Err(error) = Report::new(frame, verdict, account, far).write(file)
         {

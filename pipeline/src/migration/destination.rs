@@ -456,7 +456,7 @@ impl Flow {
                 self.say(&message).await?;
             }
             if let Some(answer) = self.graph.answer.take() {
-                drop(answer.put(Control::Finish).await);
+                answer.put(Control::Finish).await.ok();
                 while self.graph.stages.next_end().await.name != ANSWERS {}
             }
             Ok::<(), MigrationError>(())

@@ -439,7 +439,7 @@ impl Source {
             && (flow.graph.in_flight.pages() * page) as f64 > share
         {
             match tokio::time::timeout_at(give_up, self.next(flow)).await {
-                Ok(signal) => drop(signal?),
+                Ok(signal) => _ = signal?,
                 Err(_) => break,
             }
         }
@@ -528,7 +528,7 @@ impl Source {
                     blocking(move || guest.committed()).await;
                     give_up = tokio::time::Instant::now() + self.settings.handover_timeout;
                     // A queue that is closed tells itself: the sender's failure follows, and counts as after Go.
-                    drop(flow.say(&Message::Go(self.was)).await);
+                    flow.say(&Message::Go(self.was)).await.ok();
                 }
                 SourceStep::TooLate => {
                     let what = "cancel comes too late: the destination may run the guest already";

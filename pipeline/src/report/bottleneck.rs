@@ -9,8 +9,6 @@ use std::fmt;
 
 use memferry_stages::meter::Reading;
 
-use crate::report::human;
-
 /// The share of its time from which a stage holds the others up.
 const HELD_UP: f64 = 0.5;
 
@@ -24,14 +22,14 @@ struct Suspect<'a> {
     share: f64,
 }
 
-/// The bottleneck in one line. `cap` is the bandwidth limit that the senders kept to.
+/// The bottleneck in one line. `capped` says whether the senders kept to a bandwidth limit.
 #[must_use]
-pub fn bottleneck(stages: &[Reading], cap: Option<u64>) -> String {
+pub fn bottleneck(stages: &[Reading], capped: bool) -> String {
     let worst = stages.iter().flat_map(suspects).max_by(|a, b| a.share.total_cmp(&b.share));
     match worst {
         None => "unknown: no stage has run".into(),
-        Some(suspect) if suspect.share < HELD_UP => format!("none: the busiest was {}", Blame { suspect, cap }),
-        Some(suspect) => Blame { suspect, cap }.to_string(),
+        Some(suspect) if suspect.share < HELD_UP => format!("none: at most {}", Blame { suspect, capped }),
+        Some(suspect) => Blame { suspect, capped }.to_string(),
     }
 }
 
@@ -46,37 +44,30 @@ fn suspects(reading: &Reading) -> impl Iterator<Item = Suspect<'_>> {
 
 struct Blame<'a> {
     suspect: Suspect<'a>,
-    cap: Option<u64>,
+    capped: bool,
 }
 
 impl fmt::Display for Blame<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Suspect { reading, transport, share } = &self.suspect;
         let percent = share * 100.0;
-        match (transport, self.cap) {
-            (true, Some(cap)) => {
-                let cap = human::bytes(cap);
-                write!(
-                    f,
-                    "max_bandwidth ({cap}/s) or the transport: {} waited for it {percent:.0} % of the time",
-                    Name(reading)
-                )
-            }
-            (true, None) => write!(f, "the transport: {} waited for it {percent:.0} % of the time", Name(reading)),
-            (false, _) => write!(f, "{}: busy {percent:.0} % of the time", Name(reading)),
+        if !transport {
+            return write!(f, "the {}: busy {percent:.0} % of the time", Name(reading));
         }
+        let limit = if self.capped { "max_bandwidth or " } else { "" };
+        write!(f, "{limit}the transport: the {} waited {percent:.0} % of the time", Name(reading))
     }
 }
 
-/// "the encoder of lane 1", "the sender of connection 0".
+/// "encoder of lane 1", "sender of connection 0".
 struct Name<'a>(&'a Reading);
 
 impl fmt::Display for Name<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let kind = if matches!(self.0.name, "sender" | "receiver") { "connection" } else { "lane" };
         match self.0.lane {
-            Some(lane) => write!(f, "the {} of {kind} {lane}", self.0.name),
-            None => write!(f, "the {}", self.0.name),
+            Some(lane) => write!(f, "{} of {kind} {lane}", self.0.name),
+            None => f.write_str(self.0.name),
         }
     }
 }
@@ -94,21 +85,21 @@ mod tests {
     #[test]
     fn the_busiest_stage_is_named() {
         let stages = [stage("encoder", 0, 60, 30, 10), stage("encoder", 1, 97, 2, 1), stage("sender", 0, 20, 75, 5)];
-        assert_eq!(bottleneck(&stages, None), "the encoder of lane 1: busy 97 % of the time");
+        assert_eq!(bottleneck(&stages, false), "the encoder of lane 1: busy 97 % of the time");
     }
 
     #[test]
     fn a_sender_that_waits_means_the_transport() {
         let stages = [stage("encoder", 0, 20, 0, 80), stage("sender", 0, 7, 0, 93), stage("receiver", 0, 9, 91, 0)];
-        let blamed = "the transport: the sender of connection 0 waited for it 93 % of the time";
-        assert_eq!(bottleneck(&stages, None), blamed);
-        assert_eq!(bottleneck(&stages, Some(100 << 20)), format!("max_bandwidth (100 MiB/s) or {blamed}"));
+        let blamed = "the transport: the sender of connection 0 waited 93 % of the time";
+        assert_eq!(bottleneck(&stages, false), blamed);
+        assert_eq!(bottleneck(&stages, true), format!("max_bandwidth or {blamed}"));
     }
 
     #[test]
     fn where_all_waited_for_input_nothing_held_up() {
         let stages = [stage("loader", 0, 30, 70, 0)];
-        assert_eq!(bottleneck(&stages, None), "none: the busiest was the loader of lane 0: busy 30 % of the time");
-        assert_eq!(bottleneck(&[], None), "unknown: no stage has run");
+        assert_eq!(bottleneck(&stages, false), "none: at most the loader of lane 0: busy 30 % of the time");
+        assert_eq!(bottleneck(&[], false), "unknown: no stage has run");
     }
 }

@@ -149,8 +149,8 @@ pub struct StageReport {
 pub struct Frame {
     /// "run", "send" or "recv".
     pub role: &'static str,
-    /// The limit on the wire, if there was one.
-    pub max_bandwidth: Option<u64>,
+    /// Was there a limit on the wire?
+    pub capped: bool,
 }
 
 impl Report {
@@ -179,7 +179,7 @@ impl Report {
             throughput_bytes_per_s: throughput(ended).round(),
             memory_bound_bytes: account.memory_bound + other.map_or(0, |other| other.memory_bound),
             memory_peak_bytes: ended.memory_peak + far.map_or(0, |far| far.memory_peak),
-            bottleneck: bottleneck::bottleneck(&stages, frame.max_bandwidth),
+            bottleneck: bottleneck::bottleneck(&stages, frame.capped),
             rounds: account.rounds.iter().map(round).collect(),
             stages: stages.iter().map(stage).collect(),
         }

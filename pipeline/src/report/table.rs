@@ -10,11 +10,15 @@ use crate::events::{Ended, Phase};
 const HEADS: [&str; 11] =
     ["round", "time", "pages", "zero", "raw", "compressed", "xbzrle", "unchanged", "in", "out", "dirty after"];
 
+/// Rounds that the table shows from the start and from the end.
+const FIRST_ROUNDS: usize = 8;
+const LAST_ROUNDS: usize = 4;
+
 /// The verdict in one line.
 #[must_use]
 pub fn verdict(verdict: &Ended, account: &Account) -> String {
     let mut line = format!("{} after {}", status(verdict.phase), human::time(verdict.total));
-    if let Some(error) = &verdict.error {
+    if let Some(error) = verdict.error.as_ref().filter(|error| *error != status(verdict.phase)) {
         write!(line, ": {error}").expect("a string takes it");
     }
     if verdict.phase == Phase::Completed {
@@ -33,13 +37,25 @@ pub fn summary(frame: Frame, account: &Account, other: Option<&Account>) -> Stri
     let Some(ended) = &account.ended else { return String::new() };
     let mut text = String::new();
     if !account.rounds.is_empty() {
-        text.push_str(&columns(account.rounds.iter().map(row)));
+        text.push_str(&rounds(&account.rounds));
         text.push('\n');
     }
     for (name, line) in lines(frame, ended, account, other) {
         writeln!(text, "{name:<11} {line}").expect("a string takes it");
     }
     text
+}
+
+/// All rounds, or the first and the last where they are many.
+fn rounds(rounds: &[Round]) -> String {
+    let left_out = rounds.len().saturating_sub(FIRST_ROUNDS + LAST_ROUNDS);
+    if left_out < 2 {
+        return columns(rounds.iter().map(row)).join("\n") + "\n";
+    }
+    let last = &rounds[rounds.len() - LAST_ROUNDS..];
+    let mut lines = columns(rounds[..FIRST_ROUNDS].iter().chain(last).map(row));
+    lines.insert(1 + FIRST_ROUNDS, format!("  ... {left_out} rounds more"));
+    lines.join("\n") + "\n"
 }
 
 fn row(round: &Round) -> [String; 11] {
@@ -62,17 +78,15 @@ fn row(round: &Round) -> [String; 11] {
 }
 
 /// Rows under their heads, each column as wide as its widest cell.
-fn columns(rows: impl Iterator<Item = [String; 11]>) -> String {
+fn columns(rows: impl Iterator<Item = [String; 11]>) -> Vec<String> {
     let rows: Vec<_> = std::iter::once(HEADS.map(str::to_owned)).chain(rows).collect();
     let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
     let widths: [usize; 11] = std::array::from_fn(width);
-    let mut text = String::new();
-    for row in &rows {
+    let line = |row: &[String; 11]| {
         let cells = row.iter().zip(widths).map(|(cell, width)| format!("{cell:>width$}"));
-        text.push_str(&cells.collect::<Vec<_>>().join(" "));
-        text.push('\n');
-    }
-    text
+        cells.collect::<Vec<_>>().join(" ")
+    };
+    rows.iter().map(line).collect()
 }
 
 fn lines(frame: Frame, ended: &Ended, account: &Account, other: Option<&Account>) -> Vec<(&'static str, String)> {
@@ -97,7 +111,7 @@ fn lines(frame: Frame, ended: &Ended, account: &Account, other: Option<&Account>
     lines.push(("memory", format!("{} at most, {} allowed", human::bytes(peak), human::bytes(bound))));
     let stages: Vec<_> = ended.stages.iter().chain(far.iter().flat_map(|far| &far.stages)).cloned().collect();
     if !stages.is_empty() {
-        lines.push(("bottleneck", bottleneck(&stages, frame.max_bandwidth)));
+        lines.push(("bottleneck", bottleneck(&stages, frame.capped)));
     }
     lines
 }

@@ -93,7 +93,7 @@ fn accountant() -> Accountant {
     accountant
 }
 
-const RUN: Frame = Frame { role: "run", max_bandwidth: None };
+const RUN: Frame = Frame { role: "run", capped: false };
 
 fn report() -> Report {
     let accountant = accountant();
@@ -172,6 +172,18 @@ fn the_table_fits_a_terminal() {
     bottleneck  the encoder of lane 0: busy 96 % of the time
     ");
     assert!(text.lines().all(|line| line.chars().count() <= 100));
+}
+
+#[test]
+fn of_many_rounds_the_first_and_the_last_are_shown() {
+    let mut account = accountant().account(Role::Source);
+    let last = account.rounds.pop().unwrap();
+    account.rounds.extend(vec![account.rounds[0].clone(); 29]);
+    account.rounds.push(last);
+    let text = table::summary(RUN, &account, None);
+    let lines: Vec<_> = text.lines().collect();
+    assert_eq!(lines[9], "  ... 19 rounds more");
+    assert!(lines[13].starts_with("2 last") && lines[14].is_empty(), "{text}");
 }
 
 #[test]

@@ -172,21 +172,19 @@ fn a_delta_may_patch_a_zero_page_that_was_never_written() {
 
 #[test]
 fn an_encoding_that_was_not_agreed_on_writes_nothing_of_its_frame() {
-    let cases: [(PageEncoding, fn(&mut Features)); 4] = [
-        (PageEncoding::Snap, |features| features.snap = true),
-        (PageEncoding::Lz4, |features| features.lz4 = true),
-        (PageEncoding::Zstd, |features| features.zstd = true),
-        (PageEncoding::Xbzrle, |features| features.xbzrle = true),
-    ];
-    for (encoding, agree) in cases {
-        let mut bed = bed_with(false, true, Features::default());
+    let none = Features::default;
+    for (encoding, agreed) in [
+        (PageEncoding::Snap, Features { snap: true, ..none() }),
+        (PageEncoding::Lz4, Features { lz4: true, ..none() }),
+        (PageEncoding::Zstd, Features { zstd: true, ..none() }),
+        (PageEncoding::Xbzrle, Features { xbzrle: true, ..none() }),
+    ] {
+        let mut bed = bed_with(false, true, none());
         let frame = Frame::new(0, 1).zero(0).raw(1, &text(1)).coded(2, encoding, &[0xff; 7]);
         assert_eq!(bed.refuses(&frame), WireError::NotAgreed { page: at(2), encoding });
         assert_eq!((bed.memory.deeds(), bed.held()), (vec![], [0, 0]));
 
-        let mut features = Features::default();
-        agree(&mut features);
-        let error = bed_with(false, true, features).refuses(&frame);
+        let error = bed_with(false, true, agreed).refuses(&frame);
         assert!(!matches!(error, WireError::NotAgreed { .. }), "{error}");
     }
 }

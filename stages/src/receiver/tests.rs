@@ -295,7 +295,8 @@ fn assert_no_wrong_page(memory: &[u8], versions: &[Vec<Vec<u8>>], what: &str) {
 #[tokio::test]
 async fn a_whole_stream_is_loaded() {
     let Landed { receiver, loader, reports, memory } = land(&sample().0, true).await;
-    (receiver.unwrap(), loader.unwrap());
+    receiver.unwrap();
+    loader.unwrap();
     let last: Vec<u8> = versions().iter().flat_map(|page| page.last().unwrap().clone()).collect();
     assert!(memory == last);
     let tally = |round| RoundTally::new(round, false);

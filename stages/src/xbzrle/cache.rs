@@ -5,6 +5,7 @@
 //! away, where a single group of four would fill three tenths. Then the oldest of the sixteen gives way, if it is old enough.
 //! Each slot has its page of memory from its first use on; memory is taken in chunks, as pages come in.
 
+use std::fmt;
 use std::ops::Range;
 
 use crate::geometry::{PageAt, PageSize};
@@ -17,14 +18,21 @@ const CHUNK_BYTES: usize = 2 << 20;
 const LIFETIME: u32 = 2;
 
 /// Copies of pages, bounded in bytes, replaced by age. Owned by one lane's encoder: no locks.
-#[derive(Debug)]
 pub struct XbzrleCache {
     slots: Vec<Slot>,
     memory: PageMemory,
 }
 
+impl fmt::Debug for XbzrleCache {
+    /// Sizes only: what it holds is guest memory.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (slots, bytes) = (self.slots.len(), self.memory_bytes());
+        f.debug_struct("XbzrleCache").field("slots", &slots).field("memory_bytes", &bytes).finish_non_exhaustive()
+    }
+}
+
 /// One place for a page.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Default)]
 struct Slot {
     /// The page's key; 0 while the slot is free.
     key: u64,
@@ -137,7 +145,6 @@ fn mix(key: u64) -> u64 {
 }
 
 /// Memory for a number of pages, taken in chunks as pages are asked for.
-#[derive(Debug)]
 struct PageMemory {
     page_bytes: usize,
     pages: usize,

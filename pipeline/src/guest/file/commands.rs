@@ -6,6 +6,7 @@ use std::io::{self, PipeReader, Read};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -80,35 +81,52 @@ fn spawn(argv: &[String]) -> io::Result<(Child, Output)> {
     Ok((child, output))
 }
 
-/// The output of a command, read by a thread of its own, so that a command never waits for its reader.
+/// The end of a command's output, read by a thread of its own, so that a command never waits for its reader.
 #[derive(Debug)]
-struct Output(Receiver<Vec<u8>>);
+struct Output {
+    kept: Arc<Mutex<VecDeque<u8>>>,
+    closed: Receiver<()>,
+}
 
 impl Output {
-    fn keep(mut pipe: PipeReader) -> io::Result<Self> {
-        let (give, take) = sync_channel(1);
+    fn keep(pipe: PipeReader) -> io::Result<Self> {
+        let kept = Arc::new(Mutex::new(VecDeque::new()));
+        let (open, closed) = sync_channel(0);
+        let output = Self { kept: kept.clone(), closed };
         let read = move || {
-            let (mut kept, mut piece) = (VecDeque::new(), [0; KEPT_BYTES]);
-            while let Ok(bytes @ 1..) = pipe.read(&mut piece) {
-                kept.extend(&piece[..bytes]);
-                kept.drain(..kept.len().saturating_sub(KEPT_BYTES));
-            }
-            // Nobody asks for it if the command succeeded.
-            drop(give.send(kept.into()));
+            read_end(pipe, &kept);
+            drop(open);
         };
         thread::Builder::new().name("command-output".into()).spawn(read)?;
-        Ok(Self(take))
+        Ok(output)
     }
 
     /// `; it said: …`, or nothing if it said nothing.
     fn last_lines(self) -> String {
-        let kept = self.0.recv_timeout(OUTPUT_WAIT).unwrap_or_default();
+        // The channel carries nothing: it closes with the output, or the time is over.
+        self.closed.recv_timeout(OUTPUT_WAIT).unwrap_or_default();
+        let kept: Vec<u8> = locked(&self.kept).iter().copied().collect();
         let text = String::from_utf8_lossy(&kept);
         let lines: Vec<_> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
         let shown = lines[lines.len().saturating_sub(SHOWN_LINES)..].join(" | ");
         let shown = shown.replace(|letter: char| letter.is_control(), " ");
         if shown.is_empty() { shown } else { format!("; it said: {shown}") }
     }
+}
+
+/// Reads until nobody holds the other end, and keeps the last bytes.
+fn read_end(mut pipe: PipeReader, kept: &Mutex<VecDeque<u8>>) {
+    let mut piece = [0; KEPT_BYTES];
+    while let Ok(bytes @ 1..) = pipe.read(&mut piece) {
+        let mut kept = locked(kept);
+        kept.extend(&piece[..bytes]);
+        let excess = kept.len().saturating_sub(KEPT_BYTES);
+        kept.drain(..excess);
+    }
+}
+
+fn locked(kept: &Mutex<VecDeque<u8>>) -> MutexGuard<'_, VecDeque<u8>> {
+    kept.lock().expect("appending does not panic")
 }
 
 #[cfg(test)]
@@ -152,16 +170,24 @@ mod tests {
             }
         };
         assert!(words.contains("killed, for it took longer than ") && words.ends_with("; it said: waiting"), "{words}");
-        // The sleeper is nobody's child here: it is gone, or dead and not yet collected.
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", sleeper.trim()));
-        assert!(stat.is_err() || stat.is_ok_and(|stat| stat.contains(") Z ") || stat.contains(") X ")));
+        // The sleeper is nobody's child here: it vanishes, or is dead and not collected yet.
+        let is_dead = || match std::fs::read_to_string(format!("/proc/{}/stat", sleeper.trim())) {
+            Ok(stat) => stat.contains(") Z ") || stat.contains(") X "),
+            Err(_) => true,
+        };
+        let begin = Instant::now();
+        while !is_dead() {
+            assert!(begin.elapsed() < LONG, "the sleeper outlives its group");
+            thread::sleep(Duration::from_millis(5));
+        }
     }
 
     #[test]
     fn a_process_left_behind_with_the_output_holds_nobody_up() {
         let begin = Instant::now();
         sh("sleep 30 & exit 0", LONG).unwrap();
-        sh("sleep 30 & echo no; exit 1", LONG).unwrap_err();
+        let words = sh("sleep 30 & echo no; exit 1", LONG).unwrap_err();
+        assert!(words.ends_with("; it said: no"), "{words}");
         assert!(begin.elapsed() < Duration::from_secs(25));
     }
 }

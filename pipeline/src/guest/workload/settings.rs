@@ -75,7 +75,7 @@ pub struct WriterSettings {
     pub pages_per_second: f64,
     /// Bytes it changes at each write besides the stamp; at most a page, of which the stamp takes its part.
     pub bytes: usize,
-    /// Where it writes.
+    /// Where it writes. A page in the regions of several writers belongs to one of them, in turn.
     pub region: Region,
 }
 

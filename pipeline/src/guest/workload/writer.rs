@@ -103,13 +103,14 @@ impl Writer {
 /// Deals the pages to writers with these regions.
 fn deal(pages: u32, regions: impl Iterator<Item = Region>) -> Vec<Vec<u32>> {
     let bounds: Vec<_> = regions.map(|region| bound(region.from, pages)..bound(region.to, pages)).collect();
+    let mut cuts: Vec<u32> = bounds.iter().flat_map(|bound| [bound.start, bound.end]).collect();
+    cuts.sort_unstable();
     let mut dealt = vec![Vec::new(); bounds.len()];
-    let mut candidates = Vec::with_capacity(bounds.len());
-    for page in 0..pages {
-        candidates.clear();
-        candidates.extend((0..bounds.len()).filter(|&writer| bounds[writer].contains(&page)));
+    // Between two cuts every page lies in the same regions.
+    for piece in cuts.windows(2).map(|cut| cut[0]..cut[1]).filter(|piece| !piece.is_empty()) {
+        let candidates: Vec<_> = (0..bounds.len()).filter(|&writer| bounds[writer].contains(&piece.start)).collect();
         if !candidates.is_empty() {
-            dealt[candidates[page as usize % candidates.len()]].push(page);
+            piece.for_each(|page| dealt[candidates[page as usize % candidates.len()]].push(page));
         }
     }
     dealt

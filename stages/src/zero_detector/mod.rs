@@ -98,3 +98,6 @@ impl ZeroDetector {
         Ok(CopiedBatch { batch, zero, pages: (zero != batch.mask).then_some(pages) })
     }
 }
+
+#[cfg(test)]
+mod tests;
