@@ -20,6 +20,7 @@ pub struct Meter {
     batches: AtomicU64,
     pages: AtomicU64,
     bytes: AtomicU64,
+    held_bytes: AtomicU64,
 }
 
 /// What a [`Meter`] read at one moment.
@@ -58,6 +59,7 @@ impl Meter {
             batches: zero(),
             pages: zero(),
             bytes: zero(),
+            held_bytes: zero(),
         })
     }
 
@@ -72,6 +74,17 @@ impl Meter {
     #[must_use]
     pub fn bytes(&self) -> u64 {
         self.bytes.load(Ordering::Relaxed)
+    }
+
+    /// The stage holds so many bytes of memory of its own, pooled buffers aside.
+    pub fn holds(&self, bytes: u64) {
+        self.held_bytes.fetch_max(bytes, Ordering::Relaxed);
+    }
+
+    /// The most bytes that the stage ever said it holds.
+    #[must_use]
+    pub fn peak_bytes(&self) -> u64 {
+        self.held_bytes.load(Ordering::Relaxed)
     }
 
     /// Adds the time since `since` to the waits for input.

@@ -3,8 +3,11 @@
 //! Everything in flight lies in pooled buffers of one extent each; the queues carry those buffers and small heads. So the
 //! bound is pools + XBZRLE cache + bitmaps, and more lanes or larger pages are what makes it grow.
 
+use std::sync::Arc;
+
 use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::geometry::{EXTENT_PAGES, Layout, PageSize};
+use memferry_stages::meter::Meter;
 use memferry_stages::pool::BufferPool;
 
 use crate::settings::SourceSettings;
@@ -63,9 +66,9 @@ pub fn destination_bound(layout: &Layout, lanes: u16) -> u64 {
     u64::from(lanes) * LOAD_BUFFERS as u64 * extent + bitmap_bytes(layout)
 }
 
-/// What was really held: the most of each pool, and everything that is held from the start.
-pub(super) fn peak(pools: &[BufferPool], caches: u64, bitmaps: &[&DirtyBitmap]) -> u64 {
+/// What was really held: the most of each pool and of each stage, and the bitmaps.
+pub(super) fn peak(pools: &[BufferPool], stages: &[Arc<Meter>], bitmaps: &[&DirtyBitmap]) -> u64 {
     pools.iter().map(BufferPool::peak_bytes).sum::<u64>()
-        + caches
+        + stages.iter().map(|stage| stage.peak_bytes()).sum::<u64>()
         + bitmaps.iter().map(|bitmap| bitmap.memory_bytes()).sum::<u64>()
 }

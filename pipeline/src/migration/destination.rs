@@ -88,6 +88,8 @@ struct Flow {
     speed: Speed,
     tick: u32,
     round: u32,
+    /// Do digests come?
+    verify: bool,
 }
 
 /// One thing that the controller must know.
@@ -106,6 +108,8 @@ struct Arrival {
     tallies: Vec<RoundTally>,
     switched_over: u16,
     end: Option<(RunState, u64)>,
+    /// This end's digests, begun when every page was there: the source hashes at the same time.
+    ours: Option<Pending>,
 }
 
 impl Destination {
@@ -152,13 +156,12 @@ impl Destination {
             ready = setup => ready?,
         };
         let stored = answer.is_none();
-        let verify = session.features.verify;
         let flow = running.insert(self.start_stages(session, &memory, answer.take()));
 
         let arrival = self.load(flow, &memory).await?;
         let run_state = arrival.end.expect("loading ends with it").0;
-        if verify {
-            self.verify(flow, &memory, &arrival.digests).await?;
+        if let Some(ours) = arrival.ours {
+            self.verify(flow, &memory, ours, &arrival.digests).await?;
         }
         self.prepare(arrival.device.finish()?).await?;
         if stored { self.start(run_state).await } else { self.take_over(flow).await }
@@ -207,7 +210,16 @@ impl Destination {
         let graph = DestinationGraph::start(memory, &hello, features, readers, answer, &self.plane);
         self.setup = self.started.elapsed();
         self.observers.tell(&Event::Phase(Phase::Active));
-        Flow { graph, cancel: self.cancel.clone(), ticks, stages_left, speed: Speed::default(), tick: 0, round: 1 }
+        Flow {
+            graph,
+            cancel: self.cancel.clone(),
+            ticks,
+            stages_left,
+            speed: Speed::default(),
+            tick: 0,
+            round: 1,
+            verify: features.verify,
+        }
     }
 
     // ---- loading ----
@@ -221,6 +233,7 @@ impl Destination {
             tallies: Vec::new(),
             switched_over: 0,
             end: None,
+            ours: None,
         };
         while arrival.end.is_none() || arrival.switched_over < lanes {
             match flow.next().await? {
@@ -233,7 +246,12 @@ impl Destination {
                 Signal::Said(other) => {
                     return Err(MigrationError::Protocol(format!("{} came out of turn", other.kind().name())));
                 }
-                Signal::Loaded(loaded) => self.loaded(flow, &mut arrival, loaded, lanes),
+                Signal::Loaded(loaded) => {
+                    self.loaded(flow, &mut arrival, loaded, lanes);
+                    if arrival.switched_over == lanes && flow.verify {
+                        arrival.ours = Some(digests::start(memory));
+                    }
+                }
                 Signal::StreamEnded => return Err(ended_early()),
                 Signal::Tick => self.tick(flow)?,
             }
@@ -293,9 +311,15 @@ impl Destination {
 
     /// Compares digests; where they differ, sends the page hashes of the first stretch that does, so that the source can
     /// name the page.
-    async fn verify(&mut self, flow: &mut Flow, memory: &GuestMemory, theirs: &Digests) -> Result<(), MigrationError> {
+    async fn verify(
+        &mut self,
+        flow: &mut Flow,
+        memory: &GuestMemory,
+        ours: Pending,
+        theirs: &Digests,
+    ) -> Result<(), MigrationError> {
         let began = Instant::now();
-        let ours = Pending::finish(digests::start(memory)).await.map_err(MigrationError::Digest)?;
+        let ours = ours.finish().await.map_err(MigrationError::Digest)?;
         let differs = theirs.first_difference(memory.layout(), &ours);
         self.parts.verify = began.elapsed();
         self.verified = Some(differs.is_none());
@@ -515,6 +539,6 @@ fn wire_bytes(flow: &Flow) -> u64 {
 }
 
 fn figures(flow: &Flow) -> (u64, u64, Vec<memferry_stages::meter::Reading>) {
-    let peak = bounds::peak(&flow.graph.pools, 0, &[flow.graph.held.as_ref()]);
+    let peak = bounds::peak(&flow.graph.pools, &flow.graph.meters, &[flow.graph.held.as_ref()]);
     (wire_bytes(flow), peak, flow.graph.meters.iter().map(|meter| meter.read()).collect())
 }

@@ -38,8 +38,9 @@ impl SoftwareLog {
 }
 
 impl DirtyLog for SoftwareLog {
-    /// Marks made before are kept: a mark too many costs a page's transfer, one too few a guest.
+    /// Forgets the marks made so far: their stores are in memory, which is yet to be read.
     fn start(&self) -> io::Result<()> {
+        clear(&self.pending);
         Ok(())
     }
 

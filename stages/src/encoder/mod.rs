@@ -198,6 +198,7 @@ impl Encoder {
         let bytes = (head.len() + payload.as_ref().map_or(0, |payload| payload.len())) as u64;
         self.counted.bytes_out += bytes;
         self.stage.meter.count(u64::from(batch.mask.count_ones()), bytes);
+        self.stage.meter.holds(self.coder.memory_bytes());
         Outgoing { lane: self.lane, head, payload, mark: None }
     }
 

@@ -55,6 +55,11 @@ impl PageCoder {
         self.deltas.as_ref().map_or(0, |deltas| deltas.reference.bound_bytes())
     }
 
+    /// Bytes that its cache takes now.
+    pub(super) fn memory_bytes(&self) -> u64 {
+        self.deltas.as_ref().map_or(0, |deltas| deltas.reference.memory_bytes())
+    }
+
     /// A round has passed: after the first one deltas begin, if they are planned, and compression is over (law 5).
     pub(super) fn round_complete(&mut self) {
         if let Some(deltas) = self.deltas.as_mut().filter(|deltas| !deltas.begun) {

@@ -38,6 +38,11 @@ impl Reference {
         self.cache.bound_bytes() + self.zero_page.len() as u64
     }
 
+    /// Bytes that the cache takes now.
+    pub(super) fn memory_bytes(&self) -> u64 {
+        self.cache.memory_bytes()
+    }
+
     /// Compares a page that is about to be sent, and writes its delta into `out` (as long as a page).
     pub(super) fn compare(&mut self, at: PageAt, page: &[u8], batch: &Batch, out: &mut [u8]) -> Compared {
         let Some(held) = self.cache.get(at, batch.round) else {
