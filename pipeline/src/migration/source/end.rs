@@ -1,0 +1,129 @@
+//! The end, whatever happened: the guest is where the verdict says, and everybody is told.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use memferry_stages::meter::Reading;
+use memferry_stages::wire::Message;
+
+use super::{Source, wire_bytes};
+use crate::events::{Ended, Event, Phase};
+use crate::guest::RunState;
+use crate::migration::flow::Flow;
+use crate::migration::handshake::Verdict;
+use crate::migration::{blocking, bounds};
+use crate::settings::After;
+
+/// How long the destination is given to take the reason of a failure before its connection is dropped.
+const FAREWELL: Duration = Duration::from_millis(500);
+/// What an operator does about a hand-over that nobody confirmed.
+const LOOK: &str = "the guest stays paused here: look at the destination; resume it here only if it does not run there";
+
+#[derive(Default)]
+struct Figures {
+    wire_bytes: u64,
+    memory_peak: u64,
+    stages: Vec<Reading>,
+}
+
+impl Source {
+    /// Whatever happened: the guest is where the verdict says, the logs are stopped, the peer is told, and it is reported.
+    pub(super) async fn conclude(mut self, mut verdict: Verdict, flow: Option<Flow>) -> Ended {
+        let stays_paused = match verdict {
+            Verdict::Completed => self.settings.after != Some(After::Resume),
+            Verdict::Unconfirmed(_) => true,
+            Verdict::Failed(_) | Verdict::Cancelled => false,
+        };
+        self.downtime = self.paused.filter(|_| verdict == Verdict::Completed).map(|paused| paused.elapsed());
+        let resume_error = if stays_paused { None } else { self.let_go_on().await };
+        if let (Verdict::Failed(why), Some(page)) = (&mut verdict, &self.differing_page) {
+            *why = format!("{why}: {page}");
+            self.verified = Some(false);
+        }
+        self.stop_logs().await;
+        let figures = self.figures(flow.as_ref());
+        if let Some(flow) = flow {
+            self.say_farewell(flow, &verdict).await;
+        }
+        self.ended(verdict, resume_error, figures)
+    }
+
+    /// Resumes the guest if we paused it: what went wrong, if it does not go on.
+    async fn let_go_on(&mut self) -> Option<String> {
+        if self.paused.is_none() {
+            return None;
+        }
+        let (guest, released, run) = (self.guest.clone(), self.released, self.was == RunState::Running);
+        let went_on = blocking(move || {
+            if released {
+                guest.reacquire()?;
+            }
+            if run { guest.resume() } else { Ok(()) }
+        })
+        .await;
+        match went_on {
+            Ok(()) => {
+                self.observers.tell(&Event::Resumed);
+                None
+            }
+            Err(error) => Some(format!("the guest could not be resumed here and stays paused: {error}")),
+        }
+    }
+
+    async fn stop_logs(&self) {
+        let logs = self.logs.clone();
+        let stopped = blocking(move || logs.iter().try_for_each(|log| log.stop())).await;
+        if let Err(error) = stopped {
+            self.observers.tell(&Event::Warning(format!("the dirty log could not be stopped: {error}")));
+        }
+    }
+
+    /// Tells the destination why there will be no Go, if there will be none.
+    async fn say_farewell(&self, mut flow: Flow, verdict: &Verdict) {
+        let reason = match verdict {
+            Verdict::Completed | Verdict::Unconfirmed(_) => None,
+            Verdict::Failed(why) => Some(why.clone()),
+            Verdict::Cancelled => Some("cancelled at the source".into()),
+        };
+        if self.transport.capabilities().return_path {
+            flow.close(reason.map(Message::Abort), FAREWELL).await;
+        }
+    }
+
+    fn figures(&self, flow: Option<&Flow>) -> Figures {
+        let Some(flow) = flow else { return Figures::default() };
+        let bitmaps: Vec<_> = self.bitmap.iter().map(Arc::as_ref).collect();
+        Figures {
+            wire_bytes: wire_bytes(flow),
+            memory_peak: bounds::peak(&flow.graph.pools, &flow.graph.meters, &bitmaps),
+            stages: flow.graph.meters.iter().map(|meter| meter.read()).collect(),
+        }
+    }
+
+    fn ended(self, verdict: Verdict, resume_error: Option<String>, figures: Figures) -> Ended {
+        let resume_failed = resume_error.is_some();
+        let (phase, error) = match verdict {
+            Verdict::Completed => (Phase::Completed, None),
+            Verdict::Failed(why) => (Phase::Failed, Some(why)),
+            Verdict::Cancelled => (Phase::Cancelled, Some("cancelled".into())),
+            Verdict::Unconfirmed(why) => (Phase::Unconfirmed, Some(format!("{why}; {LOOK}"))),
+        };
+        let error = [error, resume_error].into_iter().flatten().reduce(|all, more| format!("{all}; {more}"));
+        self.tell_phase(phase);
+        let ended = Ended {
+            phase,
+            error,
+            verified: self.verified,
+            total: self.started.elapsed(),
+            setup: self.setup,
+            downtime: self.downtime,
+            parts: self.parts,
+            wire_bytes: figures.wire_bytes,
+            memory_peak: figures.memory_peak,
+            stages: figures.stages,
+            resume_failed,
+        };
+        self.observers.tell(&Event::Ended(ended.clone()));
+        ended
+    }
+}

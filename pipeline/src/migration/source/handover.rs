@@ -1,0 +1,118 @@
+//! The hand-over: the last handshake with a destination, or the end of a file.
+
+use std::time::Instant;
+
+use memferry_stages::geometry::{Layout, PageAt};
+use memferry_stages::sender::Control;
+use memferry_stages::wire::Message;
+
+use super::Source;
+use crate::events::Event;
+use crate::migration::error::MigrationError;
+use crate::migration::flow::{Flow, Signal};
+use crate::migration::handshake::{Happening, SourceHandshake, SourceStep, Verdict};
+use crate::migration::{blocking, digests};
+use crate::settings::After;
+
+impl Source {
+    /// The last handshake: see [`handshake`](crate::migration::handshake).
+    pub(super) async fn hand_over(&mut self, flow: &mut Flow) -> Result<Verdict, MigrationError> {
+        let mut handshake = SourceHandshake::AwaitingLoaded { verify: self.settings.verify };
+        let mut phase_began = Instant::now();
+        let mut give_up = tokio::time::Instant::now() + self.settings.handover_timeout;
+        loop {
+            let happening = match tokio::time::timeout_at(give_up, flow.next()).await {
+                Err(_) => Happening::TimedOut,
+                Ok(signal) => match self.happening(flow, signal).await {
+                    Some(happening) => happening,
+                    None => continue,
+                },
+            };
+            match handshake.step(happening) {
+                SourceStep::Wait => {}
+                SourceStep::NamePage(message) => self.name_page(&message).await,
+                SourceStep::HandOver => {
+                    self.parts.verify += phase_began.elapsed();
+                    phase_began = Instant::now();
+                    self.verified = self.settings.verify.then_some(true);
+                    let guest = self.guest.clone();
+                    blocking(move || guest.committed()).await;
+                    give_up = tokio::time::Instant::now() + self.settings.handover_timeout;
+                    // A queue that is closed tells itself: the sender's failure follows, and counts as after Go.
+                    flow.say(&Message::Go(self.was)).await.ok();
+                }
+                SourceStep::TooLate => {
+                    let what = "cancel comes too late: the destination may run the guest already";
+                    self.observers.tell(&Event::Warning(what.into()));
+                }
+                SourceStep::End(verdict) => {
+                    self.parts.handover = phase_began.elapsed();
+                    return Ok(verdict);
+                }
+            }
+        }
+    }
+
+    /// What a signal means to the last handshake; `None` if nothing.
+    async fn happening(&mut self, flow: &mut Flow, signal: Signal) -> Option<Happening> {
+        match signal {
+            Signal::Said(Message::Progress(acknowledged)) => match self.acknowledge(flow, &acknowledged) {
+                Ok(()) => None,
+                Err(error) => Some(Happening::Broke(error.to_string())),
+            },
+            Signal::Said(message) => Some(Happening::Said(message)),
+            Signal::Lost(why) => Some(Happening::Lost(why)),
+            Signal::Broke(failure) => Some(match flow.explain(failure).await {
+                MigrationError::Refused { why, .. } => Happening::Said(Message::Refused(why)),
+                MigrationError::GivenUp { why, .. } => Happening::Said(Message::Abort(why)),
+                error => Happening::Broke(error.to_string()),
+            }),
+            Signal::Cancel => Some(Happening::Cancel),
+            Signal::Scanned(_) | Signal::Synced(_) | Signal::Sent(_) | Signal::StageDone(_) | Signal::Tick => None,
+        }
+    }
+
+    /// The destination sent its hashes of a stretch that differs: finds the first page that does.
+    async fn name_page(&mut self, message: &Message) {
+        let Message::PageHashes { first, hashes } = message else { return };
+        let (memory, first, hashes) = (self.memory.clone(), *first, hashes.clone());
+        let found = blocking(move || digests::first_differing_page(&memory, first, &hashes)).await;
+        let layout = self.layout();
+        self.differing_page = Some(match found {
+            Ok(Some(at)) => describe_page(layout, at),
+            Ok(None) => "no page differs any more: the memory of one side changes while it is paused".into(),
+            Err(error) => format!("the differing page cannot be named: {error}"),
+        });
+    }
+
+    /// A file has no return path: its end mark on disk and its rename stand for Go.
+    pub(super) async fn complete_file(&mut self, flow: &mut Flow) -> Result<Verdict, MigrationError> {
+        let began = Instant::now();
+        if self.settings.after == Some(After::Pause) {
+            let guest = self.guest.clone();
+            blocking(move || guest.committed()).await;
+        }
+        if flow.graph.control[0].put(Control::Finish).await.is_err() {
+            return Err(self.broken(flow).await);
+        }
+        loop {
+            match flow.next().await {
+                Signal::StageDone(name) if name.starts_with("sender") => break,
+                Signal::Broke(failure) => return Err(flow.explain(failure).await),
+                Signal::Cancel => {
+                    let what = "cancel comes too late: the file is being completed";
+                    self.observers.tell(&Event::Warning(what.into()));
+                }
+                _ => {}
+            }
+        }
+        self.parts.handover = began.elapsed();
+        Ok(Verdict::Completed)
+    }
+}
+
+fn describe_page(layout: &Layout, at: PageAt) -> String {
+    let block = &layout.blocks()[at.block as usize];
+    let offset = at.page * layout.page_size().bytes() as u64;
+    format!("the first page that differs is page {} of block {:?}, at byte {offset:#x}", at.page, block.id)
+}

@@ -1,0 +1,167 @@
+//! The source of a migration: its phases, one after another.
+//!
+//! ```text
+//!  setup: connect, agree, arm the logs, start the stages ─▶ rounds ─▶ switchover: pause, send the rest ─▶ hand over
+//!     └───────────────────────────────────────────────────────┴──────────────┴──▶ any failure: the guest goes on as it
+//!                                                                                 was, logs stopped, the error says why
+//! ```
+
+mod end;
+mod handover;
+mod rounds;
+mod setup;
+mod switchover;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use memferry_stages::bitmap::DirtyBitmap;
+use memferry_stages::dirty_log::DirtyLog;
+use memferry_stages::geometry::Layout;
+use memferry_stages::memory::GuestMemory;
+use memferry_transports::Transport;
+use tokio::runtime::Handle;
+use tokio_util::sync::CancellationToken;
+
+use super::convergence::{FixedCost, PageRate};
+use super::error::MigrationError;
+use super::flow::Flow;
+use super::handshake::Verdict;
+use super::plane::DataPlane;
+use super::speed::Speed;
+use crate::events::{DowntimeParts, Ended, Event, Observers, Phase};
+use crate::guest::{Guest, RunState};
+use crate::settings::SourceSettings;
+
+/// The share of the downtime limit that the backlog may still need when the guest is paused.
+const BACKLOG_SHARE: f64 = 0.1;
+/// Device state and handshake, until they have been measured: what the forecast assumes.
+const HANDOVER_GUESS: Duration = Duration::from_millis(5);
+
+/// Moves a guest to whatever `transport` leads to, and returns when it is decided where the guest is.
+///
+/// The guest runs on while its memory is sent, is paused for the switchover, and is resumed here if anything fails
+/// before the destination may have started it. Cancelling takes effect at once, until the hand-over has begun.
+pub async fn send(
+    guest: Arc<dyn Guest>,
+    transport: Arc<dyn Transport>,
+    settings: SourceSettings,
+    plane: &DataPlane,
+    observers: Observers,
+    cancel: CancellationToken,
+) -> Ended {
+    let mut source = Source::new(guest, transport, settings, plane.handle().clone(), observers, cancel);
+    let mut flow = None;
+    source.tell_phase(Phase::Setup);
+    let verdict = match source.migrate(plane, &mut flow).await {
+        Ok(verdict) => verdict,
+        Err(MigrationError::Cancelled) => Verdict::Cancelled,
+        Err(error) => Verdict::Failed(error.to_string()),
+    };
+    source.conclude(verdict, flow).await
+}
+
+struct Source {
+    guest: Arc<dyn Guest>,
+    memory: GuestMemory,
+    was: RunState,
+    transport: Arc<dyn Transport>,
+    settings: SourceSettings,
+    plane: Handle,
+    observers: Observers,
+    cancel: CancellationToken,
+    started: Instant,
+    setup: Duration,
+    logs: Vec<Arc<dyn DirtyLog>>,
+    bitmap: Option<Arc<DirtyBitmap>>,
+    paused: Option<Instant>,
+    released: bool,
+    downtime: Option<Duration>,
+    parts: DowntimeParts,
+    rate: PageRate,
+    fixed: FixedCost,
+    speed: Speed,
+    round: u32,
+    dirty_rate: Option<f64>,
+    dirty_bytes: u64,
+    pages_frames: u64,
+    verified: Option<bool>,
+    differing_page: Option<String>,
+}
+
+impl Source {
+    fn new(
+        guest: Arc<dyn Guest>,
+        transport: Arc<dyn Transport>,
+        settings: SourceSettings,
+        plane: Handle,
+        observers: Observers,
+        cancel: CancellationToken,
+    ) -> Self {
+        let memory = guest.memory();
+        Self {
+            was: guest.run_state(),
+            fixed: FixedCost { handover: HANDOVER_GUESS, ..FixedCost::default() },
+            dirty_bytes: memory.layout().bytes(),
+            guest,
+            memory,
+            transport,
+            settings,
+            plane,
+            observers,
+            cancel,
+            started: Instant::now(),
+            setup: Duration::ZERO,
+            logs: Vec::new(),
+            bitmap: None,
+            paused: None,
+            released: false,
+            downtime: None,
+            parts: DowntimeParts::default(),
+            rate: PageRate::default(),
+            speed: Speed::default(),
+            round: 0,
+            dirty_rate: None,
+            pages_frames: 0,
+            verified: None,
+            differing_page: None,
+        }
+    }
+
+    /// The migration as the list of its phases.
+    async fn migrate(&mut self, plane: &DataPlane, running: &mut Option<Flow>) -> Result<Verdict, MigrationError> {
+        let cancel = self.cancel.clone();
+        let setup = async {
+            let mut link = self.connect(plane).await?;
+            self.agree(&mut link).await?;
+            let (bitmap, untouched) = self.arm().await?;
+            self.estimate_verify().await?;
+            Ok::<_, MigrationError>((link, bitmap, untouched))
+        };
+        let (link, bitmap, untouched) = tokio::select! {
+            biased;
+            () = cancel.cancelled() => return Err(MigrationError::Cancelled),
+            ready = setup => ready?,
+        };
+        let flow = running.insert(self.start_stages(link, bitmap, untouched));
+        self.rounds(flow).await?;
+        self.send_the_rest(flow).await?;
+        if self.transport.capabilities().return_path {
+            self.hand_over(flow).await
+        } else {
+            self.complete_file(flow).await
+        }
+    }
+
+    fn layout(&self) -> &Layout {
+        self.memory.layout()
+    }
+
+    fn tell_phase(&self, phase: Phase) {
+        self.observers.tell(&Event::Phase(phase));
+    }
+}
+
+fn wire_bytes(flow: &Flow) -> u64 {
+    flow.graph.sender_meters.iter().map(|meter| meter.bytes()).sum()
+}

@@ -1,0 +1,189 @@
+//! Rounds, while the guest runs: scan, sync, decide.
+
+use std::time::{Duration, Instant};
+
+use memferry_stages::bitmap_sync::{SyncOrder, Synced};
+use memferry_stages::scanner::ScanOrder;
+use memferry_stages::sender::Sent;
+use memferry_stages::tally::RoundTally;
+use memferry_stages::wire::Message;
+use memferry_stages::wire::messages::Progress as Acknowledged;
+
+use super::{Source, wire_bytes};
+use crate::events::{Event, Progress};
+use crate::migration::convergence::{Decision, Limits, Situation, decide};
+use crate::migration::error::MigrationError;
+use crate::migration::flow::{Flow, Signal};
+use crate::settings::OnDeadline;
+
+impl Source {
+    /// Rounds while the guest runs, until what is left can be sent within the downtime limit.
+    pub(super) async fn rounds(&mut self, flow: &mut Flow) -> Result<(), MigrationError> {
+        let limits = Limits::from(&self.settings);
+        loop {
+            self.scan(flow, false).await?;
+            let found = self.sync(flow).await?;
+            let (decision, why) = decide(&limits, &self.situation(flow, &found));
+            self.observers.tell(&Event::Decided { what: why.clone() });
+            match decision {
+                Decision::AnotherRound => {}
+                Decision::SwitchOver => return Ok(()),
+                Decision::GiveUp => return Err(MigrationError::GaveUp(why)),
+            }
+        }
+    }
+
+    /// One round: everything that is dirty now, until its last byte is handed to the transport.
+    pub(super) async fn scan(&mut self, flow: &mut Flow, last: bool) -> Result<(), MigrationError> {
+        self.round += 1;
+        let began = Instant::now();
+        if flow.graph.scan.put(ScanOrder { round: self.round, last }).await.is_err() {
+            return Err(self.broken(flow).await);
+        }
+        let mut tally = RoundTally::new(self.round, last);
+        let mut lanes_left = self.settings.lanes;
+        while lanes_left > 0 {
+            match self.next(flow).await? {
+                Signal::Scanned(scanned) => self.observers.tell(&Event::RoundScanned { round: scanned.round }),
+                Signal::Sent(Sent::RoundComplete { tally: of_lane, .. }) => {
+                    tally += of_lane;
+                    lanes_left -= u16::from(!last);
+                }
+                Signal::Sent(Sent::Switchover { .. }) => lanes_left -= 1,
+                other => return Err(unexpected(&other)),
+            }
+        }
+        let duration = began.elapsed();
+        self.pages_frames += tally.batches;
+        self.rate.round(tally.bytes_in, duration);
+        self.observers.tell(&Event::RoundSent { tally, duration });
+        Ok(())
+    }
+
+    pub(super) async fn sync(&mut self, flow: &mut Flow) -> Result<Synced, MigrationError> {
+        let since_last = self.speed.since_sync();
+        if flow.graph.sync.put(SyncOrder { after_round: self.round }).await.is_err() {
+            return Err(self.broken(flow).await);
+        }
+        let found = loop {
+            match self.next(flow).await? {
+                Signal::Synced(found) => break found,
+                Signal::Scanned(_) => {}
+                other => return Err(unexpected(&other)),
+            }
+        };
+        self.fixed.sync = self.fixed.sync.max(found.duration);
+        self.dirty_bytes = found.dirty_pages * self.memory.page_size().bytes() as u64;
+        self.dirty_rate = since_last.map(|time| self.dirty_bytes as f64 / time.as_secs_f64());
+        let Synced { after_round, dirty_pages, duration } = found;
+        self.observers.tell(&Event::Synced { after_round, dirty_pages, duration });
+        Ok(found)
+    }
+
+    fn situation(&self, flow: &Flow, found: &Synced) -> Situation {
+        let page = self.memory.page_size().bytes() as u64;
+        Situation {
+            round: self.round,
+            elapsed: self.started.elapsed(),
+            dirty_bytes: found.dirty_pages * page,
+            in_flight_bytes: flow.graph.in_flight.pages() * page,
+            rate: self.rate.bytes_per_second(),
+            fixed: self.fixed,
+        }
+    }
+
+    /// The next signal that a phase must act on: failures become errors, and what concerns every phase is done here.
+    pub(super) async fn next(&mut self, flow: &mut Flow) -> Result<Signal, MigrationError> {
+        loop {
+            match flow.next().await {
+                Signal::Cancel => return Err(MigrationError::Cancelled),
+                Signal::Said(Message::Progress(acknowledged)) => self.acknowledge(flow, &acknowledged)?,
+                Signal::Said(Message::Refused(why)) => {
+                    return Err(MigrationError::Refused { peer: "destination", why });
+                }
+                Signal::Said(Message::Abort(why)) => return Err(MigrationError::GivenUp { peer: "destination", why }),
+                Signal::Said(other) => {
+                    return Err(MigrationError::Protocol(format!("{} came out of turn", other.kind().name())));
+                }
+                Signal::Lost(why) => return Err(MigrationError::Lost(why)),
+                Signal::Broke(failure) => return Err(flow.explain(failure).await),
+                Signal::StageDone(_) => {}
+                Signal::Tick => self.tick(flow).await?,
+                signal => return Ok(signal),
+            }
+        }
+    }
+
+    pub(super) fn acknowledge(&self, flow: &Flow, acknowledged: &Acknowledged) -> Result<(), MigrationError> {
+        for (lane, &frames) in (0..self.settings.lanes).zip(&acknowledged.frames) {
+            flow.graph.in_flight.acknowledge(lane, frames).map_err(|sent| {
+                MigrationError::Protocol(format!("lane {lane}: {frames} frames acknowledged of {sent} sent"))
+            })?;
+        }
+        Ok(())
+    }
+
+    /// A queue was found closed: some stage has failed, and its failure is on its way.
+    pub(super) async fn broken(&mut self, flow: &mut Flow) -> MigrationError {
+        let failure = async {
+            loop {
+                if let Err(error) = self.next(flow).await {
+                    break error;
+                }
+            }
+        };
+        let failure = tokio::time::timeout(Duration::from_secs(1), failure).await;
+        failure.unwrap_or_else(|_| MigrationError::Lost("a stage ended without saying why".into()))
+    }
+
+    /// Figures for whoever watches, and the deadline.
+    async fn tick(&mut self, flow: &Flow) -> Result<(), MigrationError> {
+        let wire_bytes = wire_bytes(flow);
+        let page = self.memory.page_size().bytes() as u64;
+        let dirty_bytes = self.bitmap.as_ref().map_or(0, |bitmap| bitmap.count()) * page;
+        let remaining_bytes = dirty_bytes + flow.graph.in_flight.pages() * page;
+        let speed = self.speed.tick(wire_bytes);
+        let forecast = Situation {
+            round: self.round,
+            elapsed: self.started.elapsed(),
+            dirty_bytes,
+            in_flight_bytes: remaining_bytes - dirty_bytes,
+            rate: self.rate.bytes_per_second(),
+            fixed: self.fixed,
+        };
+        self.observers.tell(&Event::Progress(Progress {
+            round: self.round,
+            remaining_bytes,
+            total_bytes: self.layout().bytes(),
+            wire_bytes,
+            wire_rate: speed,
+            page_rate: self.rate.bytes_per_second().unwrap_or(0.0),
+            dirty_rate: self.dirty_rate,
+            expected_downtime: forecast.expected_downtime(),
+        }));
+        self.mind_the_deadline().await
+    }
+
+    /// The deadline may pass in the middle of a round: then the migration ends at once, or the guest is paused at once and
+    /// the round goes on without it.
+    async fn mind_the_deadline(&mut self) -> Result<(), MigrationError> {
+        let Some(deadline) = self.settings.deadline.filter(|&deadline| self.started.elapsed() >= deadline) else {
+            return Ok(());
+        };
+        if self.paused.is_some() {
+            return Ok(());
+        }
+        let why = format!("the deadline of {deadline:.1?} has passed in round {}", self.round);
+        match self.settings.on_deadline {
+            OnDeadline::Cancel => Err(MigrationError::GaveUp(why)),
+            OnDeadline::SwitchOver => {
+                self.observers.tell(&Event::Decided { what: format!("switch over: {why}") });
+                self.pause().await
+            }
+        }
+    }
+}
+
+fn unexpected(signal: &Signal) -> MigrationError {
+    MigrationError::Protocol(format!("{signal:?} came out of turn"))
+}

@@ -1,0 +1,90 @@
+//! Setup: the destination is reached and agrees, the logs are armed, the stages are started.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use memferry_stages::bitmap::DirtyBitmap;
+use memferry_stages::wire::Message;
+use memferry_stages::wire::messages::StatePhase;
+
+use super::{HANDOVER_GUESS, Source};
+use crate::events::{Event, Phase};
+use crate::migration::error::MigrationError;
+use crate::migration::flow::Flow;
+use crate::migration::link::Link;
+use crate::migration::plane::DataPlane;
+use crate::migration::source_graph::{SourceGraph, SourceParts};
+use crate::migration::{block_facts, blocking, bounds, digests, state, untouched_pages};
+
+impl Source {
+    pub(super) async fn connect(&mut self, plane: &DataPlane) -> Result<Link, MigrationError> {
+        let (transport, settings) = (self.transport.clone(), self.settings.clone());
+        let page_size = self.memory.page_size();
+        plane.run(async move { Link::open(transport, settings, page_size).await }).await
+    }
+
+    /// The destination accepts the stream, builds its machine and is ready for pages, before any is sent.
+    pub(super) async fn agree(&mut self, link: &mut Link) -> Result<(), MigrationError> {
+        link.expect(|message| matches!(message, Message::Accept(_))).await?;
+        let guest = self.guest.clone();
+        let setup = blocking(move || guest.setup_state()).await?;
+        for chunk in state::chunks(StatePhase::Setup, setup)? {
+            link.say(&Message::State(chunk)).await?;
+        }
+        link.say(&Message::Blocks(self.layout().blocks().to_vec())).await?;
+        let asked = Instant::now();
+        link.expect(|message| *message == Message::Ready).await?;
+        // Two one-way trips make the hand-over, as they make this question and its answer.
+        self.fixed.handover = self.fixed.handover.max(asked.elapsed().min(HANDOVER_GUESS * 10));
+        self.observers.tell(&Event::Connected { peer: link.peer.clone() });
+        self.observers.tell(&Event::Guest {
+            blocks: block_facts(self.layout()),
+            pages: self.layout().pages(),
+            memory_bound: bounds::source_bound(self.layout(), &self.settings),
+        });
+        Ok(())
+    }
+
+    /// Starts the logs, and only then asks which pages were never touched: a write that comes later is in a log. All bits
+    /// are set: the bitmap is the truth from here on (law 1).
+    pub(super) async fn arm(&mut self) -> Result<(Arc<DirtyBitmap>, Arc<DirtyBitmap>), MigrationError> {
+        let (guest, memory) = (self.guest.clone(), self.memory.clone());
+        self.logs = blocking(move || guest.dirty_logs()).await?;
+        let logs = self.logs.clone();
+        let (bitmap, untouched) = blocking(move || {
+            for log in &logs {
+                log.start().map_err(|error| MigrationError::Log { doing: "start", error })?;
+            }
+            let untouched = untouched_pages(&memory);
+            Ok::<_, MigrationError>((Arc::new(DirtyBitmap::filled(memory.layout())), Arc::new(untouched)))
+        })
+        .await?;
+        self.bitmap = Some(bitmap.clone());
+        Ok((bitmap, untouched))
+    }
+
+    /// What the digests will cost: measured on a sample, counted for both ends, which may share a machine.
+    pub(super) async fn estimate_verify(&mut self) -> Result<(), MigrationError> {
+        if self.settings.verify {
+            let memory = self.memory.clone();
+            let one_end = blocking(move || digests::estimate(&memory)).await.map_err(MigrationError::Digest)?;
+            self.fixed.verify = one_end * 2;
+        }
+        Ok(())
+    }
+
+    pub(super) fn start_stages(&mut self, link: Link, bitmap: Arc<DirtyBitmap>, untouched: Arc<DirtyBitmap>) -> Flow {
+        let parts = SourceParts {
+            memory: self.memory.clone(),
+            logs: self.logs.clone(),
+            bitmap,
+            untouched: Some(untouched),
+            writers: link.writers,
+            durable_rounds: self.transport.capabilities().stored,
+        };
+        let graph = SourceGraph::start(parts, &self.settings, &self.plane);
+        self.setup = self.started.elapsed();
+        self.tell_phase(Phase::Active);
+        Flow::new(graph, link.said, self.cancel.clone())
+    }
+}

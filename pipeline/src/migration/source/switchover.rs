@@ -1,0 +1,112 @@
+//! Switchover: the guest stands still, and the rest is sent.
+
+use std::time::Instant;
+
+use memferry_stages::wire::Message;
+use memferry_stages::wire::messages::{RunState, StatePhase};
+
+use super::{BACKLOG_SHARE, Source};
+use crate::events::{Event, Phase};
+use crate::guest::GuestState;
+use crate::migration::error::MigrationError;
+use crate::migration::flow::Flow;
+use crate::migration::{blocking, digests, state};
+
+impl Source {
+    /// The guest stands still: its device state, the last sync, the last round, digests, and the end mark.
+    pub(super) async fn send_the_rest(&mut self, flow: &mut Flow) -> Result<(), MigrationError> {
+        self.drain(flow).await?;
+        self.pause().await?;
+        let device = self.save().await?;
+        self.sync(flow).await.map(|found| self.parts.final_sync = found.duration)?;
+
+        let began = Instant::now();
+        let digests = self.settings.verify.then(|| digests::start(&self.memory));
+        self.say_state(flow, device).await?;
+        self.scan(flow, true).await?;
+        self.parts.final_transfer = began.elapsed();
+
+        if let Some(digests) = digests {
+            self.say_digests(flow, digests).await?;
+        }
+        self.say(flow, &Message::End { run_state: self.was, frames: self.pages_frames }).await
+    }
+
+    /// Lets the backlog run down to a small share of the downtime limit before the guest is paused.
+    async fn drain(&mut self, flow: &mut Flow) -> Result<(), MigrationError> {
+        let limit = self.settings.downtime_limit;
+        let share = limit.as_secs_f64() * BACKLOG_SHARE * self.rate.bytes_per_second().unwrap_or(0.0);
+        let give_up = tokio::time::Instant::now() + limit;
+        let page = self.memory.page_size().bytes() as u64;
+        while self.transport.capabilities().return_path
+            && self.paused.is_none()
+            && (flow.graph.in_flight.pages() * page) as f64 > share
+        {
+            match tokio::time::timeout_at(give_up, self.next(flow)).await {
+                Ok(signal) => _ = signal?,
+                Err(_) => break,
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) async fn pause(&mut self) -> Result<(), MigrationError> {
+        if self.paused.is_none() {
+            self.tell_phase(Phase::Switchover);
+            self.paused = Some(Instant::now());
+            if self.was == RunState::Running {
+                let guest = self.guest.clone();
+                blocking(move || guest.pause()).await?;
+            }
+            self.observers.tell(&Event::Paused);
+        }
+        Ok(())
+    }
+
+    async fn save(&mut self) -> Result<GuestState, MigrationError> {
+        let began = Instant::now();
+        let guest = self.guest.clone();
+        let device = blocking(move || guest.save()).await?;
+        self.released = true;
+        let guest = self.guest.clone();
+        blocking(move || guest.release()).await?;
+        self.parts.state = began.elapsed();
+        Ok(device)
+    }
+
+    /// Sends a control message. A destination that does not read cannot hold up a cancel.
+    async fn say(&mut self, flow: &mut Flow, message: &Message) -> Result<(), MigrationError> {
+        let said = tokio::select! {
+            biased;
+            () = self.cancel.cancelled() => return Err(MigrationError::Cancelled),
+            said = flow.say(message) => said,
+        };
+        if said.is_err() {
+            return Err(self.broken(flow).await);
+        }
+        Ok(())
+    }
+
+    async fn say_state(&mut self, flow: &mut Flow, device: GuestState) -> Result<(), MigrationError> {
+        let began = Instant::now();
+        for chunk in state::chunks(StatePhase::Device, device)? {
+            self.say(flow, &Message::State(chunk)).await?;
+        }
+        self.parts.state += began.elapsed();
+        Ok(())
+    }
+
+    async fn say_digests(
+        &mut self,
+        flow: &mut Flow,
+        digests: digests::Pending,
+    ) -> Result<(), MigrationError> {
+        let began = Instant::now();
+        let digests = digests.finish().await.map_err(MigrationError::Digest)?;
+        for message in digests.messages() {
+            self.say(flow, &message).await?;
+        }
+        self.parts.verify = began.elapsed();
+        Ok(())
+    }
+}
