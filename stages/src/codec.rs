@@ -226,3 +226,169 @@ impl Decompressor {
         context.decompress(page, bytes).map_err(|code| zstd_safe::get_error_name(code).to_owned())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const CODECS: [Codec; 5] =
+        [Codec::Snap, Codec::Lz4, Codec::Zstd { level: -7 }, Codec::Zstd { level: 1 }, Codec::Zstd { level: 19 }];
+
+    fn text(length: usize) -> Vec<u8> {
+        (0..)
+            .flat_map(|line| format!("line {line} of a text: {}\n", line * line % 997).into_bytes())
+            .take(length)
+            .collect()
+    }
+
+    fn noise(length: usize) -> Vec<u8> {
+        let mut state = 0x2545_f491_4f6c_dd1d_u64;
+        let mut next = || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state.to_le_bytes()[3]
+        };
+        (0..length).map(|_| next()).collect()
+    }
+
+    /// Decompresses into two pages of different content: the results must be the same (nothing of the old page shows).
+    fn decompress_twice(codec: Codec, bytes: &[u8], page_bytes: usize) -> Result<Vec<u8>, DecompressError> {
+        let mut decompressor = Decompressor::default();
+        let [one, two] = [0x00, 0xff].map(|fill| {
+            let mut page = vec![fill; page_bytes];
+            decompressor.decompress(codec.encoding(), bytes, &mut page).map(|()| page)
+        });
+        assert_eq!(one, two, "{codec} shows what was in the page");
+        one
+    }
+
+    fn compressed(codec: Codec, page: &[u8]) -> Option<Vec<u8>> {
+        let mut out = vec![0; page.len() - 1];
+        let bytes = Compressor::new(codec).compress(page, &mut out)?;
+        out.truncate(bytes);
+        Some(out)
+    }
+
+    #[test]
+    fn pages_of_every_size_come_back() {
+        for codec in CODECS {
+            let mut compressor = Compressor::new(codec);
+            for size in [4096, 65536, 8192, 4096] {
+                let page = text(size);
+                let mut out = vec![0; size - 1];
+                let bytes = compressor.compress(&page, &mut out).expect("text shrinks");
+                assert!(bytes < size * 2 / 3, "{codec}: {bytes} of {size}");
+                assert_eq!(decompress_twice(codec, &out[..bytes], size).unwrap(), page);
+            }
+        }
+    }
+
+    #[test]
+    fn a_page_that_does_not_shrink_is_none_and_spoils_nothing() {
+        for codec in CODECS {
+            let mut compressor = Compressor::new(codec);
+            let (page, mut out) = (text(4096), vec![0; 4095]);
+            let bytes = compressor.compress(&page, &mut out).unwrap();
+            assert_eq!(compressor.compress(&noise(4096), &mut out), None);
+            assert_eq!(compressor.compress(&page, &mut out[..bytes]), None, "not below the room given");
+            assert_eq!(compressor.compress(&page, &mut out[..bytes / 2]), None);
+            assert_eq!(compressor.compress(&page, &mut []), None);
+            assert_eq!(compressor.compress(&page, &mut out), Some(bytes), "{codec} goes on");
+        }
+    }
+
+    #[test]
+    fn a_page_of_another_size_is_an_error() {
+        for codec in CODECS {
+            let bytes = compressed(codec, &text(8192)).unwrap();
+            for size in [0, 4096, 8191, 8193, 16384] {
+                let error = decompress_twice(codec, &bytes, size).unwrap_err();
+                assert_eq!(error.codec, codec.name());
+            }
+        }
+    }
+
+    #[test]
+    fn data_cut_anywhere_is_an_error() {
+        for codec in CODECS {
+            let bytes = compressed(codec, &text(4096)).unwrap();
+            for length in 0..bytes.len() {
+                let result = decompress_twice(codec, &bytes[..length], 4096);
+                assert!(result.is_err(), "{codec}: {length} of {} bytes were taken", bytes.len());
+            }
+        }
+    }
+
+    #[test]
+    fn any_flipped_bit_gives_a_page_or_an_error() {
+        for codec in CODECS {
+            let mut bytes = compressed(codec, &text(4096)).unwrap();
+            for bit in 0..bytes.len() * 8 {
+                bytes[bit / 8] ^= 1 << (bit % 8);
+                let _checked = decompress_twice(codec, &bytes, 4096);
+                bytes[bit / 8] ^= 1 << (bit % 8);
+            }
+        }
+    }
+
+    /// Data may say that it is far longer than a page: that must cost nothing.
+    #[test]
+    fn a_hostile_length_is_an_error() {
+        let snap = [0xff, 0xff, 0xff, 0xff, 0x0f, 0, 0];
+        let zstd = [0x28, 0xb5, 0x2f, 0xfd, 0xe0, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x7f, 1, 0, 0];
+        let lz4 = [0xff; 4096];
+        for (codec, bytes) in [(CODECS[0], &snap[..]), (CODECS[1], &lz4), (CODECS[2], &zstd)] {
+            assert!(decompress_twice(codec, bytes, 4096).is_err());
+        }
+    }
+
+    #[test]
+    fn names_are_read_back() {
+        for codec in CODECS {
+            assert_eq!(codec.name().parse::<Codec>().unwrap().encoding(), codec.encoding());
+        }
+        let error = "gzip".parse::<Codec>().unwrap_err();
+        assert_eq!(error.to_string(), "there is no codec \"gzip\", choose one of snap, lz4, zstd");
+        assert!(matches!("zstd".parse(), Ok(Codec::Zstd { level: ZSTD_DEFAULT_LEVEL })));
+    }
+
+    #[test]
+    fn they_may_move_between_threads() {
+        fn send<T: Send>() {}
+        send::<Compressor>();
+        send::<Decompressor>();
+    }
+
+    #[test]
+    #[should_panic(expected = "zstd level 20")]
+    fn a_level_that_does_not_exist_is_our_own_mistake() {
+        drop(Compressor::new(Codec::Zstd { level: 20 }));
+    }
+
+    proptest! {
+        #[test]
+        fn random_bytes_give_a_page_or_an_error(
+            codec in prop::sample::select(&CODECS[..]),
+            bytes in prop::collection::vec(any::<u8>(), 0..300),
+        ) {
+            let _checked = decompress_twice(codec, &bytes, 4096);
+        }
+
+        #[test]
+        fn pages_of_pieces_come_back(
+            codec in prop::sample::select(&CODECS[..4]),
+            runs in prop::collection::vec((0..4096_usize, 1..700_usize, any::<u8>()), 0..20),
+        ) {
+            let mut page = text(4096);
+            for (start, length, fill) in runs {
+                page[start..(start + length).min(4096)].fill(fill);
+            }
+            if let Some(bytes) = compressed(codec, &page) {
+                prop_assert_eq!(decompress_twice(codec, &bytes, 4096).unwrap(), page);
+            }
+        }
+    }
+}

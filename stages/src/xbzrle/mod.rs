@@ -16,7 +16,12 @@
 
 pub mod cache;
 mod delta;
+mod differences;
+mod encode;
 pub mod naive;
+
+#[cfg(test)]
+mod tests;
 
 pub use cache::XbzrleCache;
 pub use delta::{Delta, DeltaError};
@@ -41,13 +46,15 @@ pub enum Encoded {
 /// `out` is left with anything.
 ///
 /// # Panics
-/// If the three do not have the same length, or it is no multiple of 8.
+/// If the three do not have the same length, or it is no multiple of 8, or of [`PIECE_BYTES`] if it is coded in pieces.
 pub fn encode_page(old: &[u8], new: &[u8], out: &mut [u8]) -> Encoded {
-    naive::encode_page(old, new, out)
+    assert_sizes(old, new, out);
+    if new.len() <= MAX_RUN { encode::encode(old, new, out) } else { encode::encode_pieces(old, new, out) }
 }
 
 fn assert_sizes(old: &[u8], new: &[u8], out: &[u8]) {
     let lengths = (old.len(), new.len(), out.len());
     assert!(lengths.0 == lengths.1 && lengths.1 == lengths.2, "old, new and out of different lengths: {lengths:?}");
-    assert!(new.len().is_multiple_of(8), "a page of {} bytes is no multiple of 8", new.len());
+    let unit = if new.len() <= MAX_RUN { 8 } else { PIECE_BYTES };
+    assert!(new.len().is_multiple_of(unit), "a page of {} bytes is no multiple of {unit}", new.len());
 }

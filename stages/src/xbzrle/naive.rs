@@ -19,7 +19,7 @@ pub fn apply(delta: &[u8], page: &mut [u8]) -> bool {
 }
 
 fn encode_pieces(old: &[u8], new: &[u8], out: &mut [u8]) -> Encoded {
-    if old == new {
+    if equal(old, new) {
         return Encoded::Equal;
     }
     let mut written = 0;
@@ -49,7 +49,7 @@ fn one_run(new: &[u8], room: &mut [u8]) -> usize {
 }
 
 fn encode(old: &[u8], new: &[u8], out: &mut [u8]) -> Encoded {
-    if old == new {
+    if equal(old, new) {
         return Encoded::Equal;
     }
     let (mut at, mut written) = (0, 0);
@@ -76,6 +76,10 @@ fn encode(old: &[u8], new: &[u8], out: &mut [u8]) -> Encoded {
         at += nzrun;
     }
     Encoded::Delta(written)
+}
+
+fn equal(old: &[u8], new: &[u8]) -> bool {
+    (0..new.len()).all(|i| old[i] == new[i])
 }
 
 fn apply_pieces(delta: &[u8], page: &mut [u8]) -> bool {
