@@ -27,7 +27,7 @@ pub enum WireError {
         kind: u8,
     },
     /// Longer than a frame of its kind may be.
-    #[error("a {} is {length} bytes long, at most {most}", KindName(*kind))]
+    #[error("{} is {length} bytes long, at most {most}", KindName(*kind))]
     TooLong {
         /// The kind's byte; it need not be a [`Kind`].
         kind: u8,
@@ -37,7 +37,7 @@ pub enum WireError {
         most: u32,
     },
     /// No migration has such a lane.
-    #[error("a {kind} frame is on lane {lane}, at most {}", MAX_LANES - 1)]
+    #[error("the {kind} frame is on lane {lane}, at most {}", MAX_LANES - 1)]
     Lane {
         /// The frame's kind.
         kind: Kind,
@@ -45,7 +45,7 @@ pub enum WireError {
         lane: u16,
     },
     /// A control frame that names a lane.
-    #[error("a {kind} frame is on lane {lane}, control frames are on lane 0")]
+    #[error("the {kind} frame is on lane {lane}, control frames are on lane 0")]
     ControlLane {
         /// The frame's kind.
         kind: Kind,
@@ -136,7 +136,7 @@ pub enum WireError {
         name: String,
     },
     /// Features that the stream cannot do without, and this version does not know.
-    #[error("the stream requires features that this version does not know: {}", names.join(", "))]
+    #[error("the stream requires features that this version does not know: {}", Quoted(names))]
     UnknownFeatures {
         /// Their names.
         names: Vec<String>,
@@ -226,7 +226,7 @@ pub enum WireError {
 
     // ---- in its place, found by whoever knows the migration ----
     /// A frame that may not come here or now.
-    #[error("a {kind} frame is out of place: {why}")]
+    #[error("the {kind} frame is out of place: {why}")]
     OutOfPlace {
         /// The frame's kind.
         kind: Kind,
@@ -307,14 +307,26 @@ pub struct FrameError {
     pub error: WireError,
 }
 
+/// Names that a peer chose, safe to print.
+struct Quoted<'a>(&'a [String]);
+
+impl fmt::Display for Quoted<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, name) in self.0.iter().enumerate() {
+            write!(f, "{}{name:?}", if index == 0 { "" } else { ", " })?;
+        }
+        Ok(())
+    }
+}
+
 /// A kind's byte in words.
 struct KindName(u8);
 
 impl fmt::Display for KindName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match Kind::from_u8(self.0) {
-            Some(kind) => write!(f, "{kind} frame"),
-            None => write!(f, "frame of unknown kind {}", self.0),
+            Some(kind) => write!(f, "the {kind} frame"),
+            None => write!(f, "the frame of unknown kind {}", self.0),
         }
     }
 }

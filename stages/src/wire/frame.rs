@@ -1,10 +1,5 @@
-//! The head that every frame has, and the checks that come before anything else is believed.
-//!
-//! ```text
-//! ┌────────┬────────┬────────┬──────────┬─────────────────────────────────────┐
-//! │ kind 1 │flags 1 │ lane 2 │ length 4 │ seeded xxh3-64 of the 8 before    8 │
-//! └────────┴────────┴────────┴──────────┴─────────────────────────────────────┘
-//! ```
+//! The head that every frame has, and the checks that come before anything else is believed. Its box stands in [`super`];
+//! the seed of its checksum is the bytes `mferry-1` as a little-endian number.
 //!
 //! The head, the checksum behind a body's fields and the first ten bytes of a Hello are the same in every version of the
 //! protocol, so that a reader can name the version of a peer that it does not understand.
@@ -219,7 +214,7 @@ fn check_lane(kind: Kind, lane: u16) -> Result<(), WireError> {
 }
 
 /// Puts the checksum behind a head's fields.
-fn seal(fields: [u8; 8]) -> [u8; HEAD_BYTES] {
+pub(super) fn seal(fields: [u8; 8]) -> [u8; HEAD_BYTES] {
     let checksum = xxh3_64_with_seed(&fields, HEAD_SEED);
     let mut bytes = [0; HEAD_BYTES];
     bytes[..8].copy_from_slice(&fields);

@@ -1,42 +1,41 @@
 //! Every frame but Pages, as a typed value: the control messages of both directions.
 //!
-//! The fields of each body, with their bytes; the xxh3-64 of the fields stands behind them. A *name* is a length in one
-//! byte and that much UTF-8, a *list* a count in two bytes and that many items, a *reason* a length in two bytes and that
-//! much UTF-8. A value has one form only: what decodes is what would be encoded.
+//! The fields of each body, in order and with their bytes; their xxh3-64 follows them (see [`super`]).
 //!
 //! ```text
-//!                ┌────────────┬─────────┬─────────────┬───────────────────┬─────────────────────────┐
-//! State          │ phase 1    │ end 1   │ version 4   │ section's name    │ length 4, bytes         │
-//!                ├────────────┴─────────┴─────────────┴───────────────────┴─────────────────────────┤
-//! Blocks         │ list of: id (a name), length 8, guest address 8, backing page size 8             │
-//!                ├────────────┬─────────┬───────────────────────────────────────────────────────────┤
-//! RoundComplete  │ round 4    │ last 1  │ 11 counts of 8: batches, pages, zero, raw, compressed,    │
-//!                │            │         │ xbzrle, unchanged, misses, overflows, bytes in, bytes out │
-//!                ├────────────┼─────────┴───────┬───────────────────────────────────────────────────┤
-//! Digests        │ block 4    │ first stretch 8 │ list of: xxh3-128 16, words n 1, left out masks   │
-//!                │            │                 │ n × 8, the last of them not 0                     │
-//!                ├────────────┼─────────────────┼──────────────────────┐                            │
-//! PageHashes     │ block 4    │ first page 8    │ list of: xxh3-64 8   │                            │
-//!                ├────────────┴────┬────────────┴─────────┬────────────┘                            │
-//! Progress       │ bytes 8         │ list of: frames 8    │                                         │
-//!                ├─────────────────┼──────────┬───────────┘                                         │
-//! End            │ run state 1     │ frames 8 │                                                     │
-//!                ├─────────────────┼──────────┘                                                     │
-//! Go             │ run state 1     │                                                                │
-//! Loaded         │ verified 1      │                                                                │
-//!                ├─────────────────┤                                                                │
-//! Abort, Refused, StartFailed      │ reason                                                         │
-//! Accept         │ list of: name   │                                                                │
-//! Switchover, Ready, Running       │ nothing                                                        │
-//!                └─────────────────┴────────────────────────────────────────────────────────────────┘
-//! Hello: see [`super::hello`]
+//! ┌───────────────┬──────────────────────────────────────────────────────────────────────────────────────┐
+//! │ Hello         │ see hello                                                                            │
+//! │ State         │ phase 1 · end 1 · version 4 · section: name · length 4 · bytes                       │
+//! │ Blocks        │ list of (id: name · length 8 · guest address 8 · backing page size 8)                │
+//! │ RoundComplete │ round 4 · last 1 · counts 8 each: batches · pages · zero · raw · compressed ·        │
+//! │               │ xbzrle · unchanged · misses · overflows · bytes in · bytes out                       │
+//! │ Switchover    │                                                                                      │
+//! │ Digests       │ block 4 · first stretch 8 · list of (xxh3-128 16 · masks n 1 · n masks 8 each);      │
+//! │               │ the masks of left out pages end with the last that is not 0                          │
+//! │ Go            │ run state 1                                                                          │
+//! │ Abort         │ reason                                                                               │
+//! │ End           │ run state 1 · frames 8                                                               │
+//! │ Accept        │ list of name                                                                         │
+//! │ Ready         │                                                                                      │
+//! │ Progress      │ bytes 8 · list of (frames of a lane 8)                                               │
+//! │ PageHashes    │ block 4 · first page 8 · list of (xxh3-64 8)                                         │
+//! │ Loaded        │ verified 1                                                                           │
+//! │ Running       │                                                                                      │
+//! │ Refused       │ reason                                                                               │
+//! │ StartFailed   │ reason                                                                               │
+//! └───────────────┴──────────────────────────────────────────────────────────────────────────────────────┘
+//!
+//! name:   length 1 (never 0) · UTF-8           list: count 2 · items
+//! reason: length 2 · UTF-8                     phase, run state, end, last, verified: 0 or 1
 //! ```
+//!
+//! A value has one form only: what decodes is what would be encoded.
 
 use bytes::Bytes;
 
 use super::frame::Kind;
 use super::hello::{self, Hello, MAX_FEATURE_NAME, MAX_FEATURES};
-use crate::geometry::{BlockInfo, EXTENT_PAGES, MAX_BLOCK_ID, MAX_BLOCKS, MAX_LANES, PageAt};
+use crate::geometry::{BlockInfo, MAX_BLOCK_ID, MAX_BLOCKS, MAX_LANES, PageAt};
 use crate::tally::RoundTally;
 
 /// The longest reason that Abort, Refused and StartFailed carry, in bytes of UTF-8; longer ones are cut by the sender.
@@ -53,7 +52,7 @@ pub const MAX_SECTION_NAME: usize = 255;
 /// The most extents of a stretch, and so the masks that one digest may leave out.
 pub const MAX_STRETCH_EXTENTS: usize = 8;
 /// The most pages of a stretch, and so the hashes in one PageHashes.
-pub const MAX_STRETCH_PAGES: usize = MAX_STRETCH_EXTENTS * EXTENT_PAGES as usize;
+pub const MAX_STRETCH_PAGES: usize = MAX_STRETCH_EXTENTS * u64::BITS as usize;
 /// The most that a count of a tally may be: far above any guest, and any number of lanes adds up without overflow.
 pub const MAX_COUNT: u64 = 1 << 56;
 

@@ -4,14 +4,14 @@
 //!
 //! ```text
 //! head, 16 bytes
-//! ┌────────┬────────┬────────┬──────────┬─────────────────────────────┐
-//! │ kind 1 │flags 1 │ lane 2 │ length 4 │ xxh3-64 of the 8 before   8 │
-//! └────────┴────────┴────────┴──────────┴─────────────────────────────┘
+//! ┌────────┬─────────┬────────┬──────────┬───────────────────────────────────┐
+//! │ kind 1 │ flags 1 │ lane 2 │ length 4 │ seeded xxh3-64 of the 8 before  8 │
+//! └────────┴─────────┴────────┴──────────┴───────────────────────────────────┘
 //!   flags: bit 0 = must be understood; all others 0
-//!   lane: 0 for control frames
+//!   lane: of Pages, RoundComplete and Switchover; 0 for all others, which are control frames
 //!   length: bytes that follow the head; at most what the kind allows, checked before anything is allocated
 //!
-//! body of every kind but Pages
+//! body of every kind but Pages; its fields: see [`messages`] and [`hello`]
 //! ┌───────────────────────┬─────────────────────────────┐
 //! │ fields   length - 8   │ xxh3-64 of the fields     8 │
 //! └───────────────────────┴─────────────────────────────┘

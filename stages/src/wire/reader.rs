@@ -136,6 +136,12 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
         self.frames
     }
 
+    /// Bytes that the reader keeps for the bodies of messages, its read buffer aside.
+    #[must_use]
+    pub fn held_bytes(&self) -> usize {
+        self.body.capacity()
+    }
+
     /// The next frame, or `None` if the stream ends behind the last one. Frames of unknown kinds that need not be understood
     /// are passed over.
     ///

@@ -1,10 +1,157 @@
 //! What is encoded decodes to the same value.
 
+use bytes::Bytes;
 use futures::executor::block_on;
+use proptest::collection::vec;
+use proptest::prelude::*;
 
 use super::samples;
-use crate::geometry::PageSize;
-use crate::wire::{FrameReader, Incoming};
+use crate::geometry::{BlockInfo, ExtentAt, Layout, MAX_LANES, PageAt, PageSize};
+use crate::tally::RoundTally;
+use crate::wire::hello::Feature;
+use crate::wire::messages::{MAX_COUNT, Progress, RunState, StateChunk, StatePhase, StretchDigest};
+use crate::wire::{
+    FrameHead, FrameReader, HEAD_BYTES, Hello, Incoming, Kind, Message, PROTOCOL_VERSION, PageEncoding, PagesHead,
+    SessionId,
+};
+
+fn page_size() -> impl Strategy<Value = PageSize> {
+    (12..=16u32).prop_map(|shift| PageSize::new(1 << shift).unwrap())
+}
+
+fn run_state() -> impl Strategy<Value = RunState> {
+    prop_oneof![Just(RunState::Running), Just(RunState::Paused)]
+}
+
+fn hello() -> impl Strategy<Value = Message> {
+    let counts = (1..=MAX_LANES)
+        .prop_flat_map(|lanes| (Just(lanes), 1..=lanes))
+        .prop_flat_map(|(lanes, connections)| (Just(lanes), Just(connections), 0..connections));
+    let features = proptest::collection::btree_map("[a-zé-]{1,30}", any::<bool>(), 0..=64);
+    (any::<[u8; 16]>(), counts, page_size(), features).prop_map(|(session, counts, page_size, features)| {
+        let (lanes, connections, connection) = counts;
+        let features = features.into_iter().map(|(name, required)| Feature { name, required }).collect();
+        let (version, session) = (PROTOCOL_VERSION, SessionId(session));
+        Message::Hello(Hello { version, session, connection, connections, lanes, page_size, features })
+    })
+}
+
+fn state() -> impl Strategy<Value = Message> {
+    let phase = prop_oneof![Just(StatePhase::Setup), Just(StatePhase::Device)];
+    (phase, "\\PC{1,60}", any::<u32>(), any::<bool>(), vec(any::<u8>(), 0..300)).prop_map(
+        |(phase, name, version, end, bytes)| {
+            Message::State(StateChunk { phase, name, version, end, bytes: Bytes::from(bytes) })
+        },
+    )
+}
+
+fn block() -> impl Strategy<Value = BlockInfo> {
+    ("\\PC{1,60}", any::<u64>(), any::<u64>(), any::<u64>()).prop_map(
+        |(id, length, guest_address, backing_page_size)| BlockInfo { id, length, guest_address, backing_page_size },
+    )
+}
+
+fn tally() -> impl Strategy<Value = Message> {
+    (1..=u32::MAX, any::<bool>(), proptest::array::uniform11(0..=MAX_COUNT)).prop_map(|(round, last, counts)| {
+        let [batches, pages, zero, raw, compressed, xbzrle, unchanged, misses, overflows, bytes_in, bytes_out] = counts;
+        Message::RoundComplete(RoundTally {
+            round,
+            last,
+            batches,
+            pages,
+            zero,
+            raw,
+            compressed,
+            xbzrle,
+            unchanged,
+            xbzrle_misses: misses,
+            xbzrle_overflows: overflows,
+            bytes_in,
+            bytes_out,
+        })
+    })
+}
+
+fn digests() -> impl Strategy<Value = Message> {
+    let mask = prop_oneof![3 => Just(0), 1 => any::<u64>()];
+    let digest = (any::<u128>(), proptest::array::uniform8(mask));
+    let digest = digest.prop_map(|(hash, left_out)| StretchDigest { hash, left_out });
+    (0..1024u32, 0..1u64 << 31, vec(digest, 1..40)).prop_map(|(block, first, stretches)| Message::Digests {
+        block,
+        first,
+        stretches,
+    })
+}
+
+fn message() -> impl Strategy<Value = Message> {
+    let first = (0..1024u32, 0..1u64 << 37).prop_map(|(block, page)| PageAt { block, page });
+    prop_oneof![
+        hello(),
+        state(),
+        vec(block(), 1..20).prop_map(Message::Blocks),
+        tally(),
+        Just(Message::Switchover),
+        digests(),
+        run_state().prop_map(Message::Go),
+        "\\PC{0,200}".prop_map(Message::Abort),
+        (run_state(), any::<u64>()).prop_map(|(run_state, frames)| Message::End { run_state, frames }),
+        vec("[a-z]{1,64}", 0..=64).prop_map(Message::Accept),
+        Just(Message::Ready),
+        (any::<u64>(), vec(any::<u64>(), 0..=64))
+            .prop_map(|(bytes, frames)| Message::Progress(Progress { bytes, frames })),
+        (first, vec(any::<u64>(), 1..=512)).prop_map(|(first, hashes)| Message::PageHashes { first, hashes }),
+        any::<bool>().prop_map(|verified| Message::Loaded { verified }),
+        Just(Message::Running),
+        "\\PC{0,200}".prop_map(Message::Refused),
+        "\\PC{0,200}".prop_map(Message::StartFailed),
+    ]
+}
+
+/// A layout of one block with a partial last extent, and any frame for it.
+fn pages() -> impl Strategy<Value = (Layout, PagesHead)> {
+    let block = |length| BlockInfo { id: "ram".into(), length, guest_address: 0, backing_page_size: 4096 };
+    (page_size(), 1..300u64, any::<[u64; 3]>(), 1..=u32::MAX, vec((0..5u8, any::<u32>()), 64)).prop_map(
+        move |(page_size, pages, [extent, mask, zero], round, sizes)| {
+            let bytes = u32::try_from(page_size.bytes()).unwrap();
+            let layout = Layout::new(page_size, vec![block(pages * u64::from(bytes))]).unwrap();
+            let at = ExtentAt { block: 0, extent: u32::try_from(extent % pages.div_ceil(64)).unwrap() };
+            let mask = mask & layout.valid_mask(at);
+            let size = |(encoding, size)| match encoding {
+                0 => (PageEncoding::Raw, bytes),
+                1 => (PageEncoding::Snap, size % (bytes - 1) + 1),
+                2 => (PageEncoding::Lz4, size % (bytes - 1) + 1),
+                3 => (PageEncoding::Zstd, size % (bytes - 1) + 1),
+                _ => (PageEncoding::Xbzrle, size % bytes + 1),
+            };
+            let present = (mask & !zero).count_ones() as usize;
+            let pages = sizes.into_iter().map(size).take(present).collect();
+            (layout, PagesHead { at, round, mask, zero: mask & zero, payload_hash: extent, pages })
+        },
+    )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2000))]
+
+    #[test]
+    fn every_message_decodes_to_itself(message in message()) {
+        let frame = message.encode(0);
+        let (head, body) = frame.split_first_chunk::<HEAD_BYTES>().unwrap();
+        let head = FrameHead::parse(head, PageSize::DEFAULT).unwrap();
+        prop_assert_eq!(head, FrameHead::new(message.kind(), 0, u32::try_from(body.len()).unwrap()));
+        prop_assert_eq!(Message::decode(message.kind(), body).unwrap(), message);
+    }
+
+    #[test]
+    fn every_pages_head_parses_to_itself((layout, head) in pages(), lane in 0..MAX_LANES) {
+        let bytes = head.to_bytes(lane);
+        let (frame, body) = bytes.split_first_chunk::<HEAD_BYTES>().unwrap();
+        let frame = FrameHead::parse(frame, layout.page_size()).unwrap();
+        prop_assert_eq!((frame.kind, frame.lane), (Kind::Pages as u8, lane));
+        prop_assert_eq!(frame.length as usize, body.len() + head.payload_bytes());
+        prop_assert_eq!(PagesHead::parse(body, frame.length, &layout).unwrap(), head);
+    }
+}
 
 #[test]
 fn a_stream_of_all_kinds_is_read_back() {

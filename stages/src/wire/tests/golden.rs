@@ -1,0 +1,117 @@
+//! The bytes of one frame of each kind, written down: the format cannot drift unseen.
+//!
+//! A line is the head, the fields or the checksum; the spaces stand between the fields.
+
+use super::samples;
+use crate::wire::Kind;
+
+/// Hexadecimal with the spaces left out.
+fn golden(text: &str) -> String {
+    text.split_whitespace().collect()
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[test]
+fn there_is_a_sample_of_every_kind() {
+    let sampled: Vec<Kind> = samples::messages().iter().map(|message| message.kind()).collect();
+    let kinds: Vec<Kind> = Kind::ALL.into_iter().filter(|&kind| kind != Kind::Pages).collect();
+    assert_eq!(sampled, kinds);
+}
+
+#[test]
+fn messages() {
+    let golden: Vec<String> = MESSAGES.iter().map(|text| golden(text)).collect();
+    let encoded: Vec<String> = samples::messages().iter().map(|message| hex(&message.encode(0))).collect();
+    assert_eq!(encoded, golden);
+}
+
+#[test]
+fn pages() {
+    assert_eq!(hex(&samples::pages().0.to_bytes(2)), golden(PAGES));
+    assert_eq!(hex(&samples::zero_pages().to_bytes(1)), golden(ZERO_PAGES));
+}
+
+/// In the order of [`samples::messages`].
+const MESSAGES: [&str; 17] = [
+    // Hello
+    "01 01 0000 49000000 d7f215d2b8e85a7c \
+         6d656d6665727279 0100 30313233343536373839616263646566 0100 0200 0300 00100000 0300 01 0c \
+         7061796c6f61642d78786833 01 03 6c7a34 01 06 78627a726c65 \
+         966ca379ca7f0051",
+    // State
+    "02 01 0000 1b000000 efedde354f4ab59a \
+         01 01 07000000 03 637075 05000000 7374617465 \
+         099c3ca275bf8f2d",
+    // Blocks
+    "03 01 0000 26000000 0cd8539f514170a7 \
+         0100 03 72616d 0010080000000000 0000000001000000 0000200000000000 \
+         084112387011a581",
+    // RoundComplete
+    "05 01 0000 65000000 29a182098180e386 \
+         02000000 01 0300000000000000 0f00000000000000 0100000000000000 0200000000000000 0300000000000000 \
+         0400000000000000 0500000000000000 0600000000000000 0700000000000000 00f0000000000000 \
+         2823000000000000 \
+         14e83ccb1b8c895c",
+    // Switchover
+    "06 01 0000 08000000 13e8b92d304ec4c3 \
+         c294d3380580062d",
+    // Digests
+    "07 01 0000 50000000 d1da5e0db073c823 \
+         01000000 0600000000000000 0200 02000000000000000000000010000000 00 03000000000000000000000000000000 \
+         03 0400000000000000 0000000000000000 0500000000000000 \
+         008b1003752d6016",
+    // Go
+    "08 01 0000 09000000 8e0f4ae6edf0f30a \
+         01 \
+         ebce86ebd2f92ee1",
+    // Abort
+    "09 01 0000 13000000 50bb03779651734c \
+         0900 6469736b2066756c6c \
+         469479020847bbbf",
+    // End
+    "0a 01 0000 11000000 2827ff126cc81ae9 \
+         00 1100000000000000 \
+         aa30a5d68e728ef1",
+    // Accept
+    "20 01 0000 0e000000 d3537abae420d66f \
+         0100 03 6c7a34 \
+         87b44c2267abf5af",
+    // Ready
+    "21 01 0000 08000000 179626e73d749ae2 \
+         c294d3380580062d",
+    // Progress
+    "22 01 0000 22000000 8be41a9ff585422a \
+         0000000002000000 0200 0800000000000000 0900000000000000 \
+         448ace3c1db2d5ad",
+    // PageHashes
+    "23 01 0000 26000000 05c5038aa6e827a6 \
+         01000000 0002000000000000 0200 0a00000000000000 0b00000000000000 \
+         72cf32330dfe57d4",
+    // Loaded
+    "24 01 0000 09000000 ac851e940026c4a8 \
+         01 \
+         ebce86ebd2f92ee1",
+    // Running
+    "25 01 0000 08000000 23bdfdfb37fc5629 \
+         c294d3380580062d",
+    // Refused
+    "26 01 0000 17000000 2764009eed4ee6f7 \
+         0d00 626c6f636b7320646966666572 \
+         a705f317695df00c",
+    // StartFailed
+    "27 01 0000 15000000 f3774a381817ac67 \
+         0b00 6e6f202f6465762f6b766d \
+         70f63681c5764d88",
+];
+
+const PAGES: &str = "04 01 0200 a9100000 982c911b48599b91 \
+         00000000 01000000 02000000 6d100000 1700000000000080 1200000000000000 00013de11f2d32ca 01 001000 03 \
+         640000 05 090000 \
+         6ae3b67553517d7a";
+
+const ZERO_PAGES: &str = "04 01 0100 30000000 41b6dc0f5994811d \
+         01000000 00000000 01000000 00000000 0100000000000000 0100000000000000 0000000000000000 \
+         658061806826903a";
