@@ -170,6 +170,8 @@ pub struct Ended {
     pub memory_peak: u64,
     /// How every stage spent its time.
     pub stages: Vec<Reading>,
+    /// Did the source guest fail to go on after it was paused? It stands still, and nobody else runs it.
+    pub resume_failed: bool,
 }
 
 /// Takes events as they happen. Called from the control plane: return soon, never block.

@@ -1,2 +1,7 @@
 //! The `memferry` program.
-fn main() {}
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    memferry::cli::main()
+}

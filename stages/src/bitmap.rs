@@ -166,3 +166,145 @@ pub fn words_of(block: u32, pages: Range<u64>) -> impl Iterator<Item = (ExtentAt
         Some((at, run_mask(first as u32, length as u32)))
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+    use std::thread;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::geometry::{BlockInfo, PageSize, bits};
+
+    const PAGES: [u64; 3] = [130, 64, 3];
+
+    fn layout() -> Layout {
+        let block = |(index, pages): (usize, u64)| BlockInfo {
+            id: index.to_string(),
+            length: pages * 4096 - 1,
+            guest_address: 0,
+            backing_page_size: 4096,
+        };
+        Layout::new(PageSize::DEFAULT, PAGES.into_iter().enumerate().map(block).collect()).unwrap()
+    }
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Set(PageAt),
+        SetRange(u32, Range<u64>),
+        ClearRange(u32, Range<u64>),
+        Take(ExtentAt),
+        TakeMask(ExtentAt, u64),
+        SetMask(ExtentAt, u64),
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        (0..3u32, any::<u64>(), any::<u64>(), any::<u64>(), 0..6).prop_map(|(block, one, two, mask, kind)| {
+            let pages = PAGES[block as usize];
+            let (one, two) = (one % pages, two % (pages + 1));
+            let at = ExtentAt { block, extent: u32::try_from(one / 64).unwrap() };
+            match kind {
+                0 => Step::Set(PageAt { block, page: one }),
+                1 => Step::SetRange(block, one.min(two)..one.max(two)),
+                2 => Step::ClearRange(block, one.min(two)..one.max(two)),
+                3 => Step::Take(at),
+                4 => Step::TakeMask(at, mask),
+                _ => Step::SetMask(at, mask & layout().valid_mask(at)),
+            }
+        })
+    }
+
+    /// The bitmap as a set of pages.
+    type Naive = BTreeSet<PageAt>;
+
+    fn remove(naive: &mut Naive, pages: impl Iterator<Item = PageAt>) -> u64 {
+        pages.filter(|at| naive.remove(at)).count() as u64
+    }
+
+    fn pages_of(at: ExtentAt, mask: u64) -> impl Iterator<Item = PageAt> {
+        bits(mask).map(move |bit| at.page(bit))
+    }
+
+    proptest! {
+        #[test]
+        fn a_bitmap_is_a_set_of_pages(steps in prop::collection::vec(step(), 0..60), full: bool) {
+            let layout = layout();
+            let bitmap = if full { DirtyBitmap::filled(&layout) } else { DirtyBitmap::empty(&layout) };
+            let all = bitmap.extents().flat_map(|at| pages_of(at, layout.valid_mask(at)));
+            let mut naive: Naive = all.filter(|_| full).collect();
+            for step in steps {
+                match step {
+                    Step::Set(at) => prop_assert_eq!(bitmap.set(at), naive.insert(at)),
+                    Step::SetRange(block, pages) => {
+                        bitmap.set_range(block, pages.clone());
+                        naive.extend(pages.map(|page| PageAt { block, page }));
+                    }
+                    Step::ClearRange(block, pages) => {
+                        let removed = remove(&mut naive, pages.clone().map(|page| PageAt { block, page }));
+                        prop_assert_eq!(bitmap.clear_range(block, pages), removed);
+                    }
+                    Step::Take(at) => {
+                        let taken = bitmap.take(at);
+                        prop_assert_eq!(remove(&mut naive, pages_of(at, u64::MAX)), u64::from(taken.count_ones()));
+                    }
+                    Step::TakeMask(at, mask) => {
+                        let taken = bitmap.take_mask(at, mask);
+                        prop_assert_eq!(taken & !mask, 0);
+                        prop_assert_eq!(remove(&mut naive, pages_of(at, mask)), u64::from(taken.count_ones()));
+                    }
+                    Step::SetMask(at, mask) => {
+                        let added = pages_of(at, mask).filter(|&at| naive.insert(at)).count();
+                        prop_assert_eq!(bitmap.set_mask(at, mask).count_ones() as usize, added);
+                    }
+                }
+                let kept: Naive = bitmap.extents().flat_map(|at| pages_of(at, bitmap.peek(at))).collect();
+                prop_assert_eq!(&kept, &naive);
+                prop_assert_eq!(bitmap.count(), naive.len() as u64);
+            }
+        }
+
+        #[test]
+        fn words_of_a_range_are_its_pages(start in 0..300u64, length in 0..300u64) {
+            let words = words_of(7, start..start + length);
+            let pages: Vec<_> = words.flat_map(|(at, mask)| pages_of(at, mask)).collect();
+            let expected: Vec<_> = (start..start + length).map(|page| PageAt { block: 7, page }).collect();
+            prop_assert_eq!(pages, expected);
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "bits beyond the end of block 2")]
+    fn a_bit_beyond_the_last_page_is_our_own_mistake() {
+        DirtyBitmap::empty(&layout()).set(PageAt { block: 2, page: 3 });
+    }
+
+    #[test]
+    fn a_bit_set_by_one_thread_is_taken_once_by_another_with_what_was_stored_before() {
+        const TIMES: u64 = 20_000;
+        let bitmap = DirtyBitmap::empty(&layout());
+        let stored: Vec<_> = (0..64).map(|_| AtomicU64::new(0)).collect();
+        let at = ExtentAt { block: 0, extent: 0 };
+        thread::scope(|scope| {
+            let writer = scope.spawn(|| {
+                for time in 1..=TIMES {
+                    let page = time % 64;
+                    stored[usize::try_from(page).unwrap()].store(time, Ordering::Relaxed);
+                    bitmap.set(PageAt { block: 0, page });
+                }
+            });
+            let mut seen = [0; 64];
+            loop {
+                let finished = writer.is_finished();
+                for bit in bits(bitmap.take(at)) {
+                    seen[bit as usize] = stored[bit as usize].load(Ordering::Relaxed);
+                }
+                if finished {
+                    break;
+                }
+            }
+            let last = stored.iter().map(|time| time.load(Ordering::Relaxed));
+            assert!(last.eq(seen), "a store was not followed by a bit that was taken");
+        });
+    }
+}

@@ -79,10 +79,12 @@ struct Region {
     categories: u64,
 }
 
-/// What a scan looks for.
+/// What a scan looks for: pages of all of these categories, and of at least one of those if there are any.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Scan {
-    /// Pages of any of these categories.
+    /// Each must hold.
+    pub(crate) all_of: u64,
+    /// One must hold, unless there is none.
     pub(crate) any_of: u64,
     /// Write-protect them in the same step? The range must be registered with a [`Userfaultfd`] then.
     pub(crate) protect: bool,
@@ -116,8 +118,9 @@ impl Pagemap {
                 end: range.end as u64,
                 regions: regions.as_mut_ptr().expose_provenance() as u64,
                 region_count: REGIONS as u64,
+                category_mask: scan.all_of,
                 category_anyof_mask: scan.any_of,
-                return_mask: scan.any_of,
+                return_mask: scan.all_of | scan.any_of,
                 ..ScanArg::default()
             };
             // SAFETY: PAGEMAP_SCAN takes a ScanArg; it fills at most REGIONS regions, which outlive the call.
@@ -197,14 +200,6 @@ impl Userfaultfd {
         Ok(this)
     }
 
-    /// The features that this kernel has.
-    ///
-    /// # Errors
-    /// As [`Userfaultfd::open`].
-    pub(crate) fn features() -> io::Result<u64> {
-        Self(descriptor()?).agree(0)
-    }
-
     fn agree(&self, features: u64) -> io::Result<u64> {
         let mut arg = ApiArg { version: API_VERSION, features, ioctls: 0 };
         // SAFETY: UFFDIO_API takes an ApiArg.
@@ -262,7 +257,33 @@ fn descriptor() -> io::Result<OwnedFd> {
     Ok(unsafe { rustix::mm::userfaultfd(flags) }?)
 }
 
-// ---- both ----
+// ---- what there is ----
+
+/// The features that this kernel's userfaultfd has.
+///
+/// # Errors
+/// Why it does not open, and what to do.
+pub(crate) fn userfault_features() -> Result<u64, String> {
+    let features = descriptor().and_then(|descriptor| Userfaultfd(descriptor).agree(0));
+    features.map_err(|error| match Errno::from_io_error(&error) {
+        Some(Errno::NOSYS) => "the kernel was built without userfaultfd".into(),
+        Some(Errno::PERM) => "userfaultfd is forbidden here: allow the system call in the sandbox".into(),
+        _ => format!("userfaultfd does not open: {error}"),
+    })
+}
+
+/// Is there a PAGEMAP_SCAN?
+///
+/// # Errors
+/// Why not, and what to do.
+pub(crate) fn pagemap_scan() -> Result<(), String> {
+    let pagemap = Pagemap::open().map_err(|error| format!("/proc/self/pagemap does not open: {error}"))?;
+    let page = rustix::param::page_size();
+    let anywhere = pagemap.scan(Scan { all_of: PRESENT, any_of: 0, protect: false }, page..2 * page, |_| ());
+    anywhere.map_err(|error| format!("the kernel refuses PAGEMAP_SCAN ({error}): Linux 6.7 or later has it"))
+}
+
+// ---- shared by both ----
 
 /// `None` when a signal came: the call is to be made again.
 fn again_if_interrupted(result: rustix::io::Result<usize>) -> io::Result<Option<usize>> {

@@ -61,6 +61,17 @@ impl<T> Outlet<T> {
         }
         sent.map_err(|_| Closed)
     }
+
+    /// Puts an item into the queue if there is room, and drops it if there is none.
+    ///
+    /// # Errors
+    /// [`Closed`] if nobody will take it.
+    pub fn offer(&self, item: T) -> Result<(), Closed> {
+        match self.sender.try_send(item) {
+            Ok(()) | Err(async_channel::TrySendError::Full(_)) => Ok(()),
+            Err(async_channel::TrySendError::Closed(_)) => Err(Closed),
+        }
+    }
 }
 
 /// The end that a stage takes from.

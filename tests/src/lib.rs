@@ -1,1 +1,10 @@
-//! tests
+//! What the whole-migration tests share: a guest made for them, a way to run both ends, and figures for what is compared.
+//!
+//! The guest keeps nothing secret: its memory is mapped here, its writers are threads that never rest, and it records what it was
+//! told, so that a test can ask afterwards who ran, and when.
+
+pub mod guest;
+pub mod run;
+
+pub use guest::TestGuest;
+pub use run::{Ends, migrate, source_settings};

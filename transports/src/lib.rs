@@ -7,7 +7,7 @@
 //! |---|---|---|---|
 //! | `tcp:host:port`, `tcp:[::1]:port` | [`tcp`] | yes | several |
 //! | `unix:/path` | [`unix`] | yes | several |
-//! | `file:/path` | [`file`] | no | one |
+//! | `file:/path` | [`mod@file`] | no | one |
 //! | (in the process) | [`memory`] | yes | several |
 //!
 //! # What flush and shutdown mean
@@ -15,10 +15,14 @@
 //! as the transport makes it (a file: on disk), and `shutdown` completes the stream (a file: flushed and renamed into
 //! place; a socket: end of stream). A writer that is dropped without `shutdown` leaves nothing that looks complete.
 
+#![forbid(unsafe_code)]
+
 pub mod address;
 pub mod file;
 pub mod memory;
+mod retry;
 pub mod tcp;
+mod temporary;
 pub mod unix;
 
 use std::fmt;
@@ -104,5 +108,9 @@ pub trait Listener: Send + fmt::Debug {
 /// `connect_timeout` is how long a source keeps trying while nobody listens.
 #[must_use]
 pub fn open(address: &Address, connect_timeout: Duration) -> Box<dyn Transport> {
-    todo!()
+    match address {
+        Address::Tcp { host, port } => Box::new(tcp::TcpTransport::new(host, *port, connect_timeout)),
+        Address::Unix(path) => Box::new(unix::UnixTransport::new(path, connect_timeout)),
+        Address::File(path) => Box::new(file::FileTransport::new(path)),
+    }
 }

@@ -1,4 +1,188 @@
-//! todo
-/// placeholder
+//! The hash log: a page is dirty when its hash is not that of the copy that was sent.
+//!
+//! It works on any memory that can be read and needs nothing from its writers or the kernel; a sync costs one read of the
+//! memory. For each page it keeps 8 bytes:
+//!
+//! ```text
+//!           take (rearm)               copied
+//!  ┌──────────────────────┐  ┌──────────────────────────┐
+//!  │                      ▼  │                          ▼
+//! sent: hash of the copy   in flight × n ──── n = 0 ──▶ sent
+//! ```
+//!
+//! - *sent*: the hash of the last copy that was made for the destination. A sync compares the page with it.
+//! - *in flight*: the page was taken, and that many of its copies are still to be made. Every sync calls it dirty without
+//!   looking. Otherwise a page that goes A, B, A around a look would be lost: the copy has B, the look sees A, and the
+//!   hash of the copy before was A's. Takes are counted because a sync may come between a take and its copy, the page
+//!   is then taken again, and the first copy says nothing about the second.
+//!
+//! A page starts in flight, with no copy to come: its bit is set when a migration starts, so nothing needs to be compared
+//! before its first copy. Copies of a page are reported in the order in which they are sent (it keeps its lane, law 4), so
+//! the last one reported is what the destination will hold, and every later difference is found against it. A page
+//! that was taken and given back unread stays in flight: it is sent again each round until the log is stopped.
+//!
+//! Pages that were never touched count as zero pages without being read, so that a hole stays one.
+
+use std::io;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use xxhash_rust::xxh3::xxh3_64;
+
+use super::DirtyLog;
+use crate::batch::CopiedBatch;
+use crate::bitmap::{DirtyBitmap, words_of};
+use crate::geometry::{ExtentAt, bits};
+use crate::memory::GuestMemory;
+use crate::pool::BufferPool;
+
+/// Finds any change of any memory that can be read.
 #[derive(Debug)]
-pub struct HashLog;
+pub struct HashLog {
+    memory: GuestMemory,
+    pages: Vec<Box<[PageState]>>,
+    zero: u64,
+    scratch: BufferPool,
+}
+
+impl HashLog {
+    /// A log for all blocks of this memory.
+    #[must_use]
+    pub fn new(memory: GuestMemory) -> Self {
+        let layout = memory.layout();
+        let of_block = |block| (0..layout.block_pages(block)).map(|_| PageState::default()).collect();
+        Self {
+            pages: (0..layout.block_count()).map(of_block).collect(),
+            zero: hash(&vec![0; layout.page_size().bytes()]),
+            scratch: BufferPool::new(1, layout.page_size().extent_bytes()),
+            memory,
+        }
+    }
+
+    /// Bytes that this log keeps in memory.
+    #[must_use]
+    pub fn memory_bytes(&self) -> u64 {
+        self.memory.layout().pages() * size_of::<PageState>() as u64 + self.scratch.bound_bytes()
+    }
+
+    fn page(&self, at: ExtentAt, bit: u32) -> &PageState {
+        let page = usize::try_from(at.page(bit).page).expect("a page of this memory");
+        &self.pages[at.block as usize][page]
+    }
+
+    /// The pages of `mask` for which `differs` says so.
+    fn those(&self, at: ExtentAt, mask: u64, differs: impl Fn(&PageState) -> bool) -> u64 {
+        bits(mask).filter(|&bit| differs(self.page(at, bit))).fold(0, |found, bit| found | 1 << bit)
+    }
+
+    /// The pages of `mask` that do not read as they were sent.
+    fn changed(&self, at: ExtentAt, mask: u64) -> io::Result<u64> {
+        let size = self.memory.page_size();
+        let mut buffer = self.scratch.try_take().expect("syncs do not overlap");
+        let block = self.memory.block(at.block);
+        let zero = block.memory.read_extent(size, at.first_page(), mask, &mut buffer)?;
+        let mut found = self.those(at, zero, |page| page.differs(self.zero));
+        for (bit, page) in bits(mask & !zero).zip(buffer.chunks_exact(size.bytes())) {
+            if self.page(at, bit).differs(hash(page)) {
+                found |= 1 << bit;
+            }
+        }
+        Ok(found)
+    }
+}
+
+impl DirtyLog for HashLog {
+    fn start(&self) -> io::Result<()> {
+        self.pages.iter().flatten().for_each(PageState::reset);
+        Ok(())
+    }
+
+    fn sync(&self, block: u32, extents: Range<u32>, into: &DirtyBitmap) -> io::Result<()> {
+        let layout = self.memory.layout();
+        let first = |extent| ExtentAt { block, extent }.first_page().min(layout.block_pages(block));
+        let pages = first(extents.start)..first(extents.end);
+        let untouched = self.memory.block(block).memory.untouched_in(layout.page_size(), pages)?;
+        let mut holes = untouched.into_iter().flat_map(|pages| words_of(block, pages)).peekable();
+        for extent in extents {
+            let at = ExtentAt { block, extent };
+            let mut hole = 0;
+            while let Some((_, mask)) = holes.next_if(|(hole_at, _)| *hole_at == at) {
+                hole |= mask;
+            }
+            // A page that is dirty already will be taken after this and need not be looked at.
+            let clean = layout.valid_mask(at) & !into.peek(at);
+            let in_flight = self.those(at, clean, PageState::is_in_flight);
+            let gone = self.those(at, clean & !in_flight & hole, |page| page.differs(self.zero));
+            let to_read = clean & !in_flight & !hole;
+            let changed = if to_read == 0 { 0 } else { self.changed(at, to_read)? };
+            into.set_mask(at, in_flight | gone | changed);
+        }
+        Ok(())
+    }
+
+    fn rearm(&self, at: ExtentAt, mask: u64) -> io::Result<()> {
+        bits(mask).for_each(|bit| self.page(at, bit).take());
+        Ok(())
+    }
+
+    fn copied(&self, copy: &CopiedBatch) {
+        let at = copy.batch.at;
+        bits(copy.batch.mask & copy.zero).for_each(|bit| self.page(at, bit).copied(self.zero));
+        let pages = copy.pages.iter().flat_map(|pages| pages.chunks_exact(self.memory.page_size().bytes()));
+        for (bit, page) in bits(copy.present()).zip(pages) {
+            self.page(at, bit).copied(hash(page));
+        }
+    }
+
+    /// Nothing: whoever wrote the page, its content tells.
+    fn mark(&self, _block: u32, _pages: Range<u64>) {}
+
+    fn stop(&self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// What the destination has of a page, or will have.
+#[derive(Debug)]
+struct PageState(AtomicU64);
+
+/// Set: in flight, the other bits count the copies to come. Clear: the other bits are the hash of the last copy.
+const IN_FLIGHT: u64 = 1 << 63;
+
+impl Default for PageState {
+    fn default() -> Self {
+        Self(AtomicU64::new(IN_FLIGHT))
+    }
+}
+
+impl PageState {
+    fn reset(&self) {
+        self.0.store(IN_FLIGHT, Ordering::Release);
+    }
+
+    fn is_in_flight(&self) -> bool {
+        self.0.load(Ordering::Acquire) & IN_FLIGHT != 0
+    }
+
+    /// Is a page with this hash, as read just now, to be sent? The state is loaded after the read: should the page have been
+    /// taken or copied in between, then that counts.
+    fn differs(&self, hash: u64) -> bool {
+        self.0.load(Ordering::Acquire) != hash
+    }
+
+    fn take(&self) {
+        self.update(|state| if state & IN_FLIGHT == 0 { IN_FLIGHT | 1 } else { state + 1 });
+    }
+
+    fn copied(&self, hash: u64) {
+        self.update(|state| if state & IN_FLIGHT != 0 && state & !IN_FLIGHT > 1 { state - 1 } else { hash });
+    }
+
+    fn update(&self, step: impl Fn(u64) -> u64) {
+        let _before = self.0.fetch_update(Ordering::AcqRel, Ordering::Acquire, |state| Some(step(state)));
+    }
+}
+
+fn hash(page: &[u8]) -> u64 {
+    xxh3_64(page) & !IN_FLIGHT
+}

@@ -1,1 +1,202 @@
-//! todo
+//! The model log: as strict as any hypervisor's may be, to test scanners and the conformance kit against.
+//!
+//! ```text
+//!             write                 fetch (sync)               rearm
+//!  protected ───────▶ written ────────────────────▶ fetched ──────────▶ protected
+//!                    └── a write here leaves no further trace ──┘
+//! ```
+//!
+//! Real hypervisors differ in what they forgive: this one forgives nothing. A page that was written is reported once; until
+//! it is re-armed its further writes leave no trace; re-arming a page whose write was not fetched forgets that write. A
+//! scanner that reads before it re-arms, or a log that re-arms too much, loses writes here that an emulated or a
+//! generous host would let pass.
+
+use std::io;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::DirtyLog;
+use super::software::{clear, collect};
+use crate::bitmap::DirtyBitmap;
+use crate::geometry::{ExtentAt, Layout, PageAt, bits};
+
+/// What the hypervisor knows of a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Page {
+    Protected,
+    Written,
+    Fetched,
+}
+
+/// The hypervisor's side: it follows the writes that go through it. Shared by the guest's writers and the log.
+#[derive(Debug)]
+pub struct Hypervisor {
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    blocks: Vec<Vec<Page>>,
+    lost: u64,
+}
+
+impl Hypervisor {
+    /// A hypervisor for guests of this layout; nothing is protected yet.
+    #[must_use]
+    pub fn new(layout: &Layout) -> Arc<Self> {
+        let pages = |block| (0..layout.block_pages(block)).map(|_| Page::Fetched).collect();
+        let blocks = (0..layout.block_count()).map(pages).collect();
+        Arc::new(Self { state: Mutex::new(State { blocks, lost: 0 }) })
+    }
+
+    /// A guest's write to a page: `store` does it. Trap and store are one step to everyone else, as they are where the store
+    /// is tried again after its fault.
+    ///
+    /// # Panics
+    /// If there is no such page.
+    pub fn write(&self, at: PageAt, store: impl FnOnce()) {
+        let mut state = self.state();
+        let page = state.page(at);
+        if *page == Page::Protected {
+            *page = Page::Written;
+        }
+        store();
+    }
+
+    /// Protects every page and forgets what was written.
+    pub fn protect_all(&self) {
+        self.state().blocks.iter_mut().for_each(|pages| pages.fill(Page::Protected));
+    }
+
+    /// Reports the written pages of an extent, each once; `valid` are the pages that the extent has.
+    ///
+    /// # Panics
+    /// If `valid` has others.
+    pub fn fetch(&self, at: ExtentAt, valid: u64) -> u64 {
+        let mut state = self.state();
+        let mut found = 0;
+        for bit in bits(valid) {
+            let page = state.page(at.page(bit));
+            if *page == Page::Written {
+                *page = Page::Fetched;
+                found |= 1 << bit;
+            }
+        }
+        found
+    }
+
+    /// Protects pages again. A write among them that was not fetched is forgotten.
+    ///
+    /// # Panics
+    /// If there are no such pages.
+    pub fn rearm(&self, at: ExtentAt, mask: u64) {
+        let mut state = self.state();
+        for bit in bits(mask) {
+            let page = state.page(at.page(bit));
+            let forgotten = std::mem::replace(page, Page::Protected) == Page::Written;
+            state.lost += u64::from(forgotten);
+        }
+    }
+
+    /// How many writes were forgotten because their page was re-armed before they were fetched. 0 unless somebody breaks
+    /// the rules.
+    #[must_use]
+    pub fn lost(&self) -> u64 {
+        self.state().lost
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn page(&mut self, at: PageAt) -> &mut Page {
+        &mut self.blocks[at.block as usize][usize::try_from(at.page).expect("a page of this guest")]
+    }
+}
+
+/// The log over a [`Hypervisor`]: what a log for a real one must do. It re-arms late, and only what it has fetched.
+#[derive(Debug)]
+pub struct ModelLog {
+    hypervisor: Arc<Hypervisor>,
+    /// Fetched from the hypervisor and not re-armed yet.
+    fetched: DirtyBitmap,
+    pending: DirtyBitmap,
+}
+
+impl ModelLog {
+    /// A log over this hypervisor, which was made for the same layout.
+    #[must_use]
+    pub fn new(hypervisor: Arc<Hypervisor>, layout: &Layout) -> Self {
+        Self { hypervisor, fetched: DirtyBitmap::empty(layout), pending: DirtyBitmap::empty(layout) }
+    }
+}
+
+impl DirtyLog for ModelLog {
+    fn start(&self) -> io::Result<()> {
+        clear(&self.fetched);
+        self.hypervisor.protect_all();
+        Ok(())
+    }
+
+    fn sync(&self, block: u32, extents: Range<u32>, into: &DirtyBitmap) -> io::Result<()> {
+        for extent in extents.clone() {
+            let at = ExtentAt { block, extent };
+            let found = self.hypervisor.fetch(at, into.layout().valid_mask(at));
+            // Noted as fetched before anyone can take it from the bitmap.
+            self.fetched.set_mask(at, found);
+            into.set_mask(at, found);
+        }
+        collect(&self.pending, block, extents, into);
+        Ok(())
+    }
+
+    fn rearm(&self, at: ExtentAt, mask: u64) -> io::Result<()> {
+        self.hypervisor.rearm(at, self.fetched.take_mask(at, mask));
+        Ok(())
+    }
+
+    fn mark(&self, block: u32, pages: Range<u64>) {
+        self.pending.set_range(block, pages);
+    }
+
+    fn stop(&self) -> io::Result<()> {
+        clear(&self.fetched);
+        clear(&self.pending);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::geometry::{BlockInfo, PageSize};
+
+    #[test]
+    fn a_second_write_leaves_no_trace_until_the_page_is_rearmed() {
+        let block = BlockInfo { id: "ram".into(), length: 1 << 20, guest_address: 0, backing_page_size: 4096 };
+        let layout = Layout::new(PageSize::DEFAULT, vec![block]).unwrap();
+        let hypervisor = Hypervisor::new(&layout);
+        let (log, dirty) = (ModelLog::new(hypervisor.clone(), &layout), DirtyBitmap::empty(&layout));
+        let at = ExtentAt { block: 0, extent: 1 };
+        let write = || hypervisor.write(at.page(3), || ());
+        let found = || {
+            log.sync(0, 0..4, &dirty).unwrap();
+            dirty.take(at)
+        };
+        log.start().unwrap();
+        write();
+        assert_eq!(found(), 0b1000);
+        write();
+        assert_eq!(found(), 0, "fetched and not re-armed");
+        log.rearm(at, u64::MAX).unwrap();
+        write();
+        log.rearm(at, u64::MAX).unwrap();
+        assert_eq!((found(), hypervisor.lost()), (0b1000, 0), "the log re-arms only what it fetched");
+        log.rearm(at, u64::MAX).unwrap();
+        write();
+        hypervisor.rearm(at, u64::MAX);
+        assert_eq!((found(), hypervisor.lost()), (0, 1), "a hypervisor told to re-arm more forgets");
+    }
+}

@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 use rustix::mm::{MapFlags, ProtFlags};
 
-use super::{Memory, copy, holes, present};
+use super::{Memory, copy, holes, present, with_scratch};
 use crate::geometry::{PageSize, bits};
 use crate::pool::PooledBuffer;
 use crate::xbzrle::Delta;
@@ -163,6 +163,22 @@ impl MappedMemory {
         Ok(())
     }
 
+    /// Gives private memory back to the host: it reads as zeros then. A dirty log may not see it, and must be told.
+    /// On shared memory it changes nothing but this mapping's tables; there, punch a hole into the file.
+    ///
+    /// # Errors
+    /// If `offset` is not on a page of the host, or the memory is locked.
+    ///
+    /// # Panics
+    /// If the range, but for the rest of the last page, reaches beyond the end.
+    pub fn give_back(&self, offset: usize, length: usize) -> io::Result<()> {
+        let start = self.at(offset, length.min(self.length.saturating_sub(offset)));
+        let end = (offset + length).min(self.length.next_multiple_of(rustix::param::page_size()));
+        // SAFETY: the range is in this mapping, to which no reference exists; its content becomes zero or stays.
+        unsafe { rustix::mm::madvise(start.cast(), end - offset, rustix::mm::Advice::LinuxDontNeed) }?;
+        Ok(())
+    }
+
     /// The address of `length` bytes at `offset`.
     fn at(&self, offset: usize, length: usize) -> *mut u8 {
         let fits = offset.checked_add(length).is_some_and(|end| end <= self.length);
@@ -237,14 +253,15 @@ impl Memory for MappedMemory {
     }
 
     fn write_zeros(&self, page_size: PageSize, pages: Range<u64>) -> io::Result<()> {
-        let mut scratch = vec![0; page_size.bytes()];
-        for page in pages {
-            if !self.copy_page(page_size, page, &mut scratch) {
-                let (to, bytes) = self.page(page_size, page);
-                // SAFETY: `page` has checked the range; the guest does not run.
-                unsafe { to.write_bytes(0, bytes) };
+        with_scratch(page_size.bytes(), |scratch| {
+            for page in pages {
+                if !self.copy_page(page_size, page, scratch) {
+                    let (to, bytes) = self.page(page_size, page);
+                    // SAFETY: `page` has checked the range; the guest does not run.
+                    unsafe { to.write_bytes(0, bytes) };
+                }
             }
-        }
+        });
         Ok(())
     }
 
@@ -377,6 +394,24 @@ mod tests {
             memory.store(100 * 4096, &[1]);
             assert_eq!(memory.untouched(PAGE).unwrap(), [0..9, 11..100], "{memory:?}");
         }
+    }
+
+    #[test]
+    fn a_delta_patches_the_page_in_place() {
+        for memory in all_kinds(2 * 4096 - 10) {
+            memory.write_pages(PAGE, 0, &[1; 8192]).unwrap();
+            crate::memory::tests::patch_both_pages(&memory);
+        }
+    }
+
+    #[test]
+    fn what_is_given_back_reads_as_zeros() {
+        let memory = MappedMemory::anonymous(3 * 4096 - 10).unwrap();
+        memory.write_pages(PAGE, 0, &[1; 3 * 4096]).unwrap();
+        memory.give_back(4096, 2 * 4096).unwrap();
+        let mut bytes = [0; 3 * 4096 - 10];
+        memory.load(0, &mut bytes);
+        assert!(bytes[..4096] == [1; 4096] && bytes[4096..] == [0; 8182]);
     }
 
     #[test]

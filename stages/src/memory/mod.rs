@@ -1,7 +1,7 @@
 //! The memory-access seam: how pages leave and enter the memory of one RAM block.
 //!
 //! Whole extents are read and runs of pages are written through one trait, [`Memory`]. What lies behind it may be
-//! mapped into this process ([`mapped`]) or a file read and written by position ([`file`]). A running guest changes
+//! mapped into this process ([`mapped`]) or a file read and written by position ([`mod@file`]). A running guest changes
 //! under a reader's hands, so nothing here ever hands out a reference to guest memory: bytes are copied out once and
 //! copied in (law 3).
 
@@ -11,6 +11,7 @@ mod holes;
 pub mod mapped;
 mod present;
 
+use std::cell::RefCell;
 use std::fmt;
 use std::io;
 use std::ops::Range;
@@ -143,5 +144,64 @@ impl GuestMemory {
     #[must_use]
     pub fn blocks(&self) -> &[RamBlock] {
         &self.shared.1
+    }
+}
+
+/// A page of zeros of any size.
+pub(crate) static ZEROS: [u8; 65536] = [0; 65536];
+
+/// Are all bytes zero? At the speed of memory, up to the first that is not.
+fn is_zero(bytes: &[u8]) -> bool {
+    let or = |chunk: &[u8]| chunk.iter().fold(0, |all, byte| all | byte);
+    let mut chunks = bytes.chunks_exact(256);
+    chunks.all(|chunk| or(chunk) == 0) && or(chunks.remainder()) == 0
+}
+
+/// Room for one page, kept by each thread so that no page allocates. Its content is whatever was left there.
+fn with_scratch<R>(bytes: usize, work: impl FnOnce(&mut [u8]) -> R) -> R {
+    thread_local! {
+        static SCRATCH: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+    }
+    SCRATCH.with_borrow_mut(|scratch| {
+        scratch.resize(bytes.max(scratch.len()), 0);
+        work(&mut scratch[..bytes])
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::xbzrle::{Encoded, encode_page};
+
+    /// Patches two pages of ones, the last of which lacks its last ten bytes: both halves and the very end change.
+    pub(super) fn patch_both_pages(memory: &dyn Memory) {
+        for page in 0..2 {
+            let (old, mut new, mut out) = ([1; 4096], [1; 4096], [0; 4096]);
+            new[5] = 7;
+            new[2048..2148].fill(8);
+            new[4080..].fill(9);
+            let Encoded::Delta(length) = encode_page(&old, &new, &mut out) else { panic!("a small delta") };
+            let delta = Delta::parse(&out[..length], 4096).unwrap();
+            memory.patch(PageSize::DEFAULT, page, &delta).unwrap();
+            let mut patched = [0; 4096];
+            memory.read_page(PageSize::DEFAULT, page, &mut patched).unwrap();
+            if page == 1 {
+                new[4086..].fill(0);
+            }
+            assert!(patched == new, "page {page} of {memory:?}");
+        }
+    }
+
+    #[test]
+    fn zeros_are_told_from_others_wherever_the_other_stands() {
+        for length in [0, 1, 255, 256, 257, 1000] {
+            let mut bytes = vec![0; length];
+            assert!(is_zero(&bytes));
+            for at in 0..length {
+                bytes[at] = 1;
+                assert!(!is_zero(&bytes));
+                bytes[at] = 0;
+            }
+        }
     }
 }

@@ -25,7 +25,7 @@ pub(super) fn untouched(start: usize, length: usize, size: PageSize, pages: Rang
         }
         next = next.max(end);
     };
-    match pagemap.scan(Scan { any_of: PRESENT | SWAPPED, protect: false }, first..end, here) {
+    match pagemap.scan(Scan { all_of: 0, any_of: PRESENT | SWAPPED, protect: false }, first..end, here) {
         Err(error) if error.raw_os_error() == Some(rustix::io::Errno::NOTTY.raw_os_error()) => return Ok(Vec::new()),
         other => other?,
     }

@@ -138,11 +138,11 @@ pub enum Message {
     Go(RunState),
     /// The sender gives up; why.
     Abort(String),
-    /// The end mark of a file: the guest's run state and how many frames stand before this one.
+    /// The end mark: all state, digests and pages have been sent. In a file it is the last frame.
     End {
         /// What the guest was doing.
         run_state: RunState,
-        /// Frames before this one.
+        /// Pages frames of all lanes.
         frames: u64,
     },
     /// The destination takes part; the optional features it accepts.

@@ -1,0 +1,191 @@
+//! The command line: what can be said, and the help that teaches it.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand};
+
+const ABOUT: &str =
+    "Moves the memory of a running guest to another process, host or file while the guest keeps writing to it";
+
+const EXAMPLES: &str = "\
+Examples:
+  memferry run configs/quickstart.toml        a migration from this process into itself: begin here
+  memferry recv destination.toml              on one host: waits for a guest
+  memferry send source.toml                   on the other: sends one
+  memferry check source.toml                  what would happen, and what it would take
+
+Exit codes:
+  0    done
+  1    failed; the source guest is as it was
+  2    bad usage or configuration
+  3    handed over but not confirmed; the source guest is paused
+  4    the source guest could not be resumed
+  130  cancelled; the source guest is as it was";
+
+const RUN_EXAMPLES: &str = "\
+Examples:
+  memferry run configs/quickstart.toml
+  memferry run configs/quickstart.toml --set pipeline.lanes=4 --set pipeline.connections=4
+  memferry run configs/hot.toml --set migration.on_deadline=switch-over --report hot.json
+  memferry run configs/file.toml --host-for 10s
+
+Both ends in one process: what is sent over the transport comes back in. At the end the guest runs at its destination for
+a moment (--host-for, 1s unless told) and its writers check every page they find. Exit code 1 if one of them is stale.";
+
+const SEND_EXAMPLES: &str = "\
+Examples:
+  memferry send source.toml
+  memferry send source.toml --set transport.address=tcp:10.0.0.2:7777 --report send.json
+  memferry send configs/image-send.toml --set migration.max_bandwidth='200 MiB/s'
+
+Ctrl-C cancels: the guest goes on here as it was; a second one ends the program at once. A guest that lives in this program
+and was not moved goes on being hosted until the next signal, or for --host-for; the exit code is the migration's.";
+
+const RECV_EXAMPLES: &str = "\
+Examples:
+  memferry recv destination.toml
+  memferry recv destination.toml --set transport.address=tcp:0.0.0.0:7777 --host-for 1h
+  memferry recv configs/image-recv.toml --report recv.json
+
+Waits for one source and takes its guest; strangers on the address are turned away. A guest that lives in this program is
+hosted until a signal, or for --host-for; the exit code is the migration's.";
+
+const CHECK_EXAMPLES: &str = "\
+Examples:
+  memferry check source.toml
+  memferry check source.toml --set encoder.xbzrle_cache='1 GiB'
+
+Prints the configuration with every default filled in, as TOML, then as comments the memory that a migration would take
+and the times it cannot be faster than. Starts nothing.";
+
+const INSPECT_EXAMPLES: &str = "\
+Examples:
+  memferry inspect /var/tmp/guest.memferry
+
+Checks every frame of a stream in a file. Exit code 1 if it is damaged; the first damage is named with its byte.";
+
+const PROBE_EXAMPLES: &str = "\
+Examples:
+  memferry probe
+
+Says what this host can do for a migration: userfaultfd and its modes, PAGEMAP_SCAN, KVM, huge pages.";
+
+/// `memferry …`
+#[derive(Debug, Parser)]
+#[command(name = "memferry", version, about = ABOUT, after_help = EXAMPLES, max_term_width = 120)]
+pub(super) struct CommandLine {
+    #[command(subcommand)]
+    pub(super) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// Both ends in one process: the quickstart, plans, experiments
+    #[command(after_help = RUN_EXAMPLES)]
+    Run(Migrate),
+    /// The source: sends a guest
+    #[command(after_help = SEND_EXAMPLES)]
+    Send(Migrate),
+    /// The destination: waits for a guest
+    #[command(after_help = RECV_EXAMPLES)]
+    Recv(Migrate),
+    /// Prints a configuration with its defaults, bounds and floors
+    #[command(after_help = CHECK_EXAMPLES)]
+    Check(Configured),
+    /// What a stream in a file holds: blocks, rounds, encodings, first damage
+    #[command(after_help = INSPECT_EXAMPLES)]
+    Inspect {
+        /// The file
+        file: PathBuf,
+    },
+    /// What this host can do
+    #[command(after_help = PROBE_EXAMPLES)]
+    Probe,
+    /// Resumes a paused guest should memferry be killed
+    #[command(hide = true)]
+    Guard {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        argv: Vec<String>,
+    },
+}
+
+/// What a configuration comes from.
+#[derive(Args, Debug)]
+pub(super) struct Configured {
+    /// The TOML file that describes the migration
+    pub(super) config: PathBuf,
+    /// Changes a key of the configuration, as in --set encoder.compress=zstd; may be given often
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub(super) sets: Vec<String>,
+}
+
+/// What every migration can be told.
+#[derive(Args, Debug)]
+pub(super) struct Migrate {
+    #[command(flatten)]
+    pub(super) configured: Configured,
+    /// Writes a report as JSON, whole or not at all
+    #[arg(long, value_name = "FILE")]
+    pub(super) report: Option<PathBuf>,
+    /// What is logged to standard error: error, warn, info, debug or trace [default: warn]
+    #[arg(long, value_name = "LEVEL")]
+    pub(super) log: Option<String>,
+    /// Prints nothing but the verdict
+    #[arg(long)]
+    pub(super) quiet: bool,
+    /// How long a guest that lives in this program is hosted after the verdict, as in 10s; 0s ends at once
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    pub(super) host_for: Option<Duration>,
+}
+
+impl Migrate {
+    pub(super) fn log_level(&self) -> &str {
+        self.log.as_deref().unwrap_or(if self.quiet { "error" } else { "warn" })
+    }
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    if text == "0" {
+        return Ok(Duration::ZERO);
+    }
+    humantime::parse_duration(text).map_err(|error| format!("{error}; write a length of time such as 10s or 1h"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_holds_together() {
+        CommandLine::command().debug_assert();
+    }
+
+    #[test]
+    fn the_help_of_each_command_teaches_by_example() {
+        let mut command = CommandLine::command();
+        command.build();
+        let visible = command.get_subcommands_mut().filter(|command| !command.is_hide_set());
+        let mut names = Vec::new();
+        for command in visible.filter(|command| command.get_name() != "help") {
+            let name = command.get_name().to_owned();
+            let help = command.render_long_help().to_string();
+            assert!(help.contains(&format!("Examples:\n  memferry {name}")), "{help}");
+            names.push(name);
+        }
+        assert_eq!(names, ["run", "send", "recv", "check", "inspect", "probe"]);
+    }
+
+    #[test]
+    fn options_are_read() {
+        let line = "memferry send a.toml --set pipeline.lanes=4 --set x.y=z --quiet --host-for 1m --report r.json";
+        let Command::Send(migrate) = CommandLine::parse_from(line.split(' ')).command else { panic!("send") };
+        assert_eq!(migrate.configured.sets, ["pipeline.lanes=4", "x.y=z"]);
+        assert_eq!((migrate.host_for, migrate.log_level()), (Some(Duration::from_secs(60)), "error"));
+        let line = "memferry guard -- systemctl start -q guest";
+        let Command::Guard { argv } = CommandLine::parse_from(line.split(' ')).command else { panic!("guard") };
+        assert_eq!(argv, ["systemctl", "start", "-q", "guest"]);
+        assert!(CommandLine::try_parse_from(["memferry", "run", "a.toml", "--host-for", "soon"]).is_err());
+    }
+}

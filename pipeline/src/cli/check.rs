@@ -1,0 +1,134 @@
+//! `memferry check`: the configuration as it takes effect, what it takes in memory, and what it cannot be faster than.
+
+use std::fmt::Write;
+use std::time::{Duration, Instant};
+
+use memferry_stages::geometry::{BlockInfo, Layout};
+use xxhash_rust::xxh3::xxh3_128;
+
+use crate::config::settings::{source_files, workload};
+use crate::config::tables::{Config, GuestTable, LogChoice};
+use crate::migration::{destination_bound, source_bound};
+use crate::report::human;
+
+/// Bytes hashed to learn how fast this host hashes: more than its caches hold.
+const SAMPLE_BYTES: usize = 128 << 20;
+
+/// The configuration as TOML, with bounds and floors as comments behind it.
+pub(super) fn describe(config: &Config) -> String {
+    let mut text = toml::to_string(config).expect("what was read can be written");
+    text.push('\n');
+    for line in facts(config) {
+        writeln!(text, "# {line}").expect("a string takes it");
+    }
+    text
+}
+
+fn facts(config: &Config) -> Vec<String> {
+    let layout = match layout(config) {
+        Ok(layout) => layout,
+        Err(why) => return vec![format!("no figures, {why}")],
+    };
+    let settings = config.source();
+    let bytes = layout.bytes();
+    let mut facts = vec![
+        format!("guest: {} in {} pages", human::bytes(bytes), human::count(layout.pages())),
+        format!("memory at the source: at most {}", human::bytes(source_bound(&layout, &settings))),
+        format!("memory at the destination: at most {}", human::bytes(destination_bound(&layout, settings.lanes))),
+    ];
+    if let Some(cap) = settings.max_bandwidth {
+        let whole = at_rate(bytes, cap);
+        facts.push(format!("first round: {} if nothing shrinks, at {}/s", human::time(whole), human::bytes(cap)));
+    }
+    let hash = hash_seconds(bytes, settings.lanes);
+    if settings.verify {
+        facts.push(format!("verify: about {} of the downtime go to digests", human::time(hash)));
+        if hash > settings.downtime_limit {
+            let limit = human::time(settings.downtime_limit);
+            facts.push(format!(
+                "the digests alone take longer than the downtime limit of {limit}: raise it, or verify = false"
+            ));
+        }
+    }
+    if hashes_for_log(config) {
+        facts.push(format!("dirty log: each bitmap sync hashes all pages, about {}", human::time(hash)));
+    }
+    facts
+}
+
+/// The guest's blocks as they will be.
+fn layout(config: &Config) -> Result<Layout, String> {
+    let block = |id: String, length| BlockInfo { id, length, guest_address: 0, backing_page_size: 4096 };
+    let (page_size, blocks) = match &config.guest {
+        GuestTable::Workload(table) => {
+            let settings = workload(table);
+            let ids = (0..settings.blocks).map(|index| block(index.to_string(), settings.block_bytes()));
+            (settings.page_size, ids.collect())
+        }
+        GuestTable::File(table) => {
+            let settings = source_files(table);
+            let length = |image: &crate::guest::file::Image| {
+                let found = std::fs::metadata(&image.path).map(|file| file.len());
+                found
+                    .map(|length| block(image.id.clone(), length))
+                    .map_err(|e| format!("{}: {e}", image.path.display()))
+            };
+            (settings.page_size, settings.images.iter().map(length).collect::<Result<_, _>>()?)
+        }
+    };
+    Layout::new(page_size, blocks).map_err(|error| error.to_string())
+}
+
+fn hashes_for_log(config: &Config) -> bool {
+    match &config.guest {
+        GuestTable::Workload(table) => table.dirty_log == LogChoice::Hash,
+        GuestTable::File(_) => true,
+    }
+}
+
+/// How long one pass of hashing over so many bytes takes, on so many lanes or all cores: measured on a sample.
+fn hash_seconds(bytes: u64, lanes: u16) -> Duration {
+    let sample = vec![1_u8; SAMPLE_BYTES];
+    let started = Instant::now();
+    std::hint::black_box(xxh3_128(std::hint::black_box(&sample)));
+    let cores = std::thread::available_parallelism().map_or(1, usize::from).min(lanes.into());
+    #[expect(clippy::cast_precision_loss, reason = "an estimate")]
+    let samples = bytes as f64 / (SAMPLE_BYTES * cores) as f64;
+    started.elapsed().mul_f64(samples)
+}
+
+fn at_rate(bytes: u64, bytes_per_second: u64) -> Duration {
+    #[expect(clippy::cast_precision_loss, reason = "an estimate")]
+    Duration::from_secs_f64(bytes as f64 / bytes_per_second.max(1) as f64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Purpose, parse};
+
+    fn described(text: &str) -> String {
+        describe(&parse("run.toml", text, &[], Purpose::Check).unwrap())
+    }
+
+    #[test]
+    fn what_is_printed_is_a_configuration_with_its_figures() {
+        let text = described(
+            "[guest.workload]\nmemory = \"64 MiB\"\n[transport]\naddress = \"tcp:localhost:0\"\n\
+             [migration]\nmax_bandwidth = \"32 MiB/s\"\n",
+        );
+        parse("printed", &text, &[], Purpose::Run).unwrap();
+        assert!(text.contains("xbzrle_cache = \"256 MiB\""), "{text}");
+        assert!(text.contains("# guest: 64.0 MiB in 16,384 pages"), "{text}");
+        assert!(text.contains("# first round: 2.00 s if nothing shrinks, at 32.0 MiB/s"), "{text}");
+        assert!(text.contains("# verify: about "), "{text}");
+        assert!(!text.contains("# dirty log"), "{text}");
+    }
+
+    #[test]
+    fn an_image_that_is_not_there_is_said() {
+        let image = "[guest.file]\nimages = [{ id = \"ram\", path = \"/nowhere/ram\" }]\n";
+        let text = described(&format!("{image}[transport]\naddress = \"tcp:localhost:0\"\n"));
+        assert!(text.contains("# no figures, /nowhere/ram: No such file"), "{text}");
+    }
+}

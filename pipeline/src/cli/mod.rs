@@ -1,0 +1,114 @@
+//! The `memferry` program: what its command line says, and what it does.
+
+mod args;
+mod check;
+mod hosting;
+pub mod inspect;
+mod session;
+mod signals;
+mod verdict;
+
+use std::future::Future;
+use std::io::{IsTerminal, Write};
+use std::path::Path;
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::config::{self, Config, Purpose};
+use crate::events::Role;
+use crate::guest::file::guard;
+use crate::log;
+use crate::progress::Screen;
+use args::{Command, CommandLine, Configured, Migrate};
+use inspect::Inspection;
+use session::Session;
+use verdict::{BAD_USAGE, DONE, FAILED};
+
+/// Threads of the control plane: timers, signals, the handshakes. The data has a runtime of its own.
+const CONTROL_THREADS: usize = 2;
+
+/// Runs the command that the command line names.
+#[must_use]
+pub fn main() -> ExitCode {
+    match CommandLine::parse().command {
+        Command::Run(options) => migrate(options, "run", Purpose::Run, Role::Source),
+        Command::Send(options) => migrate(options, "send", Purpose::Send, Role::Source),
+        Command::Recv(options) => migrate(options, "recv", Purpose::Receive, Role::Destination),
+        Command::Check(configured) => check(&configured),
+        Command::Inspect { file } => inspect(&file),
+        Command::Probe => probe(),
+        Command::Guard { argv } => guard::main(&argv),
+    }
+}
+
+fn migrate(options: Migrate, role: &'static str, purpose: Purpose, watch: Role) -> ExitCode {
+    let config = match load(&options.configured, purpose) {
+        Ok(config) => config,
+        Err(code) => return code,
+    };
+    let screen = Screen::default();
+    if let Err(error) = log::start(options.log_level(), screen.clone()) {
+        return complain(&error, BAD_USAGE);
+    }
+    let command = async {
+        let session = Session::new(config, options, role, watch, &screen)?;
+        Ok(match purpose {
+            Purpose::Send => session.send().await,
+            Purpose::Receive => session.receive().await,
+            Purpose::Run | Purpose::Check => session.run().await,
+        })
+    };
+    match on_control_plane(command) {
+        Ok(code) => code.into(),
+        Err(error) => complain(&format!("the system refuses to run it: {error}"), FAILED),
+    }
+}
+
+fn check(configured: &Configured) -> ExitCode {
+    match load(configured, Purpose::Check) {
+        Ok(config) => print(&check::describe(&config), DONE),
+        Err(code) => code,
+    }
+}
+
+fn inspect(file: &Path) -> ExitCode {
+    let name = file.display().to_string();
+    let inspected = on_control_plane(async {
+        let stream = tokio::fs::File::open(file).await?;
+        Ok(Inspection::of(stream, &name).await)
+    });
+    match inspected {
+        Ok(inspection) => print(&inspection.to_string(), if inspection.is_whole() { DONE } else { FAILED }),
+        Err(error) => complain(&format!("{name} cannot be read: {error}"), FAILED),
+    }
+}
+
+fn probe() -> ExitCode {
+    print(&memferry_stages::host::Probe::run().to_string(), DONE)
+}
+
+/// The configuration, or the exit code after its errors were shown.
+fn load(configured: &Configured, purpose: Purpose) -> Result<Config, ExitCode> {
+    config::load(&configured.config, &configured.sets, purpose).map_err(|error| {
+        eprintln!("{}", error.render(std::io::stderr().is_terminal()));
+        ExitCode::from(BAD_USAGE)
+    })
+}
+
+fn on_control_plane<T>(command: impl Future<Output = std::io::Result<T>>) -> std::io::Result<T> {
+    let mut builder = tokio::runtime::Builder::new_multi_thread();
+    builder.worker_threads(CONTROL_THREADS).thread_name("memferry-control").enable_all();
+    builder.build()?.block_on(command)
+}
+
+fn print(text: &str, code: u8) -> ExitCode {
+    // A reader that has seen enough closes the pipe.
+    drop(writeln!(std::io::stdout(), "{}", text.trim_end()));
+    code.into()
+}
+
+fn complain(what: &str, code: u8) -> ExitCode {
+    eprintln!("memferry: {what}");
+    code.into()
+}

@@ -1,0 +1,310 @@
+//! The three commands that migrate: `run`, `send`, `recv`.
+//!
+//! Each is the same list of steps: make the guest, migrate it, say how it ended, write the report, host what lives here.
+
+use std::future::Future;
+use std::io::{IsTerminal, Write};
+use std::sync::Arc;
+use std::time::Duration;
+
+use memferry_transports::{Address, Listener, Transport};
+use tokio_util::sync::CancellationToken;
+
+use super::args::Migrate;
+use super::hosting::{Hosted, describe};
+use super::signals::Signals;
+use super::verdict::{FAILED, exit_code, joint, never_begun};
+use crate::config::Config;
+use crate::events::{Ended, Event, Observer, Observers, Phase, Role};
+use crate::guest::GuestError;
+use crate::log::LogObserver;
+use crate::metrics::MetricsObserver;
+use crate::migration::{self, DataPlane};
+use crate::progress::{ProgressDisplay, ProgressLines, Screen};
+use crate::report::account::{Account, Accountant};
+use crate::report::{Frame, Report, table};
+
+/// How long one end may take to find out that the other has ended, before it is told.
+const FIND_OUT: Duration = Duration::from_secs(2);
+/// How long `run` shows the guest alive at its destination, unless told.
+const SHOW_ALIVE: Duration = Duration::from_secs(1);
+
+const CANCELLING: &str = "cancelling; once more to end at once";
+const ENDING: &str = "ending";
+
+/// One command on its way.
+pub(super) struct Session {
+    config: Config,
+    options: Migrate,
+    role: &'static str,
+    accountant: Arc<Accountant>,
+    observers: Vec<Arc<dyn Observer>>,
+    signals: Signals,
+    plane: DataPlane,
+}
+
+impl Session {
+    /// Prepares a command: `role` is its name, `watch` the end whose progress is shown.
+    pub(super) fn new(
+        config: Config,
+        options: Migrate,
+        role: &'static str,
+        watch: Role,
+        screen: &Screen,
+    ) -> std::io::Result<Self> {
+        let accountant = Arc::new(Accountant::default());
+        let mut observers: Vec<Arc<dyn Observer>> =
+            vec![accountant.clone(), Arc::new(LogObserver), Arc::new(MetricsObserver::new())];
+        if !options.quiet {
+            observers.push(progress(watch, screen));
+        }
+        let (signals, plane) = (Signals::listen()?, DataPlane::new()?);
+        Ok(Self { config, options, role, accountant, observers, signals, plane })
+    }
+
+    /// `memferry run`
+    pub(super) async fn run(self) -> u8 {
+        let guests = match self.both_guests().await {
+            Ok(guests) => guests,
+            Err(error) => return self.could_not_begin(Role::Source, error.to_string()),
+        };
+        let (source, destination) = &guests;
+        let cancel = self.signals.arm(CANCELLING);
+        let stored = self.config.transport_to(&self.config.address()).capabilities().stored;
+        let (sent, received) = if stored {
+            self.one_after_the_other(source, destination, &cancel).await
+        } else {
+            self.side_by_side(source, destination, &cancel).await
+        };
+        let verdict = match &received {
+            Some(received) => joint(&sent, received, cancel.is_cancelled()),
+            None => sent,
+        };
+        let account = self.accountant.account(Role::Source);
+        let far = self.accountant.account(Role::Destination);
+        self.conclude(&verdict, &account, received.is_some().then_some(&far));
+        let arrived = received.is_some_and(|received| received.phase == Phase::Completed);
+        let host_for = Some(self.options.host_for.unwrap_or(SHOW_ALIVE));
+        self.host(if arrived { destination } else { source }, host_for, exit_code(&verdict)).await
+    }
+
+    /// `memferry send`
+    pub(super) async fn send(self) -> u8 {
+        let guest = match Hosted::source(&self.config).await {
+            Ok(guest) => guest,
+            Err(error) => return self.could_not_begin(Role::Source, error.to_string()),
+        };
+        let transport = self.config.transport_to(&self.config.address());
+        let ended = self.send_over(&guest, transport, self.signals.arm(CANCELLING)).await;
+        self.conclude(&ended, &self.accountant.account(Role::Source), None);
+        let stays = ended.phase != Phase::Completed || guest.runs_here();
+        self.host_if(stays, &guest, exit_code(&ended)).await
+    }
+
+    /// `memferry recv`
+    pub(super) async fn receive(self) -> u8 {
+        let cancel = self.signals.arm(CANCELLING);
+        let (guest, listener) = match self.destination_ready().await {
+            Ok(ready) => ready,
+            Err(error) => return self.could_not_begin(Role::Destination, error),
+        };
+        self.note(&format!("waiting at {}", listener.local_address()));
+        let ended = self.receive_from(&guest, listener, cancel).await;
+        self.conclude(&ended, &self.accountant.account(Role::Destination), None);
+        self.host_if(ended.phase == Phase::Completed, &guest, exit_code(&ended)).await
+    }
+
+    async fn both_guests(&self) -> Result<(Hosted, Hosted), GuestError> {
+        Ok((Hosted::source(&self.config).await?, Hosted::destination(&self.config, true).await?))
+    }
+
+    async fn destination_ready(&self) -> Result<(Hosted, Box<dyn Listener>), String> {
+        let guest = Hosted::destination(&self.config, false).await.map_err(|error| error.to_string())?;
+        let transport = self.config.transport_to(&self.config.address());
+        Ok((guest, transport.listen().await.map_err(|error| error.to_string())?))
+    }
+
+    /// Over a transport that stores the stream: it is read back when it is complete.
+    async fn one_after_the_other(
+        &self,
+        source: &Hosted,
+        destination: &Hosted,
+        cancel: &CancellationToken,
+    ) -> (Ended, Option<Ended>) {
+        let transport = self.config.transport_to(&self.config.address());
+        let sent = self.send_over(source, transport, cancel.clone()).await;
+        if sent.phase != Phase::Completed {
+            return (sent, None);
+        }
+        let transport = self.config.transport_to(&self.config.address());
+        let received = match transport.listen().await {
+            Ok(listener) => self.receive_from(destination, listener, cancel.clone()).await,
+            Err(error) => self.settle(Role::Destination, never_begun(error.to_string())),
+        };
+        (sent, Some(received))
+    }
+
+    /// Over a transport that carries: both at the same time, to the address that the listener really got.
+    async fn side_by_side(
+        &self,
+        source: &Hosted,
+        destination: &Hosted,
+        cancel: &CancellationToken,
+    ) -> (Ended, Option<Ended>) {
+        let listener = match self.config.transport_to(&self.config.address()).listen().await {
+            Ok(listener) => listener,
+            Err(error) => return (self.settle(Role::Source, never_begun(error.to_string())), None),
+        };
+        let address: Address = listener.local_address().parse().expect("a listener knows its address");
+        let (source_cancel, destination_cancel) = (cancel.child_token(), cancel.child_token());
+        let send = self.send_over(source, self.config.transport_to(&address), source_cancel.clone());
+        let receive = self.receive_from(destination, listener, destination_cancel.clone());
+        let (sent, received) = both(send, source_cancel, receive, destination_cancel).await;
+        (sent, Some(received))
+    }
+
+    async fn send_over(&self, guest: &Hosted, transport: Box<dyn Transport>, cancel: CancellationToken) -> Ended {
+        let (settings, observers) = (self.config.source(), self.observers(Role::Source));
+        let transport = Arc::from(transport);
+        let ended = migration::send(guest.guest.clone(), transport, settings, &self.plane, observers, cancel).await;
+        self.settle(Role::Source, ended)
+    }
+
+    async fn receive_from(&self, guest: &Hosted, listener: Box<dyn Listener>, cancel: CancellationToken) -> Ended {
+        let (settings, observers) = (self.config.destination(), self.observers(Role::Destination));
+        let ended = migration::receive(guest.guest.clone(), listener, settings, &self.plane, observers, cancel).await;
+        self.settle(Role::Destination, ended)
+    }
+
+    fn observers(&self, role: Role) -> Observers {
+        Observers::new(role, self.observers.clone())
+    }
+
+    /// Makes sure that every observer knows how an end ended.
+    fn settle(&self, role: Role, ended: Ended) -> Ended {
+        if self.accountant.account(role).ended.is_none() {
+            self.observers(role).tell(&Event::Ended(ended.clone()));
+        }
+        ended
+    }
+
+    fn could_not_begin(&self, role: Role, error: String) -> u8 {
+        let ended = self.settle(role, never_begun(error));
+        self.conclude(&ended, &self.accountant.account(role), None);
+        exit_code(&ended)
+    }
+
+    /// Says how it ended and writes the report.
+    fn conclude(&self, verdict: &Ended, account: &Account, far: Option<&Account>) {
+        let frame = Frame { role: self.role, max_bandwidth: self.config.migration.max_bandwidth.0 };
+        if let Some(file) = &self.options.report
+            && let Err(error) = Report::new(frame, verdict, account, far).write(file)
+        {
+            eprintln!("memferry: the report {} cannot be written: {error}", file.display());
+        }
+        say(&table::verdict(verdict, account));
+        if !self.options.quiet && !account.rounds.is_empty() {
+            say(&format!("\n{}", table::summary(frame, account, far).trim_end()));
+        }
+    }
+
+    /// Hosts a guest that lives in this program, for as long as the options say; else until a signal.
+    async fn host_if(&self, stays: bool, guest: &Hosted, code: u8) -> u8 {
+        if !stays || !guest.lives_here() {
+            return code;
+        }
+        if self.options.host_for.is_none() {
+            self.note("the guest is hosted here: Ctrl-C ends it");
+        }
+        self.host(guest, self.options.host_for, code).await
+    }
+
+    /// A stale page turns any code into a failure.
+    async fn host(&self, guest: &Hosted, time: Option<Duration>, code: u8) -> u8 {
+        let Some(status) = guest.live(time, self.signals.arm(ENDING)).await else { return code };
+        if !self.options.quiet || status.stale_pages > 0 {
+            say(&describe(&status));
+        }
+        if status.stale_pages > 0 { FAILED } else { code }
+    }
+
+    fn note(&self, line: &str) {
+        if !self.options.quiet {
+            eprintln!("memferry: {line}");
+        }
+    }
+}
+
+/// A bar on a terminal, lines elsewhere.
+fn progress(watch: Role, screen: &Screen) -> Arc<dyn Observer> {
+    if std::io::stderr().is_terminal() {
+        Arc::new(ProgressDisplay::new(watch, screen))
+    } else {
+        Arc::new(ProgressLines::new(watch, std::io::stderr()))
+    }
+}
+
+/// Writes to standard output; nobody need be reading.
+fn say(text: &str) {
+    drop(writeln!(std::io::stdout(), "{text}"));
+}
+
+/// Both ends at once. When one ends without success the other soon knows; if it does not, it is cancelled.
+async fn both(
+    send: impl Future<Output = Ended>,
+    cancel_send: CancellationToken,
+    receive: impl Future<Output = Ended>,
+    cancel_receive: CancellationToken,
+) -> (Ended, Ended) {
+    let (mut send, mut receive) = (std::pin::pin!(send), std::pin::pin!(receive));
+    tokio::select! {
+        sent = &mut send => {
+            let received = finish(&sent, receive, cancel_receive).await;
+            (sent, received)
+        }
+        received = &mut receive => (finish(&received, send, cancel_send).await, received),
+    }
+}
+
+async fn finish(ended: &Ended, mut rest: impl Future<Output = Ended> + Unpin, cancel: CancellationToken) -> Ended {
+    if ended.phase == Phase::Completed {
+        return rest.await;
+    }
+    match tokio::time::timeout(FIND_OUT, &mut rest).await {
+        Ok(rest) => rest,
+        Err(_) => {
+            cancel.cancel();
+            rest.await
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn failed() -> Ended {
+        never_begun("it broke".into())
+    }
+
+    #[tokio::test]
+    async fn an_end_that_does_not_find_out_is_cancelled() {
+        let (cancel_send, cancel_receive) = (CancellationToken::new(), CancellationToken::new());
+        let waiting = cancel_receive.clone();
+        let receive = async move {
+            waiting.cancelled().await;
+            Ended { phase: Phase::Cancelled, ..failed() }
+        };
+        let (sent, received) = both(async { failed() }, cancel_send.clone(), receive, cancel_receive).await;
+        assert_eq!((sent.phase, received.phase), (Phase::Failed, Phase::Cancelled));
+        assert!(!cancel_send.is_cancelled());
+    }
+
+    #[tokio::test]
+    async fn an_end_that_finds_out_is_left_alone() {
+        let (cancel_send, cancel_receive) = (CancellationToken::new(), CancellationToken::new());
+        let (sent, received) = both(async { failed() }, cancel_send, async { failed() }, cancel_receive.clone()).await;
+        assert_eq!((sent.phase, received.phase), (Phase::Failed, Phase::Failed));
+        assert!(!cancel_receive.is_cancelled());
+    }
+}

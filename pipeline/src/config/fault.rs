@@ -1,0 +1,95 @@
+//! What is wrong in a configuration, shown where it is wrong.
+//!
+//! A [`Fault`] names a key by its dotted path. Where that key stands, in the file or in a `--set`, is looked up when the
+//! fault is shown, so the tables need no memory of where they came from.
+
+use std::fmt;
+use std::ops::Range;
+
+use annotate_snippets::{AnnotationKind, Level, Origin, Renderer, Snippet};
+
+/// One thing that is wrong.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fault {
+    /// The key that it is about: `pipeline.connections`, `guest.workload.writers.0.bytes`.
+    pub path: String,
+    /// What is wrong.
+    pub what: String,
+    /// What to write instead.
+    pub help: Option<String>,
+    /// Is it the key's name that is wrong, and not its value?
+    pub names_key: bool,
+}
+
+impl Fault {
+    /// `what` is wrong at `path`.
+    pub(super) fn bare(path: impl Into<String>, what: impl Into<String>) -> Self {
+        Self { path: path.into(), what: what.into(), help: None, names_key: false }
+    }
+
+    /// `what` is wrong at `path`; `help` says what would be right.
+    pub fn new(path: impl Into<String>, what: impl Into<String>, help: impl Into<String>) -> Self {
+        Self { help: Some(help.into()), ..Self::bare(path, what) }
+    }
+}
+
+/// A fault with the text it stands in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Shown {
+    pub(super) fault: Fault,
+    /// A file's name, or "--set".
+    pub(super) origin: String,
+    pub(super) text: String,
+    /// The bytes of `text` that are meant; `None` if no place can be named.
+    pub(super) span: Option<Range<usize>>,
+}
+
+impl Shown {
+    fn render(&self, renderer: &Renderer) -> String {
+        let title = Level::ERROR.primary_title(self.fault.what.as_str());
+        let mut group = match &self.span {
+            Some(span) => title.element(
+                Snippet::source(self.text.as_str())
+                    .path(self.origin.as_str())
+                    .annotation(AnnotationKind::Primary.span(span.clone())),
+            ),
+            None => title.element(Origin::path(self.origin.as_str())),
+        };
+        if let Some(help) = &self.fault.help {
+            group = group.element(Level::HELP.message(help.as_str()));
+        }
+        renderer.render(&[group])
+    }
+}
+
+/// Everything that is wrong with a configuration. It displays as the lines in question with what to write.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConfigError(pub(super) Vec<Shown>);
+
+impl ConfigError {
+    /// Something is wrong that has no line: a file that cannot be read.
+    pub(super) fn without_place(origin: &str, what: String, help: Option<String>) -> Self {
+        let fault = Fault { help, ..Fault::bare("", what) };
+        Self(vec![Shown { fault, origin: origin.to_owned(), text: String::new(), span: None }])
+    }
+
+    /// The text for an operator, coloured or plain.
+    #[must_use]
+    pub fn render(&self, coloured: bool) -> String {
+        let renderer = if coloured { Renderer::styled() } else { Renderer::plain() };
+        self.0.iter().map(|shown| shown.render(&renderer)).collect::<Vec<_>>().join("\n\n")
+    }
+
+    /// The faults alone.
+    pub fn faults(&self) -> impl Iterator<Item = &Fault> {
+        self.0.iter().map(|shown| &shown.fault)
+    }
+}
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.render(false))
+    }
+}
+
+impl std::error::Error for ConfigError {}

@@ -1,0 +1,301 @@
+//! What the tables must keep to together: each rule names the key it is about, what is wrong and what to write.
+
+use std::collections::HashSet;
+use std::time::Duration;
+
+use memferry_stages::geometry::{MAX_BLOCK_ID, MAX_BLOCKS, MAX_LANES, PageSize};
+use memferry_transports::{Address, Capabilities, open};
+
+use super::fault::Fault;
+use super::tables::{
+    Compress, Config, DeltaChoice, FileTable, FillTable, GuestTable, OnMiss, Pattern, WorkloadTable, WriterTable,
+};
+use super::values::{Size, Time};
+use super::{Purpose, settings};
+
+/// Everything that is wrong.
+pub(super) fn check(config: &Config, purpose: Purpose) -> Vec<Fault> {
+    let mut faults = Vec::new();
+    transport(config, purpose, &mut faults);
+    pipeline(config, &mut faults);
+    encoder(config, &mut faults);
+    migration(config, &mut faults);
+    match &config.guest {
+        GuestTable::Workload(workload) => check_workload(workload, &mut faults),
+        GuestTable::File(file) => check_file(file, purpose, &mut faults),
+    }
+    faults
+}
+
+/// Adds a fault unless `right` holds.
+fn need(faults: &mut Vec<Fault>, right: bool, path: &str, what: impl Into<String>, help: impl Into<String>) {
+    if !right {
+        faults.push(Fault::new(path, what, help));
+    }
+}
+
+fn transport(config: &Config, purpose: Purpose, faults: &mut Vec<Fault>) {
+    match config.transport.address.parse::<Address>() {
+        Ok(address) => capabilities(config, open(&address, Duration::ZERO).capabilities(), purpose, faults),
+        Err(error) => {
+            let error = error.to_string();
+            let (what, help) =
+                error.split_once("; ").unwrap_or((&error, "write tcp:HOST:PORT, unix:/PATH or file:/PATH"));
+            faults.push(Fault::new("transport.address", what, help));
+        }
+    }
+}
+
+fn capabilities(config: &Config, can: Capabilities, purpose: Purpose, faults: &mut Vec<Fault>) {
+    let connections = config.pipeline.connections;
+    need(
+        faults,
+        connections <= can.max_connections,
+        "pipeline.connections",
+        format!("{connections} connections, and {} carries at most {}", config.transport.address, can.max_connections),
+        format!("write connections = {}; all lanes share it", can.max_connections),
+    );
+    let after = config.migration.after.is_some();
+    need(
+        faults,
+        can.stored || !after,
+        "migration.after",
+        "`after` is for files: with a destination that answers the guest always moves",
+        "delete it",
+    );
+    need(
+        faults,
+        !can.stored || after || purpose == Purpose::Receive,
+        "transport.address",
+        "a file moves no guest by itself, and `after` does not say what becomes of the source",
+        "write after = \"resume\" (a snapshot) or after = \"pause\" (a move) in [migration]",
+    );
+}
+
+fn pipeline(config: &Config, faults: &mut Vec<Fault>) {
+    let table = &config.pipeline;
+    for (path, lanes) in [("pipeline.lanes", table.lanes), ("pipeline.max_lanes", table.max_lanes)] {
+        let right = (1..=MAX_LANES).contains(&lanes);
+        need(faults, right, path, format!("{lanes} lanes"), format!("write a number from 1 to {MAX_LANES}"));
+    }
+    need(
+        faults,
+        (1..=table.lanes.max(1)).contains(&table.connections),
+        "pipeline.connections",
+        format!("{} connections for {} lanes", table.connections, table.lanes),
+        format!("write a number from 1 to {}, or more lanes: a lane travels on one connection", table.lanes.max(1)),
+    );
+}
+
+fn encoder(config: &Config, faults: &mut Vec<Fault>) {
+    let table = &config.encoder;
+    let deltas = table.delta == DeltaChoice::Xbzrle;
+    let page = page_size(config).0;
+    let least = Size(page.saturating_mul(u64::from(config.pipeline.lanes)).saturating_mul(2));
+    need(
+        faults,
+        !deltas || table.xbzrle_cache >= least,
+        "encoder.xbzrle_cache",
+        format!("an XBZRLE cache of {} holds no pages", table.xbzrle_cache),
+        format!("write \"256 MiB\", at least {least} here, or delta = \"none\""),
+    );
+    need(
+        faults,
+        !(deltas && table.on_miss == OnMiss::Compress && table.compress == Compress::None),
+        "encoder.on_miss",
+        "pages cannot be compressed on a miss where `compress` is \"none\"",
+        "write on_miss = \"raw\", or choose a compressor: compress = \"lz4\"",
+    );
+    if let Some(level) = table.compress_level {
+        let path = "encoder.compress_level";
+        let zstd = table.compress == Compress::Zstd;
+        need(faults, zstd, path, "only zstd has levels", "delete it, or write compress = \"zstd\"");
+        let right = (-7..=19).contains(&level);
+        need(faults, right, path, format!("zstd has no level {level}"), "write a number from -7 (fast) to 19 (dense)");
+    }
+}
+
+fn migration(config: &Config, faults: &mut Vec<Fault>) {
+    let table = &config.migration;
+    positive(faults, "migration.downtime_limit", table.downtime_limit, "300ms");
+    positive(faults, "migration.hello_timeout", table.hello_timeout, "10s");
+    positive(faults, "migration.handover_timeout", table.handover_timeout, "30s");
+    if let Some(deadline) = table.deadline.0 {
+        positive(faults, "migration.deadline", Time(deadline), "5m\" or \"none");
+    }
+    need(
+        faults,
+        table.max_bandwidth.0 != Some(0),
+        "migration.max_bandwidth",
+        "nothing moves at 0 bytes a second",
+        "write a rate such as \"100 MiB/s\", or \"unlimited\"",
+    );
+    need(faults, table.max_rounds > 0, "migration.max_rounds", "0 rounds", "write 1 or more");
+}
+
+fn positive(faults: &mut Vec<Fault>, path: &str, time: Time, example: &str) {
+    need(faults, !time.0.is_zero(), path, "this must be longer than nothing", format!("write \"{example}\""));
+}
+
+/// The page size of whichever guest it is.
+fn page_size(config: &Config) -> Size {
+    match &config.guest {
+        GuestTable::Workload(workload) => workload.page_size,
+        GuestTable::File(file) => file.page_size,
+    }
+}
+
+fn check_page_size(size: Size, path: &str, faults: &mut Vec<Fault>) {
+    let what = format!("a page of {size} cannot be");
+    need(
+        faults,
+        PageSize::new(size.0).is_some(),
+        path,
+        what,
+        "write \"4 KiB\", \"8 KiB\", \"16 KiB\", \"32 KiB\" or \"64 KiB\"",
+    );
+}
+
+fn check_workload(table: &WorkloadTable, faults: &mut Vec<Fault>) {
+    check_page_size(table.page_size, "guest.workload.page_size", faults);
+    let most = u32::try_from(MAX_BLOCKS).expect("a small number");
+    let blocks = (1..=most).contains(&table.blocks);
+    need(
+        faults,
+        blocks,
+        "guest.workload.blocks",
+        format!("{} blocks", table.blocks),
+        format!("write a number from 1 to {most}"),
+    );
+    let unit = Size(table.page_size.0.saturating_mul(u64::from(table.blocks.max(1))));
+    need(
+        faults,
+        table.memory.0 > 0 && table.memory.0.is_multiple_of(unit.0.max(1)),
+        "guest.workload.memory",
+        format!("{} cannot be cut into equal blocks of whole pages", table.memory),
+        format!("write a multiple of {unit}, such as \"1 GiB\""),
+    );
+    check_fill(&table.fill, faults);
+    for (number, writer) in table.writers.iter().enumerate() {
+        check_writer(writer, table.page_size, &format!("guest.workload.writers.{number}"), faults);
+    }
+    if faults.is_empty()
+        && let Err(error) = settings::workload(table).validate()
+    {
+        faults.push(Fault::bare("guest.workload", error.to_string()));
+    }
+}
+
+fn check_fill(fill: &FillTable, faults: &mut Vec<Fault>) {
+    let shares = [("zero", fill.zero), ("text", fill.text), ("random", fill.random), ("process", fill.process)];
+    for (name, share) in shares {
+        let right = share.is_finite() && share >= 0.0;
+        need(
+            faults,
+            right,
+            &format!("guest.workload.fill.{name}"),
+            format!("a share of {share}"),
+            "write a number from 0 up",
+        );
+    }
+    let sum: f64 = shares.iter().map(|(_, share)| share).sum();
+    need(faults, sum > 0.0, "guest.workload.fill", "the shares add up to nothing", "give one of them at least 1.0");
+}
+
+fn check_writer(writer: &WriterTable, page_size: Size, path: &str, faults: &mut Vec<Fault>) {
+    need(
+        faults,
+        writer.bytes <= page_size,
+        &format!("{path}.bytes"),
+        format!("a write of {} in a page of {page_size}", writer.bytes),
+        format!("write a size of at most {} bytes", page_size.0),
+    );
+    let rate = writer.pages_per_second;
+    let right = rate.is_finite() && rate >= 0.0;
+    let help = "write a number, or 0 for as many as it can";
+    need(faults, right, &format!("{path}.pages_per_second"), format!("{rate} pages a second"), help);
+    let [from, to] = writer.region;
+    let right = 0.0 <= from && from < to && to <= 1.0;
+    let what = format!("a region from {from} to {to}");
+    need(faults, right, &format!("{path}.region"), what, "write two shares of the memory, the lower first: [0.0, 0.5]");
+    check_pattern(writer.pattern, &format!("{path}.pattern"), faults);
+}
+
+fn check_pattern(pattern: Pattern, path: &str, faults: &mut Vec<Fault>) {
+    match pattern {
+        Pattern::Sequential | Pattern::Uniform => {}
+        Pattern::Zipf { exponent } => {
+            let right = exponent.is_finite() && exponent > 0.0;
+            let path = format!("{path}.zipf.exponent");
+            need(faults, right, &path, format!("an exponent of {exponent}"), "write a number above 0, such as 1.1");
+        }
+        Pattern::HotSpot { pages, writes } => {
+            for (name, share) in [("pages", pages), ("writes", writes)] {
+                let right = share > 0.0 && share <= 1.0;
+                let path = format!("{path}.hot-spot.{name}");
+                need(faults, right, &path, format!("a share of {share}"), "write a share above 0, at most 1.0");
+            }
+        }
+    }
+}
+
+fn check_file(table: &FileTable, purpose: Purpose, faults: &mut Vec<Fault>) {
+    check_page_size(table.page_size, "guest.file.page_size", faults);
+    positive(faults, "guest.file.command_timeout", table.command_timeout, "10s");
+    need(
+        faults,
+        (1..=MAX_BLOCKS).contains(&table.images.len()),
+        "guest.file.images",
+        format!("{} images", table.images.len()),
+        "write images = [{ id = \"ram\", path = \"/dev/shm/guest.ram\" }]",
+    );
+    check_images(table, purpose, faults);
+    check_commands(table, faults);
+}
+
+fn check_images(table: &FileTable, purpose: Purpose, faults: &mut Vec<Fault>) {
+    let (mut ids, mut files) = (HashSet::new(), HashSet::new());
+    for (number, image) in table.images.iter().enumerate() {
+        let path = |key: &str| format!("guest.file.images.{number}.{key}");
+        let right = (1..=MAX_BLOCK_ID).contains(&image.id.len());
+        need(
+            faults,
+            right,
+            &path("id"),
+            format!("an id of {} bytes", image.id.len()),
+            format!("write 1 to {MAX_BLOCK_ID}"),
+        );
+        need(
+            faults,
+            ids.insert(&image.id),
+            &path("id"),
+            format!("two images have the id {:?}", image.id),
+            "name them apart",
+        );
+        let what = |file: &std::path::Path| format!("{} stands here twice", file.display());
+        need(faults, files.insert(&image.path), &path("path"), what(&image.path), "name another file");
+        match &image.copy {
+            Some(copy) => need(faults, files.insert(copy), &path("copy"), what(copy), "name another file"),
+            None => need(
+                faults,
+                purpose != Purpose::Run,
+                &path("path"),
+                "`run` makes a copy of each image, and this one does not say where",
+                format!("write copy = \"{}.copy\" beside its path", image.path.display()),
+            ),
+        }
+    }
+}
+
+fn check_commands(table: &FileTable, faults: &mut Vec<Fault>) {
+    let commands = [("pause", &table.pause), ("resume", &table.resume), ("start", &table.start)];
+    for (name, command) in commands {
+        let right = command.as_ref().is_none_or(|words| words.first().is_some_and(|program| !program.is_empty()));
+        let help = format!("write {name} = [\"systemctl\", \"--user\", \"stop\", \"guest\"], or delete it");
+        need(faults, right, &format!("guest.file.{name}"), "a command of no words", help);
+    }
+    let (paused, resumed) = (table.pause.is_some(), table.resume.is_some());
+    let help = "write both, or neither: whoever is paused must be able to go on";
+    need(faults, !paused || resumed, "guest.file.pause", "`pause` without `resume`", help);
+    need(faults, !resumed || paused, "guest.file.resume", "`resume` without `pause`", help);
+}

@@ -1,0 +1,393 @@
+//! The tables of a configuration file, as they are written. What they mean together is checked in [`super::rules`].
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::values::{Bandwidth, Deadline, Size, Time};
+use memferry_stages::geometry::MAX_LANES;
+
+/// A whole file.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// What is moved.
+    pub guest: GuestTable,
+    /// How pages are encoded.
+    #[serde(default)]
+    pub encoder: EncoderTable,
+    /// How many stages work side by side.
+    #[serde(default)]
+    pub pipeline: PipelineTable,
+    /// How the bytes travel.
+    pub transport: TransportTable,
+    /// When to switch over, and what to do if that moment does not come.
+    #[serde(default)]
+    pub migration: MigrationTable,
+}
+
+/// `[guest.workload]` or `[guest.file]`.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum GuestTable {
+    /// Memory of this process, written by threads of this process.
+    Workload(WorkloadTable),
+    /// Memory images in files.
+    File(FileTable),
+}
+
+/// `[guest.workload]`
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct WorkloadTable {
+    /// Bytes of memory.
+    pub memory: Size,
+    /// RAM blocks it is cut into.
+    pub blocks: u32,
+    /// Unit of the dirty bitmap.
+    pub page_size: Size,
+    /// Where the memory comes from.
+    pub backing: Backing,
+    /// How writes are found.
+    pub dirty_log: LogChoice,
+    /// Start of every random sequence.
+    pub seed: u64,
+    /// What the memory holds at the start.
+    pub fill: FillTable,
+    /// Who writes to it.
+    pub writers: Vec<WriterTable>,
+}
+
+/// Where a workload's memory comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Backing {
+    /// Private memory.
+    Anonymous,
+    /// Shared memory.
+    Memfd,
+}
+
+/// How a workload's writes are found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LogChoice {
+    /// Userfault where the host has it, else software.
+    Auto,
+    /// The writers mark what they write.
+    Software,
+    /// The kernel says which pages were written.
+    Userfault,
+    /// Every page is hashed and compared.
+    Hash,
+}
+
+/// `fill`: shares of the memory; they need not add up to 1.
+#[derive(Clone, Copy, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct FillTable {
+    /// Pages of zeros.
+    pub zero: f64,
+    /// Pages of words.
+    pub text: f64,
+    /// Pages that do not compress.
+    pub random: f64,
+    /// Pages of this program's own binary.
+    pub process: f64,
+}
+
+/// `[[guest.workload.writers]]`
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct WriterTable {
+    /// Which pages come next.
+    pub pattern: Pattern,
+    /// How many a second; 0 is as many as it can.
+    #[serde(default = "WriterTable::default_pages_per_second")]
+    pub pages_per_second: f64,
+    /// Bytes changed in a page by one write.
+    #[serde(default = "WriterTable::default_bytes")]
+    pub bytes: Size,
+    /// The part of memory it writes to: from and to, as shares.
+    #[serde(default = "WriterTable::default_region")]
+    pub region: [f64; 2],
+}
+
+impl WriterTable {
+    fn default_pages_per_second() -> f64 {
+        10_000.0
+    }
+
+    fn default_bytes() -> Size {
+        Size(64)
+    }
+
+    fn default_region() -> [f64; 2] {
+        [0.0, 1.0]
+    }
+}
+
+/// In which order a writer takes its pages.
+#[derive(Clone, Copy, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Pattern {
+    /// One after another, round and round.
+    Sequential,
+    /// Any page as likely as any other.
+    Uniform,
+    /// A few pages very often, most of them hardly ever.
+    Zipf {
+        /// How steep: 1 is the classic, more is steeper.
+        exponent: f64,
+    },
+    /// A share of the writes goes to a share of the pages.
+    HotSpot {
+        /// Share of the pages that are hot.
+        pages: f64,
+        /// Share of the writes that go there.
+        writes: f64,
+    },
+}
+
+/// `[guest.file]`
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct FileTable {
+    /// The images: one RAM block each.
+    pub images: Vec<ImageTable>,
+    /// Unit of the dirty bitmap.
+    #[serde(default = "default_page_size")]
+    pub page_size: Size,
+    /// Source: a command that pauses whoever writes the images.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pause: Option<Vec<String>>,
+    /// Source: a command that lets it go on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resume: Option<Vec<String>>,
+    /// Destination: a command that starts what lives on the images.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub start: Option<Vec<String>>,
+    /// How long a command may take.
+    #[serde(default = "FileTable::default_command_timeout")]
+    pub command_timeout: Time,
+    /// Destination: may images that exist be replaced?
+    #[serde(default)]
+    pub overwrite: bool,
+}
+
+impl FileTable {
+    fn default_command_timeout() -> Time {
+        seconds(10)
+    }
+}
+
+/// One memory image.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct ImageTable {
+    /// Name of its RAM block: the same at both ends.
+    pub id: String,
+    /// The file.
+    pub path: PathBuf,
+    /// With `run`: the file that the destination makes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub copy: Option<PathBuf>,
+}
+
+/// `[encoder]`
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct EncoderTable {
+    /// Compressor of the first round; of every round where `delta` is none.
+    pub compress: Compress,
+    /// Level of zstd, -7 (fast) to 19 (dense).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub compress_level: Option<i32>,
+    /// What follows the first round.
+    pub delta: DeltaChoice,
+    /// What becomes of a page that the cache does not hold or whose delta is not smaller.
+    pub on_miss: OnMiss,
+    /// Bytes of the XBZRLE cache, all lanes together.
+    pub xbzrle_cache: Size,
+    /// Do pages enter the cache in the first round already?
+    pub cache_first_round: bool,
+}
+
+/// A compressor, or none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Compress {
+    /// Pages go as they are.
+    None,
+    /// Snappy.
+    Snap,
+    /// LZ4.
+    Lz4,
+    /// Zstandard.
+    Zstd,
+}
+
+/// Deltas, or none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DeltaChoice {
+    /// Whole pages only.
+    None,
+    /// XBZRLE from the first RoundComplete on.
+    Xbzrle,
+}
+
+/// How a page travels that no delta helps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnMiss {
+    /// As it is.
+    Raw,
+    /// Compressed.
+    Compress,
+}
+
+/// `[pipeline]`
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct PipelineTable {
+    /// Chains of stages side by side.
+    pub lanes: u16,
+    /// Connections that carry them, 1 to `lanes`; a file has one.
+    pub connections: u16,
+    /// Do payloads carry a checksum?
+    pub checksum: bool,
+    /// The most lanes that a destination accepts.
+    pub max_lanes: u16,
+}
+
+/// `[transport]`
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct TransportTable {
+    /// `tcp:host:port`, `unix:/path` or `file:/path`.
+    pub address: String,
+    /// How long a source keeps trying while nobody listens.
+    #[serde(default = "TransportTable::default_connect_timeout")]
+    pub connect_timeout: Time,
+}
+
+impl TransportTable {
+    fn default_connect_timeout() -> Time {
+        seconds(30)
+    }
+}
+
+/// `[migration]`
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct MigrationTable {
+    /// How long the guest may stand still, by the forecast.
+    pub downtime_limit: Time,
+    /// Bytes a second on the wire, all connections together.
+    pub max_bandwidth: Bandwidth,
+    /// Compare digests before the destination may run?
+    pub verify: bool,
+    /// The most rounds before the last one.
+    pub max_rounds: u32,
+    /// The longest that the rounds may take.
+    pub deadline: Deadline,
+    /// What happens after `max_rounds` or at the deadline.
+    pub on_deadline: OnDeadline,
+    /// What becomes of the source guest when a file is complete.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub after: Option<After>,
+    /// Destination: is a stream without digests refused?
+    pub require_verify: bool,
+    /// Destination: how long a connection may take to say who it is.
+    pub hello_timeout: Time,
+    /// How long the last handshake may take.
+    pub handover_timeout: Time,
+}
+
+/// What happens to a migration that does not converge.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnDeadline {
+    /// It is cancelled.
+    Cancel,
+    /// The guest stands still for as long as it takes.
+    SwitchOver,
+}
+
+/// What becomes of the source guest when a file is complete.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum After {
+    /// It goes on: a snapshot.
+    Resume,
+    /// It stays paused: a move.
+    Pause,
+}
+
+impl Default for WorkloadTable {
+    fn default() -> Self {
+        Self {
+            memory: Size(1 << 30),
+            blocks: 1,
+            page_size: default_page_size(),
+            backing: Backing::Anonymous,
+            dirty_log: LogChoice::Auto,
+            seed: 1,
+            fill: FillTable::default(),
+            writers: Vec::new(),
+        }
+    }
+}
+
+impl Default for FillTable {
+    /// An ordinary guest: much of it never used, the rest mostly text and code.
+    fn default() -> Self {
+        Self { zero: 0.3, text: 0.3, random: 0.1, process: 0.3 }
+    }
+}
+
+impl Default for EncoderTable {
+    fn default() -> Self {
+        Self {
+            compress: Compress::Lz4,
+            compress_level: None,
+            delta: DeltaChoice::Xbzrle,
+            on_miss: OnMiss::Raw,
+            xbzrle_cache: Size(256 << 20),
+            cache_first_round: false,
+        }
+    }
+}
+
+impl Default for PipelineTable {
+    fn default() -> Self {
+        Self { lanes: 2, connections: 1, checksum: true, max_lanes: MAX_LANES }
+    }
+}
+
+impl Default for MigrationTable {
+    fn default() -> Self {
+        Self {
+            downtime_limit: Time(Duration::from_millis(300)),
+            max_bandwidth: Bandwidth(None),
+            verify: true,
+            max_rounds: 100,
+            deadline: Deadline(None),
+            on_deadline: OnDeadline::Cancel,
+            after: None,
+            require_verify: false,
+            hello_timeout: seconds(10),
+            handover_timeout: seconds(30),
+        }
+    }
+}
+
+fn default_page_size() -> Size {
+    Size(4096)
+}
+
+fn seconds(seconds: u64) -> Time {
+    Time(Duration::from_secs(seconds))
+}

@@ -1,0 +1,167 @@
+//! Runs an operator's command: an argument vector, no shell, with a time limit and the end of its output kept.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::io::{self, PipeReader, Read};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
+
+use crate::guest::GuestError;
+
+/// How much of a command's output is kept: its end.
+const KEPT_BYTES: usize = 4096;
+/// How many lines of it are shown.
+const SHOWN_LINES: usize = 5;
+/// How long the output of a command that failed is waited for, should a process that it left behind keep it open.
+const OUTPUT_WAIT: Duration = Duration::from_millis(200);
+
+/// Runs a command to its end. `name` is what the settings call it. After `timeout` it is killed, with its process group.
+///
+/// # Errors
+/// When it cannot be run, does not succeed, or takes too long; with its last lines.
+pub(super) fn run(name: &str, argv: &[String], timeout: Duration) -> Result<(), GuestError> {
+    let failed = |why: &dyn fmt::Display| GuestError::caused(format_args!("the {name} command {argv:?}"), why);
+    let (mut child, output) = spawn(argv).map_err(|error| failed(&format_args!("cannot be run: {error}")))?;
+    match wait(&mut child, timeout) {
+        Ok(Some(status)) if status.success() => Ok(()),
+        Ok(Some(status)) => Err(failed(&format_args!("{status}{}", output.last_lines()))),
+        Ok(None) => {
+            kill(&mut child);
+            let lines = output.last_lines();
+            Err(failed(&format_args!("killed, for it took longer than {}{lines}", humantime::format_duration(timeout))))
+        }
+        Err(error) => {
+            kill(&mut child);
+            Err(failed(&format_args!("it cannot be waited for: {error}")))
+        }
+    }
+}
+
+/// Waits for a child's end, but not longer than `timeout`: `None` if it runs on.
+pub(super) fn wait(child: &mut Child, timeout: Duration) -> io::Result<Option<ExitStatus>> {
+    let handle = pidfd_open(Pid::from_child(child), PidfdFlags::empty())?;
+    let deadline = Instant::now() + timeout;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let left = Timespec::try_from(left).map_err(|_| io::Error::from(Errno::INVAL))?;
+        match poll(&mut [PollFd::new(&handle, PollFlags::IN)], Some(&left)) {
+            Ok(0) => return Ok(None),
+            Ok(_) => return child.wait().map(Some),
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// Kills a command and its process group. It was not waited for yet, so its number is still its own.
+fn kill(child: &mut Child) {
+    // Either fails only if there is nothing left to kill.
+    kill_process_group(Pid::from_child(child), Signal::KILL).unwrap_or_default();
+    drop(child.wait());
+}
+
+fn spawn(argv: &[String]) -> io::Result<(Child, Output)> {
+    let (output, input) = io::pipe()?;
+    let output = Output::keep(output)?;
+    let child = Command::new(&argv[0])
+        .args(&argv[1..])
+        .stdin(Stdio::null())
+        .stdout(input.try_clone()?)
+        .stderr(input)
+        .process_group(0)
+        .spawn()?;
+    Ok((child, output))
+}
+
+/// The output of a command, read by a thread of its own, so that a command never waits for its reader.
+#[derive(Debug)]
+struct Output(Receiver<Vec<u8>>);
+
+impl Output {
+    fn keep(mut pipe: PipeReader) -> io::Result<Self> {
+        let (give, take) = sync_channel(1);
+        let read = move || {
+            let (mut kept, mut piece) = (VecDeque::new(), [0; KEPT_BYTES]);
+            while let Ok(bytes @ 1..) = pipe.read(&mut piece) {
+                kept.extend(&piece[..bytes]);
+                kept.drain(..kept.len().saturating_sub(KEPT_BYTES));
+            }
+            // Nobody asks for it if the command succeeded.
+            drop(give.send(kept.into()));
+        };
+        thread::Builder::new().name("command-output".into()).spawn(read)?;
+        Ok(Self(take))
+    }
+
+    /// `; it said: …`, or nothing if it said nothing.
+    fn last_lines(self) -> String {
+        let kept = self.0.recv_timeout(OUTPUT_WAIT).unwrap_or_default();
+        let text = String::from_utf8_lossy(&kept);
+        let lines: Vec<_> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+        let shown = lines[lines.len().saturating_sub(SHOWN_LINES)..].join(" | ");
+        let shown = shown.replace(|letter: char| letter.is_control(), " ");
+        if shown.is_empty() { shown } else { format!("; it said: {shown}") }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sh(script: &str, timeout: Duration) -> Result<(), String> {
+        run("pause", &["sh".into(), "-c".into(), script.into()], timeout).map_err(|error| error.to_string())
+    }
+
+    const LONG: Duration = Duration::from_secs(60);
+
+    #[test]
+    fn a_command_that_succeeds_is_silent_whatever_it_says() {
+        sh("cat; echo much; yes | head -c 1000000; echo more >&2", LONG).unwrap();
+    }
+
+    #[test]
+    fn a_failure_shows_the_command_the_status_and_the_last_lines() {
+        let words =
+            sh("for n in 1 2 3 4 5 6 7; do echo line $n; done; printf '\\033[1mbold' >&2; exit 3", LONG).unwrap_err();
+        assert!(words.starts_with("the pause command [\"sh\", \"-c\", "), "{words}");
+        assert!(words.ends_with("exit status: 3; it said: line 4 | line 5 | line 6 | line 7 |  [1mbold"), "{words}");
+        assert!(sh("kill -9 $$", LONG).unwrap_err().ends_with("signal: 9 (SIGKILL)"));
+        let missing = run("start", &["/no/such/program".into()], LONG).unwrap_err().to_string();
+        assert!(missing.contains("the start command [\"/no/such/program\"]: cannot be run: No such file"), "{missing}");
+    }
+
+    #[test]
+    fn a_command_that_hangs_is_killed_with_its_process_group() {
+        let folder = tempfile::tempdir().unwrap();
+        let pid = folder.path().join("pid");
+        let script = format!("echo waiting; sleep 1000 & echo $! > '{}'; wait", pid.display());
+        // The loop gives a slow machine time to come as far as writing the number.
+        let mut limit = Duration::from_millis(100);
+        let (words, sleeper) = loop {
+            let words = sh(&script, limit).unwrap_err();
+            match std::fs::read_to_string(&pid) {
+                Ok(number) if number.ends_with('\n') => break (words, number),
+                _ => limit *= 2,
+            }
+        };
+        assert!(words.contains("killed, for it took longer than ") && words.ends_with("; it said: waiting"), "{words}");
+        // The sleeper is nobody's child here: it is gone, or dead and not yet collected.
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", sleeper.trim()));
+        assert!(stat.is_err() || stat.is_ok_and(|stat| stat.contains(") Z ") || stat.contains(") X ")));
+    }
+
+    #[test]
+    fn a_process_left_behind_with_the_output_holds_nobody_up() {
+        let begin = Instant::now();
+        sh("sleep 30 & exit 0", LONG).unwrap();
+        sh("sleep 30 & echo no; exit 1", LONG).unwrap_err();
+        assert!(begin.elapsed() < Duration::from_secs(25));
+    }
+}

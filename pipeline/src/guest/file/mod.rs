@@ -1,0 +1,146 @@
+//! The file guest: memory images, such as the RAM files of a VM or shared-memory segments.
+//!
+//! Each image is a RAM block of its file's true length. At the source the files exist; somebody may be writing them.
+//! They are read by position, never mapped, and the hash log finds what was written. What stops and starts the writer
+//! are two commands of the operator's, `pause` and `resume`, and a [`guard`] process sees that the writer goes on even if
+//! this process is killed in between. At the destination files are created beside their place under temporary names,
+//! sparse where the memory is zero; they are made durable before the destination says that it is ready, and renamed into
+//! place when the guest starts. A file guest has no device state.
+//!
+//! It owns its open files, its temporary files (removed unless they took their place) and its guard.
+
+mod commands;
+mod destination;
+pub mod guard;
+pub mod settings;
+mod source;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use memferry_stages::dirty_log::{DirtyLog, HashLog};
+use memferry_stages::geometry::{BlockInfo, PageSize};
+use memferry_stages::memory::GuestMemory;
+
+use self::destination::Destination;
+use self::source::Source;
+use super::{Guest, GuestError, GuestState, RunState};
+
+pub use settings::{FileGuestSettings, Image};
+
+/// A guest whose memory is in files. See the [module](self).
+#[derive(Debug)]
+pub struct FileGuest {
+    side: Side,
+}
+
+#[derive(Debug)]
+enum Side {
+    Source(Source),
+    Destination(Destination),
+}
+
+impl FileGuest {
+    /// A source over existing images, opened read-only.
+    ///
+    /// `guard_program` is run as `guard_program guard -- …` before the guest is paused; it must call [`guard::main`] with
+    /// what stands behind `guard`. Without one nobody resumes the guest if this process is killed after the pause.
+    ///
+    /// # Errors
+    /// When the settings do not fit together or an image cannot be opened.
+    pub fn source(settings: FileGuestSettings, guard_program: Option<PathBuf>) -> Result<Arc<Self>, GuestError> {
+        Ok(Arc::new(Self { side: Side::Source(Source::new(settings, guard_program)?) }))
+    }
+
+    /// A destination that creates the images.
+    ///
+    /// # Errors
+    /// When the settings do not fit together.
+    pub fn destination(settings: FileGuestSettings) -> Result<Arc<Self>, GuestError> {
+        Ok(Arc::new(Self { side: Side::Destination(Destination::new(settings)?) }))
+    }
+
+    fn as_source(&self) -> Result<&Source, GuestError> {
+        match &self.side {
+            Side::Source(source) => Ok(source),
+            Side::Destination(_) => Err(GuestError("these images are a destination's".into())),
+        }
+    }
+
+    fn as_destination(&self) -> Result<&Destination, GuestError> {
+        match &self.side {
+            Side::Destination(destination) => Ok(destination),
+            Side::Source(_) => Err(GuestError("these images are a source's".into())),
+        }
+    }
+}
+
+impl Guest for FileGuest {
+    /// # Panics
+    /// At a destination, before [`Guest::build`] has returned.
+    fn memory(&self) -> GuestMemory {
+        match &self.side {
+            Side::Source(source) => source.memory().clone(),
+            Side::Destination(destination) => destination.memory().expect("build comes before memory"),
+        }
+    }
+
+    /// Always running at a source: somebody may write the images, whether or not there is a command to stop them. At a
+    /// destination nothing is known of what runs.
+    fn run_state(&self) -> RunState {
+        match self.side {
+            Side::Source(_) => RunState::Running,
+            Side::Destination(_) => RunState::Paused,
+        }
+    }
+
+    fn dirty_logs(&self) -> Result<Vec<Arc<dyn DirtyLog>>, GuestError> {
+        Ok(vec![Arc::new(HashLog::new(self.as_source()?.memory().clone()))])
+    }
+
+    fn pause(&self) -> Result<(), GuestError> {
+        self.as_source()?.pause()
+    }
+
+    /// Does nothing unless the guest was paused by [`Guest::pause`].
+    fn resume(&self) -> Result<(), GuestError> {
+        self.as_source()?.resume()
+    }
+
+    /// Nothing to save; but images that grew or were replaced are found here.
+    fn save(&self) -> Result<GuestState, GuestError> {
+        self.as_source()?.compare_files()?;
+        Ok(GuestState::default())
+    }
+
+    fn committed(&self) {
+        if let Side::Source(source) = &self.side {
+            source.committed();
+        }
+    }
+
+    fn build(&self, page_size: PageSize, blocks: &[BlockInfo], setup: &GuestState) -> Result<(), GuestError> {
+        refuse_state("setup", setup)?;
+        self.as_destination()?.build(page_size, blocks)
+    }
+
+    fn prepare(&self, state: &GuestState) -> Result<(), GuestError> {
+        refuse_state("device", state)?;
+        self.as_destination()?.prepare()
+    }
+
+    fn start(&self, run_state: RunState) -> Result<(), GuestError> {
+        self.as_destination()?.start(run_state)
+    }
+}
+
+fn refuse_state(kind: &str, state: &GuestState) -> Result<(), GuestError> {
+    if state.sections.is_empty() {
+        return Ok(());
+    }
+    let names: Vec<_> = state.sections.iter().map(|section| &section.name).collect();
+    Err(GuestError(format!("{kind} state {names:?} came: images have none, so the source is another kind of guest")))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,138 @@
+//! The source's side: images that exist, read by position, and the commands that hold whoever writes them.
+
+use std::fs::Metadata;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use memferry_stages::geometry::BlockInfo;
+use memferry_stages::memory::{FileMemory, GuestMemory, Memory, RamBlock};
+
+use super::commands;
+use super::guard::Guard;
+use super::settings::{FileGuestSettings, Image};
+use crate::guest::GuestError;
+
+/// A file guest that is to be moved.
+#[derive(Debug)]
+pub(super) struct Source {
+    settings: FileGuestSettings,
+    guard_program: Option<PathBuf>,
+    memory: GuestMemory,
+    opened: Vec<Identity>,
+    hold: Mutex<Hold>,
+}
+
+/// Which file it is, and how long.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Identity {
+    device: u64,
+    inode: u64,
+    length: u64,
+}
+
+/// Does the guest stand still because of us, and who watches over that?
+#[derive(Debug, Default)]
+struct Hold {
+    is_paused: bool,
+    guard: Option<Guard>,
+}
+
+impl Hold {
+    fn dismiss(&mut self) {
+        if let Some(guard) = self.guard.take() {
+            guard.dismiss();
+        }
+    }
+}
+
+impl Source {
+    pub(super) fn new(settings: FileGuestSettings, guard_program: Option<PathBuf>) -> Result<Self, GuestError> {
+        settings.validate()?;
+        let blocks = settings.images.iter().map(open).collect::<Result<_, _>>()?;
+        let memory = GuestMemory::new(settings.page_size, blocks).map_err(|error| GuestError(error.to_string()))?;
+        let opened = settings.images.iter().map(|image| identity(&image.path)).collect::<Result<_, _>>()?;
+        let source = Self { settings, guard_program, memory, opened, hold: Mutex::default() };
+        source.compare_files()?;
+        Ok(source)
+    }
+
+    pub(super) fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    /// Posts the guard, runs the pause command, and sees that the images are still what they were.
+    pub(super) fn pause(&self) -> Result<(), GuestError> {
+        let (Some(pause), Some(resume)) = (&self.settings.pause, &self.settings.resume) else {
+            return self.compare_files();
+        };
+        let mut hold = self.hold();
+        if hold.is_paused {
+            return Ok(());
+        }
+        let post = |program: &PathBuf| Guard::post(program, resume, self.settings.command_timeout);
+        hold.guard = self.guard_program.as_ref().map(post).transpose()?;
+        hold.is_paused = true;
+        let paused = commands::run("pause", pause, self.settings.command_timeout).and_then(|()| self.compare_files());
+        paused.map_err(|error| match self.let_go(&mut hold) {
+            Ok(()) => error,
+            Err(second) => GuestError(format!("{error}; and then {second}")),
+        })
+    }
+
+    /// Runs the resume command if the guest stands still because of us. While it fails, the guard stays.
+    pub(super) fn resume(&self) -> Result<(), GuestError> {
+        self.let_go(&mut self.hold())
+    }
+
+    fn let_go(&self, hold: &mut Hold) -> Result<(), GuestError> {
+        let Some(resume) = self.settings.resume.as_ref().filter(|_| hold.is_paused) else { return Ok(()) };
+        commands::run("resume", resume, self.settings.command_timeout)?;
+        hold.is_paused = false;
+        hold.dismiss();
+        Ok(())
+    }
+
+    /// The guest may run elsewhere from here on: the guard goes.
+    pub(super) fn committed(&self) {
+        self.hold().dismiss();
+    }
+
+    /// Every path still leads to the file that was opened, and that is as long as it was.
+    pub(super) fn compare_files(&self) -> Result<(), GuestError> {
+        for ((image, opened), block) in self.settings.images.iter().zip(&self.opened).zip(self.memory.blocks()) {
+            let (path, length, now) = (image.path.display(), block.info.length, identity(&image.path)?);
+            if (now.device, now.inode) != (opened.device, opened.inode) {
+                return Err(GuestError(format!("image {}: another file took the place of {path}", image.id)));
+            }
+            if now.length != length {
+                let what = format!("image {}: {path} is {} bytes long, it was {length}", image.id, now.length);
+                return Err(GuestError(what));
+            }
+        }
+        Ok(())
+    }
+
+    fn hold(&self) -> MutexGuard<'_, Hold> {
+        self.hold.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn open(image: &Image) -> Result<RamBlock, GuestError> {
+    let memory = FileMemory::open_source(&image.path);
+    let memory = memory.map_err(|error| GuestError::caused(format_args!("image {}", image.id), error))?;
+    let info = BlockInfo {
+        id: image.id.clone(),
+        length: memory.length(),
+        guest_address: 0,
+        backing_page_size: rustix::param::page_size() as u64,
+    };
+    Ok(RamBlock { info, memory: Arc::new(memory), fresh: false })
+}
+
+fn identity(path: &Path) -> Result<Identity, GuestError> {
+    let of = |found: Metadata| Identity { device: found.dev(), inode: found.ino(), length: found.len() };
+    std::fs::metadata(path)
+        .map(of)
+        .map_err(|error| GuestError::caused(format_args!("the image {}", path.display()), error))
+}

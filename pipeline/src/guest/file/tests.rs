@@ -1,0 +1,278 @@
+//! File guests as a pipeline uses them, through [`Guest`] alone, with pages copied by hand.
+
+use std::env;
+use std::fs;
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+use std::path::Path;
+use std::time::Duration;
+
+use memferry_stages::geometry::{EXTENT_PAGES, ExtentAt, bits};
+use memferry_stages::pool::BufferPool;
+use tempfile::TempDir;
+
+use super::*;
+
+fn settings(images: &[(&str, &Path)]) -> FileGuestSettings {
+    let image = |(id, path): &(&str, &Path)| Image { id: (*id).into(), path: (*path).into() };
+    FileGuestSettings { images: images.iter().map(image).collect(), ..FileGuestSettings::default() }
+}
+
+/// Settings of one image of a page and a bit, which is made.
+fn one_image(folder: &Path) -> FileGuestSettings {
+    let path = folder.join("image");
+    fs::write(&path, [7; 5000]).unwrap();
+    settings(&[("ram", &path)])
+}
+
+fn argv(command: &[&str]) -> Option<Vec<String>> {
+    Some(command.iter().map(|&word| word.into()).collect())
+}
+
+fn entries(folder: &Path) -> Vec<String> {
+    let mut names: Vec<_> =
+        fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+fn built(source: &FileGuest, destination: &FileGuest) -> Result<(), GuestError> {
+    let layout = source.memory().layout().clone();
+    destination.build(layout.page_size(), layout.blocks(), &source.setup_state()?)
+}
+
+/// Copies every page that is not zero, as loaders do.
+fn copy(from: &GuestMemory, to: &GuestMemory) {
+    let (layout, size) = (from.layout(), from.page_size());
+    let pool = BufferPool::new(1, size.extent_bytes());
+    let mut buffer = pool.try_take().unwrap();
+    for block in 0..layout.block_count() {
+        for extent in 0..layout.block_extents(block) {
+            let (mask, first) = (layout.valid_mask(ExtentAt { block, extent }), u64::from(extent) * EXTENT_PAGES);
+            let zero = from.block(block).memory.read_extent(size, first, mask, &mut buffer).unwrap();
+            for (bit, page) in bits(mask & !zero).zip(buffer.chunks(size.bytes())) {
+                to.block(block).memory.write_pages(size, first + u64::from(bit), page).unwrap();
+            }
+        }
+    }
+}
+
+#[test]
+fn images_arrive_whole_with_their_length_and_their_holes() {
+    let folder = TempDir::new().unwrap();
+    let (here, there) = (folder.path().join("here"), folder.path().join("there"));
+    fs::create_dir(&here).unwrap();
+    fs::create_dir(&there).unwrap();
+    let sparse = fs::File::create(here.join("sparse")).unwrap();
+    sparse.set_len((64 << 20) + 123).unwrap();
+    sparse.write_all_at(b"begin", 1 << 20).unwrap();
+    sparse.write_all_at(b"end", (64 << 20) + 120).unwrap();
+    fs::copy(env::current_exe().unwrap(), here.join("dense")).unwrap();
+    let images = |folder: &Path| settings(&[("one", &folder.join("sparse")), ("two", &folder.join("dense"))]);
+
+    let source = FileGuest::source(images(&here), None).unwrap();
+    let destination = FileGuest::destination(FileGuestSettings {
+        start: argv(&["touch", there.join("started").to_str().unwrap()]),
+        ..images(&there)
+    })
+    .unwrap();
+    assert!(destination.prepare(&GuestState::default()).is_err() && destination.start(RunState::Running).is_err());
+    built(&source, &destination).unwrap();
+    source.pause().unwrap();
+    copy(&source.memory(), &destination.memory());
+    let state = source.save().unwrap();
+    destination.prepare(&state).unwrap();
+    let partial = entries(&there);
+    assert_eq!(partial.len(), 2);
+    assert!(partial.iter().all(|name| name.contains(".memferry-") && name.ends_with(".partial")), "{partial:?}");
+    assert!(partial.iter().all(|name| there.join(name).metadata().unwrap().permissions().mode() & 0o777 == 0o600));
+
+    destination.start(RunState::Running).unwrap();
+    drop(destination);
+    assert_eq!(entries(&there), ["dense", "sparse", "started"]);
+    for name in ["sparse", "dense"] {
+        assert!(fs::read(here.join(name)).unwrap() == fs::read(there.join(name)).unwrap(), "{name} differs");
+    }
+    let kept = there.join("sparse").metadata().unwrap().blocks() * 512;
+    assert!(kept < 1 << 20, "{kept} bytes kept of a file that is nearly all hole");
+}
+
+#[test]
+fn a_destination_dropped_before_its_start_leaves_nothing_behind() {
+    let (here, there) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+    let source = FileGuest::source(one_image(here.path()), None).unwrap();
+    let target = there.path().join("image");
+    let destination = FileGuest::destination(settings(&[("ram", &target)])).unwrap();
+    built(&source, &destination).unwrap();
+    destination.prepare(&GuestState::default()).unwrap();
+    assert_eq!(entries(there.path()).len(), 1);
+    drop(destination);
+    assert_eq!(entries(there.path()), [""; 0]);
+}
+
+#[test]
+fn blocks_and_images_that_do_not_match_are_refused_with_both_names() {
+    let (here, there) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+    let source = FileGuest::source(one_image(here.path()), None).unwrap();
+    let target = |name: &str| there.path().join(name);
+    let refuse = |images: &[(&str, &Path)]| {
+        built(&source, &FileGuest::destination(settings(images)).unwrap()).unwrap_err().to_string()
+    };
+    let words = refuse(&[("rom", &target("rom"))]);
+    assert!(words.contains("[\"ram\"]") && words.contains("[\"rom\"]"), "{words}");
+    let words = refuse(&[("ram", &target("ram")), ("rom", &target("rom"))]);
+    assert!(words.contains("[\"ram\", \"rom\"]"), "{words}");
+    let words = refuse(&[("ram", &target("no/such/folder"))]);
+    assert!(words.contains("no/such/folder.memferry-"), "{words}");
+    assert_eq!(entries(there.path()), [""; 0]);
+
+    let section = crate::guest::StateSection { name: "workload".into(), version: 1, bytes: vec![] };
+    let layout = source.memory().layout().clone();
+    let destination = FileGuest::destination(settings(&[("ram", &target("ram"))])).unwrap();
+    let words =
+        destination.build(layout.page_size(), layout.blocks(), &GuestState { sections: vec![section] }).unwrap_err();
+    assert!(words.to_string().contains("\"workload\""), "{words}");
+}
+
+#[test]
+fn a_file_that_exists_is_replaced_only_when_asked_and_only_at_the_start() {
+    let (here, there) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+    let source = FileGuest::source(one_image(here.path()), None).unwrap();
+    let target = there.path().join("image");
+    fs::write(&target, "old").unwrap();
+    let words =
+        built(&source, &FileGuest::destination(settings(&[("ram", &target)])).unwrap()).unwrap_err().to_string();
+    assert!(words.ends_with("image exists: remove it, or set overwrite = true"), "{words}");
+    let destination =
+        FileGuest::destination(FileGuestSettings { overwrite: true, ..settings(&[("ram", &target)]) }).unwrap();
+    built(&source, &destination).unwrap();
+    copy(&source.memory(), &destination.memory());
+    destination.prepare(&GuestState::default()).unwrap();
+    assert_eq!(fs::read(&target).unwrap(), b"old");
+    destination.start(RunState::Running).unwrap();
+    assert_eq!(fs::read(&target).unwrap(), [7; 5000]);
+}
+
+#[test]
+fn a_place_taken_meanwhile_is_left_alone_and_no_image_looks_complete() {
+    let (here, there) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+    let mut two = one_image(here.path());
+    fs::write(here.path().join("second"), "2").unwrap();
+    two.images.push(Image { id: "second".into(), path: here.path().join("second") });
+    let source = FileGuest::source(two, None).unwrap();
+    let second = there.path().join("second");
+    let destination =
+        FileGuest::destination(settings(&[("ram", &there.path().join("image")), ("second", &second)])).unwrap();
+    built(&source, &destination).unwrap();
+    destination.prepare(&GuestState::default()).unwrap();
+    fs::write(&second, "somebody's").unwrap();
+    let words = destination.start(RunState::Running).unwrap_err().to_string();
+    assert!(words.contains("second cannot take its place"), "{words}");
+    drop(destination);
+    assert_eq!(entries(there.path()), ["second"]);
+    assert_eq!(fs::read(&second).unwrap(), b"somebody's");
+}
+
+#[test]
+fn a_start_command_that_fails_is_told_with_what_is_in_place() {
+    let (here, there) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+    let source = FileGuest::source(one_image(here.path()), None).unwrap();
+    let images = settings(&[("ram", &there.path().join("image"))]);
+    let destination =
+        FileGuest::destination(FileGuestSettings { start: argv(&["sh", "-c", "echo no room; exit 9"]), ..images })
+            .unwrap();
+    built(&source, &destination).unwrap();
+    destination.prepare(&GuestState::default()).unwrap();
+    let words = destination.start(RunState::Running).unwrap_err().to_string();
+    assert!(words.starts_with("the images are complete and in place, but the start command"), "{words}");
+    assert!(words.ends_with("exit status: 9; it said: no room"), "{words}");
+}
+
+#[test]
+fn settings_that_do_not_fit_together_are_refused() {
+    let refuse = |change: fn(&mut FileGuestSettings)| {
+        let mut settings = settings(&[("a", Path::new("/a")), ("b", Path::new("/b"))]);
+        change(&mut settings);
+        FileGuest::destination(settings).unwrap_err().to_string()
+    };
+    assert_eq!(refuse(|s| s.images.clear()), "there are no images: name at least one, with an id and a path");
+    assert_eq!(refuse(|s| s.images[1].id = "a".into()), "two images have the id \"a\"");
+    assert_eq!(refuse(|s| s.images[1].path = "/a".into()), "two images have the path /a");
+    assert_eq!(refuse(|s| s.pause = argv(&["p"])), "pause and resume belong together: give both or neither");
+    assert!(refuse(|s| s.start = argv(&[])).starts_with("start names no program"));
+    assert!(refuse(|s| s.command_timeout = Duration::ZERO).starts_with("command_timeout is 0"));
+}
+
+/// Settings whose commands leave a line each in `log`; `pause` does `more` besides.
+pub(super) fn logged(folder: &Path, more: &str) -> FileGuestSettings {
+    let log = folder.join("log");
+    let script = |word: &str, more: &str| argv(&["sh", "-c", &format!("echo {word} >> '{}'; {more}", log.display())]);
+    FileGuestSettings { pause: script("pause", more), resume: script("resume", ""), ..one_image(folder) }
+}
+
+pub(super) fn log(folder: &Path) -> String {
+    fs::read_to_string(folder.join("log")).unwrap_or_default().replace('\n', " ").trim().into()
+}
+
+#[test]
+fn pausing_and_resuming_run_their_commands_once() {
+    let folder = TempDir::new().unwrap();
+    let source = FileGuest::source(logged(folder.path(), ""), None).unwrap();
+    source.resume().unwrap();
+    assert_eq!(log(folder.path()), "");
+    source.pause().unwrap();
+    source.pause().unwrap();
+    source.save().unwrap();
+    assert_eq!(log(folder.path()), "pause");
+    source.resume().unwrap();
+    source.resume().unwrap();
+    assert_eq!(log(folder.path()), "pause resume");
+}
+
+#[test]
+fn a_pause_that_fails_or_takes_too_long_is_undone() {
+    for (more, words) in
+        [("echo busy; exit 1", "exit status: 1; it said: busy"), ("sleep 1000", "it took longer than 300ms")]
+    {
+        let folder = TempDir::new().unwrap();
+        let settings = FileGuestSettings { command_timeout: Duration::from_millis(300), ..logged(folder.path(), more) };
+        let error = FileGuest::source(settings, None).unwrap().pause().unwrap_err().to_string();
+        assert!(error.contains(words), "{error}");
+        assert_eq!(log(folder.path()), "pause resume");
+    }
+}
+
+#[test]
+fn a_resume_that_fails_is_told_and_tried_again() {
+    let folder = TempDir::new().unwrap();
+    let mut settings = logged(folder.path(), "exit 1");
+    let allowed = folder.path().join("allowed");
+    settings.resume = argv(&["test", "-e", allowed.to_str().unwrap()]);
+    let source = FileGuest::source(settings, None).unwrap();
+    let words = source.pause().unwrap_err().to_string();
+    assert!(words.contains("the pause command") && words.contains("; and then the resume command"), "{words}");
+    assert!(source.resume().is_err());
+    fs::write(&allowed, "").unwrap();
+    source.resume().unwrap();
+}
+
+#[test]
+fn images_that_change_their_length_or_vanish_are_named() {
+    let folder = TempDir::new().unwrap();
+    let image = folder.path().join("image");
+    let append = format!("printf x >> '{}'", image.display());
+    let source = FileGuest::source(logged(folder.path(), &append), None).unwrap();
+    let words = source.pause().unwrap_err().to_string();
+    assert!(words.contains("image is 5001 bytes long, it was 5000"), "{words}");
+    assert_eq!(log(folder.path()), "pause resume");
+
+    let source = FileGuest::source(one_image(folder.path()), None).unwrap();
+    fs::File::options().write(true).open(&image).unwrap().set_len(4999).unwrap();
+    assert!(source.save().unwrap_err().to_string().contains("is 4999 bytes long, it was 5000"));
+    fs::rename(&image, folder.path().join("moved")).unwrap();
+    assert!(source.save().unwrap_err().to_string().contains("No such file"));
+    fs::write(&image, [7; 5000]).unwrap();
+    assert!(source.save().unwrap_err().to_string().contains("another file took the place of"));
+    assert!(
+        FileGuest::source(settings(&[("ram", folder.path())]), None).unwrap_err().to_string().contains("image ram")
+    );
+}

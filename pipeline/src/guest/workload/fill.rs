@@ -1,0 +1,144 @@
+//! What the memory holds at the start.
+//!
+//! Pages are copied from material that is prepared once, not made byte by byte, and all cores copy: the first touch of
+//! the memory is what takes the time. Zero pages are not touched at all.
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
+
+use super::machine::Machine;
+use super::random::Random;
+use super::settings::Fill;
+use crate::guest::GuestError;
+
+/// Memory is dealt to the kinds of content by runs of so many bytes, or a page if that is larger.
+const RUN_BYTES: usize = 64 << 10;
+const TEXT_BYTES: usize = 4 << 20;
+const RANDOM_BYTES: usize = 16 << 20;
+
+/// Fills the memory of a source.
+pub(super) fn fill(machine: &Machine) -> Result<(), GuestError> {
+    let material = Material::prepare(machine)?;
+    let (material, next) = (&material, &AtomicU32::new(0));
+    thread::scope(|scope| {
+        for _ in 0..thread::available_parallelism().map_or(1, usize::from) {
+            scope.spawn(move || fill_runs(machine, material, next));
+        }
+    });
+    Ok(())
+}
+
+/// Fills runs, each as its number says, until none is left.
+fn fill_runs(machine: &Machine, material: &Material, next: &AtomicU32) {
+    let run_pages = u32::try_from((RUN_BYTES / machine.page_bytes()).max(1)).expect("small");
+    loop {
+        let run = next.fetch_add(1, Ordering::Relaxed);
+        let Some(first) = run.checked_mul(run_pages).filter(|&first| first < machine.pages()) else { return };
+        let mut random = Random::of(machine.settings().seed, u64::from(run));
+        let source = material.choose(&machine.settings().fill, random.unit());
+        for page in first..machine.pages().min(first + run_pages) {
+            if let Some(bytes) = source.page(&mut random, page, machine.page_bytes()) {
+                machine.store(page, 0, bytes);
+                machine.mark(page);
+            }
+        }
+    }
+}
+
+/// Prepared content, as much as one kind of it needs; empty where there is no share of it.
+#[derive(Debug)]
+struct Material {
+    text: Vec<u8>,
+    random: Vec<u8>,
+    process: Vec<u8>,
+}
+
+/// Where the pages of a run come from.
+#[derive(Clone, Copy, Debug)]
+enum Source<'a> {
+    Nothing,
+    /// Any place of the material.
+    Anywhere(&'a [u8]),
+    /// The page of the same number, as a file has its pages; from the start again where it ends.
+    InOrder(&'a [u8]),
+}
+
+impl Material {
+    fn prepare(machine: &Machine) -> Result<Self, GuestError> {
+        let fill = machine.settings().fill;
+        let mut random = Random::of(machine.settings().seed, u64::MAX);
+        let mut noise = vec![0; if fill.random > 0.0 { RANDOM_BYTES } else { 0 }];
+        random.fill(&mut noise);
+        Ok(Self {
+            text: if fill.text > 0.0 { text(&mut random) } else { Vec::new() },
+            random: noise,
+            process: if fill.process > 0.0 { own_binary(machine.page_bytes())? } else { Vec::new() },
+        })
+    }
+
+    fn choose(&self, fill: &Fill, at: f64) -> Source<'_> {
+        let sum: f64 = fill.shares().iter().sum();
+        let kinds = [
+            Source::Nothing,
+            Source::Anywhere(&self.text),
+            Source::Anywhere(&self.random),
+            Source::InOrder(&self.process),
+        ];
+        let mut left = at * sum;
+        let mut chosen = Source::Nothing;
+        for (kind, share) in kinds.into_iter().zip(fill.shares()).filter(|(_, share)| *share > 0.0) {
+            chosen = kind;
+            if left < share {
+                break;
+            }
+            left -= share;
+        }
+        chosen
+    }
+}
+
+impl<'a> Source<'a> {
+    fn page(self, random: &mut Random, page: u32, page_bytes: usize) -> Option<&'a [u8]> {
+        match self {
+            Self::Nothing => None,
+            Self::Anywhere(material) => {
+                let start = random.index(material.len() - page_bytes + 1);
+                Some(&material[start..start + page_bytes])
+            }
+            Self::InOrder(material) => {
+                material.chunks_exact(page_bytes).nth(page as usize % (material.len() / page_bytes))
+            }
+        }
+    }
+}
+
+/// Lines of words, some far more frequent than others, and numbers.
+fn text(random: &mut Random) -> Vec<u8> {
+    let mut letters =
+        |from: usize| (0..from + random.index(8)).map(|_| b"etaoinshrdlucmfwypvbgk"[random.index(22)]).collect();
+    let words: Vec<Vec<u8>> = (0..600).map(|_| letters(2)).collect();
+    let mut text = Vec::with_capacity(TEXT_BYTES + 64);
+    while text.len() < TEXT_BYTES {
+        match random.below(12) {
+            0 => text.push(b'\n'),
+            1 => text.extend(format!("{} ", random.next() >> 44).bytes()),
+            _ => {
+                let common = random.index(words.len()) + 1;
+                text.extend(&words[random.index(common)]);
+                text.push(b' ');
+            }
+        }
+    }
+    text
+}
+
+/// This program's binary: real bytes that every host has.
+fn own_binary(page_bytes: usize) -> Result<Vec<u8>, GuestError> {
+    let fail = |path: PathBuf, why: &dyn std::fmt::Display| {
+        GuestError::caused(format_args!("cannot fill memory with this program's own bytes ({})", path.display()), why)
+    };
+    let path = PathBuf::from("/proc/self/exe");
+    let bytes = std::fs::read(&path).map_err(|error| fail(path.clone(), &error))?;
+    if bytes.len() < page_bytes { Err(fail(path, &"it is shorter than a page")) } else { Ok(bytes) }
+}

@@ -1,0 +1,236 @@
+//! What a workload is: how much memory, what it holds, who writes it. Plain values with their limits.
+
+use memferry_stages::geometry::{MAX_BLOCKS, PageSize};
+
+use crate::guest::GuestError;
+use crate::guest::workload::stamp::STAMP_BYTES;
+
+/// The most pages a workload may have: their sequences travel as device state, which is bounded.
+pub const MAX_PAGES: u64 = 48 << 20;
+/// The most writers, each one a thread.
+pub const MAX_WRITERS: usize = 64;
+
+/// What a workload is. It travels whole as setup state, so a destination needs none.
+#[derive(Clone, Debug, PartialEq)]
+pub struct WorkloadSettings {
+    /// Bytes of memory, all blocks together: a multiple of `blocks` pages.
+    pub memory: u64,
+    /// RAM blocks it is divided into, equally long.
+    pub blocks: u32,
+    /// Size of a page.
+    pub page_size: PageSize,
+    /// What the memory is made of.
+    pub backing: Backing,
+    /// How written pages are found.
+    pub dirty_log: LogChoice,
+    /// What the memory holds at the start.
+    pub fill: Fill,
+    /// The threads that write it. None is a guest that is quiet.
+    pub writers: Vec<WriterSettings>,
+    /// Where all that is random comes from: the same seed gives the same content and the same choice of pages.
+    pub seed: u64,
+}
+
+/// What the memory is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Backing {
+    /// Private anonymous memory.
+    Anonymous,
+    /// A shared memory file without a name.
+    Memfd,
+}
+
+/// How written pages are found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogChoice {
+    /// Userfault where this host can do it, else software.
+    Auto,
+    /// Writers mark what they write.
+    Software,
+    /// The kernel tells; nothing else than stores through the mapping writes this memory.
+    Userfault,
+    /// Hashes of the pages.
+    Hash,
+}
+
+/// What the memory holds at the start: shares of any sum, dealt by runs of 64 KiB or one page, whichever is larger.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Fill {
+    /// Never touched: zero pages.
+    pub zero: f64,
+    /// Words, as in logs and sources.
+    pub text: f64,
+    /// Bytes that do not compress.
+    pub random: f64,
+    /// Bytes of this program's own binary.
+    pub process: f64,
+}
+
+/// One writer: a thread.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct WriterSettings {
+    /// Which of its pages it writes next.
+    pub pattern: Pattern,
+    /// Pages it writes in a second; 0 is as many as it can.
+    pub pages_per_second: f64,
+    /// Bytes it changes at each write besides the stamp; at most a page, of which the stamp takes its part.
+    pub bytes: usize,
+    /// Where it writes.
+    pub region: Region,
+}
+
+/// A part of the memory, all blocks taken as one: from share `from` to share `to` of its pages, each 0 to 1.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Region {
+    /// Where it begins.
+    pub from: f64,
+    /// Where it ends; more than `from`.
+    pub to: f64,
+}
+
+impl Region {
+    /// All of the memory.
+    pub const ALL: Self = Self { from: 0.0, to: 1.0 };
+}
+
+/// Which page is written next, of the pages that a writer has.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Pattern {
+    /// One after another, and from the start again.
+    Sequential,
+    /// Any, each as likely as the others.
+    Uniform,
+    /// The page of rank r in proportion to 1 / r^exponent; the ranks are scattered over the region.
+    Zipf {
+        /// More than 0, at most 16.
+        exponent: f64,
+    },
+    /// Some pages, those at the region's start, get more of the writes than the others.
+    HotSpot {
+        /// The share of the pages that is hot, more than 0 and at most 1.
+        pages: f64,
+        /// The share of the writes that goes to them, 0 to 1.
+        writes: f64,
+    },
+}
+
+impl Default for WorkloadSettings {
+    /// 64 MiB in one block, a mixed fill, nobody writes.
+    fn default() -> Self {
+        Self {
+            memory: 64 << 20,
+            blocks: 1,
+            page_size: PageSize::DEFAULT,
+            backing: Backing::Anonymous,
+            dirty_log: LogChoice::Auto,
+            fill: Fill::default(),
+            writers: Vec::new(),
+            seed: 1,
+        }
+    }
+}
+
+impl Default for Fill {
+    /// As guests are met: a third never touched, the rest text, program and some of it incompressible.
+    fn default() -> Self {
+        Self { zero: 0.3, text: 0.3, random: 0.1, process: 0.3 }
+    }
+}
+
+impl WorkloadSettings {
+    /// Pages of all blocks.
+    #[must_use]
+    pub fn pages(&self) -> u64 {
+        self.memory / self.page_size.bytes() as u64
+    }
+
+    /// Bytes of one block.
+    #[must_use]
+    pub fn block_bytes(&self) -> u64 {
+        self.memory / u64::from(self.blocks)
+    }
+
+    /// Checks every limit. Settings that came from a peer are checked by this before anything is made of them.
+    ///
+    /// # Errors
+    /// A sentence that names the setting, its value and what it may be.
+    pub fn validate(&self) -> Result<(), GuestError> {
+        let block_limit = u32::try_from(MAX_BLOCKS).expect("small");
+        check((1..=block_limit).contains(&self.blocks), || {
+            format!("blocks is {}: it may be 1 to {MAX_BLOCKS}", self.blocks)
+        })?;
+        let unit = self.page_size.bytes() as u64 * u64::from(self.blocks);
+        check(self.memory > 0 && self.memory.is_multiple_of(unit), || {
+            format!("memory is {} bytes: it must be a multiple of blocks × page size, {unit} bytes", self.memory)
+        })?;
+        check(self.pages() <= MAX_PAGES, || {
+            format!("memory has {} pages, at most {MAX_PAGES} are possible: take larger pages", self.pages())
+        })?;
+        check(self.writers.len() <= MAX_WRITERS, || {
+            format!("{} writers: at most {MAX_WRITERS} are possible", self.writers.len())
+        })?;
+        self.fill.validate()?;
+        self.writers.iter().enumerate().try_for_each(|(index, writer)| {
+            writer.validate(self.page_size).map_err(|error| GuestError::caused(format_args!("writer {index}"), error))
+        })
+    }
+}
+
+impl Fill {
+    /// The shares in the order zero, text, random, process.
+    #[must_use]
+    pub fn shares(&self) -> [f64; 4] {
+        [self.zero, self.text, self.random, self.process]
+    }
+
+    fn validate(&self) -> Result<(), GuestError> {
+        let fine =
+            self.shares().iter().all(|share| (0.0..=1e9).contains(share)) && self.shares().iter().sum::<f64>() > 0.0;
+        check(fine, || format!("fill has the shares {:?}: none may be below 0, and one must be above", self.shares()))
+    }
+}
+
+impl WriterSettings {
+    fn validate(&self, page_size: PageSize) -> Result<(), GuestError> {
+        check((0.0..=1e9).contains(&self.pages_per_second), || {
+            format!("pages_per_second is {}: it may be 0 (as fast as it can) to 1000000000", self.pages_per_second)
+        })?;
+        check(self.bytes <= page_size.bytes(), || {
+            format!("bytes is {}: a write changes at most a page, {} bytes", self.bytes, page_size.bytes())
+        })?;
+        let Region { from, to } = self.region;
+        check((0.0..1.0).contains(&from) && to > from && to <= 1.0, || {
+            format!("region is {from} to {to}: it must be 0 ≤ from < to ≤ 1")
+        })?;
+        self.pattern.validate()
+    }
+
+    /// Bytes that a write changes besides the stamp, in a page of this size.
+    #[must_use]
+    pub fn body_bytes(&self, page_size: PageSize) -> usize {
+        self.bytes.min(page_size.bytes() - STAMP_BYTES)
+    }
+}
+
+impl Pattern {
+    fn validate(&self) -> Result<(), GuestError> {
+        match *self {
+            Self::Sequential | Self::Uniform => Ok(()),
+            Self::Zipf { exponent } => check(exponent > 0.0 && exponent <= 16.0, || {
+                format!("the exponent of zipf is {exponent}: it may be more than 0, at most 16")
+            }),
+            Self::HotSpot { pages, writes } => {
+                check(pages > 0.0 && pages <= 1.0, || {
+                    format!("pages of the hot spot is {pages}: a share more than 0, at most 1")
+                })?;
+                check((0.0..=1.0).contains(&writes), || {
+                    format!("writes of the hot spot is {writes}: a share of 0 to 1")
+                })
+            }
+        }
+    }
+}
+
+fn check(fine: bool, otherwise: impl FnOnce() -> String) -> Result<(), GuestError> {
+    if fine { Ok(()) } else { Err(GuestError(otherwise())) }
+}

@@ -1,0 +1,194 @@
+//! What of a workload travels besides its memory, as two sections of guest state, little-endian.
+//!
+//! ```text
+//! "workload" in setup, version 1
+//! ┌────────┬────────┬───────────┬─────────┬─────┬──────┬───────────────┬─────────┬──────────────┐
+//! │ memory │ blocks │ page size │ backing │ log │ seed │ fill 4 shares │ writers │ each writer  │
+//! │ u64    │ u32    │ u32       │ u8      │ u8  │ u64  │ 4 × f64       │ u32     │ 49 bytes     │
+//! └────────┴────────┴───────────┴─────────┴─────┴──────┴───────────────┴─────────┴──────────────┘
+//! each writer: pattern u8, its two numbers 2 × f64, pages a second f64, bytes u64, region 2 × f64
+//!
+//! "workload" of the devices, version 1
+//! ┌─────────┬─────────┬─────────────────────────────┬───────┬───────────────────┐
+//! │ written │ writers │ each writer: generator, next│ pages │ sequence of each  │
+//! │ u64     │ u32     │ u64, u32                    │ u32   │ u32, 0: never     │
+//! └─────────┴─────────┴─────────────────────────────┴───────┴───────────────────┘
+//! ```
+//!
+//! A peer may have made these bytes up: lengths and values are checked before anything is made of them, and what does
+//! not fit is an error.
+
+use bytes::{Buf, BufMut};
+use memferry_stages::geometry::PageSize;
+
+use super::pattern::Cursor;
+use super::random::Random;
+use super::settings::{Backing, Fill, LogChoice, MAX_WRITERS, Pattern, Region, WorkloadSettings, WriterSettings};
+use crate::guest::{GuestError, GuestState, StateSection};
+
+const NAME: &str = "workload";
+const VERSION: u32 = 1;
+
+/// The writers' state.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct DeviceState {
+    /// Pages written so far.
+    pub(super) written: u64,
+    /// Where each writer is.
+    pub(super) cursors: Vec<Cursor>,
+    /// How often each page was written, over all blocks.
+    pub(super) sequences: Vec<u32>,
+}
+
+impl DeviceState {
+    /// As a section.
+    pub(super) fn save(&self) -> GuestState {
+        let mut bytes = Vec::with_capacity(20 + self.cursors.len() * 12 + self.sequences.len() * 4);
+        bytes.put_u64_le(self.written);
+        bytes.put_u32_le(count(self.cursors.len()));
+        for cursor in &self.cursors {
+            bytes.put_u64_le(cursor.random.0);
+            bytes.put_u32_le(cursor.next);
+        }
+        bytes.put_u32_le(count(self.sequences.len()));
+        self.sequences.iter().for_each(|&sequence| bytes.put_u32_le(sequence));
+        section(bytes)
+    }
+
+    /// From a section, for a workload of so many writers and pages.
+    pub(super) fn load(state: &GuestState, writers: usize, pages: u32) -> Result<Self, GuestError> {
+        let mut input = Input::of(state, "device state")?;
+        let written = input.u64()?;
+        let came = input.u32()?;
+        input.expect("writers", came.into(), writers as u64)?;
+        let cursors = (0..writers).map(|_| Ok(Cursor { random: Random(input.u64()?), next: input.u32()? }));
+        let cursors = cursors.collect::<Result<_, GuestError>>()?;
+        let came = input.u32()?;
+        input.expect("pages", came.into(), pages.into())?;
+        input.expect("bytes of sequences", input.left.len() as u64, u64::from(pages) * 4)?;
+        let sequences = (0..pages).map(|_| input.u32()).collect::<Result<_, _>>()?;
+        Ok(Self { written, cursors, sequences })
+    }
+}
+
+/// Settings as a section.
+pub(super) fn save_settings(settings: &WorkloadSettings) -> GuestState {
+    let mut bytes = Vec::new();
+    bytes.put_u64_le(settings.memory);
+    bytes.put_u32_le(settings.blocks);
+    bytes.put_u32_le(count(settings.page_size.bytes()));
+    bytes.put_u8(settings.backing as u8);
+    bytes.put_u8(settings.dirty_log as u8);
+    bytes.put_u64_le(settings.seed);
+    settings.fill.shares().iter().for_each(|&share| bytes.put_f64_le(share));
+    bytes.put_u32_le(count(settings.writers.len()));
+    for writer in &settings.writers {
+        let (tag, one, two) = match writer.pattern {
+            Pattern::Sequential => (0, 0.0, 0.0),
+            Pattern::Uniform => (1, 0.0, 0.0),
+            Pattern::Zipf { exponent } => (2, exponent, 0.0),
+            Pattern::HotSpot { pages, writes } => (3, pages, writes),
+        };
+        bytes.put_u8(tag);
+        [one, two, writer.pages_per_second].iter().for_each(|&number| bytes.put_f64_le(number));
+        bytes.put_u64_le(writer.bytes as u64);
+        [writer.region.from, writer.region.to].iter().for_each(|&number| bytes.put_f64_le(number));
+    }
+    section(bytes)
+}
+
+/// Settings from a section, checked.
+pub(super) fn load_settings(state: &GuestState) -> Result<WorkloadSettings, GuestError> {
+    let mut input = Input::of(state, "setup state")?;
+    let (memory, blocks, page_bytes) = (input.u64()?, input.u32()?, input.u32()?);
+    let page_size =
+        PageSize::new(page_bytes.into()).ok_or_else(|| input.refuse(format_args!("pages of {page_bytes} bytes")))?;
+    let backing = input.tag("backing", &[Backing::Anonymous, Backing::Memfd])?;
+    let logs = [LogChoice::Auto, LogChoice::Software, LogChoice::Userfault, LogChoice::Hash];
+    let dirty_log = input.tag("dirty log", &logs)?;
+    let seed = input.u64()?;
+    let fill = Fill { zero: input.f64()?, text: input.f64()?, random: input.f64()?, process: input.f64()? };
+    let writers = input.u32()?;
+    if writers as usize > MAX_WRITERS {
+        return Err(input.refuse(format_args!("{writers} writers")));
+    }
+    let writers = (0..writers).map(|_| load_writer(&mut input)).collect::<Result<_, _>>()?;
+    input.expect("bytes left", input.left.len() as u64, 0)?;
+    let settings = WorkloadSettings { memory, blocks, page_size, backing, dirty_log, fill, writers, seed };
+    settings.validate().map_err(|error| input.refuse(error))?;
+    Ok(settings)
+}
+
+fn load_writer(input: &mut Input<'_>) -> Result<WriterSettings, GuestError> {
+    let tag = input.u8()?;
+    let (one, two, pages_per_second) = (input.f64()?, input.f64()?, input.f64()?);
+    let pattern = match tag {
+        0 => Pattern::Sequential,
+        1 => Pattern::Uniform,
+        2 => Pattern::Zipf { exponent: one },
+        3 => Pattern::HotSpot { pages: one, writes: two },
+        _ => return Err(input.refuse(format_args!("pattern number {tag}"))),
+    };
+    let bytes = input.u64()?;
+    let bytes = usize::try_from(bytes).map_err(|_| input.refuse(format_args!("{bytes} bytes a write")))?;
+    Ok(WriterSettings { pattern, pages_per_second, bytes, region: Region { from: input.f64()?, to: input.f64()? } })
+}
+
+fn section(bytes: Vec<u8>) -> GuestState {
+    GuestState { sections: vec![StateSection { name: NAME.into(), version: VERSION, bytes }] }
+}
+
+fn count(items: usize) -> u32 {
+    u32::try_from(items).expect("within the limits of the settings")
+}
+
+/// A section being read.
+struct Input<'a> {
+    what: &'static str,
+    left: &'a [u8],
+}
+
+impl<'a> Input<'a> {
+    fn of(state: &'a GuestState, what: &'static str) -> Result<Self, GuestError> {
+        let [section] = &state.sections[..] else {
+            let names: Vec<_> = state.sections.iter().map(|section| section.name.as_str()).collect();
+            return Err(GuestError(format!("{what} has the sections {names:?}, a workload has one, {NAME:?}")));
+        };
+        if section.name != NAME || section.version != VERSION {
+            let (name, version) = (&section.name, section.version);
+            return Err(GuestError(format!(
+                "{what} is {name:?} version {version}, here it is {NAME:?} version {VERSION}"
+            )));
+        }
+        Ok(Self { what, left: &section.bytes })
+    }
+
+    fn refuse(&self, why: impl std::fmt::Display) -> GuestError {
+        GuestError(format!("the workload's {} does not fit: {why}", self.what))
+    }
+
+    fn expect(&self, what: &str, came: u64, here: u64) -> Result<(), GuestError> {
+        if came == here { Ok(()) } else { Err(self.refuse(format_args!("{came} {what} came, {here} belong here"))) }
+    }
+
+    fn tag<T: Copy>(&mut self, what: &str, values: &[T]) -> Result<T, GuestError> {
+        let tag = self.u8()?;
+        values.get(usize::from(tag)).copied().ok_or_else(|| self.refuse(format_args!("{what} number {tag}")))
+    }
+
+    fn u8(&mut self) -> Result<u8, GuestError> {
+        self.left.try_get_u8().map_err(|error| self.refuse(error))
+    }
+
+    fn u32(&mut self) -> Result<u32, GuestError> {
+        self.left.try_get_u32_le().map_err(|error| self.refuse(error))
+    }
+
+    fn u64(&mut self) -> Result<u64, GuestError> {
+        self.left.try_get_u64_le().map_err(|error| self.refuse(error))
+    }
+
+    fn f64(&mut self) -> Result<f64, GuestError> {
+        self.left.try_get_f64_le().map_err(|error| self.refuse(error))
+    }
+}

@@ -1,0 +1,132 @@
+//! The log: events as lines, to standard error.
+
+use std::io;
+
+use tracing::{debug, error, info, warn};
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::MakeWriter;
+
+use crate::events::{Ended, Event, Observer, Phase, Role};
+use crate::progress::Screen;
+use crate::report::human;
+
+/// Writes every event as a log line: what an operator should act on as a warning, milestones as info, the rest as debug.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct LogObserver;
+
+impl Observer for LogObserver {
+    fn event(&self, role: Role, event: &Event) {
+        let role = name(role);
+        match event {
+            Event::Phase(phase) => info!(role, ?phase, "phase"),
+            Event::Connected { peer } => info!(role, peer, "connected"),
+            Event::Guest { blocks, pages, memory_bound } => {
+                info!(role, blocks = blocks.len(), pages, memory_bound, "guest");
+            }
+            Event::RoundScanned { round } => debug!(role, round, "round scanned"),
+            Event::RoundSent { tally, duration } => info!(role, ?tally, ?duration, "round sent"),
+            Event::Synced { after_round, dirty_pages, duration } => {
+                info!(role, after_round, dirty_pages, ?duration, "bitmap sync");
+            }
+            Event::Decided { what } => info!(role, "{what}"),
+            Event::Progress(progress) => debug!(role, ?progress, "progress"),
+            Event::TurnedAway { peer, why } => warn!(role, peer, "turned away: {why}"),
+            Event::Warning(what) => warn!(role, "{what}"),
+            Event::Paused => info!(role, "the guest is paused"),
+            Event::Resumed => info!(role, "the guest goes on"),
+            Event::Ended(ended) => log_end(role, ended),
+        }
+    }
+}
+
+fn log_end(role: &str, ended: &Ended) {
+    let total = human::time(ended.total);
+    match (&ended.error, ended.phase) {
+        (Some(error), Phase::Cancelled) => warn!(role, total, "cancelled: {error}"),
+        (Some(error), phase) => error!(role, total, ?phase, "{error}"),
+        (None, phase) => info!(role, total, ?phase, "ended"),
+    }
+}
+
+/// The word for an end, in logs and metrics.
+pub(crate) fn name(role: Role) -> &'static str {
+    match role {
+        Role::Source => "source",
+        Role::Destination => "destination",
+    }
+}
+
+/// Sends log lines of a level ("warn", "memferry=debug,info") to standard error, above the progress bar.
+///
+/// # Errors
+/// When the level is none.
+///
+/// # Panics
+/// If a log was started in this process before.
+pub fn start(level: &str, screen: Screen) -> Result<(), String> {
+    let filter = EnvFilter::builder()
+        .parse(level)
+        .map_err(|error| format!("--log {level:?} is not a level: {error}; write error, warn, info, debug or trace"))?;
+    tracing_subscriber::fmt().with_env_filter(filter).with_target(false).with_writer(LogWriter(screen)).init();
+    Ok(())
+}
+
+/// Writes each line above the bar.
+#[derive(Clone, Debug)]
+struct LogWriter(Screen);
+
+impl io::Write for LogWriter {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.write(bytes).map(|()| bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl MakeWriter<'_> for LogWriter {
+    type Writer = Self;
+
+    fn make_writer(&self) -> Self {
+        self.clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::tests::script;
+    use std::sync::{Arc, Mutex};
+
+    #[derive(Clone, Default)]
+    struct Lines(Arc<Mutex<Vec<u8>>>);
+
+    impl io::Write for Lines {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().write(bytes)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn events_become_lines_of_their_level() {
+        let lines = Lines::default();
+        let writer = lines.clone();
+        let subscriber = tracing_subscriber::fmt().without_time().with_ansi(false).with_target(false);
+        let subscriber = subscriber.with_writer(move || writer.clone()).finish();
+        tracing::subscriber::with_default(subscriber, || {
+            LogObserver
+                .event(Role::Destination, &Event::TurnedAway { peer: "10.0.0.9".into(), why: "no Hello".into() });
+            script(Role::Source).iter().for_each(|event| LogObserver.event(Role::Source, event));
+        });
+        let text = String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();
+        assert!(text.contains(r#"WARN turned away: no Hello role="destination" peer="10.0.0.9""#), "{text}");
+        assert!(text.contains(r#"INFO bitmap sync role="source" after_round=1 dirty_pages=900"#), "{text}");
+        assert!(text.contains(r#"INFO ended role="source" total="2.50 s" phase=Completed"#), "{text}");
+        assert!(!text.contains("round scanned"), "{text}");
+    }
+}

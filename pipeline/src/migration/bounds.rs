@@ -1,0 +1,71 @@
+//! How much memory a migration takes for itself, known before it starts (law 9).
+//!
+//! Everything in flight lies in pooled buffers of one extent each; the queues carry those buffers and small heads. So the
+//! bound is pools + XBZRLE cache + bitmaps, and more lanes or larger pages are what makes it grow.
+
+use memferry_stages::bitmap::DirtyBitmap;
+use memferry_stages::geometry::{EXTENT_PAGES, Layout, PageSize};
+use memferry_stages::pool::BufferPool;
+
+use crate::settings::SourceSettings;
+
+/// Batches that wait between scanner and detector, a lane: descriptors only, enough for two stretches of 4 KiB pages.
+pub(super) const SCANNED: usize = 16;
+/// Batches that wait between detector and encoder, a lane.
+pub(super) const COPIED: usize = 2;
+/// Frames that wait before a sender, a lane that shares it.
+pub(super) const ENCODED: usize = 4;
+/// Frames that wait between receiver and loader, a lane.
+pub(super) const ARRIVED: usize = 4;
+/// Control messages that wait on their way out.
+pub(super) const CONTROL: usize = 8;
+
+/// Buffers that a lane's detector copies into: those that wait behind it (queued as copies or as raw frames), and two at work.
+const COPY_BUFFERS: usize = COPIED + ENCODED + 2;
+/// Buffers that a lane's encoder writes into: those that wait behind it, and two at work.
+const CODE_BUFFERS: usize = ENCODED + 2;
+/// Buffers that a connection receives into, for each lane: those that wait, and two at work.
+const LOAD_BUFFERS: usize = ARRIVED + 2;
+
+/// A lane's pool for copies of pages.
+pub(super) fn copy_pool(page_size: PageSize) -> BufferPool {
+    BufferPool::new(COPY_BUFFERS, page_size.extent_bytes())
+}
+
+/// A lane's pool for encoded payloads.
+pub(super) fn code_pool(page_size: PageSize) -> BufferPool {
+    BufferPool::new(CODE_BUFFERS, page_size.extent_bytes())
+}
+
+/// A connection's pool for received payloads.
+pub(super) fn load_pool(page_size: PageSize, lanes_here: usize) -> BufferPool {
+    BufferPool::new(LOAD_BUFFERS * lanes_here, page_size.extent_bytes())
+}
+
+/// Bytes of one bitmap of a layout.
+fn bitmap_bytes(layout: &Layout) -> u64 {
+    (0..layout.block_count()).map(|block| u64::from(layout.block_extents(block)) * EXTENT_PAGES / 8).sum()
+}
+
+/// The most memory that a source takes for itself, in bytes: pools, caches and bitmaps.
+#[must_use]
+pub fn source_bound(layout: &Layout, settings: &SourceSettings) -> u64 {
+    let extent = layout.page_size().extent_bytes() as u64;
+    let pools = u64::from(settings.lanes) * (COPY_BUFFERS + CODE_BUFFERS) as u64 * extent;
+    let cache = settings.encoder.xbzrle.as_ref().map_or(0, |xbzrle| xbzrle.cache_bytes);
+    pools + cache + 2 * bitmap_bytes(layout)
+}
+
+/// The most memory that a destination takes for itself, in bytes.
+#[must_use]
+pub fn destination_bound(layout: &Layout, lanes: u16) -> u64 {
+    let extent = layout.page_size().extent_bytes() as u64;
+    u64::from(lanes) * LOAD_BUFFERS as u64 * extent + bitmap_bytes(layout)
+}
+
+/// What was really held: the most of each pool, and everything that is held from the start.
+pub(super) fn peak(pools: &[BufferPool], caches: u64, bitmaps: &[&DirtyBitmap]) -> u64 {
+    pools.iter().map(BufferPool::peak_bytes).sum::<u64>()
+        + caches
+        + bitmaps.iter().map(|bitmap| bitmap.memory_bytes()).sum::<u64>()
+}

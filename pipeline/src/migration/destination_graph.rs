@@ -1,0 +1,146 @@
+//! The destination's stages, joined: build the pieces, connect them, spawn them.
+//!
+//! ```text
+//!  ═══▶ receiver 0 ─┬▶ loader of lane 0 ─┐
+//!        │          └▶ loader of lane 2 ─┼──▶ guest memory          (only its loader writes a lane's memory)
+//!  ═══▶ receiver 1 ──▶ loader of lane 1 ─┘
+//!        └ control messages ──▶ controller ──▶ answers ═══▶ (return path, on connection 0)
+//! ```
+
+use std::sync::Arc;
+
+use memferry_stages::batch::Item;
+use memferry_stages::bitmap::DirtyBitmap;
+use memferry_stages::geometry::LaneMap;
+use memferry_stages::loader::{LaneProgress, Loaded, Loader};
+use memferry_stages::memory::GuestMemory;
+use memferry_stages::meter::Meter;
+use memferry_stages::pool::BufferPool;
+use memferry_stages::queue::{Inlet, Outlet, bounded};
+use memferry_stages::receiver::{Arrived, Receiver};
+use memferry_stages::sender::{Control, Sender};
+use memferry_stages::wire::Message;
+use memferry_stages::wire::hello::{Features, Hello};
+use tokio::runtime::Handle;
+
+use super::bounds;
+use super::link::{Reader, Writer};
+use super::stage_set::StageSet;
+
+/// The name of the stage that sends answers.
+pub(super) const ANSWERS: &str = "answers";
+
+/// The running stages, and the ends of their queues that the controller holds.
+pub(super) struct DestinationGraph {
+    pub(super) stages: StageSet,
+    /// Answers to the source, if there is a return path.
+    pub(super) answer: Option<Outlet<Control>>,
+    pub(super) said: Inlet<Message>,
+    pub(super) loaded: Inlet<Loaded>,
+    pub(super) progress: Vec<Arc<LaneProgress>>,
+    pub(super) meters: Vec<Arc<Meter>>,
+    /// Those of the receivers among them: what they count is what came off the wire.
+    pub(super) receiver_meters: Vec<Arc<Meter>>,
+    pub(super) pools: Vec<BufferPool>,
+    /// The pages that the destination holds.
+    pub(super) held: Arc<DirtyBitmap>,
+}
+
+impl DestinationGraph {
+    /// Builds, joins and starts the stages.
+    pub(super) fn start(
+        memory: &GuestMemory,
+        hello: &Hello,
+        features: Features,
+        readers: Vec<Reader>,
+        answer: Option<Writer>,
+        plane: &Handle,
+    ) -> Self {
+        let (loaded_out, loaded) = bounded(usize::from(hello.lanes) * 2);
+        let (said_out, said) = bounded(bounds::CONTROL);
+        let mut graph = Self {
+            stages: StageSet::new(plane),
+            answer: None,
+            said,
+            loaded,
+            progress: Vec::new(),
+            meters: Vec::new(),
+            receiver_meters: Vec::new(),
+            pools: Vec::new(),
+            held: Arc::new(DirtyBitmap::empty(memory.layout())),
+        };
+        graph.answer = answer.map(|writer| graph.start_answers(writer));
+        let mut lanes = graph.start_loaders(memory, hello.lanes, features, &loaded_out);
+        for (connection, reader) in (0..).zip(readers) {
+            let of_connection = |lane: usize| lane % usize::from(hello.connections) == usize::from(connection);
+            let here = (0..lanes.len()).map(|lane| lanes[lane].take_if(|_| of_connection(lane))).collect();
+            graph.start_receiver(connection, hello, reader, memory, here, said_out.clone());
+        }
+        graph
+    }
+
+    fn meter(&mut self, name: &'static str, lane: u16) -> Arc<Meter> {
+        let meter = Meter::start(name, Some(lane));
+        self.meters.push(meter.clone());
+        meter
+    }
+
+    /// A sender without bulk: answers go out in order, whole.
+    fn start_answers(&mut self, writer: Writer) -> Outlet<Control> {
+        let (answer, frames) = bounded(bounds::CONTROL);
+        let (_, no_bulk) = bounded(1);
+        let (sent, _) = bounded(1);
+        let sender = Sender::new(0, writer, None, false, 0, Meter::start(ANSWERS, None));
+        self.stages.spawn(ANSWERS, sender.run(frames, no_bulk, sent));
+        answer
+    }
+
+    fn start_loaders(
+        &mut self,
+        memory: &GuestMemory,
+        lanes: u16,
+        features: Features,
+        loaded: &Outlet<Loaded>,
+    ) -> Vec<Option<Outlet<Item<Arrived>>>> {
+        (0..lanes)
+            .map(|lane| {
+                let (frames, arrived) = bounded(bounds::ARRIVED);
+                let meter = self.meter("loader", lane);
+                let progress = Arc::new(LaneProgress::default());
+                self.progress.push(progress.clone());
+                let loader = Loader::new(
+                    lane,
+                    memory.clone(),
+                    self.held.clone(),
+                    features.checksum,
+                    features,
+                    progress,
+                    meter.clone(),
+                );
+                let running = loader.run(arrived.metered(&meter), loaded.clone());
+                self.stages.spawn(format!("loader {lane}"), running);
+                Some(frames)
+            })
+            .collect()
+    }
+
+    fn start_receiver(
+        &mut self,
+        connection: u16,
+        hello: &Hello,
+        reader: Reader,
+        memory: &GuestMemory,
+        lanes: Vec<Option<Outlet<Item<Arrived>>>>,
+        said: Outlet<Message>,
+    ) {
+        let lanes_here = lanes.iter().flatten().count();
+        let pool = bounds::load_pool(memory.page_size(), lanes_here);
+        self.pools.push(pool.clone());
+        let meter = self.meter("receiver", connection);
+        self.receiver_meters.push(meter.clone());
+        let lane_map = LaneMap::new(hello.lanes, memory.page_size());
+        let receiver =
+            Receiver::new(connection, hello.connections, reader, memory.layout().clone(), lane_map, pool, meter);
+        self.stages.spawn(format!("receiver {connection}"), receiver.run(lanes, said));
+    }
+}

@@ -1,0 +1,194 @@
+//! Verification: digests of both memories, compared while the guest is paused.
+//!
+//! Each stretch has one hash. Both ends hash with every core they have, and neither reads what was never touched. Where a
+//! hash differs, the destination sends the hashes of that stretch's pages, and the paused source finds the page.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use memferry_stages::bitmap::DirtyBitmap;
+use memferry_stages::digest::{self, Known};
+use memferry_stages::geometry::{EXTENT_PAGES, Layout, PageAt};
+use memferry_stages::memory::GuestMemory;
+use memferry_stages::pool::{BufferPool, PooledBuffer};
+use memferry_stages::wire::Message;
+use memferry_stages::wire::messages::{MAX_DIGESTS, StretchDigest};
+use tokio::task::JoinHandle;
+
+use super::error::MigrationError;
+use super::untouched_pages;
+
+/// Stretches that are hashed to measure what all of them will cost.
+const SAMPLES: usize = 8;
+
+/// A stretch of the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct StretchAt {
+    pub(super) block: u32,
+    pub(super) stretch: u64,
+}
+
+/// The hash of every stretch, by block. At a destination it grows as frames come, never beyond the layout.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Digests {
+    blocks: Vec<Vec<u128>>,
+}
+
+impl Digests {
+    /// Takes what a Digests frame brings: the next stretches of a block.
+    ///
+    /// # Errors
+    /// When they are not the next ones, or not of the layout, or leave pages out that nobody agreed to leave out.
+    pub(super) fn add(
+        &mut self,
+        layout: &Layout,
+        block: u32,
+        first: u64,
+        stretches: Vec<StretchDigest>,
+    ) -> Result<(), MigrationError> {
+        self.blocks.resize(layout.blocks().len(), Vec::new());
+        let here = self.blocks.get_mut(block as usize);
+        let here =
+            here.ok_or_else(|| MigrationError::Protocol(format!("digests of block {block}, which is not there")))?;
+        let next = here.len() as u64;
+        if first != next || next + stretches.len() as u64 > stretches_of(layout, block) {
+            let count = stretches.len();
+            let what = format!("{count} digests of block {block} from stretch {first} on, where {next} comes next");
+            return Err(MigrationError::Protocol(what));
+        }
+        if stretches.iter().any(|stretch| stretch.left_out != [0; 8]) {
+            return Err(MigrationError::Protocol(format!("digests of block {block} leave pages out")));
+        }
+        here.extend(stretches.iter().map(|stretch| stretch.hash));
+        Ok(())
+    }
+
+    /// The frames that carry them.
+    pub(super) fn messages(&self) -> Vec<Message> {
+        let of_block = |(block, hashes): (u32, &Vec<u128>)| {
+            let frame = move |(index, hashes): (usize, &[u128])| Message::Digests {
+                block,
+                first: (index * MAX_DIGESTS) as u64,
+                stretches: hashes.iter().map(|&hash| StretchDigest { hash, left_out: [0; 8] }).collect(),
+            };
+            hashes.chunks(MAX_DIGESTS).enumerate().map(frame).collect::<Vec<_>>()
+        };
+        (0..).zip(&self.blocks).flat_map(of_block).collect()
+    }
+
+    /// The first stretch whose hash differs, or is missing on one side.
+    pub(super) fn first_difference(&self, layout: &Layout, other: &Self) -> Option<StretchAt> {
+        let hash = |digests: &Self, at: StretchAt| {
+            let block = digests.blocks.get(at.block as usize)?;
+            block.get(usize::try_from(at.stretch).ok()?).copied()
+        };
+        all_stretches(layout).find(|&at| hash(self, at).is_none() || hash(self, at) != hash(other, at))
+    }
+}
+
+/// Digests that are being computed. Dropping them stops the work.
+pub(super) struct Pending {
+    layout: Layout,
+    stop: Arc<AtomicBool>,
+    workers: Vec<JoinHandle<io::Result<Vec<(StretchAt, u128)>>>>,
+}
+
+/// Starts to hash all of the guest's memory, with every core.
+pub(super) fn start(memory: &GuestMemory) -> Pending {
+    let stop = Arc::new(AtomicBool::new(false));
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let worker = |number: usize| {
+        let (memory, stop) = (memory.clone(), stop.clone());
+        tokio::task::spawn_blocking(move || {
+            let untouched = untouched_pages(&memory);
+            let mut scratch = scratch(&memory);
+            all_stretches(memory.layout())
+                .skip(number)
+                .step_by(cores)
+                .take_while(|_| !stop.load(Ordering::Relaxed))
+                .map(|at| hash(&memory, at, &untouched, &mut scratch).map(|hash| (at, hash)))
+                .collect()
+        })
+    };
+    Pending { layout: memory.layout().clone(), workers: (0..cores).map(worker).collect(), stop }
+}
+
+impl Pending {
+    /// Waits for all of them.
+    pub(super) async fn finish(mut self) -> io::Result<Digests> {
+        let of_block = |block| vec![0; usize::try_from(stretches_of(&self.layout, block)).expect("they fit memory")];
+        let mut blocks: Vec<Vec<u128>> = (0..self.layout.block_count()).map(of_block).collect();
+        for worker in std::mem::take(&mut self.workers) {
+            for (at, hash) in worker.await.expect("hashing does not panic")? {
+                blocks[at.block as usize][usize::try_from(at.stretch).expect("it fits memory")] = hash;
+            }
+        }
+        Ok(Digests { blocks })
+    }
+}
+
+impl Drop for Pending {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+}
+
+/// What hashing all of the guest will cost one end, by a few stretches hashed now. May block.
+pub(super) fn estimate(memory: &GuestMemory) -> io::Result<Duration> {
+    let stretches: Vec<_> = all_stretches(memory.layout()).collect();
+    let step = stretches.len().div_ceil(SAMPLES);
+    let sample: Vec<_> = stretches.iter().step_by(step).collect();
+    let untouched = untouched_pages(memory);
+    let mut scratch = scratch(memory);
+    let began = Instant::now();
+    for &&at in &sample {
+        hash(memory, at, &untouched, &mut scratch)?;
+    }
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    Ok(began.elapsed().mul_f64(stretches.len() as f64 / sample.len() as f64 / cores as f64))
+}
+
+/// The page hashes of a stretch, to be sent. May block.
+pub(super) fn page_hashes(memory: &GuestMemory, at: StretchAt) -> io::Result<Message> {
+    let first = first_page(memory.layout(), at);
+    let hashes = digest::page_hashes(memory, at.block, at.stretch, &mut scratch(memory))?;
+    Ok(Message::PageHashes { first, hashes })
+}
+
+/// The first page whose hash here is not the one given. May block.
+pub(super) fn first_differing_page(memory: &GuestMemory, first: PageAt, theirs: &[u64]) -> io::Result<Option<PageAt>> {
+    let layout = memory.layout();
+    let pages = layout.page_size().stretch_extents() * EXTENT_PAGES;
+    if first.block >= layout.block_count() || first.page >= layout.block_pages(first.block) {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, format!("the peer asks about {first}")));
+    }
+    let ours = digest::page_hashes(memory, first.block, first.page / pages, &mut scratch(memory))?;
+    let differs = (first.page..).zip(ours.iter().zip(theirs)).find(|(_, (ours, theirs))| ours != theirs);
+    Ok(differs.map(|(page, _)| PageAt { block: first.block, page }))
+}
+
+/// The first page of a stretch.
+pub(super) fn first_page(layout: &Layout, at: StretchAt) -> PageAt {
+    PageAt { block: at.block, page: at.stretch * layout.page_size().stretch_extents() * EXTENT_PAGES }
+}
+
+fn hash(memory: &GuestMemory, at: StretchAt, untouched: &DirtyBitmap, scratch: &mut PooledBuffer) -> io::Result<u128> {
+    let known = Known { untouched: Some(untouched), ..Known::default() };
+    digest::stretch_digest(memory, at.block, at.stretch, &known, scratch)
+}
+
+/// A buffer to read an extent into.
+fn scratch(memory: &GuestMemory) -> PooledBuffer {
+    BufferPool::new(1, memory.page_size().extent_bytes()).try_take().expect("it has one")
+}
+
+fn stretches_of(layout: &Layout, block: u32) -> u64 {
+    u64::from(layout.block_extents(block)).div_ceil(layout.page_size().stretch_extents())
+}
+
+fn all_stretches(layout: &Layout) -> impl Iterator<Item = StretchAt> + use<'_> {
+    let of_block = |block| (0..stretches_of(layout, block)).map(move |stretch| StretchAt { block, stretch });
+    (0..layout.block_count()).flat_map(of_block)
+}

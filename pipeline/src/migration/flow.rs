@@ -1,0 +1,176 @@
+//! What reaches the source's controller while the stages run, in one place: every wait of the controller is a wait for
+//! the next signal.
+
+use std::time::Duration;
+
+use memferry_stages::bitmap_sync::Synced;
+use memferry_stages::queue::{Closed, Inlet, bounded};
+use memferry_stages::scanner::RoundScanned;
+use memferry_stages::sender::{Control, Sent};
+use memferry_stages::wire::Message;
+use memferry_stages::wire::reader::Incoming;
+use tokio::time::{Interval, MissedTickBehavior};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
+
+use super::error::MigrationError;
+use super::link::Reader;
+use super::source_graph::SourceGraph;
+use super::stage_set::Failure;
+
+/// How often figures are taken and the deadline is looked at.
+const TICK: Duration = Duration::from_millis(100);
+/// How long a failed connection is given to deliver the peer's reason.
+const PATIENCE: Duration = Duration::from_millis(500);
+
+/// One thing that the controller must know.
+#[derive(Debug)]
+pub(super) enum Signal {
+    /// The scanner reached the end of the bitmap.
+    Scanned(RoundScanned),
+    /// A bitmap sync is done.
+    Synced(Synced),
+    /// A mark went over a connection.
+    Sent(Sent),
+    /// The destination said something.
+    Said(Message),
+    /// The return path ended.
+    Lost(String),
+    /// A stage ended well: its name.
+    StageDone(String),
+    /// A stage failed.
+    Broke(Failure),
+    /// The operator wants to stop.
+    Cancel,
+    /// Time passed.
+    Tick,
+}
+
+/// The running source, as its controller sees it.
+pub(super) struct Flow {
+    pub(super) graph: SourceGraph,
+    said: Option<Inlet<Result<Message, String>>>,
+    _listening: Option<AbortOnDropHandle<()>>,
+    cancel: CancellationToken,
+    cancel_told: bool,
+    ticks: Interval,
+}
+
+impl Flow {
+    pub(super) fn new(graph: SourceGraph, said: Option<Reader>, cancel: CancellationToken) -> Self {
+        let mut ticks = tokio::time::interval(TICK);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let (listening, said) = said.map(listen).unzip();
+        Self { graph, said, _listening: listening, cancel, cancel_told: false, ticks }
+    }
+
+    /// Waits for the next thing to happen. A cancel comes first and is told once.
+    pub(super) async fn next(&mut self) -> Signal {
+        let cancel_told = self.cancel_told;
+        tokio::select! {
+            biased;
+            () = self.cancel.cancelled(), if !cancel_told => {
+                self.cancel_told = true;
+                Signal::Cancel
+            }
+            said = heard(&mut self.said) => said.map_or_else(Signal::Lost, Signal::Said),
+            sent = item(&self.graph.sent) => Signal::Sent(sent),
+            scanned = item(&self.graph.scanned) => Signal::Scanned(scanned),
+            synced = item(&self.graph.synced) => Signal::Synced(synced),
+            end = self.graph.stages.next_end() => match end.result {
+                Ok(()) => Signal::StageDone(end.name),
+                Err(failure) => Signal::Broke(failure),
+            },
+            _ = self.ticks.tick() => Signal::Tick,
+        }
+    }
+
+    /// Hands a message to connection 0, ahead of queued pages.
+    pub(super) async fn say(&self, message: &Message) -> Result<(), Closed> {
+        self.graph.control[0].put(Control::Frame(message.encode(0))).await
+    }
+
+    /// Why a stage failed: in the destination's words if it gave any, else the first failure in truth.
+    pub(super) async fn explain(&mut self, failure: Failure) -> MigrationError {
+        let cause = self.graph.stages.root_cause(failure).await;
+        if self.said.is_none() {
+            return MigrationError::Stage(cause);
+        }
+        let last_words = async {
+            loop {
+                match heard(&mut self.said).await {
+                    Ok(Message::Refused(why)) => break Some(MigrationError::Refused { peer: "destination", why }),
+                    Ok(Message::Abort(why)) => break Some(MigrationError::GivenUp { peer: "destination", why }),
+                    Ok(_) => {}
+                    Err(_) => break None,
+                }
+            }
+        };
+        let said = tokio::time::timeout(PATIENCE, last_words).await.ok().flatten();
+        said.unwrap_or(MigrationError::Stage(cause))
+    }
+
+    /// Says the last word on every connection and ends them, within the time given.
+    pub(super) async fn close(&mut self, last_word: Option<Message>, within: Duration) {
+        let closing = async {
+            if let Some(message) = last_word {
+                self.say(&message).await?;
+            }
+            for control in &self.graph.control {
+                control.put(Control::Finish).await?;
+            }
+            let mut senders = self.graph.control.len();
+            while senders > 0 {
+                let end = self.graph.stages.next_end().await;
+                senders -= usize::from(end.name.starts_with("sender"));
+            }
+            Ok::<(), Closed>(())
+        };
+        // A peer that is gone or does not read needs no farewell: dropping the connections tells it as much.
+        drop(tokio::time::timeout(within, closing).await);
+    }
+}
+
+/// Reads the return path until it ends: a task of its own, since reading a frame must not be interrupted.
+fn listen(mut reader: Reader) -> (AbortOnDropHandle<()>, Inlet<Result<Message, String>>) {
+    let (heard, said) = bounded(16);
+    let task = tokio::spawn(async move {
+        loop {
+            let item = match reader.next().await {
+                Ok(Some(Incoming::Message { message, .. })) => Ok(message),
+                Ok(Some(Incoming::Pages(_))) => Err("pages came on the return path".to_owned()),
+                Ok(None) => Err("the destination closed it".to_owned()),
+                Err(error) => Err(error.to_string()),
+            };
+            let over = item.is_err();
+            if heard.put(item).await.is_err() || over {
+                return;
+            }
+        }
+    });
+    (AbortOnDropHandle::new(task), said)
+}
+
+/// The next item of a queue; for ever none once its stage has ended, for then the stage's end says why.
+async fn item<T>(inlet: &Inlet<T>) -> T {
+    match inlet.next().await {
+        Some(item) => item,
+        None => std::future::pending().await,
+    }
+}
+
+/// What the return path says next. Its end is told once.
+async fn heard(said: &mut Option<Inlet<Result<Message, String>>>) -> Result<Message, String> {
+    let Some(inlet) = said else { return std::future::pending().await };
+    match inlet.next().await {
+        Some(Ok(message)) => Ok(message),
+        Some(Err(lost)) => {
+            *said = None;
+            Err(lost)
+        }
+        None => {
+            *said = None;
+            Err("its reader ended".into())
+        }
+    }
+}

@@ -1,0 +1,344 @@
+//! The last handshake: *Loaded*, *Go*, *Running*. Pure state machines, so that law 7 can be read and tested in one place:
+//! the source guest survives everything, and never two run.
+//!
+//! ```text
+//!  source                                destination
+//!    │ ── last pages, state, digests ──────▶ │ load, verify, prepare     may fail: Refused, the source goes on
+//!    │ ◀───────────────────────── Loaded ─── │ from here it waits for Go or the end
+//!    │ committed: the guest stays paused     │
+//!    │ ── Go ──────────────────────────────▶ │ start                     cannot be taken back
+//!    │ ◀──────────────────────── Running ─── │
+//! ```
+//!
+//! Before Go is handed to the transport every failure is the source's to survive: it resumes. Once Go may have left,
+//! only the destination's word decides: Running (it is over), Refused or Abort (it had not begun its start and never
+//! will: the source resumes). Anything else, silence included, leaves the source paused, for it cannot know.
+
+use memferry_stages::wire::Message;
+use memferry_stages::wire::messages::RunState;
+
+/// How it ended at the source.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// The guest runs at the destination.
+    Completed,
+    /// It does not and will not: the source guest may go on.
+    Failed(String),
+    /// The operator said so, in time: the source guest may go on.
+    Cancelled,
+    /// Nobody here can know: the source guest stays paused.
+    Unconfirmed(String),
+}
+
+/// What happens at one end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Happening {
+    /// The peer said something.
+    Said(Message),
+    /// The connection is gone.
+    Lost(String),
+    /// The operator wants to stop.
+    Cancel,
+    /// The time for this handshake is used up.
+    TimedOut,
+    /// A part of this end failed.
+    Broke(String),
+}
+
+/// What the source does about it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SourceStep {
+    /// Wait on.
+    Wait,
+    /// The destination named the hashes of a stretch that differs: find the page and say which. Its Refused follows.
+    NamePage(Message),
+    /// The guest is no longer ours to resume: commit, then hand Go to the transport.
+    HandOver,
+    /// A cancel came after Go: tell the operator that it is too late, and wait on.
+    TooLate,
+    /// It is over.
+    End(Verdict),
+}
+
+/// The source's side, from the moment its last frame is queued.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SourceHandshake {
+    /// The destination loads; nothing is given away.
+    AwaitingLoaded {
+        /// Must the destination have compared digests?
+        verify: bool,
+    },
+    /// Go may have left.
+    AwaitingRunning,
+}
+
+impl SourceHandshake {
+    /// One thing happened.
+    pub fn step(&mut self, happening: Happening) -> SourceStep {
+        match self {
+            Self::AwaitingLoaded { verify } => {
+                let step = before_go(*verify, happening);
+                if step == SourceStep::HandOver {
+                    *self = Self::AwaitingRunning;
+                }
+                step
+            }
+            Self::AwaitingRunning => after_go(happening),
+        }
+    }
+}
+
+fn before_go(verify: bool, happening: Happening) -> SourceStep {
+    let failed = |why: String| SourceStep::End(Verdict::Failed(why));
+    match happening {
+        Happening::Said(Message::Loaded { verified }) if verified || !verify => SourceStep::HandOver,
+        Happening::Said(Message::Loaded { .. }) => {
+            failed("the destination did not compare digests, though asked to".into())
+        }
+        Happening::Said(Message::Progress(_)) => SourceStep::Wait,
+        Happening::Said(hashes @ Message::PageHashes { .. }) => SourceStep::NamePage(hashes),
+        Happening::Said(Message::Refused(why)) => failed(format!("the destination refused: {why}")),
+        Happening::Said(Message::Abort(why)) => failed(format!("the destination gave up: {why}")),
+        // It runs what it was not told to run: resuming here could make two.
+        Happening::Said(Message::Running | Message::StartFailed(_)) => SourceStep::End(Verdict::Unconfirmed(
+            "the destination says that it started the guest before it was told to".into(),
+        )),
+        Happening::Said(other) => failed(format!("the destination sent {} out of turn", name(&other))),
+        Happening::Lost(why) => failed(format!("the connection was lost before the hand-over: {why}")),
+        Happening::TimedOut => failed("the destination did not report that everything is loaded in time".into()),
+        Happening::Broke(why) => failed(why),
+        Happening::Cancel => SourceStep::End(Verdict::Cancelled),
+    }
+}
+
+fn after_go(happening: Happening) -> SourceStep {
+    let unknown = |why: String| SourceStep::End(Verdict::Unconfirmed(why));
+    match happening {
+        Happening::Said(Message::Running) => SourceStep::End(Verdict::Completed),
+        Happening::Said(Message::Refused(why) | Message::Abort(why)) => SourceStep::End(Verdict::Failed(format!(
+            "the destination gave up before it began to start the guest: {why}"
+        ))),
+        Happening::Said(Message::StartFailed(why)) => {
+            unknown(format!("the destination began to start the guest and failed: {why}"))
+        }
+        Happening::Said(Message::Progress(_)) => SourceStep::Wait,
+        Happening::Said(other) => unknown(format!("the destination sent {} instead of Running", name(&other))),
+        Happening::Lost(why) => unknown(format!("the connection was lost after Go: {why}")),
+        Happening::TimedOut => unknown("the destination did not confirm that the guest runs in time".into()),
+        Happening::Broke(why) => unknown(why),
+        Happening::Cancel => SourceStep::TooLate,
+    }
+}
+
+/// What the destination does about it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DestinationStep {
+    /// Wait on.
+    Wait,
+    /// Start the guest, and answer Running or StartFailed.
+    Start(RunState),
+    /// It is over, nothing was started and nothing will be: say so to the source.
+    End {
+        /// Did the operator of this end say so?
+        cancelled: bool,
+        /// Why.
+        why: String,
+    },
+}
+
+/// The destination's side, after it has sent Loaded: one thing happened.
+#[must_use]
+pub fn awaiting_go(happening: Happening) -> DestinationStep {
+    let end = |why: String| DestinationStep::End { cancelled: false, why };
+    match happening {
+        Happening::Said(Message::Go(run_state)) => DestinationStep::Start(run_state),
+        Happening::Said(Message::Abort(why)) => end(format!("the source gave up: {why}")),
+        Happening::Said(other) => end(format!("the source sent {} instead of Go", name(&other))),
+        Happening::Lost(why) => {
+            end(format!("the connection was lost before Go, so the guest is not started here: {why}"))
+        }
+        Happening::TimedOut => end("Go did not come in time, so the guest is not started here".into()),
+        Happening::Broke(why) => end(why),
+        Happening::Cancel => DestinationStep::End { cancelled: true, why: "cancelled at the destination".into() },
+    }
+}
+
+/// The name of a message, for errors.
+#[must_use]
+pub fn name(message: &Message) -> &'static str {
+    message.kind().name()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn all_happenings() -> Vec<Happening> {
+        let said = [
+            Message::Ready,
+            Message::Loaded { verified: true },
+            Message::Loaded { verified: false },
+            Message::Running,
+            Message::Refused("no".into()),
+            Message::Abort("stop".into()),
+            Message::StartFailed("broken".into()),
+            Message::Go(RunState::Running),
+        ];
+        let mut all: Vec<_> = said.into_iter().map(Happening::Said).collect();
+        all.extend([
+            Happening::Lost("gone".into()),
+            Happening::Cancel,
+            Happening::TimedOut,
+            Happening::Broke("disk".into()),
+        ]);
+        all
+    }
+
+    /// Both ends, with messages that may be lost or cross, from every order of happenings: never two guests run, and when
+    /// none runs somebody says so.
+    #[test]
+    fn never_two_run_and_never_none_in_silence() {
+        #[derive(Clone)]
+        struct World {
+            source: SourceHandshake,
+            verdict: Option<Verdict>,
+            destination_over: bool,
+            destination_runs: bool,
+            to_destination: Vec<Message>,
+            to_source: Vec<Message>,
+        }
+        fn check(world: &World) {
+            let source_runs = matches!(world.verdict, Some(Verdict::Failed(_) | Verdict::Cancelled));
+            assert!(!(source_runs && world.destination_runs), "two run: {:?}", world.verdict);
+            if world.verdict == Some(Verdict::Completed) {
+                assert!(world.destination_runs, "none runs and nobody says so");
+            }
+        }
+        fn source_step(world: &mut World, happening: Happening) {
+            if world.verdict.is_some() {
+                return;
+            }
+            match world.source.step(happening) {
+                SourceStep::HandOver => world.to_destination.push(Message::Go(RunState::Running)),
+                SourceStep::End(verdict) => {
+                    if !matches!(verdict, Verdict::Completed) {
+                        world.to_destination.push(Message::Abort("over".into()));
+                    }
+                    world.verdict = Some(verdict);
+                }
+                SourceStep::Wait | SourceStep::TooLate | SourceStep::NamePage(_) => {}
+            }
+        }
+        fn destination_step(world: &mut World, happening: Happening, start_fails: bool) {
+            if world.destination_over {
+                return;
+            }
+            match awaiting_go(happening) {
+                DestinationStep::Wait => {}
+                DestinationStep::Start(_) => {
+                    world.destination_over = true;
+                    // A start that fails may have run a part of the guest: it counts as running.
+                    world.destination_runs = true;
+                    let answer = if start_fails { Message::StartFailed("x".into()) } else { Message::Running };
+                    world.to_source.push(answer);
+                }
+                DestinationStep::End { why, .. } => {
+                    world.destination_over = true;
+                    world.to_source.push(Message::Abort(why));
+                }
+            }
+        }
+        // Every sequence of up to 6 moves out of: deliver or lose a message either way, cancel or time out either end, cut.
+        fn explore(world: &World, depth: u32, seen: &mut u64) {
+            check(world);
+            *seen += 1;
+            if depth == 0 {
+                return;
+            }
+            for action in 0..10 {
+                let mut next = world.clone();
+                match action {
+                    0 if !next.to_source.is_empty() => {
+                        let message = next.to_source.remove(0);
+                        source_step(&mut next, Happening::Said(message));
+                    }
+                    1 | 2 if !next.to_destination.is_empty() => {
+                        let message = next.to_destination.remove(0);
+                        destination_step(&mut next, Happening::Said(message), action == 2);
+                    }
+                    3 => source_step(&mut next, Happening::Cancel),
+                    4 => source_step(&mut next, Happening::TimedOut),
+                    5 => source_step(&mut next, Happening::Lost("cut".into())),
+                    6 => destination_step(&mut next, Happening::Cancel, false),
+                    7 => destination_step(&mut next, Happening::TimedOut, false),
+                    8 => {
+                        next.to_source.clear();
+                        next.to_destination.clear();
+                        source_step(&mut next, Happening::Lost("cut".into()));
+                    }
+                    9 => destination_step(&mut next, Happening::Lost("cut".into()), false),
+                    _ => continue,
+                }
+                explore(&next, depth - 1, seen);
+            }
+        }
+        let world = World {
+            source: SourceHandshake::AwaitingLoaded { verify: true },
+            verdict: None,
+            destination_over: false,
+            destination_runs: false,
+            to_destination: vec![],
+            to_source: vec![Message::Loaded { verified: true }],
+        };
+        let mut seen = 0;
+        explore(&world, 6, &mut seen);
+        assert!(seen > 100_000, "{seen} states explored");
+    }
+
+    #[test]
+    fn before_go_only_loaded_hands_over_and_everything_else_leaves_the_guest_here() {
+        for happening in all_happenings() {
+            let mut source = SourceHandshake::AwaitingLoaded { verify: true };
+            let step = source.step(happening.clone());
+            let expected = match happening {
+                Happening::Said(Message::Loaded { verified: true }) => step == SourceStep::HandOver,
+                Happening::Said(Message::Running | Message::StartFailed(_)) => {
+                    matches!(step, SourceStep::End(Verdict::Unconfirmed(_)))
+                }
+                Happening::Cancel => step == SourceStep::End(Verdict::Cancelled),
+                _ => matches!(step, SourceStep::End(Verdict::Failed(_))),
+            };
+            assert!(expected, "{happening:?} -> {step:?}");
+        }
+    }
+
+    #[test]
+    fn after_go_only_the_destinations_word_resumes_the_source() {
+        for happening in all_happenings() {
+            let step = SourceHandshake::AwaitingRunning.step(happening.clone());
+            let expected = match happening {
+                Happening::Said(Message::Running) => step == SourceStep::End(Verdict::Completed),
+                Happening::Said(Message::Refused(_) | Message::Abort(_)) => {
+                    matches!(step, SourceStep::End(Verdict::Failed(_)))
+                }
+                Happening::Cancel => step == SourceStep::TooLate,
+                _ => matches!(step, SourceStep::End(Verdict::Unconfirmed(_))),
+            };
+            assert!(expected, "{happening:?} -> {step:?}");
+        }
+    }
+
+    #[test]
+    fn without_verify_an_unverified_load_is_enough() {
+        let mut source = SourceHandshake::AwaitingLoaded { verify: false };
+        assert_eq!(source.step(Happening::Said(Message::Loaded { verified: false })), SourceStep::HandOver);
+    }
+
+    #[test]
+    fn the_destination_starts_on_go_and_on_nothing_else() {
+        for happening in all_happenings() {
+            let starts = matches!(awaiting_go(happening.clone()), DestinationStep::Start(_));
+            assert_eq!(starts, matches!(happening, Happening::Said(Message::Go(_))), "{happening:?}");
+        }
+    }
+}

@@ -1,0 +1,70 @@
+//! Running a migration: the stages joined, its phases at the source and at the destination, convergence and the last
+//! handshake.
+//!
+//! | | |
+//! |---|---|
+//! | [`source`], [`destination`] | the phases of each end, as a list |
+//! | [`convergence`], [`handshake`] | the two decisions, as pure state: figures and messages in, decisions out |
+//! | `source_graph`, `destination_graph` | the stages, joined |
+//! | `link`, `session` | connections opened, greeted and gathered |
+//! | `bounds` | what a migration takes in memory |
+
+mod bounds;
+pub mod convergence;
+mod destination;
+mod destination_graph;
+mod digests;
+mod error;
+mod flow;
+pub mod handshake;
+mod link;
+mod plane;
+mod session;
+mod source;
+mod source_graph;
+mod speed;
+mod stage_set;
+mod state;
+
+use memferry_stages::bitmap::DirtyBitmap;
+use memferry_stages::geometry::Layout;
+use memferry_stages::memory::GuestMemory;
+
+pub use bounds::{destination_bound, source_bound};
+pub use destination::receive;
+pub use plane::DataPlane;
+pub use source::send;
+
+use crate::events::BlockFacts;
+
+/// Runs what may block where blocking is allowed.
+///
+/// # Panics
+/// If the call does.
+async fn blocking<T: Send + 'static>(call: impl FnOnce() -> T + Send + 'static) -> T {
+    match tokio::task::spawn_blocking(call).await {
+        Ok(value) => value,
+        Err(error) => std::panic::resume_unwind(error.into_panic()),
+    }
+}
+
+fn block_facts(layout: &Layout) -> Vec<BlockFacts> {
+    let page_size = layout.page_size().bytes() as u64;
+    let facts = |block: &memferry_stages::geometry::BlockInfo| BlockFacts {
+        id: block.id.clone(),
+        bytes: block.length,
+        page_size,
+    };
+    layout.blocks().iter().map(facts).collect()
+}
+
+/// The pages that nobody needs to read: never touched, as far as the memory can tell. What cannot tell is read. May block.
+fn untouched_pages(memory: &GuestMemory) -> DirtyBitmap {
+    let untouched = DirtyBitmap::empty(memory.layout());
+    for (index, block) in (0..).zip(memory.blocks()) {
+        for range in block.memory.untouched(memory.page_size()).unwrap_or_default() {
+            untouched.set_range(index, range);
+        }
+    }
+    untouched
+}

@@ -1,0 +1,184 @@
+//! The source's stages, joined: build the pieces, connect them, spawn them.
+//!
+//! ```text
+//!  sync ◀─ orders ─▶ found                         lane 0: detector ─▶ encoder ─┐
+//!            bitmap sync ──▶ bitmap ──▶ scanner ─┬▶ lane 1: detector ─▶ encoder ─┴▶ sender 0 ═══▶
+//!                                                └▶ lane 2: detector ─▶ encoder ──▶ sender 1 ═══▶
+//! ```
+
+use std::sync::Arc;
+
+use memferry_stages::batch::{Batch, Item};
+use memferry_stages::bitmap::DirtyBitmap;
+use memferry_stages::bitmap_sync::{BitmapSync, SyncOrder, Synced};
+use memferry_stages::dirty_log::DirtyLog;
+use memferry_stages::encoder::{DeltaPlan, Encoder, EncoderPlan, Outgoing};
+use memferry_stages::geometry::LaneMap;
+use memferry_stages::in_flight::InFlight;
+use memferry_stages::memory::GuestMemory;
+use memferry_stages::meter::Meter;
+use memferry_stages::pool::BufferPool;
+use memferry_stages::queue::{Inlet, Outlet, bounded};
+use memferry_stages::scanner::{RoundScanned, ScanOrder, Scanner};
+use memferry_stages::sender::{Control, Sender, Sent};
+use memferry_stages::token_bucket::TokenBucket;
+use memferry_stages::zero_detector::ZeroDetector;
+use tokio::runtime::Handle;
+
+use super::bounds;
+use super::link::Writer;
+use super::stage_set::StageSet;
+use crate::settings::{EncoderSettings, SourceSettings};
+
+/// What the stages work on.
+pub(super) struct SourceParts {
+    pub(super) memory: GuestMemory,
+    pub(super) logs: Vec<Arc<dyn DirtyLog>>,
+    pub(super) bitmap: Arc<DirtyBitmap>,
+    pub(super) untouched: Option<Arc<DirtyBitmap>>,
+    pub(super) writers: Vec<Writer>,
+    /// Is what was written made durable after each round (a file)?
+    pub(super) durable_rounds: bool,
+}
+
+/// The running stages, and the ends of their queues that the controller holds.
+pub(super) struct SourceGraph {
+    pub(super) stages: StageSet,
+    pub(super) scan: Outlet<ScanOrder>,
+    pub(super) scanned: Inlet<RoundScanned>,
+    pub(super) sync: Outlet<SyncOrder>,
+    pub(super) synced: Inlet<Synced>,
+    /// Control frames, one for each connection.
+    pub(super) control: Vec<Outlet<Control>>,
+    pub(super) sent: Inlet<Sent>,
+    pub(super) in_flight: Arc<InFlight>,
+    pub(super) meters: Vec<Arc<Meter>>,
+    /// Those of the senders among them: what they count is what went to the wire.
+    pub(super) sender_meters: Vec<Arc<Meter>>,
+    pub(super) pools: Vec<BufferPool>,
+}
+
+/// A lane's way from its encoder to the connection it shares.
+struct Connection {
+    frames: Outlet<Outgoing>,
+}
+
+impl SourceGraph {
+    /// Builds, joins and starts the stages. They wait for the first order.
+    pub(super) fn start(parts: SourceParts, settings: &SourceSettings, plane: &Handle) -> Self {
+        let lane_map = LaneMap::new(settings.lanes, parts.memory.page_size());
+        let (scan, scan_orders) = bounded(1);
+        let (scanned_out, scanned) = bounded(1);
+        let (sync, sync_orders) = bounded(1);
+        let (synced_out, synced) = bounded(1);
+        let (sent_out, sent) = bounded(usize::from(settings.lanes) * 2);
+        let mut graph = Self {
+            stages: StageSet::new(plane),
+            scan,
+            scanned,
+            sync,
+            synced,
+            control: Vec::new(),
+            sent,
+            in_flight: Arc::new(InFlight::new(settings.lanes)),
+            meters: Vec::new(),
+            sender_meters: Vec::new(),
+            pools: Vec::new(),
+        };
+        let connections = graph.start_senders(parts.writers, settings, parts.durable_rounds, &sent_out);
+        let lanes = graph.start_lanes(&parts.memory, &parts.logs, settings, &connections);
+
+        let meter = graph.meter("scanner", None);
+        let scanner = Scanner::new(
+            parts.bitmap.clone(),
+            parts.untouched,
+            parts.logs.clone(),
+            lane_map,
+            graph.in_flight.clone(),
+            meter.clone(),
+        );
+        let lanes = lanes.into_iter().map(|lane| lane.metered(&meter)).collect();
+        graph.stages.spawn("scanner", scanner.run(scan_orders.metered(&meter), lanes, scanned_out));
+
+        let meter = graph.meter("bitmap sync", None);
+        let bitmap_sync = BitmapSync::new(parts.logs, parts.bitmap, meter.clone());
+        graph.stages.spawn("bitmap sync", bitmap_sync.run(sync_orders.metered(&meter), synced_out));
+        graph
+    }
+
+    fn meter(&mut self, name: &'static str, lane: Option<u16>) -> Arc<Meter> {
+        let meter = Meter::start(name, lane);
+        self.meters.push(meter.clone());
+        meter
+    }
+
+    fn start_senders(
+        &mut self,
+        writers: Vec<Writer>,
+        settings: &SourceSettings,
+        durable_rounds: bool,
+        sent: &Outlet<Sent>,
+    ) -> Vec<Connection> {
+        let bucket = settings.max_bandwidth.map(|rate| Arc::new(TokenBucket::new(rate)));
+        let count = settings.connections;
+        (0..count)
+            .zip(writers)
+            .map(|(connection, writer)| {
+                let lanes_here = (connection..settings.lanes).step_by(usize::from(count)).count();
+                let (frames, bulk) = bounded(bounds::ENCODED * lanes_here);
+                let (control, control_frames) = bounded(bounds::CONTROL);
+                let meter = self.meter("sender", Some(connection));
+                let sender = Sender::new(connection, writer, bucket.clone(), durable_rounds, lanes_here, meter.clone());
+                let running = sender.run(control_frames.metered(&meter), bulk.metered(&meter), sent.clone());
+                self.stages.spawn(format!("sender {connection}"), running);
+                self.control.push(control);
+                self.sender_meters.push(meter);
+                Connection { frames }
+            })
+            .collect()
+    }
+
+    fn start_lanes(
+        &mut self,
+        memory: &GuestMemory,
+        logs: &[Arc<dyn DirtyLog>],
+        settings: &SourceSettings,
+        connections: &[Connection],
+    ) -> Vec<Outlet<Item<Batch>>> {
+        let page_size = memory.page_size();
+        (0..settings.lanes)
+            .map(|lane| {
+                let (batches, detector_in) = bounded(bounds::SCANNED);
+                let (copies, encoder_in) = bounded(bounds::COPIED);
+                let frames = connections[usize::from(lane) % connections.len()].frames.clone();
+                let (copy_pool, code_pool) = (bounds::copy_pool(page_size), bounds::code_pool(page_size));
+                self.pools.extend([copy_pool.clone(), code_pool.clone()]);
+
+                let meter = self.meter("zero detector", Some(lane));
+                let detector = ZeroDetector::new(lane, memory.clone(), copy_pool, logs.to_vec(), meter.clone());
+                let running = detector.run(detector_in.metered(&meter), copies.metered(&meter));
+                self.stages.spawn(format!("zero detector {lane}"), running);
+
+                let meter = self.meter("encoder", Some(lane));
+                let encoder = Encoder::new(lane, page_size, plan(settings), code_pool, meter.clone());
+                let running = encoder.run(encoder_in.metered(&meter), frames.metered(&meter));
+                self.stages.spawn(format!("encoder {lane}"), running);
+                batches
+            })
+            .collect()
+    }
+}
+
+/// One lane's share of the encoder's settings.
+fn plan(settings: &SourceSettings) -> EncoderPlan {
+    let EncoderSettings { compress, xbzrle } = &settings.encoder;
+    EncoderPlan {
+        compress: *compress,
+        delta: xbzrle.as_ref().map(|xbzrle| DeltaPlan {
+            cache_bytes: xbzrle.cache_bytes / u64::from(settings.lanes),
+            on_miss: compress.filter(|_| xbzrle.compress_on_miss),
+            cache_first_round: xbzrle.cache_first_round,
+        }),
+        checksum: settings.checksum,
+    }
+}

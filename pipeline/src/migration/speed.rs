@@ -1,0 +1,30 @@
+//! Rates for whoever watches: smoothed over about a second.
+
+use std::time::{Duration, Instant};
+
+/// The rate of bytes on the wire, and the time between syncs.
+#[derive(Debug, Default)]
+pub(super) struct Speed {
+    last: Option<(Instant, u64)>,
+    rate: f64,
+    synced: Option<Instant>,
+}
+
+impl Speed {
+    /// So many bytes have gone out by now: the rate lately, in bytes a second.
+    pub(super) fn tick(&mut self, total: u64) -> f64 {
+        let now = Instant::now();
+        if let Some((then, before)) = self.last {
+            let time = now.duration_since(then).as_secs_f64().max(1e-3);
+            let weight = time.min(1.0);
+            self.rate += ((total - before) as f64 / time - self.rate) * weight;
+        }
+        self.last = Some((now, total));
+        self.rate
+    }
+
+    /// Time since the last call, which is made at each sync.
+    pub(super) fn since_sync(&mut self) -> Option<Duration> {
+        self.synced.replace(Instant::now()).map(|then| then.elapsed())
+    }
+}

@@ -1,0 +1,87 @@
+//! Figures as people read them: three digits and a unit.
+
+use std::time::Duration;
+
+/// Bytes: `1.00 GiB`, `17.3 MiB`, `512 B`.
+#[must_use]
+pub fn bytes(bytes: u64) -> String {
+    #[expect(clippy::cast_precision_loss, reason = "three digits are shown")]
+    let mut amount = bytes as f64;
+    let mut units = ["B", "KiB", "MiB", "GiB", "TiB"].iter();
+    let mut unit = units.next().expect("not empty");
+    while amount >= 999.5 {
+        let Some(next) = units.next() else { break };
+        amount /= 1024.0;
+        unit = next;
+    }
+    if *unit == "B" { format!("{bytes} B") } else { format!("{} {unit}", three_digits(amount)) }
+}
+
+/// Bytes a second: `98.2 MiB/s`.
+#[must_use]
+pub fn rate(bytes_per_second: f64) -> String {
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "it saturates, and is shown")]
+    let whole = bytes_per_second.max(0.0) as u64;
+    format!("{}/s", bytes(whole))
+}
+
+/// A length of time: `213 ms`, `12.3 s`, `4m 05s`.
+#[must_use]
+pub fn time(time: Duration) -> String {
+    let seconds = time.as_secs_f64();
+    if seconds < 0.001 {
+        format!("{} µs", time.as_micros())
+    } else if seconds < 0.9995 {
+        format!("{} ms", three_digits(seconds * 1000.0))
+    } else if seconds < 119.5 {
+        format!("{} s", three_digits(seconds))
+    } else {
+        let whole = time.as_secs();
+        format!("{}m {:02}s", whole / 60, whole % 60)
+    }
+}
+
+/// A number with its thousands apart, or in millions: `262,144`, `16.8M`.
+#[must_use]
+pub fn count(number: u64) -> String {
+    if number >= 1_000_000 {
+        #[expect(clippy::cast_precision_loss, reason = "three digits are shown")]
+        return format!("{}M", three_digits(number as f64 / 1e6));
+    }
+    let digits = number.to_string();
+    let mut text = String::with_capacity(digits.len() + digits.len() / 3);
+    for (index, digit) in digits.chars().enumerate() {
+        if index > 0 && (digits.len() - index).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+fn three_digits(amount: f64) -> String {
+    let decimals = if amount < 9.995 {
+        2
+    } else if amount < 99.95 {
+        1
+    } else {
+        0
+    };
+    format!("{amount:.decimals$}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn figures_have_three_digits_and_a_unit() {
+        let sizes = [0, 999, 1023, 1 << 20, 18_140_000, (1 << 30) - 1, 3 << 40, u64::MAX].map(bytes);
+        assert_eq!(sizes, ["0 B", "999 B", "1.00 KiB", "1.00 MiB", "17.3 MiB", "1.00 GiB", "3.00 TiB", "16777216 TiB"]);
+        let times = [0, 999, 213_000, 999_900, 12_345_678, 245_000_000].map(|us| time(Duration::from_micros(us)));
+        assert_eq!(times, ["0 µs", "999 µs", "213 ms", "1.00 s", "12.3 s", "4m 05s"]);
+        assert_eq!([0, 999, 1000, 262_144, 16_777_216].map(count), ["0", "999", "1,000", "262,144", "16.8M"]);
+        assert_eq!(rate(103_000_000.0), "98.2 MiB/s");
+        assert_eq!(rate(f64::NAN), "0 B/s");
+    }
+}

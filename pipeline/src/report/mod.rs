@@ -1,0 +1,289 @@
+//! The report of a migration: one JSON object for programs, one table for people, both from what its events said.
+
+pub mod account;
+pub mod bottleneck;
+pub mod human;
+pub mod table;
+
+use std::io;
+use std::path::Path;
+use std::time::Duration;
+
+use memferry_stages::meter::Reading;
+use serde::Serialize;
+
+use crate::events::{Ended, Phase};
+use account::{Account, Round};
+
+/// The version of the report's names.
+pub const SCHEMA: u32 = 1;
+
+/// What `--report FILE` writes. Times are in milliseconds, sizes in bytes.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Report {
+    /// [`SCHEMA`].
+    pub schema: u32,
+    /// "run", "send" or "recv".
+    pub role: &'static str,
+    /// "completed", "failed", "cancelled" or "unconfirmed".
+    pub status: &'static str,
+    /// Why it is not completed.
+    pub error: Option<String>,
+    /// Were digests compared and equal; null if they were not compared.
+    pub verified: Option<bool>,
+    /// What was moved.
+    pub guest: GuestReport,
+    /// From start to verdict.
+    pub total_ms: f64,
+    /// From start to the first page.
+    pub setup_ms: f64,
+    /// From the guest's pause to its start; null if it was not paused.
+    pub downtime_ms: Option<f64>,
+    /// Its parts.
+    pub downtime: DowntimeReport,
+    /// Bytes handed to the transport, or taken from it.
+    pub wire_bytes: u64,
+    /// Bytes on the wire for each second after the setup.
+    pub throughput_bytes_per_s: f64,
+    /// The most memory that the engine takes for itself, known before it starts.
+    pub memory_bound_bytes: u64,
+    /// The most it took.
+    pub memory_peak_bytes: u64,
+    /// What held it up, in words.
+    pub bottleneck: String,
+    /// Round by round.
+    pub rounds: Vec<RoundReport>,
+    /// How each stage spent its time.
+    pub stages: Vec<StageReport>,
+}
+
+/// The guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct GuestReport {
+    /// Bytes of all blocks.
+    pub bytes: u64,
+    /// Pages of all blocks.
+    pub pages: u64,
+    /// Each block.
+    pub blocks: Vec<BlockReport>,
+}
+
+/// A RAM block.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct BlockReport {
+    /// Its name.
+    pub id: String,
+    /// Its length.
+    pub bytes: u64,
+    /// The size of its pages.
+    pub page_size: u64,
+}
+
+/// Where the downtime went.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct DowntimeReport {
+    /// From the pause until the last dirty pages were known.
+    pub final_sync_ms: f64,
+    /// The last round.
+    pub final_transfer_ms: f64,
+    /// Device state.
+    pub state_ms: f64,
+    /// Digests.
+    pub verify_ms: f64,
+    /// From Go to Running.
+    pub handover_ms: f64,
+}
+
+/// One round. `zero + raw + compressed + xbzrle + unchanged = pages`.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct RoundReport {
+    /// Its number, from 1.
+    pub round: u32,
+    /// How long it took.
+    pub ms: f64,
+    /// Pages scanned.
+    pub pages: u64,
+    /// Pages that were all zero.
+    pub zero: u64,
+    /// Pages sent as they are.
+    pub raw: u64,
+    /// Pages sent compressed.
+    pub compressed: u64,
+    /// Pages sent as deltas.
+    pub xbzrle: u64,
+    /// Pages that had not changed: not sent.
+    pub unchanged: u64,
+    /// Pages that the XBZRLE cache did not hold.
+    pub xbzrle_misses: u64,
+    /// Pages whose delta was not smaller than they are.
+    pub xbzrle_overflows: u64,
+    /// Page bytes scanned.
+    pub bytes_in: u64,
+    /// Frame bytes sent.
+    pub bytes_out: u64,
+    /// Dirty pages that the next sync found; null if none came.
+    pub dirty_after: Option<u64>,
+}
+
+/// One stage in one lane.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct StageReport {
+    /// Its name.
+    pub name: &'static str,
+    /// Its lane, or the number of its connection; null if there is one of it only.
+    pub lane: Option<u16>,
+    /// Time it worked.
+    pub busy_ms: f64,
+    /// Time it waited for input.
+    pub input_wait_ms: f64,
+    /// Time it waited for room behind it.
+    pub output_wait_ms: f64,
+    /// Batches that passed.
+    pub batches: u64,
+    /// Pages that passed.
+    pub pages: u64,
+}
+
+/// Who reports, and what the accounts do not say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Frame {
+    /// "run", "send" or "recv".
+    pub role: &'static str,
+    /// The limit on the wire, if there was one.
+    pub max_bandwidth: Option<u64>,
+}
+
+impl Report {
+    /// The report of a migration seen from one end, or, with `other`, from the source with what its destination said: the
+    /// stages are those of both, and the destination says whether it verified.
+    ///
+    /// # Panics
+    /// If `account` has not ended.
+    #[must_use]
+    pub fn new(frame: Frame, verdict: &Ended, account: &Account, other: Option<&Account>) -> Self {
+        let ended = account.ended.as_ref().expect("an account that ended");
+        let far = other.and_then(|account| account.ended.as_ref());
+        let stages: Vec<Reading> = ended.stages.iter().chain(far.iter().flat_map(|far| &far.stages)).cloned().collect();
+        Self {
+            schema: SCHEMA,
+            role: frame.role,
+            status: status(verdict.phase),
+            error: verdict.error.clone(),
+            verified: far.map_or(ended.verified, |far| far.verified),
+            guest: guest(account),
+            total_ms: ms(ended.total),
+            setup_ms: ms(ended.setup),
+            downtime_ms: ended.downtime.map(ms),
+            downtime: downtime(ended),
+            wire_bytes: ended.wire_bytes,
+            throughput_bytes_per_s: throughput(ended).round(),
+            memory_bound_bytes: account.memory_bound + other.map_or(0, |other| other.memory_bound),
+            memory_peak_bytes: ended.memory_peak + far.map_or(0, |far| far.memory_peak),
+            bottleneck: bottleneck::bottleneck(&stages, frame.max_bandwidth),
+            rounds: account.rounds.iter().map(round).collect(),
+            stages: stages.iter().map(stage).collect(),
+        }
+    }
+
+    /// Writes it as JSON: to a temporary name beside `file` first, so that `file` is whole or as it was.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn write(&self, file: &Path) -> io::Result<()> {
+        let mut json = serde_json::to_vec_pretty(self).expect("plain values become JSON");
+        json.push(b'\n');
+        let mut name = file.file_name().unwrap_or_default().to_owned();
+        name.push(format!(".{}.partial", std::process::id()));
+        let partial = file.with_file_name(name);
+        let written = write_private(&partial, &json).and_then(|()| std::fs::rename(&partial, file));
+        if written.is_err() {
+            drop(std::fs::remove_file(&partial));
+        }
+        written
+    }
+}
+
+fn write_private(file: &Path, bytes: &[u8]) -> io::Result<()> {
+    use std::io::Write;
+    use std::os::unix::fs::OpenOptionsExt;
+    std::fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(file)?.write_all(bytes)
+}
+
+/// What the end of a migration is called.
+#[must_use]
+pub fn status(phase: Phase) -> &'static str {
+    match phase {
+        Phase::Completed => "completed",
+        Phase::Cancelled => "cancelled",
+        Phase::Unconfirmed => "unconfirmed",
+        Phase::Setup | Phase::Active | Phase::Switchover | Phase::Failed => "failed",
+    }
+}
+
+/// Bytes on the wire for each second after the setup.
+#[must_use]
+pub fn throughput(ended: &Ended) -> f64 {
+    let seconds = ended.total.saturating_sub(ended.setup).as_secs_f64();
+    #[expect(clippy::cast_precision_loss, reason = "a rate")]
+    let bytes = ended.wire_bytes as f64;
+    if seconds > 0.0 { bytes / seconds } else { 0.0 }
+}
+
+fn guest(account: &Account) -> GuestReport {
+    let block = |block: &crate::events::BlockFacts| BlockReport {
+        id: block.id.clone(),
+        bytes: block.bytes,
+        page_size: block.page_size,
+    };
+    GuestReport { bytes: account.bytes(), pages: account.pages, blocks: account.blocks.iter().map(block).collect() }
+}
+
+fn downtime(ended: &Ended) -> DowntimeReport {
+    let parts = &ended.parts;
+    DowntimeReport {
+        final_sync_ms: ms(parts.final_sync),
+        final_transfer_ms: ms(parts.final_transfer),
+        state_ms: ms(parts.state),
+        verify_ms: ms(parts.verify),
+        handover_ms: ms(parts.handover),
+    }
+}
+
+fn round(round: &Round) -> RoundReport {
+    let tally = &round.tally;
+    RoundReport {
+        round: tally.round,
+        ms: ms(round.duration),
+        pages: tally.pages,
+        zero: tally.zero,
+        raw: tally.raw,
+        compressed: tally.compressed,
+        xbzrle: tally.xbzrle,
+        unchanged: tally.unchanged,
+        xbzrle_misses: tally.xbzrle_misses,
+        xbzrle_overflows: tally.xbzrle_overflows,
+        bytes_in: tally.bytes_in,
+        bytes_out: tally.bytes_out,
+        dirty_after: round.dirty_after,
+    }
+}
+
+fn stage(reading: &Reading) -> StageReport {
+    StageReport {
+        name: reading.name,
+        lane: reading.lane,
+        busy_ms: ms(reading.busy),
+        input_wait_ms: ms(reading.input_wait),
+        output_wait_ms: ms(reading.output_wait),
+        batches: reading.batches,
+        pages: reading.pages,
+    }
+}
+
+/// Milliseconds, to the microsecond.
+fn ms(time: Duration) -> f64 {
+    (time.as_secs_f64() * 1e6).round() / 1e3
+}
+
+#[cfg(test)]
+pub(crate) mod tests;

@@ -1,0 +1,103 @@
+//! The end of a migration as a person reads it: verdict, rounds, downtime, bottleneck. At most 100 columns.
+
+use std::fmt::Write;
+
+use super::account::{Account, Round};
+use super::bottleneck::bottleneck;
+use super::{Frame, human, status, throughput};
+use crate::events::{Ended, Phase};
+
+const HEADS: [&str; 11] =
+    ["round", "time", "pages", "zero", "raw", "compressed", "xbzrle", "unchanged", "in", "out", "dirty after"];
+
+/// The verdict in one line.
+#[must_use]
+pub fn verdict(verdict: &Ended, account: &Account) -> String {
+    let mut line = format!("{} after {}", status(verdict.phase), human::time(verdict.total));
+    if let Some(error) = &verdict.error {
+        write!(line, ": {error}").expect("a string takes it");
+    }
+    if verdict.phase == Phase::Completed {
+        write!(line, ": {} moved", human::bytes(account.bytes())).expect("a string takes it");
+        if let Some(downtime) = verdict.downtime {
+            write!(line, ", downtime {}", human::time(downtime)).expect("a string takes it");
+        }
+        line.push_str(if verdict.verified == Some(true) { ", verified" } else { ", not verified" });
+    }
+    line
+}
+
+/// Everything under the verdict: the table of rounds, then the lines about the whole. Empty if nothing was moved.
+#[must_use]
+pub fn summary(frame: Frame, account: &Account, other: Option<&Account>) -> String {
+    let Some(ended) = &account.ended else { return String::new() };
+    let mut text = String::new();
+    if !account.rounds.is_empty() {
+        text.push_str(&columns(account.rounds.iter().map(row)));
+        text.push('\n');
+    }
+    for (name, line) in lines(frame, ended, account, other) {
+        writeln!(text, "{name:<11} {line}").expect("a string takes it");
+    }
+    text
+}
+
+fn row(round: &Round) -> [String; 11] {
+    let tally = &round.tally;
+    let number = if tally.last { format!("{} last", tally.round) } else { tally.round.to_string() };
+    let dirty = round.dirty_after.map_or_else(|| "-".into(), human::count);
+    [
+        number,
+        human::time(round.duration),
+        human::count(tally.pages),
+        human::count(tally.zero),
+        human::count(tally.raw),
+        human::count(tally.compressed),
+        human::count(tally.xbzrle),
+        human::count(tally.unchanged),
+        human::bytes(tally.bytes_in),
+        human::bytes(tally.bytes_out),
+        dirty,
+    ]
+}
+
+/// Rows under their heads, each column as wide as its widest cell.
+fn columns(rows: impl Iterator<Item = [String; 11]>) -> String {
+    let rows: Vec<_> = std::iter::once(HEADS.map(str::to_owned)).chain(rows).collect();
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let widths: [usize; 11] = std::array::from_fn(width);
+    let mut text = String::new();
+    for row in &rows {
+        let cells = row.iter().zip(widths).map(|(cell, width)| format!("{cell:>width$}"));
+        text.push_str(&cells.collect::<Vec<_>>().join(" "));
+        text.push('\n');
+    }
+    text
+}
+
+fn lines(frame: Frame, ended: &Ended, account: &Account, other: Option<&Account>) -> Vec<(&'static str, String)> {
+    let far = other.and_then(|account| account.ended.as_ref());
+    let mut lines = Vec::new();
+    if let Some(downtime) = ended.downtime {
+        let parts = &ended.parts;
+        let parts = [
+            ("sync", parts.final_sync),
+            ("transfer", parts.final_transfer),
+            ("state", parts.state),
+            ("verify", parts.verify),
+            ("handover", parts.handover),
+        ];
+        let parts = parts.map(|(name, time)| format!("{name} {}", human::time(time))).join(", ");
+        lines.push(("downtime", format!("{}: {parts}", human::time(downtime))));
+    }
+    let rate = human::rate(throughput(ended));
+    lines.push(("wire", format!("{} at {rate}, setup {}", human::bytes(ended.wire_bytes), human::time(ended.setup))));
+    let peak = ended.memory_peak + far.map_or(0, |far| far.memory_peak);
+    let bound = account.memory_bound + other.map_or(0, |other| other.memory_bound);
+    lines.push(("memory", format!("{} at most, {} allowed", human::bytes(peak), human::bytes(bound))));
+    let stages: Vec<_> = ended.stages.iter().chain(far.iter().flat_map(|far| &far.stages)).cloned().collect();
+    if !stages.is_empty() {
+        lines.push(("bottleneck", bottleneck(&stages, frame.max_bandwidth)));
+    }
+    lines
+}

@@ -1,0 +1,181 @@
+//! One migration as a list of events, and what report and table make of it.
+
+use std::time::Duration;
+
+use super::account::Accountant;
+use super::*;
+use crate::events::{BlockFacts, DowntimeParts, Event, Observer, Role};
+use memferry_stages::tally::RoundTally;
+
+fn reading(name: &'static str, busy: u64, input: u64, output: u64) -> Reading {
+    let [busy, input_wait, output_wait] = [busy, input, output].map(Duration::from_millis);
+    Reading { name, lane: Some(0), busy, input_wait, output_wait, batches: 4096, pages: 262_144, bytes: 0 }
+}
+
+/// How the scripted migration ended.
+pub(crate) fn ended(role: Role) -> Ended {
+    let ms = Duration::from_millis;
+    Ended {
+        phase: Phase::Completed,
+        error: None,
+        verified: Some(true),
+        total: ms(2500),
+        setup: ms(100),
+        downtime: Some(ms(213)),
+        parts: DowntimeParts {
+            final_sync: ms(3),
+            final_transfer: ms(90),
+            state: ms(10),
+            verify: ms(100),
+            handover: ms(10),
+        },
+        wire_bytes: 512 << 20,
+        memory_peak: 10 << 20,
+        stages: match role {
+            Role::Source => vec![reading("scanner", 100, 0, 2200), reading("encoder", 2200, 50, 50)],
+            Role::Destination => vec![reading("loader", 700, 1600, 0)],
+        },
+        resume_failed: false,
+    }
+}
+
+/// What one end of the scripted migration says.
+pub(crate) fn script(role: Role) -> Vec<Event> {
+    let first = RoundTally {
+        round: 1,
+        batches: 4096,
+        pages: 262_144,
+        zero: 100_000,
+        raw: 12_144,
+        compressed: 150_000,
+        bytes_in: 1 << 30,
+        bytes_out: 512 << 20,
+        ..RoundTally::default()
+    };
+    let last = RoundTally {
+        round: 2,
+        last: true,
+        batches: 20,
+        pages: 1000,
+        raw: 10,
+        xbzrle: 890,
+        unchanged: 100,
+        xbzrle_misses: 7,
+        xbzrle_overflows: 3,
+        bytes_in: 4_096_000,
+        bytes_out: 68_000,
+        ..RoundTally::default()
+    };
+    let blocks = vec![BlockFacts { id: "ram".into(), bytes: 1 << 30, page_size: 4096 }];
+    let sync = |dirty_pages| Event::Synced { after_round: 1, dirty_pages, duration: Duration::from_millis(2) };
+    vec![
+        Event::Phase(Phase::Setup),
+        Event::Connected { peer: "127.0.0.1:41234".into() },
+        Event::Guest { blocks, pages: 262_144, memory_bound: 64 << 20 },
+        Event::Phase(Phase::Active),
+        Event::RoundScanned { round: 1 },
+        Event::RoundSent { tally: first, duration: Duration::from_millis(2100) },
+        sync(900),
+        Event::Phase(Phase::Switchover),
+        Event::Paused,
+        sync(100),
+        Event::RoundSent { tally: last, duration: Duration::from_millis(90) },
+        Event::Phase(Phase::Completed),
+        Event::Ended(ended(role)),
+    ]
+}
+
+fn accountant() -> Accountant {
+    let accountant = Accountant::default();
+    for role in [Role::Source, Role::Destination] {
+        script(role).iter().for_each(|event| accountant.event(role, event));
+    }
+    accountant
+}
+
+const RUN: Frame = Frame { role: "run", max_bandwidth: None };
+
+fn report() -> Report {
+    let accountant = accountant();
+    let (source, destination) = (accountant.account(Role::Source), accountant.account(Role::Destination));
+    Report::new(RUN, &ended(Role::Source), &source, Some(&destination))
+}
+
+fn names(value: &serde_json::Value) -> String {
+    value.as_object().unwrap().keys().map(String::as_str).collect::<Vec<_>>().join(" ")
+}
+
+#[test]
+fn the_report_has_exactly_the_names_that_were_agreed() {
+    let json = serde_json::to_value(report()).unwrap();
+    let sorted = |text: &str| {
+        let mut words: Vec<_> = text.split_whitespace().collect();
+        words.sort_unstable();
+        words.join(" ")
+    };
+    let top = "schema role status error verified guest total_ms setup_ms downtime_ms downtime wire_bytes \
+               throughput_bytes_per_s memory_bound_bytes memory_peak_bytes bottleneck rounds stages";
+    let round = "round ms pages zero raw compressed xbzrle unchanged xbzrle_misses xbzrle_overflows bytes_in bytes_out \
+                 dirty_after";
+    let stage = "name lane busy_ms input_wait_ms output_wait_ms batches pages";
+    assert_eq!(sorted(&names(&json)), sorted(top));
+    assert_eq!(sorted(&names(&json["guest"])), "blocks bytes pages");
+    assert_eq!(sorted(&names(&json["guest"]["blocks"][0])), "bytes id page_size");
+    assert_eq!(sorted(&names(&json["downtime"])), "final_sync_ms final_transfer_ms handover_ms state_ms verify_ms");
+    assert_eq!(sorted(&names(&json["rounds"][0])), sorted(round));
+    assert_eq!(sorted(&names(&json["stages"][0])), sorted(stage));
+}
+
+#[test]
+fn the_report_says_what_the_events_said() {
+    let report = report();
+    assert_eq!((report.schema, report.role, report.status, report.verified), (1, "run", "completed", Some(true)));
+    assert_eq!((report.total_ms, report.setup_ms, report.downtime_ms), (2500.0, 100.0, Some(213.0)));
+    assert_eq!(report.guest.bytes, 1 << 30);
+    assert_eq!(report.rounds.iter().map(|round| round.dirty_after).collect::<Vec<_>>(), [Some(900), Some(0)]);
+    for round in &report.rounds {
+        assert_eq!(round.zero + round.raw + round.compressed + round.xbzrle + round.unchanged, round.pages);
+    }
+    assert_eq!(report.stages.iter().map(|stage| stage.name).collect::<Vec<_>>(), ["scanner", "encoder", "loader"]);
+    assert_eq!((report.memory_bound_bytes, report.memory_peak_bytes), (128 << 20, 20 << 20));
+    assert_eq!(report.bottleneck, "the encoder of lane 0: busy 96 % of the time");
+    assert!((report.throughput_bytes_per_s - f64::from(512 << 20) / 2.4).abs() < 1.0);
+}
+
+#[test]
+fn the_report_is_written_whole_or_not_at_all() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("report.json");
+    report().write(&file).unwrap();
+    let json: serde_json::Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+    assert_eq!(json["status"], "completed");
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+    assert!(report().write(&folder.path().join("absent/report.json")).is_err());
+}
+
+#[test]
+fn the_table_fits_a_terminal() {
+    let accountant = accountant();
+    let (source, destination) = (accountant.account(Role::Source), accountant.account(Role::Destination));
+    let verdict = table::verdict(&ended(Role::Source), &source);
+    let text = format!("{verdict}\n\n{}", table::summary(RUN, &source, Some(&destination)));
+    insta::assert_snapshot!(text, @r"
+    completed after 2.50 s: 1.00 GiB moved, downtime 213 ms, verified
+
+     round    time   pages    zero    raw compressed xbzrle unchanged       in      out dirty after
+         1  2.10 s 262,144 100,000 12,144    150,000      0         0 1.00 GiB  512 MiB         900
+    2 last 90.0 ms   1,000       0     10          0    890       100 3.91 MiB 66.4 KiB           0
+
+    downtime    213 ms: sync 3.00 ms, transfer 90.0 ms, state 10.0 ms, verify 100 ms, handover 10.0 ms
+    wire        512 MiB at 213 MiB/s, setup 100 ms
+    memory      20.0 MiB at most, 128 MiB allowed
+    bottleneck  the encoder of lane 0: busy 96 % of the time
+    ");
+    assert!(text.lines().all(|line| line.chars().count() <= 100));
+}
+
+#[test]
+fn a_failure_says_why_and_claims_nothing() {
+    let failed = Ended { phase: Phase::Failed, error: Some("disk full".into()), verified: None, ..ended(Role::Source) };
+    assert_eq!(table::verdict(&failed, &account::Account::default()), "failed after 2.50 s: disk full");
+}

@@ -1,0 +1,163 @@
+//! Digests: one hash of each stretch, to prove that both sides hold the same memory.
+//!
+//! Both sides stand still when it is taken. Memory is read through its seam, extent by extent, into a scratch buffer; zero
+//! pages are hashed from a page of zeros that stays in the cache, and pages that are known to be untouched are not read at
+//! all. When digests differ, [`page_hashes`] of both sides find the page.
+
+use std::io;
+
+use xxhash_rust::xxh3::{Xxh3Default, xxh3_64};
+
+use crate::bitmap::DirtyBitmap;
+use crate::geometry::{ExtentAt, STRETCH_BYTES, bits};
+use crate::memory::{GuestMemory, ZEROS};
+use crate::pool::PooledBuffer;
+
+/// Extents of a stretch at most: masks of pages of a stretch have as many words.
+pub const STRETCH_WORDS: usize = 8;
+const _: () = assert!(STRETCH_BYTES == STRETCH_WORDS as u64 * 64 * 4096);
+
+/// What a digest leaves out, and what it need not read.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Known<'a> {
+    /// Pages that were never touched: hashed as zeros without being read.
+    pub untouched: Option<&'a DirtyBitmap>,
+    /// Pages that did not travel (hinted free, unplugged), extent by extent of the stretch: not hashed.
+    pub left_out: [u64; STRETCH_WORDS],
+}
+
+/// How many stretches a block has.
+///
+/// # Panics
+/// If there is no such block.
+#[must_use]
+pub fn stretch_count(memory: &GuestMemory, block: u32) -> u64 {
+    u64::from(memory.layout().block_extents(block)).div_ceil(memory.page_size().stretch_extents())
+}
+
+/// The xxh3-128 of the pages of a stretch, one after another: holes as zeros, a partial last page padded with zeros, pages
+/// left out not at all.
+///
+/// # Errors
+/// When the memory cannot be read.
+///
+/// # Panics
+/// If there is no such stretch, or `scratch` is smaller than an extent.
+pub fn stretch_digest(
+    memory: &GuestMemory,
+    block: u32,
+    stretch: u64,
+    known: &Known<'_>,
+    scratch: &mut PooledBuffer,
+) -> io::Result<u128> {
+    let mut hash = Xxh3Default::new();
+    each_page(memory, block, stretch, known, scratch, |page| hash.update(page))?;
+    Ok(hash.digest128())
+}
+
+/// The xxh3-64 of each page of a stretch, to find those that differ.
+///
+/// # Errors
+/// When the memory cannot be read.
+///
+/// # Panics
+/// As [`stretch_digest`].
+pub fn page_hashes(memory: &GuestMemory, block: u32, stretch: u64, scratch: &mut PooledBuffer) -> io::Result<Vec<u64>> {
+    let mut hashes = Vec::new();
+    each_page(memory, block, stretch, &Known::default(), scratch, |page| hashes.push(xxh3_64(page)))?;
+    Ok(hashes)
+}
+
+fn each_page(
+    memory: &GuestMemory,
+    block: u32,
+    stretch: u64,
+    known: &Known<'_>,
+    scratch: &mut PooledBuffer,
+    mut use_page: impl FnMut(&[u8]),
+) -> io::Result<()> {
+    assert!(stretch < stretch_count(memory, block), "block {block} has no stretch {stretch}");
+    let (layout, size) = (memory.layout(), memory.page_size());
+    let first = u32::try_from(stretch * size.stretch_extents()).expect("an extent of the block");
+    let extents = u32::try_from(size.stretch_extents()).expect("a few");
+    let end = (first + extents).min(layout.block_extents(block));
+    for (extent, left_out) in (first..end).zip(known.left_out) {
+        let at = ExtentAt { block, extent };
+        let pages = layout.valid_mask(at) & !left_out;
+        let untouched = known.untouched.map_or(0, |untouched| untouched.peek(at));
+        let to_read = pages & !untouched;
+        let zero = match to_read {
+            0 => 0,
+            mask => memory.block(block).memory.read_extent(size, at.first_page(), mask, scratch)?,
+        };
+        let zero = zero | untouched;
+        let mut read = scratch.chunks_exact(size.bytes());
+        for bit in bits(pages) {
+            let is_zero = zero & (1 << bit) != 0;
+            use_page(if is_zero { &ZEROS[..size.bytes()] } else { read.next().expect("it was read") });
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use xxhash_rust::xxh3::xxh3_128;
+
+    use super::*;
+    use crate::geometry::{BlockInfo, PageSize};
+    use crate::memory::{MappedMemory, RamBlock};
+    use crate::pool::BufferPool;
+
+    /// Two stretches and a bit, every third page zero.
+    fn guest(size: PageSize) -> (GuestMemory, Arc<MappedMemory>, Vec<u8>) {
+        let length = 2 * usize::try_from(size.stretch_bytes()).unwrap() + 3 * size.bytes() + 77;
+        let mut bytes = vec![0; length.next_multiple_of(size.bytes())];
+        for (page, chunk) in bytes[..length].chunks_mut(size.bytes()).enumerate().filter(|(page, _)| page % 3 != 0) {
+            chunk.fill(u8::try_from(page % 251).unwrap() + 1);
+        }
+        let memory = Arc::new(MappedMemory::anonymous(length).unwrap());
+        memory.store(0, &bytes[..length]);
+        let info = BlockInfo { id: "ram".into(), length: length as u64, guest_address: 0, backing_page_size: 4096 };
+        let block = RamBlock { info, memory: memory.clone(), fresh: false };
+        (GuestMemory::new(size, vec![block]).unwrap(), memory, bytes)
+    }
+
+    #[test]
+    fn a_digest_is_the_hash_of_the_bytes() {
+        for size in [4096, 32768, 65536].map(|bytes| PageSize::new(bytes).unwrap()) {
+            let (guest, _, bytes) = guest(size);
+            let mut scratch = BufferPool::new(1, size.extent_bytes()).try_take().unwrap();
+            let stretches = bytes.chunks(usize::try_from(size.stretch_bytes()).unwrap());
+            assert_eq!(stretch_count(&guest, 0), 3);
+            for (stretch, bytes) in (0..).zip(stretches) {
+                let digest = stretch_digest(&guest, 0, stretch, &Known::default(), &mut scratch).unwrap();
+                assert_eq!(digest, xxh3_128(bytes), "stretch {stretch} of {size:?} pages");
+                let hashes: Vec<_> = bytes.chunks(size.bytes()).map(xxh3_64).collect();
+                assert_eq!(page_hashes(&guest, 0, stretch, &mut scratch).unwrap(), hashes);
+            }
+        }
+    }
+
+    #[test]
+    fn untouched_pages_are_zeros_without_being_read_and_others_are_left_out() {
+        let size = PageSize::DEFAULT;
+        let (guest, memory, mut bytes) = guest(size);
+        let mut scratch = BufferPool::new(1, size.extent_bytes()).try_take().unwrap();
+        let untouched = DirtyBitmap::empty(guest.layout());
+        untouched.set_range(0, 512 + 60..512 + 70);
+        let mut known = Known { untouched: Some(&untouched), ..Known::default() };
+        known.left_out[7] = 1 << 63;
+        let digest = stretch_digest(&guest, 0, 1, &known, &mut scratch).unwrap();
+        let start = 512 * 4096;
+        bytes[start + 60 * 4096..start + 70 * 4096].fill(0);
+        assert_eq!(digest, xxh3_128(&bytes[start..start + 511 * 4096]));
+        memory.store((512 + 65) * 4096, &[9]);
+        memory.store((512 + 511) * 4096, &[9]);
+        assert_eq!(stretch_digest(&guest, 0, 1, &known, &mut scratch).unwrap(), digest);
+        memory.store((512 + 71) * 4096, &[9]);
+        assert_ne!(stretch_digest(&guest, 0, 1, &known, &mut scratch).unwrap(), digest);
+    }
+}

@@ -1,0 +1,176 @@
+//! The conformance kit: what every dirty log must do, tried on one.
+//!
+//! Whoever writes a log gives a function that makes a [`Subject`]: memory, the logs that together follow it, and a
+//! [`Writer`] that stands for its guest. [`check`] makes several of them and plays a migration's scanner and destination
+//! on each. It ends with an equal copy, or with a [`Breach`] that says which page was lost.
+//!
+//! | case | what must hold |
+//! |---|---|
+//! | quiet | memory that nobody writes becomes clean and stays so |
+//! | found | every single write is found by the next sync |
+//! | marked | so is a write that the log cannot see, once it is marked |
+//! | restarted | a log that was stopped can be started again, and misses nothing |
+//! | schedules | in thousands of random orders of writes, holes, syncs, takes, reads and late reports nothing is lost, A-B-A included |
+//! | race | nor is it under threads that never stop writing |
+//!
+//! # Example
+//! ```
+//! use std::sync::Arc;
+//! use memferry_stages::dirty_log::conformance::{Subject, Writer, check};
+//! use memferry_stages::dirty_log::{DirtyLog, SoftwareLog};
+//! use memferry_stages::geometry::{BlockInfo, PageSize};
+//! use memferry_stages::memory::{GuestMemory, MappedMemory, RamBlock};
+//!
+//! struct Guest(Arc<MappedMemory>, Arc<SoftwareLog>);
+//!
+//! impl Writer for Guest {
+//!     fn store(&self, block: u32, offset: usize, bytes: &[u8]) {
+//!         self.0.store(offset, bytes);
+//!         let page = offset as u64 / 4096;
+//!         self.1.mark(block, page..page + 1);
+//!     }
+//! }
+//!
+//! fn subject() -> Subject {
+//!     let memory = Arc::new(MappedMemory::anonymous(100 * 4096).unwrap());
+//!     let info = BlockInfo { id: "ram".into(), length: 100 * 4096, guest_address: 0, backing_page_size: 4096 };
+//!     let block = RamBlock { info, memory: memory.clone(), fresh: true };
+//!     let guest = GuestMemory::new(PageSize::DEFAULT, vec![block]).unwrap();
+//!     let log = Arc::new(SoftwareLog::new(guest.layout()));
+//!     Subject { memory: guest, logs: vec![log.clone()], writer: Arc::new(Guest(memory, log)) }
+//! }
+//! check(&subject).unwrap();
+//! ```
+
+mod cases;
+mod mirror;
+mod race;
+mod schedule;
+#[cfg(test)]
+mod tests;
+
+use std::fmt;
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::DirtyLog;
+use crate::geometry::{Layout, PageAt};
+use crate::memory::GuestMemory;
+
+/// What is tried: a small guest, not started. Some hundred pages are enough, and the fewer the harder.
+#[expect(missing_debug_implementations, reason = "a writer need not be Debug")]
+pub struct Subject {
+    /// Its memory; all zero.
+    pub memory: GuestMemory,
+    /// The logs that together see every write to it.
+    pub logs: Vec<Arc<dyn DirtyLog>>,
+    /// Who writes it.
+    pub writer: Arc<dyn Writer>,
+}
+
+/// Stands for a guest: writes memory in the way that the logs under test are for. Called from several threads.
+pub trait Writer: Send + Sync {
+    /// Stores bytes that lie in one page, so that the logs find them: where they must be told, tells them.
+    fn store(&self, block: u32, offset: usize, bytes: &[u8]);
+
+    /// Makes pages zero by giving them back to the host, and marks them where the logs would not see it. False if this
+    /// memory has no holes.
+    fn punch(&self, block: u32, pages: Range<u64>) -> bool {
+        let _ = (block, pages);
+        false
+    }
+
+    /// Stores bytes in a way that the logs do not see, and marks nothing: the kit does. False if there is no such way.
+    fn store_unseen(&self, block: u32, offset: usize, bytes: &[u8]) -> bool {
+        let _ = (block, offset, bytes);
+        false
+    }
+}
+
+/// A log has broken its promise.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{case}: {what}")]
+pub struct Breach {
+    /// The case that found it.
+    pub case: &'static str,
+    /// What was missed.
+    pub what: String,
+}
+
+/// Runs every case. Takes one to two seconds.
+///
+/// # Errors
+/// The first [`Breach`]. An error that the log or the memory returns is one too.
+pub fn check(make: &dyn Fn() -> Subject) -> Result<(), Breach> {
+    check_as(make, Order::Right)
+}
+
+fn check_as(make: &dyn Fn() -> Subject, order: Order) -> Result<(), Breach> {
+    cases::quiet(make, order)?;
+    cases::found(make, order)?;
+    cases::marked(make, order)?;
+    cases::restarted(make, order)?;
+    schedule::schedules(make, order)?;
+    race::race(make, order)
+}
+
+/// In which order the kit's scanner does its work. The wrong ones are there to show that the kit finds them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Order {
+    /// Take, re-arm, read.
+    Right,
+    /// Take, read, re-arm.
+    ReadBeforeRearm,
+    /// Read, re-arm, take.
+    ReadBeforeTake,
+}
+
+impl Breach {
+    fn new(case: &'static str, what: impl fmt::Display) -> Self {
+        Self { case, what: what.to_string() }
+    }
+
+    /// Turns an error of the log or the memory into a breach.
+    fn failed(case: &'static str) -> impl Fn(io::Error) -> Self {
+        move |error| Self::new(case, format_args!("a call failed: {error}"))
+    }
+}
+
+/// A small random number generator (splitmix64), so that a case can be repeated from its seed.
+#[derive(Clone, Debug)]
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^ (mixed >> 31)
+    }
+
+    fn below(&mut self, limit: u64) -> u64 {
+        self.next() % limit
+    }
+
+    /// Any page of the guest.
+    fn page(&mut self, layout: &Layout) -> PageAt {
+        let mut page = self.below(layout.pages());
+        let mut block = 0;
+        while page >= layout.block_pages(block) {
+            page -= layout.block_pages(block);
+            block += 1;
+        }
+        PageAt { block, page }
+    }
+}
+
+/// Where a page starts in its block, in bytes.
+fn offset(layout: &Layout, at: PageAt) -> usize {
+    usize::try_from(at.page).expect("a page in memory") * layout.page_size().bytes()
+}
+
+/// Every page of a guest.
+fn all_pages(layout: &Layout) -> impl Iterator<Item = PageAt> + '_ {
+    (0..layout.block_count()).flat_map(|block| (0..layout.block_pages(block)).map(move |page| PageAt { block, page }))
+}

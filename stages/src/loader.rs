@@ -1,0 +1,276 @@
+//! Loader: puts the pages of one lane into guest memory. It alone writes that part of it (law 4).
+//!
+//! ```text
+//! receiver ── Arrived ──▶ ┌────────┐ ──▶ guest memory
+//!                         │ loader │ ──▶ held: the pages that are here whole
+//!                         └────────┘ ── RoundComplete, Switchover ──▶ controller
+//! ```
+//!
+//! It takes checked frames in the order they were sent, and promises:
+//! - Nothing of a frame is written before its payload's hash was compared (where the stream has hashes) and its encodings
+//!   were found to be agreed on.
+//! - A page is written only when it is decoded whole: a compressed page is decompressed aside, a delta is checked to its
+//!   last byte and needs a page to patch. Damage never leaves a wrong page; an error names the frame's offset and the page.
+//! - A page's `held` bit is taken away before the page is written and set when it is whole again.
+//! - A zero page of a fresh block that was never loaded is not touched: it is zero already. Of any other block it is
+//!   written, for who knows what was there. Raw pages that lie side by side are written in one call, zero pages too.
+//!
+//! Its meter counts pages and page bytes.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::batch::Item;
+use crate::bitmap::DirtyBitmap;
+use crate::codec::Decompressor;
+use crate::error::{Cause, StageError};
+use crate::geometry::{ExtentAt, PageAt, bits, run_mask, runs};
+use crate::memory::GuestMemory;
+use crate::meter::Meter;
+use crate::queue::{Inlet, Outlet};
+use crate::receiver::Arrived;
+use crate::stage::Stage;
+use crate::tally::RoundTally;
+use crate::wire::error::{FrameError, WireError};
+use crate::wire::hello::Features;
+use crate::wire::pages::{PageEncoding, PagesHead};
+use crate::xbzrle::Delta;
+
+/// What a lane's loader has done: what the destination acknowledges. The loader writes, anyone reads.
+#[derive(Debug, Default)]
+pub struct LaneProgress {
+    /// Pages frames that are loaded, in the order they were sent.
+    pub frames: AtomicU64,
+    /// Page bytes that they brought.
+    pub bytes: AtomicU64,
+}
+
+/// What a loader reports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Loaded {
+    /// Everything up to the end of this round is in memory in the lane.
+    RoundComplete {
+        /// The lane.
+        lane: u16,
+        /// What the round came to in it, as the source says.
+        tally: RoundTally,
+    },
+    /// Everything is in memory in the lane.
+    Switchover {
+        /// The lane.
+        lane: u16,
+    },
+}
+
+/// The stage: see the module.
+#[derive(Debug)]
+pub struct Loader {
+    lane: u16,
+    memory: GuestMemory,
+    held: Arc<DirtyBitmap>,
+    checksum: bool,
+    allowed: Features,
+    progress: Arc<LaneProgress>,
+    decompressor: Decompressor,
+    /// A page that is being decompressed.
+    page: Vec<u8>,
+    stage: Stage,
+}
+
+/// Why a frame cannot be loaded.
+enum Fault {
+    /// The peer is wrong.
+    Frame(WireError),
+    /// The memory fails.
+    Memory(PageAt, io::Error),
+}
+
+impl From<WireError> for Fault {
+    fn from(error: WireError) -> Self {
+        Self::Frame(error)
+    }
+}
+
+impl Loader {
+    /// The loader of one lane. `held` starts empty and is shared by all lanes; `checksum` says whether payloads carry their
+    /// hash, `allowed` which encodings were agreed on.
+    #[must_use]
+    pub fn new(
+        lane: u16,
+        memory: GuestMemory,
+        held: Arc<DirtyBitmap>,
+        checksum: bool,
+        allowed: Features,
+        progress: Arc<LaneProgress>,
+        meter: Arc<Meter>,
+    ) -> Self {
+        let page = vec![0; memory.page_size().bytes()];
+        let (decompressor, stage) = (Decompressor::default(), Stage::new("loader", Some(lane), meter));
+        Self { lane, memory, held, checksum, allowed, progress, decompressor, page, stage }
+    }
+
+    /// Runs until the lane's Switchover, or until there is no more input.
+    ///
+    /// # Errors
+    /// When a frame cannot be loaded, memory cannot be written, or nobody takes the reports.
+    pub async fn run(mut self, input: Inlet<Item<Arrived>>, output: Outlet<Loaded>) -> Result<(), StageError> {
+        let (input, output) = (input.metered(&self.stage.meter), output.metered(&self.stage.meter));
+        let lane = self.lane;
+        while let Some(item) = input.next().await {
+            let report = match item {
+                Item::Batch(arrived) => {
+                    self.batch(&arrived)?;
+                    continue;
+                }
+                Item::RoundComplete(tally) => Loaded::RoundComplete { lane, tally },
+                Item::Switchover => Loaded::Switchover { lane },
+            };
+            output.put(report).await.map_err(|closed| self.stage.fails(closed))?;
+            if let Loaded::Switchover { .. } = report {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Loads a frame and acknowledges it.
+    fn batch(&mut self, arrived: &Arrived) -> Result<(), StageError> {
+        self.load(arrived).map_err(|fault| self.stage.fails(cause(fault, arrived.offset)))?;
+        let pages = u64::from(arrived.head.mask.count_ones());
+        let bytes = pages * self.memory.page_size().bytes() as u64;
+        self.stage.meter.count(pages, bytes);
+        self.progress.bytes.fetch_add(bytes, Ordering::Release);
+        self.progress.frames.fetch_add(1, Ordering::Release);
+        Ok(())
+    }
+
+    fn load(&mut self, Arrived { head, payload, .. }: &Arrived) -> Result<(), Fault> {
+        let payload = payload.as_deref().unwrap_or_default();
+        if self.checksum {
+            head.check_payload(payload)?;
+        }
+        self.check_agreed(head)?;
+        self.clear(head.at, head.zero)?;
+        pieces(head, payload).try_for_each(|piece| self.place(head.at, &piece))
+    }
+
+    fn check_agreed(&self, head: &PagesHead) -> Result<(), WireError> {
+        for (bit, &(encoding, _)) in bits(head.mask & !head.zero).zip(&head.pages) {
+            let agreed = match encoding {
+                PageEncoding::Raw => true,
+                PageEncoding::Snap => self.allowed.snap,
+                PageEncoding::Lz4 => self.allowed.lz4,
+                PageEncoding::Zstd => self.allowed.zstd,
+                PageEncoding::Xbzrle => self.allowed.xbzrle,
+            };
+            if !agreed {
+                return Err(WireError::NotAgreed { page: head.at.page(bit), encoding });
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes pages zero. Those of a fresh block that are not held were never written: a write that fails ends the loader.
+    fn clear(&self, at: ExtentAt, zero: u64) -> Result<(), Fault> {
+        let touched = if self.memory.block(at.block).fresh { self.held.peek(at) } else { u64::MAX };
+        for (first, count) in runs(zero & touched) {
+            let start = at.page(first);
+            self.replace(at, run_mask(first, count), || {
+                let pages = start.page..start.page + u64::from(count);
+                self.memory.block(at.block).memory.write_zeros(self.memory.page_size(), pages)
+            })?;
+        }
+        self.held.set_mask(at, zero & !touched);
+        Ok(())
+    }
+
+    /// Decodes a piece and writes it.
+    fn place(&mut self, at: ExtentAt, piece: &Piece<'_>) -> Result<(), Fault> {
+        let page = at.page(piece.first);
+        match piece.encoding {
+            PageEncoding::Raw => self.write(at, piece.mask(), piece.bytes),
+            PageEncoding::Xbzrle => self.patch(at, piece),
+            codec @ (PageEncoding::Snap | PageEncoding::Lz4 | PageEncoding::Zstd) => {
+                let decompressed = self.decompressor.decompress(codec, piece.bytes, &mut self.page);
+                decompressed.map_err(|error| WireError::PageData { page, why: error.to_string() })?;
+                self.write(at, piece.mask(), &self.page)
+            }
+        }
+    }
+
+    /// Writes whole pages side by side.
+    fn write(&self, at: ExtentAt, mask: u64, bytes: &[u8]) -> Result<(), Fault> {
+        let first = at.page(mask.trailing_zeros()).page;
+        self.replace(at, mask, || self.memory.block(at.block).memory.write_pages(self.memory.page_size(), first, bytes))
+    }
+
+    fn patch(&self, at: ExtentAt, piece: &Piece<'_>) -> Result<(), Fault> {
+        let page = at.page(piece.first);
+        if !self.held.is_set(page) {
+            return Err(WireError::NotHeld { page }.into());
+        }
+        let delta = Delta::parse(piece.bytes, self.memory.page_size().bytes())
+            .map_err(|error| WireError::PageData { page, why: error.to_string() })?;
+        self.replace(at, piece.mask(), || {
+            self.memory.block(at.block).memory.patch(self.memory.page_size(), page.page, &delta)
+        })
+    }
+
+    /// Pages are not held while they are written.
+    fn replace(&self, at: ExtentAt, mask: u64, write: impl FnOnce() -> io::Result<()>) -> Result<(), Fault> {
+        let _before = self.held.take_mask(at, mask);
+        write().map_err(|error| Fault::Memory(at.page(mask.trailing_zeros()), error))?;
+        self.held.set_mask(at, mask);
+        Ok(())
+    }
+}
+
+/// What a loader does in one step: one page, or raw pages that lie side by side.
+struct Piece<'a> {
+    /// The first page, as a bit of the extent.
+    first: u32,
+    /// How many pages.
+    count: u32,
+    encoding: PageEncoding,
+    bytes: &'a [u8],
+}
+
+impl Piece<'_> {
+    fn mask(&self) -> u64 {
+        run_mask(self.first, self.count)
+    }
+}
+
+/// The payload of a frame, piece by piece.
+fn pieces<'a>(head: &'a PagesHead, payload: &'a [u8]) -> impl Iterator<Item = Piece<'a>> {
+    let mut pages = bits(head.mask & !head.zero).zip(&head.pages).peekable();
+    let mut rest = payload;
+    std::iter::from_fn(move || {
+        let (first, &(encoding, bytes)) = pages.next()?;
+        let (mut count, mut length) = (1, bytes as usize);
+        while encoding == PageEncoding::Raw
+            && let Some((_, &(_, bytes))) = pages.next_if(|&(bit, &(next, _))| next == encoding && bit == first + count)
+        {
+            count += 1;
+            length += bytes as usize;
+        }
+        let (bytes, behind) = rest.split_at(length);
+        rest = behind;
+        Some(Piece { first, count, encoding, bytes })
+    })
+}
+
+fn cause(fault: Fault, offset: u64) -> Cause {
+    match fault {
+        Fault::Frame(error) => Cause::Frame(FrameError { offset, stream: "its stream".into(), error }),
+        Fault::Memory(at, error) => Cause::Memory { doing: "cannot write", at, error },
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod frames;
+#[cfg(test)]
+pub(crate) mod recorder;
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,78 @@
+//! Pages frames made by hand, for tests: as an encoder may make them, or as none would.
+
+use crate::codec::{Codec, Compressor};
+use crate::geometry::ExtentAt;
+use crate::pool::BufferPool;
+use crate::receiver::Arrived;
+use crate::wire::pages::{PageEncoding, PagesHead, payload_hash};
+use crate::xbzrle::{Encoded, encode_page};
+
+pub(crate) const PAGE: usize = 4096;
+
+/// A frame of one extent of block 0.
+#[derive(Clone, Debug)]
+pub(crate) struct Frame {
+    pub(crate) head: PagesHead,
+    pub(crate) payload: Vec<u8>,
+}
+
+impl Frame {
+    /// A frame of no pages.
+    pub(crate) fn new(extent: u32, round: u32) -> Self {
+        let at = ExtentAt { block: 0, extent };
+        let head = PagesHead { at, round, mask: 0, zero: 0, payload_hash: payload_hash(&[]), pages: Vec::new() };
+        Self { head, payload: Vec::new() }
+    }
+
+    /// With a zero page at `bit`.
+    pub(crate) fn zero(mut self, bit: u32) -> Self {
+        self.head.mask |= 1 << bit;
+        self.head.zero |= 1 << bit;
+        self
+    }
+
+    /// With these bytes as the page at `bit`, which lies behind all the others.
+    pub(crate) fn coded(mut self, bit: u32, encoding: PageEncoding, bytes: &[u8]) -> Self {
+        assert_eq!(self.head.mask & !self.head.zero & (u64::MAX << bit), 0, "pages in order");
+        self.head.mask |= 1 << bit;
+        self.head.pages.push((encoding, u32::try_from(bytes.len()).unwrap()));
+        self.payload.extend(bytes);
+        self.head.payload_hash = payload_hash(&self.payload);
+        self
+    }
+
+    pub(crate) fn raw(self, bit: u32, page: &[u8]) -> Self {
+        self.coded(bit, PageEncoding::Raw, page)
+    }
+
+    /// With a compressed page, or a raw one if it does not shrink.
+    pub(crate) fn compressed(self, bit: u32, codec: Codec, page: &[u8]) -> Self {
+        let mut out = vec![0; PAGE - 1];
+        match Compressor::new(codec).compress(page, &mut out) {
+            Some(bytes) => self.coded(bit, codec.encoding(), &out[..bytes]),
+            None => self.raw(bit, page),
+        }
+    }
+
+    /// With a delta; nothing if the pages are equal, and the page itself if the delta overflows.
+    pub(crate) fn delta(self, bit: u32, old: &[u8], page: &[u8]) -> Self {
+        let mut out = vec![0; PAGE];
+        match encode_page(old, page, &mut out) {
+            Encoded::Equal => self,
+            Encoded::Delta(bytes) => self.coded(bit, PageEncoding::Xbzrle, &out[..bytes]),
+            Encoded::Overflow => self.raw(bit, page),
+        }
+    }
+
+    /// As a receiver hands it on.
+    pub(crate) fn arrived(&self, offset: u64) -> Arrived {
+        let mut buffer = BufferPool::new(1, self.payload.len().max(1)).try_take().unwrap();
+        buffer.extend(&self.payload);
+        Arrived { head: self.head.clone(), payload: (!self.payload.is_empty()).then_some(buffer), offset }
+    }
+
+    /// As it stands in a stream.
+    pub(crate) fn bytes(&self, lane: u16) -> Vec<u8> {
+        [&self.head.to_bytes(lane)[..], &self.payload].concat()
+    }
+}

@@ -1,0 +1,291 @@
+use proptest::prelude::*;
+
+use super::frames::{Frame, PAGE};
+use super::recorder::{Deed, Recorder};
+use super::*;
+use crate::codec::Codec;
+use crate::queue::bounded;
+
+/// Pages of the guest of these tests: two extents, the second partial.
+const PAGES: usize = 64 + 17;
+const CODECS: [Codec; 3] = [Codec::Snap, Codec::Lz4, Codec::Zstd { level: 1 }];
+
+/// A loader of a guest that holds 0xee everywhere (a fresh one holds zeros), and what it works on.
+struct Bed {
+    loader: Loader,
+    memory: Arc<Recorder>,
+    held: Arc<DirtyBitmap>,
+    progress: Arc<LaneProgress>,
+}
+
+fn bed(fresh: bool) -> Bed {
+    let features = Features { snap: true, lz4: true, zstd: true, xbzrle: true, ..Features::default() };
+    bed_with(fresh, true, features)
+}
+
+fn bed_with(fresh: bool, checksum: bool, allowed: Features) -> Bed {
+    let (guest, memory, held) = Recorder::guest(vec![if fresh { 0 } else { 0xee }; PAGES * PAGE], fresh);
+    let progress = Arc::new(LaneProgress::default());
+    let meter = Meter::start("loader", Some(3));
+    let loader = Loader::new(3, guest, held.clone(), checksum, allowed, progress.clone(), meter);
+    Bed { loader, memory, held, progress }
+}
+
+impl Bed {
+    fn load(&mut self, frame: &Frame) -> Result<(), StageError> {
+        self.loader.batch(&frame.arrived(1000))
+    }
+
+    /// The error of a frame that cannot be loaded.
+    fn refuses(&mut self, frame: &Frame) -> WireError {
+        match self.load(frame).unwrap_err().cause {
+            Cause::Frame(error) => {
+                assert_eq!(error.offset, 1000);
+                error.error
+            }
+            other => panic!("{other}"),
+        }
+    }
+
+    fn held(&self) -> [u64; 2] {
+        [0, 1].map(|extent| self.held.peek(ExtentAt { block: 0, extent }))
+    }
+
+    fn page(&self, page: usize) -> Vec<u8> {
+        self.memory.bytes()[page * PAGE..][..PAGE].to_vec()
+    }
+}
+
+/// A page of a pattern of its own that compresses well.
+fn text(number: u8) -> Vec<u8> {
+    (0..PAGE).map(|at| b"memory that moves "[at % 18] ^ number).collect()
+}
+
+fn at(page: u64) -> PageAt {
+    PageAt { block: 0, page }
+}
+
+#[test]
+fn zero_pages_of_a_fresh_block_are_not_touched_until_something_was_loaded_there() {
+    let mut bed = bed(true);
+    bed.load(&Frame::new(0, 1).zero(0).zero(1).zero(5)).unwrap();
+    assert_eq!((bed.memory.deeds(), bed.held()), (vec![], [0b10_0011, 0]));
+    bed.load(&Frame::new(0, 1).raw(7, &text(1))).unwrap();
+    assert_eq!(bed.memory.deeds(), [Deed::Wrote(7..8)]);
+    // Pages that are held are made zero: 0, 1, 5 and 7 may hold anything; 6 was never here.
+    bed.load(&Frame::new(0, 2).zero(0).zero(1).zero(5).zero(6).zero(7)).unwrap();
+    assert_eq!(bed.memory.deeds(), [Deed::Zeroed(0..2), Deed::Zeroed(5..6), Deed::Zeroed(7..8)]);
+    assert_eq!((bed.page(7), bed.held()), (vec![0; PAGE], [0b1110_0011, 0]));
+}
+
+#[test]
+fn zero_pages_of_any_other_block_are_written() {
+    let mut bed = bed(false);
+    bed.load(&Frame::new(1, 1).zero(0).zero(1).zero(2).zero(16)).unwrap();
+    assert_eq!(bed.memory.deeds(), [Deed::Zeroed(64..67), Deed::Zeroed(80..81)]);
+    assert_eq!(bed.held(), [0, 0b1_0000_0000_0000_0111]);
+}
+
+#[test]
+fn raw_pages_side_by_side_are_written_at_once() {
+    let mut bed = bed(true);
+    let frame = Frame::new(0, 1).raw(2, &text(2)).raw(3, &text(3)).zero(4).raw(5, &text(5));
+    let frame = frame.compressed(6, Codec::Lz4, &text(6)).raw(7, &text(7)).raw(8, &text(8)).raw(9, &text(9));
+    bed.load(&frame).unwrap();
+    assert_eq!(bed.memory.deeds(), [2..4, 5..6, 6..7, 7..10].map(Deed::Wrote));
+    for page in [2, 3, 5, 6, 7, 8, 9] {
+        assert_eq!(bed.page(usize::from(page)), text(page), "page {page}");
+    }
+}
+
+#[test]
+fn a_damaged_payload_writes_nothing_of_its_frame() {
+    let mut bed = bed(false);
+    let mut frame = Frame::new(0, 1).zero(0).raw(2, &text(2)).compressed(3, Codec::Snap, &text(3));
+    frame.payload[4000] ^= 1;
+    let said = frame.head.payload_hash;
+    assert!(matches!(bed.refuses(&frame), WireError::PayloadHash { said: hash, .. } if hash == said));
+    assert_eq!((bed.memory.deeds(), bed.held()), (vec![], [0, 0]));
+    assert_eq!(bed.progress.frames.load(Ordering::Acquire), 0);
+}
+
+#[test]
+fn without_checksums_the_hash_is_not_looked_at() {
+    let mut bed = bed_with(true, false, Features::default());
+    let mut frame = Frame::new(0, 1).raw(2, &text(2));
+    frame.head.payload_hash = 0;
+    bed.load(&frame).unwrap();
+    assert_eq!(bed.page(2), text(2));
+}
+
+#[test]
+fn a_page_that_cannot_be_decompressed_stays_as_it_was() {
+    for codec in CODECS {
+        let mut bed = bed(false);
+        bed.load(&Frame::new(0, 1).raw(9, &text(9))).unwrap();
+        let whole = Frame::new(0, 1).compressed(9, codec, &text(1));
+        let good = &whole.payload;
+        let cut = &good[..good.len() - 1];
+        let longer = [&good[..], good].concat();
+        for bad in [cut, &longer, &[0xff; 100], &[0]] {
+            let error = bed.refuses(&Frame::new(0, 2).coded(9, codec.encoding(), bad));
+            assert!(matches!(error, WireError::PageData { page, .. } if page == at(9)), "{codec:?}: {error}");
+            assert_eq!((bed.page(9), bed.held()), (text(9), [1 << 9, 0]), "{codec:?}");
+        }
+        bed.load(&whole).unwrap();
+        assert_eq!(bed.page(9), text(1));
+    }
+}
+
+#[test]
+fn a_delta_is_checked_whole_before_its_page_is_touched() {
+    let mut bed = bed(true);
+    let mut new = text(1);
+    (new[100], new[4000]) = (0, 0);
+    let whole = Frame::new(0, 2).delta(9, &text(1), &new);
+    assert_eq!(whole.head.pages.len(), 1);
+    assert_eq!(bed.refuses(&whole), WireError::NotHeld { page: at(9) });
+    bed.load(&Frame::new(0, 1).raw(9, &text(1))).unwrap();
+    for cut in 1..whole.payload.len() {
+        let error = bed.load(&Frame::new(0, 2).coded(9, PageEncoding::Xbzrle, &whole.payload[..cut]));
+        // A delta that ends after its first run is whole, and another one.
+        if let Err(error) = error {
+            assert!(error.to_string().contains("page 9 of block 0"), "{error}");
+            assert_eq!((bed.page(9), bed.held()), (text(1), [1 << 9, 0]));
+        } else {
+            bed.load(&Frame::new(0, 1).raw(9, &text(1))).unwrap();
+        }
+    }
+    bed.load(&whole).unwrap();
+    assert_eq!(bed.page(9), new);
+}
+
+#[test]
+fn a_delta_may_patch_a_zero_page_that_was_never_written() {
+    let mut bed = bed(true);
+    let mut new = vec![0; PAGE];
+    new[17] = 1;
+    bed.load(&Frame::new(0, 1).zero(9)).unwrap();
+    bed.load(&Frame::new(0, 2).delta(9, &[0; PAGE], &new)).unwrap();
+    assert_eq!((bed.memory.deeds(), bed.page(9)), (vec![Deed::Patched(9)], new));
+}
+
+#[test]
+fn an_encoding_that_was_not_agreed_on_writes_nothing_of_its_frame() {
+    let cases: [(PageEncoding, fn(&mut Features)); 4] = [
+        (PageEncoding::Snap, |features| features.snap = true),
+        (PageEncoding::Lz4, |features| features.lz4 = true),
+        (PageEncoding::Zstd, |features| features.zstd = true),
+        (PageEncoding::Xbzrle, |features| features.xbzrle = true),
+    ];
+    for (encoding, agree) in cases {
+        let mut bed = bed_with(false, true, Features::default());
+        let frame = Frame::new(0, 1).zero(0).raw(1, &text(1)).coded(2, encoding, &[0xff; 7]);
+        assert_eq!(bed.refuses(&frame), WireError::NotAgreed { page: at(2), encoding });
+        assert_eq!((bed.memory.deeds(), bed.held()), (vec![], [0, 0]));
+
+        let mut features = Features::default();
+        agree(&mut features);
+        let error = bed_with(false, true, features).refuses(&frame);
+        assert!(!matches!(error, WireError::NotAgreed { .. }), "{error}");
+    }
+}
+
+#[test]
+fn a_page_whose_write_failed_is_not_held() {
+    let mut bed = bed(false);
+    bed.load(&Frame::new(0, 1).raw(1, &text(1)).raw(2, &text(2)).raw(40, &text(3))).unwrap();
+    *bed.memory.full.lock().unwrap() = true;
+    let error = bed.load(&Frame::new(0, 2).raw(1, &text(4)).raw(2, &text(4)).raw(40, &text(4))).unwrap_err();
+    assert_eq!(error.to_string(), "loader of lane 3: cannot write page 1 of block 0: no storage space");
+    assert_eq!(bed.held(), [1 << 40, 0]);
+}
+
+#[tokio::test]
+async fn frames_are_acknowledged_and_marks_reported_in_order_until_the_switchover() {
+    let Bed { loader, progress, memory, .. } = bed(true);
+    let meter = loader.stage.meter.clone();
+    let ((input_end, input), (output, reports)) = (bounded(8), bounded(8));
+    let tally = RoundTally::new(1, true);
+    input_end.put(Item::Batch(Frame::new(0, 1).raw(1, &text(1)).zero(2).arrived(0))).await.unwrap();
+    input_end.put(Item::Batch(Frame::new(1, 1).arrived(9))).await.unwrap();
+    input_end.put(Item::RoundComplete(tally)).await.unwrap();
+    input_end.put(Item::Switchover).await.unwrap();
+    loader.run(input, output).await.unwrap();
+    assert_eq!(reports.next().await, Some(Loaded::RoundComplete { lane: 3, tally }));
+    assert_eq!(reports.next().await, Some(Loaded::Switchover { lane: 3 }));
+    assert_eq!(reports.next().await, None);
+    assert_eq!((progress.frames.load(Ordering::Acquire), progress.bytes.load(Ordering::Acquire)), (2, 8192));
+    assert_eq!((meter.read().batches, meter.read().pages, memory.deeds().len()), (2, 2, 1));
+}
+
+/// What happens to one page in one frame of a random run.
+#[derive(Clone, Copy, Debug)]
+enum Step {
+    Zero,
+    Raw(u8),
+    Compressed(usize, u8),
+    Delta(u16),
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        Just(Step::Zero),
+        any::<u8>().prop_map(Step::Raw),
+        (0..CODECS.len(), any::<u8>()).prop_map(|(codec, number)| Step::Compressed(codec, number)),
+        any::<u16>().prop_map(Step::Delta),
+    ]
+}
+
+/// A frame that makes the steps, and what they make of the model's pages. A delta of a page that the model does not hold
+/// goes raw, as an encoder would have it.
+fn frame_of(steps: &[(u32, Step)], extent: u32, model: &mut [Option<Vec<u8>>]) -> Frame {
+    let mut frame = Frame::new(extent, 1);
+    for &(bit, step) in steps {
+        let page = &mut model[extent as usize * 64 + bit as usize];
+        let new = match step {
+            Step::Zero => vec![0; PAGE],
+            Step::Raw(number) | Step::Compressed(_, number) => text(number),
+            Step::Delta(seed) => {
+                let mut new = page.clone().unwrap_or_else(|| vec![1; PAGE]);
+                (0..4).for_each(|turn| new[(usize::from(seed) * 7 + turn * 997) % PAGE] ^= 0x55);
+                new
+            }
+        };
+        frame = match (step, &page) {
+            (Step::Zero, _) => frame.zero(bit),
+            (Step::Compressed(codec, _), _) => frame.compressed(bit, CODECS[codec], &new),
+            (Step::Delta(_), Some(old)) => frame.delta(bit, old, &new),
+            _ => frame.raw(bit, &new),
+        };
+        *page = Some(new);
+    }
+    frame
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(200))]
+
+    #[test]
+    fn memory_is_what_a_naive_model_makes_of_the_frames(
+        fresh: bool,
+        frames in prop::collection::vec(
+            (0_u32..2, prop::collection::btree_map(0_u32..64, step(), 0..24)),
+            1..12,
+        ),
+    ) {
+        let mut bed = bed(fresh);
+        let mut model = vec![None; PAGES];
+        for (extent, steps) in frames {
+            let steps: Vec<_> =
+                steps.into_iter().filter(|&(bit, _)| (extent * 64 + bit) < u32::try_from(PAGES).unwrap()).collect();
+            bed.load(&frame_of(&steps, extent, &mut model)).unwrap();
+            let memory = bed.memory.bytes();
+            for (number, (page, expected)) in memory.chunks_exact(PAGE).zip(&model).enumerate() {
+                let untouched = vec![if fresh { 0 } else { 0xee }; PAGE];
+                prop_assert!(page == expected.as_ref().unwrap_or(&untouched).as_slice(), "page {}", number);
+                prop_assert_eq!(bed.held.is_set(at(number as u64)), expected.is_some());
+            }
+        }
+    }
+}

@@ -1,0 +1,289 @@
+//! Sender: writes the frames of one connection's lanes, many in one system call when many wait.
+//!
+//! ```text
+//! encoders ── Outgoing (bulk) ──▶ ┌────────┐
+//!                                 │ sender │ ══▶ writer          marks of what is written ──▶ controller
+//! controller ── Control ────────▶ └────────┘
+//! ```
+//!
+//! It takes frames, and promises:
+//! - Frames are never interleaved, and those of bulk keep their order. What waits is gathered, up to 1 MiB or 32 frames,
+//!   and goes out in one vectored write.
+//! - Bulk is bounded by the [`TokenBucket`], where there is one, to the byte.
+//! - Control goes ahead of queued bulk and outside the bandwidth cap. It comes between two frames, so it waits for the
+//!   rest of the frame that was begun; that rest goes at once, whatever the cap says, and is charged to the bucket
+//!   afterwards. So control waits for the transport to take one frame at most, and never for a small bandwidth.
+//! - A mark is reported after its frame's last byte was handed to the writer; with durable rounds, after a flush that
+//!   follows the last of the connection's lanes.
+//! - [`Control::Finish`] ends the stream at the end of a frame: what bulk is still queued is dropped, the writer is shut
+//!   down. A sender that ends in any other way drops the writer without a shutdown: nothing looks complete.
+//!
+//! Between frames it holds nothing but what it has gathered: a slow transport fills that, then the queue, and so the
+//! encoders wait. Its meter counts the bytes written, control included; each write counts as a batch.
+
+mod backlog;
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use tokio::io::{AsyncWrite, AsyncWriteExt};
+
+use crate::encoder::{Mark, Outgoing};
+use crate::error::{Cause, StageError};
+use crate::geometry::MAX_LANES;
+use crate::meter::Meter;
+use crate::pending::pending;
+use crate::queue::{Closed, Inlet, Outlet};
+use crate::stage::Stage;
+use crate::tally::RoundTally;
+use crate::token_bucket::TokenBucket;
+use backlog::Backlog;
+
+/// What the controller tells a sender.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Control {
+    /// A whole control frame, to be sent ahead of queued bulk.
+    Frame(Bytes),
+    /// Nothing follows: shut the writer down (a file is flushed and takes its name, a socket says end of stream) and end.
+    /// Bulk that is still queued is dropped.
+    Finish,
+}
+
+/// What a sender reports. Whoever takes the reports goes on taking them until the sender has ended: it waits for room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sent {
+    /// Everything up to the end of this round was written in the lane (with durable rounds: and flushed).
+    RoundComplete {
+        /// The lane.
+        lane: u16,
+        /// What the round came to in it.
+        tally: RoundTally,
+    },
+    /// The lane's last frame was written.
+    Switchover {
+        /// The lane.
+        lane: u16,
+    },
+}
+
+/// The stage: see the module.
+#[derive(Debug)]
+pub struct Sender<W> {
+    writer: W,
+    bucket: Option<Arc<TokenBucket>>,
+    /// Bytes that the bucket has granted and that are not written yet.
+    granted: usize,
+    backlog: Backlog,
+    bulk_open: bool,
+    marks: Marks,
+    stage: Stage,
+}
+
+/// What one step of a sender came to.
+enum Step {
+    /// The controller wants something.
+    Control(Control),
+    /// A first frame, or the end of bulk.
+    Bulk(Option<Outgoing>),
+    /// So many bytes of the backlog were written.
+    Wrote(usize),
+}
+
+impl<W: AsyncWrite + Unpin + Send> Sender<W> {
+    /// The sender of a connection that carries `lanes_here` lanes. With `durable_rounds` (a stream that is kept) the
+    /// writer is flushed at each round's end, before it is reported.
+    #[must_use]
+    pub fn new(
+        connection: u16,
+        writer: W,
+        bucket: Option<Arc<TokenBucket>>,
+        durable_rounds: bool,
+        lanes_here: usize,
+        meter: Arc<Meter>,
+    ) -> Self {
+        Self {
+            writer,
+            bucket,
+            granted: 0,
+            backlog: Backlog::default(),
+            bulk_open: true,
+            marks: Marks::new(durable_rounds.then_some(lanes_here)),
+            stage: Stage::new("sender", Some(connection), meter),
+        }
+    }
+
+    /// Runs until [`Control::Finish`]. When bulk has ended, control is served still.
+    ///
+    /// # Errors
+    /// When the writer fails; when the controller is gone: its control queue is closed without a Finish, or nobody takes
+    /// a mark.
+    pub async fn run(
+        mut self,
+        control: Inlet<Control>,
+        bulk: Inlet<Outgoing>,
+        sent: Outlet<Sent>,
+    ) -> Result<(), StageError> {
+        self.work(&control, &bulk, &sent).await.map_err(|cause| self.stage.fails(cause))
+    }
+
+    async fn work(
+        &mut self,
+        control: &Inlet<Control>,
+        bulk: &Inlet<Outgoing>,
+        sent: &Outlet<Sent>,
+    ) -> Result<(), Cause> {
+        loop {
+            while self.backlog.has_room()
+                && let Some(frame) = bulk.try_next()
+            {
+                self.backlog.push(frame);
+            }
+            match self.step(control, bulk).await? {
+                Step::Bulk(Some(frame)) => self.backlog.push(frame),
+                Step::Bulk(None) => self.bulk_open = false,
+                Step::Wrote(bytes) => self.wrote(bytes, sent).await?,
+                Step::Control(Control::Frame(frame)) => {
+                    self.end_frame(sent).await?;
+                    self.write_control(&frame).await?;
+                }
+                Step::Control(Control::Finish) => {
+                    self.end_frame(sent).await?;
+                    return self.shut_down().await;
+                }
+            }
+        }
+    }
+
+    /// Waits for what comes first: control before anything else, then room in the writer, or bulk if there is none.
+    async fn step(&mut self, control: &Inlet<Control>, bulk: &Inlet<Outgoing>) -> Result<Step, Cause> {
+        let meter = self.stage.meter.clone();
+        if self.backlog.is_empty() {
+            let first = async {
+                tokio::select! {
+                    biased;
+                    control = control.next() => control.map(Step::Control).ok_or(Cause::Closed(Closed)),
+                    frame = bulk.next(), if self.bulk_open => Ok(Step::Bulk(frame)),
+                }
+            };
+            return pending(first, |since| meter.waited_for_input(since)).await;
+        }
+        let first = async {
+            tokio::select! {
+                biased;
+                control = control.next() => control.map(Step::Control).ok_or(Cause::Closed(Closed)),
+                bytes = self.write_bulk() => bytes.map(Step::Wrote),
+            }
+        };
+        pending(first, |since| meter.waited_for_output(since)).await
+    }
+
+    /// Writes of the backlog what the bucket grants and the writer takes. Dropped before its end, it has written nothing,
+    /// and what was granted stays granted.
+    async fn write_bulk(&mut self) -> Result<usize, Cause> {
+        let Some(bucket) = &self.bucket else {
+            let most = self.backlog.left();
+            return self.backlog.write_some(&mut self.writer, most).await.map_err(Cause::Transport);
+        };
+        if self.granted == 0 {
+            self.granted = bucket.take(self.backlog.left()).await;
+        }
+        let bytes = self.backlog.write_some(&mut self.writer, self.granted).await.map_err(Cause::Transport)?;
+        self.granted -= bytes;
+        Ok(bytes)
+    }
+
+    /// Writes the rest of a frame that was begun, without waiting for the bucket.
+    async fn end_frame(&mut self, sent: &Outlet<Sent>) -> Result<(), Cause> {
+        while self.backlog.left_of_begun() > 0 {
+            let most = self.backlog.left_of_begun();
+            let write = self.backlog.write_some(&mut self.writer, most);
+            let bytes = pending(write, |since| self.stage.meter.waited_for_output(since)).await;
+            let bytes = bytes.map_err(Cause::Transport)?;
+            let granted = bytes.min(self.granted);
+            self.granted -= granted;
+            if let Some(bucket) = &self.bucket {
+                bucket.charge(bytes - granted);
+            }
+            self.wrote(bytes, sent).await?;
+        }
+        Ok(())
+    }
+
+    async fn write_control(&mut self, frame: &Bytes) -> Result<(), Cause> {
+        let write = self.writer.write_all(frame);
+        pending(write, |since| self.stage.meter.waited_for_output(since)).await.map_err(Cause::Transport)?;
+        self.stage.meter.count(0, frame.len() as u64);
+        Ok(())
+    }
+
+    async fn shut_down(&mut self) -> Result<(), Cause> {
+        let shutdown = self.writer.shutdown();
+        pending(shutdown, |since| self.stage.meter.waited_for_output(since)).await.map_err(Cause::Transport)
+    }
+
+    /// Counts bytes of the backlog that are written, lets go of the frames they complete and reports their marks.
+    async fn wrote(&mut self, bytes: usize, sent: &Outlet<Sent>) -> Result<(), Cause> {
+        self.stage.meter.count(0, bytes as u64);
+        while let Some(frame) = self.backlog.pop_written() {
+            let Some(mark) = frame.mark else { continue };
+            match self.marks.reached(frame.lane, mark) {
+                Reached::Later => continue,
+                Reached::AfterFlush => self.flush().await?,
+                Reached::Now => {}
+            }
+            for mark in self.marks.held.drain(..) {
+                sent.put(mark).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn flush(&mut self) -> Result<(), Cause> {
+        let flush = self.writer.flush();
+        pending(flush, |since| self.stage.meter.waited_for_output(since)).await.map_err(Cause::Transport)
+    }
+}
+
+/// Marks that are written and not reported: with durable rounds they wait for the round's end in every lane.
+#[derive(Debug)]
+struct Marks {
+    held: Vec<Sent>,
+    /// How many lanes make a round durable, where rounds are.
+    durable_lanes: Option<usize>,
+    /// The last round that ended, by lane.
+    rounds: [u32; MAX_LANES as usize],
+}
+
+/// When the held marks may be reported.
+enum Reached {
+    Now,
+    AfterFlush,
+    Later,
+}
+
+impl Marks {
+    fn new(durable_lanes: Option<usize>) -> Self {
+        Self { held: Vec::new(), durable_lanes, rounds: [0; MAX_LANES as usize] }
+    }
+
+    /// Holds a mark whose frame is written, and says when all held ones may be reported.
+    fn reached(&mut self, lane: u16, mark: Mark) -> Reached {
+        let others_wait = !self.held.is_empty();
+        match mark {
+            Mark::RoundComplete(tally) => {
+                self.held.push(Sent::RoundComplete { lane, tally });
+                let Some(lanes) = self.durable_lanes else { return Reached::Now };
+                self.rounds[usize::from(lane)] = tally.round;
+                let ended = self.rounds.iter().filter(|&&round| round >= tally.round).count();
+                if ended == lanes { Reached::AfterFlush } else { Reached::Later }
+            }
+            Mark::Switchover => {
+                self.held.push(Sent::Switchover { lane });
+                if others_wait { Reached::Later } else { Reached::Now }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

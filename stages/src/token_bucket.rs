@@ -1,0 +1,274 @@
+//! The cap on bandwidth: a byte-exact token bucket, shared by all connections.
+//!
+//! Credit grows with time at the rate, to the fraction of a byte, and is spent by whoever writes. It never grows beyond
+//! [`BURST`]'s worth (or two bytes), so in any stretch of time no more passes than the rate allows plus one burst: 2 % over a second.
+//! Takers are served in the order they came and get at most [`QUANTUM`]'s worth a turn, so connections that always have
+//! something to send share the rate evenly.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::Notify;
+use tokio::time::Instant;
+
+/// Credit that an idle bucket saves up, as time at the rate.
+pub const BURST: Duration = Duration::from_millis(20);
+/// What one turn grants at most, as time at the rate.
+pub const QUANTUM: Duration = Duration::from_millis(5);
+
+/// Credit is counted in bytes × nanoseconds: growth is `rate × elapsed`, with nothing rounded away.
+const BYTE: i128 = 1_000_000_000;
+
+/// A shared cap on bytes a second.
+#[derive(Debug)]
+pub struct TokenBucket {
+    /// Held by the taker whose turn it is: tokio's mutex is first come, first served.
+    turn: tokio::sync::Mutex<()>,
+    account: Mutex<Account>,
+    /// Wakes the taker whose turn it is when its wait was reckoned with another rate.
+    rate_changed: Notify,
+}
+
+impl TokenBucket {
+    /// An empty bucket that fills at `bytes_per_second`.
+    ///
+    /// # Panics
+    /// If the rate is 0: nothing would ever pass.
+    #[must_use]
+    pub fn new(bytes_per_second: u64) -> Self {
+        assert!(bytes_per_second > 0, "a bandwidth of 0");
+        Self {
+            turn: tokio::sync::Mutex::new(()),
+            account: Mutex::new(Account { rate: bytes_per_second, credit: 0, settled: Instant::now() }),
+            rate_changed: Notify::new(),
+        }
+    }
+
+    /// Waits for credit and takes it: `want` bytes, or [`QUANTUM`]'s worth (at least a byte) if that is less.
+    ///
+    /// Safe to race in a `select!`: a take that is dropped before its end takes nothing.
+    pub async fn take(&self, want: usize) -> usize {
+        let _turn = self.turn.lock().await;
+        loop {
+            let wait = match self.account().ask(want, Instant::now()) {
+                Ok(granted) => return granted,
+                Err(wait) => wait,
+            };
+            tokio::select! {
+                () = tokio::time::sleep(wait) => {}
+                () = self.rate_changed.notified() => {}
+            }
+        }
+    }
+
+    /// Takes credit for `bytes` that went without asking, and goes into debt for what is not there: the next takers wait
+    /// until it is paid.
+    pub fn charge(&self, bytes: usize) {
+        let mut account = self.account();
+        account.settle(Instant::now());
+        account.credit -= cost(bytes);
+    }
+
+    /// Changes the rate, from now on and for those who wait already.
+    ///
+    /// # Panics
+    /// If the rate is 0.
+    pub fn set_rate(&self, bytes_per_second: u64) {
+        assert!(bytes_per_second > 0, "a bandwidth of 0");
+        let mut account = self.account();
+        account.settle(Instant::now());
+        account.rate = bytes_per_second;
+        account.credit = account.credit.min(account.most());
+        drop(account);
+        self.rate_changed.notify_one();
+    }
+
+    /// The account is plain figures, whole after every step: a panic elsewhere cannot have left it half changed.
+    fn account(&self) -> MutexGuard<'_, Account> {
+        self.account.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[derive(Debug)]
+struct Account {
+    /// Bytes a second.
+    rate: u64,
+    /// In units of 1 / [`BYTE`] bytes; negative is debt.
+    credit: i128,
+    /// When the credit was last reckoned.
+    settled: Instant,
+}
+
+impl Account {
+    /// Grants what [`TokenBucket::take`] may have, or says how long it takes until that is there.
+    fn ask(&mut self, want: usize, now: Instant) -> Result<usize, Duration> {
+        self.settle(now);
+        let grant = want.min(self.quantum());
+        let missing = cost(grant) - self.credit;
+        if missing > 0 {
+            let nanos = (missing + i128::from(self.rate) - 1) / i128::from(self.rate);
+            return Err(Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX)));
+        }
+        self.credit -= cost(grant);
+        Ok(grant)
+    }
+
+    fn settle(&mut self, now: Instant) {
+        self.credit = (self.credit + self.worth(now - self.settled)).min(self.most());
+        self.settled = now;
+    }
+
+    fn worth(&self, time: Duration) -> i128 {
+        i128::from(self.rate) * i128::try_from(time.as_nanos()).expect("an uptime fits")
+    }
+
+    /// The most credit: a burst, and never less than the byte of the smallest take and one to grow while its taker wakes.
+    fn most(&self) -> i128 {
+        self.worth(BURST).max(2 * BYTE)
+    }
+
+    fn quantum(&self) -> usize {
+        usize::try_from(self.worth(QUANTUM) / BYTE).unwrap_or(usize::MAX).max(1)
+    }
+}
+
+fn cost(bytes: usize) -> i128 {
+    i128::try_from(bytes).expect("a length in memory") * BYTE
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    /// Takes `want` again and again for `time`: when each grant came, in nanoseconds, and how large it was.
+    async fn drain(bucket: &TokenBucket, want: usize, time: Duration) -> Vec<(u128, u128)> {
+        let start = Instant::now();
+        let mut grants = Vec::new();
+        while start.elapsed() < time {
+            let granted = bucket.take(want).await;
+            assert!((1..=want).contains(&granted));
+            grants.push((start.elapsed().as_nanos(), granted as u128));
+        }
+        grants
+    }
+
+    /// No stretch of time sees more than the rate and a burst: checked for all stretches in one pass, against the
+    /// fullest moment so far.
+    fn assert_bound(rate: u64, grants: &[(u128, u128)]) {
+        let burst = u128::from(rate) * BURST.as_nanos();
+        let (mut sum, mut lead) = (0_i128, i128::MIN);
+        for &(at, bytes) in grants {
+            let allowed = i128::try_from(at * u128::from(rate)).unwrap();
+            lead = lead.max(allowed - sum);
+            sum += i128::try_from(bytes).unwrap() * BYTE;
+            assert!(sum - allowed + lead <= i128::try_from(burst).unwrap(), "rate {rate}: too much by {at} ns");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_rate_is_held_to_2_percent_over_every_second_from_4_kib_to_10_gib() {
+        for rate in [4096, 10_007, 1_000_000, 100 * MIB, 1024 * MIB, 10 * 1024 * MIB] {
+            for want in [1500, 256 * 1024, MIB as usize] {
+                if rate / want as u64 > 200_000 {
+                    continue; // millions of takes, and no case of its own
+                }
+                let grants = drain(&TokenBucket::new(rate), want, Duration::from_secs(3)).await;
+                assert_bound(rate, &grants);
+                for second in 0..3_u128 {
+                    let range = second * 1_000_000_000..(second + 1) * 1_000_000_000;
+                    let sum: u128 = grants.iter().filter(|(at, _)| range.contains(at)).map(|(_, bytes)| bytes).sum();
+                    let off = sum.abs_diff(u128::from(rate)) * 100;
+                    assert!(off <= 2 * u128::from(rate), "{sum} bytes in second {second} at {rate} B/s, {want} a take");
+                }
+            }
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn nothing_is_lost_to_rounding() {
+        // 7 bytes a second for 1,000 seconds, asked for byte by byte.
+        let bucket = TokenBucket::new(7);
+        let start = Instant::now();
+        for _ in 0..7000 {
+            assert_eq!(bucket.take(1).await, 1);
+        }
+        let off = start.elapsed().abs_diff(Duration::from_secs(1000));
+        assert!(off <= Duration::from_millis(2), "off by {off:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_idle_bucket_saves_one_burst_and_no_more() {
+        let bucket = TokenBucket::new(1000 * 1000);
+        tokio::time::advance(Duration::from_secs(60)).await;
+        let start = Instant::now();
+        let mut at_once = 0;
+        while start.elapsed().is_zero() {
+            at_once += bucket.take(1000).await;
+        }
+        // The last take had to wait.
+        assert_eq!(at_once, 20_000 + 1000);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_turn_grants_a_quantum_or_what_is_wanted_if_that_is_less() {
+        let bucket = TokenBucket::new(1000 * 1000);
+        assert_eq!(bucket.take(usize::MAX).await, 5000);
+        assert_eq!(bucket.take(7).await, 7);
+        assert_eq!(bucket.take(0).await, 0);
+        assert_eq!(TokenBucket::new(1).take(100).await, 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn takers_share_evenly_whatever_they_ask_for() {
+        let bucket = Arc::new(TokenBucket::new(MIB));
+        let taker = |want| {
+            let bucket = bucket.clone();
+            tokio::spawn(async move { drain(&bucket, want, Duration::from_secs(10)).await })
+        };
+        let takers = [taker(1 << 20), taker(1 << 16), taker(1 << 13)];
+        let share = 10 * MIB as usize / 3;
+        for task in takers {
+            let sum: u128 = task.await.unwrap().iter().map(|(_, bytes)| bytes).sum();
+            assert!((sum as usize).abs_diff(share) * 100 <= 2 * share, "{sum} of {share}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_charge_is_paid_by_those_who_come_after() {
+        let bucket = TokenBucket::new(1000);
+        bucket.charge(5000);
+        let start = Instant::now();
+        assert_eq!(bucket.take(1).await, 1);
+        let waited = start.elapsed().as_millis();
+        assert!((5001..=5003).contains(&waited), "{waited} ms");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn another_rate_reaches_those_who_wait_already() {
+        let bucket = Arc::new(TokenBucket::new(1));
+        bucket.charge(1_000_000);
+        let start = Instant::now();
+        let waiting = tokio::spawn({
+            let bucket = bucket.clone();
+            async move { bucket.take(1).await }
+        });
+        tokio::time::sleep(Duration::from_millis(10)).await;
+        bucket.set_rate(1_000_000);
+        assert_eq!(waiting.await.unwrap(), 1);
+        assert!(start.elapsed() < Duration::from_millis(1020), "{:?}", start.elapsed());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_take_that_is_dropped_takes_nothing_and_lets_the_next_one_in() {
+        let bucket = TokenBucket::new(1000);
+        let dropped = tokio::time::timeout(Duration::from_millis(2), bucket.take(5)).await;
+        assert!(dropped.is_err());
+        let start = Instant::now();
+        assert_eq!(bucket.take(5).await, 5);
+        assert!(start.elapsed() <= Duration::from_millis(4), "{:?}", start.elapsed());
+    }
+}

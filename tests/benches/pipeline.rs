@@ -1,0 +1,153 @@
+//! The whole pipeline beside the bare socket, in one run: incompressible memory, from cold source memory to cold destination
+//! memory.
+//!
+//! The control is two threads and one connection for each lane, writing the source's bytes in chunks of 256 KiB and reading them into
+//! untouched memory, with no processing at all. What memferry adds is everything else: the dirty bitmap, the zero test,
+//! the copy, checksums on both sides, frames, and the last handshake. Both are run in turn, and medians are compared.
+//!
+//! ```text
+//! cargo bench -p memferry-tests --bench pipeline
+//! ```
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use memferry::events::Phase;
+use memferry::settings::{EncoderSettings, SourceSettings};
+use memferry_stages::geometry::PageSize;
+use memferry_tests::{Ends, TestGuest, migrate, source_settings};
+use memferry_transports::{Address, open};
+use tokio_util::sync::CancellationToken;
+
+const BYTES: usize = 1 << 30;
+const CHUNK: usize = 256 << 10;
+const RUNS: usize = 5;
+
+fn main() {
+    // `cargo test --benches` runs this too: a smaller memory then, and one run, to see that it works.
+    let (bytes, runs) =
+        if std::env::args().any(|argument| argument == "--bench") { (BYTES, RUNS) } else { (64 << 20, 1) };
+    println!("{} MiB of incompressible memory, median of {runs} runs, page bytes a second", bytes >> 20);
+    println!("{:<34}{:>12}{:>12}{:>8}", "", "memferry", "bare", "ratio");
+    let dir = tempfile::tempdir().expect("a folder for sockets");
+    let socket = dir.path().join("socket");
+    let unix = format!("unix:{}", socket.display());
+    for (lanes, connections, checksum) in [(1, 1, true), (2, 2, true), (2, 2, false), (4, 4, true)] {
+        let settings = settings(lanes, connections, checksum);
+        let name = |socket: &str| format!("{socket}, {lanes} lanes{}", if checksum { "" } else { ", no checksum" });
+        compare(&name("tcp"), runs, bytes, "tcp:127.0.0.1:0", &settings, || bare_tcp(bytes, connections));
+        compare(&name("unix"), runs, bytes, &unix, &settings, || bare_unix(bytes, connections, &socket));
+    }
+}
+
+fn settings(lanes: u16, connections: u16, checksum: bool) -> SourceSettings {
+    SourceSettings {
+        encoder: EncoderSettings { compress: None, xbzrle: None },
+        checksum,
+        verify: false,
+        ..source_settings(lanes, connections)
+    }
+}
+
+fn compare(
+    name: &str,
+    runs: usize,
+    bytes: usize,
+    address: &str,
+    settings: &SourceSettings,
+    bare: impl Fn() -> Duration,
+) {
+    let (mut ours, mut theirs, mut last) = (Vec::new(), Vec::new(), None);
+    for _ in 0..runs {
+        theirs.push(bare());
+        let (time, ends) = memferry(bytes, address, settings);
+        ours.push(time);
+        last = Some(ends);
+    }
+    let rate = |times: &mut Vec<Duration>| {
+        times.sort();
+        bytes as f64 / times[times.len() / 2].as_secs_f64() / 1e9
+    };
+    let (ours, theirs) = (rate(&mut ours), rate(&mut theirs));
+    println!("{name:<34}{ours:>7.2} GB/s{theirs:>7.2} GB/s{:>8.2}", ours / theirs);
+    if std::env::var_os("STAGES").is_some() {
+        print_stages(&last.expect("at least one run"));
+    }
+}
+
+/// Where the time of the last run went, with `STAGES=1`.
+fn print_stages(ends: &Ends) {
+    for stage in ends.source.stages.iter().chain(&ends.destination.stages) {
+        let lane = stage.lane.map_or(String::new(), |lane| lane.to_string());
+        let (busy, input, output) = (stage.busy, stage.input_wait, stage.output_wait);
+        println!(
+            "    {:<16}{lane:<4} busy {busy:>10.1?}  waits for input {input:>10.1?}  for output {output:>10.1?}",
+            stage.name
+        );
+    }
+}
+
+fn memferry(bytes: usize, address: &str, settings: &SourceSettings) -> (Duration, Ends) {
+    let source = Arc::new(TestGuest::incompressible(PageSize::DEFAULT, bytes as u64));
+    let destination = Arc::new(TestGuest::destination());
+    let transport = open(&address.parse::<Address>().expect("a good address"), Duration::from_secs(5));
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("threads");
+    let began = Instant::now();
+    let moving = migrate(source, destination, transport.into(), settings.clone(), CancellationToken::new());
+    let ends = runtime.block_on(moving);
+    let time = began.elapsed();
+    assert_eq!(ends.destination.phase, Phase::Completed, "{:?}", ends.destination.error);
+    (time, ends)
+}
+
+/// Memory with content, written page by page, so that none of it is in the cache or shared.
+fn cold_source(bytes: usize) -> Vec<u8> {
+    let mut memory = vec![0; bytes];
+    let mut noise = 1_u64;
+    for word in memory.chunks_exact_mut(8) {
+        noise = noise.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        word.copy_from_slice(&noise.to_le_bytes());
+    }
+    memory
+}
+
+fn bare_tcp(bytes: usize, connections: u16) -> Duration {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let address = listener.local_addr().expect("it has one");
+    let connect = || {
+        let out = TcpStream::connect(address).expect("it listens");
+        out.set_nodelay(true).expect("a socket");
+        (out, listener.accept().expect("it comes").0)
+    };
+    bare(bytes, (0..connections).map(|_| connect()).collect())
+}
+
+fn bare_unix(bytes: usize, connections: u16, path: &std::path::Path) -> Duration {
+    drop(std::fs::remove_file(path));
+    let listener = UnixListener::bind(path).expect("a path");
+    let connect = || (UnixStream::connect(path).expect("it listens"), listener.accept().expect("it comes").0);
+    let time = bare(bytes, (0..connections).map(|_| connect()).collect());
+    drop(std::fs::remove_file(path));
+    time
+}
+
+/// Moves the bytes with nothing but two threads for each connection.
+fn bare<W: Write + Send, R: Read + Send>(bytes: usize, connections: Vec<(W, R)>) -> Duration {
+    let source = cold_source(bytes);
+    let mut destination = vec![0_u8; bytes];
+    let share = bytes / connections.len();
+    let began = Instant::now();
+    std::thread::scope(|scope| {
+        let shares = source.chunks(share).zip(destination.chunks_mut(share));
+        for ((mut out, mut inn), (from, to)) in connections.into_iter().zip(shares) {
+            scope.spawn(move || from.chunks(CHUNK).for_each(|chunk| out.write_all(chunk).expect("a reader")));
+            scope.spawn(move || to.chunks_mut(CHUNK).for_each(|chunk| inn.read_exact(chunk).expect("a writer")));
+        }
+    });
+    let time = began.elapsed();
+    assert!(source == destination, "the bare socket moved something else");
+    time
+}

@@ -1,0 +1,418 @@
+//! A guest for tests: memory with writers that never rest, and a record of everything it was told.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use memferry::guest::{Guest, GuestError, GuestState, RunState, StateSection};
+use memferry_stages::dirty_log::{DirtyLog, SoftwareLog};
+use memferry_stages::geometry::{BlockInfo, Layout, PageSize};
+use memferry_stages::memory::{GuestMemory, MappedMemory, RamBlock};
+
+/// What the guest was told, in order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Told {
+    /// See [`Guest`].
+    Pause,
+    /// See [`Guest`].
+    Save,
+    /// See [`Guest`].
+    Release,
+    /// See [`Guest`].
+    Reacquire,
+    /// See [`Guest`].
+    Resume,
+    /// See [`Guest`].
+    Committed,
+    /// See [`Guest`].
+    Build,
+    /// See [`Guest`].
+    Prepare,
+    /// See [`Guest`].
+    Start,
+}
+
+/// What the guest shall fail at.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Fails {
+    /// [`Guest::pause`] fails.
+    pub pause: bool,
+    /// [`Guest::save`] fails.
+    pub save: bool,
+    /// [`Guest::resume`] fails.
+    pub resume: bool,
+    /// [`Guest::prepare`] fails.
+    pub prepare: bool,
+    /// [`Guest::start`] fails.
+    pub start: bool,
+}
+
+/// The guest.
+#[derive(Debug)]
+pub struct TestGuest {
+    memory: Mutex<Option<GuestMemory>>,
+    blocks: Mutex<Vec<Arc<MappedMemory>>>,
+    log: Mutex<Option<Arc<SoftwareLog>>>,
+    told: Mutex<Vec<Told>>,
+    running: Arc<AtomicBool>,
+    writers: Mutex<Vec<JoinHandle<()>>>,
+    writes: Arc<AtomicU64>,
+    pace: Option<Duration>,
+    fails: Fails,
+    state: GuestState,
+    state_here: Mutex<GuestState>,
+    /// How long [`Guest::prepare`] takes.
+    prepare_takes: Duration,
+}
+
+impl TestGuest {
+    /// A source guest of blocks of these lengths, with some content; it does not run yet.
+    #[must_use]
+    pub fn source(page_size: PageSize, lengths: &[u64]) -> Self {
+        let guest = Self::empty();
+        let infos = lengths.iter().enumerate().map(|(index, &length)| info(index, length)).collect::<Vec<_>>();
+        guest.map(page_size, &infos);
+        guest.fill();
+        guest
+    }
+
+    /// A source guest with one block in which every byte is noise; nobody writes it.
+    #[must_use]
+    pub fn incompressible(page_size: PageSize, length: u64) -> Self {
+        let guest = Self::empty();
+        guest.map(page_size, &[info(0, length)]);
+        let mut noise = 1;
+        let mut chunk = vec![0; 64 << 10];
+        let block = guest.blocks.lock().unwrap()[0].clone();
+        for start in (0..block.len()).step_by(chunk.len()) {
+            chunk.chunks_exact_mut(8).for_each(|word| word.copy_from_slice(&(next(&mut noise) << 1).to_le_bytes()));
+            block.store(start, &chunk[..chunk.len().min(block.len() - start)]);
+        }
+        guest
+    }
+
+    /// A destination guest: it takes whatever blocks come.
+    #[must_use]
+    pub fn destination() -> Self {
+        Self::empty()
+    }
+
+    fn empty() -> Self {
+        let section =
+            StateSection { name: "devices".into(), version: 7, bytes: (0..=255).cycle().take(100_000).collect() };
+        Self {
+            memory: Mutex::default(),
+            blocks: Mutex::default(),
+            log: Mutex::default(),
+            told: Mutex::default(),
+            running: Arc::new(AtomicBool::new(false)),
+            writers: Mutex::default(),
+            writes: Arc::default(),
+            pace: None,
+            fails: Fails::default(),
+            state: GuestState { sections: vec![section] },
+            state_here: Mutex::default(),
+            prepare_takes: Duration::ZERO,
+        }
+    }
+
+    /// The same guest, failing at these.
+    #[must_use]
+    pub fn failing(mut self, fails: Fails) -> Self {
+        self.fails = fails;
+        self
+    }
+
+    /// The same guest, whose writers rest this long between bursts of 64 writes.
+    #[must_use]
+    pub fn paced(mut self, pace: Duration) -> Self {
+        self.pace = Some(pace);
+        self
+    }
+
+    /// The same guest, whose prepare takes this long.
+    #[must_use]
+    pub fn preparing_for(mut self, time: Duration) -> Self {
+        self.prepare_takes = time;
+        self
+    }
+
+    /// Starts `count` writers; they never rest until the guest is paused.
+    #[must_use]
+    pub fn running(self, count: u64) -> Arc<Self> {
+        let guest = Arc::new(self);
+        guest.start_writers(count);
+        guest
+    }
+
+    fn map(&self, page_size: PageSize, infos: &[BlockInfo]) {
+        let map = |info: &BlockInfo| {
+            let length = usize::try_from(info.length).expect("it fits memory");
+            Arc::new(MappedMemory::anonymous(length).expect("memory for a test"))
+        };
+        let blocks: Vec<_> = infos.iter().map(map).collect();
+        let ram = |(info, memory): (&BlockInfo, &Arc<MappedMemory>)| RamBlock {
+            info: info.clone(),
+            memory: memory.clone(),
+            fresh: true,
+        };
+        let memory = GuestMemory::new(page_size, infos.iter().zip(&blocks).map(ram).collect()).expect("good blocks");
+        *self.log.lock().unwrap() = Some(Arc::new(SoftwareLog::new(memory.layout())));
+        *self.blocks.lock().unwrap() = blocks;
+        *self.memory.lock().unwrap() = Some(memory);
+    }
+
+    /// A third stays zero, a third is text, a third is noise.
+    fn fill(&self) {
+        let mut noise = 0x9e37_79b9_7f4a_7c15_u64;
+        for block in self.blocks.lock().unwrap().iter() {
+            for start in (0..block.len()).step_by(4096) {
+                let bytes: Vec<u8> = match start / 4096 % 3 {
+                    0 => continue,
+                    1 => b"all work and no play makes a dull page; ".iter().copied().cycle().take(4096).collect(),
+                    _ => (0..4096).map(|_| next(&mut noise).to_le_bytes()[7]).collect(),
+                };
+                block.store(start, &bytes[..bytes.len().min(block.len() - start)]);
+            }
+        }
+    }
+
+    fn start_writers(self: &Arc<Self>, count: u64) {
+        self.running.store(true, Ordering::SeqCst);
+        let blocks = self.blocks.lock().unwrap().clone();
+        let log = self.log.lock().unwrap().clone().expect("mapped");
+        let layout = self.memory().layout().clone();
+        for seed in 0..count {
+            let writer = Writer {
+                blocks: blocks.clone(),
+                log: log.clone(),
+                page: layout.page_size().bytes(),
+                noise: (seed + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15),
+                running: self.running.clone(),
+                writes: self.writes.clone(),
+                pace: self.pace,
+            };
+            self.writers.lock().unwrap().push(std::thread::spawn(|| writer.run()));
+        }
+    }
+
+    /// What it was told so far.
+    #[must_use]
+    pub fn told(&self) -> Vec<Told> {
+        self.told.lock().unwrap().clone()
+    }
+
+    /// Was it told this?
+    #[must_use]
+    pub fn was_told(&self, what: Told) -> bool {
+        self.told().contains(&what)
+    }
+
+    /// Do its writers write?
+    #[must_use]
+    pub fn runs(&self) -> bool {
+        self.running.load(Ordering::SeqCst)
+    }
+
+    /// How often its writers wrote.
+    #[must_use]
+    pub fn writes(&self) -> u64 {
+        self.writes.load(Ordering::SeqCst)
+    }
+
+    /// The device state that was applied here.
+    #[must_use]
+    pub fn applied_state(&self) -> GuestState {
+        self.state_here.lock().unwrap().clone()
+    }
+
+    /// All bytes of all blocks.
+    #[must_use]
+    pub fn bytes(&self) -> Vec<Vec<u8>> {
+        let copy = |block: &Arc<MappedMemory>| {
+            let mut bytes = vec![0; block.len()];
+            block.load(0, &mut bytes);
+            bytes
+        };
+        self.blocks.lock().unwrap().iter().map(copy).collect()
+    }
+
+    /// Changes a byte without telling the log: a fault that only verification finds.
+    pub fn corrupt(&self, block: usize, offset: usize) {
+        let block = &self.blocks.lock().unwrap()[block];
+        let mut byte = [0];
+        block.load(offset, &mut byte);
+        block.store(offset, &[byte[0] ^ 1]);
+    }
+
+    fn note(&self, what: Told) {
+        self.told.lock().unwrap().push(what);
+    }
+
+    fn stop_writers(&self) {
+        self.running.store(false, Ordering::SeqCst);
+        for writer in self.writers.lock().unwrap().drain(..) {
+            writer.join().expect("a writer does not panic");
+        }
+    }
+}
+
+impl Drop for TestGuest {
+    fn drop(&mut self) {
+        self.stop_writers();
+    }
+}
+
+struct Writer {
+    blocks: Vec<Arc<MappedMemory>>,
+    log: Arc<SoftwareLog>,
+    page: usize,
+    noise: u64,
+    running: Arc<AtomicBool>,
+    writes: Arc<AtomicU64>,
+    pace: Option<Duration>,
+}
+
+impl Writer {
+    /// Small writes all over, and now and then a page of zeros or of noise.
+    fn run(mut self) {
+        while self.running.load(Ordering::SeqCst) {
+            for _ in 0..64 {
+                self.write();
+            }
+            if let Some(pace) = self.pace {
+                std::thread::sleep(pace);
+            }
+        }
+    }
+
+    fn write(&mut self) {
+        let index = usize::try_from(next(&mut self.noise)).unwrap() % self.blocks.len();
+        let block = self.blocks[index].clone();
+        let offset = usize::try_from(next(&mut self.noise)).unwrap() % block.len();
+        let page = offset / self.page;
+        let start = page * self.page;
+        let room = block.len() - start;
+        match next(&mut self.noise) % 64 {
+            0 => block.store(start, &vec![0; self.page.min(room)]),
+            1 => {
+                let bytes: Vec<u8> = (0..self.page.min(room)).map(|_| next(&mut self.noise).to_le_bytes()[3]).collect();
+                block.store(start, &bytes);
+            }
+            _ => {
+                let bytes = next(&mut self.noise).to_le_bytes();
+                block.store(offset, &bytes[..bytes.len().min(block.len() - offset)]);
+                let end = (offset + 7).min(block.len() - 1) / self.page;
+                self.log.mark(u32::try_from(index).unwrap(), page as u64..end as u64 + 1);
+            }
+        }
+        self.log.mark(u32::try_from(index).unwrap(), page as u64..page as u64 + 1);
+        self.writes.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+impl Guest for TestGuest {
+    fn memory(&self) -> GuestMemory {
+        self.memory.lock().unwrap().clone().expect("built")
+    }
+
+    fn run_state(&self) -> RunState {
+        if self.runs() { RunState::Running } else { RunState::Paused }
+    }
+
+    fn dirty_logs(&self) -> Result<Vec<Arc<dyn DirtyLog>>, GuestError> {
+        Ok(vec![self.log.lock().unwrap().clone().expect("built")])
+    }
+
+    fn pause(&self) -> Result<(), GuestError> {
+        self.note(Told::Pause);
+        if self.fails.pause {
+            return Err(GuestError("told to fail at pause".into()));
+        }
+        self.stop_writers();
+        Ok(())
+    }
+
+    fn resume(&self) -> Result<(), GuestError> {
+        self.note(Told::Resume);
+        if self.fails.resume {
+            return Err(GuestError("told to fail at resume".into()));
+        }
+        // The threads are gone; what counts here is whether it was told.
+        self.running.store(true, Ordering::SeqCst);
+        Ok(())
+    }
+
+    fn save(&self) -> Result<GuestState, GuestError> {
+        self.note(Told::Save);
+        if self.fails.save {
+            return Err(GuestError("told to fail at save".into()));
+        }
+        // Saving may write memory, and says so.
+        self.blocks.lock().unwrap()[0].store(0, b"saved!");
+        self.log.lock().unwrap().as_ref().expect("built").mark(0, 0..1);
+        Ok(self.state.clone())
+    }
+
+    fn release(&self) -> Result<(), GuestError> {
+        self.note(Told::Release);
+        Ok(())
+    }
+
+    fn reacquire(&self) -> Result<(), GuestError> {
+        self.note(Told::Reacquire);
+        Ok(())
+    }
+
+    fn committed(&self) {
+        self.note(Told::Committed);
+    }
+
+    fn setup_state(&self) -> Result<GuestState, GuestError> {
+        let bytes = b"two fans".to_vec();
+        Ok(GuestState { sections: vec![StateSection { name: "board".into(), version: 1, bytes }] })
+    }
+
+    fn build(&self, page_size: PageSize, blocks: &[BlockInfo], setup: &GuestState) -> Result<(), GuestError> {
+        self.note(Told::Build);
+        assert_eq!(setup.sections[0].bytes, b"two fans");
+        Layout::new(page_size, blocks.to_vec()).expect("the engine checks the layout first");
+        if blocks.iter().any(|block| block.id == "refused") {
+            return Err(GuestError("block \"refused\" has 4096 bytes there and none here".into()));
+        }
+        self.map(page_size, blocks);
+        Ok(())
+    }
+
+    fn prepare(&self, state: &GuestState) -> Result<(), GuestError> {
+        self.note(Told::Prepare);
+        std::thread::sleep(self.prepare_takes);
+        if self.fails.prepare {
+            return Err(GuestError("told to fail at prepare".into()));
+        }
+        *self.state_here.lock().unwrap() = state.clone();
+        Ok(())
+    }
+
+    fn start(&self, run_state: RunState) -> Result<(), GuestError> {
+        self.note(Told::Start);
+        if self.fails.start {
+            return Err(GuestError("told to fail at start".into()));
+        }
+        self.running.store(run_state == RunState::Running, Ordering::SeqCst);
+        Ok(())
+    }
+}
+
+fn info(index: usize, length: u64) -> BlockInfo {
+    BlockInfo { id: format!("ram{index}"), length, guest_address: (index as u64) << 40, backing_page_size: 4096 }
+}
+
+/// A xorshift generator: 63 bits, good enough to scatter.
+fn next(noise: &mut u64) -> u64 {
+    *noise ^= *noise << 13;
+    *noise ^= *noise >> 7;
+    *noise ^= *noise << 17;
+    *noise >> 1
+}

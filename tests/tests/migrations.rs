@@ -1,0 +1,197 @@
+//! Whole migrations over every transport, against writers that never rest: what arrives is what was there, to the last
+//! byte.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use memferry::events::{Event, Phase, Role};
+use memferry::settings::{After, EncoderSettings, SourceSettings, XbzrleSettings};
+use memferry_stages::codec::Codec;
+use memferry_stages::geometry::PageSize;
+use memferry_stages::tally::RoundTally;
+use memferry_tests::guest::Told;
+use memferry_tests::{Ends, TestGuest, migrate, source_settings};
+use memferry_transports::memory::MemoryTransport;
+use memferry_transports::{Address, Transport, open};
+use tokio_util::sync::CancellationToken;
+
+/// Two blocks whose lengths are no multiple of a page.
+const LENGTHS: [u64; 2] = [(24 << 20) + 100, (5 << 20) + 4097];
+
+struct Moved {
+    ends: Ends,
+    source: Arc<TestGuest>,
+    destination: Arc<TestGuest>,
+}
+
+fn move_guest(transport: Arc<dyn Transport>, settings: SourceSettings, page_size: PageSize) -> Moved {
+    let source = TestGuest::source(page_size, &LENGTHS).paced(Duration::from_micros(200)).running(2);
+    let destination = Arc::new(TestGuest::destination());
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let cancel = CancellationToken::new();
+    let ends = runtime.block_on(migrate(source.clone(), destination.clone(), transport, settings, cancel));
+    Moved { ends, source, destination }
+}
+
+fn transport(address: &str) -> Arc<dyn Transport> {
+    open(&address.parse::<Address>().unwrap(), Duration::from_secs(10)).into()
+}
+
+impl Moved {
+    fn rounds(&self) -> Vec<RoundTally> {
+        let tally = |(role, event): &(Role, Event)| match event {
+            Event::RoundSent { tally, .. } if *role == Role::Source => Some(*tally),
+            _ => None,
+        };
+        self.ends.events.iter().filter_map(tally).collect()
+    }
+
+    /// Everything that holds after every migration that completes.
+    #[track_caller]
+    fn check(&self) {
+        let Moved { ends, source, destination } = self;
+        assert_eq!(ends.source.phase, Phase::Completed, "source: {:?}", ends.source.error);
+        assert_eq!(ends.destination.phase, Phase::Completed, "destination: {:?}", ends.destination.error);
+        assert!(source.bytes() == destination.bytes(), "the two memories differ");
+        assert!(source.writes() > 0, "the writers never wrote");
+        assert!(!source.runs() && destination.runs(), "the guest runs at the destination and there only");
+        assert!(destination.applied_state().sections[0].bytes.len() == 100_000);
+        let rounds = self.rounds();
+        assert!(rounds.len() >= 2, "{rounds:?}");
+        for round in &rounds {
+            let kinds = round.zero + round.raw + round.compressed + round.xbzrle + round.unchanged;
+            assert_eq!(kinds, round.pages, "{round:?}");
+        }
+        for end in [&ends.source, &ends.destination] {
+            assert!(end.memory_peak <= self.bound(), "{} bytes held, bound {}", end.memory_peak, self.bound());
+        }
+    }
+
+    fn bound(&self) -> u64 {
+        let bounds = self.ends.events.iter().filter_map(|(_, event)| match event {
+            Event::Guest { memory_bound, .. } => Some(*memory_bound),
+            _ => None,
+        });
+        bounds.max().unwrap()
+    }
+}
+
+#[test]
+fn tcp_with_as_many_connections_as_lanes() {
+    let moved = move_guest(transport("tcp:127.0.0.1:0"), source_settings(4, 4), PageSize::DEFAULT);
+    moved.check();
+    assert_eq!(moved.ends.source.verified, Some(true));
+    assert_eq!(moved.ends.destination.verified, Some(true));
+    let told = moved.source.told();
+    assert_eq!(told, [Told::Pause, Told::Save, Told::Release, Told::Committed]);
+    assert_eq!(moved.destination.told(), [Told::Build, Told::Prepare, Told::Start]);
+}
+
+#[test]
+fn tcp_with_four_lanes_on_one_connection() {
+    move_guest(transport("tcp:127.0.0.1:0"), source_settings(4, 1), PageSize::DEFAULT).check();
+}
+
+#[test]
+fn tcp_with_three_lanes_on_two_connections() {
+    move_guest(transport("tcp:127.0.0.1:0"), source_settings(3, 2), PageSize::DEFAULT).check();
+}
+
+#[test]
+fn unix_socket() {
+    let dir = tempfile::tempdir().unwrap();
+    let address = format!("unix:{}", dir.path().join("socket").display());
+    move_guest(transport(&address), source_settings(2, 2), PageSize::DEFAULT).check();
+}
+
+#[test]
+fn memory_with_one_lane() {
+    move_guest(Arc::new(MemoryTransport::new(64 << 10)), source_settings(1, 1), PageSize::DEFAULT).check();
+}
+
+#[test]
+fn file_moves_the_guest_and_leaves_the_source_paused() {
+    let dir = tempfile::tempdir().unwrap();
+    let address = format!("file:{}", dir.path().join("guest.mf").display());
+    let settings = SourceSettings { after: Some(After::Pause), ..source_settings(3, 1) };
+    let moved = move_guest(transport(&address), settings, PageSize::DEFAULT);
+    moved.check();
+    assert!(moved.source.was_told(Told::Committed));
+    assert_eq!(moved.ends.destination.verified, Some(true));
+}
+
+#[test]
+fn a_snapshot_to_a_file_lets_the_source_go_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let address = format!("file:{}", dir.path().join("guest.mf").display());
+    let settings = SourceSettings { after: Some(After::Resume), ..source_settings(2, 1) };
+    let moved = move_guest(transport(&address), settings, PageSize::DEFAULT);
+    assert_eq!(moved.ends.source.phase, Phase::Completed, "{:?}", moved.ends.source.error);
+    assert_eq!(moved.ends.destination.phase, Phase::Completed, "{:?}", moved.ends.destination.error);
+    assert!(moved.source.runs() && moved.source.was_told(Told::Resume));
+    assert!(moved.source.bytes() == moved.destination.bytes());
+    assert!(!moved.source.was_told(Told::Committed));
+}
+
+#[test]
+fn every_page_size() {
+    for bytes in [8192, 16384, 32768, 65536] {
+        let page_size = PageSize::new(bytes).unwrap();
+        move_guest(Arc::new(MemoryTransport::new(1 << 20)), source_settings(2, 2), page_size).check();
+    }
+}
+
+/// All four combinations of compression and deltas, and what each may send in which round.
+#[test]
+fn compression_in_the_first_round_and_deltas_after_it() {
+    let xbzrle = XbzrleSettings { cache_bytes: 64 << 20, compress_on_miss: false, cache_first_round: true };
+    for compress in [None, Some(Codec::Snap), Some(Codec::Lz4), Some(Codec::Zstd { level: 1 })] {
+        for delta in [None, Some(xbzrle.clone())] {
+            let encoder = EncoderSettings { compress, xbzrle: delta.clone() };
+            let settings = SourceSettings { encoder, ..source_settings(2, 2) };
+            let moved = move_guest(Arc::new(MemoryTransport::new(1 << 20)), settings, PageSize::DEFAULT);
+            moved.check();
+            for round in moved.rounds() {
+                let what = format!("{compress:?}, {delta:?}: {round:?}");
+                let may_compress = compress.is_some() && (round.round == 1 || delta.is_none());
+                assert!(may_compress || round.compressed == 0, "{what}");
+                let may_delta = delta.is_some() && round.round > 1;
+                assert!(may_delta || round.xbzrle + round.unchanged == 0, "{what}");
+                assert!(round.round > 1 || round.pages >= (29 << 20) / 4096, "{what}");
+                assert!(!may_delta || round.xbzrle > 0 || round.pages < 64, "{what}");
+            }
+        }
+    }
+}
+
+#[test]
+fn without_checksums_and_verification() {
+    let settings = SourceSettings { checksum: false, verify: false, ..source_settings(2, 1) };
+    let moved = move_guest(transport("tcp:127.0.0.1:0"), settings, PageSize::DEFAULT);
+    moved.check();
+    assert_eq!(moved.ends.source.verified, None);
+}
+
+#[test]
+fn a_guest_that_was_paused_by_its_operator_is_not_started() {
+    let source = Arc::new(TestGuest::source(PageSize::DEFAULT, &LENGTHS));
+    let destination = Arc::new(TestGuest::destination());
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let transport = Arc::new(MemoryTransport::new(1 << 20));
+    let moving =
+        migrate(source.clone(), destination.clone(), transport, source_settings(2, 1), CancellationToken::new());
+    let ends = runtime.block_on(moving);
+    assert_eq!(ends.destination.phase, Phase::Completed, "{:?}", ends.destination.error);
+    assert!(!destination.runs() && !source.was_told(Told::Pause));
+    assert!(source.bytes() == destination.bytes());
+}
+
+#[test]
+fn a_bandwidth_cap_bounds_what_goes_over_the_wire() {
+    let settings = SourceSettings { max_bandwidth: Some(64 << 20), ..source_settings(2, 2) };
+    let moved = move_guest(transport("tcp:127.0.0.1:0"), settings, PageSize::DEFAULT);
+    moved.check();
+    let ended = &moved.ends.source;
+    let rate = ended.wire_bytes as f64 / ended.total.as_secs_f64();
+    assert!(rate < 1.1 * f64::from(64 << 20), "{rate} bytes a second");
+}

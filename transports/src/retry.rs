@@ -1,0 +1,130 @@
+//! Trying again: connecting until somebody listens, and going on after an accept that failed in passing.
+
+use std::future::Future;
+use std::io;
+use std::time::Duration;
+
+use rustix::io::Errno;
+use tokio::time::{Instant, sleep, sleep_until};
+
+/// The first wait between two tries; each is twice the one before.
+const FIRST_WAIT: Duration = Duration::from_millis(20);
+/// The longest wait between two tries.
+const LONGEST_WAIT: Duration = Duration::from_millis(500);
+
+/// Why a try failed.
+#[derive(Debug)]
+pub(crate) enum Failure {
+    /// Somebody may listen later.
+    Retry(io::Error),
+    /// Trying again would not help.
+    Final(io::Error),
+}
+
+/// Tries to connect until it succeeds, fails for good, or `timeout` has passed. One try is always made.
+///
+/// `attempt` is given the time at which the last try should be over.
+pub(crate) async fn connect_within<T, F, A>(address: &str, timeout: Duration, mut attempt: F) -> io::Result<T>
+where
+    F: FnMut(Instant) -> A,
+    A: Future<Output = Result<T, Failure>>,
+{
+    let begun = Instant::now();
+    let deadline = begun + timeout;
+    let mut wait = FIRST_WAIT;
+    loop {
+        let cause = match attempt(deadline).await {
+            Ok(connected) => return Ok(connected),
+            Err(Failure::Final(error)) => return Err(in_context(&error, &format!("cannot connect to {address}"))),
+            Err(Failure::Retry(error)) => error,
+        };
+        if Instant::now() >= deadline {
+            return Err(gave_up(address, begun.elapsed(), &cause));
+        }
+        sleep_until(deadline.min(Instant::now() + wait)).await;
+        wait = LONGEST_WAIT.min(wait * 2);
+    }
+}
+
+fn gave_up(address: &str, tried: Duration, cause: &io::Error) -> io::Error {
+    let message = format!(
+        "cannot connect to {address}: tried for {:.1} s, at last: {cause}; start the destination there, or allow more time",
+        tried.as_secs_f64()
+    );
+    io::Error::new(cause.kind(), message)
+}
+
+/// The same error with words in front that say where it happened.
+pub(crate) fn in_context(error: &io::Error, place: &str) -> io::Error {
+    io::Error::new(error.kind(), format!("{place}: {error}"))
+}
+
+/// Goes on after an accept that failed: returns the error if the listener itself is unusable, else waits a little.
+///
+/// A connection that broke off before it was accepted, and a want of descriptors or memory, pass.
+pub(crate) async fn after_failed_accept(address: &str, error: &io::Error) -> io::Result<()> {
+    let broken = [Errno::BADF, Errno::INVAL, Errno::NOTSOCK, Errno::OPNOTSUPP];
+    match Errno::from_io_error(error) {
+        Some(errno) if !broken.contains(&errno) => {
+            tracing::warn!(address, %error, "a connection could not be accepted; waiting goes on");
+            sleep(FIRST_WAIT * 5).await;
+            Ok(())
+        }
+        _ => Err(in_context(error, &format!("cannot accept connections on {address}"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::Cell;
+
+    fn refused() -> Failure {
+        Failure::Retry(io::ErrorKind::ConnectionRefused.into())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn tries_end_in_time_and_say_why() {
+        let (begun, tries) = (Instant::now(), Cell::new(0));
+        let attempt = |_| {
+            tries.set(tries.get() + 1);
+            async { Err::<(), _>(refused()) }
+        };
+        let error = connect_within("tcp:a:1", Duration::from_secs(3), attempt).await.expect_err("nobody listens");
+        assert_eq!(begun.elapsed().as_millis(), 3000);
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused);
+        assert!(error.to_string().contains("tcp:a:1: tried for 3.0 s, at last: connection refused"), "{error}");
+        // 20, 40, … 320 ms, then 500 ms each: 5 + 1 + 5 waits and the try before them.
+        assert_eq!(tries.get(), 11);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn one_try_is_always_made_and_success_ends_them() {
+        let connected = connect_within("a", Duration::ZERO, |_| async { Ok(5) }).await;
+        assert_eq!(connected.expect("connected"), 5);
+        let tries = Cell::new(0);
+        let attempt = |_| {
+            tries.set(tries.get() + 1);
+            let enough = tries.get() == 4;
+            async move { if enough { Ok(()) } else { Err(refused()) } }
+        };
+        connect_within("a", Duration::from_secs(60), attempt).await.expect("at the fourth try");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_final_is_not_tried_again() {
+        let begun = Instant::now();
+        let denied = || async { Err::<(), _>(Failure::Final(io::ErrorKind::PermissionDenied.into())) };
+        let error = connect_within("unix:/a", Duration::from_secs(60), |_| denied()).await.expect_err("denied");
+        assert_eq!((error.kind(), begun.elapsed()), (io::ErrorKind::PermissionDenied, Duration::ZERO));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn only_an_unusable_listener_ends_accepting() {
+        for passing in [Errno::CONNABORTED, Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::PROTO] {
+            after_failed_accept("tcp:a:1", &passing.into()).await.expect("passing");
+        }
+        let error = after_failed_accept("tcp:a:1", &Errno::INVAL.into()).await.expect_err("not listening");
+        assert!(error.to_string().contains("tcp:a:1"), "{error}");
+    }
+}
