@@ -8,6 +8,8 @@ use crate::meter::Meter;
 use crate::pool::{BufferPool, PooledBuffer};
 
 #[cfg(test)]
+mod chain_tests;
+#[cfg(test)]
 pub(crate) mod testing;
 
 /// The identity of a running stage. When it is dropped, at the stage's end or when its task is, its meter stops.

@@ -218,3 +218,6 @@ impl Encoder {
         Outgoing { lane: self.lane, head: message.encode(self.lane), payload: None, mark: Some(mark) }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -79,3 +79,46 @@ impl Payload {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::pool::BufferPool;
+
+    const PAGE: usize = 16;
+
+    proptest! {
+        /// Each page goes raw, is left out, or is coded as some bytes: held against the bytes put one after another.
+        #[test]
+        fn a_payload_is_its_pages_one_after_another(fates in prop::collection::vec(0..PAGE + 3, 1..20)) {
+            let (given, room) = (BufferPool::new(1, 20 * PAGE), BufferPool::new(1, 20 * PAGE));
+            let mut pages = given.try_take().unwrap();
+            (0..fates.len()).for_each(|page| pages.extend(&[u8::try_from(page).unwrap() + 1; PAGE]));
+            let original = pages.as_ptr();
+            let mut payload = Payload::new(PAGE, pages, room.try_take().unwrap());
+            let mut naive = Vec::new();
+            for (index, &fate) in fates.iter().enumerate() {
+                let (page, coded) = payload.next_page();
+                prop_assert_eq!((page, coded.len()), (&[u8::try_from(index).unwrap() + 1; PAGE][..], PAGE));
+                coded.fill(0xee);
+                match fate {
+                    0 => payload.leave_out(),
+                    1..PAGE => {
+                        naive.extend(&coded[..fate]);
+                        payload.push_coded(fate);
+                    }
+                    _ => {
+                        naive.extend(page);
+                        payload.push_raw();
+                    }
+                }
+            }
+            let finished = payload.finish();
+            prop_assert_eq!(finished.as_deref().unwrap_or(&[]), &naive[..]);
+            let all_raw = fates.iter().all(|&fate| fate >= PAGE);
+            prop_assert_eq!(finished.is_some_and(|payload| payload.as_ptr() == original), all_raw);
+        }
+    }
+}

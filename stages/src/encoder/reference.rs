@@ -85,3 +85,65 @@ impl Reference {
         self.cache.remove(at);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::stage::testing::{batch, page_size};
+
+    /// A page's next content: mostly a small change, so that deltas fit.
+    fn changed(page: &[u8], seed: u8) -> Vec<u8> {
+        let mut page = page.to_vec();
+        match seed {
+            0..16 => page.iter_mut().for_each(|byte| *byte = byte.wrapping_add(seed)),
+            16..32 => page.fill(0),
+            _ => page[usize::from(seed) * 16] ^= seed,
+        }
+        page
+    }
+
+    proptest! {
+        /// Law 6, in the small: pages pass in any way, and what is cached of them is what the destination holds.
+        #[test]
+        fn an_entry_is_what_the_destination_holds_or_gone(
+            cache_pages in 0..20u64,
+            passes in prop::collection::vec((0..24u64, any::<u8>(), 0..4u8, prop::bool::weighted(0.1)), 0..150),
+        ) {
+            let mut reference = Reference::new(page_size(4), cache_pages * 4200);
+            let mut destination = HashMap::<PageAt, Vec<u8>>::new();
+            let mut out = vec![0; 4096];
+            for (step, (page, seed, way, last)) in (0..).zip(passes) {
+                let at = PageAt { block: 0, page };
+                let batch = Batch { last, ..batch(0, 1, 1 + step / 20) };
+                let held = destination.entry(at).or_insert_with(|| vec![0; 4096]);
+                let next = changed(held, seed);
+                let mut equal = false;
+                match way {
+                    0 => {
+                        reference.will_be_zero(at, &batch);
+                        held.fill(0);
+                    }
+                    1 => reference.forget(at),
+                    2 => {
+                        reference.will_hold(at, &next, &batch);
+                        *held = next;
+                    }
+                    _ => {
+                        equal = reference.compare(at, &next, &batch, &mut out) == Compared::Equal;
+                        prop_assert!(!equal || *held == next);
+                        *held = next;
+                    }
+                }
+                let kept = reference.cache.get(at, batch.round).map(|kept| kept.to_vec());
+                prop_assert!(kept.is_none_or(|kept| &kept == held && (!last || equal)));
+            }
+            for (at, held) in destination {
+                prop_assert!(reference.cache.get(at, u32::MAX).is_none_or(|kept| kept[..] == held[..]));
+            }
+        }
+    }
+}

@@ -1,0 +1,399 @@
+use std::collections::BTreeMap;
+
+use futures::FutureExt;
+use proptest::prelude::*;
+
+use super::*;
+use crate::codec::Decompressor;
+use crate::geometry::{EXTENT_PAGES, Layout};
+use crate::queue::bounded;
+use crate::stage::testing::{batch, block_on, drain, layout, meter, page_size};
+use crate::wire::{FrameHead, HEAD_BYTES};
+use crate::xbzrle::Delta;
+
+const EXTENTS: usize = 2;
+const PAGES: usize = EXTENTS * EXTENT_PAGES as usize;
+const LANE: u16 = 1;
+
+/// A destination kept as simply as can be: it does to its memory what the frames say.
+struct Destination {
+    layout: Layout,
+    memory: Vec<u8>,
+    decompressor: Decompressor,
+}
+
+impl Destination {
+    fn new(layout: Layout) -> Self {
+        let memory = vec![0; usize::try_from(layout.bytes()).unwrap()];
+        Self { layout, memory, decompressor: Decompressor::default() }
+    }
+
+    /// Loads one frame, and returns what stood before its payload.
+    fn load(&mut self, outgoing: &Outgoing, checksum: bool) -> PagesHead {
+        let (head, body) = outgoing.head.split_first_chunk::<HEAD_BYTES>().unwrap();
+        let frame = FrameHead::parse(head, self.layout.page_size()).unwrap();
+        let head = PagesHead::parse(body, frame.length, &self.layout).unwrap();
+        let mut payload = outgoing.payload.as_deref().unwrap_or(&[]);
+        assert_eq!((frame.lane, frame.length as usize), (LANE, body.len() + payload.len()));
+        assert_eq!(head.payload_hash, if checksum && !payload.is_empty() { payload_hash(payload) } else { 0 });
+        let page_bytes = self.layout.page_size().bytes();
+        let mut pages = head.pages.iter();
+        for bit in bits(head.mask) {
+            let start = usize::try_from(head.at.page(bit).page).unwrap() * page_bytes;
+            let page = &mut self.memory[start..start + page_bytes];
+            if head.zero & (1 << bit) != 0 {
+                page.fill(0);
+                continue;
+            }
+            let &(encoding, bytes) = pages.next().unwrap();
+            let coded = payload.split_off(..bytes as usize).unwrap();
+            match encoding {
+                PageEncoding::Raw => page.copy_from_slice(coded),
+                PageEncoding::Xbzrle => Delta::parse(coded, page_bytes).unwrap().apply(page),
+                codec => self.decompressor.decompress(codec, coded, page).unwrap(),
+            }
+        }
+        assert!(payload.is_empty() && pages.next().is_none());
+        head
+    }
+}
+
+/// What a guest does to one of its pages.
+#[derive(Clone, Copy, Debug)]
+enum Write {
+    Zeros,
+    /// A few bytes.
+    Sparse,
+    /// Every other byte: no delta fits.
+    Dense,
+    Random,
+    Text,
+    /// What it holds already.
+    Same,
+}
+
+/// A source: guest memory, and the encoder's input made of it.
+struct Source {
+    page_size: PageSize,
+    memory: Vec<u8>,
+    pool: BufferPool,
+}
+
+impl Source {
+    fn new(page_size: PageSize) -> Self {
+        let pool = BufferPool::new(64, page_size.extent_bytes());
+        Self { page_size, memory: vec![0; PAGES * page_size.bytes()], pool }
+    }
+
+    fn layout(&self) -> Layout {
+        layout(self.page_size, &[self.memory.len() as u64])
+    }
+
+    fn page(&mut self, page: usize) -> &mut [u8] {
+        let bytes = self.page_size.bytes();
+        &mut self.memory[page * bytes..(page + 1) * bytes]
+    }
+
+    fn write(&mut self, page: usize, write: Write, seed: u64) {
+        let mut random = xorshift(seed);
+        let page = self.page(page);
+        match write {
+            Write::Zeros => page.fill(0),
+            Write::Sparse => {
+                for _ in 0..5 {
+                    let at = random() as usize % page.len();
+                    page[at] = page[at].wrapping_add(1);
+                }
+            }
+            Write::Dense => page.iter_mut().step_by(2).for_each(|byte| *byte = byte.wrapping_add(1)),
+            Write::Random => page.iter_mut().for_each(|byte| *byte = random().to_le_bytes()[5]),
+            Write::Text => {
+                let words = [b"memory ", b"guests ", b"pages, ", b"dirty. "];
+                page.chunks_mut(7).for_each(|word| word.copy_from_slice(&words[random() as usize % 4][..word.len()]));
+            }
+            Write::Same => {}
+        }
+    }
+
+    /// The copies of these pages as the detector would hand them on, a batch for each extent.
+    fn copies(&self, dirty: impl IntoIterator<Item = usize>, round: u32, last: bool) -> Vec<CopiedBatch> {
+        let mut masks = BTreeMap::new();
+        for page in dirty {
+            *masks.entry(u32::try_from(page / 64).unwrap()).or_insert(0) |= 1u64 << (page % 64);
+        }
+        masks.into_iter().map(|(extent, mask)| self.copy(Batch { last, ..batch(extent, mask, round) })).collect()
+    }
+
+    fn copy(&self, batch: Batch) -> CopiedBatch {
+        let page_bytes = self.page_size.bytes();
+        let extent = &self.memory[batch.at.extent as usize * self.page_size.extent_bytes()..];
+        let (mut zero, mut buffer) = (0, self.pool.try_take().unwrap());
+        for bit in bits(batch.mask) {
+            let page = &extent[bit as usize * page_bytes..][..page_bytes];
+            if page.iter().all(|&byte| byte == 0) { zero |= 1 << bit } else { buffer.extend(page) }
+        }
+        CopiedBatch { batch, zero, pages: (zero != batch.mask).then_some(buffer) }
+    }
+}
+
+fn xorshift(seed: u64) -> impl FnMut() -> u64 {
+    let mut state = seed | 1;
+    move || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state >> 3
+    }
+}
+
+/// What the scanner and the detector say of these copies.
+fn tally(copies: &[CopiedBatch], page_size: PageSize, round: u32, last: bool) -> RoundTally {
+    let mut tally = RoundTally { batches: copies.len() as u64, ..RoundTally::new(round, last) };
+    for copied in copies {
+        tally.pages += u64::from(copied.batch.mask.count_ones());
+        tally.zero += u64::from(copied.zero.count_ones());
+    }
+    tally.bytes_in = tally.pages * page_size.bytes() as u64;
+    tally
+}
+
+/// An encoder to be fed round by round.
+struct Bench {
+    source: Source,
+    encoder: Encoder,
+}
+
+impl Bench {
+    fn new(page_size: PageSize, plan: EncoderPlan) -> Self {
+        let pool = BufferPool::new(64, page_size.extent_bytes());
+        Self { source: Source::new(page_size), encoder: Encoder::new(LANE, page_size, plan, pool, meter()) }
+    }
+
+    /// Writes these pages and encodes them as a round: its frames, and its figures.
+    fn round(&mut self, round: u32, last: bool, writes: &[(usize, Write, u64)]) -> (Vec<Outgoing>, RoundTally) {
+        writes.iter().for_each(|&(page, write, seed)| self.source.write(page, write, seed));
+        let copies = self.source.copies(writes.iter().map(|&(page, ..)| page), round, last);
+        let tally = tally(&copies, self.source.page_size, round, last);
+        let frames = copies.into_iter().map(|copied| self.encoder.encode(copied).now_or_never().unwrap()).collect();
+        let complete = self.encoder.round_complete(tally);
+        let Some(Mark::RoundComplete(figures)) = complete.mark else { panic!("{complete:?}") };
+        (frames, figures)
+    }
+
+    /// The same for `write` into all of `pages`: just the figures.
+    fn figures(&mut self, round: u32, pages: std::ops::Range<usize>, write: Write) -> RoundTally {
+        let writes: Vec<_> = pages.map(|page| (page, write, 77 + page as u64 + (u64::from(round) << 20))).collect();
+        self.round(round, false, &writes).1
+    }
+}
+
+fn deltas(cache_pages: u64, on_miss: Option<Codec>, cache_first_round: bool) -> Option<DeltaPlan> {
+    Some(DeltaPlan { cache_bytes: cache_pages * 5000, on_miss, cache_first_round })
+}
+
+/// zero, raw, compressed, xbzrle, unchanged
+fn encodings(tally: &RoundTally) -> [u64; 5] {
+    [tally.zero, tally.raw, tally.compressed, tally.xbzrle, tally.unchanged]
+}
+
+/// How many pages came in an encoding, in these frames.
+fn count(heads: &[PagesHead], which: impl Fn(PageEncoding) -> bool) -> u64 {
+    heads.iter().flat_map(|head| &head.pages).filter(|(encoding, _)| which(*encoding)).count() as u64
+}
+
+fn is_codec(encoding: PageEncoding) -> bool {
+    matches!(encoding, PageEncoding::Snap | PageEncoding::Lz4 | PageEncoding::Zstd)
+}
+
+fn codecs() -> impl Strategy<Value = Option<Codec>> {
+    prop::option::of(prop_oneof![Just(Codec::Snap), Just(Codec::Lz4), Just(Codec::Zstd { level: -1 })])
+}
+
+fn plans() -> impl Strategy<Value = EncoderPlan> {
+    let delta = (prop_oneof![Just(0u64), Just(6), Just(1000)], codecs(), any::<bool>())
+        .prop_map(|(pages, on_miss, first)| deltas(pages, on_miss, first).unwrap());
+    (codecs(), prop::option::of(delta), any::<bool>()).prop_map(|(compress, delta, checksum)| EncoderPlan {
+        compress,
+        delta,
+        checksum,
+    })
+}
+
+fn writes() -> impl Strategy<Value = Vec<(usize, Write, u64)>> {
+    use Write::{Dense, Random, Same, Sparse, Text, Zeros};
+    let write = prop_oneof![
+        1 => Just(Zeros), 4 => Just(Sparse), 1 => Just(Dense), 1 => Just(Random), 1 => Just(Text), 1 => Just(Same)
+    ];
+    // Few of the pages, so that each is written again and again.
+    let page = prop_oneof![0..12usize, 60..70usize];
+    prop::collection::vec((page, write, any::<u64>()), 0..40)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(300))]
+
+    /// Laws 5 and 6 at once: each delta is applied to what the destination holds. A last round may be followed by others,
+    /// for a switchover may be called off.
+    #[test]
+    fn the_destination_holds_what_the_source_held_after_every_round(
+        plan in plans(),
+        kib in prop_oneof![8 => Just(4u64), 1 => Just(16), 1 => Just(64)],
+        rounds in prop::collection::vec((writes(), prop::bool::weighted(0.2)), 1..8),
+    ) {
+        let mut bench = Bench::new(page_size(kib), plan);
+        let mut destination = Destination::new(bench.source.layout());
+        for (round, (writes, last)) in (1..).zip(&rounds) {
+            let (frames, tally) = bench.round(round, *last, writes);
+            let heads: Vec<_> = frames.iter().map(|frame| destination.load(frame, plan.checksum)).collect();
+            prop_assert!(destination.memory == bench.source.memory, "round {round}");
+
+            let bytes = |frame: &Outgoing| frame.head.len() + frame.payload.as_ref().map_or(0, |payload| payload.len());
+            prop_assert_eq!(tally.bytes_out, frames.iter().map(bytes).sum::<usize>() as u64);
+            prop_assert_eq!(tally.batches, frames.len() as u64, "a frame for each batch");
+            prop_assert!(heads.iter().all(|head| head.round == round));
+            let sent: u32 = heads.iter().map(|head| head.mask.count_ones()).sum();
+            let zero: u32 = heads.iter().map(|head| head.zero.count_ones()).sum();
+            let [raw, xbzrle] = [PageEncoding::Raw, PageEncoding::Xbzrle].map(|which| count(&heads, |it| it == which));
+            let counted = [zero.into(), raw, count(&heads, is_codec), xbzrle, tally.pages - u64::from(sent)];
+            prop_assert_eq!(encodings(&tally), counted);
+            prop_assert_eq!(counted.iter().sum::<u64>(), tally.pages, "the encodings add up");
+
+            let compressor = match plan.delta {
+                Some(delta) if round > 1 => {
+                    prop_assert_eq!(raw + tally.compressed, tally.xbzrle_misses + tally.xbzrle_overflows);
+                    delta.on_miss
+                }
+                _ => {
+                    prop_assert_eq!(xbzrle + tally.unchanged + tally.xbzrle_misses + tally.xbzrle_overflows, 0);
+                    plan.compress
+                }
+            };
+            let allowed = compressor.map(Codec::encoding);
+            prop_assert_eq!(count(&heads, |it| is_codec(it) && Some(it) != allowed), 0);
+        }
+    }
+}
+
+#[test]
+fn compression_in_round_one_only_and_deltas_only_after_it() {
+    let plan = EncoderPlan { compress: Some(Codec::Lz4), delta: deltas(1000, None, true), checksum: true };
+    let mut bench = Bench::new(page_size(4), plan);
+    assert_eq!(encodings(&bench.figures(1, 0..100, Write::Text)), [0, 0, 100, 0, 0]);
+    assert_eq!(encodings(&bench.figures(2, 0..100, Write::Sparse)), [0, 0, 0, 100, 0]);
+    let third = bench.figures(3, 0..100, Write::Dense);
+    assert_eq!((encodings(&third), third.xbzrle_overflows), ([0, 100, 0, 0, 0], 100));
+}
+
+#[test]
+fn without_deltas_compression_goes_on_and_what_does_not_shrink_goes_raw() {
+    let mut bench = Bench::new(page_size(4), EncoderPlan { compress: Some(Codec::Snap), ..EncoderPlan::default() });
+    for round in 1..4 {
+        assert_eq!(encodings(&bench.figures(round, 0..10, Write::Text)), [0, 0, 10, 0, 0]);
+        assert_eq!(encodings(&bench.figures(round, 0..10, Write::Random)), [0, 10, 0, 0, 0]);
+    }
+}
+
+#[test]
+fn misses_and_overflows_are_compressed_where_that_is_planned() {
+    let plan = EncoderPlan { delta: deltas(1000, Some(Codec::Lz4), false), ..EncoderPlan::default() };
+    let mut bench = Bench::new(page_size(4), plan);
+    assert_eq!(encodings(&bench.figures(1, 0..10, Write::Text)), [0, 10, 0, 0, 0]);
+    let misses = bench.figures(2, 0..10, Write::Sparse);
+    assert_eq!((encodings(&misses), misses.xbzrle_misses), ([0, 0, 10, 0, 0], 10));
+    let overflows = bench.figures(3, 0..10, Write::Dense);
+    assert_eq!((encodings(&overflows), overflows.xbzrle_overflows), ([0, 0, 10, 0, 0], 10));
+}
+
+#[test]
+fn pages_enter_the_cache_in_the_first_round_if_asked_for() {
+    let second_round = |cache_first_round| {
+        let plan = EncoderPlan { delta: deltas(1000, None, cache_first_round), ..EncoderPlan::default() };
+        let mut bench = Bench::new(page_size(4), plan);
+        bench.figures(1, 0..10, Write::Random);
+        let second = bench.figures(2, 0..10, Write::Sparse);
+        let third = bench.figures(3, 0..10, Write::Sparse);
+        assert_eq!((third.xbzrle, third.xbzrle_misses), (10, 0));
+        (second.xbzrle, second.xbzrle_misses)
+    };
+    assert_eq!((second_round(true), second_round(false)), ((10, 0), (0, 10)));
+}
+
+#[test]
+fn a_zero_page_is_a_reference_and_an_equal_page_is_not_sent() {
+    let plan = EncoderPlan { delta: deltas(1000, None, false), ..EncoderPlan::default() };
+    let mut bench = Bench::new(page_size(4), plan);
+    assert_eq!(encodings(&bench.figures(1, 0..3, Write::Random)), [0, 3, 0, 0, 0]);
+    assert_eq!(encodings(&bench.figures(2, 0..3, Write::Zeros)), [3, 0, 0, 0, 0]);
+    assert_eq!(encodings(&bench.figures(3, 0..3, Write::Sparse)), [0, 0, 0, 3, 0]);
+    let same: Vec<_> = (0..3).map(|page| (page, Write::Same, 0)).collect();
+    let (frames, tally) = bench.round(4, false, &same);
+    assert_eq!(encodings(&tally), [0, 0, 0, 0, 3]);
+    assert!(frames.len() == 1 && frames[0].payload.is_none());
+    let head = Destination::new(bench.source.layout()).load(&frames[0], false);
+    assert_eq!((head.mask, head.zero), (0, 0));
+}
+
+#[test]
+fn the_last_round_makes_deltas_and_drops_what_it_used() {
+    let plan = EncoderPlan { delta: deltas(1000, None, true), ..EncoderPlan::default() };
+    let mut bench = Bench::new(page_size(4), plan);
+    bench.figures(1, 0..4, Write::Random);
+    let (_, last) = bench.round(2, true, &[(0, Write::Sparse, 1), (1, Write::Zeros, 2), (2, Write::Dense, 3)]);
+    assert_eq!(encodings(&last), [1, 1, 0, 1, 0]);
+    let after = bench.figures(3, 0..4, Write::Sparse);
+    assert_eq!((after.xbzrle_misses, after.xbzrle), (3, 1), "page 3 was not in the last round");
+}
+
+#[test]
+fn where_all_pages_go_raw_the_detectors_buffer_is_the_payload() {
+    for plan in [EncoderPlan::default(), EncoderPlan { compress: Some(Codec::Lz4), ..EncoderPlan::default() }] {
+        let mut bench = Bench::new(page_size(4), plan);
+        (3..20).for_each(|page| bench.source.write(page, Write::Random, page as u64));
+        let copied = bench.source.copies(0..64, 1, false).remove(0);
+        let buffer = copied.pages.as_ref().unwrap().as_ptr();
+        let frame = bench.encoder.encode(copied).now_or_never().unwrap();
+        assert_eq!(frame.payload.unwrap().as_ptr(), buffer);
+    }
+}
+
+#[test]
+fn marks_travel_in_band_as_frames_and_it_ends_with_the_switchover() {
+    let Bench { source, encoder } = Bench::new(page_size(4), EncoderPlan::default());
+    let copies = source.copies([0, 64], 1, true);
+    let tally = tally(&copies, source.page_size, 1, true);
+    let ((put, input), (output, got)) = (bounded(10), bounded(10));
+    let marks = [Item::RoundComplete(tally), Item::Switchover, Item::Switchover];
+    for item in copies.into_iter().map(Item::Batch).chain(marks) {
+        assert_eq!(put.put(item).now_or_never(), Some(Ok(())));
+    }
+    let meter = encoder.stage.meter.clone();
+    block_on(encoder.run(input, output)).unwrap();
+    let frames = drain(&got);
+    let marks: Vec<_> = frames.iter().map(|frame| frame.mark).collect();
+    let bytes_out = (frames[0].head.len() + frames[1].head.len()) as u64;
+    let complete = RoundTally { bytes_out, ..tally };
+    assert_eq!(marks, [None, None, Some(Mark::RoundComplete(complete)), Some(Mark::Switchover)]);
+    assert_eq!(frames[2].head, Message::RoundComplete(complete).encode(LANE));
+    assert_eq!(frames[3].head, Message::Switchover.encode(LANE));
+    let reading = meter.read();
+    assert_eq!((reading.batches, reading.pages, reading.bytes), (2, 2, bytes_out));
+}
+
+#[test]
+fn a_tight_pool_makes_it_wait_until_a_frame_is_gone() {
+    let page_size = page_size(4);
+    let mut source = Source::new(page_size);
+    (0..PAGES).for_each(|page| source.write(page, Write::Text, page as u64));
+    let plan = EncoderPlan { compress: Some(Codec::Lz4), ..EncoderPlan::default() };
+    let pool = BufferPool::new(1, page_size.extent_bytes());
+    let encoder = Encoder::new(LANE, page_size, plan, pool, meter());
+    let ((put, input), (output, got)) = (bounded(10), bounded(10));
+    for copied in source.copies(0..PAGES, 1, false) {
+        assert!(put.put(Item::Batch(copied)).now_or_never().is_some());
+    }
+    let mut run = Box::pin(encoder.run(input, output));
+    assert!(run.as_mut().now_or_never().is_none());
+    assert_eq!(drain(&got).len(), 1);
+    assert!(run.as_mut().now_or_never().is_none());
+    assert_eq!(drain(&got).len(), 1);
+}
