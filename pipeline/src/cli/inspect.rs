@@ -1,7 +1,7 @@
 //! `memferry inspect`: what a stream in a file holds, and where it is damaged first.
 //!
 //! Takes a stream from its first byte, checks every frame and every payload, and gives an [`Inspection`] that displays
-//! as a table. A stream is whole if its end mark stands behind the last frame and counts the frames before it.
+//! as a table. A stream is whole if its end mark stands behind the last frame and counts the Pages frames before it.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -143,13 +143,17 @@ impl Inspection {
             Message::RoundComplete(tally) => {
                 self.rounds.entry(tally.round).or_default().unchanged += tally.unchanged;
             }
-            Message::End { frames, .. } if frames + 1 != reader.frames() => {
-                return misplaced(Kind::End, "it counts another number of frames before it");
+            Message::End { frames, .. } if frames != self.pages_frames() => {
+                return misplaced(Kind::End, "it counts another number of Pages frames before it");
             }
             Message::End { run_state, .. } => self.end = Some(run_state),
             _ => {}
         }
         Ok(())
+    }
+
+    fn pages_frames(&self) -> u64 {
+        self.rounds.values().map(|round| round.frames).sum()
     }
 
     fn state(&mut self, chunk: memferry_stages::wire::messages::StateChunk) {
@@ -298,7 +302,7 @@ mod tests {
             &Message::Switchover.encode(0),
             &Message::State(section(false)).encode(0),
             &Message::State(section(true)).encode(0),
-            &Message::End { run_state: RunState::Running, frames: 7 }.encode(0),
+            &Message::End { run_state: RunState::Running, frames: 1 }.encode(0),
         ];
         [head.concat(), tail.concat()].concat()
     }
