@@ -5,14 +5,14 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::codec::Decompressor;
-use crate::geometry::{EXTENT_PAGES, Layout};
+use crate::geometry::Layout;
 use crate::queue::bounded;
 use crate::stage::testing::{batch, block_on, drain, layout, meter, page_size};
 use crate::wire::{FrameHead, HEAD_BYTES};
 use crate::xbzrle::Delta;
 
 const EXTENTS: usize = 2;
-const PAGES: usize = EXTENTS * EXTENT_PAGES as usize;
+const PAGES: usize = EXTENTS * 64;
 const LANE: u16 = 1;
 
 /// A destination kept as simply as can be: it does to its memory what the frames say.
@@ -101,7 +101,7 @@ impl Source {
             Write::Zeros => page.fill(0),
             Write::Sparse => {
                 for _ in 0..5 {
-                    let at = random() as usize % page.len();
+                    let at = random() % page.len();
                     page[at] = page[at].wrapping_add(1);
                 }
             }
@@ -109,7 +109,7 @@ impl Source {
             Write::Random => page.iter_mut().for_each(|byte| *byte = random().to_le_bytes()[5]),
             Write::Text => {
                 let words = [b"memory ", b"guests ", b"pages, ", b"dirty. "];
-                page.chunks_mut(7).for_each(|word| word.copy_from_slice(&words[random() as usize % 4][..word.len()]));
+                page.chunks_mut(7).for_each(|word| word.copy_from_slice(&words[random() % 4][..word.len()]));
             }
             Write::Same => {}
         }
@@ -136,13 +136,13 @@ impl Source {
     }
 }
 
-fn xorshift(seed: u64) -> impl FnMut() -> u64 {
+fn xorshift(seed: u64) -> impl FnMut() -> usize {
     let mut state = seed | 1;
     move || {
         state ^= state << 13;
         state ^= state >> 7;
         state ^= state << 17;
-        state >> 3
+        usize::try_from(state >> 3).unwrap()
     }
 }
 

@@ -91,7 +91,8 @@ fn order(round: u32) -> ScanOrder {
 /// The rule of the dealing, from the design's words: by address, in stretches.
 fn naive_lane(page_size: PageSize, lanes: u16, block: u32, page: u64) -> usize {
     let stretch = (2 << 20).max(64 * page_size.bytes() as u64);
-    ((page * page_size.bytes() as u64 / stretch + u64::from(block)) % u64::from(lanes)) as usize
+    let lane = (page * page_size.bytes() as u64 / stretch + u64::from(block)) % u64::from(lanes);
+    usize::try_from(lane).unwrap()
 }
 
 /// What a lane must get of a round: its pages in address order, one by one.
@@ -115,9 +116,10 @@ fn cases() -> impl Strategy<Value = (Layout, u16, Vec<Vec<(u32, u64)>>)> {
     let layouts = (0..5u32, prop::collection::vec(1u64..20 << 20, 1..4))
         .prop_map(|(shift, lengths)| layout(page_size(4 << shift), &lengths));
     (layouts, 1..6u16).prop_flat_map(|(layout, lanes)| {
-        let counts: Vec<_> = (0..layout.block_count()).map(|block| layout.block_pages(block)).collect();
+        let pages = |block| usize::try_from(layout.block_pages(block)).unwrap();
+        let counts: Vec<_> = (0..layout.block_count()).map(pages).collect();
         let page = (0..counts.len(), any::<prop::sample::Index>())
-            .prop_map(move |(block, page)| (u32::try_from(block).unwrap(), page.index(counts[block] as usize) as u64));
+            .prop_map(move |(block, page)| (u32::try_from(block).unwrap(), page.index(counts[block]) as u64));
         let rounds = prop::collection::vec(prop::collection::vec(page, 0..300), 1..4);
         (Just(layout), Just(lanes), rounds)
     })
