@@ -11,6 +11,8 @@ use crate::settings::{OnDeadline, SourceSettings};
 
 /// How much measured time a rate is made of: long enough to be smooth, short enough to follow a change of encoding.
 const RATE_WINDOW: Duration = Duration::from_millis(200);
+/// How many bytes a rate is made of: a round of a few pages measures the latency of a round and no rate.
+const RATE_BYTES: u64 = 8 << 20;
 
 /// The rate at which page bytes get done, from the rounds lately finished.
 #[derive(Clone, Debug, Default)]
@@ -25,7 +27,7 @@ impl PageRate {
         self.rounds.truncate(64);
     }
 
-    /// Bytes a second over the latest rounds that together make a rate window (all there are, if they are shorter), or
+    /// Bytes a second over the latest rounds that together are long and large enough (all there are, if they are not), or
     /// `None` before anything was measured.
     #[must_use]
     pub fn bytes_per_second(&self) -> Option<f64> {
@@ -33,7 +35,7 @@ impl PageRate {
         for &(round_bytes, round_time) in &self.rounds {
             bytes += round_bytes;
             time += round_time;
-            if time >= RATE_WINDOW {
+            if time >= RATE_WINDOW && bytes >= RATE_BYTES {
                 break;
             }
         }
@@ -223,13 +225,21 @@ mod tests {
     }
 
     #[test]
-    fn a_rate_is_made_of_the_latest_rounds_that_fill_its_window() {
+    fn a_rate_is_made_of_the_latest_rounds_that_are_long_and_large_enough() {
         let mut rate = PageRate::default();
         assert_eq!(rate.bytes_per_second(), None);
         rate.round(1_000_000, Duration::from_secs(10));
         assert_eq!(rate.bytes_per_second(), Some(100_000.0));
-        rate.round(100, Duration::from_millis(100));
-        rate.round(300, Duration::from_millis(100));
-        assert_eq!(rate.bytes_per_second(), Some(2000.0));
+        rate.round(10_000_000, Duration::from_millis(100));
+        rate.round(30_000_000, Duration::from_millis(100));
+        assert_eq!(rate.bytes_per_second(), Some(2e8));
+    }
+
+    #[test]
+    fn rounds_of_a_few_pages_do_not_pass_their_latency_off_as_a_rate() {
+        let mut rate = PageRate::default();
+        rate.round(1 << 30, Duration::from_secs(1));
+        (0..30).for_each(|_| rate.round(4096, Duration::from_millis(10)));
+        assert!(rate.bytes_per_second().unwrap() > 0.7 * f64::from(1 << 30));
     }
 }

@@ -117,7 +117,7 @@ impl DestinationGraph {
                     progress,
                     meter.clone(),
                 );
-                let running = loader.run(arrived.metered(&meter), loaded.clone());
+                let running = loader.run(arrived, loaded.clone());
                 self.stages.spawn(format!("loader {lane}"), running);
                 Some(frames)
             })

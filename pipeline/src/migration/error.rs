@@ -16,7 +16,7 @@ pub(super) enum MigrationError {
     #[error("cancelled")]
     Cancelled,
     /// The limits of the configuration cannot be met.
-    #[error("gave up: {0}")]
+    #[error("{0}")]
     GaveUp(String),
     /// No way to the peer, or from it.
     #[error("{0}")]

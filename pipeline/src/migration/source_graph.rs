@@ -97,12 +97,11 @@ impl SourceGraph {
             graph.in_flight.clone(),
             meter.clone(),
         );
-        let lanes = lanes.into_iter().map(|lane| lane.metered(&meter)).collect();
-        graph.stages.spawn("scanner", scanner.run(scan_orders.metered(&meter), lanes, scanned_out));
+        graph.stages.spawn("scanner", scanner.run(scan_orders, lanes, scanned_out));
 
         let meter = graph.meter("bitmap sync", None);
         let bitmap_sync = BitmapSync::new(parts.logs, parts.bitmap, meter.clone());
-        graph.stages.spawn("bitmap sync", bitmap_sync.run(sync_orders.metered(&meter), synced_out));
+        graph.stages.spawn("bitmap sync", bitmap_sync.run(sync_orders, synced_out));
         graph
     }
 
@@ -129,7 +128,7 @@ impl SourceGraph {
                 let (control, control_frames) = bounded(bounds::CONTROL);
                 let meter = self.meter("sender", Some(connection));
                 let sender = Sender::new(connection, writer, bucket.clone(), durable_rounds, lanes_here, meter.clone());
-                let running = sender.run(control_frames.metered(&meter), bulk.metered(&meter), sent.clone());
+                let running = sender.run(control_frames, bulk, sent.clone());
                 self.stages.spawn(format!("sender {connection}"), running);
                 self.control.push(control);
                 self.sender_meters.push(meter);
@@ -156,12 +155,12 @@ impl SourceGraph {
 
                 let meter = self.meter("zero detector", Some(lane));
                 let detector = ZeroDetector::new(lane, memory.clone(), copy_pool, logs.to_vec(), meter.clone());
-                let running = detector.run(detector_in.metered(&meter), copies.metered(&meter));
+                let running = detector.run(detector_in, copies);
                 self.stages.spawn(format!("zero detector {lane}"), running);
 
                 let meter = self.meter("encoder", Some(lane));
                 let encoder = Encoder::new(lane, page_size, plan(settings), code_pool, meter.clone());
-                let running = encoder.run(encoder_in.metered(&meter), frames.metered(&meter));
+                let running = encoder.run(encoder_in, frames);
                 self.stages.spawn(format!("encoder {lane}"), running);
                 batches
             })

@@ -23,7 +23,7 @@ impl Speed {
         self.rate
     }
 
-    /// Time since the last call, which is made at each sync.
+    /// Time since the last call, which is made when the logs are armed and at each sync.
     pub(super) fn since_sync(&mut self) -> Option<Duration> {
         self.synced.replace(Instant::now()).map(|then| then.elapsed())
     }

@@ -14,7 +14,7 @@
 //! │               │ the masks of left out pages end with the last that is not 0                          │
 //! │ Go            │ run state 1                                                                          │
 //! │ Abort         │ reason                                                                               │
-//! │ End           │ run state 1 · frames 8                                                               │
+//! │ End           │ run state 1 · Pages frames of all lanes 8                                            │
 //! │ Accept        │ list of name                                                                         │
 //! │ Ready         │                                                                                      │
 //! │ Progress      │ bytes 8 · list of (frames of a lane 8)                                               │

@@ -83,11 +83,15 @@ impl Source {
         let reason = match verdict {
             Verdict::Completed | Verdict::Unconfirmed(_) => None,
             Verdict::Failed(why) => Some(why.clone()),
-            Verdict::Cancelled => Some("cancelled at the source".into()),
+            Verdict::Cancelled => Some(self.why_cancelled()),
         };
         if self.transport.capabilities().return_path {
             flow.close(reason.map(Message::Abort), FAREWELL).await;
         }
+    }
+
+    fn why_cancelled(&self) -> String {
+        self.gave_up.clone().unwrap_or_else(|| "cancelled at the source".into())
     }
 
     fn figures(&self, flow: Option<&Flow>) -> Figures {
@@ -105,7 +109,7 @@ impl Source {
         let (phase, error) = match verdict {
             Verdict::Completed => (Phase::Completed, None),
             Verdict::Failed(why) => (Phase::Failed, Some(why)),
-            Verdict::Cancelled => (Phase::Cancelled, Some("cancelled".into())),
+            Verdict::Cancelled => (Phase::Cancelled, Some(self.why_cancelled())),
             Verdict::Unconfirmed(why) => (Phase::Unconfirmed, Some(format!("{why}; {LOOK}"))),
         };
         let error = [error, resume_error].into_iter().flatten().reduce(|all, more| format!("{all}; {more}"));

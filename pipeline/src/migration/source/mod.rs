@@ -56,6 +56,10 @@ pub async fn send(
     let verdict = match source.migrate(plane, &mut flow).await {
         Ok(verdict) => verdict,
         Err(MigrationError::Cancelled) => Verdict::Cancelled,
+        Err(MigrationError::GaveUp(why)) => {
+            source.gave_up = Some(why);
+            Verdict::Cancelled
+        }
         Err(error) => Verdict::Failed(error.to_string()),
     };
     source.conclude(verdict, flow).await
@@ -87,6 +91,8 @@ struct Source {
     pages_frames: u64,
     verified: Option<bool>,
     differing_page: Option<String>,
+    /// Why the limits of the configuration ended it, if they did.
+    gave_up: Option<String>,
 }
 
 impl Source {
@@ -125,6 +131,7 @@ impl Source {
             pages_frames: 0,
             verified: None,
             differing_page: None,
+            gave_up: None,
         }
     }
 

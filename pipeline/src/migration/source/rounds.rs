@@ -16,6 +16,9 @@ use crate::migration::error::MigrationError;
 use crate::migration::flow::{Flow, Signal};
 use crate::settings::OnDeadline;
 
+/// The least time between two syncs that makes a dirty rate.
+const LEAST_BETWEEN_SYNCS: Duration = Duration::from_millis(50);
+
 impl Source {
     /// Rounds while the guest runs, until what is left can be sent within the downtime limit.
     pub(super) async fn rounds(&mut self, flow: &mut Flow) -> Result<(), MigrationError> {
@@ -74,7 +77,10 @@ impl Source {
         };
         self.fixed.sync = self.fixed.sync.max(found.duration);
         self.dirty_bytes = found.dirty_pages * self.memory.page_size().bytes() as u64;
-        self.dirty_rate = since_last.map(|time| self.dirty_bytes as f64 / time.as_secs_f64());
+        // The sync of the switchover follows its forerunner at once: that is no time to measure a rate in.
+        if let Some(time) = since_last.filter(|&time| time >= LEAST_BETWEEN_SYNCS) {
+            self.dirty_rate = Some(self.dirty_bytes as f64 / time.as_secs_f64());
+        }
         let Synced { after_round, dirty_pages, duration } = found;
         self.observers.tell(&Event::Synced { after_round, dirty_pages, duration });
         Ok(found)

@@ -60,6 +60,7 @@ impl Source {
         })
         .await?;
         self.bitmap = Some(bitmap.clone());
+        self.speed.since_sync();
         Ok((bitmap, untouched))
     }
 

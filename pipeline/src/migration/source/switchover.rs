@@ -96,11 +96,7 @@ impl Source {
         Ok(())
     }
 
-    async fn say_digests(
-        &mut self,
-        flow: &mut Flow,
-        digests: digests::Pending,
-    ) -> Result<(), MigrationError> {
+    async fn say_digests(&mut self, flow: &mut Flow, digests: digests::Pending) -> Result<(), MigrationError> {
         let began = Instant::now();
         let digests = digests.finish().await.map_err(MigrationError::Digest)?;
         for message in digests.messages() {
