@@ -35,7 +35,7 @@ pub(super) struct SourceParts {
     pub(super) memory: GuestMemory,
     pub(super) logs: Vec<Arc<dyn DirtyLog>>,
     pub(super) bitmap: Arc<DirtyBitmap>,
-    pub(super) untouched: Option<Arc<DirtyBitmap>>,
+    pub(super) untouched: Arc<DirtyBitmap>,
     pub(super) writers: Vec<Writer>,
     /// Is what was written made durable after each round (a file)?
     pub(super) durable_rounds: bool,
@@ -91,16 +91,16 @@ impl SourceGraph {
         let meter = graph.meter("scanner", None);
         let scanner = Scanner::new(
             parts.bitmap.clone(),
-            parts.untouched,
+            Some(parts.untouched.clone()),
             parts.logs.clone(),
             lane_map,
             graph.in_flight.clone(),
-            meter.clone(),
+            meter,
         );
         graph.stages.spawn("scanner", scanner.run(scan_orders, lanes, scanned_out));
 
         let meter = graph.meter("bitmap sync", None);
-        let bitmap_sync = BitmapSync::new(parts.logs, parts.bitmap, meter.clone());
+        let bitmap_sync = BitmapSync::new(parts.logs, parts.bitmap, meter).with_untouched(parts.untouched);
         graph.stages.spawn("bitmap sync", bitmap_sync.run(sync_orders, synced_out));
         graph
     }

@@ -56,6 +56,10 @@ impl Source {
                 other => return Err(unexpected(&other)),
             }
         }
+        if self.transport.capabilities().stored {
+            // Written and flushed: nobody else will say that it arrived.
+            flow.graph.in_flight.acknowledge_all();
+        }
         let duration = began.elapsed();
         self.pages_frames += tally.batches;
         self.rate.round(tally.bytes_in, duration);

@@ -79,7 +79,7 @@ impl Source {
             memory: self.memory.clone(),
             logs: self.logs.clone(),
             bitmap,
-            untouched: Some(untouched),
+            untouched,
             writers: link.writers,
             durable_rounds: self.transport.capabilities().stored,
         };
