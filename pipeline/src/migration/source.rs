@@ -24,7 +24,7 @@ use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
 use super::convergence::{Decision, FixedCost, Limits, PageRate, Situation, decide};
-use super::error::MigrationError;
+use super::error::{MigrationError, guarded};
 use super::flow::{Flow, Signal};
 use super::handshake::{Happening, SourceHandshake, SourceStep, Verdict};
 use super::link::Link;
@@ -58,8 +58,9 @@ pub async fn send(
     let mut source = Source::new(guest, transport, settings, plane.handle().clone(), observers, cancel);
     let mut flow = None;
     source.tell_phase(Phase::Setup);
-    let verdict = match source.migrate(plane, &mut flow).await {
+    let verdict = match guarded(source.migrate(plane, &mut flow)).await {
         Ok(verdict) => verdict,
+        Err(error) if source.go_said => Verdict::Unconfirmed(error.to_string()),
         Err(MigrationError::Cancelled) => Verdict::Cancelled,
         Err(error) => Verdict::Failed(error.to_string()),
     };
@@ -81,6 +82,8 @@ struct Source {
     bitmap: Option<Arc<DirtyBitmap>>,
     paused: Option<Instant>,
     released: bool,
+    /// May Go have left?
+    go_said: bool,
     downtime: Option<Duration>,
     parts: DowntimeParts,
     rate: PageRate,
@@ -121,6 +124,7 @@ impl Source {
             bitmap: None,
             paused: None,
             released: false,
+            go_said: false,
             downtime: None,
             parts: DowntimeParts::default(),
             rate: PageRate::default(),
@@ -136,18 +140,19 @@ impl Source {
     /// The migration as the list of its phases.
     async fn migrate(&mut self, plane: &DataPlane, running: &mut Option<Flow>) -> Result<Verdict, MigrationError> {
         let cancel = self.cancel.clone();
-        let setup = async {
+        let agreed = async {
             let mut link = self.connect(plane).await?;
             self.agree(&mut link).await?;
-            let (bitmap, untouched) = self.arm().await?;
-            self.estimate_verify().await?;
-            Ok::<_, MigrationError>((link, bitmap, untouched))
+            Ok::<_, MigrationError>(link)
         };
-        let (link, bitmap, untouched) = tokio::select! {
+        let link = tokio::select! {
             biased;
             () = cancel.cancelled() => return Err(MigrationError::Cancelled),
-            ready = setup => ready?,
+            agreed = agreed => agreed?,
         };
+        // A cancel waits for this: a log that is being started cannot be stopped.
+        let (bitmap, untouched) = self.arm().await?;
+        self.estimate_verify().await?;
         let flow = running.insert(self.start_stages(link, bitmap, untouched));
         self.rounds(flow).await?;
         self.send_the_rest(flow).await?;
@@ -527,8 +532,9 @@ impl Source {
                     let guest = self.guest.clone();
                     blocking(move || guest.committed()).await;
                     give_up = tokio::time::Instant::now() + self.settings.handover_timeout;
+                    self.go_said = true;
                     // A queue that is closed tells itself: the sender's failure follows, and counts as after Go.
-                    drop(flow.say(&Message::Go(self.was)).await);
+                    let _told_by_its_failure = flow.say(&Message::Go(self.was)).await;
                 }
                 SourceStep::TooLate => {
                     let what = "cancel comes too late: the destination may run the guest already";
@@ -551,10 +557,9 @@ impl Source {
             },
             Signal::Said(message) => Some(Happening::Said(message)),
             Signal::Lost(why) => Some(Happening::Lost(why)),
-            Signal::Broke(failure) => Some(match flow.explain(failure).await {
-                MigrationError::Refused { why, .. } => Happening::Said(Message::Refused(why)),
-                MigrationError::GivenUp { why, .. } => Happening::Said(Message::Abort(why)),
-                error => Happening::Broke(error.to_string()),
+            Signal::Broke(failure) => Some(match flow.last_words(failure).await {
+                Ok(words) => Happening::Said(words),
+                Err(cause) => Happening::Broke(cause.to_string()),
             }),
             Signal::Cancel => Some(Happening::Cancel),
             Signal::Scanned(_) | Signal::Synced(_) | Signal::Sent(_) | Signal::StageDone(_) | Signal::Tick => None,
@@ -612,11 +617,12 @@ impl Source {
             *why = format!("{why}: {page}");
             self.verified = Some(false);
         }
-        self.stop_logs().await;
         let figures = self.figures(flow.as_ref());
-        if let Some(flow) = flow {
-            self.say_farewell(flow, &verdict).await;
+        if let Some(mut flow) = flow {
+            self.say_farewell(&mut flow, &verdict).await;
+            flow.graph.end().await;
         }
+        self.stop_logs().await;
         self.ended(verdict, resume_error, figures)
     }
 
@@ -626,13 +632,13 @@ impl Source {
             return None;
         }
         let (guest, released, run) = (self.guest.clone(), self.released, self.was == RunState::Running);
-        let went_on = blocking(move || {
+        let go_on = move || {
             if released {
                 guest.reacquire()?;
             }
             if run { guest.resume() } else { Ok(()) }
-        })
-        .await;
+        };
+        let went_on = guarded(async { Ok(blocking(go_on).await?) }).await;
         match went_on {
             Ok(()) => {
                 self.observers.tell(&Event::Resumed);
@@ -644,14 +650,17 @@ impl Source {
 
     async fn stop_logs(&self) {
         let logs = self.logs.clone();
-        let stopped = blocking(move || logs.iter().try_for_each(|log| log.stop())).await;
-        if let Err(error) = stopped {
-            self.observers.tell(&Event::Warning(format!("the dirty log could not be stopped: {error}")));
+        // Each of them, whatever becomes of the others.
+        for log in logs {
+            let stop = move || log.stop().map_err(|error| MigrationError::Log { doing: "stop", error });
+            if let Err(error) = guarded(blocking(stop)).await {
+                self.observers.tell(&Event::Warning(error.to_string()));
+            }
         }
     }
 
     /// Tells the destination why there will be no Go, if there will be none.
-    async fn say_farewell(&self, mut flow: Flow, verdict: &Verdict) {
+    async fn say_farewell(&self, flow: &mut Flow, verdict: &Verdict) {
         let reason = match verdict {
             Verdict::Completed | Verdict::Unconfirmed(_) => None,
             Verdict::Failed(why) => Some(why.clone()),
