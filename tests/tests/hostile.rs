@@ -110,7 +110,7 @@ fn two_hundred_strangers_do_not_keep_the_real_peer_out() {
         let address = listener.local_address();
         let address = address.strip_prefix("tcp:").unwrap_or(&address).to_owned();
         let port = address.rsplit(':').next().unwrap().parse().unwrap();
-        let settings = DestinationSettings { hello_timeout: Duration::from_secs(1), ..destination_settings() };
+        let settings = DestinationSettings { hello_timeout: Duration::from_secs(2), ..destination_settings() };
         let cancel = CancellationToken::new();
         let receiving =
             tokio::spawn(run::destination(destination.clone(), listener, settings, recorder.clone(), cancel.clone()));
@@ -173,7 +173,7 @@ fn a_peer_that_cannot_be_taken_hears_why_and_the_wait_goes_on() {
             hand.send(&said).await;
             if words.is_empty() {
                 // It must be there before the next one is.
-                tokio::time::sleep(Duration::from_millis(100)).await;
+                tokio::time::sleep(Duration::from_millis(500)).await;
                 kept.push(hand);
                 continue;
             }
