@@ -73,6 +73,7 @@ pub struct TestGuest {
     trouble_from: Mutex<Option<(Told, Trouble)>>,
     state: GuestState,
     state_here: Mutex<GuestState>,
+    resumed_with: Mutex<Vec<Vec<u8>>>,
     /// How long [`Guest::prepare`] takes.
     prepare_takes: Duration,
 }
@@ -127,6 +128,7 @@ impl TestGuest {
             trouble_from: Mutex::default(),
             state: GuestState { sections: vec![section] },
             state_here: Mutex::default(),
+            resumed_with: Mutex::default(),
             prepare_takes: Duration::ZERO,
         }
     }
@@ -278,6 +280,12 @@ impl TestGuest {
         self.blocks.lock().unwrap().iter().map(copy).collect()
     }
 
+    /// All bytes of all blocks as they were when the guest was resumed, before its writers wrote on.
+    #[must_use]
+    pub fn resumed_with(&self) -> Vec<Vec<u8>> {
+        self.resumed_with.lock().unwrap().clone()
+    }
+
     /// Changes a byte without telling the log: a fault that only verification finds.
     pub fn corrupt(&self, block: usize, offset: usize) {
         let block = &self.blocks.lock().unwrap()[block];
@@ -411,6 +419,7 @@ impl Guest for TestGuest {
             return Err(GuestError("told to fail at resume".into()));
         }
         if !self.runs() {
+            *self.resumed_with.lock().unwrap() = self.bytes();
             self.start_writers();
         }
         Ok(())

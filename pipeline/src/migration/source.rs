@@ -628,9 +628,7 @@ impl Source {
 
     /// Resumes the guest if we paused it: what went wrong, if it does not go on.
     async fn let_go_on(&mut self) -> Option<String> {
-        if self.paused.is_none() {
-            return None;
-        }
+        self.paused?;
         let (guest, released, run) = (self.guest.clone(), self.released, self.was == RunState::Running);
         let go_on = move || {
             if released {
