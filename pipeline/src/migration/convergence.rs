@@ -107,13 +107,28 @@ impl Situation {
     /// What a switchover would cost; `None` while no rate is known and something remains.
     #[must_use]
     pub fn expected_downtime(&self) -> Option<Duration> {
-        let remaining = self.dirty_bytes + self.in_flight_bytes;
-        let transfer = match self.rate {
-            _ if remaining == 0 => Duration::ZERO,
-            Some(rate) => Duration::try_from_secs_f64(remaining as f64 / rate).unwrap_or(Duration::MAX),
-            None => return None,
+        Some(self.transfer()?.saturating_add(self.fixed.total()))
+    }
+
+    /// What sending the rest would take.
+    fn transfer(&self) -> Option<Duration> {
+        match (self.dirty_bytes + self.in_flight_bytes, self.rate) {
+            (0, _) => Some(Duration::ZERO),
+            (rest, Some(rate)) => Some(Duration::try_from_secs_f64(rest as f64 / rate).unwrap_or(Duration::MAX)),
+            (_, None) => None,
+        }
+    }
+
+    /// The forecast in words: the sum, its parts and the limit.
+    fn outlook(&self, limit: Duration) -> String {
+        let (Some(expected), Some(transfer)) = (self.expected_downtime(), self.transfer()) else {
+            return "no rate is known yet".into();
         };
-        Some(transfer.saturating_add(self.fixed.total()))
+        let FixedCost { sync, verify, handover } = self.fixed;
+        format!(
+            "expected downtime {expected:.1?} (transfer {transfer:.1?}, sync {sync:.1?}, verify {verify:.1?}, handover \
+             {handover:.1?}), limit {limit:.1?}"
+        )
     }
 }
 
