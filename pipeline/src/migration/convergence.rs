@@ -146,32 +146,29 @@ pub enum Decision {
 /// Decides, and says why in words and figures.
 #[must_use]
 pub fn decide(limits: &Limits, now: &Situation) -> (Decision, String) {
-    let expected = now.expected_downtime();
     if now.dirty_bytes == 0 {
         return (Decision::SwitchOver, "switch over: the last round left nothing dirty".into());
     }
-    if let Some(expected) = expected.filter(|&expected| expected <= limits.downtime) {
-        return (Decision::SwitchOver, format!("switch over: {}", forecast(expected, limits.downtime)));
+    let outlook = now.outlook(limits.downtime);
+    if now.expected_downtime().is_some_and(|expected| expected <= limits.downtime) {
+        return (Decision::SwitchOver, format!("switch over: {outlook}"));
     }
-    let used_up = if now.round >= limits.rounds {
-        Some(format!("{} rounds are used up", limits.rounds))
-    } else {
-        limits
-            .deadline
-            .filter(|&deadline| now.elapsed >= deadline)
-            .map(|deadline| format!("the deadline of {deadline:.1?} has passed"))
-    };
-    let outlook =
-        expected.map_or_else(|| "no rate is known yet".into(), |expected| forecast(expected, limits.downtime));
-    match (used_up, limits.on_deadline) {
-        (Some(why), OnDeadline::Cancel) => (Decision::GiveUp, format!("{why}; {outlook}")),
+    match (limits.used_up(now), limits.on_deadline) {
+        (Some(why), OnDeadline::Cancel) => (Decision::GiveUp, format!("gave up: {why}; {outlook}")),
         (Some(why), OnDeadline::SwitchOver) => (Decision::SwitchOver, format!("switch over: {why}; {outlook}")),
         (None, _) => (Decision::AnotherRound, format!("another round: {outlook}")),
     }
 }
 
-fn forecast(expected: Duration, limit: Duration) -> String {
-    format!("expected downtime {expected:.1?}, limit {limit:.1?}")
+impl Limits {
+    /// Which limit is reached, in words.
+    fn used_up(&self, now: &Situation) -> Option<String> {
+        if now.round >= self.rounds {
+            return Some(format!("{} rounds are used up", self.rounds));
+        }
+        let deadline = self.deadline.filter(|&deadline| now.elapsed >= deadline)?;
+        Some(format!("the deadline of {deadline:.1?} has passed"))
+    }
 }
 
 #[cfg(test)]

@@ -26,6 +26,7 @@ impl Source {
         loop {
             self.scan(flow, false).await?;
             let found = self.sync(flow).await?;
+            self.estimate_verify().await?;
             let (decision, why) = decide(&limits, &self.situation(flow, &found));
             self.observers.tell(&Event::Decided { what: why.clone() });
             match decision {
