@@ -68,7 +68,8 @@ pub struct SourceSettings {
     pub verify: bool,
     /// For a transport without a return path.
     pub after: Option<After>,
-    /// How long the last handshake may take on either side of Go.
+    /// How long the last handshake may take on either side of Go, and how long the destination may take nothing or leave a
+    /// question unanswered before that.
     pub handover_timeout: Duration,
 }
 

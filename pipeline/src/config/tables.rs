@@ -304,7 +304,7 @@ pub struct MigrationTable {
     pub require_verify: bool,
     /// Destination: how long a connection may take to say who it is.
     pub hello_timeout: Time,
-    /// How long the last handshake may take.
+    /// How long the last handshake may take, and how long the peer may take nothing or leave a question unanswered.
     pub handover_timeout: Time,
 }
 

@@ -24,7 +24,7 @@ use crate::settings::DestinationSettings;
 /// The most connections that are greeted at once.
 const MAX_GREETED: usize = 64;
 /// The most migrations that are gathered at once.
-const MAX_GATHERED: usize = 4;
+const MAX_GATHERED: usize = 16;
 
 /// The connections of one migration, complete, with what their Hello says.
 pub(super) struct Session {
@@ -175,7 +175,9 @@ fn place(
     let id = greeted.hello.session;
     if !gathered.contains_key(&id) {
         if gathered.len() == MAX_GATHERED {
-            return away(greeted, format!("{MAX_GATHERED} other migrations are arriving already"));
+            // Half-open migrations must not keep the real one out: the one that has waited longest makes room.
+            let oldest = gathered.iter().min_by_key(|(_, gathering)| gathering.since).map(|(&oldest, _)| oldest);
+            gathered.remove(&oldest.expect("there are some"));
         }
         let connections = (0..greeted.hello.connections).map(|_| None).collect();
         gathered.insert(id, Gathering { since: Instant::now(), connections });

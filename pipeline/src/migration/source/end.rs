@@ -41,13 +41,17 @@ impl Source {
             *why = format!("{why}: {page}");
             self.verified = Some(false);
         }
-        let figures = self.figures(flow.as_ref());
+        let farewell = self.farewell(&verdict);
+        let ended = self.ended(verdict, resume_error, self.figures(flow.as_ref()));
+        // The verdict is out; what is left is to tidy up.
         if let Some(mut flow) = flow {
-            self.say_farewell(&mut flow, &verdict).await;
+            if self.transport.capabilities().return_path {
+                flow.close(farewell, FAREWELL).await;
+            }
             flow.graph.end().await;
         }
         self.stop_logs().await;
-        self.ended(verdict, resume_error, figures)
+        ended
     }
 
     /// Resumes the guest if we paused it: what went wrong, if it does not go on.
@@ -63,7 +67,9 @@ impl Source {
         let went_on = guarded(async { Ok(blocking(go_on).await?) }).await;
         match went_on {
             Ok(()) => {
-                self.observers.tell(&Event::Resumed);
+                if run {
+                    self.observers.tell(&Event::Resumed);
+                }
                 None
             }
             Err(error) => Some(format!("the guest could not be resumed here and stays paused: {error}")),
@@ -80,15 +86,12 @@ impl Source {
         }
     }
 
-    /// Tells the destination why there will be no Go, if there will be none.
-    async fn say_farewell(&self, flow: &mut Flow, verdict: &Verdict) {
-        let reason = match verdict {
+    /// Why there will be no Go, if there will be none.
+    fn farewell(&self, verdict: &Verdict) -> Option<Message> {
+        match verdict {
             Verdict::Completed | Verdict::Unconfirmed(_) => None,
-            Verdict::Failed(why) => Some(why.clone()),
-            Verdict::Cancelled => Some(self.why_cancelled()),
-        };
-        if self.transport.capabilities().return_path {
-            flow.close(reason.map(Message::Abort), FAREWELL).await;
+            Verdict::Failed(why) => Some(Message::Abort(why.clone())),
+            Verdict::Cancelled => Some(Message::Abort(self.why_cancelled())),
         }
     }
 
@@ -106,7 +109,8 @@ impl Source {
         }
     }
 
-    fn ended(self, verdict: Verdict, resume_error: Option<String>, figures: Figures) -> Ended {
+    /// The verdict, told to whoever watches.
+    fn ended(&self, verdict: Verdict, resume_error: Option<String>, figures: Figures) -> Ended {
         let resume_failed = resume_error.is_some();
         let (phase, error) = match verdict {
             Verdict::Completed => (Phase::Completed, None),

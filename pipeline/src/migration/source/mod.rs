@@ -88,6 +88,9 @@ struct Source {
     rate: PageRate,
     fixed: FixedCost,
     speed: Speed,
+    /// While a round is sent: since when nothing has gone over the wire.
+    quiet_since: Option<Instant>,
+    last_wire_bytes: u64,
     round: u32,
     dirty_rate: Option<f64>,
     dirty_bytes: u64,
@@ -130,6 +133,8 @@ impl Source {
             parts: DowntimeParts::default(),
             rate: PageRate::default(),
             speed: Speed::default(),
+            quiet_since: None,
+            last_wire_bytes: 0,
             round: 0,
             dirty_rate: None,
             pages_frames: 0,

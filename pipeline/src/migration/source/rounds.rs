@@ -41,6 +41,7 @@ impl Source {
     pub(super) async fn scan(&mut self, flow: &mut Flow, last: bool) -> Result<(), MigrationError> {
         self.round += 1;
         let began = Instant::now();
+        self.quiet_since = Some(began);
         if flow.graph.scan.put(ScanOrder { round: self.round, last }).await.is_err() {
             return Err(self.broken(flow).await);
         }
@@ -57,6 +58,7 @@ impl Source {
                 other => return Err(unexpected(&other)),
             }
         }
+        self.quiet_since = None;
         if self.transport.capabilities().stored {
             // Written and flushed: nobody else will say that it arrived.
             flow.graph.in_flight.acknowledge_all();
@@ -172,7 +174,22 @@ impl Source {
             dirty_rate: self.dirty_rate,
             expected_downtime: forecast.expected_downtime(),
         }));
+        self.mind_the_silence(wire_bytes)?;
         self.mind_the_deadline().await
+    }
+
+    /// A destination that takes nothing any more holds up a round, and perhaps a paused guest, for ever.
+    fn mind_the_silence(&mut self, wire_bytes: u64) -> Result<(), MigrationError> {
+        let Some(quiet_since) = &mut self.quiet_since else { return Ok(()) };
+        if wire_bytes != self.last_wire_bytes {
+            self.last_wire_bytes = wire_bytes;
+            *quiet_since = Instant::now();
+        }
+        if quiet_since.elapsed() < self.settings.handover_timeout {
+            return Ok(());
+        }
+        let why = format!("the destination has taken nothing for {:.1?}", self.settings.handover_timeout);
+        Err(MigrationError::TimedOut(why))
     }
 
     /// The deadline may pass in the middle of a round: then the migration ends at once, or the guest is paused at once and

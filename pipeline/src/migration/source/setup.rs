@@ -25,7 +25,7 @@ impl Source {
 
     /// The destination accepts the stream, builds its machine and is ready for pages, before any is sent.
     pub(super) async fn agree(&mut self, link: &mut Link) -> Result<(), MigrationError> {
-        link.expect(|message| matches!(message, Message::Accept(_))).await?;
+        self.answer(link, "Accept", |message| matches!(message, Message::Accept(_))).await?;
         let guest = self.guest.clone();
         let setup = blocking(move || guest.setup_state()).await?;
         for chunk in state::chunks(StatePhase::Setup, setup)? {
@@ -33,7 +33,7 @@ impl Source {
         }
         link.say(&Message::Blocks(self.layout().blocks().to_vec())).await?;
         let asked = Instant::now();
-        link.expect(|message| *message == Message::Ready).await?;
+        self.answer(link, "Ready", |message| *message == Message::Ready).await?;
         // Two one-way trips make the hand-over, as they make this question and its answer.
         self.fixed.handover = self.fixed.handover.max(asked.elapsed().min(HANDOVER_GUESS * 10));
         self.observers.tell(&Event::Connected { peer: link.peer.clone() });
@@ -43,6 +43,12 @@ impl Source {
             memory_bound: bounds::source_bound(self.layout(), &self.settings),
         });
         Ok(())
+    }
+
+    /// Waits for an answer, as long as the last handshake may take.
+    async fn answer(&self, link: &mut Link, name: &str, is_it: fn(&Message) -> bool) -> Result<(), MigrationError> {
+        let answered = tokio::time::timeout(self.settings.handover_timeout, link.expect(is_it)).await;
+        answered.unwrap_or_else(|_| Err(MigrationError::TimedOut(format!("{} does not answer with {name}", link.peer))))
     }
 
     /// Starts the logs, and only then asks which pages were never touched: a write that comes later is in a log. All bits

@@ -74,17 +74,18 @@ impl Source {
         Ok(device)
     }
 
-    /// Sends a control message. A destination that does not read cannot hold up a cancel.
+    /// Sends a control message. A destination that does not read holds up neither a cancel nor, for ever, a paused guest.
     async fn say(&mut self, flow: &mut Flow, message: &Message) -> Result<(), MigrationError> {
         let said = tokio::select! {
             biased;
             () = self.cancel.cancelled() => return Err(MigrationError::Cancelled),
-            said = flow.say(message) => said,
+            said = tokio::time::timeout(self.settings.handover_timeout, flow.say(message)) => said,
         };
-        if said.is_err() {
-            return Err(self.broken(flow).await);
+        match said {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(_)) => Err(self.broken(flow).await),
+            Err(_) => Err(MigrationError::TimedOut("the destination does not read what it is sent".into())),
         }
-        Ok(())
     }
 
     async fn say_state(&mut self, flow: &mut Flow, device: GuestState) -> Result<(), MigrationError> {
