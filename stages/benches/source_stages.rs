@@ -22,9 +22,9 @@ use memferry_stages::tally::RoundTally;
 use memferry_stages::zero_detector::ZeroDetector;
 
 /// Several times what any cache holds.
-const BYTES: usize = 128 << 20;
+const BYTES: usize = EXTENTS as usize * EXTENT;
 const EXTENT: usize = 256 << 10;
-const EXTENTS: u32 = (BYTES / EXTENT) as u32;
+const EXTENTS: u32 = 512;
 const PAGES: u64 = (BYTES / 4096) as u64;
 
 fn guest(content: impl Fn(usize) -> [u8; 4096]) -> GuestMemory {

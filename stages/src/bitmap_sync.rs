@@ -10,7 +10,7 @@
 
 use std::io;
 use std::ops::Range;
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use crate::bitmap::DirtyBitmap;
@@ -53,7 +53,8 @@ impl BitmapSync {
     /// A sync of all `logs` into `bitmap`. The meter counts a sync as a batch, and the pages that are dirty after it.
     #[must_use]
     pub fn new(logs: Vec<Arc<dyn DirtyLog>>, bitmap: Arc<DirtyBitmap>, meter: Arc<Meter>) -> Self {
-        Self { work: Work { logs, bitmap, untouched: None }, stage: Stage::new("bitmap sync", None, meter) }
+        let work = Work { logs, bitmap, untouched: None, at_work: Arc::default() };
+        Self { work, stage: Stage::new("bitmap sync", None, meter) }
     }
 
     /// Pages that a sync finds written are taken out of `untouched`.
@@ -65,6 +66,13 @@ impl BitmapSync {
         let found = DirtyBitmap::empty(self.work.bitmap.layout());
         self.work.untouched = Some(Untouched { found, pages: untouched });
         self
+    }
+
+    /// Locked while the logs are asked, which may go on for a range after the task was dropped. Whoever stops the logs waits for
+    /// it first.
+    #[must_use]
+    pub fn at_work(&self) -> Arc<Mutex<()>> {
+        self.work.at_work.clone()
     }
 
     /// Runs until there are no more orders.
@@ -94,6 +102,7 @@ struct Work {
     logs: Vec<Arc<dyn DirtyLog>>,
     bitmap: Arc<DirtyBitmap>,
     untouched: Option<Untouched>,
+    at_work: Arc<Mutex<()>>,
 }
 
 /// The pages never touched, and a place to see what a sync found before it is in the bitmap.
@@ -120,6 +129,8 @@ impl Work {
     }
 
     fn sync(&self, wanted: &Weak<()>) -> io::Result<u64> {
+        // A sync that panicked before does not matter to this one.
+        let _at_work = self.at_work.lock().unwrap_or_else(PoisonError::into_inner);
         for (block, extents) in ranges(self.bitmap.layout()) {
             if wanted.strong_count() == 0 {
                 break;
@@ -163,7 +174,6 @@ fn ranges(layout: &Layout) -> impl Iterator<Item = (u32, Range<u32>)> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Mutex;
     use std::sync::mpsc;
 
     use super::*;
@@ -282,11 +292,14 @@ mod tests {
         block_on(async {
             let ((order, orders), (answer, _answers)) = (bounded(1), bounded(1));
             order.put(SyncOrder { after_round: 1 }).await.unwrap();
+            let at_work = sync.at_work();
             let task = tokio::spawn(sync.run(orders, answer));
             tokio::task::spawn_blocking(move || has_begun.recv().unwrap()).await.unwrap();
             task.abort();
             assert!(task.await.unwrap_err().is_cancelled());
+            assert!(at_work.try_lock().is_err(), "the log is still asked");
             go_on.send(()).unwrap();
+            tokio::task::spawn_blocking(move || drop(at_work.lock().unwrap())).await.unwrap();
         });
         // The runtime has ended, and with it the thread where the sync was: nothing more is asked.
         assert_eq!(*log.asked.lock().unwrap(), [(0, 0..256)]);

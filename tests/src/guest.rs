@@ -6,9 +6,11 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use memferry::guest::{Guest, GuestError, GuestState, RunState, StateSection};
-use memferry_stages::dirty_log::{DirtyLog, SoftwareLog};
+use memferry_stages::dirty_log::DirtyLog;
 use memferry_stages::geometry::{BlockInfo, Layout, PageSize};
-use memferry_stages::memory::{GuestMemory, MappedMemory, RamBlock};
+use memferry_stages::memory::{GuestMemory, MappedMemory, Memory, RamBlock};
+
+use crate::trouble::{Trouble, TroubledMemory, Troubles, WatchedLog};
 
 /// What the guest was told, in order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,6 +42,10 @@ pub struct Fails {
     pub pause: bool,
     /// [`Guest::save`] fails.
     pub save: bool,
+    /// [`Guest::release`] fails.
+    pub release: bool,
+    /// [`Guest::reacquire`] fails.
+    pub reacquire: bool,
     /// [`Guest::resume`] fails.
     pub resume: bool,
     /// [`Guest::prepare`] fails.
@@ -53,15 +59,21 @@ pub struct Fails {
 pub struct TestGuest {
     memory: Mutex<Option<GuestMemory>>,
     blocks: Mutex<Vec<Arc<MappedMemory>>>,
-    log: Mutex<Option<Arc<SoftwareLog>>>,
+    log: Mutex<Option<Arc<WatchedLog>>>,
     told: Mutex<Vec<Told>>,
     running: Arc<AtomicBool>,
     writers: Mutex<Vec<JoinHandle<()>>>,
+    /// How many there are while the guest runs.
+    crew: AtomicU64,
     writes: Arc<AtomicU64>,
     pace: Option<Duration>,
     fails: Fails,
+    troubles: Troubles,
+    /// What becomes of the troubles once the guest is told this.
+    trouble_from: Mutex<Option<(Told, Trouble)>>,
     state: GuestState,
     state_here: Mutex<GuestState>,
+    resumed_with: Mutex<Vec<Vec<u8>>>,
     /// How long [`Guest::prepare`] takes.
     prepare_takes: Duration,
 }
@@ -108,11 +120,15 @@ impl TestGuest {
             told: Mutex::default(),
             running: Arc::new(AtomicBool::new(false)),
             writers: Mutex::default(),
+            crew: AtomicU64::new(0),
             writes: Arc::default(),
             pace: None,
             fails: Fails::default(),
+            troubles: Troubles::default(),
+            trouble_from: Mutex::default(),
             state: GuestState { sections: vec![section] },
             state_here: Mutex::default(),
+            resumed_with: Mutex::default(),
             prepare_takes: Duration::ZERO,
         }
     }
@@ -122,6 +138,31 @@ impl TestGuest {
     pub fn failing(mut self, fails: Fails) -> Self {
         self.fails = fails;
         self
+    }
+
+    /// The same guest, with trouble in its memory or its log.
+    #[must_use]
+    pub fn troubled(self, trouble: Trouble) -> Self {
+        self.troubles.set(Some(trouble));
+        self
+    }
+
+    /// The same guest, with trouble that begins when it is told this.
+    #[must_use]
+    pub fn troubled_from(self, told: Told, trouble: Trouble) -> Self {
+        *self.trouble_from.lock().unwrap() = Some((told, trouble));
+        self
+    }
+
+    /// From here on there is trouble in its memory or its log.
+    pub fn trouble(&self, trouble: Trouble) {
+        self.troubles.set(Some(trouble));
+    }
+
+    /// All trouble is over.
+    pub fn repair(&self) {
+        self.troubles.set(None);
+        *self.trouble_from.lock().unwrap() = None;
     }
 
     /// The same guest, whose writers rest this long between bursts of 64 writes.
@@ -141,9 +182,9 @@ impl TestGuest {
     /// Starts `count` writers; they never rest until the guest is paused.
     #[must_use]
     pub fn running(self, count: u64) -> Arc<Self> {
-        let guest = Arc::new(self);
-        guest.start_writers(count);
-        guest
+        self.crew.store(count, Ordering::SeqCst);
+        self.start_writers();
+        Arc::new(self)
     }
 
     fn map(&self, page_size: PageSize, infos: &[BlockInfo]) {
@@ -154,11 +195,11 @@ impl TestGuest {
         let blocks: Vec<_> = infos.iter().map(map).collect();
         let ram = |(info, memory): (&BlockInfo, &Arc<MappedMemory>)| RamBlock {
             info: info.clone(),
-            memory: memory.clone(),
+            memory: Arc::new(TroubledMemory::new(memory.clone(), self.troubles.clone())) as Arc<dyn Memory>,
             fresh: true,
         };
         let memory = GuestMemory::new(page_size, infos.iter().zip(&blocks).map(ram).collect()).expect("good blocks");
-        *self.log.lock().unwrap() = Some(Arc::new(SoftwareLog::new(memory.layout())));
+        *self.log.lock().unwrap() = Some(Arc::new(WatchedLog::new(memory.layout(), self.troubles.clone())));
         *self.blocks.lock().unwrap() = blocks;
         *self.memory.lock().unwrap() = Some(memory);
     }
@@ -178,12 +219,13 @@ impl TestGuest {
         }
     }
 
-    fn start_writers(self: &Arc<Self>, count: u64) {
+    fn start_writers(&self) {
         self.running.store(true, Ordering::SeqCst);
         let blocks = self.blocks.lock().unwrap().clone();
         let log = self.log.lock().unwrap().clone().expect("mapped");
         let layout = self.memory().layout().clone();
-        for seed in 0..count {
+        let since = self.writes();
+        for seed in since..since + self.crew.load(Ordering::SeqCst) {
             let writer = Writer {
                 blocks: blocks.clone(),
                 log: log.clone(),
@@ -238,6 +280,12 @@ impl TestGuest {
         self.blocks.lock().unwrap().iter().map(copy).collect()
     }
 
+    /// All bytes of all blocks as they were when the guest was resumed, before its writers wrote on.
+    #[must_use]
+    pub fn resumed_with(&self) -> Vec<Vec<u8>> {
+        self.resumed_with.lock().unwrap().clone()
+    }
+
     /// Changes a byte without telling the log: a fault that only verification finds.
     pub fn corrupt(&self, block: usize, offset: usize) {
         let block = &self.blocks.lock().unwrap()[block];
@@ -246,8 +294,39 @@ impl TestGuest {
         block.store(offset, &[byte[0] ^ 1]);
     }
 
+    /// Its dirty log, once its memory is there.
+    ///
+    /// # Panics
+    /// Before.
+    #[must_use]
+    pub fn log(&self) -> Arc<WatchedLog> {
+        self.log.lock().unwrap().clone().expect("built")
+    }
+
+    /// What it was told since the last call.
+    #[must_use]
+    pub fn take_told(&self) -> Vec<Told> {
+        std::mem::take(&mut *self.told.lock().unwrap())
+    }
+
+    /// Waits until its writers have written again: whether it truly runs.
+    ///
+    /// # Panics
+    /// If they do not for five seconds.
+    #[track_caller]
+    pub fn wait_for_writes(&self) {
+        let (before, since) = (self.writes(), std::time::Instant::now());
+        while self.writes() == before {
+            assert!(since.elapsed() < Duration::from_secs(5), "the writers do not write");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
     fn note(&self, what: Told) {
         self.told.lock().unwrap().push(what);
+        if let Some((_, trouble)) = self.trouble_from.lock().unwrap().filter(|&(from, _)| from == what) {
+            self.troubles.set(Some(trouble));
+        }
     }
 
     fn stop_writers(&self) {
@@ -266,7 +345,7 @@ impl Drop for TestGuest {
 
 struct Writer {
     blocks: Vec<Arc<MappedMemory>>,
-    log: Arc<SoftwareLog>,
+    log: Arc<WatchedLog>,
     page: usize,
     noise: u64,
     running: Arc<AtomicBool>,
@@ -322,7 +401,7 @@ impl Guest for TestGuest {
     }
 
     fn dirty_logs(&self) -> Result<Vec<Arc<dyn DirtyLog>>, GuestError> {
-        Ok(vec![self.log.lock().unwrap().clone().expect("built")])
+        Ok(vec![self.log()])
     }
 
     fn pause(&self) -> Result<(), GuestError> {
@@ -339,8 +418,10 @@ impl Guest for TestGuest {
         if self.fails.resume {
             return Err(GuestError("told to fail at resume".into()));
         }
-        // The threads are gone; what counts here is whether it was told.
-        self.running.store(true, Ordering::SeqCst);
+        if !self.runs() {
+            *self.resumed_with.lock().unwrap() = self.bytes();
+            self.start_writers();
+        }
         Ok(())
     }
 
@@ -351,18 +432,18 @@ impl Guest for TestGuest {
         }
         // Saving may write memory, and says so.
         self.blocks.lock().unwrap()[0].store(0, b"saved!");
-        self.log.lock().unwrap().as_ref().expect("built").mark(0, 0..1);
+        self.log().mark(0, 0..1);
         Ok(self.state.clone())
     }
 
     fn release(&self) -> Result<(), GuestError> {
         self.note(Told::Release);
-        Ok(())
+        if self.fails.release { Err(GuestError("told to fail at release".into())) } else { Ok(()) }
     }
 
     fn reacquire(&self) -> Result<(), GuestError> {
         self.note(Told::Reacquire);
-        Ok(())
+        if self.fails.reacquire { Err(GuestError("told to fail at reacquire".into())) } else { Ok(()) }
     }
 
     fn committed(&self) {
@@ -376,7 +457,9 @@ impl Guest for TestGuest {
 
     fn build(&self, page_size: PageSize, blocks: &[BlockInfo], setup: &GuestState) -> Result<(), GuestError> {
         self.note(Told::Build);
-        assert_eq!(setup.sections[0].bytes, b"two fans");
+        if setup.sections.first().is_none_or(|section| section.bytes != b"two fans") {
+            return Err(GuestError(format!("the board has two fans here, there it has {:?}", setup.sections)));
+        }
         Layout::new(page_size, blocks.to_vec()).expect("the engine checks the layout first");
         if blocks.iter().any(|block| block.id == "refused") {
             return Err(GuestError("block \"refused\" has 4096 bytes there and none here".into()));

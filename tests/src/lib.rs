@@ -4,7 +4,11 @@
 //! told, so that a test can ask afterwards who ran, and when.
 
 pub mod guest;
+pub mod peer;
 pub mod run;
+pub mod trouble;
 
 pub use guest::TestGuest;
-pub use run::{Ends, migrate, source_settings};
+pub use peer::{Hand, Recording};
+pub use run::{Ends, Recorder, migrate, migrate_watched, source_settings};
+pub use trouble::Trouble;

@@ -1,15 +1,18 @@
 //! Running both ends of a migration in one process.
 
+use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use memferry::events::{Ended, Event, Observer, Observers, Role};
+use memferry::events::{Ended, Event, Observer, Observers, Phase, Role};
 use memferry::guest::Guest;
 use memferry::migration::{DataPlane, receive, send};
 use memferry::settings::{DestinationSettings, EncoderSettings, OnDeadline, SourceSettings, XbzrleSettings};
 use memferry_stages::codec::Codec;
-use memferry_transports::{Address, Transport, open};
+use memferry_transports::{Address, Listener, Transport, open};
 use tokio_util::sync::CancellationToken;
+
+use crate::guest::{TestGuest, Told};
 
 /// How both ends of a migration ended, and what was told on the way.
 #[derive(Debug)]
@@ -22,13 +25,61 @@ pub struct Ends {
     pub events: Vec<(Role, Event)>,
 }
 
-/// Keeps every event.
-#[derive(Debug, Default)]
+impl Ends {
+    /// Law 7: the source survives everything, never two run, and when none runs somebody says so. Both guests were told nothing
+    /// before this migration, and the source ran.
+    ///
+    /// # Panics
+    /// If the law was broken.
+    #[track_caller]
+    pub fn check_law_seven(&self, source: &TestGuest, destination: &TestGuest) {
+        let (told, phase) = (source.told(), self.source.phase);
+        let context = format!("{:?}, {:?}, told {told:?}", self.source.error, self.destination.error);
+        let starts = destination.told().iter().filter(|&&told| told == Told::Start).count();
+        assert!(!(source.runs() && destination.runs()), "two run: {context}");
+        assert!(starts <= 1, "started twice: {context}");
+        assert!(starts == 0 || told.contains(&Told::Committed), "started before Go: {context}");
+        assert!(!source.log().is_armed(), "the log was not stopped: {context}");
+        assert_eq!(source.log().misused(), None, "{context}");
+        match phase {
+            Phase::Completed => assert!(starts == 1 && !source.runs(), "{context}"),
+            Phase::Unconfirmed => {
+                assert!(!source.runs() && told.contains(&Told::Committed), "{context}");
+                assert!(context.contains("look at the destination"), "{context}");
+            }
+            _ => {
+                assert!(starts == 0 && self.destination.phase != Phase::Completed, "{phase:?}: {context}");
+                assert!(self.source.error.is_some() && self.destination.error.is_some(), "{context}");
+                let was = |what| told.contains(&what);
+                assert_eq!(was(Told::Pause), was(Told::Resume), "{context}");
+                assert_eq!(was(Told::Release), was(Told::Reacquire), "{context}");
+                source.wait_for_writes();
+            }
+        }
+    }
+}
+
+/// Keeps every event, and does something about it if asked.
+#[derive(Default)]
 pub struct Recorder {
     events: Mutex<Vec<(Role, Event)>>,
+    hook: Option<Hook>,
+}
+
+type Hook = Box<dyn Fn(Role, &Event) + Send + Sync>;
+
+impl std::fmt::Debug for Recorder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:?}", self.events)
+    }
 }
 
 impl Recorder {
+    /// A recorder that calls `hook` at every event, on the control plane.
+    pub fn calling(hook: impl Fn(Role, &Event) + Send + Sync + 'static) -> Self {
+        Self { events: Mutex::default(), hook: Some(Box::new(hook)) }
+    }
+
     /// What was told so far.
     #[must_use]
     pub fn events(&self) -> Vec<(Role, Event)> {
@@ -39,6 +90,9 @@ impl Recorder {
 impl Observer for Recorder {
     fn event(&self, role: Role, event: &Event) {
         self.events.lock().unwrap().push((role, event.clone()));
+        if let Some(hook) = &self.hook {
+            hook(role, event);
+        }
     }
 }
 
@@ -76,24 +130,76 @@ pub fn destination_settings() -> DestinationSettings {
     }
 }
 
+/// A migration that runs while it is polled. In a box, so that it is compiled here and not in every test again.
+pub type Running<T> = Pin<Box<dyn Future<Output = T> + Send>>;
+
+/// Runs the source's end alone.
+pub fn source(
+    guest: Arc<dyn Guest>,
+    transport: Arc<dyn Transport>,
+    settings: SourceSettings,
+    recorder: Arc<Recorder>,
+    cancel: CancellationToken,
+) -> Running<Ended> {
+    Box::pin(async move {
+        let plane = DataPlane::new().expect("threads for a test");
+        let observers = Observers::new(Role::Source, vec![recorder as Arc<dyn Observer>]);
+        send(guest, transport, settings, &plane, observers, cancel).await
+    })
+}
+
+/// Runs the destination's end alone.
+pub fn destination(
+    guest: Arc<dyn Guest>,
+    listener: Box<dyn Listener>,
+    settings: DestinationSettings,
+    recorder: Arc<Recorder>,
+    cancel: CancellationToken,
+) -> Running<Ended> {
+    Box::pin(async move {
+        let plane = DataPlane::new().expect("threads for a test");
+        let observers = Observers::new(Role::Destination, vec![recorder as Arc<dyn Observer>]);
+        receive(guest, listener, settings, &plane, observers, cancel).await
+    })
+}
+
 /// Migrates `source` to `destination` over `transport`; a stored stream is written first and read then.
-pub async fn migrate(
+pub fn migrate(
     source: Arc<dyn Guest>,
     destination: Arc<dyn Guest>,
     transport: Arc<dyn Transport>,
     settings: SourceSettings,
     cancel: CancellationToken,
+) -> Running<Ends> {
+    migrate_watched(source, destination, transport, settings, cancel, Recorder::default())
+}
+
+/// As [`migrate`], with a recorder of the caller's. A destination that goes on waiting for the real source after this one
+/// has failed is cancelled.
+pub fn migrate_watched(
+    source: Arc<dyn Guest>,
+    destination: Arc<dyn Guest>,
+    transport: Arc<dyn Transport>,
+    settings: SourceSettings,
+    cancel: CancellationToken,
+    recorder: Recorder,
+) -> Running<Ends> {
+    Box::pin(both_ends(source, destination, transport, settings, cancel, recorder))
+}
+
+async fn both_ends(
+    source: Arc<dyn Guest>,
+    destination: Arc<dyn Guest>,
+    transport: Arc<dyn Transport>,
+    settings: SourceSettings,
+    cancel: CancellationToken,
+    recorder: Recorder,
 ) -> Ends {
-    let plane = DataPlane::new().expect("threads for a test");
-    let recorder = Arc::new(Recorder::default());
-    let observers = |role| Observers::new(role, vec![recorder.clone() as Arc<dyn Observer>]);
-    let sending = |transport: Arc<dyn Transport>| {
-        send(source, transport, settings, &plane, observers(Role::Source), cancel.clone())
-    };
-    let receiving = |listener| {
-        let never = CancellationToken::new();
-        receive(destination, listener, destination_settings(), &plane, observers(Role::Destination), never)
-    };
+    let recorder = Arc::new(recorder);
+    let over = CancellationToken::new();
+    let sending = |transport| self::source(source, transport, settings, recorder.clone(), cancel);
+    let receiving =
+        |listener| self::destination(destination, listener, destination_settings(), recorder.clone(), over.clone());
     let (source, destination) = if transport.capabilities().stored {
         let source = sending(transport.clone()).await;
         (source, receiving(transport.listen().await.expect("a file to read")).await)
@@ -102,7 +208,16 @@ pub async fn migrate(
         // Port 0 asks the system for one: the listener knows which.
         let way = listener.local_address().parse::<Address>();
         let way = way.map_or(transport, |address| open(&address, Duration::from_secs(10)).into());
-        tokio::join!(sending(way), receiving(listener))
+        let sending = async {
+            let ended = sending(way).await;
+            let waits =
+                |(role, event): &(Role, Event)| *role == Role::Destination && matches!(event, Event::Connected { .. });
+            if ended.phase != Phase::Completed && !recorder.events().iter().any(waits) {
+                over.cancel();
+            }
+            ended
+        };
+        tokio::join!(sending, receiving(listener))
     };
     Ends { source, destination, events: recorder.events() }
 }

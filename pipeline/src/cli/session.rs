@@ -159,8 +159,10 @@ impl Session {
         let (source_cancel, destination_cancel) = (cancel.child_token(), cancel.child_token());
         let send = self.send_over(source, self.config.transport_to(&address), source_cancel.clone());
         let receive = self.receive_from(destination, listener, destination_cancel.clone());
-        let (sent, received) = both(send, source_cancel, receive, destination_cancel).await;
-        (sent, Some(received))
+        let (sent, received) = both(send, source_cancel.clone(), receive, destination_cancel).await;
+        // A source that nobody cancelled gave up at its limits: the destination only tells that it did.
+        let gave_up = sent.phase == Phase::Cancelled && !source_cancel.is_cancelled();
+        (sent, (!gave_up).then_some(received))
     }
 
     async fn send_over(&self, guest: &Hosted, transport: Box<dyn Transport>, cancel: CancellationToken) -> Ended {

@@ -107,13 +107,28 @@ impl Situation {
     /// What a switchover would cost; `None` while no rate is known and something remains.
     #[must_use]
     pub fn expected_downtime(&self) -> Option<Duration> {
-        let remaining = self.dirty_bytes + self.in_flight_bytes;
-        let transfer = match self.rate {
-            _ if remaining == 0 => Duration::ZERO,
-            Some(rate) => Duration::try_from_secs_f64(remaining as f64 / rate).unwrap_or(Duration::MAX),
-            None => return None,
+        Some(self.transfer()?.saturating_add(self.fixed.total()))
+    }
+
+    /// What sending the rest would take.
+    fn transfer(&self) -> Option<Duration> {
+        match (self.dirty_bytes + self.in_flight_bytes, self.rate) {
+            (0, _) => Some(Duration::ZERO),
+            (rest, Some(rate)) => Some(Duration::try_from_secs_f64(rest as f64 / rate).unwrap_or(Duration::MAX)),
+            (_, None) => None,
+        }
+    }
+
+    /// The forecast in words: the sum, its parts and the limit.
+    fn outlook(&self, limit: Duration) -> String {
+        let (Some(expected), Some(transfer)) = (self.expected_downtime(), self.transfer()) else {
+            return "no rate is known yet".into();
         };
-        Some(transfer.saturating_add(self.fixed.total()))
+        let FixedCost { sync, verify, handover } = self.fixed;
+        format!(
+            "expected downtime {expected:.1?} (transfer {transfer:.1?}, sync {sync:.1?}, verify {verify:.1?}, handover \
+             {handover:.1?}), limit {limit:.1?}"
+        )
     }
 }
 
@@ -131,32 +146,29 @@ pub enum Decision {
 /// Decides, and says why in words and figures.
 #[must_use]
 pub fn decide(limits: &Limits, now: &Situation) -> (Decision, String) {
-    let expected = now.expected_downtime();
     if now.dirty_bytes == 0 {
         return (Decision::SwitchOver, "switch over: the last round left nothing dirty".into());
     }
-    if let Some(expected) = expected.filter(|&expected| expected <= limits.downtime) {
-        return (Decision::SwitchOver, format!("switch over: {}", forecast(expected, limits.downtime)));
+    let outlook = now.outlook(limits.downtime);
+    if now.expected_downtime().is_some_and(|expected| expected <= limits.downtime) {
+        return (Decision::SwitchOver, format!("switch over: {outlook}"));
     }
-    let used_up = if now.round >= limits.rounds {
-        Some(format!("{} rounds are used up", limits.rounds))
-    } else {
-        limits
-            .deadline
-            .filter(|&deadline| now.elapsed >= deadline)
-            .map(|deadline| format!("the deadline of {deadline:.1?} has passed"))
-    };
-    let outlook =
-        expected.map_or_else(|| "no rate is known yet".into(), |expected| forecast(expected, limits.downtime));
-    match (used_up, limits.on_deadline) {
-        (Some(why), OnDeadline::Cancel) => (Decision::GiveUp, format!("{why}; {outlook}")),
+    match (limits.used_up(now), limits.on_deadline) {
+        (Some(why), OnDeadline::Cancel) => (Decision::GiveUp, format!("gave up: {why}; {outlook}")),
         (Some(why), OnDeadline::SwitchOver) => (Decision::SwitchOver, format!("switch over: {why}; {outlook}")),
         (None, _) => (Decision::AnotherRound, format!("another round: {outlook}")),
     }
 }
 
-fn forecast(expected: Duration, limit: Duration) -> String {
-    format!("expected downtime {expected:.1?}, limit {limit:.1?}")
+impl Limits {
+    /// Which limit is reached, in words.
+    fn used_up(&self, now: &Situation) -> Option<String> {
+        if now.round >= self.rounds {
+            return Some(format!("{} rounds are used up", self.rounds));
+        }
+        let deadline = self.deadline.filter(|&deadline| now.elapsed >= deadline)?;
+        Some(format!("the deadline of {deadline:.1?} has passed"))
+    }
 }
 
 #[cfg(test)]

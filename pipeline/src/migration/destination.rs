@@ -25,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::destination_graph::{ANSWERS, DestinationGraph};
 use super::digests::{Digests, Pending};
-use super::error::MigrationError;
+use super::error::{MigrationError, guarded};
 use super::handshake::{DestinationStep, Happening, awaiting_go};
 use super::link::Writer;
 use super::plane::DataPlane;
@@ -59,7 +59,7 @@ pub async fn receive(
     let mut destination = Destination::new(guest, settings, plane.handle().clone(), observers, cancel);
     destination.observers.tell(&Event::Phase(Phase::Setup));
     let (mut answer, mut flow) = (None, None);
-    let result = destination.migrate(plane, listener, &mut answer, &mut flow).await;
+    let result = guarded(destination.migrate(plane, listener, &mut answer, &mut flow)).await;
     destination.conclude(result, answer, flow).await
 }
 
@@ -160,6 +160,9 @@ impl Destination {
 
         let arrival = self.load(flow, &memory).await?;
         let run_state = arrival.end.expect("loading ends with it").0;
+        if stored {
+            self.reach_end(flow).await?;
+        }
         if let Some(ours) = arrival.ours {
             self.verify(flow, &memory, ours, &arrival.digests).await?;
         }
@@ -264,6 +267,20 @@ impl Destination {
         }
         flow.acknowledge()?;
         Ok(arrival)
+    }
+
+    /// Nothing may follow the end mark of a stored stream: what does is damage.
+    async fn reach_end(&self, flow: &mut Flow) -> Result<(), MigrationError> {
+        loop {
+            match flow.next().await? {
+                Signal::StreamEnded => return Ok(()),
+                Signal::Said(message) => {
+                    let what = format!("{} stands behind the end mark", message.kind().name());
+                    return Err(MigrationError::Protocol(what));
+                }
+                Signal::Loaded(_) | Signal::Tick => {}
+            }
+        }
     }
 
     fn loaded(&self, flow: &mut Flow, arrival: &mut Arrival, loaded: Loaded, lanes: u16) {
@@ -487,6 +504,7 @@ impl Flow {
         };
         // A source that is gone or does not read needs no farewell.
         drop(tokio::time::timeout(FAREWELL, closing).await);
+        self.graph.stages.end().await;
     }
 }
 

@@ -121,7 +121,8 @@ impl Pending {
         let of_block = |block| vec![0; usize::try_from(stretches_of(&self.layout, block)).expect("they fit memory")];
         let mut blocks: Vec<Vec<u128>> = (0..self.layout.block_count()).map(of_block).collect();
         for worker in std::mem::take(&mut self.workers) {
-            for (at, hash) in worker.await.expect("hashing does not panic")? {
+            let hashes = worker.await.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()));
+            for (at, hash) in hashes? {
                 blocks[at.block as usize][usize::try_from(at.stretch).expect("it fits memory")] = hash;
             }
         }

@@ -1,7 +1,10 @@
 //! Why a migration ended before its time.
 
+use std::any::Any;
 use std::io;
+use std::panic::AssertUnwindSafe;
 
+use futures::FutureExt;
 use memferry_stages::geometry::LayoutError;
 use memferry_stages::wire::WireError;
 use memferry_stages::wire::reader::ReadError;
@@ -72,7 +75,41 @@ pub(super) enum MigrationError {
     /// Something took too long.
     #[error("{0}")]
     TimedOut(String),
+    /// Something panicked, and was kept from taking the guest down with it.
+    #[error("memferry or the guest's own code made a mistake: {0}")]
+    Mistake(String),
     /// The two memories are not the same.
     #[error("verification failed: {0}")]
     Differs(String),
+}
+
+/// Runs a future to its end. A panic in it becomes an error: a mistake of ours, or of the guest's code, must not leave a guest
+/// paused that nobody resumes.
+pub(super) async fn guarded<T>(future: impl Future<Output = Result<T, MigrationError>>) -> Result<T, MigrationError> {
+    let ended = AssertUnwindSafe(future).catch_unwind().await;
+    ended.unwrap_or_else(|panic| Err(MigrationError::Mistake(panic_words(&*panic))))
+}
+
+/// What a panic said.
+pub(super) fn panic_words(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().cloned();
+    text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()))
+        .unwrap_or_else(|| "a panic without words".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_panic_becomes_an_error_that_says_what_it_said() {
+        let at_once = guarded(async { if true { panic!("page {} is gone", 7) } else { Ok(()) } }).await;
+        assert!(at_once.unwrap_err().to_string().ends_with("mistake: page 7 is gone"));
+        let after_a_wait = guarded::<()>(async {
+            tokio::task::yield_now().await;
+            panic!("plain")
+        });
+        assert!(after_a_wait.await.unwrap_err().to_string().ends_with("mistake: plain"));
+        assert_eq!(guarded(async { Ok(3) }).await.unwrap(), 3);
+    }
 }

@@ -92,22 +92,33 @@ impl Flow {
 
     /// Why a stage failed: in the destination's words if it gave any, else the first failure in truth.
     pub(super) async fn explain(&mut self, failure: Failure) -> MigrationError {
+        match self.last_words(failure).await {
+            Ok(Message::Refused(why)) => MigrationError::Refused { peer: "destination", why },
+            Ok(Message::Abort(why)) => MigrationError::GivenUp { peer: "destination", why },
+            Ok(other) => MigrationError::Protocol(format!("{} came out of turn", other.kind().name())),
+            Err(cause) => MigrationError::Stage(cause),
+        }
+    }
+
+    /// What the destination said to the end, that decides where the guest is; else the first failure in truth.
+    pub(super) async fn last_words(&mut self, failure: Failure) -> Result<Message, Failure> {
         let cause = self.graph.stages.root_cause(failure).await;
         if self.said.is_none() {
-            return MigrationError::Stage(cause);
+            return Err(cause);
         }
         let last_words = async {
             loop {
                 match heard(&mut self.said).await {
-                    Ok(Message::Refused(why)) => break Some(MigrationError::Refused { peer: "destination", why }),
-                    Ok(Message::Abort(why)) => break Some(MigrationError::GivenUp { peer: "destination", why }),
+                    Ok(
+                        words @ (Message::Refused(_) | Message::Abort(_) | Message::Running | Message::StartFailed(_)),
+                    ) => break Some(words),
                     Ok(_) => {}
                     Err(_) => break None,
                 }
             }
         };
         let said = tokio::time::timeout(PATIENCE, last_words).await.ok().flatten();
-        said.unwrap_or(MigrationError::Stage(cause))
+        said.ok_or(cause)
     }
 
     /// Says the last word on every connection and ends them, within the time given.

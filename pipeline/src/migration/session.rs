@@ -78,13 +78,16 @@ impl Session {
                     greetings.spawn(greet(accepted?, settings.clone()));
                 }
                 Some(greeting) = greetings.join_next() => {
-                    let taken = greeting.expect("greeting does not panic").and_then(|greeted| {
-                        gathered.retain(|_, gathering| gathering.since.elapsed() < settings.hello_timeout);
-                        place(&mut gathered, greeted)
-                    });
-                    match taken {
-                        Ok(None) => {}
-                        Ok(Some(session)) => return Ok(session),
+                    gathered.retain(|_, gathering| gathering.since.elapsed() < settings.hello_timeout);
+                    match greeting.expect("greeting does not panic") {
+                        Ok(greeted) => match place(&mut gathered, greeted) {
+                            Ok(None) => {}
+                            Ok(Some(session)) => return Ok(session),
+                            Err(refused) => {
+                                let (Greeted { peer, writer, .. }, why) = *refused;
+                                greetings.spawn(async { Err(turn_away(peer, writer, why).await) });
+                            }
+                        },
                         // There is no second reader of a file to wait for.
                         Err(TurnedAway { peer, why, stored: true }) => {
                             return Err(MigrationError::Protocol(format!("{peer}: {why}")));
@@ -100,7 +103,6 @@ impl Session {
 /// Reads a connection's Hello and answers one that cannot be taken with the reason.
 async fn greet(connection: Connection, settings: DestinationSettings) -> Result<Greeted, TurnedAway> {
     let Connection { peer, writer, reader } = connection;
-    let mut writer = writer;
     let reader = reader.expect("a destination reads");
     let mut reader = FrameReader::new(reader, format!("the stream from {peer}"), PageSize::DEFAULT);
     let hello = match tokio::time::timeout(settings.hello_timeout, read_hello(&mut reader)).await {
@@ -112,13 +114,16 @@ async fn greet(connection: Connection, settings: DestinationSettings) -> Result<
             reader.set_page_size(hello.page_size);
             Ok(Greeted { peer, hello, features, reader, writer })
         }
-        Err(why) => {
-            if let Some(writer) = &mut writer {
-                refuse(writer, &why).await;
-            }
-            Err(TurnedAway { peer, why, stored: writer.is_none() })
-        }
+        Err(why) => Err(turn_away(peer, writer, why).await),
     }
+}
+
+/// Answers a connection that cannot be taken, if it can be answered.
+async fn turn_away(peer: String, mut writer: Option<Writer>, why: String) -> TurnedAway {
+    if let Some(writer) = &mut writer {
+        refuse(writer, &why).await;
+    }
+    TurnedAway { peer, why, stored: writer.is_none() }
 }
 
 async fn read_hello(reader: &mut Reader) -> Result<Hello, String> {
@@ -160,14 +165,17 @@ async fn refuse(writer: &mut Writer, why: &str) {
     drop(tokio::time::timeout(Duration::from_millis(500), farewell).await);
 }
 
-/// Puts a connection to those of its migration; the session, if they are complete now.
-fn place(gathered: &mut HashMap<SessionId, Gathering>, greeted: Greeted) -> Result<Option<Session>, TurnedAway> {
-    let stored = greeted.writer.is_none();
-    let away = |peer: &str, why: String| Err(TurnedAway { peer: peer.to_owned(), why, stored });
+/// Puts a connection to those of its migration; the session, if they are complete with it. Or the connection again, and why
+/// it cannot be taken.
+fn place(
+    gathered: &mut HashMap<SessionId, Gathering>,
+    greeted: Greeted,
+) -> Result<Option<Session>, Box<(Greeted, String)>> {
+    let away = |greeted: Greeted, why: String| Err(Box::new((greeted, why)));
     let id = greeted.hello.session;
     if !gathered.contains_key(&id) {
         if gathered.len() == MAX_GATHERED {
-            return away(&greeted.peer, format!("{MAX_GATHERED} other migrations are arriving already"));
+            return away(greeted, format!("{MAX_GATHERED} other migrations are arriving already"));
         }
         let connections = (0..greeted.hello.connections).map(|_| None).collect();
         gathered.insert(id, Gathering { since: Instant::now(), connections });
@@ -175,12 +183,12 @@ fn place(gathered: &mut HashMap<SessionId, Gathering>, greeted: Greeted) -> Resu
     let gathering = gathered.get_mut(&id).expect("it is there");
     let same = |other: &Greeted| Hello { connection: greeted.hello.connection, ..other.hello.clone() } == greeted.hello;
     if !gathering.connections.iter().flatten().all(same) {
-        return away(&greeted.peer, "it contradicts another connection of the same migration".into());
+        return away(greeted, "it contradicts another connection of the same migration".into());
     }
     let number = usize::from(greeted.hello.connection);
     match gathering.connections.get_mut(number) {
         Some(place @ None) => *place = Some(greeted),
-        _ => return away(&greeted.peer, format!("connection {number} of its migration is there already")),
+        _ => return away(greeted, format!("connection {number} of its migration is there already")),
     }
     if gathering.connections.iter().any(Option::is_none) {
         return Ok(None);

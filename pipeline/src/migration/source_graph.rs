@@ -6,7 +6,7 @@
 //!                                                └▶ lane 2: detector ─▶ encoder ──▶ sender 1 ═══▶
 //! ```
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use memferry_stages::batch::{Batch, Item};
 use memferry_stages::bitmap::DirtyBitmap;
@@ -25,9 +25,9 @@ use memferry_stages::token_bucket::TokenBucket;
 use memferry_stages::zero_detector::ZeroDetector;
 use tokio::runtime::Handle;
 
-use super::bounds;
 use super::link::Writer;
 use super::stage_set::StageSet;
+use super::{blocking, bounds};
 use crate::settings::{EncoderSettings, SourceSettings};
 
 /// What the stages work on.
@@ -35,7 +35,7 @@ pub(super) struct SourceParts {
     pub(super) memory: GuestMemory,
     pub(super) logs: Vec<Arc<dyn DirtyLog>>,
     pub(super) bitmap: Arc<DirtyBitmap>,
-    pub(super) untouched: Option<Arc<DirtyBitmap>>,
+    pub(super) untouched: Arc<DirtyBitmap>,
     pub(super) writers: Vec<Writer>,
     /// Is what was written made durable after each round (a file)?
     pub(super) durable_rounds: bool,
@@ -56,6 +56,7 @@ pub(super) struct SourceGraph {
     /// Those of the senders among them: what they count is what went to the wire.
     pub(super) sender_meters: Vec<Arc<Meter>>,
     pub(super) pools: Vec<BufferPool>,
+    sync_at_work: Arc<Mutex<()>>,
 }
 
 /// A lane's way from its encoder to the connection it shares.
@@ -84,6 +85,7 @@ impl SourceGraph {
             meters: Vec::new(),
             sender_meters: Vec::new(),
             pools: Vec::new(),
+            sync_at_work: Arc::default(),
         };
         let connections = graph.start_senders(parts.writers, settings, parts.durable_rounds, &sent_out);
         let lanes = graph.start_lanes(&parts.memory, &parts.logs, settings, &connections);
@@ -91,18 +93,26 @@ impl SourceGraph {
         let meter = graph.meter("scanner", None);
         let scanner = Scanner::new(
             parts.bitmap.clone(),
-            parts.untouched,
+            Some(parts.untouched.clone()),
             parts.logs.clone(),
             lane_map,
             graph.in_flight.clone(),
-            meter.clone(),
+            meter,
         );
         graph.stages.spawn("scanner", scanner.run(scan_orders, lanes, scanned_out));
 
         let meter = graph.meter("bitmap sync", None);
-        let bitmap_sync = BitmapSync::new(parts.logs, parts.bitmap, meter.clone());
+        let bitmap_sync = BitmapSync::new(parts.logs, parts.bitmap, meter).with_untouched(parts.untouched);
+        graph.sync_at_work = bitmap_sync.at_work();
         graph.stages.spawn("bitmap sync", bitmap_sync.run(sync_orders, synced_out));
         graph
+    }
+
+    /// Ends every stage: when this returns, none of them touches memory or logs any more.
+    pub(super) async fn end(&mut self) {
+        self.stages.end().await;
+        let at_work = self.sync_at_work.clone();
+        blocking(move || drop(at_work.lock())).await;
     }
 
     fn meter(&mut self, name: &'static str, lane: Option<u16>) -> Arc<Meter> {

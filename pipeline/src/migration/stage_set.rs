@@ -8,6 +8,12 @@ use memferry_stages::error::StageError;
 use tokio::runtime::Handle;
 use tokio::task::{Id, JoinError, JoinSet};
 
+use super::error::panic_words;
+
+/// How long stages are waited for when they shall end. Only one that hangs in a read or a write needs longer, and it cannot be
+/// helped.
+const STAGES_END: Duration = Duration::from_secs(5);
+
 /// Stages on the data plane. Dropping it ends them all at their next wait.
 #[derive(Debug)]
 pub(super) struct StageSet {
@@ -89,6 +95,11 @@ impl StageSet {
         cause
     }
 
+    /// Ends every stage: when this returns, none of them touches memory or logs any more.
+    pub(super) async fn end(&mut self) {
+        drop(tokio::time::timeout(STAGES_END, self.tasks.shutdown()).await);
+    }
+
     fn name(&mut self, id: Id) -> String {
         self.names.remove(&id).expect("every task has a name")
     }
@@ -96,11 +107,7 @@ impl StageSet {
 
 fn panicked(name: &str, error: JoinError) -> Failure {
     let panic = match error.try_into_panic() {
-        Ok(panic) => panic
-            .downcast_ref::<String>()
-            .cloned()
-            .or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()))
-            .unwrap_or_else(|| "a panic without words".into()),
+        Ok(panic) => panic_words(&*panic),
         Err(error) => error.to_string(),
     };
     Failure::Panicked { name: name.to_owned(), panic }

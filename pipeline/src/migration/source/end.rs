@@ -9,6 +9,7 @@ use memferry_stages::wire::Message;
 use super::{Source, wire_bytes};
 use crate::events::{Ended, Event, Phase};
 use crate::guest::RunState;
+use crate::migration::error::{MigrationError, guarded};
 use crate::migration::flow::Flow;
 use crate::migration::handshake::Verdict;
 use crate::migration::{blocking, bounds};
@@ -40,27 +41,26 @@ impl Source {
             *why = format!("{why}: {page}");
             self.verified = Some(false);
         }
-        self.stop_logs().await;
         let figures = self.figures(flow.as_ref());
-        if let Some(flow) = flow {
-            self.say_farewell(flow, &verdict).await;
+        if let Some(mut flow) = flow {
+            self.say_farewell(&mut flow, &verdict).await;
+            flow.graph.end().await;
         }
+        self.stop_logs().await;
         self.ended(verdict, resume_error, figures)
     }
 
     /// Resumes the guest if we paused it: what went wrong, if it does not go on.
     async fn let_go_on(&mut self) -> Option<String> {
-        if self.paused.is_none() {
-            return None;
-        }
+        self.paused?;
         let (guest, released, run) = (self.guest.clone(), self.released, self.was == RunState::Running);
-        let went_on = blocking(move || {
+        let go_on = move || {
             if released {
                 guest.reacquire()?;
             }
             if run { guest.resume() } else { Ok(()) }
-        })
-        .await;
+        };
+        let went_on = guarded(async { Ok(blocking(go_on).await?) }).await;
         match went_on {
             Ok(()) => {
                 self.observers.tell(&Event::Resumed);
@@ -71,15 +71,17 @@ impl Source {
     }
 
     async fn stop_logs(&self) {
-        let logs = self.logs.clone();
-        let stopped = blocking(move || logs.iter().try_for_each(|log| log.stop())).await;
-        if let Err(error) = stopped {
-            self.observers.tell(&Event::Warning(format!("the dirty log could not be stopped: {error}")));
+        // Each of them, whatever becomes of the others.
+        for log in self.logs.clone() {
+            let stop = move || log.stop().map_err(|error| MigrationError::Log { doing: "stop", error });
+            if let Err(error) = guarded(blocking(stop)).await {
+                self.observers.tell(&Event::Warning(error.to_string()));
+            }
         }
     }
 
     /// Tells the destination why there will be no Go, if there will be none.
-    async fn say_farewell(&self, mut flow: Flow, verdict: &Verdict) {
+    async fn say_farewell(&self, flow: &mut Flow, verdict: &Verdict) {
         let reason = match verdict {
             Verdict::Completed | Verdict::Unconfirmed(_) => None,
             Verdict::Failed(why) => Some(why.clone()),

@@ -38,6 +38,7 @@ impl Source {
                     let guest = self.guest.clone();
                     blocking(move || guest.committed()).await;
                     give_up = tokio::time::Instant::now() + self.settings.handover_timeout;
+                    self.go_said = true;
                     // A queue that is closed tells itself: the sender's failure follows, and counts as after Go.
                     flow.say(&Message::Go(self.was)).await.ok();
                 }
@@ -62,10 +63,9 @@ impl Source {
             },
             Signal::Said(message) => Some(Happening::Said(message)),
             Signal::Lost(why) => Some(Happening::Lost(why)),
-            Signal::Broke(failure) => Some(match flow.explain(failure).await {
-                MigrationError::Refused { why, .. } => Happening::Said(Message::Refused(why)),
-                MigrationError::GivenUp { why, .. } => Happening::Said(Message::Abort(why)),
-                error => Happening::Broke(error.to_string()),
+            Signal::Broke(failure) => Some(match flow.last_words(failure).await {
+                Ok(words) => Happening::Said(words),
+                Err(cause) => Happening::Broke(cause.to_string()),
             }),
             Signal::Cancel => Some(Happening::Cancel),
             Signal::Scanned(_) | Signal::Synced(_) | Signal::Sent(_) | Signal::StageDone(_) | Signal::Tick => None,

@@ -24,7 +24,7 @@ use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
 use super::convergence::{FixedCost, PageRate};
-use super::error::MigrationError;
+use super::error::{MigrationError, guarded};
 use super::flow::Flow;
 use super::handshake::Verdict;
 use super::plane::DataPlane;
@@ -53,8 +53,9 @@ pub async fn send(
     let mut source = Source::new(guest, transport, settings, plane.handle().clone(), observers, cancel);
     let mut flow = None;
     source.tell_phase(Phase::Setup);
-    let verdict = match source.migrate(plane, &mut flow).await {
+    let verdict = match guarded(source.migrate(plane, &mut flow)).await {
         Ok(verdict) => verdict,
+        Err(error) if source.go_said => Verdict::Unconfirmed(error.to_string()),
         Err(MigrationError::Cancelled) => Verdict::Cancelled,
         Err(MigrationError::GaveUp(why)) => {
             source.gave_up = Some(why);
@@ -80,6 +81,8 @@ struct Source {
     bitmap: Option<Arc<DirtyBitmap>>,
     paused: Option<Instant>,
     released: bool,
+    /// May Go have left?
+    go_said: bool,
     downtime: Option<Duration>,
     parts: DowntimeParts,
     rate: PageRate,
@@ -122,6 +125,7 @@ impl Source {
             bitmap: None,
             paused: None,
             released: false,
+            go_said: false,
             downtime: None,
             parts: DowntimeParts::default(),
             rate: PageRate::default(),
@@ -138,18 +142,19 @@ impl Source {
     /// The migration as the list of its phases.
     async fn migrate(&mut self, plane: &DataPlane, running: &mut Option<Flow>) -> Result<Verdict, MigrationError> {
         let cancel = self.cancel.clone();
-        let setup = async {
+        let agreed = async {
             let mut link = self.connect(plane).await?;
             self.agree(&mut link).await?;
-            let (bitmap, untouched) = self.arm().await?;
-            self.estimate_verify().await?;
-            Ok::<_, MigrationError>((link, bitmap, untouched))
+            Ok::<_, MigrationError>(link)
         };
-        let (link, bitmap, untouched) = tokio::select! {
+        let link = tokio::select! {
             biased;
             () = cancel.cancelled() => return Err(MigrationError::Cancelled),
-            ready = setup => ready?,
+            agreed = agreed => agreed?,
         };
+        // A cancel waits for this: a log that is being started cannot be stopped.
+        let (bitmap, untouched) = self.arm().await?;
+        self.estimate_verify().await?;
         let flow = running.insert(self.start_stages(link, bitmap, untouched));
         self.rounds(flow).await?;
         self.send_the_rest(flow).await?;

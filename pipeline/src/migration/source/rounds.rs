@@ -26,6 +26,7 @@ impl Source {
         loop {
             self.scan(flow, false).await?;
             let found = self.sync(flow).await?;
+            self.estimate_verify().await?;
             let (decision, why) = decide(&limits, &self.situation(flow, &found));
             self.observers.tell(&Event::Decided { what: why.clone() });
             match decision {
@@ -55,6 +56,10 @@ impl Source {
                 Signal::Sent(Sent::Switchover { .. }) => lanes_left -= 1,
                 other => return Err(unexpected(&other)),
             }
+        }
+        if self.transport.capabilities().stored {
+            // Written and flushed: nobody else will say that it arrived.
+            flow.graph.in_flight.acknowledge_all();
         }
         let duration = began.elapsed();
         self.pages_frames += tally.batches;

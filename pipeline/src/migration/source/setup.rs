@@ -64,7 +64,8 @@ impl Source {
         Ok((bitmap, untouched))
     }
 
-    /// What the digests will cost: measured on a sample, counted for both ends, which may share a machine.
+    /// What the digests will cost: measured on a sample, counted for both ends, which may share a machine. Measured again
+    /// before each decision, for other work on the machine comes and goes.
     pub(super) async fn estimate_verify(&mut self) -> Result<(), MigrationError> {
         if self.settings.verify {
             let memory = self.memory.clone();
@@ -79,7 +80,7 @@ impl Source {
             memory: self.memory.clone(),
             logs: self.logs.clone(),
             bitmap,
-            untouched: Some(untouched),
+            untouched,
             writers: link.writers,
             durable_rounds: self.transport.capabilities().stored,
         };

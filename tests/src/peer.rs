@@ -1,0 +1,161 @@
+//! One end of a migration played by hand: what a peer that does not keep to the protocol would do, or one that dies at an
+//! exact point.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use memferry::settings::{After, SourceSettings};
+use memferry_stages::geometry::PageSize;
+use memferry_stages::wire::reader::{FrameReader, Incoming};
+use memferry_stages::wire::{FrameHead, HEAD_BYTES, Kind, Message};
+use memferry_transports::{Connection, Listener, Transport};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+
+use crate::TestGuest;
+
+/// A connection in the test's own hand. Dropping it closes the connection.
+pub struct Hand {
+    writer: Box<dyn AsyncWrite + Send + Unpin>,
+    reader: FrameReader<Box<dyn AsyncRead + Send + Unpin>>,
+}
+
+impl std::fmt::Debug for Hand {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "a connection in hand, {} frames heard", self.reader.frames())
+    }
+}
+
+impl Hand {
+    fn new(connection: Connection) -> Self {
+        let reader = connection.reader.expect("it goes both ways");
+        let reader = FrameReader::new(reader, "the stream".into(), PageSize::DEFAULT);
+        Self { writer: connection.writer.expect("it goes both ways"), reader }
+    }
+
+    /// Connects, as a source would.
+    ///
+    /// # Panics
+    /// If nobody listens.
+    pub async fn connect(transport: &dyn Transport) -> Self {
+        Self::new(transport.connect().await.expect("somebody listens"))
+    }
+
+    /// Waits for a source.
+    ///
+    /// # Panics
+    /// If the listener fails.
+    pub async fn accept(listener: &mut dyn Listener) -> Self {
+        Self::new(listener.accept().await.expect("somebody connects"))
+    }
+
+    /// Says something; a peer that is gone does not hear it.
+    pub async fn say(&mut self, message: Message) {
+        self.send(&message.encode(0)).await;
+    }
+
+    /// Sends bytes; a peer that is gone does not get them.
+    pub async fn send(&mut self, bytes: &[u8]) {
+        drop(self.writer.write_all(bytes).await);
+    }
+
+    /// Says no more; what the peer says can still be heard.
+    pub async fn fall_silent(&mut self) {
+        drop(self.writer.shutdown().await);
+    }
+
+    /// The next message that is neither pages nor progress; `None` at the end of the stream, however it ends.
+    pub async fn hear(&mut self) -> Option<Message> {
+        loop {
+            match self.reader.next().await {
+                Ok(Some(Incoming::Pages(_))) => self.reader.skip_payload().await.ok()?,
+                Ok(Some(Incoming::Message { message: Message::Progress(_), .. })) => {}
+                Ok(Some(Incoming::Message { message, .. })) => return Some(message),
+                Ok(None) | Err(_) => return None,
+            }
+        }
+    }
+
+    /// Hears everything up to a message of this kind, and returns it; `None` if the stream ends before.
+    pub async fn hear_until(&mut self, kind: Kind) -> Option<Message> {
+        loop {
+            let message = self.hear().await?;
+            if message.kind() == kind {
+                return Some(message);
+            }
+        }
+    }
+
+    /// Plays the destination up to the first page: takes Hello and Blocks, says Accept and Ready.
+    ///
+    /// # Panics
+    /// If the source does not play along.
+    pub async fn agree(&mut self) {
+        self.hear_until(Kind::Hello).await.expect("a source says Hello");
+        self.say(Message::Accept(Vec::new())).await;
+        self.hear_until(Kind::Blocks).await.expect("a source says what it has");
+        self.say(Message::Ready).await;
+    }
+
+    /// Plays the destination up to its Loaded, which is not said.
+    ///
+    /// # Panics
+    /// If the source does not play along.
+    pub async fn take_all(&mut self) {
+        self.agree().await;
+        self.hear_until(Kind::End).await.expect("a source ends its stream");
+    }
+}
+
+/// The frames of a whole migration up to its end mark, on one connection.
+#[derive(Clone, Debug)]
+pub struct Recording {
+    /// Every frame, whole.
+    pub frames: Vec<Bytes>,
+}
+
+impl Recording {
+    /// What a source with this guest and these settings says.
+    ///
+    /// # Panics
+    /// If the migration to a file fails.
+    pub async fn of(guest: Arc<TestGuest>, settings: SourceSettings) -> Self {
+        let dir = tempfile::tempdir().expect("a directory for a test");
+        let path = dir.path().join("stream");
+        let settings = SourceSettings { after: Some(After::Pause), connections: 1, ..settings };
+        let file = Arc::new(memferry_transports::file::FileTransport::new(&path));
+        let ended = crate::run::source(guest, file, settings, Arc::default(), Default::default()).await;
+        assert_eq!(ended.error, None, "the migration to a file");
+        Self::split(&std::fs::read(&path).expect("the file is there"))
+    }
+
+    /// The frames of a stream.
+    ///
+    /// # Panics
+    /// If it is damaged.
+    #[must_use]
+    pub fn split(stream: &[u8]) -> Self {
+        let mut rest = Bytes::copy_from_slice(stream);
+        let mut frames = Vec::new();
+        while let Some(head) = rest.first_chunk::<HEAD_BYTES>() {
+            let head = FrameHead::parse(head, PageSize::DEFAULT).expect("a good head");
+            frames.push(rest.split_to(HEAD_BYTES + head.length as usize));
+        }
+        assert!(rest.is_empty(), "{} bytes behind the last frame", rest.len());
+        Self { frames }
+    }
+
+    /// All bytes.
+    #[must_use]
+    pub fn bytes(&self) -> Vec<u8> {
+        self.frames.concat()
+    }
+
+    /// The index of the first frame of a kind.
+    ///
+    /// # Panics
+    /// If there is none.
+    #[must_use]
+    pub fn first(&self, kind: Kind) -> usize {
+        self.frames.iter().position(|frame| frame[0] == kind as u8).expect("a frame of this kind")
+    }
+}

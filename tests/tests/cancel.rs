@@ -1,0 +1,146 @@
+//! Cancelling, in every phase and over every kind of transport, again and again: the source guest always goes on, and
+//! nothing stays behind.
+//!
+//! One test, since it counts the threads and descriptors of the whole process.
+
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use memferry::events::{Event, Phase, Role};
+use memferry::settings::{After, SourceSettings};
+use memferry_stages::geometry::PageSize;
+use memferry_tests::guest::Told;
+use memferry_tests::{Recorder, TestGuest, Trouble, migrate_watched, run, source_settings};
+use memferry_transports::memory::MemoryTransport;
+use memferry_transports::{Address, Transport, open};
+use tokio_util::sync::CancellationToken;
+
+/// No migration here takes this long unless it hangs.
+const HANG: Duration = Duration::from_secs(20);
+const LENGTHS: [u64; 2] = [(3 << 20) + 100, 4097];
+
+/// What the source says when it is cancelled.
+const POINTS: [fn(&Event) -> bool; 10] = [
+    |event| *event == Event::Phase(Phase::Setup),
+    |event| matches!(event, Event::Connected { .. }),
+    |event| matches!(event, Event::Guest { .. }),
+    |event| *event == Event::Phase(Phase::Active),
+    |event| matches!(event, Event::RoundScanned { round: 1 }),
+    |event| matches!(event, Event::RoundSent { .. }),
+    |event| matches!(event, Event::Synced { .. }),
+    |event| matches!(event, Event::Decided { .. }),
+    |event| *event == Event::Phase(Phase::Switchover),
+    |event| *event == Event::Paused,
+];
+
+/// How many of the process's things are in a folder of `/proc/self`.
+fn count(what: &str) -> usize {
+    std::fs::read_dir(format!("/proc/self/{what}")).unwrap().count()
+}
+
+fn settings(address: &str) -> SourceSettings {
+    let after = address.starts_with("file").then_some(After::Resume);
+    let connections = if after.is_some() { 1 } else { 2 };
+    SourceSettings { max_rounds: 2, after, ..source_settings(2, connections) }
+}
+
+fn transport(address: &str) -> Arc<dyn Transport> {
+    match address.parse::<Address>() {
+        Ok(address) => open(&address, Duration::from_secs(5)).into(),
+        Err(_) => Arc::new(MemoryTransport::new(64 << 10)),
+    }
+}
+
+/// A recorder that cancels when the source says something, and a while later.
+fn cancelling(cancel: &CancellationToken, when: fn(&Event) -> bool, later: Duration) -> Recorder {
+    let cancel = Mutex::new(Some(cancel.clone()));
+    Recorder::calling(move |role, event| {
+        if role == Role::Source
+            && when(event)
+            && let Some(cancel) = cancel.lock().unwrap().take()
+        {
+            if later.is_zero() {
+                return cancel.cancel();
+            }
+            tokio::spawn(async move {
+                tokio::time::sleep(later).await;
+                cancel.cancel();
+            });
+        }
+    })
+}
+
+/// Migrates and cancels at a point; the guest goes on.
+fn cancelled(source: &Arc<TestGuest>, address: &str, when: fn(&Event) -> bool, later: Duration) {
+    let told_before = source.take_told();
+    let (cancel, settings) = (CancellationToken::new(), settings(address));
+    let recorder = cancelling(&cancel, when, later);
+    let destination = Arc::new(TestGuest::destination());
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let moving = async {
+        if settings.after.is_some() {
+            return run::source(source.clone(), transport(address), settings, Arc::new(recorder), cancel).await;
+        }
+        let (to, way) = (destination.clone(), transport(address));
+        let ends = migrate_watched(source.clone(), to, way, settings, cancel, recorder).await;
+        ends.check_law_seven(source, &destination);
+        ends.source
+    };
+    let ended = runtime.block_on(async { tokio::time::timeout(HANG, moving).await.expect("it hangs") });
+    assert_eq!(ended.phase, Phase::Cancelled, "{address}: {:?}, before it {told_before:?}", ended.error);
+    assert_eq!(source.was_told(Told::Pause), source.was_told(Told::Resume));
+    assert_eq!(source.was_told(Told::Release), source.was_told(Told::Reacquire));
+    assert!(!source.was_told(Told::Committed) && !destination.was_told(Told::Start));
+    assert!(!source.log().is_armed(), "{address}: the log was not stopped");
+    assert_eq!(source.log().misused(), None, "{address}");
+    source.wait_for_writes();
+}
+
+#[test]
+fn cancelled_thirty_times_in_a_row_it_leaves_nothing_behind() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = format!("file:{}", dir.path().join("stream").display());
+    let source = TestGuest::source(PageSize::DEFAULT, &LENGTHS).paced(Duration::from_micros(500)).running(2);
+    // The first one of all opens what the runtime keeps for the whole process.
+    cancelled(&source, "tcp:127.0.0.1:0", POINTS[0], Duration::ZERO);
+    let (threads, descriptors) = (count("task"), count("fd"));
+
+    for address in ["memory", "tcp:127.0.0.1:0", &file] {
+        for when in POINTS {
+            cancelled(&source, address, when, Duration::ZERO);
+        }
+    }
+    // In the middle of what cannot be interrupted: the log is stopped behind it all the same.
+    for trouble in [Trouble::LogStartTakes(Duration::from_millis(200)), Trouble::SyncTakes(Duration::from_millis(200))]
+    {
+        source.repair();
+        source.trouble(trouble);
+        let armed_or_active: fn(&Event) -> bool = match trouble {
+            Trouble::SyncTakes(_) => |event| matches!(event, Event::RoundSent { .. }),
+            _ => |event| matches!(event, Event::Guest { .. }),
+        };
+        cancelled(&source, "memory", armed_or_active, Duration::from_millis(50));
+    }
+    source.repair();
+
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "a file was left behind");
+    let since = Instant::now();
+    while count("task") > threads || count("fd") > descriptors {
+        let now = (count("task"), count("fd"));
+        assert!(
+            since.elapsed() < Duration::from_secs(10),
+            "threads and descriptors: {now:?} of {threads}, {descriptors}"
+        );
+        std::thread::sleep(Duration::from_millis(20));
+    }
+
+    drop(source.take_told());
+    let destination = Arc::new(TestGuest::destination());
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let way = transport("memory");
+    let (cancel, recorder) = (CancellationToken::new(), Recorder::default());
+    let moving = migrate_watched(source.clone(), destination.clone(), way, settings("memory"), cancel, recorder);
+    let ends = runtime.block_on(moving);
+    assert_eq!(ends.source.phase, Phase::Completed, "{:?}", ends.source.error);
+    assert!(source.bytes() == destination.bytes(), "the two memories differ");
+}

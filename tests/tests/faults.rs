@@ -1,0 +1,392 @@
+//! Trouble in the middle of whole migrations, against writers that never rest: after every failure the source guest goes on
+//! as it was, nothing was started elsewhere, the error says what failed, and the next migration moves every byte.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use memferry::events::{Event, Phase, Role};
+use memferry::settings::SourceSettings;
+use memferry_stages::geometry::PageSize;
+use memferry_tests::guest::{Fails, Told};
+use memferry_tests::{Ends, Recorder, TestGuest, Trouble, migrate_watched, source_settings};
+use memferry_transports::memory::{Direction, Faults, MemoryTransport};
+use tokio_util::sync::CancellationToken;
+
+/// No migration here takes this long unless it hangs.
+const HANG: Duration = Duration::from_secs(20);
+/// Two blocks whose lengths are no multiple of a page; two stretches, so that lanes have work.
+const LENGTHS: [u64; 2] = [(5 << 20) + 100, 4097];
+/// Places where a stream is cut, in each direction and with each number of lanes.
+const CUTS: u64 = 40;
+
+fn settings(lanes: u16) -> SourceSettings {
+    SourceSettings { max_rounds: 2, ..source_settings(lanes, lanes) }
+}
+
+fn source() -> TestGuest {
+    TestGuest::source(PageSize::DEFAULT, &LENGTHS).paced(Duration::from_micros(500))
+}
+
+/// A migration over a transport in memory.
+struct Trial {
+    transport: MemoryTransport,
+    settings: SourceSettings,
+    cancel: CancellationToken,
+    recorder: Recorder,
+}
+
+impl Trial {
+    fn new(lanes: u16) -> Self {
+        Self {
+            transport: MemoryTransport::new(64 << 10),
+            settings: settings(lanes),
+            cancel: CancellationToken::new(),
+            recorder: Recorder::default(),
+        }
+    }
+
+    fn faults(&self) -> Faults {
+        self.transport.faults()
+    }
+
+    /// Runs it, and checks law 7 at its end.
+    #[track_caller]
+    fn run(self, source: &Arc<TestGuest>, destination: &Arc<TestGuest>) -> Ends {
+        let Self { transport, settings, cancel, recorder } = self;
+        drop(source.take_told());
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        let moving =
+            migrate_watched(source.clone(), destination.clone(), Arc::new(transport), settings, cancel, recorder);
+        let ends = runtime.block_on(async { tokio::time::timeout(HANG, moving).await.expect("it hangs") });
+        ends.check_law_seven(source, destination);
+        ends
+    }
+}
+
+/// The same source, without trouble: every byte arrives.
+#[track_caller]
+fn moves_now(source: &Arc<TestGuest>, lanes: u16) {
+    let destination = Arc::new(TestGuest::destination());
+    let ends = Trial::new(lanes).run(source, &destination);
+    assert_eq!(ends.source.phase, Phase::Completed, "{:?}, {:?}", ends.source.error, ends.destination.error);
+    assert!(source.bytes() == destination.bytes(), "the two memories differ");
+    assert_eq!(ends.destination.verified, Some(true));
+}
+
+#[track_caller]
+fn says(error: Option<&String>, words: &[&str]) {
+    let error = error.expect("an error");
+    for word in words {
+        assert!(error.contains(word), "{word:?} is not in {error:?}");
+    }
+}
+
+// ---- the connection ----
+
+/// The bytes that an undisturbed migration moves in a direction.
+fn bytes_moved(lanes: u16, direction: Direction) -> u64 {
+    let trial = Trial::new(lanes);
+    let faults = trial.faults();
+    let ends = trial.run(&source().running(2), &Arc::new(TestGuest::destination()));
+    assert_eq!(ends.source.phase, Phase::Completed, "{:?}", ends.source.error);
+    faults.delivered(direction)
+}
+
+fn cut_everywhere(lanes: u16, direction: Direction) {
+    let all = bytes_moved(lanes, direction);
+    let mut source = self::source().running(2);
+    let mut failed = 0;
+    for cut in 0..CUTS {
+        // The ends, where the talking is, are cut byte by byte; the rest evenly.
+        let after = match cut {
+            0..5 => 1 + 40 * cut,
+            35.. => all.saturating_sub((CUTS - cut) * 7).max(1),
+            _ => (all * cut / CUTS).max(1),
+        };
+        let trial = Trial::new(lanes);
+        trial.faults().cut_after(direction, after);
+        let destination = Arc::new(TestGuest::destination());
+        let ends = trial.run(&source, &destination);
+        if ends.source.phase == Phase::Failed {
+            failed += 1;
+            if cut % 8 != 7 {
+                continue;
+            }
+            moves_now(&source, lanes);
+        }
+        source = self::source().running(2);
+    }
+    assert!(failed > CUTS / 2, "only {failed} of {CUTS} cuts were in time");
+}
+
+#[test]
+fn cut_on_the_way_to_the_destination() {
+    cut_everywhere(1, Direction::ToDestination);
+}
+
+#[test]
+fn cut_on_the_way_to_the_destination_with_three_lanes() {
+    cut_everywhere(3, Direction::ToDestination);
+}
+
+#[test]
+fn cut_on_the_return_path() {
+    cut_everywhere(1, Direction::ToSource);
+}
+
+#[test]
+fn cut_on_the_return_path_with_three_lanes() {
+    cut_everywhere(3, Direction::ToSource);
+}
+
+/// Stalls the direction when the source enters a phase, and does `then` a little later.
+fn stalled(
+    lanes: u16,
+    direction: Direction,
+    at: Phase,
+    then: fn(&Faults, &CancellationToken),
+) -> (Ends, Arc<TestGuest>) {
+    let mut trial = Trial::new(lanes);
+    let (faults, cancel) = (trial.faults(), trial.cancel.clone());
+    let once = Mutex::new(Some((faults, cancel)));
+    trial.recorder = Recorder::calling(move |role, event| {
+        if (role, event) == (Role::Source, &Event::Phase(at))
+            && let Some((faults, cancel)) = once.lock().unwrap().take()
+        {
+            faults.stall(direction);
+            tokio::spawn(async move {
+                tokio::time::sleep(Duration::from_millis(150)).await;
+                then(&faults, &cancel);
+            });
+        }
+    });
+    let source = source().running(2);
+    let destination = Arc::new(TestGuest::destination());
+    let ends = trial.run(&source, &destination);
+    if ends.source.phase == Phase::Completed {
+        assert!(source.bytes() == destination.bytes(), "the two memories differ");
+    }
+    (ends, source)
+}
+
+#[test]
+fn a_stall_that_ends_costs_time_only() {
+    for direction in [Direction::ToDestination, Direction::ToSource] {
+        for (lanes, at) in [(1, Phase::Setup), (1, Phase::Active), (3, Phase::Active), (1, Phase::Switchover)] {
+            let (ends, _) = stalled(lanes, direction, at, |faults, _| faults.release(direction_of(faults)));
+            assert_eq!(ends.source.phase, Phase::Completed, "{direction:?} at {at:?}: {:?}", ends.source.error);
+        }
+    }
+}
+
+/// Releases both: a direction that is not stalled does not mind.
+fn direction_of(faults: &Faults) -> Direction {
+    faults.release(Direction::ToSource);
+    Direction::ToDestination
+}
+
+#[test]
+fn a_stall_does_not_hold_up_a_cancel() {
+    for direction in [Direction::ToDestination, Direction::ToSource] {
+        for (lanes, at) in [(1, Phase::Setup), (3, Phase::Active), (1, Phase::Switchover)] {
+            let since = std::time::Instant::now();
+            let (ends, source) = stalled(lanes, direction, at, |faults, cancel| {
+                cancel.cancel();
+                let faults = faults.clone();
+                tokio::spawn(async move {
+                    tokio::time::sleep(Duration::from_secs(2)).await;
+                    // What would hang until here is told from what does not by the clock.
+                    faults.cut();
+                });
+            });
+            let what = format!("{direction:?} at {at:?}: {:?}", ends.source.error);
+            assert_eq!(ends.source.phase, Phase::Cancelled, "{what}");
+            assert!(
+                ends.source.total < Duration::from_secs(2),
+                "{what}: {:?} of {:?}",
+                ends.source.total,
+                since.elapsed()
+            );
+            if at == Phase::Switchover {
+                moves_now(&source, lanes);
+            }
+        }
+    }
+}
+
+// ---- the guests ----
+
+#[test]
+fn a_guest_that_fails_at_any_call_goes_on_at_the_source() {
+    let source_fails = [
+        (Fails { pause: true, ..Fails::default() }, "at pause"),
+        (Fails { save: true, ..Fails::default() }, "at save"),
+        (Fails { release: true, ..Fails::default() }, "at release"),
+    ];
+    for (fails, word) in source_fails {
+        let source = source().failing(fails).running(2);
+        let ends = Trial::new(2).run(&source, &Arc::new(TestGuest::destination()));
+        assert_eq!(ends.source.phase, Phase::Failed);
+        says(ends.source.error.as_ref(), &["the guest failed", word]);
+        says(ends.destination.error.as_ref(), &["the source gave up", word]);
+    }
+}
+
+#[test]
+fn a_destination_that_cannot_prepare_is_survived() {
+    let source = source().running(2);
+    let fails = Fails { prepare: true, ..Fails::default() };
+    let ends = Trial::new(2).run(&source, &Arc::new(TestGuest::destination().failing(fails)));
+    says(ends.source.error.as_ref(), &["the destination refused", "at prepare"]);
+    says(ends.destination.error.as_ref(), &["at prepare"]);
+    moves_now(&source, 2);
+}
+
+#[test]
+fn a_start_that_fails_leaves_both_paused_and_both_say_so() {
+    let source = source().running(2);
+    let fails = Fails { start: true, ..Fails::default() };
+    let destination = Arc::new(TestGuest::destination().failing(fails));
+    let ends = Trial::new(2).run(&source, &destination);
+    assert_eq!((ends.source.phase, ends.destination.phase), (Phase::Unconfirmed, Phase::Failed));
+    says(ends.source.error.as_ref(), &["at start", "look at the destination"]);
+    says(ends.destination.error.as_ref(), &["at start"]);
+    assert!(!source.runs() && !destination.runs());
+}
+
+#[test]
+fn a_source_that_cannot_go_on_says_so() {
+    for fails in [Fails { resume: true, ..Fails::default() }, Fails { reacquire: true, ..Fails::default() }] {
+        let source = source().failing(fails).running(2);
+        let fails = Fails { prepare: true, ..Fails::default() };
+        let destination = Arc::new(TestGuest::destination().failing(fails));
+        let transport = Arc::new(MemoryTransport::new(64 << 10));
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        let moving = migrate_watched(
+            source.clone(),
+            destination.clone(),
+            transport,
+            settings(1),
+            CancellationToken::new(),
+            Recorder::default(),
+        );
+        let ends = runtime.block_on(moving);
+        assert!(ends.source.resume_failed && !source.runs() && !destination.runs());
+        says(ends.source.error.as_ref(), &["at prepare", "could not be resumed", "stays paused"]);
+        assert!(!source.log().is_armed());
+    }
+}
+
+// ---- memory and logs ----
+
+#[test]
+fn a_page_that_is_damaged_at_the_destination_is_found_and_named() {
+    for (block, offset) in [(0, 3 * 4096 + 5), (0, (5 << 20) + 99), (1, 4096)] {
+        let destination = Arc::new(TestGuest::destination());
+        let mut trial = Trial::new(1);
+        let victim = destination.clone();
+        // With one lane the Switchover is told when every page is in place, before digests are compared.
+        trial.recorder = Recorder::calling(move |role, event| {
+            if (role, event) == (Role::Destination, &Event::Phase(Phase::Switchover)) {
+                victim.corrupt(block, offset);
+            }
+        });
+        let source = source().running(2);
+        let ends = trial.run(&source, &destination);
+        assert_eq!((ends.source.verified, ends.destination.verified), (Some(false), Some(false)));
+        let (id, page) = (format!("{:?}", format!("ram{block}")), format!("page {} of block", offset / 4096));
+        says(ends.source.error.as_ref(), &["verification failed", &id, &page]);
+        says(ends.destination.error.as_ref(), &["verification failed", &id]);
+        moves_now(&source, 1);
+    }
+}
+
+#[test]
+fn memory_that_fails_or_panics_at_the_source_is_named() {
+    let words: [(Trouble, &[&str]); 2] = [
+        (Trouble::ReadFails(70), &["zero-page detector", "page", "told to fail at reading"]),
+        (Trouble::ReadPanics(70), &["mistake in memferry", "told to panic when page 70 is read"]),
+    ];
+    for (trouble, words) in words {
+        let no_verify = |mut trial: Trial| {
+            trial.settings.verify = false;
+            trial
+        };
+        let source = source().troubled(trouble).running(2);
+        let ends = no_verify(Trial::new(2)).run(&source, &Arc::new(TestGuest::destination()));
+        assert_eq!(ends.source.phase, Phase::Failed);
+        says(ends.source.error.as_ref(), words);
+        source.repair();
+        moves_now(&source, 2);
+    }
+}
+
+#[test]
+fn memory_that_panics_under_the_digests_is_survived_at_both_ends() {
+    // Before the first page, and in the pause: nobody writes, so that only the digests read the page then.
+    let troubled =
+        [source().troubled(Trouble::ReadPanics(70)), source().troubled_from(Told::Save, Trouble::ReadPanics(70))];
+    for source in troubled {
+        let source = source.running(0);
+        let destination = Arc::new(TestGuest::destination());
+        let ends = migrate_once(&source, &destination);
+        assert_eq!(ends.source.phase, Phase::Failed);
+        assert!(source.runs() && !source.log().is_armed());
+        assert_eq!(source.was_told(Told::Pause), source.was_told(Told::Resume));
+        says(ends.source.error.as_ref(), &["page 70 is read"]);
+        assert!(!destination.was_told(Told::Start));
+    }
+    let source = source().running(0);
+    let destination = Arc::new(TestGuest::destination().troubled(Trouble::ReadPanics(70)));
+    let ends = migrate_once(&source, &destination);
+    assert!(ends.source.phase == Phase::Failed && ends.destination.phase == Phase::Failed);
+    says(ends.destination.error.as_ref(), &["page 70 is read"]);
+    says(ends.source.error.as_ref(), &["page 70 is read"]);
+    assert!(source.runs() && !destination.was_told(Told::Start));
+}
+
+/// Without writers to wait for.
+fn migrate_once(source: &Arc<TestGuest>, destination: &Arc<TestGuest>) -> Ends {
+    let transport = Arc::new(MemoryTransport::new(64 << 10));
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let (cancel, recorder) = (CancellationToken::new(), Recorder::default());
+    let moving = migrate_watched(source.clone(), destination.clone(), transport, settings(2), cancel, recorder);
+    runtime.block_on(async { tokio::time::timeout(HANG, moving).await.expect("it hangs") })
+}
+
+#[test]
+fn a_full_disk_at_the_destination_is_named_at_both_ends() {
+    for room in [0, 100, 700] {
+        let source = source().running(2);
+        let destination = Arc::new(TestGuest::destination().troubled(Trouble::DiskFull(room)));
+        let ends = Trial::new(2).run(&source, &destination);
+        assert_eq!(ends.source.phase, Phase::Failed);
+        says(ends.destination.error.as_ref(), &["loader", "cannot write", "page"]);
+        says(ends.source.error.as_ref(), &["the destination gave up", "loader", "cannot write"]);
+        moves_now(&source, 2);
+    }
+}
+
+#[test]
+fn a_log_that_fails_is_named() {
+    let words: [(Trouble, &[&str]); 3] = [
+        (Trouble::LogStartFails, &["the dirty log cannot start", "told to fail at start"]),
+        (Trouble::SyncFails, &["bitmap sync", "the dirty log cannot be synced", "told to fail at sync"]),
+        (Trouble::SyncPanics, &["bitmap sync", "mistake in memferry", "told to panic at sync"]),
+    ];
+    for (trouble, words) in words {
+        let source = source().troubled(trouble).running(2);
+        let ends = Trial::new(1).run(&source, &Arc::new(TestGuest::destination()));
+        assert_eq!(ends.source.phase, Phase::Failed);
+        says(ends.source.error.as_ref(), words);
+        source.repair();
+        moves_now(&source, 1);
+    }
+    // In the pause.
+    let source = source().troubled_from(Told::Save, Trouble::SyncFails).running(2);
+    let ends = Trial::new(1).run(&source, &Arc::new(TestGuest::destination()));
+    says(ends.source.error.as_ref(), &["told to fail at sync"]);
+    assert!(source.was_told(Told::Resume));
+    source.repair();
+    moves_now(&source, 1);
+}

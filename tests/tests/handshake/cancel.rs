@@ -1,0 +1,110 @@
+//! Cancel at the source at each point: it goes on at once, until Go may have left.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use memferry::events::Phase;
+use memferry_stages::geometry::PageSize;
+use memferry_stages::wire::{Kind, Message};
+use memferry_tests::guest::Told;
+use memferry_tests::{TestGuest, run};
+use memferry_transports::memory::MemoryTransport;
+use tokio_util::sync::CancellationToken;
+
+use crate::source::{WENT_ON, send_to};
+use crate::{HANG, LENGTH, block_on, settings};
+
+#[test]
+fn cancel_before_anyone_listens() {
+    let guest = TestGuest::source(PageSize::DEFAULT, &[LENGTH]).running(1);
+    let ended = block_on(async {
+        let cancel = CancellationToken::new();
+        let transport = Arc::new(MemoryTransport::new(64 << 10));
+        let sending = run::source(guest.clone(), transport, settings(), Arc::default(), cancel.clone());
+        let cancelling = async {
+            tokio::time::sleep(Duration::from_millis(30)).await;
+            cancel.cancel();
+        };
+        tokio::join!(sending, cancelling).0
+    });
+    assert_eq!(ended.phase, Phase::Cancelled);
+    guest.wait_for_writes();
+    assert_eq!(guest.told(), []);
+}
+
+#[test]
+fn cancel_while_it_is_agreed() {
+    for point in [Kind::Hello, Kind::Blocks] {
+        let sent = send_to(settings(), async |mut hand, _, cancel| {
+            hand.hear_until(Kind::Hello).await;
+            if point == Kind::Blocks {
+                hand.say(Message::Accept(vec![])).await;
+                hand.hear_until(Kind::Blocks).await;
+            }
+            cancel.cancel();
+            assert_eq!(hand.hear_until(Kind::End).await, None);
+        });
+        sent.stayed(Phase::Cancelled, &["cancelled"]);
+    }
+}
+
+#[test]
+fn cancel_in_the_first_round() {
+    let sent = send_to(settings(), async |mut hand, guest, cancel| {
+        hand.agree().await;
+        cancel.cancel();
+        assert_eq!(hand.hear_until(Kind::Abort).await, Some(Message::Abort("cancelled at the source".into())));
+        assert!(guest.runs(), "the guest goes on before anything else");
+    });
+    sent.stayed(Phase::Cancelled, &["cancelled"]);
+    assert_eq!(sent.guest.told(), [], "it was never paused");
+}
+
+#[test]
+fn cancel_while_the_guest_is_paused_and_nobody_reads() {
+    let sent = send_to(settings(), async |mut hand, guest, cancel| {
+        hand.agree().await;
+        hand.hear_until(Kind::RoundComplete).await;
+        // Nothing is read on: the rest waits in the transport, and the source for room.
+        while !guest.was_told(Told::Release) {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        cancel.cancel();
+        tokio::time::sleep(HANG).await;
+    });
+    sent.stayed(Phase::Cancelled, &["cancelled"]);
+    assert_eq!(sent.guest.told(), WENT_ON);
+}
+
+#[test]
+fn cancel_while_loaded_is_awaited() {
+    let sent = send_to(settings(), async |mut hand, _, cancel| {
+        hand.take_all().await;
+        cancel.cancel();
+        assert!(matches!(hand.hear().await, Some(Message::Abort(_))), "no Go");
+    });
+    sent.stayed(Phase::Cancelled, &["cancelled"]);
+}
+
+#[test]
+fn cancel_after_go_is_too_late() {
+    let sent = send_to(settings(), async |mut hand, _, cancel| {
+        hand.take_all().await;
+        hand.say(Message::Loaded { verified: true }).await;
+        hand.hear_until(Kind::Go).await;
+        cancel.cancel();
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        hand.say(Message::Running).await;
+        hand.hear().await;
+    });
+    sent.gave_away(Phase::Completed, &[]);
+    assert!(sent.warned("too late"));
+    let sent = send_to(settings(), async |mut hand, _, cancel| {
+        hand.take_all().await;
+        hand.say(Message::Loaded { verified: true }).await;
+        hand.hear_until(Kind::Go).await;
+        cancel.cancel();
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    });
+    sent.gave_away(Phase::Unconfirmed, &["lost after Go"]);
+}

@@ -1,0 +1,25 @@
+//! The last handshake against a peer played by hand: whatever it says or leaves out, the source guest survives, never two
+//! run, and when none runs somebody says so (law 7).
+
+mod cancel;
+mod destination;
+mod source;
+
+use std::time::Duration;
+
+use memferry::settings::SourceSettings;
+use memferry_tests::source_settings;
+
+/// No test here takes this long unless something hangs.
+const HANG: Duration = Duration::from_secs(20);
+/// Bytes of the guest: more than one stretch, and no multiple of a page.
+const LENGTH: u64 = (3 << 20) + 5;
+
+fn settings() -> SourceSettings {
+    SourceSettings { max_rounds: 1, ..source_settings(1, 1) }
+}
+
+fn block_on<T>(test: impl Future<Output = T>) -> T {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    runtime.block_on(async { tokio::time::timeout(HANG, test).await.expect("it hangs") })
+}

@@ -1,0 +1,324 @@
+//! The source, against a destination played by hand.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use memferry::events::{Ended, Event, Phase};
+use memferry::guest::Guest;
+use memferry::settings::SourceSettings;
+use memferry_stages::digest;
+use memferry_stages::geometry::{PageAt, PageSize};
+use memferry_stages::pool::BufferPool;
+use memferry_stages::wire::messages::{Progress, RunState};
+use memferry_stages::wire::{Kind, Message};
+use memferry_tests::guest::Told;
+use memferry_tests::{Hand, Recorder, TestGuest, run};
+use memferry_transports::Transport;
+use memferry_transports::memory::MemoryTransport;
+use tokio_util::sync::CancellationToken;
+
+use crate::{LENGTH, block_on, settings};
+
+/// What a source is told whose guest goes on after a pause.
+pub(crate) const WENT_ON: [Told; 5] = [Told::Pause, Told::Save, Told::Release, Told::Reacquire, Told::Resume];
+/// What a source is told that has handed its guest over.
+const HANDED_OVER: [Told; 4] = [Told::Pause, Told::Save, Told::Release, Told::Committed];
+
+fn impatient() -> SourceSettings {
+    SourceSettings { handover_timeout: Duration::from_millis(400), ..settings() }
+}
+
+/// How a source ended.
+pub(crate) struct Sent {
+    ended: Ended,
+    pub(crate) guest: Arc<TestGuest>,
+    events: Vec<Event>,
+}
+
+/// Runs a source whose guest runs against whatever `play` does with the connection; it is cut when `play` returns.
+pub(crate) fn send_to(
+    settings: SourceSettings,
+    play: impl AsyncFnOnce(Hand, Arc<TestGuest>, CancellationToken),
+) -> Sent {
+    let guest = TestGuest::source(PageSize::DEFAULT, &[LENGTH]).paced(Duration::from_micros(200)).running(1);
+    block_on(async {
+        let (transport, cancel) = (Arc::new(MemoryTransport::new(64 << 10)), CancellationToken::new());
+        let mut listener = transport.listen().await.unwrap();
+        let recorder = Arc::new(Recorder::default());
+        let peer = async {
+            let hand = Hand::accept(&mut *listener).await;
+            play(hand, guest.clone(), cancel.clone()).await;
+            std::future::pending().await
+        };
+        let ended = tokio::select! {
+            ended = run::source(guest.clone(), transport, settings, recorder.clone(), cancel.clone()) => ended,
+            () = peer => unreachable!("it waits for ever"),
+        };
+        let events = recorder.events().into_iter().map(|(_, event)| event).collect();
+        Sent { ended, guest: guest.clone(), events }
+    })
+}
+
+impl Sent {
+    /// The guest runs here and was never given away; the error says all of `words`.
+    #[track_caller]
+    pub(crate) fn stayed(&self, phase: Phase, words: &[&str]) {
+        self.says(phase, words);
+        self.guest.wait_for_writes();
+        assert!(!self.guest.was_told(Told::Committed));
+        let told = self.guest.told();
+        assert!(told.is_empty() || told == WENT_ON, "{told:?}");
+    }
+
+    /// The guest was handed over and stands still here.
+    #[track_caller]
+    pub(crate) fn gave_away(&self, phase: Phase, words: &[&str]) {
+        self.says(phase, words);
+        assert!(!self.guest.runs());
+        assert_eq!(self.guest.told(), HANDED_OVER);
+    }
+
+    /// The guest was handed over and came back.
+    #[track_caller]
+    fn came_back(&self, words: &[&str]) {
+        self.says(Phase::Failed, words);
+        self.guest.wait_for_writes();
+        let told = [Told::Pause, Told::Save, Told::Release, Told::Committed, Told::Reacquire, Told::Resume];
+        assert_eq!(self.guest.told(), told);
+    }
+
+    #[track_caller]
+    fn says(&self, phase: Phase, words: &[&str]) {
+        let error = self.ended.error.clone().unwrap_or_default();
+        assert_eq!(self.ended.phase, phase, "{error}");
+        for word in words {
+            assert!(error.contains(word), "{word:?} is not in {error:?}");
+        }
+        assert!(!self.guest.log().is_armed(), "the log was not stopped");
+        assert_eq!(self.guest.log().misused(), None);
+        assert!(!self.ended.resume_failed);
+        assert_eq!(self.events.last(), Some(&Event::Ended(self.ended.clone())));
+    }
+
+    pub(crate) fn warned(&self, word: &str) -> bool {
+        self.events.iter().any(|event| matches!(event, Event::Warning(what) if what.contains(word)))
+    }
+}
+
+#[test]
+fn cut_before_loaded() {
+    let sent = send_to(settings(), async |mut hand, _, _| hand.take_all().await);
+    sent.stayed(Phase::Failed, &["lost before the hand-over"]);
+}
+
+#[test]
+fn refused_after_everything_was_sent() {
+    let sent = send_to(settings(), async |mut hand, _, _| {
+        hand.take_all().await;
+        hand.say(Message::Refused("the disk is full".into())).await;
+    });
+    sent.stayed(Phase::Failed, &["the destination refused: the disk is full"]);
+}
+
+#[test]
+fn loaded_and_cut_before_go_is_read() {
+    let sent = send_to(settings(), async |mut hand, _, _| {
+        hand.take_all().await;
+        hand.say(Message::Loaded { verified: true }).await;
+    });
+    // Go may have left, or not: only before it was committed may the guest go on.
+    match sent.ended.phase {
+        Phase::Unconfirmed => sent.gave_away(Phase::Unconfirmed, &["look at the destination"]),
+        _ => sent.stayed(Phase::Failed, &["lost"]),
+    }
+}
+
+#[test]
+fn cut_after_go() {
+    let sent = send_to(settings(), async |mut hand, _, _| {
+        hand.take_all().await;
+        hand.say(Message::Loaded { verified: true }).await;
+        assert_eq!(hand.hear().await, Some(Message::Go(RunState::Running)));
+    });
+    let words = ["lost after Go", "stays paused here", "look at the destination", "only if it does not run there"];
+    sent.gave_away(Phase::Unconfirmed, &words);
+    assert_eq!(sent.ended.verified, Some(true));
+}
+
+#[test]
+fn running_completes_it() {
+    let sent = send_to(settings(), async |mut hand, guest, _| {
+        hand.take_all().await;
+        assert!(!guest.runs() && !guest.was_told(Told::Committed));
+        hand.say(Message::Loaded { verified: true }).await;
+        assert_eq!(hand.hear().await, Some(Message::Go(RunState::Running)));
+        assert!(guest.was_told(Told::Committed));
+        hand.say(Message::Running).await;
+        assert_eq!(hand.hear().await, None, "nothing follows Go");
+    });
+    sent.gave_away(Phase::Completed, &[]);
+    assert_eq!(sent.ended.error, None);
+}
+
+#[test]
+fn an_abort_that_crosses_go_brings_the_guest_back() {
+    let sent = send_to(settings(), async |mut hand, _, _| {
+        hand.take_all().await;
+        hand.say(Message::Loaded { verified: true }).await;
+        hand.say(Message::Abort("its operator cancelled".into())).await;
+        hand.hear_until(Kind::Abort).await;
+    });
+    sent.came_back(&["before it began to start the guest", "its operator cancelled"]);
+}
+
+#[test]
+fn a_start_that_fails_leaves_the_guest_paused() {
+    let sent = send_to(settings(), async |mut hand, _, _| {
+        hand.take_all().await;
+        hand.say(Message::Loaded { verified: true }).await;
+        hand.hear_until(Kind::Go).await;
+        hand.say(Message::StartFailed("no such device".into())).await;
+        hand.hear().await;
+    });
+    sent.gave_away(
+        Phase::Unconfirmed,
+        &["began to start the guest and failed: no such device", "look at the destination"],
+    );
+}
+
+#[test]
+fn running_before_go_leaves_the_guest_paused() {
+    for early in [Message::Running, Message::StartFailed("oh".into())] {
+        let sent = send_to(settings(), async |mut hand, _, _| {
+            hand.take_all().await;
+            hand.say(early).await;
+            assert_eq!(hand.hear_until(Kind::Go).await, None, "it is not told to run");
+        });
+        sent.says(Phase::Unconfirmed, &["before it was told to", "look at the destination"]);
+        assert!(!sent.guest.runs() && !sent.guest.was_told(Told::Resume));
+    }
+}
+
+/// Its word counts even if its connection breaks in the same moment, and the sender notices that first.
+#[test]
+fn running_said_in_the_pause_is_heard_though_the_connection_breaks() {
+    let sent = send_to(settings(), async |mut hand, _, _| {
+        hand.agree().await;
+        hand.hear_until(Kind::End).await;
+        hand.say(Message::Loaded { verified: true }).await;
+        hand.say(Message::Running).await;
+    });
+    // Running after Loaded answers a Go that may be on its way.
+    sent.gave_away(Phase::Completed, &[]);
+}
+
+#[test]
+fn silence_before_loaded_and_after_go() {
+    let sent = send_to(impatient(), async |mut hand, _, _| {
+        hand.take_all().await;
+        assert!(matches!(hand.hear().await, Some(Message::Abort(why)) if why.contains("in time")));
+        std::future::pending().await
+    });
+    sent.stayed(Phase::Failed, &["did not report that everything is loaded in time"]);
+    let sent = send_to(impatient(), async |mut hand, _, _| {
+        hand.take_all().await;
+        hand.say(Message::Loaded { verified: true }).await;
+        hand.hear_until(Kind::Go).await;
+        std::future::pending().await
+    });
+    sent.gave_away(Phase::Unconfirmed, &["did not confirm that the guest runs in time", "look at the destination"]);
+}
+
+#[test]
+fn loaded_without_the_comparison_that_was_asked_for() {
+    let sent = send_to(settings(), async |mut hand, _, _| {
+        hand.take_all().await;
+        hand.say(Message::Loaded { verified: false }).await;
+        assert!(matches!(hand.hear().await, Some(Message::Abort(_))), "no Go");
+    });
+    sent.stayed(Phase::Failed, &["did not compare digests"]);
+    assert_ne!(sent.ended.verified, Some(true));
+}
+
+#[test]
+fn page_hashes_make_the_source_name_the_page() {
+    let sent = send_to(settings(), async |mut hand, guest, _| {
+        hand.take_all().await;
+        let memory = guest.memory();
+        let mut scratch = BufferPool::new(1, PageSize::DEFAULT.extent_bytes()).try_take().unwrap();
+        let mut hashes = digest::page_hashes(&memory, 0, 1, &mut scratch).unwrap();
+        hashes[77] ^= 1;
+        hashes[78] ^= 1;
+        hand.say(Message::PageHashes { first: PageAt { block: 0, page: 512 }, hashes }).await;
+        hand.say(Message::Refused("block \"ram0\" differs".into())).await;
+        hand.hear_until(Kind::Abort).await;
+    });
+    sent.stayed(Phase::Failed, &["block \"ram0\" differs", "page 589 of block \"ram0\"", "0x24d000"]);
+    assert_eq!(sent.ended.verified, Some(false));
+}
+
+#[test]
+fn page_hashes_of_pages_that_are_not_there_are_survived() {
+    let cases = [
+        (PageAt { block: 9, page: 0 }, "it differs"),
+        (PageAt { block: 0, page: 769 }, "it differs"),
+        (PageAt { block: 0, page: 511 }, "it differs"),
+        (PageAt { block: 0, page: u64::MAX }, "first page is"),
+    ];
+    for (first, word) in cases {
+        let sent = send_to(settings(), async |mut hand, _, _| {
+            hand.take_all().await;
+            hand.say(Message::PageHashes { first, hashes: vec![1; 512] }).await;
+            hand.say(Message::Refused("it differs".into())).await;
+            hand.hear_until(Kind::Abort).await;
+        });
+        sent.stayed(Phase::Failed, &[word]);
+    }
+}
+
+#[test]
+fn messages_that_make_no_sense_leave_the_guest_here() {
+    let strange: [fn() -> Message; 4] = [
+        || Message::Ready,
+        || Message::Accept(vec![]),
+        || Message::Go(RunState::Running),
+        || Message::End { run_state: RunState::Running, frames: 0 },
+    ];
+    for strange in strange {
+        let sent = send_to(settings(), async |mut hand, _, _| {
+            hand.take_all().await;
+            hand.say(strange()).await;
+            hand.hear_until(Kind::Abort).await;
+        });
+        sent.stayed(Phase::Failed, &[strange().kind().name(), "out of turn"]);
+    }
+}
+
+#[test]
+fn garbage_on_the_return_path_leaves_the_guest_here_before_go_and_paused_after_it() {
+    let sent = send_to(settings(), async |mut hand, _, _| {
+        hand.take_all().await;
+        hand.send(&[0x5a; 64]).await;
+        hand.hear_until(Kind::Abort).await;
+    });
+    sent.stayed(Phase::Failed, &["frame at byte", "damaged"]);
+    let sent = send_to(settings(), async |mut hand, _, _| {
+        hand.take_all().await;
+        hand.say(Message::Loaded { verified: true }).await;
+        hand.hear_until(Kind::Go).await;
+        hand.send(&[0x5a; 64]).await;
+        hand.hear().await;
+    });
+    sent.gave_away(Phase::Unconfirmed, &["frame at byte", "look at the destination"]);
+}
+
+#[test]
+fn more_acknowledged_than_was_sent() {
+    let sent = send_to(settings(), async |mut hand, _, _| {
+        hand.agree().await;
+        let frames = vec![1 << 40];
+        hand.say(Message::Progress(Progress { bytes: 1, frames })).await;
+        hand.hear_until(Kind::Abort).await;
+    });
+    sent.stayed(Phase::Failed, &["lane 0", "acknowledged"]);
+}

@@ -1,0 +1,508 @@
+//! Peers and files that mean harm: strangers at the door, frames that cannot be, files cut short or with one bit flipped.
+//! Nothing here panics, hangs, starts a guest or takes more memory than it said.
+
+use std::io::Write;
+use std::net::{Shutdown, TcpStream};
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use memferry::events::{Ended, Event, Phase};
+use memferry::guest::Guest;
+use memferry::settings::DestinationSettings;
+use memferry_stages::bitmap::DirtyBitmap;
+use memferry_stages::geometry::{LaneMap, PageSize};
+use memferry_stages::loader::{LaneProgress, Loader};
+use memferry_stages::memory::{GuestMemory, MappedMemory, RamBlock};
+use memferry_stages::meter::Meter;
+use memferry_stages::pool::BufferPool;
+use memferry_stages::queue::bounded;
+use memferry_stages::receiver::Receiver;
+use memferry_stages::wire::frame::{FrameHead, HEAD_BYTES};
+use memferry_stages::wire::pages::{FIXED_BYTES, MIN_HEAD_BYTES, head_bytes, payload_hash};
+use memferry_stages::wire::reader::FrameReader;
+use memferry_stages::wire::{Features, Hello, Kind, Message, PROTOCOL_VERSION, SessionId};
+use memferry_tests::guest::Told;
+use memferry_tests::run::{self, destination_settings};
+use memferry_tests::{Hand, Recorder, Recording, TestGuest, migrate, source_settings};
+use memferry_transports::Transport;
+use memferry_transports::file::FileTransport;
+use memferry_transports::memory::MemoryTransport;
+use memferry_transports::tcp::TcpTransport;
+use tokio_util::sync::CancellationToken;
+use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
+
+/// No test here takes this long unless something hangs.
+const HANG: Duration = Duration::from_secs(60);
+const LENGTH: u64 = (512 << 10) + 5;
+
+/// A xorshift generator: the same hostility in every run.
+struct Dice(u64);
+
+impl Dice {
+    fn roll(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 >> 1
+    }
+
+    fn below(&mut self, bound: usize) -> usize {
+        usize::try_from(self.roll() % bound as u64).unwrap()
+    }
+
+    fn bytes(&mut self, count: usize) -> Vec<u8> {
+        (0..count).map(|_| self.roll().to_le_bytes()[3]).collect()
+    }
+}
+
+fn block_on<T>(test: impl Future<Output = T>) -> T {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    runtime.block_on(async { tokio::time::timeout(HANG, test).await.expect("it hangs") })
+}
+
+/// A stream with full pages, compressed ones and deltas.
+async fn recording() -> Recording {
+    let guest = TestGuest::source(PageSize::DEFAULT, &[LENGTH]).paced(Duration::from_micros(200)).running(1);
+    let recording = Recording::of(guest, source_settings(1, 1)).await;
+    let has = |kind: Kind| recording.frames.iter().any(|frame| frame[0] == kind as u8);
+    let kinds = [Kind::Hello, Kind::State, Kind::Blocks, Kind::Pages, Kind::RoundComplete, Kind::Digests, Kind::End];
+    assert!(kinds.into_iter().all(has));
+    recording
+}
+
+// ---- strangers at the door ----
+
+/// What strangers do to a port. Some stay, and say nothing.
+fn knock(number: usize, address: &str, dice: &mut Dice) -> Option<TcpStream> {
+    // When the real peer is there, nobody listens any more.
+    let mut stranger = TcpStream::connect(address).ok()?;
+    let hello = hello(PROTOCOL_VERSION, SessionId([7; 16]), 0, 1, 1);
+    let said = match number % 6 {
+        0 => dice.bytes(64),
+        1 => b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n".to_vec(),
+        2 => Vec::new(),
+        3 => hello[..hello.len() / 2].to_vec(),
+        4 => hello[..HEAD_BYTES + 1].to_vec(),
+        _ => return Some(stranger),
+    };
+    // It may have been turned away already.
+    drop(stranger.write_all(&said));
+    if number % 6 == 3 {
+        return Some(stranger);
+    }
+    drop(stranger.shutdown(Shutdown::Write));
+    None
+}
+
+fn hello(version: u16, session: SessionId, connection: u16, connections: u16, lanes: u16) -> Bytes {
+    let features = Features { checksum: true, ..Features::default() }.to_list();
+    let page_size = PageSize::DEFAULT;
+    Message::Hello(Hello { version, session, connection, connections, lanes, page_size, features }).encode(0)
+}
+
+#[test]
+fn two_hundred_strangers_do_not_keep_the_real_peer_out() {
+    let source = TestGuest::source(PageSize::DEFAULT, &[LENGTH]).paced(Duration::from_micros(200)).running(1);
+    let destination = Arc::new(TestGuest::destination());
+    let recorder = Arc::new(Recorder::default());
+    let ended = block_on(async {
+        let listener = TcpTransport::new("127.0.0.1", 0, Duration::ZERO).listen().await.unwrap();
+        let address = listener.local_address();
+        let address = address.strip_prefix("tcp:").unwrap_or(&address).to_owned();
+        let port = address.rsplit(':').next().unwrap().parse().unwrap();
+        let settings = DestinationSettings { hello_timeout: Duration::from_secs(2), ..destination_settings() };
+        let cancel = CancellationToken::new();
+        let receiving =
+            tokio::spawn(run::destination(destination.clone(), listener, settings, recorder.clone(), cancel.clone()));
+        let strangers = |numbers: std::ops::Range<usize>| {
+            let (address, mut dice) = (address.clone(), Dice(0x1234_5678_9abc_def1));
+            let knock = move |number| knock(number, &address, &mut dice);
+            tokio::task::spawn_blocking(move || numbers.filter_map(knock).collect::<Vec<_>>())
+        };
+        // Half of them are there before the source, the others come beside it.
+        let early = strangers(0..100).await.unwrap();
+        let late = strangers(100..200);
+        let way = Arc::new(TcpTransport::new("127.0.0.1", port, Duration::from_secs(10)));
+        let sent = run::source(source.clone(), way, source_settings(2, 2), Arc::default(), cancel).await;
+        assert_eq!(sent.phase, Phase::Completed, "{:?}", sent.error);
+        drop((early, late.await.unwrap()));
+        receiving.await.unwrap()
+    });
+    assert_eq!(ended.phase, Phase::Completed, "{:?}", ended.error);
+    assert!(source.bytes() == destination.bytes(), "the two memories differ");
+    let reasons: Vec<_> = turned_away(&recorder);
+    assert!(reasons.len() > 20, "{} were turned away", reasons.len());
+    assert!(reasons.iter().any(|why| why.contains("not a memferry stream")), "{reasons:?}");
+    assert!(reasons.iter().any(|why| why.contains("without a word")), "{reasons:?}");
+}
+
+fn turned_away(recorder: &Recorder) -> Vec<String> {
+    let why = |event| if let Event::TurnedAway { why, .. } = event { Some(why) } else { None };
+    recorder.events().into_iter().filter_map(|(_, event)| why(event)).collect()
+}
+
+#[test]
+fn a_peer_that_cannot_be_taken_hears_why_and_the_wait_goes_on() {
+    let lanes = |lanes: u16| {
+        resealed(&hello(1, SessionId([1; 16]), 0, 1, 1), |fields| fields[30..32].copy_from_slice(&lanes.to_le_bytes()))
+    };
+    let mine = SessionId([9; 16]);
+    let cases: [(Vec<u8>, &[&str]); 8] = [
+        (hello(PROTOCOL_VERSION + 1, mine, 0, 1, 1).to_vec(), &["protocol version 2", "version 1", "same release"]),
+        (lanes(0), &["number of lanes is 0"]),
+        (lanes(u16::MAX), &["number of lanes is 65535"]),
+        (hello(1, mine, 0, 1, 64).to_vec(), &["64 lanes", "at most 8"]),
+        (Message::Ready.encode(0).to_vec(), &["not Hello"]),
+        // The first connection of a migration of two is taken, then one that says otherwise, then the same again.
+        (hello(1, mine, 0, 2, 2).to_vec(), &[]),
+        (hello(1, mine, 1, 3, 3).to_vec(), &["contradicts"]),
+        (hello(1, mine, 0, 2, 2).to_vec(), &["connection 0", "there already"]),
+    ];
+    let source = TestGuest::source(PageSize::DEFAULT, &[LENGTH]).running(1);
+    let destination = Arc::new(TestGuest::destination());
+    let recorder = Arc::new(Recorder::default());
+    block_on(async {
+        let transport = MemoryTransport::new(64 << 10);
+        let listener = transport.listen().await.unwrap();
+        let settings = DestinationSettings { max_lanes: 8, ..destination_settings() };
+        let cancel = CancellationToken::new();
+        let receiving =
+            tokio::spawn(run::destination(destination.clone(), listener, settings, recorder.clone(), cancel.clone()));
+        let mut kept = Vec::new();
+        for (said, words) in cases {
+            let mut hand = Hand::connect(&transport).await;
+            hand.send(&said).await;
+            if words.is_empty() {
+                // It must be there before the next one is.
+                tokio::time::sleep(Duration::from_millis(500)).await;
+                kept.push(hand);
+                continue;
+            }
+            let heard = hand.hear().await;
+            let Some(Message::Refused(why)) = heard else { panic!("{heard:?} instead of {words:?}") };
+            assert!(words.iter().all(|word| why.contains(word)), "{why:?}");
+            let since = std::time::Instant::now();
+            while turned_away(&recorder).last() != Some(&why) {
+                assert!(since.elapsed() < HANG, "the event is missing: {why}");
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        }
+        assert!(!receiving.is_finished());
+        let sent =
+            run::source(source.clone(), Arc::new(transport), source_settings(2, 2), Arc::default(), cancel).await;
+        assert_eq!(sent.phase, Phase::Completed, "{:?}", sent.error);
+        assert_eq!(receiving.await.unwrap().phase, Phase::Completed);
+    });
+    assert!(source.bytes() == destination.bytes(), "the two memories differ");
+}
+
+// ---- frames that cannot be ----
+
+/// A control frame with other fields and good checksums.
+fn resealed(frame: &[u8], change: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
+    let mut fields = frame[HEAD_BYTES..frame.len() - 8].to_vec();
+    change(&mut fields);
+    let checksum = xxh3_64(&fields).to_le_bytes();
+    let body = [&fields[..], &checksum].concat();
+    [&with_length(frame, body.len())[..], &body].concat()
+}
+
+/// A frame's head with another length and a good checksum.
+fn with_length(frame: &[u8], length: usize) -> [u8; HEAD_BYTES] {
+    let mut head = *frame.first_chunk::<HEAD_BYTES>().unwrap();
+    head[4..8].copy_from_slice(&u32::try_from(length).unwrap().to_le_bytes());
+    sealed(head)
+}
+
+/// A head whose checksum is right.
+fn sealed(mut head: [u8; HEAD_BYTES]) -> [u8; HEAD_BYTES] {
+    let checksum = xxh3_64_with_seed(&head[..8], u64::from_le_bytes(*b"mferry-1"));
+    head[8..].copy_from_slice(&checksum.to_le_bytes());
+    head
+}
+
+/// A Pages frame with one byte changed before or in its payload, and good checksums.
+fn pages_resealed(frame: &[u8], dice: &mut Dice) -> Vec<u8> {
+    let mut body = frame[HEAD_BYTES..].to_vec();
+    let before_payload = head_bytes(body.first_chunk::<FIXED_BYTES>().unwrap());
+    let payload = before_payload < body.len() && dice.below(2) == 0;
+    let at =
+        if payload { before_payload + dice.below(body.len() - before_payload) } else { dice.below(before_payload - 8) };
+    body[at] = dice.roll().to_le_bytes()[0];
+    let before_payload = head_bytes(body.first_chunk::<FIXED_BYTES>().unwrap()).min(body.len());
+    let hash = payload_hash(&body[before_payload..]).to_le_bytes();
+    body[32..40].copy_from_slice(&hash);
+    let checksum = xxh3_64(&body[..before_payload - 8]).to_le_bytes();
+    body[before_payload - 8..before_payload].copy_from_slice(&checksum);
+    [&frame[..HEAD_BYTES], &body].concat()
+}
+
+/// What a peer might make of a frame. The flag says whether it must be refused by whoever reads it.
+fn hostile(frame: &[u8], dice: &mut Dice) -> (Vec<u8>, bool) {
+    let mut bytes = frame.to_vec();
+    let kind = Kind::from_u8(frame[0]).unwrap();
+    match dice.below(8) {
+        // Damage.
+        0 | 1 => {
+            let at = dice.below(bytes.len());
+            bytes[at] ^= 1 << dice.below(8);
+            (bytes, true)
+        }
+        // An early end.
+        2 => {
+            bytes.truncate(1 + dice.below(bytes.len() - 1));
+            (bytes, true)
+        }
+        // Noise.
+        3 => {
+            let count = 1 + dice.below(200);
+            (dice.bytes(count), true)
+        }
+        // Any head with a good checksum.
+        4 => {
+            let mut head = [0; HEAD_BYTES];
+            head[..8].copy_from_slice(&dice.roll().to_le_bytes());
+            head[0] = dice.roll().to_le_bytes()[0] % 48;
+            head[1] &= 1;
+            bytes[..HEAD_BYTES].copy_from_slice(&sealed(head));
+            (bytes, false)
+        }
+        // Any length, with a good checksum.
+        5 => {
+            let length = usize::try_from(dice.roll() >> (32 + dice.below(31))).unwrap() & 0xffff_ffff;
+            bytes[..HEAD_BYTES].copy_from_slice(&with_length(frame, length));
+            (bytes, false)
+        }
+        // Any field, with good checksums.
+        _ if kind == Kind::Pages => (pages_resealed(frame, dice), false),
+        _ => {
+            let bytes = resealed(frame, |fields| {
+                if !fields.is_empty() {
+                    let at = dice.below(fields.len());
+                    fields[at] = dice.roll().to_le_bytes()[0];
+                }
+                fields.truncate(fields.len() - dice.below(2).min(fields.len()));
+            });
+            (bytes, false)
+        }
+    }
+}
+
+/// A receiver and a loader of one lane: what they make of a stream.
+async fn read(memory: &GuestMemory, stream: &[u8], pool: &BufferPool) -> Result<(), String> {
+    let reader = FrameReader::new(stream, "the stream".into(), PageSize::DEFAULT);
+    let lanes = LaneMap::new(1, PageSize::DEFAULT);
+    let (receiver_meter, loader_meter) = (Meter::start("receiver", Some(0)), Meter::start("loader", Some(0)));
+    let receiver = Receiver::new(0, 1, reader, memory.layout().clone(), lanes, pool.clone(), receiver_meter);
+    let features = Features { checksum: true, snap: true, lz4: true, zstd: true, xbzrle: true, verify: true };
+    let held = Arc::new(DirtyBitmap::filled(memory.layout()));
+    let loader = Loader::new(0, memory.clone(), held, true, features, Arc::new(LaneProgress::default()), loader_meter);
+    let ((frames, arrived), (control, said), (loaded_out, loaded)) = (bounded(4), bounded(64), bounded(64));
+    let (received, loading) = tokio::join!(receiver.run(vec![Some(frames)], control), loader.run(arrived, loaded_out));
+    drop((said, loaded));
+    match (received, loading) {
+        (Ok(()), Ok(())) => Ok(()),
+        (Err(error), Ok(())) => Err(error.to_string()),
+        (Err(echo), Err(error)) if echo.is_closed() => Err(error.to_string()),
+        (_, Err(error)) => Err(error.to_string()),
+    }
+}
+
+#[test]
+fn ten_thousand_hostile_frames() {
+    let memory = Arc::new(MappedMemory::anonymous(usize::try_from(LENGTH).unwrap()).unwrap());
+    let info = TestGuest::source(PageSize::DEFAULT, &[LENGTH]).memory().layout().blocks()[0].clone();
+    let memory = GuestMemory::new(PageSize::DEFAULT, vec![RamBlock { info, memory, fresh: true }]).unwrap();
+    let pool = BufferPool::new(6, PageSize::DEFAULT.extent_bytes());
+    let recording = block_on(recording());
+    let mut dice = Dice(0x9e37_79b9_7f4a_7c15);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let mut refused = 0;
+    for number in 0..10_000 {
+        let frame = &recording.frames[dice.below(recording.frames.len())];
+        let (bytes, must_fail) = hostile(frame, &mut dice);
+        let reading = async { tokio::time::timeout(HANG, read(&memory, &bytes, &pool)).await.expect("it hangs") };
+        match runtime.block_on(reading) {
+            Ok(()) => assert!(!must_fail, "frame {number} was taken: {bytes:02x?}"),
+            Err(error) => {
+                assert!(error.contains("at byte 0") || error.contains("begins at byte 0"), "frame {number}: {error}");
+                refused += 1;
+            }
+        }
+    }
+    assert!(refused > 6_500, "{refused} of 10000 were refused");
+    assert!(pool.peak_bytes() <= pool.bound_bytes());
+}
+
+/// Hands a destination what a hostile source might send. The source is gone when it hears that it worked.
+async fn receive(stream: &[u8]) -> (Ended, Arc<TestGuest>, u64) {
+    let guest = Arc::new(TestGuest::destination());
+    let transport = MemoryTransport::new(64 << 10);
+    let listener = transport.listen().await.unwrap();
+    let recorder = Arc::new(Recorder::default());
+    let cancel = CancellationToken::new();
+    let receiving = run::destination(guest.clone(), listener, destination_settings(), recorder.clone(), cancel);
+    let sending = async {
+        let mut hand = Hand::connect(&transport).await;
+        hand.send(stream).await;
+        hand.fall_silent().await;
+        drop(hand.hear_until(Kind::Loaded).await);
+    };
+    let (ended, ()) = tokio::join!(receiving, sending);
+    let bound = recorder.events().into_iter().find_map(|(_, event)| match event {
+        Event::Guest { memory_bound, .. } => Some(memory_bound),
+        _ => None,
+    });
+    (ended, guest, bound.unwrap_or(0))
+}
+
+#[test]
+fn a_destination_survives_three_hundred_hostile_streams() {
+    block_on(async {
+        let recording = recording().await;
+        let first = recording.first(Kind::Blocks) + 1;
+        let mut dice = Dice(0xdead_beef_cafe_f00d);
+        for number in 0..300 {
+            let place = first + dice.below(recording.frames.len() - first);
+            let (bytes, must_fail) = hostile(&recording.frames[place], &mut dice);
+            let before = recording.frames[..place].concat();
+            let stream = [&before[..], &bytes, &recording.frames[place + 1..].concat()].concat();
+            let (ended, guest, bound) = receive(&stream).await;
+            let error = ended.error.unwrap_or_default();
+            assert_eq!(ended.phase, Phase::Failed, "stream {number}: {error}");
+            assert!(!guest.was_told(Told::Start), "stream {number}: {error}");
+            assert!(!must_fail || error.contains("byte"), "stream {number}: {error}");
+            assert!(ended.memory_peak <= bound, "stream {number}: {} of {bound} bytes", ended.memory_peak);
+        }
+    });
+}
+
+// ---- files ----
+
+/// Receives from a file of these bytes.
+async fn receive_file(bytes: &[u8], dir: &std::path::Path) -> (Ended, Arc<TestGuest>) {
+    let path = dir.join("stream");
+    std::fs::write(&path, bytes).unwrap();
+    let guest = Arc::new(TestGuest::destination());
+    let listener = FileTransport::new(&path).listen().await.unwrap();
+    let (recorder, cancel) = (Arc::default(), CancellationToken::new());
+    (run::destination(guest.clone(), listener, destination_settings(), recorder, cancel).await, guest)
+}
+
+#[track_caller]
+fn refused((ended, guest): (Ended, Arc<TestGuest>), what: &str, words: &[&str]) {
+    let error = ended.error.unwrap_or_default();
+    assert_eq!(ended.phase, Phase::Failed, "{what}: {error}");
+    assert!(words.iter().any(|word| error.contains(word)), "{what}: {error}");
+    assert!(!guest.was_told(Told::Start) && !guest.runs(), "{what}: {error}");
+}
+
+#[test]
+fn a_file_that_is_whole_is_taken() {
+    block_on(async {
+        let (recording, dir) = (recording().await, tempfile::tempdir().unwrap());
+        let (ended, guest) = receive_file(&recording.bytes(), dir.path()).await;
+        assert_eq!((ended.phase, ended.error), (Phase::Completed, None));
+        assert!(guest.runs());
+    });
+}
+
+#[test]
+fn a_file_cut_short_anywhere_starts_nothing() {
+    block_on(async {
+        let (recording, dir) = (recording().await, tempfile::tempdir().unwrap());
+        let all = recording.bytes();
+        let mut ends: Vec<_> = (0..40).map(|cut| all.len() * cut / 40).collect();
+        // Between two frames, and one byte before the end.
+        let mut end = 0;
+        let borders = recording.frames.iter().map(|frame| {
+            end += frame.len();
+            end
+        });
+        let borders: Vec<_> = borders.collect();
+        ends.extend(borders.iter().rev().skip(1).step_by(borders.len().div_ceil(19)));
+        ends.push(all.len() - 1);
+        for end in ends {
+            let received = receive_file(&all[..end], dir.path()).await;
+            let words = ["byte", "before its end mark", "closed without a word"];
+            refused(received, &format!("cut at byte {end} of {}", all.len()), &words);
+        }
+    });
+}
+
+#[test]
+fn a_file_with_one_bit_flipped_anywhere_starts_nothing() {
+    block_on(async {
+        let (recording, dir) = (recording().await, tempfile::tempdir().unwrap());
+        let mut dice = Dice(0x0123_4567_89ab_cdef);
+        for number in 0..300 {
+            let frame = number % recording.frames.len();
+            let mut frames = recording.frames.clone();
+            let mut damaged = frames[frame].to_vec();
+            // Head, fields and payload by turns.
+            let at = match number / recording.frames.len() % 3 {
+                0 => dice.below(HEAD_BYTES),
+                1 => HEAD_BYTES + dice.below((damaged.len() - HEAD_BYTES).min(MIN_HEAD_BYTES)),
+                _ => dice.below(damaged.len()),
+            };
+            damaged[at] ^= 1 << dice.below(8);
+            frames[frame] = damaged.into();
+            let received = receive_file(&frames.concat(), dir.path()).await;
+            let kind =
+                FrameHead::parse(recording.frames[frame].first_chunk().unwrap(), PageSize::DEFAULT).unwrap().kind;
+            refused(received, &format!("byte {at} of frame {frame}, of kind {kind}"), &["byte"]);
+        }
+    });
+}
+
+#[test]
+fn a_file_that_goes_on_behind_its_end_mark_starts_nothing() {
+    block_on(async {
+        let (recording, dir) = (recording().await, tempfile::tempdir().unwrap());
+        let behind = [vec![0], recording.frames[recording.first(Kind::State)].to_vec(), recording.bytes()];
+        for behind in behind {
+            let stream = [recording.bytes(), behind].concat();
+            refused(
+                receive_file(&stream, dir.path()).await,
+                "something behind the end mark",
+                &["byte", "out of turn", "behind", "part"],
+            );
+        }
+    });
+}
+
+#[test]
+fn another_page_size_is_refused_with_both_figures() {
+    let source = TestGuest::source(PageSize::new(8192).unwrap(), &[LENGTH]).running(1);
+    let destination = Arc::new(TestGuest::destination());
+    let ends = block_on(async {
+        // A destination with a fixed page size is turned away at Hello, and the source hears it.
+        let transport = MemoryTransport::new(64 << 10);
+        let listener = transport.listen().await.unwrap();
+        let settings = DestinationSettings { page_size: Some(PageSize::DEFAULT), ..destination_settings() };
+        let cancel = CancellationToken::new();
+        let never = CancellationToken::new();
+        let receiving = run::destination(destination.clone(), listener, settings, Arc::default(), cancel.clone());
+        let sending = async {
+            let ended =
+                run::source(source.clone(), Arc::new(transport), source_settings(1, 1), Arc::default(), never).await;
+            cancel.cancel();
+            ended
+        };
+        tokio::join!(sending, receiving)
+    });
+    let error = ends.0.error.unwrap();
+    assert!(error.contains("8192") && error.contains("4096"), "{error}");
+    assert_eq!(ends.1.phase, Phase::Cancelled, "the wait went on");
+    source.wait_for_writes();
+    // And one that takes what comes, takes it.
+    let ends = block_on(migrate(
+        source.clone(),
+        destination.clone(),
+        Arc::new(MemoryTransport::new(64 << 10)),
+        source_settings(1, 1),
+        CancellationToken::new(),
+    ));
+    assert_eq!(ends.source.phase, Phase::Completed, "{:?}", ends.source.error);
+}
