@@ -30,6 +30,9 @@ pub(crate) struct Writer {
 impl Writer {
     /// Begins to write to the image `name`, resting for a while after each page, and leaves the scripts that hold it.
     pub(crate) fn begin(scene: &Scene, name: &str, rest: Duration) -> Self {
+        let image = fs::File::options().write(true).open(scene.path(name)).unwrap();
+        let pages = image.metadata().unwrap().len() / PAGE;
+        (0..pages).for_each(|page| image.write_all_at(&[0; 8], page * PAGE).unwrap());
         let child = Command::new(env::current_exe().unwrap())
             .args(["--exact", "writer::acts_as_writer", "--ignored", "--nocapture"])
             .env("MEMFERRY_TEST_WRITES", scene.path(name))
@@ -64,8 +67,8 @@ impl Writer {
 
 impl Drop for Writer {
     fn drop(&mut self) {
-        drop(kill_process(Pid::from_child(&self.child), Signal::KILL));
-        drop(self.child.wait());
+        kill_process(Pid::from_child(&self.child), Signal::KILL).unwrap();
+        self.child.wait().unwrap();
     }
 }
 
