@@ -4,6 +4,7 @@ use std::io::{self, IsTerminal};
 
 use tracing::{debug, info, warn};
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::LevelFilter;
 use tracing_subscriber::fmt::MakeWriter;
 
 use crate::events::{Ended, Event, Observer, Role};
@@ -64,9 +65,13 @@ pub(crate) fn name(role: Role) -> &'static str {
 /// # Panics
 /// If a log was started in this process before.
 pub fn start(level: &str, screen: Screen) -> Result<(), String> {
-    let filter = EnvFilter::builder()
-        .parse(level)
-        .map_err(|error| format!("--log {level:?} is not a level: {error}; write error, warn, info, debug or trace"))?;
+    let refuse = || format!("--log {level:?} is not a level; write error, warn, info, debug or trace");
+    // The filter takes a word that is no level for the name of a module, and would log nothing.
+    let is_level = |part: &str| part.contains('=') || part.trim().parse::<LevelFilter>().is_ok();
+    if !level.split(',').all(is_level) {
+        return Err(refuse());
+    }
+    let filter = EnvFilter::builder().parse(level).map_err(|error| format!("{}: {error}", refuse()))?;
     let lines = tracing_subscriber::fmt().with_env_filter(filter).with_target(false);
     lines.with_ansi(io::stderr().is_terminal()).with_writer(LogWriter(screen)).init();
     Ok(())

@@ -48,7 +48,7 @@ where
 
 fn gave_up(address: &str, tried: Duration, cause: &io::Error) -> io::Error {
     let message = format!(
-        "cannot connect to {address}: tried for {:.1} s, at last: {cause}; start the destination there, or allow more time",
+        "cannot connect to {address}: tried for {:.1} s, at last: {cause}; start the destination there, or allow more time (connect_timeout)",
         tried.as_secs_f64()
     );
     io::Error::new(cause.kind(), message)

@@ -47,6 +47,9 @@ fn migrate(options: Migrate, role: &'static str, purpose: Purpose, watch: Role) 
         Ok(config) => config,
         Err(code) => return code,
     };
+    if let Some(why) = options.report.as_deref().and_then(unwritable) {
+        return complain(&why, BAD_USAGE);
+    }
     let screen = Screen::default();
     if let Err(error) = log::start(options.log_level(), screen.clone()) {
         return complain(&error, BAD_USAGE);
@@ -63,6 +66,16 @@ fn migrate(options: Migrate, role: &'static str, purpose: Purpose, watch: Role) 
         Ok(code) => code.into(),
         Err(error) => complain(&format!("the system refuses to run it: {error}"), FAILED),
     }
+}
+
+/// Why a report cannot be written there, if that is plain before the migration begins.
+fn unwritable(report: &Path) -> Option<String> {
+    let name = report.display();
+    let folder = report.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if report.is_dir() || report.file_name().is_none() {
+        return Some(format!("--report {name} is a folder: name a file in it"));
+    }
+    (!folder.is_dir()).then(|| format!("--report {name}: there is no folder {}: make it first", folder.display()))
 }
 
 fn check(configured: &Configured) -> ExitCode {

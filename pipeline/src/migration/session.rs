@@ -130,7 +130,7 @@ async fn read_hello(reader: &mut Reader) -> Result<Hello, String> {
     match reader.next().await {
         Ok(Some(Incoming::Message { message: Message::Hello(hello), .. })) => Ok(hello),
         Ok(Some(_)) => Err("its first frame is not Hello".into()),
-        Ok(None) => Err("it closed without a word".into()),
+        Ok(None) => Err("it ended at byte 0, without a word".into()),
         Err(error) => Err(error.to_string()),
     }
 }

@@ -17,7 +17,10 @@ const LAST_ROUNDS: usize = 4;
 /// The verdict in one line.
 #[must_use]
 pub fn verdict(verdict: &Ended, account: &Account) -> String {
-    let mut line = format!("{} after {}", status(verdict.phase), human::time(verdict.total));
+    let mut line = status(verdict.phase).to_owned();
+    if !verdict.total.is_zero() {
+        write!(line, " after {}", human::time(verdict.total)).expect("a string takes it");
+    }
     if let Some(error) = verdict.error.as_ref().filter(|error| *error != status(verdict.phase)) {
         write!(line, ": {error}").expect("a string takes it");
     }

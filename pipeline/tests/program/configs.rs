@@ -1,0 +1,130 @@
+//! Every configuration that ships runs as it is, in a folder that looks like the project's after a build. Only sizes and
+//! times are made small.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use crate::harness::{Ended, Scene, free_port};
+use crate::reports::Report;
+
+/// How each configuration is made small. One that is missing here, with a table for workloads, gets the default.
+const SMALL: [(&str, &[&str]); 3] = [
+    (
+        "quickstart",
+        &["guest.workload.memory=64 MiB", "migration.max_bandwidth=40 MiB/s", "migration.downtime_limit=150ms"],
+    ),
+    ("hot", &["guest.workload.memory=64 MiB", "migration.deadline=2s"]),
+    ("xbzrle-only", &["guest.workload.memory=64 MiB", "migration.max_rounds=3", "migration.downtime_limit=10ms"]),
+];
+const DEFAULT: &[&str] = &["guest.workload.memory=48 MiB"];
+/// Where rounds are used up, the guest is moved all the same.
+const MOVED: &str = "migration.on_deadline=switch-over";
+
+fn project() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
+}
+
+/// The names of the configurations, without `.toml`, in order.
+fn configs() -> Vec<String> {
+    let files = fs::read_dir(project().join("configs")).unwrap().map(|entry| entry.unwrap().path());
+    let mut names: Vec<_> = files.map(|file| file.file_stem().unwrap().to_str().unwrap().to_owned()).collect();
+    names.sort();
+    assert!(names.len() >= 10, "{names:?}");
+    names
+}
+
+fn file(name: &str) -> String {
+    project().join(format!("configs/{name}.toml")).display().to_string()
+}
+
+/// A folder with what the configurations expect of a build.
+fn built() -> Scene {
+    let scene = Scene::new();
+    fs::create_dir_all(scene.path("target/release")).unwrap();
+    symlink(env!("CARGO_BIN_EXE_memferry"), scene.path("target/release/memferry")).unwrap();
+    symlink(project().join("Cargo.lock"), scene.path("Cargo.lock")).unwrap();
+    scene
+}
+
+fn run(scene: &Scene, name: &str, more: &[&str]) -> Ended {
+    let small = SMALL.iter().find(|(small, _)| *small == name).map_or(DEFAULT, |(_, sets)| sets);
+    let sets = [small, more].concat();
+    scene.start_with(&["run", &file(name), "--host-for", "100ms", "--report", "report.json"], &sets).end()
+}
+
+#[test]
+fn each_says_what_it_shows_and_is_accepted() {
+    let scene = built();
+    for name in configs() {
+        let text = fs::read_to_string(file(&name)).unwrap();
+        assert!(text.lines().take(2).all(|line| line.starts_with("# ") && line.len() > 20), "{name}");
+        // What is to be received is not there yet.
+        let figures = if name.ends_with("-recv") { "# no figures, " } else { "# memory at the source: at most " };
+        scene.run(&["check", &file(&name)]).expect(0).says(&[figures]);
+    }
+}
+
+/// Each of them but those that have a test of their own below.
+#[test]
+fn each_runs_as_it_is() {
+    let others = ["quickstart", "hot", "image-send", "image-recv"];
+    for name in configs().iter().filter(|name| !others.contains(&name.as_str())) {
+        let scene = built();
+        run(&scene, name, &[MOVED]).expect(0).says(&["completed after", "guest alive: ", " 0 stale pages"]);
+        let report = Report::read(&scene.path("report.json"));
+        report.is_of_a_whole_migration();
+        assert_eq!(report.verified(), Some(true), "{name}");
+        shows_what_it_says(name, &report, &scene);
+    }
+}
+
+fn shows_what_it_says(name: &str, report: &Report, scene: &Scene) {
+    let [compressed, xbzrle] = ["compressed", "xbzrle"].map(|kind| report.in_rounds(kind));
+    match name {
+        "compression-only" => assert!(compressed > 0 && xbzrle == 0),
+        "raw" => assert_eq!((compressed, xbzrle), (0, 0)),
+        "xbzrle-only" => assert!(compressed == 0 && xbzrle > 0),
+        "tcp-lanes" => assert_eq!(report.at("/guest/blocks").as_array().unwrap().len(), 2),
+        "unix" => assert!(!scene.path("target/memferry.sock").exists(), "the socket is removed"),
+        "file" => drop(scene.run(&["inspect", "target/guest.memferry"]).expect(0)),
+        other => panic!("{other} is new: say here what it shows"),
+    }
+}
+
+#[test]
+fn the_quickstart_compresses_in_round_1_only_and_sends_deltas_after_it() {
+    let scene = built();
+    run(&scene, "quickstart", &[]).expect(0).says(&["completed after", ", verified", "guest alive: ", " 0 stale"]);
+    let report = Report::read(&scene.path("report.json"));
+    report.is_of_a_whole_migration();
+    assert_eq!((report.text("status"), report.verified()), ("completed", Some(true)));
+    let of = |round: &Value, kind: &str| round[kind].as_u64().unwrap();
+    let (first, rest) = report.rounds().split_first().unwrap();
+    assert!(rest.len() >= 2, "{rest:#?}");
+    assert!(of(first, "compressed") > 0 && of(first, "xbzrle") == 0, "{first:#}");
+    assert!(rest.iter().all(|round| of(round, "compressed") == 0), "{rest:#?}");
+    assert!(rest.iter().any(|round| of(round, "xbzrle") > 0), "{rest:#?}");
+}
+
+#[test]
+fn the_hot_guest_is_cancelled_at_its_deadline_or_moved_all_the_same() {
+    let scene = built();
+    run(&scene, "hot", &[]).expect(130).says(&["cancelled after", "the deadline of 2.0s has passed", "guest alive: "]);
+    assert_eq!(Report::read(&scene.path("report.json")).text("status"), "cancelled");
+    run(&scene, "hot", &[MOVED]).expect(0).says(&["completed after", ", verified", "guest alive: ", " 0 stale"]);
+}
+
+#[test]
+fn the_images_are_sent_and_received_by_the_pair() {
+    let scene = built();
+    let address = format!("transport.address=tcp:127.0.0.1:{}", free_port());
+    let source = scene.start_with(&["send", &file("image-send")], &[&address]);
+    scene.start_with(&["recv", &file("image-recv")], &[&address]).end().expect(0);
+    source.end().expect(0);
+    for (sent, received) in [("target/release/memferry", "program"), ("Cargo.lock", "versions")] {
+        assert!(scene.read(sent) == scene.read(&format!("target/received.{received}")), "{sent}");
+    }
+}
