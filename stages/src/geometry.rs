@@ -47,7 +47,7 @@ impl PageSize {
     /// Bytes of one extent.
     #[must_use]
     pub fn extent_bytes(self) -> usize {
-        self.bytes() * EXTENT_PAGES as usize
+        self.bytes() << EXTENT_PAGES.trailing_zeros()
     }
 
     /// Extents of one stretch.

@@ -1,4 +1,4 @@
-//! The tables of a configuration file, as they are written. What they mean together is checked in [`super::rules`].
+//! The tables of a configuration file, as they are written. What they mean together is checked in `rules`.
 
 use std::path::PathBuf;
 use std::time::Duration;

@@ -88,11 +88,14 @@ impl Digests {
     }
 }
 
+/// What one worker found: the hashes of its stretches.
+type Hashes = Vec<(StretchAt, u128)>;
+
 /// Digests that are being computed. Dropping them stops the work.
 pub(super) struct Pending {
     layout: Layout,
     stop: Arc<AtomicBool>,
-    workers: Vec<JoinHandle<io::Result<Vec<(StretchAt, u128)>>>>,
+    workers: Vec<JoinHandle<io::Result<Hashes>>>,
 }
 
 /// Starts to hash all of the guest's memory, with every core.

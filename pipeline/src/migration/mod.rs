@@ -3,7 +3,7 @@
 //!
 //! | | |
 //! |---|---|
-//! | [`source`], [`destination`] | the phases of each end, as a list |
+//! | `source`, `destination` | the phases of each end, as a list |
 //! | [`convergence`], [`handshake`] | the two decisions, as pure state: figures and messages in, decisions out |
 //! | `source_graph`, `destination_graph` | the stages, joined |
 //! | `link`, `session` | connections opened, greeted and gathered |

@@ -2,7 +2,7 @@
 //!
 //! Every stage lives as long as the rounds do. One that is busy nearly all of that time holds up the others: those
 //! before it wait for room, those behind it wait for input. So the bottleneck is the stage with the greatest share of
-//! busy time, where a sender that waits for its output counts as a busy transport. Below [`HELD_UP`] nothing was: the
+//! busy time, where a sender that waits for its output counts as a busy transport. Below `HELD_UP` nothing was: the
 //! migration waited for something outside, such as a guest that dirtied little.
 
 use std::fmt;
