@@ -107,11 +107,11 @@ pub enum Event {
         /// The round.
         round: u32,
     },
-    /// All batches of a round are sent.
+    /// All batches of a round are sent; at the destination: loaded.
     RoundSent {
         /// Its figures, all lanes together.
         tally: RoundTally,
-        /// From its first batch to its last byte sent.
+        /// From its first batch to its last byte sent, or loaded.
         duration: Duration,
     },
     /// A sync between rounds found this many dirty pages.

@@ -88,6 +88,7 @@ struct Flow {
     speed: Speed,
     tick: u32,
     round: u32,
+    round_began: Instant,
     /// Do digests come?
     verify: bool,
 }
@@ -221,6 +222,7 @@ impl Destination {
             speed: Speed::default(),
             tick: 0,
             round: 1,
+            round_began: Instant::now(),
             verify: features.verify,
         }
     }
@@ -287,10 +289,9 @@ impl Destination {
         match loaded {
             Loaded::RoundComplete { tally, .. } => {
                 arrival.tallies.push(tally);
-                let complete = arrival.tallies.iter().filter(|other| other.round == tally.round).count();
-                if complete == usize::from(lanes) {
-                    flow.round = tally.round + 1;
-                    arrival.tallies.retain(|other| other.round != tally.round);
+                let of_round = |other: &&RoundTally| other.round == tally.round;
+                if arrival.tallies.iter().filter(of_round).count() == usize::from(lanes) {
+                    self.round_loaded(flow, &mut arrival.tallies, tally.round);
                 }
             }
             Loaded::Switchover { .. } => {
@@ -300,6 +301,19 @@ impl Destination {
                 arrival.switched_over += 1;
             }
         }
+    }
+
+    /// Every lane has loaded the round: its figures are added up and told.
+    fn round_loaded(&self, flow: &mut Flow, tallies: &mut Vec<RoundTally>, round: u32) {
+        let mut whole = RoundTally::new(round, false);
+        for tally in tallies.extract_if(.., |tally| tally.round == round) {
+            whole.last = tally.last;
+            whole += tally;
+        }
+        flow.round = round + 1;
+        let duration = flow.round_began.elapsed();
+        flow.round_began = Instant::now();
+        self.observers.tell(&Event::RoundSent { tally: whole, duration });
     }
 
     fn tick(&self, flow: &mut Flow) -> Result<(), MigrationError> {
