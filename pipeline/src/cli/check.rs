@@ -1,18 +1,15 @@
 //! `memferry check`: the configuration as it takes effect, what it takes in memory, and what it cannot be faster than.
 
 use std::fmt::Write;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use memferry_stages::geometry::{BlockInfo, Layout};
-use xxhash_rust::xxh3::xxh3_128;
 
 use crate::config::settings::{source_files, workload};
 use crate::config::tables::{Config, GuestTable, LogChoice};
-use crate::migration::{destination_bound, source_bound};
+use crate::migration::{destination_bound, hashing_costs, source_bound};
 use crate::report::human;
-
-/// Bytes hashed to learn how fast this host hashes: more than its caches hold.
-const SAMPLE_BYTES: usize = 128 << 20;
+use crate::settings::SourceSettings;
 
 /// The configuration as TOML, with bounds and floors as comments behind it.
 pub(super) fn describe(config: &Config) -> String {
@@ -40,18 +37,8 @@ fn facts(config: &Config) -> Vec<String> {
         let whole = at_rate(bytes, cap);
         facts.push(format!("first round: {} if nothing shrinks, at {}/s", human::time(whole), human::bytes(cap)));
     }
-    let hash = hash_seconds(bytes, settings.lanes);
-    if settings.verify {
-        facts.push(format!("verify: about {} of the downtime go to digests", human::time(hash)));
-        if hash > settings.downtime_limit {
-            let limit = human::time(settings.downtime_limit);
-            facts.push(format!(
-                "the digests alone take longer than the downtime limit of {limit}: raise it, or verify = false"
-            ));
-        }
-    }
-    if hashes_for_log(config) {
-        facts.push(format!("dirty log: each bitmap sync hashes all pages, about {}", human::time(hash)));
+    if settings.verify || hashes_for_log(config) {
+        facts.extend(hashing(config, bytes, &settings));
     }
     facts
 }
@@ -86,15 +73,23 @@ fn hashes_for_log(config: &Config) -> bool {
     }
 }
 
-/// How long one pass of hashing over so many bytes takes, on so many lanes or all cores: measured on a sample.
-fn hash_seconds(bytes: u64, lanes: u16) -> Duration {
-    let sample = vec![1_u8; SAMPLE_BYTES];
-    let started = Instant::now();
-    std::hint::black_box(xxh3_128(std::hint::black_box(&sample)));
-    let cores = std::thread::available_parallelism().map_or(1, usize::from).min(lanes.into());
-    #[expect(clippy::cast_precision_loss, reason = "an estimate")]
-    let samples = bytes as f64 / (SAMPLE_BYTES * cores) as f64;
-    started.elapsed().mul_f64(samples)
+/// What hashing costs, where it is done.
+fn hashing(config: &Config, bytes: u64, settings: &SourceSettings) -> Vec<String> {
+    let Ok((one_core, digests)) = hashing_costs(bytes) else { return Vec::new() };
+    let mut facts = Vec::new();
+    if settings.verify {
+        facts.push(format!("verify: about {} of the downtime go to digests", human::time(digests)));
+        if digests > settings.downtime_limit {
+            let limit = human::time(settings.downtime_limit);
+            facts.push(format!(
+                "the digests alone take longer than the downtime limit of {limit}: raise it, or verify = false"
+            ));
+        }
+    }
+    if hashes_for_log(config) {
+        facts.push(format!("dirty log: each bitmap sync hashes all pages, about {}", human::time(one_core)));
+    }
+    facts
 }
 
 fn at_rate(bytes: u64, bytes_per_second: u64) -> Duration {

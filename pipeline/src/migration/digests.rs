@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::digest::{self, Known};
-use memferry_stages::geometry::{EXTENT_PAGES, Layout, PageAt};
-use memferry_stages::memory::GuestMemory;
+use memferry_stages::geometry::{BlockInfo, EXTENT_PAGES, Layout, PageAt, PageSize};
+use memferry_stages::memory::{GuestMemory, MappedMemory, RamBlock};
 use memferry_stages::pool::{BufferPool, PooledBuffer};
 use memferry_stages::wire::Message;
 use memferry_stages::wire::messages::{MAX_DIGESTS, StretchDigest};
@@ -22,6 +22,8 @@ use super::untouched_pages;
 
 /// Stretches that are hashed to measure what all of them will cost.
 const SAMPLES: usize = 8;
+/// Memory that is hashed to measure a host that has no guest yet: more than its caches hold.
+const SAMPLE_BYTES: usize = 128 << 20;
 
 /// A stretch of the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -140,7 +142,7 @@ impl Drop for Pending {
 }
 
 /// What hashing all of the guest will cost one end, by a few stretches hashed now. May block.
-pub(super) fn estimate(memory: &GuestMemory) -> io::Result<Duration> {
+fn estimate(memory: &GuestMemory) -> io::Result<Duration> {
     let stretches: Vec<_> = all_stretches(memory.layout()).collect();
     let step = stretches.len().div_ceil(SAMPLES);
     let sample: Vec<_> = stretches.iter().step_by(step).collect();
@@ -152,6 +154,31 @@ pub(super) fn estimate(memory: &GuestMemory) -> io::Result<Duration> {
     }
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     Ok(began.elapsed().mul_f64(stretches.len() as f64 / sample.len() as f64 / cores as f64))
+}
+
+/// What digests add to the downtime: both ends hash all of the guest, and may share a machine. By a few stretches hashed
+/// now. May block.
+pub(super) fn downtime(memory: &GuestMemory) -> io::Result<Duration> {
+    Ok(estimate(memory)? * 2)
+}
+
+/// What one pass over so many bytes of written memory takes on this host: with one core, as a sync of the hash log makes it,
+/// and for the digests of both ends, as the forecast of the downtime counts them. Measured on a sample; may block.
+///
+/// # Errors
+/// When there is no memory for the sample.
+pub fn hashing_costs(bytes: u64) -> io::Result<(Duration, Duration)> {
+    let mapped = Arc::new(MappedMemory::anonymous(SAMPLE_BYTES)?);
+    for start in (0..SAMPLE_BYTES).step_by(4096) {
+        mapped.store(start, &[1; 4096]);
+    }
+    let info =
+        BlockInfo { id: "sample".into(), length: SAMPLE_BYTES as u64, guest_address: 0, backing_page_size: 4096 };
+    let block = RamBlock { info, memory: mapped, fresh: false };
+    let sample = GuestMemory::new(PageSize::DEFAULT, vec![block]).expect("one good block");
+    let all_cores = estimate(&sample)?.mul_f64(bytes as f64 / SAMPLE_BYTES as f64);
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    Ok((all_cores.mul_f64(cores as f64), all_cores * 2))
 }
 
 /// The page hashes of a stretch, to be sent. May block.

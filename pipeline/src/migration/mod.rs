@@ -32,6 +32,7 @@ use memferry_stages::memory::GuestMemory;
 
 pub use bounds::{destination_bound, source_bound};
 pub use destination::receive;
+pub use digests::hashing_costs;
 pub use plane::DataPlane;
 pub use source::send;
 

@@ -75,8 +75,7 @@ impl Source {
     pub(super) async fn estimate_verify(&mut self) -> Result<(), MigrationError> {
         if self.settings.verify {
             let memory = self.memory.clone();
-            let one_end = blocking(move || digests::estimate(&memory)).await.map_err(MigrationError::Digest)?;
-            self.fixed.verify = one_end * 2;
+            self.fixed.verify = blocking(move || digests::downtime(&memory)).await.map_err(MigrationError::Digest)?;
         }
         Ok(())
     }
