@@ -32,7 +32,10 @@ impl Source {
                 SourceStep::Wait => {}
                 SourceStep::NamePage(message) => self.name_page(&message).await,
                 SourceStep::HandOver => {
-                    self.parts.verify += phase_began.elapsed();
+                    // What the destination did since the last byte was sent: load it, and compare digests if it was asked to.
+                    let part =
+                        if self.settings.verify { &mut self.parts.verify } else { &mut self.parts.final_transfer };
+                    *part += phase_began.elapsed();
                     phase_began = Instant::now();
                     self.verified = self.settings.verify.then_some(true);
                     let guest = self.guest.clone();
