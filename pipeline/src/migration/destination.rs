@@ -14,7 +14,6 @@ use memferry_stages::geometry::{BlockInfo, Layout};
 use memferry_stages::loader::Loaded;
 use memferry_stages::memory::GuestMemory;
 use memferry_stages::sender::Control;
-use memferry_stages::tally::RoundTally;
 use memferry_stages::wire::Message;
 use memferry_stages::wire::messages::{Progress as Acknowledged, RunState, StatePhase};
 use memferry_stages::wire::reader::Incoming;
@@ -105,7 +104,8 @@ enum Signal {
 struct Arrival {
     device: Assembly,
     digests: Digests,
-    tallies: Vec<RoundTally>,
+    /// The last round that is complete, by lane.
+    rounds: Vec<u32>,
     switched_over: u16,
     end: Option<(RunState, u64)>,
     /// This end's digests, begun when every page was there: the source hashes at the same time.
@@ -233,7 +233,7 @@ impl Destination {
         let mut arrival = Arrival {
             device: Assembly::new(StatePhase::Device),
             digests: Digests::default(),
-            tallies: Vec::new(),
+            rounds: vec![0; usize::from(lanes)],
             switched_over: 0,
             end: None,
             ours: None,
@@ -250,7 +250,7 @@ impl Destination {
                     return Err(MigrationError::Protocol(format!("{} came out of turn", other.kind().name())));
                 }
                 Signal::Loaded(loaded) => {
-                    self.loaded(flow, &mut arrival, loaded, lanes);
+                    self.loaded(flow, &mut arrival, loaded);
                     if arrival.switched_over == lanes && flow.verify {
                         arrival.ours = Some(digests::start(memory));
                     }
@@ -283,15 +283,12 @@ impl Destination {
         }
     }
 
-    fn loaded(&self, flow: &mut Flow, arrival: &mut Arrival, loaded: Loaded, lanes: u16) {
+    fn loaded(&self, flow: &mut Flow, arrival: &mut Arrival, loaded: Loaded) {
         match loaded {
-            Loaded::RoundComplete { tally, .. } => {
-                arrival.tallies.push(tally);
-                let complete = arrival.tallies.iter().filter(|other| other.round == tally.round).count();
-                if complete == usize::from(lanes) {
-                    flow.round = tally.round + 1;
-                    arrival.tallies.retain(|other| other.round != tally.round);
-                }
+            Loaded::RoundComplete { lane, tally } => {
+                arrival.rounds[usize::from(lane)] = tally.round;
+                let complete = arrival.rounds.iter().min().copied().unwrap_or(0);
+                flow.round = complete.saturating_add(1);
             }
             Loaded::Switchover { .. } => {
                 if arrival.switched_over == 0 {
