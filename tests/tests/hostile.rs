@@ -11,7 +11,7 @@ use memferry::events::{Ended, Event, Phase};
 use memferry::guest::Guest;
 use memferry::settings::DestinationSettings;
 use memferry_stages::bitmap::DirtyBitmap;
-use memferry_stages::geometry::{LaneMap, PageSize};
+use memferry_stages::geometry::{BlockInfo, LaneMap, PageSize};
 use memferry_stages::loader::{LaneProgress, Loader};
 use memferry_stages::memory::{GuestMemory, MappedMemory, RamBlock};
 use memferry_stages::meter::Meter;
@@ -195,6 +195,39 @@ fn a_peer_that_cannot_be_taken_hears_why_and_the_wait_goes_on() {
         assert_eq!(receiving.await.unwrap().phase, Phase::Completed);
     });
     assert!(source.bytes() == destination.bytes(), "the two memories differ");
+}
+
+#[test]
+fn a_guest_that_is_larger_than_the_host_is_refused_before_anything_is_allocated() {
+    let huge = |index: u64| BlockInfo {
+        id: format!("ram{index}"),
+        length: 1 << 49,
+        guest_address: index << 49,
+        backing_page_size: 4096,
+    };
+    let destination = Arc::new(TestGuest::destination());
+    let ended = block_on(async {
+        let transport = MemoryTransport::new(64 << 10);
+        let listener = transport.listen().await.unwrap();
+        let receiving = run::destination(
+            destination.clone(),
+            listener,
+            destination_settings(),
+            Arc::default(),
+            CancellationToken::new(),
+        );
+        let source = async {
+            let mut hand = Hand::connect(&transport).await;
+            hand.send(&hello(PROTOCOL_VERSION, SessionId([5; 16]), 0, 1, 1)).await;
+            hand.hear_until(Kind::Accept).await.expect("it accepts the stream");
+            hand.say(Message::Blocks((0..1000).map(huge).collect())).await;
+            let Some(Message::Refused(why)) = hand.hear().await else { panic!("not refused") };
+            assert!(why.contains("the guest is too large"), "{why}");
+        };
+        tokio::join!(receiving, source).0
+    });
+    assert_eq!(ended.phase, Phase::Failed);
+    assert!(destination.told().is_empty(), "{:?}", destination.told());
 }
 
 // ---- frames that cannot be ----

@@ -189,7 +189,7 @@ impl Destination {
             .await
             .map_err(|_| MigrationError::TimedOut("the source did not describe its guest in time".into()))??;
         let (guest, page_size) = (self.guest.clone(), session.hello.page_size);
-        Layout::new(page_size, blocks.clone())?;
+        bounds::check_destination(&Layout::new(page_size, blocks.clone())?, session.hello.lanes)?;
         let memory = blocking(move || {
             guest.build(page_size, &blocks, &setup)?;
             Ok::<_, MigrationError>(guest.memory())
@@ -440,9 +440,12 @@ impl Destination {
             Ok(()) => None,
             Err(_) if self.start_begun => None,
             Err(MigrationError::Cancelled) => Some(Message::Abort("cancelled at the destination".into())),
-            Err(error @ (MigrationError::Guest(_) | MigrationError::Layout(_) | MigrationError::Differs(_))) => {
-                Some(Message::Refused(error.to_string()))
-            }
+            Err(
+                error @ (MigrationError::Guest(_)
+                | MigrationError::Layout(_)
+                | MigrationError::TooLarge(_)
+                | MigrationError::Differs(_)),
+            ) => Some(Message::Refused(error.to_string())),
             Err(error) => Some(Message::Abort(error.to_string())),
         }
     }
