@@ -11,7 +11,7 @@ use memferry::events::{Ended, Event, Phase};
 use memferry::guest::Guest;
 use memferry::settings::DestinationSettings;
 use memferry_stages::bitmap::DirtyBitmap;
-use memferry_stages::geometry::{LaneMap, PageSize};
+use memferry_stages::geometry::{BlockInfo, LaneMap, PageSize};
 use memferry_stages::loader::{LaneProgress, Loader};
 use memferry_stages::memory::{GuestMemory, MappedMemory, RamBlock};
 use memferry_stages::meter::Meter;
@@ -137,6 +137,31 @@ fn two_hundred_strangers_do_not_keep_the_real_peer_out() {
     assert!(reasons.iter().any(|why| why.contains("without a word")), "{reasons:?}");
 }
 
+#[test]
+fn connections_that_stay_silent_make_room_for_the_real_peer() {
+    let source = Arc::new(TestGuest::source(PageSize::DEFAULT, &[LENGTH]));
+    let destination = Arc::new(TestGuest::destination());
+    let (sent, received) = block_on(async {
+        let listener = TcpTransport::new("127.0.0.1", 0, Duration::ZERO).listen().await.unwrap();
+        let address = listener.local_address();
+        let address = address.strip_prefix("tcp:").unwrap_or(&address).to_owned();
+        let port = address.rsplit(':').next().unwrap().parse().unwrap();
+        // They would be waited for far longer than this test may take.
+        let settings = DestinationSettings { hello_timeout: HANG * 10, ..destination_settings() };
+        let cancel = CancellationToken::new();
+        let receiving =
+            tokio::spawn(run::destination(destination.clone(), listener, settings, Arc::default(), cancel.clone()));
+        let silent: Vec<_> = (0..200).map(|_| TcpStream::connect(&address).unwrap()).collect();
+        let way = Arc::new(TcpTransport::new("127.0.0.1", port, Duration::from_secs(10)));
+        let sent = run::source(source.clone(), way, source_settings(2, 2), Arc::default(), cancel).await;
+        drop(silent);
+        (sent, receiving.await.unwrap())
+    });
+    assert_eq!(sent.phase, Phase::Completed, "{:?}", sent.error);
+    assert_eq!(received.phase, Phase::Completed, "{:?}", received.error);
+    assert!(source.bytes() == destination.bytes(), "the two memories differ");
+}
+
 fn turned_away(recorder: &Recorder) -> Vec<String> {
     let why = |event| if let Event::TurnedAway { why, .. } = event { Some(why) } else { None };
     recorder.events().into_iter().filter_map(|(_, event)| why(event)).collect()
@@ -195,6 +220,39 @@ fn a_peer_that_cannot_be_taken_hears_why_and_the_wait_goes_on() {
         assert_eq!(receiving.await.unwrap().phase, Phase::Completed);
     });
     assert!(source.bytes() == destination.bytes(), "the two memories differ");
+}
+
+#[test]
+fn a_guest_that_is_larger_than_the_host_is_refused_before_anything_is_allocated() {
+    let huge = |index: u64| BlockInfo {
+        id: format!("ram{index}"),
+        length: 1 << 49,
+        guest_address: index << 49,
+        backing_page_size: 4096,
+    };
+    let destination = Arc::new(TestGuest::destination());
+    let ended = block_on(async {
+        let transport = MemoryTransport::new(64 << 10);
+        let listener = transport.listen().await.unwrap();
+        let receiving = run::destination(
+            destination.clone(),
+            listener,
+            destination_settings(),
+            Arc::default(),
+            CancellationToken::new(),
+        );
+        let source = async {
+            let mut hand = Hand::connect(&transport).await;
+            hand.send(&hello(PROTOCOL_VERSION, SessionId([5; 16]), 0, 1, 1)).await;
+            hand.hear_until(Kind::Accept).await.expect("it accepts the stream");
+            hand.say(Message::Blocks((0..1000).map(huge).collect())).await;
+            let Some(Message::Refused(why)) = hand.hear().await else { panic!("not refused") };
+            assert!(why.contains("the guest is too large"), "{why}");
+        };
+        tokio::join!(receiving, source).0
+    });
+    assert_eq!(ended.phase, Phase::Failed);
+    assert!(destination.told().is_empty(), "{:?}", destination.told());
 }
 
 // ---- frames that cannot be ----

@@ -3,6 +3,7 @@
 use std::fmt::Write;
 use std::time::Duration;
 
+use memferry_stages::dirty_log::HashLog;
 use memferry_stages::geometry::{BlockInfo, Layout};
 
 use crate::config::settings::{source_files, workload};
@@ -28,9 +29,10 @@ fn facts(config: &Config) -> Vec<String> {
     };
     let settings = config.source();
     let bytes = layout.bytes();
+    let log = if hashes_for_log(config) { HashLog::bytes_for(&layout) } else { 0 };
     let mut facts = vec![
         format!("guest: {} in {} pages", human::bytes(bytes), human::count(layout.pages())),
-        format!("memory at the source: at most {}", human::bytes(source_bound(&layout, &settings))),
+        format!("memory at the source: at most {}", human::bytes(source_bound(&layout, &settings) + log)),
         format!("memory at the destination: at most {}", human::bytes(destination_bound(&layout, settings.lanes))),
     ];
     if let Some(cap) = settings.max_bandwidth {

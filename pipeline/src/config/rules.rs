@@ -22,7 +22,10 @@ pub(super) fn check(config: &Config, purpose: Purpose) -> Vec<Fault> {
     migration(config, &mut faults);
     match &config.guest {
         GuestTable::Workload(workload) => check_workload(workload, &mut faults),
-        GuestTable::File(file) => check_file(file, purpose, &mut faults),
+        GuestTable::File(file) => {
+            check_file(file, purpose, &mut faults);
+            check_stream_is_no_image(config, file, &mut faults);
+        }
     }
     faults
 }
@@ -251,6 +254,17 @@ fn check_file(table: &FileTable, purpose: Purpose, faults: &mut Vec<Fault>) {
     );
     check_images(table, purpose, faults);
     check_commands(table, faults);
+}
+
+/// A stream that takes the name of an image would be the end of the image.
+fn check_stream_is_no_image(config: &Config, table: &FileTable, faults: &mut Vec<Fault>) {
+    let Ok(Address::File(stream)) = config.transport.address.parse::<Address>() else { return };
+    let place = |path: &std::path::Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    let stream = place(&stream);
+    let is_stream = |file: &std::path::PathBuf| place(file) == stream;
+    let taken = table.images.iter().any(|image| is_stream(&image.path) || image.copy.as_ref().is_some_and(is_stream));
+    let what = format!("{} is an image of the guest, and the stream would replace it", stream.display());
+    need(faults, !taken, "transport.address", what, "name another file");
 }
 
 fn check_images(table: &FileTable, purpose: Purpose, faults: &mut Vec<Fault>) {

@@ -281,6 +281,21 @@ fn images_are_told_apart() {
 }
 
 #[test]
+fn a_stream_does_not_take_the_name_of_an_image() {
+    let folder = tempfile::tempdir().unwrap();
+    let image = folder.path().join("ram");
+    std::fs::write(&image, "memory").unwrap();
+    let stream = folder.path().join(".").join("ram");
+    let text = format!(
+        "[guest.file]\nimages = [{{ id = \"ram\", path = {image:?} }}]\n[transport]\naddress = \"file:{}\"\n\
+         [migration]\nafter = \"resume\"\n",
+        stream.display()
+    );
+    let error = parse("run.toml", &text, &[], Purpose::Send).unwrap_err().to_string();
+    assert!(error.contains("is an image of the guest, and the stream would replace it"), "{error}");
+}
+
+#[test]
 fn what_is_no_toml_is_shown_where_it_breaks() {
     assert_snapshot!(with("x = ["), @r#"
     error: this is no TOML: unclosed array, expected `]`

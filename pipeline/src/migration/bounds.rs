@@ -6,10 +6,12 @@
 use std::sync::Arc;
 
 use memferry_stages::bitmap::DirtyBitmap;
+use memferry_stages::dirty_log::DirtyLog;
 use memferry_stages::geometry::{EXTENT_PAGES, Layout, PageSize};
 use memferry_stages::meter::Meter;
 use memferry_stages::pool::BufferPool;
 
+use super::error::MigrationError;
 use crate::settings::SourceSettings;
 
 /// Batches that wait between scanner and detector, a lane: descriptors only, enough for two stretches of 4 KiB pages.
@@ -50,7 +52,8 @@ fn bitmap_bytes(layout: &Layout) -> u64 {
     (0..layout.block_count()).map(|block| u64::from(layout.block_extents(block)) * EXTENT_PAGES / 8).sum()
 }
 
-/// The most memory that a source takes for itself, in bytes: pools, caches and bitmaps.
+/// The most memory that a source takes for itself, in bytes: pools, caches and bitmaps. What its guest's dirty logs keep comes
+/// to it.
 #[must_use]
 pub fn source_bound(layout: &Layout, settings: &SourceSettings) -> u64 {
     let extent = layout.page_size().extent_bytes() as u64;
@@ -59,11 +62,39 @@ pub fn source_bound(layout: &Layout, settings: &SourceSettings) -> u64 {
     pools + cache + 2 * bitmap_bytes(layout)
 }
 
+/// What the dirty logs of a guest keep.
+pub(super) fn logs_bytes(logs: &[Arc<dyn DirtyLog>]) -> u64 {
+    logs.iter().map(|log| log.memory_bytes()).sum()
+}
+
 /// The most memory that a destination takes for itself, in bytes.
 #[must_use]
 pub fn destination_bound(layout: &Layout, lanes: u16) -> u64 {
     let extent = layout.page_size().extent_bytes() as u64;
     u64::from(lanes) * LOAD_BUFFERS as u64 * extent + bitmap_bytes(layout)
+}
+
+/// Does this host have the memory to receive such a guest? A block that the source names may be far larger than anything
+/// here, and an allocation that fails would take the whole program with it.
+///
+/// # Errors
+/// What it would take and what there is, if it would take more than half of this host's memory.
+pub(super) fn check_destination(layout: &Layout, lanes: u16) -> Result<(), MigrationError> {
+    let host = host_memory().unwrap_or(u64::MAX);
+    let bound = destination_bound(layout, lanes);
+    if bound <= host / 2 {
+        return Ok(());
+    }
+    let what =
+        format!("to receive its memory takes {bound} bytes beside it, more than half of the {host} that this host has");
+    Err(MigrationError::TooLarge(what))
+}
+
+/// Bytes of memory of this host; `None` if the kernel does not tell.
+fn host_memory() -> Option<u64> {
+    let facts = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let total = facts.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+    total.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
 }
 
 /// What was really held: the most of each pool and of each stage, and the bitmaps.

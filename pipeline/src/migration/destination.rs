@@ -41,6 +41,8 @@ use crate::settings::DestinationSettings;
 const TICK: Duration = Duration::from_millis(20);
 /// How many of these make one progress event for whoever watches.
 const TICKS_PER_EVENT: u32 = 5;
+/// Tallies that are kept of rounds that are not complete in every lane.
+const MAX_TALLIES: usize = 4096;
 /// How long the source is given to take the reason of a failure before its connections are dropped.
 const FAREWELL: Duration = Duration::from_millis(500);
 
@@ -106,7 +108,9 @@ enum Signal {
 struct Arrival {
     device: Assembly,
     digests: Digests,
+    /// Of rounds that are not complete in every lane.
     tallies: Vec<RoundTally>,
+    lanes: usize,
     switched_over: u16,
     end: Option<(RunState, u64)>,
     /// This end's digests, begun when every page was there: the source hashes at the same time.
@@ -190,7 +194,7 @@ impl Destination {
             .await
             .map_err(|_| MigrationError::TimedOut("the source did not describe its guest in time".into()))??;
         let (guest, page_size) = (self.guest.clone(), session.hello.page_size);
-        Layout::new(page_size, blocks.clone())?;
+        bounds::check_destination(&Layout::new(page_size, blocks.clone())?, session.hello.lanes)?;
         let memory = blocking(move || {
             guest.build(page_size, &blocks, &setup)?;
             Ok::<_, MigrationError>(guest.memory())
@@ -236,6 +240,7 @@ impl Destination {
             device: Assembly::new(StatePhase::Device),
             digests: Digests::default(),
             tallies: Vec::new(),
+            lanes: usize::from(lanes),
             switched_over: 0,
             end: None,
             ours: None,
@@ -252,7 +257,7 @@ impl Destination {
                     return Err(MigrationError::Protocol(format!("{} came out of turn", other.kind().name())));
                 }
                 Signal::Loaded(loaded) => {
-                    self.loaded(flow, &mut arrival, loaded, lanes);
+                    self.loaded(flow, &mut arrival, loaded);
                     if arrival.switched_over == lanes && flow.verify {
                         arrival.ours = Some(digests::start(memory));
                     }
@@ -285,12 +290,15 @@ impl Destination {
         }
     }
 
-    fn loaded(&self, flow: &mut Flow, arrival: &mut Arrival, loaded: Loaded, lanes: u16) {
+    fn loaded(&self, flow: &mut Flow, arrival: &mut Arrival, loaded: Loaded) {
         match loaded {
             Loaded::RoundComplete { tally, .. } => {
-                arrival.tallies.push(tally);
+                // They are figures for the report: of a source that ends round after round in one lane alone, not all are kept.
+                if arrival.tallies.len() < MAX_TALLIES {
+                    arrival.tallies.push(tally);
+                }
                 let of_round = |other: &&RoundTally| other.round == tally.round;
-                if arrival.tallies.iter().filter(of_round).count() == usize::from(lanes) {
+                if arrival.tallies.iter().filter(of_round).count() == arrival.lanes {
                     self.round_loaded(flow, &mut arrival.tallies, tally.round);
                 }
             }
@@ -310,7 +318,7 @@ impl Destination {
             whole.last = tally.last;
             whole += tally;
         }
-        flow.round = round + 1;
+        flow.round = round.saturating_add(1);
         let duration = flow.round_began.elapsed();
         flow.round_began = Instant::now();
         self.observers.tell(&Event::RoundSent { tally: whole, duration });
@@ -457,9 +465,12 @@ impl Destination {
             Ok(()) => None,
             Err(_) if self.start_begun => None,
             Err(MigrationError::Cancelled) => Some(Message::Abort("cancelled at the destination".into())),
-            Err(error @ (MigrationError::Guest(_) | MigrationError::Layout(_) | MigrationError::Differs(_))) => {
-                Some(Message::Refused(error.to_string()))
-            }
+            Err(
+                error @ (MigrationError::Guest(_)
+                | MigrationError::Layout(_)
+                | MigrationError::TooLarge(_)
+                | MigrationError::Differs(_)),
+            ) => Some(Message::Refused(error.to_string())),
             Err(error) => Some(Message::Abort(error.to_string())),
         }
     }

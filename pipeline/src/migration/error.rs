@@ -30,6 +30,9 @@ pub(super) enum MigrationError {
     /// The guest's blocks cannot be.
     #[error("the RAM blocks do not fit: {0}")]
     Layout(#[from] LayoutError),
+    /// The guest is larger than this host can take.
+    #[error("the guest is too large: {0}")]
+    TooLarge(String),
     /// A dirty log could not do its part.
     #[error("the dirty log cannot {doing}: {error}")]
     Log {

@@ -5,7 +5,7 @@
 //! own, within a time limit; only a few are greeted at once; and what was gathered of a migration that does not become
 //! complete is dropped after that time.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use memferry_stages::geometry::PageSize;
@@ -14,7 +14,7 @@ use memferry_stages::wire::reader::{FrameReader, Incoming};
 use memferry_stages::wire::{Message, PROTOCOL_VERSION};
 use memferry_transports::{Connection, Listener};
 use tokio::io::AsyncWriteExt;
-use tokio::task::JoinSet;
+use tokio::task::{AbortHandle, JoinSet};
 
 use super::error::MigrationError;
 use super::link::{Reader, Writer};
@@ -71,15 +71,21 @@ impl Session {
         observers: Observers,
     ) -> Result<Self, MigrationError> {
         let mut greetings: JoinSet<Result<Greeted, TurnedAway>> = JoinSet::new();
+        let mut waiting: VecDeque<AbortHandle> = VecDeque::new();
         let mut gathered: HashMap<SessionId, Gathering> = HashMap::new();
         loop {
             tokio::select! {
-                accepted = listener.accept(), if greetings.len() < MAX_GREETED => {
-                    greetings.spawn(greet(accepted?, settings.clone()));
+                accepted = listener.accept() => {
+                    make_room(&mut waiting);
+                    waiting.push_back(greetings.spawn(greet(accepted?, settings.clone())));
                 }
                 Some(greeting) = greetings.join_next() => {
                     gathered.retain(|_, gathering| gathering.since.elapsed() < settings.hello_timeout);
-                    match greeting.expect("greeting does not panic") {
+                    let greeting = match greeting {
+                        Err(error) if error.is_cancelled() => continue,
+                        greeting => greeting.expect("greeting does not panic"),
+                    };
+                    match greeting {
                         Ok(greeted) => match place(&mut gathered, greeted) {
                             Ok(None) => {}
                             Ok(Some(session)) => return Ok(session),
@@ -97,6 +103,17 @@ impl Session {
                 }
             }
         }
+    }
+}
+
+/// Connections that say nothing must not keep out the one that will: where too many are greeted, the one that has been silent
+/// longest is dropped.
+fn make_room(waiting: &mut VecDeque<AbortHandle>) {
+    waiting.retain(|greeting| !greeting.is_finished());
+    if waiting.len() >= MAX_GREETED
+        && let Some(oldest) = waiting.pop_front()
+    {
+        oldest.abort();
     }
 }
 

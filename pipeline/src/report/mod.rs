@@ -185,13 +185,17 @@ impl Report {
         }
     }
 
-    /// Writes it as JSON: to a temporary name beside `file` first, so that `file` is whole or as it was.
+    /// Writes it as JSON: to a temporary name beside `file` first, so that `file` is whole or as it was. What is no plain
+    /// file (`/dev/stdout`, a pipe, a link) is written into, never replaced.
     ///
     /// # Errors
     /// When it cannot be written.
     pub fn write(&self, file: &Path) -> io::Result<()> {
         let mut json = serde_json::to_vec_pretty(self).expect("plain values become JSON");
         json.push(b'\n');
+        if file.symlink_metadata().is_ok_and(|found| !found.is_file()) {
+            return write_private(file, &json);
+        }
         let mut name = file.file_name().unwrap_or_default().to_owned();
         name.push(format!(".{}.partial", std::process::id()));
         let partial = file.with_file_name(name);

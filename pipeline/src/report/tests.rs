@@ -154,6 +154,17 @@ fn the_report_is_written_whole_or_not_at_all() {
 }
 
 #[test]
+fn a_report_goes_through_a_link_and_leaves_it_there() {
+    let folder = tempfile::tempdir().unwrap();
+    let (file, link) = (folder.path().join("report.json"), folder.path().join("link"));
+    std::fs::write(&file, "old").unwrap();
+    std::os::unix::fs::symlink(&file, &link).unwrap();
+    report().write(&link).unwrap();
+    assert!(link.symlink_metadata().unwrap().is_symlink());
+    serde_json::from_slice::<serde_json::Value>(&std::fs::read(&file).unwrap()).unwrap();
+}
+
+#[test]
 fn the_table_fits_a_terminal() {
     let accountant = accountant();
     let (source, destination) = (accountant.account(Role::Source), accountant.account(Role::Destination));

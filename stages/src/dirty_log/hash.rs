@@ -32,7 +32,7 @@ use xxhash_rust::xxh3::xxh3_64;
 use super::DirtyLog;
 use crate::batch::CopiedBatch;
 use crate::bitmap::{DirtyBitmap, words_of};
-use crate::geometry::{ExtentAt, bits};
+use crate::geometry::{ExtentAt, Layout, bits};
 use crate::memory::GuestMemory;
 use crate::pool::BufferPool;
 
@@ -59,10 +59,10 @@ impl HashLog {
         }
     }
 
-    /// Bytes that this log keeps in memory.
+    /// Bytes that a log for such a guest keeps in memory.
     #[must_use]
-    pub fn memory_bytes(&self) -> u64 {
-        self.memory.layout().pages() * size_of::<PageState>() as u64 + self.scratch.bound_bytes()
+    pub fn bytes_for(layout: &Layout) -> u64 {
+        layout.pages() * size_of::<PageState>() as u64 + layout.page_size().extent_bytes() as u64
     }
 
     fn page(&self, at: ExtentAt, bit: u32) -> &PageState {
@@ -132,6 +132,10 @@ impl DirtyLog for HashLog {
         for (bit, page) in bits(copy.present()).zip(pages) {
             self.page(at, bit).copied(hash(page));
         }
+    }
+
+    fn memory_bytes(&self) -> u64 {
+        Self::bytes_for(self.memory.layout())
     }
 
     /// Nothing: whoever wrote the page, its content tells.

@@ -90,6 +90,11 @@ pub trait DirtyLog: Send + Sync + fmt::Debug {
     /// A writer whose stores the log cannot see has written these pages: it stores first, then marks.
     fn mark(&self, block: u32, pages: Range<u64>);
 
+    /// Bytes that the log keeps in memory, for the bound that is told before the first round.
+    fn memory_bytes(&self) -> u64 {
+        0
+    }
+
     /// Disarms the log and gives back what it held. Called on every end of a migration.
     ///
     /// # Errors

@@ -53,6 +53,10 @@ impl DirtyLog for SoftwareLog {
         self.pending.set_range(block, pages);
     }
 
+    fn memory_bytes(&self) -> u64 {
+        self.pending.memory_bytes()
+    }
+
     /// Forgets every mark.
     fn stop(&self) -> io::Result<()> {
         clear(&self.pending);

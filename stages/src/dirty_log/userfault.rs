@@ -130,6 +130,10 @@ impl DirtyLog for UserfaultLog {
         self.pending.set_range(block, pages);
     }
 
+    fn memory_bytes(&self) -> u64 {
+        self.pending.memory_bytes()
+    }
+
     fn stop(&self) -> io::Result<()> {
         let armed = self.armed().take();
         clear(&self.pending);

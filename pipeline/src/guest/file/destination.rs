@@ -99,6 +99,9 @@ impl Destination {
     fn check_target(&self, path: &Path) -> Result<(), GuestError> {
         match path.symlink_metadata() {
             Ok(found) if found.is_dir() => Err(GuestError(format!("{} is a folder", path.display()))),
+            Ok(found) if !found.is_file() && !found.is_symlink() => {
+                Err(GuestError(format!("{} is no regular file, and stays: name another", path.display())))
+            }
             Ok(_) if !self.settings.overwrite => {
                 Err(GuestError(format!("{} exists: remove it, or set overwrite = true", path.display())))
             }

@@ -153,6 +153,18 @@ fn a_file_that_exists_is_replaced_only_when_asked_and_only_at_the_start() {
 }
 
 #[test]
+fn what_is_no_regular_file_is_never_replaced() {
+    let (here, there) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+    let source = FileGuest::source(one_image(here.path()), None).unwrap();
+    let target = there.path().join("socket");
+    let _socket = std::os::unix::net::UnixListener::bind(&target).unwrap();
+    let destination =
+        FileGuest::destination(FileGuestSettings { overwrite: true, ..settings(&[("ram", &target)]) }).unwrap();
+    let words = built(&source, &destination).unwrap_err().to_string();
+    assert!(words.ends_with("socket is no regular file, and stays: name another"), "{words}");
+}
+
+#[test]
 fn a_place_taken_meanwhile_is_left_alone_and_no_image_looks_complete() {
     let (here, there) = (TempDir::new().unwrap(), TempDir::new().unwrap());
     let mut two = one_image(here.path());

@@ -104,7 +104,7 @@ impl Source {
         let bitmaps: Vec<_> = self.bitmap.iter().map(Arc::as_ref).collect();
         Figures {
             wire_bytes: wire_bytes(flow),
-            memory_peak: bounds::peak(&flow.graph.pools, &flow.graph.meters, &bitmaps),
+            memory_peak: bounds::peak(&flow.graph.pools, &flow.graph.meters, &bitmaps) + bounds::logs_bytes(&self.logs),
             stages: flow.graph.meters.iter().map(|meter| meter.read()).collect(),
         }
     }

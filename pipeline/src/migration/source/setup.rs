@@ -37,11 +37,6 @@ impl Source {
         // Two one-way trips make the hand-over, as they make this question and its answer.
         self.fixed.handover = self.fixed.handover.max(asked.elapsed().min(HANDOVER_GUESS * 10));
         self.observers.tell(&Event::Connected { peer: link.peer.clone() });
-        self.observers.tell(&Event::Guest {
-            blocks: block_facts(self.layout()),
-            pages: self.layout().pages(),
-            memory_bound: bounds::source_bound(self.layout(), &self.settings),
-        });
         Ok(())
     }
 
@@ -56,6 +51,11 @@ impl Source {
     pub(super) async fn arm(&mut self) -> Result<(Arc<DirtyBitmap>, Arc<DirtyBitmap>), MigrationError> {
         let (guest, memory) = (self.guest.clone(), self.memory.clone());
         self.logs = blocking(move || guest.dirty_logs()).await?;
+        self.observers.tell(&Event::Guest {
+            blocks: block_facts(self.layout()),
+            pages: self.layout().pages(),
+            memory_bound: bounds::source_bound(self.layout(), &self.settings) + bounds::logs_bytes(&self.logs),
+        });
         let logs = self.logs.clone();
         let (bitmap, untouched) = blocking(move || {
             for log in &logs {
