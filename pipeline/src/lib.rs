@@ -4,6 +4,7 @@ pub mod cli;
 pub mod config;
 pub mod events;
 pub mod guest;
+mod host;
 pub mod log;
 pub mod metrics;
 pub mod migration;

@@ -12,6 +12,7 @@ use memferry_stages::meter::Meter;
 use memferry_stages::pool::BufferPool;
 
 use super::error::MigrationError;
+use crate::host;
 use crate::settings::SourceSettings;
 
 /// Batches that wait between scanner and detector, a lane: descriptors only, enough for two stretches of 4 KiB pages.
@@ -74,27 +75,18 @@ pub fn destination_bound(layout: &Layout, lanes: u16) -> u64 {
     u64::from(lanes) * LOAD_BUFFERS as u64 * extent + bitmap_bytes(layout)
 }
 
-/// Does this host have the memory to receive such a guest? A block that the source names may be far larger than anything
-/// here, and an allocation that fails would take the whole program with it.
+/// Does this host have the memory to send or receive such a guest? A block may be far larger than anything here (a sparse
+/// file, or what a hostile source names), and an allocation that fails would take the whole program with it.
 ///
 /// # Errors
 /// What it would take and what there is, if it would take more than half of this host's memory.
-pub(super) fn check_destination(layout: &Layout, lanes: u16) -> Result<(), MigrationError> {
-    let host = host_memory().unwrap_or(u64::MAX);
-    let bound = destination_bound(layout, lanes);
-    if bound <= host / 2 {
-        return Ok(());
+pub(super) fn check_host(bound: u64) -> Result<(), MigrationError> {
+    match host::beyond_half_of_memory(bound) {
+        None => Ok(()),
+        Some(host) => Err(MigrationError::TooLarge(format!(
+            "to move its memory takes {bound} bytes beside it, more than half of the {host} that this host has"
+        ))),
     }
-    let what =
-        format!("to receive its memory takes {bound} bytes beside it, more than half of the {host} that this host has");
-    Err(MigrationError::TooLarge(what))
-}
-
-/// Bytes of memory of this host; `None` if the kernel does not tell.
-fn host_memory() -> Option<u64> {
-    let facts = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let total = facts.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
-    total.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
 }
 
 /// What was really held: the most of each pool and of each stage, and the bitmaps.

@@ -194,7 +194,7 @@ impl Destination {
             .await
             .map_err(|_| MigrationError::TimedOut("the source did not describe its guest in time".into()))??;
         let (guest, page_size) = (self.guest.clone(), session.hello.page_size);
-        bounds::check_destination(&Layout::new(page_size, blocks.clone())?, session.hello.lanes)?;
+        bounds::check_host(bounds::destination_bound(&Layout::new(page_size, blocks.clone())?, session.hello.lanes))?;
         let memory = blocking(move || {
             guest.build(page_size, &blocks, &setup)?;
             Ok::<_, MigrationError>(guest.memory())

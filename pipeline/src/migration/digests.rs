@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::digest::{self, Known};
-use memferry_stages::geometry::{BlockInfo, EXTENT_PAGES, Layout, PageAt, PageSize};
+use memferry_stages::geometry::{BlockInfo, EXTENT_PAGES, ExtentAt, Layout, PageAt, PageSize};
 use memferry_stages::memory::{GuestMemory, MappedMemory, RamBlock};
 use memferry_stages::pool::{BufferPool, PooledBuffer};
 use memferry_stages::wire::Message;
@@ -107,13 +107,12 @@ pub(super) fn start(memory: &GuestMemory) -> Pending {
     let worker = |number: usize| {
         let (memory, stop) = (memory.clone(), stop.clone());
         tokio::task::spawn_blocking(move || {
-            let untouched = untouched_pages(&memory);
-            let mut scratch = scratch(&memory);
+            let mut hasher = Hasher::new(&memory);
             all_stretches(memory.layout())
                 .skip(number)
                 .step_by(cores)
                 .take_while(|_| !stop.load(Ordering::Relaxed))
-                .map(|at| hash(&memory, at, &untouched, &mut scratch).map(|hash| (at, hash)))
+                .map(|at| hasher.hash(at).map(|hash| (at, hash)))
                 .collect()
         })
     };
@@ -146,11 +145,10 @@ fn estimate(memory: &GuestMemory) -> io::Result<Duration> {
     let stretches: Vec<_> = all_stretches(memory.layout()).collect();
     let step = stretches.len().div_ceil(SAMPLES);
     let sample: Vec<_> = stretches.iter().step_by(step).collect();
-    let untouched = untouched_pages(memory);
-    let mut scratch = scratch(memory);
+    let mut hasher = Hasher::new(memory);
     let began = Instant::now();
     for &&at in &sample {
-        hash(memory, at, &untouched, &mut scratch)?;
+        hasher.hash(at)?;
     }
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     Ok(began.elapsed().mul_f64(stretches.len() as f64 / sample.len() as f64 / cores as f64))
@@ -205,9 +203,43 @@ pub(super) fn first_page(layout: &Layout, at: StretchAt) -> PageAt {
     PageAt { block: at.block, page: at.stretch * layout.page_size().stretch_extents() * EXTENT_PAGES }
 }
 
-fn hash(memory: &GuestMemory, at: StretchAt, untouched: &DirtyBitmap, scratch: &mut PooledBuffer) -> io::Result<u128> {
-    let known = Known { untouched: Some(untouched), ..Known::default() };
-    digest::stretch_digest(memory, at.block, at.stretch, &known, scratch)
+/// Hashes stretches, one after another. A stretch that was never touched is neither read nor hashed again for each place.
+struct Hasher<'a> {
+    memory: &'a GuestMemory,
+    untouched: DirtyBitmap,
+    scratch: PooledBuffer,
+    /// The hash of a whole stretch of zeros, once it was needed.
+    hole: Option<u128>,
+}
+
+impl<'a> Hasher<'a> {
+    /// Asks the memory what was never touched. May block.
+    fn new(memory: &'a GuestMemory) -> Self {
+        Self { memory, untouched: untouched_pages(memory), scratch: scratch(memory), hole: None }
+    }
+
+    fn hash(&mut self, at: StretchAt) -> io::Result<u128> {
+        let hole = self.is_hole(at);
+        if let Some(hash) = self.hole.filter(|_| hole) {
+            return Ok(hash);
+        }
+        let known = Known { untouched: Some(&self.untouched), ..Known::default() };
+        let hash = digest::stretch_digest(self.memory, at.block, at.stretch, &known, &mut self.scratch)?;
+        if hole {
+            self.hole = Some(hash);
+        }
+        Ok(hash)
+    }
+
+    /// Is it a stretch of full size, of which no page was ever touched?
+    fn is_hole(&self, at: StretchAt) -> bool {
+        let extents = self.memory.page_size().stretch_extents();
+        let first = at.stretch * extents;
+        (first..first + extents).all(|extent| {
+            let extent = u32::try_from(extent).ok().filter(|&it| it < self.memory.layout().block_extents(at.block));
+            extent.is_some_and(|extent| self.untouched.peek(ExtentAt { block: at.block, extent }) == u64::MAX)
+        })
+    }
 }
 
 /// A buffer to read an extent into.
@@ -222,4 +254,51 @@ fn stretches_of(layout: &Layout, block: u32) -> u64 {
 fn all_stretches(layout: &Layout) -> impl Iterator<Item = StretchAt> + use<'_> {
     let of_block = |block| (0..stretches_of(layout, block)).map(move |stretch| StretchAt { block, stretch });
     (0..layout.block_count()).flat_map(of_block)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Three blocks: one with a hole in its middle, one never touched and of no whole stretch, one without a hole.
+    fn memory(written: &[(usize, usize)]) -> GuestMemory {
+        let lengths = [9 << 20, (4 << 20) + 5, 4 << 20];
+        let blocks = lengths.into_iter().enumerate().map(|(index, length)| {
+            let memory = Arc::new(MappedMemory::anonymous(length).unwrap());
+            for &(_, offset) in written.iter().filter(|(block, _)| *block == index) {
+                memory.store(offset, b"written");
+            }
+            let info =
+                BlockInfo { id: index.to_string(), length: length as u64, guest_address: 0, backing_page_size: 4096 };
+            RamBlock { info, memory, fresh: true }
+        });
+        GuestMemory::new(PageSize::DEFAULT, blocks.collect()).unwrap()
+    }
+
+    #[test]
+    fn holes_hash_as_the_zeros_that_they_are() {
+        let written = [(0, 100), (0, 8 << 20), (2, 0), (2, 3 << 20)];
+        let sparse = memory(&written);
+        let mut hasher = Hasher::new(&sparse);
+        for at in all_stretches(sparse.layout()) {
+            let known = Known::default();
+            let plain = digest::stretch_digest(&sparse, at.block, at.stretch, &known, &mut scratch(&sparse)).unwrap();
+            assert_eq!(hasher.hash(at).unwrap(), plain, "{at:?}");
+        }
+        assert!(hasher.hole.is_some(), "block 0 has stretches that were never touched");
+    }
+
+    #[tokio::test]
+    async fn the_first_difference_is_found_and_its_page_named() {
+        let (ours, theirs) = (memory(&[(0, 100), (2, 3 << 20)]), memory(&[(0, 100), (2, (3 << 20) + 4096)]));
+        let digests = [start(&ours), start(&theirs)];
+        let [ours_hashed, theirs_hashed] =
+            futures::future::join_all(digests.map(Pending::finish)).await.try_into().unwrap();
+        let layout = ours.layout();
+        let differs = theirs_hashed.unwrap().first_difference(layout, &ours_hashed.unwrap()).unwrap();
+        assert_eq!(differs, StretchAt { block: 2, stretch: 1 });
+        let Message::PageHashes { first, hashes } = page_hashes(&theirs, differs).unwrap() else { panic!() };
+        let page = first_differing_page(&ours, first, &hashes).unwrap();
+        assert_eq!(page, Some(PageAt { block: 2, page: (3 << 20) / 4096 }));
+    }
 }

@@ -25,6 +25,7 @@ use memferry_stages::memory::GuestMemory;
 use self::destination::Destination;
 use self::source::Source;
 use super::{Guest, GuestError, GuestState, RunState};
+use crate::host;
 
 pub use settings::{FileGuestSettings, Image};
 
@@ -95,7 +96,14 @@ impl Guest for FileGuest {
     }
 
     fn dirty_logs(&self) -> Result<Vec<Arc<dyn DirtyLog>>, GuestError> {
-        Ok(vec![Arc::new(HashLog::new(self.as_source()?.memory().clone()))])
+        let memory = self.as_source()?.memory();
+        let bytes = HashLog::bytes_for(memory.layout());
+        match host::beyond_half_of_memory(bytes) {
+            None => Ok(vec![Arc::new(HashLog::new(memory.clone()))]),
+            Some(host) => Err(GuestError(format!(
+                "the hash log of such large images takes {bytes} bytes, more than half of the {host} that this host has"
+            ))),
+        }
     }
 
     fn pause(&self) -> Result<(), GuestError> {

@@ -23,6 +23,7 @@ use memferry_transports::Transport;
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
+use super::bounds;
 use super::convergence::{FixedCost, PageRate};
 use super::error::{MigrationError, guarded};
 use super::flow::Flow;
@@ -146,6 +147,7 @@ impl Source {
 
     /// The migration as the list of its phases.
     async fn migrate(&mut self, plane: &DataPlane, running: &mut Option<Flow>) -> Result<Verdict, MigrationError> {
+        bounds::check_host(bounds::source_bound(self.layout(), &self.settings))?;
         let cancel = self.cancel.clone();
         let agreed = async {
             let mut link = self.connect(plane).await?;
