@@ -358,7 +358,11 @@ impl Destination {
         theirs: &Digests,
     ) -> Result<(), MigrationError> {
         let began = Instant::now();
-        let ours = ours.finish().await.map_err(MigrationError::Digest)?;
+        let ours = tokio::select! {
+            biased;
+            () = self.cancel.cancelled() => return Err(MigrationError::Cancelled),
+            ours = ours.finish() => ours.map_err(MigrationError::Digest)?,
+        };
         let differs = theirs.first_difference(memory.layout(), &ours);
         self.parts.verify = began.elapsed();
         self.verified = Some(differs.is_none());

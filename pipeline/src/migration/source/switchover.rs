@@ -99,7 +99,11 @@ impl Source {
 
     async fn say_digests(&mut self, flow: &mut Flow, digests: digests::Pending) -> Result<(), MigrationError> {
         let began = Instant::now();
-        let digests = digests.finish().await.map_err(MigrationError::Digest)?;
+        let digests = tokio::select! {
+            biased;
+            () = self.cancel.cancelled() => return Err(MigrationError::Cancelled),
+            digests = digests.finish() => digests.map_err(MigrationError::Digest)?,
+        };
         for message in digests.messages() {
             self.say(flow, &message).await?;
         }
