@@ -59,11 +59,6 @@ pub(super) struct SourceGraph {
     sync_at_work: Arc<Mutex<()>>,
 }
 
-/// A lane's way from its encoder to the connection it shares.
-struct Connection {
-    frames: Outlet<Outgoing>,
-}
-
 impl SourceGraph {
     /// Builds, joins and starts the stages. They wait for the first order.
     pub(super) fn start(parts: SourceParts, settings: &SourceSettings, plane: &Handle) -> Self {
@@ -127,7 +122,7 @@ impl SourceGraph {
         settings: &SourceSettings,
         durable_rounds: bool,
         sent: &Outlet<Sent>,
-    ) -> Vec<Connection> {
+    ) -> Vec<Outlet<Outgoing>> {
         let bucket = settings.max_bandwidth.map(|rate| Arc::new(TokenBucket::new(rate)));
         let count = settings.connections;
         (0..count)
@@ -142,7 +137,7 @@ impl SourceGraph {
                 self.stages.spawn(format!("sender {connection}"), running);
                 self.control.push(control);
                 self.sender_meters.push(meter);
-                Connection { frames }
+                frames
             })
             .collect()
     }
@@ -152,14 +147,14 @@ impl SourceGraph {
         memory: &GuestMemory,
         logs: &[Arc<dyn DirtyLog>],
         settings: &SourceSettings,
-        connections: &[Connection],
+        connections: &[Outlet<Outgoing>],
     ) -> Vec<Outlet<Item<Batch>>> {
         let page_size = memory.page_size();
         (0..settings.lanes)
             .map(|lane| {
                 let (batches, detector_in) = bounded(bounds::SCANNED);
                 let (copies, encoder_in) = bounded(bounds::COPIED);
-                let frames = connections[usize::from(lane) % connections.len()].frames.clone();
+                let frames = connections[usize::from(lane) % connections.len()].clone();
                 let (copy_pool, code_pool) = (bounds::copy_pool(page_size), bounds::code_pool(page_size));
                 self.pools.extend([copy_pool.clone(), code_pool.clone()]);
 

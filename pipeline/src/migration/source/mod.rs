@@ -94,7 +94,6 @@ struct Source {
     last_wire_bytes: u64,
     round: u32,
     dirty_rate: Option<f64>,
-    dirty_bytes: u64,
     pages_frames: u64,
     verified: Option<bool>,
     differing_page: Option<String>,
@@ -115,7 +114,6 @@ impl Source {
         Self {
             was: guest.run_state(),
             fixed: FixedCost { handover: HANDOVER_GUESS, ..FixedCost::default() },
-            dirty_bytes: memory.layout().bytes(),
             guest,
             memory,
             transport,

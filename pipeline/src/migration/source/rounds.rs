@@ -27,7 +27,7 @@ impl Source {
             self.scan(flow, false).await?;
             let found = self.sync(flow).await?;
             self.estimate_verify().await?;
-            let (decision, why) = decide(&limits, &self.situation(flow, &found));
+            let (decision, why) = decide(&limits, &self.situation(flow, found.dirty_pages));
             self.observers.tell(&Event::Decided { what: why.clone() });
             match decision {
                 Decision::AnotherRound => {}
@@ -83,26 +83,29 @@ impl Source {
             }
         };
         self.fixed.sync = self.fixed.sync.max(found.duration);
-        self.dirty_bytes = found.dirty_pages * self.memory.page_size().bytes() as u64;
         // The sync of the switchover follows its forerunner at once: that is no time to measure a rate in.
         if let Some(time) = since_last.filter(|&time| time >= LEAST_BETWEEN_SYNCS) {
-            self.dirty_rate = Some(self.dirty_bytes as f64 / time.as_secs_f64());
+            self.dirty_rate = Some(self.page_bytes(found.dirty_pages) as f64 / time.as_secs_f64());
         }
         let Synced { after_round, dirty_pages, duration } = found;
         self.observers.tell(&Event::Synced { after_round, dirty_pages, duration });
         Ok(found)
     }
 
-    fn situation(&self, flow: &Flow, found: &Synced) -> Situation {
-        let page = self.memory.page_size().bytes() as u64;
+    /// How things stand with so many dirty pages.
+    fn situation(&self, flow: &Flow, dirty_pages: u64) -> Situation {
         Situation {
             round: self.round,
             elapsed: self.started.elapsed(),
-            dirty_bytes: found.dirty_pages * page,
-            in_flight_bytes: flow.graph.in_flight.pages() * page,
+            dirty_bytes: self.page_bytes(dirty_pages),
+            in_flight_bytes: self.page_bytes(flow.graph.in_flight.pages()),
             rate: self.rate.bytes_per_second(),
             fixed: self.fixed,
         }
+    }
+
+    pub(super) fn page_bytes(&self, pages: u64) -> u64 {
+        pages * self.memory.page_size().bytes() as u64
     }
 
     /// The next signal that a phase must act on: failures become errors, and what concerns every phase is done here.
@@ -152,27 +155,17 @@ impl Source {
     /// Figures for whoever watches, and the deadline.
     async fn tick(&mut self, flow: &Flow) -> Result<(), MigrationError> {
         let wire_bytes = wire_bytes(flow);
-        let page = self.memory.page_size().bytes() as u64;
-        let dirty_bytes = self.bitmap.as_ref().map_or(0, |bitmap| bitmap.count()) * page;
-        let remaining_bytes = dirty_bytes + flow.graph.in_flight.pages() * page;
         let speed = self.speed.tick(wire_bytes);
-        let forecast = Situation {
-            round: self.round,
-            elapsed: self.started.elapsed(),
-            dirty_bytes,
-            in_flight_bytes: remaining_bytes - dirty_bytes,
-            rate: self.rate.bytes_per_second(),
-            fixed: self.fixed,
-        };
+        let now = self.situation(flow, self.bitmap.as_ref().map_or(0, |bitmap| bitmap.count()));
         self.observers.tell(&Event::Progress(Progress {
             round: self.round,
-            remaining_bytes,
+            remaining_bytes: now.dirty_bytes + now.in_flight_bytes,
             total_bytes: self.layout().bytes(),
             wire_bytes,
             wire_rate: speed,
-            page_rate: self.rate.bytes_per_second().unwrap_or(0.0),
+            page_rate: now.rate.unwrap_or(0.0),
             dirty_rate: self.dirty_rate,
-            expected_downtime: forecast.expected_downtime(),
+            expected_downtime: now.expected_downtime(),
         }));
         self.mind_the_silence(wire_bytes)?;
         self.mind_the_deadline().await

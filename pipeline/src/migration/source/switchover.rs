@@ -37,10 +37,9 @@ impl Source {
         let limit = self.settings.downtime_limit;
         let share = limit.as_secs_f64() * BACKLOG_SHARE * self.rate.bytes_per_second().unwrap_or(0.0);
         let give_up = tokio::time::Instant::now() + limit;
-        let page = self.memory.page_size().bytes() as u64;
         while self.transport.capabilities().return_path
             && self.paused.is_none()
-            && (flow.graph.in_flight.pages() * page) as f64 > share
+            && self.page_bytes(flow.graph.in_flight.pages()) as f64 > share
         {
             match tokio::time::timeout_at(give_up, self.next(flow)).await {
                 Ok(signal) => _ = signal?,
