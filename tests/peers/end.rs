@@ -1,0 +1,294 @@
+//! One end of memferry in a process of its own: this program, started again with an order.
+//!
+//! ```text
+//! the bench            the end
+//!   ◀── Ready ────────  its guest is there; a destination listens
+//!   ─── a line ──────▶  it migrates
+//!   ◀── Done ─────────  the verdict; nothing of it is freed
+//!   ─── a line ──────▶  it looks at what it has
+//!   ◀── Checked ──────
+//!   ─── end of input ▶  it ends
+//! ```
+
+use std::io::{BufRead, Write};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use memferry::events::{Ended, Event, Observer, Observers, Phase, Role};
+use memferry::guest::Guest;
+use memferry::guest::workload::{Fill, Pattern, Region, Workload, WorkloadSettings, WriterSettings};
+use memferry::migration::{DataPlane, receive, send};
+use memferry::settings::{EncoderSettings, OnDeadline, SourceSettings, XbzrleSettings};
+use memferry_stages::codec::Codec;
+use memferry_tests::run::{destination_settings, source_settings};
+use memferry_transports::{Address, Listener, Transport, open};
+use serde::{Deserialize, Serialize};
+use tokio_util::sync::CancellationToken;
+
+use crate::Fallible;
+use crate::boot::Pace;
+use crate::still_guest::StillGuest;
+
+/// The hidden command, before an order in JSON.
+pub(crate) const COMMAND: &str = "one-end";
+
+/// What an end is to do.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum Order {
+    /// Send.
+    Send {
+        /// Where to.
+        address: String,
+        /// What.
+        what: What,
+        /// How.
+        how: How,
+    },
+    /// Receive.
+    Receive {
+        /// Where.
+        address: String,
+        /// What.
+        what: Expected,
+    },
+}
+
+/// What is sent.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) enum What {
+    /// An image that stands still.
+    Image(PathBuf),
+    /// A workload that writes at this pace.
+    Workload(Pace),
+}
+
+/// What is received.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub(crate) enum Expected {
+    /// An image, into memory that asks for huge pages or does not.
+    Image {
+        /// Does it?
+        huge: bool,
+    },
+    /// A workload.
+    Workload,
+}
+
+/// How it is sent.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub(crate) struct How {
+    /// Lanes, each with a connection of its own.
+    pub(crate) lanes: u16,
+    /// What pages are compressed with.
+    pub(crate) compress: Compress,
+    /// Bytes of an XBZRLE cache, if there is to be one.
+    pub(crate) xbzrle: Option<u64>,
+    /// Are digests compared in the end?
+    pub(crate) verify: bool,
+    /// Bytes a second.
+    pub(crate) max_bandwidth: Option<u64>,
+    /// How long the guest may be paused.
+    pub(crate) downtime_limit: Duration,
+    /// When it is cancelled.
+    pub(crate) deadline: Option<Duration>,
+}
+
+/// A compressor, or none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Compress {
+    /// Pages go as they are.
+    None,
+    /// LZ4.
+    Lz4,
+    /// Zstandard, level 1.
+    Zstd,
+}
+
+/// What an end says.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum Said {
+    /// Its guest is there; where a destination listens.
+    Ready(String),
+    /// The migration is over.
+    Done(Verdict),
+    /// The hash of an image that has arrived.
+    Hash(u128),
+    /// Pages of a workload that are not as its writers left them.
+    StalePages(u64),
+}
+
+/// How a migration ended at one end.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Verdict {
+    /// Did it complete?
+    pub(crate) completed: bool,
+    /// Why not.
+    pub(crate) error: Option<String>,
+    /// From its start to its verdict.
+    pub(crate) total: Duration,
+    /// How long no guest ran.
+    pub(crate) downtime: Duration,
+    /// Bytes through the sockets.
+    pub(crate) wire_bytes: u64,
+    /// Rounds that were sent.
+    pub(crate) rounds: u64,
+    /// Pages that a workload wrote meanwhile.
+    pub(crate) written: u64,
+    /// How every stage spent its time, for whoever sets `STAGES`.
+    pub(crate) stages: Vec<String>,
+}
+
+/// Does what an order in JSON says.
+pub(crate) fn run(order: &str) -> Fallible<()> {
+    let order: Order = serde_json::from_str(order)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+    runtime.block_on(async {
+        match order {
+            Order::Send { address, what, how } => send_guest(&address, what, how).await,
+            Order::Receive { address, what } => receive_guest(&address, what).await,
+        }
+    })
+}
+
+async fn send_guest(address: &str, what: What, how: How) -> Fallible<()> {
+    match what {
+        What::Image(path) => send_from(Arc::new(StillGuest::mapping(&path)?), || 0, address, how).await,
+        What::Workload(pace) => {
+            let guest = Workload::source(workload(pace))?;
+            send_from(guest.clone(), || guest.status().writes, address, how).await
+        }
+    }
+}
+
+/// `writes` tells how many pages the guest has written so far.
+async fn send_from(guest: Arc<dyn Guest>, writes: impl Fn() -> u64, address: &str, how: How) -> Fallible<()> {
+    let (transport, plane, rounds) = (transport(address)?, DataPlane::new()?, Arc::new(Rounds::default()));
+    let observers = Observers::new(Role::Source, vec![rounds.clone() as Arc<dyn Observer>]);
+    say(&Said::Ready(address.to_owned()))?;
+    wait_for_line()?;
+    let before = writes();
+    let ended = send(guest, transport.into(), settings(how), &plane, observers, CancellationToken::new()).await;
+    say(&Said::Done(verdict(&ended, &rounds, writes() - before)))?;
+    wait_for_line()
+}
+
+async fn receive_guest(address: &str, what: Expected) -> Fallible<()> {
+    let listener = transport(address)?.listen().await?;
+    match what {
+        Expected::Image { huge } => {
+            let guest = Arc::new(StillGuest::arriving(huge));
+            receive_into(guest.clone(), listener).await?;
+            say(&Said::Hash(guest.hash()))?;
+        }
+        Expected::Workload => {
+            let guest = Workload::destination();
+            receive_into(guest.clone(), listener).await?;
+            say(&Said::StalePages(guest.check_all().stale_pages))?;
+        }
+    }
+    wait_for_line()
+}
+
+async fn receive_into(guest: Arc<dyn Guest>, listener: Box<dyn Listener>) -> Fallible<()> {
+    let (plane, rounds) = (DataPlane::new()?, Arc::new(Rounds::default()));
+    let observers = Observers::new(Role::Destination, vec![rounds.clone() as Arc<dyn Observer>]);
+    say(&Said::Ready(listener.local_address()))?;
+    wait_for_line()?;
+    let ended = receive(guest, listener, destination_settings(), &plane, observers, CancellationToken::new()).await;
+    say(&Said::Done(verdict(&ended, &rounds, 0)))?;
+    wait_for_line()
+}
+
+fn transport(address: &str) -> Fallible<Box<dyn Transport>> {
+    Ok(open(&address.parse::<Address>()?, Duration::from_secs(10)))
+}
+
+fn settings(how: How) -> SourceSettings {
+    let compress = match how.compress {
+        Compress::None => None,
+        Compress::Lz4 => Some(Codec::Lz4),
+        Compress::Zstd => Some(Codec::Zstd { level: 1 }),
+    };
+    let xbzrle =
+        how.xbzrle.map(|cache_bytes| XbzrleSettings { cache_bytes, compress_on_miss: false, cache_first_round: true });
+    SourceSettings {
+        encoder: EncoderSettings { compress, xbzrle },
+        checksum: true,
+        verify: how.verify,
+        max_bandwidth: how.max_bandwidth,
+        downtime_limit: how.downtime_limit,
+        max_rounds: u32::MAX,
+        deadline: how.deadline,
+        on_deadline: OnDeadline::Cancel,
+        ..source_settings(how.lanes, how.lanes)
+    }
+}
+
+/// The boot sector's work as a workload: the same memory, the same pages in the same order at the same pace.
+fn workload(pace: Pace) -> WorkloadSettings {
+    let share = |page: u32| f64::from(page) / f64::from(pace.memory_pages);
+    let writer = WriterSettings {
+        pattern: Pattern::Sequential,
+        pages_per_second: f64::from(pace.pages_per_second),
+        bytes: 1,
+        region: Region { from: share(pace.first_page), to: share(pace.first_page + pace.pages) },
+    };
+    WorkloadSettings {
+        memory: u64::from(pace.memory_pages) * 4096,
+        fill: Fill { zero: 1.0, text: 0.0, random: 0.0, process: 0.0 },
+        writers: vec![writer],
+        ..WorkloadSettings::default()
+    }
+}
+
+fn verdict(ended: &Ended, rounds: &Rounds, written: u64) -> Verdict {
+    let stage = |stage: &memferry_stages::meter::Reading| {
+        let lane = stage.lane.map_or(String::new(), |lane| lane.to_string());
+        format!(
+            "{:<16}{lane:<4} busy {:>10.1?}  waits for input {:>10.1?}  for output {:>10.1?}",
+            stage.name, stage.busy, stage.input_wait, stage.output_wait
+        )
+    };
+    Verdict {
+        completed: ended.phase == Phase::Completed,
+        error: ended.error.clone(),
+        total: ended.total,
+        downtime: ended.downtime.unwrap_or_default(),
+        wire_bytes: ended.wire_bytes,
+        rounds: rounds.count(),
+        written,
+        stages: ended.stages.iter().map(stage).collect(),
+    }
+}
+
+/// Counts rounds.
+#[derive(Debug, Default)]
+struct Rounds(AtomicU64);
+
+impl Rounds {
+    fn count(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+impl Observer for Rounds {
+    fn event(&self, _role: Role, event: &Event) {
+        if let Event::RoundSent { .. } = event {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+}
+
+fn say(what: &Said) -> Fallible<()> {
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "{}", serde_json::to_string(what)?)?;
+    Ok(out.flush()?)
+}
+
+/// The end of input is as good: the bench is gone.
+fn wait_for_line() -> Fallible<()> {
+    std::io::stdin().lock().read_line(&mut String::new())?;
+    Ok(())
+}

@@ -1,0 +1,149 @@
+//! memferry as a VMM uses it: two processes that are this program, and what they use.
+
+use std::env;
+use std::io::{BufRead, BufReader, Write};
+use std::process::{ChildStdin, ChildStdout, Command, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use crate::Fallible;
+use crate::end::{COMMAND, Expected, How, Order, Said, Verdict, What};
+use crate::image::Image;
+use crate::moved::{Moved, Spent};
+use crate::process::{Process, Usage};
+use crate::running::WARM_UP;
+
+impl How {
+    /// As fast as it goes, with checksums, on so many lanes.
+    pub(crate) fn fast(lanes: u16) -> Self {
+        Self {
+            lanes,
+            compress: crate::end::Compress::None,
+            xbzrle: None,
+            verify: false,
+            max_bandwidth: None,
+            downtime_limit: Duration::from_millis(300),
+            deadline: None,
+        }
+    }
+}
+
+/// Moves an image, and sees that it has arrived whole.
+pub(crate) fn move_image(image: &Image, address: &str, how: How, huge: bool) -> Fallible<Moved> {
+    let (moved, arrived) =
+        migrate(address, What::Image(image.path().to_owned()), Duration::ZERO, Expected::Image { huge }, how)?;
+    match arrived {
+        Some(Said::Hash(hash)) => image.check(hash)?,
+        other => return Err(format!("the destination says {other:?}, not a hash").into()),
+    }
+    Ok(moved)
+}
+
+/// Moves a workload while it writes. If it arrives no page is stale.
+pub(crate) fn move_workload(pace: crate::boot::Pace, address: &str, how: How) -> Fallible<Moved> {
+    let (moved, arrived) = migrate(address, What::Workload(pace), WARM_UP, Expected::Workload, how)?;
+    match arrived {
+        None | Some(Said::StalePages(0)) => Ok(moved),
+        other => Err(format!("the destination says {other:?}, not that no page is stale").into()),
+    }
+}
+
+/// Runs both ends; of a migration that completed: what the destination says of its memory.
+fn migrate(
+    address: &str,
+    what: What,
+    warm_up: Duration,
+    expected: Expected,
+    how: How,
+) -> Fallible<(Moved, Option<Said>)> {
+    let mut destination = End::start(&Order::Receive { address: address.to_owned(), what: expected })?;
+    let address = destination.ready()?;
+    let mut source = End::start(&Order::Send { address, what, how })?;
+    source.ready()?;
+    sleep(warm_up);
+    let before = (source.usage()?, destination.usage()?);
+    let began = Instant::now();
+    destination.go_on()?;
+    source.go_on()?;
+    let sent = source.verdict()?;
+    let moved = |sent: &Verdict, clock, source, destination: Spent| Moved {
+        completed: sent.completed,
+        total: sent.total,
+        clock,
+        wire_bytes: sent.wire_bytes,
+        rounds: sent.rounds,
+        downtime: sent.downtime,
+        written: sent.written,
+        source,
+        destination,
+        arrived: destination.grown,
+    };
+    let source_spent = Spent::between(before.0, source.usage()?);
+    if !sent.completed {
+        return match how.deadline {
+            Some(deadline) if sent.total >= deadline => {
+                Ok((moved(&sent, began.elapsed(), source_spent, Spent::default()), None))
+            }
+            _ => Err(format!("memferry's source: {}", sent.error.unwrap_or_default()).into()),
+        };
+    }
+    let received = destination.verdict()?;
+    let clock = began.elapsed();
+    if !received.completed {
+        return Err(format!("memferry's destination: {}", received.error.unwrap_or_default()).into());
+    }
+    let destination_spent = Spent::between(before.1, destination.usage()?);
+    if env::var_os("STAGES").is_some() {
+        sent.stages.iter().chain(&received.stages).for_each(|stage| eprintln!("    {stage}"));
+    }
+    destination.go_on()?;
+    Ok((moved(&sent, clock, source_spent, destination_spent), Some(destination.hear()?)))
+}
+
+/// One end, as the bench sees it.
+struct End {
+    process: Process,
+    input: ChildStdin,
+    output: BufReader<ChildStdout>,
+}
+
+impl End {
+    fn start(order: &Order) -> Fallible<Self> {
+        let mut command = Command::new(env::current_exe()?);
+        command.args([COMMAND, &serde_json::to_string(order)?]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut process = Process::spawn(&mut command)?;
+        let input = process.child().stdin.take().ok_or("a pipe was asked for")?;
+        let output = process.child().stdout.take().ok_or("a pipe was asked for")?;
+        Ok(Self { process, input, output: BufReader::new(output) })
+    }
+
+    fn usage(&self) -> Fallible<Usage> {
+        self.process.usage()
+    }
+
+    fn go_on(&mut self) -> Fallible<()> {
+        Ok(self.input.write_all(b"\n")?)
+    }
+
+    fn hear(&mut self) -> Fallible<Said> {
+        let mut line = String::new();
+        match self.output.read_line(&mut line)? {
+            0 => Err("an end of memferry ended before its time".into()),
+            _ => Ok(serde_json::from_str(&line)?),
+        }
+    }
+
+    fn ready(&mut self) -> Fallible<String> {
+        match self.hear()? {
+            Said::Ready(address) => Ok(address),
+            other => Err(format!("an end of memferry says {other:?}, not that it is ready").into()),
+        }
+    }
+
+    fn verdict(&mut self) -> Fallible<Verdict> {
+        match self.hear()? {
+            Said::Done(verdict) => Ok(verdict),
+            other => Err(format!("an end of memferry says {other:?}, not that it is done").into()),
+        }
+    }
+}

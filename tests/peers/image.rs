@@ -1,0 +1,219 @@
+//! RAM images: files of known content, on memory where there is any.
+
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use tempfile::TempDir;
+use xxhash_rust::xxh3::Xxh3;
+
+use crate::Fallible;
+
+const PAGE: usize = 4096;
+/// Used pages of a mostly empty image stand in clusters of 32.
+const CLUSTER: usize = 32 * PAGE;
+/// The unit in which images are written and hashed.
+pub(crate) const CHUNK: usize = 1 << 20;
+
+/// What an image holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Content {
+    /// Noise.
+    Incompressible,
+    /// Words.
+    Text,
+    /// The first half noise, the second half words.
+    Halves,
+    /// Words in 5 % of the pages, in clusters; zeros were written to the others.
+    MostlyZero,
+    /// The same, but the other pages were never written.
+    Sparse,
+    /// Nothing was ever written.
+    Untouched,
+}
+
+impl Content {
+    /// Every one.
+    pub(crate) const ALL: [Self; 6] =
+        [Self::Incompressible, Self::Text, Self::Halves, Self::MostlyZero, Self::Sparse, Self::Untouched];
+
+    /// As it is named in tables.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Incompressible => "incompressible",
+            Self::Text => "text",
+            Self::Halves => "half incompressible, half text",
+            Self::MostlyZero => "mostly zero, 5 % used",
+            Self::Sparse => "sparse, 5 % used",
+            Self::Untouched => "untouched",
+        }
+    }
+
+    /// Do compressors have something to do in it?
+    pub(crate) fn compresses(self) -> bool {
+        matches!(self, Self::Text | Self::Halves)
+    }
+}
+
+/// An image. The file goes with the folder it is in.
+#[derive(Debug)]
+pub(crate) struct Image {
+    path: PathBuf,
+    content: Content,
+    bytes: u64,
+    allocated: u64,
+    hash: u128,
+}
+
+impl Image {
+    /// Makes one in a folder.
+    pub(crate) fn create(folder: &Path, content: Content, bytes: u64) -> Fallible<Self> {
+        let mut image = Self { path: folder.join("image"), content, bytes, allocated: 0, hash: 0 };
+        image.write()?;
+        image.allocated = image.allocated_now()?;
+        image.hash = image.hash_of(&image.path)?;
+        Ok(image)
+    }
+
+    /// Brings back the holes that a reader has filled: reading a hole of such a file through a mapping allocates it.
+    pub(crate) fn restore(&self) -> Fallible<()> {
+        if self.allocated_now()? != self.allocated { self.write() } else { Ok(()) }
+    }
+
+    /// The file.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What it holds.
+    pub(crate) fn content(&self) -> Content {
+        self.content
+    }
+
+    /// Its length.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Bytes of it that take up memory.
+    pub(crate) fn allocated(&self) -> u64 {
+        self.allocated
+    }
+
+    /// Fails if something has arrived that is not this image.
+    pub(crate) fn check(&self, hash: u128) -> Fallible<()> {
+        if hash == self.hash { Ok(()) } else { Err("what arrived is not the image".into()) }
+    }
+
+    /// The hash of a file that should hold the same.
+    pub(crate) fn hash_of(&self, path: &Path) -> Fallible<u128> {
+        let (mut file, mut hash, mut chunk) = (File::open(path)?, Xxh3::new(), vec![0; CHUNK]);
+        for _ in 0..self.bytes / CHUNK as u64 {
+            file.read_exact(&mut chunk)?;
+            hash.update(&chunk);
+        }
+        Ok(hash.digest128())
+    }
+
+    fn allocated_now(&self) -> Fallible<u64> {
+        Ok(self.path.metadata()?.blocks() * 512)
+    }
+
+    fn write(&self) -> Fallible<()> {
+        let mut file = OpenOptions::new().write(true).create(true).truncate(true).open(&self.path)?;
+        file.set_len(self.bytes)?;
+        let (mut source, mut chunk) = (Source::new(), vec![0; CHUNK]);
+        for start in (0..self.bytes).step_by(CHUNK) {
+            match self.content {
+                Content::Untouched => return Ok(()),
+                Content::Incompressible => source.noise(&mut chunk),
+                Content::Halves if start < self.bytes / 2 => source.noise(&mut chunk),
+                Content::Text | Content::Halves => source.text(&mut chunk),
+                Content::MostlyZero | Content::Sparse => {
+                    self.write_clusters(&mut file, start, &mut source)?;
+                    continue;
+                }
+            }
+            file.write_all(&chunk)?;
+        }
+        Ok(())
+    }
+
+    /// One cluster of twenty is used.
+    fn write_clusters(&self, file: &mut File, start: u64, source: &mut Source) -> Fallible<()> {
+        let mut cluster = vec![0; CLUSTER];
+        for at in (start..start + CHUNK as u64).step_by(CLUSTER) {
+            let is_used = source.next().is_multiple_of(20);
+            if is_used {
+                source.text(&mut cluster);
+            } else if self.content == Content::Sparse {
+                continue;
+            } else {
+                cluster.fill(0);
+            }
+            file.seek(SeekFrom::Start(at))?;
+            file.write_all(&cluster)?;
+        }
+        Ok(())
+    }
+}
+
+/// A folder for images and sockets that ends with the value; in memory where this host has a place for that.
+pub(crate) fn folder() -> Fallible<TempDir> {
+    let shared_memory = Path::new("/dev/shm");
+    let place = if shared_memory.is_dir() { shared_memory.to_owned() } else { std::env::temp_dir() };
+    Ok(tempfile::Builder::new().prefix("memferry-peers-").tempdir_in(place)?)
+}
+
+/// Where content comes from: always the same.
+struct Source {
+    noise: u64,
+    words: Vec<u8>,
+}
+
+impl Source {
+    fn new() -> Self {
+        let mut source = Self { noise: 0x9e37_79b9_7f4a_7c15, words: Vec::with_capacity(CHUNK) };
+        let words: Vec<&[u8]> = WORDS.split(' ').map(str::as_bytes).collect();
+        while source.words.len() < CHUNK {
+            let word = words[source.index(words.len())];
+            source.words.extend_from_slice(word);
+            let end = if source.index(12) == 0 { b'\n' } else { b' ' };
+            source.words.push(end);
+        }
+        source
+    }
+
+    /// A xorshift generator.
+    fn next(&mut self) -> u64 {
+        self.noise ^= self.noise << 13;
+        self.noise ^= self.noise >> 7;
+        self.noise ^= self.noise << 17;
+        self.noise
+    }
+
+    fn index(&mut self, below: usize) -> usize {
+        usize::try_from(self.next() >> 33).expect("31 bits") % below
+    }
+
+    fn noise(&mut self, into: &mut [u8]) {
+        into.chunks_exact_mut(8).for_each(|word| word.copy_from_slice(&self.next().to_le_bytes()));
+    }
+
+    /// Each page a passage of the words, from anywhere in them.
+    fn text(&mut self, into: &mut [u8]) {
+        for page in into.chunks_exact_mut(PAGE) {
+            let start = self.index(self.words.len() - PAGE);
+            page.copy_from_slice(&self.words[start..start + PAGE]);
+        }
+    }
+}
+
+const WORDS: &str = "a about accept address after all an and any are as at be because been before began block both but by \
+    cache can channel come could did do down each end error every find first for frame from get give go good guest had \
+    has have he her him his how if in info into is it its kernel know last like little log long look made make many may \
+    memory migration more most must my never new no not now number of on one only or other our out over page part people \
+    process queue read receive request return round said same see send she should so some source stage state such take \
+    than that the their them then there these they thing this time to two up upon us used value very wait was way we \
+    well went were what when where which while who will with word work would write year you your";
