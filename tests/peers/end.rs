@@ -169,7 +169,8 @@ async fn send_from(guest: Arc<dyn Guest>, writes: impl Fn() -> u64, address: &st
     say(&Said::Ready(address.to_owned()))?;
     wait_for_line()?;
     let before = writes();
-    let ended = send(guest, transport.into(), settings(how), &plane, observers, CancellationToken::new()).await;
+    // Its memory is unmapped when nobody looks at the clock any more.
+    let ended = send(guest.clone(), transport.into(), settings(how), &plane, observers, CancellationToken::new()).await;
     say(&Said::Done(verdict(&ended, &rounds, writes() - before)))?;
     wait_for_line()
 }

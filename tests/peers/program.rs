@@ -65,7 +65,7 @@ fn command(end: &str, folder: &Path, image: &Path, copy: &Path, address: &str, l
     let pipeline =
         if end == "send" { format!("[pipeline]\nlanes = {lanes}\nconnections = {lanes}\n") } else { String::new() };
     let config = format!(
-        "[guest.file]\nimages = [{{ id = \"ram\", path = {path:?} }}]\n{pipeline}[encoder]\ncompress = \"none\"\n\
+        "[guest.file]\nimages = [{{ id = \"ram\", path = {path:?} }}]\n{pipeline}[encoder]\ncompress = \"none\"\ndelta = \"none\"\n\
          [transport]\naddress = {address:?}\n[migration]\nverify = false\n"
     );
     let file = folder.join(format!("{end}.toml"));
