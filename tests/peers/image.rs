@@ -163,7 +163,25 @@ impl Image {
 pub(crate) fn folder() -> Fallible<TempDir> {
     let shared_memory = Path::new("/dev/shm");
     let place = if shared_memory.is_dir() { shared_memory.to_owned() } else { std::env::temp_dir() };
-    Ok(tempfile::Builder::new().prefix("memferry-peers-").tempdir_in(place)?)
+    remove_orphans(&place)?;
+    Ok(tempfile::Builder::new().prefix(&format!("{FOLDER}{}-", std::process::id())).tempdir_in(place)?)
+}
+
+/// What such folders are called, before the number of the process that made them.
+const FOLDER: &str = "memferry-peers-";
+
+/// A bench that was killed leaves its images, which take up memory.
+fn remove_orphans(place: &Path) -> Fallible<()> {
+    for entry in std::fs::read_dir(place)? {
+        let entry = entry?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let owner = name.strip_prefix(FOLDER).and_then(|rest| rest.split_once('-')).map(|(owner, _)| owner);
+        if owner.is_some_and(|owner| !Path::new("/proc").join(owner).exists()) {
+            // One of another user stays.
+            drop(std::fs::remove_dir_all(entry.path()));
+        }
+    }
+    Ok(())
 }
 
 /// Where content comes from: always the same.

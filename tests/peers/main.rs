@@ -8,7 +8,7 @@
 //! What is printed is Markdown, the progress goes to standard error.
 //!
 //! ```text
-//! cargo bench -p memferry-tests --bench peers                               # all of it, below eight minutes
+//! cargo bench -p memferry-tests --bench peers                               # all of it, about eight minutes
 //! cargo bench -p memferry-tests --bench peers -- --help
 //! cargo bench -p memferry-tests --bench peers -- --only tcp --only incompressible --runs 3
 //! ```

@@ -127,7 +127,7 @@ impl Qemu {
         let mut command = Command::new(PROGRAM);
         command.args(["-nodefaults", "-no-user-config", "-display", "none", "-accel", "tcg", "-qmp", &control]);
         let process = Process::spawn(command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null()))?;
-        let qmp = Qmp::connect(&socket)?;
+        let qmp = Qmp::connect(&socket, &process)?;
         Ok(Self { process, qmp })
     }
 

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::Fallible;
+use crate::process::Process;
 
 /// The longest that QEMU may take for an answer.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -24,12 +25,13 @@ pub(crate) struct Qmp {
 
 impl Qmp {
     /// Connects to a QEMU that has just been started, and takes it out of its first mode.
-    pub(crate) fn connect(path: &Path) -> Fallible<Self> {
+    pub(crate) fn connect(path: &Path, process: &Process) -> Fallible<Self> {
         let began = Instant::now();
         let stream = loop {
             match UnixStream::connect(path) {
                 Ok(stream) => break stream,
                 Err(error) if began.elapsed() > PATIENCE => return Err(format!("QEMU's control: {error}").into()),
+                Err(_) if process.has_ended()? => return Err("QEMU has ended at once".into()),
                 Err(_) => sleep(Duration::from_millis(5)),
             }
         };

@@ -11,7 +11,7 @@ use crate::table::{self, figure, mebibytes, median, milliseconds};
 use crate::{Fallible, ends, host, image, program, qemu};
 
 /// A contestant that has had this long for its runs, with all that belongs to them, is not asked for more.
-const ENOUGH: Duration = Duration::from_millis(3500);
+const ENOUGH: Duration = Duration::from_secs(3);
 
 /// Memory that a migration takes besides the image's: processes, buffers, sockets.
 const WARM_BESIDE: u64 = 256 << 20;
