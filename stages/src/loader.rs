@@ -14,8 +14,11 @@
 //! - A page's `held` bit is taken away before the page is written and set when it is whole again.
 //! - A zero page of a fresh block that was never loaded is not touched: it is zero already. Of any other block it is
 //!   written, for who knows what was there. Raw pages that lie side by side are written in one call, zero pages too.
+//! - Memory is asked for ahead of its first write ([`first_touch`]).
 //!
 //! Its meter counts pages and page bytes.
+
+mod first_touch;
 
 use std::io;
 use std::sync::Arc;
@@ -36,6 +39,7 @@ use crate::wire::error::{FrameError, WireError};
 use crate::wire::hello::Features;
 use crate::wire::pages::{PageEncoding, PagesHead};
 use crate::xbzrle::Delta;
+use first_touch::FirstTouch;
 
 /// What a lane's loader has done: what the destination acknowledges. The loader writes, anyone reads.
 #[derive(Debug, Default)]
@@ -72,6 +76,7 @@ pub struct Loader {
     checksum: bool,
     allowed: Features,
     progress: Arc<LaneProgress>,
+    first_touch: FirstTouch,
     decompressor: Decompressor,
     /// A page that is being decompressed.
     page: Vec<u8>,
@@ -107,7 +112,8 @@ impl Loader {
     ) -> Self {
         let page = vec![0; memory.page_size().bytes()];
         let (decompressor, stage) = (Decompressor::default(), Stage::new("loader", Some(lane), meter));
-        Self { lane, memory, held, checksum, allowed, progress, decompressor, page, stage }
+        let first_touch = FirstTouch::default();
+        Self { lane, memory, held, checksum, allowed, progress, first_touch, decompressor, page, stage }
     }
 
     /// Runs until the lane's Switchover, or until there is no more input.
@@ -152,6 +158,7 @@ impl Loader {
         }
         self.check_agreed(head)?;
         self.clear(head.at, head.zero)?;
+        self.first_touch.prepare(&self.memory, &self.held, head.at, head.mask & !head.zero);
         pieces(head, payload).try_for_each(|piece| self.place(head.at, &piece))
     }
 

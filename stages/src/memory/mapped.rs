@@ -13,8 +13,10 @@ use std::ops::Range;
 use std::ptr::{NonNull, null_mut};
 use std::sync::Arc;
 
+use rustix::fs::MemfdFlags;
 use rustix::mm::{MapFlags, ProtFlags};
 
+use super::populate::{HUGE_BYTES, HugePages, populate};
 use super::{Memory, copy, holes, present, with_scratch};
 use crate::geometry::{PageSize, bits};
 use crate::pool::PooledBuffer;
@@ -23,7 +25,7 @@ use crate::xbzrle::Delta;
 /// What lies behind memory that a VMM lends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lent {
-    /// A private anonymous mapping.
+    /// A private anonymous mapping. Where a destination loads it densely, huge pages are asked for.
     Anonymous,
     /// A shared mapping of a file or memfd.
     Shared,
@@ -34,6 +36,7 @@ pub struct MappedMemory {
     start: NonNull<u8>,
     length: usize,
     backing: Backing,
+    huge: HugePages,
 }
 
 enum Backing {
@@ -56,11 +59,7 @@ impl MappedMemory {
     /// If the length is 0 or the kernel has no room for it.
     pub fn anonymous(length: usize) -> io::Result<Self> {
         check_length(length)?;
-        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
-        // SAFETY: a fresh mapping at an address that the kernel chooses touches no other memory.
-        let start =
-            unsafe { rustix::mm::mmap_anonymous(null_mut(), length, ProtFlags::READ | ProtFlags::WRITE, flags) }?;
-        Ok(Self::over(start.cast(), length, Backing::Anonymous))
+        Ok(Self::over(map_anonymous(length)?, length, Backing::Anonymous))
     }
 
     /// Shared memory of `length` bytes in a memfd of this name, which other mappings may share.
@@ -69,9 +68,30 @@ impl MappedMemory {
     /// If the length is 0, or the kernel has no room for it.
     pub fn memfd(name: &str, length: usize) -> io::Result<Self> {
         check_length(length)?;
-        let file = File::from(rustix::fs::memfd_create(name, rustix::fs::MemfdFlags::CLOEXEC)?);
+        let file = File::from(rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC)?);
         file.set_len(length as u64)?;
         Self::file(file)
+    }
+
+    /// As [`MappedMemory::memfd`], of huge pages of 2 MiB that the operator has set aside (hugetlbfs).
+    ///
+    /// # Errors
+    /// If the length is 0 or no multiple of 2 MiB, or the host has not so many free huge pages: the message says how it
+    /// gets them.
+    pub fn hugetlb(name: &str, length: usize) -> io::Result<Self> {
+        check_length(length)?;
+        let invalid = || io::Error::new(io::ErrorKind::InvalidInput, format!("{length} bytes are no whole huge pages"));
+        let pages = length.is_multiple_of(HUGE_BYTES).then_some(length / HUGE_BYTES).ok_or_else(invalid)?;
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
+        let mapped = rustix::fs::memfd_create(name, flags).map_err(io::Error::from).and_then(|file| {
+            let file = File::from(file);
+            file.set_len(length as u64)?;
+            Self::file(file)
+        });
+        mapped.map_err(|error| {
+            let ask = "set them aside with: sysctl vm.nr_hugepages=NUMBER";
+            io::Error::new(error.kind(), format!("{pages} huge pages of 2 MiB: {error}; {ask}"))
+        })
     }
 
     /// The whole of a file, shared: what is written here is written to it. The file must not shrink while it is mapped
@@ -105,11 +125,13 @@ impl MappedMemory {
     ) -> Self {
         assert!(start.addr().get().is_multiple_of(4096), "memory at {start:p} does not start on a page");
         assert!(length > 0, "a block has at least one byte");
-        Self { start, length, backing: Backing::Lent { kind, _keep_alive: keep_alive } }
+        let backing = Backing::Lent { kind, _keep_alive: keep_alive };
+        Self { start, length, backing, huge: HugePages::default() }
     }
 
     fn over(start: *mut u8, length: usize, backing: Backing) -> Self {
-        Self { start: NonNull::new(start).expect("the kernel maps nothing at 0"), length, backing }
+        let start = NonNull::new(start).expect("the kernel maps nothing at 0");
+        Self { start, length, backing, huge: HugePages::default() }
     }
 
     /// The first byte. Valid as long as this value lives.
@@ -196,6 +218,20 @@ impl MappedMemory {
         (self.at(start, bytes), bytes)
     }
 
+    /// The bytes of some pages of this memory, as offsets, the rest of a partial last page left out.
+    ///
+    /// # Panics
+    /// If not all of the pages are of this memory.
+    fn bytes_of(&self, page_size: PageSize, pages: Range<u64>) -> Range<usize> {
+        if pages.is_empty() {
+            return 0..0;
+        }
+        let start = self.page(page_size, pages.start).0;
+        let (last, bytes) = self.page(page_size, pages.end - 1);
+        let offset = |at: *mut u8| at.addr() - self.start.addr().get();
+        offset(start)..offset(last) + bytes
+    }
+
     /// Copies a page out unless it is zero.
     fn copy_page(&self, page_size: PageSize, page: u64, into: &mut [u8]) -> bool {
         let (from, bytes) = self.page(page_size, page);
@@ -265,6 +301,29 @@ impl Memory for MappedMemory {
         Ok(())
     }
 
+    fn populate(&self, page_size: PageSize, pages: Range<u64>) -> io::Result<()> {
+        let host = rustix::param::page_size();
+        let bytes = self.bytes_of(page_size, pages);
+        let (start, end) = (bytes.start / host * host, bytes.end.next_multiple_of(host));
+        // SAFETY: the pages are of this mapping, which ends with a page of the host.
+        unsafe { populate(self.start.add(start), end - start) }
+    }
+
+    fn populate_huge(&self, page_size: PageSize, pages: Range<u64>) -> io::Result<bool> {
+        let bytes = self.bytes_of(page_size, pages);
+        let is_huge = |address: usize| address.is_multiple_of(HUGE_BYTES);
+        if self.is_shared() || !is_huge(self.start.addr().get() + bytes.start) || !is_huge(bytes.len()) {
+            return Ok(false);
+        }
+        for start in bytes.step_by(HUGE_BYTES) {
+            // SAFETY: it is of this private mapping, and aligned as was just found.
+            if !unsafe { self.huge.populate(start / HUGE_BYTES, self.start.add(start)) }? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
     fn patch(&self, page_size: PageSize, page: u64, delta: &Delta<'_>) -> io::Result<()> {
         let (to, bytes) = self.page(page_size, page);
         for (offset, run) in delta.runs() {
@@ -307,6 +366,24 @@ impl Drop for MappedMemory {
             debug_assert!(unmapped.is_ok(), "a mapping of ours is unmapped");
         }
     }
+}
+
+/// Maps private memory, at an address where huge pages fit if it is as large as one.
+fn map_anonymous(length: usize) -> io::Result<*mut u8> {
+    let (access, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE | MapFlags::NORESERVE);
+    let length = length.next_multiple_of(rustix::param::page_size());
+    let (align, spare) = if length < HUGE_BYTES { (1, 0) } else { (HUGE_BYTES, HUGE_BYTES) };
+    // SAFETY: a fresh mapping at an address that the kernel chooses touches no other memory.
+    let mapped = unsafe { rustix::mm::mmap_anonymous(null_mut(), length + spare, access, flags) }?.cast::<u8>();
+    let before = mapped.addr().next_multiple_of(align) - mapped.addr();
+    let start = mapped.wrapping_add(before);
+    for (unused, bytes) in [(mapped, before), (start.wrapping_add(length), spare - before)] {
+        if bytes > 0 {
+            // SAFETY: it is a part of the fresh mapping that nobody has used; both ends lie on pages of the host.
+            unsafe { rustix::mm::munmap(unused.cast(), bytes) }?;
+        }
+    }
+    Ok(start)
 }
 
 fn check_length(length: usize) -> io::Result<()> {

@@ -9,6 +9,7 @@ mod copy;
 pub mod file;
 mod holes;
 pub mod mapped;
+mod populate;
 mod present;
 
 use std::cell::RefCell;
@@ -59,6 +60,26 @@ pub trait Memory: Send + Sync + fmt::Debug {
     /// # Errors
     /// As [`Memory::write_pages`].
     fn write_zeros(&self, page_size: PageSize, pages: Range<u64>) -> io::Result<()>;
+
+    /// Makes pages ready that are about to be written for the first time, without changing them: cheaper in one call than as they
+    /// are written. Nothing unless the memory has a cheaper way.
+    ///
+    /// # Errors
+    /// When it cannot: the pages may be written all the same, and it need not be asked again.
+    fn populate(&self, page_size: PageSize, pages: Range<u64>) -> io::Result<()> {
+        let _ = (page_size, pages);
+        Ok(())
+    }
+
+    /// As [`Memory::populate`], by huge pages: cheaper still, but then all of `pages`, a stretch, take up memory, whether they
+    /// are written or not. False if there are none for this range; then nothing was done.
+    ///
+    /// # Errors
+    /// As [`Memory::populate`].
+    fn populate_huge(&self, page_size: PageSize, pages: Range<u64>) -> io::Result<bool> {
+        let _ = (page_size, pages);
+        Ok(false)
+    }
 
     /// Applies a delta to a page in place. The delta was checked whole before, so it cannot fail half-way.
     ///

@@ -1,0 +1,107 @@
+//! Asks for memory ahead of its first write, at most a little more than will be written.
+//!
+//! ```text
+//! a frame's pages that are not held ──▶ in a stretch that was asked for whole? nothing to do
+//!                                   ──▶ does its stretch look dense? ask for all of it, in huge pages
+//!                                   ──▶ else ask for exactly these pages
+//! ```
+//!
+//! Touching a page for the first time is the dearest thing at a destination, and cheapest by huge pages. But a huge page is
+//! resident whole: a guest that is mostly empty must not grow by it. So a stretch is asked for whole only when its first extent comes
+//! dense, and only while what was asked for in vain stays below a share of what was written.
+
+use crate::bitmap::DirtyBitmap;
+use crate::geometry::{EXTENT_PAGES, ExtentAt, runs};
+use crate::memory::GuestMemory;
+
+/// An extent is dense if so many of its pages come.
+const DENSE_PAGES: u32 = 48;
+/// What was asked for in vain stays below this share of the pages written: one in so many.
+const IN_VAIN: u64 = 32;
+
+/// The first touches of one lane. A stretch is of one lane, so lanes need not know of each other.
+#[derive(Debug, Default)]
+pub(super) struct FirstTouch {
+    /// The extents of the stretch that was asked for whole last.
+    whole: Option<Whole>,
+    /// Pages asked for by whole stretches and not written yet.
+    ahead: u64,
+    /// Pages written for the first time.
+    written: u64,
+    /// The memory cannot be asked.
+    refused: bool,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Whole {
+    block: u32,
+    first: u32,
+    extents: u32,
+}
+
+impl FirstTouch {
+    /// Makes memory ready for the pages of `mask`, which are about to be written. Whatever comes of it, they may be.
+    pub(super) fn prepare(&mut self, memory: &GuestMemory, held: &DirtyBitmap, at: ExtentAt, mask: u64) {
+        let pages = mask & !held.peek(at);
+        if pages == 0 || self.refused {
+            return;
+        }
+        let count = u64::from(pages.count_ones());
+        self.written += count;
+        if self.whole.is_some_and(|whole| whole.covers(at)) {
+            self.ahead = self.ahead.saturating_sub(count);
+            return;
+        }
+        if !self.ask_for_stretch(memory, held, at, pages) {
+            self.ask_for_pages(memory, at, pages);
+        }
+    }
+
+    /// Asks for the whole stretch, where it is worth it. True if it is there.
+    fn ask_for_stretch(&mut self, memory: &GuestMemory, held: &DirtyBitmap, at: ExtentAt, pages: u64) -> bool {
+        let extents = u32::try_from(memory.page_size().stretch_extents()).expect("few extents in 2 MiB");
+        let whole = Whole { block: at.block, first: at.extent / extents * extents, extents };
+        let layout = memory.layout();
+        let is_inside = whole.parts().all(|part| layout.valid_mask(part) == u64::MAX);
+        let dense = pages.count_ones() >= DENSE_PAGES && self.ahead * IN_VAIN <= self.written;
+        if !(dense && is_inside && whole.parts().all(|part| held.peek(part) == 0)) {
+            return false;
+        }
+        let first = whole.parts().next().expect("a stretch has extents").first_page();
+        let range = first..first + u64::from(extents) * EXTENT_PAGES;
+        match memory.block(at.block).memory.populate_huge(memory.page_size(), range.clone()) {
+            Ok(true) => {
+                self.ahead += range.end - range.start - u64::from(pages.count_ones());
+                self.whole = Some(whole);
+                true
+            }
+            Ok(false) => false,
+            Err(_refused) => {
+                self.refused = true;
+                true
+            }
+        }
+    }
+
+    fn ask_for_pages(&mut self, memory: &GuestMemory, at: ExtentAt, pages: u64) {
+        let block = &memory.block(at.block).memory;
+        self.refused = runs(pages).any(|(first, count)| {
+            let start = at.first_page() + u64::from(first);
+            // One page is touched as cheaply by writing it.
+            count > 1 && block.populate(memory.page_size(), start..start + u64::from(count)).is_err()
+        });
+    }
+}
+
+impl Whole {
+    fn covers(self, at: ExtentAt) -> bool {
+        self.block == at.block && (self.first..self.first + self.extents).contains(&at.extent)
+    }
+
+    fn parts(self) -> impl Iterator<Item = ExtentAt> {
+        (self.first..self.first.saturating_add(self.extents)).map(move |extent| ExtentAt { block: self.block, extent })
+    }
+}
+
+#[cfg(test)]
+mod tests;
