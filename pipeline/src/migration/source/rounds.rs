@@ -108,25 +108,28 @@ impl Source {
         pages * self.memory.page_size().bytes() as u64
     }
 
-    /// The next signal that a phase must act on: failures become errors, and what concerns every phase is done here.
+    /// The next signal that a phase must act on.
     pub(super) async fn next(&mut self, flow: &mut Flow) -> Result<Signal, MigrationError> {
         loop {
-            match flow.next().await {
-                Signal::Cancel => return Err(MigrationError::Cancelled),
-                Signal::Said(Message::Progress(acknowledged)) => self.acknowledge(flow, &acknowledged)?,
-                Signal::Said(Message::Refused(why)) => {
-                    return Err(MigrationError::Refused { peer: "destination", why });
-                }
-                Signal::Said(Message::Abort(why)) => return Err(MigrationError::GivenUp { peer: "destination", why }),
-                Signal::Said(other) => {
-                    return Err(MigrationError::Protocol(format!("{} came out of turn", other.kind().name())));
-                }
-                Signal::Lost(why) => return Err(MigrationError::Lost(why)),
-                Signal::Broke(failure) => return Err(flow.explain(failure).await),
-                Signal::StageDone(_) => {}
-                Signal::Tick => self.tick(flow).await?,
-                signal => return Ok(signal),
+            if let Some(signal) = self.attend(flow).await? {
+                return Ok(signal);
             }
+        }
+    }
+
+    /// Waits for one signal: failures become errors, and what concerns every phase is done here. What is left is the phase's.
+    pub(super) async fn attend(&mut self, flow: &mut Flow) -> Result<Option<Signal>, MigrationError> {
+        match flow.next().await {
+            Signal::Cancel => Err(MigrationError::Cancelled),
+            Signal::Said(Message::Progress(acknowledged)) => self.acknowledge(flow, &acknowledged).map(|()| None),
+            Signal::Said(Message::Refused(why)) => Err(MigrationError::Refused { peer: "destination", why }),
+            Signal::Said(Message::Abort(why)) => Err(MigrationError::GivenUp { peer: "destination", why }),
+            Signal::Said(other) => Err(MigrationError::Protocol(format!("{} came out of turn", other.kind().name()))),
+            Signal::Lost(why) => Err(MigrationError::Lost(why)),
+            Signal::Broke(failure) => Err(flow.explain(failure).await),
+            Signal::StageDone(_) => Ok(None),
+            Signal::Tick => self.tick(flow).await.map(|()| None),
+            signal => Ok(Some(signal)),
         }
     }
 

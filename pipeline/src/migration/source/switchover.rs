@@ -20,9 +20,9 @@ impl Source {
         let device = self.save().await?;
         self.sync(flow).await.map(|found| self.parts.final_sync = found.duration)?;
 
-        let began = Instant::now();
         let digests = self.settings.verify.then(|| digests::start(&self.memory));
         self.say_state(flow, device).await?;
+        let began = Instant::now();
         self.scan(flow, true).await?;
         self.parts.final_transfer = began.elapsed();
 
@@ -41,7 +41,7 @@ impl Source {
             && self.paused.is_none()
             && self.page_bytes(flow.graph.in_flight.pages()) as f64 > share
         {
-            match tokio::time::timeout_at(give_up, self.next(flow)).await {
+            match tokio::time::timeout_at(give_up, self.attend(flow)).await {
                 Ok(signal) => _ = signal?,
                 Err(_) => break,
             }
