@@ -103,6 +103,7 @@ pub fn workload(table: &WorkloadTable) -> WorkloadSettings {
         backing: match table.backing {
             tables::Backing::Anonymous => Backing::Anonymous,
             tables::Backing::Memfd => Backing::Memfd,
+            tables::Backing::Hugetlb => Backing::Hugetlb,
         },
         dirty_log: match table.dirty_log {
             tables::LogChoice::Auto => LogChoice::Auto,

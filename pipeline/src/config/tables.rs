@@ -67,6 +67,8 @@ pub enum Backing {
     Anonymous,
     /// Shared memory.
     Memfd,
+    /// Shared memory of huge pages that the operator has set aside (sysctl vm.nr_hugepages).
+    Hugetlb,
 }
 
 /// How a workload's writes are found.

@@ -109,7 +109,7 @@ pub(super) fn block_infos(settings: &WorkloadSettings) -> Vec<BlockInfo> {
         id: format!("ram{index}"),
         length,
         guest_address: u64::from(index) * length,
-        backing_page_size: rustix::param::page_size() as u64,
+        backing_page_size: settings.backing.page_bytes(),
     };
     (0..settings.blocks).map(info).collect()
 }
@@ -122,6 +122,7 @@ fn map(backing: Backing, info: &BlockInfo) -> Result<Arc<MappedMemory>, GuestErr
     let mapped = match backing {
         Backing::Anonymous => MappedMemory::anonymous(length),
         Backing::Memfd => MappedMemory::memfd(&info.id, length),
+        Backing::Hugetlb => MappedMemory::hugetlb(&info.id, length),
     };
     mapped.map(Arc::new).map_err(|error| refuse(&error))
 }

@@ -38,6 +38,18 @@ pub enum Backing {
     Anonymous,
     /// A shared memory file without a name.
     Memfd,
+    /// The same, of huge pages of 2 MiB that the host has set aside.
+    Hugetlb,
+}
+
+impl Backing {
+    /// Bytes of the pages that the host makes it of.
+    pub(super) fn page_bytes(self) -> u64 {
+        match self {
+            Self::Anonymous | Self::Memfd => rustix::param::page_size() as u64,
+            Self::Hugetlb => 2 << 20,
+        }
+    }
 }
 
 /// How written pages are found.
@@ -159,7 +171,7 @@ impl WorkloadSettings {
         check((1..=block_limit).contains(&self.blocks), || {
             format!("blocks is {}: it may be 1 to {MAX_BLOCKS}", self.blocks)
         })?;
-        let unit = self.page_size.bytes() as u64 * u64::from(self.blocks);
+        let unit = self.backing.page_bytes().max(self.page_size.bytes() as u64) * u64::from(self.blocks);
         check(self.memory > 0 && self.memory.is_multiple_of(unit), || {
             format!("memory is {} bytes: it must be a multiple of blocks × page size, {unit} bytes", self.memory)
         })?;

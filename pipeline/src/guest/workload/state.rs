@@ -8,12 +8,15 @@
 //! └────────┴────────┴───────────┴─────────┴─────┴──────┴───────────────┴─────────┴──────────────┘
 //! each writer: pattern u8, its two numbers 2 × f64, pages a second f64, bytes u64, region 2 × f64
 //!
-//! "workload" of the devices, version 1
-//! ┌─────────┬─────────┬─────────────────────────────┬───────┬───────────────────┐
-//! │ written │ writers │ each writer: generator, next│ pages │ sequence of each  │
-//! │ u64     │ u32     │ u64, u32                    │ u32   │ u32, 0: never     │
-//! └─────────┴─────────┴─────────────────────────────┴───────┴───────────────────┘
+//! "workload" of the devices, version 2
+//! ┌─────────┬─────────┬──────────────────────────────┬───────┬────────┬────────────┐
+//! │ written │ writers │ each writer: generator, next │ pages │ groups │ each group │
+//! │ u64     │ u32     │ u64, u32                     │ u32   │ u32    │            │
+//! └─────────┴─────────┴──────────────────────────────┴───────┴────────┴────────────┘
+//! group: 64 pages of which any was written: its number u32, ascending; the sequence of each u32, 0: never
 //! ```
+//!
+//! The device state travels while the guest stands still, so pages that were never written take no part in it.
 //!
 //! A peer may have made these bytes up: lengths and values are checked before anything is made of them, and what does
 //! not fit is an error.
@@ -27,7 +30,11 @@ use super::settings::{Backing, Fill, LogChoice, MAX_WRITERS, Pattern, Region, Wo
 use crate::guest::{GuestError, GuestState, StateSection};
 
 const NAME: &str = "workload";
-const VERSION: u32 = 1;
+/// Versions of the setup part and of the devices.
+const SETUP_VERSION: u32 = 1;
+const DEVICE_VERSION: u32 = 2;
+/// Pages whose sequences travel together.
+const GROUP: usize = 64;
 
 /// The writers' state.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,7 +50,7 @@ pub(super) struct DeviceState {
 impl DeviceState {
     /// As a section.
     pub(super) fn save(&self) -> GuestState {
-        let mut bytes = Vec::with_capacity(20 + self.cursors.len() * 12 + self.sequences.len() * 4);
+        let mut bytes = Vec::new();
         bytes.put_u64_le(self.written);
         bytes.put_u32_le(count(self.cursors.len()));
         for cursor in &self.cursors {
@@ -51,13 +58,19 @@ impl DeviceState {
             bytes.put_u32_le(cursor.next);
         }
         bytes.put_u32_le(count(self.sequences.len()));
-        self.sequences.iter().for_each(|&sequence| bytes.put_u32_le(sequence));
-        section(bytes)
+        let groups = self.sequences.chunks(GROUP).enumerate();
+        let written = groups.filter(|(_, group)| group.iter().any(|&sequence| sequence != 0));
+        bytes.put_u32_le(count(written.clone().count()));
+        for (number, group) in written {
+            bytes.put_u32_le(count(number));
+            group.iter().for_each(|&sequence| bytes.put_u32_le(sequence));
+        }
+        section(bytes, DEVICE_VERSION)
     }
 
     /// From a section, for a workload of so many writers and pages.
     pub(super) fn load(state: &GuestState, writers: usize, pages: u32) -> Result<Self, GuestError> {
-        let mut input = Input::of(state, "device state")?;
+        let mut input = Input::of(state, "device state", DEVICE_VERSION)?;
         let written = input.u64()?;
         let came = input.u32()?;
         input.expect("writers", came.into(), writers as u64)?;
@@ -65,10 +78,24 @@ impl DeviceState {
         let cursors = cursors.collect::<Result<_, GuestError>>()?;
         let came = input.u32()?;
         input.expect("pages", came.into(), pages.into())?;
-        input.expect("bytes of sequences", input.left.len() as u64, u64::from(pages) * 4)?;
-        let sequences = (0..pages).map(|_| input.u32()).collect::<Result<_, _>>()?;
+        let sequences = load_sequences(&mut input, pages)?;
         Ok(Self { written, cursors, sequences })
     }
+}
+
+fn load_sequences(input: &mut Input<'_>, pages: u32) -> Result<Vec<u32>, GuestError> {
+    let mut sequences = vec![0; pages as usize];
+    let mut next = 0;
+    for _ in 0..input.u32()? {
+        let number = input.u32()? as usize;
+        let mut groups = sequences.chunks_mut(GROUP).skip(next);
+        let group = number.checked_sub(next).and_then(|skipped| groups.nth(skipped));
+        let group = group.ok_or_else(|| input.refuse(format_args!("group {number} of pages, behind {next} others")))?;
+        group.iter_mut().try_for_each(|sequence| input.u32().map(|came| *sequence = came))?;
+        next = number + 1;
+    }
+    input.expect("bytes left", input.left.len() as u64, 0)?;
+    Ok(sequences)
 }
 
 /// Settings as a section.
@@ -94,16 +121,16 @@ pub(super) fn save_settings(settings: &WorkloadSettings) -> GuestState {
         bytes.put_u64_le(writer.bytes as u64);
         [writer.region.from, writer.region.to].iter().for_each(|&number| bytes.put_f64_le(number));
     }
-    section(bytes)
+    section(bytes, SETUP_VERSION)
 }
 
 /// Settings from a section, checked.
 pub(super) fn load_settings(state: &GuestState) -> Result<WorkloadSettings, GuestError> {
-    let mut input = Input::of(state, "setup state")?;
+    let mut input = Input::of(state, "setup state", SETUP_VERSION)?;
     let (memory, blocks, page_bytes) = (input.u64()?, input.u32()?, input.u32()?);
     let page_size =
         PageSize::new(page_bytes.into()).ok_or_else(|| input.refuse(format_args!("pages of {page_bytes} bytes")))?;
-    let backing = input.tag("backing", &[Backing::Anonymous, Backing::Memfd])?;
+    let backing = input.tag("backing", &[Backing::Anonymous, Backing::Memfd, Backing::Hugetlb])?;
     let logs = [LogChoice::Auto, LogChoice::Software, LogChoice::Userfault, LogChoice::Hash];
     let dirty_log = input.tag("dirty log", &logs)?;
     let seed = input.u64()?;
@@ -134,8 +161,8 @@ fn load_writer(input: &mut Input<'_>) -> Result<WriterSettings, GuestError> {
     Ok(WriterSettings { pattern, pages_per_second, bytes, region: Region { from: input.f64()?, to: input.f64()? } })
 }
 
-fn section(bytes: Vec<u8>) -> GuestState {
-    GuestState { sections: vec![StateSection { name: NAME.into(), version: VERSION, bytes }] }
+fn section(bytes: Vec<u8>, version: u32) -> GuestState {
+    GuestState { sections: vec![StateSection { name: NAME.into(), version, bytes }] }
 }
 
 fn count(items: usize) -> u32 {
@@ -149,15 +176,15 @@ struct Input<'a> {
 }
 
 impl<'a> Input<'a> {
-    fn of(state: &'a GuestState, what: &'static str) -> Result<Self, GuestError> {
+    fn of(state: &'a GuestState, what: &'static str, version: u32) -> Result<Self, GuestError> {
         let [section] = &state.sections[..] else {
             let names: Vec<_> = state.sections.iter().map(|section| section.name.as_str()).collect();
             return Err(GuestError(format!("{what} has the sections {names:?}, a workload has one, {NAME:?}")));
         };
-        if section.name != NAME || section.version != VERSION {
-            let (name, version) = (&section.name, section.version);
+        if section.name != NAME || section.version != version {
+            let (name, came) = (&section.name, section.version);
             return Err(GuestError(format!(
-                "{what} is {name:?} version {version}, here it is {NAME:?} version {VERSION}"
+                "{what} is {name:?} version {came}, here it is {NAME:?} version {version}"
             )));
         }
         Ok(Self { what, left: &section.bytes })

@@ -200,9 +200,16 @@ fn round(source: &Workload, logs: &[Arc<dyn DirtyLog>], bitmap: &DirtyBitmap, to
 fn every_log_on_every_memory_lets_a_running_workload_arrive_whole() {
     for (dirty_log, backing) in [LogChoice::Auto, LogChoice::Software, LogChoice::Userfault, LogChoice::Hash]
         .into_iter()
-        .flat_map(|log| [(log, Backing::Anonymous), (log, Backing::Memfd)])
+        .flat_map(|log| [Backing::Anonymous, Backing::Memfd, Backing::Hugetlb].map(|backing| (log, backing)))
     {
-        let source = Workload::source(WorkloadSettings { dirty_log, backing, ..settings() }).unwrap();
+        let memory = if backing == Backing::Hugetlb { 4 << 20 } else { settings().memory };
+        let source = match Workload::source(WorkloadSettings { memory, dirty_log, backing, ..settings() }) {
+            Err(error) if backing == Backing::Hugetlb => {
+                eprintln!("skipped: {error}");
+                continue;
+            }
+            source => source.unwrap(),
+        };
         let logs = match source.dirty_logs() {
             Err(error) if UserfaultLog::supported().is_err() => {
                 eprintln!("skipped: {error}");
