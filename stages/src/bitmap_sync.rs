@@ -321,4 +321,22 @@ mod tests {
         assert_eq!(words(&untouched), [u64::MAX, !0b11, u64::MAX, u64::MAX]);
         assert_eq!(words(&bitmap), [u64::MAX; 4]);
     }
+
+    #[test]
+    fn untouched_pages_are_kept_until_none_is_left() {
+        let layout = layout(page_size(4), &[1 << 20]);
+        let (log, bitmap) = (Arc::new(SoftwareLog::new(&layout)), Arc::new(DirtyBitmap::empty(&layout)));
+        let untouched = Arc::new(DirtyBitmap::empty(&layout));
+        untouched.set_range(0, 3..5);
+        let sync = BitmapSync::new(vec![log.clone()], bitmap, meter()).with_untouched(untouched.clone());
+        let wanted = Arc::new(());
+        let sync_for = |page| {
+            log.mark(0, page..page + 1);
+            let dirty = sync.work.sync(&Arc::downgrade(&wanted)).unwrap();
+            (dirty, untouched.count(), Arc::strong_count(&untouched))
+        };
+        assert_eq!(sync_for(3), (1, 1, 2));
+        assert_eq!(sync_for(4), (2, 0, 2));
+        assert_eq!(sync_for(5), (3, 0, 1), "none is left: it goes straight into the bitmap");
+    }
 }

@@ -1,11 +1,16 @@
 //! A large guest of which little was ever written, and what a process holds while it is moved.
 
+use std::io;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use memferry::guest::{Guest, GuestError, GuestState, RunState};
 use memferry_stages::dirty_log::{DirtyLog, SoftwareLog, UserfaultLog};
 use memferry_stages::geometry::{BlockInfo, PageSize};
-use memferry_stages::memory::{GuestMemory, MappedMemory, RamBlock};
+use memferry_stages::memory::{GuestMemory, MappedMemory, Memory, RamBlock};
+use memferry_stages::pool::PooledBuffer;
+use memferry_stages::xbzrle::Delta;
 
 /// What its memory is made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,7 +35,70 @@ pub enum LogKind {
 pub struct SparseGuest {
     backing: Backing,
     log: LogKind,
-    block: Mutex<Option<(Arc<MappedMemory>, GuestMemory)>>,
+    block: Mutex<Option<(Arc<CountedMemory>, GuestMemory)>>,
+}
+
+/// Mapped memory that counts what is done with it.
+#[derive(Debug)]
+pub struct CountedMemory {
+    memory: Arc<MappedMemory>,
+    read: AtomicU64,
+    written: AtomicU64,
+}
+
+impl CountedMemory {
+    /// The memory itself.
+    #[must_use]
+    pub fn mapped(&self) -> &Arc<MappedMemory> {
+        &self.memory
+    }
+
+    /// Pages that were read so far, each as often as it was.
+    #[must_use]
+    pub fn read(&self) -> u64 {
+        self.read.load(Ordering::Relaxed)
+    }
+
+    /// Pages that were written so far, zeros too.
+    #[must_use]
+    pub fn written(&self) -> u64 {
+        self.written.load(Ordering::Relaxed)
+    }
+}
+
+impl Memory for CountedMemory {
+    fn length(&self) -> u64 {
+        self.memory.length()
+    }
+
+    fn read_extent(&self, page_size: PageSize, first_page: u64, mask: u64, into: &mut PooledBuffer) -> io::Result<u64> {
+        self.read.fetch_add(u64::from(mask.count_ones()), Ordering::Relaxed);
+        self.memory.read_extent(page_size, first_page, mask, into)
+    }
+
+    fn read_page(&self, page_size: PageSize, page: u64, into: &mut [u8]) -> io::Result<()> {
+        self.read.fetch_add(1, Ordering::Relaxed);
+        self.memory.read_page(page_size, page, into)
+    }
+
+    fn write_pages(&self, page_size: PageSize, first_page: u64, bytes: &[u8]) -> io::Result<()> {
+        self.written.fetch_add((bytes.len() / page_size.bytes()) as u64, Ordering::Relaxed);
+        self.memory.write_pages(page_size, first_page, bytes)
+    }
+
+    fn write_zeros(&self, page_size: PageSize, pages: Range<u64>) -> io::Result<()> {
+        self.written.fetch_add(pages.end - pages.start, Ordering::Relaxed);
+        self.memory.write_zeros(page_size, pages)
+    }
+
+    fn patch(&self, page_size: PageSize, page: u64, delta: &Delta<'_>) -> io::Result<()> {
+        self.written.fetch_add(1, Ordering::Relaxed);
+        self.memory.patch(page_size, page, delta)
+    }
+
+    fn untouched_in(&self, page_size: PageSize, pages: Range<u64>) -> io::Result<Vec<Range<u64>>> {
+        self.memory.untouched_in(page_size, pages)
+    }
 }
 
 impl SparseGuest {
@@ -49,7 +117,8 @@ impl SparseGuest {
         let guest = Self::destination(backing, log);
         let info = BlockInfo { id: "ram".into(), length, guest_address: 0, backing_page_size: 4096 };
         guest.map(PageSize::DEFAULT, info).expect("memory for a test");
-        let memory = guest.mapped();
+        let memory = guest.counted();
+        let memory = memory.mapped();
         for page in written(length, pages) {
             memory.store(usize::try_from(page * 4096).expect("it fits memory"), &content(page));
         }
@@ -61,7 +130,7 @@ impl SparseGuest {
     /// # Panics
     /// Before.
     #[must_use]
-    pub fn mapped(&self) -> Arc<MappedMemory> {
+    pub fn counted(&self) -> Arc<CountedMemory> {
         self.block.lock().unwrap().as_ref().expect("built").0.clone()
     }
 
@@ -71,10 +140,11 @@ impl SparseGuest {
             Backing::Anonymous => MappedMemory::anonymous(length),
             Backing::Memfd => MappedMemory::memfd("ram", length),
         };
-        let mapped = Arc::new(mapped.map_err(|error| GuestError(error.to_string()))?);
-        let block = RamBlock { info, memory: mapped.clone(), fresh: true };
+        let memory = Arc::new(mapped.map_err(|error| GuestError(error.to_string()))?);
+        let counted = Arc::new(CountedMemory { memory, read: AtomicU64::new(0), written: AtomicU64::new(0) });
+        let block = RamBlock { info, memory: counted.clone(), fresh: true };
         let memory = GuestMemory::new(page_size, vec![block]).map_err(|error| GuestError(error.to_string()))?;
-        *self.block.lock().unwrap() = Some((mapped, memory));
+        *self.block.lock().unwrap() = Some((counted, memory));
         Ok(())
     }
 }
@@ -103,7 +173,9 @@ impl Guest for SparseGuest {
         let memory = self.memory();
         Ok(vec![match self.log {
             LogKind::Software => Arc::new(SoftwareLog::new(memory.layout())),
-            LogKind::Userfault => Arc::new(UserfaultLog::new(memory.layout(), vec![(0, self.mapped())])),
+            LogKind::Userfault => {
+                Arc::new(UserfaultLog::new(memory.layout(), vec![(0, self.counted().mapped().clone())]))
+            }
         }])
     }
 
