@@ -22,29 +22,29 @@ use tokio::runtime::Runtime;
 const BYTES: u64 = 1 << 40;
 const PAGES: u64 = BYTES / 4096;
 const LANES: u16 = 2;
-const RUNS: usize = 9;
+const RUNS: usize = 5;
 
 /// Which pages are dirty.
 #[derive(Clone, Copy)]
 struct Pattern {
     name: &'static str,
-    share: f64,
+    per_mille: u64,
     /// Pages side by side.
     cluster: u64,
 }
 
 const PATTERNS: [Pattern; 6] = [
-    Pattern { name: "clean", share: 0.0, cluster: 1 },
-    Pattern { name: "0.1 % scattered", share: 0.001, cluster: 1 },
-    Pattern { name: "0.1 % clustered", share: 0.001, cluster: 4096 },
-    Pattern { name: "10 % scattered", share: 0.1, cluster: 1 },
-    Pattern { name: "10 % clustered", share: 0.1, cluster: 4096 },
-    Pattern { name: "all", share: 1.0, cluster: PAGES },
+    Pattern { name: "clean", per_mille: 0, cluster: 1 },
+    Pattern { name: "0.1 % scattered", per_mille: 1, cluster: 1 },
+    Pattern { name: "0.1 % clustered", per_mille: 1, cluster: 4096 },
+    Pattern { name: "10 % scattered", per_mille: 100, cluster: 1 },
+    Pattern { name: "10 % clustered", per_mille: 100, cluster: 4096 },
+    Pattern { name: "all", per_mille: 1000, cluster: PAGES },
 ];
 
 impl Pattern {
     fn mark(self, mut set: impl FnMut(u64, u64)) {
-        let clusters = ((PAGES as f64 * self.share) / self.cluster as f64) as u64;
+        let clusters = PAGES * self.per_mille / 1000 / self.cluster;
         let mut chance = 0x9e37_79b9_7f4a_7c15_u64;
         for _ in 0..clusters {
             chance ^= chance << 13;
