@@ -1,8 +1,9 @@
 //! How much memory a migration takes for itself, known before it starts (law 9).
 //!
 //! Everything in flight lies in pooled buffers of one extent each; the queues carry those buffers and small heads. So the
-//! bound is pools + XBZRLE cache + what grows with the guest: bitmaps, what is in flight, and digests, together less than
-//! 0.02 % of its size. More lanes or larger pages are what makes the pools grow.
+//! bound is pools + XBZRLE cache + what grows with the guest: bitmaps, what is in flight, and digests. Of a guest of 32 GiB or
+//! more for each lane these are less than 0.02 %, a log that keeps a bit for each page included. More lanes or larger pages
+//! are what makes the pools grow.
 
 use std::sync::Arc;
 
