@@ -111,7 +111,8 @@ fn scanner(group: &mut BenchmarkGroup<'_, WallTime>) {
                 .for_each(|extent| bitmap.set_range(0, u64::from(extent) * 64..u64::from(extent) * 64 + dirty_pages));
             let lanes = LaneMap::new(1, PageSize::DEFAULT);
             let meter = Meter::start("scanner", None);
-            let scanner = Scanner::new(bitmap, None, Vec::new(), lanes, Arc::new(InFlight::new(1)), meter);
+            let in_flight = Arc::new(InFlight::new(bitmap.layout(), lanes));
+            let scanner = Scanner::new(bitmap, None, Vec::new(), lanes, in_flight, meter);
             let ((lane, batches), (answer, _answers)) = (bounded(4), bounded(1));
             let orders = queue_of([ScanOrder { round: 1, last: true }]);
             let (took, items) = timed(scanner.run(orders, vec![lane], answer), &batches);

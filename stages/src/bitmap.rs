@@ -10,29 +10,50 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::geometry::{EXTENT_PAGES, ExtentAt, Layout, PageAt, run_mask};
 
+/// Words that are looked at together when clean ones are skipped: a cache line.
+const LINE: usize = 8;
+
 /// One bit for each page of a layout. Shared by reference; all methods may be called from any thread.
 #[derive(Debug)]
 pub struct DirtyBitmap {
     layout: Layout,
-    blocks: Vec<Box<[AtomicU64]>>,
+    blocks: Vec<Block>,
+}
+
+/// The words of one block.
+#[derive(Debug)]
+struct Block {
+    words: Box<[AtomicU64]>,
+    /// The bits of the last word that stand for pages; in all others each does.
+    last: u64,
 }
 
 impl DirtyBitmap {
-    /// A bitmap with no bit set.
+    /// A bitmap with no bit set. It takes memory where bits are set, and only there.
     #[must_use]
     pub fn empty(layout: &Layout) -> Self {
-        let words = |block| (0..layout.block_extents(block)).map(|_| AtomicU64::new(0)).collect();
-        Self { blocks: (0..layout.block_count()).map(words).collect(), layout: layout.clone() }
+        Self::of(layout, 0)
     }
 
     /// A bitmap with the bit of every page set: how a migration starts.
     #[must_use]
     pub fn filled(layout: &Layout) -> Self {
-        let bitmap = Self::empty(layout);
-        for at in bitmap.extents() {
-            bitmap.set_mask(at, layout.valid_mask(at));
-        }
-        bitmap
+        Self::of(layout, u64::MAX)
+    }
+
+    /// A bitmap of words like this one.
+    fn of(layout: &Layout, word: u64) -> Self {
+        let block = |block| {
+            let extents = layout.block_extents(block);
+            let last = layout.valid_mask(ExtentAt { block, extent: extents - 1 });
+            // From zeroed memory, which the kernel gives when it is touched; made atomic where it lies.
+            let mut words = vec![word; extents as usize];
+            if word & !last != 0 {
+                words[extents as usize - 1] = word & last;
+            }
+            Block { words: words.into_iter().map(AtomicU64::new).collect(), last }
+        };
+        Self { blocks: (0..layout.block_count()).map(block).collect(), layout: layout.clone() }
     }
 
     /// The layout whose pages the bits stand for.
@@ -44,6 +65,28 @@ impl DirtyBitmap {
     /// Every extent, block by block.
     pub fn extents(&self) -> impl Iterator<Item = ExtentAt> + use<'_> {
         let of_block = |block| (0..self.layout.block_extents(block)).map(move |extent| ExtentAt { block, extent });
+        (0..self.layout.block_count()).flat_map(of_block)
+    }
+
+    /// Those of some extents of a block that have a bit set as this comes to them, ascending: the words between them cost a
+    /// plain load each, a line of them at a time.
+    ///
+    /// # Panics
+    /// If the extents reach beyond the block.
+    pub fn dirty_extents(&self, block: u32, extents: Range<u32>) -> impl Iterator<Item = ExtentAt> + use<'_> {
+        let (start, words) = (extents.start, self.words(block, extents));
+        let mut next = 0;
+        std::iter::from_fn(move || {
+            let found = next + first_dirty(&words[next..])?;
+            next = found + 1;
+            #[expect(clippy::cast_possible_truncation, reason = "a block has at most 2^32 extents")]
+            Some(ExtentAt { block, extent: start + found as u32 })
+        })
+    }
+
+    /// As [`DirtyBitmap::dirty_extents`], of all blocks.
+    pub fn all_dirty_extents(&self) -> impl Iterator<Item = ExtentAt> + use<'_> {
+        let of_block = |block| self.dirty_extents(block, 0..self.layout.block_extents(block));
         (0..self.layout.block_count()).flat_map(of_block)
     }
 
@@ -85,9 +128,10 @@ impl DirtyBitmap {
         if mask == 0 {
             return 0;
         }
-        let valid = self.layout.valid_mask(at);
+        let (index, Block { words, last }) = (at.extent as usize, &self.blocks[at.block as usize]);
+        let valid = if index + 1 == words.len() { *last } else { u64::MAX };
         assert_eq!(mask & !valid, 0, "bits beyond the end of block {} in extent {}", at.block, at.extent);
-        mask & !self.word(at).fetch_or(mask, Ordering::Release)
+        mask & !words[index].fetch_or(mask, Ordering::Release)
     }
 
     /// Sets the bit of one page (Release): true if it was clear.
@@ -130,19 +174,61 @@ impl DirtyBitmap {
     /// How many bits are set. One sweep over the words.
     #[must_use]
     pub fn count(&self) -> u64 {
-        let ones = |word: &AtomicU64| u64::from(word.load(Ordering::Relaxed).count_ones());
-        self.blocks.iter().flat_map(|words| words.iter()).map(ones).sum()
+        (0..self.layout.block_count()).map(|block| self.count_in(block, 0..self.layout.block_extents(block))).sum()
     }
 
-    /// Bytes this bitmap keeps in memory.
+    /// How many bits of some extents of a block are set.
+    ///
+    /// # Panics
+    /// If the extents reach beyond the block.
+    #[must_use]
+    pub fn count_in(&self, block: u32, extents: Range<u32>) -> u64 {
+        let ones = |word: &AtomicU64| u64::from(word.load(Ordering::Relaxed).count_ones());
+        let lines = self.words(block, extents).chunks(LINE).filter(|line| !is_clean(line));
+        lines.flat_map(|line| line.iter().map(ones)).sum()
+    }
+
+    /// Is no bit set? Ends at the first that is.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.all_dirty_extents().next().is_none()
+    }
+
+    /// Bytes this bitmap keeps in memory at most.
     #[must_use]
     pub fn memory_bytes(&self) -> u64 {
-        self.blocks.iter().map(|words| std::mem::size_of_val(&words[..]) as u64).sum()
+        Self::bytes_of(&self.layout)
+    }
+
+    /// Bytes that a bitmap of this layout keeps in memory at most.
+    #[must_use]
+    pub fn bytes_of(layout: &Layout) -> u64 {
+        let words = |block| u64::from(layout.block_extents(block));
+        (0..layout.block_count()).map(words).sum::<u64>() * size_of::<AtomicU64>() as u64
     }
 
     fn word(&self, at: ExtentAt) -> &AtomicU64 {
-        &self.blocks[at.block as usize][at.extent as usize]
+        &self.blocks[at.block as usize].words[at.extent as usize]
     }
+
+    fn words(&self, block: u32, extents: Range<u32>) -> &[AtomicU64] {
+        &self.blocks[block as usize].words[extents.start as usize..extents.end as usize]
+    }
+}
+
+/// The first word that has a bit set.
+#[inline]
+fn first_dirty(words: &[AtomicU64]) -> Option<usize> {
+    if words.first()?.load(Ordering::Relaxed) != 0 {
+        return Some(0);
+    }
+    let clean = LINE * words.chunks_exact(LINE).take_while(|line| is_clean(line)).count();
+    words[clean..].iter().position(|word| word.load(Ordering::Relaxed) != 0).map(|found| clean + found)
+}
+
+#[inline]
+fn is_clean(words: &[AtomicU64]) -> bool {
+    words.iter().fold(0, |all, word| all | word.load(Ordering::Relaxed)) == 0
 }
 
 /// The extent of a page, and its bit there.
@@ -176,6 +262,7 @@ mod tests {
 
     use super::*;
     use crate::geometry::{BlockInfo, PageSize, bits};
+    use crate::stage::testing::{layout as layout_of, page_size};
 
     const PAGES: [u64; 3] = [130, 64, 3];
 
@@ -261,7 +348,23 @@ mod tests {
                 let kept: Naive = bitmap.extents().flat_map(|at| pages_of(at, bitmap.peek(at))).collect();
                 prop_assert_eq!(&kept, &naive);
                 prop_assert_eq!(bitmap.count(), naive.len() as u64);
+                prop_assert_eq!(bitmap.is_empty(), naive.is_empty());
             }
+        }
+
+        #[test]
+        fn dirty_extents_are_those_with_a_bit_set(
+            dirty in prop::collection::vec((0..2u32, 0..100u32), 0..40), block in 0..2u32, start in 0..=100u32, end in 0..=100u32,
+        ) {
+            let bitmap = DirtyBitmap::empty(&layout_of(page_size(4), &[100 * 64 * 4096; 2]));
+            let at = |&(block, extent): &(u32, u32)| ExtentAt { block, extent };
+            dirty.iter().map(at).for_each(|at| _ = bitmap.set_mask(at, 1 << (at.extent % 64)));
+            let naive: BTreeSet<_> = dirty.iter().map(at).collect();
+            prop_assert!(bitmap.all_dirty_extents().eq(naive.iter().copied()));
+            let (start, end) = (start.min(end), start.max(end));
+            let here = |at: &&ExtentAt| at.block == block && (start..end).contains(&at.extent);
+            prop_assert!(bitmap.dirty_extents(block, start..end).eq(naive.iter().filter(here).copied()));
+            prop_assert_eq!(bitmap.count_in(block, start..end), naive.iter().filter(here).count() as u64);
         }
 
         #[test]

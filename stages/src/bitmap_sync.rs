@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use crate::bitmap::DirtyBitmap;
 use crate::dirty_log::DirtyLog;
 use crate::error::{Cause, StageError};
-use crate::geometry::{ExtentAt, Layout};
+use crate::geometry::Layout;
 use crate::meter::Meter;
 use crate::queue::{Closed, Inlet, Outlet};
 use crate::stage::Stage;
@@ -53,7 +53,7 @@ impl BitmapSync {
     /// A sync of all `logs` into `bitmap`. The meter counts a sync as a batch, and the pages that are dirty after it.
     #[must_use]
     pub fn new(logs: Vec<Arc<dyn DirtyLog>>, bitmap: Arc<DirtyBitmap>, meter: Arc<Meter>) -> Self {
-        let work = Work { logs, bitmap, untouched: None, at_work: Arc::default() };
+        let work = Work { logs, bitmap, untouched: Mutex::default(), at_work: Arc::default() };
         Self { work, stage: Stage::new("bitmap sync", None, meter) }
     }
 
@@ -63,8 +63,7 @@ impl BitmapSync {
     /// write once, the bit in the bitmap is set already, and the page would travel as the zero page that it is no more.
     #[must_use]
     pub fn with_untouched(mut self, untouched: Arc<DirtyBitmap>) -> Self {
-        let found = DirtyBitmap::empty(self.work.bitmap.layout());
-        self.work.untouched = Some(Untouched { found, pages: untouched });
+        self.work.untouched = Mutex::new(Some(untouched));
         self
     }
 
@@ -101,15 +100,9 @@ impl BitmapSync {
 struct Work {
     logs: Vec<Arc<dyn DirtyLog>>,
     bitmap: Arc<DirtyBitmap>,
-    untouched: Option<Untouched>,
+    /// The pages never touched, until there are none.
+    untouched: Mutex<Option<Arc<DirtyBitmap>>>,
     at_work: Arc<Mutex<()>>,
-}
-
-/// The pages never touched, and a place to see what a sync found before it is in the bitmap.
-#[derive(Debug)]
-struct Untouched {
-    found: DirtyBitmap,
-    pages: Arc<DirtyBitmap>,
 }
 
 impl Work {
@@ -131,19 +124,32 @@ impl Work {
     fn sync(&self, wanted: &Weak<()>) -> io::Result<u64> {
         // A sync that panicked before does not matter to this one.
         let _at_work = self.at_work.lock().unwrap_or_else(PoisonError::into_inner);
+        let untouched = self.untouched();
+        // A place to see what was found before it is in the bitmap.
+        let found = untouched.as_ref().map(|_| DirtyBitmap::empty(self.bitmap.layout()));
+        let mut dirty_pages = 0;
         for (block, extents) in ranges(self.bitmap.layout()) {
             if wanted.strong_count() == 0 {
                 break;
             }
-            match &self.untouched {
-                None => self.ask_logs(block, extents, &self.bitmap)?,
-                Some(Untouched { found, pages }) => {
+            match untouched.as_deref().zip(found.as_ref()) {
+                None => self.ask_logs(block, extents.clone(), &self.bitmap)?,
+                Some((untouched, found)) => {
                     self.ask_logs(block, extents.clone(), found)?;
-                    self.bring_in(block, extents, found, pages);
+                    self.bring_in(block, extents.clone(), found, untouched);
                 }
             }
+            // While its words are still in the cache.
+            dirty_pages += self.bitmap.count_in(block, extents);
         }
-        Ok(self.bitmap.count())
+        Ok(dirty_pages)
+    }
+
+    /// The pages never touched, if any are left that have not been scanned: no bit is ever added to them.
+    fn untouched(&self) -> Option<Arc<DirtyBitmap>> {
+        let mut untouched = self.untouched.lock().unwrap_or_else(PoisonError::into_inner);
+        drop(untouched.take_if(|pages| pages.is_empty()));
+        untouched.clone()
     }
 
     fn ask_logs(&self, block: u32, extents: Range<u32>, into: &DirtyBitmap) -> io::Result<()> {
@@ -152,8 +158,7 @@ impl Work {
 
     /// Moves what was found into the bitmap. It leaves `untouched` first: who takes the bit finds the page touched.
     fn bring_in(&self, block: u32, extents: Range<u32>, found: &DirtyBitmap, untouched: &DirtyBitmap) {
-        for extent in extents {
-            let at = ExtentAt { block, extent };
+        for at in found.dirty_extents(block, extents) {
             let written = found.take(at);
             let _touched = untouched.take_mask(at, written);
             self.bitmap.set_mask(at, written);
@@ -315,5 +320,23 @@ mod tests {
         assert_eq!(orders(sync, &[0]).unwrap()[0].dirty_pages, 256);
         assert_eq!(words(&untouched), [u64::MAX, !0b11, u64::MAX, u64::MAX]);
         assert_eq!(words(&bitmap), [u64::MAX; 4]);
+    }
+
+    #[test]
+    fn untouched_pages_are_kept_until_none_is_left() {
+        let layout = layout(page_size(4), &[1 << 20]);
+        let (log, bitmap) = (Arc::new(SoftwareLog::new(&layout)), Arc::new(DirtyBitmap::empty(&layout)));
+        let untouched = Arc::new(DirtyBitmap::empty(&layout));
+        untouched.set_range(0, 3..5);
+        let sync = BitmapSync::new(vec![log.clone()], bitmap, meter()).with_untouched(untouched.clone());
+        let wanted = Arc::new(());
+        let sync_for = |page| {
+            log.mark(0, page..page + 1);
+            let dirty = sync.work.sync(&Arc::downgrade(&wanted)).unwrap();
+            (dirty, untouched.count(), Arc::strong_count(&untouched))
+        };
+        assert_eq!(sync_for(3), (1, 1, 2));
+        assert_eq!(sync_for(4), (2, 0, 2));
+        assert_eq!(sync_for(5), (3, 0, 1), "none is left: it goes straight into the bitmap");
     }
 }

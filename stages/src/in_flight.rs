@@ -4,51 +4,74 @@
 //! One frame is made of each batch, in the order of the lane, so a count of frames says which. The controller counts what
 //! is here into what remains to be sent; a recovery gives it back to the bitmap.
 //!
-//! It is bounded, whatever the destination acknowledges: when a lane's list has grown to its limit, batches of the same
-//! extent are merged into the latest of them. Their pages then count as on their way until that one is acknowledged, which
-//! may send a page again but never loses one. No more than one entry for each extent is left, and the limit is twice that.
+//! It is bounded, whatever the destination acknowledges: when a lane's list is full, its entries are folded into a bitmap that
+//! has room for every page. What is folded counts as on its way until the latest frame of it is acknowledged, which may
+//! send a page again but never loses one.
 
 use std::collections::VecDeque;
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Mutex, MutexGuard, OnceLock};
 
 use crate::batch::Batch;
 use crate::bitmap::DirtyBitmap;
-use crate::geometry::ExtentAt;
+use crate::geometry::{ExtentAt, LaneMap, Layout};
 
-/// Entries that a lane may have before any are merged.
-const FIRST_LIMIT: usize = 4096;
+/// Entries that a lane's list has room for, at least: more than are taken between two acknowledgements.
+const LEAST_ROOM: usize = 16384;
+/// Extents of a guest for which all lists together have room for one entry, at least.
+const EXTENTS_PER_ENTRY: u64 = 8;
 
 /// The pages on their way, lane by lane in the order they were taken. Shared by the scanner and whoever reads the return
 /// path; locked for each batch and each acknowledgement.
 #[derive(Debug)]
 pub struct InFlight {
+    layout: Layout,
+    lane_map: LaneMap,
+    /// Entries that a lane's list has room for.
+    room: usize,
     lanes: Box<[Mutex<Lane>]>,
+    /// What was folded, of all lanes: each has extents of its own. Not there until it is needed.
+    folded: OnceLock<DirtyBitmap>,
 }
 
 impl InFlight {
-    /// Nothing on its way in `lanes` lanes.
+    /// Nothing on its way in the lanes of the map.
     #[must_use]
-    pub fn new(lanes: u16) -> Self {
-        Self::with_limit(lanes, FIRST_LIMIT)
+    pub fn new(layout: &Layout, lane_map: LaneMap) -> Self {
+        Self::with_room(layout, lane_map, room(layout, lane_map.lanes()))
     }
 
-    fn with_limit(lanes: u16, limit: usize) -> Self {
-        Self { lanes: (0..lanes).map(|_| Mutex::new(Lane::new(limit))).collect() }
+    fn with_room(layout: &Layout, lane_map: LaneMap, room: usize) -> Self {
+        let lanes = (0..lane_map.lanes()).map(|_| Mutex::default()).collect();
+        Self { layout: layout.clone(), lane_map, room, lanes, folded: OnceLock::new() }
     }
 
-    /// The most bytes it takes in a migration of so many extents.
+    /// The most bytes it takes in a migration of such a guest in so many lanes.
     #[must_use]
-    pub fn bound_bytes(&self, extents: u64) -> u64 {
-        let entries = 2 * extents + (self.lanes.len() * FIRST_LIMIT) as u64;
-        entries * size_of::<Taken>() as u64
+    pub fn bound_bytes(layout: &Layout, lanes: u16) -> u64 {
+        DirtyBitmap::bytes_of(layout) + u64::from(lanes) * (room(layout, lanes) * size_of::<Taken>()) as u64
+    }
+
+    /// The most bytes that it has kept in memory: what it took it does not give back.
+    ///
+    /// # Panics
+    /// As [`InFlight::pages`].
+    #[must_use]
+    pub fn memory_bytes(&self) -> u64 {
+        let lists: usize = self.each_lane().map(|lane| lane.list.capacity() * size_of::<Taken>()).sum();
+        self.folded.get().map_or(0, DirtyBitmap::memory_bytes) + lists as u64
     }
 
     /// A batch goes into a lane: one frame more.
     ///
     /// # Panics
-    /// If there is no such lane.
+    /// If it is not the lane of the batch's extent.
     pub fn record(&self, lane: u16, batch: &Batch) {
-        self.lane(lane).record(batch.at, batch.mask);
+        debug_assert_eq!(self.lane_map.lane(batch.at), lane, "the lane of {:?}", batch.at);
+        let mut here = self.lane(lane);
+        if here.list.len() == self.room {
+            here.fold(self.folded.get_or_init(|| DirtyBitmap::empty(&self.layout)));
+        }
+        here.record(batch.at, batch.mask);
     }
 
     /// The destination has loaded the first `frames_total` Pages frames of a lane. Fewer than it said before says nothing.
@@ -59,20 +82,23 @@ impl InFlight {
     /// # Panics
     /// If there is no such lane.
     pub fn acknowledge(&self, lane: u16, frames_total: u64) -> Result<(), u64> {
-        self.lane(lane).acknowledge(frames_total)
+        let mut here = self.lane(lane);
+        here.acknowledge(frames_total)?;
+        if here.folded_frame.is_some_and(|frame| frame <= frames_total) {
+            self.unfold(lane, &mut here, |_, _| ());
+        }
+        Ok(())
     }
 
     /// Everything taken so far has arrived: a file is durable up to here.
     pub fn acknowledge_all(&self) {
-        for mut lane in self.each_lane() {
-            drop(lane.take_all());
-        }
+        self.take_all(|_, _| ());
     }
 
     /// Pages on their way. One that is on its way twice may count twice: it is sent twice.
     #[must_use]
     pub fn pages(&self) -> u64 {
-        self.each_lane().map(|lane| lane.pages).sum()
+        self.each_lane().map(|lane| lane.pages + lane.folded_pages).sum()
     }
 
     /// Gives the bits of all that is on its way back to the bitmap, where they are sent again; nothing is on its way then.
@@ -80,10 +106,23 @@ impl InFlight {
     /// # Panics
     /// If the bitmap is of another layout than the one the bits were taken from.
     pub fn put_back(&self, bitmap: &DirtyBitmap) {
-        for mut lane in self.each_lane() {
-            for taken in lane.take_all() {
-                bitmap.set_mask(taken.at, taken.mask);
-            }
+        self.take_all(|at, mask| _ = bitmap.set_mask(at, mask));
+    }
+
+    fn take_all(&self, mut taken: impl FnMut(ExtentAt, u64)) {
+        for (lane, mut here) in (0..).zip(self.each_lane()) {
+            self.unfold(lane, &mut here, &mut taken);
+            here.pages = 0;
+            here.list.drain(..).for_each(|Taken { at, mask, .. }| taken(at, mask));
+        }
+    }
+
+    /// Takes what the lane has folded.
+    fn unfold(&self, lane: u16, here: &mut Lane, mut taken: impl FnMut(ExtentAt, u64)) {
+        let Some(folded) = self.folded.get().filter(|_| here.folded_frame.take().is_some()) else { return };
+        here.folded_pages = 0;
+        for at in folded.all_dirty_extents().filter(|&at| self.lane_map.lane(at) == lane) {
+            taken(at, folded.take(at));
         }
     }
 
@@ -96,11 +135,18 @@ impl InFlight {
     }
 }
 
+/// Entries that each of so many lists has room for: a power of two, since that is how a list grows.
+fn room(layout: &Layout, lanes: u16) -> usize {
+    let extents: u64 = (0..layout.block_count()).map(|block| u64::from(layout.block_extents(block))).sum();
+    let share = extents / EXTENTS_PER_ENTRY / u64::from(lanes);
+    usize::try_from(share).expect("they fit memory").next_power_of_two().max(LEAST_ROOM)
+}
+
 fn lock(lane: &Mutex<Lane>) -> MutexGuard<'_, Lane> {
     lane.lock().expect("no holder of this lock panics")
 }
 
-/// The pages of one extent, and the latest frame they went into (the lane's first is 1).
+/// The pages of one extent, and the frame they went into (the lane's first is 1).
 #[derive(Debug)]
 struct Taken {
     frame: u64,
@@ -108,24 +154,21 @@ struct Taken {
     mask: u64,
 }
 
-/// One lane's list, by frame.
-#[derive(Debug)]
+/// What one lane has on its way.
+#[derive(Debug, Default)]
 struct Lane {
+    /// By frame.
     list: VecDeque<Taken>,
     frames: u64,
+    /// Those of the list.
     pages: u64,
-    limit: usize,
+    /// The latest frame that was folded, while any is.
+    folded_frame: Option<u64>,
+    folded_pages: u64,
 }
 
 impl Lane {
-    fn new(limit: usize) -> Self {
-        Self { list: VecDeque::new(), frames: 0, pages: 0, limit }
-    }
-
     fn record(&mut self, at: ExtentAt, mask: u64) {
-        if self.list.len() == self.limit {
-            self.merge();
-        }
         self.frames += 1;
         self.pages += u64::from(mask.count_ones());
         self.list.push_back(Taken { frame: self.frames, at, mask });
@@ -141,28 +184,13 @@ impl Lane {
         Ok(())
     }
 
-    fn take_all(&mut self) -> impl Iterator<Item = Taken> {
+    /// Empties the list.
+    fn fold(&mut self, into: &DirtyBitmap) {
+        for Taken { at, mask, .. } in self.list.drain(..) {
+            self.folded_pages += u64::from(into.set_mask(at, mask).count_ones());
+        }
         self.pages = 0;
-        std::mem::take(&mut self.list).into_iter()
-    }
-
-    /// Leaves one entry for each extent, and room for as many again.
-    fn merge(&mut self) {
-        let mut list = Vec::from(std::mem::take(&mut self.list));
-        list.sort_unstable_by_key(|taken| (taken.at, taken.frame));
-        list.dedup_by(|later, earlier| {
-            let same = later.at == earlier.at;
-            if same {
-                earlier.frame = later.frame;
-                earlier.mask |= later.mask;
-            }
-            same
-        });
-        list.sort_unstable_by_key(|taken| taken.frame);
-        self.limit = self.limit.max(2 * list.len());
-        list.reserve_exact(self.limit - list.len());
-        self.pages = list.iter().map(|taken| u64::from(taken.mask.count_ones())).sum();
-        self.list = list.into();
+        self.folded_frame = Some(self.frames);
     }
 }
 
@@ -171,64 +199,72 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::geometry::{BlockInfo, Layout, PageSize, bits};
+    use crate::geometry::{PageSize, bits};
+    use crate::stage::testing::{batch, layout, page_size, words};
 
-    const EXTENTS: u32 = 8;
+    const LANES: u16 = 2;
+    /// Three stretches: two of lane 0, one of lane 1.
+    const EXTENTS: u32 = 24;
 
-    fn layout() -> Layout {
-        let block = BlockInfo { id: "ram".into(), length: 8 << 18, guest_address: 0, backing_page_size: 4096 };
-        Layout::new(PageSize::DEFAULT, vec![block]).unwrap()
+    fn in_flight(room: usize) -> InFlight {
+        InFlight::with_room(&guest(), LaneMap::new(LANES, PageSize::DEFAULT), room)
     }
 
-    fn batch(extent: u32, mask: u64) -> Batch {
-        Batch { at: ExtentAt { block: 0, extent }, mask, untouched: 0, round: 1, last: false }
+    fn guest() -> Layout {
+        layout(page_size(4), &[u64::from(EXTENTS) << 18])
     }
 
-    /// What the lists amount to, kept as simply as can be: every frame with its pages, and how many arrived.
+    fn lane(extent: u32) -> u16 {
+        u16::from((8..16).contains(&extent))
+    }
+
+    /// What the lists amount to, kept as simply as can be: every frame with its pages, and how many arrived, by lane.
     #[derive(Default)]
     struct Naive {
-        frames: Vec<(u32, u64)>,
-        arrived: usize,
+        frames: [Vec<(u32, u64)>; LANES as usize],
+        arrived: [usize; LANES as usize],
     }
 
     impl Naive {
-        fn words(&self, frames: &[(u32, u64)]) -> [u64; EXTENTS as usize] {
-            let mut words = [0; EXTENTS as usize];
-            frames.iter().for_each(|&(extent, mask)| words[extent as usize] |= mask);
+        fn words(frames: impl Iterator<Item = (u32, u64)>) -> Vec<u64> {
+            let mut words = vec![0; EXTENTS as usize];
+            frames.for_each(|(extent, mask)| words[extent as usize] |= mask);
             words
         }
 
-        fn on_their_way(&self) -> [u64; EXTENTS as usize] {
-            self.words(&self.frames[self.arrived..])
+        fn on_their_way(&self) -> impl Iterator<Item = (u32, u64)> {
+            self.frames.iter().zip(self.arrived).flat_map(|(frames, arrived)| frames[arrived..].iter().copied())
         }
     }
 
-    fn put_back(in_flight: &InFlight) -> [u64; EXTENTS as usize] {
-        let bitmap = DirtyBitmap::empty(&layout());
+    fn put_back(in_flight: &InFlight) -> Vec<u64> {
+        let bitmap = DirtyBitmap::empty(&guest());
         in_flight.put_back(&bitmap);
-        std::array::from_fn(|extent| bitmap.peek(ExtentAt { block: 0, extent: u32::try_from(extent).unwrap() }))
+        words(&bitmap)
     }
 
-    /// (extent, mask) of a batch that is taken, or an acknowledgement of a share of what is on its way.
-    type Step = Result<(u32, u64), u8>;
+    /// (extent, mask) of a batch that is taken, or an acknowledgement: of a lane, a share of what is on its way.
+    type Step = Result<(u32, u64), (u16, u8)>;
 
     fn steps() -> impl Strategy<Value = Vec<Step>> {
         let taken = (0..EXTENTS, 1..=u64::MAX).prop_map(Ok);
-        prop::collection::vec(prop_oneof![4 => taken, 1 => any::<u8>().prop_map(Err)], 0..200)
+        prop::collection::vec(prop_oneof![4 => taken, 1 => (0..LANES, any::<u8>()).prop_map(Err)], 0..200)
     }
 
-    /// Both after the same steps in one lane.
-    fn both_after(steps: &[Step], limit: usize) -> (InFlight, Naive) {
-        let (in_flight, mut naive) = (InFlight::with_limit(1, limit), Naive::default());
+    /// Both after the same steps.
+    fn both_after(steps: &[Step], room: usize) -> (InFlight, Naive) {
+        let (in_flight, mut naive) = (in_flight(room), Naive::default());
         for step in steps {
             match *step {
                 Ok((extent, mask)) => {
-                    in_flight.record(0, &batch(extent, mask));
-                    naive.frames.push((extent, mask));
+                    in_flight.record(lane(extent), &batch(extent, mask, 1));
+                    naive.frames[usize::from(lane(extent))].push((extent, mask));
                 }
-                Err(share) => {
-                    naive.arrived += (naive.frames.len() - naive.arrived) * usize::from(share) / 255;
-                    in_flight.acknowledge(0, naive.arrived as u64).unwrap();
+                Err((lane, share)) => {
+                    let (frames, arrived) =
+                        (naive.frames[usize::from(lane)].len(), &mut naive.arrived[usize::from(lane)]);
+                    *arrived += (frames - *arrived) * usize::from(share) / 255;
+                    in_flight.acknowledge(lane, *arrived as u64).unwrap();
                 }
             }
         }
@@ -238,41 +274,50 @@ mod tests {
     proptest! {
         #[test]
         fn what_is_on_its_way_is_what_was_taken_and_not_acknowledged(steps in steps()) {
-            let (in_flight, naive) = both_after(&steps, FIRST_LIMIT);
-            let pages: u32 = naive.frames[naive.arrived..].iter().map(|(_, mask)| mask.count_ones()).sum();
+            let (in_flight, naive) = both_after(&steps, LEAST_ROOM);
+            let pages: u32 = naive.on_their_way().map(|(_, mask)| mask.count_ones()).sum();
             prop_assert_eq!(in_flight.pages(), u64::from(pages));
-            prop_assert_eq!(put_back(&in_flight), naive.on_their_way());
-            prop_assert_eq!((in_flight.pages(), put_back(&in_flight)), (0, [0; EXTENTS as usize]));
+            prop_assert_eq!(put_back(&in_flight), Naive::words(naive.on_their_way()));
+            prop_assert_eq!((in_flight.pages(), put_back(&in_flight)), (0, vec![0; EXTENTS as usize]));
         }
 
         #[test]
-        fn a_merged_list_stays_short_loses_nothing_and_invents_nothing(steps in steps()) {
-            let (in_flight, naive) = both_after(&steps, 2);
-            let entries = in_flight.lane(0).list.len();
-            prop_assert!(entries <= 2 * EXTENTS as usize, "{entries} entries for {EXTENTS} extents");
-            let (kept, wanted, ever) = (put_back(&in_flight), naive.on_their_way(), naive.words(&naive.frames));
+        fn a_list_that_is_full_stays_so_loses_nothing_and_invents_nothing(steps in steps(), room in 1..20usize) {
+            let (in_flight, naive) = both_after(&steps, room);
+            prop_assert!(in_flight.each_lane().all(|lane| lane.list.len() <= room));
+            let counted = in_flight.pages();
+            let (kept, wanted) = (put_back(&in_flight), Naive::words(naive.on_their_way()));
+            let ever = Naive::words(naive.frames.iter().flatten().copied());
+            prop_assert!(counted >= kept.iter().map(|word| u64::from(word.count_ones())).sum());
             for extent in 0..EXTENTS as usize {
                 prop_assert_eq!(wanted[extent] & !kept[extent], 0, "lost from extent {}", extent);
                 prop_assert_eq!(kept[extent] & !ever[extent], 0, "invented in extent {}", extent);
+            }
+            if naive.frames.iter().zip(naive.arrived).all(|(frames, arrived)| frames.len() == arrived) {
+                prop_assert_eq!(counted, 0, "everything has arrived");
             }
         }
     }
 
     #[test]
-    fn merged_entries_arrive_with_the_latest_frame_of_their_extent() {
-        let in_flight = InFlight::with_limit(1, 3);
-        [(0, 1), (1, 1), (0, 2), (2, 1)].iter().for_each(|&(extent, mask)| in_flight.record(0, &batch(extent, mask)));
-        assert_eq!(in_flight.pages(), 4);
+    fn what_is_folded_arrives_with_its_latest_frame() {
+        let in_flight = in_flight(3);
+        let record = |extent, mask| in_flight.record(lane(extent), &batch(extent, mask, 1));
+        [(0, 1), (1, 1), (0, 0b11), (8, 1), (2, 1)].into_iter().for_each(|(extent, mask)| record(extent, mask));
+        assert_eq!(in_flight.pages(), 5, "one page of extent 0 went twice, and is folded into one");
         in_flight.acknowledge(0, 2).unwrap();
-        assert_eq!(in_flight.pages(), 3, "both pages of extent 0 wait for frame 3");
+        assert_eq!(in_flight.pages(), 5, "all that is folded waits for frame 3");
         in_flight.acknowledge(0, 3).unwrap();
-        assert_eq!(bits(put_back(&in_flight)[2]).collect::<Vec<_>>(), [0]);
+        assert_eq!(in_flight.pages(), 2);
+        let left = put_back(&in_flight);
+        assert_eq!([2, 8].map(|extent| bits(left[extent]).collect::<Vec<_>>()), [[0], [0]]);
+        assert!(in_flight.memory_bytes() <= InFlight::bound_bytes(&guest(), LANES));
     }
 
     #[test]
     fn a_peer_that_has_loaded_more_than_was_sent_is_caught() {
-        let in_flight = InFlight::new(2);
-        in_flight.record(1, &batch(0, 1));
+        let in_flight = in_flight(10);
+        in_flight.record(1, &batch(8, 1, 1));
         assert_eq!(in_flight.acknowledge(1, 2), Err(1));
         assert_eq!(in_flight.acknowledge(0, 1), Err(0));
         assert_eq!(in_flight.pages(), 1);
@@ -282,12 +327,11 @@ mod tests {
 
     #[test]
     fn acknowledging_all_empties_every_lane_and_counting_goes_on() {
-        let in_flight = InFlight::new(2);
-        in_flight.record(0, &batch(0, 7));
-        in_flight.record(1, &batch(1, 7));
+        let in_flight = in_flight(1);
+        [0, 8, 9].into_iter().for_each(|extent| in_flight.record(lane(extent), &batch(extent, 7, 1)));
         in_flight.acknowledge_all();
         assert_eq!(in_flight.pages(), 0);
-        in_flight.record(0, &batch(2, 1));
+        in_flight.record(0, &batch(2, 1, 1));
         assert_eq!((in_flight.acknowledge(0, 1), in_flight.pages()), (Ok(()), 1), "frame 1 arrived long ago");
         assert_eq!((in_flight.acknowledge(0, 2), in_flight.pages()), (Ok(()), 0));
     }

@@ -6,6 +6,7 @@
 pub mod guest;
 pub mod peer;
 pub mod run;
+pub mod sparse;
 pub mod trouble;
 
 pub use guest::TestGuest;

@@ -1,16 +1,20 @@
 //! How much memory a migration takes for itself, known before it starts (law 9).
 //!
 //! Everything in flight lies in pooled buffers of one extent each; the queues carry those buffers and small heads. So the
-//! bound is pools + XBZRLE cache + bitmaps, and more lanes or larger pages are what makes it grow.
+//! bound is pools + XBZRLE cache + what grows with the guest: bitmaps, what is in flight, and digests. Of a guest of 32 GiB or
+//! more for each lane these are less than 0.02 %, a log that keeps a bit for each page included. More lanes or larger pages
+//! are what makes the pools grow.
 
 use std::sync::Arc;
 
 use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::dirty_log::DirtyLog;
-use memferry_stages::geometry::{EXTENT_PAGES, Layout, PageSize};
+use memferry_stages::geometry::{Layout, PageSize};
+use memferry_stages::in_flight::InFlight;
 use memferry_stages::meter::Meter;
 use memferry_stages::pool::BufferPool;
 
+use super::digests;
 use super::error::MigrationError;
 use crate::host;
 use crate::settings::SourceSettings;
@@ -48,19 +52,26 @@ pub(super) fn load_pool(page_size: PageSize, lanes_here: usize) -> BufferPool {
     BufferPool::new(LOAD_BUFFERS * lanes_here, page_size.extent_bytes())
 }
 
-/// Bytes of one bitmap of a layout.
-fn bitmap_bytes(layout: &Layout) -> u64 {
-    (0..layout.block_count()).map(|block| u64::from(layout.block_extents(block)) * EXTENT_PAGES / 8).sum()
-}
-
-/// The most memory that a source takes for itself, in bytes: pools, caches and bitmaps. What its guest's dirty logs keep comes
-/// to it.
+/// The most memory that a source takes for itself, in bytes: pools, caches and what it keeps for each page. What its guest's
+/// dirty logs keep comes to it.
 #[must_use]
 pub fn source_bound(layout: &Layout, settings: &SourceSettings) -> u64 {
     let extent = layout.page_size().extent_bytes() as u64;
     let pools = u64::from(settings.lanes) * (COPY_BUFFERS + CODE_BUFFERS) as u64 * extent;
     let cache = settings.encoder.xbzrle.as_ref().map_or(0, |xbzrle| xbzrle.cache_bytes);
-    pools + cache + 2 * bitmap_bytes(layout)
+    pools + cache + source_keeps(layout, InFlight::bound_bytes(layout, settings.lanes), settings.verify)
+}
+
+/// What a source keeps for its guest's pages: which are dirty, which were never touched, what is in flight, and digests.
+pub(super) fn source_keeps(layout: &Layout, in_flight: u64, verify: bool) -> u64 {
+    let digests = if verify { digests::bound_bytes(layout) } else { 0 };
+    2 * DirtyBitmap::bytes_of(layout) + in_flight + digests
+}
+
+/// What a destination keeps: which pages it holds, and digests.
+pub(super) fn destination_keeps(layout: &Layout, verify: bool) -> u64 {
+    let digests = if verify { digests::bound_bytes(layout) } else { 0 };
+    DirtyBitmap::bytes_of(layout) + digests
 }
 
 /// What the dirty logs of a guest keep.
@@ -68,11 +79,11 @@ pub(super) fn logs_bytes(logs: &[Arc<dyn DirtyLog>]) -> u64 {
     logs.iter().map(|log| log.memory_bytes()).sum()
 }
 
-/// The most memory that a destination takes for itself, in bytes.
+/// The most memory that a destination takes for itself, in bytes; with digests, for it is the source that decides on them.
 #[must_use]
 pub fn destination_bound(layout: &Layout, lanes: u16) -> u64 {
     let extent = layout.page_size().extent_bytes() as u64;
-    u64::from(lanes) * LOAD_BUFFERS as u64 * extent + bitmap_bytes(layout)
+    u64::from(lanes) * LOAD_BUFFERS as u64 * extent + destination_keeps(layout, true)
 }
 
 /// Does this host have the memory to send or receive such a guest? A block may be far larger than anything here (a sparse
@@ -89,9 +100,9 @@ pub(super) fn check_host(bound: u64) -> Result<(), MigrationError> {
     }
 }
 
-/// What was really held: the most of each pool and of each stage, and the bitmaps.
-pub(super) fn peak(pools: &[BufferPool], stages: &[Arc<Meter>], bitmaps: &[&DirtyBitmap]) -> u64 {
+/// What was really held: the most of each pool and of each stage, and what was kept for the pages.
+pub(super) fn peak(pools: &[BufferPool], stages: &[Arc<Meter>], keeps: u64) -> u64 {
     pools.iter().map(BufferPool::peak_bytes).sum::<u64>()
         + stages.iter().map(|stage| stage.peak_bytes()).sum::<u64>()
-        + bitmaps.iter().map(|bitmap| bitmap.memory_bytes()).sum::<u64>()
+        + keeps
 }

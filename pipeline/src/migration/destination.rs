@@ -435,7 +435,7 @@ impl Destination {
             other => other,
         };
         let farewell = self.farewell(&result);
-        let (wire_bytes, memory_peak, stages) = flow.as_ref().map(figures).unwrap_or_default();
+        let (wire_bytes, memory_peak, stages) = flow.as_ref().map(|flow| self.figures(flow)).unwrap_or_default();
         match flow {
             Some(flow) => flow.close(farewell).await,
             None => close_early(answer, farewell).await,
@@ -461,6 +461,13 @@ impl Destination {
         };
         self.observers.tell(&Event::Ended(ended.clone()));
         ended
+    }
+
+    fn figures(&self, flow: &Flow) -> (u64, u64, Vec<memferry_stages::meter::Reading>) {
+        let layout = self.layout.as_ref().expect("the stages run");
+        let keeps = bounds::destination_keeps(layout, self.verified.is_some());
+        let peak = bounds::peak(&flow.graph.pools, &flow.graph.meters, keeps);
+        (wire_bytes(flow), peak, flow.graph.meters.iter().map(|meter| meter.read()).collect())
     }
 
     /// What the source must hear when nothing was begun here. After a start was begun it has heard all there is.
@@ -583,9 +590,4 @@ fn ended_early() -> MigrationError {
 
 fn wire_bytes(flow: &Flow) -> u64 {
     flow.graph.receiver_meters.iter().map(|meter| meter.bytes()).sum()
-}
-
-fn figures(flow: &Flow) -> (u64, u64, Vec<memferry_stages::meter::Reading>) {
-    let peak = bounds::peak(&flow.graph.pools, &flow.graph.meters, &[flow.graph.held.as_ref()]);
-    (wire_bytes(flow), peak, flow.graph.meters.iter().map(|meter| meter.read()).collect())
 }

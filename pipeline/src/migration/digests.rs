@@ -1,11 +1,12 @@
 //! Verification: digests of both memories, compared while the guest is paused.
 //!
-//! Each stretch has one hash. Both ends hash with every core they have, and neither reads what was never touched. Where a
-//! hash differs, the destination sends the hashes of that stretch's pages, and the paused source finds the page.
+//! Each stretch has one hash. Both ends hash with every core they have, and neither reads what was never touched, for which
+//! the memory is asked once. Where a hash differs, the destination sends the hashes of that stretch's pages, and the paused source finds the page.
 
 use std::io;
-use std::sync::Arc;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use memferry_stages::bitmap::DirtyBitmap;
@@ -18,7 +19,7 @@ use memferry_stages::wire::messages::{MAX_DIGESTS, StretchDigest};
 use tokio::task::JoinHandle;
 
 use super::error::MigrationError;
-use super::untouched_pages;
+use super::{note_untouched, untouched_pages};
 
 /// Stretches that are hashed to measure what all of them will cost.
 const SAMPLES: usize = 8;
@@ -67,17 +68,15 @@ impl Digests {
         Ok(())
     }
 
-    /// The frames that carry them.
-    pub(super) fn messages(&self) -> Vec<Message> {
-        let of_block = |(block, hashes): (u32, &Vec<u128>)| {
-            let frame = move |(index, hashes): (usize, &[u128])| Message::Digests {
+    /// The frames that carry them, one after another.
+    pub(super) fn messages(&self) -> impl Iterator<Item = Message> {
+        (0..).zip(&self.blocks).flat_map(|(block, hashes)| {
+            hashes.chunks(MAX_DIGESTS).enumerate().map(move |(index, hashes)| Message::Digests {
                 block,
                 first: (index * MAX_DIGESTS) as u64,
                 stretches: hashes.iter().map(|&hash| StretchDigest { hash, left_out: [0; 8] }).collect(),
-            };
-            hashes.chunks(MAX_DIGESTS).enumerate().map(frame).collect::<Vec<_>>()
-        };
-        (0..).zip(&self.blocks).flat_map(of_block).collect()
+            })
+        })
     }
 
     /// The first stretch whose hash differs, or is missing on one side.
@@ -90,29 +89,34 @@ impl Digests {
     }
 }
 
-/// What one worker found: the hashes of its stretches.
-type Hashes = Vec<(StretchAt, u128)>;
+/// The most bytes that digests of a guest take: what was never touched, and the hashes as they are found and as they are kept.
+pub(super) fn bound_bytes(layout: &Layout) -> u64 {
+    let hashes = all_stretches(layout).count() * 2 * size_of::<u128>();
+    DirtyBitmap::bytes_of(layout) + hashes as u64
+}
 
 /// Digests that are being computed. Dropping them stops the work.
 pub(super) struct Pending {
     layout: Layout,
     stop: Arc<AtomicBool>,
-    workers: Vec<JoinHandle<io::Result<Hashes>>>,
+    /// Each hashes every so many-th stretch, one after another.
+    workers: Vec<JoinHandle<io::Result<Vec<u128>>>>,
 }
 
 /// Starts to hash all of the guest's memory, with every core.
 pub(super) fn start(memory: &GuestMemory) -> Pending {
     let stop = Arc::new(AtomicBool::new(false));
+    let untouched = Arc::new(OnceLock::new());
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let worker = |number: usize| {
-        let (memory, stop) = (memory.clone(), stop.clone());
+        let (memory, stop, untouched) = (memory.clone(), stop.clone(), untouched.clone());
         tokio::task::spawn_blocking(move || {
-            let mut hasher = Hasher::new(&memory);
+            let mut hasher = Hasher::new(&memory, untouched.get_or_init(|| untouched_pages(&memory)));
             all_stretches(memory.layout())
                 .skip(number)
                 .step_by(cores)
                 .take_while(|_| !stop.load(Ordering::Relaxed))
-                .map(|at| hasher.hash(at).map(|hash| (at, hash)))
+                .map(|at| hasher.hash(at))
                 .collect()
         })
     };
@@ -122,13 +126,16 @@ pub(super) fn start(memory: &GuestMemory) -> Pending {
 impl Pending {
     /// Waits for all of them.
     pub(super) async fn finish(mut self) -> io::Result<Digests> {
-        let of_block = |block| vec![0; usize::try_from(stretches_of(&self.layout, block)).expect("they fit memory")];
-        let mut blocks: Vec<Vec<u128>> = (0..self.layout.block_count()).map(of_block).collect();
+        let mut found = Vec::new();
         for worker in std::mem::take(&mut self.workers) {
             let hashes = worker.await.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()));
-            for (at, hash) in hashes? {
-                blocks[at.block as usize][usize::try_from(at.stretch).expect("it fits memory")] = hash;
-            }
+            found.push(hashes?.into_iter());
+        }
+        let mut blocks = vec![Vec::new(); self.layout.blocks().len()];
+        let workers = found.len();
+        for (index, at) in all_stretches(&self.layout).enumerate() {
+            let hash = found[index % workers].next().expect("only dropping this stops a worker");
+            blocks[at.block as usize].push(hash);
         }
         Ok(Digests { blocks })
     }
@@ -145,10 +152,11 @@ fn estimate(memory: &GuestMemory) -> io::Result<Duration> {
     let stretches: Vec<_> = all_stretches(memory.layout()).collect();
     let step = stretches.len().div_ceil(SAMPLES);
     let sample: Vec<_> = stretches.iter().step_by(step).collect();
-    let mut hasher = Hasher::new(memory);
+    let untouched = DirtyBitmap::empty(memory.layout());
     let began = Instant::now();
     for &&at in &sample {
-        hasher.hash(at)?;
+        note_untouched(memory, at.block, pages_of(memory.layout(), at), &untouched);
+        Hasher::new(memory, &untouched).hash(at)?;
     }
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     Ok(began.elapsed().mul_f64(stretches.len() as f64 / sample.len() as f64 / cores as f64))
@@ -200,22 +208,26 @@ pub(super) fn first_differing_page(memory: &GuestMemory, first: PageAt, theirs: 
 
 /// The first page of a stretch.
 pub(super) fn first_page(layout: &Layout, at: StretchAt) -> PageAt {
-    PageAt { block: at.block, page: at.stretch * layout.page_size().stretch_extents() * EXTENT_PAGES }
+    PageAt { block: at.block, page: pages_of(layout, at).start }
+}
+
+fn pages_of(layout: &Layout, at: StretchAt) -> Range<u64> {
+    let pages = layout.page_size().stretch_extents() * EXTENT_PAGES;
+    at.stretch * pages..layout.block_pages(at.block).min((at.stretch + 1) * pages)
 }
 
 /// Hashes stretches, one after another. A stretch that was never touched is neither read nor hashed again for each place.
 struct Hasher<'a> {
     memory: &'a GuestMemory,
-    untouched: DirtyBitmap,
+    untouched: &'a DirtyBitmap,
     scratch: PooledBuffer,
     /// The hash of a whole stretch of zeros, once it was needed.
     hole: Option<u128>,
 }
 
 impl<'a> Hasher<'a> {
-    /// Asks the memory what was never touched. May block.
-    fn new(memory: &'a GuestMemory) -> Self {
-        Self { memory, untouched: untouched_pages(memory), scratch: scratch(memory), hole: None }
+    fn new(memory: &'a GuestMemory, untouched: &'a DirtyBitmap) -> Self {
+        Self { memory, untouched, scratch: scratch(memory), hole: None }
     }
 
     fn hash(&mut self, at: StretchAt) -> io::Result<u128> {
@@ -223,7 +235,7 @@ impl<'a> Hasher<'a> {
         if let Some(hash) = self.hole.filter(|_| hole) {
             return Ok(hash);
         }
-        let known = Known { untouched: Some(&self.untouched), ..Known::default() };
+        let known = Known { untouched: Some(self.untouched), ..Known::default() };
         let hash = digest::stretch_digest(self.memory, at.block, at.stretch, &known, &mut self.scratch)?;
         if hole {
             self.hole = Some(hash);
@@ -279,7 +291,8 @@ mod tests {
     fn holes_hash_as_the_zeros_that_they_are() {
         let written = [(0, 100), (0, 8 << 20), (2, 0), (2, 3 << 20)];
         let sparse = memory(&written);
-        let mut hasher = Hasher::new(&sparse);
+        let untouched = untouched_pages(&sparse);
+        let mut hasher = Hasher::new(&sparse, &untouched);
         for at in all_stretches(sparse.layout()) {
             let known = Known::default();
             let plain = digest::stretch_digest(&sparse, at.block, at.stretch, &known, &mut scratch(&sparse)).unwrap();

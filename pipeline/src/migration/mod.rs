@@ -26,6 +26,8 @@ mod speed;
 mod stage_set;
 mod state;
 
+use std::ops::Range;
+
 use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::geometry::Layout;
 use memferry_stages::memory::GuestMemory;
@@ -59,13 +61,23 @@ fn block_facts(layout: &Layout) -> Vec<BlockFacts> {
     layout.blocks().iter().map(facts).collect()
 }
 
+/// Pages of memory that is asked at once what was never touched. A fragmented guest answers with a range for every other page.
+const PAGES_ASKED: u64 = 1 << 16;
+
 /// The pages that nobody needs to read: never touched, as far as the memory can tell. What cannot tell is read. May block.
 fn untouched_pages(memory: &GuestMemory) -> DirtyBitmap {
-    let untouched = DirtyBitmap::empty(memory.layout());
-    for (index, block) in (0..).zip(memory.blocks()) {
-        for range in block.memory.untouched(memory.page_size()).unwrap_or_default() {
-            untouched.set_range(index, range);
-        }
-    }
+    let (layout, untouched) = (memory.layout(), DirtyBitmap::empty(memory.layout()));
+    (0..layout.block_count()).for_each(|block| note_untouched(memory, block, 0..layout.block_pages(block), &untouched));
     untouched
+}
+
+/// Sets the bits of those of some pages of a block that were never touched. May block.
+fn note_untouched(memory: &GuestMemory, block: u32, pages: Range<u64>, untouched: &DirtyBitmap) {
+    let mut start = pages.start;
+    while start < pages.end {
+        let asked = start..pages.end.min(start + PAGES_ASKED);
+        start = asked.end;
+        let answer = memory.block(block).memory.untouched_in(memory.page_size(), asked);
+        answer.unwrap_or_default().into_iter().for_each(|range| untouched.set_range(block, range));
+    }
 }

@@ -76,7 +76,7 @@ impl SourceGraph {
             synced,
             control: Vec::new(),
             sent,
-            in_flight: Arc::new(InFlight::new(settings.lanes)),
+            in_flight: Arc::new(InFlight::new(parts.memory.layout(), lane_map)),
             meters: Vec::new(),
             sender_meters: Vec::new(),
             pools: Vec::new(),

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use super::DirtyLog;
 use crate::bitmap::DirtyBitmap;
-use crate::geometry::{ExtentAt, Layout};
+use crate::geometry::Layout;
 
 /// A log that knows what its writers [`mark`](DirtyLog::mark), and nothing else. A mark costs one atomic operation for
 /// each extent it touches. It re-arms in sync: taking a bit and being ready for the next mark are one swap.
@@ -66,15 +66,14 @@ impl DirtyLog for SoftwareLog {
 
 /// Moves the bits of some extents from a log's own bitmap into another.
 pub(super) fn collect(pending: &DirtyBitmap, block: u32, extents: Range<u32>, into: &DirtyBitmap) {
-    for extent in extents {
-        let at = ExtentAt { block, extent };
+    for at in pending.dirty_extents(block, extents) {
         into.set_mask(at, pending.take(at));
     }
 }
 
 /// Clears a log's own bitmap.
 pub(super) fn clear(pending: &DirtyBitmap) {
-    for at in pending.extents() {
+    for at in pending.all_dirty_extents() {
         let _forgotten = pending.take(at);
     }
 }

@@ -9,7 +9,7 @@
 //!   the word is taken, then the logs are re-armed for its bits, and only then does the batch go where it is read. What is
 //!   taken is [`InFlight`] before it is anywhere else, so it can be given back whenever the migration ends.
 //!
-//! A clean word costs a load, a dirty one a swap and a put. When a lane is full the scanner waits, and so nothing is taken
+//! Clean words are skipped by plain loads, a dirty one costs a swap and a put. When a lane is full the scanner waits, and so nothing is taken
 //! that has no place to go.
 
 use std::sync::Arc;
@@ -80,7 +80,7 @@ impl Scanner {
     /// # Panics
     /// If there is not one queue for each lane of the map.
     pub async fn run(
-        self,
+        mut self,
         input: Inlet<ScanOrder>,
         lanes: Vec<Outlet<Item<Batch>>>,
         scanned: Outlet<RoundScanned>,
@@ -89,6 +89,8 @@ impl Scanner {
         let (input, scanned) = (input.metered(&self.stage.meter), scanned.metered(&self.stage.meter));
         let lanes: Vec<_> = lanes.into_iter().map(|lane| lane.metered(&self.stage.meter)).collect();
         while let Some(order) = input.next().await {
+            // No bit is ever added to them: once all are told there is nothing to keep.
+            drop(self.untouched.take_if(|untouched| untouched.is_empty()));
             let pages = self.scan(order, &lanes).await?;
             self.put(&scanned, RoundScanned { round: order.round, pages }).await?;
             if order.last {
@@ -104,7 +106,7 @@ impl Scanner {
     /// One round: every lane gets its batches and then its RoundComplete. Returns how many pages were taken.
     async fn scan(&self, order: ScanOrder, lanes: &[Outlet<Item<Batch>>]) -> Result<u64, StageError> {
         let mut tallies = vec![RoundTally::new(order.round, order.last); lanes.len()];
-        for at in self.bitmap.extents() {
+        for at in self.bitmap.all_dirty_extents() {
             let Some(batch) = self.take(at, order)? else { continue };
             let lane = self.lanes.lane(at);
             self.in_flight.record(lane, &batch);

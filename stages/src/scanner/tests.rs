@@ -48,12 +48,13 @@ struct Bench {
 
 impl Bench {
     fn new(layout: &Layout, lanes: u16) -> Self {
+        let lanes = LaneMap::new(lanes, layout.page_size());
         Self {
             bitmap: Arc::new(DirtyBitmap::empty(layout)),
             untouched: None,
             logs: Vec::new(),
-            lanes: LaneMap::new(lanes, layout.page_size()),
-            in_flight: Arc::new(InFlight::new(lanes)),
+            lanes,
+            in_flight: Arc::new(InFlight::new(layout, lanes)),
         }
     }
 

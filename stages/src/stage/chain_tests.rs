@@ -50,11 +50,12 @@ impl Chain {
         let page_size = PageSize::DEFAULT;
         let memory = guest(page_size, vec![memory]);
         let pool = |buffers| BufferPool::new(buffers, page_size.extent_bytes());
-        let (bitmap, in_flight) = (Arc::new(DirtyBitmap::filled(memory.layout())), Arc::new(InFlight::new(1)));
+        let lanes = LaneMap::new(1, page_size);
+        let bitmap = Arc::new(DirtyBitmap::filled(memory.layout()));
+        let in_flight = Arc::new(InFlight::new(memory.layout(), lanes));
         let ((orders, ordered), (answer, scanned)) = (bounded(1), bounded(1));
         let ((batch, batches), (copy, copies)) = (bounded(bounds.to_detector), bounded(bounds.to_encoder));
         let (frame, frames) = bounded(bounds.to_sender);
-        let lanes = LaneMap::new(1, page_size);
         let scanner = Scanner::new(bitmap.clone(), None, logs.clone(), lanes, in_flight.clone(), meter());
         let detector = ZeroDetector::new(0, memory, pool(bounds.copies), logs, meter());
         let encoder = Encoder::new(0, page_size, plan, pool(bounds.frames), meter());

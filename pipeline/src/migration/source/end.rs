@@ -1,6 +1,5 @@
 //! The end, whatever happened: the guest is where the verdict says, and everybody is told.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use memferry_stages::meter::Reading;
@@ -101,11 +100,12 @@ impl Source {
 
     fn figures(&self, flow: Option<&Flow>) -> Figures {
         let Some(flow) = flow else { return Figures::default() };
-        let bitmaps: Vec<_> = self.bitmap.iter().map(Arc::as_ref).collect();
+        let graph = &flow.graph;
+        let keeps = bounds::source_keeps(self.layout(), graph.in_flight.memory_bytes(), self.verified.is_some());
         Figures {
             wire_bytes: wire_bytes(flow),
-            memory_peak: bounds::peak(&flow.graph.pools, &flow.graph.meters, &bitmaps) + bounds::logs_bytes(&self.logs),
-            stages: flow.graph.meters.iter().map(|meter| meter.read()).collect(),
+            memory_peak: bounds::peak(&graph.pools, &graph.meters, keeps) + bounds::logs_bytes(&self.logs),
+            stages: graph.meters.iter().map(|meter| meter.read()).collect(),
         }
     }
 
