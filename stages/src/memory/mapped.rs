@@ -267,13 +267,14 @@ impl Memory for MappedMemory {
 
     fn patch(&self, page_size: PageSize, page: u64, delta: &Delta<'_>) -> io::Result<()> {
         let (to, bytes) = self.page(page_size, page);
-        for (offset, run) in delta.runs() {
-            assert!(offset + run.len() <= page_size.bytes(), "a delta of a larger page");
+        assert_eq!(delta.page_bytes(), page_size.bytes(), "a delta of another page size");
+        delta.each_run(|offset, run| {
             let start = offset.min(bytes);
             let inside = run.len().min(bytes - start);
-            // SAFETY: start + inside is at most the page's bytes in the block; the guest does not run.
-            unsafe { to.add(start).copy_from_nonoverlapping(run.as_ptr(), inside) };
-        }
+            // SAFETY: start + inside is at most the page's bytes in the block; the guest does not run, and no reference
+            // to its memory exists.
+            unsafe { copy::put(to.add(start), &run[..inside]) };
+        });
         Ok(())
     }
 
