@@ -218,7 +218,11 @@ impl Memory for MappedMemory {
 
     fn read_extent(&self, page_size: PageSize, first_page: u64, mask: u64, into: &mut PooledBuffer) -> io::Result<u64> {
         let (mut zero, mut filled) = (0, 0);
-        for bit in bits(mask) {
+        let mut bits = bits(mask).peekable();
+        while let Some(bit) = bits.next() {
+            if let Some(next) = bits.peek() {
+                copy::expect(self.page(page_size, first_page + u64::from(*next)).0);
+            }
             let space = &mut into.space()[filled..filled + page_size.bytes()];
             if self.copy_page(page_size, first_page + u64::from(bit), space) {
                 zero |= 1 << bit;
