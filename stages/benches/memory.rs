@@ -1,149 +1,160 @@
-//! Copying pages out of memory, beside what memory can do: memcpy and a read-only sweep in the same run.
+//! Reading memory through its seam, hashing it, and asking the dirty logs, beside what memory can do.
 //!
-//! The memory is larger than any cache and is walked from end to end, as a scanner does; no huge pages, on either side of
-//! a comparison. Every page is written before, or it would read as the kernel's one zero page.
+//! `cargo bench -p memferry-stages --bench memory [FILTER]`; how to read it stands in [`common`]. No huge pages, on either
+//! side of a comparison. The controls are *memcpy* into a warm buffer and *sweep*, which reads and does no more.
+
+mod common;
 
 use std::hint::black_box;
+use std::io::Write as _;
 use std::sync::Arc;
-use std::time::Duration;
 
-use criterion::measurement::WallTime;
-use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main};
+use common::inputs::{self, CONTENTS};
+use common::{EXTENT, PAGE, PLACES, Suite, memcpy, sweep, timed};
+use memferry_stages::batch::{Batch, CopiedBatch};
 use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::digest::{Known, stretch_count, stretch_digest};
 use memferry_stages::dirty_log::{DirtyLog, HashLog, UserfaultLog};
-use memferry_stages::geometry::{BlockInfo, PageSize};
-use memferry_stages::memory::{FileMemory, GuestMemory, MappedMemory, Memory, RamBlock};
+use memferry_stages::geometry::PageSize;
+use memferry_stages::memory::{FileMemory, GuestMemory, MappedMemory, Memory};
 use memferry_stages::pool::{BufferPool, PooledBuffer};
 use xxhash_rust::xxh3::xxh3_64;
 
-const BYTES: usize = 256 << 20;
-const PAGE: PageSize = PageSize::DEFAULT;
-const EXTENT: usize = 64 * 4096;
+const CONTROLS: [(&str, &str); 2] = [("memcpy", "memcpy"), ("sweep", "sweep")];
 
-/// Memory whose page `n` is zero where `zero(n)`, and noise elsewhere.
-fn memory(zero: impl Fn(usize) -> bool) -> Arc<MappedMemory> {
-    let memory = Arc::new(MappedMemory::anonymous(BYTES).expect("memory"));
-    let mut state = 1_u64;
-    let mut noise = [0; 4096];
-    for (page, offset) in (0..BYTES).step_by(4096).enumerate() {
-        for word in noise.chunks_exact_mut(8) {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            word.copy_from_slice(&state.to_ne_bytes());
+fn main() {
+    inputs::process(PAGE);
+    let mut suite = Suite::new();
+    for (place, bytes) in PLACES {
+        copy(&mut suite, &format!("copy and test untouched, {place}"), &vec![0; PAGE], &inputs::untouched(bytes));
+        for (kind, content) in CONTENTS.into_iter().chain([("half zero", half_zero as inputs::Content)]) {
+            let content = content(bytes);
+            copy(&mut suite, &format!("copy and test {kind}, {place}"), &content, &inputs::mapped(&content));
         }
-        memory.store(offset, black_box(if zero(page) { &[0; 4096] } else { &noise }));
     }
-    memory
+    let content = half_zero(PLACES[0].1);
+    let memory = inputs::mapped(&content);
+    hash(&mut suite, &content, &memory);
+    file(&mut suite, &content);
+    userfault(&mut suite, &memory);
+    suite.finish();
 }
 
-fn guest(memory: Arc<dyn Memory>) -> GuestMemory {
-    let info = BlockInfo { id: "ram".into(), length: memory.length(), guest_address: 0, backing_page_size: 4096 };
-    GuestMemory::new(PAGE, vec![RamBlock { info, memory, fresh: false }]).expect("a layout")
+/// Every other page zero, the others random.
+fn half_zero(bytes: usize) -> Vec<u8> {
+    let mut content = inputs::random(bytes);
+    content.chunks_exact_mut(PAGE).step_by(2).for_each(|page| page.fill(0));
+    content
 }
 
 fn buffer() -> PooledBuffer {
     BufferPool::new(1, EXTENT).try_take().expect("a buffer")
 }
 
-fn group<'a>(criterion: &'a mut Criterion, name: &str) -> BenchmarkGroup<'a, WallTime> {
-    let mut group = criterion.benchmark_group(name);
-    group.throughput(Throughput::Bytes(BYTES as u64));
-    group.sample_size(10).warm_up_time(Duration::from_millis(300)).measurement_time(Duration::from_secs(1));
-    group
+/// Reads all pages through the seam, extent by extent. A set in cache is read several times.
+fn read_all(memory: &dyn Memory, into: &mut PooledBuffer) -> u32 {
+    let pages = memory.length() / PAGE as u64;
+    let mask = |first: u64| if pages - first >= 64 { u64::MAX } else { (1 << (pages - first)) - 1 };
+    let mut read = |first| {
+        let zero = memory.read_extent(PageSize::DEFAULT, first, mask(first), into).expect("reads").count_ones();
+        black_box(&mut **into);
+        zero
+    };
+    (0..pages).step_by(64).map(&mut read).sum()
 }
 
-/// Reads all extents through the seam.
-fn read_all(memory: &dyn Memory, into: &mut PooledBuffer) -> u64 {
-    (0..BYTES / EXTENT).map(|at| memory.read_extent(PAGE, at as u64 * 64, u64::MAX, into).expect("reads")).sum()
-}
-
-fn copy(criterion: &mut Criterion) {
-    let mut group = group(criterion, "copy");
-    let bytes: Vec<u64> = (0..BYTES as u64 / 8).map(black_box).collect();
-    let mut target = vec![0_u64; EXTENT / 8];
-    group.bench_function("memcpy", |bencher| {
-        bencher.iter(|| {
-            for extent in bytes.chunks_exact(EXTENT / 8) {
-                target.copy_from_slice(extent);
-                black_box(&mut target);
-            }
-        });
-    });
-    group.bench_function("sweep", |bencher| {
-        bencher.iter(|| black_box(&bytes).iter().fold(0, |all, word| all | word));
-    });
-    drop(bytes);
+fn copy(suite: &mut Suite, group: &str, content: &[u8], memory: &Arc<MappedMemory>) {
+    memcpy(suite, group, inputs::pages(memory));
+    sweep(suite, group, inputs::pages(memory));
+    check_copy(content, &**memory);
     let mut into = buffer();
-    for (name, zero) in [("zero", 1), ("half zero", 2), ("noise", usize::MAX)] {
-        let memory = memory(|page| page % zero == 0 && zero < usize::MAX);
-        group.bench_function(format!("copy and test, {name}"), |bencher| {
-            bencher.iter(|| read_all(&*memory, &mut into));
-        });
-    }
+    suite.measure(group, "read extents", memory.len(), &CONTROLS, || {
+        timed(|| {
+            black_box(read_all(&**memory, &mut into));
+        })
+    });
 }
 
-fn hash(criterion: &mut Criterion) {
-    let mut group = group(criterion, "hash");
-    let memory = guest(memory(|page| page % 4 == 0));
+fn check_copy(content: &[u8], memory: &dyn Memory) {
+    let mut into = buffer();
+    let mask = if content.len() < EXTENT { (1 << (content.len() / PAGE)) - 1 } else { u64::MAX };
+    memory.read_extent(PageSize::DEFAULT, 0, mask, &mut into).expect("reads");
+    let pages = content[..EXTENT.min(content.len())].chunks_exact(PAGE).filter(|page| *page != [0; PAGE]);
+    assert!(into[..] == pages.collect::<Vec<_>>().concat());
+}
+
+fn hash(suite: &mut Suite, content: &[u8], memory: &Arc<MappedMemory>) {
+    let (group, guest) = ("hashing, half the pages zero", inputs::guest(memory.clone()));
+    memcpy(suite, group, inputs::pages(memory));
+    sweep(suite, group, inputs::pages(memory));
     let mut scratch = buffer();
-    group.bench_function("digest", |bencher| {
-        bencher.iter(|| {
-            let digest = |stretch| stretch_digest(&memory, 0, stretch, &Known::default(), &mut scratch).expect("reads");
-            (0..stretch_count(&memory, 0)).map(digest).fold(0, |all, digest| all ^ digest)
-        });
+    suite.measure(group, "digest", content.len(), &CONTROLS, || {
+        timed(|| {
+            let digest = |stretch| stretch_digest(&guest, 0, stretch, &Known::default(), &mut scratch).expect("reads");
+            black_box((0..stretch_count(&guest, 0)).map(digest).fold(0, |all, digest| all ^ digest));
+        })
     });
-    let log = HashLog::new(memory.clone());
-    let dirty = DirtyBitmap::empty(memory.layout());
-    settle(&log, &memory);
-    group.bench_function("hash log, clean sync", |bencher| {
-        bencher.iter(|| log.sync(0, 0..memory.layout().block_extents(0), &dirty).expect("syncs"));
+    let log = HashLog::new(guest.clone());
+    let dirty = DirtyBitmap::empty(guest.layout());
+    settle(&log, &guest);
+    suite.measure(group, "hash log, clean sync", content.len(), &CONTROLS, || {
+        timed(|| log.sync(0, 0..guest.layout().block_extents(0), &dirty).expect("syncs"))
     });
     assert_eq!(dirty.count(), 0, "nobody wrote");
-    let page = vec![7; 4096];
-    group.throughput(Throughput::Bytes(4096));
-    group.bench_function("xxh3-64 of a page in the cache", |bencher| bencher.iter(|| xxh3_64(black_box(&page))));
+    suite.measure(group, "xxh3-64 of pages, library", content.len(), &CONTROLS, || {
+        timed(|| {
+            for page in content.chunks_exact(PAGE) {
+                black_box(xxh3_64(page));
+            }
+        })
+    });
 }
 
 /// Reports a copy of everything to a log.
 fn settle(log: &dyn DirtyLog, memory: &GuestMemory) {
-    use memferry_stages::batch::{Batch, CopiedBatch};
     log.start().expect("starts");
     for at in DirtyBitmap::empty(memory.layout()).extents() {
         log.rearm(at, u64::MAX).expect("re-arms");
         let mut into = buffer();
-        let zero = memory.block(0).memory.read_extent(PAGE, at.first_page(), u64::MAX, &mut into).expect("reads");
+        let read = memory.block(0).memory.read_extent(PageSize::DEFAULT, at.first_page(), u64::MAX, &mut into);
+        let zero = read.expect("reads");
         let batch = Batch { at, mask: u64::MAX, untouched: 0, round: 1, last: false };
         log.copied(&CopiedBatch { batch, zero, pages: (zero != u64::MAX).then_some(into) });
     }
 }
 
-fn others(criterion: &mut Criterion) {
-    let mut group = group(criterion, "other");
+fn file(suite: &mut Suite, content: &[u8]) {
+    let group = "file in the page cache";
     let folder = tempfile::tempdir().expect("a folder");
-    let file = FileMemory::create(&folder.path().join("image"), BYTES as u64).expect("a file");
-    let page = [7; EXTENT];
-    (0..BYTES / EXTENT).for_each(|at| file.write_pages(PAGE, at as u64 * 64, &page).expect("writes"));
+    let file = FileMemory::create(&folder.path().join("image"), content.len() as u64).expect("a file");
+    for (extent, pages) in content.chunks_exact(EXTENT).enumerate() {
+        file.write_pages(PageSize::DEFAULT, extent as u64 * 64, pages).expect("writes");
+    }
+    memcpy(suite, group, content);
+    check_copy(content, &file);
     let mut into = buffer();
-    group.bench_function("copy and test, file in the page cache", |bencher| {
-        bencher.iter(|| read_all(&file, &mut into));
+    suite.measure(group, "read extents", content.len(), &[("memcpy", "memcpy")], || {
+        timed(|| {
+            black_box(read_all(&file, &mut into));
+        })
     });
+}
+
+/// The figure is bytes of the memory that is asked about.
+fn userfault(suite: &mut Suite, memory: &Arc<MappedMemory>) {
     if let Err(why) = UserfaultLog::supported() {
-        println!("skipped: userfault sync: {why}");
+        writeln!(std::io::stderr(), "skipped: userfault sync: {why}").expect("stderr is open");
         return;
     }
-    let mapped = memory(|_| false);
-    let guest = guest(mapped.clone());
-    let log = UserfaultLog::new(guest.layout(), vec![(0, mapped.clone())]);
+    let guest = inputs::guest(memory.clone());
+    let log = UserfaultLog::new(guest.layout(), vec![(0, memory.clone())]);
     let dirty = DirtyBitmap::empty(guest.layout());
     log.start().expect("starts");
     let sync = || log.sync(0, 0..guest.layout().block_extents(0), &dirty).expect("syncs");
-    group.bench_function("userfault, clean sync", |bencher| bencher.iter(sync));
-    group.bench_function("userfault, sync with one page in four written", |bencher| {
-        let write = || (0..BYTES).step_by(4 * 4096).for_each(|offset| mapped.store(offset, &[1]));
-        bencher.iter_batched(write, |()| sync(), criterion::BatchSize::PerIteration);
+    suite.measure("userfault log", "clean sync", memory.len(), &[], || timed(sync));
+    suite.measure("userfault log", "sync with one page in four written", memory.len(), &[], || {
+        (0..memory.len()).step_by(4 * PAGE).for_each(|offset| memory.store(offset, &[1]));
+        timed(sync)
     });
     log.stop().expect("stops");
 }
-
-criterion_group!(benches, copy, hash, others);
-criterion_main!(benches);

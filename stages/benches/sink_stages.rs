@@ -1,12 +1,14 @@
 //! The stages behind the encoder, each alone between two queues, beside memcpy of the same bytes from and to the same
 //! kind of place.
 //!
-//! A turn is 128 MiB of a guest, so what is called cold is out of every cache. It was all written before: the cost of
-//! first touch is the host's. A figure is page bytes a second, whatever they take on the wire.
+//! `cargo bench -p memferry-stages --bench sink_stages [FILTER]`; how to read it stands in [`common`]. A turn is 128 MiB of a
+//! guest that was all written before: the cost of first touch is the host's.
 //!
 //! - sender: cold payloads into a sink that copies them into one warm buffer, as a socket would.
 //! - receiver: a cold stream in memory into warm pooled buffers.
-//! - loader: warm payloads into cold guest memory, by encoding.
+//! - loader: warm payloads into cold guest memory, by encoding, with checksum. Its *memcpy* does the same.
+
+mod common;
 
 use std::future::Future;
 use std::hint::black_box;
@@ -14,10 +16,9 @@ use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::{Duration, Instant};
 
-use criterion::measurement::WallTime;
-use criterion::{BenchmarkGroup, Criterion, Throughput};
+use common::inputs::{self, CHANGES, Random};
+use common::{EXTENT, PAGE, Suite, or_of, timed};
 use futures::join;
 use memferry_stages::batch::Item;
 use memferry_stages::bitmap::DirtyBitmap;
@@ -25,7 +26,7 @@ use memferry_stages::codec::{Codec, Compressor};
 use memferry_stages::encoder::{Mark, Outgoing};
 use memferry_stages::geometry::{BlockInfo, ExtentAt, LaneMap, Layout, PageSize};
 use memferry_stages::loader::{LaneProgress, Loader};
-use memferry_stages::memory::{GuestMemory, MappedMemory, RamBlock};
+use memferry_stages::memory::{GuestMemory, MappedMemory};
 use memferry_stages::meter::Meter;
 use memferry_stages::pool::{BufferPool, PooledBuffer};
 use memferry_stages::queue::bounded;
@@ -37,63 +38,48 @@ use memferry_stages::wire::reader::FrameReader;
 use memferry_stages::xbzrle::{Encoded, encode_page};
 use tokio::io::AsyncWrite;
 
-const PAGE: usize = 4096;
-const EXTENT: usize = 64 * PAGE;
 const EXTENTS: u32 = 512;
 const TURN: usize = EXTENTS as usize * EXTENT;
 /// Buffers of the stages that reuse them.
 const WARM: usize = 4;
 
-fn main() {
-    let mut criterion = Criterion::default()
-        .sample_size(10)
-        .warm_up_time(Duration::from_millis(200))
-        .measurement_time(Duration::from_secs(1))
-        .nresamples(1000)
-        .configure_from_args();
-    sender(&mut criterion);
-    receiver(&mut criterion);
-    loader(&mut criterion);
-    criterion.final_summary();
-}
+const MEMCPY: [(&str, &str); 1] = [("memcpy", "memcpy")];
 
-fn group<'a>(criterion: &'a mut Criterion, name: &str) -> BenchmarkGroup<'a, WallTime> {
-    let mut group = criterion.benchmark_group(name);
-    group.throughput(Throughput::Bytes(TURN as u64));
-    group
+fn main() {
+    inputs::process(PAGE);
+    let mut suite = Suite::new();
+    sender(&mut suite);
+    receiver(&mut suite);
+    loader(&mut suite);
+    suite.finish();
 }
 
 /// Measures turns of async work, whose preparation is not counted.
 fn turns<P, F: Future>(
-    group: &mut BenchmarkGroup<'_, WallTime>,
+    suite: &mut Suite,
+    group: &str,
     name: &str,
     mut prepare: impl FnMut() -> P,
     work: impl Fn(P) -> F,
 ) {
     let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
-    group.bench_function(name, |bencher| {
-        bencher.iter_custom(|turns| {
-            let turn = |_| {
-                let prepared = prepare();
-                let start = Instant::now();
-                runtime.block_on(work(prepared));
-                start.elapsed()
-            };
-            (0..turns).map(turn).sum()
-        });
+    suite.measure(group, name, TURN, &MEMCPY, || {
+        let prepared = prepare();
+        timed(|| {
+            runtime.block_on(work(prepared));
+        })
     });
 }
 
-fn sender(criterion: &mut Criterion) {
+fn sender(suite: &mut Suite) {
     let pool = BufferPool::new(EXTENTS as usize, EXTENT);
-    let mut buffers: Vec<PooledBuffer> = (0..EXTENTS).map(|_| filled(&pool, &random(EXTENT))).collect();
+    let mut buffers: Vec<PooledBuffer> = (0..EXTENTS).map(|_| filled(&pool, &inputs::random(EXTENT))).collect();
     let mut sink = Sink(vec![1; EXTENT]);
-    let mut group = group(criterion, "sender");
-    group.bench_function("memcpy", |bencher| {
-        bencher.iter(|| buffers.iter().for_each(|buffer| black_box(&mut sink.0).copy_from_slice(buffer)));
+    suite.measure("sender", "memcpy", TURN, &[], || {
+        timed(|| buffers.iter().for_each(|buffer| black_box(&mut sink.0).copy_from_slice(buffer)))
     });
     buffers.clear();
-    turns(&mut group, "into a sink", || (outgoing(&pool), sink.clone()), |(frames, sink)| send(frames, sink));
+    turns(suite, "sender", "into a sink", || (outgoing(&pool), sink.clone()), |(frames, sink)| send(frames, sink));
 }
 
 /// Raw frames of a whole turn, their payloads in the buffers of the pool, which keep what was put there.
@@ -154,17 +140,16 @@ impl AsyncWrite for Sink {
     }
 }
 
-fn receiver(criterion: &mut Criterion) {
-    let payload = random(EXTENT);
+fn receiver(suite: &mut Suite) {
+    let payload = inputs::random(EXTENT);
     let stream: Vec<u8> =
         (0..EXTENTS).flat_map(|extent| [&raw_head(extent, 0).to_bytes(0)[..], &payload].concat()).collect();
     let pool = BufferPool::new(WARM, EXTENT);
     let mut warm = vec![1; EXTENT];
-    let mut group = group(criterion, "receiver");
-    group.bench_function("memcpy", |bencher| {
-        bencher.iter(|| stream.chunks_exact(EXTENT).for_each(|part| black_box(&mut warm).copy_from_slice(part)));
+    suite.measure("receiver", "memcpy", TURN, &[], || {
+        timed(|| stream.chunks_exact(EXTENT).for_each(|part| black_box(&mut warm).copy_from_slice(part)))
     });
-    turns(&mut group, "from memory", || (), |()| receive(&stream, pool.clone()));
+    turns(suite, "receiver", "from memory", || (), |()| receive(&stream, pool.clone()));
 }
 
 async fn receive(stream: &[u8], pool: BufferPool) {
@@ -184,36 +169,42 @@ async fn receive(stream: &[u8], pool: BufferPool) {
     ran.expect("the stream is whole");
 }
 
-fn loader(criterion: &mut Criterion) {
+fn loader(suite: &mut Suite) {
     let memory = Arc::new(MappedMemory::anonymous(TURN).expect("memory"));
-    let (old, old_text) = (random(EXTENT), text());
-    let info = layout().blocks()[0].clone();
-    let guest = GuestMemory::new(PageSize::DEFAULT, vec![RamBlock { info, memory: memory.clone(), fresh: true }])
-        .expect("a guest of one block");
-    let fill = |extent: &[u8]| (0..EXTENTS as usize).for_each(|number| memory.store(number * EXTENT, extent));
-    fill(&old);
-    let mut group = group(criterion, "loader");
-    group.bench_function("memcpy", |bencher| bencher.iter(|| fill(black_box(&old))));
+    let (random, text, process) = (inputs::random(EXTENT), inputs::text(EXTENT), inputs::process(EXTENT));
+    let guest = inputs::guest(memory.clone());
+    let mut cold = inputs::random(TURN);
+    suite.measure("loader", "memcpy", TURN, &[], || {
+        timed(|| cold.chunks_exact_mut(EXTENT).for_each(|extent| black_box(extent).copy_from_slice(&random)))
+    });
 
-    let raw = Coded { pages: vec![(PageEncoding::Raw, 4096); 64], payload: old.clone() };
-    loads(&mut group, "raw, with checksum", &guest, &raw, true);
-    loads(&mut group, "raw", &guest, &raw, false);
-    for codec in [Codec::Snap, Codec::Lz4, Codec::Zstd { level: 1 }] {
-        let mut compressor = Compressor::new(codec);
-        let compress =
-            |page: &[u8], out: &mut [u8]| compressor.compress(page, &mut out[..PAGE - 1]).expect("it shrinks");
-        let coded = Coded::new(codec.encoding(), &old_text, compress);
-        loads(&mut group, &format!("{codec}, text"), &guest, &coded, true);
+    let raw = Coded { pages: vec![(PageEncoding::Raw, 4096); 64], payload: random.clone() };
+    fill(&memory, &text);
+    loads(suite, "raw", &memory, &guest, &raw, &random);
+    loads(suite, "zero, loaded before", &memory, &guest, &Coded { pages: vec![], payload: vec![] }, &[0; EXTENT]);
+    for (kind, extent) in [("text", &text), ("process", &process)] {
+        for codec in [Codec::Snap, Codec::Lz4, Codec::Zstd { level: 1 }] {
+            let mut compressor = Compressor::new(codec);
+            let compress = |_, page: &[u8], out: &mut [u8]| compressor.compress(page, &mut out[..PAGE - 1]);
+            let Some(coded) = Coded::new(codec.encoding(), extent, compress) else { continue };
+            loads(suite, &format!("{codec}, {kind}"), &memory, &guest, &coded, extent);
+        }
     }
-    fill(&old_text);
-    let delta = |page: &[u8], out: &mut [u8]| {
-        let mut changed = page.to_vec();
-        (0..8).for_each(|word| changed[word * 500] ^= 0x55);
-        let Encoded::Delta(bytes) = encode_page(page, &changed, out) else { panic!("eight bytes differ") };
-        bytes
-    };
-    loads(&mut group, "xbzrle, 8 bytes a page", &guest, &Coded::new(PageEncoding::Xbzrle, &old_text, delta), true);
-    loads(&mut group, "zero, loaded before", &guest, &Coded { pages: vec![], payload: vec![] }, true);
+    for (name, change) in CHANGES {
+        let (mut changed, mut numbers) = (random.clone(), Random(2));
+        changed.chunks_exact_mut(PAGE).for_each(|page| change(page, &mut numbers));
+        let encode = |at: usize, page: &[u8], out: &mut [u8]| match encode_page(&random[at..at + PAGE], page, out) {
+            Encoded::Delta(bytes) => Some(bytes),
+            Encoded::Equal | Encoded::Overflow => None,
+        };
+        let Some(coded) = Coded::new(PageEncoding::Xbzrle, &changed, encode) else { continue };
+        fill(&memory, &random);
+        loads(suite, &format!("delta, {name}"), &memory, &guest, &coded, &changed);
+    }
+}
+
+fn fill(memory: &MappedMemory, extent: &[u8]) {
+    (0..EXTENTS as usize).for_each(|number| memory.store(number * EXTENT, extent));
 }
 
 /// Pages of an extent as they are on the wire: all of them zero if there are none.
@@ -223,15 +214,20 @@ struct Coded {
 }
 
 impl Coded {
-    fn new(encoding: PageEncoding, extent: &[u8], mut encode: impl FnMut(&[u8], &mut [u8]) -> usize) -> Self {
+    /// `encode` is given a page's offset, the page and room, and tells the bytes written. `None` if a page cannot be coded.
+    fn new(
+        encoding: PageEncoding,
+        extent: &[u8],
+        mut encode: impl FnMut(usize, &[u8], &mut [u8]) -> Option<usize>,
+    ) -> Option<Self> {
         let mut coded = Self { pages: vec![], payload: vec![] };
         let mut out = vec![0; PAGE];
-        for page in extent.chunks_exact(PAGE) {
-            let bytes = encode(page, &mut out);
+        for (index, page) in extent.chunks_exact(PAGE).enumerate() {
+            let bytes = encode(index * PAGE, page, &mut out)?;
             coded.pages.push((encoding, u32::try_from(bytes).expect("less than a page")));
             coded.payload.extend(&out[..bytes]);
         }
-        coded
+        Some(coded)
     }
 
     fn head(&self, extent: u32, payload_hash: u64) -> PagesHead {
@@ -240,15 +236,29 @@ impl Coded {
     }
 }
 
-/// Loads a turn of such extents over memory that is held.
-fn loads(group: &mut BenchmarkGroup<'_, WallTime>, name: &str, guest: &GuestMemory, coded: &Coded, checksum: bool) {
+/// Loads a turn of such extents over memory that is held, after which each extent is as expected.
+fn loads(suite: &mut Suite, name: &str, memory: &MappedMemory, guest: &GuestMemory, coded: &Coded, expected: &[u8]) {
     let pool = BufferPool::new(WARM, EXTENT);
     let filled_buffers: Vec<_> = (0..WARM).map(|_| filled(&pool, &coded.payload)).collect();
     drop(filled_buffers);
     let hash = payload_hash(&coded.payload);
-    let heads = || (0..EXTENTS).map(|extent| coded.head(extent, hash)).collect();
-    let work = |heads| load(guest.clone(), heads, &coded.payload, pool.clone(), checksum);
-    turns(group, name, heads, work);
+    let others = inputs::random(TURN);
+    let heads = || {
+        // The lines that sparse deltas touch are few: without a sweep of others they would stay in cache.
+        black_box(or_of(&others));
+        (0..EXTENTS).map(|extent| coded.head(extent, hash)).collect()
+    };
+    let mut loaded = false;
+    turns(
+        suite,
+        "loader",
+        name,
+        || (heads(), loaded = true).0,
+        |heads| load(guest.clone(), heads, &coded.payload, pool.clone(), true),
+    );
+    let mut extent = vec![0; EXTENT];
+    memory.load(TURN - EXTENT, &mut extent);
+    assert!(!loaded || extent == expected, "{name}");
 }
 
 async fn load(guest: GuestMemory, heads: Vec<PagesHead>, payload: &[u8], pool: BufferPool, checksum: bool) {
@@ -287,22 +297,4 @@ fn filled(pool: &BufferPool, bytes: &[u8]) -> PooledBuffer {
     let mut buffer = pool.try_take().expect("a free buffer");
     buffer.extend(bytes);
     buffer
-}
-
-fn random(bytes: usize) -> Vec<u8> {
-    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state
-    };
-    black_box((0..bytes / 8).flat_map(|_| next().to_le_bytes()).collect())
-}
-
-/// Source text of this very program: it compresses as text does.
-fn text() -> Vec<u8> {
-    let source =
-        [include_str!("sink_stages.rs"), include_str!("../src/sender/mod.rs"), include_str!("../src/loader.rs")];
-    black_box(source.concat().into_bytes().into_iter().cycle().take(EXTENT).collect())
 }

@@ -1,19 +1,27 @@
-//! The source's stages, each alone between two queues, on cold memory, beside memcpy of the same memory in the same run.
+//! The source's stages, each alone between two queues, beside what memory and the codecs' libraries can do.
 //!
-//! `cargo bench -p memferry-stages --bench source_stages`. Throughput is page bytes. Each bench checks its answer.
+//! `cargo bench -p memferry-stages --bench source_stages [FILTER]`; how to read it stands in [`common`]. Where a set is one of
+//! copies it lies in buffers of its own: *out of cache* there are 128 MiB of them, *in cache* two extents. The controls:
+//! - *memcpy*: the same pages into a warm buffer; *sweep*: reading them and no more;
+//! - *library*: the codec called bare.
+//!
+//! Each answer is checked by its count of frames, and by the round's figures.
+
+mod common;
 
 use std::hint::black_box;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main, measurement::WallTime};
+use common::inputs::{self, CHANGES, CONTENTS, Random};
+use common::{EXTENT, PAGE, Suite, memcpy, sweep, timed};
 use memferry_stages::batch::{Batch, CopiedBatch, Item};
 use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::codec::Codec;
-use memferry_stages::encoder::{DeltaPlan, Encoder, EncoderPlan};
-use memferry_stages::geometry::{BlockInfo, ExtentAt, LaneMap, PageSize};
+use memferry_stages::encoder::{DeltaPlan, Encoder, EncoderPlan, Mark};
+use memferry_stages::geometry::{ExtentAt, LaneMap, PageSize};
 use memferry_stages::in_flight::InFlight;
-use memferry_stages::memory::{GuestMemory, MappedMemory, RamBlock};
+use memferry_stages::memory::MappedMemory;
 use memferry_stages::meter::Meter;
 use memferry_stages::pool::{BufferPool, PooledBuffer};
 use memferry_stages::queue::{Inlet, bounded};
@@ -21,36 +29,24 @@ use memferry_stages::scanner::{ScanOrder, Scanner};
 use memferry_stages::tally::RoundTally;
 use memferry_stages::zero_detector::ZeroDetector;
 
-/// Several times what any cache holds.
-const BYTES: usize = EXTENTS as usize * EXTENT;
-const EXTENT: usize = 256 << 10;
-const EXTENTS: u32 = 512;
-const PAGES: u64 = (BYTES / 4096) as u64;
+/// Where the pages of a round lie, and how many extents it has.
+const PLACES: [(&str, u32); 2] = [("out of cache", 512), ("in cache", 2)];
+const MEMCPY: [(&str, &str); 1] = [("memcpy", "memcpy")];
 
-fn guest(content: impl Fn(usize) -> [u8; 4096]) -> GuestMemory {
-    let memory = Arc::new(MappedMemory::anonymous(BYTES).expect("memory"));
-    (0..BYTES / 4096).for_each(|page| memory.store(page * 4096, black_box(&content(page))));
-    let info = BlockInfo { id: "ram".into(), length: BYTES as u64, guest_address: 0, backing_page_size: 4096 };
-    GuestMemory::new(PageSize::DEFAULT, vec![RamBlock { info, memory, fresh: true }]).expect("one block")
+fn main() {
+    inputs::process(PAGE);
+    let mut suite = Suite::new();
+    scanner(&mut suite);
+    for (place, extents) in PLACES {
+        zero_detector(&mut suite, place, extents);
+        first_round(&mut suite, place, extents);
+        deltas(&mut suite, place, extents);
+    }
+    suite.finish();
 }
 
-/// Bytes without a pattern, different in each page.
-fn random_page(page: usize) -> [u8; 4096] {
-    let mut state = page as u64 * 0x9e37_79b9_7f4a_7c15 + 1;
-    std::array::from_fn(|_| {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state.to_le_bytes()[3]
-    })
-}
-
-/// Words in a row, chosen by chance.
-fn text_page(page: usize) -> [u8; 4096] {
-    let words =
-        [b"memory  ", b"guest   ", b"pages,  ", b"dirty.  ", b"written ", b"held    ", b"lanes.  ", b"rounds, "];
-    let chance = random_page(page);
-    std::array::from_fn(|at| words[usize::from(chance[at / 8]) % 8][at % 8])
+fn bytes_of(extents: u32) -> usize {
+    extents as usize * EXTENT
 }
 
 fn batch(extent: u32, round: u32) -> Batch {
@@ -58,7 +54,7 @@ fn batch(extent: u32, round: u32) -> Batch {
 }
 
 /// Runs a stage on this thread while what it gives is counted and dropped at once, and says how long it took.
-fn timed<T>(stage: impl Future<Output = Result<(), impl std::fmt::Debug>>, output: &Inlet<T>) -> (Duration, usize) {
+fn run<T>(stage: impl Future<Output = Result<(), impl std::fmt::Debug>>, output: &Inlet<T>) -> (Duration, usize) {
     let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
     let consumer = async {
         let mut items = 0;
@@ -75,7 +71,7 @@ fn timed<T>(stage: impl Future<Output = Result<(), impl std::fmt::Debug>>, outpu
 
 /// A queue that holds all of these items, and no more come.
 fn queue_of<T>(items: impl IntoIterator<Item = T>) -> Inlet<T> {
-    let (put, inlet) = bounded(EXTENTS as usize + 2);
+    let (put, inlet) = bounded(PLACES[0].1 as usize + 2);
     let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
     runtime.block_on(async {
         for item in items {
@@ -85,65 +81,65 @@ fn queue_of<T>(items: impl IntoIterator<Item = T>) -> Inlet<T> {
     inlet
 }
 
-/// Measures what `once` says its work took.
-fn bench(group: &mut BenchmarkGroup<'_, WallTime>, name: &str, mut once: impl FnMut() -> Duration) {
-    group.bench_function(name, |bencher| bencher.iter_custom(|times| (0..times).map(|_| once()).sum()));
-}
-
-fn memcpy(group: &mut BenchmarkGroup<'_, WallTime>) {
-    let source: Vec<u8> = (0..BYTES / 4096).flat_map(random_page).collect();
-    let mut buffer = vec![0; EXTENT];
-    bench(group, "memcpy", || {
-        let since = Instant::now();
-        for extent in black_box(&source).chunks_exact(EXTENT) {
-            black_box(&mut buffer).copy_from_slice(extent);
-        }
-        since.elapsed()
-    });
-}
-
-fn scanner(group: &mut BenchmarkGroup<'_, WallTime>) {
-    let layout = guest(|_| [0; 4096]).layout().clone();
-    let mut scan = |name, dirty_pages: u64| {
-        bench(group, name, || {
+/// No page is read here: the figure is the bytes of the pages that are found.
+fn scanner(suite: &mut Suite) {
+    let extents = PLACES[0].1;
+    let layout = inputs::guest(inputs::untouched(bytes_of(extents))).layout().clone();
+    for (name, dirty_pages) in [("all dirty", 64), ("one page of each extent", 1), ("clean", 0)] {
+        suite.measure("scanner", name, bytes_of(extents), &[], || {
             let bitmap = Arc::new(DirtyBitmap::empty(&layout));
-            (0..EXTENTS)
-                .for_each(|extent| bitmap.set_range(0, u64::from(extent) * 64..u64::from(extent) * 64 + dirty_pages));
+            for first in (0..u64::from(extents)).map(|extent| extent * 64) {
+                bitmap.set_range(0, first..first + dirty_pages);
+            }
             let lanes = LaneMap::new(1, PageSize::DEFAULT);
             let meter = Meter::start("scanner", None);
             let in_flight = Arc::new(InFlight::new(bitmap.layout(), lanes));
             let scanner = Scanner::new(bitmap, None, Vec::new(), lanes, in_flight, meter);
             let ((lane, batches), (answer, _answers)) = (bounded(4), bounded(1));
             let orders = queue_of([ScanOrder { round: 1, last: true }]);
-            let (took, items) = timed(scanner.run(orders, vec![lane], answer), &batches);
-            assert_eq!(items, if dirty_pages == 0 { 2 } else { EXTENTS as usize + 2 });
+            let (took, items) = run(scanner.run(orders, vec![lane], answer), &batches);
+            assert_eq!(items, if dirty_pages == 0 { 2 } else { extents as usize + 2 });
             took
         });
-    };
-    scan("scanner/all dirty", 64);
-    scan("scanner/one page of each extent", 1);
-    scan("scanner/clean", 0);
+    }
 }
 
-fn zero_detector(group: &mut BenchmarkGroup<'_, WallTime>) {
-    let mut detect = |name, memory: GuestMemory| {
-        let pool = BufferPool::new(4, EXTENT);
-        bench(group, name, || {
-            let meter = Meter::start("zero-page detector", Some(0));
-            let detector = ZeroDetector::new(0, memory.clone(), pool.clone(), Vec::new(), meter);
-            let batches = queue_of((0..EXTENTS).map(|extent| Item::Batch(batch(extent, 1))));
-            let (output, copies) = bounded(2);
-            let (took, items) = timed(detector.run(batches, output), &copies);
-            assert_eq!(items, EXTENTS as usize);
-            took
+fn zero_detector(suite: &mut Suite, place: &str, extents: u32) {
+    let bytes = bytes_of(extents);
+    detect(suite, &format!("zero-page detector on untouched, {place}"), &inputs::untouched(bytes), 64);
+    for (kind, content) in CONTENTS {
+        let zero = if kind == "zero" { 64 } else { 0 };
+        detect(suite, &format!("zero-page detector on {kind}, {place}"), &inputs::mapped(&content(bytes)), zero);
+    }
+}
+
+/// `zero` pages of each extent are to be found.
+fn detect(suite: &mut Suite, group: &str, memory: &Arc<MappedMemory>, zero: u32) {
+    memcpy(suite, group, inputs::pages(memory));
+    sweep(suite, group, inputs::pages(memory));
+    let (guest, pool) = (inputs::guest(memory.clone()), BufferPool::new(4, EXTENT));
+    let extents = u32::try_from(memory.len() / EXTENT).expect("few");
+    suite.measure(group, "stage", memory.len(), &[("memcpy", "memcpy"), ("sweep", "sweep")], || {
+        let meter = Meter::start("zero-page detector", Some(0));
+        let detector = ZeroDetector::new(0, guest.clone(), pool.clone(), Vec::new(), meter);
+        let tally = RoundTally::new(1, false);
+        let batches = (0..extents).map(|extent| Item::Batch(batch(extent, 1)));
+        let batches = queue_of(batches.chain([Item::RoundComplete(tally)]));
+        let ((output, copies), found) = (bounded(2), std::cell::Cell::new(0));
+        let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
+        let consumer = async {
+            while let Some(item) = copies.next().await {
+                if let Item::RoundComplete(tally) = item {
+                    found.set(tally.zero);
+                }
+            }
+        };
+        let took = timed(|| {
+            runtime.block_on(async { tokio::join!(detector.run(batches, output), consumer).0 }).expect("it ends well");
         });
-    };
-    detect("zero-page detector/no page zero", guest(random_page));
-    detect("zero-page detector/every page zero", guest(|_| [0; 4096]));
-    detect(
-        "zero-page detector/every other page zero",
-        guest(|page| if page % 2 == 0 { [0; 4096] } else { random_page(page) }),
-    );
+        assert_eq!(found.get(), u64::from(extents * zero));
+        took
+    });
 }
 
 /// Copies of all extents, in buffers that keep their bytes from one use to the next.
@@ -153,110 +149,117 @@ struct Copies {
 }
 
 impl Copies {
-    fn new(content: impl Fn(usize) -> [u8; 4096]) -> Self {
-        let pool = BufferPool::new(EXTENTS as usize, EXTENT);
-        let mut buffers: Vec<_> = (0..EXTENTS).map(|_| pool.try_take().expect("one for each")).collect();
-        for (extent, buffer) in buffers.iter_mut().enumerate() {
-            (0..64).for_each(|page| buffer.extend(black_box(&content(extent * 64 + page))));
-        }
+    fn of(content: &[u8]) -> Self {
+        let extents = content.len() / EXTENT;
+        let pool = BufferPool::new(extents, EXTENT);
+        let mut buffers: Vec<_> = (0..extents).map(|_| pool.try_take().expect("one for each")).collect();
+        buffers.iter_mut().zip(content.chunks_exact(EXTENT)).for_each(|(buffer, extent)| buffer.extend(extent));
         Self { buffers, pool }
     }
 
+    fn bytes(&self) -> usize {
+        self.buffers.len() * EXTENT
+    }
+
     /// The round's items. The buffers come back as they are dropped, in the same order.
-    fn round(&mut self, round: u32) -> Inlet<Item<CopiedBatch>> {
+    fn round(&mut self, round: u32) -> Vec<Item<CopiedBatch>> {
+        let pages = (self.bytes() / PAGE) as u64;
         let copied =
             |(extent, pages)| Item::Batch(CopiedBatch { batch: batch(extent, round), zero: 0, pages: Some(pages) });
-        let tally = RoundTally { pages: PAGES, raw: PAGES, ..RoundTally::new(round, false) };
-        let items = (0..).zip(self.buffers.drain(..)).map(copied).chain([Item::RoundComplete(tally)]);
-        queue_of(items)
+        let tally = RoundTally { pages, ..RoundTally::new(round, false) };
+        (0..).zip(self.buffers.drain(..)).map(copied).chain([Item::RoundComplete(tally)]).collect()
     }
 
     fn take_back(&mut self) {
-        self.buffers.extend((0..EXTENTS).map(|_| self.pool.try_take().expect("all are back")));
+        self.buffers.extend(std::iter::from_fn(|| self.pool.try_take()));
         self.buffers.iter_mut().for_each(|buffer| buffer.set_filled(EXTENT));
     }
 
-    /// Changes so many words of each page.
-    fn write(&mut self, words: usize, by: u8) {
-        for page in self.buffers.iter_mut().flat_map(|buffer| buffer.chunks_exact_mut(4096)) {
-            (0..words).for_each(|word| page[word * (4096 / words) + 8] = by);
-        }
+    /// Changes each page.
+    fn change(&mut self, change: fn(&mut [u8], &mut Random), random: &mut Random) {
+        let pages = self.buffers.iter_mut().flat_map(|buffer| buffer.chunks_exact_mut(PAGE));
+        pages.for_each(|page| change(page, random));
     }
-}
-
-fn encoder(group: &mut BenchmarkGroup<'_, WallTime>) {
-    let plan = EncoderPlan { checksum: true, ..EncoderPlan::default() };
-    first_round(group, "encoder/raw", EncoderPlan::default(), random_page);
-    first_round(group, "encoder/raw with checksum", plan, random_page);
-    let lz4 = EncoderPlan { compress: Some(Codec::Lz4), ..plan };
-    first_round(group, "encoder/lz4 of text with checksum", lz4, text_page);
-    first_round(group, "encoder/lz4 of noise with checksum", lz4, random_page);
 }
 
 fn new_encoder(plan: EncoderPlan) -> Encoder {
     Encoder::new(0, PageSize::DEFAULT, plan, BufferPool::new(4, EXTENT), Meter::start("encoder", Some(0)))
 }
 
-fn first_round(
-    group: &mut BenchmarkGroup<'_, WallTime>,
-    name: &str,
-    plan: EncoderPlan,
-    content: impl Fn(usize) -> [u8; 4096],
-) {
-    let mut copies = Copies::new(content);
-    bench(group, name, || {
-        let (output, frames) = bounded(2);
-        let (took, items) = timed(new_encoder(plan).run(copies.round(1), output), &frames);
-        assert_eq!(items, EXTENTS as usize + 1);
-        copies.take_back();
-        took
-    });
+/// Rounds before any delta: a new encoder for each.
+fn first_round(suite: &mut Suite, place: &str, extents: u32) {
+    let checked = EncoderPlan { checksum: true, ..EncoderPlan::default() };
+    for (kind, content) in CONTENTS.into_iter().skip(1) {
+        let (group, content) = (format!("encoder on {kind}, {place}"), content(bytes_of(extents)));
+        memcpy(suite, &group, &content);
+        let mut copies = Copies::of(&content);
+        let mut measure = |suite: &mut Suite, name: &str, controls: &[(&str, &str)], plan| {
+            suite.measure(&group, name, copies.bytes(), controls, || {
+                let (output, frames) = bounded(2);
+                let (took, items) = run(new_encoder(plan).run(queue_of(copies.round(1)), output), &frames);
+                assert_eq!(items, extents as usize + 1);
+                copies.take_back();
+                took
+            });
+        };
+        if kind == "random" {
+            let delta = DeltaPlan { cache_bytes: 2 * content.len() as u64, on_miss: None, cache_first_round: true };
+            measure(suite, "raw", &MEMCPY, EncoderPlan::default());
+            measure(suite, "raw with checksum", &MEMCPY, checked);
+            measure(suite, "raw, kept in a new cache", &MEMCPY, EncoderPlan { delta: Some(delta), ..checked });
+        }
+        let mut out = vec![0; 2 * PAGE];
+        suite.measure(&group, "lz4, library", content.len(), &[], || {
+            timed(|| {
+                for page in content.chunks_exact(PAGE) {
+                    black_box(lz4_flex::block::compress_into(page, &mut out).expect("room"));
+                }
+            })
+        });
+        let controls = [("memcpy", "memcpy"), ("library", "lz4, library")];
+        measure(suite, "lz4 with checksum", &controls, EncoderPlan { compress: Some(Codec::Lz4), ..checked });
+    }
 }
 
-/// Deltas against a warm cache: one encoder sees a first round that fills it, and then round after round.
-fn xbzrle(group: &mut BenchmarkGroup<'_, WallTime>) {
-    for (name, words) in [("encoder/xbzrle, 1 word", 1), ("encoder/xbzrle, 8 words", 8)] {
+/// Deltas against a warm cache: one encoder sees a first round that fills it, and then round after round. With checksum.
+fn deltas(suite: &mut Suite, place: &str, extents: u32) {
+    let (group, content) = (format!("encoder of deltas, {place}"), inputs::random(bytes_of(extents)));
+    memcpy(suite, &group, &content);
+    for (name, change) in CHANGES {
         let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
-        let delta = DeltaPlan { cache_bytes: 2 * BYTES as u64, on_miss: None, cache_first_round: true };
-        let ((put, input), (output, frames)) = (bounded(EXTENTS as usize + 1), bounded(2));
+        let delta = DeltaPlan { cache_bytes: 2 * content.len() as u64, on_miss: None, cache_first_round: true };
+        let ((put, input), (output, frames)) = (bounded(extents as usize + 1), bounded(2));
         let encoder = new_encoder(EncoderPlan { delta: Some(delta), checksum: true, ..EncoderPlan::default() });
-        let (mut stage, mut copies) = (Box::pin(encoder.run(input, output)), Copies::new(random_page));
-        let mut round = 0;
+        let (mut stage, mut copies) = (Box::pin(encoder.run(input, output)), Copies::of(&content));
+        let (mut round, mut random) = (0, Random(2));
         let mut once = || {
             round += 1;
-            copies.write(words, u8::try_from(round % 251).expect("small"));
-            let input = copies.round(round);
-            let took = runtime.block_on(async {
-                while let Some(item) = input.try_next() {
+            copies.change(change, &mut random);
+            let items = copies.round(round);
+            let (took, tally) = runtime.block_on(async {
+                for item in items {
                     put.put(item).await.expect("the queue is open");
                 }
                 let since = Instant::now();
-                let consumer = async { while frames.next().await.is_some_and(|frame| frame.mark.is_none()) {} };
+                let complete = async {
+                    loop {
+                        let frame = frames.next().await.expect("the encoder runs");
+                        if let Some(Mark::RoundComplete(tally)) = frame.mark {
+                            return tally;
+                        }
+                    }
+                };
                 tokio::select! {
-                    () = consumer => {}
+                    tally = complete => (since.elapsed(), tally),
                     ended = &mut stage => panic!("it ended: {ended:?}"),
                 }
-                since.elapsed()
             });
+            let whole = if round == 1 { tally.pages } else { tally.xbzrle_overflows };
+            assert!(tally.raw == whole && tally.xbzrle_misses == 0 && tally.pages > 0, "{name}: {tally:?}");
             copies.take_back();
             took
         };
         once();
-        bench(group, name, once);
+        suite.measure(&group, name, bytes_of(extents), &MEMCPY, once);
     }
 }
-
-fn all(criterion: &mut Criterion) {
-    let mut group = criterion.benchmark_group("source");
-    group.throughput(Throughput::Bytes(BYTES as u64)).sample_size(10);
-    group.warm_up_time(Duration::from_millis(200)).measurement_time(Duration::from_secs(1));
-    memcpy(&mut group);
-    scanner(&mut group);
-    zero_detector(&mut group);
-    encoder(&mut group);
-    xbzrle(&mut group);
-    group.finish();
-}
-
-criterion_group!(benches, all);
-criterion_main!(benches);

@@ -5,7 +5,11 @@
 
 use crate::batch::Batch;
 use crate::geometry::{PageAt, PageSize};
-use crate::xbzrle::{self, Encoded, XbzrleCache};
+use crate::xbzrle::{self, Delta, Encoded, XbzrleCache};
+
+/// A delta of at most this part of its page is applied to the page's entry, which leaves most of its lines alone: what is
+/// not written need not go back to memory. For others a copy of the page costs less than a walk over their runs.
+const SPARSE: usize = 16;
 
 /// The cache of one lane, and the rule by which it is kept.
 #[derive(Debug)]
@@ -54,10 +58,12 @@ impl Reference {
             Encoded::Delta(bytes) if bytes < page.len() => Compared::Delta(bytes),
             Encoded::Delta(_) | Encoded::Overflow => Compared::Overflow,
         };
-        if batch.last {
-            self.cache.remove(at);
-        } else {
-            held.copy_from_slice(page);
+        match compared {
+            _ if batch.last => self.cache.remove(at),
+            Compared::Delta(bytes) if bytes <= page.len() / SPARSE => {
+                Delta::parse(&out[..bytes], page.len()).expect("our own delta").apply(held);
+            }
+            _ => held.copy_from_slice(page),
         }
         compared
     }

@@ -254,7 +254,11 @@ impl Memory for MappedMemory {
 
     fn read_extent(&self, page_size: PageSize, first_page: u64, mask: u64, into: &mut PooledBuffer) -> io::Result<u64> {
         let (mut zero, mut filled) = (0, 0);
-        for bit in bits(mask) {
+        let mut bits = bits(mask).peekable();
+        while let Some(bit) = bits.next() {
+            if let Some(next) = bits.peek() {
+                copy::expect(self.page(page_size, first_page + u64::from(*next)).0);
+            }
             let space = &mut into.space()[filled..filled + page_size.bytes()];
             if self.copy_page(page_size, first_page + u64::from(bit), space) {
                 zero |= 1 << bit;
@@ -326,13 +330,14 @@ impl Memory for MappedMemory {
 
     fn patch(&self, page_size: PageSize, page: u64, delta: &Delta<'_>) -> io::Result<()> {
         let (to, bytes) = self.page(page_size, page);
-        for (offset, run) in delta.runs() {
-            assert!(offset + run.len() <= page_size.bytes(), "a delta of a larger page");
+        assert_eq!(delta.page_bytes(), page_size.bytes(), "a delta of another page size");
+        delta.each_run(|offset, run| {
             let start = offset.min(bytes);
             let inside = run.len().min(bytes - start);
-            // SAFETY: start + inside is at most the page's bytes in the block; the guest does not run.
-            unsafe { to.add(start).copy_from_nonoverlapping(run.as_ptr(), inside) };
-        }
+            // SAFETY: start + inside is at most the page's bytes in the block; the guest does not run, and no reference
+            // to its memory exists.
+            unsafe { copy::put(to.add(start), &run[..inside]) };
+        });
         Ok(())
     }
 

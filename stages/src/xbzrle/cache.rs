@@ -3,16 +3,18 @@
 //! A page may lie in one of sixteen slots: two groups of eight neighbours, found by two hashes of its place. The emptier
 //! group takes a page as long as it has a free slot: so nine tenths of the cache fill with one page in a hundred turned
 //! away, where a single group of four would fill three tenths. Then the oldest of the sixteen gives way, if it is old enough.
-//! Each slot has its page of memory from its first use on; memory is taken in chunks, as pages come in.
+//! Each slot has its page of memory from its first use on.
 
 use std::fmt;
 use std::ops::Range;
+use std::slice;
 
 use crate::geometry::{PageAt, PageSize};
+use crate::memory::MappedMemory;
 
 /// Slots of a group.
 const GROUP: usize = 8;
-/// Bytes of a chunk of page memory.
+/// What the kernel may back at once: a huge page.
 const CHUNK_BYTES: usize = 2 << 20;
 /// A page used in round g may be replaced from round g + 2 on.
 const LIFETIME: u32 = 2;
@@ -49,10 +51,7 @@ impl XbzrleCache {
     pub fn new(page_size: PageSize, bytes: u64) -> Self {
         let page = page_size.bytes();
         let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
-        // Besides its slot a page has its share of an entry in the table of chunks; the last chunk may be a partial one.
-        let entry = size_of::<Vec<u8>>();
-        let each = page + size_of::<Slot>() + entry.div_ceil(CHUNK_BYTES / page);
-        let slots = bytes.saturating_sub(entry) / each;
+        let slots = bytes / (page + size_of::<Slot>());
         let slots = slots.min(u32::MAX as usize);
         Self { slots: vec![Slot::default(); slots], memory: PageMemory::new(page, slots) }
     }
@@ -144,46 +143,56 @@ fn mix(key: u64) -> u64 {
     half
 }
 
-/// Memory for a number of pages, taken in chunks as pages are asked for.
+/// Memory for a number of pages, which are taken in order.
+///
+/// It is one mapping that the kernel backs as pages are taken, by huge pages where it can: the first touch of small ones
+/// costs several times what the copy of a page does, and more than all else that the first round does with it. It is why
+/// `unsafe` is worth it here.
 struct PageMemory {
     page_bytes: usize,
     pages: usize,
     taken: usize,
-    chunks: Vec<Vec<u8>>,
+    /// There is none where there are no pages.
+    mapping: Option<MappedMemory>,
 }
 
 impl PageMemory {
+    /// # Panics
+    /// If the address space has no room for so much.
     fn new(page_bytes: usize, pages: usize) -> Self {
-        let chunks = Vec::with_capacity(pages.div_ceil(CHUNK_BYTES / page_bytes));
-        Self { page_bytes, pages, taken: 0, chunks }
+        let mapping = (pages > 0).then(|| {
+            let mapping = MappedMemory::anonymous(pages * page_bytes).expect("room in the address space");
+            // Without huge pages it is slower, and no less right.
+            drop(mapping.advise_huge());
+            mapping
+        });
+        Self { page_bytes, pages, taken: 0, mapping }
     }
 
     /// The next page that was not taken yet, as its number from 1.
     fn take(&mut self) -> u32 {
         assert!(self.taken < self.pages, "all {} pages are taken", self.pages);
-        let chunk_pages = CHUNK_BYTES / self.page_bytes;
-        if self.taken.is_multiple_of(chunk_pages) {
-            let pages = chunk_pages.min(self.pages - self.taken);
-            self.chunks.push(vec![0; pages * self.page_bytes]);
-        }
         self.taken += 1;
         u32::try_from(self.taken).expect("no more pages than a u32 counts")
     }
 
     /// A page by its number from 1.
     fn page(&mut self, number: u32) -> &mut [u8] {
-        let chunk_pages = CHUNK_BYTES / self.page_bytes;
         let index = number as usize - 1;
-        let (chunk, start) = (index / chunk_pages, index % chunk_pages * self.page_bytes);
-        &mut self.chunks[chunk][start..start + self.page_bytes]
+        assert!(index < self.taken, "page {index} of {}", self.taken);
+        let mapping = self.mapping.as_ref().expect("a page was taken");
+        // SAFETY: the page lies in the mapping, which reads as zeros at first and which nobody else knows; it is borrowed
+        // as long as `self` is.
+        unsafe { slice::from_raw_parts_mut(mapping.as_ptr().add(index * self.page_bytes), self.page_bytes) }
     }
 
     fn bound_bytes(&self) -> usize {
-        self.pages * self.page_bytes + self.chunks.capacity() * size_of::<Vec<u8>>()
+        self.pages * self.page_bytes
     }
 
+    /// Whole huge pages.
     fn bytes(&self) -> usize {
-        self.chunks.iter().map(Vec::len).sum::<usize>() + self.chunks.capacity() * size_of::<Vec<u8>>()
+        (self.taken * self.page_bytes).next_multiple_of(CHUNK_BYTES).min(self.bound_bytes())
     }
 }
 

@@ -58,19 +58,25 @@ impl<'a> Delta<'a> {
     ///
     /// # Errors
     /// A [`DeltaError`] with the offset of the first byte that cannot be.
+    // Inlined so that the result is never put together in memory and read back in other pieces: such a load waits until
+    // the stores of the page before, which is mostly out of cache, are through.
+    #[inline(always)]
     pub fn parse(bytes: &'a [u8], page_bytes: usize) -> Result<Self, DeltaError> {
-        let mut reader = Reader::new(bytes, page_bytes);
-        if reader.next_run()?.is_none() {
-            return Err(DeltaError::Empty);
-        }
-        while reader.next_run()?.is_some() {}
-        Ok(Self { bytes, page_bytes })
+        let mut runs = 0;
+        walk(bytes, page_bytes, |_, _| runs += 1)?;
+        if runs == 0 { Err(DeltaError::Empty) } else { Ok(Self { bytes, page_bytes }) }
     }
 
-    /// The runs of new bytes as (offset in the page, bytes), in order.
-    pub fn runs(&self) -> impl Iterator<Item = (usize, &'a [u8])> + use<'a> {
-        let mut reader = Reader::new(self.bytes, self.page_bytes);
-        std::iter::from_fn(move || reader.next_run().expect("the delta was checked"))
+    /// Bytes of the page that it is a delta of.
+    #[must_use]
+    pub fn page_bytes(&self) -> usize {
+        self.page_bytes
+    }
+
+    /// Gives each run of new bytes with its offset in the page, in order.
+    #[inline(always)]
+    pub fn each_run(&self, run: impl FnMut(usize, &'a [u8])) {
+        walk(self.bytes, self.page_bytes, run).expect("the delta was checked");
     }
 
     /// Patches the old copy of the page.
@@ -79,94 +85,76 @@ impl<'a> Delta<'a> {
     /// If `page` is not of the size the delta was checked for.
     pub fn apply(&self, page: &mut [u8]) {
         assert_eq!(page.len(), self.page_bytes, "a delta of another page size");
-        for (offset, new) in self.runs() {
-            page[offset..offset + new.len()].copy_from_slice(new);
-        }
+        self.each_run(|offset, new| page[offset..offset + new.len()].copy_from_slice(new));
     }
 }
 
-/// Walks a delta run by run, checking as it goes. A page in one delta is read as its only piece, without a length.
-struct Reader<'a> {
-    bytes: &'a [u8],
-    page_bytes: usize,
-    /// The next byte to read.
-    at: usize,
-    /// Where the piece's delta starts and ends.
-    first: usize,
-    end: usize,
-    /// Where in the page the run before ended, and where the piece ends.
-    offset: usize,
-    limit: usize,
-}
-
-impl<'a> Reader<'a> {
-    fn new(bytes: &'a [u8], page_bytes: usize) -> Self {
-        let (end, limit) = if page_bytes <= MAX_RUN { (bytes.len(), page_bytes) } else { (0, 0) };
-        Self { bytes, page_bytes, at: 0, first: 0, end, offset: 0, limit }
+/// Walks a delta run by run, checking as it goes.
+///
+/// What it knows stays in registers: a page to patch is mostly out of cache, stores to it wait for memory in the
+/// processor's store buffer, and any other store behind them takes the place of one more.
+#[inline(always)]
+fn walk<'a>(bytes: &'a [u8], page_bytes: usize, mut run: impl FnMut(usize, &'a [u8])) -> Result<(), DeltaError> {
+    if page_bytes <= MAX_RUN {
+        return walk_piece(bytes, 0, 0, page_bytes, run);
     }
-
-    /// The next run of new bytes and its offset in the page; `None` after the last.
-    #[inline]
-    fn next_run(&mut self) -> Result<Option<(usize, &'a [u8])>, DeltaError> {
-        while self.at == self.end {
-            if !self.open_piece()? {
-                return Ok(None);
-            }
-        }
-        let run = self.at;
-        let equal = self.length()?;
-        if equal == 0 && run != self.first {
-            return Err(DeltaError::EmptyRun { at: run });
-        }
-        let run = self.at;
-        let changed = self.length()?;
-        if changed == 0 {
-            return Err(DeltaError::EmptyRun { at: run });
-        }
-        let (offset, end) = (self.offset + equal, self.offset + equal + changed);
-        if end > self.limit {
-            return Err(DeltaError::BeyondPage { at: run, end, limit: self.limit });
-        }
-        let new = self.bytes[self.at..self.end].get(..changed).ok_or(DeltaError::Truncated { at: self.at })?;
-        self.at += changed;
-        self.offset = end;
-        Ok(Some((offset, new)))
-    }
-
-    /// Reads the length of the next piece; false if the page is complete.
-    fn open_piece(&mut self) -> Result<bool, DeltaError> {
-        let at = self.at;
-        let rest = &self.bytes[at..];
-        if self.limit == self.page_bytes {
-            return if rest.is_empty() { Ok(false) } else { Err(DeltaError::Trailing { at, bytes: rest.len() }) };
-        }
-        let (length, rest) = rest.split_first_chunk().ok_or(DeltaError::Truncated { at })?;
+    let mut at = 0;
+    for offset in (0..page_bytes).step_by(PIECE_BYTES) {
+        let (length, rest) = bytes[at..].split_first_chunk().ok_or(DeltaError::Truncated { at })?;
         let length = usize::from(u16::from_le_bytes(*length));
         if length > rest.len() {
             return Err(DeltaError::Truncated { at });
         }
-        self.at += 2;
-        (self.first, self.end) = (self.at, self.at + length);
-        self.offset = self.limit;
-        self.limit = (self.offset + PIECE_BYTES).min(self.page_bytes);
-        Ok(true)
+        let end = at + 2 + length;
+        walk_piece(&bytes[..end], at + 2, offset, (offset + PIECE_BYTES).min(page_bytes), &mut run)?;
+        at = end;
     }
+    let bytes = bytes.len() - at;
+    if bytes == 0 { Ok(()) } else { Err(DeltaError::Trailing { at, bytes }) }
+}
 
-    /// Reads a run length. Two bytes must be left: a length of one byte and what follows it, or one of two.
-    #[inline]
-    fn length(&mut self) -> Result<usize, DeltaError> {
-        let at = self.at;
-        let Some(&[low, high]) = self.bytes[at..self.end].first_chunk() else {
-            return Err(DeltaError::Truncated { at });
-        };
-        if low < 0x80 {
-            self.at += 1;
-            return Ok(usize::from(low));
+/// Walks a delta of one piece, which stands in `bytes` from `first` to their end, and changes the page from `offset` to
+/// before `limit`.
+#[inline(always)]
+fn walk_piece<'a>(
+    bytes: &'a [u8],
+    first: usize,
+    mut offset: usize,
+    limit: usize,
+    mut run: impl FnMut(usize, &'a [u8]),
+) -> Result<(), DeltaError> {
+    let mut at = first;
+    while at < bytes.len() {
+        let (equal, behind) = length(bytes, at)?;
+        if equal == 0 && at != first {
+            return Err(DeltaError::EmptyRun { at });
         }
-        if high >= 0x80 {
-            return Err(DeltaError::Length { at });
+        let (changed, start) = length(bytes, behind)?;
+        if changed == 0 {
+            return Err(DeltaError::EmptyRun { at: behind });
         }
-        self.at += 2;
-        Ok(usize::from(low & 0x7f) | usize::from(high) << 7)
+        offset += equal;
+        let end = offset + changed;
+        if end > limit {
+            return Err(DeltaError::BeyondPage { at: behind, end, limit });
+        }
+        let new = bytes[start..].get(..changed).ok_or(DeltaError::Truncated { at: start })?;
+        run(offset, new);
+        (at, offset) = (start + changed, end);
     }
+    Ok(())
+}
+
+/// Reads the run length at `at`, and says where what follows it stands. Two bytes must be left: a length of one byte and
+/// what follows it, or one of two.
+#[inline(always)]
+fn length(bytes: &[u8], at: usize) -> Result<(usize, usize), DeltaError> {
+    let Some(&[low, high]) = bytes[at..].first_chunk() else { return Err(DeltaError::Truncated { at }) };
+    if low < 0x80 {
+        return Ok((usize::from(low), at + 1));
+    }
+    if high >= 0x80 {
+        return Err(DeltaError::Length { at });
+    }
+    Ok((usize::from(low & 0x7f) | usize::from(high) << 7, at + 2))
 }

@@ -1,71 +1,123 @@
 //! Which bytes of a block differ, as a mask of one bit a byte.
 //!
-//! On x86-64 it is done with SSE2 instructions, elsewhere with arithmetic on 64-bit words. The instructions are worth
-//! their `unsafe`: densely changed pages are encoded two to four times as fast. Wider vectors gain nothing, since memory
-//! is the limit.
+//! The encoder is written once over [`Compare`]. A comparer for a set of instructions is a value that exists only where the
+//! processor has them, so that its method is safe. They are worth their `unsafe`: sparse deltas of pages in the cache are
+//! encoded a third faster than with SSE2 and several times as fast as with words; out of cache, memory is the limit.
 
 /// Bytes compared at a time.
 pub(super) const BLOCK: usize = 64;
 
-#[cfg(not(target_arch = "x86_64"))]
-pub(super) use portable as differences;
-#[cfg(target_arch = "x86_64")]
-pub(super) use sse2 as differences;
-
-#[cfg(target_arch = "x86_64")]
-#[inline]
-pub(super) fn sse2(old: &[u8; BLOCK], new: &[u8; BLOCK]) -> u64 {
-    use std::arch::x86_64::{_mm_cmpeq_epi8, _mm_movemask_epi8, _mm_set_epi64x};
-
-    let words = old.as_chunks().0.iter().zip(new.as_chunks().0).enumerate();
-    words.fold(0, |mask, (index, (old, new))| {
-        let [(old_low, old_high), (new_low, new_high)] = [halves(old), halves(new)];
-        // SAFETY: these are SSE2 instructions on values, and every x86-64 processor has SSE2.
-        let equal = unsafe {
-            let [old, new] = [_mm_set_epi64x(old_high, old_low), _mm_set_epi64x(new_high, new_low)];
-            _mm_movemask_epi8(_mm_cmpeq_epi8(old, new))
-        };
-        mask | u64::from(!equal.cast_unsigned() & 0xffff) << (index * 16)
-    })
+/// A way to compare blocks.
+pub(super) trait Compare: Copy {
+    /// A bit for each byte that differs, the first byte's the lowest.
+    fn differences(self, old: &[u8; BLOCK], new: &[u8; BLOCK]) -> u64;
 }
 
-#[cfg(target_arch = "x86_64")]
-#[inline]
-fn halves(bytes: &[u8; 16]) -> (i64, i64) {
-    let (low, high) = bytes.split_at(8);
-    let word = |half: &[u8]| i64::from_le_bytes(half.try_into().expect("8 bytes"));
-    (word(low), word(high))
-}
+/// Arithmetic on 64-bit words, which every processor has.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Words;
 
-#[cfg(any(test, not(target_arch = "x86_64")))]
-#[inline]
-pub(super) fn portable(old: &[u8; BLOCK], new: &[u8; BLOCK]) -> u64 {
-    /// All but the highest bit of each byte.
-    const LOW: u64 = 0x7f7f_7f7f_7f7f_7f7f;
-    /// Gathers the lowest bits of the bytes of a word in its highest byte.
-    const GATHER: u64 = 0x0102_0408_1020_4080;
+impl Compare for Words {
+    #[inline(always)]
+    fn differences(self, old: &[u8; BLOCK], new: &[u8; BLOCK]) -> u64 {
+        /// All but the highest bit of each byte.
+        const LOW: u64 = 0x7f7f_7f7f_7f7f_7f7f;
+        /// Gathers the lowest bits of the bytes of a word in its highest byte.
+        const GATHER: u64 = 0x0102_0408_1020_4080;
 
-    if old == new {
-        return 0;
+        if old == new {
+            return 0;
+        }
+        let words = old.as_chunks().0.iter().zip(new.as_chunks().0).enumerate();
+        words.fold(0, |mask, (index, (old, new))| {
+            let change = u64::from_le_bytes(*old) ^ u64::from_le_bytes(*new);
+            let changed = (((change & LOW) + LOW) | change) & !LOW;
+            mask | ((changed >> 7).wrapping_mul(GATHER) >> 56) << (index * 8)
+        })
     }
-    let words = old.as_chunks().0.iter().zip(new.as_chunks().0).enumerate();
-    words.fold(0, |mask, (index, (old, new))| {
-        let change = u64::from_le_bytes(*old) ^ u64::from_le_bytes(*new);
-        let changed = (((change & LOW) + LOW) | change) & !LOW;
-        mask | ((changed >> 7).wrapping_mul(GATHER) >> 56) << (index * 8)
-    })
+}
+
+#[cfg(target_arch = "x86_64")]
+pub(super) use x86_64::{Avx2, Avx512};
+
+#[cfg(target_arch = "x86_64")]
+mod x86_64 {
+    use std::arch::x86_64::{
+        _mm256_cmpeq_epi8, _mm256_loadu_si256, _mm256_movemask_epi8, _mm512_cmpneq_epi8_mask, _mm512_loadu_si512,
+    };
+
+    use super::{BLOCK, Compare};
+
+    /// A block at once. Exists only on a processor that has AVX-512BW.
+    #[derive(Clone, Copy, Debug)]
+    pub(in super::super) struct Avx512(());
+
+    impl Avx512 {
+        /// Asks the processor; the answer is cached by the standard library.
+        #[inline]
+        pub(in super::super) fn detect() -> Option<Self> {
+            std::arch::is_x86_feature_detected!("avx512bw").then_some(Self(()))
+        }
+    }
+
+    impl Compare for Avx512 {
+        #[inline(always)]
+        fn differences(self, old: &[u8; BLOCK], new: &[u8; BLOCK]) -> u64 {
+            // SAFETY: the processor has AVX-512BW, since this value exists; both loads are of a whole block.
+            unsafe {
+                let [old, new] = [old, new].map(|block| _mm512_loadu_si512(block.as_ptr().cast()));
+                _mm512_cmpneq_epi8_mask(old, new)
+            }
+        }
+    }
+
+    /// Half a block at once. Exists only on a processor that has AVX2.
+    #[derive(Clone, Copy, Debug)]
+    pub(in super::super) struct Avx2(());
+
+    impl Avx2 {
+        /// Asks the processor; the answer is cached by the standard library.
+        #[inline]
+        pub(in super::super) fn detect() -> Option<Self> {
+            std::arch::is_x86_feature_detected!("avx2").then_some(Self(()))
+        }
+    }
+
+    impl Compare for Avx2 {
+        #[inline(always)]
+        fn differences(self, old: &[u8; BLOCK], new: &[u8; BLOCK]) -> u64 {
+            let half = |at: usize| {
+                // SAFETY: the processor has AVX2, since this value exists; both loads end at the block's end at the latest.
+                let equal = unsafe {
+                    let [old, new] = [old, new].map(|block| _mm256_loadu_si256(block.as_ptr().add(at).cast()));
+                    _mm256_movemask_epi8(_mm256_cmpeq_epi8(old, new))
+                };
+                u64::from(!equal.cast_unsigned())
+            };
+            half(0) | half(BLOCK / 2) << (BLOCK / 2)
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
-    use super::{BLOCK, differences, portable};
+    use super::*;
 
-    fn check(old: &[u8; BLOCK], new: &[u8; BLOCK]) {
+    fn check_by(compare: impl Compare, old: &[u8; BLOCK], new: &[u8; BLOCK]) {
         let naive = (0..BLOCK).fold(0, |mask, i| mask | u64::from(old[i] != new[i]) << i);
-        assert_eq!(differences(old, new), naive, "{old:?} {new:?}");
-        assert_eq!(portable(old, new), naive, "{old:?} {new:?}");
+        assert_eq!(compare.differences(old, new), naive, "{old:?} {new:?}");
+    }
+
+    /// Every comparer that this processor has.
+    fn check(old: &[u8; BLOCK], new: &[u8; BLOCK]) {
+        check_by(Words, old, new);
+        #[cfg(target_arch = "x86_64")]
+        {
+            Avx2::detect().into_iter().for_each(|avx2| check_by(avx2, old, new));
+            Avx512::detect().into_iter().for_each(|avx512| check_by(avx512, old, new));
+        }
     }
 
     #[test]

@@ -1,8 +1,11 @@
 //! The encoder that is used: it compares a block at a time into a mask of differing bytes, and walks the mask's turns.
 //!
-//! A [`Writer`] owns the place reached in the page and in the delta, and makes QEMU's overflow tests where it writes.
+//! A [`Writer`] owns the place reached in the page and in the delta, and makes QEMU's overflow tests where it writes. All of
+//! it is written once over the way to compare; a version of it for each set of instructions is a thin wrapper.
 
-use super::differences::{BLOCK, differences};
+#[cfg(target_arch = "x86_64")]
+use super::differences::{Avx2, Avx512};
+use super::differences::{BLOCK, Compare, Words};
 use super::{Encoded, MAX_RUN, PIECE_BYTES};
 
 /// Bytes whose differences are found before runs are written.
@@ -10,12 +13,47 @@ const SPAN: usize = BLOCK * 64;
 /// Runs up to this length are copied as if they had it, where there is room: one load and one store.
 const SHORT_RUN: usize = 16;
 
+/// Encodes a page with the widest instructions that the processor has.
+#[inline]
+pub(super) fn encode_page(old: &[u8], new: &[u8], out: &mut [u8]) -> Encoded {
+    #[cfg(target_arch = "x86_64")]
+    {
+        if let Some(avx512) = Avx512::detect() {
+            // SAFETY: the processor has what the version is compiled for; it takes and gives slices.
+            return unsafe { encode_page_avx512(avx512, old, new, out) };
+        }
+        if let Some(avx2) = Avx2::detect() {
+            // SAFETY: as above.
+            return unsafe { encode_page_avx2(avx2, old, new, out) };
+        }
+    }
+    encode_page_by(Words, old, new, out)
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512bw")]
+fn encode_page_avx512(avx512: Avx512, old: &[u8], new: &[u8], out: &mut [u8]) -> Encoded {
+    encode_page_by(avx512, old, new, out)
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn encode_page_avx2(avx2: Avx2, old: &[u8], new: &[u8], out: &mut [u8]) -> Encoded {
+    encode_page_by(avx2, old, new, out)
+}
+
+#[inline(always)]
+fn encode_page_by(compare: impl Compare, old: &[u8], new: &[u8], out: &mut [u8]) -> Encoded {
+    if new.len() <= MAX_RUN { encode(compare, old, new, out) } else { encode_pieces(compare, old, new, out) }
+}
+
 /// Encodes a page as pieces, each with its length in front.
-pub(super) fn encode_pieces(old: &[u8], new: &[u8], out: &mut [u8]) -> Encoded {
+#[inline(always)]
+fn encode_pieces(compare: impl Compare, old: &[u8], new: &[u8], out: &mut [u8]) -> Encoded {
     let (mut written, mut changed) = (0, false);
     for (old, new) in old.chunks(PIECE_BYTES).zip(new.chunks(PIECE_BYTES)) {
         let Some((length, room)) = out[written..].split_first_chunk_mut() else { return Encoded::Overflow };
-        let Some(bytes) = encode_piece(old, new, room) else { return Encoded::Overflow };
+        let Some(bytes) = encode_piece(compare, old, new, room) else { return Encoded::Overflow };
         *length = u16::try_from(bytes).expect("little more than a piece").to_le_bytes();
         written += length.len() + bytes;
         changed |= bytes > 0;
@@ -24,9 +62,10 @@ pub(super) fn encode_pieces(old: &[u8], new: &[u8], out: &mut [u8]) -> Encoded {
 }
 
 /// Encodes one piece: its bytes, 0 if it is equal; as one run where runs are not shorter. `None` if there is no room.
-fn encode_piece(old: &[u8], new: &[u8], room: &mut [u8]) -> Option<usize> {
+#[inline(always)]
+fn encode_piece(compare: impl Compare, old: &[u8], new: &[u8], room: &mut [u8]) -> Option<usize> {
     let most = room.len().min(new.len());
-    match encode(old, new, &mut room[..most]) {
+    match encode(compare, old, new, &mut room[..most]) {
         Encoded::Equal => Some(0),
         Encoded::Delta(bytes) => Some(bytes),
         Encoded::Overflow => {
@@ -38,10 +77,11 @@ fn encode_piece(old: &[u8], new: &[u8], room: &mut [u8]) -> Option<usize> {
 }
 
 /// Encodes up to [`MAX_RUN`] bytes as one delta of at most the bytes of `out`.
-pub(super) fn encode(old: &[u8], new: &[u8], out: &mut [u8]) -> Encoded {
+#[inline(always)]
+fn encode(compare: impl Compare, old: &[u8], new: &[u8], out: &mut [u8]) -> Encoded {
     debug_assert!(new.len() <= MAX_RUN, "a run could be too long to be written");
     let mut writer = Writer { new, out, read: 0, written: 0 };
-    match writer.runs(old) {
+    match writer.runs(compare, old) {
         None => Encoded::Overflow,
         Some(()) if writer.written == 0 => Encoded::Equal,
         Some(()) => Encoded::Delta(writer.written),
@@ -59,14 +99,17 @@ struct Writer<'a> {
 
 impl Writer<'_> {
     /// Finds and writes all runs.
-    #[inline]
-    fn runs(&mut self, old: &[u8]) -> Option<()> {
+    #[inline(always)]
+    fn runs(&mut self, compare: impl Compare, old: &[u8]) -> Option<()> {
         let mut open = None;
         for (index, (old, new)) in old.chunks(SPAN).zip(self.new.chunks(SPAN)).enumerate() {
-            let turns = Turns::find(old, new, open.is_some());
+            let turns = Turns::find(compare, old, new, open.is_some());
             for block in ones(turns.blocks) {
                 let from = index * SPAN + block * BLOCK;
-                let mut turns = open.take().into_iter().chain(ones(turns.bytes[block]).map(|byte| from + byte));
+                let mut turns = ones(turns.bytes[block]).map(|byte| from + byte);
+                if let Some(start) = open.take() {
+                    self.run(start, turns.next()?)?;
+                }
                 while let Some(start) = turns.next() {
                     match turns.next() {
                         Some(end) => self.run(start, end)?,
@@ -82,7 +125,7 @@ impl Writer<'_> {
     }
 
     /// Writes the run of new bytes `start..end`, and that all before it are equal.
-    #[inline]
+    #[inline(always)]
     fn run(&mut self, start: usize, end: usize) -> Option<()> {
         let (equal, bytes) = (start - self.read, end - start);
         self.read = end;
@@ -96,26 +139,30 @@ impl Writer<'_> {
         Some(())
     }
 
-    /// Writes a run whose lengths take a byte each, if there is room for [`SHORT_RUN`] bytes here and there.
-    #[inline]
+    /// Writes a run of at most [`SHORT_RUN`] bytes, if there is room here and there for one of so many.
+    #[inline(always)]
     fn short_run(&mut self, equal: usize, start: usize, bytes: usize) -> Option<()> {
-        let equal = u8::try_from(equal).ok().filter(|&equal| equal < 0x80)?;
-        let length = u8::try_from(bytes).ok().filter(|_| bytes <= SHORT_RUN)?;
+        if bytes > SHORT_RUN {
+            return None;
+        }
         let from = self.new.get(start..)?.first_chunk::<SHORT_RUN>()?;
-        let room = self.out.get_mut(self.written..)?.first_chunk_mut::<{ 2 + SHORT_RUN }>()?;
-        room[..2].copy_from_slice(&[equal, length]);
-        room[2..].copy_from_slice(from);
-        self.written += 2 + bytes;
+        let room = self.out.get_mut(self.written..)?.first_chunk_mut::<{ 3 + SHORT_RUN }>()?;
+        let ([low, high], lengths) = length(equal);
+        [room[0], room[1]] = [low, high];
+        room[lengths] = length(bytes).0[0];
+        let lengths = lengths + 1;
+        room[lengths..lengths + SHORT_RUN].copy_from_slice(from);
+        self.written += lengths + bytes;
         Some(())
     }
 
     /// Writes a run length. Two bytes must be free even for one of a byte: QEMU's overflow test.
-    #[inline]
-    fn length(&mut self, length: usize) -> Option<()> {
+    #[inline(always)]
+    fn length(&mut self, of: usize) -> Option<()> {
         let room = self.out.get_mut(self.written..)?.first_chunk_mut()?;
-        let [low, high] = [length & 0x7f, length >> 7].map(|bits| u8::try_from(bits).expect("at most the longest run"));
-        *room = [if high == 0 { low } else { low | 0x80 }, high];
-        self.written += if high == 0 { 1 } else { 2 };
+        let bytes;
+        (*room, bytes) = length(of);
+        self.written += bytes;
         Some(())
     }
 
@@ -124,6 +171,13 @@ impl Writer<'_> {
         let fits = self.written == 0 || self.read == self.new.len() || self.written + 2 <= self.out.len();
         fits.then_some(())
     }
+}
+
+/// A run length as it is written, and how many of the two bytes are written.
+#[inline(always)]
+fn length(of: usize) -> ([u8; 2], usize) {
+    let [low, high] = [of & 0x7f, of >> 7].map(|bits| u8::try_from(bits).expect("at most the longest run"));
+    if high == 0 { ([low, 0], 1) } else { ([low | 0x80, high], 2) }
 }
 
 /// Where in a span equal bytes turn to differing ones, and back. All of a span is compared before its turns are looked
@@ -137,22 +191,29 @@ struct Turns {
 
 impl Turns {
     /// Compares a span; `last` tells whether the byte before it differs.
-    #[inline]
-    fn find(old: &[u8], new: &[u8], last: bool) -> Self {
+    #[inline(always)]
+    fn find(compare: impl Compare, old: &[u8], new: &[u8], last: bool) -> Self {
         let mut turns = Self { blocks: 0, bytes: [0; SPAN / BLOCK] };
+        let ((old, old_rest), (new, new_rest)) = (old.as_chunks(), new.as_chunks());
         let mut last = u64::from(last);
-        for (block, bytes) in turns.bytes.iter_mut().enumerate().take(new.len().div_ceil(BLOCK)) {
-            let mask = differences(&block_at(old, block), &block_at(new, block));
+        let mut find = |block: usize, bytes: &mut u64, mask: u64| {
             *bytes = mask ^ (mask << 1 | last);
             last = mask >> (BLOCK - 1);
             turns.blocks |= u64::from(*bytes != 0) << block;
+        };
+        let mut bytes = turns.bytes.iter_mut().enumerate();
+        for ((old, new), (block, bytes)) in old.iter().zip(new).zip(bytes.by_ref()) {
+            find(block, bytes, compare.differences(old, new));
+        }
+        if let Some((block, bytes)) = bytes.next().filter(|_| !new_rest.is_empty()) {
+            find(block, bytes, compare.differences(&padded(old_rest), &padded(new_rest)));
         }
         turns
     }
 }
 
 /// The bits of a word that are set, lowest first.
-#[inline]
+#[inline(always)]
 fn ones(mut word: u64) -> impl Iterator<Item = usize> {
     std::iter::from_fn(move || {
         let bit = word.trailing_zeros();
@@ -161,13 +222,31 @@ fn ones(mut word: u64) -> impl Iterator<Item = usize> {
     })
 }
 
-/// A block of a page; zeros follow the end of a page that is no multiple of blocks.
-#[inline]
-fn block_at(page: &[u8], block: usize) -> [u8; BLOCK] {
-    let rest = &page[block * BLOCK..];
-    rest.first_chunk().copied().unwrap_or_else(|| {
-        let mut padded = [0; BLOCK];
-        padded[..rest.len()].copy_from_slice(rest);
-        padded
-    })
+/// The end of a page that is no multiple of blocks, with zeros behind it.
+#[cold]
+fn padded(rest: &[u8]) -> [u8; BLOCK] {
+    let mut block = [0; BLOCK];
+    block[..rest.len()].copy_from_slice(rest);
+    block
+}
+
+/// Every version that this processor can run, by name: for tests.
+#[cfg(test)]
+pub(super) fn versions() -> Vec<(&'static str, super::Version)> {
+    let mut versions: Vec<(_, super::Version)> =
+        vec![("words", Box::new(|old, new, out| encode_page_by(Words, old, new, out)))];
+    #[cfg(target_arch = "x86_64")]
+    {
+        if let Some(avx2) = Avx2::detect() {
+            // SAFETY: the processor has AVX2.
+            versions.push(("AVX2", Box::new(move |old, new, out| unsafe { encode_page_avx2(avx2, old, new, out) })));
+        }
+        if let Some(avx512) = Avx512::detect() {
+            // SAFETY: the processor has AVX-512BW.
+            let version: super::Version =
+                Box::new(move |old, new, out| unsafe { encode_page_avx512(avx512, old, new, out) });
+            versions.push(("AVX-512", version));
+        }
+    }
+    versions
 }

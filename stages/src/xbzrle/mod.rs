@@ -23,6 +23,10 @@ pub mod naive;
 #[cfg(test)]
 mod tests;
 
+/// One version of [`encode_page`], for one set of instructions.
+#[cfg(test)]
+type Version = Box<dyn Fn(&[u8], &[u8], &mut [u8]) -> Encoded>;
+
 pub use cache::XbzrleCache;
 pub use delta::{Delta, DeltaError};
 
@@ -49,7 +53,7 @@ pub enum Encoded {
 /// If the three do not have the same length, or it is no multiple of 8, or of [`PIECE_BYTES`] if it is coded in pieces.
 pub fn encode_page(old: &[u8], new: &[u8], out: &mut [u8]) -> Encoded {
     assert_sizes(old, new, out);
-    if new.len() <= MAX_RUN { encode::encode(old, new, out) } else { encode::encode_pieces(old, new, out) }
+    encode::encode_page(old, new, out)
 }
 
 fn assert_sizes(old: &[u8], new: &[u8], out: &[u8]) {

@@ -33,6 +33,9 @@ fn encode_both(old: &[u8], new: &[u8]) -> Result<Vec<u8>, Encoded> {
     let [mut fast, mut slow] = [0xaa, 0x55].map(|fill| vec![fill; new.len()]);
     let result = encode_page(old, new, &mut fast);
     assert_eq!(result, naive::encode_page(old, new, &mut slow), "{} bytes", new.len());
+    for (name, version) in encode::versions() {
+        agrees_wherever_pages_stand(name, &version, [old, new], result, &slow);
+    }
     let Encoded::Delta(bytes) = result else {
         assert_eq!(result == Encoded::Equal, old == new);
         return Err(result);
@@ -44,6 +47,21 @@ fn encode_both(old: &[u8], new: &[u8]) -> Result<Vec<u8>, Encoded> {
     assert!(naive::apply(&fast, &mut two));
     assert!(one == new && two == new, "decoded to another page");
     Ok(fast)
+}
+
+/// Encodes with one version, from and to places at an odd offset with something else around them.
+fn agrees_wherever_pages_stand(name: &str, version: &Version, pages: [&[u8]; 2], expected: Encoded, slow: &[u8]) {
+    let length = slow.len();
+    let offset = 1 + usize::from(pages[1][length / 2]) % 63;
+    let place = |page: &[u8]| [&[0x11; 64][..offset], page, &[0x22; 64]].concat();
+    let [old, new] = pages.map(place);
+    let mut out = place(&vec![0xcc; length]);
+    let within = offset..offset + length;
+    let result = version(&old[within.clone()], &new[within.clone()], &mut out[within.clone()]);
+    assert_eq!(result, expected, "{name}, {length} bytes");
+    if let Encoded::Delta(bytes) = expected {
+        assert_eq!(out[within][..bytes], slow[..bytes], "{name}, {length} bytes");
+    }
 }
 
 /// A page of zeros, and the same with other bytes where `differs` says so.
@@ -218,7 +236,7 @@ fn the_fast_encoder_agrees_with_the_oracle_on_many_pages() {
 /// Short buffers stand for pages here: they reach every overflow test far more often than pages do.
 #[test]
 fn the_fast_encoder_agrees_with_the_oracle_on_millions_of_short_buffers() {
-    let mut random = Random(0x9e37_79b9_7f4a_7c15);
+    let (mut random, versions) = (Random(0x9e37_79b9_7f4a_7c15), encode::versions());
     let [mut old, mut new, mut fast, mut slow] = [[0_u8; 256]; 4];
     for _ in 0..2_000_000 {
         let length = 8 * (1 + random.below(20));
@@ -230,10 +248,13 @@ fn the_fast_encoder_agrees_with_the_oracle_on_millions_of_short_buffers() {
             old[at] = draw.to_le_bytes()[2];
             new[at] = old[at] ^ if differs { 1 << (draw >> 32 & 7) } else { 0 };
         }
-        let result = encode_page(&old[..length], &new[..length], &mut fast[..length]);
-        assert_eq!(result, naive::encode_page(&old[..length], &new[..length], &mut slow[..length]));
-        if let Encoded::Delta(bytes) = result {
-            assert_eq!(fast[..bytes], slow[..bytes]);
+        let expected = naive::encode_page(&old[..length], &new[..length], &mut slow[..length]);
+        for (name, version) in &versions {
+            let result = version(&old[..length], &new[..length], &mut fast[..length]);
+            assert_eq!(result, expected, "{name}");
+            if let Encoded::Delta(bytes) = result {
+                assert_eq!(fast[..bytes], slow[..bytes], "{name}");
+            }
         }
     }
 }
@@ -258,10 +279,10 @@ fn parse_hostile(bytes: &[u8], page_bytes: usize) -> Result<(), DeltaError> {
     assert_eq!(naive, parsed.is_ok(), "{parsed:?} of {bytes:02x?}");
     let delta = parsed?;
     let mut end = 0;
-    for (offset, new) in delta.runs() {
+    delta.each_run(|offset, new| {
         assert!(offset >= end && !new.is_empty(), "runs in order");
         end = offset + new.len();
-    }
+    });
     assert!(end <= page_bytes);
     let mut page = vec![0x11; page_bytes];
     delta.apply(&mut page);

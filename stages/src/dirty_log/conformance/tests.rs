@@ -238,9 +238,10 @@ fn two_logs_of_one_guest_miss_nothing() {
 
 // ---- the kit finds what is wrong ----
 
-/// The breach that the kit must find within a few attempts: a race need not be lost at the first.
+/// The breach that the kit must find within so many attempts: a race need not be lost at the first, nor at the tenth where
+/// the machine is busy.
 fn must_breach(make: &dyn Fn() -> Subject, order: Order) -> Breach {
-    let found = (0..5).find_map(|_| check_as(make, order).err());
+    let found = (0..40).find_map(|_| check_as(make, order).err());
     let breach = found.expect("the kit finds the mistake");
     println!("found: {breach}");
     breach
