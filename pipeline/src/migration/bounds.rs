@@ -1,15 +1,17 @@
 //! How much memory a migration takes for itself, known before it starts (law 9).
 //!
 //! Everything in flight lies in pooled buffers of one extent each; the queues carry those buffers and small heads. So the
-//! bound is pools + XBZRLE cache + bitmaps, and more lanes or larger pages are what makes it grow.
+//! bound is pools + XBZRLE cache + compressors + bitmaps, and more lanes or larger pages are what makes it grow.
 
 use std::sync::Arc;
 
 use memferry_stages::bitmap::DirtyBitmap;
+use memferry_stages::codec::{Compressor, Decompressor};
 use memferry_stages::dirty_log::DirtyLog;
 use memferry_stages::geometry::{EXTENT_PAGES, Layout, PageSize};
 use memferry_stages::meter::Meter;
 use memferry_stages::pool::BufferPool;
+use memferry_stages::wire::pages::group_pages;
 
 use super::error::MigrationError;
 use crate::host;
@@ -53,14 +55,22 @@ fn bitmap_bytes(layout: &Layout) -> u64 {
     (0..layout.block_count()).map(|block| u64::from(layout.block_extents(block)) * EXTENT_PAGES / 8).sum()
 }
 
-/// The most memory that a source takes for itself, in bytes: pools, caches and bitmaps. What its guest's dirty logs keep comes
+/// Bytes of the largest group of pages that is compressed.
+fn group_bytes(page_size: PageSize) -> u64 {
+    (group_pages(page_size) * page_size.bytes()) as u64
+}
+
+/// The most memory that a source takes for itself, in bytes: pools, caches, compressors and bitmaps. What its guest's dirty logs keep comes
 /// to it.
 #[must_use]
 pub fn source_bound(layout: &Layout, settings: &SourceSettings) -> u64 {
     let extent = layout.page_size().extent_bytes() as u64;
     let pools = u64::from(settings.lanes) * (COPY_BUFFERS + CODE_BUFFERS) as u64 * extent;
     let cache = settings.encoder.xbzrle.as_ref().map_or(0, |xbzrle| xbzrle.cache_bytes);
-    pools + cache + 2 * bitmap_bytes(layout)
+    let compressor = settings.encoder.compress.map_or(0, |codec| {
+        Compressor::for_groups(codec, layout.page_size()).memory_bytes() + group_bytes(layout.page_size())
+    });
+    pools + cache + u64::from(settings.lanes) * compressor + 2 * bitmap_bytes(layout)
 }
 
 /// What the dirty logs of a guest keep.
@@ -72,7 +82,8 @@ pub(super) fn logs_bytes(logs: &[Arc<dyn DirtyLog>]) -> u64 {
 #[must_use]
 pub fn destination_bound(layout: &Layout, lanes: u16) -> u64 {
     let extent = layout.page_size().extent_bytes() as u64;
-    u64::from(lanes) * LOAD_BUFFERS as u64 * extent + bitmap_bytes(layout)
+    let decompressor = Decompressor::bound_bytes() + group_bytes(layout.page_size());
+    u64::from(lanes) * (LOAD_BUFFERS as u64 * extent + decompressor) + bitmap_bytes(layout)
 }
 
 /// Does this host have the memory to send or receive such a guest? A block may be far larger than anything here (a sparse
