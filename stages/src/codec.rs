@@ -1,8 +1,9 @@
-//! Page compressors: snap, lz4, zstd. A page is compressed alone and carries its codec's number on the wire.
+//! Page compressors: snap, lz4, zstd. A page is compressed alone or with others of its batch, and carries its codec's number
+//! on the wire.
 //!
 //! Takes pages, gives compressed bytes, and back. A [`Compressor`] and a [`Decompressor`] own their working memory and
-//! use it again for every page. Compressed bytes come from a peer: whatever they are, decompressing them gives
-//! exactly one page or an error.
+//! use it again for every page or group. Compressed bytes come from a peer: whatever they are, decompressing them gives
+//! exactly the bytes that were asked for, or an error.
 
 use std::fmt;
 use std::ops::RangeInclusive;
@@ -11,7 +12,9 @@ use std::str::FromStr;
 use lz4_flex::block::CompressTable;
 use zstd::zstd_safe::{self, CCtx, CParameter, DCtx, ResetDirective};
 
+use crate::geometry::PageSize;
 use crate::wire::PageEncoding;
+use crate::wire::pages::group_pages;
 
 /// Levels of zstd that can be asked for, fast to dense.
 pub const ZSTD_LEVELS: RangeInclusive<i32> = -7..=19;
@@ -82,6 +85,11 @@ impl FromStr for Codec {
     }
 }
 
+/// Bytes of snap's tables, the small and the one for longer inputs.
+const SNAP_BYTES: usize = (1024 + 16384) * 2;
+/// Bytes of lz4's large table.
+const LZ4_BYTES: usize = 4096 * 4;
+
 /// A compressor with its working memory; one for each encoder.
 pub struct Compressor {
     codec: Codec,
@@ -111,10 +119,38 @@ impl Compressor {
     pub fn new(codec: Codec) -> Self {
         let engine = match codec {
             Codec::Snap => Engine::Snap(Box::new(snap::raw::Encoder::new())),
-            Codec::Lz4 => Engine::Lz4(CompressTable::small()),
+            // The small table has half the bytes to clear, and finds less.
+            Codec::Lz4 => Engine::Lz4(CompressTable::large()),
             Codec::Zstd { level } => Engine::Zstd(zstd_context(level)),
         };
         Self { codec, engine, scratch: Vec::new() }
+    }
+
+    /// A compressor that has all the working memory that groups of such pages will ever take.
+    ///
+    /// # Panics
+    /// As [`Compressor::new`].
+    #[must_use]
+    pub fn for_groups(codec: Codec, page_size: PageSize) -> Self {
+        let mut compressor = Self::new(codec);
+        let pages = vec![0; page_size.bytes() * group_pages(page_size)];
+        let mut out = vec![0; pages.len()];
+        // Zstd chooses its tables by the length, and the longest input does not have the largest.
+        for group in (page_size.bytes()..=pages.len()).step_by(page_size.bytes()) {
+            compressor.compress(&pages[..group], &mut out).expect("zeros shrink");
+        }
+        compressor
+    }
+
+    /// Bytes of its working memory.
+    #[must_use]
+    pub fn memory_bytes(&self) -> u64 {
+        let engine = match &self.engine {
+            Engine::Snap(_) => SNAP_BYTES,
+            Engine::Lz4(_) => LZ4_BYTES,
+            Engine::Zstd(context) => context.sizeof(),
+        };
+        (engine + self.scratch.capacity()) as u64
     }
 
     /// What it compresses with.
@@ -196,6 +232,12 @@ impl fmt::Debug for Decompressor {
 }
 
 impl Decompressor {
+    /// The most bytes of its working memory: zstd's, which does not depend on the data.
+    #[must_use]
+    pub fn bound_bytes() -> u64 {
+        DCtx::create().sizeof() as u64
+    }
+
     /// Decompresses into exactly the whole of `page`. What was in `page` before never shows in the result; after an error
     /// its content is anything.
     ///
@@ -211,7 +253,9 @@ impl Decompressor {
                 ("lz4", lz4_flex::block::decompress_into(bytes, page).map_err(|error| error.to_string()))
             }
             PageEncoding::Zstd => ("zstd", self.decompress_zstd(bytes, page)),
-            PageEncoding::Raw | PageEncoding::Xbzrle => panic!("{encoding:?} pages are not compressed"),
+            PageEncoding::Raw | PageEncoding::Xbzrle | PageEncoding::Grouped => {
+                panic!("{encoding:?} is no codec's encoding")
+            }
         };
         let written = result.map_err(|why| DecompressError { codec, why })?;
         if written != page.len() {

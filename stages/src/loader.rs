@@ -9,11 +9,11 @@
 //! It takes checked frames in the order they were sent, and promises:
 //! - Nothing of a frame is written before its payload's hash was compared (where the stream has hashes) and its encodings
 //!   were found to be agreed on.
-//! - A page is written only when it is decoded whole: a compressed page is decompressed aside, a delta is checked to its
+//! - A page is written only when it is decoded whole: a compressed page is decompressed aside, with all of its group, a delta is checked to its
 //!   last byte and needs a page to patch. Damage never leaves a wrong page; an error names the frame's offset and the page.
 //! - A page's `held` bit is taken away before the page is written and set when it is whole again.
 //! - A zero page of a fresh block that was never loaded is not touched: it is zero already. Of any other block it is
-//!   written, for who knows what was there. Raw pages that lie side by side are written in one call, zero pages too.
+//!   written, for who knows what was there. Pages that lie side by side are written in one call, where they are raw, zero or of one group.
 //! - Memory is asked for ahead of its first write ([`first_touch`]).
 //!
 //! Its meter counts pages and page bytes.
@@ -37,7 +37,7 @@ use crate::stage::Stage;
 use crate::tally::RoundTally;
 use crate::wire::error::{FrameError, WireError};
 use crate::wire::hello::Features;
-use crate::wire::pages::{PageEncoding, PagesHead};
+use crate::wire::pages::{PageEncoding, PagesHead, group_pages};
 use crate::xbzrle::Delta;
 use first_touch::FirstTouch;
 
@@ -78,8 +78,8 @@ pub struct Loader {
     progress: Arc<LaneProgress>,
     first_touch: FirstTouch,
     decompressor: Decompressor,
-    /// A page that is being decompressed.
-    page: Vec<u8>,
+    /// A group of pages that is being decompressed.
+    group: Vec<u8>,
     stage: Stage,
 }
 
@@ -110,10 +110,10 @@ impl Loader {
         progress: Arc<LaneProgress>,
         meter: Arc<Meter>,
     ) -> Self {
-        let page = vec![0; memory.page_size().bytes()];
+        let group = vec![0; memory.page_size().bytes() * group_pages(memory.page_size())];
         let (decompressor, stage) = (Decompressor::default(), Stage::new("loader", Some(lane), meter));
         let first_touch = FirstTouch::default();
-        Self { lane, memory, held, checksum, allowed, progress, first_touch, decompressor, page, stage }
+        Self { lane, memory, held, checksum, allowed, progress, first_touch, decompressor, group, stage }
     }
 
     /// Runs until the lane's Switchover, or until there is no more input.
@@ -170,6 +170,7 @@ impl Loader {
                 PageEncoding::Lz4 => self.allowed.lz4,
                 PageEncoding::Zstd => self.allowed.zstd,
                 PageEncoding::Xbzrle => self.allowed.xbzrle,
+                PageEncoding::Grouped => self.allowed.groups,
             };
             if !agreed {
                 return Err(WireError::NotAgreed { page: head.at.page(bit), encoding });
@@ -194,16 +195,27 @@ impl Loader {
 
     /// Decodes a piece and writes it.
     fn place(&mut self, at: ExtentAt, piece: &Piece<'_>) -> Result<(), Fault> {
-        let page = at.page(piece.first);
         match piece.encoding {
-            PageEncoding::Raw => self.write(at, piece.mask(), piece.bytes),
+            PageEncoding::Raw => self.write(at, piece.mask, piece.bytes),
             PageEncoding::Xbzrle => self.patch(at, piece),
-            codec @ (PageEncoding::Snap | PageEncoding::Lz4 | PageEncoding::Zstd) => {
-                let decompressed = self.decompressor.decompress(codec, piece.bytes, &mut self.page);
-                decompressed.map_err(|error| WireError::PageData { page, why: error.to_string() })?;
-                self.write(at, piece.mask(), &self.page)
-            }
+            codec => self.unpack(at, codec, piece),
         }
+    }
+
+    /// Decompresses a group aside, and writes its pages once all of them are here whole.
+    fn unpack(&mut self, at: ExtentAt, codec: PageEncoding, piece: &Piece<'_>) -> Result<(), Fault> {
+        let page_bytes = self.memory.page_size().bytes();
+        let group = &mut self.group[..piece.mask.count_ones() as usize * page_bytes];
+        self.decompressor
+            .decompress(codec, piece.bytes, group)
+            .map_err(|error| WireError::PageData { page: piece.page(at), why: error.to_string() })?;
+        let mut pages = &self.group[..];
+        for (first, count) in runs(piece.mask) {
+            let (run, rest) = pages.split_at(count as usize * page_bytes);
+            self.write(at, run_mask(first, count), run)?;
+            pages = rest;
+        }
+        Ok(())
     }
 
     /// Writes whole pages side by side.
@@ -213,13 +225,13 @@ impl Loader {
     }
 
     fn patch(&self, at: ExtentAt, piece: &Piece<'_>) -> Result<(), Fault> {
-        let page = at.page(piece.first);
+        let page = piece.page(at);
         if !self.held.is_set(page) {
             return Err(WireError::NotHeld { page }.into());
         }
         let delta = Delta::parse(piece.bytes, self.memory.page_size().bytes())
             .map_err(|error| WireError::PageData { page, why: error.to_string() })?;
-        self.replace(at, piece.mask(), || {
+        self.replace(at, piece.mask, || {
             self.memory.block(at.block).memory.patch(self.memory.page_size(), page.page, &delta)
         })
     }
@@ -233,19 +245,18 @@ impl Loader {
     }
 }
 
-/// What a loader does in one step: one page, or raw pages that lie side by side.
+/// What a loader does in one step: a delta, raw pages that lie side by side, or the pages of a group.
 struct Piece<'a> {
-    /// The first page, as a bit of the extent.
-    first: u32,
-    /// How many pages.
-    count: u32,
+    /// Which pages of the extent.
+    mask: u64,
     encoding: PageEncoding,
     bytes: &'a [u8],
 }
 
 impl Piece<'_> {
-    fn mask(&self) -> u64 {
-        run_mask(self.first, self.count)
+    /// Its first page.
+    fn page(&self, at: ExtentAt) -> PageAt {
+        at.page(self.mask.trailing_zeros())
     }
 }
 
@@ -254,7 +265,7 @@ fn pieces<'a>(head: &'a PagesHead, payload: &'a [u8]) -> impl Iterator<Item = Pi
     let mut pages = bits(head.mask & !head.zero).zip(&head.pages).peekable();
     let mut rest = payload;
     std::iter::from_fn(move || {
-        let (first, &(encoding, bytes)) = pages.next()?;
+        let (first, &(encoding, bytes)) = pages.find(|(_, (encoding, _))| *encoding != PageEncoding::Grouped)?;
         let (mut count, mut length) = (1, bytes as usize);
         while encoding == PageEncoding::Raw
             && let Some((_, &(_, bytes))) = pages.next_if(|&(bit, &(next, _))| next == encoding && bit == first + count)
@@ -264,7 +275,10 @@ fn pieces<'a>(head: &'a PagesHead, payload: &'a [u8]) -> impl Iterator<Item = Pi
         }
         let (bytes, behind) = rest.split_at(length);
         rest = behind;
-        Some(Piece { first, count, encoding, bytes })
+        let followers = pages.clone().take_while(|(_, (next, _))| encoding.is_codec() && !next.is_codec());
+        let grouped = followers.filter(|(_, (next, _))| *next == PageEncoding::Grouped);
+        let mask = grouped.fold(run_mask(first, count), |mask, (bit, _)| mask | 1 << bit);
+        Some(Piece { mask, encoding, bytes })
     })
 }
 

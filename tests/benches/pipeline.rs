@@ -10,8 +10,12 @@
 //! host may back memory only as it is touched, which is no business of either: before each run as much memory as it
 //! takes is touched and given back.
 //!
+//! Then what the codecs add or save over the same two lanes of TCP: each beside no codec at all, on memory that shrinks, on
+//! memory that does not, and on pages that alternate. `wire` is page bytes over wire bytes.
+//!
 //! ```text
-//! cargo bench -p memferry-tests --bench pipeline [-- "tcp, 2 lanes"]
+//! cargo bench -p memferry-tests --bench pipeline
+//! cargo bench -p memferry-tests --bench pipeline -- codecs              (or: sockets, or a part of a row's name)
 //! ```
 
 use std::io::{Read, Write};
@@ -22,6 +26,7 @@ use std::time::{Duration, Instant};
 
 use memferry::events::Phase;
 use memferry::settings::{EncoderSettings, SourceSettings};
+use memferry_stages::codec::{Codec, ZSTD_DEFAULT_LEVEL};
 use memferry_stages::geometry::PageSize;
 use memferry_stages::memory::MappedMemory;
 use memferry_tests::{Ends, TestGuest, migrate, source_settings};
@@ -36,6 +41,17 @@ fn main() {
     // `cargo test --benches` runs this too: a smaller memory then, and one run, to see that it works.
     let (bytes, runs) =
         if std::env::args().any(|argument| argument == "--bench") { (BYTES, RUNS) } else { (64 << 20, 1) };
+    sockets(bytes, runs);
+    codecs(bytes / 4, runs);
+}
+
+/// Is the row asked for, by a part of its name or of its table's?
+fn wanted(table: &str, row: &str) -> bool {
+    let mut filters = std::env::args().skip(1).filter(|argument| !argument.starts_with("--")).peekable();
+    filters.peek().is_none() || filters.any(|filter| table.contains(&filter) || row.contains(&filter))
+}
+
+fn sockets(bytes: usize, runs: usize) {
     println!("{} MiB of incompressible memory, median of {runs} runs, page bytes a second", bytes >> 20);
     println!("{:<30}{:>12}{:>12}{:>8}{:>14}{:>8}", "", "memferry", "bare", "ratio", "bare, huge", "ratio");
     let dir = tempfile::tempdir().expect("a folder for sockets");
@@ -68,6 +84,62 @@ fn settings(lanes: u16, connections: u16, checksum: bool) -> SourceSettings {
     }
 }
 
+/// Each codec in turn with none, on the same memory.
+fn codecs(bytes: usize, runs: usize) {
+    println!("\n{} MiB, tcp, 2 lanes, median of {runs} runs, page bytes a second", bytes >> 20);
+    println!("{:<34}{:>12}{:>12}{:>8}{:>8}", "", "memferry", "no codec", "ratio", "wire");
+    let zstd = Codec::Zstd { level: ZSTD_DEFAULT_LEVEL };
+    for (kind, pages) in contents() {
+        for codec in [Codec::Snap, Codec::Lz4, zstd] {
+            let name = format!("{kind}, {codec}");
+            if !wanted("codecs", &name) {
+                continue;
+            }
+            let (mut coded, mut plain, mut wire) = (Vec::new(), Vec::new(), 0);
+            for _ in 0..runs {
+                for (compress, times) in [(None, &mut plain), (Some(codec), &mut coded)] {
+                    let settings = settings(2, 2, true);
+                    let encoder = EncoderSettings { compress, ..settings.encoder.clone() };
+                    let source = TestGuest::repeating(PageSize::DEFAULT, bytes as u64, &pages);
+                    let (time, ends) =
+                        memferry(bytes, source, "tcp:127.0.0.1:0", &SourceSettings { encoder, ..settings });
+                    times.push(time);
+                    wire = ends.source.wire_bytes;
+                }
+            }
+            let (coded, plain) = (rate(bytes, &mut coded), rate(bytes, &mut plain));
+            let saved = bytes as f64 / wire as f64;
+            println!("{name:<34}{coded:>7.2} GB/s{plain:>7.2} GB/s{:>8.2}{saved:>8.2}", coded / plain);
+        }
+    }
+}
+
+/// 16 MiB of each kind of memory.
+fn contents() -> [(&'static str, Vec<u8>); 3] {
+    const CONTENT: usize = 16 << 20;
+    let mut noise = 1_u64;
+    let mut next = move || {
+        noise = noise.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        noise.rotate_left(23)
+    };
+    let words = ["memory ", "page ", "of ", "the ", "guest ", "dirty ", "round ", "lane ", "\n"];
+    let mut text: Vec<u8> = Vec::with_capacity(CONTENT + 8);
+    while text.len() < CONTENT {
+        text.extend(words[usize::try_from(next() % 9).expect("a few")].bytes());
+    }
+    text.truncate(CONTENT);
+    let random: Vec<u8> = (0..CONTENT / 8).flat_map(|_| next().to_le_bytes()).collect();
+    let pages = random.chunks_exact(4096).zip(text.chunks_exact(4096)).enumerate();
+    let turns = pages.flat_map(|(page, (random, text))| if page % 2 == 0 { text } else { random }.iter().copied());
+    let turns = turns.collect();
+    [("incompressible", random), ("text", text), ("pages in turns", turns)]
+}
+
+fn rate(bytes: usize, times: &mut [Duration]) -> f64 {
+    times.sort();
+    bytes as f64 / times[times.len() / 2].as_secs_f64() / 1e9
+}
+
 fn compare(
     name: &str,
     runs: usize,
@@ -76,23 +148,19 @@ fn compare(
     settings: &SourceSettings,
     bare: impl Fn(Touch) -> Duration,
 ) {
-    let mut filters = std::env::args().skip(1).filter(|argument| !argument.starts_with("--")).peekable();
-    if filters.peek().is_some() && !filters.any(|filter| name.contains(&filter)) {
+    if !wanted("sockets", name) {
         return;
     }
     let (mut ours, mut plain, mut huge, mut last) = (Vec::new(), Vec::new(), Vec::new(), None);
     for _ in 0..runs {
         plain.push(bare(Touch::Pages));
-        let (time, ends) = memferry(bytes, address, settings);
+        let source = TestGuest::incompressible(PageSize::DEFAULT, bytes as u64);
+        let (time, ends) = memferry(bytes, source, address, settings);
         ours.push(time);
         huge.push(bare(Touch::HugePages));
         last = Some(ends);
     }
-    let rate = |times: &mut Vec<Duration>| {
-        times.sort();
-        bytes as f64 / times[times.len() / 2].as_secs_f64() / 1e9
-    };
-    let [ours, plain, huge] = [ours, plain, huge].map(|mut times| rate(&mut times));
+    let [ours, plain, huge] = [ours, plain, huge].map(|mut times| rate(bytes, &mut times));
     let (to_plain, to_huge) = (ours / plain, ours / huge);
     println!("{name:<30}{ours:>7.2} GB/s{plain:>7.2} GB/s{to_plain:>8.2}{huge:>9.2} GB/s{to_huge:>8.2}");
     if std::env::var_os("STAGES").is_some() {
@@ -119,8 +187,8 @@ fn print_stages(ends: &Ends) {
     }
 }
 
-fn memferry(bytes: usize, address: &str, settings: &SourceSettings) -> (Duration, Ends) {
-    let source = Arc::new(TestGuest::incompressible(PageSize::DEFAULT, bytes as u64));
+fn memferry(bytes: usize, source: TestGuest, address: &str, settings: &SourceSettings) -> (Duration, Ends) {
+    let source = Arc::new(source);
     let destination = Arc::new(TestGuest::destination());
     let transport = open(&address.parse::<Address>().expect("a good address"), Duration::from_secs(5));
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("threads");

@@ -104,6 +104,18 @@ impl TestGuest {
         guest
     }
 
+    /// A source guest with one block of these pages, again and again; nobody writes it.
+    #[must_use]
+    pub fn repeating(page_size: PageSize, length: u64, pages: &[u8]) -> Self {
+        let guest = Self::empty();
+        guest.map(page_size, &[info(0, length)]);
+        let block = guest.blocks.lock().unwrap()[0].clone();
+        for start in (0..block.len()).step_by(pages.len()) {
+            block.store(start, &pages[..pages.len().min(block.len() - start)]);
+        }
+        guest
+    }
+
     /// A destination guest: it takes whatever blocks come.
     #[must_use]
     pub fn destination() -> Self {

@@ -172,7 +172,7 @@ impl RoundCounts {
     fn counter(&mut self, encoding: PageEncoding) -> &mut u64 {
         match encoding {
             PageEncoding::Raw => &mut self.raw,
-            PageEncoding::Snap | PageEncoding::Lz4 | PageEncoding::Zstd => &mut self.compressed,
+            PageEncoding::Snap | PageEncoding::Lz4 | PageEncoding::Zstd | PageEncoding::Grouped => &mut self.compressed,
             PageEncoding::Xbzrle => &mut self.xbzrle,
         }
     }
@@ -268,6 +268,11 @@ mod tests {
 
     /// A stream of one round: one raw page, one zero page.
     fn stream() -> Vec<u8> {
+        stream_of(0b11, 0b10, vec![(PageEncoding::Raw, 4096)], &[9; 4096])
+    }
+
+    /// A stream of one round of one frame.
+    fn stream_of(mask: u64, zero: u64, pages: Vec<(PageEncoding, u32)>, payload: &[u8]) -> Vec<u8> {
         let hello = Hello {
             version: PROTOCOL_VERSION,
             session: SessionId([7; 16]),
@@ -279,14 +284,13 @@ mod tests {
         };
         let block =
             BlockInfo { id: "ram".into(), length: 1 << 20, guest_address: 0x4000_0000, backing_page_size: 4096 };
-        let payload = [9; 4096];
         let pages = PagesHead {
             at: ExtentAt { block: 0, extent: 0 },
             round: 1,
-            mask: 0b11,
-            zero: 0b10,
-            payload_hash: payload_hash(&payload),
-            pages: vec![(PageEncoding::Raw, 4096)],
+            mask,
+            zero,
+            payload_hash: payload_hash(payload),
+            pages,
         };
         let section = |end| StateChunk {
             phase: StatePhase::Device,
@@ -296,7 +300,7 @@ mod tests {
             bytes: vec![1; 10].into(),
         };
         let head: [&[u8]; 4] =
-            [&Message::Hello(hello).encode(0), &Message::Blocks(vec![block]).encode(0), &pages.to_bytes(0), &payload];
+            [&Message::Hello(hello).encode(0), &Message::Blocks(vec![block]).encode(0), &pages.to_bytes(0), payload];
         let tail: [&[u8]; 5] = [
             &Message::RoundComplete(RoundTally { unchanged: 5, ..RoundTally::new(1, true) }).encode(0),
             &Message::Switchover.encode(0),
@@ -335,6 +339,16 @@ mod tests {
 
         whole: the end mark is there; the guest ran
         ");
+    }
+
+    #[test]
+    fn each_page_of_a_group_counts_as_compressed() {
+        let (grouped, raw) = ((PageEncoding::Grouped, 0), (PageEncoding::Raw, 4096));
+        let pages = vec![(PageEncoding::Zstd, 300), grouped, raw, grouped, (PageEncoding::Lz4, 20)];
+        let inspection = inspect(&stream_of(0b11_1111, 0b10, pages, &[9; 4096 + 320]));
+        assert!(inspection.is_whole(), "{inspection}");
+        let round = &inspection.rounds[&1];
+        assert_eq!((round.zero, round.raw, round.compressed, round.xbzrle), (1, 1, 4, 0));
     }
 
     #[test]

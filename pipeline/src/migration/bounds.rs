@@ -1,18 +1,20 @@
 //! How much memory a migration takes for itself, known before it starts (law 9).
 //!
 //! Everything in flight lies in pooled buffers of one extent each; the queues carry those buffers and small heads. So the
-//! bound is pools + XBZRLE cache + what grows with the guest: bitmaps, what is in flight, and digests. Of a guest of 32 GiB or
+//! bound is pools + XBZRLE cache + compressors + what grows with the guest: bitmaps, what is in flight, and digests. Of a guest of 32 GiB or
 //! more for each lane these are less than 0.02 %, a log that keeps a bit for each page included. More lanes or larger pages
 //! are what makes the pools grow.
 
 use std::sync::Arc;
 
 use memferry_stages::bitmap::DirtyBitmap;
+use memferry_stages::codec::{Compressor, Decompressor};
 use memferry_stages::dirty_log::DirtyLog;
 use memferry_stages::geometry::{Layout, PageSize};
 use memferry_stages::in_flight::InFlight;
 use memferry_stages::meter::Meter;
 use memferry_stages::pool::BufferPool;
+use memferry_stages::wire::pages::group_pages;
 
 use super::digests;
 use super::error::MigrationError;
@@ -52,14 +54,23 @@ pub(super) fn load_pool(page_size: PageSize, lanes_here: usize) -> BufferPool {
     BufferPool::new(LOAD_BUFFERS * lanes_here, page_size.extent_bytes())
 }
 
-/// The most memory that a source takes for itself, in bytes: pools, caches and what it keeps for each page. What its guest's
-/// dirty logs keep comes to it.
+/// Bytes of the largest group of pages that is compressed.
+fn group_bytes(page_size: PageSize) -> u64 {
+    (group_pages(page_size) * page_size.bytes()) as u64
+}
+
+/// The most memory that a source takes for itself, in bytes: pools, caches, compressors and what it keeps for each page. What its
+/// guest's dirty logs keep comes to it.
 #[must_use]
 pub fn source_bound(layout: &Layout, settings: &SourceSettings) -> u64 {
     let extent = layout.page_size().extent_bytes() as u64;
     let pools = u64::from(settings.lanes) * (COPY_BUFFERS + CODE_BUFFERS) as u64 * extent;
     let cache = settings.encoder.xbzrle.as_ref().map_or(0, |xbzrle| xbzrle.cache_bytes);
-    pools + cache + source_keeps(layout, InFlight::bound_bytes(layout, settings.lanes), settings.verify)
+    let compressor = settings.encoder.compress.map_or(0, |codec| {
+        Compressor::for_groups(codec, layout.page_size()).memory_bytes() + group_bytes(layout.page_size())
+    });
+    let compressors = u64::from(settings.lanes) * compressor;
+    pools + cache + compressors + source_keeps(layout, InFlight::bound_bytes(layout, settings.lanes), settings.verify)
 }
 
 /// What a source keeps for its guest's pages: which are dirty, which were never touched, what is in flight, and digests.
@@ -83,7 +94,8 @@ pub(super) fn logs_bytes(logs: &[Arc<dyn DirtyLog>]) -> u64 {
 #[must_use]
 pub fn destination_bound(layout: &Layout, lanes: u16) -> u64 {
     let extent = layout.page_size().extent_bytes() as u64;
-    u64::from(lanes) * LOAD_BUFFERS as u64 * extent + destination_keeps(layout, true)
+    let decompressor = Decompressor::bound_bytes() + group_bytes(layout.page_size());
+    u64::from(lanes) * (LOAD_BUFFERS as u64 * extent + decompressor) + destination_keeps(layout, true)
 }
 
 /// Does this host have the memory to send or receive such a guest? A block may be far larger than anything here (a sparse

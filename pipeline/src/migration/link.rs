@@ -34,6 +34,7 @@ pub(super) fn features(settings: &SourceSettings) -> Features {
         snap: codec == Some(Codec::Snap),
         lz4: codec == Some(Codec::Lz4),
         zstd: matches!(codec, Some(Codec::Zstd { .. })),
+        groups: codec.is_some(),
         xbzrle: settings.encoder.xbzrle.is_some(),
         verify: settings.verify,
     }

@@ -8,8 +8,9 @@
 //!   once a page is sent, the cache holds of it what the destination holds, or nothing.
 //!
 //! ```text
-//! a page ──▶ page_coder: which encoding? ──▶ payload: where do its bytes stand? ──▶ here: the frame
-//!                 └─▶ reference: what does the destination hold?
+//! pages ──▶ page_coder: which encoding? ──▶ payload: where do their bytes stand? ──▶ here: the frame
+//!                │  └─▶ reference: what does the destination hold?
+//!                └─▶ whole_coder: compressed together ──▶ sampler: is it worth a try?
 //! ```
 //!
 //! It takes buffers of a pool of its own while it holds one of the detector's (law 9). Where all pages of a batch go raw,
@@ -18,6 +19,8 @@
 mod page_coder;
 mod payload;
 mod reference;
+mod sampler;
+mod whole_coder;
 
 use std::sync::Arc;
 
@@ -36,6 +39,7 @@ use crate::wire::pages::payload_hash;
 use crate::wire::{Message, PageEncoding, PagesHead};
 use page_coder::{Coded, PageCoder};
 use payload::Payload;
+use sampler::Span;
 
 /// How pages are to be encoded.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -114,7 +118,7 @@ impl Encoder {
         }
     }
 
-    /// The most bytes that its cache takes.
+    /// The most bytes that its cache and its compressor take.
     #[must_use]
     pub fn bound_bytes(&self) -> u64 {
         self.coder.bound_bytes()
@@ -163,7 +167,50 @@ impl Encoder {
     }
 
     /// Codes the pages that stand in the payload's buffer, and lists them in the head. Returns those that are not sent.
-    fn code(&mut self, batch: &Batch, present: u64, mut payload: Payload) -> (u64, Option<PooledBuffer>) {
+    fn code(&mut self, batch: &Batch, present: u64, payload: Payload) -> (u64, Option<PooledBuffer>) {
+        if self.coder.makes_deltas() {
+            self.code_each(batch, present, payload)
+        } else {
+            (0, self.code_together(batch, present, payload))
+        }
+    }
+
+    /// Every page is sent whole: compressed with others, or raw.
+    fn code_together(&mut self, batch: &Batch, present: u64, mut payload: Payload) -> Option<PooledBuffer> {
+        let (pages, _) = payload.rest();
+        let mut looks = self.coder.pass_whole(bits(present).map(|bit| batch.at.page(bit)), pages, batch);
+        let mut left = present.count_ones();
+        while left > 0 {
+            let (pages, room) = payload.rest();
+            let (span, coded) = self.coder.code_whole(pages, looks, room);
+            self.put(span, coded, &mut payload);
+            looks = looks.behind(span.pages);
+            left -= span.pages;
+        }
+        payload.finish()
+    }
+
+    /// Puts pages in their order: where those that were tried shrank, the first stands for their group.
+    fn put(&mut self, span: Span, mut coded: Option<usize>, payload: &mut Payload) {
+        let compressed = if coded.is_some() { span.tried } else { 0 };
+        let mut encoding = self.coder.codec();
+        for page in 0..span.pages {
+            if compressed >> page & 1 == 0 {
+                payload.push_raw();
+                self.list(PageEncoding::Raw, self.page_size.bytes());
+            } else if let (Some(codec), Some(bytes)) = (encoding.take(), coded.take()) {
+                payload.push_coded(bytes);
+                self.list(codec, bytes);
+            } else {
+                payload.leave_out();
+                self.list(PageEncoding::Grouped, 0);
+            }
+        }
+        self.counted.compressed += u64::from(compressed.count_ones());
+        self.counted.raw += u64::from(span.pages - compressed.count_ones());
+    }
+
+    fn code_each(&mut self, batch: &Batch, present: u64, mut payload: Payload) -> (u64, Option<PooledBuffer>) {
         let mut unchanged = 0;
         for bit in bits(present) {
             let (page, room) = payload.next_page();
@@ -186,7 +233,7 @@ impl Encoder {
     }
 
     fn list(&mut self, encoding: PageEncoding, bytes: usize) {
-        self.head.pages.push((encoding, u32::try_from(bytes).expect("no more than a page")));
+        self.head.pages.push((encoding, u32::try_from(bytes).expect("no more than a group")));
     }
 
     fn frame(&mut self, payload: Option<PooledBuffer>, batch: &Batch) -> Outgoing {

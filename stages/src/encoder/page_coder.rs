@@ -1,16 +1,18 @@
-//! One page at a time: chooses how it is coded, and codes it.
+//! Chooses how pages are coded, and codes them.
 //!
 //! | | before the first RoundComplete | after it |
 //! |---|---|---|
 //! | no deltas planned | compressed, or raw | the same |
 //! | deltas planned | compressed, or raw | a delta; what misses the cache or overflows: raw, or compressed by `on_miss` |
 //!
-//! A page that does not shrink goes raw.
+//! Pages that are compressed before deltas begin, or where none are planned, are compressed together (see
+//! [`super::whole_coder`]); from then on each page is coded alone. What does not shrink goes raw.
 
 use super::reference::{Compared, Reference};
+use super::sampler::Span;
+use super::whole_coder::{Looks, WholeCoder};
 use super::{DeltaPlan, EncoderPlan};
 use crate::batch::Batch;
-use crate::codec::Compressor;
 use crate::geometry::{PageAt, PageSize};
 use crate::tally::RoundTally;
 use crate::wire::PageEncoding;
@@ -29,8 +31,9 @@ pub(super) enum Coded {
 /// The codec of one lane's pages, with all that it remembers of them.
 #[derive(Debug)]
 pub(super) struct PageCoder {
-    /// Of pages that are sent whole.
-    compressor: Option<Compressor>,
+    page_size: PageSize,
+    /// Of pages that are sent whole, where they are compressed.
+    whole: Option<WholeCoder>,
     deltas: Option<Deltas>,
 }
 
@@ -47,28 +50,60 @@ impl PageCoder {
     pub(super) fn new(page_size: PageSize, plan: &EncoderPlan) -> Self {
         let deltas =
             |plan: DeltaPlan| Deltas { plan, reference: Reference::new(page_size, plan.cache_bytes), begun: false };
-        Self { compressor: plan.compress.map(Compressor::new), deltas: plan.delta.map(deltas) }
+        let whole = plan.compress.map(|codec| WholeCoder::new(page_size, codec));
+        Self { page_size, whole, deltas: plan.delta.map(deltas) }
     }
 
-    /// The most bytes that its cache takes.
+    /// The most bytes that its cache takes, with what its compressor takes.
     pub(super) fn bound_bytes(&self) -> u64 {
-        self.deltas.as_ref().map_or(0, |deltas| deltas.reference.bound_bytes())
+        self.compressor_bytes() + self.deltas.as_ref().map_or(0, |deltas| deltas.reference.bound_bytes())
     }
 
-    /// Bytes that its cache takes now.
+    /// Bytes that its cache and its compressor take now.
     pub(super) fn memory_bytes(&self) -> u64 {
-        self.deltas.as_ref().map_or(0, |deltas| deltas.reference.memory_bytes())
+        self.compressor_bytes() + self.deltas.as_ref().map_or(0, |deltas| deltas.reference.memory_bytes())
+    }
+
+    fn compressor_bytes(&self) -> u64 {
+        self.whole.as_ref().map_or(0, WholeCoder::memory_bytes)
     }
 
     /// A round has passed: after the first one deltas begin, if they are planned, and compression is over (law 5).
     pub(super) fn round_complete(&mut self) {
         if let Some(deltas) = self.deltas.as_mut().filter(|deltas| !deltas.begun) {
             deltas.begun = true;
-            self.compressor = deltas.plan.on_miss.map(Compressor::new);
+            self.whole = deltas.plan.on_miss.map(|codec| WholeCoder::new(self.page_size, codec));
         }
     }
 
-    /// Codes a page that is not zero into `out` (as long as a page), and counts how.
+    /// Have deltas begun? Then pages are coded one at a time.
+    pub(super) fn makes_deltas(&self) -> bool {
+        self.deltas.as_ref().is_some_and(|deltas| deltas.begun)
+    }
+
+    /// Pages of a batch pass that are all sent whole, and that [`PageCoder::code_whole`] is to code: how they look.
+    pub(super) fn pass_whole(&mut self, places: impl Iterator<Item = PageAt>, pages: &[u8], batch: &Batch) -> Looks {
+        if let Some(deltas) = self.deltas.as_mut().filter(|deltas| deltas.plan.cache_first_round) {
+            let pages = pages.chunks_exact(self.page_size.bytes());
+            places.zip(pages).for_each(|(at, page)| deltas.reference.will_hold(at, page, batch));
+        }
+        self.whole.as_ref().map_or_else(Looks::default, |whole| whole.look(pages))
+    }
+
+    /// Codes the next of these pages, of which none is zero: see [`WholeCoder::code`].
+    pub(super) fn code_whole(&mut self, pages: &[u8], looks: Looks, room: &mut [u8]) -> (Span, Option<usize>) {
+        match &mut self.whole {
+            Some(whole) => whole.code(pages, looks, room),
+            None => (Span::raw(pages.len() / self.page_size.bytes()), None),
+        }
+    }
+
+    /// The encoding of compressed pages, if any are compressed.
+    pub(super) fn codec(&self) -> Option<PageEncoding> {
+        self.whole.as_ref().map(WholeCoder::encoding)
+    }
+
+    /// Codes a page that is not zero, once deltas have begun, into `out` (as long as a page), and counts how.
     pub(super) fn code(
         &mut self,
         at: PageAt,
@@ -78,9 +113,9 @@ impl PageCoder {
         counted: &mut RoundTally,
     ) -> Coded {
         let coded = match self.compare(at, page, batch, out, counted) {
-            Some(Compared::Equal) => Coded::Unchanged,
-            Some(Compared::Delta(bytes)) => Coded::As(PageEncoding::Xbzrle, bytes),
-            Some(Compared::Miss | Compared::Overflow) | None => self.whole(page, out),
+            Compared::Equal => Coded::Unchanged,
+            Compared::Delta(bytes) => Coded::As(PageEncoding::Xbzrle, bytes),
+            Compared::Miss | Compared::Overflow => self.alone(page, out),
         };
         match coded {
             Coded::Unchanged => counted.unchanged += 1,
@@ -101,7 +136,7 @@ impl PageCoder {
         }
     }
 
-    /// Compares a page with what the destination holds, if deltas have begun.
+    /// Compares a page with what the destination holds.
     fn compare(
         &mut self,
         at: PageAt,
@@ -109,25 +144,19 @@ impl PageCoder {
         batch: &Batch,
         out: &mut [u8],
         counted: &mut RoundTally,
-    ) -> Option<Compared> {
-        let deltas = self.deltas.as_mut()?;
-        if !deltas.begun {
-            if deltas.plan.cache_first_round {
-                deltas.reference.will_hold(at, page, batch);
-            }
-            return None;
-        }
+    ) -> Compared {
+        let deltas = self.deltas.as_mut().expect("deltas have begun");
         let compared = deltas.reference.compare(at, page, batch, out);
         counted.xbzrle_misses += u64::from(compared == Compared::Miss);
         counted.xbzrle_overflows += u64::from(compared == Compared::Overflow);
-        Some(compared)
+        compared
     }
 
-    fn whole(&mut self, page: &[u8], out: &mut [u8]) -> Coded {
-        let Some(compressor) = &mut self.compressor else { return Coded::Raw };
-        match compressor.compress(page, &mut out[..page.len() - 1]) {
-            Some(bytes) => Coded::As(compressor.codec().encoding(), bytes),
-            None => Coded::Raw,
+    fn alone(&mut self, page: &[u8], out: &mut [u8]) -> Coded {
+        let Some(whole) = &mut self.whole else { return Coded::Raw };
+        match whole.code(page, whole.look(page), out) {
+            (_, Some(bytes)) => Coded::As(whole.encoding(), bytes),
+            (_, None) => Coded::Raw,
         }
     }
 }

@@ -39,6 +39,11 @@ impl Payload {
         (&self.pages[start..start + self.page_bytes], room)
     }
 
+    /// All pages to come, and room for what the next of them are coded as: at least as long.
+    pub(super) fn rest(&mut self) -> (&[u8], &mut [u8]) {
+        (&self.pages[self.done * self.page_bytes..], &mut self.own.space()[self.bytes..])
+    }
+
     /// The next page goes as it is.
     pub(super) fn push_raw(&mut self) {
         if self.apart {
@@ -56,7 +61,7 @@ impl Payload {
         self.bytes += bytes;
     }
 
-    /// The next page does not go.
+    /// The next page does not go, or goes in the bytes of another.
     pub(super) fn leave_out(&mut self) {
         self.set_apart();
         self.done += 1;

@@ -54,6 +54,15 @@ impl Frame {
         }
     }
 
+    /// With these pages compressed as one group, which must shrink.
+    pub(crate) fn group(self, codec: Codec, pages: &[(u32, Vec<u8>)]) -> Self {
+        let whole: Vec<u8> = pages.iter().flat_map(|(_, page)| page.iter().copied()).collect();
+        let mut out = vec![0; whole.len() - 1];
+        let bytes = Compressor::new(codec).compress(&whole, &mut out).expect("it shrinks");
+        let first = self.coded(pages[0].0, codec.encoding(), &out[..bytes]);
+        pages[1..].iter().fold(first, |frame, &(bit, _)| frame.coded(bit, PageEncoding::Grouped, &[]))
+    }
+
     /// With a delta; nothing if the pages are equal, and the page itself if the delta overflows.
     pub(crate) fn delta(self, bit: u32, old: &[u8], page: &[u8]) -> Self {
         let mut out = vec![0; PAGE];

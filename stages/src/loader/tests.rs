@@ -5,6 +5,7 @@ use super::recorder::{Deed, Recorder};
 use super::*;
 use crate::codec::Codec;
 use crate::queue::bounded;
+use crate::wire::pages::payload_hash;
 
 /// Pages of the guest of these tests: two extents, the second partial.
 const PAGES: usize = 64 + 17;
@@ -19,7 +20,7 @@ struct Bed {
 }
 
 fn bed(fresh: bool) -> Bed {
-    let features = Features { snap: true, lz4: true, zstd: true, xbzrle: true, ..Features::default() };
+    let features = Features { snap: true, lz4: true, zstd: true, groups: true, xbzrle: true, ..Features::default() };
     bed_with(fresh, true, features)
 }
 
@@ -138,6 +139,62 @@ fn a_page_that_cannot_be_decompressed_stays_as_it_was() {
 }
 
 #[test]
+fn the_pages_of_a_group_are_written_in_runs_wherever_they_lie() {
+    for codec in CODECS {
+        let mut bed = bed(true);
+        let group: Vec<_> = [2_u32, 3, 4, 7, 9, 10].map(|bit| (bit, text(bit.to_le_bytes()[0]))).to_vec();
+        let mut frame = Frame::new(0, 1).zero(1).group(codec, &group[..3]);
+        // The last three of the group stand behind pages that are none of it.
+        frame = frame.raw(5, &text(5)).zero(6);
+        for (bit, _) in &group[3..] {
+            frame = if *bit == 9 { frame.raw(8, &text(8)) } else { frame }.coded(*bit, PageEncoding::Grouped, &[]);
+        }
+        let whole = Frame::new(0, 1).group(codec, &group);
+        let tail = frame.payload.split_off(frame.head.pages[0].1 as usize);
+        frame.payload = [whole.payload, tail].concat();
+        frame.head.pages[0] = whole.head.pages[0];
+        frame.head.payload_hash = payload_hash(&frame.payload);
+        bed.load(&frame.group(codec, &[(11, text(11)), (12, text(12))])).unwrap();
+        assert_eq!(bed.memory.deeds(), [2..5, 7..8, 9..11, 5..6, 8..9, 11..13].map(Deed::Wrote), "{codec}");
+        for page in [2, 3, 4, 5, 7, 8, 9, 10, 11, 12] {
+            assert_eq!(bed.page(usize::from(page)), text(page), "{codec}, page {page}");
+        }
+        assert_eq!(bed.held(), [0b1_1111_1111_1110, 0]);
+    }
+}
+
+#[test]
+fn a_group_that_is_not_exactly_its_pages_leaves_all_of_them_as_they_were() {
+    for codec in CODECS {
+        let mut bed = bed(false);
+        let before = Frame::new(0, 1).raw(8, &text(8)).raw(9, &text(9)).raw(10, &text(10));
+        bed.load(&before).unwrap();
+        let three = Frame::new(0, 2).group(codec, &[(8, text(1)), (9, text(2)), (10, text(3))]).payload;
+        let group = |bytes: &[u8], pages: u32| {
+            let first = Frame::new(0, 2).coded(8, codec.encoding(), bytes);
+            (9..8 + pages).fold(first, |frame, bit| frame.coded(bit, PageEncoding::Grouped, &[]))
+        };
+        let cut = &three[..three.len() - 1];
+        for bad in [group(&three, 1), group(&three, 2), group(&three, 4), group(cut, 3), group(&[0xff; 5000], 3)] {
+            let error = bed.refuses(&bad);
+            assert!(matches!(error, WireError::PageData { page, .. } if page == at(8)), "{codec:?}: {error}");
+            assert_eq!([8, 9, 10].map(|page| bed.page(page)), [8, 9, 10].map(text), "{codec:?}");
+            assert_eq!(bed.held(), [0b111 << 8, 0]);
+        }
+        bed.load(&group(&three, 3)).unwrap();
+        assert_eq!([8, 9, 10].map(|page| bed.page(page)), [1, 2, 3].map(text));
+    }
+}
+
+#[test]
+fn groups_must_be_agreed_on() {
+    let mut bed = bed_with(false, true, Features { lz4: true, ..Features::default() });
+    let frame = Frame::new(0, 1).group(Codec::Lz4, &[(1, text(1)), (2, text(2))]);
+    assert_eq!(bed.refuses(&frame), WireError::NotAgreed { page: at(2), encoding: PageEncoding::Grouped });
+    assert_eq!((bed.memory.deeds(), bed.held()), (vec![], [0, 0]));
+}
+
+#[test]
 fn a_delta_is_checked_whole_before_its_page_is_touched() {
     let mut bed = bed(true);
     let mut new = text(1);
@@ -223,6 +280,8 @@ enum Step {
     Zero,
     Raw(u8),
     Compressed(usize, u8),
+    /// With the steps behind it that say the same, up to the most that a group may have.
+    Group(usize, u8),
     Delta(u16),
 }
 
@@ -231,6 +290,7 @@ fn step() -> impl Strategy<Value = Step> {
         Just(Step::Zero),
         any::<u8>().prop_map(Step::Raw),
         (0..CODECS.len(), any::<u8>()).prop_map(|(codec, number)| Step::Compressed(codec, number)),
+        (0..CODECS.len(), any::<u8>()).prop_map(|(codec, number)| Step::Group(codec, number)),
         any::<u16>().prop_map(Step::Delta),
     ]
 }
@@ -239,11 +299,12 @@ fn step() -> impl Strategy<Value = Step> {
 /// goes raw, as an encoder would have it.
 fn frame_of(steps: &[(u32, Step)], extent: u32, model: &mut [Option<Vec<u8>>]) -> Frame {
     let mut frame = Frame::new(extent, 1);
-    for &(bit, step) in steps {
+    let (mut steps, mut group) = (steps.iter().copied().peekable(), Vec::new());
+    while let Some((bit, step)) = steps.next() {
         let page = &mut model[extent as usize * 64 + bit as usize];
         let new = match step {
             Step::Zero => vec![0; PAGE],
-            Step::Raw(number) | Step::Compressed(_, number) => text(number),
+            Step::Raw(number) | Step::Compressed(_, number) | Step::Group(_, number) => text(number),
             Step::Delta(seed) => {
                 let mut new = page.clone().unwrap_or_else(|| vec![1; PAGE]);
                 (0..4).for_each(|turn| new[(usize::from(seed) * 7 + turn * 997) % PAGE] ^= 0x55);
@@ -253,6 +314,18 @@ fn frame_of(steps: &[(u32, Step)], extent: u32, model: &mut [Option<Vec<u8>>]) -
         frame = match (step, &page) {
             (Step::Zero, _) => frame.zero(bit),
             (Step::Compressed(codec, _), _) => frame.compressed(bit, CODECS[codec], &new),
+            (Step::Group(codec, _), _) => {
+                group.push((bit, new.clone()));
+                *page = Some(new);
+                if let Some((_, Step::Group(next, _))) = steps.peek()
+                    && *next == codec
+                    && group.len() < 16
+                {
+                    continue;
+                }
+                frame = frame.group(CODECS[codec], &std::mem::take(&mut group));
+                continue;
+            }
             (Step::Delta(_), Some(old)) => frame.delta(bit, old, &new),
             _ => frame.raw(bit, &new),
         };

@@ -216,7 +216,7 @@ async fn what_is_read_ahead_is_what_the_pool_holds() {
 }
 
 /// Pages of the small guest that streams are loaded into.
-const PAGES: usize = 6;
+const PAGES: usize = 9;
 
 /// A stream that uses every encoding, with the places where its frames end.
 fn sample() -> (Vec<u8>, Vec<usize>) {
@@ -228,7 +228,7 @@ fn sample() -> (Vec<u8>, Vec<usize>) {
     let zstd = Codec::Zstd { level: 1 };
     let first = Frame::new(0, 1).zero(0).compressed(1, Codec::Snap, &text(1)).compressed(2, Codec::Lz4, &text(2));
     let frames = [
-        first.compressed(3, zstd, &text(3)).raw(4, &text(4)).zero(5).bytes(0),
+        first.compressed(3, zstd, &text(3)).raw(4, &text(4)).zero(5).group(zstd, &[6, 7, 8].map(group_page)).bytes(0),
         round_complete(0, 1),
         state(b"a device").encode(0).to_vec(),
         Frame::new(0, 2).delta(1, &text(1), &new(1)).zero(2).delta(4, &text(4), &new(4)).bytes(0),
@@ -241,6 +241,11 @@ fn sample() -> (Vec<u8>, Vec<usize>) {
         Some(*sum)
     });
     (frames.concat(), std::iter::once(0).chain(ends).collect())
+}
+
+/// A page of the group in the sample.
+fn group_page(bit: u32) -> (u32, Vec<u8>) {
+    (bit, text(bit.to_le_bytes()[0]))
 }
 
 /// What a stream made of a guest whose pages all held 0xee.
@@ -259,7 +264,7 @@ async fn land(stream: &[u8], checksum: bool) -> Landed {
     let pool = BufferPool::new(2, PageSize::DEFAULT.extent_bytes());
     let layout = guest.layout().clone();
     let receiver = Receiver::new(0, 1, reader, layout, lane_map, pool, Meter::start("receiver", Some(0)));
-    let allowed = Features { snap: true, lz4: true, zstd: true, xbzrle: true, ..Features::default() };
+    let allowed = Features { snap: true, lz4: true, zstd: true, groups: true, xbzrle: true, ..Features::default() };
     let progress = Arc::new(LaneProgress::default());
     let loader = Loader::new(0, guest, held, checksum, allowed, progress, Meter::start("loader", Some(0)));
     let ((outlet, inlet), (control, _messages), (loaded, reports)) = (bounded(4), bounded(8), bounded(8));
@@ -282,6 +287,9 @@ fn versions() -> Vec<Vec<Vec<u8>>> {
         vec![text(3)],
         vec![text(4), patched(4)],
         vec![zero()],
+        vec![text(6)],
+        vec![text(7)],
+        vec![text(8)],
     ]
 }
 
@@ -342,8 +350,14 @@ async fn any_flipped_bit_is_an_error_and_loads_no_wrong_page() {
 /// A Pages frame with valid checksums and any fields.
 fn hostile() -> impl Strategy<Value = (Frame, u16, bool)> {
     let word = || prop_oneof![Just(0_u64), Just(u64::MAX), 0_u64..64, any::<u64>()];
-    let encodings =
-        [PageEncoding::Raw, PageEncoding::Snap, PageEncoding::Lz4, PageEncoding::Zstd, PageEncoding::Xbzrle];
+    let encodings = [
+        PageEncoding::Raw,
+        PageEncoding::Snap,
+        PageEncoding::Lz4,
+        PageEncoding::Zstd,
+        PageEncoding::Xbzrle,
+        PageEncoding::Grouped,
+    ];
     let page = (prop::sample::select(encodings.to_vec()), prop_oneof![Just(4096_usize), 0_usize..200]);
     let pages = prop::collection::vec(page, 64);
     (0_u32..2, 0_u32..2, 0_u32..3, word(), word(), pages, any::<u64>(), 0_u16..2, any::<bool>()).prop_map(

@@ -199,6 +199,22 @@ pub enum WireError {
         /// The most there may be.
         most: u32,
     },
+    /// A page of a group that no page began.
+    #[error("{page} is said to be in a group, and no compressed page came before it")]
+    NoGroup {
+        /// The page.
+        page: PageAt,
+    },
+    /// A group of more pages than one may have.
+    #[error("{page} begins a group of {pages} pages, at most {most}")]
+    GroupPages {
+        /// Its first page.
+        page: PageAt,
+        /// How many it has.
+        pages: usize,
+        /// The most it may have.
+        most: usize,
+    },
     /// The pages' bytes are not the payload's.
     #[error("the pages have {sum} bytes, the payload has {payload}")]
     PayloadSum {

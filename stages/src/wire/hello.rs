@@ -78,6 +78,8 @@ pub mod feature {
     pub const LZ4: &str = "lz4";
     /// Pages may come compressed by this codec.
     pub const ZSTD: &str = "zstd";
+    /// Pages may come compressed together, as groups.
+    pub const GROUPS: &str = "page-groups";
     /// Pages may come as deltas.
     pub const XBZRLE: &str = "xbzrle";
     /// Digests precede the last handshake.
@@ -95,6 +97,8 @@ pub struct Features {
     pub lz4: bool,
     /// [`feature::ZSTD`]
     pub zstd: bool,
+    /// [`feature::GROUPS`]
+    pub groups: bool,
     /// [`feature::XBZRLE`]
     pub xbzrle: bool,
     /// [`feature::VERIFY`]
@@ -126,12 +130,13 @@ impl Features {
         if unknown.is_empty() { Ok(features) } else { Err(WireError::UnknownFeatures { names: unknown }) }
     }
 
-    fn named(self) -> [(&'static str, bool); 6] {
+    fn named(self) -> [(&'static str, bool); 7] {
         [
             (feature::CHECKSUM, self.checksum),
             (feature::SNAP, self.snap),
             (feature::LZ4, self.lz4),
             (feature::ZSTD, self.zstd),
+            (feature::GROUPS, self.groups),
             (feature::XBZRLE, self.xbzrle),
             (feature::VERIFY, self.verify),
         ]
@@ -143,6 +148,7 @@ impl Features {
             feature::SNAP => Some(&mut self.snap),
             feature::LZ4 => Some(&mut self.lz4),
             feature::ZSTD => Some(&mut self.zstd),
+            feature::GROUPS => Some(&mut self.groups),
             feature::XBZRLE => Some(&mut self.xbzrle),
             feature::VERIFY => Some(&mut self.verify),
             _ => None,

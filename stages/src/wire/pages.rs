@@ -15,7 +15,20 @@
 //! ```
 //!
 //! `mask` holds the pages that the frame brings (an unchanged page is in neither mask), `zero` those of them that are
-//! all zero. The payload's hash is 0 where the `payload-xxh3` feature is off. One frame is sent for each batch, even if
+//! all zero. Pages may be compressed together as a *group*: the first of them names the codec and the bytes of the whole, and
+//! the others follow as `grouped`, with no bytes of their own. They need not lie side by side, nor be neighbours in the list:
+//!
+//! ```text
+//! page          3          4         5            6          9         12         13
+//! descriptor   lz4 6000   raw 4096   grouped 0    grouped 0  zstd 900  grouped 0  raw 4096
+//!               └──────────────────── one group ──────┘       └─ another ─┘
+//! payload      6000 bytes: pages 3, 5, 6 │ page 4 │ 900 bytes: pages 9, 12 │ page 13
+//! ```
+//!
+//! A group has at most [`GROUP_BYTES`] of pages, and fewer bytes than they; a compressed page that no other follows is a
+//! group of one. Groups need the `page-groups` feature.
+//!
+//! The payload's hash is 0 where the `payload-xxh3` feature is off. One frame is sent for each batch, even if
 //! it brings no page: the count of frames in a lane is what Progress acknowledges.
 
 use std::fmt;
@@ -41,22 +54,41 @@ pub enum PageEncoding {
     Zstd = 4,
     /// A delta against what the destination holds.
     Xbzrle = 5,
+    /// In the group of the last compressed page before it.
+    Grouped = 6,
+}
+
+/// The most bytes of pages that are compressed as one group; a larger page is a group of its own.
+pub const GROUP_BYTES: usize = 64 << 10;
+
+/// The most pages of one group.
+#[must_use]
+pub fn group_pages(page_size: PageSize) -> usize {
+    (GROUP_BYTES / page_size.bytes()).max(1)
 }
 
 impl PageEncoding {
     /// The encoding of a byte, if this version knows it.
     #[must_use]
     pub fn from_u8(byte: u8) -> Option<Self> {
-        [Self::Raw, Self::Snap, Self::Lz4, Self::Zstd, Self::Xbzrle].into_iter().find(|&known| known as u8 == byte)
+        let known = [Self::Raw, Self::Snap, Self::Lz4, Self::Zstd, Self::Xbzrle, Self::Grouped];
+        known.into_iter().find(|&known| known as u8 == byte)
     }
 
-    /// The least and the most bytes that a page has in this encoding.
-    fn page_bytes(self, page_size: PageSize) -> (u32, u32) {
+    /// Does a page in this encoding begin a group?
+    #[must_use]
+    pub fn is_codec(self) -> bool {
+        matches!(self, Self::Snap | Self::Lz4 | Self::Zstd)
+    }
+
+    /// The least and the most bytes that a page has in this encoding, if it is the first of a group of `group` pages.
+    fn page_bytes(self, page_size: PageSize, group: u32) -> (u32, u32) {
         let page = u32::try_from(page_size.bytes()).expect("at most 64 KiB");
         match self {
             Self::Raw => (page, page),
-            Self::Snap | Self::Lz4 | Self::Zstd => (1, page - 1),
+            Self::Snap | Self::Lz4 | Self::Zstd => (1, group * page - 1),
             Self::Xbzrle => (1, page),
+            Self::Grouped => (0, 0),
         }
     }
 }
@@ -69,6 +101,7 @@ impl fmt::Display for PageEncoding {
             Self::Lz4 => "lz4",
             Self::Zstd => "zstd",
             Self::Xbzrle => "xbzrle",
+            Self::Grouped => "grouped",
         })
     }
 }
@@ -111,7 +144,8 @@ pub struct PagesHead {
     pub zero: u64,
     /// xxh3-64 of the payload, or 0.
     pub payload_hash: u64,
-    /// For each page of `mask & !zero`, lowest first: its encoding and the bytes it has in the payload.
+    /// For each page of `mask & !zero`, lowest first: its encoding and the bytes it has in the payload (all bytes of a group
+    /// at its first page).
     pub pages: Vec<(PageEncoding, u32)>,
 }
 
@@ -169,8 +203,9 @@ impl PagesHead {
             [fields.u64("mask")?, fields.u64("zero mask")?, fields.u64("hash of the payload")?];
         within("round", round.into(), 1..=u32::MAX.into())?;
         check_masks(at, mask, zero, layout)?;
-        let pages = take_descriptors(&mut fields, at, mask & !zero, layout.page_size())?;
+        let pages = take_descriptors(&mut fields, at, mask & !zero)?;
         fields.end()?;
+        check_pages(at, mask & !zero, &pages, layout.page_size())?;
         let head = Self { at, round, mask, zero, payload_hash, pages };
         head.check_lengths(payload, bytes.len(), frame_length)?;
         Ok(head)
@@ -224,7 +259,6 @@ fn take_descriptors(
     fields: &mut Fields<'_>,
     at: ExtentAt,
     present: u64,
-    page_size: PageSize,
 ) -> Result<Vec<(PageEncoding, u32)>, WireError> {
     let mut pages = Vec::with_capacity(present.count_ones() as usize);
     for bit in bits(present) {
@@ -232,11 +266,40 @@ fn take_descriptors(
         let [b0, b1, b2] = bytes;
         let (page, bytes) = (at.page(bit), u32::from_le_bytes([b0, b1, b2, 0]));
         let encoding = PageEncoding::from_u8(encoding).ok_or(WireError::UnknownEncoding { page, encoding })?;
-        let (least, most) = encoding.page_bytes(page_size);
-        if !(least..=most).contains(&bytes) {
-            return Err(WireError::PageBytes { page, encoding, bytes, least, most });
-        }
         pages.push((encoding, bytes));
     }
     Ok(pages)
+}
+
+/// Does each page have as many bytes as its encoding allows, and each group as many pages?
+fn check_pages(
+    at: ExtentAt,
+    present: u64,
+    pages: &[(PageEncoding, u32)],
+    page_size: PageSize,
+) -> Result<(), WireError> {
+    let (most_pages, mut open) = (group_pages(page_size), false);
+    for (index, (bit, &(encoding, bytes))) in bits(present).zip(pages).enumerate() {
+        let (page, mut group) = (at.page(bit), 1);
+        if encoding.is_codec() {
+            group = group_of(&pages[index..]);
+            open = true;
+        } else if encoding == PageEncoding::Grouped && !open {
+            return Err(WireError::NoGroup { page });
+        }
+        if group > most_pages {
+            return Err(WireError::GroupPages { page, pages: group, most: most_pages });
+        }
+        let (least, most) = encoding.page_bytes(page_size, u32::try_from(group).expect("at most 16"));
+        if !(least..=most).contains(&bytes) {
+            return Err(WireError::PageBytes { page, encoding, bytes, least, most });
+        }
+    }
+    Ok(())
+}
+
+/// How many pages are in the group that begins a list.
+fn group_of(pages: &[(PageEncoding, u32)]) -> usize {
+    let followers = pages[1..].iter().take_while(|(encoding, _)| !encoding.is_codec());
+    1 + followers.filter(|(encoding, _)| *encoding == PageEncoding::Grouped).count()
 }

@@ -31,6 +31,7 @@ fn messages() {
 #[test]
 fn pages() {
     assert_eq!(hex(&samples::pages().0.to_bytes(2)), golden(PAGES));
+    assert_eq!(hex(&samples::grouped_pages().0.to_bytes(0)), golden(GROUPED_PAGES));
     assert_eq!(hex(&samples::zero_pages().to_bytes(1)), golden(ZERO_PAGES));
 }
 
@@ -111,6 +112,11 @@ const PAGES: &str = "04 01 0200 a9100000 982c911b48599b91 \
          00000000 01000000 02000000 6d100000 1700000000000080 1200000000000000 00013de11f2d32ca 01 001000 03 \
          640000 05 090000 \
          6ae3b67553517d7a";
+
+const GROUPED_PAGES: &str = "04 01 0000 f8240000 c488504b4b71134d \
+         00000000 00000000 01000000 b4240000 6e00000000000000 0000000000000000 b6c0100b892eba13 \
+         03 881300 01 001000 06 000000 04 2c0100 06 000000 \
+         931ddb9b6d55f182";
 
 const ZERO_PAGES: &str = "04 01 0100 30000000 41b6dc0f5994811d \
          01000000 00000000 01000000 00000000 0100000000000000 0100000000000000 0000000000000000 \

@@ -7,7 +7,7 @@ use super::samples;
 use crate::geometry::PageSize;
 use crate::wire::frame::seal;
 use crate::wire::hello::Feature;
-use crate::wire::{Features, FrameHead, FrameReader, HEAD_BYTES, Kind, Message, PagesHead, SessionId};
+use crate::wire::{Features, FrameHead, FrameReader, HEAD_BYTES, Kind, Message, PageEncoding, PagesHead, SessionId};
 
 /// What is said of the frame's body with `bytes` put at `at` of its fields, under a right checksum.
 fn refusal(kind: Kind, at: usize, bytes: &[u8]) -> String {
@@ -101,7 +101,7 @@ fn features() {
         Features::from_list(&unknown).unwrap_err().to_string(),
         r#"the stream requires features that this version does not know: "newer", "newest\n""#
     );
-    let all = Features { checksum: true, snap: true, lz4: true, zstd: true, xbzrle: true, verify: true };
+    let all = Features { checksum: true, snap: true, lz4: true, zstd: true, groups: true, xbzrle: true, verify: true };
     assert_eq!(Features::from_list(&all.to_list()), Ok(all));
     assert!(all.to_list().iter().all(|feature| feature.required));
     let mut hello = samples::hello();
@@ -160,7 +160,7 @@ fn pages() {
     assert_eq!(pages_refusal(24, &[8]), "the zero pages 0x8 are not all among the frame's pages 0x8000000000000017");
     assert_eq!(pages_refusal(24, &[2]), "the frame ends inside descriptors: 4 bytes are needed, 0 are left");
     assert_eq!(pages_refusal(24, &[0x16]), "4 bytes follow the last field of the frame");
-    assert_eq!(pages_refusal(40, &[6]), "page 64 of block 0 has the unknown encoding 6");
+    assert_eq!(pages_refusal(40, &[7]), "page 64 of block 0 has the unknown encoding 7");
     assert_eq!(pages_refusal(40, &[1, 1]), "page 64 of block 0 has 4097 bytes as raw, which must be 4096 to 4096");
     assert_eq!(pages_refusal(44, &[3, 0]), "page 66 of block 0 has 0 bytes as lz4, which must be 1 to 4095");
     assert_eq!(pages_refusal(44, &[4, 0, 16]), "page 66 of block 0 has 4096 bytes as zstd, which must be 1 to 4095");
@@ -174,6 +174,39 @@ fn pages() {
     let refused = head.check_payload(&payload[1..]).unwrap_err().to_string();
     assert!(refused.starts_with("the payload is damaged (xxh3 "), "{refused}");
     assert!(PagesHead { payload_hash: 0, ..head }.check_payload(&payload).is_err(), "no hash is no right hash");
+}
+
+#[test]
+fn groups() {
+    let refusal = |pages: &[(PageEncoding, u32)]| {
+        let mask = u64::MAX >> (64 - pages.len());
+        let head = PagesHead { mask, zero: 0, pages: pages.to_vec(), ..samples::pages().0 };
+        let (body, payload) = (head.to_bytes(2), u32::try_from(head.payload_bytes()).unwrap());
+        let body = &body[HEAD_BYTES..];
+        let length = u32::try_from(body.len()).unwrap() + payload;
+        PagesHead::parse(body, length, &samples::layout()).map(|_| ()).map_err(|error| error.to_string())
+    };
+    let (raw, grouped) = ((PageEncoding::Raw, 4096), (PageEncoding::Grouped, 0));
+    let first = |bytes| (PageEncoding::Lz4, bytes);
+    let alone = "page 64 of block 0 is said to be in a group, and no compressed page came before it";
+    assert_eq!(refusal(&[grouped]), Err(alone.into()));
+    assert_eq!(refusal(&[raw, grouped]), Err(alone.replace("64", "65")));
+    assert_eq!(refusal(&[(PageEncoding::Xbzrle, 9), grouped]), Err(alone.replace("64", "65")));
+    let bytes = "page 65 of block 0 has 1 bytes as grouped, which must be 0 to 0";
+    assert_eq!(refusal(&[first(9), (PageEncoding::Grouped, 1)]), Err(bytes.into()));
+    let pages = |most: usize, bytes| [&[first(bytes)][..], &vec![grouped; most - 1]].concat();
+    assert_eq!(refusal(&pages(16, 65535)), Ok(()));
+    assert_eq!(refusal(&pages(17, 9)), Err("page 64 of block 0 begins a group of 17 pages, at most 16".into()));
+    assert_eq!(refusal(&pages(64, 9)), Err("page 64 of block 0 begins a group of 64 pages, at most 16".into()));
+    let long = "page 64 of block 0 has 8192 bytes as lz4, which must be 1 to 8191";
+    assert_eq!(refusal(&pages(2, 8192)), Err(long.into()));
+    assert_eq!(refusal(&pages(2, 0)), Err(long.replace("has 8192", "has 0")));
+    assert_eq!(refusal(&[first(8191), raw, (PageEncoding::Xbzrle, 5), grouped, first(4095)]), Ok(()));
+    assert_eq!(
+        refusal(&[first(8191), raw, first(4095), grouped]),
+        Err("page 64 of block 0 has 8191 bytes as lz4, which must be 1 to 4095".into()),
+        "the last page is of the second group"
+    );
 }
 
 #[test]

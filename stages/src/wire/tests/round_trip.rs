@@ -10,6 +10,7 @@ use crate::geometry::{BlockInfo, ExtentAt, Layout, MAX_LANES, PageAt, PageSize};
 use crate::tally::RoundTally;
 use crate::wire::hello::Feature;
 use crate::wire::messages::{MAX_COUNT, Progress, RunState, StateChunk, StatePhase, StretchDigest};
+use crate::wire::pages::group_pages;
 use crate::wire::{
     FrameHead, FrameReader, HEAD_BYTES, Hello, Incoming, Kind, Message, PROTOCOL_VERSION, PageEncoding, PagesHead,
     SessionId,
@@ -107,11 +108,24 @@ fn message() -> impl Strategy<Value = Message> {
     ]
 }
 
+/// Puts the pages of the mask into the group of a compressed page before them, as far as one may grow.
+fn group(pages: &mut [(PageEncoding, u32)], page_size: PageSize, mask: u64) {
+    let mut room = 0;
+    for (index, page) in pages.iter_mut().enumerate() {
+        if mask >> index & 1 == 1 && room > 0 {
+            *page = (PageEncoding::Grouped, 0);
+            room -= 1;
+        } else if page.0.is_codec() {
+            room = group_pages(page_size) - 1;
+        }
+    }
+}
+
 /// A layout of one block with a partial last extent, and any frame for it.
 fn pages() -> impl Strategy<Value = (Layout, PagesHead)> {
     let block = |length| BlockInfo { id: "ram".into(), length, guest_address: 0, backing_page_size: 4096 };
-    (page_size(), 1..300u64, any::<[u64; 3]>(), 1..=u32::MAX, vec((0..5u8, any::<u32>()), 64)).prop_map(
-        move |(page_size, pages, [extent, mask, zero], round, sizes)| {
+    (page_size(), 1..300u64, any::<[u64; 3]>(), 1..=u32::MAX, vec((0..5u8, any::<u32>()), 64), any::<u64>()).prop_map(
+        move |(page_size, pages, [extent, mask, zero], round, sizes, grouped)| {
             let bytes = u32::try_from(page_size.bytes()).unwrap();
             let layout = Layout::new(page_size, vec![block(pages * u64::from(bytes))]).unwrap();
             let at = ExtentAt { block: 0, extent: u32::try_from(extent % pages.div_ceil(64)).unwrap() };
@@ -124,7 +138,8 @@ fn pages() -> impl Strategy<Value = (Layout, PagesHead)> {
                 _ => (PageEncoding::Xbzrle, size % bytes + 1),
             };
             let present = (mask & !zero).count_ones() as usize;
-            let pages = sizes.into_iter().map(size).take(present).collect();
+            let mut pages: Vec<_> = sizes.into_iter().map(size).take(present).collect();
+            group(&mut pages, page_size, grouped);
             (layout, PagesHead { at, round, mask, zero: mask & zero, payload_hash: extent, pages })
         },
     )
@@ -170,7 +185,11 @@ fn a_stream_of_all_kinds_is_read_back() {
                 let mut payload = vec![0; frame.payload_bytes()];
                 block_on(reader.read_payload(&mut payload)).unwrap();
                 head.check_payload(&payload).unwrap();
-                let expected = if frame.lane == 2 { samples::pages() } else { (samples::zero_pages(), vec![]) };
+                let expected = match frame.lane {
+                    0 => samples::grouped_pages(),
+                    1 => (samples::zero_pages(), vec![]),
+                    _ => samples::pages(),
+                };
                 assert_eq!((head, payload), expected);
             }
         }

@@ -78,6 +78,21 @@ pub(super) fn messages() -> Vec<Message> {
     ]
 }
 
+/// A Pages frame with two groups, the first of which goes on behind a raw page, and its payload.
+pub(super) fn grouped_pages() -> (PagesHead, Vec<u8>) {
+    use PageEncoding::{Grouped, Lz4, Raw, Zstd};
+    let payload: Vec<u8> = (0..5000 + 4096 + 300).map(|i| (i * 11 % 241) as u8).collect();
+    let head = PagesHead {
+        at: ExtentAt { block: 0, extent: 0 },
+        round: 1,
+        mask: 0x6e,
+        zero: 0,
+        payload_hash: payload_hash(&payload),
+        pages: vec![(Lz4, 5000), (Raw, 4096), (Grouped, 0), (Zstd, 300), (Grouped, 0)],
+    };
+    (head, payload)
+}
+
 /// A Pages frame with a zero page, a raw, a compressed and a delta, and its payload.
 pub(super) fn pages() -> (PagesHead, Vec<u8>) {
     let payload: Vec<u8> = (0..4096 + 100 + 9).map(|i| (i * 7 % 251) as u8).collect();
@@ -100,10 +115,11 @@ pub(super) fn zero_pages() -> PagesHead {
 
 /// Frames of all kinds one after another, and where each begins.
 pub(super) fn stream() -> (Vec<u8>, Vec<usize>) {
-    let (head, payload) = pages();
+    let [(head, payload), (grouped, group)] = [pages(), grouped_pages()];
     let mut frames: Vec<Vec<u8>> = messages().iter().map(|message| message.encode(0).to_vec()).collect();
     frames.insert(3, zero_pages().to_bytes(1).to_vec());
     frames.insert(3, [&head.to_bytes(2)[..], &payload].concat());
+    frames.insert(3, [&grouped.to_bytes(0)[..], &group].concat());
     let starts = frames.iter().scan(0, |start, frame| Some(std::mem::replace(start, *start + frame.len()))).collect();
     (frames.concat(), starts)
 }
