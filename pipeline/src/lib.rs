@@ -1,4 +1,18 @@
 //! memferry moves the memory of a running guest to another process, host or file while the guest keeps writing to it.
+//!
+//! # For whoever embeds it
+//! This crate is the only dependency that a VMM needs: what its traits and settings name is re-exported here.
+//!
+//! | to do | here |
+//! |---|---|
+//! | make a VM one that can be moved | implement [`Guest`](guest::Guest): [`guest`] |
+//! | describe its RAM | [`memory`], [`geometry`] |
+//! | tell which pages were written | a [`DirtyLog`](dirty_log::DirtyLog) of those in [`dirty_log`], or one of your own |
+//! | move it | [`migration::send`] and [`migration::receive`], with [`settings`], over one of the [`transports`] |
+//! | watch it | [`events`] |
+//! | know that the implementation is right | [`guest::conformance`], [`dirty_log::conformance`] |
+//!
+//! `examples/embed.rs` is all of that in one short program.
 
 pub mod cli;
 pub mod config;
@@ -11,3 +25,6 @@ pub mod migration;
 pub mod progress;
 pub mod report;
 pub mod settings;
+
+pub use memferry_stages::{batch, bitmap, codec, dirty_log, geometry, memory, meter, pool, tally, xbzrle};
+pub use memferry_transports as transports;
