@@ -12,7 +12,8 @@
 //! | watch it | [`events`] |
 //! | know that the implementation is right | [`guest::conformance`], [`dirty_log::conformance`] |
 //!
-//! `examples/embed.rs` is all of that in one short program.
+//! `examples/embed.rs` is all of that in one short program. Who has no VM, only state of their own to move, takes a
+//! [`Region`]; `examples/kv.rs` is a key-value store that moves to another process under load.
 
 pub mod cli;
 pub mod config;
@@ -23,8 +24,10 @@ pub mod log;
 pub mod metrics;
 pub mod migration;
 pub mod progress;
+pub mod region;
 pub mod report;
 pub mod settings;
 
 pub use memferry_stages::{batch, bitmap, codec, dirty_log, geometry, memory, meter, pool, tally, xbzrle};
 pub use memferry_transports as transports;
+pub use region::Region;
