@@ -10,6 +10,7 @@
 //! | tell which pages were written | a [`DirtyLog`](dirty_log::DirtyLog) of those in [`dirty_log`], or one of your own |
 //! | move it | [`migration::send`] and [`migration::receive`], with [`settings`], over one of the [`transports`] |
 //! | watch it | [`events`] |
+//! | take RAM and log from `vm-memory` | `vm_memory`, with the feature `vm-memory` |
 //! | know that the implementation is right | [`guest::conformance`], [`dirty_log::conformance`] |
 //!
 //! `examples/embed.rs` is all of that in one short program. Who has no VM, only state of their own to move, takes a
@@ -27,6 +28,8 @@ pub mod progress;
 pub mod region;
 pub mod report;
 pub mod settings;
+#[cfg(feature = "vm-memory")]
+pub mod vm_memory;
 
 pub use memferry_stages::{batch, bitmap, codec, dirty_log, geometry, memory, meter, pool, tally, xbzrle};
 pub use memferry_transports as transports;
