@@ -174,10 +174,16 @@ pub struct Ended {
     pub resume_failed: bool,
 }
 
-/// Takes events as they happen. Called from the control plane: return soon, never block.
+/// Takes events as they happen. Called from the control plane: return soon, never block. A closure is one.
 pub trait Observer: Send + Sync {
     /// One event of one end.
     fn event(&self, role: Role, event: &Event);
+}
+
+impl<F: Fn(Role, &Event) + Send + Sync> Observer for F {
+    fn event(&self, role: Role, event: &Event) {
+        self(role, event);
+    }
 }
 
 /// A list of observers, cheap to clone, tied to one end of a migration.
@@ -198,6 +204,12 @@ impl Observers {
     #[must_use]
     pub fn new(role: Role, list: Vec<Arc<dyn Observer>>) -> Self {
         Self { role, list: list.into() }
+    }
+
+    /// Nobody watches this end.
+    #[must_use]
+    pub fn none(role: Role) -> Self {
+        Self::new(role, Vec::new())
     }
 
     /// Which end.

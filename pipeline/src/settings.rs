@@ -1,9 +1,19 @@
 //! How a migration is to run: plain values, wherever they come from (a TOML file, a VMM's own code).
+//!
+//! The defaults are those of the configuration file.
+//!
+//! ```
+//! use std::time::Duration;
+//! use memferry::settings::SourceSettings;
+//!
+//! let settings = SourceSettings { downtime_limit: Duration::from_millis(50), ..SourceSettings::default() };
+//! assert!(settings.verify);
+//! ```
 
 use std::time::Duration;
 
 use memferry_stages::codec::Codec;
-use memferry_stages::geometry::PageSize;
+use memferry_stages::geometry::{MAX_LANES, PageSize};
 
 /// How pages are encoded.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -73,6 +83,38 @@ pub struct SourceSettings {
     pub handover_timeout: Duration,
 }
 
+impl Default for SourceSettings {
+    fn default() -> Self {
+        Self {
+            lanes: 2,
+            connections: 1,
+            encoder: EncoderSettings::default(),
+            checksum: true,
+            max_bandwidth: None,
+            downtime_limit: Duration::from_millis(300),
+            max_rounds: 100,
+            deadline: None,
+            on_deadline: OnDeadline::Cancel,
+            verify: true,
+            after: None,
+            handover_timeout: Duration::from_secs(30),
+        }
+    }
+}
+
+impl Default for EncoderSettings {
+    /// lz4 in the first round, deltas after it.
+    fn default() -> Self {
+        Self { compress: Some(Codec::Lz4), xbzrle: Some(XbzrleSettings::default()) }
+    }
+}
+
+impl Default for XbzrleSettings {
+    fn default() -> Self {
+        Self { cache_bytes: 256 << 20, compress_on_miss: false, cache_first_round: true }
+    }
+}
+
 /// Settings of a destination. What the stream is like, the source says.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DestinationSettings {
@@ -86,4 +128,17 @@ pub struct DestinationSettings {
     pub hello_timeout: Duration,
     /// How long to wait for Go.
     pub handover_timeout: Duration,
+}
+
+impl Default for DestinationSettings {
+    /// Takes any page size.
+    fn default() -> Self {
+        Self {
+            page_size: None,
+            max_lanes: MAX_LANES,
+            require_verify: false,
+            hello_timeout: Duration::from_secs(10),
+            handover_timeout: Duration::from_secs(30),
+        }
+    }
 }

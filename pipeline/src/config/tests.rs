@@ -1,6 +1,7 @@
 //! What an operator sees when a configuration is wrong.
 
 use super::*;
+use crate::settings::{DestinationSettings, SourceSettings};
 use insta::assert_snapshot;
 
 const GOOD: &str = r#"
@@ -22,6 +23,13 @@ fn with(extra: &str) -> String {
 fn set(sets: &[&str]) -> Result<Config, String> {
     let sets: Vec<String> = sets.iter().map(|&set| set.to_owned()).collect();
     parse("run.toml", GOOD, &sets, Purpose::Run).map_err(|error| error.to_string())
+}
+
+#[test]
+fn a_program_of_its_own_has_the_defaults_of_the_file() {
+    let config = set(&[]).unwrap();
+    assert_eq!(config.source(), SourceSettings::default());
+    assert_eq!(config.destination(), DestinationSettings::default());
 }
 
 #[test]

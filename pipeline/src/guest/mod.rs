@@ -1,13 +1,50 @@
 //! Guests: what is moved, behind one trait.
+//!
+//! [`Guest`] is what the author of a VMM implements. The engine calls it in this order, and in no other:
+//!
+//! ```text
+//!  SOURCE: send(guest, …)                                     DESTINATION: receive(guest, …)
+//!
+//!  memory, run_state
+//!  setup_state ───────────── setup state, blocks ──────────▶  build, memory
+//!  dirty_logs; each log: start                                   ┊
+//!  rounds; each log: sync, rearm, copied ═════ pages ═══════▶    ┊ the loaders write its memory,
+//!  pause            (only if it ran)                             ┊ and nobody else does
+//!  save, release                                                 ┊
+//!  each log: sync, rearm, copied ════ last pages, state ════▶    ┊
+//!             ◀────────────────── Loaded ──────────────────   prepare
+//!  committed ───────────────────────── Go ─────────────────▶  start
+//!             ◀────────────────── Running ─────────────────
+//!  each log: stop
+//!
+//!  ─ any failure, or cancel, before Go ─▶ reacquire (if release was called), resume (if pause was called);
+//!                                         each log: stop; at the destination nothing more is called
+//!  ─ a snapshot that is complete ───────▶ the same: the guest goes on
+//!  ─ no answer after Go ────────────────▶ nothing more is called: the guest stays paused, and an operator decides
+//! ```
+//!
+//! **Threads.** Every method but [`Guest::memory`] and [`Guest::run_state`] at the source is called from a thread where
+//! blocking is allowed, one call after another, and the next step waits until it returns: what [`Guest::pause`], `save`,
+//! `release`, `prepare` and `start` take is downtime. The calls come from different threads. A cancel is seen after such a
+//! call, not in it; only `setup_state` and `build` may still be running when a cancelled `send` or `receive` has
+//! returned. A panic in a method counts as an error of it.
+//!
+//! **Memory.** Between `dirty_logs` and the end the engine reads the blocks from its own threads at any time, while the guest
+//! runs. At the destination it writes them between `build` and `prepare`. No Rust reference to that memory may exist: it is
+//! [`MappedMemory`](crate::memory::MappedMemory) that a VMM lends, or its own [`Memory`](crate::memory::Memory).
+//!
+//! [`conformance`] holds a guest to all of this.
 
 use std::fmt;
+use std::io;
 use std::sync::Arc;
 
 use memferry_stages::dirty_log::DirtyLog;
-use memferry_stages::geometry::{BlockInfo, PageSize};
+use memferry_stages::geometry::{BlockInfo, LayoutError, PageSize};
 use memferry_stages::memory::GuestMemory;
 pub use memferry_stages::wire::messages::RunState;
 
+pub mod conformance;
 pub mod file;
 pub mod workload;
 
@@ -20,6 +57,18 @@ impl GuestError {
     /// `what`, and the error that caused it.
     pub fn caused(what: impl fmt::Display, cause: impl fmt::Display) -> Self {
         Self(format!("{what}: {cause}"))
+    }
+}
+
+impl From<io::Error> for GuestError {
+    fn from(error: io::Error) -> Self {
+        Self(error.to_string())
+    }
+}
+
+impl From<LayoutError> for GuestError {
+    fn from(error: LayoutError) -> Self {
+        Self(format!("the RAM blocks do not fit: {error}"))
     }
 }
 
@@ -41,75 +90,75 @@ pub struct StateSection {
     pub bytes: Vec<u8>,
 }
 
-/// A guest: at a source or at a destination.
-///
-/// All methods are called from threads that may block, one call at a time, except [`Guest::throttle`] which may come
-/// at any time between the start of the dirty logs and the pause.
-///
-/// ```text
-/// source:       setup_state  dirty_logs  (throttle)*  pause  save  release            ┬─ handed over: the guest stays paused
-///                                                                                     └─ failed: reacquire, resume (if it ran)
-/// destination:  build  ── memory() is written by the loaders ──  prepare  start       (or dropped at any point before start)
-/// ```
+/// A guest: at a source or at a destination. The [module](self) says who calls what, and when.
 pub trait Guest: Send + Sync + fmt::Debug {
-    /// Its RAM blocks. At a destination: valid once [`Guest::build`] has returned.
+    /// Its RAM blocks. At the source it is asked once, where blocking is not allowed, before anything else. At the destination
+    /// it is asked once [`Guest::build`] has returned, and answers the blocks that `build` was given.
     fn memory(&self) -> GuestMemory;
 
-    /// Does it run?
+    /// Does it run? Asked once, at the source, before the migration begins, where blocking is not allowed. A guest that its
+    /// operator has paused is neither paused nor resumed, and arrives paused.
     fn run_state(&self) -> RunState;
 
     // ---- at the source ----
 
-    /// The logs that together see every write to its memory, not started yet.
+    /// The logs that together see every write to its memory, not started yet. Called once in a migration, so that each may
+    /// have logs of its own.
     ///
     /// # Errors
-    /// When the host cannot give one.
+    /// When the host cannot give one; the migration then does not begin.
     fn dirty_logs(&self) -> Result<Vec<Arc<dyn DirtyLog>>, GuestError>;
 
-    /// What a destination needs to know to build its machine. Nothing by default.
+    /// What a destination needs to know to build its machine, before any page. Nothing by default.
     ///
     /// # Errors
-    /// When it cannot be told.
+    /// When it cannot be told; the migration then does not begin.
     fn setup_state(&self) -> Result<GuestState, GuestError> {
         Ok(GuestState::default())
     }
 
-    /// Pauses the guest: when this returns, no vCPU, device thread or I/O in flight writes guest memory.
+    /// Pauses the guest: when this returns, no vCPU, device thread or I/O in flight writes guest memory, until
+    /// [`Guest::resume`]. Called once, and only if the guest ran; where a deadline orders it, in the middle of a round, so that
+    /// [`Guest::save`] may come much later.
     ///
     /// # Errors
-    /// When it cannot be paused; it is then resumed, and goes on.
+    /// When it cannot be paused. It is then resumed, and must go on whatever part of it was paused.
     fn pause(&self) -> Result<(), GuestError>;
 
-    /// Lets a paused guest go on. Called again after an error.
+    /// Lets a paused guest go on where it stood. Called after a failed [`Guest::pause`] too, when it may still run.
     ///
     /// # Errors
     /// When it cannot; the operator is told so (exit code 4).
     fn resume(&self) -> Result<(), GuestError>;
 
-    /// Holds the guest back for `percent` of its time; 0 lets it run free.
+    /// Holds the guest back for `percent` of its time; 0 lets it run free. The engine does not call it of itself: it
+    /// is for whoever drives a migration, who may call it from any thread, beside any other call.
     ///
     /// # Errors
-    /// If this guest cannot be throttled.
+    /// If this guest cannot be throttled: the default.
     fn throttle(&self, percent: u8) -> Result<(), GuestError> {
         let _ = percent;
         Err(GuestError("this guest cannot be throttled".into()))
     }
 
-    /// Its device state; called after the pause and before the last bitmap sync, for saving may write memory.
+    /// Its device state. The guest is paused, by the engine or by its operator, and stays so. Saving may write memory, as
+    /// long as a dirty log sees it: the last bitmap sync follows. After this call nothing writes memory any more. It may be
+    /// followed by [`Guest::resume`], and in a later migration by another save.
     ///
     /// # Errors
-    /// When it cannot be saved.
+    /// When it cannot be saved; the guest goes on. So it does if the state is larger than 256 MiB, or a section has no name
+    /// or one longer than 255 bytes.
     fn save(&self) -> Result<GuestState, GuestError>;
 
-    /// Gives up what only one side may hold (disks, locks), before the destination may take it.
+    /// Gives up what only one side may hold (disks, locks), before the destination may take it in [`Guest::prepare`].
     ///
     /// # Errors
-    /// When it cannot; the migration then fails and the guest goes on.
+    /// When it cannot; the migration then fails, what was given up is reacquired and the guest goes on.
     fn release(&self) -> Result<(), GuestError> {
         Ok(())
     }
 
-    /// Takes back what [`Guest::release`] gave up.
+    /// Takes back what [`Guest::release`] gave up, or a part of it if it failed. Called before [`Guest::resume`].
     ///
     /// # Errors
     /// When it cannot; the guest then stays paused and the operator is told.
@@ -117,25 +166,28 @@ pub trait Guest: Send + Sync + fmt::Debug {
         Ok(())
     }
 
-    /// Go is about to be handed to the transport: from here on this guest may run elsewhere, and nothing of its own (a guard that
-    /// would resume it when this program dies) may start it again.
+    /// Go is about to be handed to the transport: from here on this guest may run elsewhere, and nothing of its own (a guard
+    /// that would resume it when this program dies) may start it again. [`Guest::resume`] still may: the destination can
+    /// refuse to begin. For a stream in a file, called before its completion, if the guest is to stay paused.
     fn committed(&self) {}
 
     // ---- at the destination ----
 
-    /// Builds the machine for the blocks that come, or refuses with both sides' figures.
+    /// Builds the machine for the blocks that come, or refuses with both sides' figures. What is built has exactly these
+    /// blocks. The peer is not trusted: its blocks are a valid layout, but as long as it likes, and its state may be anything.
     ///
     /// # Errors
-    /// When the blocks do not fit this guest.
+    /// When the blocks do not fit this guest; the source is told why.
     fn build(&self, page_size: PageSize, blocks: &[BlockInfo], setup: &GuestState) -> Result<(), GuestError>;
 
-    /// Everything is loaded: applies the device state and opens what is needed. May fail; nothing runs yet.
+    /// Everything is loaded: applies the device state and opens what is needed. May fail; nothing runs yet, and if no
+    /// [`Guest::start`] follows nothing ever does.
     ///
     /// # Errors
     /// When the state does not fit; the guest goes on at its source.
     fn prepare(&self, state: &GuestState) -> Result<(), GuestError>;
 
-    /// Starts the guest, or leaves it paused if it was. Cannot be taken back.
+    /// Starts the guest, or leaves it paused if it was; [`Guest::resume`] starts it then. Cannot be taken back.
     ///
     /// # Errors
     /// When it does not start; the operators of both sides are told.

@@ -37,6 +37,7 @@ pub use destination::receive;
 pub use digests::hashing_costs;
 pub use plane::DataPlane;
 pub use source::send;
+pub use tokio_util::sync::CancellationToken;
 
 use crate::events::BlockFacts;
 

@@ -6,8 +6,22 @@
 //! page reported once too often costs only its transfer.
 //!
 //! ```text
-//!  start ─▶ ( sync ─▶ for each extent taken: rearm ─▶ read ─▶ copied )* ─▶ stop
+//!  start ─▶ for each extent: rearm ─▶ read ─▶ copied ─▶ ( sync ─▶ for each extent found: rearm ─▶ read ─▶ copied )* ─▶ stop
 //! ```
+//!
+//! Every page is taken once before the first sync, for the bitmap starts with all bits set. The last sync comes when the
+//! guest is paused and its device state is saved.
+//!
+//! | call | from | beside it |
+//! |---|---|---|
+//! | `start`, `stop` | a thread that may block | no other call but `mark` |
+//! | `sync` | a thread that may block | `copied`, `mark`; never another `sync`, never `rearm` |
+//! | `rearm` | the scanner, a task: a short system call is right, waiting is not | `copied`, `mark` |
+//! | `copied` | one task for each lane: arithmetic, no waiting | everything but `start` and `stop`, itself included |
+//! | `mark` | the guest's own threads | everything, before `start` and after `stop` too |
+//! | `memory_bytes` | the control plane: no waiting | everything |
+//!
+//! A log is started for one migration at a time, and may be started again for the next.
 //!
 //! | log | sees | re-arms |
 //! |---|---|---|
@@ -34,7 +48,7 @@ pub use hash::HashLog;
 pub use software::SoftwareLog;
 pub use userfault::UserfaultLog;
 
-/// Tells which pages were written. Called by the pipeline from threads that may block.
+/// Tells which pages were written. The [module](self) says who calls what, and from where.
 ///
 /// # Example
 /// ```
@@ -59,21 +73,25 @@ pub use userfault::UserfaultLog;
 /// }
 /// ```
 pub trait DirtyLog: Send + Sync + fmt::Debug {
-    /// Arms the log: every store from the return of this call on is found. Called once before anything is read.
+    /// Arms the log: every store from the return of this call on is found. Called before anything is read. What was
+    /// written before need not be reported.
     ///
     /// # Errors
-    /// When the kernel refuses; the migration then does not begin.
+    /// When the kernel refuses; the migration then does not begin, and the log is stopped.
     fn start(&self) -> io::Result<()>;
 
-    /// ORs the pages of these extents of a block that were written since the last sync of them into the bitmap. The
-    /// pipeline calls it range by range, a cancel can come between. Syncs never overlap each other.
+    /// ORs the pages of these extents of a block that were written since the last sync of them into the bitmap, and
+    /// clears no bit there. The whole guest is asked for range by range, at most 64 MiB of one block in a call, in order; a
+    /// cancel comes between two, and then the rest is not asked for. A log that re-arms in sync does it before it reports:
+    /// a store that comes in between is found by this sync or the next.
     ///
     /// # Errors
     /// When the log can no longer be read; the migration then fails.
     fn sync(&self, block: u32, extents: Range<u32>, into: &DirtyBitmap) -> io::Result<()>;
 
     /// The scanner took these pages from the bitmap and they will be read after this call: a log that re-arms late does
-    /// so for those that its last sync fetched, and for no others. Nothing by default, for a log that re-arms in sync.
+    /// so for those that its last sync fetched, and for no others. A page may be taken that no sync of this log reported: in
+    /// the first round, or because another log did. Nothing by default, for a log that re-arms in sync.
     ///
     /// # Errors
     /// When the kernel refuses; the migration then fails.
@@ -82,12 +100,15 @@ pub trait DirtyLog: Send + Sync + fmt::Debug {
         Ok(())
     }
 
-    /// These are the copies that will be sent. Nothing by default; the hash log compares with them from here on.
+    /// These are the copies that will be sent: for each page the order of these calls is the order in which they were
+    /// taken and will be loaded. What was taken may never be copied, if the migration ends. Nothing by default; the hash
+    /// log compares with them from here on.
     fn copied(&self, copy: &CopiedBatch) {
         let _ = copy;
     }
 
-    /// A writer whose stores the log cannot see has written these pages: it stores first, then marks.
+    /// A writer whose stores the log cannot see has written these pages: it stores first, then marks. Must not block: a
+    /// guest's thread calls it for each write.
     fn mark(&self, block: u32, pages: Range<u64>);
 
     /// Bytes that the log keeps in memory, for the bound that is told before the first round.
@@ -95,7 +116,8 @@ pub trait DirtyLog: Send + Sync + fmt::Debug {
         0
     }
 
-    /// Disarms the log and gives back what it held. Called on every end of a migration.
+    /// Disarms the log and gives back what it held. The last call on every end of a migration that got as far as asking
+    /// for the logs; then also for a log that was never started, or whose start failed. The guest may run by then.
     ///
     /// # Errors
     /// When the kernel refuses; reported, the migration's end stays what it was.

@@ -23,7 +23,7 @@ use crate::pool::PooledBuffer;
 use crate::xbzrle::Delta;
 
 pub use file::FileMemory;
-pub use mapped::MappedMemory;
+pub use mapped::{Lent, MappedMemory};
 
 /// Memory of one RAM block, in pages.
 ///

@@ -1,0 +1,219 @@
+//! Whole migrations inside this process: those that succeed, and those that do not.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use memferry_transports::Transport;
+use memferry_transports::memory::MemoryTransport;
+use tokio::runtime::Builder;
+use tokio_util::sync::CancellationToken;
+
+use super::cases::Trial;
+use super::image::Image;
+use super::witness::{Seen, Witness};
+use super::{Breach, Subject, contract};
+use crate::events::{Ended, Event, Observer, Observers, Phase, Role};
+use crate::guest::{Guest, RunState};
+use crate::migration::{DataPlane, receive, send};
+use crate::settings::{DestinationSettings, OnDeadline, SourceSettings, XbzrleSettings};
+
+pub(super) const BUILT: &str = "what build has built is what came, zero wherever it is said to be fresh";
+const LOGS: &str = "the dirty logs see every write, before the pause";
+const LOGS_SAVE: &str = "the dirty logs see what save writes";
+const MOVES: &str = "a guest with a right peer is moved";
+const NO_LONGER_HERE: &str = "a guest that was handed over stays paused at its source";
+const STARTS_AS_IT_WAS: &str = "start runs the guest if it ran, and leaves it paused if it was";
+const SURVIVES: &str = "a source goes on as it was when a migration ends before Go";
+
+/// What goes wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Trouble {
+    Nothing,
+    CancelledAtOnce,
+    CancelledAtSave,
+    LostAtSave,
+    Refused,
+}
+
+struct Moved {
+    source: Ended,
+    destination: Ended,
+    left: Arc<Witness>,
+    arrived: Arc<Witness>,
+}
+
+/// Moves a guest that runs.
+pub(super) fn moving<S: Subject>(subject: &S) -> Result<(), Breach> {
+    let source = Trial::source("moving", subject)?;
+    let destination = Trial { case: "moving", guest: subject.destination() };
+    move_running(subject, &source, &destination)
+}
+
+/// Moves a guest that its operator has paused.
+pub(super) fn paused<S: Subject>(subject: &S) -> Result<(), Breach> {
+    let source = Trial::source("paused", subject)?;
+    let destination = Trial { case: "paused", guest: subject.destination() };
+    source.pause()?;
+    let moved = migrate(source.guest.clone(), destination.guest.clone(), Trouble::Nothing);
+    arrives(source.case, &moved)?;
+    if destination.guest.run_state() == RunState::Running {
+        return Err(destination.breach(STARTS_AS_IT_WAS, "it runs, though it was paused at its source"));
+    }
+    destination.stands_still(STARTS_AS_IT_WAS)?;
+    let (left, arrived) = (moved.left.seen().state.take().unwrap_or_default(), destination.save()?);
+    subject.same_state(&left, &arrived).map_err(|why| destination.breach(contract::STATE, why))?;
+    destination.resume()?;
+    destination.writes(contract::GOES_ON)?;
+    destination.examine(subject)
+}
+
+/// A guest that lives through one failure after another, and is moved in the end.
+pub(super) fn failures<S: Subject>(subject: &S) -> Result<(), Breach> {
+    let source = Trial::source("failures", subject)?;
+    let troubles = [
+        Trouble::CancelledAtOnce,
+        Trouble::CancelledAtSave,
+        Trouble::LostAtSave,
+        Trouble::Refused,
+        Trouble::LostAtSave,
+    ];
+    for trouble in troubles {
+        let destination = Trial { case: "failures", guest: subject.destination() };
+        let moved = migrate(source.guest.clone(), destination.guest.clone(), trouble);
+        survives(subject, &source, trouble, &moved)?;
+        stays_down(&destination, &moved.arrived.seen())?;
+    }
+    let destination = Trial { case: "failures", guest: subject.destination() };
+    move_running(subject, &source, &destination)
+}
+
+fn move_running<S: Subject>(
+    subject: &S,
+    source: &Trial<S::Guest>,
+    destination: &Trial<S::Guest>,
+) -> Result<(), Breach> {
+    let moved = migrate(source.guest.clone(), destination.guest.clone(), Trouble::Nothing);
+    arrives(source.case, &moved)?;
+    source.is(RunState::Paused)?;
+    source.stands_still(NO_LONGER_HERE)?;
+    destination.is(RunState::Running)?;
+    destination.writes(STARTS_AS_IT_WAS)?;
+    destination.examine(subject)
+}
+
+/// The migration succeeded, and everything at the destination is as it was at the source.
+fn arrives(case: &'static str, moved: &Moved) -> Result<(), Breach> {
+    let breach = |contract, seen: String| Err(Breach::new(case, contract, seen));
+    let (left, arrived) = (moved.left.seen(), moved.arrived.seen());
+    if let Some(wrong) = &arrived.badly_built {
+        return breach(BUILT, wrong.clone());
+    }
+    if moved.source.phase != Phase::Completed || moved.destination.phase != Phase::Completed {
+        return breach(MOVES, failure(moved));
+    }
+    if arrived.prepared == Some(RunState::Running) {
+        return breach(contract::NOT_STARTED, "it runs when prepare has returned".into());
+    }
+    let differs = |one: &Option<Image>, other: &Option<Image>| one.as_ref()?.first_difference(other.as_ref()?);
+    if let Some(change) = differs(&left.saved, &left.committed) {
+        return breach(contract::STILL_AFTER_SAVE, change.words("when save returned", "before the hand-over"));
+    }
+    let Some(lost) = differs(&left.committed, &arrived.loaded) else { return Ok(()) };
+    let by_save = differs(&left.unsaved, &left.saved).is_some_and(|change| change.at == lost.at);
+    breach(if by_save { LOGS_SAVE } else { LOGS }, lost.words("at the source", "at the destination"))
+}
+
+/// The migration failed, and the source did not mind.
+fn survives<S: Subject>(subject: &S, source: &Trial<S::Guest>, trouble: Trouble, moved: &Moved) -> Result<(), Breach> {
+    let breach = |seen: String| Err(source.breach(SURVIVES, format!("after {trouble:?}, {seen}")));
+    let expected = match trouble {
+        Trouble::CancelledAtOnce | Trouble::CancelledAtSave => Phase::Cancelled,
+        _ => Phase::Failed,
+    };
+    if moved.source.phase != expected || moved.source.resume_failed {
+        return breach(format!("the source ended {:?}: {}", moved.source.phase, failure(moved)));
+    }
+    if source.guest.run_state() != RunState::Running {
+        return breach("it is paused".into());
+    }
+    source.writes(SURVIVES)?;
+    source.examine(subject)
+}
+
+/// What was not started does not run.
+fn stays_down<G: Guest + 'static>(destination: &Trial<G>, seen: &Seen) -> Result<(), Breach> {
+    if seen.prepared == Some(RunState::Running) {
+        return Err(destination.breach(contract::NOT_STARTED, "it runs when prepare has returned"));
+    }
+    if seen.loaded.is_none() {
+        return Ok(());
+    }
+    destination.is(RunState::Paused)?;
+    destination.stands_still(contract::NOT_STARTED)
+}
+
+fn failure(moved: &Moved) -> String {
+    let words = |ended: &Ended| ended.error.clone().unwrap_or_else(|| format!("{:?}", ended.phase));
+    format!("source: {}; destination: {}", words(&moved.source), words(&moved.destination))
+}
+
+/// Runs both ends. There is no verification: the kit compares by itself, and knows more of why.
+fn migrate(source: Arc<dyn Guest>, destination: Arc<dyn Guest>, trouble: Trouble) -> Moved {
+    let transport = MemoryTransport::new(256 << 10);
+    let (cancel, over) = (CancellationToken::new(), CancellationToken::new());
+    let (mut left, mut arrived) = (Witness::of(source), Witness::of(destination));
+    match trouble {
+        Trouble::CancelledAtSave => {
+            let cancel = cancel.clone();
+            left.at_save = Some(Box::new(move || cancel.cancel()));
+        }
+        Trouble::LostAtSave => {
+            let faults = transport.faults();
+            left.at_save = Some(Box::new(move || faults.cut()));
+        }
+        Trouble::Refused => arrived.refuses = true,
+        Trouble::Nothing | Trouble::CancelledAtOnce => {}
+    }
+    let (left, arrived) = (Arc::new(left), Arc::new(arrived));
+    let at_once = cancel.clone();
+    let cancels = move |_: Role, event: &Event| {
+        if trouble == Trouble::CancelledAtOnce && *event == Event::Phase(Phase::Active) {
+            at_once.cancel();
+        }
+    };
+    let observers = Observers::new(Role::Source, vec![Arc::new(cancels) as Arc<dyn Observer>]);
+
+    let runtime = Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("threads for the kit");
+    let (source, destination) = runtime.block_on(async {
+        let plane = DataPlane::new().expect("threads for the kit");
+        let listener = transport.listen().await.expect("it has no listener");
+        let sending = async {
+            let ended = send(left.clone(), Arc::new(transport), source_settings(), &plane, observers, cancel).await;
+            if ended.phase != Phase::Completed {
+                // It may wait for a source that never came so far.
+                tokio::time::sleep(Duration::from_millis(50)).await;
+                over.cancel();
+            }
+            ended
+        };
+        let settings = DestinationSettings { handover_timeout: PATIENCE, ..DestinationSettings::default() };
+        let watched = Observers::none(Role::Destination);
+        tokio::join!(sending, receive(arrived.clone(), listener, settings, &plane, watched, over.clone()))
+    });
+    Moved { source, destination, left, arrived }
+}
+
+/// How long one end waits for the other.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+fn source_settings() -> SourceSettings {
+    let mut settings = SourceSettings {
+        max_rounds: 4,
+        on_deadline: OnDeadline::SwitchOver,
+        verify: false,
+        handover_timeout: PATIENCE,
+        ..SourceSettings::default()
+    };
+    settings.encoder.xbzrle = Some(XbzrleSettings { cache_bytes: 8 << 20, ..XbzrleSettings::default() });
+    settings
+}

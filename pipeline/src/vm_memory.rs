@@ -1,0 +1,226 @@
+//! The adapter for VMMs on the `vm-memory` crate, version 0.18: guest memory and a dirty log out of its types.
+//!
+//! [`guest_memory`] makes a RAM block of each region, and keeps the mappings alive. [`BitmapLog`] is the dirty log of the writes
+//! that go through vm-memory's own API (devices, a boot loader): they mark vm-memory's bitmap. What vCPUs store, KVM sees:
+//! a guest gives both logs, and a sync ORs them.
+//!
+//! | who writes | which log finds it |
+//! |---|---|
+//! | the VMM, through `GuestMemory`, `Bytes`, `VolatileSlice` | [`BitmapLog`] |
+//! | a vCPU | a KVM log over the same regions |
+//! | anybody else (vhost, io_uring into raw pointers) | none: they mark in the [`BitmapLog`] |
+//!
+//! # Example
+//! ```
+//! use std::sync::Arc;
+//! use memferry::dirty_log::DirtyLog;
+//! use memferry::geometry::PageSize;
+//! use memferry::guest::GuestError;
+//! use memferry::vm_memory::{BitmapLog, guest_memory, ranges};
+//! use vm_memory::bitmap::AtomicBitmap;
+//! use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+//!
+//! // At the source, for `Guest::memory` and `Guest::dirty_logs`:
+//! let ram: GuestMemoryMmap<AtomicBitmap> = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+//! let memory = guest_memory(&ram, PageSize::DEFAULT)?;
+//! let logs: Vec<Arc<dyn DirtyLog>> = vec![Arc::new(BitmapLog::new(&ram, memory.layout())?)];
+//! ram.write_obj(7u32, GuestAddress(0x1000)).unwrap();
+//!
+//! // At the destination, in `Guest::build`, for the blocks that come:
+//! let ram: GuestMemoryMmap<AtomicBitmap> = GuestMemoryMmap::from_ranges(&ranges(memory.layout().blocks())?)
+//!     .map_err(|error| GuestError::caused("the guest's RAM cannot be mapped", error))?;
+//! let memory = guest_memory(&ram, PageSize::DEFAULT)?;
+//! # Ok::<(), GuestError>(())
+//! ```
+
+use std::any::Any;
+use std::io;
+use std::ops::Range;
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use memferry_stages::bitmap::DirtyBitmap;
+use memferry_stages::dirty_log::DirtyLog;
+use memferry_stages::geometry::{self, BlockInfo, ExtentAt, Layout, PageAt, PageSize};
+use memferry_stages::memory::{GuestMemory, Lent, MappedMemory, RamBlock};
+use rustix::mm::MapFlags;
+use vm_memory::bitmap::{AtomicBitmap, Bitmap};
+use vm_memory::mmap::{GuestRegionMmap, MmapRegion};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+
+use crate::guest::GuestError;
+
+/// The RAM blocks of this memory, one for each region, in the order of their addresses. A block is named after its guest
+/// address, so that the same machine elsewhere has the same names.
+///
+/// Nothing is copied. The regions' mappings live as long as what is returned. Blocks count as fresh: at a destination the
+/// memory must not have been written before.
+///
+/// # Errors
+/// When a region is not mapped for reading and writing, or does not start on a page, or there are no regions.
+pub fn guest_memory<B>(ram: &GuestMemoryMmap<B>, page_size: PageSize) -> Result<GuestMemory, GuestError>
+where
+    B: Bitmap + Send + Sync + 'static,
+{
+    let blocks = ram.iter().map(ram_block).collect::<Result<_, _>>()?;
+    Ok(GuestMemory::new(page_size, blocks)?)
+}
+
+/// The address and length of each block: what `GuestMemoryMmap::from_ranges` takes, in a [`Guest::build`](crate::guest::Guest::build).
+///
+/// # Errors
+/// When a block is longer than the address space.
+pub fn ranges(blocks: &[BlockInfo]) -> Result<Vec<(GuestAddress, usize)>, GuestError> {
+    let range = |block: &BlockInfo| {
+        let length = usize::try_from(block.length);
+        let length = length.map_err(|_| GuestError(format!("block {:?} has {} bytes", block.id, block.length)))?;
+        Ok((GuestAddress(block.guest_address), length))
+    };
+    blocks.iter().map(range).collect()
+}
+
+fn ram_block<B>(region: &GuestRegionMmap<B>) -> Result<RamBlock, GuestError>
+where
+    B: Bitmap + Send + Sync + 'static,
+{
+    let (mapping, address): (Arc<MmapRegion<B>>, _) = (region.get_mmap(), region.start_addr().0);
+    let refuse = |why: &str| GuestError(format!("the region at {address:#x} {why}"));
+    let length = mapping.size();
+    let info = BlockInfo {
+        id: format!("ram@{address:#x}"),
+        length: length as u64,
+        guest_address: address,
+        backing_page_size: rustix::param::page_size() as u64,
+    };
+    let access = i32::try_from(rustix::mm::ProtFlags::READ.union(rustix::mm::ProtFlags::WRITE).bits()).expect("3");
+    if mapping.prot() & access != access {
+        return Err(refuse("is not mapped for reading and writing"));
+    }
+    let start = NonNull::new(mapping.as_ptr()).filter(|start| start.addr().get().is_multiple_of(4096));
+    let start = start.filter(|_| length > 0).ok_or_else(|| refuse("does not start on a page, or is empty"))?;
+    let kind = kind(&mapping);
+    // SAFETY: the mapping is readable and writable and lives as long as its Arc, which is kept; vm-memory hands out pointers
+    // and volatile slices, and who makes references of them does so at their own risk; `kind` errs on the side of shared.
+    let memory = unsafe { MappedMemory::from_raw(start, length, kind, mapping as Arc<dyn Any + Send + Sync>) };
+    Ok(RamBlock { info, memory: Arc::new(memory), fresh: true })
+}
+
+/// Only memory known to be private and anonymous is zero where it was never touched.
+fn kind<B: Bitmap>(mapping: &MmapRegion<B>) -> Lent {
+    let shared = i32::try_from(MapFlags::SHARED.bits()).expect("1");
+    let anonymous = mapping.owned() && mapping.file_offset().is_none() && mapping.flags() & shared == 0;
+    if anonymous { Lent::Anonymous } else { Lent::Shared }
+}
+
+/// The dirty log of what is written through vm-memory. Nobody else may reset its bitmaps while a migration runs.
+///
+/// vm-memory gives all of a region's bitmap at once, an atomic operation for each of its words, or bit by bit, which
+/// costs thirty times as much. So a sync takes all of it with the first range that it is asked for, and gives the ranges that
+/// follow from what it has then: a write that comes in between is found by the next sync.
+#[derive(Debug)]
+pub struct BitmapLog {
+    regions: Vec<Followed>,
+    /// What was taken from the bitmaps and not asked for yet.
+    taken: DirtyBitmap,
+}
+
+#[derive(Debug)]
+struct Followed {
+    mapping: Arc<MmapRegion<AtomicBitmap>>,
+    /// Bits of vm-memory's bitmap for each page.
+    bits: u64,
+    /// The extent that the sync on its way asks for next; a range that begins elsewhere is of another sync.
+    next: AtomicU32,
+}
+
+impl BitmapLog {
+    /// A log for the regions of this memory, laid out by [`guest_memory`].
+    ///
+    /// # Errors
+    /// When a region's bitmap has pages that do not divide those of the layout.
+    ///
+    /// # Panics
+    /// If the layout is not that of this memory.
+    pub fn new(ram: &GuestMemoryMmap<AtomicBitmap>, layout: &Layout) -> Result<Self, GuestError> {
+        let follow = |region: &GuestRegionMmap<AtomicBitmap>| {
+            let mapping = region.get_mmap();
+            let bits = bits_of_a_page(mapping.bitmap(), layout.page_size())?;
+            Ok(Followed { mapping, bits, next: AtomicU32::new(0) })
+        };
+        let regions = ram.iter().map(follow).collect::<Result<Vec<_>, GuestError>>()?;
+        let lengths = regions.iter().map(|region| region.mapping.size() as u64);
+        assert!(lengths.eq(layout.blocks().iter().map(|block| block.length)), "a block for each region");
+        Ok(Self { regions, taken: DirtyBitmap::empty(layout) })
+    }
+
+    /// Takes what is marked in a region. A bit is reset before its page is read, so a write that comes later sets it again.
+    fn take(&self, block: u32) {
+        let Followed { mapping, bits, .. } = &self.regions[block as usize];
+        for (index, word) in (0_u32..).zip(mapping.bitmap().get_and_reset()) {
+            if *bits == 1 {
+                self.taken.set_mask(ExtentAt { block, extent: index }, word);
+                continue;
+            }
+            for bit in geometry::bits(word) {
+                self.taken.set(PageAt { block, page: (u64::from(index) * 64 + u64::from(bit)) / bits });
+            }
+        }
+    }
+
+    fn forget(&self) {
+        (0..).zip(&self.regions).for_each(|(block, _)| self.take(block));
+        for at in self.taken.extents() {
+            let _forgotten = self.taken.take(at);
+        }
+    }
+}
+
+impl DirtyLog for BitmapLog {
+    /// Forgets what was marked: it is in memory, which is yet to be read.
+    fn start(&self) -> io::Result<()> {
+        self.forget();
+        Ok(())
+    }
+
+    fn sync(&self, block: u32, extents: Range<u32>, into: &DirtyBitmap) -> io::Result<()> {
+        // The first extent begins a sync, wherever the one before has come to. Syncs do not overlap.
+        let next = self.regions[block as usize].next.swap(extents.end, Ordering::Relaxed);
+        if extents.start == 0 || extents.start != next {
+            self.take(block);
+        }
+        for extent in extents {
+            let at = ExtentAt { block, extent };
+            into.set_mask(at, self.taken.take(at));
+        }
+        Ok(())
+    }
+
+    fn mark(&self, block: u32, pages: Range<u64>) {
+        let page = self.taken.layout().page_size().bytes();
+        let (first, count) = (usize::try_from(pages.start), usize::try_from(pages.end - pages.start));
+        let (first, count) = (first.expect("a page in memory"), count.expect("pages in memory"));
+        self.regions[block as usize].mapping.bitmap().mark_dirty(first * page, count * page);
+    }
+
+    fn memory_bytes(&self) -> u64 {
+        self.taken.memory_bytes()
+    }
+
+    /// Forgets what was marked. vm-memory's bitmaps are its own, and go on being marked.
+    fn stop(&self) -> io::Result<()> {
+        self.forget();
+        Ok(())
+    }
+}
+
+/// How many bits stand for a page. The size of a bitmap's page can only be told from how many it has; where that leaves a
+/// choice there is one bit, which stands for everything.
+fn bits_of_a_page(bitmap: &AtomicBitmap, page_size: PageSize) -> Result<u64, GuestError> {
+    let (bits, bytes) = (bitmap.len(), bitmap.byte_size());
+    let mut sizes = (0..=page_size.bytes().trailing_zeros()).map(|shift| 1_usize << shift);
+    let size = sizes.find(|&size| bytes.div_ceil(size) == bits).map(|size| (page_size.bytes() / size) as u64);
+    size.ok_or_else(|| {
+        GuestError(format!("a bitmap of {bits} bits for {bytes} bytes does not fit pages of {page_size:?}"))
+    })
+}

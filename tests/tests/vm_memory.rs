@@ -1,0 +1,263 @@
+//! The adapter for `vm-memory`: its log under the conformance kit, and whole migrations of memory that is written through
+//! vm-memory's API alone.
+
+use std::num::NonZeroUsize;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::Duration;
+
+use memferry::bitmap::DirtyBitmap;
+use memferry::dirty_log::conformance::{Subject, Writer, check};
+use memferry::dirty_log::{DirtyLog, SoftwareLog};
+use memferry::geometry::{BlockInfo, PageAt, PageSize};
+use memferry::guest::conformance;
+use memferry::guest::{Guest, GuestError, GuestState, RunState};
+use memferry::memory::GuestMemory;
+use memferry::vm_memory::{BitmapLog, guest_memory, ranges};
+use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::mmap::{GuestRegionMmap, MmapRegionBuilder};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MemoryRegionAddress};
+
+type Ram = GuestMemoryMmap<AtomicBitmap>;
+
+/// Two regions with a hole between them; the second ends in the middle of a page.
+const RANGES: [(GuestAddress, usize); 2] = [(GuestAddress(0), 96 * 4096), (GuestAddress(1 << 32), 70 * 4096 + 123)];
+
+/// PROT_READ | PROT_WRITE, and MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, as Linux numbers them.
+const PROTECTION: i32 = 0x3;
+const FLAGS: i32 = 0x4022;
+
+/// Memory whose bitmaps have pages of this size.
+fn ram_with_pages_of(bytes: usize) -> Ram {
+    let region = |(base, length): (GuestAddress, usize)| {
+        let bitmap = AtomicBitmap::new(length, NonZeroUsize::new(bytes).unwrap());
+        let mapping = MmapRegionBuilder::new_with_bitmap(length, bitmap)
+            .with_mmap_prot(PROTECTION)
+            .with_mmap_flags(FLAGS)
+            .build()
+            .unwrap();
+        GuestRegionMmap::new(mapping, base).unwrap()
+    };
+    Ram::from_regions(RANGES.map(region).into()).unwrap()
+}
+
+/// Writes through vm-memory, and behind its back.
+struct Device {
+    ram: Ram,
+    raw: GuestMemory,
+    /// A second log that sees some of the writes instead.
+    other: Option<Arc<SoftwareLog>>,
+    turn: AtomicU64,
+}
+
+impl Device {
+    fn address(&self, block: u32, offset: usize) -> GuestAddress {
+        GuestAddress(RANGES[block as usize].0.0 + offset as u64)
+    }
+
+    /// Stores through the raw pointer, which marks nothing: as a vCPU does.
+    fn store_raw(&self, block: u32, offset: usize, bytes: &[u8]) {
+        let region = self.ram.find_region(self.address(block, 0)).unwrap();
+        let slice = region.get_slice(MemoryRegionAddress(offset as u64), bytes.len()).unwrap();
+        let guard = slice.ptr_guard_mut();
+        for (index, &byte) in bytes.iter().enumerate() {
+            // SAFETY: the slice is of this length; volatile stores race with the log's readers as a guest's do.
+            unsafe { guard.as_ptr().add(index).write_volatile(byte) };
+        }
+    }
+}
+
+impl Writer for Device {
+    fn store(&self, block: u32, offset: usize, bytes: &[u8]) {
+        if let Some(other) = self.other.as_ref().filter(|_| self.turn.fetch_add(1, Ordering::Relaxed).is_multiple_of(2))
+        {
+            self.store_raw(block, offset, bytes);
+            let page = offset as u64 / self.raw.page_size().bytes() as u64;
+            return other.mark(block, page..page + 1);
+        }
+        self.ram.write_slice(bytes, self.address(block, offset)).unwrap();
+    }
+
+    fn punch(&self, _: u32, _: Range<u64>) -> bool {
+        false
+    }
+
+    fn store_unseen(&self, block: u32, offset: usize, bytes: &[u8]) -> bool {
+        self.store_raw(block, offset, bytes);
+        true
+    }
+}
+
+fn subject(ram: Ram, page_size: u64, with_other: bool) -> Subject {
+    let memory = guest_memory(&ram, PageSize::new(page_size).unwrap()).unwrap();
+    let mut logs: Vec<Arc<dyn DirtyLog>> = vec![Arc::new(BitmapLog::new(&ram, memory.layout()).unwrap())];
+    let other = with_other.then(|| Arc::new(SoftwareLog::new(memory.layout())));
+    logs.extend(other.clone().map(|other| other as Arc<dyn DirtyLog>));
+    let writer = Device { ram, raw: memory.clone(), other, turn: AtomicU64::new(0) };
+    Subject { memory, logs, writer: Arc::new(writer) }
+}
+
+#[test]
+fn the_log_misses_nothing() {
+    check(&|| subject(Ram::from_ranges(&RANGES).unwrap(), 4096, false)).unwrap();
+}
+
+#[test]
+fn the_log_misses_nothing_where_pages_are_larger_than_those_of_the_bitmap() {
+    check(&|| subject(ram_with_pages_of(4096), 16384, false)).unwrap();
+    check(&|| subject(ram_with_pages_of(512), 4096, false)).unwrap();
+}
+
+#[test]
+fn the_log_misses_nothing_beside_one_that_sees_the_other_writes() {
+    check(&|| subject(Ram::from_ranges(&RANGES).unwrap(), 4096, true)).unwrap();
+}
+
+#[test]
+fn a_bitmap_of_larger_pages_than_the_layouts_is_refused() {
+    let ram = ram_with_pages_of(65536);
+    let memory = guest_memory(&ram, PageSize::DEFAULT).unwrap();
+    let error = BitmapLog::new(&ram, memory.layout()).unwrap_err();
+    assert!(error.to_string().contains("does not fit pages of 4096 B"), "{error}");
+}
+
+#[test]
+fn ranges_of_a_sync_are_of_one_moment_and_the_next_sync_begins_anew() {
+    let ram = Ram::from_ranges(&[(GuestAddress(0), 256 * 4096)]).unwrap();
+    let memory = guest_memory(&ram, PageSize::DEFAULT).unwrap();
+    let (log, dirty) = (BitmapLog::new(&ram, memory.layout()).unwrap(), DirtyBitmap::empty(memory.layout()));
+    let write = |page: u64| ram.write_obj(1u8, GuestAddress(page * 4096)).unwrap();
+    let found = |extents: Range<u32>| {
+        log.sync(0, extents, &dirty).unwrap();
+        let pages: Vec<_> = (0..256).filter(|&page| dirty.is_set(PageAt { block: 0, page })).collect();
+        dirty.clear_range(0, 0..256);
+        pages
+    };
+    write(1);
+    log.start().unwrap();
+    [2, 70, 140, 201].into_iter().for_each(write);
+    assert_eq!(found(0..1), [2]);
+    [3, 71, 200].into_iter().for_each(write);
+    assert_eq!(found(1..3), [70, 140]);
+    // The sync is given up here: the next one finds what was written since, and what this one has not asked for.
+    assert_eq!(found(0..4), [3, 71, 200, 201]);
+    write(255);
+    // Whoever asks for a range alone has it as it is.
+    assert_eq!(found(3..4), [255]);
+    write(254);
+    log.stop().unwrap();
+    log.start().unwrap();
+    assert_eq!(found(0..4), [0; 0]);
+}
+
+/// A guest of vm-memory's, written by one thread through its API alone.
+#[derive(Debug)]
+struct Vm {
+    ram: OnceLock<(Ram, GuestMemory)>,
+    running: Mutex<bool>,
+}
+
+impl Vm {
+    fn new(ram: Option<Ram>) -> Arc<Self> {
+        let vm = Arc::new(Self { ram: OnceLock::new(), running: ram.is_some().into() });
+        if let Some(ram) = ram {
+            vm.take(ram, PageSize::DEFAULT).unwrap();
+        }
+        let weak = Arc::downgrade(&vm);
+        std::thread::spawn(move || {
+            for step in 0_u64.. {
+                let Some(vm) = weak.upgrade() else { break };
+                vm.step(step);
+                std::thread::sleep(Duration::from_micros(50));
+            }
+        });
+        vm
+    }
+
+    fn take(&self, ram: Ram, page_size: PageSize) -> Result<(), GuestError> {
+        let memory = guest_memory(&ram, page_size)?;
+        self.ram.set((ram, memory)).map_err(|_| GuestError("built already".into()))
+    }
+
+    fn step(&self, step: u64) {
+        let running = self.running.lock().unwrap();
+        let (true, Some((ram, _))) = (*running, self.ram.get()) else { return };
+        let page = GuestAddress(step % 96 * 4096);
+        ram.write_obj(step, page).unwrap();
+        let high = GuestAddress((1 << 32) + step % 70 * 4096 + 100);
+        ram.write_slice(&step.to_le_bytes(), high).unwrap();
+    }
+
+    fn parts(&self) -> Result<&(Ram, GuestMemory), GuestError> {
+        self.ram.get().ok_or_else(|| GuestError("there is no memory yet".into()))
+    }
+}
+
+impl Guest for Vm {
+    fn memory(&self) -> GuestMemory {
+        self.parts().expect("built").1.clone()
+    }
+
+    fn run_state(&self) -> RunState {
+        if *self.running.lock().unwrap() { RunState::Running } else { RunState::Paused }
+    }
+
+    fn dirty_logs(&self) -> Result<Vec<Arc<dyn DirtyLog>>, GuestError> {
+        let (ram, memory) = self.parts()?;
+        Ok(vec![Arc::new(BitmapLog::new(ram, memory.layout())?)])
+    }
+
+    fn pause(&self) -> Result<(), GuestError> {
+        self.start(RunState::Paused)
+    }
+
+    fn resume(&self) -> Result<(), GuestError> {
+        self.start(RunState::Running)
+    }
+
+    fn save(&self) -> Result<GuestState, GuestError> {
+        Ok(GuestState::default())
+    }
+
+    fn build(&self, page_size: PageSize, blocks: &[BlockInfo], _: &GuestState) -> Result<(), GuestError> {
+        let came: Vec<_> = ranges(blocks)?;
+        if came != RANGES {
+            return Err(GuestError(format!("{came:?} came, it has {RANGES:?}")));
+        }
+        let ram = Ram::from_ranges(&came).map_err(|error| GuestError::caused("no memory", error))?;
+        if guest_memory(&ram, page_size)?.layout().blocks() != blocks {
+            return Err(GuestError("the blocks have other names".into()));
+        }
+        self.take(ram, page_size)
+    }
+
+    fn prepare(&self, _: &GuestState) -> Result<(), GuestError> {
+        Ok(())
+    }
+
+    fn start(&self, run_state: RunState) -> Result<(), GuestError> {
+        *self.running.lock().unwrap() = run_state == RunState::Running;
+        Ok(())
+    }
+}
+
+struct Vms;
+
+impl conformance::Subject for Vms {
+    type Guest = Vm;
+
+    fn source(&self) -> Arc<Vm> {
+        Vm::new(Some(Ram::from_ranges(&RANGES).unwrap()))
+    }
+
+    fn destination(&self) -> Arc<Vm> {
+        Vm::new(None)
+    }
+}
+
+/// Migrations that succeed, compared to the last byte, and migrations that fail.
+#[test]
+fn a_guest_of_vm_memorys_is_moved() {
+    conformance::check(&Vms).unwrap();
+}
