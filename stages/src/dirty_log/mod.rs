@@ -14,10 +14,13 @@
 //! | [`software`] | what its writers mark | in sync |
 //! | [`userfault`] | stores through one registered mapping of this process | in sync |
 //! | [`hash`] | any change of any memory that can be read | by the copy that was sent |
+//! | [`kvm`], dirty log | what vCPUs write | in rearm, only what was fetched |
+//! | [`kvm`], dirty ring | what vCPUs write | in sync |
 //! | [`model`] | what its writers mark, as strictly as a hypervisor may | in rearm, only what was fetched |
 
 pub mod conformance;
 pub mod hash;
+pub mod kvm;
 pub mod model;
 pub mod software;
 pub mod userfault;
@@ -31,6 +34,7 @@ use crate::bitmap::DirtyBitmap;
 use crate::geometry::ExtentAt;
 
 pub use hash::HashLog;
+pub use kvm::{KvmLog, KvmRingLog};
 pub use software::SoftwareLog;
 pub use userfault::UserfaultLog;
 
@@ -59,7 +63,8 @@ pub use userfault::UserfaultLog;
 /// }
 /// ```
 pub trait DirtyLog: Send + Sync + fmt::Debug {
-    /// Arms the log: every store from the return of this call on is found. Called once before anything is read.
+    /// Arms the log: every store from the return of this call on is found, or is in what is read later. Called once before
+    /// anything is read.
     ///
     /// # Errors
     /// When the kernel refuses; the migration then does not begin.
@@ -80,6 +85,17 @@ pub trait DirtyLog: Send + Sync + fmt::Debug {
     fn rearm(&self, at: ExtentAt, mask: u64) -> io::Result<()> {
         let _ = (at, mask);
         Ok(())
+    }
+
+    /// These pages leave the bitmap without being read, or count as zero without it (untouched, unplugged, hinted free): a
+    /// log that re-arms late does so now, for those that it has fetched. True if there were any: a store to them before
+    /// this call left no trace, every later one is found. Nothing by default, for a log that re-arms in sync.
+    ///
+    /// # Errors
+    /// When the kernel refuses; the migration then fails.
+    fn arm_unread(&self, pages: &DirtyBitmap) -> io::Result<bool> {
+        let _ = pages;
+        Ok(false)
     }
 
     /// These are the copies that will be sent. Nothing by default; the hash log compares with them from here on.
