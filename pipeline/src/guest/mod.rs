@@ -9,6 +9,7 @@ use memferry_stages::memory::GuestMemory;
 pub use memferry_stages::wire::messages::RunState;
 
 pub mod file;
+pub mod kvm;
 pub mod workload;
 
 /// What went wrong in a guest: a sentence for the operator, with the cause in it.
