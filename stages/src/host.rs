@@ -6,6 +6,7 @@ use std::io;
 use std::thread::available_parallelism;
 
 use crate::kernel::{self, WP_ASYNC, WP_SHARED, WP_UNPOPULATED};
+use crate::kvm::{self, Offers};
 
 /// Yes, with a figure or a remark where there is one; or no, why, and what to do about it.
 pub type Answer = Result<String, String>;
@@ -29,6 +30,10 @@ pub struct Probe {
     pub pagemap_scan: Answer,
     /// Can this user open /dev/kvm?
     pub kvm: Answer,
+    /// Has KVM a dirty log with manual protection?
+    pub kvm_dirty_log: Answer,
+    /// Has KVM dirty rings?
+    pub kvm_dirty_ring: Answer,
     /// May memory be backed by huge pages without being reserved?
     pub transparent_huge_pages: Answer,
     /// Are huge pages reserved and free?
@@ -39,7 +44,7 @@ impl Probe {
     /// Asks this host. Changes nothing.
     #[must_use]
     pub fn run() -> Self {
-        let features = kernel::userfault_features();
+        let (features, offers) = (kernel::userfault_features(), kvm::offers());
         Self {
             page_bytes: rustix::param::page_size(),
             cores: available_parallelism().map_or(1, usize::from),
@@ -48,7 +53,13 @@ impl Probe {
             wp_shared: feature(&features, WP_SHARED),
             userfaultfd: features.map(|_| String::new()),
             pagemap_scan: kernel::pagemap_scan().map(|()| String::new()),
-            kvm: kvm(OpenOptions::new().read(true).write(true).open("/dev/kvm").map(drop)),
+            kvm: kvm(),
+            kvm_dirty_log: offered(&offers, |offers| {
+                offers.manual_protect.map(|all| if all { "yes, all bits set at the start" } else { "yes" }.into())
+            }),
+            kvm_dirty_ring: offered(&offers, |offers| {
+                (offers.ring_entries > 0).then(|| format!("yes, up to {} entries", offers.ring_entries))
+            }),
             transparent_huge_pages: transparent(fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled")),
             reserved_huge_pages: reserved(fs::read_to_string("/proc/meminfo")),
         }
@@ -66,6 +77,8 @@ impl Probe {
             ("  protection of shared memory", self.wp_shared.clone()),
             ("PAGEMAP_SCAN", self.pagemap_scan.clone()),
             ("/dev/kvm", self.kvm.clone()),
+            ("  dirty log with manual protection", self.kvm_dirty_log.clone()),
+            ("  dirty rings", self.kvm_dirty_ring.clone()),
             ("transparent huge pages", self.transparent_huge_pages.clone()),
             ("reserved huge pages", self.reserved_huge_pages.clone()),
         ]
@@ -80,7 +93,7 @@ impl fmt::Display for Probe {
                 Ok(remark) => remark,
                 Err(why) => format!("no: {why}"),
             };
-            writeln!(f, "{question:<33}{answer}")?;
+            writeln!(f, "{question:<36}{answer}")?;
         }
         Ok(())
     }
@@ -94,7 +107,22 @@ fn feature(features: &Result<u64, String>, feature: u64) -> Answer {
     }
 }
 
-fn kvm(opened: io::Result<()>) -> Answer {
+/// Can this user open /dev/kvm?
+///
+/// # Errors
+/// Why not, and what to do about it.
+pub fn kvm() -> Answer {
+    explain_kvm(OpenOptions::new().read(true).write(true).open("/dev/kvm").map(drop))
+}
+
+fn offered(offers: &io::Result<Offers>, find: impl Fn(&Offers) -> Option<String>) -> Answer {
+    match offers {
+        Ok(offers) => find(offers).ok_or_else(|| "this kernel's KVM has none".into()),
+        Err(_) => Err("KVM makes no machine".into()),
+    }
+}
+
+fn explain_kvm(opened: io::Result<()>) -> Answer {
     opened.map(|()| String::new()).map_err(|error| match error.kind() {
         io::ErrorKind::NotFound => "it is not there: load the kvm module, or allow nested virtualization".into(),
         io::ErrorKind::PermissionDenied => "this user may not open it: add the user to its group, often kvm".into(),
@@ -149,8 +177,8 @@ mod tests {
         assert_eq!(reserved(text(meminfo)), Ok("3 of 2048 KiB free".into()));
         assert!(reserved(text(&meminfo.replace('3', "0"))).unwrap_err().contains("nr_hugepages"));
         assert!(reserved(text("MemTotal: 1 kB\n")).unwrap_err().contains("without"));
-        assert!(kvm(Err(io::ErrorKind::PermissionDenied.into())).unwrap_err().contains("group"));
-        assert!(kvm(Err(io::ErrorKind::NotFound.into())).unwrap_err().contains("module"));
+        assert!(explain_kvm(Err(io::ErrorKind::PermissionDenied.into())).unwrap_err().contains("group"));
+        assert!(explain_kvm(Err(io::ErrorKind::NotFound.into())).unwrap_err().contains("module"));
         assert_eq!(feature(&Ok(WP_ASYNC), WP_ASYNC), Ok(String::new()));
         assert!(feature(&Ok(0), WP_ASYNC).unwrap_err().contains("6.7"));
     }

@@ -18,7 +18,7 @@ use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, opcode};
 use rustix::mm::UserfaultfdFlags;
 
 /// An ioctl that takes a struct by pointer, may write to it, and returns a count.
-struct Call<'a, const OPCODE: Opcode, T>(&'a mut T);
+pub(crate) struct Call<'a, const OPCODE: Opcode, T>(pub(crate) &'a mut T);
 
 // SAFETY: the pointer is to a `T` that is exclusively borrowed for the call; whoever makes a `Call` sees to it that the
 // opcode takes a `T`.

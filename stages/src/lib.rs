@@ -20,6 +20,7 @@ pub mod geometry;
 pub mod host;
 pub mod in_flight;
 mod kernel;
+pub mod kvm;
 pub mod loader;
 pub mod memory;
 pub mod meter;

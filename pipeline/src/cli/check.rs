@@ -4,10 +4,10 @@ use std::fmt::Write;
 use std::time::Duration;
 
 use memferry_stages::dirty_log::HashLog;
-use memferry_stages::geometry::{BlockInfo, Layout};
+use memferry_stages::geometry::{BlockInfo, Layout, PageSize};
 
 use crate::config::settings::{source_files, workload};
-use crate::config::tables::{Config, GuestTable, LogChoice};
+use crate::config::tables::{Config, GuestTable, KvmLogChoice, LogChoice};
 use crate::migration::{destination_bound, hashing_costs, source_bound};
 use crate::report::human;
 use crate::settings::SourceSettings;
@@ -64,6 +64,7 @@ fn layout(config: &Config) -> Result<Layout, String> {
             };
             (settings.page_size, settings.images.iter().map(length).collect::<Result<_, _>>()?)
         }
+        GuestTable::Kvm(table) => (PageSize::DEFAULT, vec![block("ram".into(), table.memory.0)]),
     };
     Layout::new(page_size, blocks).map_err(|error| error.to_string())
 }
@@ -72,6 +73,7 @@ fn hashes_for_log(config: &Config) -> bool {
     match &config.guest {
         GuestTable::Workload(table) => table.dirty_log == LogChoice::Hash,
         GuestTable::File(_) => true,
+        GuestTable::Kvm(table) => table.dirty_log == KvmLogChoice::Hash,
     }
 }
 

@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 use crate::config::settings::{destination_files, source_files, workload};
 use crate::config::tables::{Config, GuestTable};
 use crate::guest::file::FileGuest;
-use crate::guest::workload::{Workload, WorkloadStatus};
+use crate::guest::workload::Workload;
 use crate::guest::{Guest, GuestError};
 use crate::report::human;
 
@@ -17,7 +17,25 @@ use crate::report::human;
 #[derive(Clone, Debug)]
 pub(super) struct Hosted {
     pub(super) guest: Arc<dyn Guest>,
-    workload: Option<Arc<Workload>>,
+    resident: Option<Arc<dyn Resident>>,
+}
+
+/// A guest that lives in this process.
+trait Resident: Send + Sync + std::fmt::Debug {
+    /// Does it run?
+    fn runs(&self) -> bool;
+
+    /// Has it found what it wrote? May take as long as looking at all of its memory.
+    fn check(&self) -> Health;
+}
+
+/// How a guest fares.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Health {
+    /// Is every page that it looked at as it left it?
+    pub(super) is_sound: bool,
+    /// In one line.
+    pub(super) line: String,
 }
 
 impl Hosted {
@@ -25,8 +43,9 @@ impl Hosted {
     pub(super) async fn source(config: &Config) -> Result<Self, GuestError> {
         let table = config.guest.clone();
         blocking(move || match table {
-            GuestTable::Workload(table) => Workload::source(workload(&table)).map(Self::workload),
+            GuestTable::Workload(table) => Workload::source(workload(&table)).map(Self::here),
             GuestTable::File(table) => FileGuest::source(source_files(&table), guard_program()).map(Self::elsewhere),
+            GuestTable::Kvm(table) => machine::source(&table),
         })
         .await
     }
@@ -35,56 +54,122 @@ impl Hosted {
     pub(super) async fn destination(config: &Config, run: bool) -> Result<Self, GuestError> {
         let table = config.guest.clone();
         blocking(move || match table {
-            GuestTable::Workload(_) => Ok(Self::workload(Workload::destination())),
+            GuestTable::Workload(_) => Ok(Self::here(Workload::destination())),
             GuestTable::File(table) => FileGuest::destination(destination_files(&table, run)).map(Self::elsewhere),
+            GuestTable::Kvm(table) => machine::destination(&table),
         })
         .await
     }
 
-    fn workload(workload: Arc<Workload>) -> Self {
-        Self { guest: workload.clone(), workload: Some(workload) }
+    fn here<G: Guest + Resident + 'static>(guest: Arc<G>) -> Self {
+        Self { guest: guest.clone(), resident: Some(guest) }
     }
 
     fn elsewhere(guest: Arc<FileGuest>) -> Self {
-        Self { guest, workload: None }
+        Self { guest, resident: None }
     }
 
     /// Does the guest live here, so that the end of this program is its end?
     pub(super) fn lives_here(&self) -> bool {
-        self.workload.is_some()
+        self.resident.is_some()
     }
 
-    /// Do its writers run in this process?
+    /// Does it run in this process?
     pub(super) fn runs_here(&self) -> bool {
-        self.workload.as_ref().is_some_and(|workload| workload.status().running)
+        self.resident.as_ref().is_some_and(|resident| resident.runs())
     }
 
-    /// Lets it live for `time`, or until `stop`; then compares every page with what its writers last wrote there. `None`
-    /// if it does not live here.
-    pub(super) async fn live(&self, time: Option<Duration>, stop: CancellationToken) -> Option<WorkloadStatus> {
-        let workload = self.workload.clone()?;
+    /// Lets it live for `time`, or until `stop`; then asks whether it found what it wrote. `None` if it does not live here.
+    pub(super) async fn live(&self, time: Option<Duration>, stop: CancellationToken) -> Option<Health> {
+        let resident = self.resident.clone()?;
         match time {
             Some(time) => drop(tokio::time::timeout(time, stop.cancelled()).await),
             None => stop.cancelled().await,
         }
-        Some(blocking(move || workload.check_all()).await)
+        Some(blocking(move || resident.check()).await)
     }
 }
 
-/// How the guest fares, in one line.
-pub(super) fn describe(status: &WorkloadStatus) -> String {
-    let state = if status.running { "alive" } else { "paused" };
-    let mut line = format!(
-        "guest {state}: {} writes here, {} stamps checked, {} stale pages",
-        human::count(status.writes_since_start_here),
-        human::count(status.pages_checked),
-        human::count(status.stale_pages),
-    );
-    if let Some(first) = &status.first_stale {
-        line.push_str(", the first: ");
-        line.push_str(first);
+impl Resident for Workload {
+    fn runs(&self) -> bool {
+        self.status().running
     }
-    line
+
+    fn check(&self) -> Health {
+        let status = self.check_all();
+        let state = if status.running { "alive" } else { "paused" };
+        let mut line = format!(
+            "guest {state}: {} writes here, {} stamps checked, {} stale pages",
+            human::count(status.writes_since_start_here),
+            human::count(status.pages_checked),
+            human::count(status.stale_pages),
+        );
+        if let Some(first) = &status.first_stale {
+            line.push_str(", the first: ");
+            line.push_str(first);
+        }
+        Health { is_sound: status.stale_pages == 0, line }
+    }
+}
+
+#[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
+mod machine {
+    use super::{GuestError, Health, Hosted, Resident, human};
+    use crate::config::settings::kvm;
+    use crate::config::tables::KvmTable;
+    use crate::guest::kvm::KvmGuest;
+
+    pub(super) fn source(table: &KvmTable) -> Result<Hosted, GuestError> {
+        KvmGuest::source(kvm(table)).map(Hosted::here)
+    }
+
+    /// How its writes are found is for this end to choose: it may be sent on from here.
+    pub(super) fn destination(table: &KvmTable) -> Result<Hosted, GuestError> {
+        Ok(Hosted::here(KvmGuest::destination(kvm(table).dirty_log)))
+    }
+
+    impl Resident for KvmGuest {
+        fn runs(&self) -> bool {
+            self.status().running
+        }
+
+        /// The machine looks at its pages itself, all the time.
+        fn check(&self) -> Health {
+            let status = self.status();
+            let state = match (&status.failed, status.running) {
+                (Some(_), _) => "dead",
+                (None, true) => "alive",
+                (None, false) => "paused",
+            };
+            let mut line = format!(
+                "guest {state}: {} heartbeats here, pass {}, {} pages checked here, {} wrong pages",
+                human::count(status.heartbeats),
+                human::count(status.pass.into()),
+                human::count(status.pages),
+                human::count(status.troubles),
+            );
+            if let Some(first) = status.first_trouble.iter().chain(&status.failed).next() {
+                line.push_str(", the first: ");
+                line.push_str(first);
+            }
+            Health { is_sound: status.troubles == 0 && status.failed.is_none(), line }
+        }
+    }
+}
+
+#[cfg(not(all(feature = "kvm", target_os = "linux", target_arch = "x86_64")))]
+mod machine {
+    use super::{GuestError, Hosted};
+    use crate::config::tables::KvmTable;
+
+    /// The rules have refused it before.
+    pub(super) fn source(_: &KvmTable) -> Result<Hosted, GuestError> {
+        Err(GuestError("this program was built without KVM".into()))
+    }
+
+    pub(super) fn destination(table: &KvmTable) -> Result<Hosted, GuestError> {
+        source(table)
+    }
 }
 
 /// This program, to be run as a guard.

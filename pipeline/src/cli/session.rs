@@ -11,7 +11,7 @@ use memferry_transports::{Address, Listener, Transport};
 use tokio_util::sync::CancellationToken;
 
 use super::args::Migrate;
-use super::hosting::{Hosted, describe};
+use super::hosting::Hosted;
 use super::signals::Signals;
 use super::verdict::{FAILED, exit_code, joint, never_begun};
 use crate::config::Config;
@@ -221,13 +221,13 @@ impl Session {
         self.host(guest, self.options.host_for, code).await
     }
 
-    /// A stale page turns any code into a failure.
+    /// A page that is not as the guest left it turns any code into a failure.
     async fn host(&self, guest: &Hosted, time: Option<Duration>, code: u8) -> u8 {
-        let Some(status) = guest.live(time, self.signals.arm(ENDING)).await else { return code };
-        if !self.options.quiet || status.stale_pages > 0 {
-            say(&describe(&status));
+        let Some(health) = guest.live(time, self.signals.arm(ENDING)).await else { return code };
+        if !self.options.quiet || !health.is_sound {
+            say(&health.line);
         }
-        if status.stale_pages > 0 { FAILED } else { code }
+        if health.is_sound { code } else { FAILED }
     }
 
     fn note(&self, line: &str) {

@@ -71,7 +71,7 @@ fn plain(expected: &str) -> &str {
 /// How a key that has to be there is written.
 fn example(field: &str) -> Option<&'static str> {
     Some(match field {
-        "guest" => "a table [guest.workload] or [guest.file]",
+        "guest" => "a table [guest.workload], [guest.file] or [guest.kvm]",
         "transport" => r#"a table [transport] with address = "tcp:127.0.0.1:7777""#,
         "address" => r#"address = "tcp:127.0.0.1:7777", "unix:/run/memferry.sock" or "file:/var/tmp/guest.memferry""#,
         "images" => r#"images = [{ id = "ram", path = "/dev/shm/guest.ram" }]"#,

@@ -8,10 +8,13 @@ use memferry_transports::{Address, Capabilities, open};
 
 use super::fault::Fault;
 use super::tables::{
-    Compress, Config, DeltaChoice, FileTable, FillTable, GuestTable, OnMiss, Pattern, WorkloadTable, WriterTable,
+    Compress, Config, DeltaChoice, FileTable, FillTable, GuestTable, KvmTable, OnMiss, Pattern, WorkloadTable,
+    WriterTable,
 };
 use super::values::{Size, Time};
 use super::{Purpose, settings};
+use crate::guest::kvm::IS_BUILT_IN;
+use crate::guest::kvm::settings::{MEMORY_UNIT, MOST_MEMORY, MOST_VCPUS, OWN_BYTES, PAGE_BYTES};
 
 /// Everything that is wrong.
 pub(super) fn check(config: &Config, purpose: Purpose) -> Vec<Fault> {
@@ -26,6 +29,7 @@ pub(super) fn check(config: &Config, purpose: Purpose) -> Vec<Fault> {
             check_file(file, purpose, &mut faults);
             check_stream_is_no_image(config, file, &mut faults);
         }
+        GuestTable::Kvm(kvm) => check_kvm(kvm, &mut faults),
     }
     faults
 }
@@ -145,6 +149,7 @@ fn page_size(config: &Config) -> Size {
     match &config.guest {
         GuestTable::Workload(workload) => workload.page_size,
         GuestTable::File(file) => file.page_size,
+        GuestTable::Kvm(_) => Size(PAGE_BYTES),
     }
 }
 
@@ -240,6 +245,56 @@ fn check_pattern(pattern: Pattern, path: &str, faults: &mut Vec<Fault>) {
             }
         }
     }
+}
+
+fn check_kvm(table: &KvmTable, faults: &mut Vec<Fault>) {
+    need(
+        faults,
+        IS_BUILT_IN,
+        "guest.kvm",
+        "this program was built without KVM",
+        "build it for x86-64 Linux with the feature `kvm`, which is on by default",
+    );
+    let memory =
+        (2 * MEMORY_UNIT..=MOST_MEMORY).contains(&table.memory.0) && table.memory.0.is_multiple_of(MEMORY_UNIT);
+    need(
+        faults,
+        memory,
+        "guest.kvm.memory",
+        format!("a machine of {}", table.memory),
+        "write \"4 MiB\" to \"64 GiB\", in steps of 2 MiB",
+    );
+    need(
+        faults,
+        (1..=MOST_VCPUS).contains(&table.vcpus),
+        "guest.kvm.vcpus",
+        format!("{} vCPUs", table.vcpus),
+        format!("write a number from 1 to {MOST_VCPUS}"),
+    );
+    let most = Size(table.memory.0.saturating_sub(OWN_BYTES));
+    let least = Size(PAGE_BYTES * u64::from(table.vcpus.min(MOST_VCPUS)));
+    let region = table.region >= least && table.region.0.is_multiple_of(PAGE_BYTES);
+    need(
+        faults,
+        region && (table.region <= most || !memory),
+        "guest.kvm.region",
+        format!("a region of {} in a machine of {}", table.region, table.memory),
+        format!("write whole pages of {PAGE_BYTES} bytes, {least} to {most}"),
+    );
+    need(
+        faults,
+        (0.0..=1e9).contains(&table.pages_per_second),
+        "guest.kvm.pages_per_second",
+        format!("{} pages a second", table.pages_per_second),
+        "write a number from 0 (as many as it can) to 1000000000",
+    );
+    need(
+        faults,
+        (16..=PAGE_BYTES).contains(&table.bytes.0) && table.bytes.0.is_multiple_of(8),
+        "guest.kvm.bytes",
+        format!("a write of {} in a page of {PAGE_BYTES} bytes", table.bytes),
+        format!("write 16 to {PAGE_BYTES}, in steps of 8"),
+    );
 }
 
 fn check_file(table: &FileTable, purpose: Purpose, faults: &mut Vec<Fault>) {

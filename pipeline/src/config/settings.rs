@@ -8,9 +8,12 @@ use memferry_stages::codec::Codec;
 use memferry_stages::geometry::PageSize;
 use memferry_transports::{Address, Transport};
 
-use super::tables::{self, Compress, Config, DeltaChoice, EncoderTable, FileTable, OnMiss, WorkloadTable, WriterTable};
+use super::tables::{
+    self, Compress, Config, DeltaChoice, EncoderTable, FileTable, KvmTable, OnMiss, WorkloadTable, WriterTable,
+};
 use super::values::Size;
 use crate::guest::file::{FileGuestSettings, Image};
+use crate::guest::kvm::{KvmLogChoice, KvmSettings};
 use crate::guest::workload::{Backing, Fill, LogChoice, Pattern, Region, WorkloadSettings, WriterSettings};
 use crate::settings::{After, DestinationSettings, EncoderSettings, OnDeadline, SourceSettings, XbzrleSettings};
 
@@ -161,6 +164,25 @@ fn files(table: &FileTable, path: impl Fn(&tables::ImageTable) -> PathBuf) -> Fi
         command_timeout: table.command_timeout.0,
         start: table.start.clone(),
         overwrite: table.overwrite,
+    }
+}
+
+/// What a virtual machine is.
+#[must_use]
+pub fn kvm(table: &KvmTable) -> KvmSettings {
+    KvmSettings {
+        memory: table.memory.0,
+        vcpus: table.vcpus,
+        region: table.region.0,
+        pages_per_second: table.pages_per_second,
+        // What does not fit is more than a page, and refused as that.
+        bytes: u32::try_from(table.bytes.0).unwrap_or(u32::MAX),
+        dirty_log: match table.dirty_log {
+            tables::KvmLogChoice::DirtyLog => KvmLogChoice::DirtyLog,
+            tables::KvmLogChoice::DirtyRing => KvmLogChoice::DirtyRing,
+            tables::KvmLogChoice::Userfault => KvmLogChoice::Userfault,
+            tables::KvmLogChoice::Hash => KvmLogChoice::Hash,
+        },
     }
 }
 

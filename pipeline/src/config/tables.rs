@@ -27,7 +27,7 @@ pub struct Config {
     pub migration: MigrationTable,
 }
 
-/// `[guest.workload]` or `[guest.file]`.
+/// `[guest.workload]`, `[guest.file]` or `[guest.kvm]`.
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum GuestTable {
@@ -35,6 +35,8 @@ pub enum GuestTable {
     Workload(WorkloadTable),
     /// Memory images in files.
     File(FileTable),
+    /// A virtual machine of this process.
+    Kvm(KvmTable),
 }
 
 /// `[guest.workload]`
@@ -197,6 +199,38 @@ pub struct ImageTable {
     pub copy: Option<PathBuf>,
 }
 
+/// `[guest.kvm]`
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct KvmTable {
+    /// Bytes of RAM.
+    pub memory: Size,
+    /// Virtual processors; each has its part of the region.
+    pub vcpus: u32,
+    /// Bytes that its program writes and checks, over and over.
+    pub region: Size,
+    /// Pages that each vCPU writes in a second; 0 is as many as it can.
+    pub pages_per_second: f64,
+    /// Bytes changed in each page.
+    pub bytes: Size,
+    /// How writes are found.
+    pub dirty_log: KvmLogChoice,
+}
+
+/// How the writes of a virtual machine are found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum KvmLogChoice {
+    /// KVM's dirty log, with manual protection.
+    DirtyLog,
+    /// KVM's dirty rings.
+    DirtyRing,
+    /// The kernel says which pages were written.
+    Userfault,
+    /// Every page is hashed and compared.
+    Hash,
+}
+
 /// `[encoder]`
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
@@ -341,6 +375,19 @@ impl Default for WorkloadTable {
             seed: 1,
             fill: FillTable::default(),
             writers: Vec::new(),
+        }
+    }
+}
+
+impl Default for KvmTable {
+    fn default() -> Self {
+        Self {
+            memory: Size(64 << 20),
+            vcpus: 1,
+            region: Size(4 << 20),
+            pages_per_second: 5_000.0,
+            bytes: Size(64),
+            dirty_log: KvmLogChoice::DirtyLog,
         }
     }
 }

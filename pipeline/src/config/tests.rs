@@ -117,7 +117,7 @@ fn what_is_missing_is_named_with_an_example() {
     assert_snapshot!(refused(""), @r#"
     error: there is no table `guest`
     --> run.toml
-     = help: write a table [guest.workload] or [guest.file]
+     = help: write a table [guest.workload], [guest.file] or [guest.kvm]
     "#);
     assert_snapshot!(refused("[guest.workload]\n[transport]\nconnect_timeout = \"1s\""), @r#"
     error: `address` is missing in `transport`
@@ -393,4 +393,20 @@ fn every_configuration_that_ships_is_right_and_says_what_it_shows() {
         let text = std::fs::read_to_string(&file).unwrap();
         assert!(text.lines().take(2).all(|line| line.starts_with("# ")), "{name} begins with two lines of comment");
     }
+}
+
+#[test]
+#[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
+fn a_machine_that_cannot_be_is_refused_key_by_key() {
+    let text = refused(
+        "[guest.kvm]\nmemory = \"5 MiB\"\nvcpus = 0\nregion = \"1000 B\"\npages_per_second = -1.0\nbytes = \"12 B\"\n\
+         [transport]\naddress = \"tcp:localhost:0\"\n",
+    );
+    let places = (2..7).map(|line| format!("run.toml:{line}:"));
+    let words = ["a machine of 5 MiB", "0 vCPUs", "a region of", "-1 pages a second", "a write of"].map(String::from);
+    for word in words.into_iter().chain(places) {
+        assert!(text.contains(&word), "{word:?} is missing:\n{text}");
+    }
+    let text = refused("[guest.kvm]\ndirty_log = \"ring\"\n[transport]\naddress = \"tcp:localhost:0\"\n");
+    assert!(text.contains("`dirty-ring`") && text.contains("run.toml:2:"), "{text}");
 }

@@ -46,6 +46,7 @@ pub use memferry_stages::wire::messages::RunState;
 
 pub mod conformance;
 pub mod file;
+pub mod kvm;
 pub mod workload;
 
 /// What went wrong in a guest: a sentence for the operator, with the cause in it.

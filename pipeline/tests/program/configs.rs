@@ -70,7 +70,7 @@ fn each_says_what_it_shows_and_is_accepted() {
 /// Each of them but those that have a test of their own below.
 #[test]
 fn each_runs_as_it_is() {
-    let others = ["quickstart", "hot", "image-send", "image-recv"];
+    let others = ["quickstart", "hot", "image-send", "image-recv", "kvm"];
     for name in configs().iter().filter(|name| !others.contains(&name.as_str())) {
         let scene = built();
         run(&scene, name, &[MOVED]).expect(0).says(&["completed after", "guest alive: ", " 0 stale pages"]);
@@ -115,6 +115,23 @@ fn the_hot_guest_is_cancelled_at_its_deadline_or_moved_all_the_same() {
     run(&scene, "hot", &[]).expect(130).says(&["cancelled after", "the deadline of 2.0s has passed", "guest alive: "]);
     assert_eq!(Report::read(&scene.path("report.json")).text("status"), "cancelled");
     run(&scene, "hot", &[MOVED]).expect(0).says(&["completed after", ", verified", "guest alive: ", " 0 stale"]);
+}
+
+#[test]
+#[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
+fn the_machine_lives_through_its_move() {
+    if let Err(why) = memferry_stages::host::kvm() {
+        return println!("skipped: {why}");
+    }
+    let scene = built();
+    let small = ["guest.kvm.memory=32 MiB", "guest.kvm.region=4 MiB"];
+    let sets = [&small[..], &[MOVED]].concat();
+    let ended = scene.start_with(&["run", &file("kvm"), "--report", "report.json"], &sets).end();
+    let ended = ended.expect(0).says(&["completed after", ", verified", "guest alive: ", " 0 wrong pages"]);
+    assert!(!ended.stdout.contains("alive: 0 heartbeats"), "{ended}");
+    let report = Report::read(&scene.path("report.json"));
+    report.is_of_a_whole_migration();
+    assert!(report.in_rounds("compressed") > 0 && report.in_rounds("xbzrle") > 0);
 }
 
 #[test]

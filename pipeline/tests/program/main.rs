@@ -4,6 +4,8 @@ mod configs;
 mod harness;
 mod images;
 mod kills;
+#[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
+mod machines;
 mod messages;
 mod reports;
 mod writer;

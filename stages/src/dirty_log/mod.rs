@@ -15,6 +15,7 @@
 //! | call | from | beside it |
 //! |---|---|---|
 //! | `start`, `stop` | a thread that may block | no other call but `mark` |
+//! | `arm_unread` | a thread that may block, behind `start` | `mark` |
 //! | `sync` | a thread that may block | `copied`, `mark`; never another `sync`, never `rearm` |
 //! | `rearm` | the scanner, a task: a short system call is right, waiting is not | `copied`, `mark` |
 //! | `copied` | one task for each lane: arithmetic, no waiting | everything but `start` and `stop`, itself included |
@@ -28,10 +29,13 @@
 //! | [`software`] | what its writers mark | in sync |
 //! | [`userfault`] | stores through one registered mapping of this process | in sync |
 //! | [`hash`] | any change of any memory that can be read | by the copy that was sent |
+//! | [`kvm`], dirty log | what vCPUs write | in rearm, only what was fetched |
+//! | [`kvm`], dirty ring | what vCPUs write | in sync |
 //! | [`model`] | what its writers mark, as strictly as a hypervisor may | in rearm, only what was fetched |
 
 pub mod conformance;
 pub mod hash;
+pub mod kvm;
 pub mod model;
 pub mod software;
 pub mod userfault;
@@ -45,6 +49,7 @@ use crate::bitmap::DirtyBitmap;
 use crate::geometry::ExtentAt;
 
 pub use hash::HashLog;
+pub use kvm::{KvmLog, KvmRingLog};
 pub use software::SoftwareLog;
 pub use userfault::UserfaultLog;
 
@@ -73,8 +78,8 @@ pub use userfault::UserfaultLog;
 /// }
 /// ```
 pub trait DirtyLog: Send + Sync + fmt::Debug {
-    /// Arms the log: every store from the return of this call on is found. Called before anything is read. What was
-    /// written before need not be reported.
+    /// Arms the log: every store from the return of this call on is found, or is in what is read later. Called before
+    /// anything is read. What was written before need not be reported.
     ///
     /// # Errors
     /// When the kernel refuses; the migration then does not begin, and the log is stopped.
@@ -98,6 +103,17 @@ pub trait DirtyLog: Send + Sync + fmt::Debug {
     fn rearm(&self, at: ExtentAt, mask: u64) -> io::Result<()> {
         let _ = (at, mask);
         Ok(())
+    }
+
+    /// These pages leave the bitmap without being read, or count as zero without it (untouched, unplugged, hinted free): a
+    /// log that re-arms late does so now, for those that it has fetched. True if there were any: a store to them before
+    /// this call left no trace, every later one is found. Nothing by default, for a log that re-arms in sync.
+    ///
+    /// # Errors
+    /// When the kernel refuses; the migration then fails.
+    fn arm_unread(&self, pages: &DirtyBitmap) -> io::Result<bool> {
+        let _ = pages;
+        Ok(false)
     }
 
     /// These are the copies that will be sent: for each page the order of these calls is the order in which they were

@@ -4,6 +4,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use memferry_stages::bitmap::DirtyBitmap;
+use memferry_stages::dirty_log::DirtyLog;
+use memferry_stages::memory::GuestMemory;
 use memferry_stages::wire::Message;
 use memferry_stages::wire::messages::StatePhase;
 
@@ -62,6 +64,7 @@ impl Source {
                 log.start().map_err(|error| MigrationError::Log { doing: "start", error })?;
             }
             let untouched = untouched_pages(&memory);
+            arm_untouched(&logs, &memory, &untouched)?;
             Ok::<_, MigrationError>((Arc::new(DirtyBitmap::filled(memory.layout())), Arc::new(untouched)))
         })
         .await?;
@@ -94,4 +97,24 @@ impl Source {
         self.tell_phase(Phase::Active);
         Flow::new(graph, link.said, self.cancel.clone())
     }
+}
+
+/// A log that re-arms late has not seen what was written to untouched pages until here, and they will not be read: it is
+/// armed for them, and those that were touched meanwhile are taken out.
+fn arm_untouched(
+    logs: &[Arc<dyn DirtyLog>],
+    memory: &GuestMemory,
+    untouched: &DirtyBitmap,
+) -> Result<(), MigrationError> {
+    let mut were_late = false;
+    for log in logs {
+        were_late |= log.arm_unread(untouched).map_err(|error| MigrationError::Log { doing: "arm", error })?;
+    }
+    if were_late {
+        let still = untouched_pages(memory);
+        for at in untouched.extents() {
+            let _touched = untouched.take_mask(at, !still.peek(at));
+        }
+    }
+    Ok(())
 }

@@ -106,7 +106,7 @@ pub fn check(make: &dyn Fn() -> Subject) -> Result<(), Breach> {
     check_as(make, Order::Right)
 }
 
-fn check_as(make: &dyn Fn() -> Subject, order: Order) -> Result<(), Breach> {
+pub(in crate::dirty_log) fn check_as(make: &dyn Fn() -> Subject, order: Order) -> Result<(), Breach> {
     cases::quiet(make, order)?;
     cases::found(make, order)?;
     cases::marked(make, order)?;
@@ -117,7 +117,7 @@ fn check_as(make: &dyn Fn() -> Subject, order: Order) -> Result<(), Breach> {
 
 /// In which order the kit's scanner does its work. The wrong ones are there to show that the kit finds them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Order {
+pub(in crate::dirty_log) enum Order {
     /// Take, re-arm, read.
     Right,
     /// Take, read, re-arm.

@@ -1,0 +1,166 @@
+//! A virtual machine moves while it runs, with each dirty log, and survives what goes wrong: its own program checks every
+//! page. Skipped where there is no KVM.
+
+#![cfg(all(target_os = "linux", target_arch = "x86_64"))]
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use memferry::events::{Event, Phase, Role};
+use memferry::guest::Guest;
+use memferry::guest::kvm::{KvmGuest, KvmLogChoice, KvmSettings, KvmStatus};
+use memferry::settings::SourceSettings;
+use memferry_stages::tally::RoundTally;
+use memferry_tests::{Ends, Recorder, migrate_watched, source_settings};
+use memferry_transports::memory::MemoryTransport;
+use tokio_util::sync::CancellationToken;
+
+/// No migration here takes this long unless it hangs.
+const HANG: Duration = Duration::from_secs(60);
+const LOGS: [KvmLogChoice; 4] =
+    [KvmLogChoice::DirtyLog, KvmLogChoice::DirtyRing, KvmLogChoice::Userfault, KvmLogChoice::Hash];
+
+/// A machine whose two vCPUs write as fast as they can; `None`, and said so, where there is no KVM.
+fn machine(dirty_log: KvmLogChoice) -> Option<Arc<KvmGuest>> {
+    if let Err(why) = memferry_stages::host::kvm() {
+        println!("skipped: {why}");
+        return None;
+    }
+    let settings =
+        KvmSettings { memory: 16 << 20, vcpus: 2, region: 4 << 20, pages_per_second: 0.0, bytes: 32, dirty_log };
+    match KvmGuest::source(settings) {
+        Ok(guest) => Some(guest),
+        Err(error) => {
+            println!("skipped: {error}");
+            None
+        }
+    }
+}
+
+/// Compression first, deltas then, over a wire that is too slow for the guest until rounds are few.
+fn settings() -> SourceSettings {
+    let downtime_limit = Duration::from_millis(10);
+    SourceSettings { max_bandwidth: Some(2 << 20), downtime_limit, max_rounds: 4, ..source_settings(2, 2) }
+}
+
+#[track_caller]
+fn until(guest: &KvmGuest, holds: impl Fn(&KvmStatus) -> bool) -> KvmStatus {
+    let begun = Instant::now();
+    loop {
+        let status = guest.status();
+        assert_eq!((status.failed.as_ref(), status.troubles), (None, 0), "{status:?}");
+        if holds(&status) {
+            return status;
+        }
+        assert!(begun.elapsed() < HANG, "waited in vain: {status:?}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// It goes on from where it was, and its check finds no fault.
+#[track_caller]
+fn goes_on(guest: &KvmGuest, from: &KvmStatus) -> KvmStatus {
+    until(guest, |status| status.running && status.pass >= from.pass + 3 && status.ticks > from.ticks)
+}
+
+fn moved(
+    source: &Arc<KvmGuest>,
+    destination: &Arc<KvmGuest>,
+    transport: MemoryTransport,
+    settings: SourceSettings,
+    recorder: Recorder,
+) -> Ends {
+    let (source, destination) = (source.clone() as Arc<dyn Guest>, destination.clone() as Arc<dyn Guest>);
+    let moving =
+        migrate_watched(source, destination, Arc::new(transport), settings, CancellationToken::new(), recorder);
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    runtime.block_on(async { tokio::time::timeout(HANG, moving).await.expect("it hangs") })
+}
+
+fn rounds(ends: &Ends) -> Vec<RoundTally> {
+    let sent = |(role, event): &(Role, Event)| match event {
+        Event::RoundSent { tally, .. } if *role == Role::Source => Some(*tally),
+        _ => None,
+    };
+    ends.events.iter().filter_map(sent).collect()
+}
+
+#[track_caller]
+fn moves_whole(source: &Arc<KvmGuest>, dirty_log: KvmLogChoice, settings: SourceSettings) -> (Arc<KvmGuest>, Ends) {
+    let destination = KvmGuest::destination(dirty_log);
+    let ends = moved(source, &destination, MemoryTransport::new(64 << 10), settings, Recorder::default());
+    assert_eq!(ends.source.phase, Phase::Completed, "{:?}, {:?}", ends.source.error, ends.destination.error);
+    assert_eq!(ends.destination.verified, Some(true));
+    let left = source.status();
+    assert!(!left.running, "two run: {left:?}");
+    goes_on(&destination, &left);
+    assert_eq!(source.status(), left, "it was left paused");
+    (destination, ends)
+}
+
+#[test]
+fn a_machine_moves_with_each_dirty_log_while_it_outruns_the_wire() {
+    for dirty_log in LOGS {
+        let Some(source) = machine(dirty_log) else { return };
+        until(&source, |status| status.pass >= 2);
+        let (destination, ends) = moves_whole(&source, dirty_log, settings());
+        let (rounds, status) = (rounds(&ends), destination.status());
+        let (pages, downtime) = (rounds.iter().map(|round| round.pages).collect::<Vec<_>>(), ends.source.downtime);
+        println!("{dirty_log:?}: rounds of {pages:?} pages, downtime {downtime:?}, then {status:?}");
+        assert!(rounds.len() >= 3 && rounds[0].compressed > 500 && rounds[0].xbzrle == 0, "{rounds:#?}");
+        assert!(rounds[1..].iter().map(|round| round.xbzrle).sum::<u64>() > 500, "{rounds:#?}");
+        assert!(rounds[1].pages > 900, "the guest wrote nearly all of its region meanwhile: {rounds:#?}");
+    }
+}
+
+#[test]
+fn a_machine_moves_on_and_on() {
+    let Some(mut guest) = machine(KvmLogChoice::DirtyLog) else { return };
+    let mut first = until(&guest, |status| status.pass >= 2);
+    let quick = SourceSettings { max_bandwidth: None, max_rounds: 3, ..settings() };
+    for dirty_log in LOGS {
+        let (next, _) = moves_whole(&guest, dirty_log, quick.clone());
+        let status = next.status();
+        assert!(status.pass > first.pass && status.ticks > first.ticks, "{status:?} after {first:?}");
+        (guest, first) = (next, status);
+    }
+}
+
+#[test]
+fn a_machine_goes_on_at_its_source_when_the_connection_breaks() {
+    for dirty_log in LOGS {
+        let Some(source) = machine(dirty_log) else { return };
+        until(&source, |status| status.pass >= 1);
+        let transport = MemoryTransport::new(64 << 10);
+        let faults = transport.faults();
+        // In the last round: the guest is paused, its state on its way.
+        let recorder = Recorder::calling(move |role, event| {
+            if (role, event) == (Role::Source, &Event::Paused) {
+                faults.cut();
+            }
+        });
+        let quick = SourceSettings { max_bandwidth: None, max_rounds: 2, ..settings() };
+        let destination = KvmGuest::destination(dirty_log);
+        let ends = moved(&source, &destination, transport, quick.clone(), recorder);
+        assert_eq!(ends.source.phase, Phase::Failed, "{:?}", ends.source.error);
+        assert!(!destination.status().running);
+        goes_on(&source, &source.status());
+        moves_whole(&source, dirty_log, quick);
+    }
+}
+
+#[test]
+fn a_machine_that_was_paused_by_its_operator_arrives_paused() {
+    let Some(source) = machine(KvmLogChoice::DirtyLog) else { return };
+    until(&source, |status| status.pass >= 1);
+    source.pause().unwrap();
+    let paused = source.status();
+    let destination = KvmGuest::destination(KvmLogChoice::DirtyLog);
+    let quick = SourceSettings { max_bandwidth: None, ..settings() };
+    let ends = moved(&source, &destination, MemoryTransport::new(64 << 10), quick, Recorder::default());
+    assert_eq!(ends.source.phase, Phase::Completed, "{:?}", ends.source.error);
+    let arrived = destination.status();
+    assert_eq!((arrived.running, arrived.pass, arrived.heartbeats), (false, paused.pass, 0));
+    destination.resume().unwrap();
+    goes_on(&destination, &paused);
+}
