@@ -31,6 +31,6 @@ pub mod settings;
 #[cfg(feature = "vm-memory")]
 pub mod vm_memory;
 
-pub use memferry_stages::{batch, bitmap, codec, dirty_log, geometry, memory, meter, pool, tally, xbzrle};
+pub use memferry_stages::{batch, bitmap, codec, dirty_log, geometry, kvm, memory, meter, pool, tally, xbzrle};
 pub use memferry_transports as transports;
 pub use region::Region;

@@ -67,6 +67,20 @@ where
     Ok(GuestMemory::new(page_size, blocks)?)
 }
 
+/// The slots of a machine whose KVM memory slots are the regions of this memory, numbered from 0 in the order of the blocks: what
+/// [`KvmLog`](crate::dirty_log::kvm::KvmLog) and its machine are given beside the VM's descriptor.
+#[must_use]
+pub fn slots(layout: &Layout) -> Vec<memferry_stages::kvm::Slot> {
+    let slot = |(number, block): (u32, &BlockInfo)| memferry_stages::kvm::Slot {
+        number,
+        block: number,
+        offset: 0,
+        length: block.length.next_multiple_of(4096),
+        guest_address: block.guest_address,
+    };
+    (0..).zip(layout.blocks()).map(slot).collect()
+}
+
 /// The address and length of each block: what `GuestMemoryMmap::from_ranges` takes, in a [`Guest::build`](crate::guest::Guest::build).
 ///
 /// # Errors

@@ -421,6 +421,51 @@ mod tests {
         unsafe { MappedMemory::from_raw(start, length, kind, Arc::new(owner)) }
     }
 
+    /// Does this kernel know huge pages at all?
+    fn knows_huge_pages() -> bool {
+        let knows = std::path::Path::new("/sys/kernel/mm/transparent_hugepage").exists();
+        if !knows {
+            println!("skipped: this kernel has no transparent huge pages");
+        }
+        knows
+    }
+
+    /// Two stretches, and a partial page behind them.
+    const LENGTH: usize = (4 << 20) + 100;
+
+    #[test]
+    fn memory_made_ready_holds_what_it_held() {
+        for memory in all_kinds(LENGTH) {
+            memory.store(4096, &[7; 10]);
+            memory.store(LENGTH - 1, &[8]);
+            memory.populate(PAGE, 0..1025).unwrap();
+            if memory.is_shared() || knows_huge_pages() {
+                assert_eq!(memory.populate_huge(PAGE, 0..512).unwrap(), !memory.is_shared(), "{memory:?}");
+            }
+            assert!(!memory.populate_huge(PAGE, 512..600).unwrap(), "it is no whole huge page");
+            let mut page = [1; 4096];
+            memory.read_page(PAGE, 1, &mut page).unwrap();
+            assert!(page[..10] == [7; 10] && page[10..] == [0; 4086]);
+            memory.read_page(PAGE, 1024, &mut page).unwrap();
+            assert_eq!((page[98], page[99], page[100]), (0, 8, 0));
+        }
+    }
+
+    #[test]
+    fn memory_made_ready_is_there_and_no_other() {
+        let memory = MappedMemory::anonymous(16 << 20).unwrap();
+        if memory.untouched(PAGE).unwrap().is_empty() {
+            println!("skipped: this kernel cannot tell what was never touched");
+            return;
+        }
+        memory.populate(PAGE, 3..5).unwrap();
+        assert_eq!(memory.untouched(PAGE).unwrap(), [0..3, 5..4096]);
+        if knows_huge_pages() {
+            assert!(memory.populate_huge(PAGE, 512..1024).unwrap());
+            assert_eq!(memory.untouched(PAGE).unwrap(), [0..3, 5..512, 1024..4096]);
+        }
+    }
+
     #[test]
     fn an_extent_is_read_without_its_zero_pages() {
         for memory in all_kinds(70 * 4096 + 100) {

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use memferry::events::{Ended, Event, Phase};
 use memferry::guest::Guest;
-use memferry::settings::SourceSettings;
+use memferry::settings::{EncoderSettings, SourceSettings};
 use memferry_stages::digest;
 use memferry_stages::geometry::{PageAt, PageSize};
 use memferry_stages::pool::BufferPool;
@@ -143,6 +143,29 @@ fn cut_after_go() {
     let words = ["lost after Go", "stays paused here", "look at the destination", "only if it does not run there"];
     sent.gave_away(Phase::Unconfirmed, &words);
     assert_eq!(sent.ended.verified, Some(true));
+}
+
+/// The backlog is waited for before the guest is paused, and no longer than it lasts.
+#[test]
+fn the_guest_is_paused_as_soon_as_the_backlog_is_acknowledged() {
+    const LIMIT: Duration = Duration::from_secs(6);
+    let plain = EncoderSettings { compress: None, ..settings().encoder };
+    // So slow that a tenth of the limit does not carry the first round.
+    let slow = SourceSettings { downtime_limit: LIMIT, max_bandwidth: Some(2 << 20), encoder: plain, ..settings() };
+    let sent = send_to(slow, async |mut hand, guest, _| {
+        hand.agree().await;
+        let Some(Message::RoundComplete(tally)) = hand.hear_until(Kind::RoundComplete).await else { panic!("a round") };
+        tokio::time::sleep(LIMIT / 20).await;
+        assert!(!guest.was_told(Told::Pause), "nothing was acknowledged yet");
+        hand.say(Message::Progress(Progress { bytes: LENGTH, frames: vec![tally.batches] })).await;
+        let paused = async {
+            while !guest.was_told(Told::Pause) {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(LIMIT / 2, paused).await.expect("it waits out its limit");
+    });
+    sent.stayed(Phase::Failed, &["lost before the hand-over"]);
 }
 
 #[test]
