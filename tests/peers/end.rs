@@ -67,11 +67,8 @@ pub(crate) enum What {
 /// What is received.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(crate) enum Expected {
-    /// An image, into memory that asks for huge pages or does not.
-    Image {
-        /// Does it?
-        huge: bool,
-    },
+    /// An image.
+    Image,
     /// A workload.
     Workload,
 }
@@ -178,8 +175,8 @@ async fn send_from(guest: Arc<dyn Guest>, writes: impl Fn() -> u64, address: &st
 async fn receive_guest(address: &str, what: Expected) -> Fallible<()> {
     let listener = transport(address)?.listen().await?;
     match what {
-        Expected::Image { huge } => {
-            let guest = Arc::new(StillGuest::arriving(huge));
+        Expected::Image => {
+            let guest = Arc::new(StillGuest::arriving());
             receive_into(guest.clone(), listener).await?;
             say(&Said::Hash(guest.hash()))?;
         }

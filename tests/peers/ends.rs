@@ -29,9 +29,9 @@ impl How {
 }
 
 /// Moves an image, and sees that it has arrived whole.
-pub(crate) fn move_image(image: &Image, address: &str, how: How, huge: bool) -> Fallible<Moved> {
+pub(crate) fn move_image(image: &Image, address: &str, how: How) -> Fallible<Moved> {
     let (moved, arrived) =
-        migrate(address, What::Image(image.path().to_owned()), Duration::ZERO, Expected::Image { huge }, how)?;
+        migrate(address, What::Image(image.path().to_owned()), Duration::ZERO, Expected::Image, how)?;
     match arrived {
         Some(Said::Hash(hash)) => image.check(hash)?,
         other => return Err(format!("the destination says {other:?}, not a hash").into()),

@@ -20,7 +20,7 @@ const WARM_BESIDE: u64 = 256 << 20;
 #[derive(Clone, Copy, Debug)]
 enum Mover {
     Qemu(qemu::Tuning),
-    Library { how: How, huge: bool },
+    Library { how: How },
     Program { lanes: u16 },
 }
 
@@ -87,8 +87,8 @@ ends say that all is done. × compares with QEMU's best row of the same table th
 and the least processor time. Processor time is that of both ends added up, for each 4 KiB page of the guest, to the 10 ms of \
 /proc/PID/stat; the program's is that of the whole process with its start. Peak is VmHWM, which counts the pages of the \
 image that the process has touched; *there* is the private memory that the guest takes up at the destination when it is done \
-(for the program: what its file takes up). memferry: one connection a lane, checksums on, digests off where not said; its \
-destination asks for huge pages as QEMU's does, where not said. Before each run as much memory as it takes is touched and \
+(for the program: what its file takes up). memferry: one connection a lane, checksums on, digests off where not said. \
+QEMU asks for huge pages for all memory, memferry for what comes dense. Before each run as much memory as it takes is touched and \
 given back, so that no one pays for what the host of a virtual machine has taken away meanwhile.";
 
 /// All images travel over TCP; where the sockets make the difference, or nothing else is left, over Unix sockets too.
@@ -126,23 +126,19 @@ fn qemus(has: &[String], content: Content) -> Vec<Contestant> {
 }
 
 fn memferries(content: Content, socket: &str) -> Vec<Contestant> {
-    let library = |name, how: How, huge| Contestant {
-        name,
-        mover: Mover::Library { how, huge },
-        compresses: how.compress != Compress::None,
-    };
+    let library =
+        |name, how: How| Contestant { name, mover: Mover::Library { how }, compresses: how.compress != Compress::None };
     let mut all = vec![
-        library("memferry, 1 lane", How::fast(1), true),
-        library("memferry, 2 lanes", How::fast(2), true),
-        library("memferry, 4 lanes", How::fast(4), true),
+        library("memferry, 1 lane", How::fast(1)),
+        library("memferry, 2 lanes", How::fast(2)),
+        library("memferry, 4 lanes", How::fast(4)),
     ];
     if socket == "tcp" && matches!(content, Content::Incompressible | Content::Sparse) {
-        all.push(library("memferry, 2 lanes, small pages", How::fast(2), false));
-        all.push(library("memferry, 2 lanes, digests", How { verify: true, ..How::fast(2) }, true));
+        all.push(library("memferry, 2 lanes, digests", How { verify: true, ..How::fast(2) }));
     }
     if content.compresses() {
-        all.push(library("memferry, 2 lanes, lz4", How { compress: Compress::Lz4, ..How::fast(2) }, true));
-        all.push(library("memferry, 2 lanes, zstd", How { compress: Compress::Zstd, ..How::fast(2) }, true));
+        all.push(library("memferry, 2 lanes, lz4", How { compress: Compress::Lz4, ..How::fast(2) }));
+        all.push(library("memferry, 2 lanes, zstd", How { compress: Compress::Zstd, ..How::fast(2) }));
     }
     if program::find().is_ok() {
         let (name, mover) = ("memferry send and recv, 2 lanes", Mover::Program { lanes: 2 });
@@ -198,7 +194,7 @@ fn run(image: &Image, folder: &Path, socket: &str, mover: Mover) -> Fallible<Mov
     };
     match mover {
         Mover::Qemu(tuning) => qemu::move_image(image, folder, &address, &tuning),
-        Mover::Library { how, huge } => ends::move_image(image, &address, how, huge),
+        Mover::Library { how } => ends::move_image(image, &address, how),
         Mover::Program { lanes } => program::move_image(image, folder, &address, lanes),
     }
 }

@@ -15,7 +15,6 @@ use crate::image::CHUNK;
 /// The guest: an image that is mapped, or memory that is yet to come.
 #[derive(Debug)]
 pub(crate) struct StillGuest {
-    huge: bool,
     ram: OnceLock<(Arc<MappedMemory>, GuestMemory)>,
 }
 
@@ -24,16 +23,16 @@ impl StillGuest {
     pub(crate) fn mapping(image: &Path) -> Result<Self, GuestError> {
         let file = OpenOptions::new().read(true).write(true).open(image);
         let mapped = file.and_then(MappedMemory::file).map_err(|error| GuestError::caused("the image", error))?;
-        let guest = Self { huge: false, ram: OnceLock::new() };
+        let guest = Self { ram: OnceLock::new() };
         let length = mapped.len() as u64;
         let info = BlockInfo { id: "ram".into(), length, guest_address: 0, backing_page_size: 4096 };
         guest.put_in(PageSize::DEFAULT, info, mapped)?;
         Ok(guest)
     }
 
-    /// A destination: fresh private memory, which asks for huge pages or does not. QEMU always does.
-    pub(crate) fn arriving(huge: bool) -> Self {
-        Self { huge, ram: OnceLock::new() }
+    /// A destination: fresh private memory.
+    pub(crate) fn arriving() -> Self {
+        Self { ram: OnceLock::new() }
     }
 
     /// The hash of its memory, as that of an image.
@@ -85,10 +84,6 @@ impl Guest for StillGuest {
         let [block] = blocks else { return Err(GuestError(format!("{} blocks came, not one", blocks.len()))) };
         let length = usize::try_from(block.length).map_err(|error| GuestError::caused("the block", error))?;
         let mapped = MappedMemory::anonymous(length).map_err(|error| GuestError::caused("memory", error))?;
-        if self.huge {
-            // A kernel without huge pages is a slower one, no wrong one.
-            drop(mapped.advise_huge());
-        }
         self.put_in(page_size, block.clone(), mapped)
     }
 
