@@ -23,6 +23,9 @@ use crate::settings::DestinationSettings;
 
 /// The most connections that are greeted at once.
 const MAX_GREETED: usize = 64;
+/// How long a connection may be silent before it can be dropped for the next: the real peer says Hello at once, but it may come in a
+/// burst of others, to a host that is busy.
+const GRACE: Duration = Duration::from_millis(250);
 /// The most migrations that are gathered at once.
 const MAX_GATHERED: usize = 16;
 
@@ -71,14 +74,15 @@ impl Session {
         observers: Observers,
     ) -> Result<Self, MigrationError> {
         let mut greetings: JoinSet<Result<Greeted, TurnedAway>> = JoinSet::new();
-        let mut waiting: VecDeque<AbortHandle> = VecDeque::new();
+        let mut waiting = Waiting::default();
         let mut gathered: HashMap<SessionId, Gathering> = HashMap::new();
         loop {
+            waiting.forget_finished();
             tokio::select! {
-                accepted = listener.accept() => {
-                    make_room(&mut waiting);
-                    waiting.push_back(greetings.spawn(greet(accepted?, settings.clone())));
+                accepted = listener.accept(), if !waiting.is_full() => {
+                    waiting.add(greetings.spawn(greet(accepted?, settings.clone())));
                 }
+                () = waiting.oldest_had_its_time(), if waiting.is_full() => waiting.drop_oldest(),
                 Some(greeting) = greetings.join_next() => {
                     gathered.retain(|_, gathering| gathering.since.elapsed() < settings.hello_timeout);
                     let greeting = match greeting {
@@ -106,14 +110,34 @@ impl Session {
     }
 }
 
-/// Connections that say nothing must not keep out the one that will: where too many are greeted, the one that has been silent
-/// longest is dropped.
-fn make_room(waiting: &mut VecDeque<AbortHandle>) {
-    waiting.retain(|greeting| !greeting.is_finished());
-    if waiting.len() >= MAX_GREETED
-        && let Some(oldest) = waiting.pop_front()
-    {
-        oldest.abort();
+/// Connections that have said no Hello yet, the oldest first, each with the time it came.
+///
+/// They must not keep out the one that will: where too many are greeted, the one that has been silent longest is dropped, but
+/// none before its [`GRACE`] is over.
+#[derive(Default)]
+struct Waiting(VecDeque<(Instant, AbortHandle)>);
+
+impl Waiting {
+    fn add(&mut self, greeting: AbortHandle) {
+        self.0.push_back((Instant::now(), greeting));
+    }
+
+    fn forget_finished(&mut self) {
+        self.0.retain(|(_, greeting)| !greeting.is_finished());
+    }
+
+    fn is_full(&self) -> bool {
+        self.0.len() >= MAX_GREETED
+    }
+
+    /// Returns when the oldest may be dropped.
+    fn oldest_had_its_time(&self) -> impl Future<Output = ()> + use<> {
+        let since = self.0.front().map_or_else(Instant::now, |&(since, _)| since);
+        tokio::time::sleep_until((since + GRACE).into())
+    }
+
+    fn drop_oldest(&mut self) {
+        self.0.pop_front().into_iter().for_each(|(_, greeting)| greeting.abort());
     }
 }
 
