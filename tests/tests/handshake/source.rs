@@ -164,6 +164,7 @@ fn the_guest_is_paused_as_soon_as_the_backlog_is_acknowledged() {
             }
         };
         tokio::time::timeout(LIMIT / 2, paused).await.expect("it waits out its limit");
+        hand.hear_until(Kind::End).await.expect("the rest follows");
     });
     sent.stayed(Phase::Failed, &["lost before the hand-over"]);
 }
