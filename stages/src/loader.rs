@@ -14,7 +14,7 @@
 //! - A page's `held` bit is taken away before the page is written and set when it is whole again.
 //! - A zero page of a fresh block that was never loaded is not touched: it is zero already. Of any other block it is
 //!   written, for who knows what was there. Pages that lie side by side are written in one call, where they are raw, zero or of one group.
-//! - Memory is asked for ahead of its first write ([`first_touch`]).
+//! - Memory is asked for ahead of its first write (`first_touch`).
 //!
 //! Its meter counts pages and page bytes.
 
