@@ -28,8 +28,7 @@ use memferry::events::Phase;
 use memferry::settings::{EncoderSettings, SourceSettings};
 use memferry_stages::codec::{Codec, ZSTD_DEFAULT_LEVEL};
 use memferry_stages::geometry::PageSize;
-use memferry_stages::memory::MappedMemory;
-use memferry_tests::{Ends, TestGuest, migrate, source_settings};
+use memferry_tests::{Ends, TestGuest, migrate, source_settings, warm_memory};
 use memferry_transports::{Address, open};
 use tokio_util::sync::CancellationToken;
 
@@ -170,9 +169,7 @@ fn compare(
 
 /// Has the host back as much memory as a run takes.
 fn warm_the_host(bytes: usize) {
-    let memory = MappedMemory::anonymous(bytes * 5 / 2).expect("memory");
-    drop(memory.advise_huge());
-    (0..memory.len()).step_by(4096).for_each(|offset| memory.store(offset, &[1]));
+    warm_memory(bytes * 5 / 2).expect("memory");
 }
 
 /// Where the time of the last run went, with `STAGES=1`.

@@ -3,10 +3,6 @@
 use std::fs;
 use std::thread::available_parallelism;
 
-use memferry_stages::memory::MappedMemory;
-
-use crate::Fallible;
-
 /// One line: processor, cores, kernel, huge pages, the two programs.
 pub(crate) fn describe(qemu: &str) -> String {
     let cores = available_parallelism().map_or(1, usize::from);
@@ -19,15 +15,6 @@ pub(crate) fn describe(qemu: &str) -> String {
         processor(),
         env!("CARGO_PKG_VERSION"),
     )
-}
-
-/// Touches so much memory and gives it back. A virtual machine's free memory may be taken away by its host and cost many
-/// times more when it is touched again: without this, it would cost whoever comes after a pause.
-pub(crate) fn warm_memory(bytes: u64) -> Fallible<()> {
-    let memory = MappedMemory::anonymous(usize::try_from(bytes)?)?;
-    drop(memory.advise_huge());
-    (0..memory.len()).step_by(4096).for_each(|page| memory.store(page, &[1]));
-    Ok(())
 }
 
 fn processor() -> String {

@@ -3,12 +3,14 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use memferry_tests::warm_memory;
+
 use crate::end::{Compress, How};
 use crate::image::{Content, Image};
 use crate::moved::Moved;
 use crate::options::Options;
 use crate::table::{self, figure, mebibytes, median, milliseconds};
-use crate::{Fallible, ends, host, image, program, qemu};
+use crate::{Fallible, ends, image, program, qemu};
 
 /// A contestant that has had this long for its runs, with all that belongs to them, is not asked for more.
 const ENOUGH: Duration = Duration::from_secs(3);
@@ -187,7 +189,7 @@ fn run_all(
 
 fn run(image: &Image, folder: &Path, socket: &str, mover: Mover) -> Fallible<Moved> {
     image.restore()?;
-    host::warm_memory(image.bytes() + WARM_BESIDE)?;
+    warm_memory(usize::try_from(image.bytes() + WARM_BESIDE)?)?;
     let address = match socket {
         "tcp" => "tcp:127.0.0.1:0".to_owned(),
         _ => format!("unix:{}", folder.join("socket").display()),

@@ -4,12 +4,14 @@
 //! told, so that a test can ask afterwards who ran, and when.
 
 pub mod guest;
+pub mod host;
 pub mod peer;
 pub mod run;
 pub mod sparse;
 pub mod trouble;
 
 pub use guest::TestGuest;
+pub use host::warm_memory;
 pub use peer::{Hand, Recording};
 pub use run::{Ends, Recorder, migrate, migrate_watched, source_settings};
 pub use trouble::Trouble;

@@ -91,6 +91,14 @@ impl Memory for CountedMemory {
         self.memory.write_zeros(page_size, pages)
     }
 
+    fn populate(&self, page_size: PageSize, pages: Range<u64>) -> io::Result<()> {
+        self.memory.populate(page_size, pages)
+    }
+
+    fn populate_huge(&self, page_size: PageSize, pages: Range<u64>) -> io::Result<bool> {
+        self.memory.populate_huge(page_size, pages)
+    }
+
     fn patch(&self, page_size: PageSize, page: u64, delta: &Delta<'_>) -> io::Result<()> {
         self.written.fetch_add(1, Ordering::Relaxed);
         self.memory.patch(page_size, page, delta)

@@ -280,15 +280,12 @@ impl Memory for MappedMemory {
 
     fn write_pages(&self, page_size: PageSize, first_page: u64, bytes: &[u8]) -> io::Result<()> {
         assert!(bytes.len().is_multiple_of(page_size.bytes()), "{} bytes are no whole pages", bytes.len());
-        if bytes.is_empty() {
-            return Ok(());
-        }
-        self.page(page_size, first_page + (bytes.len() / page_size.bytes()) as u64 - 1);
-        let (to, _) = self.page(page_size, first_page);
-        let inside = bytes.len().min(self.length - (to.addr() - self.start.addr().get()));
-        // SAFETY: the first and the last page are of this memory, and what lies beyond its end is left out. The guest
-        // does not run, `bytes` is not this memory since no reference to it exists.
-        unsafe { to.copy_from_nonoverlapping(bytes.as_ptr(), inside) };
+        let pages = first_page..first_page + (bytes.len() / page_size.bytes()) as u64;
+        let inside = self.bytes_of(page_size, pages);
+        let to = self.at(inside.start, inside.len());
+        // SAFETY: `at` has checked the range, and what lies beyond the memory's end is left out. The guest does not run,
+        // `bytes` is not this memory since no reference to it exists.
+        unsafe { to.copy_from_nonoverlapping(bytes.as_ptr(), inside.len()) };
         Ok(())
     }
 
