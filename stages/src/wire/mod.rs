@@ -32,6 +32,7 @@ pub mod hello;
 pub mod messages;
 pub mod pages;
 mod put;
+mod read_ahead;
 pub mod reader;
 mod take;
 

@@ -6,16 +6,14 @@
 
 use std::io;
 
-use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, BufReader};
+use tokio::io::AsyncRead;
 
 use super::error::{FrameError, WireError};
 use super::frame::{FrameHead, HEAD_BYTES, Kind};
 use super::messages::Message;
 use super::pages::{FIXED_BYTES, MAX_HEAD_BYTES, MIN_HEAD_BYTES, PagesHead, head_bytes};
+use super::read_ahead::ReadAhead;
 use crate::geometry::{Layout, PageSize};
-
-/// Small frames are read this many bytes at a time; larger reads go past the buffer.
-const BUFFER_BYTES: usize = 64 << 10;
 
 /// A frame that came.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -84,7 +82,7 @@ pub enum ReadError {
 /// Reads frames off a stream. See the module's text.
 #[derive(Debug)]
 pub struct FrameReader<R> {
-    reader: BufReader<R>,
+    reader: ReadAhead<R>,
     stream: String,
     page_size: PageSize,
     /// Where the current frame began.
@@ -103,8 +101,16 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
     /// told it, any will do.
     #[must_use]
     pub fn new(reader: R, stream: String, page_size: PageSize) -> Self {
-        let reader = BufReader::with_capacity(BUFFER_BYTES, reader);
-        Self { reader, stream, page_size, offset: 0, position: 0, frames: 0, payload_left: 0, body: Vec::new() }
+        Self {
+            reader: ReadAhead::new(reader),
+            stream,
+            page_size,
+            offset: 0,
+            position: 0,
+            frames: 0,
+            payload_left: 0,
+            body: Vec::new(),
+        }
     }
 
     /// Sets the page size that Hello told.
@@ -204,7 +210,7 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
     /// The head of the next frame, or `None` at the end of the stream.
     async fn read_head(&mut self) -> Result<Option<FrameHead>, ReadError> {
         self.offset = self.position;
-        if self.fill_buffer().await? == 0 {
+        if self.available().await? == 0 {
             return Ok(None);
         }
         let mut head = [0; HEAD_BYTES];
@@ -239,6 +245,7 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
         enough(head_bytes).map_err(|error| self.fail(error))?;
         self.fill(&mut rest[..head_bytes - FIXED_BYTES]).await?;
         self.payload_left = length - head_bytes;
+        self.reader.expect_payload(self.payload_left);
         let body = body[..head_bytes].to_vec();
         Ok(Incoming::Pages(PagesFrame { lane: head.lane, body, frame_length: head.length, offset: self.offset }))
     }
@@ -264,7 +271,7 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
     async fn skip(&mut self, bytes: usize) -> Result<(), ReadError> {
         let mut left = bytes;
         while left > 0 {
-            let step = self.fill_buffer().await?.min(left);
+            let step = self.available().await?.min(left);
             if step == 0 {
                 return Err(self.truncated());
             }
@@ -275,11 +282,11 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
         Ok(())
     }
 
-    /// Bytes that wait in the buffer, which is filled if it is empty; 0 at the end of the stream.
-    async fn fill_buffer(&mut self) -> Result<usize, ReadError> {
+    /// How many bytes can be had at once; 0 at the end of the stream.
+    async fn available(&mut self) -> Result<usize, ReadError> {
         loop {
-            match self.reader.fill_buf().await {
-                Ok(bytes) => return Ok(bytes.len()),
+            match self.reader.available().await {
+                Ok(bytes) => return Ok(bytes),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(self.failed(error)),
             }
