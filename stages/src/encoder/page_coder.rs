@@ -85,7 +85,7 @@ impl PageCoder {
     pub(super) fn pass_whole(&mut self, places: impl Iterator<Item = PageAt>, pages: &[u8], batch: &Batch) -> Looks {
         if let Some(deltas) = self.deltas.as_mut().filter(|deltas| deltas.plan.cache_first_round) {
             let pages = pages.chunks_exact(self.page_size.bytes());
-            places.zip(pages).for_each(|(at, page)| deltas.reference.will_hold(at, page, batch));
+            places.zip(pages).for_each(|(at, page)| deltas.reference.will_hold_first(at, page, batch));
         }
         self.whole.as_ref().map_or_else(Looks::default, |whole| whole.look(pages))
     }

@@ -70,10 +70,20 @@ impl Reference {
 
     /// A page is sent whole.
     pub(super) fn will_hold(&mut self, at: PageAt, page: &[u8], batch: &Batch) {
+        self.keep(at, page, batch, batch.round);
+    }
+
+    /// A page is sent whole for the first time. It has not shown that it is written to, so it gives way a round sooner: to the
+    /// pages that are dirty again in the next round already. Without it a full cache takes none of them before the round after.
+    pub(super) fn will_hold_first(&mut self, at: PageAt, page: &[u8], batch: &Batch) {
+        self.keep(at, page, batch, batch.round.saturating_sub(1));
+    }
+
+    fn keep(&mut self, at: PageAt, page: &[u8], batch: &Batch, used: u32) {
         if batch.last {
             self.cache.remove(at);
         } else {
-            self.cache.insert(at, page, batch.round);
+            self.cache.insert(at, page, used);
         }
     }
 
@@ -110,6 +120,19 @@ mod tests {
             _ => page[usize::from(seed) * 16] ^= seed,
         }
         page
+    }
+
+    #[test]
+    fn a_page_that_is_dirty_again_takes_the_place_of_one_that_only_came_in_the_first_round() {
+        let (mut reference, mut out) = (Reference::new(page_size(4), 4200), vec![0; 4096]);
+        let [idle, hot, also_hot] = [0, 1, 2].map(|page| PageAt { block: 0, page });
+        let [first, second, third] = [1, 2, 3].map(|round| batch(0, 1, round));
+        reference.will_hold_first(idle, &[1; 4096], &first);
+        reference.will_hold_first(hot, &[1; 4096], &first);
+        assert_eq!(reference.compare(hot, &[2; 4096], &second, &mut out), Compared::Miss);
+        assert_eq!(reference.compare(also_hot, &[2; 4096], &second, &mut out), Compared::Miss);
+        assert_eq!(reference.compare(hot, &[2; 4096], &third, &mut out), Compared::Equal);
+        assert_eq!(reference.compare(idle, &[1; 4096], &third, &mut out), Compared::Miss);
     }
 
     proptest! {
