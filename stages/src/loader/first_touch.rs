@@ -8,7 +8,7 @@
 //!
 //! Touching a page for the first time is the dearest thing at a destination, and cheapest by huge pages. But a huge page is
 //! resident whole: a guest that is mostly empty must not grow by it. So a stretch is asked for whole only when its first extent comes
-//! dense, and only while what was asked for in vain stays below a share of what was written.
+//! dense and the stretch before it came full, and only while what was asked for in vain stays below a share of what was written.
 
 use crate::bitmap::DirtyBitmap;
 use crate::geometry::{EXTENT_PAGES, ExtentAt, runs};
@@ -16,14 +16,18 @@ use crate::memory::GuestMemory;
 
 /// An extent is dense if so many of its pages come.
 const DENSE_PAGES: u32 = 48;
+/// A stretch came full if at most one page in so many did not come.
+const MISSING: u64 = 16;
 /// What was asked for in vain stays below this share of the pages written: one in so many.
 const IN_VAIN: u64 = 32;
 
 /// The first touches of one lane. A stretch is of one lane, so lanes need not know of each other.
 #[derive(Debug, Default)]
 pub(super) struct FirstTouch {
-    /// The extents of the stretch that was asked for whole last.
-    whole: Option<Whole>,
+    /// The stretch whose pages come.
+    current: Option<Stretch>,
+    /// Did the stretch before it come full?
+    full_before: bool,
     /// Pages asked for by whole stretches and not written yet.
     ahead: u64,
     /// Pages written for the first time.
@@ -32,11 +36,16 @@ pub(super) struct FirstTouch {
     refused: bool,
 }
 
+/// A stretch, by its extents.
 #[derive(Clone, Copy, Debug)]
-struct Whole {
+struct Stretch {
     block: u32,
     first: u32,
     extents: u32,
+    /// Pages of it that came.
+    came: u64,
+    /// Was it asked for whole?
+    asked: bool,
 }
 
 impl FirstTouch {
@@ -48,31 +57,50 @@ impl FirstTouch {
         }
         let count = u64::from(pages.count_ones());
         self.written += count;
-        if self.whole.is_some_and(|whole| whole.covers(at)) {
+        let mut stretch = self.enter(memory, at);
+        if stretch.asked {
             self.ahead = self.ahead.saturating_sub(count);
-            return;
-        }
-        if !self.ask_for_stretch(memory, held, at, pages) {
+        } else if self.ask_for_stretch(memory, held, at, pages, &stretch) {
+            stretch.asked = true;
+        } else {
             self.ask_for_pages(memory, at, pages);
         }
+        stretch.came += count;
+        self.current = Some(stretch);
+    }
+
+    /// The stretch of an extent, and what came of it.
+    fn enter(&mut self, memory: &GuestMemory, at: ExtentAt) -> Stretch {
+        if let Some(current) = self.current {
+            if current.covers(at) {
+                return current;
+            }
+            self.full_before = current.is_full();
+        }
+        let extents = u32::try_from(memory.page_size().stretch_extents()).expect("few extents in 2 MiB");
+        Stretch { block: at.block, first: at.extent / extents * extents, extents, came: 0, asked: false }
     }
 
     /// Asks for the whole stretch, where it is worth it. True if it is there.
-    fn ask_for_stretch(&mut self, memory: &GuestMemory, held: &DirtyBitmap, at: ExtentAt, pages: u64) -> bool {
-        let extents = u32::try_from(memory.page_size().stretch_extents()).expect("few extents in 2 MiB");
-        let whole = Whole { block: at.block, first: at.extent / extents * extents, extents };
+    fn ask_for_stretch(
+        &mut self,
+        memory: &GuestMemory,
+        held: &DirtyBitmap,
+        at: ExtentAt,
+        pages: u64,
+        stretch: &Stretch,
+    ) -> bool {
         let layout = memory.layout();
-        let is_inside = whole.parts().all(|part| layout.valid_mask(part) == u64::MAX);
-        let dense = pages.count_ones() >= DENSE_PAGES && self.ahead * IN_VAIN <= self.written;
-        if !(dense && is_inside && whole.parts().all(|part| held.peek(part) == 0)) {
+        let is_likely = self.full_before && pages.count_ones() >= DENSE_PAGES;
+        let is_whole = || stretch.parts().all(|part| layout.valid_mask(part) == u64::MAX && held.peek(part) == 0);
+        if !(is_likely && self.ahead * IN_VAIN <= self.written && is_whole()) {
             return false;
         }
-        let first = whole.parts().next().expect("a stretch has extents").first_page();
-        let range = first..first + u64::from(extents) * EXTENT_PAGES;
-        match memory.block(at.block).memory.populate_huge(memory.page_size(), range.clone()) {
+        let first = at.first_page() - u64::from(at.extent - stretch.first) * EXTENT_PAGES;
+        let range = first..first + stretch.pages();
+        match memory.block(at.block).memory.populate_huge(memory.page_size(), range) {
             Ok(true) => {
-                self.ahead += range.end - range.start - u64::from(pages.count_ones());
-                self.whole = Some(whole);
+                self.ahead += stretch.pages() - u64::from(pages.count_ones());
                 true
             }
             Ok(false) => false,
@@ -93,13 +121,22 @@ impl FirstTouch {
     }
 }
 
-impl Whole {
-    fn covers(self, at: ExtentAt) -> bool {
+impl Stretch {
+    fn covers(&self, at: ExtentAt) -> bool {
         self.block == at.block && (self.first..self.first + self.extents).contains(&at.extent)
     }
 
-    fn parts(self) -> impl Iterator<Item = ExtentAt> {
-        (self.first..self.first.saturating_add(self.extents)).map(move |extent| ExtentAt { block: self.block, extent })
+    fn pages(&self) -> u64 {
+        u64::from(self.extents) * EXTENT_PAGES
+    }
+
+    fn is_full(&self) -> bool {
+        self.pages().saturating_sub(self.came) * MISSING <= self.pages()
+    }
+
+    fn parts(&self) -> impl Iterator<Item = ExtentAt> {
+        let block = self.block;
+        (self.first..self.first.saturating_add(self.extents)).map(move |extent| ExtentAt { block, extent })
     }
 }
 

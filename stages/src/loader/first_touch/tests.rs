@@ -27,7 +27,10 @@ struct Touched {
 enum Answer {
     Huge,
     NoHuge,
+    /// For pages and for huge pages.
     Refuse,
+    /// For huge pages.
+    RefuseHuge,
 }
 
 impl Memory for Touched {
@@ -60,7 +63,7 @@ impl Memory for Touched {
                 Ok(true)
             }
             Answer::NoHuge => Ok(false),
-            Answer::Refuse => Err(io::ErrorKind::Unsupported.into()),
+            Answer::Refuse | Answer::RefuseHuge => Err(io::ErrorKind::Unsupported.into()),
         }
     }
 }
@@ -94,13 +97,31 @@ impl Bed {
 
 const ALL: u64 = u64::MAX;
 
+/// A guest whose first stretch has come full.
+fn after_a_full_stretch(pages: u64, answer: Answer) -> Bed {
+    let mut bed = Bed::new(512 + pages, answer);
+    (0..8).for_each(|extent| _ = bed.come(extent, ALL));
+    bed
+}
+
 #[test]
-fn a_dense_stretch_is_asked_for_once_and_whole() {
+fn a_dense_stretch_behind_a_full_one_is_asked_for_once_and_whole() {
     let mut bed = Bed::new(2048, Answer::Huge);
-    assert_eq!(bed.come(0, ALL), [Asked::Huge(0..512)]);
-    (1..8).for_each(|extent| assert_eq!(bed.come(extent, ALL), []));
+    (0..8).for_each(|extent| {
+        let first = u64::from(extent) * 64;
+        assert_eq!(bed.come(extent, ALL), [Asked::Pages(first..first + 64)]);
+    });
     assert_eq!(bed.come(8, ALL), [Asked::Huge(512..1024)]);
-    assert_eq!(bed.come(8, ALL), [], "they are there");
+    (9..16).for_each(|extent| assert_eq!(bed.come(extent, ALL), []));
+    assert_eq!(bed.come(16, ALL), [Asked::Huge(1024..1536)]);
+    assert_eq!(bed.come(16, ALL), [], "they are there");
+}
+
+#[test]
+fn behind_a_stretch_that_did_not_come_full_none_is_asked_for_whole() {
+    let mut bed = after_a_full_stretch(1536, Answer::Huge);
+    assert_eq!(bed.come(8, ALL), [Asked::Huge(512..1024)]);
+    assert_eq!(bed.come(16, ALL), [Asked::Pages(1024..1088)]);
 }
 
 #[test]
@@ -114,29 +135,31 @@ fn sparse_pages_are_asked_for_as_they_are() {
 
 #[test]
 fn what_is_asked_for_in_vain_stays_a_small_share() {
-    // The first extent of every stretch is full, the others empty.
-    let stretches = 1000_u32;
-    let mut bed = Bed::new(u64::from(stretches) * 512, Answer::Huge);
-    let whole =
-        (0..stretches).map(|stretch| bed.come(stretch * 8, ALL)).filter(|asked| matches!(asked[..], [Asked::Huge(_)]));
-    let in_vain = whole.count() as u64 * 448;
-    let written = u64::from(stretches) * 64;
+    // Stretches come full and with nothing but their first extent, in turn.
+    let pairs = 1000_u32;
+    let mut bed = Bed::new(u64::from(pairs) * 1024, Answer::Huge);
+    let (mut in_vain, mut written) = (0, 0);
+    for pair in 0..pairs {
+        (0..8).for_each(|extent| _ = bed.come(pair * 16 + extent, ALL));
+        in_vain += if let [Asked::Huge(_)] = bed.come(pair * 16 + 8, ALL)[..] { 448 } else { 0 };
+        written += 512 + 64;
+    }
     assert!(in_vain <= written / IN_VAIN + 512, "{in_vain} pages of {written}");
     assert!(in_vain > 0);
 }
 
 #[test]
 fn a_stretch_that_is_not_whole_in_its_block_is_asked_for_in_pages() {
-    let mut bed = Bed::new(512 + 511, Answer::Huge);
+    let mut bed = after_a_full_stretch(511, Answer::Huge);
     assert_eq!(bed.come(8, ALL), [Asked::Pages(512..576)]);
     assert_eq!(bed.come(15, ALL >> 1), [Asked::Pages(960..1023)]);
 }
 
 #[test]
 fn without_huge_pages_every_extent_is_asked_for() {
-    let mut bed = Bed::new(1024, Answer::NoHuge);
-    assert_eq!(bed.come(0, ALL), [Asked::Pages(0..64)]);
-    assert_eq!(bed.come(1, ALL), [Asked::Pages(64..128)]);
+    let mut bed = after_a_full_stretch(1024, Answer::NoHuge);
+    assert_eq!(bed.come(8, ALL), [Asked::Pages(512..576)]);
+    assert_eq!(bed.come(9, ALL), [Asked::Pages(576..640)]);
 }
 
 #[test]
@@ -144,7 +167,8 @@ fn memory_that_refuses_is_not_asked_again() {
     let mut bed = Bed::new(1024, Answer::Refuse);
     assert_eq!(bed.come(1, 0b11), [Asked::Pages(64..66)]);
     assert_eq!(bed.come(2, 0b11), []);
-    let mut bed = Bed::new(1024, Answer::Refuse);
-    assert_eq!(bed.come(0, ALL), []);
-    assert_eq!(bed.come(1, 0b11), []);
+    let mut bed = Bed::new(2048, Answer::RefuseHuge);
+    (0..8).for_each(|extent| _ = bed.come(extent, ALL));
+    assert_eq!(bed.come(8, ALL), []);
+    assert_eq!(bed.come(9, 0b11), []);
 }
