@@ -79,7 +79,7 @@ fn hashes_for_log(config: &Config) -> bool {
 
 /// What hashing costs, where it is done.
 fn hashing(config: &Config, bytes: u64, settings: &SourceSettings) -> Vec<String> {
-    let Ok((one_core, digests)) = hashing_costs(bytes) else { return Vec::new() };
+    let Ok((one_pass, digests)) = hashing_costs(bytes) else { return Vec::new() };
     let mut facts = Vec::new();
     if settings.verify {
         facts.push(format!("verify: about {} of the downtime go to digests", human::time(digests)));
@@ -91,7 +91,7 @@ fn hashing(config: &Config, bytes: u64, settings: &SourceSettings) -> Vec<String
         }
     }
     if hashes_for_log(config) {
-        facts.push(format!("dirty log: each bitmap sync hashes all pages, about {}", human::time(one_core)));
+        facts.push(format!("dirty log: each bitmap sync hashes all pages, about {}", human::time(one_pass)));
     }
     facts
 }

@@ -168,7 +168,7 @@ pub(super) fn downtime(memory: &GuestMemory) -> io::Result<Duration> {
     Ok(estimate(memory)? * 2)
 }
 
-/// What one pass over so many bytes of written memory takes on this host: with one core, as a sync of the hash log makes it,
+/// What one pass over so many bytes of written memory takes on this host: with every core, as a sync of the hash log makes it,
 /// and for the digests of both ends, as the forecast of the downtime counts them. Measured on a sample; may block.
 ///
 /// # Errors
@@ -183,8 +183,7 @@ pub fn hashing_costs(bytes: u64) -> io::Result<(Duration, Duration)> {
     let block = RamBlock { info, memory: mapped, fresh: false };
     let sample = GuestMemory::new(PageSize::DEFAULT, vec![block]).expect("one good block");
     let all_cores = estimate(&sample)?.mul_f64(bytes as f64 / SAMPLE_BYTES as f64);
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    Ok((all_cores.mul_f64(cores as f64), all_cores * 2))
+    Ok((all_cores, all_cores * 2))
 }
 
 /// The page hashes of a stretch, to be sent. May block.

@@ -21,7 +21,7 @@
 //! the last one reported is what the destination will hold, and every later difference is found against it. A page
 //! that was taken and given back unread stays in flight: it is sent again each round until the log is stopped.
 //!
-//! Pages that were never touched count as zero pages without being read, so that a hole stays one.
+//! A sync reads with every core. Pages that were never touched count as zero pages without being read, so that a hole stays one.
 
 use std::io;
 use std::ops::Range;
@@ -35,6 +35,9 @@ use crate::bitmap::{DirtyBitmap, words_of};
 use crate::geometry::{ExtentAt, Layout, bits};
 use crate::memory::GuestMemory;
 use crate::pool::BufferPool;
+
+/// A worker is not started for less than this.
+const LEAST_EXTENTS: usize = 16;
 
 /// Finds any change of any memory that can be read.
 #[derive(Debug)]
@@ -54,7 +57,7 @@ impl HashLog {
         Self {
             pages: (0..layout.block_count()).map(of_block).collect(),
             zero: hash(&vec![0; layout.page_size().bytes()]),
-            scratch: BufferPool::new(1, layout.page_size().extent_bytes()),
+            scratch: BufferPool::new(workers(), layout.page_size().extent_bytes()),
             memory,
         }
     }
@@ -62,7 +65,7 @@ impl HashLog {
     /// Bytes that a log for such a guest keeps in memory.
     #[must_use]
     pub fn bytes_for(layout: &Layout) -> u64 {
-        layout.pages() * size_of::<PageState>() as u64 + layout.page_size().extent_bytes() as u64
+        layout.pages() * size_of::<PageState>() as u64 + (workers() * layout.page_size().extent_bytes()) as u64
     }
 
     fn page(&self, at: ExtentAt, bit: u32) -> &PageState {
@@ -75,29 +78,8 @@ impl HashLog {
         bits(mask).filter(|&bit| differs(self.page(at, bit))).fold(0, |found, bit| found | 1 << bit)
     }
 
-    /// The pages of `mask` that do not read as they were sent.
-    fn changed(&self, at: ExtentAt, mask: u64) -> io::Result<u64> {
-        let size = self.memory.page_size();
-        let mut buffer = self.scratch.try_take().expect("syncs do not overlap");
-        let block = self.memory.block(at.block);
-        let zero = block.memory.read_extent(size, at.first_page(), mask, &mut buffer)?;
-        let mut found = self.those(at, zero, |page| page.differs(self.zero));
-        for (bit, page) in bits(mask & !zero).zip(buffer.chunks_exact(size.bytes())) {
-            if self.page(at, bit).differs(hash(page)) {
-                found |= 1 << bit;
-            }
-        }
-        Ok(found)
-    }
-}
-
-impl DirtyLog for HashLog {
-    fn start(&self) -> io::Result<()> {
-        self.pages.iter().flatten().for_each(PageState::reset);
-        Ok(())
-    }
-
-    fn sync(&self, block: u32, extents: Range<u32>, into: &DirtyBitmap) -> io::Result<()> {
+    /// What one worker does of a sync.
+    fn sync_part(&self, block: u32, extents: Range<u32>, into: &DirtyBitmap) -> io::Result<()> {
         let layout = self.memory.layout();
         let first = |extent| ExtentAt { block, extent }.first_page().min(layout.block_pages(block));
         let pages = first(extents.start)..first(extents.end);
@@ -118,6 +100,46 @@ impl DirtyLog for HashLog {
             into.set_mask(at, in_flight | gone | changed);
         }
         Ok(())
+    }
+
+    /// The pages of `mask` that do not read as they were sent.
+    fn changed(&self, at: ExtentAt, mask: u64) -> io::Result<u64> {
+        let size = self.memory.page_size();
+        let mut buffer = self.scratch.try_take().expect("a buffer for each worker of a sync, and syncs do not overlap");
+        let block = self.memory.block(at.block);
+        let zero = block.memory.read_extent(size, at.first_page(), mask, &mut buffer)?;
+        let mut found = self.those(at, zero, |page| page.differs(self.zero));
+        for (bit, page) in bits(mask & !zero).zip(buffer.chunks_exact(size.bytes())) {
+            if self.page(at, bit).differs(hash(page)) {
+                found |= 1 << bit;
+            }
+        }
+        Ok(found)
+    }
+}
+
+impl DirtyLog for HashLog {
+    fn start(&self) -> io::Result<()> {
+        self.pages.iter().flatten().for_each(PageState::reset);
+        Ok(())
+    }
+
+    fn sync(&self, block: u32, extents: Range<u32>, into: &DirtyBitmap) -> io::Result<()> {
+        let part = extents.len().div_ceil(workers()).max(LEAST_EXTENTS);
+        let parts = extents
+            .clone()
+            .step_by(part)
+            .map(|start| start..start.saturating_add(u32::try_from(part).unwrap_or(u32::MAX)).min(extents.end));
+        let parts: Vec<_> = parts.collect();
+        let Some((first, others)) = parts.split_first() else { return Ok(()) };
+        std::thread::scope(|scope| {
+            let others: Vec<_> =
+                others.iter().map(|part| scope.spawn(|| self.sync_part(block, part.clone(), into))).collect();
+            let first = self.sync_part(block, first.clone(), into);
+            others.into_iter().fold(first, |result, other| {
+                result.and(other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+            })
+        })
     }
 
     fn rearm(&self, at: ExtentAt, mask: u64) -> io::Result<()> {
@@ -144,6 +166,11 @@ impl DirtyLog for HashLog {
     fn stop(&self) -> io::Result<()> {
         Ok(())
     }
+}
+
+/// How many read memory in a sync: it is what a paused guest waits for, so every core takes a part.
+fn workers() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
 }
 
 /// What the destination has of a page, or will have.
