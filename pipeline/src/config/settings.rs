@@ -158,6 +158,7 @@ fn files(table: &FileTable, path: impl Fn(&tables::ImageTable) -> PathBuf) -> Fi
     let image = |image: &tables::ImageTable| Image { id: image.id.clone(), path: path(image) };
     FileGuestSettings {
         images: table.images.iter().map(image).collect(),
+        state_files: table.state_files.iter().map(image).collect(),
         page_size: page_size(table.page_size),
         pause: table.pause.clone(),
         resume: table.resume.clone(),

@@ -254,7 +254,7 @@ fn images_are_told_apart() {
       |
       = help: write "4 KiB", "8 KiB", "16 KiB", "32 KiB" or "64 KiB"
 
-    error: `run` makes a copy of each image, and this one does not say where
+    error: `run` makes a copy of each file, and this one does not say where
      --> run.toml:4:30
       |
     4 | images = [{ id = "a", path = "x" }, { id = "a", path = "y", copy = "x" }]
@@ -262,7 +262,7 @@ fn images_are_told_apart() {
       |
       = help: write copy = "x.copy" beside its path
 
-    error: two images have the id "a"
+    error: two files have the id "a"
      --> run.toml:4:44
       |
     4 | images = [{ id = "a", path = "x" }, { id = "a", path = "y", copy = "x" }]
@@ -300,7 +300,7 @@ fn a_stream_does_not_take_the_name_of_an_image() {
         stream.display()
     );
     let error = parse("run.toml", &text, &[], Purpose::Send).unwrap_err().to_string();
-    assert!(error.contains("is an image of the guest, and the stream would replace it"), "{error}");
+    assert!(error.contains("is a file of the guest, and the stream would replace it"), "{error}");
 }
 
 #[test]
