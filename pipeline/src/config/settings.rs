@@ -178,6 +178,7 @@ pub fn kvm(table: &KvmTable) -> KvmSettings {
         pages_per_second: table.pages_per_second,
         // What does not fit is more than a page, and refused as that.
         bytes: u32::try_from(table.bytes.0).unwrap_or(u32::MAX),
+        region_at: KvmSettings::default().region_at,
         dirty_log: match table.dirty_log {
             tables::KvmLogChoice::DirtyLog => KvmLogChoice::DirtyLog,
             tables::KvmLogChoice::DirtyRing => KvmLogChoice::DirtyRing,
