@@ -76,6 +76,8 @@ pub struct TestGuest {
     resumed_with: Mutex<Vec<Vec<u8>>>,
     /// How long [`Guest::prepare`] takes.
     prepare_takes: Duration,
+    /// What [`Guest::build`] makes of the blocks that come.
+    alters: fn(&mut Vec<BlockInfo>),
 }
 
 impl TestGuest {
@@ -142,6 +144,7 @@ impl TestGuest {
             state_here: Mutex::default(),
             resumed_with: Mutex::default(),
             prepare_takes: Duration::ZERO,
+            alters: |_| (),
         }
     }
 
@@ -188,6 +191,13 @@ impl TestGuest {
     #[must_use]
     pub fn preparing_for(mut self, time: Duration) -> Self {
         self.prepare_takes = time;
+        self
+    }
+
+    /// The same guest, which builds other blocks than those that come.
+    #[must_use]
+    pub fn building(mut self, alters: fn(&mut Vec<BlockInfo>)) -> Self {
+        self.alters = alters;
         self
     }
 
@@ -476,7 +486,9 @@ impl Guest for TestGuest {
         if blocks.iter().any(|block| block.id == "refused") {
             return Err(GuestError("block \"refused\" has 4096 bytes there and none here".into()));
         }
-        self.map(page_size, blocks);
+        let mut own = blocks.to_vec();
+        (self.alters)(&mut own);
+        self.map(page_size, &own);
         Ok(())
     }
 

@@ -22,12 +22,15 @@ const LOGS: [KvmLogChoice; 4] =
 
 /// A machine whose two vCPUs write as fast as they can; `None`, and said so, where there is no KVM.
 fn machine(dirty_log: KvmLogChoice) -> Option<Arc<KvmGuest>> {
+    let settings = KvmSettings { memory: 16 << 20, vcpus: 2, region: 4 << 20, ..KvmSettings::default() };
+    made(KvmSettings { pages_per_second: 0.0, bytes: 32, dirty_log, ..settings })
+}
+
+fn made(settings: KvmSettings) -> Option<Arc<KvmGuest>> {
     if let Err(why) = memferry_stages::host::kvm() {
         println!("skipped: {why}");
         return None;
     }
-    let settings =
-        KvmSettings { memory: 16 << 20, vcpus: 2, region: 4 << 20, pages_per_second: 0.0, bytes: 32, dirty_log };
     match KvmGuest::source(settings) {
         Ok(guest) => Some(guest),
         Err(error) => {
@@ -111,6 +114,42 @@ fn a_machine_moves_with_each_dirty_log_while_it_outruns_the_wire() {
         assert!(rounds[1..].iter().map(|round| round.xbzrle).sum::<u64>() > 500, "{rounds:#?}");
         assert!(rounds[1].pages > 900, "the guest wrote nearly all of its region meanwhile: {rounds:#?}");
     }
+}
+
+/// A machine of 4.5 GiB that touches 3 MiB: its region ends half a mebibyte behind the hole in physical memory below 4 GiB, and
+/// the second of three vCPUs steps over it.
+#[test]
+fn a_region_that_reaches_over_the_hole_below_4_gib_moves_with_each_dirty_log() {
+    const PAGES: u64 = 128;
+    for dirty_log in LOGS {
+        let region = 2 * PAGES * 4096;
+        let settings = KvmSettings {
+            memory: 9 << 29,
+            vcpus: 3,
+            region,
+            region_at: (3 << 30) - region / 2,
+            dirty_log,
+            ..KvmSettings::default()
+        };
+        let Some(source) = made(settings) else { return };
+        let layout = source.memory().layout().clone();
+        let places = layout.blocks().iter().map(|block| (block.id.as_str(), block.guest_address, block.length));
+        assert!(places.eq([("ram-low", 0, 3 << 30), ("ram-high", 4 << 30, 3 << 29)]));
+        until(&source, |status| status.pass >= 2);
+        let (destination, ends) = moves_whole(&source, dirty_log, settings_without_cap());
+        let sent: u64 = rounds(&ends).iter().map(|round| round.raw + round.compressed + round.xbzrle).sum();
+        assert!((2 * PAGES..20 * PAGES).contains(&sent), "{dirty_log:?}: {sent} pages that are not zero");
+        // The last page of the region and the first behind the hole bear the number of a pass.
+        for page in [0, PAGES - 1] {
+            let mut content = [0; 4096];
+            destination.memory().block(1).memory.read_page(layout.page_size(), page, &mut content).unwrap();
+            assert!(content[8..16] != [0; 8], "{dirty_log:?}: page {page} behind the hole was never written");
+        }
+    }
+}
+
+fn settings_without_cap() -> SourceSettings {
+    SourceSettings { max_bandwidth: None, ..settings() }
 }
 
 #[test]

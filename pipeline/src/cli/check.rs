@@ -3,7 +3,8 @@
 use std::fmt::Write;
 use std::time::Duration;
 
-use memferry_stages::dirty_log::HashLog;
+use memferry_stages::bitmap::DirtyBitmap;
+use memferry_stages::dirty_log::{HashLog, KvmLog};
 use memferry_stages::geometry::{BlockInfo, Layout, PageSize};
 
 use crate::config::settings::{source_files, workload};
@@ -29,10 +30,10 @@ fn facts(config: &Config) -> Vec<String> {
     };
     let settings = config.source();
     let bytes = layout.bytes();
-    let log = if hashes_for_log(config) { HashLog::bytes_for(&layout) } else { 0 };
+    let logs = logs_bytes(config, &layout);
     let mut facts = vec![
         format!("guest: {} in {} pages", human::bytes(bytes), human::count(layout.pages())),
-        format!("memory at the source: at most {}", human::bytes(source_bound(&layout, &settings) + log)),
+        format!("memory at the source: at most {}", human::bytes(source_bound(&layout, &settings) + logs)),
         format!("memory at the destination: at most {}", human::bytes(destination_bound(&layout, settings.lanes))),
     ];
     if let Some(cap) = settings.max_bandwidth {
@@ -67,6 +68,27 @@ fn layout(config: &Config) -> Result<Layout, String> {
         GuestTable::Kvm(table) => (PageSize::DEFAULT, vec![block("ram".into(), table.memory.0)]),
     };
     Layout::new(page_size, blocks).map_err(|error| error.to_string())
+}
+
+/// What the guest's dirty logs keep at the source.
+fn logs_bytes(config: &Config, layout: &Layout) -> u64 {
+    // What the program itself writes or marks: a bit for each page.
+    let marks = DirtyBitmap::bytes_of(layout);
+    match &config.guest {
+        GuestTable::Workload(table) if table.dirty_log == LogChoice::Hash => HashLog::bytes_for(layout),
+        GuestTable::Workload(_) => marks,
+        GuestTable::File(_) => HashLog::bytes_for(layout),
+        // Beside each of them the machine's devices mark what they write.
+        GuestTable::Kvm(table) => {
+            marks
+                + match table.dirty_log {
+                    // A machine that gets no rings has KVM's dirty log instead.
+                    KvmLogChoice::DirtyLog | KvmLogChoice::DirtyRing => KvmLog::bytes_for(layout),
+                    KvmLogChoice::Userfault => marks,
+                    KvmLogChoice::Hash => HashLog::bytes_for(layout),
+                }
+        }
+    }
 }
 
 fn hashes_for_log(config: &Config) -> bool {
@@ -105,6 +127,8 @@ fn at_rate(bytes: u64, bytes_per_second: u64) -> Duration {
 mod tests {
     use super::*;
     use crate::config::{Purpose, parse};
+    use crate::guest::Guest;
+    use crate::guest::workload::Workload;
 
     fn described(text: &str) -> String {
         describe(&parse("run.toml", text, &[], Purpose::Check).unwrap())
@@ -122,6 +146,54 @@ mod tests {
         assert!(text.contains("# first round: 2.00 s if nothing shrinks, at 32.0 MiB/s"), "{text}");
         assert!(text.contains("# verify: about "), "{text}");
         assert!(!text.contains("# dirty log"), "{text}");
+    }
+
+    fn configured(guest: &str, dirty_log: &str) -> Config {
+        let text = format!(
+            "[guest.{guest}]\nmemory = \"66 MiB\"\ndirty_log = \"{dirty_log}\"\n\
+             [transport]\naddress = \"tcp:localhost:0\"\n"
+        );
+        parse("run.toml", &text, &[], Purpose::Check).unwrap()
+    }
+
+    /// What is said before the run, and what the logs of the guest that runs keep. `None` where the host has no such log.
+    fn said_and_kept(config: &Config, guest: &dyn Guest) -> Option<(u64, u64)> {
+        let logs = guest.dirty_logs().inspect_err(|error| println!("skipped: {error}")).ok()?;
+        Some((logs_bytes(config, guest.memory().layout()), logs.iter().map(|log| log.memory_bytes()).sum()))
+    }
+
+    #[test]
+    fn what_is_said_of_a_workloads_log_is_what_it_keeps() {
+        for dirty_log in ["auto", "software", "userfault", "hash"] {
+            let config = configured("workload", dirty_log);
+            let GuestTable::Workload(table) = &config.guest else { unreachable!("configured as one") };
+            let guest = match Workload::source(workload(table)) {
+                Ok(guest) => guest,
+                Err(error) => {
+                    println!("skipped: {error}");
+                    continue;
+                }
+            };
+            let Some((said, kept)) = said_and_kept(&config, &*guest) else { continue };
+            assert_eq!(said, kept, "{dirty_log}");
+        }
+    }
+
+    #[test]
+    #[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
+    fn what_is_said_of_a_machines_logs_is_what_they_keep() {
+        if let Err(why) = memferry_stages::host::kvm() {
+            return println!("skipped: {why}");
+        }
+        for dirty_log in ["dirty-log", "dirty-ring", "userfault", "hash"] {
+            let config = configured("kvm", dirty_log);
+            let GuestTable::Kvm(table) = &config.guest else { unreachable!("configured as one") };
+            let guest = crate::guest::kvm::KvmGuest::source(crate::config::settings::kvm(table)).unwrap();
+            let Some((said, kept)) = said_and_kept(&config, &*guest) else { continue };
+            // Rings keep no bits of slots, but whether there will be rings is not known before.
+            let spared = if dirty_log == "dirty-ring" { 2 * (66 << 20) / 4096 / 8 } else { 0 };
+            assert!(said == kept || said == kept + spared, "{dirty_log}: {said} said, {kept} kept");
+        }
     }
 
     #[test]

@@ -8,8 +8,8 @@ use memferry_transports::{Address, Capabilities, open};
 
 use super::fault::Fault;
 use super::tables::{
-    Compress, Config, DeltaChoice, FileTable, FillTable, GuestTable, KvmTable, OnMiss, Pattern, WorkloadTable,
-    WriterTable,
+    Compress, Config, DeltaChoice, FileTable, FillTable, GuestTable, ImageTable, KvmTable, OnMiss, Pattern,
+    WorkloadTable, WriterTable,
 };
 use super::values::{Size, Time};
 use super::{Purpose, settings};
@@ -307,25 +307,29 @@ fn check_file(table: &FileTable, purpose: Purpose, faults: &mut Vec<Fault>) {
         format!("{} images", table.images.len()),
         "write images = [{ id = \"ram\", path = \"/dev/shm/guest.ram\" }]",
     );
-    check_images(table, purpose, faults);
+    check_files(table, purpose, faults);
     check_commands(table, faults);
 }
 
-/// A stream that takes the name of an image would be the end of the image.
+/// A stream that takes the name of a file of the guest would be the end of that file.
 fn check_stream_is_no_image(config: &Config, table: &FileTable, faults: &mut Vec<Fault>) {
     let Ok(Address::File(stream)) = config.transport.address.parse::<Address>() else { return };
     let place = |path: &std::path::Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
     let stream = place(&stream);
     let is_stream = |file: &std::path::PathBuf| place(file) == stream;
-    let taken = table.images.iter().any(|image| is_stream(&image.path) || image.copy.as_ref().is_some_and(is_stream));
-    let what = format!("{} is an image of the guest, and the stream would replace it", stream.display());
+    let of_stream = |file: &ImageTable| is_stream(&file.path) || file.copy.as_ref().is_some_and(is_stream);
+    let taken = table.images.iter().chain(&table.state_files).any(of_stream);
+    let what = format!("{} is a file of the guest, and the stream would replace it", stream.display());
     need(faults, !taken, "transport.address", what, "name another file");
 }
 
-fn check_images(table: &FileTable, purpose: Purpose, faults: &mut Vec<Fault>) {
+/// Images and state files: each has an id and a place of its own.
+fn check_files(table: &FileTable, purpose: Purpose, faults: &mut Vec<Fault>) {
     let (mut ids, mut files) = (HashSet::new(), HashSet::new());
-    for (number, image) in table.images.iter().enumerate() {
-        let path = |key: &str| format!("guest.file.images.{number}.{key}");
+    let lists = [("images", &table.images), ("state_files", &table.state_files)];
+    let all = lists.iter().flat_map(|(list, files)| files.iter().enumerate().map(move |(at, file)| (list, at, file)));
+    for (list, number, image) in all {
+        let path = |key: &str| format!("guest.file.{list}.{number}.{key}");
         let right = (1..=MAX_BLOCK_ID).contains(&image.id.len());
         need(
             faults,
@@ -338,7 +342,7 @@ fn check_images(table: &FileTable, purpose: Purpose, faults: &mut Vec<Fault>) {
             faults,
             ids.insert(&image.id),
             &path("id"),
-            format!("two images have the id {:?}", image.id),
+            format!("two files have the id {:?}", image.id),
             "name them apart",
         );
         let what = |file: &std::path::Path| format!("{} stands here twice", file.display());
@@ -349,7 +353,7 @@ fn check_images(table: &FileTable, purpose: Purpose, faults: &mut Vec<Fault>) {
                 faults,
                 purpose != Purpose::Run,
                 &path("path"),
-                "`run` makes a copy of each image, and this one does not say where",
+                "`run` makes a copy of each file, and this one does not say where",
                 format!("write copy = \"{}.copy\" beside its path", image.path.display()),
             ),
         }

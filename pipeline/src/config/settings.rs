@@ -158,6 +158,7 @@ fn files(table: &FileTable, path: impl Fn(&tables::ImageTable) -> PathBuf) -> Fi
     let image = |image: &tables::ImageTable| Image { id: image.id.clone(), path: path(image) };
     FileGuestSettings {
         images: table.images.iter().map(image).collect(),
+        state_files: table.state_files.iter().map(image).collect(),
         page_size: page_size(table.page_size),
         pause: table.pause.clone(),
         resume: table.resume.clone(),
@@ -177,6 +178,7 @@ pub fn kvm(table: &KvmTable) -> KvmSettings {
         pages_per_second: table.pages_per_second,
         // What does not fit is more than a page, and refused as that.
         bytes: u32::try_from(table.bytes.0).unwrap_or(u32::MAX),
+        region_at: KvmSettings::default().region_at,
         dirty_log: match table.dirty_log {
             tables::KvmLogChoice::DirtyLog => KvmLogChoice::DirtyLog,
             tables::KvmLogChoice::DirtyRing => KvmLogChoice::DirtyRing,

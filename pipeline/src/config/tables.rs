@@ -160,6 +160,9 @@ pub enum Pattern {
 pub struct FileTable {
     /// The images: one RAM block each.
     pub images: Vec<ImageTable>,
+    /// Small files that the source reads after `pause`, and that are in place at the destination before `start`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub state_files: Vec<ImageTable>,
     /// Unit of the dirty bitmap.
     #[serde(default = "default_page_size")]
     pub page_size: Size,
@@ -186,11 +189,11 @@ impl FileTable {
     }
 }
 
-/// One memory image.
+/// One memory image, or one state file.
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct ImageTable {
-    /// Name of its RAM block: the same at both ends.
+    /// Name of its RAM block, or of its part of the state: the same at both ends.
     pub id: String,
     /// The file.
     pub path: PathBuf,

@@ -32,7 +32,7 @@ use super::plane::DataPlane;
 use super::session::Session;
 use super::speed::Speed;
 use super::state::Assembly;
-use super::{block_facts, blocking, bounds, digests};
+use super::{block_facts, blocking, bounds, built_otherwise, digests};
 use crate::events::{DowntimeParts, Ended, Event, Observers, Phase, Progress};
 use crate::guest::{Guest, GuestState};
 use crate::settings::DestinationSettings;
@@ -197,7 +197,11 @@ impl Destination {
         bounds::check_host(bounds::destination_bound(&Layout::new(page_size, blocks.clone())?, session.hello.lanes))?;
         let memory = blocking(move || {
             guest.build(page_size, &blocks, &setup)?;
-            Ok::<_, MigrationError>(guest.memory())
+            let memory = guest.memory();
+            match built_otherwise(&memory, page_size, &blocks) {
+                Some(what) => Err(MigrationError::BuiltOtherwise(what)),
+                None => Ok(memory),
+            }
         })
         .await?;
         self.layout = Some(memory.layout().clone());
@@ -478,6 +482,7 @@ impl Destination {
             Err(MigrationError::Cancelled) => Some(Message::Abort("cancelled at the destination".into())),
             Err(
                 error @ (MigrationError::Guest(_)
+                | MigrationError::BuiltOtherwise(_)
                 | MigrationError::Layout(_)
                 | MigrationError::TooLarge(_)
                 | MigrationError::Differs(_)),

@@ -27,6 +27,9 @@ pub(super) enum MigrationError {
     /// The guest could not do its part.
     #[error("the guest failed: {0}")]
     Guest(#[from] GuestError),
+    /// The guest was built for other blocks than those that came.
+    #[error("the guest was built otherwise than it came: {0}")]
+    BuiltOtherwise(String),
     /// The guest's blocks cannot be.
     #[error("the RAM blocks do not fit: {0}")]
     Layout(#[from] LayoutError),

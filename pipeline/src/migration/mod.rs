@@ -29,7 +29,7 @@ mod state;
 use std::ops::Range;
 
 use memferry_stages::bitmap::DirtyBitmap;
-use memferry_stages::geometry::Layout;
+use memferry_stages::geometry::{BlockInfo, Layout, PageSize};
 use memferry_stages::memory::GuestMemory;
 
 pub use bounds::{destination_bound, source_bound};
@@ -54,12 +54,26 @@ async fn blocking<T: Send + 'static>(call: impl FnOnce() -> T + Send + 'static) 
 
 fn block_facts(layout: &Layout) -> Vec<BlockFacts> {
     let page_size = layout.page_size().bytes() as u64;
-    let facts = |block: &memferry_stages::geometry::BlockInfo| BlockFacts {
-        id: block.id.clone(),
-        bytes: block.length,
-        page_size,
-    };
+    let facts = |block: &BlockInfo| BlockFacts { id: block.id.clone(), bytes: block.length, page_size };
     layout.blocks().iter().map(facts).collect()
+}
+
+/// Where the memory that was built is not that of the blocks that came, with both: page size, ids, lengths, guest addresses.
+pub(crate) fn built_otherwise(memory: &GuestMemory, page_size: PageSize, came: &[BlockInfo]) -> Option<String> {
+    let built = memory.layout().blocks();
+    if memory.page_size() != page_size {
+        let [came, built] = [page_size, memory.page_size()].map(PageSize::bytes);
+        return Some(format!("pages of {came} bytes came and pages of {built} bytes were built"));
+    }
+    if built.len() != came.len() {
+        return Some(format!("{} RAM blocks came and {} were built", came.len(), built.len()));
+    }
+    let told = |block: &BlockInfo| format!("{:?} of {} bytes at {:#x}", block.id, block.length, block.guest_address);
+    let is_other = |(came, built): &(&BlockInfo, &BlockInfo)| {
+        (&came.id, came.length, came.guest_address) != (&built.id, built.length, built.guest_address)
+    };
+    let (came, built) = came.iter().zip(built).find(is_other)?;
+    Some(format!("RAM block {} came and {} was built", told(came), told(built)))
 }
 
 /// Pages of memory that is asked at once what was never touched. A fragmented guest answers with a range for every other page.

@@ -34,11 +34,19 @@ pub(crate) fn free_port() -> u16 {
 /// A folder in which the program runs. Relative paths in its configurations begin here.
 pub(crate) struct Scene {
     folder: TempDir,
+    /// Bytes of memory that a program started here may have for itself.
+    limit: Option<u64>,
 }
 
 impl Scene {
     pub(crate) fn new() -> Self {
-        Self { folder: tempfile::tempdir().unwrap() }
+        Self { folder: tempfile::tempdir().unwrap(), limit: None }
+    }
+
+    /// The same scene, in which what is started from here on has this many bytes of memory for itself (its heap and
+    /// stacks, and whatever else it maps for nobody but itself).
+    pub(crate) fn limited(self, bytes: u64) -> Self {
+        Self { limit: Some(bytes), ..self }
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
@@ -74,7 +82,7 @@ impl Scene {
 
     /// Starts the program.
     pub(crate) fn start(&self, arguments: &[&str]) -> Running {
-        Running::start(self.folder.path(), arguments)
+        Running::start(self.folder.path(), self.limit, arguments)
     }
 
     /// Starts the program with the settings given, each as `--set`.
@@ -138,8 +146,13 @@ impl std::fmt::Display for Ended {
 }
 
 impl Running {
-    fn start(folder: &Path, arguments: &[&str]) -> Self {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_memferry"))
+    fn start(folder: &Path, limit: Option<u64>, arguments: &[&str]) -> Self {
+        let program = env!("CARGO_BIN_EXE_memferry");
+        let mut command = Command::new(if limit.is_some() { "sh" } else { program });
+        if let Some(bytes) = limit {
+            command.args(["-c", "ulimit -d $0 && exec \"$@\"", &(bytes >> 10).to_string(), program]);
+        }
+        let mut child = command
             .args(arguments)
             .current_dir(folder)
             .stdin(Stdio::null())

@@ -1,11 +1,13 @@
 //! The program, run as operators run it: its ends as processes, on real files, killed, starved of disk, misconfigured.
 
+mod changing;
 mod configs;
 mod harness;
 mod images;
 mod kills;
 #[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
 mod machines;
+mod memcached;
 mod messages;
 mod reports;
 mod writer;

@@ -1,13 +1,14 @@
 //! Memory in a file, read and written by position.
 //!
 //! The file is never mapped: one that somebody cuts short is an error that names it, not a SIGBUS, and a hole that is
-//! read stays a hole. The file's true length is kept, whatever the page size; pages of zeros become holes where the file
+//! read stays a hole. Whoever asks for holes, as each sync of the hash log does, is told as well if the file grew or was
+//! removed: it is no longer the memory of whoever uses its name. The file's true length is kept, whatever the page size; pages of zeros become holes where the file
 //! system has them.
 
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::FallocateFlags;
@@ -24,10 +25,12 @@ pub struct FileMemory {
     file: File,
     path: PathBuf,
     length: u64,
+    /// Had it a name when it was opened? A memfd never has.
+    had_name: bool,
 }
 
 impl FileMemory {
-    /// Opens an existing file for reading. Its length now is the block's length: should it grow, the rest is not looked at.
+    /// Opens an existing file for reading. Its length now is the block's length.
     ///
     /// # Errors
     /// If it cannot be opened, is empty, or is no regular file; the message names it.
@@ -38,14 +41,15 @@ impl FileMemory {
             return Err(named(io::Error::new(io::ErrorKind::InvalidInput, "it is no regular file")));
         }
         let file = File::open(path).map_err(named)?;
-        let length = file.metadata().map_err(named)?.len();
+        let metadata = file.metadata().map_err(named)?;
+        let length = metadata.len();
         if length == 0 {
             return Err(named(io::Error::new(
                 io::ErrorKind::InvalidInput,
                 "it is empty, memory has at least one byte",
             )));
         }
-        Ok(Self { file, path: path.into(), length })
+        Ok(Self { file, path: path.into(), length, had_name: metadata.nlink() > 0 })
     }
 
     /// Creates a file of `length` bytes, all of it a hole, that only its owner may read and write.
@@ -61,7 +65,7 @@ impl FileMemory {
             drop(std::fs::remove_file(path));
             return Err(named(error));
         }
-        Ok(Self { file, path: path.into(), length })
+        Ok(Self { file, path: path.into(), length, had_name: true })
     }
 
     /// The path it was opened by.
@@ -100,15 +104,30 @@ impl FileMemory {
 
     fn read_failed(&self, bytes: &Range<u64>, error: io::Error) -> io::Error {
         if error.kind() == io::ErrorKind::UnexpectedEof {
-            return self.cut_short();
+            return self.cut_short(self.file.metadata().map_or("fewer".into(), |metadata| metadata.len().to_string()));
         }
         about(&self.path, format_args!("cannot be read at bytes {} to {}", bytes.start, bytes.end), error)
     }
 
-    fn cut_short(&self) -> io::Error {
-        let now = self.file.metadata().map_or("fewer".into(), |metadata| metadata.len().to_string());
+    fn cut_short(&self, now: impl std::fmt::Display) -> io::Error {
         let what = format!("{}: it was cut short, from {} bytes to {now}", self.path.display(), self.length);
         io::Error::new(io::ErrorKind::UnexpectedEof, what)
+    }
+
+    /// Is it still the file of the block's length that can be found by a name?
+    fn check(&self) -> io::Result<()> {
+        let now = self.file.metadata().map_err(|error| about(&self.path, "cannot be looked at", error))?;
+        if now.len() < self.length {
+            return Err(self.cut_short(now.len()));
+        }
+        let changed = |what: String| Err(io::Error::other(format!("{}: {what}", self.path.display())));
+        if now.len() > self.length {
+            return changed(format!("it grew, from {} bytes to {}", self.length, now.len()));
+        }
+        if self.had_name && now.nlink() == 0 {
+            return changed("it was removed or replaced".into());
+        }
+        Ok(())
     }
 
     fn write_failed(&self, at: u64, error: io::Error) -> io::Error {
@@ -195,8 +214,8 @@ impl Memory for FileMemory {
 
     fn untouched_in(&self, page_size: PageSize, pages: Range<u64>) -> io::Result<Vec<Range<u64>>> {
         let found = holes::untouched(&self.file, self.length, page_size, pages);
-        // A file that was cut short looks like one with a hole at its end.
-        if self.file.metadata()?.len() < self.length { Err(self.cut_short()) } else { found }
+        // Looked at afterwards: a file that was cut short looks like one with a hole at its end.
+        self.check().and(found)
     }
 }
 
@@ -259,6 +278,31 @@ mod tests {
             assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
             assert!(error.to_string().ends_with("image: it was cut short, from 262144 bytes to 4096"), "{error}");
         }
+    }
+
+    #[test]
+    fn a_file_that_grew_or_was_removed_is_an_error_that_says_so() {
+        let (_folder, memory) = created(2 * 4096);
+        memory.file.set_len(8193).unwrap();
+        let words = memory.untouched(PAGE).unwrap_err().to_string();
+        assert!(words.ends_with("image: it grew, from 8192 bytes to 8193"), "{words}");
+        memory.file.set_len(8192).unwrap();
+        memory.untouched(PAGE).unwrap();
+        std::fs::remove_file(memory.path()).unwrap();
+        let words = memory.untouched(PAGE).unwrap_err().to_string();
+        assert!(words.ends_with("image: it was removed or replaced"), "{words}");
+    }
+
+    #[test]
+    fn a_file_that_never_had_a_name_is_memory_like_any_other() {
+        use std::os::fd::AsRawFd;
+        let memfd = File::from(rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
+        memfd.write_all_at(&[1; 3 * 4096], 0).unwrap();
+        let path = format!("/proc/self/fd/{}", memfd.as_raw_fd());
+        let memory = FileMemory::open_source(Path::new(&path)).unwrap();
+        assert_eq!(memory.untouched(PAGE).unwrap(), []);
+        memfd.set_len(4096).unwrap();
+        assert!(memory.untouched(PAGE).unwrap_err().to_string().contains("cut short, from 12288 bytes to 4096"));
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use memferry::events::{Ended, Event, Phase, Role};
 use memferry::settings::DestinationSettings;
-use memferry_stages::geometry::PageSize;
+use memferry_stages::geometry::{BlockInfo, PageSize};
 use memferry_stages::wire::messages::RunState;
 use memferry_stages::wire::{Kind, Message};
 use memferry_tests::guest::{Fails, Told};
@@ -219,6 +219,38 @@ fn digests_left_out_or_wrong() {
     });
     received.stayed_off(Phase::Failed, &["verification failed", "\"ram0\""]);
     assert_eq!(received.ended.verified, Some(false));
+}
+
+#[test]
+fn a_guest_that_is_built_otherwise_than_it_came_is_refused_before_any_page() {
+    type Alters = fn(&mut Vec<BlockInfo>);
+    let otherwise: [(Alters, &str); 5] = [
+        (|blocks| blocks[0].length += 4096, "bytes at 0x0 was built"),
+        (|blocks| blocks[0].length -= 1, "bytes at 0x0 was built"),
+        (|blocks| blocks[0].id.push('0'), "and \"ram00\" of "),
+        (|blocks| blocks[0].guest_address = 4 << 30, "bytes at 0x100000000 was built"),
+        (
+            |blocks| blocks.push(BlockInfo { id: "more".into(), ..blocks[0].clone() }),
+            "1 RAM blocks came and 2 were built",
+        ),
+    ];
+    for (alters, words) in otherwise {
+        let guest = TestGuest::destination().building(alters);
+        let received = receive_from(guest, destination_settings(), async |mut hand, recording, _| {
+            hand.send(&recording.bytes()).await;
+            let said = hand.hear_until(Kind::Refused).await;
+            assert!(matches!(&said, Some(Message::Refused(why)) if why.contains(words)), "{words:?}: {said:?}");
+        });
+        received.stayed_off(Phase::Failed, &["the guest was built otherwise than it came", words]);
+        assert_eq!(received.guest.told(), [Told::Build]);
+    }
+    // What backs it is its host's own affair.
+    let guest = TestGuest::destination().building(|blocks| blocks[0].backing_page_size = 2 << 20);
+    let received = receive_from(guest, destination_settings(), async |mut hand, recording, _| {
+        send_all(&mut hand, &recording).await;
+        assert_eq!(hand.hear().await, LOADED);
+    });
+    received.stayed_off(Phase::Failed, &[]);
 }
 
 #[test]

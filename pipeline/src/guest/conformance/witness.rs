@@ -10,6 +10,7 @@ use memferry_stages::memory::GuestMemory;
 
 use super::image::Image;
 use crate::guest::{Guest, GuestError, GuestState, RunState};
+use crate::migration::built_otherwise;
 
 /// What was seen.
 #[derive(Debug, Default)]
@@ -131,11 +132,8 @@ impl Guest for Witness {
 
 /// What a guest built is what came: the same blocks, zero where it says that they are.
 pub(super) fn what_is_wrong(memory: &GuestMemory, page_size: PageSize, blocks: &[BlockInfo]) -> Option<String> {
-    let layout = memory.layout();
-    let shape = |blocks: &[BlockInfo]| blocks.iter().map(|block| (block.id.clone(), block.length)).collect::<Vec<_>>();
-    if layout.page_size() != page_size || shape(layout.blocks()) != shape(blocks) {
-        let (came, built) = (shape(blocks), shape(layout.blocks()));
-        return Some(format!("{came:?} came and {built:?} was built, in pages of {:?}", layout.page_size()));
+    if let Some(otherwise) = built_otherwise(memory, page_size, blocks) {
+        return Some(otherwise);
     }
     let image = Image::of(memory).ok()?;
     let fresh = (0..).zip(memory.blocks()).filter(|(_, block)| block.fresh);

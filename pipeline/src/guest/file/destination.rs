@@ -1,9 +1,10 @@
-//! The destination's side: images that are written under temporary names, and take their place when the guest starts.
+//! The destination's side: images and state files that are written under temporary names, and take their place when the guest starts.
 
 use std::collections::BTreeSet;
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::hash::{BuildHasher, RandomState};
-use std::io;
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -14,7 +15,8 @@ use rustix::io::Errno;
 
 use super::commands;
 use super::settings::{FileGuestSettings, Image};
-use crate::guest::{GuestError, RunState};
+use super::state;
+use crate::guest::{GuestError, GuestState, RunState};
 
 /// A file guest that is to arrive. Dropped before its start, it leaves no file behind.
 #[derive(Debug)]
@@ -26,13 +28,15 @@ pub(super) struct Destination {
 #[derive(Debug)]
 struct Built {
     memory: GuestMemory,
-    images: Vec<Partial>,
+    images: Vec<Arc<FileMemory>>,
+    /// The images, and the state files when they have come.
+    files: Vec<Partial>,
 }
 
-/// An image that is being written.
+/// A file under a temporary name, beside the place that it will take.
 #[derive(Debug)]
 struct Partial {
-    memory: Arc<FileMemory>,
+    temporary: PathBuf,
     target: PathBuf,
     is_placed: bool,
 }
@@ -47,37 +51,46 @@ impl Destination {
         self.built().as_ref().map(|built| built.memory.clone())
     }
 
-    /// Creates a sparse file for every block.
-    pub(super) fn build(&self, page_size: PageSize, blocks: &[BlockInfo]) -> Result<(), GuestError> {
+    /// Creates a sparse file for every block, and sees that there is a place for every state file that is to come.
+    pub(super) fn build(
+        &self,
+        page_size: PageSize,
+        blocks: &[BlockInfo],
+        setup: &GuestState,
+    ) -> Result<(), GuestError> {
         if self.built().is_some() {
             return Err(GuestError("the images are created already".into()));
         }
         let targets = self.targets(blocks)?;
-        targets.iter().try_for_each(|image| self.check_target(&image.path))?;
-        let create = |(image, block): (&&Image, &BlockInfo)| Partial::create(&image.path, block.length);
-        let images: Vec<_> = targets.iter().zip(blocks).map(create).collect::<Result<_, _>>()?;
-        let as_block = |(info, partial): (&BlockInfo, &Partial)| RamBlock {
-            info: info.clone(),
-            memory: partial.memory.clone(),
-            fresh: true,
-        };
-        let blocks = blocks.iter().zip(&images).map(as_block).collect();
-        let memory = GuestMemory::new(page_size, blocks).map_err(|error| GuestError(error.to_string()))?;
-        *self.built() = Some(Built { memory, images });
+        state::of_files("setup", setup, &self.settings.state_files)?;
+        targets.iter().copied().chain(&self.settings.state_files).try_for_each(|file| self.check_target(&file.path))?;
+        let (mut files, mut images, mut as_blocks) = (Vec::new(), Vec::new(), Vec::new());
+        for (image, block) in targets.into_iter().zip(blocks) {
+            let (partial, memory) = Partial::image(&image.path, block.length)?;
+            files.push(partial);
+            images.push(memory.clone());
+            as_blocks.push(RamBlock { info: block.clone(), memory, fresh: true });
+        }
+        let memory = GuestMemory::new(page_size, as_blocks).map_err(|error| GuestError(error.to_string()))?;
+        *self.built() = Some(Built { memory, images, files });
         Ok(())
     }
 
-    /// Returns when every image is on the disk.
-    pub(super) fn prepare(&self) -> Result<(), GuestError> {
-        let built = self.built();
-        let built = built.as_ref().ok_or_else(not_built)?;
-        built.images.iter().try_for_each(|image| image.memory.sync()).map_err(|error| GuestError(error.to_string()))
+    /// Returns when every image and every state file is on the disk.
+    pub(super) fn prepare(&self, device: &GuestState) -> Result<(), GuestError> {
+        let mut built = self.built();
+        let built = built.as_mut().ok_or_else(not_built)?;
+        let state_files = &self.settings.state_files;
+        for (file, section) in state_files.iter().zip(state::of_files("device", device, state_files)?) {
+            built.files.push(Partial::state_file(&file.path, &section.bytes)?);
+        }
+        built.images.iter().try_for_each(|image| image.sync()).map_err(|error| GuestError(error.to_string()))
     }
 
-    /// Gives every image its name, then runs the start command.
+    /// Gives every file its name, then runs the start command.
     pub(super) fn start(&self, run_state: RunState) -> Result<(), GuestError> {
         let mut built = self.built();
-        place(&mut built.as_mut().ok_or_else(not_built)?.images, self.settings.overwrite)?;
+        place(&mut built.as_mut().ok_or_else(not_built)?.files, self.settings.overwrite)?;
         let Some(start) = self.settings.start.as_ref().filter(|_| run_state == RunState::Running) else {
             return Ok(());
         };
@@ -120,29 +133,39 @@ fn not_built() -> GuestError {
 }
 
 impl Partial {
-    fn create(target: &Path, length: u64) -> Result<Self, GuestError> {
-        let name = target.file_name().ok_or_else(|| GuestError(format!("{} names no file", target.display())))?;
-        let mut temporary = name.to_owned();
-        temporary.push(format!(".memferry-{:08x}.partial", RandomState::new().hash_one(target) >> 32));
-        let memory = FileMemory::create(&target.with_file_name(temporary), length);
-        let memory = memory.map_err(|error| GuestError(error.to_string()))?;
-        Ok(Self { memory: Arc::new(memory), target: target.into(), is_placed: false })
+    fn image(target: &Path, length: u64) -> Result<(Self, Arc<FileMemory>), GuestError> {
+        let temporary = temporary_of(target)?;
+        let memory = FileMemory::create(&temporary, length).map_err(|error| GuestError(error.to_string()))?;
+        Ok((Self::new(temporary, target), Arc::new(memory)))
+    }
+
+    /// On the disk when this returns.
+    fn state_file(target: &Path, bytes: &[u8]) -> Result<Self, GuestError> {
+        let temporary = temporary_of(target)?;
+        let named = |error| GuestError::caused(format_args!("{}: cannot be written", temporary.display()), error);
+        let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary);
+        let (mut file, partial) = (file.map_err(named)?, Self::new(temporary.clone(), target));
+        file.write_all(bytes).and_then(|()| file.sync_all()).map_err(named)?;
+        Ok(partial)
+    }
+
+    fn new(temporary: PathBuf, target: &Path) -> Self {
+        Self { temporary, target: target.into(), is_placed: false }
     }
 
     fn place(&mut self, overwrite: bool) -> io::Result<()> {
-        let from = self.memory.path();
         if overwrite {
-            std::fs::rename(from, &self.target)?;
+            std::fs::rename(&self.temporary, &self.target)?;
         } else {
-            rename_to_nothing(from, &self.target)?;
+            rename_to_nothing(&self.temporary, &self.target)?;
         }
         self.is_placed = true;
         Ok(())
     }
 
-    /// Takes the image out of its place again.
+    /// Takes the file out of its place again.
     fn displace(&mut self) -> io::Result<()> {
-        rename_to_nothing(&self.target, self.memory.path())?;
+        rename_to_nothing(&self.target, &self.temporary)?;
         self.is_placed = false;
         Ok(())
     }
@@ -152,24 +175,32 @@ impl Drop for Partial {
     fn drop(&mut self) {
         if !self.is_placed {
             // There is nobody left to tell, and the name says what it is.
-            drop(std::fs::remove_file(self.memory.path()));
+            drop(std::fs::remove_file(&self.temporary));
         }
     }
 }
 
-/// Places all images or, where none may be replaced, none. What was replaced cannot be brought back.
-fn place(images: &mut [Partial], overwrite: bool) -> Result<(), GuestError> {
-    for index in 0..images.len() {
-        let Err(error) = images[index].place(overwrite) else { continue };
-        let failed = format!("{} cannot take its place: {error}", images[index].target.display());
-        let placed = &mut images[..index];
-        if overwrite || placed.iter_mut().any(|image| image.displace().is_err()) {
-            let names: Vec<_> = placed.iter().filter(|image| image.is_placed).map(|image| &image.target).collect();
+/// The name beside a file under which it is written.
+fn temporary_of(target: &Path) -> Result<PathBuf, GuestError> {
+    let name = target.file_name().ok_or_else(|| GuestError(format!("{} names no file", target.display())))?;
+    let mut temporary = name.to_owned();
+    temporary.push(format!(".memferry-{:08x}.partial", RandomState::new().hash_one(target) >> 32));
+    Ok(target.with_file_name(temporary))
+}
+
+/// Places all files or, where none may be replaced, none. What was replaced cannot be brought back.
+fn place(files: &mut [Partial], overwrite: bool) -> Result<(), GuestError> {
+    for index in 0..files.len() {
+        let Err(error) = files[index].place(overwrite) else { continue };
+        let failed = format!("{} cannot take its place: {error}", files[index].target.display());
+        let placed = &mut files[..index];
+        if overwrite || placed.iter_mut().any(|file| file.displace().is_err()) {
+            let names: Vec<_> = placed.iter().filter(|file| file.is_placed).map(|file| &file.target).collect();
             return Err(GuestError(format!("{failed}; in place are {names:?}")));
         }
         return Err(GuestError(failed));
     }
-    let folders: BTreeSet<_> = images.iter().map(|image| folder(&image.target)).collect();
+    let folders: BTreeSet<_> = files.iter().map(|file| folder(&file.target)).collect();
     folders.into_iter().try_for_each(|folder| {
         let synced = File::open(folder).and_then(|open| open.sync_all());
         synced.map_err(|error| {

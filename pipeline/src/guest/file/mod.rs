@@ -5,7 +5,13 @@
 //! are two commands of the operator's, `pause` and `resume`, and a [`guard`] process sees that the writer goes on even if
 //! this process is killed in between. At the destination files are created beside their place under temporary names,
 //! sparse where the memory is zero; they are made durable before the destination says that it is ready, and renamed into
-//! place when the guest starts. A file guest has no device state.
+//! place when the guest starts.
+//!
+//! Device state is in files too: what the writer leaves beside its images when it is paused may be named as
+//! `state_files`. The source reads them after the pause, and they take their places with the images.
+//!
+//! An image that grows, shrinks, is removed or replaced while it is sent ends the migration with an error that names it, and
+//! the writer goes on: the next bitmap sync sees it in the open file, or at the latest the look at its path after the pause.
 //!
 //! It owns its open files, its temporary files (removed unless they took their place) and its guard.
 
@@ -14,6 +20,7 @@ mod destination;
 pub mod guard;
 pub mod settings;
 mod source;
+mod state;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -115,10 +122,13 @@ impl Guest for FileGuest {
         self.as_source()?.resume()
     }
 
-    /// Nothing to save; but images that grew or were replaced are found here.
+    fn setup_state(&self) -> Result<GuestState, GuestError> {
+        Ok(self.as_source()?.setup_state())
+    }
+
+    /// What is in the state files.
     fn save(&self) -> Result<GuestState, GuestError> {
-        self.as_source()?.compare_files()?;
-        Ok(GuestState::default())
+        self.as_source()?.save()
     }
 
     fn committed(&self) {
@@ -128,26 +138,16 @@ impl Guest for FileGuest {
     }
 
     fn build(&self, page_size: PageSize, blocks: &[BlockInfo], setup: &GuestState) -> Result<(), GuestError> {
-        refuse_state("setup", setup)?;
-        self.as_destination()?.build(page_size, blocks)
+        self.as_destination()?.build(page_size, blocks, setup)
     }
 
     fn prepare(&self, state: &GuestState) -> Result<(), GuestError> {
-        refuse_state("device", state)?;
-        self.as_destination()?.prepare()
+        self.as_destination()?.prepare(state)
     }
 
     fn start(&self, run_state: RunState) -> Result<(), GuestError> {
         self.as_destination()?.start(run_state)
     }
-}
-
-fn refuse_state(kind: &str, state: &GuestState) -> Result<(), GuestError> {
-    if state.sections.is_empty() {
-        return Ok(());
-    }
-    let names: Vec<_> = state.sections.iter().map(|section| &section.name).collect();
-    Err(GuestError(format!("{kind} state {names:?} came: images have none, so the source is another kind of guest")))
 }
 
 #[cfg(test)]

@@ -13,6 +13,9 @@ use crate::guest::GuestError;
 pub struct FileGuestSettings {
     /// Its images, one RAM block each, in order.
     pub images: Vec<Image>,
+    /// Small files that travel with the device state, in order: whoever is paused leaves them beside its images. The source reads
+    /// them after `pause`; the destination puts them in their places before `start`. The ids are the same on both sides.
+    pub state_files: Vec<Image>,
     /// Source: size of a page. A destination takes what comes.
     pub page_size: PageSize,
     /// Source: the command, as an argument vector, that stops whoever writes the images: when it has succeeded, nobody
@@ -29,10 +32,10 @@ pub struct FileGuestSettings {
     pub overwrite: bool,
 }
 
-/// One image.
+/// One image, or one state file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Image {
-    /// Id of its RAM block, the same on both sides.
+    /// Id of its RAM block, or of its section of the state: the same on both sides.
     pub id: String,
     /// The file.
     pub path: PathBuf,
@@ -43,6 +46,7 @@ impl Default for FileGuestSettings {
     fn default() -> Self {
         Self {
             images: Vec::new(),
+            state_files: Vec::new(),
             page_size: PageSize::DEFAULT,
             pause: None,
             resume: None,
@@ -64,12 +68,12 @@ impl FileGuestSettings {
             return refuse("there are no images: name at least one, with an id and a path".into());
         }
         let (mut ids, mut paths) = (HashSet::new(), HashSet::new());
-        for image in &self.images {
+        for image in self.images.iter().chain(&self.state_files) {
             if !ids.insert(&image.id) {
-                return refuse(format!("two images have the id {:?}", image.id));
+                return refuse(format!("two files have the id {:?}", image.id));
             }
             if !paths.insert(&image.path) {
-                return refuse(format!("two images have the path {}", image.path.display()));
+                return refuse(format!("two files have the path {}", image.path.display()));
             }
         }
         for (name, command) in [("pause", &self.pause), ("resume", &self.resume), ("start", &self.start)] {

@@ -1,6 +1,7 @@
 //! The source's side: images that exist, read by position, and the commands that hold whoever writes them.
 
-use std::fs::Metadata;
+use std::fs::{File, Metadata};
+use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -11,7 +12,8 @@ use memferry_stages::memory::{FileMemory, GuestMemory, Memory, RamBlock};
 use super::commands;
 use super::guard::Guard;
 use super::settings::{FileGuestSettings, Image};
-use crate::guest::GuestError;
+use super::state::{self, MAX_STATE_FILE_BYTES};
+use crate::guest::{GuestError, GuestState};
 
 /// A file guest that is to be moved.
 #[derive(Debug)]
@@ -61,6 +63,19 @@ impl Source {
         &self.memory
     }
 
+    /// Tells of the files that will come with the device state, by their ids.
+    pub(super) fn setup_state(&self) -> GuestState {
+        let announced = |file: &Image| state::section(&file.id, Vec::new());
+        GuestState { sections: self.settings.state_files.iter().map(announced).collect() }
+    }
+
+    /// Sees that the images are still what they were, and reads the files that come with them.
+    pub(super) fn save(&self) -> Result<GuestState, GuestError> {
+        self.compare_files()?;
+        let saved = |file: &Image| Ok::<_, GuestError>(state::section(&file.id, read_whole(file)?));
+        Ok(GuestState { sections: self.settings.state_files.iter().map(saved).collect::<Result<_, _>>()? })
+    }
+
     /// Posts the guard, runs the pause command, and sees that the images are still what they were.
     pub(super) fn pause(&self) -> Result<(), GuestError> {
         let (Some(pause), Some(resume)) = (&self.settings.pause, &self.settings.resume) else {
@@ -99,7 +114,7 @@ impl Source {
     }
 
     /// Every path still leads to the file that was opened, and that is as long as it was.
-    pub(super) fn compare_files(&self) -> Result<(), GuestError> {
+    fn compare_files(&self) -> Result<(), GuestError> {
         for ((image, opened), block) in self.settings.images.iter().zip(&self.opened).zip(self.memory.blocks()) {
             let (path, length, now) = (image.path.display(), block.info.length, identity(&image.path)?);
             if (now.device, now.inode) != (opened.device, opened.inode) {
@@ -135,4 +150,21 @@ fn identity(path: &Path) -> Result<Identity, GuestError> {
     std::fs::metadata(path)
         .map(of)
         .map_err(|error| GuestError::caused(format_args!("the image {}", path.display()), error))
+}
+
+/// The bytes of a small file. What is no regular file could keep its reader waiting, or never end.
+fn read_whole(file: &Image) -> Result<Vec<u8>, GuestError> {
+    let named = |why: &dyn std::fmt::Display| {
+        GuestError::caused(format_args!("state file {}: {}", file.id, file.path.display()), why)
+    };
+    if !file.path.metadata().map_err(|error| named(&error))?.is_file() {
+        return Err(named(&"it is no regular file"));
+    }
+    let mut bytes = Vec::new();
+    let open = File::open(&file.path).map_err(|error| named(&error))?;
+    open.take(MAX_STATE_FILE_BYTES + 1).read_to_end(&mut bytes).map_err(|error| named(&error))?;
+    if bytes.len() as u64 > MAX_STATE_FILE_BYTES {
+        return Err(named(&format_args!("it has more than {MAX_STATE_FILE_BYTES} bytes: make it an image")));
+    }
+    Ok(bytes)
 }

@@ -207,11 +207,89 @@ fn settings_that_do_not_fit_together_are_refused() {
         FileGuest::destination(settings).unwrap_err().to_string()
     };
     assert_eq!(refuse(|s| s.images.clear()), "there are no images: name at least one, with an id and a path");
-    assert_eq!(refuse(|s| s.images[1].id = "a".into()), "two images have the id \"a\"");
-    assert_eq!(refuse(|s| s.images[1].path = "/a".into()), "two images have the path /a");
+    assert_eq!(refuse(|s| s.images[1].id = "a".into()), "two files have the id \"a\"");
+    assert_eq!(refuse(|s| s.images[1].path = "/a".into()), "two files have the path /a");
     assert_eq!(refuse(|s| s.pause = argv(&["p"])), "pause and resume belong together: give both or neither");
     assert!(refuse(|s| s.start = argv(&[])).starts_with("start names no program"));
     assert!(refuse(|s| s.command_timeout = Duration::ZERO).starts_with("command_timeout is 0"));
+}
+
+/// Settings of one image, and of a state file that is named and not made.
+fn with_state(folder: &Path) -> FileGuestSettings {
+    FileGuestSettings {
+        state_files: vec![Image { id: "meta".into(), path: folder.join("image.meta") }],
+        ..settings(&[("ram", &folder.join("image"))])
+    }
+}
+
+#[test]
+fn state_files_are_read_after_the_pause_and_in_place_before_the_start() {
+    let (here, there) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+    fs::write(here.path().join("image"), "memory").unwrap();
+    let meta = here.path().join("image.meta");
+    let leaves = format!("printf left > '{}'", meta.display());
+    let settings = FileGuestSettings {
+        pause: argv(&["sh", "-c", &leaves]),
+        resume: argv(&["rm", meta.to_str().unwrap()]),
+        ..with_state(here.path())
+    };
+    let source = FileGuest::source(settings, None).unwrap();
+    let is_there = format!("test \"$(cat '{}')\" = left", there.path().join("image.meta").display());
+    let settings = FileGuestSettings { start: argv(&["sh", "-c", &is_there]), ..with_state(there.path()) };
+    let destination = FileGuest::destination(settings).unwrap();
+    built(&source, &destination).unwrap();
+    source.pause().unwrap();
+    copy(&source.memory(), &destination.memory());
+    let state = source.save().unwrap();
+    destination.prepare(&state).unwrap();
+    assert!(entries(there.path()).iter().all(|name| name.ends_with(".partial")), "{:?}", entries(there.path()));
+    destination.start(RunState::Running).unwrap();
+    assert_eq!(entries(there.path()), ["image", "image.meta"]);
+    assert_eq!(there.path().join("image.meta").metadata().unwrap().permissions().mode() & 0o777, 0o600);
+    source.resume().unwrap();
+    assert!(!meta.exists());
+}
+
+#[test]
+fn a_state_file_that_cannot_come_is_named() {
+    let folder = TempDir::new().unwrap();
+    fs::write(folder.path().join("image"), "memory").unwrap();
+    let source = FileGuest::source(with_state(folder.path()), None).unwrap();
+    let refused = || source.save().unwrap_err().to_string();
+    let meta = folder.path().join("image.meta");
+    assert!(refused().starts_with("state file meta: ") && refused().contains("image.meta: No such file"));
+    fs::create_dir(&meta).unwrap();
+    assert!(refused().ends_with("image.meta: it is no regular file"), "{}", refused());
+    fs::remove_dir(&meta).unwrap();
+    let file = fs::File::create(&meta).unwrap();
+    file.set_len(16 << 20).unwrap();
+    assert_eq!(source.save().unwrap().sections[0].bytes.len(), 16 << 20);
+    file.set_len((16 << 20) + 1).unwrap();
+    assert!(refused().ends_with("it has more than 16777216 bytes: make it an image"), "{}", refused());
+}
+
+#[test]
+fn state_files_without_a_place_and_places_without_a_state_file_are_refused_before_any_page() {
+    let (here, there) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+    fs::write(here.path().join("image"), "memory").unwrap();
+    let with = FileGuest::source(with_state(here.path()), None).unwrap();
+    let without = FileGuest::source(settings(&[("ram", &here.path().join("image"))]), None).unwrap();
+    let destination = || FileGuest::destination(with_state(there.path())).unwrap();
+    let words = built(&without, &destination()).unwrap_err().to_string();
+    assert!(words.starts_with("setup state [] came, there are state_files for [\"meta\"]"), "{words}");
+    let bare = FileGuest::destination(settings(&[("ram", &there.path().join("image"))])).unwrap();
+    let words = built(&with, &bare).unwrap_err().to_string();
+    assert!(words.starts_with("setup state [\"meta\"] came, there are state_files for []"), "{words}");
+    fs::write(there.path().join("image.meta"), "somebody's").unwrap();
+    assert!(built(&with, &destination()).unwrap_err().to_string().contains("image.meta exists"));
+    fs::remove_file(there.path().join("image.meta")).unwrap();
+    let destination = destination();
+    built(&with, &destination).unwrap();
+    let twice = vec![state::section("meta", vec![]), state::section("meta", vec![])];
+    let words = destination.prepare(&GuestState { sections: twice }).unwrap_err().to_string();
+    assert!(words.starts_with("device state [\"meta\", \"meta\"] came"), "{words}");
+    drop(destination);
+    assert_eq!(entries(there.path()), [""; 0]);
 }
 
 /// Settings whose commands leave a line each in `log`; `pause` does `more` besides.

@@ -22,6 +22,9 @@ pub struct KvmSettings {
     pub vcpus: u32,
     /// Bytes that the program steps through: whole pages, at least one for each vCPU.
     pub region: u64,
+    /// Where the region begins, as an offset in RAM: a whole page, behind the program's own part. The hole in physical memory
+    /// below 4 GiB is no part of RAM, so a region may reach over it.
+    pub region_at: u64,
     /// Pages that a vCPU writes in a second; 0 is as many as it can.
     pub pages_per_second: f64,
     /// Bytes that it changes in each page: a multiple of 8, from 16 to a page.
@@ -50,6 +53,7 @@ impl Default for KvmSettings {
             memory: 64 << 20,
             vcpus: 1,
             region: 4 << 20,
+            region_at: OWN_BYTES,
             pages_per_second: 5_000.0,
             bytes: 64,
             dirty_log: KvmLogChoice::DirtyLog,
@@ -69,7 +73,7 @@ impl KvmSettings {
     /// # Errors
     /// A sentence that names the setting, its value and what it may be.
     pub fn validate(&self) -> Result<(), GuestError> {
-        let Self { memory, vcpus, region, pages_per_second, bytes, .. } = *self;
+        let Self { memory, vcpus, region, region_at, pages_per_second, bytes, .. } = *self;
         check((2 * MEMORY_UNIT..=MOST_MEMORY).contains(&memory) && memory.is_multiple_of(MEMORY_UNIT), || {
             format!("memory is {memory} bytes: it may be 4 MiB to 64 GiB, in steps of 2 MiB")
         })?;
@@ -79,6 +83,10 @@ impl KvmSettings {
         })?;
         check(region <= memory - OWN_BYTES, || {
             format!("region is {region} bytes: in {memory} bytes of memory it may be {} at most", memory - OWN_BYTES)
+        })?;
+        check(region_at.is_multiple_of(PAGE_BYTES) && (OWN_BYTES..=memory - region).contains(&region_at), || {
+            let most = memory - region;
+            format!("region_at is {region_at}: it may be {OWN_BYTES} to {most}, in steps of {PAGE_BYTES}")
         })?;
         check((0.0..=1e9).contains(&pages_per_second), || {
             format!("pages_per_second is {pages_per_second}: it may be 0 (as fast as it can) to 1000000000")
@@ -111,6 +119,9 @@ mod tests {
         refused(KvmSettings { vcpus: 17, ..fine.clone() }, "vcpus");
         refused(KvmSettings { region: 4096, vcpus: 2, ..fine.clone() }, "region");
         refused(KvmSettings { region: 63 << 20, ..fine.clone() }, "region");
+        refused(KvmSettings { region_at: 4096, ..fine.clone() }, "region_at");
+        refused(KvmSettings { region_at: (2 << 20) + 1, ..fine.clone() }, "region_at");
+        refused(KvmSettings { region_at: 61 << 20, ..fine.clone() }, "region_at");
         refused(KvmSettings { pages_per_second: f64::NAN, ..fine.clone() }, "pages_per_second");
         refused(KvmSettings { bytes: 20, ..fine }, "bytes");
     }

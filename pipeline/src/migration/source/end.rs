@@ -15,7 +15,7 @@ use crate::migration::{blocking, bounds};
 use crate::settings::After;
 
 /// How long the destination is given to take the reason of a failure before its connection is dropped.
-const FAREWELL: Duration = Duration::from_millis(500);
+pub(super) const FAREWELL: Duration = Duration::from_millis(500);
 /// What an operator does about a hand-over that nobody confirmed.
 const LOOK: &str = "the guest stays paused here: look at the destination; resume it here only if it does not run there";
 

@@ -158,8 +158,13 @@ impl Source {
             agreed = agreed => agreed?,
         };
         // A cancel waits for this: a log that is being started cannot be stopped.
-        let (bitmap, untouched) = self.arm().await?;
-        self.estimate_verify().await?;
+        let (bitmap, untouched) = match self.make_ready().await {
+            Ok(ready) => ready,
+            Err(error) => {
+                self.take_leave(link, &error).await;
+                return Err(error);
+            }
+        };
         let flow = running.insert(self.start_stages(link, bitmap, untouched));
         self.rounds(flow).await?;
         self.send_the_rest(flow).await?;

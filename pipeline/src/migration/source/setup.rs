@@ -9,6 +9,7 @@ use memferry_stages::memory::GuestMemory;
 use memferry_stages::wire::Message;
 use memferry_stages::wire::messages::StatePhase;
 
+use super::end::FAREWELL;
 use super::{HANDOVER_GUESS, Source};
 use crate::events::{Event, Phase};
 use crate::migration::error::MigrationError;
@@ -48,9 +49,25 @@ impl Source {
         answered.unwrap_or_else(|_| Err(MigrationError::TimedOut(format!("{} does not answer with {name}", link.peer))))
     }
 
+    /// What is left to do before the first page.
+    pub(super) async fn make_ready(&mut self) -> Result<(Arc<DirtyBitmap>, Arc<DirtyBitmap>), MigrationError> {
+        let armed = self.arm().await?;
+        self.estimate_verify().await?;
+        Ok(armed)
+    }
+
+    /// Tells the destination why nothing will come, while there are no stages that would.
+    pub(super) async fn take_leave(&self, mut link: Link, why: &MigrationError) {
+        if self.transport.capabilities().return_path {
+            let words = Message::Abort(why.to_string());
+            // A peer that is gone or does not read needs no farewell.
+            drop(tokio::time::timeout(FAREWELL, link.say(&words)).await);
+        }
+    }
+
     /// Starts the logs, and only then asks which pages were never touched: a write that comes later is in a log. All bits
     /// are set: the bitmap is the truth from here on (law 1).
-    pub(super) async fn arm(&mut self) -> Result<(Arc<DirtyBitmap>, Arc<DirtyBitmap>), MigrationError> {
+    async fn arm(&mut self) -> Result<(Arc<DirtyBitmap>, Arc<DirtyBitmap>), MigrationError> {
         let (guest, memory) = (self.guest.clone(), self.memory.clone());
         self.logs = blocking(move || guest.dirty_logs()).await?;
         self.observers.tell(&Event::Guest {

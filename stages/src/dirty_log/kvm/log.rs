@@ -22,7 +22,7 @@ use crate::bitmap::DirtyBitmap;
 use crate::dirty_log::DirtyLog;
 use crate::dirty_log::software::{clear, collect};
 use crate::geometry::{EXTENT_PAGES, ExtentAt, Layout, bits};
-use crate::kvm::Slot;
+use crate::kvm::{KVM_PAGE_BYTES, Slot};
 
 /// Words of the kernel's bits in a chunk, which is cleared at once: 64 MiB of memory.
 const CHUNK: usize = 256;
@@ -71,6 +71,13 @@ impl KvmLog {
         };
         let slots = slots.into_iter().map(follow).collect();
         Self { machine, slots, pending: DirtyBitmap::empty(layout), extent_words }
+    }
+
+    /// Bytes that a log keeps in memory for a machine that has one slot for each block.
+    #[must_use]
+    pub fn bytes_for(layout: &Layout) -> u64 {
+        let of_slots = layout.blocks().iter().map(|block| bits_bytes(block.length.div_ceil(KVM_PAGE_BYTES)));
+        DirtyBitmap::bytes_of(layout) + of_slots.sum::<u64>()
     }
 
     /// Clears what was fetched and is chosen by `choose`, given the number of a word, among some words of a slot. True if
@@ -214,8 +221,8 @@ impl DirtyLog for KvmLog {
     }
 
     fn memory_bytes(&self) -> u64 {
-        let of = |followed: &Followed| 2 * 8 * followed.slot.pages().div_ceil(64);
-        self.pending.memory_bytes() + self.slots.iter().map(of).sum::<u64>()
+        let of_slots = self.slots.iter().map(|followed| bits_bytes(followed.slot.pages()));
+        self.pending.memory_bytes() + of_slots.sum::<u64>()
     }
 
     fn stop(&self) -> io::Result<()> {
@@ -225,6 +232,11 @@ impl DirtyLog for KvmLog {
         let stops = self.slots.iter().map(|followed| self.machine.set_logging(followed.slot.number, false));
         stops.collect::<Vec<_>>().into_iter().collect()
     }
+}
+
+/// Bytes of the [`Bits`] of so many pages.
+fn bits_bytes(pages: u64) -> u64 {
+    2 * 8 * pages.div_ceil(64)
 }
 
 /// 64 pages of KVM's are at least one page of ours: an extent has whole words.

@@ -15,7 +15,7 @@ use super::descriptor::duplicate;
 use super::devices::Devices;
 use super::ram::{self, Ram};
 use crate::guest::GuestError;
-use crate::guest::kvm::settings::{KvmLogChoice, KvmSettings, OWN_BYTES, PAGE_BYTES};
+use crate::guest::kvm::settings::{KvmLogChoice, KvmSettings, PAGE_BYTES};
 
 /// Entries of each vCPU's dirty ring.
 const RING_ENTRIES: u32 = 4096;
@@ -140,8 +140,8 @@ fn begin(vcpu: &VcpuFd, settings: &KvmSettings, index: u32) -> Result<(), kvm_io
         rip: ram::PROGRAM,
         rsp: ram::stack(index),
         rflags: 2,
-        r12: OWN_BYTES + part.start * PAGE_BYTES,
-        rsi: OWN_BYTES + part.end * PAGE_BYTES,
+        r12: settings.region_at + part.start * PAGE_BYTES,
+        rsi: settings.region_at + part.end * PAGE_BYTES,
         r13: part.start,
         r9: settings.bytes.into(),
         r10: index.into(),

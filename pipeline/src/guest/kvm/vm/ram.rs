@@ -17,7 +17,7 @@ use memferry_stages::memory::{GuestMemory, MappedMemory, RamBlock};
 
 use super::program::{Program, TICK_VECTOR, program};
 use crate::guest::GuestError;
-use crate::guest::kvm::settings::{KvmSettings, MEMORY_UNIT, OWN_BYTES, PAGE_BYTES};
+use crate::guest::kvm::settings::{KvmSettings, MEMORY_UNIT, PAGE_BYTES};
 
 /// Where the hole begins and ends, in the guest's physical memory.
 const HOLE: Range<u64> = 3 << 30..4 << 30;
@@ -97,7 +97,7 @@ impl Ram {
             content[..half].chunks_exact_mut(8).for_each(|word| word.copy_from_slice(&noise.next()));
             content[..settings.bytes as usize].fill(0);
             content[..8].copy_from_slice(&page.to_le_bytes());
-            self.store(OWN_BYTES + page * PAGE_BYTES, &content);
+            self.store(settings.region_at + page * PAGE_BYTES, &content);
         }
     }
 
@@ -177,6 +177,7 @@ impl Noise {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::guest::kvm::settings::OWN_BYTES;
 
     #[test]
     fn blocks_stand_on_both_sides_of_the_hole() {

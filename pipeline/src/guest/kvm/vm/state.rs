@@ -2,11 +2,11 @@
 //! (linux/kvm.h, x86-64), whose layout never changes.
 //!
 //! ```text
-//! "machine" in setup, version 1
-//! ┌────────┬───────┬────────┬───────┬────────────────┬─────────┬──────────────────┐
-//! │ memory │ vCPUs │ region │ bytes │ pages a second │ entries │ kvm_cpuid_entry2 │
-//! │ u64    │ u32   │ u64    │ u32   │ f64            │ u32     │ of each          │
-//! └────────┴───────┴────────┴───────┴────────────────┴─────────┴──────────────────┘
+//! "machine" in setup, version 2
+//! ┌────────┬───────┬────────┬───────────┬───────┬────────────────┬─────────┬──────────────────┐
+//! │ memory │ vCPUs │ region │ region at │ bytes │ pages a second │ entries │ kvm_cpuid_entry2 │
+//! │ u64    │ u32   │ u64    │ u64       │ u32   │ f64            │ u32     │ of each          │
+//! └────────┴───────┴────────┴───────────┴───────┴────────────────┴─────────┴──────────────────┘
 //! "vcpu 0", "vcpu 1", … of the devices, version 1
 //! ┌──────┬───────┬───────┬──────┬───────────┬───────┬────────┬──────────┬─────────┬──────┬───────────────┐
 //! │ regs │ sregs │ xsave │ xcrs │ debugregs │ lapic │ events │ mp_state │ TSC kHz │ MSRs │ kvm_msr_entry │
@@ -39,6 +39,7 @@ use super::machine::{Machine, refused};
 use crate::guest::kvm::settings::{KvmLogChoice, KvmSettings};
 use crate::guest::{GuestError, GuestState, StateSection};
 
+const SETUP_VERSION: u32 = 2;
 const VERSION: u32 = 1;
 const CHIPS: [u32; 3] = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC];
 /// In a clock's flags: what of it was measured with the host's clock, which means nothing elsewhere.
@@ -46,15 +47,16 @@ const CLOCK_FLAGS: u32 = 0;
 
 /// What a destination needs to know to build the machine.
 pub(super) fn save_setup(machine: &Machine) -> GuestState {
-    let KvmSettings { memory, vcpus, region, pages_per_second, bytes, .. } = machine.settings;
+    let KvmSettings { memory, vcpus, region, region_at, pages_per_second, bytes, .. } = machine.settings;
     let mut output = Output::default();
     output.u64(memory);
     output.u32(vcpus);
     output.u64(region);
+    output.u64(region_at);
     output.u32(bytes);
     output.u64(pages_per_second.to_bits());
     output.list(machine.cpuid.as_slice());
-    GuestState { sections: vec![output.section("machine", VERSION)] }
+    GuestState { sections: vec![output.section("machine", SETUP_VERSION)] }
 }
 
 /// The machine that comes, checked; how its writes are found here is the destination's own choice.
@@ -62,12 +64,13 @@ pub(super) fn load_setup(state: &GuestState, dirty_log: KvmLogChoice) -> Result<
     let [section] = &state.sections[..] else {
         return Err(GuestError(format!("{} sections of setup came, a KVM machine has one", state.sections.len())));
     };
-    let mut input = Input::of(section, "machine", VERSION)?;
-    let (memory, vcpus, region, bytes) = (input.u64()?, input.u32()?, input.u64()?, input.u32()?);
+    let mut input = Input::of(section, "machine", SETUP_VERSION)?;
+    let (memory, vcpus, region, region_at) = (input.u64()?, input.u32()?, input.u64()?, input.u64()?);
+    let bytes = input.u32()?;
     let pages_per_second = f64::from_bits(input.u64()?);
     let entries = input.list::<kvm_cpuid_entry2>("entries of its processors", KVM_MAX_CPUID_ENTRIES)?;
     input.end()?;
-    let settings = KvmSettings { memory, vcpus, region, pages_per_second, bytes, dirty_log };
+    let settings = KvmSettings { memory, vcpus, region, region_at, pages_per_second, bytes, dirty_log };
     settings.validate().map_err(|error| GuestError::caused("the machine that came cannot be", error))?;
     let cpuid = CpuId::from_entries(&entries).map_err(|_| GuestError("too many entries of its processors".into()))?;
     Ok((settings, cpuid))
