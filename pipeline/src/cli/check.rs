@@ -47,12 +47,15 @@ fn facts(config: &Config) -> Vec<String> {
 
 /// The guest's blocks as they will be.
 fn layout(config: &Config) -> Result<Layout, String> {
-    let block = |id: String, length| BlockInfo { id, length, guest_address: 0, backing_page_size: 4096 };
+    let block =
+        |id: String, length| BlockInfo { id, length, guest_address: 0, backing_page_size: 4096, ignored: false };
     let (page_size, blocks) = match &config.guest {
         GuestTable::Workload(table) => {
             let settings = workload(table);
             let ids = (0..settings.blocks).map(|index| block(index.to_string(), settings.block_bytes()));
-            (settings.page_size, ids.collect())
+            let shared = settings.shared.as_ref();
+            let shared = shared.map(|shared| BlockInfo { ignored: true, ..block("shared".into(), shared.bytes) });
+            (settings.page_size, ids.chain(shared).collect())
         }
         GuestTable::File(table) => {
             let settings = source_files(table);

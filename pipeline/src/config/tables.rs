@@ -57,8 +57,46 @@ pub struct WorkloadTable {
     pub seed: u64,
     /// What the memory holds at the start.
     pub fill: FillTable,
+    /// The share of the memory that is unplugged: its end. It never travels.
+    pub unplugged: f64,
+    /// Memory that is free, and hinted so while it is migrated.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub free: Option<FreeTable>,
+    /// A block more, in a file that both ends have. It never travels.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shared: Option<SharedTable>,
     /// Who writes to it.
     pub writers: Vec<WriterTable>,
+}
+
+/// `[guest.workload.free]`
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct FreeTable {
+    /// The share of the memory that is free, behind what is in use and before what is unplugged.
+    pub share: f64,
+    /// How often a second a range of it is taken and written, or given back; 0 is never.
+    #[serde(default)]
+    pub turns_per_second: f64,
+    /// What is taken at a time.
+    #[serde(default = "FreeTable::default_range")]
+    pub range: Size,
+}
+
+impl FreeTable {
+    fn default_range() -> Size {
+        Size(256 << 10)
+    }
+}
+
+/// `[guest.workload.shared]`
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct SharedTable {
+    /// The file, the same at both ends. The source makes it if it is not there, and fills it.
+    pub path: PathBuf,
+    /// Its length.
+    pub size: Size,
 }
 
 /// Where a workload's memory comes from.
@@ -374,6 +412,9 @@ impl Default for WorkloadTable {
             dirty_log: LogChoice::Auto,
             seed: 1,
             fill: FillTable::default(),
+            unplugged: 0.0,
+            free: None,
+            shared: None,
             writers: Vec::new(),
         }
     }

@@ -21,7 +21,9 @@
 //! the last one reported is what the destination will hold, and every later difference is found against it. A page
 //! that was taken and given back unread stays in flight: it is sent again each round until the log is stopped.
 //!
-//! Pages that were never touched count as zero pages without being read, so that a hole stays one.
+//! Pages that were never touched count as zero pages without being read, so that a hole stays one. Pages that are left out are
+//! neither read nor reported. A page that was only hinted free stays in flight, and so is sent all the same: what was stored
+//! into it afterwards cannot be told from what was there before, if it is the same, and the destination has neither.
 
 use std::io;
 use std::ops::Range;
@@ -111,6 +113,7 @@ impl DirtyLog for HashLog {
             }
             // A page that is dirty already will be taken after this and need not be looked at.
             let clean = layout.valid_mask(at) & !into.peek(at);
+            let clean = self.those(at, clean, |page| !page.is_left_out());
             let in_flight = self.those(at, clean, PageState::is_in_flight);
             let gone = self.those(at, clean & !in_flight & hole, |page| page.differs(self.zero));
             let to_read = clean & !in_flight & !hole;
@@ -123,6 +126,18 @@ impl DirtyLog for HashLog {
     fn rearm(&self, at: ExtentAt, mask: u64) -> io::Result<()> {
         bits(mask).for_each(|bit| self.page(at, bit).take());
         Ok(())
+    }
+
+    fn leave_out(&self, pages: &DirtyBitmap) -> io::Result<()> {
+        for at in pages.all_dirty_extents() {
+            bits(pages.peek(at)).for_each(|bit| self.page(at, bit).leave_out());
+        }
+        Ok(())
+    }
+
+    /// No: it compares.
+    fn sees_stores(&self) -> bool {
+        false
     }
 
     fn copied(&self, copy: &CopiedBatch) {
@@ -152,6 +167,8 @@ struct PageState(AtomicU64);
 
 /// Set: in flight, the other bits count the copies to come. Clear: the other bits are the hash of the last copy.
 const IN_FLIGHT: u64 = 1 << 63;
+/// All set, which no count of copies comes to: not looked at.
+const LEFT_OUT: u64 = u64::MAX;
 
 impl Default for PageState {
     fn default() -> Self {
@@ -162,6 +179,14 @@ impl Default for PageState {
 impl PageState {
     fn reset(&self) {
         self.0.store(IN_FLIGHT, Ordering::Release);
+    }
+
+    fn leave_out(&self) {
+        self.0.store(LEFT_OUT, Ordering::Release);
+    }
+
+    fn is_left_out(&self) -> bool {
+        self.0.load(Ordering::Acquire) == LEFT_OUT
     }
 
     fn is_in_flight(&self) -> bool {

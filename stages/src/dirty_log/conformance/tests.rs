@@ -24,6 +24,7 @@ fn guest(memory: Vec<Arc<dyn Memory>>, page_size: PageSize) -> GuestMemory {
             length: memory.length(),
             guest_address: 0,
             backing_page_size: 4096,
+            ignored: false,
         },
         memory,
         fresh: true,

@@ -148,6 +148,7 @@ pub(super) fn block_infos(settings: &KvmSettings) -> Vec<BlockInfo> {
         length,
         guest_address,
         backing_page_size: rustix::param::page_size() as u64,
+        ignored: false,
     };
     match settings.memory.checked_sub(HOLE.start) {
         None | Some(0) => vec![info("ram", settings.memory, 0)],
