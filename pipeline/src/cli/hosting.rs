@@ -128,7 +128,11 @@ mod machine {
 
     /// How its writes are found is for this end to choose: it may be sent on from here.
     pub(super) fn destination(table: &KvmTable) -> Result<Hosted, GuestError> {
-        Ok(Hosted::here(KvmGuest::destination(kvm(table).dirty_log)))
+        let settings = kvm(table);
+        Ok(Hosted::here(match settings.shared {
+            Some(shared) => KvmGuest::destination_sharing(settings.dirty_log, shared.path),
+            None => KvmGuest::destination(settings.dirty_log),
+        }))
     }
 
     impl Resident for KvmGuest {

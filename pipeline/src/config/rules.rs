@@ -231,29 +231,29 @@ fn check_what_stays(table: &WorkloadTable, faults: &mut Vec<Fault>) {
             format!("write 1 to 65536 whole pages of {page}: \"256 KiB\""),
         );
     }
-    if let Some(SharedTable { size, .. }) = &table.shared {
-        need(
-            faults,
-            size.0 > 0 && size.0.is_multiple_of(page.0.max(1)),
-            "guest.workload.shared.size",
-            format!("a shared block of {size}"),
-            format!("write whole pages of {page}: \"64 MiB\""),
-        );
-    }
+    check_shared(table.shared.as_ref(), page, "guest.workload.shared.size", faults);
+}
+
+fn check_shared(table: Option<&SharedTable>, page: Size, path: &str, faults: &mut Vec<Fault>) {
+    let Some(SharedTable { size, .. }) = table else { return };
+    let right = size.0 > 0 && size.0.is_multiple_of(page.0.max(1));
+    let help = format!("write whole pages of {page}: \"64 MiB\"");
+    need(faults, right, path, format!("a shared block of {size}"), help);
 }
 
 /// A snapshot does not hold what is shared, and its guest goes on writing it.
 fn check_snapshot(config: &Config, faults: &mut Vec<Fault>) {
     let shares = match &config.guest {
         GuestTable::Workload(table) => table.shared.is_some(),
-        GuestTable::File(_) | GuestTable::Kvm(_) => false,
+        GuestTable::Kvm(table) => table.shared.is_some(),
+        GuestTable::File(_) => false,
     };
     need(
         faults,
         !(shares && config.migration.after == Some(After::Resume)),
         "migration.after",
         "a snapshot would lack the shared block, which its guest goes on writing",
-        "write after = \"pause\", or delete [guest.workload.shared]",
+        "write after = \"pause\", or delete the table `shared`",
     );
 }
 
@@ -344,6 +344,19 @@ fn check_kvm(table: &KvmTable, faults: &mut Vec<Fault>) {
         format!("a region of {} in a machine of {}", table.region, table.memory),
         format!("write whole pages of {PAGE_BYTES} bytes, {least} to {most}"),
     );
+    for (path, part) in [("guest.kvm.free", table.free), ("guest.kvm.unplugged", table.unplugged)] {
+        let others =
+            [table.region, table.free, table.unplugged].iter().fold(OWN_BYTES, |all, part| all.saturating_add(part.0));
+        let fits = part.0.is_multiple_of(PAGE_BYTES) && (part.0 == 0 || others <= table.memory.0);
+        need(
+            faults,
+            fits || !memory || !region,
+            path,
+            format!("{part} beside the rest of a machine of {}", table.memory),
+            format!("write whole pages of {PAGE_BYTES} bytes; region, free and unplugged together may be {most}"),
+        );
+    }
+    check_shared(table.shared.as_ref(), Size(PAGE_BYTES), "guest.kvm.shared.size", faults);
     need(
         faults,
         (0.0..=1e9).contains(&table.pages_per_second),

@@ -125,7 +125,7 @@ pub fn workload(table: &WorkloadTable) -> WorkloadSettings {
             range_pages: u32::try_from(free.range.0 / table.page_size.0).unwrap_or(u32::MAX),
         }),
         unplugged: table.unplugged,
-        shared: table.shared.as_ref().map(|shared| SharedSettings { path: shared.path.clone(), bytes: shared.size.0 }),
+        shared: table.shared.as_ref().map(shared),
         seed: table.seed,
     }
 }
@@ -187,6 +187,9 @@ pub fn kvm(table: &KvmTable) -> KvmSettings {
         pages_per_second: table.pages_per_second,
         // What does not fit is more than a page, and refused as that.
         bytes: u32::try_from(table.bytes.0).unwrap_or(u32::MAX),
+        free: table.free.0,
+        unplugged: table.unplugged.0,
+        shared: table.shared.as_ref().map(shared),
         dirty_log: match table.dirty_log {
             tables::KvmLogChoice::DirtyLog => KvmLogChoice::DirtyLog,
             tables::KvmLogChoice::DirtyRing => KvmLogChoice::DirtyRing,
@@ -194,6 +197,10 @@ pub fn kvm(table: &KvmTable) -> KvmSettings {
             tables::KvmLogChoice::Hash => KvmLogChoice::Hash,
         },
     }
+}
+
+fn shared(table: &tables::SharedTable) -> SharedSettings {
+    SharedSettings { path: table.path.clone(), bytes: table.size.0 }
 }
 
 fn page_size(size: Size) -> PageSize {

@@ -89,7 +89,7 @@ impl FreeTable {
     }
 }
 
-/// `[guest.workload.shared]`
+/// `[guest.workload.shared]`, `[guest.kvm.shared]`
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct SharedTable {
@@ -251,6 +251,13 @@ pub struct KvmTable {
     pub pages_per_second: f64,
     /// Bytes changed in each page.
     pub bytes: Size,
+    /// Bytes behind the region that are free and hinted so: its program takes pages of them and gives them back.
+    pub free: Size,
+    /// Bytes at the end of the RAM that are unplugged: they never travel.
+    pub unplugged: Size,
+    /// A block more, in a file that both ends have. It never travels.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shared: Option<SharedTable>,
     /// How writes are found.
     pub dirty_log: KvmLogChoice,
 }
@@ -428,6 +435,9 @@ impl Default for KvmTable {
             region: Size(4 << 20),
             pages_per_second: 5_000.0,
             bytes: Size(64),
+            free: Size(0),
+            unplugged: Size(0),
+            shared: None,
             dirty_log: KvmLogChoice::DirtyLog,
         }
     }

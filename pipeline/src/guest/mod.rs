@@ -49,10 +49,15 @@ pub use memferry_stages::wire::messages::RunState;
 
 use clearer::Clearer;
 
+pub use shared::SharedSettings;
+
+mod balloon;
 pub mod clearer;
 pub mod conformance;
 pub mod file;
+mod free;
 pub mod kvm;
+mod shared;
 pub mod workload;
 
 /// What went wrong in a guest: a sentence for the operator, with the cause in it.

@@ -157,6 +157,16 @@ impl DirtyLog for ModelLog {
         Ok(())
     }
 
+    fn arm_unread(&self, pages: &DirtyBitmap) -> io::Result<bool> {
+        let mut late = false;
+        for at in self.fetched.all_dirty_extents() {
+            let fetched = self.fetched.take_mask(at, pages.peek(at));
+            self.hypervisor.rearm(at, fetched);
+            late |= fetched != 0;
+        }
+        Ok(late)
+    }
+
     fn mark(&self, block: u32, pages: Range<u64>) {
         self.pending.set_range(block, pages);
     }

@@ -13,6 +13,7 @@ use super::settings::Fill;
 use super::stamp::{Mark, Stamper};
 use super::writer::Findings;
 use crate::guest::GuestError;
+use crate::guest::balloon::Ballooned;
 
 /// Memory is dealt to the kinds of content by runs of so many bytes, or a page if that is larger.
 const RUN_BYTES: usize = 64 << 10;

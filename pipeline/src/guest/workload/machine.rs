@@ -1,19 +1,17 @@
 //! The memory of a workload, its blocks taken as one row of pages, and the log that sees its writers.
 
-use std::fs::OpenOptions;
-use std::io::ErrorKind;
 use std::ops::Range;
-use std::os::unix::fs::OpenOptionsExt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use memferry_stages::dirty_log::{DirtyLog, HashLog, SoftwareLog, UserfaultLog};
 use memferry_stages::geometry::BlockInfo;
 use memferry_stages::memory::{GuestMemory, MappedMemory, RamBlock};
 
-use super::free::FreeRanges;
-use super::settings::{Backing, LogChoice, SharedSettings, WorkloadSettings};
+use super::settings::{Backing, LogChoice, WorkloadSettings};
 use crate::guest::GuestError;
+use crate::guest::balloon::Ballooned;
 use crate::guest::clearer::BlockPages;
+use crate::guest::free::FreeRanges;
 
 /// Memory and log. Pages are numbered from 0 over all blocks.
 #[derive(Debug)]
@@ -41,7 +39,7 @@ impl Machine {
         settings.validate()?;
         let infos = block_infos(&settings);
         let map = |info: &BlockInfo| match &settings.shared {
-            Some(shared) if info.ignored => map_shared(shared, fresh),
+            Some(shared) if info.ignored => shared.map(fresh),
             _ => map(settings.backing, info),
         };
         let blocks: Vec<_> = infos.iter().map(map).collect::<Result<_, _>>()?;
@@ -72,17 +70,6 @@ impl Machine {
         &self.memory
     }
 
-    /// The ranges that may be free, if there are any.
-    pub(super) fn free(&self) -> Option<&FreeRanges> {
-        self.free.as_ref()
-    }
-
-    /// The pages that have no memory, over all blocks.
-    pub(super) fn unplugged(&self) -> Range<u32> {
-        let [_, _, unplugged] = self.settings.parts();
-        if self.is_plugged() { unplugged.end..unplugged.end } else { unplugged }
-    }
-
     pub(super) fn is_plugged(&self) -> bool {
         self.plugging().is_done
     }
@@ -97,25 +84,8 @@ impl Machine {
         Ok(())
     }
 
-    /// A migration begins, or is over.
-    pub(super) fn set_migrating(&self, is_migrating: bool) {
-        self.plugging().is_migrating = is_migrating;
-    }
-
     fn plugging(&self) -> MutexGuard<'_, Plugging> {
         self.plugging.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// A range of pages as ranges of blocks.
-    pub(super) fn by_block(&self, pages: Range<u32>) -> impl Iterator<Item = BlockPages> + use<> {
-        let of_block = self.block_pages;
-        let mut next = pages.start;
-        std::iter::from_fn(move || {
-            let (block, first) = (next / of_block, next % of_block);
-            let length = pages.end.saturating_sub(next).min(of_block - first);
-            next += length;
-            (length > 0).then(|| (block, u64::from(first)..u64::from(first + length)))
-        })
     }
 
     /// The pages of the shared block, numbered behind those of all others.
@@ -189,6 +159,33 @@ impl Machine {
     }
 }
 
+impl Ballooned for Machine {
+    fn free(&self) -> Option<&FreeRanges> {
+        self.free.as_ref()
+    }
+
+    fn unplugged(&self) -> Range<u32> {
+        let [_, _, unplugged] = self.settings.parts();
+        if self.is_plugged() { unplugged.end..unplugged.end } else { unplugged }
+    }
+
+    fn by_block(&self, pages: Range<u32>) -> Vec<BlockPages> {
+        let mut pieces = Vec::new();
+        let mut next = pages.start;
+        while next < pages.end {
+            let (block, first) = self.place_of(next);
+            let length = (pages.end - next).min(self.block_pages - first);
+            next += length;
+            pieces.push((block, first.into()..u64::from(first) + u64::from(length)));
+        }
+        pieces
+    }
+
+    fn set_migrating(&self, is_migrating: bool) {
+        self.plugging().is_migrating = is_migrating;
+    }
+}
+
 /// The blocks that a workload of these settings has.
 pub(super) fn block_infos(settings: &WorkloadSettings) -> Vec<BlockInfo> {
     let length = settings.block_bytes();
@@ -199,35 +196,8 @@ pub(super) fn block_infos(settings: &WorkloadSettings) -> Vec<BlockInfo> {
         backing_page_size: settings.backing.page_bytes(),
         ignored: false,
     };
-    let shared = settings.shared.as_ref().map(|shared| BlockInfo {
-        id: "shared".into(),
-        length: shared.bytes,
-        guest_address: settings.memory,
-        backing_page_size: rustix::param::page_size() as u64,
-        ignored: true,
-    });
+    let shared = settings.shared.as_ref().map(|shared| shared.block_info(settings.memory));
     (0..settings.blocks).map(info).chain(shared).collect()
-}
-
-/// Maps the file of the shared block. A source makes it if it is not there; a file of another length is nobody's to change.
-fn map_shared(shared: &SharedSettings, is_destination: bool) -> Result<Arc<MappedMemory>, GuestError> {
-    let SharedSettings { path, bytes } = shared;
-    let failed = |error: std::io::Error| GuestError::caused(format_args!("the shared block {}", path.display()), error);
-    let options = || OpenOptions::new().read(true).write(true).clone();
-    let file = match options().open(path) {
-        Err(error) if error.kind() == ErrorKind::NotFound && !is_destination => {
-            let file = options().create_new(true).mode(0o600).open(path).map_err(failed)?;
-            file.set_len(*bytes).map_err(failed)?;
-            file
-        }
-        opened => opened.map_err(failed)?,
-    };
-    let length = file.metadata().map_err(failed)?.len();
-    if length != *bytes {
-        let what = format!("the shared block has {bytes} bytes, and {} has {length}", path.display());
-        return Err(GuestError(what));
-    }
-    MappedMemory::file(file).map(Arc::new).map_err(failed)
 }
 
 fn map(backing: Backing, info: &BlockInfo) -> Result<Arc<MappedMemory>, GuestError> {

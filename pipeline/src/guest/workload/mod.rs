@@ -14,10 +14,8 @@
 //!
 //! It owns its memory and its threads; dropping it ends them.
 
-mod balloon;
 mod crew;
 mod fill;
-mod free;
 mod machine;
 mod pacer;
 mod pattern;
@@ -34,17 +32,16 @@ use memferry_stages::dirty_log::DirtyLog;
 use memferry_stages::geometry::{BlockInfo, PageSize};
 use memferry_stages::memory::GuestMemory;
 
-use self::balloon::Balloon;
 use self::crew::Crew;
 use self::machine::Machine;
 use self::state::DeviceState;
 use self::writer::Writer;
+use super::balloon::Balloon;
 use super::clearer::Clearer;
 use super::{Guest, GuestError, GuestState, RunState};
 
-pub use settings::{
-    Backing, Fill, FreeSettings, LogChoice, Pattern, Region, SharedSettings, WorkloadSettings, WriterSettings,
-};
+pub use super::shared::SharedSettings;
+pub use settings::{Backing, Fill, FreeSettings, LogChoice, Pattern, Region, WorkloadSettings, WriterSettings};
 
 /// A guest that writes its own memory and checks it. See the [module](self).
 ///
@@ -194,7 +191,7 @@ impl Guest for Workload {
 
     /// A balloon, if it has memory that is free or unplugged.
     fn clearers(&self) -> Vec<Arc<dyn Clearer>> {
-        self.machine().ok().and_then(Balloon::of).into_iter().map(|balloon| Arc::new(balloon) as _).collect()
+        self.machine().map_or_else(|_| Vec::new(), |machine| Balloon::of(machine))
     }
 
     fn dirty_logs(&self) -> Result<Vec<Arc<dyn DirtyLog>>, GuestError> {

@@ -1,12 +1,11 @@
 //! What a workload is: how much memory, what it holds, who writes it. Plain values with their limits.
 
 use std::ops::Range;
-use std::path::PathBuf;
 
 use memferry_stages::geometry::{MAX_BLOCKS, PageSize};
 
-use crate::guest::GuestError;
 use crate::guest::workload::stamp::STAMP_BYTES;
+use crate::guest::{GuestError, SharedSettings};
 
 /// The most pages a workload may have: their sequences travel as device state, which is bounded.
 pub const MAX_PAGES: u64 = 48 << 20;
@@ -98,15 +97,6 @@ pub struct FreeSettings {
     pub turns_per_second: f64,
     /// Pages of a range, 1 to 65536.
     pub range_pages: u32,
-}
-
-/// A block in a file.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SharedSettings {
-    /// The file. It does not travel: the destination has a path of its own to it. A source makes it if it is not there.
-    pub path: PathBuf,
-    /// Its length, whole pages.
-    pub bytes: u64,
 }
 
 /// One writer: a thread.

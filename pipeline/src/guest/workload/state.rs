@@ -31,10 +31,9 @@ use memferry_stages::geometry::PageSize;
 use super::pattern::Cursor;
 use super::random::Random;
 use super::settings::{
-    Backing, Fill, FreeSettings, LogChoice, MAX_WRITERS, Pattern, Region, SharedSettings, WorkloadSettings,
-    WriterSettings,
+    Backing, Fill, FreeSettings, LogChoice, MAX_WRITERS, Pattern, Region, WorkloadSettings, WriterSettings,
 };
-use crate::guest::{GuestError, GuestState, StateSection};
+use crate::guest::{GuestError, GuestState, SharedSettings, StateSection};
 
 const NAME: &str = "workload";
 /// Versions of the setup part and of the devices.

@@ -11,6 +11,7 @@ use super::pattern::{Cursor, Plan};
 use super::random::Random;
 use super::settings::{Region, WorkloadSettings, WriterSettings};
 use super::stamp::{Mark, Stamper};
+use crate::guest::balloon::Ballooned;
 
 /// Bytes that a page of free memory gets besides its stamp when it is taken.
 const FREE_BODY: usize = 64;

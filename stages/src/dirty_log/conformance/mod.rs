@@ -10,6 +10,8 @@
 //! | found | every single write is found by the next sync |
 //! | marked | so is a write that the log cannot see, once it is marked |
 //! | restarted | a log that was stopped can be started again, and misses nothing |
+//! | unread | pages that leave the bitmap unread are armed for it: the next write to each is found |
+//! | left out | pages that are out for good are neither read nor reported |
 //! | schedules | in thousands of random orders of writes, holes, syncs, takes, reads and late reports nothing is lost, A-B-A included |
 //! | race | nor is it under threads that never stop writing |
 //!
@@ -111,6 +113,8 @@ pub(in crate::dirty_log) fn check_as(make: &dyn Fn() -> Subject, order: Order) -
     cases::found(make, order)?;
     cases::marked(make, order)?;
     cases::restarted(make, order)?;
+    cases::unread(make, order)?;
+    cases::left_out(make, order)?;
     schedule::schedules(make, order)?;
     race::race(make, order)
 }

@@ -1,4 +1,4 @@
-//! The free memory of a workload, in ranges: who has each of them.
+//! The free memory of a guest that ships, in ranges: who has each of them.
 //!
 //! ```text
 //!          take                    hold
@@ -7,7 +7,7 @@
 //!         give_back
 //! ```
 //!
-//! A range is taken only while it is free, so none is written while a hint for it is under way: this is how this guest keeps
+//! A range is taken only while it is free, so none is written while a hint for it is under way: this is how these guests keep
 //! the promise that [`Hints::free`](crate::guest::clearer::Hints::free) asks for.
 
 use std::ops::Range;
@@ -46,6 +46,20 @@ impl FreeRanges {
     /// Takes a range into use, if it is free.
     pub(super) fn take(&self, range: u32) -> bool {
         self.change(range, TAKEN)
+    }
+
+    /// Takes a range into use, whoever has it: waits while it is held, which is not long.
+    #[cfg_attr(not(feature = "kvm"), expect(dead_code, reason = "machines alone wait for a range"))]
+    pub(super) fn take_when_let_go(&self, range: u32) {
+        while !self.take(range) && self.states[range as usize].load(Ordering::Relaxed) == HELD {
+            std::thread::yield_now();
+        }
+    }
+
+    /// Is it in use?
+    #[cfg_attr(not(feature = "kvm"), expect(dead_code, reason = "machines alone ask"))]
+    pub(super) fn is_taken(&self, range: u32) -> bool {
+        self.states[range as usize].load(Ordering::Relaxed) == TAKEN
     }
 
     /// A range that was taken is free again.

@@ -1,26 +1,45 @@
-//! The workload's balloon: hints its free memory while it is asked to, and says what is unplugged.
+//! The balloon of the guests that ship: hints their free memory while it is asked to, and says what is unplugged.
 //!
 //! While a window is open a thread walks over the free ranges, again and again, and hints those that are free at that moment. It
 //! is stopped, and has ended, when the next point is answered.
 
+use std::fmt;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use super::GuestError;
+use super::clearer::{BlockPages, Clearer, Hints, Point};
 use super::free::FreeRanges;
-use super::machine::Machine;
-use crate::guest::GuestError;
-use crate::guest::clearer::{BlockPages, Clearer, Hints, Point};
 
 /// Ranges that are hinted together at most.
 const TOGETHER: u32 = 64;
 /// Between two walks over all of them.
 const REST: Duration = Duration::from_millis(1);
 
+/// Memory of which some is free or unplugged. Pages are numbered over all blocks.
+pub(super) trait Ballooned: Send + Sync + fmt::Debug {
+    /// The ranges that may be free, if there are any.
+    fn free(&self) -> Option<&FreeRanges>;
+
+    /// The pages that are unplugged.
+    fn unplugged(&self) -> Range<u32>;
+
+    /// A range of pages as ranges of blocks.
+    fn by_block(&self, pages: Range<u32>) -> Vec<BlockPages>;
+
+    /// A migration begins, or is over.
+    fn set_migrating(&self, is_migrating: bool) {
+        let _ = is_migrating;
+    }
+}
+
+/// The balloon in some memory.
 #[derive(Debug)]
 pub(super) struct Balloon {
-    machine: Arc<Machine>,
+    machine: Arc<dyn Ballooned>,
     reporter: Mutex<Option<Reporter>>,
 }
 
@@ -32,10 +51,12 @@ struct Reporter {
 }
 
 impl Balloon {
-    /// The balloon of a workload, if it has anything to say.
-    pub(super) fn of(machine: Arc<Machine>) -> Option<Self> {
-        let has_any = machine.free().is_some() || !machine.unplugged().is_empty();
-        has_any.then(|| Self { machine, reporter: Mutex::default() })
+    /// The balloon of a guest, if it has anything to say.
+    pub(super) fn of(machine: Arc<dyn Ballooned>) -> Vec<Arc<dyn Clearer>> {
+        if machine.free().is_none() && machine.unplugged().is_empty() {
+            return Vec::new();
+        }
+        vec![Arc::new(Self { machine, reporter: Mutex::default() })]
     }
 
     fn set_reporter(&self, reporter: Option<Reporter>) {
@@ -65,18 +86,18 @@ impl Clearer for Balloon {
     }
 
     fn unplugged(&self) -> Vec<BlockPages> {
-        self.machine.by_block(self.machine.unplugged()).collect()
+        self.machine.by_block(self.machine.unplugged())
     }
 }
 
 impl Reporter {
-    fn start(machine: Arc<Machine>, hints: Hints) -> Result<Self, GuestError> {
+    fn start(machine: Arc<dyn Ballooned>, hints: Hints) -> Result<Self, GuestError> {
         let is_over = Arc::new(AtomicBool::new(false));
         let over = is_over.clone();
         let report = move || {
             let Some(free) = machine.free() else { return };
             while !over.load(Ordering::Relaxed) {
-                walk(&machine, free, &hints, &over);
+                walk(&*machine, free, &hints, &over);
                 thread::park_timeout(REST);
             }
         };
@@ -98,7 +119,7 @@ impl Drop for Reporter {
 }
 
 /// Hints what is free, once.
-fn walk(machine: &Machine, free: &FreeRanges, hints: &Hints, over: &AtomicBool) {
+fn walk(machine: &dyn Ballooned, free: &FreeRanges, hints: &Hints, over: &AtomicBool) {
     let mut next = 0;
     while next < free.count() && !over.load(Ordering::Relaxed) {
         let held = free.hold(next, TOGETHER);
@@ -107,7 +128,9 @@ fn walk(machine: &Machine, free: &FreeRanges, hints: &Hints, over: &AtomicBool) 
             continue;
         }
         let pages = free.pages(held.start).start..free.pages(held.end - 1).end;
-        machine.by_block(pages).for_each(|(block, pages)| _ = hints.free(block, pages));
+        for (block, pages) in machine.by_block(pages) {
+            hints.free(block, pages);
+        }
         free.let_go(held);
     }
 }
