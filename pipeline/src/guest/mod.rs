@@ -192,7 +192,8 @@ pub trait Guest: Send + Sync + fmt::Debug {
     // ---- at the destination ----
 
     /// Builds the machine for the blocks that come, or refuses with both sides' figures. What is built has exactly these
-    /// blocks. The peer is not trusted: its blocks are a valid layout, but as long as it likes, and its state may be anything.
+    /// blocks; one that is [`ignored`](BlockInfo::ignored) has the memory that the source has, or the guest refuses it or builds it as one
+    /// that is not, which the engine refuses then. The peer is not trusted: its blocks are a valid layout, but as long as it likes, and its state may be anything.
     ///
     /// # Errors
     /// When the blocks do not fit this guest; the source is told why.

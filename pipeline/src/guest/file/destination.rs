@@ -57,7 +57,8 @@ impl Destination {
         let create = |(image, block): (&&Image, &BlockInfo)| Partial::create(&image.path, block.length);
         let images: Vec<_> = targets.iter().zip(blocks).map(create).collect::<Result<_, _>>()?;
         let as_block = |(info, partial): (&BlockInfo, &Partial)| RamBlock {
-            info: info.clone(),
+            // An image is made here, so it is not the source's own: the engine refuses a source that says it is.
+            info: BlockInfo { ignored: false, ..info.clone() },
             memory: partial.memory.clone(),
             fresh: true,
         };
