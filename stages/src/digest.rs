@@ -103,7 +103,7 @@ fn each_page(
         let mut read = scratch.chunks_exact(size.bytes());
         for bit in bits(pages) {
             let is_zero = zero & (1 << bit) != 0;
-            let index = (extent - first) as usize * EXTENT_PAGES as usize + bit as usize;
+            let index = ((extent - first) * u64::BITS + bit) as usize;
             use_page(index, if is_zero { &ZEROS[..size.bytes()] } else { read.next().expect("it was read") });
         }
     }

@@ -115,7 +115,7 @@ impl Writer {
             let Range { start, end } = free.pages(range);
             (start - first(pages)) as usize..(end - first(pages)) as usize
         };
-        if taken.len() as u32 >= (free.count() / FREE_SHARE_TAKEN).max(1) {
+        if taken.len() >= (free.count() / FREE_SHARE_TAKEN).max(1) as usize {
             let range = taken.pop_front().expect("at least one is taken");
             for index in own(range, &self.pages) {
                 let sequence = std::mem::take(&mut self.sequences[index]);

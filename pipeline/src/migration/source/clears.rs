@@ -124,8 +124,8 @@ impl Source {
 
     /// Tells every clearer that was told of Setup. What one fails at is a warning: nothing depends on a hint.
     async fn tell_clearers(&self, point: Point) {
-        for clearer in self.clearers.iter().take(self.set_up).cloned() {
-            let point = point.clone();
+        for clearer in &self.clearers[..self.set_up] {
+            let (clearer, point) = (clearer.clone(), point.clone());
             let reached: Result<(), MigrationError> =
                 guarded(async { Ok(blocking(move || clearer.reached(&point)).await?) }).await;
             if let Err(error) = reached {

@@ -73,7 +73,7 @@ pub(super) fn unread(make: &dyn Fn() -> Subject, order: Order) -> Result<(), Bre
         scanner.sync().map_err(Breach::failed(case))?;
         scanner.arm_unread(&scanner.dirty).map_err(Breach::failed(case))?;
         scanner.dirty.extents().for_each(|at| _ = scanner.dirty.take(at));
-        let written = |at: &PageAt| (at.page + round) % 3 != 0;
+        let written = |at: &PageAt| !(at.page + round).is_multiple_of(3);
         // The same byte as before in some of them: it is the store that must be seen.
         all_pages(layout).filter(written).for_each(|at| subject.writer.store(at.block, offset(layout, at), &[1]));
         scanner.sync().map_err(Breach::failed(case))?;
