@@ -5,6 +5,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use memferry_stages::clears::Spared;
 use memferry_stages::meter::Reading;
 use memferry_stages::tally::RoundTally;
 
@@ -123,6 +124,8 @@ pub enum Event {
         /// How long the sync took.
         duration: Duration,
     },
+    /// How many pages were spared so far, and why: told where the window for hints was closed, and where pages are out for good.
+    Spared(Spared),
     /// What the controller decided after a sync, and why, in words and figures.
     Decided {
         /// The words.
@@ -166,6 +169,8 @@ pub struct Ended {
     pub parts: DowntimeParts,
     /// Bytes handed to the transport (source) or taken from it (destination).
     pub wire_bytes: u64,
+    /// Pages that were not sent for what the guest said of them (source).
+    pub spared: Spared,
     /// Most memory the engine held.
     pub memory_peak: u64,
     /// How every stage spent its time.

@@ -29,6 +29,7 @@ impl Observer for LogObserver {
             Event::Synced { after_round, dirty_pages, duration } => {
                 info!(role, after_round, dirty_pages, ?duration, "bitmap sync");
             }
+            Event::Spared(spared) => debug!(role, ?spared, "pages spared"),
             Event::Decided { what } => info!(role, "{what}"),
             Event::Progress(progress) => debug!(role, ?progress, "progress"),
             Event::TurnedAway { peer, why } => warn!(role, peer, "turned away: {why}"),

@@ -12,6 +12,7 @@
 //! | `memferry_wire_bytes_total` | counter | role | bytes handed to the transport or taken from it |
 //! | `memferry_xbzrle_misses_total` | counter | role | pages that the XBZRLE cache did not hold |
 //! | `memferry_xbzrle_overflows_total` | counter | role | pages whose delta was not smaller |
+//! | `memferry_spared_pages_total` | counter | role, why | pages that were not sent: hinted, unplugged, ignored |
 //! | `memferry_sync_seconds` | histogram | role | how long a bitmap sync took |
 //! | `memferry_dirty_pages` | gauge | role | dirty pages at the last sync |
 //! | `memferry_remaining_bytes` | gauge | role | page bytes to go |
@@ -28,6 +29,7 @@
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use memferry_stages::clears::Spared;
 use memferry_stages::meter::Reading;
 use memferry_stages::tally::RoundTally;
 use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
@@ -65,6 +67,10 @@ impl MetricsObserver {
         let role = name(role);
         counter!("memferry_migrations_total", "role" => role, "status" => status(ended.phase)).increment(1);
         gauge!("memferry_memory_peak_bytes", "role" => role).set(float(ended.memory_peak));
+        let Spared { hinted, unplugged, ignored, .. } = ended.spared;
+        for (why, pages) in [("hinted", hinted), ("unplugged", unplugged), ("ignored", ignored)] {
+            counter!("memferry_spared_pages_total", "role" => role, "why" => why).increment(pages);
+        }
         if let Some(downtime) = ended.downtime {
             histogram!("memferry_downtime_seconds", "role" => role).record(downtime);
             downtime_parts(role, &ended.parts);
@@ -93,6 +99,7 @@ impl Observer for MetricsObserver {
             Event::Ended(end) => self.ended(role, end),
             Event::Connected { .. }
             | Event::RoundScanned { .. }
+            | Event::Spared(_)
             | Event::Decided { .. }
             | Event::Warning(_)
             | Event::Paused
@@ -194,6 +201,7 @@ fn describe() {
     describe_histogram!("memferry_downtime_part_seconds", Unit::Seconds, "Where the downtime went");
     describe_gauge!("memferry_memory_bound_bytes", Unit::Bytes, "The most memory that the engine takes");
     describe_gauge!("memferry_memory_peak_bytes", Unit::Bytes, "The most memory that the engine took");
+    describe_counter!("memferry_spared_pages_total", "Pages that were not sent for what the guest said of them");
     describe_counter!("memferry_stage_microseconds_total", Unit::Microseconds, "How a stage spent its time");
     describe_counter!("memferry_turned_away_total", "Strangers and broken peers that were turned away");
 }
@@ -234,6 +242,7 @@ mod tests {
         assert_eq!(counter("memferry_pages_total compressed"), 150_000);
         assert_eq!(counter("memferry_pages_total xbzrle"), 890);
         assert_eq!(counter("memferry_wire_bytes_total"), 512 << 20);
+        assert_eq!(counter("memferry_spared_pages_total hinted"), 5000);
         assert_eq!(counter("memferry_migrations_total completed"), 1);
         assert_eq!(counter("memferry_stage_microseconds_total encoder busy"), 2_200_000);
         assert_eq!(recorded["memferry_phase completed"], DebugValue::Gauge(1.0.into()));

@@ -106,6 +106,7 @@ where
         length: length as u64,
         guest_address: address,
         backing_page_size: rustix::param::page_size() as u64,
+        ignored: false,
     };
     let access = i32::try_from(rustix::mm::ProtFlags::READ.union(rustix::mm::ProtFlags::WRITE).bits()).expect("3");
     if mapping.prot() & access != access {

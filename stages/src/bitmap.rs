@@ -272,6 +272,7 @@ mod tests {
             length: pages * 4096 - 1,
             guest_address: 0,
             backing_page_size: 4096,
+            ignored: false,
         };
         Layout::new(PageSize::DEFAULT, PAGES.into_iter().enumerate().map(block).collect()).unwrap()
     }

@@ -3,7 +3,7 @@
 //! - **Takes** a [`SyncOrder`] from the controller.
 //! - **Gives** a [`Synced`]: how many pages are dirty, and how long it took to find out.
 //! - **Owns** nothing: logs and bitmaps are shared.
-//! - **Promises** that every log is asked for every extent, that syncs never overlap, and that the sync of a task that is
+//! - **Promises** that every log is asked for every extent, that no page which is [out for good](Clears) has its bit set then, that syncs never overlap, and that the sync of a task that is
 //!   dropped ends at the next range of [`RANGE_BYTES`].
 //!
 //! The logs are asked on a thread where blocking is allowed.
@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use crate::bitmap::DirtyBitmap;
+use crate::clears::Clears;
 use crate::dirty_log::DirtyLog;
 use crate::error::{Cause, StageError};
 use crate::geometry::Layout;
@@ -53,7 +54,7 @@ impl BitmapSync {
     /// A sync of all `logs` into `bitmap`. The meter counts a sync as a batch, and the pages that are dirty after it.
     #[must_use]
     pub fn new(logs: Vec<Arc<dyn DirtyLog>>, bitmap: Arc<DirtyBitmap>, meter: Arc<Meter>) -> Self {
-        let work = Work { logs, bitmap, untouched: Mutex::default(), at_work: Arc::default() };
+        let work = Work { logs, bitmap, clears: None, untouched: Mutex::default(), at_work: Arc::default() };
         Self { work, stage: Stage::new("bitmap sync", None, meter) }
     }
 
@@ -64,6 +65,13 @@ impl BitmapSync {
     #[must_use]
     pub fn with_untouched(mut self, untouched: Arc<DirtyBitmap>) -> Self {
         self.work.untouched = Mutex::new(Some(untouched));
+        self
+    }
+
+    /// Once the logs were asked for a range, what is out for good leaves it, and `clears` learns which pages are sent again.
+    #[must_use]
+    pub fn with_clears(mut self, clears: Arc<Clears>) -> Self {
+        self.work.clears = Some(clears);
         self
     }
 
@@ -100,6 +108,7 @@ impl BitmapSync {
 struct Work {
     logs: Vec<Arc<dyn DirtyLog>>,
     bitmap: Arc<DirtyBitmap>,
+    clears: Option<Arc<Clears>>,
     /// The pages never touched, until there are none.
     untouched: Mutex<Option<Arc<DirtyBitmap>>>,
     at_work: Arc<Mutex<()>>,
@@ -138,6 +147,9 @@ impl Work {
                     self.ask_logs(block, extents.clone(), found)?;
                     self.bring_in(block, extents.clone(), found, untouched);
                 }
+            }
+            if let Some(clears) = &self.clears {
+                clears.synced(block, extents.clone());
             }
             // While its words are still in the cache.
             dirty_pages += self.bitmap.count_in(block, extents);
@@ -338,5 +350,25 @@ mod tests {
         assert_eq!(sync_for(3), (1, 1, 2));
         assert_eq!(sync_for(4), (2, 0, 2));
         assert_eq!(sync_for(5), (3, 0, 1), "none is left: it goes straight into the bitmap");
+    }
+
+    #[test]
+    fn what_is_out_for_good_leaves_the_bitmap_again_before_it_is_counted() {
+        let layout = layout(page_size(4), &[130 * 4096, 64 * 4096]);
+        let log = Arc::new(SoftwareLog::new(&layout));
+        let bitmap = Arc::new(DirtyBitmap::empty(&layout));
+        let out = [(crate::clears::OutForGood::Unplugged, 0, 60..129), (crate::clears::OutForGood::Ignored, 1, 0..64)];
+        let clears = Arc::new(Clears::new(bitmap.clone(), &out));
+        log.mark(0, 0..130);
+        log.mark(1, 3..9);
+        let sync = BitmapSync::new(vec![log], bitmap.clone(), meter()).with_clears(clears);
+        let ((orders, input), (output, synced)) = (bounded(1), bounded(1));
+        block_on(async {
+            orders.put(SyncOrder { after_round: 1 }).await.unwrap();
+            drop(orders);
+            sync.run(input, output).await.unwrap();
+            assert_eq!(synced.next().await.unwrap().dirty_pages, 61);
+        });
+        assert_eq!(words(&bitmap), [(1 << 60) - 1, 0, 0b10, 0]);
     }
 }

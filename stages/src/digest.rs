@@ -9,7 +9,7 @@ use std::io;
 use xxhash_rust::xxh3::{Xxh3Default, xxh3_64};
 
 use crate::bitmap::DirtyBitmap;
-use crate::geometry::{ExtentAt, STRETCH_BYTES, bits};
+use crate::geometry::{EXTENT_PAGES, ExtentAt, STRETCH_BYTES, bits};
 use crate::memory::{GuestMemory, ZEROS};
 use crate::pool::PooledBuffer;
 
@@ -51,20 +51,29 @@ pub fn stretch_digest(
     scratch: &mut PooledBuffer,
 ) -> io::Result<u128> {
     let mut hash = Xxh3Default::new();
-    each_page(memory, block, stretch, known, scratch, |page| hash.update(page))?;
+    each_page(memory, block, stretch, known, scratch, |_, page| hash.update(page))?;
     Ok(hash.digest128())
 }
 
-/// The xxh3-64 of each page of a stretch, to find those that differ.
+/// The xxh3-64 of each page of a stretch, to find those that differ; 0 for a page that is left out.
 ///
 /// # Errors
 /// When the memory cannot be read.
 ///
 /// # Panics
 /// As [`stretch_digest`].
-pub fn page_hashes(memory: &GuestMemory, block: u32, stretch: u64, scratch: &mut PooledBuffer) -> io::Result<Vec<u64>> {
-    let mut hashes = Vec::new();
-    each_page(memory, block, stretch, &Known::default(), scratch, |page| hashes.push(xxh3_64(page)))?;
+pub fn page_hashes(
+    memory: &GuestMemory,
+    block: u32,
+    stretch: u64,
+    known: &Known<'_>,
+    scratch: &mut PooledBuffer,
+) -> io::Result<Vec<u64>> {
+    let pages = memory.page_size().stretch_extents() * EXTENT_PAGES;
+    let first = stretch * pages;
+    let here = memory.layout().block_pages(block).min(first + pages) - first;
+    let mut hashes = vec![0; usize::try_from(here).expect("a few hundred")];
+    each_page(memory, block, stretch, known, scratch, |index, page| hashes[index] = xxh3_64(page))?;
     Ok(hashes)
 }
 
@@ -74,7 +83,7 @@ fn each_page(
     stretch: u64,
     known: &Known<'_>,
     scratch: &mut PooledBuffer,
-    mut use_page: impl FnMut(&[u8]),
+    mut use_page: impl FnMut(usize, &[u8]),
 ) -> io::Result<()> {
     assert!(stretch < stretch_count(memory, block), "block {block} has no stretch {stretch}");
     let (layout, size) = (memory.layout(), memory.page_size());
@@ -94,7 +103,8 @@ fn each_page(
         let mut read = scratch.chunks_exact(size.bytes());
         for bit in bits(pages) {
             let is_zero = zero & (1 << bit) != 0;
-            use_page(if is_zero { &ZEROS[..size.bytes()] } else { read.next().expect("it was read") });
+            let index = ((extent - first) * u64::BITS + bit) as usize;
+            use_page(index, if is_zero { &ZEROS[..size.bytes()] } else { read.next().expect("it was read") });
         }
     }
     Ok(())
@@ -120,7 +130,13 @@ mod tests {
         }
         let memory = Arc::new(MappedMemory::anonymous(length).unwrap());
         memory.store(0, &bytes[..length]);
-        let info = BlockInfo { id: "ram".into(), length: length as u64, guest_address: 0, backing_page_size: 4096 };
+        let info = BlockInfo {
+            id: "ram".into(),
+            length: length as u64,
+            guest_address: 0,
+            backing_page_size: 4096,
+            ignored: false,
+        };
         let block = RamBlock { info, memory: memory.clone(), fresh: false };
         (GuestMemory::new(size, vec![block]).unwrap(), memory, bytes)
     }
@@ -136,7 +152,7 @@ mod tests {
                 let digest = stretch_digest(&guest, 0, stretch, &Known::default(), &mut scratch).unwrap();
                 assert_eq!(digest, xxh3_128(bytes), "stretch {stretch} of {size:?} pages");
                 let hashes: Vec<_> = bytes.chunks(size.bytes()).map(xxh3_64).collect();
-                assert_eq!(page_hashes(&guest, 0, stretch, &mut scratch).unwrap(), hashes);
+                assert_eq!(page_hashes(&guest, 0, stretch, &Known::default(), &mut scratch).unwrap(), hashes);
             }
         }
     }
@@ -157,6 +173,8 @@ mod tests {
         memory.store((512 + 65) * 4096, &[9]);
         memory.store((512 + 511) * 4096, &[9]);
         assert_eq!(stretch_digest(&guest, 0, 1, &known, &mut scratch).unwrap(), digest);
+        let hashes = page_hashes(&guest, 0, 1, &known, &mut scratch).unwrap();
+        assert_eq!((hashes.len(), hashes[511], hashes[65]), (512, 0, xxh3_64(&[0; 4096])));
         memory.store((512 + 71) * 4096, &[9]);
         assert_ne!(stretch_digest(&guest, 0, 1, &known, &mut scratch).unwrap(), digest);
     }

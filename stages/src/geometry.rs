@@ -80,6 +80,9 @@ pub struct BlockInfo {
     pub guest_address: u64,
     /// Bytes of the pages that back the block on its host (4 KiB, 2 MiB, …); informative.
     pub backing_page_size: u64,
+    /// Do both ends have this very memory already (a file that both have mapped)? Then none of its pages ever travels, and it
+    /// is only checked that the destination has the block as the source does: id, length and guest address.
+    pub ignored: bool,
 }
 
 /// A page of the guest, for messages.
@@ -337,7 +340,7 @@ mod tests {
     use super::*;
 
     fn block(id: &str, length: u64) -> BlockInfo {
-        BlockInfo { id: id.into(), length, guest_address: 0, backing_page_size: 4096 }
+        BlockInfo { id: id.into(), length, guest_address: 0, backing_page_size: 4096, ignored: false }
     }
 
     #[test]

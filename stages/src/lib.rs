@@ -11,6 +11,7 @@
 pub mod batch;
 pub mod bitmap;
 pub mod bitmap_sync;
+pub mod clears;
 pub mod codec;
 pub mod digest;
 pub mod dirty_log;

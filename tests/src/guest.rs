@@ -308,6 +308,23 @@ impl TestGuest {
         self.resumed_with.lock().unwrap().clone()
     }
 
+    /// Stores bytes that do not cross a page, and marks it.
+    pub fn write(&self, block: u32, offset: usize, bytes: &[u8]) {
+        self.blocks.lock().unwrap()[block as usize].store(offset, bytes);
+        let page = (offset / self.memory().page_size().bytes()) as u64;
+        self.log().mark(block, page..page + 1);
+    }
+
+    /// The same guest, whose block of this number is ignored.
+    #[must_use]
+    pub fn ignoring(self, block: usize) -> Self {
+        let memory = self.memory();
+        let mut blocks = memory.blocks().to_vec();
+        blocks[block].info.ignored = true;
+        *self.memory.lock().unwrap() = Some(GuestMemory::new(memory.page_size(), blocks).expect("good blocks"));
+        self
+    }
+
     /// Changes a byte without telling the log: a fault that only verification finds.
     pub fn corrupt(&self, block: usize, offset: usize) {
         let block = &self.blocks.lock().unwrap()[block];
@@ -513,7 +530,13 @@ impl Guest for TestGuest {
 }
 
 fn info(index: usize, length: u64) -> BlockInfo {
-    BlockInfo { id: format!("ram{index}"), length, guest_address: (index as u64) << 40, backing_page_size: 4096 }
+    BlockInfo {
+        id: format!("ram{index}"),
+        length,
+        guest_address: (index as u64) << 40,
+        backing_page_size: 4096,
+        ignored: false,
+    }
 }
 
 /// A xorshift generator: 63 bits, good enough to scatter.

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use memferry::events::{Event, Phase, Role};
 use memferry::guest::Guest;
-use memferry::guest::kvm::{KvmGuest, KvmLogChoice, KvmSettings, KvmStatus};
+use memferry::guest::kvm::{KvmGuest, KvmLogChoice, KvmSettings, KvmStatus, SharedSettings};
 use memferry::settings::SourceSettings;
 use memferry_stages::tally::RoundTally;
 use memferry_tests::{Ends, Recorder, migrate_watched, source_settings};
@@ -22,7 +22,12 @@ const LOGS: [KvmLogChoice; 4] =
 
 /// A machine whose two vCPUs write as fast as they can; `None`, and said so, where there is no KVM.
 fn machine(dirty_log: KvmLogChoice) -> Option<Arc<KvmGuest>> {
-    let settings = KvmSettings { memory: 16 << 20, vcpus: 2, region: 4 << 20, ..KvmSettings::default() };
+    machine_with(dirty_log, KvmSettings::default())
+}
+
+/// As [`machine`], with what else `more` says.
+fn machine_with(dirty_log: KvmLogChoice, more: KvmSettings) -> Option<Arc<KvmGuest>> {
+    let settings = KvmSettings { memory: 16 << 20, vcpus: 2, region: 4 << 20, ..more };
     made(KvmSettings { pages_per_second: 0.0, bytes: 32, dirty_log, ..settings })
 }
 
@@ -202,4 +207,37 @@ fn a_machine_that_was_paused_by_its_operator_arrives_paused() {
     assert_eq!((arrived.running, arrived.pass, arrived.heartbeats), (false, paused.pass, 0));
     destination.resume().unwrap();
     goes_on(&destination, &paused);
+}
+
+/// Its program takes pages of its free memory and gives them back, and checks them, all the time; what is free is hinted.
+#[test]
+fn free_unplugged_and_shared_memory_of_a_machine_does_not_travel_and_what_it_uses_does() {
+    for dirty_log in LOGS {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("shared");
+        let more = KvmSettings {
+            free: 8 << 20,
+            unplugged: 1 << 20,
+            shared: Some(SharedSettings { path: path.clone(), bytes: 1 << 20 }),
+            ..KvmSettings::default()
+        };
+        let Some(mut source) = machine_with(dirty_log, more) else { return };
+        until(&source, |status| status.pass >= 3);
+        // Twice, for the destination must know which pages are in use as well as the source does.
+        for _ in 0..2 {
+            let destination = KvmGuest::destination_sharing(dirty_log, path.clone());
+            let transport = MemoryTransport::new(64 << 10);
+            let faster = SourceSettings { max_bandwidth: Some(8 << 20), ..settings() };
+            let ends = moved(&source, &destination, transport, faster, Recorder::default());
+            assert_eq!(ends.source.phase, Phase::Completed, "{:?}, {:?}", ends.source.error, ends.destination.error);
+            assert_eq!(ends.destination.verified, Some(true));
+            let spared = ends.source.spared;
+            println!("{dirty_log:?}: {spared:?}");
+            assert_eq!((spared.unplugged, spared.ignored), (256, 256), "{dirty_log:?}");
+            let hinted = if dirty_log == KvmLogChoice::Hash { 0..1 } else { 256..u64::MAX };
+            assert!(hinted.contains(&spared.hinted), "{dirty_log:?}: {spared:?}");
+            goes_on(&destination, &source.status());
+            source = destination;
+        }
+    }
 }

@@ -8,7 +8,7 @@ use memferry_stages::dirty_log::{HashLog, KvmLog};
 use memferry_stages::geometry::{BlockInfo, Layout, PageSize};
 
 use crate::config::settings::{source_files, workload};
-use crate::config::tables::{Config, GuestTable, KvmLogChoice, LogChoice};
+use crate::config::tables::{Config, GuestTable, KvmLogChoice, LogChoice, SharedTable};
 use crate::migration::{destination_bound, hashing_costs, source_bound};
 use crate::report::human;
 use crate::settings::SourceSettings;
@@ -48,12 +48,16 @@ fn facts(config: &Config) -> Vec<String> {
 
 /// The guest's blocks as they will be.
 fn layout(config: &Config) -> Result<Layout, String> {
-    let block = |id: String, length| BlockInfo { id, length, guest_address: 0, backing_page_size: 4096 };
+    let block =
+        |id: String, length| BlockInfo { id, length, guest_address: 0, backing_page_size: 4096, ignored: false };
+    let shared = |table: Option<&SharedTable>| {
+        table.map(|table| BlockInfo { ignored: true, ..block("shared".into(), table.size.0) })
+    };
     let (page_size, blocks) = match &config.guest {
         GuestTable::Workload(table) => {
             let settings = workload(table);
             let ids = (0..settings.blocks).map(|index| block(index.to_string(), settings.block_bytes()));
-            (settings.page_size, ids.collect())
+            (settings.page_size, ids.chain(shared(table.shared.as_ref())).collect())
         }
         GuestTable::File(table) => {
             let settings = source_files(table);
@@ -65,7 +69,10 @@ fn layout(config: &Config) -> Result<Layout, String> {
             };
             (settings.page_size, settings.images.iter().map(length).collect::<Result<_, _>>()?)
         }
-        GuestTable::Kvm(table) => (PageSize::DEFAULT, vec![block("ram".into(), table.memory.0)]),
+        GuestTable::Kvm(table) => {
+            let ram = block("ram".into(), table.memory.0);
+            (PageSize::DEFAULT, std::iter::once(ram).chain(shared(table.shared.as_ref())).collect())
+        }
     };
     Layout::new(page_size, blocks).map_err(|error| error.to_string())
 }

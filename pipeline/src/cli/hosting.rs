@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::settings::{destination_files, source_files, workload};
-use crate::config::tables::{Config, GuestTable};
+use crate::config::tables::{Config, GuestTable, WorkloadTable};
 use crate::guest::file::FileGuest;
 use crate::guest::workload::Workload;
 use crate::guest::{Guest, GuestError};
@@ -54,6 +54,9 @@ impl Hosted {
     pub(super) async fn destination(config: &Config, run: bool) -> Result<Self, GuestError> {
         let table = config.guest.clone();
         blocking(move || match table {
+            GuestTable::Workload(WorkloadTable { shared: Some(shared), .. }) => {
+                Ok(Self::here(Workload::destination_sharing(shared.path)))
+            }
             GuestTable::Workload(_) => Ok(Self::here(Workload::destination())),
             GuestTable::File(table) => FileGuest::destination(destination_files(&table, run)).map(Self::elsewhere),
             GuestTable::Kvm(table) => machine::destination(&table),
@@ -125,7 +128,11 @@ mod machine {
 
     /// How its writes are found is for this end to choose: it may be sent on from here.
     pub(super) fn destination(table: &KvmTable) -> Result<Hosted, GuestError> {
-        Ok(Hosted::here(KvmGuest::destination(kvm(table).dirty_log)))
+        let settings = kvm(table);
+        Ok(Hosted::here(match settings.shared {
+            Some(shared) => KvmGuest::destination_sharing(settings.dirty_log, shared.path),
+            None => KvmGuest::destination(settings.dirty_log),
+        }))
     }
 
     impl Resident for KvmGuest {

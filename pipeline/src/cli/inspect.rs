@@ -200,7 +200,8 @@ impl fmt::Display for Inspection {
             for (index, block) in layout.blocks().iter().enumerate() {
                 let pages = layout.block_pages(u32::try_from(index).expect("few blocks"));
                 let (bytes, pages) = (human::bytes(block.length), human::count(pages));
-                writeln!(f, "{:<24} {bytes:>10} {pages:>14} {:>#18x}", block.id, block.guest_address)?;
+                let ignored = if block.ignored { "  ignored" } else { "" };
+                writeln!(f, "{:<24} {bytes:>10} {pages:>14} {:>#18x}{ignored}", block.id, block.guest_address)?;
             }
         }
         self.fmt_rounds(f)?;
@@ -282,8 +283,13 @@ mod tests {
             page_size: PageSize::DEFAULT,
             features: vec![Feature { name: feature::CHECKSUM.into(), required: true }],
         };
-        let block =
-            BlockInfo { id: "ram".into(), length: 1 << 20, guest_address: 0x4000_0000, backing_page_size: 4096 };
+        let block = BlockInfo {
+            id: "ram".into(),
+            length: 1 << 20,
+            guest_address: 0x4000_0000,
+            backing_page_size: 4096,
+            ignored: false,
+        };
         let pages = PagesHead {
             at: ExtentAt { block: 0, extent: 0 },
             round: 1,

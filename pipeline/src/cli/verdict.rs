@@ -48,6 +48,7 @@ pub(super) fn never_begun(error: String) -> Ended {
         downtime: None,
         parts: crate::events::DowntimeParts::default(),
         wire_bytes: 0,
+        spared: memferry_stages::clears::Spared::default(),
         memory_peak: 0,
         stages: Vec::new(),
         resume_failed: false,

@@ -77,6 +77,8 @@ fn example(field: &str) -> Option<&'static str> {
         "images" => r#"images = [{ id = "ram", path = "/dev/shm/guest.ram" }]"#,
         "id" => r#"id = "ram": the name of the RAM block, the same at both ends"#,
         "path" => r#"path = "/dev/shm/guest.ram""#,
+        "share" => "share = 0.5: of the memory",
+        "size" => r#"size = "64 MiB": the length of the file"#,
         "pattern" => {
             r#"pattern = "sequential", "uniform", { zipf = { exponent = 1.1 } } or { hot-spot = { pages = 0.1, writes = 0.9 } }"#
         }

@@ -8,8 +8,8 @@ use memferry_transports::{Address, Capabilities, open};
 
 use super::fault::Fault;
 use super::tables::{
-    Compress, Config, DeltaChoice, FileTable, FillTable, GuestTable, ImageTable, KvmTable, OnMiss, Pattern,
-    WorkloadTable, WriterTable,
+    After, Compress, Config, DeltaChoice, FileTable, FillTable, FreeTable, GuestTable, ImageTable, KvmTable, OnMiss,
+    Pattern, SharedTable, WorkloadTable, WriterTable,
 };
 use super::values::{Size, Time};
 use super::{Purpose, settings};
@@ -23,6 +23,7 @@ pub(super) fn check(config: &Config, purpose: Purpose) -> Vec<Fault> {
     pipeline(config, &mut faults);
     encoder(config, &mut faults);
     migration(config, &mut faults);
+    check_snapshot(config, &mut faults);
     match &config.guest {
         GuestTable::Workload(workload) => check_workload(workload, &mut faults),
         GuestTable::File(file) => {
@@ -184,6 +185,7 @@ fn check_workload(table: &WorkloadTable, faults: &mut Vec<Fault>) {
         format!("write a multiple of {unit}, such as \"1 GiB\""),
     );
     check_fill(&table.fill, faults);
+    check_what_stays(table, faults);
     for (number, writer) in table.writers.iter().enumerate() {
         check_writer(writer, table.page_size, &format!("guest.workload.writers.{number}"), faults);
     }
@@ -192,6 +194,67 @@ fn check_workload(table: &WorkloadTable, faults: &mut Vec<Fault>) {
     {
         faults.push(Fault::bare("guest.workload", error.to_string()));
     }
+}
+
+/// Memory that is unplugged, free, or shared.
+fn check_what_stays(table: &WorkloadTable, faults: &mut Vec<Fault>) {
+    let unplugged = table.unplugged;
+    need(
+        faults,
+        (0.0..1.0).contains(&unplugged),
+        "guest.workload.unplugged",
+        format!("a share of {unplugged}"),
+        "write a share of the memory from 0 up, below 1.0",
+    );
+    let page = table.page_size;
+    if let Some(FreeTable { share, turns_per_second, range }) = table.free {
+        need(
+            faults,
+            share > 0.0 && share + unplugged < 1.0,
+            "guest.workload.free.share",
+            format!("a share of {share}, beside {unplugged} that is unplugged"),
+            "write a share of the memory above 0 that leaves some in use: 0.8",
+        );
+        need(
+            faults,
+            turns_per_second.is_finite() && turns_per_second >= 0.0,
+            "guest.workload.free.turns_per_second",
+            format!("{turns_per_second} turns a second"),
+            "write a number, or 0 for memory that stays free",
+        );
+        let whole = range.0 > 0 && range.0.is_multiple_of(page.0.max(1)) && range.0 / page.0.max(1) <= 1 << 16;
+        need(
+            faults,
+            whole,
+            "guest.workload.free.range",
+            format!("ranges of {range}"),
+            format!("write 1 to 65536 whole pages of {page}: \"256 KiB\""),
+        );
+    }
+    check_shared(table.shared.as_ref(), page, "guest.workload.shared.size", faults);
+}
+
+fn check_shared(table: Option<&SharedTable>, page: Size, path: &str, faults: &mut Vec<Fault>) {
+    let Some(SharedTable { size, .. }) = table else { return };
+    let right = size.0 > 0 && size.0.is_multiple_of(page.0.max(1));
+    let help = format!("write whole pages of {page}: \"64 MiB\"");
+    need(faults, right, path, format!("a shared block of {size}"), help);
+}
+
+/// A snapshot does not hold what is shared, and its guest goes on writing it.
+fn check_snapshot(config: &Config, faults: &mut Vec<Fault>) {
+    let shares = match &config.guest {
+        GuestTable::Workload(table) => table.shared.is_some(),
+        GuestTable::Kvm(table) => table.shared.is_some(),
+        GuestTable::File(_) => false,
+    };
+    need(
+        faults,
+        !(shares && config.migration.after == Some(After::Resume)),
+        "migration.after",
+        "a snapshot would lack the shared block, which its guest goes on writing",
+        "write after = \"pause\", or delete the table `shared`",
+    );
 }
 
 fn check_fill(fill: &FillTable, faults: &mut Vec<Fault>) {
@@ -281,6 +344,19 @@ fn check_kvm(table: &KvmTable, faults: &mut Vec<Fault>) {
         format!("a region of {} in a machine of {}", table.region, table.memory),
         format!("write whole pages of {PAGE_BYTES} bytes, {least} to {most}"),
     );
+    for (path, part) in [("guest.kvm.free", table.free), ("guest.kvm.unplugged", table.unplugged)] {
+        let others =
+            [table.region, table.free, table.unplugged].iter().fold(OWN_BYTES, |all, part| all.saturating_add(part.0));
+        let fits = part.0.is_multiple_of(PAGE_BYTES) && (part.0 == 0 || others <= table.memory.0);
+        need(
+            faults,
+            fits || !memory || !region,
+            path,
+            format!("{part} beside the rest of a machine of {}", table.memory),
+            format!("write whole pages of {PAGE_BYTES} bytes; region, free and unplugged together may be {most}"),
+        );
+    }
+    check_shared(table.shared.as_ref(), Size(PAGE_BYTES), "guest.kvm.shared.size", faults);
     need(
         faults,
         (0.0..=1e9).contains(&table.pages_per_second),

@@ -14,7 +14,9 @@ use super::tables::{
 use super::values::Size;
 use crate::guest::file::{FileGuestSettings, Image};
 use crate::guest::kvm::{KvmLogChoice, KvmSettings};
-use crate::guest::workload::{Backing, Fill, LogChoice, Pattern, Region, WorkloadSettings, WriterSettings};
+use crate::guest::workload::{
+    Backing, Fill, FreeSettings, LogChoice, Pattern, Region, SharedSettings, WorkloadSettings, WriterSettings,
+};
 use crate::settings::{After, DestinationSettings, EncoderSettings, OnDeadline, SourceSettings, XbzrleSettings};
 
 /// The level of zstd where none is given: as fast as lz4's neighbours, denser than them.
@@ -116,6 +118,14 @@ pub fn workload(table: &WorkloadTable) -> WorkloadSettings {
         },
         fill: Fill { zero: fill.zero, text: fill.text, random: fill.random, process: fill.process },
         writers: table.writers.iter().map(writer).collect(),
+        free: table.free.as_ref().map(|free| FreeSettings {
+            share: free.share,
+            turns_per_second: free.turns_per_second,
+            // What does not fit is more than the most, and refused as that.
+            range_pages: u32::try_from(free.range.0 / table.page_size.0).unwrap_or(u32::MAX),
+        }),
+        unplugged: table.unplugged,
+        shared: table.shared.as_ref().map(shared),
         seed: table.seed,
     }
 }
@@ -179,6 +189,9 @@ pub fn kvm(table: &KvmTable) -> KvmSettings {
         // What does not fit is more than a page, and refused as that.
         bytes: u32::try_from(table.bytes.0).unwrap_or(u32::MAX),
         region_at: KvmSettings::default().region_at,
+        free: table.free.0,
+        unplugged: table.unplugged.0,
+        shared: table.shared.as_ref().map(shared),
         dirty_log: match table.dirty_log {
             tables::KvmLogChoice::DirtyLog => KvmLogChoice::DirtyLog,
             tables::KvmLogChoice::DirtyRing => KvmLogChoice::DirtyRing,
@@ -186,6 +199,10 @@ pub fn kvm(table: &KvmTable) -> KvmSettings {
             tables::KvmLogChoice::Hash => KvmLogChoice::Hash,
         },
     }
+}
+
+fn shared(table: &tables::SharedTable) -> SharedSettings {
+    SharedSettings { path: table.path.clone(), bytes: table.size.0 }
 }
 
 fn page_size(size: Size) -> PageSize {

@@ -57,8 +57,46 @@ pub struct WorkloadTable {
     pub seed: u64,
     /// What the memory holds at the start.
     pub fill: FillTable,
+    /// The share of the memory that is unplugged: its end. It never travels.
+    pub unplugged: f64,
+    /// Memory that is free, and hinted so while it is migrated.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub free: Option<FreeTable>,
+    /// A block more, in a file that both ends have. It never travels.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shared: Option<SharedTable>,
     /// Who writes to it.
     pub writers: Vec<WriterTable>,
+}
+
+/// `[guest.workload.free]`
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct FreeTable {
+    /// The share of the memory that is free, behind what is in use and before what is unplugged.
+    pub share: f64,
+    /// How often a second a range of it is taken and written, or given back; 0 is never.
+    #[serde(default)]
+    pub turns_per_second: f64,
+    /// What is taken at a time.
+    #[serde(default = "FreeTable::default_range")]
+    pub range: Size,
+}
+
+impl FreeTable {
+    fn default_range() -> Size {
+        Size(256 << 10)
+    }
+}
+
+/// `[guest.workload.shared]`, `[guest.kvm.shared]`
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct SharedTable {
+    /// The file, the same at both ends. The source makes it if it is not there, and fills it.
+    pub path: PathBuf,
+    /// Its length.
+    pub size: Size,
 }
 
 /// Where a workload's memory comes from.
@@ -216,6 +254,13 @@ pub struct KvmTable {
     pub pages_per_second: f64,
     /// Bytes changed in each page.
     pub bytes: Size,
+    /// Bytes behind the region that are free and hinted so: its program takes pages of them and gives them back.
+    pub free: Size,
+    /// Bytes at the end of the RAM that are unplugged: they never travel.
+    pub unplugged: Size,
+    /// A block more, in a file that both ends have. It never travels.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shared: Option<SharedTable>,
     /// How writes are found.
     pub dirty_log: KvmLogChoice,
 }
@@ -377,6 +422,9 @@ impl Default for WorkloadTable {
             dirty_log: LogChoice::Auto,
             seed: 1,
             fill: FillTable::default(),
+            unplugged: 0.0,
+            free: None,
+            shared: None,
             writers: Vec::new(),
         }
     }
@@ -390,6 +438,9 @@ impl Default for KvmTable {
             region: Size(4 << 20),
             pages_per_second: 5_000.0,
             bytes: Size(64),
+            free: Size(0),
+            unplugged: Size(0),
+            shared: None,
             dirty_log: KvmLogChoice::DirtyLog,
         }
     }

@@ -223,6 +223,20 @@ fn what_cannot_be_together_is_refused() {
 }
 
 #[test]
+fn memory_that_does_not_travel_is_checked_key_by_key() {
+    assert_snapshot!(with("[guest.workload.free]\nshare = 1.0\nrange = \"5 KiB\""), @r"");
+    assert_snapshot!(with("[guest.workload.free]\nrange = \"64 KiB\""), @r"");
+    assert_snapshot!(with("[guest.workload.shared]\npath = \"target/shared\"\nsize = \"1 KiB\""), @r"");
+    let text = refused(
+        "[guest.workload]\nmemory = \"64 MiB\"\nunplugged = 1.0\n[guest.workload.shared]\npath = \"x\"\nsize = \"1 MiB\"\n\
+         [transport]\naddress = \"file:x.memferry\"\n[migration]\nafter = \"resume\"\n",
+    );
+    for word in ["run.toml:3:", "a share of 1", "run.toml:10:", "a snapshot would lack the shared block"] {
+        assert!(text.contains(word), "{word:?} is missing:\n{text}");
+    }
+}
+
+#[test]
 fn a_file_has_one_connection_and_says_what_follows() {
     assert_snapshot!(refused("[guest.workload]\n[pipeline]\nconnections = 2\n[transport]\naddress = \"file:/var/tmp/guest.memferry\""), @r#"
     error: 2 connections, and file:/var/tmp/guest.memferry carries at most 1
@@ -407,6 +421,19 @@ fn a_machine_that_cannot_be_is_refused_key_by_key() {
     let words = ["a machine of 5 MiB", "0 vCPUs", "a region of", "-1 pages a second", "a write of"].map(String::from);
     for word in words.into_iter().chain(places) {
         assert!(text.contains(&word), "{word:?} is missing:\n{text}");
+    }
+    let text = refused(
+        "[guest.kvm]\nmemory = \"64 MiB\"\nregion = \"4 MiB\"\nfree = \"60 MiB\"\nunplugged = \"100 B\"\n\
+         [guest.kvm.shared]\npath = \"x\"\nsize = \"5 B\"\n[transport]\naddress = \"tcp:localhost:0\"\n",
+    );
+    for word in [
+        "run.toml:4:",
+        "60.0 MiB beside the rest of a machine of",
+        "run.toml:5:",
+        "run.toml:8:",
+        "a shared block of 5 B",
+    ] {
+        assert!(text.contains(word), "{word:?} is missing:\n{text}");
     }
     let text = refused("[guest.kvm]\ndirty_log = \"ring\"\n[transport]\naddress = \"tcp:localhost:0\"\n");
     assert!(text.contains("`dirty-ring`") && text.contains("run.toml:2:"), "{text}");

@@ -5,8 +5,8 @@
 //! ```text
 //!  SOURCE: send(guest, …)                                     DESTINATION: receive(guest, …)
 //!
-//!  memory, run_state
-//!  setup_state ───────────── setup state, blocks ──────────▶  build, memory
+//!  memory, run_state, clearers
+//!  setup_state ───────────── setup state, blocks ──────────▶  build, memory, clearers
 //!  dirty_logs; each log: start                                   ┊
 //!  rounds; each log: sync, rearm, copied ═════ pages ═══════▶    ┊ the loaders write its memory,
 //!  pause            (only if it ran)                             ┊ and nobody else does
@@ -33,6 +33,9 @@
 //! runs. At the destination it writes them between `build` and `prepare`. No Rust reference to that memory may exist: it is
 //! [`MappedMemory`](crate::memory::MappedMemory) that a VMM lends, or its own [`Memory`](crate::memory::Memory).
 //!
+//! **Pages that need not travel.** A guest that knows of any (free, unplugged) hands out [clearers](Guest::clearers); a block whose
+//! memory the destination has already says so itself ([`BlockInfo::ignored`]), at both ends.
+//!
 //! [`conformance`] holds a guest to all of this.
 
 use std::fmt;
@@ -44,9 +47,17 @@ use memferry_stages::geometry::{BlockInfo, LayoutError, PageSize};
 use memferry_stages::memory::GuestMemory;
 pub use memferry_stages::wire::messages::RunState;
 
+use clearer::Clearer;
+
+pub use shared::SharedSettings;
+
+mod balloon;
+pub mod clearer;
 pub mod conformance;
 pub mod file;
+mod free;
 pub mod kvm;
+mod shared;
 pub mod workload;
 
 /// What went wrong in a guest: a sentence for the operator, with the cause in it.
@@ -100,6 +111,12 @@ pub trait Guest: Send + Sync + fmt::Debug {
     /// Does it run? Asked once, at the source, before the migration begins, where blocking is not allowed. A guest that its
     /// operator has paused is neither paused nor resumed, and arrives paused.
     fn run_state(&self) -> RunState;
+
+    /// What in it knows that pages need not be sent. At the source it is asked once, where blocking is not allowed, before
+    /// anything else; at the destination once it is built, for what is unplugged there. None by default.
+    fn clearers(&self) -> Vec<Arc<dyn Clearer>> {
+        Vec::new()
+    }
 
     // ---- at the source ----
 
@@ -175,7 +192,8 @@ pub trait Guest: Send + Sync + fmt::Debug {
     // ---- at the destination ----
 
     /// Builds the machine for the blocks that come, or refuses with both sides' figures. What is built has exactly these
-    /// blocks. The peer is not trusted: its blocks are a valid layout, but as long as it likes, and its state may be anything.
+    /// blocks; one that is [`ignored`](BlockInfo::ignored) has the memory that the source has, or the guest refuses it or builds it as one
+    /// that is not, which the engine refuses then. The peer is not trusted: its blocks are a valid layout, but as long as it likes, and its state may be anything.
     ///
     /// # Errors
     /// When the blocks do not fit this guest; the source is told why.

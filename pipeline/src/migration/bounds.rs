@@ -8,6 +8,7 @@
 use std::sync::Arc;
 
 use memferry_stages::bitmap::DirtyBitmap;
+use memferry_stages::clears::Clears;
 use memferry_stages::codec::{Compressor, Decompressor};
 use memferry_stages::dirty_log::DirtyLog;
 use memferry_stages::geometry::{Layout, PageSize};
@@ -73,16 +74,17 @@ pub fn source_bound(layout: &Layout, settings: &SourceSettings) -> u64 {
     pools + cache + compressors + source_keeps(layout, InFlight::bound_bytes(layout, settings.lanes), settings.verify)
 }
 
-/// What a source keeps for its guest's pages: which are dirty, which were never touched, what is in flight, and digests.
+/// What a source keeps for its guest's pages: which are dirty, which were never touched, which do not travel, what is in flight,
+/// and digests.
 pub(super) fn source_keeps(layout: &Layout, in_flight: u64, verify: bool) -> u64 {
     let digests = if verify { digests::bound_bytes(layout) } else { 0 };
-    2 * DirtyBitmap::bytes_of(layout) + in_flight + digests
+    2 * DirtyBitmap::bytes_of(layout) + Clears::bytes_of(layout) + in_flight + digests
 }
 
-/// What a destination keeps: which pages it holds, and digests.
+/// What a destination keeps: which pages it holds, which never come, and digests.
 pub(super) fn destination_keeps(layout: &Layout, verify: bool) -> u64 {
     let digests = if verify { digests::bound_bytes(layout) } else { 0 };
-    DirtyBitmap::bytes_of(layout) + digests
+    2 * DirtyBitmap::bytes_of(layout) + digests
 }
 
 /// What the dirty logs of a guest keep.

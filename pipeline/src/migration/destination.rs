@@ -10,6 +10,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use memferry_stages::bitmap::DirtyBitmap;
+use memferry_stages::clears::Spared;
 use memferry_stages::geometry::{BlockInfo, Layout};
 use memferry_stages::loader::Loaded;
 use memferry_stages::memory::GuestMemory;
@@ -30,11 +32,12 @@ use super::handshake::{DestinationStep, Happening, awaiting_go};
 use super::link::Writer;
 use super::plane::DataPlane;
 use super::session::Session;
+use super::source::check_ranges;
 use super::speed::Speed;
 use super::state::Assembly;
 use super::{block_facts, blocking, bounds, built_otherwise, digests};
 use crate::events::{DowntimeParts, Ended, Event, Observers, Phase, Progress};
-use crate::guest::{Guest, GuestState};
+use crate::guest::{Guest, GuestError, GuestState};
 use crate::settings::DestinationSettings;
 
 /// How often the source is told what is loaded.
@@ -93,6 +96,10 @@ struct Flow {
     round_began: Instant,
     /// Do digests come?
     verify: bool,
+    /// May they leave pages out?
+    may_leave_out: bool,
+    /// Pages that never travel, as this end knows them.
+    out_for_good: Arc<DirtyBitmap>,
 }
 
 /// One thing that the controller must know.
@@ -152,16 +159,16 @@ impl Destination {
         let setup = async {
             let mut session = self.gather(plane, listener).await?;
             *answer = session.answer.take();
-            let memory = self.agree(&mut session, answer).await?;
-            Ok::<_, MigrationError>((session, memory))
+            let (memory, out_for_good) = self.agree(&mut session, answer).await?;
+            Ok::<_, MigrationError>((session, memory, out_for_good))
         };
-        let (session, memory) = tokio::select! {
+        let (session, memory, out_for_good) = tokio::select! {
             biased;
             () = cancel.cancelled() => return Err(MigrationError::Cancelled),
             ready = setup => ready?,
         };
         let stored = answer.is_none();
-        let flow = running.insert(self.start_stages(session, &memory, answer.take()));
+        let flow = running.insert(self.start_stages(session, &memory, out_for_good, answer.take()));
 
         let arrival = self.load(flow, &memory).await?;
         let run_state = arrival.end.expect("loading ends with it").0;
@@ -187,21 +194,25 @@ impl Destination {
         &mut self,
         session: &mut Session,
         answer: &mut Option<Writer>,
-    ) -> Result<GuestMemory, MigrationError> {
+    ) -> Result<(GuestMemory, DirtyBitmap), MigrationError> {
         self.observers.tell(&Event::Connected { peer: session.peer.clone() });
         say(answer, &Message::Accept(Vec::new())).await?;
         let (blocks, setup) = tokio::time::timeout(self.settings.handover_timeout, read_setup(session))
             .await
             .map_err(|_| MigrationError::TimedOut("the source did not describe its guest in time".into()))??;
+        if !session.features.ignored_blocks && blocks.iter().any(|block| block.ignored) {
+            return Err(MigrationError::Protocol("blocks are ignored, and that was not agreed".into()));
+        }
         let (guest, page_size) = (self.guest.clone(), session.hello.page_size);
         bounds::check_host(bounds::destination_bound(&Layout::new(page_size, blocks.clone())?, session.hello.lanes))?;
-        let memory = blocking(move || {
+        let (memory, out_for_good) = blocking(move || {
             guest.build(page_size, &blocks, &setup)?;
             let memory = guest.memory();
-            match built_otherwise(&memory, page_size, &blocks) {
-                Some(what) => Err(MigrationError::BuiltOtherwise(what)),
-                None => Ok(memory),
+            if let Some(what) = built_otherwise(&memory, page_size, &blocks) {
+                return Err(MigrationError::BuiltOtherwise(what));
             }
+            let out_for_good = out_for_good(&*guest, memory.layout())?;
+            Ok((memory, out_for_good))
         })
         .await?;
         self.layout = Some(memory.layout().clone());
@@ -211,10 +222,16 @@ impl Destination {
             memory_bound: bounds::destination_bound(memory.layout(), session.hello.lanes),
         });
         say(answer, &Message::Ready).await?;
-        Ok(memory)
+        Ok((memory, out_for_good))
     }
 
-    fn start_stages(&mut self, session: Session, memory: &GuestMemory, answer: Option<Writer>) -> Flow {
+    fn start_stages(
+        &mut self,
+        session: Session,
+        memory: &GuestMemory,
+        out_for_good: DirtyBitmap,
+        answer: Option<Writer>,
+    ) -> Flow {
         let Session { hello, features, readers, .. } = session;
         let mut ticks = tokio::time::interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -232,6 +249,8 @@ impl Destination {
             round: 1,
             round_began: Instant::now(),
             verify: features.verify,
+            may_leave_out: features.left_out,
+            out_for_good: Arc::new(out_for_good),
         }
     }
 
@@ -242,7 +261,7 @@ impl Destination {
         let lanes = u16::try_from(flow.graph.progress.len()).expect("at most MAX_LANES");
         let mut arrival = Arrival {
             device: Assembly::new(StatePhase::Device),
-            digests: Digests::default(),
+            digests: Digests::none(memory.layout()),
             tallies: Vec::new(),
             lanes: usize::from(lanes),
             switched_over: 0,
@@ -253,7 +272,7 @@ impl Destination {
             match flow.next().await? {
                 Signal::Said(Message::State(chunk)) => arrival.device.add(chunk)?,
                 Signal::Said(Message::Digests { block, first, stretches }) => {
-                    arrival.digests.add(memory.layout(), block, first, stretches)?;
+                    arrival.digests.add(block, first, stretches, flow.may_leave_out)?;
                 }
                 Signal::Said(Message::End { run_state, frames }) => arrival.end = Some((run_state, frames)),
                 Signal::Said(Message::Abort(why)) => return Err(MigrationError::GivenUp { peer: "source", why }),
@@ -263,7 +282,7 @@ impl Destination {
                 Signal::Loaded(loaded) => {
                     self.loaded(flow, &mut arrival, loaded);
                     if arrival.switched_over == lanes && flow.verify {
-                        arrival.ours = Some(digests::start(memory));
+                        arrival.ours = Some(digests::start(memory, flow.out_for_good.clone()));
                     }
                 }
                 Signal::StreamEnded => return Err(ended_early()),
@@ -362,10 +381,19 @@ impl Destination {
         theirs: &Digests,
     ) -> Result<(), MigrationError> {
         let began = Instant::now();
+        let left_out = theirs.left_out().clone();
+        let ours = async {
+            let ours = ours.finish().await.map_err(MigrationError::Digest)?;
+            if let Some(page) = ours.first_left_out_beside(&left_out) {
+                let what = format!("{page} is unplugged or ignored here, and not at the source");
+                return Err(MigrationError::Differs(what));
+            }
+            ours.leaving_out(memory, left_out.clone()).await.map_err(MigrationError::Digest)
+        };
         let ours = tokio::select! {
             biased;
             () = self.cancel.cancelled() => return Err(MigrationError::Cancelled),
-            ours = ours.finish() => ours.map_err(MigrationError::Digest)?,
+            ours = ours => ours?,
         };
         let differs = theirs.first_difference(memory.layout(), &ours);
         self.parts.verify = began.elapsed();
@@ -373,7 +401,7 @@ impl Destination {
         let Some(stretch) = differs else { return Ok(()) };
         if flow.graph.answer.is_some() {
             let memory = memory.clone();
-            let hashes = blocking(move || digests::page_hashes(&memory, stretch)).await;
+            let hashes = blocking(move || digests::page_hashes(&memory, &left_out, stretch)).await;
             flow.say(&hashes.map_err(MigrationError::Digest)?).await?;
         }
         let layout = memory.layout();
@@ -459,6 +487,7 @@ impl Destination {
             downtime: None,
             parts: self.parts,
             wire_bytes,
+            spared: Spared::default(),
             memory_peak,
             stages,
             resume_failed: false,
@@ -566,6 +595,17 @@ async fn read_setup(session: &mut Session) -> Result<(Vec<BlockInfo>, GuestState
             None => return Err(ended_early()),
         }
     }
+}
+
+/// The pages that this end's guest never gets: unplugged, or of ignored blocks.
+fn out_for_good(guest: &dyn Guest, layout: &Layout) -> Result<DirtyBitmap, GuestError> {
+    let out = DirtyBitmap::empty(layout);
+    let unplugged: Vec<_> = guest.clearers().iter().flat_map(|clearer| clearer.unplugged()).collect();
+    check_ranges(layout, unplugged.iter())?;
+    unplugged.into_iter().for_each(|(block, pages)| out.set_range(block, pages));
+    let ignored = (0..layout.block_count()).filter(|&block| layout.blocks()[block as usize].ignored);
+    ignored.for_each(|block| out.set_range(block, 0..layout.block_pages(block)));
+    Ok(out)
 }
 
 async fn say(answer: &mut Option<Writer>, message: &Message) -> Result<(), MigrationError> {

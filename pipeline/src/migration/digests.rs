@@ -1,7 +1,9 @@
 //! Verification: digests of both memories, compared while the guest is paused.
 //!
 //! Each stretch has one hash. Both ends hash with every core they have, and neither reads what was never touched, for which
-//! the memory is asked once. Where a hash differs, the destination sends the hashes of that stretch's pages, and the paused source finds the page.
+//! the memory is asked once. Pages that did not travel (hinted free, unplugged, of ignored blocks) are left out: the source says of
+//! each stretch which. The destination hashes at the same time, leaving out what it knows of itself, and does those stretches
+//! again of which the source leaves out more. Where a hash differs, the destination sends the hashes of that stretch's pages, and the paused source finds the page.
 
 use std::io;
 use std::ops::Range;
@@ -10,7 +12,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use memferry_stages::bitmap::DirtyBitmap;
-use memferry_stages::digest::{self, Known};
+use memferry_stages::digest::{self, Known, STRETCH_WORDS};
 use memferry_stages::geometry::{BlockInfo, EXTENT_PAGES, ExtentAt, Layout, PageAt, PageSize};
 use memferry_stages::memory::{GuestMemory, MappedMemory, RamBlock};
 use memferry_stages::pool::{BufferPool, PooledBuffer};
@@ -33,50 +35,99 @@ pub(super) struct StretchAt {
     pub(super) stretch: u64,
 }
 
-/// The hash of every stretch, by block. At a destination it grows as frames come, never beyond the layout.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+/// The hash of every stretch, by block, and the pages that they leave out. At a destination it grows as frames come, never beyond
+/// the layout.
+#[derive(Clone, Debug)]
 pub(super) struct Digests {
     blocks: Vec<Vec<u128>>,
+    left_out: Arc<DirtyBitmap>,
 }
 
 impl Digests {
+    /// None yet, with nothing left out.
+    pub(super) fn none(layout: &Layout) -> Self {
+        Self { blocks: vec![Vec::new(); layout.blocks().len()], left_out: Arc::new(DirtyBitmap::empty(layout)) }
+    }
+
     /// Takes what a Digests frame brings: the next stretches of a block.
     ///
     /// # Errors
-    /// When they are not the next ones, or not of the layout, or leave pages out that nobody agreed to leave out.
+    /// When they are not the next ones, or not of the layout, or leave pages out that are not there, or any if it was not agreed
+    /// that they `may_leave_out`.
     pub(super) fn add(
         &mut self,
-        layout: &Layout,
         block: u32,
         first: u64,
         stretches: Vec<StretchDigest>,
+        may_leave_out: bool,
     ) -> Result<(), MigrationError> {
-        self.blocks.resize(layout.blocks().len(), Vec::new());
-        let here = self.blocks.get_mut(block as usize);
-        let here =
-            here.ok_or_else(|| MigrationError::Protocol(format!("digests of block {block}, which is not there")))?;
+        let wrong = |what: String| Err(MigrationError::Protocol(what));
+        let layout = self.left_out.layout();
+        let Some(here) = self.blocks.get_mut(block as usize) else {
+            return wrong(format!("digests of block {block}, which is not there"));
+        };
         let next = here.len() as u64;
         if first != next || next + stretches.len() as u64 > stretches_of(layout, block) {
             let count = stretches.len();
-            let what = format!("{count} digests of block {block} from stretch {first} on, where {next} comes next");
-            return Err(MigrationError::Protocol(what));
+            return wrong(format!("{count} digests of block {block} from stretch {first} on, where {next} comes next"));
         }
-        if stretches.iter().any(|stretch| stretch.left_out != [0; 8]) {
-            return Err(MigrationError::Protocol(format!("digests of block {block} leave pages out")));
+        for (stretch, digest) in (first..).zip(stretches) {
+            if !may_leave_out && digest.left_out != [0; STRETCH_WORDS] {
+                return wrong(format!("digests of block {block} leave pages out"));
+            }
+            let mut extents = extents_of(layout, StretchAt { block, stretch });
+            for mask in digest.left_out.into_iter().filter(|_| may_leave_out) {
+                match extents.next() {
+                    Some(at) if mask & !layout.valid_mask(at) == 0 => _ = self.left_out.set_mask(at, mask),
+                    None if mask == 0 => {}
+                    _ => {
+                        return wrong(format!(
+                            "a digest of block {block} leaves pages out that stretch {stretch} has not"
+                        ));
+                    }
+                }
+            }
+            here.push(digest.hash);
         }
-        here.extend(stretches.iter().map(|stretch| stretch.hash));
         Ok(())
     }
 
     /// The frames that carry them, one after another.
     pub(super) fn messages(&self) -> impl Iterator<Item = Message> {
-        (0..).zip(&self.blocks).flat_map(|(block, hashes)| {
-            hashes.chunks(MAX_DIGESTS).enumerate().map(move |(index, hashes)| Message::Digests {
-                block,
-                first: (index * MAX_DIGESTS) as u64,
-                stretches: hashes.iter().map(|&hash| StretchDigest { hash, left_out: [0; 8] }).collect(),
+        (0..).zip(&self.blocks).flat_map(move |(block, hashes)| {
+            hashes.chunks(MAX_DIGESTS).enumerate().map(move |(index, hashes)| {
+                let first = (index * MAX_DIGESTS) as u64;
+                let digest = |(stretch, &hash)| {
+                    let left_out = masks(&self.left_out, StretchAt { block, stretch });
+                    StretchDigest { hash, left_out }
+                };
+                Message::Digests { block, first, stretches: (first..).zip(hashes).map(digest).collect() }
             })
         })
+    }
+
+    /// The pages that they leave out.
+    pub(super) fn left_out(&self) -> &Arc<DirtyBitmap> {
+        &self.left_out
+    }
+
+    /// The first page that these leave out and others do not.
+    pub(super) fn first_left_out_beside(&self, others: &DirtyBitmap) -> Option<PageAt> {
+        let more = |at: ExtentAt| self.left_out.peek(at) & !others.peek(at);
+        let at = self.left_out.all_dirty_extents().find(|&at| more(at) != 0)?;
+        Some(at.page(more(at).trailing_zeros()))
+    }
+
+    /// These, with `left_out` left out, which are no fewer pages: stretches that it concerns are hashed again.
+    pub(super) async fn leaving_out(mut self, memory: &GuestMemory, left_out: Arc<DirtyBitmap>) -> io::Result<Self> {
+        let concerns = |at: &StretchAt| masks(&self.left_out, *at) != masks(&left_out, *at);
+        let stretches: Arc<[_]> = all_stretches(memory.layout()).filter(concerns).collect();
+        let hashes = start_some(memory, left_out.clone(), stretches.clone()).hashes().await?;
+        for (at, hash) in stretches.iter().zip(hashes) {
+            self.blocks[at.block as usize][usize::try_from(at.stretch).expect("one of them")] = hash;
+        }
+        self.left_out = left_out;
+        Ok(self)
     }
 
     /// The first stretch whose hash differs, or is missing on one side.
@@ -89,55 +140,69 @@ impl Digests {
     }
 }
 
-/// The most bytes that digests of a guest take: what was never touched, and the hashes as they are found and as they are kept.
+/// The most bytes that digests of a guest take: what was never touched, what is left out, the stretches in a row, and the hashes as
+/// they are found and as they are kept.
 pub(super) fn bound_bytes(layout: &Layout) -> u64 {
-    let hashes = all_stretches(layout).count() * 2 * size_of::<u128>();
-    DirtyBitmap::bytes_of(layout) + hashes as u64
+    let hashes = all_stretches(layout).count() * (2 * size_of::<u128>() + size_of::<StretchAt>());
+    2 * DirtyBitmap::bytes_of(layout) + hashes as u64
 }
 
 /// Digests that are being computed. Dropping them stops the work.
 pub(super) struct Pending {
     layout: Layout,
+    left_out: Arc<DirtyBitmap>,
+    stretches: Arc<[StretchAt]>,
     stop: Arc<AtomicBool>,
     /// Each hashes every so many-th stretch, one after another.
     workers: Vec<JoinHandle<io::Result<Vec<u128>>>>,
 }
 
-/// Starts to hash all of the guest's memory, with every core.
-pub(super) fn start(memory: &GuestMemory) -> Pending {
+/// Starts to hash all of the guest's memory but what is left out, with every core.
+pub(super) fn start(memory: &GuestMemory, left_out: Arc<DirtyBitmap>) -> Pending {
+    start_some(memory, left_out, all_stretches(memory.layout()).collect())
+}
+
+fn start_some(memory: &GuestMemory, left_out: Arc<DirtyBitmap>, stretches: Arc<[StretchAt]>) -> Pending {
     let stop = Arc::new(AtomicBool::new(false));
     let untouched = Arc::new(OnceLock::new());
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let worker = |number: usize| {
         let (memory, stop, untouched) = (memory.clone(), stop.clone(), untouched.clone());
+        let (left_out, stretches) = (left_out.clone(), stretches.clone());
         tokio::task::spawn_blocking(move || {
-            let mut hasher = Hasher::new(&memory, untouched.get_or_init(|| untouched_pages(&memory)));
-            all_stretches(memory.layout())
-                .skip(number)
-                .step_by(cores)
-                .take_while(|_| !stop.load(Ordering::Relaxed))
-                .map(|at| hasher.hash(at))
-                .collect()
+            if stretches.is_empty() {
+                return Ok(Vec::new());
+            }
+            let mut hasher = Hasher::new(&memory, untouched.get_or_init(|| untouched_pages(&memory)), &left_out);
+            let own = stretches.iter().skip(number).step_by(cores);
+            own.take_while(|_| !stop.load(Ordering::Relaxed)).map(|&at| hasher.hash(at)).collect()
         })
     };
-    Pending { layout: memory.layout().clone(), workers: (0..cores).map(worker).collect(), stop }
+    let workers = (0..cores).map(worker).collect();
+    Pending { layout: memory.layout().clone(), left_out, stretches, stop, workers }
 }
 
 impl Pending {
     /// Waits for all of them.
-    pub(super) async fn finish(mut self) -> io::Result<Digests> {
+    pub(super) async fn finish(self) -> io::Result<Digests> {
+        let mut blocks = vec![Vec::new(); self.layout.blocks().len()];
+        let (left_out, stretches) = (self.left_out.clone(), self.stretches.clone());
+        for (at, hash) in stretches.iter().zip(self.hashes().await?) {
+            blocks[at.block as usize].push(hash);
+        }
+        Ok(Digests { blocks, left_out })
+    }
+
+    /// The hashes, in the order of the stretches.
+    async fn hashes(mut self) -> io::Result<Vec<u128>> {
         let mut found = Vec::new();
         for worker in std::mem::take(&mut self.workers) {
             let hashes = worker.await.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()));
             found.push(hashes?.into_iter());
         }
-        let mut blocks = vec![Vec::new(); self.layout.blocks().len()];
         let workers = found.len();
-        for (index, at) in all_stretches(&self.layout).enumerate() {
-            let hash = found[index % workers].next().expect("only dropping this stops a worker");
-            blocks[at.block as usize].push(hash);
-        }
-        Ok(Digests { blocks })
+        let hash = |index: usize| found[index % workers].next().expect("only dropping this stops a worker");
+        Ok((0..self.stretches.len()).map(hash).collect())
     }
 }
 
@@ -148,7 +213,7 @@ impl Drop for Pending {
 }
 
 /// What hashing all of the guest will cost one end, by a few stretches hashed now. May block.
-fn estimate(memory: &GuestMemory) -> io::Result<Duration> {
+fn estimate(memory: &GuestMemory, left_out: &DirtyBitmap) -> io::Result<Duration> {
     let stretches: Vec<_> = all_stretches(memory.layout()).collect();
     let step = stretches.len().div_ceil(SAMPLES);
     let sample: Vec<_> = stretches.iter().step_by(step).collect();
@@ -156,7 +221,7 @@ fn estimate(memory: &GuestMemory) -> io::Result<Duration> {
     let began = Instant::now();
     for &&at in &sample {
         note_untouched(memory, at.block, pages_of(memory.layout(), at), &untouched);
-        Hasher::new(memory, &untouched).hash(at)?;
+        Hasher::new(memory, &untouched, left_out).hash(at)?;
     }
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     Ok(began.elapsed().mul_f64(stretches.len() as f64 / sample.len() as f64 / cores as f64))
@@ -164,8 +229,8 @@ fn estimate(memory: &GuestMemory) -> io::Result<Duration> {
 
 /// What digests add to the downtime: both ends hash all of the guest, and may share a machine. By a few stretches hashed
 /// now. May block.
-pub(super) fn downtime(memory: &GuestMemory) -> io::Result<Duration> {
-    Ok(estimate(memory)? * 2)
+pub(super) fn downtime(memory: &GuestMemory, left_out: &DirtyBitmap) -> io::Result<Duration> {
+    Ok(estimate(memory, left_out)? * 2)
 }
 
 /// What one pass over so many bytes of written memory takes on this host: with every core, as a sync of the hash log makes it,
@@ -178,29 +243,43 @@ pub fn hashing_costs(bytes: u64) -> io::Result<(Duration, Duration)> {
     for start in (0..SAMPLE_BYTES).step_by(4096) {
         mapped.store(start, &[1; 4096]);
     }
-    let info =
-        BlockInfo { id: "sample".into(), length: SAMPLE_BYTES as u64, guest_address: 0, backing_page_size: 4096 };
+    let info = BlockInfo {
+        id: "sample".into(),
+        length: SAMPLE_BYTES as u64,
+        guest_address: 0,
+        backing_page_size: 4096,
+        ignored: false,
+    };
     let block = RamBlock { info, memory: mapped, fresh: false };
     let sample = GuestMemory::new(PageSize::DEFAULT, vec![block]).expect("one good block");
-    let all_cores = estimate(&sample)?.mul_f64(bytes as f64 / SAMPLE_BYTES as f64);
+    let nothing = DirtyBitmap::empty(sample.layout());
+    let all_cores = estimate(&sample, &nothing)?.mul_f64(bytes as f64 / SAMPLE_BYTES as f64);
     Ok((all_cores, all_cores * 2))
 }
 
-/// The page hashes of a stretch, to be sent. May block.
-pub(super) fn page_hashes(memory: &GuestMemory, at: StretchAt) -> io::Result<Message> {
+/// The page hashes of a stretch, to be sent; of pages that are left out there are none. May block.
+pub(super) fn page_hashes(memory: &GuestMemory, left_out: &DirtyBitmap, at: StretchAt) -> io::Result<Message> {
     let first = first_page(memory.layout(), at);
-    let hashes = digest::page_hashes(memory, at.block, at.stretch, &mut scratch(memory))?;
+    let known = Known { untouched: None, left_out: masks(left_out, at) };
+    let hashes = digest::page_hashes(memory, at.block, at.stretch, &known, &mut scratch(memory))?;
     Ok(Message::PageHashes { first, hashes })
 }
 
 /// The first page whose hash here is not the one given. May block.
-pub(super) fn first_differing_page(memory: &GuestMemory, first: PageAt, theirs: &[u64]) -> io::Result<Option<PageAt>> {
+pub(super) fn first_differing_page(
+    memory: &GuestMemory,
+    left_out: &DirtyBitmap,
+    first: PageAt,
+    theirs: &[u64],
+) -> io::Result<Option<PageAt>> {
     let layout = memory.layout();
     let pages = layout.page_size().stretch_extents() * EXTENT_PAGES;
     if first.block >= layout.block_count() || first.page >= layout.block_pages(first.block) {
         return Err(io::Error::new(io::ErrorKind::InvalidData, format!("the peer asks about {first}")));
     }
-    let ours = digest::page_hashes(memory, first.block, first.page / pages, &mut scratch(memory))?;
+    let at = StretchAt { block: first.block, stretch: first.page / pages };
+    let known = Known { untouched: None, left_out: masks(left_out, at) };
+    let ours = digest::page_hashes(memory, at.block, at.stretch, &known, &mut scratch(memory))?;
     let differs = (first.page..).zip(ours.iter().zip(theirs)).find(|(_, (ours, theirs))| ours != theirs);
     Ok(differs.map(|(page, _)| PageAt { block: first.block, page }))
 }
@@ -219,22 +298,24 @@ fn pages_of(layout: &Layout, at: StretchAt) -> Range<u64> {
 struct Hasher<'a> {
     memory: &'a GuestMemory,
     untouched: &'a DirtyBitmap,
+    left_out: &'a DirtyBitmap,
     scratch: PooledBuffer,
     /// The hash of a whole stretch of zeros, once it was needed.
     hole: Option<u128>,
 }
 
 impl<'a> Hasher<'a> {
-    fn new(memory: &'a GuestMemory, untouched: &'a DirtyBitmap) -> Self {
-        Self { memory, untouched, scratch: scratch(memory), hole: None }
+    fn new(memory: &'a GuestMemory, untouched: &'a DirtyBitmap, left_out: &'a DirtyBitmap) -> Self {
+        Self { memory, untouched, left_out, scratch: scratch(memory), hole: None }
     }
 
     fn hash(&mut self, at: StretchAt) -> io::Result<u128> {
-        let hole = self.is_hole(at);
+        let left_out = masks(self.left_out, at);
+        let hole = left_out == [0; STRETCH_WORDS] && self.is_hole(at);
         if let Some(hash) = self.hole.filter(|_| hole) {
             return Ok(hash);
         }
-        let known = Known { untouched: Some(self.untouched), ..Known::default() };
+        let known = Known { untouched: Some(self.untouched), left_out };
         let hash = digest::stretch_digest(self.memory, at.block, at.stretch, &known, &mut self.scratch)?;
         if hole {
             self.hole = Some(hash);
@@ -258,6 +339,21 @@ fn scratch(memory: &GuestMemory) -> PooledBuffer {
     BufferPool::new(1, memory.page_size().extent_bytes()).try_take().expect("it has one")
 }
 
+/// The extents of a stretch, in order.
+fn extents_of(layout: &Layout, at: StretchAt) -> impl Iterator<Item = ExtentAt> + use<> {
+    let extents = layout.page_size().stretch_extents();
+    let first = at.stretch * extents;
+    let end = (first + extents).min(layout.block_extents(at.block).into());
+    (first..end).map(move |extent| ExtentAt { block: at.block, extent: u32::try_from(extent).expect("of the block") })
+}
+
+/// The pages of a stretch that are set in a bitmap, extent by extent.
+fn masks(pages: &DirtyBitmap, at: StretchAt) -> [u64; STRETCH_WORDS] {
+    let mut masks = [0; STRETCH_WORDS];
+    masks.iter_mut().zip(extents_of(pages.layout(), at)).for_each(|(mask, at)| *mask = pages.peek(at));
+    masks
+}
+
 fn stretches_of(layout: &Layout, block: u32) -> u64 {
     u64::from(layout.block_extents(block)).div_ceil(layout.page_size().stretch_extents())
 }
@@ -279,8 +375,13 @@ mod tests {
             for &(_, offset) in written.iter().filter(|(block, _)| *block == index) {
                 memory.store(offset, b"written");
             }
-            let info =
-                BlockInfo { id: index.to_string(), length: length as u64, guest_address: 0, backing_page_size: 4096 };
+            let info = BlockInfo {
+                id: index.to_string(),
+                length: length as u64,
+                guest_address: 0,
+                backing_page_size: 4096,
+                ignored: false,
+            };
             RamBlock { info, memory, fresh: true }
         });
         GuestMemory::new(PageSize::DEFAULT, blocks.collect()).unwrap()
@@ -291,7 +392,8 @@ mod tests {
         let written = [(0, 100), (0, 8 << 20), (2, 0), (2, 3 << 20)];
         let sparse = memory(&written);
         let untouched = untouched_pages(&sparse);
-        let mut hasher = Hasher::new(&sparse, &untouched);
+        let nothing = DirtyBitmap::empty(sparse.layout());
+        let mut hasher = Hasher::new(&sparse, &untouched, &nothing);
         for at in all_stretches(sparse.layout()) {
             let known = Known::default();
             let plain = digest::stretch_digest(&sparse, at.block, at.stretch, &known, &mut scratch(&sparse)).unwrap();
@@ -303,14 +405,69 @@ mod tests {
     #[tokio::test]
     async fn the_first_difference_is_found_and_its_page_named() {
         let (ours, theirs) = (memory(&[(0, 100), (2, 3 << 20)]), memory(&[(0, 100), (2, (3 << 20) + 4096)]));
-        let digests = [start(&ours), start(&theirs)];
+        let nothing = Arc::new(DirtyBitmap::empty(ours.layout()));
+        let digests = [start(&ours, nothing.clone()), start(&theirs, nothing.clone())];
         let [ours_hashed, theirs_hashed] =
             futures::future::join_all(digests.map(Pending::finish)).await.try_into().unwrap();
         let layout = ours.layout();
         let differs = theirs_hashed.unwrap().first_difference(layout, &ours_hashed.unwrap()).unwrap();
         assert_eq!(differs, StretchAt { block: 2, stretch: 1 });
-        let Message::PageHashes { first, hashes } = page_hashes(&theirs, differs).unwrap() else { panic!() };
-        let page = first_differing_page(&ours, first, &hashes).unwrap();
+        let Message::PageHashes { first, hashes } = page_hashes(&theirs, &nothing, differs).unwrap() else { panic!() };
+        let page = first_differing_page(&ours, &nothing, first, &hashes).unwrap();
         assert_eq!(page, Some(PageAt { block: 2, page: (3 << 20) / 4096 }));
+    }
+
+    #[tokio::test]
+    async fn pages_left_out_travel_with_the_digests_and_are_hashed_at_neither_end() {
+        // They differ in the page at 3 MiB of block 2 and the one behind it.
+        let (ours, theirs) = (memory(&[(0, 100), (2, 3 << 20)]), memory(&[(0, 100), (2, (3 << 20) + 4096)]));
+        let (layout, page) = (ours.layout(), (3 << 20) / 4096);
+        let left_out = |pages| {
+            let left_out = DirtyBitmap::empty(layout);
+            left_out.set_range(2, pages);
+            Arc::new(left_out)
+        };
+        // The destination knows of one of them itself.
+        let sent = start(&ours, left_out(page..page + 2)).finish().await.unwrap();
+        let own = start(&theirs, left_out(page..page + 1)).finish().await.unwrap();
+        let mut came = Digests::none(layout);
+        for message in sent.messages() {
+            let Message::Digests { block, first, stretches } = message else { panic!() };
+            came.add(block, first, stretches, true).unwrap();
+        }
+        assert_eq!(came.left_out.count(), 2);
+        assert_eq!(own.first_left_out_beside(&came.left_out), None);
+        let beside = came.first_left_out_beside(&own.left_out);
+        assert_eq!(beside, Some(PageAt { block: 2, page: page + 1 }));
+        assert!(came.first_difference(layout, &own).is_some());
+        let own = own.leaving_out(&theirs, came.left_out.clone()).await.unwrap();
+        assert_eq!(came.first_difference(layout, &own), None);
+    }
+
+    #[test]
+    fn digests_that_leave_out_what_was_not_agreed_or_is_not_there_are_refused() {
+        let guest = memory(&[]);
+        let refusal = |block, first, left_out, may| {
+            let mut digests = Digests::none(guest.layout());
+            for stretch in 0..first {
+                digests.add(block, stretch, vec![StretchDigest { hash: 0, left_out: [0; 8] }], may).unwrap();
+            }
+            let added = digests.add(block, first, vec![StretchDigest { hash: 0, left_out }], may);
+            added.err().map(|error| error.to_string())
+        };
+        let one = |word: usize, mask| {
+            let mut left_out = [0; 8];
+            left_out[word] = mask;
+            left_out
+        };
+        assert_eq!(refusal(0, 0, one(7, u64::MAX), true), None);
+        assert!(refusal(0, 0, one(7, 1), false).unwrap().contains("digests of block 0 leave pages out"));
+        // Block 1 has 4 MiB and 5 bytes: one page in its third stretch.
+        assert_eq!(refusal(1, 2, one(0, 1), true), None);
+        for left_out in [one(0, 2), one(0, u64::MAX), one(1, 1), one(7, 1 << 63)] {
+            assert!(refusal(1, 2, left_out, true).unwrap().contains("leaves pages out that stretch 2 has not"));
+        }
+        assert!(refusal(3, 0, [0; 8], true).unwrap().contains("block 3, which is not there"));
+        assert!(refusal(2, 2, [0; 8], true).unwrap().contains("1 digests of block 2 from stretch 2 on"));
     }
 }

@@ -37,6 +37,9 @@ pub(super) fn features(settings: &SourceSettings) -> Features {
         groups: codec.is_some(),
         xbzrle: settings.encoder.xbzrle.is_some(),
         verify: settings.verify,
+        // What the guest is like is not known from settings.
+        left_out: false,
+        ignored_blocks: false,
     }
 }
 
@@ -46,6 +49,7 @@ impl Link {
         transport: Arc<dyn Transport>,
         settings: SourceSettings,
         page_size: PageSize,
+        features: Features,
     ) -> Result<Self, MigrationError> {
         let session = SessionId::random()?;
         let mut link = Self { peer: transport.address(), writers: Vec::new(), said: None };
@@ -59,7 +63,7 @@ impl Link {
                 connections: settings.connections,
                 lanes: settings.lanes,
                 page_size,
-                features: features(&settings).to_list(),
+                features: features.to_list(),
             };
             writer.write_all(&Message::Hello(hello).encode(0)).await?;
             link.writers.push(writer);

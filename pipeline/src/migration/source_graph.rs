@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex};
 use memferry_stages::batch::{Batch, Item};
 use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::bitmap_sync::{BitmapSync, SyncOrder, Synced};
+use memferry_stages::clears::Clears;
 use memferry_stages::dirty_log::DirtyLog;
 use memferry_stages::encoder::{DeltaPlan, Encoder, EncoderPlan, Outgoing};
 use memferry_stages::geometry::LaneMap;
@@ -35,6 +36,8 @@ pub(super) struct SourceParts {
     pub(super) memory: GuestMemory,
     pub(super) logs: Vec<Arc<dyn DirtyLog>>,
     pub(super) bitmap: Arc<DirtyBitmap>,
+    /// If there are pages that may not travel.
+    pub(super) clears: Option<Arc<Clears>>,
     pub(super) untouched: Arc<DirtyBitmap>,
     pub(super) writers: Vec<Writer>,
     /// Is what was written made durable after each round (a file)?
@@ -97,7 +100,10 @@ impl SourceGraph {
         graph.stages.spawn("scanner", scanner.run(scan_orders, lanes, scanned_out));
 
         let meter = graph.meter("bitmap sync", None);
-        let bitmap_sync = BitmapSync::new(parts.logs, parts.bitmap, meter).with_untouched(parts.untouched);
+        let mut bitmap_sync = BitmapSync::new(parts.logs, parts.bitmap, meter).with_untouched(parts.untouched);
+        if let Some(clears) = parts.clears {
+            bitmap_sync = bitmap_sync.with_clears(clears);
+        }
         graph.sync_at_work = bitmap_sync.at_work();
         graph.stages.spawn("bitmap sync", bitmap_sync.run(sync_orders, synced_out));
         graph

@@ -53,6 +53,7 @@ impl Store {
             length: bytes as u64,
             guest_address: 0,
             backing_page_size: rustix::param::page_size() as u64,
+            ignored: false,
         };
         let block = RamBlock { info, memory: mapped.clone(), fresh: true };
         let memory = GuestMemory::new(page_size, vec![block]).map_err(io::Error::other)?;

@@ -9,6 +9,7 @@ use std::io;
 use std::path::Path;
 use std::time::Duration;
 
+use memferry_stages::clears::Spared;
 use memferry_stages::meter::Reading;
 use serde::Serialize;
 
@@ -45,6 +46,8 @@ pub struct Report {
     pub wire_bytes: u64,
     /// Bytes on the wire for each second after the setup.
     pub throughput_bytes_per_s: f64,
+    /// Pages that were not sent for what the guest said of them, as the source counts them.
+    pub spared: SparedReport,
     /// The most memory that the engine takes for itself, known before it starts.
     pub memory_bound_bytes: u64,
     /// The most it took.
@@ -92,6 +95,19 @@ pub struct DowntimeReport {
     pub verify_ms: f64,
     /// From Go to Running.
     pub handover_ms: f64,
+}
+
+/// Pages that were not sent for what the guest said of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct SparedReport {
+    /// Pages that were to be sent when they were hinted free; once for each round in which they were.
+    pub hinted: u64,
+    /// Pages of hints that came too late to count.
+    pub hints_dropped: u64,
+    /// Pages of unplugged memory.
+    pub unplugged: u64,
+    /// Pages of ignored blocks.
+    pub ignored: u64,
 }
 
 /// One round. `zero + raw + compressed + xbzrle + unchanged = pages`.
@@ -177,6 +193,7 @@ impl Report {
             downtime: downtime(ended),
             wire_bytes: ended.wire_bytes,
             throughput_bytes_per_s: throughput(ended).round(),
+            spared: spared(ended.spared),
             memory_bound_bytes: account.memory_bound + other.map_or(0, |other| other.memory_bound),
             memory_peak_bytes: ended.memory_peak + far.map_or(0, |far| far.memory_peak),
             bottleneck: bottleneck::bottleneck(&stages, frame.capped),
@@ -240,6 +257,11 @@ fn guest(account: &Account) -> GuestReport {
         page_size: block.page_size,
     };
     GuestReport { bytes: account.bytes(), pages: account.pages, blocks: account.blocks.iter().map(block).collect() }
+}
+
+fn spared(spared: Spared) -> SparedReport {
+    let Spared { hinted, dropped, unplugged, ignored } = spared;
+    SparedReport { hinted, hints_dropped: dropped, unplugged, ignored }
 }
 
 fn downtime(ended: &Ended) -> DowntimeReport {

@@ -2,6 +2,8 @@
 
 use std::fmt::Write;
 
+use memferry_stages::clears::Spared;
+
 use super::account::{Account, Round};
 use super::bottleneck::bottleneck;
 use super::{Frame, human, status, throughput};
@@ -92,6 +94,17 @@ fn columns(rows: impl Iterator<Item = [String; 11]>) -> Vec<String> {
     rows.iter().map(line).collect()
 }
 
+/// What did not travel, and why; nothing if all did.
+fn spared(spared: &Spared) -> Option<String> {
+    let whys = [(spared.hinted, "hinted free"), (spared.unplugged, "unplugged"), (spared.ignored, "of ignored blocks")];
+    let parts: Vec<_> = whys
+        .into_iter()
+        .filter(|(pages, _)| *pages > 0)
+        .map(|(pages, why)| format!("{} pages {why}", human::count(pages)))
+        .collect();
+    (!parts.is_empty()).then(|| parts.join(", "))
+}
+
 fn lines(frame: Frame, ended: &Ended, account: &Account, other: Option<&Account>) -> Vec<(&'static str, String)> {
     let far = other.and_then(|account| account.ended.as_ref());
     let mut lines = Vec::new();
@@ -109,6 +122,7 @@ fn lines(frame: Frame, ended: &Ended, account: &Account, other: Option<&Account>
     }
     let rate = human::rate(throughput(ended));
     lines.push(("wire", format!("{} at {rate}, setup {}", human::bytes(ended.wire_bytes), human::time(ended.setup))));
+    lines.extend(spared(&ended.spared).map(|line| ("spared", line)));
     let peak = ended.memory_peak + far.map_or(0, |far| far.memory_peak);
     let bound = account.memory_bound + other.map_or(0, |other| other.memory_bound);
     lines.push(("memory", format!("{} at most, {} allowed", human::bytes(peak), human::bytes(bound))));

@@ -5,6 +5,7 @@ use std::time::Duration;
 use super::account::Accountant;
 use super::*;
 use crate::events::{BlockFacts, DowntimeParts, Event, Observer, Role};
+use memferry_stages::clears::Spared;
 use memferry_stages::tally::RoundTally;
 
 fn reading(name: &'static str, busy: u64, input: u64, output: u64) -> Reading {
@@ -30,6 +31,10 @@ pub(crate) fn ended(role: Role) -> Ended {
             handover: ms(10),
         },
         wire_bytes: 512 << 20,
+        spared: match role {
+            Role::Source => Spared { hinted: 5000, dropped: 3, unplugged: 2048, ignored: 0 },
+            Role::Destination => Spared::default(),
+        },
         memory_peak: 10 << 20,
         stages: match role {
             Role::Source => vec![reading("scanner", 100, 0, 2200), reading("encoder", 2200, 50, 50)],
@@ -113,7 +118,7 @@ fn the_report_has_exactly_the_names_that_were_agreed() {
         words.sort_unstable();
         words.join(" ")
     };
-    let top = "schema role status error verified guest total_ms setup_ms downtime_ms downtime wire_bytes \
+    let top = "schema role status error verified guest total_ms setup_ms downtime_ms downtime wire_bytes spared \
                throughput_bytes_per_s memory_bound_bytes memory_peak_bytes bottleneck rounds stages";
     let round = "round ms pages zero raw compressed xbzrle unchanged xbzrle_misses xbzrle_overflows bytes_in bytes_out \
                  dirty_after";
@@ -122,6 +127,7 @@ fn the_report_has_exactly_the_names_that_were_agreed() {
     assert_eq!(sorted(&names(&json["guest"])), "blocks bytes pages");
     assert_eq!(sorted(&names(&json["guest"]["blocks"][0])), "bytes id page_size");
     assert_eq!(sorted(&names(&json["downtime"])), "final_sync_ms final_transfer_ms handover_ms state_ms verify_ms");
+    assert_eq!(sorted(&names(&json["spared"])), "hinted hints_dropped ignored unplugged");
     assert_eq!(sorted(&names(&json["rounds"][0])), sorted(round));
     assert_eq!(sorted(&names(&json["stages"][0])), sorted(stage));
 }
@@ -132,6 +138,8 @@ fn the_report_says_what_the_events_said() {
     assert_eq!((report.schema, report.role, report.status, report.verified), (1, "run", "completed", Some(true)));
     assert_eq!((report.total_ms, report.setup_ms, report.downtime_ms), (2500.0, 100.0, Some(213.0)));
     assert_eq!(report.guest.bytes, 1 << 30);
+    let SparedReport { hinted, hints_dropped, unplugged, ignored } = report.spared;
+    assert_eq!((hinted, hints_dropped, unplugged, ignored), (5000, 3, 2048, 0));
     assert_eq!(report.rounds.iter().map(|round| round.dirty_after).collect::<Vec<_>>(), [Some(900), Some(0)]);
     for round in &report.rounds {
         assert_eq!(round.zero + round.raw + round.compressed + round.xbzrle + round.unchanged, round.pages);
@@ -179,6 +187,7 @@ fn the_table_fits_a_terminal() {
 
     downtime    213 ms: sync 3.00 ms, transfer 90.0 ms, state 10.0 ms, verify 100 ms, handover 10.0 ms
     wire        512 MiB at 213 MiB/s, setup 100 ms
+    spared      5,000 pages hinted free, 2,048 pages unplugged
     memory      20.0 MiB at most, 128 MiB allowed
     bottleneck  the encoder of lane 0: busy 96 % of the time
     ");

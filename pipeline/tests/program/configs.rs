@@ -95,8 +95,18 @@ fn shows_what_it_says(name: &str, report: &Report, scene: &Scene) {
         "tcp-lanes" => assert_eq!(report.at("/guest/blocks").as_array().unwrap().len(), 2),
         "unix" => assert!(!scene.path("target/memferry.sock").exists(), "the socket is removed"),
         "file" => drop(scene.run(&["inspect", "target/guest.memferry"]).expect(0)),
+        "hints" => shows_what_was_spared(report),
         other => panic!("{other} is new: say here what it shows"),
     }
+}
+
+fn shows_what_was_spared(report: &Report) {
+    let spared = |why: &str| report.at(&format!("/spared/{why}")).as_u64().unwrap();
+    let pages = report.at("/guest/pages").as_u64().unwrap();
+    let in_all = pages - spared("ignored");
+    assert_eq!(spared("ignored"), 8192, "32 MiB");
+    assert!(spared("unplugged").abs_diff(in_all / 10) <= 1, "a tenth of {in_all} pages");
+    assert!(spared("hinted") > in_all / 4, "half of {in_all} pages is free: {}", spared("hinted"));
 }
 
 #[test]

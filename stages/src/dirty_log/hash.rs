@@ -22,6 +22,9 @@
 //! that was taken and given back unread stays in flight: it is sent again each round until the log is stopped.
 //!
 //! A sync reads with every core. Pages that were never touched count as zero pages without being read, so that a hole stays one.
+//! Pages that are left out are neither read nor reported. A page that was only hinted free stays in flight, and so is sent all the
+//! same: what was stored into it afterwards cannot be told from what was there before, if it is the same, and the destination has
+//! neither.
 
 use std::io;
 use std::ops::Range;
@@ -93,6 +96,7 @@ impl HashLog {
             }
             // A page that is dirty already will be taken after this and need not be looked at.
             let clean = layout.valid_mask(at) & !into.peek(at);
+            let clean = self.those(at, clean, |page| !page.is_left_out());
             let in_flight = self.those(at, clean, PageState::is_in_flight);
             let gone = self.those(at, clean & !in_flight & hole, |page| page.differs(self.zero));
             let to_read = clean & !in_flight & !hole;
@@ -147,6 +151,18 @@ impl DirtyLog for HashLog {
         Ok(())
     }
 
+    fn leave_out(&self, pages: &DirtyBitmap) -> io::Result<()> {
+        for at in pages.all_dirty_extents() {
+            bits(pages.peek(at)).for_each(|bit| self.page(at, bit).leave_out());
+        }
+        Ok(())
+    }
+
+    /// No: it compares.
+    fn sees_stores(&self) -> bool {
+        false
+    }
+
     fn copied(&self, copy: &CopiedBatch) {
         let at = copy.batch.at;
         bits(copy.batch.mask & copy.zero).for_each(|bit| self.page(at, bit).copied(self.zero));
@@ -179,6 +195,8 @@ struct PageState(AtomicU64);
 
 /// Set: in flight, the other bits count the copies to come. Clear: the other bits are the hash of the last copy.
 const IN_FLIGHT: u64 = 1 << 63;
+/// All set, which no count of copies comes to: not looked at.
+const LEFT_OUT: u64 = u64::MAX;
 
 impl Default for PageState {
     fn default() -> Self {
@@ -189,6 +207,14 @@ impl Default for PageState {
 impl PageState {
     fn reset(&self) {
         self.0.store(IN_FLIGHT, Ordering::Release);
+    }
+
+    fn leave_out(&self) {
+        self.0.store(LEFT_OUT, Ordering::Release);
+    }
+
+    fn is_left_out(&self) -> bool {
+        self.0.load(Ordering::Acquire) == LEFT_OUT
     }
 
     fn is_in_flight(&self) -> bool {

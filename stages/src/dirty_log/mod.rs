@@ -15,12 +15,12 @@
 //! | call | from | beside it |
 //! |---|---|---|
 //! | `start`, `stop` | a thread that may block | no other call but `mark` |
-//! | `arm_unread` | a thread that may block, behind `start` | `mark` |
+//! | `arm_unread`, `leave_out` | a thread that may block, behind `start` or a `sync` and before any `rearm` that follows it | `mark` |
 //! | `sync` | a thread that may block | `copied`, `mark`; never another `sync`, never `rearm` |
 //! | `rearm` | the scanner, a task: a short system call is right, waiting is not | `copied`, `mark` |
 //! | `copied` | one task for each lane: arithmetic, no waiting | everything but `start` and `stop`, itself included |
 //! | `mark` | the guest's own threads | everything, before `start` and after `stop` too |
-//! | `memory_bytes` | the control plane: no waiting | everything |
+//! | `memory_bytes`, `sees_stores` | the control plane: no waiting | everything |
 //!
 //! A log is started for one migration at a time, and may be started again for the next.
 //!
@@ -114,6 +114,23 @@ pub trait DirtyLog: Send + Sync + fmt::Debug {
     fn arm_unread(&self, pages: &DirtyBitmap) -> io::Result<bool> {
         let _ = pages;
         Ok(false)
+    }
+
+    /// These pages are out until the log is stopped: nobody writes them, and the log neither reads nor reports them. Called once
+    /// at most, behind `start`. Armed as pages that are not read by default, which is enough for a log that never reads and reports
+    /// only what was written.
+    ///
+    /// # Errors
+    /// When the kernel refuses; the migration then does not begin.
+    fn leave_out(&self, pages: &DirtyBitmap) -> io::Result<()> {
+        self.arm_unread(pages).map(drop)
+    }
+
+    /// Is a store found whatever it stores, also into a page that was never read? Free-page hints are taken only where every log
+    /// says so: the destination may hold anything in place of a page that was hinted, and a store that leaves the page as it
+    /// was at the source must be sent too.
+    fn sees_stores(&self) -> bool {
+        true
     }
 
     /// These are the copies that will be sent: for each page the order of these calls is the order in which they were

@@ -157,6 +157,16 @@ impl DirtyLog for ModelLog {
         Ok(())
     }
 
+    fn arm_unread(&self, pages: &DirtyBitmap) -> io::Result<bool> {
+        let mut late = false;
+        for at in self.fetched.all_dirty_extents() {
+            let fetched = self.fetched.take_mask(at, pages.peek(at));
+            self.hypervisor.rearm(at, fetched);
+            late |= fetched != 0;
+        }
+        Ok(late)
+    }
+
     fn mark(&self, block: u32, pages: Range<u64>) {
         self.pending.set_range(block, pages);
     }
@@ -175,7 +185,8 @@ mod tests {
 
     #[test]
     fn a_second_write_leaves_no_trace_until_the_page_is_rearmed() {
-        let block = BlockInfo { id: "ram".into(), length: 1 << 20, guest_address: 0, backing_page_size: 4096 };
+        let block =
+            BlockInfo { id: "ram".into(), length: 1 << 20, guest_address: 0, backing_page_size: 4096, ignored: false };
         let layout = Layout::new(PageSize::DEFAULT, vec![block]).unwrap();
         let hypervisor = Hypervisor::new(&layout);
         let (log, dirty) = (ModelLog::new(hypervisor.clone(), &layout), DirtyBitmap::empty(&layout));

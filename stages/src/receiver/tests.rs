@@ -17,7 +17,13 @@ use crate::wire::pages::PageEncoding;
 const STRETCH: u32 = 8;
 
 fn layout() -> Layout {
-    let block = BlockInfo { id: "ram".into(), length: (64 << 20) - 1, guest_address: 0, backing_page_size: 4096 };
+    let block = BlockInfo {
+        id: "ram".into(),
+        length: (64 << 20) - 1,
+        guest_address: 0,
+        backing_page_size: 4096,
+        ignored: false,
+    };
     Layout::new(PageSize::DEFAULT, vec![block]).unwrap()
 }
 

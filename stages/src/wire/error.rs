@@ -151,6 +151,12 @@ pub enum WireError {
         /// How many there are.
         blocks: u32,
     },
+    /// A block whose memory the destination has already: its pages never travel.
+    #[error("pages of block {block}, which is ignored: its pages never travel")]
+    IgnoredBlock {
+        /// The block.
+        block: u32,
+    },
     /// An extent that is not there.
     #[error("pages of extent {} of block {}, which has {extents} extents", at.extent, at.block)]
     NoExtent {

@@ -16,6 +16,11 @@ impl<'a> Fields<'a> {
         Self { left: bytes }
     }
 
+    /// Is nothing left?
+    pub(super) fn is_empty(&self) -> bool {
+        self.left.is_empty()
+    }
+
     /// The next `bytes` bytes.
     pub(super) fn slice(&mut self, field: &'static str, bytes: usize) -> Result<&'a [u8], WireError> {
         let short = WireError::Short { field, needs: bytes, left: self.left.len() };

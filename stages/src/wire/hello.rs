@@ -84,6 +84,10 @@ pub mod feature {
     pub const XBZRLE: &str = "xbzrle";
     /// Digests precede the last handshake.
     pub const VERIFY: &str = "verify";
+    /// Some pages may not travel (hinted free, unplugged, of ignored blocks): digests leave them out.
+    pub const LEFT_OUT: &str = "left-out";
+    /// Some blocks are ignored: the destination has their memory already.
+    pub const IGNORED_BLOCKS: &str = "ignored-blocks";
 }
 
 /// The features a stream uses, as a set of known ones.
@@ -103,6 +107,10 @@ pub struct Features {
     pub xbzrle: bool,
     /// [`feature::VERIFY`]
     pub verify: bool,
+    /// [`feature::LEFT_OUT`]
+    pub left_out: bool,
+    /// [`feature::IGNORED_BLOCKS`]
+    pub ignored_blocks: bool,
 }
 
 impl Features {
@@ -130,7 +138,7 @@ impl Features {
         if unknown.is_empty() { Ok(features) } else { Err(WireError::UnknownFeatures { names: unknown }) }
     }
 
-    fn named(self) -> [(&'static str, bool); 7] {
+    fn named(self) -> [(&'static str, bool); 9] {
         [
             (feature::CHECKSUM, self.checksum),
             (feature::SNAP, self.snap),
@@ -139,6 +147,8 @@ impl Features {
             (feature::GROUPS, self.groups),
             (feature::XBZRLE, self.xbzrle),
             (feature::VERIFY, self.verify),
+            (feature::LEFT_OUT, self.left_out),
+            (feature::IGNORED_BLOCKS, self.ignored_blocks),
         ]
     }
 
@@ -151,6 +161,8 @@ impl Features {
             feature::GROUPS => Some(&mut self.groups),
             feature::XBZRLE => Some(&mut self.xbzrle),
             feature::VERIFY => Some(&mut self.verify),
+            feature::LEFT_OUT => Some(&mut self.left_out),
+            feature::IGNORED_BLOCKS => Some(&mut self.ignored_blocks),
             _ => None,
         }
     }

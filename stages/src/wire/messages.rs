@@ -6,7 +6,8 @@
 //! ┌───────────────┬──────────────────────────────────────────────────────────────────────────────────────┐
 //! │ Hello         │ see hello                                                                            │
 //! │ State         │ phase 1 · end 1 · version 4 · section: name · length 4 · bytes                       │
-//! │ Blocks        │ list of (id: name · length 8 · guest address 8 · backing page size 8)                │
+//! │ Blocks        │ list of (id: name · length 8 · guest address 8 · backing page size 8); where any is  │
+//! │               │ ignored, behind it: list of (index of an ignored block 2), ascending                 │
 //! │ RoundComplete │ round 4 · last 1 · counts 8 each: batches · pages · zero · raw · compressed ·        │
 //! │               │ xbzrle · unchanged · misses · overflows · bytes in · bytes out                       │
 //! │ Switchover    │                                                                                      │
@@ -205,7 +206,7 @@ pub(super) fn max_body_bytes(kind: Kind) -> usize {
     let fields = match kind {
         Kind::Hello => hello::MAX_FIELDS,
         Kind::State => 1 + 1 + 4 + (1 + MAX_SECTION_NAME) + (4 + MAX_STATE_CHUNK),
-        Kind::Blocks => 2 + MAX_BLOCKS * (1 + MAX_BLOCK_ID + 3 * 8),
+        Kind::Blocks => 2 + MAX_BLOCKS * (1 + MAX_BLOCK_ID + 3 * 8) + 2 + MAX_BLOCKS * 2,
         Kind::Pages => unreachable!("Pages is no message"),
         Kind::RoundComplete => 4 + 1 + 11 * 8,
         Kind::Digests => 4 + 8 + 2 + MAX_DIGESTS * (16 + 1 + MAX_STRETCH_EXTENTS * 8),

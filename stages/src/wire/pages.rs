@@ -244,6 +244,9 @@ fn check_masks(at: ExtentAt, mask: u64, zero: u64, layout: &Layout) -> Result<()
     if at.block >= blocks {
         return Err(WireError::NoBlock { block: at.block, blocks });
     }
+    if layout.blocks()[at.block as usize].ignored {
+        return Err(WireError::IgnoredBlock { block: at.block });
+    }
     let extents = layout.block_extents(at.block);
     if at.extent >= extents {
         return Err(WireError::NoExtent { at, extents });

@@ -34,7 +34,7 @@ impl Message {
         match self {
             Self::Hello(hello) => hello.put(out),
             Self::State(chunk) => put_state(out, chunk),
-            Self::Blocks(blocks) => put_list(out, blocks, 1..=MAX_BLOCKS, put_block),
+            Self::Blocks(blocks) => put_blocks(out, blocks),
             Self::RoundComplete(tally) => put_tally(out, tally),
             Self::Digests { block, first, stretches } => put_digests(out, *block, *first, stretches),
             Self::Go(run_state) => out.push(*run_state as u8),
@@ -62,6 +62,14 @@ fn put_state(out: &mut Vec<u8>, chunk: &StateChunk) {
     put_name(out, &chunk.name, MAX_SECTION_NAME);
     out.extend(u32::try_from(chunk.bytes.len()).expect("at most MAX_STATE_CHUNK").to_le_bytes());
     out.extend_from_slice(&chunk.bytes);
+}
+
+fn put_blocks(out: &mut Vec<u8>, blocks: &[BlockInfo]) {
+    put_list(out, blocks, 1..=MAX_BLOCKS, put_block);
+    let ignored: Vec<u16> = (0..).zip(blocks).filter(|(_, block)| block.ignored).map(|(index, _)| index).collect();
+    if !ignored.is_empty() {
+        put_list(out, &ignored, 1..=MAX_BLOCKS, |out, index| out.extend(index.to_le_bytes()));
+    }
 }
 
 fn put_block(out: &mut Vec<u8>, block: &BlockInfo) {

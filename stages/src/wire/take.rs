@@ -45,7 +45,7 @@ fn take_message(kind: Kind, fields: &mut Fields<'_>) -> Result<Message, WireErro
     Ok(match kind {
         Kind::Hello => Message::Hello(Hello::take(fields)?),
         Kind::State => Message::State(take_state(fields)?),
-        Kind::Blocks => Message::Blocks(fields.list("number of RAM blocks", 1..=MAX_BLOCKS, take_block)?),
+        Kind::Blocks => Message::Blocks(take_blocks(fields)?),
         Kind::Pages => panic!("Pages is no message"),
         Kind::RoundComplete => Message::RoundComplete(take_tally(fields)?),
         Kind::Switchover => Message::Switchover,
@@ -75,12 +75,28 @@ fn take_state(fields: &mut Fields<'_>) -> Result<StateChunk, WireError> {
     Ok(StateChunk { phase, name, version, end, bytes })
 }
 
+fn take_blocks(fields: &mut Fields<'_>) -> Result<Vec<BlockInfo>, WireError> {
+    let mut blocks = fields.list("number of RAM blocks", 1..=MAX_BLOCKS, take_block)?;
+    if fields.is_empty() {
+        return Ok(blocks);
+    }
+    let (mut next, last) = (0, blocks.len() as u64 - 1);
+    let ignored = fields.list("number of ignored RAM blocks", 1..=blocks.len(), |fields| {
+        let index = within("index of an ignored RAM block", fields.u16("an ignored RAM block")?.into(), next..=last)?;
+        next = index + 1;
+        Ok(index)
+    })?;
+    ignored.into_iter().for_each(|index| blocks[usize::try_from(index).expect("within")].ignored = true);
+    Ok(blocks)
+}
+
 fn take_block(fields: &mut Fields<'_>) -> Result<BlockInfo, WireError> {
     Ok(BlockInfo {
         id: fields.name("length of a RAM block's id", MAX_BLOCK_ID)?,
         length: fields.u64("length of a RAM block")?,
         guest_address: fields.u64("guest address of a RAM block")?,
         backing_page_size: fields.u64("backing page size of a RAM block")?,
+        ignored: false,
     })
 }
 

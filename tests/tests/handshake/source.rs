@@ -270,7 +270,7 @@ fn page_hashes_make_the_source_name_the_page() {
         hand.take_all().await;
         let memory = guest.memory();
         let mut scratch = BufferPool::new(1, PageSize::DEFAULT.extent_bytes()).try_take().unwrap();
-        let mut hashes = digest::page_hashes(&memory, 0, 1, &mut scratch).unwrap();
+        let mut hashes = digest::page_hashes(&memory, 0, 1, &digest::Known::default(), &mut scratch).unwrap();
         hashes[77] ^= 1;
         hashes[78] ^= 1;
         hand.say(Message::PageHashes { first: PageAt { block: 0, page: 512 }, hashes }).await;

@@ -7,6 +7,7 @@ use std::thread;
 use std::time::Duration;
 
 use memferry_stages::geometry::BlockInfo;
+use memferry_stages::memory::GuestMemory;
 
 use super::image::{change_while_still, changes};
 use super::witness::what_is_wrong;
@@ -16,6 +17,7 @@ use crate::guest::{Guest, GuestError, GuestState, RunState, StateSection};
 /// How long a call may take before it counts as one that does not return.
 const PATIENCE: Duration = Duration::from_secs(30);
 
+const IGNORED: &str = "a block is ignored where both ends have its memory, whatever a peer says";
 const THROTTLED: &str = "a guest that is throttled is held back and goes on";
 
 /// A guest in a case.
@@ -180,9 +182,13 @@ pub(super) fn strange_peers<S: Subject>(subject: &S) -> Result<(), Breach> {
         let destination = Trial { case: source.case, guest: subject.destination() };
         let came = blocks.clone();
         let built = destination.try_call("build", move |guest| guest.build(page_size, &came, &setup))?;
+        let is_built = built.is_ok();
         let wrong = built.ok().and_then(|()| what_is_wrong(&destination.guest.memory(), page_size, &blocks));
         if let Some(wrong) = wrong {
             return Err(destination.breach(super::moving::BUILT, wrong));
+        }
+        if let Some(claimed) = is_built.then(|| claims(&destination.guest.memory(), right)).flatten() {
+            return Err(destination.breach(IGNORED, claimed));
         }
     }
     for state in strange_states(&device) {
@@ -197,6 +203,13 @@ pub(super) fn strange_peers<S: Subject>(subject: &S) -> Result<(), Breach> {
 
 type G<S> = <S as Subject>::Guest;
 
+/// Is a block said to be ignored that is not, or sent that is ignored?
+fn claims(memory: &GuestMemory, right: &[BlockInfo]) -> Option<String> {
+    let own = |block: &&BlockInfo| right.iter().any(|own| own.id == block.id && own.ignored != block.ignored);
+    let claimed = memory.layout().blocks().iter().find(own)?;
+    Some(format!("block {:?} was built with ignored = {}, as a peer had made up", claimed.id, claimed.ignored))
+}
+
 /// The blocks, each in some way not as they should be.
 fn strange_blocks(right: &[BlockInfo]) -> Vec<Vec<BlockInfo>> {
     let changed = |change: &dyn Fn(&mut BlockInfo)| {
@@ -205,12 +218,19 @@ fn strange_blocks(right: &[BlockInfo]) -> Vec<Vec<BlockInfo>> {
         blocks
     };
     let mut more = right.to_vec();
-    more.push(BlockInfo { id: "conformance".into(), length: 4096, guest_address: 1 << 50, backing_page_size: 4096 });
+    more.push(BlockInfo {
+        id: "conformance".into(),
+        length: 4096,
+        guest_address: 1 << 50,
+        backing_page_size: 4096,
+        ignored: false,
+    });
     let mut strange = vec![
         more,
         changed(&|block| block.length += 1),
         changed(&|block| block.length = block.length.div_ceil(2)),
         changed(&|block| block.id = "conformance".into()),
+        changed(&|block| block.ignored = !block.ignored),
     ];
     if right.len() > 1 {
         strange.push(right[1..].to_vec());

@@ -69,7 +69,9 @@ impl Destination {
             let (partial, memory) = Partial::image(&image.path, block.length)?;
             files.push(partial);
             images.push(memory.clone());
-            as_blocks.push(RamBlock { info: block.clone(), memory, fresh: true });
+            // An image is made here, so it is not the source's own: the engine refuses a source that says it is.
+            let info = BlockInfo { ignored: false, ..block.clone() };
+            as_blocks.push(RamBlock { info, memory, fresh: true });
         }
         let memory = GuestMemory::new(page_size, as_blocks).map_err(|error| GuestError(error.to_string()))?;
         *self.built() = Some(Built { memory, images, files });

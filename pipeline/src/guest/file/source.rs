@@ -141,6 +141,7 @@ fn open(image: &Image) -> Result<RamBlock, GuestError> {
         length: memory.length(),
         guest_address: 0,
         backing_page_size: rustix::param::page_size() as u64,
+        ignored: false,
     };
     Ok(RamBlock { info, memory: Arc::new(memory), fresh: false })
 }

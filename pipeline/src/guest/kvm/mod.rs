@@ -17,6 +17,7 @@ pub mod settings;
 #[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
 mod vm;
 
+pub use super::shared::SharedSettings;
 pub use settings::{KvmLogChoice, KvmSettings};
 #[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
 pub use vm::{KvmGuest, KvmStatus};

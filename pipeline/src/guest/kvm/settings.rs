@@ -1,6 +1,6 @@
 //! What a KVM machine is: memory, vCPUs, what its program does. Plain values with their limits.
 
-use crate::guest::GuestError;
+use crate::guest::{GuestError, SharedSettings};
 
 /// A page of the machine, in bytes.
 pub const PAGE_BYTES: u64 = 4096;
@@ -29,6 +29,13 @@ pub struct KvmSettings {
     pub pages_per_second: f64,
     /// Bytes that it changes in each page: a multiple of 8, from 16 to a page.
     pub bytes: u32,
+    /// Bytes behind the region that are free at the start, and hinted so: whole pages. The program takes an eighth of them in each
+    /// pass, writes them, and in the next checks them and gives them back.
+    pub free: u64,
+    /// Bytes at the end of the RAM that are unplugged: whole pages.
+    pub unplugged: u64,
+    /// A block more, whose memory is in a file that both ends have: it never travels.
+    pub shared: Option<SharedSettings>,
     /// How written pages are found here.
     pub dirty_log: KvmLogChoice,
 }
@@ -56,6 +63,9 @@ impl Default for KvmSettings {
             region_at: OWN_BYTES,
             pages_per_second: 5_000.0,
             bytes: 64,
+            free: 0,
+            unplugged: 0,
+            shared: None,
             dirty_log: KvmLogChoice::DirtyLog,
         }
     }
@@ -68,12 +78,17 @@ impl KvmSettings {
         self.region / PAGE_BYTES
     }
 
+    /// Where in RAM its free memory begins: behind the region.
+    pub(super) fn free_at(&self) -> u64 {
+        self.region_at + self.region
+    }
+
     /// Checks every limit. Settings that came from a peer are checked by this before anything is made of them.
     ///
     /// # Errors
     /// A sentence that names the setting, its value and what it may be.
     pub fn validate(&self) -> Result<(), GuestError> {
-        let Self { memory, vcpus, region, region_at, pages_per_second, bytes, .. } = *self;
+        let Self { memory, vcpus, region, region_at, pages_per_second, bytes, free, unplugged, .. } = *self;
         check((2 * MEMORY_UNIT..=MOST_MEMORY).contains(&memory) && memory.is_multiple_of(MEMORY_UNIT), || {
             format!("memory is {memory} bytes: it may be 4 MiB to 64 GiB, in steps of 2 MiB")
         })?;
@@ -88,6 +103,22 @@ impl KvmSettings {
             let most = memory - region;
             format!("region_at is {region_at}: it may be {OWN_BYTES} to {most}, in steps of {PAGE_BYTES}")
         })?;
+        for (name, part) in [("free", free), ("unplugged", unplugged)] {
+            check(part.is_multiple_of(PAGE_BYTES), || {
+                format!("{name} is {part} bytes: it must be whole pages of {PAGE_BYTES} bytes")
+            })?;
+        }
+        let taken = [region, free, unplugged].iter().fold(region_at, |sum, part| sum.saturating_add(*part));
+        check(taken <= memory, || {
+            format!(
+                "free is {free} bytes: behind a region of {region} and with {unplugged} unplugged it does not fit {memory} bytes of memory"
+            )
+        })?;
+        if let Some(SharedSettings { bytes, .. }) = &self.shared {
+            check(*bytes > 0 && bytes.is_multiple_of(PAGE_BYTES) && *bytes <= MOST_MEMORY, || {
+                format!("the shared block has {bytes} bytes: it must have whole pages of {PAGE_BYTES}, at most 64 GiB")
+            })?;
+        }
         check((0.0..=1e9).contains(&pages_per_second), || {
             format!("pages_per_second is {pages_per_second}: it may be 0 (as fast as it can) to 1000000000")
         })?;
@@ -123,6 +154,9 @@ mod tests {
         refused(KvmSettings { region_at: (2 << 20) + 1, ..fine.clone() }, "region_at");
         refused(KvmSettings { region_at: 61 << 20, ..fine.clone() }, "region_at");
         refused(KvmSettings { pages_per_second: f64::NAN, ..fine.clone() }, "pages_per_second");
+        refused(KvmSettings { free: 62 << 20, ..fine.clone() }, "free");
+        refused(KvmSettings { free: u64::MAX - 4095, ..fine.clone() }, "free");
+        refused(KvmSettings { unplugged: 5, ..fine.clone() }, "unplugged");
         refused(KvmSettings { bytes: 20, ..fine }, "bytes");
     }
 }

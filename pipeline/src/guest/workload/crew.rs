@@ -8,6 +8,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use super::fill::check_shared;
 use super::machine::Machine;
 use super::pacer::{Pacer, Turn};
 use super::writer::{Findings, Writer};
@@ -108,6 +109,9 @@ impl Crew {
 
     /// Compares every page that was ever written; the writers stand still meanwhile.
     pub(super) fn check_all(&self) {
+        let mut shared = Findings::default();
+        check_shared(&self.shared.machine, &mut shared);
+        self.shared.add(shared);
         for findings in self.visit(|writer| {
             let mut findings = Findings::default();
             writer.check_all(&self.shared.machine, &mut findings);
@@ -145,7 +149,7 @@ impl Shared {
         if held(&self.writers[index]).is_idle() {
             return;
         }
-        let mut pacer = Pacer::new(self.machine.settings().writers[index].pages_per_second);
+        let mut pacer = Pacer::new(self.machine.settings().turns_per_second(index));
         let begin = Instant::now();
         while self.waits_for_leave() {
             match pacer.turn(begin.elapsed(), self.throttle.load(Ordering::Relaxed)) {

@@ -10,15 +10,21 @@ use std::thread;
 use super::machine::Machine;
 use super::random::Random;
 use super::settings::Fill;
+use super::stamp::{Mark, Stamper};
+use super::writer::Findings;
 use crate::guest::GuestError;
+use crate::guest::balloon::Ballooned;
 
 /// Memory is dealt to the kinds of content by runs of so many bytes, or a page if that is larger.
 const RUN_BYTES: usize = 64 << 10;
+/// Bytes of each page of the shared block that are written besides its stamp.
+const SHARED_BODY: usize = 64;
 const TEXT_BYTES: usize = 4 << 20;
 const RANDOM_BYTES: usize = 16 << 20;
 
-/// Fills the memory of a source.
+/// Fills the memory of a source, but what is unplugged of it.
 pub(super) fn fill(machine: &Machine) -> Result<(), GuestError> {
+    fill_shared(machine);
     let material = Material::prepare(machine)?;
     let (material, next) = (&material, &AtomicU32::new(0));
     thread::scope(|scope| {
@@ -29,15 +35,27 @@ pub(super) fn fill(machine: &Machine) -> Result<(), GuestError> {
     Ok(())
 }
 
+/// What stands in the shared block: a stamp in each page, which each end finds there.
+fn fill_shared(machine: &Machine) {
+    let mut stamper = Stamper::new(machine.settings().seed, SHARED_BODY);
+    machine.shared().for_each(|page| stamper.write(machine, Mark { page, sequence: 1 }));
+}
+
+/// Compares the pages of the shared block with what a source puts there.
+pub(super) fn check_shared(machine: &Machine, findings: &mut Findings) {
+    let mut stamper = Stamper::new(machine.settings().seed, SHARED_BODY);
+    machine.shared().for_each(|page| findings.add(stamper.compare(machine, Mark { page, sequence: 1 })));
+}
+
 /// Fills runs, each as its number says, until none is left.
 fn fill_runs(machine: &Machine, material: &Material, next: &AtomicU32) {
     let run_pages = u32::try_from((RUN_BYTES / machine.page_bytes()).max(1)).expect("small");
     loop {
         let run = next.fetch_add(1, Ordering::Relaxed);
-        let Some(first) = run.checked_mul(run_pages).filter(|&first| first < machine.pages()) else { return };
+        let Some(first) = run.checked_mul(run_pages).filter(|&first| first < machine.unplugged().start) else { return };
         let mut random = Random::of(machine.settings().seed, u64::from(run));
         let source = material.choose(&machine.settings().fill, random.unit());
-        for page in first..machine.pages().min(first + run_pages) {
+        for page in first..machine.unplugged().start.min(first + run_pages) {
             if let Some(bytes) = source.page(&mut random, page, machine.page_bytes()) {
                 machine.store(page, 0, bytes);
                 machine.mark(page);

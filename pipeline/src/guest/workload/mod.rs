@@ -25,6 +25,7 @@ mod stamp;
 mod state;
 mod writer;
 
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use memferry_stages::dirty_log::DirtyLog;
@@ -35,9 +36,12 @@ use self::crew::Crew;
 use self::machine::Machine;
 use self::state::DeviceState;
 use self::writer::Writer;
+use super::balloon::Balloon;
+use super::clearer::Clearer;
 use super::{Guest, GuestError, GuestState, RunState};
 
-pub use settings::{Backing, Fill, LogChoice, Pattern, Region, WorkloadSettings, WriterSettings};
+pub use super::shared::SharedSettings;
+pub use settings::{Backing, Fill, FreeSettings, LogChoice, Pattern, Region, WorkloadSettings, WriterSettings};
 
 /// A guest that writes its own memory and checks it. See the [module](self).
 ///
@@ -57,6 +61,8 @@ pub use settings::{Backing, Fill, LogChoice, Pattern, Region, WorkloadSettings, 
 #[derive(Debug)]
 pub struct Workload {
     life: Mutex<Life>,
+    /// At a destination: its way to the file of the shared block that may come.
+    shared: Option<PathBuf>,
 }
 
 /// How far a workload has come.
@@ -93,18 +99,36 @@ impl Workload {
     /// # Errors
     /// When the settings are out of their limits, or the host has not the memory or the threads.
     pub fn source(settings: WorkloadSettings) -> Result<Arc<Self>, GuestError> {
-        let machine = Arc::new(Machine::new(settings, false)?);
+        let machine = Arc::new(Machine::new(settings, false, false)?);
         fill::fill(&machine)?;
         let mut crew = Crew::new(machine.clone(), writer::writers(machine.settings()));
         crew.hire()?;
         crew.resume();
-        Ok(Self::of(Life::Whole { machine, crew, written: 0, has_started: true }))
+        Ok(Self::of(Life::Whole { machine, crew, written: 0, has_started: true }, None))
     }
 
     /// A workload that is to arrive: everything it must know travels with it.
     #[must_use]
     pub fn destination() -> Arc<Self> {
-        Self::of(Life::Expected)
+        Self::of(Life::Expected, None)
+    }
+
+    /// As [`Workload::destination`], for one whose shared block is in this file. A source does not say where: a destination opens
+    /// no file that a peer names.
+    #[must_use]
+    pub fn destination_sharing(file: PathBuf) -> Arc<Self> {
+        Self::of(Life::Expected, Some(file))
+    }
+
+    /// Plugs the memory that is unplugged: it may be used from here on, and travels like the rest.
+    ///
+    /// # Errors
+    /// While a migration runs.
+    pub fn plug(&self) -> Result<(), GuestError> {
+        match &*self.life() {
+            Life::Whole { machine, has_started: true, .. } => machine.plug(),
+            _ => Err(GuestError("the workload has not started here".into())),
+        }
     }
 
     /// What the writers did and found, up to here.
@@ -131,8 +155,8 @@ impl Workload {
         self.status()
     }
 
-    fn of(life: Life) -> Arc<Self> {
-        Arc::new(Self { life: Mutex::new(life) })
+    fn of(life: Life, shared: Option<PathBuf>) -> Arc<Self> {
+        Arc::new(Self { life: Mutex::new(life), shared })
     }
 
     fn life(&self) -> MutexGuard<'_, Life> {
@@ -165,12 +189,18 @@ impl Guest for Workload {
         if self.status().running { RunState::Running } else { RunState::Paused }
     }
 
+    /// A balloon, if it has memory that is free or unplugged.
+    fn clearers(&self) -> Vec<Arc<dyn Clearer>> {
+        self.machine().map_or_else(|_| Vec::new(), |machine| Balloon::of(machine))
+    }
+
     fn dirty_logs(&self) -> Result<Vec<Arc<dyn DirtyLog>>, GuestError> {
         self.machine()?.dirty_logs()
     }
 
     fn setup_state(&self) -> Result<GuestState, GuestError> {
-        Ok(state::save_settings(self.machine()?.settings()))
+        let machine = self.machine()?;
+        Ok(state::save_settings(machine.settings(), machine.is_plugged()))
     }
 
     fn pause(&self) -> Result<(), GuestError> {
@@ -203,9 +233,9 @@ impl Guest for Workload {
         if !matches!(*life, Life::Expected) {
             return Err(GuestError("the workload is built already".into()));
         }
-        let settings = state::load_settings(setup)?;
+        let (settings, is_plugged) = state::load_settings(setup, self.shared.as_deref())?;
         compare_blocks(&settings, page_size, blocks)?;
-        let machine = Arc::new(Machine::new(settings, true)?);
+        let machine = Arc::new(Machine::new(settings, true, is_plugged)?);
         *life = Life::Built { writers: writer::writers(machine.settings()), machine };
         Ok(())
     }
@@ -218,7 +248,7 @@ impl Guest for Workload {
         let machine = machine.clone();
         let came = DeviceState::load(state, writers.len(), machine.pages())?;
         let written = came.written;
-        restore(writers, came)?;
+        restore(&machine, writers, came)?;
         let mut crew = Crew::new(machine.clone(), std::mem::take(writers));
         crew.hire()?;
         *life = Life::Whole { machine, crew, written, has_started: false };
@@ -240,7 +270,9 @@ impl Guest for Workload {
 
 /// Refuses blocks that are not those of the settings, with both.
 fn compare_blocks(settings: &WorkloadSettings, page_size: PageSize, blocks: &[BlockInfo]) -> Result<(), GuestError> {
-    let named = |blocks: &[BlockInfo]| blocks.iter().map(|block| (block.id.clone(), block.length)).collect::<Vec<_>>();
+    let named = |blocks: &[BlockInfo]| {
+        blocks.iter().map(|block| (block.id.clone(), block.length, block.ignored)).collect::<Vec<_>>()
+    };
     let (came, own) = (named(blocks), named(&machine::block_infos(settings)));
     if came != own || page_size != settings.page_size {
         let first = came.iter().zip(&own).find(|(came, own)| came != own);
@@ -255,10 +287,12 @@ fn compare_blocks(settings: &WorkloadSettings, page_size: PageSize, blocks: &[Bl
 }
 
 /// Brings the writers to where they were when they were saved.
-fn restore(writers: &mut [Writer], came: DeviceState) -> Result<(), GuestError> {
+fn restore(machine: &Machine, writers: &mut [Writer], came: DeviceState) -> Result<(), GuestError> {
     let DeviceState { cursors, mut sequences, .. } = came;
     for (index, (writer, cursor)) in writers.iter_mut().zip(cursors).enumerate() {
-        writer.restore(cursor, &mut sequences).map_err(|why| GuestError(format!("state of writer {index}: {why}")))?;
+        writer
+            .restore(machine, cursor, &mut sequences)
+            .map_err(|why| GuestError(format!("state of writer {index}: {why}")))?;
     }
     match sequences.iter().position(|&sequence| sequence != 0) {
         Some(page) => Err(GuestError(format!("the state says that page {page} was written, and no writer has it"))),

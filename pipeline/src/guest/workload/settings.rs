@@ -1,9 +1,11 @@
 //! What a workload is: how much memory, what it holds, who writes it. Plain values with their limits.
 
+use std::ops::Range;
+
 use memferry_stages::geometry::{MAX_BLOCKS, PageSize};
 
-use crate::guest::GuestError;
 use crate::guest::workload::stamp::STAMP_BYTES;
+use crate::guest::{GuestError, SharedSettings};
 
 /// The most pages a workload may have: their sequences travel as device state, which is bounded.
 pub const MAX_PAGES: u64 = 48 << 20;
@@ -27,6 +29,12 @@ pub struct WorkloadSettings {
     pub fill: Fill,
     /// The threads that write it. None is a guest that is quiet.
     pub writers: Vec<WriterSettings>,
+    /// Memory that is free, and hinted so: it lies behind what is in use. `None`: no page is ever free.
+    pub free: Option<FreeSettings>,
+    /// The share of the memory that is unplugged, at its end; 0 to less than 1.
+    pub unplugged: f64,
+    /// A block more, whose memory is in a file that both ends have: it never travels.
+    pub shared: Option<SharedSettings>,
     /// Where all that is random comes from: the same seed gives the same content and the same choice of pages.
     pub seed: u64,
 }
@@ -78,6 +86,19 @@ pub struct Fill {
     pub process: f64,
 }
 
+/// Memory that is free at the start. It is filled like the rest, as memory that was used before, and hinted while a migration
+/// runs. A thread takes ranges of it, writes all of their pages, and gives them back later, checked; at most an eighth is taken at a
+/// time.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct FreeSettings {
+    /// The share of the memory; more than 0.
+    pub share: f64,
+    /// Ranges that are taken or given back in a second; 0 is none. As many as it can: [`f64::INFINITY`].
+    pub turns_per_second: f64,
+    /// Pages of a range, 1 to 65536.
+    pub range_pages: u32,
+}
+
 /// One writer: a thread.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct WriterSettings {
@@ -91,7 +112,7 @@ pub struct WriterSettings {
     pub region: Region,
 }
 
-/// A part of the memory, all blocks taken as one: from share `from` to share `to` of its pages, each 0 to 1.
+/// A part of the memory that is in use (neither free nor unplugged), all blocks taken as one: from share `from` to share `to` of its pages, each 0 to 1.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Region {
     /// Where it begins.
@@ -137,6 +158,9 @@ impl Default for WorkloadSettings {
             dirty_log: LogChoice::Auto,
             fill: Fill::default(),
             writers: Vec::new(),
+            free: None,
+            unplugged: 0.0,
+            shared: None,
             seed: 1,
         }
     }
@@ -154,6 +178,28 @@ impl WorkloadSettings {
     #[must_use]
     pub fn pages(&self) -> u64 {
         self.memory / self.page_size.bytes() as u64
+    }
+
+    /// The pages that are in use, free, and unplugged: in this order, over all blocks.
+    #[must_use]
+    pub fn parts(&self) -> [Range<u32>; 3] {
+        let pages = u32::try_from(self.pages()).expect("at most MAX_PAGES");
+        let of = |share: f64| {
+            #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a share of 0 to 1 of a u32")]
+            let part = (share * f64::from(pages)).round() as u32;
+            part.min(pages)
+        };
+        let plugged = pages - of(self.unplugged);
+        let used = plugged - of(self.free.map_or(0.0, |free| free.share)).min(plugged);
+        [0..used, used..plugged, plugged..pages]
+    }
+
+    /// How many turns a second the writer of this number makes, 0 for as many as it can: writes of a page, or, behind all writers,
+    /// ranges of free memory that are taken or given back.
+    pub(super) fn turns_per_second(&self, writer: usize) -> f64 {
+        let free = || self.free.map_or(0.0, |free| free.turns_per_second);
+        let turns = self.writers.get(writer).map_or_else(free, |writer| writer.pages_per_second);
+        if turns.is_finite() { turns } else { 0.0 }
     }
 
     /// Bytes of one block.
@@ -182,8 +228,35 @@ impl WorkloadSettings {
             format!("{} writers: at most {MAX_WRITERS} are possible", self.writers.len())
         })?;
         self.fill.validate()?;
+        self.validate_what_does_not_travel()?;
         self.writers.iter().enumerate().try_for_each(|(index, writer)| {
             writer.validate(self.page_size).map_err(|error| GuestError::caused(format_args!("writer {index}"), error))
+        })
+    }
+}
+
+impl WorkloadSettings {
+    fn validate_what_does_not_travel(&self) -> Result<(), GuestError> {
+        check((0.0..1.0).contains(&self.unplugged), || {
+            format!("unplugged is {}: a share of 0 to less than 1", self.unplugged)
+        })?;
+        if let Some(FreeSettings { share, turns_per_second, range_pages }) = self.free {
+            check(share > 0.0 && share + self.unplugged < 1.0, || {
+                format!("free is {share}: a share more than 0, and with what is unplugged less than 1")
+            })?;
+            check(turns_per_second >= 0.0, || format!("turns_per_second is {turns_per_second}: it may be 0 or more"))?;
+            check((1..=1 << 16).contains(&range_pages), || {
+                format!("a range of free memory has {range_pages} pages: it may have 1 to 65536")
+            })?;
+        }
+        let (page, blocks) = (self.page_size.bytes() as u64, self.blocks as usize);
+        self.shared.as_ref().map_or(Ok(()), |SharedSettings { bytes, .. }| {
+            check(*bytes > 0 && bytes.is_multiple_of(page) && bytes / page + self.pages() <= MAX_PAGES, || {
+                format!("the shared block has {bytes} bytes: it must have whole pages of {page}, and not too many")
+            })?;
+            check(blocks < MAX_BLOCKS, || {
+                format!("{blocks} blocks and a shared one: at most {MAX_BLOCKS} are possible")
+            })
         })
     }
 }

@@ -1,11 +1,13 @@
 //! What of a workload travels besides its memory, as two sections of guest state, little-endian.
 //!
 //! ```text
-//! "workload" in setup, version 1
-//! ┌────────┬────────┬───────────┬─────────┬─────┬──────┬───────────────┬─────────┬──────────────┐
-//! │ memory │ blocks │ page size │ backing │ log │ seed │ fill 4 shares │ writers │ each writer  │
-//! │ u64    │ u32    │ u32       │ u8      │ u8  │ u64  │ 4 × f64       │ u32     │ 49 bytes     │
-//! └────────┴────────┴───────────┴─────────┴─────┴──────┴───────────────┴─────────┴──────────────┘
+//! "workload" in setup, version 2
+//! ┌────────┬────────┬───────────┬─────────┬─────┬──────┬───────────────┬───────────┬─────────┬─────────────┐
+//! │ memory │ blocks │ page size │ backing │ log │ seed │ fill 4 shares │ absent    │ writers │ each writer │
+//! │ u64    │ u32    │ u32       │ u8      │ u8  │ u64  │ 4 × f64       │ 37 bytes  │ u32     │ 49 bytes    │
+//! └────────┴────────┴───────────┴─────────┴─────┴──────┴───────────────┴───────────┴─────────┴─────────────┘
+//! absent: free share f64 (0: none is free), turns a second f64, pages of a range u32; unplugged share f64,
+//!         plugged u8; bytes of the shared block u64 (0: there is none)
 //! each writer: pattern u8, its two numbers 2 × f64, pages a second f64, bytes u64, region 2 × f64
 //!
 //! "workload" of the devices, version 2
@@ -21,17 +23,21 @@
 //! A peer may have made these bytes up: lengths and values are checked before anything is made of them, and what does
 //! not fit is an error.
 
+use std::path::Path;
+
 use bytes::{Buf, BufMut};
 use memferry_stages::geometry::PageSize;
 
 use super::pattern::Cursor;
 use super::random::Random;
-use super::settings::{Backing, Fill, LogChoice, MAX_WRITERS, Pattern, Region, WorkloadSettings, WriterSettings};
-use crate::guest::{GuestError, GuestState, StateSection};
+use super::settings::{
+    Backing, Fill, FreeSettings, LogChoice, MAX_WRITERS, Pattern, Region, WorkloadSettings, WriterSettings,
+};
+use crate::guest::{GuestError, GuestState, SharedSettings, StateSection};
 
 const NAME: &str = "workload";
 /// Versions of the setup part and of the devices.
-const SETUP_VERSION: u32 = 1;
+const SETUP_VERSION: u32 = 2;
 const DEVICE_VERSION: u32 = 2;
 /// Pages whose sequences travel together.
 const GROUP: usize = 64;
@@ -98,8 +104,8 @@ fn load_sequences(input: &mut Input<'_>, pages: u32) -> Result<Vec<u32>, GuestEr
     Ok(sequences)
 }
 
-/// Settings as a section.
-pub(super) fn save_settings(settings: &WorkloadSettings) -> GuestState {
+/// Settings as a section, and whether what they have as unplugged was plugged.
+pub(super) fn save_settings(settings: &WorkloadSettings, is_plugged: bool) -> GuestState {
     let mut bytes = Vec::new();
     bytes.put_u64_le(settings.memory);
     bytes.put_u32_le(settings.blocks);
@@ -108,6 +114,13 @@ pub(super) fn save_settings(settings: &WorkloadSettings) -> GuestState {
     bytes.put_u8(settings.dirty_log as u8);
     bytes.put_u64_le(settings.seed);
     settings.fill.shares().iter().for_each(|&share| bytes.put_f64_le(share));
+    let none = FreeSettings { share: 0.0, turns_per_second: 0.0, range_pages: 0 };
+    let FreeSettings { share, turns_per_second, range_pages } = settings.free.unwrap_or(none);
+    [share, turns_per_second].iter().for_each(|&number| bytes.put_f64_le(number));
+    bytes.put_u32_le(range_pages);
+    bytes.put_f64_le(settings.unplugged);
+    bytes.put_u8(is_plugged.into());
+    bytes.put_u64_le(settings.shared.as_ref().map_or(0, |shared| shared.bytes));
     bytes.put_u32_le(count(settings.writers.len()));
     for writer in &settings.writers {
         let (tag, one, two) = match writer.pattern {
@@ -124,8 +137,8 @@ pub(super) fn save_settings(settings: &WorkloadSettings) -> GuestState {
     section(bytes, SETUP_VERSION)
 }
 
-/// Settings from a section, checked.
-pub(super) fn load_settings(state: &GuestState) -> Result<WorkloadSettings, GuestError> {
+/// Settings from a section, checked. The file of a shared block is this end's own to name.
+pub(super) fn load_settings(state: &GuestState, shared: Option<&Path>) -> Result<(WorkloadSettings, bool), GuestError> {
     let mut input = Input::of(state, "setup state", SETUP_VERSION)?;
     let (memory, blocks, page_bytes) = (input.u64()?, input.u32()?, input.u32()?);
     let page_size =
@@ -135,15 +148,40 @@ pub(super) fn load_settings(state: &GuestState) -> Result<WorkloadSettings, Gues
     let dirty_log = input.tag("dirty log", &logs)?;
     let seed = input.u64()?;
     let fill = Fill { zero: input.f64()?, text: input.f64()?, random: input.f64()?, process: input.f64()? };
+    let free = FreeSettings { share: input.f64()?, turns_per_second: input.f64()?, range_pages: input.u32()? };
+    let free = (free.share != 0.0).then_some(free);
+    let unplugged = input.f64()?;
+    let is_plugged = input.tag("plugged", &[false, true])?;
+    let shared = match (input.u64()?, shared) {
+        (0, _) => None,
+        (bytes, Some(path)) => Some(SharedSettings { path: path.to_owned(), bytes }),
+        (bytes, None) => {
+            return Err(
+                input.refuse(format_args!("a shared block of {bytes} bytes came, and no file for it is named here"))
+            );
+        }
+    };
     let writers = input.u32()?;
     if writers as usize > MAX_WRITERS {
         return Err(input.refuse(format_args!("{writers} writers")));
     }
     let writers = (0..writers).map(|_| load_writer(&mut input)).collect::<Result<_, _>>()?;
     input.expect("bytes left", input.left.len() as u64, 0)?;
-    let settings = WorkloadSettings { memory, blocks, page_size, backing, dirty_log, fill, writers, seed };
+    let settings = WorkloadSettings {
+        memory,
+        blocks,
+        page_size,
+        backing,
+        dirty_log,
+        fill,
+        writers,
+        free,
+        unplugged,
+        shared,
+        seed,
+    };
     settings.validate().map_err(|error| input.refuse(error))?;
-    Ok(settings)
+    Ok((settings, is_plugged))
 }
 
 fn load_writer(input: &mut Input<'_>) -> Result<WriterSettings, GuestError> {

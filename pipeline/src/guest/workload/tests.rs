@@ -1,5 +1,6 @@
 //! The workload as a pipeline uses it, through [`Guest`] alone, with pages copied by hand.
 
+use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
@@ -361,16 +362,17 @@ proptest! {
     #[test]
     fn a_damaged_state_is_refused_or_harmless(cut: prop::sample::Index, bit: Option<u8>) {
         let quiet = WorkloadSettings { memory: 16 * PAGE as u64, ..settings() };
-        let settings_state = state::save_settings(&quiet);
-        let setup = state::load_settings(&damaged(settings_state, cut, bit));
+        let settings_state = state::save_settings(&quiet, false);
+        let setup = state::load_settings(&damaged(settings_state, cut, bit), None);
         prop_assert!(bit.is_some() || setup.is_err());
 
         let cursors = vec![pattern::Cursor { random: random::Random(3), next: 2 }; 2];
         let device = DeviceState { written: 40, cursors, sequences: (0..16).collect() };
+        let machine = Machine::new(quiet.clone(), true, false).unwrap();
         let came = DeviceState::load(&damaged(device.save(), cut, bit), 2, 16);
         prop_assert!(bit.is_some() || came.is_err());
         if let Ok(came) = came {
-            let restored = restore(&mut writer::writers(&quiet), came.clone());
+            let restored = restore(&machine, &mut writer::writers(&quiet), came.clone());
             prop_assert_eq!(restored.is_err(), came.cursors.iter().any(|cursor| cursor.next >= 8));
         }
     }
@@ -389,5 +391,16 @@ fn settings_come_through_whole() {
     all.writers.extend([zipf, hot]);
     all.backing = Backing::Memfd;
     all.dirty_log = LogChoice::Hash;
-    assert_eq!(state::load_settings(&state::save_settings(&all)).unwrap(), all);
+    all.free = Some(FreeSettings { share: 0.5, turns_per_second: 7.5, range_pages: 9 });
+    all.unplugged = 0.25;
+    let saved = state::save_settings(&all, true);
+    assert_eq!(state::load_settings(&saved, Some(Path::new("/here"))).unwrap(), (all.clone(), true));
+
+    let shared = |path: &str| Some(SharedSettings { path: path.into(), bytes: 8192 });
+    all.shared = shared("/there");
+    let saved = state::save_settings(&all, false);
+    let refusal = state::load_settings(&saved, None).unwrap_err().to_string();
+    assert!(refusal.contains("a shared block of 8192 bytes came, and no file for it is named here"), "{refusal}");
+    all.shared = shared("/here");
+    assert_eq!(state::load_settings(&saved, Some(Path::new("/here"))).unwrap(), (all, false));
 }

@@ -29,6 +29,7 @@ struct Figures {
 impl Source {
     /// Whatever happened: the guest is where the verdict says, the logs are stopped, the peer is told, and it is reported.
     pub(super) async fn conclude(mut self, mut verdict: Verdict, flow: Option<Flow>) -> Ended {
+        self.close_window().await;
         let stays_paused = match verdict {
             Verdict::Completed => self.settings.after != Some(After::Resume),
             Verdict::Unconfirmed(_) => true,
@@ -49,6 +50,8 @@ impl Source {
             }
             flow.graph.end().await;
         }
+        // No stage is at work any more: nothing is scanned or synced behind it.
+        self.reach_cleanup().await;
         self.stop_logs().await;
         ended
     }
@@ -129,6 +132,7 @@ impl Source {
             downtime: self.downtime,
             parts: self.parts,
             wire_bytes: figures.wire_bytes,
+            spared: self.spared(),
             memory_peak: figures.memory_peak,
             stages: figures.stages,
             resume_failed,

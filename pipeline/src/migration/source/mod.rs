@@ -6,16 +6,20 @@
 //!                                                                                 was, logs stopped, the error says why
 //! ```
 
+mod clears;
 mod end;
 mod handover;
 mod rounds;
 mod setup;
 mod switchover;
 
+pub(super) use self::clears::check_ranges;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use memferry_stages::bitmap::DirtyBitmap;
+use memferry_stages::clears::Clears;
 use memferry_stages::dirty_log::DirtyLog;
 use memferry_stages::geometry::Layout;
 use memferry_stages::memory::GuestMemory;
@@ -31,6 +35,7 @@ use super::handshake::Verdict;
 use super::plane::DataPlane;
 use super::speed::Speed;
 use crate::events::{DowntimeParts, Ended, Event, Observers, Phase};
+use crate::guest::clearer::Clearer;
 use crate::guest::{Guest, RunState};
 use crate::settings::SourceSettings;
 
@@ -80,6 +85,12 @@ struct Source {
     setup: Duration,
     logs: Vec<Arc<dyn DirtyLog>>,
     bitmap: Option<Arc<DirtyBitmap>>,
+    clearers: Vec<Arc<dyn Clearer>>,
+    /// How many of them were told of Setup.
+    set_up: usize,
+    clears: Option<Arc<Clears>>,
+    /// The pages that the digests leave out, once they are made.
+    left_out: Option<Arc<DirtyBitmap>>,
     paused: Option<Instant>,
     released: bool,
     /// May Go have left?
@@ -113,6 +124,7 @@ impl Source {
         let memory = guest.memory();
         Self {
             was: guest.run_state(),
+            clearers: guest.clearers(),
             fixed: FixedCost { handover: HANDOVER_GUESS, ..FixedCost::default() },
             guest,
             memory,
@@ -125,6 +137,9 @@ impl Source {
             setup: Duration::ZERO,
             logs: Vec::new(),
             bitmap: None,
+            set_up: 0,
+            clears: None,
+            left_out: None,
             paused: None,
             released: false,
             go_said: false,

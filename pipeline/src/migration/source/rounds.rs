@@ -23,6 +23,10 @@ impl Source {
     /// Rounds while the guest runs, until what is left can be sent within the downtime limit.
     pub(super) async fn rounds(&mut self, flow: &mut Flow) -> Result<(), MigrationError> {
         let limits = Limits::from(&self.settings);
+        if !self.clearers.is_empty() {
+            // Hints may come in the first round already, and follow a sync.
+            self.sync(flow).await?;
+        }
         loop {
             self.scan(flow, false).await?;
             let found = self.sync(flow).await?;
@@ -71,7 +75,8 @@ impl Source {
     }
 
     pub(super) async fn sync(&mut self, flow: &mut Flow) -> Result<Synced, MigrationError> {
-        let since_last = self.speed.since_sync();
+        self.reach_before_sync().await;
+        let since_last = self.speed.since_sync().filter(|_| self.round > 0);
         if flow.graph.sync.put(SyncOrder { after_round: self.round }).await.is_err() {
             return Err(self.broken(flow).await);
         }
@@ -89,6 +94,7 @@ impl Source {
         }
         let Synced { after_round, dirty_pages, duration } = found;
         self.observers.tell(&Event::Synced { after_round, dirty_pages, duration });
+        self.reach_after_sync().await?;
         Ok(found)
     }
 

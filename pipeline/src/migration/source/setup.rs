@@ -6,15 +6,15 @@ use std::time::Instant;
 use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::dirty_log::DirtyLog;
 use memferry_stages::memory::GuestMemory;
-use memferry_stages::wire::Message;
 use memferry_stages::wire::messages::StatePhase;
+use memferry_stages::wire::{Features, Message};
 
 use super::end::FAREWELL;
-use super::{HANDOVER_GUESS, Source};
+use super::{HANDOVER_GUESS, Source, clears};
 use crate::events::{Event, Phase};
 use crate::migration::error::MigrationError;
 use crate::migration::flow::Flow;
-use crate::migration::link::Link;
+use crate::migration::link::{Link, features};
 use crate::migration::plane::DataPlane;
 use crate::migration::source_graph::{SourceGraph, SourceParts};
 use crate::migration::{block_facts, blocking, bounds, digests, state, untouched_pages};
@@ -23,7 +23,12 @@ impl Source {
     pub(super) async fn connect(&mut self, plane: &DataPlane) -> Result<Link, MigrationError> {
         let (transport, settings) = (self.transport.clone(), self.settings.clone());
         let page_size = self.memory.page_size();
-        plane.run(async move { Link::open(transport, settings, page_size).await }).await
+        let features = Features {
+            left_out: clears::may_leave_out(&self.clearers, self.layout()),
+            ignored_blocks: self.layout().blocks().iter().any(|block| block.ignored),
+            ..features(&settings)
+        };
+        plane.run(async move { Link::open(transport, settings, page_size, features).await }).await
     }
 
     /// The destination accepts the stream, builds its machine and is ready for pages, before any is sent.
@@ -66,8 +71,9 @@ impl Source {
     }
 
     /// Starts the logs, and only then asks which pages were never touched: a write that comes later is in a log. All bits
-    /// are set: the bitmap is the truth from here on (law 1).
+    /// are set but those of pages that never travel: the bitmap is the truth from here on (law 1).
     async fn arm(&mut self) -> Result<(Arc<DirtyBitmap>, Arc<DirtyBitmap>), MigrationError> {
+        let out = self.reach_setup().await?;
         let (guest, memory) = (self.guest.clone(), self.memory.clone());
         self.logs = blocking(move || guest.dirty_logs()).await?;
         self.observers.tell(&Event::Guest {
@@ -76,16 +82,24 @@ impl Source {
             memory_bound: bounds::source_bound(self.layout(), &self.settings) + bounds::logs_bytes(&self.logs),
         });
         let logs = self.logs.clone();
-        let (bitmap, untouched) = blocking(move || {
+        let (bitmap, clears, untouched) = blocking(move || {
             for log in &logs {
                 log.start().map_err(|error| MigrationError::Log { doing: "start", error })?;
             }
+            let bitmap = Arc::new(DirtyBitmap::filled(memory.layout()));
+            let clears = clears::clears(&bitmap, out);
             let untouched = untouched_pages(&memory);
+            if let Some(out) = clears.out_for_good() {
+                leave_out(&logs, out, &untouched)?;
+            }
             arm_untouched(&logs, &memory, &untouched)?;
-            Ok::<_, MigrationError>((Arc::new(DirtyBitmap::filled(memory.layout())), Arc::new(untouched)))
+            Ok::<_, MigrationError>((bitmap, Arc::new(clears), Arc::new(untouched)))
         })
         .await?;
         self.bitmap = Some(bitmap.clone());
+        self.clears = Some(clears);
+        self.tell_spared();
+        self.warn_of_lost_hints();
         self.speed.since_sync();
         Ok((bitmap, untouched))
     }
@@ -94,8 +108,9 @@ impl Source {
     /// before each decision, for other work on the machine comes and goes.
     pub(super) async fn estimate_verify(&mut self) -> Result<(), MigrationError> {
         if self.settings.verify {
-            let memory = self.memory.clone();
-            self.fixed.verify = blocking(move || digests::downtime(&memory)).await.map_err(MigrationError::Digest)?;
+            let (memory, clears) = (self.memory.clone(), self.clears.clone().expect("made when the logs were armed"));
+            let estimate = blocking(move || digests::downtime(&memory, &clears.left_out())).await;
+            self.fixed.verify = estimate.map_err(MigrationError::Digest)?;
         }
         Ok(())
     }
@@ -105,6 +120,7 @@ impl Source {
             memory: self.memory.clone(),
             logs: self.logs.clone(),
             bitmap,
+            clears: self.clears.clone().filter(|_| clears::may_leave_out(&self.clearers, self.layout())),
             untouched,
             writers: link.writers,
             durable_rounds: self.transport.capabilities().stored,
@@ -114,6 +130,15 @@ impl Source {
         self.tell_phase(Phase::Active);
         Flow::new(graph, link.said, self.cancel.clone())
     }
+}
+
+/// What never travels is nothing to the logs, and is not told of as untouched.
+fn leave_out(logs: &[Arc<dyn DirtyLog>], out: &DirtyBitmap, untouched: &DirtyBitmap) -> Result<(), MigrationError> {
+    for log in logs {
+        log.leave_out(out).map_err(|error| MigrationError::Log { doing: "leave pages out", error })?;
+    }
+    out.all_dirty_extents().for_each(|at| _ = untouched.take_mask(at, out.peek(at)));
+    Ok(())
 }
 
 /// A log that re-arms late has not seen what was written to untouched pages until here, and they will not be read: it is

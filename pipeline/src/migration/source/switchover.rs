@@ -1,5 +1,6 @@
 //! Switchover: the guest stands still, and the rest is sent.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use memferry_stages::wire::Message;
@@ -17,10 +18,11 @@ impl Source {
     pub(super) async fn send_the_rest(&mut self, flow: &mut Flow) -> Result<(), MigrationError> {
         self.drain(flow).await?;
         self.pause().await?;
+        self.reach_complete().await;
         let device = self.save().await?;
         self.sync(flow).await.map(|found| self.parts.final_sync = found.duration)?;
 
-        let digests = self.settings.verify.then(|| digests::start(&self.memory));
+        let digests = self.start_digests();
         self.say_state(flow, device).await?;
         let began = Instant::now();
         self.scan(flow, true).await?;
@@ -30,6 +32,13 @@ impl Source {
             self.say_digests(flow, digests).await?;
         }
         self.say(flow, &Message::End { run_state: self.was, frames: self.pages_frames }).await
+    }
+
+    /// Nothing leaves the bitmap any more but to be sent: what was left out until here is left out of the digests.
+    fn start_digests(&mut self) -> Option<digests::Pending> {
+        let left_out = self.clears.as_ref().filter(|_| self.settings.verify)?.left_out();
+        let left_out = self.left_out.insert(Arc::new(left_out));
+        Some(digests::start(&self.memory, left_out.clone()))
     }
 
     /// Lets the backlog run down to a small share of the downtime limit before the guest is paused.

@@ -4,6 +4,7 @@ use std::io;
 
 use super::mirror::{Mirror, Scanner};
 use super::{Breach, Order, Subject, all_pages, offset};
+use crate::bitmap::DirtyBitmap;
 use crate::geometry::PageAt;
 
 /// Nobody writes: a log may report a page that it was unsure of once or twice, but then it is quiet.
@@ -55,6 +56,62 @@ pub(super) fn restarted(make: &dyn Fn() -> Subject, order: Order) -> Result<(), 
         subject.writer.store(at.block, byte, &[5]);
         true
     })
+}
+
+/// Pages that a sync has found leave the bitmap unread, as hints of free pages make them do: armed for that first, the log finds the
+/// next write to each. Not asked of a log that says that it does not see stores.
+pub(super) fn unread(make: &dyn Fn() -> Subject, order: Order) -> Result<(), Breach> {
+    let case = "unread";
+    let subject = make();
+    if !subject.logs.iter().all(|log| log.sees_stores()) {
+        return Ok(());
+    }
+    let scanner = Scanner::start(&subject, order).map_err(Breach::failed(case))?;
+    let layout = subject.memory.layout();
+    for round in 1..4 {
+        // In the first round everything is dirty, and nothing was ever read.
+        scanner.sync().map_err(Breach::failed(case))?;
+        scanner.arm_unread(&scanner.dirty).map_err(Breach::failed(case))?;
+        scanner.dirty.extents().for_each(|at| _ = scanner.dirty.take(at));
+        let written = |at: &PageAt| !(at.page + round).is_multiple_of(3);
+        // The same byte as before in some of them: it is the store that must be seen.
+        all_pages(layout).filter(written).for_each(|at| subject.writer.store(at.block, offset(layout, at), &[1]));
+        scanner.sync().map_err(Breach::failed(case))?;
+        if let Some(lost) = all_pages(layout).filter(written).find(|&at| !scanner.dirty.is_set(at)) {
+            return Err(Breach::new(
+                case,
+                format_args!("{lost} left the bitmap unread, was written, and was not found"),
+            ));
+        }
+    }
+    scanner.stop().map_err(Breach::failed(case))
+}
+
+/// Pages that are out for good are neither reported nor read, and the others are found as ever.
+pub(super) fn left_out(make: &dyn Fn() -> Subject, order: Order) -> Result<(), Breach> {
+    let case = "left out";
+    let subject = make();
+    let scanner = Scanner::start(&subject, order).map_err(Breach::failed(case))?;
+    let (layout, out) = (subject.memory.layout(), DirtyBitmap::empty(subject.memory.layout()));
+    all_pages(layout).filter(|at| at.page % 5 < 2).for_each(|at| _ = out.set(at));
+    scanner.logs.iter().try_for_each(|log| log.leave_out(&out)).map_err(Breach::failed(case))?;
+    out.extents().for_each(|at| _ = scanner.dirty.take_mask(at, out.peek(at)));
+    let mut mirror = Mirror::new(layout);
+    scanner.send_all(&mut mirror).map_err(Breach::failed(case))?;
+    for at in all_pages(layout).filter(|&at| !out.is_set(at)) {
+        subject.writer.store(at.block, offset(layout, at), &[3]);
+    }
+    for _ in 0..2 {
+        scanner.sync().map_err(Breach::failed(case))?;
+        if let Some(reported) = all_pages(layout).find(|&at| out.is_set(at) && scanner.dirty.is_set(at)) {
+            return Err(Breach::new(case, format_args!("{reported} is left out, and was reported")));
+        }
+        scanner.send_all(&mut mirror).map_err(Breach::failed(case))?;
+    }
+    // Nobody has written what is left out: it is as zero as it was, and was never sent.
+    all_pages(layout).filter(|&at| out.is_set(at)).for_each(|at| mirror.clear(at));
+    mirror.compare(case, &subject.memory)?;
+    scanner.stop().map_err(Breach::failed(case))
 }
 
 /// Writes page by page with `write` (which says whether it could) at the page's first or last byte, and expects the next

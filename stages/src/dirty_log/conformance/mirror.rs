@@ -115,6 +115,11 @@ impl Scanner {
         Ok(())
     }
 
+    /// Arms the logs for pages that will not be read.
+    pub(super) fn arm_unread(&self, pages: &DirtyBitmap) -> io::Result<()> {
+        self.logs.iter().try_for_each(|log| log.arm_unread(pages).map(drop))
+    }
+
     pub(super) fn stop(&self) -> io::Result<()> {
         self.logs.iter().try_for_each(|log| log.stop())
     }
@@ -144,6 +149,11 @@ impl Mirror {
         for (bit, page) in bits(copy.present()).zip(pages) {
             self.page(at.page(bit)).copy_from_slice(page);
         }
+    }
+
+    /// Makes a page zero.
+    pub(super) fn clear(&mut self, at: PageAt) {
+        self.page(at).fill(0);
     }
 
     /// Compares with a source that stands still.

@@ -10,6 +10,8 @@
 //! | found | every single write is found by the next sync |
 //! | marked | so is a write that the log cannot see, once it is marked |
 //! | restarted | a log that was stopped can be started again, and misses nothing |
+//! | unread | pages that leave the bitmap unread are armed for it: the next write to each is found |
+//! | left out | pages that are out for good are neither read nor reported |
 //! | schedules | in thousands of random orders of writes, holes, syncs, takes, reads and late reports nothing is lost, A-B-A included |
 //! | race | nor is it under threads that never stop writing |
 //!
@@ -33,7 +35,7 @@
 //!
 //! fn subject() -> Subject {
 //!     let memory = Arc::new(MappedMemory::anonymous(100 * 4096).unwrap());
-//!     let info = BlockInfo { id: "ram".into(), length: 100 * 4096, guest_address: 0, backing_page_size: 4096 };
+//!     let info = BlockInfo { id: "ram".into(), length: 100 * 4096, guest_address: 0, backing_page_size: 4096, ignored: false };
 //!     let block = RamBlock { info, memory: memory.clone(), fresh: true };
 //!     let guest = GuestMemory::new(PageSize::DEFAULT, vec![block]).unwrap();
 //!     let log = Arc::new(SoftwareLog::new(guest.layout()));
@@ -111,6 +113,8 @@ pub(in crate::dirty_log) fn check_as(make: &dyn Fn() -> Subject, order: Order) -
     cases::found(make, order)?;
     cases::marked(make, order)?;
     cases::restarted(make, order)?;
+    cases::unread(make, order)?;
+    cases::left_out(make, order)?;
     schedule::schedules(make, order)?;
     race::race(make, order)
 }

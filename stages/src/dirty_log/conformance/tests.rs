@@ -24,6 +24,7 @@ fn guest(memory: Vec<Arc<dyn Memory>>, page_size: PageSize) -> GuestMemory {
             length: memory.length(),
             guest_address: 0,
             backing_page_size: 4096,
+            ignored: false,
         },
         memory,
         fresh: true,
@@ -281,6 +282,10 @@ enum Mistake {
     IgnoresMarks,
     /// Takes a second take of a page for the first.
     CountsNoTakes,
+    /// Does not arm pages that leave the bitmap unread.
+    ForgetsUnread,
+    /// Goes on with pages that are out for good.
+    ForgetsLeftOut,
 }
 
 impl DirtyLog for Wrong {
@@ -310,6 +315,18 @@ impl DirtyLog for Wrong {
             _ => self.right.rearm(at, mask)?,
         }
         Ok(())
+    }
+
+    fn arm_unread(&self, pages: &DirtyBitmap) -> io::Result<bool> {
+        if self.mistake == Mistake::ForgetsUnread { Ok(false) } else { self.right.arm_unread(pages) }
+    }
+
+    fn leave_out(&self, pages: &DirtyBitmap) -> io::Result<()> {
+        if self.mistake == Mistake::ForgetsLeftOut { Ok(()) } else { self.right.leave_out(pages) }
+    }
+
+    fn sees_stores(&self) -> bool {
+        self.right.sees_stores()
     }
 
     fn copied(&self, copy: &crate::batch::CopiedBatch) {
@@ -365,6 +382,12 @@ fn a_log_that_forgets_is_found() {
     must_breach(&|| wrong_model(Mistake::ForgetsToRearm), Order::Right);
     must_breach(&|| wrong_model(Mistake::ForgetsBits), Order::Right);
     must_breach(&|| wrong_model(Mistake::IgnoresMarks), Order::Right);
+}
+
+#[test]
+fn a_log_that_does_not_arm_what_is_not_read_or_reports_what_is_out_is_found() {
+    assert_eq!(must_breach(&|| wrong_model(Mistake::ForgetsUnread), Order::Right).case, "unread");
+    assert_eq!(must_breach(&|| wrong_hash(Mistake::ForgetsLeftOut), Order::Right).case, "left out");
 }
 
 #[test]

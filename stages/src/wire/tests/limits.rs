@@ -18,7 +18,13 @@ fn name(index: usize, bytes: usize) -> String {
 fn largest() -> Vec<Message> {
     let bytes = Bytes::from(vec![1; MAX_STATE_CHUNK]);
     let chunk = StateChunk { phase: StatePhase::Setup, name: name(0, 255), version: 1, end: false, bytes };
-    let block = |index| BlockInfo { id: name(index, MAX_BLOCK_ID), length: 1, guest_address: 2, backing_page_size: 3 };
+    let block = |index| BlockInfo {
+        id: name(index, MAX_BLOCK_ID),
+        length: 1,
+        guest_address: 2,
+        backing_page_size: 3,
+        ignored: true,
+    };
     let digest = StretchDigest { hash: 1, left_out: [1; 8] };
     let reason = "x".repeat(MAX_REASON);
     let mut messages = samples::messages();
@@ -63,7 +69,7 @@ fn the_largest_hello_fits() {
 fn an_extent_of_raw_pages_fills_the_bound_of_pages() {
     for page_size in [4096, 65536].map(|bytes| PageSize::new(bytes).unwrap()) {
         let length = page_size.extent_bytes() as u64;
-        let block = BlockInfo { id: "ram".into(), length, guest_address: 0, backing_page_size: 4096 };
+        let block = BlockInfo { id: "ram".into(), length, guest_address: 0, backing_page_size: 4096, ignored: false };
         let layout = Layout::new(page_size, vec![block]).unwrap();
         let pages = vec![(PageEncoding::Raw, u32::try_from(page_size.bytes()).unwrap()); 64];
         let at = ExtentAt { block: 0, extent: 0 };

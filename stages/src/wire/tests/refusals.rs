@@ -4,7 +4,7 @@ use futures::executor::block_on;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::samples;
-use crate::geometry::PageSize;
+use crate::geometry::{BlockInfo, PageSize};
 use crate::wire::frame::seal;
 use crate::wire::hello::Feature;
 use crate::wire::{Features, FrameHead, FrameReader, HEAD_BYTES, Kind, Message, PageEncoding, PagesHead, SessionId};
@@ -101,7 +101,17 @@ fn features() {
         Features::from_list(&unknown).unwrap_err().to_string(),
         r#"the stream requires features that this version does not know: "newer", "newest\n""#
     );
-    let all = Features { checksum: true, snap: true, lz4: true, zstd: true, groups: true, xbzrle: true, verify: true };
+    let all = Features {
+        checksum: true,
+        snap: true,
+        lz4: true,
+        zstd: true,
+        groups: true,
+        xbzrle: true,
+        verify: true,
+        left_out: true,
+        ignored_blocks: true,
+    };
     assert_eq!(Features::from_list(&all.to_list()), Ok(all));
     assert!(all.to_list().iter().all(|feature| feature.required));
     let mut hello = samples::hello();
@@ -122,6 +132,22 @@ fn states_and_blocks() {
     assert_eq!(refusal(Kind::Blocks, 0, &[0, 0]), "number of RAM blocks is 0, it must be 1 to 1024");
     assert_eq!(refusal(Kind::Blocks, 0, &[1, 4]), "number of RAM blocks is 1025, it must be 1 to 1024");
     assert_eq!(refusal(Kind::Blocks, 2, &[0]), "length of a RAM block's id is 0, it must be 1 to 255");
+}
+
+#[test]
+fn ignored_blocks() {
+    let block =
+        |id: &str| BlockInfo { id: id.into(), length: 1, guest_address: 2, backing_page_size: 3, ignored: false };
+    let frame = Message::Blocks(vec![block("a"), block("b"), block("c")]).encode(0);
+    let plain = &frame[HEAD_BYTES..frame.len() - 8];
+    let refusal = |more: &[u8]| decode(Kind::Blocks, &[plain, more].concat());
+    assert_eq!(refusal(&[0, 0]), "number of ignored RAM blocks is 0, it must be 1 to 3");
+    assert_eq!(refusal(&[4, 0]), "number of ignored RAM blocks is 4, it must be 1 to 3");
+    assert_eq!(refusal(&[1]), "the frame ends inside number of ignored RAM blocks: 2 bytes are needed, 1 are left");
+    assert_eq!(refusal(&[1, 0, 2]), "the frame ends inside an ignored RAM block: 2 bytes are needed, 1 are left");
+    assert_eq!(refusal(&[1, 0, 3, 0]), "index of an ignored RAM block is 3, it must be 0 to 2");
+    assert_eq!(refusal(&[2, 0, 1, 0, 1, 0]), "index of an ignored RAM block is 1, it must be 2 to 2");
+    assert_eq!(refusal(&[1, 0, 1, 0, 9]), "1 bytes follow the last field of the frame");
 }
 
 #[test]

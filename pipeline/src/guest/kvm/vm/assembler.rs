@@ -21,6 +21,8 @@ pub(super) enum Reg {
     R11,
     R12,
     R13,
+    R14,
+    R15,
 }
 
 impl Reg {
@@ -211,6 +213,11 @@ impl Assembler {
         self.data(&[0xee]);
     }
 
+    /// `out dx, eax`
+    pub(super) fn out_word(&mut self) {
+        self.data(&[0xef]);
+    }
+
     /// `pause`
     pub(super) fn pause(&mut self) {
         self.data(&[0xf3, 0x90]);
@@ -307,6 +314,9 @@ mod tests {
         case(Assembler::ret, &[0xc3]);
         case(Assembler::interrupt_return, &[0x48, 0xcf]);
         case(Assembler::out, &[0xee]);
+        case(Assembler::out_word, &[0xef]);
+        case(|a| a.copy(Rdi, R14), &[0x4c, 0x89, 0xf7]);
+        case(|a| a.compare(Rdi, R15), &[0x4c, 0x39, 0xff]);
         case(Assembler::pause, &[0xf3, 0x90]);
         case(Assembler::enable_interrupts, &[0xfb]);
     }

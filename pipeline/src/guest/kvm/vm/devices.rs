@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::console::{Console, PORTS, Said};
-use super::program::{ANSWERS, PAGE_DONE};
+use super::program::{ANSWERS, PAGE_DONE, PAGE_FREED, PAGE_TAKEN};
 use super::ram::Ram;
 
 /// What an access to a port asks of its vCPU.
@@ -53,7 +53,9 @@ impl Devices {
             self.pages.fetch_add(1, Ordering::Relaxed);
             return Ask::Pace;
         }
-        if PORTS.contains(&port) {
+        if let (PAGE_TAKEN | PAGE_FREED, &[a, b, c, d]) = (port, bytes) {
+            self.ram.turn_page(u32::from_le_bytes([a, b, c, d]), port == PAGE_TAKEN);
+        } else if PORTS.contains(&port) {
             for &byte in bytes {
                 let said = self.console().write(port, byte);
                 said.into_iter().for_each(|said| self.hear(said));

@@ -42,6 +42,8 @@ impl Machine {
     /// given.
     pub(super) fn new(settings: KvmSettings, cpuid: Option<CpuId>) -> Result<Self, GuestError> {
         settings.validate()?;
+        // Whoever is given its processors is given its memory too.
+        let is_destination = cpuid.is_some();
         let kvm = Kvm::new().map_err(|_| no_kvm())?;
         let cpuid = match cpuid {
             Some(cpuid) => cpuid,
@@ -49,7 +51,7 @@ impl Machine {
                 .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
                 .map_err(|error| refused("what processors it has", error))?,
         };
-        let ram = Arc::new(Ram::new(&settings)?);
+        let ram = Arc::new(Ram::new(&settings, is_destination)?);
         let vm = make_vm(&kvm)?;
         let failed = |what: &'static str| move |error: std::io::Error| GuestError::caused(what, error);
         let descriptor = duplicate(&vm).map_err(failed("the machine's descriptor"))?;
@@ -95,7 +97,7 @@ impl Machine {
                 UserfaultLog::supported().map_err(|why| {
                     GuestError(format!("the userfault log cannot be used: {why}; or take dirty_log = \"dirty-log\""))
                 })?;
-                Arc::new(UserfaultLog::new(layout, (0..).zip(self.ram.blocks.iter().cloned()).collect()))
+                Arc::new(UserfaultLog::new(layout, self.ram.own_blocks()))
             }
             (KvmLogChoice::Hash, _) => Arc::new(HashLog::new(self.ram.memory.clone())),
         };
@@ -135,7 +137,7 @@ fn begin(vcpu: &VcpuFd, settings: &KvmSettings, index: u32) -> Result<(), kvm_io
     let mut sregs = vcpu.get_sregs()?;
     long_mode(&mut sregs);
     vcpu.set_sregs(&sregs)?;
-    let part = ram::part(settings, index);
+    let (part, free) = (ram::part(settings, index), ram::free_part(settings, index));
     vcpu.set_regs(&kvm_regs {
         rip: ram::PROGRAM,
         rsp: ram::stack(index),
@@ -143,6 +145,8 @@ fn begin(vcpu: &VcpuFd, settings: &KvmSettings, index: u32) -> Result<(), kvm_io
         r12: settings.region_at + part.start * PAGE_BYTES,
         rsi: settings.region_at + part.end * PAGE_BYTES,
         r13: part.start,
+        r14: free.start,
+        r15: free.end,
         r9: settings.bytes.into(),
         r10: index.into(),
         ..Default::default()

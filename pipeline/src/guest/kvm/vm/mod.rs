@@ -21,6 +21,7 @@ mod ram;
 mod state;
 mod vcpu;
 
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use memferry_stages::dirty_log::DirtyLog;
@@ -29,6 +30,8 @@ use memferry_stages::memory::GuestMemory;
 
 use self::machine::Machine;
 use super::settings::{KvmLogChoice, KvmSettings};
+use crate::guest::balloon::Balloon;
+use crate::guest::clearer::Clearer;
 use crate::guest::{Guest, GuestError, GuestState, RunState};
 
 /// A virtual machine under KVM. See the [module](super).
@@ -37,6 +40,8 @@ pub struct KvmGuest {
     life: Mutex<Life>,
     /// How its writes are found, wherever it came from.
     dirty_log: KvmLogChoice,
+    /// At a destination: its way to the file of the shared block that may come.
+    shared: Option<PathBuf>,
 }
 
 /// How far a machine has come.
@@ -83,13 +88,20 @@ impl KvmGuest {
         machine.crew.hire()?;
         machine.crew.resume();
         let life = Mutex::new(Life::Whole { machine, before: 0, has_started: true });
-        Ok(Arc::new(Self { life, dirty_log }))
+        Ok(Arc::new(Self { life, dirty_log, shared: None }))
     }
 
     /// A machine that is to arrive: what it must know travels with it, but for how its writes are found here.
     #[must_use]
     pub fn destination(dirty_log: KvmLogChoice) -> Arc<Self> {
-        Arc::new(Self { life: Mutex::new(Life::Expected), dirty_log })
+        Arc::new(Self { life: Mutex::new(Life::Expected), dirty_log, shared: None })
+    }
+
+    /// As [`KvmGuest::destination`], for one whose shared block is in this file. A source does not say where: a destination
+    /// opens no file that a peer names.
+    #[must_use]
+    pub fn destination_sharing(dirty_log: KvmLogChoice, file: PathBuf) -> Arc<Self> {
+        Arc::new(Self { life: Mutex::new(Life::Expected), dirty_log, shared: Some(file) })
     }
 
     /// How it fares.
@@ -139,6 +151,12 @@ impl Guest for KvmGuest {
         if self.status().running { RunState::Running } else { RunState::Paused }
     }
 
+    /// A balloon, if it has memory that is free or unplugged.
+    fn clearers(&self) -> Vec<Arc<dyn Clearer>> {
+        let balloon = self.with_machine(|machine| Ok(Balloon::of(machine.ram.clone())));
+        balloon.unwrap_or_default()
+    }
+
     fn dirty_logs(&self) -> Result<Vec<Arc<dyn DirtyLog>>, GuestError> {
         self.with_machine(Machine::dirty_logs)
     }
@@ -175,7 +193,7 @@ impl Guest for KvmGuest {
         if !matches!(*life, Life::Expected) {
             return Err(GuestError("the machine is built already".into()));
         }
-        let (settings, cpuid) = state::load_setup(setup, self.dirty_log)?;
+        let (settings, cpuid) = state::load_setup(setup, self.dirty_log, self.shared.as_deref())?;
         compare_blocks(&ram::block_infos(&settings), page_size, blocks)?;
         state::compare_processors(&cpuid)?;
         *life = Life::Built(Box::new(Machine::new(settings, Some(cpuid))?));
@@ -213,7 +231,8 @@ impl Guest for KvmGuest {
 /// Refuses blocks that are not those of the machine, with both.
 fn compare_blocks(own: &[BlockInfo], page_size: PageSize, came: &[BlockInfo]) -> Result<(), GuestError> {
     let named = |blocks: &[BlockInfo]| {
-        blocks.iter().map(|block| (block.id.clone(), block.length, block.guest_address)).collect::<Vec<_>>()
+        let facts = |block: &BlockInfo| (block.id.clone(), block.length, block.guest_address, block.ignored);
+        blocks.iter().map(facts).collect::<Vec<_>>()
     };
     if named(own) == named(came) && page_size == PageSize::DEFAULT {
         return Ok(());

@@ -21,14 +21,26 @@
 //! | `r10` | number of the vCPU |
 //! | `rbp`, `r8` | this pass, the pass before |
 //! | `rdi`, `rbx` | the page, its number |
+//! | `r14`, `r15` | where the vCPU's part of the free memory begins and ends |
+//!
+//! After each pass the vCPU looks at its free memory. Of eight pages it takes one in each pass, another in the next: it tells
+//! the host, and then writes its number and the pass. In the pass after that it checks the page and gives it back. So pages go in
+//! and out of use all the time, and at any time most are free.
 
-use super::assembler::Reg::{R8, R9, R10, R11, R12, R13, Rax, Rbp, Rbx, Rcx, Rdi, Rdx, Rsi};
+use super::assembler::Reg::{R8, R9, R10, R11, R12, R13, R14, R15, Rax, Rbp, Rbx, Rcx, Rdi, Rdx, Rsi};
 use super::assembler::{Assembler, If, Label};
 
 /// The serial port's data register.
 pub(super) const SERIAL: u16 = 0x3f8;
 /// Calls of the host: a page is written.
 pub(super) const PAGE_DONE: u16 = 0x510;
+/// A page of free memory, by its number in RAM, is taken into use; when this returns it may be written.
+pub(super) const PAGE_TAKEN: u16 = 0x514;
+/// It is free again.
+pub(super) const PAGE_FREED: u16 = 0x518;
+
+/// Of so many pages of free memory one is in use at a time: a power of two.
+const IN_USE: i32 = 8;
 
 /// Where the program keeps what its vCPUs share, as addresses of its own.
 pub(super) const LOCK: u64 = 0x6000;
@@ -94,6 +106,7 @@ fn main(a: &mut Assembler, routines: &Routines) {
     a.compare(Rdi, Rsi);
     a.jump_if(If::Below, page);
     a.call(routines.say_pass);
+    a.call(routines.turn_free);
     a.jump(next_pass);
 
     // Said once, and made right: the passes to come are checked like those before.
@@ -112,6 +125,8 @@ struct Routines {
     start_timer: Label,
     say_pass: Label,
     say_wrong: Label,
+    say_wrong_free: Label,
+    turn_free: Label,
     begin_line: Label,
     end_line: Label,
     put_text: Label,
@@ -124,6 +139,8 @@ impl Routines {
             start_timer: a.label(),
             say_pass: a.label(),
             say_wrong: a.label(),
+            say_wrong_free: a.label(),
+            turn_free: a.label(),
             begin_line: a.label(),
             end_line: a.label(),
             put_text: a.label(),
@@ -134,16 +151,19 @@ impl Routines {
     /// Writes them, and returns where the interrupt handler is.
     fn write(&self, a: &mut Assembler) -> Label {
         self.start_timer(a);
-        let [v, pass, ticks, wrong, lost, end] =
-            ["v", " pass ", " ticks ", " wrong page ", " lost an answer before", "\n"].map(|text| (a.label(), text));
+        let [v, pass, ticks, wrong, wrong_free, lost, end] =
+            ["v", " pass ", " ticks ", " wrong page ", " wrong free page ", " lost an answer before", "\n"]
+                .map(|text| (a.label(), text));
         self.say_pass(a, pass.0, ticks.0, lost.0);
-        self.say_wrong(a, wrong.0, pass.0);
+        self.say_wrong(a, self.say_wrong, wrong.0, pass.0);
+        self.say_wrong(a, self.say_wrong_free, wrong_free.0, pass.0);
+        self.turn_free(a);
         self.begin_line(a, v.0);
         self.end_line(a, end.0);
         self.put_text(a);
         self.put_number(a);
         let on_tick = on_tick(a);
-        for (label, text) in [v, pass, ticks, wrong, lost, end] {
+        for (label, text) in [v, pass, ticks, wrong, wrong_free, lost, end] {
             a.place(label);
             a.data(text.as_bytes());
             a.data(&[0]);
@@ -190,8 +210,52 @@ impl Routines {
         a.ret();
     }
 
-    fn say_wrong(&self, a: &mut Assembler, wrong: Label, pass: Label) {
-        a.place(self.say_wrong);
+    /// Gives back what the last pass took of the free memory, and takes other pages.
+    fn turn_free(&self, a: &mut Assembler) {
+        a.place(self.turn_free);
+        let [page, take, wrong, give_back, next, end] = [(); 6].map(|()| a.label());
+        a.copy(Rdi, R14);
+        a.place(page);
+        a.compare(Rdi, R15);
+        a.jump_if(If::Equal, end);
+        // The page's number: its address without the 12 zeros.
+        a.copy(Rbx, Rdi);
+        a.rotate_left(Rbx, 64 - 12);
+        a.copy(Rax, Rbx);
+        a.add(Rax, Rbp);
+        a.and_value(Rax, IN_USE - 1);
+        a.jump_if(If::Equal, take);
+        a.compare_value(Rax, 1);
+        a.jump_if(If::NotEqual, next);
+        // Before the first pass nothing was taken.
+        a.compare_value(R8, 0);
+        a.jump_if(If::Equal, next);
+        a.load(Rax, Rdi, 0);
+        a.compare(Rax, Rbx);
+        a.jump_if(If::NotEqual, wrong);
+        a.load(Rax, Rdi, 4088);
+        a.compare(Rax, R8);
+        a.jump_if(If::Equal, give_back);
+        a.place(wrong);
+        a.call(self.say_wrong_free);
+        a.place(give_back);
+        tell_page(a, PAGE_FREED);
+        a.jump(next);
+
+        a.place(take);
+        tell_page(a, PAGE_TAKEN);
+        a.store(Rdi, 0, Rbx);
+        a.store(Rdi, 4088, Rbp);
+
+        a.place(next);
+        a.add_value(Rdi, 4096);
+        a.jump(page);
+        a.place(end);
+        a.ret();
+    }
+
+    fn say_wrong(&self, a: &mut Assembler, say: Label, wrong: Label, pass: Label) {
+        a.place(say);
         a.call(self.begin_line);
         self.text(a, wrong);
         self.number(a, Rbx);
@@ -268,6 +332,13 @@ impl Routines {
         a.jump_if(If::NotEqual, next);
         a.ret();
     }
+}
+
+/// Tells the host of the page whose number is in `rbx`.
+fn tell_page(a: &mut Assembler, port: u16) {
+    a.mov(Rdx, port.into());
+    a.copy(Rax, Rbx);
+    a.out_word();
 }
 
 /// Writes the low four bits of `rax` as a digit.

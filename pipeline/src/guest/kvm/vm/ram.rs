@@ -17,6 +17,9 @@ use memferry_stages::memory::{GuestMemory, MappedMemory, RamBlock};
 
 use super::program::{Program, TICK_VECTOR, program};
 use crate::guest::GuestError;
+use crate::guest::balloon::Ballooned;
+use crate::guest::clearer::BlockPages;
+use crate::guest::free::FreeRanges;
 use crate::guest::kvm::settings::{KvmSettings, MEMORY_UNIT, PAGE_BYTES};
 
 /// Where the hole begins and ends, in the guest's physical memory.
@@ -44,19 +47,75 @@ pub(super) struct Ram {
     pub(super) blocks: Vec<Arc<MappedMemory>>,
     /// What the host writes is marked here: no other log sees it.
     pub(super) host_writes: Arc<SoftwareLog>,
+    /// Free memory, page by page.
+    free: Option<FreeRanges>,
+    free_pages: Range<u32>,
+    unplugged: Range<u32>,
 }
 
 impl Ram {
     /// Memory that reads as zeros.
-    pub(super) fn new(settings: &KvmSettings) -> Result<Self, GuestError> {
+    pub(super) fn new(settings: &KvmSettings, is_destination: bool) -> Result<Self, GuestError> {
         let infos = block_infos(settings);
+        let map = |info: &BlockInfo| match &settings.shared {
+            Some(shared) if info.ignored => shared.map(is_destination),
+            _ => map(info),
+        };
         let blocks = infos.iter().map(map).collect::<Result<Vec<_>, _>>()?;
-        let block =
-            |(info, memory): (BlockInfo, &Arc<MappedMemory>)| RamBlock { info, memory: memory.clone(), fresh: true };
+        let block = |(info, memory): (BlockInfo, &Arc<MappedMemory>)| RamBlock {
+            fresh: !info.ignored,
+            info,
+            memory: memory.clone(),
+        };
         let rams = infos.into_iter().zip(&blocks).map(block).collect();
         let memory = GuestMemory::new(PageSize::DEFAULT, rams).map_err(|error| GuestError(error.to_string()))?;
         let host_writes = Arc::new(SoftwareLog::new(memory.layout()));
-        Ok(Self { memory, blocks, host_writes })
+        let page = |bytes: u64| u32::try_from(bytes / PAGE_BYTES).expect("at most 64 GiB");
+        let free_at = settings.free_at();
+        let free_pages = page(free_at)..page(free_at + settings.free);
+        let unplugged = page(settings.memory - settings.unplugged)..page(settings.memory);
+        let free = (settings.free > 0).then(|| FreeRanges::new(free_pages.clone(), 1));
+        Ok(Self { memory, blocks, host_writes, free, free_pages, unplugged })
+    }
+
+    /// The mappings of its own blocks, by their index: not that of the shared one.
+    pub(super) fn own_blocks(&self) -> Vec<(u32, Arc<MappedMemory>)> {
+        let infos = self.memory.layout().blocks().iter();
+        let own = (0..).zip(infos.zip(&self.blocks)).filter(|(_, (info, _))| !info.ignored);
+        own.map(|(index, (_, memory))| (index, memory.clone())).collect()
+    }
+
+    /// The program takes a page of its free memory, or gives it back. What is none is nothing: a program may say anything.
+    pub(super) fn turn_page(&self, page: u32, is_taken: bool) {
+        let Some(free) = self.free.as_ref().filter(|_| self.free_pages.contains(&page)) else { return };
+        let range = page - self.free_pages.start;
+        if is_taken {
+            free.take_when_let_go(range)
+        } else if free.is_taken(range) {
+            free.give_back(range)
+        }
+    }
+
+    /// The pages of free memory that are in use: a bit for each, in words.
+    pub(super) fn pages_in_use(&self) -> Vec<u64> {
+        let mut words = vec![0; self.free_pages.len().div_ceil(64)];
+        if let Some(free) = &self.free {
+            let taken = (0..free.count()).filter(|&range| free.is_taken(range));
+            taken.for_each(|range| words[range as usize / 64] |= 1 << (range % 64));
+        }
+        words
+    }
+
+    /// As they came with a machine's state. Bits beyond the last page say nothing.
+    pub(super) fn set_pages_in_use(&self, words: &[u64]) {
+        let Some(free) = &self.free else { return };
+        for range in 0..free.count() {
+            if words[range as usize / 64] & 1 << (range % 64) != 0 {
+                free.take_when_let_go(range);
+            } else if free.is_taken(range) {
+                free.give_back(range);
+            }
+        }
     }
 
     /// A slot for each block.
@@ -92,7 +151,7 @@ impl Ram {
         let mut noise = Noise(1);
         let mut content = [0; 4096];
         let half = content.len() / 2;
-        for page in 0..settings.region_pages() {
+        for page in 0..settings.region_pages() + settings.free / PAGE_BYTES {
             // Half a page of noise: it compresses to about half.
             content[..half].chunks_exact_mut(8).for_each(|word| word.copy_from_slice(&noise.next()));
             content[..settings.bytes as usize].fill(0);
@@ -134,6 +193,31 @@ pub(super) fn part(settings: &KvmSettings, vcpu: u32) -> Range<u64> {
     border(vcpu)..border(vcpu + 1)
 }
 
+impl Ballooned for Ram {
+    fn free(&self) -> Option<&FreeRanges> {
+        self.free.as_ref()
+    }
+
+    fn unplugged(&self) -> Range<u32> {
+        self.unplugged.clone()
+    }
+
+    fn by_block(&self, pages: Range<u32>) -> Vec<BlockPages> {
+        let hole = HOLE.start / PAGE_BYTES;
+        let (start, end) = (u64::from(pages.start), u64::from(pages.end));
+        let low = (0, start..end.min(hole));
+        let high = (1, start.max(hole) - hole..end.max(hole) - hole);
+        [low, high].into_iter().filter(|(_, pages)| !pages.is_empty()).collect()
+    }
+}
+
+/// The free memory that is a vCPU's, as addresses of the program.
+pub(super) fn free_part(settings: &KvmSettings, vcpu: u32) -> Range<u64> {
+    let pages = settings.free / PAGE_BYTES;
+    let border = |vcpu: u32| settings.free_at() + pages * u64::from(vcpu) / u64::from(settings.vcpus) * PAGE_BYTES;
+    border(vcpu)..border(vcpu + 1)
+}
+
 /// An interrupt gate to a handler.
 fn gate(handler: u64) -> [u64; 2] {
     const PRESENT_GATE: u64 = 0x8e00;
@@ -148,11 +232,15 @@ pub(super) fn block_infos(settings: &KvmSettings) -> Vec<BlockInfo> {
         length,
         guest_address,
         backing_page_size: rustix::param::page_size() as u64,
+        ignored: false,
     };
-    match settings.memory.checked_sub(HOLE.start) {
+    let mut blocks = match settings.memory.checked_sub(HOLE.start) {
         None | Some(0) => vec![info("ram", settings.memory, 0)],
         Some(above) => vec![info("ram-low", HOLE.start, 0), info("ram-high", above, HOLE.end)],
-    }
+    };
+    let behind = physical(settings.memory).max(HOLE.end);
+    blocks.extend(settings.shared.as_ref().map(|shared| shared.block_info(behind)));
+    blocks
 }
 
 fn map(info: &BlockInfo) -> Result<Arc<MappedMemory>, GuestError> {
@@ -191,6 +279,28 @@ mod tests {
     }
 
     #[test]
+    fn free_memory_is_the_vcpus_and_may_reach_over_the_hole() {
+        let settings = KvmSettings { vcpus: 2, free: 5 * 4096, ..KvmSettings::default() };
+        let start = settings.free_at();
+        assert_eq!(free_part(&settings, 0), start..start + 2 * 4096);
+        assert_eq!(free_part(&settings, 1), start + 2 * 4096..start + 5 * 4096);
+        let ram = Ram::new(&settings, false).unwrap();
+        let first = u32::try_from(start / 4096).unwrap();
+        ram.turn_page(first + 1, true);
+        for none in [first - 1, first + 5, u32::MAX] {
+            ram.turn_page(none, true);
+        }
+        assert_eq!(ram.pages_in_use(), [0b10]);
+        ram.set_pages_in_use(&[u64::MAX - 1]);
+        assert_eq!(ram.pages_in_use(), [0b11110]);
+        ram.turn_page(first + 1, false);
+        assert_eq!(ram.pages_in_use(), [0b11100]);
+        let hole = u32::try_from(HOLE.start / 4096).unwrap();
+        assert_eq!(ram.by_block(hole - 2..hole + 3), [(0, u64::from(hole) - 2..hole.into()), (1, 0..3)]);
+        assert_eq!(ram.by_block(hole..hole + 1), [(1, 0..1)]);
+    }
+
+    #[test]
     fn every_page_of_the_region_is_one_vcpus() {
         let settings = KvmSettings { vcpus: 3, region: 10 * 4096, ..KvmSettings::default() };
         assert_eq!([0, 1, 2].map(|vcpu| part(&settings, vcpu)), [0..3, 3..6, 6..10]);
@@ -207,7 +317,7 @@ mod tests {
 
     #[test]
     fn host_writes_are_marked() {
-        let ram = Ram::new(&KvmSettings::default()).unwrap();
+        let ram = Ram::new(&KvmSettings::default(), false).unwrap();
         ram.host_writes.start().unwrap();
         ram.write(4090, &[1; 8]);
         let dirty = memferry_stages::bitmap::DirtyBitmap::empty(ram.memory.layout());

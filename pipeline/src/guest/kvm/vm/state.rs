@@ -3,16 +3,17 @@
 //!
 //! ```text
 //! "machine" in setup, version 2
-//! ┌────────┬───────┬────────┬───────────┬───────┬────────────────┬─────────┬──────────────────┐
-//! │ memory │ vCPUs │ region │ region at │ bytes │ pages a second │ entries │ kvm_cpuid_entry2 │
-//! │ u64    │ u32   │ u64    │ u64       │ u32   │ f64            │ u32     │ of each          │
-//! └────────┴───────┴────────┴───────────┴───────┴────────────────┴─────────┴──────────────────┘
-//! "vcpu 0", "vcpu 1", … of the devices, version 1
+//! ┌────────┬───────┬────────┬───────────┬───────┬────────────────┬──────┬───────────┬────────┬─────────┬──────────────────┐
+//! │ memory │ vCPUs │ region │ region at │ bytes │ pages a second │ free │ unplugged │ shared │ entries │ kvm_cpuid_entry2 │
+//! │ u64    │ u32   │ u64    │ u64       │ u32   │ f64            │ u64  │ u64       │ u64    │ u32     │ of each          │
+//! └────────┴───────┴────────┴───────────┴───────┴────────────────┴──────┴───────────┴────────┴─────────┴──────────────────┘
+//!   shared: bytes of the shared block, 0 if there is none
+//! "vcpu 0", "vcpu 1", … of the devices, version 2
 //! ┌──────┬───────┬───────┬──────┬───────────┬───────┬────────┬──────────┬─────────┬──────┬───────────────┐
 //! │ regs │ sregs │ xsave │ xcrs │ debugregs │ lapic │ events │ mp_state │ TSC kHz │ MSRs │ kvm_msr_entry │
 //! │      │       │       │      │           │       │        │          │ u32     │ u32  │ of each       │
 //! └──────┴───────┴───────┴──────┴───────────┴───────┴────────┴──────────┴─────────┴──────┴───────────────┘
-//! "board" of the devices, version 1
+//! "board" of the devices, version 2; behind what is drawn: words u32, the pages of free memory in use, u64 each
 //! ┌──────────────┬────────────┬───────┬──────────────────┬──────────┬────────────┬──────────┬────────┬───────┬──────┐
 //! │ irqchip      │ pit_state2 │ clock │ serial registers │ line     │ heartbeats │ troubles │ ticks  │ vCPUs │ pass │
 //! │ PIC, PIC, IO │            │       │ 8 bytes          │ u32, it  │ u64        │ u64      │ u32    │ u32   │ u32  │
@@ -26,6 +27,8 @@
 mod bytes;
 mod vcpu;
 
+use std::path::Path;
+
 use kvm_bindings::{
     CpuId, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_CPUID_ENTRIES, kvm_clock_data,
     kvm_cpuid_entry2, kvm_irqchip, kvm_pit_state2,
@@ -37,17 +40,17 @@ use super::console::{Console, MOST_LINE};
 use super::devices::Log;
 use super::machine::{Machine, refused};
 use crate::guest::kvm::settings::{KvmLogChoice, KvmSettings};
-use crate::guest::{GuestError, GuestState, StateSection};
+use crate::guest::{GuestError, GuestState, SharedSettings, StateSection};
 
-const SETUP_VERSION: u32 = 2;
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const CHIPS: [u32; 3] = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC];
 /// In a clock's flags: what of it was measured with the host's clock, which means nothing elsewhere.
 const CLOCK_FLAGS: u32 = 0;
 
 /// What a destination needs to know to build the machine.
 pub(super) fn save_setup(machine: &Machine) -> GuestState {
-    let KvmSettings { memory, vcpus, region, region_at, pages_per_second, bytes, .. } = machine.settings;
+    let KvmSettings { memory, vcpus, region, region_at, pages_per_second, bytes, free, unplugged, .. } =
+        machine.settings;
     let mut output = Output::default();
     output.u64(memory);
     output.u32(vcpus);
@@ -55,22 +58,40 @@ pub(super) fn save_setup(machine: &Machine) -> GuestState {
     output.u64(region_at);
     output.u32(bytes);
     output.u64(pages_per_second.to_bits());
+    output.u64(free);
+    output.u64(unplugged);
+    output.u64(machine.settings.shared.as_ref().map_or(0, |shared| shared.bytes));
     output.list(machine.cpuid.as_slice());
-    GuestState { sections: vec![output.section("machine", SETUP_VERSION)] }
+    GuestState { sections: vec![output.section("machine", VERSION)] }
 }
 
-/// The machine that comes, checked; how its writes are found here is the destination's own choice.
-pub(super) fn load_setup(state: &GuestState, dirty_log: KvmLogChoice) -> Result<(KvmSettings, CpuId), GuestError> {
+/// The machine that comes, checked; how its writes are found here, and where the file of its shared block is, is for the
+/// destination to say.
+pub(super) fn load_setup(
+    state: &GuestState,
+    dirty_log: KvmLogChoice,
+    shared: Option<&Path>,
+) -> Result<(KvmSettings, CpuId), GuestError> {
     let [section] = &state.sections[..] else {
         return Err(GuestError(format!("{} sections of setup came, a KVM machine has one", state.sections.len())));
     };
-    let mut input = Input::of(section, "machine", SETUP_VERSION)?;
+    let mut input = Input::of(section, "machine", VERSION)?;
     let (memory, vcpus, region, region_at) = (input.u64()?, input.u32()?, input.u64()?, input.u64()?);
     let bytes = input.u32()?;
     let pages_per_second = f64::from_bits(input.u64()?);
+    let (free, unplugged, shared_bytes) = (input.u64()?, input.u64()?, input.u64()?);
+    let shared = match (shared_bytes, shared) {
+        (0, _) => None,
+        (bytes, Some(path)) => Some(SharedSettings { path: path.to_owned(), bytes }),
+        (bytes, None) => {
+            let what = format_args!("a shared block of {bytes} bytes came, and no file for it is named here");
+            return Err(input.refuse(what));
+        }
+    };
     let entries = input.list::<kvm_cpuid_entry2>("entries of its processors", KVM_MAX_CPUID_ENTRIES)?;
     input.end()?;
-    let settings = KvmSettings { memory, vcpus, region, region_at, pages_per_second, bytes, dirty_log };
+    let settings =
+        KvmSettings { memory, vcpus, region, region_at, pages_per_second, bytes, free, unplugged, shared, dirty_log };
     settings.validate().map_err(|error| GuestError::caused("the machine that came cannot be", error))?;
     let cpuid = CpuId::from_entries(&entries).map_err(|_| GuestError("too many entries of its processors".into()))?;
     Ok((settings, cpuid))
@@ -155,6 +176,7 @@ fn save_board(machine: &Machine) -> Result<StateSection, GuestError> {
     output.u64(log.troubles);
     output.u32(log.ticks);
     output.list(&log.passes);
+    output.list(&machine.ram.pages_in_use());
     Ok(output.section("board", VERSION))
 }
 
@@ -180,7 +202,13 @@ fn load_board(machine: &Machine, section: &StateSection) -> Result<(), GuestErro
     if passes.len() != vcpus {
         return Err(input.refuse(format_args!("{} passes of {vcpus} vCPUs", passes.len())));
     }
+    let words = machine.ram.pages_in_use().len();
+    let in_use = input.list::<u64>("words of pages in use", words)?;
+    if in_use.len() != words {
+        return Err(input.refuse(format_args!("{} words of pages in use, {words} belong here", in_use.len())));
+    }
     input.end()?;
+    machine.ram.set_pages_in_use(&in_use);
     *machine.devices.console() = Console { registers, line };
     let first_trouble = (troubles > 0).then(|| "before it came here".into());
     *machine.devices.log() = Log { heartbeats, passes, ticks, troubles, first_trouble };

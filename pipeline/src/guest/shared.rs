@@ -1,0 +1,57 @@
+//! A block in a file that both ends of a migration have: an ignored block of the guests that ship.
+
+use std::fs::OpenOptions;
+use std::io::ErrorKind;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use memferry_stages::geometry::BlockInfo;
+use memferry_stages::memory::MappedMemory;
+
+use super::GuestError;
+
+/// A block in a file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SharedSettings {
+    /// The file. It does not travel: the destination has a path of its own to it, and opens no file that a peer names. A source
+    /// makes it if it is not there.
+    pub path: PathBuf,
+    /// Its length, whole pages.
+    pub bytes: u64,
+}
+
+impl SharedSettings {
+    /// The block, at this address.
+    pub(super) fn block_info(&self, guest_address: u64) -> BlockInfo {
+        BlockInfo {
+            id: "shared".into(),
+            length: self.bytes,
+            guest_address,
+            backing_page_size: rustix::param::page_size() as u64,
+            ignored: true,
+        }
+    }
+
+    /// Maps the file. A file of another length is nobody's to change.
+    pub(super) fn map(&self, is_destination: bool) -> Result<Arc<MappedMemory>, GuestError> {
+        let Self { path, bytes } = self;
+        let failed =
+            |error: std::io::Error| GuestError::caused(format_args!("the shared block {}", path.display()), error);
+        let options = || OpenOptions::new().read(true).write(true).clone();
+        let file = match options().open(path) {
+            Err(error) if error.kind() == ErrorKind::NotFound && !is_destination => {
+                let file = options().create_new(true).mode(0o600).open(path).map_err(failed)?;
+                file.set_len(*bytes).map_err(failed)?;
+                file
+            }
+            opened => opened.map_err(failed)?,
+        };
+        let length = file.metadata().map_err(failed)?.len();
+        if length != *bytes {
+            let what = format!("the shared block has {bytes} bytes, and {} has {length}", path.display());
+            return Err(GuestError(what));
+        }
+        MappedMemory::file(file).map(Arc::new).map_err(failed)
+    }
+}

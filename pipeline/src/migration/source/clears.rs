@@ -1,0 +1,161 @@
+//! The points at which bits are cleared: who is told, in which order, and while which of them hints count.
+//!
+//! This is the only place that tells [clearers](crate::guest::clearer) anything, and that opens and closes the window for
+//! hints. What is unplugged or ignored leaves the bitmap where it is made, in `setup`.
+
+use std::sync::Arc;
+
+use memferry_stages::clears::{Clears, OutForGood, Spared};
+use memferry_stages::geometry::Layout;
+
+use super::Source;
+use crate::events::Event;
+use crate::guest::clearer::{BlockPages, Clearer, Hints, Point};
+use crate::guest::{GuestError, RunState};
+use crate::migration::blocking;
+use crate::migration::error::{MigrationError, guarded};
+use crate::settings::After;
+
+impl Source {
+    /// Told before anything is armed: what is unplugged stays so from here on. Returns the pages that never travel.
+    pub(super) async fn reach_setup(&mut self) -> Result<Vec<(OutForGood, BlockPages)>, MigrationError> {
+        self.refuse_torn_snapshot()?;
+        let mut out = Vec::new();
+        for clearer in self.clearers.clone() {
+            // Also one that fails here is told of the end.
+            self.set_up += 1;
+            let unplugged = blocking(move || clearer.reached(&Point::Setup).map(|()| clearer.unplugged())).await?;
+            out.extend(unplugged.into_iter().map(|pages| (OutForGood::Unplugged, pages)));
+        }
+        check_ranges(self.layout(), out.iter().map(|(_, pages)| pages))?;
+        let ignored = (0..self.layout().block_count()).filter(|&block| self.layout().blocks()[block as usize].ignored);
+        out.extend(ignored.map(|block| (OutForGood::Ignored, (block, 0..self.layout().block_pages(block)))));
+        Ok(out)
+    }
+
+    /// A stream in a file lacks what is ignored. A guest that goes on would change it under the snapshot.
+    fn refuse_torn_snapshot(&self) -> Result<(), MigrationError> {
+        let ignored = self.layout().blocks().iter().find(|block| block.ignored);
+        match ignored.filter(|_| self.settings.after == Some(After::Resume)) {
+            None => Ok(()),
+            Some(block) => Err(MigrationError::Guest(GuestError(format!(
+                "block {:?} is ignored, so a snapshot does not hold it, and the guest goes on writing it; let it stay paused \
+                 (after = \"pause\"), or do not ignore the block",
+                block.id
+            )))),
+        }
+    }
+
+    /// No hint counts when this returns.
+    pub(super) async fn reach_before_sync(&mut self) {
+        if self.clearers.is_empty() {
+            return;
+        }
+        self.tell_clearers(Point::BeforeSync).await;
+        self.close_window().await;
+        self.tell_spared();
+    }
+
+    /// A sync is complete. While the guest runs, hints count from here on.
+    pub(super) async fn reach_after_sync(&mut self) -> Result<(), MigrationError> {
+        if self.clearers.is_empty() {
+            return Ok(());
+        }
+        let hints = self.open_window().await?;
+        self.tell_clearers(Point::AfterSync { hints }).await;
+        Ok(())
+    }
+
+    /// The guest stands still, and its state is not saved yet.
+    pub(super) async fn reach_complete(&self) {
+        self.tell_clearers(Point::Complete).await;
+    }
+
+    /// It is over, however it ended.
+    pub(super) async fn reach_cleanup(&self) {
+        self.tell_clearers(Point::Cleanup).await;
+    }
+
+    /// What was not sent, and why.
+    pub(super) fn spared(&self) -> Spared {
+        self.clears.as_ref().map_or_else(Spared::default, |clears| clears.spared())
+    }
+
+    pub(super) fn tell_spared(&self) {
+        let spared = self.spared();
+        if spared != Spared::default() {
+            self.observers.tell(&Event::Spared(spared));
+        }
+    }
+
+    /// Ends the window, if there is one: waits for hints that are at work.
+    pub(super) async fn close_window(&self) {
+        if let Some(clears) = self.clears.clone() {
+            blocking(move || clears.close()).await;
+        }
+    }
+
+    /// Opens a window for hints, if they can be right. The whole log is armed first: a page that was fetched and waits to be
+    /// re-armed could be hinted, taken and written without a trace. What waits has its bit in the bitmap.
+    async fn open_window(&self) -> Result<Option<Hints>, MigrationError> {
+        let runs = self.was == RunState::Running && self.paused.is_none();
+        let (Some(clears), Some(bitmap)) = (&self.clears, &self.bitmap) else { return Ok(None) };
+        if !runs || !self.wants_hints() || !self.logs.iter().all(|log| log.sees_stores()) {
+            return Ok(None);
+        }
+        let (logs, bitmap) = (self.logs.clone(), bitmap.clone());
+        let arm = move || logs.iter().try_for_each(|log| log.arm_unread(&bitmap).map(drop));
+        blocking(arm).await.map_err(|error| MigrationError::Log { doing: "arm", error })?;
+        Ok(Some(clears.open()))
+    }
+
+    fn wants_hints(&self) -> bool {
+        self.clearers.iter().any(|clearer| clearer.gives_hints())
+    }
+
+    /// Says so once where hints will not be taken.
+    pub(super) fn warn_of_lost_hints(&self) {
+        if self.wants_hints() && !self.logs.iter().all(|log| log.sees_stores()) {
+            let what = "free-page hints are not taken: the guest's dirty log compares pages, and cannot see a store that \
+                        changes nothing";
+            self.observers.tell(&Event::Warning(what.into()));
+        }
+    }
+
+    /// Tells every clearer that was told of Setup. What one fails at is a warning: nothing depends on a hint.
+    async fn tell_clearers(&self, point: Point) {
+        for clearer in &self.clearers[..self.set_up] {
+            let (clearer, point) = (clearer.clone(), point.clone());
+            let reached: Result<(), MigrationError> =
+                guarded(async { Ok(blocking(move || clearer.reached(&point)).await?) }).await;
+            if let Err(error) = reached {
+                self.observers.tell(&Event::Warning(error.to_string()));
+            }
+        }
+    }
+}
+
+/// Are these pages of the guest? If not, it is the guest's mistake.
+pub(in crate::migration) fn check_ranges<'a>(
+    layout: &Layout,
+    ranges: impl Iterator<Item = &'a BlockPages>,
+) -> Result<(), GuestError> {
+    for (block, pages) in ranges {
+        let has = if *block < layout.block_count() { layout.block_pages(*block) } else { 0 };
+        if pages.end > has {
+            return Err(GuestError(format!("pages {pages:?} of block {block} are unplugged, and it has {has}")));
+        }
+    }
+    Ok(())
+}
+
+/// The clearing of a guest's bits.
+pub(super) fn clears(bitmap: &Arc<memferry_stages::bitmap::DirtyBitmap>, out: Vec<(OutForGood, BlockPages)>) -> Clears {
+    let out: Vec<_> = out.into_iter().map(|(why, (block, pages))| (why, block, pages)).collect();
+    Clears::new(bitmap.clone(), &out)
+}
+
+/// Does a guest with these have pages that may not travel?
+pub(super) fn may_leave_out(clearers: &[Arc<dyn Clearer>], layout: &Layout) -> bool {
+    !clearers.is_empty() || layout.blocks().iter().any(|block| block.ignored)
+}
