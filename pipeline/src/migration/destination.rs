@@ -211,6 +211,7 @@ impl Destination {
             if let Some(what) = built_otherwise(&memory, page_size, &blocks) {
                 return Err(MigrationError::BuiltOtherwise(what));
             }
+            check_ignored(&blocks, memory.layout())?;
             let out_for_good = out_for_good(&*guest, memory.layout())?;
             Ok((memory, out_for_good))
         })
@@ -595,6 +596,15 @@ async fn read_setup(session: &mut Session) -> Result<(Vec<BlockInfo>, GuestState
             None => return Err(ended_early()),
         }
     }
+}
+
+/// Both ends ignore the same blocks: what one does not send, the other must have. Id, length and address were compared before.
+fn check_ignored(came: &[BlockInfo], own: &Layout) -> Result<(), GuestError> {
+    let mut both = came.iter().zip(own.blocks());
+    let Some((came, _)) = both.find(|(came, own)| came.ignored != own.ignored) else { return Ok(()) };
+    let (there, here) =
+        if came.ignored { ("ignored, and so not sent", "does not share it") } else { ("sent", "shares it already") };
+    Err(GuestError(format!("block {:?} is {there}, and the guest here {here}", came.id)))
 }
 
 /// The pages that this end's guest never gets: unplugged, or of ignored blocks.

@@ -68,12 +68,10 @@ pub(crate) fn built_otherwise(memory: &GuestMemory, page_size: PageSize, came: &
     if built.len() != came.len() {
         return Some(format!("{} RAM blocks came and {} were built", came.len(), built.len()));
     }
-    let told = |block: &BlockInfo| {
-        let ignored = if block.ignored { ", shared by both ends," } else { "" };
-        format!("{:?} of {} bytes at {:#x}{ignored}", block.id, block.length, block.guest_address)
+    let told = |block: &BlockInfo| format!("{:?} of {} bytes at {:#x}", block.id, block.length, block.guest_address);
+    let is_other = |(came, built): &(&BlockInfo, &BlockInfo)| {
+        (&came.id, came.length, came.guest_address) != (&built.id, built.length, built.guest_address)
     };
-    let facts = |block: &BlockInfo| (block.id.clone(), block.length, block.guest_address, block.ignored);
-    let is_other = |(came, built): &(&BlockInfo, &BlockInfo)| facts(came) != facts(built);
     let (came, built) = came.iter().zip(built).find(is_other)?;
     Some(format!("RAM block {} came and {} was built", told(came), told(built)))
 }
