@@ -80,7 +80,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     tokio::spawn(async move { tokio::signal::ctrl_c().await.map(|()| ctrl_c.cancel()) });
     let watch = |_: Role, event: &Event| match event {
         Event::Progress(now) => println!("round {}: {} KiB left", now.round, now.remaining_bytes >> 10),
-        Event::Decided { what } => println!("{what}"),
+        Event::Decided(decided) => println!("{}", decided.why),
         _ => {}
     };
     let max_bandwidth = std::env::args().nth(1).map(|rate| rate.parse()).transpose()?;

@@ -9,6 +9,9 @@ use memferry_stages::clears::Spared;
 use memferry_stages::meter::Reading;
 use memferry_stages::tally::RoundTally;
 
+use crate::controller::Decided;
+use crate::controller::forecast::Forecast;
+
 /// Which end of a migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Role {
@@ -126,11 +129,8 @@ pub enum Event {
     },
     /// How many pages were spared so far, and why: told where the window for hints was closed, and where pages are out for good.
     Spared(Spared),
-    /// What the controller decided after a sync, and why, in words and figures.
-    Decided {
-        /// The words.
-        what: String,
-    },
+    /// What the controller decided after a sync or within a round, and why, in words and figures.
+    Decided(Decided),
     /// Figures on the way.
     Progress(Progress),
     /// A stranger or a broken peer was turned away; waiting goes on.
@@ -167,6 +167,8 @@ pub struct Ended {
     pub downtime: Option<Duration>,
     /// Its parts.
     pub parts: DowntimeParts,
+    /// What the controller expected of it when it decided to switch over, if it did and could tell.
+    pub forecast: Option<Forecast>,
     /// Bytes handed to the transport (source) or taken from it (destination).
     pub wire_bytes: u64,
     /// Pages that were not sent for what the guest said of them (source).

@@ -30,7 +30,7 @@ impl Observer for LogObserver {
                 info!(role, after_round, dirty_pages, ?duration, "bitmap sync");
             }
             Event::Spared(spared) => debug!(role, ?spared, "pages spared"),
-            Event::Decided { what } => info!(role, "{what}"),
+            Event::Decided(decided) => info!(role, "{}", decided.why),
             Event::Progress(progress) => debug!(role, ?progress, "progress"),
             Event::TurnedAway { peer, why } => warn!(role, peer, "turned away: {why}"),
             Event::Warning(what) => warn!(role, "{what}"),

@@ -100,7 +100,7 @@ impl Observer for MetricsObserver {
             Event::Connected { .. }
             | Event::RoundScanned { .. }
             | Event::Spared(_)
-            | Event::Decided { .. }
+            | Event::Decided(_)
             | Event::Warning(_)
             | Event::Paused
             | Event::Resumed => {}

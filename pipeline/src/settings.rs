@@ -44,6 +44,66 @@ pub enum OnDeadline {
     SwitchOver,
 }
 
+/// How fast the rest may go while the guest is paused.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum SwitchoverBandwidth {
+    /// As fast as the rounds: `max_bandwidth`.
+    #[default]
+    AsRounds,
+    /// As fast as it goes. The forecast counts on no more than the rounds have shown.
+    Unlimited,
+    /// So many bytes a second. Where `max_bandwidth` held the rounds back, the forecast takes this for what the link carries.
+    AtMost(u64),
+}
+
+/// What can be done about a migration that does not come nearer to its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StallStep {
+    /// The guest is held back, more each time.
+    Throttle,
+    /// The downtime limit is raised, more each time.
+    RaiseDowntimeLimit,
+    /// It switches over as soon as less remains than a round before.
+    SwitchOver,
+    /// It is cancelled.
+    Cancel,
+}
+
+/// What is done about a migration that does not come nearer to its end by itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConvergenceSettings {
+    /// The steps, in the order in which they are tried. None: rounds go on until they or the time are used up.
+    pub on_stall: Vec<StallStep>,
+    /// So many rounds without a new least of what remains are a stall.
+    pub stall_rounds: u32,
+    /// Rounds that a step is given to show what it does, before the next one.
+    pub cool_down_rounds: u32,
+    /// How the guest is held back.
+    pub throttle: ThrottleSettings,
+    /// How the downtime limit is raised.
+    pub raise: RaiseSettings,
+}
+
+/// How a guest is held back, in percent of its time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ThrottleSettings {
+    /// The first step.
+    pub start: u8,
+    /// What each further step adds; the last may be smaller where the figures say that it suffices.
+    pub step: u8,
+    /// The most, at most 99.
+    pub most: u8,
+}
+
+/// How the downtime limit is raised.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RaiseSettings {
+    /// What each step adds.
+    pub step: Duration,
+    /// The highest limit.
+    pub most: Duration,
+}
+
 /// What becomes of the source guest when a stream without a return path is complete.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum After {
@@ -66,14 +126,20 @@ pub struct SourceSettings {
     pub checksum: bool,
     /// Bytes a second on the wire, all connections together; `None` is as fast as it goes.
     pub max_bandwidth: Option<u64>,
+    /// The same while the guest is paused.
+    pub switchover_bandwidth: SwitchoverBandwidth,
     /// How long the guest may be paused, by the forecast.
     pub downtime_limit: Duration,
+    /// What no switchover may take by the forecast, whatever asks for it: a raised limit, a stall, the deadline.
+    pub max_downtime: Option<Duration>,
     /// The most rounds before the last one.
     pub max_rounds: u32,
-    /// The longest the rounds may take, from the start.
+    /// The longest the whole may take, from the start.
     pub deadline: Option<Duration>,
-    /// What happens after `max_rounds` or at the `deadline`.
+    /// What happens after `max_rounds`, or when the `deadline` can be kept in no other way.
     pub on_deadline: OnDeadline,
+    /// What is done before that about a migration that does not converge.
+    pub convergence: ConvergenceSettings,
     /// Compare digests before the destination may run.
     pub verify: bool,
     /// For a transport without a return path.
@@ -91,13 +157,29 @@ impl Default for SourceSettings {
             encoder: EncoderSettings::default(),
             checksum: true,
             max_bandwidth: None,
+            switchover_bandwidth: SwitchoverBandwidth::AsRounds,
             downtime_limit: Duration::from_millis(300),
+            max_downtime: None,
             max_rounds: 100,
             deadline: None,
             on_deadline: OnDeadline::Cancel,
+            convergence: ConvergenceSettings::default(),
             verify: true,
             after: None,
             handover_timeout: Duration::from_secs(30),
+        }
+    }
+}
+
+impl Default for ConvergenceSettings {
+    /// Nothing is done: holding a guest back or stopping it for longer takes its operator's word.
+    fn default() -> Self {
+        Self {
+            on_stall: Vec::new(),
+            stall_rounds: 4,
+            cool_down_rounds: 2,
+            throttle: ThrottleSettings { start: 20, step: 10, most: 90 },
+            raise: RaiseSettings { step: Duration::from_millis(100), most: Duration::from_secs(1) },
         }
     }
 }

@@ -2,8 +2,10 @@
 //!
 //! Credit grows with time at the rate, to the fraction of a byte, and is spent by whoever writes. It never grows beyond
 //! [`BURST`]'s worth (or two bytes), so in any stretch of time no more passes than the rate allows plus one burst: 2 % over a second.
-//! Takers are served in the order they came and get at most [`QUANTUM`]'s worth a turn, so connections that always have
-//! something to send share the rate evenly.
+//! Takers are served in the order they came and get at most their share of [`QUANTUM`]'s worth a turn, so connections that
+//! always have something to send divide the rate by the lanes they carry, and every lane gets the same.
+//!
+//! The rate may change at any time, to none as well: whatever is asked for is then granted at once.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -36,21 +38,28 @@ impl TokenBucket {
     /// If the rate is 0: nothing would ever pass.
     #[must_use]
     pub fn new(bytes_per_second: u64) -> Self {
-        assert!(bytes_per_second > 0, "a bandwidth of 0");
+        let bucket = Self::unlimited();
+        bucket.set_rate(Some(bytes_per_second));
+        bucket
+    }
+
+    /// A bucket that grants everything, until it is given a rate.
+    #[must_use]
+    pub fn unlimited() -> Self {
         Self {
             turn: tokio::sync::Mutex::new(()),
-            account: Mutex::new(Account { rate: bytes_per_second, credit: 0, settled: Instant::now() }),
+            account: Mutex::new(Account { rate: None, credit: 0, settled: Instant::now() }),
             rate_changed: Notify::new(),
         }
     }
 
-    /// Waits for credit and takes it: `want` bytes, or [`QUANTUM`]'s worth (at least a byte) if that is less.
+    /// Waits for credit and takes it: `want` bytes, or this share of [`QUANTUM`]'s worth (at least a byte) if that is less.
     ///
     /// Safe to race in a `select!`: a take that is dropped before its end takes nothing.
-    pub async fn take(&self, want: usize) -> usize {
+    pub async fn take(&self, want: usize, share: Share) -> usize {
         let _turn = self.turn.lock().await;
         loop {
-            let wait = match self.account().ask(want, Instant::now()) {
+            let wait = match self.account().ask(want, share, Instant::now()) {
                 Ok(granted) => return granted,
                 Err(wait) => wait,
             };
@@ -66,19 +75,21 @@ impl TokenBucket {
     pub fn charge(&self, bytes: usize) {
         let mut account = self.account();
         account.settle(Instant::now());
-        account.credit -= cost(bytes);
+        if account.rate.is_some() {
+            account.credit -= cost(bytes);
+        }
     }
 
-    /// Changes the rate, from now on and for those who wait already.
+    /// Changes the rate in bytes a second, from now on and for those who wait already. Debts stay, unless there is no rate to pay them by.
     ///
     /// # Panics
     /// If the rate is 0.
-    pub fn set_rate(&self, bytes_per_second: u64) {
-        assert!(bytes_per_second > 0, "a bandwidth of 0");
+    pub fn set_rate(&self, rate: Option<u64>) {
+        assert!(rate != Some(0), "a bandwidth of 0");
         let mut account = self.account();
         account.settle(Instant::now());
-        account.rate = bytes_per_second;
-        account.credit = account.credit.min(account.most());
+        account.rate = rate;
+        account.credit = rate.map_or(0, |rate| account.credit.min(most(rate)));
         drop(account);
         self.rate_changed.notify_one();
     }
@@ -89,10 +100,32 @@ impl TokenBucket {
     }
 }
 
+/// A taker's share of a turn: the lanes it carries, of all there are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Share {
+    lanes: u16,
+    of: u16,
+}
+
+impl Share {
+    /// The share of whoever takes alone.
+    pub const ALL: Self = Self { lanes: 1, of: 1 };
+
+    /// So many lanes of so many.
+    ///
+    /// # Panics
+    /// If they are none, or more than all.
+    #[must_use]
+    pub fn new(lanes: u16, of: u16) -> Self {
+        assert!((1..=of).contains(&lanes), "{lanes} of {of} lanes");
+        Self { lanes, of }
+    }
+}
+
 #[derive(Debug)]
 struct Account {
-    /// Bytes a second.
-    rate: u64,
+    /// Bytes a second, if there is a limit.
+    rate: Option<u64>,
     /// In units of 1 / [`BYTE`] bytes; negative is debt.
     credit: i128,
     /// When the credit was last reckoned.
@@ -101,12 +134,13 @@ struct Account {
 
 impl Account {
     /// Grants what [`TokenBucket::take`] may have, or says how long it takes until that is there.
-    fn ask(&mut self, want: usize, now: Instant) -> Result<usize, Duration> {
+    fn ask(&mut self, want: usize, share: Share, now: Instant) -> Result<usize, Duration> {
         self.settle(now);
-        let grant = want.min(self.quantum());
+        let Some(rate) = self.rate else { return Ok(want) };
+        let grant = want.min(quantum(rate, share));
         let missing = cost(grant) - self.credit;
         if missing > 0 {
-            let nanos = (missing + i128::from(self.rate) - 1) / i128::from(self.rate);
+            let nanos = (missing + i128::from(rate) - 1) / i128::from(rate);
             return Err(Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX)));
         }
         self.credit -= cost(grant);
@@ -114,22 +148,27 @@ impl Account {
     }
 
     fn settle(&mut self, now: Instant) {
-        self.credit = (self.credit + self.worth(now - self.settled)).min(self.most());
+        if let Some(rate) = self.rate {
+            self.credit = (self.credit + worth(rate, now - self.settled)).min(most(rate));
+        }
         self.settled = now;
     }
+}
 
-    fn worth(&self, time: Duration) -> i128 {
-        i128::from(self.rate) * i128::try_from(time.as_nanos()).expect("an uptime fits")
-    }
+/// The credit that grows in some time.
+fn worth(rate: u64, time: Duration) -> i128 {
+    i128::from(rate) * i128::try_from(time.as_nanos()).expect("an uptime fits")
+}
 
-    /// The most credit: a burst, and never less than the byte of the smallest take and one to grow while its taker wakes.
-    fn most(&self) -> i128 {
-        self.worth(BURST).max(2 * BYTE)
-    }
+/// The most credit: a burst, and never less than the byte of the smallest take and one to grow while its taker wakes.
+fn most(rate: u64) -> i128 {
+    worth(rate, BURST).max(2 * BYTE)
+}
 
-    fn quantum(&self) -> usize {
-        usize::try_from(self.worth(QUANTUM) / BYTE).unwrap_or(usize::MAX).max(1)
-    }
+/// What one turn grants.
+fn quantum(rate: u64, share: Share) -> usize {
+    let whole = worth(rate, QUANTUM) * i128::from(share.lanes) / i128::from(share.of);
+    usize::try_from(whole / BYTE).unwrap_or(usize::MAX).max(1)
 }
 
 fn cost(bytes: usize) -> i128 {
@@ -146,10 +185,14 @@ mod tests {
 
     /// Takes `want` again and again for `time`: when each grant came, in nanoseconds, and how large it was.
     async fn drain(bucket: &TokenBucket, want: usize, time: Duration) -> Vec<(u128, u128)> {
+        drain_share(bucket, want, Share::ALL, time).await
+    }
+
+    async fn drain_share(bucket: &TokenBucket, want: usize, share: Share, time: Duration) -> Vec<(u128, u128)> {
         let start = Instant::now();
         let mut grants = Vec::new();
         while start.elapsed() < time {
-            let granted = bucket.take(want).await;
+            let granted = bucket.take(want, share).await;
             assert!((1..=want).contains(&granted));
             grants.push((start.elapsed().as_nanos(), granted as u128));
         }
@@ -194,7 +237,7 @@ mod tests {
         let bucket = TokenBucket::new(7);
         let start = Instant::now();
         for _ in 0..7000 {
-            assert_eq!(bucket.take(1).await, 1);
+            assert_eq!(bucket.take(1, Share::ALL).await, 1);
         }
         let off = start.elapsed().abs_diff(Duration::from_secs(1000));
         assert!(off <= Duration::from_millis(2), "off by {off:?}");
@@ -207,7 +250,7 @@ mod tests {
         let start = Instant::now();
         let mut at_once = 0;
         while start.elapsed().is_zero() {
-            at_once += bucket.take(1000).await;
+            at_once += bucket.take(1000, Share::ALL).await;
         }
         // The last take had to wait.
         assert_eq!(at_once, 20_000 + 1000);
@@ -216,10 +259,10 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_turn_grants_a_quantum_or_what_is_wanted_if_that_is_less() {
         let bucket = TokenBucket::new(1000 * 1000);
-        assert_eq!(bucket.take(usize::MAX).await, 5000);
-        assert_eq!(bucket.take(7).await, 7);
-        assert_eq!(bucket.take(0).await, 0);
-        assert_eq!(TokenBucket::new(1).take(100).await, 1);
+        assert_eq!(bucket.take(usize::MAX, Share::ALL).await, 5000);
+        assert_eq!(bucket.take(7, Share::ALL).await, 7);
+        assert_eq!(bucket.take(0, Share::ALL).await, 0);
+        assert_eq!(TokenBucket::new(1).take(100, Share::ALL).await, 1);
     }
 
     #[tokio::test(start_paused = true)]
@@ -238,11 +281,77 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn lanes_share_evenly_however_they_are_dealt_to_connections() {
+        const RATE: u64 = 10 * MIB;
+        for connections in [&[2, 1][..], &[3, 3, 2], &[1, 1, 1, 61], &[1; 64]] {
+            let of: u16 = connections.iter().sum();
+            let bucket = Arc::new(TokenBucket::new(RATE));
+            let taker = |&lanes: &u16| {
+                let (bucket, share) = (bucket.clone(), Share::new(lanes, of));
+                tokio::spawn(async move { drain_share(&bucket, 1 << 20, share, Duration::from_secs(5)).await })
+            };
+            let takers: Vec<_> = connections.iter().map(taker).collect();
+            let mut all = Vec::new();
+            for (task, &lanes) in takers.into_iter().zip(connections) {
+                let grants = task.await.unwrap();
+                let sum: u128 = grants.iter().map(|(_, bytes)| bytes).sum();
+                let share = u128::from(5 * RATE) * u128::from(lanes) / u128::from(of);
+                assert!(sum.abs_diff(share) * 100 <= 2 * share, "{lanes} of {connections:?}: {sum} of {share}");
+                all.extend(grants);
+            }
+            all.sort_unstable();
+            assert_bound(RATE, &all);
+            let sum: u128 = all.iter().map(|(_, bytes)| bytes).sum();
+            assert!(sum.abs_diff(u128::from(5 * RATE)) * 100 <= 2 * u128::from(5 * RATE), "{connections:?}: {sum}");
+        }
+    }
+
+    /// The switchover's own bandwidth begins at once, and is held as the one before.
+    #[tokio::test(start_paused = true)]
+    async fn a_rate_that_changes_in_the_middle_is_held_on_both_sides() {
+        let bucket = Arc::new(TokenBucket::new(MIB));
+        let taking = tokio::spawn({
+            let bucket = bucket.clone();
+            async move { drain(&bucket, 1 << 16, Duration::from_secs(4)).await }
+        });
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        bucket.set_rate(Some(10 * MIB));
+        let grants = taking.await.unwrap();
+        let (before, after): (Vec<_>, Vec<_>) = grants.into_iter().partition(|&(at, _)| at < 2_000_000_000);
+        for (rate, grants) in [(MIB, before), (10 * MIB, after)] {
+            assert_bound(rate, &grants);
+            let sum: u128 = grants.iter().map(|(_, bytes)| bytes).sum();
+            assert!(sum.abs_diff(u128::from(2 * rate)) * 100 <= 2 * u128::from(2 * rate), "{sum} bytes at {rate}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn without_a_rate_everything_passes_and_nothing_is_saved_up() {
+        let bucket = Arc::new(TokenBucket::new(1));
+        bucket.charge(1_000_000);
+        let waiting = tokio::spawn({
+            let bucket = bucket.clone();
+            async move { bucket.take(1 << 30, Share::ALL).await }
+        });
+        tokio::time::sleep(Duration::from_millis(10)).await;
+        bucket.set_rate(None);
+        let start = Instant::now();
+        waiting.await.unwrap();
+        assert_eq!(bucket.take(1 << 30, Share::ALL).await, 1 << 30);
+        assert!(start.elapsed().is_zero());
+        tokio::time::advance(Duration::from_secs(60)).await;
+        bucket.set_rate(Some(1000));
+        let start = Instant::now();
+        bucket.take(5, Share::ALL).await;
+        assert!(start.elapsed() >= Duration::from_millis(5));
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn a_charge_is_paid_by_those_who_come_after() {
         let bucket = TokenBucket::new(1000);
         bucket.charge(5000);
         let start = Instant::now();
-        assert_eq!(bucket.take(1).await, 1);
+        assert_eq!(bucket.take(1, Share::ALL).await, 1);
         let waited = start.elapsed().as_millis();
         assert!((5001..=5003).contains(&waited), "{waited} ms");
     }
@@ -254,10 +363,10 @@ mod tests {
         let start = Instant::now();
         let waiting = tokio::spawn({
             let bucket = bucket.clone();
-            async move { bucket.take(1).await }
+            async move { bucket.take(1, Share::ALL).await }
         });
         tokio::time::sleep(Duration::from_millis(10)).await;
-        bucket.set_rate(1_000_000);
+        bucket.set_rate(Some(1_000_000));
         assert_eq!(waiting.await.unwrap(), 1);
         assert!(start.elapsed() < Duration::from_millis(1020), "{:?}", start.elapsed());
     }
@@ -265,10 +374,10 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_take_that_is_dropped_takes_nothing_and_lets_the_next_one_in() {
         let bucket = TokenBucket::new(1000);
-        let dropped = tokio::time::timeout(Duration::from_millis(2), bucket.take(5)).await;
+        let dropped = tokio::time::timeout(Duration::from_millis(2), bucket.take(5, Share::ALL)).await;
         assert!(dropped.is_err());
         let start = Instant::now();
-        assert_eq!(bucket.take(5).await, 5);
+        assert_eq!(bucket.take(5, Share::ALL).await, 5);
         assert!(start.elapsed() <= Duration::from_millis(4), "{:?}", start.elapsed());
     }
 }

@@ -7,7 +7,10 @@ use std::time::Duration;
 use memferry::events::{Ended, Event, Observer, Observers, Phase, Role};
 use memferry::guest::Guest;
 use memferry::migration::{DataPlane, receive, send};
-use memferry::settings::{DestinationSettings, EncoderSettings, OnDeadline, SourceSettings, XbzrleSettings};
+use memferry::settings::{
+    ConvergenceSettings, DestinationSettings, EncoderSettings, OnDeadline, SourceSettings, SwitchoverBandwidth,
+    XbzrleSettings,
+};
 use memferry_stages::codec::Codec;
 use memferry_transports::{Address, Listener, Transport, open};
 use tokio_util::sync::CancellationToken;
@@ -108,10 +111,13 @@ pub fn source_settings(lanes: u16, connections: u16) -> SourceSettings {
         },
         checksum: true,
         max_bandwidth: None,
+        switchover_bandwidth: SwitchoverBandwidth::AsRounds,
         downtime_limit: Duration::from_millis(300),
+        max_downtime: None,
         max_rounds: 4,
         deadline: None,
         on_deadline: OnDeadline::SwitchOver,
+        convergence: ConvergenceSettings::default(),
         verify: true,
         after: None,
         handover_timeout: Duration::from_secs(20),

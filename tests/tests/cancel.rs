@@ -28,7 +28,7 @@ const POINTS: [fn(&Event) -> bool; 10] = [
     |event| matches!(event, Event::RoundScanned { round: 1 }),
     |event| matches!(event, Event::RoundSent { .. }),
     |event| matches!(event, Event::Synced { .. }),
-    |event| matches!(event, Event::Decided { .. }),
+    |event| matches!(event, Event::Decided(_)),
     |event| *event == Event::Phase(Phase::Switchover),
     |event| *event == Event::Paused,
 ];

@@ -46,6 +46,7 @@ pub(super) fn never_begun(error: String) -> Ended {
         total: std::time::Duration::ZERO,
         setup: std::time::Duration::ZERO,
         downtime: None,
+        forecast: None,
         parts: crate::events::DowntimeParts::default(),
         wire_bytes: 0,
         spared: memferry_stages::clears::Spared::default(),

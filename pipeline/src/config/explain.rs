@@ -56,6 +56,7 @@ fn quoted(message: &str) -> Vec<&str> {
 /// A Rust type's name in plain words.
 fn plain(expected: &str) -> &str {
     match expected {
+        "u8" => "a whole number from 0 to 255, without quotes",
         "u16" => "a whole number from 0 to 65535, without quotes",
         "u32" | "u64" => "a whole number, without quotes",
         "i32" => "a whole number, without quotes",

@@ -9,7 +9,7 @@ use memferry_transports::{Address, Capabilities, open};
 use super::fault::Fault;
 use super::tables::{
     After, Compress, Config, DeltaChoice, FileTable, FillTable, FreeTable, GuestTable, ImageTable, KvmTable, OnMiss,
-    Pattern, SharedTable, WorkloadTable, WriterTable,
+    Pattern, SharedTable, StallStep, WorkloadTable, WriterTable,
 };
 use super::values::{Size, Time};
 use super::{Purpose, settings};
@@ -24,6 +24,7 @@ pub(super) fn check(config: &Config, purpose: Purpose) -> Vec<Fault> {
     encoder(config, &mut faults);
     migration(config, &mut faults);
     check_snapshot(config, &mut faults);
+    convergence(config, &mut faults);
     match &config.guest {
         GuestTable::Workload(workload) => check_workload(workload, &mut faults),
         GuestTable::File(file) => {
@@ -138,7 +139,53 @@ fn migration(config: &Config, faults: &mut Vec<Fault>) {
         "nothing moves at 0 bytes a second",
         "write a rate such as \"100 MiB/s\", or \"unlimited\"",
     );
+    need(
+        faults,
+        table.switchover_bandwidth.is_none_or(|bandwidth| bandwidth.0 != Some(0)),
+        "migration.switchover_bandwidth",
+        "nothing moves at 0 bytes a second",
+        "write a rate such as \"1 GiB/s\", or \"unlimited\", or delete it: then it is max_bandwidth",
+    );
     need(faults, table.max_rounds > 0, "migration.max_rounds", "0 rounds", "write 1 or more");
+}
+
+fn convergence(config: &Config, faults: &mut Vec<Fault>) {
+    let (table, limits) = (&config.convergence, &config.migration);
+    let mut seen = HashSet::new();
+    let twice = table.on_stall.iter().find(|&&step| !seen.insert(step));
+    need(faults, twice.is_none(), "convergence.on_stall", "a step stands here twice", "write each step once");
+    need(faults, table.stall_rounds > 0, "convergence.stall_rounds", "0 rounds", "write 1 or more");
+    let throttle = table.throttle;
+    for (name, percent) in [("start", throttle.start), ("step", throttle.step), ("most", throttle.most)] {
+        let right = (1..=99).contains(&percent);
+        let path = format!("convergence.throttle.{name}");
+        need(faults, right, &path, format!("{percent} percent of the guest's time"), "write a number from 1 to 99");
+    }
+    need(
+        faults,
+        throttle.start <= throttle.most,
+        "convergence.throttle.start",
+        format!("throttling that starts at {} and ends at {} percent", throttle.start, throttle.most),
+        "write a start of at most `most`",
+    );
+    positive(faults, "convergence.raise.step", table.raise.step, "100ms");
+    if table.on_stall.contains(&StallStep::RaiseDowntimeLimit) {
+        need(
+            faults,
+            table.raise.most > limits.downtime_limit,
+            "convergence.raise.most",
+            format!("a limit of {} cannot be raised to {}", limits.downtime_limit, table.raise.most),
+            "write more than downtime_limit, or leave \"raise-downtime-limit\" out",
+        );
+    }
+    let Some(most) = limits.max_downtime.0 else { return };
+    need(
+        faults,
+        limits.downtime_limit.0 <= most,
+        "migration.max_downtime",
+        format!("a downtime_limit of {} above a max_downtime of {}", limits.downtime_limit, Time(most)),
+        "write at least the downtime_limit, or \"none\"",
+    );
 }
 
 fn positive(faults: &mut Vec<Fault>, path: &str, time: Time, example: &str) {

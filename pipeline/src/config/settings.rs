@@ -9,15 +9,19 @@ use memferry_stages::geometry::PageSize;
 use memferry_transports::{Address, Transport};
 
 use super::tables::{
-    self, Compress, Config, DeltaChoice, EncoderTable, FileTable, KvmTable, OnMiss, WorkloadTable, WriterTable,
+    self, Compress, Config, ConvergenceTable, DeltaChoice, EncoderTable, FileTable, KvmTable, OnMiss, WorkloadTable,
+    WriterTable,
 };
-use super::values::Size;
+use super::values::{Bandwidth, Size};
 use crate::guest::file::{FileGuestSettings, Image};
 use crate::guest::kvm::{KvmLogChoice, KvmSettings};
 use crate::guest::workload::{
     Backing, Fill, FreeSettings, LogChoice, Pattern, Region, SharedSettings, WorkloadSettings, WriterSettings,
 };
-use crate::settings::{After, DestinationSettings, EncoderSettings, OnDeadline, SourceSettings, XbzrleSettings};
+use crate::settings::{
+    After, ConvergenceSettings, DestinationSettings, EncoderSettings, OnDeadline, RaiseSettings, SourceSettings,
+    StallStep, SwitchoverBandwidth, ThrottleSettings, XbzrleSettings,
+};
 
 /// The level of zstd where none is given: as fast as lz4's neighbours, denser than them.
 const ZSTD_LEVEL: i32 = 1;
@@ -33,13 +37,20 @@ impl Config {
             encoder: encoder(&self.encoder),
             checksum: pipeline.checksum,
             max_bandwidth: migration.max_bandwidth.0,
+            switchover_bandwidth: match migration.switchover_bandwidth {
+                None => SwitchoverBandwidth::AsRounds,
+                Some(Bandwidth(None)) => SwitchoverBandwidth::Unlimited,
+                Some(Bandwidth(Some(rate))) => SwitchoverBandwidth::AtMost(rate),
+            },
             downtime_limit: migration.downtime_limit.0,
+            max_downtime: migration.max_downtime.0,
             max_rounds: migration.max_rounds,
             deadline: migration.deadline.0,
             on_deadline: match migration.on_deadline {
                 tables::OnDeadline::Cancel => OnDeadline::Cancel,
                 tables::OnDeadline::SwitchOver => OnDeadline::SwitchOver,
             },
+            convergence: convergence(&self.convergence),
             verify: migration.verify,
             after: migration.after.map(|after| match after {
                 tables::After::Resume => After::Resume,
@@ -74,6 +85,23 @@ impl Config {
     #[must_use]
     pub fn transport_to(&self, address: &Address) -> Box<dyn Transport> {
         memferry_transports::open(address, self.transport.connect_timeout.0)
+    }
+}
+
+fn convergence(table: &ConvergenceTable) -> ConvergenceSettings {
+    let ConvergenceTable { on_stall, stall_rounds, cool_down_rounds, throttle, raise } = table;
+    let step = |step: &tables::StallStep| match step {
+        tables::StallStep::Throttle => StallStep::Throttle,
+        tables::StallStep::RaiseDowntimeLimit => StallStep::RaiseDowntimeLimit,
+        tables::StallStep::SwitchOver => StallStep::SwitchOver,
+        tables::StallStep::Cancel => StallStep::Cancel,
+    };
+    ConvergenceSettings {
+        on_stall: on_stall.iter().map(step).collect(),
+        stall_rounds: *stall_rounds,
+        cool_down_rounds: *cool_down_rounds,
+        throttle: ThrottleSettings { start: throttle.start, step: throttle.step, most: throttle.most },
+        raise: RaiseSettings { step: raise.step.0, most: raise.most.0 },
     }
 }
 

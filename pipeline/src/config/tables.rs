@@ -25,6 +25,9 @@ pub struct Config {
     /// When to switch over, and what to do if that moment does not come.
     #[serde(default)]
     pub migration: MigrationTable,
+    /// What to do about a guest that outruns the wire.
+    #[serde(default)]
+    pub convergence: ConvergenceTable,
 }
 
 /// `[guest.workload]`, `[guest.file]` or `[guest.kvm]`.
@@ -371,15 +374,20 @@ impl TransportTable {
 pub struct MigrationTable {
     /// How long the guest may stand still, by the forecast.
     pub downtime_limit: Time,
+    /// What no switchover may take by the forecast, whatever asks for it.
+    pub max_downtime: Deadline,
     /// Bytes a second on the wire, all connections together.
     pub max_bandwidth: Bandwidth,
+    /// The same while the guest stands still; as `max_bandwidth` where it is not given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub switchover_bandwidth: Option<Bandwidth>,
     /// Compare digests before the destination may run?
     pub verify: bool,
     /// The most rounds before the last one.
     pub max_rounds: u32,
-    /// The longest that the rounds may take.
+    /// The longest that the whole may take.
     pub deadline: Deadline,
-    /// What happens after `max_rounds` or at the deadline.
+    /// What happens after `max_rounds`, or when the deadline can be kept in no other way.
     pub on_deadline: OnDeadline,
     /// What becomes of the source guest when a file is complete.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -400,6 +408,58 @@ pub enum OnDeadline {
     Cancel,
     /// The guest stands still for as long as it takes.
     SwitchOver,
+}
+
+/// `[convergence]`
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ConvergenceTable {
+    /// What is tried, in this order, when rounds bring it no nearer to its end.
+    pub on_stall: Vec<StallStep>,
+    /// So many rounds without a new least of what remains are a stall.
+    pub stall_rounds: u32,
+    /// Rounds that a step is given before the next one.
+    pub cool_down_rounds: u32,
+    /// How the guest is held back.
+    pub throttle: ThrottleTable,
+    /// How the downtime limit is raised.
+    pub raise: RaiseTable,
+}
+
+/// What can be done about a stall.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Deserialize, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum StallStep {
+    /// The guest is held back.
+    Throttle,
+    /// The downtime limit is raised.
+    RaiseDowntimeLimit,
+    /// It switches over as soon as less remains than a round before.
+    SwitchOver,
+    /// It is cancelled.
+    Cancel,
+}
+
+/// `throttle`: percent of the guest's time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ThrottleTable {
+    /// The first step.
+    pub start: u8,
+    /// What each further step adds.
+    pub step: u8,
+    /// The most.
+    pub most: u8,
+}
+
+/// `raise`
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RaiseTable {
+    /// What each step adds to the downtime limit.
+    pub step: Time,
+    /// The highest limit.
+    pub most: Time,
 }
 
 /// What becomes of the source guest when a file is complete.
@@ -476,7 +536,9 @@ impl Default for MigrationTable {
     fn default() -> Self {
         Self {
             downtime_limit: Time(Duration::from_millis(300)),
+            max_downtime: Deadline(None),
             max_bandwidth: Bandwidth(None),
+            switchover_bandwidth: None,
             verify: true,
             max_rounds: 100,
             deadline: Deadline(None),
@@ -486,6 +548,30 @@ impl Default for MigrationTable {
             hello_timeout: seconds(10),
             handover_timeout: seconds(30),
         }
+    }
+}
+
+impl Default for ConvergenceTable {
+    fn default() -> Self {
+        Self {
+            on_stall: Vec::new(),
+            stall_rounds: 4,
+            cool_down_rounds: 2,
+            throttle: ThrottleTable::default(),
+            raise: RaiseTable::default(),
+        }
+    }
+}
+
+impl Default for ThrottleTable {
+    fn default() -> Self {
+        Self { start: 20, step: 10, most: 90 }
+    }
+}
+
+impl Default for RaiseTable {
+    fn default() -> Self {
+        Self { step: Time(Duration::from_millis(100)), most: seconds(1) }
     }
 }
 

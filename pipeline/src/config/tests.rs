@@ -68,7 +68,7 @@ fn typos_are_answered_with_the_nearest_word() {
     8 | [migrations]
       |  ^^^^^^^^^^
       |
-      = help: did you mean `migration`? the keys here are `guest`, `encoder`, `pipeline`, `transport`, `migration`
+      = help: did you mean `migration`? the keys here are `guest`, `encoder`, `pipeline`, `transport`, `migration`, `convergence`
     "#);
 }
 

@@ -9,6 +9,7 @@
 //!  setup_state ───────────── setup state, blocks ──────────▶  build, memory, clearers
 //!  dirty_logs; each log: start                                   ┊
 //!  rounds; each log: sync, rearm, copied ═════ pages ═══════▶    ┊ the loaders write its memory,
+//!     (throttle, if it outruns the wire)                         ┊
 //!  pause            (only if it ran)                             ┊ and nobody else does
 //!  save, release                                                 ┊
 //!  each log: sync, rearm, copied ════ last pages, state ════▶    ┊
@@ -149,8 +150,10 @@ pub trait Guest: Send + Sync + fmt::Debug {
     /// When it cannot; the operator is told so (exit code 4).
     fn resume(&self) -> Result<(), GuestError>;
 
-    /// Holds the guest back for `percent` of its time; 0 lets it run free. The engine does not call it of itself: it
-    /// is for whoever drives a migration, who may call it from any thread, beside any other call.
+    /// Holds the guest back for `percent` of its time; 0 lets it run free. Called between rounds, where the settings have a
+    /// guest throttled that outruns the wire, with more each time; once it was, 0 follows at the end of the migration, whatever
+    /// that end is and wherever the guest is then. Whoever drives a migration may call it too, from any thread, beside any
+    /// other call.
     ///
     /// # Errors
     /// If this guest cannot be throttled: the default.

@@ -486,6 +486,7 @@ impl Destination {
             total: self.started.elapsed(),
             setup: self.setup,
             downtime: None,
+            forecast: None,
             parts: self.parts,
             wire_bytes,
             spared: Spared::default(),

@@ -1,16 +1,15 @@
-//! Running a migration: the stages joined, its phases at the source and at the destination, convergence and the last
-//! handshake.
+//! Running a migration: the stages joined, its phases at the source and at the destination, and the last handshake. When to
+//! switch over is decided by the [`controller`](crate::controller).
 //!
 //! | | |
 //! |---|---|
 //! | `source`, `destination` | the phases of each end, as a list |
-//! | [`convergence`], [`handshake`] | the two decisions, as pure state: figures and messages in, decisions out |
+//! | [`handshake`] | where the guest is, as pure state: messages in, decisions out |
 //! | `source_graph`, `destination_graph` | the stages, joined |
 //! | `link`, `session` | connections opened, greeted and gathered |
 //! | `bounds` | what a migration takes in memory |
 
 mod bounds;
-pub mod convergence;
 mod destination;
 mod destination_graph;
 mod digests;

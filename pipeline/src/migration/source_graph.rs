@@ -22,14 +22,14 @@ use memferry_stages::pool::BufferPool;
 use memferry_stages::queue::{Inlet, Outlet, bounded};
 use memferry_stages::scanner::{RoundScanned, ScanOrder, Scanner};
 use memferry_stages::sender::{Control, Sender, Sent};
-use memferry_stages::token_bucket::TokenBucket;
+use memferry_stages::token_bucket::{Share, TokenBucket};
 use memferry_stages::zero_detector::ZeroDetector;
 use tokio::runtime::Handle;
 
 use super::link::Writer;
 use super::stage_set::StageSet;
 use super::{blocking, bounds};
-use crate::settings::{EncoderSettings, SourceSettings};
+use crate::settings::{EncoderSettings, SourceSettings, SwitchoverBandwidth};
 
 /// What the stages work on.
 pub(super) struct SourceParts {
@@ -59,6 +59,8 @@ pub(super) struct SourceGraph {
     /// Those of the senders among them: what they count is what went to the wire.
     pub(super) sender_meters: Vec<Arc<Meter>>,
     pub(super) pools: Vec<BufferPool>,
+    /// The cap on bandwidth, where there is one at any time.
+    bucket: Option<Arc<TokenBucket>>,
     sync_at_work: Arc<Mutex<()>>,
 }
 
@@ -83,6 +85,7 @@ impl SourceGraph {
             meters: Vec::new(),
             sender_meters: Vec::new(),
             pools: Vec::new(),
+            bucket: bucket(settings),
             sync_at_work: Arc::default(),
         };
         let connections = graph.start_senders(parts.writers, settings, parts.durable_rounds, &sent_out);
@@ -116,6 +119,16 @@ impl SourceGraph {
         blocking(move || drop(at_work.lock())).await;
     }
 
+    /// The guest is paused: its own bandwidth holds from here on.
+    pub(super) fn cap_switchover(&self, bandwidth: SwitchoverBandwidth) {
+        let Some(bucket) = &self.bucket else { return };
+        match bandwidth {
+            SwitchoverBandwidth::AsRounds => {}
+            SwitchoverBandwidth::Unlimited => bucket.set_rate(None),
+            SwitchoverBandwidth::AtMost(most) => bucket.set_rate(Some(most)),
+        }
+    }
+
     fn meter(&mut self, name: &'static str, lane: Option<u16>) -> Arc<Meter> {
         let meter = Meter::start(name, lane);
         self.meters.push(meter.clone());
@@ -129,16 +142,17 @@ impl SourceGraph {
         durable_rounds: bool,
         sent: &Outlet<Sent>,
     ) -> Vec<Outlet<Outgoing>> {
-        let bucket = settings.max_bandwidth.map(|rate| Arc::new(TokenBucket::new(rate)));
         let count = settings.connections;
         (0..count)
             .zip(writers)
             .map(|(connection, writer)| {
                 let lanes_here = (connection..settings.lanes).step_by(usize::from(count)).count();
+                let share = Share::new(u16::try_from(lanes_here).expect("some of the lanes"), settings.lanes);
+                let bucket = self.bucket.clone().map(|bucket| (bucket, share));
                 let (frames, bulk) = bounded(bounds::ENCODED * lanes_here);
                 let (control, control_frames) = bounded(bounds::CONTROL);
                 let meter = self.meter("sender", Some(connection));
-                let sender = Sender::new(connection, writer, bucket.clone(), durable_rounds, lanes_here, meter.clone());
+                let sender = Sender::new(connection, writer, bucket, durable_rounds, lanes_here, meter.clone());
                 let running = sender.run(control_frames, bulk, sent.clone());
                 self.stages.spawn(format!("sender {connection}"), running);
                 self.control.push(control);
@@ -177,6 +191,17 @@ impl SourceGraph {
             })
             .collect()
     }
+}
+
+/// What holds the senders to the bandwidth of the rounds, if it or that of the switchover is limited.
+fn bucket(settings: &SourceSettings) -> Option<Arc<TokenBucket>> {
+    let limited_later = matches!(settings.switchover_bandwidth, SwitchoverBandwidth::AtMost(_));
+    let bucket = match settings.max_bandwidth {
+        Some(rate) => TokenBucket::new(rate),
+        None if limited_later => TokenBucket::unlimited(),
+        None => return None,
+    };
+    Some(Arc::new(bucket))
 }
 
 /// One lane's share of the encoder's settings.

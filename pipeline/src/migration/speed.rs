@@ -1,13 +1,12 @@
-//! Rates for whoever watches: smoothed over about a second.
+//! The rate for whoever watches: smoothed over about a second.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-/// The rate of bytes on the wire, and the time between syncs.
+/// The rate of bytes on the wire.
 #[derive(Debug, Default)]
 pub(super) struct Speed {
     last: Option<(Instant, u64)>,
     rate: f64,
-    synced: Option<Instant>,
 }
 
 impl Speed {
@@ -21,10 +20,5 @@ impl Speed {
         }
         self.last = Some((now, total));
         self.rate
-    }
-
-    /// Time since the last call, which is made when the logs are armed and at each sync.
-    pub(super) fn since_sync(&mut self) -> Option<Duration> {
-        self.synced.replace(Instant::now()).map(|then| then.elapsed())
     }
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use memferry_stages::tally::RoundTally;
 
+use crate::controller::Decided;
 use crate::events::{BlockFacts, Ended, Event, Observer, Role};
 
 /// An observer that keeps what it hears from both ends.
@@ -27,6 +28,8 @@ pub struct Account {
     pub memory_bound: u64,
     /// Rounds that are complete.
     pub rounds: Vec<Round>,
+    /// What the controller decided, in order.
+    pub decided: Vec<Decided>,
     /// How it ended.
     pub ended: Option<Ended>,
 }
@@ -77,6 +80,7 @@ impl Account {
                 self.rounds.push(Round { tally: *tally, duration: *duration, dirty_after });
             }
             Event::Synced { after_round, dirty_pages, .. } => self.synced(*after_round, *dirty_pages),
+            Event::Decided(decided) => self.decided.push(decided.clone()),
             Event::Ended(ended) => self.ended = Some(ended.clone()),
             _ => {}
         }

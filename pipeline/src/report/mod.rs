@@ -13,6 +13,8 @@ use memferry_stages::clears::Spared;
 use memferry_stages::meter::Reading;
 use serde::Serialize;
 
+use crate::controller::forecast::Forecast;
+use crate::controller::{Decided, Decision};
 use crate::events::{Ended, Phase};
 use account::{Account, Round};
 
@@ -42,6 +44,10 @@ pub struct Report {
     pub downtime_ms: Option<f64>,
     /// Its parts.
     pub downtime: DowntimeReport,
+    /// What the controller expected of the downtime when it decided to switch over; null if it did not, or could not tell.
+    pub forecast: Option<ForecastReport>,
+    /// What it decided, in order.
+    pub decisions: Vec<DecisionReport>,
     /// Bytes handed to the transport, or taken from it.
     pub wire_bytes: u64,
     /// Bytes on the wire for each second after the setup.
@@ -108,6 +114,38 @@ pub struct SparedReport {
     pub unplugged: u64,
     /// Pages of ignored blocks.
     pub ignored: u64,
+}
+
+/// The forecast that the switchover rests on, beside what came of it.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct ForecastReport {
+    /// The expected downtime.
+    pub expected_ms: f64,
+    /// How far it was above (or, negative, below) the downtime, as a share of that; null if nothing came of it.
+    pub error_percent: Option<f64>,
+    /// Bytes after encoding that were expected to remain.
+    pub remaining_bytes: u64,
+    /// Their part.
+    pub transfer_ms: f64,
+    /// The part of the last sync.
+    pub sync_ms: f64,
+    /// The part of the digests.
+    pub verify_ms: f64,
+    /// The part of device state and last handshake.
+    pub handover_ms: f64,
+}
+
+/// One decision.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct DecisionReport {
+    /// The round after which, or in which, it was made.
+    pub round: u32,
+    /// "another-round", "throttle", "raise-downtime-limit", "switch-over" or "give-up".
+    pub decision: &'static str,
+    /// The expected downtime; null if none could be told.
+    pub expected_ms: Option<f64>,
+    /// Why, in words and figures.
+    pub why: String,
 }
 
 /// One round. `zero + raw + compressed + xbzrle + unchanged = pages`.
@@ -191,6 +229,8 @@ impl Report {
             setup_ms: ms(ended.setup),
             downtime_ms: ended.downtime.map(ms),
             downtime: downtime(ended),
+            forecast: ended.forecast.map(|forecast| forecast_report(&forecast, ended.downtime)),
+            decisions: account.decided.iter().map(decision).collect(),
             wire_bytes: ended.wire_bytes,
             throughput_bytes_per_s: throughput(ended).round(),
             spared: spared(ended.spared),
@@ -272,6 +312,43 @@ fn downtime(ended: &Ended) -> DowntimeReport {
         state_ms: ms(parts.state),
         verify_ms: ms(parts.verify),
         handover_ms: ms(parts.handover),
+    }
+}
+
+fn forecast_report(forecast: &Forecast, downtime: Option<Duration>) -> ForecastReport {
+    let fixed = forecast.fixed;
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "whole bytes, and it saturates")]
+    let remaining_bytes = forecast.remaining_bytes as u64;
+    ForecastReport {
+        expected_ms: ms(forecast.expected()),
+        error_percent: downtime.map(|downtime| (error_percent(forecast, downtime) * 10.0).round() / 10.0),
+        remaining_bytes,
+        transfer_ms: ms(forecast.transfer),
+        sync_ms: ms(fixed.sync),
+        verify_ms: ms(fixed.verify),
+        handover_ms: ms(fixed.handover),
+    }
+}
+
+/// How far a forecast was above the downtime that came of it, in percent of that.
+#[must_use]
+pub fn error_percent(forecast: &Forecast, downtime: Duration) -> f64 {
+    let (expected, took) = (forecast.expected().as_secs_f64(), downtime.as_secs_f64());
+    (expected / took - 1.0) * 100.0
+}
+
+fn decision(decided: &Decided) -> DecisionReport {
+    DecisionReport {
+        round: decided.round,
+        decision: match decided.decision {
+            Decision::AnotherRound => "another-round",
+            Decision::Throttle(_) => "throttle",
+            Decision::RaiseLimit(_) => "raise-downtime-limit",
+            Decision::SwitchOver => "switch-over",
+            Decision::GiveUp => "give-up",
+        },
+        expected_ms: decided.forecast.map(|forecast| ms(forecast.expected())),
+        why: decided.why.clone(),
     }
 }
 

@@ -1,12 +1,14 @@
 //! The end of a migration as a person reads it: verdict, rounds, downtime, bottleneck. At most 100 columns.
 
 use std::fmt::Write;
+use std::time::Duration;
 
 use memferry_stages::clears::Spared;
 
 use super::account::{Account, Round};
 use super::bottleneck::bottleneck;
-use super::{Frame, human, status, throughput};
+use super::{Frame, error_percent, human, status, throughput};
+use crate::controller::forecast::{FixedCost, Forecast};
 use crate::events::{Ended, Phase};
 
 const HEADS: [&str; 11] =
@@ -120,6 +122,9 @@ fn lines(frame: Frame, ended: &Ended, account: &Account, other: Option<&Account>
         let parts = parts.map(|(name, time)| format!("{name} {}", human::time(time))).join(", ");
         lines.push(("downtime", format!("{}: {parts}", human::time(downtime))));
     }
+    if let (Some(forecast), Some(downtime)) = (&ended.forecast, ended.downtime) {
+        lines.push(("forecast", forecast_line(forecast, downtime)));
+    }
     let rate = human::rate(throughput(ended));
     lines.push(("wire", format!("{} at {rate}, setup {}", human::bytes(ended.wire_bytes), human::time(ended.setup))));
     lines.extend(spared(&ended.spared).map(|line| ("spared", line)));
@@ -131,4 +136,13 @@ fn lines(frame: Frame, ended: &Ended, account: &Account, other: Option<&Account>
         lines.push(("bottleneck", bottleneck(&stages, frame.capped)));
     }
     lines
+}
+
+/// What was expected of the downtime, and how far off that was.
+fn forecast_line(forecast: &Forecast, downtime: Duration) -> String {
+    let FixedCost { sync, verify, handover } = forecast.fixed;
+    let [expected, transfer, sync, verify, handover] =
+        [forecast.expected(), forecast.transfer, sync, verify, handover].map(human::time);
+    let off = error_percent(forecast, downtime);
+    format!("{expected} ({off:+.0} %): sync {sync}, transfer {transfer}, verify {verify}, handover {handover}")
 }

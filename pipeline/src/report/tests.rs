@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use super::account::Accountant;
 use super::*;
+use crate::controller::forecast::{FixedCost, Forecast};
+use crate::controller::{Decided, Decision};
 use crate::events::{BlockFacts, DowntimeParts, Event, Observer, Role};
 use memferry_stages::clears::Spared;
 use memferry_stages::tally::RoundTally;
@@ -30,6 +32,11 @@ pub(crate) fn ended(role: Role) -> Ended {
             verify: ms(100),
             handover: ms(10),
         },
+        forecast: Some(Forecast {
+            remaining_bytes: 90_000.0,
+            transfer: ms(95),
+            fixed: FixedCost { sync: ms(2), verify: ms(110), handover: ms(5) },
+        }),
         wire_bytes: 512 << 20,
         spared: match role {
             Role::Source => Spared { hinted: 5000, dropped: 3, unplugged: 2048, ignored: 0 },
@@ -81,6 +88,12 @@ pub(crate) fn script(role: Role) -> Vec<Event> {
         Event::RoundScanned { round: 1 },
         Event::RoundSent { tally: first, duration: Duration::from_millis(2100) },
         sync(900),
+        Event::Decided(Decided {
+            round: 1,
+            decision: Decision::SwitchOver,
+            why: "switch over: it fits".into(),
+            forecast: ended(role).forecast,
+        }),
         Event::Phase(Phase::Switchover),
         Event::Paused,
         sync(100),
@@ -118,8 +131,8 @@ fn the_report_has_exactly_the_names_that_were_agreed() {
         words.sort_unstable();
         words.join(" ")
     };
-    let top = "schema role status error verified guest total_ms setup_ms downtime_ms downtime wire_bytes spared \
-               throughput_bytes_per_s memory_bound_bytes memory_peak_bytes bottleneck rounds stages";
+    let top = "schema role status error verified guest total_ms setup_ms downtime_ms downtime forecast decisions wire_bytes \
+               spared throughput_bytes_per_s memory_bound_bytes memory_peak_bytes bottleneck rounds stages";
     let round = "round ms pages zero raw compressed xbzrle unchanged xbzrle_misses xbzrle_overflows bytes_in bytes_out \
                  dirty_after";
     let stage = "name lane busy_ms input_wait_ms output_wait_ms batches pages";
@@ -128,6 +141,11 @@ fn the_report_has_exactly_the_names_that_were_agreed() {
     assert_eq!(sorted(&names(&json["guest"]["blocks"][0])), "bytes id page_size");
     assert_eq!(sorted(&names(&json["downtime"])), "final_sync_ms final_transfer_ms handover_ms state_ms verify_ms");
     assert_eq!(sorted(&names(&json["spared"])), "hinted hints_dropped ignored unplugged");
+    assert_eq!(
+        sorted(&names(&json["forecast"])),
+        "error_percent expected_ms handover_ms remaining_bytes sync_ms transfer_ms verify_ms"
+    );
+    assert_eq!(sorted(&names(&json["decisions"][0])), "decision expected_ms round why");
     assert_eq!(sorted(&names(&json["rounds"][0])), sorted(round));
     assert_eq!(sorted(&names(&json["stages"][0])), sorted(stage));
 }
@@ -137,6 +155,10 @@ fn the_report_says_what_the_events_said() {
     let report = report();
     assert_eq!((report.schema, report.role, report.status, report.verified), (1, "run", "completed", Some(true)));
     assert_eq!((report.total_ms, report.setup_ms, report.downtime_ms), (2500.0, 100.0, Some(213.0)));
+    // 212 ms were expected, and it took 213.
+    let forecast = report.forecast.unwrap();
+    assert_eq!((forecast.expected_ms, forecast.error_percent), (212.0, Some(-0.5)));
+    assert_eq!(report.decisions[0].decision, "switch-over");
     assert_eq!(report.guest.bytes, 1 << 30);
     let SparedReport { hinted, hints_dropped, unplugged, ignored } = report.spared;
     assert_eq!((hinted, hints_dropped, unplugged, ignored), (5000, 3, 2048, 0));
@@ -186,6 +208,7 @@ fn the_table_fits_a_terminal() {
     2 last 90.0 ms   1,000       0     10          0    890       100 3.91 MiB 66.4 KiB           0
 
     downtime    213 ms: sync 3.00 ms, transfer 90.0 ms, state 10.0 ms, verify 100 ms, handover 10.0 ms
+    forecast    212 ms (-0 %): sync 2.00 ms, transfer 95.0 ms, verify 110 ms, handover 5.00 ms
     wire        512 MiB at 213 MiB/s, setup 100 ms
     spared      5,000 pages hinted free, 2,048 pages unplugged
     memory      20.0 MiB at most, 128 MiB allowed

@@ -93,6 +93,7 @@ fn shows_what_it_says(name: &str, report: &Report, scene: &Scene) {
         "raw" => assert_eq!((compressed, xbzrle), (0, 0)),
         "xbzrle-only" => assert!(compressed == 0 && xbzrle > 0),
         "tcp-lanes" => assert_eq!(report.at("/guest/blocks").as_array().unwrap().len(), 2),
+        "throttle" => assert!(report.decided("throttle"), "{}", report.at("/decisions")),
         "unix" => assert!(!scene.path("target/memferry.sock").exists(), "the socket is removed"),
         "file" => drop(scene.run(&["inspect", "target/guest.memferry"]).expect(0)),
         "hints" => shows_what_was_spared(report),
@@ -127,7 +128,7 @@ fn the_quickstart_compresses_in_round_1_only_and_sends_deltas_after_it() {
 #[test]
 fn the_hot_guest_is_cancelled_at_its_deadline_or_moved_all_the_same() {
     let scene = built();
-    run(&scene, "hot", &[]).expect(130).says(&["cancelled after", "the deadline of 2.0s has passed", "guest alive: "]);
+    run(&scene, "hot", &[]).expect(130).says(&["cancelled after", "the deadline of 2.00 s", "guest alive: "]);
     assert_eq!(Report::read(&scene.path("report.json")).text("status"), "cancelled");
     run(&scene, "hot", &[MOVED]).expect(0).says(&["completed after", ", verified", "guest alive: ", " 0 stale"]);
 }

@@ -26,7 +26,7 @@ downtime_limit = \"300ms\"
 #[test]
 fn mistakes_in_a_configuration_are_shown_with_their_line_and_what_to_write() {
     let scene = Scene::new();
-    let mistakes: [(&str, &str, &[&str]); 14] = [
+    let mistakes: [(&str, &str, &[&str]); 18] = [
         ("memory =", "memmory =", &["wrong.toml:2:1", "unknown key `memmory`", "did you mean `memory`?"]),
         ("[encoder]", "[encodre]", &["wrong.toml:4:2", "did you mean `encoder`?"]),
         ("4 MiB", "4 MibiBytes", &["wrong.toml:2:10", "\"4 MibiBytes\" is not a size", "64 MiB"]),
@@ -40,6 +40,26 @@ fn mistakes_in_a_configuration_are_shown_with_their_line_and_what_to_write() {
         ("tcp:127.0.0.1:0", "file:x", &["wrong.toml:11:11", "after = \"resume\""]),
         ("300ms\"", "1s\"\nmax_bandwidth = \"1 GiB\"", &["wrong.toml:15:17", "\"1 GiB\" is not a rate", "1 GiB/s"]),
         ("300ms\"", "1s\"\non_deadline = \"stop\"", &["wrong.toml:15:15", "`cancel`, `switch-over`"]),
+        (
+            "300ms\"",
+            "1s\"\nmax_downtime = \"300ms\"",
+            &["wrong.toml:15:16", "above a max_downtime", "at least the downtime_limit"],
+        ),
+        (
+            "300ms\"",
+            "1s\"\n[convergence]\non_stall = [\"throtle\"]",
+            &["wrong.toml:16:13", "unknown value `throtle`", "did you mean `throttle`?"],
+        ),
+        (
+            "300ms\"",
+            "1s\"\n[convergence]\nthrottle = { most = 100 }",
+            &["wrong.toml:16:21", "write a number from 1 to 99"],
+        ),
+        (
+            "300ms\"",
+            "2s\"\n[convergence]\non_stall = [\"raise-downtime-limit\"]",
+            &["a limit of 2s cannot be raised to 1s", "write more than downtime_limit"],
+        ),
         ("[pipeline]", "[pipeline", &["wrong.toml:7:", "no TOML"]),
     ];
     for (right, wrong, words) in mistakes {

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
-const TOP: &str = "schema role status error verified guest total_ms setup_ms downtime_ms downtime wire_bytes \
+const TOP: &str = "schema role status error verified guest total_ms setup_ms downtime_ms downtime forecast decisions wire_bytes \
                    throughput_bytes_per_s memory_bound_bytes memory_peak_bytes bottleneck rounds stages";
 const GUEST: &str = "bytes pages blocks";
 const BLOCK: &str = "id bytes page_size";
@@ -46,6 +46,11 @@ impl Report {
     /// The sum of a figure over the rounds.
     pub(crate) fn in_rounds(&self, name: &str) -> u64 {
         self.rounds().iter().map(|round| number(round, name)).sum()
+    }
+
+    /// Did the controller decide for this at any time?
+    pub(crate) fn decided(&self, what: &str) -> bool {
+        self.at("/decisions").as_array().unwrap().iter().any(|decided| decided["decision"] == what)
     }
 
     /// A part of it.

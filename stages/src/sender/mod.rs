@@ -36,7 +36,7 @@ use crate::pending::pending;
 use crate::queue::{Closed, Inlet, Outlet};
 use crate::stage::Stage;
 use crate::tally::RoundTally;
-use crate::token_bucket::TokenBucket;
+use crate::token_bucket::{Share, TokenBucket};
 use backlog::Backlog;
 
 /// What the controller tells a sender.
@@ -70,7 +70,8 @@ pub enum Sent {
 #[derive(Debug)]
 pub struct Sender<W> {
     writer: W,
-    bucket: Option<Arc<TokenBucket>>,
+    /// The cap, and this connection's share of its turns.
+    bucket: Option<(Arc<TokenBucket>, Share)>,
     /// Bytes that the bucket has granted and that are not written yet.
     granted: usize,
     backlog: Backlog,
@@ -90,13 +91,13 @@ enum Step {
 }
 
 impl<W: AsyncWrite + Unpin + Send> Sender<W> {
-    /// The sender of a connection that carries `lanes_here` lanes. With `durable_rounds` (a stream that is kept) the
+    /// The sender of a connection that carries `lanes_here` lanes, and its share of the bandwidth if that is capped. With `durable_rounds` (a stream that is kept) the
     /// writer is flushed at each round's end, before it is reported.
     #[must_use]
     pub fn new(
         connection: u16,
         writer: W,
-        bucket: Option<Arc<TokenBucket>>,
+        bucket: Option<(Arc<TokenBucket>, Share)>,
         durable_rounds: bool,
         lanes_here: usize,
         meter: Arc<Meter>,
@@ -180,12 +181,12 @@ impl<W: AsyncWrite + Unpin + Send> Sender<W> {
     /// Writes of the backlog what the bucket grants and the writer takes. Dropped before its end, it has written nothing,
     /// and what was granted stays granted.
     async fn write_bulk(&mut self) -> Result<usize, Cause> {
-        let Some(bucket) = &self.bucket else {
+        let Some((bucket, share)) = &self.bucket else {
             let most = self.backlog.left();
             return self.backlog.write_some(&mut self.writer, most).await.map_err(Cause::Transport);
         };
         if self.granted == 0 {
-            self.granted = bucket.take(self.backlog.left()).await;
+            self.granted = bucket.take(self.backlog.left(), *share).await;
         }
         let bytes = self.backlog.write_some(&mut self.writer, self.granted).await.map_err(Cause::Transport)?;
         self.granted -= bytes;
@@ -201,7 +202,7 @@ impl<W: AsyncWrite + Unpin + Send> Sender<W> {
             let bytes = bytes.map_err(Cause::Transport)?;
             let granted = bytes.min(self.granted);
             self.granted -= granted;
-            if let Some(bucket) = &self.bucket {
+            if let Some((bucket, _)) = &self.bucket {
                 bucket.charge(bytes - granted);
             }
             self.wrote(bytes, sent).await?;

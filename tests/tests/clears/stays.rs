@@ -120,39 +120,6 @@ fn a_block_that_is_ignored_at_one_end_only_is_refused() {
     assert_eq!(ends.source.phase, Phase::Failed);
     let error = ends.source.error.unwrap();
     let expected = "block \"ram1\" is ignored, and so not sent, and the guest here does not share it";
-    assert!(error.contains("the destination refused") && error.contains("are unplugged, and it has"), "{error}");
-    }
-}
-
-/// A guest of two blocks, the second ignored, at either end.
-fn ignoring(notes: &Notes) -> (Noting, Arc<TestGuest>) {
-    let guest = TestGuest::source(PageSize::DEFAULT, &[4 << 20, (2 << 20) + 5]).ignoring(1).running(1);
-    (Noting::new(guest.clone(), vec![], notes), guest)
-}
-
-#[test]
-fn an_ignored_block_never_travels() {
-    let notes = Notes::default();
-    let ((source, from), to) = (ignoring(&notes), Arc::new(TestGuest::destination()));
-    let ends = run(source, Noting::new(to.clone(), vec![], &notes), source_settings(2, 1));
-    assert_eq!(ends.source.phase, Phase::Completed, "{:?}", ends.source.error);
-    assert_eq!(ends.destination.verified, Some(true));
-    assert!(from.bytes()[0] == to.bytes()[0]);
-    assert!(to.bytes()[1].iter().all(|&byte| byte == 0), "the ignored block was written");
-    assert_eq!(ends.source.spared.ignored, 513);
-}
-
-#[test]
-fn a_block_that_is_ignored_at_one_end_only_is_refused() {
-    let notes = Notes::default();
-    let (source, _) = ignoring(&notes);
-    // Its own memory, whatever the source says.
-    let destination = Noting { sends_all: true, ..Noting::new(Arc::new(TestGuest::destination()), vec![], &notes) };
-    let ends = run(source, destination, source_settings(2, 1));
-    assert_eq!(ends.source.phase, Phase::Failed);
-    let error = ends.source.error.unwrap();
-    let expected = "the source has \"ram1\" with 2097157 bytes at address 0x10000000000, ignored, here it is \"ram1\" with \
-                    2097157 bytes at address 0x10000000000, sent";
     assert!(error.contains("the destination refused") && error.contains(expected), "{error}");
 }
 

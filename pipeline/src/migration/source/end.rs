@@ -36,6 +36,7 @@ impl Source {
             Verdict::Failed(_) | Verdict::Cancelled => false,
         };
         self.downtime = self.paused.filter(|_| verdict == Verdict::Completed).map(|paused| paused.elapsed());
+        self.lift_throttle().await;
         let resume_error = if stays_paused { None } else { self.let_go_on().await };
         if let (Verdict::Failed(why), Some(page)) = (&mut verdict, &self.differing_page) {
             *why = format!("{why}: {page}");
@@ -54,6 +55,16 @@ impl Source {
         self.reach_cleanup().await;
         self.stop_logs().await;
         ended
+    }
+
+    /// Wherever the guest is: nobody holds it back for a migration that is over.
+    async fn lift_throttle(&self) {
+        if self.throttled {
+            let guest = self.guest.clone();
+            if let Err(error) = guarded(async { Ok(blocking(move || guest.throttle(0)).await?) }).await {
+                self.observers.tell(&Event::Warning(format!("the guest may still be throttled: {error}")));
+            }
+        }
     }
 
     /// Resumes the guest if we paused it: what went wrong, if it does not go on.
@@ -131,6 +142,7 @@ impl Source {
             setup: self.setup,
             downtime: self.downtime,
             parts: self.parts,
+            forecast: self.forecast,
             wire_bytes: figures.wire_bytes,
             spared: self.spared(),
             memory_peak: figures.memory_peak,

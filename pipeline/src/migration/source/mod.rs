@@ -28,21 +28,22 @@ use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
 use super::bounds;
-use super::convergence::{FixedCost, PageRate};
 use super::error::{MigrationError, guarded};
 use super::flow::Flow;
 use super::handshake::Verdict;
 use super::plane::DataPlane;
 use super::speed::Speed;
+use crate::controller::Controller;
+use crate::controller::forecast::Forecast;
 use crate::events::{DowntimeParts, Ended, Event, Observers, Phase};
 use crate::guest::clearer::Clearer;
 use crate::guest::{Guest, RunState};
 use crate::settings::SourceSettings;
 
-/// The share of the downtime limit that the backlog may still need when the guest is paused.
-const BACKLOG_SHARE: f64 = 0.1;
 /// Device state and handshake, until they have been measured: what the forecast assumes.
-const HANDOVER_GUESS: Duration = Duration::from_millis(5);
+const HANDOVER_GUESS: Duration = Duration::from_millis(1);
+/// The most that one question and its answer is taken for: building a large machine is no part of a hand-over.
+const HANDOVER_MOST: Duration = Duration::from_millis(50);
 
 /// Moves a guest to whatever `transport` leads to, and returns when it is decided where the guest is.
 ///
@@ -97,14 +98,16 @@ struct Source {
     go_said: bool,
     downtime: Option<Duration>,
     parts: DowntimeParts,
-    rate: PageRate,
-    fixed: FixedCost,
+    controller: Controller,
+    /// What the controller expected of the switchover when it decided for it.
+    forecast: Option<Forecast>,
+    /// Is the guest held back?
+    throttled: bool,
     speed: Speed,
     /// While a round is sent: since when nothing has gone over the wire.
     quiet_since: Option<Instant>,
     last_wire_bytes: u64,
     round: u32,
-    dirty_rate: Option<f64>,
     pages_frames: u64,
     verified: Option<bool>,
     differing_page: Option<String>,
@@ -122,10 +125,14 @@ impl Source {
         cancel: CancellationToken,
     ) -> Self {
         let memory = guest.memory();
+        let mut controller = Controller::new(&settings, memory.page_size().bytes() as u64);
+        controller.fixed().handover = HANDOVER_GUESS;
         Self {
             was: guest.run_state(),
             clearers: guest.clearers(),
-            fixed: FixedCost { handover: HANDOVER_GUESS, ..FixedCost::default() },
+            controller,
+            forecast: None,
+            throttled: false,
             guest,
             memory,
             transport,
@@ -145,12 +152,10 @@ impl Source {
             go_said: false,
             downtime: None,
             parts: DowntimeParts::default(),
-            rate: PageRate::default(),
             speed: Speed::default(),
             quiet_since: None,
             last_wire_bytes: 0,
             round: 0,
-            dirty_rate: None,
             pages_frames: 0,
             verified: None,
             differing_page: None,

@@ -10,35 +10,53 @@ use memferry_stages::wire::Message;
 use memferry_stages::wire::messages::Progress as Acknowledged;
 
 use super::{Source, wire_bytes};
+use crate::controller::forecast::Standing;
+use crate::controller::{Decided, Decision};
 use crate::events::{Event, Progress};
-use crate::migration::convergence::{Decision, Limits, Situation, decide};
-use crate::migration::error::MigrationError;
+use crate::migration::blocking;
+use crate::migration::error::{MigrationError, guarded};
 use crate::migration::flow::{Flow, Signal};
-use crate::settings::OnDeadline;
-
-/// The least time between two syncs that makes a dirty rate.
-const LEAST_BETWEEN_SYNCS: Duration = Duration::from_millis(50);
 
 impl Source {
-    /// Rounds while the guest runs, until what is left can be sent within the downtime limit.
+    /// Rounds while the guest runs, until the controller has them end.
     pub(super) async fn rounds(&mut self, flow: &mut Flow) -> Result<(), MigrationError> {
-        let limits = Limits::from(&self.settings);
         if !self.clearers.is_empty() {
             // Hints may come in the first round already, and follow a sync.
             self.sync(flow).await?;
+            self.controller.armed(self.started.elapsed());
         }
         loop {
             self.scan(flow, false).await?;
             let found = self.sync(flow).await?;
             self.estimate_verify().await?;
-            let (decision, why) = decide(&limits, &self.situation(flow, found.dirty_pages));
-            self.observers.tell(&Event::Decided { what: why.clone() });
-            match decision {
-                Decision::AnotherRound => {}
+            let decided = self.controller.synced(&self.standing(flow, found.dirty_pages));
+            self.tell(&decided);
+            match decided.decision {
+                Decision::AnotherRound | Decision::RaiseLimit(_) => {}
+                Decision::Throttle(percent) => self.throttle(percent).await?,
                 Decision::SwitchOver => return Ok(()),
-                Decision::GiveUp => return Err(MigrationError::GaveUp(why)),
+                Decision::GiveUp => return Err(MigrationError::GaveUp(decided.why)),
             }
         }
+    }
+
+    /// Tells a decision, and keeps the forecast that a switchover rests on.
+    fn tell(&mut self, decided: &Decided) {
+        if decided.decision == Decision::SwitchOver && self.paused.is_none() {
+            self.forecast = decided.forecast;
+        }
+        self.observers.tell(&Event::Decided(decided.clone()));
+    }
+
+    /// Holds the guest back. One that cannot be is let run, and the controller goes on without this step.
+    async fn throttle(&mut self, percent: u8) -> Result<(), MigrationError> {
+        let guest = self.guest.clone();
+        self.throttled = true;
+        if let Err(error) = guarded(async { Ok(blocking(move || guest.throttle(percent)).await?) }).await {
+            self.controller.cannot_throttle();
+            self.observers.tell(&Event::Warning(error.to_string()));
+        }
+        Ok(())
     }
 
     /// One round: everything that is dirty now, until its last byte is handed to the transport.
@@ -69,14 +87,13 @@ impl Source {
         }
         let duration = began.elapsed();
         self.pages_frames += tally.batches;
-        self.rate.round(tally.bytes_in, duration);
+        self.controller.round(&tally, duration);
         self.observers.tell(&Event::RoundSent { tally, duration });
         Ok(())
     }
 
     pub(super) async fn sync(&mut self, flow: &mut Flow) -> Result<Synced, MigrationError> {
         self.reach_before_sync().await;
-        let since_last = self.speed.since_sync().filter(|_| self.round > 0);
         if flow.graph.sync.put(SyncOrder { after_round: self.round }).await.is_err() {
             return Err(self.broken(flow).await);
         }
@@ -87,11 +104,8 @@ impl Source {
                 other => return Err(unexpected(&other)),
             }
         };
-        self.fixed.sync = self.fixed.sync.max(found.duration);
-        // The sync of the switchover follows its forerunner at once: that is no time to measure a rate in.
-        if let Some(time) = since_last.filter(|&time| time >= LEAST_BETWEEN_SYNCS) {
-            self.dirty_rate = Some(self.page_bytes(found.dirty_pages) as f64 / time.as_secs_f64());
-        }
+        let fixed = self.controller.fixed();
+        fixed.sync = fixed.sync.max(found.duration);
         let Synced { after_round, dirty_pages, duration } = found;
         self.observers.tell(&Event::Synced { after_round, dirty_pages, duration });
         self.reach_after_sync().await?;
@@ -99,15 +113,8 @@ impl Source {
     }
 
     /// How things stand with so many dirty pages.
-    fn situation(&self, flow: &Flow, dirty_pages: u64) -> Situation {
-        Situation {
-            round: self.round,
-            elapsed: self.started.elapsed(),
-            dirty_bytes: self.page_bytes(dirty_pages),
-            in_flight_bytes: self.page_bytes(flow.graph.in_flight.pages()),
-            rate: self.rate.bytes_per_second(),
-            fixed: self.fixed,
-        }
+    fn standing(&self, flow: &Flow, dirty_pages: u64) -> Standing {
+        Standing { elapsed: self.started.elapsed(), dirty_pages, in_flight_pages: flow.graph.in_flight.pages() }
     }
 
     pub(super) fn page_bytes(&self, pages: u64) -> u64 {
@@ -165,19 +172,20 @@ impl Source {
     async fn tick(&mut self, flow: &Flow) -> Result<(), MigrationError> {
         let wire_bytes = wire_bytes(flow);
         let speed = self.speed.tick(wire_bytes);
-        let now = self.situation(flow, self.bitmap.as_ref().map_or(0, |bitmap| bitmap.count()));
+        let now = self.standing(flow, self.bitmap.as_ref().map_or(0, |bitmap| bitmap.count()));
+        let forecaster = self.controller.forecaster();
         self.observers.tell(&Event::Progress(Progress {
             round: self.round,
-            remaining_bytes: now.dirty_bytes + now.in_flight_bytes,
+            remaining_bytes: self.page_bytes(now.dirty_pages + now.in_flight_pages),
             total_bytes: self.layout().bytes(),
             wire_bytes,
             wire_rate: speed,
-            page_rate: now.rate.unwrap_or(0.0),
-            dirty_rate: self.dirty_rate,
-            expected_downtime: now.expected_downtime(),
+            page_rate: forecaster.page_bytes_per_second().unwrap_or(0.0),
+            dirty_rate: forecaster.dirty_bytes_per_second(),
+            expected_downtime: self.controller.forecast(&now).map(|forecast| forecast.expected()),
         }));
         self.mind_the_silence(wire_bytes)?;
-        self.mind_the_deadline().await
+        self.mind_the_deadline(flow, &now).await
     }
 
     /// A destination that takes nothing any more holds up a round, and perhaps a paused guest, for ever.
@@ -194,21 +202,20 @@ impl Source {
         Err(MigrationError::TimedOut(why))
     }
 
-    /// The deadline may pass in the middle of a round: then the migration ends at once, or the guest is paused at once and
-    /// the round goes on without it.
-    async fn mind_the_deadline(&mut self) -> Result<(), MigrationError> {
-        let Some(deadline) = self.settings.deadline.filter(|&deadline| self.started.elapsed() >= deadline) else {
-            return Ok(());
-        };
+    /// The deadline may end the rounds in the middle of one: then the migration ends at once, or the guest is paused at once
+    /// and the round goes on without it.
+    async fn mind_the_deadline(&mut self, flow: &Flow, now: &Standing) -> Result<(), MigrationError> {
         if self.paused.is_some() {
             return Ok(());
         }
-        let why = format!("the deadline of {deadline:.1?} has passed in round {}", self.round);
-        match self.settings.on_deadline {
-            OnDeadline::Cancel => Err(MigrationError::GaveUp(why)),
-            OnDeadline::SwitchOver => {
-                self.observers.tell(&Event::Decided { what: format!("switch over: {why}") });
-                self.pause().await
+        let Some(decided) = self.controller.tick(now) else { return Ok(()) };
+        self.tell(&decided);
+        match decided.decision {
+            Decision::GiveUp => Err(MigrationError::GaveUp(decided.why)),
+            _ => {
+                self.pause().await?;
+                flow.graph.cap_switchover(self.settings.switchover_bandwidth);
+                Ok(())
             }
         }
     }

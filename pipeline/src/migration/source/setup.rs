@@ -10,7 +10,7 @@ use memferry_stages::wire::messages::StatePhase;
 use memferry_stages::wire::{Features, Message};
 
 use super::end::FAREWELL;
-use super::{HANDOVER_GUESS, Source, clears};
+use super::{HANDOVER_MOST, Source, clears};
 use crate::events::{Event, Phase};
 use crate::migration::error::MigrationError;
 use crate::migration::flow::Flow;
@@ -43,7 +43,8 @@ impl Source {
         let asked = Instant::now();
         self.answer(link, "Ready", |message| *message == Message::Ready).await?;
         // Two one-way trips make the hand-over, as they make this question and its answer.
-        self.fixed.handover = self.fixed.handover.max(asked.elapsed().min(HANDOVER_GUESS * 10));
+        let fixed = self.controller.fixed();
+        fixed.handover = fixed.handover.max(asked.elapsed().min(HANDOVER_MOST));
         self.observers.tell(&Event::Connected { peer: link.peer.clone() });
         Ok(())
     }
@@ -100,7 +101,7 @@ impl Source {
         self.clears = Some(clears);
         self.tell_spared();
         self.warn_of_lost_hints();
-        self.speed.since_sync();
+        self.controller.armed(self.started.elapsed());
         Ok((bitmap, untouched))
     }
 
@@ -110,7 +111,7 @@ impl Source {
         if self.settings.verify {
             let (memory, clears) = (self.memory.clone(), self.clears.clone().expect("made when the logs were armed"));
             let estimate = blocking(move || digests::downtime(&memory, &clears.left_out())).await;
-            self.fixed.verify = estimate.map_err(MigrationError::Digest)?;
+            self.controller.fixed().verify = estimate.map_err(MigrationError::Digest)?;
         }
         Ok(())
     }

@@ -6,7 +6,7 @@ use std::time::Instant;
 use memferry_stages::wire::Message;
 use memferry_stages::wire::messages::{RunState, StatePhase};
 
-use super::{BACKLOG_SHARE, Source};
+use super::Source;
 use crate::events::{Event, Phase};
 use crate::guest::GuestState;
 use crate::migration::error::MigrationError;
@@ -18,6 +18,7 @@ impl Source {
     pub(super) async fn send_the_rest(&mut self, flow: &mut Flow) -> Result<(), MigrationError> {
         self.drain(flow).await?;
         self.pause().await?;
+        flow.graph.cap_switchover(self.settings.switchover_bandwidth);
         self.reach_complete().await;
         let device = self.save().await?;
         self.sync(flow).await.map(|found| self.parts.final_sync = found.duration)?;
@@ -43,12 +44,11 @@ impl Source {
 
     /// Lets the backlog run down to a small share of the downtime limit before the guest is paused.
     async fn drain(&mut self, flow: &mut Flow) -> Result<(), MigrationError> {
-        let limit = self.settings.downtime_limit;
-        let share = limit.as_secs_f64() * BACKLOG_SHARE * self.rate.bytes_per_second().unwrap_or(0.0);
-        let give_up = tokio::time::Instant::now() + limit;
+        let enough = self.controller.backlog_pages();
+        let give_up = tokio::time::Instant::now() + self.controller.downtime_limit();
         while self.transport.capabilities().return_path
             && self.paused.is_none()
-            && self.page_bytes(flow.graph.in_flight.pages()) as f64 > share
+            && flow.graph.in_flight.pages() > enough
         {
             match tokio::time::timeout_at(give_up, self.attend(flow)).await {
                 Ok(signal) => _ = signal?,

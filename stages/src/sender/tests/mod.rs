@@ -37,6 +37,7 @@ async fn start_with(
     durable_lanes: Option<usize>,
 ) -> Running {
     let meter = Meter::start("sender", Some(0));
+    let bucket = bucket.map(|bucket| (bucket, Share::ALL));
     let sender =
         Sender::new(0, wire.clone(), bucket, durable_lanes.is_some(), durable_lanes.unwrap_or(1), meter.clone());
     let ((control, control_in), (bulk, bulk_in), (sent_out, sent)) = (bounded(64), bounded(capacity), bounded(64));

@@ -1,0 +1,432 @@
+//! The forecast of the downtime: what remains, in bytes after encoding, at the rate measured lately, plus what a switchover
+//! costs whatever remains.
+//!
+//! What a page comes to on the wire is taken from the latest round that sent pages as the next one will: once deltas are
+//! sent, only from rounds that sent deltas. It is the latest because deltas get better from round to round, as the cache
+//! comes to know the pages that are written. Until such a round is measured a page counts as it would go without a delta, since
+//! nothing has shown yet that deltas help. Zero pages of the first round count for nothing: what is written is seldom zero.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use memferry_stages::tally::RoundTally;
+
+use crate::settings::{SourceSettings, SwitchoverBandwidth};
+
+/// How much measured time a figure is made of: long enough to be smooth, short enough to follow the guest and the link.
+const WINDOW: Duration = Duration::from_millis(200);
+/// How many bytes of pages a figure is made of: a round of a few pages measures the latency of a round and no rate.
+const WINDOW_BYTES: u64 = 8 << 20;
+/// Page bytes of a round from which its time says what a page takes.
+const TELLING_BYTES: u64 = 2 << 20;
+/// Rounds that are kept: more never make a window.
+const ROUNDS_KEPT: usize = 64;
+/// The share of `max_bandwidth` from which it is the cap that holds the rounds back, and not the link or the host.
+const HELD_BACK: f64 = 0.9;
+/// The share of the downtime limit that the backlog may still need when the guest is paused.
+const BACKLOG_SHARE: f64 = 0.05;
+
+/// What a switchover costs whatever remains to be sent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FixedCost {
+    /// One more bitmap sync: the longest measured so far.
+    pub sync: Duration,
+    /// Digests of the whole guest at both ends.
+    pub verify: Duration,
+    /// Device state and the last handshake.
+    pub handover: Duration,
+}
+
+impl FixedCost {
+    /// All of it.
+    #[must_use]
+    pub fn total(&self) -> Duration {
+        self.sync + self.verify + self.handover
+    }
+}
+
+/// How things stand at one moment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Standing {
+    /// Time since the migration began.
+    pub elapsed: Duration,
+    /// Pages that are known to be dirty and are not taken by the scanner.
+    pub dirty_pages: u64,
+    /// Pages that the scanner took and the destination has not acknowledged.
+    pub in_flight_pages: u64,
+}
+
+/// What a switchover would cost, and why.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Forecast {
+    /// Bytes after encoding that the paused guest would wait for.
+    pub remaining_bytes: f64,
+    /// What they take.
+    pub transfer: Duration,
+    /// What all else takes.
+    pub fixed: FixedCost,
+}
+
+impl Forecast {
+    /// The expected downtime.
+    #[must_use]
+    pub fn expected(&self) -> Duration {
+        self.transfer.saturating_add(self.fixed.total())
+    }
+}
+
+/// What one round came to.
+#[derive(Clone, Copy, Debug, Default)]
+struct Achieved {
+    /// Pages, but for the zero pages of the first round.
+    pages: u64,
+    page_bytes: u64,
+    wire_bytes: u64,
+    time: Duration,
+}
+
+impl Achieved {
+    fn is_enough(&self) -> bool {
+        self.time >= WINDOW && self.page_bytes >= WINDOW_BYTES
+    }
+}
+
+/// Makes forecasts of what the rounds have shown.
+#[derive(Clone, Debug)]
+pub struct Forecaster {
+    /// What a switchover costs beside the pages: whoever measures it writes it here.
+    pub fixed: FixedCost,
+    page_bytes: u64,
+    /// Are there deltas from the second round on?
+    deltas: bool,
+    /// Are pages that no delta helps compressed?
+    misses_shrink: bool,
+    max_bandwidth: Option<u64>,
+    switchover_bandwidth: SwitchoverBandwidth,
+    first: Option<Achieved>,
+    /// Those after the first, the latest in front.
+    later: VecDeque<Achieved>,
+    /// Pages a second that the guest dirties, if two looks at it have shown it.
+    dirty_rate: Option<f64>,
+    last_sync: Duration,
+}
+
+impl Forecaster {
+    /// Of a guest with pages of so many bytes. Nothing is measured yet.
+    #[must_use]
+    pub fn new(settings: &SourceSettings, page_bytes: u64) -> Self {
+        let xbzrle = settings.encoder.xbzrle.as_ref();
+        Self {
+            fixed: FixedCost::default(),
+            page_bytes,
+            deltas: xbzrle.is_some(),
+            misses_shrink: xbzrle.is_some_and(|xbzrle| xbzrle.compress_on_miss),
+            max_bandwidth: settings.max_bandwidth,
+            switchover_bandwidth: settings.switchover_bandwidth,
+            first: None,
+            later: VecDeque::new(),
+            dirty_rate: None,
+            last_sync: Duration::ZERO,
+        }
+    }
+
+    /// A round was sent, from its first batch to its last byte, in so much time.
+    pub fn round(&mut self, tally: &RoundTally, time: Duration) {
+        let round = Achieved {
+            pages: tally.pages,
+            page_bytes: tally.bytes_in,
+            wire_bytes: tally.bytes_out,
+            time: time.max(Duration::from_nanos(1)),
+        };
+        if self.first.is_none() {
+            self.first = Some(Achieved { pages: tally.pages - tally.zero, ..round });
+            return;
+        }
+        self.later.push_front(round);
+        self.later.truncate(ROUNDS_KEPT);
+    }
+
+    /// The logs are armed, at a time since the migration began: from here on what is written is seen.
+    pub fn armed(&mut self, elapsed: Duration) {
+        self.last_sync = elapsed;
+    }
+
+    /// A sync found so many dirty pages, at a time since the migration began.
+    pub fn synced(&mut self, dirty_pages: u64, elapsed: Duration) {
+        let since = elapsed.saturating_sub(self.last_sync).as_secs_f64();
+        if since > 0.0 {
+            self.dirty_rate = Some(dirty_pages as f64 / since);
+        }
+        self.last_sync = elapsed;
+    }
+
+    /// Bytes of pages a second that the guest dirtied before the last sync, if there was one.
+    #[must_use]
+    pub fn dirty_bytes_per_second(&self) -> Option<f64> {
+        Some(self.dirty_rate? * self.page_bytes as f64)
+    }
+
+    /// Bytes of pages a second that rounds lately got done.
+    #[must_use]
+    pub fn page_bytes_per_second(&self) -> Option<f64> {
+        self.round_seconds_per_page().map(|seconds| self.page_bytes as f64 / seconds)
+    }
+
+    /// What a switchover at this moment would cost, with a backlog that is run down as far as `limit` asks for; `None` while
+    /// nothing is measured and something remains.
+    #[must_use]
+    pub fn forecast(&self, now: &Standing, limit: Duration) -> Option<Forecast> {
+        let mut fixed = self.fixed;
+        if now.dirty_pages + now.in_flight_pages == 0 {
+            return Some(Forecast { remaining_bytes: 0.0, transfer: Duration::ZERO, fixed });
+        }
+        let backlog = now.in_flight_pages.min(self.backlog_pages(limit)?);
+        // The guest runs on while the rest of the backlog is run down.
+        let draining = (now.in_flight_pages - backlog) as f64 * self.round_seconds_per_page()?;
+        let pages = now.dirty_pages as f64 + self.dirty_rate.unwrap_or(0.0) * draining + backlog as f64;
+        let transfer = seconds(pages * self.switchover_seconds_per_page()?);
+        // The source makes its digests while the rest is sent: that half is hidden behind it.
+        fixed.verify -= transfer.min(fixed.verify / 2);
+        Some(Forecast { remaining_bytes: pages * self.wire_bytes_per_page()?, transfer, fixed })
+    }
+
+    /// The pages that may still be on their way when the guest is paused: a small share of a downtime limit's worth.
+    #[must_use]
+    pub fn backlog_pages(&self, limit: Duration) -> Option<u64> {
+        let pages = limit.as_secs_f64() * BACKLOG_SHARE / self.switchover_seconds_per_page()?;
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "it saturates, and is not negative"
+        )]
+        Some(pages as u64)
+    }
+
+    /// What another round would take.
+    #[must_use]
+    pub fn round_time(&self, now: &Standing) -> Option<Duration> {
+        Some(seconds(now.dirty_pages as f64 * self.round_seconds_per_page()?))
+    }
+
+    /// Pages that the guest dirties in the time in which a round sends one: from 1 on, rounds get no smaller.
+    #[must_use]
+    pub fn outrun(&self) -> Option<f64> {
+        Some(self.dirty_rate? * self.round_seconds_per_page()?)
+    }
+
+    /// Pages that were written since the last sync and that none has found yet, by the rate before it; `None` before the first.
+    #[must_use]
+    pub fn unseen_pages(&self, elapsed: Duration) -> Option<f64> {
+        Some(self.dirty_rate? * elapsed.saturating_sub(self.last_sync).as_secs_f64())
+    }
+
+    /// What a page comes to on the wire, by what was achieved lately.
+    fn wire_bytes_per_page(&self) -> Option<f64> {
+        let first = self.first?;
+        let of = |achieved: Achieved| achieved.wire_bytes as f64 / achieved.pages as f64;
+        if let Some(&latest) = self.telling().next() {
+            return Some(of(latest));
+        }
+        let later = lately(self.later.iter());
+        if later.pages > 0 {
+            return Some(of(later));
+        }
+        let as_in_the_first = !self.deltas || self.misses_shrink;
+        Some(if as_in_the_first && first.pages > 0 { of(first) } else { self.page_bytes as f64 })
+    }
+
+    /// Bytes a second on the wire. The first round, which may have been held up by zero pages and compression, counts until a
+    /// later one was large enough to tell.
+    fn wire_rate(&self) -> Option<f64> {
+        let telling = lately(self.telling());
+        let achieved = if telling.pages > 0 { telling } else { lately(self.later.iter().chain(&self.first)) };
+        let rate = achieved.wire_bytes as f64 / achieved.time.as_secs_f64();
+        (rate > 0.0).then_some(rate)
+    }
+
+    /// The rounds after the first that were large enough to tell, the latest in front.
+    fn telling(&self) -> impl Iterator<Item = &Achieved> {
+        self.later.iter().filter(|round| round.page_bytes >= TELLING_BYTES)
+    }
+
+    /// Time that a page takes the stages, as the latest round that was large enough to tell shows it.
+    fn stage_seconds_per_page(&self) -> f64 {
+        self.telling().next().map_or(0.0, |latest| latest.time.as_secs_f64() / latest.pages as f64)
+    }
+
+    /// In a round: what the wire takes, or the stages if that is more.
+    fn round_seconds_per_page(&self) -> Option<f64> {
+        let wire = self.wire_bytes_per_page()? / self.wire_rate()?;
+        Some(wire.max(self.stage_seconds_per_page()))
+    }
+
+    /// In the switchover, which may have a bandwidth of its own.
+    fn switchover_seconds_per_page(&self) -> Option<f64> {
+        let rate = self.wire_rate()?;
+        let held_back = self.max_bandwidth.is_some_and(|cap| rate >= HELD_BACK * cap as f64);
+        match self.switchover_bandwidth {
+            // The rounds waited for their cap: their time says nothing of the stages.
+            SwitchoverBandwidth::AtMost(most) if held_back => Some(self.wire_bytes_per_page()? / most as f64),
+            SwitchoverBandwidth::AtMost(most) => {
+                let wire = self.wire_bytes_per_page()? / rate.min(most as f64);
+                Some(wire.max(self.stage_seconds_per_page()))
+            }
+            SwitchoverBandwidth::AsRounds | SwitchoverBandwidth::Unlimited => self.round_seconds_per_page(),
+        }
+    }
+}
+
+/// The sum of the latest rounds that together are enough; of all there are, if they are not.
+fn lately<'a>(rounds: impl Iterator<Item = &'a Achieved>) -> Achieved {
+    let mut sum = Achieved::default();
+    for round in rounds {
+        if sum.is_enough() {
+            break;
+        }
+        sum.pages += round.pages;
+        sum.page_bytes += round.page_bytes;
+        sum.wire_bytes += round.wire_bytes;
+        sum.time += round.time;
+    }
+    sum
+}
+
+/// So many seconds; the longest time there is for what is more.
+pub(super) fn seconds(seconds: f64) -> Duration {
+    Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::settings::{EncoderSettings, XbzrleSettings};
+
+    const MS: Duration = Duration::from_millis(1);
+    const LIMIT: Duration = Duration::from_millis(100);
+
+    fn forecaster(xbzrle: Option<XbzrleSettings>) -> Forecaster {
+        let encoder = EncoderSettings { xbzrle, ..EncoderSettings::default() };
+        Forecaster::new(&SourceSettings { encoder, ..SourceSettings::default() }, 4096)
+    }
+
+    fn round(pages: u64, zero: u64, bytes_out: u64) -> RoundTally {
+        RoundTally { pages, zero, bytes_in: pages * 4096, bytes_out, ..RoundTally::default() }
+    }
+
+    fn dirty(dirty_pages: u64) -> Standing {
+        Standing { dirty_pages, ..Standing::default() }
+    }
+
+    fn transfer(forecaster: &Forecaster, pages: u64) -> f64 {
+        forecaster.forecast(&dirty(pages), LIMIT).unwrap().transfer.as_secs_f64()
+    }
+
+    #[test]
+    fn nothing_is_known_before_a_round_but_what_nothing_costs() {
+        let mut forecaster = forecaster(None);
+        assert_eq!(forecaster.forecast(&dirty(1), LIMIT), None);
+        forecaster.fixed.sync = 3 * MS;
+        assert_eq!(forecaster.forecast(&dirty(0), LIMIT).unwrap().expected(), 3 * MS);
+    }
+
+    #[test]
+    fn zero_pages_of_the_first_round_make_what_is_written_no_cheaper() {
+        let mut forecaster = forecaster(None);
+        // A second for 10,000 pages, of which 9,000 were zero: the others came to 2,000 bytes each.
+        forecaster.round(&round(10_000, 9_000, 2_000_000), 1000 * MS);
+        assert!((transfer(&forecaster, 1000) - 1.0).abs() < 1e-9);
+    }
+
+    #[test]
+    fn until_a_round_of_deltas_is_measured_pages_count_as_they_are() {
+        let mut forecaster = forecaster(Some(XbzrleSettings::default()));
+        forecaster.round(&round(10_000, 0, 10_000_000), 1000 * MS);
+        assert!((transfer(&forecaster, 10_000) - 4.096).abs() < 1e-9);
+        // 100 bytes a page, at the same rate.
+        forecaster.round(&round(10_000, 0, 1_000_000), 100 * MS);
+        assert!((transfer(&forecaster, 10_000) - 0.1).abs() < 0.001);
+    }
+
+    #[test]
+    fn where_misses_are_compressed_pages_count_as_the_first_round_compressed_them() {
+        let mut forecaster = forecaster(Some(XbzrleSettings { compress_on_miss: true, ..XbzrleSettings::default() }));
+        forecaster.round(&round(10_000, 5_000, 5_000_000), 1000 * MS);
+        assert!((transfer(&forecaster, 1000) - 0.2).abs() < 1e-9);
+    }
+
+    #[test]
+    fn stages_that_are_slower_than_the_wire_count_in_full() {
+        let mut forecaster = forecaster(Some(XbzrleSettings::default()));
+        forecaster.round(&round(100_000, 0, 400_000_000), 1000 * MS);
+        // A tenth of a second for 10,000 deltas of 10 bytes: the wire would have taken a quarter of a millisecond.
+        forecaster.round(&round(10_000, 0, 100_000), 100 * MS);
+        assert!((transfer(&forecaster, 10_000) - 0.1).abs() < 1e-9);
+    }
+
+    #[test]
+    fn rounds_of_a_few_pages_do_not_pass_their_latency_off_as_a_rate() {
+        let mut forecaster = forecaster(None);
+        forecaster.round(&round(100_000, 0, 400_000_000), 1000 * MS);
+        (0..30).for_each(|_| forecaster.round(&round(1, 0, 4_000), 10 * MS));
+        assert!(transfer(&forecaster, 100_000) < 1.5);
+    }
+
+    #[test]
+    fn the_latest_rounds_count_where_they_are_long_and_large_enough() {
+        let mut forecaster = forecaster(None);
+        forecaster.round(&round(100_000, 0, 400_000_000), 1000 * MS);
+        forecaster.round(&round(100_000, 0, 400_000_000), 4000 * MS);
+        assert!((transfer(&forecaster, 100_000) - 4.0).abs() < 1e-9);
+    }
+
+    #[test]
+    fn a_backlog_is_run_down_to_its_share_while_the_guest_writes_on() {
+        let mut forecaster = forecaster(None);
+        forecaster.round(&round(100_000, 0, 400_000_000), 1000 * MS);
+        forecaster.synced(10_000, 1000 * MS);
+        assert_eq!(forecaster.backlog_pages(LIMIT), Some(500));
+        let now = Standing { dirty_pages: 10_000, in_flight_pages: 10_500, ..Standing::default() };
+        // 10,000 pages are run down in 0.1 s, in which 1,000 pages are written.
+        let forecast = forecaster.forecast(&now, LIMIT).unwrap();
+        assert!((forecast.transfer.as_secs_f64() - 0.115).abs() < 1e-9, "{forecast:?}");
+        assert!((forecast.remaining_bytes - 11_500.0 * 4000.0).abs() < 1.0, "{forecast:?}");
+    }
+
+    #[test]
+    fn digests_of_the_source_are_made_while_the_rest_is_sent() {
+        let mut forecaster = forecaster(None);
+        forecaster.fixed.verify = 40 * MS;
+        forecaster.round(&round(100_000, 0, 400_000_000), 1000 * MS);
+        let expected = |pages| forecaster.forecast(&dirty(pages), LIMIT).unwrap().expected();
+        assert_eq!([expected(0), expected(1000), expected(10_000)], [40 * MS, 40 * MS, 120 * MS]);
+    }
+
+    #[test]
+    fn deltas_that_get_better_count_as_the_latest_round_had_them() {
+        let mut forecaster = forecaster(Some(XbzrleSettings::default()));
+        forecaster.round(&round(10_000, 0, 10_000_000), 1000 * MS);
+        forecaster.round(&round(10_000, 0, 4_000_000), 400 * MS);
+        forecaster.round(&round(5_000, 0, 500_000), 50 * MS);
+        assert!((transfer(&forecaster, 10_000) - 0.1).abs() < 1e-9);
+    }
+
+    #[test]
+    fn a_bandwidth_of_the_switchover_counts_where_the_cap_held_the_rounds_back() {
+        let settings = |cap, switchover_bandwidth| SourceSettings {
+            max_bandwidth: Some(cap),
+            switchover_bandwidth,
+            encoder: EncoderSettings { compress: None, xbzrle: None },
+            ..SourceSettings::default()
+        };
+        let transfer = |cap, switchover_bandwidth| {
+            let mut forecaster = Forecaster::new(&settings(cap, switchover_bandwidth), 4096);
+            forecaster.round(&round(100_000, 0, 400_000_000), 4000 * MS);
+            transfer(&forecaster, 100_000)
+        };
+        let ten_times = SwitchoverBandwidth::AtMost(1_000_000_000);
+        assert!((transfer(100_000_000, ten_times) - 0.4).abs() < 1e-9);
+        assert!((transfer(200_000_000, ten_times) - 4.0).abs() < 1e-9, "the link did not even carry the cap");
+        assert!((transfer(200_000_000, SwitchoverBandwidth::AtMost(50_000_000)) - 8.0).abs() < 1e-9);
+        assert!((transfer(100_000_000, SwitchoverBandwidth::Unlimited) - 4.0).abs() < 1e-9, "nothing is promised");
+    }
+}

@@ -1,0 +1,311 @@
+//! When to switch over, and what to do about a guest that outruns the wire: figures and the time in, decisions out. No I/O,
+//! no clock, no tasks; the running migration and the [`simulation`] drive the same [`Controller`].
+//!
+//! ```text
+//!  each round sent ──▶ round ─┐
+//!  each sync ─────────────────┴▶ synced ──▶ another round │ throttle │ switch over │ give up
+//!  once in a while in a round ──▶ tick ───▶ nothing, or: switch over │ give up, for the deadline
+//! ```
+//!
+//! After each sync these are asked, in this order:
+//!
+//! 1. Is the expected downtime ([`forecast`]) at or below the limit, or is nothing dirty? It switches over.
+//! 2. Are the rounds used up, or can the deadline be kept by nothing else? What `on_deadline` says is done.
+//! 3. Have so many rounds brought no new least of what remains, or is it certain that those left will not bring it to the
+//!    limit at their pace? That is a stall: the next of the operator's steps is taken, if the one before has had its rounds
+//!    to show what it does ([`steps`]).
+//!
+//! `max_downtime` stands above all of them: no decision here switches over with a forecast above it, or with none. Within
+//! a round only the deadline decides, since between syncs what is dirty is not known.
+
+pub mod forecast;
+pub mod simulation;
+mod stall;
+pub mod steps;
+#[cfg(test)]
+mod tests;
+
+use std::time::Duration;
+
+use memferry_stages::tally::RoundTally;
+
+use crate::report::human;
+use crate::settings::{OnDeadline, SourceSettings};
+use forecast::{FixedCost, Forecast, Forecaster, Standing};
+use stall::Stall;
+use steps::{Steps, Taken};
+
+/// How much of the deadline is left over, for what happens between two looks at it.
+const MARGIN: Duration = Duration::from_millis(150);
+
+/// What to do next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Decision {
+    /// Scan again while the guest runs.
+    AnotherRound,
+    /// Hold the guest back for so many percent of its time, and scan again.
+    Throttle(u8),
+    /// Scan again, with a downtime limit that is raised to this.
+    RaiseLimit(Duration),
+    /// Pause the guest and send the rest.
+    SwitchOver,
+    /// Cancel: the limits cannot be met.
+    GiveUp,
+}
+
+/// A decision, and why.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Decided {
+    /// The round after which, or in which, it was made.
+    pub round: u32,
+    /// What to do.
+    pub decision: Decision,
+    /// Why, in words and figures.
+    pub why: String,
+    /// The forecast that it rests on, if one could be made.
+    pub forecast: Option<Forecast>,
+}
+
+/// The state of a migration's convergence: see the [module](self).
+#[derive(Clone, Debug)]
+pub struct Controller {
+    forecaster: Forecaster,
+    limits: Limits,
+    steps: Steps,
+    stall: Stall,
+    round: u32,
+    /// Is the switchover decided already?
+    switching: bool,
+}
+
+#[derive(Clone, Debug)]
+struct Limits {
+    downtime: Duration,
+    max_downtime: Option<Duration>,
+    rounds: u32,
+    deadline: Option<Duration>,
+    on_deadline: OnDeadline,
+}
+
+impl Controller {
+    /// Of a migration that begins, of a guest with pages of so many bytes.
+    #[must_use]
+    pub fn new(settings: &SourceSettings, page_bytes: u64) -> Self {
+        Self {
+            forecaster: Forecaster::new(settings, page_bytes),
+            limits: Limits {
+                downtime: settings.downtime_limit,
+                max_downtime: settings.max_downtime,
+                rounds: settings.max_rounds,
+                deadline: settings.deadline,
+                on_deadline: settings.on_deadline,
+            },
+            steps: Steps::new(&settings.convergence),
+            stall: Stall::new(settings.convergence.stall_rounds),
+            round: 0,
+            switching: false,
+        }
+    }
+
+    /// What a switchover costs beside the pages, to be kept up to date by whoever measures it.
+    pub fn fixed(&mut self) -> &mut FixedCost {
+        &mut self.forecaster.fixed
+    }
+
+    /// What the rounds have shown.
+    #[must_use]
+    pub fn forecaster(&self) -> &Forecaster {
+        &self.forecaster
+    }
+
+    /// The downtime limit, as far as it is raised.
+    #[must_use]
+    pub fn downtime_limit(&self) -> Duration {
+        let limit = self.steps.raised().unwrap_or(self.limits.downtime);
+        self.limits.max_downtime.map_or(limit, |most| limit.min(most))
+    }
+
+    /// What a switchover at this moment would cost.
+    #[must_use]
+    pub fn forecast(&self, now: &Standing) -> Option<Forecast> {
+        self.forecaster.forecast(now, self.downtime_limit())
+    }
+
+    /// The pages that may still be on their way when the guest is paused.
+    #[must_use]
+    pub fn backlog_pages(&self) -> u64 {
+        self.forecaster.backlog_pages(self.downtime_limit()).unwrap_or(0)
+    }
+
+    /// The logs are armed, at a time since the migration began.
+    pub fn armed(&mut self, elapsed: Duration) {
+        self.forecaster.armed(elapsed);
+    }
+
+    /// A round was sent, from its first batch to its last byte, in so much time.
+    pub fn round(&mut self, tally: &RoundTally, time: Duration) {
+        self.round = tally.round;
+        self.forecaster.round(tally, time);
+    }
+
+    /// The guest cannot be throttled: that step is left out from here on.
+    pub fn cannot_throttle(&mut self) {
+        self.steps.cannot_throttle();
+    }
+
+    /// A sync between rounds has found what is dirty: decides, and says why.
+    pub fn synced(&mut self, now: &Standing) -> Decided {
+        self.forecaster.synced(now.dirty_pages, now.elapsed);
+        let forecast = self.forecast(now);
+        let (decision, why) = if self.switching {
+            (Decision::SwitchOver, "switch over: the guest stands still already".into())
+        } else {
+            self.decide(now, forecast.as_ref())
+        };
+        self.switching = decision == Decision::SwitchOver;
+        Decided { round: self.round, decision, why, forecast }
+    }
+
+    fn decide(&mut self, now: &Standing, forecast: Option<&Forecast>) -> (Decision, String) {
+        let rounds_left = self.limits.rounds.saturating_sub(self.round);
+        let stall = self.stall.note(forecast, self.downtime_limit(), rounds_left);
+        if let Some(why) = self.is_met(now, forecast) {
+            return (Decision::SwitchOver, format!("switch over: {why}"));
+        }
+        if let Some(used_up) = self.used_up(now, forecast) {
+            return self.end(&used_up, forecast);
+        }
+        let outlook = self.outlook(forecast);
+        let may_switch = self.is_allowed(forecast);
+        let outrun = self.forecaster.outrun();
+        let limit = self.downtime_limit();
+        let highest = self.limits.max_downtime.unwrap_or(Duration::MAX);
+        let taken = self.steps.next(stall, forecast, may_switch, outrun, limit, highest);
+        if taken.is_some() {
+            self.stall.forget_pace();
+        }
+        match taken {
+            None => (Decision::AnotherRound, format!("another round: {outlook}")),
+            Some((Taken::Throttle(percent), why)) => {
+                (Decision::Throttle(percent), format!("throttle the guest to {percent} %: {why}; {outlook}"))
+            }
+            Some((Taken::Raise(limit), why)) => self.raised(limit, &why, now, forecast),
+            Some((Taken::SwitchOver, why)) => (Decision::SwitchOver, format!("switch over: {why}; {outlook}")),
+            Some((Taken::Cancel, why)) => (Decision::GiveUp, format!("gave up: {why}; {outlook}")),
+        }
+    }
+
+    /// A raised limit may be met at once.
+    fn raised(&self, limit: Duration, why: &str, now: &Standing, forecast: Option<&Forecast>) -> (Decision, String) {
+        let raised = format!("the downtime limit is raised to {}, for {why}", human::time(limit));
+        match self.is_met(now, forecast) {
+            Some(met) => (Decision::SwitchOver, format!("switch over: {raised}; {met}")),
+            None => (Decision::RaiseLimit(limit), format!("{raised}; {}", self.outlook(forecast))),
+        }
+    }
+
+    /// Time has passed in the middle of a round, of which so much is left: what the deadline asks for, if it is now or never.
+    pub fn tick(&mut self, now: &Standing) -> Option<Decided> {
+        let deadline = self.limits.deadline.filter(|_| !self.switching)?;
+        let forecast = self.with_unseen(now).and_then(|now| self.forecast(&now));
+        let (passed, now_or_never) = (now.elapsed >= deadline, self.is_now_or_never(now.elapsed, forecast.as_ref()));
+        let why = if passed {
+            format!("the deadline of {} has passed in round {}", human::time(deadline), self.round + 1)
+        } else if now_or_never
+            && self.limits.on_deadline == OnDeadline::SwitchOver
+            && self.is_allowed(forecast.as_ref())
+        {
+            let elapsed = human::time(now.elapsed);
+            format!("after {elapsed} the deadline of {} can be kept only from here", human::time(deadline))
+        } else {
+            return None;
+        };
+        let (decision, why) = self.end(&why, forecast.as_ref());
+        self.switching = decision == Decision::SwitchOver;
+        Some(Decided { round: self.round + 1, decision, why, forecast })
+    }
+
+    /// What the last sync knew and what must have been written since. In the first round nobody can tell.
+    fn with_unseen(&self, now: &Standing) -> Option<Standing> {
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "it saturates, and is not negative"
+        )]
+        let unseen = self.forecaster.unseen_pages(now.elapsed)? as u64;
+        Some(Standing { dirty_pages: now.dirty_pages.saturating_add(unseen), ..*now })
+    }
+
+    /// Why it may switch over by the limit, if it may.
+    fn is_met(&self, now: &Standing, forecast: Option<&Forecast>) -> Option<String> {
+        let forecast = forecast.filter(|_| self.is_allowed(forecast))?;
+        if now.dirty_pages == 0 {
+            return Some(format!("the last round left nothing dirty; {}", self.outlook(Some(forecast))));
+        }
+        (forecast.expected() <= self.downtime_limit()).then(|| self.outlook(Some(forecast)))
+    }
+
+    /// Does `max_downtime` allow it?
+    fn is_allowed(&self, forecast: Option<&Forecast>) -> bool {
+        self.limits.max_downtime.is_none_or(|most| forecast.is_some_and(|forecast| forecast.expected() <= most))
+    }
+
+    /// Would a switchover that begins later miss the deadline, and one that begins at once keep it, as nearly as can be?
+    fn is_now_or_never(&self, elapsed: Duration, forecast: Option<&Forecast>) -> bool {
+        let (Some(deadline), Some(forecast)) = (self.limits.deadline, forecast) else { return false };
+        elapsed.saturating_add(forecast.expected()).saturating_add(MARGIN) >= deadline
+    }
+
+    /// Which budget is used up, or will be before anything better than a switchover now can be done; in words.
+    fn used_up(&self, now: &Standing, forecast: Option<&Forecast>) -> Option<String> {
+        if self.round >= self.limits.rounds {
+            return Some(format!("{} rounds are used up", self.limits.rounds));
+        }
+        let (deadline, elapsed) = (self.limits.deadline?, now.elapsed);
+        let words = human::time(deadline);
+        if elapsed >= deadline {
+            return Some(format!("the deadline of {words} has passed"));
+        }
+        let switches = self.limits.on_deadline == OnDeadline::SwitchOver && self.is_allowed(forecast);
+        if switches {
+            let now_or_never = self.is_now_or_never(elapsed, forecast);
+            return now_or_never.then(|| format!("the deadline of {words} can be kept only from here"));
+        }
+        // At the best another round leaves nothing: even that would be too late.
+        let round = self.forecaster.round_time(now)?;
+        let at_best = elapsed.saturating_add(round).saturating_add(self.forecaster.fixed.total());
+        (at_best > deadline).then(|| {
+            let (round, elapsed) = (human::time(round), human::time(elapsed));
+            format!("another round takes {round}, and {elapsed} of the deadline of {words} are gone")
+        })
+    }
+
+    /// A budget is used up: what the operator said is done, unless it would exceed `max_downtime`.
+    fn end(&self, used_up: &str, forecast: Option<&Forecast>) -> (Decision, String) {
+        let outlook = self.outlook(forecast);
+        match self.limits.on_deadline {
+            OnDeadline::Cancel => (Decision::GiveUp, format!("gave up: {used_up}; {outlook}")),
+            OnDeadline::SwitchOver if self.is_allowed(forecast) => {
+                (Decision::SwitchOver, format!("switch over: {used_up}; {outlook}"))
+            }
+            OnDeadline::SwitchOver => {
+                let most = human::time(self.limits.max_downtime.unwrap_or_default());
+                (Decision::GiveUp, format!("gave up: {used_up}, and max_downtime is {most}; {outlook}"))
+            }
+        }
+    }
+
+    /// The forecast in words: the sum, its parts and the limit.
+    fn outlook(&self, forecast: Option<&Forecast>) -> String {
+        let Some(forecast) = forecast else { return "no rate is known yet".into() };
+        let FixedCost { sync, verify, handover } = forecast.fixed;
+        let [expected, transfer, sync, verify, handover, limit] =
+            [forecast.expected(), forecast.transfer, sync, verify, handover, self.downtime_limit()].map(human::time);
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "it saturates, and is shown")]
+        let rest = human::bytes(forecast.remaining_bytes as u64);
+        format!(
+            "expected downtime {expected} (transfer {transfer} for {rest}, sync {sync}, verify {verify}, handover \
+             {handover}), limit {limit}"
+        )
+    }
+}

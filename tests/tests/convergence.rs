@@ -1,0 +1,278 @@
+//! A guest that writes faster than the wire carries, and each way in which such a migration may end. Whatever the end, nobody
+//! holds the guest back any more.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use memferry::controller::{Decided, Decision};
+use memferry::dirty_log::DirtyLog;
+use memferry::events::{Event, Phase, Role};
+use memferry::geometry::{BlockInfo, PageSize};
+use memferry::guest::workload::{Fill, LogChoice, Pattern, Region, Workload, WorkloadSettings, WriterSettings};
+use memferry::guest::{Guest, GuestError, GuestState, RunState};
+use memferry::memory::GuestMemory;
+use memferry::settings::{
+    ConvergenceSettings, EncoderSettings, RaiseSettings, SourceSettings, StallStep, ThrottleSettings,
+};
+use memferry_tests::{Ends, Recorder, migrate_watched, source_settings};
+use memferry_transports::memory::MemoryTransport;
+use tokio_util::sync::CancellationToken;
+
+/// A workload that remembers how it was throttled, and may refuse to be.
+#[derive(Debug)]
+struct Hot {
+    workload: Arc<Workload>,
+    refuses: bool,
+    throttled: Mutex<Vec<u8>>,
+}
+
+impl Guest for Hot {
+    fn memory(&self) -> GuestMemory {
+        self.workload.memory()
+    }
+
+    fn run_state(&self) -> RunState {
+        self.workload.run_state()
+    }
+
+    fn dirty_logs(&self) -> Result<Vec<Arc<dyn DirtyLog>>, GuestError> {
+        self.workload.dirty_logs()
+    }
+
+    fn setup_state(&self) -> Result<GuestState, GuestError> {
+        self.workload.setup_state()
+    }
+
+    fn pause(&self) -> Result<(), GuestError> {
+        self.workload.pause()
+    }
+
+    fn resume(&self) -> Result<(), GuestError> {
+        self.workload.resume()
+    }
+
+    fn throttle(&self, percent: u8) -> Result<(), GuestError> {
+        self.throttled.lock().unwrap().push(percent);
+        if self.refuses && percent > 0 {
+            return Err(GuestError("this guest cannot be throttled".into()));
+        }
+        self.workload.throttle(percent)
+    }
+
+    fn save(&self) -> Result<GuestState, GuestError> {
+        self.workload.save()
+    }
+
+    fn committed(&self) {
+        self.workload.committed();
+    }
+
+    fn build(&self, page_size: PageSize, blocks: &[BlockInfo], setup: &GuestState) -> Result<(), GuestError> {
+        self.workload.build(page_size, blocks, setup)
+    }
+
+    fn prepare(&self, state: &GuestState) -> Result<(), GuestError> {
+        self.workload.prepare(state)
+    }
+
+    fn start(&self, run_state: RunState) -> Result<(), GuestError> {
+        self.workload.start(run_state)
+    }
+}
+
+impl Hot {
+    /// 8 MiB, of which any page is written twice in a fifth of a second.
+    fn new() -> Self {
+        let writer = WriterSettings {
+            pattern: Pattern::Uniform,
+            pages_per_second: 20_000.0,
+            bytes: 4000,
+            region: Region { from: 0.0, to: 1.0 },
+        };
+        let settings = WorkloadSettings {
+            memory: 8 << 20,
+            dirty_log: LogChoice::Software,
+            fill: Fill { zero: 0.0, text: 0.0, random: 1.0, process: 0.0 },
+            writers: vec![writer],
+            ..WorkloadSettings::default()
+        };
+        let workload = Workload::source(settings).expect("a workload of 8 MiB");
+        Self { workload, refuses: false, throttled: Mutex::default() }
+    }
+
+    fn throttled(&self) -> Vec<u8> {
+        self.throttled.lock().unwrap().clone()
+    }
+}
+
+/// Half a second for a round of all pages.
+fn settings(on_stall: &[StallStep]) -> SourceSettings {
+    SourceSettings {
+        encoder: EncoderSettings { compress: None, xbzrle: None },
+        max_bandwidth: Some(16 << 20),
+        downtime_limit: Duration::from_millis(100),
+        max_rounds: 40,
+        verify: false,
+        convergence: ConvergenceSettings {
+            on_stall: on_stall.to_vec(),
+            stall_rounds: 1,
+            cool_down_rounds: 1,
+            throttle: ThrottleSettings { start: 60, step: 30, most: 99 },
+            raise: RaiseSettings { step: Duration::from_millis(300), most: Duration::from_secs(3) },
+        },
+        ..source_settings(2, 2)
+    }
+}
+
+fn moved(guest: &Arc<Hot>, settings: SourceSettings, recorder: Recorder, cancel: CancellationToken) -> Ends {
+    let transport = Arc::new(MemoryTransport::new(64 << 10));
+    moved_over(guest, transport, settings, recorder, cancel)
+}
+
+fn moved_over(
+    guest: &Arc<Hot>,
+    transport: Arc<MemoryTransport>,
+    settings: SourceSettings,
+    recorder: Recorder,
+    cancel: CancellationToken,
+) -> Ends {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let moving = migrate_watched(guest.clone(), Workload::destination(), transport, settings, cancel, recorder);
+    runtime.block_on(async { tokio::time::timeout(Duration::from_secs(60), moving).await.expect("it hangs") })
+}
+
+fn ended_by(on_stall: &[StallStep]) -> (Arc<Hot>, Ends) {
+    let guest = Arc::new(Hot::new());
+    let ends = moved(&guest, settings(on_stall), Recorder::default(), CancellationToken::new());
+    (guest, ends)
+}
+
+fn decided(ends: &Ends) -> Vec<Decided> {
+    let decided = |(role, event): &(Role, Event)| match event {
+        Event::Decided(decided) if *role == Role::Source => Some(decided.clone()),
+        _ => None,
+    };
+    ends.events.iter().filter_map(decided).collect()
+}
+
+/// A recorder that does something when the source says that it throttles.
+fn at_the_throttle(act: impl Fn() + Send + Sync + 'static) -> Recorder {
+    Recorder::calling(move |role, event| {
+        let throttles = matches!(event, Event::Decided(Decided { decision: Decision::Throttle(_), .. }));
+        if role == Role::Source && throttles {
+            act();
+        }
+    })
+}
+
+#[track_caller]
+fn completed(ends: &Ends) -> Vec<Decided> {
+    assert_eq!(ends.source.phase, Phase::Completed, "{:?}: {:#?}", ends.source.error, decided(ends));
+    assert_eq!(ends.destination.phase, Phase::Completed, "{:?}", ends.destination.error);
+    decided(ends)
+}
+
+#[test]
+fn throttled_it_meets_the_limit_and_the_throttle_is_lifted() {
+    let (guest, ends) = ended_by(&[StallStep::Throttle]);
+    let decided = completed(&ends);
+    let levels = guest.throttled();
+    let (lifted, risen) = levels.split_last().unwrap();
+    assert_eq!(*lifted, 0, "{levels:?}");
+    assert!(risen.first() == Some(&60) && risen.is_sorted(), "{levels:?}");
+    let last = decided.last().unwrap();
+    assert!(last.why.contains(", limit 100 ms"), "{}", last.why);
+    assert!(ends.source.forecast.unwrap().expected() <= Duration::from_millis(100), "{last:#?}");
+}
+
+#[test]
+fn it_is_moved_under_a_limit_that_is_raised() {
+    let (guest, ends) = ended_by(&[StallStep::RaiseDowntimeLimit]);
+    let decided = completed(&ends);
+    assert!(guest.throttled().is_empty());
+    assert!(decided.last().unwrap().why.contains("limit is raised to"), "{decided:#?}");
+    let expected = ends.source.forecast.unwrap().expected();
+    assert!(expected > Duration::from_millis(100) && expected <= Duration::from_secs(3), "{expected:?}");
+}
+
+#[test]
+fn it_is_switched_over_above_its_limit_and_under_the_ceiling() {
+    let (_, ends) = ended_by(&[StallStep::SwitchOver]);
+    let decided = completed(&ends);
+    let why = &decided.last().unwrap().why;
+    assert!(why.contains("no more remains than a round before") || why.contains("no local minimum"), "{decided:#?}");
+    assert!(ends.source.forecast.unwrap().expected() > Duration::from_millis(100));
+}
+
+#[test]
+fn it_is_cancelled_and_goes_on() {
+    let (guest, ends) = ended_by(&[StallStep::Cancel]);
+    assert_eq!(ends.source.phase, Phase::Cancelled, "{:?}", ends.source.error);
+    let why = ends.source.error.clone().unwrap();
+    assert!(why.contains("brought no new least of what remains; expected downtime "), "{why}");
+    assert_eq!(ends.source.forecast, None);
+    assert_eq!(guest.run_state(), RunState::Running);
+}
+
+#[test]
+fn under_a_ceiling_that_it_cannot_keep_nothing_moves_it() {
+    let guest = Arc::new(Hot::new());
+    let ceiling = SourceSettings {
+        max_downtime: Some(Duration::from_millis(150)),
+        ..settings(&[StallStep::RaiseDowntimeLimit, StallStep::SwitchOver, StallStep::Cancel])
+    };
+    let ends = moved(&guest, ceiling, Recorder::default(), CancellationToken::new());
+    assert_eq!(ends.source.phase, Phase::Cancelled, "{:?}", decided(&ends));
+    assert_eq!(guest.run_state(), RunState::Running);
+}
+
+#[test]
+fn a_guest_that_cannot_be_throttled_gets_the_next_step() {
+    let guest = Arc::new(Hot { refuses: true, ..Hot::new() });
+    let steps = settings(&[StallStep::Throttle, StallStep::Cancel]);
+    let ends = moved(&guest, steps, Recorder::default(), CancellationToken::new());
+    assert_eq!(ends.source.phase, Phase::Cancelled, "{:?}", ends.source.error);
+    assert_eq!(guest.throttled(), [60, 0]);
+    let warned = |(_, event): &(Role, Event)| matches!(event, Event::Warning(what) if what.contains("throttled"));
+    assert!(ends.events.iter().any(warned));
+}
+
+#[test]
+fn the_throttle_is_lifted_when_it_is_cancelled() {
+    let (guest, cancel) = (Arc::new(Hot::new()), CancellationToken::new());
+    let recorder = at_the_throttle({
+        let cancel = cancel.clone();
+        move || cancel.cancel()
+    });
+    let ends = moved(&guest, settings(&[StallStep::Throttle]), recorder, cancel);
+    assert_eq!(ends.source.phase, Phase::Cancelled, "{:?}", ends.source.error);
+    assert_eq!(guest.throttled(), [60, 0]);
+    assert_eq!(guest.run_state(), RunState::Running);
+}
+
+#[test]
+fn the_throttle_is_lifted_when_it_fails() {
+    let (guest, transport) = (Arc::new(Hot::new()), Arc::new(MemoryTransport::new(64 << 10)));
+    let faults = transport.faults();
+    let recorder = at_the_throttle(move || faults.cut());
+    let steps = settings(&[StallStep::Throttle]);
+    let ends = moved_over(&guest, transport, steps, recorder, CancellationToken::new());
+    assert_eq!(ends.source.phase, Phase::Failed, "{:?}", ends.source.error);
+    assert_eq!(guest.throttled(), [60, 0]);
+    assert_eq!(guest.run_state(), RunState::Running);
+}
+
+#[test]
+fn the_switchover_has_a_bandwidth_of_its_own() {
+    let guest = Arc::new(Hot::new());
+    let faster = SourceSettings {
+        switchover_bandwidth: memferry::settings::SwitchoverBandwidth::AtMost(160 << 20),
+        ..settings(&[])
+    };
+    let ends = moved(&guest, faster, Recorder::default(), CancellationToken::new());
+    let decided = completed(&ends);
+    // Every page is dirty after every round, and would take half a second.
+    assert!(decided.len() < 10 && decided.last().unwrap().why.contains(", limit 100 ms"), "{decided:#?}");
+    assert!(ends.source.forecast.unwrap().expected() <= Duration::from_millis(100), "{decided:#?}");
+    assert!(ends.source.parts.final_transfer < Duration::from_millis(250), "{:?}", ends.source.parts);
+}
