@@ -51,7 +51,8 @@ impl FreeRanges {
     /// Takes a range into use, whoever has it: waits while it is held, which is not long.
     #[cfg_attr(not(feature = "kvm"), expect(dead_code, reason = "machines alone wait for a range"))]
     pub(super) fn take_when_let_go(&self, range: u32) {
-        while !self.take(range) && self.states[range as usize].load(Ordering::Relaxed) == HELD {
+        let state = &self.states[range as usize];
+        while state.compare_exchange(FREE, TAKEN, Ordering::Acquire, Ordering::Relaxed).is_err_and(|by| by != TAKEN) {
             std::thread::yield_now();
         }
     }
@@ -98,5 +99,24 @@ mod tests {
         ranges.let_go(0..1);
         ranges.give_back(1);
         assert!(ranges.take(0) && ranges.take(1));
+    }
+
+    #[test]
+    #[cfg(feature = "kvm")]
+    fn who_waits_for_a_range_has_it() {
+        let (ranges, over) = (FreeRanges::new(0..3, 1), std::sync::atomic::AtomicBool::new(false));
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !over.load(Ordering::Relaxed) {
+                    ranges.let_go(ranges.hold(1, 9));
+                }
+            });
+            for _ in 0..200_000 {
+                ranges.take_when_let_go(1);
+                assert!(ranges.is_taken(1));
+                ranges.give_back(1);
+            }
+            over.store(true, Ordering::Relaxed);
+        });
     }
 }
