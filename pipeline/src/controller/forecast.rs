@@ -106,6 +106,8 @@ pub struct Forecaster {
     first: Option<Achieved>,
     /// Those after the first, the latest in front.
     later: VecDeque<Achieved>,
+    /// What a page of the latest round took, zero pages counted: what is in flight is of that round.
+    latest_seconds_per_page: f64,
     /// Pages a second that the guest dirties, if two looks at it have shown it.
     dirty_rate: Option<f64>,
     last_sync: Duration,
@@ -125,6 +127,7 @@ impl Forecaster {
             switchover_bandwidth: settings.switchover_bandwidth,
             first: None,
             later: VecDeque::new(),
+            latest_seconds_per_page: 0.0,
             dirty_rate: None,
             last_sync: Duration::ZERO,
         }
@@ -138,6 +141,7 @@ impl Forecaster {
             wire_bytes: tally.bytes_out,
             time: time.max(Duration::from_nanos(1)),
         };
+        self.latest_seconds_per_page = round.time.as_secs_f64() / tally.pages.max(1) as f64;
         if self.first.is_none() {
             self.first = Some(Achieved { pages: tally.pages - tally.zero, ..round });
             return;
@@ -182,7 +186,7 @@ impl Forecaster {
         }
         let backlog = now.in_flight_pages.min(self.backlog_pages(limit)?);
         // The guest runs on while the rest of the backlog is run down.
-        let draining = (now.in_flight_pages - backlog) as f64 * self.round_seconds_per_page()?;
+        let draining = (now.in_flight_pages - backlog) as f64 * self.latest_seconds_per_page;
         let pages = now.dirty_pages as f64 + self.dirty_rate.unwrap_or(0.0) * draining + backlog as f64;
         let transfer = seconds(pages * self.switchover_seconds_per_page()?);
         // The source makes its digests while the rest is sent: that half is hidden behind it.
@@ -335,6 +339,18 @@ mod tests {
         // A second for 10,000 pages, of which 9,000 were zero: the others came to 2,000 bytes each.
         forecaster.round(&round(10_000, 9_000, 2_000_000), 1000 * MS);
         assert!((transfer(&forecaster, 1000) - 1.0).abs() < 1e-9);
+    }
+
+    #[test]
+    fn what_is_in_flight_of_the_first_round_is_mostly_zero_pages_where_the_round_was() {
+        let mut forecaster = forecaster(None);
+        forecaster.armed(Duration::ZERO);
+        forecaster.round(&round(10_000, 9_900, 200_000), 1000 * MS);
+        forecaster.synced(100, 1000 * MS);
+        // 5,000 of them take half a second, in which 50 pages are dirtied; a page takes 10 ms.
+        let now = Standing { dirty_pages: 100, in_flight_pages: 5_000, ..Standing::default() };
+        let transfer = forecaster.forecast(&now, LIMIT).unwrap().transfer.as_secs_f64();
+        assert!((transfer - 1.5).abs() < 0.1, "{transfer}");
     }
 
     #[test]

@@ -8,7 +8,7 @@
 //! | cancel | at once | |
 //!
 //! Nothing is taken back: the throttle only rises, and whoever runs the migration lifts it at its end. So it cannot swing
-//! between two levels. Postcopy, which ends every stall, has its place in [`Steps::next`] beside the switchover.
+//! between two levels. Postcopy, which ends every stall, has its place in `Steps::next` beside the switchover.
 
 use std::time::Duration;
 

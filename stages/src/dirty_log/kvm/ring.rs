@@ -10,6 +10,10 @@
 //! reads has been protected again before.
 //!
 //! A vCPU whose ring is full leaves the guest: its loop calls [`KvmRingLog::harvest`] and enters it again.
+//!
+//! **Not to be trusted where KVM emulates the guest's stores.** On such a host a write shortly before the pause is now and then
+//! missing in the rings; the digests find it, and the migration fails. One repeated store can also make more entries at once
+//! than the kernel keeps in reserve. KVM's dirty log has neither fault.
 
 use std::io;
 use std::ops::Range;
