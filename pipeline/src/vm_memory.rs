@@ -102,11 +102,9 @@ where
     let refuse = |why: &str| GuestError(format!("the region at {address:#x} {why}"));
     let length = mapping.size();
     let info = BlockInfo {
-        id: format!("ram@{address:#x}"),
-        length: length as u64,
         guest_address: address,
         backing_page_size: rustix::param::page_size() as u64,
-        ignored: false,
+        ..BlockInfo::new(format!("ram@{address:#x}"), length as u64)
     };
     let access = i32::try_from(rustix::mm::ProtFlags::READ.union(rustix::mm::ProtFlags::WRITE).bits()).expect("3");
     if mapping.prot() & access != access {

@@ -64,8 +64,7 @@ struct Bench {
 
 impl Bench {
     fn new() -> Self {
-        let info =
-            BlockInfo { id: "ram".into(), length: BYTES, guest_address: 0, backing_page_size: 4096, ignored: false };
+        let info = BlockInfo::new("ram", BYTES);
         let layout = Layout::new(PageSize::DEFAULT, vec![info]).expect("one block");
         let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
         Self { runtime, layout, plain: (0..PAGES / 64).collect() }

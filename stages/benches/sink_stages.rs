@@ -284,8 +284,7 @@ async fn load(guest: GuestMemory, heads: Vec<PagesHead>, payload: &[u8], pool: B
 }
 
 fn layout() -> Layout {
-    let info =
-        BlockInfo { id: "ram".into(), length: TURN as u64, guest_address: 0, backing_page_size: 4096, ignored: false };
+    let info = BlockInfo::new("ram", TURN as u64);
     Layout::new(PageSize::DEFAULT, vec![info]).expect("a layout")
 }
 

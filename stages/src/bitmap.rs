@@ -267,13 +267,7 @@ mod tests {
     const PAGES: [u64; 3] = [130, 64, 3];
 
     fn layout() -> Layout {
-        let block = |(index, pages): (usize, u64)| BlockInfo {
-            id: index.to_string(),
-            length: pages * 4096 - 1,
-            guest_address: 0,
-            backing_page_size: 4096,
-            ignored: false,
-        };
+        let block = |(index, pages): (usize, u64)| BlockInfo::new(index.to_string(), pages * 4096 - 1);
         Layout::new(PageSize::DEFAULT, PAGES.into_iter().enumerate().map(block).collect()).unwrap()
     }
 

@@ -130,13 +130,7 @@ mod tests {
         }
         let memory = Arc::new(MappedMemory::anonymous(length).unwrap());
         memory.store(0, &bytes[..length]);
-        let info = BlockInfo {
-            id: "ram".into(),
-            length: length as u64,
-            guest_address: 0,
-            backing_page_size: 4096,
-            ignored: false,
-        };
+        let info = BlockInfo::new("ram", length as u64);
         let block = RamBlock { info, memory: memory.clone(), fresh: false };
         (GuestMemory::new(size, vec![block]).unwrap(), memory, bytes)
     }

@@ -85,6 +85,20 @@ pub struct BlockInfo {
     pub ignored: bool,
 }
 
+impl BlockInfo {
+    /// A block that is sent, of memory in pages of 4 KiB at no address: what is otherwise is said beside it.
+    ///
+    /// ```
+    /// # use memferry_stages::geometry::BlockInfo;
+    /// let high = BlockInfo { guest_address: 4 << 30, ..BlockInfo::new("high", 1 << 30) };
+    /// # assert_eq!((high.length, high.backing_page_size, high.ignored), (1 << 30, 4096, false));
+    /// ```
+    #[must_use]
+    pub fn new(id: impl Into<String>, length: u64) -> Self {
+        Self { id: id.into(), length, guest_address: 0, backing_page_size: 4096, ignored: false }
+    }
+}
+
 /// A page of the guest, for messages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PageAt {
@@ -339,10 +353,6 @@ pub fn run_mask(first: u32, length: u32) -> u64 {
 mod tests {
     use super::*;
 
-    fn block(id: &str, length: u64) -> BlockInfo {
-        BlockInfo { id: id.into(), length, guest_address: 0, backing_page_size: 4096, ignored: false }
-    }
-
     #[test]
     fn page_sizes_are_powers_of_two_from_4_to_64_kib() {
         let good: Vec<u64> = (0..=(1 << 17)).filter(|&bytes| PageSize::new(bytes).is_some()).collect();
@@ -358,7 +368,8 @@ mod tests {
 
     #[test]
     fn partial_pages_and_extents_are_counted() {
-        let layout = Layout::new(PageSize::DEFAULT, vec![block("a", 64 * 4096 + 1), block("b", 7)]).unwrap();
+        let layout =
+            Layout::new(PageSize::DEFAULT, vec![BlockInfo::new("a", 64 * 4096 + 1), BlockInfo::new("b", 7)]).unwrap();
         assert_eq!((layout.block_pages(0), layout.block_extents(0)), (65, 2));
         assert_eq!(layout.valid_mask(ExtentAt { block: 0, extent: 0 }), u64::MAX);
         assert_eq!(layout.valid_mask(ExtentAt { block: 0, extent: 1 }), 1);
@@ -373,10 +384,10 @@ mod tests {
     fn bad_layouts_are_refused() {
         let refuse = |blocks| Layout::new(PageSize::DEFAULT, blocks).unwrap_err();
         assert_eq!(refuse(vec![]), LayoutError::NoBlocks);
-        assert!(matches!(refuse(vec![block("", 1)]), LayoutError::IdLength { .. }));
-        assert!(matches!(refuse(vec![block("a", 1), block("a", 2)]), LayoutError::DuplicateId(_)));
-        assert!(matches!(refuse(vec![block("a", 0)]), LayoutError::Length { .. }));
-        assert!(matches!(refuse(vec![block("a", u64::MAX)]), LayoutError::Length { .. }));
+        assert!(matches!(refuse(vec![BlockInfo::new("", 1)]), LayoutError::IdLength { .. }));
+        assert!(matches!(refuse(vec![BlockInfo::new("a", 1), BlockInfo::new("a", 2)]), LayoutError::DuplicateId(_)));
+        assert!(matches!(refuse(vec![BlockInfo::new("a", 0)]), LayoutError::Length { .. }));
+        assert!(matches!(refuse(vec![BlockInfo::new("a", u64::MAX)]), LayoutError::Length { .. }));
     }
 
     #[test]

@@ -25,7 +25,7 @@ impl StillGuest {
         let mapped = file.and_then(MappedMemory::file).map_err(|error| GuestError::caused("the image", error))?;
         let guest = Self { ram: OnceLock::new() };
         let length = mapped.len() as u64;
-        let info = BlockInfo { id: "ram".into(), length, guest_address: 0, backing_page_size: 4096, ignored: false };
+        let info = BlockInfo::new("ram", length);
         guest.put_in(PageSize::DEFAULT, info, mapped)?;
         Ok(guest)
     }

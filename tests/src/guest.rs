@@ -530,13 +530,7 @@ impl Guest for TestGuest {
 }
 
 fn info(index: usize, length: u64) -> BlockInfo {
-    BlockInfo {
-        id: format!("ram{index}"),
-        length,
-        guest_address: (index as u64) << 40,
-        backing_page_size: 4096,
-        ignored: false,
-    }
+    BlockInfo { guest_address: (index as u64) << 40, ..BlockInfo::new(format!("ram{index}"), length) }
 }
 
 /// A xorshift generator: 63 bits, good enough to scatter.

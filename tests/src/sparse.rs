@@ -123,7 +123,7 @@ impl SparseGuest {
     #[must_use]
     pub fn source(backing: Backing, log: LogKind, length: u64, pages: u64) -> Self {
         let guest = Self::destination(backing, log);
-        let info = BlockInfo { id: "ram".into(), length, guest_address: 0, backing_page_size: 4096, ignored: false };
+        let info = BlockInfo::new("ram", length);
         guest.map(PageSize::DEFAULT, info).expect("memory for a test");
         let memory = guest.counted();
         let memory = memory.mapped();

@@ -224,13 +224,7 @@ fn a_peer_that_cannot_be_taken_hears_why_and_the_wait_goes_on() {
 
 #[test]
 fn a_guest_that_is_larger_than_the_host_is_refused_before_anything_is_allocated() {
-    let huge = |index: u64| BlockInfo {
-        id: format!("ram{index}"),
-        length: 1 << 49,
-        guest_address: index << 49,
-        backing_page_size: 4096,
-        ignored: false,
-    };
+    let huge = |index: u64| BlockInfo { guest_address: index << 49, ..BlockInfo::new(format!("ram{index}"), 1 << 49) };
     let destination = Arc::new(TestGuest::destination());
     let ended = block_on(async {
         let transport = MemoryTransport::new(64 << 10);

@@ -48,15 +48,13 @@ fn facts(config: &Config) -> Vec<String> {
 
 /// The guest's blocks as they will be.
 fn layout(config: &Config) -> Result<Layout, String> {
-    let block =
-        |id: String, length| BlockInfo { id, length, guest_address: 0, backing_page_size: 4096, ignored: false };
     let shared = |table: Option<&SharedTable>| {
-        table.map(|table| BlockInfo { ignored: true, ..block("shared".into(), table.size.0) })
+        table.map(|table| BlockInfo { ignored: true, ..BlockInfo::new("shared", table.size.0) })
     };
     let (page_size, blocks) = match &config.guest {
         GuestTable::Workload(table) => {
             let settings = workload(table);
-            let ids = (0..settings.blocks).map(|index| block(index.to_string(), settings.block_bytes()));
+            let ids = (0..settings.blocks).map(|index| BlockInfo::new(index.to_string(), settings.block_bytes()));
             (settings.page_size, ids.chain(shared(table.shared.as_ref())).collect())
         }
         GuestTable::File(table) => {
@@ -64,13 +62,13 @@ fn layout(config: &Config) -> Result<Layout, String> {
             let length = |image: &crate::guest::file::Image| {
                 let found = std::fs::metadata(&image.path).map(|file| file.len());
                 found
-                    .map(|length| block(image.id.clone(), length))
+                    .map(|length| BlockInfo::new(image.id.clone(), length))
                     .map_err(|e| format!("{}: {e}", image.path.display()))
             };
             (settings.page_size, settings.images.iter().map(length).collect::<Result<_, _>>()?)
         }
         GuestTable::Kvm(table) => {
-            let ram = block("ram".into(), table.memory.0);
+            let ram = BlockInfo::new("ram", table.memory.0);
             (PageSize::DEFAULT, std::iter::once(ram).chain(shared(table.shared.as_ref())).collect())
         }
     };

@@ -283,13 +283,7 @@ mod tests {
             page_size: PageSize::DEFAULT,
             features: vec![Feature { name: feature::CHECKSUM.into(), required: true }],
         };
-        let block = BlockInfo {
-            id: "ram".into(),
-            length: 1 << 20,
-            guest_address: 0x4000_0000,
-            backing_page_size: 4096,
-            ignored: false,
-        };
+        let block = BlockInfo { guest_address: 0x4000_0000, ..BlockInfo::new("ram", 1 << 20) };
         let pages = PagesHead {
             at: ExtentAt { block: 0, extent: 0 },
             round: 1,

@@ -25,11 +25,10 @@ impl SharedSettings {
     /// The block, at this address.
     pub(super) fn block_info(&self, guest_address: u64) -> BlockInfo {
         BlockInfo {
-            id: "shared".into(),
-            length: self.bytes,
             guest_address,
             backing_page_size: rustix::param::page_size() as u64,
             ignored: true,
+            ..BlockInfo::new("shared", self.bytes)
         }
     }
 

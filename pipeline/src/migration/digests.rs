@@ -243,13 +243,7 @@ pub fn hashing_costs(bytes: u64) -> io::Result<(Duration, Duration)> {
     for start in (0..SAMPLE_BYTES).step_by(4096) {
         mapped.store(start, &[1; 4096]);
     }
-    let info = BlockInfo {
-        id: "sample".into(),
-        length: SAMPLE_BYTES as u64,
-        guest_address: 0,
-        backing_page_size: 4096,
-        ignored: false,
-    };
+    let info = BlockInfo::new("sample", SAMPLE_BYTES as u64);
     let block = RamBlock { info, memory: mapped, fresh: false };
     let sample = GuestMemory::new(PageSize::DEFAULT, vec![block]).expect("one good block");
     let nothing = DirtyBitmap::empty(sample.layout());
@@ -375,13 +369,7 @@ mod tests {
             for &(_, offset) in written.iter().filter(|(block, _)| *block == index) {
                 memory.store(offset, b"written");
             }
-            let info = BlockInfo {
-                id: index.to_string(),
-                length: length as u64,
-                guest_address: 0,
-                backing_page_size: 4096,
-                ignored: false,
-            };
+            let info = BlockInfo::new(index.to_string(), length as u64);
             RamBlock { info, memory, fresh: true }
         });
         GuestMemory::new(PageSize::DEFAULT, blocks.collect()).unwrap()

@@ -48,13 +48,8 @@ pub(super) struct Store {
 impl Store {
     pub(super) fn new(bytes: usize, page_size: PageSize, run_state: RunState) -> io::Result<Self> {
         let mapped = Arc::new(MappedMemory::anonymous(bytes)?);
-        let info = BlockInfo {
-            id: BLOCK.into(),
-            length: bytes as u64,
-            guest_address: 0,
-            backing_page_size: rustix::param::page_size() as u64,
-            ignored: false,
-        };
+        let info =
+            BlockInfo { backing_page_size: rustix::param::page_size() as u64, ..BlockInfo::new(BLOCK, bytes as u64) };
         let block = RamBlock { info, memory: mapped.clone(), fresh: true };
         let memory = GuestMemory::new(page_size, vec![block]).map_err(io::Error::other)?;
         let stand = if run_state == RunState::Running { Stand::Here } else { Stand::Paused };

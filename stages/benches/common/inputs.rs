@@ -135,12 +135,6 @@ pub(crate) fn pages(memory: &MappedMemory) -> &[u8] {
 
 /// A guest of one block of such memory.
 pub(crate) fn guest(memory: Arc<MappedMemory>) -> GuestMemory {
-    let info = BlockInfo {
-        id: "ram".into(),
-        length: memory.len() as u64,
-        guest_address: 0,
-        backing_page_size: 4096,
-        ignored: false,
-    };
+    let info = BlockInfo::new("ram", memory.len() as u64);
     GuestMemory::new(PageSize::DEFAULT, vec![RamBlock { info, memory, fresh: true }]).expect("one block")
 }

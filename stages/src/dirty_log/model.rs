@@ -185,8 +185,7 @@ mod tests {
 
     #[test]
     fn a_second_write_leaves_no_trace_until_the_page_is_rearmed() {
-        let block =
-            BlockInfo { id: "ram".into(), length: 1 << 20, guest_address: 0, backing_page_size: 4096, ignored: false };
+        let block = BlockInfo::new("ram", 1 << 20);
         let layout = Layout::new(PageSize::DEFAULT, vec![block]).unwrap();
         let hypervisor = Hypervisor::new(&layout);
         let (log, dirty) = (ModelLog::new(hypervisor.clone(), &layout), DirtyBitmap::empty(&layout));

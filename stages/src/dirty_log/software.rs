@@ -14,7 +14,7 @@ use crate::geometry::Layout;
 /// ```
 /// use memferry_stages::{bitmap::DirtyBitmap, dirty_log::{DirtyLog, SoftwareLog}};
 /// # use memferry_stages::geometry::{BlockInfo, ExtentAt, Layout, PageSize};
-/// # let ram = BlockInfo { id: "ram".into(), length: 1 << 20, guest_address: 0, backing_page_size: 4096, ignored: false };
+/// # let ram = BlockInfo::new("ram", 1 << 20);
 /// # let layout = Layout::new(PageSize::DEFAULT, vec![ram]).unwrap();
 /// let (log, dirty) = (SoftwareLog::new(&layout), DirtyBitmap::empty(&layout));
 /// log.start()?;
@@ -85,13 +85,7 @@ mod tests {
 
     #[test]
     fn a_mark_is_found_once_and_a_stopped_log_forgets() {
-        let block = |id: &str| BlockInfo {
-            id: id.into(),
-            length: 1 << 20,
-            guest_address: 0,
-            backing_page_size: 4096,
-            ignored: false,
-        };
+        let block = |id: &str| BlockInfo::new(id, 1 << 20);
         let layout = Layout::new(PageSize::DEFAULT, vec![block("a"), block("b")]).unwrap();
         let (log, dirty) = (SoftwareLog::new(&layout), DirtyBitmap::empty(&layout));
         log.start().unwrap();

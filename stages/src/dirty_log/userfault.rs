@@ -164,7 +164,7 @@ mod tests {
 
     fn log(memory: &Arc<MappedMemory>, page_size: u64) -> (UserfaultLog, DirtyBitmap) {
         let length = memory.len() as u64;
-        let info = BlockInfo { id: "ram".into(), length, guest_address: 0, backing_page_size: 4096, ignored: false };
+        let info = BlockInfo::new("ram", length);
         let layout = Layout::new(PageSize::new(page_size).unwrap(), vec![info]).unwrap();
         (UserfaultLog::new(&layout, vec![(0, memory.clone())]), DirtyBitmap::empty(&layout))
     }

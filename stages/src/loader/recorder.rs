@@ -32,7 +32,7 @@ impl Recorder {
     /// A guest of one block with that memory, its recorder, and the bitmap of the pages it holds.
     pub(crate) fn guest(bytes: Vec<u8>, fresh: bool) -> (GuestMemory, Arc<Self>, Arc<DirtyBitmap>) {
         let length = bytes.len() as u64;
-        let info = BlockInfo { id: "ram".into(), length, guest_address: 0, backing_page_size: 4096, ignored: false };
+        let info = BlockInfo::new("ram", length);
         let recorder = Arc::new(Self {
             bytes: Mutex::new(bytes),
             deeds: Mutex::default(),

@@ -17,13 +17,7 @@ use crate::wire::pages::PageEncoding;
 const STRETCH: u32 = 8;
 
 fn layout() -> Layout {
-    let block = BlockInfo {
-        id: "ram".into(),
-        length: (64 << 20) - 1,
-        guest_address: 0,
-        backing_page_size: 4096,
-        ignored: false,
-    };
+    let block = BlockInfo::new("ram", (64 << 20) - 1);
     Layout::new(PageSize::DEFAULT, vec![block]).unwrap()
 }
 

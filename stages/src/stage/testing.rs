@@ -16,7 +16,7 @@ pub(crate) fn page_size(kib: u64) -> PageSize {
 
 /// What a block of so many bytes is.
 pub(crate) fn block(index: usize, length: u64) -> BlockInfo {
-    BlockInfo { id: format!("ram{index}"), length, guest_address: 0, backing_page_size: 4096, ignored: false }
+    BlockInfo::new(format!("ram{index}"), length)
 }
 
 /// Blocks of these lengths.

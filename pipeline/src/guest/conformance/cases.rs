@@ -218,13 +218,7 @@ fn strange_blocks(right: &[BlockInfo]) -> Vec<Vec<BlockInfo>> {
         blocks
     };
     let mut more = right.to_vec();
-    more.push(BlockInfo {
-        id: "conformance".into(),
-        length: 4096,
-        guest_address: 1 << 50,
-        backing_page_size: 4096,
-        ignored: false,
-    });
+    more.push(BlockInfo { guest_address: 1 << 50, ..BlockInfo::new("conformance", 4096) });
     let mut strange = vec![
         more,
         changed(&|block| block.length += 1),

@@ -137,13 +137,7 @@ impl Counter {
         if self.mistake == Mistake::IsNotFresh {
             ram.store(4096, &[1]);
         }
-        let info = BlockInfo {
-            id: "ram".into(),
-            length: length as u64,
-            guest_address: 0,
-            backing_page_size: 4096,
-            ignored: false,
-        };
+        let info = BlockInfo::new("ram", length as u64);
         let block = RamBlock { info, memory: ram.clone(), fresh: true };
         let memory = GuestMemory::new(page_size, vec![block]).unwrap();
         let log = Arc::new(SoftwareLog::new(memory.layout()));

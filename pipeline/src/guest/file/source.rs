@@ -137,11 +137,8 @@ fn open(image: &Image) -> Result<RamBlock, GuestError> {
     let memory = FileMemory::open_source(&image.path);
     let memory = memory.map_err(|error| GuestError::caused(format_args!("image {}", image.id), error))?;
     let info = BlockInfo {
-        id: image.id.clone(),
-        length: memory.length(),
-        guest_address: 0,
         backing_page_size: rustix::param::page_size() as u64,
-        ignored: false,
+        ..BlockInfo::new(image.id.clone(), memory.length())
     };
     Ok(RamBlock { info, memory: Arc::new(memory), fresh: false })
 }

@@ -190,11 +190,9 @@ impl Ballooned for Machine {
 pub(super) fn block_infos(settings: &WorkloadSettings) -> Vec<BlockInfo> {
     let length = settings.block_bytes();
     let info = |index: u32| BlockInfo {
-        id: format!("ram{index}"),
-        length,
         guest_address: u64::from(index) * length,
         backing_page_size: settings.backing.page_bytes(),
-        ignored: false,
+        ..BlockInfo::new(format!("ram{index}"), length)
     };
     let shared = settings.shared.as_ref().map(|shared| shared.block_info(settings.memory));
     (0..settings.blocks).map(info).chain(shared).collect()

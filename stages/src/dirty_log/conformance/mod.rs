@@ -35,7 +35,7 @@
 //!
 //! fn subject() -> Subject {
 //!     let memory = Arc::new(MappedMemory::anonymous(100 * 4096).unwrap());
-//!     let info = BlockInfo { id: "ram".into(), length: 100 * 4096, guest_address: 0, backing_page_size: 4096, ignored: false };
+//!     let info = BlockInfo::new("ram", 100 * 4096);
 //!     let block = RamBlock { info, memory: memory.clone(), fresh: true };
 //!     let guest = GuestMemory::new(PageSize::DEFAULT, vec![block]).unwrap();
 //!     let log = Arc::new(SoftwareLog::new(guest.layout()));

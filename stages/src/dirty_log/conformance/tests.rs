@@ -19,13 +19,7 @@ const LENGTHS: [usize; 2] = [96 * 4096, 70 * 4096 + 123];
 
 fn guest(memory: Vec<Arc<dyn Memory>>, page_size: PageSize) -> GuestMemory {
     let block = |(index, memory): (usize, Arc<dyn Memory>)| RamBlock {
-        info: BlockInfo {
-            id: format!("ram{index}"),
-            length: memory.length(),
-            guest_address: 0,
-            backing_page_size: 4096,
-            ignored: false,
-        },
+        info: BlockInfo::new(format!("ram{index}"), memory.length()),
         memory,
         fresh: true,
     };

@@ -34,13 +34,7 @@ pub(super) fn memory(page_size: u64) -> (Vec<Arc<MappedMemory>>, GuestMemory) {
         .map(|&length| Arc::new(MappedMemory::anonymous(usize::try_from(length).unwrap()).unwrap()))
         .collect();
     let block = |(index, memory): (usize, &Arc<MappedMemory>)| RamBlock {
-        info: BlockInfo {
-            id: format!("ram{index}"),
-            length: LENGTHS[index],
-            guest_address: 0,
-            backing_page_size: 4096,
-            ignored: false,
-        },
+        info: BlockInfo::new(format!("ram{index}"), LENGTHS[index]),
         memory: memory.clone(),
         fresh: true,
     };
@@ -259,13 +253,7 @@ fn a_vcpu_that_throws_a_full_ring_away_is_found() {
 /// A machine of one slot of 150 MiB: chunks of 64 MiB, the last of which ends within a word.
 fn large(initially_set: bool) -> (Arc<LogModel>, KvmLog, DirtyBitmap) {
     let slots = [slot(0, 0, 0..38_401)];
-    let info = BlockInfo {
-        id: "ram".into(),
-        length: 38_401 * 4096,
-        guest_address: 0,
-        backing_page_size: 4096,
-        ignored: false,
-    };
+    let info = BlockInfo::new("ram", 38_401 * 4096);
     let layout = Layout::new(PageSize::DEFAULT, vec![info]).unwrap();
     let model = LogModel::new(&slots, initially_set);
     let log = KvmLog::new(model.clone(), slots, &layout);

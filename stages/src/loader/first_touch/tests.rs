@@ -79,13 +79,7 @@ struct Bed {
 impl Bed {
     fn new(pages: u64, answer: Answer) -> Self {
         let touched = Arc::new(Touched { pages, asked: Mutex::default(), answer });
-        let info = BlockInfo {
-            id: "ram".into(),
-            length: pages * 4096,
-            guest_address: 0,
-            backing_page_size: 4096,
-            ignored: false,
-        };
+        let info = BlockInfo::new("ram", pages * 4096);
         let block = RamBlock { info, memory: touched.clone(), fresh: true };
         let memory = GuestMemory::new(PageSize::DEFAULT, vec![block]).unwrap();
         let held = DirtyBitmap::empty(memory.layout());

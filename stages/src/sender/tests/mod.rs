@@ -310,8 +310,7 @@ fn control_frame(number: u32) -> Bytes {
 
 /// What a reader at the other end makes of the bytes: extents of Pages frames, versions of state chunks.
 async fn read_back(bytes: &[u8]) -> (Vec<u32>, Vec<u32>) {
-    let block =
-        BlockInfo { id: "ram".into(), length: 64 << 20, guest_address: 0, backing_page_size: 4096, ignored: false };
+    let block = BlockInfo::new("ram", 64 << 20);
     let layout = Layout::new(PageSize::DEFAULT, vec![block]).unwrap();
     let mut reader = FrameReader::new(bytes, "test".into(), PageSize::DEFAULT);
     let (mut extents, mut versions) = (Vec::new(), Vec::new());

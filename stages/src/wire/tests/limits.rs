@@ -69,7 +69,7 @@ fn the_largest_hello_fits() {
 fn an_extent_of_raw_pages_fills_the_bound_of_pages() {
     for page_size in [4096, 65536].map(|bytes| PageSize::new(bytes).unwrap()) {
         let length = page_size.extent_bytes() as u64;
-        let block = BlockInfo { id: "ram".into(), length, guest_address: 0, backing_page_size: 4096, ignored: false };
+        let block = BlockInfo::new("ram", length);
         let layout = Layout::new(page_size, vec![block]).unwrap();
         let pages = vec![(PageEncoding::Raw, u32::try_from(page_size.bytes()).unwrap()); 64];
         let at = ExtentAt { block: 0, extent: 0 };

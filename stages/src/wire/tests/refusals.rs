@@ -136,8 +136,7 @@ fn states_and_blocks() {
 
 #[test]
 fn ignored_blocks() {
-    let block =
-        |id: &str| BlockInfo { id: id.into(), length: 1, guest_address: 2, backing_page_size: 3, ignored: false };
+    let block = |id: &str| BlockInfo { guest_address: 2, backing_page_size: 3, ..BlockInfo::new(id, 1) };
     let frame = Message::Blocks(vec![block("a"), block("b"), block("c")]).encode(0);
     let plain = &frame[HEAD_BYTES..frame.len() - 8];
     let refusal = |more: &[u8]| decode(Kind::Blocks, &[plain, more].concat());

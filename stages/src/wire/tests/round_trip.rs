@@ -129,8 +129,7 @@ fn group(pages: &mut [(PageEncoding, u32)], page_size: PageSize, mask: u64) {
 
 /// A layout of one block with a partial last extent, and any frame for it.
 fn pages() -> impl Strategy<Value = (Layout, PagesHead)> {
-    let block =
-        |length| BlockInfo { id: "ram".into(), length, guest_address: 0, backing_page_size: 4096, ignored: false };
+    let block = |length| BlockInfo::new("ram", length);
     (page_size(), 1..300u64, any::<[u64; 3]>(), 1..=u32::MAX, vec((0..5u8, any::<u32>()), 64), any::<u64>()).prop_map(
         move |(page_size, pages, [extent, mask, zero], round, sizes, grouped)| {
             let bytes = u32::try_from(page_size.bytes()).unwrap();

@@ -10,14 +10,7 @@ use crate::wire::{Features, Hello, Message, PROTOCOL_VERSION, PageEncoding, Page
 
 /// Two blocks: 2 extents and 1 page, and a few bytes.
 pub(super) fn layout() -> Layout {
-    let block = |id: &str, length| BlockInfo {
-        id: id.into(),
-        length,
-        guest_address: 0,
-        backing_page_size: 4096,
-        ignored: false,
-    };
-    Layout::new(PageSize::DEFAULT, vec![block("ram", 129 * 4096), block("rom", 700)]).unwrap()
+    Layout::new(PageSize::DEFAULT, vec![BlockInfo::new("ram", 129 * 4096), BlockInfo::new("rom", 700)]).unwrap()
 }
 
 pub(super) fn hello() -> Hello {
@@ -60,13 +53,7 @@ pub(super) fn messages() -> Vec<Message> {
         end: true,
         bytes: Bytes::from_static(b"state"),
     };
-    let block = BlockInfo {
-        id: "ram".into(),
-        length: 129 * 4096,
-        guest_address: 1 << 32,
-        backing_page_size: 2 << 20,
-        ignored: false,
-    };
+    let block = BlockInfo { guest_address: 1 << 32, backing_page_size: 2 << 20, ..BlockInfo::new("ram", 129 * 4096) };
     let all = StretchDigest { hash: 1 << 100 | 2, left_out: [0; 8] };
     let some = StretchDigest { hash: 3, left_out: [4, 0, 5, 0, 0, 0, 0, 0] };
     vec![

@@ -228,11 +228,9 @@ fn gate(handler: u64) -> [u64; 2] {
 /// The blocks that a machine of these settings has: one, or one on each side of the hole.
 pub(super) fn block_infos(settings: &KvmSettings) -> Vec<BlockInfo> {
     let info = |id: &str, length, guest_address| BlockInfo {
-        id: id.into(),
-        length,
         guest_address,
         backing_page_size: rustix::param::page_size() as u64,
-        ignored: false,
+        ..BlockInfo::new(id, length)
     };
     let mut blocks = match settings.memory.checked_sub(HOLE.start) {
         None | Some(0) => vec![info("ram", settings.memory, 0)],
