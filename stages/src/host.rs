@@ -40,6 +40,12 @@ pub struct Probe {
     pub reserved_huge_pages: Answer,
 }
 
+/// Cores that this process may use, 1 if nobody can tell.
+#[must_use]
+pub fn cores() -> usize {
+    available_parallelism().map_or(1, usize::from)
+}
+
 impl Probe {
     /// Asks this host. Changes nothing.
     #[must_use]
@@ -47,7 +53,7 @@ impl Probe {
         let (features, offers) = (kernel::userfault_features(), kvm::offers());
         Self {
             page_bytes: rustix::param::page_size(),
-            cores: available_parallelism().map_or(1, usize::from),
+            cores: cores(),
             wp_async: feature(&features, WP_ASYNC),
             wp_unpopulated: feature(&features, WP_UNPOPULATED),
             wp_shared: feature(&features, WP_SHARED),

@@ -1,11 +1,12 @@
 //! The machine that the figures are of.
 
 use std::fs;
-use std::thread::available_parallelism;
+
+use memferry_stages::host::cores;
 
 /// One line: processor, cores, kernel, huge pages, the two programs.
 pub(crate) fn describe(qemu: &str) -> String {
-    let cores = available_parallelism().map_or(1, usize::from);
+    let cores = cores();
     let kernel = first_line("/proc/sys/kernel/osrelease");
     let huge = fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled").unwrap_or_default();
     let huge = huge.split(['[', ']']).nth(1).unwrap_or("none");

@@ -348,17 +348,7 @@ async fn read(memory: &GuestMemory, stream: &[u8], pool: &BufferPool) -> Result<
     let lanes = LaneMap::new(1, PageSize::DEFAULT);
     let (receiver_meter, loader_meter) = (Meter::start("receiver", Some(0)), Meter::start("loader", Some(0)));
     let receiver = Receiver::new(0, 1, reader, memory.layout().clone(), lanes, pool.clone(), receiver_meter);
-    let features = Features {
-        checksum: true,
-        snap: true,
-        lz4: true,
-        zstd: true,
-        groups: true,
-        xbzrle: true,
-        verify: true,
-        left_out: true,
-        ignored_blocks: false,
-    };
+    let features = Features { ignored_blocks: false, ..Features::ALL };
     let held = Arc::new(DirtyBitmap::filled(memory.layout()));
     let loader = Loader::new(0, memory.clone(), held, true, features, Arc::new(LaneProgress::default()), loader_meter);
     let ((frames, arrived), (control, said), (loaded_out, loaded)) = (bounded(4), bounded(64), bounded(64));

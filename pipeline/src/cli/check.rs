@@ -9,7 +9,7 @@ use memferry_stages::geometry::{BlockInfo, Layout, PageSize};
 
 use crate::config::settings::{source_files, workload};
 use crate::config::tables::{Config, GuestTable, KvmLogChoice, LogChoice, SharedTable};
-use crate::migration::{destination_bound, hashing_costs, source_bound};
+use crate::migration::{DIGEST_PASSES, destination_bound, hashing_cost, source_bound};
 use crate::report::human;
 use crate::settings::SourceSettings;
 
@@ -106,7 +106,8 @@ fn hashes_for_log(config: &Config) -> bool {
 
 /// What hashing costs, where it is done.
 fn hashing(config: &Config, bytes: u64, settings: &SourceSettings) -> Vec<String> {
-    let Ok((one_pass, digests)) = hashing_costs(bytes) else { return Vec::new() };
+    let Ok(one_pass) = hashing_cost(bytes) else { return Vec::new() };
+    let digests = one_pass * DIGEST_PASSES;
     let mut facts = Vec::new();
     if settings.verify {
         facts.push(format!("verify: about {} of the downtime go to digests", human::time(digests)));

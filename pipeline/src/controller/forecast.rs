@@ -198,12 +198,7 @@ impl Forecaster {
     #[must_use]
     pub fn backlog_pages(&self, limit: Duration) -> Option<u64> {
         let pages = limit.as_secs_f64() * BACKLOG_SHARE / self.switchover_seconds_per_page()?;
-        #[expect(
-            clippy::cast_possible_truncation,
-            clippy::cast_sign_loss,
-            reason = "it saturates, and is not negative"
-        )]
-        Some(pages as u64)
+        Some(whole(pages))
     }
 
     /// What another round would take.
@@ -298,6 +293,13 @@ fn lately<'a>(rounds: impl Iterator<Item = &'a Achieved>) -> Achieved {
 /// So many seconds; the longest time there is for what is more.
 pub(super) fn seconds(seconds: f64) -> Duration {
     Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX)
+}
+
+/// The whole part of a figure that is not negative; the largest number there is for what is more.
+pub(super) fn whole(figure: f64) -> u64 {
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "it saturates, and is not negative")]
+    let whole = figure as u64;
+    whole
 }
 
 #[cfg(test)]

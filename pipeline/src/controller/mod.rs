@@ -31,7 +31,7 @@ use memferry_stages::tally::RoundTally;
 
 use crate::report::human;
 use crate::settings::{OnDeadline, SourceSettings};
-use forecast::{FixedCost, Forecast, Forecaster, Standing};
+use forecast::{FixedCost, Forecast, Forecaster, Standing, whole};
 use stall::Stall;
 use steps::{Steps, Taken};
 
@@ -227,12 +227,7 @@ impl Controller {
 
     /// What the last sync knew and what must have been written since. In the first round nobody can tell.
     fn with_unseen(&self, now: &Standing) -> Option<Standing> {
-        #[expect(
-            clippy::cast_possible_truncation,
-            clippy::cast_sign_loss,
-            reason = "it saturates, and is not negative"
-        )]
-        let unseen = self.forecaster.unseen_pages(now.elapsed)? as u64;
+        let unseen = whole(self.forecaster.unseen_pages(now.elapsed)?);
         Some(Standing { dirty_pages: now.dirty_pages.saturating_add(unseen), ..*now })
     }
 
@@ -301,8 +296,7 @@ impl Controller {
         let FixedCost { sync, verify, handover } = forecast.fixed;
         let [expected, transfer, sync, verify, handover, limit] =
             [forecast.expected(), forecast.transfer, sync, verify, handover, self.downtime_limit()].map(human::time);
-        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "it saturates, and is shown")]
-        let rest = human::bytes(forecast.remaining_bytes as u64);
+        let rest = human::bytes(whole(forecast.remaining_bytes));
         format!(
             "expected downtime {expected} (transfer {transfer} for {rest}, sync {sync}, verify {verify}, handover \
              {handover}), limit {limit}"

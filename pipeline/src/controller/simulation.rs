@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use memferry_stages::tally::RoundTally;
 
-use super::forecast::{FixedCost, Forecast, Standing, seconds};
+use super::forecast::{FixedCost, Forecast, Standing, seconds, whole};
 use super::{Controller, Decided, Decision};
 use crate::settings::{SourceSettings, SwitchoverBandwidth};
 
@@ -163,7 +163,11 @@ impl<'a> Simulation<'a> {
         while self.now - began < time {
             self.advance(TICK.min(time - (self.now - began)));
             let share_left = 1.0 - (self.now - began).as_secs_f64() / time.as_secs_f64();
-            let now = Standing { elapsed: self.now, dirty_pages: whole(pages as f64 * share_left), in_flight_pages: 0 };
+            let now = Standing {
+                elapsed: self.now,
+                dirty_pages: whole((pages as f64 * share_left).round()),
+                in_flight_pages: 0,
+            };
             let Some(decided) = self.controller.tick(&now) else { continue };
             let decision = decided.decision;
             self.run.decided.push(decided);
@@ -245,9 +249,9 @@ impl<'a> Simulation<'a> {
         RoundTally {
             round: self.round,
             pages,
-            zero: if first { whole(pages as f64 * self.costs.zero) } else { 0 },
+            zero: if first { whole((pages as f64 * self.costs.zero).round()) } else { 0 },
             bytes_in: pages * self.costs.page_bytes,
-            bytes_out: whole(self.wire_bytes(pages)),
+            bytes_out: whole(self.wire_bytes(pages).round()),
             ..RoundTally::default()
         }
     }
@@ -256,10 +260,4 @@ impl<'a> Simulation<'a> {
         self.run.bytes += tally.bytes_out as f64;
         self.run.round_bytes.push(tally.bytes_out as f64);
     }
-}
-
-fn whole(number: f64) -> u64 {
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "it saturates, and is not negative")]
-    let whole = number.round() as u64;
-    whole
 }

@@ -45,14 +45,13 @@ impl FreeRanges {
 
     /// Takes a range into use, if it is free.
     pub(super) fn take(&self, range: u32) -> bool {
-        self.change(range, TAKEN)
+        self.change(range, TAKEN).is_ok()
     }
 
     /// Takes a range into use, whoever has it: waits while it is held, which is not long.
     #[cfg_attr(not(feature = "kvm"), expect(dead_code, reason = "machines alone wait for a range"))]
     pub(super) fn take_when_let_go(&self, range: u32) {
-        let state = &self.states[range as usize];
-        while state.compare_exchange(FREE, TAKEN, Ordering::Acquire, Ordering::Relaxed).is_err_and(|by| by != TAKEN) {
+        while self.change(range, TAKEN).is_err_and(|by| by != TAKEN) {
             std::thread::yield_now();
         }
     }
@@ -71,7 +70,7 @@ impl FreeRanges {
     /// Holds the free ranges from here on, up to the first that is not free, at most so many. They must be let go.
     pub(super) fn hold(&self, from: u32, most: u32) -> Range<u32> {
         let end = self.count().min(from.saturating_add(most));
-        let held = (from..end).take_while(|&range| self.change(range, HELD)).count();
+        let held = (from..end).take_while(|&range| self.change(range, HELD).is_ok()).count();
         from..from + u32::try_from(held).expect("at most so many")
     }
 
@@ -80,8 +79,9 @@ impl FreeRanges {
         held.for_each(|range| self.states[range as usize].store(FREE, Ordering::Release));
     }
 
-    fn change(&self, range: u32, to: u8) -> bool {
-        self.states[range as usize].compare_exchange(FREE, to, Ordering::Acquire, Ordering::Relaxed).is_ok()
+    /// Changes a range that is free; else says what it is.
+    fn change(&self, range: u32, to: u8) -> Result<u8, u8> {
+        self.states[range as usize].compare_exchange(FREE, to, Ordering::Acquire, Ordering::Relaxed)
     }
 }
 

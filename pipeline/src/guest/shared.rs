@@ -3,7 +3,7 @@
 use std::fs::OpenOptions;
 use std::io::ErrorKind;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use memferry_stages::geometry::BlockInfo;
@@ -22,6 +22,23 @@ pub struct SharedSettings {
 }
 
 impl SharedSettings {
+    /// The block that a source tells of by its length, 0 for none, in a file that this end names.
+    ///
+    /// # Errors
+    /// In words, if one came and no file for it is named.
+    pub(super) fn that_came(bytes: u64, file: Option<&Path>) -> Result<Option<Self>, String> {
+        match (bytes, file) {
+            (0, _) => Ok(None),
+            (bytes, Some(path)) => Ok(Some(Self { path: path.to_owned(), bytes })),
+            (bytes, None) => Err(format!("a shared block of {bytes} bytes came, and no file for it is named here")),
+        }
+    }
+
+    /// Its length to tell a destination, 0 if there is none.
+    pub(super) fn bytes_of(shared: Option<&Self>) -> u64 {
+        shared.map_or(0, |shared| shared.bytes)
+    }
+
     /// The block, at this address.
     pub(super) fn block_info(&self, guest_address: u64) -> BlockInfo {
         BlockInfo {

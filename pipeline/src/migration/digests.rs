@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::digest::{self, Known, STRETCH_WORDS};
 use memferry_stages::geometry::{BlockInfo, EXTENT_PAGES, ExtentAt, Layout, PageAt, PageSize};
+use memferry_stages::host::cores;
 use memferry_stages::memory::{GuestMemory, MappedMemory, RamBlock};
 use memferry_stages::pool::{BufferPool, PooledBuffer};
 use memferry_stages::wire::Message;
@@ -25,6 +26,8 @@ use super::{note_untouched, untouched_pages};
 
 /// Stretches that are hashed to measure what all of them will cost.
 const SAMPLES: usize = 8;
+/// Passes over the guest's memory that digests are counted for: each end makes one, and they may share a machine.
+pub const DIGEST_PASSES: u32 = 2;
 /// Memory that is hashed to measure a host that has no guest yet: more than its caches hold.
 const SAMPLE_BYTES: usize = 128 << 20;
 
@@ -165,7 +168,7 @@ pub(super) fn start(memory: &GuestMemory, left_out: Arc<DirtyBitmap>) -> Pending
 fn start_some(memory: &GuestMemory, left_out: Arc<DirtyBitmap>, stretches: Arc<[StretchAt]>) -> Pending {
     let stop = Arc::new(AtomicBool::new(false));
     let untouched = Arc::new(OnceLock::new());
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let cores = cores();
     let worker = |number: usize| {
         let (memory, stop, untouched) = (memory.clone(), stop.clone(), untouched.clone());
         let (left_out, stretches) = (left_out.clone(), stretches.clone());
@@ -223,22 +226,21 @@ fn estimate(memory: &GuestMemory, left_out: &DirtyBitmap) -> io::Result<Duration
         note_untouched(memory, at.block, pages_of(memory.layout(), at), &untouched);
         Hasher::new(memory, &untouched, left_out).hash(at)?;
     }
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    Ok(began.elapsed().mul_f64(stretches.len() as f64 / sample.len() as f64 / cores as f64))
+    Ok(began.elapsed().mul_f64(stretches.len() as f64 / sample.len() as f64 / cores() as f64))
 }
 
-/// What digests add to the downtime: both ends hash all of the guest, and may share a machine. By a few stretches hashed
+/// What digests add to the downtime: by a few stretches hashed
 /// now. May block.
 pub(super) fn downtime(memory: &GuestMemory, left_out: &DirtyBitmap) -> io::Result<Duration> {
-    Ok(estimate(memory, left_out)? * 2)
+    Ok(estimate(memory, left_out)? * DIGEST_PASSES)
 }
 
-/// What one pass over so many bytes of written memory takes on this host: with every core, as a sync of the hash log makes it,
-/// and for the digests of both ends, as the forecast of the downtime counts them. Measured on a sample; may block.
+/// What one pass over so many bytes of written memory takes on this host, with every core: a sync of the hash log makes one, digests
+/// [`DIGEST_PASSES`]. Measured on a sample; may block.
 ///
 /// # Errors
 /// When there is no memory for the sample.
-pub fn hashing_costs(bytes: u64) -> io::Result<(Duration, Duration)> {
+pub fn hashing_cost(bytes: u64) -> io::Result<Duration> {
     let mapped = Arc::new(MappedMemory::anonymous(SAMPLE_BYTES)?);
     for start in (0..SAMPLE_BYTES).step_by(4096) {
         mapped.store(start, &[1; 4096]);
@@ -247,8 +249,7 @@ pub fn hashing_costs(bytes: u64) -> io::Result<(Duration, Duration)> {
     let block = RamBlock { info, memory: mapped, fresh: false };
     let sample = GuestMemory::new(PageSize::DEFAULT, vec![block]).expect("one good block");
     let nothing = DirtyBitmap::empty(sample.layout());
-    let all_cores = estimate(&sample, &nothing)?.mul_f64(bytes as f64 / SAMPLE_BYTES as f64);
-    Ok((all_cores, all_cores * 2))
+    Ok(estimate(&sample, &nothing)?.mul_f64(bytes as f64 / SAMPLE_BYTES as f64))
 }
 
 /// The page hashes of a stretch, to be sent; of pages that are left out there are none. May block.

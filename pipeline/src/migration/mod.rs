@@ -33,12 +33,14 @@ use memferry_stages::memory::GuestMemory;
 
 pub use bounds::{destination_bound, source_bound};
 pub use destination::receive;
-pub use digests::hashing_costs;
+pub use digests::{DIGEST_PASSES, hashing_cost};
 pub use plane::DataPlane;
 pub use source::send;
 pub use tokio_util::sync::CancellationToken;
 
 use crate::events::BlockFacts;
+use crate::guest::GuestError;
+use error::{MigrationError, guarded};
 
 /// Runs what may block where blocking is allowed.
 ///
@@ -49,6 +51,11 @@ async fn blocking<T: Send + 'static>(call: impl FnOnce() -> T + Send + 'static) 
         Ok(value) => value,
         Err(error) => std::panic::resume_unwind(error.into_panic()),
     }
+}
+
+/// Asks a guest for something that a migration goes on without: a panic in it is an error, and no more.
+async fn asked(call: impl FnOnce() -> Result<(), GuestError> + Send + 'static) -> Result<(), MigrationError> {
+    guarded(async { Ok(blocking(call).await?) }).await
 }
 
 fn block_facts(layout: &Layout) -> Vec<BlockFacts> {

@@ -21,7 +21,7 @@
 //! the last one reported is what the destination will hold, and every later difference is found against it. A page
 //! that was taken and given back unread stays in flight: it is sent again each round until the log is stopped.
 //!
-//! A sync reads with every core. Pages that were never touched count as zero pages without being read, so that a hole stays one.
+//! A sync is what a paused guest waits for, so it reads with every core. Pages that were never touched count as zero pages without being read, so that a hole stays one.
 //! Pages that are left out are neither read nor reported. A page that was only hinted free stays in flight, and so is sent all the
 //! same: what was stored into it afterwards cannot be told from what was there before, if it is the same, and the destination has
 //! neither.
@@ -36,6 +36,7 @@ use super::DirtyLog;
 use crate::batch::CopiedBatch;
 use crate::bitmap::{DirtyBitmap, words_of};
 use crate::geometry::{ExtentAt, Layout, bits};
+use crate::host::cores;
 use crate::memory::GuestMemory;
 use crate::pool::BufferPool;
 
@@ -60,7 +61,7 @@ impl HashLog {
         Self {
             pages: (0..layout.block_count()).map(of_block).collect(),
             zero: hash(&vec![0; layout.page_size().bytes()]),
-            scratch: BufferPool::new(workers(), layout.page_size().extent_bytes()),
+            scratch: BufferPool::new(cores(), layout.page_size().extent_bytes()),
             memory,
         }
     }
@@ -68,7 +69,7 @@ impl HashLog {
     /// Bytes that a log for such a guest keeps in memory.
     #[must_use]
     pub fn bytes_for(layout: &Layout) -> u64 {
-        layout.pages() * size_of::<PageState>() as u64 + (workers() * layout.page_size().extent_bytes()) as u64
+        layout.pages() * size_of::<PageState>() as u64 + (cores() * layout.page_size().extent_bytes()) as u64
     }
 
     fn page(&self, at: ExtentAt, bit: u32) -> &PageState {
@@ -129,7 +130,7 @@ impl DirtyLog for HashLog {
     }
 
     fn sync(&self, block: u32, extents: Range<u32>, into: &DirtyBitmap) -> io::Result<()> {
-        let part = extents.len().div_ceil(workers()).max(LEAST_EXTENTS);
+        let part = extents.len().div_ceil(cores()).max(LEAST_EXTENTS);
         let parts = extents
             .clone()
             .step_by(part)
@@ -182,11 +183,6 @@ impl DirtyLog for HashLog {
     fn stop(&self) -> io::Result<()> {
         Ok(())
     }
-}
-
-/// How many read memory in a sync: it is what a paused guest waits for, so every core takes a part.
-fn workers() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from)
 }
 
 /// What the destination has of a page, or will have.

@@ -114,6 +114,19 @@ pub struct Features {
 }
 
 impl Features {
+    /// All that are known.
+    pub const ALL: Self = Self {
+        checksum: true,
+        snap: true,
+        lz4: true,
+        zstd: true,
+        groups: true,
+        xbzrle: true,
+        verify: true,
+        left_out: true,
+        ignored_blocks: true,
+    };
+
     /// The features that are used, by name. All of them are required: the stream makes no sense without them.
     #[must_use]
     pub fn to_list(self) -> Vec<Feature> {

@@ -7,6 +7,8 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 
+use memferry_stages::host::cores;
+
 use super::machine::Machine;
 use super::random::Random;
 use super::settings::Fill;
@@ -28,7 +30,7 @@ pub(super) fn fill(machine: &Machine) -> Result<(), GuestError> {
     let material = Material::prepare(machine)?;
     let (material, next) = (&material, &AtomicU32::new(0));
     thread::scope(|scope| {
-        for _ in 0..thread::available_parallelism().map_or(1, usize::from) {
+        for _ in 0..cores() {
             scope.spawn(move || fill_runs(machine, material, next));
         }
     });

@@ -120,7 +120,7 @@ pub(super) fn save_settings(settings: &WorkloadSettings, is_plugged: bool) -> Gu
     bytes.put_u32_le(range_pages);
     bytes.put_f64_le(settings.unplugged);
     bytes.put_u8(is_plugged.into());
-    bytes.put_u64_le(settings.shared.as_ref().map_or(0, |shared| shared.bytes));
+    bytes.put_u64_le(SharedSettings::bytes_of(settings.shared.as_ref()));
     bytes.put_u32_le(count(settings.writers.len()));
     for writer in &settings.writers {
         let (tag, one, two) = match writer.pattern {
@@ -152,15 +152,7 @@ pub(super) fn load_settings(state: &GuestState, shared: Option<&Path>) -> Result
     let free = (free.share != 0.0).then_some(free);
     let unplugged = input.f64()?;
     let is_plugged = input.tag("plugged", &[false, true])?;
-    let shared = match (input.u64()?, shared) {
-        (0, _) => None,
-        (bytes, Some(path)) => Some(SharedSettings { path: path.to_owned(), bytes }),
-        (bytes, None) => {
-            return Err(
-                input.refuse(format_args!("a shared block of {bytes} bytes came, and no file for it is named here"))
-            );
-        }
-    };
+    let shared = SharedSettings::that_came(input.u64()?, shared).map_err(|why| input.refuse(why))?;
     let writers = input.u32()?;
     if writers as usize > MAX_WRITERS {
         return Err(input.refuse(format_args!("{writers} writers")));

@@ -12,8 +12,8 @@ use super::Source;
 use crate::events::Event;
 use crate::guest::clearer::{BlockPages, Clearer, Hints, Point};
 use crate::guest::{GuestError, RunState};
-use crate::migration::blocking;
-use crate::migration::error::{MigrationError, guarded};
+use crate::migration::error::MigrationError;
+use crate::migration::{asked, blocking};
 use crate::settings::After;
 
 impl Source {
@@ -126,9 +126,7 @@ impl Source {
     async fn tell_clearers(&self, point: Point) {
         for clearer in &self.clearers[..self.set_up] {
             let (clearer, point) = (clearer.clone(), point.clone());
-            let reached: Result<(), MigrationError> =
-                guarded(async { Ok(blocking(move || clearer.reached(&point)).await?) }).await;
-            if let Err(error) = reached {
+            if let Err(error) = asked(move || clearer.reached(&point)).await {
                 self.observers.tell(&Event::Warning(error.to_string()));
             }
         }

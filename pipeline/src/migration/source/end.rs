@@ -11,7 +11,7 @@ use crate::guest::RunState;
 use crate::migration::error::{MigrationError, guarded};
 use crate::migration::flow::Flow;
 use crate::migration::handshake::Verdict;
-use crate::migration::{blocking, bounds};
+use crate::migration::{asked, blocking, bounds};
 use crate::settings::After;
 
 /// How long the destination is given to take the reason of a failure before its connection is dropped.
@@ -61,7 +61,7 @@ impl Source {
     async fn lift_throttle(&self) {
         if self.throttled {
             let guest = self.guest.clone();
-            if let Err(error) = guarded(async { Ok(blocking(move || guest.throttle(0)).await?) }).await {
+            if let Err(error) = asked(move || guest.throttle(0)).await {
                 self.observers.tell(&Event::Warning(format!("the guest may still be throttled: {error}")));
             }
         }
@@ -77,8 +77,7 @@ impl Source {
             }
             if run { guest.resume() } else { Ok(()) }
         };
-        let went_on = guarded(async { Ok(blocking(go_on).await?) }).await;
-        match went_on {
+        match asked(go_on).await {
             Ok(()) => {
                 if run {
                     self.observers.tell(&Event::Resumed);

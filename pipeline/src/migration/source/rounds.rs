@@ -13,8 +13,8 @@ use super::{Source, wire_bytes};
 use crate::controller::forecast::Standing;
 use crate::controller::{Decided, Decision};
 use crate::events::{Event, Progress};
-use crate::migration::blocking;
-use crate::migration::error::{MigrationError, guarded};
+use crate::migration::asked;
+use crate::migration::error::MigrationError;
 use crate::migration::flow::{Flow, Signal};
 
 impl Source {
@@ -33,7 +33,7 @@ impl Source {
             self.tell(&decided);
             match decided.decision {
                 Decision::AnotherRound | Decision::RaiseLimit(_) => {}
-                Decision::Throttle(percent) => self.throttle(percent).await?,
+                Decision::Throttle(percent) => self.throttle(percent).await,
                 Decision::SwitchOver => return Ok(()),
                 Decision::GiveUp => return Err(MigrationError::GaveUp(decided.why)),
             }
@@ -49,14 +49,13 @@ impl Source {
     }
 
     /// Holds the guest back. One that cannot be is let run, and the controller goes on without this step.
-    async fn throttle(&mut self, percent: u8) -> Result<(), MigrationError> {
+    async fn throttle(&mut self, percent: u8) {
         let guest = self.guest.clone();
         self.throttled = true;
-        if let Err(error) = guarded(async { Ok(blocking(move || guest.throttle(percent)).await?) }).await {
+        if let Err(error) = asked(move || guest.throttle(percent)).await {
             self.controller.cannot_throttle();
             self.observers.tell(&Event::Warning(error.to_string()));
         }
-        Ok(())
     }
 
     /// One round: everything that is dirty now, until its last byte is handed to the transport.

@@ -101,17 +101,7 @@ fn features() {
         Features::from_list(&unknown).unwrap_err().to_string(),
         r#"the stream requires features that this version does not know: "newer", "newest\n""#
     );
-    let all = Features {
-        checksum: true,
-        snap: true,
-        lz4: true,
-        zstd: true,
-        groups: true,
-        xbzrle: true,
-        verify: true,
-        left_out: true,
-        ignored_blocks: true,
-    };
+    let all = Features::ALL;
     assert_eq!(Features::from_list(&all.to_list()), Ok(all));
     assert!(all.to_list().iter().all(|feature| feature.required));
     let mut hello = samples::hello();

@@ -108,13 +108,8 @@ impl Ram {
 
     /// As they came with a machine's state. Bits beyond the last page say nothing.
     pub(super) fn set_pages_in_use(&self, words: &[u64]) {
-        let Some(free) = &self.free else { return };
-        for range in 0..free.count() {
-            if words[range as usize / 64] & 1 << (range % 64) != 0 {
-                free.take_when_let_go(range);
-            } else if free.is_taken(range) {
-                free.give_back(range);
-            }
+        for (range, page) in self.free_pages.clone().enumerate() {
+            self.turn_page(page, words[range / 64] & 1 << (range % 64) != 0);
         }
     }
 

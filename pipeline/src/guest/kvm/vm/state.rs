@@ -60,7 +60,7 @@ pub(super) fn save_setup(machine: &Machine) -> GuestState {
     output.u64(pages_per_second.to_bits());
     output.u64(free);
     output.u64(unplugged);
-    output.u64(machine.settings.shared.as_ref().map_or(0, |shared| shared.bytes));
+    output.u64(SharedSettings::bytes_of(machine.settings.shared.as_ref()));
     output.list(machine.cpuid.as_slice());
     GuestState { sections: vec![output.section("machine", VERSION)] }
 }
@@ -80,14 +80,7 @@ pub(super) fn load_setup(
     let bytes = input.u32()?;
     let pages_per_second = f64::from_bits(input.u64()?);
     let (free, unplugged, shared_bytes) = (input.u64()?, input.u64()?, input.u64()?);
-    let shared = match (shared_bytes, shared) {
-        (0, _) => None,
-        (bytes, Some(path)) => Some(SharedSettings { path: path.to_owned(), bytes }),
-        (bytes, None) => {
-            let what = format_args!("a shared block of {bytes} bytes came, and no file for it is named here");
-            return Err(input.refuse(what));
-        }
-    };
+    let shared = SharedSettings::that_came(shared_bytes, shared).map_err(|why| input.refuse(why))?;
     let entries = input.list::<kvm_cpuid_entry2>("entries of its processors", KVM_MAX_CPUID_ENTRIES)?;
     input.end()?;
     let settings =
