@@ -1,9 +1,10 @@
 //! Verification: digests of both memories, compared while the guest is paused.
 //!
 //! Each stretch has one hash. Both ends hash with every core they have, and neither reads what was never touched, for which
-//! the memory is asked once. Pages that did not travel (hinted free, unplugged, of ignored blocks) are left out: the source says of
-//! each stretch which. The destination hashes at the same time, leaving out what it knows of itself, and does those stretches
-//! again of which the source leaves out more. Where a hash differs, the destination sends the hashes of that stretch's pages, and the paused source finds the page.
+//! the memory is asked once. Pages that did not travel (hinted free, unplugged, of ignored blocks) are left out: the source
+//! says of each stretch which. The destination hashes at the same time, leaving out what it knows of itself, and does those
+//! stretches again of which the source leaves out more. Where a hash differs, the destination sends the hashes of that
+//! stretch's pages, and the paused source finds the page.
 
 use std::io;
 use std::ops::Range;
@@ -143,8 +144,8 @@ impl Digests {
     }
 }
 
-/// The most bytes that digests of a guest take: what was never touched, what is left out, the stretches in a row, and the hashes as
-/// they are found and as they are kept.
+/// The most bytes that digests of a guest take: what was never touched, what is left out, the stretches in a row, and the
+/// hashes as they are found and as they are kept.
 pub(super) fn bound_bytes(layout: &Layout) -> u64 {
     let hashes = all_stretches(layout).count() * (2 * size_of::<u128>() + size_of::<StretchAt>());
     2 * DirtyBitmap::bytes_of(layout) + hashes as u64
@@ -235,8 +236,8 @@ pub(super) fn downtime(memory: &GuestMemory, left_out: &DirtyBitmap) -> io::Resu
     Ok(estimate(memory, left_out)? * DIGEST_PASSES)
 }
 
-/// What one pass over so many bytes of written memory takes on this host, with every core: a sync of the hash log makes one, digests
-/// [`DIGEST_PASSES`]. Measured on a sample; may block.
+/// What one pass over so many bytes of written memory takes on this host, with every core: a sync of the hash log makes one,
+/// digests [`DIGEST_PASSES`]. Measured on a sample; may block.
 ///
 /// # Errors
 /// When there is no memory for the sample.

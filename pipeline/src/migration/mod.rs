@@ -17,6 +17,7 @@ mod error;
 mod flow;
 pub mod handshake;
 mod link;
+mod out_for_good;
 mod plane;
 mod session;
 mod source;
@@ -26,6 +27,7 @@ mod stage_set;
 mod state;
 
 use std::ops::Range;
+use std::time::Duration;
 
 use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::geometry::{BlockInfo, Layout, PageSize};
@@ -41,6 +43,9 @@ pub use tokio_util::sync::CancellationToken;
 use crate::events::BlockFacts;
 use crate::guest::GuestError;
 use error::{MigrationError, guarded};
+
+/// How long a peer is given to take the reason of a failure before its connections are dropped.
+const FAREWELL: Duration = Duration::from_millis(500);
 
 /// Runs what may block where blocking is allowed.
 ///

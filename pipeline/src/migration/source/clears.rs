@@ -3,34 +3,32 @@
 //! This is the only place that tells [clearers](crate::guest::clearer) anything, and that opens and closes the window for
 //! hints. What is unplugged or ignored leaves the bitmap where it is made, in `setup`.
 
+use std::ops::Range;
 use std::sync::Arc;
 
-use memferry_stages::clears::{Clears, OutForGood, Spared};
+use memferry_stages::clears::{OutForGood, Spared};
 use memferry_stages::geometry::Layout;
 
 use super::Source;
 use crate::events::Event;
-use crate::guest::clearer::{BlockPages, Clearer, Hints, Point};
+use crate::guest::clearer::{Clearer, Hints, Point};
 use crate::guest::{GuestError, RunState};
 use crate::migration::error::MigrationError;
+use crate::migration::out_for_good::out_for_good;
 use crate::migration::{asked, blocking};
 use crate::settings::After;
 
 impl Source {
     /// Told before anything is armed: what is unplugged stays so from here on. Returns the pages that never travel.
-    pub(super) async fn reach_setup(&mut self) -> Result<Vec<(OutForGood, BlockPages)>, MigrationError> {
+    pub(super) async fn reach_setup(&mut self) -> Result<Vec<(OutForGood, u32, Range<u64>)>, MigrationError> {
         self.refuse_torn_snapshot()?;
-        let mut out = Vec::new();
+        let mut unplugged = Vec::new();
         for clearer in self.clearers.clone() {
             // Also one that fails here is told of the end.
             self.set_up += 1;
-            let unplugged = blocking(move || clearer.reached(&Point::Setup).map(|()| clearer.unplugged())).await?;
-            out.extend(unplugged.into_iter().map(|pages| (OutForGood::Unplugged, pages)));
+            unplugged.extend(blocking(move || clearer.reached(&Point::Setup).map(|()| clearer.unplugged())).await?);
         }
-        check_ranges(self.layout(), out.iter().map(|(_, pages)| pages))?;
-        let ignored = (0..self.layout().block_count()).filter(|&block| self.layout().blocks()[block as usize].ignored);
-        out.extend(ignored.map(|block| (OutForGood::Ignored, (block, 0..self.layout().block_pages(block)))));
-        Ok(out)
+        Ok(out_for_good(self.layout(), unplugged)?)
     }
 
     /// A stream in a file lacks what is ignored. A guest that goes on would change it under the snapshot.
@@ -131,26 +129,6 @@ impl Source {
             }
         }
     }
-}
-
-/// Are these pages of the guest? If not, it is the guest's mistake.
-pub(in crate::migration) fn check_ranges<'a>(
-    layout: &Layout,
-    ranges: impl Iterator<Item = &'a BlockPages>,
-) -> Result<(), GuestError> {
-    for (block, pages) in ranges {
-        let has = if *block < layout.block_count() { layout.block_pages(*block) } else { 0 };
-        if pages.end > has {
-            return Err(GuestError(format!("pages {pages:?} of block {block} are unplugged, and it has {has}")));
-        }
-    }
-    Ok(())
-}
-
-/// The clearing of a guest's bits.
-pub(super) fn clears(bitmap: &Arc<memferry_stages::bitmap::DirtyBitmap>, out: Vec<(OutForGood, BlockPages)>) -> Clears {
-    let out: Vec<_> = out.into_iter().map(|(why, (block, pages))| (why, block, pages)).collect();
-    Clears::new(bitmap.clone(), &out)
 }
 
 /// Does a guest with these have pages that may not travel?

@@ -1,7 +1,5 @@
 //! The end, whatever happened: the guest is where the verdict says, and everybody is told.
 
-use std::time::Duration;
-
 use memferry_stages::meter::Reading;
 use memferry_stages::wire::Message;
 
@@ -11,11 +9,9 @@ use crate::guest::RunState;
 use crate::migration::error::{MigrationError, guarded};
 use crate::migration::flow::Flow;
 use crate::migration::handshake::Verdict;
-use crate::migration::{asked, blocking, bounds};
+use crate::migration::{FAREWELL, asked, blocking, bounds};
 use crate::settings::After;
 
-/// How long the destination is given to take the reason of a failure before its connection is dropped.
-pub(super) const FAREWELL: Duration = Duration::from_millis(500);
 /// What an operator does about a hand-over that nobody confirmed.
 const LOOK: &str = "the guest stays paused here: look at the destination; resume it here only if it does not run there";
 

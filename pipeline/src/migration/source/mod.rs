@@ -13,8 +13,6 @@ mod rounds;
 mod setup;
 mod switchover;
 
-pub(super) use self::clears::check_ranges;
-
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 

@@ -4,12 +4,12 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use memferry_stages::bitmap::DirtyBitmap;
+use memferry_stages::clears::Clears;
 use memferry_stages::dirty_log::DirtyLog;
 use memferry_stages::memory::GuestMemory;
 use memferry_stages::wire::messages::StatePhase;
 use memferry_stages::wire::{Features, Message};
 
-use super::end::FAREWELL;
 use super::{HANDOVER_MOST, Source, clears};
 use crate::events::{Event, Phase};
 use crate::migration::error::MigrationError;
@@ -17,7 +17,7 @@ use crate::migration::flow::Flow;
 use crate::migration::link::{Link, features};
 use crate::migration::plane::DataPlane;
 use crate::migration::source_graph::{SourceGraph, SourceParts};
-use crate::migration::{block_facts, blocking, bounds, digests, state, untouched_pages};
+use crate::migration::{FAREWELL, block_facts, blocking, bounds, digests, state, untouched_pages};
 
 impl Source {
     pub(super) async fn connect(&mut self, plane: &DataPlane) -> Result<Link, MigrationError> {
@@ -88,7 +88,7 @@ impl Source {
                 log.start().map_err(|error| MigrationError::Log { doing: "start", error })?;
             }
             let bitmap = Arc::new(DirtyBitmap::filled(memory.layout()));
-            let clears = clears::clears(&bitmap, out);
+            let clears = Clears::new(bitmap.clone(), &out);
             let untouched = untouched_pages(&memory);
             if let Some(out) = clears.out_for_good() {
                 leave_out(&logs, out, &untouched)?;

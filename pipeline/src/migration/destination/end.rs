@@ -1,0 +1,97 @@
+//! The end, whatever happened: the source is told, and it is reported.
+
+use memferry_stages::clears::Spared;
+use memferry_stages::meter::Reading;
+use memferry_stages::wire::Message;
+
+use super::Destination;
+use super::flow::Flow;
+use super::setup::say;
+use crate::events::{Ended, Event, Phase};
+use crate::migration::error::MigrationError;
+use crate::migration::link::Writer;
+use crate::migration::{FAREWELL, bounds};
+
+impl Destination {
+    /// Whatever happened: the source is told, and it is reported.
+    pub(super) async fn conclude(
+        self,
+        result: Result<(), MigrationError>,
+        answer: Option<Writer>,
+        flow: Option<Flow>,
+    ) -> Ended {
+        let (result, flow) = match (result, flow) {
+            (Err(MigrationError::Stage(failure)), Some(mut flow)) => {
+                let cause = flow.graph.stages.root_cause(failure).await;
+                (Err(MigrationError::Stage(cause)), Some(flow))
+            }
+            other => other,
+        };
+        let farewell = self.farewell(&result);
+        let (wire_bytes, memory_peak, stages) = flow.as_ref().map(|flow| self.figures(flow)).unwrap_or_default();
+        match flow {
+            Some(flow) => flow.close(farewell).await,
+            None => close_early(answer, farewell).await,
+        }
+        let (phase, error) = match result {
+            Ok(()) => (Phase::Completed, None),
+            Err(MigrationError::Cancelled) => (Phase::Cancelled, Some("cancelled".to_owned())),
+            Err(error) => (Phase::Failed, Some(error.to_string())),
+        };
+        self.observers.tell(&Event::Phase(phase));
+        let ended = Ended {
+            phase,
+            error,
+            verified: self.verified,
+            total: self.started.elapsed(),
+            setup: self.setup,
+            downtime: None,
+            forecast: None,
+            parts: self.parts,
+            wire_bytes,
+            spared: Spared::default(),
+            memory_peak,
+            stages,
+            resume_failed: false,
+        };
+        self.observers.tell(&Event::Ended(ended.clone()));
+        ended
+    }
+
+    fn figures(&self, flow: &Flow) -> (u64, u64, Vec<Reading>) {
+        let layout = self.layout.as_ref().expect("the stages run");
+        let keeps = bounds::destination_keeps(layout, self.verified.is_some());
+        let peak = bounds::peak(&flow.graph.pools, &flow.graph.meters, keeps);
+        (flow.wire_bytes(), peak, flow.graph.meters.iter().map(|meter| meter.read()).collect())
+    }
+
+    /// What the source must hear when nothing was begun here. After a start was begun it has heard all there is.
+    fn farewell(&self, result: &Result<(), MigrationError>) -> Option<Message> {
+        match result {
+            Ok(()) => None,
+            Err(_) if self.start_begun => None,
+            Err(MigrationError::Cancelled) => Some(Message::Abort("cancelled at the destination".into())),
+            Err(
+                error @ (MigrationError::Guest(_)
+                | MigrationError::BuiltOtherwise(_)
+                | MigrationError::Layout(_)
+                | MigrationError::TooLarge(_)
+                | MigrationError::Differs(_)),
+            ) => Some(Message::Refused(error.to_string())),
+            Err(error) => Some(Message::Abort(error.to_string())),
+        }
+    }
+}
+
+async fn close_early(mut answer: Option<Writer>, last_word: Option<Message>) {
+    use tokio::io::AsyncWriteExt;
+    let Some(message) = last_word else { return };
+    let closing = async {
+        say(&mut answer, &message).await?;
+        if let Some(writer) = &mut answer {
+            writer.shutdown().await?;
+        }
+        Ok::<(), MigrationError>(())
+    };
+    drop(tokio::time::timeout(FAREWELL, closing).await);
+}

@@ -1,0 +1,112 @@
+//! The running destination, as its controller sees it: the stages joined, and the next thing that it must know.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use memferry_stages::bitmap::DirtyBitmap;
+use memferry_stages::loader::Loaded;
+use memferry_stages::sender::Control;
+use memferry_stages::wire::Message;
+use memferry_stages::wire::messages::Progress as Acknowledged;
+use tokio::time::Interval;
+use tokio_util::sync::CancellationToken;
+
+use crate::migration::FAREWELL;
+use crate::migration::destination_graph::{ANSWERS, DestinationGraph};
+use crate::migration::error::MigrationError;
+use crate::migration::speed::Speed;
+
+/// The running destination, as its controller sees it.
+pub(super) struct Flow {
+    pub(super) graph: DestinationGraph,
+    pub(super) cancel: CancellationToken,
+    pub(super) ticks: Interval,
+    /// Receivers and loaders that have not ended.
+    pub(super) stages_left: usize,
+    pub(super) speed: Speed,
+    pub(super) tick: u32,
+    pub(super) round: u32,
+    pub(super) round_began: Instant,
+    /// Do digests come?
+    pub(super) verify: bool,
+    /// May they leave pages out?
+    pub(super) may_leave_out: bool,
+    /// Pages that never travel, as this end knows them.
+    pub(super) out_for_good: Arc<DirtyBitmap>,
+}
+
+/// One thing that the controller must know.
+pub(super) enum Signal {
+    Said(Message),
+    Loaded(Loaded),
+    /// Every connection has ended between two frames, and everything that came is loaded.
+    StreamEnded,
+    Tick,
+}
+
+impl Flow {
+    /// Waits for the next thing to happen. A cancel comes first.
+    pub(super) async fn next(&mut self) -> Result<Signal, MigrationError> {
+        loop {
+            tokio::select! {
+                biased;
+                () = self.cancel.cancelled() => return Err(MigrationError::Cancelled),
+                Some(message) = self.graph.said.next() => return Ok(Signal::Said(message)),
+                Some(loaded) = self.graph.loaded.next() => return Ok(Signal::Loaded(loaded)),
+                end = self.graph.stages.next_end() => {
+                    end.result?;
+                    self.stages_left -= usize::from(end.name != ANSWERS);
+                    if self.stages_left == 0 {
+                        return Ok(Signal::StreamEnded);
+                    }
+                }
+                _ = self.ticks.tick() => return Ok(Signal::Tick),
+            }
+        }
+    }
+
+    /// Hands an answer to the return path, if there is one.
+    pub(super) async fn say(&self, message: &Message) -> Result<(), MigrationError> {
+        let Some(answer) = &self.graph.answer else { return Ok(()) };
+        let said = answer.put(Control::Frame(message.encode(0))).await;
+        said.map_err(|_| MigrationError::Lost("the return path is closed".into()))
+    }
+
+    /// Tells the source what is loaded.
+    pub(super) fn acknowledge(&self) -> Result<(), MigrationError> {
+        let progress = &self.graph.progress;
+        let frames: Vec<u64> = progress.iter().map(|lane| lane.frames.load(Ordering::Acquire)).collect();
+        let bytes = progress.iter().map(|lane| lane.bytes.load(Ordering::Acquire)).sum();
+        let Some(answer) = &self.graph.answer else { return Ok(()) };
+        // Where the last figures still wait to be sent, these need not be: later ones will tell the same.
+        let offered = answer.offer(Control::Frame(Message::Progress(Acknowledged { bytes, frames }).encode(0)));
+        offered.map_err(|_| MigrationError::Lost("the return path is closed".into()))
+    }
+
+    /// Says the last word and ends the connections, within [`FAREWELL`].
+    pub(super) async fn close(mut self, last_word: Option<Message>) {
+        let closing = async {
+            if let Some(message) = last_word {
+                self.say(&message).await?;
+            }
+            if let Some(answer) = self.graph.answer.take() {
+                answer.put(Control::Finish).await.ok();
+                while self.graph.stages.next_end().await.name != ANSWERS {}
+            }
+            Ok::<(), MigrationError>(())
+        };
+        // A source that is gone or does not read needs no farewell.
+        drop(tokio::time::timeout(FAREWELL, closing).await);
+        self.graph.stages.end().await;
+    }
+
+    /// Bytes that came off the wire.
+    pub(super) fn wire_bytes(&self) -> u64 {
+        self.graph.receiver_meters.iter().map(|meter| meter.bytes()).sum()
+    }
+}
+
+pub(super) fn ended_early() -> MigrationError {
+    MigrationError::Lost("the stream ends before its end mark, so it is not complete".into())
+}

@@ -1,0 +1,104 @@
+//! The hand-over: memories are compared, the machine is prepared, and it starts when the source says Go.
+
+use std::time::Instant;
+
+use memferry_stages::memory::GuestMemory;
+use memferry_stages::wire::Message;
+use memferry_stages::wire::messages::RunState;
+
+use super::Destination;
+use super::flow::{Flow, Signal};
+use crate::events::Event;
+use crate::guest::GuestState;
+use crate::migration::digests::{Digests, Pending};
+use crate::migration::error::MigrationError;
+use crate::migration::handshake::{DestinationStep, Happening, awaiting_go};
+use crate::migration::{blocking, digests};
+
+impl Destination {
+    /// Compares digests; where they differ, sends the page hashes of the first stretch that does, so that the source can
+    /// name the page.
+    pub(super) async fn verify(
+        &mut self,
+        flow: &mut Flow,
+        memory: &GuestMemory,
+        ours: Pending,
+        theirs: &Digests,
+    ) -> Result<(), MigrationError> {
+        let began = Instant::now();
+        let left_out = theirs.left_out().clone();
+        let ours = async {
+            let ours = ours.finish().await.map_err(MigrationError::Digest)?;
+            if let Some(page) = ours.first_left_out_beside(&left_out) {
+                let what = format!("{page} is unplugged or ignored here, and not at the source");
+                return Err(MigrationError::Differs(what));
+            }
+            ours.leaving_out(memory, left_out.clone()).await.map_err(MigrationError::Digest)
+        };
+        let ours = tokio::select! {
+            biased;
+            () = self.cancel.cancelled() => return Err(MigrationError::Cancelled),
+            ours = ours => ours?,
+        };
+        let differs = theirs.first_difference(memory.layout(), &ours);
+        self.parts.verify = began.elapsed();
+        self.verified = Some(differs.is_none());
+        let Some(stretch) = differs else { return Ok(()) };
+        if flow.graph.answer.is_some() {
+            let memory = memory.clone();
+            let hashes = blocking(move || digests::page_hashes(&memory, &left_out, stretch)).await;
+            flow.say(&hashes.map_err(MigrationError::Digest)?).await?;
+        }
+        let layout = memory.layout();
+        let (block, first) = (&layout.blocks()[stretch.block as usize], digests::first_page(layout, stretch));
+        let start = first.page * layout.page_size().bytes() as u64;
+        let end = block.length.min(start + layout.page_size().stretch_bytes());
+        let what = format!("block {:?} differs from the source's between bytes {start:#x} and {end:#x}", block.id);
+        Err(MigrationError::Differs(what))
+    }
+
+    pub(super) async fn prepare(&self, device: GuestState) -> Result<(), MigrationError> {
+        let guest = self.guest.clone();
+        Ok(blocking(move || guest.prepare(&device)).await?)
+    }
+
+    /// The last handshake: see [`super::super::handshake`].
+    pub(super) async fn take_over(&mut self, flow: &mut Flow) -> Result<(), MigrationError> {
+        flow.say(&Message::Loaded { verified: self.verified == Some(true) }).await?;
+        let give_up = tokio::time::Instant::now() + self.settings.handover_timeout;
+        let run_state = loop {
+            let happening = match tokio::time::timeout_at(give_up, flow.next()).await {
+                Err(_) => Happening::TimedOut,
+                Ok(Ok(Signal::Said(message))) => Happening::Said(message),
+                Ok(Ok(Signal::StreamEnded)) => Happening::Lost("the source closed it".into()),
+                Ok(Ok(Signal::Loaded(_) | Signal::Tick)) => continue,
+                Ok(Err(MigrationError::Cancelled)) => Happening::Cancel,
+                Ok(Err(error)) => Happening::Broke(error.to_string()),
+            };
+            match awaiting_go(happening) {
+                DestinationStep::Wait => {}
+                DestinationStep::Start(run_state) => break run_state,
+                DestinationStep::End { cancelled: true, .. } => return Err(MigrationError::Cancelled),
+                DestinationStep::End { why, .. } => return Err(MigrationError::Lost(why)),
+            }
+        };
+        let began = Instant::now();
+        let started = self.start(run_state).await;
+        self.parts.handover = began.elapsed();
+        let answer = match &started {
+            Ok(()) => Message::Running,
+            Err(error) => Message::StartFailed(error.to_string()),
+        };
+        if flow.say(&answer).await.is_err() {
+            let what = "the source could not be told that the guest was started here";
+            self.observers.tell(&Event::Warning(what.into()));
+        }
+        started
+    }
+
+    pub(super) async fn start(&mut self, run_state: RunState) -> Result<(), MigrationError> {
+        self.start_begun = true;
+        let guest = self.guest.clone();
+        Ok(blocking(move || guest.start(run_state)).await?)
+    }
+}

@@ -1,0 +1,151 @@
+//! Loading: what comes beside the pages is gathered, and rounds are told, until everything is there.
+
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use memferry_stages::geometry::Layout;
+use memferry_stages::loader::Loaded;
+use memferry_stages::memory::GuestMemory;
+use memferry_stages::tally::RoundTally;
+use memferry_stages::wire::Message;
+use memferry_stages::wire::messages::{RunState, StatePhase};
+
+use super::Destination;
+use super::flow::{Flow, Signal, ended_early};
+use crate::events::{Event, Phase, Progress};
+use crate::migration::digests::{self, Digests, Pending};
+use crate::migration::error::MigrationError;
+use crate::migration::state::Assembly;
+
+/// How many of these make one progress event for whoever watches.
+const TICKS_PER_EVENT: u32 = 5;
+/// Tallies that are kept of rounds that are not complete in every lane.
+const MAX_TALLIES: usize = 4096;
+
+/// What arrives beside the pages.
+pub(super) struct Arrival {
+    pub(super) device: Assembly,
+    pub(super) digests: Digests,
+    /// Of rounds that are not complete in every lane.
+    pub(super) tallies: Vec<RoundTally>,
+    pub(super) lanes: usize,
+    pub(super) switched_over: u16,
+    pub(super) end: Option<(RunState, u64)>,
+    /// This end's digests, begun when every page was there: the source hashes at the same time.
+    pub(super) ours: Option<Pending>,
+}
+
+impl Destination {
+    /// Takes everything that comes until the end mark and every lane's Switchover are there.
+    pub(super) async fn load(&mut self, flow: &mut Flow, memory: &GuestMemory) -> Result<Arrival, MigrationError> {
+        let lanes = u16::try_from(flow.graph.progress.len()).expect("at most MAX_LANES");
+        let mut arrival = Arrival {
+            device: Assembly::new(StatePhase::Device),
+            digests: Digests::none(memory.layout()),
+            tallies: Vec::new(),
+            lanes: usize::from(lanes),
+            switched_over: 0,
+            end: None,
+            ours: None,
+        };
+        while arrival.end.is_none() || arrival.switched_over < lanes {
+            match flow.next().await? {
+                Signal::Said(Message::State(chunk)) => arrival.device.add(chunk)?,
+                Signal::Said(Message::Digests { block, first, stretches }) => {
+                    arrival.digests.add(block, first, stretches, flow.may_leave_out)?;
+                }
+                Signal::Said(Message::End { run_state, frames }) => arrival.end = Some((run_state, frames)),
+                Signal::Said(Message::Abort(why)) => return Err(MigrationError::GivenUp { peer: "source", why }),
+                Signal::Said(other) => {
+                    return Err(MigrationError::Protocol(format!("{} came out of turn", other.kind().name())));
+                }
+                Signal::Loaded(loaded) => {
+                    self.loaded(flow, &mut arrival, loaded);
+                    if arrival.switched_over == lanes && flow.verify {
+                        arrival.ours = Some(digests::start(memory, flow.out_for_good.clone()));
+                    }
+                }
+                Signal::StreamEnded => return Err(ended_early()),
+                Signal::Tick => self.tick(flow)?,
+            }
+        }
+        let expected = arrival.end.expect("the loop ends with it").1;
+        let frames: u64 = flow.graph.progress.iter().map(|lane| lane.frames.load(Ordering::Acquire)).sum();
+        if frames != expected {
+            let what = format!("{frames} Pages frames came, the end mark says {expected}");
+            return Err(MigrationError::Protocol(what));
+        }
+        flow.acknowledge()?;
+        Ok(arrival)
+    }
+
+    /// Nothing may follow the end mark of a stored stream: what does is damage.
+    pub(super) async fn reach_end(&self, flow: &mut Flow) -> Result<(), MigrationError> {
+        loop {
+            match flow.next().await? {
+                Signal::StreamEnded => return Ok(()),
+                Signal::Said(message) => {
+                    let what = format!("{} stands behind the end mark", message.kind().name());
+                    return Err(MigrationError::Protocol(what));
+                }
+                Signal::Loaded(_) | Signal::Tick => {}
+            }
+        }
+    }
+
+    fn loaded(&self, flow: &mut Flow, arrival: &mut Arrival, loaded: Loaded) {
+        match loaded {
+            Loaded::RoundComplete { tally, .. } => {
+                // They are figures for the report: of a source that ends round after round in one lane alone, not all are kept.
+                if arrival.tallies.len() < MAX_TALLIES {
+                    arrival.tallies.push(tally);
+                }
+                let of_round = |other: &&RoundTally| other.round == tally.round;
+                if arrival.tallies.iter().filter(of_round).count() == arrival.lanes {
+                    self.round_loaded(flow, &mut arrival.tallies, tally.round);
+                }
+            }
+            Loaded::Switchover { .. } => {
+                if arrival.switched_over == 0 {
+                    self.observers.tell(&Event::Phase(Phase::Switchover));
+                }
+                arrival.switched_over += 1;
+            }
+        }
+    }
+
+    /// Every lane has loaded the round: its figures are added up and told.
+    fn round_loaded(&self, flow: &mut Flow, tallies: &mut Vec<RoundTally>, round: u32) {
+        let mut whole = RoundTally::new(round, false);
+        for tally in tallies.extract_if(.., |tally| tally.round == round) {
+            whole.last = tally.last;
+            whole += tally;
+        }
+        flow.round = round.saturating_add(1);
+        let duration = flow.round_began.elapsed();
+        flow.round_began = Instant::now();
+        self.observers.tell(&Event::RoundSent { tally: whole, duration });
+    }
+
+    fn tick(&self, flow: &mut Flow) -> Result<(), MigrationError> {
+        flow.acknowledge()?;
+        flow.tick += 1;
+        if !flow.tick.is_multiple_of(TICKS_PER_EVENT) {
+            return Ok(());
+        }
+        let wire_bytes = flow.wire_bytes();
+        let total_bytes = self.layout.as_ref().map_or(0, Layout::bytes);
+        let loaded: u64 = flow.graph.progress.iter().map(|lane| lane.bytes.load(Ordering::Relaxed)).sum();
+        self.observers.tell(&Event::Progress(Progress {
+            round: flow.round,
+            remaining_bytes: total_bytes.saturating_sub(loaded),
+            total_bytes,
+            wire_bytes,
+            wire_rate: flow.speed.tick(wire_bytes),
+            page_rate: 0.0,
+            dirty_rate: None,
+            expected_downtime: None,
+        }));
+        Ok(())
+    }
+}

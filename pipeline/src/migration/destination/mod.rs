@@ -1,0 +1,122 @@
+//! The destination of a migration: its phases, one after another.
+//!
+//! ```text
+//!  gather connections ─▶ accept ─▶ build the machine, Ready ─▶ load ─▶ verify ─▶ prepare, Loaded ─▶ Go ─▶ start, Running
+//!          └─────────────────┴──────────────────┴────────────────┴─────────┴───────────┴──▶ any failure before Go: nothing
+//!                                                                              runs here, and the source is told why
+//! ```
+
+mod end;
+mod flow;
+mod handover;
+mod loading;
+mod setup;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use memferry_stages::geometry::Layout;
+use memferry_transports::Listener;
+use tokio::runtime::Handle;
+use tokio_util::sync::CancellationToken;
+
+use super::error::{MigrationError, guarded};
+use super::link::Writer;
+use super::plane::DataPlane;
+use crate::events::{DowntimeParts, Ended, Event, Observers, Phase};
+use crate::guest::Guest;
+use crate::settings::DestinationSettings;
+use flow::Flow;
+
+/// Receives a guest from whoever connects to `listener`, and returns when it is decided whether it runs here.
+///
+/// Strangers and broken peers are turned away and reported as events; the wait goes on. Nothing is started here before the
+/// source has said Go.
+pub async fn receive(
+    guest: Arc<dyn Guest>,
+    listener: Box<dyn Listener>,
+    settings: DestinationSettings,
+    plane: &DataPlane,
+    observers: Observers,
+    cancel: CancellationToken,
+) -> Ended {
+    let mut destination = Destination::new(guest, settings, plane.handle().clone(), observers, cancel);
+    destination.observers.tell(&Event::Phase(Phase::Setup));
+    let (mut answer, mut flow) = (None, None);
+    let result = guarded(destination.migrate(plane, listener, &mut answer, &mut flow)).await;
+    destination.conclude(result, answer, flow).await
+}
+
+struct Destination {
+    guest: Arc<dyn Guest>,
+    settings: DestinationSettings,
+    plane: Handle,
+    observers: Observers,
+    cancel: CancellationToken,
+    started: Instant,
+    setup: Duration,
+    layout: Option<Layout>,
+    parts: DowntimeParts,
+    verified: Option<bool>,
+    /// Was the start begun? From here on nothing can be refused.
+    start_begun: bool,
+}
+
+impl Destination {
+    fn new(
+        guest: Arc<dyn Guest>,
+        settings: DestinationSettings,
+        plane: Handle,
+        observers: Observers,
+        cancel: CancellationToken,
+    ) -> Self {
+        Self {
+            guest,
+            settings,
+            plane,
+            observers,
+            cancel,
+            started: Instant::now(),
+            setup: Duration::ZERO,
+            layout: None,
+            parts: DowntimeParts::default(),
+            verified: None,
+            start_begun: false,
+        }
+    }
+
+    /// The migration as the list of its phases.
+    async fn migrate(
+        &mut self,
+        plane: &DataPlane,
+        listener: Box<dyn Listener>,
+        answer: &mut Option<Writer>,
+        running: &mut Option<Flow>,
+    ) -> Result<(), MigrationError> {
+        let cancel = self.cancel.clone();
+        let setup = async {
+            let mut session = self.gather(plane, listener).await?;
+            *answer = session.answer.take();
+            let (memory, out_for_good) = self.agree(&mut session, answer).await?;
+            Ok::<_, MigrationError>((session, memory, out_for_good))
+        };
+        let (session, memory, out_for_good) = tokio::select! {
+            biased;
+            () = cancel.cancelled() => return Err(MigrationError::Cancelled),
+            ready = setup => ready?,
+        };
+        let stored = answer.is_none();
+        let flow = running.insert(self.start_stages(session, &memory, out_for_good, answer.take()));
+
+        let arrival = self.load(flow, &memory).await?;
+        let run_state = arrival.end.expect("loading ends with it").0;
+        if stored {
+            self.reach_end(flow).await?;
+        }
+        if let Some(ours) = arrival.ours {
+            self.verify(flow, &memory, ours, &arrival.digests).await?;
+        }
+        self.prepare(arrival.device.finish()?).await?;
+        if stored { self.start(run_state).await } else { self.take_over(flow).await }
+    }
+}

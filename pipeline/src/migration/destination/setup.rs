@@ -1,0 +1,147 @@
+//! Setup: connections are gathered, the stream is accepted, the machine is built for it, and the stages start.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use memferry_stages::bitmap::DirtyBitmap;
+use memferry_stages::geometry::{BlockInfo, Layout};
+use memferry_stages::memory::GuestMemory;
+use memferry_stages::wire::Message;
+use memferry_stages::wire::messages::StatePhase;
+use memferry_stages::wire::reader::Incoming;
+use memferry_transports::Listener;
+use tokio::time::MissedTickBehavior;
+
+use super::Destination;
+use super::flow::{Flow, ended_early};
+use crate::events::{Event, Phase};
+use crate::guest::{GuestError, GuestState};
+use crate::migration::destination_graph::DestinationGraph;
+use crate::migration::error::MigrationError;
+use crate::migration::link::Writer;
+use crate::migration::out_for_good::out_for_good;
+use crate::migration::plane::DataPlane;
+use crate::migration::session::Session;
+use crate::migration::speed::Speed;
+use crate::migration::state::Assembly;
+use crate::migration::{block_facts, blocking, bounds, built_otherwise};
+
+/// How often the source is told what is loaded.
+const TICK: Duration = Duration::from_millis(20);
+
+impl Destination {
+    pub(super) async fn gather(
+        &self,
+        plane: &DataPlane,
+        listener: Box<dyn Listener>,
+    ) -> Result<Session, MigrationError> {
+        let gathering = Session::gather(listener, self.settings.clone(), self.observers.clone());
+        plane.run(gathering).await
+    }
+
+    /// Accepts the stream, learns what the guest is like and builds the machine for it.
+    pub(super) async fn agree(
+        &mut self,
+        session: &mut Session,
+        answer: &mut Option<Writer>,
+    ) -> Result<(GuestMemory, DirtyBitmap), MigrationError> {
+        self.observers.tell(&Event::Connected { peer: session.peer.clone() });
+        say(answer, &Message::Accept(Vec::new())).await?;
+        let (blocks, setup) = tokio::time::timeout(self.settings.handover_timeout, read_setup(session))
+            .await
+            .map_err(|_| MigrationError::TimedOut("the source did not describe its guest in time".into()))??;
+        if !session.features.ignored_blocks && blocks.iter().any(|block| block.ignored) {
+            return Err(MigrationError::Protocol("blocks are ignored, and that was not agreed".into()));
+        }
+        let (guest, page_size) = (self.guest.clone(), session.hello.page_size);
+        bounds::check_host(bounds::destination_bound(&Layout::new(page_size, blocks.clone())?, session.hello.lanes))?;
+        let (memory, out_for_good) = blocking(move || {
+            guest.build(page_size, &blocks, &setup)?;
+            let memory = guest.memory();
+            if let Some(what) = built_otherwise(&memory, page_size, &blocks) {
+                return Err(MigrationError::BuiltOtherwise(what));
+            }
+            check_ignored(&blocks, memory.layout())?;
+            let unplugged = guest.clearers().iter().flat_map(|clearer| clearer.unplugged()).collect();
+            let out = DirtyBitmap::empty(memory.layout());
+            for (_, block, pages) in out_for_good(memory.layout(), unplugged)? {
+                out.set_range(block, pages);
+            }
+            Ok((memory, out))
+        })
+        .await?;
+        self.layout = Some(memory.layout().clone());
+        self.observers.tell(&Event::Guest {
+            blocks: block_facts(memory.layout()),
+            pages: memory.layout().pages(),
+            memory_bound: bounds::destination_bound(memory.layout(), session.hello.lanes),
+        });
+        say(answer, &Message::Ready).await?;
+        Ok((memory, out_for_good))
+    }
+
+    pub(super) fn start_stages(
+        &mut self,
+        session: Session,
+        memory: &GuestMemory,
+        out_for_good: DirtyBitmap,
+        answer: Option<Writer>,
+    ) -> Flow {
+        let Session { hello, features, readers, .. } = session;
+        let mut ticks = tokio::time::interval(TICK);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let stages_left = readers.len() + usize::from(hello.lanes);
+        let graph = DestinationGraph::start(memory, &hello, features, readers, answer, &self.plane);
+        self.setup = self.started.elapsed();
+        self.observers.tell(&Event::Phase(Phase::Active));
+        Flow {
+            graph,
+            cancel: self.cancel.clone(),
+            ticks,
+            stages_left,
+            speed: Speed::default(),
+            tick: 0,
+            round: 1,
+            round_began: Instant::now(),
+            verify: features.verify,
+            may_leave_out: features.left_out,
+            out_for_good: Arc::new(out_for_good),
+        }
+    }
+}
+
+/// Reads the state's setup part and the blocks, before the stages run.
+async fn read_setup(session: &mut Session) -> Result<(Vec<BlockInfo>, GuestState), MigrationError> {
+    let mut setup = Assembly::new(StatePhase::Setup);
+    loop {
+        match session.readers[0].next().await? {
+            Some(Incoming::Message { message: Message::State(chunk), .. }) => setup.add(chunk)?,
+            Some(Incoming::Message { message: Message::Blocks(blocks), .. }) => return Ok((blocks, setup.finish()?)),
+            Some(Incoming::Message { message: Message::Abort(why), .. }) => {
+                return Err(MigrationError::GivenUp { peer: "source", why });
+            }
+            Some(Incoming::Message { message, .. }) => {
+                return Err(MigrationError::Protocol(format!("{} came before the blocks", message.kind().name())));
+            }
+            Some(Incoming::Pages(_)) => return Err(MigrationError::Protocol("pages came before the blocks".into())),
+            None => return Err(ended_early()),
+        }
+    }
+}
+
+/// Both ends ignore the same blocks: what one does not send, the other must have. Id, length and address were compared before.
+fn check_ignored(came: &[BlockInfo], own: &Layout) -> Result<(), GuestError> {
+    let mut both = came.iter().zip(own.blocks());
+    let Some((came, _)) = both.find(|(came, own)| came.ignored != own.ignored) else { return Ok(()) };
+    let (there, here) =
+        if came.ignored { ("ignored, and so not sent", "does not share it") } else { ("sent", "shares it already") };
+    Err(GuestError(format!("block {:?} is {there}, and the guest here {here}", came.id)))
+}
+
+pub(super) async fn say(answer: &mut Option<Writer>, message: &Message) -> Result<(), MigrationError> {
+    use tokio::io::AsyncWriteExt;
+    if let Some(writer) = answer {
+        writer.write_all(&message.encode(0)).await?;
+    }
+    Ok(())
+}
