@@ -3,8 +3,8 @@
 //! - **Takes** a [`SyncOrder`] from the controller.
 //! - **Gives** a [`Synced`]: how many pages are dirty, and how long it took to find out.
 //! - **Owns** nothing: logs and bitmaps are shared.
-//! - **Promises** that every log is asked for every extent, that no page which is [out for good](Clears) has its bit set then, that syncs never overlap, and that the sync of a task that is
-//!   dropped ends at the next range of [`RANGE_BYTES`].
+//! - **Promises** that every log is asked for every extent, that no page which is [out for good](Clears) has its bit set
+//!   then, that syncs never overlap, and that the sync of a task that is dropped ends at the next range of [`RANGE_BYTES`].
 //!
 //! The logs are asked on a thread where blocking is allowed.
 

@@ -14,15 +14,15 @@
 //!                open: every log is armed    close: no hint is at work any more, none comes through
 //! ```
 //!
-//! **Why no written page is lost.** A hint clears a bit only while a window is open, and while one is open no sync sets any and no
-//! page waits to be re-armed. So the store that takes a hinted page into use again comes either before the hint, which its
-//! giver must not let happen (see [`Hints::free`]), or after it, and then a log has it and the next sync sets the bit again. A
-//! hint and the scanner may reach for the same bit: one of them gets it. If it is the scanner, a free page is sent, and no harm is
-//! done.
+//! **Why no written page is lost.** A hint clears a bit only while a window is open, and while one is open no sync sets any
+//! and no page waits to be re-armed. So the store that takes a hinted page into use again comes either before the hint,
+//! which its giver must not let happen (see [`Hints::free`]), or after it, and then a log has it and the next sync sets the
+//! bit again. A hint and the scanner may reach for the same bit: one of them gets it. If it is the scanner, a free page is
+//! sent, and no harm is done.
 //!
-//! **What the destination holds.** Of a page that was hinted while its bit was set the destination has anything old, until the page
-//! is found written and is sent. [`Clears::left_out`] says which pages these are: digests must leave them out. What a delta
-//! refers to is what the destination holds, and a hint changes nothing there.
+//! **What the destination holds.** Of a page that was hinted while its bit was set the destination has anything old, until
+//! the page is found written and is sent. [`Clears::left_out`] says which pages these are: digests must leave them out. What
+//! a delta refers to is what the destination holds, and a hint changes nothing there.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -80,7 +80,8 @@ impl TokenBucket {
         }
     }
 
-    /// Changes the rate in bytes a second, from now on and for those who wait already. Debts stay, unless there is no rate to pay them by.
+    /// Changes the rate in bytes a second, from now on and for those who wait already. Debts stay, unless there is no rate
+    /// to pay them by.
     ///
     /// # Panics
     /// If the rate is 0.

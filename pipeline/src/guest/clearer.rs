@@ -8,16 +8,16 @@
 //!    └─▶ … whatever happens, from any of these on ─▶ Cleanup, once
 //! ```
 //!
-//! - The scanner swaps words of the bitmap between an `AfterSync` and the next `BeforeSync` or `Complete`, and at no other time: it
-//!   is at rest while a point is told of. The last round is scanned after the last `AfterSync`.
-//! - A point is told when the one before it has returned: to all clearers of the guest, one after another, in the order in which the guest
-//!   named them.
+//! - The scanner swaps words of the bitmap between an `AfterSync` and the next `BeforeSync` or `Complete`, and at no other
+//!   time: it is at rest while a point is told of. The last round is scanned after the last `AfterSync`.
+//! - A point is told when the one before it has returned: to all clearers of the guest, one after another, in the order in
+//!   which the guest named them.
 //! - `Cleanup` comes on every end: success, failure and cancel alike, once, to each that was told of `Setup`, also if that
 //!   failed. The guest may run again by then, or run at the destination.
 //!
 //! Hints that arrive outside of the window that they were given for are dropped, by [`Hints`] itself: a clearer that is late, or
-//! whose guest is, spoils nothing. What it must answer for is what [`Hints::free`] says: pages are free until the hint for them has
-//! returned.
+//! whose guest is, spoils nothing. What it must answer for is what [`Hints::free`] says: pages are free until the hint for
+//! them has returned.
 
 use std::fmt;
 use std::ops::Range;
@@ -30,7 +30,8 @@ use super::GuestError;
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum Point {
-    /// The migration begins; no page was looked at. From here until [`Point::Cleanup`] what is unplugged stays so: plugging is refused.
+    /// The migration begins; no page was looked at. From here until [`Point::Cleanup`] what is unplugged stays so: plugging
+    /// is refused.
     Setup,
     /// A sync comes next. When this returns no hint should be under way; one that is will be dropped.
     BeforeSync,
@@ -93,14 +94,15 @@ pub trait Clearer: Send + Sync + fmt::Debug {
     /// warned and it goes on, for nothing depends on a hint.
     fn reached(&self, point: &Point) -> Result<(), GuestError>;
 
-    /// Does it ever give hints? If no clearer of the guest does, no window is opened, for which all of the log would have to be armed.
+    /// Does it ever give hints? If no clearer of the guest does, no window is opened, for which all of the log would have to
+    /// be armed.
     fn gives_hints(&self) -> bool {
         true
     }
 
-    /// Ranges that have no memory behind them: never read at the source, never written nor read at the destination, the same at both ends.
-    /// At the source it is asked once, after [`Point::Setup`] has returned; at a destination once its guest is built, and
-    /// nothing else is called there. None by default.
+    /// Ranges that have no memory behind them: never read at the source, never written nor read at the destination, the same
+    /// at both ends. At the source it is asked once, after [`Point::Setup`] has returned; at a destination once its guest is
+    /// built, and nothing else is called there. None by default.
     fn unplugged(&self) -> Vec<BlockPages> {
         Vec::new()
     }

@@ -34,8 +34,8 @@
 //! runs. At the destination it writes them between `build` and `prepare`. No Rust reference to that memory may exist: it is
 //! [`MappedMemory`](crate::memory::MappedMemory) that a VMM lends, or its own [`Memory`](crate::memory::Memory).
 //!
-//! **Pages that need not travel.** A guest that knows of any (free, unplugged) hands out [clearers](Guest::clearers); a block whose
-//! memory the destination has already says so itself ([`BlockInfo::ignored`]), at both ends.
+//! **Pages that need not travel.** A guest that knows of any (free, unplugged) hands out [clearers](Guest::clearers); a
+//! block whose memory the destination has already says so itself ([`BlockInfo::ignored`]), at both ends.
 //!
 //! [`conformance`] holds a guest to all of this.
 
@@ -195,8 +195,9 @@ pub trait Guest: Send + Sync + fmt::Debug {
     // ---- at the destination ----
 
     /// Builds the machine for the blocks that come, or refuses with both sides' figures. What is built has exactly these
-    /// blocks; one that is [`ignored`](BlockInfo::ignored) has the memory that the source has, or the guest refuses it or builds it as one
-    /// that is not, which the engine refuses then. The peer is not trusted: its blocks are a valid layout, but as long as it likes, and its state may be anything.
+    /// blocks; one that is [`ignored`](BlockInfo::ignored) has the memory that the source has, or the guest refuses it or
+    /// builds it as one that is not, which the engine refuses then. The peer is not trusted: its blocks are a valid layout,
+    /// but as long as it likes, and its state may be anything.
     ///
     /// # Errors
     /// When the blocks do not fit this guest; the source is told why.

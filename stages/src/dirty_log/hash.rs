@@ -21,10 +21,10 @@
 //! the last one reported is what the destination will hold, and every later difference is found against it. A page
 //! that was taken and given back unread stays in flight: it is sent again each round until the log is stopped.
 //!
-//! A sync is what a paused guest waits for, so it reads with every core. Pages that were never touched count as zero pages without being read, so that a hole stays one.
-//! Pages that are left out are neither read nor reported. A page that was only hinted free stays in flight, and so is sent all the
-//! same: what was stored into it afterwards cannot be told from what was there before, if it is the same, and the destination has
-//! neither.
+//! A sync is what a paused guest waits for, so it reads with every core. Pages that were never touched count as zero pages
+//! without being read, so that a hole stays one. Pages that are left out are neither read nor reported. A page that was only
+//! hinted free stays in flight, and so is sent all the same: what was stored into it afterwards cannot be told from what was
+//! there before, if it is the same, and the destination has neither.
 
 use std::io;
 use std::ops::Range;

@@ -117,8 +117,8 @@ pub trait DirtyLog: Send + Sync + fmt::Debug {
     }
 
     /// These pages are out until the log is stopped: nobody writes them, and the log neither reads nor reports them. Called once
-    /// at most, behind `start`. Armed as pages that are not read by default, which is enough for a log that never reads and reports
-    /// only what was written.
+    /// at most, behind `start`. Armed as pages that are not read by default, which is enough for a log that never reads and
+    /// reports only what was written.
     ///
     /// # Errors
     /// When the kernel refuses; the migration then does not begin.

@@ -2,8 +2,8 @@
 //!
 //! The file is never mapped: one that somebody cuts short is an error that names it, not a SIGBUS, and a hole that is
 //! read stays a hole. Whoever asks for holes, as each sync of the hash log does, is told as well if the file grew or was
-//! removed: it is no longer the memory of whoever uses its name. The file's true length is kept, whatever the page size; pages of zeros become holes where the file
-//! system has them.
+//! removed: it is no longer the memory of whoever uses its name. The file's true length is kept, whatever the page size;
+//! pages of zeros become holes where the file system has them.
 
 use std::fs::{File, OpenOptions};
 use std::io;

@@ -91,8 +91,8 @@ enum Step {
 }
 
 impl<W: AsyncWrite + Unpin + Send> Sender<W> {
-    /// The sender of a connection that carries `lanes_here` lanes, and its share of the bandwidth if that is capped. With `durable_rounds` (a stream that is kept) the
-    /// writer is flushed at each round's end, before it is reported.
+    /// The sender of a connection that carries `lanes_here` lanes, and its share of the bandwidth if that is capped. With
+    /// `durable_rounds` (a stream that is kept) the writer is flushed at each round's end, before it is reported.
     #[must_use]
     pub fn new(
         connection: u16,

@@ -1,4 +1,5 @@
-//! The destination's side: images and state files that are written under temporary names, and take their place when the guest starts.
+//! The destination's side: images and state files that are written under temporary names, and take their place when the
+//! guest starts.
 
 use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions};

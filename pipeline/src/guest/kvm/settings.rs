@@ -29,8 +29,8 @@ pub struct KvmSettings {
     pub pages_per_second: f64,
     /// Bytes that it changes in each page: a multiple of 8, from 16 to a page.
     pub bytes: u32,
-    /// Bytes behind the region that are free at the start, and hinted so: whole pages. The program takes an eighth of them in each
-    /// pass, writes them, and in the next checks them and gives them back.
+    /// Bytes behind the region that are free at the start, and hinted so: whole pages. The program takes an eighth of them
+    /// in each pass, writes them, and in the next checks them and gives them back.
     pub free: u64,
     /// Bytes at the end of the RAM that are unplugged: whole pages.
     pub unplugged: u64,
@@ -45,7 +45,8 @@ pub struct KvmSettings {
 pub enum KvmLogChoice {
     /// KVM's dirty log, with manual protection.
     DirtyLog,
-    /// KVM's dirty rings. Where KVM emulates the guest's stores they now and then miss a write: move such a machine with `verify`.
+    /// KVM's dirty rings. Where KVM emulates the guest's stores they now and then miss a write: move such a machine with
+    /// `verify`.
     DirtyRing,
     /// userfaultfd and PAGEMAP_SCAN on the machine's memory.
     Userfault,

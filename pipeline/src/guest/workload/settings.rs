@@ -87,8 +87,8 @@ pub struct Fill {
 }
 
 /// Memory that is free at the start. It is filled like the rest, as memory that was used before, and hinted while a migration
-/// runs. A thread takes ranges of it, writes all of their pages, and gives them back later, checked; at most an eighth is taken at a
-/// time.
+/// runs. A thread takes ranges of it, writes all of their pages, and gives them back later, checked; at most an eighth is
+/// taken at a time.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct FreeSettings {
     /// The share of the memory; more than 0.
@@ -112,7 +112,8 @@ pub struct WriterSettings {
     pub region: Region,
 }
 
-/// A part of the memory that is in use (neither free nor unplugged), all blocks taken as one: from share `from` to share `to` of its pages, each 0 to 1.
+/// A part of the memory that is in use (neither free nor unplugged), all blocks taken as one: from share `from` to share
+/// `to` of its pages, each 0 to 1.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Region {
     /// Where it begins.
@@ -194,8 +195,8 @@ impl WorkloadSettings {
         [0..used, used..plugged, plugged..pages]
     }
 
-    /// How many turns a second the writer of this number makes, 0 for as many as it can: writes of a page, or, behind all writers,
-    /// ranges of free memory that are taken or given back.
+    /// How many turns a second the writer of this number makes, 0 for as many as it can: writes of a page, or, behind all
+    /// writers, ranges of free memory that are taken or given back.
     pub(super) fn turns_per_second(&self, writer: usize) -> f64 {
         let free = || self.free.map_or(0.0, |free| free.turns_per_second);
         let turns = self.writers.get(writer).map_or_else(free, |writer| writer.pages_per_second);

@@ -58,8 +58,8 @@ pub(super) fn restarted(make: &dyn Fn() -> Subject, order: Order) -> Result<(), 
     })
 }
 
-/// Pages that a sync has found leave the bitmap unread, as hints of free pages make them do: armed for that first, the log finds the
-/// next write to each. Not asked of a log that says that it does not see stores.
+/// Pages that a sync has found leave the bitmap unread, as hints of free pages make them do: armed for that first, the log
+/// finds the next write to each. Not asked of a log that says that it does not see stores.
 pub(super) fn unread(make: &dyn Fn() -> Subject, order: Order) -> Result<(), Breach> {
     let case = "unread";
     let subject = make();
