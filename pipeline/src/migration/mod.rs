@@ -8,6 +8,7 @@
 //! | `source_graph`, `destination_graph` | the stages, joined |
 //! | `link`, `session` | connections opened, greeted and gathered |
 //! | `bounds` | what a migration takes in memory |
+//! | `out_for_good` | the pages that never travel, for both ends |
 
 mod bounds;
 mod destination;
