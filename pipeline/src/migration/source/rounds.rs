@@ -67,10 +67,14 @@ impl Source {
             return Err(self.broken(flow).await);
         }
         let mut tally = RoundTally::new(self.round, last);
-        let mut lanes_left = self.settings.lanes;
-        while lanes_left > 0 {
+        let (mut is_scanned, mut lanes_left) = (false, self.settings.lanes);
+        // The lanes may be through with a small round before the scanner has said that it is.
+        while !is_scanned || lanes_left > 0 {
             match self.next(flow).await? {
-                Signal::Scanned(scanned) => self.observers.tell(&Event::RoundScanned { round: scanned.round }),
+                Signal::Scanned(scanned) => {
+                    is_scanned = true;
+                    self.observers.tell(&Event::RoundScanned { round: scanned.round });
+                }
                 Signal::Sent(Sent::RoundComplete { tally: of_lane, .. }) => {
                     tally += of_lane;
                     lanes_left -= u16::from(!last);
@@ -96,12 +100,9 @@ impl Source {
         if flow.graph.sync.put(SyncOrder { after_round: self.round }).await.is_err() {
             return Err(self.broken(flow).await);
         }
-        let found = loop {
-            match self.next(flow).await? {
-                Signal::Synced(found) => break found,
-                Signal::Scanned(_) => {}
-                other => return Err(unexpected(&other)),
-            }
+        let found = match self.next(flow).await? {
+            Signal::Synced(found) => found,
+            other => return Err(unexpected(&other)),
         };
         let fixed = self.controller.fixed();
         fixed.sync = fixed.sync.max(found.duration);
