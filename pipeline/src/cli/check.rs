@@ -33,7 +33,10 @@ fn facts(config: &Config) -> Vec<String> {
     let logs = logs_bytes(config, &layout);
     let mut facts = vec![
         format!("guest: {} in {} pages", human::bytes(bytes), human::count(layout.pages())),
-        format!("memory at the source: at most {}", human::bytes(source_bound(&layout, &settings) + logs)),
+        format!(
+            "memory at the source: at most {}",
+            human::bytes(source_bound(&layout, &settings, may_leave_out(config)) + logs)
+        ),
         format!("memory at the destination: at most {}", human::bytes(destination_bound(&layout, settings.lanes))),
     ];
     if let Some(cap) = settings.max_bandwidth {
@@ -73,6 +76,15 @@ fn layout(config: &Config) -> Result<Layout, String> {
         }
     };
     Layout::new(page_size, blocks).map_err(|error| error.to_string())
+}
+
+/// Has the guest pages that may not travel?
+fn may_leave_out(config: &Config) -> bool {
+    match &config.guest {
+        GuestTable::Workload(table) => table.free.is_some() || table.unplugged > 0.0 || table.shared.is_some(),
+        GuestTable::File(_) => false,
+        GuestTable::Kvm(table) => table.free.0 > 0 || table.unplugged.0 > 0 || table.shared.is_some(),
+    }
 }
 
 /// What the guest's dirty logs keep at the source.

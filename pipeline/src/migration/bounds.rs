@@ -61,9 +61,9 @@ fn group_bytes(page_size: PageSize) -> u64 {
 }
 
 /// The most memory that a source takes for itself, in bytes: pools, caches, compressors and what it keeps for each page. What its
-/// guest's dirty logs keep comes to it.
+/// guest's dirty logs keep comes to it. `may_leave_out`: are there pages that may not travel?
 #[must_use]
-pub fn source_bound(layout: &Layout, settings: &SourceSettings) -> u64 {
+pub fn source_bound(layout: &Layout, settings: &SourceSettings, may_leave_out: bool) -> u64 {
     let extent = layout.page_size().extent_bytes() as u64;
     let pools = u64::from(settings.lanes) * (COPY_BUFFERS + CODE_BUFFERS) as u64 * extent;
     let cache = settings.encoder.xbzrle.as_ref().map_or(0, |xbzrle| xbzrle.cache_bytes);
@@ -71,20 +71,22 @@ pub fn source_bound(layout: &Layout, settings: &SourceSettings) -> u64 {
         Compressor::for_groups(codec, layout.page_size()).memory_bytes() + group_bytes(layout.page_size())
     });
     let compressors = u64::from(settings.lanes) * compressor;
-    pools + cache + compressors + source_keeps(layout, InFlight::bound_bytes(layout, settings.lanes), settings.verify)
+    let in_flight = InFlight::bound_bytes(layout, settings.lanes);
+    pools + cache + compressors + source_keeps(layout, in_flight, settings.verify, may_leave_out)
 }
 
 /// What a source keeps for its guest's pages: which are dirty, which were never touched, which do not travel, what is in flight,
 /// and digests.
-pub(super) fn source_keeps(layout: &Layout, in_flight: u64, verify: bool) -> u64 {
-    let digests = if verify { digests::bound_bytes(layout) } else { 0 };
-    2 * DirtyBitmap::bytes_of(layout) + Clears::bytes_of(layout) + in_flight + digests
+pub(super) fn source_keeps(layout: &Layout, in_flight: u64, verify: bool, may_leave_out: bool) -> u64 {
+    let digests = if verify { digests::bound_bytes(layout, may_leave_out) } else { 0 };
+    let clears = if may_leave_out { Clears::bytes_of(layout) } else { 0 };
+    2 * DirtyBitmap::bytes_of(layout) + clears + in_flight + digests
 }
 
 /// What a destination keeps: which pages it holds, which never come, and digests.
-pub(super) fn destination_keeps(layout: &Layout, verify: bool) -> u64 {
-    let digests = if verify { digests::bound_bytes(layout) } else { 0 };
-    2 * DirtyBitmap::bytes_of(layout) + digests
+pub(super) fn destination_keeps(layout: &Layout, verify: bool, may_leave_out: bool) -> u64 {
+    let digests = if verify { digests::bound_bytes(layout, may_leave_out) } else { 0 };
+    (1 + u64::from(may_leave_out)) * DirtyBitmap::bytes_of(layout) + digests
 }
 
 /// What the dirty logs of a guest keep.
@@ -92,12 +94,13 @@ pub(super) fn logs_bytes(logs: &[Arc<dyn DirtyLog>]) -> u64 {
     logs.iter().map(|log| log.memory_bytes()).sum()
 }
 
-/// The most memory that a destination takes for itself, in bytes; with digests, for it is the source that decides on them.
+/// The most memory that a destination takes for itself, in bytes; with digests that leave pages out, for it is the source that
+/// decides on them.
 #[must_use]
 pub fn destination_bound(layout: &Layout, lanes: u16) -> u64 {
     let extent = layout.page_size().extent_bytes() as u64;
     let decompressor = Decompressor::bound_bytes() + group_bytes(layout.page_size());
-    u64::from(lanes) * (LOAD_BUFFERS as u64 * extent + decompressor) + destination_keeps(layout, true)
+    u64::from(lanes) * (LOAD_BUFFERS as u64 * extent + decompressor) + destination_keeps(layout, true, true)
 }
 
 /// Does this host have the memory to send or receive such a guest? A block may be far larger than anything here (a sparse

@@ -39,18 +39,23 @@ pub(super) struct StretchAt {
     pub(super) stretch: u64,
 }
 
+/// Pages that digests leave out; `None` where none may be, so that such a guest's migration keeps no bits for them.
+pub(super) type LeftOut = Option<Arc<DirtyBitmap>>;
+
 /// The hash of every stretch, by block, and the pages that they leave out. At a destination it grows as frames come, never beyond
 /// the layout.
 #[derive(Clone, Debug)]
 pub(super) struct Digests {
+    layout: Layout,
     blocks: Vec<Vec<u128>>,
-    left_out: Arc<DirtyBitmap>,
+    left_out: LeftOut,
 }
 
 impl Digests {
-    /// None yet, with nothing left out.
-    pub(super) fn none(layout: &Layout) -> Self {
-        Self { blocks: vec![Vec::new(); layout.blocks().len()], left_out: Arc::new(DirtyBitmap::empty(layout)) }
+    /// None yet, with nothing left out; `may_leave_out`: was it agreed that those that come may?
+    pub(super) fn none(layout: &Layout, may_leave_out: bool) -> Self {
+        let left_out = may_leave_out.then(|| Arc::new(DirtyBitmap::empty(layout)));
+        Self { layout: layout.clone(), blocks: vec![Vec::new(); layout.blocks().len()], left_out }
     }
 
     /// Takes what a Digests frame brings: the next stretches of a block.
@@ -58,15 +63,9 @@ impl Digests {
     /// # Errors
     /// When they are not the next ones, or not of the layout, or leave pages out that are not there, or any if it was not agreed
     /// that they `may_leave_out`.
-    pub(super) fn add(
-        &mut self,
-        block: u32,
-        first: u64,
-        stretches: Vec<StretchDigest>,
-        may_leave_out: bool,
-    ) -> Result<(), MigrationError> {
+    pub(super) fn add(&mut self, block: u32, first: u64, stretches: Vec<StretchDigest>) -> Result<(), MigrationError> {
         let wrong = |what: String| Err(MigrationError::Protocol(what));
-        let layout = self.left_out.layout();
+        let layout = &self.layout;
         let Some(here) = self.blocks.get_mut(block as usize) else {
             return wrong(format!("digests of block {block}, which is not there"));
         };
@@ -76,13 +75,17 @@ impl Digests {
             return wrong(format!("{count} digests of block {block} from stretch {first} on, where {next} comes next"));
         }
         for (stretch, digest) in (first..).zip(stretches) {
-            if !may_leave_out && digest.left_out != [0; STRETCH_WORDS] {
-                return wrong(format!("digests of block {block} leave pages out"));
-            }
+            here.push(digest.hash);
+            let Some(left_out) = &self.left_out else {
+                if digest.left_out != [0; STRETCH_WORDS] {
+                    return wrong(format!("digests of block {block} leave pages out"));
+                }
+                continue;
+            };
             let mut extents = extents_of(layout, StretchAt { block, stretch });
-            for mask in digest.left_out.into_iter().filter(|_| may_leave_out) {
+            for mask in digest.left_out {
                 match extents.next() {
-                    Some(at) if mask & !layout.valid_mask(at) == 0 => _ = self.left_out.set_mask(at, mask),
+                    Some(at) if mask & !layout.valid_mask(at) == 0 => _ = left_out.set_mask(at, mask),
                     None if mask == 0 => {}
                     _ => {
                         return wrong(format!(
@@ -91,7 +94,6 @@ impl Digests {
                     }
                 }
             }
-            here.push(digest.hash);
         }
         Ok(())
     }
@@ -102,7 +104,7 @@ impl Digests {
             hashes.chunks(MAX_DIGESTS).enumerate().map(move |(index, hashes)| {
                 let first = (index * MAX_DIGESTS) as u64;
                 let digest = |(stretch, &hash)| {
-                    let left_out = masks(&self.left_out, StretchAt { block, stretch });
+                    let left_out = masks(self.left_out.as_deref(), StretchAt { block, stretch });
                     StretchDigest { hash, left_out }
                 };
                 Message::Digests { block, first, stretches: (first..).zip(hashes).map(digest).collect() }
@@ -111,22 +113,27 @@ impl Digests {
     }
 
     /// The pages that they leave out.
-    pub(super) fn left_out(&self) -> &Arc<DirtyBitmap> {
+    pub(super) fn left_out(&self) -> &LeftOut {
         &self.left_out
     }
 
     /// The first page that these leave out and others do not.
-    pub(super) fn first_left_out_beside(&self, others: &DirtyBitmap) -> Option<PageAt> {
-        let more = |at: ExtentAt| self.left_out.peek(at) & !others.peek(at);
-        let at = self.left_out.all_dirty_extents().find(|&at| more(at) != 0)?;
+    pub(super) fn first_left_out_beside(&self, others: &LeftOut) -> Option<PageAt> {
+        let own = self.left_out.as_ref()?;
+        let more = |at: ExtentAt| own.peek(at) & !others.as_ref().map_or(0, |others| others.peek(at));
+        let at = own.all_dirty_extents().find(|&at| more(at) != 0)?;
         Some(at.page(more(at).trailing_zeros()))
     }
 
     /// These, with `left_out` left out, which are no fewer pages: stretches that it concerns are hashed again.
-    pub(super) async fn leaving_out(mut self, memory: &GuestMemory, left_out: Arc<DirtyBitmap>) -> io::Result<Self> {
-        let concerns = |at: &StretchAt| masks(&self.left_out, *at) != masks(&left_out, *at);
+    pub(super) async fn leaving_out(mut self, memory: &GuestMemory, left_out: LeftOut) -> io::Result<Self> {
+        let concerns = |at: &StretchAt| masks(self.left_out.as_deref(), *at) != masks(left_out.as_deref(), *at);
         let stretches: Arc<[_]> = all_stretches(memory.layout()).filter(concerns).collect();
-        let hashes = start_some(memory, left_out.clone(), stretches.clone()).hashes().await?;
+        let hashes = if stretches.is_empty() {
+            Vec::new()
+        } else {
+            start_some(memory, left_out.clone(), stretches.clone()).hashes().await?
+        };
         for (at, hash) in stretches.iter().zip(hashes) {
             self.blocks[at.block as usize][usize::try_from(at.stretch).expect("one of them")] = hash;
         }
@@ -144,17 +151,17 @@ impl Digests {
     }
 }
 
-/// The most bytes that digests of a guest take: what was never touched, what is left out, the stretches in a row, and the
-/// hashes as they are found and as they are kept.
-pub(super) fn bound_bytes(layout: &Layout) -> u64 {
+/// The most bytes that digests of a guest take: what was never touched, what is left out if any may be, the stretches in a row, and
+/// the hashes as they are found and as they are kept.
+pub(super) fn bound_bytes(layout: &Layout, may_leave_out: bool) -> u64 {
     let hashes = all_stretches(layout).count() * (2 * size_of::<u128>() + size_of::<StretchAt>());
-    2 * DirtyBitmap::bytes_of(layout) + hashes as u64
+    (1 + u64::from(may_leave_out)) * DirtyBitmap::bytes_of(layout) + hashes as u64
 }
 
 /// Digests that are being computed. Dropping them stops the work.
 pub(super) struct Pending {
     layout: Layout,
-    left_out: Arc<DirtyBitmap>,
+    left_out: LeftOut,
     stretches: Arc<[StretchAt]>,
     stop: Arc<AtomicBool>,
     /// Each hashes every so many-th stretch, one after another.
@@ -162,11 +169,11 @@ pub(super) struct Pending {
 }
 
 /// Starts to hash all of the guest's memory but what is left out, with every core.
-pub(super) fn start(memory: &GuestMemory, left_out: Arc<DirtyBitmap>) -> Pending {
+pub(super) fn start(memory: &GuestMemory, left_out: LeftOut) -> Pending {
     start_some(memory, left_out, all_stretches(memory.layout()).collect())
 }
 
-fn start_some(memory: &GuestMemory, left_out: Arc<DirtyBitmap>, stretches: Arc<[StretchAt]>) -> Pending {
+fn start_some(memory: &GuestMemory, left_out: LeftOut, stretches: Arc<[StretchAt]>) -> Pending {
     let stop = Arc::new(AtomicBool::new(false));
     let untouched = Arc::new(OnceLock::new());
     let cores = cores();
@@ -174,10 +181,8 @@ fn start_some(memory: &GuestMemory, left_out: Arc<DirtyBitmap>, stretches: Arc<[
         let (memory, stop, untouched) = (memory.clone(), stop.clone(), untouched.clone());
         let (left_out, stretches) = (left_out.clone(), stretches.clone());
         tokio::task::spawn_blocking(move || {
-            if stretches.is_empty() {
-                return Ok(Vec::new());
-            }
-            let mut hasher = Hasher::new(&memory, untouched.get_or_init(|| untouched_pages(&memory)), &left_out);
+            let untouched = untouched.get_or_init(|| untouched_pages(&memory));
+            let mut hasher = Hasher::new(&memory, untouched, left_out.as_deref());
             let own = stretches.iter().skip(number).step_by(cores);
             own.take_while(|_| !stop.load(Ordering::Relaxed)).map(|&at| hasher.hash(at)).collect()
         })
@@ -189,12 +194,12 @@ fn start_some(memory: &GuestMemory, left_out: Arc<DirtyBitmap>, stretches: Arc<[
 impl Pending {
     /// Waits for all of them.
     pub(super) async fn finish(self) -> io::Result<Digests> {
-        let mut blocks = vec![Vec::new(); self.layout.blocks().len()];
-        let (left_out, stretches) = (self.left_out.clone(), self.stretches.clone());
+        let mut digests = Digests { left_out: self.left_out.clone(), ..Digests::none(&self.layout, false) };
+        let stretches = self.stretches.clone();
         for (at, hash) in stretches.iter().zip(self.hashes().await?) {
-            blocks[at.block as usize].push(hash);
+            digests.blocks[at.block as usize].push(hash);
         }
-        Ok(Digests { blocks, left_out })
+        Ok(digests)
     }
 
     /// The hashes, in the order of the stretches.
@@ -217,7 +222,7 @@ impl Drop for Pending {
 }
 
 /// What hashing all of the guest will cost one end, by a few stretches hashed now. May block.
-fn estimate(memory: &GuestMemory, left_out: &DirtyBitmap) -> io::Result<Duration> {
+fn estimate(memory: &GuestMemory, left_out: Option<&DirtyBitmap>) -> io::Result<Duration> {
     let stretches: Vec<_> = all_stretches(memory.layout()).collect();
     let step = stretches.len().div_ceil(SAMPLES);
     let sample: Vec<_> = stretches.iter().step_by(step).collect();
@@ -232,7 +237,7 @@ fn estimate(memory: &GuestMemory, left_out: &DirtyBitmap) -> io::Result<Duration
 
 /// What digests add to the downtime: by a few stretches hashed
 /// now. May block.
-pub(super) fn downtime(memory: &GuestMemory, left_out: &DirtyBitmap) -> io::Result<Duration> {
+pub(super) fn downtime(memory: &GuestMemory, left_out: Option<&DirtyBitmap>) -> io::Result<Duration> {
     Ok(estimate(memory, left_out)? * DIGEST_PASSES)
 }
 
@@ -249,14 +254,13 @@ pub fn hashing_cost(bytes: u64) -> io::Result<Duration> {
     let info = BlockInfo::new("sample", SAMPLE_BYTES as u64);
     let block = RamBlock { info, memory: mapped, fresh: false };
     let sample = GuestMemory::new(PageSize::DEFAULT, vec![block]).expect("one good block");
-    let nothing = DirtyBitmap::empty(sample.layout());
-    Ok(estimate(&sample, &nothing)?.mul_f64(bytes as f64 / SAMPLE_BYTES as f64))
+    Ok(estimate(&sample, None)?.mul_f64(bytes as f64 / SAMPLE_BYTES as f64))
 }
 
 /// The page hashes of a stretch, to be sent; of pages that are left out there are none. May block.
-pub(super) fn page_hashes(memory: &GuestMemory, left_out: &DirtyBitmap, at: StretchAt) -> io::Result<Message> {
+pub(super) fn page_hashes(memory: &GuestMemory, left_out: &LeftOut, at: StretchAt) -> io::Result<Message> {
     let first = first_page(memory.layout(), at);
-    let known = Known { untouched: None, left_out: masks(left_out, at) };
+    let known = Known { untouched: None, left_out: masks(left_out.as_deref(), at) };
     let hashes = digest::page_hashes(memory, at.block, at.stretch, &known, &mut scratch(memory))?;
     Ok(Message::PageHashes { first, hashes })
 }
@@ -264,7 +268,7 @@ pub(super) fn page_hashes(memory: &GuestMemory, left_out: &DirtyBitmap, at: Stre
 /// The first page whose hash here is not the one given. May block.
 pub(super) fn first_differing_page(
     memory: &GuestMemory,
-    left_out: &DirtyBitmap,
+    left_out: &LeftOut,
     first: PageAt,
     theirs: &[u64],
 ) -> io::Result<Option<PageAt>> {
@@ -274,7 +278,7 @@ pub(super) fn first_differing_page(
         return Err(io::Error::new(io::ErrorKind::InvalidData, format!("the peer asks about {first}")));
     }
     let at = StretchAt { block: first.block, stretch: first.page / pages };
-    let known = Known { untouched: None, left_out: masks(left_out, at) };
+    let known = Known { untouched: None, left_out: masks(left_out.as_deref(), at) };
     let ours = digest::page_hashes(memory, at.block, at.stretch, &known, &mut scratch(memory))?;
     let differs = (first.page..).zip(ours.iter().zip(theirs)).find(|(_, (ours, theirs))| ours != theirs);
     Ok(differs.map(|(page, _)| PageAt { block: first.block, page }))
@@ -294,14 +298,14 @@ fn pages_of(layout: &Layout, at: StretchAt) -> Range<u64> {
 struct Hasher<'a> {
     memory: &'a GuestMemory,
     untouched: &'a DirtyBitmap,
-    left_out: &'a DirtyBitmap,
+    left_out: Option<&'a DirtyBitmap>,
     scratch: PooledBuffer,
     /// The hash of a whole stretch of zeros, once it was needed.
     hole: Option<u128>,
 }
 
 impl<'a> Hasher<'a> {
-    fn new(memory: &'a GuestMemory, untouched: &'a DirtyBitmap, left_out: &'a DirtyBitmap) -> Self {
+    fn new(memory: &'a GuestMemory, untouched: &'a DirtyBitmap, left_out: Option<&'a DirtyBitmap>) -> Self {
         Self { memory, untouched, left_out, scratch: scratch(memory), hole: None }
     }
 
@@ -343,9 +347,10 @@ fn extents_of(layout: &Layout, at: StretchAt) -> impl Iterator<Item = ExtentAt> 
     (first..end).map(move |extent| ExtentAt { block: at.block, extent: u32::try_from(extent).expect("of the block") })
 }
 
-/// The pages of a stretch that are set in a bitmap, extent by extent.
-fn masks(pages: &DirtyBitmap, at: StretchAt) -> [u64; STRETCH_WORDS] {
+/// The pages of a stretch that are left out, extent by extent.
+fn masks(pages: Option<&DirtyBitmap>, at: StretchAt) -> [u64; STRETCH_WORDS] {
     let mut masks = [0; STRETCH_WORDS];
+    let Some(pages) = pages else { return masks };
     masks.iter_mut().zip(extents_of(pages.layout(), at)).for_each(|(mask, at)| *mask = pages.peek(at));
     masks
 }
@@ -382,8 +387,7 @@ mod tests {
         let written = [(0, 100), (0, 8 << 20), (2, 0), (2, 3 << 20)];
         let sparse = memory(&written);
         let untouched = untouched_pages(&sparse);
-        let nothing = DirtyBitmap::empty(sparse.layout());
-        let mut hasher = Hasher::new(&sparse, &untouched, &nothing);
+        let mut hasher = Hasher::new(&sparse, &untouched, None);
         for at in all_stretches(sparse.layout()) {
             let known = Known::default();
             let plain = digest::stretch_digest(&sparse, at.block, at.stretch, &known, &mut scratch(&sparse)).unwrap();
@@ -395,15 +399,14 @@ mod tests {
     #[tokio::test]
     async fn the_first_difference_is_found_and_its_page_named() {
         let (ours, theirs) = (memory(&[(0, 100), (2, 3 << 20)]), memory(&[(0, 100), (2, (3 << 20) + 4096)]));
-        let nothing = Arc::new(DirtyBitmap::empty(ours.layout()));
-        let digests = [start(&ours, nothing.clone()), start(&theirs, nothing.clone())];
+        let digests = [start(&ours, None), start(&theirs, None)];
         let [ours_hashed, theirs_hashed] =
             futures::future::join_all(digests.map(Pending::finish)).await.try_into().unwrap();
         let layout = ours.layout();
         let differs = theirs_hashed.unwrap().first_difference(layout, &ours_hashed.unwrap()).unwrap();
         assert_eq!(differs, StretchAt { block: 2, stretch: 1 });
-        let Message::PageHashes { first, hashes } = page_hashes(&theirs, &nothing, differs).unwrap() else { panic!() };
-        let page = first_differing_page(&ours, &nothing, first, &hashes).unwrap();
+        let Message::PageHashes { first, hashes } = page_hashes(&theirs, &None, differs).unwrap() else { panic!() };
+        let page = first_differing_page(&ours, &None, first, &hashes).unwrap();
         assert_eq!(page, Some(PageAt { block: 2, page: (3 << 20) / 4096 }));
     }
 
@@ -415,17 +418,17 @@ mod tests {
         let left_out = |pages| {
             let left_out = DirtyBitmap::empty(layout);
             left_out.set_range(2, pages);
-            Arc::new(left_out)
+            Some(Arc::new(left_out))
         };
         // The destination knows of one of them itself.
         let sent = start(&ours, left_out(page..page + 2)).finish().await.unwrap();
         let own = start(&theirs, left_out(page..page + 1)).finish().await.unwrap();
-        let mut came = Digests::none(layout);
+        let mut came = Digests::none(layout, true);
         for message in sent.messages() {
             let Message::Digests { block, first, stretches } = message else { panic!() };
-            came.add(block, first, stretches, true).unwrap();
+            came.add(block, first, stretches).unwrap();
         }
-        assert_eq!(came.left_out.count(), 2);
+        assert_eq!(came.left_out.as_ref().unwrap().count(), 2);
         assert_eq!(own.first_left_out_beside(&came.left_out), None);
         let beside = came.first_left_out_beside(&own.left_out);
         assert_eq!(beside, Some(PageAt { block: 2, page: page + 1 }));
@@ -438,11 +441,11 @@ mod tests {
     fn digests_that_leave_out_what_was_not_agreed_or_is_not_there_are_refused() {
         let guest = memory(&[]);
         let refusal = |block, first, left_out, may| {
-            let mut digests = Digests::none(guest.layout());
+            let mut digests = Digests::none(guest.layout(), may);
             for stretch in 0..first {
-                digests.add(block, stretch, vec![StretchDigest { hash: 0, left_out: [0; 8] }], may).unwrap();
+                digests.add(block, stretch, vec![StretchDigest { hash: 0, left_out: [0; 8] }]).unwrap();
             }
-            let added = digests.add(block, first, vec![StretchDigest { hash: 0, left_out }], may);
+            let added = digests.add(block, first, vec![StretchDigest { hash: 0, left_out }]);
             added.err().map(|error| error.to_string())
         };
         let one = |word: usize, mask| {

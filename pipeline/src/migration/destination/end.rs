@@ -60,7 +60,7 @@ impl Destination {
 
     fn figures(&self, flow: &Flow) -> (u64, u64, Vec<Reading>) {
         let layout = self.layout.as_ref().expect("the stages run");
-        let keeps = bounds::destination_keeps(layout, self.verified.is_some());
+        let keeps = bounds::destination_keeps(layout, self.verified.is_some(), flow.may_leave_out);
         let peak = bounds::peak(&flow.graph.pools, &flow.graph.meters, keeps);
         (flow.wire_bytes(), peak, flow.graph.meters.iter().map(|meter| meter.read()).collect())
     }

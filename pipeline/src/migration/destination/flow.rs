@@ -1,10 +1,8 @@
 //! The running destination, as its controller sees it: the stages joined, and the next thing that it must know.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::loader::Loaded;
 use memferry_stages::sender::Control;
 use memferry_stages::wire::Message;
@@ -14,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::migration::FAREWELL;
 use crate::migration::destination_graph::{ANSWERS, DestinationGraph};
+use crate::migration::digests::LeftOut;
 use crate::migration::error::MigrationError;
 use crate::migration::speed::Speed;
 
@@ -33,7 +32,7 @@ pub(super) struct Flow {
     /// May they leave pages out?
     pub(super) may_leave_out: bool,
     /// Pages that never travel, as this end knows them.
-    pub(super) out_for_good: Arc<DirtyBitmap>,
+    pub(super) out_for_good: LeftOut,
 }
 
 /// One thing that the controller must know.

@@ -41,7 +41,7 @@ impl Destination {
         let lanes = u16::try_from(flow.graph.progress.len()).expect("at most MAX_LANES");
         let mut arrival = Arrival {
             device: Assembly::new(StatePhase::Device),
-            digests: Digests::none(memory.layout()),
+            digests: Digests::none(memory.layout(), flow.may_leave_out),
             tallies: Vec::new(),
             lanes: usize::from(lanes),
             switched_over: 0,
@@ -52,7 +52,7 @@ impl Destination {
             match flow.next().await? {
                 Signal::Said(Message::State(chunk)) => arrival.device.add(chunk)?,
                 Signal::Said(Message::Digests { block, first, stretches }) => {
-                    arrival.digests.add(block, first, stretches, flow.may_leave_out)?;
+                    arrival.digests.add(block, first, stretches)?;
                 }
                 Signal::Said(Message::End { run_state, frames }) => arrival.end = Some((run_state, frames)),
                 Signal::Said(Message::Abort(why)) => return Err(MigrationError::GivenUp { peer: "source", why }),

@@ -17,6 +17,7 @@ use super::flow::{Flow, ended_early};
 use crate::events::{Event, Phase};
 use crate::guest::{GuestError, GuestState};
 use crate::migration::destination_graph::DestinationGraph;
+use crate::migration::digests::LeftOut;
 use crate::migration::error::MigrationError;
 use crate::migration::link::Writer;
 use crate::migration::out_for_good::out_for_good;
@@ -44,7 +45,7 @@ impl Destination {
         &mut self,
         session: &mut Session,
         answer: &mut Option<Writer>,
-    ) -> Result<(GuestMemory, DirtyBitmap), MigrationError> {
+    ) -> Result<(GuestMemory, LeftOut), MigrationError> {
         self.observers.tell(&Event::Connected { peer: session.peer.clone() });
         say(answer, &Message::Accept(Vec::new())).await?;
         let (blocks, setup) = tokio::time::timeout(self.settings.handover_timeout, read_setup(session))
@@ -63,11 +64,13 @@ impl Destination {
             }
             check_ignored(&blocks, memory.layout())?;
             let unplugged = guest.clearers().iter().flat_map(|clearer| clearer.unplugged()).collect();
-            let out = DirtyBitmap::empty(memory.layout());
-            for (_, block, pages) in out_for_good(memory.layout(), unplugged)? {
-                out.set_range(block, pages);
-            }
-            Ok((memory, out))
+            let ranges = out_for_good(memory.layout(), unplugged)?;
+            let left_out = (!ranges.is_empty()).then(|| {
+                let out = DirtyBitmap::empty(memory.layout());
+                ranges.into_iter().for_each(|(_, block, pages)| out.set_range(block, pages));
+                Arc::new(out)
+            });
+            Ok((memory, left_out))
         })
         .await?;
         self.layout = Some(memory.layout().clone());
@@ -84,7 +87,7 @@ impl Destination {
         &mut self,
         session: Session,
         memory: &GuestMemory,
-        out_for_good: DirtyBitmap,
+        out_for_good: LeftOut,
         answer: Option<Writer>,
     ) -> Flow {
         let Session { hello, features, readers, .. } = session;
@@ -105,7 +108,7 @@ impl Destination {
             round_began: Instant::now(),
             verify: features.verify,
             may_leave_out: features.left_out,
-            out_for_good: Arc::new(out_for_good),
+            out_for_good,
         }
     }
 }

@@ -4,14 +4,12 @@
 //! hints. What is unplugged or ignored leaves the bitmap where it is made, in `setup`.
 
 use std::ops::Range;
-use std::sync::Arc;
 
 use memferry_stages::clears::{OutForGood, Spared};
-use memferry_stages::geometry::Layout;
 
 use super::Source;
 use crate::events::Event;
-use crate::guest::clearer::{Clearer, Hints, Point};
+use crate::guest::clearer::{Hints, Point};
 use crate::guest::{GuestError, RunState};
 use crate::migration::error::MigrationError;
 use crate::migration::out_for_good::out_for_good;
@@ -19,6 +17,11 @@ use crate::migration::{asked, blocking};
 use crate::settings::After;
 
 impl Source {
+    /// Are there pages that may not travel?
+    pub(super) fn may_leave_out(&self) -> bool {
+        !self.clearers.is_empty() || self.layout().blocks().iter().any(|block| block.ignored)
+    }
+
     /// Told before anything is armed: what is unplugged stays so from here on. Returns the pages that never travel.
     pub(super) async fn reach_setup(&mut self) -> Result<Vec<(OutForGood, u32, Range<u64>)>, MigrationError> {
         self.refuse_torn_snapshot()?;
@@ -129,9 +132,4 @@ impl Source {
             }
         }
     }
-}
-
-/// Does a guest with these have pages that may not travel?
-pub(super) fn may_leave_out(clearers: &[Arc<dyn Clearer>], layout: &Layout) -> bool {
-    !clearers.is_empty() || layout.blocks().iter().any(|block| block.ignored)
 }

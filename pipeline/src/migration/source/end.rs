@@ -110,7 +110,12 @@ impl Source {
     fn figures(&self, flow: Option<&Flow>) -> Figures {
         let Some(flow) = flow else { return Figures::default() };
         let graph = &flow.graph;
-        let keeps = bounds::source_keeps(self.layout(), graph.in_flight.memory_bytes(), self.verified.is_some());
+        let keeps = bounds::source_keeps(
+            self.layout(),
+            graph.in_flight.memory_bytes(),
+            self.verified.is_some(),
+            self.clears.is_some(),
+        );
         Figures {
             wire_bytes: wire_bytes(flow),
             memory_peak: bounds::peak(&graph.pools, &graph.meters, keeps) + bounds::logs_bytes(&self.logs),

@@ -79,7 +79,7 @@ impl Source {
     async fn name_page(&mut self, message: &Message) {
         let Message::PageHashes { first, hashes } = message else { return };
         let (memory, first, hashes) = (self.memory.clone(), *first, hashes.clone());
-        let left_out = self.left_out.clone().expect("digests were sent");
+        let left_out = self.left_out.clone();
         let found = blocking(move || digests::first_differing_page(&memory, &left_out, first, &hashes)).await;
         let layout = self.layout();
         self.differing_page = Some(match found {

@@ -26,6 +26,7 @@ use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
 use super::bounds;
+use super::digests::LeftOut;
 use super::error::{MigrationError, guarded};
 use super::flow::Flow;
 use super::handshake::Verdict;
@@ -87,9 +88,10 @@ struct Source {
     clearers: Vec<Arc<dyn Clearer>>,
     /// How many of them were told of Setup.
     set_up: usize,
+    /// Once the logs are armed, if there are pages that may not travel.
     clears: Option<Arc<Clears>>,
     /// The pages that the digests leave out, once they are made.
-    left_out: Option<Arc<DirtyBitmap>>,
+    left_out: LeftOut,
     paused: Option<Instant>,
     released: bool,
     /// May Go have left?
@@ -163,7 +165,7 @@ impl Source {
 
     /// The migration as the list of its phases.
     async fn migrate(&mut self, plane: &DataPlane, running: &mut Option<Flow>) -> Result<Verdict, MigrationError> {
-        bounds::check_host(bounds::source_bound(self.layout(), &self.settings))?;
+        bounds::check_host(self.bound())?;
         let cancel = self.cancel.clone();
         let agreed = async {
             let mut link = self.connect(plane).await?;
@@ -191,6 +193,11 @@ impl Source {
         } else {
             self.complete_file(flow).await
         }
+    }
+
+    /// The most memory that it takes for itself, dirty logs aside.
+    fn bound(&self) -> u64 {
+        bounds::source_bound(self.layout(), &self.settings, self.may_leave_out())
     }
 
     fn layout(&self) -> &Layout {

@@ -10,7 +10,7 @@ use memferry_stages::memory::GuestMemory;
 use memferry_stages::wire::messages::StatePhase;
 use memferry_stages::wire::{Features, Message};
 
-use super::{HANDOVER_MOST, Source, clears};
+use super::{HANDOVER_MOST, Source};
 use crate::events::{Event, Phase};
 use crate::migration::error::MigrationError;
 use crate::migration::flow::Flow;
@@ -24,7 +24,7 @@ impl Source {
         let (transport, settings) = (self.transport.clone(), self.settings.clone());
         let page_size = self.memory.page_size();
         let features = Features {
-            left_out: clears::may_leave_out(&self.clearers, self.layout()),
+            left_out: self.may_leave_out(),
             ignored_blocks: self.layout().blocks().iter().any(|block| block.ignored),
             ..features(&settings)
         };
@@ -80,25 +80,25 @@ impl Source {
         self.observers.tell(&Event::Guest {
             blocks: block_facts(self.layout()),
             pages: self.layout().pages(),
-            memory_bound: bounds::source_bound(self.layout(), &self.settings) + bounds::logs_bytes(&self.logs),
+            memory_bound: self.bound() + bounds::logs_bytes(&self.logs),
         });
-        let logs = self.logs.clone();
+        let (logs, may_leave_out) = (self.logs.clone(), self.may_leave_out());
         let (bitmap, clears, untouched) = blocking(move || {
             for log in &logs {
                 log.start().map_err(|error| MigrationError::Log { doing: "start", error })?;
             }
             let bitmap = Arc::new(DirtyBitmap::filled(memory.layout()));
-            let clears = Clears::new(bitmap.clone(), &out);
+            let clears = may_leave_out.then(|| Arc::new(Clears::new(bitmap.clone(), &out)));
             let untouched = untouched_pages(&memory);
-            if let Some(out) = clears.out_for_good() {
+            if let Some(out) = clears.as_ref().and_then(|clears| clears.out_for_good()) {
                 leave_out(&logs, out, &untouched)?;
             }
             arm_untouched(&logs, &memory, &untouched)?;
-            Ok::<_, MigrationError>((bitmap, Arc::new(clears), Arc::new(untouched)))
+            Ok::<_, MigrationError>((bitmap, clears, Arc::new(untouched)))
         })
         .await?;
         self.bitmap = Some(bitmap.clone());
-        self.clears = Some(clears);
+        self.clears = clears;
         self.tell_spared();
         self.warn_of_lost_hints();
         self.controller.armed(self.started.elapsed());
@@ -109,8 +109,9 @@ impl Source {
     /// before each decision, for other work on the machine comes and goes.
     pub(super) async fn estimate_verify(&mut self) -> Result<(), MigrationError> {
         if self.settings.verify {
-            let (memory, clears) = (self.memory.clone(), self.clears.clone().expect("made when the logs were armed"));
-            let estimate = blocking(move || digests::downtime(&memory, &clears.left_out())).await;
+            let (memory, clears) = (self.memory.clone(), self.clears.clone());
+            let left_out = move || clears.map(|clears| clears.left_out());
+            let estimate = blocking(move || digests::downtime(&memory, left_out().as_ref())).await;
             self.controller.fixed().verify = estimate.map_err(MigrationError::Digest)?;
         }
         Ok(())
@@ -121,7 +122,7 @@ impl Source {
             memory: self.memory.clone(),
             logs: self.logs.clone(),
             bitmap,
-            clears: self.clears.clone().filter(|_| clears::may_leave_out(&self.clearers, self.layout())),
+            clears: self.clears.clone(),
             untouched,
             writers: link.writers,
             durable_rounds: self.transport.capabilities().stored,

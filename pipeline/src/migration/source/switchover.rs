@@ -37,9 +37,11 @@ impl Source {
 
     /// Nothing leaves the bitmap any more but to be sent: what was left out until here is left out of the digests.
     fn start_digests(&mut self) -> Option<digests::Pending> {
-        let left_out = self.clears.as_ref().filter(|_| self.settings.verify)?.left_out();
-        let left_out = self.left_out.insert(Arc::new(left_out));
-        Some(digests::start(&self.memory, left_out.clone()))
+        if !self.settings.verify {
+            return None;
+        }
+        self.left_out = self.clears.as_ref().map(|clears| Arc::new(clears.left_out()));
+        Some(digests::start(&self.memory, self.left_out.clone()))
     }
 
     /// Lets the backlog run down to a small share of the downtime limit before the guest is paused.
