@@ -52,7 +52,7 @@ pub struct BlockFacts {
 }
 
 /// Figures taken once in a while during a migration, for whoever watches.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Progress {
     /// The current round, from 1.
     pub round: u32,
@@ -70,6 +70,12 @@ pub struct Progress {
     pub dirty_rate: Option<f64>,
     /// What a switchover now would cost, if it can be told.
     pub expected_downtime: Option<Duration>,
+    /// The downtime limit as far as it is raised; nothing at the destination, which has none.
+    pub downtime_limit: Duration,
+    /// Percent of its time that the guest is held back.
+    pub throttle: u8,
+    /// How every stage has spent its time so far.
+    pub stages: Vec<Reading>,
 }
 
 /// The parts of the downtime.

@@ -194,6 +194,7 @@ mod tests {
             page_rate: 200_000_000.0,
             dirty_rate: (round > 1).then_some(35_700_000.0),
             expected_downtime: (round > 1).then_some(Duration::from_millis(1240)),
+            ..Progress::default()
         })
     }
 

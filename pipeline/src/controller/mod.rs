@@ -125,6 +125,12 @@ impl Controller {
         self.limits.max_downtime.map_or(limit, |most| limit.min(most))
     }
 
+    /// Percent of its time that the guest is to be held back.
+    #[must_use]
+    pub fn throttle(&self) -> u8 {
+        self.steps.throttling()
+    }
+
     /// What a switchover at this moment would cost.
     #[must_use]
     pub fn forecast(&self, now: &Standing) -> Option<Forecast> {

@@ -70,6 +70,11 @@ impl Steps {
         self.raised
     }
 
+    /// Percent of its time that the guest is to be held back.
+    pub(super) fn throttling(&self) -> u8 {
+        if self.can_throttle { self.throttle } else { 0 }
+    }
+
     pub(super) fn cannot_throttle(&mut self) {
         self.can_throttle = false;
         self.rounds_since = u32::MAX;

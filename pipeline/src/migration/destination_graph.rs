@@ -14,7 +14,7 @@ use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::geometry::LaneMap;
 use memferry_stages::loader::{LaneProgress, Loaded, Loader};
 use memferry_stages::memory::GuestMemory;
-use memferry_stages::meter::Meter;
+use memferry_stages::meter::{Meter, Reading};
 use memferry_stages::pool::BufferPool;
 use memferry_stages::queue::{Inlet, Outlet, bounded};
 use memferry_stages::receiver::{Arrived, Receiver};
@@ -77,6 +77,11 @@ impl DestinationGraph {
             graph.start_receiver(connection, hello, reader, memory, here, said_out.clone());
         }
         graph
+    }
+
+    /// How every stage has spent its time so far.
+    pub(super) fn readings(&self) -> Vec<Reading> {
+        self.meters.iter().map(|meter| meter.read()).collect()
     }
 
     fn meter(&mut self, name: &'static str, lane: u16) -> Arc<Meter> {

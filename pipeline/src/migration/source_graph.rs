@@ -17,7 +17,7 @@ use memferry_stages::encoder::{DeltaPlan, Encoder, EncoderPlan, Outgoing};
 use memferry_stages::geometry::LaneMap;
 use memferry_stages::in_flight::InFlight;
 use memferry_stages::memory::GuestMemory;
-use memferry_stages::meter::Meter;
+use memferry_stages::meter::{Meter, Reading};
 use memferry_stages::pool::BufferPool;
 use memferry_stages::queue::{Inlet, Outlet, bounded};
 use memferry_stages::scanner::{RoundScanned, ScanOrder, Scanner};
@@ -127,6 +127,11 @@ impl SourceGraph {
             SwitchoverBandwidth::Unlimited => bucket.set_rate(None),
             SwitchoverBandwidth::AtMost(most) => bucket.set_rate(Some(most)),
         }
+    }
+
+    /// How every stage has spent its time so far.
+    pub(super) fn readings(&self) -> Vec<Reading> {
+        self.meters.iter().map(|meter| meter.read()).collect()
     }
 
     fn meter(&mut self, name: &'static str, lane: Option<u16>) -> Arc<Meter> {

@@ -62,7 +62,7 @@ impl Destination {
         let layout = self.layout.as_ref().expect("the stages run");
         let keeps = bounds::destination_keeps(layout, self.verified.is_some(), flow.may_leave_out);
         let peak = bounds::peak(&flow.graph.pools, &flow.graph.meters, keeps);
-        (flow.wire_bytes(), peak, flow.graph.meters.iter().map(|meter| meter.read()).collect())
+        (flow.wire_bytes(), peak, flow.graph.readings())
     }
 
     /// What the source must hear when nothing was begun here. After a start was begun it has heard all there is.

@@ -142,9 +142,8 @@ impl Destination {
             total_bytes,
             wire_bytes,
             wire_rate: flow.speed.tick(wire_bytes),
-            page_rate: 0.0,
-            dirty_rate: None,
-            expected_downtime: None,
+            stages: flow.graph.readings(),
+            ..Progress::default()
         }));
         Ok(())
     }

@@ -119,7 +119,7 @@ impl Source {
         Figures {
             wire_bytes: wire_bytes(flow),
             memory_peak: bounds::peak(&graph.pools, &graph.meters, keeps) + bounds::logs_bytes(&self.logs),
-            stages: graph.meters.iter().map(|meter| meter.read()).collect(),
+            stages: graph.readings(),
         }
     }
 

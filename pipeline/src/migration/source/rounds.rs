@@ -183,6 +183,9 @@ impl Source {
             page_rate: forecaster.page_bytes_per_second().unwrap_or(0.0),
             dirty_rate: forecaster.dirty_bytes_per_second(),
             expected_downtime: self.controller.forecast(&now).map(|forecast| forecast.expected()),
+            downtime_limit: self.controller.downtime_limit(),
+            throttle: self.controller.throttle(),
+            stages: flow.graph.readings(),
         }));
         self.mind_the_silence(wire_bytes)?;
         self.mind_the_deadline(flow, &now).await
