@@ -210,11 +210,10 @@ fn a_machine_that_was_paused_by_its_operator_arrives_paused() {
 }
 
 /// Its program takes pages of its free memory and gives them back, and checks them, all the time; what is free is hinted.
-///
-/// Not with the dirty ring: now and then it misses a write shortly before the pause, hints or not.
 #[test]
 fn free_unplugged_and_shared_memory_of_a_machine_does_not_travel_and_what_it_uses_does() {
-    for dirty_log in [KvmLogChoice::DirtyLog, KvmLogChoice::Userfault, KvmLogChoice::Hash] {
+    let all = [KvmLogChoice::DirtyLog, KvmLogChoice::DirtyRing, KvmLogChoice::Userfault, KvmLogChoice::Hash];
+    for dirty_log in all {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("shared");
         let more = KvmSettings {

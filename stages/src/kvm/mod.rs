@@ -6,6 +6,7 @@
 //!
 //! `unsafe` is needed because the kernel is given addresses and shares the rings; the structs are those of linux/kvm.h.
 
+mod ring;
 mod rings;
 
 use std::ffi::c_void;
@@ -16,7 +17,7 @@ use std::sync::Arc;
 
 use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, opcode};
 
-use self::rings::Entry;
+use self::ring::Entry;
 use crate::dirty_log::kvm::LogCalls;
 use crate::kernel::Call;
 use crate::memory::MappedMemory;

@@ -3,28 +3,17 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::ptr::{NonNull, null_mut};
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags};
 
+use super::ring::{Entry, Reading};
 use super::{CAP_DIRTY_LOG_RING_ACQ_REL, KVM_PAGE_BYTES, Plain, RESET_DIRTY_RINGS, VmMemory, extension};
 use crate::dirty_log::kvm::{LogCalls, RingCalls};
 
 /// Where a vCPU's ring lies in its descriptor.
 const RING_OFFSET: u64 = 64 * KVM_PAGE_BYTES;
-
-/// One entry of a ring, as the kernel writes it.
-#[repr(C)]
-pub(super) struct Entry {
-    flags: AtomicU32,
-    slot: AtomicU32,
-    page: AtomicU64,
-}
-
-const ENTRY_DIRTY: u32 = 1;
-const ENTRY_HARVESTED: u32 = 2;
 
 /// Dirty rings of a machine: what its vCPUs write, in the order in which they do.
 #[derive(Debug)]
@@ -38,9 +27,8 @@ pub struct VmRings {
 #[derive(Debug)]
 struct Ring {
     start: NonNull<Entry>,
-    entries: u32,
-    /// The next to be harvested; counts on and wraps.
-    next: u32,
+    entries: usize,
+    reading: Reading,
     /// Its mapping is the vCPU's.
     _vcpu: OwnedFd,
 }
@@ -78,7 +66,8 @@ impl VmRings {
         // SAFETY: a fresh mapping at an address that the kernel chooses touches no other memory.
         let start = unsafe { rustix::mm::mmap(null_mut(), length, access, MapFlags::SHARED, &vcpu, RING_OFFSET) }?;
         let start = NonNull::new(start.cast()).expect("the kernel maps nothing at 0");
-        self.rings().push(Ring { start, entries: self.entries, next: 0, _vcpu: vcpu });
+        let entries = self.entries as usize;
+        self.rings().push(Ring { start, entries, reading: Reading::default(), _vcpu: vcpu });
         Ok(())
     }
 
@@ -92,41 +81,35 @@ impl RingCalls for VmRings {
         self.memory.set_logging(slot, on)
     }
 
-    fn harvest(&self, found: &mut dyn FnMut(u32, u64)) {
-        self.rings().iter_mut().for_each(|ring| ring.harvest(found));
+    fn count(&self) -> usize {
+        self.rings().len()
     }
 
-    fn reset(&self) -> io::Result<()> {
-        loop {
+    fn harvest(&self, ring: usize, is_full: bool, found: &mut dyn FnMut(u32, u64)) -> usize {
+        let mut rings = self.rings();
+        let Ring { start, entries, reading, .. } = &mut rings[ring];
+        // SAFETY: the ring was mapped for so many entries; the kernel shares them by atomic accesses.
+        let mapped = unsafe { std::slice::from_raw_parts(start.as_ptr(), *entries) };
+        reading.harvest(mapped, is_full, found)
+    }
+
+    fn reset(&self, ring: usize) -> io::Result<bool> {
+        let mut rings = self.rings();
+        let Ring { entries, reading, .. } = &mut rings[ring];
+        reading.reset(*entries, || {
             // SAFETY: KVM_RESET_DIRTY_RINGS takes nothing.
             match unsafe { rustix::ioctl::ioctl(&self.memory.descriptor, Plain::<RESET_DIRTY_RINGS>(0)) } {
-                Ok(_count) => return Ok(()),
-                Err(Errno::INTR) => {}
-                Err(error) => return Err(error.into()),
+                Ok(count) => Ok(usize::try_from(count).unwrap_or(0)),
+                Err(Errno::INTR) => Ok(0),
+                Err(error) => Err(error.into()),
             }
-        }
-    }
-}
-
-impl Ring {
-    fn harvest(&mut self, found: &mut dyn FnMut(u32, u64)) {
-        // Not more than there are: those harvested stay until the reset.
-        for _ in 0..self.entries {
-            // SAFETY: the index is below `entries`, for which the ring was mapped; the kernel shares it by atomic accesses.
-            let entry = unsafe { self.start.add((self.next & (self.entries - 1)) as usize).as_ref() };
-            if entry.flags.load(Ordering::Acquire) & ENTRY_DIRTY == 0 {
-                break;
-            }
-            found(entry.slot.load(Ordering::Relaxed), entry.page.load(Ordering::Relaxed));
-            entry.flags.store(ENTRY_HARVESTED, Ordering::Release);
-            self.next = self.next.wrapping_add(1);
-        }
+        })
     }
 }
 
 impl Drop for Ring {
     fn drop(&mut self) {
-        let length = self.entries as usize * size_of::<Entry>();
+        let length = self.entries * size_of::<Entry>();
         // SAFETY: the mapping was made for this length, and nothing can use it any more.
         let unmapped = unsafe { rustix::mm::munmap(self.start.as_ptr().cast(), length) };
         debug_assert!(unmapped.is_ok(), "a mapping of ours is unmapped");

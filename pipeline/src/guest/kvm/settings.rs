@@ -45,8 +45,7 @@ pub struct KvmSettings {
 pub enum KvmLogChoice {
     /// KVM's dirty log, with manual protection.
     DirtyLog,
-    /// KVM's dirty rings. Where KVM emulates the guest's stores they now and then miss a write: move such a machine with
-    /// `verify`.
+    /// KVM's dirty rings. Where KVM emulates the guest's stores it may run over them, and all pages count as written then.
     DirtyRing,
     /// userfaultfd and PAGEMAP_SCAN on the machine's memory.
     Userfault,

@@ -59,7 +59,8 @@ pub trait LogCalls: Send + Sync + fmt::Debug {
     fn clear(&self, slot: u32, first_page: u64, pages: u32, bits: &[u64]) -> io::Result<()>;
 }
 
-/// What the dirty ring asks of a machine.
+/// What the dirty ring asks of a machine. Its rings are emptied one after another, so that it is known how many entries of
+/// which of them the kernel reset.
 pub trait RingCalls: Send + Sync + fmt::Debug {
     /// Switches the logging of a slot; when it is switched on, all is protected.
     ///
@@ -67,15 +68,20 @@ pub trait RingCalls: Send + Sync + fmt::Debug {
     /// When the kernel refuses.
     fn set_logging(&self, slot: u32, on: bool) -> io::Result<()>;
 
-    /// Calls `found` with slot and page of each entry, which is harvested by that. Its page stays unprotected, and its
-    /// place in the ring taken, until the reset.
-    fn harvest(&self, found: &mut dyn FnMut(u32, u64));
+    /// How many rings there are: one for each vCPU.
+    fn count(&self) -> usize;
 
-    /// Protects the pages of what was harvested and frees their places.
+    /// Calls `found` with slot and page of each entry of a ring, which is harvested by that. Its page stays unprotected, and its
+    /// place in the ring taken, until the reset. `is_full` says that its vCPU cannot go on for want of room. Returns how many
+    /// places there are to reset.
+    fn harvest(&self, ring: usize, is_full: bool, found: &mut dyn FnMut(u32, u64)) -> usize;
+
+    /// Protects the pages of what was harvested of this ring and frees their places. True if the kernel has run over the ring:
+    /// what was written may be missing in it.
     ///
     /// # Errors
     /// When the kernel refuses.
-    fn reset(&self) -> io::Result<()>;
+    fn reset(&self, ring: usize) -> io::Result<bool>;
 }
 
 /// KVM's pages in a page of the layout.

@@ -154,6 +154,7 @@ struct RingState {
 struct Ring {
     entries: VecDeque<(u32, u64)>,
     harvested: usize,
+    is_run_over: bool,
 }
 
 impl RingModel {
@@ -163,8 +164,23 @@ impl RingModel {
         Arc::new(Self { slots: slots.to_vec(), entries, state })
     }
 
+    /// A store of a vCPU that KVM emulates: it is made though the ring is full, and an entry is lost. True if it was so.
+    pub(super) fn write_emulated(&self, vcpu: usize, slot: u32, page: u64, store: &dyn Fn()) -> bool {
+        if self.write(vcpu, slot, page, store) {
+            return false;
+        }
+        let mut state = self.state.lock().unwrap();
+        let (index, at) = (self.index(slot), usize::try_from(page).unwrap());
+        if state.protected[index][at] {
+            state.rings[vcpu].is_run_over = true;
+            state.protected[index][at] = false;
+        }
+        store();
+        true
+    }
+
     /// A vCPU's write; trap and store are one step to all others. False, and nothing stored, if its ring is full.
-    pub(super) fn write(&self, vcpu: usize, slot: u32, page: u64, store: impl FnOnce()) -> bool {
+    pub(super) fn write(&self, vcpu: usize, slot: u32, page: u64, store: &dyn Fn()) -> bool {
         let mut state = self.state.lock().unwrap();
         let (index, at) = (self.index(slot), usize::try_from(page).unwrap());
         if state.logging && state.protected[index][at] {
@@ -192,21 +208,24 @@ impl RingCalls for RingModel {
         Ok(())
     }
 
-    fn harvest(&self, found: &mut dyn FnMut(u32, u64)) {
-        for ring in &mut self.state.lock().unwrap().rings {
-            ring.entries.iter().skip(ring.harvested).for_each(|&(slot, page)| found(slot, page));
-            ring.harvested = ring.entries.len();
-        }
+    fn count(&self) -> usize {
+        2
     }
 
-    fn reset(&self) -> io::Result<()> {
+    fn harvest(&self, ring: usize, _is_full: bool, found: &mut dyn FnMut(u32, u64)) -> usize {
+        let ring = &mut self.state.lock().unwrap().rings[ring];
+        ring.entries.iter().skip(ring.harvested).for_each(|&(slot, page)| found(slot, page));
+        ring.harvested = ring.entries.len();
+        ring.harvested
+    }
+
+    fn reset(&self, ring: usize) -> io::Result<bool> {
         let mut state = self.state.lock().unwrap();
         let RingState { protected, rings, .. } = &mut *state;
-        for ring in rings {
-            for (slot, page) in ring.entries.drain(..std::mem::take(&mut ring.harvested)) {
-                protected[self.index(slot)][usize::try_from(page).unwrap()] = true;
-            }
+        let ring = &mut rings[ring];
+        for (slot, page) in ring.entries.drain(..std::mem::take(&mut ring.harvested)) {
+            protected[self.index(slot)][usize::try_from(page).unwrap()] = true;
         }
-        Ok(())
+        Ok(std::mem::take(&mut ring.is_run_over))
     }
 }

@@ -9,15 +9,17 @@
 //! So what was harvested is laid aside, the rings are reset, and only then may the scanner learn of it: a page that it
 //! reads has been protected again before.
 //!
-//! A vCPU whose ring is full leaves the guest: its loop calls [`KvmRingLog::harvest`] and enters it again.
+//! A vCPU whose ring is full leaves the guest: its loop calls [`KvmRingLog::make_room`] and enters it again.
 //!
-//! **Not to be trusted where KVM emulates the guest's stores.** On such a host a write shortly before the pause is now and then
-//! missing in the rings; the digests find it, and the migration fails. One repeated store can also make more entries at once
-//! than the kernel keeps in reserve. KVM's dirty log has neither fault.
+//! Where KVM emulates the guest's stores, one entry of the guest can write more than the ring has room for: one repeated store
+//! does, or a host that emulates many instructions in a row. Entries are lost then, and which is not to be known. So all
+//! pages are protected anew and all of them are found by the next sync. That is slow, not wrong; larger rings make it rare,
+//! and KVM's dirty log does not know it.
 
 use std::io;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::{RingCalls, extents_of, per_page};
 use crate::bitmap::DirtyBitmap;
@@ -31,10 +33,20 @@ use crate::kvm::{KVM_PAGE_BYTES, Slot};
 pub struct KvmRingLog {
     machine: Arc<dyn RingCalls>,
     slots: Vec<Slot>,
-    /// Harvested and not reset yet. Locked from harvest to reset.
-    aside: Mutex<Vec<PageAt>>,
+    /// Locked from harvest to reset.
+    harvest: Mutex<Harvest>,
     /// What the next sync finds.
     pending: DirtyBitmap,
+    /// Pages that are out until the log is stopped.
+    left_out: DirtyBitmap,
+    run_over: AtomicU64,
+}
+
+#[derive(Debug, Default)]
+struct Harvest {
+    /// Harvested and not reset yet.
+    aside: Vec<PageAt>,
+    is_logging: bool,
 }
 
 impl KvmRingLog {
@@ -48,23 +60,72 @@ impl KvmRingLog {
         for slot in &slots {
             let _checked = extents_of(layout, slot);
         }
-        Self { machine, slots, aside: Mutex::default(), pending: DirtyBitmap::empty(layout) }
+        Self {
+            machine,
+            slots,
+            harvest: Mutex::default(),
+            pending: DirtyBitmap::empty(layout),
+            left_out: DirtyBitmap::empty(layout),
+            run_over: AtomicU64::new(0),
+        }
     }
 
-    /// Empties the rings: what was in them is found by the next sync. Called by a vCPU whose ring is full, and by syncs.
-    /// Returns how many entries there were.
+    /// Empties the rings: what was in them is found by the next sync.
     ///
     /// # Errors
     /// When the kernel does not reset the rings.
-    pub fn harvest(&self) -> io::Result<usize> {
-        let mut aside = self.aside.lock().unwrap_or_else(PoisonError::into_inner);
-        self.machine.harvest(&mut |slot, page| aside.extend(self.place(slot, page)));
-        let found = aside.len();
-        if found > 0 {
-            self.machine.reset()?;
-            aside.drain(..).for_each(|page| _ = self.pending.set(page));
+    pub fn harvest(&self) -> io::Result<()> {
+        let mut harvest = self.locked();
+        (0..self.machine.count()).try_for_each(|ring| self.empty(ring, false, &mut harvest).map(drop))
+    }
+
+    /// Makes room in the ring of a vCPU (the rings are counted as they were added) that KVM would not enter the guest with.
+    /// What was in it is found by the next sync. False if there was nothing in it: a sync may have emptied it just before.
+    ///
+    /// # Errors
+    /// When the kernel does not reset the ring.
+    pub fn make_room(&self, ring: usize) -> io::Result<bool> {
+        self.empty(ring, true, &mut self.locked())
+    }
+
+    /// How often the kernel ran over a ring, so that all pages had to count as written.
+    #[must_use]
+    pub fn times_run_over(&self) -> u64 {
+        self.run_over.load(Ordering::Relaxed)
+    }
+
+    /// Empties one ring. True if there was something in it.
+    fn empty(&self, ring: usize, is_full: bool, harvest: &mut Harvest) -> io::Result<bool> {
+        let aside = &mut harvest.aside;
+        let harvested = self.machine.harvest(ring, is_full, &mut |slot, page| aside.extend(self.place(slot, page)));
+        if harvested > 0 {
+            let is_run_over = self.machine.reset(ring)?;
+            if is_run_over && harvest.is_logging {
+                self.find_all()?;
+            }
+            harvest.aside.drain(..).for_each(|page| _ = self.pending.set(page));
         }
-        Ok(found)
+        Ok(harvested > 0)
+    }
+
+    fn locked(&self) -> MutexGuard<'_, Harvest> {
+        self.harvest.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Pages were written that no ring knows of: all of them are protected anew, and only then found.
+    fn find_all(&self) -> io::Result<()> {
+        self.run_over.fetch_add(1, Ordering::Relaxed);
+        self.switch(false)?;
+        self.switch(true)?;
+        for slot in &self.slots {
+            let page_bytes = KVM_PAGE_BYTES * per_page(self.pending.layout());
+            let pages = slot.offset / page_bytes..(slot.offset + slot.length).div_ceil(page_bytes);
+            self.pending.set_range(slot.block, pages);
+        }
+        for at in self.left_out.all_dirty_extents() {
+            let _unwritten = self.pending.take_mask(at, self.left_out.peek(at));
+        }
+        Ok(())
     }
 
     /// Where a page of a slot is.
@@ -84,14 +145,15 @@ impl KvmRingLog {
     fn forget(&self) -> io::Result<()> {
         let harvested = self.harvest();
         clear(&self.pending);
-        harvested.map(drop)
+        harvested
     }
 }
 
 impl DirtyLog for KvmRingLog {
     fn start(&self) -> io::Result<()> {
         self.forget()?;
-        self.switch(true).inspect_err(|_| drop(self.switch(false)))
+        self.locked().is_logging = true;
+        self.switch(true).inspect_err(|_| drop(self.stop()))
     }
 
     fn sync(&self, block: u32, extents: Range<u32>, into: &DirtyBitmap) -> io::Result<()> {
@@ -100,15 +162,22 @@ impl DirtyLog for KvmRingLog {
         Ok(())
     }
 
+    fn leave_out(&self, pages: &DirtyBitmap) -> io::Result<()> {
+        pages.all_dirty_extents().for_each(|at| _ = self.left_out.set_mask(at, pages.peek(at)));
+        Ok(())
+    }
+
     fn mark(&self, block: u32, pages: Range<u64>) {
         self.pending.set_range(block, pages);
     }
 
     fn memory_bytes(&self) -> u64 {
-        self.pending.memory_bytes()
+        self.pending.memory_bytes() + self.left_out.memory_bytes()
     }
 
     fn stop(&self) -> io::Result<()> {
+        self.locked().is_logging = false;
+        clear(&self.left_out);
         self.switch(false).and(self.forget())
     }
 }

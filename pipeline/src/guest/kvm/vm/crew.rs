@@ -182,7 +182,7 @@ impl Shared {
                         self.sleep(time);
                     }
                 }
-                Left::RingFull => self.harvest(&mut vcpu)?,
+                Left::RingFull => self.make_room(index, &mut vcpu)?,
             }
         }
         // What it asked of a device is complete only when it enters the guest again, which it must not: its state would
@@ -190,10 +190,11 @@ impl Shared {
         vcpu.settle()
     }
 
-    fn harvest(&self, vcpu: &mut Vcpu) -> Result<(), String> {
+    fn make_room(&self, index: usize, vcpu: &mut Vcpu) -> Result<(), String> {
         let rings = self.rings.as_ref().ok_or("has a full ring, and no log has rings")?;
-        let found = rings.harvest().map_err(|error| format!("has a full ring that cannot be emptied: {error}"))?;
-        vcpu.harvested(found)
+        let made =
+            rings.make_room(index).map_err(|error| format!("has a full ring that cannot be emptied: {error}"))?;
+        vcpu.ring_emptied(made)
     }
 
     /// Changes the command and waits until every vCPU has seen it.

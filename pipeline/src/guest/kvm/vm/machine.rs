@@ -17,8 +17,8 @@ use super::ram::{self, Ram};
 use crate::guest::GuestError;
 use crate::guest::kvm::settings::{KvmLogChoice, KvmSettings, PAGE_BYTES};
 
-/// Entries of each vCPU's dirty ring.
-const RING_ENTRIES: u32 = 4096;
+/// Entries of each vCPU's dirty ring, of 16 bytes. Where KVM emulates stores, many in a row, a small ring would often be run over.
+const RING_ENTRIES: u32 = 16384;
 /// Where KVM on Intel's processors may keep three pages of its own: in the hole.
 const KVM_OWN_PAGES: usize = 0xfffb_d000;
 

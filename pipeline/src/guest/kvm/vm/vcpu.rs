@@ -59,9 +59,9 @@ impl Vcpu {
         Ok(left)
     }
 
-    /// Its ring was full, and so many entries were in it.
-    pub(super) fn harvested(&mut self, found: usize) -> Result<(), String> {
-        self.in_vain = if found > 0 { 0 } else { self.in_vain + 1 };
+    /// Its ring was full, and was there something to be made room of?
+    pub(super) fn ring_emptied(&mut self, made_room: bool) -> Result<(), String> {
+        self.in_vain = if made_room { 0 } else { self.in_vain + 1 };
         if self.in_vain < MOST_IN_VAIN { Ok(()) } else { Err("has a full ring in which nothing is found".into()) }
     }
 

@@ -1,0 +1,339 @@
+//! How one vCPU's dirty ring is read, and comes back into step when the kernel has run over it.
+//!
+//! ```text
+//!   ── reset ──▶│ harvested │ dirty │ free, until the kernel comes around
+//!              next
+//! ```
+//!
+//! The kernel counts what it entered and what was reset, and shows neither number. It looks at a ring's fill when it enters
+//! the guest, and keeps some entries in reserve for what one entry can write. Where it emulates the guest's stores that
+//! may be too few: one repeated store makes an entry for each of its parts, and a host that emulates many instructions in a
+//! row looks only after the last. Then it **writes over** entries that nobody has read, and its count of what it entered
+//! runs ahead by more than the ring holds.
+//!
+//! That is seen in two ways, one of which always shows it: every entry of the ring was dirty, or the kernel did not reset what
+//! was harvested, since it stops at an entry that is dirty again. What the lost entries were cannot be known: all pages
+//! count as written then. And once everything was reset, the kernel's count is still ahead by a *gap* of entries that were never
+//! written at their place. The next dirty entry shows where the gap ends, and the gap is given back with it.
+//!
+//! The layout of an entry and its flags are those of linux/kvm.h (`struct kvm_dirty_gfn`).
+
+use std::io;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+/// One entry of a ring, as the kernel writes it.
+#[repr(C)]
+#[derive(Debug, Default)]
+pub(super) struct Entry {
+    flags: AtomicU32,
+    slot: AtomicU32,
+    page: AtomicU64,
+}
+
+const FREE: u32 = 0;
+const DIRTY: u32 = 1;
+const HARVESTED: u32 = 2;
+
+/// How often the kernel may reset nothing in a row: a signal keeps it from it, once.
+const MOST_IN_VAIN: u32 = 100;
+
+impl Entry {
+    /// The kernel writes an entry's flags last, and entries in order: what is read after this was written before.
+    fn flags(&self) -> u32 {
+        self.flags.load(Ordering::Acquire)
+    }
+
+    fn mark_harvested(&self) {
+        self.flags.store(HARVESTED, Ordering::Release);
+    }
+}
+
+/// Where a ring is read.
+#[derive(Debug, Default)]
+pub(super) struct Reading {
+    /// The first entry that is not reset.
+    next: usize,
+    /// Entries from there on that are marked for the reset.
+    harvested: usize,
+    step: Step,
+    /// The ring was said to be full, nothing was in it, and nothing was reset since.
+    full_in_vain: bool,
+}
+
+/// Is the place where a ring is read the one where the kernel writes?
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Step {
+    #[default]
+    In,
+    /// The kernel ran over the ring.
+    Out,
+    /// It did, and every entry is free by now: what is written next ends the gap.
+    Drained,
+}
+
+impl Reading {
+    /// Calls `found` with slot and page of each dirty entry and marks it for the reset. `is_full` says that the kernel would
+    /// not enter the guest. Returns how many entries are marked.
+    pub(super) fn harvest(&mut self, ring: &[Entry], is_full: bool, found: &mut dyn FnMut(u32, u64)) -> usize {
+        self.mark_gap(ring);
+        // Not more than there are: those harvested stay until the reset.
+        while self.harvested < ring.len() {
+            let entry = at(ring, self.next + self.harvested);
+            match entry.flags() {
+                FREE => break,
+                flags if flags & DIRTY != 0 => {
+                    found(entry.slot.load(Ordering::Relaxed), entry.page.load(Ordering::Relaxed));
+                    entry.mark_harvested();
+                }
+                // Left by a harvest that the kernel ran over.
+                _harvested => {}
+            }
+            self.harvested += 1;
+        }
+        if self.harvested == 0 && is_full && self.full_in_vain {
+            self.mark_some_of_an_endless_gap(ring);
+        }
+        self.full_in_vain = self.harvested == 0 && (is_full || self.full_in_vain);
+        self.harvested
+    }
+
+    /// Has the kernel reset what was marked in the ring of so many entries: `reset` returns how many it did. True if it has
+    /// run over the ring, so that entries are lost.
+    pub(super) fn reset(&mut self, entries: usize, mut reset: impl FnMut() -> io::Result<usize>) -> io::Result<bool> {
+        let (all_were_dirty, mut in_vain) = (self.harvested == entries, 0);
+        while self.harvested > 0 && in_vain < MOST_IN_VAIN {
+            let done = reset()?.min(self.harvested);
+            in_vain = if done == 0 { in_vain + 1 } else { 0 };
+            self.harvested -= done;
+            self.next = (self.next + done) % entries;
+        }
+        let is_run_over = self.harvested > 0 || all_were_dirty;
+        self.harvested = 0;
+        if is_run_over {
+            self.step = Step::Out;
+        }
+        Ok(is_run_over)
+    }
+
+    /// Marks the entries of the gap, if it shows.
+    fn mark_gap(&mut self, ring: &[Entry]) {
+        if self.step == Step::In {
+            return;
+        }
+        let is_empty = at(ring, self.next).flags() == FREE;
+        match self.gap(ring) {
+            Some(gap) => {
+                gap.clone().for_each(|entry| at(ring, self.next + entry).mark_harvested());
+                // Behind entries that are written the kernel has come around: it ran over the ring again.
+                if gap.start == 0 {
+                    self.harvested = gap.end;
+                    self.step = Step::In;
+                }
+            }
+            None if is_empty => self.step = Step::Drained,
+            None if self.step == Step::Drained => self.step = Step::In,
+            None => {}
+        }
+    }
+
+    /// Free entries before one that is written.
+    fn gap(&self, ring: &[Entry]) -> Option<Range<usize>> {
+        let is_free = |entry: &usize| at(ring, self.next + entry).flags() == FREE;
+        let mut from = 0;
+        loop {
+            let free = (from..ring.len()).find(is_free)?;
+            let written = (free..ring.len()).find(|entry| !is_free(entry))?;
+            // What was written before that one, and after it was looked at, shows by now.
+            let end = (free..written).find(|entry| !is_free(entry)).unwrap_or(written);
+            if end > free {
+                return Some(free..end);
+            }
+            from = written;
+        }
+    }
+
+    /// The kernel takes a ring for full that is empty, and goes on doing so: its count is ahead by a ring's length and more.
+    /// The least that it takes for full is more than a quarter.
+    fn mark_some_of_an_endless_gap(&mut self, ring: &[Entry]) {
+        self.step = Step::Out;
+        self.harvested = ring.len() / 4;
+        (0..self.harvested).for_each(|entry| at(ring, self.next + entry).mark_harvested());
+    }
+}
+
+fn at(ring: &[Entry], index: usize) -> &Entry {
+    &ring[index % ring.len()]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const ENTRIES: usize = 64;
+    const RESERVE: usize = 8;
+
+    /// The kernel's side of a ring, as virt/kvm/dirty_ring.c keeps it.
+    struct Kernel {
+        ring: Vec<Entry>,
+        entered: usize,
+        reset: usize,
+    }
+
+    impl Kernel {
+        fn new() -> Self {
+            Self { ring: (0..ENTRIES).map(|_| Entry::default()).collect(), entered: 0, reset: 0 }
+        }
+
+        fn push(&mut self, page: u64) {
+            let entry = at(&self.ring, self.entered);
+            entry.page.store(page, Ordering::Relaxed);
+            entry.flags.store(DIRTY, Ordering::Release);
+            self.entered += 1;
+        }
+
+        fn is_full(&self) -> bool {
+            self.entered - self.reset >= ENTRIES - RESERVE
+        }
+
+        /// Resets at most so many.
+        fn reset(&mut self, most: usize) -> usize {
+            let began = self.reset;
+            while self.reset - began < most && at(&self.ring, self.reset).flags() & HARVESTED != 0 {
+                assert!(self.reset < self.entered, "nothing is reset that was not entered");
+                at(&self.ring, self.reset).flags.store(FREE, Ordering::Release);
+                self.reset += 1;
+            }
+            self.reset - began
+        }
+    }
+
+    /// A ring with its reader, and what it owes.
+    struct Bench {
+        kernel: Kernel,
+        reading: Reading,
+        pages: u64,
+        /// Pages that were written and neither found nor declared lost.
+        owed: Vec<u64>,
+    }
+
+    impl Bench {
+        fn new() -> Self {
+            Self { kernel: Kernel::new(), reading: Reading::default(), pages: 0, owed: Vec::new() }
+        }
+
+        fn write(&mut self, count: usize) {
+            for _ in 0..count {
+                self.kernel.push(self.pages);
+                self.owed.push(self.pages);
+                self.pages += 1;
+            }
+        }
+
+        /// `between` writes come between harvest and reset; the kernel resets `most` at a time.
+        fn harvest(&mut self, is_full: bool, between: usize, most: usize) -> bool {
+            let owed = &mut self.owed;
+            let marked =
+                self.reading.harvest(&self.kernel.ring, is_full, &mut |_, page| owed.retain(|&own| own != page));
+            self.write(between);
+            if marked == 0 {
+                return false;
+            }
+            let kernel = &mut self.kernel;
+            let is_run_over = self.reading.reset(ENTRIES, || Ok(kernel.reset(most))).unwrap();
+            if is_run_over {
+                // All pages count as written.
+                self.owed.clear();
+            }
+            is_run_over
+        }
+
+        /// The vCPU stands still: its ring is emptied until the kernel would let it go on.
+        fn settle(&mut self) {
+            for _ in 0..100 {
+                self.harvest(self.kernel.is_full(), 0, usize::MAX);
+            }
+            assert!(!self.kernel.is_full(), "the guest goes on");
+            assert_eq!(self.owed, [0; 0], "every write is found, or all are declared lost");
+        }
+    }
+
+    #[test]
+    fn what_fits_is_found_and_nothing_is_declared_lost() {
+        let mut bench = Bench::new();
+        for count in [1, ENTRIES - 1, 0, 17] {
+            bench.write(count);
+            assert!(!bench.harvest(false, 0, usize::MAX));
+            assert_eq!(bench.owed, [0; 0]);
+        }
+    }
+
+    #[test]
+    fn a_reset_that_a_signal_cuts_short_is_gone_on_with() {
+        let mut bench = Bench::new();
+        bench.write(40);
+        assert!(!bench.harvest(false, 0, 7));
+        assert_eq!(bench.kernel.reset, 40);
+    }
+
+    #[test]
+    fn a_ring_that_was_run_over_says_so_and_comes_back_into_step() {
+        for count in [ENTRIES, ENTRIES + 5, 2 * ENTRIES + 3, 7 * ENTRIES] {
+            let mut bench = Bench::new();
+            bench.write(11);
+            bench.harvest(false, 0, usize::MAX);
+            bench.write(count);
+            assert!(bench.harvest(true, 0, usize::MAX), "{count}");
+            bench.settle();
+            // With a large gap a few entries may run over the ring once more.
+            for _ in 0..2 {
+                bench.write(ENTRIES / 4);
+                bench.settle();
+            }
+            bench.write(ENTRIES / 2);
+            assert!(!bench.harvest(false, 0, usize::MAX), "{count}: it is in step");
+            assert_eq!(bench.kernel.entered, bench.kernel.reset, "{count}: without a gap");
+        }
+    }
+
+    #[test]
+    fn entries_that_are_written_over_between_harvest_and_reset_are_not_taken_for_read() {
+        let mut bench = Bench::new();
+        bench.write(20);
+        assert!(bench.harvest(false, ENTRIES, usize::MAX));
+        bench.settle();
+    }
+
+    #[test]
+    fn an_empty_ring_that_is_called_full_once_is_left_alone() {
+        let mut bench = Bench::new();
+        // Somebody else emptied it between the vCPU's exit and its call.
+        bench.harvest(true, 0, usize::MAX);
+        bench.write(3);
+        bench.harvest(true, 0, usize::MAX);
+        bench.harvest(true, 0, usize::MAX);
+        assert_eq!(bench.kernel.reset, 3);
+    }
+
+    proptest! {
+        #[test]
+        fn no_write_is_missed_in_silence(
+            steps in proptest::collection::vec((0..3 * ENTRIES, 0..2 * ENTRIES, 1..2 * ENTRIES, 0..5_u8), 1..60)
+        ) {
+            let mut bench = Bench::new();
+            for (count, between, most, kind) in steps {
+                // A vCPU writes only after the kernel has let it enter, then as much as it likes.
+                if !bench.kernel.is_full() {
+                    bench.write(count);
+                }
+                let between = if kind == 0 { between } else { 0 };
+                bench.harvest(bench.kernel.is_full(), between, most);
+                if kind == 4 {
+                    bench.settle();
+                }
+            }
+            bench.settle();
+        }
+    }
+}
