@@ -2,6 +2,7 @@
 
 pub mod account;
 pub mod bottleneck;
+pub mod event_json;
 pub mod human;
 pub mod table;
 
@@ -11,7 +12,7 @@ use std::time::Duration;
 
 use memferry_stages::clears::Spared;
 use memferry_stages::meter::Reading;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::controller::forecast::Forecast;
 use crate::controller::{Decided, Decision};
@@ -67,7 +68,7 @@ pub struct Report {
 }
 
 /// The guest.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GuestReport {
     /// Bytes of all blocks.
     pub bytes: u64,
@@ -78,7 +79,7 @@ pub struct GuestReport {
 }
 
 /// A RAM block.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BlockReport {
     /// Its name.
     pub id: String,
@@ -89,7 +90,7 @@ pub struct BlockReport {
 }
 
 /// Where the downtime went.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DowntimeReport {
     /// From the pause until the last dirty pages were known.
     pub final_sync_ms: f64,
@@ -104,7 +105,7 @@ pub struct DowntimeReport {
 }
 
 /// Pages that were not sent for what the guest said of them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SparedReport {
     /// Pages that were to be sent when they were hinted free; once for each round in which they were.
     pub hinted: u64,
@@ -117,7 +118,7 @@ pub struct SparedReport {
 }
 
 /// The forecast that the switchover rests on, beside what came of it.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ForecastReport {
     /// The expected downtime.
     pub expected_ms: f64,
@@ -136,12 +137,12 @@ pub struct ForecastReport {
 }
 
 /// One decision.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DecisionReport {
     /// The round after which, or in which, it was made.
     pub round: u32,
     /// "another-round", "throttle", "raise-downtime-limit", "switch-over" or "give-up".
-    pub decision: &'static str,
+    pub decision: String,
     /// The expected downtime; null if none could be told.
     pub expected_ms: Option<f64>,
     /// Why, in words and figures.
@@ -180,10 +181,10 @@ pub struct RoundReport {
 }
 
 /// One stage in one lane.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct StageReport {
     /// Its name.
-    pub name: &'static str,
+    pub name: String,
     /// Its lane, or the number of its connection; null if there is one of it only.
     pub lane: Option<u16>,
     /// Time it worked.
@@ -340,15 +341,21 @@ pub fn error_percent(forecast: &Forecast, downtime: Duration) -> f64 {
 fn decision(decided: &Decided) -> DecisionReport {
     DecisionReport {
         round: decided.round,
-        decision: match decided.decision {
-            Decision::AnotherRound => "another-round",
-            Decision::Throttle(_) => "throttle",
-            Decision::RaiseLimit(_) => "raise-downtime-limit",
-            Decision::SwitchOver => "switch-over",
-            Decision::GiveUp => "give-up",
-        },
+        decision: decision_name(decided.decision).into(),
         expected_ms: decided.forecast.map(|forecast| ms(forecast.expected())),
         why: decided.why.clone(),
+    }
+}
+
+/// What a decision is called.
+#[must_use]
+pub fn decision_name(decision: Decision) -> &'static str {
+    match decision {
+        Decision::AnotherRound => "another-round",
+        Decision::Throttle(_) => "throttle",
+        Decision::RaiseLimit(_) => "raise-downtime-limit",
+        Decision::SwitchOver => "switch-over",
+        Decision::GiveUp => "give-up",
     }
 }
 
@@ -373,7 +380,7 @@ fn round(round: &Round) -> RoundReport {
 
 fn stage(reading: &Reading) -> StageReport {
     StageReport {
-        name: reading.name,
+        name: reading.name.into(),
         lane: reading.lane,
         busy_ms: ms(reading.busy),
         input_wait_ms: ms(reading.input_wait),

@@ -6,7 +6,7 @@ use super::account::Accountant;
 use super::*;
 use crate::controller::forecast::{FixedCost, Forecast};
 use crate::controller::{Decided, Decision};
-use crate::events::{BlockFacts, DowntimeParts, Event, Observer, Role};
+use crate::events::{BlockFacts, DowntimeParts, Event, Observer, Progress, Role};
 use memferry_stages::clears::Spared;
 use memferry_stages::tally::RoundTally;
 
@@ -103,6 +103,56 @@ pub(crate) fn script(role: Role) -> Vec<Event> {
     ]
 }
 
+/// One event of every kind, and of every decision.
+pub(crate) fn every_event() -> Vec<Event> {
+    let ms = Duration::from_millis;
+    let decided = |decision| {
+        let forecast = ended(Role::Source).forecast;
+        Event::Decided(Decided { round: 3, decision, why: "so it is \"better\"".into(), forecast })
+    };
+    let progress = Progress {
+        round: 2,
+        remaining_bytes: 123 << 20,
+        total_bytes: 1 << 30,
+        wire_bytes: 345 << 20,
+        wire_rate: 103_000_000.4,
+        page_rate: 206_000_000.0,
+        dirty_rate: Some(35_700_000.0),
+        expected_downtime: Some(ms(1240)),
+        downtime_limit: ms(300),
+        throttle: 20,
+        stages: ended(Role::Source).stages,
+    };
+    let mut events = script(Role::Source);
+    events.retain(|event| !matches!(event, Event::Decided(_) | Event::Phase(_) | Event::Ended(_)));
+    let phases = [Phase::Setup, Phase::Active, Phase::Switchover, Phase::Failed, Phase::Unconfirmed];
+    events.extend(phases.map(Event::Phase));
+    let decisions = [
+        Decision::AnotherRound,
+        Decision::Throttle(20),
+        Decision::RaiseLimit(ms(400)),
+        Decision::SwitchOver,
+        Decision::GiveUp,
+    ];
+    events.extend(decisions.map(decided));
+    events.push(Event::Spared(ended(Role::Source).spared));
+    events.push(Event::Progress(progress));
+    events.push(Event::Progress(Progress { round: 1, stages: Vec::new(), ..Progress::default() }));
+    events.push(Event::TurnedAway { peer: "10.0.0.9:1".into(), why: "no Hello\n".into() });
+    events.push(Event::Warning("the guest cannot be throttled".into()));
+    events.push(Event::Resumed);
+    events.push(Event::Ended(ended(Role::Source)));
+    events.push(Event::Ended(Ended {
+        phase: Phase::Cancelled,
+        error: Some("cancelled".into()),
+        verified: None,
+        downtime: None,
+        forecast: None,
+        ..ended(Role::Source)
+    }));
+    events
+}
+
 fn accountant() -> Accountant {
     let accountant = Accountant::default();
     for role in [Role::Source, Role::Destination] {
@@ -166,7 +216,10 @@ fn the_report_says_what_the_events_said() {
     for round in &report.rounds {
         assert_eq!(round.zero + round.raw + round.compressed + round.xbzrle + round.unchanged, round.pages);
     }
-    assert_eq!(report.stages.iter().map(|stage| stage.name).collect::<Vec<_>>(), ["scanner", "encoder", "loader"]);
+    assert_eq!(
+        report.stages.iter().map(|stage| stage.name.as_str()).collect::<Vec<_>>(),
+        ["scanner", "encoder", "loader"]
+    );
     assert_eq!((report.memory_bound_bytes, report.memory_peak_bytes), (128 << 20, 20 << 20));
     assert_eq!(report.bottleneck, "the encoder of lane 0: busy 96 % of the time");
     assert!((report.throughput_bytes_per_s - f64::from(512 << 20) / 2.4).abs() < 1.0);
