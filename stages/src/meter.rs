@@ -17,10 +17,36 @@ pub struct Meter {
     ended_ns: AtomicU64,
     input_wait_ns: AtomicU64,
     output_wait_ns: AtomicU64,
+    /// Since when it waits, in nanoseconds from the start, and for what in the lowest bit; 0 if it does not.
+    waits: AtomicU64,
     batches: AtomicU64,
     pages: AtomicU64,
     bytes: AtomicU64,
     held_bytes: AtomicU64,
+}
+
+/// What a stage waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wait {
+    /// Something to do.
+    Input,
+    /// Room behind it: a full queue, an empty pool, a slow transport.
+    Output,
+}
+
+/// A wait of a stage, which ends when this is dropped.
+#[derive(Debug)]
+pub struct Waiting<'a> {
+    meter: &'a Meter,
+    wait: Wait,
+    since: Duration,
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.meter.waits.store(0, Ordering::Relaxed);
+        self.meter.waited(self.wait, self.meter.started.elapsed().saturating_sub(self.since));
+    }
 }
 
 /// What a [`Meter`] read at one moment.
@@ -56,6 +82,7 @@ impl Meter {
             ended_ns: zero(),
             input_wait_ns: zero(),
             output_wait_ns: zero(),
+            waits: zero(),
             batches: zero(),
             pages: zero(),
             bytes: zero(),
@@ -87,14 +114,29 @@ impl Meter {
         self.held_bytes.load(Ordering::Relaxed)
     }
 
-    /// Adds the time since `since` to the waits for input.
-    pub fn waited_for_input(&self, since: Instant) {
-        self.input_wait_ns.fetch_add(nanos(since.elapsed()), Ordering::Relaxed);
+    /// The stage waits until what this returns is dropped. It waits for one thing at a time.
+    pub fn waiting(&self, wait: Wait) -> Waiting<'_> {
+        let since = self.started.elapsed();
+        self.waits.store(nanos(since).max(1) << 1 | wait as u64, Ordering::Relaxed);
+        Waiting { meter: self, wait, since }
     }
 
-    /// Adds the time since `since` to the waits for output.
-    pub fn waited_for_output(&self, since: Instant) {
-        self.output_wait_ns.fetch_add(nanos(since.elapsed()), Ordering::Relaxed);
+    fn waited(&self, wait: Wait, time: Duration) {
+        let waits = match wait {
+            Wait::Input => &self.input_wait_ns,
+            Wait::Output => &self.output_wait_ns,
+        };
+        waits.fetch_add(nanos(time), Ordering::Relaxed);
+    }
+
+    /// The wait that goes on, and how long it has lasted.
+    fn ongoing(&self, life: Duration) -> (Duration, Duration) {
+        let waits = self.waits.load(Ordering::Relaxed);
+        if waits == 0 {
+            return (Duration::ZERO, Duration::ZERO);
+        }
+        let time = life.saturating_sub(Duration::from_nanos(waits >> 1));
+        if waits & 1 == Wait::Input as u64 { (time, Duration::ZERO) } else { (Duration::ZERO, time) }
     }
 
     /// The stage has ended: its lifetime stops here.
@@ -108,8 +150,9 @@ impl Meter {
         let load = |cell: &AtomicU64| cell.load(Ordering::Relaxed);
         let ended = load(&self.ended_ns);
         let life = if ended == 0 { self.started.elapsed() } else { Duration::from_nanos(ended) };
-        let input_wait = Duration::from_nanos(load(&self.input_wait_ns));
-        let output_wait = Duration::from_nanos(load(&self.output_wait_ns));
+        let (input_wait, output_wait) = self.ongoing(life);
+        let input_wait = input_wait + Duration::from_nanos(load(&self.input_wait_ns));
+        let output_wait = output_wait + Duration::from_nanos(load(&self.output_wait_ns));
         Reading {
             name: self.name,
             lane: self.lane,

@@ -2,17 +2,18 @@
 
 use std::future::poll_fn;
 use std::pin::pin;
-use std::time::Instant;
 
-/// Awaits `future` and tells `waited` when each stretch began in which it was pending, as the stretch ends. A future that
-/// is ready at once costs no look at the clock.
-pub(crate) async fn pending<F: Future>(future: F, waited: impl Fn(Instant)) -> F::Output {
+use crate::meter::{Meter, Wait};
+
+/// Awaits `future`; the stretches in which it is pending are waits of the stage. A future that is ready at once costs no
+/// look at the clock.
+pub(crate) async fn pending<F: Future>(future: F, meter: &Meter, wait: Wait) -> F::Output {
     let mut future = pin!(future);
-    let mut since = None;
+    let mut waiting = None;
     poll_fn(|context| {
-        since.take().into_iter().for_each(&waited);
+        waiting = None;
         let poll = future.as_mut().poll(context);
-        since = poll.is_pending().then(Instant::now);
+        waiting = poll.is_pending().then(|| meter.waiting(wait));
         poll
     })
     .await
@@ -20,20 +21,37 @@ pub(crate) async fn pending<F: Future>(future: F, waited: impl Fn(Instant)) -> F
 
 #[cfg(test)]
 mod tests {
-    use std::cell::Cell;
+    use std::time::Duration;
+
+    use futures::FutureExt;
 
     use super::*;
+    use crate::stage::testing::meter;
+
+    const WAIT: Duration = Duration::from_millis(5);
 
     #[tokio::test]
     async fn only_a_pending_future_is_measured() {
-        let waits = Cell::new(0);
-        let count = |since: Instant| {
-            assert!(since.elapsed().as_nanos() > 0);
-            waits.set(waits.get() + 1);
-        };
-        assert_eq!(pending(async { 7 }, count).await, 7);
-        assert_eq!(waits.get(), 0);
-        pending(tokio::task::yield_now(), count).await;
-        assert_eq!(waits.get(), 1);
+        let meter = meter();
+        assert_eq!(pending(async { 7 }, &meter, Wait::Input).await, 7);
+        assert_eq!(meter.read().input_wait, Duration::ZERO);
+        pending(tokio::time::sleep(WAIT), &meter, Wait::Input).await;
+        assert!(meter.read().input_wait >= WAIT);
+        assert_eq!(meter.read().output_wait, Duration::ZERO);
+    }
+
+    #[test]
+    fn a_wait_counts_while_it_goes_on_and_when_it_is_given_up() {
+        let meter = meter();
+        let mut waits = Box::pin(pending(std::future::pending::<()>(), &meter, Wait::Output));
+        assert_eq!(waits.as_mut().now_or_never(), None);
+        std::thread::sleep(WAIT);
+        let while_it_waits = meter.read();
+        assert!(while_it_waits.output_wait >= WAIT && while_it_waits.busy < while_it_waits.output_wait);
+        drop(waits);
+        let waited = meter.read().output_wait;
+        assert!(waited >= while_it_waits.output_wait);
+        std::thread::sleep(WAIT);
+        assert_eq!(meter.read().output_wait, waited);
     }
 }

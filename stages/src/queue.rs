@@ -5,9 +5,8 @@
 //! it carries holds at most one pooled buffer, the pools bound it in bytes (law 9).
 
 use std::sync::Arc;
-use std::time::Instant;
 
-use crate::meter::Meter;
+use crate::meter::{Meter, Wait};
 
 /// The other end of the queue is gone: the neighbour has ended, and so should this stage.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -54,12 +53,8 @@ impl<T> Outlet<T> {
             Err(async_channel::TrySendError::Closed(_)) => return Err(Closed),
             Err(async_channel::TrySendError::Full(item)) => item,
         };
-        let since = Instant::now();
-        let sent = self.sender.send(item).await;
-        if let Some(meter) = &self.meter {
-            meter.waited_for_output(since);
-        }
-        sent.map_err(|_| Closed)
+        let _waiting = self.meter.as_ref().map(|meter| meter.waiting(Wait::Output));
+        self.sender.send(item).await.map_err(|_| Closed)
     }
 
     /// Puts an item into the queue if there is room, and drops it if there is none.
@@ -95,12 +90,8 @@ impl<T> Inlet<T> {
         if let Some(item) = self.try_next() {
             return Some(item);
         }
-        let since = Instant::now();
-        let item = self.receiver.recv().await.ok();
-        if let Some(meter) = &self.meter {
-            meter.waited_for_input(since);
-        }
-        item
+        let _waiting = self.meter.as_ref().map(|meter| meter.waiting(Wait::Input));
+        self.receiver.recv().await.ok()
     }
 
     /// An item that waits already.

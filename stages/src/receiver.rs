@@ -22,7 +22,7 @@ use tokio::io::AsyncRead;
 use crate::batch::Item;
 use crate::error::{Cause, StageError};
 use crate::geometry::{LaneMap, Layout};
-use crate::meter::Meter;
+use crate::meter::{Meter, Wait};
 use crate::pending::pending;
 use crate::pool::{BufferPool, PooledBuffer};
 use crate::queue::Outlet;
@@ -105,7 +105,7 @@ impl<R: AsyncRead + Unpin + Send> Receiver<R> {
 
     async fn work(&mut self, lanes: &[Option<Outlet<Item<Arrived>>>], control: &Outlet<Message>) -> Result<(), Cause> {
         let meter = self.stage.meter.clone();
-        while let Some(incoming) = pending(self.reader.next(), |since| meter.waited_for_input(since)).await? {
+        while let Some(incoming) = pending(self.reader.next(), &meter, Wait::Input).await? {
             let (lane, item) = match incoming {
                 Incoming::Pages(frame) => (frame.lane, Item::Batch(self.pages(&frame).await?)),
                 Incoming::Message { lane, message: Message::RoundComplete(tally) } => (lane, self.round(lane, tally)?),
@@ -143,7 +143,7 @@ impl<R: AsyncRead + Unpin + Send> Receiver<R> {
         }
         let mut buffer = self.stage.take_buffer(&self.pool).await;
         let read = self.reader.read_payload(&mut buffer.space()[..bytes]);
-        pending(read, |since| self.stage.meter.waited_for_input(since)).await?;
+        pending(read, &self.stage.meter, Wait::Input).await?;
         buffer.set_filled(bytes);
         Ok(Some(buffer))
     }

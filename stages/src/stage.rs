@@ -1,10 +1,9 @@
 //! What every stage carries: its name and its meter, from which its errors and its waits are made.
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use crate::error::{Cause, StageError};
-use crate::meter::Meter;
+use crate::meter::{Meter, Wait};
 use crate::pool::{BufferPool, PooledBuffer};
 
 #[cfg(test)]
@@ -37,10 +36,8 @@ impl Stage {
         if let Some(buffer) = pool.try_take() {
             return buffer;
         }
-        let since = Instant::now();
-        let buffer = pool.take().await;
-        self.meter.waited_for_output(since);
-        buffer
+        let _waiting = self.meter.waiting(Wait::Output);
+        pool.take().await
     }
 }
 

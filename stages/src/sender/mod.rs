@@ -31,7 +31,7 @@ use tokio::io::{AsyncWrite, AsyncWriteExt};
 use crate::encoder::{Mark, Outgoing};
 use crate::error::{Cause, StageError};
 use crate::geometry::MAX_LANES;
-use crate::meter::Meter;
+use crate::meter::{Meter, Wait};
 use crate::pending::pending;
 use crate::queue::{Closed, Inlet, Outlet};
 use crate::stage::Stage;
@@ -166,7 +166,7 @@ impl<W: AsyncWrite + Unpin + Send> Sender<W> {
                     frame = bulk.next(), if self.bulk_open => Ok(Step::Bulk(frame)),
                 }
             };
-            return pending(first, |since| meter.waited_for_input(since)).await;
+            return pending(first, &meter, Wait::Input).await;
         }
         let first = async {
             tokio::select! {
@@ -175,7 +175,7 @@ impl<W: AsyncWrite + Unpin + Send> Sender<W> {
                 bytes = self.write_bulk() => bytes.map(Step::Wrote),
             }
         };
-        pending(first, |since| meter.waited_for_output(since)).await
+        pending(first, &meter, Wait::Output).await
     }
 
     /// Writes of the backlog what the bucket grants and the writer takes. Dropped before its end, it has written nothing,
@@ -198,7 +198,7 @@ impl<W: AsyncWrite + Unpin + Send> Sender<W> {
         while self.backlog.left_of_begun() > 0 {
             let most = self.backlog.left_of_begun();
             let write = self.backlog.write_some(&mut self.writer, most);
-            let bytes = pending(write, |since| self.stage.meter.waited_for_output(since)).await;
+            let bytes = pending(write, &self.stage.meter, Wait::Output).await;
             let bytes = bytes.map_err(Cause::Transport)?;
             let granted = bytes.min(self.granted);
             self.granted -= granted;
@@ -212,14 +212,14 @@ impl<W: AsyncWrite + Unpin + Send> Sender<W> {
 
     async fn write_control(&mut self, frame: &Bytes) -> Result<(), Cause> {
         let write = self.writer.write_all(frame);
-        pending(write, |since| self.stage.meter.waited_for_output(since)).await.map_err(Cause::Transport)?;
+        pending(write, &self.stage.meter, Wait::Output).await.map_err(Cause::Transport)?;
         self.stage.meter.count(0, frame.len() as u64);
         Ok(())
     }
 
     async fn shut_down(&mut self) -> Result<(), Cause> {
         let shutdown = self.writer.shutdown();
-        pending(shutdown, |since| self.stage.meter.waited_for_output(since)).await.map_err(Cause::Transport)
+        pending(shutdown, &self.stage.meter, Wait::Output).await.map_err(Cause::Transport)
     }
 
     /// Counts bytes of the backlog that are written, lets go of the frames they complete and reports their marks.
@@ -241,7 +241,7 @@ impl<W: AsyncWrite + Unpin + Send> Sender<W> {
 
     async fn flush(&mut self) -> Result<(), Cause> {
         let flush = self.writer.flush();
-        pending(flush, |since| self.stage.meter.waited_for_output(since)).await.map_err(Cause::Transport)
+        pending(flush, &self.stage.meter, Wait::Output).await.map_err(Cause::Transport)
     }
 }
 
