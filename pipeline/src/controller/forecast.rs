@@ -1,10 +1,15 @@
 //! The forecast of the downtime: what remains, in bytes after encoding, at the rate measured lately, plus what a switchover
 //! costs whatever remains.
 //!
-//! What a page comes to on the wire is taken from the latest round that sent pages as the next one will: once deltas are
-//! sent, only from rounds that sent deltas. It is the latest because deltas get better from round to round, as the cache
-//! comes to know the pages that are written. Until such a round is measured a page counts as it would go without a delta, since
-//! nothing has shown yet that deltas help. Zero pages of the first round count for nothing: what is written is seldom zero.
+//! What a page comes to on the wire depends on whether a delta can be made of it. Of how many of the dirty pages it can is known:
+//! the encoders note which pages their cache was given. What a delta comes to is taken from the latest round of deltas, and so is
+//! how many pages the cache has lost again. Deltas get smaller from round to round, where a page is written so often that a shorter
+//! round leaves less in it: the dirty rate rises by the same factor then, since a page counts once however often it is written.
+//! Until a round of deltas is measured every page counts as it would go without one, since nothing has shown yet that deltas
+//! help. Zero pages of the first round count for nothing: what is written is seldom zero.
+//!
+//! What it takes is what the wire takes, or the busiest stage if that is more; the stages' own figures tell which of the two held a
+//! round up.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -13,12 +18,18 @@ use memferry_stages::tally::RoundTally;
 
 use crate::settings::{SourceSettings, SwitchoverBandwidth};
 
+/// How much longer than its busiest stage worked a round takes that the wire holds up.
+const WIRE_HOLDS_UP: f64 = 1.25;
 /// How much measured time a figure is made of: long enough to be smooth, short enough to follow the guest and the link.
 const WINDOW: Duration = Duration::from_millis(200);
 /// How many bytes of pages a figure is made of: a round of a few pages measures the latency of a round and no rate.
 const WINDOW_BYTES: u64 = 8 << 20;
 /// Page bytes of a round from which its time says what a page takes.
 const TELLING_BYTES: u64 = 2 << 20;
+/// A delta is not taken to come to less than this share of what deltas came to in the round before.
+const LEAST_OF_A_DELTA: f64 = 0.25;
+/// How many of those rounds may show what the wire carries at least.
+const TELLING_ROUNDS: usize = 4;
 /// Rounds that are kept: more never make a window.
 const ROUNDS_KEPT: usize = 64;
 /// The share of `max_bandwidth` from which it is the cap that holds the rounds back, and not the link or the host.
@@ -52,6 +63,8 @@ pub struct Standing {
     pub elapsed: Duration,
     /// Pages that are known to be dirty and are not taken by the scanner.
     pub dirty_pages: u64,
+    /// Those of them of which a delta may be made.
+    pub kept_pages: u64,
     /// Pages that the scanner took and the destination has not acknowledged.
     pub in_flight_pages: u64,
 }
@@ -83,9 +96,29 @@ struct Achieved {
     page_bytes: u64,
     wire_bytes: u64,
     time: Duration,
+    /// How long the busiest stage worked.
+    work: Duration,
+    /// Pages of which a delta was to be made, and that were in no cache.
+    misses: u64,
+    /// Pages of which one might have been made, by what was known before.
+    kept: u64,
+    /// Pages a second that the guest dirtied before it.
+    dirty_rate: Option<f64>,
 }
 
 impl Achieved {
+    fn rate(&self) -> f64 {
+        self.wire_bytes as f64 / self.time.as_secs_f64()
+    }
+
+    fn is_held_up_by_the_wire(&self) -> bool {
+        self.time >= self.work.mul_f64(WIRE_HOLDS_UP)
+    }
+
+    fn hits(&self) -> f64 {
+        self.pages.saturating_sub(self.misses) as f64
+    }
+
     fn is_enough(&self) -> bool {
         self.time >= WINDOW && self.page_bytes >= WINDOW_BYTES
     }
@@ -110,6 +143,8 @@ pub struct Forecaster {
     latest_seconds_per_page: f64,
     /// Pages a second that the guest dirties, if two looks at it have shown it.
     dirty_rate: Option<f64>,
+    /// Dirty pages that the last sync found, and those of them of which a delta may be made.
+    found: (u64, u64),
     last_sync: Duration,
 }
 
@@ -129,17 +164,22 @@ impl Forecaster {
             later: VecDeque::new(),
             latest_seconds_per_page: 0.0,
             dirty_rate: None,
+            found: (0, 0),
             last_sync: Duration::ZERO,
         }
     }
 
-    /// A round was sent, from its first batch to its last byte, in so much time.
-    pub fn round(&mut self, tally: &RoundTally, time: Duration) {
+    /// A round was sent, from its first batch to its last byte, in so much time, for so much of which its busiest stage worked.
+    pub fn round(&mut self, tally: &RoundTally, time: Duration, work: Duration) {
         let round = Achieved {
             pages: tally.pages,
             page_bytes: tally.bytes_in,
             wire_bytes: tally.bytes_out,
             time: time.max(Duration::from_nanos(1)),
+            work,
+            misses: tally.xbzrle_misses,
+            kept: self.found.1,
+            dirty_rate: self.dirty_rate,
         };
         self.latest_seconds_per_page = round.time.as_secs_f64() / tally.pages.max(1) as f64;
         if self.first.is_none() {
@@ -155,13 +195,14 @@ impl Forecaster {
         self.last_sync = elapsed;
     }
 
-    /// A sync found so many dirty pages, at a time since the migration began.
-    pub fn synced(&mut self, dirty_pages: u64, elapsed: Duration) {
-        let since = elapsed.saturating_sub(self.last_sync).as_secs_f64();
+    /// A sync found what is dirty.
+    pub fn synced(&mut self, now: &Standing) {
+        let since = now.elapsed.saturating_sub(self.last_sync).as_secs_f64();
         if since > 0.0 {
-            self.dirty_rate = Some(dirty_pages as f64 / since);
+            self.dirty_rate = Some(now.dirty_pages as f64 / since);
         }
-        self.last_sync = elapsed;
+        self.found = (now.dirty_pages, now.kept_pages);
+        self.last_sync = now.elapsed;
     }
 
     /// Bytes of pages a second that the guest dirtied before the last sync, if there was one.
@@ -219,27 +260,59 @@ impl Forecaster {
         Some(self.dirty_rate? * elapsed.saturating_sub(self.last_sync).as_secs_f64())
     }
 
-    /// What a page comes to on the wire, by what was achieved lately.
+    /// What a dirty page comes to on the wire, by what was achieved lately.
     fn wire_bytes_per_page(&self) -> Option<f64> {
-        let first = self.first?;
-        let of = |achieved: Achieved| achieved.wire_bytes as f64 / achieved.pages as f64;
-        if let Some(&latest) = self.telling().next() {
-            return Some(of(latest));
+        self.first?;
+        let whole = self.wire_bytes_of_a_whole_page();
+        if !self.deltas {
+            return Some(whole);
         }
-        let later = lately(self.later.iter());
-        if later.pages > 0 {
-            return Some(of(later));
-        }
-        let as_in_the_first = !self.deltas || self.misses_shrink;
-        Some(if as_in_the_first && first.pages > 0 { of(first) } else { self.page_bytes as f64 })
+        let Some(round) = self.telling().next().or(self.later.iter().find(|round| round.pages > 0)) else {
+            return Some(whole);
+        };
+        let (dirty, kept) = (self.found.0.max(1) as f64, self.found.1 as f64);
+        let still_cached = if round.kept == 0 { 1.0 } else { (round.hits() / round.kept as f64).min(1.0) };
+        let hits = (kept / dirty * still_cached).min(1.0);
+        // Without a hit nothing is known of what one comes to.
+        let hit = if round.hits() == 0.0 {
+            whole
+        } else {
+            let bytes = (round.wire_bytes as f64 - round.misses as f64 * whole).max(0.0);
+            bytes / round.hits() * self.writes_since(round)
+        };
+        Some(hits * hit + (1.0 - hits) * whole)
     }
 
-    /// Bytes a second on the wire. The first round, which may have been held up by zero pages and compression, counts until a
-    /// later one was large enough to tell.
+    /// How often a dirty page was written lately, as a share of how often those of a round were.
+    fn writes_since(&self, round: &Achieved) -> f64 {
+        let (Some(before), Some(lately)) = (round.dirty_rate, self.dirty_rate) else { return 1.0 };
+        (before / lately.max(f64::MIN_POSITIVE)).clamp(LEAST_OF_A_DELTA, 1.0)
+    }
+
+    /// The same of a page of which no delta is made.
+    fn wire_bytes_of_a_whole_page(&self) -> f64 {
+        let of = |achieved: Achieved| achieved.wire_bytes as f64 / achieved.pages as f64;
+        if !self.deltas {
+            let later = self.telling().next().copied().unwrap_or_else(|| lately(self.later.iter()));
+            if later.pages > 0 {
+                return of(later);
+            }
+        }
+        let as_in_the_first = !self.deltas || self.misses_shrink;
+        let first = self.first.filter(|first| as_in_the_first && first.pages > 0);
+        first.map_or(self.page_bytes as f64, of)
+    }
+
+    /// Bytes a second on the wire, by the rounds that it held up. If it held up none, by the round that shows most: it carries
+    /// that at least.
     fn wire_rate(&self) -> Option<f64> {
-        let telling = lately(self.telling());
-        let achieved = if telling.pages > 0 { telling } else { lately(self.later.iter().chain(&self.first)) };
-        let rate = achieved.wire_bytes as f64 / achieved.time.as_secs_f64();
+        let held_up = lately(self.telling().filter(|round| round.is_held_up_by_the_wire()));
+        let rate = if held_up.pages > 0 {
+            held_up.rate()
+        } else {
+            let shown = self.telling().take(TELLING_ROUNDS).chain(&self.first).map(Achieved::rate);
+            shown.chain([lately(self.later.iter()).rate()]).filter(|rate| rate.is_finite()).fold(0.0, f64::max)
+        };
         (rate > 0.0).then_some(rate)
     }
 
@@ -248,9 +321,9 @@ impl Forecaster {
         self.later.iter().filter(|round| round.page_bytes >= TELLING_BYTES)
     }
 
-    /// Time that a page takes the stages, as the latest round that was large enough to tell shows it.
+    /// Time that a page takes the busiest stage, as the latest round that was large enough to tell shows it.
     fn stage_seconds_per_page(&self) -> f64 {
-        self.telling().next().map_or(0.0, |latest| latest.time.as_secs_f64() / latest.pages as f64)
+        self.telling().next().map_or(0.0, |latest| latest.work.as_secs_f64() / latest.pages as f64)
     }
 
     /// In a round: what the wire takes, or the stages if that is more.
@@ -286,6 +359,7 @@ fn lately<'a>(rounds: impl Iterator<Item = &'a Achieved>) -> Achieved {
         sum.page_bytes += round.page_bytes;
         sum.wire_bytes += round.wire_bytes;
         sum.time += round.time;
+        sum.work += round.work;
     }
     sum
 }
@@ -309,6 +383,8 @@ mod tests {
 
     const MS: Duration = Duration::from_millis(1);
     const LIMIT: Duration = Duration::from_millis(100);
+    /// The stages did nothing worth mentioning.
+    const NONE: Duration = Duration::ZERO;
 
     fn forecaster(xbzrle: Option<XbzrleSettings>) -> Forecaster {
         let encoder = EncoderSettings { xbzrle, ..EncoderSettings::default() };
@@ -323,8 +399,16 @@ mod tests {
         Standing { dirty_pages, ..Standing::default() }
     }
 
+    /// Of so many pages of which deltas may be made.
     fn transfer(forecaster: &Forecaster, pages: u64) -> f64 {
-        forecaster.forecast(&dirty(pages), LIMIT).unwrap().transfer.as_secs_f64()
+        transfer_of(forecaster, pages, pages)
+    }
+
+    fn transfer_of(forecaster: &Forecaster, dirty_pages: u64, kept_pages: u64) -> f64 {
+        let now = Standing { dirty_pages, kept_pages, ..Standing::default() };
+        let mut forecaster = forecaster.clone();
+        forecaster.synced(&now);
+        forecaster.forecast(&now, LIMIT).unwrap().transfer.as_secs_f64()
     }
 
     #[test]
@@ -339,7 +423,7 @@ mod tests {
     fn zero_pages_of_the_first_round_make_what_is_written_no_cheaper() {
         let mut forecaster = forecaster(None);
         // A second for 10,000 pages, of which 9,000 were zero: the others came to 2,000 bytes each.
-        forecaster.round(&round(10_000, 9_000, 2_000_000), 1000 * MS);
+        forecaster.round(&round(10_000, 9_000, 2_000_000), 1000 * MS, NONE);
         assert!((transfer(&forecaster, 1000) - 1.0).abs() < 1e-9);
     }
 
@@ -347,8 +431,8 @@ mod tests {
     fn what_is_in_flight_of_the_first_round_is_mostly_zero_pages_where_the_round_was() {
         let mut forecaster = forecaster(None);
         forecaster.armed(Duration::ZERO);
-        forecaster.round(&round(10_000, 9_900, 200_000), 1000 * MS);
-        forecaster.synced(100, 1000 * MS);
+        forecaster.round(&round(10_000, 9_900, 200_000), 1000 * MS, NONE);
+        forecaster.synced(&Standing { elapsed: 1000 * MS, ..dirty(100) });
         // 5,000 of them take half a second, in which 50 pages are dirtied; a page takes 10 ms.
         let now = Standing { dirty_pages: 100, in_flight_pages: 5_000, ..Standing::default() };
         let transfer = forecaster.forecast(&now, LIMIT).unwrap().transfer.as_secs_f64();
@@ -358,50 +442,50 @@ mod tests {
     #[test]
     fn until_a_round_of_deltas_is_measured_pages_count_as_they_are() {
         let mut forecaster = forecaster(Some(XbzrleSettings::default()));
-        forecaster.round(&round(10_000, 0, 10_000_000), 1000 * MS);
+        forecaster.round(&round(10_000, 0, 10_000_000), 1000 * MS, NONE);
         assert!((transfer(&forecaster, 10_000) - 4.096).abs() < 1e-9);
         // 100 bytes a page, at the same rate.
-        forecaster.round(&round(10_000, 0, 1_000_000), 100 * MS);
+        forecaster.round(&round(10_000, 0, 1_000_000), 100 * MS, NONE);
         assert!((transfer(&forecaster, 10_000) - 0.1).abs() < 0.001);
     }
 
     #[test]
     fn where_misses_are_compressed_pages_count_as_the_first_round_compressed_them() {
         let mut forecaster = forecaster(Some(XbzrleSettings { compress_on_miss: true, ..XbzrleSettings::default() }));
-        forecaster.round(&round(10_000, 5_000, 5_000_000), 1000 * MS);
+        forecaster.round(&round(10_000, 5_000, 5_000_000), 1000 * MS, NONE);
         assert!((transfer(&forecaster, 1000) - 0.2).abs() < 1e-9);
     }
 
     #[test]
     fn stages_that_are_slower_than_the_wire_count_in_full() {
         let mut forecaster = forecaster(Some(XbzrleSettings::default()));
-        forecaster.round(&round(100_000, 0, 400_000_000), 1000 * MS);
+        forecaster.round(&round(100_000, 0, 400_000_000), 1000 * MS, NONE);
         // A tenth of a second for 10,000 deltas of 10 bytes: the wire would have taken a quarter of a millisecond.
-        forecaster.round(&round(10_000, 0, 100_000), 100 * MS);
+        forecaster.round(&round(10_000, 0, 100_000), 100 * MS, 100 * MS);
         assert!((transfer(&forecaster, 10_000) - 0.1).abs() < 1e-9);
     }
 
     #[test]
     fn rounds_of_a_few_pages_do_not_pass_their_latency_off_as_a_rate() {
         let mut forecaster = forecaster(None);
-        forecaster.round(&round(100_000, 0, 400_000_000), 1000 * MS);
-        (0..30).for_each(|_| forecaster.round(&round(1, 0, 4_000), 10 * MS));
+        forecaster.round(&round(100_000, 0, 400_000_000), 1000 * MS, NONE);
+        (0..30).for_each(|_| forecaster.round(&round(1, 0, 4_000), 10 * MS, NONE));
         assert!(transfer(&forecaster, 100_000) < 1.5);
     }
 
     #[test]
     fn the_latest_rounds_count_where_they_are_long_and_large_enough() {
         let mut forecaster = forecaster(None);
-        forecaster.round(&round(100_000, 0, 400_000_000), 1000 * MS);
-        forecaster.round(&round(100_000, 0, 400_000_000), 4000 * MS);
+        forecaster.round(&round(100_000, 0, 400_000_000), 1000 * MS, NONE);
+        forecaster.round(&round(100_000, 0, 400_000_000), 4000 * MS, NONE);
         assert!((transfer(&forecaster, 100_000) - 4.0).abs() < 1e-9);
     }
 
     #[test]
     fn a_backlog_is_run_down_to_its_share_while_the_guest_writes_on() {
         let mut forecaster = forecaster(None);
-        forecaster.round(&round(100_000, 0, 400_000_000), 1000 * MS);
-        forecaster.synced(10_000, 1000 * MS);
+        forecaster.round(&round(100_000, 0, 400_000_000), 1000 * MS, NONE);
+        forecaster.synced(&Standing { elapsed: 1000 * MS, ..dirty(10_000) });
         assert_eq!(forecaster.backlog_pages(LIMIT), Some(500));
         let now = Standing { dirty_pages: 10_000, in_flight_pages: 10_500, ..Standing::default() };
         // 10,000 pages are run down in 0.1 s, in which 1,000 pages are written.
@@ -414,7 +498,7 @@ mod tests {
     fn digests_of_the_source_are_made_while_the_rest_is_sent() {
         let mut forecaster = forecaster(None);
         forecaster.fixed.verify = 40 * MS;
-        forecaster.round(&round(100_000, 0, 400_000_000), 1000 * MS);
+        forecaster.round(&round(100_000, 0, 400_000_000), 1000 * MS, NONE);
         let expected = |pages| forecaster.forecast(&dirty(pages), LIMIT).unwrap().expected();
         assert_eq!([expected(0), expected(1000), expected(10_000)], [40 * MS, 40 * MS, 120 * MS]);
     }
@@ -422,10 +506,63 @@ mod tests {
     #[test]
     fn deltas_that_get_better_count_as_the_latest_round_had_them() {
         let mut forecaster = forecaster(Some(XbzrleSettings::default()));
-        forecaster.round(&round(10_000, 0, 10_000_000), 1000 * MS);
-        forecaster.round(&round(10_000, 0, 4_000_000), 400 * MS);
-        forecaster.round(&round(5_000, 0, 500_000), 50 * MS);
+        forecaster.round(&round(10_000, 0, 10_000_000), 1000 * MS, NONE);
+        forecaster.round(&round(10_000, 0, 4_000_000), 400 * MS, NONE);
+        forecaster.round(&round(5_000, 0, 500_000), 50 * MS, NONE);
         assert!((transfer(&forecaster, 10_000) - 0.1).abs() < 1e-9);
+    }
+
+    #[test]
+    fn pages_that_were_never_sent_count_in_full_beside_deltas() {
+        let mut forecaster = forecaster(Some(XbzrleSettings::default()));
+        forecaster.round(&round(100_000, 90_000, 40_960_000), 1000 * MS, NONE);
+        forecaster.synced(&Standing { kept_pages: 100, ..dirty(1000) });
+        // 900 misses of a page each, and 100 deltas of 40 bytes.
+        let mixed = RoundTally { xbzrle_misses: 900, ..round(1000, 0, 900 * 4096 + 100 * 40) };
+        forecaster.round(&mixed, 90 * MS, NONE);
+        let whole = 4096.0 / 40_960_000.0;
+        let delta = whole * 40.0 / 4096.0;
+        assert!((transfer_of(&forecaster, 1000, 1000) - 1000.0 * delta).abs() < 1e-4);
+        assert!((transfer_of(&forecaster, 1000, 800) - 200.0 * whole - 800.0 * delta).abs() < 1e-4);
+    }
+
+    #[test]
+    fn deltas_of_pages_that_had_less_time_to_be_written_come_to_less() {
+        let mut forecaster = forecaster(Some(XbzrleSettings::default()));
+        forecaster.round(&round(100_000, 0, 409_600_000), 1000 * MS, NONE);
+        let found =
+            |dirty_pages, ms| Standing { elapsed: ms * MS, dirty_pages, kept_pages: dirty_pages, in_flight_pages: 0 };
+        // The same 1,000 pages in a second, and in half a second.
+        forecaster.synced(&found(1000, 1000));
+        forecaster.round(&round(1000, 0, 400_000), 500 * MS, NONE);
+        let remaining = |forecaster: &Forecaster, now| forecaster.forecast(&now, LIMIT).unwrap().remaining_bytes;
+        forecaster.synced(&found(1000, 1500));
+        assert!((remaining(&forecaster, found(1000, 1500)) - 200_000.0).abs() < 1.0);
+        // Half of them in a quarter of a second: none was written oftener than before.
+        forecaster.round(&round(1000, 0, 200_000), 250 * MS, NONE);
+        forecaster.synced(&found(500, 1750));
+        assert!((remaining(&forecaster, found(500, 1750)) - 100_000.0).abs() < 1.0);
+    }
+
+    #[test]
+    fn a_cache_that_has_lost_half_of_what_it_was_given_is_taken_to_go_on_so() {
+        let mut forecaster = forecaster(Some(XbzrleSettings::default()));
+        forecaster.round(&round(100_000, 0, 409_600_000), 1000 * MS, NONE);
+        forecaster.synced(&Standing { kept_pages: 1000, ..dirty(1000) });
+        let half = RoundTally { xbzrle_misses: 500, ..round(1000, 0, 500 * 4096) };
+        forecaster.round(&half, 5 * MS, NONE);
+        assert!((transfer(&forecaster, 1000) - 0.005).abs() < 1e-4);
+    }
+
+    #[test]
+    fn rounds_that_the_stages_held_up_say_what_the_wire_carries_at_least() {
+        let mut forecaster = forecaster(Some(XbzrleSettings::default()));
+        forecaster.round(&round(100_000, 0, 409_600_000), 1000 * MS, 500 * MS);
+        forecaster.synced(&Standing { kept_pages: 0, ..dirty(10_000) });
+        let deltas = RoundTally { xbzrle_misses: 0, ..round(10_000, 0, 100_000) };
+        forecaster.round(&deltas, 20 * MS, 20 * MS);
+        // A page that is sent whole takes 10 µs on the wire of the first round, not what 10 bytes in 2 µs come to.
+        assert!((transfer_of(&forecaster, 1000, 0) - 0.01).abs() < 1e-4);
     }
 
     #[test]
@@ -438,7 +575,7 @@ mod tests {
         };
         let transfer = |cap, switchover_bandwidth| {
             let mut forecaster = Forecaster::new(&settings(cap, switchover_bandwidth), 4096);
-            forecaster.round(&round(100_000, 0, 400_000_000), 4000 * MS);
+            forecaster.round(&round(100_000, 0, 400_000_000), 4000 * MS, NONE);
             transfer(&forecaster, 100_000)
         };
         let ten_times = SwitchoverBandwidth::AtMost(1_000_000_000);

@@ -149,9 +149,11 @@ impl Controller {
     }
 
     /// A round was sent, from its first batch to its last byte, in so much time.
-    pub fn round(&mut self, tally: &RoundTally, time: Duration) {
+    ///
+    /// `work` is how long its busiest stage worked.
+    pub fn round(&mut self, tally: &RoundTally, time: Duration, work: Duration) {
         self.round = tally.round;
-        self.forecaster.round(tally, time);
+        self.forecaster.round(tally, time, work);
     }
 
     /// The guest cannot be throttled: that step is left out from here on.
@@ -161,7 +163,7 @@ impl Controller {
 
     /// A sync between rounds has found what is dirty: decides, and says why.
     pub fn synced(&mut self, now: &Standing) -> Decided {
-        self.forecaster.synced(now.dirty_pages, now.elapsed);
+        self.forecaster.synced(now);
         let forecast = self.forecast(now);
         let (decision, why) = if self.switching {
             (Decision::SwitchOver, "switch over: the guest stands still already".into())

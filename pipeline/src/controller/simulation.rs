@@ -166,6 +166,7 @@ impl<'a> Simulation<'a> {
             let now = Standing {
                 elapsed: self.now,
                 dirty_pages: whole((pages as f64 * share_left).round()),
+                kept_pages: 0,
                 in_flight_pages: 0,
             };
             let Some(decided) = self.controller.tick(&now) else { continue };
@@ -177,7 +178,7 @@ impl<'a> Simulation<'a> {
             }
         }
         self.count(&tally);
-        self.controller.round(&tally, time);
+        self.controller.round(&tally, time, self.link.per_page.mul_f64(pages as f64));
         None
     }
 
@@ -185,7 +186,7 @@ impl<'a> Simulation<'a> {
         self.advance(self.link.fixed.sync);
         self.dirty = self.guest.written(self.guest_synced, self.guest_now);
         self.guest_synced = self.guest_now;
-        let now = Standing { elapsed: self.now, dirty_pages: self.dirty, in_flight_pages: 0 };
+        let now = Standing { elapsed: self.now, dirty_pages: self.dirty, kept_pages: self.dirty, in_flight_pages: 0 };
         let decided = self.controller.synced(&now);
         let decision = decided.decision;
         if self.paused.is_none() || decision != Decision::SwitchOver {

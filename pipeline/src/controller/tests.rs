@@ -169,9 +169,9 @@ fn a_switchover_waits_until_no_more_remains_than_before() {
     for (round, dirty_pages) in (1..).zip([9_000, 9_100, 9_200, 9_300, 9_400, 9_350]) {
         let tally =
             RoundTally { round, pages: 10_000, bytes_in: 40_960_000, bytes_out: 41_000_000, ..RoundTally::default() };
-        controller.round(&tally, 400 * MS);
+        controller.round(&tally, 400 * MS, Duration::ZERO);
         elapsed += 400 * MS;
-        decisions.push(controller.synced(&Standing { elapsed, dirty_pages, in_flight_pages: 0 }).decision);
+        decisions.push(controller.synced(&Standing { elapsed, dirty_pages, ..Standing::default() }).decision);
     }
     assert_eq!(decisions[..5], [Decision::AnotherRound; 5]);
     assert_eq!(decisions[5], Decision::SwitchOver);
@@ -185,8 +185,8 @@ fn a_guest_that_cannot_be_throttled_gets_the_next_step() {
     for round in 1..20 {
         let tally =
             RoundTally { round, pages: 10_000, bytes_in: 40_960_000, bytes_out: 41_000_000, ..RoundTally::default() };
-        controller.round(&tally, 400 * MS);
-        let now = Standing { elapsed: round * 400 * MS, dirty_pages: 10_000, in_flight_pages: 0 };
+        controller.round(&tally, 400 * MS, Duration::ZERO);
+        let now = Standing { elapsed: round * 400 * MS, dirty_pages: 10_000, ..Standing::default() };
         last = controller.synced(&now).decision;
         match last {
             Decision::Throttle(_) => controller.cannot_throttle(),
@@ -205,8 +205,8 @@ fn equality_with_the_limit_counts_and_the_least_more_does_not() {
         controller.fixed().sync = 10 * MS;
         let tally =
             RoundTally { round: 1, pages: 1000, bytes_in: 1_000_000, bytes_out: 1_000_000, ..RoundTally::default() };
-        controller.round(&tally, Duration::from_secs(1));
-        let now = Standing { elapsed: Duration::from_secs(1), dirty_pages, in_flight_pages: 0 };
+        controller.round(&tally, Duration::from_secs(1), Duration::ZERO);
+        let now = Standing { elapsed: Duration::from_secs(1), dirty_pages, ..Standing::default() };
         controller.synced(&now)
     };
     assert_eq!(decided(290).forecast.unwrap().expected(), 300 * MS);

@@ -75,12 +75,12 @@ pub fn source_bound(layout: &Layout, settings: &SourceSettings, may_leave_out: b
     pools + cache + compressors + source_keeps(layout, in_flight, settings.verify, may_leave_out)
 }
 
-/// What a source keeps for its guest's pages: which are dirty, which were never touched, which do not travel, what is in flight,
-/// and digests.
+/// What a source keeps for its guest's pages: which are dirty, which were never touched, of which deltas can be made, which do not
+/// travel, what is in flight, and digests.
 pub(super) fn source_keeps(layout: &Layout, in_flight: u64, verify: bool, may_leave_out: bool) -> u64 {
     let digests = if verify { digests::bound_bytes(layout, may_leave_out) } else { 0 };
     let clears = if may_leave_out { Clears::bytes_of(layout) } else { 0 };
-    2 * DirtyBitmap::bytes_of(layout) + clears + in_flight + digests
+    3 * DirtyBitmap::bytes_of(layout) + clears + in_flight + digests
 }
 
 /// What a destination keeps: which pages it holds, which never come, and digests.

@@ -7,6 +7,7 @@
 //! ```
 
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use memferry_stages::batch::{Batch, Item};
 use memferry_stages::bitmap::DirtyBitmap;
@@ -55,6 +56,8 @@ pub(super) struct SourceGraph {
     pub(super) control: Vec<Outlet<Control>>,
     pub(super) sent: Inlet<Sent>,
     pub(super) in_flight: Arc<InFlight>,
+    /// Pages of which a delta may be made, where deltas are made.
+    pub(super) kept: Option<Arc<DirtyBitmap>>,
     pub(super) meters: Vec<Arc<Meter>>,
     /// Those of the senders among them: what they count is what went to the wire.
     pub(super) sender_meters: Vec<Arc<Meter>>,
@@ -82,6 +85,7 @@ impl SourceGraph {
             control: Vec::new(),
             sent,
             in_flight: Arc::new(InFlight::new(parts.memory.layout(), lane_map)),
+            kept: settings.encoder.xbzrle.as_ref().map(|_| Arc::new(DirtyBitmap::empty(parts.memory.layout()))),
             meters: Vec::new(),
             sender_meters: Vec::new(),
             pools: Vec::new(),
@@ -127,6 +131,13 @@ impl SourceGraph {
             SwitchoverBandwidth::Unlimited => bucket.set_rate(None),
             SwitchoverBandwidth::AtMost(most) => bucket.set_rate(Some(most)),
         }
+    }
+
+    /// How long the busiest stage worked since.
+    pub(super) fn busiest_since(&self, before: &[Reading]) -> Duration {
+        let worked =
+            self.meters.iter().zip(before).map(|(meter, before)| meter.read().busy.saturating_sub(before.busy));
+        worked.max().unwrap_or_default()
     }
 
     /// How every stage has spent its time so far.
@@ -189,7 +200,10 @@ impl SourceGraph {
                 self.stages.spawn(format!("zero detector {lane}"), running);
 
                 let meter = self.meter("encoder", Some(lane));
-                let encoder = Encoder::new(lane, page_size, plan(settings), code_pool, meter.clone());
+                let mut encoder = Encoder::new(lane, page_size, plan(settings), code_pool, meter.clone());
+                if let Some(kept) = &self.kept {
+                    encoder = encoder.with_kept(kept.clone());
+                }
                 let running = encoder.run(encoder_in, frames);
                 self.stages.spawn(format!("encoder {lane}"), running);
                 batches

@@ -27,6 +27,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use crate::batch::{Batch, CopiedBatch, Item};
+use crate::bitmap::DirtyBitmap;
 use crate::codec::Codec;
 use crate::error::StageError;
 use crate::geometry::{ExtentAt, PageSize, bits};
@@ -95,6 +96,8 @@ pub struct Encoder {
     pool: BufferPool,
     /// What was counted since the last RoundComplete.
     counted: RoundTally,
+    /// Of which pages a delta may be made when they come again, for whoever wants to know.
+    kept: Option<Arc<DirtyBitmap>>,
     /// The head of the frame that is being made; its list of pages is used again and again.
     head: PagesHead,
     stage: Stage,
@@ -113,9 +116,18 @@ impl Encoder {
             coder: PageCoder::new(page_size, &plan),
             pool,
             counted: RoundTally::default(),
+            kept: None,
             head: PagesHead { at, round: 0, mask: 0, zero: 0, payload_hash: 0, pages: Vec::with_capacity(64) },
             stage: Stage::new("encoder", Some(lane), meter),
         }
+    }
+
+    /// Marks in `kept` each page whose content the cache was given: a delta can be made when it comes again, unless others have
+    /// taken its place. Bits are only ever set.
+    #[must_use]
+    pub fn with_kept(mut self, kept: Arc<DirtyBitmap>) -> Self {
+        self.kept = Some(kept);
+        self
     }
 
     /// The most bytes that its cache and its compressor take.
@@ -159,6 +171,9 @@ impl Encoder {
             }
             None => (0, None),
         };
+        if let Some(kept) = &self.kept {
+            kept.set_mask(batch.at, self.coder.keeps(batch.mask, zero));
+        }
         self.head.at = batch.at;
         self.head.round = batch.round;
         self.head.mask = batch.mask & !unchanged;

@@ -136,6 +136,15 @@ impl PageCoder {
         }
     }
 
+    /// Which pages of a batch, of which some are zero, the cache is given.
+    pub(super) fn keeps(&self, mask: u64, zero: u64) -> u64 {
+        match &self.deltas {
+            Some(deltas) if deltas.begun => mask,
+            Some(deltas) if deltas.plan.cache_first_round => mask & !zero,
+            _ => 0,
+        }
+    }
+
     /// Compares a page with what the destination holds.
     fn compare(
         &mut self,

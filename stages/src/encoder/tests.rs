@@ -285,6 +285,24 @@ proptest! {
 }
 
 #[test]
+fn a_delta_is_made_of_what_is_marked_as_kept_and_of_nothing_else() {
+    for first_round in [false, true] {
+        let plan = EncoderPlan { delta: deltas(1000, None, first_round), ..EncoderPlan::default() };
+        let mut bench = Bench::new(page_size(4), plan);
+        let kept = Arc::new(DirtyBitmap::empty(&bench.source.layout()));
+        bench.encoder = bench.encoder.with_kept(kept.clone());
+        bench.round(1, false, &[(0, Write::Zeros, 1), (1, Write::Random, 1)]);
+        assert_eq!(kept.count(), u64::from(first_round));
+        let writes: Vec<_> = (0..4).map(|page| (page, Write::Sparse, 2)).collect();
+        for round in [2, 3] {
+            let (dirty, before) = (4, kept.count());
+            assert_eq!(bench.round(round, false, &writes).1.xbzrle_misses, dirty - before, "round {round}");
+            assert_eq!(kept.count(), dirty);
+        }
+    }
+}
+
+#[test]
 fn compression_in_round_one_only_and_deltas_only_after_it() {
     let plan = EncoderPlan { compress: Some(Codec::Lz4), delta: deltas(1000, None, true), checksum: true };
     let mut bench = Bench::new(page_size(4), plan);

@@ -60,7 +60,7 @@ impl Destination {
                     return Err(MigrationError::Protocol(format!("{} came out of turn", other.kind().name())));
                 }
                 Signal::Loaded(loaded) => {
-                    self.loaded(flow, &mut arrival, loaded);
+                    self.loaded(flow, &mut arrival, loaded)?;
                     if arrival.switched_over == lanes && flow.verify {
                         arrival.ours = Some(digests::start(memory, flow.out_for_good.clone()));
                     }
@@ -93,7 +93,7 @@ impl Destination {
         }
     }
 
-    fn loaded(&self, flow: &mut Flow, arrival: &mut Arrival, loaded: Loaded) {
+    fn loaded(&self, flow: &mut Flow, arrival: &mut Arrival, loaded: Loaded) -> Result<(), MigrationError> {
         match loaded {
             Loaded::RoundComplete { tally, .. } => {
                 // They are figures for the report: of a source that ends round after round in one lane alone, not all are kept.
@@ -103,6 +103,8 @@ impl Destination {
                 let of_round = |other: &&RoundTally| other.round == tally.round;
                 if arrival.tallies.iter().filter(of_round).count() == arrival.lanes {
                     self.round_loaded(flow, &mut arrival.tallies, tally.round);
+                    // The source is about to decide, by what it takes for being on its way.
+                    flow.acknowledge()?;
                 }
             }
             Loaded::Switchover { .. } => {
@@ -112,6 +114,7 @@ impl Destination {
                 arrival.switched_over += 1;
             }
         }
+        Ok(())
     }
 
     /// Every lane has loaded the round: its figures are added up and told.

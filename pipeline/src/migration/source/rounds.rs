@@ -63,6 +63,7 @@ impl Source {
         self.round += 1;
         let began = Instant::now();
         self.quiet_since = Some(began);
+        let before = flow.graph.readings();
         if flow.graph.scan.put(ScanOrder { round: self.round, last }).await.is_err() {
             return Err(self.broken(flow).await);
         }
@@ -90,7 +91,7 @@ impl Source {
         }
         let duration = began.elapsed();
         self.pages_frames += tally.batches;
-        self.controller.round(&tally, duration);
+        self.controller.round(&tally, duration, flow.graph.busiest_since(&before));
         self.observers.tell(&Event::RoundSent { tally, duration });
         Ok(())
     }
@@ -114,7 +115,12 @@ impl Source {
 
     /// How things stand with so many dirty pages.
     fn standing(&self, flow: &Flow, dirty_pages: u64) -> Standing {
-        Standing { elapsed: self.started.elapsed(), dirty_pages, in_flight_pages: flow.graph.in_flight.pages() }
+        let kept_pages = match (&self.bitmap, &flow.graph.kept) {
+            (Some(bitmap), Some(kept)) => bitmap.count_common(kept),
+            _ => 0,
+        };
+        let in_flight_pages = flow.graph.in_flight.pages();
+        Standing { elapsed: self.started.elapsed(), dirty_pages, kept_pages, in_flight_pages }
     }
 
     pub(super) fn page_bytes(&self, pages: u64) -> u64 {
