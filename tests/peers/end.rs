@@ -20,7 +20,9 @@ use memferry::events::{Ended, Event, Observer, Observers, Phase, Role};
 use memferry::guest::Guest;
 use memferry::guest::workload::{Fill, Pattern, Region, Workload, WorkloadSettings, WriterSettings};
 use memferry::migration::{DataPlane, receive, send};
-use memferry::settings::{EncoderSettings, OnDeadline, SourceSettings, XbzrleSettings};
+use memferry::settings::{
+    ConvergenceSettings, EncoderSettings, OnDeadline, SourceSettings, StallStep, ThrottleSettings, XbzrleSettings,
+};
 use memferry_stages::codec::Codec;
 use memferry_tests::run::{destination_settings, source_settings};
 use memferry_transports::{Address, Listener, Transport, open};
@@ -90,6 +92,8 @@ pub(crate) struct How {
     pub(crate) downtime_limit: Duration,
     /// When it is cancelled.
     pub(crate) deadline: Option<Duration>,
+    /// Is the guest held back if it outruns the wire?
+    pub(crate) throttles: bool,
 }
 
 /// A compressor, or none.
@@ -220,6 +224,13 @@ fn settings(how: How) -> SourceSettings {
         max_rounds: u32::MAX,
         deadline: how.deadline,
         on_deadline: OnDeadline::Cancel,
+        convergence: ConvergenceSettings {
+            on_stall: if how.throttles { vec![StallStep::Throttle] } else { Vec::new() },
+            stall_rounds: 2,
+            cool_down_rounds: 1,
+            throttle: ThrottleSettings { start: 30, step: 20, most: 90 },
+            ..ConvergenceSettings::default()
+        },
         ..source_settings(how.lanes, how.lanes)
     }
 }

@@ -24,6 +24,7 @@ impl How {
             max_bandwidth: None,
             downtime_limit: Duration::from_millis(300),
             deadline: None,
+            throttles: false,
         }
     }
 }
