@@ -32,7 +32,7 @@ use memferry_stages::tally::RoundTally;
 use crate::report::human;
 use crate::settings::{OnDeadline, SourceSettings};
 use forecast::{FixedCost, Forecast, Forecaster, Standing, whole};
-use stall::Stall;
+use stall::{Left, Stall};
 use steps::{Steps, Taken};
 
 /// How much of the deadline is left over, for what happens between two looks at it.
@@ -175,8 +175,11 @@ impl Controller {
     }
 
     fn decide(&mut self, now: &Standing, forecast: Option<&Forecast>) -> (Decision, String) {
-        let rounds_left = self.limits.rounds.saturating_sub(self.round);
-        let stall = self.stall.note(forecast, self.downtime_limit(), rounds_left);
+        let left = Left {
+            rounds: self.limits.rounds.saturating_sub(self.round),
+            time: self.limits.deadline.map(|deadline| deadline.saturating_sub(now.elapsed)),
+        };
+        let stall = self.stall.note(forecast, self.downtime_limit(), left);
         if let Some(why) = self.is_met(now, forecast) {
             return (Decision::SwitchOver, format!("switch over: {why}"));
         }

@@ -3,7 +3,8 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use super::forecast::Forecast;
+use super::forecast::{Forecast, seconds};
+use crate::report::human;
 
 /// What the rounds left of what remains, as far as a stall is seen in it.
 #[derive(Clone, Debug)]
@@ -14,6 +15,14 @@ pub(super) struct Stall {
     since_least: u32,
     /// What the rest would have taken after the latest rounds, the latest in front.
     pace: VecDeque<Duration>,
+}
+
+/// What is left of the budgets.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Left {
+    pub(super) rounds: u32,
+    /// Of the deadline, if there is one.
+    pub(super) time: Option<Duration>,
 }
 
 impl Stall {
@@ -27,8 +36,8 @@ impl Stall {
         self.pace.clear();
     }
 
-    /// A round has ended: is this a stall, and why?
-    pub(super) fn note(&mut self, forecast: Option<&Forecast>, limit: Duration, rounds_left: u32) -> Option<String> {
+    /// A round has ended, with so much left of the budgets: is this a stall, and why?
+    pub(super) fn note(&mut self, forecast: Option<&Forecast>, limit: Duration, left: Left) -> Option<String> {
         let remaining = forecast.map_or(f64::INFINITY, |forecast| forecast.remaining_bytes);
         if remaining < self.least {
             (self.least, self.since_least) = (remaining, 0);
@@ -40,25 +49,38 @@ impl Stall {
         if self.since_least >= self.most {
             return Some(format!("{} rounds brought no new least of what remains", self.since_least));
         }
-        let needed = self.rounds_to(limit.saturating_sub(forecast?.fixed.total()))?;
-        (needed > f64::from(rounds_left)).then(|| {
-            let last = self.most;
-            if needed.is_finite() {
-                return format!(
-                    "at the pace of the last {last} rounds it needs {needed:.0} more, and {rounds_left} are left"
-                );
-            }
-            "what a switchover costs without a page is above the limit already".into()
-        })
+        let fixed = forecast?.fixed.total();
+        if limit <= fixed {
+            return self
+                .pace
+                .get(self.most as usize)
+                .map(|_| "what a switchover costs without a page is above the limit already".into());
+        }
+        self.too_slow(limit - fixed, left)
     }
 
-    /// Rounds that it takes until the rest takes no more than this, at the pace of the latest; `None` if they are too few to
-    /// tell, or it needs none.
-    fn rounds_to(&self, transfer: Duration) -> Option<f64> {
+    /// Why what is left will not do, at the pace of the latest rounds, until the rest takes no more than this; `None` if it will,
+    /// or the rounds are too few to tell.
+    fn too_slow(&self, transfer: Duration, left: Left) -> Option<String> {
         let (now, before) = (self.pace.front()?.as_secs_f64(), self.pace.get(self.most as usize)?.as_secs_f64());
-        let falls = f64::ln(before / now);
+        let falls = f64::ln(before / now) / f64::from(self.most);
         let way = f64::ln(now / transfer.as_secs_f64());
-        (falls > 0.0 && way > 0.0).then(|| f64::from(self.most) * way / falls)
+        if falls <= 0.0 || way <= 0.0 {
+            return None;
+        }
+        let (rounds, last) = ((way / falls).ceil(), self.most);
+        if rounds > f64::from(left.rounds) {
+            let left = left.rounds;
+            return Some(format!(
+                "at the pace of the last {last} rounds it needs {rounds:.0} more, and {left} are left"
+            ));
+        }
+        // Each takes as long as the rest that it sends.
+        let shrinks = f64::exp(-falls);
+        let time = seconds(now * (1.0 - shrinks.powf(rounds)) / (1.0 - shrinks));
+        let time_left = left.time.filter(|left| time > *left)?;
+        let (time, left) = (human::time(time), human::time(time_left));
+        Some(format!("at the pace of the last {last} rounds it needs {time} more, and {left} are left"))
     }
 }
 
@@ -74,7 +96,7 @@ mod tests {
         let mut note = |&rest: &u32| {
             let transfer = Duration::from_millis(u64::from(rest));
             let forecast = Forecast { remaining_bytes: f64::from(rest), transfer, fixed: FixedCost::default() };
-            stall.note(Some(&forecast), LIMIT, rounds_left).is_some()
+            stall.note(Some(&forecast), LIMIT, Left { rounds: rounds_left, time: None }).is_some()
         };
         rest.iter().map(&mut note).collect()
     }
@@ -100,12 +122,30 @@ mod tests {
     }
 
     #[test]
+    fn so_is_one_that_is_too_slow_for_the_time_that_is_left() {
+        // Half of it each round: 800, 400 and 200 ms are on the way to 100.
+        let said = |ms| {
+            let left = Left { rounds: u32::MAX, time: Some(Duration::from_millis(ms)) };
+            let (fixed, mut stall) = (FixedCost::default(), Stall::new(1));
+            let mut note = |ms| {
+                let transfer = Duration::from_millis(ms);
+                stall.note(Some(&Forecast { remaining_bytes: ms as f64, transfer, fixed }), LIMIT, left)
+            };
+            [note(1600), note(800)]
+        };
+        assert_eq!(said(1450), [None, None]);
+        let why = "at the pace of the last 1 rounds it needs 1.40 s more, and 1.35 s are left";
+        assert_eq!(said(1350), [None, Some(why.into())]);
+    }
+
+    #[test]
     fn a_limit_below_what_a_switchover_costs_anyway_is_never_met() {
         let fixed = FixedCost { verify: LIMIT, ..FixedCost::default() };
         let mut stall = Stall::new(1);
         let mut note = |rest: f64| {
             let transfer = Duration::from_secs_f64(rest);
-            stall.note(Some(&Forecast { remaining_bytes: rest, transfer, fixed }), LIMIT, u32::MAX)
+            let left = Left { rounds: u32::MAX, time: None };
+            stall.note(Some(&Forecast { remaining_bytes: rest, transfer, fixed }), LIMIT, left)
         };
         assert_eq!(note(2.0), None);
         assert!(note(1.0).unwrap().contains("without a page"));
