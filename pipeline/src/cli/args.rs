@@ -27,7 +27,7 @@ const RUN_EXAMPLES: &str = "\
 Examples:
   memferry run configs/quickstart.toml
   memferry run configs/quickstart.toml --set pipeline.lanes=4 --set pipeline.connections=4
-  memferry run configs/hot.toml --set migration.on_deadline=switch-over --report hot.json
+  memferry run configs/hot.toml --set migration.on_deadline=switch-over --report hot.html --report hot.json
   memferry run configs/file.toml --host-for 10s
 
 Both ends in one process: what is sent over the transport comes back in. At the end the guest runs at its destination for
@@ -46,7 +46,7 @@ const RECV_EXAMPLES: &str = "\
 Examples:
   memferry recv destination.toml
   memferry recv destination.toml --set transport.address=tcp:0.0.0.0:7777 --host-for 1h
-  memferry recv configs/image-recv.toml --report recv.json
+  memferry recv configs/image-recv.toml --report recv.html
 
 Waits for one source and takes its guest; strangers on the address are turned away. A guest that lives in this program is
 hosted until a signal, or for --host-for; the exit code is the migration's.";
@@ -125,9 +125,9 @@ pub(super) struct Configured {
 pub(super) struct Migrate {
     #[command(flatten)]
     pub(super) configured: Configured,
-    /// Writes a report as JSON, whole or not at all
+    /// Writes a report, whole or not at all: a page for a person if FILE ends in .html, else JSON; may be given once for each
     #[arg(long, value_name = "FILE")]
-    pub(super) report: Option<PathBuf>,
+    pub(super) report: Vec<PathBuf>,
     /// What is logged to standard error: error, warn, info, debug or trace [default: warn]
     #[arg(long, value_name = "LEVEL")]
     pub(super) log: Option<String>,
@@ -179,9 +179,10 @@ mod tests {
 
     #[test]
     fn options_are_read() {
-        let line = "memferry send a.toml --set pipeline.lanes=4 --set x.y=z --quiet --host-for 1m --report r.json";
+        let line = "memferry send a.toml --set pipeline.lanes=4 --set x.y=z --quiet --host-for 1m --report r.json --report r.html";
         let Command::Send(migrate) = CommandLine::parse_from(line.split(' ')).command else { panic!("send") };
         assert_eq!(migrate.configured.sets, ["pipeline.lanes=4", "x.y=z"]);
+        assert_eq!(migrate.report, ["r.json", "r.html"].map(PathBuf::from));
         assert_eq!((migrate.host_for, migrate.log_level()), (Some(Duration::from_secs(60)), "error"));
         let line = "memferry guard -- systemctl start -q guest";
         let Command::Guard { argv } = CommandLine::parse_from(line.split(' ')).command else { panic!("guard") };

@@ -15,12 +15,17 @@ use crate::settings::SourceSettings;
 
 /// The configuration as TOML, with bounds and floors as comments behind it.
 pub(super) fn describe(config: &Config) -> String {
-    let mut text = toml::to_string(config).expect("what was read can be written");
+    let mut text = written(config);
     text.push('\n');
     for line in facts(config) {
         writeln!(text, "# {line}").expect("a string takes it");
     }
     text
+}
+
+/// The configuration as TOML, with every default filled in.
+pub(super) fn written(config: &Config) -> String {
+    toml::to_string(config).expect("what was read can be written")
 }
 
 fn facts(config: &Config) -> Vec<String> {

@@ -47,7 +47,7 @@ fn migrate(options: Migrate, role: &'static str, purpose: Purpose, watch: Role) 
         Ok(config) => config,
         Err(code) => return code,
     };
-    if let Some(why) = options.report.as_deref().and_then(unwritable) {
+    if let Some(why) = options.report.iter().find_map(|report| unwritable(report)) {
         return complain(&why, BAD_USAGE);
     }
     let screen = Screen::default();

@@ -4,13 +4,15 @@
 
 use std::future::Future;
 use std::io::{IsTerminal, Write};
+use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use memferry_transports::{Address, Listener, Transport};
 use tokio_util::sync::CancellationToken;
 
 use super::args::Migrate;
+use super::check;
 use super::hosting::Hosted;
 use super::signals::Signals;
 use super::verdict::{FAILED, exit_code, joint, never_begun};
@@ -22,6 +24,7 @@ use crate::metrics::MetricsObserver;
 use crate::migration::{self, DataPlane};
 use crate::progress::{ProgressDisplay, ProgressLines, Screen};
 use crate::report::account::{Account, Accountant};
+use crate::report::html::Page;
 use crate::report::{Frame, Report, table};
 
 /// How long one end may take to find out that the other has ended, before it is told.
@@ -196,18 +199,33 @@ impl Session {
         exit_code(&ended)
     }
 
-    /// Says how it ended and writes the report.
+    /// Says how it ended and writes the reports.
     fn conclude(&self, verdict: &Ended, account: &Account, far: Option<&Account>) {
         let frame = Frame { role: self.role, capped: self.config.migration.max_bandwidth.0.is_some() };
-        if let Some(file) = &self.options.report
-            && let Err(error) = Report::new(frame, verdict, account, far).write(file)
-        {
-            eprintln!("memferry: the report {} cannot be written: {error}", file.display());
+        for file in &self.options.report {
+            if let Err(error) = self.write_report(file, &Report::new(frame, verdict, account, far), account, far) {
+                eprintln!("memferry: the report {} cannot be written: {error}", file.display());
+            }
         }
         say(&table::verdict(verdict, account));
         if !self.options.quiet && !account.rounds.is_empty() {
             say(&format!("\n{}", table::summary(frame, account, far).trim_end()));
         }
+    }
+
+    /// A page for a person where the file's ending asks for one, else JSON.
+    fn write_report(
+        &self,
+        file: &Path,
+        report: &Report,
+        account: &Account,
+        other: Option<&Account>,
+    ) -> std::io::Result<()> {
+        if !file.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("html")) {
+            return report.write(file);
+        }
+        let (settings, configuration) = (&self.config.source(), &check::written(&self.config));
+        Page { report, account, other, settings, configuration, written: SystemTime::now() }.write(file)
     }
 
     /// Hosts a guest that lives in this program, for as long as the options say; else until a signal.

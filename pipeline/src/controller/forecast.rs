@@ -370,7 +370,7 @@ pub(super) fn seconds(seconds: f64) -> Duration {
 }
 
 /// The whole part of a figure that is not negative; the largest number there is for what is more.
-pub(super) fn whole(figure: f64) -> u64 {
+pub(crate) fn whole(figure: f64) -> u64 {
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "it saturates, and is not negative")]
     let whole = figure as u64;
     whole

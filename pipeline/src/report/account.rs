@@ -1,18 +1,29 @@
-//! Keeps what the events of a migration said, for the report and the table at its end.
+//! Keeps what the events of a migration said, for the report, its page and the table at its end.
 
 use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use memferry_stages::tally::RoundTally;
 
+use super::series::{Happened, Series};
 use crate::controller::Decided;
 use crate::events::{BlockFacts, Ended, Event, Observer, Role};
+
+/// The most notices that are kept: a stranger may knock for as long as the wait lasts.
+const MOST_NOTICES: usize = 100;
 
 /// An observer that keeps what it hears from both ends.
 #[derive(Debug, Default)]
 pub struct Accountant {
-    source: Mutex<Account>,
-    destination: Mutex<Account>,
+    source: Mutex<Book>,
+    destination: Mutex<Book>,
+}
+
+/// An account, and the moment from which its times are counted.
+#[derive(Debug, Default)]
+struct Book {
+    account: Account,
+    began: Option<Instant>,
 }
 
 /// What one end said.
@@ -32,6 +43,21 @@ pub struct Account {
     pub decided: Vec<Decided>,
     /// How it ended.
     pub ended: Option<Ended>,
+    /// What happened when, and the figures on the way.
+    pub series: Series,
+    /// Warnings, and who was turned away; the first of them.
+    pub notices: Vec<Notice>,
+    /// Notices that came after those.
+    pub more_notices: u64,
+}
+
+/// Something the operator should know.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Notice {
+    /// When it was told.
+    pub at: Duration,
+    /// What.
+    pub text: String,
 }
 
 /// One round.
@@ -49,10 +75,10 @@ impl Accountant {
     /// What an end said up to here.
     #[must_use]
     pub fn account(&self, role: Role) -> Account {
-        self.of(role).lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.of(role).lock().unwrap_or_else(PoisonError::into_inner).account.clone()
     }
 
-    fn of(&self, role: Role) -> &Mutex<Account> {
+    fn of(&self, role: Role) -> &Mutex<Book> {
         match role {
             Role::Source => &self.source,
             Role::Destination => &self.destination,
@@ -62,12 +88,16 @@ impl Accountant {
 
 impl Observer for Accountant {
     fn event(&self, role: Role, event: &Event) {
-        self.of(role).lock().unwrap_or_else(PoisonError::into_inner).enter(event);
+        let mut book = self.of(role).lock().unwrap_or_else(PoisonError::into_inner);
+        let began = *book.began.get_or_insert_with(Instant::now);
+        book.account.enter(event, began.elapsed());
     }
 }
 
 impl Account {
-    fn enter(&mut self, event: &Event) {
+    /// Takes what an event said, at this time since the first one.
+    pub(crate) fn enter(&mut self, event: &Event, at: Duration) {
+        self.place(event, at);
         match event {
             Event::Connected { peer } => self.peer = Some(peer.clone()),
             Event::Guest { blocks, pages, memory_bound } => {
@@ -82,7 +112,33 @@ impl Account {
             Event::Synced { after_round, dirty_pages, .. } => self.synced(*after_round, *dirty_pages),
             Event::Decided(decided) => self.decided.push(decided.clone()),
             Event::Ended(ended) => self.ended = Some(ended.clone()),
+            Event::Warning(what) => self.notice(what.clone(), at),
+            Event::TurnedAway { peer, why } => self.notice(format!("{peer} was turned away: {why}"), at),
             _ => {}
+        }
+    }
+
+    /// Gives an event its place in time; before its figures are entered.
+    fn place(&mut self, event: &Event, at: Duration) {
+        let what = match event {
+            Event::Progress(progress) => return self.series.sample(progress, at),
+            Event::Phase(phase) => Happened::Phase(*phase),
+            Event::RoundSent { tally, duration } => Happened::Round { round: tally.round, took: *duration },
+            Event::Synced { dirty_pages, .. } => Happened::Synced(*dirty_pages),
+            Event::Decided(_) => Happened::Decided(self.decided.len()),
+            Event::Paused => Happened::Paused,
+            Event::Resumed => Happened::Resumed,
+            Event::Ended(_) => Happened::Ended,
+            _ => return,
+        };
+        self.series.mark(what, at);
+    }
+
+    fn notice(&mut self, text: String, at: Duration) {
+        if self.notices.len() < MOST_NOTICES {
+            self.notices.push(Notice { at, text });
+        } else {
+            self.more_notices += 1;
         }
     }
 

@@ -25,12 +25,21 @@ struct Suspect<'a> {
 /// The bottleneck in one line. `capped` says whether the senders kept to a bandwidth limit.
 #[must_use]
 pub fn bottleneck(stages: &[Reading], capped: bool) -> String {
-    let worst = stages.iter().flat_map(suspects).max_by(|a, b| a.share.total_cmp(&b.share));
-    match worst {
+    match worst(stages) {
         None => "unknown: no stage has run".into(),
         Some(suspect) if suspect.share < HELD_UP => format!("none: at most {}", Blame { suspect, capped }),
         Some(suspect) => Blame { suspect, capped }.to_string(),
     }
+}
+
+/// The stage that the bottleneck is seen at, if anything held the others up.
+#[must_use]
+pub fn culprit(stages: &[Reading]) -> Option<&Reading> {
+    worst(stages).filter(|suspect| suspect.share >= HELD_UP).map(|suspect| suspect.reading)
+}
+
+fn worst(stages: &[Reading]) -> Option<Suspect<'_>> {
+    stages.iter().flat_map(suspects).max_by(|a, b| a.share.total_cmp(&b.share))
 }
 
 fn suspects(reading: &Reading) -> impl Iterator<Item = Suspect<'_>> {
@@ -86,6 +95,7 @@ mod tests {
     fn the_busiest_stage_is_named() {
         let stages = [stage("encoder", 0, 60, 30, 10), stage("encoder", 1, 97, 2, 1), stage("sender", 0, 20, 75, 5)];
         assert_eq!(bottleneck(&stages, false), "the encoder of lane 1: busy 97 % of the time");
+        assert_eq!(culprit(&stages), Some(&stages[1]));
     }
 
     #[test]
@@ -100,6 +110,7 @@ mod tests {
     fn where_all_waited_for_input_nothing_held_up() {
         let stages = [stage("loader", 0, 30, 70, 0)];
         assert_eq!(bottleneck(&stages, false), "none: at most the loader of lane 0: busy 30 % of the time");
+        assert_eq!(culprit(&stages), None);
         assert_eq!(bottleneck(&[], false), "unknown: no stage has run");
     }
 }

@@ -48,6 +48,12 @@ pub fn count(number: u64) -> String {
         #[expect(clippy::cast_precision_loss, reason = "three digits are shown")]
         return format!("{}M", three_digits(number as f64 / 1e6));
     }
+    exact(number)
+}
+
+/// A number with its thousands apart: `16,777,216`.
+#[must_use]
+pub fn exact(number: u64) -> String {
     let digits = number.to_string();
     let mut text = String::with_capacity(digits.len() + digits.len() / 3);
     for (index, digit) in digits.chars().enumerate() {
@@ -81,6 +87,7 @@ mod tests {
         let times = [0, 999, 213_000, 999_900, 12_345_678, 245_000_000].map(|us| time(Duration::from_micros(us)));
         assert_eq!(times, ["0 µs", "999 µs", "213 ms", "1.00 s", "12.3 s", "4m 05s"]);
         assert_eq!([0, 999, 1000, 262_144, 16_777_216].map(count), ["0", "999", "1,000", "262,144", "16.8M"]);
+        assert_eq!([999, 16_777_216].map(exact), ["999", "16,777,216"]);
         assert_eq!(rate(103_000_000.0), "98.2 MiB/s");
         assert_eq!(rate(f64::NAN), "0 B/s");
     }

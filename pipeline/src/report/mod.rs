@@ -1,9 +1,12 @@
-//! The report of a migration: one JSON object for programs, one table for people, both from what its events said.
+//! The report of a migration: one JSON object for programs, one table and one page for people, all from what its events said.
 
 pub mod account;
 pub mod bottleneck;
 pub mod event_json;
+mod file;
+pub mod html;
 pub mod human;
+pub mod series;
 pub mod table;
 
 use std::io;
@@ -218,7 +221,7 @@ impl Report {
     pub fn new(frame: Frame, verdict: &Ended, account: &Account, other: Option<&Account>) -> Self {
         let ended = account.ended.as_ref().expect("an account that ended");
         let far = other.and_then(|account| account.ended.as_ref());
-        let stages: Vec<Reading> = ended.stages.iter().chain(far.iter().flat_map(|far| &far.stages)).cloned().collect();
+        let stages = readings(account, other);
         Self {
             schema: SCHEMA,
             role: frame.role,
@@ -243,32 +246,23 @@ impl Report {
         }
     }
 
-    /// Writes it as JSON: to a temporary name beside `file` first, so that `file` is whole or as it was. What is no plain
-    /// file (`/dev/stdout`, a pipe, a link) is written into, never replaced.
+    /// Writes it as JSON, whole or not at all. What is no plain file (`/dev/stdout`, a pipe, a link) is written into, never
+    /// replaced.
     ///
     /// # Errors
     /// When it cannot be written.
     pub fn write(&self, file: &Path) -> io::Result<()> {
         let mut json = serde_json::to_vec_pretty(self).expect("plain values become JSON");
         json.push(b'\n');
-        if file.symlink_metadata().is_ok_and(|found| !found.is_file()) {
-            return write_private(file, &json);
-        }
-        let mut name = file.file_name().unwrap_or_default().to_owned();
-        name.push(format!(".{}.partial", std::process::id()));
-        let partial = file.with_file_name(name);
-        let written = write_private(&partial, &json).and_then(|()| std::fs::rename(&partial, file));
-        if written.is_err() {
-            drop(std::fs::remove_file(&partial));
-        }
-        written
+        file::write(file, &json)
     }
 }
 
-fn write_private(file: &Path, bytes: &[u8]) -> io::Result<()> {
-    use std::io::Write;
-    use std::os::unix::fs::OpenOptionsExt;
-    std::fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(file)?.write_all(bytes)
+/// How the stages of both ends spent their time, as far as they have ended.
+#[must_use]
+pub fn readings(account: &Account, other: Option<&Account>) -> Vec<Reading> {
+    let ends = [Some(account), other].into_iter().flatten().filter_map(|account| account.ended.as_ref());
+    ends.flat_map(|ended| ended.stages.iter().cloned()).collect()
 }
 
 /// What the end of a migration is called.

@@ -7,7 +7,7 @@ use memferry_stages::clears::Spared;
 
 use super::account::{Account, Round};
 use super::bottleneck::bottleneck;
-use super::{Frame, error_percent, human, status, throughput};
+use super::{Frame, error_percent, human, readings, status, throughput};
 use crate::controller::forecast::{FixedCost, Forecast};
 use crate::events::{Ended, Phase};
 
@@ -131,7 +131,7 @@ fn lines(frame: Frame, ended: &Ended, account: &Account, other: Option<&Account>
     let peak = ended.memory_peak + far.map_or(0, |far| far.memory_peak);
     let bound = account.memory_bound + other.map_or(0, |other| other.memory_bound);
     lines.push(("memory", format!("{} at most, {} allowed", human::bytes(peak), human::bytes(bound))));
-    let stages: Vec<_> = ended.stages.iter().chain(far.iter().flat_map(|far| &far.stages)).cloned().collect();
+    let stages = readings(account, other);
     if !stages.is_empty() {
         lines.push(("bottleneck", bottleneck(&stages, frame.capped)));
     }

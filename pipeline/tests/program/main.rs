@@ -9,5 +9,6 @@ mod kills;
 mod machines;
 mod memcached;
 mod messages;
+mod pages;
 mod reports;
 mod writer;

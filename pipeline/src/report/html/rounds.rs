@@ -1,0 +1,161 @@
+//! What the pages of each round became: as they are, in shares, and in figures.
+
+use maud::{Markup, html};
+
+use super::chart::{self, as_f64, percent};
+use super::{Page, ms, wide};
+use crate::controller::forecast::whole;
+use crate::report::{RoundReport, human};
+
+/// A way for a page to travel: its class, its name, and how many of a round's pages went it.
+type Encoding = (&'static str, &'static str, fn(&RoundReport) -> u64);
+
+/// From the axis up.
+const ENCODINGS: [Encoding; 5] = [
+    ("raw", "raw", |round| round.raw),
+    ("compressed", "compressed", |round| round.compressed),
+    ("xbzrle", "xbzrle", |round| round.xbzrle),
+    ("unchanged", "unchanged (not sent)", |round| round.unchanged),
+    ("zero", "zero", |round| round.zero),
+];
+
+/// Fewer rounds than this do not fill the width.
+const FULL: usize = 8;
+/// The most rounds that have their number below them.
+const NUMBERED: usize = 14;
+/// Pixels.
+const HEIGHT: u32 = 140;
+const ABOVE: u32 = 14;
+
+pub(super) fn section(page: &Page<'_>) -> Markup {
+    let rounds = &page.report.rounds;
+    if rounds.is_empty() {
+        return html! {};
+    }
+    let used: Vec<_> = ENCODINGS.into_iter().filter(|(_, _, of)| rounds.iter().any(|round| of(round) > 0)).collect();
+    let most = rounds.iter().map(|round| round.pages).max().unwrap_or(0);
+    let (scale, ticks) = chart::bytes_scale(as_f64(most), |value| human::count(whole(value)));
+    let of_pages: Vec<_> = ticks.into_iter().map(|(value, label)| (scale.height(value), label)).collect();
+    let of_share = [(0.5, "50 %".to_owned()), (1.0, "100 %".to_owned())];
+    html! {
+        section aria-labelledby="rounds" {
+            h2 id="rounds" { "Pages by encoding in each round" }
+            figure {
+                p.caption { @for (class, name, _) in &used { (chart::key(class, name)) } }
+                div.pair {
+                    div {
+                        p.caption { b { "Pages" } }
+                        (columns("Pages of each round by encoding.", rounds, &used, &of_pages, |pages, _| scale.height(as_f64(pages))))
+                    }
+                    div {
+                        p.caption { b { "Share" } " of the round's pages" }
+                        (columns("Share of each encoding in each round.", rounds, &used, &of_share, share))
+                    }
+                }
+            }
+            (wide("Figures of each round", &table(rounds)))
+        }
+    }
+}
+
+fn share(pages: u64, of: u64) -> f64 {
+    as_f64(pages) / as_f64(of.max(1))
+}
+
+/// A column of stacked encodings for each round; `height` says how much of the picture so many pages of so many are, and the
+/// ticks stand at heights.
+fn columns(
+    summary: &str,
+    rounds: &[RoundReport],
+    encodings: &[Encoding],
+    ticks: &[(f64, String)],
+    height: impl Fn(u64, u64) -> f64,
+) -> Markup {
+    let slot = 1.0 / as_f64(rounds.len().max(FULL) as u64);
+    let plot = f64::from(HEIGHT - ABOVE);
+    let every = rounds.len().div_ceil(NUMBERED);
+    let down = |share: f64| format!("{:.1}", f64::from(HEIGHT) - share * plot);
+    html! {
+        svg.columns role="img" aria-label=(summary) width="100%" height=(HEIGHT + 18) {
+            title { (summary) }
+            @for (index, round) in rounds.iter().enumerate() {
+                @let left = slot * (as_f64(index as u64) + 0.12);
+                @for (class, low, part, name) in stack(round, encodings) {
+                    @let (low, part) = (height(low, round.pages), height(part, round.pages));
+                    rect class=(class) x=(percent(left)) width=(percent(slot * 0.76)) y=(down(low + part)) height=(format!("{:.1}", part * plot)) {
+                        title { "round " (round.round) ": " (name) }
+                    }
+                }
+                @if index % every == 0 {
+                    text.tick x=(percent(slot * (as_f64(index as u64) + 0.5))) y=(HEIGHT + 13) text-anchor="middle" { (round.round) }
+                }
+            }
+            line.base x1="0" x2="100%" y1=(HEIGHT) y2=(HEIGHT) {}
+            @for (top, label) in ticks {
+                line.grid x1="0" x2="100%" y1=(down(*top)) y2=(down(*top)) {}
+                text.tick x="100%" y=(down(*top)) dy="-3" text-anchor="end" { (label) }
+            }
+        }
+    }
+}
+
+/// The parts of a round's column from below: class, pages under it, its pages, and what it is in words.
+fn stack(round: &RoundReport, encodings: &[Encoding]) -> Vec<(&'static str, u64, u64, String)> {
+    let mut low = 0;
+    let mut parts = Vec::new();
+    for (class, name, of) in encodings {
+        let pages = of(round);
+        if pages > 0 {
+            parts.push((*class, low, pages, format!("{} pages {name}", human::exact(pages))));
+        }
+        low += pages;
+    }
+    parts
+}
+
+fn table(rounds: &[RoundReport]) -> Markup {
+    const HEADS: [&str; 13] = [
+        "Time",
+        "Pages",
+        "Zero",
+        "Raw",
+        "Compressed",
+        "XBZRLE",
+        "Unchanged",
+        "Cache misses",
+        "Overflows",
+        "Bytes in",
+        "Bytes out",
+        "Out of in",
+        "Dirty after",
+    ];
+    html! {
+        table {
+            thead { tr { th scope="col" { "Round" } @for head in HEADS { th scope="col" { (head) } } } }
+            tbody { @for round in rounds { (row(round)) } }
+        }
+    }
+}
+
+fn row(round: &RoundReport) -> Markup {
+    let pages = [
+        round.pages,
+        round.zero,
+        round.raw,
+        round.compressed,
+        round.xbzrle,
+        round.unchanged,
+        round.xbzrle_misses,
+        round.xbzrle_overflows,
+    ];
+    html! {
+        tr {
+            th scope="row" { (round.round) }
+            td { data value=(round.ms) { (ms(round.ms)) } }
+            @for count in pages { td { data value=(count) { (human::exact(count)) } } }
+            @for bytes in [round.bytes_in, round.bytes_out] { td { data value=(bytes) { (human::bytes(bytes)) } } }
+            td { (format!("{:.1} %", share(round.bytes_out, round.bytes_in) * 100.0)) }
+            td { @match round.dirty_after { Some(dirty) => data value=(dirty) { (human::exact(dirty)) }, None => "–" } }
+        }
+    }
+}

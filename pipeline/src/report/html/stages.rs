@@ -1,0 +1,83 @@
+//! How every stage spent its time in every lane: the picture in which a bottleneck is seen.
+
+use maud::{Markup, html};
+
+use super::chart;
+use super::{Page, ms, wide};
+use crate::report::bottleneck::culprit;
+use crate::report::{StageReport, human, readings};
+
+/// The way of a page through the stages, by which they are listed.
+const WAY: [&str; 7] = ["bitmap sync", "scanner", "zero detector", "encoder", "sender", "receiver", "loader"];
+
+pub(super) fn section(page: &Page<'_>) -> Markup {
+    let report = page.report;
+    if report.stages.is_empty() {
+        return html! {};
+    }
+    let mut stages: Vec<_> = report.stages.iter().collect();
+    stages.sort_by_key(|stage| (WAY.iter().position(|name| *name == stage.name).unwrap_or(WAY.len()), stage.lane));
+    let readings = readings(page.account, page.other);
+    let blamed = culprit(&readings).map(|reading| (reading.name, reading.lane));
+    html! {
+        section aria-labelledby="stages" {
+            h2 id="stages" { "How the stages spent their time" }
+            p.finding { strong { "Bottleneck: " } (report.bottleneck) "." }
+            p.note {
+                "In the order in which a page passes them. The stage that holds up the others works nearly all the time: those before \
+                 it wait for room, those behind it wait for input. A sender that waits for room waits for the transport."
+            }
+            p.caption {
+                (chart::key("busy", "busy"))
+                (chart::key("output-wait", "waiting for room behind it"))
+                (chart::key("input-wait", "waiting for input"))
+            }
+            (wide("How every stage spent its time in every lane", &table(&stages, blamed)))
+        }
+    }
+}
+
+fn table(stages: &[&StageReport], blamed: Option<(&str, Option<u16>)>) -> Markup {
+    html! {
+        table.stages {
+            thead {
+                tr {
+                    th scope="col" { "Stage" }
+                    th.picture scope="col" { "Its time" }
+                    @for head in ["Busy", "Waiting for room", "Waiting for input", "Batches", "Pages"] { th scope="col" { (head) } }
+                }
+            }
+            tbody { @for stage in stages { (row(stage, blamed == Some((stage.name.as_str(), stage.lane)))) } }
+        }
+    }
+}
+
+fn row(stage: &StageReport, is_blamed: bool) -> Markup {
+    let parts = [
+        ("busy", "busy", stage.busy_ms),
+        ("output-wait", "waiting for room", stage.output_wait_ms),
+        ("input-wait", "waiting for input", stage.input_wait_ms),
+    ];
+    let life: f64 = parts.iter().map(|part| part.2).sum();
+    let share = |time: f64| if life > 0.0 { time / life } else { 0.0 };
+    let named = parts.map(|(class, what, time)| (class, share(time), format!("{what} {}", ms(time))));
+    let words = named.iter().map(|part| format!("{} ({:.0} %)", part.2, part.1 * 100.0)).collect::<Vec<_>>().join(", ");
+    html! {
+        tr.blamed[is_blamed] {
+            th scope="row" {
+                (stage.name)
+                @if let Some(lane) = stage.lane { " " span.lane { (place(&stage.name)) " " (lane) } }
+                @if is_blamed { " " span.pill { "bottleneck" } }
+            }
+            td.picture { (chart::bar(&words, &named, 14, None)) }
+            @for (_, _, time) in parts { td { data value=(time) { (format!("{:.0} %", share(time) * 100.0)) } " " span.note { (ms(time)) } } }
+            td { data value=(stage.batches) { (human::exact(stage.batches)) } }
+            td { data value=(stage.pages) { (human::exact(stage.pages)) } }
+        }
+    }
+}
+
+/// What a stage's number counts.
+fn place(stage: &str) -> &'static str {
+    if matches!(stage, "sender" | "receiver") { "connection" } else { "lane" }
+}
