@@ -271,6 +271,13 @@ pub(super) fn line_key(class: &str, name: &str) -> Markup {
     }
 }
 
+/// The name of a line across, beside it.
+pub(super) fn upright_key(class: &str, name: &str) -> Markup {
+    html! {
+        span.key { svg.swatch aria-hidden="true" width="8" height="12" { (upright(class, 0.5, 12)) } (name) }
+    }
+}
+
 /// The name of a dot, beside it.
 pub(super) fn dot_key(class: &str, name: &str) -> Markup {
     html! {

@@ -92,7 +92,7 @@ fn parts(report: &Report, downtime: f64) -> Vec<Part> {
     ];
     let rest = downtime - known;
     if rest > 0.005 * downtime {
-        parts.push(part("part-rest", "pausing, and waits between", rest, None));
+        parts.push(part("part-rest", "waits between", rest, None));
     }
     parts
 }

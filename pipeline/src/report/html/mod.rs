@@ -1,10 +1,10 @@
 //! The report as a page for a person: one HTML file that needs nothing beside it and no script.
 //!
-//! It takes a [`Page`] (the report, the account it was made of, settings and configuration) and gives a text; here is no
-//! file and no clock. Each section is a module. What comes from outside (errors, addresses, ids, the configuration) is
-//! escaped by the templates and [`clean`]ed of what would change how the text around it reads.
+//! A [`Page`] (the report, the account it was made of, settings and configuration) is rendered to a text without a look at
+//! a file or a clock. Each section is a module. What comes from outside (errors, addresses, ids, the configuration) is
+//! escaped by the templates, and cleaned of what would change how the text around it reads.
 //!
-//! Pictures are inline SVG that fits any width: places across are in percent, letters keep their size ([`chart`]).
+//! Pictures are inline SVG that fits any width: places across are in percent, letters keep their size.
 
 mod chart;
 mod decisions;
@@ -117,6 +117,23 @@ impl Page<'_> {
             Happened::Decided(index) => Some((mark.at, account.decided.get(index)?)),
             _ => None,
         })
+    }
+
+    /// What the syncs found dirty, in bytes, and when.
+    fn found(&self) -> impl Iterator<Item = (Duration, u64)> {
+        let page_bytes = self.account.bytes().checked_div(self.account.pages).unwrap_or(0);
+        self.account.series.marks().iter().filter_map(move |mark| match mark.what {
+            Happened::Synced(pages) => Some((mark.at, pages.saturating_mul(page_bytes))),
+            _ => None,
+        })
+    }
+
+    /// The bytes that remained, as samples and syncs say, in order.
+    fn remaining(&self) -> Vec<(Duration, u64)> {
+        let sampled = self.account.series.samples().into_iter().map(|sample| (sample.at, sample.remaining_bytes));
+        let mut knots: Vec<_> = sampled.chain(self.found()).collect();
+        knots.sort_by_key(|knot| knot.0);
+        knots
     }
 
     /// A moment as the page counts it.

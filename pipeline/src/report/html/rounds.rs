@@ -20,7 +20,7 @@ const ENCODINGS: [Encoding; 5] = [
 ];
 
 /// Fewer rounds than this do not fill the width.
-const FULL: usize = 8;
+const FULL: usize = 6;
 /// The most rounds that have their number below them.
 const NUMBERED: usize = 14;
 /// Pixels.

@@ -269,7 +269,7 @@ fn stories_say_what_happened_where_the_guest_is_and_what_to_do() {
       Put right what is named here, or at the source, then start both ends again.
     Warn: The migration was cancelled before the guest was here.
       It does not run here. Its source has it: the report there says in what state.
-      Put right what is named here, or at the source, then start both ends again.
+      Nothing, if that was meant. Both ends can be started again at any time.
     "#);
 }
 
@@ -280,6 +280,18 @@ fn a_guest_that_was_paused_for_nothing_stood_still_for_so_long() {
     scene.account.enter(&Event::Resumed, paused + Duration::from_millis(420));
     assert!(scene.story().contains("It stood still for 420 ms meanwhile."), "{}", scene.story());
     assert!(scene.page().contains("the guest stood still"));
+}
+
+#[test]
+fn what_was_left_is_what_the_last_look_found() {
+    let mut scene = Scene::new("send").ending(|ended| failed(ended, Phase::Failed, "disk full"));
+    let left = |scene: &Scene| scene.on(|page| page.remaining().last().unwrap().1);
+    let at = Duration::from_secs(9);
+    scene.account.enter(&progress(1), at);
+    assert_eq!(left(&scene), 1 << 29);
+    scene.account.enter(&Event::Synced { after_round: 2, dirty_pages: 512, duration: at }, at + at);
+    assert_eq!(left(&scene), 2 << 20);
+    assert!(scene.page().contains("2.00 MiB"));
 }
 
 #[test]

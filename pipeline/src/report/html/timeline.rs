@@ -94,7 +94,7 @@ impl<'a> Course<'a> {
         let flagged =
             self.page.decisions().enumerate().filter(|(_, (_, decided))| decided.decision != Decision::AnotherRound);
         html! {
-            @if !self.account.rounds.is_empty() { (chart::line_key("round", "a round was sent")) }
+            @if !self.account.rounds.is_empty() { (chart::upright_key("round", "a round was sent")) }
             @if self.paused().is_some() { (chart::key("paused", "the guest stood still")) }
             @for (index, (at, decided)) in flagged {
                 span.key {

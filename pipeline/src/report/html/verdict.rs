@@ -51,7 +51,7 @@ pub(super) fn section(page: &Page<'_>) -> Markup {
                 @if let Some(peer) = &page.account.peer { " · " (if page.is_destination() { "from" } else { "to" }) " " (clean(peer)) }
             }
             h1 { (story.headline) }
-            @if let Some(error) = &report.error { p.error { strong { "Why: " } (clean(error)) } }
+            @if let Some(error) = report.error.as_ref().filter(|error| *error != report.status) { p.error { strong { "Why: " } (clean(error)) } }
             p { strong { "The guest: " } (story.guest) }
             p { strong { "To do: " } (story.todo) }
         }
@@ -131,16 +131,20 @@ fn with_warnings(story: Story, page: &Page<'_>) -> Story {
 }
 
 fn did_not_arrive(status: &str) -> Story {
-    let headline = match status {
-        "cancelled" => "The migration was cancelled before the guest was here.",
-        _ => "The guest was not taken over.",
+    let (tone, headline, todo) = match status {
+        "cancelled" => (
+            Tone::Warn,
+            "The migration was cancelled before the guest was here.",
+            "Nothing, if that was meant. Both ends can be started again at any time.",
+        ),
+        _ => (
+            Tone::Bad,
+            "The guest was not taken over.",
+            "Put right what is named here, or at the source, then start both ends again.",
+        ),
     };
-    Story {
-        tone: if status == "cancelled" { Tone::Warn } else { Tone::Bad },
-        headline: headline.into(),
-        guest: "It does not run here. Its source has it: the report there says in what state.".into(),
-        todo: "Put right what is named here, or at the source, then start both ends again.".into(),
-    }
+    let guest = "It does not run here. Its source has it: the report there says in what state.";
+    Story { tone, headline: headline.into(), guest: guest.into(), todo: todo.into() }
 }
 
 fn unconfirmed(page: &Page<'_>) -> Story {
@@ -263,6 +267,7 @@ fn figures(page: &Page<'_>) -> Vec<Figure> {
         let note = forecast.error_percent.map(|error| format!("{error:+.0} % off")).unwrap_or_default();
         figures.push(plain("Forecast of it", ms(forecast.expected_ms), note));
     }
+    figures.extend(left_over(page));
     let blocks = report.guest.blocks.len();
     let plural = if blocks == 1 { "" } else { "s" };
     let of_guest = format!("{} pages, {blocks} RAM block{plural}", human::count(report.guest.pages));
@@ -282,6 +287,17 @@ fn figures(page: &Page<'_>) -> Vec<Figure> {
         figures.push(plain("Spared", human::count(spared_pages), note));
     }
     figures
+}
+
+/// How far a migration had come that did not come to its end.
+fn left_over(page: &Page<'_>) -> Option<Figure> {
+    let (_, left) = *page.remaining().last().filter(|_| page.report.status != "completed")?;
+    Some(Figure {
+        name: "Left to send",
+        value: human::bytes(left),
+        note: format!("when last looked at; {} rounds were sent", page.report.rounds.len()),
+        tone: None,
+    })
 }
 
 fn verified(page: &Page<'_>) -> Figure {

@@ -10,7 +10,6 @@ use crate::controller::forecast::whole;
 use crate::report::html::chart::{self, Backdrop, Panel, Point, Scale, as_f64};
 use crate::report::html::{downtime, duration};
 use crate::report::human;
-use crate::report::series::Happened;
 
 /// Two figures closer than this make no rate.
 const LEAST_SPAN: Duration = Duration::from_millis(30);
@@ -22,16 +21,9 @@ impl Course<'_> {
 
     /// What remained, as samples and syncs found it.
     pub(super) fn remaining(&self, backdrop: &Backdrop) -> Markup {
-        let page_bytes = self.account.bytes().checked_div(self.account.pages).unwrap_or(0);
-        let found = self.account.series.marks().iter().filter_map(|mark| match mark.what {
-            Happened::Synced(pages) => Some((mark.at, as_f64(pages * page_bytes))),
-            _ => None,
-        });
-        let found: Vec<_> = found.collect();
+        let found: Vec<_> = self.page.found().map(|(at, bytes)| (at, as_f64(bytes))).collect();
         let mut knots = vec![(self.time.from, as_f64(self.account.bytes()))];
-        knots.extend(self.samples.iter().map(|sample| (sample.at, as_f64(sample.remaining_bytes))));
-        knots.extend(&found);
-        knots.sort_by_key(|(at, _)| *at);
+        knots.extend(self.page.remaining().into_iter().map(|(at, bytes)| (at, as_f64(bytes))));
         let left = if self.page.report.status == "completed" { 0.0 } else { knots.last().map_or(0.0, |knot| knot.1) };
         knots.push((self.time.to, left));
         let (scale, ticks) = chart::bytes_scale(greatest(knots.iter().map(|knot| knot.1)), bytes);
