@@ -164,19 +164,20 @@ impl RingModel {
         Arc::new(Self { slots: slots.to_vec(), entries, state })
     }
 
-    /// A store of a vCPU that KVM emulates: it is made though the ring is full, and an entry is lost. True if it was so.
+    /// A store of a vCPU that KVM emulates: it is made though the ring is full, and an entry is lost. True if one was.
     pub(super) fn write_emulated(&self, vcpu: usize, slot: u32, page: u64, store: &dyn Fn()) -> bool {
-        if self.write(vcpu, slot, page, store) {
-            return false;
-        }
         let mut state = self.state.lock().unwrap();
         let (index, at) = (self.index(slot), usize::try_from(page).unwrap());
-        if state.protected[index][at] {
-            state.rings[vcpu].is_run_over = true;
-            state.protected[index][at] = false;
+        if state.logging && std::mem::take(&mut state.protected[index][at]) {
+            let ring = &mut state.rings[vcpu];
+            if ring.entries.len() == self.entries {
+                ring.is_run_over = true;
+            } else {
+                ring.entries.push_back((slot, page));
+            }
         }
         store();
-        true
+        state.rings[vcpu].is_run_over
     }
 
     /// A vCPU's write; trap and store are one step to all others. False, and nothing stored, if its ring is full.
