@@ -25,6 +25,7 @@ mod host;
 pub mod log;
 pub mod metrics;
 pub mod migration;
+pub mod plan;
 pub mod progress;
 pub mod region;
 pub mod report;

@@ -178,8 +178,9 @@ impl Work {
     }
 }
 
-/// The layout in ranges of at most [`RANGE_BYTES`]: a block and some of its extents, in order.
-fn ranges(layout: &Layout) -> impl Iterator<Item = (u32, Range<u32>)> {
+/// The layout in ranges of at most [`RANGE_BYTES`]: a block and some of its extents, in order. What a log is asked for in one
+/// call.
+pub fn ranges(layout: &Layout) -> impl Iterator<Item = (u32, Range<u32>)> {
     let step = RANGE_BYTES / layout.page_size().extent_bytes();
     (0..layout.block_count()).flat_map(move |block| {
         let extents = layout.block_extents(block);

@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::plan::record::SHORTEST;
+
 const ABOUT: &str =
     "Moves the memory of a running guest to another process, host or file while the guest keeps writing to it";
 
@@ -59,6 +61,17 @@ Examples:
 Prints the configuration with every default filled in, as TOML, then as comments the memory that a migration would take
 and the times it cannot be faster than. Starts nothing.";
 
+const RECORD_EXAMPLES: &str = "\
+Examples:
+  memferry record source.toml -o guest.trace --for 60s
+  memferry record source.toml -o guest.trace          until Ctrl-C
+  memferry record configs/hot.toml -o hot.trace --for 20s --host-for 0s
+
+Follows the pages that a guest writes, by the dirty log that `send` would use, and moves nothing. The trace holds page
+numbers, counts and times, none of the guest's content; `memferry plan` tells from it how a migration would go. It costs
+the guest what its dirty log costs it in a migration. A guest that lives in this program is hosted until the next signal,
+or for --host-for.";
+
 const INSPECT_EXAMPLES: &str = "\
 Examples:
   memferry inspect /var/tmp/guest.memferry
@@ -93,6 +106,9 @@ pub(super) enum Command {
     /// Prints a configuration with its defaults, bounds and floors
     #[command(after_help = CHECK_EXAMPLES)]
     Check(Configured),
+    /// Follows the pages that a guest writes, and moves nothing: for plan
+    #[command(after_help = RECORD_EXAMPLES)]
+    Record(Record),
     /// What a stream in a file holds: blocks, rounds, encodings, first damage
     #[command(after_help = INSPECT_EXAMPLES)]
     Inspect {
@@ -139,6 +155,28 @@ pub(super) struct Migrate {
     pub(super) host_for: Option<Duration>,
 }
 
+/// What a recording can be told.
+#[derive(Args, Debug)]
+pub(super) struct Record {
+    #[command(flatten)]
+    pub(super) configured: Configured,
+    /// The trace, written whole or not at all
+    #[arg(short, long, value_name = "TRACE")]
+    pub(super) output: PathBuf,
+    /// How long, as in 60s; until Ctrl-C unless told
+    #[arg(long = "for", value_name = "DURATION", value_parser = some_time)]
+    pub(super) length: Option<Duration>,
+    /// From one look at the dirty log to the next, at least 10ms [default: 100ms]
+    #[arg(long, value_name = "DURATION", value_parser = interval)]
+    pub(super) interval: Option<Duration>,
+    /// Prints nothing but the verdict
+    #[arg(long)]
+    pub(super) quiet: bool,
+    /// How long a guest that lives in this program is hosted afterwards, as in 10s; 0s ends at once
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    pub(super) host_for: Option<Duration>,
+}
+
 impl Migrate {
     pub(super) fn log_level(&self) -> &str {
         self.log.as_deref().unwrap_or(if self.quiet { "error" } else { "warn" })
@@ -150,6 +188,16 @@ fn duration(text: &str) -> Result<Duration, String> {
         return Ok(Duration::ZERO);
     }
     humantime::parse_duration(text).map_err(|error| format!("{error}; write a length of time such as 10s or 1h"))
+}
+
+fn some_time(text: &str) -> Result<Duration, String> {
+    let time = duration(text)?;
+    if time.is_zero() { Err("write a length of time that is more than none, such as 60s".into()) } else { Ok(time) }
+}
+
+fn interval(text: &str) -> Result<Duration, String> {
+    let time = duration(text)?;
+    if time < SHORTEST { Err("a sync takes its time: write 10ms or more".into()) } else { Ok(time) }
 }
 
 #[cfg(test)]
@@ -174,7 +222,7 @@ mod tests {
             assert!(help.contains(&format!("Examples:\n  memferry {name}")), "{help}");
             names.push(name);
         }
-        assert_eq!(names, ["run", "send", "recv", "check", "inspect", "probe"]);
+        assert_eq!(names, ["run", "send", "recv", "check", "record", "inspect", "probe"]);
     }
 
     #[test]

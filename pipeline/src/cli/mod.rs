@@ -4,6 +4,7 @@ mod args;
 mod check;
 mod hosting;
 pub mod inspect;
+mod record;
 mod session;
 mod signals;
 mod verdict;
@@ -20,7 +21,7 @@ use crate::events::Role;
 use crate::guest::file::guard;
 use crate::log;
 use crate::progress::Screen;
-use args::{Command, CommandLine, Configured, Migrate};
+use args::{Command, CommandLine, Configured, Migrate, Record};
 use inspect::Inspection;
 use session::Session;
 use verdict::{BAD_USAGE, DONE, FAILED};
@@ -36,6 +37,7 @@ pub fn main() -> ExitCode {
         Command::Send(options) => migrate(options, "send", Purpose::Send, Role::Source),
         Command::Recv(options) => migrate(options, "recv", Purpose::Receive, Role::Destination),
         Command::Check(configured) => check(&configured),
+        Command::Record(options) => record(options),
         Command::Inspect { file } => inspect(&file),
         Command::Probe => probe(),
         Command::Guard { argv } => guard::main(&argv),
@@ -47,7 +49,7 @@ fn migrate(options: Migrate, role: &'static str, purpose: Purpose, watch: Role) 
         Ok(config) => config,
         Err(code) => return code,
     };
-    if let Some(why) = options.report.iter().find_map(|report| unwritable(report)) {
+    if let Some(why) = options.report.iter().find_map(|report| unwritable("--report", report)) {
         return complain(&why, BAD_USAGE);
     }
     let screen = Screen::default();
@@ -68,20 +70,34 @@ fn migrate(options: Migrate, role: &'static str, purpose: Purpose, watch: Role) 
     }
 }
 
-/// Why a report cannot be written there, if that is plain before the migration begins.
-fn unwritable(report: &Path) -> Option<String> {
-    let name = report.display();
-    let folder = report.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    if report.is_dir() || report.file_name().is_none() {
-        return Some(format!("--report {name} is a folder: name a file in it"));
+/// Why the file of an option cannot be written there, if that is plain before anything begins.
+fn unwritable(option: &str, file: &Path) -> Option<String> {
+    let name = file.display();
+    let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if file.is_dir() || file.file_name().is_none() {
+        return Some(format!("{option} {name} is a folder: name a file in it"));
     }
-    (!folder.is_dir()).then(|| format!("--report {name}: there is no folder {}: make it first", folder.display()))
+    (!folder.is_dir()).then(|| format!("{option} {name}: there is no folder {}: make it first", folder.display()))
 }
 
 fn check(configured: &Configured) -> ExitCode {
     match load(configured, Purpose::Check) {
         Ok(config) => print(&check::describe(&config), DONE),
         Err(code) => code,
+    }
+}
+
+fn record(options: Record) -> ExitCode {
+    let config = match load(&options.configured, Purpose::Send) {
+        Ok(config) => config,
+        Err(code) => return code,
+    };
+    if let Some(why) = unwritable("-o", &options.output) {
+        return complain(&why, BAD_USAGE);
+    }
+    match on_control_plane(record::run(config, options)) {
+        Ok(code) => code.into(),
+        Err(error) => complain(&format!("the system refuses to run it: {error}"), FAILED),
     }
 }
 

@@ -16,19 +16,36 @@ const TICK: Duration = Duration::from_millis(100);
 /// The least that a round takes, however little there is to send.
 const ROUND_LATENCY: Duration = Duration::from_millis(1);
 
-/// A guest, as a simulation sees it.
+/// A guest, as a simulation sees it: what it writes, and what its pages come to when they are sent.
+///
+/// A simulation asks in this order: `send` for a round, `written` for the sync behind it, `send` for the next round, which are
+/// the pages that were found.
 pub trait Guest {
     /// All its pages.
     fn pages(&self) -> u64;
 
-    /// How many different pages it writes from one moment of its own time to another.
-    fn written(&mut self, from: Duration, to: Duration) -> u64;
+    /// Bytes of a page in memory.
+    fn page_bytes(&self) -> u64;
 
-    /// What its pages come to.
-    fn costs(&self) -> Costs;
+    /// A round begins, of the pages that the last sync has found: what they come to. In the first round these are all pages, and
+    /// in the `last` the guest stands still.
+    fn send(&mut self, round: u32, pages: u64, last: bool) -> Encoded;
+
+    /// How many different pages a sync finds that were written from one moment of the guest's own time to another: from the sync
+    /// before to this one, while a round was sent.
+    fn written(&mut self, from: Duration, to: Duration) -> u64;
 }
 
-/// What pages of a guest come to on the wire.
+/// What a round's pages come to after encoding.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Encoded {
+    /// As the encoders would count them.
+    pub tally: RoundTally,
+    /// The least time that the stages take for them, whatever the link.
+    pub stages: Duration,
+}
+
+/// What pages come to on the wire, of a guest of which no more is known than what a page takes.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Costs {
     /// Bytes of a page in memory.
@@ -39,17 +56,40 @@ pub struct Costs {
     pub first: f64,
     /// Bytes on the wire of a page that was written, in later rounds.
     pub later: f64,
+    /// The least time that the stages take for a page.
+    pub per_page: Duration,
 }
 
-/// What carries the pages.
-#[derive(Clone, Copy, Debug, PartialEq)]
+impl Costs {
+    /// So many pages of a round.
+    #[must_use]
+    pub fn encode(&self, round: u32, pages: u64) -> Encoded {
+        let (zero, each) = if round == 1 { (self.zero, self.first) } else { (0.0, self.later) };
+        let zero = whole((pages as f64 * zero).round());
+        let tally = RoundTally {
+            round,
+            pages,
+            zero,
+            raw: pages - zero,
+            bytes_in: pages * self.page_bytes,
+            bytes_out: whole(((pages - zero) as f64 * each).round()),
+            ..RoundTally::default()
+        };
+        Encoded { tally, stages: seconds(pages as f64 * self.per_page.as_secs_f64()) }
+    }
+}
+
+/// What carries the pages, and what else takes time on it.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Link {
     /// Bytes a second that it carries.
     pub bytes_per_second: f64,
-    /// The least time that the stages take for a page.
-    pub per_page: Duration,
     /// What a switchover costs beside the pages.
     pub fixed: FixedCost,
+    /// What goes before the first round.
+    pub setup: Duration,
+    /// What a decision takes beside its sync: an estimate of what digests cost.
+    pub decision: Duration,
 }
 
 /// How a simulated migration went.
@@ -65,14 +105,14 @@ pub struct Run {
     pub downtime: Duration,
     /// The downtime limit when it switched over, as far as it was raised.
     pub limit: Duration,
-    /// Bytes on the wire.
-    pub bytes: f64,
+    /// Bytes of the rounds on the wire.
+    pub bytes: u64,
     /// The most that the guest was throttled.
     pub throttle: u8,
     /// Everything that was decided, in order.
     pub decided: Vec<Decided>,
-    /// Bytes that each round put on the wire.
-    pub round_bytes: Vec<f64>,
+    /// What each round came to and how long it took, the last one in the switchover behind those before.
+    pub sent: Vec<Round>,
 }
 
 impl Run {
@@ -83,6 +123,15 @@ impl Run {
     }
 }
 
+/// A round that was sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Round {
+    /// What its pages came to.
+    pub tally: RoundTally,
+    /// From its first page to its last.
+    pub time: Duration,
+}
+
 /// Runs a migration with these settings. It ends, for rounds are bounded.
 pub fn simulate(guest: &mut dyn Guest, link: &Link, settings: &SourceSettings) -> Run {
     Simulation::new(guest, link, settings).run()
@@ -90,7 +139,6 @@ pub fn simulate(guest: &mut dyn Guest, link: &Link, settings: &SourceSettings) -
 
 struct Simulation<'a> {
     guest: &'a mut dyn Guest,
-    costs: Costs,
     link: Link,
     settings: &'a SourceSettings,
     controller: Controller,
@@ -107,15 +155,14 @@ struct Simulation<'a> {
 
 impl<'a> Simulation<'a> {
     fn new(guest: &'a mut dyn Guest, link: &Link, settings: &'a SourceSettings) -> Self {
-        let costs = guest.costs();
-        let mut controller = Controller::new(settings, costs.page_bytes);
+        let mut controller = Controller::new(settings, guest.page_bytes());
         *controller.fixed() = link.fixed;
+        controller.armed(link.setup);
         Self {
-            costs,
             link: *link,
             settings,
             controller,
-            now: Duration::ZERO,
+            now: link.setup,
             guest_now: Duration::ZERO,
             guest_synced: Duration::ZERO,
             paused: None,
@@ -129,10 +176,10 @@ impl<'a> Simulation<'a> {
                 total: Duration::ZERO,
                 downtime: Duration::ZERO,
                 limit: Duration::ZERO,
-                bytes: 0.0,
+                bytes: 0,
                 throttle: 0,
                 decided: Vec::new(),
-                round_bytes: Vec::new(),
+                sent: Vec::new(),
             },
         }
     }
@@ -158,8 +205,10 @@ impl<'a> Simulation<'a> {
     /// One round while the guest runs, unless the deadline pauses it on the way; what ends the migration in it.
     fn live_round(&mut self) -> Option<Decision> {
         self.round += 1;
-        let (tally, time) = (self.tally(self.dirty), self.round_time(self.dirty, self.rate()));
-        let (began, pages) = (self.now, self.dirty);
+        let pages = self.dirty;
+        let encoded = self.guest.send(self.round, pages, false);
+        let time = round_time(&encoded, self.rate());
+        let began = self.now;
         while self.now - began < time {
             self.advance(TICK.min(time - (self.now - began)));
             let share_left = 1.0 - (self.now - began).as_secs_f64() / time.as_secs_f64();
@@ -177,8 +226,8 @@ impl<'a> Simulation<'a> {
                 _ => self.paused = Some(self.now),
             }
         }
-        self.count(&tally);
-        self.controller.round(&tally, time, self.link.per_page.mul_f64(pages as f64));
+        self.count(&encoded, time);
+        self.controller.round(&encoded.tally, time, encoded.stages);
         None
     }
 
@@ -186,6 +235,7 @@ impl<'a> Simulation<'a> {
         self.advance(self.link.fixed.sync);
         self.dirty = self.guest.written(self.guest_synced, self.guest_now);
         self.guest_synced = self.guest_now;
+        self.advance(self.link.decision);
         let now = Standing { elapsed: self.now, dirty_pages: self.dirty, kept_pages: self.dirty, in_flight_pages: 0 };
         let decided = self.controller.synced(&now);
         let decision = decided.decision;
@@ -195,6 +245,7 @@ impl<'a> Simulation<'a> {
         decision
     }
 
+    /// Pauses the guest, syncs once more, and sends the rest.
     fn switch_over(mut self) -> Run {
         let paused = *self.paused.get_or_insert(self.now);
         self.run.limit = self.controller.downtime_limit();
@@ -203,10 +254,12 @@ impl<'a> Simulation<'a> {
             SwitchoverBandwidth::Unlimited => self.link.bytes_per_second,
             SwitchoverBandwidth::AtMost(most) => self.link.bytes_per_second.min(most as f64),
         };
-        let tally = self.tally(self.dirty);
-        self.now += if self.dirty == 0 { Duration::ZERO } else { self.round_time(self.dirty, rate) };
-        self.now += self.link.fixed.total();
-        self.count(&tally);
+        let encoded = self.guest.send(self.round + 1, self.dirty, true);
+        let transfer = if self.dirty == 0 { Duration::ZERO } else { round_time(&encoded, rate) };
+        let FixedCost { sync, verify, handover } = self.link.fixed;
+        // The source makes its digests while the rest is sent: that half is hidden behind it.
+        self.now += sync + transfer + (verify - transfer.min(verify / 2)) + handover;
+        self.count(&encoded, transfer);
         self.run.downtime = self.now - paused;
         self.end(Decision::SwitchOver)
     }
@@ -231,34 +284,13 @@ impl<'a> Simulation<'a> {
         self.settings.max_bandwidth.map_or(self.link.bytes_per_second, |cap| self.link.bytes_per_second.min(cap as f64))
     }
 
-    fn round_time(&self, pages: u64, rate: f64) -> Duration {
-        let wire = self.wire_bytes(pages) / rate;
-        seconds(wire.max(pages as f64 * self.link.per_page.as_secs_f64())).max(ROUND_LATENCY)
+    fn count(&mut self, encoded: &Encoded, time: Duration) {
+        self.run.bytes += encoded.tally.bytes_out;
+        self.run.sent.push(Round { tally: encoded.tally, time });
     }
+}
 
-    fn wire_bytes(&self, pages: u64) -> f64 {
-        let pages = pages as f64;
-        if self.run.round_bytes.is_empty() {
-            pages * (1.0 - self.costs.zero) * self.costs.first
-        } else {
-            pages * self.costs.later
-        }
-    }
-
-    fn tally(&self, pages: u64) -> RoundTally {
-        let first = self.run.round_bytes.is_empty();
-        RoundTally {
-            round: self.round,
-            pages,
-            zero: if first { whole((pages as f64 * self.costs.zero).round()) } else { 0 },
-            bytes_in: pages * self.costs.page_bytes,
-            bytes_out: whole(self.wire_bytes(pages).round()),
-            ..RoundTally::default()
-        }
-    }
-
-    fn count(&mut self, tally: &RoundTally) {
-        self.run.bytes += tally.bytes_out as f64;
-        self.run.round_bytes.push(tally.bytes_out as f64);
-    }
+/// What the wire takes, or the stages if that is more.
+fn round_time(encoded: &Encoded, rate: f64) -> Duration {
+    seconds(encoded.tally.bytes_out as f64 / rate).max(encoded.stages).max(ROUND_LATENCY)
 }

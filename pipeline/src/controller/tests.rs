@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 
-use super::simulation::{Costs, Guest, Link, Run, simulate};
+use super::simulation::{Costs, Encoded, Guest, Link, Run, simulate};
 use super::*;
 use crate::settings::{ConvergenceSettings, EncoderSettings, RaiseSettings, StallStep, ThrottleSettings};
 
@@ -30,8 +30,12 @@ impl Guest for Writers {
         written
     }
 
-    fn costs(&self) -> Costs {
-        self.costs
+    fn page_bytes(&self) -> u64 {
+        self.costs.page_bytes
+    }
+
+    fn send(&mut self, round: u32, pages: u64, _last: bool) -> Encoded {
+        self.costs.encode(round, pages)
     }
 }
 
@@ -46,7 +50,8 @@ impl Writers {
 
 const MIB: f64 = 1024.0 * 1024.0;
 const MS: Duration = Duration::from_millis(1);
-const RAW: Costs = Costs { page_bytes: 4096, zero: 0.0, first: 4100.0, later: 4100.0 };
+const RAW: Costs =
+    Costs { page_bytes: 4096, zero: 0.0, first: 4100.0, later: 4100.0, per_page: Duration::from_nanos(500) };
 
 /// 256 MiB, of which so many pages are written in a second.
 fn uniform(rate: f64) -> Writers {
@@ -55,7 +60,7 @@ fn uniform(rate: f64) -> Writers {
 
 fn link(mib_per_second: f64) -> Link {
     let fixed = FixedCost { sync: 2 * MS, verify: Duration::ZERO, handover: 5 * MS };
-    Link { bytes_per_second: mib_per_second * MIB, per_page: Duration::from_nanos(500), fixed }
+    Link { bytes_per_second: mib_per_second * MIB, fixed, ..Link::default() }
 }
 
 fn settings() -> SourceSettings {
@@ -259,17 +264,23 @@ fn a_first_round_that_is_too_long_for_the_deadline_ends_with_it() {
 
 fn guests() -> impl Strategy<Value = Writers> {
     let set = (1.0f64..60_000.0, 0.0f64..300_000.0);
-    let costs = (0.0f64..0.9, 100.0f64..4100.0, 0.1f64..1.0);
-    let costs = costs.prop_map(|(zero, first, share)| Costs { page_bytes: 4096, zero, first, later: first * share });
+    let costs = (0.0f64..0.9, 100.0f64..4100.0, 0.1f64..1.0, 0u64..3000);
+    let costs = costs.prop_map(|(zero, first, share, per_page)| Costs {
+        page_bytes: 4096,
+        zero,
+        first,
+        later: first * share,
+        per_page: Duration::from_nanos(per_page),
+    });
     (proptest::collection::vec(set, 0..3), costs, proptest::option::of(100u64..20_000)).prop_map(
         |(sets, costs, period)| Writers { pages: 65_536, sets, period: period.map(Duration::from_millis), costs },
     )
 }
 
 fn links() -> impl Strategy<Value = Link> {
-    (1.0f64..4000.0, 0u64..3000, 0u64..50).prop_map(|(rate, per_page, handover)| {
+    (1.0f64..4000.0, 0u64..50).prop_map(|(rate, handover)| {
         let fixed = FixedCost { sync: MS, verify: Duration::ZERO, handover: MS * u32::try_from(handover).unwrap() };
-        Link { per_page: Duration::from_nanos(per_page), fixed, ..link(rate) }
+        Link { fixed, ..link(rate) }
     })
 }
 

@@ -237,7 +237,7 @@ fn estimate(memory: &GuestMemory, left_out: Option<&DirtyBitmap>) -> io::Result<
 
 /// What digests add to the downtime: by a few stretches hashed
 /// now. May block.
-pub(super) fn downtime(memory: &GuestMemory, left_out: Option<&DirtyBitmap>) -> io::Result<Duration> {
+pub(crate) fn downtime(memory: &GuestMemory, left_out: Option<&DirtyBitmap>) -> io::Result<Duration> {
     Ok(estimate(memory, left_out)? * DIGEST_PASSES)
 }
 

@@ -14,7 +14,7 @@ use crate::guest::GuestError;
 
 /// What ended a migration. Its text is the operator's: it says what failed and where.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum MigrationError {
+pub(crate) enum MigrationError {
     /// The operator said so.
     #[error("cancelled")]
     Cancelled,

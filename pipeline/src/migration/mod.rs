@@ -7,24 +7,26 @@
 //! | [`handshake`] | where the guest is, as pure state: messages in, decisions out |
 //! | `source_graph`, `destination_graph` | the stages, joined |
 //! | `link`, `session` | connections opened, greeted and gathered |
+//! | `arming` | the logs started, for a migration or for who only watches |
 //! | `bounds` | what a migration takes in memory |
 //! | `out_for_good` | the pages that never travel, for both ends |
 
+pub(crate) mod arming;
 mod bounds;
 mod destination;
 mod destination_graph;
 mod digests;
-mod error;
+pub(crate) mod error;
 mod flow;
 pub mod handshake;
 mod link;
-mod out_for_good;
+pub(crate) mod out_for_good;
 mod plane;
 mod session;
 mod source;
 mod source_graph;
 mod speed;
-mod stage_set;
+pub(crate) mod stage_set;
 mod state;
 
 use std::ops::Range;
@@ -36,6 +38,7 @@ use memferry_stages::memory::GuestMemory;
 
 pub use bounds::{destination_bound, source_bound};
 pub use destination::receive;
+pub(crate) use digests::downtime as digest_downtime;
 pub use digests::{DIGEST_PASSES, hashing_cost};
 pub use plane::DataPlane;
 pub use source::send;

@@ -12,7 +12,7 @@ use crate::guest::clearer::BlockPages;
 ///
 /// # Errors
 /// When some are no pages of the guest: its mistake.
-pub(super) fn out_for_good(
+pub(crate) fn out_for_good(
     layout: &Layout,
     unplugged: Vec<BlockPages>,
 ) -> Result<Vec<(OutForGood, u32, Range<u64>)>, GuestError> {

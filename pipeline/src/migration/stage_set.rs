@@ -33,7 +33,7 @@ pub(super) struct StageEnd {
 
 /// Why a stage ended before its time.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum Failure {
+pub(crate) enum Failure {
     /// It returned an error.
     #[error("{0}")]
     Stage(#[from] StageError),

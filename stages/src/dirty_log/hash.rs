@@ -164,6 +164,11 @@ impl DirtyLog for HashLog {
         false
     }
 
+    /// By the copy.
+    fn rearms_late(&self) -> bool {
+        true
+    }
+
     fn copied(&self, copy: &CopiedBatch) {
         let at = copy.batch.at;
         bits(copy.batch.mask & copy.zero).for_each(|bit| self.page(at, bit).copied(self.zero));

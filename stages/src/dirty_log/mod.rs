@@ -20,7 +20,7 @@
 //! | `rearm` | the scanner, a task: a short system call is right, waiting is not | `copied`, `mark` |
 //! | `copied` | one task for each lane: arithmetic, no waiting | everything but `start` and `stop`, itself included |
 //! | `mark` | the guest's own threads | everything, before `start` and after `stop` too |
-//! | `memory_bytes`, `sees_stores` | the control plane: no waiting | everything |
+//! | `memory_bytes`, `sees_stores`, `rearms_late` | the control plane: no waiting | everything |
 //!
 //! A log is started for one migration at a time, and may be started again for the next.
 //!
@@ -131,6 +131,12 @@ pub trait DirtyLog: Send + Sync + fmt::Debug {
     /// was at the source must be sent too.
     fn sees_stores(&self) -> bool {
         true
+    }
+
+    /// Does it re-arm late, so that a page which waits to be sent is found again only for what is written after it was taken? Else it
+    /// is found again for every store since the last sync. For forecasts: nothing that is sent depends on it.
+    fn rearms_late(&self) -> bool {
+        false
     }
 
     /// These are the copies that will be sent: for each page the order of these calls is the order in which they were

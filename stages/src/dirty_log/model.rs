@@ -157,6 +157,10 @@ impl DirtyLog for ModelLog {
         Ok(())
     }
 
+    fn rearms_late(&self) -> bool {
+        true
+    }
+
     fn arm_unread(&self, pages: &DirtyBitmap) -> io::Result<bool> {
         let mut late = false;
         for at in self.fetched.all_dirty_extents() {

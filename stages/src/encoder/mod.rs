@@ -16,6 +16,7 @@
 //! It takes buffers of a pool of its own while it holds one of the detector's (law 9). Where all pages of a batch go raw,
 //! the detector's buffer is the payload and no byte is copied.
 
+pub mod estimate;
 mod page_coder;
 mod payload;
 mod reference;

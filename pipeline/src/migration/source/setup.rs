@@ -4,20 +4,18 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use memferry_stages::bitmap::DirtyBitmap;
-use memferry_stages::clears::Clears;
-use memferry_stages::dirty_log::DirtyLog;
-use memferry_stages::memory::GuestMemory;
 use memferry_stages::wire::messages::StatePhase;
 use memferry_stages::wire::{Features, Message};
 
 use super::{HANDOVER_MOST, Source};
 use crate::events::{Event, Phase};
+use crate::migration::arming::{Armed, arm};
 use crate::migration::error::MigrationError;
 use crate::migration::flow::Flow;
 use crate::migration::link::{Link, features};
 use crate::migration::plane::DataPlane;
 use crate::migration::source_graph::{SourceGraph, SourceParts};
-use crate::migration::{FAREWELL, block_facts, blocking, bounds, digests, state, untouched_pages};
+use crate::migration::{FAREWELL, block_facts, blocking, bounds, digests, state};
 
 impl Source {
     pub(super) async fn connect(&mut self, plane: &DataPlane) -> Result<Link, MigrationError> {
@@ -83,20 +81,7 @@ impl Source {
             memory_bound: self.bound() + bounds::logs_bytes(&self.logs),
         });
         let (logs, may_leave_out) = (self.logs.clone(), self.may_leave_out());
-        let (bitmap, clears, untouched) = blocking(move || {
-            for log in &logs {
-                log.start().map_err(|error| MigrationError::Log { doing: "start", error })?;
-            }
-            let bitmap = Arc::new(DirtyBitmap::filled(memory.layout()));
-            let clears = may_leave_out.then(|| Arc::new(Clears::new(bitmap.clone(), &out)));
-            let untouched = untouched_pages(&memory);
-            if let Some(out) = clears.as_ref().and_then(|clears| clears.out_for_good()) {
-                leave_out(&logs, out, &untouched)?;
-            }
-            arm_untouched(&logs, &memory, &untouched)?;
-            Ok::<_, MigrationError>((bitmap, clears, Arc::new(untouched)))
-        })
-        .await?;
+        let Armed { bitmap, clears, untouched } = blocking(move || arm(&memory, &logs, &out, may_leave_out)).await?;
         self.bitmap = Some(bitmap.clone());
         self.clears = clears;
         self.tell_spared();
@@ -132,33 +117,4 @@ impl Source {
         self.tell_phase(Phase::Active);
         Flow::new(graph, link.said, self.cancel.clone())
     }
-}
-
-/// What never travels is nothing to the logs, and is not told of as untouched.
-fn leave_out(logs: &[Arc<dyn DirtyLog>], out: &DirtyBitmap, untouched: &DirtyBitmap) -> Result<(), MigrationError> {
-    for log in logs {
-        log.leave_out(out).map_err(|error| MigrationError::Log { doing: "leave pages out", error })?;
-    }
-    out.all_dirty_extents().for_each(|at| _ = untouched.take_mask(at, out.peek(at)));
-    Ok(())
-}
-
-/// A log that re-arms late has not seen what was written to untouched pages until here, and they will not be read: it is
-/// armed for them, and those that were touched meanwhile are taken out.
-fn arm_untouched(
-    logs: &[Arc<dyn DirtyLog>],
-    memory: &GuestMemory,
-    untouched: &DirtyBitmap,
-) -> Result<(), MigrationError> {
-    let mut were_late = false;
-    for log in logs {
-        were_late |= log.arm_unread(untouched).map_err(|error| MigrationError::Log { doing: "arm", error })?;
-    }
-    if were_late {
-        let still = untouched_pages(memory);
-        for at in untouched.extents() {
-            let _touched = untouched.take_mask(at, !still.peek(at));
-        }
-    }
-    Ok(())
 }

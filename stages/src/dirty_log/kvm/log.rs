@@ -200,6 +200,10 @@ impl DirtyLog for KvmLog {
         self.clear(&followed.slot, &mut fetched[start..end], start, |_| u64::MAX).map(drop)
     }
 
+    fn rearms_late(&self) -> bool {
+        true
+    }
+
     fn arm_unread(&self, pages: &DirtyBitmap) -> io::Result<bool> {
         let mut late = false;
         for followed in &self.slots {

@@ -1,0 +1,99 @@
+//! `memferry record`: follows a guest's dirty pages and moves nothing.
+
+use std::io::Write;
+
+use serde::Serialize;
+
+use super::args::Record;
+use super::hosting::Hosted;
+use super::signals::Signals;
+use super::verdict::{DONE, FAILED};
+use crate::config::Config;
+use crate::config::tables::{ConvergenceTable, EncoderTable, MigrationTable, PipelineTable};
+use crate::plan::record::{INTERVAL, RecordError, RecordSettings, Recorded, record};
+use crate::report::human;
+
+/// The level of zstd whose figures are taken where none is configured.
+const ZSTD_LEVEL: i32 = 1;
+
+/// What a plan goes by, of a configuration: neither guest nor address.
+#[derive(Serialize)]
+struct Planned<'a> {
+    encoder: &'a EncoderTable,
+    pipeline: &'a PipelineTable,
+    migration: &'a MigrationTable,
+    convergence: &'a ConvergenceTable,
+}
+
+/// Records, and hosts a guest that lives here until it is over: the exit code.
+pub(super) async fn run(config: Config, options: Record) -> std::io::Result<u8> {
+    let signals = Signals::listen()?;
+    let guest = match Hosted::source(&config).await {
+        Ok(guest) => guest,
+        Err(error) => return Ok(failed(&error.to_string())),
+    };
+    let interval = options.interval.unwrap_or(INTERVAL);
+    let settings = RecordSettings {
+        interval,
+        length: options.length,
+        zstd_level: config.encoder.compress_level.unwrap_or(ZSTD_LEVEL),
+        settings: planned(&config),
+    };
+    let cancel = signals.arm("ending the recording");
+    if !options.quiet && options.length.is_none() {
+        eprintln!("memferry: recording; Ctrl-C ends it and writes the trace");
+    }
+    let code = match record(guest.guest.clone(), settings, &options.output, cancel).await {
+        Ok(recorded) => {
+            say(&format!("{} recorded: {}", options.output.display(), tell(&recorded, interval)));
+            DONE
+        }
+        Err(error @ RecordError::Write(_)) => failed(&format!("{}: {error}", options.output.display())),
+        Err(error) => failed(&error.to_string()),
+    };
+    if !guest.lives_here() {
+        return Ok(code);
+    }
+    if options.host_for.is_none() && !options.quiet {
+        eprintln!("memferry: the guest is hosted here: Ctrl-C ends it");
+    }
+    let Some(health) = guest.live(options.host_for, signals.arm("ending")).await else { return Ok(code) };
+    if !options.quiet || !health.is_sound {
+        say(&health.line);
+    }
+    Ok(if health.is_sound { code } else { FAILED })
+}
+
+fn planned(config: &Config) -> String {
+    let Config { encoder, pipeline, migration, convergence, .. } = config;
+    toml::to_string(&Planned { encoder, pipeline, migration, convergence }).expect("what was read can be written")
+}
+
+/// A recording in one line.
+fn tell(recorded: &Recorded, interval: std::time::Duration) -> String {
+    let seconds = recorded.length.as_secs_f64();
+    #[expect(clippy::cast_precision_loss, reason = "rates to be shown")]
+    let [pages, bytes] = [recorded.written, recorded.bytes].map(|amount| amount as f64 / seconds);
+    let mut line = format!(
+        "{} in {} intervals; {pages:.0} pages/s found dirty, a sync takes {}; {}, {} for each second",
+        human::time(recorded.length),
+        human::count(recorded.intervals),
+        human::time(recorded.sync),
+        human::bytes(recorded.bytes),
+        human::rate(bytes).trim_end_matches("/s"),
+    );
+    if recorded.sync > interval / 4 {
+        line.push_str("; the syncs take much of the interval and slow the guest's host: --interval can make it longer");
+    }
+    line
+}
+
+fn failed(why: &str) -> u8 {
+    eprintln!("memferry: not recorded: {why}");
+    FAILED
+}
+
+/// Writes to standard output; nobody need be reading.
+fn say(text: &str) {
+    drop(writeln!(std::io::stdout(), "{text}"));
+}

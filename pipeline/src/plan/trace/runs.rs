@@ -1,0 +1,126 @@
+//! A set of pages as compressed runs.
+//!
+//! ```text
+//! runs = ( varint: pages left out, varint: pages of the run )*     as many as fill the text, which zstd compresses
+//! ```
+
+use std::io::{self, BufRead, BufReader, Read};
+use std::ops::Range;
+
+use super::fields::put_varint;
+
+/// Level of zstd: more takes longer and gives little.
+const LEVEL: i32 = 3;
+/// Bytes of the largest window that is read: no more memory is taken for it, whatever a file says.
+const WINDOW_LOG: u32 = 23;
+
+/// Pages, ascending, compressed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Runs {
+    pages: u64,
+    compressed: Box<[u8]>,
+}
+
+impl Runs {
+    /// Of runs that are not empty, ascend and do not touch.
+    ///
+    /// # Panics
+    /// If zstd gets no memory.
+    #[must_use]
+    pub fn of(runs: impl IntoIterator<Item = Range<u64>>) -> Self {
+        let (mut text, mut next, mut pages) = (Vec::new(), 0, 0);
+        for run in runs {
+            put_varint(&mut text, run.start - next);
+            put_varint(&mut text, run.end - run.start);
+            pages += run.end - run.start;
+            next = run.end;
+        }
+        let compressed = if pages == 0 {
+            Vec::new()
+        } else {
+            zstd::bulk::compress(&text, LEVEL).expect("zstd compresses into memory of its own")
+        };
+        Self { pages, compressed: compressed.into() }
+    }
+
+    /// Of bytes that somebody else made: so many pages, all of them below `end` and where `has` says so.
+    pub(super) fn check(
+        compressed: &[u8],
+        pages: u64,
+        has: impl Fn(&Range<u64>) -> bool,
+    ) -> Result<Self, &'static str> {
+        let runs = Self { pages, compressed: compressed.into() };
+        let (mut found, mut fits) = (0_u64, true);
+        let walked = runs.walk(|run| {
+            found += run.end - run.start;
+            fits &= has(&run);
+            fits && found <= pages
+        });
+        match walked {
+            Err(_) => Err("its pages cannot be read"),
+            Ok(()) if !fits => Err("it names pages that the guest has not"),
+            Ok(()) if found != pages => Err("it does not name as many pages as it says"),
+            Ok(()) => Ok(runs),
+        }
+    }
+
+    /// How many pages.
+    #[must_use]
+    pub fn pages(&self) -> u64 {
+        self.pages
+    }
+
+    /// Their bytes.
+    pub(super) fn compressed(&self) -> &[u8] {
+        &self.compressed
+    }
+
+    /// The runs, ascending.
+    #[must_use]
+    pub fn runs(&self) -> Vec<Range<u64>> {
+        let mut runs = Vec::new();
+        self.walk(|run| {
+            runs.push(run);
+            true
+        })
+        .expect("they were checked when they were made");
+        runs
+    }
+
+    /// Goes through the runs until `each` says no. None is empty, and none goes beyond the numbers of 63 bits.
+    fn walk(&self, mut each: impl FnMut(Range<u64>) -> bool) -> io::Result<()> {
+        if self.compressed.is_empty() {
+            return Ok(());
+        }
+        let mut decoder = zstd::stream::read::Decoder::with_buffer(&self.compressed[..])?.single_frame();
+        decoder.window_log_max(WINDOW_LOG)?;
+        let mut text = BufReader::new(decoder);
+        let mut next = 0_u64;
+        while !text.fill_buf()?.is_empty() {
+            let (gap, length) = (varint(&mut text)?, varint(&mut text)?);
+            let start = next.checked_add(gap).filter(|_| length > 0 && (gap > 0 || next == 0));
+            let end = start.and_then(|start| start.checked_add(length)).filter(|&end| end < 1 << 63);
+            let (Some(start), Some(end)) = (start, end) else { return Err(io::ErrorKind::InvalidData.into()) };
+            next = end;
+            if !each(start..end) {
+                return Ok(());
+            }
+        }
+        // Nothing may stand behind the frame.
+        let rest = text.into_inner().finish();
+        if rest.is_empty() { Ok(()) } else { Err(io::ErrorKind::InvalidData.into()) }
+    }
+}
+
+fn varint(text: &mut impl Read) -> io::Result<u64> {
+    let mut value = 0_u64;
+    for shift in (0..63).step_by(7) {
+        let mut byte = [0];
+        text.read_exact(&mut byte)?;
+        value |= u64::from(byte[0] & 0x7f) << shift;
+        if byte[0] < 0x80 {
+            return Ok(value);
+        }
+    }
+    Err(io::ErrorKind::InvalidData.into())
+}

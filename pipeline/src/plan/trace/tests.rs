@@ -1,0 +1,291 @@
+//! The file of a trace: it reads back as it was written, and nothing else reads at all.
+
+use std::os::unix::fs::PermissionsExt;
+
+use proptest::prelude::*;
+
+use super::file::{Damage, parse};
+use super::*;
+
+fn write(trace: &Trace) -> Vec<u8> {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("trace");
+    let mut writer = TraceWriter::create(&path, &trace.guest).unwrap();
+    trace.intervals.iter().for_each(|interval| writer.interval(interval).unwrap());
+    let bytes = writer.finish(&trace.samples).unwrap();
+    let written = std::fs::read(&path).unwrap();
+    assert_eq!(written.len() as u64, bytes);
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+    assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+    written
+}
+
+/// Runs of a guest with these blocks, from numbers of any size.
+fn runs(guest: &GuestFacts, seeds: &[(u64, u64)]) -> Vec<Range<u64>> {
+    let mut pages = std::collections::BTreeSet::new();
+    let blocks: Vec<_> = guest.block_ranges().collect();
+    for &(start, length) in seeds {
+        let block = &blocks[usize::try_from(start).unwrap() % blocks.len()];
+        let start = block.start + start % (block.end - block.start);
+        pages.extend(start..(start + length % 70).min(block.end));
+    }
+    let mut runs: Vec<Range<u64>> = Vec::new();
+    for page in pages {
+        match runs.last_mut() {
+            Some(last) if last.end == page => last.end += 1,
+            _ => runs.push(page..page + 1),
+        }
+    }
+    runs
+}
+
+prop_compose! {
+    fn facts()(
+        page in 0_u32..=4, blocks in prop::collection::vec((".{1,20}", 1_u64..3000), 1..4), late in any::<bool>(),
+        settings in ".{0,60}", times in any::<(u32, u32)>(), cores in 1_u32..500,
+    ) -> GuestFacts {
+        GuestFacts {
+            page_size: PageSize::new(4096 << page).unwrap(),
+            blocks,
+            out_for_good: 0,
+            untouched: 1,
+            rearms_late: late,
+            cores,
+            arming: Duration::from_nanos(times.0.into()),
+            digests: Duration::from_nanos(times.1.into()),
+            settings,
+        }
+    }
+}
+
+fn coded() -> impl Strategy<Value = [Coded; 3]> {
+    let one = || {
+        any::<(u32, u32, u32)>().prop_map(|(pages, bytes, nanos)| Coded {
+            pages: pages.into(),
+            compressed: u64::from(pages) / 2,
+            bytes: bytes.into(),
+            nanos: nanos.into(),
+        })
+    };
+    [one(), one(), one()]
+}
+
+fn deltas() -> impl Strategy<Value = DeltaSample> {
+    any::<(u32, u32, u32, u32, u32, u32)>().prop_map(|(from_zero, to_zero, equal, overflows, deltas, bytes)| {
+        let [from_zero, to_zero, equal, overflows, deltas, delta_bytes] =
+            [from_zero, to_zero, equal, overflows, deltas, bytes].map(u64::from);
+        let pages = from_zero + to_zero + equal + overflows + deltas;
+        DeltaSample { pages, from_zero, to_zero, equal, overflows, deltas, delta_bytes }
+    })
+}
+
+prop_compose! {
+    fn samples()(
+        level in -7_i32..=19, touched in any::<u32>(), codeds in [coded(), coded(), coded()],
+        costs in any::<[(u32, u32); 3]>(), deltas in prop::collection::vec((deltas(), deltas()), 0..6),
+    ) -> Samples {
+        let [whole, written, alone] = codeds;
+        let cost = |(pages, nanos): (u32, u32)| Cost { pages: pages.into(), nanos: nanos.into() };
+        let span = |index: u64| Duration::from_millis(100 << (2 * index));
+        Samples {
+            zstd_level: level,
+            touched: Share { of: touched.into(), part: u64::from(touched) / 3 },
+            whole,
+            written,
+            alone,
+            read: cost(costs[0]),
+            checksum: cost(costs[1]),
+            delta: cost(costs[2]),
+            deltas: (0..).zip(deltas).map(|(at, (again, rested))| Deltas { span: span(at), again, rested }).collect(),
+        }
+    }
+}
+
+prop_compose! {
+    fn traces()(
+        guest in facts(), samples in samples(),
+        intervals in prop::collection::vec(
+            (1_u32.., any::<u32>(), prop::collection::vec((any::<u64>(), 1_u64..200), 0..20)), 1..5),
+    ) -> Trace {
+        let interval = |(length, sync, seeds): (u32, u32, Vec<(u64, u64)>)| Interval {
+            length: Duration::from_nanos(length.into()),
+            sync: Duration::from_nanos(sync.into()),
+            written: Runs::of(runs(&guest, &seeds)),
+        };
+        let intervals = intervals.into_iter().map(interval).collect();
+        Trace { guest, intervals, samples }
+    }
+}
+
+fn place_and_damage(error: TraceError) -> (u64, Damage) {
+    match error {
+        TraceError::Damaged { at, what } => (at, what),
+        TraceError::Io(error) => panic!("{error}"),
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a_trace_reads_back_as_it_was_written(trace in traces()) {
+        prop_assert_eq!(parse(&write(&trace)).unwrap(), trace);
+    }
+
+    #[test]
+    fn runs_are_those_that_were_put_in(guest in facts(), seeds in prop::collection::vec((any::<u64>(), 1_u64..200), 0..60)) {
+        let runs = runs(&guest, &seeds);
+        let kept = Runs::of(runs.clone());
+        prop_assert_eq!(kept.pages(), runs.iter().map(|run| run.end - run.start).sum::<u64>());
+        prop_assert_eq!(kept.runs(), runs);
+    }
+
+    #[test]
+    fn a_trace_that_is_cut_off_is_refused_where_it_ends(trace in traces(), share in 0.0..1.0_f64) {
+        let bytes = write(&trace);
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a share of it")]
+        let length = (bytes.len() as f64 * share) as usize;
+        let (at, damage) = place_and_damage(parse(&bytes[..length]).unwrap_err());
+        prop_assert!(at <= length as u64);
+        prop_assert!(matches!(damage, Damage::Truncated | Damage::NoTrace), "{damage}");
+    }
+
+    #[test]
+    fn no_bit_may_be_another(trace in traces(), place in any::<prop::sample::Index>(), bit in 0_u32..8) {
+        let mut bytes = write(&trace);
+        let place = place.index(bytes.len());
+        bytes[place] ^= 1_u8 << bit;
+        let (at, _) = place_and_damage(parse(&bytes).unwrap_err());
+        prop_assert!(at <= place as u64, "byte {place} is told of as {at}");
+    }
+
+    /// With right checksums around it: what a hostile writer would make.
+    #[test]
+    fn whatever_a_section_says_it_is_read_or_refused(
+        trace in traces(), which in any::<prop::sample::Index>(), place in any::<prop::sample::Index>(), bytes in prop::collection::vec(any::<u8>(), 1..12),
+    ) {
+        let mut sections = sections(&write(&trace));
+        let which = which.index(sections.len());
+        let body = &mut sections[which].1;
+        if !body.is_empty() {
+            let place = place.index(body.len());
+            let end = (place + bytes.len()).min(body.len());
+            body[place..end].copy_from_slice(&bytes[..end - place]);
+        }
+        match parse(&sealed(&sections)) {
+            Ok(trace) => prop_assert!(trace.intervals.iter().all(|interval| interval.written.runs().iter().all(|run| trace.guest.has(run)))),
+            Err(error) => _ = place_and_damage(error),
+        }
+    }
+}
+
+/// Kind and body of each section.
+fn sections(bytes: &[u8]) -> Vec<(u32, Vec<u8>)> {
+    let (mut at, mut sections) = (16, Vec::new());
+    while at < bytes.len() {
+        let number = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
+        let length = number(at + 4) as usize;
+        sections.push((number(at), bytes[at + 16..at + 16 + length].to_vec()));
+        at += 16 + length;
+    }
+    sections
+}
+
+/// A file of these sections, each with the checksum of its place.
+fn sealed(sections: &[(u32, Vec<u8>)]) -> Vec<u8> {
+    let mut bytes = b"mfytrace".to_vec();
+    bytes.extend(1_u32.to_le_bytes());
+    let sum = xxhash_rust::xxh3::xxh3_64(&bytes).to_le_bytes();
+    bytes.extend(&sum[..4]);
+    for (kind, body) in sections {
+        let mut sealed = [kind.to_le_bytes(), u32::try_from(body.len()).unwrap().to_le_bytes()].concat();
+        sealed.extend(body);
+        let sum = xxhash_rust::xxh3::xxh3_64_with_seed(&sealed, bytes.len() as u64);
+        bytes.extend(&sealed[..8]);
+        bytes.extend(sum.to_le_bytes());
+        bytes.extend(body);
+    }
+    bytes
+}
+
+fn small() -> Trace {
+    let guest = GuestFacts {
+        page_size: PageSize::DEFAULT,
+        blocks: vec![("ram".into(), 100), ("rom".into(), 10)],
+        out_for_good: 0,
+        untouched: 0,
+        rearms_late: false,
+        cores: 2,
+        arming: Duration::ZERO,
+        digests: Duration::ZERO,
+        settings: String::new(),
+    };
+    let interval = |runs: Vec<Range<u64>>| Interval {
+        length: Duration::from_millis(100),
+        sync: Duration::from_millis(1),
+        written: Runs::of(runs),
+    };
+    let intervals = vec![interval(vec![0..1, 98..100, 128..138]), interval(Vec::new())];
+    Trace { guest, intervals, samples: Samples::default() }
+}
+
+#[test]
+fn pages_that_the_guest_has_not_are_refused() {
+    for beyond in [100..101, 127..128, 99..129, 138..139, 500..501] {
+        let mut trace = small();
+        trace.intervals[0].written = Runs::of([beyond]);
+        let (_, damage) = place_and_damage(parse(&write(&trace)).unwrap_err());
+        assert_eq!(damage.to_string(), "section Interval: it names pages that the guest has not");
+    }
+    assert_eq!(parse(&write(&small())).unwrap(), small());
+}
+
+#[test]
+fn a_section_that_is_missing_doubled_or_out_of_place_is_noticed() {
+    let bytes = write(&small());
+    let length = |number: usize| 16 + sections(&bytes)[number].1.len();
+    let first = 16 + length(0);
+    let second = first + length(1);
+    let missing = [&bytes[..first], &bytes[second..]].concat();
+    assert_eq!(place_and_damage(parse(&missing).unwrap_err()), (first as u64, Damage::Checksum));
+    let doubled = [&bytes[..second], &bytes[first..]].concat();
+    assert_eq!(place_and_damage(parse(&doubled).unwrap_err()), (second as u64, Damage::Checksum));
+    let mut out_of_place = sections(&bytes);
+    out_of_place.swap(0, 1);
+    assert_eq!(place_and_damage(parse(&sealed(&out_of_place)).unwrap_err()), (16, Damage::Order(2)));
+    let behind = [&bytes[..], b"?"].concat();
+    assert_eq!(place_and_damage(parse(&behind).unwrap_err()), (bytes.len() as u64, Damage::Behind));
+}
+
+#[test]
+fn what_is_no_trace_or_of_another_version_is_said_to_be_that() {
+    let say = |bytes: &[u8]| parse(bytes).unwrap_err().to_string();
+    assert_eq!(say(b"[guest.workload]\nmemory = \"1 GiB\""), "byte 0: this is no trace of memferry record");
+    let mut bytes = write(&small());
+    bytes[8] = 9;
+    let sum = xxhash_rust::xxh3::xxh3_64(&bytes[..12]).to_le_bytes();
+    bytes[12..16].copy_from_slice(&sum[..4]);
+    assert_eq!(say(&bytes), "byte 8: a trace of version 9, and this program reads version 1");
+}
+
+/// What inflates to far more than it says is not kept, and the walk ends where the pages do.
+#[test]
+fn a_bomb_does_not_go_off() {
+    let mut sections = sections(&write(&small()));
+    let mut body = vec![1, 1, 100];
+    body.extend(zstd::bulk::compress(&vec![1; 64 << 20], 19).unwrap());
+    sections[1].1 = body;
+    let (_, damage) = place_and_damage(parse(&sealed(&sections)).unwrap_err());
+    assert_eq!(damage.to_string(), "section Interval: it names pages that the guest has not");
+}
+
+#[test]
+fn a_recording_that_is_given_up_leaves_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let trace = small();
+    let writer = TraceWriter::create(&folder.path().join("trace"), &trace.guest).unwrap();
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+    drop(writer);
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+    TraceWriter::create(folder.path(), &trace.guest).expect_err("a folder");
+}
