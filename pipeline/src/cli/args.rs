@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::plan::bandwidth::Bandwidth;
 use crate::plan::record::SHORTEST;
 
 const ABOUT: &str =
@@ -72,6 +73,18 @@ numbers, counts and times, none of the guest's content; `memferry plan` tells fr
 the guest what its dirty log costs it in a migration. A guest that lives in this program is hosted until the next signal,
 or for --host-for.";
 
+const PLAN_EXAMPLES: &str = "\
+Examples:
+  memferry plan guest.trace
+  memferry plan guest.trace --bandwidth 1Gbit/s,10Gbit/s,25Gbit/s --set migration.downtime_limit=50ms
+  memferry plan guest.trace --bandwidth '200 MiB/s' --set convergence.on_stall='[\"throttle\"]' --json
+  memferry plan guest.trace other.toml
+
+Runs the migration's own controller against a trace of `memferry record` in simulated time: does it converge, in how many
+rounds, how long does it take, how long does the guest stand still, how much is sent. Then says which bandwidth is
+the smallest that meets the downtime limit, and what would have to be set where the given ones do not. The settings are
+those of the recording, or of a second file. Where the migration takes longer than the recording, the trace begins again.";
+
 const INSPECT_EXAMPLES: &str = "\
 Examples:
   memferry inspect /var/tmp/guest.memferry
@@ -109,6 +122,9 @@ pub(super) enum Command {
     /// Follows the pages that a guest writes, and moves nothing: for plan
     #[command(after_help = RECORD_EXAMPLES)]
     Record(Record),
+    /// How a migration of a recorded guest would go, and what would help
+    #[command(after_help = PLAN_EXAMPLES)]
+    Plan(Plan),
     /// What a stream in a file holds: blocks, rounds, encodings, first damage
     #[command(after_help = INSPECT_EXAMPLES)]
     Inspect {
@@ -177,6 +193,29 @@ pub(super) struct Record {
     pub(super) host_for: Option<Duration>,
 }
 
+/// What a plan can be told.
+#[derive(Args, Debug)]
+pub(super) struct Plan {
+    /// A trace of `memferry record`
+    pub(super) trace: PathBuf,
+    /// The TOML file whose settings are planned with, instead of those of the recording
+    pub(super) config: Option<PathBuf>,
+    /// What the links carry, in bits or bytes a second
+    #[arg(
+        long = "bandwidth",
+        value_name = "RATE,…",
+        value_delimiter = ',',
+        default_value = "100Mbit/s,1Gbit/s,10Gbit/s"
+    )]
+    pub(super) bandwidths: Vec<Bandwidth>,
+    /// Changes a key of the settings, as in --set migration.downtime_limit=50ms; may be given often
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub(super) sets: Vec<String>,
+    /// Answers as JSON
+    #[arg(long)]
+    pub(super) json: bool,
+}
+
 impl Migrate {
     pub(super) fn log_level(&self) -> &str {
         self.log.as_deref().unwrap_or(if self.quiet { "error" } else { "warn" })
@@ -222,7 +261,7 @@ mod tests {
             assert!(help.contains(&format!("Examples:\n  memferry {name}")), "{help}");
             names.push(name);
         }
-        assert_eq!(names, ["run", "send", "recv", "check", "record", "inspect", "probe"]);
+        assert_eq!(names, ["run", "send", "recv", "check", "record", "plan", "inspect", "probe"]);
     }
 
     #[test]

@@ -4,6 +4,7 @@ mod args;
 mod check;
 mod hosting;
 pub mod inspect;
+mod plan;
 mod record;
 mod session;
 mod signals;
@@ -38,6 +39,7 @@ pub fn main() -> ExitCode {
         Command::Recv(options) => migrate(options, "recv", Purpose::Receive, Role::Destination),
         Command::Check(configured) => check(&configured),
         Command::Record(options) => record(options),
+        Command::Plan(options) => plan::run(&options),
         Command::Inspect { file } => inspect(&file),
         Command::Probe => probe(),
         Command::Guard { argv } => guard::main(&argv),

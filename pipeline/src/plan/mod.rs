@@ -12,9 +12,20 @@
 //! | [`record`] | follows a guest's dirty pages by its own logs |
 //! | [`sampler`] | how pages compress, how large their deltas are, what that costs |
 //! | [`trace`] | what was recorded, and its file |
+//! | [`written`] | the sets of pages of a trace, at hand |
 //! | [`model`] | a trace as a guest of the simulation |
+//! | [`forecast`] | what a migration over a link would come to |
+//! | [`advice`] | the least that would have to be otherwise for it to meet its limit |
+//! | [`bandwidth`] | rates as operators of networks write them |
+//! | [`answer`], [`picture`] | the answer: as values and JSON, and for a terminal |
 
+pub mod advice;
+pub mod answer;
+pub mod bandwidth;
+pub mod forecast;
 pub mod model;
+pub mod picture;
 pub mod record;
 pub mod sampler;
 pub mod trace;
+pub mod written;

@@ -3,18 +3,12 @@
 //! It keeps the sets of pages that a migration keeps (dirty, sent in the last round, sent as a delta before) bit by bit, as unions
 //! of the intervals of the trace, and takes from the samples only what a page of such a set comes to.
 //!
-//! - **Part of an interval.** Of n pages written in an interval, n · f^α are taken to be written in a share f of it: α is 1
-//!   for a guest that writes ever other pages, and near 0 for one that writes the same ones all the time. It is read off the trace:
-//!   two intervals together have 2^α times the pages of one. Which pages they are is drawn by hash, so that the parts of an
-//!   interval add up to it.
 //! - **Within a round.** Pages are sent in the order of their numbers. A page that was written before it was sent and not after
 //!   is found by the sync all the same (unless the log re-arms late), but the destination has it already: with its copy in
 //!   the cache it is unchanged.
 //! - **The cache** has a copy of a page with a likelihood that follows from its size: pages that were written last are
 //!   kept before others.
-//! - **When the trace is over** it begins again.
 
-use std::ops::Range;
 use std::time::Duration;
 
 use memferry_stages::codec::Codec;
@@ -22,8 +16,8 @@ use memferry_stages::tally::RoundTally;
 use memferry_stages::wire::frame::HEAD_BYTES;
 use memferry_stages::wire::pages::MIN_HEAD_BYTES;
 
-use super::sampler::Random;
 use super::trace::{Coded, DeltaSample, Deltas, Samples, Trace};
+use super::written::Written;
 use crate::controller::simulation::{Encoded, Guest};
 use crate::settings::{SourceSettings, XbzrleSettings};
 
@@ -41,14 +35,9 @@ const ENOUGH: u64 = 12;
 /// See the [module](self).
 #[derive(Debug)]
 pub struct TracedGuest<'a> {
+    written: &'a Written<'a>,
     trace: &'a Trace,
     settings: &'a SourceSettings,
-    /// The end of each interval, from the begin of the first.
-    ends: Vec<Duration>,
-    /// How the pages of an interval grow with its length, once it was asked for.
-    growth: Vec<Option<f64>>,
-    /// The interval that was read last.
-    at_hand: Option<(usize, Vec<Range<u64>>)>,
     round: u32,
     /// The pages of the round that is being sent: in the first round all, for which no bits are kept.
     sent: Vec<u64>,
@@ -70,16 +59,11 @@ pub struct TracedGuest<'a> {
 impl<'a> TracedGuest<'a> {
     /// The guest of a trace, moved with these settings.
     #[must_use]
-    pub fn new(trace: &'a Trace, settings: &'a SourceSettings) -> Self {
-        let words = usize::try_from(trace.guest.words()).expect("a bitmap that fits into memory");
-        let ends = trace.intervals.iter().scan(Duration::ZERO, |end, interval| {
-            *end += interval.length;
-            Some(*end)
-        });
+    pub fn new(written: &'a Written<'a>, settings: &'a SourceSettings) -> Self {
+        let trace = written.trace();
+        let words = written.words();
         Self {
-            ends: ends.collect(),
-            growth: vec![None; trace.intervals.len()],
-            at_hand: None,
+            written,
             round: 0,
             sent: Vec::new(),
             sent_before: Vec::new(),
@@ -344,35 +328,8 @@ impl TracedGuest<'_> {
 
     /// Adds what is written from one moment to another, while the pages of the words below `sent` are sent already.
     fn add(&mut self, from: Duration, to: Duration, sent: usize) {
-        let whole = *self.ends.last().expect("a trace has intervals");
-        let mut from = from;
-        while from < to {
-            let turn = whole.as_nanos() * (from.as_nanos() / whole.as_nanos());
-            let turn = Duration::from_nanos(u64::try_from(turn).unwrap_or(u64::MAX));
-            let interval = self.ends.partition_point(|&end| turn + end <= from);
-            let length = self.trace.intervals[interval].length;
-            let (begin, end) = (turn + self.ends[interval] - length, turn + self.ends[interval]);
-            let until = end.min(to);
-            let share = |time: Duration| (time - begin).as_secs_f64() / length.as_secs_f64();
-            self.add_part(interval, share(from)..share(until), sent);
-            from = until;
-        }
-    }
-
-    fn add_part(&mut self, interval: usize, part: Range<f64>, sent: usize) {
-        let growth = self.growth_of(interval);
-        self.read(interval);
-        let Some((_, runs)) = self.at_hand.take() else { return };
-        let length = part.end - part.start;
-        let drawn = length.powf(growth);
-        let start = if length < 1.0 { part.start * (1.0 - drawn) / (1.0 - length) } else { 0.0 };
-        let hit = Draw { salt: interval as u64, all: length >= 1.0 - 1e-9, range: start..start + drawn };
-        for run in &runs {
-            for (word, mask) in words(run) {
-                self.add_word(word, hit.of(word, mask), sent);
-            }
-        }
-        self.at_hand = Some((interval, runs));
+        let written = self.written;
+        written.between(from, to, |word, mask| self.add_word(word, mask, sent));
     }
 
     fn add_word(&mut self, word: usize, mask: u64, sent: usize) {
@@ -385,83 +342,6 @@ impl TracedGuest<'_> {
         self.changed[word] |= mask & !to_be_sent;
         self.dirty[word] |= if self.trace.guest.rearms_late { mask & !to_be_sent } else { mask };
     }
-
-    fn read(&mut self, interval: usize) {
-        if self.at_hand.as_ref().is_none_or(|&(read, _)| read != interval) {
-            self.at_hand = Some((interval, self.trace.intervals[interval].written.runs()));
-        }
-    }
-
-    /// α of the interval: what it and one next to it have together.
-    fn growth_of(&mut self, interval: usize) -> f64 {
-        if let Some(growth) = self.growth[interval] {
-            return growth;
-        }
-        let next = if interval + 1 < self.ends.len() { interval + 1 } else { interval.saturating_sub(1) };
-        let intervals = &self.trace.intervals;
-        let growth = growth(
-            (intervals[interval].written.runs(), intervals[interval].length),
-            (intervals[next].written.runs(), intervals[next].length),
-        );
-        self.growth[interval] = Some(growth);
-        growth
-    }
-}
-
-/// How the pages that are written grow with the time, as a power of it, by two intervals that lie side by side.
-fn growth((one, length): (Vec<Range<u64>>, Duration), (other, more): (Vec<Range<u64>>, Duration)) -> f64 {
-    let count = |runs: &[Range<u64>]| runs.iter().map(|run| run.end - run.start).sum::<u64>() as f64;
-    let (first, second) = (count(&one), count(&other));
-    let both = first + second - overlap(&one, &other);
-    let ratio = (length + more).as_secs_f64() / length.as_secs_f64();
-    if first == 0.0 || second == 0.0 {
-        return 1.0;
-    }
-    ((both / first).ln() / ratio.ln()).clamp(0.02, 1.0)
-}
-
-/// Pages that both have.
-fn overlap(one: &[Range<u64>], other: &[Range<u64>]) -> f64 {
-    let (mut a, mut b, mut both) = (0, 0, 0);
-    while let (Some(left), Some(right)) = (one.get(a), other.get(b)) {
-        both += left.end.min(right.end).saturating_sub(left.start.max(right.start));
-        if left.end <= right.end { a += 1 } else { b += 1 }
-    }
-    both as f64
-}
-
-/// Which pages of an interval are written in a part of it.
-struct Draw {
-    salt: u64,
-    all: bool,
-    range: Range<f64>,
-}
-
-impl Draw {
-    fn of(&self, word: usize, mask: u64) -> u64 {
-        if self.all {
-            return mask;
-        }
-        memferry_stages::geometry::bits(mask)
-            .filter(|&bit| self.range.contains(&self.place(word, bit)))
-            .fold(0, |drawn, bit| drawn | 1 << bit)
-    }
-
-    /// The page's place among those of the interval, from 0 to 1.
-    fn place(&self, word: usize, bit: u32) -> f64 {
-        let hash = Random((word as u64 * 64 + u64::from(bit)) ^ self.salt << 40).next();
-        (hash >> 11) as f64 / (1_u64 << 53) as f64
-    }
-}
-
-/// The words of a run, with the bits of its pages.
-fn words(run: &Range<u64>) -> impl Iterator<Item = (usize, u64)> + use<> {
-    let Range { start, end } = run.clone();
-    (start / 64..end.div_ceil(64)).map(move |word| {
-        let (first, last) = (start.max(word * 64) - word * 64, end.min(word * 64 + 64) - word * 64);
-        let below = |bit: u64| if bit == 64 { u64::MAX } else { (1 << bit) - 1 };
-        (index(word as f64), below(last) & !below(first))
-    })
 }
 
 fn index(number: f64) -> usize {

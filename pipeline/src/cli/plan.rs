@@ -1,0 +1,49 @@
+//! `memferry plan`: what a migration of a recorded guest would come to, and what would help.
+
+use std::io::IsTerminal;
+use std::path::Path;
+use std::process::ExitCode;
+
+use super::args::Plan;
+use super::verdict::{BAD_USAGE, DONE, FAILED};
+use super::{complain, print};
+use crate::config::{self, Config, ConfigError, Purpose};
+use crate::plan::answer::Answer;
+use crate::plan::picture::draw;
+use crate::plan::trace::{GuestFacts, read};
+use crate::plan::written::Written;
+
+/// Plans: the exit code.
+pub(super) fn run(options: &Plan) -> ExitCode {
+    let name = options.trace.display();
+    let trace = match read(&options.trace) {
+        Ok(trace) => trace,
+        Err(error) => return complain(&format!("{name}: {error}"), FAILED),
+    };
+    let config = match &options.config {
+        Some(config) => config::load(config, &options.sets, Purpose::Check),
+        None => recorded(&options.trace, &trace.guest, &options.sets),
+    };
+    let settings = match config {
+        Ok(config) => config.source(),
+        Err(error) => {
+            eprintln!("{}", error.render(std::io::stderr().is_terminal()));
+            return BAD_USAGE.into();
+        }
+    };
+    let answer = Answer::of(&Written::of(&trace), &settings, &options.bandwidths);
+    if options.json {
+        print(&serde_json::to_string_pretty(&answer).expect("plain values become JSON"), DONE)
+    } else {
+        print(&draw(&answer), DONE)
+    }
+}
+
+/// The settings of the recording, changed as the `--set`s say. Of guest and address a trace knows nothing, and they do not matter.
+fn recorded(trace: &Path, guest: &GuestFacts, sets: &[String]) -> Result<Config, ConfigError> {
+    let is_stored = guest.settings.lines().any(|line| line.starts_with("after = "));
+    let address = if is_stored { "file:/recorded" } else { "tcp:recorded:1" };
+    let text =
+        format!("{}\n[guest.workload]\nmemory = \"64 MiB\"\n\n[transport]\naddress = \"{address}\"\n", guest.settings);
+    config::parse(&format!("the settings in {}", trace.display()), &text, sets, Purpose::Check)
+}

@@ -1,0 +1,60 @@
+//! What a migration of a recorded guest would come to, over a link.
+
+use std::time::Duration;
+
+use memferry_stages::geometry::EXTENT_PAGES;
+
+use super::bandwidth::Bandwidth;
+use super::model::TracedGuest;
+use super::trace::GuestFacts;
+use super::written::Written;
+use crate::controller::Decision;
+use crate::controller::forecast::FixedCost;
+use crate::controller::simulation::{Link, Run, simulate};
+use crate::migration::DIGEST_PASSES;
+use crate::settings::SourceSettings;
+
+/// Device state and the last handshake, of a guest that nobody has paused yet.
+const HANDOVER: Duration = Duration::from_millis(2);
+/// Stretches that are hashed before each decision, to know what digests will cost.
+const STRETCHES_HASHED: u64 = 8;
+/// How far above its limit a downtime may come out and still be called within it: it is a forecast, and so was the decision's.
+const TOLERANCE: f64 = 1.05;
+
+/// What is foreseen of a migration.
+#[derive(Clone, Debug)]
+pub struct Foreseen {
+    /// Over this link.
+    pub bandwidth: Bandwidth,
+    /// How it goes.
+    pub run: Run,
+    /// Does it end with the guest moved, in a downtime within the limit that was set?
+    pub meets: bool,
+    /// How often the trace was begun again, because the migration takes longer than the recording did.
+    pub repeated: bool,
+}
+
+/// Runs a migration over a link in simulated time.
+#[must_use]
+pub fn foresee(written: &Written<'_>, settings: &SourceSettings, bandwidth: Bandwidth) -> Foreseen {
+    let trace = written.trace();
+    let mut guest = TracedGuest::new(written, settings);
+    let verify = if settings.verify { trace.guest.digests } else { Duration::ZERO };
+    let link = Link {
+        bytes_per_second: bandwidth.bytes_per_second,
+        fixed: FixedCost { sync: trace.sync(), verify, handover: HANDOVER },
+        setup: trace.guest.arming,
+        decision: look_at_digests(&trace.guest, verify),
+    };
+    let run = simulate(&mut guest, &link, settings);
+    let meets = run.end == Decision::SwitchOver && run.downtime <= settings.downtime_limit.mul_f64(TOLERANCE);
+    Foreseen { bandwidth, meets, repeated: guest.reached() > trace.length(), run }
+}
+
+/// What it takes to estimate the digests before a decision: a sample, on one core.
+fn look_at_digests(guest: &GuestFacts, verify: Duration) -> Duration {
+    let stretches = guest.words().div_ceil(guest.page_size.stretch_extents()).max(1);
+    let one_pass = verify / DIGEST_PASSES * guest.cores;
+    debug_assert_eq!(EXTENT_PAGES, 64, "a word of a trace is an extent");
+    one_pass.mul_f64(STRETCHES_HASHED.min(stretches) as f64 / stretches as f64)
+}

@@ -1,0 +1,184 @@
+//! The answer of a plan for a terminal: a table, a chart for each link, and advice in words. 80 columns.
+
+use std::fmt::Write;
+use std::time::Duration;
+
+use super::answer::{AdviceFigures, Answer, AtBandwidth, Figures};
+use super::bandwidth::Bandwidth;
+use crate::report::human;
+
+/// Columns of a bar.
+const BAR: usize = 46;
+/// Rounds of a chart; of more, those in the middle are left out.
+const ROUNDS: usize = 12;
+
+/// All of it.
+#[must_use]
+pub fn draw(answer: &Answer) -> String {
+    let mut text = String::new();
+    let limit = time(answer.downtime_limit);
+    let trace = &answer.trace;
+    line(
+        &mut text,
+        &format!(
+            "guest: {} in {} pages, {:.0} % zero; {} pages/s found dirty over {}",
+            human::bytes(trace.bytes),
+            human::count(trace.pages),
+            trace.zero * 100.0,
+            human::count(whole(trace.pages_per_second)),
+            time(trace.length),
+        ),
+    );
+    line(&mut text, &format!("downtime limit: {limit}\n"));
+    line(&mut text, &table(answer));
+    for at in &answer.bandwidths {
+        line(&mut text, &chart(at, answer.downtime_limit));
+    }
+    match answer.smallest_bandwidth {
+        Some(bytes) => line(
+            &mut text,
+            &format!(
+                "The smallest bandwidth that meets {limit} without holding the guest back: {}.",
+                Bandwidth { bytes_per_second: bytes }
+            ),
+        ),
+        None => line(&mut text, &format!("No bandwidth meets {limit} with these settings.")),
+    }
+    answer.bandwidths.iter().for_each(|at| advise(&mut text, at, &limit));
+    if answer.bandwidths.iter().any(|at| at.foreseen.repeats_trace) {
+        line(&mut text, "* takes longer than was recorded: the trace was begun again from its start.");
+    }
+    text
+}
+
+fn line(text: &mut String, line: &str) {
+    text.push_str(line);
+    text.push('\n');
+}
+
+fn table(answer: &Answer) -> String {
+    let mut table = format!(
+        "{:<12} {:<26} {:>6} {:>9} {:>9} {:>10}\n",
+        "bandwidth", "outcome", "rounds", "total", "downtime", "sent"
+    );
+    for at in &answer.bandwidths {
+        let figures = &at.foreseen;
+        let downtime = if figures.moves { time(figures.downtime) } else { "-".into() };
+        let mark = if figures.repeats_trace { "*" } else { "" };
+        writeln!(
+            table,
+            "{:<12} {:<26} {:>6} {:>9} {:>9} {:>10}",
+            name(at),
+            outcome(figures),
+            figures.rounds,
+            format!("{}{mark}", time(figures.total)),
+            downtime,
+            human::bytes(figures.bytes),
+        )
+        .expect("a string takes it");
+    }
+    table
+}
+
+fn outcome(figures: &Figures) -> String {
+    let mut outcome = match (figures.moves, figures.meets) {
+        (true, true) => "converges".to_owned(),
+        (true, false) => "moves, above the limit".into(),
+        (false, _) => "does not converge".into(),
+    };
+    if figures.throttle > 0 {
+        write!(outcome, ", at {} %", 100 - figures.throttle).expect("a string takes it");
+    }
+    outcome
+}
+
+/// What a switchover after each round would cost, beside the limit.
+fn chart(at: &AtBandwidth, limit: f64) -> String {
+    let expected = &at.foreseen.expected_downtimes;
+    let most = expected.iter().copied().fold(limit * 1.25, f64::max);
+    let columns = |amount: f64| amount / most * BAR as f64;
+    let limit_at = index(columns(limit));
+    let mut chart = format!("{}: what a switchover would cost after each round; │ is the limit\n", name(at));
+    for (round, &seconds) in expected.iter().enumerate() {
+        if expected.len() > ROUNDS && round == ROUNDS / 2 {
+            writeln!(chart, "      ⋮ {} rounds more", expected.len() - ROUNDS).expect("a string takes it");
+        }
+        if expected.len() > ROUNDS && (ROUNDS / 2..expected.len() - ROUNDS / 2).contains(&round) {
+            continue;
+        }
+        let switches = round + 1 == expected.len() && at.foreseen.moves;
+        let end = if switches { "  switchover" } else { "" };
+        writeln!(chart, "{:>5} {} {:>8}{end}", round + 1, bar(columns(seconds), limit_at), time(seconds))
+            .expect("a string takes it");
+    }
+    chart
+}
+
+/// A bar of so many columns and eighths of one, and the limit behind or in it.
+fn bar(columns: f64, limit_at: usize) -> String {
+    const EIGHTHS: [char; 8] = [' ', '▏', '▎', '▍', '▌', '▋', '▊', '▉'];
+    let eighths = index((columns * 8.0).round());
+    let column = |at: usize| match (at * 8).cmp(&eighths) {
+        std::cmp::Ordering::Less if at * 8 + 8 <= eighths => '█',
+        _ if at == limit_at => '│',
+        std::cmp::Ordering::Less => EIGHTHS[eighths % 8],
+        _ => ' ',
+    };
+    (0..BAR).map(column).collect()
+}
+
+fn advise(text: &mut String, at: &AtBandwidth, limit: &str) {
+    let name = name(at);
+    let Figures { meets, throttle, .. } = at.foreseen;
+    if at.advice.is_empty() {
+        let words = match (meets, throttle) {
+            (true, 0) => format!("At {name} the settings meet {limit} as they are."),
+            (true, _) => format!("At {name} they meet {limit} by holding the guest back, and nothing gentler does."),
+            (false, _) => {
+                format!("At {name} nothing that can be set meets {limit}, a longer downtime or a throttle included.")
+            }
+        };
+        return line(text, &words);
+    }
+    let how = if meets {
+        "the guest is held back, which this would spare it"
+    } else {
+        "the settings do not meet it; this would"
+    };
+    line(text, &format!("At {name} {how}:"));
+    at.advice.iter().for_each(|advice| line(text, &tell(advice)));
+}
+
+fn tell(AdviceFigures { set, foreseen }: &AdviceFigures) -> String {
+    let sets: Vec<_> = set.iter().map(|set| format!("--set {set}")).collect();
+    let mut words = format!(
+        "  {}\n      downtime {}, total {}, {} rounds, {} sent",
+        sets.join(" "),
+        time(foreseen.downtime),
+        time(foreseen.total),
+        foreseen.rounds,
+        human::bytes(foreseen.bytes)
+    );
+    if foreseen.throttle > 0 {
+        write!(words, "; the guest runs at {} % near the end", 100 - foreseen.throttle).expect("a string takes it");
+    }
+    words
+}
+
+fn name(at: &AtBandwidth) -> String {
+    Bandwidth { bytes_per_second: at.bytes_per_second }.to_string()
+}
+
+fn time(seconds: f64) -> String {
+    human::time(Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX))
+}
+
+fn index(number: f64) -> usize {
+    usize::try_from(whole(number)).unwrap_or(usize::MAX)
+}
+
+fn whole(number: f64) -> u64 {
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "it saturates, and is not negative")]
+    let whole = number as u64;
+    whole
+}
