@@ -6,6 +6,7 @@
 use std::time::Duration;
 
 use memferry_stages::tally::RoundTally;
+use memferry_stages::token_bucket::BURST;
 
 use super::forecast::{FixedCost, Forecast, Standing, seconds, whole};
 use super::{Controller, Decided, Decision};
@@ -27,13 +28,36 @@ pub trait Guest {
     /// Bytes of a page in memory.
     fn page_bytes(&self) -> u64;
 
-    /// A round begins, of the pages that the last sync has found: what they come to. In the first round these are all pages, and
-    /// in the `last` the guest stands still.
-    fn send(&mut self, round: u32, pages: u64, last: bool) -> Encoded;
+    /// A round begins, of the pages that the last sync has found: what they come to. In the first round these are all pages.
+    fn send(&mut self, sending: &Sending<'_>) -> Encoded;
 
     /// How many different pages a sync finds that were written from one moment of the guest's own time to another: from the sync
     /// before to this one, while a round was sent.
     fn written(&mut self, from: Duration, to: Duration) -> u64;
+}
+
+/// A round that begins.
+#[derive(Clone, Copy)]
+pub struct Sending<'a> {
+    /// Its number, from 1.
+    pub round: u32,
+    /// Its pages.
+    pub pages: u64,
+    /// The moment of the guest's own time; `None` if it stands still.
+    pub from: Option<Duration>,
+    /// What the guest's own time comes to while pages are sent that come to this.
+    pub takes: &'a dyn Fn(&Encoded) -> Duration,
+}
+
+impl std::fmt::Debug for Sending<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { round, pages, from, .. } = self;
+        f.debug_struct("Sending")
+            .field("round", round)
+            .field("pages", pages)
+            .field("from", from)
+            .finish_non_exhaustive()
+    }
 }
 
 /// What a round's pages come to after encoding.
@@ -90,6 +114,8 @@ pub struct Link {
     pub setup: Duration,
     /// What a decision takes beside its sync: an estimate of what digests cost.
     pub decision: Duration,
+    /// How long it takes, once a switchover is decided, until what is on its way has arrived and the guest is paused.
+    pub drain: Duration,
 }
 
 /// How a simulated migration went.
@@ -146,10 +172,13 @@ struct Simulation<'a> {
     /// The guest's own time, which a throttle slows.
     guest_now: Duration,
     guest_synced: Duration,
+    guest_synced_before: Duration,
     paused: Option<Duration>,
     throttle: u8,
     round: u32,
     dirty: u64,
+    /// Since when nothing is sent.
+    idle: Duration,
     run: Run,
 }
 
@@ -165,10 +194,12 @@ impl<'a> Simulation<'a> {
             now: link.setup,
             guest_now: Duration::ZERO,
             guest_synced: Duration::ZERO,
+            guest_synced_before: Duration::ZERO,
             paused: None,
             throttle: 0,
             round: 0,
             dirty: guest.pages(),
+            idle: link.setup,
             guest,
             run: Run {
                 end: Decision::AnotherRound,
@@ -206,8 +237,7 @@ impl<'a> Simulation<'a> {
     fn live_round(&mut self) -> Option<Decision> {
         self.round += 1;
         let pages = self.dirty;
-        let encoded = self.guest.send(self.round, pages, false);
-        let time = round_time(&encoded, self.rate());
+        let (encoded, time) = self.send(self.rate());
         let began = self.now;
         while self.now - began < time {
             self.advance(TICK.min(time - (self.now - began)));
@@ -222,7 +252,10 @@ impl<'a> Simulation<'a> {
             let decision = decided.decision;
             self.run.decided.push(decided);
             match decision {
-                Decision::GiveUp => return Some(decision),
+                Decision::GiveUp => {
+                    self.run.bytes += whole(encoded.tally.bytes_out as f64 * (1.0 - share_left));
+                    return Some(decision);
+                }
                 _ => self.paused = Some(self.now),
             }
         }
@@ -231,10 +264,29 @@ impl<'a> Simulation<'a> {
         None
     }
 
+    /// Sends what is dirty at so many bytes a second: what it comes to, and how long that takes.
+    fn send(&mut self, rate: f64) -> (Encoded, Duration) {
+        let (runs, saved) = (1.0 - f64::from(self.throttle) / 100.0, self.saved());
+        let time = |encoded: &Encoded| round_time(encoded, rate, saved);
+        let sending = Sending {
+            round: self.round,
+            pages: self.dirty,
+            from: self.paused.is_none().then_some(self.guest_now),
+            takes: &|encoded| time(encoded).mul_f64(runs),
+        };
+        let encoded = self.guest.send(&sending);
+        (encoded, time(&encoded))
+    }
+
+    /// What a cap on the bandwidth has saved up while nothing was sent, as time.
+    fn saved(&self) -> Duration {
+        if self.settings.max_bandwidth.is_some() { (self.now - self.idle).min(BURST) } else { Duration::ZERO }
+    }
+
     fn sync(&mut self) -> Decision {
         self.advance(self.link.fixed.sync);
         self.dirty = self.guest.written(self.guest_synced, self.guest_now);
-        self.guest_synced = self.guest_now;
+        self.guest_synced_before = std::mem::replace(&mut self.guest_synced, self.guest_now);
         self.advance(self.link.decision);
         let now = Standing { elapsed: self.now, dirty_pages: self.dirty, kept_pages: self.dirty, in_flight_pages: 0 };
         let decided = self.controller.synced(&now);
@@ -247,6 +299,11 @@ impl<'a> Simulation<'a> {
 
     /// Pauses the guest, syncs once more, and sends the rest.
     fn switch_over(mut self) -> Run {
+        self.advance(self.link.drain);
+        if self.paused.is_none() && self.guest_now > self.guest_synced {
+            // The last sync finds what was written since the one before as well.
+            self.dirty = self.guest.written(self.guest_synced_before, self.guest_now);
+        }
         let paused = *self.paused.get_or_insert(self.now);
         self.run.limit = self.controller.downtime_limit();
         let rate = match self.settings.switchover_bandwidth {
@@ -254,12 +311,14 @@ impl<'a> Simulation<'a> {
             SwitchoverBandwidth::Unlimited => self.link.bytes_per_second,
             SwitchoverBandwidth::AtMost(most) => self.link.bytes_per_second.min(most as f64),
         };
-        let encoded = self.guest.send(self.round + 1, self.dirty, true);
-        let transfer = if self.dirty == 0 { Duration::ZERO } else { round_time(&encoded, rate) };
         let FixedCost { sync, verify, handover } = self.link.fixed;
+        self.round += 1;
+        self.now += sync;
+        let (encoded, transfer) = if self.dirty == 0 { Default::default() } else { self.send(rate) };
         // The source makes its digests while the rest is sent: that half is hidden behind it.
-        self.now += sync + transfer + (verify - transfer.min(verify / 2)) + handover;
+        self.now += transfer + (verify - transfer.min(verify / 2)) + handover;
         self.count(&encoded, transfer);
+        self.round -= 1;
         self.run.downtime = self.now - paused;
         self.end(Decision::SwitchOver)
     }
@@ -287,10 +346,12 @@ impl<'a> Simulation<'a> {
     fn count(&mut self, encoded: &Encoded, time: Duration) {
         self.run.bytes += encoded.tally.bytes_out;
         self.run.sent.push(Round { tally: encoded.tally, time });
+        self.idle = self.now;
     }
 }
 
-/// What the wire takes, or the stages if that is more.
-fn round_time(encoded: &Encoded, rate: f64) -> Duration {
-    seconds(encoded.tally.bytes_out as f64 / rate).max(encoded.stages).max(ROUND_LATENCY)
+/// What the wire takes after a rest that saved so much, or the stages if that is more.
+fn round_time(encoded: &Encoded, rate: f64, saved: Duration) -> Duration {
+    let wire = seconds(encoded.tally.bytes_out as f64 / rate).saturating_sub(saved);
+    wire.max(encoded.stages).max(ROUND_LATENCY)
 }

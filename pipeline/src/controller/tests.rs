@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 
-use super::simulation::{Costs, Encoded, Guest, Link, Run, simulate};
+use super::simulation::{Costs, Encoded, Guest, Link, Run, Sending, simulate};
 use super::*;
 use crate::settings::{ConvergenceSettings, EncoderSettings, RaiseSettings, StallStep, ThrottleSettings};
 
@@ -34,8 +34,8 @@ impl Guest for Writers {
         self.costs.page_bytes
     }
 
-    fn send(&mut self, round: u32, pages: u64, _last: bool) -> Encoded {
-        self.costs.encode(round, pages)
+    fn send(&mut self, sending: &Sending<'_>) -> Encoded {
+        self.costs.encode(sending.round, sending.pages)
     }
 }
 

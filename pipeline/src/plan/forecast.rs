@@ -16,6 +16,8 @@ use crate::settings::SourceSettings;
 
 /// Device state and the last handshake, of a guest that nobody has paused yet.
 const HANDOVER: Duration = Duration::from_millis(2);
+/// Until the destination has acknowledged the last round and the guest's writers stand still.
+const DRAIN: Duration = Duration::from_millis(5);
 /// Stretches that are hashed before each decision, to know what digests will cost.
 const STRETCHES_HASHED: u64 = 8;
 /// How far above its limit a downtime may come out and still be called within it: it is a forecast, and so was the decision's.
@@ -45,6 +47,7 @@ pub fn foresee(written: &Written<'_>, settings: &SourceSettings, bandwidth: Band
         fixed: FixedCost { sync: trace.sync(), verify, handover: HANDOVER },
         setup: trace.guest.arming,
         decision: look_at_digests(&trace.guest, verify),
+        drain: DRAIN,
     };
     let run = simulate(&mut guest, &link, settings);
     let meets = run.end == Decision::SwitchOver && run.downtime <= settings.downtime_limit.mul_f64(TOLERANCE);

@@ -18,7 +18,7 @@ use memferry_stages::wire::pages::MIN_HEAD_BYTES;
 
 use super::trace::{Coded, DeltaSample, Deltas, Samples, Trace};
 use super::written::Written;
-use crate::controller::simulation::{Encoded, Guest};
+use crate::controller::simulation::{Encoded, Guest, Sending};
 use crate::settings::{SourceSettings, XbzrleSettings};
 
 /// Bytes of a page's descriptor in a frame.
@@ -48,6 +48,8 @@ pub struct TracedGuest<'a> {
     changed: Vec<u64>,
     /// Pages that were sent in a round of deltas.
     known: Vec<u64>,
+    /// Pages that are written about as often as a round is sent: those of the time that follows the first round.
+    regular: Vec<u64>,
     /// What was sent in the round before, if that had deltas.
     before: Vec<u64>,
     /// Guest's time of the last round.
@@ -70,6 +72,7 @@ impl<'a> TracedGuest<'a> {
             dirty: vec![0; words],
             changed: vec![0; words],
             known: vec![0; words],
+            regular: vec![0; words],
             before: Vec::new(),
             window: Duration::ZERO,
             reached: Duration::ZERO,
@@ -119,7 +122,7 @@ impl<'a> TracedGuest<'a> {
     }
 
     fn without_deltas(&self, pages: f64) -> Sum {
-        let to_zero = self.all_deltas().share(|sample| sample.to_zero);
+        let to_zero = self.all_deltas().to_zero;
         let filled = pages * (1.0 - to_zero);
         let coded = self.settings.encoder.compress.map(|codec| self.coded(codec, &self.samples().written));
         let coded = coded.unwrap_or_else(|| self.raw());
@@ -142,7 +145,7 @@ impl<'a> TracedGuest<'a> {
         let mut sum = Sum::default();
         for (kind, hit) in kinds.iter().zip(cached) {
             let sample = self.deltas_over(self.window, kind.again);
-            let was_zero = if kind.first { sample.share(|sample| sample.from_zero) } else { 0.0 };
+            let was_zero = if kind.first { self.samples().first_written.share() } else { 0.0 };
             let written = kind.changed + kind.unchanged;
             sum.zero += written * sample.share_of_compared(|sample| sample.to_zero);
             let filled = written * (1.0 - sample.share_of_compared(|sample| sample.to_zero));
@@ -166,16 +169,18 @@ impl<'a> TracedGuest<'a> {
         sum
     }
 
-    /// The pages of the round by what the cache may have of them.
-    fn kinds(&self) -> [PagesOfKind; 3] {
-        let mut kinds = [
-            PagesOfKind { again: true, ..PagesOfKind::default() },
-            PagesOfKind::default(),
-            PagesOfKind { first: true, ..PagesOfKind::default() },
-        ];
+    /// The pages of the round by what the cache may have of them, and how old that is.
+    fn kinds(&self) -> [PagesOfKind; 4] {
+        let first = PagesOfKind { first: true, ..PagesOfKind::default() };
+        let again = PagesOfKind { again: true, ..PagesOfKind::default() };
+        let mut kinds = [again, PagesOfKind::default(), PagesOfKind { again: true, ..first }, first];
+        // All pages were sent in the first round: those that are written often are told by what follows.
+        let is_second = self.round == 1;
         for (at, &dirty) in self.dirty.iter().enumerate().filter(|&(_, &dirty)| dirty != 0) {
             let (known, before) = (self.known[at], self.before.get(at).copied().unwrap_or(0));
-            let masks = [dirty & before, dirty & known & !before, dirty & !known & !before];
+            let regular = if is_second { self.regular[at] } else { 0 };
+            let first = dirty & !known & !before;
+            let masks = [dirty & before, dirty & known & !before, first & regular, first & !regular];
             for (kind, mask) in kinds.iter_mut().zip(masks) {
                 kind.changed += f64::from((mask & self.changed[at]).count_ones());
                 kind.unchanged += f64::from((mask & !self.changed[at]).count_ones());
@@ -185,16 +190,17 @@ impl<'a> TracedGuest<'a> {
     }
 
     /// For each kind: how likely is it that the cache has a page of it?
-    fn cached(&self, xbzrle: &XbzrleSettings, kinds: &[PagesOfKind; 3]) -> [f64; 3] {
+    fn cached(&self, xbzrle: &XbzrleSettings, kinds: &[PagesOfKind; 4]) -> [f64; 4] {
         let lanes = u64::from(self.settings.lanes);
         let slots = xbzrle.cache_bytes / lanes / (self.trace.guest.page_size.bytes() as u64 + SLOT_BYTES) * lanes;
         let slots = slots as f64 * FILLED;
         let count = |words: &[u64]| words.iter().map(|word| f64::from(word.count_ones())).sum::<f64>();
         let (known, before) = (count(&self.known), count(&self.before));
         let share = |of: f64, room: f64| if of > 0.0 { (room / of).clamp(0.0, 1.0) } else { 1.0 };
-        let first_left = (self.filled() - known).max(kinds[2].changed + kinds[2].unchanged);
+        let of_first: f64 = kinds[2..].iter().map(|kind| kind.changed + kind.unchanged).sum();
+        let first_left = (self.filled() - known).max(of_first);
         let first = if xbzrle.cache_first_round { share(first_left, slots - known) } else { 0.0 };
-        [share(before, slots), share(known - before, slots - before), first]
+        [share(before, slots), share(known - before, slots - before), first, first]
     }
 
     /// What a page comes to with this codec. Where nothing was sampled, as a whole page.
@@ -230,7 +236,7 @@ impl<'a> TracedGuest<'a> {
             let spans: Vec<_> = spans.filter(|(_, sample)| sample.pages >= ENOUGH).collect();
             let Some(&(_, first)) = spans.first() else { continue };
             let longer = spans.iter().position(|&(span, _)| span > age);
-            return match longer {
+            let mix = match longer {
                 Some(0) => Mix::of(first),
                 None => Mix::of(spans[spans.len() - 1].1),
                 Some(next) => {
@@ -240,6 +246,7 @@ impl<'a> TracedGuest<'a> {
                     Mix::of(one).and(Mix::of(other), share)
                 }
             };
+            return mix.with_equal_at_most(least_equal(&spans));
         }
         // Nothing was seen to be written: whole pages.
         Mix { overflows: 1.0, ..Mix::default() }
@@ -284,18 +291,19 @@ impl Guest for TracedGuest<'_> {
         self.trace.guest.page_size.bytes() as u64
     }
 
-    fn send(&mut self, round: u32, pages: u64, _last: bool) -> Encoded {
-        let encoded = if round == 1 { self.first_round(pages) } else { self.later_round(round, pages) };
+    fn send(&mut self, sending: &Sending<'_>) -> Encoded {
+        let &Sending { round, pages, from, takes } = sending;
+        let mut encoded = if round == 1 { self.first_round(pages) } else { self.later_round(round, pages) };
+        if let (2.., Some(from)) = (round, from) {
+            // Some of what the destination has already is written again before it is its turn.
+            self.write_before_sent(from, takes(&encoded));
+            encoded = self.later_round(round, pages);
+        }
         if round > 1 {
             self.known.iter_mut().zip(&self.dirty).for_each(|(known, dirty)| *known |= dirty);
             self.before.clone_from(&self.dirty);
             self.sent.clone_from(&self.dirty);
-            self.sent_before.clear();
-            let mut sum = 0;
-            self.sent_before.extend(self.sent.iter().map(|word| {
-                sum += u64::from(word.count_ones());
-                sum
-            }));
+            self.sent_before = counts(&self.dirty);
         }
         self.round = round;
         encoded
@@ -313,11 +321,33 @@ impl Guest for TracedGuest<'_> {
             let sent = self.words_sent(how_far);
             self.add(start, end, sent);
         }
+        if self.round == 1 {
+            self.regular.fill(0);
+            let (written, regular) = (self.written, &mut self.regular);
+            written.between(to, to + self.window, |word, mask| regular[word] |= mask);
+        }
         self.dirty.iter().map(|word| u64::from(word.count_ones())).sum()
     }
 }
 
 impl TracedGuest<'_> {
+    /// Notes which pages of a round that begins will be written before they are sent.
+    fn write_before_sent(&mut self, from: Duration, time: Duration) {
+        let (written, counts) = (self.written, counts(&self.dirty));
+        let all = counts.last().copied().unwrap_or(0) as f64;
+        for part in 0..PARTS {
+            let how_far = (f64::from(part) + 0.5) / f64::from(PARTS);
+            let sent = counts.partition_point(|&before| (before as f64) < all * how_far);
+            let (dirty, changed) = (&self.dirty, &mut self.changed);
+            let start = from + time * part / PARTS;
+            written.between(start, from + time * (part + 1) / PARTS, |word, mask| {
+                if word >= sent {
+                    changed[word] |= mask & dirty[word];
+                }
+            });
+        }
+    }
+
     /// The words whose pages are sent when so much of the round is over.
     fn words_sent(&self, how_far: f64) -> usize {
         match self.sent_before.last() {
@@ -344,6 +374,15 @@ impl TracedGuest<'_> {
     }
 }
 
+/// Of each word the pages up to its end.
+fn counts(words: &[u64]) -> Vec<u64> {
+    let sum = words.iter().scan(0, |sum, word| {
+        *sum += u64::from(word.count_ones());
+        Some(*sum)
+    });
+    sum.collect()
+}
+
 fn index(number: f64) -> usize {
     usize::try_from(whole(number)).unwrap_or(usize::MAX)
 }
@@ -354,10 +393,21 @@ fn whole(number: f64) -> u64 {
     whole
 }
 
+/// The least share of pages that were written and are as they were, over spans of any length. A copy is made a moment after the
+/// sync that it belongs to: what is written between the two is found by the next sync, and is in the copy already. The shorter the
+/// span the more of it that moment is.
+fn least_equal(spans: &[(Duration, DeltaSample)]) -> f64 {
+    let share = |sample: &DeltaSample| {
+        let compared = sample.equal + sample.overflows + sample.deltas;
+        if compared == 0 { 0.0 } else { sample.equal as f64 / compared as f64 }
+    };
+    spans.iter().map(|(_, sample)| share(sample)).fold(1.0, f64::min)
+}
+
 /// Pages of which the cache may have a copy for the same reason.
 #[derive(Clone, Copy, Debug, Default)]
 struct PagesOfKind {
-    /// Were they sent in the round before, after the first?
+    /// Were they written in the time before as well, as that of the round?
     again: bool,
     /// Were they sent in the first round only?
     first: bool,
@@ -392,7 +442,6 @@ struct Sum {
 /// Shares of the pages of a sample.
 #[derive(Clone, Copy, Debug, Default)]
 struct Mix {
-    from_zero: f64,
     to_zero: f64,
     equal: f64,
     overflows: f64,
@@ -404,7 +453,6 @@ impl Mix {
     fn of(sample: DeltaSample) -> Self {
         let share = |part: u64| if sample.pages == 0 { 0.0 } else { part as f64 / sample.pages as f64 };
         Self {
-            from_zero: share(sample.from_zero),
             to_zero: share(sample.to_zero),
             equal: share(sample.equal),
             overflows: share(sample.overflows),
@@ -417,7 +465,6 @@ impl Mix {
     fn and(self, other: Self, share: f64) -> Self {
         let mix = |one: f64, other: f64| one * (1.0 - share) + other * share;
         Self {
-            from_zero: mix(self.from_zero, other.from_zero),
             to_zero: mix(self.to_zero, other.to_zero),
             equal: mix(self.equal, other.equal),
             overflows: mix(self.overflows, other.overflows),
@@ -432,8 +479,11 @@ impl Mix {
         }
     }
 
-    fn share(&self, of: impl Fn(&Self) -> f64) -> f64 {
-        of(self)
+    /// As if no more than this share of the pages that were compared had been as they were.
+    fn with_equal_at_most(self, share: f64) -> Self {
+        let changed = self.overflows + self.deltas;
+        let most = if share < 1.0 { changed * share / (1.0 - share) } else { self.equal };
+        Self { equal: self.equal.min(most), ..self }
     }
 
     /// Of the pages whose copy was not zero.

@@ -31,7 +31,7 @@ pub fn draw(answer: &Answer) -> String {
     );
     line(&mut text, &format!("downtime limit: {limit}\n"));
     line(&mut text, &table(answer));
-    for at in &answer.bandwidths {
+    for at in answer.bandwidths.iter().filter(|at| !at.foreseen.expected_downtimes.is_empty()) {
         line(&mut text, &chart(at, answer.downtime_limit));
     }
     match answer.smallest_bandwidth {

@@ -48,6 +48,9 @@ pub struct Sampler {
     written: [Estimate; 3],
     alone: [Estimate; 3],
     spans: Vec<Span>,
+    /// The pages whose content at the start is known and that were not written since, and those of them that were zero.
+    known: DirtyBitmap,
+    zero: DirtyBitmap,
     random: Random,
     buffer: PooledBuffer,
     page: Vec<u8>,
@@ -71,6 +74,8 @@ impl Sampler {
             written: estimates(),
             alone: estimates(),
             spans: SPANS.iter().map(|&intervals| Span::new(intervals, followed)).collect(),
+            known: DirtyBitmap::empty(memory.layout()),
+            zero: DirtyBitmap::empty(memory.layout()),
             random: Random(0x6d65_6d66_6572_7279),
             buffer,
             page: vec![0; size.bytes()],
@@ -93,10 +98,13 @@ impl Sampler {
             let (start, end) = (extents * look / looks.min(extents), extents * (look + 1) / looks.min(extents));
             let at = extent_at(&layout, start + self.random.below(end - start));
             let mask = layout.valid_mask(at) & !unread.peek(at);
+            self.known.set_mask(at, layout.valid_mask(at));
+            self.zero.set_mask(at, layout.valid_mask(at) & !mask);
             if mask == 0 {
                 continue;
             }
             let zero = self.read(at, mask)?;
+            self.zero.set_mask(at, zero);
             self.samples.touched.of += u64::from(mask.count_ones());
             self.samples.touched.part += u64::from(zero.count_ones());
             let began = Instant::now();
@@ -114,6 +122,9 @@ impl Sampler {
     pub fn interval(&mut self, number: u32, written: &DirtyBitmap, unread: &DirtyBitmap) -> io::Result<()> {
         for at in written.all_dirty_extents() {
             let mask = written.peek(at);
+            let first = self.known.take_mask(at, mask);
+            self.samples.first_written.of += u64::from(first.count_ones());
+            self.samples.first_written.part += u64::from((first & self.zero.peek(at)).count_ones());
             for span in &mut self.spans {
                 bits(mask).for_each(|bit| span.written.offer(at.page(bit)));
             }

@@ -380,7 +380,7 @@ fn samples_body(samples: &Samples) -> Vec<u8> {
     let mut body = Vec::new();
     put_varint(&mut body, u64::from(samples.zstd_level.cast_unsigned()));
     let mut put = |number: u64| put_varint(&mut body, number);
-    [samples.touched.of, samples.touched.part].into_iter().for_each(&mut put);
+    [samples.touched, samples.first_written].into_iter().flat_map(|share| [share.of, share.part]).for_each(&mut put);
     for coded in samples.whole.iter().chain(&samples.written).chain(&samples.alone) {
         [coded.pages, coded.compressed, coded.bytes, coded.nanos].into_iter().for_each(&mut put);
     }
@@ -406,10 +406,7 @@ fn samples(body: &[u8]) -> Result<Samples, Wrong> {
     if !memferry_stages::codec::ZSTD_LEVELS.contains(&zstd_level) {
         return Err("there is no such level of zstd");
     }
-    let touched = Share { of: fields.varint()?, part: fields.varint()? };
-    if touched.part > touched.of {
-        return Err("a part is more than the whole");
-    }
+    let [touched, first_written] = [share(&mut fields)?, share(&mut fields)?];
     let [whole, written, alone] = [codeds(&mut fields)?, codeds(&mut fields)?, codeds(&mut fields)?];
     let [read, checksum, delta] = [cost(&mut fields)?, cost(&mut fields)?, cost(&mut fields)?];
     let count = fields.count()?;
@@ -427,7 +424,12 @@ fn samples(body: &[u8]) -> Result<Samples, Wrong> {
     {
         return Err("the spans of the deltas do not ascend");
     }
-    Ok(Samples { zstd_level, touched, whole, written, alone, read, checksum, delta, deltas })
+    Ok(Samples { zstd_level, touched, first_written, whole, written, alone, read, checksum, delta, deltas })
+}
+
+fn share(fields: &mut Fields<'_>) -> Result<Share, Wrong> {
+    let share = Share { of: fields.varint()?, part: fields.varint()? };
+    if share.part <= share.of { Ok(share) } else { Err("a part is more than the whole") }
 }
 
 fn codeds(fields: &mut Fields<'_>) -> Result<[Coded; 3], Wrong> {

@@ -100,6 +100,8 @@ pub struct Samples {
     pub zstd_level: i32,
     /// Pages that were read of those that had been touched when the recording began, and zero ones among them.
     pub touched: Share,
+    /// Pages whose content at the start is known and that were written later, and those that were zero at the start.
+    pub first_written: Share,
     /// Pages of all memory, sent whole, in groups as encoders make them: snap, lz4, zstd.
     pub whole: [Coded; 3],
     /// The same of pages that had just been written.
@@ -179,7 +181,7 @@ pub struct Deltas {
 pub struct DeltaSample {
     /// Pages that were written in the span.
     pub pages: u64,
-    /// Those whose copy was all zero: of such a page no copy is cached in the first round.
+    /// Those whose copy was all zero.
     pub from_zero: u64,
     /// Those that are all zero now.
     pub to_zero: u64,

@@ -89,6 +89,7 @@ prop_compose! {
         let span = |index: u64| Duration::from_millis(100 << (2 * index));
         Samples {
             zstd_level: level,
+            first_written: Share { of: touched.into(), part: touched.into() },
             touched: Share { of: touched.into(), part: u64::from(touched) / 3 },
             whole,
             written,

@@ -1,0 +1,147 @@
+//! What a plan foresees beside what happens: a workload is recorded, its migration is planned, and then run.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use memferry::events::{Event, Phase, Role};
+use memferry::guest::workload::{Fill, Pattern, Region, Workload, WorkloadSettings, WriterSettings};
+use memferry::plan::bandwidth::Bandwidth;
+use memferry::plan::forecast::foresee;
+use memferry::plan::record::{INTERVAL, RecordSettings, record};
+use memferry::plan::trace::read;
+use memferry::plan::written::Written;
+use memferry::settings::SourceSettings;
+use memferry_transports::{Address, open};
+use tokio_util::sync::CancellationToken;
+
+use crate::run::migrate;
+
+/// A workload and how it is to be moved. The link is the token bucket.
+#[derive(Clone, Debug)]
+pub struct Case {
+    /// What it is called.
+    pub name: &'static str,
+    /// MiB of memory.
+    pub mib: u64,
+    /// Who writes it.
+    pub writers: Vec<WriterSettings>,
+    /// How it is moved; its `max_bandwidth` is the link.
+    pub settings: SourceSettings,
+}
+
+/// How a migration went, or is foreseen to go.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Went {
+    /// Is the guest moved?
+    pub moved: bool,
+    /// Rounds before the switchover.
+    pub rounds: u32,
+    /// From the start to the end, in seconds.
+    pub total: f64,
+    /// How long the guest stood still, in seconds.
+    pub downtime: f64,
+    /// MB on the wire.
+    pub sent: f64,
+}
+
+/// A writer of any page of a part of the memory.
+#[must_use]
+pub fn writer(pattern: Pattern, pages_per_second: f64, bytes: usize, region: (f64, f64)) -> WriterSettings {
+    WriterSettings { pattern, pages_per_second, bytes, region: Region { from: region.0, to: region.1 } }
+}
+
+impl Case {
+    fn workload(&self) -> WorkloadSettings {
+        WorkloadSettings {
+            memory: self.mib << 20,
+            fill: Fill { zero: 0.3, text: 0.3, random: 0.1, process: 0.3 },
+            writers: self.writers.clone(),
+            ..WorkloadSettings::default()
+        }
+    }
+
+    /// Records the workload for so long, and foresees its migration.
+    ///
+    /// # Panics
+    /// If it cannot be recorded.
+    pub async fn foresee(&self, length: Duration) -> Went {
+        let folder = tempfile::tempdir().expect("a folder");
+        let file = folder.path().join("trace");
+        let settings =
+            RecordSettings { interval: INTERVAL, length: Some(length), zstd_level: 1, settings: String::new() };
+        let guest = Workload::source(self.workload()).expect("a workload");
+        record(guest, settings, &file, CancellationToken::new()).await.expect("recorded");
+        let trace = read(&file).expect("a trace");
+        let link = self.settings.max_bandwidth.map_or(1e11, |bytes| bytes as f64);
+        let run = foresee(&Written::of(&trace), &self.settings, Bandwidth { bytes_per_second: link }).run;
+        if std::env::var_os("ROUNDS").is_some() {
+            for round in &run.sent {
+                println!("    foreseen {:.3} s {:?}", round.time.as_secs_f64(), round.tally);
+            }
+        }
+        Went {
+            moved: run.end == memferry::controller::Decision::SwitchOver,
+            rounds: run.rounds,
+            total: run.total.as_secs_f64(),
+            downtime: run.downtime.as_secs_f64(),
+            sent: run.bytes as f64 / 1e6,
+        }
+    }
+
+    /// Moves the workload.
+    ///
+    /// # Panics
+    /// If it can neither be moved nor given up.
+    pub async fn run(&self) -> Went {
+        let address = "tcp:127.0.0.1:0".parse::<Address>().expect("an address");
+        let transport = Arc::from(open(&address, Duration::from_secs(10)));
+        let (source, destination) = (Workload::source(self.workload()).expect("a workload"), Workload::destination());
+        let ends = migrate(source, destination, transport, self.settings.clone(), CancellationToken::new()).await;
+        let ended = &ends.source;
+        assert!(matches!(ended.phase, Phase::Completed | Phase::Cancelled), "{:?}", ended.error);
+        let decided = |(role, event): &&(Role, Event)| *role == Role::Source && matches!(event, Event::Decided(_));
+        if std::env::var_os("ROUNDS").is_some() {
+            for (_, event) in &ends.events {
+                if let Event::RoundSent { tally, duration } = event {
+                    println!("    real     {:.3} s {tally:?}", duration.as_secs_f64());
+                }
+            }
+            println!("    {:?} setup {:?}", ended.parts, ended.setup);
+        }
+        Went {
+            moved: ended.phase == Phase::Completed,
+            rounds: u32::try_from(ends.events.iter().filter(decided).count()).expect("few"),
+            total: ended.total.as_secs_f64(),
+            downtime: ended.downtime.unwrap_or_default().as_secs_f64(),
+            sent: ended.wire_bytes as f64 / 1e6,
+        }
+    }
+}
+
+/// The middle one of each figure.
+///
+/// # Panics
+/// If there is none.
+#[must_use]
+pub fn median(went: &[Went]) -> Went {
+    let middle = |of: fn(&Went) -> f64| {
+        let mut all: Vec<_> = went.iter().map(of).collect();
+        all.sort_by(f64::total_cmp);
+        all[all.len() / 2]
+    };
+    let mut rounds: Vec<_> = went.iter().map(|went| went.rounds).collect();
+    rounds.sort_unstable();
+    Went {
+        moved: went.iter().filter(|went| went.moved).count() * 2 > went.len(),
+        rounds: rounds[rounds.len() / 2],
+        total: middle(|went| went.total),
+        downtime: middle(|went| went.downtime),
+        sent: middle(|went| went.sent),
+    }
+}
+
+/// How far off a figure was, in parts of what it came to.
+#[must_use]
+pub fn off(foreseen: f64, real: f64) -> f64 {
+    if foreseen == real { 0.0 } else { (foreseen - real) / real }
+}
