@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::advice::{Advice, gentlest, smallest_bandwidth};
 use super::bandwidth::Bandwidth;
-use super::forecast::{Foreseen, foresee};
+use super::forecast::{Foreseen, fixed_cost, foresee};
 use super::written::Written;
 use crate::controller::Decision;
 use crate::settings::SourceSettings;
@@ -23,6 +23,12 @@ pub struct Answer {
     pub trace: TraceFigures,
     /// The limit that is to be met.
     pub downtime_limit: f64,
+    /// What a switchover costs without a page: a sync, digests and the hand-over.
+    pub switchover_floor: f64,
+    /// What of it digests cost.
+    pub digests: f64,
+    /// Bytes a second of the cap that is set, if one is: no link carries more than that.
+    pub max_bandwidth: Option<u64>,
     /// What is foreseen at each bandwidth that was asked for.
     pub bandwidths: Vec<AtBandwidth>,
     /// Bytes a second that are needed to meet the limit without anything that holds the guest back; `None`: no link does.
@@ -99,6 +105,7 @@ impl Answer {
     pub fn of(written: &Written<'_>, settings: &SourceSettings, bandwidths: &[Bandwidth]) -> Self {
         let (guest, touched) = (&written.trace().guest, &written.trace().samples.touched);
         let filled = (guest.pages() - guest.untouched) as f64 * (1.0 - touched.share());
+        let fixed = fixed_cost(written.trace(), settings);
         Self {
             version: VERSION,
             trace: TraceFigures {
@@ -109,6 +116,9 @@ impl Answer {
                 pages_per_second: written.trace().pages_per_second(),
             },
             downtime_limit: settings.downtime_limit.as_secs_f64(),
+            switchover_floor: fixed.total().as_secs_f64(),
+            digests: fixed.verify.as_secs_f64(),
+            max_bandwidth: settings.max_bandwidth,
             bandwidths: bandwidths.iter().map(|&bandwidth| at(written, settings, bandwidth)).collect(),
             smallest_bandwidth: smallest_bandwidth(written, settings).map(|found| found.bytes_per_second),
         }

@@ -2,11 +2,9 @@
 
 use std::time::Duration;
 
-use memferry_stages::geometry::EXTENT_PAGES;
-
 use super::bandwidth::Bandwidth;
 use super::model::TracedGuest;
-use super::trace::GuestFacts;
+use super::trace::{GuestFacts, Trace};
 use super::written::Written;
 use crate::controller::Decision;
 use crate::controller::forecast::FixedCost;
@@ -41,12 +39,12 @@ pub struct Foreseen {
 pub fn foresee(written: &Written<'_>, settings: &SourceSettings, bandwidth: Bandwidth) -> Foreseen {
     let trace = written.trace();
     let mut guest = TracedGuest::new(written, settings);
-    let verify = if settings.verify { trace.guest.digests } else { Duration::ZERO };
+    let fixed = fixed_cost(trace, settings);
     let link = Link {
         bytes_per_second: bandwidth.bytes_per_second,
-        fixed: FixedCost { sync: trace.sync(), verify, handover: HANDOVER },
+        fixed,
         setup: trace.guest.arming,
-        decision: look_at_digests(&trace.guest, verify),
+        decision: look_at_digests(&trace.guest, fixed.verify),
         drain: DRAIN,
     };
     let run = simulate(&mut guest, &link, settings);
@@ -54,10 +52,16 @@ pub fn foresee(written: &Written<'_>, settings: &SourceSettings, bandwidth: Band
     Foreseen { bandwidth, meets, repeated: guest.reached() > trace.length(), run }
 }
 
+/// What a switchover costs without a page.
+#[must_use]
+pub fn fixed_cost(trace: &Trace, settings: &SourceSettings) -> FixedCost {
+    let verify = if settings.verify { trace.guest.digests } else { Duration::ZERO };
+    FixedCost { sync: trace.sync(), verify, handover: HANDOVER }
+}
+
 /// What it takes to estimate the digests before a decision: a sample, on one core.
 fn look_at_digests(guest: &GuestFacts, verify: Duration) -> Duration {
     let stretches = guest.words().div_ceil(guest.page_size.stretch_extents()).max(1);
     let one_pass = verify / DIGEST_PASSES * guest.cores;
-    debug_assert_eq!(EXTENT_PAGES, 64, "a word of a trace is an extent");
     one_pass.mul_f64(STRETCHES_HASHED.min(stretches) as f64 / stretches as f64)
 }

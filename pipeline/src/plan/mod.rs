@@ -29,3 +29,6 @@ pub mod record;
 pub mod sampler;
 pub mod trace;
 pub mod written;
+
+#[cfg(test)]
+mod tests;

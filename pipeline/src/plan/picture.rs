@@ -44,7 +44,20 @@ pub fn draw(answer: &Answer) -> String {
         ),
         None => line(&mut text, &format!("No bandwidth meets {limit} with these settings.")),
     }
+    if answer.switchover_floor > answer.downtime_limit {
+        let (floor, digests) = (time(answer.switchover_floor), time(answer.digests));
+        let without = "without them (--set migration.verify=false) only checksums on the wire guard the content";
+        let digests =
+            if answer.digests > 0.0 { format!(", {digests} of it digests: {without}") } else { String::new() };
+        line(&mut text, &format!("A switchover costs {floor} before a page is sent{digests}."));
+    }
     answer.bandwidths.iter().for_each(|at| advise(&mut text, at, &limit));
+    if let Some(cap) =
+        answer.max_bandwidth.filter(|&cap| answer.bandwidths.iter().any(|at| at.bytes_per_second > cap as f64))
+    {
+        let cap = Bandwidth { bytes_per_second: cap as f64 };
+        line(&mut text, &format!("max_bandwidth is set to {cap}: a link that carries more is used no further."));
+    }
     if answer.bandwidths.iter().any(|at| at.foreseen.repeats_trace) {
         line(&mut text, "* takes longer than was recorded: the trace was begun again from its start.");
     }
@@ -181,4 +194,17 @@ fn whole(number: f64) -> u64 {
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "it saturates, and is not negative")]
     let whole = number as u64;
     whole
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bars_are_as_long_as_they_say_with_the_limit_in_them_or_behind() {
+        assert_eq!(bar(2.5, 6), format!("██▌   │{}", " ".repeat(BAR - 7)));
+        assert_eq!(bar(8.0, 3), format!("████████{}", " ".repeat(BAR - 8)));
+        assert_eq!(bar(0.0, 0), format!("│{}", " ".repeat(BAR - 1)));
+        assert_eq!(bar(BAR as f64, 5).chars().filter(|&column| column == '█').count(), BAR);
+    }
 }

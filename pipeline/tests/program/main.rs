@@ -10,5 +10,6 @@ mod machines;
 mod memcached;
 mod messages;
 mod pages;
+mod plans;
 mod reports;
 mod writer;

@@ -101,7 +101,7 @@ fn bad_usage_is_exit_code_2_and_changes_nothing() {
 #[test]
 fn the_help_of_each_command_has_an_example() {
     let scene = Scene::new();
-    for command in ["run", "send", "recv", "check", "inspect", "probe"] {
+    for command in ["run", "send", "recv", "check", "record", "plan", "inspect", "probe"] {
         let example = format!("Examples:\n  memferry {command}");
         scene.run(&[command, "--help"]).expect(0).says(&[&example]);
     }

@@ -1,0 +1,209 @@
+//! Plans of traces that are made up, of which is known what must come out.
+
+use std::time::Duration;
+
+use memferry_stages::codec::Codec;
+use memferry_stages::geometry::PageSize;
+
+use super::advice::{gentlest, smallest_bandwidth};
+use super::answer::Answer;
+use super::bandwidth::Bandwidth;
+use super::forecast::{Foreseen, foresee};
+use super::picture::draw;
+use super::trace::{Coded, DeltaSample, Deltas, GuestFacts, Interval, Runs, Samples, Share, Trace};
+use super::written::Written;
+use crate::controller::Decision;
+use crate::settings::{EncoderSettings, SourceSettings, StallStep, XbzrleSettings};
+
+const PAGE: u64 = 4096;
+/// Of each trace: 64 MiB, of which a quarter is zero.
+const PAGES: u64 = 16_384;
+const FILLED: u64 = PAGES / 4 * 3;
+const TENTH: Duration = Duration::from_millis(100);
+
+/// A guest whose pages shrink to half, whose deltas have 100 bytes, and that writes these pages in turn, interval by interval.
+fn trace(turns: impl IntoIterator<Item = std::ops::Range<u64>>) -> Trace {
+    let coded = Coded { pages: 1000, compressed: 1000, bytes: 1000 * PAGE / 2, nanos: 4_000_000 };
+    let sample = DeltaSample { pages: 100, deltas: 100, delta_bytes: 10_000, ..DeltaSample::default() };
+    let interval = |pages| Interval { length: TENTH, sync: Duration::from_millis(1), written: Runs::of([pages]) };
+    Trace {
+        guest: GuestFacts {
+            page_size: PageSize::DEFAULT,
+            blocks: vec![("ram".into(), PAGES)],
+            out_for_good: 0,
+            untouched: PAGES / 8,
+            rearms_late: false,
+            cores: 4,
+            arming: Duration::ZERO,
+            digests: Duration::from_millis(20),
+            settings: String::new(),
+        },
+        intervals: turns.into_iter().map(interval).collect(),
+        samples: Samples {
+            zstd_level: 1,
+            touched: Share { of: 7000, part: 1000 },
+            first_written: Share { of: 100, part: 0 },
+            whole: [coded; 3],
+            written: [coded; 3],
+            alone: [coded; 3],
+            deltas: vec![Deltas { span: TENTH, again: sample, rested: sample }],
+            ..Samples::default()
+        },
+    }
+}
+
+/// 2,000 pages, the same all the time: 8 MB.
+fn steady() -> Trace {
+    trace(std::iter::repeat_n(4000..6000, 50))
+}
+
+fn settings(encoder: EncoderSettings) -> SourceSettings {
+    SourceSettings { encoder, downtime_limit: TENTH, max_rounds: 30, verify: false, ..SourceSettings::default() }
+}
+
+fn raw() -> SourceSettings {
+    settings(EncoderSettings { compress: None, xbzrle: None })
+}
+
+fn deltas() -> SourceSettings {
+    settings(EncoderSettings { compress: None, xbzrle: Some(XbzrleSettings::default()) })
+}
+
+fn mbyte(megabytes: f64) -> Bandwidth {
+    Bandwidth { bytes_per_second: megabytes * 1e6 }
+}
+
+fn plan(trace: &Trace, settings: &SourceSettings, bandwidth: Bandwidth) -> Foreseen {
+    foresee(&Written::of(trace), settings, bandwidth)
+}
+
+fn about(found: f64, wanted: f64) -> bool {
+    (found - wanted).abs() < 0.03 * wanted
+}
+
+#[test]
+fn the_first_round_sends_what_is_not_zero_as_it_is_encoded() {
+    let idle = trace([0..1]);
+    let first = |settings: &SourceSettings| plan(&idle, settings, mbyte(100.0)).run.sent[0].tally;
+    let tally = first(&raw());
+    assert_eq!((tally.pages, tally.zero, tally.raw), (PAGES, PAGES / 4, FILLED));
+    assert!(about(tally.bytes_out as f64, (FILLED * PAGE) as f64), "{tally:?}");
+    let lz4 = first(&settings(EncoderSettings { compress: Some(Codec::Lz4), xbzrle: None }));
+    assert_eq!((lz4.raw, lz4.compressed), (0, FILLED));
+    assert!(about(lz4.bytes_out as f64, (FILLED * PAGE / 2) as f64), "{lz4:?}");
+}
+
+#[test]
+fn pages_that_are_written_all_the_time_are_left_in_every_round() {
+    let trace = steady();
+    let run = plan(&trace, &raw(), mbyte(50.0)).run;
+    assert_eq!((run.end, run.rounds), (Decision::GiveUp, 30));
+    assert!(run.sent[1..].iter().all(|round| about(round.tally.pages as f64, 2000.0)), "{run:?}");
+    let faster = plan(&trace, &raw(), mbyte(150.0));
+    assert!(faster.meets && about(faster.run.downtime.as_secs_f64(), 0.058), "{faster:?}");
+}
+
+#[test]
+fn deltas_count_as_they_were_sampled_and_miss_where_the_cache_is_small() {
+    let trace = steady();
+    let run = plan(&trace, &deltas(), mbyte(50.0)).run;
+    let second = run.sent[1].tally;
+    assert!(second.xbzrle > 1900 && second.xbzrle_misses < 20, "{second:?}");
+    assert!(about(second.bytes_out as f64, 2000.0 * 104.0), "{second:?}");
+    let mut small = deltas();
+    small.encoder.xbzrle.as_mut().unwrap().cache_bytes = 8 << 20;
+    let missed = plan(&trace, &small, mbyte(50.0)).run.sent[1].tally;
+    assert!((1000..1800).contains(&missed.xbzrle_misses), "{missed:?}");
+}
+
+/// Written once, while all is sent, before or after its turn.
+#[test]
+fn what_is_written_before_its_turn_is_unchanged_or_not_even_found() {
+    // The last page is written first: it is sent last.
+    let mut trace = trace([PAGES - 64..PAGES, 0..64, 2000..2000, 2000..2000, 2000..2000, 2000..2000, 2000..2000]);
+    let second = |trace: &Trace| plan(trace, &deltas(), mbyte(100.0)).run.sent[1].tally;
+    let both = second(&trace);
+    assert_eq!((both.pages, both.unchanged), (128, 64), "{both:?}");
+    trace.guest.rearms_late = true;
+    let late = second(&trace);
+    assert_eq!((late.pages, late.unchanged), (64, 0), "{late:?}");
+}
+
+#[test]
+fn a_migration_that_takes_longer_than_the_recording_is_told_so() {
+    let trace = steady();
+    assert!(plan(&trace, &raw(), mbyte(5.0)).repeated);
+    assert!(!plan(&trace, &raw(), mbyte(150.0)).repeated);
+}
+
+#[test]
+fn the_smallest_bandwidth_does_and_a_smaller_one_does_not() {
+    let trace = steady();
+    let written = Written::of(&trace);
+    for settings in [raw(), deltas()] {
+        let found = smallest_bandwidth(&written, &settings).unwrap();
+        let less = Bandwidth { bytes_per_second: found.bytes_per_second * 0.8 };
+        assert!(foresee(&written, &settings, found).meets, "{found}");
+        assert!(!foresee(&written, &settings, less).meets, "{found}");
+    }
+    let [whole, less] = [raw(), deltas()].map(|settings| smallest_bandwidth(&written, &settings).unwrap());
+    assert!(less.bytes_per_second * 5.0 < whole.bytes_per_second, "{less} and {whole}");
+    let strict = SourceSettings { downtime_limit: Duration::from_millis(2), ..raw() };
+    assert_eq!(smallest_bandwidth(&written, &strict), None, "a switchover alone takes longer");
+}
+
+#[test]
+fn advice_is_what_the_guest_does_not_notice_where_that_suffices() {
+    let trace = steady();
+    let written = Written::of(&trace);
+    let found = gentlest(&written, &raw(), mbyte(50.0));
+    let sets: Vec<_> = found.iter().map(|advice| advice.sets.clone()).collect();
+    assert_eq!(sets, [["encoder.delta=xbzrle"]]);
+    assert!(found[0].foreseen.meets);
+
+    // Whose pages change all over: neither deltas nor a compressor help.
+    let mut trace = trace.clone();
+    let overflows = DeltaSample { pages: 100, overflows: 100, ..DeltaSample::default() };
+    trace.samples.deltas = vec![Deltas { span: TENTH, again: overflows, rested: overflows }];
+    let noise = Coded { pages: 1000, compressed: 0, bytes: 1000 * PAGE, nanos: 1_000_000 };
+    (trace.samples.whole, trace.samples.written, trace.samples.alone) = ([noise; 3], [noise; 3], [noise; 3]);
+    // Of other pages in each interval a throttle leaves fewer.
+    trace.intervals = (0..50)
+        .map(|at: u64| {
+            let start = 1000 + at % 10 * 1500;
+            Interval { length: TENTH, sync: Duration::ZERO, written: Runs::of([start..start + 1500]) }
+        })
+        .collect();
+    let found = gentlest(&Written::of(&trace), &raw(), mbyte(50.0));
+    let sets: Vec<_> = found.iter().flat_map(|advice| advice.sets.clone()).collect();
+    assert!(sets.len() == 2 && sets[0].starts_with("migration.downtime_limit="), "{sets:?}");
+    assert_eq!(sets[1], "convergence.on_stall=[\"throttle\"]");
+    assert!(found.iter().all(|advice| advice.foreseen.meets) && found[1].foreseen.run.throttle > 0);
+}
+
+#[test]
+fn the_answer_shows_each_link_and_names_what_helps() {
+    let trace = steady();
+    let verified = SourceSettings {
+        verify: true,
+        convergence: crate::settings::ConvergenceSettings {
+            on_stall: vec![StallStep::Cancel],
+            ..crate::settings::ConvergenceSettings::default()
+        },
+        ..raw()
+    };
+    let answer = Answer::of(&Written::of(&trace), &verified, &[mbyte(50.0), mbyte(500.0)]);
+    let picture = draw(&answer);
+    for words in
+        ["does not converge", "converges", "switchover", "--set encoder.delta=xbzrle", "The smallest bandwidth"]
+    {
+        assert!(picture.contains(words), "{words:?} in\n{picture}");
+    }
+    let is_drawn = |line: &&str| line.contains('█') || line.contains("Mbit/s  ");
+    assert!(picture.lines().filter(is_drawn).all(|line| line.chars().count() <= 80), "{picture}");
+    let json = serde_json::to_value(&answer).unwrap();
+    assert_eq!(json["version"], 1);
+    assert_eq!(json["bandwidths"][0]["foreseen"]["moves"], false);
+    assert_eq!(json["bandwidths"][0]["advice"][0]["set"][0], "encoder.delta=xbzrle");
+    assert_eq!(json["bandwidths"][1]["foreseen"]["meets"], true);
+}
