@@ -25,6 +25,8 @@ const STEP: f64 = 1.03;
 /// A longer limit is tried in such steps, and no longer one than that.
 const LONGER: f64 = 1.25;
 const LONGEST: Duration = Duration::from_secs(30);
+/// What another encoding must leave of the wait to be worth its change.
+const WORTH: f64 = 0.9;
 /// How a guest is held back where that is tried.
 const THROTTLE: ThrottleSettings = ThrottleSettings { start: 10, step: 10, most: 90 };
 
@@ -72,7 +74,7 @@ pub fn gentlest(written: &Written<'_>, settings: &SourceSettings, bandwidth: Ban
         if found.foreseen.meets {
             return vec![found];
         }
-        if best.as_ref().is_none_or(|(_, best)| rest(&found) < rest(best)) {
+        if best.as_ref().is_none_or(|(_, best)| rest(&found) < rest(best).mul_f64(WORTH)) {
             best = Some((changed, found));
         }
     }

@@ -113,7 +113,8 @@ pub async fn record(
         let mut logs = Vec::new();
         let recorded = begin(&*guest, &clearers, &mut told, &mut logs)
             .and_then(|out| Recorder::new(guest.memory(), &logs, out).run(&settings, &file, &handle, &cancel));
-        let stopped = logs.iter().map(|log| log.stop()).filter_map(Result::err).last();
+        // Each of them, whatever becomes of the others.
+        let stopped = logs.iter().fold(None, |failed, log| log.stop().err().or(failed));
         for clearer in &clearers[..told] {
             // It was told that it is over; what it makes of that changes nothing here.
             drop(clearer.reached(&Point::Cleanup));

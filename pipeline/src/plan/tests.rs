@@ -83,7 +83,7 @@ fn about(found: f64, wanted: f64) -> bool {
 
 #[test]
 fn the_first_round_sends_what_is_not_zero_as_it_is_encoded() {
-    let idle = trace([0..1]);
+    let idle = trace(std::iter::once(0..1));
     let first = |settings: &SourceSettings| plan(&idle, settings, mbyte(100.0)).run.sent[0].tally;
     let tally = first(&raw());
     assert_eq!((tally.pages, tally.zero, tally.raw), (PAGES, PAGES / 4, FILLED));
@@ -171,13 +171,13 @@ fn advice_is_what_the_guest_does_not_notice_where_that_suffices() {
     trace.intervals = (0..50)
         .map(|at: u64| {
             let start = 1000 + at % 10 * 1500;
-            Interval { length: TENTH, sync: Duration::ZERO, written: Runs::of([start..start + 1500]) }
+            Interval { length: TENTH, sync: Duration::ZERO, written: Runs::of(std::iter::once(start..start + 1500)) }
         })
         .collect();
     let found = gentlest(&Written::of(&trace), &raw(), mbyte(50.0));
-    let sets: Vec<_> = found.iter().flat_map(|advice| advice.sets.clone()).collect();
-    assert!(sets.len() == 2 && sets[0].starts_with("migration.downtime_limit="), "{sets:?}");
-    assert_eq!(sets[1], "convergence.on_stall=[\"throttle\"]");
+    let last: Vec<_> = found.iter().map(|advice| advice.sets.last().unwrap().as_str()).collect();
+    assert!(last.len() == 2 && last[0].starts_with("migration.downtime_limit="), "{last:?}");
+    assert_eq!(last[1], "convergence.on_stall=[\"throttle\"]");
     assert!(found.iter().all(|advice| advice.foreseen.meets) && found[1].foreseen.run.throttle > 0);
 }
 

@@ -8,7 +8,7 @@ pub(super) fn put_varint(into: &mut Vec<u8>, mut value: u64) {
         into.push((value & 0x7f) as u8 | 0x80);
         value >>= 7;
     }
-    into.push(value as u8);
+    into.push(u8::try_from(value).expect("7 bits"));
 }
 
 /// Puts a length of time, in nanoseconds.
