@@ -31,9 +31,18 @@ pub trait Guest {
     /// A round begins, of the pages that the last sync has found: what they come to. In the first round these are all pages.
     fn send(&mut self, sending: &Sending<'_>) -> Encoded;
 
-    /// How many different pages a sync finds that were written from one moment of the guest's own time to another: from the sync
-    /// before to this one, while a round was sent.
-    fn written(&mut self, from: Duration, to: Duration) -> u64;
+    /// Which pages a sync finds that were written from one moment of the guest's own time to another: from the sync before to
+    /// this one, while a round was sent.
+    fn written(&mut self, from: Duration, to: Duration) -> Found;
+}
+
+/// How many different pages a sync finds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Found {
+    /// All of them.
+    pub dirty: u64,
+    /// Those of which a delta may be made.
+    pub kept: u64,
 }
 
 /// A round that begins.
@@ -177,6 +186,7 @@ struct Simulation<'a> {
     throttle: u8,
     round: u32,
     dirty: u64,
+    kept: u64,
     /// Since when nothing is sent.
     idle: Duration,
     run: Run,
@@ -199,6 +209,7 @@ impl<'a> Simulation<'a> {
             throttle: 0,
             round: 0,
             dirty: guest.pages(),
+            kept: 0,
             idle: link.setup,
             guest,
             run: Run {
@@ -285,10 +296,10 @@ impl<'a> Simulation<'a> {
 
     fn sync(&mut self) -> Decision {
         self.advance(self.link.fixed.sync);
-        self.dirty = self.guest.written(self.guest_synced, self.guest_now);
+        self.find(self.guest_synced);
         self.guest_synced_before = std::mem::replace(&mut self.guest_synced, self.guest_now);
         self.advance(self.link.decision);
-        let now = Standing { elapsed: self.now, dirty_pages: self.dirty, kept_pages: self.dirty, in_flight_pages: 0 };
+        let now = Standing { elapsed: self.now, dirty_pages: self.dirty, kept_pages: self.kept, in_flight_pages: 0 };
         let decided = self.controller.synced(&now);
         let decision = decided.decision;
         if self.paused.is_none() || decision != Decision::SwitchOver {
@@ -297,12 +308,18 @@ impl<'a> Simulation<'a> {
         decision
     }
 
+    /// What was written from a moment of the guest's time to this one is dirty.
+    fn find(&mut self, from: Duration) {
+        let Found { dirty, kept } = self.guest.written(from, self.guest_now);
+        (self.dirty, self.kept) = (dirty, kept);
+    }
+
     /// Pauses the guest, syncs once more, and sends the rest.
     fn switch_over(mut self) -> Run {
         self.advance(self.link.drain);
         if self.paused.is_none() && self.guest_now > self.guest_synced {
             // The last sync finds what was written since the one before as well.
-            self.dirty = self.guest.written(self.guest_synced_before, self.guest_now);
+            self.find(self.guest_synced_before);
         }
         let paused = *self.paused.get_or_insert(self.now);
         self.run.limit = self.controller.downtime_limit();

@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 
-use super::simulation::{Costs, Encoded, Guest, Link, Run, Sending, simulate};
+use super::simulation::{Costs, Encoded, Found, Guest, Link, Run, Sending, simulate};
 use super::*;
 use crate::settings::{ConvergenceSettings, EncoderSettings, RaiseSettings, StallStep, ThrottleSettings};
 
@@ -22,12 +22,12 @@ impl Guest for Writers {
         self.pages
     }
 
-    fn written(&mut self, from: Duration, to: Duration) -> u64 {
+    fn written(&mut self, from: Duration, to: Duration) -> Found {
         let time = self.awake(to) - self.awake(from);
         let of_set = |&(pages, rate): &(f64, f64)| pages * -f64::exp_m1(-rate * time / pages);
         #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "pages")]
         let written = self.sets.iter().map(of_set).sum::<f64>().round() as u64;
-        written
+        Found { dirty: written, kept: written }
     }
 
     fn page_bytes(&self) -> u64 {

@@ -18,7 +18,7 @@ use memferry_stages::wire::pages::MIN_HEAD_BYTES;
 
 use super::trace::{Coded, DeltaSample, Deltas, Samples, Trace};
 use super::written::Written;
-use crate::controller::simulation::{Encoded, Guest, Sending};
+use crate::controller::simulation::{Encoded, Found, Guest, Sending};
 use crate::settings::{SourceSettings, XbzrleSettings};
 
 /// Bytes of a page's descriptor in a frame.
@@ -309,7 +309,7 @@ impl Guest for TracedGuest<'_> {
         encoded
     }
 
-    fn written(&mut self, from: Duration, to: Duration) -> u64 {
+    fn written(&mut self, from: Duration, to: Duration) -> Found {
         self.dirty.fill(0);
         self.changed.fill(0);
         self.window = to - from;
@@ -326,11 +326,21 @@ impl Guest for TracedGuest<'_> {
             let (written, regular) = (self.written, &mut self.regular);
             written.between(to, to + self.window, |word, mask| regular[word] |= mask);
         }
-        self.dirty.iter().map(|word| u64::from(word.count_ones())).sum()
+        self.found()
     }
 }
 
 impl TracedGuest<'_> {
+    fn found(&self) -> Found {
+        let dirty = self.dirty.iter().map(|word| u64::from(word.count_ones())).sum();
+        let Some(xbzrle) = &self.settings.encoder.xbzrle else { return Found { dirty, kept: 0 } };
+        let known = self.dirty.iter().zip(&self.known).map(|(dirty, known)| u64::from((dirty & known).count_ones()));
+        let known: u64 = known.sum();
+        // Of the first round the cache is given what is not zero, if anything.
+        let filled = if xbzrle.cache_first_round { 1.0 - self.samples().first_written.share() } else { 0.0 };
+        Found { dirty, kept: known + whole((dirty - known) as f64 * filled) }
+    }
+
     /// Notes which pages of a round that begins will be written before they are sent.
     fn write_before_sent(&mut self, from: Duration, time: Duration) {
         let (written, counts) = (self.written, counts(&self.dirty));
