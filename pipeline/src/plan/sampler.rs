@@ -9,7 +9,7 @@
 //! which had a rest. Of a set that is never at hand as a whole the pages written in a span are drawn evenly by keeping those
 //! with the least hashes.
 //!
-//! It reads a few hundred pages an interval and keeps copies of [`COPIED_BYTES`] at most; the copies are taken while the guest
+//! It reads a few hundred pages an interval and keeps copies of 12 MiB at most; the copies are taken while the guest
 //! writes, as an encoder's are.
 
 use std::collections::BinaryHeap;

@@ -1,7 +1,7 @@
 //! What was recorded of a guest: which pages it wrote in each interval, and what pages come to.
 //!
 //! Pages are numbered over all blocks, one behind the other, each block from a multiple of 64 on: as the words of the dirty
-//! bitmap lie. The file is [`file`]'s.
+//! bitmap lie. What the file looks like says [`mod@file`].
 
 mod fields;
 pub mod file;
