@@ -53,6 +53,12 @@ impl TokenBucket {
         }
     }
 
+    /// Is there a rate at this moment?
+    #[must_use]
+    pub fn is_limited(&self) -> bool {
+        self.account().rate.is_some()
+    }
+
     /// Waits for credit and takes it: `want` bytes, or this share of [`QUANTUM`]'s worth (at least a byte) if that is less.
     ///
     /// Safe to race in a `select!`: a take that is dropped before its end takes nothing.

@@ -24,6 +24,7 @@ mod sampler;
 mod whole_coder;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
 
@@ -87,6 +88,21 @@ pub enum Mark {
     Switchover,
 }
 
+/// How large an encoder's cache is to be: may be changed while it runs, and counts from its next batch on.
+#[derive(Clone, Debug)]
+pub struct CacheShare(Arc<AtomicU64>);
+
+impl CacheShare {
+    /// So many bytes from the next batch on.
+    pub fn set(&self, bytes: u64) {
+        self.0.store(bytes, Ordering::Relaxed);
+    }
+
+    fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
 /// The stage: see the module.
 #[derive(Debug)]
 pub struct Encoder {
@@ -94,6 +110,7 @@ pub struct Encoder {
     page_size: PageSize,
     checksum: bool,
     coder: PageCoder,
+    cache_share: CacheShare,
     pool: BufferPool,
     /// What was counted since the last RoundComplete.
     counted: RoundTally,
@@ -115,6 +132,7 @@ impl Encoder {
             page_size,
             checksum: plan.checksum,
             coder: PageCoder::new(page_size, &plan),
+            cache_share: CacheShare(Arc::new(AtomicU64::new(plan.delta.map_or(0, |delta| delta.cache_bytes)))),
             pool,
             counted: RoundTally::default(),
             kept: None,
@@ -135,6 +153,12 @@ impl Encoder {
     #[must_use]
     pub fn bound_bytes(&self) -> u64 {
         self.coder.bound_bytes()
+    }
+
+    /// How large its cache is to be, to be kept by whoever may change it. Where no deltas are planned it changes nothing.
+    #[must_use]
+    pub fn cache_share(&self) -> CacheShare {
+        self.cache_share.clone()
     }
 
     /// Runs until the switchover has passed, or there is no more input.
@@ -161,6 +185,7 @@ impl Encoder {
     /// The frame of a batch.
     async fn encode(&mut self, copied: CopiedBatch) -> Outgoing {
         let CopiedBatch { batch, zero, pages } = copied;
+        self.coder.resize_cache(self.cache_share.get());
         self.head.pages.clear();
         for bit in bits(zero) {
             self.coder.zero(batch.at.page(bit), &batch);

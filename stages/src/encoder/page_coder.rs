@@ -68,6 +68,14 @@ impl PageCoder {
         self.whole.as_ref().map_or(0, WholeCoder::memory_bytes)
     }
 
+    /// Its cache takes at most so many bytes from here on, where deltas are planned.
+    pub(super) fn resize_cache(&mut self, bytes: u64) {
+        if let Some(deltas) = self.deltas.as_mut().filter(|deltas| deltas.plan.cache_bytes != bytes) {
+            deltas.plan.cache_bytes = bytes;
+            deltas.reference.resize(bytes);
+        }
+    }
+
     /// A round has passed: after the first one deltas begin, if they are planned, and compression is over (law 5).
     pub(super) fn round_complete(&mut self) {
         if let Some(deltas) = self.deltas.as_mut().filter(|deltas| !deltas.begun) {

@@ -47,6 +47,11 @@ impl Reference {
         self.cache.memory_bytes()
     }
 
+    /// From here on at most so many bytes of pages and their places. What is lost is no reference any more.
+    pub(super) fn resize(&mut self, bytes: u64) {
+        self.cache.resize(bytes);
+    }
+
     /// Compares a page that is about to be sent, and writes its delta into `out` (as long as a page).
     pub(super) fn compare(&mut self, at: PageAt, page: &[u8], batch: &Batch, out: &mut [u8]) -> Compared {
         let Some(held) = self.cache.get(at, batch.round) else {
@@ -140,7 +145,7 @@ mod tests {
         #[test]
         fn an_entry_is_what_the_destination_holds_or_gone(
             cache_pages in 0..20u64,
-            passes in prop::collection::vec((0..24u64, any::<u8>(), 0..4u8, prop::bool::weighted(0.1)), 0..150),
+            passes in prop::collection::vec((0..24u64, any::<u8>(), 0..5u8, prop::bool::weighted(0.1)), 0..150),
         ) {
             let mut reference = Reference::new(page_size(4), cache_pages * 4200);
             let mut destination = HashMap::<PageAt, Vec<u8>>::new();
@@ -150,6 +155,7 @@ mod tests {
                 let batch = Batch { last, ..batch(0, 1, 1 + step / 20) };
                 let held = destination.entry(at).or_insert_with(|| vec![0; 4096]);
                 let next = changed(held, seed);
+                // Does the destination hold it already, or is nothing sent?
                 let mut equal = false;
                 match way {
                     0 => {
@@ -157,6 +163,10 @@ mod tests {
                         held.fill(0);
                     }
                     1 => reference.forget(at),
+                    4 => {
+                        reference.resize(u64::from(seed % 32) * 4200);
+                        equal = true;
+                    }
                     2 => {
                         reference.will_hold(at, &next, &batch);
                         *held = next;

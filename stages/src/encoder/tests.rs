@@ -243,16 +243,20 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(300))]
 
     /// Laws 5 and 6 at once: each delta is applied to what the destination holds. A last round may be followed by others,
-    /// for a switchover may be called off.
+    /// for a switchover may be called off. The cache may change its size before any of them.
     #[test]
     fn the_destination_holds_what_the_source_held_after_every_round(
         plan in plans(),
         kib in prop_oneof![8 => Just(4u64), 1 => Just(16), 1 => Just(64)],
-        rounds in prop::collection::vec((writes(), prop::bool::weighted(0.2)), 1..8),
+        rounds in prop::collection::vec(
+            (writes(), prop::bool::weighted(0.2), prop::option::weighted(0.3, 0..200_000u64)),
+            1..8,
+        ),
     ) {
         let mut bench = Bench::new(page_size(kib), plan);
         let mut destination = Destination::new(bench.source.layout());
-        for (round, (writes, last)) in (1..).zip(&rounds) {
+        for (round, (writes, last, cache)) in (1..).zip(&rounds) {
+            cache.iter().for_each(|&bytes| bench.encoder.cache_share().set(bytes));
             let (frames, tally) = bench.round(round, *last, writes);
             let heads: Vec<_> = frames.iter().map(|frame| destination.load(frame, plan.checksum)).collect();
             prop_assert!(destination.memory == bench.source.memory, "round {round}");

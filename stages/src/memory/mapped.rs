@@ -179,7 +179,15 @@ impl MappedMemory {
     /// # Errors
     /// If the kernel knows no huge pages.
     pub fn advise_huge(&self) -> io::Result<()> {
-        let length = self.length.next_multiple_of(rustix::param::page_size());
+        self.advise_huge_up_to(self.length)
+    }
+
+    /// As [`MappedMemory::advise_huge`], for the first so many bytes: no huge page reaches beyond them.
+    ///
+    /// # Errors
+    /// If the kernel knows no huge pages.
+    pub fn advise_huge_up_to(&self, length: usize) -> io::Result<()> {
+        let length = length.min(self.length).next_multiple_of(rustix::param::page_size());
         // SAFETY: the range is this mapping; the advice changes no content.
         unsafe { rustix::mm::madvise(self.as_ptr().cast(), length, rustix::mm::Advice::LinuxHugepage) }?;
         Ok(())

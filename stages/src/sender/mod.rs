@@ -181,7 +181,9 @@ impl<W: AsyncWrite + Unpin + Send> Sender<W> {
     /// Writes of the backlog what the bucket grants and the writer takes. Dropped before its end, it has written nothing,
     /// and what was granted stays granted.
     async fn write_bulk(&mut self) -> Result<usize, Cause> {
-        let Some((bucket, share)) = &self.bucket else {
+        let Some((bucket, share)) = self.bucket.as_ref().filter(|(bucket, _)| bucket.is_limited()) else {
+            // Nothing is kept that was granted without a limit: one that is set takes hold at the next write.
+            self.granted = 0;
             let most = self.backlog.left();
             return self.backlog.write_some(&mut self.writer, most).await.map_err(Cause::Transport);
         };

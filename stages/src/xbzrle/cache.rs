@@ -4,10 +4,14 @@
 //! group takes a page as long as it has a free slot: so nine tenths of the cache fill with one page in a hundred turned
 //! away, where a single group of four would fill three tenths. Then the oldest of the sixteen gives way, if it is old enough.
 //! Each slot has its page of memory from its first use on.
+//!
+//! Its size may change at any time. What it holds then keeps its memory and is placed anew, the pages used last before the others;
+//! where it shrinks, those that find no place are gone, and what they took goes back to the host.
 
+use std::cmp::Reverse;
 use std::fmt;
 use std::ops::Range;
-use std::slice;
+use std::{mem, slice};
 
 use crate::geometry::{PageAt, PageSize};
 use crate::memory::MappedMemory;
@@ -15,7 +19,11 @@ use crate::memory::MappedMemory;
 /// Slots of a group.
 const GROUP: usize = 8;
 /// What the kernel may back at once: a huge page.
-const CHUNK_BYTES: usize = 2 << 20;
+const HUGE_BYTES: usize = 2 << 20;
+/// Mappings that a cache begins with.
+const CHUNKS: usize = 8;
+/// The largest mapping: of these a process may have some ten thousand.
+const MOST_CHUNK_BYTES: usize = 64 << 20;
 /// A page used in round g may be replaced from round g + 2 on.
 const LIFETIME: u32 = 2;
 
@@ -50,10 +58,43 @@ impl XbzrleCache {
     #[must_use]
     pub fn new(page_size: PageSize, bytes: u64) -> Self {
         let page = page_size.bytes();
-        let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
-        let slots = bytes / (page + size_of::<Slot>());
-        let slots = slots.min(u32::MAX as usize);
+        let slots = slots_in(bytes, page);
         Self { slots: vec![Slot::default(); slots], memory: PageMemory::new(page, slots) }
+    }
+
+    /// Makes it one that keeps at most `bytes`. Pages lose their place only where there are too few, the oldest first. It takes
+    /// time for each page that it holds, and a second list of its slots while it lasts.
+    pub fn resize(&mut self, bytes: u64) {
+        let slots = slots_in(bytes, self.memory.page_bytes);
+        if slots == self.slots.len() {
+            return;
+        }
+        let mut held = mem::replace(&mut self.slots, vec![Slot::default(); slots]);
+        held.retain(|slot| slot.key != 0);
+        held.sort_unstable_by_key(|slot| Reverse(slot.round));
+        for slot in held {
+            if let Some(place) = self.free_place(slot.key) {
+                self.slots[place] = slot;
+            }
+        }
+        self.give_memory(slots);
+        self.memory.resize(slots);
+    }
+
+    /// After slots were filled anew: each page of memory up to `most` belongs to one of them, and none has another.
+    fn give_memory(&mut self, most: usize) {
+        let mut is_owned = vec![false; most.min(self.memory.taken)];
+        for index in self.slots.iter().filter_map(|slot| (slot.memory as usize).checked_sub(1)) {
+            is_owned.get_mut(index).into_iter().for_each(|is_owned| *is_owned = true);
+        }
+        let mut free = (1..).zip(is_owned).filter_map(|(number, is_owned)| (!is_owned).then_some(number));
+        for slot in self.slots.iter_mut().filter(|slot| slot.memory as usize > most) {
+            let number = free.next().expect("no more pages than slots are held");
+            self.memory.copy(slot.memory, number);
+            slot.memory = number;
+        }
+        let idle = self.slots.iter_mut().filter(|slot| slot.memory == 0);
+        idle.zip(free).for_each(|(slot, number)| slot.memory = number);
     }
 
     /// The copy of a page, to encode against and to overwrite with what is sent; marks it as used in `round`.
@@ -65,7 +106,7 @@ impl XbzrleCache {
     }
 
     /// Keeps a copy of what was sent for a page, if its place is free or holds a page that was not used in `round` or the
-    /// round before. Returns whether it is kept.
+    /// round before. Returns whether it is kept; it is not where the host has no memory for it.
     ///
     /// # Panics
     /// If `page` is not of the cache's page size.
@@ -73,7 +114,8 @@ impl XbzrleCache {
         let Some(slot) = self.find(at).or_else(|| self.place(at, round)) else { return false };
         let slot = &mut self.slots[slot];
         if slot.memory == 0 {
-            slot.memory = self.memory.take();
+            let Some(memory) = self.memory.take() else { return false };
+            slot.memory = memory;
         }
         (slot.key, slot.round) = (key(at), round);
         self.memory.page(slot.memory).copy_from_slice(page);
@@ -93,7 +135,7 @@ impl XbzrleCache {
         (size_of_val(&self.slots[..]) + self.memory.bound_bytes()) as u64
     }
 
-    /// Bytes it takes now (it never shrinks before its end).
+    /// Bytes it takes now. That shrinks only where it is resized.
     #[must_use]
     pub fn memory_bytes(&self) -> u64 {
         (size_of_val(&self.slots[..]) + self.memory.bytes()) as u64
@@ -107,14 +149,19 @@ impl XbzrleCache {
 
     /// The slot that may take a page that is in none: a free one of the emptier group, else the oldest of both.
     fn place(&self, at: PageAt, round: u32) -> Option<usize> {
+        let key = key(at);
+        self.free_place(key).or_else(|| {
+            let oldest = self.groups(key).into_iter().flatten().min_by_key(|&slot| self.slots[slot].round)?;
+            (self.slots[oldest].round.saturating_add(LIFETIME) <= round).then_some(oldest)
+        })
+    }
+
+    /// A free slot of the emptier group.
+    fn free_place(&self, key: u64) -> Option<usize> {
         let free = |slot: &usize| self.slots[*slot].key == 0;
-        let [one, two] = self.groups(key(at));
-        let emptier = if one.clone().filter(free).count() >= two.clone().filter(free).count() { &one } else { &two };
-        if let Some(slot) = emptier.clone().find(free) {
-            return Some(slot);
-        }
-        let oldest = one.chain(two).min_by_key(|&slot| self.slots[slot].round)?;
-        (self.slots[oldest].round.saturating_add(LIFETIME) <= round).then_some(oldest)
+        let [one, two] = self.groups(key);
+        let mut emptier = if one.clone().filter(free).count() >= two.clone().filter(free).count() { one } else { two };
+        emptier.find(free)
     }
 
     /// The two groups of slots in which a page may lie. They may overlap; in a cache of few slots they do.
@@ -127,6 +174,12 @@ impl XbzrleCache {
             start..start + length
         })
     }
+}
+
+/// How many slots, with their pages, so many bytes make.
+fn slots_in(bytes: u64, page_bytes: usize) -> usize {
+    let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
+    (bytes / (page_bytes + size_of::<Slot>())).min(u32::MAX as usize)
 }
 
 /// A page as one number other than 0: a block has at most 2^38 pages, a guest at most 2^10 blocks.
@@ -145,45 +198,73 @@ fn mix(key: u64) -> u64 {
 
 /// Memory for a number of pages, which are taken in order.
 ///
-/// It is one mapping that the kernel backs as pages are taken, by huge pages where it can: the first touch of small ones
-/// costs several times what the copy of a page does, and more than all else that the first round does with it. It is why
-/// `unsafe` is worth it here.
+/// It lies in mappings of some megabytes that the kernel backs as pages are taken, by huge pages where it can: the first touch of
+/// small ones costs several times what the copy of a page does, and more than all else that the first round does with it. It
+/// is why `unsafe` is worth it here.
 struct PageMemory {
     page_bytes: usize,
     pages: usize,
     taken: usize,
-    /// There is none where there are no pages.
-    mapping: Option<MappedMemory>,
+    chunk_pages: usize,
+    /// Whole ones, for the pages that were taken.
+    chunks: Vec<MappedMemory>,
 }
 
 impl PageMemory {
-    /// # Panics
-    /// If the address space has no room for so much.
     fn new(page_bytes: usize, pages: usize) -> Self {
-        let mapping = (pages > 0).then(|| {
-            let mapping = MappedMemory::anonymous(pages * page_bytes).expect("room in the address space");
-            // Without huge pages it is slower, and no less right.
-            drop(mapping.advise_huge());
-            mapping
-        });
-        Self { page_bytes, pages, taken: 0, mapping }
+        let chunk_bytes = (pages * page_bytes / CHUNKS).next_power_of_two().clamp(HUGE_BYTES, MOST_CHUNK_BYTES);
+        Self { page_bytes, pages, taken: 0, chunk_pages: chunk_bytes / page_bytes, chunks: Vec::new() }
     }
 
-    /// The next page that was not taken yet, as its number from 1.
-    fn take(&mut self) -> u32 {
+    /// The next page that was not taken yet, as its number from 1; `None` where the host has no room for it.
+    fn take(&mut self) -> Option<u32> {
         assert!(self.taken < self.pages, "all {} pages are taken", self.pages);
+        if self.taken == self.chunks.len() * self.chunk_pages {
+            self.chunks.push(MappedMemory::anonymous(self.chunk_pages * self.page_bytes).ok()?);
+            self.advise_last();
+        }
         self.taken += 1;
-        u32::try_from(self.taken).expect("no more pages than a u32 counts")
+        Some(u32::try_from(self.taken).expect("no more pages than a u32 counts"))
+    }
+
+    /// Huge pages are asked for as far as they lie in the bound.
+    fn advise_last(&self) {
+        let Some(last) = self.chunks.last() else { return };
+        let before = (self.chunks.len() - 1) * self.chunk_pages;
+        let whole = (self.pages.saturating_sub(before) * self.page_bytes).min(last.len()) / HUGE_BYTES * HUGE_BYTES;
+        if whole > 0 {
+            // Without huge pages it is slower, and no less right.
+            drop(last.advise_huge_up_to(whole));
+        }
+    }
+
+    /// Makes it one of so many pages. Those beyond go back to the host, whoever had taken them.
+    fn resize(&mut self, pages: usize) {
+        self.pages = pages;
+        self.taken = self.taken.min(pages);
+        self.chunks.truncate(self.taken.div_ceil(self.chunk_pages));
+        if let Some(last) = self.chunks.last() {
+            let used = (self.taken - (self.chunks.len() - 1) * self.chunk_pages) * self.page_bytes;
+            // What the kernel keeps all the same is reused by the pages that are taken next.
+            drop(last.give_back(used, last.len() - used));
+        }
+        self.advise_last();
     }
 
     /// A page by its number from 1.
     fn page(&mut self, number: u32) -> &mut [u8] {
         let index = number as usize - 1;
         assert!(index < self.taken, "page {index} of {}", self.taken);
-        let mapping = self.mapping.as_ref().expect("a page was taken");
+        let (chunk, offset) = (&self.chunks[index / self.chunk_pages], index % self.chunk_pages * self.page_bytes);
+        assert!(offset + self.page_bytes <= chunk.len(), "a page lies in its chunk");
         // SAFETY: the page lies in the mapping, which reads as zeros at first and which nobody else knows; it is borrowed
         // as long as `self` is.
-        unsafe { slice::from_raw_parts_mut(mapping.as_ptr().add(index * self.page_bytes), self.page_bytes) }
+        unsafe { slice::from_raw_parts_mut(chunk.as_ptr().add(offset), self.page_bytes) }
+    }
+
+    fn copy(&mut self, from: u32, to: u32) {
+        let page: Box<[u8]> = self.page(from).as_ref().into();
+        self.page(to).copy_from_slice(&page);
     }
 
     fn bound_bytes(&self) -> usize {
@@ -192,7 +273,7 @@ impl PageMemory {
 
     /// Whole huge pages.
     fn bytes(&self) -> usize {
-        (self.taken * self.page_bytes).next_multiple_of(CHUNK_BYTES).min(self.bound_bytes())
+        (self.taken * self.page_bytes).next_multiple_of(HUGE_BYTES).min(self.bound_bytes())
     }
 }
 
@@ -220,6 +301,7 @@ mod tests {
         Overwrite(PageAt, u8),
         Insert(PageAt, u8),
         Remove(PageAt),
+        Resize(u64),
         NextRound,
     }
 
@@ -230,6 +312,7 @@ mod tests {
             3 => (page.clone(), any::<u8>()).prop_map(|(at, fill)| Operation::Overwrite(at, fill)),
             8 => (page.clone(), any::<u8>()).prop_map(|(at, fill)| Operation::Insert(at, fill)),
             1 => page.prop_map(Operation::Remove),
+            1 => (0..80_000_u64).prop_map(Operation::Resize),
             1 => Just(Operation::NextRound),
         ];
         prop::collection::vec(one, 0..300)
@@ -237,12 +320,12 @@ mod tests {
 
     proptest! {
         /// The model keeps what the destination holds and when it was used. The cache may hold less, never other bytes, and
-        /// a page may leave it only when it is removed or old.
+        /// a page may leave it only when it is removed or old, or where its size changes.
         #[test]
-        fn it_holds_what_was_sent_or_nothing(bytes in 0..80_000_u64, operations in operations()) {
+        fn it_holds_what_was_sent_or_nothing(mut bytes in 0..80_000_u64, operations in operations()) {
             let mut cache = XbzrleCache::new(PAGE, bytes);
             let mut sent: HashMap<PageAt, (u8, u32)> = HashMap::new();
-            let mut round = 1;
+            let mut round = LIFETIME;
             for operation in operations {
                 match operation {
                     Operation::Get(at) | Operation::Overwrite(at, _) => {
@@ -272,6 +355,11 @@ mod tests {
                         cache.remove(at);
                         sent.remove(&at);
                         prop_assert!(cache.get(at, round).is_none());
+                    }
+                    Operation::Resize(other) => {
+                        cache.resize(other);
+                        bytes = other;
+                        sent.values_mut().for_each(|(_, used)| *used = 0);
                     }
                     Operation::NextRound => round += 1,
                 }
@@ -342,6 +430,56 @@ mod tests {
             (0..20_000).for_each(|page| _ = cache.insert(at(page), &vec![7; page_size.bytes()], 1));
             assert!(cache.memory_bytes() <= cache.bound_bytes());
         }
+    }
+
+    /// Pages of these numbers, each filled with its own, used in a round of its own: later the higher the number.
+    fn filled(cache: &mut XbzrleCache, numbers: Range<u32>) {
+        let fill = |number: u32| [number.to_le_bytes()[0]; 4096];
+        numbers.for_each(|number| _ = cache.insert(at(number.into()), &fill(number), number));
+    }
+
+    /// Which of them are there, and as they were.
+    #[track_caller]
+    fn found(cache: &mut XbzrleCache, numbers: Range<u32>) -> Vec<u32> {
+        let mut is_there = |number: &u32| {
+            let found = cache.find(at((*number).into())).map(|slot| cache.slots[slot].memory);
+            found
+                .inspect(|&memory| assert_eq!(cache.memory.page(memory)[..], [number.to_le_bytes()[0]; 4096]))
+                .is_some()
+        };
+        numbers.filter(|number| is_there(number)).collect()
+    }
+
+    #[test]
+    fn a_cache_that_grows_keeps_what_it_holds_and_takes_more() {
+        let mut cache = cache_of(2000);
+        filled(&mut cache, 0..1500);
+        let before = found(&mut cache, 0..1500);
+        cache.resize(8000 * 4200);
+        let kept = found(&mut cache, 0..1500);
+        assert!(kept.len() * 1000 >= before.len() * 999, "{} of {}", kept.len(), before.len());
+        filled(&mut cache, 1500..7000);
+        assert!(found(&mut cache, 0..7000).len() > 6950);
+        assert!(cache.memory_bytes() > 6950 * 4096 && cache.memory_bytes() <= cache.bound_bytes());
+    }
+
+    #[test]
+    fn a_cache_that_shrinks_keeps_the_latest_in_as_much_memory_as_it_has_left() {
+        let mut cache = cache_of(8000);
+        filled(&mut cache, 0..7000);
+        let before = found(&mut cache, 0..7000).len();
+        cache.resize(2000 * 4200);
+        let kept = found(&mut cache, 0..7000);
+        // Three tenths of all: a slot is hardly ever free when those that were used last have theirs.
+        assert!((1900..=2052).contains(&kept.len()) && before > 6900, "{} of {before}", kept.len());
+        let latest = kept.iter().filter(|&&number| number >= 5500).count();
+        assert!(latest > 1400, "{latest} of the latest 1500 are kept");
+        assert!(cache.memory.chunks.len() * cache.memory.chunk_pages < 2052 + cache.memory.chunk_pages);
+        assert!(cache.memory_bytes() <= cache.bound_bytes() && cache.bound_bytes() <= 2000 * 4200);
+        cache.resize(0);
+        assert_eq!((cache.memory_bytes(), cache.memory.chunks.len()), (0, 0));
+        cache.resize(100 * 4200);
+        assert!(cache.insert(at(1), &[1; 4096], 9000));
     }
 
     #[test]

@@ -268,6 +268,28 @@ async fn bulk_is_held_to_the_cap_and_control_is_not() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_cap_that_is_set_in_the_middle_holds_from_the_next_write_on() {
+    let bucket = Arc::new(TokenBucket::unlimited());
+    let wire = Wire::stalling(1000);
+    let frames = vec![large_frame(b'a', 256 << 10), large_frame(b'b', 256 << 10)];
+    let _running = start_with(&wire, 4, frames, Some(bucket.clone()), None).await;
+    settle().await;
+    assert_eq!(wire.look().bytes.len(), 1000);
+    bucket.set_rate(Some(4096));
+    // The write that was begun without a cap is of as much as the wire takes.
+    wire.set_room(500);
+    settle().await;
+    assert_eq!(wire.look().bytes.len(), 1500);
+    wire.set_room(usize::MAX);
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    let bytes = wire.look().bytes.len() - 1500;
+    assert!(bytes.abs_diff(40960) <= 100, "{bytes} bytes in 10 s at 4096 B/s");
+    bucket.set_rate(None);
+    settle().await;
+    assert_eq!(wire.look().bytes.len(), 2 * ((256 << 10) + 16));
+}
+
+#[tokio::test(start_paused = true)]
 async fn senders_that_share_a_bucket_share_its_rate() {
     let bucket = Arc::new(TokenBucket::new(1 << 20));
     let wires = [Wire::open(), Wire::open(), Wire::open()];
