@@ -9,6 +9,7 @@ use memferry_stages::clears::Spared;
 use memferry_stages::meter::Reading;
 use memferry_stages::tally::RoundTally;
 
+use crate::control::Changed;
 use crate::controller::Decided;
 use crate::controller::forecast::Forecast;
 
@@ -22,9 +23,10 @@ pub enum Role {
 }
 
 /// Where a migration stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Phase {
     /// Connecting, agreeing, arming logs.
+    #[default]
     Setup,
     /// Rounds, while the guest runs.
     Active,
@@ -137,6 +139,8 @@ pub enum Event {
     Spared(Spared),
     /// What the controller decided after a sync or within a round, and why, in words and figures.
     Decided(Decided),
+    /// A setting of the source was changed while it ran.
+    Changed(Changed),
     /// Figures on the way.
     Progress(Progress),
     /// A stranger or a broken peer was turned away; waiting goes on.
@@ -150,6 +154,8 @@ pub enum Event {
     Warning(String),
     /// The guest was paused at the source.
     Paused,
+    /// A cancel is too late from here on: the source tells the destination to run the guest; the destination begins to start it.
+    HandedOver,
     /// The guest goes on at the source.
     Resumed,
     /// It ended.
@@ -217,6 +223,12 @@ impl Observers {
     #[must_use]
     pub fn new(role: Role, list: Vec<Arc<dyn Observer>>) -> Self {
         Self { role, list: list.into() }
+    }
+
+    /// These and one more, which is told first.
+    #[must_use]
+    pub fn and(&self, another: Arc<dyn Observer>) -> Self {
+        Self { role: self.role, list: std::iter::once(another).chain(self.list.iter().cloned()).collect() }
     }
 
     /// Nobody watches this end.

@@ -10,14 +10,17 @@
 //! | tell which pages were written | a [`DirtyLog`](dirty_log::DirtyLog) of those in [`dirty_log`], or one of your own |
 //! | move it | [`migration::send`] and [`migration::receive`], with [`settings`], over one of the [`transports`] |
 //! | watch it | [`events`] |
+//! | change or end it while it runs | [`control`]; over a Unix socket [`api`] |
 //! | take RAM and log from `vm-memory` | `vm_memory`, with the feature `vm-memory` |
 //! | know that the implementation is right | [`guest::conformance`], [`dirty_log::conformance`] |
 //!
 //! `examples/embed.rs` is all of that in one short program. Who has no VM, only state of their own to move, takes a
 //! [`Region`]; `examples/kv.rs` is a key-value store that moves to another process under load.
 
+pub mod api;
 pub mod cli;
 pub mod config;
+pub mod control;
 pub mod controller;
 pub mod events;
 pub mod guest;

@@ -31,10 +31,12 @@ impl Observer for LogObserver {
             }
             Event::Spared(spared) => debug!(role, ?spared, "pages spared"),
             Event::Decided(decided) => info!(role, "{}", decided.why),
+            Event::Changed(changed) => info!(role, "{changed}"),
             Event::Progress(progress) => debug!(role, ?progress, "progress"),
             Event::TurnedAway { peer, why } => warn!(role, peer, "turned away: {why}"),
             Event::Warning(what) => warn!(role, "{what}"),
             Event::Paused => info!(role, "the guest is paused"),
+            Event::HandedOver => info!(role, "the guest is handed over"),
             Event::Resumed => info!(role, "the guest goes on"),
             Event::Ended(ended) => log_end(role, ended),
         }

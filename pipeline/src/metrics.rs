@@ -86,6 +86,9 @@ impl Observer for MetricsObserver {
             Event::Guest { memory_bound, .. } => {
                 gauge!("memferry_memory_bound_bytes", "role" => name(role)).set(float(*memory_bound));
             }
+            Event::Changed(changed) => {
+                gauge!("memferry_memory_bound_bytes", "role" => name(role)).set(float(changed.memory_bound));
+            }
             Event::RoundSent { tally, duration } => round(name(role), tally, *duration),
             Event::Synced { dirty_pages, duration, .. } => {
                 gauge!("memferry_dirty_pages", "role" => name(role)).set(float(*dirty_pages));
@@ -103,6 +106,7 @@ impl Observer for MetricsObserver {
             | Event::Decided(_)
             | Event::Warning(_)
             | Event::Paused
+            | Event::HandedOver
             | Event::Resumed => {}
         }
     }

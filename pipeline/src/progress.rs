@@ -47,6 +47,7 @@ fn milestone(event: &Event) -> Option<String> {
             human::bytes(tally.bytes_in),
             human::bytes(tally.bytes_out),
         )),
+        Event::Changed(changed) => Some(changed.to_string()),
         Event::Paused => Some("the guest is paused at the source".into()),
         Event::Resumed => Some("the guest goes on at the source".into()),
         Event::Phase(Phase::Switchover) => Some("switching over".into()),

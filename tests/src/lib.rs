@@ -6,6 +6,7 @@
 pub mod foreseen;
 pub mod guest;
 pub mod host;
+pub mod hot;
 pub mod peer;
 pub mod run;
 pub mod sparse;

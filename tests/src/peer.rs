@@ -10,6 +10,7 @@ use memferry_stages::wire::reader::{FrameReader, Incoming};
 use memferry_stages::wire::{FrameHead, HEAD_BYTES, Kind, Message};
 use memferry_transports::{Connection, Listener, Transport};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use tokio_util::sync::CancellationToken;
 
 use crate::TestGuest;
 
@@ -123,7 +124,7 @@ impl Recording {
         let path = dir.path().join("stream");
         let settings = SourceSettings { after: Some(After::Pause), connections: 1, ..settings };
         let file = Arc::new(memferry_transports::file::FileTransport::new(&path));
-        let ended = crate::run::source(guest, file, settings, Arc::default(), Default::default()).await;
+        let ended = crate::run::source(guest, file, settings, Arc::default(), CancellationToken::new()).await;
         assert_eq!(ended.error, None, "the migration to a file");
         Self::split(&std::fs::read(&path).expect("the file is there"))
     }

@@ -4,6 +4,7 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use memferry::control::Control;
 use memferry::events::{Ended, Event, Observer, Observers, Phase, Role};
 use memferry::guest::Guest;
 use memferry::migration::{DataPlane, receive, send};
@@ -145,12 +146,13 @@ pub fn source(
     transport: Arc<dyn Transport>,
     settings: SourceSettings,
     recorder: Arc<Recorder>,
-    cancel: CancellationToken,
+    control: impl Into<Control>,
 ) -> Running<Ended> {
+    let control = control.into();
     Box::pin(async move {
         let plane = DataPlane::new().expect("threads for a test");
         let observers = Observers::new(Role::Source, vec![recorder as Arc<dyn Observer>]);
-        send(guest, transport, settings, &plane, observers, cancel).await
+        send(guest, transport, settings, &plane, observers, control).await
     })
 }
 
@@ -160,12 +162,13 @@ pub fn destination(
     listener: Box<dyn Listener>,
     settings: DestinationSettings,
     recorder: Arc<Recorder>,
-    cancel: CancellationToken,
+    control: impl Into<Control>,
 ) -> Running<Ended> {
+    let control = control.into();
     Box::pin(async move {
         let plane = DataPlane::new().expect("threads for a test");
         let observers = Observers::new(Role::Destination, vec![recorder as Arc<dyn Observer>]);
-        receive(guest, listener, settings, &plane, observers, cancel).await
+        receive(guest, listener, settings, &plane, observers, control).await
     })
 }
 
@@ -175,9 +178,9 @@ pub fn migrate(
     destination: Arc<dyn Guest>,
     transport: Arc<dyn Transport>,
     settings: SourceSettings,
-    cancel: CancellationToken,
+    control: impl Into<Control>,
 ) -> Running<Ends> {
-    migrate_watched(source, destination, transport, settings, cancel, Recorder::default())
+    migrate_watched(source, destination, transport, settings, control, Recorder::default())
 }
 
 /// As [`migrate`], with a recorder of the caller's. A destination that goes on waiting for the real source after this one
@@ -187,10 +190,10 @@ pub fn migrate_watched(
     destination: Arc<dyn Guest>,
     transport: Arc<dyn Transport>,
     settings: SourceSettings,
-    cancel: CancellationToken,
+    control: impl Into<Control>,
     recorder: Recorder,
 ) -> Running<Ends> {
-    Box::pin(both_ends(source, destination, transport, settings, cancel, recorder))
+    Box::pin(both_ends(source, destination, transport, settings, control.into(), recorder))
 }
 
 async fn both_ends(
@@ -198,12 +201,12 @@ async fn both_ends(
     destination: Arc<dyn Guest>,
     transport: Arc<dyn Transport>,
     settings: SourceSettings,
-    cancel: CancellationToken,
+    control: Control,
     recorder: Recorder,
 ) -> Ends {
     let recorder = Arc::new(recorder);
     let over = CancellationToken::new();
-    let sending = |transport| self::source(source, transport, settings, recorder.clone(), cancel);
+    let sending = |transport| self::source(source, transport, settings, recorder.clone(), control);
     let receiving =
         |listener| self::destination(destination, listener, destination_settings(), recorder.clone(), over.clone());
     let (source, destination) = if transport.capabilities().stored {

@@ -1,109 +1,20 @@
 //! A guest that writes faster than the wire carries, and each way in which such a migration may end. Whatever the end, nobody
 //! holds the guest back any more.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use memferry::controller::{Decided, Decision};
-use memferry::dirty_log::DirtyLog;
 use memferry::events::{Event, Phase, Role};
-use memferry::geometry::{BlockInfo, PageSize};
-use memferry::guest::workload::{Fill, LogChoice, Pattern, Region, Workload, WorkloadSettings, WriterSettings};
-use memferry::guest::{Guest, GuestError, GuestState, RunState};
-use memferry::memory::GuestMemory;
+use memferry::guest::workload::Workload;
+use memferry::guest::{Guest, RunState};
 use memferry::settings::{
     ConvergenceSettings, EncoderSettings, RaiseSettings, SourceSettings, StallStep, ThrottleSettings,
 };
+use memferry_tests::hot::Hot;
 use memferry_tests::{Ends, Recorder, migrate_watched, source_settings};
 use memferry_transports::memory::MemoryTransport;
 use tokio_util::sync::CancellationToken;
-
-/// A workload that remembers how it was throttled, and may refuse to be.
-#[derive(Debug)]
-struct Hot {
-    workload: Arc<Workload>,
-    refuses: bool,
-    throttled: Mutex<Vec<u8>>,
-}
-
-impl Guest for Hot {
-    fn memory(&self) -> GuestMemory {
-        self.workload.memory()
-    }
-
-    fn run_state(&self) -> RunState {
-        self.workload.run_state()
-    }
-
-    fn dirty_logs(&self) -> Result<Vec<Arc<dyn DirtyLog>>, GuestError> {
-        self.workload.dirty_logs()
-    }
-
-    fn setup_state(&self) -> Result<GuestState, GuestError> {
-        self.workload.setup_state()
-    }
-
-    fn pause(&self) -> Result<(), GuestError> {
-        self.workload.pause()
-    }
-
-    fn resume(&self) -> Result<(), GuestError> {
-        self.workload.resume()
-    }
-
-    fn throttle(&self, percent: u8) -> Result<(), GuestError> {
-        self.throttled.lock().unwrap().push(percent);
-        if self.refuses && percent > 0 {
-            return Err(GuestError("this guest cannot be throttled".into()));
-        }
-        self.workload.throttle(percent)
-    }
-
-    fn save(&self) -> Result<GuestState, GuestError> {
-        self.workload.save()
-    }
-
-    fn committed(&self) {
-        self.workload.committed();
-    }
-
-    fn build(&self, page_size: PageSize, blocks: &[BlockInfo], setup: &GuestState) -> Result<(), GuestError> {
-        self.workload.build(page_size, blocks, setup)
-    }
-
-    fn prepare(&self, state: &GuestState) -> Result<(), GuestError> {
-        self.workload.prepare(state)
-    }
-
-    fn start(&self, run_state: RunState) -> Result<(), GuestError> {
-        self.workload.start(run_state)
-    }
-}
-
-impl Hot {
-    /// 8 MiB, of which any page is written twice in a fifth of a second.
-    fn new() -> Self {
-        let writer = WriterSettings {
-            pattern: Pattern::Uniform,
-            pages_per_second: 20_000.0,
-            bytes: 4000,
-            region: Region { from: 0.0, to: 1.0 },
-        };
-        let settings = WorkloadSettings {
-            memory: 8 << 20,
-            dirty_log: LogChoice::Software,
-            fill: Fill { zero: 0.0, text: 0.0, random: 1.0, process: 0.0 },
-            writers: vec![writer],
-            ..WorkloadSettings::default()
-        };
-        let workload = Workload::source(settings).expect("a workload of 8 MiB");
-        Self { workload, refuses: false, throttled: Mutex::default() }
-    }
-
-    fn throttled(&self) -> Vec<u8> {
-        self.throttled.lock().unwrap().clone()
-    }
-}
 
 /// Half a second for a round of all pages.
 fn settings(on_stall: &[StallStep]) -> SourceSettings {
@@ -209,7 +120,10 @@ fn it_is_cancelled_and_goes_on() {
     let (guest, ends) = ended_by(&[StallStep::Cancel]);
     assert_eq!(ends.source.phase, Phase::Cancelled, "{:?}", ends.source.error);
     let why = ends.source.error.clone().unwrap();
-    assert!(why.contains("brought no new least of what remains; expected downtime "), "{why}");
+    // Whether a round leaves a page less than the one before is chance where all of them are dirty.
+    let stall =
+        why.contains("brought no new least of what remains") || why.contains("at the pace of the last 1 rounds");
+    assert!(stall && why.contains("; expected downtime "), "{why}");
     assert_eq!(ends.source.forecast, None);
     assert_eq!(guest.run_state(), RunState::Running);
 }
@@ -228,7 +142,7 @@ fn under_a_ceiling_that_it_cannot_keep_nothing_moves_it() {
 
 #[test]
 fn a_guest_that_cannot_be_throttled_gets_the_next_step() {
-    let guest = Arc::new(Hot { refuses: true, ..Hot::new() });
+    let guest = Arc::new(Hot::refusing());
     let steps = settings(&[StallStep::Throttle, StallStep::Cancel]);
     let ends = moved(&guest, steps, Recorder::default(), CancellationToken::new());
     assert_eq!(ends.source.phase, Phase::Cancelled, "{:?}", ends.source.error);

@@ -4,7 +4,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
+use memferry_transports::Address;
 
+use super::control::socket;
 use crate::plan::bandwidth::Bandwidth;
 use crate::plan::record::SHORTEST;
 
@@ -17,6 +19,7 @@ Examples:
   memferry recv destination.toml              on one host: waits for a guest
   memferry send source.toml                   on the other: sends one
   memferry check source.toml                  what would happen, and what it would take
+  memferry status /run/guest.sock             what one is doing that was started with --control unix:/run/guest.sock
 
 Exit codes:
   0    done
@@ -85,6 +88,36 @@ rounds, how long does it take, how long does the guest stand still, how much is 
 the smallest that meets the downtime limit, and what would have to be set where the given ones do not. The settings are
 those of the recording, or of a second file. Where the migration takes longer than the recording, the trace begins again.";
 
+const STATUS_EXAMPLES: &str = "\
+Examples:
+  memferry status /run/guest.sock
+  memferry status unix:/run/guest.sock --json
+
+Asks a migration that was started with --control unix:/run/guest.sock what it is doing. Exit code 1 if nobody answers there.";
+
+const SET_EXAMPLES: &str = "\
+Examples:
+  memferry set /run/guest.sock max_bandwidth='200 MiB/s'
+  memferry set /run/guest.sock downtime_limit=50ms deadline=none
+  memferry set /run/guest.sock xbzrle_cache='1 GiB' throttle=50
+
+Settings of a running source, as the configuration writes them: max_bandwidth, switchover_bandwidth, downtime_limit,
+max_downtime, deadline (from the start), throttle (the most, in percent), xbzrle_cache. All of them are changed or, with exit
+code 1, none.";
+
+const CANCEL_EXAMPLES: &str = "\
+Examples:
+  memferry cancel /run/guest.sock
+
+The guest goes on at the source as it was. Exit code 1 if it is too late, or nobody answers.";
+
+const SWITCH_OVER_EXAMPLES: &str = "\
+Examples:
+  memferry switch-over /run/guest.sock
+
+Pauses the guest at once and sends what is left, whatever downtime_limit says. Exit code 1 if max_downtime forbids it, with the
+figures.";
+
 const INSPECT_EXAMPLES: &str = "\
 Examples:
   memferry inspect /var/tmp/guest.memferry
@@ -125,6 +158,30 @@ pub(super) enum Command {
     /// How a migration of a recorded guest would go, and what would help
     #[command(after_help = PLAN_EXAMPLES)]
     Plan(Plan),
+    /// What a running migration is doing
+    #[command(after_help = STATUS_EXAMPLES)]
+    Status {
+        #[command(flatten)]
+        control: Controlled,
+        /// Prints all of it as JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Changes settings of a running migration
+    #[command(after_help = SET_EXAMPLES)]
+    Set {
+        #[command(flatten)]
+        control: Controlled,
+        /// What is to be different, as in downtime_limit=50ms
+        #[arg(required = true, value_name = "KEY=VALUE", value_parser = super::control::setting)]
+        settings: Vec<(String, serde_json::Value)>,
+    },
+    /// Ends a running migration; the guest goes on at the source
+    #[command(after_help = CANCEL_EXAMPLES)]
+    Cancel(Controlled),
+    /// Has a running migration pause its guest and finish
+    #[command(after_help = SWITCH_OVER_EXAMPLES)]
+    SwitchOver(Controlled),
     /// What a stream in a file holds: blocks, rounds, encodings, first damage
     #[command(after_help = INSPECT_EXAMPLES)]
     Inspect {
@@ -152,6 +209,14 @@ pub(super) struct Configured {
     pub(super) sets: Vec<String>,
 }
 
+/// A migration that runs elsewhere on this host.
+#[derive(Args, Debug)]
+pub(super) struct Controlled {
+    /// The socket of its --control: unix:/PATH or the path alone
+    #[arg(value_parser = socket)]
+    pub(super) address: Address,
+}
+
 /// What every migration can be told.
 #[derive(Args, Debug)]
 pub(super) struct Migrate {
@@ -166,6 +231,9 @@ pub(super) struct Migrate {
     /// Prints nothing but the verdict
     #[arg(long)]
     pub(super) quiet: bool,
+    /// Lets status, set, cancel and switch-over reach it at a Unix socket, as in unix:/run/guest.sock
+    #[arg(long, value_name = "ADDRESS", value_parser = socket)]
+    pub(super) control: Option<Address>,
     /// How long a guest that lives in this program is hosted after the verdict, as in 10s; 0s ends at once
     #[arg(long, value_name = "DURATION", value_parser = duration)]
     pub(super) host_for: Option<Duration>,
@@ -261,7 +329,23 @@ mod tests {
             assert!(help.contains(&format!("Examples:\n  memferry {name}")), "{help}");
             names.push(name);
         }
-        assert_eq!(names, ["run", "send", "recv", "check", "record", "plan", "inspect", "probe"]);
+        assert_eq!(
+            names,
+            [
+                "run",
+                "send",
+                "recv",
+                "check",
+                "record",
+                "plan",
+                "status",
+                "set",
+                "cancel",
+                "switch-over",
+                "inspect",
+                "probe"
+            ]
+        );
     }
 
     #[test]
@@ -271,6 +355,11 @@ mod tests {
         assert_eq!(migrate.configured.sets, ["pipeline.lanes=4", "x.y=z"]);
         assert_eq!(migrate.report, ["r.json", "r.html"].map(PathBuf::from));
         assert_eq!((migrate.host_for, migrate.log_level()), (Some(Duration::from_secs(60)), "error"));
+        let line = "memferry set /run/a.sock throttle=50 deadline=5m";
+        let Command::Set { control, settings } = CommandLine::parse_from(line.split(' ')).command else {
+            panic!("set")
+        };
+        assert_eq!((control.address.to_string(), settings.len()), ("unix:/run/a.sock".into(), 2));
         let line = "memferry guard -- systemctl start -q guest";
         let Command::Guard { argv } = CommandLine::parse_from(line.split(' ')).command else { panic!("guard") };
         assert_eq!(argv, ["systemctl", "start", "-q", "guest"]);

@@ -2,6 +2,7 @@
 
 mod args;
 mod check;
+mod control;
 mod hosting;
 pub mod inspect;
 mod plan;
@@ -40,6 +41,10 @@ pub fn main() -> ExitCode {
         Command::Check(configured) => check(&configured),
         Command::Record(options) => record(options),
         Command::Plan(options) => plan::run(&options),
+        Command::Status { control, json } => ask(control::status(&control.address, json)),
+        Command::Set { control, settings } => ask(control::set(&control.address, settings)),
+        Command::Cancel(control) => ask(control::cancel(&control.address)),
+        Command::SwitchOver(control) => ask(control::switch_over(&control.address)),
         Command::Inspect { file } => inspect(&file),
         Command::Probe => probe(),
         Command::Guard { argv } => guard::main(&argv),
@@ -60,14 +65,31 @@ fn migrate(options: Migrate, role: &'static str, purpose: Purpose, watch: Role) 
     }
     let command = async {
         let session = Session::new(config, options, role, watch, &screen)?;
-        Ok(match purpose {
+        let server = match session.serve_control().await {
+            Ok(server) => server,
+            Err(error) => return Ok(complain(&format!("--control: {error}"), BAD_USAGE)),
+        };
+        let code = match purpose {
             Purpose::Send => session.send().await,
             Purpose::Receive => session.receive().await,
             Purpose::Run | Purpose::Check => session.run().await,
-        })
+        };
+        if let Some(server) = server {
+            server.close().await;
+        }
+        Ok(code.into())
     };
     match on_control_plane(command) {
-        Ok(code) => code.into(),
+        Ok(code) => code,
+        Err(error) => complain(&format!("the system refuses to run it: {error}"), FAILED),
+    }
+}
+
+/// Asks a running migration, and prints what it says.
+fn ask(asking: impl Future<Output = Result<String, String>>) -> ExitCode {
+    match on_control_plane(async { Ok(asking.await) }) {
+        Ok(Ok(said)) => print(&said, DONE),
+        Ok(Err(why)) => complain(&why, FAILED),
         Err(error) => complain(&format!("the system refuses to run it: {error}"), FAILED),
     }
 }

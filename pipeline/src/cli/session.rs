@@ -16,7 +16,9 @@ use super::check;
 use super::hosting::Hosted;
 use super::signals::Signals;
 use super::verdict::{FAILED, exit_code, joint, never_begun};
+use crate::api::Server;
 use crate::config::Config;
+use crate::control::Control;
 use crate::events::{Ended, Event, Observer, Observers, Phase, Role};
 use crate::guest::GuestError;
 use crate::log::LogObserver;
@@ -43,6 +45,7 @@ pub(super) struct Session {
     accountant: Arc<Accountant>,
     observers: Vec<Arc<dyn Observer>>,
     signals: Signals,
+    control: Control,
     plane: DataPlane,
 }
 
@@ -62,7 +65,16 @@ impl Session {
             observers.push(progress(watch, screen));
         }
         let (signals, plane) = (Signals::listen()?, DataPlane::new()?);
-        Ok(Self { config, options, role, accountant, observers, signals, plane })
+        let control = signals.arm(CANCELLING).into();
+        Ok(Self { config, options, role, accountant, observers, signals, control, plane })
+    }
+
+    /// Serves the control API where the options say so.
+    pub(super) async fn serve_control(&self) -> std::io::Result<Option<Server>> {
+        match &self.options.control {
+            Some(address) => Server::listen(address, self.control.clone()).await.map(Some),
+            None => Ok(None),
+        }
     }
 
     /// `memferry run`
@@ -72,7 +84,7 @@ impl Session {
             Err(error) => return self.could_not_begin(Role::Source, error.to_string()),
         };
         let (source, destination) = &guests;
-        let cancel = self.signals.arm(CANCELLING);
+        let cancel = self.control.token();
         let stored = self.config.transport_to(&self.config.address()).capabilities().stored;
         let (sent, received) = if stored {
             self.one_after_the_other(source, destination, &cancel).await
@@ -98,7 +110,7 @@ impl Session {
             Err(error) => return self.could_not_begin(Role::Source, error.to_string()),
         };
         let transport = self.config.transport_to(&self.config.address());
-        let ended = self.send_over(&guest, transport, self.signals.arm(CANCELLING)).await;
+        let ended = self.send_over(&guest, transport, self.control.clone()).await;
         self.conclude(&ended, &self.accountant.account(Role::Source), None);
         let stays = ended.phase != Phase::Completed || guest.runs_here();
         self.host_if(stays, &guest, exit_code(&ended)).await
@@ -106,13 +118,12 @@ impl Session {
 
     /// `memferry recv`
     pub(super) async fn receive(self) -> u8 {
-        let cancel = self.signals.arm(CANCELLING);
         let (guest, listener) = match self.destination_ready().await {
             Ok(ready) => ready,
             Err(error) => return self.could_not_begin(Role::Destination, error),
         };
         self.note(&format!("waiting at {}", listener.local_address()));
-        let ended = self.receive_from(&guest, listener, cancel).await;
+        let ended = self.receive_from(&guest, listener, self.control.clone()).await;
         self.conclude(&ended, &self.accountant.account(Role::Destination), None);
         self.host_if(ended.phase == Phase::Completed, &guest, exit_code(&ended)).await
     }
@@ -135,7 +146,7 @@ impl Session {
         cancel: &CancellationToken,
     ) -> (Ended, Option<Ended>) {
         let transport = self.config.transport_to(&self.config.address());
-        let sent = self.send_over(source, transport, cancel.clone()).await;
+        let sent = self.send_over(source, transport, self.control.clone()).await;
         if sent.phase != Phase::Completed {
             return (sent, None);
         }
@@ -160,7 +171,11 @@ impl Session {
         };
         let address: Address = listener.local_address().parse().expect("a listener knows its address");
         let (source_cancel, destination_cancel) = (cancel.child_token(), cancel.child_token());
-        let send = self.send_over(source, self.config.transport_to(&address), source_cancel.clone());
+        let send = self.send_over(
+            source,
+            self.config.transport_to(&address),
+            self.control.also_ended_by(source_cancel.clone()),
+        );
         let receive = self.receive_from(destination, listener, destination_cancel.clone());
         let (sent, received) = both(send, source_cancel.clone(), receive, destination_cancel).await;
         // A source that nobody cancelled gave up at its limits: the destination only tells that it did.
@@ -168,16 +183,16 @@ impl Session {
         (sent, (!gave_up).then_some(received))
     }
 
-    async fn send_over(&self, guest: &Hosted, transport: Box<dyn Transport>, cancel: CancellationToken) -> Ended {
+    async fn send_over(&self, guest: &Hosted, transport: Box<dyn Transport>, control: Control) -> Ended {
         let (settings, observers) = (self.config.source(), self.observers(Role::Source));
         let transport = Arc::from(transport);
-        let ended = migration::send(guest.guest.clone(), transport, settings, &self.plane, observers, cancel).await;
+        let ended = migration::send(guest.guest.clone(), transport, settings, &self.plane, observers, control).await;
         self.settle(Role::Source, ended)
     }
 
-    async fn receive_from(&self, guest: &Hosted, listener: Box<dyn Listener>, cancel: CancellationToken) -> Ended {
+    async fn receive_from(&self, guest: &Hosted, listener: Box<dyn Listener>, control: impl Into<Control>) -> Ended {
         let (settings, observers) = (self.config.destination(), self.observers(Role::Destination));
-        let ended = migration::receive(guest.guest.clone(), listener, settings, &self.plane, observers, cancel).await;
+        let ended = migration::receive(guest.guest.clone(), listener, settings, &self.plane, observers, control).await;
         self.settle(Role::Destination, ended)
     }
 
@@ -201,7 +216,8 @@ impl Session {
 
     /// Says how it ended and writes the reports.
     fn conclude(&self, verdict: &Ended, account: &Account, far: Option<&Account>) {
-        let frame = Frame { role: self.role, capped: self.config.migration.max_bandwidth.0.is_some() };
+        let capped = account.is_capped(self.config.migration.max_bandwidth.0.is_some());
+        let frame = Frame { role: self.role, capped };
         for file in &self.options.report {
             if let Err(error) = self.write_report(file, &Report::new(frame, verdict, account, far), account, far) {
                 eprintln!("memferry: the report {} cannot be written: {error}", file.display());

@@ -169,6 +169,11 @@ impl Forecaster {
         }
     }
 
+    /// Other bandwidths hold from here on. What was measured with those before counts as far as they allow it.
+    pub fn set_bandwidth(&mut self, rounds: Option<u64>, switchover: SwitchoverBandwidth) {
+        (self.max_bandwidth, self.switchover_bandwidth) = (rounds, switchover);
+    }
+
     /// A round was sent, from its first batch to its last byte, in so much time, for so much of which its busiest stage worked.
     pub fn round(&mut self, tally: &RoundTally, time: Duration, work: Duration) {
         let round = Achieved {
@@ -304,7 +309,7 @@ impl Forecaster {
     }
 
     /// Bytes a second on the wire, by the rounds that it held up. If it held up none, by the round that shows most: it carries
-    /// that at least.
+    /// that at least; but no more than the cap lets through.
     fn wire_rate(&self) -> Option<f64> {
         let held_up = lately(self.telling().filter(|round| round.is_held_up_by_the_wire()));
         let rate = if held_up.pages > 0 {
@@ -313,6 +318,7 @@ impl Forecaster {
             let shown = self.telling().take(TELLING_ROUNDS).chain(&self.first).map(Achieved::rate);
             shown.chain([lately(self.later.iter()).rate()]).filter(|rate| rate.is_finite()).fold(0.0, f64::max)
         };
+        let rate = self.max_bandwidth.map_or(rate, |cap| rate.min(cap as f64));
         (rate > 0.0).then_some(rate)
     }
 

@@ -16,8 +16,9 @@
 //!    to show what it does ([`steps`]).
 //!
 //! `max_downtime` stands above all of them: no decision here switches over with a forecast above it, or with none. Within
-//! a round only the deadline decides, since between syncs what is dirty is not known.
+//! a round only the deadline and the operator decide, since between syncs what is dirty is not known.
 
+mod changes;
 pub mod forecast;
 pub mod simulation;
 mod stall;

@@ -7,8 +7,8 @@
 //! | switch over | as soon as no more remains than a round before, or after as many rounds as make a stall | `max_downtime` forbids it then |
 //! | cancel | at once | |
 //!
-//! Nothing is taken back: the throttle only rises, and whoever runs the migration lifts it at its end. So it cannot swing
-//! between two levels. Postcopy, which ends every stall, has its place in `Steps::next` beside the switchover.
+//! Nothing is taken back but by the operator: the throttle only rises, and whoever runs the migration lifts it at its end. So
+//! it cannot swing between two levels. Postcopy, which ends every stall, has its place in `Steps::next` beside the switchover.
 
 use std::time::Duration;
 
@@ -73,6 +73,29 @@ impl Steps {
     /// Percent of its time that the guest is to be held back.
     pub(super) fn throttling(&self) -> u8 {
         if self.can_throttle { self.throttle } else { 0 }
+    }
+
+    /// The limit is the operator's: what it was raised to counts no more.
+    pub(super) fn limit_is_set(&mut self) {
+        self.raised = None;
+        self.reopen(StallStep::RaiseDowntimeLimit);
+    }
+
+    /// Another most: percent of its time that the guest is to be held back from here on.
+    pub(super) fn set_throttle_most(&mut self, most: u8) -> u8 {
+        self.settings.throttle.most = most;
+        self.throttle = self.throttle.min(most);
+        self.was_smaller = false;
+        self.reopen(StallStep::Throttle);
+        self.throttling()
+    }
+
+    /// A step that was over may have more to give: it comes first where the next one is due.
+    fn reopen(&mut self, step: StallStep) {
+        let at = self.settings.on_stall.iter().position(|&other| other == step);
+        if let Some(at) = at.filter(|&at| at < self.at) {
+            (self.at, self.waited) = (at, None);
+        }
     }
 
     pub(super) fn cannot_throttle(&mut self) {

@@ -72,7 +72,9 @@ pub fn source_bound(layout: &Layout, settings: &SourceSettings, may_leave_out: b
     });
     let compressors = u64::from(settings.lanes) * compressor;
     let in_flight = InFlight::bound_bytes(layout, settings.lanes);
-    pools + cache + compressors + source_keeps(layout, in_flight, settings.verify, may_leave_out)
+    let all_else = pools + compressors + source_keeps(layout, in_flight, settings.verify, may_leave_out);
+    // The one figure that is an operator's, and may be any.
+    all_else.saturating_add(cache)
 }
 
 /// What a source keeps for its guest's pages: which are dirty, which were never touched, of which deltas can be made, which do not

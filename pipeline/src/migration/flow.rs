@@ -17,6 +17,7 @@ use super::error::MigrationError;
 use super::link::Reader;
 use super::source_graph::SourceGraph;
 use super::stage_set::Failure;
+use crate::control::{Request, Requests};
 
 /// How often figures are taken and the deadline is looked at.
 const TICK: Duration = Duration::from_millis(100);
@@ -42,6 +43,8 @@ pub(super) enum Signal {
     Broke(Failure),
     /// The operator wants to stop.
     Cancel,
+    /// The operator wants something else.
+    Asked(Request),
     /// Time passed.
     Tick,
 }
@@ -53,15 +56,22 @@ pub(super) struct Flow {
     _listening: Option<AbortOnDropHandle<()>>,
     cancel: CancellationToken,
     cancel_told: bool,
+    /// While anything can be asked.
+    requests: Option<Requests>,
     ticks: Interval,
 }
 
 impl Flow {
-    pub(super) fn new(graph: SourceGraph, said: Option<Reader>, cancel: CancellationToken) -> Self {
+    pub(super) fn new(
+        graph: SourceGraph,
+        said: Option<Reader>,
+        cancel: CancellationToken,
+        requests: Option<Requests>,
+    ) -> Self {
         let mut ticks = tokio::time::interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let (listening, said) = said.map(listen).unzip();
-        Self { graph, said, _listening: listening, cancel, cancel_told: false, ticks }
+        Self { graph, said, _listening: listening, cancel, cancel_told: false, requests, ticks }
     }
 
     /// Waits for the next thing to happen. A cancel comes first and is told once.
@@ -77,12 +87,18 @@ impl Flow {
             sent = item(&self.graph.sent) => Signal::Sent(sent),
             scanned = item(&self.graph.scanned) => Signal::Scanned(scanned),
             synced = item(&self.graph.synced) => Signal::Synced(synced),
+            request = asked(&mut self.requests) => Signal::Asked(request),
             end = self.graph.stages.next_end() => match end.result {
                 Ok(()) => Signal::StageDone(end.name),
                 Err(failure) => Signal::Broke(failure),
             },
             _ = self.ticks.tick() => Signal::Tick,
         }
+    }
+
+    /// Whoever asks from here on is told that it is over.
+    pub(super) fn close_requests(&mut self) {
+        self.requests = None;
     }
 
     /// Hands a message to connection 0, ahead of queued pages.
@@ -166,6 +182,14 @@ fn listen(mut reader: Reader) -> (AbortOnDropHandle<()>, Inlet<Result<Message, S
 async fn item<T>(inlet: &Inlet<T>) -> T {
     match inlet.next().await {
         Some(item) => item,
+        None => std::future::pending().await,
+    }
+}
+
+/// What is asked next.
+pub(super) async fn asked(requests: &mut Option<Requests>) -> Request {
+    match requests {
+        Some(requests) => requests.next().await,
         None => std::future::pending().await,
     }
 }

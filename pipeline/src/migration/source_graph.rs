@@ -14,7 +14,7 @@ use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::bitmap_sync::{BitmapSync, SyncOrder, Synced};
 use memferry_stages::clears::Clears;
 use memferry_stages::dirty_log::DirtyLog;
-use memferry_stages::encoder::{DeltaPlan, Encoder, EncoderPlan, Outgoing};
+use memferry_stages::encoder::{CacheShare, DeltaPlan, Encoder, EncoderPlan, Outgoing};
 use memferry_stages::geometry::LaneMap;
 use memferry_stages::in_flight::InFlight;
 use memferry_stages::memory::GuestMemory;
@@ -30,7 +30,7 @@ use tokio::runtime::Handle;
 use super::link::Writer;
 use super::stage_set::StageSet;
 use super::{blocking, bounds};
-use crate::settings::{EncoderSettings, SourceSettings, SwitchoverBandwidth};
+use crate::settings::{EncoderSettings, SourceSettings};
 
 /// What the stages work on.
 pub(super) struct SourceParts {
@@ -62,8 +62,10 @@ pub(super) struct SourceGraph {
     /// Those of the senders among them: what they count is what went to the wire.
     pub(super) sender_meters: Vec<Arc<Meter>>,
     pub(super) pools: Vec<BufferPool>,
-    /// The cap on bandwidth, where there is one at any time.
-    bucket: Option<Arc<TokenBucket>>,
+    /// The cap on bandwidth.
+    bucket: Arc<TokenBucket>,
+    /// The XBZRLE cache, lane by lane.
+    caches: Vec<CacheShare>,
     sync_at_work: Arc<Mutex<()>>,
 }
 
@@ -89,7 +91,8 @@ impl SourceGraph {
             meters: Vec::new(),
             sender_meters: Vec::new(),
             pools: Vec::new(),
-            bucket: bucket(settings),
+            bucket: Arc::new(settings.max_bandwidth.map_or_else(TokenBucket::unlimited, TokenBucket::new)),
+            caches: Vec::new(),
             sync_at_work: Arc::default(),
         };
         let connections = graph.start_senders(parts.writers, settings, parts.durable_rounds, &sent_out);
@@ -123,14 +126,14 @@ impl SourceGraph {
         blocking(move || drop(at_work.lock())).await;
     }
 
-    /// The guest is paused: its own bandwidth holds from here on.
-    pub(super) fn cap_switchover(&self, bandwidth: SwitchoverBandwidth) {
-        let Some(bucket) = &self.bucket else { return };
-        match bandwidth {
-            SwitchoverBandwidth::AsRounds => {}
-            SwitchoverBandwidth::Unlimited => bucket.set_rate(None),
-            SwitchoverBandwidth::AtMost(most) => bucket.set_rate(Some(most)),
-        }
+    /// So many bytes a second from here on, all connections together.
+    pub(super) fn set_bandwidth(&self, bytes_per_second: Option<u64>) {
+        self.bucket.set_rate(bytes_per_second);
+    }
+
+    /// So many bytes for the XBZRLE cache, all lanes together; in each from its next batch on.
+    pub(super) fn set_cache(&self, bytes: u64) {
+        self.caches.iter().for_each(|cache| cache.set(bytes / self.caches.len() as u64));
     }
 
     /// How long the busiest stage worked since.
@@ -164,7 +167,7 @@ impl SourceGraph {
             .map(|(connection, writer)| {
                 let lanes_here = (connection..settings.lanes).step_by(usize::from(count)).count();
                 let share = Share::new(u16::try_from(lanes_here).expect("some of the lanes"), settings.lanes);
-                let bucket = self.bucket.clone().map(|bucket| (bucket, share));
+                let bucket = Some((self.bucket.clone(), share));
                 let (frames, bulk) = bounded(bounds::ENCODED * lanes_here);
                 let (control, control_frames) = bounded(bounds::CONTROL);
                 let meter = self.meter("sender", Some(connection));
@@ -204,23 +207,13 @@ impl SourceGraph {
                 if let Some(kept) = &self.kept {
                     encoder = encoder.with_kept(kept.clone());
                 }
+                self.caches.push(encoder.cache_share());
                 let running = encoder.run(encoder_in, frames);
                 self.stages.spawn(format!("encoder {lane}"), running);
                 batches
             })
             .collect()
     }
-}
-
-/// What holds the senders to the bandwidth of the rounds, if it or that of the switchover is limited.
-fn bucket(settings: &SourceSettings) -> Option<Arc<TokenBucket>> {
-    let limited_later = matches!(settings.switchover_bandwidth, SwitchoverBandwidth::AtMost(_));
-    let bucket = match settings.max_bandwidth {
-        Some(rate) => TokenBucket::new(rate),
-        None if limited_later => TokenBucket::unlimited(),
-        None => return None,
-    };
-    Some(Arc::new(bucket))
 }
 
 /// One lane's share of the encoder's settings.

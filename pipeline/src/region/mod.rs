@@ -57,10 +57,10 @@ use std::sync::Arc;
 
 use memferry_stages::geometry::PageSize;
 use memferry_transports::{Listener, Transport};
-use tokio_util::sync::CancellationToken;
 
 use self::guest::RegionGuest;
 use self::store::Store;
+use crate::control::Control;
 use crate::events::{Ended, Observers, Phase};
 use crate::guest::RunState;
 use crate::migration::{self, DataPlane};
@@ -139,7 +139,7 @@ impl Region {
 
     /// Sends the region to whatever `transport` leads to. Accesses go on meanwhile; one send at a time, another one waits.
     /// It returns when it is decided where the region lives: [`Phase::Completed`] at the peer, otherwise here, but for
-    /// [`Phase::Unconfirmed`]. Dropping the call does not end it, `cancel` does.
+    /// [`Phase::Unconfirmed`]. `control` is a [`Control`], or the token that cancels it; dropping the call does not end it.
     ///
     /// # Errors
     /// When the region lives elsewhere already, or the host has no threads. What fails later is told by [`Ended`].
@@ -151,8 +151,9 @@ impl Region {
         transport: Arc<dyn Transport>,
         settings: SourceSettings,
         observers: Observers,
-        cancel: CancellationToken,
+        control: impl Into<Control>,
     ) -> Result<Ended, SendError> {
+        let control = control.into();
         let store = self.store.clone();
         // A task of its own, so that a call that is dropped leaves no region behind that nobody opens.
         let sending = tokio::spawn(async move {
@@ -160,7 +161,7 @@ impl Region {
             store.is_here()?;
             let plane = DataPlane::new().map_err(SendError::Threads)?;
             let guest = Arc::new(RegionGuest::of(store.clone()));
-            let ended = migration::send(guest, transport, settings, &plane, observers, cancel).await;
+            let ended = migration::send(guest, transport, settings, &plane, observers, control).await;
             store.conclude(if ended.phase == Phase::Unconfirmed { Gone::Unconfirmed } else { Gone::Moved });
             Ok(ended)
         });
@@ -179,11 +180,12 @@ impl Region {
         at_most: usize,
         settings: DestinationSettings,
         observers: Observers,
-        cancel: CancellationToken,
+        control: impl Into<Control>,
     ) -> Result<Self, Box<Ended>> {
+        let control = control.into();
         let plane = DataPlane::new().expect("the runtime has threads, so the host gives them");
         let guest = Arc::new(RegionGuest::expecting(at_most));
-        let ended = migration::receive(guest.clone(), listener, settings, &plane, observers, cancel).await;
+        let ended = migration::receive(guest.clone(), listener, settings, &plane, observers, control).await;
         match guest.arrived() {
             Some(store) if ended.phase == Phase::Completed => {
                 store.resume();

@@ -5,6 +5,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use memferry_transports::memory::MemoryTransport;
+use tokio_util::sync::CancellationToken;
 
 use super::*;
 use crate::events::{Event, Observer, Role};

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use memferry_stages::tally::RoundTally;
 
 use super::series::{Happened, Series};
+use crate::control::{Change, Changed};
 use crate::controller::Decided;
 use crate::events::{BlockFacts, Ended, Event, Observer, Role};
 
@@ -35,12 +36,14 @@ pub struct Account {
     pub blocks: Vec<BlockFacts>,
     /// Its pages.
     pub pages: u64,
-    /// The bound of the memory that the engine takes.
+    /// The bound of the memory that the engine takes: the highest, where it was changed.
     pub memory_bound: u64,
     /// Rounds that are complete.
     pub rounds: Vec<Round>,
     /// What the controller decided, in order.
     pub decided: Vec<Decided>,
+    /// Settings that were changed while it ran, in order.
+    pub changed: Vec<Changed>,
     /// How it ended.
     pub ended: Option<Ended>,
     /// What happened when, and the figures on the way.
@@ -111,6 +114,10 @@ impl Account {
             }
             Event::Synced { after_round, dirty_pages, .. } => self.synced(*after_round, *dirty_pages),
             Event::Decided(decided) => self.decided.push(decided.clone()),
+            Event::Changed(changed) => {
+                self.memory_bound = self.memory_bound.max(changed.memory_bound);
+                self.changed.push(*changed);
+            }
             Event::Ended(ended) => self.ended = Some(ended.clone()),
             Event::Warning(what) => self.notice(what.clone(), at),
             Event::TurnedAway { peer, why } => self.notice(format!("{peer} was turned away: {why}"), at),
@@ -148,6 +155,16 @@ impl Account {
         if let Some(round) = round {
             round.dirty_after.get_or_insert(dirty_pages);
         }
+    }
+
+    /// Was there a cap on bandwidth at the end, if there was one at the start?
+    #[must_use]
+    pub fn is_capped(&self, at_the_start: bool) -> bool {
+        let cap = |changed: &Changed| match changed.to {
+            Change::MaxBandwidth(cap) => Some(cap.is_some()),
+            _ => None,
+        };
+        self.changed.iter().rev().find_map(cap).unwrap_or(at_the_start)
     }
 
     /// Bytes of the guest.

@@ -7,6 +7,7 @@ mod file;
 pub mod html;
 pub mod human;
 pub mod series;
+pub mod status_json;
 pub mod table;
 
 use std::io;
@@ -17,6 +18,7 @@ use memferry_stages::clears::Spared;
 use memferry_stages::meter::Reading;
 use serde::{Deserialize, Serialize};
 
+use crate::control::Changed;
 use crate::controller::forecast::Forecast;
 use crate::controller::{Decided, Decision};
 use crate::events::{Ended, Phase};
@@ -52,6 +54,8 @@ pub struct Report {
     pub forecast: Option<ForecastReport>,
     /// What it decided, in order.
     pub decisions: Vec<DecisionReport>,
+    /// Settings that were changed while it ran, in order.
+    pub changes: Vec<ChangeReport>,
     /// Bytes handed to the transport, or taken from it.
     pub wire_bytes: u64,
     /// Bytes on the wire for each second after the setup.
@@ -152,6 +156,19 @@ pub struct DecisionReport {
     pub why: String,
 }
 
+/// A setting that was changed while it ran.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChangeReport {
+    /// The round in which it was.
+    pub round: u32,
+    /// Which.
+    pub key: String,
+    /// Its value before, as the configuration writes it.
+    pub from: String,
+    /// Its value from there on.
+    pub to: String,
+}
+
 /// One round. `zero + raw + compressed + xbzrle + unchanged = pages`.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct RoundReport {
@@ -235,6 +252,7 @@ impl Report {
             downtime: downtime(ended),
             forecast: ended.forecast.map(|forecast| forecast_report(&forecast, ended.downtime)),
             decisions: account.decided.iter().map(decision).collect(),
+            changes: account.changed.iter().map(change).collect(),
             wire_bytes: ended.wire_bytes,
             throughput_bytes_per_s: throughput(ended).round(),
             spared: spared(ended.spared),
@@ -351,6 +369,11 @@ pub fn decision_name(decision: Decision) -> &'static str {
         Decision::SwitchOver => "switch-over",
         Decision::GiveUp => "give-up",
     }
+}
+
+fn change(changed: &Changed) -> ChangeReport {
+    let Changed { round, from, to, .. } = changed;
+    ChangeReport { round: *round, key: to.key().into(), from: from.to_string(), to: to.to_string() }
 }
 
 fn round(round: &Round) -> RoundReport {

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use super::account::Accountant;
 use super::*;
+use crate::control::Change;
 use crate::controller::forecast::{FixedCost, Forecast};
 use crate::controller::{Decided, Decision};
 use crate::events::{BlockFacts, DowntimeParts, Event, Observer, Progress, Role};
@@ -150,6 +151,13 @@ pub(crate) fn every_event() -> Vec<Event> {
         forecast: None,
         ..ended(Role::Source)
     }));
+    events.push(Event::Changed(Changed {
+        round: 2,
+        from: Change::DowntimeLimit(ms(300)),
+        to: Change::DowntimeLimit(ms(50)),
+        memory_bound: 64 << 20,
+    }));
+    events.push(Event::HandedOver);
     events
 }
 
@@ -181,8 +189,8 @@ fn the_report_has_exactly_the_names_that_were_agreed() {
         words.sort_unstable();
         words.join(" ")
     };
-    let top = "schema role status error verified guest total_ms setup_ms downtime_ms downtime forecast decisions wire_bytes \
-               spared throughput_bytes_per_s memory_bound_bytes memory_peak_bytes bottleneck rounds stages";
+    let top = "schema role status error verified guest total_ms setup_ms downtime_ms downtime forecast decisions changes \
+               wire_bytes spared throughput_bytes_per_s memory_bound_bytes memory_peak_bytes bottleneck rounds stages";
     let round = "round ms pages zero raw compressed xbzrle unchanged xbzrle_misses xbzrle_overflows bytes_in bytes_out \
                  dirty_after";
     let stage = "name lane busy_ms input_wait_ms output_wait_ms batches pages";

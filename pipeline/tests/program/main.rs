@@ -2,6 +2,7 @@
 
 mod changing;
 mod configs;
+mod control;
 mod harness;
 mod images;
 mod kills;
@@ -9,6 +10,7 @@ mod kills;
 mod machines;
 mod memcached;
 mod messages;
+mod openapi;
 mod pages;
 mod plans;
 mod reports;

@@ -5,8 +5,8 @@ use std::path::Path;
 
 use serde_json::Value;
 
-const TOP: &str = "schema role status error verified guest total_ms setup_ms downtime_ms downtime forecast decisions wire_bytes \
-                   throughput_bytes_per_s memory_bound_bytes memory_peak_bytes bottleneck rounds stages";
+const TOP: &str = "schema role status error verified guest total_ms setup_ms downtime_ms downtime forecast decisions changes \
+                   wire_bytes throughput_bytes_per_s memory_bound_bytes memory_peak_bytes bottleneck rounds stages";
 const GUEST: &str = "bytes pages blocks";
 const BLOCK: &str = "id bytes page_size";
 const DOWNTIME: &str = "final_sync_ms final_transfer_ms state_ms verify_ms handover_ms";

@@ -5,8 +5,8 @@
 //! away, where a single group of four would fill three tenths. Then the oldest of the sixteen gives way, if it is old enough.
 //! Each slot has its page of memory from its first use on.
 //!
-//! Its size may change at any time. What it holds then keeps its memory and is placed anew, the pages used last before the others;
-//! where it shrinks, those that find no place are gone, and what they took goes back to the host.
+//! Its size may change at any time. What it holds then keeps its memory and is placed anew, the pages used last before the
+//! others; where it shrinks, those that find no place are gone, and what they took goes back to the host.
 
 use std::cmp::Reverse;
 use std::fmt;
@@ -198,9 +198,9 @@ fn mix(key: u64) -> u64 {
 
 /// Memory for a number of pages, which are taken in order.
 ///
-/// It lies in mappings of some megabytes that the kernel backs as pages are taken, by huge pages where it can: the first touch of
-/// small ones costs several times what the copy of a page does, and more than all else that the first round does with it. It
-/// is why `unsafe` is worth it here.
+/// It lies in mappings of some megabytes that the kernel backs as pages are taken, by huge pages where it can: the first
+/// touch of small ones costs several times what the copy of a page does, and more than all else that the first round does
+/// with it. It is why `unsafe` is worth it here.
 struct PageMemory {
     page_bytes: usize,
     pages: usize,

@@ -98,6 +98,7 @@ impl Destination {
 
     pub(super) async fn start(&mut self, run_state: RunState) -> Result<(), MigrationError> {
         self.start_begun = true;
+        self.observers.tell(&Event::HandedOver);
         let guest = self.guest.clone();
         Ok(blocking(move || guest.start(run_state)).await?)
     }

@@ -23,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 use super::error::{MigrationError, guarded};
 use super::link::Writer;
 use super::plane::DataPlane;
+use crate::control::Control;
 use crate::events::{DowntimeParts, Ended, Event, Observers, Phase};
 use crate::guest::Guest;
 use crate::settings::DestinationSettings;
@@ -31,16 +32,21 @@ use flow::Flow;
 /// Receives a guest from whoever connects to `listener`, and returns when it is decided whether it runs here.
 ///
 /// Strangers and broken peers are turned away and reported as events; the wait goes on. Nothing is started here before the
-/// source has said Go.
+/// source has said Go. `control` is a [`Control`], or the token that cancels it.
 pub async fn receive(
     guest: Arc<dyn Guest>,
     listener: Box<dyn Listener>,
     settings: DestinationSettings,
     plane: &DataPlane,
     observers: Observers,
-    cancel: CancellationToken,
+    control: impl Into<Control>,
 ) -> Ended {
-    let mut destination = Destination::new(guest, settings, plane.handle().clone(), observers, cancel);
+    let control = control.into();
+    let observers = control.destination_begins(&observers);
+    run(Destination::new(guest, settings, plane.handle().clone(), observers, control.token()), plane, listener).await
+}
+
+async fn run(mut destination: Destination, plane: &DataPlane, listener: Box<dyn Listener>) -> Ended {
     destination.observers.tell(&Event::Phase(Phase::Setup));
     let (mut answer, mut flow) = (None, None);
     let result = guarded(destination.migrate(plane, listener, &mut answer, &mut flow)).await;

@@ -24,7 +24,9 @@ struct Figures {
 
 impl Source {
     /// Whatever happened: the guest is where the verdict says, the logs are stopped, the peer is told, and it is reported.
-    pub(super) async fn conclude(mut self, mut verdict: Verdict, flow: Option<Flow>) -> Ended {
+    pub(super) async fn conclude(mut self, mut verdict: Verdict, mut flow: Option<Flow>) -> Ended {
+        self.requests = None;
+        flow.iter_mut().for_each(Flow::close_requests);
         self.close_window().await;
         let stays_paused = match verdict {
             Verdict::Completed => self.settings.after != Some(After::Resume),

@@ -42,6 +42,7 @@ impl Source {
                     blocking(move || guest.committed()).await;
                     give_up = tokio::time::Instant::now() + self.settings.handover_timeout;
                     self.go_said = true;
+                    self.observers.tell(&Event::HandedOver);
                     // A queue that is closed tells itself: the sender's failure follows, and counts as after Go.
                     flow.say(&Message::Go(self.was)).await.ok();
                 }
@@ -71,6 +72,10 @@ impl Source {
                 Err(cause) => Happening::Broke(cause.to_string()),
             }),
             Signal::Cancel => Some(Happening::Cancel),
+            Signal::Asked(request) => {
+                self.refuse(request);
+                None
+            }
             Signal::Scanned(_) | Signal::Synced(_) | Signal::Sent(_) | Signal::StageDone(_) | Signal::Tick => None,
         }
     }

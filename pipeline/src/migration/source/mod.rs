@@ -7,6 +7,7 @@
 //! ```
 
 mod clears;
+mod control;
 mod end;
 mod handover;
 mod rounds;
@@ -32,6 +33,7 @@ use super::flow::Flow;
 use super::handshake::Verdict;
 use super::plane::DataPlane;
 use super::speed::Speed;
+use crate::control::{Control, Requests};
 use crate::controller::Controller;
 use crate::controller::forecast::Forecast;
 use crate::events::{DowntimeParts, Ended, Event, Observers, Phase};
@@ -46,17 +48,22 @@ const HANDOVER_MOST: Duration = Duration::from_millis(50);
 
 /// Moves a guest to whatever `transport` leads to, and returns when it is decided where the guest is.
 ///
-/// The guest runs on while its memory is sent, is paused for the switchover, and is resumed here if anything fails
-/// before the destination may have started it. Cancelling takes effect at once, until the hand-over has begun.
+/// The guest runs on while its memory is sent, is paused for the switchover, and is resumed here if anything fails before
+/// the destination may have started it. `control` is a [`Control`], or the token that cancels it: cancelling takes effect at
+/// once, until the hand-over has begun.
 pub async fn send(
     guest: Arc<dyn Guest>,
     transport: Arc<dyn Transport>,
     settings: SourceSettings,
     plane: &DataPlane,
     observers: Observers,
-    cancel: CancellationToken,
+    control: impl Into<Control>,
 ) -> Ended {
-    let mut source = Source::new(guest, transport, settings, plane.handle().clone(), observers, cancel);
+    let source = Source::new(guest, transport, settings, plane.handle().clone(), &observers, &control.into());
+    run(source, plane).await
+}
+
+async fn run(mut source: Source, plane: &DataPlane) -> Ended {
     let mut flow = None;
     source.tell_phase(Phase::Setup);
     let verdict = match guarded(source.migrate(plane, &mut flow)).await {
@@ -81,6 +88,8 @@ struct Source {
     plane: Handle,
     observers: Observers,
     cancel: CancellationToken,
+    /// Until the stages run, which is when the flow has them.
+    requests: Option<Requests>,
     started: Instant,
     setup: Duration,
     logs: Vec<Arc<dyn DirtyLog>>,
@@ -121,9 +130,10 @@ impl Source {
         transport: Arc<dyn Transport>,
         settings: SourceSettings,
         plane: Handle,
-        observers: Observers,
-        cancel: CancellationToken,
+        observers: &Observers,
+        control: &Control,
     ) -> Self {
+        let (observers, requests) = control.source_begins(&settings, observers);
         let memory = guest.memory();
         let mut controller = Controller::new(&settings, memory.page_size().bytes() as u64);
         controller.fixed().handover = HANDOVER_GUESS;
@@ -139,7 +149,8 @@ impl Source {
             settings,
             plane,
             observers,
-            cancel,
+            cancel: control.token(),
+            requests: Some(requests),
             started: Instant::now(),
             setup: Duration::ZERO,
             logs: Vec::new(),
@@ -166,17 +177,7 @@ impl Source {
     /// The migration as the list of its phases.
     async fn migrate(&mut self, plane: &DataPlane, running: &mut Option<Flow>) -> Result<Verdict, MigrationError> {
         bounds::check_host(self.bound())?;
-        let cancel = self.cancel.clone();
-        let agreed = async {
-            let mut link = self.connect(plane).await?;
-            self.agree(&mut link).await?;
-            Ok::<_, MigrationError>(link)
-        };
-        let link = tokio::select! {
-            biased;
-            () = cancel.cancelled() => return Err(MigrationError::Cancelled),
-            agreed = agreed => agreed?,
-        };
+        let link = self.reach(plane).await?;
         // A cancel waits for this: a log that is being started cannot be stopped.
         let (bitmap, untouched) = match self.make_ready().await {
             Ok(ready) => ready,

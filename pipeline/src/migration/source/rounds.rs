@@ -41,7 +41,7 @@ impl Source {
     }
 
     /// Tells a decision, and keeps the forecast that a switchover rests on.
-    fn tell(&mut self, decided: &Decided) {
+    pub(super) fn tell(&mut self, decided: &Decided) {
         if decided.decision == Decision::SwitchOver && self.paused.is_none() {
             self.forecast = decided.forecast;
         }
@@ -49,7 +49,7 @@ impl Source {
     }
 
     /// Holds the guest back. One that cannot be is let run, and the controller goes on without this step.
-    async fn throttle(&mut self, percent: u8) {
+    pub(super) async fn throttle(&mut self, percent: u8) {
         let guest = self.guest.clone();
         self.throttled = true;
         if let Err(error) = asked(move || guest.throttle(percent)).await {
@@ -123,6 +123,11 @@ impl Source {
         Standing { elapsed: self.started.elapsed(), dirty_pages, kept_pages, in_flight_pages }
     }
 
+    /// How things stand, as far as the bitmap knows.
+    pub(super) fn standing_now(&self, flow: &Flow) -> Standing {
+        self.standing(flow, self.bitmap.as_ref().map_or(0, |bitmap| bitmap.count()))
+    }
+
     pub(super) fn page_bytes(&self, pages: u64) -> u64 {
         pages * self.memory.page_size().bytes() as u64
     }
@@ -140,6 +145,7 @@ impl Source {
     pub(super) async fn attend(&mut self, flow: &mut Flow) -> Result<Option<Signal>, MigrationError> {
         match flow.next().await {
             Signal::Cancel => Err(MigrationError::Cancelled),
+            Signal::Asked(request) => self.answer(Some(flow), request).await.map(|()| None),
             Signal::Said(Message::Progress(acknowledged)) => self.acknowledge(flow, &acknowledged).map(|()| None),
             Signal::Said(Message::Refused(why)) => Err(MigrationError::Refused { peer: "destination", why }),
             Signal::Said(Message::Abort(why)) => Err(MigrationError::GivenUp { peer: "destination", why }),
@@ -178,7 +184,7 @@ impl Source {
     async fn tick(&mut self, flow: &Flow) -> Result<(), MigrationError> {
         let wire_bytes = wire_bytes(flow);
         let speed = self.speed.tick(wire_bytes);
-        let now = self.standing(flow, self.bitmap.as_ref().map_or(0, |bitmap| bitmap.count()));
+        let now = self.standing_now(flow);
         let forecaster = self.controller.forecaster();
         self.observers.tell(&Event::Progress(Progress {
             round: self.round,
@@ -221,11 +227,7 @@ impl Source {
         self.tell(&decided);
         match decided.decision {
             Decision::GiveUp => Err(MigrationError::GaveUp(decided.why)),
-            _ => {
-                self.pause().await?;
-                flow.graph.cap_switchover(self.settings.switchover_bandwidth);
-                Ok(())
-            }
+            _ => self.pause(flow).await,
         }
     }
 }

@@ -1,56 +1,103 @@
 //! Setup: the destination is reached and agrees, the logs are armed, the stages are started.
 
+use std::pin::pin;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use memferry_stages::bitmap::DirtyBitmap;
+use memferry_stages::memory::GuestMemory;
 use memferry_stages::wire::messages::StatePhase;
 use memferry_stages::wire::{Features, Message};
+use memferry_transports::Transport;
 
 use super::{HANDOVER_MOST, Source};
 use crate::events::{Event, Phase};
+use crate::guest::Guest;
 use crate::migration::arming::{Armed, arm};
 use crate::migration::error::MigrationError;
-use crate::migration::flow::Flow;
+use crate::migration::flow::{Flow, asked};
 use crate::migration::link::{Link, features};
 use crate::migration::plane::DataPlane;
 use crate::migration::source_graph::{SourceGraph, SourceParts};
 use crate::migration::{FAREWELL, block_facts, blocking, bounds, digests, state};
+use crate::settings::SourceSettings;
 
-impl Source {
-    pub(super) async fn connect(&mut self, plane: &DataPlane) -> Result<Link, MigrationError> {
+/// What it takes to reach the destination, held apart from the source: meanwhile that may be asked for other settings.
+struct Introduction {
+    guest: Arc<dyn Guest>,
+    memory: GuestMemory,
+    transport: Arc<dyn Transport>,
+    settings: SourceSettings,
+    features: Features,
+}
+
+impl Introduction {
+    async fn connect(&self, plane: &DataPlane) -> Result<Link, MigrationError> {
         let (transport, settings) = (self.transport.clone(), self.settings.clone());
-        let page_size = self.memory.page_size();
-        let features = Features {
-            left_out: self.may_leave_out(),
-            ignored_blocks: self.layout().blocks().iter().any(|block| block.ignored),
-            ..features(&settings)
-        };
+        let (page_size, features) = (self.memory.page_size(), self.features);
         plane.run(async move { Link::open(transport, settings, page_size, features).await }).await
     }
 
-    /// The destination accepts the stream, builds its machine and is ready for pages, before any is sent.
-    pub(super) async fn agree(&mut self, link: &mut Link) -> Result<(), MigrationError> {
+    /// The destination accepts the stream, builds its machine and is ready for pages, before any is sent. Returns how long a
+    /// question and its answer took.
+    async fn agree(&self, link: &mut Link) -> Result<Duration, MigrationError> {
         self.answer(link, "Accept", |message| matches!(message, Message::Accept(_))).await?;
         let guest = self.guest.clone();
         let setup = blocking(move || guest.setup_state()).await?;
         for chunk in state::chunks(StatePhase::Setup, setup)? {
             link.say(&Message::State(chunk)).await?;
         }
-        link.say(&Message::Blocks(self.layout().blocks().to_vec())).await?;
+        link.say(&Message::Blocks(self.memory.layout().blocks().to_vec())).await?;
         let asked = Instant::now();
         self.answer(link, "Ready", |message| *message == Message::Ready).await?;
-        // Two one-way trips make the hand-over, as they make this question and its answer.
-        let fixed = self.controller.fixed();
-        fixed.handover = fixed.handover.max(asked.elapsed().min(HANDOVER_MOST));
-        self.observers.tell(&Event::Connected { peer: link.peer.clone() });
-        Ok(())
+        Ok(asked.elapsed())
     }
 
     /// Waits for an answer, as long as the last handshake may take.
     async fn answer(&self, link: &mut Link, name: &str, is_it: fn(&Message) -> bool) -> Result<(), MigrationError> {
         let answered = tokio::time::timeout(self.settings.handover_timeout, link.expect(is_it)).await;
         answered.unwrap_or_else(|_| Err(MigrationError::TimedOut(format!("{} does not answer with {name}", link.peer))))
+    }
+}
+
+impl Source {
+    /// Reaches the destination, which accepts. Meanwhile what is asked of this end is answered.
+    pub(super) async fn reach(&mut self, plane: &DataPlane) -> Result<Link, MigrationError> {
+        let introduction = self.introduction();
+        let agreed = async {
+            let mut link = introduction.connect(plane).await?;
+            let answered_in = introduction.agree(&mut link).await?;
+            Ok::<_, MigrationError>((link, answered_in))
+        };
+        let (mut agreed, cancel) = (pin!(agreed), self.cancel.clone());
+        let (link, answered_in) = loop {
+            tokio::select! {
+                biased;
+                () = cancel.cancelled() => return Err(MigrationError::Cancelled),
+                request = asked(&mut self.requests) => self.answer(None, request).await?,
+                agreed = &mut agreed => break agreed?,
+            }
+        };
+        // Two one-way trips make the hand-over, as they make this question and its answer.
+        let fixed = self.controller.fixed();
+        fixed.handover = fixed.handover.max(answered_in.min(HANDOVER_MOST));
+        self.observers.tell(&Event::Connected { peer: link.peer.clone() });
+        Ok(link)
+    }
+
+    fn introduction(&self) -> Introduction {
+        let features = Features {
+            left_out: self.may_leave_out(),
+            ignored_blocks: self.layout().blocks().iter().any(|block| block.ignored),
+            ..features(&self.settings)
+        };
+        Introduction {
+            guest: self.guest.clone(),
+            memory: self.memory.clone(),
+            transport: self.transport.clone(),
+            settings: self.settings.clone(),
+            features,
+        }
     }
 
     /// What is left to do before the first page.
@@ -115,6 +162,6 @@ impl Source {
         let graph = SourceGraph::start(parts, &self.settings, &self.plane);
         self.setup = self.started.elapsed();
         self.tell_phase(Phase::Active);
-        Flow::new(graph, link.said, self.cancel.clone())
+        Flow::new(graph, link.said, self.cancel.clone(), self.requests.take())
     }
 }

@@ -17,8 +17,7 @@ impl Source {
     /// The guest stands still: its device state, the last sync, the last round, digests, and the end mark.
     pub(super) async fn send_the_rest(&mut self, flow: &mut Flow) -> Result<(), MigrationError> {
         self.drain(flow).await?;
-        self.pause().await?;
-        flow.graph.cap_switchover(self.settings.switchover_bandwidth);
+        self.pause(flow).await?;
         self.reach_complete().await;
         let device = self.save().await?;
         self.sync(flow).await.map(|found| self.parts.final_sync = found.duration)?;
@@ -60,7 +59,8 @@ impl Source {
         Ok(())
     }
 
-    pub(super) async fn pause(&mut self) -> Result<(), MigrationError> {
+    /// The guest stands still from here on, and what it waits for has a bandwidth of its own.
+    pub(super) async fn pause(&mut self, flow: &Flow) -> Result<(), MigrationError> {
         if self.paused.is_none() {
             self.tell_phase(Phase::Switchover);
             self.paused = Some(Instant::now());
@@ -68,6 +68,7 @@ impl Source {
                 let guest = self.guest.clone();
                 blocking(move || guest.pause()).await?;
             }
+            flow.graph.set_bandwidth(self.bandwidth());
             self.observers.tell(&Event::Paused);
         }
         Ok(())

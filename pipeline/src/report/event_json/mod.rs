@@ -19,10 +19,12 @@
 //! | `synced` | a bitmap sync is done | `after_round`, `dirty_pages`, `duration_ms` |
 //! | `spared` | pages need not travel | so far: `hinted`, `hints_dropped`, `unplugged`, `ignored` |
 //! | `decided` | the controller decided | `round`, `decision`: "another-round", "throttle", "raise-downtime-limit", "switch-over", "give-up"; `expected_ms`, `why`: in words; `throttle_percent` or `downtime_limit_ms` where that is decided; `forecast`: as in the report |
+//! | `changed` | a setting was changed while it ran | `round`, `key`, `from` and `to`: as the configuration writes them; `memory_bound_bytes`: from here on |
 //! | `progress` | ten times a second | `round`, `remaining_bytes`, `total_bytes`, `wire_bytes`, `wire_bytes_per_s`, `page_bytes_per_s`, `dirty_bytes_per_s`, `expected_downtime_ms`, `downtime_limit_ms` (null at the destination), `throttle_percent`, `stages` (`name`, `lane`, `busy_ms`, `input_wait_ms`, `output_wait_ms`, `batches`, `pages`: from its start on) |
 //! | `turned_away` | a stranger or a broken peer was refused | `peer`, `why` |
 //! | `warning` | the operator should know, and it goes on | `what` |
 //! | `paused` | the guest stands still at the source | |
+//! | `handed_over` | a cancel is too late: the destination may run the guest | |
 //! | `resumed` | the guest goes on at the source | |
 //! | `ended` | the last of its end | `phase`, `error`, `verified`, `total_ms`, `setup_ms`, `downtime_ms`, `downtime` (its parts), `forecast`, `wire_bytes`, `spared`, `memory_peak_bytes`, `stages`: as in the report; `resume_failed`: the source guest stands still and nobody runs it |
 //! | `lost` | the reader was too slow; has no role | `events`: how many are missing before this line |
@@ -33,8 +35,8 @@ use memferry_stages::tally::RoundTally;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    BlockReport, DecisionReport, DowntimeReport, ForecastReport, GuestReport, SparedReport, StageReport, decision,
-    downtime, forecast_report, ms, spared, stage,
+    BlockReport, ChangeReport, DecisionReport, DowntimeReport, ForecastReport, GuestReport, SparedReport, StageReport,
+    change, decision, downtime, forecast_report, ms, spared, stage,
 };
 use crate::controller::{Decided, Decision};
 use crate::events::{BlockFacts, Ended, Event, Phase, Progress, Role};
@@ -128,6 +130,8 @@ pub enum EventJson {
     Spared(SparedReport),
     /// The controller decided.
     Decided(DecidedJson),
+    /// A setting was changed while it ran.
+    Changed(ChangedJson),
     /// Figures on the way.
     Progress(ProgressJson),
     /// A stranger or a broken peer was turned away.
@@ -144,6 +148,8 @@ pub enum EventJson {
     },
     /// The guest stands still at the source.
     Paused,
+    /// A cancel is too late.
+    HandedOver,
     /// The guest goes on at the source.
     Resumed,
     /// It ended.
@@ -210,6 +216,16 @@ pub struct DecidedJson {
     pub downtime_limit_ms: Option<f64>,
     /// The forecast that it rests on; null if none could be made.
     pub forecast: Option<ForecastReport>,
+}
+
+/// A setting that was changed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChangedJson {
+    /// Which, when, and to what.
+    #[serde(flatten)]
+    pub change: ChangeReport,
+    /// What the engine may take for itself from here on.
+    pub memory_bound_bytes: u64,
 }
 
 /// Figures on the way.
@@ -350,7 +366,11 @@ impl From<&Event> for EventJson {
             Event::Progress(progress) => Self::Progress(progress.into()),
             Event::TurnedAway { peer, why } => Self::TurnedAway { peer: peer.clone(), why: why.clone() },
             Event::Warning(what) => Self::Warning { what: what.clone() },
+            Event::Changed(changed) => {
+                Self::Changed(ChangedJson { change: change(changed), memory_bound_bytes: changed.memory_bound })
+            }
             Event::Paused => Self::Paused,
+            Event::HandedOver => Self::HandedOver,
             Event::Resumed => Self::Resumed,
             Event::Ended(ended) => Self::Ended(ended.into()),
         }

@@ -1,0 +1,185 @@
+//! Settings as a client writes them: an object of JSON, with the values that the configuration has, or plain numbers.
+
+use std::fmt::Display;
+use std::str::FromStr;
+use std::time::Duration;
+
+use serde_json::{Map, Value};
+
+use crate::config::values::{Bandwidth, Deadline, Size, Time};
+use crate::control::Change;
+use crate::settings::SwitchoverBandwidth;
+
+const KEYS: &str =
+    "max_bandwidth, switchover_bandwidth, downtime_limit, max_downtime, deadline, throttle and xbzrle_cache";
+const RATE: &str = r#"a rate such as "200 MiB/s", a number of bytes a second, or "unlimited""#;
+const TIME: &str = r#"a length of time such as "50ms", or a number of milliseconds"#;
+const TIME_OR_NONE: &str = r#"a length of time such as "5m", a number of milliseconds, or "none""#;
+const SIZE: &str = r#"a size such as "512 MiB", or a number of bytes"#;
+const PERCENT: &str = "a whole number from 0 to 99";
+
+/// The changes that a body asks for; what is wrong with it otherwise, by the name of the setting.
+pub(super) fn changes(body: &[u8]) -> Result<Vec<Change>, String> {
+    let object: Map<String, Value> = serde_json::from_slice(body)
+        .map_err(|error| format!(r#"the body is no JSON object such as {{ "downtime_limit": "50ms" }}: {error}"#))?;
+    object.iter().map(|(key, value)| change(key, value)).collect()
+}
+
+fn change(key: &str, value: &Value) -> Result<Change, String> {
+    let change = match key {
+        "max_bandwidth" => rate(value).map(Change::MaxBandwidth),
+        "switchover_bandwidth" => switchover_bandwidth(value).map(Change::SwitchoverBandwidth),
+        "downtime_limit" => time(value).map(Change::DowntimeLimit),
+        "max_downtime" => time_or_none(value).map(Change::MaxDowntime),
+        "deadline" => time_or_none(value).map(Change::Deadline),
+        "throttle" => percent(value).map(Change::ThrottleMost),
+        "xbzrle_cache" => size(value).map(Change::XbzrleCache),
+        _ => {
+            let start: String = key.chars().take(40).collect();
+            return Err(format!("{start:?} is no setting that can be changed while it runs; these are: {KEYS}"));
+        }
+    };
+    change.map_err(|expected| format!("{key}: {} is wrong here; write {expected}", shortened(value)))
+}
+
+fn shortened(value: &Value) -> String {
+    let text = value.to_string();
+    if text.chars().count() <= 60 { text } else { text.chars().take(60).chain("…".chars()).collect() }
+}
+
+type Expected = &'static str;
+
+fn rate(value: &Value) -> Result<Option<u64>, Expected> {
+    match value {
+        Value::Null => Ok(None),
+        Value::Number(_) => value.as_u64().map(Some).ok_or(RATE),
+        _ => written::<Bandwidth>(value, RATE).map(|rate| rate.0),
+    }
+}
+
+/// Null is what the configuration says by leaving it out: as the rounds.
+fn switchover_bandwidth(value: &Value) -> Result<SwitchoverBandwidth, Expected> {
+    Ok(match rate(value)? {
+        _ if value.is_null() => SwitchoverBandwidth::AsRounds,
+        None => SwitchoverBandwidth::Unlimited,
+        Some(most) => SwitchoverBandwidth::AtMost(most),
+    })
+}
+
+fn time(value: &Value) -> Result<Duration, Expected> {
+    match value.as_f64() {
+        Some(ms) => Duration::try_from_secs_f64(ms / 1000.0).map_err(|_| TIME),
+        None => written::<Time>(value, TIME).map(|time| time.0),
+    }
+}
+
+fn time_or_none(value: &Value) -> Result<Option<Duration>, Expected> {
+    match value {
+        Value::Null => Ok(None),
+        Value::Number(_) => time(value).map(Some).map_err(|_| TIME_OR_NONE),
+        _ => written::<Deadline>(value, TIME_OR_NONE).map(|time| time.0),
+    }
+}
+
+fn percent(value: &Value) -> Result<u8, Expected> {
+    value.as_u64().and_then(|percent| u8::try_from(percent).ok()).filter(|percent| *percent <= 99).ok_or(PERCENT)
+}
+
+fn size(value: &Value) -> Result<u64, Expected> {
+    match value.as_u64() {
+        Some(bytes) => Ok(bytes),
+        None => written::<Size>(value, SIZE).map(|size| size.0),
+    }
+}
+
+/// A value as the configuration writes it.
+fn written<T: FromStr<Err: Display>>(value: &Value, expected: Expected) -> Result<T, Expected> {
+    value.as_str().and_then(|text| text.parse().ok()).ok_or(expected)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    #[test]
+    fn values_are_written_as_in_the_configuration_or_as_numbers() {
+        let body = br#"{ "max_bandwidth": "200 MiB/s", "switchover_bandwidth": "unlimited", "downtime_limit": "50ms",
+            "max_downtime": "none", "deadline": "5m", "throttle": 40, "xbzrle_cache": "512 MiB" }"#;
+        let mut all = changes(body).unwrap();
+        all.sort_by_key(Change::key);
+        let expected = [
+            Change::Deadline(Some(300_000 * MS)),
+            Change::DowntimeLimit(50 * MS),
+            Change::MaxBandwidth(Some(200 << 20)),
+            Change::MaxDowntime(None),
+            Change::SwitchoverBandwidth(SwitchoverBandwidth::Unlimited),
+            Change::ThrottleMost(40),
+            Change::XbzrleCache(512 << 20),
+        ];
+        assert_eq!(all, expected);
+        let body = br#"{ "max_bandwidth": 1000, "switchover_bandwidth": 7, "downtime_limit": 0.5, "max_downtime": 30,
+            "deadline": null, "xbzrle_cache": 4096 }"#;
+        let mut all = changes(body).unwrap();
+        all.sort_by_key(Change::key);
+        let expected = [
+            Change::Deadline(None),
+            Change::DowntimeLimit(MS / 2),
+            Change::MaxBandwidth(Some(1000)),
+            Change::MaxDowntime(Some(30 * MS)),
+            Change::SwitchoverBandwidth(SwitchoverBandwidth::AtMost(7)),
+            Change::XbzrleCache(4096),
+        ];
+        assert_eq!(all, expected);
+        let nulls = changes(br#"{ "max_bandwidth": null, "switchover_bandwidth": null }"#).unwrap();
+        let expected = [Change::MaxBandwidth(None), Change::SwitchoverBandwidth(SwitchoverBandwidth::AsRounds)];
+        assert_eq!(nulls, expected);
+        assert_eq!(changes(b"{}").unwrap(), []);
+    }
+
+    #[test]
+    fn what_is_wrong_is_named_with_what_would_be_right() {
+        let wrong = |body: &str| changes(body.as_bytes()).unwrap_err();
+        assert!(wrong("").contains("no JSON object such as"));
+        assert!(wrong("[1]").contains("no JSON object such as"));
+        assert!(wrong(r#"{ "lanes": 4 }"#).contains(r#""lanes" is no setting"#));
+        assert_eq!(
+            wrong(r#"{ "downtime_limit": "soon" }"#),
+            r#"downtime_limit: "soon" is wrong here; write a length of time such as "50ms", or a number of milliseconds"#
+        );
+        for body in [
+            r#"{ "downtime_limit": null }"#,
+            r#"{ "downtime_limit": -1 }"#,
+            r#"{ "max_bandwidth": "200 MiB" }"#,
+            r#"{ "max_bandwidth": -5 }"#,
+            r#"{ "throttle": 100 }"#,
+            r#"{ "throttle": null }"#,
+            r#"{ "xbzrle_cache": null }"#,
+            r#"{ "deadline": 1e300 }"#,
+            r#"{ "max_downtime": [] }"#,
+        ] {
+            assert!(wrong(body).contains("is wrong here"), "{body}");
+        }
+        let long = wrong(&format!(r#"{{ "deadline": "{}" }}"#, "ß".repeat(5000)));
+        assert!(long.len() < 300, "{long}");
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_changes_or_an_error(body in prop::collection::vec(any::<u8>(), 0..200)) {
+            drop(changes(&body));
+        }
+
+        #[test]
+        fn any_value_is_a_change_or_an_error(
+            key in prop::sample::select(KEYS.split([',', ' ']).filter(|word| word.len() > 3).collect::<Vec<_>>()),
+            value in "[-0-9a-zA-Z \"./\\[\\]{}]{0,20}",
+        ) {
+            drop(changes(format!(r#"{{ "{key}": {value} }}"#).as_bytes()));
+            drop(changes(format!(r#"{{ "{key}": "{value}" }}"#).as_bytes()));
+        }
+    }
+}

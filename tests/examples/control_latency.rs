@@ -1,0 +1,93 @@
+//! How soon the control API answers, and a cancel over it takes effect, while every core is busy: a guest whose writers
+//! never rest is compressed as hard as can be, asked for its status again and again, for other settings, and cancelled at
+//! another moment each time.
+//!
+//! ```text
+//! cargo run --release -p memferry-tests --example control_latency [-- RUNS]
+//! ```
+
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+use memferry::api::{Server, client};
+use memferry::control::Control;
+use memferry::events::{Event, Phase, Role};
+use memferry::settings::{EncoderSettings, SourceSettings};
+use memferry_stages::codec::Codec;
+use memferry_stages::geometry::PageSize;
+use memferry_tests::run::{Recorder, migrate_watched};
+use memferry_tests::{TestGuest, source_settings};
+use memferry_transports::Address;
+use memferry_transports::memory::MemoryTransport;
+
+/// How long each request took.
+#[derive(Default)]
+struct Times {
+    get: Vec<Duration>,
+    patch: Vec<Duration>,
+    /// The answer to a cancel.
+    cancel: Vec<Duration>,
+    /// From asking to the source's verdict.
+    verdict: Vec<Duration>,
+}
+
+fn main() {
+    let runs: u64 = std::env::args().nth(1).and_then(|runs| runs.parse().ok()).unwrap_or(20);
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("threads");
+    let dir = tempfile::tempdir().expect("a folder");
+    let socket = format!("unix:{}", dir.path().join("control.sock").display()).parse().expect("an address");
+    let mut times = Times::default();
+    (0..runs).for_each(|run| runtime.block_on(one(run, &socket, &mut times)));
+    let Times { get, patch, cancel, verdict } = times;
+    for (what, mut times) in [("GET", get), ("PATCH", patch), ("cancel answered", cancel), ("cancelled", verdict)] {
+        times.sort();
+        let (median, worst) = (times[times.len() / 2], times[times.len() - 1]);
+        println!("{what}: {} times with all cores compressing: median {median:.1?}, worst {worst:.1?}", times.len());
+    }
+}
+
+async fn one(run: u64, socket: &Address, times: &mut Times) {
+    let source = TestGuest::source(PageSize::DEFAULT, &[256 << 20]).running(2);
+    let settings = SourceSettings {
+        encoder: EncoderSettings { compress: Some(Codec::Zstd { level: 19 }), xbzrle: None },
+        max_rounds: u32::MAX,
+        downtime_limit: Duration::from_micros(1),
+        ..source_settings(4, 4)
+    };
+    let control = Control::new();
+    let server = Server::listen(socket, control.clone()).await.expect("a socket");
+    let verdict = Arc::new(OnceLock::new());
+    let told = verdict.clone();
+    let recorder = Recorder::calling(move |role, event| {
+        if role == Role::Source && matches!(event, Event::Phase(Phase::Cancelled)) {
+            told.get_or_init(Instant::now);
+        }
+    });
+    let migration = tokio::spawn(migrate_watched(
+        source.clone(),
+        Arc::new(TestGuest::destination()),
+        Arc::new(MemoryTransport::new(1 << 20)),
+        settings,
+        control,
+        recorder,
+    ));
+    tokio::time::sleep(Duration::from_millis(200 + run * 37 % 300)).await;
+    for number in 0..20_u64 {
+        let asked = Instant::now();
+        client::status(socket).await.expect("an answer");
+        times.get.push(asked.elapsed());
+        let limit = serde_json::json!({ "downtime_limit": 0.001 + 0.001 * f64::from(u32::try_from(number % 2).expect("0 or 1")) });
+        let asked = Instant::now();
+        client::set(socket, limit.as_object().expect("an object")).await.expect("an answer");
+        times.patch.push(asked.elapsed());
+        tokio::time::sleep(Duration::from_millis(7)).await;
+    }
+    let asked = Instant::now();
+    client::cancel(socket).await.expect("an answer");
+    times.cancel.push(asked.elapsed());
+    let ends = migration.await.expect("a migration does not panic");
+    assert_eq!(ends.source.phase, Phase::Cancelled, "{:?}", ends.source.error);
+    assert!(source.runs(), "the source guest goes on");
+    times.verdict.push(verdict.get().expect("it was told").duration_since(asked));
+    server.close().await;
+}

@@ -1,0 +1,114 @@
+//! A guest that outruns a slow wire.
+
+use std::sync::{Arc, Mutex};
+
+use memferry::dirty_log::DirtyLog;
+use memferry::geometry::{BlockInfo, PageSize};
+use memferry::guest::workload::{Fill, LogChoice, Pattern, Region, Workload, WorkloadSettings, WriterSettings};
+use memferry::guest::{Guest, GuestError, GuestState, RunState};
+use memferry::memory::GuestMemory;
+
+/// A workload that remembers how it was throttled, and may refuse to be.
+#[derive(Debug)]
+pub struct Hot {
+    workload: Arc<Workload>,
+    refuses: bool,
+    throttled: Mutex<Vec<u8>>,
+}
+
+impl Guest for Hot {
+    fn memory(&self) -> GuestMemory {
+        self.workload.memory()
+    }
+
+    fn run_state(&self) -> RunState {
+        self.workload.run_state()
+    }
+
+    fn dirty_logs(&self) -> Result<Vec<Arc<dyn DirtyLog>>, GuestError> {
+        self.workload.dirty_logs()
+    }
+
+    fn setup_state(&self) -> Result<GuestState, GuestError> {
+        self.workload.setup_state()
+    }
+
+    fn pause(&self) -> Result<(), GuestError> {
+        self.workload.pause()
+    }
+
+    fn resume(&self) -> Result<(), GuestError> {
+        self.workload.resume()
+    }
+
+    fn throttle(&self, percent: u8) -> Result<(), GuestError> {
+        self.throttled.lock().unwrap().push(percent);
+        if self.refuses && percent > 0 {
+            return Err(GuestError("this guest cannot be throttled".into()));
+        }
+        self.workload.throttle(percent)
+    }
+
+    fn save(&self) -> Result<GuestState, GuestError> {
+        self.workload.save()
+    }
+
+    fn committed(&self) {
+        self.workload.committed();
+    }
+
+    fn build(&self, page_size: PageSize, blocks: &[BlockInfo], setup: &GuestState) -> Result<(), GuestError> {
+        self.workload.build(page_size, blocks, setup)
+    }
+
+    fn prepare(&self, state: &GuestState) -> Result<(), GuestError> {
+        self.workload.prepare(state)
+    }
+
+    fn start(&self, run_state: RunState) -> Result<(), GuestError> {
+        self.workload.start(run_state)
+    }
+}
+
+impl Hot {
+    /// 8 MiB of noise, of which any page is written twice in a fifth of a second.
+    ///
+    /// # Panics
+    /// If the host has no room for it.
+    #[must_use]
+    pub fn new() -> Self {
+        let writer = WriterSettings {
+            pattern: Pattern::Uniform,
+            pages_per_second: 20_000.0,
+            bytes: 4000,
+            region: Region { from: 0.0, to: 1.0 },
+        };
+        let settings = WorkloadSettings {
+            memory: 8 << 20,
+            dirty_log: LogChoice::Software,
+            fill: Fill { zero: 0.0, text: 0.0, random: 1.0, process: 0.0 },
+            writers: vec![writer],
+            ..WorkloadSettings::default()
+        };
+        let workload = Workload::source(settings).expect("a workload of 8 MiB");
+        Self { workload, refuses: false, throttled: Mutex::default() }
+    }
+
+    /// The same, and it cannot be throttled.
+    #[must_use]
+    pub fn refusing() -> Self {
+        Self { refuses: true, ..Self::new() }
+    }
+
+    /// Every percentage that it was told to be held back for, in order.
+    #[must_use]
+    pub fn throttled(&self) -> Vec<u8> {
+        self.throttled.lock().unwrap().clone()
+    }
+}
+
+impl Default for Hot {
+    fn default() -> Self {
+        Self::new()
+    }
+}

@@ -1,0 +1,95 @@
+//! A hundred migrations in a row in one process, each cancelled over its control API at another moment: nothing is left
+//! behind. Alone in its program, for it counts what that has.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use memferry::api::{Server, client};
+use memferry::control::Control;
+use memferry::events::Phase;
+use memferry::guest::workload::Workload;
+use memferry::guest::{Guest, RunState};
+use memferry::settings::{ConvergenceSettings, EncoderSettings, SourceSettings, StallStep};
+use memferry_tests::hot::Hot;
+use memferry_tests::{migrate, source_settings};
+use memferry_transports::Address;
+use memferry_transports::memory::MemoryTransport;
+
+/// How many of the process's things are in a folder of `/proc/self`.
+fn count(what: &str) -> usize {
+    std::fs::read_dir(format!("/proc/self/{what}")).unwrap().count()
+}
+
+fn settings() -> SourceSettings {
+    SourceSettings {
+        encoder: EncoderSettings { compress: None, xbzrle: None },
+        max_bandwidth: Some(48 << 20),
+        downtime_limit: Duration::from_nanos(1),
+        // Nothing switches it over, not even a round that leaves nothing dirty.
+        max_downtime: Some(Duration::from_nanos(1)),
+        max_rounds: u32::MAX,
+        convergence: ConvergenceSettings {
+            on_stall: vec![StallStep::Throttle],
+            stall_rounds: 1,
+            cool_down_rounds: 1,
+            ..ConvergenceSettings::default()
+        },
+        ..source_settings(2, 2)
+    }
+}
+
+/// Cancels a migration of the guest so long after its control API is there.
+fn cancelled(guest: &Arc<Hot>, socket: &Address, later: Duration) {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    runtime.block_on(async {
+        let control = Control::new();
+        let server = Server::listen(socket, control.clone()).await.unwrap();
+        let transport = Arc::new(MemoryTransport::new(64 << 10));
+        let moving = migrate(guest.clone(), Workload::destination(), transport, settings(), control.clone());
+        let cancelling = async {
+            tokio::time::sleep(later).await;
+            // A watcher that is there at the end, and reads to it.
+            let mut lines = client::events(socket).await.unwrap();
+            client::cancel(socket).await.unwrap();
+            let mut last = String::new();
+            while let Some(line) = lines.next().await.unwrap() {
+                last = line;
+            }
+            assert!(last.contains(r#""event":"ended""#) && last.contains("cancelled"), "{last}");
+        };
+        let both = async { tokio::join!(moving, cancelling).0 };
+        let ends = tokio::time::timeout(Duration::from_secs(60), both).await.expect("it hangs");
+        assert_eq!(ends.source.phase, Phase::Cancelled, "{:?}", ends.source.error);
+        let status = client::status(socket).await.unwrap();
+        assert_eq!(status["ended"]["phase"], "cancelled");
+        assert!(client::cancel(socket).await.unwrap_err().to_string().contains("over"));
+        server.close().await;
+    });
+}
+
+#[test]
+fn a_hundred_cancels_leave_no_thread_descriptor_throttle_or_socket_behind() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = format!("unix:{}", dir.path().join("control.sock").display()).parse().unwrap();
+    let guest = Arc::new(Hot::new());
+    // The first one of all opens what the runtime keeps for the whole process.
+    cancelled(&guest, &socket, Duration::from_millis(50));
+    let (threads, descriptors) = (count("task"), count("fd"));
+    for run in 0..100_u64 {
+        cancelled(&guest, &socket, Duration::from_millis(run * 37 % 450));
+        assert_eq!(guest.run_state(), RunState::Running, "cancel {run}");
+        let throttled = guest.throttled();
+        assert_eq!(throttled.last().copied().unwrap_or(0), 0, "cancel {run}: {throttled:?}");
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "cancel {run} left its socket");
+    }
+    assert!(guest.throttled().iter().any(|&percent| percent > 0), "none of them throttled");
+    let since = Instant::now();
+    while count("task") > threads || count("fd") > descriptors {
+        let now = (count("task"), count("fd"));
+        assert!(
+            since.elapsed() < Duration::from_secs(10),
+            "threads and descriptors: {now:?} of {threads}, {descriptors}"
+        );
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}

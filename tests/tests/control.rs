@@ -1,0 +1,344 @@
+//! A migration that is asked for something else while it runs: each setting, and what becomes of it; the switchover on demand.
+
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use memferry::control::{Change, Control, ControlError, Status};
+use memferry::controller::Decision;
+use memferry::events::{Event, Phase, Progress, Role};
+use memferry::guest::workload::{Fill, LogChoice, Pattern, Region, Workload, WorkloadSettings, WriterSettings};
+use memferry::guest::{Guest, RunState};
+use memferry::settings::{
+    ConvergenceSettings, EncoderSettings, OnDeadline, SourceSettings, StallStep, SwitchoverBandwidth, ThrottleSettings,
+    XbzrleSettings,
+};
+use memferry_tests::hot::Hot;
+use memferry_tests::{Ends, Recorder, migrate_watched, source_settings};
+use memferry_transports::memory::MemoryTransport;
+
+const MIB: u64 = 1 << 20;
+const MS: Duration = Duration::from_millis(1);
+
+/// It never ends by itself: the guest writes all of its memory faster than the wire carries it.
+fn endless() -> SourceSettings {
+    SourceSettings {
+        encoder: EncoderSettings { compress: None, xbzrle: None },
+        max_bandwidth: Some(16 * MIB),
+        downtime_limit: MS,
+        max_rounds: u32::MAX,
+        verify: false,
+        ..source_settings(2, 2)
+    }
+}
+
+/// Runs a migration, and beside it what asks it for things. The cap on time is for a test that hangs.
+fn asked<F: Future<Output = ()>>(
+    guest: Arc<dyn Guest>,
+    settings: SourceSettings,
+    recorder: Recorder,
+    ask: impl FnOnce(Control) -> F,
+) -> Ends {
+    let control = Control::new();
+    let transport = Arc::new(MemoryTransport::new(64 << 10));
+    let moving = migrate_watched(guest, Workload::destination(), transport, settings, control.clone(), recorder);
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let both = async { tokio::join!(moving, ask(control)).0 };
+    runtime.block_on(async { tokio::time::timeout(Duration::from_secs(60), both).await.expect("it hangs") })
+}
+
+fn asked_hot<F: Future<Output = ()>>(settings: SourceSettings, ask: impl FnOnce(Control) -> F) -> (Arc<Hot>, Ends) {
+    let guest = Arc::new(Hot::new());
+    let ends = asked(guest.clone(), settings, Recorder::default(), ask);
+    (guest, ends)
+}
+
+/// Waits until the status is as wanted.
+async fn until(control: &Control, what: &str, holds: impl Fn(&Status) -> bool) -> Status {
+    let since = Instant::now();
+    loop {
+        let status = control.status();
+        if holds(&status) {
+            return status;
+        }
+        assert!(since.elapsed() < Duration::from_secs(30), "{what}: {status:#?}");
+        tokio::time::sleep(5 * MS).await;
+    }
+}
+
+async fn rounds_run(control: &Control) {
+    until(control, "a round is sent", |status| status.rounds > 0).await;
+}
+
+/// Bytes on the wire in the time to come, by the figures that are told.
+async fn bytes_in(control: &Control, time: Duration) -> f64 {
+    let wire_bytes = || control.status().progress.map_or(0, |Progress { wire_bytes, .. }| wire_bytes);
+    let (since, before) = (Instant::now(), wire_bytes());
+    tokio::time::sleep(time).await;
+    #[expect(clippy::cast_precision_loss, reason = "a rate")]
+    let bytes = (wire_bytes() - before) as f64;
+    bytes / since.elapsed().as_secs_f64() * time.as_secs_f64()
+}
+
+#[track_caller]
+fn completed(ends: &Ends) {
+    assert_eq!(ends.source.phase, Phase::Completed, "{:?}", ends.source.error);
+    assert_eq!(ends.destination.phase, Phase::Completed, "{:?}", ends.destination.error);
+}
+
+fn changes(ends: &Ends) -> Vec<String> {
+    let changed = |(_, event): &(Role, Event)| match event {
+        Event::Changed(changed) => Some(changed.to_string()),
+        _ => None,
+    };
+    ends.events.iter().filter_map(changed).collect()
+}
+
+#[test]
+fn a_migration_gets_a_cap_another_one_and_none_again() {
+    // Without a cap a round may leave nothing dirty, which must not switch it over either.
+    let least = Duration::from_nanos(1);
+    let uncapped =
+        SourceSettings { max_bandwidth: None, downtime_limit: least, max_downtime: Some(least), ..endless() };
+    let (_, ends) = asked_hot(uncapped, |control| async move {
+        rounds_run(&control).await;
+        #[expect(clippy::cast_precision_loss, reason = "a rate")]
+        let mib = MIB as f64;
+        for cap in [4, 12] {
+            control.set([Change::MaxBandwidth(Some(cap * MIB))]).await.unwrap();
+            tokio::time::sleep(300 * MS).await;
+            #[expect(clippy::cast_precision_loss, reason = "a rate")]
+            let (wanted, sent) = (cap as f64, bytes_in(&control, 1000 * MS).await / mib);
+            // Figures come ten times a second: a tenth may be of the time before, another one missing.
+            assert!(sent > wanted * 0.5 && sent < wanted * 1.25, "{sent} MiB in a second at {cap} MiB/s");
+        }
+        control.set([Change::MaxBandwidth(None)]).await.unwrap();
+        let sent = bytes_in(&control, 1000 * MS).await / mib;
+        assert!(sent > 15.0, "{sent} MiB in a second without a cap");
+        control.cancel();
+    });
+    assert_eq!(ends.source.phase, Phase::Cancelled, "{:?}", ends.source.error);
+    let told = changes(&ends);
+    assert_eq!(told[0], "max_bandwidth is changed from unlimited to 4 MiB/s");
+    assert_eq!(told.len(), 3, "{told:?}");
+}
+
+#[test]
+fn a_higher_limit_ends_it() {
+    let (_, ends) = asked_hot(endless(), |control| async move {
+        rounds_run(&control).await;
+        control.set([Change::DowntimeLimit(Duration::from_secs(20))]).await.unwrap();
+    });
+    completed(&ends);
+    assert_eq!(changes(&ends), ["downtime_limit is changed from 1ms to 20s"]);
+}
+
+#[test]
+fn a_deadline_ends_it() {
+    let (_, ends) = asked_hot(endless(), |control| async move {
+        rounds_run(&control).await;
+        let past = control.set([Change::Deadline(Some(MS))]).await.unwrap_err();
+        assert!(matches!(&past, ControlError::Invalid { key: "deadline", why } if why.contains("gone")), "{past}");
+        let soon = control.status().elapsed + Duration::from_secs(1);
+        control.set([Change::Deadline(Some(soon))]).await.unwrap();
+    });
+    completed(&ends);
+    assert!(changes(&ends)[0].starts_with("deadline is changed from none to "), "{:?}", changes(&ends));
+}
+
+#[test]
+fn a_deadline_that_is_taken_away_ends_nothing() {
+    let settings =
+        SourceSettings { deadline: Some(Duration::from_secs(2)), on_deadline: OnDeadline::Cancel, ..endless() };
+    let (_, ends) = asked_hot(settings, |control| async move {
+        rounds_run(&control).await;
+        control.set([Change::Deadline(None)]).await.unwrap();
+        until(&control, "more time than the deadline", |status| status.elapsed > 2500 * MS).await;
+        assert_eq!(control.status().phase, Phase::Active);
+        control.set([Change::DowntimeLimit(Duration::from_secs(20))]).await.unwrap();
+    });
+    completed(&ends);
+}
+
+#[test]
+fn a_throttle_above_its_ceiling_is_lowered_at_once() {
+    let settings = SourceSettings {
+        convergence: ConvergenceSettings {
+            on_stall: vec![StallStep::Throttle],
+            stall_rounds: 1,
+            cool_down_rounds: 1,
+            throttle: ThrottleSettings { start: 30, step: 1, most: 60 },
+            ..ConvergenceSettings::default()
+        },
+        ..endless()
+    };
+    let (guest, ends) = asked_hot(settings, |control| async move {
+        let throttled = |status: &Status| {
+            matches!(status.decision.as_ref().map(|decided| decided.decision), Some(Decision::Throttle(_)))
+        };
+        until(&control, "it throttles", throttled).await;
+        control.set([Change::ThrottleMost(10)]).await.unwrap();
+        let told = |status: &Status| status.progress.as_ref().is_some_and(|progress| progress.throttle == 10);
+        until(&control, "it is told", told).await;
+        control.cancel();
+    });
+    assert_eq!(ends.source.phase, Phase::Cancelled);
+    let levels = guest.throttled();
+    let lowered = levels.iter().position(|&percent| percent == 10).unwrap_or_else(|| panic!("{levels:?}"));
+    assert!(levels[..lowered].iter().all(|&percent| (30..=60).contains(&percent)), "{levels:?}");
+    assert_eq!(levels[lowered..], [10, 0], "at the ceiling nothing rises, and the end lifts it");
+}
+
+/// 16 MiB, of which a set of 1500 pages is written all the time, a little each time.
+fn warm() -> Arc<Workload> {
+    let writer = WriterSettings {
+        pattern: Pattern::Uniform,
+        pages_per_second: 20_000.0,
+        bytes: 16,
+        region: Region { from: 0.0, to: 1500.0 / 4096.0 },
+    };
+    let settings = WorkloadSettings {
+        memory: 16 << 20,
+        dirty_log: LogChoice::Software,
+        fill: Fill { zero: 0.0, text: 0.0, random: 1.0, process: 0.0 },
+        writers: vec![writer],
+        ..WorkloadSettings::default()
+    };
+    Workload::source(settings).expect("a workload of 16 MiB")
+}
+
+#[test]
+fn a_cache_grows_and_shrinks_and_the_destination_stays_exact() {
+    const SMALL: u64 = 1 << 20;
+    const LARGE: u64 = 32 << 20;
+    let xbzrle = XbzrleSettings { cache_bytes: SMALL, compress_on_miss: false, cache_first_round: true };
+    let settings = SourceSettings {
+        encoder: EncoderSettings { compress: None, xbzrle: Some(xbzrle) },
+        downtime_limit: Duration::from_nanos(1),
+        verify: true,
+        ..endless()
+    };
+    // Misses and pages of each round, in percent.
+    let misses: Arc<Mutex<Vec<u64>>> = Arc::default();
+    let of_rounds = misses.clone();
+    let recorder = Recorder::calling(move |role, event| {
+        if let (Role::Source, Event::RoundSent { tally, .. }) = (role, event) {
+            of_rounds.lock().unwrap().push(tally.xbzrle_misses * 100 / tally.pages.max(1));
+        }
+    });
+    let ends = asked(warm(), settings, recorder, |control| async move {
+        // Of the rounds to come the first two are of the change, or show it to the cache.
+        let latest = || async {
+            let now = control.status().rounds;
+            until(&control, "five rounds", |status| status.rounds >= now + 5).await;
+            *misses.lock().unwrap().last().unwrap()
+        };
+        rounds_run(&control).await;
+        let small = latest().await;
+        let bound = control.status().memory_bound;
+        control.set([Change::XbzrleCache(LARGE)]).await.unwrap();
+        assert_eq!(control.status().memory_bound, bound + LARGE - SMALL);
+        let large = latest().await;
+        control.set([Change::XbzrleCache(SMALL)]).await.unwrap();
+        assert_eq!(control.status().memory_bound, bound);
+        let small_again = latest().await;
+        assert!(small > 60 && large < 20 && small_again > 60, "misses in percent: {small}, {large}, {small_again}");
+
+        let refused = control.set([Change::XbzrleCache(4096)]).await.unwrap_err();
+        assert!(refused.to_string().contains("holds no pages"), "{refused}");
+        let refused = control.set([Change::XbzrleCache(1 << 50)]).await.unwrap_err();
+        assert!(refused.to_string().contains("more than half of the"), "{refused}");
+        assert_eq!(control.status().memory_bound, bound, "nothing has changed");
+        control.set([Change::DowntimeLimit(Duration::from_secs(20))]).await.unwrap();
+    });
+    completed(&ends);
+    assert_eq!((ends.source.verified, changes(&ends).len()), (Some(true), 3));
+}
+
+#[test]
+fn it_switches_over_when_told_to() {
+    let (_, ends) = asked_hot(endless(), |control| async move {
+        rounds_run(&control).await;
+        control.switch_over().await.unwrap();
+        let again = control.switch_over().await.unwrap_err();
+        assert!(matches!(again, ControlError::TooLate(_) | ControlError::Over), "{again}");
+        until(&control, "it has ended", |status| status.ended.is_some()).await;
+        assert_eq!(control.switch_over().await, Err(ControlError::Over));
+        assert_eq!(control.set([Change::MaxBandwidth(None)]).await, Err(ControlError::Over));
+    });
+    completed(&ends);
+    let decided = |(_, event): &(Role, Event)| matches!(event, Event::Decided(decided) if decided.why.contains("the operator says so"));
+    assert!(ends.events.iter().any(decided));
+}
+
+#[test]
+fn in_the_first_round_it_switches_over_at_once_and_sends_the_round_as_fast_as_it_is_told() {
+    let settings = SourceSettings { max_bandwidth: Some(64 << 10), ..endless() };
+    let (_, ends) = asked_hot(settings, |control| async move {
+        until(&control, "it is active", |status| status.phase == Phase::Active).await;
+        control.switch_over().await.unwrap();
+        until(&control, "it is paused", |status| status.phase == Phase::Switchover).await;
+        // Two minutes are left at that rate. Only what helps the paused guest can be changed.
+        let late = control.set([Change::DowntimeLimit(2 * MS)]).await.unwrap_err();
+        assert!(matches!(&late, ControlError::TooLate(why) if why.contains("downtime_limit")), "{late}");
+        control.set([Change::SwitchoverBandwidth(SwitchoverBandwidth::Unlimited)]).await.unwrap();
+    });
+    completed(&ends);
+    let rounds =
+        ends.events.iter().filter(|(role, event)| *role == Role::Source && matches!(event, Event::RoundSent { .. }));
+    assert_eq!(rounds.count(), 2, "the one that was begun, and the last");
+}
+
+#[test]
+fn it_does_not_switch_over_above_max_downtime() {
+    let settings = SourceSettings { max_downtime: Some(2 * MS), ..endless() };
+    let (guest, ends) = asked_hot(settings, |control| async move {
+        rounds_run(&control).await;
+        until(&control, "a decision", |status| status.decision.is_some()).await;
+        let refused = control.switch_over().await.unwrap_err();
+        let is_told = matches!(&refused, ControlError::Refused(why) if why.contains("max_downtime is 2.00 ms; expected downtime"));
+        assert!(is_told, "{refused}");
+        let refused = control.set([Change::DowntimeLimit(3 * MS)]).await.unwrap_err();
+        assert_eq!(refused.to_string(), "max_downtime: a downtime_limit of 3ms above a max_downtime of 2ms");
+        control.set([Change::MaxDowntime(None)]).await.unwrap();
+        control.switch_over().await.unwrap();
+    });
+    completed(&ends);
+    assert_eq!(guest.run_state(), RunState::Paused);
+}
+
+#[test]
+fn all_of_several_changes_are_made_or_none() {
+    let (_, ends) = asked_hot(endless(), |control| async move {
+        rounds_run(&control).await;
+        let before = control.status().in_force;
+        let wrong = [Change::MaxBandwidth(Some(20 * MIB)), Change::ThrottleMost(5)];
+        let refused = control.set(wrong).await.unwrap_err();
+        assert!(refused.to_string().contains("not among the steps of on_stall"), "{refused}");
+        assert_eq!(control.status().in_force, before);
+        let right =
+            [Change::MaxDowntime(Some(Duration::from_secs(30))), Change::DowntimeLimit(Duration::from_secs(20))];
+        control.set(right).await.unwrap();
+    });
+    completed(&ends);
+    assert_eq!(changes(&ends).len(), 2);
+}
+
+#[test]
+fn before_the_destination_is_there_settings_can_be_changed_already() {
+    let control = Control::new();
+    let address = "tcp:127.0.0.1:1".parse().unwrap();
+    let transport = Arc::from(memferry_transports::open(&address, Duration::from_secs(30)));
+    let guest: Arc<dyn Guest> = Arc::new(Hot::new());
+    let sending = memferry_tests::run::source(guest, transport, endless(), Arc::default(), control.clone());
+    let asking = async {
+        until(&control, "it has begun", |status| status.role.is_some()).await;
+        control.set([Change::MaxBandwidth(Some(7))]).await.unwrap();
+        assert_eq!(control.status().in_force.unwrap().max_bandwidth, Some(7));
+        let early = control.switch_over().await.unwrap_err();
+        assert!(matches!(&early, ControlError::Refused(why) if why.contains("being set up")), "{early}");
+        control.cancel();
+    };
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let (ended, ()) = runtime.block_on(async { tokio::join!(sending, asking) });
+    assert_eq!(ended.phase, Phase::Cancelled);
+}
