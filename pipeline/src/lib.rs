@@ -22,6 +22,7 @@ pub mod cli;
 pub mod config;
 pub mod control;
 pub mod controller;
+mod event_file;
 pub mod events;
 pub mod guest;
 mod host;

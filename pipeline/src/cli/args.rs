@@ -225,6 +225,12 @@ pub(super) struct Migrate {
     /// Writes a report, whole or not at all: a page for a person if FILE ends in .html, else JSON; may be given once for each
     #[arg(long, value_name = "FILE")]
     pub(super) report: Vec<PathBuf>,
+    /// Writes every event as a line of JSON as it happens, for its owner only; - is standard output
+    #[arg(long, value_name = "FILE")]
+    pub(super) events: Option<PathBuf>,
+    /// Serves figures to Prometheus for as long as the program lives, as in 127.0.0.1:9464
+    #[arg(long, value_name = "ADDRESS")]
+    pub(super) metrics: Option<String>,
     /// What is logged to standard error: error, warn, info, debug or trace [default: warn]
     #[arg(long, value_name = "LEVEL")]
     pub(super) log: Option<String>,

@@ -5,6 +5,7 @@ mod check;
 mod control;
 mod hosting;
 pub mod inspect;
+mod outlets;
 mod plan;
 mod record;
 mod session;
@@ -25,6 +26,7 @@ use crate::log;
 use crate::progress::Screen;
 use args::{Command, CommandLine, Configured, Migrate, Record};
 use inspect::Inspection;
+use outlets::Outlets;
 use session::Session;
 use verdict::{BAD_USAGE, DONE, FAILED};
 
@@ -64,7 +66,11 @@ fn migrate(options: Migrate, role: &'static str, purpose: Purpose, watch: Role) 
         return complain(&error, BAD_USAGE);
     }
     let command = async {
-        let session = Session::new(config, options, role, watch, &screen)?;
+        let outlets = match Outlets::open(&options) {
+            Ok(outlets) => outlets,
+            Err(why) => return Ok(complain(&why, BAD_USAGE)),
+        };
+        let session = Session::new(config, options, role, watch, &screen, outlets)?;
         let server = match session.serve_control().await {
             Ok(server) => server,
             Err(error) => return Ok(complain(&format!("--control: {error}"), BAD_USAGE)),

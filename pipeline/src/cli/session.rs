@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 use super::args::Migrate;
 use super::check;
 use super::hosting::Hosted;
+use super::outlets::Outlets;
 use super::signals::Signals;
 use super::verdict::{FAILED, exit_code, joint, never_begun};
 use crate::api::Server;
@@ -47,6 +48,7 @@ pub(super) struct Session {
     signals: Signals,
     control: Control,
     plane: DataPlane,
+    outlets: Outlets,
 }
 
 impl Session {
@@ -57,6 +59,7 @@ impl Session {
         role: &'static str,
         watch: Role,
         screen: &Screen,
+        outlets: Outlets,
     ) -> std::io::Result<Self> {
         let accountant = Arc::new(Accountant::default());
         let mut observers: Vec<Arc<dyn Observer>> =
@@ -64,9 +67,10 @@ impl Session {
         if !options.quiet {
             observers.push(progress(watch, screen));
         }
+        observers.extend(outlets.observers());
         let (signals, plane) = (Signals::listen()?, DataPlane::new()?);
         let control = signals.arm(CANCELLING).into();
-        Ok(Self { config, options, role, accountant, observers, signals, control, plane })
+        Ok(Self { config, options, role, accountant, observers, signals, control, plane, outlets })
     }
 
     /// Serves the control API where the options say so.
@@ -223,9 +227,10 @@ impl Session {
                 eprintln!("memferry: the report {} cannot be written: {error}", file.display());
             }
         }
-        say(&table::verdict(verdict, account));
+        self.outlets.close();
+        self.say(&table::verdict(verdict, account));
         if !self.options.quiet && !account.rounds.is_empty() {
-            say(&format!("\n{}", table::summary(frame, account, far).trim_end()));
+            self.say(&format!("\n{}", table::summary(frame, account, far).trim_end()));
         }
     }
 
@@ -259,9 +264,18 @@ impl Session {
     async fn host(&self, guest: &Hosted, time: Option<Duration>, code: u8) -> u8 {
         let Some(health) = guest.live(time, self.signals.arm(ENDING)).await else { return code };
         if !self.options.quiet || !health.is_sound {
-            say(&health.line);
+            self.say(&health.line);
         }
         if health.is_sound { code } else { FAILED }
+    }
+
+    /// Writes to standard output, or beside it where events are written there; nobody need be reading.
+    fn say(&self, text: &str) {
+        drop(if self.outlets.have_stdout() {
+            writeln!(std::io::stderr(), "{text}")
+        } else {
+            writeln!(std::io::stdout(), "{text}")
+        });
     }
 
     fn note(&self, line: &str) {
@@ -278,11 +292,6 @@ fn progress(watch: Role, screen: &Screen) -> Arc<dyn Observer> {
     } else {
         Arc::new(ProgressLines::new(watch, std::io::stderr()))
     }
-}
-
-/// Writes to standard output; nobody need be reading.
-fn say(text: &str) {
-    drop(writeln!(std::io::stdout(), "{text}"));
 }
 
 /// Both ends at once. When one ends without success the other soon knows; if it does not, it is cancelled.

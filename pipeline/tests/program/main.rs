@@ -3,6 +3,7 @@
 mod changing;
 mod configs;
 mod control;
+mod exposition;
 mod harness;
 mod images;
 mod kills;
@@ -11,6 +12,7 @@ mod machines;
 mod memcached;
 mod messages;
 mod openapi;
+mod outlets;
 mod pages;
 mod plans;
 mod reports;

@@ -1,9 +1,15 @@
-//! Statistics through the `metrics` crate: whoever embeds memferry installs a recorder and sees every migration.
+//! Statistics through the `metrics` crate: whoever embeds memferry installs a recorder and sees every migration; the program
+//! serves them to Prometheus ([`prometheus`]).
+//!
+//! Takes events, owns nothing but what it needs to count rises once. Names and units are those of Prometheus: seconds and
+//! bytes, `_total` for what only rises. Counters, histograms and stage times add up over the migrations of a process and
+//! survive every end; a gauge says how it was last, so that the figures of a migration that failed can still be read.
 //!
 //! | metric | kind | labels | meaning |
 //! |---|---|---|---|
 //! | `memferry_migrations_total` | counter | role, status | migrations that ended |
 //! | `memferry_phase` | gauge | role, phase | 1 for the phase it is in, 0 for the others |
+//! | `memferry_round` | gauge | role | the round it is in |
 //! | `memferry_rounds_total` | counter | role | rounds that are complete |
 //! | `memferry_round_seconds` | histogram | role | how long a round took |
 //! | `memferry_pages_total` | counter | role, encoding | pages by how they travelled |
@@ -15,17 +21,29 @@
 //! | `memferry_spared_pages_total` | counter | role, why | pages that were not sent: hinted, unplugged, ignored |
 //! | `memferry_sync_seconds` | histogram | role | how long a bitmap sync took |
 //! | `memferry_dirty_pages` | gauge | role | dirty pages at the last sync |
+//! | `memferry_guest_bytes` | gauge | role | bytes of the guest's memory |
 //! | `memferry_remaining_bytes` | gauge | role | page bytes to go |
 //! | `memferry_wire_bytes_per_second` | gauge | role | bytes to the wire, lately |
 //! | `memferry_dirty_bytes_per_second` | gauge | role | page bytes that the guest dirtied, lately |
 //! | `memferry_expected_downtime_seconds` | gauge | role | what a switchover would cost |
+//! | `memferry_downtime_limit_seconds` | gauge | role | what it may cost, as far as the limit is raised; the source's alone |
+//! | `memferry_throttle_ratio` | gauge | role | share of its time that the guest is held back |
+//! | `memferry_decisions_total` | counter | role, decision | what the controller decided |
 //! | `memferry_downtime_seconds` | histogram | role | how long the guest stood still |
 //! | `memferry_downtime_part_seconds` | histogram | role, part | where that time went |
 //! | `memferry_memory_bound_bytes` | gauge | role | the most memory that the engine takes |
 //! | `memferry_memory_peak_bytes` | gauge | role | the most it took |
-//! | `memferry_stage_microseconds_total` | counter | role, stage, state | time of a stage, all lanes: busy, input_wait, output_wait |
+//! | `memferry_stage_seconds` | gauge | role, stage, state | time of a stage, all lanes: busy, input_wait, output_wait; it only rises |
 //! | `memferry_turned_away_total` | counter | role | strangers and broken peers that were turned away |
+//! | `memferry_warnings_total` | counter | role | warnings that the operator was given |
+//!
+//! Stage times are gauges because counters are whole numbers in this crate, and seconds are not.
 
+pub mod prometheus;
+#[cfg(test)]
+mod tests;
+
+use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -34,15 +52,32 @@ use memferry_stages::meter::Reading;
 use memferry_stages::tally::RoundTally;
 use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 
-use crate::events::{DowntimeParts, Ended, Event, Observer, Phase, Progress, Role};
+use crate::controller::Decided;
+use crate::events::{BlockFacts, DowntimeParts, Ended, Event, Observer, Phase, Progress, Role};
 use crate::log::name;
-use crate::report::status;
+use crate::report::{decision_name, status};
 
-/// Records events in the recorder that is installed; nothing if there is none.
+/// Upper bounds in seconds of the buckets of each histogram.
+pub const BUCKETS: [(&str, &[f64]); 4] = [
+    ("memferry_round_seconds", &[0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0]),
+    ("memferry_sync_seconds", &[0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0]),
+    ("memferry_downtime_seconds", &[0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0, 30.0]),
+    ("memferry_downtime_part_seconds", &[0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0]),
+];
+
+/// Records the events of one migration after the other in the recorder that is installed; nothing if there is none.
 #[derive(Debug, Default)]
 pub struct MetricsObserver {
-    /// Bytes on the wire counted so far, for source and destination.
-    wire: Mutex<[u64; 2]>,
+    /// What is counted already, of source and destination.
+    counted: Mutex<[Counted; 2]>,
+}
+
+/// What the events of a running migration said in all, so that only what came on top is added.
+#[derive(Debug, Default)]
+struct Counted {
+    wire_bytes: u64,
+    /// Seconds of a stage in a state, all its lanes.
+    stages: HashMap<(&'static str, &'static str), f64>,
 }
 
 impl MetricsObserver {
@@ -53,17 +88,17 @@ impl MetricsObserver {
         Self::default()
     }
 
-    /// Counters only rise: adds what came on top since the last time.
-    fn wire_bytes(&self, role: Role, total: u64) {
-        let mut wire = self.wire.lock().unwrap_or_else(PoisonError::into_inner);
-        let counted = &mut wire[role as usize];
-        counter!("memferry_wire_bytes_total", "role" => name(role)).increment(total.saturating_sub(*counted));
-        *counted = total.max(*counted);
+    fn progress(&self, role: Role, now: &Progress) {
+        self.counted(role, |counted| counted.rise(name(role), now.wire_bytes, &now.stages));
+        progress(name(role), now);
     }
 
     fn ended(&self, role: Role, ended: &Ended) {
-        self.wire_bytes(role, ended.wire_bytes);
-        self.wire.lock().unwrap_or_else(PoisonError::into_inner)[role as usize] = 0;
+        self.counted(role, |counted| {
+            counted.rise(name(role), ended.wire_bytes, &ended.stages);
+            // The next migration counts from nothing.
+            *counted = Counted::default();
+        });
         let role = name(role);
         counter!("memferry_migrations_total", "role" => role, "status" => status(ended.phase)).increment(1);
         gauge!("memferry_memory_peak_bytes", "role" => role).set(float(ended.memory_peak));
@@ -75,17 +110,44 @@ impl MetricsObserver {
             histogram!("memferry_downtime_seconds", "role" => role).record(downtime);
             downtime_parts(role, &ended.parts);
         }
-        ended.stages.iter().for_each(|reading| stage(role, reading));
     }
+
+    fn counted(&self, role: Role, change: impl FnOnce(&mut Counted)) {
+        change(&mut self.counted.lock().unwrap_or_else(PoisonError::into_inner)[role as usize]);
+    }
+}
+
+impl Counted {
+    /// Adds what rose since the last time.
+    fn rise(&mut self, role: &'static str, wire_bytes: u64, stages: &[Reading]) {
+        counter!("memferry_wire_bytes_total", "role" => role).increment(wire_bytes.saturating_sub(self.wire_bytes));
+        self.wire_bytes = wire_bytes.max(self.wire_bytes);
+        for ((stage, state), seconds) in by_state(stages) {
+            let counted = self.stages.entry((stage, state)).or_default();
+            let labels = [("role", role), ("stage", stage), ("state", state)];
+            gauge!("memferry_stage_seconds", &labels).increment((seconds - *counted).max(0.0));
+            *counted = seconds.max(*counted);
+        }
+    }
+}
+
+/// The seconds of each stage in each state, all its lanes together.
+fn by_state(stages: &[Reading]) -> HashMap<(&'static str, &'static str), f64> {
+    let mut seconds = HashMap::new();
+    for reading in stages {
+        let states = [("busy", reading.busy), ("input_wait", reading.input_wait), ("output_wait", reading.output_wait)];
+        for (state, time) in states {
+            *seconds.entry((reading.name, state)).or_default() += time.as_secs_f64();
+        }
+    }
+    seconds
 }
 
 impl Observer for MetricsObserver {
     fn event(&self, role: Role, event: &Event) {
         match event {
             Event::Phase(now) => phase(name(role), *now),
-            Event::Guest { memory_bound, .. } => {
-                gauge!("memferry_memory_bound_bytes", "role" => name(role)).set(float(*memory_bound));
-            }
+            Event::Guest { blocks, memory_bound, .. } => guest(name(role), blocks, *memory_bound),
             Event::Changed(changed) => {
                 gauge!("memferry_memory_bound_bytes", "role" => name(role)).set(float(changed.memory_bound));
             }
@@ -94,22 +156,28 @@ impl Observer for MetricsObserver {
                 gauge!("memferry_dirty_pages", "role" => name(role)).set(float(*dirty_pages));
                 histogram!("memferry_sync_seconds", "role" => name(role)).record(*duration);
             }
-            Event::Progress(now) => {
-                self.wire_bytes(role, now.wire_bytes);
-                progress(name(role), now);
-            }
+            Event::Decided(decided) => decision(name(role), decided),
+            Event::Progress(now) => self.progress(role, now),
             Event::TurnedAway { .. } => counter!("memferry_turned_away_total", "role" => name(role)).increment(1),
+            Event::Warning(_) => counter!("memferry_warnings_total", "role" => name(role)).increment(1),
             Event::Ended(end) => self.ended(role, end),
             Event::Connected { .. }
             | Event::RoundScanned { .. }
             | Event::Spared(_)
-            | Event::Decided(_)
-            | Event::Warning(_)
             | Event::Paused
             | Event::HandedOver
             | Event::Resumed => {}
         }
     }
+}
+
+fn guest(role: &'static str, blocks: &[BlockFacts], memory_bound: u64) {
+    gauge!("memferry_guest_bytes", "role" => role).set(float(blocks.iter().map(|block| block.bytes).sum()));
+    gauge!("memferry_memory_bound_bytes", "role" => role).set(float(memory_bound));
+}
+
+fn decision(role: &'static str, decided: &Decided) {
+    counter!("memferry_decisions_total", "role" => role, "decision" => decision_name(decided.decision)).increment(1);
 }
 
 fn phase(role: &'static str, now: Phase) {
@@ -147,6 +215,11 @@ fn round(role: &'static str, tally: &RoundTally, duration: Duration) {
 }
 
 fn progress(role: &'static str, now: &Progress) {
+    gauge!("memferry_round", "role" => role).set(now.round);
+    gauge!("memferry_throttle_ratio", "role" => role).set(f64::from(now.throttle) / 100.0);
+    if !now.downtime_limit.is_zero() {
+        gauge!("memferry_downtime_limit_seconds", "role" => role).set(now.downtime_limit);
+    }
     gauge!("memferry_remaining_bytes", "role" => role).set(float(now.remaining_bytes));
     gauge!("memferry_wire_bytes_per_second", "role" => role).set(now.wire_rate);
     if let Some(rate) = now.dirty_rate {
@@ -170,15 +243,6 @@ fn downtime_parts(role: &'static str, parts: &DowntimeParts) {
     }
 }
 
-fn stage(role: &'static str, reading: &Reading) {
-    let states = [("busy", reading.busy), ("input_wait", reading.input_wait), ("output_wait", reading.output_wait)];
-    for (state, time) in states {
-        let labels = [("role", role), ("stage", reading.name), ("state", state)];
-        counter!("memferry_stage_microseconds_total", &labels)
-            .increment(u64::try_from(time.as_micros()).unwrap_or(u64::MAX));
-    }
-}
-
 #[expect(clippy::cast_precision_loss, reason = "gauges are floating-point")]
 fn float(number: u64) -> f64 {
     number as f64
@@ -187,6 +251,7 @@ fn float(number: u64) -> f64 {
 fn describe() {
     describe_counter!("memferry_migrations_total", "Migrations that ended");
     describe_gauge!("memferry_phase", "1 for the phase the migration is in");
+    describe_gauge!("memferry_round", "The round the migration is in");
     describe_counter!("memferry_rounds_total", "Rounds that are complete");
     describe_histogram!("memferry_round_seconds", Unit::Seconds, "How long a round took");
     describe_counter!("memferry_pages_total", "Pages by how they travelled");
@@ -197,73 +262,20 @@ fn describe() {
     describe_counter!("memferry_xbzrle_overflows_total", "Pages whose delta was not smaller");
     describe_histogram!("memferry_sync_seconds", Unit::Seconds, "How long a bitmap sync took");
     describe_gauge!("memferry_dirty_pages", "Dirty pages at the last sync");
+    describe_gauge!("memferry_guest_bytes", Unit::Bytes, "Bytes of the guest's memory");
     describe_gauge!("memferry_remaining_bytes", Unit::Bytes, "Page bytes to go");
     describe_gauge!("memferry_wire_bytes_per_second", "Bytes to the wire, lately");
     describe_gauge!("memferry_dirty_bytes_per_second", "Page bytes that the guest dirtied, lately");
     describe_gauge!("memferry_expected_downtime_seconds", Unit::Seconds, "What a switchover would cost");
+    describe_gauge!("memferry_downtime_limit_seconds", Unit::Seconds, "What a switchover may cost");
+    describe_gauge!("memferry_throttle_ratio", "Share of its time that the guest is held back");
+    describe_counter!("memferry_decisions_total", "What the controller decided");
     describe_histogram!("memferry_downtime_seconds", Unit::Seconds, "How long the guest stood still");
     describe_histogram!("memferry_downtime_part_seconds", Unit::Seconds, "Where the downtime went");
     describe_gauge!("memferry_memory_bound_bytes", Unit::Bytes, "The most memory that the engine takes");
     describe_gauge!("memferry_memory_peak_bytes", Unit::Bytes, "The most memory that the engine took");
     describe_counter!("memferry_spared_pages_total", "Pages that were not sent for what the guest said of them");
-    describe_counter!("memferry_stage_microseconds_total", Unit::Microseconds, "How a stage spent its time");
+    describe_gauge!("memferry_stage_seconds", Unit::Seconds, "How a stage spent its time, all lanes; it only rises");
+    describe_counter!("memferry_warnings_total", "Warnings that the operator was given");
     describe_counter!("memferry_turned_away_total", "Strangers and broken peers that were turned away");
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::report::tests::script;
-    use metrics_util::debugging::{DebugValue, DebuggingRecorder};
-    use std::collections::HashMap;
-
-    /// Every metric that a migration leaves, by name and labels without the role.
-    fn recorded() -> HashMap<String, DebugValue> {
-        let recorder = DebuggingRecorder::new();
-        let snapshotter = recorder.snapshotter();
-        metrics::with_local_recorder(&recorder, || {
-            let observer = MetricsObserver::new();
-            script(Role::Source).iter().for_each(|event| observer.event(Role::Source, event));
-        });
-        let entry =
-            |(key, _, description, value): (metrics_util::CompositeKey, _, Option<metrics::SharedString>, _)| {
-                assert!(description.is_some(), "{key:?} is described");
-                let labels =
-                    key.key().labels().filter(|label| label.key() != "role").map(|label| label.value().to_owned());
-                (std::iter::once(key.key().name().to_owned()).chain(labels).collect::<Vec<_>>().join(" "), value)
-            };
-        snapshotter.snapshot().into_vec().into_iter().map(entry).collect()
-    }
-
-    #[test]
-    fn a_migration_leaves_its_figures() {
-        let recorded = recorded();
-        let counter = |name: &str| match recorded[name] {
-            DebugValue::Counter(count) => count,
-            ref other => panic!("{name} is {other:?}"),
-        };
-        assert_eq!(counter("memferry_rounds_total"), 2);
-        assert_eq!(counter("memferry_pages_total compressed"), 150_000);
-        assert_eq!(counter("memferry_pages_total xbzrle"), 890);
-        assert_eq!(counter("memferry_wire_bytes_total"), 512 << 20);
-        assert_eq!(counter("memferry_spared_pages_total hinted"), 5000);
-        assert_eq!(counter("memferry_migrations_total completed"), 1);
-        assert_eq!(counter("memferry_stage_microseconds_total encoder busy"), 2_200_000);
-        assert_eq!(recorded["memferry_phase completed"], DebugValue::Gauge(1.0.into()));
-        assert_eq!(recorded["memferry_phase active"], DebugValue::Gauge(0.0.into()));
-        assert_eq!(recorded["memferry_dirty_pages"], DebugValue::Gauge(100.0.into()));
-        assert_eq!(recorded["memferry_downtime_seconds"], DebugValue::Histogram(vec![0.213.into()]));
-    }
-
-    #[test]
-    fn the_wire_counter_never_counts_a_byte_twice() {
-        let recorder = DebuggingRecorder::new();
-        let snapshotter = recorder.snapshotter();
-        metrics::with_local_recorder(&recorder, || {
-            let observer = MetricsObserver::default();
-            [100, 250, 250].iter().for_each(|&total| observer.wire_bytes(Role::Source, total));
-        });
-        let (.., value) = snapshotter.snapshot().into_vec().pop().unwrap();
-        assert_eq!(value, DebugValue::Counter(250));
-    }
 }

@@ -1,0 +1,48 @@
+//! Where a migration's events go besides the screen: a file of lines (`--events`), Prometheus (`--metrics`). They are opened
+//! before anything begins, so that what cannot be opened costs nothing.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use super::args::Migrate;
+use crate::event_file::EventFile;
+use crate::events::Observer;
+use crate::metrics::prometheus;
+
+/// What is open. The figures are served for as long as the program lives.
+#[derive(Debug, Default)]
+pub(super) struct Outlets {
+    events: Option<Arc<EventFile>>,
+}
+
+impl Outlets {
+    /// Opens what the options name, on the runtime of the caller.
+    ///
+    /// # Errors
+    /// Which one could not be opened, and why.
+    pub(super) fn open(options: &Migrate) -> Result<Self, String> {
+        if let Some(address) = &options.metrics {
+            prometheus::serve(address)?;
+        }
+        let create = |file: &Path| {
+            EventFile::create(file).map(Arc::new).map_err(|error| format!("--events {}: {error}", file.display()))
+        };
+        Ok(Self { events: options.events.as_deref().map(create).transpose()? })
+    }
+
+    pub(super) fn observers(&self) -> Option<Arc<dyn Observer>> {
+        self.events.clone().map(|events| events as Arc<dyn Observer>)
+    }
+
+    /// Are lines of events all that standard output is to hold?
+    pub(super) fn have_stdout(&self) -> bool {
+        self.events.as_ref().is_some_and(|events| events.is_stdout())
+    }
+
+    /// Nothing happens any more: the last line is written, and what is missing is said.
+    pub(super) fn close(&self) {
+        if let Some(why) = self.events.as_ref().and_then(|events| events.close()) {
+            eprintln!("memferry: {why}");
+        }
+    }
+}

@@ -1,0 +1,137 @@
+//! What a migration tells others while it runs: lines of events, figures for Prometheus.
+
+use memferry::report::event_json::{EventJson, EventLine, PhaseName, RoleName};
+use rustix::process::Signal;
+
+use crate::exposition::Exposition;
+use crate::harness::{Scene, free_port, until};
+
+/// Some seconds of a guest, in one process.
+const GUEST: &str = r#"
+[guest.workload]
+memory = "64 MiB"
+fill = { random = 1.0, zero = 0, text = 0, process = 0 }
+
+[[guest.workload.writers]]
+pattern = "uniform"
+pages_per_second = 1000
+bytes = 64
+
+[transport]
+address = "tcp:127.0.0.1:0"
+
+[migration]
+max_bandwidth = "40 MiB/s"
+"#;
+
+fn scene() -> Scene {
+    let scene = Scene::new();
+    scene.write("run.toml", GUEST);
+    scene
+}
+
+fn lines(text: &[u8]) -> Vec<EventLine> {
+    let text = std::str::from_utf8(text).unwrap();
+    text.lines().map(|line| EventLine::from_json(line).unwrap_or_else(|error| panic!("{line}: {error}"))).collect()
+}
+
+/// A migration that completed: all that must be said is said, in an order that can be.
+#[track_caller]
+fn are_of_a_whole_migration(lines: &[EventLine]) {
+    assert!(matches!(lines[0], EventLine { role: None, event: EventJson::Started { schema: 1, .. }, .. }));
+    for role in [RoleName::Source, RoleName::Destination] {
+        let of: Vec<_> = lines.iter().filter(|line| line.role == Some(role)).collect();
+        assert!(of.windows(2).all(|pair| pair[0].ms <= pair[1].ms));
+        let Some(EventJson::Ended(ended)) = of.last().map(|line| &line.event) else { panic!("{:?}", of.last()) };
+        assert_eq!(ended.phase, PhaseName::Completed);
+        let rounds = of.iter().filter(|line| matches!(line.event, EventJson::RoundSent(_))).count();
+        assert!(rounds >= 2, "{role:?} has {rounds} rounds");
+        let progress = of.iter().filter(|line| matches!(line.event, EventJson::Progress(_))).count();
+        assert!(progress >= 3, "{role:?} has {progress} figures on the way");
+    }
+    let source = |kind: fn(&EventJson) -> bool| lines.iter().any(|line| kind(&line.event));
+    assert!(source(|event| matches!(event, EventJson::Paused)));
+    assert!(source(|event| matches!(event, EventJson::Decided(decided) if decided.decision.decision == "switch-over")));
+}
+
+#[test]
+fn events_are_written_to_a_file() {
+    let scene = scene();
+    scene.run(&["run", "run.toml", "--host-for", "0s", "--events", "events.jsonl"]).expect(0);
+    are_of_a_whole_migration(&lines(&scene.read("events.jsonl")));
+}
+
+#[test]
+fn events_have_standard_output_to_themselves() {
+    let scene = scene();
+    let ended = scene.run(&["run", "run.toml", "--host-for", "0s", "--events", "-"]).expect(0);
+    are_of_a_whole_migration(&lines(ended.stdout.as_bytes()));
+    assert!(ended.stderr.contains("completed after"), "{ended}");
+}
+
+#[test]
+fn a_full_disk_costs_the_events_and_not_the_migration() {
+    let ended = scene().run(&["run", "run.toml", "--host-for", "0s", "--events", "/dev/full"]).expect(0);
+    ended.says(&["completed after", "the migration goes on", "the events in /dev/full are not whole"]);
+}
+
+#[test]
+fn what_cannot_be_opened_is_refused_before_anything_begins() {
+    let scene = scene();
+    let address = format!("127.0.0.1:{}", free_port());
+    let _holds = std::net::TcpListener::bind(&address).unwrap();
+    let refused = scene.run(&["run", "run.toml", "--metrics", &address, "--events", "events.jsonl"]).expect(2);
+    refused.says(&["--metrics", "in use"]);
+    assert!(!scene.path("events.jsonl").exists());
+    scene.run(&["run", "run.toml", "--metrics", "nonsense"]).expect(2).says(&["127.0.0.1:9464"]);
+    scene
+        .run(&["run", "run.toml", "--events", "absent/events.jsonl"])
+        .expect(2)
+        .says(&["--events absent/events.jsonl"]);
+}
+
+#[test]
+fn prometheus_reads_the_figures_while_it_runs_and_after_it() {
+    let scene = scene();
+    let address = format!("127.0.0.1:{}", free_port());
+    let running = scene.start(&["run", "run.toml", "--host-for", "10m", "--metrics", &address]);
+    let value = |series: &str| Exposition::scrape(&address).and_then(|page| page.value(series)).unwrap_or(0.0);
+    until("pages are on their way", || {
+        let page = Exposition::scrape(&address);
+        page.is_some_and(|page| {
+            page.value(r#"memferry_phase{role="source",phase="active"}"#) == Some(1.0)
+                && page.sum("memferry_wire_bytes_total", &["role=\"source\""]) > 0.0
+                && page.sum("memferry_stage_seconds", &["role=\"source\"", "state=\"output_wait\""]) > 0.0
+        })
+    });
+    for end in ["source", "destination"] {
+        let completed = format!(r#"memferry_migrations_total{{role="{end}",status="completed"}}"#);
+        until("it is done", || value(&completed) == 1.0);
+    }
+    let page = Exposition::scrape(&address).unwrap();
+    assert_eq!(page.kind("memferry_downtime_seconds"), Some("histogram"));
+    assert_eq!(page.value(r#"memferry_downtime_seconds_count{role="source"}"#), Some(1.0));
+    assert!(page.sum("memferry_wire_bytes_total", &["role=\"source\""]) >= f64::from(64 << 20));
+    let pages = page.sum("memferry_pages_total", &["role=\"source\""]);
+    assert!(
+        (pages * 4096.0 - page.sum("memferry_page_bytes_total", &["role=\"source\""])).abs() < 1.0,
+        "{pages} pages"
+    );
+    // It would go on hosting its guest, and serving.
+    drop(running);
+}
+
+#[test]
+fn the_figures_of_a_cancelled_migration_can_still_be_read() {
+    let scene = scene();
+    let address = format!("127.0.0.1:{}", free_port());
+    let running = scene.start(&["run", "run.toml", "--host-for", "10m", "--metrics", &address]);
+    let sum = |name: &str, labels: &[&str]| Exposition::scrape(&address).map_or(0.0, |page| page.sum(name, labels));
+    until("pages are on their way", || sum("memferry_wire_bytes_total", &["role=\"source\""]) > 0.0);
+    running.signal(Signal::INT);
+    until("it is cancelled", || sum("memferry_migrations_total", &["role=\"source\"", "status=\"cancelled\""]) == 1.0);
+    assert!(sum("memferry_wire_bytes_total", &["role=\"source\""]) > 0.0);
+    assert!(sum("memferry_stage_seconds", &["role=\"source\""]) > 0.0);
+    running.signal(Signal::INT);
+    running.end().expect(130);
+}
