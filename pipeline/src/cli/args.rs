@@ -124,6 +124,17 @@ Examples:
 
 Checks every frame of a stream in a file. Exit code 1 if it is damaged; the first damage is named with its byte.";
 
+const WATCH_EXAMPLES: &str = "\
+Examples:
+  memferry watch unix:/run/memferry.sock      the migration that was started with --control unix:/run/memferry.sock
+  memferry watch events.jsonl                 what --events events.jsonl wrote, as fast as it happened
+  memferry watch events.jsonl --speed 10      ten times as fast
+  ssh host memferry send source.toml --events - | memferry watch -
+
+Shows a migration live: what remains, rates over time, forecast against limit, what each stage does, rounds, decisions.
+Ends with the migration, or with q or Ctrl-C, which do not touch it. Writes plain lines where standard output is no terminal;
+NO_COLOR=1 leaves the colours out. Exit code 1 if nobody is there or the events break off.";
+
 const PROBE_EXAMPLES: &str = "\
 Examples:
   memferry probe
@@ -187,6 +198,15 @@ pub(super) enum Command {
     Inspect {
         /// The file
         file: PathBuf,
+    },
+    /// A live view of a running migration, or of one that was recorded
+    #[command(after_help = WATCH_EXAMPLES)]
+    Watch {
+        /// What --control was given, a file that --events wrote, or - for lines on standard input
+        address: String,
+        /// How fast a file is replayed: 2 is twice as fast as it happened, 0 at once [default: 1; 0 where there is no terminal]
+        #[arg(long, value_name = "FACTOR", value_parser = speed)]
+        speed: Option<f64>,
     },
     /// What this host can do
     #[command(after_help = PROBE_EXAMPLES)]
@@ -296,6 +316,11 @@ impl Migrate {
     }
 }
 
+fn speed(text: &str) -> Result<f64, String> {
+    let speed = text.parse().ok().filter(|speed: &f64| speed.is_finite() && *speed >= 0.0);
+    speed.ok_or_else(|| "write how many times as fast, such as 2 or 0.5".into())
+}
+
 fn duration(text: &str) -> Result<Duration, String> {
     if text == "0" {
         return Ok(Duration::ZERO);
@@ -349,6 +374,7 @@ mod tests {
                 "cancel",
                 "switch-over",
                 "inspect",
+                "watch",
                 "probe"
             ]
         );
@@ -370,5 +396,6 @@ mod tests {
         let Command::Guard { argv } = CommandLine::parse_from(line.split(' ')).command else { panic!("guard") };
         assert_eq!(argv, ["systemctl", "start", "-q", "guest"]);
         assert!(CommandLine::try_parse_from(["memferry", "run", "a.toml", "--host-for", "soon"]).is_err());
+        assert!(CommandLine::try_parse_from(["memferry", "watch", "-", "--speed", "-1"]).is_err());
     }
 }

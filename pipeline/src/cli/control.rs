@@ -59,7 +59,7 @@ pub(super) async fn switch_over(address: &Address) -> Result<String, String> {
 }
 
 /// What a tired operator can do about it.
-fn in_words(error: ClientError) -> String {
+pub(super) fn in_words(error: ClientError) -> String {
     match error {
         ClientError::Nobody(error) => {
             let check = match error.kind() {

@@ -11,6 +11,7 @@ mod record;
 mod session;
 mod signals;
 mod verdict;
+mod watch;
 
 use std::future::Future;
 use std::io::{IsTerminal, Write};
@@ -48,6 +49,7 @@ pub fn main() -> ExitCode {
         Command::Cancel(control) => ask(control::cancel(&control.address)),
         Command::SwitchOver(control) => ask(control::switch_over(&control.address)),
         Command::Inspect { file } => inspect(&file),
+        Command::Watch { address, speed } => watch(&address, speed),
         Command::Probe => probe(),
         Command::Guard { argv } => guard::main(&argv),
     }
@@ -140,6 +142,13 @@ fn inspect(file: &Path) -> ExitCode {
     match inspected {
         Ok(inspection) => print(&inspection.to_string(), if inspection.is_whole() { DONE } else { FAILED }),
         Err(error) => complain(&format!("{name} cannot be read: {error}"), FAILED),
+    }
+}
+
+fn watch(address: &str, speed: Option<f64>) -> ExitCode {
+    match on_control_plane(watch::watch(address, speed)) {
+        Ok(code) => code.into(),
+        Err(error) => complain(&format!("the terminal cannot be used: {error}"), FAILED),
     }
 }
 

@@ -59,6 +59,33 @@ fn events_are_written_to_a_file() {
     let scene = scene();
     scene.run(&["run", "run.toml", "--host-for", "0s", "--events", "events.jsonl"]).expect(0);
     are_of_a_whole_migration(&lines(&scene.read("events.jsonl")));
+    let watched = scene.run(&["watch", "events.jsonl"]).expect(0);
+    watched.says(&[
+        "source: round 1 done in ",
+        "source: the guest is paused at the source",
+        "source: completed after ",
+    ]);
+}
+
+#[test]
+fn a_running_migration_is_watched_to_its_end() {
+    let scene = scene();
+    let running = scene.start(&["run", "run.toml", "--host-for", "10m", "--control", "unix:control.sock"]);
+    until("it can be asked", || scene.path("control.sock").exists());
+    let watched = scene.run(&["watch", "unix:control.sock"]).expect(0);
+    watched.says(&["source: active", "source: round 1 done in ", "source: completed after "]);
+    // What is past is told to whoever comes late; the path alone will do.
+    scene.run(&["watch", "control.sock"]).expect(0).says(&["source: completed after "]);
+    drop(running);
+}
+
+#[test]
+fn who_watches_nothing_is_told() {
+    let scene = Scene::new();
+    scene.run(&["watch", "unix:absent.sock"]).expect(1).says(&["absent.sock", "--control"]);
+    scene.run(&["watch", "-"]).expect(1).says(&["the events ended before the migration did"]);
+    scene.write("strange", "what is this\n");
+    scene.run(&["watch", "strange"]).expect(1).says(&["no events of a migration"]);
 }
 
 #[test]

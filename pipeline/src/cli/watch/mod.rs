@@ -1,0 +1,203 @@
+//! `memferry watch`: a live view of a running migration, or of one that was recorded.
+//!
+//! Takes lines of events ([`source`]), folds them into a [`model`], and shows that on the terminal ([`view`]); where standard
+//! output is no terminal it writes a line for each thing that happens ([`words`]). The terminal is left as it was found, however
+//! it ends.
+
+mod model;
+mod source;
+#[cfg(test)]
+mod tests;
+mod view;
+mod words;
+
+use std::io::{self, IsTerminal, Write};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, TryRecvError};
+use std::time::Duration;
+
+use crossterm::event::{self, KeyCode, KeyEventKind, KeyModifiers};
+use ratatui::DefaultTerminal;
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::verdict::{DONE, FAILED};
+use model::Model;
+use source::Heard;
+use view::Theme;
+use words::Teller;
+
+/// How often the screen is drawn.
+const FRAME: Duration = Duration::from_millis(100);
+/// Lines that are entered between two looks at the keys.
+const LINES: usize = 1000;
+
+/// How watching ended.
+#[derive(Debug)]
+enum Outcome {
+    /// The migration is over, or the lines are.
+    Over,
+    /// The person has seen enough.
+    Quit,
+    /// The lines broke.
+    Broke(io::Error),
+}
+
+/// Watches what a source says until it ends or nobody wants to see more, and gives the exit code.
+///
+/// # Errors
+/// When the terminal or the system refuses.
+pub(super) async fn watch(name: &str, speed: Option<f64>) -> io::Result<u8> {
+    let on_screen = io::stdout().is_terminal() && std::env::var_os("TERM").is_some_and(|term| term != "dumb");
+    let heard = match source::open(name, speed.or(on_screen.then_some(1.0))).await {
+        Ok(heard) => heard,
+        Err(why) => {
+            eprintln!("memferry: {why}");
+            return Ok(FAILED);
+        }
+    };
+    let stop = Arc::new(AtomicBool::new(false));
+    let mut signals =
+        [signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?, signal(SignalKind::hangup())?];
+    let signalled = stop.clone();
+    tokio::spawn(async move {
+        let [interrupt, terminate, hangup] = &mut signals;
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+            _ = hangup.recv() => {}
+        }
+        signalled.store(true, Ordering::Relaxed);
+    });
+    let show = move || if on_screen { show(&heard, &stop) } else { tell(&heard, &stop) };
+    tokio::task::spawn_blocking(show).await.map_err(io::Error::other)?
+}
+
+/// On a terminal.
+fn show(heard: &Receiver<Heard>, stop: &AtomicBool) -> io::Result<u8> {
+    let mut model = Model::default();
+    let outcome = {
+        let mut screen = Screen::open()?;
+        until_the_end(&mut screen, &mut model, heard, stop)?
+    };
+    Ok(conclude(&model, outcome))
+}
+
+fn until_the_end(
+    screen: &mut Screen,
+    model: &mut Model,
+    heard: &Receiver<Heard>,
+    stop: &AtomicBool,
+) -> io::Result<Outcome> {
+    loop {
+        let over = enter(model, heard);
+        screen.draw(model)?;
+        if let Some(over) = over {
+            return Ok(over);
+        }
+        if stop.load(Ordering::Relaxed) || wants_to_quit()? {
+            return Ok(Outcome::Quit);
+        }
+    }
+}
+
+/// Enters what has come; something once there is nothing to come.
+fn enter(model: &mut Model, heard: &Receiver<Heard>) -> Option<Outcome> {
+    for _ in 0..LINES {
+        match heard.try_recv() {
+            Ok(Heard::Line(line)) => model.take(&line),
+            Ok(Heard::Strange) => model.strange += 1,
+            Ok(Heard::End(Err(error))) => return Some(Outcome::Broke(error)),
+            Ok(Heard::End(Ok(()))) | Err(TryRecvError::Disconnected) => return Some(Outcome::Over),
+            Err(TryRecvError::Empty) => break,
+        }
+    }
+    model.is_over().then_some(Outcome::Over)
+}
+
+/// Waits for the next frame, or for a key before it. A new size is drawn at once.
+fn wants_to_quit() -> io::Result<bool> {
+    if !event::poll(FRAME)? {
+        return Ok(false);
+    }
+    let event::Event::Key(key) = event::read()? else { return Ok(false) };
+    let control_c = key.code == KeyCode::Char('c') && key.modifiers.contains(KeyModifiers::CONTROL);
+    Ok(key.kind == KeyEventKind::Press && (control_c || matches!(key.code, KeyCode::Char('q') | KeyCode::Esc)))
+}
+
+/// The terminal while it is ours. Dropped, it is as it was; a panic restores it before it is told.
+struct Screen {
+    terminal: DefaultTerminal,
+    theme: Theme,
+}
+
+impl Screen {
+    fn open() -> io::Result<Self> {
+        let colours = std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
+        Ok(Self { terminal: ratatui::try_init()?, theme: Theme { colours } })
+    }
+
+    fn draw(&mut self, model: &Model) -> io::Result<()> {
+        self.terminal.draw(|frame| view::draw(frame, model, self.theme)).map(drop)
+    }
+}
+
+impl Drop for Screen {
+    fn drop(&mut self) {
+        ratatui::restore();
+    }
+}
+
+/// Elsewhere: a line for each thing that happens.
+fn tell(heard: &Receiver<Heard>, stop: &AtomicBool) -> io::Result<u8> {
+    let (mut model, mut teller) = (Model::default(), Teller::default());
+    loop {
+        let outcome = match heard.recv_timeout(FRAME) {
+            Ok(Heard::Line(line)) => {
+                model.take(&line);
+                // A reader that has seen enough closes the pipe.
+                let told = teller.line(&line).map_or(Ok(()), |text| writeln!(io::stdout(), "{text}"));
+                match told {
+                    Ok(()) if model.is_over() => Outcome::Over,
+                    Ok(()) => continue,
+                    Err(_) => Outcome::Quit,
+                }
+            }
+            Ok(Heard::Strange) => {
+                model.strange += 1;
+                continue;
+            }
+            Ok(Heard::End(end)) => end.map_or_else(Outcome::Broke, |()| Outcome::Over),
+            Err(_) if stop.load(Ordering::Relaxed) => Outcome::Quit,
+            Err(_) => continue,
+        };
+        return Ok(code(&model, &outcome));
+    }
+}
+
+/// What stays on the terminal.
+fn conclude(model: &Model, outcome: Outcome) -> u8 {
+    if let Some(ended) = &model.shown().1.ended {
+        println!("{}", words::printable(&words::verdict(ended)));
+    }
+    code(model, &outcome)
+}
+
+fn code(model: &Model, outcome: &Outcome) -> u8 {
+    match outcome {
+        Outcome::Quit => DONE,
+        Outcome::Over if model.shown().1.ended.is_some() => DONE,
+        Outcome::Over if model.ms == 0.0 && model.strange > 0 => {
+            eprintln!("memferry: that holds no events of a migration");
+            FAILED
+        }
+        Outcome::Over => {
+            eprintln!("memferry: the events ended before the migration did: the program that wrote them may be gone");
+            FAILED
+        }
+        Outcome::Broke(error) => {
+            eprintln!("memferry: the events broke off: {error}");
+            FAILED
+        }
+    }
+}
