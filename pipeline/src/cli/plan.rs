@@ -8,10 +8,14 @@ use super::args::Plan;
 use super::verdict::{BAD_USAGE, DONE, FAILED};
 use super::{complain, print};
 use crate::config::{self, Config, ConfigError, Purpose};
+use crate::host::beyond_half_of_memory;
 use crate::plan::answer::Answer;
 use crate::plan::picture::draw;
 use crate::plan::trace::{GuestFacts, read};
 use crate::plan::written::Written;
+
+/// Bits that a plan keeps for each page of the guest.
+const BITMAPS: u64 = 12;
 
 /// Plans: the exit code.
 pub(super) fn run(options: &Plan) -> ExitCode {
@@ -20,6 +24,11 @@ pub(super) fn run(options: &Plan) -> ExitCode {
         Ok(trace) => trace,
         Err(error) => return complain(&format!("{name}: {error}"), FAILED),
     };
+    let needed = trace.guest.pages() / 8 * BITMAPS;
+    if let Some(host) = beyond_half_of_memory(needed) {
+        let why = format!("a plan for its guest takes {needed} bytes, more than half of the {host} that this host has");
+        return complain(&format!("{name}: {why}"), FAILED);
+    }
     let config = match &options.config {
         Some(config) => config::load(config, &options.sets, Purpose::Check),
         None => recorded(&options.trace, &trace.guest, &options.sets),

@@ -57,6 +57,35 @@ pub(super) fn section(page: &Page<'_>) -> Markup {
     }
 }
 
+/// Settings that the operator changed on the way.
+pub(super) fn changes(page: &Page<'_>) -> Markup {
+    let changes = &page.report.changes;
+    if changes.is_empty() {
+        return html! {};
+    }
+    let table = html! {
+        table.prose {
+            thead { tr { @for head in ["Setting", "In round", "From", "To"] { th scope="col" { (head) } } } }
+            tbody {
+                @for change in changes {
+                    tr {
+                        th scope="row" { (change.key) }
+                        td { (change.round) }
+                        td { (change.from) }
+                        td { (change.to) }
+                    }
+                }
+            }
+        }
+    };
+    html! {
+        section aria-labelledby="changes" {
+            h2 id="changes" { "Settings that were changed while it ran" }
+            (wide("Settings that were changed while it ran", &table))
+        }
+    }
+}
+
 /// Warnings, and who was turned away.
 pub(super) fn notices(page: &Page<'_>) -> Markup {
     let account = page.account;

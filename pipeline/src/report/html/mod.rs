@@ -70,6 +70,7 @@ impl Page<'_> {
                         (downtime::section(self))
                         (stages::section(self))
                         (decisions::section(self))
+                        (decisions::changes(self))
                         (decisions::notices(self))
                         (blocks(&self.report.guest))
                         (configuration(self.configuration))

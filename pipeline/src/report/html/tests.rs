@@ -4,6 +4,7 @@ use proptest::prelude::*;
 use roxmltree::{Document, Node};
 
 use super::*;
+use crate::control::{Change, Changed};
 use crate::controller::Decision;
 use crate::events::{BlockFacts, Ended, Event, Progress, Role};
 use crate::report::Frame;
@@ -184,6 +185,18 @@ fn every_figure_of_the_rounds_and_stages_is_there() {
         The guest
         The configuration used
         ");
+    });
+}
+
+#[test]
+fn settings_that_were_changed_are_listed() {
+    let mut scene = Scene::new("send");
+    let limit = |ms| Change::DowntimeLimit(Duration::from_millis(ms));
+    let changed = Changed { round: 2, from: limit(300), to: limit(50), memory_bound: 0 };
+    scene.account.enter(&Event::Changed(changed), Duration::from_secs(1));
+    parsed(&scene.page(), |document| {
+        let rows: Vec<_> = elements(document, "tr").into_iter().map(words).collect();
+        assert!(rows.iter().any(|row| row == "downtime_limit 2 300ms 50ms"), "{rows:?}");
     });
 }
 
