@@ -295,7 +295,7 @@ fn it_does_not_switch_over_above_max_downtime() {
         rounds_run(&control).await;
         until(&control, "a decision", |status| status.decision.is_some()).await;
         let refused = control.switch_over().await.unwrap_err();
-        let is_told = matches!(&refused, ControlError::Refused(why) if why.contains("max_downtime is 2.00 ms; expected downtime"));
+        let is_told = matches!(&refused, ControlError::Refused(why) if why.contains("max_downtime is 2.00 ms: expected downtime"));
         assert!(is_told, "{refused}");
         let refused = control.set([Change::DowntimeLimit(3 * MS)]).await.unwrap_err();
         assert_eq!(refused.to_string(), "max_downtime: a downtime_limit of 3ms above a max_downtime of 2ms");

@@ -12,8 +12,9 @@ use hyper::client::conn::http1;
 use hyper::header::HOST;
 use hyper::{Method, Request, Response};
 use hyper_util::rt::TokioIo;
-use memferry_transports::{Address, Connection, open};
+use memferry_transports::Address;
 use serde_json::{Map, Value};
+use tokio::net::UnixStream;
 use tokio_util::task::AbortOnDropHandle;
 
 /// How long an answer may take.
@@ -144,13 +145,13 @@ async fn send(
     path: &'static str,
     body: Bytes,
 ) -> Result<(Response<Incoming>, AbortOnDropHandle<()>), ClientError> {
-    let connection = open(address, Duration::ZERO).connect().await.map_err(ClientError::Nobody)?;
-    let Connection { reader: Some(reader), writer: Some(writer), .. } = connection else {
-        return Err(ClientError::Strange { address: address.clone(), why: "it does not answer".into() });
+    let Address::Unix(socket) = address else {
+        return Err(ClientError::Strange { address: address.clone(), why: "it is no Unix socket".into() });
     };
+    let nobody = |error: io::Error| ClientError::Nobody(io::Error::new(error.kind(), format!("{address}: {error}")));
+    let connection = UnixStream::connect(socket).await.map_err(nobody)?;
     let strange = |error: hyper::Error| ClientError::Strange { address: address.clone(), why: error.to_string() };
-    let io = TokioIo::new(tokio::io::join(reader, writer));
-    let (mut sender, driving) = http1::handshake(io).await.map_err(strange)?;
+    let (mut sender, driving) = http1::handshake(TokioIo::new(connection)).await.map_err(strange)?;
     let driver = AbortOnDropHandle::new(tokio::spawn(async move { drop(driving.await) }));
     let request = Request::builder().method(method).uri(path).header(HOST, "memferry");
     let request = request.body(Full::new(body)).expect("a request of ours");

@@ -19,7 +19,7 @@ use crate::control::Control;
 /// Connections that are served at a time; others wait until one ends.
 const CONNECTIONS: usize = 64;
 /// How long the head of a request may take, and a connection stay idle.
-const HEAD_TIME: Duration = Duration::from_secs(10);
+const HEAD_TIME: Duration = Duration::from_secs(2);
 /// The most bytes of a head.
 const HEAD_BYTES: usize = 16 << 10;
 /// How long answers on their way may take when the server ends.

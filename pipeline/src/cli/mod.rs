@@ -1,5 +1,14 @@
 //! The `memferry` program: what its command line says, and what it does.
 
+/// Writes a line to standard error. Nobody may read it any more (a closed terminal, a full disk): that must not end a migration,
+/// as the panic of `eprintln!` would.
+macro_rules! tell {
+    ($($text:tt)*) => {{
+        use std::io::Write as _;
+        drop(writeln!(std::io::stderr(), $($text)*));
+    }};
+}
+
 mod args;
 mod check;
 mod control;
@@ -60,7 +69,9 @@ fn migrate(options: Migrate, role: &'static str, purpose: Purpose, watch: Role) 
         Ok(config) => config,
         Err(code) => return code,
     };
-    if let Some(why) = options.report.iter().find_map(|report| unwritable("--report", report)) {
+    if let Some(why) =
+        options.report.iter().find_map(|report| unwritable("--report", report)).or_else(|| named_twice(&options))
+    {
         return complain(&why, BAD_USAGE);
     }
     let screen = Screen::default();
@@ -72,11 +83,14 @@ fn migrate(options: Migrate, role: &'static str, purpose: Purpose, watch: Role) 
             Ok(outlets) => outlets,
             Err(why) => return Ok(complain(&why, BAD_USAGE)),
         };
-        let session = Session::new(config, options, role, watch, &screen, outlets)?;
+        let mut session = Session::new(config, options, role, watch, &screen, outlets)?;
         let server = match session.serve_control().await {
             Ok(server) => server,
             Err(error) => return Ok(complain(&format!("--control: {error}"), BAD_USAGE)),
         };
+        if let Err(why) = session.open_events() {
+            return Ok(complain(&why, BAD_USAGE));
+        }
         let code = match purpose {
             Purpose::Send => session.send().await,
             Purpose::Receive => session.receive().await,
@@ -100,6 +114,21 @@ fn ask(asking: impl Future<Output = Result<String, String>>) -> ExitCode {
         Ok(Err(why)) => complain(&why, FAILED),
         Err(error) => complain(&format!("the system refuses to run it: {error}"), FAILED),
     }
+}
+
+/// Why two of the files cannot be the same, if two are: what is written last would take the place of the other.
+fn named_twice(options: &Migrate) -> Option<String> {
+    let names = std::iter::once(&options.configured.config).chain(&options.report).chain(&options.events);
+    let mut seen = Vec::new();
+    for name in names.filter(|name| !name.starts_with("/dev") && name.as_os_str() != "-") {
+        let folder = name.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let file = folder.canonicalize().unwrap_or_else(|_| folder.into()).join(name.file_name().unwrap_or_default());
+        if seen.contains(&file) {
+            return Some(format!("{} is named twice, and one would be written over the other", name.display()));
+        }
+        seen.push(file);
+    }
+    None
 }
 
 /// Why the file of an option cannot be written there, if that is plain before anything begins.
@@ -159,7 +188,7 @@ fn probe() -> ExitCode {
 /// The configuration, or the exit code after its errors were shown.
 fn load(configured: &Configured, purpose: Purpose) -> Result<Config, ExitCode> {
     config::load(&configured.config, &configured.sets, purpose).map_err(|error| {
-        eprintln!("{}", error.render(std::io::stderr().is_terminal()));
+        tell!("{}", error.render(std::io::stderr().is_terminal()));
         ExitCode::from(BAD_USAGE)
     })
 }
@@ -177,6 +206,6 @@ fn print(text: &str, code: u8) -> ExitCode {
 }
 
 fn complain(what: &str, code: u8) -> ExitCode {
-    eprintln!("memferry: {what}");
+    tell!("memferry: {what}");
     code.into()
 }

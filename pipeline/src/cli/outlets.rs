@@ -16,18 +16,25 @@ pub(super) struct Outlets {
 }
 
 impl Outlets {
-    /// Opens what the options name, on the runtime of the caller.
+    /// Serves figures if the options say so, on the runtime of the caller; before there are any.
     ///
     /// # Errors
-    /// Which one could not be opened, and why.
+    /// Why they cannot be served.
     pub(super) fn open(options: &Migrate) -> Result<Self, String> {
-        if let Some(address) = &options.metrics {
-            prometheus::serve(address)?;
-        }
+        options.metrics.as_deref().map(prometheus::serve).transpose()?;
+        Ok(Self::default())
+    }
+
+    /// Opens the file of events, if the options name one. Last of all that may be refused, since it empties the file.
+    ///
+    /// # Errors
+    /// Why it cannot be opened.
+    pub(super) fn open_events(&mut self, options: &Migrate) -> Result<(), String> {
         let create = |file: &Path| {
             EventFile::create(file).map(Arc::new).map_err(|error| format!("--events {}: {error}", file.display()))
         };
-        Ok(Self { events: options.events.as_deref().map(create).transpose()? })
+        self.events = options.events.as_deref().map(create).transpose()?;
+        Ok(())
     }
 
     pub(super) fn observers(&self) -> Option<Arc<dyn Observer>> {
@@ -42,7 +49,7 @@ impl Outlets {
     /// Nothing happens any more: the last line is written, and what is missing is said.
     pub(super) fn close(&self) {
         if let Some(why) = self.events.as_ref().and_then(|events| events.close()) {
-            eprintln!("memferry: {why}");
+            tell!("memferry: {why}");
         }
     }
 }

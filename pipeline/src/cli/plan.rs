@@ -36,7 +36,7 @@ pub(super) fn run(options: &Plan) -> ExitCode {
     let settings = match config {
         Ok(config) => config.source(),
         Err(error) => {
-            eprintln!("{}", error.render(std::io::stderr().is_terminal()));
+            tell!("{}", error.render(std::io::stderr().is_terminal()));
             return BAD_USAGE.into();
         }
     };

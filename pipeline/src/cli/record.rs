@@ -41,7 +41,7 @@ pub(super) async fn run(config: Config, options: Record) -> std::io::Result<u8> 
     };
     let cancel = signals.arm("ending the recording");
     if !options.quiet && options.length.is_none() {
-        eprintln!("memferry: recording; Ctrl-C ends it and writes the trace");
+        tell!("memferry: recording; Ctrl-C ends it and writes the trace");
     }
     let code = match record(guest.guest.clone(), settings, &options.output, cancel).await {
         Ok(recorded) => {
@@ -55,7 +55,7 @@ pub(super) async fn run(config: Config, options: Record) -> std::io::Result<u8> 
         return Ok(code);
     }
     if options.host_for.is_none() && !options.quiet {
-        eprintln!("memferry: the guest is hosted here: Ctrl-C ends it");
+        tell!("memferry: the guest is hosted here: Ctrl-C ends it");
     }
     let Some(health) = guest.live(options.host_for, signals.arm("ending")).await else { return Ok(code) };
     if !options.quiet || !health.is_sound {
@@ -89,7 +89,7 @@ fn tell(recorded: &Recorded, interval: std::time::Duration) -> String {
 }
 
 fn failed(why: &str) -> u8 {
-    eprintln!("memferry: not recorded: {why}");
+    tell!("memferry: not recorded: {why}");
     FAILED
 }
 

@@ -67,10 +67,16 @@ impl Session {
         if !options.quiet {
             observers.push(progress(watch, screen));
         }
-        observers.extend(outlets.observers());
         let (signals, plane) = (Signals::listen()?, DataPlane::new()?);
         let control = signals.arm(CANCELLING).into();
         Ok(Self { config, options, role, accountant, observers, signals, control, plane, outlets })
+    }
+
+    /// Opens the file of events where the options name one.
+    pub(super) fn open_events(&mut self) -> Result<(), String> {
+        self.outlets.open_events(&self.options)?;
+        self.observers.extend(self.outlets.observers());
+        Ok(())
     }
 
     /// Serves the control API where the options say so.
@@ -224,7 +230,7 @@ impl Session {
         let frame = Frame { role: self.role, capped };
         for file in &self.options.report {
             if let Err(error) = self.write_report(file, &Report::new(frame, verdict, account, far), account, far) {
-                eprintln!("memferry: the report {} cannot be written: {error}", file.display());
+                tell!("memferry: the report {} cannot be written: {error}", file.display());
             }
         }
         self.outlets.close();
@@ -280,7 +286,7 @@ impl Session {
 
     fn note(&self, line: &str) {
         if !self.options.quiet {
-            eprintln!("memferry: {line}");
+            tell!("memferry: {line}");
         }
     }
 }

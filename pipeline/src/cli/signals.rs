@@ -51,12 +51,12 @@ impl Signals {
     fn came(&self) {
         let armed = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if armed.token.is_cancelled() {
-            eprintln!("memferry: second signal, ending at once");
+            tell!("memferry: second signal, ending at once");
             std::process::exit(i32::from(CANCELLED));
         }
-        if !armed.notice.is_empty() {
-            eprintln!("memferry: {}", armed.notice);
-        }
         armed.token.cancel();
+        if !armed.notice.is_empty() {
+            tell!("memferry: {}", armed.notice);
+        }
     }
 }

@@ -54,7 +54,9 @@ impl Controller {
         let outlook = self.outlook(forecast.as_ref());
         if !self.is_allowed(forecast.as_ref()) {
             let most = human::time(self.limits.max_downtime.unwrap_or_default());
-            return Err(format!("max_downtime is {most}; {outlook}"));
+            return Err(format!(
+                "it does not switch over, for max_downtime is {most}: {outlook}; wait, or set max_downtime"
+            ));
         }
         self.switching = true;
         let why = format!("switch over: the operator says so; {outlook}");

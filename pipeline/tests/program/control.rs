@@ -122,7 +122,10 @@ fn an_operator_looks_changes_and_has_it_finish() {
     asked.ask(&["set", "throttle=20"]).expect(1).says(&["not among the steps of on_stall"]);
     asked.ask(&["set", "lanes=4"]).expect(1).says(&["\"lanes\" is no setting that can be changed"]);
     asked.ask(&["set", "max_downtime=2ms"]).expect(0);
-    asked.ask(&["switch-over"]).expect(1).says(&["max_downtime is 2.00 ms; expected downtime"]);
+    asked
+        .ask(&["switch-over"])
+        .expect(1)
+        .says(&["it does not switch over", "max_downtime is 2.00 ms: expected downtime"]);
     asked.ask(&["set", "max_downtime=none"]).expect(0).says(&["max_downtime = none"]);
     asked.ask(&["switch-over"]).expect(0).says(&["switch over: the operator says so; expected downtime "]);
     let Asked { scene, program } = asked;

@@ -162,3 +162,42 @@ fn the_figures_of_a_cancelled_migration_can_still_be_read() {
     running.signal(Signal::INT);
     running.end().expect(130);
 }
+
+#[test]
+fn a_program_whose_words_nobody_reads_still_heeds_a_signal() {
+    let scene = scene();
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let mut program = std::process::Command::new(env!("CARGO_BIN_EXE_memferry"))
+        .args([
+            "run",
+            "run.toml",
+            "--host-for",
+            "0s",
+            "--events",
+            "events.jsonl",
+            "--set",
+            "migration.max_bandwidth=1 MiB/s",
+        ])
+        .current_dir(scene.path("."))
+        .stdout(std::process::Stdio::null())
+        .stderr(full)
+        .spawn()
+        .unwrap();
+    until("a page has gone", || scene.path("events.jsonl").exists() && scene.read("events.jsonl").len() > 1000);
+    let id = rustix::process::Pid::from_child(&program);
+    rustix::process::kill_process(id, Signal::TERM).unwrap();
+    assert_eq!(program.wait().unwrap().code(), Some(130));
+}
+
+#[test]
+fn a_start_that_is_refused_writes_over_nothing() {
+    let scene = scene();
+    scene.write("events.jsonl", "of another");
+    let socket = format!("unix:{}", scene.path("control.sock").display());
+    let _listens = std::os::unix::net::UnixListener::bind(scene.path("control.sock")).unwrap();
+    scene.run(&["run", "run.toml", "--events", "events.jsonl", "--control", &socket]).expect(2);
+    assert_eq!(scene.read("events.jsonl"), b"of another");
+    scene.run(&["run", "run.toml", "--events", "run.toml"]).expect(2).says(&["run.toml is named twice"]);
+    scene.run(&["run", "run.toml", "--report", "a.html", "--events", "./a.html"]).expect(2);
+    assert_eq!(scene.read("run.toml"), GUEST.as_bytes());
+}

@@ -52,7 +52,7 @@ pub(super) async fn watch(name: &str, speed: Option<f64>) -> io::Result<u8> {
     let heard = match source::open(name, speed.or(on_screen.then_some(1.0))).await {
         Ok(heard) => heard,
         Err(why) => {
-            eprintln!("memferry: {why}");
+            tell!("memferry: {why}");
             return Ok(FAILED);
         }
     };
@@ -188,15 +188,15 @@ fn code(model: &Model, outcome: &Outcome) -> u8 {
         Outcome::Quit => DONE,
         Outcome::Over if model.shown().1.ended.is_some() => DONE,
         Outcome::Over if model.ms == 0.0 && model.strange > 0 => {
-            eprintln!("memferry: that holds no events of a migration");
+            tell!("memferry: that holds no events of a migration");
             FAILED
         }
         Outcome::Over => {
-            eprintln!("memferry: the events ended before the migration did: the program that wrote them may be gone");
+            tell!("memferry: the events ended before the migration did: the program that wrote them may be gone");
             FAILED
         }
         Outcome::Broke(error) => {
-            eprintln!("memferry: the events broke off: {error}");
+            tell!("memferry: the events broke off: {error}");
             FAILED
         }
     }

@@ -133,6 +133,10 @@ impl TraceWriter {
         if path.is_dir() || path.file_name().is_none() {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is a folder: name a file in it"));
         }
+        if path.symlink_metadata().is_ok_and(|found| !found.is_file()) {
+            let what = "it is a link, a device or the like, which the trace would replace: name a plain file";
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
+        }
         let mut name = path.file_name().unwrap_or_default().to_owned();
         name.push(format!(".{}.partial", std::process::id()));
         let partial = path.with_file_name(name);

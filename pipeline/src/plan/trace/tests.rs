@@ -289,4 +289,8 @@ fn a_recording_that_is_given_up_leaves_nothing() {
     drop(writer);
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
     TraceWriter::create(folder.path(), &trace.guest).expect_err("a folder");
+    let link = folder.path().join("link");
+    std::os::unix::fs::symlink("/dev/full", &link).unwrap();
+    TraceWriter::create(&link, &trace.guest).expect_err("a link");
+    TraceWriter::create(std::path::Path::new("/dev/null"), &trace.guest).expect_err("a device");
 }
