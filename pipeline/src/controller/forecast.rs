@@ -63,7 +63,7 @@ pub struct Standing {
     pub elapsed: Duration,
     /// Pages that are known to be dirty and are not taken by the scanner.
     pub dirty_pages: u64,
-    /// Those of them of which a delta may be made.
+    /// Those of them of which a delta may be made: asked for after a sync only.
     pub kept_pages: u64,
     /// Pages that the scanner took and the destination has not acknowledged.
     pub in_flight_pages: u64,

@@ -29,7 +29,8 @@ impl Source {
             self.scan(flow, false).await?;
             let found = self.sync(flow).await?;
             self.estimate_verify().await?;
-            let decided = self.controller.synced(&self.standing(flow, found.dirty_pages));
+            let kept_pages = self.kept_pages(flow);
+            let decided = self.controller.synced(&Standing { kept_pages, ..self.standing(flow, found.dirty_pages) });
             self.tell(&decided);
             match decided.decision {
                 Decision::AnotherRound | Decision::RaiseLimit(_) => {}
@@ -115,12 +116,16 @@ impl Source {
 
     /// How things stand with so many dirty pages.
     fn standing(&self, flow: &Flow, dirty_pages: u64) -> Standing {
-        let kept_pages = match (&self.bitmap, &flow.graph.kept) {
+        let in_flight_pages = flow.graph.in_flight.pages();
+        Standing { elapsed: self.started.elapsed(), dirty_pages, in_flight_pages, ..Standing::default() }
+    }
+
+    /// Dirty pages of which a delta may be made. It takes a sweep over the bitmap.
+    fn kept_pages(&self, flow: &Flow) -> u64 {
+        match (&self.bitmap, &flow.graph.kept) {
             (Some(bitmap), Some(kept)) => bitmap.count_common(kept),
             _ => 0,
-        };
-        let in_flight_pages = flow.graph.in_flight.pages();
-        Standing { elapsed: self.started.elapsed(), dirty_pages, kept_pages, in_flight_pages }
+        }
     }
 
     /// How things stand, as far as the bitmap knows.
