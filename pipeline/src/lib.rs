@@ -29,6 +29,7 @@ mod host;
 pub mod log;
 pub mod metrics;
 pub mod migration;
+mod partial;
 pub mod plan;
 pub mod progress;
 pub mod region;

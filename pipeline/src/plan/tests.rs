@@ -3,7 +3,6 @@
 use std::time::Duration;
 
 use memferry_stages::codec::Codec;
-use memferry_stages::geometry::PageSize;
 
 use super::advice::{gentlest, smallest_bandwidth};
 use super::answer::Answer;
@@ -28,15 +27,10 @@ fn trace(turns: impl IntoIterator<Item = std::ops::Range<u64>>) -> Trace {
     let interval = |pages| Interval { length: TENTH, sync: Duration::from_millis(1), written: Runs::of([pages]) };
     Trace {
         guest: GuestFacts {
-            page_size: PageSize::DEFAULT,
-            blocks: vec![("ram".into(), PAGES)],
-            out_for_good: 0,
             untouched: PAGES / 8,
-            rearms_late: false,
             cores: 4,
-            arming: Duration::ZERO,
             digests: Duration::from_millis(20),
-            settings: String::new(),
+            ..GuestFacts::of_blocks(vec![("ram".into(), PAGES)])
         },
         intervals: turns.into_iter().map(interval).collect(),
         samples: Samples {

@@ -189,17 +189,7 @@ mod tests {
     const TENTH: Duration = Duration::from_millis(100);
 
     fn trace(intervals: &[BTreeSet<u64>]) -> Trace {
-        let guest = GuestFacts {
-            page_size: memferry_stages::geometry::PageSize::DEFAULT,
-            blocks: vec![("ram".into(), 1 << 16)],
-            out_for_good: 0,
-            untouched: 0,
-            rearms_late: false,
-            cores: 2,
-            arming: Duration::ZERO,
-            digests: Duration::ZERO,
-            settings: String::new(),
-        };
+        let guest = GuestFacts::of_blocks(vec![("ram".into(), 1 << 16)]);
         let interval = |pages: &BTreeSet<u64>| {
             let mut runs: Vec<Range<u64>> = Vec::new();
             for &page in pages {

@@ -16,12 +16,13 @@ use std::time::Duration;
 
 use memferry_stages::clears::Spared;
 use memferry_stages::meter::Reading;
+use memferry_stages::tally::RoundTally;
 use serde::{Deserialize, Serialize};
 
 use crate::control::Changed;
-use crate::controller::forecast::Forecast;
+use crate::controller::forecast::{Forecast, whole};
 use crate::controller::{Decided, Decision};
-use crate::events::{Ended, Phase};
+use crate::events::{BlockFacts, Ended, Phase};
 use account::{Account, Round};
 
 /// The version of the report's names.
@@ -169,15 +170,26 @@ pub struct ChangeReport {
     pub to: String,
 }
 
-/// One round. `zero + raw + compressed + xbzrle + unchanged = pages`.
+/// One round.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct RoundReport {
     /// Its number, from 1.
     pub round: u32,
     /// How long it took.
     pub ms: f64,
+    /// What became of its pages.
+    #[serde(flatten)]
+    pub pages: PagesReport,
+    /// Dirty pages that the next sync found; null if none came.
+    pub dirty_after: Option<u64>,
+}
+
+/// What became of a round's pages. `zero + raw + compressed + xbzrle + unchanged = pages`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PagesReport {
     /// Pages scanned.
-    pub pages: u64,
+    #[serde(rename = "pages")]
+    pub all: u64,
     /// Pages that were all zero.
     pub zero: u64,
     /// Pages sent as they are.
@@ -194,10 +206,25 @@ pub struct RoundReport {
     pub xbzrle_overflows: u64,
     /// Page bytes scanned.
     pub bytes_in: u64,
-    /// Frame bytes sent.
+    /// Frame bytes made of them.
     pub bytes_out: u64,
-    /// Dirty pages that the next sync found; null if none came.
-    pub dirty_after: Option<u64>,
+}
+
+impl From<&RoundTally> for PagesReport {
+    fn from(tally: &RoundTally) -> Self {
+        Self {
+            all: tally.pages,
+            zero: tally.zero,
+            raw: tally.raw,
+            compressed: tally.compressed,
+            xbzrle: tally.xbzrle,
+            unchanged: tally.unchanged,
+            xbzrle_misses: tally.xbzrle_misses,
+            xbzrle_overflows: tally.xbzrle_overflows,
+            bytes_in: tally.bytes_in,
+            bytes_out: tally.bytes_out,
+        }
+    }
 }
 
 /// One stage in one lane.
@@ -245,7 +272,7 @@ impl Report {
             status: status(verdict.phase),
             error: verdict.error.clone(),
             verified: far.map_or(ended.verified, |far| far.verified),
-            guest: guest(account),
+            guest: guest(&account.blocks, account.pages),
             total_ms: ms(ended.total),
             setup_ms: ms(ended.setup),
             downtime_ms: ended.downtime.map(ms),
@@ -303,13 +330,11 @@ pub fn throughput(ended: &Ended) -> f64 {
     if seconds > 0.0 { bytes / seconds } else { 0.0 }
 }
 
-fn guest(account: &Account) -> GuestReport {
-    let block = |block: &crate::events::BlockFacts| BlockReport {
-        id: block.id.clone(),
-        bytes: block.bytes,
-        page_size: block.page_size,
-    };
-    GuestReport { bytes: account.bytes(), pages: account.pages, blocks: account.blocks.iter().map(block).collect() }
+fn guest(blocks: &[BlockFacts], pages: u64) -> GuestReport {
+    let block =
+        |block: &BlockFacts| BlockReport { id: block.id.clone(), bytes: block.bytes, page_size: block.page_size };
+    let bytes = blocks.iter().map(|block| block.bytes).sum();
+    GuestReport { bytes, pages, blocks: blocks.iter().map(block).collect() }
 }
 
 fn spared(spared: Spared) -> SparedReport {
@@ -330,12 +355,10 @@ fn downtime(ended: &Ended) -> DowntimeReport {
 
 fn forecast_report(forecast: &Forecast, downtime: Option<Duration>) -> ForecastReport {
     let fixed = forecast.fixed;
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "whole bytes, and it saturates")]
-    let remaining_bytes = forecast.remaining_bytes as u64;
     ForecastReport {
         expected_ms: ms(forecast.expected()),
         error_percent: downtime.map(|downtime| (error_percent(forecast, downtime) * 10.0).round() / 10.0),
-        remaining_bytes,
+        remaining_bytes: whole(forecast.remaining_bytes),
         transfer_ms: ms(forecast.transfer),
         sync_ms: ms(fixed.sync),
         verify_ms: ms(fixed.verify),
@@ -377,22 +400,8 @@ fn change(changed: &Changed) -> ChangeReport {
 }
 
 fn round(round: &Round) -> RoundReport {
-    let tally = &round.tally;
-    RoundReport {
-        round: tally.round,
-        ms: ms(round.duration),
-        pages: tally.pages,
-        zero: tally.zero,
-        raw: tally.raw,
-        compressed: tally.compressed,
-        xbzrle: tally.xbzrle,
-        unchanged: tally.unchanged,
-        xbzrle_misses: tally.xbzrle_misses,
-        xbzrle_overflows: tally.xbzrle_overflows,
-        bytes_in: tally.bytes_in,
-        bytes_out: tally.bytes_out,
-        dirty_after: round.dirty_after,
-    }
+    let Round { tally, duration, dirty_after } = round;
+    RoundReport { round: tally.round, ms: ms(*duration), pages: tally.into(), dirty_after: *dirty_after }
 }
 
 fn stage(reading: &Reading) -> StageReport {

@@ -222,7 +222,10 @@ fn the_report_says_what_the_events_said() {
     assert_eq!((hinted, hints_dropped, unplugged, ignored), (5000, 3, 2048, 0));
     assert_eq!(report.rounds.iter().map(|round| round.dirty_after).collect::<Vec<_>>(), [Some(900), Some(0)]);
     for round in &report.rounds {
-        assert_eq!(round.zero + round.raw + round.compressed + round.xbzrle + round.unchanged, round.pages);
+        assert_eq!(
+            round.pages.zero + round.pages.raw + round.pages.compressed + round.pages.xbzrle + round.pages.unchanged,
+            round.pages.all
+        );
     }
     assert_eq!(
         report.stages.iter().map(|stage| stage.name.as_str()).collect::<Vec<_>>(),

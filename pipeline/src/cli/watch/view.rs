@@ -271,9 +271,10 @@ impl Page<'_, '_> {
     }
 
     fn round(&mut self, round: &RoundJson) {
-        let pages = [round.pages, round.zero, round.raw, round.compressed, round.xbzrle, round.unchanged];
+        let became = &round.pages;
+        let pages = [became.all, became.zero, became.raw, became.compressed, became.xbzrle, became.unchanged];
         let pages: String = pages.map(|pages| format!("{:>8}", human::count(pages))).concat();
-        let (into, out) = (human::bytes(round.bytes_in), human::bytes(round.bytes_out));
+        let (into, out) = (human::bytes(became.bytes_in), human::bytes(became.bytes_out));
         self.line(Line::raw(format!(
             "{:<3}{:>8}{pages}{into:>9}{out:>9}",
             round.round,

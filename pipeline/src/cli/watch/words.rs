@@ -110,9 +110,9 @@ fn milestone(event: &EventJson) -> Option<String> {
             "round {} done in {}: {} pages, {} became {}",
             round.round,
             time(round.duration_ms),
-            human::count(round.pages),
-            human::bytes(round.bytes_in),
-            human::bytes(round.bytes_out)
+            human::count(round.pages.all),
+            human::bytes(round.pages.bytes_in),
+            human::bytes(round.pages.bytes_out)
         ),
         EventJson::Decided(decided) => decided.decision.why.clone(),
         EventJson::Changed(changed) => change(changed),

@@ -20,10 +20,9 @@
 //! file says is believed only after its checksum, and nothing is allocated that it does not hold. One version reads one version.
 
 use std::fmt;
-use std::fs::{self, File, OpenOptions};
+use std::fs::File;
 use std::io::{self, BufWriter, Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use memferry_stages::geometry::{MAX_BLOCK_ID, MAX_BLOCKS, PageSize};
@@ -31,6 +30,7 @@ use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 use super::fields::{Fields, Wrong, put_bytes, put_time, put_varint};
 use super::{Coded, Cost, DeltaSample, Deltas, GuestFacts, Interval, Runs, Samples, Share, Trace};
+use crate::partial::{Partial, is_no_plain_file};
 
 const MAGIC: [u8; 8] = *b"mfytrace";
 const VERSION: u32 = 1;
@@ -117,11 +117,9 @@ impl Kind {
 #[derive(Debug)]
 pub struct TraceWriter {
     out: BufWriter<File>,
-    partial: PathBuf,
-    target: PathBuf,
+    partial: Partial,
     written: u64,
     intervals: u64,
-    complete: bool,
 }
 
 impl TraceWriter {
@@ -133,16 +131,12 @@ impl TraceWriter {
         if path.is_dir() || path.file_name().is_none() {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is a folder: name a file in it"));
         }
-        if path.symlink_metadata().is_ok_and(|found| !found.is_file()) {
+        if is_no_plain_file(path) {
             let what = "it is a link, a device or the like, which the trace would replace: name a plain file";
             return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
         }
-        let mut name = path.file_name().unwrap_or_default().to_owned();
-        name.push(format!(".{}.partial", std::process::id()));
-        let partial = path.with_file_name(name);
-        let file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&partial)?;
-        let out = BufWriter::new(file);
-        let mut writer = Self { out, partial, target: path.to_owned(), written: 0, intervals: 0, complete: false };
+        let (partial, file) = Partial::create(path)?;
+        let mut writer = Self { out: BufWriter::new(file), partial, written: 0, intervals: 0 };
         writer.put(&head())?;
         writer.section(Kind::Guest, &guest_body(guest))?;
         Ok(writer)
@@ -168,8 +162,7 @@ impl TraceWriter {
         self.section(Kind::End, &end)?;
         self.out.flush()?;
         self.out.get_ref().sync_all()?;
-        fs::rename(&self.partial, &self.target)?;
-        self.complete = true;
+        self.partial.place()?;
         Ok(self.written)
     }
 
@@ -182,15 +175,6 @@ impl TraceWriter {
     fn put(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.written += bytes.len() as u64;
         self.out.write_all(bytes)
-    }
-}
-
-impl Drop for TraceWriter {
-    fn drop(&mut self) {
-        if !self.complete {
-            // It may be gone already, and nobody would look for it.
-            drop(fs::remove_file(&self.partial));
-        }
     }
 }
 

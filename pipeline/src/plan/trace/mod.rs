@@ -52,6 +52,24 @@ pub struct GuestFacts {
     pub settings: String,
 }
 
+#[cfg(test)]
+impl GuestFacts {
+    /// Of a guest with these blocks, of whose settings and costs nothing is known.
+    pub(crate) fn of_blocks(blocks: Vec<(String, u64)>) -> Self {
+        Self {
+            page_size: PageSize::DEFAULT,
+            blocks,
+            out_for_good: 0,
+            untouched: 0,
+            rearms_late: false,
+            cores: 2,
+            arming: Duration::ZERO,
+            digests: Duration::ZERO,
+            settings: String::new(),
+        }
+    }
+}
+
 impl GuestFacts {
     /// Words of a bitmap of all blocks.
     #[must_use]

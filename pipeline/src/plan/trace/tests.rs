@@ -210,17 +210,7 @@ fn sealed(sections: &[(u32, Vec<u8>)]) -> Vec<u8> {
 }
 
 fn small() -> Trace {
-    let guest = GuestFacts {
-        page_size: PageSize::DEFAULT,
-        blocks: vec![("ram".into(), 100), ("rom".into(), 10)],
-        out_for_good: 0,
-        untouched: 0,
-        rearms_late: false,
-        cores: 2,
-        arming: Duration::ZERO,
-        digests: Duration::ZERO,
-        settings: String::new(),
-    };
+    let guest = GuestFacts::of_blocks(vec![("ram".into(), 100), ("rom".into(), 10)]);
     let interval = |runs: Vec<Range<u64>>| Interval {
         length: Duration::from_millis(100),
         sync: Duration::from_millis(1),

@@ -35,11 +35,12 @@ use memferry_stages::tally::RoundTally;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    BlockReport, ChangeReport, DecisionReport, DowntimeReport, ForecastReport, GuestReport, SparedReport, StageReport,
-    change, decision, downtime, forecast_report, ms, spared, stage,
+    ChangeReport, DecisionReport, DowntimeReport, ForecastReport, GuestReport, PagesReport, SparedReport, StageReport,
+    change, decision, downtime, forecast_report, guest, ms, spared, stage,
 };
+use crate::controller::forecast::whole;
 use crate::controller::{Decided, Decision};
-use crate::events::{BlockFacts, Ended, Event, Phase, Progress, Role};
+use crate::events::{Ended, Event, Phase, Progress, Role};
 
 /// The version of the names in a line.
 pub const SCHEMA: u32 = 1;
@@ -171,7 +172,7 @@ pub struct GuestJson {
     pub memory_bound_bytes: u64,
 }
 
-/// A round that is sent. `zero + raw + compressed + xbzrle + unchanged = pages`.
+/// A round that is sent.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RoundJson {
     /// Its number, from 1.
@@ -180,26 +181,9 @@ pub struct RoundJson {
     pub last: bool,
     /// From its first batch to its last byte sent, or loaded.
     pub duration_ms: f64,
-    /// Pages scanned.
-    pub pages: u64,
-    /// Pages that were all zero.
-    pub zero: u64,
-    /// Pages sent as they are.
-    pub raw: u64,
-    /// Pages sent compressed.
-    pub compressed: u64,
-    /// Pages sent as deltas.
-    pub xbzrle: u64,
-    /// Pages that had not changed: not sent.
-    pub unchanged: u64,
-    /// Pages that the XBZRLE cache did not hold.
-    pub xbzrle_misses: u64,
-    /// Pages whose delta was not smaller than they are.
-    pub xbzrle_overflows: u64,
-    /// Page bytes scanned.
-    pub bytes_in: u64,
-    /// Frame bytes made of them.
-    pub bytes_out: u64,
+    /// What became of its pages.
+    #[serde(flatten)]
+    pub pages: PagesReport,
 }
 
 /// A decision.
@@ -355,7 +339,9 @@ impl From<&Event> for EventJson {
         match event {
             Event::Phase(phase) => Self::Phase { phase: (*phase).into() },
             Event::Connected { peer } => Self::Connected { peer: peer.clone() },
-            Event::Guest { blocks, pages, memory_bound } => Self::Guest(guest(blocks, *pages, *memory_bound)),
+            Event::Guest { blocks, pages, memory_bound } => {
+                Self::Guest(GuestJson { guest: guest(blocks, *pages), memory_bound_bytes: *memory_bound })
+            }
             Event::RoundScanned { round } => Self::RoundScanned { round: *round },
             Event::RoundSent { tally, duration } => Self::RoundSent(round(tally, *duration)),
             Event::Synced { after_round, dirty_pages, duration } => {
@@ -401,9 +387,9 @@ impl From<&Progress> for ProgressJson {
             remaining_bytes: now.remaining_bytes,
             total_bytes: now.total_bytes,
             wire_bytes: now.wire_bytes,
-            wire_bytes_per_s: whole(now.wire_rate),
-            page_bytes_per_s: whole(now.page_rate),
-            dirty_bytes_per_s: now.dirty_rate.map(whole),
+            wire_bytes_per_s: rate(now.wire_rate),
+            page_bytes_per_s: rate(now.page_rate),
+            dirty_bytes_per_s: now.dirty_rate.map(rate),
             expected_downtime_ms: now.expected_downtime.map(ms),
             downtime_limit_ms: (!now.downtime_limit.is_zero()).then(|| ms(now.downtime_limit)),
             throttle_percent: now.throttle,
@@ -432,35 +418,13 @@ impl From<&Ended> for EndedJson {
     }
 }
 
-fn guest(blocks: &[BlockFacts], pages: u64, memory_bound_bytes: u64) -> GuestJson {
-    let block =
-        |block: &BlockFacts| BlockReport { id: block.id.clone(), bytes: block.bytes, page_size: block.page_size };
-    let bytes = blocks.iter().map(|block| block.bytes).sum();
-    GuestJson { guest: GuestReport { bytes, pages, blocks: blocks.iter().map(block).collect() }, memory_bound_bytes }
+/// Whole bytes a second; no rate that is none.
+fn rate(rate: f64) -> u64 {
+    whole(rate.round())
 }
 
 fn round(tally: &RoundTally, duration: Duration) -> RoundJson {
-    RoundJson {
-        round: tally.round,
-        last: tally.last,
-        duration_ms: ms(duration),
-        pages: tally.pages,
-        zero: tally.zero,
-        raw: tally.raw,
-        compressed: tally.compressed,
-        xbzrle: tally.xbzrle,
-        unchanged: tally.unchanged,
-        xbzrle_misses: tally.xbzrle_misses,
-        xbzrle_overflows: tally.xbzrle_overflows,
-        bytes_in: tally.bytes_in,
-        bytes_out: tally.bytes_out,
-    }
-}
-
-/// Whole bytes a second; no rate that is none.
-#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "whole bytes, and it saturates")]
-fn whole(rate: f64) -> u64 {
-    rate.round() as u64
+    RoundJson { round: tally.round, last: tally.last, duration_ms: ms(duration), pages: tally.into() }
 }
 
 #[cfg(test)]

@@ -57,6 +57,6 @@ fn what_a_reader_does_not_know_is_told_apart() {
 
 #[test]
 fn a_rate_that_is_none_is_written_as_a_number() {
-    let rates = [f64::NAN, f64::INFINITY, -1.0, 1.5].map(whole);
+    let rates = [f64::NAN, f64::INFINITY, -1.0, 1.5].map(rate);
     assert_eq!(rates, [0, u64::MAX, 0, 2]);
 }

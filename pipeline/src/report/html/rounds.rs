@@ -5,18 +5,18 @@ use maud::{Markup, html};
 use super::chart::{self, as_f64, percent};
 use super::{Page, ms, wide};
 use crate::controller::forecast::whole;
-use crate::report::{RoundReport, human};
+use crate::report::{PagesReport, RoundReport, human};
 
 /// A way for a page to travel: its class, its name, and how many of a round's pages went it.
-type Encoding = (&'static str, &'static str, fn(&RoundReport) -> u64);
+type Encoding = (&'static str, &'static str, fn(&PagesReport) -> u64);
 
 /// From the axis up.
 const ENCODINGS: [Encoding; 5] = [
-    ("raw", "raw", |round| round.raw),
-    ("compressed", "compressed", |round| round.compressed),
-    ("xbzrle", "xbzrle", |round| round.xbzrle),
-    ("unchanged", "unchanged (not sent)", |round| round.unchanged),
-    ("zero", "zero", |round| round.zero),
+    ("raw", "raw", |pages| pages.raw),
+    ("compressed", "compressed", |pages| pages.compressed),
+    ("xbzrle", "xbzrle", |pages| pages.xbzrle),
+    ("unchanged", "unchanged (not sent)", |pages| pages.unchanged),
+    ("zero", "zero", |pages| pages.zero),
 ];
 
 /// Fewer rounds than this do not fill the width.
@@ -32,8 +32,9 @@ pub(super) fn section(page: &Page<'_>) -> Markup {
     if rounds.is_empty() {
         return html! {};
     }
-    let used: Vec<_> = ENCODINGS.into_iter().filter(|(_, _, of)| rounds.iter().any(|round| of(round) > 0)).collect();
-    let most = rounds.iter().map(|round| round.pages).max().unwrap_or(0);
+    let used: Vec<_> =
+        ENCODINGS.into_iter().filter(|(_, _, of)| rounds.iter().any(|round| of(&round.pages) > 0)).collect();
+    let most = rounds.iter().map(|round| round.pages.all).max().unwrap_or(0);
     let (scale, ticks) = chart::bytes_scale(as_f64(most), |value| human::count(whole(value)));
     let of_pages: Vec<_> = ticks.into_iter().map(|(value, label)| (scale.height(value), label)).collect();
     let of_share = [(0.5, "50 %".to_owned()), (1.0, "100 %".to_owned())];
@@ -81,7 +82,7 @@ fn columns(
             @for (index, round) in rounds.iter().enumerate() {
                 @let left = slot * (as_f64(index as u64) + 0.12);
                 @for (class, low, part, name) in stack(round, encodings) {
-                    @let (low, part) = (height(low, round.pages), height(part, round.pages));
+                    @let (low, part) = (height(low, round.pages.all), height(part, round.pages.all));
                     rect class=(class) x=(percent(left)) width=(percent(slot * 0.76)) y=(down(low + part)) height=(format!("{:.1}", part * plot)) {
                         title { "round " (round.round) ": " (name) }
                     }
@@ -104,7 +105,7 @@ fn stack(round: &RoundReport, encodings: &[Encoding]) -> Vec<(&'static str, u64,
     let mut low = 0;
     let mut parts = Vec::new();
     for (class, name, of) in encodings {
-        let pages = of(round);
+        let pages = of(&round.pages);
         if pages > 0 {
             parts.push((*class, low, pages, format!("{} pages {name}", human::exact(pages))));
         }
@@ -138,23 +139,24 @@ fn table(rounds: &[RoundReport]) -> Markup {
 }
 
 fn row(round: &RoundReport) -> Markup {
-    let pages = [
-        round.pages,
-        round.zero,
-        round.raw,
-        round.compressed,
-        round.xbzrle,
-        round.unchanged,
-        round.xbzrle_misses,
-        round.xbzrle_overflows,
+    let pages = &round.pages;
+    let counts = [
+        pages.all,
+        pages.zero,
+        pages.raw,
+        pages.compressed,
+        pages.xbzrle,
+        pages.unchanged,
+        pages.xbzrle_misses,
+        pages.xbzrle_overflows,
     ];
     html! {
         tr {
             th scope="row" { (round.round) }
             td { data value=(round.ms) { (ms(round.ms)) } }
-            @for count in pages { td { data value=(count) { (human::exact(count)) } } }
-            @for bytes in [round.bytes_in, round.bytes_out] { td { data value=(bytes) { (human::bytes(bytes)) } } }
-            td { (format!("{:.1} %", share(round.bytes_out, round.bytes_in) * 100.0)) }
+            @for count in counts { td { data value=(count) { (human::exact(count)) } } }
+            @for bytes in [pages.bytes_in, pages.bytes_out] { td { data value=(bytes) { (human::bytes(bytes)) } } }
+            td { (format!("{:.1} %", share(pages.bytes_out, pages.bytes_in) * 100.0)) }
             td { @match round.dirty_after { Some(dirty) => data value=(dirty) { (human::exact(dirty)) }, None => "–" } }
         }
     }

@@ -274,7 +274,7 @@ fn figures(page: &Page<'_>) -> Vec<Figure> {
     figures.push(plain("Guest", human::bytes(report.guest.bytes), of_guest));
     let rate = human::rate(report.throughput_bytes_per_s);
     figures.push(plain("On the wire", human::bytes(report.wire_bytes), format!("{rate} on average")));
-    let pages = report.rounds.iter().map(|round| round.pages).sum();
+    let pages = report.rounds.iter().map(|round| round.pages.all).sum();
     figures.push(plain("Rounds", report.rounds.len().to_string(), format!("{} pages scanned", human::count(pages))));
     figures.push(verified(page));
     let bound = human::bytes(report.memory_bound_bytes);
