@@ -6,19 +6,12 @@
 //! cargo run --release -p memferry-tests --example control_latency [-- RUNS]
 //! ```
 
-use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use memferry::api::{Server, client};
 use memferry::control::Control;
-use memferry::events::{Event, Phase, Role};
-use memferry::settings::{EncoderSettings, SourceSettings};
-use memferry_stages::codec::Codec;
-use memferry_stages::geometry::PageSize;
-use memferry_tests::run::{Recorder, migrate_watched};
-use memferry_tests::{TestGuest, source_settings};
+use memferry_tests::busy::Busy;
 use memferry_transports::Address;
-use memferry_transports::memory::MemoryTransport;
 
 /// How long each request took.
 #[derive(Default)]
@@ -47,30 +40,9 @@ fn main() {
 }
 
 async fn one(run: u64, socket: &Address, times: &mut Times) {
-    let source = TestGuest::source(PageSize::DEFAULT, &[256 << 20]).running(2);
-    let settings = SourceSettings {
-        encoder: EncoderSettings { compress: Some(Codec::Zstd { level: 19 }), xbzrle: None },
-        max_rounds: u32::MAX,
-        downtime_limit: Duration::from_micros(1),
-        ..source_settings(4, 4)
-    };
     let control = Control::new();
     let server = Server::listen(socket, control.clone()).await.expect("a socket");
-    let verdict = Arc::new(OnceLock::new());
-    let told = verdict.clone();
-    let recorder = Recorder::calling(move |role, event| {
-        if role == Role::Source && matches!(event, Event::Phase(Phase::Cancelled)) {
-            told.get_or_init(Instant::now);
-        }
-    });
-    let migration = tokio::spawn(migrate_watched(
-        source.clone(),
-        Arc::new(TestGuest::destination()),
-        Arc::new(MemoryTransport::new(1 << 20)),
-        settings,
-        control,
-        recorder,
-    ));
+    let migration = Busy::begin(control);
     tokio::time::sleep(Duration::from_millis(200 + run * 37 % 300)).await;
     for number in 0..20_u64 {
         let asked = Instant::now();
@@ -85,9 +57,6 @@ async fn one(run: u64, socket: &Address, times: &mut Times) {
     let asked = Instant::now();
     client::cancel(socket).await.expect("an answer");
     times.cancel.push(asked.elapsed());
-    let ends = migration.await.expect("a migration does not panic");
-    assert_eq!(ends.source.phase, Phase::Cancelled, "{:?}", ends.source.error);
-    assert!(source.runs(), "the source guest goes on");
-    times.verdict.push(verdict.get().expect("it was told").duration_since(asked));
+    times.verdict.push(migration.verdict().await.duration_since(asked));
     server.close().await;
 }

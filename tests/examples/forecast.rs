@@ -7,10 +7,11 @@ use std::time::Duration;
 
 use memferry::codec::Codec;
 use memferry::events::Phase;
-use memferry::guest::workload::{Fill, Pattern, Region, Workload, WorkloadSettings, WriterSettings};
+use memferry::guest::workload::{Pattern, Workload, WorkloadSettings};
 use memferry::report::error_percent;
-use memferry::settings::{ConvergenceSettings, EncoderSettings, SourceSettings, StallStep, XbzrleSettings};
-use memferry_tests::{migrate, source_settings};
+use memferry::settings::{EncoderSettings, SourceSettings, XbzrleSettings};
+use memferry_tests::foreseen::{settings, workload, writer};
+use memferry_tests::migrate;
 use memferry_transports::{Address, open};
 use tokio_util::sync::CancellationToken;
 
@@ -55,9 +56,9 @@ fn main() -> Result<(), Box<dyn Error>> {
 fn run(plan: Plan) -> Result<Option<f64>, Box<dyn Error>> {
     let name = plan.0;
     let transport = open(&"tcp:127.0.0.1:0".parse::<Address>()?, Duration::from_secs(10));
-    let (source, destination) = (Workload::source(workload(plan))?, Workload::destination());
+    let (source, destination) = (Workload::source(guest(plan))?, Workload::destination());
     let runtime = tokio::runtime::Runtime::new()?;
-    let moving = migrate(source, destination, Arc::from(transport), settings(plan), CancellationToken::new());
+    let moving = migrate(source, destination, Arc::from(transport), moved(plan), CancellationToken::new());
     let ends = runtime.block_on(moving);
     let ended = &ends.source;
     let (Phase::Completed, Some(forecast), Some(downtime)) = (ended.phase, ended.forecast, ended.downtime) else {
@@ -72,34 +73,16 @@ fn run(plan: Plan) -> Result<Option<f64>, Box<dyn Error>> {
     Ok(Some(error.abs()))
 }
 
-fn workload((_, mib, pages_per_second, bytes, pattern, ..): Plan) -> WorkloadSettings {
-    let writer = WriterSettings { pattern, pages_per_second, bytes, region: Region { from: 0.0, to: 1.0 } };
-    WorkloadSettings {
-        memory: mib << 20,
-        fill: Fill { zero: 0.3, text: 0.3, random: 0.1, process: 0.3 },
-        writers: vec![writer],
-        ..WorkloadSettings::default()
-    }
+fn guest((_, mib, pages_per_second, bytes, pattern, ..): Plan) -> WorkloadSettings {
+    workload(mib, vec![writer(pattern, pages_per_second, bytes, (0.0, 1.0))])
 }
 
-fn settings((.., cap, limit, encoder, verify): Plan) -> SourceSettings {
+fn moved((.., cap, limit, encoder, verify): Plan) -> SourceSettings {
     let compress = Some(Codec::Lz4);
     let encoder = match encoder {
         Encoder::Raw => EncoderSettings { compress: None, xbzrle: None },
         Encoder::Lz4 => EncoderSettings { compress, xbzrle: None },
         Encoder::Deltas => EncoderSettings { compress, xbzrle: Some(XbzrleSettings::default()) },
     };
-    SourceSettings {
-        encoder,
-        max_bandwidth: cap.map(|mib| mib << 20),
-        downtime_limit: Duration::from_millis(limit),
-        max_rounds: 60,
-        verify,
-        convergence: ConvergenceSettings {
-            on_stall: vec![StallStep::Throttle, StallStep::SwitchOver],
-            stall_rounds: 2,
-            ..ConvergenceSettings::default()
-        },
-        ..source_settings(2, 2)
-    }
+    settings(encoder, cap, limit, verify)
 }

@@ -11,9 +11,8 @@ use std::time::Duration;
 
 use memferry::codec::Codec;
 use memferry::guest::workload::{Pattern, WriterSettings};
-use memferry::settings::{ConvergenceSettings, EncoderSettings, SourceSettings, StallStep, XbzrleSettings};
-use memferry_tests::foreseen::{Case, Went, median, off, writer};
-use memferry_tests::source_settings;
+use memferry::settings::{EncoderSettings, XbzrleSettings};
+use memferry_tests::foreseen::{Case, Went, median, off, settings, writer};
 
 const RECORDED: Duration = Duration::from_secs(5);
 const ALL: (f64, f64) = (0.0, 1.0);
@@ -145,18 +144,6 @@ fn case(
             }),
         },
     };
-    let settings = SourceSettings {
-        encoder,
-        max_bandwidth: Some(cap << 20),
-        downtime_limit: Duration::from_millis(limit),
-        max_rounds: 60,
-        verify,
-        convergence: ConvergenceSettings {
-            on_stall: vec![StallStep::Throttle, StallStep::SwitchOver],
-            stall_rounds: 2,
-            ..ConvergenceSettings::default()
-        },
-        ..source_settings(2, 2)
-    };
+    let settings = settings(encoder, Some(cap), limit, verify);
     Case { name, mib, writers, settings }
 }

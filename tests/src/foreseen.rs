@@ -10,11 +10,11 @@ use memferry::plan::forecast::foresee;
 use memferry::plan::record::{INTERVAL, RecordSettings, record};
 use memferry::plan::trace::read;
 use memferry::plan::written::Written;
-use memferry::settings::SourceSettings;
+use memferry::settings::{ConvergenceSettings, EncoderSettings, SourceSettings, StallStep};
 use memferry_transports::{Address, open};
 use tokio_util::sync::CancellationToken;
 
-use crate::run::migrate;
+use crate::run::{migrate, source_settings};
 
 /// A workload and how it is to be moved. The link is the token bucket.
 #[derive(Clone, Debug)]
@@ -50,14 +50,39 @@ pub fn writer(pattern: Pattern, pages_per_second: f64, bytes: usize, region: (f6
     WriterSettings { pattern, pages_per_second, bytes, region: Region { from: region.0, to: region.1 } }
 }
 
+/// So many MiB of all kinds of pages, and who writes them.
+#[must_use]
+pub fn workload(mib: u64, writers: Vec<WriterSettings>) -> WorkloadSettings {
+    WorkloadSettings {
+        memory: mib << 20,
+        fill: Fill { zero: 0.3, text: 0.3, random: 0.1, process: 0.3 },
+        writers,
+        ..WorkloadSettings::default()
+    }
+}
+
+/// Over a link of so many MiB a second, if it has a limit, with a downtime limit in milliseconds; throttled where that does not
+/// do, and switched over in the end.
+#[must_use]
+pub fn settings(encoder: EncoderSettings, link: Option<u64>, limit_ms: u64, verify: bool) -> SourceSettings {
+    SourceSettings {
+        encoder,
+        max_bandwidth: link.map(|mib| mib << 20),
+        downtime_limit: Duration::from_millis(limit_ms),
+        max_rounds: 60,
+        verify,
+        convergence: ConvergenceSettings {
+            on_stall: vec![StallStep::Throttle, StallStep::SwitchOver],
+            stall_rounds: 2,
+            ..ConvergenceSettings::default()
+        },
+        ..source_settings(2, 2)
+    }
+}
+
 impl Case {
     fn workload(&self) -> WorkloadSettings {
-        WorkloadSettings {
-            memory: self.mib << 20,
-            fill: Fill { zero: 0.3, text: 0.3, random: 0.1, process: 0.3 },
-            writers: self.writers.clone(),
-            ..WorkloadSettings::default()
-        }
+        workload(self.mib, self.writers.clone())
     }
 
     /// Records the workload for so long, and foresees its migration.

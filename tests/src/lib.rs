@@ -3,10 +3,12 @@
 //! The guest keeps nothing secret: its memory is mapped here, its writers are threads that never rest, and it records what it was
 //! told, so that a test can ask afterwards who ran, and when.
 
+pub mod busy;
 pub mod foreseen;
 pub mod guest;
 pub mod host;
 pub mod hot;
+pub mod leftovers;
 pub mod peer;
 pub mod run;
 pub mod sparse;

@@ -4,12 +4,13 @@
 //! One test, since it counts the threads and descriptors of the whole process.
 
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use memferry::events::{Event, Phase, Role};
 use memferry::settings::{After, SourceSettings};
 use memferry_stages::geometry::PageSize;
 use memferry_tests::guest::Told;
+use memferry_tests::leftovers::Census;
 use memferry_tests::{Recorder, TestGuest, Trouble, migrate_watched, run, source_settings};
 use memferry_transports::memory::MemoryTransport;
 use memferry_transports::{Address, Transport, open};
@@ -32,11 +33,6 @@ const POINTS: [fn(&Event) -> bool; 10] = [
     |event| *event == Event::Phase(Phase::Switchover),
     |event| *event == Event::Paused,
 ];
-
-/// How many of the process's things are in a folder of `/proc/self`.
-fn count(what: &str) -> usize {
-    std::fs::read_dir(format!("/proc/self/{what}")).unwrap().count()
-}
 
 fn settings(address: &str) -> SourceSettings {
     let after = address.starts_with("file").then_some(After::Resume);
@@ -103,7 +99,7 @@ fn cancelled_thirty_times_in_a_row_it_leaves_nothing_behind() {
     let source = TestGuest::source(PageSize::DEFAULT, &LENGTHS).paced(Duration::from_micros(500)).running(2);
     // The first one of all opens what the runtime keeps for the whole process.
     cancelled(&source, "tcp:127.0.0.1:0", POINTS[0], Duration::ZERO);
-    let (threads, descriptors) = (count("task"), count("fd"));
+    let before = Census::take();
 
     for address in ["memory", "tcp:127.0.0.1:0", &file] {
         for when in POINTS {
@@ -124,15 +120,7 @@ fn cancelled_thirty_times_in_a_row_it_leaves_nothing_behind() {
     source.repair();
 
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "a file was left behind");
-    let since = Instant::now();
-    while count("task") > threads || count("fd") > descriptors {
-        let now = (count("task"), count("fd"));
-        assert!(
-            since.elapsed() < Duration::from_secs(10),
-            "threads and descriptors: {now:?} of {threads}, {descriptors}"
-        );
-        std::thread::sleep(Duration::from_millis(20));
-    }
+    before.wait_until_as_before();
 
     drop(source.take_told());
     let destination = Arc::new(TestGuest::destination());

@@ -2,7 +2,7 @@
 //! behind. Alone in its program, for it counts what that has.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use memferry::api::{Server, client};
 use memferry::control::Control;
@@ -11,14 +11,10 @@ use memferry::guest::workload::Workload;
 use memferry::guest::{Guest, RunState};
 use memferry::settings::{ConvergenceSettings, EncoderSettings, SourceSettings, StallStep};
 use memferry_tests::hot::Hot;
+use memferry_tests::leftovers::Census;
 use memferry_tests::{migrate, source_settings};
 use memferry_transports::Address;
 use memferry_transports::memory::MemoryTransport;
-
-/// How many of the process's things are in a folder of `/proc/self`.
-fn count(what: &str) -> usize {
-    std::fs::read_dir(format!("/proc/self/{what}")).unwrap().count()
-}
 
 fn settings() -> SourceSettings {
     SourceSettings {
@@ -74,7 +70,7 @@ fn a_hundred_cancels_leave_no_thread_descriptor_throttle_or_socket_behind() {
     let guest = Arc::new(Hot::new());
     // The first one of all opens what the runtime keeps for the whole process.
     cancelled(&guest, &socket, Duration::from_millis(50));
-    let (threads, descriptors) = (count("task"), count("fd"));
+    let before = Census::take();
     for run in 0..100_u64 {
         cancelled(&guest, &socket, Duration::from_millis(run * 37 % 450));
         assert_eq!(guest.run_state(), RunState::Running, "cancel {run}");
@@ -83,13 +79,5 @@ fn a_hundred_cancels_leave_no_thread_descriptor_throttle_or_socket_behind() {
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "cancel {run} left its socket");
     }
     assert!(guest.throttled().iter().any(|&percent| percent > 0), "none of them throttled");
-    let since = Instant::now();
-    while count("task") > threads || count("fd") > descriptors {
-        let now = (count("task"), count("fd"));
-        assert!(
-            since.elapsed() < Duration::from_secs(10),
-            "threads and descriptors: {now:?} of {threads}, {descriptors}"
-        );
-        std::thread::sleep(Duration::from_millis(20));
-    }
+    before.wait_until_as_before();
 }

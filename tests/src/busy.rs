@@ -1,0 +1,66 @@
+//! A migration that keeps every core busy and never ends by itself: a guest whose writers never rest is compressed as hard as can
+//! be. For measurements of how soon something takes effect meanwhile.
+
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+use memferry::control::Control;
+use memferry::events::{Event, Phase, Role};
+use memferry::settings::{EncoderSettings, SourceSettings};
+use memferry_stages::codec::Codec;
+use memferry_stages::geometry::PageSize;
+use memferry_transports::memory::MemoryTransport;
+use tokio::task::JoinHandle;
+
+use crate::TestGuest;
+use crate::run::{Ends, Recorder, migrate_watched, source_settings};
+
+/// The migration on its way.
+#[derive(Debug)]
+pub struct Busy {
+    source: Arc<TestGuest>,
+    cancelled: Arc<OnceLock<Instant>>,
+    migration: JoinHandle<Ends>,
+}
+
+impl Busy {
+    /// Begins it, on the runtime of the caller.
+    #[must_use]
+    pub fn begin(control: impl Into<Control>) -> Self {
+        let source = TestGuest::source(PageSize::DEFAULT, &[256 << 20]).running(2);
+        let settings = SourceSettings {
+            encoder: EncoderSettings { compress: Some(Codec::Zstd { level: 19 }), xbzrle: None },
+            max_rounds: u32::MAX,
+            downtime_limit: Duration::from_micros(1),
+            ..source_settings(4, 4)
+        };
+        let cancelled = Arc::new(OnceLock::new());
+        let told = cancelled.clone();
+        let recorder = Recorder::calling(move |role, event| {
+            if role == Role::Source && matches!(event, Event::Phase(Phase::Cancelled)) {
+                told.get_or_init(Instant::now);
+            }
+        });
+        let migration = tokio::spawn(migrate_watched(
+            source.clone(),
+            Arc::new(TestGuest::destination()),
+            Arc::new(MemoryTransport::new(1 << 20)),
+            settings,
+            control.into(),
+            recorder,
+        ));
+        Self { source, cancelled, migration }
+    }
+
+    /// Waits for its end after a cancel: when the source's verdict was told. (Its stages end a little later, each with the batch it is
+    /// at.)
+    ///
+    /// # Panics
+    /// If it ended otherwise, or the source guest does not go on.
+    pub async fn verdict(self) -> Instant {
+        let ends = self.migration.await.expect("a migration does not panic");
+        assert_eq!(ends.source.phase, Phase::Cancelled, "{:?}", ends.source.error);
+        assert!(self.source.runs(), "the source guest goes on");
+        *self.cancelled.get().expect("it was told")
+    }
+}
