@@ -371,7 +371,7 @@ fn lately<'a>(rounds: impl Iterator<Item = &'a Achieved>) -> Achieved {
 }
 
 /// So many seconds; the longest time there is for what is more.
-pub(super) fn seconds(seconds: f64) -> Duration {
+pub(crate) fn seconds(seconds: f64) -> Duration {
     Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX)
 }
 

@@ -13,6 +13,7 @@ use memferry_stages::codec::Codec;
 
 use super::bandwidth::Bandwidth;
 use super::forecast::{Foreseen, foresee};
+use super::model::SLOT_BYTES;
 use super::written::Written;
 use crate::config::values::{Size, Time};
 use crate::settings::{ConvergenceSettings, SourceSettings, StallStep, ThrottleSettings, XbzrleSettings};
@@ -114,7 +115,7 @@ fn without_steps(settings: &SourceSettings) -> SourceSettings {
 /// guest, and other compressors.
 fn encodings(written: &Written<'_>, settings: &SourceSettings) -> Vec<(SourceSettings, Vec<String>)> {
     let guest = &written.trace().guest;
-    let filled = (guest.pages() - guest.untouched) * (guest.page_size.bytes() as u64 + 16);
+    let filled = (guest.pages() - guest.untouched) * (guest.page_size.bytes() as u64 + SLOT_BYTES);
     // A little more than all of it: not every slot of a cache is ever used.
     let all = (filled + filled / 16).next_multiple_of(64 << 20);
     let mut found = vec![(settings.clone(), Vec::new())];

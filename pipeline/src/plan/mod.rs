@@ -23,12 +23,18 @@ pub mod advice;
 pub mod answer;
 pub mod bandwidth;
 pub mod forecast;
+mod mix;
 pub mod model;
 pub mod picture;
 pub mod record;
 pub mod sampler;
 pub mod trace;
 pub mod written;
+
+/// The whole part of a figure that is not negative, to count by.
+fn index(figure: f64) -> usize {
+    usize::try_from(crate::controller::forecast::whole(figure)).unwrap_or(usize::MAX)
+}
 
 #[cfg(test)]
 mod tests;

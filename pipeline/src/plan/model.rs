@@ -16,15 +16,18 @@ use memferry_stages::tally::RoundTally;
 use memferry_stages::wire::frame::HEAD_BYTES;
 use memferry_stages::wire::pages::MIN_HEAD_BYTES;
 
+use super::index;
+use super::mix::{Mix, least_equal};
 use super::trace::{Coded, DeltaSample, Deltas, Samples, Trace};
 use super::written::Written;
+use crate::controller::forecast::whole;
 use crate::controller::simulation::{Encoded, Found, Guest, Sending};
 use crate::settings::{SourceSettings, XbzrleSettings};
 
 /// Bytes of a page's descriptor in a frame.
 const DESCRIPTOR_BYTES: f64 = 4.0;
 /// Bytes that the cache keeps besides each page.
-const SLOT_BYTES: u64 = 16;
+pub(super) const SLOT_BYTES: u64 = 16;
 /// The share of a cache that is filled before pages are turned away.
 const FILLED: f64 = 0.97;
 /// A round is looked at in so many parts, in each of which the same pages are sent already.
@@ -159,7 +162,7 @@ impl<'a> TracedGuest<'a> {
             sum.deltas += deltas;
             sum.misses += misses;
             sum.overflows += overflows;
-            sum.bytes += deltas * sample.delta_bytes() + (misses + overflows) * whole.bytes;
+            sum.bytes += deltas * sample.delta_bytes + (misses + overflows) * whole.bytes;
             sum.compressed += (misses + overflows) * whole.compressed;
             sum.filled += deltas + overflows + misses;
             sum.encode_nanos += hits * self.samples().delta.per_page();
@@ -393,27 +396,6 @@ fn counts(words: &[u64]) -> Vec<u64> {
     sum.collect()
 }
 
-fn index(number: f64) -> usize {
-    usize::try_from(whole(number)).unwrap_or(usize::MAX)
-}
-
-fn whole(number: f64) -> u64 {
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "it saturates, and is not negative")]
-    let whole = number as u64;
-    whole
-}
-
-/// The least share of pages that were written and are as they were, over spans of any length. A copy is made a moment after the
-/// sync that it belongs to: what is written between the two is found by the next sync, and is in the copy already. The shorter the
-/// span the more of it that moment is.
-fn least_equal(spans: &[(Duration, DeltaSample)]) -> f64 {
-    let share = |sample: &DeltaSample| {
-        let compared = sample.equal + sample.overflows + sample.deltas;
-        if compared == 0 { 0.0 } else { sample.equal as f64 / compared as f64 }
-    };
-    spans.iter().map(|(_, sample)| share(sample)).fold(1.0, f64::min)
-}
-
 /// Pages of which the cache may have a copy for the same reason.
 #[derive(Clone, Copy, Debug, Default)]
 struct PagesOfKind {
@@ -447,68 +429,4 @@ struct Sum {
     bytes: f64,
     read_nanos: f64,
     encode_nanos: f64,
-}
-
-/// Shares of the pages of a sample.
-#[derive(Clone, Copy, Debug, Default)]
-struct Mix {
-    to_zero: f64,
-    equal: f64,
-    overflows: f64,
-    deltas: f64,
-    delta_bytes: f64,
-}
-
-impl Mix {
-    fn of(sample: DeltaSample) -> Self {
-        let share = |part: u64| if sample.pages == 0 { 0.0 } else { part as f64 / sample.pages as f64 };
-        Self {
-            to_zero: share(sample.to_zero),
-            equal: share(sample.equal),
-            overflows: share(sample.overflows),
-            deltas: share(sample.deltas),
-            delta_bytes: if sample.deltas == 0 { 0.0 } else { sample.delta_bytes as f64 / sample.deltas as f64 },
-        }
-    }
-
-    /// So much of the other, and the rest of this.
-    fn and(self, other: Self, share: f64) -> Self {
-        let mix = |one: f64, other: f64| one * (1.0 - share) + other * share;
-        Self {
-            to_zero: mix(self.to_zero, other.to_zero),
-            equal: mix(self.equal, other.equal),
-            overflows: mix(self.overflows, other.overflows),
-            deltas: mix(self.deltas, other.deltas),
-            delta_bytes: if self.deltas == 0.0 {
-                other.delta_bytes
-            } else if other.deltas == 0.0 {
-                self.delta_bytes
-            } else {
-                mix(self.delta_bytes, other.delta_bytes)
-            },
-        }
-    }
-
-    /// As if no more than this share of the pages that were compared had been as they were.
-    fn with_equal_at_most(self, share: f64) -> Self {
-        let changed = self.overflows + self.deltas;
-        let most = if share < 1.0 { changed * share / (1.0 - share) } else { self.equal };
-        Self { equal: self.equal.min(most), ..self }
-    }
-
-    /// Of the pages whose copy was not zero.
-    fn share_of_compared(&self, of: impl Fn(&Self) -> f64) -> f64 {
-        let compared = self.to_zero + self.equal + self.overflows + self.deltas;
-        if compared > 0.0 { of(self) / compared } else { 0.0 }
-    }
-
-    /// Of those that are not zero now either.
-    fn share_of_changes(&self, of: impl Fn(&Self) -> f64) -> f64 {
-        let changes = self.equal + self.overflows + self.deltas;
-        if changes > 0.0 { of(self) / changes } else { 0.0 }
-    }
-
-    fn delta_bytes(&self) -> f64 {
-        self.delta_bytes
-    }
 }

@@ -1,10 +1,11 @@
 //! The answer of a plan for a terminal: a table, a chart for each link, and advice in words. 80 columns.
 
 use std::fmt::Write;
-use std::time::Duration;
 
 use super::answer::{AdviceFigures, Answer, AtBandwidth, Figures};
 use super::bandwidth::Bandwidth;
+use super::index;
+use crate::controller::forecast::{self, whole};
 use crate::report::human;
 
 /// Columns of a bar.
@@ -183,17 +184,7 @@ fn name(at: &AtBandwidth) -> String {
 }
 
 fn time(seconds: f64) -> String {
-    human::time(Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX))
-}
-
-fn index(number: f64) -> usize {
-    usize::try_from(whole(number)).unwrap_or(usize::MAX)
-}
-
-fn whole(number: f64) -> u64 {
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "it saturates, and is not negative")]
-    let whole = number as u64;
-    whole
+    human::time(forecast::seconds(seconds))
 }
 
 #[cfg(test)]
