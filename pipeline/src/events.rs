@@ -162,6 +162,18 @@ pub enum Event {
     Ended(Ended),
 }
 
+impl Event {
+    /// What the operator should know of it though the migration goes on, in words.
+    #[must_use]
+    pub fn warning(&self) -> Option<String> {
+        match self {
+            Self::Warning(what) => Some(what.clone()),
+            Self::TurnedAway { peer, why } => Some(format!("{peer} was turned away: {why}")),
+            _ => None,
+        }
+    }
+}
+
 /// How it ended, with everything the report needs that no event before it said.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Ended {

@@ -228,15 +228,21 @@ impl Session {
     fn conclude(&self, verdict: &Ended, account: &Account, far: Option<&Account>) {
         let capped = account.is_capped(self.config.migration.max_bandwidth.0.is_some());
         let frame = Frame { role: self.role, capped };
-        for file in &self.options.report {
-            if let Err(error) = self.write_report(file, &Report::new(frame, verdict, account, far), account, far) {
-                tell!("memferry: the report {} cannot be written: {error}", file.display());
-            }
+        if !self.options.report.is_empty() {
+            self.write_reports(&Report::new(frame, verdict, account, far), account, far);
         }
         self.outlets.close();
         self.say(&table::verdict(verdict, account));
         if !self.options.quiet && !account.rounds.is_empty() {
             self.say(&format!("\n{}", table::summary(frame, account, far).trim_end()));
+        }
+    }
+
+    fn write_reports(&self, report: &Report, account: &Account, other: Option<&Account>) {
+        for file in &self.options.report {
+            if let Err(error) = self.write_report(file, report, account, other) {
+                tell!("memferry: the report {} cannot be written: {error}", file.display());
+            }
         }
     }
 

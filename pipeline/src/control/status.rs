@@ -67,11 +67,18 @@ impl Status {
                 self.in_force = self.in_force.map(|in_force| in_force.with(changed.to));
                 self.memory_bound = changed.memory_bound;
             }
-            Event::Warning(what) => self.warn(what.clone()),
-            Event::TurnedAway { peer, why } => self.warn(format!("{peer} was turned away: {why}")),
             Event::HandedOver => self.is_handed_over = true,
             Event::Ended(ended) => (self.phase, self.ended) = (ended.phase, Some(ended.clone())),
-            Event::RoundScanned { .. } | Event::Synced { .. } | Event::Spared(_) | Event::Paused | Event::Resumed => {}
+            Event::RoundScanned { .. }
+            | Event::Synced { .. }
+            | Event::Spared(_)
+            | Event::Warning(_)
+            | Event::TurnedAway { .. }
+            | Event::Paused
+            | Event::Resumed => {}
+        }
+        if let Some(what) = event.warning() {
+            self.warn(what);
         }
     }
 

@@ -119,9 +119,10 @@ impl Account {
                 self.changed.push(*changed);
             }
             Event::Ended(ended) => self.ended = Some(ended.clone()),
-            Event::Warning(what) => self.notice(what.clone(), at),
-            Event::TurnedAway { peer, why } => self.notice(format!("{peer} was turned away: {why}"), at),
             _ => {}
+        }
+        if let Some(text) = event.warning() {
+            self.notice(text, at);
         }
     }
 

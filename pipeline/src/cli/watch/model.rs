@@ -135,7 +135,7 @@ impl End {
             EventJson::Changed(changed) => self.changed(ms, changed),
             EventJson::Warning { what } => self.remark(ms, RemarkKind::Warning, what.clone()),
             EventJson::TurnedAway { peer, why } => {
-                self.remark(ms, RemarkKind::Warning, format!("turned {peer} away: {why}"));
+                self.remark(ms, RemarkKind::Warning, words::turned_away(peer, why));
             }
             EventJson::Progress(now) => self.progress(ms, now),
             EventJson::Ended(ended) => self.end(ended),

@@ -117,7 +117,7 @@ fn milestone(event: &EventJson) -> Option<String> {
         EventJson::Decided(decided) => decided.decision.why.clone(),
         EventJson::Changed(changed) => change(changed),
         EventJson::HandedOver => "handed over: a cancel is too late".into(),
-        EventJson::TurnedAway { peer, why } => format!("turned {peer} away: {why}"),
+        EventJson::TurnedAway { peer, why } => turned_away(peer, why),
         EventJson::Warning { what } => format!("warning: {what}"),
         EventJson::Paused => "the guest is paused at the source".into(),
         EventJson::Resumed => "the guest goes on at the source".into(),
@@ -129,6 +129,11 @@ fn milestone(event: &EventJson) -> Option<String> {
         | EventJson::Spared(_)
         | EventJson::Progress(_) => return None,
     })
+}
+
+/// A stranger or a broken peer, that was refused.
+pub(super) fn turned_away(peer: &str, why: &str) -> String {
+    format!("turned {peer} away: {why}")
 }
 
 /// A setting that was changed, by whoever controls the migration.
