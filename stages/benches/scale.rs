@@ -113,7 +113,7 @@ impl Bench {
         let (into, ends): (Vec<_>, Vec<_>) = (0..LANES).map(|_| bounded(16)).unzip();
         let ((order, orders), (answer, answers)) = (bounded(1), bounded(1));
         self.runtime.block_on(async {
-            order.put(ScanOrder { round: 1, last: false }).await.expect("it takes orders");
+            order.put(ScanOrder::all(1, false)).await.expect("it takes orders");
             drop(order);
             let drained = futures::future::join_all((0..).zip(&ends).map(|(lane, end)| drain(lane, end, &in_flight)));
             let since = Instant::now();

@@ -96,7 +96,7 @@ fn scanner(suite: &mut Suite) {
             let in_flight = Arc::new(InFlight::new(bitmap.layout(), lanes));
             let scanner = Scanner::new(bitmap, None, Vec::new(), lanes, in_flight, meter);
             let ((lane, batches), (answer, _answers)) = (bounded(4), bounded(1));
-            let orders = queue_of([ScanOrder { round: 1, last: true }]);
+            let orders = queue_of([ScanOrder::all(1, true)]);
             let (took, items) = run(scanner.run(orders, vec![lane], answer), &batches);
             assert_eq!(items, if dirty_pages == 0 { 2 } else { extents as usize + 2 });
             took

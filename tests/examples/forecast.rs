@@ -1,12 +1,13 @@
 //! How good the forecast of the downtime is: workloads of many kinds are moved over links of many kinds, and what was
-//! expected when the switchover was decided is put beside what it took. `cargo run --release --example forecast`
+//! expected when the switchover was decided is put beside what it took. `cargo run --release --example forecast [TIMES] [NAME]`
+//! moves each of them, or those that are called so, so many times.
 
 use std::error::Error;
 use std::sync::Arc;
 use std::time::Duration;
 
 use memferry::codec::Codec;
-use memferry::events::Phase;
+use memferry::events::{Event, Phase};
 use memferry::guest::workload::{Pattern, Workload, WorkloadSettings};
 use memferry::report::error_percent;
 use memferry::settings::{EncoderSettings, SourceSettings, XbzrleSettings};
@@ -42,13 +43,19 @@ const PLANS: [Plan; 12] = [
 ];
 
 fn main() -> Result<(), Box<dyn Error>> {
+    let mut arguments = std::env::args().skip(1);
+    let times: usize = arguments.next().map_or(Ok(1), |times| times.parse())?;
+    let name = arguments.next().unwrap_or_default();
     println!("{:<22} {:>6} {:>10} {:>10} {:>8}", "run", "rounds", "expected", "downtime", "error");
     let mut errors = Vec::new();
-    for plan in PLANS {
-        errors.extend(run(plan)?);
+    for plan in PLANS.iter().filter(|plan| plan.0.contains(&name)) {
+        for _ in 0..times {
+            errors.extend(run(*plan)?);
+        }
     }
     errors.sort_by(f64::total_cmp);
-    println!("median of the errors, either way: {:.1} %", errors[errors.len() / 2]);
+    let median = errors.get(errors.len() / 2).ok_or("nothing was moved")?;
+    println!("median of the errors of {} runs, either way: {median:.1} %", errors.len());
     Ok(())
 }
 
@@ -65,11 +72,16 @@ fn run(plan: Plan) -> Result<Option<f64>, Box<dyn Error>> {
         println!("{name:<22} {:?}: {:?}", ended.phase, ended.error);
         return Ok(None);
     };
-    let rounds = ends.events.iter().filter(|(_, event)| matches!(event, memferry::events::Event::Decided(_))).count();
+    let rounds = ends.events.iter().filter(|(_, event)| matches!(event, Event::Decided(_))).count();
     let error = error_percent(&forecast, downtime);
     println!("{name:<22} {rounds:>6} {:>10.1?} {downtime:>10.1?} {error:>+7.0} %", forecast.expected());
-    println!("    {:.1?} for {:.0} KiB, {:.1?}", forecast.transfer, forecast.remaining_bytes / 1024.0, forecast.fixed);
-    println!("    {:.1?}", ended.parts);
+    let sent = ends.events.iter().filter_map(|(_, event)| match event {
+        Event::RoundSent { tally, .. } => Some(tally.bytes_out),
+        _ => None,
+    });
+    let (expected, sent) = (forecast.remaining_bytes / 1024.0, sent.last().unwrap_or(0) as f64 / 1024.0);
+    println!("    {:.1?} for {expected:.0} KiB, {:.1?}", forecast.transfer, forecast.fixed);
+    println!("    {:.1?} for {sent:.0} KiB", ended.parts);
     Ok(Some(error.abs()))
 }
 

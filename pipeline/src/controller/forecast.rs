@@ -5,13 +5,14 @@
 //! the encoders note which pages their cache was given. What a delta comes to is taken from the latest round of deltas, and so is
 //! how many pages the cache has lost again. Deltas get smaller from round to round, where a page is written so often that a shorter
 //! round leaves less in it: the dirty rate rises by the same factor then, since a page counts once however often it is written.
-//! Until a round of deltas is measured every page counts as it would go without one, since nothing has shown yet that deltas
-//! help. Zero pages of the first round count for nothing: what is written is seldom zero.
+//! Before any round of deltas is measured, a sample of the dirty pages is sent and shows what they come to; until then every page
+//! counts as it would go without one. Zero pages of the first round count for nothing: what is written is seldom zero.
 //!
 //! What it takes is what the wire takes, or the busiest stage if that is more; the stages' own figures tell which of the two held a
 //! round up.
 
 use std::collections::VecDeque;
+use std::num::NonZeroU32;
 use std::time::Duration;
 
 use memferry_stages::tally::RoundTally;
@@ -28,6 +29,12 @@ const WINDOW_BYTES: u64 = 8 << 20;
 const TELLING_BYTES: u64 = 2 << 20;
 /// A delta is not taken to come to less than this share of what deltas came to in the round before.
 const LEAST_OF_A_DELTA: f64 = 0.25;
+/// Pages of which deltas may be made, from which a sample of them is worth a round trip.
+const WORTH_A_SAMPLE: u64 = 64;
+/// The pages of a sample, about: enough to tell, and few beside what remains.
+const SAMPLE_PAGES: u64 = 512;
+/// A sample takes no more than one of so many words with dirty pages.
+const LEAST_EVERY: u64 = 8;
 /// How many of those rounds may show what the wire carries at least.
 const TELLING_ROUNDS: usize = 4;
 /// Rounds that are kept: more never make a window.
@@ -40,7 +47,7 @@ const BACKLOG_SHARE: f64 = 0.05;
 /// What a switchover costs whatever remains to be sent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FixedCost {
-    /// One more bitmap sync: the longest measured so far.
+    /// One more bitmap sync: as long as the latest.
     pub sync: Duration,
     /// Digests of the whole guest at both ends.
     pub verify: Duration,
@@ -101,7 +108,7 @@ struct Achieved {
     /// Pages of which a delta was to be made, and that were in no cache.
     misses: u64,
     /// Pages of which one might have been made, by what was known before.
-    kept: u64,
+    kept: f64,
     /// Pages a second that the guest dirtied before it.
     dirty_rate: Option<f64>,
 }
@@ -139,6 +146,10 @@ pub struct Forecaster {
     first: Option<Achieved>,
     /// Those after the first, the latest in front.
     later: VecDeque<Achieved>,
+    /// What a sample came to, if one was sent.
+    sample: Option<Achieved>,
+    /// Its pages, until the sync behind it.
+    sampled: Option<u64>,
     /// What a page of the latest round took, zero pages counted: what is in flight is of that round.
     latest_seconds_per_page: f64,
     /// Pages a second that the guest dirties, if two looks at it have shown it.
@@ -146,6 +157,8 @@ pub struct Forecaster {
     /// Dirty pages that the last sync found, and those of them of which a delta may be made.
     found: (u64, u64),
     last_sync: Duration,
+    /// The sync from which on the dirty rate was measured.
+    measured_from: Duration,
 }
 
 impl Forecaster {
@@ -162,10 +175,13 @@ impl Forecaster {
             switchover_bandwidth: settings.switchover_bandwidth,
             first: None,
             later: VecDeque::new(),
+            sample: None,
+            sampled: None,
             latest_seconds_per_page: 0.0,
             dirty_rate: None,
             found: (0, 0),
             last_sync: Duration::ZERO,
+            measured_from: Duration::ZERO,
         }
     }
 
@@ -176,16 +192,7 @@ impl Forecaster {
 
     /// A round was sent, from its first batch to its last byte, in so much time, for so much of which its busiest stage worked.
     pub fn round(&mut self, tally: &RoundTally, time: Duration, work: Duration) {
-        let round = Achieved {
-            pages: tally.pages,
-            page_bytes: tally.bytes_in,
-            wire_bytes: tally.bytes_out,
-            time: time.max(Duration::from_nanos(1)),
-            work,
-            misses: tally.xbzrle_misses,
-            kept: self.found.1,
-            dirty_rate: self.dirty_rate,
-        };
+        let round = self.achieved(tally, time, work);
         self.latest_seconds_per_page = round.time.as_secs_f64() / tally.pages.max(1) as f64;
         if self.first.is_none() {
             self.first = Some(Achieved { pages: tally.pages - tally.zero, ..round });
@@ -195,6 +202,26 @@ impl Forecaster {
         self.later.truncate(ROUNDS_KEPT);
     }
 
+    /// The same of a sample of what the last sync has found.
+    pub fn sample(&mut self, tally: &RoundTally, time: Duration, work: Duration) {
+        self.sample = Some(self.achieved(tally, time, work));
+        self.sampled = Some(tally.pages);
+    }
+
+    fn achieved(&self, tally: &RoundTally, time: Duration, work: Duration) -> Achieved {
+        let (found, kept) = self.found;
+        Achieved {
+            pages: tally.pages,
+            page_bytes: tally.bytes_in,
+            wire_bytes: tally.bytes_out,
+            time: time.max(Duration::from_nanos(1)),
+            work,
+            misses: tally.xbzrle_misses,
+            kept: kept as f64 * tally.pages as f64 / found.max(1) as f64,
+            dirty_rate: self.dirty_rate,
+        }
+    }
+
     /// The logs are armed, at a time since the migration began: from here on what is written is seen.
     pub fn armed(&mut self, elapsed: Duration) {
         self.last_sync = elapsed;
@@ -202,9 +229,14 @@ impl Forecaster {
 
     /// A sync found what is dirty.
     pub fn synced(&mut self, now: &Standing) {
-        let since = now.elapsed.saturating_sub(self.last_sync).as_secs_f64();
+        // A sample takes too little time to show how fast the guest writes: the syncs before it and behind it count as one.
+        let dirty = now.dirty_pages + self.sampled.unwrap_or(0);
+        if self.sampled.take().is_none() {
+            self.measured_from = self.last_sync;
+        }
+        let since = now.elapsed.saturating_sub(self.measured_from).as_secs_f64();
         if since > 0.0 {
-            self.dirty_rate = Some(now.dirty_pages as f64 / since);
+            self.dirty_rate = Some(dirty as f64 / since);
         }
         self.found = (now.dirty_pages, now.kept_pages);
         self.last_sync = now.elapsed;
@@ -247,6 +279,17 @@ impl Forecaster {
         Some(whole(pages))
     }
 
+    /// What sample of the dirty pages is to be sent, as one of so many words that have some: where nothing has shown yet what deltas
+    /// come to, and enough remains to make it matter.
+    #[must_use]
+    pub fn sample_wanted(&self, now: &Standing) -> Option<NonZeroU32> {
+        let is_shown = self.sample.is_some() || self.later.iter().any(|round| round.hits() > 0.0);
+        if !self.deltas || self.first.is_none() || is_shown || now.kept_pages < WORTH_A_SAMPLE {
+            return None;
+        }
+        u32::try_from((now.dirty_pages / SAMPLE_PAGES).max(LEAST_EVERY)).ok().and_then(NonZeroU32::new)
+    }
+
     /// What another round would take.
     #[must_use]
     pub fn round_time(&self, now: &Standing) -> Option<Duration> {
@@ -272,11 +315,10 @@ impl Forecaster {
         if !self.deltas {
             return Some(whole);
         }
-        let Some(round) = self.telling().next().or(self.later.iter().find(|round| round.pages > 0)) else {
-            return Some(whole);
-        };
+        let shown = self.telling().next().or(self.later.iter().find(|round| round.pages > 0));
+        let Some(round) = shown.or(self.sample.as_ref()) else { return Some(whole) };
         let (dirty, kept) = (self.found.0.max(1) as f64, self.found.1 as f64);
-        let still_cached = if round.kept == 0 { 1.0 } else { (round.hits() / round.kept as f64).min(1.0) };
+        let still_cached = if round.kept == 0.0 { 1.0 } else { (round.hits() / round.kept).min(1.0) };
         let hits = (kept / dirty * still_cached).min(1.0);
         // Without a hit nothing is known of what one comes to.
         let hit = if round.hits() == 0.0 {
@@ -327,9 +369,10 @@ impl Forecaster {
         self.later.iter().filter(|round| round.page_bytes >= TELLING_BYTES)
     }
 
-    /// Time that a page takes the busiest stage, as the latest round that was large enough to tell shows it.
+    /// Time that a page takes the busiest stage, as the latest round that was large enough to tell shows it, or the sample.
     fn stage_seconds_per_page(&self) -> f64 {
-        self.telling().next().map_or(0.0, |latest| latest.work.as_secs_f64() / latest.pages as f64)
+        let latest = self.telling().next().or(self.sample.as_ref().filter(|sample| sample.pages > 0));
+        latest.map_or(0.0, |latest| latest.work.as_secs_f64() / latest.pages as f64)
     }
 
     /// In a round: what the wire takes, or the stages if that is more.
@@ -446,13 +489,36 @@ mod tests {
     }
 
     #[test]
-    fn until_a_round_of_deltas_is_measured_pages_count_as_they_are() {
+    fn until_deltas_are_measured_pages_count_as_they_are() {
         let mut forecaster = forecaster(Some(XbzrleSettings::default()));
         forecaster.round(&round(10_000, 0, 10_000_000), 1000 * MS, NONE);
         assert!((transfer(&forecaster, 10_000) - 4.096).abs() < 1e-9);
         // 100 bytes a page, at the same rate.
         forecaster.round(&round(10_000, 0, 1_000_000), 100 * MS, NONE);
         assert!((transfer(&forecaster, 10_000) - 0.1).abs() < 0.001);
+    }
+
+    #[test]
+    fn a_sample_shows_what_deltas_come_to_and_what_they_take_but_not_the_wire() {
+        let mut forecaster = forecaster(Some(XbzrleSettings::default()));
+        let found =
+            |dirty_pages, ms| Standing { elapsed: ms * MS, dirty_pages, kept_pages: dirty_pages, in_flight_pages: 0 };
+        assert_eq!(forecaster.sample_wanted(&found(10_000, 1000)), None, "nothing was sent yet");
+        forecaster.round(&round(100_000, 0, 409_600_000), 1000 * MS, NONE);
+        forecaster.synced(&found(10_000, 1000));
+        assert_eq!(forecaster.sample_wanted(&found(10_000, 1000)).map(NonZeroU32::get), Some(19));
+        assert_eq!(forecaster.sample_wanted(&found(100, 1000)).map(NonZeroU32::get), Some(8));
+        assert_eq!(forecaster.sample_wanted(&found(63, 1000)), None, "what so few pages come to is no matter");
+
+        // Of 500 pages 100 bytes each, which took the stages a microsecond and the trip to the other end 5 ms.
+        forecaster.sample(&round(500, 0, 50_000), 5 * MS, MS / 2);
+        forecaster.synced(&found(9_500, 1010));
+        assert_eq!(forecaster.sample_wanted(&found(9_500, 1010)), None, "once");
+        let forecast = forecaster.forecast(&found(9_500, 1010), LIMIT).unwrap();
+        assert!((forecast.remaining_bytes - 950_000.0).abs() < 1.0, "{forecast:?}");
+        assert!((forecast.transfer.as_secs_f64() - 0.0095).abs() < 1e-6, "{forecast:?}");
+        let rate = forecaster.dirty_bytes_per_second().unwrap() / 4096.0;
+        assert!((rate - 10_000.0 / 1.01).abs() < 1.0, "{rate}: both syncs as one");
     }
 
     #[test]

@@ -9,14 +9,16 @@
 //!
 //! After each sync these are asked, in this order:
 //!
-//! 1. Is the expected downtime ([`forecast`]) at or below the limit, or is nothing dirty? It switches over.
-//! 2. Are the rounds used up, or can the deadline be kept by nothing else? What `on_deadline` says is done.
-//! 3. Have so many rounds brought no new least of what remains, or is it certain that those left will not bring it to the
+//! 1. Has nothing shown yet what deltas come to? A sample of what is dirty is sent first, while the budgets have room for one.
+//! 2. Is the expected downtime ([`forecast`]) at or below the limit, or is nothing dirty? It switches over.
+//! 3. Are the rounds used up, or can the deadline be kept by nothing else? What `on_deadline` says is done.
+//! 4. Have so many rounds brought no new least of what remains, or is it certain that those left will not bring it to the
 //!    limit at their pace? That is a stall: the next of the operator's steps is taken, if the one before has had its rounds
 //!    to show what it does ([`steps`]).
 //!
 //! `max_downtime` stands above all of them: no decision here switches over with a forecast above it, or with none. Within
-//! a round only the deadline and the operator decide, since between syncs what is dirty is not known.
+//! a round only the deadline and the operator decide, since between syncs what is dirty is not known; a sample is over so soon that
+//! only the deadline itself ends it.
 
 mod changes;
 pub mod forecast;
@@ -26,6 +28,7 @@ pub mod steps;
 #[cfg(test)]
 mod tests;
 
+use std::num::NonZeroU32;
 use std::time::Duration;
 
 use memferry_stages::tally::RoundTally;
@@ -44,6 +47,8 @@ const MARGIN: Duration = Duration::from_millis(150);
 pub enum Decision {
     /// Scan again while the guest runs.
     AnotherRound,
+    /// Scan one of so many words with dirty pages while the guest runs, to see what deltas come to.
+    Sample(NonZeroU32),
     /// Hold the guest back for so many percent of its time, and scan again.
     Throttle(u8),
     /// Scan again, with a downtime limit that is raised to this.
@@ -75,6 +80,8 @@ pub struct Controller {
     steps: Steps,
     stall: Stall,
     round: u32,
+    /// Is a sample being sent?
+    sampling: bool,
     /// Is the switchover decided already?
     switching: bool,
 }
@@ -104,6 +111,7 @@ impl Controller {
             steps: Steps::new(&settings.convergence),
             stall: Stall::new(settings.convergence.stall_rounds),
             round: 0,
+            sampling: false,
             switching: false,
         }
     }
@@ -149,12 +157,16 @@ impl Controller {
         self.forecaster.armed(elapsed);
     }
 
-    /// A round was sent, from its first batch to its last byte, in so much time.
+    /// A round was sent, or the sample that was decided on, from its first batch to its last byte, in so much time.
     ///
     /// `work` is how long its busiest stage worked.
     pub fn round(&mut self, tally: &RoundTally, time: Duration, work: Duration) {
         self.round = tally.round;
-        self.forecaster.round(tally, time, work);
+        if std::mem::take(&mut self.sampling) {
+            self.forecaster.sample(tally, time, work);
+        } else {
+            self.forecaster.round(tally, time, work);
+        }
     }
 
     /// The guest cannot be throttled: that step is left out from here on.
@@ -172,10 +184,16 @@ impl Controller {
             self.decide(now, forecast.as_ref())
         };
         self.switching = decision == Decision::SwitchOver;
+        self.sampling = matches!(decision, Decision::Sample(_));
         Decided { round: self.round, decision, why, forecast }
     }
 
     fn decide(&mut self, now: &Standing, forecast: Option<&Forecast>) -> (Decision, String) {
+        if let Some(every) = self.forecaster.sample_wanted(now).filter(|_| self.has_room(now)) {
+            let pages = now.dirty_pages / u64::from(every.get());
+            let why = format!("a sample of about {pages} pages: nothing has shown yet what deltas come to");
+            return (Decision::Sample(every), format!("{why}; {}", self.outlook(forecast)));
+        }
         let left = Left {
             rounds: self.limits.rounds.saturating_sub(self.round),
             time: self.limits.deadline.map(|deadline| deadline.saturating_sub(now.elapsed)),
@@ -207,6 +225,12 @@ impl Controller {
         }
     }
 
+    /// Do the budgets have room for a sample, and for what comes of it?
+    fn has_room(&self, now: &Standing) -> bool {
+        let in_time = self.limits.deadline.is_none_or(|deadline| now.elapsed.saturating_add(MARGIN) < deadline);
+        in_time && self.limits.rounds.saturating_sub(self.round) >= 2
+    }
+
     /// A raised limit may be met at once.
     fn raised(&self, limit: Duration, why: &str, now: &Standing, forecast: Option<&Forecast>) -> (Decision, String) {
         let raised = format!("the downtime limit is raised to {}, for {why}", human::time(limit));
@@ -224,6 +248,7 @@ impl Controller {
         let why = if passed {
             format!("the deadline of {} has passed in round {}", human::time(deadline), self.round + 1)
         } else if now_or_never
+            && !self.sampling
             && self.limits.on_deadline == OnDeadline::SwitchOver
             && self.is_allowed(forecast.as_ref())
         {

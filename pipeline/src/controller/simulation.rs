@@ -3,6 +3,7 @@
 //! What is modelled is what the controller sees: rounds that take their time, syncs that find what was written meanwhile, a
 //! throttle that slows the guest's own time, and a switchover. Nothing is random, so a run is its own proof.
 
+use std::num::NonZeroU32;
 use std::time::Duration;
 
 use memferry_stages::tally::RoundTally;
@@ -30,6 +31,9 @@ pub trait Guest {
 
     /// A round begins, of the pages that the last sync has found: what they come to. In the first round these are all pages.
     fn send(&mut self, sending: &Sending<'_>) -> Encoded;
+
+    /// What the pages of such a round would come to if it were sent: of that, a sample is a share.
+    fn look(&self, round: u32, pages: u64) -> Encoded;
 
     /// Which pages a sync finds that were written from one moment of the guest's own time to another: from the sync before to
     /// this one, while a round was sent.
@@ -76,6 +80,32 @@ pub struct Encoded {
     pub tally: RoundTally,
     /// The least time that the stages take for them, whatever the link.
     pub stages: Duration,
+}
+
+impl Encoded {
+    /// The same of one of so many pages.
+    fn sample(&self, every: NonZeroU32) -> Self {
+        let of = |all: u64| all / u64::from(every.get());
+        let all = &self.tally;
+        let [zero, raw, compressed, xbzrle, unchanged] =
+            [all.zero, all.raw, all.compressed, all.xbzrle, all.unchanged].map(of);
+        let tally = RoundTally {
+            round: all.round,
+            last: false,
+            batches: of(all.batches),
+            pages: zero + raw + compressed + xbzrle + unchanged,
+            zero,
+            raw,
+            compressed,
+            xbzrle,
+            unchanged,
+            xbzrle_misses: of(all.xbzrle_misses),
+            xbzrle_overflows: of(all.xbzrle_overflows),
+            bytes_in: of(all.bytes_in),
+            bytes_out: of(all.bytes_out),
+        };
+        Self { tally, stages: self.stages / every.get() }
+    }
 }
 
 /// What pages come to on the wire, of a guest of which no more is known than what a page takes.
@@ -227,16 +257,15 @@ impl<'a> Simulation<'a> {
     }
 
     fn run(mut self) -> Run {
+        let mut decision = Decision::AnotherRound;
         loop {
-            let decision = match self.live_round() {
-                Some(given_up) => given_up,
-                None => self.sync(),
-            };
-            match decision {
-                Decision::AnotherRound | Decision::RaiseLimit(_) => {}
+            decision = match decision {
+                Decision::AnotherRound | Decision::RaiseLimit(_) => self.live_round(),
+                Decision::Sample(every) => self.sample(every),
                 Decision::Throttle(percent) => {
                     self.throttle = percent;
                     self.run.throttle = self.run.throttle.max(percent);
+                    self.live_round()
                 }
                 Decision::SwitchOver => return self.switch_over(),
                 Decision::GiveUp => return self.end(decision),
@@ -244,8 +273,19 @@ impl<'a> Simulation<'a> {
         }
     }
 
-    /// One round while the guest runs, unless the deadline pauses it on the way; what ends the migration in it.
-    fn live_round(&mut self) -> Option<Decision> {
+    /// A sample of what is dirty, while the guest runs. The sync behind it finds what was left out as well.
+    fn sample(&mut self, every: NonZeroU32) -> Decision {
+        self.round += 1;
+        let encoded = self.guest.look(self.round, self.dirty).sample(every);
+        let time = round_time(&encoded, self.rate(), self.saved());
+        self.advance(time);
+        self.count(&encoded, time);
+        self.controller.round(&encoded.tally, time, encoded.stages);
+        self.sync(self.guest_synced_before)
+    }
+
+    /// One round while the guest runs, unless the deadline pauses it on the way or ends the migration, and the decision behind it.
+    fn live_round(&mut self) -> Decision {
         self.round += 1;
         let pages = self.dirty;
         let (encoded, time) = self.send(self.rate());
@@ -265,14 +305,15 @@ impl<'a> Simulation<'a> {
             match decision {
                 Decision::GiveUp => {
                     self.run.bytes += whole(encoded.tally.bytes_out as f64 * (1.0 - share_left));
-                    return Some(decision);
+                    return decision;
                 }
                 _ => self.paused = Some(self.now),
             }
         }
         self.count(&encoded, time);
         self.controller.round(&encoded.tally, time, encoded.stages);
-        None
+        self.guest_synced_before = self.guest_synced;
+        self.sync(self.guest_synced)
     }
 
     /// Sends what is dirty at so many bytes a second: what it comes to, and how long that takes.
@@ -294,10 +335,11 @@ impl<'a> Simulation<'a> {
         if self.settings.max_bandwidth.is_some() { (self.now - self.idle).min(BURST) } else { Duration::ZERO }
     }
 
-    fn sync(&mut self) -> Decision {
+    /// What was written since a moment of the guest's time is found, and the controller decides.
+    fn sync(&mut self, from: Duration) -> Decision {
         self.advance(self.link.fixed.sync);
-        self.find(self.guest_synced);
-        self.guest_synced_before = std::mem::replace(&mut self.guest_synced, self.guest_now);
+        self.find(from);
+        self.guest_synced = self.guest_now;
         self.advance(self.link.decision);
         let now = Standing { elapsed: self.now, dirty_pages: self.dirty, kept_pages: self.kept, in_flight_pages: 0 };
         let decided = self.controller.synced(&now);

@@ -34,6 +34,10 @@ impl Guest for Writers {
         self.costs.page_bytes
     }
 
+    fn look(&self, round: u32, pages: u64) -> Encoded {
+        self.costs.encode(round, pages)
+    }
+
     fn send(&mut self, sending: &Sending<'_>) -> Encoded {
         self.costs.encode(sending.round, sending.pages)
     }
@@ -118,6 +122,24 @@ fn a_guest_that_outruns_the_wire_goes_on_until_the_rounds_are_used_up() {
     let run = run(&uniform(100_000.0), &link(100.0), &settings());
     assert_eq!((run.end, run.rounds), (Decision::GiveUp, 60));
     assert!(last_words(&run).starts_with("gave up: 60 rounds are used up; expected downtime "), "{}", last_words(&run));
+}
+
+#[test]
+fn deltas_are_sampled_before_anything_is_decided_by_them() {
+    let deltas = |rounds| SourceSettings { encoder: EncoderSettings::default(), max_rounds: rounds, ..settings() };
+    // Whole pages outrun the wire, deltas of 100 bytes do not.
+    let guest = Writers { costs: Costs { later: 100.0, ..RAW }, ..uniform(100_000.0) };
+    let sampled = run(&guest, &link(100.0), &deltas(60));
+    let decisions: Vec<_> = sampled.decided.iter().map(|decided| decided.decision).collect();
+    assert!(matches!(decisions[..], [Decision::Sample(_), Decision::SwitchOver]), "{decisions:?}");
+    let sample = sampled.sent[1].tally;
+    assert!((256..1024).contains(&sample.pages), "{sample:?}");
+    let expected = sampled.forecast().unwrap().expected().as_secs_f64();
+    assert!((expected / sampled.downtime.as_secs_f64() - 1.0).abs() < 0.05, "{sampled:#?}");
+    // No budget is spent on one that could not be followed up.
+    let decided = run(&guest, &link(100.0), &deltas(2)).decided;
+    assert_eq!(decided[0].decision, Decision::AnotherRound, "{decided:#?}");
+    assert_eq!(run(&guest, &link(100.0), &settings()).decided[0].decision, Decision::AnotherRound, "no deltas");
 }
 
 #[test]

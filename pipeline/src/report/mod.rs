@@ -149,7 +149,7 @@ pub struct ForecastReport {
 pub struct DecisionReport {
     /// The round after which, or in which, it was made.
     pub round: u32,
-    /// "another-round", "throttle", "raise-downtime-limit", "switch-over" or "give-up".
+    /// "another-round", "sample", "throttle", "raise-downtime-limit", "switch-over" or "give-up".
     pub decision: String,
     /// The expected downtime; null if none could be told.
     pub expected_ms: Option<f64>,
@@ -387,6 +387,7 @@ fn decision(decided: &Decided) -> DecisionReport {
 pub fn decision_name(decision: Decision) -> &'static str {
     match decision {
         Decision::AnotherRound => "another-round",
+        Decision::Sample(_) => "sample",
         Decision::Throttle(_) => "throttle",
         Decision::RaiseLimit(_) => "raise-downtime-limit",
         Decision::SwitchOver => "switch-over",

@@ -1,17 +1,19 @@
 //! Stage: dirty scanner. Takes dirty pages from the bitmap and deals them to the lanes.
 //!
-//! - **Takes** a [`ScanOrder`] from the controller: one round.
+//! - **Takes** a [`ScanOrder`] from the controller: one round, of all that is dirty or of a sample.
 //! - **Gives** each lane its batches in address order and, behind them in the same queue, the round's
 //!   [`RoundComplete`](Item::RoundComplete) (law 5); a [`RoundScanned`] to the controller. The last round ends with
 //!   [`Switchover`](Item::Switchover) in every lane.
 //! - **Owns** nothing: the bitmap belongs to all.
-//! - **Promises** law 1: every bit that is set when its word is taken is in exactly one batch, no other is in any. And law 2:
+//! - **Promises** law 1: every bit that is set when its word is taken is in exactly one batch, no other is in any; words that a
+//!   sample leaves out keep their bits. And law 2:
 //!   the word is taken, then the logs are re-armed for its bits, and only then does the batch go where it is read. What is
 //!   taken is [`InFlight`] before it is anywhere else, so it can be given back whenever the migration ends.
 //!
 //! Clean words are skipped by plain loads, a dirty one costs a swap and a put. When a lane is full the scanner waits, and so nothing is taken
 //! that has no place to go.
 
+use std::num::NonZeroU32;
 use std::sync::Arc;
 
 use crate::batch::{Batch, Item};
@@ -32,6 +34,22 @@ pub struct ScanOrder {
     pub round: u32,
     /// Is the guest paused, and this the last round?
     pub last: bool,
+    /// Of the words with dirty pages the first is taken and each so-manieth after it: 1 takes all.
+    pub every: NonZeroU32,
+}
+
+impl ScanOrder {
+    /// A round of all that is dirty.
+    #[must_use]
+    pub fn all(round: u32, last: bool) -> Self {
+        Self { round, last, every: NonZeroU32::MIN }
+    }
+
+    /// A round of a sample from all over the guest: what is left out stays dirty, for the next.
+    #[must_use]
+    pub fn sample(round: u32, every: NonZeroU32) -> Self {
+        Self { round, last: false, every }
+    }
 }
 
 /// The scan reached the bitmap's end; its batches are on their way.
@@ -106,7 +124,7 @@ impl Scanner {
     /// One round: every lane gets its batches and then its RoundComplete. Returns how many pages were taken.
     async fn scan(&self, order: ScanOrder, lanes: &[Outlet<Item<Batch>>]) -> Result<u64, StageError> {
         let mut tallies = vec![RoundTally::new(order.round, order.last); lanes.len()];
-        for at in self.bitmap.all_dirty_extents() {
+        for at in self.bitmap.all_dirty_extents().step_by(order.every.get() as usize) {
             let Some(batch) = self.take(at, order)? else { continue };
             let lane = self.lanes.lane(at);
             self.in_flight.record(lane, &batch);

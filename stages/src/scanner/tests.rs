@@ -86,7 +86,7 @@ impl Bench {
 }
 
 fn order(round: u32) -> ScanOrder {
-    ScanOrder { round, last: false }
+    ScanOrder::all(round, false)
 }
 
 /// The rule of the dealing, from the design's words: by address, in stretches.
@@ -166,7 +166,7 @@ proptest! {
 #[test]
 fn a_round_with_nothing_dirty_is_a_round_and_the_last_one_ends_with_switchover() {
     let bench = Bench::new(&layout(page_size(4), &[8 << 20]), 3);
-    let (lanes, scanned) = bench.scan(&[(order(1), vec![]), (ScanOrder { round: 2, last: true }, vec![(0, 0)])]);
+    let (lanes, scanned) = bench.scan(&[(order(1), vec![]), (ScanOrder::all(2, true), vec![(0, 0)])]);
     assert_eq!(scanned, [RoundScanned { round: 1, pages: 0 }, RoundScanned { round: 2, pages: 1 }]);
     for (lane, items) in lanes.into_iter().enumerate() {
         let mut items = items.into_iter();
@@ -178,6 +178,28 @@ fn a_round_with_nothing_dirty_is_a_round_and_the_last_one_ends_with_switchover()
         assert!(matches!(items.next(), Some(Item::Switchover)));
         assert!(items.next().is_none());
     }
+}
+
+#[test]
+fn a_sample_takes_each_so_manieth_dirty_word_and_leaves_the_bits_of_the_others() {
+    let layout = layout(page_size(4), &[8 << 20]);
+    let bench = Bench::new(&layout, 2);
+    // Words 0, 1, 4 and 31 have dirty pages.
+    let dirty = vec![(0, 0), (0, 1), (0, 64), (0, 256), (0, 2047)];
+    let sample = ScanOrder::sample(2, NonZeroU32::new(2).unwrap());
+    let (lanes, scanned) = bench.scan(&[(sample, dirty), (order(3), vec![])]);
+    let taken = |of_round: u32| {
+        let batches = lanes.iter().flatten().filter_map(|item| match item {
+            Item::Batch(batch) if batch.round == of_round => Some(*batch),
+            _ => None,
+        });
+        let mut taken = pages(&batches.collect::<Vec<_>>());
+        taken.sort_unstable();
+        taken
+    };
+    assert_eq!(taken(2), [(0, 0), (0, 1), (0, 256)]);
+    assert_eq!(taken(3), [(0, 64), (0, 2047)]);
+    assert_eq!(scanned.iter().map(|scanned| scanned.pages).collect::<Vec<_>>(), [3, 2]);
 }
 
 #[test]

@@ -73,7 +73,7 @@ impl Chain {
 
     /// One round from its order to its end: the frames of its batches.
     async fn round(&mut self, round: u32) -> Vec<Outgoing> {
-        self.orders.put(ScanOrder { round, last: false }).await.unwrap();
+        self.orders.put(ScanOrder::all(round, false)).await.unwrap();
         let mut frames = Vec::new();
         loop {
             let frame = tokio::select! {
@@ -103,7 +103,7 @@ fn numbered(bytes: u64) -> Arc<MappedMemory> {
 /// The most batches that are taken and not gone when the sender has taken `taken` frames and takes no more.
 fn on_their_way(bounds: Bounds, plan: EncoderPlan, taken: usize) -> u64 {
     let mut chain = Chain::new(numbered(64 * MIB), Vec::new(), plan, bounds);
-    assert_eq!(chain.orders.put(ScanOrder { round: 1, last: true }).now_or_never(), Some(Ok(())));
+    assert_eq!(chain.orders.put(ScanOrder::all(1, true)).now_or_never(), Some(Ok(())));
     for _ in 0..taken {
         chain.until_it_waits();
         assert!(chain.frames.try_next().is_some());
@@ -202,7 +202,7 @@ fn a_page_written_while_it_is_read_comes_again_with_what_was_written() {
 fn the_stages_end_with_the_last_round() {
     let bounds = Bounds { copies: 4, frames: 1, to_detector: 2, to_encoder: 2, to_sender: 10 };
     let chain = Chain::new(numbered(MIB), Vec::new(), EncoderPlan::default(), bounds);
-    assert_eq!(chain.orders.put(ScanOrder { round: 1, last: true }).now_or_never(), Some(Ok(())));
+    assert_eq!(chain.orders.put(ScanOrder::all(1, true)).now_or_never(), Some(Ok(())));
     block_on(chain.run).unwrap();
     let marks: Vec<_> = drain(&chain.frames).into_iter().map(|frame| frame.mark).collect();
     assert!(matches!(marks[..], [None, None, None, None, Some(Mark::RoundComplete(_)), Some(Mark::Switchover)]));

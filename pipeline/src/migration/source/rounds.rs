@@ -25,15 +25,18 @@ impl Source {
             self.sync(flow).await?;
             self.controller.armed(self.started.elapsed());
         }
+        let mut order = ScanOrder::all(1, false);
         loop {
-            self.scan(flow, false).await?;
+            self.scan(flow, order).await?;
             let found = self.sync(flow).await?;
             self.estimate_verify().await?;
             let kept_pages = self.kept_pages(flow);
             let decided = self.controller.synced(&Standing { kept_pages, ..self.standing(flow, found.dirty_pages) });
             self.tell(&decided);
+            order = ScanOrder::all(self.round + 1, false);
             match decided.decision {
                 Decision::AnotherRound | Decision::RaiseLimit(_) => {}
+                Decision::Sample(every) => order = ScanOrder::sample(self.round + 1, every),
                 Decision::Throttle(percent) => self.throttle(percent).await,
                 Decision::SwitchOver => return Ok(()),
                 Decision::GiveUp => return Err(MigrationError::GaveUp(decided.why)),
@@ -59,16 +62,17 @@ impl Source {
         }
     }
 
-    /// One round: everything that is dirty now, until its last byte is handed to the transport.
-    pub(super) async fn scan(&mut self, flow: &mut Flow, last: bool) -> Result<(), MigrationError> {
-        self.round += 1;
+    /// One round: everything that is dirty now, or a sample of it, until its last byte is handed to the transport.
+    pub(super) async fn scan(&mut self, flow: &mut Flow, order: ScanOrder) -> Result<(), MigrationError> {
+        let ScanOrder { round, last, .. } = order;
+        self.round = round;
         let began = Instant::now();
         self.quiet_since = Some(began);
         let before = flow.graph.readings();
-        if flow.graph.scan.put(ScanOrder { round: self.round, last }).await.is_err() {
+        if flow.graph.scan.put(order).await.is_err() {
             return Err(self.broken(flow).await);
         }
-        let mut tally = RoundTally::new(self.round, last);
+        let mut tally = RoundTally::new(round, last);
         let (mut is_scanned, mut lanes_left) = (false, self.settings.lanes);
         // The lanes may be through with a small round before the scanner has said that it is.
         while !is_scanned || lanes_left > 0 {
@@ -106,8 +110,7 @@ impl Source {
             Signal::Synced(found) => found,
             other => return Err(unexpected(&other)),
         };
-        let fixed = self.controller.fixed();
-        fixed.sync = fixed.sync.max(found.duration);
+        self.controller.fixed().sync = found.duration;
         let Synced { after_round, dirty_pages, duration } = found;
         self.observers.tell(&Event::Synced { after_round, dirty_pages, duration });
         self.reach_after_sync().await?;

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use memferry_stages::scanner::ScanOrder;
 use memferry_stages::wire::Message;
 use memferry_stages::wire::messages::{RunState, StatePhase};
 
@@ -25,7 +26,7 @@ impl Source {
         let digests = self.start_digests();
         self.say_state(flow, device).await?;
         let began = Instant::now();
-        self.scan(flow, true).await?;
+        self.scan(flow, ScanOrder::all(self.round + 1, true)).await?;
         self.parts.final_transfer = began.elapsed();
 
         if let Some(digests) = digests {

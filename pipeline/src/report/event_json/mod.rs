@@ -18,7 +18,7 @@
 //! | `round_sent` | a round is sent; at the destination: loaded | `round`, `last`, `duration_ms`, `pages` (= `zero` + `raw` + `compressed` + `xbzrle` + `unchanged`), `xbzrle_misses`, `xbzrle_overflows`, `bytes_in` of the pages, `bytes_out` of the frames |
 //! | `synced` | a bitmap sync is done | `after_round`, `dirty_pages`, `duration_ms` |
 //! | `spared` | pages need not travel | so far: `hinted`, `hints_dropped`, `unplugged`, `ignored` |
-//! | `decided` | the controller decided | `round`, `decision`: "another-round", "throttle", "raise-downtime-limit", "switch-over", "give-up"; `expected_ms`, `why`: in words; `throttle_percent` or `downtime_limit_ms` where that is decided; `forecast`: as in the report |
+//! | `decided` | the controller decided | `round`, `decision`: "another-round", "sample" (a part of what is dirty is sent, to see what deltas come to), "throttle", "raise-downtime-limit", "switch-over", "give-up"; `expected_ms`, `why`: in words; `throttle_percent` or `downtime_limit_ms` where that is decided; `forecast`: as in the report |
 //! | `changed` | a setting was changed while it ran | `round`, `key`, `from` and `to`: as the configuration writes them; `memory_bound_bytes`: from here on |
 //! | `progress` | ten times a second | `round`, `remaining_bytes`, `total_bytes`, `wire_bytes`, `wire_bytes_per_s`, `page_bytes_per_s`, `dirty_bytes_per_s`, `expected_downtime_ms`, `downtime_limit_ms` (null at the destination), `throttle_percent`, `stages` (`name`, `lane`, `busy_ms`, `input_wait_ms`, `output_wait_ms`, `batches`, `pages`: from its start on) |
 //! | `turned_away` | a stranger or a broken peer was refused | `peer`, `why` |
