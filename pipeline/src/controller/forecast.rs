@@ -148,8 +148,8 @@ pub struct Forecaster {
     later: VecDeque<Achieved>,
     /// What a sample came to, if one was sent.
     sample: Option<Achieved>,
-    /// Its pages, until the sync behind it.
-    sampled: Option<u64>,
+    /// Where not all was sent that the last sync had found: how many pages were.
+    sent_of_it: Option<u64>,
     /// What a page of the latest round took, zero pages counted: what is in flight is of that round.
     latest_seconds_per_page: f64,
     /// Pages a second that the guest dirties, if two looks at it have shown it.
@@ -176,7 +176,7 @@ impl Forecaster {
             first: None,
             later: VecDeque::new(),
             sample: None,
-            sampled: None,
+            sent_of_it: None,
             latest_seconds_per_page: 0.0,
             dirty_rate: None,
             found: (0, 0),
@@ -205,7 +205,12 @@ impl Forecaster {
     /// The same of a sample of what the last sync has found.
     pub fn sample(&mut self, tally: &RoundTally, time: Duration, work: Duration) {
         self.sample = Some(self.achieved(tally, time, work));
-        self.sampled = Some(tally.pages);
+        self.sent_of_it = Some(tally.pages);
+    }
+
+    /// Time has passed in which nothing of what the last sync has found was sent.
+    pub fn drained(&mut self) {
+        self.sent_of_it.get_or_insert(0);
     }
 
     fn achieved(&self, tally: &RoundTally, time: Duration, work: Duration) -> Achieved {
@@ -229,9 +234,9 @@ impl Forecaster {
 
     /// A sync found what is dirty.
     pub fn synced(&mut self, now: &Standing) {
-        // A sample takes too little time to show how fast the guest writes: the syncs before it and behind it count as one.
-        let dirty = now.dirty_pages + self.sampled.unwrap_or(0);
-        if self.sampled.take().is_none() {
+        // What was left then is found again: both syncs count as one.
+        let dirty = now.dirty_pages + self.sent_of_it.unwrap_or(0);
+        if self.sent_of_it.take().is_none() {
             self.measured_from = self.last_sync;
         }
         let since = now.elapsed.saturating_sub(self.measured_from).as_secs_f64();

@@ -10,7 +10,8 @@
 //! After each sync these are asked, in this order:
 //!
 //! 1. Has nothing shown yet what deltas come to? A sample of what is dirty is sent first, while the budgets have room for one.
-//! 2. Is the expected downtime ([`forecast`]) at or below the limit, or is nothing dirty? It switches over.
+//! 2. Is the expected downtime ([`forecast`]) at or below the limit, or is nothing dirty? It switches over; but first what is on its
+//!    way must have arrived, up to a small share of the limit, and another sync must find that it still is so.
 //! 3. Are the rounds used up, or can the deadline be kept by nothing else? What `on_deadline` says is done.
 //! 4. Have so many rounds brought no new least of what remains, or is it certain that those left will not bring it to the
 //!    limit at their pace? That is a stall: the next of the operator's steps is taken, if the one before has had its rounds
@@ -47,6 +48,8 @@ const MARGIN: Duration = Duration::from_millis(150);
 pub enum Decision {
     /// Scan again while the guest runs.
     AnotherRound,
+    /// Let what is on its way run down, up to [`Controller::backlog_pages`], while the guest runs; then sync and ask again.
+    Drain,
     /// Scan one of so many words with dirty pages while the guest runs, to see what deltas come to.
     Sample(NonZeroU32),
     /// Hold the guest back for so many percent of its time, and scan again.
@@ -200,7 +203,13 @@ impl Controller {
         };
         let stall = self.stall.note(forecast, self.downtime_limit(), left);
         if let Some(why) = self.is_met(now, forecast) {
-            return (Decision::SwitchOver, format!("switch over: {why}"));
+            return match now.in_flight_pages {
+                pages if pages > self.backlog_pages() => {
+                    self.forecaster.drained();
+                    (Decision::Drain, format!("let {pages} pages arrive that are on their way: {why}"))
+                }
+                _ => (Decision::SwitchOver, format!("switch over: {why}")),
+            };
         }
         if let Some(used_up) = self.used_up(now, forecast) {
             return self.end(&used_up, forecast);

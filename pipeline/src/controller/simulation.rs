@@ -262,6 +262,8 @@ impl<'a> Simulation<'a> {
             decision = match decision {
                 Decision::AnotherRound | Decision::RaiseLimit(_) => self.live_round(),
                 Decision::Sample(every) => self.sample(every),
+                // Nothing is on its way here when a round has ended.
+                Decision::Drain => self.sync(self.guest_synced_before),
                 Decision::Throttle(percent) => {
                     self.throttle = percent;
                     self.run.throttle = self.run.throttle.max(percent);

@@ -143,6 +143,30 @@ fn deltas_are_sampled_before_anything_is_decided_by_them() {
 }
 
 #[test]
+fn what_is_on_its_way_arrives_before_the_guest_is_paused_and_is_not_taken_for_a_guest_that_writes_faster() {
+    let mut controller = Controller::new(&settings(), 4096);
+    let all = RoundTally { pages: 65_536, bytes_in: 256 << 20, bytes_out: 256 << 20, ..RoundTally::new(1, false) };
+    controller.armed(Duration::ZERO);
+    controller.round(&all, 1000 * MS, MS);
+    let found =
+        |elapsed, dirty_pages, in_flight_pages| Standing { elapsed, dirty_pages, in_flight_pages, kept_pages: 0 };
+    let decided = controller.synced(&found(1000 * MS, 100, 20_000));
+    assert_eq!(decided.decision, Decision::Drain, "{decided:?}");
+    assert!(decided.why.starts_with("let 20000 pages arrive"), "{decided:?}");
+    // Meanwhile as much is written as before, in a third of a second.
+    let decided = controller.synced(&found(1333 * MS, 133, 0));
+    assert_eq!(decided.decision, Decision::SwitchOver, "{decided:?}");
+    let rate = controller.forecaster().dirty_bytes_per_second().unwrap() / 4096.0;
+    assert!((rate - 100.0).abs() < 1.0, "{rate}");
+    // And if too much was written, it is another round's.
+    let mut controller = Controller::new(&settings(), 4096);
+    controller.armed(Duration::ZERO);
+    controller.round(&all, 1000 * MS, MS);
+    assert_eq!(controller.synced(&found(1000 * MS, 100, 20_000)).decision, Decision::Drain);
+    assert_eq!(controller.synced(&found(1333 * MS, 30_000, 0)).decision, Decision::AnotherRound);
+}
+
+#[test]
 fn a_throttle_rises_until_the_wire_outruns_the_guest() {
     let run = run(&uniform(100_000.0), &link(100.0), &on_stall(&[StallStep::Throttle, StallStep::Cancel]));
     assert_eq!(run.end, Decision::SwitchOver, "{run:#?}");

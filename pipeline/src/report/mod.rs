@@ -149,7 +149,7 @@ pub struct ForecastReport {
 pub struct DecisionReport {
     /// The round after which, or in which, it was made.
     pub round: u32,
-    /// "another-round", "sample", "throttle", "raise-downtime-limit", "switch-over" or "give-up".
+    /// "another-round", "sample", "drain", "throttle", "raise-downtime-limit", "switch-over" or "give-up".
     pub decision: String,
     /// The expected downtime; null if none could be told.
     pub expected_ms: Option<f64>,
@@ -388,6 +388,7 @@ pub fn decision_name(decision: Decision) -> &'static str {
     match decision {
         Decision::AnotherRound => "another-round",
         Decision::Sample(_) => "sample",
+        Decision::Drain => "drain",
         Decision::Throttle(_) => "throttle",
         Decision::RaiseLimit(_) => "raise-downtime-limit",
         Decision::SwitchOver => "switch-over",

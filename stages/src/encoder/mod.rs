@@ -23,8 +23,8 @@ mod reference;
 mod sampler;
 mod whole_coder;
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 
@@ -89,17 +89,34 @@ pub enum Mark {
 }
 
 /// How large an encoder's cache is to be: may be changed while it runs, and counts from its next batch on.
+///
+/// The cache itself is left here when the switchover has passed, and lives as long as the last of these: to give a large one back
+/// takes milliseconds, for which the paused guest would wait.
 #[derive(Clone, Debug)]
-pub struct CacheShare(Arc<AtomicU64>);
+pub struct CacheShare(Arc<Cache>);
+
+#[derive(Debug)]
+struct Cache {
+    bytes: AtomicU64,
+    left_behind: Mutex<Option<PageCoder>>,
+}
 
 impl CacheShare {
+    fn new(bytes: u64) -> Self {
+        Self(Arc::new(Cache { bytes: AtomicU64::new(bytes), left_behind: Mutex::new(None) }))
+    }
+
     /// So many bytes from the next batch on.
     pub fn set(&self, bytes: u64) {
-        self.0.store(bytes, Ordering::Relaxed);
+        self.0.bytes.store(bytes, Ordering::Relaxed);
     }
 
     fn get(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
+        self.0.bytes.load(Ordering::Relaxed)
+    }
+
+    fn leave(&self, coder: PageCoder) {
+        *self.0.left_behind.lock().unwrap_or_else(PoisonError::into_inner) = Some(coder);
     }
 }
 
@@ -132,7 +149,7 @@ impl Encoder {
             page_size,
             checksum: plan.checksum,
             coder: PageCoder::new(page_size, &plan),
-            cache_share: CacheShare(Arc::new(AtomicU64::new(plan.delta.map_or(0, |delta| delta.cache_bytes)))),
+            cache_share: CacheShare::new(plan.delta.map_or(0, |delta| delta.cache_bytes)),
             pool,
             counted: RoundTally::default(),
             kept: None,
@@ -176,6 +193,7 @@ impl Encoder {
             let over = outgoing.mark == Some(Mark::Switchover);
             output.put(outgoing).await.map_err(|closed| self.stage.fails(closed))?;
             if over {
+                self.cache_share.leave(self.coder);
                 break;
             }
         }

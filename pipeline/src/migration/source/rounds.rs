@@ -25,18 +25,22 @@ impl Source {
             self.sync(flow).await?;
             self.controller.armed(self.started.elapsed());
         }
-        let mut order = ScanOrder::all(1, false);
+        let mut order = Some(ScanOrder::all(1, false));
         loop {
-            self.scan(flow, order).await?;
+            match order {
+                Some(order) => self.scan(flow, order).await?,
+                None => self.drain(flow, None).await?,
+            }
             let found = self.sync(flow).await?;
             self.estimate_verify().await?;
             let kept_pages = self.kept_pages(flow);
             let decided = self.controller.synced(&Standing { kept_pages, ..self.standing(flow, found.dirty_pages) });
             self.tell(&decided);
-            order = ScanOrder::all(self.round + 1, false);
+            order = Some(ScanOrder::all(self.round + 1, false));
             match decided.decision {
                 Decision::AnotherRound | Decision::RaiseLimit(_) => {}
-                Decision::Sample(every) => order = ScanOrder::sample(self.round + 1, every),
+                Decision::Sample(every) => order = Some(ScanOrder::sample(self.round + 1, every)),
+                Decision::Drain => order = None,
                 Decision::Throttle(percent) => self.throttle(percent).await,
                 Decision::SwitchOver => return Ok(()),
                 Decision::GiveUp => return Err(MigrationError::GaveUp(decided.why)),
@@ -207,15 +211,15 @@ impl Source {
             throttle: self.controller.throttle(),
             stages: flow.graph.readings(),
         }));
-        self.mind_the_silence(wire_bytes)?;
+        self.mind_the_silence((wire_bytes, now.in_flight_pages))?;
         self.mind_the_deadline(flow, &now).await
     }
 
     /// A destination that takes nothing any more holds up a round, and perhaps a paused guest, for ever.
-    fn mind_the_silence(&mut self, wire_bytes: u64) -> Result<(), MigrationError> {
+    fn mind_the_silence(&mut self, taken: (u64, u64)) -> Result<(), MigrationError> {
         let Some(quiet_since) = &mut self.quiet_since else { return Ok(()) };
-        if wire_bytes != self.last_wire_bytes {
-            self.last_wire_bytes = wire_bytes;
+        if taken != self.last_taken {
+            self.last_taken = taken;
             *quiet_since = Instant::now();
         }
         if quiet_since.elapsed() < self.settings.handover_timeout {

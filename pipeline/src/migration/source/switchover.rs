@@ -1,7 +1,7 @@
 //! Switchover: the guest stands still, and the rest is sent.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use memferry_stages::scanner::ScanOrder;
 use memferry_stages::wire::Message;
@@ -14,10 +14,14 @@ use crate::migration::error::MigrationError;
 use crate::migration::flow::Flow;
 use crate::migration::{blocking, digests, state};
 
+/// A drain that has no end of its own ends with the destination's silence.
+const FOREVER: Duration = Duration::from_secs(365 * 24 * 3600);
+
 impl Source {
     /// The guest stands still: its device state, the last sync, the last round, digests, and the end mark.
     pub(super) async fn send_the_rest(&mut self, flow: &mut Flow) -> Result<(), MigrationError> {
-        self.drain(flow).await?;
+        // Where it was not the limit that decided, nobody has waited for what is on its way.
+        self.drain(flow, Some(self.controller.downtime_limit())).await?;
         self.pause(flow).await?;
         self.reach_complete().await;
         let device = self.save().await?;
@@ -44,10 +48,11 @@ impl Source {
         Some(digests::start(&self.memory, self.left_out.clone()))
     }
 
-    /// Lets the backlog run down to a small share of the downtime limit before the guest is paused.
-    async fn drain(&mut self, flow: &mut Flow) -> Result<(), MigrationError> {
+    /// Lets the backlog run down to a small share of the downtime limit, before the guest is paused; for so long at most.
+    pub(super) async fn drain(&mut self, flow: &mut Flow, at_most: Option<Duration>) -> Result<(), MigrationError> {
         let enough = self.controller.backlog_pages();
-        let give_up = tokio::time::Instant::now() + self.controller.downtime_limit();
+        let give_up = tokio::time::Instant::now() + at_most.unwrap_or(FOREVER);
+        self.quiet_since = Some(Instant::now());
         while self.transport.capabilities().return_path
             && self.paused.is_none()
             && flow.graph.in_flight.pages() > enough
@@ -57,6 +62,7 @@ impl Source {
                 Err(_) => break,
             }
         }
+        self.quiet_since = None;
         Ok(())
     }
 

@@ -9,7 +9,7 @@ use crate::report::human;
 /// How a decision is coloured.
 pub(super) fn class(decision: Decision) -> &'static str {
     match decision {
-        Decision::AnotherRound | Decision::Sample(_) => "flag-round",
+        Decision::AnotherRound | Decision::Sample(_) | Decision::Drain => "flag-round",
         Decision::Throttle(_) => "flag-throttle",
         Decision::RaiseLimit(_) => "flag-limit",
         Decision::SwitchOver => "flag-switch",
@@ -22,6 +22,7 @@ pub(super) fn name(decision: Decision) -> String {
     match decision {
         Decision::AnotherRound => "another round".into(),
         Decision::Sample(_) => "a sample of the deltas".into(),
+        Decision::Drain => "let the backlog arrive".into(),
         Decision::Throttle(percent) => format!("throttle to {percent} %"),
         Decision::RaiseLimit(limit) => format!("limit raised to {}", human::time(limit)),
         Decision::SwitchOver => "switch over".into(),
