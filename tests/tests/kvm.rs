@@ -117,7 +117,8 @@ fn a_machine_moves_with_each_dirty_log_while_it_outruns_the_wire() {
         println!("{dirty_log:?}: rounds of {pages:?} pages, downtime {downtime:?}, then {status:?}");
         assert!(rounds.len() >= 3 && rounds[0].compressed > 500 && rounds[0].xbzrle == 0, "{rounds:#?}");
         assert!(rounds[1..].iter().map(|round| round.xbzrle).sum::<u64>() > 500, "{rounds:#?}");
-        assert!(rounds[1].pages > 900, "the guest wrote nearly all of its region meanwhile: {rounds:#?}");
+        let sampled_and_rest = rounds[1].pages + rounds[2].pages;
+        assert!(sampled_and_rest > 900, "the guest wrote nearly all of its region meanwhile: {rounds:#?}");
     }
 }
 

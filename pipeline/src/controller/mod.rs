@@ -75,6 +75,12 @@ pub struct Decided {
     pub forecast: Option<Forecast>,
 }
 
+impl Decided {
+    pub(crate) fn asks_for_a_sample(&self) -> bool {
+        matches!(self.decision, Decision::Sample(_))
+    }
+}
+
 /// The state of a migration's convergence: see the [module](self).
 #[derive(Clone, Debug)]
 pub struct Controller {
@@ -83,6 +89,8 @@ pub struct Controller {
     steps: Steps,
     stall: Stall,
     round: u32,
+    /// The round after which what was on its way was to arrive.
+    drained: Option<u32>,
     /// Is a sample being sent?
     sampling: bool,
     /// Is the switchover decided already?
@@ -114,6 +122,7 @@ impl Controller {
             steps: Steps::new(&settings.convergence),
             stall: Stall::new(settings.convergence.stall_rounds),
             round: 0,
+            drained: None,
             sampling: false,
             switching: false,
         }
@@ -187,8 +196,9 @@ impl Controller {
             self.decide(now, forecast.as_ref())
         };
         self.switching = decision == Decision::SwitchOver;
-        self.sampling = matches!(decision, Decision::Sample(_));
-        Decided { round: self.round, decision, why, forecast }
+        let decided = Decided { round: self.round, decision, why, forecast };
+        self.sampling = decided.asks_for_a_sample();
+        decided
     }
 
     fn decide(&mut self, now: &Standing, forecast: Option<&Forecast>) -> (Decision, String) {
@@ -203,13 +213,14 @@ impl Controller {
         };
         let stall = self.stall.note(forecast, self.downtime_limit(), left);
         if let Some(why) = self.is_met(now, forecast) {
-            return match now.in_flight_pages {
-                pages if pages > self.backlog_pages() => {
-                    self.forecaster.drained();
-                    (Decision::Drain, format!("let {pages} pages arrive that are on their way: {why}"))
-                }
-                _ => (Decision::SwitchOver, format!("switch over: {why}")),
-            };
+            // Once: a destination may be slow to say what has arrived.
+            if now.in_flight_pages > self.backlog_pages() && self.drained != Some(self.round) {
+                self.drained = Some(self.round);
+                self.forecaster.drained();
+                let pages = now.in_flight_pages;
+                return (Decision::Drain, format!("let {pages} pages arrive that are on their way: {why}"));
+            }
+            return (Decision::SwitchOver, format!("switch over: {why}"));
         }
         if let Some(used_up) = self.used_up(now, forecast) {
             return self.end(&used_up, forecast);

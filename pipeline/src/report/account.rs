@@ -70,6 +70,8 @@ pub struct Round {
     pub tally: RoundTally,
     /// How long it took.
     pub duration: Duration,
+    /// Was it only a sample of what was dirty, to see what deltas come to?
+    pub is_sample: bool,
     /// Dirty pages that the next sync found: `None` before it, 0 after the last round.
     pub dirty_after: Option<u64>,
 }
@@ -110,7 +112,8 @@ impl Account {
             }
             Event::RoundSent { tally, duration } => {
                 let dirty_after = tally.last.then_some(0);
-                self.rounds.push(Round { tally: *tally, duration: *duration, dirty_after });
+                let is_sample = self.decided.last().is_some_and(Decided::asks_for_a_sample) && !tally.last;
+                self.rounds.push(Round { tally: *tally, duration: *duration, is_sample, dirty_after });
             }
             Event::Synced { after_round, dirty_pages, .. } => self.synced(*after_round, *dirty_pages),
             Event::Decided(decided) => self.decided.push(decided.clone()),

@@ -177,6 +177,8 @@ pub struct RoundReport {
     pub round: u32,
     /// How long it took.
     pub ms: f64,
+    /// Was it only a sample of what was dirty, to see what deltas come to?
+    pub sample: bool,
     /// What became of its pages.
     #[serde(flatten)]
     pub pages: PagesReport,
@@ -402,8 +404,8 @@ fn change(changed: &Changed) -> ChangeReport {
 }
 
 fn round(round: &Round) -> RoundReport {
-    let Round { tally, duration, dirty_after } = round;
-    RoundReport { round: tally.round, ms: ms(*duration), pages: tally.into(), dirty_after: *dirty_after }
+    let &Round { tally, duration, is_sample, dirty_after } = round;
+    RoundReport { round: tally.round, ms: ms(duration), sample: is_sample, pages: (&tally).into(), dirty_after }
 }
 
 fn stage(reading: &Reading) -> StageReport {

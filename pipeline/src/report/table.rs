@@ -67,7 +67,12 @@ fn rounds(rounds: &[Round]) -> String {
 
 fn row(round: &Round) -> [String; 11] {
     let tally = &round.tally;
-    let number = if tally.last { format!("{} last", tally.round) } else { tally.round.to_string() };
+    let kind = match (tally.last, round.is_sample) {
+        (true, _) => " last",
+        (_, true) => " sample",
+        _ => "",
+    };
+    let number = format!("{}{kind}", tally.round);
     let dirty = round.dirty_after.map_or_else(|| "-".into(), human::count);
     [
         number,

@@ -191,7 +191,7 @@ fn the_report_has_exactly_the_names_that_were_agreed() {
     };
     let top = "schema role status error verified guest total_ms setup_ms downtime_ms downtime forecast decisions changes \
                wire_bytes spared throughput_bytes_per_s memory_bound_bytes memory_peak_bytes bottleneck rounds stages";
-    let round = "round ms pages zero raw compressed xbzrle unchanged xbzrle_misses xbzrle_overflows bytes_in bytes_out \
+    let round = "round ms sample pages zero raw compressed xbzrle unchanged xbzrle_misses xbzrle_overflows bytes_in bytes_out \
                  dirty_after";
     let stage = "name lane busy_ms input_wait_ms output_wait_ms batches pages";
     assert_eq!(sorted(&names(&json)), sorted(top));

@@ -113,10 +113,9 @@ struct Source {
     /// Is the guest held back?
     throttled: bool,
     speed: Speed,
-    /// While a round is sent, or what is on its way shall arrive: since when the destination has taken nothing.
+    /// While a round is sent: since when nothing has gone over the wire.
     quiet_since: Option<Instant>,
-    /// Bytes on the wire and pages on their way at that time.
-    last_taken: (u64, u64),
+    last_wire_bytes: u64,
     round: u32,
     pages_frames: u64,
     verified: Option<bool>,
@@ -166,7 +165,7 @@ impl Source {
             parts: DowntimeParts::default(),
             speed: Speed::default(),
             quiet_since: None,
-            last_taken: (0, 0),
+            last_wire_bytes: 0,
             round: 0,
             pages_frames: 0,
             verified: None,

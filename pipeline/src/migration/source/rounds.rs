@@ -29,7 +29,7 @@ impl Source {
         loop {
             match order {
                 Some(order) => self.scan(flow, order).await?,
-                None => self.drain(flow, None).await?,
+                None => self.drain(flow, Duration::MAX).await?,
             }
             let found = self.sync(flow).await?;
             self.estimate_verify().await?;
@@ -211,15 +211,15 @@ impl Source {
             throttle: self.controller.throttle(),
             stages: flow.graph.readings(),
         }));
-        self.mind_the_silence((wire_bytes, now.in_flight_pages))?;
+        self.mind_the_silence(wire_bytes)?;
         self.mind_the_deadline(flow, &now).await
     }
 
     /// A destination that takes nothing any more holds up a round, and perhaps a paused guest, for ever.
-    fn mind_the_silence(&mut self, taken: (u64, u64)) -> Result<(), MigrationError> {
+    fn mind_the_silence(&mut self, wire_bytes: u64) -> Result<(), MigrationError> {
         let Some(quiet_since) = &mut self.quiet_since else { return Ok(()) };
-        if taken != self.last_taken {
-            self.last_taken = taken;
+        if wire_bytes != self.last_wire_bytes {
+            self.last_wire_bytes = wire_bytes;
             *quiet_since = Instant::now();
         }
         if quiet_since.elapsed() < self.settings.handover_timeout {

@@ -14,14 +14,14 @@ use crate::migration::error::MigrationError;
 use crate::migration::flow::Flow;
 use crate::migration::{blocking, digests, state};
 
-/// A drain that has no end of its own ends with the destination's silence.
-const FOREVER: Duration = Duration::from_secs(365 * 24 * 3600);
+/// A destination that has acknowledged nothing for so long is not waited for: it may do so at the end only.
+const PATIENCE: Duration = Duration::from_millis(500);
 
 impl Source {
     /// The guest stands still: its device state, the last sync, the last round, digests, and the end mark.
     pub(super) async fn send_the_rest(&mut self, flow: &mut Flow) -> Result<(), MigrationError> {
-        // Where it was not the limit that decided, nobody has waited for what is on its way.
-        self.drain(flow, Some(self.controller.downtime_limit())).await?;
+        // Where it was not the limit that decided, nobody has waited for it yet, and it may be pressing.
+        self.drain(flow, self.controller.downtime_limit()).await?;
         self.pause(flow).await?;
         self.reach_complete().await;
         let device = self.save().await?;
@@ -48,21 +48,26 @@ impl Source {
         Some(digests::start(&self.memory, self.left_out.clone()))
     }
 
-    /// Lets the backlog run down to a small share of the downtime limit, before the guest is paused; for so long at most.
-    pub(super) async fn drain(&mut self, flow: &mut Flow, at_most: Option<Duration>) -> Result<(), MigrationError> {
+    /// Lets the backlog run down to a small share of the downtime limit before the guest is paused: as long as anything arrives, and
+    /// for so long at most.
+    pub(super) async fn drain(&mut self, flow: &mut Flow, at_most: Duration) -> Result<(), MigrationError> {
         let enough = self.controller.backlog_pages();
-        let give_up = tokio::time::Instant::now() + at_most.unwrap_or(FOREVER);
-        self.quiet_since = Some(Instant::now());
-        while self.transport.capabilities().return_path
-            && self.paused.is_none()
-            && flow.graph.in_flight.pages() > enough
-        {
-            match tokio::time::timeout_at(give_up, self.attend(flow)).await {
+        let (mut left, mut give_up) = (u64::MAX, Instant::now());
+        let end = give_up.checked_add(at_most);
+        while self.transport.capabilities().return_path && self.paused.is_none() {
+            let in_flight = flow.graph.in_flight.pages();
+            if in_flight <= enough {
+                break;
+            }
+            if in_flight < left {
+                let patience = Instant::now() + PATIENCE;
+                (left, give_up) = (in_flight, end.map_or(patience, |end| patience.min(end)));
+            }
+            match tokio::time::timeout_at(give_up.into(), self.attend(flow)).await {
                 Ok(signal) => _ = signal?,
                 Err(_) => break,
             }
         }
-        self.quiet_since = None;
         Ok(())
     }
 
