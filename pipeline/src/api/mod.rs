@@ -18,7 +18,7 @@
 //! told so.
 
 pub mod client;
-mod patch;
+pub(crate) mod patch;
 mod routes;
 mod server;
 

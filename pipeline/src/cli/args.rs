@@ -102,8 +102,8 @@ Examples:
   memferry set /run/guest.sock xbzrle_cache='1 GiB' throttle=50
 
 Settings of a running source, as the configuration writes them: max_bandwidth, switchover_bandwidth, downtime_limit,
-max_downtime, deadline (from the start), throttle (the most, in percent), xbzrle_cache. All of them are changed or, with exit
-code 1, none.";
+max_downtime, deadline (from the start), throttle (the most, in percent), xbzrle_cache. All of them are changed or none: exit code 2
+for a key or a value that cannot be, with those that can; 1 if the migration refuses, or nobody answers.";
 
 const CANCEL_EXAMPLES: &str = "\
 Examples:
