@@ -248,7 +248,8 @@ pub(super) struct Migrate {
     /// Writes every event as a line of JSON as it happens, for its owner only; - is standard output
     #[arg(long, value_name = "FILE")]
     pub(super) events: Option<PathBuf>,
-    /// Serves figures to Prometheus for as long as the program lives, as in 127.0.0.1:9464
+    /// Serves figures to Prometheus at http://ADDRESS/metrics for as long as the program lives, as in 127.0.0.1:9464; with port 0
+    /// at one that is free, and says at which even with --quiet
     #[arg(long, value_name = "ADDRESS")]
     pub(super) metrics: Option<String>,
     /// What is logged to standard error: error, warn, info, debug or trace [default: warn]

@@ -79,7 +79,7 @@ fn migrate(options: Migrate, role: &'static str, purpose: Purpose, watch: Role) 
         return complain(&error, BAD_USAGE);
     }
     let command = async {
-        let outlets = match Outlets::open(&options) {
+        let outlets = match Outlets::open(&options).await {
             Ok(outlets) => outlets,
             Err(why) => return Ok(complain(&why, BAD_USAGE)),
         };

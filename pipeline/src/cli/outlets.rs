@@ -16,12 +16,18 @@ pub(super) struct Outlets {
 }
 
 impl Outlets {
-    /// Serves figures if the options say so, on the runtime of the caller; before there are any.
+    /// Serves figures if the options say so, on the runtime of the caller; before there are any. Says where, which a quiet
+    /// program does only where nobody could know it: at a port that the system chose.
     ///
     /// # Errors
     /// Why they cannot be served.
-    pub(super) fn open(options: &Migrate) -> Result<Self, String> {
-        options.metrics.as_deref().map(prometheus::serve).transpose()?;
+    pub(super) async fn open(options: &Migrate) -> Result<Self, String> {
+        if let Some(address) = &options.metrics {
+            let url = prometheus::serve(address).await?;
+            if !options.quiet || address.ends_with(":0") {
+                tell!("memferry: figures for Prometheus at {url}");
+            }
+        }
         Ok(Self::default())
     }
 
