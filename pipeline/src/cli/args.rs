@@ -86,7 +86,7 @@ Examples:
 Runs the migration's own controller against a trace of `memferry record` in simulated time: does it converge, in how many
 rounds, how long does it take, how long does the guest stand still, how much is sent. Then says which bandwidth is
 the smallest that meets the downtime limit, and what would have to be set where the given ones do not. The settings are
-those of the recording, or of a second file. Where the migration takes longer than the recording, the trace begins again.";
+those of the recording, or of a second file. A total with a * is longer than the recording: the trace was begun again for it.";
 
 const STATUS_EXAMPLES: &str = "\
 Examples:

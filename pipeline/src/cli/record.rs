@@ -75,9 +75,9 @@ fn tell(recorded: &Recorded, interval: std::time::Duration) -> String {
     #[expect(clippy::cast_precision_loss, reason = "rates to be shown")]
     let [pages, bytes] = [recorded.written, recorded.bytes].map(|amount| amount as f64 / seconds);
     let mut line = format!(
-        "{} in {} intervals; {pages:.0} pages/s found dirty, a sync takes {}; {}, {} for each second",
+        "{} in {}; {pages:.0} pages/s found dirty, a sync takes {}; {}, {} for each second",
         human::time(recorded.length),
-        human::count(recorded.intervals),
+        human::counted(recorded.intervals, "interval"),
         human::time(recorded.sync),
         human::bytes(recorded.bytes),
         human::rate(bytes).trim_end_matches("/s"),

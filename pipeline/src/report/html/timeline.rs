@@ -151,8 +151,8 @@ fn rounds(course: &Course<'_>) -> Markup {
     let longest = course.account.rounds.iter().max_by_key(|round| round.duration);
     let summary = longest.map_or(String::new(), |round| {
         format!(
-            "{} rounds; the longest was round {} with {}",
-            spans.len(),
+            "{}; the longest was round {} with {}",
+            human::counted(spans.len() as u64, "round"),
             round.tally.round,
             human::time(round.duration)
         )
