@@ -65,20 +65,21 @@ impl EventFile {
         is_stdout(&self.name)
     }
 
-    /// Writes what waits and the last line, and says what is missing, if anything is. Events after it are not written.
+    /// Writes what waits and the last line, and names what is missing, if anything is. Events after it are not written.
     pub(crate) fn close(&self) -> Option<String> {
         self.lines.lock().unwrap_or_else(PoisonError::into_inner).take()?;
         let outcome = self.ended.lock().unwrap_or_else(PoisonError::into_inner).recv_timeout(LAST_WORDS);
         let name = self.name.display();
         match outcome {
-            Ok(Outcome { lost: 0, error: None }) => None,
+            Ok(Outcome { lost: 0, error: None }) if self.is_stdout() || self.name.exists() => None,
+            Ok(Outcome { lost: 0, error: None }) => Some(format!("the events in {name}: the file was removed")),
             Ok(Outcome { lost, error: Some(error) }) => {
-                Some(format!("the events in {name} are not whole, {lost} are missing: {error}"))
+                Some(format!("the events in {name}, of which {lost} are missing: {error}"))
             }
             Ok(Outcome { lost, error: None }) => {
-                Some(format!("the events in {name} are not whole, {lost} are missing: it takes them too slowly"))
+                Some(format!("the events in {name}, of which {lost} are missing: it takes them too slowly"))
             }
-            Err(_) => Some(format!("the events in {name} are not whole: it takes no more")),
+            Err(_) => Some(format!("the events in {name}: it takes no more")),
         }
     }
 }
@@ -226,7 +227,7 @@ mod tests {
         disk.0.lock().unwrap().1 = 10_000;
         tell(5);
         let said = file.close().unwrap();
-        assert!(said.starts_with(&format!("the events in x are not whole, {missing} are missing: ")), "{said}");
+        assert!(said.starts_with(&format!("the events in x, of which {missing} are missing: ")), "{said}");
         let lines = read(&disk.0.lock().unwrap().0);
         assert_eq!(lines.last().unwrap().event, EventJson::Lost { events: missing });
         assert_eq!(lines.len(), 1 + 25 - usize::try_from(missing).unwrap() + 1);
@@ -255,7 +256,7 @@ mod tests {
         (0..WAITING + 100).for_each(|_| file.event(Role::Source, &Event::Paused));
         drop(may);
         let said = file.close().unwrap();
-        assert_eq!(said, "the events in x are not whole, 100 are missing: it takes them too slowly");
+        assert_eq!(said, "the events in x, of which 100 are missing: it takes them too slowly");
         let lines = read(&disk.0.lock().unwrap().0);
         assert_eq!(lines.len(), 1 + WAITING + 1);
         assert_eq!(lines.last().unwrap().event, EventJson::Lost { events: 100 });
