@@ -5,7 +5,7 @@
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
@@ -25,6 +25,8 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub(crate) struct EventFile {
     name: PathBuf,
+    /// What is written to; nothing where that is standard output.
+    file: Option<File>,
     began: Instant,
     /// Nothing once it is closed.
     lines: Mutex<Option<SyncSender<EventLine>>>,
@@ -45,8 +47,12 @@ impl EventFile {
     /// # Errors
     /// When it cannot be written, or is a disk.
     pub(crate) fn create(file: &Path) -> io::Result<Self> {
-        let out: Box<dyn Write + Send> = if is_stdout(file) { Box::new(io::stdout()) } else { Box::new(open(file)?) };
-        Self::begin(file, out)
+        if is_stdout(file) {
+            return Self::begin(file, Box::new(io::stdout()));
+        }
+        let out = open(file)?;
+        let kept = out.try_clone()?;
+        Ok(Self { file: Some(kept), ..Self::begin(file, Box::new(out))? })
     }
 
     fn begin(file: &Path, out: Box<dyn Write + Send>) -> io::Result<Self> {
@@ -58,27 +64,36 @@ impl EventFile {
         let write = move || drop(end.send(writer.run(&queue)));
         thread::Builder::new().name("memferry-events".into()).spawn(write)?;
         let (lines, ended) = (Mutex::new(Some(lines)), Mutex::new(ended));
-        Ok(Self { name: file.to_owned(), began, lines, lost, ended })
+        Ok(Self { name: file.to_owned(), file: None, began, lines, lost, ended })
     }
 
     pub(crate) fn is_stdout(&self) -> bool {
         is_stdout(&self.name)
     }
 
-    /// Writes what waits and the last line, and says what is missing, if anything is. Events after it are not written.
+    /// Has it no name any more, so that nobody can read it? One that was renamed can be read.
+    fn was_removed(&self) -> bool {
+        let found = self.file.as_ref().and_then(|file| file.metadata().ok());
+        found.is_some_and(|found| found.nlink() == 0) && !self.name.exists()
+    }
+
+    /// Writes what waits and the last line, and names what is missing, if anything is. Events after it are not written.
     pub(crate) fn close(&self) -> Option<String> {
         self.lines.lock().unwrap_or_else(PoisonError::into_inner).take()?;
         let outcome = self.ended.lock().unwrap_or_else(PoisonError::into_inner).recv_timeout(LAST_WORDS);
         let name = self.name.display();
         match outcome {
+            Ok(Outcome { lost: 0, error: None }) if self.was_removed() => {
+                Some(format!("the events in {name}: the file was removed"))
+            }
             Ok(Outcome { lost: 0, error: None }) => None,
             Ok(Outcome { lost, error: Some(error) }) => {
-                Some(format!("the events in {name} are not whole, {lost} are missing: {error}"))
+                Some(format!("the events in {name}, of which {lost} are missing: {error}"))
             }
             Ok(Outcome { lost, error: None }) => {
-                Some(format!("the events in {name} are not whole, {lost} are missing: it takes them too slowly"))
+                Some(format!("the events in {name}, of which {lost} are missing: it takes them too slowly"))
             }
-            Err(_) => Some(format!("the events in {name} are not whole: it takes no more")),
+            Err(_) => Some(format!("the events in {name}: it takes no more")),
         }
     }
 }
@@ -182,6 +197,19 @@ mod tests {
     }
 
     #[test]
+    fn a_file_that_was_removed_is_lost_and_one_that_was_renamed_is_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let name = folder.path().join("events.jsonl");
+        let file = EventFile::create(&name).unwrap();
+        std::fs::rename(&name, folder.path().join("events.old")).unwrap();
+        assert_eq!(file.close(), None);
+        let file = EventFile::create(&name).unwrap();
+        std::fs::remove_file(&name).unwrap();
+        let said = file.close().unwrap();
+        assert!(said.ends_with("events.jsonl: the file was removed"), "{said}");
+    }
+
+    #[test]
     fn a_file_that_is_there_is_emptied() {
         let folder = tempfile::tempdir().unwrap();
         let name = folder.path().join("events.jsonl");
@@ -226,7 +254,7 @@ mod tests {
         disk.0.lock().unwrap().1 = 10_000;
         tell(5);
         let said = file.close().unwrap();
-        assert!(said.starts_with(&format!("the events in x are not whole, {missing} are missing: ")), "{said}");
+        assert!(said.starts_with(&format!("the events in x, of which {missing} are missing: ")), "{said}");
         let lines = read(&disk.0.lock().unwrap().0);
         assert_eq!(lines.last().unwrap().event, EventJson::Lost { events: missing });
         assert_eq!(lines.len(), 1 + 25 - usize::try_from(missing).unwrap() + 1);
@@ -255,7 +283,7 @@ mod tests {
         (0..WAITING + 100).for_each(|_| file.event(Role::Source, &Event::Paused));
         drop(may);
         let said = file.close().unwrap();
-        assert_eq!(said, "the events in x are not whole, 100 are missing: it takes them too slowly");
+        assert_eq!(said, "the events in x, of which 100 are missing: it takes them too slowly");
         let lines = read(&disk.0.lock().unwrap().0);
         assert_eq!(lines.len(), 1 + WAITING + 1);
         assert_eq!(lines.last().unwrap().event, EventJson::Lost { events: 100 });

@@ -26,6 +26,7 @@ mod event_file;
 pub mod events;
 pub mod guest;
 mod host;
+mod http;
 pub mod log;
 pub mod metrics;
 pub mod migration;

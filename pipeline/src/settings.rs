@@ -124,7 +124,9 @@ pub struct SourceSettings {
     pub encoder: EncoderSettings,
     /// Do payloads carry a checksum?
     pub checksum: bool,
-    /// Bytes a second on the wire, all connections together; `None` is as fast as it goes.
+    /// Bytes a second on the wire, all connections together; `None` is as fast as it goes. The configuration and the
+    /// [control](crate::control) of a running migration take no less than
+    /// [64 KiB/s](crate::config::values::Bandwidth::LEAST).
     pub max_bandwidth: Option<u64>,
     /// The same while the guest is paused.
     pub switchover_bandwidth: SwitchoverBandwidth,

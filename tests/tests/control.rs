@@ -332,8 +332,10 @@ fn before_the_destination_is_there_settings_can_be_changed_already() {
     let sending = memferry_tests::run::source(guest, transport, endless(), Arc::default(), control.clone());
     let asking = async {
         until(&control, "it has begun", |status| status.role.is_some()).await;
-        control.set([Change::MaxBandwidth(Some(7))]).await.unwrap();
-        assert_eq!(control.status().in_force.unwrap().max_bandwidth, Some(7));
+        control.set([Change::MaxBandwidth(Some(7 * MIB))]).await.unwrap();
+        assert_eq!(control.status().in_force.unwrap().max_bandwidth, Some(7 * MIB));
+        let slow = control.set([Change::MaxBandwidth(Some(7))]).await.unwrap_err();
+        assert!(matches!(&slow, ControlError::Invalid { key: "max_bandwidth", .. }), "{slow}");
         let early = control.switch_over().await.unwrap_err();
         assert!(matches!(&early, ControlError::Refused(why) if why.contains("being set up")), "{early}");
         control.cancel();

@@ -13,12 +13,13 @@
 //! and 413 for a body that does not come or does not end, 409 for what cannot be done as things are, 503 where the guest's
 //! own part takes too long or too many watch.
 //!
-//! It runs where signals and timers do, on the caller's runtime, so that stages that compute do not delay it. Heads, bodies,
-//! connections and the time that a request may take are bounded; a reader of events that is too slow loses the oldest and is
-//! told so.
+//! It runs where signals and timers do, on the caller's runtime, so that stages that compute do not delay it. Heads, bodies
+//! and the time that a request may take are bounded. At most 64 connections are open, each with one request; when one more comes,
+//! the oldest that has not said all of its request is closed for it. A reader of events that is too slow loses the oldest and
+//! is told so.
 
 pub mod client;
-mod patch;
+pub(crate) mod patch;
 mod routes;
 mod server;
 

@@ -18,14 +18,15 @@ const TIME_OR_NONE: &str = r#"a length of time such as "5m", a number of millise
 const SIZE: &str = r#"a size such as "512 MiB", or a number of bytes"#;
 const PERCENT: &str = "a whole number from 0 to 99";
 
-/// The changes that a body asks for; what is wrong with it otherwise, by the name of the setting.
+/// The changes that a body asks for, each one that can be; what is wrong with it otherwise, by the name of the setting.
 pub(super) fn changes(body: &[u8]) -> Result<Vec<Change>, String> {
     let object: Map<String, Value> = serde_json::from_slice(body)
         .map_err(|error| format!(r#"the body is no JSON object such as {{ "downtime_limit": "50ms" }}: {error}"#))?;
     object.iter().map(|(key, value)| change(key, value)).collect()
 }
 
-fn change(key: &str, value: &Value) -> Result<Change, String> {
+/// The change that a setting and its value ask for.
+pub(crate) fn change(key: &str, value: &Value) -> Result<Change, String> {
     let change = match key {
         "max_bandwidth" => rate(value).map(Change::MaxBandwidth),
         "switchover_bandwidth" => switchover_bandwidth(value).map(Change::SwitchoverBandwidth),
@@ -39,7 +40,9 @@ fn change(key: &str, value: &Value) -> Result<Change, String> {
             return Err(format!("{start:?} is no setting that can be changed while it runs; these are: {KEYS}"));
         }
     };
-    change.map_err(|expected| format!("{key}: {} is wrong here; write {expected}", shortened(value)))
+    let change = change.map_err(|expected| format!("{key}: {} is wrong here; write {expected}", shortened(value)))?;
+    change.check().map_err(|error| error.to_string())?;
+    Ok(change)
 }
 
 fn shortened(value: &Value) -> String {
@@ -121,16 +124,17 @@ mod tests {
             Change::XbzrleCache(512 << 20),
         ];
         assert_eq!(all, expected);
-        let body = br#"{ "max_bandwidth": 1000, "switchover_bandwidth": 7, "downtime_limit": 0.5, "max_downtime": 30,
+        let body =
+            br#"{ "max_bandwidth": 100000, "switchover_bandwidth": 65536, "downtime_limit": 0.5, "max_downtime": 30,
             "deadline": null, "xbzrle_cache": 4096 }"#;
         let mut all = changes(body).unwrap();
         all.sort_by_key(Change::key);
         let expected = [
             Change::Deadline(None),
             Change::DowntimeLimit(MS / 2),
-            Change::MaxBandwidth(Some(1000)),
+            Change::MaxBandwidth(Some(100_000)),
             Change::MaxDowntime(Some(30 * MS)),
-            Change::SwitchoverBandwidth(SwitchoverBandwidth::AtMost(7)),
+            Change::SwitchoverBandwidth(SwitchoverBandwidth::AtMost(65536)),
             Change::XbzrleCache(4096),
         ];
         assert_eq!(all, expected);
@@ -163,6 +167,11 @@ mod tests {
         ] {
             assert!(wrong(body).contains("is wrong here"), "{body}");
         }
+        assert_eq!(
+            wrong(r#"{ "max_bandwidth": 1 }"#),
+            r#"max_bandwidth: 1 B/s is too slow to move a guest; write "64 KiB/s" or more, or "unlimited""#
+        );
+        assert!(wrong(r#"{ "deadline": "900 years" }"#).contains("longer than a hundred years"));
         let long = wrong(&format!(r#"{{ "deadline": "{}" }}"#, "ß".repeat(5000)));
         assert!(long.len() < 300, "{long}");
     }

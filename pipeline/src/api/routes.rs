@@ -1,37 +1,29 @@
 //! Requests of the control API, and their answers.
 
-use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures::StreamExt;
 use futures::stream;
-use http_body_util::combinators::UnsyncBoxBody;
-use http_body_util::{BodyExt, Full, LengthLimitError, Limited, StreamBody};
-use hyper::body::{Frame, Incoming};
-use hyper::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE};
-use hyper::{Method, Request, Response, StatusCode};
+use http_body_util::{BodyExt, StreamBody};
+use hyper::body::Frame;
+use hyper::header::{ALLOW, CONTENT_TYPE};
+use hyper::{Method, Response, StatusCode};
 use serde::Serialize;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 
 use super::patch;
 use crate::control::{Control, ControlError, Events, Happened};
+use crate::http::{Answer, Answerer, Asked, BodyError, whole};
 use crate::report::event_json::EventLine;
 use crate::report::status_json::StatusJson;
 
-/// The most bytes of a body.
-const BODY_BYTES: usize = 16 << 10;
-/// How long a body may take to come.
-const BODY_TIME: Duration = Duration::from_secs(5);
 /// How long an answer is waited for: a guest's own part may hold it up.
 const ANSWER_TIME: Duration = Duration::from_secs(5);
 /// Who may read events at a time: others are served at any time.
 const WATCHERS: usize = 32;
-
-type Body = UnsyncBoxBody<Bytes, Infallible>;
-type Answer = Response<Body>;
 
 /// What answers. Clones are the same.
 #[derive(Clone)]
@@ -49,16 +41,11 @@ struct ErrorJson<'a> {
     error: &'a str,
 }
 
-impl Routes {
-    /// Asks `control`. Streams of events end when it is `closing`.
-    pub(super) fn new(control: Control, closing: CancellationToken) -> Self {
-        Self { control, watchers: Arc::new(Semaphore::new(WATCHERS)), closing }
-    }
-
-    pub(super) async fn answer(&self, request: Request<Incoming>) -> Answer {
-        let answered = match (request.uri().path(), request.method()) {
+impl Answerer for Routes {
+    async fn answer(&self, asked: Asked) -> Answer {
+        let answered = match (asked.uri().path(), asked.method()) {
             ("/migration", &Method::GET) => Ok(self.status()),
-            ("/migration", &Method::PATCH) => self.change(request.into_body()).await,
+            ("/migration", &Method::PATCH) => self.change(asked.into_body()).await,
             ("/migration", _) => return not_allowed("GET, PATCH"),
             ("/migration/cancel", &Method::POST) => self.cancel(),
             ("/migration/switch-over", &Method::POST) => self.switch_over().await,
@@ -69,14 +56,20 @@ impl Routes {
         };
         answered.unwrap_or_else(|Refusal(code, why)| json(code, &ErrorJson { error: &why }))
     }
+}
+
+impl Routes {
+    /// Asks `control`. Streams of events end when it is `closing`.
+    pub(super) fn new(control: Control, closing: CancellationToken) -> Self {
+        Self { control, watchers: Arc::new(Semaphore::new(WATCHERS)), closing }
+    }
 
     fn status(&self) -> Answer {
         json(StatusCode::OK, &StatusJson::from(&self.control.status()))
     }
 
-    async fn change(&self, body: Incoming) -> Result<Answer, Refusal> {
-        let body = read(body).await?;
-        let changes = patch::changes(&body).map_err(|why| Refusal(StatusCode::BAD_REQUEST, why))?;
+    async fn change(&self, body: Result<Bytes, BodyError>) -> Result<Answer, Refusal> {
+        let changes = patch::changes(&body?).map_err(|why| Refusal(StatusCode::BAD_REQUEST, why))?;
         in_time(self.control.set(changes)).await?;
         Ok(self.status())
     }
@@ -142,18 +135,6 @@ fn line(happened: &Happened, watched: Duration) -> String {
     .to_json()
 }
 
-/// The whole body, if it is not too long and comes in time.
-async fn read(body: Incoming) -> Result<Bytes, Refusal> {
-    match tokio::time::timeout(BODY_TIME, Limited::new(body, BODY_BYTES).collect()).await {
-        Ok(Ok(collected)) => Ok(collected.to_bytes()),
-        Ok(Err(error)) if error.is::<LengthLimitError>() => {
-            Err(Refusal(StatusCode::PAYLOAD_TOO_LARGE, format!("a body has at most {BODY_BYTES} bytes")))
-        }
-        Ok(Err(error)) => Err(Refusal(StatusCode::BAD_REQUEST, format!("the body cannot be read: {error}"))),
-        Err(_) => Err(Refusal(StatusCode::REQUEST_TIMEOUT, "the body does not come".into())),
-    }
-}
-
 /// What is asked of the migration is answered in time; else it is taken back.
 async fn in_time(asked: impl Future<Output = Result<(), ControlError>>) -> Result<(), Refusal> {
     let answered = tokio::time::timeout(ANSWER_TIME, asked).await.map_err(|_| {
@@ -161,6 +142,12 @@ async fn in_time(asked: impl Future<Output = Result<(), ControlError>>) -> Resul
         Refusal(StatusCode::SERVICE_UNAVAILABLE, why.into())
     })?;
     answered.map_err(Refusal::from)
+}
+
+impl From<BodyError> for Refusal {
+    fn from(error: BodyError) -> Self {
+        Self(error.code(), error.to_string())
+    }
 }
 
 impl From<ControlError> for Refusal {
@@ -183,9 +170,5 @@ fn not_allowed(allowed: &'static str) -> Answer {
 fn json(code: StatusCode, value: &impl Serialize) -> Answer {
     let mut bytes = serde_json::to_vec(value).expect("plain values become JSON");
     bytes.push(b'\n');
-    let mut answer = Response::new(Full::new(Bytes::from(bytes)).boxed_unsync());
-    *answer.status_mut() = code;
-    answer.headers_mut().insert(CONTENT_TYPE, "application/json".parse().expect("a header's value"));
-    answer.headers_mut().insert(CACHE_CONTROL, "no-store".parse().expect("a header's value"));
-    answer
+    whole(code, "application/json", bytes)
 }

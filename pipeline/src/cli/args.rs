@@ -27,7 +27,8 @@ Exit codes:
   2    bad usage or configuration
   3    handed over but not confirmed; the source guest is paused
   4    the source guest could not be resumed
-  130  cancelled; the source guest is as it was";
+  130  cancelled; the source guest is as it was
+A report, or events, that cannot be written change none of these: the last line then says what is lost.";
 
 const RUN_EXAMPLES: &str = "\
 Examples:
@@ -86,7 +87,7 @@ Examples:
 Runs the migration's own controller against a trace of `memferry record` in simulated time: does it converge, in how many
 rounds, how long does it take, how long does the guest stand still, how much is sent. Then says which bandwidth is
 the smallest that meets the downtime limit, and what would have to be set where the given ones do not. The settings are
-those of the recording, or of a second file. Where the migration takes longer than the recording, the trace begins again.";
+those of the recording, or of a second file. A total with a * is longer than the recording: the trace was begun again for it.";
 
 const STATUS_EXAMPLES: &str = "\
 Examples:
@@ -102,8 +103,8 @@ Examples:
   memferry set /run/guest.sock xbzrle_cache='1 GiB' throttle=50
 
 Settings of a running source, as the configuration writes them: max_bandwidth, switchover_bandwidth, downtime_limit,
-max_downtime, deadline (from the start), throttle (the most, in percent), xbzrle_cache. All of them are changed or, with exit
-code 1, none.";
+max_downtime, deadline (from the start), throttle (the most, in percent), xbzrle_cache. All of them are changed or none: exit code 2
+for a key or a value that cannot be, with those that can; 1 if the migration refuses, or nobody answers.";
 
 const CANCEL_EXAMPLES: &str = "\
 Examples:
@@ -205,7 +206,7 @@ pub(super) enum Command {
         /// What --control was given, a file that --events wrote, or - for lines on standard input
         address: String,
         /// How fast a file is replayed: 2 is twice as fast as it happened, 0 at once [default: 1; 0 where there is no terminal]
-        #[arg(long, value_name = "FACTOR", value_parser = speed)]
+        #[arg(long, value_name = "FACTOR", value_parser = speed, allow_hyphen_values = true)]
         speed: Option<f64>,
     },
     /// What this host can do
@@ -242,13 +243,16 @@ pub(super) struct Controlled {
 pub(super) struct Migrate {
     #[command(flatten)]
     pub(super) configured: Configured,
-    /// Writes a report, whole or not at all: a page for a person if FILE ends in .html, else JSON; may be given once for each
-    #[arg(long, value_name = "FILE")]
+    /// Writes a report, whole or not at all: a page for a person if FILE ends in .html, else JSON; may be given once for each.
+    /// One that is lost (a full disk) is told of at the end, and does not change the exit code
+    #[arg(long, value_name = "FILE", value_parser = file)]
     pub(super) report: Vec<PathBuf>,
-    /// Writes every event as a line of JSON as it happens, for its owner only; - is standard output
-    #[arg(long, value_name = "FILE")]
+    /// Writes every event as a line of JSON as it happens, for its owner only; - is standard output. What is lost of it is told
+    /// at the end, and does not change the exit code
+    #[arg(long, value_name = "FILE", value_parser = file)]
     pub(super) events: Option<PathBuf>,
-    /// Serves figures to Prometheus for as long as the program lives, as in 127.0.0.1:9464
+    /// Serves figures to Prometheus at http://ADDRESS/metrics for as long as the program lives, as in 127.0.0.1:9464; with port 0
+    /// at one that is free, and says at which even with --quiet
     #[arg(long, value_name = "ADDRESS")]
     pub(super) metrics: Option<String>,
     /// What is logged to standard error: error, warn, info, debug or trace [default: warn]
@@ -261,7 +265,7 @@ pub(super) struct Migrate {
     #[arg(long, value_name = "ADDRESS", value_parser = socket)]
     pub(super) control: Option<Address>,
     /// How long a guest that lives in this program is hosted after the verdict, as in 10s; 0s ends at once
-    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    #[arg(long, value_name = "DURATION", value_parser = duration, allow_hyphen_values = true)]
     pub(super) host_for: Option<Duration>,
 }
 
@@ -274,16 +278,16 @@ pub(super) struct Record {
     #[arg(short, long, value_name = "TRACE")]
     pub(super) output: PathBuf,
     /// How long, as in 60s; until Ctrl-C unless told
-    #[arg(long = "for", value_name = "DURATION", value_parser = some_time)]
+    #[arg(long = "for", value_name = "DURATION", value_parser = some_time, allow_hyphen_values = true)]
     pub(super) length: Option<Duration>,
     /// From one look at the dirty log to the next, at least 10ms [default: 100ms]
-    #[arg(long, value_name = "DURATION", value_parser = interval)]
+    #[arg(long, value_name = "DURATION", value_parser = interval, allow_hyphen_values = true)]
     pub(super) interval: Option<Duration>,
     /// Prints nothing but the verdict
     #[arg(long)]
     pub(super) quiet: bool,
     /// How long a guest that lives in this program is hosted afterwards, as in 10s; 0s ends at once
-    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    #[arg(long, value_name = "DURATION", value_parser = duration, allow_hyphen_values = true)]
     pub(super) host_for: Option<Duration>,
 }
 
@@ -299,6 +303,7 @@ pub(super) struct Plan {
         long = "bandwidth",
         value_name = "RATE,…",
         value_delimiter = ',',
+        allow_hyphen_values = true,
         default_value = "100Mbit/s,1Gbit/s,10Gbit/s"
     )]
     pub(super) bandwidths: Vec<Bandwidth>,
@@ -325,7 +330,14 @@ fn duration(text: &str) -> Result<Duration, String> {
     if text == "0" {
         return Ok(Duration::ZERO);
     }
-    humantime::parse_duration(text).map_err(|error| format!("{error}; write a length of time such as 10s or 1h"))
+    humantime::parse_duration(text).map_err(|error| {
+        let what = if text.starts_with('-') { "this is no length of time".into() } else { error.to_string() };
+        format!("{what}; write a length of time such as 10s or 1h")
+    })
+}
+
+fn file(text: &str) -> Result<PathBuf, String> {
+    if text.is_empty() { Err("there is no name; name the file to be written".into()) } else { Ok(text.into()) }
 }
 
 fn some_time(text: &str) -> Result<Duration, String> {
@@ -396,6 +408,20 @@ mod tests {
         let Command::Guard { argv } = CommandLine::parse_from(line.split(' ')).command else { panic!("guard") };
         assert_eq!(argv, ["systemctl", "start", "-q", "guest"]);
         assert!(CommandLine::try_parse_from(["memferry", "run", "a.toml", "--host-for", "soon"]).is_err());
-        assert!(CommandLine::try_parse_from(["memferry", "watch", "-", "--speed", "-1"]).is_err());
+    }
+
+    #[test]
+    fn what_is_less_than_nothing_or_no_name_is_told_plainly() {
+        for (line, words) in [
+            ("send a.toml --host-for -1", "'--host-for <DURATION>': this is no length of time; write a length of time"),
+            ("record a.toml -o b --for -1s", "write a length of time such as 10s"),
+            ("record a.toml -o b --interval -1", "write a length of time such as 10s"),
+            ("watch - --speed -1", "write how many times as fast"),
+            ("plan a.trace --bandwidth -5", "write 10Gbit/s"),
+            ("send a.toml --events ", "there is no name; name the file"),
+        ] {
+            let error = CommandLine::try_parse_from(format!("memferry {line}").split(' ')).unwrap_err().to_string();
+            assert!(error.contains(words) && !error.contains("tip:"), "{line}: {error}");
+        }
     }
 }

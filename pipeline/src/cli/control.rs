@@ -6,6 +6,7 @@ use memferry_transports::Address;
 use serde_json::{Map, Value};
 
 use crate::api::client::{self, ClientError};
+use crate::api::patch;
 use crate::report::human;
 
 /// The address of a control socket: `unix:/path`, or the path alone.
@@ -20,7 +21,7 @@ pub(super) fn socket(text: &str) -> Result<Address, String> {
     }
 }
 
-/// `key=value`; a value that is a number or null is one, all else is text.
+/// `key=value`, for a setting that there is; a value that is a number or null is one, all else is text.
 pub(super) fn setting(text: &str) -> Result<(String, Value), String> {
     let (key, value) =
         text.split_once('=').ok_or("there is no = in it; write a setting such as downtime_limit=50ms")?;
@@ -29,7 +30,9 @@ pub(super) fn setting(text: &str) -> Result<(String, Value), String> {
         return Err("there is no key before the =; write a setting such as downtime_limit=50ms".into());
     }
     let plain = serde_json::from_str::<Value>(value).ok().filter(|value| value.is_number() || value.is_null());
-    Ok((key.to_owned(), plain.unwrap_or_else(|| value.into())))
+    let value = plain.unwrap_or_else(|| value.into());
+    patch::change(key, &value)?;
+    Ok((key.to_owned(), value))
 }
 
 /// `memferry status`: lines for a person, or the object as it came.
@@ -180,8 +183,16 @@ mod tests {
         assert_eq!(read("throttle=50"), ("throttle".into(), 50.into()));
         assert_eq!(read("downtime_limit = 50ms"), ("downtime_limit".into(), "50ms".into()));
         assert_eq!(read("deadline=null").1, Value::Null);
-        assert_eq!(read("max_bandwidth=\"1 MiB/s\"").1, "\"1 MiB/s\"");
         assert!(setting("throttle").is_err() && setting("=3").is_err());
+    }
+
+    #[test]
+    fn a_setting_that_cannot_be_is_refused_before_anybody_is_asked() {
+        let wrong = |text| setting(text).unwrap_err();
+        assert!(wrong("lanes=4").contains("these are: max_bandwidth, switchover_bandwidth, downtime_limit"));
+        assert!(wrong("downtime_limit=soon").contains("write a length of time such as"));
+        assert!(wrong("max_bandwidth=\"1 MiB/s\"").contains("write a rate such as"));
+        assert!(wrong("max_bandwidth=1").contains("too slow"));
     }
 
     #[test]

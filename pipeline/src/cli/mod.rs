@@ -28,6 +28,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use clap::Parser;
+use memferry_transports::Address;
 
 use crate::config::{self, Config, Purpose};
 use crate::events::Role;
@@ -69,9 +70,7 @@ fn migrate(options: Migrate, role: &'static str, purpose: Purpose, watch: Role) 
         Ok(config) => config,
         Err(code) => return code,
     };
-    if let Some(why) =
-        options.report.iter().find_map(|report| unwritable("--report", report)).or_else(|| named_twice(&options))
-    {
+    if let Some(why) = nowhere(&options).or_else(|| named_twice(&options)) {
         return complain(&why, BAD_USAGE);
     }
     let screen = Screen::default();
@@ -79,7 +78,7 @@ fn migrate(options: Migrate, role: &'static str, purpose: Purpose, watch: Role) 
         return complain(&error, BAD_USAGE);
     }
     let command = async {
-        let outlets = match Outlets::open(&options) {
+        let outlets = match Outlets::open(&options).await {
             Ok(outlets) => outlets,
             Err(why) => return Ok(complain(&why, BAD_USAGE)),
         };
@@ -116,6 +115,17 @@ fn ask(asking: impl Future<Output = Result<String, String>>) -> ExitCode {
     }
 }
 
+/// Why one of the files, or the socket, has no place, if that is plain before anything begins.
+fn nowhere(options: &Migrate) -> Option<String> {
+    let events = options.events.as_deref().filter(|file| *file != Path::new("-"));
+    let reports = options.report.iter().find_map(|report| unwritable("--report", report));
+    let socket = match &options.control {
+        Some(Address::Unix(socket)) => unwritable("--control", socket),
+        _ => None,
+    };
+    reports.or_else(|| unwritable("--events", events?)).or(socket)
+}
+
 /// Why two of the files cannot be the same, if two are: what is written last would take the place of the other.
 fn named_twice(options: &Migrate) -> Option<String> {
     let names = std::iter::once(&options.configured.config).chain(&options.report).chain(&options.events);
@@ -131,7 +141,7 @@ fn named_twice(options: &Migrate) -> Option<String> {
     None
 }
 
-/// Why the file of an option cannot be written there, if that is plain before anything begins.
+/// Why the file of an option cannot be made there, if that is plain.
 fn unwritable(option: &str, file: &Path) -> Option<String> {
     let name = file.display();
     let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));

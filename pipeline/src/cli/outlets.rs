@@ -16,12 +16,18 @@ pub(super) struct Outlets {
 }
 
 impl Outlets {
-    /// Serves figures if the options say so, on the runtime of the caller; before there are any.
+    /// Serves figures if the options say so, on the runtime of the caller; before there are any. Says where, which a quiet
+    /// program does only where nobody could know it: at a port that the system chose.
     ///
     /// # Errors
     /// Why they cannot be served.
-    pub(super) fn open(options: &Migrate) -> Result<Self, String> {
-        options.metrics.as_deref().map(prometheus::serve).transpose()?;
+    pub(super) async fn open(options: &Migrate) -> Result<Self, String> {
+        if let Some(address) = &options.metrics {
+            let url = prometheus::serve(address).await?;
+            if !options.quiet || address.ends_with(":0") {
+                tell!("memferry: figures for Prometheus at {url}");
+            }
+        }
         Ok(Self::default())
     }
 
@@ -31,7 +37,9 @@ impl Outlets {
     /// Why it cannot be opened.
     pub(super) fn open_events(&mut self, options: &Migrate) -> Result<(), String> {
         let create = |file: &Path| {
-            EventFile::create(file).map(Arc::new).map_err(|error| format!("--events {}: {error}", file.display()))
+            EventFile::create(file)
+                .map(Arc::new)
+                .map_err(|error| format!("--events {} cannot be written: {error}", file.display()))
         };
         self.events = options.events.as_deref().map(create).transpose()?;
         Ok(())
@@ -46,10 +54,8 @@ impl Outlets {
         self.events.as_ref().is_some_and(|events| events.is_stdout())
     }
 
-    /// Nothing happens any more: the last line is written, and what is missing is said.
-    pub(super) fn close(&self) {
-        if let Some(why) = self.events.as_ref().and_then(|events| events.close()) {
-            tell!("memferry: {why}");
-        }
+    /// Nothing happens any more: the last line is written. What is missing, if anything is.
+    pub(super) fn close(&self) -> Option<String> {
+        self.events.as_ref()?.close()
     }
 }

@@ -43,7 +43,9 @@ pub(super) async fn run(config: Config, options: Record) -> std::io::Result<u8> 
     if !options.quiet && options.length.is_none() {
         tell!("memferry: recording; Ctrl-C ends it and writes the trace");
     }
-    let code = match record(guest.guest.clone(), settings, &options.output, cancel).await {
+    let recorded = record(guest.guest.clone(), settings, &options.output, cancel).await;
+    let stop = signals.arm("ending");
+    let code = match recorded {
         Ok(recorded) => {
             say(&format!("{} recorded: {}", options.output.display(), tell(&recorded, interval)));
             DONE
@@ -54,10 +56,10 @@ pub(super) async fn run(config: Config, options: Record) -> std::io::Result<u8> 
     if !guest.lives_here() {
         return Ok(code);
     }
-    if options.host_for.is_none() && !options.quiet {
+    if options.host_for.is_none() && !options.quiet && !stop.is_cancelled() {
         tell!("memferry: the guest is hosted here: Ctrl-C ends it");
     }
-    let Some(health) = guest.live(options.host_for, signals.arm("ending")).await else { return Ok(code) };
+    let Some(health) = guest.live(options.host_for, stop).await else { return Ok(code) };
     if !options.quiet || !health.is_sound {
         say(&health.line);
     }
@@ -75,9 +77,9 @@ fn tell(recorded: &Recorded, interval: std::time::Duration) -> String {
     #[expect(clippy::cast_precision_loss, reason = "rates to be shown")]
     let [pages, bytes] = [recorded.written, recorded.bytes].map(|amount| amount as f64 / seconds);
     let mut line = format!(
-        "{} in {} intervals; {pages:.0} pages/s found dirty, a sync takes {}; {}, {} for each second",
+        "{} in {}; {pages:.0} pages/s found dirty, a sync takes {}; {}, {} for each second",
         human::time(recorded.length),
-        human::count(recorded.intervals),
+        human::counted(recorded.intervals, "interval"),
         human::time(recorded.sync),
         human::bytes(recorded.bytes),
         human::rate(bytes).trim_end_matches("/s"),

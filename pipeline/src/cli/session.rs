@@ -28,7 +28,7 @@ use crate::migration::{self, DataPlane};
 use crate::progress::{ProgressDisplay, ProgressLines, Screen};
 use crate::report::account::{Account, Accountant};
 use crate::report::html::Page;
-use crate::report::{Frame, Report, table};
+use crate::report::{Frame, Report, status, table};
 
 /// How long one end may take to find out that the other has ended, before it is told.
 const FIND_OUT: Duration = Duration::from_secs(2);
@@ -101,6 +101,7 @@ impl Session {
         } else {
             self.side_by_side(source, destination, &cancel).await
         };
+        let stop = self.signals.arm(ENDING);
         let verdict = match &received {
             Some(received) => joint(&sent, received, cancel.is_cancelled()),
             None => sent,
@@ -110,7 +111,7 @@ impl Session {
         self.conclude(&verdict, &account, received.is_some().then_some(&far));
         let arrived = received.is_some_and(|received| received.phase == Phase::Completed);
         let host_for = Some(self.options.host_for.unwrap_or(SHOW_ALIVE));
-        self.host(if arrived { destination } else { source }, host_for, exit_code(&verdict)).await
+        self.host(if arrived { destination } else { source }, host_for, stop, exit_code(&verdict)).await
     }
 
     /// `memferry send`
@@ -121,9 +122,10 @@ impl Session {
         };
         let transport = self.config.transport_to(&self.config.address());
         let ended = self.send_over(&guest, transport, self.control.clone()).await;
+        let stop = self.signals.arm(ENDING);
         self.conclude(&ended, &self.accountant.account(Role::Source), None);
         let stays = ended.phase != Phase::Completed || guest.runs_here();
-        self.host_if(stays, &guest, exit_code(&ended)).await
+        self.host_if(stays, &guest, stop, exit_code(&ended)).await
     }
 
     /// `memferry recv`
@@ -134,8 +136,9 @@ impl Session {
         };
         self.note(&format!("waiting at {}", listener.local_address()));
         let ended = self.receive_from(&guest, listener, self.control.clone()).await;
+        let stop = self.signals.arm(ENDING);
         self.conclude(&ended, &self.accountant.account(Role::Destination), None);
-        self.host_if(ended.phase == Phase::Completed, &guest, exit_code(&ended)).await
+        self.host_if(ended.phase == Phase::Completed, &guest, stop, exit_code(&ended)).await
     }
 
     async fn both_guests(&self) -> Result<(Hosted, Hosted), GuestError> {
@@ -224,26 +227,32 @@ impl Session {
         exit_code(&ended)
     }
 
-    /// Says how it ended and writes the reports.
+    /// Says how it ended and writes the reports. What is lost of them is said last, and changes no exit code: a guest that
+    /// has moved must not look to a script as if it had not.
     fn conclude(&self, verdict: &Ended, account: &Account, far: Option<&Account>) {
         let capped = account.is_capped(self.config.migration.max_bandwidth.0.is_some());
         let frame = Frame { role: self.role, capped };
+        let mut lost = Vec::new();
         if !self.options.report.is_empty() {
-            self.write_reports(&Report::new(frame, verdict, account, far), account, far);
+            lost = self.write_reports(&Report::new(frame, verdict, account, far), account, far);
         }
-        self.outlets.close();
+        lost.extend(self.outlets.close());
         self.say(&table::verdict(verdict, account));
         if !self.options.quiet && !account.rounds.is_empty() {
             self.say(&format!("\n{}", table::summary(frame, account, far).trim_end()));
         }
+        if !lost.is_empty() {
+            tell!("memferry: LOST: {}; the verdict stands: {}", lost.join("; "), status(verdict.phase));
+        }
     }
 
-    fn write_reports(&self, report: &Report, account: &Account, other: Option<&Account>) {
-        for file in &self.options.report {
-            if let Err(error) = self.write_report(file, report, account, other) {
-                tell!("memferry: the report {} cannot be written: {error}", file.display());
-            }
-        }
+    /// Those that cannot be written, and why.
+    fn write_reports(&self, report: &Report, account: &Account, other: Option<&Account>) -> Vec<String> {
+        let write = |file: &std::path::PathBuf| {
+            let error = self.write_report(file, report, account, other).err()?;
+            Some(format!("the report {}: {error}", file.display()))
+        };
+        self.options.report.iter().filter_map(write).collect()
     }
 
     /// A page for a person where the file's ending asks for one, else JSON.
@@ -262,19 +271,20 @@ impl Session {
     }
 
     /// Hosts a guest that lives in this program, for as long as the options say; else until a signal.
-    async fn host_if(&self, stays: bool, guest: &Hosted, code: u8) -> u8 {
+    async fn host_if(&self, stays: bool, guest: &Hosted, stop: CancellationToken, code: u8) -> u8 {
         if !stays || !guest.lives_here() {
             return code;
         }
-        if self.options.host_for.is_none() {
+        if self.options.host_for.is_none() && !stop.is_cancelled() {
             self.note("the guest is hosted here: Ctrl-C ends it");
         }
-        self.host(guest, self.options.host_for, code).await
+        self.host(guest, self.options.host_for, stop, code).await
     }
 
-    /// A page that is not as the guest left it turns any code into a failure.
-    async fn host(&self, guest: &Hosted, time: Option<Duration>, code: u8) -> u8 {
-        let Some(health) = guest.live(time, self.signals.arm(ENDING)).await else { return code };
+    /// Until its time is over or it is to `stop`, which a signal may have said since the migration ended. A page that is not as
+    /// the guest left it turns any code into a failure.
+    async fn host(&self, guest: &Hosted, time: Option<Duration>, stop: CancellationToken, code: u8) -> u8 {
+        let Some(health) = guest.live(time, stop).await else { return code };
         if !self.options.quiet || !health.is_sound {
             self.say(&health.line);
         }

@@ -11,7 +11,7 @@ use super::tables::{
     After, Compress, Config, DeltaChoice, FileTable, FillTable, FreeTable, GuestTable, ImageTable, KvmTable, OnMiss,
     Pattern, SharedTable, StallStep, WorkloadTable, WriterTable,
 };
-use super::values::{Size, Time};
+use super::values::{Bandwidth, Size, Time};
 use super::{Purpose, settings};
 use crate::guest::kvm::IS_BUILT_IN;
 use crate::guest::kvm::settings::{MEMORY_UNIT, MOST_MEMORY, MOST_VCPUS, OWN_BYTES, PAGE_BYTES};
@@ -132,20 +132,10 @@ fn migration(config: &Config, faults: &mut Vec<Fault>) {
     if let Some(deadline) = table.deadline.0 {
         positive(faults, "migration.deadline", Time(deadline), "5m\" or \"none");
     }
-    need(
-        faults,
-        table.max_bandwidth.0 != Some(0),
-        "migration.max_bandwidth",
-        "nothing moves at 0 bytes a second",
-        "write a rate such as \"100 MiB/s\", or \"unlimited\"",
-    );
-    need(
-        faults,
-        table.switchover_bandwidth.is_none_or(|bandwidth| bandwidth.0 != Some(0)),
-        "migration.switchover_bandwidth",
-        "nothing moves at 0 bytes a second",
-        "write a rate such as \"1 GiB/s\", or \"unlimited\", or delete it: then it is max_bandwidth",
-    );
+    check_bandwidth("migration.max_bandwidth", table.max_bandwidth, faults);
+    if let Some(bandwidth) = table.switchover_bandwidth {
+        check_bandwidth("migration.switchover_bandwidth", bandwidth, faults);
+    }
     need(faults, table.max_rounds > 0, "migration.max_rounds", "0 rounds", "write 1 or more");
 }
 
@@ -189,7 +179,13 @@ fn convergence(config: &Config, faults: &mut Vec<Fault>) {
 }
 
 fn positive(faults: &mut Vec<Fault>, path: &str, time: Time, example: &str) {
-    need(faults, !time.0.is_zero(), path, "this must be longer than nothing", format!("write \"{example}\""));
+    let help = format!("write \"{example}\"");
+    need(faults, !time.0.is_zero(), path, "this must be longer than nothing", help.as_str());
+    need(faults, time <= Time::LONGEST, path, "this is longer than a hundred years", help);
+}
+
+fn check_bandwidth(path: &str, bandwidth: Bandwidth, faults: &mut Vec<Fault>) {
+    faults.extend(bandwidth.too_slow().map(|(what, write)| Fault::new(path, what, format!("write {write}"))));
 }
 
 /// The page size of whichever guest it is.

@@ -101,6 +101,15 @@ fn units_are_answered_with_examples() {
       |
       = help: write a rate such as "1 GiB/s" or "100 MB/s", or "unlimited"
     "#);
+    assert_snapshot!(with("[migration]\nmax_bandwidth = \"1 B/s\""), @r#"
+    error: 1 B/s is too slow to move a guest
+     --> run.toml:9:17
+      |
+    9 | max_bandwidth = "1 B/s"
+      |                 ^^^^^^^
+      |
+      = help: write "64 KiB/s" or more, or "unlimited"
+    "#);
     assert_snapshot!(with("[pipeline]\nlanes = \"two\""), @r#"
     error: this is the string "two"
      --> run.toml:9:9

@@ -29,6 +29,25 @@ pub struct Time(pub Duration);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Deadline(pub Option<Duration>);
 
+impl Bandwidth {
+    /// The least that a limit may be, in bytes a second. Below it one frame of the stream may take longer than a hand-over waits.
+    pub const LEAST: u64 = 64 << 10;
+
+    /// What is wrong with a limit that is less than the least, and what to write.
+    pub(crate) fn too_slow(self) -> Option<(String, String)> {
+        let slow = self.0.is_some_and(|bytes| bytes < Self::LEAST);
+        let least = Self(Some(Self::LEAST));
+        slow.then(|| {
+            (format!("{self} is too slow to move a guest"), format!("\"{least}\" or more, or \"{UNLIMITED}\""))
+        })
+    }
+}
+
+impl Time {
+    /// The longest that is taken, a hundred years: clocks count further.
+    pub const LONGEST: Self = Self(Duration::from_secs(100 * 366 * 24 * 3600));
+}
+
 impl fmt::Display for Size {
     /// The largest unit that divides it, so that nothing is lost: `1536 MiB`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -90,6 +109,8 @@ impl FromStr for Bandwidth {
             return Ok(Self(None));
         }
         let per_second = text.trim().strip_suffix("/s").and_then(|amount| amount.parse::<Size>().ok());
+        // Bits, to whoever runs networks: eight times less than the bytes that a size would read.
+        let per_second = per_second.filter(|_| !text.contains('b'));
         per_second.map(|size| Self(Some(size.0))).ok_or_else(|| format!("{text:?} is not a rate"))
     }
 }
@@ -208,6 +229,7 @@ mod tests {
     fn what_is_no_value_is_refused_with_what_it_is() {
         assert_eq!("64 MiBB".parse::<Size>().unwrap_err(), r#""64 MiBB" is not a size"#);
         assert_eq!("1 GiB".parse::<Bandwidth>().unwrap_err(), r#""1 GiB" is not a rate"#);
+        assert_eq!("1 Gb/s".parse::<Bandwidth>().unwrap_err(), r#""1 Gb/s" is not a rate"#);
         assert_eq!("soon".parse::<Time>().unwrap_err(), r#""soon" is not a length of time"#);
         assert_eq!("-3s".parse::<Deadline>().unwrap_err(), r#""-3s" is not a length of time"#);
     }

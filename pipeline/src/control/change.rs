@@ -7,13 +7,10 @@ use super::ControlError;
 use crate::config::values::{Bandwidth, Deadline, Size, Time};
 use crate::settings::{SourceSettings, StallStep, SwitchoverBandwidth};
 
-/// The longest time that is taken: clocks count further.
-const LONGEST: Duration = Duration::from_secs(100 * 366 * 24 * 3600);
-
 /// Another value for one setting of a running source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Change {
-    /// Bytes a second on the wire, all connections together; `None`: as fast as it goes.
+    /// Bytes a second on the wire, all connections together, [`Bandwidth::LEAST`] or more; `None`: as fast as it goes.
     MaxBandwidth(Option<u64>),
     /// The same while the guest is paused.
     SwitchoverBandwidth(SwitchoverBandwidth),
@@ -60,25 +57,34 @@ impl Change {
     }
 
     /// Is the value one that can be, whatever the others are?
-    fn check(&self) -> Result<(), ControlError> {
+    pub(crate) fn check(&self) -> Result<(), ControlError> {
+        if let Some((what, write)) = self.bandwidth().and_then(|most| Bandwidth(Some(most)).too_slow()) {
+            return Err(self.wrong(format!("{what}; write {write}")));
+        }
         let nothing = match *self {
-            Self::MaxBandwidth(bandwidth) => bandwidth == Some(0),
-            Self::SwitchoverBandwidth(bandwidth) => bandwidth == SwitchoverBandwidth::AtMost(0),
             Self::DowntimeLimit(limit) => limit.is_zero(),
             Self::Deadline(deadline) => deadline == Some(Duration::ZERO),
             Self::ThrottleMost(percent) if percent > 99 => {
                 return Err(self.wrong(format!("{percent} percent of the guest's time; 99 is the most")));
             }
-            Self::MaxDowntime(_) | Self::ThrottleMost(_) | Self::XbzrleCache(_) => false,
+            _ => false,
         };
-        if self.time().is_some_and(|time| time > LONGEST) {
-            return Err(self.wrong("this is longer than a hundred years".into()));
+        if nothing {
+            return Err(self.wrong("this must be longer than nothing".into()));
         }
-        let what = match self {
-            Self::MaxBandwidth(_) | Self::SwitchoverBandwidth(_) => "nothing moves at 0 bytes a second",
-            _ => "this must be longer than nothing",
-        };
-        if nothing { Err(self.wrong(what.into())) } else { Ok(()) }
+        match self.time() {
+            Some(time) if time > Time::LONGEST.0 => Err(self.wrong("this is longer than a hundred years".into())),
+            _ => Ok(()),
+        }
+    }
+
+    /// The limit on bandwidth that it is.
+    fn bandwidth(&self) -> Option<u64> {
+        match *self {
+            Self::MaxBandwidth(most) => most,
+            Self::SwitchoverBandwidth(SwitchoverBandwidth::AtMost(most)) => Some(most),
+            _ => None,
+        }
     }
 
     /// The time that it is.
@@ -273,7 +279,15 @@ mod tests {
 
     #[test]
     fn values_that_cannot_be_are_refused_by_name() {
-        assert_eq!(refused(&[Change::MaxBandwidth(Some(0))]), "max_bandwidth: nothing moves at 0 bytes a second");
+        assert_eq!(
+            refused(&[Change::MaxBandwidth(Some(1))]),
+            "max_bandwidth: 1 B/s is too slow to move a guest; write \"64 KiB/s\" or more, or \"unlimited\""
+        );
+        let crawling = SwitchoverBandwidth::AtMost(Bandwidth::LEAST - 1);
+        assert!(
+            refused(&[Change::SwitchoverBandwidth(crawling)]).starts_with("switchover_bandwidth: 65535 B/s is too")
+        );
+        assert!(in_force().with_all(&[Change::MaxBandwidth(Some(Bandwidth::LEAST))]).is_ok());
         assert!(refused(&[Change::DowntimeLimit(Duration::ZERO)]).starts_with("downtime_limit: "));
         assert!(refused(&[Change::Deadline(Some(Duration::ZERO))]).starts_with("deadline: "));
         assert!(refused(&[Change::ThrottleMost(100)]).starts_with("throttle: 100 percent"));

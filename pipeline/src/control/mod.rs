@@ -28,8 +28,8 @@
 //! region.access()?.write(0, &(0..1 << 20).map(|n: u32| (n.wrapping_mul(n) >> 7) as u8).collect::<Vec<_>>());
 //! let transport = Arc::new(MemoryTransport::new(1 << 16));
 //! let listener = transport.listen().await?;
-//! // Far too slow: ten minutes.
-//! let settings = SourceSettings { max_bandwidth: Some(1700), ..SourceSettings::default() };
+//! // Far too slow: a quarter of a minute for a megabyte.
+//! let settings = SourceSettings { max_bandwidth: Some(64 << 10), ..SourceSettings::default() };
 //! let (control, unwatched) = (Control::new(), Observers::none);
 //! let sending = region.send(transport, settings, unwatched(Role::Source), control.clone());
 //! let other_end = Control::new();

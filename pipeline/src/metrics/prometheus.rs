@@ -1,30 +1,50 @@
 //! The metrics as Prometheus reads them: `http://ADDRESS/metrics`, for as long as the program lives.
 
-use std::net::{SocketAddr, ToSocketAddrs};
+use std::time::Duration;
 
-use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder};
+use hyper::header::ALLOW;
+use hyper::{Method, StatusCode};
+use memferry_transports::{Address, open};
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+use tokio_util::sync::CancellationToken;
 
 use super::BUCKETS;
+use crate::http::{self, Answer, Answerer, Asked, whole};
 
-/// Makes the recorder of this process one that Prometheus can read at `address` (`127.0.0.1:9464`), from here on. On the
-/// control plane's runtime, so that no stage delays a scrape.
+/// Where the figures are.
+const PATH: &str = "/metrics";
+/// The text format of Prometheus.
+const FIGURES: &str = "text/plain; version=0.0.4";
+const WORDS: &str = "text/plain";
+/// How long a name may take to resolve.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// How often the values of histograms are put together, whether anybody reads them or not.
+const UPKEEP: Duration = Duration::from_secs(5);
+
+/// Makes the recorder of this process one that Prometheus can read at `address` (`127.0.0.1:9464`; with port 0 at a port that is
+/// free), from here on, and gives the URL. On the control plane's runtime, so that no stage delays a scrape.
 ///
 /// # Errors
 /// When the address is none, is in use or may not be had, or when this process has a recorder.
 ///
 /// # Panics
 /// Outside a runtime.
-pub fn serve(address: &str) -> Result<(), String> {
+pub async fn serve(address: &str) -> Result<String, String> {
     let refuse = |why: &dyn std::fmt::Display| format!("--metrics {address}: {why}");
-    let socket = resolve(address).map_err(|why| refuse(&why))?;
-    let built = builder().with_http_listener(socket).build();
-    let (recorder, server) = built.map_err(|error| match error {
-        BuildError::FailedToCreateHTTPListener(why) => refuse(&why),
-        other => refuse(&other),
-    })?;
+    let socket = parse(address).map_err(|why| refuse(&why))?;
+    let listener = open(&socket, PATIENCE).listen().await.map_err(|error| refuse(&error))?;
+    let recorder = builder().build_recorder();
+    let figures = Figures(recorder.handle());
     metrics::set_global_recorder(recorder).map_err(|error| refuse(&error))?;
-    tokio::spawn(server);
-    Ok(())
+    let url = format!("http://{}{PATH}", listener.local_address().trim_start_matches("tcp:"));
+    tokio::spawn(keep_up(figures.0.clone()));
+    tokio::spawn(http::serve(listener, figures, CancellationToken::new()));
+    Ok(url)
+}
+
+fn parse(text: &str) -> Result<Address, String> {
+    let parsed = format!("tcp:{text}").parse::<Address>();
+    parsed.map_err(|error| format!("{}; write a host and a port, as in 127.0.0.1:9464", error.why))
 }
 
 /// Histograms have buckets, which can be added up over hosts; summaries cannot.
@@ -34,8 +54,27 @@ fn builder() -> PrometheusBuilder {
     })
 }
 
-fn resolve(address: &str) -> Result<SocketAddr, String> {
-    let hint = "write a host and a port, as in 127.0.0.1:9464";
-    let mut found = address.to_socket_addrs().map_err(|error| format!("{error}; {hint}"))?;
-    found.next().ok_or_else(|| format!("no such host; {hint}"))
+async fn keep_up(handle: PrometheusHandle) {
+    loop {
+        tokio::time::sleep(UPKEEP).await;
+        handle.run_upkeep();
+    }
+}
+
+/// The page of figures.
+#[derive(Clone)]
+struct Figures(PrometheusHandle);
+
+impl Answerer for Figures {
+    async fn answer(&self, asked: Asked) -> Answer {
+        match (asked.uri().path(), asked.method()) {
+            (PATH, &Method::GET | &Method::HEAD) => whole(StatusCode::OK, FIGURES, self.0.render()),
+            (PATH, _) => {
+                let mut answer = whole(StatusCode::METHOD_NOT_ALLOWED, WORDS, "figures are only to be read: GET\n");
+                answer.headers_mut().insert(ALLOW, "GET, HEAD".parse().expect("a header's value"));
+                answer
+            }
+            _ => whole(StatusCode::NOT_FOUND, WORDS, format!("there is nothing here; the figures are at {PATH}\n")),
+        }
+    }
 }

@@ -19,6 +19,7 @@ use memferry_stages::wire::pages::group_pages;
 
 use super::digests;
 use super::error::MigrationError;
+use crate::config::values::Size;
 use crate::host;
 use crate::settings::SourceSettings;
 
@@ -117,6 +118,30 @@ pub(super) fn check_host(bound: u64) -> Result<(), MigrationError> {
             "to move its memory takes {bound} bytes beside it, more than half of the {host} that this host has"
         ))),
     }
+}
+
+/// The same for a source, whose cache may be all that is too large.
+///
+/// # Errors
+/// What is too large.
+pub(super) fn check_source(bound: u64, settings: &SourceSettings) -> Result<(), MigrationError> {
+    let cache = settings.encoder.xbzrle.as_ref().map_or(0, |xbzrle| xbzrle.cache_bytes);
+    check_host(bound.saturating_sub(cache))?;
+    check_cache(bound, cache).map_err(MigrationError::CacheTooLarge)
+}
+
+/// Does this host have the memory for a cache of so many bytes, in a migration that takes `bound` with it?
+///
+/// # Errors
+/// What is wrong, and what would be right.
+pub(super) fn check_cache(bound: u64, cache: u64) -> Result<(), String> {
+    let Some(host) = host::beyond_half_of_memory(bound) else { return Ok(()) };
+    let most = (host / 2).saturating_sub(bound.saturating_sub(cache)) >> 20;
+    Err(format!(
+        "a cache of {} takes, with all else that the migration does, more than half of the memory of this host; \
+         write {most} MiB or less",
+        Size(cache)
+    ))
 }
 
 /// What was really held: the most of each pool and of each stage, and what was kept for the pages.

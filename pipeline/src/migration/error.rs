@@ -36,6 +36,9 @@ pub(crate) enum MigrationError {
     /// The guest is larger than this host can take.
     #[error("the guest is too large: {0}")]
     TooLarge(String),
+    /// The cache for deltas is larger than this host can take.
+    #[error("xbzrle_cache: {0}")]
+    CacheTooLarge(String),
     /// A dirty log could not do its part.
     #[error("the dirty log cannot {doing}: {error}")]
     Log {

@@ -45,7 +45,10 @@ impl FromStr for Bandwidth {
         let text = text.trim();
         let refused =
             || format!("{text:?} is no bandwidth; write 10Gbit/s or 100 Mbit/s in bits, 1 GiB/s or 120 MB/s in bytes");
-        let in_bits = UNITS.iter().find_map(|(name, unit)| Some((text.strip_suffix(name)?, unit)));
+        let in_bits = UNITS.iter().find_map(|(name, unit)| {
+            let (amount, ending) = text.split_at_checked(text.len().checked_sub(name.len())?)?;
+            ending.eq_ignore_ascii_case(name).then_some((amount, unit))
+        });
         let bytes_per_second = match in_bits {
             Some((amount, unit)) => amount.trim().parse::<f64>().map_err(|_| refused())? * unit / 8.0,
             None => match text.parse::<values::Bandwidth>() {
@@ -70,9 +73,21 @@ mod tests {
     fn bits_and_bytes_are_told_apart() {
         let rates = ["1Gbit/s", "2.5 Gbit/s", "100Mbit/s", "8 bit/s", "1 GiB/s", "125 MB/s"].map(bytes);
         assert_eq!(rates, [125e6, 312.5e6, 12.5e6, 1.0, f64::from(1 << 30), 125e6]);
-        for wrong in
-            ["", "fast", "10", "1 Gbit", "-1 Gbit/s", "0 bit/s", "NaN Gbit/s", "inf bit/s", "unlimited", "1e30 Tbit/s"]
-        {
+        assert_eq!(["1 gbit/s", "1GBIT/S", "1 kBit/s", "1 Kbit/s"].map(bytes), [125e6, 125e6, 125.0, 125.0]);
+        for wrong in [
+            "",
+            "fast",
+            "10",
+            "1 Gbit",
+            "-1 Gbit/s",
+            "0 bit/s",
+            "NaN Gbit/s",
+            "inf bit/s",
+            "unlimited",
+            "1e30 Tbit/s",
+            "1 Gb/s",
+            "ßbit/s",
+        ] {
             assert!(wrong.parse::<Bandwidth>().unwrap_err().contains("write 10Gbit/s"), "{wrong}");
         }
     }

@@ -59,8 +59,12 @@ pub fn draw(answer: &Answer) -> String {
         let cap = Bandwidth { bytes_per_second: cap as f64 };
         line(&mut text, &format!("max_bandwidth is set to {cap}: a link that carries more is used no further."));
     }
-    if answer.bandwidths.iter().any(|at| at.foreseen.repeats_trace) {
-        line(&mut text, "* takes longer than was recorded: the trace was begun again from its start.");
+    if answer.bandwidths.iter().flat_map(foreseen).any(|figures| figures.repeats_trace) {
+        let recorded = time(trace.length);
+        line(
+            &mut text,
+            &format!("* longer than the {recorded} that were recorded: the trace was begun again from its start."),
+        );
     }
     text
 }
@@ -78,14 +82,13 @@ fn table(answer: &Answer) -> String {
     for at in &answer.bandwidths {
         let figures = &at.foreseen;
         let downtime = if figures.moves { time(figures.downtime) } else { "-".into() };
-        let mark = if figures.repeats_trace { "*" } else { "" };
         writeln!(
             table,
             "{:<12} {:<26} {:>6} {:>9} {:>9} {:>10}",
             name(at),
             outcome(figures),
             figures.rounds,
-            format!("{}{mark}", time(figures.total)),
+            total(figures),
             downtime,
             human::bytes(figures.bytes),
         )
@@ -115,7 +118,8 @@ fn chart(at: &AtBandwidth, limit: f64) -> String {
     let mut chart = format!("{}: what a switchover would cost after each round; │ is the limit\n", name(at));
     for (round, &seconds) in expected.iter().enumerate() {
         if expected.len() > ROUNDS && round == ROUNDS / 2 {
-            writeln!(chart, "      ⋮ {} rounds more", expected.len() - ROUNDS).expect("a string takes it");
+            let more = human::counted((expected.len() - ROUNDS) as u64, "round");
+            writeln!(chart, "      ⋮ {more} more").expect("a string takes it");
         }
         if expected.len() > ROUNDS && (ROUNDS / 2..expected.len() - ROUNDS / 2).contains(&round) {
             continue;
@@ -166,17 +170,27 @@ fn advise(text: &mut String, at: &AtBandwidth, limit: &str) {
 fn tell(AdviceFigures { set, foreseen }: &AdviceFigures) -> String {
     let sets: Vec<_> = set.iter().map(|set| format!("--set {set}")).collect();
     let mut words = format!(
-        "  {}\n      downtime {}, total {}, {} rounds, {} sent",
+        "  {}\n      downtime {}, total {}, {}, {} sent",
         sets.join(" "),
         time(foreseen.downtime),
-        time(foreseen.total),
-        foreseen.rounds,
+        total(foreseen),
+        human::counted(foreseen.rounds.into(), "round"),
         human::bytes(foreseen.bytes)
     );
     if foreseen.throttle > 0 {
         write!(words, "; the guest runs at {} % near the end", 100 - foreseen.throttle).expect("a string takes it");
     }
     words
+}
+
+/// All that is foreseen over one link: as things are, and what could be set.
+fn foreseen(at: &AtBandwidth) -> impl Iterator<Item = &Figures> {
+    std::iter::once(&at.foreseen).chain(at.advice.iter().map(|advice| &advice.foreseen))
+}
+
+/// With a mark where the trace was too short for it.
+fn total(figures: &Figures) -> String {
+    format!("{}{}", time(figures.total), if figures.repeats_trace { "*" } else { "" })
 }
 
 fn name(at: &AtBandwidth) -> String {

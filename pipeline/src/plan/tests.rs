@@ -210,3 +210,15 @@ fn the_answer_shows_each_link_and_names_what_helps() {
     assert_eq!(json["bandwidths"][0]["advice"][0]["set"][0], "encoder.delta=xbzrle");
     assert_eq!(json["bandwidths"][1]["foreseen"]["meets"], true);
 }
+
+#[test]
+fn a_migration_that_is_longer_than_its_trace_is_marked_and_the_mark_is_explained() {
+    let picture = |intervals| {
+        let trace = trace(std::iter::repeat_n(4000..6000, intervals));
+        draw(&Answer::of(&Written::of(&trace), &raw(), &[mbyte(500.0)]))
+    };
+    let (short, long) = (picture(1), picture(50));
+    assert!(short.contains("ms*") && short.contains("\n* longer than the 100 ms that were recorded"), "{short}");
+    assert!(!long.contains('*'), "{long}");
+    assert!(!short.contains(" 1 rounds"), "{short}");
+}

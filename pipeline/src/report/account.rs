@@ -137,6 +137,7 @@ impl Account {
             Event::RoundSent { tally, duration } => Happened::Round { round: tally.round, took: *duration },
             Event::Synced { dirty_pages, .. } => Happened::Synced(*dirty_pages),
             Event::Decided(_) => Happened::Decided(self.decided.len()),
+            Event::Changed(_) => Happened::Changed(self.changed.len()),
             Event::Paused => Happened::Paused,
             Event::Resumed => Happened::Resumed,
             Event::Ended(_) => Happened::Ended,

@@ -51,6 +51,12 @@ pub fn count(number: u64) -> String {
     exact(number)
 }
 
+/// So many of something: `1 round`, `262,144 rounds`.
+#[must_use]
+pub fn counted(number: u64, one: &str) -> String {
+    format!("{} {one}{}", count(number), if number == 1 { "" } else { "s" })
+}
+
 /// A number with its thousands apart: `16,777,216`.
 #[must_use]
 pub fn exact(number: u64) -> String {
@@ -88,6 +94,7 @@ mod tests {
         assert_eq!(times, ["0 µs", "999 µs", "213 ms", "1.00 s", "12.3 s", "4m 05s"]);
         assert_eq!([0, 999, 1000, 262_144, 16_777_216].map(count), ["0", "999", "1,000", "262,144", "16.8M"]);
         assert_eq!([999, 16_777_216].map(exact), ["999", "16,777,216"]);
+        assert_eq!([0, 1, 1000].map(|n| counted(n, "round")), ["0 rounds", "1 round", "1,000 rounds"]);
         assert_eq!(rate(103_000_000.0), "98.2 MiB/s");
         assert_eq!(rate(f64::NAN), "0 B/s");
     }

@@ -63,6 +63,8 @@ pub enum Happened {
     Synced(u64),
     /// The controller decided: this one of its decisions, from 0.
     Decided(usize),
+    /// A setting was changed: this one of the changes, from 0.
+    Changed(usize),
     /// The guest was paused at the source.
     Paused,
     /// It goes on at the source.

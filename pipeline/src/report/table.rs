@@ -61,7 +61,7 @@ fn rounds(rounds: &[Round]) -> String {
     }
     let last = &rounds[rounds.len() - LAST_ROUNDS..];
     let mut lines = columns(rounds[..FIRST_ROUNDS].iter().chain(last).map(row));
-    lines.insert(1 + FIRST_ROUNDS, format!("  ... {left_out} rounds more"));
+    lines.insert(1 + FIRST_ROUNDS, format!("  ... {} more", human::counted(left_out as u64, "round")));
     lines.join("\n") + "\n"
 }
 

@@ -117,10 +117,12 @@ fn an_operator_looks_changes_and_has_it_finish() {
         .says(&["downtime_limit = 2ms", "max_bandwidth = 24 MiB/s"]);
     asked
         .ask(&["set", "downtime_limit=soon"])
-        .expect(1)
+        .expect(2)
         .says(&["downtime_limit: \"soon\" is wrong here; write a length"]);
     asked.ask(&["set", "throttle=20"]).expect(1).says(&["not among the steps of on_stall"]);
-    asked.ask(&["set", "lanes=4"]).expect(1).says(&["\"lanes\" is no setting that can be changed"]);
+    asked.ask(&["set", "lanes=4"]).expect(2).says(&["\"lanes\" is no setting that can be changed", "max_bandwidth, "]);
+    asked.ask(&["set", "max_bandwidth=1"]).expect(2).says(&["1 B/s is too slow", "64 KiB/s"]);
+    asked.ask(&["set", "xbzrle_cache=900 TiB"]).expect(1).says(&["xbzrle_cache: a cache of 900 TiB takes", "or less"]);
     asked.ask(&["set", "max_downtime=2ms"]).expect(0);
     asked
         .ask(&["switch-over"])
@@ -222,6 +224,7 @@ fn whoever_means_no_good_gets_an_answer_and_holds_nothing_up() {
         "[]",
         "{",
         r#"{ "max_bandwidth": 0 }"#,
+        r#"{ "switchover_bandwidth": "1 B/s" }"#,
         r#"{ "deadline": "584 years" }"#,
         r#"{ "throttle": 1e9 }"#,
         r#"{ "xbzrle_cache": 18446744073709551615 }"#,

@@ -1,5 +1,7 @@
 //! What a migration tells others while it runs: lines of events, figures for Prometheus.
 
+use std::io::{Read, Write};
+
 use memferry::report::event_json::{EventJson, EventLine, PhaseName, RoleName};
 use rustix::process::Signal;
 
@@ -83,9 +85,10 @@ fn a_running_migration_is_watched_to_its_end() {
 fn who_watches_nothing_is_told() {
     let scene = Scene::new();
     scene.run(&["watch", "unix:absent.sock"]).expect(1).says(&["absent.sock", "--control"]);
-    scene.run(&["watch", "-"]).expect(1).says(&["the events ended before the migration did"]);
+    scene.run(&["watch", "-"]).expect(1).says(&["the events of standard input ended before the migration did"]);
     scene.write("strange", "what is this\n");
-    scene.run(&["watch", "strange"]).expect(1).says(&["no events of a migration"]);
+    scene.run(&["watch", "strange"]).expect(1).says(&["strange holds no events of a migration"]);
+    scene.run(&["watch", "/dev/zero"]).expect(1).says(&["/dev/zero holds no lines of events", "at byte 0 is longer"]);
 }
 
 #[test]
@@ -99,7 +102,28 @@ fn events_have_standard_output_to_themselves() {
 #[test]
 fn a_full_disk_costs_the_events_and_not_the_migration() {
     let ended = scene().run(&["run", "run.toml", "--host-for", "0s", "--events", "/dev/full"]).expect(0);
-    ended.says(&["completed after", "the migration goes on", "the events in /dev/full are not whole"]);
+    ended.says(&["completed after", "the migration goes on", "LOST: the events in /dev/full, of which "]);
+}
+
+/// Whoever resumes the source where a migration failed must not do so for want of a report.
+#[test]
+fn a_report_that_is_lost_is_told_of_last_and_changes_no_exit_code() {
+    let scene = scene();
+    let options = ["--report", "/dev/full", "--report", "gone/run.html", "--events", "gone/events.jsonl"];
+    std::fs::create_dir(scene.path("gone")).unwrap();
+    let running = scene.start(&[&["run", "run.toml", "--host-for", "0s"], &options[..]].concat());
+    until("it has begun", || scene.path("gone/events.jsonl").exists());
+    std::fs::remove_dir_all(scene.path("gone")).unwrap();
+    let ended = running.end().expect(0);
+    let last = ended.stderr.lines().last().unwrap();
+    for words in [
+        "memferry: LOST: the report /dev/full: No space left on device",
+        "; the report gone/run.html: No such file",
+        "; the events in gone/events.jsonl: the file was removed",
+        "; the verdict stands: completed",
+    ] {
+        assert!(last.contains(words), "{words:?} in {last}");
+    }
 }
 
 #[test]
@@ -110,11 +134,20 @@ fn what_cannot_be_opened_is_refused_before_anything_begins() {
     let refused = scene.run(&["run", "run.toml", "--metrics", &address, "--events", "events.jsonl"]).expect(2);
     refused.says(&["--metrics", "in use"]);
     assert!(!scene.path("events.jsonl").exists());
-    scene.run(&["run", "run.toml", "--metrics", "nonsense"]).expect(2).says(&["127.0.0.1:9464"]);
-    scene
-        .run(&["run", "run.toml", "--events", "absent/events.jsonl"])
-        .expect(2)
-        .says(&["--events absent/events.jsonl"]);
+    for (address, words) in [
+        ("nonsense", "the port is missing"),
+        (":9464", "the host is missing"),
+        ("127.0.0.1:99999", "\"99999\" is no port"),
+    ] {
+        let refused = scene.run(&["run", "run.toml", "--metrics", address]).expect(2);
+        refused.says(&[&format!("--metrics {address}: {words}"), "as in 127.0.0.1:9464"]);
+    }
+    let folder = "there is no folder absent: make it first";
+    for (option, name) in [("--events", "absent/events.jsonl"), ("--control", "absent/control.sock")] {
+        let refused = scene.run(&["run", "run.toml", option, name]).expect(2);
+        refused.says(&[&format!("{option} {name}: {folder}")]);
+    }
+    scene.run(&["run", "run.toml", "--events", ""]).expect(2).says(&["--events", "there is no name"]);
 }
 
 #[test]
@@ -146,6 +179,27 @@ fn prometheus_reads_the_figures_while_it_runs_and_after_it() {
     );
     // It would go on hosting its guest, and serving.
     drop(running);
+}
+
+#[test]
+fn figures_are_at_their_place_only_and_a_port_that_was_chosen_is_told() {
+    let scene = scene();
+    let running = scene.start(&["run", "run.toml", "--host-for", "10m", "--metrics", "127.0.0.1:0", "--quiet"]);
+    let told = running.until_it_says("figures for Prometheus at http://127.0.0.1:");
+    let address = told.split("http://").nth(1).unwrap().strip_suffix("/metrics").unwrap();
+    assert!(Exposition::scrape(address).is_some());
+    let ask = |request: &str| {
+        let mut connection = std::net::TcpStream::connect(address).unwrap();
+        write!(connection, "{request} HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
+        let mut answer = String::new();
+        connection.read_to_string(&mut answer).unwrap();
+        answer
+    };
+    for path in ["/", "/health", "/metrics/"] {
+        let answer = ask(&format!("GET {path}"));
+        assert!(answer.starts_with("HTTP/1.1 404 ") && answer.contains("the figures are at /metrics"), "{answer}");
+    }
+    assert!(ask("POST /metrics").starts_with("HTTP/1.1 405 "));
 }
 
 #[test]
@@ -187,6 +241,19 @@ fn a_program_whose_words_nobody_reads_still_heeds_a_signal() {
     let id = rustix::process::Pid::from_child(&program);
     rustix::process::kill_process(id, Signal::TERM).unwrap();
     assert_eq!(program.wait().unwrap().code(), Some(130));
+}
+
+/// A pipe that nobody reads holds the report up, and the hosting with it.
+#[test]
+fn a_signal_between_the_verdict_and_the_hosting_ends_the_hosting() {
+    let scene = scene();
+    rustix::fs::mknodat(rustix::fs::CWD, scene.path("pipe"), rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+    let running = scene.start(&["run", "run.toml", "--host-for", "10m", "--report", "a.json", "--report", "pipe"]);
+    until("the first report is written", || scene.path("a.json").exists());
+    running.signal(Signal::TERM);
+    running.until_it_says("memferry: ending");
+    assert!(!std::fs::read(scene.path("pipe")).unwrap().is_empty());
+    running.end().expect(0).says(&["completed after", "guest alive: "]);
 }
 
 #[test]

@@ -23,7 +23,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::verdict::{DONE, FAILED};
 use model::Model;
-use source::Heard;
+use source::{Broken, Heard};
 use view::Theme;
 use words::Teller;
 
@@ -40,7 +40,7 @@ enum Outcome {
     /// The person has seen enough.
     Quit,
     /// The lines broke.
-    Broke(io::Error),
+    Broke(Broken),
 }
 
 /// Watches what a source says until it ends or nobody wants to see more, and gives the exit code.
@@ -69,18 +69,19 @@ pub(super) async fn watch(name: &str, speed: Option<f64>) -> io::Result<u8> {
         }
         signalled.store(true, Ordering::Relaxed);
     });
-    let show = move || if on_screen { show(&heard, &stop) } else { tell(&heard, &stop) };
+    let name = if name == "-" { "standard input" } else { name }.to_owned();
+    let show = move || if on_screen { show(&name, &heard, &stop) } else { tell(&name, &heard, &stop) };
     tokio::task::spawn_blocking(show).await.map_err(io::Error::other)?
 }
 
 /// On a terminal.
-fn show(heard: &Receiver<Heard>, stop: &AtomicBool) -> io::Result<u8> {
+fn show(name: &str, heard: &Receiver<Heard>, stop: &AtomicBool) -> io::Result<u8> {
     let mut model = Model::default();
     let outcome = {
         let mut screen = Screen::open()?;
         until_the_end(&mut screen, &mut model, heard, stop)?
     };
-    Ok(conclude(&model, outcome))
+    Ok(conclude(name, &model, outcome))
 }
 
 fn until_the_end(
@@ -149,7 +150,7 @@ impl Drop for Screen {
 }
 
 /// Elsewhere: a line for each thing that happens.
-fn tell(heard: &Receiver<Heard>, stop: &AtomicBool) -> io::Result<u8> {
+fn tell(name: &str, heard: &Receiver<Heard>, stop: &AtomicBool) -> io::Result<u8> {
     let (mut model, mut teller) = (Model::default(), Teller::default());
     loop {
         let outcome = match heard.recv_timeout(FRAME) {
@@ -171,32 +172,34 @@ fn tell(heard: &Receiver<Heard>, stop: &AtomicBool) -> io::Result<u8> {
             Err(_) if stop.load(Ordering::Relaxed) => Outcome::Quit,
             Err(_) => continue,
         };
-        return Ok(code(&model, &outcome));
+        return Ok(code(name, &model, &outcome));
     }
 }
 
 /// What stays on the terminal.
-fn conclude(model: &Model, outcome: Outcome) -> u8 {
+fn conclude(name: &str, model: &Model, outcome: Outcome) -> u8 {
     if let Some(ended) = &model.shown().1.ended {
         println!("{}", words::printable(&words::verdict(ended)));
     }
-    code(model, &outcome)
+    code(name, model, &outcome)
 }
 
-fn code(model: &Model, outcome: &Outcome) -> u8 {
+fn code(name: &str, model: &Model, outcome: &Outcome) -> u8 {
     match outcome {
         Outcome::Quit => DONE,
         Outcome::Over if model.shown().1.ended.is_some() => DONE,
         Outcome::Over if model.ms == 0.0 && model.strange > 0 => {
-            tell!("memferry: that holds no events of a migration");
+            tell!("memferry: {name} holds no events of a migration");
             FAILED
         }
         Outcome::Over => {
-            tell!("memferry: the events ended before the migration did: the program that wrote them may be gone");
+            tell!(
+                "memferry: the events of {name} ended before the migration did: the program that wrote them may be gone"
+            );
             FAILED
         }
-        Outcome::Broke(error) => {
-            tell!("memferry: the events broke off: {error}");
+        Outcome::Broke(broken) => {
+            tell!("memferry: {broken}");
             FAILED
         }
     }

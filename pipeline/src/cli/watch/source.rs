@@ -12,13 +12,13 @@ use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 
 use super::super::control::{in_words, socket};
-use crate::api::client;
+use crate::api::client::{self, ClientError};
 use crate::report::event_json::EventLine;
 
 /// Lines that may wait to be shown.
 const WAITING: usize = 256;
-/// The longest line that is looked at.
-const LONGEST: u64 = 1 << 20;
+/// The longest line that an event can be, in bytes.
+const LONGEST: usize = 1 << 20;
 /// How long an answer may take to begin.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -29,7 +29,18 @@ pub(super) enum Heard {
     /// A line that is no event known here.
     Strange,
     /// The source ended, or broke.
-    End(io::Result<()>),
+    End(Result<(), Broken>),
+}
+
+/// Why there are no more lines.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Broken {
+    #[error("{name} holds no lines of events: the one that begins at byte {offset} is longer than {LONGEST} bytes")]
+    Endless { name: String, offset: u64 },
+    #[error("the events in {name} broke off at byte {offset}: {error}")]
+    Read { name: String, offset: u64, error: io::Error },
+    #[error("the events broke off: {0}")]
+    Asked(#[from] ClientError),
 }
 
 /// Opens a source by its name and begins to read. A file is replayed so many times faster than it happened, or at once.
@@ -39,7 +50,7 @@ pub(super) enum Heard {
 pub(super) async fn open(name: &str, speed: Option<f64>) -> Result<Receiver<Heard>, String> {
     let is_socket = Path::new(name).metadata().is_ok_and(|found| found.file_type().is_socket());
     if name == "-" {
-        Ok(listen(Box::new(io::stdin()), None))
+        Ok(listen("standard input", Box::new(io::stdin()), None))
     } else if name.starts_with("unix:") || is_socket {
         follow(name).await
     } else {
@@ -47,7 +58,7 @@ pub(super) async fn open(name: &str, speed: Option<f64>) -> Result<Receiver<Hear
             let hint = "name what --control was given, a file that --events wrote, or - for lines on standard input";
             format!("{name}: {error}; {hint}")
         })?;
-        Ok(listen(Box::new(file), speed))
+        Ok(listen(name, Box::new(file), speed))
     }
 }
 
@@ -65,7 +76,7 @@ async fn follow(name: &str) -> Result<Receiver<Heard>, String> {
                 // Nobody listens any more.
                 Ok(Some(_)) => return,
                 Ok(None) => break Ok(()),
-                Err(error) => break Err(io::Error::other(error)),
+                Err(error) => break Err(error.into()),
             }
         };
         drop(tell.send(Heard::End(end)));
@@ -78,28 +89,31 @@ fn parse(line: &[u8]) -> Heard {
     line.map_or(Heard::Strange, |line| Heard::Line(Box::new(line)))
 }
 
-fn listen(input: Box<dyn Read + Send>, speed: Option<f64>) -> Receiver<Heard> {
+fn listen(name: &str, input: Box<dyn Read + Send>, speed: Option<f64>) -> Receiver<Heard> {
     let (tell, heard) = sync_channel(WAITING);
+    let name = name.to_owned();
     // Whoever shows it may have gone; the thread ends with the program.
     thread::spawn(move || {
-        let end = read(BufReader::new(input), &tell, &Pace::new(speed));
+        let end = read(name, BufReader::new(input), &tell, &Pace::new(speed));
         drop(tell.send(Heard::End(end)));
     });
     heard
 }
 
-fn read(mut input: impl BufRead, tell: &SyncSender<Heard>, pace: &Pace) -> io::Result<()> {
-    let mut line = Vec::new();
+fn read(name: String, mut input: impl BufRead, tell: &SyncSender<Heard>, pace: &Pace) -> Result<(), Broken> {
+    let (mut line, mut offset) = (Vec::new(), 0);
     loop {
         line.clear();
-        if (&mut input).take(LONGEST).read_until(b'\n', &mut line)? == 0 {
-            return Ok(());
+        let most = LONGEST as u64 + 1;
+        match (&mut input).take(most).read_until(b'\n', &mut line) {
+            Ok(0) => return Ok(()),
+            Ok(_) if line.len() > LONGEST => return Err(Broken::Endless { name, offset }),
+            Ok(bytes) => offset += bytes as u64,
+            Err(error) => return Err(Broken::Read { name, offset, error }),
         }
         let heard = parse(&line);
-        match &heard {
-            Heard::Line(line) => pace.wait_for(line.ms),
-            _ if !line.ends_with(b"\n") => drop(input.skip_until(b'\n')?),
-            _ => {}
+        if let Heard::Line(line) = &heard {
+            pace.wait_for(line.ms);
         }
         if tell.send(heard).is_err() {
             return Ok(());
@@ -150,13 +164,29 @@ mod tests {
 
     #[test]
     fn lines_are_told_apart_whatever_comes() {
-        let (paused, long) = (line(&Event::Paused), "x".repeat(3 << 20));
+        let (paused, long) = (line(&Event::Paused), "x".repeat(LONGEST - 1));
         let last = paused.trim_end();
         let text = format!("{paused}nonsense\n{long}\n\n{paused}{{\"event\":\n{last}");
-        let heard = listen(Box::new(io::Cursor::new([text.as_bytes(), &[0xff, b'\n'][..]].concat())), None);
+        let heard = listen("x", Box::new(io::Cursor::new([text.as_bytes(), &[0xff, b'\n'][..]].concat())), None);
         assert_eq!(all(&heard), "p???p??.");
-        let heard = listen(Box::new(io::Cursor::new(format!("{paused}{last}"))), None);
+        let heard = listen("x", Box::new(io::Cursor::new(format!("{paused}{last}"))), None);
         assert_eq!(all(&heard), "pp.");
+    }
+
+    #[tokio::test]
+    async fn a_line_without_an_end_is_told_with_its_place() {
+        let broken = |heard: Receiver<Heard>| match heard.iter().last() {
+            Some(Heard::End(Err(broken))) => broken.to_string(),
+            other => panic!("{other:?}"),
+        };
+        let paused = line(&Event::Paused);
+        let text = io::Cursor::new(paused.clone()).chain(io::repeat(b'x'));
+        let told = format!("x holds no lines of events: the one that begins at byte {} is longer", paused.len());
+        assert!(broken(listen("x", Box::new(text), None)).starts_with(&told));
+        let told = broken(open("/dev/zero", None).await.unwrap());
+        assert!(told.starts_with("/dev/zero holds no lines of events: the one that begins at byte 0 "), "{told}");
+        let told = broken(open("/", None).await.unwrap());
+        assert!(told.starts_with("the events in / broke off at byte 0: "), "{told}");
     }
 
     #[tokio::test]

@@ -1,6 +1,7 @@
 //! What the operator asks of a running source: other settings, or the switchover at once.
 
 use super::Source;
+use crate::config::values::Size;
 use crate::control::{Ask, Change, Changed, ControlError, InForce, Request};
 use crate::events::Event;
 use crate::migration::bounds;
@@ -80,12 +81,12 @@ impl Source {
     fn check_cache(&self, to: &Change, bytes: u64) -> Result<(), ControlError> {
         let least = self.page_bytes(2 * u64::from(self.settings.lanes));
         if bytes < least {
-            return Err(to.wrong(format!("a cache of {bytes} bytes holds no pages; {least} is the least here")));
+            return Err(to.wrong(format!("a cache of {} holds no pages; write {} or more", Size(bytes), Size(least))));
         }
         let mut settings = self.settings.clone();
         InForce::of(&settings).with_all(&[*to])?.put_into(&mut settings);
         let bound = bounds::source_bound(self.layout(), &settings, self.may_leave_out());
-        bounds::check_host(bound).map_err(|error| to.wrong(error.to_string()))
+        bounds::check_cache(bound, bytes).map_err(|why| to.wrong(why))
     }
 
     /// The settings say it already: whoever else must know it is told.

@@ -176,7 +176,7 @@ impl Source {
 
     /// The migration as the list of its phases.
     async fn migrate(&mut self, plane: &DataPlane, running: &mut Option<Flow>) -> Result<Verdict, MigrationError> {
-        bounds::check_host(self.bound())?;
+        bounds::check_source(self.bound(), &self.settings)?;
         let link = self.reach(plane).await?;
         // A cancel waits for this: a log that is being started cannot be stopped.
         let (bitmap, untouched) = match self.make_ready().await {

@@ -128,6 +128,39 @@ fn path(points: &[Point], mut to: impl FnMut(&mut String, Point) -> std::fmt::Re
     text
 }
 
+/// Levels that are held from one place to another, with nothing between some of them.
+pub(super) fn levels(levels: &[(f64, f64, f64)]) -> String {
+    let mut text = String::new();
+    let mut end = None;
+    for &(from, to, height) in levels {
+        let y = (1.0 - height) * 100.0;
+        let begin = if end == Some(from) { format!("V{y:.1}") } else { format!("M{:.1} {y:.1}", from * WIDE) };
+        text.push_str(&begin);
+        text.push_str(&format!("H{:.1}", to * WIDE));
+        end = Some(to);
+    }
+    text
+}
+
+/// Those of these that lie as far from each other as this, and the last.
+pub(super) fn apart<T>(least: f64, all: impl IntoIterator<Item = T>, share: impl Fn(&T) -> f64) -> Vec<T> {
+    let mut kept: Vec<T> = Vec::new();
+    let mut passed = None;
+    for item in all {
+        if kept.last().is_some_and(|kept| share(&item) - share(kept) < least) {
+            passed = Some(item);
+        } else {
+            passed = None;
+            kept.push(item);
+        }
+    }
+    if let Some(last) = passed {
+        kept.truncate(kept.len().max(2) - 1);
+        kept.push(last);
+    }
+    kept
+}
+
 /// The area under a path that goes from left to right over these points.
 pub(super) fn area(path: &str, points: &[Point]) -> String {
     match points {
@@ -359,5 +392,16 @@ mod tests {
         assert_eq!(steps(&points), "M0.0 100.0H500.0V0.0H1000.0V75.0");
         assert_eq!(area("M0 0", &points), "M0 0L1000.0 100L0.0 100Z");
         assert_eq!((line(&[]), area("", &points[..1])), (String::new(), String::new()));
+        let held = [(0.0, 0.25, 0.5), (0.25, 0.5, 1.0), (0.75, 1.0, 0.5)];
+        assert_eq!(levels(&held), "M0.0 50.0H250.0V0.0H500.0M750.0 50.0H1000.0");
+    }
+
+    #[test]
+    fn what_lies_too_close_is_left_out_but_not_the_last() {
+        let kept = |all: &[f64]| apart(0.1, all.iter().copied(), |share| *share);
+        assert_eq!(kept(&[0.0, 0.05, 0.1, 0.25, 0.3]), [0.0, 0.1, 0.3]);
+        assert_eq!(kept(&[0.0, 0.01]), [0.0, 0.01]);
+        assert_eq!(kept(&[0.5]), [0.5]);
+        assert_eq!(apart(0.012, (0..=300).map(|n| f64::from(n) / 300.0), |share| *share).len(), 76);
     }
 }

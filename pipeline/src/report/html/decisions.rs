@@ -2,7 +2,7 @@
 
 use maud::{Markup, html};
 
-use super::{Page, clean, wide};
+use super::{Page, clean, long};
 use crate::controller::Decision;
 use crate::report::human;
 
@@ -54,25 +54,32 @@ pub(super) fn section(page: &Page<'_>) -> Markup {
     html! {
         section aria-labelledby="decisions" {
             h2 id="decisions" { "What was decided, and why" }
-            (wide("Decisions of the controller", &table))
+            (long("Decisions of the controller", page.account.decided.len(), &table))
         }
     }
 }
 
+/// What a change is called: a, b, … z, aa, ab, …
+pub(super) fn letter(index: usize) -> String {
+    let last = char::from(b'a' + u8::try_from(index % 26).expect("a letter"));
+    if index < 26 { last.into() } else { format!("{}{last}", letter(index / 26 - 1)) }
+}
+
 /// Settings that the operator changed on the way.
 pub(super) fn changes(page: &Page<'_>) -> Markup {
-    let changes = &page.report.changes;
-    if changes.is_empty() {
+    if page.account.changed.is_empty() {
         return html! {};
     }
     let table = html! {
         table.prose {
-            thead { tr { @for head in ["Setting", "In round", "From", "To"] { th scope="col" { (head) } } } }
+            thead { tr { @for head in ["No.", "At", "Round", "Setting", "From", "To"] { th scope="col" { (head) } } } }
             tbody {
-                @for change in changes {
+                @for (index, (at, change)) in page.changes().enumerate() {
                     tr {
-                        th scope="row" { (change.key) }
+                        th scope="row" { span.number.flag-change { (letter(index)) } }
+                        td { (page.clock(at)) }
                         td { (change.round) }
+                        td { (change.to.key()) }
                         td { (change.from) }
                         td { (change.to) }
                     }
@@ -83,7 +90,7 @@ pub(super) fn changes(page: &Page<'_>) -> Markup {
     html! {
         section aria-labelledby="changes" {
             h2 id="changes" { "Settings that were changed while it ran" }
-            (wide("Settings that were changed while it ran", &table))
+            (long("Settings that were changed while it ran", page.account.changed.len(), &table))
         }
     }
 }
@@ -99,5 +106,18 @@ pub(super) fn notices(page: &Page<'_>) -> Markup {
             }
             @if account.more_notices > 0 { p { "And " (human::exact(account.more_notices)) " more." } }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn letters_go_on_behind_z() {
+        assert_eq!(
+            [0, 1, 25, 26, 27, 51, 52, 701, 702].map(letter),
+            ["a", "b", "z", "aa", "ab", "az", "ba", "zz", "aaa"]
+        );
     }
 }

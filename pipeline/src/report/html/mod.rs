@@ -23,11 +23,14 @@ use maud::{DOCTYPE, Markup, PreEscaped, html};
 use super::account::Account;
 use super::series::Happened;
 use super::{GuestReport, Report, file, human};
+use crate::control::Changed;
 use crate::controller::Decided;
 use crate::events::Phase;
 use crate::settings::SourceSettings;
 
 const STYLE: &str = include_str!("style.css");
+/// A table of more rows than this is folded away.
+const FOLDED: usize = 40;
 
 /// What a page shows.
 #[derive(Clone, Copy, Debug)]
@@ -120,6 +123,15 @@ impl Page<'_> {
         })
     }
 
+    /// The settings that were changed, and when.
+    fn changes(&self) -> impl Iterator<Item = (Duration, &Changed)> {
+        let account = self.account;
+        account.series.marks().iter().filter_map(|mark| match mark.what {
+            Happened::Changed(index) => Some((mark.at, account.changed.get(index)?)),
+            _ => None,
+        })
+    }
+
     /// What the syncs found dirty, in bytes, and when.
     fn found(&self) -> impl Iterator<Item = (Duration, u64)> {
         let page_bytes = self.account.bytes().checked_div(self.account.pages).unwrap_or(0);
@@ -181,6 +193,14 @@ fn configuration(text: &str) -> Markup {
 /// What may be wider than a phone scrolls in a box of its own.
 fn wide(label: &str, content: &Markup) -> Markup {
     html! { div.wide role="region" aria-label=(label) tabindex="0" { (content) } }
+}
+
+/// A table of so many rows. One that is long is folded away, for who wants to read it.
+fn long(label: &str, rows: usize, table: &Markup) -> Markup {
+    if rows <= FOLDED {
+        return wide(label, table);
+    }
+    html! { details { summary { (label) ", " (human::exact(rows as u64)) " lines" } (wide(label, table)) } }
 }
 
 /// A text from outside without what would hide in it or change how its neighbours read: control characters and marks that

@@ -3,7 +3,7 @@
 use maud::{Markup, html};
 
 use super::chart::{self, as_f64, percent};
-use super::{Page, ms, wide};
+use super::{Page, long, ms};
 use crate::controller::forecast::whole;
 use crate::report::{PagesReport, RoundReport, human};
 
@@ -23,6 +23,8 @@ const ENCODINGS: [Encoding; 5] = [
 const FULL: usize = 6;
 /// The most rounds that have their number below them.
 const NUMBERED: usize = 14;
+/// The most columns that can be told apart on a phone.
+const COLUMNS: usize = 60;
 /// Pixels.
 const HEIGHT: u32 = 140;
 const ABOVE: u32 = 14;
@@ -34,7 +36,9 @@ pub(super) fn section(page: &Page<'_>) -> Markup {
     }
     let used: Vec<_> =
         ENCODINGS.into_iter().filter(|(_, _, of)| rounds.iter().any(|round| of(&round.pages) > 0)).collect();
-    let most = rounds.iter().map(|round| round.pages.all).max().unwrap_or(0);
+    let together = rounds.len().div_ceil(COLUMNS);
+    let shown: Vec<_> = rounds.chunks(together).map(Column::of).collect();
+    let most = shown.iter().map(|column| column.pages.all).max().unwrap_or(0);
     let (scale, ticks) = chart::bytes_scale(as_f64(most), |value| human::count(whole(value)));
     let of_pages: Vec<_> = ticks.into_iter().map(|(value, label)| (scale.height(value), label)).collect();
     let of_share = [(0.5, "50 %".to_owned()), (1.0, "100 %".to_owned())];
@@ -42,19 +46,22 @@ pub(super) fn section(page: &Page<'_>) -> Markup {
         section aria-labelledby="rounds" {
             h2 id="rounds" { "Pages by encoding in each round" }
             figure {
-                p.caption { @for (class, name, _) in &used { (chart::key(class, name)) } }
+                p.caption {
+                    @for (class, name, _) in &used { (chart::key(class, name)) }
+                    @if together > 1 { "A column is the mean of " (together) " rounds." }
+                }
                 div.pair {
                     div {
                         p.caption { b { "Pages" } }
-                        (columns("Pages of each round by encoding.", rounds, &used, &of_pages, |pages, _| scale.height(as_f64(pages))))
+                        (columns("Pages of each round by encoding.", &shown, &used, &of_pages, |pages, _| scale.height(as_f64(pages))))
                     }
                     div {
                         p.caption { b { "Share" } " of the round's pages" }
-                        (columns("Share of each encoding in each round.", rounds, &used, &of_share, share))
+                        (columns("Share of each encoding in each round.", &shown, &used, &of_share, share))
                     }
                 }
             }
-            (wide("Figures of each round", &table(rounds)))
+            (long("Figures of each round", rounds.len(), &table(rounds)))
         }
     }
 }
@@ -63,32 +70,64 @@ fn share(pages: u64, of: u64) -> f64 {
     as_f64(pages) / as_f64(of.max(1))
 }
 
-/// A column of stacked encodings for each round; `height` says how much of the picture so many pages of so many are, and the
+/// Rounds that stand in one column.
+struct Column {
+    first: u32,
+    last: u32,
+    /// Of the mean round among them.
+    pages: PagesReport,
+}
+
+impl Column {
+    fn of(rounds: &[RoundReport]) -> Self {
+        let mean = |of: fn(&PagesReport) -> u64| {
+            rounds.iter().map(|round| of(&round.pages)).sum::<u64>() / rounds.len() as u64
+        };
+        let [first, .., last] = rounds else {
+            return Self { first: rounds[0].round, last: rounds[0].round, pages: rounds[0].pages };
+        };
+        let (zero, raw, compressed) = (mean(|of| of.zero), mean(|of| of.raw), mean(|of| of.compressed));
+        let (xbzrle, unchanged) = (mean(|of| of.xbzrle), mean(|of| of.unchanged));
+        let all = zero + raw + compressed + xbzrle + unchanged;
+        let pages = PagesReport { all, zero, raw, compressed, xbzrle, unchanged, ..first.pages };
+        Self { first: first.round, last: last.round, pages }
+    }
+
+    fn name(&self) -> String {
+        if self.first == self.last {
+            format!("round {}", self.first)
+        } else {
+            format!("rounds {} to {}, in the mean", self.first, self.last)
+        }
+    }
+}
+
+/// A column of stacked encodings for each; `height` says how much of the picture so many pages of so many are, and the
 /// ticks stand at heights.
 fn columns(
     summary: &str,
-    rounds: &[RoundReport],
+    shown: &[Column],
     encodings: &[Encoding],
     ticks: &[(f64, String)],
     height: impl Fn(u64, u64) -> f64,
 ) -> Markup {
-    let slot = 1.0 / as_f64(rounds.len().max(FULL) as u64);
+    let slot = 1.0 / as_f64(shown.len().max(FULL) as u64);
     let plot = f64::from(HEIGHT - ABOVE);
-    let every = rounds.len().div_ceil(NUMBERED);
+    let every = shown.len().div_ceil(NUMBERED);
     let down = |share: f64| format!("{:.1}", f64::from(HEIGHT) - share * plot);
     html! {
         svg.columns role="img" aria-label=(summary) width="100%" height=(HEIGHT + 18) {
             title { (summary) }
-            @for (index, round) in rounds.iter().enumerate() {
+            @for (index, column) in shown.iter().enumerate() {
                 @let left = slot * (as_f64(index as u64) + 0.12);
-                @for (class, low, part, name) in stack(round, encodings) {
-                    @let (low, part) = (height(low, round.pages.all), height(part, round.pages.all));
+                @for (class, low, part, name) in stack(&column.pages, encodings) {
+                    @let (low, part) = (height(low, column.pages.all), height(part, column.pages.all));
                     rect class=(class) x=(percent(left)) width=(percent(slot * 0.76)) y=(down(low + part)) height=(format!("{:.1}", part * plot)) {
-                        title { "round " (round.round) ": " (name) }
+                        title { (column.name()) ": " (name) }
                     }
                 }
                 @if index % every == 0 {
-                    text.tick x=(percent(slot * (as_f64(index as u64) + 0.5))) y=(HEIGHT + 13) text-anchor="middle" { (round.round) }
+                    text.tick x=(percent(slot * (as_f64(index as u64) + 0.5))) y=(HEIGHT + 13) text-anchor="middle" { (column.first) }
                 }
             }
             line.base x1="0" x2="100%" y1=(HEIGHT) y2=(HEIGHT) {}
@@ -100,16 +139,16 @@ fn columns(
     }
 }
 
-/// The parts of a round's column from below: class, pages under it, its pages, and what it is in words.
-fn stack(round: &RoundReport, encodings: &[Encoding]) -> Vec<(&'static str, u64, u64, String)> {
+/// The parts of a column from below: class, pages under it, its pages, and what it is in words.
+fn stack(pages: &PagesReport, encodings: &[Encoding]) -> Vec<(&'static str, u64, u64, String)> {
     let mut low = 0;
     let mut parts = Vec::new();
     for (class, name, of) in encodings {
-        let pages = of(&round.pages);
-        if pages > 0 {
-            parts.push((*class, low, pages, format!("{} pages {name}", human::exact(pages))));
+        let part = of(pages);
+        if part > 0 {
+            parts.push((*class, low, part, format!("{} pages {name}", human::exact(part))));
         }
-        low += pages;
+        low += part;
     }
     parts
 }

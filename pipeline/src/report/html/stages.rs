@@ -3,7 +3,7 @@
 use maud::{Markup, html};
 
 use super::chart;
-use super::{Page, ms, wide};
+use super::{FOLDED, Page, long, ms, wide};
 use crate::report::bottleneck::culprit;
 use crate::report::{StageReport, human, readings};
 
@@ -32,9 +32,36 @@ pub(super) fn section(page: &Page<'_>) -> Markup {
                 (chart::key("output-wait", "waiting for room behind it"))
                 (chart::key("input-wait", "waiting for input"))
             }
-            (wide("How every stage spent its time in every lane", &table(&stages, blamed)))
+            @if stages.len() > FOLDED {
+                @let joined = joined(&stages, blamed);
+                p.note { "All lanes and connections of a stage together, and the bottleneck by itself; below is each by itself." }
+                (wide("How the stages spent their time, all lanes together", &table(&joined.iter().collect::<Vec<_>>(), blamed)))
+            }
+            (long("How every stage spent its time in every lane", stages.len(), &table(&stages, blamed)))
         }
     }
+}
+
+/// Each stage with all its lanes together, and the one that is blamed by itself.
+fn joined(stages: &[&StageReport], blamed: Option<(&str, Option<u16>)>) -> Vec<StageReport> {
+    let mut joined: Vec<StageReport> = Vec::new();
+    for stage in stages {
+        if blamed == Some((&stage.name, stage.lane)) {
+            joined.push((*stage).clone());
+        }
+        match joined.iter_mut().find(|of| of.name == stage.name && of.lane.is_none()) {
+            Some(all) => {
+                all.busy_ms += stage.busy_ms;
+                all.output_wait_ms += stage.output_wait_ms;
+                all.input_wait_ms += stage.input_wait_ms;
+                all.batches += stage.batches;
+                all.pages += stage.pages;
+            }
+            None if blamed == Some((&stage.name, None)) => {}
+            None => joined.push(StageReport { lane: None, ..(*stage).clone() }),
+        }
+    }
+    joined
 }
 
 fn table(stages: &[&StageReport], blamed: Option<(&str, Option<u16>)>) -> Markup {

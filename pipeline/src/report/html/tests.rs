@@ -1,5 +1,6 @@
 //! Pages of scripted migrations: whole, true to their figures, and safe whatever is written in them.
 
+use memferry_stages::meter::Reading;
 use proptest::prelude::*;
 use roxmltree::{Document, Node};
 
@@ -196,8 +197,108 @@ fn settings_that_were_changed_are_listed() {
     scene.account.enter(&Event::Changed(changed), Duration::from_secs(1));
     parsed(&scene.page(), |document| {
         let rows: Vec<_> = elements(document, "tr").into_iter().map(words).collect();
-        assert!(rows.iter().any(|row| row == "downtime_limit 2 300ms 50ms"), "{rows:?}");
+        assert!(rows.iter().any(|row| row == "a 700 ms 2 downtime_limit 300ms 50ms"), "{rows:?}");
     });
+}
+
+#[test]
+fn max_bandwidth_is_drawn_as_it_was_at_each_time() {
+    const MIB: u64 = 1 << 20;
+    let mut scene = Scene::new("send");
+    scene.settings.max_bandwidth = Some(64 * MIB);
+    let changes = [(600, Some(64), Some(32)), (900, Some(32), None), (1200, None, Some(16))];
+    for (at, from, to) in changes {
+        let [from, to] = [from, to].map(|mib: Option<u64>| Change::MaxBandwidth(mib.map(|mib| mib * MIB)));
+        let changed = Event::Changed(Changed { round: 1, from, to, memory_bound: 0 });
+        scene.account.enter(&changed, Duration::from_millis(at));
+    }
+    let page = scene.page();
+    is_sound(&page);
+    assert!(
+        page.contains("max_bandwidth, first 64.0 MiB/s, last 16.0 MiB/s") && page.contains("max_bandwidth = unlimited")
+    );
+    parsed(&page, |document| {
+        let paths = elements(document, "path").into_iter().filter(|path| path.attribute("class") == Some("cap"));
+        let drawn: Vec<_> = paths.filter_map(|path| path.attribute("d")).filter(|d| *d != "M0 5H18").collect();
+        let [drawn] = drawn[..] else { panic!("{drawn:?}") };
+        // From the first page at 300 ms to the verdict at 1300 ms: down at 600, away at 900, and there again at 1200.
+        let places: Vec<_> = drawn.split(['M', 'H', 'V']).filter_map(|part| part.split(' ').next()).collect();
+        assert_eq!(
+            (places[1], places[2], places[4], places[5], places[6]),
+            ("0.0", "300.0", "600.0", "900.0", "1000.0"),
+            "{drawn}"
+        );
+        let flags: Vec<_> = elements(document, "text")
+            .into_iter()
+            .filter(|text| text.attribute("class") == Some("flag"))
+            .map(words)
+            .collect();
+        assert!(["a", "b", "c"].iter().all(|name| flags.iter().any(|flag| flag == name)), "{flags:?}");
+        assert!(
+            elements(document, "line").iter().filter(|line| line.attribute("class") == Some("flag-change")).count()
+                >= 9
+        );
+    });
+}
+
+/// 300 rounds and 16 lanes: figures for whoever wants all of them, and pictures of no more than can be told apart.
+#[test]
+fn a_long_page_of_many_lanes_stays_readable() {
+    const ROUNDS: u32 = 300;
+    let mut scene = Scene::empty("send");
+    let [setup, middle, ended] = [0..4, 4..7, 7..14].map(|part| script(Role::Source)[part].to_vec());
+    let mut at = 0;
+    let mut enter = |event: &Event| {
+        at += 10;
+        scene.account.enter(event, Duration::from_millis(at));
+        scene.account.enter(&progress(at), Duration::from_millis(at));
+    };
+    setup.iter().for_each(&mut enter);
+    for number in 1..=ROUNDS {
+        for event in &middle {
+            let mut event = event.clone();
+            match &mut event {
+                Event::RoundSent { tally, .. } => tally.round = number,
+                Event::Synced { after_round, .. } => *after_round = number,
+                _ => {}
+            }
+            enter(&event);
+        }
+        let forecast = crate::report::tests::ended(Role::Source).forecast;
+        let why = "not yet".into();
+        enter(&Event::Decided(Decided { round: number, decision: Decision::AnotherRound, why, forecast }));
+    }
+    ended.iter().for_each(enter);
+    let stages = &mut scene.account.ended.as_mut().unwrap().stages;
+    let lanes = ["zero detector", "encoder", "sender"].into_iter().flat_map(|name| {
+        let of = stages[0].clone();
+        (0..16).map(move |lane| Reading { name, lane: Some(lane), ..of.clone() })
+    });
+    *stages = lanes.collect();
+    let page = scene.page();
+    is_sound(&page);
+    parsed(&page, |document| {
+        let of = |name: &str, class: &str| {
+            elements(document, name).into_iter().filter(|node| node.attribute("class") == Some(class)).count()
+        };
+        assert!(of("line", "round") <= 5 * 85, "{} lines", of("line", "round"));
+        assert!(of("circle", "found") <= 86 && of("circle", "decided") <= 86);
+        for picture in elements(document, "svg").into_iter().filter(|svg| svg.attribute("class") == Some("columns")) {
+            let columns: std::collections::HashSet<_> = picture
+                .children()
+                .filter_map(|part| part.attribute("x").filter(|_| part.has_tag_name("rect")))
+                .collect();
+            assert!((40..=60).contains(&columns.len()), "{}", columns.len());
+        }
+        let folded: Vec<_> = elements(document, "summary").into_iter().map(words).collect();
+        assert_eq!(folded.len(), 3, "rounds, stages, decisions: {folded:?}");
+        let rows = elements(document, "details")
+            .into_iter()
+            .flat_map(|details| details.descendants().filter(|node| node.has_tag_name("tr")))
+            .count();
+        assert!(rows >= 600, "{rows}");
+    });
+    assert!(page.contains("A column is the mean of 6 rounds."));
 }
 
 #[test]

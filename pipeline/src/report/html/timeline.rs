@@ -8,7 +8,8 @@ use maud::{Markup, html};
 
 use super::chart::{self, Backdrop, Time, percent};
 use super::{Page, decisions};
-use crate::controller::Decision;
+use crate::control::Changed;
+use crate::controller::{Decided, Decision};
 use crate::events::Phase;
 use crate::report::account::Account;
 use crate::report::human;
@@ -17,6 +18,10 @@ use crate::report::series::{Happened, Sample};
 /// How far two flags, or two numbers of rounds, must be from each other to stand in one row, as a share of the width.
 const APART: f64 = 0.065;
 const FLAG_ROWS: usize = 3;
+/// How far two lines of rounds, or two dots, must be from each other to be told apart on a phone.
+const BESIDE: f64 = 0.012;
+/// The most flags that the legend explains; the tables have all of them.
+const EXPLAINED: usize = 24;
 
 pub(super) fn section(page: &Page<'_>) -> Markup {
     let account = page.account;
@@ -29,7 +34,7 @@ pub(super) fn section(page: &Page<'_>) -> Markup {
                 (flags(&course))
                 @if !account.rounds.is_empty() { (rounds(&course)) }
                 (course.remaining(&backdrop))
-                (course.rates(&backdrop, page.settings.max_bandwidth))
+                (course.rates(&backdrop))
                 (course.downtime(&backdrop))
                 (course.throttle(&backdrop))
                 (chart::time_axis(course.time))
@@ -47,6 +52,16 @@ struct Course<'a> {
     time: Time,
 }
 
+/// Something that happened and has a flag.
+struct Flag {
+    at: Duration,
+    /// What is on it: a decision's number, a change's letter.
+    name: String,
+    class: &'static str,
+    /// What happened, in words.
+    what: String,
+}
+
 impl<'a> Course<'a> {
     /// Nothing, if no page ever moved.
     fn of(page: &'a Page<'a>) -> Option<Self> {
@@ -59,16 +74,31 @@ impl<'a> Course<'a> {
     }
 
     fn backdrop(&self) -> Backdrop {
-        let mut rounds = Vec::new();
-        let mut flags = Vec::new();
-        for mark in self.account.series.marks() {
-            match mark.what {
-                Happened::Round { .. } => rounds.push(mark.at),
-                Happened::Decided(index) => flags.extend(self.flag(index).map(|class| (mark.at, class))),
-                _ => {}
-            }
-        }
+        let marks = self.account.series.marks().iter();
+        let rounds = marks.filter(|mark| matches!(mark.what, Happened::Round { .. })).map(|mark| mark.at);
+        let rounds = chart::apart(BESIDE, rounds, |at| self.time.share(*at));
+        let flags = self.flags().into_iter().map(|flag| (flag.at, flag.class)).collect();
         Backdrop { time: self.time, rounds, flags, paused: self.paused() }
+    }
+
+    /// Decisions that did something, and changed settings, in the order in which they fell.
+    fn flags(&self) -> Vec<Flag> {
+        let decided = self.page.decisions().enumerate().filter(|(_, (_, it))| it.decision != Decision::AnotherRound);
+        let decided = decided.map(|(index, (at, Decided { decision, .. }))| Flag {
+            at,
+            name: (index + 1).to_string(),
+            class: decisions::class(*decision),
+            what: decisions::name(*decision),
+        });
+        let changed = self.page.changes().enumerate().map(|(index, (at, Changed { to, .. }))| Flag {
+            at,
+            name: decisions::letter(index),
+            class: "flag-change",
+            what: format!("{} = {to}", to.key()),
+        });
+        let mut flags: Vec<_> = decided.chain(changed).collect();
+        flags.sort_by_key(|flag| flag.at);
+        flags
     }
 
     fn paused(&self) -> Option<(Duration, Duration)> {
@@ -84,40 +114,33 @@ impl<'a> Course<'a> {
         self.samples.iter().filter(move |sample| !is_paused(sample.at))
     }
 
-    /// How a decision is marked; another round is none worth a flag.
-    fn flag(&self, index: usize) -> Option<&'static str> {
-        let decision = self.account.decided.get(index)?.decision;
-        (decision != Decision::AnotherRound).then(|| decisions::class(decision))
-    }
-
     fn legend(&self) -> Markup {
-        let flagged =
-            self.page.decisions().enumerate().filter(|(_, (_, decided))| decided.decision != Decision::AnotherRound);
+        let mut flags = self.flags();
+        let more = flags.len().saturating_sub(EXPLAINED);
+        flags.truncate(EXPLAINED);
         html! {
             @if !self.account.rounds.is_empty() { (chart::upright_key("round", "a round was sent")) }
             @if self.paused().is_some() { (chart::key("paused", "the guest stood still")) }
-            @for (index, (at, decided)) in flagged {
+            @for flag in flags {
                 span.key {
-                    span class=(format!("number {}", decisions::class(decided.decision))) { (index + 1) }
-                    (decisions::name(decided.decision)) " at " (self.page.clock(at))
+                    span class=(format!("number {}", flag.class)) { (flag.name) }
+                    (flag.what) " at " (self.page.clock(flag.at))
                 }
             }
+            @if more > 0 { span.key { "and " (more) " more, in the tables below" } }
         }
     }
 }
 
-/// The numbers of decisions, above where they fell.
+/// The names of flags, above where they fell. Where they are too many for their rows some have their line only.
 fn flags(course: &Course<'_>) -> Markup {
     let mut ends = [f64::NEG_INFINITY; FLAG_ROWS];
     let mut placed = Vec::new();
-    for (index, (at, decided)) in course.page.decisions().enumerate() {
-        if decided.decision == Decision::AnotherRound {
-            continue;
-        }
-        let share = course.time.share(at);
-        let row = ends.iter().position(|end| share - end >= APART).unwrap_or(FLAG_ROWS - 1);
+    for flag in course.flags() {
+        let share = course.time.share(flag.at);
+        let Some(row) = ends.iter().position(|end| share - end >= APART) else { continue };
         ends[row] = share;
-        placed.push((index + 1, share.clamp(0.03, 0.97), row, decisions::class(decided.decision)));
+        placed.push((flag.name, share.clamp(0.03, 0.97), row, flag.class));
     }
     let rows = placed.iter().map(|flag| flag.2 + 1).max().unwrap_or(0);
     if rows == 0 {
@@ -125,10 +148,10 @@ fn flags(course: &Course<'_>) -> Markup {
     }
     html! {
         svg.flags width="100%" height=(rows * 22) aria-hidden="true" {
-            @for (number, share, row, class) in placed {
+            @for (name, share, row, class) in placed {
                 @let y = row * 22 + 11;
                 circle class=(class) cx=(percent(share)) cy=(y) r="9" {}
-                text.flag x=(percent(share)) y=(y + 4) text-anchor="middle" { (number) }
+                text.flag.narrow[name.len() > 2] x=(percent(share)) y=(y + 4) text-anchor="middle" { (name) }
             }
         }
     }
@@ -151,8 +174,8 @@ fn rounds(course: &Course<'_>) -> Markup {
     let longest = course.account.rounds.iter().max_by_key(|round| round.duration);
     let summary = longest.map_or(String::new(), |round| {
         format!(
-            "{} rounds; the longest was round {} with {}",
-            spans.len(),
+            "{}; the longest was round {} with {}",
+            human::counted(spans.len() as u64, "round"),
             round.tally.round,
             human::time(round.duration)
         )
@@ -161,9 +184,11 @@ fn rounds(course: &Course<'_>) -> Markup {
         p.caption { b { "Rounds" } }
         svg.rounds role="img" aria-label=(summary) width="100%" height="22" {
             title { (summary) }
-            @for (round, from, to, middle) in spans {
-                rect class=(if round % 2 == 1 { "odd" } else { "even" }) x=(percent(from)) width=(percent((to - from).max(0.001))) y="0" height="22" {}
-                @if let Some(middle) = middle { text.tick x=(percent(middle)) y="15" text-anchor="middle" { (round) } }
+            @for (round, from, to, _) in &spans {
+                rect class=(if round % 2 == 1 { "odd" } else { "even" }) x=(percent(*from)) width=(percent((to - from).max(0.001))) y="0" height="22" {}
+            }
+            @for (round, _, _, middle) in &spans {
+                @if let Some(middle) = middle { text.tick x=(percent(*middle)) y="15" text-anchor="middle" { (round) } }
             }
         }
     }

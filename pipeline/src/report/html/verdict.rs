@@ -295,7 +295,7 @@ fn left_over(page: &Page<'_>) -> Option<Figure> {
     Some(Figure {
         name: "Left to send",
         value: human::bytes(left),
-        note: format!("when last looked at; {} rounds were sent", page.report.rounds.len()),
+        note: format!("when last looked at, after {}", human::counted(page.report.rounds.len() as u64, "round")),
         tone: None,
     })
 }

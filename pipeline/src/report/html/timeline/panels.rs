@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use maud::{Markup, html};
 
-use super::Course;
+use super::{BESIDE, Course};
+use crate::control::Change;
 use crate::controller::Decision;
 use crate::controller::forecast::whole;
 use crate::report::html::chart::{self, Backdrop, Panel, Point, Scale, as_f64};
@@ -29,7 +30,7 @@ impl Course<'_> {
         let (scale, ticks) = chart::bytes_scale(greatest(knots.iter().map(|knot| knot.1)), bytes);
         let points: Vec<_> = knots.iter().map(|(at, value)| self.point(scale, *at, *value)).collect();
         let line = chart::line(&points);
-        let dots = found.iter().map(|(at, value)| ("found", self.point(scale, *at, *value))).collect();
+        let dots = dots("found", found.iter().map(|(at, value)| self.point(scale, *at, *value)));
         let least = found.iter().map(|knot| knot.1).fold(f64::INFINITY, f64::min);
         let found_least = if least.is_finite() {
             format!("; the least that a sync found is {}", bytes(least))
@@ -54,15 +55,16 @@ impl Course<'_> {
     }
 
     /// What went over the wire, and what the guest dirtied.
-    pub(super) fn rates(&self, backdrop: &Backdrop, cap: Option<u64>) -> Markup {
+    pub(super) fn rates(&self, backdrop: &Backdrop) -> Markup {
         let wire = self.wire_rates();
         let mut dirty: Vec<_> = self.running().filter_map(|sample| Some((sample.at, sample.dirty_rate?))).collect();
         let most_dirty = greatest(dirty.iter().map(|knot| knot.1));
         dirty.extend(dirty.last().map(|(_, rate)| (self.paused().map_or(self.time.to, |paused| paused.0), *rate)));
-        let cap = cap.filter(|_| !self.page.is_destination()).map(as_f64);
         let most_wire = greatest(wire.iter().map(|knot| knot.1));
-        let in_sight = cap.filter(|cap| *cap <= 3.0 * most_wire.max(most_dirty));
-        let (scale, ticks) = chart::bytes_scale(most_wire.max(most_dirty).max(in_sight.unwrap_or(0.0)), human::rate);
+        let mut caps = self.caps();
+        caps.retain(|cap| cap.2 <= 3.0 * most_wire.max(most_dirty));
+        let most_cap = greatest(caps.iter().map(|cap| cap.2));
+        let (scale, ticks) = chart::bytes_scale(most_wire.max(most_dirty).max(most_cap), human::rate);
         let points = |knots: &[(Duration, f64)]| {
             knots.iter().map(|(at, rate)| self.point(scale, *at, *rate)).collect::<Vec<_>>()
         };
@@ -73,9 +75,9 @@ impl Course<'_> {
             ("wire", line),
             ("dirty", chart::steps(&dirty_points)),
         ];
-        if let Some(cap) = in_sight {
-            paths.push(("cap", chart::line(&[(0.0, scale.height(cap)), (1.0, scale.height(cap))])));
-        }
+        let share = |at: &Duration| self.time.share(*at);
+        let levels: Vec<_> = caps.iter().map(|(from, to, cap)| (share(from), share(to), scale.height(*cap))).collect();
+        paths.push(("cap", chart::levels(&levels)));
         let panel = Panel {
             summary: format!(
                 "Rates over time: at most {} on the wire{}.",
@@ -97,10 +99,30 @@ impl Course<'_> {
                 b { "Rates " }
                 (chart::line_key("wire", "on the wire"))
                 @if !dirty.is_empty() { (chart::line_key("dirty", "dirtied by the guest")) }
-                @if let Some(cap) = in_sight { (chart::line_key("cap", &format!("max_bandwidth as configured, {}", human::rate(cap)))) }
+                @if !caps.is_empty() { (chart::line_key("cap", &cap_key(&caps))) }
             }
             (panel.svg(backdrop))
         }
+    }
+
+    /// What `max_bandwidth` was, from when to when, in bytes a second; nothing while there was none.
+    fn caps(&self) -> Vec<(Duration, Duration, f64)> {
+        if self.page.is_destination() {
+            return Vec::new();
+        }
+        let changed = self.page.changes().filter_map(|(at, changed)| match changed.to {
+            Change::MaxBandwidth(cap) => Some((at, cap)),
+            _ => None,
+        });
+        let mut knots = vec![(self.time.from, self.page.settings.max_bandwidth)];
+        knots.extend(changed);
+        knots.push((self.time.to, None));
+        let held = |pair: &[(Duration, Option<u64>)]| Some((pair[0].0, pair[1].0, as_f64(pair[0].1?)));
+        knots
+            .windows(2)
+            .filter_map(held)
+            .filter(|(from, to, _)| self.time.share(*from) < self.time.share(*to))
+            .collect()
     }
 
     /// Bytes a second between one figure and the next, to be drawn from each knot to the one after it.
@@ -147,7 +169,7 @@ impl Course<'_> {
         let points = |knots: &[(Duration, Duration)]| {
             knots.iter().map(|(at, time)| self.point(scale, *at, time.as_secs_f64())).collect::<Vec<_>>()
         };
-        let mut dots: Vec<_> = points(&decided).into_iter().map(|point| ("decided", point)).collect();
+        let mut dots = dots("decided", points(&decided));
         dots.extend(was.map(|(time, at)| ("was", self.point(scale, at, time.as_secs_f64()))));
         let now = limits.last().map_or(Duration::ZERO, |limit| limit.1);
         let panel = Panel {
@@ -202,6 +224,21 @@ impl Course<'_> {
             p.caption { b { "Throttle" } " percent of its time that the guest was held back" }
             (panel.svg(backdrop))
         }
+    }
+}
+
+/// As many dots as can be told apart.
+fn dots(class: &'static str, points: impl IntoIterator<Item = Point>) -> Vec<(&'static str, Point)> {
+    chart::apart(BESIDE, points, |point| point.0).into_iter().map(|point| (class, point)).collect()
+}
+
+fn cap_key(caps: &[(Duration, Duration, f64)]) -> String {
+    let mut rates: Vec<_> = caps.iter().map(|cap| human::rate(cap.2)).collect();
+    rates.dedup();
+    match &rates[..] {
+        [only] => format!("max_bandwidth, {only}"),
+        [first, .., last] => format!("max_bandwidth, first {first}, last {last}"),
+        [] => String::new(),
     }
 }
 

@@ -1,0 +1,265 @@
+//! HTTP as this program serves it, whatever it answers: the control API and the figures for Prometheus.
+//!
+//! A connection carries one request, which is answered once it has come whole. At most [`CONNECTIONS`] are open. When one more
+//! comes, the oldest of those that have not said all they want is closed for it: clients that connect and say nothing, or half of
+//! it, hold nobody up, however many they are. Heads, bodies and the time they may take are bounded.
+
+use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body_util::combinators::UnsyncBoxBody;
+use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
+use hyper::body::Incoming;
+use hyper::header::{CACHE_CONTROL, CONTENT_TYPE};
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper::{Request, Response, StatusCode};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use memferry_transports::{Connection, Listener};
+use tokio::task::{AbortHandle, JoinSet};
+use tokio_util::sync::CancellationToken;
+
+/// Connections that are open at a time.
+pub(crate) const CONNECTIONS: usize = 64;
+/// How long the head of a request may take.
+const HEAD_TIME: Duration = Duration::from_secs(2);
+/// The most bytes of a head.
+const HEAD_BYTES: usize = 16 << 10;
+/// How long a body may take to come.
+const BODY_TIME: Duration = Duration::from_secs(5);
+/// The most bytes of a body.
+const BODY_BYTES: usize = 16 << 10;
+/// How long answers on their way may take when the server ends.
+const FAREWELL: Duration = Duration::from_millis(500);
+
+/// What is answered, at once or piece by piece.
+pub(crate) type Answer = Response<UnsyncBoxBody<Bytes, Infallible>>;
+/// What is asked, with its body.
+pub(crate) type Asked = Request<Result<Bytes, BodyError>>;
+
+/// What answers. Clones are the same.
+pub(crate) trait Answerer: Clone + Send + Sync + 'static {
+    /// Answers a request that has come whole, or whose body has not.
+    fn answer(&self, asked: Asked) -> impl Future<Output = Answer> + Send;
+}
+
+/// Why there is no body.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum BodyError {
+    #[error("a body has at most {BODY_BYTES} bytes")]
+    TooLong,
+    #[error("the body does not come")]
+    Late,
+    #[error("the body cannot be read: {0}")]
+    Broken(Box<dyn std::error::Error + Send + Sync>),
+}
+
+impl BodyError {
+    pub(crate) fn code(&self) -> StatusCode {
+        match self {
+            Self::TooLong => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::Late => StatusCode::REQUEST_TIMEOUT,
+            Self::Broken(_) => StatusCode::BAD_REQUEST,
+        }
+    }
+}
+
+/// An answer of one piece, that nobody keeps.
+pub(crate) fn whole(code: StatusCode, kind: &'static str, text: impl Into<Bytes>) -> Answer {
+    let mut answer = Response::new(Full::new(text.into()).boxed_unsync());
+    *answer.status_mut() = code;
+    answer.headers_mut().insert(CONTENT_TYPE, kind.parse().expect("a header's value"));
+    answer.headers_mut().insert(CACHE_CONTROL, "no-store".parse().expect("a header's value"));
+    answer
+}
+
+/// Serves whoever connects until it is `closing` or the listener fails; answers that are on their way then have a moment to end.
+pub(crate) async fn serve(mut listener: Box<dyn Listener>, answerer: impl Answerer, closing: CancellationToken) {
+    let mut clients = Clients::default();
+    loop {
+        tokio::select! {
+            biased;
+            () = closing.cancelled() => break,
+            Some(_) = clients.tasks.join_next() => {}
+            accepted = listener.accept(), if clients.may_be_one_more() => match accepted {
+                Ok(connection) => clients.serve(connection, answerer.clone(), closing.clone()),
+                Err(error) => {
+                    tracing::warn!(%error, "{} serves no more", listener.local_address());
+                    break;
+                }
+            },
+        }
+    }
+    drop(listener);
+    let ending = async { while clients.tasks.join_next().await.is_some() {} };
+    drop(tokio::time::timeout(FAREWELL, ending).await);
+}
+
+/// Whoever is connected.
+#[derive(Debug, Default)]
+struct Clients {
+    tasks: JoinSet<()>,
+    /// The oldest first; some have ended.
+    connected: VecDeque<Client>,
+}
+
+#[derive(Debug)]
+struct Client {
+    task: AbortHandle,
+    /// Has its request come whole?
+    is_heard: Arc<AtomicBool>,
+}
+
+impl Client {
+    fn can_go(&self) -> bool {
+        self.task.is_finished() || !self.is_heard.load(Ordering::Relaxed)
+    }
+}
+
+impl Clients {
+    fn may_be_one_more(&self) -> bool {
+        self.connected.len() < CONNECTIONS || self.connected.iter().any(Client::can_go)
+    }
+
+    fn serve(&mut self, connection: Connection, answerer: impl Answerer, closing: CancellationToken) {
+        self.connected.retain(|client| !client.task.is_finished());
+        if self.connected.len() >= CONNECTIONS
+            && let Some(client) =
+                self.connected.iter().position(Client::can_go).and_then(|oldest| self.connected.remove(oldest))
+        {
+            client.task.abort();
+        }
+        let is_heard = Arc::<AtomicBool>::default();
+        let task = self.tasks.spawn(serve_one(connection, answerer, is_heard.clone(), closing));
+        self.connected.push_back(Client { task, is_heard });
+    }
+}
+
+async fn serve_one(
+    connection: Connection,
+    answerer: impl Answerer,
+    is_heard: Arc<AtomicBool>,
+    closing: CancellationToken,
+) {
+    let Connection { reader: Some(reader), writer: Some(writer), .. } = connection else { return };
+    let service = service_fn(move |request: Request<Incoming>| {
+        let (answerer, is_heard) = (answerer.clone(), is_heard.clone());
+        async move {
+            let (head, body) = request.into_parts();
+            let body = read(body).await;
+            is_heard.store(true, Ordering::Relaxed);
+            Ok::<_, Infallible>(answerer.answer(Request::from_parts(head, body)).await)
+        }
+    });
+    let mut server = http1::Builder::new();
+    server.timer(TokioTimer::new()).header_read_timeout(HEAD_TIME).max_buf_size(HEAD_BYTES).keep_alive(false);
+    let mut served = pin!(server.serve_connection(TokioIo::new(tokio::io::join(reader, writer)), service));
+    // A client that breaks off or speaks something else is its own trouble.
+    tokio::select! {
+        served = served.as_mut() => return drop(served),
+        () = closing.cancelled() => {}
+    }
+    served.as_mut().graceful_shutdown();
+    drop(served.await);
+}
+
+/// The whole body, if it is not too long and comes in time.
+async fn read(body: Incoming) -> Result<Bytes, BodyError> {
+    match tokio::time::timeout(BODY_TIME, Limited::new(body, BODY_BYTES).collect()).await {
+        Ok(Ok(collected)) => Ok(collected.to_bytes()),
+        Ok(Err(error)) if error.is::<LengthLimitError>() => Err(BodyError::TooLong),
+        Ok(Err(error)) => Err(BodyError::Broken(error)),
+        Err(_) => Err(BodyError::Late),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use memferry_transports::open;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::UnixStream;
+
+    use super::*;
+
+    #[derive(Clone)]
+    struct Echo;
+
+    impl Answerer for Echo {
+        async fn answer(&self, asked: Asked) -> Answer {
+            let never = asked.uri().path() == "/never";
+            match asked.into_body() {
+                Ok(_) if never => std::future::pending().await,
+                Ok(body) => whole(StatusCode::OK, "text/plain", body),
+                Err(error) => whole(error.code(), "text/plain", error.to_string()),
+            }
+        }
+    }
+
+    struct Scene {
+        folder: tempfile::TempDir,
+        _serving: tokio_util::task::AbortOnDropHandle<()>,
+    }
+
+    impl Scene {
+        async fn begin() -> Self {
+            let folder = tempfile::tempdir().unwrap();
+            let address = format!("unix:{}", folder.path().join("s").display()).parse().unwrap();
+            let listener = open(&address, Duration::ZERO).listen().await.unwrap();
+            let serving = tokio::spawn(serve(listener, Echo, CancellationToken::new()));
+            Self { folder, _serving: tokio_util::task::AbortOnDropHandle::new(serving) }
+        }
+
+        /// A client that has said this.
+        async fn client(&self, says: &str) -> UnixStream {
+            let mut client = UnixStream::connect(self.folder.path().join("s")).await.unwrap();
+            client.write_all(says.as_bytes()).await.unwrap();
+            client
+        }
+
+        async fn asks(&self) -> String {
+            let mut answer = String::new();
+            let request = "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nhello";
+            self.client(request).await.read_to_string(&mut answer).await.unwrap();
+            answer
+        }
+    }
+
+    fn is_open(client: &UnixStream) -> bool {
+        matches!(client.try_read(&mut [0]), Err(error) if error.kind() == std::io::ErrorKind::WouldBlock)
+    }
+
+    /// None of those that stay half open has run out of its time when the answer comes: the oldest ones were closed for it.
+    #[tokio::test]
+    async fn whoever_says_half_of_it_is_closed_for_whoever_says_all() {
+        let scene = Scene::begin().await;
+        let halves = ["", "GET / HT", "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\nhello"];
+        let mut silent = VecDeque::new();
+        for count in 0..5 * CONNECTIONS {
+            silent.push_back(scene.client(halves[count % halves.len()]).await);
+        }
+        for _ in 0..3 {
+            assert!(scene.asks().await.ends_with("\r\n\r\nhello"));
+        }
+        let open = silent.iter().filter(|client| is_open(client)).count();
+        assert!((CONNECTIONS - 3..CONNECTIONS).contains(&open), "{open}");
+        assert!(silent.iter().rev().take(CONNECTIONS - 3).all(is_open), "the newest ones stay");
+    }
+
+    #[tokio::test]
+    async fn whoever_has_said_all_is_not_closed_for_another() {
+        let scene = Scene::begin().await;
+        let mut heard = Vec::new();
+        for _ in 0..CONNECTIONS - 1 {
+            heard.push(scene.client("GET /never HTTP/1.1\r\nHost: a\r\n\r\n").await);
+        }
+        for _ in 0..10 {
+            assert!(scene.asks().await.ends_with("hello"));
+        }
+        assert!(heard.iter().all(is_open));
+    }
+}
