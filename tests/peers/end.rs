@@ -30,6 +30,7 @@ use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
 use crate::boot::Pace;
+use crate::floor::Sockets;
 use crate::still_guest::StillGuest;
 use crate::{Fallible, floor};
 
@@ -61,8 +62,8 @@ pub(crate) enum Order {
         address: String,
         /// What.
         image: PathBuf,
-        /// On so many connections.
-        connections: u8,
+        /// How.
+        sockets: Sockets,
     },
     /// Receive an image over bare sockets.
     ReceiveBare {
@@ -167,7 +168,7 @@ pub(crate) fn run(order: &str) -> Fallible<()> {
         match order {
             Order::Send { address, what, how } => send_guest(&address, what, how).await,
             Order::Receive { address, what } => receive_guest(&address, what).await,
-            Order::SendBare { address, image, connections } => floor::send(&address, &image, connections),
+            Order::SendBare { address, image, sockets } => floor::send(&address, &image, sockets),
             Order::ReceiveBare { address, bytes, connections } => floor::receive(&address, bytes, connections),
         }
     })

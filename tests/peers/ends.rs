@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use crate::Fallible;
 use crate::end::{COMMAND, Expected, How, Order, Said, Verdict, What};
+use crate::floor::Sockets;
 use crate::image::Image;
 use crate::moved::{Moved, Spent};
 use crate::process::{Process, Usage};
@@ -37,10 +38,10 @@ pub(crate) fn move_image(image: &Image, address: &str, how: How) -> Fallible<Mov
 }
 
 /// Moves an image over bare sockets, and sees that it has arrived whole.
-pub(crate) fn move_bare(image: &Image, address: &str, connections: u8) -> Fallible<Moved> {
-    let bytes = usize::try_from(image.bytes())?;
+pub(crate) fn move_bare(image: &Image, address: &str, sockets: Sockets) -> Fallible<Moved> {
+    let (bytes, connections) = (usize::try_from(image.bytes())?, sockets.connections);
     let receive = Order::ReceiveBare { address: address.to_owned(), bytes, connections };
-    let send = |address| Order::SendBare { address, image: image.path().to_owned(), connections };
+    let send = |address| Order::SendBare { address, image: image.path().to_owned(), sockets };
     whole(image, migrate(&receive, send, Duration::ZERO, None)?)
 }
 

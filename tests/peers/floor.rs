@@ -14,20 +14,32 @@ use std::time::{Duration, Instant};
 use memferry_stages::memory::MappedMemory;
 use memferry_tests::bare;
 use memferry_transports::Address;
+use serde::{Deserialize, Serialize};
+use socket2::SockRef;
 use xxhash_rust::xxh3::xxh3_128;
 
 use crate::Fallible;
 use crate::end::{Said, Verdict, say, wait_for_line};
 
+/// Which sockets carry it.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub(crate) struct Sockets {
+    /// How many.
+    pub(crate) connections: u8,
+    /// The send buffer of each, of TCP only; else the kernel tunes it. Within a host a small one keeps what is sent in the
+    /// processor's cache until it is read.
+    pub(crate) send_buffer: Option<usize>,
+}
+
 /// The source's end.
-pub(crate) fn send(address: &str, image: &Path, connections: u8) -> Fallible<()> {
+pub(crate) fn send(address: &str, image: &Path, sockets: Sockets) -> Fallible<()> {
     let memory = MappedMemory::file(OpenOptions::new().read(true).write(true).open(image)?)?;
     // SAFETY: the image stands still as long as it is sent, and is mapped until the end of this function.
     let bytes = unsafe { slice::from_raw_parts(memory.as_ptr(), memory.len()) };
     say(&Said::Ready(address.to_owned()))?;
     wait_for_line()?;
     let began = Instant::now();
-    let mut sockets = connect(&address.parse()?, connections)?;
+    let mut sockets = connect(&address.parse()?, sockets)?;
     bare::send(bytes, &mut sockets)?;
     sockets[0].read_exact(&mut [0])?;
     say(&Said::Done(verdict(began.elapsed(), bytes.len())))?;
@@ -73,12 +85,13 @@ impl Socket for TcpStream {}
 impl Socket for UnixStream {}
 
 /// Each connection begins with its number, for they need not be accepted in the order in which they were made.
-fn connect(address: &Address, connections: u8) -> Fallible<Vec<Box<dyn Socket>>> {
+fn connect(address: &Address, sockets: Sockets) -> Fallible<Vec<Box<dyn Socket>>> {
     let connect = |number: u8| -> Fallible<Box<dyn Socket>> {
         let mut socket: Box<dyn Socket> = match address {
             Address::Tcp { host, port } => {
                 let socket = TcpStream::connect((host.as_str(), *port))?;
                 socket.set_nodelay(true)?;
+                sockets.send_buffer.map_or(Ok(()), |bytes| SockRef::from(&socket).set_send_buffer_size(bytes))?;
                 Box::new(socket)
             }
             Address::Unix(path) => Box::new(UnixStream::connect(path)?),
@@ -87,7 +100,7 @@ fn connect(address: &Address, connections: u8) -> Fallible<Vec<Box<dyn Socket>>>
         socket.write_all(&[number])?;
         Ok(socket)
     };
-    (0..connections).map(connect).collect()
+    (0..sockets.connections).map(connect).collect()
 }
 
 enum Listening {

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use memferry_tests::warm_memory;
 
 use crate::end::{Compress, How};
+use crate::floor::Sockets;
 use crate::image::{Content, Image};
 use crate::moved::Moved;
 use crate::options::Options;
@@ -24,7 +25,7 @@ enum Mover {
     Qemu(qemu::Tuning),
     Library { how: How },
     Program { lanes: u16 },
-    Bare { connections: u8 },
+    Bare { sockets: Sockets },
 }
 
 #[derive(Clone, Debug)]
@@ -94,7 +95,7 @@ and the least processor time. Processor time is that of both ends added up, for 
 image that the process has touched; *there* is the private memory that the guest takes up at the destination when it is done \
 (for the program: what its file takes up). memferry: one connection a lane, checksums on, digests off where not said. \
 QEMU asks for huge pages for all memory, and so do the bare sockets; memferry for what comes dense. A bare socket writes the image and \
-reads it into its place, and nothing else: what the kernel alone takes. Before each run as much memory as it takes is touched and \
+reads it into its place, and nothing else: what the kernel alone takes; with small buffers 256 KiB are asked for to send, as memferry does within a host. Before each run as much memory as it takes is touched and \
 given back, so that no one pays for what the host of a virtual machine has taken away meanwhile.";
 
 /// All images travel over TCP; where the sockets make the difference, or nothing else is left, over Unix sockets too.
@@ -107,7 +108,7 @@ fn sockets(content: Content) -> &'static [&'static str] {
 
 fn contestants(options: &Options, has: &[String], content: Content, socket: &str) -> Vec<Contestant> {
     let is_wanted = |name: &str| options.wants(&format!("{socket}, {}: {name}", content.name()));
-    let mut all = floors(content);
+    let mut all = floors(content, socket);
     all.extend(qemus(has, content));
     all.extend(memferries(content, socket));
     all.retain(|contestant| is_wanted(contestant.name));
@@ -115,10 +116,22 @@ fn contestants(options: &Options, has: &[String], content: Content, socket: &str
 }
 
 /// What the kernel alone takes, where every byte travels.
-fn floors(content: Content) -> Vec<Contestant> {
-    let all = [("bare socket, 1 connection", 1), ("bare socket, 2 connections", 2), ("bare socket, 4 connections", 4)];
-    let floor = |(name, connections)| Contestant { name, mover: Mover::Bare { connections }, compresses: false };
-    all.into_iter().filter(|_| content == Content::Incompressible).map(floor).collect()
+fn floors(content: Content, socket: &str) -> Vec<Contestant> {
+    let floor = |name, connections, send_buffer| {
+        let sockets = Sockets { connections, send_buffer };
+        Contestant { name, mover: Mover::Bare { sockets }, compresses: false }
+    };
+    let mut all = vec![
+        floor("bare socket, 1 connection", 1, None),
+        floor("bare socket, 2 connections", 2, None),
+        floor("bare socket, 4 connections", 4, None),
+    ];
+    if socket == "tcp" {
+        all.push(floor("bare socket, 2 connections, small buffers", 2, Some(256 << 10)));
+        all.push(floor("bare socket, 4 connections, small buffers", 4, Some(256 << 10)));
+    }
+    all.retain(|_| content == Content::Incompressible);
+    all
 }
 
 fn qemus(has: &[String], content: Content) -> Vec<Contestant> {
@@ -209,7 +222,7 @@ fn run(image: &Image, folder: &Path, socket: &str, mover: Mover) -> Fallible<Mov
     match mover {
         Mover::Qemu(tuning) => qemu::move_image(image, folder, &address, &tuning),
         Mover::Library { how } => ends::move_image(image, &address, how),
-        Mover::Bare { connections } => ends::move_bare(image, &address, connections),
+        Mover::Bare { sockets } => ends::move_bare(image, &address, sockets),
         Mover::Program { lanes } => program::move_image(image, folder, &address, lanes),
     }
 }
