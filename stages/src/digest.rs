@@ -6,10 +6,9 @@
 
 use std::io;
 
-use xxhash_rust::xxh3::{Xxh3Default, xxh3_64};
-
 use crate::bitmap::DirtyBitmap;
 use crate::geometry::{EXTENT_PAGES, ExtentAt, STRETCH_BYTES, bits};
+use crate::hash::{XxHash3_128, xxh3_64};
 use crate::memory::{GuestMemory, ZEROS};
 use crate::pool::PooledBuffer;
 
@@ -50,9 +49,9 @@ pub fn stretch_digest(
     known: &Known<'_>,
     scratch: &mut PooledBuffer,
 ) -> io::Result<u128> {
-    let mut hash = Xxh3Default::new();
-    each_page(memory, block, stretch, known, scratch, |_, page| hash.update(page))?;
-    Ok(hash.digest128())
+    let mut hash = XxHash3_128::new();
+    each_page(memory, block, stretch, known, scratch, |_, page| hash.write(page))?;
+    Ok(hash.finish_128())
 }
 
 /// The xxh3-64 of each page of a stretch, to find those that differ; 0 for a page that is left out.

@@ -18,6 +18,7 @@ pub mod dirty_log;
 pub mod encoder;
 pub mod error;
 pub mod geometry;
+mod hash;
 pub mod host;
 pub mod in_flight;
 mod kernel;

@@ -2,7 +2,7 @@
 //! memory.
 //!
 //! The control is two threads and one connection for each lane, writing the source's bytes in chunks of 256 KiB and reading them into
-//! untouched memory, with no processing at all. What memferry adds is everything else: the dirty bitmap, the zero test,
+//! untouched memory, with no processing at all (`memferry_tests::bare`). What memferry adds is everything else: the dirty bitmap, the zero test,
 //! the copy, checksums on both sides, frames, and the last handshake. Both are run in turn, and medians are compared.
 //!
 //! Destination memory is mapped and untouched in all of them, and most of the time goes into touching it. memferry asks for it by huge
@@ -28,12 +28,11 @@ use memferry::events::Phase;
 use memferry::settings::{EncoderSettings, SourceSettings};
 use memferry_stages::codec::{Codec, ZSTD_DEFAULT_LEVEL};
 use memferry_stages::geometry::PageSize;
-use memferry_tests::{Ends, TestGuest, migrate, source_settings, warm_memory};
+use memferry_tests::{Ends, TestGuest, bare, migrate, source_settings, warm_memory};
 use memferry_transports::{Address, open};
 use tokio_util::sync::CancellationToken;
 
 const BYTES: usize = 1 << 30;
-const CHUNK: usize = 256 << 10;
 const RUNS: usize = 5;
 
 fn main() {
@@ -217,20 +216,20 @@ fn bare_tcp(bytes: usize, connections: u16, touch: Touch) -> Duration {
         out.set_nodelay(true).expect("a socket");
         (out, listener.accept().expect("it comes").0)
     };
-    bare(bytes, (0..connections).map(|_| connect()).collect(), touch)
+    bare_sockets(bytes, (0..connections).map(|_| connect()).collect(), touch)
 }
 
 fn bare_unix(bytes: usize, connections: u16, path: &std::path::Path, touch: Touch) -> Duration {
     drop(std::fs::remove_file(path));
     let listener = UnixListener::bind(path).expect("a path");
     let connect = || (UnixStream::connect(path).expect("it listens"), listener.accept().expect("it comes").0);
-    let time = bare(bytes, (0..connections).map(|_| connect()).collect(), touch);
+    let time = bare_sockets(bytes, (0..connections).map(|_| connect()).collect(), touch);
     drop(std::fs::remove_file(path));
     time
 }
 
-/// Moves the bytes with nothing but two threads for each connection.
-fn bare<W: Write + Send, R: Read + Send>(bytes: usize, connections: Vec<(W, R)>, touch: Touch) -> Duration {
+/// Moves the bytes over bare sockets.
+fn bare_sockets<W: Write + Send, R: Read + Send>(bytes: usize, connections: Vec<(W, R)>, touch: Touch) -> Duration {
     let source = cold_source(bytes);
     let mut destination = vec![0_u8; bytes];
     if let Touch::HugePages = touch {
@@ -243,14 +242,11 @@ fn bare<W: Write + Send, R: Read + Send>(bytes: usize, connections: Vec<(W, R)>,
         advised.unwrap_or_else(|error| println!("no huge pages here: {error}"));
     }
     warm_the_host(bytes);
-    let share = bytes / connections.len();
+    let (mut out, mut inn): (Vec<_>, Vec<_>) = connections.into_iter().unzip();
     let began = Instant::now();
     std::thread::scope(|scope| {
-        let shares = source.chunks(share).zip(destination.chunks_mut(share));
-        for ((mut out, mut inn), (from, to)) in connections.into_iter().zip(shares) {
-            scope.spawn(move || from.chunks(CHUNK).for_each(|chunk| out.write_all(chunk).expect("a reader")));
-            scope.spawn(move || to.chunks_mut(CHUNK).for_each(|chunk| inn.read_exact(chunk).expect("a writer")));
-        }
+        scope.spawn(|| bare::send(&source, &mut out).expect("a reader"));
+        bare::receive(&mut inn, &mut destination).expect("a writer");
     });
     let time = began.elapsed();
     assert!(source == destination, "the bare socket moved something else");

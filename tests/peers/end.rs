@@ -1,4 +1,4 @@
-//! One end of memferry in a process of its own: this program, started again with an order.
+//! One end of memferry, or of bare sockets, in a process of its own: this program, started again with an order.
 //!
 //! ```text
 //! the bench            the end
@@ -29,9 +29,10 @@ use memferry_transports::{Address, Listener, Transport, open};
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
-use crate::Fallible;
 use crate::boot::Pace;
+use crate::floor::Sockets;
 use crate::still_guest::StillGuest;
+use crate::{Fallible, floor};
 
 /// The hidden command, before an order in JSON.
 pub(crate) const COMMAND: &str = "one-end";
@@ -54,6 +55,24 @@ pub(crate) enum Order {
         address: String,
         /// What.
         what: Expected,
+    },
+    /// Send an image over bare sockets.
+    SendBare {
+        /// Where to.
+        address: String,
+        /// What.
+        image: PathBuf,
+        /// How.
+        sockets: Sockets,
+    },
+    /// Receive an image over bare sockets.
+    ReceiveBare {
+        /// Where.
+        address: String,
+        /// Its length.
+        bytes: usize,
+        /// On so many connections.
+        connections: u8,
     },
 }
 
@@ -149,6 +168,8 @@ pub(crate) fn run(order: &str) -> Fallible<()> {
         match order {
             Order::Send { address, what, how } => send_guest(&address, what, how).await,
             Order::Receive { address, what } => receive_guest(&address, what).await,
+            Order::SendBare { address, image, sockets } => floor::send(&address, &image, sockets),
+            Order::ReceiveBare { address, bytes, connections } => floor::receive(&address, bytes, connections),
         }
     })
 }
@@ -290,14 +311,15 @@ impl Observer for Rounds {
     }
 }
 
-fn say(what: &Said) -> Fallible<()> {
+/// Tells the bench.
+pub(crate) fn say(what: &Said) -> Fallible<()> {
     let mut out = std::io::stdout().lock();
     writeln!(out, "{}", serde_json::to_string(what)?)?;
     Ok(out.flush()?)
 }
 
-/// The end of input is as good: the bench is gone.
-fn wait_for_line() -> Fallible<()> {
+/// Waits for the bench. The end of input is as good: the bench is gone.
+pub(crate) fn wait_for_line() -> Fallible<()> {
     std::io::stdin().lock().read_line(&mut String::new())?;
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! memferry as a VMM uses it: two processes that are this program, and what they use.
+//! memferry as a VMM uses it, and bare sockets: two processes that are this program, and what they use.
 
 use std::env;
 use std::io::{BufRead, BufReader, Write};
@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use crate::Fallible;
 use crate::end::{COMMAND, Expected, How, Order, Said, Verdict, What};
+use crate::floor::Sockets;
 use crate::image::Image;
 use crate::moved::{Moved, Spent};
 use crate::process::{Process, Usage};
@@ -31,8 +32,21 @@ impl How {
 
 /// Moves an image, and sees that it has arrived whole.
 pub(crate) fn move_image(image: &Image, address: &str, how: How) -> Fallible<Moved> {
-    let (moved, arrived) =
-        migrate(address, What::Image(image.path().to_owned()), Duration::ZERO, Expected::Image, how)?;
+    let receive = Order::Receive { address: address.to_owned(), what: Expected::Image };
+    let send = |address| Order::Send { address, what: What::Image(image.path().to_owned()), how };
+    whole(image, migrate(&receive, send, Duration::ZERO, how.deadline)?)
+}
+
+/// Moves an image over bare sockets, and sees that it has arrived whole.
+pub(crate) fn move_bare(image: &Image, address: &str, sockets: Sockets) -> Fallible<Moved> {
+    let (bytes, connections) = (usize::try_from(image.bytes())?, sockets.connections);
+    let receive = Order::ReceiveBare { address: address.to_owned(), bytes, connections };
+    let send = |address| Order::SendBare { address, image: image.path().to_owned(), sockets };
+    whole(image, migrate(&receive, send, Duration::ZERO, None)?)
+}
+
+/// Has this image arrived?
+fn whole(image: &Image, (moved, arrived): (Moved, Option<Said>)) -> Fallible<Moved> {
     match arrived {
         Some(Said::Hash(hash)) => image.check(hash)?,
         other => return Err(format!("the destination says {other:?}, not a hash").into()),
@@ -42,24 +56,25 @@ pub(crate) fn move_image(image: &Image, address: &str, how: How) -> Fallible<Mov
 
 /// Moves a workload while it writes. If it arrives no page is stale.
 pub(crate) fn move_workload(pace: crate::boot::Pace, address: &str, how: How) -> Fallible<Moved> {
-    let (moved, arrived) = migrate(address, What::Workload(pace), WARM_UP, Expected::Workload, how)?;
+    let receive = Order::Receive { address: address.to_owned(), what: Expected::Workload };
+    let send = |address| Order::Send { address, what: What::Workload(pace), how };
+    let (moved, arrived) = migrate(&receive, send, WARM_UP, how.deadline)?;
     match arrived {
         None | Some(Said::StalePages(0)) => Ok(moved),
         other => Err(format!("the destination says {other:?}, not that no page is stale").into()),
     }
 }
 
-/// Runs both ends; of a migration that completed: what the destination says of its memory.
+/// Runs both ends, the source with the address at which the destination waits; of a migration that completed: what the destination
+/// says of its memory.
 fn migrate(
-    address: &str,
-    what: What,
+    receive: &Order,
+    send: impl FnOnce(String) -> Order,
     warm_up: Duration,
-    expected: Expected,
-    how: How,
+    deadline: Option<Duration>,
 ) -> Fallible<(Moved, Option<Said>)> {
-    let mut destination = End::start(&Order::Receive { address: address.to_owned(), what: expected })?;
-    let address = destination.ready()?;
-    let mut source = End::start(&Order::Send { address, what, how })?;
+    let mut destination = End::start(receive)?;
+    let mut source = End::start(&send(destination.ready()?))?;
     source.ready()?;
     sleep(warm_up);
     let before = (source.usage()?, destination.usage()?);
@@ -81,17 +96,17 @@ fn migrate(
     };
     let source_spent = Spent::between(before.0, source.usage()?);
     if !sent.completed {
-        return match how.deadline {
+        return match deadline {
             Some(deadline) if sent.total >= deadline => {
                 Ok((moved(&sent, began.elapsed(), source_spent, Spent::default()), None))
             }
-            _ => Err(format!("memferry's source: {}", sent.error.unwrap_or_default()).into()),
+            _ => Err(format!("the source: {}", sent.error.unwrap_or_default()).into()),
         };
     }
     let received = destination.verdict()?;
     let clock = began.elapsed();
     if !received.completed {
-        return Err(format!("memferry's destination: {}", received.error.unwrap_or_default()).into());
+        return Err(format!("the destination: {}", received.error.unwrap_or_default()).into());
     }
     let destination_spent = Spent::between(before.1, destination.usage()?);
     if env::var_os("STAGES").is_some() {
@@ -129,7 +144,7 @@ impl End {
     fn hear(&mut self) -> Fallible<Said> {
         let mut line = String::new();
         match self.output.read_line(&mut line)? {
-            0 => Err("an end of memferry ended before its time".into()),
+            0 => Err("an end ended before its time".into()),
             _ => Ok(serde_json::from_str(&line)?),
         }
     }
@@ -137,14 +152,14 @@ impl End {
     fn ready(&mut self) -> Fallible<String> {
         match self.hear()? {
             Said::Ready(address) => Ok(address),
-            other => Err(format!("an end of memferry says {other:?}, not that it is ready").into()),
+            other => Err(format!("an end says {other:?}, not that it is ready").into()),
         }
     }
 
     fn verdict(&mut self) -> Fallible<Verdict> {
         match self.hear()? {
             Said::Done(verdict) => Ok(verdict),
-            other => Err(format!("an end of memferry says {other:?}, not that it is done").into()),
+            other => Err(format!("an end says {other:?}, not that it is done").into()),
         }
     }
 }

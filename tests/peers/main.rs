@@ -2,6 +2,7 @@
 //!
 //! *Still guests* are RAM image files of known content that nobody writes. QEMU maps one as the memory of a paused machine
 //! without devices; memferry's source maps the same file, as a VMM would. Both destinations start with fresh anonymous memory.
+//! Beside both stand bare sockets, for memory of which every byte travels: the kernel's share, that no program that uses them can do without.
 //! *Running guests* write one byte in each page of 100 MiB, page after page at a set pace: QEMU's by a boot sector,
 //! memferry's by its workload. Both are held to the same bandwidth and the same downtime.
 //!
@@ -16,6 +17,7 @@
 mod boot;
 mod end;
 mod ends;
+mod floor;
 mod host;
 mod image;
 mod moved;

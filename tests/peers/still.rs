@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use memferry_tests::warm_memory;
 
 use crate::end::{Compress, How};
+use crate::floor::Sockets;
 use crate::image::{Content, Image};
 use crate::moved::Moved;
 use crate::options::Options;
@@ -24,6 +25,7 @@ enum Mover {
     Qemu(qemu::Tuning),
     Library { how: How },
     Program { lanes: u16 },
+    Bare { sockets: Sockets },
 }
 
 #[derive(Clone, Debug)]
@@ -71,12 +73,14 @@ pub(crate) fn compare(options: &Options) -> Fallible<usize> {
     Ok(failures)
 }
 
-const SHORT_HEADS: [&str; 9] = [
+const SHORT_HEADS: [&str; 11] = [
     "",
-    "GB/s: QEMU",
+    "GB/s: bare socket",
+    "QEMU",
     "memferry",
     "×",
-    "processor, µs a page: QEMU's least",
+    "processor, µs a page: bare socket's least",
+    "QEMU's least",
     "memferry",
     "×",
     "there, MiB: QEMU",
@@ -90,7 +94,8 @@ and the least processor time. Processor time is that of both ends added up, for 
 /proc/PID/stat; the program's is that of the whole process with its start. Peak is VmHWM, which counts the pages of the \
 image that the process has touched; *there* is the private memory that the guest takes up at the destination when it is done \
 (for the program: what its file takes up). memferry: one connection a lane, checksums on, digests off where not said. \
-QEMU asks for huge pages for all memory, memferry for what comes dense. Before each run as much memory as it takes is touched and \
+QEMU asks for huge pages for all memory, and so do the bare sockets; memferry for what comes dense. A bare socket writes the image and \
+reads it into its place, and nothing else: what the kernel alone takes; with small buffers 256 KiB are asked for to send, as memferry does within a host. Before each run as much memory as it takes is touched and \
 given back, so that no one pays for what the host of a virtual machine has taken away meanwhile.";
 
 /// All images travel over TCP; where the sockets make the difference, or nothing else is left, over Unix sockets too.
@@ -103,9 +108,29 @@ fn sockets(content: Content) -> &'static [&'static str] {
 
 fn contestants(options: &Options, has: &[String], content: Content, socket: &str) -> Vec<Contestant> {
     let is_wanted = |name: &str| options.wants(&format!("{socket}, {}: {name}", content.name()));
-    let mut all = qemus(has, content);
+    let mut all = floors(content, socket);
+    all.extend(qemus(has, content));
     all.extend(memferries(content, socket));
     all.retain(|contestant| is_wanted(contestant.name));
+    all
+}
+
+/// What the kernel alone takes, where every byte travels.
+fn floors(content: Content, socket: &str) -> Vec<Contestant> {
+    let floor = |name, connections, send_buffer| {
+        let sockets = Sockets { connections, send_buffer };
+        Contestant { name, mover: Mover::Bare { sockets }, compresses: false }
+    };
+    let mut all = vec![
+        floor("bare socket, 1 connection", 1, None),
+        floor("bare socket, 2 connections", 2, None),
+        floor("bare socket, 4 connections", 4, None),
+    ];
+    if socket == "tcp" {
+        all.push(floor("bare socket, 2 connections, small buffers", 2, Some(256 << 10)));
+        all.push(floor("bare socket, 4 connections, small buffers", 4, Some(256 << 10)));
+    }
+    all.retain(|_| content == Content::Incompressible);
     all
 }
 
@@ -197,6 +222,7 @@ fn run(image: &Image, folder: &Path, socket: &str, mover: Mover) -> Fallible<Mov
     match mover {
         Mover::Qemu(tuning) => qemu::move_image(image, folder, &address, &tuning),
         Mover::Library { how } => ends::move_image(image, &address, how),
+        Mover::Bare { sockets } => ends::move_bare(image, &address, sockets),
         Mover::Program { lanes } => program::move_image(image, folder, &address, lanes),
     }
 }
@@ -239,13 +265,20 @@ impl Row {
     fn is_qemu(&self) -> bool {
         matches!(self.contestant.mover, Mover::Qemu(_))
     }
+
+    fn is_bare(&self) -> bool {
+        matches!(self.contestant.mover, Mover::Bare { .. })
+    }
 }
 
 /// The best speed and the least cost of QEMU's rows that compress, or of those that do not.
 fn marks(image: &Image, rows: &[Row], compresses: bool) -> Option<(f64, f64)> {
-    let of_qemu = || rows.iter().filter(|row| row.is_qemu() && row.contestant.compresses == compresses);
-    let rate = of_qemu().map(|row| row.rate(image)).reduce(f64::max)?;
-    Some((rate, of_qemu().map(|row| row.cost(image)).reduce(f64::min)?))
+    best(image, rows.iter().filter(|row| row.is_qemu() && row.contestant.compresses == compresses))
+}
+
+fn best<'a>(image: &Image, rows: impl Iterator<Item = &'a Row> + Clone) -> Option<(f64, f64)> {
+    let rate = rows.clone().map(|row| row.rate(image)).reduce(f64::max)?;
+    Some((rate, rows.map(|row| row.cost(image)).reduce(f64::min)?))
 }
 
 fn print_rows(image: &Image, socket: &str, rows: &[Row]) {
@@ -299,11 +332,15 @@ fn in_short(image: &Image, socket: &str, rows: &[Row]) -> Option<Vec<String>> {
     let theirs = fastest(|mover| matches!(mover, Mover::Qemu(_)))?;
     let ours = fastest(|mover| matches!(mover, Mover::Library { .. }))?;
     let (rate, cost) = (ours.rate(image), ours.cost(image));
+    let floor = best(image, rows.iter().filter(|row| row.is_bare()));
+    let (floor_rate, floor_cost) = floor.map_or(("-".into(), "-".into()), |(rate, cost)| (figure(rate), figure(cost)));
     Some(vec![
         format!("{}, {socket}", image.content().name()),
+        floor_rate,
         figure(mark_rate),
         figure(rate),
         figure(rate / mark_rate),
+        floor_cost,
         figure(mark_cost),
         figure(cost),
         figure(cost / mark_cost),

@@ -3,6 +3,7 @@
 //! The guest keeps nothing secret: its memory is mapped here, its writers are threads that never rest, and it records what it was
 //! told, so that a test can ask afterwards who ran, and when.
 
+pub mod bare;
 pub mod busy;
 pub mod foreseen;
 pub mod guest;

@@ -30,12 +30,11 @@ use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use xxhash_rust::xxh3::xxh3_64;
-
 use super::DirtyLog;
 use crate::batch::CopiedBatch;
 use crate::bitmap::{DirtyBitmap, words_of};
 use crate::geometry::{ExtentAt, Layout, bits};
+use crate::hash::xxh3_64;
 use crate::host::cores;
 use crate::memory::GuestMemory;
 use crate::pool::BufferPool;

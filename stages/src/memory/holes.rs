@@ -3,11 +3,17 @@
 use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::os::unix::fs::MetadataExt;
 
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
 use crate::geometry::PageSize;
+
+/// What `fstatfs` says of tmpfs, and so of memfds (`TMPFS_MAGIC`).
+const TMPFS: rustix::fs::FsWord = 0x0102_1994;
+/// What `st_blocks` counts.
+const BLOCK_BYTES: u64 = 512;
 
 /// The pages of `pages` that lie wholly in holes of a file of `length` bytes. Moves the file's cursor. A file system
 /// without holes says that everything is data.
@@ -17,6 +23,9 @@ pub(super) fn untouched(
     page_size: PageSize,
     pages: Range<u64>,
 ) -> io::Result<Vec<Range<u64>>> {
+    if is_whole_in_memory(file, length)? {
+        return Ok(Vec::new());
+    }
     let size = page_size.bytes() as u64;
     let end = (pages.end * size).min(length);
     let mut at = pages.start * size;
@@ -34,6 +43,13 @@ pub(super) fn untouched(
         at = rustix::fs::seek(file, SeekFrom::Hole(data))?;
     }
     Ok(found)
+}
+
+/// Is it a file in memory that takes up as much as it is long? Then it has no holes, and the kernel need not look at each of its pages
+/// to find the end of the data. (On a disk, what was set aside and never written takes up room as well.)
+fn is_whole_in_memory(file: &File, length: u64) -> io::Result<bool> {
+    let allocated = || file.metadata().map(|metadata| metadata.blocks() * BLOCK_BYTES);
+    Ok(rustix::fs::fstatfs(file)?.f_type == TMPFS && allocated()? >= length)
 }
 
 /// Where the next data is from `at` on: `None` if there is none.

@@ -525,6 +525,8 @@ mod tests {
             assert_eq!(memory.untouched(larger).unwrap(), [0..2, 3..26], "{memory:?}");
             memory.store(100 * 4096, &[1]);
             assert_eq!(memory.untouched(PAGE).unwrap(), [0..9, 11..100], "{memory:?}");
+            memory.store(0, &[1; 100 * 4096 + 1]);
+            assert_eq!(memory.untouched(PAGE).unwrap(), [], "{memory:?}");
         }
     }
 

@@ -39,6 +39,7 @@ use super::error::WireError;
 use super::fields::{Fields, within};
 use super::frame::{FrameHead, HEAD_BYTES, Kind};
 use crate::geometry::{ExtentAt, Layout, PageSize, bits};
+use crate::hash;
 
 /// How a page's bytes are coded. The number is on the wire.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -128,7 +129,7 @@ pub fn head_bytes(fixed: &[u8; FIXED_BYTES]) -> usize {
 /// The xxh3-64 of a payload; never 0, which stands for no hash.
 #[must_use]
 pub fn payload_hash(payload: &[u8]) -> u64 {
-    xxh3_64(payload).max(1)
+    hash::xxh3_64(payload).max(1)
 }
 
 /// What stands before the payload of a Pages frame.

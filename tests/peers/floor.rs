@@ -1,0 +1,148 @@
+//! The floor: an image that is carried from one process to another by bare sockets, and by nothing else.
+//!
+//! The source writes from the mapped file, the destination reads into fresh memory for which huge pages were asked. The source's clock
+//! stops when the destination has told, with one byte, that all is there.
+
+use std::fs::OpenOptions;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::slice;
+use std::time::{Duration, Instant};
+
+use memferry_stages::memory::MappedMemory;
+use memferry_tests::bare;
+use memferry_transports::Address;
+use serde::{Deserialize, Serialize};
+use socket2::SockRef;
+use xxhash_rust::xxh3::xxh3_128;
+
+use crate::Fallible;
+use crate::end::{Said, Verdict, say, wait_for_line};
+
+/// Which sockets carry it.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub(crate) struct Sockets {
+    /// How many.
+    pub(crate) connections: u8,
+    /// The send buffer of each, of TCP only; else the kernel tunes it. Within a host a small one keeps what is sent in the
+    /// processor's cache until it is read.
+    pub(crate) send_buffer: Option<usize>,
+}
+
+/// The source's end.
+pub(crate) fn send(address: &str, image: &Path, sockets: Sockets) -> Fallible<()> {
+    let memory = MappedMemory::file(OpenOptions::new().read(true).write(true).open(image)?)?;
+    // SAFETY: the image stands still as long as it is sent, and is mapped until the end of this function.
+    let bytes = unsafe { slice::from_raw_parts(memory.as_ptr(), memory.len()) };
+    say(&Said::Ready(address.to_owned()))?;
+    wait_for_line()?;
+    let began = Instant::now();
+    let mut sockets = connect(&address.parse()?, sockets)?;
+    bare::send(bytes, &mut sockets)?;
+    sockets[0].read_exact(&mut [0])?;
+    say(&Said::Done(verdict(began.elapsed(), bytes.len())))?;
+    wait_for_line()
+}
+
+/// The destination's end.
+pub(crate) fn receive(address: &str, bytes: usize, connections: u8) -> Fallible<()> {
+    let memory = MappedMemory::anonymous(bytes)?;
+    // Without huge pages it takes longer, and does the same.
+    drop(memory.advise_huge());
+    // SAFETY: nobody else uses the memory, which is mapped until the end of this function.
+    let into = unsafe { slice::from_raw_parts_mut(memory.as_ptr(), memory.len()) };
+    let listening = Listening::at(&address.parse()?)?;
+    say(&Said::Ready(listening.address()?))?;
+    wait_for_line()?;
+    let began = Instant::now();
+    let mut sockets = listening.accept(connections)?;
+    bare::receive(&mut sockets, into)?;
+    sockets[0].write_all(&[0])?;
+    say(&Said::Done(verdict(began.elapsed(), bytes)))?;
+    wait_for_line()?;
+    say(&Said::Hash(xxh3_128(into)))?;
+    wait_for_line()
+}
+
+fn verdict(total: Duration, bytes: usize) -> Verdict {
+    Verdict {
+        completed: true,
+        error: None,
+        total,
+        downtime: total,
+        wire_bytes: bytes as u64,
+        rounds: 1,
+        written: 0,
+        stages: Vec::new(),
+    }
+}
+
+trait Socket: Read + Write + Send {}
+
+impl Socket for TcpStream {}
+impl Socket for UnixStream {}
+
+/// Each connection begins with its number, for they need not be accepted in the order in which they were made.
+fn connect(address: &Address, sockets: Sockets) -> Fallible<Vec<Box<dyn Socket>>> {
+    let connect = |number: u8| -> Fallible<Box<dyn Socket>> {
+        let mut socket: Box<dyn Socket> = match address {
+            Address::Tcp { host, port } => {
+                let socket = TcpStream::connect((host.as_str(), *port))?;
+                socket.set_nodelay(true)?;
+                sockets.send_buffer.map_or(Ok(()), |bytes| SockRef::from(&socket).set_send_buffer_size(bytes))?;
+                Box::new(socket)
+            }
+            Address::Unix(path) => Box::new(UnixStream::connect(path)?),
+            Address::File(_) => return Err("a file is no socket".into()),
+        };
+        socket.write_all(&[number])?;
+        Ok(socket)
+    };
+    (0..sockets.connections).map(connect).collect()
+}
+
+enum Listening {
+    Tcp(TcpListener),
+    Unix(UnixListener),
+}
+
+impl Listening {
+    fn at(address: &Address) -> Fallible<Self> {
+        match address {
+            Address::Tcp { host, port } => Ok(Self::Tcp(TcpListener::bind((host.as_str(), *port))?)),
+            Address::Unix(path) => {
+                // That of a run before.
+                drop(std::fs::remove_file(path));
+                Ok(Self::Unix(UnixListener::bind(path)?))
+            }
+            Address::File(_) => Err("a file is no socket".into()),
+        }
+    }
+
+    fn address(&self) -> Fallible<String> {
+        Ok(match self {
+            Self::Tcp(listener) => format!("tcp:{}", listener.local_addr()?),
+            Self::Unix(listener) => {
+                let address = listener.local_addr()?;
+                format!("unix:{}", address.as_pathname().ok_or("it listens at a path")?.display())
+            }
+        })
+    }
+
+    fn accept(&self, connections: u8) -> Fallible<Vec<Box<dyn Socket>>> {
+        let accept = |_| -> Fallible<(u8, Box<dyn Socket>)> {
+            let mut socket: Box<dyn Socket> = match self {
+                Self::Tcp(listener) => Box::new(listener.accept()?.0),
+                Self::Unix(listener) => Box::new(listener.accept()?.0),
+            };
+            let mut number = [0];
+            socket.read_exact(&mut number)?;
+            Ok((number[0], socket))
+        };
+        let mut sockets = (0..connections).map(accept).collect::<Fallible<Vec<_>>>()?;
+        sockets.sort_by_key(|(number, _)| *number);
+        Ok(sockets.into_iter().map(|(_, socket)| socket).collect())
+    }
+}
