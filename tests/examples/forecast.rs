@@ -75,11 +75,11 @@ fn run(plan: Plan) -> Result<Option<f64>, Box<dyn Error>> {
     let rounds = ends.events.iter().filter(|(_, event)| matches!(event, Event::Decided(_))).count();
     let error = error_percent(&forecast, downtime);
     println!("{name:<22} {rounds:>6} {:>10.1?} {downtime:>10.1?} {error:>+7.0} %", forecast.expected());
-    let sent = ends.events.iter().filter_map(|(_, event)| match event {
+    let sent = ends.events.iter().rev().find_map(|(_, event)| match event {
         Event::RoundSent { tally, .. } => Some(tally.bytes_out),
         _ => None,
     });
-    let (expected, sent) = (forecast.remaining_bytes / 1024.0, sent.last().unwrap_or(0) as f64 / 1024.0);
+    let (expected, sent) = (forecast.remaining_bytes / 1024.0, sent.unwrap_or(0) as f64 / 1024.0);
     println!("    {:.1?} for {expected:.0} KiB, {:.1?}", forecast.transfer, forecast.fixed);
     println!("    {:.1?} for {sent:.0} KiB", ended.parts);
     Ok(Some(error.abs()))
