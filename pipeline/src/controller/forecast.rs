@@ -31,10 +31,10 @@ const TELLING_BYTES: u64 = 2 << 20;
 const LEAST_OF_A_DELTA: f64 = 0.25;
 /// Pages of which deltas may be made, from which a sample of them is worth a round trip.
 const WORTH_A_SAMPLE: u64 = 64;
-/// The pages of a sample, about: enough to tell, and few beside what remains.
+/// The pages of a sample, about: enough to tell.
 const SAMPLE_PAGES: u64 = 512;
-/// A sample takes no more than one of so many words with dirty pages.
-const LEAST_EVERY: u64 = 8;
+/// A sample is no more than one of so many dirty pages: few beside what remains.
+const SAMPLE_SHARE: u64 = 4;
 /// How many of those rounds may show what the wire carries at least.
 const TELLING_ROUNDS: usize = 4;
 /// Rounds that are kept: more never make a window.
@@ -284,15 +284,15 @@ impl Forecaster {
         Some(whole(pages))
     }
 
-    /// What sample of the dirty pages is to be sent, as one of so many words that have some: where nothing has shown yet what deltas
-    /// come to, and enough remains to make it matter.
+    /// How many of the dirty pages are to be sent as a sample: where nothing has shown yet what deltas come to, and enough remains to
+    /// make it matter.
     #[must_use]
     pub fn sample_wanted(&self, now: &Standing) -> Option<NonZeroU32> {
         let is_shown = self.sample.is_some() || self.later.iter().any(|round| round.hits() > 0.0);
         if !self.deltas || self.first.is_none() || is_shown || now.kept_pages < WORTH_A_SAMPLE {
             return None;
         }
-        u32::try_from((now.dirty_pages / SAMPLE_PAGES).max(LEAST_EVERY)).ok().and_then(NonZeroU32::new)
+        u32::try_from((now.dirty_pages / SAMPLE_SHARE).min(SAMPLE_PAGES)).ok().and_then(NonZeroU32::new)
     }
 
     /// What another round would take.
@@ -511,8 +511,8 @@ mod tests {
         assert_eq!(forecaster.sample_wanted(&found(10_000, 1000)), None, "nothing was sent yet");
         forecaster.round(&round(100_000, 0, 409_600_000), 1000 * MS, NONE);
         forecaster.synced(&found(10_000, 1000));
-        assert_eq!(forecaster.sample_wanted(&found(10_000, 1000)).map(NonZeroU32::get), Some(19));
-        assert_eq!(forecaster.sample_wanted(&found(100, 1000)).map(NonZeroU32::get), Some(8));
+        assert_eq!(forecaster.sample_wanted(&found(10_000, 1000)).map(NonZeroU32::get), Some(512));
+        assert_eq!(forecaster.sample_wanted(&found(100, 1000)).map(NonZeroU32::get), Some(25));
         assert_eq!(forecaster.sample_wanted(&found(63, 1000)), None, "what so few pages come to is no matter");
 
         // Of 500 pages 100 bytes each, which took the stages a microsecond and the trip to the other end 5 ms.

@@ -50,7 +50,7 @@ pub enum Decision {
     AnotherRound,
     /// Let what is on its way run down, up to [`Controller::backlog_pages`], while the guest runs; then sync and ask again.
     Drain,
-    /// Scan one of so many words with dirty pages while the guest runs, to see what deltas come to.
+    /// Scan about so many of the dirty pages while the guest runs, to see what deltas come to.
     Sample(NonZeroU32),
     /// Hold the guest back for so many percent of its time, and scan again.
     Throttle(u8),
@@ -202,10 +202,9 @@ impl Controller {
     }
 
     fn decide(&mut self, now: &Standing, forecast: Option<&Forecast>) -> (Decision, String) {
-        if let Some(every) = self.forecaster.sample_wanted(now).filter(|_| self.has_room(now)) {
-            let pages = now.dirty_pages / u64::from(every.get());
+        if let Some(pages) = self.forecaster.sample_wanted(now).filter(|_| self.has_room(now)) {
             let why = format!("a sample of about {pages} pages: nothing has shown yet what deltas come to");
-            return (Decision::Sample(every), format!("{why}; {}", self.outlook(forecast)));
+            return (Decision::Sample(pages), format!("{why}; {}", self.outlook(forecast)));
         }
         let left = Left {
             rounds: self.limits.rounds.saturating_sub(self.round),

@@ -83,10 +83,11 @@ pub struct Encoded {
 }
 
 impl Encoded {
-    /// The same of one of so many pages.
-    fn sample(&self, every: NonZeroU32) -> Self {
-        let of = |all: u64| all / u64::from(every.get());
+    /// The same of so many of its pages.
+    fn sample(&self, pages: NonZeroU32) -> Self {
         let all = &self.tally;
+        let share = f64::from(pages.get()) / all.pages.max(1) as f64;
+        let of = |all: u64| whole((all as f64 * share).round());
         let [zero, raw, compressed, xbzrle, unchanged] =
             [all.zero, all.raw, all.compressed, all.xbzrle, all.unchanged].map(of);
         let tally = RoundTally {
@@ -104,7 +105,7 @@ impl Encoded {
             bytes_in: of(all.bytes_in),
             bytes_out: of(all.bytes_out),
         };
-        Self { tally, stages: self.stages / every.get() }
+        Self { tally, stages: self.stages.mul_f64(share) }
     }
 }
 
@@ -261,7 +262,7 @@ impl<'a> Simulation<'a> {
         loop {
             decision = match decision {
                 Decision::AnotherRound | Decision::RaiseLimit(_) => self.live_round(),
-                Decision::Sample(every) => self.sample(every),
+                Decision::Sample(pages) => self.sample(pages),
                 // Nothing is on its way here when a round has ended.
                 Decision::Drain => self.sync(self.guest_synced_before),
                 Decision::Throttle(percent) => {
@@ -276,9 +277,9 @@ impl<'a> Simulation<'a> {
     }
 
     /// A sample of what is dirty, while the guest runs. The sync behind it finds what was left out as well.
-    fn sample(&mut self, every: NonZeroU32) -> Decision {
+    fn sample(&mut self, pages: NonZeroU32) -> Decision {
         self.round += 1;
-        let encoded = self.guest.look(self.round, self.dirty).sample(every);
+        let encoded = self.guest.look(self.round, self.dirty).sample(pages);
         let time = round_time(&encoded, self.rate(), self.saved());
         self.advance(time);
         self.count(&encoded, time);

@@ -5,8 +5,8 @@
 //!   [`RoundComplete`](Item::RoundComplete) (law 5); a [`RoundScanned`] to the controller. The last round ends with
 //!   [`Switchover`](Item::Switchover) in every lane.
 //! - **Owns** nothing: the bitmap belongs to all.
-//! - **Promises** law 1: every bit that is set when its word is taken is in exactly one batch, no other is in any; words that a
-//!   sample leaves out keep their bits. And law 2:
+//! - **Promises** law 1: every bit that is taken is in exactly one batch, no other is in any; a round takes all that are set when
+//!   it comes to their word, a sample some, and the others stay. And law 2:
 //!   the word is taken, then the logs are re-armed for its bits, and only then does the batch go where it is read. What is
 //!   taken is [`InFlight`] before it is anywhere else, so it can be given back whenever the migration ends.
 //!
@@ -20,7 +20,7 @@ use crate::batch::{Batch, Item};
 use crate::bitmap::DirtyBitmap;
 use crate::dirty_log::DirtyLog;
 use crate::error::{Cause, StageError};
-use crate::geometry::{ExtentAt, LaneMap};
+use crate::geometry::{ExtentAt, LaneMap, bits};
 use crate::in_flight::InFlight;
 use crate::meter::Meter;
 use crate::queue::{Inlet, Outlet};
@@ -34,21 +34,26 @@ pub struct ScanOrder {
     pub round: u32,
     /// Is the guest paused, and this the last round?
     pub last: bool,
-    /// Of the words with dirty pages the first is taken and each so-manieth after it: 1 takes all.
-    pub every: NonZeroU32,
+    /// About so many dirty pages from all over the guest, if not all.
+    pub sample: Option<NonZeroU32>,
 }
+
+/// All pages of an extent.
+const WHOLE: u32 = 64;
+/// The most pages of an extent in a sample: enough to share a frame as those of a round do, and few enough to see many places.
+const SAMPLED_EACH: u32 = 16;
 
 impl ScanOrder {
     /// A round of all that is dirty.
     #[must_use]
     pub fn all(round: u32, last: bool) -> Self {
-        Self { round, last, every: NonZeroU32::MIN }
+        Self { round, last, sample: None }
     }
 
-    /// A round of a sample from all over the guest: what is left out stays dirty, for the next.
+    /// A round of about so many pages: what is left out stays dirty, for the next.
     #[must_use]
-    pub fn sample(round: u32, every: NonZeroU32) -> Self {
-        Self { round, last: false, every }
+    pub fn sample(round: u32, pages: NonZeroU32) -> Self {
+        Self { round, last: false, sample: Some(pages) }
     }
 }
 
@@ -124,8 +129,9 @@ impl Scanner {
     /// One round: every lane gets its batches and then its RoundComplete. Returns how many pages were taken.
     async fn scan(&self, order: ScanOrder, lanes: &[Outlet<Item<Batch>>]) -> Result<u64, StageError> {
         let mut tallies = vec![RoundTally::new(order.round, order.last); lanes.len()];
-        for at in self.bitmap.all_dirty_extents().step_by(order.every.get() as usize) {
-            let Some(batch) = self.take(at, order)? else { continue };
+        let (step, most) = order.sample.map_or((1, WHOLE), |pages| (self.step(pages), SAMPLED_EACH));
+        for at in self.bitmap.all_dirty_extents().step_by(step) {
+            let Some(batch) = self.take(at, most, order)? else { continue };
             let lane = self.lanes.lane(at);
             self.in_flight.record(lane, &batch);
             self.count(&batch, &mut tallies[usize::from(lane)]);
@@ -137,9 +143,21 @@ impl Scanner {
         Ok(tallies.iter().map(|tally| tally.pages).sum())
     }
 
-    /// Takes a word: clear, then re-arm (law 2). It is read by whoever gets the batch.
-    fn take(&self, at: ExtentAt, order: ScanOrder) -> Result<Option<Batch>, StageError> {
-        let mask = self.bitmap.take(at);
+    /// Each so-manieth extent with dirty pages makes a sample. The step is odd: one that divides a stretch would see one lane only.
+    fn step(&self, pages: NonZeroU32) -> usize {
+        let extents = self.bitmap.all_dirty_extents().count() as u64;
+        let each = (self.bitmap.count() / extents.max(1)).clamp(1, SAMPLED_EACH.into());
+        usize::try_from(extents * each / u64::from(pages.get()) | 1).unwrap_or(usize::MAX)
+    }
+
+    /// Takes at most so many pages of a word: clear, then re-arm (law 2). They are read by whoever gets the batch.
+    fn take(&self, at: ExtentAt, most: u32, order: ScanOrder) -> Result<Option<Batch>, StageError> {
+        let mask = if most == WHOLE {
+            self.bitmap.take(at)
+        } else {
+            let some = bits(self.bitmap.peek(at)).take(most as usize).fold(0, |mask, bit| mask | 1 << bit);
+            self.bitmap.take_mask(at, some)
+        };
         if mask == 0 {
             return Ok(None);
         }

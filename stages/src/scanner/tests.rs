@@ -180,26 +180,39 @@ fn a_round_with_nothing_dirty_is_a_round_and_the_last_one_ends_with_switchover()
     }
 }
 
-#[test]
-fn a_sample_takes_each_so_manieth_dirty_word_and_leaves_the_bits_of_the_others() {
-    let layout = layout(page_size(4), &[8 << 20]);
-    let bench = Bench::new(&layout, 2);
-    // Words 0, 1, 4 and 31 have dirty pages.
-    let dirty = vec![(0, 0), (0, 1), (0, 64), (0, 256), (0, 2047)];
-    let sample = ScanOrder::sample(2, NonZeroU32::new(2).unwrap());
+/// The pages that a sample of 4 MiB took, lane by lane, and those of the round behind it.
+fn sampled(dirty: Vec<(u32, u64)>, pages: u32) -> [Vec<Vec<(u32, u64)>>; 2] {
+    let bench = Bench::new(&layout(page_size(4), &[4 << 20]), 2);
+    let sample = ScanOrder::sample(2, NonZeroU32::new(pages).unwrap());
     let (lanes, scanned) = bench.scan(&[(sample, dirty), (order(3), vec![])]);
     let taken = |of_round: u32| {
-        let batches = lanes.iter().flatten().filter_map(|item| match item {
-            Item::Batch(batch) if batch.round == of_round => Some(*batch),
-            _ => None,
-        });
-        let mut taken = pages(&batches.collect::<Vec<_>>());
-        taken.sort_unstable();
-        taken
+        let of_lane = |items: &Vec<Item<Batch>>| {
+            let batches = items.iter().filter_map(|item| match item {
+                Item::Batch(batch) if batch.round == of_round => Some(*batch),
+                _ => None,
+            });
+            self::pages(&batches.collect::<Vec<_>>())
+        };
+        lanes.iter().map(of_lane).collect::<Vec<_>>()
     };
-    assert_eq!(taken(2), [(0, 0), (0, 1), (0, 256)]);
-    assert_eq!(taken(3), [(0, 64), (0, 2047)]);
-    assert_eq!(scanned.iter().map(|scanned| scanned.pages).collect::<Vec<_>>(), [3, 2]);
+    let taken = [2, 3].map(taken);
+    let counts = taken.each_ref().map(|lanes| lanes.iter().map(Vec::len).sum::<usize>() as u64);
+    assert_eq!(scanned.iter().map(|scanned| scanned.pages).collect::<Vec<_>>(), counts);
+    taken
+}
+
+#[test]
+fn a_sample_is_of_all_lanes_and_what_it_leaves_out_stays_dirty() {
+    // 16 extents, 16 pages of each third.
+    let [sample, rest] = sampled((0..1024).map(|page| (0, page)).collect(), 96);
+    assert_eq!(sample.iter().map(Vec::len).collect::<Vec<_>>(), [48, 48]);
+    assert_eq!(sample[0][..17], [&(0..16).map(|page| (0, page)).collect::<Vec<_>>()[..], &[(0, 192)]].concat());
+    let mut all = [sample, rest].concat().concat();
+    all.sort_unstable();
+    assert!(all.into_iter().eq((0..1024).map(|page| (0, page))), "each page once");
+    // Single pages: one of three.
+    let [sample, rest] = sampled((0..16).map(|extent| (0, extent * 64 + 5)).collect(), 6);
+    assert_eq!([sample.concat().len(), rest.concat().len()], [6, 10]);
 }
 
 #[test]

@@ -39,7 +39,7 @@ impl Source {
             order = Some(ScanOrder::all(self.round + 1, false));
             match decided.decision {
                 Decision::AnotherRound | Decision::RaiseLimit(_) => {}
-                Decision::Sample(every) => order = Some(ScanOrder::sample(self.round + 1, every)),
+                Decision::Sample(pages) => order = Some(ScanOrder::sample(self.round + 1, pages)),
                 Decision::Drain => order = None,
                 Decision::Throttle(percent) => self.throttle(percent).await,
                 Decision::SwitchOver => return Ok(()),
