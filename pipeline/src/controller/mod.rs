@@ -158,6 +158,12 @@ impl Controller {
         self.forecaster.forecast(now, self.downtime_limit())
     }
 
+    /// The same within a round: with what must have been written since the last sync, which has not found it.
+    #[must_use]
+    pub fn forecast_within(&self, now: &Standing) -> Option<Forecast> {
+        self.with_unseen(now).map_or_else(|| self.forecast(now), |now| self.forecast(&now))
+    }
+
     /// The pages that may still be on their way when the guest is paused.
     #[must_use]
     pub fn backlog_pages(&self) -> u64 {
@@ -263,18 +269,13 @@ impl Controller {
     pub fn tick(&mut self, now: &Standing) -> Option<Decided> {
         let deadline = self.limits.deadline.filter(|_| !self.switching)?;
         let forecast = self.with_unseen(now).and_then(|now| self.forecast(&now));
-        let (passed, now_or_never) = (now.elapsed >= deadline, self.is_now_or_never(now.elapsed, forecast.as_ref()));
-        let why = if passed {
+        let why = if now.elapsed >= deadline {
             format!("the deadline of {} has passed in round {}", human::time(deadline), self.round + 1)
-        } else if now_or_never
-            && !self.sampling
-            && self.limits.on_deadline == OnDeadline::SwitchOver
-            && self.is_allowed(forecast.as_ref())
-        {
-            let elapsed = human::time(now.elapsed);
-            format!("after {elapsed} the deadline of {} can be kept only from here", human::time(deadline))
         } else {
-            return None;
+            let switches = self.limits.on_deadline == OnDeadline::SwitchOver && self.is_allowed(forecast.as_ref());
+            let pressing = self.now_or_never(now.elapsed, forecast.as_ref());
+            let pressing = pressing.filter(|_| switches && !self.sampling)?;
+            format!("after {} {pressing}", human::time(now.elapsed))
         };
         let (decision, why) = self.end(&why, forecast.as_ref());
         self.switching = decision == Decision::SwitchOver;
@@ -301,16 +302,26 @@ impl Controller {
         self.limits.max_downtime.is_none_or(|most| forecast.is_some_and(|forecast| forecast.expected() <= most))
     }
 
-    /// Would a switchover that begins later miss the deadline, and one that begins at once keep it, as nearly as can be?
-    fn is_now_or_never(&self, elapsed: Duration, forecast: Option<&Forecast>) -> bool {
-        let (Some(deadline), Some(forecast)) = (self.limits.deadline, forecast) else { return false };
-        elapsed.saturating_add(forecast.expected()).saturating_add(MARGIN) >= deadline
+    /// Would a switchover that begins later miss the deadline? In words, whether one that begins at once would keep it.
+    fn now_or_never(&self, elapsed: Duration, forecast: Option<&Forecast>) -> Option<String> {
+        let (deadline, end) = (self.limits.deadline?, elapsed.saturating_add(forecast?.expected()));
+        let words = human::time(deadline);
+        match end.checked_sub(deadline).filter(|late| !late.is_zero()) {
+            Some(late) => Some(format!("the deadline of {words} will be missed by {} at best", human::time(late))),
+            None => (end.saturating_add(MARGIN) >= deadline)
+                .then(|| format!("the deadline of {words} can be kept only from here")),
+        }
     }
 
     /// Which budget is used up, or will be before anything better than a switchover now can be done; in words.
     fn used_up(&self, now: &Standing, forecast: Option<&Forecast>) -> Option<String> {
         if self.round >= self.limits.rounds {
-            return Some(format!("{} rounds are used up", self.limits.rounds));
+            let rounds = self.limits.rounds;
+            return Some(if rounds == 1 {
+                "the one round is used up".into()
+            } else {
+                format!("{rounds} rounds are used up")
+            });
         }
         let (deadline, elapsed) = (self.limits.deadline?, now.elapsed);
         let words = human::time(deadline);
@@ -319,8 +330,7 @@ impl Controller {
         }
         let switches = self.limits.on_deadline == OnDeadline::SwitchOver && self.is_allowed(forecast);
         if switches {
-            let now_or_never = self.is_now_or_never(elapsed, forecast);
-            return now_or_never.then(|| format!("the deadline of {words} can be kept only from here"));
+            return self.now_or_never(elapsed, forecast);
         }
         // At the best another round leaves nothing: even that would be too late.
         let round = self.forecaster.round_time(now)?;

@@ -147,7 +147,7 @@ impl Scanner {
     fn step(&self, pages: NonZeroU32) -> usize {
         let extents = self.bitmap.all_dirty_extents().count() as u64;
         let each = (self.bitmap.count() / extents.max(1)).clamp(1, SAMPLED_EACH.into());
-        usize::try_from(extents * each / u64::from(pages.get()) | 1).unwrap_or(usize::MAX)
+        usize::try_from((extents * each / u64::from(pages.get())) | 1).unwrap_or(usize::MAX)
     }
 
     /// Takes at most so many pages of a word: clear, then re-arm (law 2). They are read by whoever gets the batch.

@@ -28,11 +28,13 @@ impl Source {
         let mut order = Some(ScanOrder::all(1, false));
         loop {
             match order {
-                Some(order) => self.scan(flow, order).await?,
+                Some(order) => {
+                    self.scan(flow, order).await?;
+                    self.estimate_verify().await?;
+                }
                 None => self.drain(flow, Duration::MAX).await?,
             }
             let found = self.sync(flow).await?;
-            self.estimate_verify().await?;
             let kept_pages = self.kept_pages(flow);
             let decided = self.controller.synced(&Standing { kept_pages, ..self.standing(flow, found.dirty_pages) });
             self.tell(&decided);
@@ -48,9 +50,12 @@ impl Source {
         }
     }
 
-    /// Tells a decision, and keeps the forecast that a switchover rests on.
+    /// Tells a decision, and keeps the forecast that a switchover rests on. Once the guest stands still there is none to tell.
     pub(super) fn tell(&mut self, decided: &Decided) {
-        if decided.decision == Decision::SwitchOver && self.paused.is_none() {
+        if decided.decision == Decision::SwitchOver {
+            if self.paused.is_some() {
+                return;
+            }
             self.forecast = decided.forecast;
         }
         self.observers.tell(&Event::Decided(decided.clone()));
@@ -99,6 +104,10 @@ impl Source {
             flow.graph.in_flight.acknowledge_all();
         }
         let duration = began.elapsed();
+        if let Some(paused) = self.paused {
+            // The guest waits for the rest of a round that it is paused in, as for the last one.
+            self.parts.final_transfer += paused.max(began).elapsed();
+        }
         self.pages_frames += tally.batches;
         self.controller.round(&tally, duration, flow.graph.busiest_since(&before));
         self.observers.tell(&Event::RoundSent { tally, duration });
@@ -198,6 +207,10 @@ impl Source {
         let speed = self.speed.tick(wire_bytes);
         let now = self.standing_now(flow);
         let forecaster = self.controller.forecaster();
+        let expected = match self.paused {
+            Some(_) => self.controller.forecast(&now),
+            None => self.controller.forecast_within(&now),
+        };
         self.observers.tell(&Event::Progress(Progress {
             round: self.round,
             remaining_bytes: self.page_bytes(now.dirty_pages + now.in_flight_pages),
@@ -205,8 +218,8 @@ impl Source {
             wire_bytes,
             wire_rate: speed,
             page_rate: forecaster.page_bytes_per_second().unwrap_or(0.0),
-            dirty_rate: forecaster.dirty_bytes_per_second(),
-            expected_downtime: self.controller.forecast(&now).map(|forecast| forecast.expected()),
+            dirty_rate: forecaster.dirty_bytes_per_second().filter(|_| self.paused.is_none()),
+            expected_downtime: expected.map(|forecast| forecast.expected()),
             downtime_limit: self.controller.downtime_limit(),
             throttle: self.controller.throttle(),
             stages: flow.graph.readings(),

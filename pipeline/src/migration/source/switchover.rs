@@ -29,9 +29,7 @@ impl Source {
 
         let digests = self.start_digests();
         self.say_state(flow, device).await?;
-        let began = Instant::now();
         self.scan(flow, ScanOrder::all(self.round + 1, true)).await?;
-        self.parts.final_transfer = began.elapsed();
 
         if let Some(digests) = digests {
             self.say_digests(flow, digests).await?;
