@@ -235,10 +235,11 @@ impl Forecaster {
     /// A sync found what is dirty.
     pub fn synced(&mut self, now: &Standing) {
         // What was left then is found again: both syncs count as one.
-        let dirty = now.dirty_pages + self.sent_of_it.unwrap_or(0);
-        if self.sent_of_it.take().is_none() {
+        let sent = self.sent_of_it.take();
+        if sent.is_none() {
             self.measured_from = self.last_sync;
         }
+        let dirty = now.dirty_pages + sent.unwrap_or(0);
         let since = now.elapsed.saturating_sub(self.measured_from).as_secs_f64();
         if since > 0.0 {
             self.dirty_rate = Some(dirty as f64 / since);

@@ -272,9 +272,8 @@ impl Controller {
         let why = if now.elapsed >= deadline {
             format!("the deadline of {} has passed in round {}", human::time(deadline), self.round + 1)
         } else {
-            let switches = self.limits.on_deadline == OnDeadline::SwitchOver && self.is_allowed(forecast.as_ref());
-            let pressing = self.now_or_never(now.elapsed, forecast.as_ref());
-            let pressing = pressing.filter(|_| switches && !self.sampling)?;
+            let may_switch = !self.sampling && self.switches_for_a_budget(forecast.as_ref());
+            let pressing = self.now_or_never(now.elapsed, forecast.as_ref()).filter(|_| may_switch)?;
             format!("after {} {pressing}", human::time(now.elapsed))
         };
         let (decision, why) = self.end(&why, forecast.as_ref());
@@ -300,6 +299,11 @@ impl Controller {
     /// Does `max_downtime` allow it?
     fn is_allowed(&self, forecast: Option<&Forecast>) -> bool {
         self.limits.max_downtime.is_none_or(|most| forecast.is_some_and(|forecast| forecast.expected() <= most))
+    }
+
+    /// Does it switch over where a budget is used up?
+    fn switches_for_a_budget(&self, forecast: Option<&Forecast>) -> bool {
+        self.limits.on_deadline == OnDeadline::SwitchOver && self.is_allowed(forecast)
     }
 
     /// Would a switchover that begins later miss the deadline? In words, whether one that begins at once would keep it.
@@ -328,8 +332,7 @@ impl Controller {
         if elapsed >= deadline {
             return Some(format!("the deadline of {words} has passed"));
         }
-        let switches = self.limits.on_deadline == OnDeadline::SwitchOver && self.is_allowed(forecast);
-        if switches {
+        if self.switches_for_a_budget(forecast) {
             return self.now_or_never(elapsed, forecast);
         }
         // At the best another round leaves nothing: even that would be too late.
