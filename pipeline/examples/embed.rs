@@ -1,6 +1,6 @@
 //! A VMM that moves its own memory. Ctrl-C cancels: `cargo run --example embed 2000`, bytes a second, leaves time to try.
 use memferry::dirty_log::{DirtyLog, HashLog};
-use memferry::events::{Event, Observers, Phase, Role};
+use memferry::events::{Event, Observers, Phase, Queued, Role};
 use memferry::geometry::{BlockInfo, PageSize};
 use memferry::guest::{Guest, GuestError, GuestState, RunState, StateSection};
 use memferry::memory::{GuestMemory, MappedMemory, RamBlock};
@@ -71,25 +71,25 @@ impl Guest for Vmm {
 async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let vmm = |run_state| Arc::new(Vmm { ram: OnceLock::new(), cpu: Mutex::new((run_state, 0)) });
     let (here, there) = (vmm(RunState::Running), vmm(RunState::Paused));
-    let ram = BlockInfo::new("ram", 256 << 20);
-    here.build(PageSize::DEFAULT, &[ram], &GuestState::default())?;
+    here.build(PageSize::DEFAULT, &[BlockInfo::new("ram", 256 << 20)], &GuestState::default())?;
     let _vcpus = [here.clone(), there.clone()].map(|vmm| std::thread::spawn(move || vmm.vcpu()));
     let cancel = CancellationToken::new();
     let ctrl_c = cancel.clone();
     tokio::spawn(async move { tokio::signal::ctrl_c().await.map(|()| ctrl_c.cancel()) });
-    let watch = |_: Role, event: &Event| match event {
+    let watch = Arc::new(Queued::new(|_: Role, event: &Event| match event {
         Event::Progress(now) => println!("round {}: {} KiB left", now.round, now.remaining_bytes >> 10),
         Event::Decided(decided) => println!("{}", decided.why),
         _ => {}
-    };
+    })?); // It prints, and a terminal may block: the migration does not wait for it.
     let max_bandwidth = std::env::args().nth(1).map(|rate| rate.parse()).transpose()?;
     let settings = SourceSettings { max_bandwidth, ..SourceSettings::default() };
     let transport = Arc::new(MemoryTransport::new(1 << 20)); // Between hosts: transports::open("tcp:host:port", …).
     let (listener, plane) = (transport.listen().await?, DataPlane::new()?);
-    let (ours, theirs) = (Observers::new(Role::Source, vec![Arc::new(watch)]), Observers::none(Role::Destination));
+    let (ours, theirs) = (Observers::new(Role::Source, vec![watch.clone()]), Observers::none(Role::Destination));
     let sending = send(here.clone(), transport, settings, &plane, ours, cancel.clone());
     let receiving = receive(there.clone(), listener, DestinationSettings::default(), &plane, theirs, cancel);
     let (sent, _) = tokio::join!(sending, receiving);
+    watch.flush(std::time::Duration::from_secs(1));
     let (why, left, arrived) = (sent.error.unwrap_or_default(), here.cpu.lock().unwrap(), there.cpu.lock().unwrap());
     match sent.phase {
         Phase::Completed => println!("moved: it runs there, at step {}, and was paused {:?}", arrived.1, sent.downtime),

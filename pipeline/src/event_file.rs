@@ -1,44 +1,57 @@
 //! `--events FILE`: every event as a line of JSON ([`event_json`](crate::report::event_json)), as it happens.
 //!
-//! An observer must not block, and a disk may: a thread of its own writes, behind a bounded queue. What finds the queue full,
-//! or the disk, is left out, and the last line says how much that was; the migration goes on.
+//! An observer must not block, and a disk or a pipe may: an [`Outlet`] writes. What finds it full, or the disk, is left out; a line
+//! at that place says how much that was, and so does the end. The migration continues.
+//!
+//! A pipe that nobody reads yet is opened by the outlet's thread: the reader may come later.
 
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
+use rustix::fs::OFlags;
+use rustix::io::Errno;
+
 use crate::events::{Event, Observer, Role};
+use crate::outlet::{Direct, Outlet, Sink};
 use crate::report::event_json::EventLine;
 
 /// Lines that may wait: about a minute of a migration, some 2 MiB.
 const WAITING: usize = 1024;
 /// How long the last lines may take.
-const LAST_WORDS: Duration = Duration::from_secs(1);
+const LAST_WORDS: Duration = Duration::from_secs(2);
 
 /// A file that is written while a migration runs.
 #[derive(Debug)]
 pub(crate) struct EventFile {
     name: PathBuf,
-    /// What is written to; nothing where that is standard output.
+    /// What is written to, where that can be looked at.
     file: Option<File>,
     began: Instant,
-    /// Nothing once it is closed.
-    lines: Mutex<Option<SyncSender<EventLine>>>,
-    lost: Arc<AtomicU64>,
-    ended: Mutex<Receiver<Outcome>>,
+    lines: Outlet<EventLine>,
+    missing: Missing,
 }
 
-/// How many events are missing, and what the system said if it failed.
-#[derive(Debug)]
-struct Outcome {
-    lost: u64,
+/// What is missing so far: of the thread that writes, and whoever asks.
+#[derive(Clone, Debug, Default)]
+struct Missing(Arc<Mutex<Missed>>);
+
+#[derive(Debug, Default)]
+struct Missed {
+    events: u64,
+    /// The first failure.
     error: Option<io::Error>,
+    /// Is it a pipe that nobody has opened to read?
+    is_unread: bool,
+}
+
+impl Missing {
+    fn so_far(&self) -> MutexGuard<'_, Missed> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl EventFile {
@@ -48,23 +61,21 @@ impl EventFile {
     /// When it cannot be written, or is a disk.
     pub(crate) fn create(file: &Path) -> io::Result<Self> {
         if is_stdout(file) {
-            return Self::begin(file, Box::new(io::stdout()));
+            return Self::begin(file, Out::Open(Box::new(Direct(io::stdout()))));
         }
-        let out = open(file)?;
+        let Some(out) = open(file)? else { return Self::begin(file, Out::Unread(file.into())) };
         let kept = out.try_clone()?;
-        Ok(Self { file: Some(kept), ..Self::begin(file, Box::new(out))? })
+        Ok(Self { file: Some(kept), ..Self::begin(file, Out::Open(Box::new(Direct(out))))? })
     }
 
-    fn begin(file: &Path, out: Box<dyn Write + Send>) -> io::Result<Self> {
-        let (lines, queue) = sync_channel(WAITING);
-        let (end, ended) = sync_channel(1);
-        let (began, lost) = (Instant::now(), Arc::<AtomicU64>::default());
-        let writer = Writer { out, name: file.to_owned(), began, torn: false, lost: lost.clone(), error: None };
-        // The receiver is gone if nobody waited long enough.
-        let write = move || drop(end.send(writer.run(&queue)));
-        thread::Builder::new().name("memferry-events".into()).spawn(write)?;
-        let (lines, ended) = (Mutex::new(Some(lines)), Mutex::new(ended));
-        Ok(Self { name: file.to_owned(), file: None, began, lines, lost, ended })
+    fn begin(file: &Path, out: Out) -> io::Result<Self> {
+        let (began, missing) = (Instant::now(), Missing::default());
+        missing.so_far().is_unread = matches!(out, Out::Unread(_));
+        let name = file.to_owned();
+        let writer = Writer { out, name: name.clone(), began, is_torn: false, untold: 0, missing: missing.clone() };
+        let lines = Outlet::begin("memferry-events", WAITING, writer)?;
+        lines.put(EventLine::started(SystemTime::now()));
+        Ok(Self { name, file: None, began, lines, missing })
     }
 
     pub(crate) fn is_stdout(&self) -> bool {
@@ -77,34 +88,26 @@ impl EventFile {
         found.is_some_and(|found| found.nlink() == 0) && !self.name.exists()
     }
 
-    /// Writes what waits and the last line, and names what is missing, if anything is. Events after it are not written.
+    /// Writes what waits, and names what is missing, if anything is. Events after it are not written.
     pub(crate) fn close(&self) -> Option<String> {
-        self.lines.lock().unwrap_or_else(PoisonError::into_inner).take()?;
-        let outcome = self.ended.lock().unwrap_or_else(PoisonError::into_inner).recv_timeout(LAST_WORDS);
-        let name = self.name.display();
-        match outcome {
-            Ok(Outcome { lost: 0, error: None }) if self.was_removed() => {
-                Some(format!("the events in {name}: the file was removed"))
+        let is_over = self.lines.close(LAST_WORDS);
+        let (name, missing) = (self.name.display(), self.missing.so_far());
+        let events = missing.events;
+        match &missing.error {
+            _ if !is_over && missing.is_unread => Some(format!("the events in {name}: nobody reads this pipe")),
+            _ if !is_over => Some(format!("the events in {name}: it takes no more")),
+            Some(error) => Some(format!("the events in {name}, of which {events} are missing: {error}")),
+            None if events > 0 => {
+                Some(format!("the events in {name}, of which {events} are missing: it takes them too slowly"))
             }
-            Ok(Outcome { lost: 0, error: None }) => None,
-            Ok(Outcome { lost, error: Some(error) }) => {
-                Some(format!("the events in {name}, of which {lost} are missing: {error}"))
-            }
-            Ok(Outcome { lost, error: None }) => {
-                Some(format!("the events in {name}, of which {lost} are missing: it takes them too slowly"))
-            }
-            Err(_) => Some(format!("the events in {name}: it takes no more")),
+            None => self.was_removed().then(|| format!("the events in {name}: the file was removed")),
         }
     }
 }
 
 impl Observer for EventFile {
     fn event(&self, role: Role, event: &Event) {
-        let lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(lines) = lines.as_ref() else { return };
-        if let Err(TrySendError::Full(_)) = lines.try_send(EventLine::new(self.began.elapsed(), role, event)) {
-            self.lost.fetch_add(1, Ordering::Relaxed);
-        }
+        self.lines.put(EventLine::new(self.began.elapsed(), role, event));
     }
 }
 
@@ -112,58 +115,95 @@ fn is_stdout(file: &Path) -> bool {
     file == Path::new("-")
 }
 
-fn open(file: &Path) -> io::Result<File> {
-    if file.metadata().is_ok_and(|found| found.file_type().is_block_device()) {
+/// Opens it, but not a pipe that nobody reads: that would wait for a reader.
+fn open(file: &Path) -> io::Result<Option<File>> {
+    let is = |kind: fn(&std::fs::FileType) -> bool| file.metadata().is_ok_and(|found| kind(&found.file_type()));
+    if is(FileTypeExt::is_block_device) {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is a disk, and would be written over"));
     }
-    File::options().write(true).create(true).truncate(true).mode(0o600).open(file)
+    let mut options = File::options();
+    options.write(true).create(true).truncate(true).mode(0o600);
+    match options.custom_flags(OFlags::NONBLOCK.bits().cast_signed()).open(file) {
+        Err(error) if error.raw_os_error() == Some(Errno::NXIO.raw_os_error()) && is(FileTypeExt::is_fifo) => Ok(None),
+        opened => opened.map(Some),
+    }
 }
 
-/// The thread that writes.
+/// What is written to.
+enum Out {
+    Open(Box<dyn Write + Send>),
+    /// A pipe that nobody read when it began.
+    Unread(PathBuf),
+}
+
+/// What the outlet's thread does.
 struct Writer {
-    out: Box<dyn Write + Send>,
+    out: Out,
     name: PathBuf,
     began: Instant,
     /// Is the last line cut off?
-    torn: bool,
-    lost: Arc<AtomicU64>,
-    /// The first failure.
-    error: Option<io::Error>,
+    is_torn: bool,
+    /// Events that are missing and of which no line tells yet.
+    untold: u64,
+    missing: Missing,
+}
+
+impl Sink<EventLine> for Writer {
+    fn take(&mut self, line: EventLine) {
+        self.tell_missing();
+        let Err(error) = self.write(line.to_json().as_bytes()) else { return };
+        self.dropped(1);
+        let mut missing = self.missing.so_far();
+        if missing.error.is_none() {
+            tracing::warn!("events cannot be written to {}: {error}; the migration continues", self.name.display());
+            missing.error = Some(error);
+        }
+    }
+
+    fn dropped(&mut self, count: u64) {
+        self.untold += count;
+        self.missing.so_far().events += count;
+    }
+
+    fn end(&mut self) {
+        self.tell_missing();
+    }
 }
 
 impl Writer {
-    fn run(mut self, queue: &Receiver<EventLine>) -> Outcome {
-        self.put(&EventLine::started(SystemTime::now()));
-        while let Ok(line) = queue.recv() {
-            self.put(&line);
-        }
-        let lost = self.lost.load(Ordering::Relaxed);
-        if lost > 0 {
-            self.put(&EventLine::lost(self.began.elapsed(), lost));
-        }
-        Outcome { lost, error: self.error }
-    }
-
-    /// Writes a line, or counts it as lost.
-    fn put(&mut self, line: &EventLine) {
-        let Err(error) = self.write(line.to_json().as_bytes()) else { return };
-        self.lost.fetch_add(1, Ordering::Relaxed);
-        if self.error.is_none() {
-            tracing::warn!("events cannot be written to {}: {error}; the migration goes on", self.name.display());
-            self.error = Some(error);
+    /// A line says how many events are missing at its place, as soon as it can be written.
+    fn tell_missing(&mut self) {
+        if self.untold > 0
+            && self.write(EventLine::lost(self.began.elapsed(), self.untold).to_json().as_bytes()).is_ok()
+        {
+            self.untold = 0;
         }
     }
 
     /// The line reaches the file whole, or the next one begins a line of its own.
     fn write(&mut self, line: &[u8]) -> io::Result<()> {
-        if self.torn {
-            self.out.write_all(b"\n")?;
+        let (is_torn, out) = (self.is_torn, self.opened()?);
+        if is_torn {
+            out.write_all(b"\n")?;
         }
-        self.torn = true;
-        self.out.write_all(line)?;
-        self.out.flush()?;
-        self.torn = false;
+        self.is_torn = true;
+        let out = self.opened()?;
+        out.write_all(line)?;
+        out.flush()?;
+        self.is_torn = false;
         Ok(())
+    }
+
+    fn opened(&mut self) -> io::Result<&mut (dyn Write + Send)> {
+        if let Out::Unread(pipe) = &self.out {
+            let opened = File::options().write(true).open(pipe)?;
+            self.missing.so_far().is_unread = false;
+            self.out = Out::Open(Box::new(Direct(opened)));
+        }
+        match &mut self.out {
+            Out::Open(out) => Ok(out.as_mut()),
+            Out::Unread(_) => unreachable!("it was opened"),
+        }
     }
 }
 
@@ -173,6 +213,8 @@ mod tests {
     use crate::report::event_json::EventJson;
     use crate::report::tests::script;
     use std::os::unix::fs::PermissionsExt;
+    use std::sync::mpsc::{Receiver, sync_channel};
+    use std::thread;
 
     fn read(text: &[u8]) -> Vec<EventLine> {
         let lines = std::str::from_utf8(text).unwrap().lines();
@@ -241,23 +283,23 @@ mod tests {
     }
 
     #[test]
-    fn a_full_disk_costs_lines_and_the_last_line_says_how_many() {
+    fn a_full_disk_costs_lines_and_a_line_at_their_place_says_how_many() {
         let disk = Disk(Arc::new(Mutex::new((Vec::new(), 300))));
-        let file = EventFile::begin(Path::new("x"), Box::new(disk.clone())).unwrap();
+        let file = EventFile::begin(Path::new("x"), Out::Open(Box::new(disk.clone()))).unwrap();
         let tell = |times: usize| (0..times).for_each(|_| file.event(Role::Source, &Event::Paused));
         tell(20);
         // Until the thread has met the end of the disk and given up on all of them.
-        while file.lost.load(Ordering::Relaxed) + u64::try_from(read(&disk.0.lock().unwrap().0).len()).unwrap() < 21 {
+        while file.missing.so_far().events + u64::try_from(read(&disk.0.lock().unwrap().0).len()).unwrap() < 21 {
             thread::yield_now();
         }
-        let missing = file.lost.load(Ordering::Relaxed);
+        let missing = file.missing.so_far().events;
         disk.0.lock().unwrap().1 = 10_000;
         tell(5);
         let said = file.close().unwrap();
         assert!(said.starts_with(&format!("the events in x, of which {missing} are missing: ")), "{said}");
         let lines = read(&disk.0.lock().unwrap().0);
-        assert_eq!(lines.last().unwrap().event, EventJson::Lost { events: missing });
         assert_eq!(lines.len(), 1 + 25 - usize::try_from(missing).unwrap() + 1);
+        assert_eq!(lines[lines.len() - 6].event, EventJson::Lost { events: missing });
     }
 
     /// Takes nothing until it may.
@@ -278,14 +320,38 @@ mod tests {
     fn a_reader_that_takes_nothing_holds_nothing_up() {
         let disk = Disk(Arc::new(Mutex::new((Vec::new(), 10 << 20))));
         let (may, wait) = sync_channel(0);
-        let file = EventFile::begin(Path::new("x"), Box::new(Pipe(wait, disk.clone()))).unwrap();
-        // The first line is in the writer's hands, the queue takes the next ones.
+        let file = EventFile::begin(Path::new("x"), Out::Open(Box::new(Pipe(wait, disk.clone())))).unwrap();
+        // The first line is in the writer's hands, or it is one of those that the queue takes.
         (0..WAITING + 100).for_each(|_| file.event(Role::Source, &Event::Paused));
+        let missing = file.missing.so_far().events;
+        assert!((100..=101).contains(&missing), "{missing}");
         drop(may);
         let said = file.close().unwrap();
-        assert_eq!(said, "the events in x, of which 100 are missing: it takes them too slowly");
+        assert_eq!(said, format!("the events in x, of which {missing} are missing: it takes them too slowly"));
         let lines = read(&disk.0.lock().unwrap().0);
-        assert_eq!(lines.len(), 1 + WAITING + 1);
-        assert_eq!(lines.last().unwrap().event, EventJson::Lost { events: 100 });
+        assert_eq!(lines.len() as u64, 1 + WAITING as u64 + 100 - missing + 1);
+        assert_eq!(lines.last().unwrap().event, EventJson::Lost { events: missing });
+    }
+
+    #[test]
+    fn a_pipe_is_read_whenever_its_reader_comes_and_said_to_be_lost_if_none_does() {
+        let folder = tempfile::tempdir().unwrap();
+        let name = folder.path().join("pipe");
+        rustix::fs::mknodat(rustix::fs::CWD, &name, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+        let file = EventFile::create(&name).unwrap();
+        file.event(Role::Source, &Event::Paused);
+        let reader = thread::spawn({
+            let name = name.clone();
+            move || std::fs::read(name).unwrap()
+        });
+        assert_eq!(file.close(), None);
+        drop(file);
+        assert_eq!(read(&reader.join().unwrap()).len(), 2);
+        let file = EventFile::create(&name).unwrap();
+        file.event(Role::Source, &Event::Paused);
+        let said = file.close().unwrap();
+        assert!(said.ends_with("pipe: nobody reads this pipe"), "{said}");
+        // Somebody has to let the thread go.
+        drop(std::fs::read(name));
     }
 }

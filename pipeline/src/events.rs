@@ -12,6 +12,7 @@ use memferry_stages::tally::RoundTally;
 use crate::control::Changed;
 use crate::controller::Decided;
 use crate::controller::forecast::Forecast;
+pub use crate::outlet::Queued;
 
 /// Which end of a migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -205,7 +206,8 @@ pub struct Ended {
     pub resume_failed: bool,
 }
 
-/// Takes events as they happen. Called from the control plane: return soon, never block. A closure is one.
+/// Takes events as they happen. Called from the control plane: return soon, never block. One that may block, be it only because it
+/// prints, goes behind [`Queued`]. A closure is one.
 pub trait Observer: Send + Sync {
     /// One event of one end.
     fn event(&self, role: Role, event: &Event);

@@ -30,6 +30,7 @@ mod http;
 pub mod log;
 pub mod metrics;
 pub mod migration;
+mod outlet;
 mod partial;
 pub mod plan;
 pub mod progress;

@@ -102,7 +102,7 @@ fn events_have_standard_output_to_themselves() {
 #[test]
 fn a_full_disk_costs_the_events_and_not_the_migration() {
     let ended = scene().run(&["run", "run.toml", "--host-for", "0s", "--events", "/dev/full"]).expect(0);
-    ended.says(&["completed after", "the migration goes on", "LOST: the events in /dev/full, of which "]);
+    ended.says(&["completed after", "the migration continues", "LOST: the events in /dev/full, of which "]);
 }
 
 /// Whoever resumes the source where a migration failed must not do so for want of a report.
