@@ -8,7 +8,6 @@ use tracing_subscriber::filter::LevelFilter;
 use tracing_subscriber::fmt::MakeWriter;
 
 use crate::events::{Ended, Event, Observer, Role};
-use crate::progress::Screen;
 use crate::report::human;
 
 /// Writes every event as a log line: what an operator should act on as a warning, milestones as info, the rest as debug.
@@ -60,14 +59,15 @@ pub(crate) fn name(role: Role) -> &'static str {
     }
 }
 
-/// Sends log lines of a level ("warn", "memferry=debug,info") to standard error, above the progress bar.
+/// Sends log lines of a level ("warn", "memferry=debug,info") to a writer: each line in one piece. The writer must not block, for
+/// the stages log too.
 ///
 /// # Errors
 /// When the level is none.
 ///
 /// # Panics
 /// If a log was started in this process before.
-pub fn start(level: &str, screen: Screen) -> Result<(), String> {
+pub fn start(level: &str, writer: impl for<'a> MakeWriter<'a> + Send + Sync + 'static) -> Result<(), String> {
     let refuse = || format!("--log {level:?} is not a level; write error, warn, info, debug or trace");
     // The filter takes a word that is no level for the name of a module, and would log nothing.
     let is_level = |part: &str| part.contains('=') || part.trim().parse::<LevelFilter>().is_ok();
@@ -76,30 +76,8 @@ pub fn start(level: &str, screen: Screen) -> Result<(), String> {
     }
     let filter = EnvFilter::builder().parse(level).map_err(|error| format!("{}: {error}", refuse()))?;
     let lines = tracing_subscriber::fmt().with_env_filter(filter).with_target(false);
-    lines.with_ansi(io::stderr().is_terminal()).with_writer(LogWriter(screen)).init();
+    lines.with_ansi(io::stderr().is_terminal()).with_writer(writer).init();
     Ok(())
-}
-
-/// Writes each line above the bar.
-#[derive(Clone, Debug)]
-struct LogWriter(Screen);
-
-impl io::Write for LogWriter {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.write(bytes).map(|()| bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-impl MakeWriter<'_> for LogWriter {
-    type Writer = Self;
-
-    fn make_writer(&self) -> Self {
-        self.clone()
-    }
 }
 
 #[cfg(test)]

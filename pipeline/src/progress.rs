@@ -1,7 +1,8 @@
 //! Shows a migration while it runs: a bar on a terminal, a line a second elsewhere.
 //!
 //! Both are observers of one end ([`Role`]) and show the same figures ([`figures`]). They write to standard error, so
-//! that standard output holds the verdict alone.
+//! that standard output holds the verdict alone. Both write as they are called: where a writer or a terminal may block, they belong
+//! on a thread of their own, or in front of a writer that does not.
 
 use std::fmt;
 use std::io::Write;
@@ -11,6 +12,7 @@ use std::time::{Duration, Instant};
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::events::{Event, Observer, Phase, Progress, Role};
+use crate::outlet::Direct;
 use crate::report::human;
 
 /// How often a line is written where there is no terminal.
@@ -119,7 +121,7 @@ impl Default for Screen {
 impl Screen {
     /// Writes to standard error above the bar, if there is one.
     pub fn write(&self, bytes: &[u8]) -> std::io::Result<()> {
-        self.0.suspend(|| std::io::stderr().lock().write_all(bytes))
+        self.0.suspend(|| Direct(std::io::stderr()).write_all(bytes))
     }
 }
 

@@ -1,22 +1,22 @@
 //! The `memferry` program: what its command line says, and what it does.
 
-/// Writes a line to standard error. Nobody may read it any more (a closed terminal, a full disk): that must not end a migration,
-/// as the panic of `eprintln!` would.
+/// Says a line on standard error: see [`console::tell`].
 macro_rules! tell {
-    ($($text:tt)*) => {{
-        use std::io::Write as _;
-        drop(writeln!(std::io::stderr(), $($text)*));
-    }};
+    ($($text:tt)*) => {
+        $crate::cli::console::tell(format_args!($($text)*))
+    };
 }
 
 mod args;
 mod check;
+mod console;
 mod control;
 mod hosting;
 pub mod inspect;
 mod outlets;
 mod plan;
 mod record;
+mod reports;
 mod session;
 mod signals;
 mod verdict;
@@ -26,6 +26,7 @@ use std::future::Future;
 use std::io::{IsTerminal, Write};
 use std::path::Path;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::Parser;
 use memferry_transports::Address;
@@ -34,7 +35,6 @@ use crate::config::{self, Config, Purpose};
 use crate::events::Role;
 use crate::guest::file::guard;
 use crate::log;
-use crate::progress::Screen;
 use args::{Command, CommandLine, Configured, Migrate, Record};
 use inspect::Inspection;
 use outlets::Outlets;
@@ -43,10 +43,14 @@ use verdict::{BAD_USAGE, DONE, FAILED};
 
 /// Threads of the control plane: timers, signals, the handshakes. The data has a runtime of its own.
 const CONTROL_THREADS: usize = 2;
+/// How long what a command left behind may take to end with it.
+const TIDY_UP: Duration = Duration::from_secs(1);
 
 /// Runs the command that the command line names.
 #[must_use]
 pub fn main() -> ExitCode {
+    signals::outlive_full_files();
+    let _last_words = console::LastWords;
     match CommandLine::parse().command {
         Command::Run(options) => migrate(options, "run", Purpose::Run, Role::Source),
         Command::Send(options) => migrate(options, "send", Purpose::Send, Role::Source),
@@ -73,8 +77,10 @@ fn migrate(options: Migrate, role: &'static str, purpose: Purpose, watch: Role) 
     if let Some(why) = nowhere(&options).or_else(|| named_twice(&options)) {
         return complain(&why, BAD_USAGE);
     }
-    let screen = Screen::default();
-    if let Err(error) = log::start(options.log_level(), screen.clone()) {
+    if let Err(error) = console::start() {
+        return refused(&error);
+    }
+    if let Err(error) = log::start(options.log_level(), || console::Stderr) {
         return complain(&error, BAD_USAGE);
     }
     let command = async {
@@ -82,7 +88,7 @@ fn migrate(options: Migrate, role: &'static str, purpose: Purpose, watch: Role) 
             Ok(outlets) => outlets,
             Err(why) => return Ok(complain(&why, BAD_USAGE)),
         };
-        let mut session = Session::new(config, options, role, watch, &screen, outlets)?;
+        let mut session = Session::new(config, options, role, watch, outlets)?;
         let server = match session.serve_control().await {
             Ok(server) => server,
             Err(error) => return Ok(complain(&format!("--control: {error}"), BAD_USAGE)),
@@ -102,7 +108,7 @@ fn migrate(options: Migrate, role: &'static str, purpose: Purpose, watch: Role) 
     };
     match on_control_plane(command) {
         Ok(code) => code,
-        Err(error) => complain(&format!("the system refuses to run it: {error}"), FAILED),
+        Err(error) => refused(&error),
     }
 }
 
@@ -111,7 +117,7 @@ fn ask(asking: impl Future<Output = Result<String, String>>) -> ExitCode {
     match on_control_plane(async { Ok(asking.await) }) {
         Ok(Ok(said)) => print(&said, DONE),
         Ok(Err(why)) => complain(&why, FAILED),
-        Err(error) => complain(&format!("the system refuses to run it: {error}"), FAILED),
+        Err(error) => refused(&error),
     }
 }
 
@@ -166,9 +172,12 @@ fn record(options: Record) -> ExitCode {
     if let Some(why) = unwritable("-o", &options.output) {
         return complain(&why, BAD_USAGE);
     }
+    if let Err(error) = console::start() {
+        return refused(&error);
+    }
     match on_control_plane(record::run(config, options)) {
         Ok(code) => code.into(),
-        Err(error) => complain(&format!("the system refuses to run it: {error}"), FAILED),
+        Err(error) => refused(&error),
     }
 }
 
@@ -206,13 +215,21 @@ fn load(configured: &Configured, purpose: Purpose) -> Result<Config, ExitCode> {
 fn on_control_plane<T>(command: impl Future<Output = std::io::Result<T>>) -> std::io::Result<T> {
     let mut builder = tokio::runtime::Builder::new_multi_thread();
     builder.worker_threads(CONTROL_THREADS).thread_name("memferry-control").enable_all();
-    builder.build()?.block_on(command)
+    let runtime = builder.build()?;
+    let done = runtime.block_on(command);
+    // A thread that blocks for ever must not keep the program from its end.
+    runtime.shutdown_timeout(TIDY_UP);
+    done
 }
 
 fn print(text: &str, code: u8) -> ExitCode {
     // A reader that has seen enough closes the pipe.
     drop(writeln!(std::io::stdout(), "{}", text.trim_end()));
     code.into()
+}
+
+fn refused(error: &std::io::Error) -> ExitCode {
+    complain(&format!("the system refuses to run it: {error}"), FAILED)
 }
 
 fn complain(what: &str, code: u8) -> ExitCode {

@@ -1,10 +1,9 @@
 //! `memferry record`: follows a guest's dirty pages and moves nothing.
 
-use std::io::Write;
-
 use serde::Serialize;
 
 use super::args::Record;
+use super::console;
 use super::hosting::Hosted;
 use super::signals::Signals;
 use super::verdict::{DONE, FAILED};
@@ -27,7 +26,7 @@ struct Planned<'a> {
 
 /// Records, and hosts a guest that lives here until it is over: the exit code.
 pub(super) async fn run(config: Config, options: Record) -> std::io::Result<u8> {
-    let signals = Signals::listen()?;
+    let (signals, cancel) = Signals::listen("ending the recording")?;
     let guest = match Hosted::source(&config).await {
         Ok(guest) => guest,
         Err(error) => return Ok(failed(&error.to_string())),
@@ -39,7 +38,6 @@ pub(super) async fn run(config: Config, options: Record) -> std::io::Result<u8> 
         zstd_level: config.encoder.compress_level.unwrap_or(ZSTD_LEVEL),
         settings: planned(&config),
     };
-    let cancel = signals.arm("ending the recording");
     if !options.quiet && options.length.is_none() {
         tell!("memferry: recording; Ctrl-C ends it and writes the trace");
     }
@@ -95,7 +93,9 @@ fn failed(why: &str) -> u8 {
     FAILED
 }
 
-/// Writes to standard output; nobody need be reading.
+/// Says it on standard output; beside it, if nobody takes it there.
 fn say(text: &str) {
-    drop(writeln!(std::io::stdout(), "{text}"));
+    if !console::print(text) {
+        tell!("{text}");
+    }
 }

@@ -3,18 +3,17 @@
 //! Each is the same list of steps: make the guest, migrate it, say how it ended, write the report, host what lives here.
 
 use std::future::Future;
-use std::io::{IsTerminal, Write};
-use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use memferry_transports::{Address, Listener, Transport};
 use tokio_util::sync::CancellationToken;
 
 use super::args::Migrate;
-use super::check;
+use super::console;
 use super::hosting::Hosted;
 use super::outlets::Outlets;
+use super::reports::Reports;
 use super::signals::Signals;
 use super::verdict::{FAILED, exit_code, joint, never_begun};
 use crate::api::Server;
@@ -25,10 +24,8 @@ use crate::guest::GuestError;
 use crate::log::LogObserver;
 use crate::metrics::MetricsObserver;
 use crate::migration::{self, DataPlane};
-use crate::progress::{ProgressDisplay, ProgressLines, Screen};
 use crate::report::account::{Account, Accountant};
-use crate::report::html::Page;
-use crate::report::{Frame, Report, status, table};
+use crate::report::{Frame, status, table};
 
 /// How long one end may take to find out that the other has ended, before it is told.
 const FIND_OUT: Duration = Duration::from_secs(2);
@@ -58,17 +55,20 @@ impl Session {
         options: Migrate,
         role: &'static str,
         watch: Role,
-        screen: &Screen,
         outlets: Outlets,
     ) -> std::io::Result<Self> {
+        let (signals, cancel) = Signals::listen(CANCELLING)?;
         let accountant = Arc::new(Accountant::default());
-        let mut observers: Vec<Arc<dyn Observer>> =
-            vec![accountant.clone(), Arc::new(LogObserver), Arc::new(MetricsObserver::new())];
+        let mut observers: Vec<Arc<dyn Observer>> = vec![
+            Arc::new(signals.clone()),
+            accountant.clone(),
+            Arc::new(LogObserver),
+            Arc::new(MetricsObserver::new()),
+        ];
         if !options.quiet {
-            observers.push(progress(watch, screen));
+            observers.push(console::progress(watch));
         }
-        let (signals, plane) = (Signals::listen()?, DataPlane::new()?);
-        let control = signals.arm(CANCELLING).into();
+        let (control, plane) = (cancel.into(), DataPlane::new()?);
         Ok(Self { config, options, role, accountant, observers, signals, control, plane, outlets })
     }
 
@@ -232,42 +232,16 @@ impl Session {
     fn conclude(&self, verdict: &Ended, account: &Account, far: Option<&Account>) {
         let capped = account.is_capped(self.config.migration.max_bandwidth.0.is_some());
         let frame = Frame { role: self.role, capped };
-        let mut lost = Vec::new();
-        if !self.options.report.is_empty() {
-            lost = self.write_reports(&Report::new(frame, verdict, account, far), account, far);
-        }
-        lost.extend(self.outlets.close());
+        let reports = Reports::begin(&self.options.report, &self.config, frame, verdict, account, far);
         self.say(&table::verdict(verdict, account));
         if !self.options.quiet && !account.rounds.is_empty() {
             self.say(&format!("\n{}", table::summary(frame, account, far).trim_end()));
         }
+        let mut lost = reports.finish();
+        lost.extend(self.outlets.close());
         if !lost.is_empty() {
             tell!("memferry: LOST: {}; the verdict stands: {}", lost.join("; "), status(verdict.phase));
         }
-    }
-
-    /// Those that cannot be written, and why.
-    fn write_reports(&self, report: &Report, account: &Account, other: Option<&Account>) -> Vec<String> {
-        let write = |file: &std::path::PathBuf| {
-            let error = self.write_report(file, report, account, other).err()?;
-            Some(format!("the report {}: {error}", file.display()))
-        };
-        self.options.report.iter().filter_map(write).collect()
-    }
-
-    /// A page for a person where the file's ending asks for one, else JSON.
-    fn write_report(
-        &self,
-        file: &Path,
-        report: &Report,
-        account: &Account,
-        other: Option<&Account>,
-    ) -> std::io::Result<()> {
-        if !file.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("html")) {
-            return report.write(file);
-        }
-        let (settings, configuration) = (&self.config.source(), &check::written(&self.config));
-        Page { report, account, other, settings, configuration, written: SystemTime::now() }.write(file)
     }
 
     /// Hosts a guest that lives in this program, for as long as the options say; else until a signal.
@@ -291,28 +265,17 @@ impl Session {
         if health.is_sound { code } else { FAILED }
     }
 
-    /// Writes to standard output, or beside it where events are written there; nobody need be reading.
+    /// Says it on standard output; beside it, where events are written there or nobody takes it.
     fn say(&self, text: &str) {
-        drop(if self.outlets.have_stdout() {
-            writeln!(std::io::stderr(), "{text}")
-        } else {
-            writeln!(std::io::stdout(), "{text}")
-        });
+        if self.outlets.have_stdout() || !console::print(text) {
+            tell!("{text}");
+        }
     }
 
     fn note(&self, line: &str) {
         if !self.options.quiet {
             tell!("memferry: {line}");
         }
-    }
-}
-
-/// A bar on a terminal, lines elsewhere.
-fn progress(watch: Role, screen: &Screen) -> Arc<dyn Observer> {
-    if std::io::stderr().is_terminal() {
-        Arc::new(ProgressDisplay::new(watch, screen))
-    } else {
-        Arc::new(ProgressLines::new(watch, std::io::stderr()))
     }
 }
 

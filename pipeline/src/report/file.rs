@@ -7,7 +7,7 @@ use crate::partial::{Partial, is_no_plain_file, open_private};
 
 /// Writes to a temporary name beside `file` first, so that `file` is whole or as it was, and only its owner's. What is no
 /// plain file (`/dev/stdout`, a pipe, a link) is written into, never replaced.
-pub(super) fn write(file: &Path, bytes: &[u8]) -> io::Result<()> {
+pub(crate) fn write(file: &Path, bytes: &[u8]) -> io::Result<()> {
     if is_no_plain_file(file) {
         return open_private(file)?.write_all(bytes);
     }

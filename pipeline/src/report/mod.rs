@@ -24,6 +24,7 @@ use crate::controller::forecast::{Forecast, whole};
 use crate::controller::{Decided, Decision};
 use crate::events::{BlockFacts, Ended, Phase};
 use account::{Account, Round};
+pub(crate) use file::write;
 
 /// The version of the report's names.
 pub const SCHEMA: u32 = 1;
@@ -299,9 +300,14 @@ impl Report {
     /// # Errors
     /// When it cannot be written.
     pub fn write(&self, file: &Path) -> io::Result<()> {
+        write(file, &self.to_json())
+    }
+
+    /// The JSON that [`write`](Self::write) puts into a file.
+    pub(crate) fn to_json(&self) -> Vec<u8> {
         let mut json = serde_json::to_vec_pretty(self).expect("plain values become JSON");
         json.push(b'\n');
-        file::write(file, &json)
+        json
     }
 }
 

@@ -1,0 +1,121 @@
+//! `--report FILE`: what is written once a migration has ended, each report through an outlet of its own. A disk or a pipe that
+//! takes nothing costs the report, and holds the end up for a limited time.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+use super::check;
+use crate::config::Config;
+use crate::events::Ended;
+use crate::outlet::{Outlet, Sink};
+use crate::report::account::Account;
+use crate::report::html::Page;
+use crate::report::{Frame, Report, write};
+
+/// How long all of them may take.
+const TIME: Duration = Duration::from_secs(10);
+
+/// The reports that are being written.
+pub(super) struct Reports(Vec<Writing>);
+
+/// One of them.
+struct Writing {
+    file: PathBuf,
+    outcome: Outcome,
+    /// Nothing if it could not even begin.
+    outlet: Option<Outlet<Vec<u8>>>,
+}
+
+/// Why it is not written, if it is not.
+#[derive(Clone, Default)]
+struct Outcome(Arc<Mutex<Option<io::Error>>>);
+
+impl Outcome {
+    fn failed(&self, error: io::Error) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+    }
+
+    fn error(&self) -> Option<io::Error> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
+impl Reports {
+    /// Begins to write all that the options name.
+    pub(super) fn begin(
+        files: &[PathBuf],
+        config: &Config,
+        frame: Frame,
+        verdict: &Ended,
+        account: &Account,
+        far: Option<&Account>,
+    ) -> Self {
+        if files.is_empty() {
+            return Self(Vec::new());
+        }
+        let report = Report::new(frame, verdict, account, far);
+        let text = |file: &Path| {
+            if !file.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("html")) {
+                return report.to_json();
+            }
+            let (settings, configuration) = (&config.source(), &check::written(config));
+            let page =
+                Page { report: &report, account, other: far, settings, configuration, written: SystemTime::now() };
+            page.render().into_bytes()
+        };
+        Self(files.iter().map(|file| Writing::begin(file.clone(), text(file))).collect())
+    }
+
+    /// Waits for them: those that are lost, and why.
+    pub(super) fn finish(self) -> Vec<String> {
+        let end = Instant::now() + TIME;
+        self.0.iter().filter_map(|writing| writing.finish(end)).collect()
+    }
+}
+
+impl Writing {
+    fn begin(file: PathBuf, text: Vec<u8>) -> Self {
+        let outcome = Outcome::default();
+        let writer = Writer { file: file.clone(), outcome: outcome.clone() };
+        let outlet = match Outlet::begin("memferry-report", 1, writer) {
+            Ok(outlet) => {
+                outlet.put(text);
+                Some(outlet)
+            }
+            Err(error) => {
+                outcome.failed(error);
+                None
+            }
+        };
+        Self { file, outcome, outlet }
+    }
+
+    fn finish(&self, end: Instant) -> Option<String> {
+        let file = self.file.display();
+        let left = end.saturating_duration_since(Instant::now());
+        if self.outlet.as_ref().is_some_and(|outlet| !outlet.close(left)) {
+            return Some(format!("the report {file}: it has taken too little for {TIME:?}"));
+        }
+        self.outcome.error().map(|error| format!("the report {file}: {error}"))
+    }
+}
+
+/// What the outlet's thread does.
+struct Writer {
+    file: PathBuf,
+    outcome: Outcome,
+}
+
+impl Sink<Vec<u8>> for Writer {
+    fn take(&mut self, text: Vec<u8>) {
+        if let Err(error) = write(&self.file, &text) {
+            self.outcome.failed(error);
+        }
+    }
+
+    fn dropped(&mut self, _: u64) {
+        unreachable!("there is one text, and room for it");
+    }
+}
