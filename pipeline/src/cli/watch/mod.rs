@@ -4,6 +4,7 @@
 //! output is no terminal it writes a line for each thing that happens ([`words`]). The terminal is left as it was found, however
 //! it ends.
 
+mod leave;
 mod model;
 mod source;
 #[cfg(test)]
@@ -12,14 +13,12 @@ mod view;
 mod words;
 
 use std::io::{self, IsTerminal, Write};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::Duration;
 
 use crossterm::event::{self, KeyCode, KeyEventKind, KeyModifiers};
 use ratatui::DefaultTerminal;
-use tokio::signal::unix::{SignalKind, signal};
 
 use super::verdict::{DONE, FAILED};
 use model::Model;
@@ -48,6 +47,7 @@ enum Outcome {
 /// # Errors
 /// When the terminal or the system refuses.
 pub(super) async fn watch(name: &str, speed: Option<f64>) -> io::Result<u8> {
+    let stop = leave::when_over()?;
     let on_screen = io::stdout().is_terminal() && std::env::var_os("TERM").is_some_and(|term| term != "dumb");
     let heard = match source::open(name, speed.or(on_screen.then_some(1.0))).await {
         Ok(heard) => heard,
@@ -56,19 +56,6 @@ pub(super) async fn watch(name: &str, speed: Option<f64>) -> io::Result<u8> {
             return Ok(FAILED);
         }
     };
-    let stop = Arc::new(AtomicBool::new(false));
-    let mut signals =
-        [signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?, signal(SignalKind::hangup())?];
-    let signalled = stop.clone();
-    tokio::spawn(async move {
-        let [interrupt, terminate, hangup] = &mut signals;
-        tokio::select! {
-            _ = interrupt.recv() => {}
-            _ = terminate.recv() => {}
-            _ = hangup.recv() => {}
-        }
-        signalled.store(true, Ordering::Relaxed);
-    });
     let name = if name == "-" { "standard input" } else { name }.to_owned();
     let show = move || if on_screen { show(&name, &heard, &stop) } else { tell(&name, &heard, &stop) };
     tokio::task::spawn_blocking(show).await.map_err(io::Error::other)?
@@ -79,7 +66,11 @@ fn show(name: &str, heard: &Receiver<Heard>, stop: &AtomicBool) -> io::Result<u8
     let mut model = Model::default();
     let outcome = {
         let mut screen = Screen::open()?;
-        until_the_end(&mut screen, &mut model, heard, stop)?
+        match until_the_end(&mut screen, &mut model, heard, stop) {
+            // A terminal that is gone can be neither drawn on nor asked.
+            Err(_) if stop.load(Ordering::Relaxed) => Outcome::Quit,
+            outcome => outcome?,
+        }
     };
     Ok(conclude(name, &model, outcome))
 }
@@ -145,7 +136,8 @@ impl Screen {
 
 impl Drop for Screen {
     fn drop(&mut self) {
-        ratatui::restore();
+        // The terminal may be gone.
+        drop(ratatui::try_restore());
     }
 }
 
@@ -179,7 +171,7 @@ fn tell(name: &str, heard: &Receiver<Heard>, stop: &AtomicBool) -> io::Result<u8
 /// What stays on the terminal.
 fn conclude(name: &str, model: &Model, outcome: Outcome) -> u8 {
     if let Some(ended) = &model.shown().1.ended {
-        println!("{}", words::printable(&words::verdict(ended)));
+        drop(writeln!(io::stdout(), "{}", words::printable(&words::verdict(ended))));
     }
     code(name, model, &outcome)
 }
