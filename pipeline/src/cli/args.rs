@@ -46,8 +46,12 @@ Examples:
   memferry send source.toml --set transport.address=tcp:10.0.0.2:7777 --report send.json
   memferry send configs/image-send.toml --set migration.max_bandwidth='200 MiB/s'
 
-Ctrl-C cancels: the guest goes on here as it was; a second one ends the program at once. A guest that lives in this program
-and was not moved goes on being hosted until the next signal, or for --host-for; the exit code is the migration's.";
+Ctrl-C cancels, as SIGTERM and SIGHUP do: the guest continues here as it was; a second one ends the program at once. Ctrl-Z while
+the guest is paused waits for the end of the migration. A guest that lives in this program and was not moved is hosted until the
+next signal, or for --host-for; the exit code is the migration's.
+
+Nothing that watches holds up a migration: what standard error, standard output or a file of events takes too slowly is dropped,
+and counted once there is room again.";
 
 const RECV_EXAMPLES: &str = "\
 Examples:
@@ -110,7 +114,8 @@ const CANCEL_EXAMPLES: &str = "\
 Examples:
   memferry cancel /run/guest.sock
 
-The guest goes on at the source as it was. Exit code 1 if it is too late, or nobody answers.";
+Waits for the end of the migration and says where the guest is: at the source as it was, unless it says otherwise. Exit code 1
+if it is too late, the guest could not be resumed, the migration has not ended after 30 s, or nobody answers.";
 
 const SWITCH_OVER_EXAMPLES: &str = "\
 Examples:
@@ -188,7 +193,7 @@ pub(super) enum Command {
         #[arg(required = true, value_name = "KEY=VALUE", value_parser = super::control::setting)]
         settings: Vec<(String, serde_json::Value)>,
     },
-    /// Ends a running migration; the guest goes on at the source
+    /// Ends a running migration; the guest continues at the source
     #[command(after_help = CANCEL_EXAMPLES)]
     Cancel(Controlled),
     /// Has a running migration pause its guest and finish
@@ -244,11 +249,11 @@ pub(super) struct Migrate {
     #[command(flatten)]
     pub(super) configured: Configured,
     /// Writes a report, whole or not at all: a page for a person if FILE ends in .html, else JSON; may be given once for each.
-    /// One that is lost (a full disk) is told of at the end, and does not change the exit code
+    /// One that is lost (a full disk, a pipe that nobody reads for 10 s) is told of at the end, and does not change the exit code
     #[arg(long, value_name = "FILE", value_parser = file)]
     pub(super) report: Vec<PathBuf>,
-    /// Writes every event as a line of JSON as it happens, for its owner only; - is standard output. What is lost of it is told
-    /// at the end, and does not change the exit code
+    /// Writes every event as a line of JSON as it happens, for its owner only; - is standard output. The reader of a pipe may come
+    /// later. What is lost of it is told at the end, and does not change the exit code
     #[arg(long, value_name = "FILE", value_parser = file)]
     pub(super) events: Option<PathBuf>,
     /// Serves figures to Prometheus at http://ADDRESS/metrics for as long as the program lives, as in 127.0.0.1:9464; with port 0

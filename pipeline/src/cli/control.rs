@@ -1,13 +1,18 @@
 //! The commands that ask a running migration through its control API: `status`, `set`, `cancel`, `switch-over`.
 
 use std::io::ErrorKind;
+use std::time::Duration;
 
 use memferry_transports::Address;
 use serde_json::{Map, Value};
 
-use crate::api::client::{self, ClientError};
+use crate::api::client::{self, ClientError, Lines};
 use crate::api::patch;
+use crate::report::event_json::{EndedJson, EventJson, EventLine, PhaseName, RoleName};
 use crate::report::human;
+
+/// How long a cancelled migration may take to end: a command of the guest's may have to come to its end first.
+const END_TIME: Duration = Duration::from_secs(30);
 
 /// The address of a control socket: `unix:/path`, or the path alone.
 pub(super) fn socket(text: &str) -> Result<Address, String> {
@@ -49,10 +54,86 @@ pub(super) async fn set(address: &Address, settings: Vec<(String, Value)>) -> Re
     Ok(settings.keys().map(line).collect::<Vec<_>>().join("\n"))
 }
 
-/// `memferry cancel`
+/// `memferry cancel`: waits for the end, and says where the guest is.
 pub(super) async fn cancel(address: &Address) -> Result<String, String> {
+    let watching = client::events(address).await;
     client::cancel(address).await.map_err(in_words)?;
-    Ok("cancelling: the guest goes on at the source".into())
+    let mut seen = Seen::default();
+    let ended = match watching {
+        Ok(lines) => tokio::time::timeout(END_TIME, seen.to_the_end(lines)).await.is_ok(),
+        // Too many watch already.
+        Err(_) => false,
+    };
+    seen.verdict(ended, address)
+}
+
+/// What the events of a migration that is cancelled have said.
+#[derive(Debug, Default)]
+struct Seen {
+    role: Option<RoleName>,
+    is_paused: bool,
+    ended: Option<EndedJson>,
+}
+
+impl Seen {
+    /// Reads to the end of the migration, or of the lines.
+    async fn to_the_end(&mut self, mut lines: Lines) {
+        while let Ok(Some(line)) = lines.next().await {
+            // Whatever is no event known here says nothing of the end.
+            if let Ok(line) = EventLine::from_json(&line) {
+                self.note(line);
+            }
+            if self.ended.is_some() {
+                break;
+            }
+        }
+    }
+
+    fn note(&mut self, line: EventLine) {
+        self.role = line.role.or(self.role);
+        match line.event {
+            EventJson::Phase { phase: PhaseName::Switchover } | EventJson::Paused => self.is_paused = true,
+            EventJson::Resumed => self.is_paused = false,
+            EventJson::Ended(ended) => self.ended = Some(ended),
+            _ => {}
+        }
+    }
+
+    fn verdict(self, lines_ended: bool, address: &Address) -> Result<String, String> {
+        let Some(ended) = self.ended else {
+            return match (lines_ended, self.role) {
+                (true, None) => Ok("cancelled before it began: nothing has changed".into()),
+                (true, Some(_)) => {
+                    Err("the program ended without saying how the migration did: look at its output".into())
+                }
+                (false, _) => Err(format!(
+                    "cancelling, but it has not ended yet{}; ask again: memferry status {address}",
+                    self.guest()
+                )),
+            };
+        };
+        let why = ended.error.map(|why| format!(": {why}")).unwrap_or_default();
+        match (ended.phase, self.role) {
+            _ if ended.resume_failed => Err(format!("the migration ended, and the guest is paused at the source{why}")),
+            (PhaseName::Cancelled | PhaseName::Failed, Some(RoleName::Destination)) => {
+                Ok("cancelled here, at the destination: the source is told so and decides about the guest".into())
+            }
+            (PhaseName::Cancelled, _) => Ok("cancelled: the guest continues at the source".into()),
+            (PhaseName::Failed, _) => {
+                Ok(format!("the migration failed before it was cancelled, and the guest continues at the source{why}"))
+            }
+            (PhaseName::Completed, _) => Err("too late: the migration is completed".into()),
+            _ => Err(format!("too late: the handover is not confirmed{why}")),
+        }
+    }
+
+    fn guest(&self) -> &'static str {
+        match self.role {
+            Some(RoleName::Source) if self.is_paused => ": the guest is paused at the source",
+            Some(RoleName::Source) => ": the guest runs at the source",
+            _ => "",
+        }
+    }
 }
 
 /// `memferry switch-over`
@@ -156,14 +237,15 @@ fn rate(value: &Value) -> String {
 
 fn time(value: &Value) -> String {
     let seconds = value.as_f64().unwrap_or(0.0) / 1000.0;
-    human::time(std::time::Duration::try_from_secs_f64(seconds).unwrap_or_default())
+    human::time(Duration::try_from_secs_f64(seconds).unwrap_or_default())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cli::verdict::never_begun;
     use crate::control::{InForce, Status};
-    use crate::events::{Phase, Progress, Role};
+    use crate::events::{Ended, Event, Phase, Progress, Role};
     use crate::report::status_json::StatusJson;
     use crate::settings::SourceSettings;
 
@@ -193,6 +275,37 @@ mod tests {
         assert!(wrong("downtime_limit=soon").contains("write a length of time such as"));
         assert!(wrong("max_bandwidth=\"1 MiB/s\"").contains("write a rate such as"));
         assert!(wrong("max_bandwidth=1").contains("too slow"));
+    }
+
+    #[test]
+    fn a_cancel_says_where_the_guest_is() {
+        let address = socket("/run/a.sock").unwrap();
+        let line = |role, event| EventLine::new(Duration::ZERO, role, &event);
+        let ended = |phase, resume_failed| Event::Ended(Ended { phase, resume_failed, ..never_begun("why".into()) });
+        let says = |events: Vec<Event>, role, is_over| {
+            let mut seen = Seen::default();
+            events.into_iter().for_each(|event| seen.note(line(role, event)));
+            seen.verdict(is_over, &address).unwrap_or_else(|why| format!("NO: {why}"))
+        };
+        let at_source = |events| says(events, Role::Source, true);
+        assert_eq!(at_source(vec![ended(Phase::Cancelled, false)]), "cancelled: the guest continues at the source");
+        assert_eq!(
+            at_source(vec![ended(Phase::Cancelled, true)]),
+            "NO: the migration ended, and the guest is paused at the source: why"
+        );
+        assert_eq!(at_source(vec![ended(Phase::Completed, false)]), "NO: too late: the migration is completed");
+        assert_eq!(
+            at_source(vec![ended(Phase::Unconfirmed, false)]),
+            "NO: too late: the handover is not confirmed: why"
+        );
+        assert!(at_source(vec![ended(Phase::Failed, false)]).ends_with("the guest continues at the source: why"));
+        assert!(at_source(Vec::new()).starts_with("cancelled before it began"));
+        assert!(at_source(vec![Event::Paused]).starts_with("NO: the program ended without saying"));
+        let so_far = |events| says(events, Role::Source, false);
+        assert!(so_far(vec![Event::Paused]).contains("not ended yet: the guest is paused at the source; ask again"));
+        assert!(so_far(vec![Event::Paused, Event::Resumed]).contains(": the guest runs at the source; ask again"));
+        let there = says(vec![ended(Phase::Cancelled, false)], Role::Destination, true);
+        assert!(there.starts_with("cancelled here, at the destination"), "{there}");
     }
 
     #[test]
