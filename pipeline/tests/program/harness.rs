@@ -85,6 +85,26 @@ impl Scene {
         Running::start(self.folder.path(), self.limit, arguments)
     }
 
+    /// Starts the program with these as its standard output and standard error. What is piped is read.
+    pub(crate) fn start_into(&self, arguments: &[&str], stdout: Stdio, stderr: Stdio) -> Running {
+        self.start_on(arguments, Stdio::null(), stdout, stderr)
+    }
+
+    /// And with this as its standard input.
+    pub(crate) fn start_on(&self, arguments: &[&str], stdin: Stdio, stdout: Stdio, stderr: Stdio) -> Running {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_memferry"));
+        command.args(arguments).current_dir(self.folder.path()).stdin(stdin).stdout(stdout).stderr(stderr);
+        Running::spawn(command, arguments)
+    }
+
+    /// Starts the program by a script of the shell, which has it as `$0` and its arguments as `$@`.
+    pub(crate) fn start_by(&self, script: &str, arguments: &[&str]) -> Running {
+        let mut command = Command::new("sh");
+        command.args(["-c", script, env!("CARGO_BIN_EXE_memferry")]).args(arguments).current_dir(self.folder.path());
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        Running::spawn(command, arguments)
+    }
+
     /// Starts the program with the settings given, each as `--set`.
     pub(crate) fn start_with(&self, arguments: &[&str], sets: &[&str]) -> Running {
         let sets = sets.iter().flat_map(|set| ["--set", *set]);
@@ -152,16 +172,26 @@ impl Running {
         if let Some(bytes) = limit {
             command.args(["-c", "ulimit -d $0 && exec \"$@\"", &(bytes >> 10).to_string(), program]);
         }
-        let mut child = command
-            .args(arguments)
-            .current_dir(folder)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let (stdout, stderr) = (Text::of(child.stdout.take().unwrap()), Text::of(child.stderr.take().unwrap()));
+        command.args(arguments).current_dir(folder);
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        Self::spawn(command, arguments)
+    }
+
+    fn spawn(mut command: Command, arguments: &[&str]) -> Self {
+        let mut child = command.spawn().unwrap();
+        let (stdout, stderr) = (Text::of(child.stdout.take()), Text::of(child.stderr.take()));
         Self { child, stdout, stderr, what: arguments.join(" ") }
+    }
+
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Does the process take the signal itself?
+    pub(crate) fn takes(&self, signal: Signal) -> bool {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.id())).unwrap();
+        let mask = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).unwrap();
+        u64::from_str_radix(mask.trim(), 16).unwrap() & 1 << (signal.as_raw() - 1) != 0
     }
 
     /// Waits until it has said the words, and returns the line with them.
@@ -215,10 +245,12 @@ struct Text {
 }
 
 impl Text {
-    fn of(mut pipe: impl Read + Send + 'static) -> Self {
+    /// Nothing comes where there is no pipe.
+    fn of(pipe: Option<impl Read + Send + 'static>) -> Self {
         let said = Arc::new(Mutex::new(String::new()));
         let shared = said.clone();
         let reader = thread::spawn(move || {
+            let Some(mut pipe) = pipe else { return };
             let mut piece = [0; 4096];
             while let Ok(bytes @ 1..) = pipe.read(&mut piece) {
                 shared.lock().unwrap().push_str(&String::from_utf8_lossy(&piece[..bytes]));

@@ -16,4 +16,6 @@ mod outlets;
 mod pages;
 mod plans;
 mod reports;
+mod signals;
+mod stuck;
 mod writer;
