@@ -225,7 +225,8 @@ pub(super) enum Command {
 pub(super) struct Configured {
     /// The TOML file that describes the migration
     pub(super) config: PathBuf,
-    /// Changes a key of the configuration, as in --set encoder.compress=zstd; may be given often
+    /// Changes a key of the configuration, as in --set encoder.compress=zstd; may be given often, and
+    /// the last one for a key counts
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub(super) sets: Vec<String>,
 }
@@ -307,7 +308,8 @@ pub(super) struct Plan {
         default_value = "100Mbit/s,1Gbit/s,10Gbit/s"
     )]
     pub(super) bandwidths: Vec<Bandwidth>,
-    /// Changes a key of the settings, as in --set migration.downtime_limit=50ms; may be given often
+    /// Changes a key of the settings, as in --set migration.downtime_limit=50ms; may be given often,
+    /// and the last one for a key counts
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub(super) sets: Vec<String>,
     /// Answers as JSON

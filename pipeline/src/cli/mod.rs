@@ -30,6 +30,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use memferry_transports::Address;
 
+use crate::api::patch;
 use crate::config::{self, Config, Purpose};
 use crate::events::Role;
 use crate::guest::file::guard;
@@ -55,7 +56,10 @@ pub fn main() -> ExitCode {
         Command::Record(options) => record(options),
         Command::Plan(options) => plan::run(&options),
         Command::Status { control, json } => ask(control::status(&control.address, json)),
-        Command::Set { control, settings } => ask(control::set(&control.address, settings)),
+        Command::Set { control, settings } => match patch::given_once(&settings) {
+            Ok(()) => ask(control::set(&control.address, settings)),
+            Err(why) => complain(&why, BAD_USAGE),
+        },
         Command::Cancel(control) => ask(control::cancel(&control.address)),
         Command::SwitchOver(control) => ask(control::switch_over(&control.address)),
         Command::Inspect { file } => inspect(&file),
