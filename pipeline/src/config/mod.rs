@@ -13,6 +13,7 @@ pub mod settings;
 pub mod tables;
 pub mod values;
 
+use std::io;
 use std::path::Path;
 
 use toml_edit::{Document, DocumentMut};
@@ -21,6 +22,11 @@ use fault::Shown;
 pub use fault::{ConfigError, Fault};
 use overrides::Override;
 pub use tables::Config;
+
+use crate::whole_file;
+
+/// The longest configuration.
+const MOST_BYTES: u64 = 1 << 20;
 
 /// What a configuration is read for: some rules hold at one end only.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,7 +48,9 @@ pub enum Purpose {
 pub fn load(file: &Path, sets: &[String], purpose: Purpose) -> Result<Config, ConfigError> {
     let name = file.display().to_string();
     let help = "name a TOML file: configs/quickstart.toml is one to begin with";
-    let text = std::fs::read_to_string(file).map_err(|error| {
+    let text = whole_file::read(file, MOST_BYTES)
+        .and_then(|bytes| String::from_utf8(bytes).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error)));
+    let text = text.map_err(|error| {
         ConfigError::without_place(&name, format!("the configuration cannot be read: {error}"), Some(help.into()))
     })?;
     parse(&name, &text, sets, purpose)
