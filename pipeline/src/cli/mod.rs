@@ -26,6 +26,7 @@ use std::future::Future;
 use std::io::{IsTerminal, Write};
 use std::path::Path;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::Parser;
 use memferry_transports::Address;
@@ -36,7 +37,7 @@ use crate::events::Role;
 use crate::guest::file::guard;
 use crate::log;
 use crate::progress::Screen;
-use args::{Command, CommandLine, Configured, Migrate, Record};
+use args::{Command, CommandLine, Configured, For, Migrate, Record};
 use inspect::Inspection;
 use outlets::Outlets;
 use session::Session;
@@ -44,6 +45,8 @@ use verdict::{BAD_USAGE, DONE, FAILED};
 
 /// Threads of the control plane: timers, signals, the handshakes. The data has a runtime of its own.
 const CONTROL_THREADS: usize = 2;
+/// How long the program waits at its end for calls that still block, such as the building of a guest that was cancelled.
+const LAST_CALLS: Duration = Duration::from_millis(100);
 
 /// Runs the command that the command line names.
 #[must_use]
@@ -52,7 +55,7 @@ pub fn main() -> ExitCode {
         Command::Run(options) => migrate(options, "run", Purpose::Run, Role::Source),
         Command::Send(options) => migrate(options, "send", Purpose::Send, Role::Source),
         Command::Recv(options) => migrate(options, "recv", Purpose::Receive, Role::Destination),
-        Command::Check(configured) => check(&configured),
+        Command::Check(options) => check(&options),
         Command::Record(options) => record(options),
         Command::Plan(options) => plan::run(&options),
         Command::Status { control, json } => ask(control::status(&control.address, json)),
@@ -155,9 +158,16 @@ fn unwritable(option: &str, file: &Path) -> Option<String> {
     (!folder.is_dir()).then(|| format!("{option} {name}: there is no folder {}: make it first", folder.display()))
 }
 
-fn check(configured: &Configured) -> ExitCode {
-    match load(configured, Purpose::Check) {
-        Ok(config) => print(&check::describe(&config), DONE),
+fn check(options: &args::Check) -> ExitCode {
+    let purpose = match options.command {
+        None => Purpose::Check,
+        Some(For::Run) => Purpose::Run,
+        Some(For::Send) => Purpose::Send,
+        Some(For::Recv) => Purpose::Receive,
+    };
+    match load(&options.configured, purpose).map(|config| check::describe(&config, purpose)) {
+        Ok(Ok(text)) => print(&text, DONE),
+        Ok(Err(why)) => complain(&why, FAILED),
         Err(code) => code,
     }
 }
@@ -210,7 +220,10 @@ fn load(configured: &Configured, purpose: Purpose) -> Result<Config, ExitCode> {
 fn on_control_plane<T>(command: impl Future<Output = std::io::Result<T>>) -> std::io::Result<T> {
     let mut builder = tokio::runtime::Builder::new_multi_thread();
     builder.worker_threads(CONTROL_THREADS).thread_name("memferry-control").enable_all();
-    builder.build()?.block_on(command)
+    let runtime = builder.build()?;
+    let done = runtime.block_on(command);
+    runtime.shutdown_timeout(LAST_CALLS);
+    done
 }
 
 fn print(text: &str, code: u8) -> ExitCode {

@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::args::Record;
 use super::hosting::Hosted;
 use super::signals::Signals;
-use super::verdict::{DONE, FAILED};
+use super::verdict::{CANCELLED, DONE, FAILED};
 use crate::config::Config;
 use crate::config::tables::{ConvergenceTable, EncoderTable, MigrationTable, PipelineTable};
 use crate::plan::record::{INTERVAL, RecordError, RecordSettings, Recorded, record};
@@ -28,7 +28,16 @@ struct Planned<'a> {
 /// Records, and hosts a guest that lives here until it is over: the exit code.
 pub(super) async fn run(config: Config, options: Record) -> std::io::Result<u8> {
     let signals = Signals::listen()?;
-    let guest = match Hosted::source(&config).await {
+    let cancel = signals.arm("ending the recording");
+    let guest = tokio::select! {
+        biased;
+        () = cancel.cancelled() => {
+            tell!("memferry: not recorded: cancelled before the guest was ready");
+            return Ok(CANCELLED);
+        }
+        guest = Hosted::source(&config, &cancel) => guest,
+    };
+    let guest = match guest {
         Ok(guest) => guest,
         Err(error) => return Ok(failed(&error.to_string())),
     };
@@ -39,7 +48,6 @@ pub(super) async fn run(config: Config, options: Record) -> std::io::Result<u8> 
         zstd_level: config.encoder.compress_level.unwrap_or(ZSTD_LEVEL),
         settings: planned(&config),
     };
-    let cancel = signals.arm("ending the recording");
     if !options.quiet && options.length.is_none() {
         tell!("memferry: recording; Ctrl-C ends it and writes the trace");
     }

@@ -56,6 +56,17 @@ pub fn load(file: &Path, sets: &[String], purpose: Purpose) -> Result<Config, Co
     parse(&name, &text, sets, purpose)
 }
 
+/// Does a configuration fit a guest whose memory it does not tell, such as one of files? These have so many bytes.
+///
+/// # Errors
+/// What does not, and what to write.
+pub(crate) fn fits(config: &Config, guest_bytes: u64) -> Result<(), String> {
+    match rules::cache_beyond(config, guest_bytes) {
+        None => Ok(()),
+        Some(Fault { path, what, help, .. }) => Err(format!("{path}: {what}; {}", help.unwrap_or_default())),
+    }
+}
+
 /// As [`load`], for a text that is there already; `name` is what messages call it.
 ///
 /// # Errors

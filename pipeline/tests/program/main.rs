@@ -1,6 +1,7 @@
 //! The program, run as operators run it: its ends as processes, on real files, killed, starved of disk, misconfigured.
 
 mod changing;
+mod checks;
 mod configs;
 mod control;
 mod exposition;
