@@ -15,6 +15,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use crate::events::{Event, Observer, Role};
 use crate::report::event_json::EventLine;
+use crate::threads::explained;
 
 /// Lines that may wait: about a minute of a migration, some 2 MiB.
 const WAITING: usize = 1024;
@@ -62,7 +63,7 @@ impl EventFile {
         let writer = Writer { out, name: file.to_owned(), began, torn: false, lost: lost.clone(), error: None };
         // The receiver is gone if nobody waited long enough.
         let write = move || drop(end.send(writer.run(&queue)));
-        thread::Builder::new().name("memferry-events".into()).spawn(write)?;
+        thread::Builder::new().name("memferry-events".into()).spawn(write).map_err(explained)?;
         let (lines, ended) = (Mutex::new(Some(lines)), Mutex::new(ended));
         Ok(Self { name: file.to_owned(), file: None, began, lines, lost, ended })
     }

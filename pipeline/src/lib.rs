@@ -36,6 +36,7 @@ pub mod progress;
 pub mod region;
 pub mod report;
 pub mod settings;
+mod threads;
 #[cfg(feature = "vm-memory")]
 pub mod vm_memory;
 mod whole_file;

@@ -29,6 +29,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Parser;
+use memferry_stages::host::cores;
 use memferry_transports::Address;
 
 use crate::api::patch;
@@ -37,6 +38,7 @@ use crate::events::Role;
 use crate::guest::file::guard;
 use crate::log;
 use crate::progress::Screen;
+use crate::threads;
 use args::{Command, CommandLine, Configured, For, Migrate, Record};
 use inspect::Inspection;
 use outlets::Outlets;
@@ -45,6 +47,8 @@ use verdict::{BAD_USAGE, DONE, FAILED};
 
 /// Threads of the control plane: timers, signals, the handshakes. The data has a runtime of its own.
 const CONTROL_THREADS: usize = 2;
+/// Beside one for each core, which digests take: threads of the control plane for what blocks, such as calls of a guest.
+const BLOCKING_THREADS: usize = 4;
 /// How long the program waits at its end for calls that still block, such as the building of a guest that was cancelled.
 const LAST_CALLS: Duration = Duration::from_millis(100);
 
@@ -115,7 +119,9 @@ fn migrate(options: Migrate, role: &'static str, purpose: Purpose, watch: Role) 
 
 /// Asks a running migration, and prints what it says.
 fn ask(asking: impl Future<Output = Result<String, String>>) -> ExitCode {
-    match on_control_plane(async { Ok(asking.await) }) {
+    // Without threads: a cancel must be possible where there are no more of them.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    match runtime.map(|runtime| runtime.block_on(asking)) {
         Ok(Ok(said)) => print(&said, DONE),
         Ok(Err(why)) => complain(&why, FAILED),
         Err(error) => complain(&format!("the system refuses to run it: {error}"), FAILED),
@@ -218,9 +224,7 @@ fn load(configured: &Configured, purpose: Purpose) -> Result<Config, ExitCode> {
 }
 
 fn on_control_plane<T>(command: impl Future<Output = std::io::Result<T>>) -> std::io::Result<T> {
-    let mut builder = tokio::runtime::Builder::new_multi_thread();
-    builder.worker_threads(CONTROL_THREADS).thread_name("memferry-control").enable_all();
-    let runtime = builder.build()?;
+    let runtime = threads::runtime("memferry-control", CONTROL_THREADS, cores() + BLOCKING_THREADS)?;
     let done = runtime.block_on(command);
     runtime.shutdown_timeout(LAST_CALLS);
     done

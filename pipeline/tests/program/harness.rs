@@ -152,16 +152,15 @@ impl Running {
         if let Some(bytes) = limit {
             command.args(["-c", "ulimit -d $0 && exec \"$@\"", &(bytes >> 10).to_string(), program]);
         }
-        let mut child = command
-            .args(arguments)
-            .current_dir(folder)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
+        command.args(arguments).current_dir(folder);
+        Self::of(command, arguments.join(" "))
+    }
+
+    /// The program, or one that becomes it.
+    pub(crate) fn of(mut command: Command, what: String) -> Self {
+        let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let (stdout, stderr) = (Text::of(child.stdout.take().unwrap()), Text::of(child.stderr.take().unwrap()));
-        Self { child, stdout, stderr, what: arguments.join(" ") }
+        Self { child, stdout, stderr, what }
     }
 
     /// Waits until it has said the words, and returns the line with them.
@@ -178,6 +177,10 @@ impl Running {
             assert!(begun.elapsed() < PATIENCE && !self.stderr.is_over(), "{}: no {words:?} in\n{said}", self.what);
             thread::sleep(Duration::from_millis(2));
         }
+    }
+
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
     }
 
     pub(crate) fn signal(&self, signal: Signal) {

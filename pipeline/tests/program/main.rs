@@ -8,6 +8,7 @@ mod exposition;
 mod harness;
 mod images;
 mod kills;
+mod limits;
 #[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
 mod machines;
 mod memcached;
