@@ -5,6 +5,12 @@ pub(crate) fn beyond_half_of_memory(bytes: u64) -> Option<u64> {
     memory().filter(|host| bytes > host / 2)
 }
 
+/// The bytes of this host's memory, if `bytes` are more than all of them; `None` also if the kernel does not tell.
+#[cfg(feature = "vm-memory")]
+pub(crate) fn beyond_memory(bytes: u64) -> Option<u64> {
+    memory().filter(|host| bytes > *host)
+}
+
 fn memory() -> Option<u64> {
     let facts = std::fs::read_to_string("/proc/meminfo").ok()?;
     let total = facts.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;

@@ -37,8 +37,10 @@ pub mod progress;
 pub mod region;
 pub mod report;
 pub mod settings;
+mod threads;
 #[cfg(feature = "vm-memory")]
 pub mod vm_memory;
+mod whole_file;
 
 pub use memferry_stages::{batch, bitmap, codec, dirty_log, geometry, kvm, memory, meter, pool, tally, xbzrle};
 pub use memferry_transports as transports;

@@ -18,6 +18,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
 use crate::events::{Event, Observer, Role};
+use crate::threads::explained;
 
 /// What an outlet's thread does. Each call may block.
 pub(crate) trait Sink<T>: Send + 'static {
@@ -79,7 +80,7 @@ impl<T: Send + 'static> Outlet<T> {
         let state = State { entries: VecDeque::new(), thread: Thread::Waits, is_closed: false, is_stuck: false };
         let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() });
         let theirs = shared.clone();
-        thread::Builder::new().name(name.into()).spawn(move || theirs.run(sink))?;
+        thread::Builder::new().name(name.into()).spawn(move || theirs.run(sink)).map_err(explained)?;
         Ok(Self { shared, room })
     }
 

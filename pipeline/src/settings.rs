@@ -27,7 +27,7 @@ pub struct EncoderSettings {
 /// How deltas are made.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct XbzrleSettings {
-    /// Bytes of the cache, all lanes together.
+    /// Bytes of the cache, all lanes together. A source takes no more than its guest has memory: a larger cache holds nothing more.
     pub cache_bytes: u64,
     /// Are pages that miss the cache, or whose delta is not smaller, compressed? Else they go raw.
     pub compress_on_miss: bool,

@@ -1,6 +1,7 @@
 //! The adapter for VMMs on the `vm-memory` crate, version 0.18: guest memory and a dirty log out of its types.
 //!
-//! [`guest_memory`] makes a RAM block of each region, and keeps the mappings alive. [`BitmapLog`] is the dirty log of the writes
+//! [`guest_memory`] makes a RAM block of each region, and keeps the mappings alive; [`build`] maps the memory of a guest that
+//! arrives, and checks it against the blocks that came. [`BitmapLog`] is the dirty log of the writes
 //! that go through vm-memory's own API (devices, a boot loader): they mark vm-memory's bitmap. What vCPUs store, KVM sees:
 //! a guest gives both logs, and a sync ORs them.
 //!
@@ -16,9 +17,10 @@
 //! use memferry::dirty_log::DirtyLog;
 //! use memferry::geometry::PageSize;
 //! use memferry::guest::GuestError;
-//! use memferry::vm_memory::{BitmapLog, guest_memory, ranges};
+//! use memferry::vm_memory::{BitmapLog, build, guest_memory};
 //! use vm_memory::bitmap::AtomicBitmap;
 //! use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+//! # use vm_memory::GuestMemoryBackend;
 //!
 //! // At the source, for `Guest::memory` and `Guest::dirty_logs`:
 //! let ram: GuestMemoryMmap<AtomicBitmap> = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
@@ -26,10 +28,10 @@
 //! let logs: Vec<Arc<dyn DirtyLog>> = vec![Arc::new(BitmapLog::new(&ram, memory.layout())?)];
 //! ram.write_obj(7u32, GuestAddress(0x1000)).unwrap();
 //!
-//! // At the destination, in `Guest::build`, for the blocks that come:
-//! let ram: GuestMemoryMmap<AtomicBitmap> = GuestMemoryMmap::from_ranges(&ranges(memory.layout().blocks())?)
-//!     .map_err(|error| GuestError::caused("the guest's RAM cannot be mapped", error))?;
-//! let memory = guest_memory(&ram, PageSize::DEFAULT)?;
+//! // At the destination, in `Guest::build`, for the page size and the blocks that come. `memory` is what `Guest::memory` returns.
+//! # let (page_size, blocks) = (PageSize::DEFAULT, memory.layout().blocks());
+//! let (ram, memory) = build::<AtomicBitmap>(page_size, blocks)?;
+//! # assert_eq!((ram.num_regions(), memory.layout().blocks()), (1, blocks));
 //! # Ok::<(), GuestError>(())
 //! ```
 
@@ -45,11 +47,13 @@ use memferry_stages::dirty_log::DirtyLog;
 use memferry_stages::geometry::{self, BlockInfo, ExtentAt, Layout, PageAt, PageSize};
 use memferry_stages::memory::{GuestMemory, Lent, MappedMemory, RamBlock};
 use rustix::mm::MapFlags;
-use vm_memory::bitmap::{AtomicBitmap, Bitmap};
+use vm_memory::bitmap::{AtomicBitmap, Bitmap, NewBitmap};
 use vm_memory::mmap::{GuestRegionMmap, MmapRegion};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use crate::guest::GuestError;
+use crate::host;
+use crate::migration::built_otherwise;
 
 /// The RAM blocks of this memory, one for each region, in the order of their addresses. A block is named after its guest
 /// address, so that the same machine elsewhere has the same names.
@@ -67,6 +71,39 @@ where
     Ok(GuestMemory::new(page_size, blocks)?)
 }
 
+/// Maps the memory of a guest that arrives: what a [`Guest::build`](crate::guest::Guest::build) does with the page size and the
+/// blocks that come. Returns vm-memory's regions, and the same memory as RAM blocks.
+///
+/// The peer is not trusted, so the result is checked: it has exactly these blocks, named as [`guest_memory`] names them, none of
+/// them shared, and together no longer than this host's memory. A VMM that knows the size of its machine compares that too.
+///
+/// # Errors
+/// When these blocks cannot be built, with the first that cannot.
+pub fn build<B>(page_size: PageSize, blocks: &[BlockInfo]) -> Result<(GuestMemoryMmap<B>, GuestMemory), GuestError>
+where
+    B: NewBitmap + Send + Sync + 'static,
+{
+    if let Some(block) = blocks.iter().find(|block| block.ignored) {
+        return Err(GuestError(format!(
+            "block {:?} is ignored at the source, and not shared with this host",
+            block.id
+        )));
+    }
+    let bytes = blocks.iter().fold(0, |sum: u64, block| sum.saturating_add(block.length));
+    if let Some(host) = host::beyond_memory(bytes) {
+        return Err(GuestError(format!(
+            "the guest has {bytes} bytes of memory, more than the {host} that this host has"
+        )));
+    }
+    let ram = GuestMemoryMmap::from_ranges(&ranges(blocks)?)
+        .map_err(|error| GuestError::caused("the guest's RAM cannot be mapped", error))?;
+    let memory = guest_memory(&ram, page_size)?;
+    match built_otherwise(&memory, page_size, blocks) {
+        None => Ok((ram, memory)),
+        Some(what) => Err(GuestError(format!("the blocks do not fit: {what}"))),
+    }
+}
+
 /// The slots of a machine whose KVM memory slots are the regions of this memory, numbered from 0 in the order of the blocks: what
 /// [`KvmLog`](crate::dirty_log::kvm::KvmLog) and its machine are given beside the VM's descriptor.
 #[must_use]
@@ -81,7 +118,8 @@ pub fn slots(layout: &Layout) -> Vec<memferry_stages::kvm::Slot> {
     (0..).zip(layout.blocks()).map(slot).collect()
 }
 
-/// The address and length of each block: what `GuestMemoryMmap::from_ranges` takes, in a [`Guest::build`](crate::guest::Guest::build).
+/// The address and length of each block: what `GuestMemoryMmap::from_ranges` takes, for a VMM that maps its memory otherwise than
+/// [`build`] does. It checks what comes itself.
 ///
 /// # Errors
 /// When a block is longer than the address space.

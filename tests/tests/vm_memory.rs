@@ -14,7 +14,7 @@ use memferry::geometry::{BlockInfo, PageAt, PageSize};
 use memferry::guest::conformance;
 use memferry::guest::{Guest, GuestError, GuestState, RunState};
 use memferry::memory::GuestMemory;
-use memferry::vm_memory::{BitmapLog, guest_memory, ranges};
+use memferry::vm_memory::{BitmapLog, build, guest_memory};
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::mmap::{GuestRegionMmap, MmapRegionBuilder};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MemoryRegionAddress};
@@ -162,7 +162,8 @@ impl Vm {
     fn new(ram: Option<Ram>) -> Arc<Self> {
         let vm = Arc::new(Self { ram: OnceLock::new(), running: ram.is_some().into() });
         if let Some(ram) = ram {
-            vm.take(ram, PageSize::DEFAULT).unwrap();
+            let memory = guest_memory(&ram, PageSize::DEFAULT).unwrap();
+            vm.take((ram, memory)).unwrap();
         }
         let weak = Arc::downgrade(&vm);
         std::thread::spawn(move || {
@@ -175,9 +176,8 @@ impl Vm {
         vm
     }
 
-    fn take(&self, ram: Ram, page_size: PageSize) -> Result<(), GuestError> {
-        let memory = guest_memory(&ram, page_size)?;
-        self.ram.set((ram, memory)).map_err(|_| GuestError("built already".into()))
+    fn take(&self, parts: (Ram, GuestMemory)) -> Result<(), GuestError> {
+        self.ram.set(parts).map_err(|_| GuestError("built already".into()))
     }
 
     fn step(&self, step: u64) {
@@ -221,15 +221,7 @@ impl Guest for Vm {
     }
 
     fn build(&self, page_size: PageSize, blocks: &[BlockInfo], _: &GuestState) -> Result<(), GuestError> {
-        let came: Vec<_> = ranges(blocks)?;
-        if came != RANGES {
-            return Err(GuestError(format!("{came:?} came, it has {RANGES:?}")));
-        }
-        let ram = Ram::from_ranges(&came).map_err(|error| GuestError::caused("no memory", error))?;
-        if guest_memory(&ram, page_size)?.layout().blocks() != blocks {
-            return Err(GuestError("the blocks have other names".into()));
-        }
-        self.take(ram, page_size)
+        self.take(build::<AtomicBitmap>(page_size, blocks)?)
     }
 
     fn prepare(&self, _: &GuestState) -> Result<(), GuestError> {
@@ -256,8 +248,30 @@ impl conformance::Subject for Vms {
     }
 }
 
-/// Migrations that succeed, compared to the last byte, and migrations that fail.
+/// Migrations that succeed, compared to the last byte, and migrations that fail. Its `build` is that of the module's example.
 #[test]
 fn a_guest_of_vm_memorys_is_moved() {
     conformance::check(&Vms).unwrap();
+}
+
+#[test]
+fn blocks_that_cannot_be_built_are_refused_with_the_reason() {
+    let source = guest_memory(&Ram::from_ranges(&RANGES).unwrap(), PageSize::DEFAULT).unwrap();
+    let right = source.layout().blocks();
+    let refused = |change: &dyn Fn(&mut Vec<BlockInfo>)| {
+        let mut blocks = right.to_vec();
+        change(&mut blocks);
+        build::<AtomicBitmap>(PageSize::DEFAULT, &blocks).unwrap_err().to_string()
+    };
+    build::<AtomicBitmap>(PageSize::DEFAULT, right).unwrap();
+    let named = refused(&|blocks| blocks[1].id = "disk".into());
+    assert!(named.contains("RAM block \"disk\" of 286843 bytes at 0x100000000 came"), "{named}");
+    let ignored = refused(&|blocks| blocks[0].ignored = true);
+    assert!(ignored.contains("\"ram@0x0\" is ignored at the source"), "{ignored}");
+    let huge = refused(&|blocks| blocks[1].length = 1 << 60);
+    assert!(huge.contains("more than the ") && huge.contains(" that this host has"), "{huge}");
+    let overlapping = refused(&|blocks| blocks[1].guest_address = 4096);
+    assert!(overlapping.contains("cannot be mapped"), "{overlapping}");
+    assert!(refused(&|blocks| blocks.reverse()).contains("cannot be mapped"));
+    assert!(refused(&Vec::clear).contains("blocks"));
 }

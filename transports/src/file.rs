@@ -4,14 +4,15 @@
 //! Promises: what stands at the path is a whole stream, flushed to disk, or what stood there before.
 //!
 //! ```text
-//! connect   PATH.partial-0123456789abcdef   created for the owner only
+//! connect   PATH.memferry-0123456789abcdef.partial   created for the owner only, and locked
 //! write     into the page cache
 //! flush     fdatasync
 //! shutdown  fsync, rename to PATH, fsync of the directory
 //! drop      without a finished shutdown: the temporary file is removed
 //! ```
 //!
-//! A program that is killed leaves its `.partial-…` file, which nothing takes for a stream; it may be deleted.
+//! A program that is killed leaves its `.partial` file, which nothing takes for a stream; the next one that writes to PATH removes
+//! it ([`temporary`](crate::temporary)).
 //!
 //! Writes and reads happen where they are asked for, since the page cache takes them at the speed of memory; on a runtime
 //! of several threads the others go on meanwhile. Flushes run where blocking is allowed. Not for a tokio `LocalSet`.
@@ -34,7 +35,7 @@ use tokio::task::coop::poll_proceed;
 use tokio::task::{JoinHandle, block_in_place, spawn_blocking};
 
 use crate::retry::in_context;
-use crate::temporary::{Temporary, require_regular};
+use crate::temporary::{Temporary, require_regular, target_of};
 use crate::{Capabilities, Connection, Listener, Transport};
 
 /// A stream in a file.
@@ -49,6 +50,26 @@ impl FileTransport {
     pub fn new(path: impl Into<PathBuf>) -> Self {
         Self { path: path.into() }
     }
+
+    /// Could a stream be written here, as far as that is plain before it is begun?
+    ///
+    /// # Errors
+    /// As [`Transport::connect`].
+    pub fn check_writable(&self) -> io::Result<()> {
+        target_of(&self.path).map(drop).map_err(|error| self.cannot("write", &error))
+    }
+
+    /// Could a stream be read from here?
+    ///
+    /// # Errors
+    /// As [`Listener::accept`].
+    pub fn check_readable(&self) -> io::Result<()> {
+        FileReader::open(&self.path).map(drop).map_err(|error| self.cannot("read", &error))
+    }
+
+    fn cannot(&self, what: &str, error: &io::Error) -> io::Error {
+        in_context(error, &format!("cannot {what} {}", self.address()))
+    }
 }
 
 impl Transport for FileTransport {
@@ -62,8 +83,7 @@ impl Transport for FileTransport {
 
     fn connect(&self) -> BoxFuture<'_, io::Result<Connection>> {
         async move {
-            let writer = FileWriter::create(&self.path)
-                .map_err(|error| in_context(&error, &format!("cannot write {}", self.address())))?;
+            let writer = FileWriter::create(&self.path).map_err(|error| self.cannot("write", &error))?;
             Ok(Connection { peer: self.path.display().to_string(), writer: Some(Box::new(writer)), reader: None })
         }
         .boxed()
@@ -89,8 +109,7 @@ impl Listener for Listening {
                 return std::future::pending().await;
             }
             let path = &self.transport.path;
-            let reader = FileReader::open(path)
-                .map_err(|error| in_context(&error, &format!("cannot read {}", self.transport.address())))?;
+            let reader = FileReader::open(path).map_err(|error| self.transport.cannot("read", &error))?;
             self.given = true;
             Ok(Connection { peer: path.display().to_string(), writer: None, reader: Some(Box::new(reader)) })
         }
@@ -306,7 +325,7 @@ mod tests {
         let mut writer = on_a_full_device(&path);
         let error = writer.write_all(b"page").await.expect_err("full");
         assert_eq!(error.kind(), ErrorKind::StorageFull);
-        assert!(error.to_string().contains("stream.partial-"), "{error}");
+        assert!(error.to_string().contains("stream.memferry-"), "{error}");
         for again in [writer.write_all(b"x").await.err(), writer.flush().await.err(), writer.shutdown().await.err()] {
             assert_eq!(again.expect("it failed").to_string(), error.to_string());
         }

@@ -22,7 +22,7 @@ pub mod file;
 pub mod memory;
 mod retry;
 pub mod tcp;
-mod temporary;
+pub mod temporary;
 pub mod unix;
 
 use std::fmt;

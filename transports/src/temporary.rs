@@ -1,48 +1,82 @@
 //! A file that is written beside its place, and moved there when it is complete.
 //!
 //! Takes a path and gives an open file with another name in the same directory, for the owner only. Owns that name: either
-//! [`complete`](Temporary::complete) renames it, or it is removed by
-//! [`give_up`](Temporary::give_up), whichever comes first and never both.
+//! the file is moved to its place, or it is removed by [`give_up`](Temporary::give_up) or when this is dropped, whichever comes
+//! first and never both.
+//!
+//! The file is locked while its owner lives. A program that is killed leaves its file behind, unlocked: the next one that writes
+//! to the same place removes it, and says so. Where the file system has no locks, it stays.
 
-use std::fs::{self, File, OpenOptions};
+use std::ffi::OsStr;
+use std::fs::{self, File, OpenOptions, TryLockError};
 use std::hash::{BuildHasher, RandomState};
 use std::io::{self, ErrorKind};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+
+use rustix::fs::{CWD, OFlags, RenameFlags, renameat_with};
+use rustix::io::Errno;
 
 use crate::retry::in_context;
 
+/// Between the name of a file and the digits of its temporary name.
+const MARK: &str = ".memferry-";
+const DIGITS: usize = 16;
+const ENDING: &str = ".partial";
+
 /// The temporary file beside the path that it will have.
 #[derive(Debug)]
-pub(crate) struct Temporary {
+pub struct Temporary {
     path: PathBuf,
     target: PathBuf,
+    /// The open file, which is locked: its owner may close its own handle.
+    _lock: File,
 }
 
 impl Temporary {
-    /// A temporary file for what `path` shall hold.
-    pub(crate) fn create(path: &Path) -> io::Result<(File, Self)> {
+    /// A temporary file for what `path` shall hold, open for reading and writing. A symbolic link at `path` is followed.
+    ///
+    /// # Errors
+    /// When there can be no such file, or what is there is no regular file.
+    pub fn create(path: &Path) -> io::Result<(File, Self)> {
         let target = target_of(path)?;
+        remove_abandoned(&target);
         loop {
             let path = beside(&target);
-            match OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path) {
-                Ok(file) => return Ok((file, Self { path, target })),
-                Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
+            let file = match OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&path) {
+                Ok(file) => file,
+                Err(error) if error.kind() == ErrorKind::AlreadyExists => continue,
                 Err(error) => return Err(in_context(&error, &format!("cannot create {}", path.display()))),
+            };
+            match lock(&file, &path) {
+                Ok(Some(lock)) => return Ok((file, Self { path, target, _lock: lock })),
+                // Another program took it for abandoned before it was locked.
+                Ok(None) => drop(fs::remove_file(&path)),
+                Err(error) => {
+                    drop(fs::remove_file(&path));
+                    return Err(error);
+                }
             }
         }
     }
 
-    /// Where the file is until it is complete.
-    pub(crate) fn path(&self) -> &Path {
+    /// Where the file is until it is moved.
+    #[must_use]
+    pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Where it is moved to.
+    #[must_use]
+    pub fn target(&self) -> &Path {
+        &self.target
     }
 
     /// Flushes the file and gives it its name. An error if it was given up, even meanwhile: the system lets either the rename
     /// or the removal find the temporary name, never both.
     pub(crate) fn complete(&self, file: &File) -> io::Result<()> {
         file.sync_all()?;
-        fs::rename(&self.path, &self.target)?;
+        self.replace()?;
         // The rename stands: whoever looks finds a whole file, so this must not be told as a failure.
         if let Err(error) = sync_directory(&self.target) {
             tracing::warn!(path = %self.target.display(), %error, "the file is in place, but a power failure may undo that");
@@ -50,26 +84,107 @@ impl Temporary {
         Ok(())
     }
 
+    /// Moves the file to its place, whatever is there.
+    ///
+    /// # Errors
+    /// When the system refuses.
+    pub fn replace(&self) -> io::Result<()> {
+        fs::rename(&self.path, &self.target)
+    }
+
+    /// Moves the file to its place, if nothing is there.
+    ///
+    /// # Errors
+    /// When something is, or the system refuses.
+    pub fn place(&self) -> io::Result<()> {
+        rename_to_nothing(&self.path, &self.target)
+    }
+
+    /// Takes the file out of its place again: dropping this removes it.
+    ///
+    /// # Errors
+    /// When the system refuses.
+    pub fn displace(&self) -> io::Result<()> {
+        rename_to_nothing(&self.target, &self.path)
+    }
+
     /// Removes the file, unless it has its name already.
-    pub(crate) fn give_up(&self) {
+    pub fn give_up(&self) {
         match fs::remove_file(&self.path) {
             Err(error) if error.kind() != ErrorKind::NotFound => {
-                tracing::warn!(path = %self.path.display(), %error, "the unfinished stream could not be removed");
+                tracing::warn!(path = %self.path.display(), %error, "the unfinished file could not be removed");
             }
             _ => {}
         }
     }
 }
 
-/// Where the stream goes in the end: the path, or what a symbolic link there leads to.
-fn target_of(path: &Path) -> io::Result<PathBuf> {
-    match fs::symlink_metadata(path) {
-        Ok(_) => {
-            let target = fs::canonicalize(path)?;
-            require_regular(&fs::metadata(&target)?)?;
-            Ok(target)
+impl Drop for Temporary {
+    fn drop(&mut self) {
+        self.give_up();
+    }
+}
+
+/// Removes the temporary files that programs which were killed left beside `target`, and names each of them. What somebody
+/// still writes stays.
+pub fn remove_abandoned(target: &Path) {
+    let Some(name) = target.file_name() else { return };
+    let entries = fs::read_dir(directory_of(target)).into_iter().flatten().flatten();
+    for entry in entries.filter(|entry| is_beside(&entry.file_name(), name)) {
+        let path = entry.path();
+        // Locked until it is gone: whoever has just created it sees that, and takes another name.
+        let Some(_lock) = abandoned(&path) else { continue };
+        match fs::remove_file(&path) {
+            Ok(()) => tracing::warn!("removed {}, which a program that was killed left unfinished", path.display()),
+            Err(error) => tracing::warn!(%error, "{} is unfinished and cannot be removed", path.display()),
         }
-        Err(error) if error.kind() == ErrorKind::NotFound => Ok(path.to_owned()),
+    }
+}
+
+/// A file that nobody has locked, with our own lock on it.
+fn abandoned(path: &Path) -> Option<File> {
+    let flags = i32::try_from((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits()).expect("flags of one word");
+    let file = OpenOptions::new().read(true).write(true).custom_flags(flags).open(path).ok()?;
+    let is_ours = file.metadata().is_ok_and(|found| found.is_file()) && file.try_lock().is_ok();
+    is_ours.then_some(file)
+}
+
+/// A second handle of the file, which is locked through either; `None` if somebody else has locked or removed it.
+fn lock(file: &File, path: &Path) -> io::Result<Option<File>> {
+    match file.try_lock() {
+        Err(TryLockError::WouldBlock) => return Ok(None),
+        Err(TryLockError::Error(error)) => tracing::debug!(path = %path.display(), %error, "no lock"),
+        Ok(()) => {}
+    }
+    let is_there = file.metadata()?.nlink() > 0;
+    if is_there { file.try_clone().map(Some) } else { Ok(None) }
+}
+
+/// Where a file for `path` goes in the end: the path, or what a symbolic link there leads to.
+///
+/// # Errors
+/// When there is no such folder, or what is there is no regular file.
+pub fn target_of(path: &Path) -> io::Result<PathBuf> {
+    let missing = |what: String| Err(io::Error::new(ErrorKind::NotFound, format!("No such file or directory: {what}")));
+    match fs::symlink_metadata(path) {
+        Ok(found) => match fs::canonicalize(path) {
+            Err(error) if error.kind() == ErrorKind::NotFound && found.is_symlink() => missing(
+                "it is a symbolic link that leads to nothing: remove it, or make the file that it leads to".into(),
+            ),
+            target => {
+                let target = target?;
+                require_regular(&fs::metadata(&target)?)?;
+                Ok(target)
+            }
+        },
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            let folder = directory_of(path);
+            if folder.is_dir() {
+                Ok(path.to_owned())
+            } else {
+                missing(format!("there is no folder {}", folder.display()))
+            }
+        }
         Err(error) => Err(error),
     }
 }
@@ -83,22 +198,50 @@ pub(crate) fn require_regular(found: &fs::Metadata) -> io::Result<()> {
 /// A name in the same directory that nobody has.
 fn beside(target: &Path) -> PathBuf {
     let mut name = target.as_os_str().to_owned();
-    name.push(format!(".partial-{:016x}", RandomState::new().hash_one(std::process::id())));
+    name.push(format!("{MARK}{:0DIGITS$x}{ENDING}", RandomState::new().hash_one(std::process::id())));
     name.into()
 }
 
+/// Is `found` a temporary name of the file `name`?
+fn is_beside(found: &OsStr, name: &OsStr) -> bool {
+    let rest = found.as_encoded_bytes().strip_prefix(name.as_encoded_bytes());
+    let digits =
+        rest.and_then(|rest| rest.strip_prefix(MARK.as_bytes())).and_then(|rest| rest.strip_suffix(ENDING.as_bytes()));
+    digits.is_some_and(|digits| digits.len() == DIGITS && digits.iter().all(u8::is_ascii_hexdigit))
+}
+
+fn directory_of(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
 fn sync_directory(of: &Path) -> io::Result<()> {
-    let parent = of.parent().filter(|parent| !parent.as_os_str().is_empty());
-    match File::open(parent.unwrap_or(Path::new(".")))?.sync_all() {
+    match File::open(directory_of(of))?.sync_all() {
         // Some file systems have no such thing.
         Err(error) if error.kind() == ErrorKind::InvalidInput => Ok(()),
         done => done,
     }
 }
 
+/// Renames, and fails if there is something of the name already; where the file system cannot promise that, it is looked at
+/// before.
+fn rename_to_nothing(from: &Path, to: &Path) -> io::Result<()> {
+    match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
+        Err(Errno::INVAL | Errno::NOSYS) if to.symlink_metadata().is_err() => fs::rename(from, to),
+        done => done.map_err(io::Error::from),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn names(folder: &Path) -> Vec<String> {
+        let entries = fs::read_dir(folder).expect("a directory");
+        let mut names: Vec<_> =
+            entries.map(|entry| entry.expect("an entry").file_name().into_string().expect("text")).collect();
+        names.sort();
+        names
+    }
 
     #[test]
     fn a_stream_that_was_given_up_is_never_renamed_and_the_other_way_round() {
@@ -107,11 +250,68 @@ mod tests {
         let (file, temporary) = Temporary::create(&path).expect("created");
         temporary.give_up();
         temporary.complete(&file).expect_err("given up");
-        assert_eq!(fs::read_dir(directory.path()).expect("a directory").count(), 0);
+        assert_eq!(names(directory.path()), [""; 0]);
 
         let (file, temporary) = Temporary::create(&path).expect("created");
         temporary.complete(&file).expect("complete");
         temporary.give_up();
         assert!(path.exists());
+    }
+
+    #[test]
+    fn what_is_placed_replaces_nothing_and_what_is_displaced_is_removed() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("image");
+        let (_, first) = Temporary::create(&path).expect("created");
+        let (_, second) = Temporary::create(&path).expect("created");
+        first.place().expect("placed");
+        second.place().expect_err("something is there");
+        first.displace().expect("displaced");
+        second.place().expect("placed");
+        drop((first, second));
+        assert_eq!(names(directory.path()), ["image"]);
+    }
+
+    #[test]
+    fn what_a_dead_program_left_is_removed_and_what_a_living_one_writes_stays() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("stream");
+        let abandoned = beside(&path);
+        fs::write(&abandoned, "half").expect("written");
+        let others = ["stream.memferry-0123.partial", "other.memferry-0123456789abcdef.partial", "stream.partial"];
+        others.iter().for_each(|other| fs::write(directory.path().join(other), "").expect("written"));
+        let elsewhere = directory.path().join("elsewhere");
+        fs::write(&elsewhere, "").expect("written");
+        let link = directory.path().join("stream.memferry-00000000000000aa.partial");
+        std::os::unix::fs::symlink(&elsewhere, &link).expect("linked");
+
+        let (file, living) = Temporary::create(&path).expect("created");
+        assert!(!abandoned.exists());
+        // The lock is the temporary file's own, not that of the handle it gave away.
+        drop(file);
+        remove_abandoned(&path);
+        assert!(living.path().exists() && link.is_symlink() && elsewhere.exists());
+        drop(living);
+        let mut left: Vec<_> = others.into_iter().map(str::to_owned).collect();
+        left.extend(["elsewhere".into(), "stream.memferry-00000000000000aa.partial".into()]);
+        left.sort();
+        assert_eq!(names(directory.path()), left);
+    }
+
+    #[test]
+    fn a_link_is_followed_unless_it_leads_to_nothing() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let [real, link] = ["real", "link"].map(|name| directory.path().join(name));
+        std::os::unix::fs::symlink(&real, &link).expect("linked");
+        let error = Temporary::create(&link).expect_err("leads to nothing").to_string();
+        assert!(error.contains("a symbolic link that leads to nothing"), "{error}");
+        fs::write(&real, "old").expect("written");
+        let (_, temporary) = Temporary::create(&link).expect("created");
+        assert_eq!(temporary.target(), real.canonicalize().expect("there"));
+        temporary.replace().expect("replaced");
+        assert!(link.is_symlink());
+        assert_eq!(fs::read(&real).expect("read"), b"");
+        let error = Temporary::create(&directory.path().join("no/file")).expect_err("no folder").to_string();
+        assert!(error.contains("there is no folder"), "{error}");
     }
 }

@@ -50,7 +50,7 @@ async fn a_whole_stream() {
             writer.flush().await.expect("flushed");
         }
         let names = names_in(directory.path());
-        assert!(names.len() == 1 && names[0].starts_with("stream.partial-"), "{names:?}");
+        assert!(names.len() == 1 && names[0].starts_with("stream.memferry-"), "{names:?}");
         let temporary = fs::metadata(directory.path().join(&names[0])).expect("the temporary file");
         assert_eq!(temporary.permissions().mode() & 0o7777, 0o600);
     }
@@ -210,7 +210,7 @@ async fn a_full_disk_is_an_error_and_leaves_what_was_there() {
     let mut writer = writer(&path).await;
     let error = writer.write_all(&vec![1; 2 << 20]).await.expect_err("full");
     assert_eq!(error.kind(), ErrorKind::StorageFull);
-    assert!(error.to_string().contains("stream.partial-"), "{error}");
+    assert!(error.to_string().contains("stream.memferry-"), "{error}");
     let error = writer.shutdown().await.expect_err("it failed before");
     assert_eq!(error.kind(), ErrorKind::StorageFull);
     drop(writer);

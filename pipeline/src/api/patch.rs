@@ -1,10 +1,12 @@
 //! Settings as a client writes them: an object of JSON, with the values that the configuration has, or plain numbers.
 
-use std::fmt::Display;
+use std::collections::HashSet;
+use std::fmt::{self, Display};
 use std::str::FromStr;
 use std::time::Duration;
 
-use serde_json::{Map, Value};
+use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
+use serde_json::Value;
 
 use crate::config::values::{Bandwidth, Deadline, Size, Time};
 use crate::control::Change;
@@ -20,9 +22,45 @@ const PERCENT: &str = "a whole number from 0 to 99";
 
 /// The changes that a body asks for, each one that can be; what is wrong with it otherwise, by the name of the setting.
 pub(super) fn changes(body: &[u8]) -> Result<Vec<Change>, String> {
-    let object: Map<String, Value> = serde_json::from_slice(body)
+    let Entries(entries) = serde_json::from_slice(body)
         .map_err(|error| format!(r#"the body is no JSON object such as {{ "downtime_limit": "50ms" }}: {error}"#))?;
-    object.iter().map(|(key, value)| change(key, value)).collect()
+    let changes = entries.iter().map(|(key, value)| change(key, value)).collect::<Result<_, _>>()?;
+    given_once(&entries)?;
+    Ok(changes)
+}
+
+/// Refuses settings of which one is given twice: the two values contradict each other, and none may be lost without a word.
+pub(crate) fn given_once(entries: &[(String, Value)]) -> Result<(), String> {
+    let mut seen = HashSet::new();
+    match entries.iter().find(|(key, _)| !seen.insert(key)) {
+        Some((key, _)) => Err(format!("{key} is given twice: give it once")),
+        None => Ok(()),
+    }
+}
+
+/// The entries of an object, in order, with every key that is repeated: a map would keep only the last of these.
+struct Entries(Vec<(String, Value)>);
+
+impl<'de> Deserialize<'de> for Entries {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct InOrder;
+        impl<'de> Visitor<'de> for InOrder {
+            type Value = Entries;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Entries, A::Error> {
+                let mut entries = Vec::new();
+                while let Some(entry) = map.next_entry()? {
+                    entries.push(entry);
+                }
+                Ok(Entries(entries))
+            }
+        }
+        deserializer.deserialize_map(InOrder)
+    }
 }
 
 /// The change that a setting and its value ask for.
@@ -174,6 +212,15 @@ mod tests {
         assert!(wrong(r#"{ "deadline": "900 years" }"#).contains("longer than a hundred years"));
         let long = wrong(&format!(r#"{{ "deadline": "{}" }}"#, "ß".repeat(5000)));
         assert!(long.len() < 300, "{long}");
+    }
+
+    #[test]
+    fn a_setting_that_is_given_twice_is_refused_by_name() {
+        let twice = |body: &str| changes(body.as_bytes()).unwrap_err();
+        let body = r#"{ "deadline": "5m", "max_bandwidth": 100000, "deadline": null }"#;
+        assert_eq!(twice(body), "deadline is given twice: give it once");
+        let escaped = r#"{ "throttle": 40, "thr\u006fttle": 40 }"#;
+        assert_eq!(twice(escaped), "throttle is given twice: give it once");
     }
 
     proptest! {

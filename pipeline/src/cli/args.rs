@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use memferry_transports::Address;
 
 use super::control::socket;
@@ -66,9 +66,11 @@ const CHECK_EXAMPLES: &str = "\
 Examples:
   memferry check source.toml
   memferry check source.toml --set encoder.xbzrle_cache='1 GiB'
+  memferry check destination.toml --for recv
 
 Prints the configuration with every default filled in, as TOML, then as comments the memory that a migration would take
-and the times it cannot be faster than. Starts nothing.";
+and the times it cannot be faster than. Starts nothing. What the command would refuse before it begins is refused in the same words:
+exit code 2 for the configuration, 1 for an image that is missing, a host that has no such memory or machine, a stream's place.";
 
 const RECORD_EXAMPLES: &str = "\
 Examples:
@@ -168,7 +170,7 @@ pub(super) enum Command {
     Recv(Migrate),
     /// Prints a configuration with its defaults, bounds and floors
     #[command(after_help = CHECK_EXAMPLES)]
-    Check(Configured),
+    Check(Check),
     /// Follows the pages that a guest writes, and moves nothing: for plan
     #[command(after_help = RECORD_EXAMPLES)]
     Record(Record),
@@ -230,9 +232,28 @@ pub(super) enum Command {
 pub(super) struct Configured {
     /// The TOML file that describes the migration
     pub(super) config: PathBuf,
-    /// Changes a key of the configuration, as in --set encoder.compress=zstd; may be given often
+    /// Changes a key of the configuration, as in --set encoder.compress=zstd; may be given often, and
+    /// the last one for a key counts
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub(super) sets: Vec<String>,
+}
+
+/// What a configuration is looked at for.
+#[derive(Args, Debug)]
+pub(super) struct Check {
+    #[command(flatten)]
+    pub(super) configured: Configured,
+    /// The command that it is for. Without it: `send`, and `run` too unless images have no `copy`
+    #[arg(long = "for", value_name = "COMMAND")]
+    pub(super) command: Option<For>,
+}
+
+/// A command that a configuration is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum For {
+    Run,
+    Send,
+    Recv,
 }
 
 /// A migration that runs elsewhere on this host.
@@ -312,7 +333,8 @@ pub(super) struct Plan {
         default_value = "100Mbit/s,1Gbit/s,10Gbit/s"
     )]
     pub(super) bandwidths: Vec<Bandwidth>,
-    /// Changes a key of the settings, as in --set migration.downtime_limit=50ms; may be given often
+    /// Changes a key of the settings, as in --set migration.downtime_limit=50ms; may be given often,
+    /// and the last one for a key counts
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub(super) sets: Vec<String>,
     /// Answers as JSON

@@ -1,4 +1,5 @@
-//! `memferry check`: the configuration as it takes effect, what it takes in memory, and what it cannot be faster than.
+//! `memferry check`: whether a configuration can start, how it takes effect, what it takes in memory, and what it cannot be faster
+//! than.
 
 use std::fmt::Write;
 use std::time::Duration;
@@ -6,26 +7,63 @@ use std::time::Duration;
 use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::dirty_log::{HashLog, KvmLog};
 use memferry_stages::geometry::{BlockInfo, Layout, PageSize};
+use memferry_transports::Address;
+use memferry_transports::file::FileTransport;
 
+use super::hosting::{check_destination, check_source};
 use crate::config::settings::{source_files, workload};
 use crate::config::tables::{Config, GuestTable, KvmLogChoice, LogChoice, SharedTable};
-use crate::migration::{DIGEST_PASSES, destination_bound, hashing_cost, source_bound};
+use crate::config::values::Size;
+use crate::config::{self, Purpose};
+use crate::migration::{self, DIGEST_PASSES, HashingCost, destination_bound, hashing_cost, source_bound};
 use crate::report::human;
 use crate::settings::SourceSettings;
 
 /// The configuration as TOML, with bounds and floors as comments behind it.
-pub(super) fn describe(config: &Config) -> String {
+///
+/// # Errors
+/// What the command that it is for would refuse before anything begins, in that command's words.
+pub(super) fn describe(config: &Config, purpose: Purpose) -> Result<String, String> {
+    can_start(config, purpose)?;
     let mut text = written(config);
     text.push('\n');
     for line in facts(config) {
         writeln!(text, "# {line}").expect("a string takes it");
     }
-    text
+    Ok(text)
+}
+
+/// Could the guest be made, is there room to move it, and can a file hold the stream?
+fn can_start(config: &Config, purpose: Purpose) -> Result<(), String> {
+    let says_of_copies = match &config.guest {
+        GuestTable::File(table) => table.images.iter().chain(&table.state_files).all(|file| file.copy.is_some()),
+        GuestTable::Workload(_) | GuestTable::Kvm(_) => true,
+    };
+    if purpose != Purpose::Receive {
+        check_source(config).map_err(|error| error.to_string())?;
+        let (layout, settings) = (layout(config)?, config.source());
+        config::fits(config, layout.bytes())?;
+        let bound = source_bound(&layout, &settings, may_leave_out(config));
+        migration::check_source(bound, &layout, &settings).map_err(|error| error.to_string())?;
+    }
+    let runs = purpose == Purpose::Run || (purpose == Purpose::Check && says_of_copies);
+    if runs || purpose == Purpose::Receive {
+        check_destination(config, runs).map_err(|error| error.to_string())?;
+    }
+    let Address::File(path) = config.address() else { return Ok(()) };
+    let file = FileTransport::new(path);
+    let can_be_used = if purpose == Purpose::Receive { file.check_readable() } else { file.check_writable() };
+    can_be_used.map_err(|error| error.to_string())
 }
 
 /// The configuration as TOML, with every default filled in.
 pub(super) fn written(config: &Config) -> String {
-    toml::to_string(config).expect("what was read can be written")
+    let mut config = config.clone();
+    if let Ok(layout) = layout(&config) {
+        let bytes = Size(migration::cache_bytes(&layout, &config.source()));
+        config.encoder.xbzrle_cache.get_or_insert(bytes);
+    }
+    toml::to_string(&config).expect("what was read can be written")
 }
 
 fn facts(config: &Config) -> Vec<String> {
@@ -124,11 +162,11 @@ fn hashes_for_log(config: &Config) -> bool {
 /// What hashing costs, where it is done.
 fn hashing(config: &Config, bytes: u64, settings: &SourceSettings) -> Vec<String> {
     let Ok(one_pass) = hashing_cost(bytes) else { return Vec::new() };
-    let digests = one_pass * DIGEST_PASSES;
+    let digests = one_pass.times(DIGEST_PASSES);
     let mut facts = Vec::new();
     if settings.verify {
-        facts.push(format!("verify: about {} of the downtime go to digests", human::time(digests)));
-        if digests > settings.downtime_limit {
+        facts.push(format!("verify: about {} of the downtime go to digests", measured(digests)));
+        if digests.median > settings.downtime_limit {
             let limit = human::time(settings.downtime_limit);
             facts.push(format!(
                 "the digests alone take longer than the downtime limit of {limit}: raise it, or verify = false"
@@ -136,9 +174,15 @@ fn hashing(config: &Config, bytes: u64, settings: &SourceSettings) -> Vec<String
         }
     }
     if hashes_for_log(config) {
-        facts.push(format!("dirty log: each bitmap sync hashes all pages, about {}", human::time(one_pass)));
+        facts.push(format!("dirty log: each bitmap sync hashes all pages, about {}", measured(one_pass)));
     }
     facts
+}
+
+/// `12.0 ms (11.0 ms to 15.0 ms in 7 measurements)`
+fn measured(cost: HashingCost) -> String {
+    let [median, least, most] = [cost.median, cost.least, cost.most].map(human::time);
+    format!("{median} ({least} to {most} in {} measurements)", cost.measurements)
 }
 
 fn at_rate(bytes: u64, bytes_per_second: u64) -> Duration {
@@ -154,7 +198,7 @@ mod tests {
     use crate::guest::workload::Workload;
 
     fn described(text: &str) -> String {
-        describe(&parse("run.toml", text, &[], Purpose::Check).unwrap())
+        describe(&parse("run.toml", text, &[], Purpose::Check).unwrap(), Purpose::Check).unwrap()
     }
 
     #[test]
@@ -164,10 +208,10 @@ mod tests {
              [migration]\nmax_bandwidth = \"32 MiB/s\"\n",
         );
         parse("printed", &text, &[], Purpose::Run).unwrap();
-        assert!(text.contains("xbzrle_cache = \"256 MiB\""), "{text}");
+        assert!(text.contains("xbzrle_cache = \"64 MiB\""), "{text}");
         assert!(text.contains("# guest: 64.0 MiB in 16,384 pages"), "{text}");
         assert!(text.contains("# first round: 2.00 s if nothing shrinks, at 32.0 MiB/s"), "{text}");
-        assert!(text.contains("# verify: about "), "{text}");
+        assert!(text.contains("# verify: about ") && text.contains(" in 7 measurements) of the downtime"), "{text}");
         assert!(!text.contains("# dirty log"), "{text}");
     }
 
@@ -217,12 +261,5 @@ mod tests {
             let spared = if dirty_log == "dirty-ring" { (66 << 20) / 4096 / 8 } else { 0 };
             assert!(said == kept || said == kept + spared, "{dirty_log}: {said} said, {kept} kept");
         }
-    }
-
-    #[test]
-    fn an_image_that_is_not_there_is_said() {
-        let image = "[guest.file]\nimages = [{ id = \"ram\", path = \"/nowhere/ram\" }]\n";
-        let text = described(&format!("{image}[transport]\naddress = \"tcp:localhost:0\"\n"));
-        assert!(text.contains("# no figures, /nowhere/ram: No such file"), "{text}");
     }
 }

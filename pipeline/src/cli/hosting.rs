@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
+use crate::config;
 use crate::config::settings::{destination_files, source_files, workload};
 use crate::config::tables::{Config, GuestTable, WorkloadTable};
 use crate::guest::file::FileGuest;
@@ -39,13 +40,17 @@ pub(super) struct Health {
 }
 
 impl Hosted {
-    /// The guest to be sent. May take seconds: a workload's memory is filled.
-    pub(super) async fn source(config: &Config) -> Result<Self, GuestError> {
-        let table = config.guest.clone();
-        blocking(move || match table {
-            GuestTable::Workload(table) => Workload::source(workload(&table)).map(Self::here),
-            GuestTable::File(table) => FileGuest::source(source_files(&table), guard_program()).map(Self::elsewhere),
-            GuestTable::Kvm(table) => machine::source(&table),
+    /// The guest to be sent. May take seconds: a workload's memory is filled, until it is cancelled.
+    pub(super) async fn source(config: &Config, cancel: &CancellationToken) -> Result<Self, GuestError> {
+        let (config, cancel) = (config.clone(), cancel.clone());
+        blocking(move || {
+            let hosted = match &config.guest {
+                GuestTable::Workload(table) => Workload::source_unless(workload(table), &cancel).map(Self::here),
+                GuestTable::File(table) => FileGuest::source(source_files(table), guard_program()).map(Self::elsewhere),
+                GuestTable::Kvm(table) => machine::source(table),
+            }?;
+            config::fits(&config, hosted.guest.memory().layout().bytes()).map_err(GuestError)?;
+            Ok(hosted)
         })
         .await
     }
@@ -93,6 +98,23 @@ impl Hosted {
     }
 }
 
+/// Could the guest to be sent be made? Makes none.
+pub(super) fn check_source(config: &Config) -> Result<(), GuestError> {
+    match &config.guest {
+        GuestTable::Workload(table) => Workload::check(workload(table)),
+        GuestTable::File(table) => FileGuest::source(source_files(table), None).map(drop),
+        GuestTable::Kvm(table) => machine::check(table),
+    }
+}
+
+/// Is there a place for the guest to be received? Makes nothing there.
+pub(super) fn check_destination(config: &Config, run: bool) -> Result<(), GuestError> {
+    match &config.guest {
+        GuestTable::File(table) => FileGuest::check_destination(destination_files(table, run)),
+        GuestTable::Workload(_) | GuestTable::Kvm(_) => Ok(()),
+    }
+}
+
 impl Resident for Workload {
     fn runs(&self) -> bool {
         self.status().running
@@ -124,6 +146,10 @@ mod machine {
 
     pub(super) fn source(table: &KvmTable) -> Result<Hosted, GuestError> {
         KvmGuest::source(kvm(table)).map(Hosted::here)
+    }
+
+    pub(super) fn check(table: &KvmTable) -> Result<(), GuestError> {
+        KvmGuest::check(kvm(table))
     }
 
     /// How its writes are found is for this end to choose: it may be sent on from here.
@@ -176,6 +202,10 @@ mod machine {
 
     pub(super) fn destination(table: &KvmTable) -> Result<Hosted, GuestError> {
         source(table)
+    }
+
+    pub(super) fn check(table: &KvmTable) -> Result<(), GuestError> {
+        source(table).map(drop)
     }
 }
 

@@ -29,13 +29,16 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Parser;
+use memferry_stages::host::cores;
 use memferry_transports::Address;
 
+use crate::api::patch;
 use crate::config::{self, Config, Purpose};
 use crate::events::Role;
 use crate::guest::file::guard;
 use crate::log;
-use args::{Command, CommandLine, Configured, Migrate, Record};
+use crate::threads;
+use args::{Command, CommandLine, Configured, For, Migrate, Record};
 use inspect::Inspection;
 use outlets::Outlets;
 use session::Session;
@@ -43,8 +46,11 @@ use verdict::{BAD_USAGE, DONE, FAILED};
 
 /// Threads of the control plane: timers, signals, the handshakes. The data has a runtime of its own.
 const CONTROL_THREADS: usize = 2;
-/// How long what a command left behind may take to end with it.
-const TIDY_UP: Duration = Duration::from_secs(1);
+/// How long what a command left behind may take to end with it: calls that still block, such as the building of a guest that
+/// was cancelled.
+const TIDY_UP: Duration = Duration::from_millis(100);
+/// Beside one for each core, which digests take: threads of the control plane for what blocks, such as calls of a guest.
+const BLOCKING_THREADS: usize = 4;
 
 /// Runs the command that the command line names.
 #[must_use]
@@ -55,11 +61,14 @@ pub fn main() -> ExitCode {
         Command::Run(options) => migrate(options, "run", Purpose::Run, Role::Source),
         Command::Send(options) => migrate(options, "send", Purpose::Send, Role::Source),
         Command::Recv(options) => migrate(options, "recv", Purpose::Receive, Role::Destination),
-        Command::Check(configured) => check(&configured),
+        Command::Check(options) => check(&options),
         Command::Record(options) => record(options),
         Command::Plan(options) => plan::run(&options),
         Command::Status { control, json } => ask(control::status(&control.address, json)),
-        Command::Set { control, settings } => ask(control::set(&control.address, settings)),
+        Command::Set { control, settings } => match patch::given_once(&settings) {
+            Ok(()) => ask(control::set(&control.address, settings)),
+            Err(why) => complain(&why, BAD_USAGE),
+        },
         Command::Cancel(control) => ask(control::cancel(&control.address)),
         Command::SwitchOver(control) => ask(control::switch_over(&control.address)),
         Command::Inspect { file } => inspect(&file),
@@ -114,7 +123,9 @@ fn migrate(options: Migrate, role: &'static str, purpose: Purpose, watch: Role) 
 
 /// Asks a running migration, and prints what it says.
 fn ask(asking: impl Future<Output = Result<String, String>>) -> ExitCode {
-    match on_control_plane(async { Ok(asking.await) }) {
+    // Without threads: a cancel must be possible where there are no more of them.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    match runtime.map(|runtime| runtime.block_on(asking)) {
         Ok(Ok(said)) => print(&said, DONE),
         Ok(Err(why)) => complain(&why, FAILED),
         Err(error) => refused(&error),
@@ -157,9 +168,16 @@ fn unwritable(option: &str, file: &Path) -> Option<String> {
     (!folder.is_dir()).then(|| format!("{option} {name}: there is no folder {}: make it first", folder.display()))
 }
 
-fn check(configured: &Configured) -> ExitCode {
-    match load(configured, Purpose::Check) {
-        Ok(config) => print(&check::describe(&config), DONE),
+fn check(options: &args::Check) -> ExitCode {
+    let purpose = match options.command {
+        None => Purpose::Check,
+        Some(For::Run) => Purpose::Run,
+        Some(For::Send) => Purpose::Send,
+        Some(For::Recv) => Purpose::Receive,
+    };
+    match load(&options.configured, purpose).map(|config| check::describe(&config, purpose)) {
+        Ok(Ok(text)) => print(&text, DONE),
+        Ok(Err(why)) => complain(&why, FAILED),
         Err(code) => code,
     }
 }
@@ -213,9 +231,7 @@ fn load(configured: &Configured, purpose: Purpose) -> Result<Config, ExitCode> {
 }
 
 fn on_control_plane<T>(command: impl Future<Output = std::io::Result<T>>) -> std::io::Result<T> {
-    let mut builder = tokio::runtime::Builder::new_multi_thread();
-    builder.worker_threads(CONTROL_THREADS).thread_name("memferry-control").enable_all();
-    let runtime = builder.build()?;
+    let runtime = threads::runtime("memferry-control", CONTROL_THREADS, cores() + BLOCKING_THREADS)?;
     let done = runtime.block_on(command);
     // A thread that blocks for ever must not keep the program from its end.
     runtime.shutdown_timeout(TIDY_UP);

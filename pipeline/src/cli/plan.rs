@@ -52,7 +52,9 @@ pub(super) fn run(options: &Plan) -> ExitCode {
 fn recorded(trace: &Path, guest: &GuestFacts, sets: &[String]) -> Result<Config, ConfigError> {
     let is_stored = guest.settings.lines().any(|line| line.starts_with("after = "));
     let address = if is_stored { "file:/recorded" } else { "tcp:recorded:1" };
-    let text =
-        format!("{}\n[guest.workload]\nmemory = \"64 MiB\"\n\n[transport]\naddress = \"{address}\"\n", guest.settings);
+    let text = format!(
+        "{}\n[guest.file]\nimages = [{{ id = \"ram\", path = \"ram\" }}]\n\n[transport]\naddress = \"{address}\"\n",
+        guest.settings
+    );
     config::parse(&format!("the settings in {}", trace.display()), &text, sets, Purpose::Check)
 }

@@ -6,7 +6,7 @@ use super::args::Record;
 use super::console;
 use super::hosting::Hosted;
 use super::signals::Signals;
-use super::verdict::{DONE, FAILED};
+use super::verdict::{CANCELLED, DONE, FAILED};
 use crate::config::Config;
 use crate::config::tables::{ConvergenceTable, EncoderTable, MigrationTable, PipelineTable};
 use crate::plan::record::{INTERVAL, RecordError, RecordSettings, Recorded, record};
@@ -27,7 +27,15 @@ struct Planned<'a> {
 /// Records, and hosts a guest that lives here until it is over: the exit code.
 pub(super) async fn run(config: Config, options: Record) -> std::io::Result<u8> {
     let (signals, cancel) = Signals::listen("ending the recording")?;
-    let guest = match Hosted::source(&config).await {
+    let guest = tokio::select! {
+        biased;
+        () = cancel.cancelled() => {
+            tell!("memferry: not recorded: cancelled before the guest was ready");
+            return Ok(CANCELLED);
+        }
+        guest = Hosted::source(&config, &cancel) => guest,
+    };
+    let guest = match guest {
         Ok(guest) => guest,
         Err(error) => return Ok(failed(&error.to_string())),
     };

@@ -2,6 +2,7 @@
 //!
 //! Each is the same list of steps: make the guest, migrate it, say how it ended, write the report, host what lives here.
 
+use std::fmt::Display;
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,7 +16,7 @@ use super::hosting::Hosted;
 use super::outlets::Outlets;
 use super::reports::Reports;
 use super::signals::Signals;
-use super::verdict::{FAILED, exit_code, joint, never_begun};
+use super::verdict::{FAILED, cancelled_before_it_began, exit_code, joint, never_begun};
 use crate::api::Server;
 use crate::config::Config;
 use crate::control::Control;
@@ -89,9 +90,9 @@ impl Session {
 
     /// `memferry run`
     pub(super) async fn run(self) -> u8 {
-        let guests = match self.both_guests().await {
+        let guests = match self.unless_cancelled(self.both_guests()).await {
             Ok(guests) => guests,
-            Err(error) => return self.could_not_begin(Role::Source, error.to_string()),
+            Err(ended) => return self.could_not_begin(Role::Source, ended),
         };
         let (source, destination) = &guests;
         let cancel = self.control.token();
@@ -116,9 +117,9 @@ impl Session {
 
     /// `memferry send`
     pub(super) async fn send(self) -> u8 {
-        let guest = match Hosted::source(&self.config).await {
+        let guest = match self.unless_cancelled(Hosted::source(&self.config, &self.control.token())).await {
             Ok(guest) => guest,
-            Err(error) => return self.could_not_begin(Role::Source, error.to_string()),
+            Err(ended) => return self.could_not_begin(Role::Source, ended),
         };
         let transport = self.config.transport_to(&self.config.address());
         let ended = self.send_over(&guest, transport, self.control.clone()).await;
@@ -130,9 +131,9 @@ impl Session {
 
     /// `memferry recv`
     pub(super) async fn receive(self) -> u8 {
-        let (guest, listener) = match self.destination_ready().await {
+        let (guest, listener) = match self.unless_cancelled(self.destination_ready()).await {
             Ok(ready) => ready,
-            Err(error) => return self.could_not_begin(Role::Destination, error),
+            Err(ended) => return self.could_not_begin(Role::Destination, ended),
         };
         self.note(&format!("waiting at {}", listener.local_address()));
         let ended = self.receive_from(&guest, listener, self.control.clone()).await;
@@ -141,8 +142,19 @@ impl Session {
         self.host_if(ended.phase == Phase::Completed, &guest, stop, exit_code(&ended)).await
     }
 
+    /// What comes before the migration, until it is cancelled: then nobody waits for the rest of it.
+    async fn unless_cancelled<T, E: Display>(&self, begin: impl Future<Output = Result<T, E>>) -> Result<T, Ended> {
+        let cancel = self.control.token();
+        tokio::select! {
+            biased;
+            () = cancel.cancelled() => Err(cancelled_before_it_began()),
+            begun = begin => begun.map_err(|error| never_begun(error.to_string())),
+        }
+    }
+
     async fn both_guests(&self) -> Result<(Hosted, Hosted), GuestError> {
-        Ok((Hosted::source(&self.config).await?, Hosted::destination(&self.config, true).await?))
+        let cancel = self.control.token();
+        Ok((Hosted::source(&self.config, &cancel).await?, Hosted::destination(&self.config, true).await?))
     }
 
     async fn destination_ready(&self) -> Result<(Hosted, Box<dyn Listener>), String> {
@@ -221,8 +233,8 @@ impl Session {
         ended
     }
 
-    fn could_not_begin(&self, role: Role, error: String) -> u8 {
-        let ended = self.settle(role, never_begun(error));
+    fn could_not_begin(&self, role: Role, ended: Ended) -> u8 {
+        let ended = self.settle(role, ended);
         self.conclude(&ended, &self.accountant.account(role), None);
         exit_code(&ended)
     }

@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use super::console;
 use super::verdict::CANCELLED;
 use crate::events::{Event, Observer, Phase, Role};
+use crate::threads::explained;
 
 /// How long the last line of a program that ends at once may take.
 const LAST_LINE: Duration = Duration::from_millis(200);
@@ -77,7 +78,7 @@ impl Signals {
                 }
             }
         };
-        thread::Builder::new().name("memferry-signals".into()).spawn(take)?;
+        thread::Builder::new().name("memferry-signals".into()).spawn(take).map_err(explained)?;
         Ok((signals, token))
     }
 

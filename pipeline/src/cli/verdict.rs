@@ -56,6 +56,11 @@ pub(super) fn never_begun(error: String) -> Ended {
     }
 }
 
+/// The end of a migration that was cancelled while its guest was made.
+pub(super) fn cancelled_before_it_began() -> Ended {
+    Ended { phase: Phase::Cancelled, ..never_begun("before the guest was ready".into()) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -13,6 +13,7 @@ pub mod settings;
 pub mod tables;
 pub mod values;
 
+use std::io;
 use std::path::Path;
 
 use toml_edit::{Document, DocumentMut};
@@ -21,6 +22,11 @@ use fault::Shown;
 pub use fault::{ConfigError, Fault};
 use overrides::Override;
 pub use tables::Config;
+
+use crate::whole_file;
+
+/// The longest configuration.
+const MOST_BYTES: u64 = 1 << 20;
 
 /// What a configuration is read for: some rules hold at one end only.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,10 +48,23 @@ pub enum Purpose {
 pub fn load(file: &Path, sets: &[String], purpose: Purpose) -> Result<Config, ConfigError> {
     let name = file.display().to_string();
     let help = "name a TOML file: configs/quickstart.toml is one to begin with";
-    let text = std::fs::read_to_string(file).map_err(|error| {
+    let text = whole_file::read(file, MOST_BYTES)
+        .and_then(|bytes| String::from_utf8(bytes).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error)));
+    let text = text.map_err(|error| {
         ConfigError::without_place(&name, format!("the configuration cannot be read: {error}"), Some(help.into()))
     })?;
     parse(&name, &text, sets, purpose)
+}
+
+/// Does a configuration fit a guest whose memory it does not tell, such as one of files? These have so many bytes.
+///
+/// # Errors
+/// What does not, and what to write.
+pub(crate) fn fits(config: &Config, guest_bytes: u64) -> Result<(), String> {
+    match rules::cache_beyond(config, guest_bytes) {
+        None => Ok(()),
+        Some(Fault { path, what, help, .. }) => Err(format!("{path}: {what}; {}", help.unwrap_or_default())),
+    }
 }
 
 /// As [`load`], for a text that is there already; `name` is what messages call it.

@@ -8,13 +8,14 @@ use memferry_transports::{Address, Capabilities, open};
 
 use super::fault::Fault;
 use super::tables::{
-    After, Compress, Config, DeltaChoice, FileTable, FillTable, FreeTable, GuestTable, ImageTable, KvmTable, OnMiss,
-    Pattern, SharedTable, StallStep, WorkloadTable, WriterTable,
+    After, Compress, Config, DeltaChoice, EncoderTable, FileTable, FillTable, FreeTable, GuestTable, ImageTable,
+    KvmTable, OnMiss, Pattern, SharedTable, StallStep, WorkloadTable, WriterTable,
 };
 use super::values::{Bandwidth, Size, Time};
 use super::{Purpose, settings};
 use crate::guest::kvm::IS_BUILT_IN;
 use crate::guest::kvm::settings::{MEMORY_UNIT, MOST_MEMORY, MOST_VCPUS, OWN_BYTES, PAGE_BYTES};
+use crate::migration::{cache_beyond_guest, least_cache};
 
 /// Everything that is wrong.
 pub(super) fn check(config: &Config, purpose: Purpose) -> Vec<Fault> {
@@ -100,14 +101,17 @@ fn encoder(config: &Config, faults: &mut Vec<Fault>) {
     let table = &config.encoder;
     let deltas = table.delta == DeltaChoice::Xbzrle;
     let page = page_size(config).0;
-    let least = Size(page.saturating_mul(u64::from(config.pipeline.lanes)).saturating_mul(2));
-    need(
-        faults,
-        !deltas || table.xbzrle_cache >= least,
-        "encoder.xbzrle_cache",
-        format!("an XBZRLE cache of {} holds no pages", table.xbzrle_cache),
-        format!("write \"256 MiB\", at least {least} here, or delta = \"none\""),
-    );
+    if let Some(cache) = table.xbzrle_cache.filter(|_| deltas) {
+        let least = Size(least_cache(page, config.pipeline.lanes));
+        need(
+            faults,
+            cache >= least,
+            "encoder.xbzrle_cache",
+            format!("an XBZRLE cache of {cache} holds no pages"),
+            format!("write \"256 MiB\", at least {least} here, or delta = \"none\""),
+        );
+    }
+    faults.extend(guest_bytes(config).and_then(|guest| cache_beyond(config, guest)));
     need(
         faults,
         !(deltas && table.on_miss == OnMiss::Compress && table.compress == Compress::None),
@@ -121,6 +125,24 @@ fn encoder(config: &Config, faults: &mut Vec<Fault>) {
         need(faults, zstd, path, "only zstd has levels", "delete it, or write compress = \"zstd\"");
         let right = (-7..=19).contains(&level);
         need(faults, right, path, format!("zstd has no level {level}"), "write a number from -7 (fast) to 19 (dense)");
+    }
+}
+
+/// A cache that is written, and larger than the guest's memory.
+pub(super) fn cache_beyond(config: &Config, guest_bytes: u64) -> Option<Fault> {
+    let EncoderTable { delta: DeltaChoice::Xbzrle, xbzrle_cache: Some(cache), .. } = &config.encoder else {
+        return None;
+    };
+    let (what, help) = cache_beyond_guest(cache.0, guest_bytes, page_size(config).0, config.pipeline.lanes)?;
+    Some(Fault::new("encoder.xbzrle_cache", what, help))
+}
+
+/// The guest's memory, where the configuration says how much it is.
+fn guest_bytes(config: &Config) -> Option<u64> {
+    match &config.guest {
+        GuestTable::Workload(workload) => Some(workload.memory.0),
+        GuestTable::File(_) => None,
+        GuestTable::Kvm(kvm) => Some(kvm.memory.0),
     }
 }
 
@@ -313,7 +335,15 @@ fn check_fill(fill: &FillTable, faults: &mut Vec<Fault>) {
         );
     }
     let sum: f64 = shares.iter().map(|(_, share)| share).sum();
-    need(faults, sum > 0.0, "guest.workload.fill", "the shares add up to nothing", "give one of them at least 1.0");
+    let what = format!("the shares add up to {sum}");
+    // Shares such as 0.1 have no exact sum.
+    need(
+        faults,
+        sum <= 1.0 + 1e-9,
+        "guest.workload.fill",
+        what,
+        "write shares that add up to at most 1.0; the rest is zero pages",
+    );
 }
 
 fn check_writer(writer: &WriterTable, page_size: Size, path: &str, faults: &mut Vec<Fault>) {

@@ -107,7 +107,7 @@ fn convergence(table: &ConvergenceTable) -> ConvergenceSettings {
 
 fn encoder(table: &EncoderTable) -> EncoderSettings {
     let xbzrle = XbzrleSettings {
-        cache_bytes: table.xbzrle_cache.0,
+        cache_bytes: table.xbzrle_cache.map_or(XbzrleSettings::default().cache_bytes, |size| size.0),
         compress_on_miss: table.on_miss == OnMiss::Compress,
         cache_first_round: table.cache_first_round,
     };

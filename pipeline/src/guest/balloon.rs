@@ -13,6 +13,7 @@ use std::time::Duration;
 use super::GuestError;
 use super::clearer::{BlockPages, Clearer, Hints, Point};
 use super::free::FreeRanges;
+use crate::threads::explained;
 
 /// Ranges that are hinted together at most.
 const TOGETHER: u32 = 64;
@@ -102,7 +103,8 @@ impl Reporter {
             }
         };
         let thread = thread::Builder::new().name("balloon".into()).spawn(report);
-        let thread = thread.map_err(|error| GuestError::caused("the balloon's thread cannot be started", error))?;
+        let thread =
+            thread.map_err(|error| GuestError::caused("the balloon's thread cannot be started", explained(error)))?;
         Ok(Self { is_over, thread: Some(thread) })
     }
 }

@@ -49,7 +49,10 @@ impl FreeRanges {
     }
 
     /// Takes a range into use, whoever has it: waits while it is held, which is not long.
-    #[cfg_attr(not(feature = "kvm"), expect(dead_code, reason = "machines alone wait for a range"))]
+    #[cfg_attr(
+        not(all(feature = "kvm", target_os = "linux", target_arch = "x86_64")),
+        expect(dead_code, reason = "machines alone wait for a range")
+    )]
     pub(super) fn take_when_let_go(&self, range: u32) {
         while self.change(range, TAKEN).is_err_and(|by| by != TAKEN) {
             std::thread::yield_now();
@@ -57,7 +60,10 @@ impl FreeRanges {
     }
 
     /// Is it in use?
-    #[cfg_attr(not(feature = "kvm"), expect(dead_code, reason = "machines alone ask"))]
+    #[cfg_attr(
+        not(all(feature = "kvm", target_os = "linux", target_arch = "x86_64")),
+        expect(dead_code, reason = "machines alone ask")
+    )]
     pub(super) fn is_taken(&self, range: u32) -> bool {
         self.states[range as usize].load(Ordering::Relaxed) == TAKEN
     }
@@ -102,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    #[cfg(feature = "kvm")]
+    #[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
     fn who_waits_for_a_range_has_it() {
         let (ranges, over) = (FreeRanges::new(0..3, 1), std::sync::atomic::AtomicBool::new(false));
         std::thread::scope(|scope| {

@@ -49,11 +49,24 @@ impl SharedSettings {
         }
     }
 
+    /// Could a source map the file? Makes none.
+    pub(super) fn check(&self) -> Result<(), GuestError> {
+        let folder = self.path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        match self.path.try_exists() {
+            Ok(true) => self.map(true).map(drop),
+            Ok(false) => folder.metadata().map(drop).map_err(|error| self.failed(error)),
+            Err(error) => Err(self.failed(error)),
+        }
+    }
+
+    fn failed(&self, error: std::io::Error) -> GuestError {
+        GuestError::caused(format_args!("the shared block {}", self.path.display()), error)
+    }
+
     /// Maps the file. A file of another length is nobody's to change.
     pub(super) fn map(&self, is_destination: bool) -> Result<Arc<MappedMemory>, GuestError> {
         let Self { path, bytes } = self;
-        let failed =
-            |error: std::io::Error| GuestError::caused(format_args!("the shared block {}", path.display()), error);
+        let failed = |error| self.failed(error);
         let options = || OpenOptions::new().read(true).write(true).clone();
         let file = match options().open(path) {
             Err(error) if error.kind() == ErrorKind::NotFound && !is_destination => {

@@ -67,15 +67,37 @@ fn group_bytes(page_size: PageSize) -> u64 {
 pub fn source_bound(layout: &Layout, settings: &SourceSettings, may_leave_out: bool) -> u64 {
     let extent = layout.page_size().extent_bytes() as u64;
     let pools = u64::from(settings.lanes) * (COPY_BUFFERS + CODE_BUFFERS) as u64 * extent;
-    let cache = settings.encoder.xbzrle.as_ref().map_or(0, |xbzrle| xbzrle.cache_bytes);
+    let cache = cache_bytes(layout, settings);
     let compressor = settings.encoder.compress.map_or(0, |codec| {
         Compressor::for_groups(codec, layout.page_size()).memory_bytes() + group_bytes(layout.page_size())
     });
     let compressors = u64::from(settings.lanes) * compressor;
     let in_flight = InFlight::bound_bytes(layout, settings.lanes);
-    let all_else = pools + compressors + source_keeps(layout, in_flight, settings.verify, may_leave_out);
-    // The one figure that is an operator's, and may be any.
-    all_else.saturating_add(cache)
+    pools + compressors + source_keeps(layout, in_flight, settings.verify, may_leave_out) + cache
+}
+
+/// The least bytes of a cache that holds pages: two of each lane.
+pub(crate) fn least_cache(page_bytes: u64, lanes: u16) -> u64 {
+    page_bytes.saturating_mul(2 * u64::from(lanes))
+}
+
+/// The bytes of the cache that a source of such a guest takes: the settings', but no more than the guest has.
+pub(crate) fn cache_bytes(layout: &Layout, settings: &SourceSettings) -> u64 {
+    let most = layout.bytes().max(least_cache(layout.page_size().bytes() as u64, settings.lanes));
+    settings.encoder.xbzrle.as_ref().map_or(0, |xbzrle| xbzrle.cache_bytes.min(most))
+}
+
+/// What is wrong with a cache that is larger than the guest's memory, and what to write instead.
+pub(crate) fn cache_beyond_guest(
+    cache: u64,
+    guest_bytes: u64,
+    page_bytes: u64,
+    lanes: u16,
+) -> Option<(String, String)> {
+    let (cache, guest) = (Size(cache), Size(guest_bytes));
+    let most = guest.max(Size(least_cache(page_bytes, lanes)));
+    let what = format!("an XBZRLE cache of {cache} is larger than the guest's memory, {guest}");
+    (cache > most).then(|| (what, format!("write {most} or less, or leave it out")))
 }
 
 /// What a source keeps for its guest's pages: which are dirty, which were never touched, of which deltas can be made, which do not
@@ -124,8 +146,8 @@ pub(super) fn check_host(bound: u64) -> Result<(), MigrationError> {
 ///
 /// # Errors
 /// What is too large.
-pub(super) fn check_source(bound: u64, settings: &SourceSettings) -> Result<(), MigrationError> {
-    let cache = settings.encoder.xbzrle.as_ref().map_or(0, |xbzrle| xbzrle.cache_bytes);
+pub(crate) fn check_source(bound: u64, layout: &Layout, settings: &SourceSettings) -> Result<(), MigrationError> {
+    let cache = cache_bytes(layout, settings);
     check_host(bound.saturating_sub(cache))?;
     check_cache(bound, cache).map_err(MigrationError::CacheTooLarge)
 }
@@ -149,4 +171,28 @@ pub(super) fn peak(pools: &[BufferPool], stages: &[Arc<Meter>], keeps: u64) -> u
     pools.iter().map(BufferPool::peak_bytes).sum::<u64>()
         + stages.iter().map(|stage| stage.peak_bytes()).sum::<u64>()
         + keeps
+}
+
+#[cfg(test)]
+mod tests {
+    use memferry_stages::geometry::BlockInfo;
+
+    use super::*;
+
+    /// A larger cache holds nothing more, so it is not paid for.
+    #[test]
+    fn a_cache_has_at_most_the_bytes_of_its_guest() {
+        let settings = SourceSettings::default();
+        let layout = |bytes| Layout::new(PageSize::DEFAULT, vec![BlockInfo::new("ram", bytes)]).unwrap();
+        assert_eq!(cache_bytes(&layout(64 << 20), &settings), 64 << 20);
+        assert_eq!(cache_bytes(&layout(1 << 30), &settings), 256 << 20);
+        // Two pages of each lane, for a guest of one page.
+        assert_eq!(cache_bytes(&layout(4096), &settings), 4 * 4096);
+        assert!(source_bound(&layout(64 << 20), &settings, false) < 128 << 20);
+        assert_eq!(cache_beyond_guest(64 << 20, 64 << 20, 4096, 2), None);
+        assert_eq!(cache_beyond_guest(4 * 4096, 1, 4096, 2), None);
+        let (what, help) = cache_beyond_guest(65 << 20, 64 << 20, 4096, 2).unwrap();
+        assert_eq!(what, "an XBZRLE cache of 65 MiB is larger than the guest's memory, 64 MiB");
+        assert_eq!(help, "write 64 MiB or less, or leave it out");
+    }
 }

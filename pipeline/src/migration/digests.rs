@@ -31,6 +31,8 @@ const SAMPLES: usize = 8;
 pub const DIGEST_PASSES: u32 = 2;
 /// Memory that is hashed to measure a host that has no guest yet: more than its caches hold.
 const SAMPLE_BYTES: usize = 128 << 20;
+/// How often such a host is measured: other work on it comes and goes.
+const MEASUREMENTS: usize = 7;
 
 /// A stretch of the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -241,12 +243,44 @@ pub(crate) fn downtime(memory: &GuestMemory, left_out: Option<&DirtyBitmap>) -> 
     Ok(estimate(memory, left_out)? * DIGEST_PASSES)
 }
 
+/// What a pass takes, by several measurements.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HashingCost {
+    /// As many measurements took less as took more.
+    pub median: Duration,
+    /// The quickest.
+    pub least: Duration,
+    /// The slowest.
+    pub most: Duration,
+    /// How many there are.
+    pub measurements: usize,
+}
+
+impl HashingCost {
+    /// That of some measurements.
+    ///
+    /// # Panics
+    /// If there are none.
+    fn of(mut measured: Vec<Duration>) -> Self {
+        measured.sort_unstable();
+        let (least, most) = (measured[0], measured[measured.len() - 1]);
+        Self { median: measured[measured.len() / 2], least, most, measurements: measured.len() }
+    }
+
+    /// That of several passes.
+    #[must_use]
+    pub fn times(self, passes: u32) -> Self {
+        let Self { median, least, most, measurements } = self;
+        Self { median: median * passes, least: least * passes, most: most * passes, measurements }
+    }
+}
+
 /// What one pass over so many bytes of written memory takes on this host, with every core: a sync of the hash log makes one,
-/// digests [`DIGEST_PASSES`]. Measured on a sample; may block.
+/// digests [`DIGEST_PASSES`]. Measured on samples; may block.
 ///
 /// # Errors
-/// When there is no memory for the sample.
-pub fn hashing_cost(bytes: u64) -> io::Result<Duration> {
+/// When there is no memory for the samples.
+pub fn hashing_cost(bytes: u64) -> io::Result<HashingCost> {
     let mapped = Arc::new(MappedMemory::anonymous(SAMPLE_BYTES)?);
     for start in (0..SAMPLE_BYTES).step_by(4096) {
         mapped.store(start, &[1; 4096]);
@@ -254,7 +288,8 @@ pub fn hashing_cost(bytes: u64) -> io::Result<Duration> {
     let info = BlockInfo::new("sample", SAMPLE_BYTES as u64);
     let block = RamBlock { info, memory: mapped, fresh: false };
     let sample = GuestMemory::new(PageSize::DEFAULT, vec![block]).expect("one good block");
-    Ok(estimate(&sample, None)?.mul_f64(bytes as f64 / SAMPLE_BYTES as f64))
+    let measure = |_| Ok(estimate(&sample, None)?.mul_f64(bytes as f64 / SAMPLE_BYTES as f64));
+    (0..MEASUREMENTS).map(measure).collect::<io::Result<_>>().map(HashingCost::of)
 }
 
 /// The page hashes of a stretch, to be sent; of pages that are left out there are none. May block.
@@ -367,6 +402,14 @@ fn all_stretches(layout: &Layout) -> impl Iterator<Item = StretchAt> + use<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_cost_is_the_median_of_what_was_measured() {
+        let measured = [9, 2, 4, 3, 30].map(Duration::from_millis).to_vec();
+        let cost = HashingCost::of(measured).times(2);
+        assert_eq!([cost.least, cost.median, cost.most].map(|time| time.as_millis()), [4, 8, 60]);
+        assert_eq!(cost.measurements, 5);
+    }
 
     /// Three blocks: one with a hole in its middle, one never touched and of no whole stretch, one without a hole.
     fn memory(written: &[(usize, usize)]) -> GuestMemory {

@@ -36,10 +36,11 @@ use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::geometry::{BlockInfo, Layout, PageSize};
 use memferry_stages::memory::GuestMemory;
 
+pub(crate) use bounds::{cache_beyond_guest, cache_bytes, check_source, least_cache};
 pub use bounds::{destination_bound, source_bound};
 pub use destination::receive;
 pub(crate) use digests::downtime as digest_downtime;
-pub use digests::{DIGEST_PASSES, hashing_cost};
+pub use digests::{DIGEST_PASSES, HashingCost, hashing_cost};
 pub use plane::DataPlane;
 pub use source::send;
 pub use tokio_util::sync::CancellationToken;

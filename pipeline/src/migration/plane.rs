@@ -5,8 +5,14 @@
 use std::future::Future;
 use std::io;
 
-use tokio::runtime::{Builder, Handle, Runtime};
+use memferry_stages::host::cores;
+use tokio::runtime::{Handle, Runtime};
 use tokio_util::task::AbortOnDropHandle;
+
+use crate::threads;
+
+/// Threads for what blocks: a bitmap sync, a flush to the disk, a name to be resolved.
+const BLOCKING_THREADS: usize = 3;
 
 /// A runtime of the data's own, with a worker for each core. One serves any number of migrations.
 #[derive(Debug)]
@@ -18,9 +24,9 @@ impl DataPlane {
     /// Starts the workers.
     ///
     /// # Errors
-    /// When the system gives no threads.
+    /// When the system gives no threads, with the limit to raise.
     pub fn new() -> io::Result<Self> {
-        let runtime = Builder::new_multi_thread().thread_name("memferry-data").enable_all().build()?;
+        let runtime = threads::runtime("memferry-data", cores(), BLOCKING_THREADS)?;
         Ok(Self { runtime: Some(runtime) })
     }
 

@@ -117,7 +117,7 @@ fn encodings(written: &Written<'_>, settings: &SourceSettings) -> Vec<(SourceSet
     let guest = &written.trace().guest;
     let filled = (guest.pages() - guest.untouched) * (guest.page_size.bytes() as u64 + SLOT_BYTES);
     // A little more than all of it: not every slot of a cache is ever used.
-    let all = (filled + filled / 16).next_multiple_of(64 << 20);
+    let all = (filled + filled / 16).next_multiple_of(64 << 20).min(guest.pages() * guest.page_size.bytes() as u64);
     let mut found = vec![(settings.clone(), Vec::new())];
     let mut add = |compress: Option<Codec>, xbzrle: Option<XbzrleSettings>| {
         let mut changed = settings.clone();

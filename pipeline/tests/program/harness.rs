@@ -94,7 +94,7 @@ impl Scene {
     pub(crate) fn start_on(&self, arguments: &[&str], stdin: Stdio, stdout: Stdio, stderr: Stdio) -> Running {
         let mut command = Command::new(env!("CARGO_BIN_EXE_memferry"));
         command.args(arguments).current_dir(self.folder.path()).stdin(stdin).stdout(stdout).stderr(stderr);
-        Running::spawn(command, arguments)
+        Running::spawn(command, arguments.join(" "))
     }
 
     /// Starts the program by a script of the shell, which has it as `$0` and its arguments as `$@`.
@@ -102,7 +102,7 @@ impl Scene {
         let mut command = Command::new("sh");
         command.args(["-c", script, env!("CARGO_BIN_EXE_memferry")]).args(arguments).current_dir(self.folder.path());
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        Running::spawn(command, arguments)
+        Running::spawn(command, arguments.join(" "))
     }
 
     /// Starts the program with the settings given, each as `--set`.
@@ -173,14 +173,19 @@ impl Running {
             command.args(["-c", "ulimit -d $0 && exec \"$@\"", &(bytes >> 10).to_string(), program]);
         }
         command.args(arguments).current_dir(folder);
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        Self::spawn(command, arguments)
+        Self::of(command, arguments.join(" "))
     }
 
-    fn spawn(mut command: Command, arguments: &[&str]) -> Self {
+    /// The program, or one that becomes it.
+    pub(crate) fn of(mut command: Command, what: String) -> Self {
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        Self::spawn(command, what)
+    }
+
+    fn spawn(mut command: Command, what: String) -> Self {
         let mut child = command.spawn().unwrap();
         let (stdout, stderr) = (Text::of(child.stdout.take()), Text::of(child.stderr.take()));
-        Self { child, stdout, stderr, what: arguments.join(" ") }
+        Self { child, stdout, stderr, what }
     }
 
     pub(crate) fn id(&self) -> u32 {
@@ -208,6 +213,10 @@ impl Running {
             assert!(begun.elapsed() < PATIENCE && !self.stderr.is_over(), "{}: no {words:?} in\n{said}", self.what);
             thread::sleep(Duration::from_millis(2));
         }
+    }
+
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
     }
 
     pub(crate) fn signal(&self, signal: Signal) {

@@ -81,6 +81,19 @@ fn a_source_survives_its_destination() {
         assert_eq!(fs::metadata(scene.path("from/ram")).unwrap().len(), 6 << 20);
         nothing_complete(&scene, "to");
         assert!(!scene.path("started").exists());
+        the_next_one_removes(&scene, "to", &["recv", "recv.toml"]);
+    }
+}
+
+/// What a killed program left in a folder is removed, and named, by the next one that writes to the same place.
+#[track_caller]
+fn the_next_one_removes(scene: &Scene, folder: &str, command: &[&str]) {
+    let left = scene.names(folder);
+    let next = scene.start(command);
+    for name in left {
+        let line = next.until_it_says(&name);
+        assert!(line.contains("removed") && line.contains("left unfinished"), "{line}");
+        assert!(!scene.path(&format!("{folder}/{name}")).exists());
     }
 }
 
@@ -291,6 +304,10 @@ fn a_stream_that_was_not_completed_is_absent() {
         assert!(!scene.path("out/stream").exists());
         if signal == Signal::INT {
             assert_eq!(scene.names("out"), [""; 0]);
+        } else {
+            assert_eq!(scene.names("out").len(), 1);
+            let sets: Vec<_> = sets.iter().flat_map(|set| ["--set", *set]).collect();
+            the_next_one_removes(&scene, "out", &[&["send", "send.toml"], &sets[..]].concat());
         }
     }
 }

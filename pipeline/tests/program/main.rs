@@ -1,12 +1,14 @@
 //! The program, run as operators run it: its ends as processes, on real files, killed, starved of disk, misconfigured.
 
 mod changing;
+mod checks;
 mod configs;
 mod control;
 mod exposition;
 mod harness;
 mod images;
 mod kills;
+mod limits;
 #[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
 mod machines;
 mod memcached;

@@ -137,11 +137,18 @@ impl DirtyLog for HashLog {
         let parts: Vec<_> = parts.collect();
         let Some((first, others)) = parts.split_first() else { return Ok(()) };
         std::thread::scope(|scope| {
-            let others: Vec<_> =
-                others.iter().map(|part| scope.spawn(|| self.sync_part(block, part.clone(), into))).collect();
-            let first = self.sync_part(block, first.clone(), into);
-            others.into_iter().fold(first, |result, other| {
-                result.and(other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+            let (mut own, mut helpers) = (vec![first], Vec::new());
+            for part in others {
+                let helper = || self.sync_part(block, part.clone(), into);
+                match std::thread::Builder::new().spawn_scoped(scope, helper) {
+                    Ok(helper) => helpers.push(helper),
+                    // There are no more threads: it takes longer, and is no reason to fail.
+                    Err(_) => own.push(part),
+                }
+            }
+            let own = own.into_iter().try_for_each(|part| self.sync_part(block, part.clone(), into));
+            helpers.into_iter().fold(own, |result, helper| {
+                result.and(helper.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
             })
         })
     }

@@ -60,11 +60,17 @@ impl FileMemory {
     pub fn create(path: &Path, length: u64) -> io::Result<Self> {
         let named = |error| about(path, "cannot be created", error);
         let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path).map_err(named)?;
-        if let Err(error) = file.set_len(length) {
-            // The error that matters is the first one.
-            drop(std::fs::remove_file(path));
-            return Err(named(error));
-        }
+        // The error that matters is the first one.
+        Self::over(file, path, length).inspect_err(|_| drop(std::fs::remove_file(path)))
+    }
+
+    /// Makes memory of `length` bytes, all of it a hole, of an empty file that is open for reading and writing. `path` is what
+    /// messages call it.
+    ///
+    /// # Errors
+    /// If the file cannot be so long; the message names it.
+    pub fn over(file: File, path: &Path, length: u64) -> io::Result<Self> {
+        file.set_len(length).map_err(|error| about(path, "cannot be created", error))?;
         Ok(Self { file, path: path.into(), length, had_name: true })
     }
 

@@ -14,6 +14,7 @@ use tokio::runtime::Handle;
 use super::super::control::{in_words, socket};
 use crate::api::client::{self, ClientError};
 use crate::report::event_json::EventLine;
+use crate::threads::explained;
 
 /// Lines that may wait to be shown.
 const WAITING: usize = 256;
@@ -50,7 +51,7 @@ pub(super) enum Broken {
 pub(super) async fn open(name: &str, speed: Option<f64>) -> Result<Receiver<Heard>, String> {
     let is_socket = Path::new(name).metadata().is_ok_and(|found| found.file_type().is_socket());
     if name == "-" {
-        Ok(listen("standard input", Box::new(io::stdin()), None))
+        listen("standard input", Box::new(io::stdin()), None)
     } else if name.starts_with("unix:") || is_socket {
         follow(name).await
     } else {
@@ -58,7 +59,7 @@ pub(super) async fn open(name: &str, speed: Option<f64>) -> Result<Receiver<Hear
             let hint = "name what --control was given, a file that --events wrote, or - for lines on standard input";
             format!("{name}: {error}; {hint}")
         })?;
-        Ok(listen(name, Box::new(file), speed))
+        listen(name, Box::new(file), speed)
     }
 }
 
@@ -69,7 +70,7 @@ async fn follow(name: &str) -> Result<Receiver<Heard>, String> {
     let mut lines = asked.map_err(|_| format!("{address} does not answer"))?.map_err(in_words)?;
     let (tell, heard) = sync_channel(WAITING);
     let runtime = Handle::current();
-    thread::spawn(move || {
+    in_background(move || {
         let end = loop {
             match runtime.block_on(lines.next()) {
                 Ok(Some(line)) if tell.send(parse(line.as_bytes())).is_ok() => {}
@@ -80,8 +81,14 @@ async fn follow(name: &str) -> Result<Receiver<Heard>, String> {
             }
         };
         drop(tell.send(Heard::End(end)));
-    });
+    })?;
     Ok(heard)
+}
+
+/// Runs what reads on a thread of its own, which ends with the program: whoever shows what it reads may have gone.
+fn in_background(read: impl FnOnce() + Send + 'static) -> Result<(), String> {
+    let started = thread::Builder::new().name("memferry-lines".into()).spawn(read);
+    started.map(drop).map_err(|error| explained(error).to_string())
 }
 
 fn parse(line: &[u8]) -> Heard {
@@ -89,15 +96,14 @@ fn parse(line: &[u8]) -> Heard {
     line.map_or(Heard::Strange, |line| Heard::Line(Box::new(line)))
 }
 
-fn listen(name: &str, input: Box<dyn Read + Send>, speed: Option<f64>) -> Receiver<Heard> {
+fn listen(name: &str, input: Box<dyn Read + Send>, speed: Option<f64>) -> Result<Receiver<Heard>, String> {
     let (tell, heard) = sync_channel(WAITING);
     let name = name.to_owned();
-    // Whoever shows it may have gone; the thread ends with the program.
-    thread::spawn(move || {
+    in_background(move || {
         let end = read(name, BufReader::new(input), &tell, &Pace::new(speed));
         drop(tell.send(Heard::End(end)));
-    });
-    heard
+    })?;
+    Ok(heard)
 }
 
 fn read(name: String, mut input: impl BufRead, tell: &SyncSender<Heard>, pace: &Pace) -> Result<(), Broken> {
@@ -167,9 +173,10 @@ mod tests {
         let (paused, long) = (line(&Event::Paused), "x".repeat(LONGEST - 1));
         let last = paused.trim_end();
         let text = format!("{paused}nonsense\n{long}\n\n{paused}{{\"event\":\n{last}");
-        let heard = listen("x", Box::new(io::Cursor::new([text.as_bytes(), &[0xff, b'\n'][..]].concat())), None);
+        let heard =
+            listen("x", Box::new(io::Cursor::new([text.as_bytes(), &[0xff, b'\n'][..]].concat())), None).unwrap();
         assert_eq!(all(&heard), "p???p??.");
-        let heard = listen("x", Box::new(io::Cursor::new(format!("{paused}{last}"))), None);
+        let heard = listen("x", Box::new(io::Cursor::new(format!("{paused}{last}"))), None).unwrap();
         assert_eq!(all(&heard), "pp.");
     }
 
@@ -182,7 +189,7 @@ mod tests {
         let paused = line(&Event::Paused);
         let text = io::Cursor::new(paused.clone()).chain(io::repeat(b'x'));
         let told = format!("x holds no lines of events: the one that begins at byte {} is longer", paused.len());
-        assert!(broken(listen("x", Box::new(text), None)).starts_with(&told));
+        assert!(broken(listen("x", Box::new(text), None).unwrap()).starts_with(&told));
         let told = broken(open("/dev/zero", None).await.unwrap());
         assert!(told.starts_with("/dev/zero holds no lines of events: the one that begins at byte 0 "), "{told}");
         let told = broken(open("/", None).await.unwrap());

@@ -93,17 +93,21 @@ pub enum LogChoice {
     Hash,
 }
 
-/// `fill`: shares of the memory; they need not add up to 1.
+/// `fill`: shares of the memory, together at most 1; the rest is pages of zeros. A share that a table leaves out is 0.
 #[derive(Clone, Copy, Debug, PartialEq, Deserialize, Serialize)]
-#[serde(default, deny_unknown_fields)]
+#[serde(deny_unknown_fields)]
 pub struct FillTable {
     /// Pages of zeros.
+    #[serde(default)]
     pub zero: f64,
     /// Pages of words.
+    #[serde(default)]
     pub text: f64,
     /// Pages that do not compress.
+    #[serde(default)]
     pub random: f64,
     /// Pages of this program's own binary.
+    #[serde(default)]
     pub process: f64,
 }
 

@@ -15,6 +15,7 @@ use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
 
 use crate::guest::GuestError;
+use crate::threads::explained;
 
 /// How much of a command's output is kept: its end.
 const KEPT_BYTES: usize = 4096;
@@ -29,7 +30,8 @@ const OUTPUT_WAIT: Duration = Duration::from_millis(200);
 /// When it cannot be run, does not succeed, or takes too long; with its last lines.
 pub(super) fn run(name: &str, argv: &[String], timeout: Duration) -> Result<(), GuestError> {
     let failed = |why: &dyn fmt::Display| GuestError::caused(format_args!("the {name} command {argv:?}"), why);
-    let (mut child, output) = spawn(argv).map_err(|error| failed(&format_args!("cannot be run: {error}")))?;
+    let (mut child, output) =
+        spawn(argv).map_err(|error| failed(&format_args!("cannot be run: {}", explained(error))))?;
     match wait(&mut child, timeout) {
         Ok(Some(status)) if status.success() => Ok(()),
         Ok(Some(status)) => Err(failed(&format_args!("{status}{}", output.last_lines()))),

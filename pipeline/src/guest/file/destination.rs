@@ -1,18 +1,15 @@
 //! The destination's side: images and state files that are written under temporary names, and take their place when the
 //! guest starts.
 
-use std::collections::BTreeSet;
-use std::fs::{File, OpenOptions};
-use std::hash::{BuildHasher, RandomState};
-use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::collections::{BTreeSet, HashSet};
+use std::fs::File;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use memferry_stages::geometry::{BlockInfo, PageSize};
 use memferry_stages::memory::{FileMemory, GuestMemory, RamBlock};
-use rustix::fs::{CWD, RenameFlags, renameat_with};
-use rustix::io::Errno;
+use memferry_transports::temporary::{Temporary, remove_abandoned, target_of};
 
 use super::commands;
 use super::settings::{FileGuestSettings, Image};
@@ -31,20 +28,21 @@ struct Built {
     memory: GuestMemory,
     images: Vec<Arc<FileMemory>>,
     /// The images, and the state files when they have come.
-    files: Vec<Partial>,
+    files: Vec<Temporary>,
 }
 
-/// A file under a temporary name, beside the place that it will take.
-#[derive(Debug)]
-struct Partial {
-    temporary: PathBuf,
-    target: PathBuf,
-    is_placed: bool,
+/// Could these files be received?
+pub(super) fn check(settings: FileGuestSettings) -> Result<(), GuestError> {
+    settings.validate()?;
+    Destination { settings, built: Mutex::new(None) }.check_targets()
 }
 
 impl Destination {
+    /// Removes what a destination for the same files left behind when it was killed.
     pub(super) fn new(settings: FileGuestSettings) -> Result<Self, GuestError> {
         settings.validate()?;
+        let targets = settings.images.iter().chain(&settings.state_files).filter_map(|file| target_of(&file.path).ok());
+        targets.for_each(|target| remove_abandoned(&target));
         Ok(Self { settings, built: Mutex::new(None) })
     }
 
@@ -64,11 +62,11 @@ impl Destination {
         }
         let targets = self.targets(blocks)?;
         state::of_files("setup", setup, &self.settings.state_files)?;
-        targets.iter().copied().chain(&self.settings.state_files).try_for_each(|file| self.check_target(&file.path))?;
+        self.check_targets()?;
         let (mut files, mut images, mut as_blocks) = (Vec::new(), Vec::new(), Vec::new());
         for (image, block) in targets.into_iter().zip(blocks) {
-            let (partial, memory) = Partial::image(&image.path, block.length)?;
-            files.push(partial);
+            let (temporary, memory) = self::image(&image.path, block.length)?;
+            files.push(temporary);
             images.push(memory.clone());
             // An image is made here, so it is not the source's own: the engine refuses a source that says it is.
             let info = BlockInfo { ignored: false, ..block.clone() };
@@ -85,15 +83,15 @@ impl Destination {
         let built = built.as_mut().ok_or_else(not_built)?;
         let state_files = &self.settings.state_files;
         for (file, section) in state_files.iter().zip(state::of_files("device", device, state_files)?) {
-            built.files.push(Partial::state_file(&file.path, &section.bytes)?);
+            built.files.push(state_file(&file.path, &section.bytes)?);
         }
         built.images.iter().try_for_each(|image| image.sync()).map_err(|error| GuestError(error.to_string()))
     }
 
     /// Gives every file its name, then runs the start command.
     pub(super) fn start(&self, run_state: RunState) -> Result<(), GuestError> {
-        let mut built = self.built();
-        place(&mut built.as_mut().ok_or_else(not_built)?.files, self.settings.overwrite)?;
+        let built = self.built();
+        place(&built.as_ref().ok_or_else(not_built)?.files, self.settings.overwrite)?;
         let Some(start) = self.settings.start.as_ref().filter(|_| run_state == RunState::Running) else {
             return Ok(());
         };
@@ -112,17 +110,29 @@ impl Destination {
         })
     }
 
-    fn check_target(&self, path: &Path) -> Result<(), GuestError> {
-        match path.symlink_metadata() {
+    /// Every file has a place of its own, which may be taken.
+    fn check_targets(&self) -> Result<(), GuestError> {
+        let mut taken = HashSet::new();
+        for Image { path, .. } in self.settings.images.iter().chain(&self.settings.state_files) {
+            let target = self.check_target(path)?;
+            if !taken.insert(target) {
+                return Err(GuestError(format!("{} leads to the place of another file", path.display())));
+            }
+        }
+        Ok(())
+    }
+
+    /// The place that a path leads to.
+    fn check_target(&self, path: &Path) -> Result<PathBuf, GuestError> {
+        match path.metadata() {
             Ok(found) if found.is_dir() => Err(GuestError(format!("{} is a folder", path.display()))),
-            Ok(found) if !found.is_file() && !found.is_symlink() => {
+            Ok(found) if !found.is_file() => {
                 Err(GuestError(format!("{} is no regular file, and stays: name another", path.display())))
             }
             Ok(_) if !self.settings.overwrite => {
                 Err(GuestError(format!("{} exists: remove it, or set overwrite = true", path.display())))
             }
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(GuestError::caused(path.display(), error)),
-            _ => Ok(()),
+            _ => target_of(path).map_err(|error| GuestError::caused(path.display(), error)),
         }
     }
 
@@ -135,75 +145,41 @@ fn not_built() -> GuestError {
     GuestError("the images are not created yet".into())
 }
 
-impl Partial {
-    fn image(target: &Path, length: u64) -> Result<(Self, Arc<FileMemory>), GuestError> {
-        let temporary = temporary_of(target)?;
-        let memory = FileMemory::create(&temporary, length).map_err(|error| GuestError(error.to_string()))?;
-        Ok((Self::new(temporary, target), Arc::new(memory)))
-    }
-
-    /// On the disk when this returns.
-    fn state_file(target: &Path, bytes: &[u8]) -> Result<Self, GuestError> {
-        let temporary = temporary_of(target)?;
-        let named = |error| GuestError::caused(format_args!("{}: cannot be written", temporary.display()), error);
-        let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary);
-        let (mut file, partial) = (file.map_err(named)?, Self::new(temporary.clone(), target));
-        file.write_all(bytes).and_then(|()| file.sync_all()).map_err(named)?;
-        Ok(partial)
-    }
-
-    fn new(temporary: PathBuf, target: &Path) -> Self {
-        Self { temporary, target: target.into(), is_placed: false }
-    }
-
-    fn place(&mut self, overwrite: bool) -> io::Result<()> {
-        if overwrite {
-            std::fs::rename(&self.temporary, &self.target)?;
-        } else {
-            rename_to_nothing(&self.temporary, &self.target)?;
-        }
-        self.is_placed = true;
-        Ok(())
-    }
-
-    /// Takes the file out of its place again.
-    fn displace(&mut self) -> io::Result<()> {
-        rename_to_nothing(&self.target, &self.temporary)?;
-        self.is_placed = false;
-        Ok(())
-    }
+/// An image that takes the place of `target`, all of it a hole.
+fn image(target: &Path, length: u64) -> Result<(Temporary, Arc<FileMemory>), GuestError> {
+    let (file, temporary) = create(target)?;
+    let memory = FileMemory::over(file, temporary.path(), length).map_err(|error| GuestError(error.to_string()))?;
+    Ok((temporary, Arc::new(memory)))
 }
 
-impl Drop for Partial {
-    fn drop(&mut self) {
-        if !self.is_placed {
-            // There is nobody left to tell, and the name says what it is.
-            drop(std::fs::remove_file(&self.temporary));
-        }
-    }
+/// On the disk when this returns.
+fn state_file(target: &Path, bytes: &[u8]) -> Result<Temporary, GuestError> {
+    let (mut file, temporary) = create(target)?;
+    let written = file.write_all(bytes).and_then(|()| file.sync_all());
+    written.map_err(|error| {
+        GuestError::caused(format_args!("{}: cannot be written", temporary.path().display()), error)
+    })?;
+    Ok(temporary)
 }
 
-/// The name beside a file under which it is written.
-fn temporary_of(target: &Path) -> Result<PathBuf, GuestError> {
-    let name = target.file_name().ok_or_else(|| GuestError(format!("{} names no file", target.display())))?;
-    let mut temporary = name.to_owned();
-    temporary.push(format!(".memferry-{:08x}.partial", RandomState::new().hash_one(target) >> 32));
-    Ok(target.with_file_name(temporary))
+fn create(target: &Path) -> Result<(File, Temporary), GuestError> {
+    Temporary::create(target).map_err(|error| GuestError::caused(target.display(), error))
 }
 
 /// Places all files or, where none may be replaced, none. What was replaced cannot be brought back.
-fn place(files: &mut [Partial], overwrite: bool) -> Result<(), GuestError> {
-    for index in 0..files.len() {
-        let Err(error) = files[index].place(overwrite) else { continue };
-        let failed = format!("{} cannot take its place: {error}", files[index].target.display());
-        let placed = &mut files[..index];
-        if overwrite || placed.iter_mut().any(|file| file.displace().is_err()) {
-            let names: Vec<_> = placed.iter().filter(|file| file.is_placed).map(|file| &file.target).collect();
-            return Err(GuestError(format!("{failed}; in place are {names:?}")));
-        }
-        return Err(GuestError(failed));
+fn place(files: &[Temporary], overwrite: bool) -> Result<(), GuestError> {
+    for (index, file) in files.iter().enumerate() {
+        let Err(error) = (if overwrite { file.replace() } else { file.place() }) else { continue };
+        let failed = format!("{} cannot take its place: {error}", file.target().display());
+        let stays = |file: &&Temporary| overwrite || file.displace().is_err();
+        let in_place: Vec<_> = files[..index].iter().filter(stays).map(Temporary::target).collect();
+        return Err(GuestError(if in_place.is_empty() {
+            failed
+        } else {
+            format!("{failed}; in place are {in_place:?}")
+        }));
     }
-    let folders: BTreeSet<_> = files.iter().map(|file| folder(&file.target)).collect();
+    let folders: BTreeSet<_> = files.iter().map(|file| folder(file.target())).collect();
     folders.into_iter().try_for_each(|folder| {
         let synced = File::open(folder).and_then(|open| open.sync_all());
         synced.map_err(|error| {
@@ -214,13 +190,4 @@ fn place(files: &mut [Partial], overwrite: bool) -> Result<(), GuestError> {
 
 fn folder(path: &Path) -> &Path {
     path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
-}
-
-/// Renames, and fails if there is something of the name already; where the file system cannot promise that, it was
-/// looked at before.
-fn rename_to_nothing(from: &Path, to: &Path) -> io::Result<()> {
-    match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
-        Err(Errno::INVAL | Errno::NOSYS) if to.symlink_metadata().is_err() => std::fs::rename(from, to),
-        done => done.map_err(io::Error::from),
-    }
 }

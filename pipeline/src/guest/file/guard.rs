@@ -27,6 +27,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::commands;
 use crate::guest::GuestError;
+use crate::threads::explained;
 
 const READY: u8 = b'r';
 const DISMISSED: u8 = b'd';
@@ -54,7 +55,7 @@ impl Guard {
             .stdin(OwnedFd::from(theirs))
             .stdout(Stdio::null())
             .spawn()
-            .map_err(failed)?;
+            .map_err(|error| failed(explained(error)))?;
         let mut guard = Self { process, line };
         match guard.is_watching() {
             Ok(()) => Ok(guard),

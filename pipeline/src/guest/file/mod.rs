@@ -68,6 +68,14 @@ impl FileGuest {
         Ok(Arc::new(Self { side: Side::Destination(Destination::new(settings)?) }))
     }
 
+    /// Is there a place for every file of a destination, which may be taken? Makes no destination.
+    ///
+    /// # Errors
+    /// When the settings do not fit together, or [`Guest::build`] would refuse a place.
+    pub fn check_destination(settings: FileGuestSettings) -> Result<(), GuestError> {
+        destination::check(settings)
+    }
+
     fn as_source(&self) -> Result<&Source, GuestError> {
         match &self.side {
             Side::Source(source) => Ok(source),

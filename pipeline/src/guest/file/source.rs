@@ -1,7 +1,7 @@
 //! The source's side: images that exist, read by position, and the commands that hold whoever writes them.
 
-use std::fs::{File, Metadata};
-use std::io::Read;
+use std::fs::Metadata;
+use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -14,6 +14,7 @@ use super::guard::Guard;
 use super::settings::{FileGuestSettings, Image};
 use super::state::{self, MAX_STATE_FILE_BYTES};
 use crate::guest::{GuestError, GuestState};
+use crate::whole_file;
 
 /// A file guest that is to be moved.
 #[derive(Debug)]
@@ -150,19 +151,10 @@ fn identity(path: &Path) -> Result<Identity, GuestError> {
         .map_err(|error| GuestError::caused(format_args!("the image {}", path.display()), error))
 }
 
-/// The bytes of a small file. What is no regular file could keep its reader waiting, or never end.
+/// The bytes of a small file.
 fn read_whole(file: &Image) -> Result<Vec<u8>, GuestError> {
-    let named = |why: &dyn std::fmt::Display| {
-        GuestError::caused(format_args!("state file {}: {}", file.id, file.path.display()), why)
-    };
-    if !file.path.metadata().map_err(|error| named(&error))?.is_file() {
-        return Err(named(&"it is no regular file"));
-    }
-    let mut bytes = Vec::new();
-    let open = File::open(&file.path).map_err(|error| named(&error))?;
-    open.take(MAX_STATE_FILE_BYTES + 1).read_to_end(&mut bytes).map_err(|error| named(&error))?;
-    if bytes.len() as u64 > MAX_STATE_FILE_BYTES {
-        return Err(named(&format_args!("it has more than {MAX_STATE_FILE_BYTES} bytes: make it an image")));
-    }
-    Ok(bytes)
+    whole_file::read(&file.path, MAX_STATE_FILE_BYTES).map_err(|error| {
+        let hint = if error.kind() == ErrorKind::FileTooLarge { ": make it an image" } else { "" };
+        GuestError(format!("state file {}: {}: {error}{hint}", file.id, file.path.display()))
+    })
 }

@@ -13,6 +13,7 @@ use super::machine::Machine;
 use super::pacer::{Pacer, Turn};
 use super::writer::{Findings, Writer};
 use crate::guest::GuestError;
+use crate::threads::explained;
 
 /// The most a writer can be held back: it always gets some of its time.
 const MOST_THROTTLED: u8 = 99;
@@ -74,8 +75,9 @@ impl Crew {
         for index in 0..self.shared.writers.len() {
             let shared = self.shared.clone();
             let thread = thread::Builder::new().name(format!("writer-{index}")).spawn(move || shared.work(index));
-            self.threads
-                .push(thread.map_err(|error| GuestError::caused("a writer's thread cannot be started", error))?);
+            self.threads.push(
+                thread.map_err(|error| GuestError::caused("a writer's thread cannot be started", explained(error)))?,
+            );
         }
         Ok(())
     }

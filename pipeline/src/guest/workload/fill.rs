@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 
 use memferry_stages::host::cores;
+use tokio_util::sync::CancellationToken;
 
 use super::machine::Machine;
 use super::random::Random;
@@ -16,6 +17,7 @@ use super::stamp::{Mark, Stamper};
 use super::writer::Findings;
 use crate::guest::GuestError;
 use crate::guest::balloon::Ballooned;
+use crate::whole_file;
 
 /// Memory is dealt to the kinds of content by runs of so many bytes, or a page if that is larger.
 const RUN_BYTES: usize = 64 << 10;
@@ -23,24 +25,36 @@ const RUN_BYTES: usize = 64 << 10;
 const SHARED_BODY: usize = 64;
 const TEXT_BYTES: usize = 4 << 20;
 const RANDOM_BYTES: usize = 16 << 20;
+/// The largest program of whose bytes memory is made.
+const MOST_PROGRAM_BYTES: u64 = 4 << 30;
 
 /// Fills the memory of a source, but what is unplugged of it.
-pub(super) fn fill(machine: &Machine) -> Result<(), GuestError> {
-    fill_shared(machine);
+pub(super) fn fill(machine: &Machine, cancel: &CancellationToken) -> Result<(), GuestError> {
+    fill_shared(machine, cancel);
     let material = Material::prepare(machine)?;
-    let (material, next) = (&material, &AtomicU32::new(0));
+    let filling = Filling { machine, material: &material, cancel, next: AtomicU32::new(0) };
     thread::scope(|scope| {
-        for _ in 0..cores() {
-            scope.spawn(move || fill_runs(machine, material, next));
+        for _ in 1..cores() {
+            let helper = thread::Builder::new().spawn_scoped(scope, || filling.fill_runs());
+            // Fewer threads take longer, and are no reason to fail.
+            if helper.is_err() {
+                break;
+            }
         }
+        filling.fill_runs();
     });
-    Ok(())
+    if cancel.is_cancelled() {
+        Err(GuestError("cancelled while the workload's memory was filled".into()))
+    } else {
+        Ok(())
+    }
 }
 
 /// What stands in the shared block: a stamp in each page, which each end finds there.
-fn fill_shared(machine: &Machine) {
+fn fill_shared(machine: &Machine, cancel: &CancellationToken) {
     let mut stamper = Stamper::new(machine.settings().seed, SHARED_BODY);
-    machine.shared().for_each(|page| stamper.write(machine, Mark { page, sequence: 1 }));
+    let pages = machine.shared().take_while(|_| !cancel.is_cancelled());
+    pages.for_each(|page| stamper.write(machine, Mark { page, sequence: 1 }));
 }
 
 /// Compares the pages of the shared block with what a source puts there.
@@ -49,18 +63,31 @@ pub(super) fn check_shared(machine: &Machine, findings: &mut Findings) {
     machine.shared().for_each(|page| findings.add(stamper.compare(machine, Mark { page, sequence: 1 })));
 }
 
-/// Fills runs, each as its number says, until none is left.
-fn fill_runs(machine: &Machine, material: &Material, next: &AtomicU32) {
-    let run_pages = u32::try_from((RUN_BYTES / machine.page_bytes()).max(1)).expect("small");
-    loop {
-        let run = next.fetch_add(1, Ordering::Relaxed);
-        let Some(first) = run.checked_mul(run_pages).filter(|&first| first < machine.unplugged().start) else { return };
-        let mut random = Random::of(machine.settings().seed, u64::from(run));
-        let source = material.choose(&machine.settings().fill, random.unit());
-        for page in first..machine.unplugged().start.min(first + run_pages) {
-            if let Some(bytes) = source.page(&mut random, page, machine.page_bytes()) {
-                machine.store(page, 0, bytes);
-                machine.mark(page);
+/// Memory that is filled by several threads.
+struct Filling<'a> {
+    machine: &'a Machine,
+    material: &'a Material,
+    cancel: &'a CancellationToken,
+    /// The next run.
+    next: AtomicU32,
+}
+
+impl Filling<'_> {
+    /// Fills runs, each as its number says, until none is left or it is cancelled.
+    fn fill_runs(&self) {
+        let machine = self.machine;
+        let run_pages = u32::try_from((RUN_BYTES / machine.page_bytes()).max(1)).expect("small");
+        while !self.cancel.is_cancelled() {
+            let run = self.next.fetch_add(1, Ordering::Relaxed);
+            let first = run.checked_mul(run_pages).filter(|&first| first < machine.unplugged().start);
+            let Some(first) = first else { return };
+            let mut random = Random::of(machine.settings().seed, u64::from(run));
+            let source = self.material.choose(&machine.settings().fill, random.unit());
+            for page in first..machine.unplugged().start.min(first + run_pages) {
+                if let Some(bytes) = source.page(&mut random, page, machine.page_bytes()) {
+                    machine.store(page, 0, bytes);
+                    machine.mark(page);
+                }
             }
         }
     }
@@ -98,23 +125,20 @@ impl Material {
     }
 
     fn choose(&self, fill: &Fill, at: f64) -> Source<'_> {
-        let sum: f64 = fill.shares().iter().sum();
         let kinds = [
             Source::Nothing,
             Source::Anywhere(&self.text),
             Source::Anywhere(&self.random),
             Source::InOrder(&self.process),
         ];
-        let mut left = at * sum;
-        let mut chosen = Source::Nothing;
-        for (kind, share) in kinds.into_iter().zip(fill.shares()).filter(|(_, share)| *share > 0.0) {
-            chosen = kind;
+        let mut left = at;
+        for (kind, share) in kinds.into_iter().zip(fill.shares()) {
             if left < share {
-                break;
+                return kind;
             }
             left -= share;
         }
-        chosen
+        Source::Nothing
     }
 }
 
@@ -159,6 +183,6 @@ fn own_binary(page_bytes: usize) -> Result<Vec<u8>, GuestError> {
         GuestError::caused(format_args!("cannot fill memory with this program's own bytes ({})", path.display()), why)
     };
     let path = PathBuf::from("/proc/self/exe");
-    let bytes = std::fs::read(&path).map_err(|error| fail(path.clone(), &error))?;
+    let bytes = whole_file::read(&path, MOST_PROGRAM_BYTES).map_err(|error| fail(path.clone(), &error))?;
     if bytes.len() < page_bytes { Err(fail(path, &"it is shorter than a page")) } else { Ok(bytes) }
 }

@@ -31,6 +31,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use memferry_stages::dirty_log::DirtyLog;
 use memferry_stages::geometry::{BlockInfo, PageSize};
 use memferry_stages::memory::GuestMemory;
+use tokio_util::sync::CancellationToken;
 
 use self::crew::Crew;
 use self::machine::Machine;
@@ -99,12 +100,30 @@ impl Workload {
     /// # Errors
     /// When the settings are out of their limits, or the host has not the memory or the threads.
     pub fn source(settings: WorkloadSettings) -> Result<Arc<Self>, GuestError> {
+        Self::source_unless(settings, &CancellationToken::new())
+    }
+
+    /// As [`Workload::source`], until it is cancelled: to fill a large memory takes seconds.
+    ///
+    /// # Errors
+    /// As [`Workload::source`], and when it was cancelled.
+    pub fn source_unless(settings: WorkloadSettings, cancel: &CancellationToken) -> Result<Arc<Self>, GuestError> {
         let machine = Arc::new(Machine::new(settings, false, false)?);
-        fill::fill(&machine)?;
+        fill::fill(&machine, cancel)?;
         let mut crew = Crew::new(machine.clone(), writer::writers(machine.settings()));
         crew.hire()?;
         crew.resume();
         Ok(Self::of(Life::Whole { machine, crew, written: 0, has_started: true }, None))
+    }
+
+    /// Could [`Workload::source`] make such a workload here? Fills no memory, starts no thread and makes no file.
+    ///
+    /// # Errors
+    /// When the settings are out of their limits, the host has not the memory, or there is no such dirty log.
+    pub fn check(mut settings: WorkloadSettings) -> Result<(), GuestError> {
+        settings.validate()?;
+        settings.shared.take().map_or(Ok(()), |shared| shared.check())?;
+        Machine::new(settings, false, false)?.dirty_logs().map(drop)
     }
 
     /// A workload that is to arrive: everything it must know travels with it.

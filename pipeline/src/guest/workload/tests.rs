@@ -26,7 +26,7 @@ fn settings() -> WorkloadSettings {
         memory: 256 * PAGE as u64,
         blocks: 2,
         dirty_log: LogChoice::Software,
-        fill: Fill { zero: 1.0, text: 1.0, random: 1.0, process: 1.0 },
+        fill: Fill { zero: 0.25, text: 0.25, random: 0.25, process: 0.25 },
         writers: vec![writer(Pattern::Uniform, 40), writer(Pattern::Sequential, PAGE)],
         ..WorkloadSettings::default()
     }
@@ -256,7 +256,8 @@ fn a_log_that_is_not_told_shows() {
 
 #[test]
 fn the_fill_has_the_shares_that_were_asked_for_and_never_touches_zero_pages() {
-    let fill = Fill { zero: 2.0, text: 1.0, random: 1.0, process: 0.0 };
+    // What is left, a quarter, is zero pages too.
+    let fill = Fill { zero: 0.25, text: 0.25, random: 0.25, process: 0.0 };
     let guest = Workload::source(WorkloadSettings {
         memory: 64 << 20,
         blocks: 1,
@@ -277,6 +278,31 @@ fn the_fill_has_the_shares_that_were_asked_for_and_never_touches_zero_pages() {
     assert!((0.4..0.6).contains(&zero) && (0.17..0.33).contains(&text), "zero {zero}, text {text}");
     assert_eq!(untouched as f64 / pages.len() as f64, zero);
     assert_eq!(guest.check_all(), WorkloadStatus { running: true, ..WorkloadStatus::default() });
+}
+
+#[test]
+fn a_fill_that_is_cancelled_ends_before_its_first_run() {
+    let cancel = CancellationToken::new();
+    cancel.cancel();
+    let error = Workload::source_unless(settings(), &cancel).unwrap_err().to_string();
+    assert!(error.starts_with("cancelled while the workload's memory was filled"), "{error}");
+}
+
+#[test]
+fn what_can_be_made_is_told_without_making_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("shared");
+    let shared = |path: PathBuf, bytes| WorkloadSettings { shared: Some(SharedSettings { path, bytes }), ..settings() };
+    Workload::check(shared(path.clone(), PAGE as u64)).unwrap();
+    assert!(!path.exists());
+    let nowhere = Workload::check(shared(folder.path().join("no/shared"), PAGE as u64)).unwrap_err().to_string();
+    assert!(nowhere.contains("no/shared: No such file"), "{nowhere}");
+    std::fs::write(&path, [7; PAGE]).unwrap();
+    Workload::check(shared(path.clone(), PAGE as u64)).unwrap();
+    let other = Workload::check(shared(path.clone(), 2 * PAGE as u64)).unwrap_err().to_string();
+    assert!(other.starts_with("the shared block has 8192 bytes"), "{other}");
+    assert_eq!(std::fs::read(&path).unwrap(), [7; PAGE]);
+    assert!(Workload::check(WorkloadSettings { memory: 5000, ..settings() }).is_err());
 }
 
 #[test]
@@ -315,10 +341,9 @@ fn settings_out_of_their_limits_are_named() {
         refuse(|s| s.writers[0].region.to = f64::NAN),
         "writer 0: region is 0 to NaN: it must be 0 ≤ from < to ≤ 1"
     );
-    assert!(
-        refuse(|s| s.fill = Fill { zero: 0.0, text: 0.0, random: 0.0, process: 0.0 })
-            .starts_with("fill has the shares")
-    );
+    assert!(refuse(|s| s.fill.text = -0.1).ends_with("none may be below 0"));
+    assert!(refuse(|s| s.fill.text = f64::NAN).ends_with("none may be below 0"));
+    assert_eq!(refuse(|s| s.fill.text = 0.5), "fill has shares that add up to 1.25: at most 1 is possible");
     assert!(refuse(|s| s.writers[0].pattern = Pattern::Zipf { exponent: 0.0 }).contains("exponent of zipf"));
     assert!(refuse(|s| s.memory = 1 << 50).contains("take larger pages"));
 }

@@ -77,11 +77,15 @@ impl Source {
         }
     }
 
-    /// As the start checks it: it holds pages, and this host has the memory.
+    /// As the start checks it: it holds pages, is no larger than the guest, and this host has the memory.
     fn check_cache(&self, to: &Change, bytes: u64) -> Result<(), ControlError> {
-        let least = self.page_bytes(2 * u64::from(self.settings.lanes));
+        let (page, lanes) = (self.page_bytes(1), self.settings.lanes);
+        let least = bounds::least_cache(page, lanes);
         if bytes < least {
             return Err(to.wrong(format!("a cache of {} holds no pages; write {} or more", Size(bytes), Size(least))));
+        }
+        if let Some((what, write)) = bounds::cache_beyond_guest(bytes, self.layout().bytes(), page, lanes) {
+            return Err(to.wrong(format!("{what}; {write}")));
         }
         let mut settings = self.settings.clone();
         InForce::of(&settings).with_all(&[*to])?.put_into(&mut settings);

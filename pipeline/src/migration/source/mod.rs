@@ -128,13 +128,15 @@ impl Source {
     fn new(
         guest: Arc<dyn Guest>,
         transport: Arc<dyn Transport>,
-        settings: SourceSettings,
+        mut settings: SourceSettings,
         plane: Handle,
         observers: &Observers,
         control: &Control,
     ) -> Self {
-        let (observers, requests) = control.source_begins(&settings, observers);
         let memory = guest.memory();
+        let cache_bytes = bounds::cache_bytes(memory.layout(), &settings);
+        settings.encoder.xbzrle.iter_mut().for_each(|xbzrle| xbzrle.cache_bytes = cache_bytes);
+        let (observers, requests) = control.source_begins(&settings, observers);
         let mut controller = Controller::new(&settings, memory.page_size().bytes() as u64);
         controller.fixed().handover = HANDOVER_GUESS;
         Self {
@@ -176,7 +178,7 @@ impl Source {
 
     /// The migration as the list of its phases.
     async fn migrate(&mut self, plane: &DataPlane, running: &mut Option<Flow>) -> Result<Verdict, MigrationError> {
-        bounds::check_source(self.bound(), &self.settings)?;
+        bounds::check_source(self.bound(), self.layout(), &self.settings)?;
         let link = self.reach(plane).await?;
         // A cancel waits for this: a log that is being started cannot be stopped.
         let (bitmap, untouched) = match self.make_ready().await {

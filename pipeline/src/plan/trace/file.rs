@@ -21,16 +21,18 @@
 
 use std::fmt;
 use std::fs::File;
-use std::io::{self, BufWriter, Read, Write};
+use std::io::{self, BufWriter, Write};
 use std::path::Path;
 use std::time::Duration;
 
 use memferry_stages::geometry::{MAX_BLOCK_ID, MAX_BLOCKS, PageSize};
+use memferry_transports::temporary::Temporary;
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 use super::fields::{Fields, Wrong, put_bytes, put_time, put_varint};
 use super::{Coded, Cost, DeltaSample, Deltas, GuestFacts, Interval, Runs, Samples, Share, Trace};
-use crate::partial::{Partial, is_no_plain_file};
+use crate::partial::is_no_plain_file;
+use crate::whole_file;
 
 const MAGIC: [u8; 8] = *b"mfytrace";
 const VERSION: u32 = 1;
@@ -117,7 +119,7 @@ impl Kind {
 #[derive(Debug)]
 pub struct TraceWriter {
     out: BufWriter<File>,
-    partial: Partial,
+    temporary: Temporary,
     written: u64,
     intervals: u64,
 }
@@ -135,8 +137,8 @@ impl TraceWriter {
             let what = "it is a link, a device or the like, which the trace would replace: name a plain file";
             return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
         }
-        let (partial, file) = Partial::create(path)?;
-        let mut writer = Self { out: BufWriter::new(file), partial, written: 0, intervals: 0 };
+        let (file, temporary) = Temporary::create(path)?;
+        let mut writer = Self { out: BufWriter::new(file), temporary, written: 0, intervals: 0 };
         writer.put(&head())?;
         writer.section(Kind::Guest, &guest_body(guest))?;
         Ok(writer)
@@ -162,7 +164,7 @@ impl TraceWriter {
         self.section(Kind::End, &end)?;
         self.out.flush()?;
         self.out.get_ref().sync_all()?;
-        self.partial.place()?;
+        self.temporary.replace()?;
         Ok(self.written)
     }
 
@@ -183,13 +185,7 @@ impl TraceWriter {
 /// # Errors
 /// When it cannot be read, or is none.
 pub fn read(path: &Path) -> Result<Trace, TraceError> {
-    let file = File::open(path)?;
-    let found = file.metadata()?;
-    if !found.is_file() || found.len() > MOST_BYTES {
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no file of at most 4 GiB").into());
-    }
-    let mut bytes = Vec::new();
-    file.take(MOST_BYTES).read_to_end(&mut bytes)?;
+    let bytes = whole_file::read(path, MOST_BYTES)?;
     parse(&bytes)
 }
 

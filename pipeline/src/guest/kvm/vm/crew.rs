@@ -18,6 +18,7 @@ use super::devices::Devices;
 use super::pace::Pace;
 use super::vcpu::{Left, Vcpu};
 use crate::guest::GuestError;
+use crate::threads::explained;
 
 /// The most that vCPUs can be held back: they always get some of their time.
 const MOST_THROTTLED: u8 = 99;
@@ -92,7 +93,9 @@ impl Crew {
         for index in 0..self.shared.vcpus.len() {
             let shared = self.shared.clone();
             let thread = thread::Builder::new().name(format!("vcpu-{index}")).spawn(move || shared.work(index));
-            threads.push(thread.map_err(|error| GuestError::caused("a vCPU's thread cannot be started", error))?);
+            threads.push(
+                thread.map_err(|error| GuestError::caused("a vCPU's thread cannot be started", explained(error)))?,
+            );
         }
         Ok(())
     }
@@ -125,7 +128,9 @@ impl Crew {
             let (shared, threads) = (self.shared.clone(), self.threads.clone());
             let thread = thread::Builder::new().name("throttle".into()).spawn(move || shared.hold(&threads));
             *holder =
-                Some(thread.map_err(|error| GuestError::caused("the throttle's thread cannot be started", error))?);
+                Some(thread.map_err(|error| {
+                    GuestError::caused("the throttle's thread cannot be started", explained(error))
+                })?);
         }
         Ok(())
     }

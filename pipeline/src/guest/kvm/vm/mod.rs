@@ -91,6 +91,16 @@ impl KvmGuest {
         Ok(Arc::new(Self { life, dirty_log, shared: None }))
     }
 
+    /// Could [`KvmGuest::source`] make such a machine here? Makes one that has no program, and drops it.
+    ///
+    /// # Errors
+    /// As [`KvmGuest::source`], and when there is no such dirty log.
+    pub fn check(mut settings: KvmSettings) -> Result<(), GuestError> {
+        settings.validate()?;
+        settings.shared.take().map_or(Ok(()), |shared| shared.check())?;
+        Machine::new(settings, None)?.dirty_logs().map(drop)
+    }
+
     /// A machine that is to arrive: what it must know travels with it, but for how its writes are found here.
     #[must_use]
     pub fn destination(dirty_log: KvmLogChoice) -> Arc<Self> {
