@@ -10,7 +10,7 @@ use super::signals::Signals;
 use super::verdict::{DONE, FAILED};
 use crate::config::Config;
 use crate::config::tables::{ConvergenceTable, EncoderTable, MigrationTable, PipelineTable};
-use crate::plan::record::{INTERVAL, RecordError, RecordSettings, Recorded, record};
+use crate::plan::record::{INTERVAL, RecordError, RecordSettings, Recorded, record_watched};
 use crate::report::human;
 
 /// The level of zstd whose figures are taken where none is configured.
@@ -40,10 +40,14 @@ pub(super) async fn run(config: Config, options: Record) -> std::io::Result<u8> 
         settings: planned(&config),
     };
     let cancel = signals.arm("ending the recording");
-    if !options.quiet && options.length.is_none() {
-        tell!("memferry: recording; Ctrl-C ends it and writes the trace");
-    }
-    let recorded = record(guest.guest.clone(), settings, &options.output, cancel).await;
+    // Before the first interval there is no trace to write.
+    let says = !options.quiet && options.length.is_none();
+    let watch = move |recorded: &Recorded| {
+        if says && recorded.intervals == 1 {
+            tell!("memferry: recording; Ctrl-C ends it and writes the trace");
+        }
+    };
+    let recorded = record_watched(guest.guest.clone(), settings, &options.output, cancel, watch).await;
     let stop = signals.arm("ending");
     let code = match recorded {
         Ok(recorded) => {
