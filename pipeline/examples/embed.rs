@@ -5,7 +5,7 @@ use memferry::geometry::{BlockInfo, PageSize};
 use memferry::guest::{Guest, GuestError, GuestState, RunState, StateSection};
 use memferry::memory::{GuestMemory, MappedMemory, RamBlock};
 use memferry::migration::{CancellationToken, DataPlane, receive, send};
-use memferry::settings::{DestinationSettings, SourceSettings};
+use memferry::settings::{DestinationSettings, OnDeadline, SourceSettings};
 use memferry::transports::{Transport, memory::MemoryTransport};
 use std::sync::{Arc, Mutex, OnceLock};
 
@@ -82,7 +82,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         _ => {}
     })?); // It prints, and a terminal may block: the migration does not wait for it.
     let max_bandwidth = std::env::args().nth(1).map(|rate| rate.parse()).transpose()?;
-    let settings = SourceSettings { max_bandwidth, ..SourceSettings::default() };
+    let settings = SourceSettings { max_bandwidth, on_deadline: OnDeadline::SwitchOver, ..SourceSettings::default() };
     let transport = Arc::new(MemoryTransport::new(1 << 20)); // Between hosts: transports::open("tcp:host:port", …).
     let (listener, plane) = (transport.listen().await?, DataPlane::new()?);
     let (ours, theirs) = (Observers::new(Role::Source, vec![watch.clone()]), Observers::none(Role::Destination));

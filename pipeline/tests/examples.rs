@@ -1,19 +1,28 @@
-//! The examples, built and run as whoever reads them would.
+//! The examples, run as whoever reads them would. `cargo test` builds them with everything else.
 
+use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 
 use rustix::process::{Pid, Signal, kill_process};
 
-/// The program of an example, in the profile of this test.
+/// The program of an example, built beside this test.
+///
+/// # Panics
+/// If it was not built since its code has changed: `cargo test --test examples` alone does not build it.
 fn example(name: &str) -> PathBuf {
-    let mut build = Command::new(env!("CARGO"));
-    build.args(["build", "--quiet", "--package", "memferry", "--example", name]);
-    build.args((!cfg!(debug_assertions)).then_some("--release"));
-    assert!(build.status().unwrap().success(), "example {name} is built");
     let test = std::env::current_exe().unwrap();
-    test.parent().unwrap().parent().unwrap().join("examples").join(name)
+    let example = test.parent().unwrap().parent().unwrap().join("examples").join(name);
+    let advice = format!("{} is not up to date: run cargo build --examples first", example.display());
+    let made = fs::metadata(&example).and_then(|file| file.modified()).expect(&advice);
+    // What cargo says that it was made from.
+    let from = fs::read_to_string(example.with_extension("d")).expect(&advice);
+    let from = from.lines().next().and_then(|line| line.split_once(": ")).expect(&advice).1.replace("\\ ", "\0");
+    let is_older =
+        |file: &str| fs::metadata(file.replace('\0', " ")).and_then(|file| file.modified()).is_ok_and(|at| at <= made);
+    assert!(from.split_whitespace().all(is_older), "{advice}");
+    example
 }
 
 fn said(output: &Output) -> String {

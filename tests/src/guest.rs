@@ -174,6 +174,11 @@ impl TestGuest {
         self.troubles.set(Some(trouble));
     }
 
+    /// Waits until its log waits, for the trouble that it has.
+    pub fn until_the_log_waits(&self) {
+        self.troubles.until_it_waits();
+    }
+
     /// All trouble is over.
     pub fn repair(&self) {
         self.troubles.set(None);

@@ -1,7 +1,11 @@
-//! A guest that outruns a slow wire.
+//! A guest whose dirty rate is far above the bandwidth of a slow wire, however busy the machine is.
 
+use std::io;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex};
 
+use memferry::bitmap::DirtyBitmap;
 use memferry::dirty_log::DirtyLog;
 use memferry::geometry::{BlockInfo, PageSize};
 use memferry::guest::workload::{Fill, LogChoice, Pattern, Region, Workload, WorkloadSettings, WriterSettings};
@@ -14,6 +18,33 @@ pub struct Hot {
     workload: Arc<Workload>,
     refuses: bool,
     throttled: Mutex<Vec<u8>>,
+    always: Arc<AlwaysDirty>,
+}
+
+/// Reports pages as written at each sync, whether the machine has let the writers come to them or not: all of them, less the
+/// percentage that the guest is throttled to.
+#[derive(Debug, Default)]
+struct AlwaysDirty {
+    throttle: AtomicU8,
+}
+
+impl DirtyLog for AlwaysDirty {
+    fn start(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn sync(&self, block: u32, _extents: Range<u32>, into: &DirtyBitmap) -> io::Result<()> {
+        // A block is smaller than what one call asks for.
+        let share = 100 - u64::from(self.throttle.load(Ordering::Relaxed));
+        into.set_range(block, 0..into.layout().block_pages(block) * share / 100);
+        Ok(())
+    }
+
+    fn mark(&self, _block: u32, _pages: Range<u64>) {}
+
+    fn stop(&self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 impl Guest for Hot {
@@ -26,7 +57,9 @@ impl Guest for Hot {
     }
 
     fn dirty_logs(&self) -> Result<Vec<Arc<dyn DirtyLog>>, GuestError> {
-        self.workload.dirty_logs()
+        let mut logs = self.workload.dirty_logs()?;
+        logs.push(self.always.clone());
+        Ok(logs)
     }
 
     fn setup_state(&self) -> Result<GuestState, GuestError> {
@@ -46,6 +79,7 @@ impl Guest for Hot {
         if self.refuses && percent > 0 {
             return Err(GuestError("this guest cannot be throttled".into()));
         }
+        self.always.throttle.store(percent, Ordering::Relaxed);
         self.workload.throttle(percent)
     }
 
@@ -71,7 +105,7 @@ impl Guest for Hot {
 }
 
 impl Hot {
-    /// 8 MiB of noise, of which any page is written twice in a fifth of a second.
+    /// 2 MiB of noise in two blocks, of which every page is dirty at every sync.
     ///
     /// # Panics
     /// If the host has no room for it.
@@ -79,19 +113,20 @@ impl Hot {
     pub fn new() -> Self {
         let writer = WriterSettings {
             pattern: Pattern::Uniform,
-            pages_per_second: 20_000.0,
+            pages_per_second: 2_000.0,
             bytes: 4000,
             region: Region { from: 0.0, to: 1.0 },
         };
         let settings = WorkloadSettings {
-            memory: 8 << 20,
+            memory: 2 << 20,
+            blocks: 2,
             dirty_log: LogChoice::Software,
             fill: Fill { zero: 0.0, text: 0.0, random: 1.0, process: 0.0 },
             writers: vec![writer],
             ..WorkloadSettings::default()
         };
-        let workload = Workload::source(settings).expect("a workload of 8 MiB");
-        Self { workload, refuses: false, throttled: Mutex::default() }
+        let workload = Workload::source(settings).expect("a workload of 2 MiB");
+        Self { workload, refuses: false, throttled: Mutex::default(), always: Arc::default() }
     }
 
     /// The same, and it cannot be throttled.

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 /// How long what has ended may take to be gone.
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// How many threads and descriptors the process has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,7 +24,7 @@ impl Census {
     /// Waits until there are no more of them than there were.
     ///
     /// # Panics
-    /// If there still are after ten seconds.
+    /// If there still are after a minute.
     #[track_caller]
     pub fn wait_until_as_before(&self) {
         let since = Instant::now();

@@ -3,8 +3,7 @@
 use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::sync::{Arc, Condvar, Mutex};
 
 use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::dirty_log::{DirtyLog, SoftwareLog};
@@ -28,25 +27,64 @@ pub enum Trouble {
     SyncPanics,
     /// The log cannot be started.
     LogStartFails,
-    /// The log takes this long to start.
-    LogStartTakes(Duration),
-    /// The log takes this long for each range of a sync.
-    SyncTakes(Duration),
+    /// The log starts when it is let go.
+    LogStartWaits,
+    /// The log syncs when it is let go.
+    SyncWaits,
 }
 
 /// The trouble of one guest, shared by its memory and its log. Without any, asking costs one load.
 #[derive(Clone, Debug, Default)]
-pub struct Troubles(Arc<(AtomicBool, Mutex<Option<Trouble>>)>);
+pub struct Troubles(Arc<Shared>);
+
+#[derive(Debug, Default)]
+struct Shared {
+    is_any: AtomicBool,
+    trouble: Mutex<Option<Trouble>>,
+    gate: Gate,
+}
 
 impl Troubles {
-    /// From here on this goes wrong, and nothing else.
+    /// From here on this goes wrong, and nothing else. What waits is let go.
     pub fn set(&self, trouble: Option<Trouble>) {
-        *self.0.1.lock().unwrap() = trouble;
-        self.0.0.store(trouble.is_some(), Ordering::Release);
+        *self.0.trouble.lock().unwrap() = trouble;
+        self.0.is_any.store(trouble.is_some(), Ordering::Release);
+        self.0.gate.let_go();
+    }
+
+    /// Waits until the log waits.
+    pub fn until_it_waits(&self) {
+        self.0.gate.until_somebody_waits();
     }
 
     fn get(&self) -> Option<Trouble> {
-        if self.0.0.load(Ordering::Acquire) { *self.0.1.lock().unwrap() } else { None }
+        if self.0.is_any.load(Ordering::Acquire) { *self.0.trouble.lock().unwrap() } else { None }
+    }
+}
+
+/// Where a log waits until it is let go.
+#[derive(Debug, Default)]
+struct Gate {
+    waits: Mutex<bool>,
+    changed: Condvar,
+}
+
+impl Gate {
+    fn pass(&self) {
+        let mut waits = self.waits.lock().unwrap();
+        *waits = true;
+        self.changed.notify_all();
+        drop(self.changed.wait_while(waits, |waits| *waits).unwrap());
+    }
+
+    fn until_somebody_waits(&self) {
+        let waits = self.waits.lock().unwrap();
+        drop(self.changed.wait_while(waits, |waits| !*waits).unwrap());
+    }
+
+    fn let_go(&self) {
+        *self.waits.lock().unwrap() = false;
+        self.changed.notify_all();
     }
 }
 
@@ -172,8 +210,8 @@ impl DirtyLog for WatchedLog {
         self.demand(!self.armed.swap(true, Ordering::SeqCst), "it was started twice");
         match self.troubles.get() {
             Some(Trouble::LogStartFails) => Err(io::Error::other("told to fail at start")),
-            Some(Trouble::LogStartTakes(time)) => {
-                std::thread::sleep(time);
+            Some(Trouble::LogStartWaits) => {
+                self.troubles.0.gate.pass();
                 self.demand(self.is_armed(), "it was stopped while it was started");
                 self.log.start()
             }
@@ -190,8 +228,8 @@ impl DirtyLog for WatchedLog {
                 self.asked.store(false, Ordering::SeqCst);
                 panic!("told to panic at sync")
             }
-            Some(Trouble::SyncTakes(time)) => {
-                std::thread::sleep(time);
+            Some(Trouble::SyncWaits) => {
+                self.troubles.0.gate.pass();
                 self.log.sync(block, extents, into)
             }
             _ => self.log.sync(block, extents, into),

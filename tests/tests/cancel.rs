@@ -3,7 +3,7 @@
 //!
 //! One test, since it counts the threads and descriptors of the whole process.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use memferry::events::{Event, Phase, Role};
@@ -17,7 +17,7 @@ use memferry_transports::{Address, Transport, open};
 use tokio_util::sync::CancellationToken;
 
 /// No migration here takes this long unless it hangs.
-const HANG: Duration = Duration::from_secs(20);
+const HANG: Duration = Duration::from_secs(60);
 const LENGTHS: [u64; 2] = [(3 << 20) + 100, 4097];
 
 /// What the source says when it is cancelled.
@@ -47,30 +47,37 @@ fn transport(address: &str) -> Arc<dyn Transport> {
     }
 }
 
-/// A recorder that cancels when the source says something, and a while later.
-fn cancelling(cancel: &CancellationToken, when: fn(&Event) -> bool, later: Duration) -> Recorder {
-    let cancel = Mutex::new(Some(cancel.clone()));
-    Recorder::calling(move |role, event| {
-        if role == Role::Source
-            && when(event)
-            && let Some(cancel) = cancel.lock().unwrap().take()
-        {
-            if later.is_zero() {
-                return cancel.cancel();
-            }
-            tokio::spawn(async move {
-                tokio::time::sleep(later).await;
-                cancel.cancel();
-            });
+/// Migrates and cancels when the source says something; the guest continues.
+fn cancelled_at(source: &Arc<TestGuest>, address: &str, when: fn(&Event) -> bool) {
+    let cancel = CancellationToken::new();
+    let token = cancel.clone();
+    let recorder = Recorder::calling(move |role, event| {
+        if role == Role::Source && when(event) {
+            token.cancel();
         }
-    })
+    });
+    cancelled(source, address, cancel, recorder);
 }
 
-/// Migrates and cancels at a point; the guest goes on.
-fn cancelled(source: &Arc<TestGuest>, address: &str, when: fn(&Event) -> bool, later: Duration) {
-    let told_before = source.take_told();
-    let (cancel, settings) = (CancellationToken::new(), settings(address));
-    let recorder = cancelling(&cancel, when, later);
+/// Migrates and cancels while the guest's log waits; the log waits until then, and is stopped behind it.
+fn cancelled_while_the_log_waits(source: &Arc<TestGuest>, trouble: Trouble) {
+    source.trouble(trouble);
+    let (cancel, guest) = (CancellationToken::new(), source.clone());
+    let token = cancel.clone();
+    let canceller = std::thread::spawn(move || {
+        guest.until_the_log_waits();
+        token.cancel();
+        // Time to make a mistake in.
+        std::thread::sleep(Duration::from_millis(50));
+        guest.repair();
+    });
+    cancelled(source, "memory", cancel, Recorder::default());
+    canceller.join().unwrap();
+}
+
+/// Migrates until `cancel`; the guest continues.
+fn cancelled(source: &Arc<TestGuest>, address: &str, cancel: CancellationToken, recorder: Recorder) {
+    let (told_before, settings) = (source.take_told(), settings(address));
     let destination = Arc::new(TestGuest::destination());
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let moving = async {
@@ -98,26 +105,18 @@ fn cancelled_thirty_times_in_a_row_it_leaves_nothing_behind() {
     let file = format!("file:{}", dir.path().join("stream").display());
     let source = TestGuest::source(PageSize::DEFAULT, &LENGTHS).paced(Duration::from_micros(500)).running(2);
     // The first one of all opens what the runtime keeps for the whole process.
-    cancelled(&source, "tcp:127.0.0.1:0", POINTS[0], Duration::ZERO);
+    cancelled_at(&source, "tcp:127.0.0.1:0", POINTS[0]);
     let before = Census::take();
 
     for address in ["memory", "tcp:127.0.0.1:0", &file] {
         for when in POINTS {
-            cancelled(&source, address, when, Duration::ZERO);
+            cancelled_at(&source, address, when);
         }
     }
     // In the middle of what cannot be interrupted: the log is stopped behind it all the same.
-    for trouble in [Trouble::LogStartTakes(Duration::from_millis(200)), Trouble::SyncTakes(Duration::from_millis(200))]
-    {
-        source.repair();
-        source.trouble(trouble);
-        let armed_or_active: fn(&Event) -> bool = match trouble {
-            Trouble::SyncTakes(_) => |event| matches!(event, Event::RoundSent { .. }),
-            _ => |event| matches!(event, Event::Guest { .. }),
-        };
-        cancelled(&source, "memory", armed_or_active, Duration::from_millis(50));
+    for trouble in [Trouble::LogStartWaits, Trouble::SyncWaits] {
+        cancelled_while_the_log_waits(&source, trouble);
     }
-    source.repair();
 
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "a file was left behind");
     before.wait_until_as_before();

@@ -1,4 +1,4 @@
-//! A hundred migrations in a row in one process, each cancelled over its control API at another moment: nothing is left
+//! A hundred migrations in a row in one process, each cancelled over its control API at another event: nothing is left
 //! behind. Alone in its program, for it counts what that has.
 
 use std::sync::Arc;
@@ -19,7 +19,7 @@ use memferry_transports::memory::MemoryTransport;
 fn settings() -> SourceSettings {
     SourceSettings {
         encoder: EncoderSettings { compress: None, xbzrle: None },
-        max_bandwidth: Some(48 << 20),
+        max_bandwidth: Some(32 << 20),
         downtime_limit: Duration::from_nanos(1),
         // Nothing switches it over, not even a round that leaves nothing dirty.
         max_downtime: Some(Duration::from_nanos(1)),
@@ -34,8 +34,17 @@ fn settings() -> SourceSettings {
     }
 }
 
-/// Cancels a migration of the guest so long after its control API is there.
-fn cancelled(guest: &Arc<Hot>, socket: &Address, later: Duration) {
+/// When a migration is cancelled.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum When {
+    /// Behind so many lines of events.
+    Lines(u64),
+    /// When it is decided to throttle.
+    Throttles,
+}
+
+/// Cancels a migration of the guest over its control API.
+fn cancelled(guest: &Arc<Hot>, socket: &Address, when: When) {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     runtime.block_on(async {
         let control = Control::new();
@@ -43,11 +52,18 @@ fn cancelled(guest: &Arc<Hot>, socket: &Address, later: Duration) {
         let transport = Arc::new(MemoryTransport::new(64 << 10));
         let moving = migrate(guest.clone(), Workload::destination(), transport, settings(), control.clone());
         let cancelling = async {
-            tokio::time::sleep(later).await;
-            // A watcher that is there at the end, and reads to it.
+            // A watcher that reads to the end.
             let mut lines = client::events(socket).await.unwrap();
+            let (mut read, mut last) = (0, String::new());
+            let is_now = |read: u64, line: &str| match when {
+                When::Lines(lines) => read >= lines,
+                When::Throttles => line.contains(r#""decision":"throttle""#),
+            };
+            while !is_now(read, &last) {
+                last = lines.next().await.unwrap().expect("it does not end by itself");
+                read += 1;
+            }
             client::cancel(socket).await.unwrap();
-            let mut last = String::new();
             while let Some(line) = lines.next().await.unwrap() {
                 last = line;
             }
@@ -69,10 +85,10 @@ fn a_hundred_cancels_leave_no_thread_descriptor_throttle_or_socket_behind() {
     let socket = format!("unix:{}", dir.path().join("control.sock").display()).parse().unwrap();
     let guest = Arc::new(Hot::new());
     // The first one of all opens what the runtime keeps for the whole process.
-    cancelled(&guest, &socket, Duration::from_millis(50));
+    cancelled(&guest, &socket, When::Lines(5));
     let before = Census::take();
     for run in 0..100_u64 {
-        cancelled(&guest, &socket, Duration::from_millis(run * 37 % 450));
+        cancelled(&guest, &socket, if run % 10 == 9 { When::Throttles } else { When::Lines(run * 37 % 25) });
         assert_eq!(guest.run_state(), RunState::Running, "cancel {run}");
         let throttled = guest.throttled();
         assert_eq!(throttled.last().copied().unwrap_or(0), 0, "cancel {run}: {throttled:?}");

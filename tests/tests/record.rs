@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use memferry::guest::workload::{Fill, FreeSettings, LogChoice, Pattern, Workload, WorkloadSettings};
 use memferry::guest::{Guest, RunState};
-use memferry::plan::record::{RecordError, RecordSettings, record};
+use memferry::plan::record::{RecordError, RecordSettings, Recorded, record, record_watched};
 use memferry::plan::trace::{Trace, read};
 use memferry_tests::foreseen::writer;
 use tokio_util::sync::CancellationToken;
@@ -16,13 +16,13 @@ fn settings(length: Option<Duration>) -> RecordSettings {
     RecordSettings { interval: Duration::from_millis(50), length, zstd_level: 1, settings: "# none".into() }
 }
 
-/// 16 MiB, of which pages 1024 to 1536 are written one after another, each once in half a second.
+/// 16 MiB, of which pages 1024 to 1536 are written one after another, each eight times in a second.
 fn workload(dirty_log: LogChoice) -> WorkloadSettings {
     WorkloadSettings {
         memory: PAGES << 12,
         dirty_log,
         fill: Fill { zero: 0.5, text: 0.5, random: 0.0, process: 0.0 },
-        writers: vec![writer(Pattern::Sequential, 1024.0, 128, (0.25, 0.375))],
+        writers: vec![writer(Pattern::Sequential, 4096.0, 128, (0.25, 0.375))],
         ..WorkloadSettings::default()
     }
 }
@@ -44,8 +44,16 @@ async fn every_log_finds_what_is_written_and_nothing_else_and_can_be_used_again(
             }
         };
         for _ in 0..2 {
-            let length = Some(Duration::from_millis(1500));
-            let recorded = record(guest.clone(), settings(length), &file, CancellationToken::new()).await;
+            // Until each page was written four times, counted from an interval that was recorded.
+            let (cancel, writer) = (CancellationToken::new(), guest.clone());
+            let (enough, mut end) = (cancel.clone(), None);
+            let watch = move |_: &Recorded| {
+                let writes = writer.status().writes;
+                if writes >= *end.get_or_insert(writes + 4 * 512) {
+                    enough.cancel();
+                }
+            };
+            let recorded = record_watched(guest.clone(), settings(None), &file, cancel, watch).await;
             let recorded = match recorded {
                 Err(RecordError::Guest(why)) if log == LogChoice::Userfault => {
                     println!("skipped: {log:?}: {why}");
@@ -81,12 +89,13 @@ async fn a_cancel_ends_a_recording_that_is_kept_unless_nothing_was_recorded() {
 
     let cancel = CancellationToken::new();
     let soon = cancel.clone();
-    tokio::spawn(async move {
-        tokio::time::sleep(Duration::from_millis(400)).await;
-        soon.cancel();
-    });
-    let recorded = record(guest, settings(None), &file, cancel).await.unwrap();
-    assert!(recorded.intervals > 0);
+    let watch = move |recorded: &Recorded| {
+        if recorded.intervals == 3 {
+            soon.cancel();
+        }
+    };
+    let recorded = record_watched(guest, settings(None), &file, cancel, watch).await.unwrap();
+    assert_eq!(recorded.intervals, 3);
     assert_eq!(read(&file).unwrap().length(), recorded.length);
 }
 

@@ -9,7 +9,7 @@ use super::signals::Signals;
 use super::verdict::{CANCELLED, DONE, FAILED};
 use crate::config::Config;
 use crate::config::tables::{ConvergenceTable, EncoderTable, MigrationTable, PipelineTable};
-use crate::plan::record::{INTERVAL, RecordError, RecordSettings, Recorded, record};
+use crate::plan::record::{INTERVAL, RecordError, RecordSettings, Recorded, record_watched};
 use crate::report::human;
 
 /// The level of zstd whose figures are taken where none is configured.
@@ -46,10 +46,14 @@ pub(super) async fn run(config: Config, options: Record) -> std::io::Result<u8> 
         zstd_level: config.encoder.compress_level.unwrap_or(ZSTD_LEVEL),
         settings: planned(&config),
     };
-    if !options.quiet && options.length.is_none() {
-        tell!("memferry: recording; Ctrl-C ends it and writes the trace");
-    }
-    let recorded = record(guest.guest.clone(), settings, &options.output, cancel).await;
+    // Before the first interval there is no trace to write.
+    let says = !options.quiet && options.length.is_none();
+    let watch = move |recorded: &Recorded| {
+        if says && recorded.intervals == 1 {
+            tell!("memferry: recording; Ctrl-C ends it and writes the trace");
+        }
+    };
+    let recorded = record_watched(guest.guest.clone(), settings, &options.output, cancel, watch).await;
     let stop = signals.arm("ending");
     let code = match recorded {
         Ok(recorded) => {

@@ -106,13 +106,29 @@ pub async fn record(
     file: &Path,
     cancel: CancellationToken,
 ) -> Result<Recorded, RecordError> {
+    record_watched(guest, settings, file, cancel, |_| ()).await
+}
+
+/// As [`record`], and calls `watch` after each interval with what has been recorded so far, on the thread that records. From the
+/// first call on there is something to keep.
+///
+/// # Errors
+/// As [`record`].
+pub async fn record_watched(
+    guest: Arc<dyn Guest>,
+    settings: RecordSettings,
+    file: &Path,
+    cancel: CancellationToken,
+    mut watch: impl FnMut(&Recorded) + Send + 'static,
+) -> Result<Recorded, RecordError> {
     let (clearers, file) = (guest.clearers(), file.to_owned());
     let handle = tokio::runtime::Handle::current();
     let work = move || {
         let mut told = 0;
         let mut logs = Vec::new();
-        let recorded = begin(&*guest, &clearers, &mut told, &mut logs)
-            .and_then(|out| Recorder::new(guest.memory(), &logs, out).run(&settings, &file, &handle, &cancel));
+        let recorded = begin(&*guest, &clearers, &mut told, &mut logs).and_then(|out| {
+            Recorder::new(guest.memory(), &logs, out).run(&settings, &file, &handle, &cancel, &mut watch)
+        });
         // Each of them, whatever becomes of the others.
         let stopped = logs.iter().fold(None, |failed, log| log.stop().err().or(failed));
         for clearer in &clearers[..told] {
@@ -169,6 +185,7 @@ impl<'a> Recorder<'a> {
         file: &Path,
         handle: &tokio::runtime::Handle,
         cancel: &CancellationToken,
+        watch: &mut dyn FnMut(&Recorded),
     ) -> Result<Recorded, RecordError> {
         let began = Instant::now();
         let armed = arm(&self.memory, self.logs, &self.out, !self.out.is_empty())?;
@@ -184,7 +201,9 @@ impl<'a> Recorder<'a> {
         self.take(&armed, |at, mask| self.rearm_written(at, mask, &unread))?;
         let (mut syncs, mut recorded) = (Vec::new(), Recorded::nothing());
         let end = settings.length.map(|length| synced + length);
-        while !cancel.is_cancelled() && end.is_none_or(|end| Instant::now() < end) {
+        // One interval at least, however long it takes to come here.
+        let goes_on = |intervals| intervals == 0 || end.is_none_or(|end| Instant::now() < end);
+        while !cancel.is_cancelled() && goes_on(recorded.intervals) {
             let until = synced + settings.interval;
             let until = end.map_or(until, |end| until.min(end));
             drop(handle.block_on(async { tokio::time::timeout_at(until.into(), cancel.cancelled()).await }));
@@ -207,6 +226,7 @@ impl<'a> Recorder<'a> {
             recorded.length += length;
             recorded.written += written.pages();
             syncs.push(sync);
+            watch(&recorded);
         }
         if recorded.intervals == 0 {
             return Err(RecordError::Nothing);

@@ -55,7 +55,9 @@ fn send(
         let listener = transport.listen().await.unwrap();
         let watch = move |_: Role, event: &Event| hook(event);
         let watched = Observers::new(Role::Source, vec![Arc::new(watch) as Arc<dyn Observer>]);
-        let sending = region.send(transport, SourceSettings::default(), watched, cancel.clone());
+        // A limit that a busy machine meets.
+        let settings = SourceSettings { downtime_limit: Duration::from_secs(20), ..SourceSettings::default() };
+        let sending = region.send(transport, settings, watched, cancel.clone());
         let settings = DestinationSettings::default();
         let receiving = Region::receive(listener, BYTES, settings, Observers::none(Role::Destination), cancel.clone());
         let (sent, received) = tokio::join!(sending, receiving);
@@ -68,7 +70,9 @@ fn every_acknowledged_write_is_there_after_a_move() {
     let (region, stop) = (Region::new(BYTES).unwrap(), Arc::new(AtomicBool::new(false)));
     println!("tracked by {:?}", region.tracking());
     let writers = [(); 3].map(|()| count_in(region.clone(), stop.clone()));
-    thread::sleep(Duration::from_millis(50));
+    while counts(&region.access().unwrap()) < 10 {
+        thread::sleep(Duration::from_millis(1));
+    }
     let (sent, received) = send(&region, |_| (), &CancellationToken::new());
     assert_eq!(sent.phase, Phase::Completed, "{:?}", sent.error);
     let ends = writers.map(|writer| writer.join().unwrap());
@@ -76,7 +80,7 @@ fn every_acknowledged_write_is_there_after_a_move() {
     let there = received.unwrap();
     let last = ends.iter().map(|end| end.0).max().unwrap();
     assert_eq!(counts(&there.access().unwrap()), last);
-    assert!(last > 10, "{last}");
+    assert!(last >= 10, "{last}");
     // It goes on there, and can move on.
     let writer = count_in(there.clone(), stop);
     let (sent, received) = send(&there, |_| (), &CancellationToken::new());

@@ -46,7 +46,11 @@ fn an_image_that_changes_while_it_is_sent_is_named_at_both_ends_and_nobody_is_pa
         scene.write("from/rest", noise(4 << 20, 2));
         let writer = Writer::begin(&scene, "from/ram", Duration::from_micros(100));
         let (destination, address) = scene.listening(&["guest.file.start=[\"touch\", \"started\"]"]);
-        let sets = [address.as_str(), COMMANDS[0], COMMANDS[1], "migration.max_bandwidth=6 MiB/s"];
+        // A limit that nothing meets: the rounds go on until the image changes.
+        let rounds =
+            ["migration.downtime_limit=1ns", "migration.max_downtime=1ns", "migration.max_rounds=1_000_000_000"];
+        let ends = [address.as_str(), COMMANDS[0], COMMANDS[1], "migration.max_bandwidth=6 MiB/s"];
+        let sets = [&ends[..], &rounds[..]].concat();
         let source = scene.start_with(&["send", "send.toml"], &sets);
         source.until_it_says("RAM block");
         change(&scene.path("from/rest"));

@@ -3,15 +3,15 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use memferry::events::Phase;
+use memferry::events::{Event, Phase, Role};
 use memferry_stages::geometry::PageSize;
 use memferry_stages::wire::{Kind, Message};
 use memferry_tests::guest::Told;
-use memferry_tests::{TestGuest, run};
+use memferry_tests::{Recorder, TestGuest, run};
 use memferry_transports::memory::MemoryTransport;
 use tokio_util::sync::CancellationToken;
 
-use crate::source::{WENT_ON, send_to};
+use crate::source::{WENT_ON, send_to, send_watched};
 use crate::{HANG, LENGTH, block_on, settings};
 
 #[test]
@@ -88,23 +88,28 @@ fn cancel_while_loaded_is_awaited() {
 
 #[test]
 fn cancel_after_go_is_too_late() {
-    let sent = send_to(settings(), async |mut hand, _, cancel| {
-        hand.take_all().await;
-        hand.say(Message::Loaded { verified: true }).await;
-        hand.hear_until(Kind::Go).await;
-        cancel.cancel();
-        tokio::time::sleep(Duration::from_millis(50)).await;
-        hand.say(Message::Running).await;
-        hand.hear().await;
-    });
-    sent.gave_away(Phase::Completed, &[]);
-    assert!(sent.warned("too late"));
-    let sent = send_to(settings(), async |mut hand, _, cancel| {
-        hand.take_all().await;
-        hand.say(Message::Loaded { verified: true }).await;
-        hand.hear_until(Kind::Go).await;
-        cancel.cancel();
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    });
-    sent.gave_away(Phase::Unconfirmed, &["lost after Go"]);
+    for runs in [true, false] {
+        let recorder = Arc::new(Recorder::default());
+        let heard = recorder.clone();
+        let sent = send_watched(settings(), recorder, async |mut hand, _, cancel| {
+            hand.take_all().await;
+            hand.say(Message::Loaded { verified: true }).await;
+            hand.hear_until(Kind::Go).await;
+            cancel.cancel();
+            let too_late =
+                |(_, event): (Role, Event)| matches!(event, Event::Warning(what) if what.contains("too late"));
+            while !heard.events().into_iter().any(too_late) {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            if runs {
+                hand.say(Message::Running).await;
+                hand.hear().await;
+            }
+        });
+        if runs {
+            sent.gave_away(Phase::Completed, &[]);
+        } else {
+            sent.gave_away(Phase::Unconfirmed, &["lost after Go"]);
+        }
+    }
 }

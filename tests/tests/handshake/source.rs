@@ -1,7 +1,7 @@
 //! The source, against a destination played by hand.
 
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use memferry::events::{Ended, Event, Phase};
 use memferry::guest::Guest;
@@ -24,10 +24,6 @@ pub(crate) const WENT_ON: [Told; 5] = [Told::Pause, Told::Save, Told::Release, T
 /// What a source is told that has handed its guest over.
 const HANDED_OVER: [Told; 4] = [Told::Pause, Told::Save, Told::Release, Told::Committed];
 
-fn impatient() -> SourceSettings {
-    SourceSettings { handover_timeout: Duration::from_millis(400), ..settings() }
-}
-
 /// How a source ended.
 pub(crate) struct Sent {
     ended: Ended,
@@ -40,11 +36,19 @@ pub(crate) fn send_to(
     settings: SourceSettings,
     play: impl AsyncFnOnce(Hand, Arc<TestGuest>, CancellationToken),
 ) -> Sent {
+    send_watched(settings, Arc::default(), play)
+}
+
+/// As [`send_to`], with a recorder of the caller's.
+pub(crate) fn send_watched(
+    settings: SourceSettings,
+    recorder: Arc<Recorder>,
+    play: impl AsyncFnOnce(Hand, Arc<TestGuest>, CancellationToken),
+) -> Sent {
     let guest = TestGuest::source(PageSize::DEFAULT, &[LENGTH]).paced(Duration::from_micros(200)).running(1);
     block_on(async {
         let (transport, cancel) = (Arc::new(MemoryTransport::new(64 << 10)), CancellationToken::new());
         let mut listener = transport.listen().await.unwrap();
-        let recorder = Arc::new(Recorder::default());
         let peer = async {
             let hand = Hand::accept(&mut *listener).await;
             play(hand, guest.clone(), cancel.clone()).await;
@@ -99,10 +103,6 @@ impl Sent {
         assert!(!self.ended.resume_failed);
         assert_eq!(self.events.last(), Some(&Event::Ended(self.ended.clone())));
     }
-
-    pub(crate) fn warned(&self, word: &str) -> bool {
-        self.events.iter().any(|event| matches!(event, Event::Warning(what) if what.contains(word)))
-    }
 }
 
 #[test]
@@ -148,25 +148,36 @@ fn cut_after_go() {
 /// The backlog is waited for before the guest is paused, and no longer than it lasts.
 #[test]
 fn the_guest_is_paused_as_soon_as_the_backlog_is_acknowledged() {
-    const LIMIT: Duration = Duration::from_secs(6);
+    // How long a destination is waited for that acknowledges nothing.
+    const PATIENCE: Duration = Duration::from_millis(500);
+    assert!(decided_before_the_pause(false) >= PATIENCE, "nothing was acknowledged");
+    // A busy machine may take as long for other reasons, though not every time.
+    assert!((0..20).any(|_| decided_before_the_pause(true) < PATIENCE), "it waits for what has arrived");
+}
+
+/// The time from the first decision to the pause of a guest whose backlog is acknowledged at once, or never.
+fn decided_before_the_pause(acknowledged: bool) -> Duration {
     let plain = EncoderSettings { compress: None, ..settings().encoder };
     // So slow that a tenth of the limit does not carry the first round.
-    let slow = SourceSettings { downtime_limit: LIMIT, max_bandwidth: Some(2 << 20), encoder: plain, ..settings() };
-    let sent = send_to(slow, async |mut hand, guest, _| {
+    let limit = Duration::from_secs(6);
+    let slow = SourceSettings { downtime_limit: limit, max_bandwidth: Some(2 << 20), encoder: plain, ..settings() };
+    let (decided, paused) = (Arc::new(OnceLock::new()), Arc::new(OnceLock::new()));
+    let (decides, pauses) = (decided.clone(), paused.clone());
+    let recorder = Recorder::calling(move |_, event| match event {
+        Event::Decided(_) => _ = decides.set(Instant::now()),
+        Event::Paused => _ = pauses.set(Instant::now()),
+        _ => {}
+    });
+    let sent = send_watched(slow, Arc::new(recorder), async |mut hand, _, _| {
         hand.agree().await;
         let Some(Message::RoundComplete(tally)) = hand.hear_until(Kind::RoundComplete).await else { panic!("a round") };
-        tokio::time::sleep(LIMIT / 20).await;
-        assert!(!guest.was_told(Told::Pause), "nothing was acknowledged yet");
-        hand.say(Message::Progress(Progress { bytes: LENGTH, frames: vec![tally.batches] })).await;
-        let paused = async {
-            while !guest.was_told(Told::Pause) {
-                tokio::time::sleep(Duration::from_millis(5)).await;
-            }
-        };
-        tokio::time::timeout(LIMIT / 2, paused).await.expect("it waits out its limit");
+        if acknowledged {
+            hand.say(Message::Progress(Progress { bytes: LENGTH, frames: vec![tally.batches] })).await;
+        }
         hand.hear_until(Kind::End).await.expect("the rest follows");
     });
     sent.stayed(Phase::Failed, &["lost before the hand-over"]);
+    paused.get().unwrap().duration_since(*decided.get().unwrap())
 }
 
 #[test]
@@ -238,19 +249,36 @@ fn running_said_in_the_pause_is_heard_though_the_connection_breaks() {
 
 #[test]
 fn silence_before_loaded_and_after_go() {
-    let sent = send_to(impatient(), async |mut hand, _, _| {
-        hand.take_all().await;
-        assert!(matches!(hand.hear().await, Some(Message::Abort(why)) if why.contains("in time")));
+    // A machine that is too busy to say Loaded in time gets more of it.
+    let mut timeout = Duration::from_millis(400);
+    while !is_silent(timeout) {
+        timeout *= 2;
+    }
+}
+
+/// Leaves a source without Loaded, and another without Running, until its handover times out; false if Loaded came too late for
+/// the second.
+fn is_silent(handover_timeout: Duration) -> bool {
+    let impatient = SourceSettings { handover_timeout, ..settings() };
+    let sent = send_to(impatient.clone(), async |mut hand, _, _| {
+        hand.agree().await;
+        assert!(matches!(hand.hear_until(Kind::Abort).await, Some(Message::Abort(why)) if why.contains("in time")));
         std::future::pending().await
     });
     sent.stayed(Phase::Failed, &["did not report that everything is loaded in time"]);
-    let sent = send_to(impatient(), async |mut hand, _, _| {
-        hand.take_all().await;
+    let mut went = false;
+    let sent = send_to(impatient, async |mut hand, _, _| {
+        hand.agree().await;
+        hand.hear_until(Kind::End).await;
         hand.say(Message::Loaded { verified: true }).await;
-        hand.hear_until(Kind::Go).await;
+        went = hand.hear_until(Kind::Go).await.is_some();
         std::future::pending().await
     });
-    sent.gave_away(Phase::Unconfirmed, &["did not confirm that the guest runs in time", "look at the destination"]);
+    if went {
+        let words = ["did not confirm that the guest runs in time", "look at the destination"];
+        sent.gave_away(Phase::Unconfirmed, &words);
+    }
+    went
 }
 
 #[test]

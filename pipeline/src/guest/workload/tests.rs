@@ -2,7 +2,7 @@
 
 use std::path::Path;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use memferry_stages::batch::{Batch, CopiedBatch};
 use memferry_stages::bitmap::DirtyBitmap;
@@ -38,7 +38,9 @@ fn solo() -> WorkloadSettings {
 }
 
 fn wait_for(guest: &Workload, fine: impl Fn(&WorkloadStatus) -> bool) {
+    let begun = Instant::now();
     while !fine(&guest.status()) {
+        assert!(begun.elapsed() < Duration::from_secs(60), "waited in vain: {:?}", guest.status());
         thread::sleep(Duration::from_millis(1));
     }
 }
@@ -206,14 +208,14 @@ fn every_log_on_every_memory_lets_a_running_workload_arrive_whole() {
         let memory = if backing == Backing::Hugetlb { 4 << 20 } else { settings().memory };
         let source = match Workload::source(WorkloadSettings { memory, dirty_log, backing, ..settings() }) {
             Err(error) if backing == Backing::Hugetlb => {
-                eprintln!("skipped: {error}");
+                println!("skipped: {error}");
                 continue;
             }
             source => source.unwrap(),
         };
         let logs = match source.dirty_logs() {
             Err(error) if UserfaultLog::supported().is_err() => {
-                eprintln!("skipped: {error}");
+                println!("skipped: {error}");
                 continue;
             }
             logs => logs.unwrap(),

@@ -6,7 +6,7 @@ use super::*;
 use crate::guest::StateSection;
 
 /// How long anything may take on a machine that is busy with something else.
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Settings of a small machine; `None`, and said so, where there is no KVM.
 fn small() -> Option<KvmSettings> {
@@ -131,20 +131,24 @@ fn a_stale_page_is_found_by_the_guest() {
 
 #[test]
 fn a_held_machine_writes_less() {
+    // In each slice of 10 ms it is awake for a hundredth: no vCPU writes a page in less than half a microsecond. On a busy machine
+    // the thread that holds it may come late, though not every time.
+    const MOST_IN_A_SLICE: u128 = 200;
     let Some(settings) = small() else { return };
-    let guest = KvmGuest::source(KvmSettings { pages_per_second: 0.0, ..settings }).unwrap();
+    let guest = KvmGuest::source(KvmSettings { vcpus: 1, pages_per_second: 0.0, ..settings }).unwrap();
     until(&guest, |status| status.pass >= 2);
-    let pages_in = |throttle| {
-        guest.throttle(throttle).unwrap();
-        let before = guest.status().pages;
-        std::thread::sleep(Duration::from_millis(100));
-        guest.status().pages - before
+    guest.throttle(99).unwrap();
+    let is_held = |_| {
+        let (before, begun) = (guest.status().pages, Instant::now());
+        let status = until(&guest, |status| status.pages > before && begun.elapsed() > Duration::from_millis(100));
+        let (pages, slices) = (u128::from(status.pages - before), begun.elapsed().as_micros() / 9_900 + 2);
+        println!("{pages} pages in {slices} slices");
+        pages <= slices * MOST_IN_A_SLICE
     };
-    // By turns: whatever else the machine does comes to both.
-    let (free, held) =
-        (0..8).map(|_| (pages_in(0), pages_in(80))).fold((0, 0), |all, one| (all.0 + one.0, all.1 + one.1));
-    println!("{free} pages free, {held} held for 80 %");
-    assert!(held > 0 && held < free / 2, "{free} pages free, {held} held for 80 %");
+    assert!((0..100).any(is_held));
+    guest.throttle(0).unwrap();
+    let before = guest.status().pass;
+    until(&guest, |status| status.pass > before + 2);
 }
 
 #[test]
