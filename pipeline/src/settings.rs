@@ -29,10 +29,36 @@ pub struct EncoderSettings {
 pub struct XbzrleSettings {
     /// Bytes of the cache, all lanes together.
     pub cache_bytes: u64,
-    /// Are pages that miss the cache, or whose delta is not smaller, compressed? Else they go raw.
-    pub compress_on_miss: bool,
+    /// How pages travel that miss the cache, or whose delta is not smaller.
+    pub on_miss: OnMiss,
     /// Do pages enter the cache in the first round already?
     pub cache_first_round: bool,
+}
+
+/// How a page travels that no delta helps: with the compressor of the first round, or as it is. Where that round has none, it always
+/// travels as it is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnMiss {
+    /// Compressed where the wire is slower than the compressor, as it is elsewhere. Each lane decides for each batch, by what its
+    /// sender waits.
+    #[default]
+    Auto,
+    /// As it is.
+    Raw,
+    /// Compressed.
+    Compress,
+}
+
+impl OnMiss {
+    /// As the configuration writes it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Raw => "raw",
+            Self::Compress => "compress",
+        }
+    }
 }
 
 /// What happens when the deadline passes or the rounds are used up.
@@ -195,7 +221,7 @@ impl Default for EncoderSettings {
 
 impl Default for XbzrleSettings {
     fn default() -> Self {
-        Self { cache_bytes: 256 << 20, compress_on_miss: false, cache_first_round: true }
+        Self { cache_bytes: 256 << 20, on_miss: OnMiss::Auto, cache_first_round: true }
     }
 }
 

@@ -175,7 +175,7 @@ fn what_cannot_be_together_is_refused() {
     10 | on_miss = "compress"
        |           ^^^^^^^^^^
        |
-       = help: write on_miss = "raw", or choose a compressor: compress = "lz4"
+       = help: delete it, or choose a compressor: compress = "lz4"
     "#);
     assert_snapshot!(with("[encoder]\ncompress_level = 3"), @r#"
     error: only zstd has levels

@@ -58,7 +58,8 @@ pub struct EncoderTable {
     pub compress_level: Option<i32>,
     /// What follows the first round.
     pub delta: DeltaChoice,
-    /// What becomes of a page that the cache does not hold or whose delta is not smaller.
+    /// What becomes of a page that the cache does not hold or whose delta is not smaller: by default it is compressed where the wire is
+    /// slower than the compressor. Where `compress` is none it always goes as it is.
     pub on_miss: OnMiss,
     /// Bytes of the XBZRLE cache, all lanes together.
     pub xbzrle_cache: Size,
@@ -96,6 +97,8 @@ pub enum DeltaChoice {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum OnMiss {
+    /// Compressed where the wire is what holds the lane up.
+    Auto,
     /// As it is.
     Raw,
     /// Compressed.
@@ -243,7 +246,7 @@ impl Default for EncoderTable {
             compress: Compress::Lz4,
             compress_level: None,
             delta: DeltaChoice::Xbzrle,
-            on_miss: OnMiss::Raw,
+            on_miss: OnMiss::Auto,
             xbzrle_cache: Size(256 << 20),
             cache_first_round: true,
         }
