@@ -15,6 +15,9 @@ use std::time::Duration;
 use memferry_stages::codec::Codec;
 use memferry_stages::geometry::{MAX_LANES, PageSize};
 
+/// What guest state may take where nothing else is set: virtual devices take kilobytes to a few megabytes.
+pub const MAX_STATE_BYTES: u64 = 16 << 20;
+
 /// How pages are encoded.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EncoderSettings {
@@ -172,6 +175,8 @@ pub struct SourceSettings {
     pub verify: bool,
     /// For a transport without a return path.
     pub after: Option<After>,
+    /// The most bytes that guest state may take, both of its parts together. It is part of the memory bound.
+    pub max_state_bytes: u64,
     /// How long the last handshake may take on either side of Go, and how long the destination may take nothing or leave a
     /// question unanswered before that.
     pub handover_timeout: Duration,
@@ -194,6 +199,7 @@ impl Default for SourceSettings {
             convergence: ConvergenceSettings::default(),
             verify: true,
             after: None,
+            max_state_bytes: MAX_STATE_BYTES,
             handover_timeout: Duration::from_secs(30),
         }
     }
@@ -234,6 +240,8 @@ pub struct DestinationSettings {
     pub max_lanes: u16,
     /// Is a stream without digests refused?
     pub require_verify: bool,
+    /// The most bytes that guest state may take, both of its parts together. It is part of the memory bound.
+    pub max_state_bytes: u64,
     /// How long a connection may take to say Hello, and all of them to arrive.
     pub hello_timeout: Duration,
     /// How long to wait for Go.
@@ -247,6 +255,7 @@ impl Default for DestinationSettings {
             page_size: None,
             max_lanes: MAX_LANES,
             require_verify: false,
+            max_state_bytes: MAX_STATE_BYTES,
             hello_timeout: Duration::from_secs(10),
             handover_timeout: Duration::from_secs(30),
         }

@@ -121,6 +121,7 @@ pub fn source_settings(lanes: u16, connections: u16) -> SourceSettings {
         convergence: ConvergenceSettings::default(),
         verify: true,
         after: None,
+        max_state_bytes: memferry::settings::MAX_STATE_BYTES,
         handover_timeout: Duration::from_secs(20),
     }
 }
@@ -133,6 +134,7 @@ pub fn destination_settings() -> DestinationSettings {
         max_lanes: 64,
         require_verify: false,
         hello_timeout: Duration::from_secs(10),
+        max_state_bytes: memferry::settings::MAX_STATE_BYTES,
         handover_timeout: Duration::from_secs(20),
     }
 }

@@ -56,6 +56,7 @@ impl Config {
                 tables::After::Resume => After::Resume,
                 tables::After::Pause => After::Pause,
             }),
+            max_state_bytes: migration.max_state.0,
             handover_timeout: migration.handover_timeout.0,
         }
     }
@@ -68,6 +69,7 @@ impl Config {
             max_lanes: self.pipeline.max_lanes,
             require_verify: self.migration.require_verify,
             hello_timeout: self.migration.hello_timeout.0,
+            max_state_bytes: self.migration.max_state.0,
             handover_timeout: self.migration.handover_timeout.0,
         }
     }

@@ -10,6 +10,7 @@ mod kills;
 #[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
 mod machines;
 mod memcached;
+mod memory;
 mod messages;
 mod openapi;
 mod outlets;

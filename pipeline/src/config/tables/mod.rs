@@ -8,6 +8,7 @@ use memferry_stages::geometry::MAX_LANES;
 use serde::{Deserialize, Serialize};
 
 use super::values::{Bandwidth, Deadline, Size, Time};
+use crate::settings::MAX_STATE_BYTES;
 pub use guest::{
     Backing, FileTable, FillTable, FreeTable, ImageTable, KvmLogChoice, KvmTable, LogChoice, Pattern, SharedTable,
     WorkloadTable, WriterTable,
@@ -164,6 +165,8 @@ pub struct MigrationTable {
     pub require_verify: bool,
     /// Destination: how long a connection may take to say who it is.
     pub hello_timeout: Time,
+    /// The most memory that the state of the guest's devices may take, all of it together, at either end.
+    pub max_state: Size,
     /// How long the last handshake may take, and how long the peer may take nothing or leave a question unanswered.
     pub handover_timeout: Time,
 }
@@ -273,6 +276,7 @@ impl Default for MigrationTable {
             after: None,
             require_verify: false,
             hello_timeout: seconds(10),
+            max_state: Size(MAX_STATE_BYTES),
             handover_timeout: seconds(30),
         }
     }
