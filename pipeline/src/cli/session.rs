@@ -28,7 +28,8 @@ use crate::migration::{self, DataPlane};
 use crate::progress::{ProgressDisplay, ProgressLines, Screen};
 use crate::report::account::{Account, Accountant};
 use crate::report::html::Page;
-use crate::report::{Frame, Report, status, table};
+use crate::report::todo::{Conclusion, Shares, conclusions};
+use crate::report::{Frame, Report, readings, status, table};
 
 /// How long one end may take to find out that the other has ended, before it is told.
 const FIND_OUT: Duration = Duration::from_secs(2);
@@ -233,23 +234,39 @@ impl Session {
         let capped = account.is_capped(self.config.migration.max_bandwidth.0.is_some());
         let frame = Frame { role: self.role, capped };
         let mut lost = Vec::new();
+        let conclusions = self.conclusions(account, far, capped);
         if !self.options.report.is_empty() {
-            lost = self.write_reports(&Report::new(frame, verdict, account, far), account, far);
+            lost = self.write_reports(&Report::new(frame, verdict, account, far), account, far, &conclusions);
         }
         lost.extend(self.outlets.close());
         self.say(&table::verdict(verdict, account));
         if !self.options.quiet && !account.rounds.is_empty() {
             self.say(&format!("\n{}", table::summary(frame, account, far).trim_end()));
+            conclusions.iter().for_each(|conclusion| self.say(&format!("{:<11} {conclusion}", "to do")));
         }
         if !lost.is_empty() {
             tell!("memferry: LOST: {}; the verdict stands: {}", lost.join("; "), status(verdict.phase));
         }
     }
 
+    /// What a source's figures say should be set otherwise.
+    fn conclusions(&self, account: &Account, far: Option<&Account>, capped: bool) -> Vec<Conclusion> {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let shares = Shares::of(&readings(account, far), capped, cores);
+        let is_source = !account.decided.is_empty();
+        if is_source { conclusions(&self.config.source(), account, shares, cores) } else { Vec::new() }
+    }
+
     /// Those that cannot be written, and why.
-    fn write_reports(&self, report: &Report, account: &Account, other: Option<&Account>) -> Vec<String> {
+    fn write_reports(
+        &self,
+        report: &Report,
+        account: &Account,
+        other: Option<&Account>,
+        conclusions: &[Conclusion],
+    ) -> Vec<String> {
         let write = |file: &std::path::PathBuf| {
-            let error = self.write_report(file, report, account, other).err()?;
+            let error = self.write_report(file, report, account, other, conclusions).err()?;
             Some(format!("the report {}: {error}", file.display()))
         };
         self.options.report.iter().filter_map(write).collect()
@@ -262,12 +279,13 @@ impl Session {
         report: &Report,
         account: &Account,
         other: Option<&Account>,
+        conclusions: &[Conclusion],
     ) -> std::io::Result<()> {
         if !file.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("html")) {
             return report.write(file);
         }
         let (settings, configuration) = (&self.config.source(), &check::written(&self.config));
-        Page { report, account, other, settings, configuration, written: SystemTime::now() }.write(file)
+        Page { report, account, other, settings, configuration, conclusions, written: SystemTime::now() }.write(file)
     }
 
     /// Hosts a guest that lives in this program, for as long as the options say; else until a signal.
