@@ -15,6 +15,9 @@ use std::time::Duration;
 use memferry_stages::codec::Codec;
 use memferry_stages::geometry::{MAX_LANES, PageSize};
 
+/// What guest state may take where nothing else is set: virtual devices take kilobytes to a few megabytes.
+pub const MAX_STATE_BYTES: u64 = 16 << 20;
+
 /// How pages are encoded.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EncoderSettings {
@@ -29,10 +32,36 @@ pub struct EncoderSettings {
 pub struct XbzrleSettings {
     /// Bytes of the cache, all lanes together. A source takes no more than its guest has memory: a larger cache holds nothing more.
     pub cache_bytes: u64,
-    /// Are pages that miss the cache, or whose delta is not smaller, compressed? Else they go raw.
-    pub compress_on_miss: bool,
+    /// How pages travel that miss the cache, or whose delta is not smaller.
+    pub on_miss: OnMiss,
     /// Do pages enter the cache in the first round already?
     pub cache_first_round: bool,
+}
+
+/// How a page travels that no delta helps: with the compressor of the first round, or as it is. Where that round has none, it always
+/// travels as it is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnMiss {
+    /// Compressed where the wire is slower than the compressor, as it is elsewhere. Each lane decides for each batch, by what its
+    /// sender waits.
+    #[default]
+    Auto,
+    /// As it is.
+    Raw,
+    /// Compressed.
+    Compress,
+}
+
+impl OnMiss {
+    /// As the configuration writes it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Raw => "raw",
+            Self::Compress => "compress",
+        }
+    }
 }
 
 /// What happens when the deadline passes or the rounds are used up.
@@ -146,6 +175,8 @@ pub struct SourceSettings {
     pub verify: bool,
     /// For a transport without a return path.
     pub after: Option<After>,
+    /// The most bytes that guest state may take, both of its parts together. It is part of the memory bound.
+    pub max_state_bytes: u64,
     /// How long the last handshake may take on either side of Go, and how long the destination may take nothing or leave a
     /// question unanswered before that.
     pub handover_timeout: Duration,
@@ -168,6 +199,7 @@ impl Default for SourceSettings {
             convergence: ConvergenceSettings::default(),
             verify: true,
             after: None,
+            max_state_bytes: MAX_STATE_BYTES,
             handover_timeout: Duration::from_secs(30),
         }
     }
@@ -195,7 +227,7 @@ impl Default for EncoderSettings {
 
 impl Default for XbzrleSettings {
     fn default() -> Self {
-        Self { cache_bytes: 256 << 20, compress_on_miss: false, cache_first_round: true }
+        Self { cache_bytes: 256 << 20, on_miss: OnMiss::Auto, cache_first_round: true }
     }
 }
 
@@ -208,6 +240,8 @@ pub struct DestinationSettings {
     pub max_lanes: u16,
     /// Is a stream without digests refused?
     pub require_verify: bool,
+    /// The most bytes that guest state may take, both of its parts together. It is part of the memory bound.
+    pub max_state_bytes: u64,
     /// How long a connection may take to say Hello, and all of them to arrive.
     pub hello_timeout: Duration,
     /// How long to wait for Go.
@@ -221,6 +255,7 @@ impl Default for DestinationSettings {
             page_size: None,
             max_lanes: MAX_LANES,
             require_verify: false,
+            max_state_bytes: MAX_STATE_BYTES,
             hello_timeout: Duration::from_secs(10),
             handover_timeout: Duration::from_secs(30),
         }

@@ -18,6 +18,7 @@ use common::{EXTENT, PAGE, Suite, memcpy, sweep, timed};
 use memferry_stages::batch::{Batch, CopiedBatch, Item};
 use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::codec::Codec;
+use memferry_stages::encoder::misses::OnMiss;
 use memferry_stages::encoder::{DeltaPlan, Encoder, EncoderPlan, Mark};
 use memferry_stages::geometry::{ExtentAt, LaneMap, PageSize};
 use memferry_stages::in_flight::InFlight;
@@ -203,7 +204,8 @@ fn first_round(suite: &mut Suite, place: &str, extents: u32) {
             });
         };
         if kind == "random" {
-            let delta = DeltaPlan { cache_bytes: 2 * content.len() as u64, on_miss: None, cache_first_round: true };
+            let delta =
+                DeltaPlan { cache_bytes: 2 * content.len() as u64, on_miss: OnMiss::Raw, cache_first_round: true };
             measure(suite, "raw", &MEMCPY, EncoderPlan::default());
             measure(suite, "raw with checksum", &MEMCPY, checked);
             measure(suite, "raw, kept in a new cache", &MEMCPY, EncoderPlan { delta: Some(delta), ..checked });
@@ -227,7 +229,7 @@ fn deltas(suite: &mut Suite, place: &str, extents: u32) {
     memcpy(suite, &group, &content);
     for (name, change) in CHANGES {
         let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
-        let delta = DeltaPlan { cache_bytes: 2 * content.len() as u64, on_miss: None, cache_first_round: true };
+        let delta = DeltaPlan { cache_bytes: 2 * content.len() as u64, on_miss: OnMiss::Raw, cache_first_round: true };
         let ((put, input), (output, frames)) = (bounded(extents as usize + 1), bounded(2));
         let encoder = new_encoder(EncoderPlan { delta: Some(delta), checksum: true, ..EncoderPlan::default() });
         let (mut stage, mut copies) = (Box::pin(encoder.run(input, output)), Copies::of(&content));

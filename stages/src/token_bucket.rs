@@ -56,7 +56,13 @@ impl TokenBucket {
     /// Is there a rate at this moment?
     #[must_use]
     pub fn is_limited(&self) -> bool {
-        self.account().rate.is_some()
+        self.rate().is_some()
+    }
+
+    /// The rate of this moment in bytes a second, if there is one.
+    #[must_use]
+    pub fn rate(&self) -> Option<u64> {
+        self.account().rate
     }
 
     /// Waits for credit and takes it: `want` bytes, or this share of [`QUANTUM`]'s worth (at least a byte) if that is less.

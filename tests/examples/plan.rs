@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use memferry::codec::Codec;
 use memferry::guest::workload::{Pattern, WriterSettings};
-use memferry::settings::{EncoderSettings, XbzrleSettings};
+use memferry::settings::{EncoderSettings, OnMiss, XbzrleSettings};
 use memferry_tests::foreseen::{Case, Went, median, off, settings, writer};
 
 const RECORDED: Duration = Duration::from_secs(5);
@@ -139,7 +139,7 @@ fn case(
             compress: lz4,
             xbzrle: Some(XbzrleSettings {
                 cache_bytes: mib << 20,
-                compress_on_miss: true,
+                on_miss: OnMiss::Compress,
                 ..XbzrleSettings::default()
             }),
         },

@@ -21,7 +21,8 @@ use memferry::guest::Guest;
 use memferry::guest::workload::{Fill, Pattern, Region, Workload, WorkloadSettings, WriterSettings};
 use memferry::migration::{DataPlane, receive, send};
 use memferry::settings::{
-    ConvergenceSettings, EncoderSettings, OnDeadline, SourceSettings, StallStep, ThrottleSettings, XbzrleSettings,
+    ConvergenceSettings, EncoderSettings, OnDeadline, OnMiss, SourceSettings, StallStep, ThrottleSettings,
+    XbzrleSettings,
 };
 use memferry_stages::codec::Codec;
 use memferry_tests::run::{destination_settings, source_settings};
@@ -235,7 +236,7 @@ fn settings(how: How) -> SourceSettings {
         Compress::Zstd => Some(Codec::Zstd { level: 1 }),
     };
     let xbzrle =
-        how.xbzrle.map(|cache_bytes| XbzrleSettings { cache_bytes, compress_on_miss: false, cache_first_round: true });
+        how.xbzrle.map(|cache_bytes| XbzrleSettings { cache_bytes, on_miss: OnMiss::Raw, cache_first_round: true });
     SourceSettings {
         encoder: EncoderSettings { compress, xbzrle },
         checksum: true,

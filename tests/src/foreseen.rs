@@ -98,7 +98,8 @@ impl Case {
         record(guest, settings, &file, CancellationToken::new()).await.expect("recorded");
         let trace = read(&file).expect("a trace");
         let link = self.settings.max_bandwidth.map_or(1e11, |bytes| bytes as f64);
-        let run = foresee(&Written::of(&trace), &self.settings, Bandwidth { bytes_per_second: link }).run;
+        let run =
+            foresee(&Written::of(&trace), &self.settings, Bandwidth { bytes_per_second: link, units: Units::Bits }).run;
         if std::env::var_os("ROUNDS").is_some() {
             for round in &run.sent {
                 println!("    foreseen {:.3} s {:?}", round.time.as_secs_f64(), round.tally);

@@ -9,7 +9,7 @@ use memferry::events::{Ended, Event, Observer, Observers, Phase, Role};
 use memferry::guest::Guest;
 use memferry::migration::{DataPlane, receive, send};
 use memferry::settings::{
-    ConvergenceSettings, DestinationSettings, EncoderSettings, OnDeadline, SourceSettings, SwitchoverBandwidth,
+    ConvergenceSettings, DestinationSettings, EncoderSettings, OnDeadline, OnMiss, SourceSettings, SwitchoverBandwidth,
     XbzrleSettings,
 };
 use memferry_stages::codec::Codec;
@@ -108,7 +108,7 @@ pub fn source_settings(lanes: u16, connections: u16) -> SourceSettings {
         connections,
         encoder: EncoderSettings {
             compress: Some(Codec::Lz4),
-            xbzrle: Some(XbzrleSettings { cache_bytes: 16 << 20, compress_on_miss: false, cache_first_round: true }),
+            xbzrle: Some(XbzrleSettings { cache_bytes: 16 << 20, on_miss: OnMiss::Auto, cache_first_round: true }),
         },
         checksum: true,
         max_bandwidth: None,
@@ -121,6 +121,7 @@ pub fn source_settings(lanes: u16, connections: u16) -> SourceSettings {
         convergence: ConvergenceSettings::default(),
         verify: true,
         after: None,
+        max_state_bytes: memferry::settings::MAX_STATE_BYTES,
         handover_timeout: Duration::from_secs(20),
     }
 }
@@ -133,6 +134,7 @@ pub fn destination_settings() -> DestinationSettings {
         max_lanes: 64,
         require_verify: false,
         hello_timeout: Duration::from_secs(10),
+        max_state_bytes: memferry::settings::MAX_STATE_BYTES,
         handover_timeout: Duration::from_secs(20),
     }
 }

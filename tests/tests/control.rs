@@ -10,8 +10,8 @@ use memferry::events::{Event, Phase, Role};
 use memferry::guest::workload::{Fill, LogChoice, Pattern, Region, Workload, WorkloadSettings, WriterSettings};
 use memferry::guest::{Guest, RunState};
 use memferry::settings::{
-    ConvergenceSettings, EncoderSettings, OnDeadline, SourceSettings, StallStep, SwitchoverBandwidth, ThrottleSettings,
-    XbzrleSettings,
+    ConvergenceSettings, EncoderSettings, OnDeadline, OnMiss, SourceSettings, StallStep, SwitchoverBandwidth,
+    ThrottleSettings, XbzrleSettings,
 };
 use memferry_stages::tally::RoundTally;
 use memferry_tests::hot::Hot;
@@ -238,7 +238,7 @@ fn warm() -> Arc<Workload> {
 fn a_cache_grows_and_shrinks_and_the_destination_stays_exact() {
     const SMALL: u64 = 1 << 20;
     const LARGE: u64 = 32 << 20;
-    let xbzrle = XbzrleSettings { cache_bytes: SMALL, compress_on_miss: false, cache_first_round: true };
+    let xbzrle = XbzrleSettings { cache_bytes: SMALL, on_miss: OnMiss::Raw, cache_first_round: true };
     let settings = SourceSettings {
         encoder: EncoderSettings { compress: None, xbzrle: Some(xbzrle) },
         downtime_limit: Duration::from_nanos(1),

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use memferry::events::{Event, Phase, Role};
-use memferry::settings::{After, EncoderSettings, SourceSettings, XbzrleSettings};
+use memferry::settings::{After, EncoderSettings, OnMiss, SourceSettings, XbzrleSettings};
 use memferry_stages::codec::Codec;
 use memferry_stages::geometry::PageSize;
 use memferry_stages::tally::RoundTally;
@@ -145,7 +145,7 @@ fn every_page_size() {
 /// All four combinations of compression and deltas, and what each may send in which round.
 #[test]
 fn compression_in_the_first_round_and_deltas_after_it() {
-    let xbzrle = XbzrleSettings { cache_bytes: 64 << 20, compress_on_miss: false, cache_first_round: true };
+    let xbzrle = XbzrleSettings { cache_bytes: 64 << 20, on_miss: OnMiss::Raw, cache_first_round: true };
     for compress in [None, Some(Codec::Snap), Some(Codec::Lz4), Some(Codec::Zstd { level: 1 })] {
         for delta in [None, Some(xbzrle.clone())] {
             let encoder = EncoderSettings { compress, xbzrle: delta.clone() };

@@ -14,7 +14,7 @@ use crate::settings::SwitchoverBandwidth;
 
 const KEYS: &str =
     "max_bandwidth, switchover_bandwidth, downtime_limit, max_downtime, deadline, throttle and xbzrle_cache";
-const RATE: &str = r#"a rate such as "200 MiB/s", a number of bytes a second, or "unlimited""#;
+const RATE: &str = r#"a rate such as "200 MiB/s" or "1 Gbit/s", a number of bytes a second, or "unlimited""#;
 const TIME: &str = r#"a length of time such as "50ms", or a number of milliseconds"#;
 const TIME_OR_NONE: &str = r#"a length of time such as "5m", a number of milliseconds, or "none""#;
 const SIZE: &str = r#"a size such as "512 MiB", or a number of bytes"#;
@@ -148,14 +148,14 @@ mod tests {
 
     #[test]
     fn values_are_written_as_in_the_configuration_or_as_numbers() {
-        let body = br#"{ "max_bandwidth": "200 MiB/s", "switchover_bandwidth": "unlimited", "downtime_limit": "50ms",
+        let body = br#"{ "max_bandwidth": "1Gbit/s", "switchover_bandwidth": "unlimited", "downtime_limit": "50ms",
             "max_downtime": "none", "deadline": "5m", "throttle": 40, "xbzrle_cache": "512 MiB" }"#;
         let mut all = changes(body).unwrap();
         all.sort_by_key(Change::key);
         let expected = [
             Change::Deadline(Some(300_000 * MS)),
             Change::DowntimeLimit(50 * MS),
-            Change::MaxBandwidth(Some(200 << 20)),
+            Change::MaxBandwidth(Some(125_000_000)),
             Change::MaxDowntime(None),
             Change::SwitchoverBandwidth(SwitchoverBandwidth::Unlimited),
             Change::ThrottleMost(40),

@@ -80,7 +80,10 @@ fn facts(config: &Config) -> Vec<String> {
             "memory at the source: at most {}",
             human::bytes(source_bound(&layout, &settings, may_leave_out(config)) + logs)
         ),
-        format!("memory at the destination: at most {}", human::bytes(destination_bound(&layout, settings.lanes))),
+        format!(
+            "memory at the destination: at most {}",
+            human::bytes(destination_bound(&layout, settings.lanes, config.destination().max_state_bytes))
+        ),
     ];
     if let Some(cap) = settings.max_bandwidth {
         let whole = at_rate(bytes, cap);

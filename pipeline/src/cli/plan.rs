@@ -26,7 +26,7 @@ pub(super) fn run(options: &Plan) -> ExitCode {
     };
     let needed = trace.guest.pages() / 8 * BITMAPS;
     if let Some(host) = beyond_half_of_memory(needed) {
-        let why = format!("a plan for its guest takes {needed} bytes, more than half of the {host} that this host has");
+        let why = format!("a plan for its guest takes {needed} bytes, more than half of {host}");
         return complain(&format!("{name}: {why}"), FAILED);
     }
     let config = match &options.config {

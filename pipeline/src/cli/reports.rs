@@ -12,10 +12,22 @@ use crate::events::Ended;
 use crate::outlet::{Outlet, Sink};
 use crate::report::account::Account;
 use crate::report::html::Page;
+use crate::report::todo::Conclusion;
 use crate::report::{Frame, Report, write};
 
 /// How long all of them may take.
 const TIME: Duration = Duration::from_secs(10);
+
+/// What a report is made of.
+#[derive(Clone, Copy)]
+pub(super) struct Ending<'a> {
+    pub(super) frame: Frame,
+    pub(super) verdict: &'a Ended,
+    pub(super) account: &'a Account,
+    /// The other end, where it was in this process.
+    pub(super) far: Option<&'a Account>,
+    pub(super) conclusions: &'a [Conclusion],
+}
 
 /// The reports that are being written.
 pub(super) struct Reports(Vec<Writing>);
@@ -44,25 +56,19 @@ impl Outcome {
 
 impl Reports {
     /// Begins to write all that the options name.
-    pub(super) fn begin(
-        files: &[PathBuf],
-        config: &Config,
-        frame: Frame,
-        verdict: &Ended,
-        account: &Account,
-        far: Option<&Account>,
-    ) -> Self {
+    pub(super) fn begin(files: &[PathBuf], config: &Config, ending: &Ending<'_>) -> Self {
         if files.is_empty() {
             return Self(Vec::new());
         }
+        let Ending { frame, verdict, account, far, conclusions } = *ending;
         let report = Report::new(frame, verdict, account, far);
         let text = |file: &Path| {
             if !file.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("html")) {
                 return report.to_json();
             }
             let (settings, configuration) = (&config.source(), &check::written(config));
-            let page =
-                Page { report: &report, account, other: far, settings, configuration, written: SystemTime::now() };
+            let written = SystemTime::now();
+            let page = Page { report: &report, account, other: far, settings, configuration, conclusions, written };
             page.render().into_bytes()
         };
         Self(files.iter().map(|file| Writing::begin(file.clone(), text(file))).collect())

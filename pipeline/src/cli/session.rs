@@ -14,7 +14,7 @@ use super::args::Migrate;
 use super::console;
 use super::hosting::Hosted;
 use super::outlets::Outlets;
-use super::reports::Reports;
+use super::reports::{Ending, Reports};
 use super::signals::Signals;
 use super::verdict::{FAILED, cancelled_before_it_began, exit_code, joint, never_begun};
 use crate::api::Server;
@@ -26,7 +26,8 @@ use crate::log::LogObserver;
 use crate::metrics::MetricsObserver;
 use crate::migration::{self, DataPlane};
 use crate::report::account::{Account, Accountant};
-use crate::report::{Frame, status, table};
+use crate::report::todo::{Conclusion, Shares, conclusions};
+use crate::report::{Frame, readings, status, table};
 
 /// How long one end may take to find out that the other has ended, before it is told.
 const FIND_OUT: Duration = Duration::from_secs(2);
@@ -244,16 +245,27 @@ impl Session {
     fn conclude(&self, verdict: &Ended, account: &Account, far: Option<&Account>) {
         let capped = account.is_capped(self.config.migration.max_bandwidth.0.is_some());
         let frame = Frame { role: self.role, capped };
-        let reports = Reports::begin(&self.options.report, &self.config, frame, verdict, account, far);
+        let conclusions = self.conclusions(account, far, capped);
+        let ending = Ending { frame, verdict, account, far, conclusions: &conclusions };
+        let reports = Reports::begin(&self.options.report, &self.config, &ending);
         self.say(&table::verdict(verdict, account));
         if !self.options.quiet && !account.rounds.is_empty() {
             self.say(&format!("\n{}", table::summary(frame, account, far).trim_end()));
+            conclusions.iter().for_each(|conclusion| self.say(&format!("{:<11} {conclusion}", "to do")));
         }
         let mut lost = reports.finish();
         lost.extend(self.outlets.close());
         if !lost.is_empty() {
             tell!("memferry: LOST: {}; the verdict stands: {}", lost.join("; "), status(verdict.phase));
         }
+    }
+
+    /// What a source's figures say should be set otherwise.
+    fn conclusions(&self, account: &Account, far: Option<&Account>, capped: bool) -> Vec<Conclusion> {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let shares = Shares::of(&readings(account, far), capped, cores);
+        let is_source = !account.decided.is_empty();
+        if is_source { conclusions(&self.config.source(), account, shares, cores) } else { Vec::new() }
     }
 
     /// Hosts a guest that lives in this program, for as long as the options say; else until a signal.

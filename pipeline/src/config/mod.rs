@@ -11,6 +11,7 @@ mod place;
 mod rules;
 pub mod settings;
 pub mod tables;
+pub mod units;
 pub mod values;
 
 use std::io;

@@ -117,7 +117,7 @@ fn encoder(config: &Config, faults: &mut Vec<Fault>) {
         !(deltas && table.on_miss == OnMiss::Compress && table.compress == Compress::None),
         "encoder.on_miss",
         "pages cannot be compressed on a miss where `compress` is \"none\"",
-        "write on_miss = \"raw\", or choose a compressor: compress = \"lz4\"",
+        "delete it, or choose a compressor: compress = \"lz4\"",
     );
     if let Some(level) = table.compress_level {
         let path = "encoder.compress_level";

@@ -9,7 +9,7 @@ use memferry_stages::geometry::PageSize;
 use memferry_transports::{Address, Transport};
 
 use super::tables::{
-    self, Compress, Config, ConvergenceTable, DeltaChoice, EncoderTable, FileTable, KvmTable, OnMiss, WorkloadTable,
+    self, Compress, Config, ConvergenceTable, DeltaChoice, EncoderTable, FileTable, KvmTable, WorkloadTable,
     WriterTable,
 };
 use super::values::{Bandwidth, Size};
@@ -19,8 +19,8 @@ use crate::guest::workload::{
     Backing, Fill, FreeSettings, LogChoice, Pattern, Region, SharedSettings, WorkloadSettings, WriterSettings,
 };
 use crate::settings::{
-    After, ConvergenceSettings, DestinationSettings, EncoderSettings, OnDeadline, RaiseSettings, SourceSettings,
-    StallStep, SwitchoverBandwidth, ThrottleSettings, XbzrleSettings,
+    After, ConvergenceSettings, DestinationSettings, EncoderSettings, OnDeadline, OnMiss, RaiseSettings,
+    SourceSettings, StallStep, SwitchoverBandwidth, ThrottleSettings, XbzrleSettings,
 };
 
 /// The level of zstd where none is given: as fast as lz4's neighbours, denser than them.
@@ -56,6 +56,7 @@ impl Config {
                 tables::After::Resume => After::Resume,
                 tables::After::Pause => After::Pause,
             }),
+            max_state_bytes: migration.max_state.0,
             handover_timeout: migration.handover_timeout.0,
         }
     }
@@ -68,6 +69,7 @@ impl Config {
             max_lanes: self.pipeline.max_lanes,
             require_verify: self.migration.require_verify,
             hello_timeout: self.migration.hello_timeout.0,
+            max_state_bytes: self.migration.max_state.0,
             handover_timeout: self.migration.handover_timeout.0,
         }
     }
@@ -108,7 +110,11 @@ fn convergence(table: &ConvergenceTable) -> ConvergenceSettings {
 fn encoder(table: &EncoderTable) -> EncoderSettings {
     let xbzrle = XbzrleSettings {
         cache_bytes: table.xbzrle_cache.map_or(XbzrleSettings::default().cache_bytes, |size| size.0),
-        compress_on_miss: table.on_miss == OnMiss::Compress,
+        on_miss: match table.on_miss {
+            tables::OnMiss::Auto => OnMiss::Auto,
+            tables::OnMiss::Raw => OnMiss::Raw,
+            tables::OnMiss::Compress => OnMiss::Compress,
+        },
         cache_first_round: table.cache_first_round,
     };
     EncoderSettings {

@@ -99,7 +99,7 @@ fn units_are_answered_with_examples() {
     9 | max_bandwidth = "1 GiB"
       |                 ^^^^^^^
       |
-      = help: write a rate such as "1 GiB/s" or "100 MB/s", or "unlimited"
+      = help: write a rate such as "100 MiB/s" or "1 Gbit/s", or "unlimited"
     "#);
     assert_snapshot!(with("[migration]\nmax_bandwidth = \"1 B/s\""), @r#"
     error: 1 B/s is too slow to move a guest
@@ -175,7 +175,7 @@ fn what_cannot_be_together_is_refused() {
     10 | on_miss = "compress"
        |           ^^^^^^^^^^
        |
-       = help: write on_miss = "raw", or choose a compressor: compress = "lz4"
+       = help: delete it, or choose a compressor: compress = "lz4"
     "#);
     assert_snapshot!(with("[encoder]\ncompress_level = 3"), @r#"
     error: only zstd has levels

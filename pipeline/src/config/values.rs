@@ -4,20 +4,21 @@ use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
-use bytesize::ByteSize;
 use serde::de::{self, Deserializer, Visitor};
 use serde::{Deserialize, Serialize, Serializer};
+
+use super::units;
 
 /// What no bandwidth limit is called.
 const UNLIMITED: &str = "unlimited";
 /// What no deadline is called.
 const NONE: &str = "none";
 
-/// Bytes: `"64 MiB"`, `"4 KiB"`, `"100 MB"`, or a plain number.
+/// Bytes: `"64 MiB"`, `"100 MB"`, `"512 Mbit"`, or a plain number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Size(pub u64);
 
-/// Bytes a second, or as many as the transport takes: `"1 GiB/s"`, `"100 MB/s"`, `"unlimited"`.
+/// Bytes a second, or as many as the transport takes: `"100 MiB/s"`, `"100 MB/s"`, `"1 Gbit/s"`, `"unlimited"`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Bandwidth(pub Option<u64>);
 
@@ -96,8 +97,7 @@ impl FromStr for Size {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let bytes = text.trim().parse::<ByteSize>();
-        bytes.map(|size| Self(size.0)).map_err(|_| format!("{text:?} is not a size"))
+        units::amount(text).map(|(bytes, _)| Self(bytes)).ok_or_else(|| format!("{text:?} is not a size"))
     }
 }
 
@@ -108,10 +108,7 @@ impl FromStr for Bandwidth {
         if text == UNLIMITED {
             return Ok(Self(None));
         }
-        let per_second = text.trim().strip_suffix("/s").and_then(|amount| amount.parse::<Size>().ok());
-        // Bits, to whoever runs networks: eight times less than the bytes that a size would read.
-        let per_second = per_second.filter(|_| !text.contains('b'));
-        per_second.map(|size| Self(Some(size.0))).ok_or_else(|| format!("{text:?} is not a rate"))
+        units::rate(text).map(|(bytes, _)| Self(Some(bytes))).ok_or_else(|| format!("{text:?} is not a rate"))
     }
 }
 
@@ -147,7 +144,7 @@ impl Written for Size {
 }
 
 impl Written for Bandwidth {
-    const EXAMPLES: &str = r#"a rate such as "1 GiB/s" or "100 MB/s", or "unlimited""#;
+    const EXAMPLES: &str = r#"a rate such as "100 MiB/s" or "1 Gbit/s", or "unlimited""#;
 
     fn from_number(_: u64) -> Option<Self> {
         None
@@ -220,6 +217,8 @@ mod tests {
         for text in ["1 GiB/s", "100 MB/s", "unlimited"] {
             assert_eq!(text.parse::<Bandwidth>().unwrap().to_string(), text);
         }
+        assert_eq!("1Gbit/s".parse::<Bandwidth>().unwrap(), Bandwidth(Some(125_000_000)));
+        assert_eq!("512 Mbit".parse::<Size>().unwrap(), Size(64_000_000));
         for text in ["300ms", "1m 30s", "none"] {
             assert_eq!(text.parse::<Deadline>().unwrap().to_string(), text);
         }

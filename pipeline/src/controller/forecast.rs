@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use memferry_stages::tally::RoundTally;
 
-use crate::settings::{SourceSettings, SwitchoverBandwidth};
+use crate::settings::{OnMiss, SourceSettings, SwitchoverBandwidth};
 
 /// How much longer than its busiest stage worked a round takes that the wire holds up.
 const WIRE_HOLDS_UP: f64 = 1.25;
@@ -105,6 +105,9 @@ struct Achieved {
     time: Duration,
     /// How long the busiest stage worked.
     work: Duration,
+    /// Pages that were sent whole, and those of them that were compressed.
+    whole: u64,
+    compressed: u64,
     /// Pages of which a delta was to be made, and that were in no cache.
     misses: u64,
     /// Pages of which one might have been made, by what was known before.
@@ -139,8 +142,8 @@ pub struct Forecaster {
     page_bytes: u64,
     /// Are there deltas from the second round on?
     deltas: bool,
-    /// Are pages that no delta helps compressed?
-    misses_shrink: bool,
+    /// How pages travel that no delta helps.
+    on_miss: OnMiss,
     max_bandwidth: Option<u64>,
     switchover_bandwidth: SwitchoverBandwidth,
     first: Option<Achieved>,
@@ -170,7 +173,7 @@ impl Forecaster {
             fixed: FixedCost::default(),
             page_bytes,
             deltas: xbzrle.is_some(),
-            misses_shrink: xbzrle.is_some_and(|xbzrle| xbzrle.compress_on_miss),
+            on_miss: xbzrle.map_or(OnMiss::Raw, |xbzrle| xbzrle.on_miss),
             max_bandwidth: settings.max_bandwidth,
             switchover_bandwidth: settings.switchover_bandwidth,
             first: None,
@@ -221,6 +224,8 @@ impl Forecaster {
             wire_bytes: tally.bytes_out,
             time: time.max(Duration::from_nanos(1)),
             work,
+            whole: tally.raw + tally.compressed,
+            compressed: tally.compressed,
             misses: tally.xbzrle_misses,
             kept: kept as f64 * tally.pages as f64 / found.max(1) as f64,
             dirty_rate: self.dirty_rate,
@@ -351,9 +356,31 @@ impl Forecaster {
                 return of(later);
             }
         }
-        let as_in_the_first = !self.deltas || self.misses_shrink;
-        let first = self.first.filter(|first| as_in_the_first && first.pages > 0);
-        first.map_or(self.page_bytes as f64, of)
+        let raw = self.page_bytes as f64;
+        let first = self.first.filter(|first| first.pages > 0).map_or(raw, of);
+        if self.deltas { raw + (first - raw) * self.misses_compressed() } else { first }
+    }
+
+    /// The share of the pages that no delta helps that is encoded as in the first round.
+    fn misses_compressed(&self) -> f64 {
+        match self.on_miss {
+            OnMiss::Raw => 0.0,
+            OnMiss::Compress => 1.0,
+            OnMiss::Auto => self.misses_were_compressed().unwrap_or_else(|| {
+                // The encoders know the limit beforehand; else they find out what the first round has shown.
+                let wire_holds =
+                    self.max_bandwidth.is_some() || self.first.is_some_and(|it| it.is_held_up_by_the_wire());
+                f64::from(u8::from(wire_holds))
+            }),
+        }
+    }
+
+    /// The same by the latest round or sample that sent any. What does not shrink in the first round does not later.
+    fn misses_were_compressed(&self) -> Option<f64> {
+        let share = |round: &Achieved| round.compressed as f64 / round.whole as f64;
+        let latest = self.later.iter().chain(&self.sample).find(|round| round.whole > 0)?;
+        let shrink = self.first.as_ref().filter(|first| first.compressed > 0).map_or(1.0, share);
+        Some((share(latest) / shrink).min(1.0))
     }
 
     /// Bytes a second on the wire, by the rounds that it held up. If it held up none, by the round that shows most: it carries
@@ -496,7 +523,7 @@ mod tests {
 
     #[test]
     fn until_deltas_are_measured_pages_count_as_they_are() {
-        let mut forecaster = forecaster(Some(XbzrleSettings::default()));
+        let mut forecaster = forecaster(Some(XbzrleSettings { on_miss: OnMiss::Raw, ..XbzrleSettings::default() }));
         forecaster.round(&round(10_000, 0, 10_000_000), 1000 * MS, NONE);
         assert!((transfer(&forecaster, 10_000) - 4.096).abs() < 1e-9);
         // 100 bytes a page, at the same rate.
@@ -529,9 +556,33 @@ mod tests {
 
     #[test]
     fn where_misses_are_compressed_pages_count_as_the_first_round_compressed_them() {
-        let mut forecaster = forecaster(Some(XbzrleSettings { compress_on_miss: true, ..XbzrleSettings::default() }));
+        let mut forecaster =
+            forecaster(Some(XbzrleSettings { on_miss: OnMiss::Compress, ..XbzrleSettings::default() }));
         forecaster.round(&round(10_000, 5_000, 5_000_000), 1000 * MS, NONE);
         assert!((transfer(&forecaster, 1000) - 0.2).abs() < 1e-9);
+    }
+
+    #[test]
+    fn where_that_is_left_open_pages_count_as_the_latest_round_encoded_them() {
+        let settings = |max_bandwidth| SourceSettings { max_bandwidth, ..SourceSettings::default() };
+        let remaining = |forecaster: &Forecaster| {
+            let mut forecaster = forecaster.clone();
+            forecaster.synced(&Standing { elapsed: 1000 * MS, ..dirty(1000) });
+            forecaster.forecast(&dirty(1000), LIMIT).unwrap().remaining_bytes
+        };
+        // Half of the pages shrink in the first round, to a quarter; so a page comes to 2,560 bytes.
+        let first = RoundTally { raw: 5000, compressed: 5000, ..round(10_000, 0, 25_600_000) };
+        for (limit, work, bytes) in
+            [(None, 1000, 4_096_000.0), (None, 100, 2_560_000.0), (Some(50 << 20), 1000, 2_560_000.0)]
+        {
+            let mut forecaster = Forecaster::new(&settings(limit), 4096);
+            forecaster.round(&first, 1000 * MS, work * MS);
+            assert!((remaining(&forecaster) - bytes).abs() < 1.0, "{limit:?}, {work} ms");
+            // A quarter of the misses was compressed: half of those that shrink.
+            let missed = RoundTally { raw: 750, compressed: 250, xbzrle_misses: 1000, ..round(1000, 0, 3_328_000) };
+            forecaster.round(&missed, 100 * MS, 50 * MS);
+            assert!((remaining(&forecaster) - 3_328_000.0).abs() < 1.0, "{limit:?}, {work} ms");
+        }
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! How much memory a migration takes for itself, known before it starts (law 9).
 //!
 //! Everything in flight lies in pooled buffers of one extent each; the queues carry those buffers and small heads. So the
-//! bound is pools + XBZRLE cache + compressors + what grows with the guest: bitmaps, what is in flight, and digests. Of a guest of 32 GiB or
+//! bound is pools + XBZRLE cache + compressors + guest state (`max_state`, with the frames that it travels in) + what the process takes
+//! with nothing to move (`PROCESS`) + what grows with the guest: bitmaps, what is in flight, and digests. Of a guest of 32 GiB or
 //! more for each lane these are less than 0.02 %, a log that keeps a bit for each page included. More lanes or larger pages
 //! are what makes the pools grow.
 
@@ -15,6 +16,7 @@ use memferry_stages::geometry::{Layout, PageSize};
 use memferry_stages::in_flight::InFlight;
 use memferry_stages::meter::Meter;
 use memferry_stages::pool::BufferPool;
+use memferry_stages::wire::messages::MAX_STATE_CHUNK;
 use memferry_stages::wire::pages::group_pages;
 
 use super::digests;
@@ -22,6 +24,10 @@ use super::error::MigrationError;
 use crate::config::values::Size;
 use crate::host;
 use crate::settings::SourceSettings;
+
+/// What a program with nothing to move takes at most for one end, as `tests/program/memory.rs` measures it: its code and libraries, the
+/// stacks and arenas of its threads, connections, events and report. A VMM that embeds the library has most of it anyway.
+pub(super) const PROCESS: u64 = 16 << 20;
 
 /// Batches that wait between scanner and detector, a lane: descriptors only, enough for two stretches of 4 KiB pages.
 pub(super) const SCANNED: usize = 16;
@@ -73,7 +79,9 @@ pub fn source_bound(layout: &Layout, settings: &SourceSettings, may_leave_out: b
     });
     let compressors = u64::from(settings.lanes) * compressor;
     let in_flight = InFlight::bound_bytes(layout, settings.lanes);
-    pools + compressors + source_keeps(layout, in_flight, settings.verify, may_leave_out) + cache
+    let all_else = PROCESS + pools + compressors + source_keeps(layout, in_flight, settings.verify, may_leave_out);
+    // Figures that are an operator's, and may be any.
+    all_else.saturating_add(cache).saturating_add(state_bytes(settings.max_state_bytes, STATE_FRAMES))
 }
 
 /// The least bytes of a cache that holds pages: two of each lane.
@@ -122,22 +130,38 @@ pub(super) fn logs_bytes(logs: &[Arc<dyn DirtyLog>]) -> u64 {
 /// The most memory that a destination takes for itself, in bytes; with digests that leave pages out, for it is the source that
 /// decides on them.
 #[must_use]
-pub fn destination_bound(layout: &Layout, lanes: u16) -> u64 {
+pub fn destination_bound(layout: &Layout, lanes: u16, max_state: u64) -> u64 {
     let extent = layout.page_size().extent_bytes() as u64;
     let decompressor = Decompressor::bound_bytes() + group_bytes(layout.page_size());
-    u64::from(lanes) * (LOAD_BUFFERS as u64 * extent + decompressor) + destination_keeps(layout, true, true)
+    let pages =
+        u64::from(lanes) * (LOAD_BUFFERS as u64 * extent + decompressor) + destination_keeps(layout, true, true);
+    PROCESS + pages + state_bytes(max_state, state_messages(lanes.into()))
+}
+
+/// Frames that guest state is in on its way out, each a copy of a chunk: those that wait, and two at work.
+pub(super) const STATE_FRAMES: u64 = CONTROL as u64 + 2;
+
+/// Messages that guest state is in on its way in: those that wait, one at work, and one that each connection reads; at most as many
+/// of these as lanes.
+pub(super) fn state_messages(lanes: u64) -> u64 {
+    CONTROL as u64 + 1 + lanes
+}
+
+/// Guest state of so many bytes, and so many copies of its chunks on their way.
+pub(super) fn state_bytes(state: u64, chunks: u64) -> u64 {
+    state.saturating_add(state.min(chunks * MAX_STATE_CHUNK as u64))
 }
 
 /// Does this host have the memory to send or receive such a guest? A block may be far larger than anything here (a sparse
 /// file, or what a hostile source names), and an allocation that fails would take the whole program with it.
 ///
 /// # Errors
-/// What it would take and what there is, if it would take more than half of this host's memory.
+/// What it would take and what there is, if it would take more than half of the memory that this process may have.
 pub(super) fn check_host(bound: u64) -> Result<(), MigrationError> {
     match host::beyond_half_of_memory(bound) {
         None => Ok(()),
         Some(host) => Err(MigrationError::TooLarge(format!(
-            "to move its memory takes {bound} bytes beside it, more than half of the {host} that this host has"
+            "to move its memory takes {bound} bytes beside it, more than half of {host}"
         ))),
     }
 }
@@ -158,9 +182,9 @@ pub(crate) fn check_source(bound: u64, layout: &Layout, settings: &SourceSetting
 /// What is wrong, and what would be right.
 pub(super) fn check_cache(bound: u64, cache: u64) -> Result<(), String> {
     let Some(host) = host::beyond_half_of_memory(bound) else { return Ok(()) };
-    let most = (host / 2).saturating_sub(bound.saturating_sub(cache)) >> 20;
+    let most = (host.bytes / 2).saturating_sub(bound.saturating_sub(cache)) >> 20;
     Err(format!(
-        "a cache of {} takes, with all else that the migration does, more than half of the memory of this host; \
+        "a cache of {} takes, with all else that the migration does, more than half of {host}; \
          write {most} MiB or less",
         Size(cache)
     ))

@@ -13,7 +13,9 @@ use memferry_stages::batch::{Batch, Item};
 use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::bitmap_sync::{BitmapSync, SyncOrder, Synced};
 use memferry_stages::clears::Clears;
+use memferry_stages::codec::Codec;
 use memferry_stages::dirty_log::DirtyLog;
+use memferry_stages::encoder::misses::{self, Wire};
 use memferry_stages::encoder::{CacheShare, DeltaPlan, Encoder, EncoderPlan, Outgoing};
 use memferry_stages::geometry::LaneMap;
 use memferry_stages::in_flight::InFlight;
@@ -30,7 +32,7 @@ use tokio::runtime::Handle;
 use super::link::Writer;
 use super::stage_set::StageSet;
 use super::{blocking, bounds};
-use crate::settings::{EncoderSettings, SourceSettings};
+use crate::settings::{EncoderSettings, OnMiss, SourceSettings};
 
 /// What the stages work on.
 pub(super) struct SourceParts {
@@ -154,6 +156,13 @@ impl SourceGraph {
         meter
     }
 
+    /// The connection behind a lane's encoder.
+    fn wire(&self, lane: u16, settings: &SourceSettings) -> Wire {
+        let connection = lane % settings.connections;
+        let sender = self.sender_meters[usize::from(connection)].clone();
+        Wire::new(sender, self.bucket.clone(), lanes_of(connection, settings), settings.lanes)
+    }
+
     fn start_senders(
         &mut self,
         writers: Vec<Writer>,
@@ -165,8 +174,9 @@ impl SourceGraph {
         (0..count)
             .zip(writers)
             .map(|(connection, writer)| {
-                let lanes_here = (connection..settings.lanes).step_by(usize::from(count)).count();
-                let share = Share::new(u16::try_from(lanes_here).expect("some of the lanes"), settings.lanes);
+                let lanes_here = lanes_of(connection, settings);
+                let share = Share::new(lanes_here, settings.lanes);
+                let lanes_here = usize::from(lanes_here);
                 let bucket = Some((self.bucket.clone(), share));
                 let (frames, bulk) = bounded(bounds::ENCODED * lanes_here);
                 let (control, control_frames) = bounded(bounds::CONTROL);
@@ -207,12 +217,28 @@ impl SourceGraph {
                 if let Some(kept) = &self.kept {
                     encoder = encoder.with_kept(kept.clone());
                 }
+                encoder = encoder.with_wire(self.wire(lane, settings));
                 self.caches.push(encoder.cache_share());
                 let running = encoder.run(encoder_in, frames);
                 self.stages.spawn(format!("encoder {lane}"), running);
                 batches
             })
             .collect()
+    }
+}
+
+/// How many lanes a connection carries.
+fn lanes_of(connection: u16, settings: &SourceSettings) -> u16 {
+    let lanes = (connection..settings.lanes).step_by(usize::from(settings.connections));
+    u16::try_from(lanes.count()).expect("some of the lanes")
+}
+
+/// How misses are encoded by this compressor.
+fn on_miss(on_miss: OnMiss, compress: Option<Codec>) -> misses::OnMiss {
+    match (on_miss, compress) {
+        (OnMiss::Raw, _) | (_, None) => misses::OnMiss::Raw,
+        (OnMiss::Auto, Some(codec)) => misses::OnMiss::Auto(codec),
+        (OnMiss::Compress, Some(codec)) => misses::OnMiss::Compress(codec),
     }
 }
 
@@ -223,7 +249,7 @@ fn plan(settings: &SourceSettings) -> EncoderPlan {
         compress: *compress,
         delta: xbzrle.as_ref().map(|xbzrle| DeltaPlan {
             cache_bytes: xbzrle.cache_bytes / u64::from(settings.lanes),
-            on_miss: compress.filter(|_| xbzrle.compress_on_miss),
+            on_miss: on_miss(xbzrle.on_miss, *compress),
             cache_first_round: xbzrle.cache_first_round,
         }),
         checksum: settings.checksum,

@@ -4,10 +4,11 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::advice::{Advice, gentlest, smallest_bandwidth};
+use super::advice::{Advice, cheaper, gentlest, smallest_bandwidth, with_margin};
 use super::bandwidth::Bandwidth;
 use super::forecast::{Foreseen, fixed_cost, foresee};
 use super::written::Written;
+use crate::config::units::Units;
 use crate::controller::Decision;
 use crate::settings::SourceSettings;
 
@@ -31,8 +32,13 @@ pub struct Answer {
     pub max_bandwidth: Option<u64>,
     /// What is foreseen at each bandwidth that was asked for.
     pub bandwidths: Vec<AtBandwidth>,
-    /// Bytes a second that are needed to meet the limit without anything that holds the guest back; `None`: no link does.
+    /// Bytes a second that are needed to meet the limit without a throttle; `None`: no link does.
     pub smallest_bandwidth: Option<f64>,
+    /// The same with a margin.
+    pub bandwidth_with_margin: Option<f64>,
+    /// The units that the first bandwidth was asked for in.
+    #[serde(skip)]
+    pub units: Units,
 }
 
 /// What was recorded.
@@ -55,10 +61,17 @@ pub struct TraceFigures {
 pub struct AtBandwidth {
     /// Bytes a second.
     pub bytes_per_second: f64,
+    /// The units that it was asked for in.
+    #[serde(skip)]
+    pub units: Units,
+    /// The share of it that is not needed to meet the limit, where the settings do without a throttle.
+    pub margin: Option<f64>,
     /// How it goes with the settings as they are.
     pub foreseen: Figures,
     /// What would meet the limit, if that does not.
     pub advice: Vec<AdviceFigures>,
+    /// What meets it too and costs less, if that does.
+    pub cheaper: Option<AdviceFigures>,
 }
 
 /// How a migration goes.
@@ -106,6 +119,8 @@ impl Answer {
         let (guest, touched) = (&written.trace().guest, &written.trace().samples.touched);
         let filled = (guest.pages() - guest.untouched) as f64 * (1.0 - touched.share());
         let fixed = fixed_cost(written.trace(), settings);
+        let units = bandwidths.first().map(|bandwidth| bandwidth.units).unwrap_or_default();
+        let smallest = smallest_bandwidth(written, settings, units);
         Self {
             version: VERSION,
             trace: TraceFigures {
@@ -119,25 +134,40 @@ impl Answer {
             switchover_floor: fixed.total().as_secs_f64(),
             digests: fixed.verify.as_secs_f64(),
             max_bandwidth: settings.max_bandwidth,
-            bandwidths: bandwidths.iter().map(|&bandwidth| at(written, settings, bandwidth)).collect(),
-            smallest_bandwidth: smallest_bandwidth(written, settings).map(|found| found.bytes_per_second),
+            bandwidths: bandwidths.iter().map(|&bandwidth| at(written, settings, bandwidth, smallest)).collect(),
+            smallest_bandwidth: smallest.map(|found| found.bytes_per_second),
+            bandwidth_with_margin: smallest.map(|found| with_margin(found).bytes_per_second),
+            units,
         }
     }
 }
 
-fn at(written: &Written<'_>, settings: &SourceSettings, bandwidth: Bandwidth) -> AtBandwidth {
+fn at(
+    written: &Written<'_>,
+    settings: &SourceSettings,
+    bandwidth: Bandwidth,
+    smallest: Option<Bandwidth>,
+) -> AtBandwidth {
     let foreseen = foresee(written, settings, bandwidth);
     let is_gentle = foreseen.meets && foreseen.run.throttle == 0;
     let advice = if is_gentle { Vec::new() } else { gentlest(written, settings, bandwidth) };
     // What is set already is no advice.
     let advice = advice.into_iter().filter(|advice| !advice.sets.is_empty());
+    let usable = settings.max_bandwidth.map_or(f64::INFINITY, |limit| limit as f64).min(bandwidth.bytes_per_second);
+    let margin = smallest.filter(|_| is_gentle).map(|smallest| 1.0 - (smallest.bytes_per_second / usable).min(1.0));
+    let cheaper = is_gentle.then(|| cheaper(written, settings, &foreseen)).flatten();
     AtBandwidth {
         bytes_per_second: bandwidth.bytes_per_second,
+        units: bandwidth.units,
+        margin,
         foreseen: figures(&foreseen, settings.downtime_limit),
-        advice: advice
-            .map(|Advice { sets, foreseen }| AdviceFigures { set: sets, foreseen: figures(&foreseen, Duration::MAX) })
-            .collect(),
+        advice: advice.map(advice_figures).collect(),
+        cheaper: cheaper.map(advice_figures),
     }
+}
+
+fn advice_figures(Advice { sets, foreseen }: Advice) -> AdviceFigures {
+    AdviceFigures { set: sets, foreseen: figures(&foreseen, Duration::MAX) }
 }
 
 fn figures(foreseen: &Foreseen, limit: Duration) -> Figures {

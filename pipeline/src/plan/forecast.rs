@@ -38,7 +38,7 @@ pub struct Foreseen {
 #[must_use]
 pub fn foresee(written: &Written<'_>, settings: &SourceSettings, bandwidth: Bandwidth) -> Foreseen {
     let trace = written.trace();
-    let mut guest = TracedGuest::new(written, settings);
+    let mut guest = TracedGuest::new(written, settings, bandwidth);
     let fixed = fixed_cost(trace, settings);
     let link = Link {
         bytes_per_second: bandwidth.bytes_per_second,

@@ -12,17 +12,19 @@
 use std::time::Duration;
 
 use memferry_stages::codec::Codec;
+use memferry_stages::encoder::misses;
 use memferry_stages::tally::RoundTally;
 use memferry_stages::wire::frame::HEAD_BYTES;
 use memferry_stages::wire::pages::MIN_HEAD_BYTES;
 
+use super::bandwidth::Bandwidth;
 use super::index;
 use super::mix::{Mix, least_equal};
 use super::trace::{Coded, DeltaSample, Deltas, Samples, Trace};
 use super::written::Written;
 use crate::controller::forecast::whole;
 use crate::controller::simulation::{Encoded, Found, Guest, Sending};
-use crate::settings::{SourceSettings, XbzrleSettings};
+use crate::settings::{OnMiss, SourceSettings, XbzrleSettings};
 
 /// Bytes of a page's descriptor in a frame.
 const DESCRIPTOR_BYTES: f64 = 4.0;
@@ -41,6 +43,8 @@ pub struct TracedGuest<'a> {
     written: &'a Written<'a>,
     trace: &'a Trace,
     settings: &'a SourceSettings,
+    /// Of the link.
+    bandwidth: Bandwidth,
     round: u32,
     /// The pages of the round that is being sent: in the first round all, for which no bits are kept.
     sent: Vec<u64>,
@@ -62,9 +66,9 @@ pub struct TracedGuest<'a> {
 }
 
 impl<'a> TracedGuest<'a> {
-    /// The guest of a trace, moved with these settings.
+    /// The guest of a trace, moved with these settings over a link of this bandwidth.
     #[must_use]
-    pub fn new(written: &'a Written<'a>, settings: &'a SourceSettings) -> Self {
+    pub fn new(written: &'a Written<'a>, settings: &'a SourceSettings, bandwidth: Bandwidth) -> Self {
         let trace = written.trace();
         let words = written.words();
         Self {
@@ -81,6 +85,7 @@ impl<'a> TracedGuest<'a> {
             reached: Duration::ZERO,
             trace,
             settings,
+            bandwidth,
         }
     }
 
@@ -143,8 +148,7 @@ impl<'a> TracedGuest<'a> {
     fn with_deltas(&self, xbzrle: &XbzrleSettings) -> Sum {
         let kinds = self.kinds();
         let cached = self.cached(xbzrle, &kinds);
-        let alone = self.settings.encoder.compress.filter(|_| xbzrle.compress_on_miss);
-        let whole = alone.map_or_else(|| self.raw(), |codec| self.coded(codec, &self.samples().alone));
+        let whole = self.missed(xbzrle.on_miss);
         let mut sum = Sum::default();
         for (kind, hit) in kinds.iter().zip(cached) {
             let sample = self.deltas_over(self.window, kind.again);
@@ -170,6 +174,21 @@ impl<'a> TracedGuest<'a> {
             sum.read_nanos += written * self.samples().read.per_page();
         }
         sum
+    }
+
+    /// What a page comes to that no delta helps, as the encoders decide.
+    fn missed(&self, on_miss: OnMiss) -> PageCost {
+        let Some(codec) = self.settings.encoder.compress.filter(|_| on_miss != OnMiss::Raw) else { return self.raw() };
+        let alone = self.coded(codec, &self.samples().alone);
+        if on_miss == OnMiss::Auto {
+            let saved = self.raw().bytes - alone.bytes;
+            let limit = self.settings.max_bandwidth.map_or(f64::INFINITY, |limit| limit as f64);
+            let rate = self.bandwidth.bytes_per_second.min(limit) / f64::from(self.settings.lanes);
+            if !misses::pays(saved, alone.nanos, 1e9 / rate) {
+                return self.raw();
+            }
+        }
+        alone
     }
 
     /// The pages of the round by what the cache may have of them, and how old that is.

@@ -2,9 +2,11 @@
 
 use std::fmt::Write;
 
+use super::advice::MARGIN;
 use super::answer::{AdviceFigures, Answer, AtBandwidth, Figures};
 use super::bandwidth::Bandwidth;
 use super::index;
+use crate::config::units::Units;
 use crate::controller::forecast::{self, whole};
 use crate::report::human;
 
@@ -39,8 +41,10 @@ pub fn draw(answer: &Answer) -> String {
         Some(bytes) => line(
             &mut text,
             &format!(
-                "The smallest bandwidth that meets {limit} without holding the guest back: {}.",
-                Bandwidth { bytes_per_second: bytes }
+                "The smallest bandwidth that meets {limit} without a throttle: {}; with a margin of {:.0} %: {}.",
+                rate(bytes, answer.units),
+                MARGIN * 100.0,
+                rate(answer.bandwidth_with_margin.unwrap_or(bytes), answer.units)
             ),
         ),
         None => line(&mut text, &format!("No bandwidth meets {limit} with these settings.")),
@@ -56,7 +60,7 @@ pub fn draw(answer: &Answer) -> String {
     if let Some(cap) =
         answer.max_bandwidth.filter(|&cap| answer.bandwidths.iter().any(|at| at.bytes_per_second > cap as f64))
     {
-        let cap = Bandwidth { bytes_per_second: cap as f64 };
+        let cap = rate(cap as f64, answer.units);
         line(&mut text, &format!("max_bandwidth is set to {cap}: a link that carries more is used no further."));
     }
     if answer.bandwidths.iter().flat_map(foreseen).any(|figures| figures.repeats_trace) {
@@ -150,21 +154,37 @@ fn advise(text: &mut String, at: &AtBandwidth, limit: &str) {
     let Figures { meets, throttle, .. } = at.foreseen;
     if at.advice.is_empty() {
         let words = match (meets, throttle) {
-            (true, 0) => format!("At {name} the settings meet {limit} as they are."),
-            (true, _) => format!("At {name} they meet {limit} by holding the guest back, and nothing gentler does."),
+            (true, 0) => return advise_met(text, at, limit),
+            (true, _) => format!("At {name} they meet {limit} by a throttle, and nothing gentler does."),
             (false, _) => {
                 format!("At {name} nothing that can be set meets {limit}, a longer downtime or a throttle included.")
             }
         };
         return line(text, &words);
     }
-    let how = if meets {
-        "the guest is held back, which this would spare it"
-    } else {
-        "the settings do not meet it; this would"
-    };
+    let how =
+        if meets { "the guest is throttled; this would do without" } else { "the settings do not meet it; this would" };
     line(text, &format!("At {name} {how}:"));
     at.advice.iter().for_each(|advice| line(text, &tell(advice)));
+}
+
+/// The settings meet the limit: by how much, and what does so for less.
+fn advise_met(text: &mut String, at: &AtBandwidth, limit: &str) {
+    let name = name(at);
+    match at.margin.filter(|&margin| margin < MARGIN) {
+        None => line(text, &format!("At {name} the settings meet {limit} as they are.")),
+        Some(margin) => line(
+            text,
+            &format!(
+                "At {name} the settings meet {limit} with {:.0} % of the bandwidth to spare: if the guest writes more, they may not.",
+                margin * 100.0
+            ),
+        ),
+    }
+    if let Some(cheaper) = &at.cheaper {
+        line(text, "  These meet it too, and take less memory or processor time:");
+        line(text, &tell(cheaper));
+    }
 }
 
 fn tell(AdviceFigures { set, foreseen }: &AdviceFigures) -> String {
@@ -185,7 +205,7 @@ fn tell(AdviceFigures { set, foreseen }: &AdviceFigures) -> String {
 
 /// All that is foreseen over one link: as things are, and what could be set.
 fn foreseen(at: &AtBandwidth) -> impl Iterator<Item = &Figures> {
-    std::iter::once(&at.foreseen).chain(at.advice.iter().map(|advice| &advice.foreseen))
+    std::iter::once(&at.foreseen).chain(at.advice.iter().chain(&at.cheaper).map(|advice| &advice.foreseen))
 }
 
 /// With a mark where the trace was too short for it.
@@ -194,7 +214,11 @@ fn total(figures: &Figures) -> String {
 }
 
 fn name(at: &AtBandwidth) -> String {
-    Bandwidth { bytes_per_second: at.bytes_per_second }.to_string()
+    rate(at.bytes_per_second, at.units).to_string()
+}
+
+fn rate(bytes_per_second: f64, units: Units) -> Bandwidth {
+    Bandwidth { bytes_per_second, units }
 }
 
 fn time(seconds: f64) -> String {

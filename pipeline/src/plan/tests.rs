@@ -12,6 +12,7 @@ use super::forecast::{Foreseen, foresee};
 use super::picture::draw;
 use super::trace::{Coded, DeltaSample, Deltas, GuestFacts, Interval, Runs, Samples, Share, Trace};
 use super::written::Written;
+use crate::config::units::Units;
 use crate::controller::Decision;
 use crate::controller::simulation::Run;
 use crate::settings::{EncoderSettings, SourceSettings, StallStep, XbzrleSettings};
@@ -66,7 +67,7 @@ fn deltas() -> SourceSettings {
 }
 
 fn mbyte(megabytes: f64) -> Bandwidth {
-    Bandwidth { bytes_per_second: megabytes * 1e6 }
+    Bandwidth { bytes_per_second: megabytes * 1e6, units: Units::Bits }
 }
 
 fn plan(trace: &Trace, settings: &SourceSettings, bandwidth: Bandwidth) -> Foreseen {
@@ -144,15 +145,15 @@ fn the_smallest_bandwidth_does_and_a_smaller_one_does_not() {
     let trace = steady();
     let written = Written::of(&trace);
     for settings in [raw(), deltas()] {
-        let found = smallest_bandwidth(&written, &settings).unwrap();
-        let less = Bandwidth { bytes_per_second: found.bytes_per_second * 0.8 };
+        let found = smallest_bandwidth(&written, &settings, Units::Bits).unwrap();
+        let less = Bandwidth { bytes_per_second: found.bytes_per_second * 0.8, ..found };
         assert!(foresee(&written, &settings, found).meets, "{found}");
         assert!(!foresee(&written, &settings, less).meets, "{found}");
     }
-    let [whole, less] = [raw(), deltas()].map(|settings| smallest_bandwidth(&written, &settings).unwrap());
+    let [whole, less] = [raw(), deltas()].map(|settings| smallest_bandwidth(&written, &settings, Units::Bits).unwrap());
     assert!(less.bytes_per_second * 5.0 < whole.bytes_per_second, "{less} and {whole}");
     let strict = SourceSettings { downtime_limit: Duration::from_millis(2), ..raw() };
-    assert_eq!(smallest_bandwidth(&written, &strict), None, "a switchover alone takes longer");
+    assert_eq!(smallest_bandwidth(&written, &strict, Units::Bits), None, "a switchover alone takes longer");
 }
 
 #[test]
@@ -182,6 +183,61 @@ fn advice_is_what_the_guest_does_not_notice_where_that_suffices() {
     assert!(last.len() == 2 && last[0].starts_with("migration.downtime_limit="), "{last:?}");
     assert_eq!(last[1], "convergence.on_stall=[\"throttle\"]");
     assert!(found.iter().all(|advice| advice.foreseen.meets) && found[1].foreseen.run.throttle > 0);
+}
+
+#[test]
+fn a_limit_that_is_what_holds_is_raised_with_a_margin() {
+    let trace = steady();
+    let written = Written::of(&trace);
+    let limited = SourceSettings { max_bandwidth: Some(50_000_000), ..raw() };
+    let found = gentlest(&written, &limited, mbyte(500.0));
+    let sets: Vec<_> = found.iter().map(|advice| advice.sets.join(" ")).collect();
+    assert_eq!(sets.len(), 2, "{sets:?}");
+    assert_eq!(sets[0], "encoder.delta=xbzrle");
+    let rate = sets[1].strip_prefix("migration.max_bandwidth=").unwrap().parse::<Bandwidth>().unwrap();
+    let needed = smallest_bandwidth(&written, &raw(), Units::Bits).unwrap();
+    assert!(rate.bytes_per_second >= needed.bytes_per_second * 1.2, "{rate} and {needed}");
+    assert!(found.iter().all(|advice| advice.foreseen.meets));
+    // The link carries no more than the limit: nothing is gained by a higher one.
+    let found = gentlest(&written, &limited, mbyte(50.0));
+    assert!(found.iter().all(|advice| advice.sets == ["encoder.delta=xbzrle"]), "{found:?}");
+}
+
+#[test]
+fn a_plan_that_meets_its_limit_says_by_how_much_and_what_does_for_less() {
+    let trace = steady();
+    let written = Written::of(&trace);
+    let smallest = smallest_bandwidth(&written, &raw(), Units::Bits).unwrap().bytes_per_second / 1e6;
+    let answer = Answer::of(&written, &raw(), &[mbyte(smallest * 1.05), mbyte(smallest * 4.0)]);
+    let margins = answer.bandwidths.iter().map(|at| at.margin.unwrap()).collect::<Vec<_>>();
+    assert!(margins[0] < 0.1 && (margins[1] - 0.75).abs() < 0.01, "{margins:?}");
+    let picture = draw(&answer);
+    assert!(picture.contains("of the bandwidth to spare") && picture.contains("with a margin of 20 %"), "{picture}");
+    assert!(answer.bandwidths.iter().all(|at| at.cheaper.is_none()), "nothing costs less than raw pages");
+    // 256 MiB of cache for a guest of which 8 MB are written.
+    let at = &Answer::of(&written, &deltas(), &[mbyte(20.0)]).bandwidths[0];
+    assert_eq!(at.cheaper.as_ref().unwrap().set, ["encoder.xbzrle_cache='32 MiB'"]);
+}
+
+#[test]
+fn rates_are_shown_in_the_units_that_were_asked_for() {
+    let trace = steady();
+    let bandwidth = "64 MiB/s".parse().unwrap();
+    let picture = draw(&Answer::of(&Written::of(&trace), &deltas(), &[bandwidth]));
+    assert!(picture.contains("64 MiB/s") && !picture.contains("bit/s"), "{picture}");
+}
+
+#[test]
+fn misses_are_compressed_over_a_link_that_is_slower_than_the_compressor() {
+    let trace = steady();
+    let mut small = settings(EncoderSettings { compress: Some(Codec::Lz4), xbzrle: Some(XbzrleSettings::default()) });
+    small.encoder.xbzrle.as_mut().unwrap().cache_bytes = 8 << 20;
+    // A try takes 4 µs and saves half a page. Two lanes share the link: that pays up to 512 MB/s.
+    let rest = |settings: &SourceSettings, megabytes| behind_the_sample(&plan(&trace, settings, mbyte(megabytes)).run);
+    assert!(rest(&small, 50.0).compressed > 900);
+    assert_eq!(rest(&small, 5000.0).compressed, 0);
+    let limited = SourceSettings { max_bandwidth: Some(50_000_000), ..small };
+    assert!(rest(&limited, 5000.0).compressed > 900);
 }
 
 #[test]

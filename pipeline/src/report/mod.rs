@@ -9,6 +9,7 @@ pub mod human;
 pub mod series;
 pub mod status_json;
 pub mod table;
+pub mod todo;
 
 use std::io;
 use std::path::Path;

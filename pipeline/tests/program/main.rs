@@ -12,6 +12,7 @@ mod limits;
 #[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
 mod machines;
 mod memcached;
+mod memory;
 mod messages;
 mod openapi;
 mod outlets;

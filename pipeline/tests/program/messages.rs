@@ -38,7 +38,7 @@ fn mistakes_in_a_configuration_are_shown_with_their_line_and_what_to_write() {
         ("1 MiB", "0 B", &["wrong.toml:5:16", "holds no pages", "delta = \"none\""]),
         ("tcp:127.0.0.1:0", "tpc:127.0.0.1:0", &["wrong.toml:11:11", "no transport \"tpc\"", "tcp:HOST:PORT"]),
         ("tcp:127.0.0.1:0", "file:x", &["wrong.toml:11:11", "after = \"resume\""]),
-        ("300ms\"", "1s\"\nmax_bandwidth = \"1 GiB\"", &["wrong.toml:15:17", "\"1 GiB\" is not a rate", "1 GiB/s"]),
+        ("300ms\"", "1s\"\nmax_bandwidth = \"1 GiB\"", &["wrong.toml:15:17", "\"1 GiB\" is not a rate", "1 Gbit/s"]),
         ("300ms\"", "1s\"\non_deadline = \"stop\"", &["wrong.toml:15:15", "`cancel`, `switch-over`"]),
         (
             "300ms\"",

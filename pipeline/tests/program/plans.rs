@@ -44,7 +44,7 @@ fn a_recording_is_whole_private_and_holds_no_address() {
 fn a_plan_answers_in_words_and_in_json_with_the_settings_of_the_recording_or_others() {
     let scene = recorded();
     let plan = scene.run(&["plan", "guest.trace", "--bandwidth", "1gbit/s,10 MB/s"]).expect(0);
-    plan.says(&["downtime limit: 2.00 s", "1 Gbit/s ", "80 Mbit/s ", "converges", "The smallest bandwidth"]);
+    plan.says(&["downtime limit: 2.00 s", "1 Gbit/s ", "10 MB/s ", "converges", "The smallest bandwidth"]);
     let set = ["plan", "guest.trace", "--set", "migration.downtime_limit=70ms", "--json"];
     let json = scene.run(&set).expect(0).stdout;
     let json: serde_json::Value = serde_json::from_str(&json).unwrap();

@@ -9,7 +9,8 @@
 //!
 //! ```text
 //! pages ──▶ page_coder: which encoding? ──▶ payload: where do their bytes stand? ──▶ here: the frame
-//!                │  └─▶ reference: what does the destination hold?
+//!                │  ├─▶ reference: what does the destination hold?
+//!                │  └─▶ misses: is it worth compressing what no delta helps?
 //!                └─▶ whole_coder: compressed together ──▶ sampler: is it worth a try?
 //! ```
 //!
@@ -17,6 +18,7 @@
 //! the detector's buffer is the payload and no byte is copied.
 
 pub mod estimate;
+pub mod misses;
 mod page_coder;
 mod payload;
 mod reference;
@@ -40,6 +42,7 @@ use crate::stage::Stage;
 use crate::tally::RoundTally;
 use crate::wire::pages::payload_hash;
 use crate::wire::{Message, PageEncoding, PagesHead};
+use misses::{OnMiss, Wire};
 use page_coder::{Coded, PageCoder};
 use payload::Payload;
 use sampler::Span;
@@ -60,8 +63,8 @@ pub struct EncoderPlan {
 pub struct DeltaPlan {
     /// Bytes of the cache: this lane's share.
     pub cache_bytes: u64,
-    /// Compressor of pages that miss the cache or whose delta is not smaller; without one they go raw.
-    pub on_miss: Option<Codec>,
+    /// What is done with pages that miss the cache or whose delta is not smaller.
+    pub on_miss: OnMiss,
     /// Do pages enter the cache in the first round already?
     pub cache_first_round: bool,
 }
@@ -163,6 +166,13 @@ impl Encoder {
     #[must_use]
     pub fn with_kept(mut self, kept: Arc<DirtyBitmap>) -> Self {
         self.kept = Some(kept);
+        self
+    }
+
+    /// The connection behind it, by which [`OnMiss::Auto`] decides. Without one nothing is known to wait for the wire, and pages go raw.
+    #[must_use]
+    pub fn with_wire(mut self, wire: Wire) -> Self {
+        self.coder.set_wire(wire);
         self
     }
 
@@ -271,6 +281,7 @@ impl Encoder {
 
     fn code_each(&mut self, batch: &Batch, present: u64, mut payload: Payload) -> (u64, Option<PooledBuffer>) {
         let mut unchanged = 0;
+        self.coder.next_batch();
         for bit in bits(present) {
             let (page, room) = payload.next_page();
             match self.coder.code(batch.at.page(bit), page, batch, room, &mut self.counted) {

@@ -3,11 +3,12 @@
 //! | | before the first RoundComplete | after it |
 //! |---|---|---|
 //! | no deltas planned | compressed, or raw | the same |
-//! | deltas planned | compressed, or raw | a delta; what misses the cache or overflows: raw, or compressed by `on_miss` |
+//! | deltas planned | compressed, or raw | a delta; what misses the cache or overflows: raw, or compressed, as [`super::misses`] decides |
 //!
 //! Pages that are compressed before deltas begin, or where none are planned, are compressed together (see
 //! [`super::whole_coder`]); from then on each page is coded alone. What does not shrink goes raw.
 
+use super::misses::{Decision, OnMiss, Wire};
 use super::reference::{Compared, Reference};
 use super::sampler::Span;
 use super::whole_coder::{Looks, WholeCoder};
@@ -41,6 +42,8 @@ pub(super) struct PageCoder {
 struct Deltas {
     plan: DeltaPlan,
     reference: Reference,
+    /// Decides on misses, where they are not all treated alike.
+    misses: Option<Decision>,
     /// Has the first RoundComplete passed?
     begun: bool,
 }
@@ -48,10 +51,21 @@ struct Deltas {
 impl PageCoder {
     /// A coder before its first round.
     pub(super) fn new(page_size: PageSize, plan: &EncoderPlan) -> Self {
-        let deltas =
-            |plan: DeltaPlan| Deltas { plan, reference: Reference::new(page_size, plan.cache_bytes), begun: false };
+        let deltas = |plan: DeltaPlan| Deltas {
+            plan,
+            reference: Reference::new(page_size, plan.cache_bytes),
+            misses: None,
+            begun: false,
+        };
         let whole = plan.compress.map(|codec| WholeCoder::new(page_size, codec));
         Self { page_size, whole, deltas: plan.delta.map(deltas) }
+    }
+
+    /// The connection behind it, by which misses are decided on where the plan leaves it open.
+    pub(super) fn set_wire(&mut self, wire: Wire) {
+        if let Some(deltas) = self.deltas.as_mut().filter(|deltas| matches!(deltas.plan.on_miss, OnMiss::Auto(_))) {
+            deltas.misses = Some(Decision::new(wire));
+        }
     }
 
     /// The most bytes that its cache takes, with what its compressor takes.
@@ -80,7 +94,9 @@ impl PageCoder {
     pub(super) fn round_complete(&mut self) {
         if let Some(deltas) = self.deltas.as_mut().filter(|deltas| !deltas.begun) {
             deltas.begun = true;
-            self.whole = deltas.plan.on_miss.map(|codec| WholeCoder::new(self.page_size, codec));
+            let is_known = deltas.misses.is_some() || !matches!(deltas.plan.on_miss, OnMiss::Auto(_));
+            let codec = deltas.plan.on_miss.codec().filter(|_| is_known);
+            self.whole = codec.map(|codec| WholeCoder::new(self.page_size, codec));
         }
     }
 
@@ -109,6 +125,13 @@ impl PageCoder {
     /// The encoding of compressed pages, if any are compressed.
     pub(super) fn codec(&self) -> Option<PageEncoding> {
         self.whole.as_ref().map(WholeCoder::encoding)
+    }
+
+    /// The pages that are coded from here on are those of another batch, once deltas have begun.
+    pub(super) fn next_batch(&mut self) {
+        if let Some(misses) = self.deltas.as_mut().and_then(|deltas| deltas.misses.as_mut()) {
+            misses.next_batch();
+        }
     }
 
     /// Codes a page that is not zero, once deltas have begun, into `out` (as long as a page), and counts how.
@@ -170,10 +193,16 @@ impl PageCoder {
     }
 
     fn alone(&mut self, page: &[u8], out: &mut [u8]) -> Coded {
-        let Some(whole) = &mut self.whole else { return Coded::Raw };
-        match whole.code(page, whole.look(page), out) {
-            (_, Some(bytes)) => Coded::As(whole.encoding(), bytes),
-            (_, None) => Coded::Raw,
+        let mut misses = self.deltas.as_mut().and_then(|deltas| deltas.misses.as_mut());
+        let Some(whole) = self.whole.as_mut().filter(|_| misses.as_ref().is_none_or(|misses| misses.compresses()))
+        else {
+            return Coded::Raw;
+        };
+        let started = misses.as_mut().and_then(|misses| misses.starts());
+        let (_, Some(bytes)) = whole.code(page, whole.look(page), out) else { return Coded::Raw };
+        if let (Some(misses), Some(started)) = (misses, started) {
+            misses.shrank(started, page.len() - bytes);
         }
+        Coded::As(whole.encoding(), bytes)
     }
 }

@@ -8,6 +8,7 @@ use crate::codec::{Compressor, Decompressor};
 use crate::geometry::Layout;
 use crate::queue::bounded;
 use crate::stage::testing::{batch, block_on, drain, layout, meter, page_size};
+use crate::token_bucket::TokenBucket;
 use crate::wire::{FrameHead, HEAD_BYTES};
 use crate::xbzrle::Delta;
 
@@ -176,7 +177,8 @@ struct Bench {
 impl Bench {
     fn new(page_size: PageSize, plan: EncoderPlan) -> Self {
         let pool = BufferPool::new(64, page_size.extent_bytes());
-        Self { source: Source::new(page_size), encoder: Encoder::new(LANE, page_size, plan, pool, meter()) }
+        let encoder = Encoder::new(LANE, page_size, plan, pool, meter()).with_wire(wire(Some(64 << 10)));
+        Self { source: Source::new(page_size), encoder }
     }
 
     /// Writes these pages and encodes them as a round: its frames, and its figures.
@@ -197,7 +199,7 @@ impl Bench {
     }
 }
 
-fn deltas(cache_pages: u64, on_miss: Option<Codec>, cache_first_round: bool) -> Option<DeltaPlan> {
+fn deltas(cache_pages: u64, on_miss: OnMiss, cache_first_round: bool) -> Option<DeltaPlan> {
     Some(DeltaPlan { cache_bytes: cache_pages * 5000, on_miss, cache_first_round })
 }
 
@@ -219,8 +221,20 @@ fn codecs() -> impl Strategy<Value = Option<Codec>> {
     prop::option::of(prop_oneof![Just(Codec::Snap), Just(Codec::Lz4), Just(Codec::Zstd { level: -1 })])
 }
 
+/// A connection of one lane whose sender never waits for its transport.
+fn wire(limit: Option<u64>) -> Wire {
+    let sender = meter();
+    sender.count(0, 1 << 30);
+    Wire::new(sender, Arc::new(limit.map_or_else(TokenBucket::unlimited, TokenBucket::new)), 1, 1)
+}
+
+fn on_miss() -> impl Strategy<Value = OnMiss> {
+    let auto = codecs().prop_map(|codec| codec.map_or(OnMiss::Raw, OnMiss::Auto));
+    prop_oneof![codecs().prop_map(|codec| codec.map_or(OnMiss::Raw, OnMiss::Compress)), auto]
+}
+
 fn plans() -> impl Strategy<Value = EncoderPlan> {
-    let delta = (prop_oneof![Just(0u64), Just(6), Just(1000)], codecs(), any::<bool>())
+    let delta = (prop_oneof![Just(0u64), Just(6), Just(1000)], on_miss(), any::<bool>())
         .prop_map(|(pages, on_miss, first)| deltas(pages, on_miss, first).unwrap());
     (codecs(), prop::option::of(delta), any::<bool>()).prop_map(|(compress, delta, checksum)| EncoderPlan {
         compress,
@@ -275,7 +289,7 @@ proptest! {
             let compressor = match plan.delta {
                 Some(delta) if round > 1 => {
                     prop_assert_eq!(raw + tally.compressed, tally.xbzrle_misses + tally.xbzrle_overflows);
-                    delta.on_miss
+                    delta.on_miss.codec()
                 }
                 _ => {
                     prop_assert_eq!(xbzrle + tally.unchanged + tally.xbzrle_misses + tally.xbzrle_overflows, 0);
@@ -289,9 +303,22 @@ proptest! {
 }
 
 #[test]
+fn misses_are_compressed_where_a_limit_holds_and_raw_where_nothing_does() {
+    // A page takes a second at 4 KiB/s: no processor is slower.
+    for (limit, compressed) in [(Some(4 << 10), 128), (None, 64)] {
+        let auto = deltas(1000, OnMiss::Auto(Codec::Lz4), false);
+        let mut bench = Bench::new(page_size(4), EncoderPlan { delta: auto, ..EncoderPlan::default() });
+        bench.encoder = bench.encoder.with_wire(wire(limit));
+        bench.round(1, false, &[]);
+        // Until the first try has shrunk a page there is nothing to decide by.
+        assert_eq!(encodings(&bench.figures(2, 0..PAGES, Write::Text)), [0, 128 - compressed, compressed, 0, 0]);
+    }
+}
+
+#[test]
 fn a_delta_is_made_of_what_is_marked_as_kept_and_of_nothing_else() {
     for first_round in [false, true] {
-        let plan = EncoderPlan { delta: deltas(1000, None, first_round), ..EncoderPlan::default() };
+        let plan = EncoderPlan { delta: deltas(1000, OnMiss::Raw, first_round), ..EncoderPlan::default() };
         let mut bench = Bench::new(page_size(4), plan);
         let kept = Arc::new(DirtyBitmap::empty(&bench.source.layout()));
         bench.encoder = bench.encoder.with_kept(kept.clone());
@@ -308,7 +335,7 @@ fn a_delta_is_made_of_what_is_marked_as_kept_and_of_nothing_else() {
 
 #[test]
 fn compression_in_round_one_only_and_deltas_only_after_it() {
-    let plan = EncoderPlan { compress: Some(Codec::Lz4), delta: deltas(1000, None, true), checksum: true };
+    let plan = EncoderPlan { compress: Some(Codec::Lz4), delta: deltas(1000, OnMiss::Raw, true), checksum: true };
     let mut bench = Bench::new(page_size(4), plan);
     assert_eq!(encodings(&bench.figures(1, 0..100, Write::Text)), [0, 0, 100, 0, 0]);
     assert_eq!(encodings(&bench.figures(2, 0..100, Write::Sparse)), [0, 0, 0, 100, 0]);
@@ -383,7 +410,7 @@ fn without_deltas_compression_goes_on_and_what_does_not_shrink_goes_raw() {
 
 #[test]
 fn misses_and_overflows_are_compressed_where_that_is_planned() {
-    let plan = EncoderPlan { delta: deltas(1000, Some(Codec::Lz4), false), ..EncoderPlan::default() };
+    let plan = EncoderPlan { delta: deltas(1000, OnMiss::Compress(Codec::Lz4), false), ..EncoderPlan::default() };
     let mut bench = Bench::new(page_size(4), plan);
     assert_eq!(encodings(&bench.figures(1, 0..10, Write::Text)), [0, 10, 0, 0, 0]);
     let misses = bench.figures(2, 0..10, Write::Sparse);
@@ -395,7 +422,7 @@ fn misses_and_overflows_are_compressed_where_that_is_planned() {
 #[test]
 fn pages_enter_the_cache_in_the_first_round_if_asked_for() {
     let second_round = |cache_first_round| {
-        let plan = EncoderPlan { delta: deltas(1000, None, cache_first_round), ..EncoderPlan::default() };
+        let plan = EncoderPlan { delta: deltas(1000, OnMiss::Raw, cache_first_round), ..EncoderPlan::default() };
         let mut bench = Bench::new(page_size(4), plan);
         bench.figures(1, 0..10, Write::Random);
         let second = bench.figures(2, 0..10, Write::Sparse);
@@ -408,7 +435,7 @@ fn pages_enter_the_cache_in_the_first_round_if_asked_for() {
 
 #[test]
 fn a_zero_page_is_a_reference_and_an_equal_page_is_not_sent() {
-    let plan = EncoderPlan { delta: deltas(1000, None, false), ..EncoderPlan::default() };
+    let plan = EncoderPlan { delta: deltas(1000, OnMiss::Raw, false), ..EncoderPlan::default() };
     let mut bench = Bench::new(page_size(4), plan);
     assert_eq!(encodings(&bench.figures(1, 0..3, Write::Random)), [0, 3, 0, 0, 0]);
     assert_eq!(encodings(&bench.figures(2, 0..3, Write::Zeros)), [3, 0, 0, 0, 0]);
@@ -423,7 +450,7 @@ fn a_zero_page_is_a_reference_and_an_equal_page_is_not_sent() {
 
 #[test]
 fn the_last_round_makes_deltas_and_drops_what_it_used() {
-    let plan = EncoderPlan { delta: deltas(1000, None, true), ..EncoderPlan::default() };
+    let plan = EncoderPlan { delta: deltas(1000, OnMiss::Raw, true), ..EncoderPlan::default() };
     let mut bench = Bench::new(page_size(4), plan);
     bench.figures(1, 0..4, Write::Random);
     let (_, last) = bench.round(2, true, &[(0, Write::Sparse, 1), (1, Write::Zeros, 2), (2, Write::Dense, 3)]);

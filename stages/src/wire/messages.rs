@@ -43,8 +43,6 @@ use crate::tally::RoundTally;
 pub const MAX_REASON: usize = 4096;
 /// The longest chunk of state in one frame.
 pub const MAX_STATE_CHUNK: usize = 1 << 20;
-/// The most state a migration may have, all sections of both parts together: a peer cannot make us hold more.
-pub const MAX_STATE_BYTES: u64 = 256 << 20;
 /// The most stretches whose digests stand in one frame.
 pub const MAX_DIGESTS: usize = 4096;
 

@@ -8,6 +8,7 @@ use memferry_stages::geometry::MAX_LANES;
 use serde::{Deserialize, Serialize};
 
 use super::values::{Bandwidth, Deadline, Size, Time};
+use crate::settings::MAX_STATE_BYTES;
 pub use guest::{
     Backing, FileTable, FillTable, FreeTable, ImageTable, KvmLogChoice, KvmTable, LogChoice, Pattern, SharedTable,
     WorkloadTable, WriterTable,
@@ -58,7 +59,8 @@ pub struct EncoderTable {
     pub compress_level: Option<i32>,
     /// What follows the first round.
     pub delta: DeltaChoice,
-    /// What becomes of a page that the cache does not hold or whose delta is not smaller.
+    /// What becomes of a page that the cache does not hold or whose delta is not smaller: by default it is compressed where the wire is
+    /// slower than the compressor. Where `compress` is none it always goes as it is.
     pub on_miss: OnMiss,
     /// Bytes of the XBZRLE cache, all lanes together, at most the guest's memory. By default 256 MiB, or all of the guest's memory if
     /// that is less.
@@ -98,6 +100,8 @@ pub enum DeltaChoice {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum OnMiss {
+    /// Compressed where the wire is what holds the lane up.
+    Auto,
     /// As it is.
     Raw,
     /// Compressed.
@@ -163,6 +167,8 @@ pub struct MigrationTable {
     pub require_verify: bool,
     /// Destination: how long a connection may take to say who it is.
     pub hello_timeout: Time,
+    /// The most memory that the state of the guest's devices may take, all of it together, at either end.
+    pub max_state: Size,
     /// How long the last handshake may take, and how long the peer may take nothing or leave a question unanswered.
     pub handover_timeout: Time,
 }
@@ -245,7 +251,7 @@ impl Default for EncoderTable {
             compress: Compress::Lz4,
             compress_level: None,
             delta: DeltaChoice::Xbzrle,
-            on_miss: OnMiss::Raw,
+            on_miss: OnMiss::Auto,
             xbzrle_cache: None,
             cache_first_round: true,
         }
@@ -272,6 +278,7 @@ impl Default for MigrationTable {
             after: None,
             require_verify: false,
             hello_timeout: seconds(10),
+            max_state: Size(MAX_STATE_BYTES),
             handover_timeout: seconds(30),
         }
     }

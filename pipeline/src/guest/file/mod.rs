@@ -116,7 +116,7 @@ impl Guest for FileGuest {
         match host::beyond_half_of_memory(bytes) {
             None => Ok(vec![Arc::new(HashLog::new(memory.clone()))]),
             Some(host) => Err(GuestError(format!(
-                "the hash log of such large images takes {bytes} bytes, more than half of the {host} that this host has"
+                "the hash log of such large images takes {bytes} bytes, more than half of {host}"
             ))),
         }
     }

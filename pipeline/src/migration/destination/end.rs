@@ -61,7 +61,9 @@ impl Destination {
     fn figures(&self, flow: &Flow) -> (u64, u64, Vec<Reading>) {
         let layout = self.layout.as_ref().expect("the stages run");
         let keeps = bounds::destination_keeps(layout, self.verified.is_some(), flow.may_leave_out);
-        let peak = bounds::peak(&flow.graph.pools, &flow.graph.meters, keeps);
+        let state =
+            bounds::state_bytes(self.state_room.taken(), bounds::state_messages(flow.graph.progress.len() as u64));
+        let peak = bounds::peak(&flow.graph.pools, &flow.graph.meters, keeps) + state;
         (flow.wire_bytes(), peak, flow.graph.readings())
     }
 

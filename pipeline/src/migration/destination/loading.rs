@@ -40,7 +40,7 @@ impl Destination {
     pub(super) async fn load(&mut self, flow: &mut Flow, memory: &GuestMemory) -> Result<Arrival, MigrationError> {
         let lanes = u16::try_from(flow.graph.progress.len()).expect("at most MAX_LANES");
         let mut arrival = Arrival {
-            device: Assembly::new(StatePhase::Device),
+            device: Assembly::new(StatePhase::Device, self.state_room),
             digests: Digests::none(memory.layout(), flow.may_leave_out),
             tallies: Vec::new(),
             lanes: usize::from(lanes),
@@ -50,7 +50,10 @@ impl Destination {
         };
         while arrival.end.is_none() || arrival.switched_over < lanes {
             match flow.next().await? {
-                Signal::Said(Message::State(chunk)) => arrival.device.add(chunk)?,
+                Signal::Said(Message::State(chunk)) => {
+                    arrival.device.add(chunk)?;
+                    self.state_room = arrival.device.room();
+                }
                 Signal::Said(Message::Digests { block, first, stretches }) => {
                     arrival.digests.add(block, first, stretches)?;
                 }

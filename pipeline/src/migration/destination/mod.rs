@@ -23,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 use super::error::{MigrationError, guarded};
 use super::link::Writer;
 use super::plane::DataPlane;
+use super::state::Room;
 use crate::control::Control;
 use crate::events::{DowntimeParts, Ended, Event, Observers, Phase};
 use crate::guest::Guest;
@@ -62,6 +63,8 @@ struct Destination {
     started: Instant,
     setup: Duration,
     layout: Option<Layout>,
+    /// What guest state may take, and takes.
+    state_room: Room,
     parts: DowntimeParts,
     verified: Option<bool>,
     /// Was the start begun? From here on nothing can be refused.
@@ -76,6 +79,7 @@ impl Destination {
         observers: Observers,
         cancel: CancellationToken,
     ) -> Self {
+        let state_room = Room::new(settings.max_state_bytes);
         Self {
             guest,
             settings,
@@ -85,6 +89,7 @@ impl Destination {
             started: Instant::now(),
             setup: Duration::ZERO,
             layout: None,
+            state_room,
             parts: DowntimeParts::default(),
             verified: None,
             start_begun: false,

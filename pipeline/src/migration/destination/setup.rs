@@ -24,7 +24,7 @@ use crate::migration::out_for_good::out_for_good;
 use crate::migration::plane::DataPlane;
 use crate::migration::session::Session;
 use crate::migration::speed::Speed;
-use crate::migration::state::Assembly;
+use crate::migration::state::{Assembly, Room};
 use crate::migration::{block_facts, blocking, bounds, built_otherwise};
 
 /// How often the source is told what is loaded.
@@ -48,14 +48,16 @@ impl Destination {
     ) -> Result<(GuestMemory, LeftOut), MigrationError> {
         self.observers.tell(&Event::Connected { peer: session.peer.clone() });
         say(answer, &Message::Accept(Vec::new())).await?;
-        let (blocks, setup) = tokio::time::timeout(self.settings.handover_timeout, read_setup(session))
-            .await
-            .map_err(|_| MigrationError::TimedOut("the source did not describe its guest in time".into()))??;
+        let (blocks, setup) =
+            tokio::time::timeout(self.settings.handover_timeout, read_setup(session, &mut self.state_room))
+                .await
+                .map_err(|_| MigrationError::TimedOut("the source did not describe its guest in time".into()))??;
         if !session.features.ignored_blocks && blocks.iter().any(|block| block.ignored) {
             return Err(MigrationError::Protocol("blocks are ignored, and that was not agreed".into()));
         }
         let (guest, page_size) = (self.guest.clone(), session.hello.page_size);
-        bounds::check_host(bounds::destination_bound(&Layout::new(page_size, blocks.clone())?, session.hello.lanes))?;
+        let layout = Layout::new(page_size, blocks.clone())?;
+        bounds::check_host(bounds::destination_bound(&layout, session.hello.lanes, self.settings.max_state_bytes))?;
         let (memory, out_for_good) = blocking(move || {
             guest.build(page_size, &blocks, &setup)?;
             let memory = guest.memory();
@@ -77,7 +79,11 @@ impl Destination {
         self.observers.tell(&Event::Guest {
             blocks: block_facts(memory.layout()),
             pages: memory.layout().pages(),
-            memory_bound: bounds::destination_bound(memory.layout(), session.hello.lanes),
+            memory_bound: bounds::destination_bound(
+                memory.layout(),
+                session.hello.lanes,
+                self.settings.max_state_bytes,
+            ),
         });
         say(answer, &Message::Ready).await?;
         Ok((memory, out_for_good))
@@ -114,11 +120,14 @@ impl Destination {
 }
 
 /// Reads the state's setup part and the blocks, before the stages run.
-async fn read_setup(session: &mut Session) -> Result<(Vec<BlockInfo>, GuestState), MigrationError> {
-    let mut setup = Assembly::new(StatePhase::Setup);
+async fn read_setup(session: &mut Session, room: &mut Room) -> Result<(Vec<BlockInfo>, GuestState), MigrationError> {
+    let mut setup = Assembly::new(StatePhase::Setup, *room);
     loop {
         match session.readers[0].next().await? {
-            Some(Incoming::Message { message: Message::State(chunk), .. }) => setup.add(chunk)?,
+            Some(Incoming::Message { message: Message::State(chunk), .. }) => {
+                setup.add(chunk)?;
+                *room = setup.room();
+            }
             Some(Incoming::Message { message: Message::Blocks(blocks), .. }) => return Ok((blocks, setup.finish()?)),
             Some(Incoming::Message { message: Message::Abort(why), .. }) => {
                 return Err(MigrationError::GivenUp { peer: "source", why });

@@ -120,7 +120,9 @@ impl Source {
         );
         Figures {
             wire_bytes: wire_bytes(flow),
-            memory_peak: bounds::peak(&graph.pools, &graph.meters, keeps) + bounds::logs_bytes(&self.logs),
+            memory_peak: bounds::peak(&graph.pools, &graph.meters, keeps)
+                + bounds::logs_bytes(&self.logs)
+                + bounds::state_bytes(self.state_room.taken(), bounds::STATE_FRAMES),
             stages: graph.readings(),
         }
     }

@@ -33,6 +33,7 @@ use super::flow::Flow;
 use super::handshake::Verdict;
 use super::plane::DataPlane;
 use super::speed::Speed;
+use super::state::Room;
 use crate::control::{Control, Requests};
 use crate::controller::Controller;
 use crate::controller::forecast::Forecast;
@@ -101,6 +102,8 @@ struct Source {
     clears: Option<Arc<Clears>>,
     /// The pages that the digests leave out, once they are made.
     left_out: LeftOut,
+    /// What guest state may take, and takes.
+    state_room: Room,
     paused: Option<Instant>,
     released: bool,
     /// May Go have left?
@@ -139,6 +142,7 @@ impl Source {
         let (observers, requests) = control.source_begins(&settings, observers);
         let mut controller = Controller::new(&settings, memory.page_size().bytes() as u64);
         controller.fixed().handover = HANDOVER_GUESS;
+        let state_room = Room::new(settings.max_state_bytes);
         Self {
             was: guest.run_state(),
             clearers: guest.clearers(),
@@ -160,6 +164,7 @@ impl Source {
             set_up: 0,
             clears: None,
             left_out: None,
+            state_room,
             paused: None,
             released: false,
             go_said: false,

@@ -19,6 +19,7 @@ use crate::migration::flow::{Flow, asked};
 use crate::migration::link::{Link, features};
 use crate::migration::plane::DataPlane;
 use crate::migration::source_graph::{SourceGraph, SourceParts};
+use crate::migration::state::Room;
 use crate::migration::{FAREWELL, block_facts, blocking, bounds, digests, state};
 use crate::settings::SourceSettings;
 
@@ -29,6 +30,8 @@ struct Introduction {
     transport: Arc<dyn Transport>,
     settings: SourceSettings,
     features: Features,
+    /// What guest state may take.
+    room: Room,
 }
 
 impl Introduction {
@@ -40,11 +43,11 @@ impl Introduction {
 
     /// The destination accepts the stream, builds its machine and is ready for pages, before any is sent. Returns how long a
     /// question and its answer took.
-    async fn agree(&self, link: &mut Link) -> Result<Duration, MigrationError> {
+    async fn agree(&mut self, link: &mut Link) -> Result<Duration, MigrationError> {
         self.answer(link, "Accept", |message| matches!(message, Message::Accept(_))).await?;
         let guest = self.guest.clone();
         let setup = blocking(move || guest.setup_state()).await?;
-        for chunk in state::chunks(StatePhase::Setup, setup)? {
+        for chunk in state::chunks(StatePhase::Setup, setup, &mut self.room)? {
             link.say(&Message::State(chunk)).await?;
         }
         link.say(&Message::Blocks(self.memory.layout().blocks().to_vec())).await?;
@@ -63,14 +66,14 @@ impl Introduction {
 impl Source {
     /// Reaches the destination, which accepts. Meanwhile what is asked of this end is answered.
     pub(super) async fn reach(&mut self, plane: &DataPlane) -> Result<Link, MigrationError> {
-        let introduction = self.introduction();
+        let mut introduction = self.introduction();
         let agreed = async {
             let mut link = introduction.connect(plane).await?;
             let answered_in = introduction.agree(&mut link).await?;
-            Ok::<_, MigrationError>((link, answered_in))
+            Ok::<_, MigrationError>((link, answered_in, introduction.room))
         };
         let (mut agreed, cancel) = (pin!(agreed), self.cancel.clone());
-        let (link, answered_in) = loop {
+        let (link, answered_in, room) = loop {
             tokio::select! {
                 biased;
                 () = cancel.cancelled() => return Err(MigrationError::Cancelled),
@@ -78,6 +81,7 @@ impl Source {
                 agreed = &mut agreed => break agreed?,
             }
         };
+        self.state_room = room;
         // Two one-way trips make the hand-over, as they make this question and its answer.
         let fixed = self.controller.fixed();
         fixed.handover = fixed.handover.max(answered_in.min(HANDOVER_MOST));
@@ -97,6 +101,7 @@ impl Source {
             transport: self.transport.clone(),
             settings: self.settings.clone(),
             features,
+            room: self.state_room,
         }
     }
 

@@ -111,7 +111,8 @@ impl Source {
 
     async fn say_state(&mut self, flow: &mut Flow, device: GuestState) -> Result<(), MigrationError> {
         let began = Instant::now();
-        for chunk in state::chunks(StatePhase::Device, device)? {
+        let chunks = state::chunks(StatePhase::Device, device, &mut self.state_room)?;
+        for chunk in chunks {
             self.say(flow, &Message::State(chunk)).await?;
         }
         self.parts.state += began.elapsed();

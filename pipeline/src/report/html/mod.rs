@@ -22,6 +22,7 @@ use maud::{DOCTYPE, Markup, PreEscaped, html};
 
 use super::account::Account;
 use super::series::Happened;
+use super::todo::Conclusion;
 use super::{GuestReport, Report, file, human};
 use crate::control::Changed;
 use crate::controller::Decided;
@@ -45,6 +46,8 @@ pub struct Page<'a> {
     pub settings: &'a SourceSettings,
     /// The same as the operator writes it.
     pub configuration: &'a str,
+    /// What the figures say should be set otherwise.
+    pub conclusions: &'a [Conclusion],
     /// When it is written.
     pub written: SystemTime,
 }

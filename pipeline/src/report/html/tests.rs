@@ -11,6 +11,7 @@ use crate::events::{BlockFacts, Ended, Event, Progress, Role};
 use crate::report::Frame;
 use crate::report::series::Series;
 use crate::report::tests::{ended, script};
+use crate::report::todo;
 use crate::settings::After;
 
 /// What a page is made of.
@@ -58,7 +59,16 @@ impl Scene {
         let Self { role, account, settings, configuration } = self;
         let verdict = account.ended.as_ref().unwrap();
         let report = &Report::new(Frame { role, capped: false }, verdict, account, None);
-        look(&Page { report, account, other: None, settings, configuration, written: SystemTime::UNIX_EPOCH })
+        let conclusions = &todo::conclusions(settings, account, todo::Shares::default(), 2);
+        look(&Page {
+            report,
+            account,
+            other: None,
+            settings,
+            configuration,
+            conclusions,
+            written: SystemTime::UNIX_EPOCH,
+        })
     }
 
     fn page(&self) -> String {

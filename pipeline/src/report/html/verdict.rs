@@ -71,11 +71,11 @@ pub(super) fn story(page: &Page<'_>) -> Story {
         };
     }
     match (page.report.status, page.is_destination()) {
-        ("completed", false) => with_warnings(sent(page), page),
+        ("completed", false) => with_warnings(with_conclusions(sent(page), page), page),
         ("completed", true) => with_warnings(arrived(page), page),
         ("unconfirmed", _) => unconfirmed(page),
         (status, true) => did_not_arrive(status),
-        ("cancelled", false) => cancelled(page),
+        ("cancelled", false) => with_conclusions(cancelled(page), page),
         (_, false) => failed(page),
     }
 }
@@ -122,6 +122,17 @@ fn arrived(page: &Page<'_>) -> Story {
         guest: "It is here and goes on as it was at its source.".into(),
         todo: NOTHING.into(),
     }
+}
+
+/// What the figures say should be set otherwise, for the next time.
+fn with_conclusions(story: Story, page: &Page<'_>) -> Story {
+    let conclusions = page.conclusions.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
+    let todo = match story.todo.as_str() {
+        _ if conclusions.is_empty() => story.todo,
+        NOTHING => format!("Nothing at once. {conclusions}"),
+        todo => format!("{todo} {conclusions}"),
+    };
+    Story { todo, ..story }
 }
 
 /// Nobody reads on below a good end, unless told to.

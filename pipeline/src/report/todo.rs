@@ -1,0 +1,269 @@
+//! What the figures of a migration say should be set otherwise.
+
+use std::fmt;
+use std::time::Duration;
+
+use memferry_stages::meter::Reading;
+use memferry_stages::tally::RoundTally;
+
+use super::account::{Account, Round};
+use super::human;
+use crate::config::values::{Bandwidth, Size};
+use crate::control::Change;
+use crate::settings::SourceSettings;
+
+/// The share of the time from which something is what held a migration up.
+const HELD: f64 = 0.8;
+/// The share of lookups from which misses of the cache are a matter of its size.
+const MISSED: f64 = 0.5;
+/// Fewer misses are no matter.
+const WORTH: u64 = 1000;
+/// Bytes that the cache keeps besides each page.
+const SLOT_BYTES: u64 = 16;
+
+/// What held a migration up, as shares of its time.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Shares {
+    /// The processors: the time that all stages worked, of what the cores have.
+    pub processor: f64,
+    /// The bandwidth limit.
+    pub limit: f64,
+}
+
+impl Shares {
+    /// By how the stages spent their time. `capped`: a sender that waits is taken to wait for the bandwidth limit.
+    #[must_use]
+    pub fn of(stages: &[Reading], capped: bool, cores: usize) -> Self {
+        let life = |stage: &Reading| stage.busy + stage.input_wait + stage.output_wait;
+        let share =
+            |time: Duration, of: Duration| if of.is_zero() { 0.0 } else { time.as_secs_f64() / of.as_secs_f64() };
+        let longest = stages.iter().map(life).max().unwrap_or_default();
+        let busy: Duration = stages.iter().map(|stage| stage.busy).sum();
+        let senders = stages.iter().filter(|stage| capped && stage.name == "sender");
+        Self {
+            processor: share(busy, longest) / cores.max(1) as f64,
+            limit: senders.map(|sender| share(sender.output_wait, life(sender))).fold(0.0, f64::max),
+        }
+    }
+}
+
+/// Something that should be set otherwise, with the figures that show it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Conclusion {
+    /// Pages were written more often than the cache could keep them.
+    CacheTooSmall {
+        /// The share of lookups that missed.
+        missed: f64,
+        /// The size of the cache.
+        cache: u64,
+        /// A size that holds every page that was written.
+        would_do: u64,
+    },
+    /// The bandwidth limit held the migration up.
+    LimitHeld {
+        /// The share of the time.
+        share: f64,
+        /// In bytes a second.
+        limit: u64,
+    },
+    /// The processors were full, with more lanes than cores.
+    TooManyLanes {
+        /// The share of the cores' time.
+        share: f64,
+        /// How many lanes.
+        lanes: u16,
+        /// How many cores.
+        cores: usize,
+    },
+    /// The processors were full.
+    ProcessorFull {
+        /// The share of the cores' time.
+        share: f64,
+        /// How many cores.
+        cores: usize,
+        /// Is something compressed?
+        compresses: bool,
+    },
+}
+
+impl fmt::Display for Conclusion {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {
+            Self::CacheTooSmall { missed, cache, would_do } => write!(
+                f,
+                "{} of the pages that were written again missed the XBZRLE cache of {}: xbzrle_cache = \"{}\" would hold all that \
+                 were written.",
+                percent(missed),
+                Size(cache),
+                Size(would_do)
+            ),
+            Self::LimitHeld { share, limit } => write!(
+                f,
+                "max_bandwidth = \"{}\" held it up for {} of the time: a higher limit makes it faster.",
+                Bandwidth(Some(limit)),
+                percent(share)
+            ),
+            Self::TooManyLanes { share, lanes, cores } => write!(
+                f,
+                "The processor was {} busy with {lanes} lanes on {}: lanes = {cores} is enough.",
+                percent(share),
+                human::counted(cores as u64, "core")
+            ),
+            Self::ProcessorFull { share, cores, compresses } => write!(
+                f,
+                "The processor was {} busy ({}): {}.",
+                percent(share),
+                human::counted(cores as u64, "core"),
+                if compresses { "compress = \"none\" takes less of it" } else { "leave it more cores" }
+            ),
+        }
+    }
+}
+
+/// What the figures say. Nothing where they show nothing that a setting would change.
+#[must_use]
+pub fn conclusions(settings: &SourceSettings, account: &Account, shares: Shares, cores: usize) -> Vec<Conclusion> {
+    let settings = &at_the_end(settings, account);
+    let limit = settings.max_bandwidth.filter(|_| shares.limit >= HELD);
+    let limit = limit.map(|limit| Conclusion::LimitHeld { share: shares.limit, limit });
+    [cache(settings, account), limit, processor(settings, shares, cores)].into_iter().flatten().collect()
+}
+
+/// The settings with what was changed while the migration ran.
+fn at_the_end(settings: &SourceSettings, account: &Account) -> SourceSettings {
+    let mut settings = settings.clone();
+    for changed in &account.changed {
+        match (changed.to, &mut settings.encoder.xbzrle) {
+            (Change::MaxBandwidth(limit), _) => settings.max_bandwidth = limit,
+            (Change::XbzrleCache(bytes), Some(xbzrle)) => xbzrle.cache_bytes = bytes,
+            _ => {}
+        }
+    }
+    settings
+}
+
+fn processor(settings: &SourceSettings, shares: Shares, cores: usize) -> Option<Conclusion> {
+    let share = shares.processor.min(1.0);
+    let compresses = settings.encoder.compress.is_some();
+    (share >= HELD).then_some(if usize::from(settings.lanes) > cores {
+        Conclusion::TooManyLanes { share, lanes: settings.lanes, cores }
+    } else {
+        Conclusion::ProcessorFull { share, cores, compresses }
+    })
+}
+
+fn cache(settings: &SourceSettings, account: &Account) -> Option<Conclusion> {
+    let cache = settings.encoder.xbzrle.as_ref()?.cache_bytes;
+    let block = account.blocks.first()?;
+    let later = || account.rounds.iter().skip(1).map(|round: &Round| &round.tally);
+    let sum = |of: fn(&RoundTally) -> u64| later().map(of).sum::<u64>();
+    let misses = sum(|tally| tally.xbzrle_misses);
+    let lookups = misses + sum(|tally| tally.xbzrle + tally.unchanged + tally.xbzrle_overflows);
+    let missed = misses as f64 / lookups.max(1) as f64;
+    // No more pages than these were written, and those of the first round are in the way of none.
+    let written = sum(|tally| tally.pages).min(account.pages);
+    let needed = written * (block.page_size + SLOT_BYTES);
+    // A little more: not every slot of a cache is ever used.
+    let would_do = (needed + needed / 16).next_multiple_of(16 << 20);
+    (missed >= MISSED && misses >= WORTH && needed > cache).then_some(Conclusion::CacheTooSmall {
+        missed,
+        cache,
+        would_do,
+    })
+}
+
+fn percent(share: f64) -> String {
+    format!("{:.0} %", share * 100.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::events::BlockFacts;
+    use crate::settings::{EncoderSettings, XbzrleSettings};
+
+    fn settings() -> SourceSettings {
+        let xbzrle = Some(XbzrleSettings { cache_bytes: 64 << 20, ..XbzrleSettings::default() });
+        SourceSettings {
+            encoder: EncoderSettings { xbzrle, ..EncoderSettings::default() },
+            ..SourceSettings::default()
+        }
+    }
+
+    /// A GiB of which each later round has so many pages, with so many misses among them.
+    fn account(rounds: &[(u64, u64)]) -> Account {
+        let tally = |(pages, misses)| RoundTally {
+            pages,
+            xbzrle_misses: misses,
+            xbzrle: pages - misses,
+            ..RoundTally::default()
+        };
+        let first = RoundTally { pages: 262_144, raw: 262_144, ..RoundTally::default() };
+        let rounds = std::iter::once(first).chain(rounds.iter().copied().map(tally));
+        let round = |tally| Round { tally, duration: Duration::ZERO, is_sample: false, dirty_after: None };
+        Account {
+            blocks: vec![BlockFacts { id: "ram".into(), bytes: 1 << 30, page_size: 4096 }],
+            pages: 262_144,
+            rounds: rounds.map(round).collect(),
+            ..Account::default()
+        }
+    }
+
+    fn words(settings: &SourceSettings, account: &Account, shares: Shares) -> Vec<String> {
+        conclusions(settings, account, shares, 4).iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn a_cache_that_is_too_small_is_named_with_one_that_would_do() {
+        let missed = words(&settings(), &account(&[(60_000, 59_500), (40_000, 39_500)]), Shares::default());
+        let expected = "99 % of the pages that were written again missed the XBZRLE cache of 64 MiB: xbzrle_cache = \"432 MiB\" would \
+                        hold all that were written.";
+        assert_eq!(missed, [expected]);
+        // A cache that holds all of them misses pages that it was never given, and another size changes nothing.
+        assert_eq!(words(&settings(), &account(&[(10_000, 9_900)]), Shares::default()), [""; 0]);
+        assert_eq!(words(&settings(), &account(&[(60_000, 20_000)]), Shares::default()), [""; 0]);
+        let most = conclusions(&settings(), &account(&[(262_144, 262_144); 9]), Shares::default(), 4);
+        assert!(matches!(most[..], [Conclusion::CacheTooSmall { would_do, .. }] if would_do < 1200 << 20), "{most:?}");
+        let none = SourceSettings { encoder: EncoderSettings { compress: None, xbzrle: None }, ..settings() };
+        assert_eq!(words(&none, &account(&[(60_000, 60_000)]), Shares::default()), [""; 0]);
+    }
+
+    #[test]
+    fn what_held_it_up_is_named_with_what_to_set() {
+        let limited = SourceSettings { max_bandwidth: Some(100 << 20), ..settings() };
+        let (limit, full) = (Shares { limit: 0.93, processor: 0.1 }, Shares { limit: 0.0, processor: 0.95 });
+        assert_eq!(
+            words(&limited, &account(&[]), limit),
+            ["max_bandwidth = \"100 MiB/s\" held it up for 93 % of the time: a higher limit makes it faster."]
+        );
+        assert_eq!(words(&settings(), &account(&[]), limit), [""; 0], "no limit is set");
+        let many = SourceSettings { lanes: 8, ..settings() };
+        assert_eq!(
+            words(&many, &account(&[]), full),
+            ["The processor was 95 % busy with 8 lanes on 4 cores: lanes = 4 is enough."]
+        );
+        assert_eq!(
+            words(&settings(), &account(&[]), full),
+            ["The processor was 95 % busy (4 cores): compress = \"none\" takes less of it."]
+        );
+        assert_eq!(words(&many, &account(&[]), Shares { limit: 0.5, processor: 0.5 }), [""; 0]);
+    }
+
+    #[test]
+    fn shares_are_those_of_the_stages() {
+        let stage = |name, busy, output| Reading {
+            name,
+            lane: Some(0),
+            busy: Duration::from_millis(busy),
+            input_wait: Duration::from_millis(100 - busy - output),
+            output_wait: Duration::from_millis(output),
+            batches: 0,
+            pages: 0,
+            bytes: 0,
+        };
+        let stages = [stage("encoder", 80, 0), stage("sender", 20, 50)];
+        assert_eq!(Shares::of(&stages, true, 2), Shares { processor: 0.5, limit: 0.5 });
+        assert_eq!(Shares::of(&stages, false, 1), Shares { processor: 1.0, limit: 0.0 });
+        assert_eq!(Shares::of(&[], true, 2), Shares::default());
+    }
+}
