@@ -113,6 +113,9 @@ pub enum After {
     Pause,
 }
 
+/// The least `peer_timeout`: an end that is alive sends something each half second.
+pub const LEAST_PEER_TIMEOUT: Duration = Duration::from_secs(2);
+
 /// Settings of a source.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SourceSettings {
@@ -149,6 +152,9 @@ pub struct SourceSettings {
     /// How long the last handshake may take on either side of Go, and how long the destination may take nothing or leave a
     /// question unanswered before that.
     pub handover_timeout: Duration,
+    /// How long the destination may be silent before the migration ends, where it answers at all. At least
+    /// [`LEAST_PEER_TIMEOUT`].
+    pub peer_timeout: Duration,
 }
 
 impl Default for SourceSettings {
@@ -169,6 +175,7 @@ impl Default for SourceSettings {
             verify: true,
             after: None,
             handover_timeout: Duration::from_secs(30),
+            peer_timeout: Duration::from_secs(30),
         }
     }
 }
@@ -212,6 +219,9 @@ pub struct DestinationSettings {
     pub hello_timeout: Duration,
     /// How long to wait for Go.
     pub handover_timeout: Duration,
+    /// How long the source may be silent before the migration ends, where it is answered at all. At least
+    /// [`LEAST_PEER_TIMEOUT`].
+    pub peer_timeout: Duration,
 }
 
 impl Default for DestinationSettings {
@@ -223,6 +233,7 @@ impl Default for DestinationSettings {
             require_verify: false,
             hello_timeout: Duration::from_secs(10),
             handover_timeout: Duration::from_secs(30),
+            peer_timeout: Duration::from_secs(30),
         }
     }
 }

@@ -33,6 +33,7 @@ pub mod queue;
 pub mod receiver;
 pub mod scanner;
 pub mod sender;
+pub mod silence;
 mod stage;
 pub mod tally;
 pub mod token_bucket;

@@ -163,6 +163,8 @@ pub struct MigrationTable {
     pub hello_timeout: Time,
     /// How long the last handshake may take, and how long the peer may take nothing or leave a question unanswered.
     pub handover_timeout: Time,
+    /// How long the peer may be silent, at both ends, where the destination answers.
+    pub peer_timeout: Time,
 }
 
 /// What happens to a migration that does not converge.
@@ -271,6 +273,7 @@ impl Default for MigrationTable {
             require_verify: false,
             hello_timeout: seconds(10),
             handover_timeout: seconds(30),
+            peer_timeout: seconds(30),
         }
     }
 }

@@ -68,6 +68,7 @@ impl Source {
             Signal::Said(Message::Heartbeat(_)) => None,
             Signal::Said(message) => Some(Happening::Said(message)),
             Signal::Lost(why) => Some(Happening::Lost(why)),
+            Signal::Silent(silence) => Some(Happening::Lost(silence.to_string())),
             Signal::Broke(failure) => Some(match flow.last_words(failure).await {
                 Ok(words) => Happening::Said(words),
                 Err(cause) => Happening::Broke(cause.to_string()),
