@@ -127,7 +127,8 @@ pub struct SourceSettings {
     pub encoder: EncoderSettings,
     /// Do payloads carry a checksum?
     pub checksum: bool,
-    /// Bytes a second on the wire, all connections together; `None` is as fast as it goes. The configuration and the
+    /// Bytes a second that are written, all connections together, headers of the network not counted; `None` is as fast as it
+    /// goes. The configuration and the
     /// [control](crate::control) of a running migration take no less than
     /// [64 KiB/s](crate::config::values::Bandwidth::LEAST).
     pub max_bandwidth: Option<u64>,

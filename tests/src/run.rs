@@ -122,6 +122,7 @@ pub fn source_settings(lanes: u16, connections: u16) -> SourceSettings {
         verify: true,
         after: None,
         handover_timeout: Duration::from_secs(20),
+        peer_timeout: Duration::from_secs(30),
     }
 }
 
@@ -134,6 +135,7 @@ pub fn destination_settings() -> DestinationSettings {
         require_verify: false,
         hello_timeout: Duration::from_secs(10),
         handover_timeout: Duration::from_secs(20),
+        peer_timeout: Duration::from_secs(30),
     }
 }
 

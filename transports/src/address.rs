@@ -211,6 +211,8 @@ mod tests {
             ("tcp:[::1", "bracket"),
             ("tcp:[host]:1", "is no IPv6 address"),
             ("tcp:[::1%]:1", "is no IPv6 address"),
+            ("tcp:[fe80::77]:7907", "write tcp:[fe80::77%eth0]:7907"),
+            ("tcp:[fe80::77]", "needs the name of its interface"),
             ("tcp:host:65536", "0 to 65535"),
             ("tcp:host:+1", "0 to 65535"),
             ("tcp:host:", "0 to 65535"),

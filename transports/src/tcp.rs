@@ -301,6 +301,29 @@ mod tests {
         assert!((LOCAL_SEND_BUFFER..=2 * LOCAL_SEND_BUFFER).contains(&buffer), "{buffer} bytes");
     }
 
+    /// The third address belongs to no host (documentation, RFC 5737).
+    #[tokio::test]
+    async fn every_address_of_a_name_that_this_host_has_is_listened_to() {
+        let addresses =
+            ["127.0.0.1:0", "127.0.0.2:0", "192.0.2.1:0", "127.0.0.1:0"].map(|address| address.parse().unwrap());
+        let sockets = bind_all(&addresses).await.expect("bound");
+        let bound: Vec<_> = sockets.iter().map(|socket| socket.local_addr().expect("bound")).collect();
+        let port = bound[0].port();
+        assert_eq!(bound, ["127.0.0.1", "127.0.0.2"].map(|ip| SocketAddr::new(ip.parse().unwrap(), port)));
+        let mut listener = Listening { sockets, address: "tcp:two".into(), peer_timeout: PEER_TIMEOUT };
+        for address in [bound[1], bound[0], bound[1]] {
+            let stream = connect_to(address).await.expect("connected");
+            let accepted = listener.accept().await.expect("accepted");
+            assert_eq!(accepted.peer, stream.local_addr().expect("an address").to_string());
+        }
+
+        let error = bind_all(&addresses[2..3]).await.expect_err("of another host");
+        assert_eq!(error.kind(), ErrorKind::AddrNotAvailable);
+        // An address that is taken is an error, though another is free.
+        let taken = [SocketAddr::new([127, 0, 0, 3].into(), port), bound[0]];
+        assert_eq!(bind_all(&taken).await.expect_err("taken").kind(), ErrorKind::AddrInUse);
+    }
+
     #[test]
     fn the_most_hopeful_address_tells_the_kind() {
         let (six, four) = ("[::1]:7".parse().expect("an address"), "127.0.0.1:7".parse().expect("an address"));

@@ -383,3 +383,6 @@ fn complete(connections: impl Iterator<Item = Greeted>) -> Session {
     let (readers, ears) = connections.map(|greeted| (greeted.reader, greeted.ear)).unzip();
     Session { peer, hello, features, readers, ears, answer }
 }
+
+#[cfg(test)]
+mod tests;

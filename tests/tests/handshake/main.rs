@@ -3,6 +3,7 @@
 
 mod cancel;
 mod destination;
+mod silence;
 mod source;
 
 use std::time::Duration;
@@ -11,7 +12,7 @@ use memferry::settings::SourceSettings;
 use memferry_tests::source_settings;
 
 /// No test here takes this long unless something hangs.
-const HANG: Duration = Duration::from_secs(20);
+const HANG: Duration = Duration::from_secs(60);
 /// Bytes of the guest: more than one stretch, and no multiple of a page.
 const LENGTH: u64 = (3 << 20) + 5;
 

@@ -141,7 +141,7 @@ pub struct MigrationTable {
     pub downtime_limit: Time,
     /// What no switchover may take by the forecast, whatever asks for it.
     pub max_downtime: Deadline,
-    /// Bytes a second on the wire, all connections together.
+    /// Bytes a second that are written, all connections together, headers of the network not counted.
     pub max_bandwidth: Bandwidth,
     /// The same while the guest stands still; as `max_bandwidth` where it is not given.
     #[serde(skip_serializing_if = "Option::is_none")]
