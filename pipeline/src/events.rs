@@ -96,6 +96,45 @@ pub struct DowntimeParts {
     pub handover: Duration,
 }
 
+/// Why a connection is turned away, as far as it matters to whoever watches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum TurnedAwayKind {
+    /// It said nothing in time, or ended without a word.
+    Silent,
+    /// It does not speak memferry's protocol, or wrongly.
+    Stranger,
+    /// It speaks another version of the protocol.
+    Version,
+    /// Its stream is one that this destination cannot or may not take.
+    Unfit,
+    /// It contradicts another connection of its migration.
+    Contradicts,
+    /// Not all connections of its migration came in time.
+    Incomplete,
+    /// This end is short of descriptors or memory.
+    Shortage,
+}
+
+impl TurnedAwayKind {
+    /// Every kind.
+    pub const ALL: [Self; 7] =
+        [Self::Silent, Self::Stranger, Self::Version, Self::Unfit, Self::Contradicts, Self::Incomplete, Self::Shortage];
+
+    /// Its name, as JSON has it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Silent => "silent",
+            Self::Stranger => "stranger",
+            Self::Version => "version",
+            Self::Unfit => "unfit",
+            Self::Contradicts => "contradicts",
+            Self::Incomplete => "incomplete",
+            Self::Shortage => "shortage",
+        }
+    }
+}
+
 /// One thing that happened.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
@@ -144,12 +183,17 @@ pub enum Event {
     Changed(Changed),
     /// Figures on the way.
     Progress(Progress),
-    /// A stranger or a broken peer was turned away; waiting goes on.
+    /// Strangers or broken peers of a kind were turned away, and waiting continues: the first of the kind at once, then a count at a
+    /// growing interval, and a last one at the end.
     TurnedAway {
-        /// Who.
+        /// What kind of reason there was.
+        kind: TurnedAwayKind,
+        /// Who; of several the last.
         peer: String,
-        /// Why.
+        /// Why; of several the last.
         why: String,
+        /// How many, since the event before this one of the kind.
+        count: u64,
     },
     /// Something the operator should know, and the migration goes on.
     Warning(String),
@@ -169,7 +213,10 @@ impl Event {
     pub fn warning(&self) -> Option<String> {
         match self {
             Self::Warning(what) => Some(what.clone()),
-            Self::TurnedAway { peer, why } => Some(format!("{peer} was turned away: {why}")),
+            Self::TurnedAway { peer, why, count: 1, .. } => Some(format!("{peer} was turned away: {why}")),
+            Self::TurnedAway { peer, why, count, .. } => {
+                Some(format!("{count} more were turned away, the last of them {peer}: {why}"))
+            }
             _ => None,
         }
     }

@@ -20,7 +20,7 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use memferry_transports::{Connection, Listener};
+use memferry_transports::{Connection, Listener, is_shortage};
 use tokio::task::{AbortHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 
@@ -88,6 +88,8 @@ pub(crate) async fn serve(mut listener: Box<dyn Listener>, answerer: impl Answer
             Some(_) = clients.tasks.join_next() => {}
             accepted = listener.accept(), if clients.may_be_one_more() => match accepted {
                 Ok(connection) => clients.serve(connection, answerer.clone(), closing.clone()),
+                // Clients that are served end, and others of this process do.
+                Err(error) if is_shortage(&error) => {}
                 Err(error) => {
                     tracing::warn!(%error, "{} serves no more", listener.local_address());
                     break;

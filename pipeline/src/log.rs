@@ -32,7 +32,10 @@ impl Observer for LogObserver {
             Event::Decided(decided) => info!(role, "{}", decided.why),
             Event::Changed(changed) => info!(role, "{changed}"),
             Event::Progress(progress) => debug!(role, ?progress, "progress"),
-            Event::TurnedAway { peer, why } => warn!(role, peer, "turned away: {why}"),
+            Event::TurnedAway { peer, why, count: 1, .. } => warn!(role, peer, "turned away: {why}"),
+            Event::TurnedAway { kind, peer, why, count } => {
+                warn!(role, count, kind = kind.name(), peer, "more were turned away, the last of them: {why}");
+            }
             Event::Warning(what) => warn!(role, "{what}"),
             Event::Paused => info!(role, "the guest is paused"),
             Event::HandedOver => info!(role, "the guest is handed over"),
@@ -83,6 +86,7 @@ pub fn start(level: &str, writer: impl for<'a> MakeWriter<'a> + Send + Sync + 's
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::events::TurnedAwayKind;
     use crate::report::tests::script;
     use std::sync::{Arc, Mutex};
 
@@ -106,12 +110,20 @@ mod tests {
         let subscriber = tracing_subscriber::fmt().without_time().with_ansi(false).with_target(false);
         let subscriber = subscriber.with_writer(move || writer.clone()).finish();
         tracing::subscriber::with_default(subscriber, || {
-            LogObserver
-                .event(Role::Destination, &Event::TurnedAway { peer: "10.0.0.9".into(), why: "no Hello".into() });
+            let away = |count| Event::TurnedAway {
+                kind: TurnedAwayKind::Stranger,
+                peer: "10.0.0.9".into(),
+                why: "no Hello".into(),
+                count,
+            };
+            [1, 7].map(|count| LogObserver.event(Role::Destination, &away(count)));
             script(Role::Source).iter().for_each(|event| LogObserver.event(Role::Source, event));
         });
         let text = String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();
         assert!(text.contains(r#"WARN turned away: no Hello role="destination" peer="10.0.0.9""#), "{text}");
+        let more =
+            r#"WARN more were turned away, the last of them: no Hello role="destination" count=7 kind="stranger""#;
+        assert!(text.contains(more), "{text}");
         assert!(text.contains(r#"INFO bitmap sync role="source" after_round=1 dirty_pages=900"#), "{text}");
         assert!(text.contains(r#"INFO ended role="source" total="2.50 s" phase=Completed"#), "{text}");
         assert!(!text.contains("round scanned"), "{text}");

@@ -142,6 +142,9 @@ pub enum After {
     Pause,
 }
 
+/// The least `peer_timeout`: an end that is alive sends something each half second.
+pub const LEAST_PEER_TIMEOUT: Duration = Duration::from_secs(2);
+
 /// Settings of a source.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SourceSettings {
@@ -153,7 +156,8 @@ pub struct SourceSettings {
     pub encoder: EncoderSettings,
     /// Do payloads carry a checksum?
     pub checksum: bool,
-    /// Bytes a second on the wire, all connections together; `None` is as fast as it goes. The configuration and the
+    /// Bytes a second that are written, all connections together, headers of the network not counted; `None` is as fast as it
+    /// goes. The configuration and the
     /// [control](crate::control) of a running migration take no less than
     /// [64 KiB/s](crate::config::values::Bandwidth::LEAST).
     pub max_bandwidth: Option<u64>,
@@ -180,6 +184,9 @@ pub struct SourceSettings {
     /// How long the last handshake may take on either side of Go, and how long the destination may take nothing or leave a
     /// question unanswered before that.
     pub handover_timeout: Duration,
+    /// How long the destination may be silent before the migration ends, where it answers at all. At least
+    /// [`LEAST_PEER_TIMEOUT`].
+    pub peer_timeout: Duration,
 }
 
 impl Default for SourceSettings {
@@ -201,6 +208,7 @@ impl Default for SourceSettings {
             after: None,
             max_state_bytes: MAX_STATE_BYTES,
             handover_timeout: Duration::from_secs(30),
+            peer_timeout: Duration::from_secs(30),
         }
     }
 }
@@ -246,6 +254,9 @@ pub struct DestinationSettings {
     pub hello_timeout: Duration,
     /// How long to wait for Go.
     pub handover_timeout: Duration,
+    /// How long the source may be silent before the migration ends, where it is answered at all. At least
+    /// [`LEAST_PEER_TIMEOUT`].
+    pub peer_timeout: Duration,
 }
 
 impl Default for DestinationSettings {
@@ -258,6 +269,7 @@ impl Default for DestinationSettings {
             max_state_bytes: MAX_STATE_BYTES,
             hello_timeout: Duration::from_secs(10),
             handover_timeout: Duration::from_secs(30),
+            peer_timeout: Duration::from_secs(30),
         }
     }
 }

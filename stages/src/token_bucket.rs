@@ -2,8 +2,9 @@
 //!
 //! Credit grows with time at the rate, to the fraction of a byte, and is spent by whoever writes. It never grows beyond
 //! [`BURST`]'s worth (or two bytes), so in any stretch of time no more passes than the rate allows plus one burst: 2 % over a second.
-//! Takers are served in the order they came and get at most their share of [`QUANTUM`]'s worth a turn, so connections that
-//! always have something to send divide the rate by the lanes they carry, and every lane gets the same.
+//! Takers are served in the order they came. A turn grants the same for each lane that the taker carries, so connections that
+//! always have something to send divide the rate by their lanes. That is a share of [`QUANTUM`]'s worth, or more where that
+//! would make small writes: up to [`LANE_TURN`] for each lane, as far as a turn stays within [`LONGEST_TURN`]'s worth.
 //!
 //! The rate may change at any time, to none as well: whatever is asked for is then granted at once.
 
@@ -15,8 +16,12 @@ use tokio::time::Instant;
 
 /// Credit that an idle bucket saves up, as time at the rate.
 pub const BURST: Duration = Duration::from_millis(20);
-/// What one turn grants at most, as time at the rate.
+/// What the turns of all takers grant together, as time at the rate.
 pub const QUANTUM: Duration = Duration::from_millis(5);
+/// Bytes that a turn grants for each lane where the rate is low. Each write costs headers and acknowledgements, some 130 bytes.
+pub const LANE_TURN: usize = 4 << 10;
+/// The most that a turn grants for that, as time at the rate. What is left of [`BURST`] is the time to wake in.
+pub const LONGEST_TURN: Duration = Duration::from_millis(15);
 
 /// Credit is counted in bytes × nanoseconds: growth is `rate × elapsed`, with nothing rounded away.
 const BYTE: i128 = 1_000_000_000;
@@ -65,7 +70,7 @@ impl TokenBucket {
         self.account().rate
     }
 
-    /// Waits for credit and takes it: `want` bytes, or this share of [`QUANTUM`]'s worth (at least a byte) if that is less.
+    /// Waits for credit and takes it: `want` bytes, or what a turn grants to this share (at least a byte) if that is less.
     ///
     /// Safe to race in a `select!`: a take that is dropped before its end takes nothing.
     pub async fn take(&self, want: usize, share: Share) -> usize {
@@ -118,20 +123,21 @@ impl TokenBucket {
 pub struct Share {
     lanes: u16,
     of: u16,
+    most: u16,
 }
 
 impl Share {
     /// The share of whoever takes alone.
-    pub const ALL: Self = Self { lanes: 1, of: 1 };
+    pub const ALL: Self = Self { lanes: 1, of: 1, most: 1 };
 
-    /// So many lanes of so many.
+    /// `lanes` of `of` lanes, where the taker with the most lanes has `most`.
     ///
     /// # Panics
-    /// If they are none, or more than all.
+    /// If there are no lanes, or more than `most`, or `most` is more than all.
     #[must_use]
-    pub fn new(lanes: u16, of: u16) -> Self {
-        assert!((1..=of).contains(&lanes), "{lanes} of {of} lanes");
-        Self { lanes, of }
+    pub fn new(lanes: u16, of: u16, most: u16) -> Self {
+        assert!((1..=most).contains(&lanes) && most <= of, "{lanes} of {of} lanes, at most {most}");
+        Self { lanes, of, most }
     }
 }
 
@@ -180,8 +186,10 @@ fn most(rate: u64) -> i128 {
 
 /// What one turn grants.
 fn quantum(rate: u64, share: Share) -> usize {
-    let whole = worth(rate, QUANTUM) * i128::from(share.lanes) / i128::from(share.of);
-    usize::try_from(whole / BYTE).unwrap_or(usize::MAX).max(1)
+    let [lanes, of, most] = [share.lanes, share.of, share.most].map(i128::from);
+    let large = cost(LANE_TURN).min(worth(rate, LONGEST_TURN) / most);
+    let turn = lanes * large.max(worth(rate, QUANTUM) / of);
+    usize::try_from(turn / BYTE).unwrap_or(usize::MAX).max(1)
 }
 
 fn cost(bytes: usize) -> i128 {
@@ -278,6 +286,18 @@ mod tests {
         assert_eq!(TokenBucket::new(1).take(100, Share::ALL).await, 1);
     }
 
+    /// Headers are not to double the traffic of a low rate: each write is of 15 ms, or of 4 KiB.
+    #[tokio::test(start_paused = true)]
+    async fn a_low_rate_makes_few_writes() {
+        let one_of_four = Share::new(1, 4, 1);
+        for (rate, turn) in [(64 << 10, 983), (MIB, 4096), (100 * MIB, 131_072)] {
+            assert_eq!(TokenBucket::new(rate).take(usize::MAX, one_of_four).await, turn, "at {rate} B/s");
+        }
+        // Lanes that share a connection share its writes.
+        assert_eq!(TokenBucket::new(64 << 10).take(usize::MAX, Share::new(4, 4, 4)).await, 983);
+        assert_eq!(TokenBucket::new(64 << 10).take(usize::MAX, Share::new(1, 3, 2)).await, 491);
+    }
+
     #[tokio::test(start_paused = true)]
     async fn takers_share_evenly_whatever_they_ask_for() {
         let bucket = Arc::new(TokenBucket::new(MIB));
@@ -300,7 +320,8 @@ mod tests {
             let of: u16 = connections.iter().sum();
             let bucket = Arc::new(TokenBucket::new(RATE));
             let taker = |&lanes: &u16| {
-                let (bucket, share) = (bucket.clone(), Share::new(lanes, of));
+                let most = connections.iter().copied().max().expect("there are some");
+                let (bucket, share) = (bucket.clone(), Share::new(lanes, of, most));
                 tokio::spawn(async move { drain_share(&bucket, 1 << 20, share, Duration::from_secs(5)).await })
             };
             let takers: Vec<_> = connections.iter().map(taker).collect();

@@ -123,6 +123,7 @@ pub fn source_settings(lanes: u16, connections: u16) -> SourceSettings {
         after: None,
         max_state_bytes: memferry::settings::MAX_STATE_BYTES,
         handover_timeout: Duration::from_secs(20),
+        peer_timeout: Duration::from_secs(30),
     }
 }
 
@@ -136,6 +137,7 @@ pub fn destination_settings() -> DestinationSettings {
         hello_timeout: Duration::from_secs(10),
         max_state_bytes: memferry::settings::MAX_STATE_BYTES,
         handover_timeout: Duration::from_secs(20),
+        peer_timeout: Duration::from_secs(30),
     }
 }
 

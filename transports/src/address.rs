@@ -124,6 +124,11 @@ fn split_brackets(rest: &str) -> Result<(&str, &str), Complaint> {
         let write = "tcp:[::1]:7777, or a name without brackets".to_owned();
         return Err((format!("{host:?} is no IPv6 address"), write));
     }
+    if bare.parse().is_ok_and(|address: Ipv6Addr| address.is_unicast_link_local()) && !host.contains('%') {
+        let port = after.strip_prefix(':').unwrap_or("7777");
+        let why = "a link-local address needs the name of its interface (ip -6 addr shows it)".to_owned();
+        return Err((why, format!("tcp:[{host}%eth0]:{port}")));
+    }
     match after.strip_prefix(':') {
         Some(port) => Ok((host, port)),
         None => Err(("the port is missing".into(), format!("tcp:[{host}]:7777"))),
@@ -206,6 +211,8 @@ mod tests {
             ("tcp:[::1", "bracket"),
             ("tcp:[host]:1", "is no IPv6 address"),
             ("tcp:[::1%]:1", "is no IPv6 address"),
+            ("tcp:[fe80::77]:7907", "write tcp:[fe80::77%eth0]:7907"),
+            ("tcp:[fe80::77]", "needs the name of its interface"),
             ("tcp:host:65536", "0 to 65535"),
             ("tcp:host:+1", "0 to 65535"),
             ("tcp:host:", "0 to 65535"),

@@ -33,6 +33,7 @@ use futures::future::BoxFuture;
 use tokio::io::{AsyncRead, AsyncWrite};
 
 pub use address::{Address, AddressError};
+pub use retry::is_shortage;
 
 /// One reliable ordered byte stream, seen from one end.
 pub struct Connection {
@@ -96,7 +97,10 @@ pub trait Transport: Send + Sync + fmt::Debug {
 
 /// Waits for connections. Dropping it stops listening and removes what it created.
 pub trait Listener: Send + fmt::Debug {
-    /// The next connection. An error of one connection attempt is passed over; an error returned here is the listener's own.
+    /// The next connection. An error of one connection attempt is passed over.
+    ///
+    /// An error returned here is the listener's own, and the last, unless [`is_shortage`] says that it may pass: then the caller
+    /// frees what it can and calls again. A listener that is short waits a moment before it says so.
     fn accept(&mut self) -> BoxFuture<'_, io::Result<Connection>>;
 
     /// Where it really listens: the port that the system chose, if 0 was asked for.

@@ -59,15 +59,28 @@ pub(crate) fn in_context(error: &io::Error, place: &str) -> io::Error {
     io::Error::new(error.kind(), format!("{place}: {error}"))
 }
 
-/// Goes on after an accept that failed: returns the error if the listener itself is unusable, else waits a little.
+/// What a connection takes and this process or host may be short of: descriptors, memory.
+const SHORTAGES: [Errno; 4] = [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM];
+
+/// Is this error of a listener a want of descriptors or memory, which may pass?
+#[must_use]
+pub fn is_shortage(error: &io::Error) -> bool {
+    Errno::from_io_error(error).is_some_and(|errno| SHORTAGES.contains(&errno))
+}
+
+/// Continues after an accept that failed: returns the error if the listener is unusable, or if this process or host is short of what
+/// a connection takes, see [`is_shortage`]; then it has waited a little.
 ///
-/// A connection that broke off before it was accepted, and a want of descriptors or memory, pass.
+/// A connection that broke off before it was accepted passes.
 pub(crate) async fn after_failed_accept(address: &str, error: &io::Error) -> io::Result<()> {
     let broken = [Errno::BADF, Errno::INVAL, Errno::NOTSOCK, Errno::OPNOTSUPP];
     match Errno::from_io_error(error) {
-        Some(errno) if !broken.contains(&errno) => {
-            tracing::warn!(address, %error, "a connection could not be accepted; waiting goes on");
+        Some(errno) if SHORTAGES.contains(&errno) => {
             sleep(FIRST_WAIT * 5).await;
+            Err(errno.into())
+        }
+        Some(errno) if !broken.contains(&errno) => {
+            tracing::debug!(address, %error, "a connection could not be accepted");
             Ok(())
         }
         _ => Err(in_context(error, &format!("cannot accept connections on {address}"))),
@@ -120,11 +133,15 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn only_an_unusable_listener_ends_accepting() {
-        for passing in [Errno::CONNABORTED, Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::PROTO] {
+    async fn a_broken_connection_passes_and_a_shortage_is_told_from_an_unusable_listener() {
+        for shortage in SHORTAGES {
+            let error = after_failed_accept("tcp:a:1", &shortage.into()).await.expect_err("short");
+            assert!(is_shortage(&error), "{error}");
+        }
+        for passing in [Errno::CONNABORTED, Errno::PROTO] {
             after_failed_accept("tcp:a:1", &passing.into()).await.expect("passing");
         }
         let error = after_failed_accept("tcp:a:1", &Errno::INVAL.into()).await.expect_err("not listening");
-        assert!(error.to_string().contains("tcp:a:1"), "{error}");
+        assert!(error.to_string().contains("tcp:a:1") && !is_shortage(&error), "{error}");
     }
 }

@@ -1,16 +1,18 @@
 //! TCP: several connections, each with its return path.
 //!
 //! Takes a host and a port, gives [`Connection`]s. Owns nothing but its sockets. Promises: small frames leave at once
-//! (`TCP_NODELAY`), a peer that vanished without a word is noticed within about a minute and a half of silence
-//! (keepalive), and buffers are left to the kernel's autotuning, which knows the path better. Only on a path that does not leave the
+//! (`TCP_NODELAY`), a peer that vanished without a word is noticed within the peer timeout (keepalive where nothing waits to be
+//! sent, `TCP_USER_TIMEOUT` where something does), and buffers are left to the kernel's autotuning, which knows the path better. Only on a path that does not leave the
 //! host there is nothing to tune for: no delay to fill, and what waits in a large buffer has left the processor's cache when it is read.
 
 use std::io::{self, ErrorKind};
 use std::net::SocketAddr;
+use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use futures::FutureExt;
-use futures::future::BoxFuture;
+use futures::future::{BoxFuture, select_all};
+use rustix::io::Errno;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::net::{TcpListener, TcpStream, lookup_host};
 use tokio::time::{Instant, timeout, timeout_at};
@@ -18,10 +20,12 @@ use tokio::time::{Instant, timeout, timeout_at};
 use crate::retry::{Failure, after_failed_accept, connect_within, in_context};
 use crate::{Address, Capabilities, Connection, Listener, Transport};
 
-/// Silence before the first keepalive probe.
-const KEEPALIVE_AFTER: Duration = Duration::from_secs(30);
-/// Time between probes.
-const KEEPALIVE_EVERY: Duration = Duration::from_secs(5);
+/// How long a peer may acknowledge nothing, unless [`TcpTransport::with_peer_timeout`] says otherwise.
+const PEER_TIMEOUT: Duration = Duration::from_secs(30);
+/// The kernel counts keepalive in whole seconds, and takes no more of them.
+const KEEPALIVE: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(32_767);
+/// The kernel counts `TCP_USER_TIMEOUT` in milliseconds, and takes no more of them.
+const LONGEST_USER_TIMEOUT: Duration = Duration::from_millis(i32::MAX as u64);
 /// What waits to be read on a path that does not leave the host; the kernel takes twice as much, for what it keeps itself.
 const LOCAL_SEND_BUFFER: usize = 256 << 10;
 /// The least time that one try has, however short the connect timeout is.
@@ -33,17 +37,24 @@ pub struct TcpTransport {
     host: String,
     port: u16,
     connect_timeout: Duration,
+    peer_timeout: Duration,
 }
 
 impl TcpTransport {
     /// A transport to or from `host`: a name, an IPv4 address, or an IPv6 address without brackets.
     ///
     /// A listener may be given port 0: the system chooses one, and [`Listener::local_address`] says which. A name that has
-    /// several addresses is listened to on the first that can be, and connected to on the first that answers.
+    /// several addresses is listened to on all that this host has, and connected to on the first that answers.
     /// `connect_timeout` is how long a source keeps trying.
     #[must_use]
     pub fn new(host: impl Into<String>, port: u16, connect_timeout: Duration) -> Self {
-        Self { host: host.into(), port, connect_timeout }
+        Self { host: host.into(), port, connect_timeout, peer_timeout: PEER_TIMEOUT }
+    }
+
+    /// The same, whose connections end when the peer acknowledges nothing for so long: neither data nor a probe.
+    #[must_use]
+    pub fn with_peer_timeout(self, peer_timeout: Duration) -> Self {
+        Self { peer_timeout, ..self }
     }
 
     async fn connect_now(&self, deadline: Instant) -> Result<Connection, Failure> {
@@ -53,7 +64,7 @@ impl TcpTransport {
             let left = u32::try_from(addresses.len() - tried).unwrap_or(u32::MAX);
             let share = deadline.saturating_duration_since(Instant::now()) / left;
             match timeout(share.max(LEAST_TRY), connect_to(*address)).await {
-                Ok(Ok(stream)) => return connection(stream, *address).map_err(Failure::Final),
+                Ok(Ok(stream)) => return connection(stream, *address, self.peer_timeout).map_err(Failure::Final),
                 Ok(Err(error)) => causes.add(*address, &error),
                 Err(_) => causes.add(*address, &ErrorKind::TimedOut.into()),
             }
@@ -114,11 +125,12 @@ impl Transport for TcpTransport {
         async move {
             let addresses = self.resolve(Instant::now() + self.connect_timeout).await;
             let addresses = addresses.map_err(|error| self.listen_error(&error))?;
-            // Binds with SO_REUSEADDR: a port whose last connections linger can be listened to again at once.
-            let bound = TcpListener::bind(&addresses[..]).await.map_err(|error| self.listen_error(&error))?;
-            let address = bound.local_addr()?;
-            let address = Address::Tcp { host: address.ip().to_string(), port: address.port() }.to_string();
-            Ok(Box::new(Listening { socket: bound, address }) as Box<dyn Listener>)
+            let sockets = bind_all(&addresses).await.map_err(|error| self.listen_error(&error))?;
+            let address = sockets[0].local_addr()?;
+            // One address is named as it is, several by the name that they share.
+            let host = if sockets.len() == 1 { address.ip().to_string() } else { self.host.clone() };
+            let address = Address::Tcp { host, port: address.port() }.to_string();
+            Ok(Box::new(Listening { sockets, address, peer_timeout: self.peer_timeout }) as Box<dyn Listener>)
         }
         .boxed()
     }
@@ -126,16 +138,19 @@ impl Transport for TcpTransport {
 
 #[derive(Debug)]
 struct Listening {
-    socket: TcpListener,
+    /// One for each address, at least one.
+    sockets: Vec<TcpListener>,
     address: String,
+    peer_timeout: Duration,
 }
 
 impl Listener for Listening {
     fn accept(&mut self) -> BoxFuture<'_, io::Result<Connection>> {
         async move {
             loop {
-                let accepted = self.socket.accept().await;
-                match accepted.and_then(|(stream, peer)| connection(stream, peer)) {
+                let accepting = self.sockets.iter().map(|socket| socket.accept().boxed());
+                let (accepted, ..) = select_all(accepting).await;
+                match accepted.and_then(|(stream, peer)| connection(stream, peer, self.peer_timeout)) {
                     Ok(connection) => return Ok(connection),
                     Err(error) => after_failed_accept(&self.address, &error).await?,
                 }
@@ -147,6 +162,35 @@ impl Listener for Listening {
     fn local_address(&self) -> String {
         self.address.clone()
     }
+}
+
+/// Binds to every address that this host has.
+async fn bind_all(addresses: &[SocketAddr]) -> io::Result<Vec<TcpListener>> {
+    let (mut sockets, mut missing): (Vec<TcpListener>, Option<io::Error>) = (Vec::new(), None);
+    for address in addresses {
+        // A port that the system chose for the first is that of all.
+        let chosen = sockets.first().map(TcpListener::local_addr).transpose()?.map(|first| first.port());
+        let mut address = *address;
+        address.set_port(chosen.unwrap_or(address.port()));
+        if sockets.iter().any(|socket| socket.local_addr().is_ok_and(|bound| bound == address)) {
+            continue;
+        }
+        // Binds with SO_REUSEADDR: a port whose last connections linger can be listened to again at once.
+        match TcpListener::bind(address).await {
+            Ok(socket) => sockets.push(socket),
+            Err(error) if is_of_another_host(&error) => missing = Some(error),
+            Err(error) => return Err(in_context(&error, &address.to_string())),
+        }
+    }
+    match missing {
+        Some(error) if sockets.is_empty() => Err(error),
+        _ => Ok(sockets),
+    }
+}
+
+/// A name may have addresses of other hosts, or of a protocol that this host does not speak.
+fn is_of_another_host(error: &io::Error) -> bool {
+    error.kind() == ErrorKind::AddrNotAvailable || Errno::from_io_error(error) == Some(Errno::AFNOSUPPORT)
 }
 
 async fn connect_to(address: SocketAddr) -> io::Result<TcpStream> {
@@ -161,19 +205,23 @@ fn refuse_itself(stream: TcpStream) -> io::Result<TcpStream> {
     Ok(stream)
 }
 
-fn connection(stream: TcpStream, peer: SocketAddr) -> io::Result<Connection> {
-    prepare(&stream)?;
+fn connection(stream: TcpStream, peer: SocketAddr, peer_timeout: Duration) -> io::Result<Connection> {
+    prepare(&stream, peer_timeout)?;
     let (reader, writer) = stream.into_split();
     Ok(Connection { peer: peer.to_string(), writer: Some(Box::new(writer)), reader: Some(Box::new(reader)) })
 }
 
-fn prepare(stream: &TcpStream) -> io::Result<()> {
+fn prepare(stream: &TcpStream, peer_timeout: Duration) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let socket = SockRef::from(stream);
     if stream.local_addr()?.ip() == stream.peer_addr()?.ip() {
         socket.set_send_buffer_size(LOCAL_SEND_BUFFER)?;
     }
-    socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(KEEPALIVE_AFTER).with_interval(KEEPALIVE_EVERY))
+    // With a user timeout an idle connection ends at the first probe that finds it passed: there are several until then.
+    let [idle, every] =
+        [peer_timeout / 2, peer_timeout / 8].map(|time| time.clamp(*KEEPALIVE.start(), *KEEPALIVE.end()));
+    socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(idle).with_interval(every))?;
+    socket.set_tcp_user_timeout(Some(peer_timeout.min(LONGEST_USER_TIMEOUT)))
 }
 
 /// Why each address of a host could not be reached.
@@ -238,12 +286,42 @@ mod tests {
     async fn frames_leave_at_once_a_vanished_peer_is_noticed_and_little_waits_within_a_host() {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("listening");
         let stream = connect_to(listener.local_addr().expect("an address")).await.expect("connected");
-        prepare(&stream).expect("prepared");
+        prepare(&stream, Duration::from_secs(7)).expect("prepared");
         let socket = SockRef::from(&stream);
         assert!(stream.nodelay().expect("asked") && socket.keepalive().expect("asked"));
+        assert_eq!(socket.tcp_user_timeout().expect("asked"), Some(Duration::from_secs(7)));
+        assert_eq!(socket.tcp_keepalive_time().expect("asked"), Duration::from_secs(3));
+        assert_eq!(socket.tcp_keepalive_interval().expect("asked"), Duration::from_secs(1));
+        // Whatever the timeout, the kernel takes it.
+        for timeout in [Duration::from_millis(1), Duration::MAX] {
+            prepare(&stream, timeout).expect("prepared");
+        }
         // The kernel takes twice of it, or of the most that the host allows.
         let buffer = socket.send_buffer_size().expect("asked");
         assert!((LOCAL_SEND_BUFFER..=2 * LOCAL_SEND_BUFFER).contains(&buffer), "{buffer} bytes");
+    }
+
+    /// The third address belongs to no host (documentation, RFC 5737).
+    #[tokio::test]
+    async fn every_address_of_a_name_that_this_host_has_is_listened_to() {
+        let addresses =
+            ["127.0.0.1:0", "127.0.0.2:0", "192.0.2.1:0", "127.0.0.1:0"].map(|address| address.parse().unwrap());
+        let sockets = bind_all(&addresses).await.expect("bound");
+        let bound: Vec<_> = sockets.iter().map(|socket| socket.local_addr().expect("bound")).collect();
+        let port = bound[0].port();
+        assert_eq!(bound, ["127.0.0.1", "127.0.0.2"].map(|ip| SocketAddr::new(ip.parse().unwrap(), port)));
+        let mut listener = Listening { sockets, address: "tcp:two".into(), peer_timeout: PEER_TIMEOUT };
+        for address in [bound[1], bound[0], bound[1]] {
+            let stream = connect_to(address).await.expect("connected");
+            let accepted = listener.accept().await.expect("accepted");
+            assert_eq!(accepted.peer, stream.local_addr().expect("an address").to_string());
+        }
+
+        let error = bind_all(&addresses[2..3]).await.expect_err("of another host");
+        assert_eq!(error.kind(), ErrorKind::AddrNotAvailable);
+        // An address that is taken is an error, though another is free.
+        let taken = [SocketAddr::new([127, 0, 0, 3].into(), port), bound[0]];
+        assert_eq!(bind_all(&taken).await.expect_err("taken").kind(), ErrorKind::AddrInUse);
     }
 
     #[test]

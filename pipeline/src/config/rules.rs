@@ -16,6 +16,7 @@ use super::{Purpose, settings};
 use crate::guest::kvm::IS_BUILT_IN;
 use crate::guest::kvm::settings::{MEMORY_UNIT, MOST_MEMORY, MOST_VCPUS, OWN_BYTES, PAGE_BYTES};
 use crate::migration::{cache_beyond_guest, least_cache};
+use crate::settings::LEAST_PEER_TIMEOUT;
 
 /// Everything that is wrong.
 pub(super) fn check(config: &Config, purpose: Purpose) -> Vec<Fault> {
@@ -151,6 +152,15 @@ fn migration(config: &Config, faults: &mut Vec<Fault>) {
     positive(faults, "migration.downtime_limit", table.downtime_limit, "300ms");
     positive(faults, "migration.hello_timeout", table.hello_timeout, "10s");
     positive(faults, "migration.handover_timeout", table.handover_timeout, "30s");
+    positive(faults, "migration.peer_timeout", table.peer_timeout, "30s");
+    let (timeout, least) = (table.peer_timeout, Time(LEAST_PEER_TIMEOUT));
+    need(
+        faults,
+        timeout.0.is_zero() || timeout >= least,
+        "migration.peer_timeout",
+        format!("a peer_timeout of {timeout} is too short: a peer that is alive sends something each half second"),
+        format!("write \"30s\", at least \"{least}\""),
+    );
     if let Some(deadline) = table.deadline.0 {
         positive(faults, "migration.deadline", Time(deadline), "5m\" or \"none");
     }

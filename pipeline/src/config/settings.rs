@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use memferry_stages::codec::Codec;
 use memferry_stages::geometry::PageSize;
+use memferry_transports::tcp::TcpTransport;
 use memferry_transports::{Address, Transport};
 
 use super::tables::{
@@ -58,6 +59,7 @@ impl Config {
             }),
             max_state_bytes: migration.max_state.0,
             handover_timeout: migration.handover_timeout.0,
+            peer_timeout: migration.peer_timeout.0,
         }
     }
 
@@ -71,6 +73,7 @@ impl Config {
             hello_timeout: self.migration.hello_timeout.0,
             max_state_bytes: self.migration.max_state.0,
             handover_timeout: self.migration.handover_timeout.0,
+            peer_timeout: self.migration.peer_timeout.0,
         }
     }
 
@@ -86,7 +89,11 @@ impl Config {
     /// The transport to this address: the configuration's own, or the one that a listener got.
     #[must_use]
     pub fn transport_to(&self, address: &Address) -> Box<dyn Transport> {
-        memferry_transports::open(address, self.transport.connect_timeout.0)
+        let [connect, peer] = [self.transport.connect_timeout, self.migration.peer_timeout].map(|timeout| timeout.0);
+        match address {
+            Address::Tcp { host, port } => Box::new(TcpTransport::new(host, *port, connect).with_peer_timeout(peer)),
+            other => memferry_transports::open(other, connect),
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 use super::*;
 use crate::settings::{DestinationSettings, SourceSettings};
 use insta::assert_snapshot;
+use std::time::Duration;
 
 const GOOD: &str = r#"
 [guest.workload]
@@ -30,6 +31,15 @@ fn a_program_of_its_own_has_the_defaults_of_the_file() {
     let config = set(&[]).unwrap();
     assert_eq!(config.source(), SourceSettings::default());
     assert_eq!(config.destination(), DestinationSettings::default());
+}
+
+#[test]
+fn a_peer_timeout_leaves_room_for_heartbeats() {
+    let short = with("[migration]\npeer_timeout = \"1900ms\"");
+    assert!(short.contains("run.toml:9:16") && short.contains("a peer_timeout of 1s 900ms is too short"), "{short}");
+    assert!(short.contains("at least \"2s\""), "{short}");
+    let config = set(&["migration.peer_timeout=2s"]).unwrap();
+    assert_eq!([config.source().peer_timeout, config.destination().peer_timeout], [Duration::from_secs(2); 2]);
 }
 
 #[test]

@@ -158,7 +158,9 @@ impl Observer for MetricsObserver {
             }
             Event::Decided(decided) => decision(name(role), decided),
             Event::Progress(now) => self.progress(role, now),
-            Event::TurnedAway { .. } => counter!("memferry_turned_away_total", "role" => name(role)).increment(1),
+            Event::TurnedAway { count, .. } => {
+                counter!("memferry_turned_away_total", "role" => name(role)).increment(*count);
+            }
             Event::Warning(_) => counter!("memferry_warnings_total", "role" => name(role)).increment(1),
             Event::Ended(end) => self.ended(role, end),
             Event::Connected { .. }

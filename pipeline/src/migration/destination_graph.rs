@@ -18,13 +18,12 @@ use memferry_stages::meter::{Meter, Reading};
 use memferry_stages::pool::BufferPool;
 use memferry_stages::queue::{Inlet, Outlet, bounded};
 use memferry_stages::receiver::{Arrived, Receiver};
-use memferry_stages::sender::{Control, Sender};
+use memferry_stages::sender::Control;
 use memferry_stages::wire::Message;
 use memferry_stages::wire::hello::{Features, Hello};
-use tokio::runtime::Handle;
 
 use super::bounds;
-use super::link::{Reader, Writer};
+use super::link::Reader;
 use super::stage_set::StageSet;
 
 /// The name of the stage that sends answers.
@@ -47,20 +46,20 @@ pub(super) struct DestinationGraph {
 }
 
 impl DestinationGraph {
-    /// Builds, joins and starts the stages.
+    /// Builds, joins and starts the stages; the one that sends answers runs already.
     pub(super) fn start(
         memory: &GuestMemory,
         hello: &Hello,
         features: Features,
         readers: Vec<Reader>,
-        answer: Option<Writer>,
-        plane: &Handle,
+        stages: StageSet,
+        answer: Option<Outlet<Control>>,
     ) -> Self {
         let (loaded_out, loaded) = bounded(usize::from(hello.lanes) * 2);
         let (said_out, said) = bounded(bounds::CONTROL);
         let mut graph = Self {
-            stages: StageSet::new(plane),
-            answer: None,
+            stages,
+            answer,
             said,
             loaded,
             progress: Vec::new(),
@@ -69,7 +68,6 @@ impl DestinationGraph {
             pools: Vec::new(),
             held: Arc::new(DirtyBitmap::empty(memory.layout())),
         };
-        graph.answer = answer.map(|writer| graph.start_answers(writer));
         let mut lanes = graph.start_loaders(memory, hello.lanes, features, &loaded_out);
         for (connection, reader) in (0..).zip(readers) {
             let of_connection = |lane: usize| lane % usize::from(hello.connections) == usize::from(connection);
@@ -88,16 +86,6 @@ impl DestinationGraph {
         let meter = Meter::start(name, Some(lane));
         self.meters.push(meter.clone());
         meter
-    }
-
-    /// A sender without bulk: answers go out in order, whole.
-    fn start_answers(&mut self, writer: Writer) -> Outlet<Control> {
-        let (answer, frames) = bounded(bounds::CONTROL);
-        let (_, no_bulk) = bounded(1);
-        let (sent, _) = bounded(1);
-        let sender = Sender::new(0, writer, None, false, 0, Meter::start(ANSWERS, None));
-        self.stages.spawn(ANSWERS, sender.run(frames, no_bulk, sent));
-        answer
     }
 
     fn start_loaders(

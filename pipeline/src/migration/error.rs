@@ -9,6 +9,7 @@ use memferry_stages::geometry::LayoutError;
 use memferry_stages::wire::WireError;
 use memferry_stages::wire::reader::ReadError;
 
+use super::alive::Silence;
 use super::stage_set::Failure;
 use crate::guest::GuestError;
 
@@ -81,6 +82,12 @@ pub(crate) enum MigrationError {
     /// The connection ended.
     #[error("the connection was lost: {0}")]
     Lost(String),
+    /// The peer was silent for too long.
+    #[error("{0}")]
+    Silent(Silence),
+    /// A setting that cannot be.
+    #[error("{0}")]
+    Setting(String),
     /// Something took too long.
     #[error("{0}")]
     TimedOut(String),

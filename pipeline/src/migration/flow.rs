@@ -4,17 +4,17 @@
 use std::time::Duration;
 
 use memferry_stages::bitmap_sync::Synced;
-use memferry_stages::queue::{Closed, Inlet, bounded};
+use memferry_stages::queue::{Closed, Inlet};
 use memferry_stages::scanner::RoundScanned;
 use memferry_stages::sender::{Control, Sent};
 use memferry_stages::wire::Message;
-use memferry_stages::wire::reader::Incoming;
 use tokio::time::{Interval, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
-use tokio_util::task::AbortOnDropHandle;
 
+use super::alive::{Alive, Silence, silenced};
 use super::error::MigrationError;
-use super::link::Reader;
+use super::link::Said;
+use super::senders;
 use super::source_graph::SourceGraph;
 use super::stage_set::Failure;
 use crate::control::{Request, Requests};
@@ -37,6 +37,8 @@ pub(super) enum Signal {
     Said(Message),
     /// The return path ended.
     Lost(String),
+    /// The destination was silent for too long.
+    Silent(Silence),
     /// A stage ended well: its name.
     StageDone(String),
     /// A stage failed.
@@ -52,8 +54,9 @@ pub(super) enum Signal {
 /// The running source, as its controller sees it.
 pub(super) struct Flow {
     pub(super) graph: SourceGraph,
-    said: Option<Inlet<Result<Message, String>>>,
-    _listening: Option<AbortOnDropHandle<()>>,
+    said: Option<Said>,
+    /// Where there is a return path.
+    pub(super) alive: Option<Alive>,
     cancel: CancellationToken,
     cancel_told: bool,
     /// While anything can be asked.
@@ -64,14 +67,14 @@ pub(super) struct Flow {
 impl Flow {
     pub(super) fn new(
         graph: SourceGraph,
-        said: Option<Reader>,
+        said: Option<Said>,
+        alive: Option<Alive>,
         cancel: CancellationToken,
         requests: Option<Requests>,
     ) -> Self {
         let mut ticks = tokio::time::interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let (listening, said) = said.map(listen).unzip();
-        Self { graph, said, _listening: listening, cancel, cancel_told: false, requests, ticks }
+        Self { graph, said, alive, cancel, cancel_told: false, requests, ticks }
     }
 
     /// Waits for the next thing to happen. A cancel comes first and is told once.
@@ -92,6 +95,7 @@ impl Flow {
                 Ok(()) => Signal::StageDone(end.name),
                 Err(failure) => Signal::Broke(failure),
             },
+            silence = silenced(self.alive.as_ref()) => Signal::Silent(silence),
             _ = self.ticks.tick() => Signal::Tick,
         }
     }
@@ -139,43 +143,8 @@ impl Flow {
 
     /// Says the last word on every connection and ends them, within the time given.
     pub(super) async fn close(&mut self, last_word: Option<Message>, within: Duration) {
-        let closing = async {
-            if let Some(message) = last_word {
-                self.say(&message).await?;
-            }
-            for control in &self.graph.control {
-                control.put(Control::Finish).await?;
-            }
-            let mut senders = self.graph.control.len();
-            while senders > 0 {
-                let end = self.graph.stages.next_end().await;
-                senders -= usize::from(end.name.starts_with("sender"));
-            }
-            Ok::<(), Closed>(())
-        };
-        // A peer that is gone or does not read needs no farewell: dropping the connections tells it as much.
-        drop(tokio::time::timeout(within, closing).await);
+        senders::close(&mut self.graph.stages, &self.graph.control, last_word, within).await;
     }
-}
-
-/// Reads the return path until it ends: a task of its own, since reading a frame must not be interrupted.
-fn listen(mut reader: Reader) -> (AbortOnDropHandle<()>, Inlet<Result<Message, String>>) {
-    let (heard, said) = bounded(16);
-    let task = tokio::spawn(async move {
-        loop {
-            let item = match reader.next().await {
-                Ok(Some(Incoming::Message { message, .. })) => Ok(message),
-                Ok(Some(Incoming::Pages(_))) => Err("pages came on the return path".to_owned()),
-                Ok(None) => Err("the destination closed it".to_owned()),
-                Err(error) => Err(error.to_string()),
-            };
-            let over = item.is_err();
-            if heard.put(item).await.is_err() || over {
-                return;
-            }
-        }
-    });
-    (AbortOnDropHandle::new(task), said)
 }
 
 /// The next item of a queue; for ever none once its stage has ended, for then the stage's end says why.
@@ -194,18 +163,10 @@ pub(super) async fn asked(requests: &mut Option<Requests>) -> Request {
     }
 }
 
-/// What the return path says next. Its end is told once.
-async fn heard(said: &mut Option<Inlet<Result<Message, String>>>) -> Result<Message, String> {
-    let Some(inlet) = said else { return std::future::pending().await };
-    match inlet.next().await {
-        Some(Ok(message)) => Ok(message),
-        Some(Err(lost)) => {
-            *said = None;
-            Err(lost)
-        }
-        None => {
-            *said = None;
-            Err("its reader ended".into())
-        }
+/// What the return path says next, if there is one.
+async fn heard(said: &mut Option<Said>) -> Result<Message, String> {
+    match said {
+        Some(said) => said.next().await,
+        None => std::future::pending().await,
     }
 }

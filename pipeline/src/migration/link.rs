@@ -1,29 +1,47 @@
 //! The source's way to its destination: connections opened and greeted.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use memferry_stages::codec::Codec;
 use memferry_stages::geometry::PageSize;
+use memferry_stages::queue::{Inlet, bounded};
+use memferry_stages::silence::{Attentive, Ear};
 use memferry_stages::wire::hello::{Features, Hello, SessionId};
 use memferry_stages::wire::reader::{FrameReader, Incoming};
 use memferry_stages::wire::{Message, PROTOCOL_VERSION};
 use memferry_transports::Transport;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use tokio::runtime::Handle;
+use tokio_util::task::AbortOnDropHandle;
 
+use super::alive::{Alive, Silence, silenced};
 use super::error::MigrationError;
+use super::senders::{Senders, close};
 use crate::settings::SourceSettings;
 
 pub(super) type Writer = Box<dyn AsyncWrite + Send + Unpin>;
-pub(super) type Reader = FrameReader<Box<dyn AsyncRead + Send + Unpin>>;
+pub(super) type Reader = FrameReader<Attentive<Box<dyn AsyncRead + Send + Unpin>>>;
 
-/// The open connections of one migration, Hello said on each.
+/// The connections of one migration, Hello said on each, and nothing after it.
+pub(super) struct Greeted {
+    /// Who answers, for messages.
+    peer: String,
+    /// One for each connection, in order.
+    writers: Vec<Writer>,
+    /// The return path, on connection 0, if the transport has one.
+    reader: Option<(Reader, Arc<Ear>)>,
+}
+
+/// The way to the destination, before the stages run.
 pub(super) struct Link {
     /// Who answers, for messages.
     pub(super) peer: String,
-    /// One for each connection, in order.
-    pub(super) writers: Vec<Writer>,
-    /// The return path, on connection 0, if the transport has one.
-    pub(super) said: Option<Reader>,
+    pub(super) senders: Senders,
+    /// What the destination says, if the transport has a return path.
+    pub(super) said: Option<Said>,
+    /// Where there is a return path.
+    pub(super) alive: Option<Alive>,
 }
 
 /// What a source's stream uses, by its settings.
@@ -43,7 +61,7 @@ pub(super) fn features(settings: &SourceSettings) -> Features {
     }
 }
 
-impl Link {
+impl Greeted {
     /// Opens every connection and says Hello on it.
     pub(super) async fn open(
         transport: Arc<dyn Transport>,
@@ -52,7 +70,7 @@ impl Link {
         features: Features,
     ) -> Result<Self, MigrationError> {
         let session = SessionId::random()?;
-        let mut link = Self { peer: transport.address(), writers: Vec::new(), said: None };
+        let mut greeted = Self { peer: transport.address(), writers: Vec::new(), reader: None };
         for connection in 0..settings.connections {
             let opened = transport.connect().await?;
             let mut writer = opened.writer.expect("a source writes");
@@ -66,37 +84,104 @@ impl Link {
                 features: features.to_list(),
             };
             writer.write_all(&Message::Hello(hello).encode(0)).await?;
-            link.writers.push(writer);
+            greeted.writers.push(writer);
             if connection == 0 {
-                link.peer = opened.peer;
-                let name = format!("the return path from {}", link.peer);
-                link.said = opened.reader.map(|reader| FrameReader::new(reader, name, page_size));
+                greeted.peer = opened.peer;
+                let name = format!("the return path from {}", greeted.peer);
+                greeted.reader = opened.reader.map(|reader| {
+                    let (reader, ear) = Attentive::new(reader);
+                    (FrameReader::new(reader, name, page_size), ear)
+                });
             }
         }
-        Ok(link)
+        Ok(greeted)
+    }
+}
+
+impl Link {
+    /// Starts the senders, and listens to what the destination says. Called on the caller's runtime.
+    pub(super) fn start(greeted: Greeted, settings: &SourceSettings, durable_rounds: bool, plane: &Handle) -> Self {
+        let Greeted { peer, writers, reader } = greeted;
+        let senders = Senders::start(writers, settings, durable_rounds, plane);
+        let (said, alive) = reader
+            .map(|(reader, ear)| {
+                let silence = Silence { role: "destination", peer: peer.clone(), limit: settings.peer_timeout };
+                let alive = Alive::start(senders.control[0].clone(), Vec::new, vec![ear], silence);
+                (Said::listen(reader), alive)
+            })
+            .unzip();
+        Self { peer, senders, said, alive }
     }
 
     /// Sends a message before the stages run.
     pub(super) async fn say(&mut self, message: &Message) -> Result<(), MigrationError> {
-        Ok(self.writers[0].write_all(&message.encode(0)).await?)
+        tokio::select! {
+            said = self.senders.say(message) => said,
+            silence = silenced(self.alive.as_ref()) => Err(MigrationError::Silent(silence)),
+        }
     }
 
     /// Waits for one message and demands that it is the one expected. A stream without a return path answers nothing.
     pub(super) async fn expect(&mut self, expected: fn(&Message) -> bool) -> Result<(), MigrationError> {
         let Some(said) = &mut self.said else { return Ok(()) };
-        match said.next().await? {
-            Some(Incoming::Message { message, .. }) if expected(&message) => Ok(()),
-            Some(Incoming::Message { message: Message::Refused(why), .. }) => {
-                Err(MigrationError::Refused { peer: "destination", why })
-            }
-            Some(Incoming::Message { message: Message::Abort(why), .. }) => {
-                Err(MigrationError::GivenUp { peer: "destination", why })
-            }
-            Some(Incoming::Message { message, .. }) => {
-                Err(MigrationError::Protocol(format!("{} came out of turn", message.kind().name())))
-            }
-            Some(Incoming::Pages(_)) => Err(MigrationError::Protocol("pages came on the return path".into())),
-            None => Err(MigrationError::Lost(format!("{} closed it while the migration was being agreed", self.peer))),
+        loop {
+            let message = tokio::select! {
+                biased;
+                message = said.next() => message,
+                silence = silenced(self.alive.as_ref()) => return Err(MigrationError::Silent(silence)),
+            };
+            return match message {
+                Ok(Message::Heartbeat(_)) => continue,
+                Ok(message) if expected(&message) => Ok(()),
+                Ok(Message::Refused(why)) => Err(MigrationError::Refused { peer: "destination", why }),
+                Ok(Message::Abort(why)) => Err(MigrationError::GivenUp { peer: "destination", why }),
+                Ok(other) => Err(MigrationError::Protocol(format!("{} came out of turn", other.kind().name()))),
+                Err(why) => Err(MigrationError::Lost(format!("while the migration was being agreed: {why}"))),
+            };
         }
+    }
+
+    /// Says the last word and ends the connections, within the time given.
+    pub(super) async fn close(mut self, last_word: Message, within: Duration) {
+        close(&mut self.senders.stages, &self.senders.control, Some(last_word), within).await;
+    }
+}
+
+/// What the destination says: a task reads it, since reading a frame must not be interrupted.
+pub(super) struct Said {
+    messages: Inlet<Result<Message, String>>,
+    is_over: bool,
+    _listening: AbortOnDropHandle<()>,
+}
+
+impl Said {
+    /// Reads the return path until it ends.
+    fn listen(mut reader: Reader) -> Self {
+        let (heard, messages) = bounded(16);
+        let listening = tokio::spawn(async move {
+            loop {
+                let item = match reader.next().await {
+                    Ok(Some(Incoming::Message { message, .. })) => Ok(message),
+                    Ok(Some(Incoming::Pages(_))) => Err("pages came on the return path".to_owned()),
+                    Ok(None) => Err("the destination closed it".to_owned()),
+                    Err(error) => Err(error.to_string()),
+                };
+                let over = item.is_err();
+                if heard.put(item).await.is_err() || over {
+                    return;
+                }
+            }
+        });
+        Self { messages, is_over: false, _listening: AbortOnDropHandle::new(listening) }
+    }
+
+    /// What comes next. The end of the return path is an error, and comes once. Safe to race in a `select!`.
+    pub(super) async fn next(&mut self) -> Result<Message, String> {
+        if self.is_over {
+            return std::future::pending().await;
+        }
+        let message = self.messages.next().await.unwrap_or_else(|| Err("its reader ended".into()));
+        self.is_over = message.is_err();
+        message
     }
 }

@@ -7,10 +7,14 @@
 //! | [`handshake`] | where the guest is, as pure state: messages in, decisions out |
 //! | `source_graph`, `destination_graph` | the stages, joined |
 //! | `link`, `session` | connections opened, greeted and gathered |
+//! | `turned_away` | strangers and broken peers, counted and told |
+//! | `senders` | what the source says, from Hello on |
+//! | `alive` | heartbeats, and the watch over a silent peer |
 //! | `arming` | the logs started, for a migration or for who only watches |
 //! | `bounds` | what a migration takes in memory |
 //! | `out_for_good` | the pages that never travel, for both ends |
 
+mod alive;
 pub(crate) mod arming;
 mod bounds;
 mod destination;
@@ -22,12 +26,14 @@ pub mod handshake;
 mod link;
 pub(crate) mod out_for_good;
 mod plane;
+mod senders;
 mod session;
 mod source;
 mod source_graph;
 mod speed;
 pub(crate) mod stage_set;
 mod state;
+mod turned_away;
 
 use std::ops::Range;
 use std::time::Duration;

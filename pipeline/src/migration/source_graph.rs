@@ -24,12 +24,11 @@ use memferry_stages::meter::{Meter, Reading};
 use memferry_stages::pool::BufferPool;
 use memferry_stages::queue::{Inlet, Outlet, bounded};
 use memferry_stages::scanner::{RoundScanned, ScanOrder, Scanner};
-use memferry_stages::sender::{Control, Sender, Sent};
-use memferry_stages::token_bucket::{Share, TokenBucket};
+use memferry_stages::sender::{Control, Sent};
+use memferry_stages::token_bucket::TokenBucket;
 use memferry_stages::zero_detector::ZeroDetector;
-use tokio::runtime::Handle;
 
-use super::link::Writer;
+use super::senders::{Senders, lanes_of};
 use super::stage_set::StageSet;
 use super::{blocking, bounds};
 use crate::settings::{EncoderSettings, OnMiss, SourceSettings};
@@ -42,9 +41,7 @@ pub(super) struct SourceParts {
     /// If there are pages that may not travel.
     pub(super) clears: Option<Arc<Clears>>,
     pub(super) untouched: Arc<DirtyBitmap>,
-    pub(super) writers: Vec<Writer>,
-    /// Is what was written made durable after each round (a file)?
-    pub(super) durable_rounds: bool,
+    pub(super) senders: Senders,
 }
 
 /// The running stages, and the ends of their queues that the controller holds.
@@ -72,32 +69,31 @@ pub(super) struct SourceGraph {
 }
 
 impl SourceGraph {
-    /// Builds, joins and starts the stages. They wait for the first order.
-    pub(super) fn start(parts: SourceParts, settings: &SourceSettings, plane: &Handle) -> Self {
+    /// Builds, joins and starts the stages before the senders. They wait for the first order.
+    pub(super) fn start(parts: SourceParts, settings: &SourceSettings) -> Self {
         let lane_map = LaneMap::new(settings.lanes, parts.memory.page_size());
         let (scan, scan_orders) = bounded(1);
         let (scanned_out, scanned) = bounded(1);
         let (sync, sync_orders) = bounded(1);
         let (synced_out, synced) = bounded(1);
-        let (sent_out, sent) = bounded(usize::from(settings.lanes) * 2);
+        let Senders { stages, control, bulk: connections, sent, meters, bucket } = parts.senders;
         let mut graph = Self {
-            stages: StageSet::new(plane),
+            stages,
             scan,
             scanned,
             sync,
             synced,
-            control: Vec::new(),
+            control,
             sent,
             in_flight: Arc::new(InFlight::new(parts.memory.layout(), lane_map)),
             kept: settings.encoder.xbzrle.as_ref().map(|_| Arc::new(DirtyBitmap::empty(parts.memory.layout()))),
-            meters: Vec::new(),
-            sender_meters: Vec::new(),
+            meters: meters.clone(),
+            sender_meters: meters,
             pools: Vec::new(),
-            bucket: Arc::new(settings.max_bandwidth.map_or_else(TokenBucket::unlimited, TokenBucket::new)),
+            bucket,
             caches: Vec::new(),
             sync_at_work: Arc::default(),
         };
-        let connections = graph.start_senders(parts.writers, settings, parts.durable_rounds, &sent_out);
         let lanes = graph.start_lanes(&parts.memory, &parts.logs, settings, &connections);
 
         let meter = graph.meter("scanner", None);
@@ -163,34 +159,6 @@ impl SourceGraph {
         Wire::new(sender, self.bucket.clone(), lanes_of(connection, settings), settings.lanes)
     }
 
-    fn start_senders(
-        &mut self,
-        writers: Vec<Writer>,
-        settings: &SourceSettings,
-        durable_rounds: bool,
-        sent: &Outlet<Sent>,
-    ) -> Vec<Outlet<Outgoing>> {
-        let count = settings.connections;
-        (0..count)
-            .zip(writers)
-            .map(|(connection, writer)| {
-                let lanes_here = lanes_of(connection, settings);
-                let share = Share::new(lanes_here, settings.lanes);
-                let lanes_here = usize::from(lanes_here);
-                let bucket = Some((self.bucket.clone(), share));
-                let (frames, bulk) = bounded(bounds::ENCODED * lanes_here);
-                let (control, control_frames) = bounded(bounds::CONTROL);
-                let meter = self.meter("sender", Some(connection));
-                let sender = Sender::new(connection, writer, bucket, durable_rounds, lanes_here, meter.clone());
-                let running = sender.run(control_frames, bulk, sent.clone());
-                self.stages.spawn(format!("sender {connection}"), running);
-                self.control.push(control);
-                self.sender_meters.push(meter);
-                frames
-            })
-            .collect()
-    }
-
     fn start_lanes(
         &mut self,
         memory: &GuestMemory,
@@ -225,12 +193,6 @@ impl SourceGraph {
             })
             .collect()
     }
-}
-
-/// How many lanes a connection carries.
-fn lanes_of(connection: u16, settings: &SourceSettings) -> u16 {
-    let lanes = (connection..settings.lanes).step_by(usize::from(settings.connections));
-    u16::try_from(lanes.count()).expect("some of the lanes")
 }
 
 /// How misses are encoded by this compressor.

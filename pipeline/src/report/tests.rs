@@ -7,7 +7,7 @@ use super::*;
 use crate::control::Change;
 use crate::controller::forecast::{FixedCost, Forecast};
 use crate::controller::{Decided, Decision};
-use crate::events::{BlockFacts, DowntimeParts, Event, Observer, Progress, Role};
+use crate::events::{BlockFacts, DowntimeParts, Event, Observer, Progress, Role, TurnedAwayKind};
 use memferry_stages::clears::Spared;
 use memferry_stages::tally::RoundTally;
 
@@ -139,7 +139,12 @@ pub(crate) fn every_event() -> Vec<Event> {
     events.push(Event::Spared(ended(Role::Source).spared));
     events.push(Event::Progress(progress));
     events.push(Event::Progress(Progress { round: 1, stages: Vec::new(), ..Progress::default() }));
-    events.push(Event::TurnedAway { peer: "10.0.0.9:1".into(), why: "no Hello\n".into() });
+    events.push(Event::TurnedAway {
+        kind: TurnedAwayKind::Stranger,
+        peer: "10.0.0.9:1".into(),
+        why: "no Hello\n".into(),
+        count: 1,
+    });
     events.push(Event::Warning("the guest cannot be throttled".into()));
     events.push(Event::Resumed);
     events.push(Event::Ended(ended(Role::Source)));

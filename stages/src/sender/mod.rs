@@ -10,9 +10,9 @@
 //! - Frames are never interleaved, and those of bulk keep their order. What waits is gathered, up to 1 MiB or 32 frames,
 //!   and goes out in one vectored write.
 //! - Bulk is bounded by the [`TokenBucket`], where there is one, to the byte.
-//! - Control goes ahead of queued bulk and outside the bandwidth cap. It comes between two frames, so it waits for the
-//!   rest of the frame that was begun; that rest goes at once, whatever the cap says, and is charged to the bucket
-//!   afterwards. So control waits for the transport to take one frame at most, and never for a small bandwidth.
+//! - Control goes ahead of queued bulk and does not wait for the bandwidth cap. It comes between two frames, so it waits for the
+//!   rest of the frame that was begun; that rest goes at once, whatever the cap says. Both are charged to the bucket
+//!   afterwards, so that the cap counts every byte that is written. So control waits for the transport to take one frame at most, and never for a small bandwidth.
 //! - A mark is reported after its frame's last byte was handed to the writer; with durable rounds, after a flush that
 //!   follows the last of the connection's lanes.
 //! - [`Control::Finish`] ends the stream at the end of a frame: what bulk is still queued is dropped, the writer is shut
@@ -215,6 +215,9 @@ impl<W: AsyncWrite + Unpin + Send> Sender<W> {
     async fn write_control(&mut self, frame: &Bytes) -> Result<(), Cause> {
         let write = self.writer.write_all(frame);
         pending(write, &self.stage.meter, Wait::Output).await.map_err(Cause::Transport)?;
+        if let Some((bucket, _)) = &self.bucket {
+            bucket.charge(frame.len());
+        }
         self.stage.meter.count(0, frame.len() as u64);
         Ok(())
     }

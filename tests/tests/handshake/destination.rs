@@ -18,14 +18,14 @@ use tokio_util::sync::CancellationToken;
 use crate::{LENGTH, block_on};
 
 /// How a destination ended.
-struct Received {
-    ended: Ended,
+pub(crate) struct Received {
+    pub(crate) ended: Ended,
     guest: Arc<TestGuest>,
     events: Vec<(Role, Event)>,
 }
 
 /// Runs a destination against whatever `play` does with a recorded stream and a connection; it is cut when `play` returns.
-fn receive_from(
+pub(crate) fn receive_from(
     guest: TestGuest,
     settings: DestinationSettings,
     play: impl AsyncFnOnce(Hand, Recording, CancellationToken),
@@ -53,7 +53,7 @@ fn receive_from(
 impl Received {
     /// Nothing was started; the error says all of `words`.
     #[track_caller]
-    fn stayed_off(&self, phase: Phase, words: &[&str]) {
+    pub(crate) fn stayed_off(&self, phase: Phase, words: &[&str]) {
         self.says(phase, words);
         assert!(!self.guest.was_told(Told::Start) && !self.guest.runs());
     }
@@ -75,7 +75,7 @@ impl Received {
 
 const LOADED: Option<Message> = Some(Message::Loaded { verified: true });
 
-async fn send_all(hand: &mut Hand, recording: &Recording) {
+pub(crate) async fn send_all(hand: &mut Hand, recording: &Recording) {
     hand.send(&recording.bytes()).await;
     assert_eq!(hand.hear().await, Some(Message::Accept(vec![])));
     assert_eq!(hand.hear().await, Some(Message::Ready));

@@ -3,6 +3,7 @@
 
 mod cancel;
 mod destination;
+mod silence;
 mod source;
 
 use std::time::Duration;

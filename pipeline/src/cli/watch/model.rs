@@ -134,8 +134,8 @@ impl End {
             EventJson::Decided(decided) => self.decided(ms, &decided.decision),
             EventJson::Changed(changed) => self.changed(ms, changed),
             EventJson::Warning { what } => self.remark(ms, RemarkKind::Warning, what.clone()),
-            EventJson::TurnedAway { peer, why } => {
-                self.remark(ms, RemarkKind::Warning, words::turned_away(peer, why));
+            EventJson::TurnedAway { peer, why, count, .. } => {
+                self.remark(ms, RemarkKind::Warning, words::turned_away(peer, why, *count));
             }
             EventJson::Progress(now) => self.progress(ms, now),
             EventJson::Ended(ended) => self.end(ended),

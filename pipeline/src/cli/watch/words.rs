@@ -117,7 +117,7 @@ fn milestone(event: &EventJson) -> Option<String> {
         EventJson::Decided(decided) => decided.decision.why.clone(),
         EventJson::Changed(changed) => change(changed),
         EventJson::HandedOver => "handed over: a cancel is too late".into(),
-        EventJson::TurnedAway { peer, why } => turned_away(peer, why),
+        EventJson::TurnedAway { peer, why, count, .. } => turned_away(peer, why, *count),
         EventJson::Warning { what } => format!("warning: {what}"),
         EventJson::Paused => "the guest is paused at the source".into(),
         EventJson::Resumed => "the guest goes on at the source".into(),
@@ -131,9 +131,12 @@ fn milestone(event: &EventJson) -> Option<String> {
     })
 }
 
-/// A stranger or a broken peer, that was refused.
-pub(super) fn turned_away(peer: &str, why: &str) -> String {
-    format!("turned {peer} away: {why}")
+/// Strangers or broken peers, that were refused.
+pub(super) fn turned_away(peer: &str, why: &str, count: u64) -> String {
+    match count {
+        1 => format!("turned {peer} away: {why}"),
+        _ => format!("turned {count} more away, the last of them {peer}: {why}"),
+    }
 }
 
 /// A setting that was changed, by whoever controls the migration.

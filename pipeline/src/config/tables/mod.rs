@@ -147,7 +147,7 @@ pub struct MigrationTable {
     pub downtime_limit: Time,
     /// What no switchover may take by the forecast, whatever asks for it.
     pub max_downtime: Deadline,
-    /// Bytes a second on the wire, all connections together.
+    /// Bytes a second that are written, all connections together, headers of the network not counted.
     pub max_bandwidth: Bandwidth,
     /// The same while the guest stands still; as `max_bandwidth` where it is not given.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -171,6 +171,8 @@ pub struct MigrationTable {
     pub max_state: Size,
     /// How long the last handshake may take, and how long the peer may take nothing or leave a question unanswered.
     pub handover_timeout: Time,
+    /// How long the peer may be silent, at both ends, where the destination answers.
+    pub peer_timeout: Time,
 }
 
 /// What happens to a migration that does not converge.
@@ -280,6 +282,7 @@ impl Default for MigrationTable {
             hello_timeout: seconds(10),
             max_state: Size(MAX_STATE_BYTES),
             handover_timeout: seconds(30),
+            peer_timeout: seconds(30),
         }
     }
 }

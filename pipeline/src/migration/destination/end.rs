@@ -5,19 +5,18 @@ use memferry_stages::meter::Reading;
 use memferry_stages::wire::Message;
 
 use super::Destination;
+use super::answers::Answers;
 use super::flow::Flow;
-use super::setup::say;
 use crate::events::{Ended, Event, Phase};
+use crate::migration::bounds;
 use crate::migration::error::MigrationError;
-use crate::migration::link::Writer;
-use crate::migration::{FAREWELL, bounds};
 
 impl Destination {
     /// Whatever happened: the source is told, and it is reported.
     pub(super) async fn conclude(
         self,
         result: Result<(), MigrationError>,
-        answer: Option<Writer>,
+        answers: Option<Answers>,
         flow: Option<Flow>,
     ) -> Ended {
         let (result, flow) = match (result, flow) {
@@ -27,11 +26,16 @@ impl Destination {
             }
             other => other,
         };
+        self.turned_away.finish();
         let farewell = self.farewell(&result);
         let (wire_bytes, memory_peak, stages) = flow.as_ref().map(|flow| self.figures(flow)).unwrap_or_default();
         match flow {
             Some(flow) => flow.close(farewell).await,
-            None => close_early(answer, farewell).await,
+            None => {
+                if let Some(answers) = answers {
+                    answers.close(farewell).await;
+                }
+            }
         }
         let (phase, error) = match result {
             Ok(()) => (Phase::Completed, None),
@@ -83,17 +87,4 @@ impl Destination {
             Err(error) => Some(Message::Abort(error.to_string())),
         }
     }
-}
-
-async fn close_early(mut answer: Option<Writer>, last_word: Option<Message>) {
-    use tokio::io::AsyncWriteExt;
-    let Some(message) = last_word else { return };
-    let closing = async {
-        say(&mut answer, &message).await?;
-        if let Some(writer) = &mut answer {
-            writer.shutdown().await?;
-        }
-        Ok::<(), MigrationError>(())
-    };
-    drop(tokio::time::timeout(FAREWELL, closing).await);
 }

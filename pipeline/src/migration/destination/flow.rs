@@ -4,6 +4,7 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use memferry_stages::loader::Loaded;
+use memferry_stages::queue::Outlet;
 use memferry_stages::sender::Control;
 use memferry_stages::wire::Message;
 use memferry_stages::wire::messages::Progress as Acknowledged;
@@ -11,13 +12,17 @@ use tokio::time::Interval;
 use tokio_util::sync::CancellationToken;
 
 use crate::migration::FAREWELL;
+use crate::migration::alive::{Alive, silenced};
 use crate::migration::destination_graph::{ANSWERS, DestinationGraph};
 use crate::migration::digests::LeftOut;
 use crate::migration::error::MigrationError;
 use crate::migration::speed::Speed;
+use crate::migration::stage_set::StageSet;
 
 /// The running destination, as its controller sees it.
 pub(super) struct Flow {
+    /// Where there is a return path.
+    pub(super) alive: Option<Alive>,
     pub(super) graph: DestinationGraph,
     pub(super) cancel: CancellationToken,
     pub(super) ticks: Interval,
@@ -60,6 +65,7 @@ impl Flow {
                         return Ok(Signal::StreamEnded);
                     }
                 }
+                silence = silenced(self.alive.as_ref()) => return Err(MigrationError::Silent(silence)),
                 _ = self.ticks.tick() => return Ok(Signal::Tick),
             }
         }
@@ -90,8 +96,7 @@ impl Flow {
                 self.say(&message).await?;
             }
             if let Some(answer) = self.graph.answer.take() {
-                answer.put(Control::Finish).await.ok();
-                while self.graph.stages.next_end().await.name != ANSWERS {}
+                finish(&answer, &mut self.graph.stages).await;
             }
             Ok::<(), MigrationError>(())
         };
@@ -104,6 +109,12 @@ impl Flow {
     pub(super) fn wire_bytes(&self) -> u64 {
         self.graph.receiver_meters.iter().map(|meter| meter.bytes()).sum()
     }
+}
+
+/// Ends the return path behind what was handed to it.
+pub(super) async fn finish(answer: &Outlet<Control>, stages: &mut StageSet) {
+    answer.put(Control::Finish).await.ok();
+    while stages.next_end().await.name != ANSWERS {}
 }
 
 pub(super) fn ended_early() -> MigrationError {

@@ -10,6 +10,7 @@ use super::Destination;
 use super::flow::{Flow, Signal};
 use crate::events::Event;
 use crate::guest::GuestState;
+use crate::migration::alive::silenced;
 use crate::migration::digests::{Digests, Pending};
 use crate::migration::error::MigrationError;
 use crate::migration::handshake::{DestinationStep, Happening, awaiting_go};
@@ -38,6 +39,7 @@ impl Destination {
         let ours = tokio::select! {
             biased;
             () = self.cancel.cancelled() => return Err(MigrationError::Cancelled),
+            silence = silenced(flow.alive.as_ref()) => return Err(MigrationError::Silent(silence)),
             ours = ours => ours?,
         };
         let differs = theirs.first_difference(memory.layout(), &ours);
@@ -73,6 +75,7 @@ impl Destination {
                 Ok(Ok(Signal::StreamEnded)) => Happening::Lost("the source closed it".into()),
                 Ok(Ok(Signal::Loaded(_) | Signal::Tick)) => continue,
                 Ok(Err(MigrationError::Cancelled)) => Happening::Cancel,
+                Ok(Err(MigrationError::Silent(silence))) => Happening::Lost(silence.to_string()),
                 Ok(Err(error)) => Happening::Broke(error.to_string()),
             };
             match awaiting_go(happening) {

@@ -6,6 +6,7 @@
 //!                                                                              runs here, and the source is told why
 //! ```
 
+mod answers;
 mod end;
 mod flow;
 mod handover;
@@ -20,14 +21,16 @@ use memferry_transports::Listener;
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
+use super::alive::check_peer_timeout;
 use super::error::{MigrationError, guarded};
-use super::link::Writer;
 use super::plane::DataPlane;
 use super::state::Room;
+use super::turned_away::TurnedAways;
 use crate::control::Control;
 use crate::events::{DowntimeParts, Ended, Event, Observers, Phase};
 use crate::guest::Guest;
 use crate::settings::DestinationSettings;
+use answers::Answers;
 use flow::Flow;
 
 /// Receives a guest from whoever connects to `listener`, and returns when it is decided whether it runs here.
@@ -49,9 +52,9 @@ pub async fn receive(
 
 async fn run(mut destination: Destination, plane: &DataPlane, listener: Box<dyn Listener>) -> Ended {
     destination.observers.tell(&Event::Phase(Phase::Setup));
-    let (mut answer, mut flow) = (None, None);
-    let result = guarded(destination.migrate(plane, listener, &mut answer, &mut flow)).await;
-    destination.conclude(result, answer, flow).await
+    let (mut answers, mut flow) = (None, None);
+    let result = guarded(destination.migrate(plane, listener, &mut answers, &mut flow)).await;
+    destination.conclude(result, answers, flow).await
 }
 
 struct Destination {
@@ -67,6 +70,7 @@ struct Destination {
     state_room: Room,
     parts: DowntimeParts,
     verified: Option<bool>,
+    turned_away: Arc<TurnedAways>,
     /// Was the start begun? From here on nothing can be refused.
     start_begun: bool,
 }
@@ -84,6 +88,7 @@ impl Destination {
             guest,
             settings,
             plane,
+            turned_away: Arc::new(TurnedAways::new(observers.clone())),
             observers,
             cancel,
             started: Instant::now(),
@@ -101,14 +106,19 @@ impl Destination {
         &mut self,
         plane: &DataPlane,
         listener: Box<dyn Listener>,
-        answer: &mut Option<Writer>,
+        answers: &mut Option<Answers>,
         running: &mut Option<Flow>,
     ) -> Result<(), MigrationError> {
+        check_peer_timeout(self.settings.peer_timeout)?;
         let cancel = self.cancel.clone();
         let setup = async {
             let mut session = self.gather(plane, listener).await?;
-            *answer = session.answer.take();
-            let (memory, out_for_good) = self.agree(&mut session, answer).await?;
+            self.turned_away.finish();
+            *answers = session.answer.take().map(|writer| {
+                let (peer, ears) = (session.peer.clone(), session.ears.clone());
+                Answers::start(writer, peer, ears, self.settings.peer_timeout, &self.plane)
+            });
+            let (memory, out_for_good) = self.agree(&mut session, answers.as_ref()).await?;
             Ok::<_, MigrationError>((session, memory, out_for_good))
         };
         let (session, memory, out_for_good) = tokio::select! {
@@ -116,8 +126,8 @@ impl Destination {
             () = cancel.cancelled() => return Err(MigrationError::Cancelled),
             ready = setup => ready?,
         };
-        let stored = answer.is_none();
-        let flow = running.insert(self.start_stages(session, &memory, out_for_good, answer.take()));
+        let stored = answers.is_none();
+        let flow = running.insert(self.start_stages(session, &memory, out_for_good, answers.take()));
 
         let arrival = self.load(flow, &memory).await?;
         let run_state = arrival.end.expect("loading ends with it").0;

@@ -13,17 +13,19 @@ use memferry_transports::Listener;
 use tokio::time::MissedTickBehavior;
 
 use super::Destination;
+use super::answers::{Answers, say};
 use super::flow::{Flow, ended_early};
 use crate::events::{Event, Phase};
 use crate::guest::{GuestError, GuestState};
+use crate::migration::alive::silenced;
 use crate::migration::destination_graph::DestinationGraph;
 use crate::migration::digests::LeftOut;
 use crate::migration::error::MigrationError;
-use crate::migration::link::Writer;
 use crate::migration::out_for_good::out_for_good;
 use crate::migration::plane::DataPlane;
 use crate::migration::session::Session;
 use crate::migration::speed::Speed;
+use crate::migration::stage_set::StageSet;
 use crate::migration::state::{Assembly, Room};
 use crate::migration::{block_facts, blocking, bounds, built_otherwise};
 
@@ -36,22 +38,24 @@ impl Destination {
         plane: &DataPlane,
         listener: Box<dyn Listener>,
     ) -> Result<Session, MigrationError> {
-        let gathering = Session::gather(listener, self.settings.clone(), self.observers.clone());
-        plane.run(gathering).await
+        plane.run(Session::gather(listener, self.settings.clone(), self.turned_away.clone())).await
     }
 
     /// Accepts the stream, learns what the guest is like and builds the machine for it.
     pub(super) async fn agree(
         &mut self,
         session: &mut Session,
-        answer: &mut Option<Writer>,
+        answers: Option<&Answers>,
     ) -> Result<(GuestMemory, LeftOut), MigrationError> {
         self.observers.tell(&Event::Connected { peer: session.peer.clone() });
-        say(answer, &Message::Accept(Vec::new())).await?;
-        let (blocks, setup) =
-            tokio::time::timeout(self.settings.handover_timeout, read_setup(session, &mut self.state_room))
-                .await
-                .map_err(|_| MigrationError::TimedOut("the source did not describe its guest in time".into()))??;
+        say(answers, &Message::Accept(Vec::new())).await?;
+        let reading = read_setup(session, &mut self.state_room);
+        let described = tokio::select! {
+            described = tokio::time::timeout(self.settings.handover_timeout, reading) => described,
+            silence = silenced(answers.map(|answers| &answers.alive)) => return Err(MigrationError::Silent(silence)),
+        };
+        let (blocks, setup) = described
+            .map_err(|_| MigrationError::TimedOut("the source did not describe its guest in time".into()))??;
         if !session.features.ignored_blocks && blocks.iter().any(|block| block.ignored) {
             return Err(MigrationError::Protocol("blocks are ignored, and that was not agreed".into()));
         }
@@ -85,7 +89,7 @@ impl Destination {
                 self.settings.max_state_bytes,
             ),
         });
-        say(answer, &Message::Ready).await?;
+        say(answers, &Message::Ready).await?;
         Ok((memory, out_for_good))
     }
 
@@ -94,16 +98,21 @@ impl Destination {
         session: Session,
         memory: &GuestMemory,
         out_for_good: LeftOut,
-        answer: Option<Writer>,
+        answers: Option<Answers>,
     ) -> Flow {
         let Session { hello, features, readers, .. } = session;
         let mut ticks = tokio::time::interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let stages_left = readers.len() + usize::from(hello.lanes);
-        let graph = DestinationGraph::start(memory, &hello, features, readers, answer, &self.plane);
+        let (stages, answer, alive) = match answers {
+            Some(Answers { stages, outlet, alive }) => (stages, Some(outlet), Some(alive)),
+            None => (StageSet::new(&self.plane), None, None),
+        };
+        let graph = DestinationGraph::start(memory, &hello, features, readers, stages, answer);
         self.setup = self.started.elapsed();
         self.observers.tell(&Event::Phase(Phase::Active));
         Flow {
+            alive,
             graph,
             cancel: self.cancel.clone(),
             ticks,
@@ -129,6 +138,7 @@ async fn read_setup(session: &mut Session, room: &mut Room) -> Result<(Vec<Block
                 *room = setup.room();
             }
             Some(Incoming::Message { message: Message::Blocks(blocks), .. }) => return Ok((blocks, setup.finish()?)),
+            Some(Incoming::Message { message: Message::Heartbeat(_), .. }) => {}
             Some(Incoming::Message { message: Message::Abort(why), .. }) => {
                 return Err(MigrationError::GivenUp { peer: "source", why });
             }
@@ -148,12 +158,4 @@ fn check_ignored(came: &[BlockInfo], own: &Layout) -> Result<(), GuestError> {
     let (there, here) =
         if came.ignored { ("ignored, and so not sent", "does not share it") } else { ("sent", "shares it already") };
     Err(GuestError(format!("block {:?} is {there}, and the guest here {here}", came.id)))
-}
-
-pub(super) async fn say(answer: &mut Option<Writer>, message: &Message) -> Result<(), MigrationError> {
-    use tokio::io::AsyncWriteExt;
-    if let Some(writer) = answer {
-        writer.write_all(&message.encode(0)).await?;
-    }
-    Ok(())
 }

@@ -65,8 +65,10 @@ impl Source {
                 Ok(()) => None,
                 Err(error) => Some(Happening::Broke(error.to_string())),
             },
+            Signal::Said(Message::Heartbeat(_)) => None,
             Signal::Said(message) => Some(Happening::Said(message)),
             Signal::Lost(why) => Some(Happening::Lost(why)),
+            Signal::Silent(silence) => Some(Happening::Lost(silence.to_string())),
             Signal::Broke(failure) => Some(match flow.last_words(failure).await {
                 Ok(words) => Happening::Said(words),
                 Err(cause) => Happening::Broke(cause.to_string()),

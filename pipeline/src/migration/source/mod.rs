@@ -23,9 +23,9 @@ use memferry_stages::dirty_log::DirtyLog;
 use memferry_stages::geometry::Layout;
 use memferry_stages::memory::GuestMemory;
 use memferry_transports::Transport;
-use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
+use super::alive::check_peer_timeout;
 use super::bounds;
 use super::digests::LeftOut;
 use super::error::{MigrationError, guarded};
@@ -60,7 +60,7 @@ pub async fn send(
     observers: Observers,
     control: impl Into<Control>,
 ) -> Ended {
-    let source = Source::new(guest, transport, settings, plane.handle().clone(), &observers, &control.into());
+    let source = Source::new(guest, transport, settings, &observers, &control.into());
     run(source, plane).await
 }
 
@@ -86,7 +86,6 @@ struct Source {
     was: RunState,
     transport: Arc<dyn Transport>,
     settings: SourceSettings,
-    plane: Handle,
     observers: Observers,
     cancel: CancellationToken,
     /// Until the stages run, which is when the flow has them.
@@ -132,7 +131,6 @@ impl Source {
         guest: Arc<dyn Guest>,
         transport: Arc<dyn Transport>,
         mut settings: SourceSettings,
-        plane: Handle,
         observers: &Observers,
         control: &Control,
     ) -> Self {
@@ -153,7 +151,6 @@ impl Source {
             memory,
             transport,
             settings,
-            plane,
             observers,
             cancel: control.token(),
             requests: Some(requests),
@@ -183,6 +180,7 @@ impl Source {
 
     /// The migration as the list of its phases.
     async fn migrate(&mut self, plane: &DataPlane, running: &mut Option<Flow>) -> Result<Verdict, MigrationError> {
+        check_peer_timeout(self.settings.peer_timeout)?;
         bounds::check_source(self.bound(), self.layout(), &self.settings)?;
         let link = self.reach(plane).await?;
         // A cancel waits for this: a log that is being started cannot be stopped.

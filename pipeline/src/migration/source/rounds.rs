@@ -162,16 +162,25 @@ impl Source {
         }
     }
 
-    /// Waits for one signal: failures become errors, and what concerns every phase is done here. What is left is the phase's.
+    /// Waits for one signal and acts on it.
     pub(super) async fn attend(&mut self, flow: &mut Flow) -> Result<Option<Signal>, MigrationError> {
-        match flow.next().await {
+        let signal = flow.next().await;
+        self.act_on(flow, signal).await
+    }
+
+    /// Failures become errors, and what concerns every phase is done here. What is left is the phase's.
+    pub(super) async fn act_on(&mut self, flow: &mut Flow, signal: Signal) -> Result<Option<Signal>, MigrationError> {
+        match signal {
             Signal::Cancel => Err(MigrationError::Cancelled),
             Signal::Asked(request) => self.answer(Some(flow), request).await.map(|()| None),
             Signal::Said(Message::Progress(acknowledged)) => self.acknowledge(flow, &acknowledged).map(|()| None),
+            // What the destination reports of itself: nothing is done with it.
+            Signal::Said(Message::Heartbeat(_)) => Ok(None),
             Signal::Said(Message::Refused(why)) => Err(MigrationError::Refused { peer: "destination", why }),
             Signal::Said(Message::Abort(why)) => Err(MigrationError::GivenUp { peer: "destination", why }),
             Signal::Said(other) => Err(MigrationError::Protocol(format!("{} came out of turn", other.kind().name()))),
             Signal::Lost(why) => Err(MigrationError::Lost(why)),
+            Signal::Silent(silence) => Err(MigrationError::Silent(silence)),
             Signal::Broke(failure) => Err(flow.explain(failure).await),
             Signal::StageDone(_) => Ok(None),
             Signal::Tick => self.tick(flow).await.map(|()| None),
@@ -257,6 +266,6 @@ impl Source {
     }
 }
 
-fn unexpected(signal: &Signal) -> MigrationError {
+pub(super) fn unexpected(signal: &Signal) -> MigrationError {
     MigrationError::Protocol(format!("{signal:?} came out of turn"))
 }

@@ -16,7 +16,7 @@ use crate::guest::Guest;
 use crate::migration::arming::{Armed, arm};
 use crate::migration::error::MigrationError;
 use crate::migration::flow::{Flow, asked};
-use crate::migration::link::{Link, features};
+use crate::migration::link::{Greeted, Link, features};
 use crate::migration::plane::DataPlane;
 use crate::migration::source_graph::{SourceGraph, SourceParts};
 use crate::migration::state::Room;
@@ -38,7 +38,10 @@ impl Introduction {
     async fn connect(&self, plane: &DataPlane) -> Result<Link, MigrationError> {
         let (transport, settings) = (self.transport.clone(), self.settings.clone());
         let (page_size, features) = (self.memory.page_size(), self.features);
-        plane.run(async move { Link::open(transport, settings, page_size, features).await }).await
+        let opening = async move { Greeted::open(transport, settings, page_size, features).await };
+        let greeted = plane.run(opening).await?;
+        // A limit on bandwidth that was set meanwhile is put in force when the stages start.
+        Ok(Link::start(greeted, &self.settings, self.transport.capabilities().stored, plane.handle()))
     }
 
     /// The destination accepts the stream, builds its machine and is ready for pages, before any is sent. Returns how long a
@@ -113,11 +116,9 @@ impl Source {
     }
 
     /// Tells the destination why nothing will come, while there are no stages that would.
-    pub(super) async fn take_leave(&self, mut link: Link, why: &MigrationError) {
+    pub(super) async fn take_leave(&self, link: Link, why: &MigrationError) {
         if self.transport.capabilities().return_path {
-            let words = Message::Abort(why.to_string());
-            // A peer that is gone or does not read needs no farewell.
-            drop(tokio::time::timeout(FAREWELL, link.say(&words)).await);
+            link.close(Message::Abort(why.to_string()), FAREWELL).await;
         }
     }
 
@@ -161,12 +162,12 @@ impl Source {
             bitmap,
             clears: self.clears.clone(),
             untouched,
-            writers: link.writers,
-            durable_rounds: self.transport.capabilities().stored,
+            senders: link.senders,
         };
-        let graph = SourceGraph::start(parts, &self.settings, &self.plane);
+        let graph = SourceGraph::start(parts, &self.settings);
+        graph.set_bandwidth(self.bandwidth());
         self.setup = self.started.elapsed();
         self.tell_phase(Phase::Active);
-        Flow::new(graph, link.said, self.cancel.clone(), self.requests.take())
+        Flow::new(graph, link.said, link.alive, self.cancel.clone(), self.requests.take())
     }
 }

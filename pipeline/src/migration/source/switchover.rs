@@ -1,5 +1,6 @@
 //! Switchover: the guest stands still, and the rest is sent.
 
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -8,8 +9,10 @@ use memferry_stages::wire::Message;
 use memferry_stages::wire::messages::{RunState, StatePhase};
 
 use super::Source;
+use super::rounds::unexpected;
 use crate::events::{Event, Phase};
 use crate::guest::GuestState;
+use crate::migration::alive::silenced;
 use crate::migration::error::MigrationError;
 use crate::migration::flow::Flow;
 use crate::migration::{blocking, digests, state};
@@ -100,6 +103,7 @@ impl Source {
         let said = tokio::select! {
             biased;
             () = self.cancel.cancelled() => return Err(MigrationError::Cancelled),
+            silence = silenced(flow.alive.as_ref()) => return Err(MigrationError::Silent(silence)),
             said = tokio::time::timeout(self.settings.handover_timeout, flow.say(message)) => said,
         };
         match said {
@@ -121,10 +125,16 @@ impl Source {
 
     async fn say_digests(&mut self, flow: &mut Flow, digests: digests::Pending) -> Result<(), MigrationError> {
         let began = Instant::now();
-        let digests = tokio::select! {
-            biased;
-            () = self.cancel.cancelled() => return Err(MigrationError::Cancelled),
-            digests = digests.finish() => digests.map_err(MigrationError::Digest)?,
+        let mut digests = pin!(digests.finish());
+        let digests = loop {
+            let signal = tokio::select! {
+                biased;
+                digests = &mut digests => break digests.map_err(MigrationError::Digest)?,
+                signal = flow.next() => signal,
+            };
+            if let Some(signal) = self.act_on(flow, signal).await? {
+                return Err(unexpected(&signal));
+            }
         };
         for message in digests.messages() {
             self.say(flow, &message).await?;

@@ -135,12 +135,16 @@ pub enum EventJson {
     Changed(ChangedJson),
     /// Figures on the way.
     Progress(ProgressJson),
-    /// A stranger or a broken peer was turned away.
+    /// Strangers or broken peers of a kind were turned away.
     TurnedAway {
-        /// Who.
+        /// What kind of reason there was.
+        kind: String,
+        /// Who; of several the last.
         peer: String,
-        /// Why.
+        /// Why; of several the last.
         why: String,
+        /// How many, since the event before this one of the kind.
+        count: u64,
     },
     /// Something the operator should know.
     Warning {
@@ -350,7 +354,9 @@ impl From<&Event> for EventJson {
             Event::Spared(so_far) => Self::Spared(spared(*so_far)),
             Event::Decided(decided) => Self::Decided(decided.into()),
             Event::Progress(progress) => Self::Progress(progress.into()),
-            Event::TurnedAway { peer, why } => Self::TurnedAway { peer: peer.clone(), why: why.clone() },
+            Event::TurnedAway { kind, peer, why, count } => {
+                Self::TurnedAway { kind: kind.name().to_owned(), peer: peer.clone(), why: why.clone(), count: *count }
+            }
             Event::Warning(what) => Self::Warning { what: what.clone() },
             Event::Changed(changed) => {
                 Self::Changed(ChangedJson { change: change(changed), memory_bound_bytes: changed.memory_bound })

@@ -7,7 +7,7 @@ use roxmltree::{Document, Node};
 use super::*;
 use crate::control::{Change, Changed};
 use crate::controller::Decision;
-use crate::events::{BlockFacts, Ended, Event, Progress, Role};
+use crate::events::{BlockFacts, Ended, Event, Progress, Role, TurnedAwayKind};
 use crate::report::Frame;
 use crate::report::series::Series;
 use crate::report::tests::{ended, script};
@@ -427,7 +427,9 @@ fn what_comes_from_outside_stays_text() {
     account.blocks.push(BlockFacts { id: evil.into(), bytes: 4096, page_size: 4096 });
     account.decided[0].why = evil.into();
     account.enter(&Event::Warning(evil.into()), Duration::from_secs(1));
-    account.enter(&Event::TurnedAway { peer: evil.into(), why: evil.into() }, Duration::from_secs(1));
+    let kind = TurnedAwayKind::Stranger;
+    let away = Event::TurnedAway { kind, peer: evil.into(), why: evil.into(), count: 1 };
+    account.enter(&away, Duration::from_secs(1));
     scene.configuration = evil.into();
     let page = scene.page();
     is_sound(&page);
@@ -443,7 +445,8 @@ fn what_comes_from_outside_stays_text() {
 fn notices_are_bounded() {
     let mut scene = Scene::new("recv");
     for _ in 0..250 {
-        scene.account.enter(&Event::TurnedAway { peer: "stranger".into(), why: "no Hello".into() }, Duration::ZERO);
+        let (kind, peer, why) = (TurnedAwayKind::Stranger, "stranger".into(), "no Hello".into());
+        scene.account.enter(&Event::TurnedAway { kind, peer, why, count: 1 }, Duration::ZERO);
     }
     let page = scene.page();
     assert_eq!(page.matches("stranger was turned away: no Hello").count(), 100);

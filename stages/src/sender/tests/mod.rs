@@ -268,6 +268,20 @@ async fn bulk_is_held_to_the_cap_and_control_is_not() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn control_is_charged_to_the_cap() {
+    let wire = Wire::open();
+    let running = start_with(&wire, 4, Vec::new(), Some(Arc::new(TokenBucket::new(4096))), None).await;
+    running.control.put(Control::Frame(vec![b'!'; 8192].into())).await.unwrap();
+    settle().await;
+    running.bulk.put(frame(b'a', 4096)).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(1900)).await;
+    assert_eq!(written(&wire), [(b'!', 8192)]);
+    tokio::time::sleep(Duration::from_millis(1200)).await;
+    assert_eq!(written(&wire), [(b'!', 8192), (b'a', 4096)]);
+    running.finish().await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_cap_that_is_set_in_the_middle_holds_from_the_next_write_on() {
     let bucket = Arc::new(TokenBucket::unlimited());
     let wire = Wire::stalling(1000);

@@ -1,0 +1,66 @@
+//! The return path, from Accept on: what is said goes through the stage that sends answers, and heartbeats with it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use memferry_stages::meter::Meter;
+use memferry_stages::queue::{Outlet, bounded};
+use memferry_stages::sender::{Control, Sender};
+use memferry_stages::silence::Ear;
+use memferry_stages::wire::Message;
+use memferry_stages::wire::messages::Figure;
+use tokio::runtime::Handle;
+
+use super::flow::finish;
+use crate::migration::alive::{Alive, Silence};
+use crate::migration::destination_graph::ANSWERS;
+use crate::migration::error::MigrationError;
+use crate::migration::link::Writer;
+use crate::migration::stage_set::StageSet;
+use crate::migration::{FAREWELL, bounds};
+
+/// The return path before the other stages run.
+pub(super) struct Answers {
+    pub(super) stages: StageSet,
+    pub(super) outlet: Outlet<Control>,
+    pub(super) alive: Alive,
+}
+
+impl Answers {
+    /// Starts the stage: a sender without bulk. The peer is `source`, heard with `ears`.
+    pub(super) fn start(writer: Writer, source: String, ears: Vec<Arc<Ear>>, limit: Duration, plane: &Handle) -> Self {
+        let mut stages = StageSet::new(plane);
+        let (outlet, frames) = bounded(bounds::CONTROL);
+        let (_, no_bulk) = bounded(1);
+        let (sent, _) = bounded(1);
+        let sender = Sender::new(0, writer, None, false, 0, Meter::start(ANSWERS, None));
+        stages.spawn(ANSWERS, sender.run(frames, no_bulk, sent));
+        let silence = Silence { role: "source", peer: source, limit };
+        let alive = Alive::start(outlet.clone(), figures, ears, silence);
+        Self { stages, outlet, alive }
+    }
+
+    /// Says the last word and ends the return path, within [`FAREWELL`].
+    pub(super) async fn close(mut self, last_word: Option<Message>) {
+        let Some(message) = last_word else { return };
+        let closing = async {
+            say(Some(&self), &message).await?;
+            finish(&self.outlet, &mut self.stages).await;
+            Ok::<(), MigrationError>(())
+        };
+        // A source that is gone or does not read needs no farewell.
+        drop(tokio::time::timeout(FAREWELL, closing).await);
+    }
+}
+
+/// What this end reports of itself to the source, with each heartbeat.
+fn figures() -> Vec<Figure> {
+    Vec::new()
+}
+
+/// Sends a message to the source, if there is a return path.
+pub(super) async fn say(answers: Option<&Answers>, message: &Message) -> Result<(), MigrationError> {
+    let Some(answers) = answers else { return Ok(()) };
+    let said = answers.outlet.put(Control::Frame(message.encode(0))).await;
+    said.map_err(|_| MigrationError::Lost("the return path is closed".into()))
+}

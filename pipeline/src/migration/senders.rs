@@ -1,0 +1,101 @@
+//! The source's senders, one for each connection: they run from Hello on, so that whatever is said goes through them.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use memferry_stages::encoder::Outgoing;
+use memferry_stages::meter::Meter;
+use memferry_stages::queue::{Inlet, Outlet, bounded};
+use memferry_stages::sender::{Control, Sender, Sent};
+use memferry_stages::token_bucket::{Share, TokenBucket};
+use memferry_stages::wire::Message;
+use tokio::runtime::Handle;
+
+use super::bounds;
+use super::error::MigrationError;
+use super::link::Writer;
+use super::stage_set::StageSet;
+use crate::settings::SourceSettings;
+
+/// The running senders, and the ends of their queues.
+pub(super) struct Senders {
+    /// They alone, until other stages join them.
+    pub(super) stages: StageSet,
+    /// Control frames, one queue for each connection.
+    pub(super) control: Vec<Outlet<Control>>,
+    /// Frames of pages, one queue for each connection.
+    pub(super) bulk: Vec<Outlet<Outgoing>>,
+    pub(super) sent: Inlet<Sent>,
+    pub(super) meters: Vec<Arc<Meter>>,
+    /// The cap on bandwidth.
+    pub(super) bucket: Arc<TokenBucket>,
+}
+
+impl Senders {
+    /// Starts one for each of `writers`. With `durable_rounds` (a file) what was written is made durable after each round.
+    pub(super) fn start(writers: Vec<Writer>, settings: &SourceSettings, durable_rounds: bool, plane: &Handle) -> Self {
+        let (sent_out, sent) = bounded(usize::from(settings.lanes) * 2);
+        let bucket = Arc::new(settings.max_bandwidth.map_or_else(TokenBucket::unlimited, TokenBucket::new));
+        let (control, bulk, meters) = (Vec::new(), Vec::new(), Vec::new());
+        let mut senders = Self { stages: StageSet::new(plane), control, bulk, sent, meters, bucket };
+        let most = settings.lanes.div_ceil(settings.connections);
+        for (connection, writer) in (0..settings.connections).zip(writers) {
+            let lanes_here = lanes_of(connection, settings);
+            let share = Share::new(lanes_here, settings.lanes, most);
+            let lanes_here = usize::from(lanes_here);
+            let bucket = Some((senders.bucket.clone(), share));
+            let (frames, bulk) = bounded(bounds::ENCODED * lanes_here);
+            let (control, control_frames) = bounded(bounds::CONTROL);
+            let meter = Meter::start("sender", Some(connection));
+            let sender = Sender::new(connection, writer, bucket, durable_rounds, lanes_here, meter.clone());
+            let running = sender.run(control_frames, bulk, sent_out.clone());
+            senders.stages.spawn(format!("sender {connection}"), running);
+            senders.control.push(control);
+            senders.bulk.push(frames);
+            senders.meters.push(meter);
+        }
+        senders
+    }
+
+    /// Hands a message to connection 0.
+    pub(super) async fn say(&mut self, message: &Message) -> Result<(), MigrationError> {
+        if self.control[0].put(Control::Frame(message.encode(0))).await.is_ok() {
+            return Ok(());
+        }
+        match self.stages.next_end().await.result {
+            Err(failure) => Err(MigrationError::Stage(failure)),
+            Ok(()) => Err(MigrationError::Lost("a sender ended before its stream did".into())),
+        }
+    }
+}
+
+/// How many lanes a connection carries.
+pub(super) fn lanes_of(connection: u16, settings: &SourceSettings) -> u16 {
+    let lanes = (connection..settings.lanes).step_by(usize::from(settings.connections));
+    u16::try_from(lanes.count()).expect("some of the lanes")
+}
+
+/// Says the last word on connection 0 and ends all connections, within the time given.
+pub(super) async fn close(
+    stages: &mut StageSet,
+    control: &[Outlet<Control>],
+    last_word: Option<Message>,
+    within: Duration,
+) {
+    let closing = async {
+        if let Some(message) = last_word {
+            control[0].put(Control::Frame(message.encode(0))).await?;
+        }
+        for control in control {
+            control.put(Control::Finish).await?;
+        }
+        let mut senders = control.len();
+        while senders > 0 {
+            let end = stages.next_end().await;
+            senders -= usize::from(end.name.starts_with("sender"));
+        }
+        Ok::<(), memferry_stages::queue::Closed>(())
+    };
+    // A peer that is gone or does not read needs no farewell: dropping the connections tells it as much.
+    drop(tokio::time::timeout(within, closing).await);
+}

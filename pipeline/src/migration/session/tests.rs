@@ -1,0 +1,164 @@
+//! Migrations that cannot become complete are refused with the reason, once.
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use futures::future::BoxFuture;
+use memferry_transports::Transport;
+use memferry_transports::memory::MemoryTransport;
+use tokio::io::AsyncRead;
+use tokio::task::JoinHandle;
+
+use super::*;
+use crate::events::{Event, Observer, Observers, Role};
+
+/// No test here takes this long unless something hangs.
+const HANG: Duration = Duration::from_secs(60);
+
+/// A listener that cannot accept while it is short of descriptors.
+#[derive(Debug)]
+struct Starved {
+    listener: Box<dyn Listener>,
+    is_short: Arc<AtomicBool>,
+    accepted: Arc<AtomicUsize>,
+}
+
+impl Listener for Starved {
+    fn accept(&mut self) -> BoxFuture<'_, io::Result<Connection>> {
+        Box::pin(async {
+            loop {
+                let moment = tokio::time::timeout(Duration::from_millis(5), self.listener.accept());
+                if self.is_short.load(Ordering::Relaxed) {
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                    return Err(rustix::io::Errno::MFILE.into());
+                }
+                if let Ok(accepted) = moment.await {
+                    self.accepted.fetch_add(1, Ordering::Relaxed);
+                    return accepted;
+                }
+            }
+        })
+    }
+
+    fn local_address(&self) -> String {
+        self.listener.local_address()
+    }
+}
+
+type Told = Arc<Mutex<Vec<(TurnedAwayKind, u64, String)>>>;
+
+/// A destination that gathers, and what it reports.
+struct Gathering {
+    transport: MemoryTransport,
+    is_short: Arc<AtomicBool>,
+    accepted: Arc<AtomicUsize>,
+    told: Told,
+    turned_away: Arc<TurnedAways>,
+    task: JoinHandle<Result<Session, MigrationError>>,
+}
+
+impl Gathering {
+    async fn start(hello_timeout: Duration) -> Self {
+        let (transport, is_short, told) =
+            (MemoryTransport::new(4096), Arc::new(AtomicBool::new(false)), Told::default());
+        let accepted = Arc::new(AtomicUsize::new(0));
+        let listener = transport.listen().await.unwrap();
+        let listener = Box::new(Starved { listener, is_short: is_short.clone(), accepted: accepted.clone() });
+        let listening = told.clone();
+        let observer: Arc<dyn Observer> = Arc::new(move |_: Role, event: &Event| {
+            if let Event::TurnedAway { kind, why, count, .. } = event {
+                listening.lock().unwrap().push((*kind, *count, why.clone()));
+            }
+        });
+        let turned_away = Arc::new(TurnedAways::new(Observers::new(Role::Destination, vec![observer])));
+        let settings = DestinationSettings { hello_timeout, ..DestinationSettings::default() };
+        let task = tokio::spawn(Session::gather(listener, settings, turned_away.clone()));
+        Self { transport, is_short, accepted, told, turned_away, task }
+    }
+
+    /// A connection that has said Hello.
+    async fn knock(&self, session: u8, connection: u16, connections: u16) -> Source {
+        let opened = self.transport.connect().await.unwrap();
+        let (mut writer, reader) = (opened.writer.unwrap(), opened.reader.unwrap());
+        let hello = Hello {
+            version: PROTOCOL_VERSION,
+            session: SessionId([session; 16]),
+            connection,
+            connections,
+            lanes: connections,
+            page_size: PageSize::DEFAULT,
+            features: Vec::new(),
+        };
+        writer.write_all(&Message::Hello(hello).encode(0)).await.unwrap();
+        Source { reader: FrameReader::new(reader, "test".into(), PageSize::DEFAULT), _writer: writer }
+    }
+
+    /// A whole migration comes and is taken; what was reported until then, counts with what was left.
+    async fn ends_well(self) -> Vec<(TurnedAwayKind, u64, String)> {
+        let _source = self.knock(99, 0, 1).await;
+        let session = tokio::time::timeout(HANG, self.task).await.expect("it hangs").unwrap();
+        assert_eq!(session.ok().expect("a session").hello.session, SessionId([99; 16]));
+        self.turned_away.finish();
+        self.told.lock().unwrap().clone()
+    }
+}
+
+struct Source {
+    reader: FrameReader<Box<dyn AsyncRead + Send + Unpin>>,
+    _writer: Writer,
+}
+
+impl Source {
+    async fn refused(&mut self) -> String {
+        let heard = tokio::time::timeout(HANG, self.reader.next()).await.expect("it hangs").unwrap();
+        let Some(Incoming::Message { message: Message::Refused(why), .. }) = heard else { panic!("{heard:?}") };
+        why
+    }
+}
+
+#[tokio::test]
+async fn a_migration_whose_connections_do_not_all_come_is_refused_with_the_reason() {
+    let gathering = Gathering::start(Duration::from_millis(100)).await;
+    let mut sources = [gathering.knock(1, 0, 3).await, gathering.knock(1, 2, 3).await];
+    for source in &mut sources {
+        let why = source.refused().await;
+        assert!(why.contains("of the 3 connections of its migration came") && why.contains("hello_timeout"), "{why}");
+    }
+    let told = gathering.ends_well().await;
+    assert!(told.iter().all(|(kind, ..)| *kind == TurnedAwayKind::Incomplete), "{told:?}");
+    assert!(told[0].2.contains("of the 3 connections"), "{told:?}");
+}
+
+#[tokio::test]
+async fn a_migration_that_cannot_become_complete_for_want_of_descriptors_is_refused_once_and_the_next_is_taken() {
+    let gathering = Gathering::start(HANG).await;
+    let mut sources = [gathering.knock(1, 0, 3).await, gathering.knock(1, 1, 3).await];
+    while gathering.accepted.load(Ordering::Relaxed) < 2 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    gathering.is_short.store(true, Ordering::Relaxed);
+    let why = sources[0].refused().await;
+    assert!(why.contains("of the 3 connections") && why.contains("cannot accept a connection"), "{why}");
+    gathering.is_short.store(false, Ordering::Relaxed);
+    assert!(sources[1].refused().await.contains("cannot accept a connection"));
+    // The third was on its way.
+    assert!(gathering.knock(1, 2, 3).await.refused().await.contains("of the 3 connections"));
+    let told = gathering.ends_well().await;
+    assert!(told.len() <= 2 && told.iter().all(|(kind, ..)| *kind == TurnedAwayKind::Shortage), "{told:?}");
+}
+
+#[tokio::test]
+async fn a_want_of_descriptors_is_told_once() {
+    let gathering = Gathering::start(HANG).await;
+    gathering.is_short.store(true, Ordering::Relaxed);
+    while gathering.told.lock().unwrap().is_empty() {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert_eq!(gathering.told.lock().unwrap().len(), 1);
+    gathering.is_short.store(false, Ordering::Relaxed);
+    let told = gathering.ends_well().await;
+    let (first, left) = (&told[0], &told[1]);
+    assert!((first.0, first.1, told.len()) == (TurnedAwayKind::Shortage, 1, 2) && left.1 > 1, "{told:?}");
+    assert!(first.2.contains("ulimit -n"), "{told:?}");
+}

@@ -1,0 +1,171 @@
+//! Who is turned away, told without a flood: the first of a kind at once, then a count at a growing interval, and what is left
+//! at the end.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep_until};
+
+use crate::events::{Event, Observers, TurnedAwayKind};
+
+/// The time after the first of a kind in which others are counted only; each further one is twice as long.
+const FIRST_WAIT: Duration = Duration::from_secs(10);
+/// The longest of these times.
+const LONGEST_WAIT: Duration = Duration::from_secs(3600);
+
+/// Counts who is turned away, by kind, and reports it.
+#[derive(Debug)]
+pub(super) struct TurnedAways {
+    observers: Observers,
+    tallies: Mutex<[Tally; TurnedAwayKind::ALL.len()]>,
+}
+
+/// Those of one kind.
+#[derive(Debug, Default)]
+struct Tally {
+    /// How many are not reported.
+    count: u64,
+    /// The last of them: who, and why.
+    last: (String, String),
+    /// Until when they are counted only, and how long that is, once one was reported.
+    quiet: Option<(Instant, Duration)>,
+}
+
+impl Tally {
+    /// When those that are counted are to be reported, if there are any.
+    fn due(&self) -> Option<Instant> {
+        self.quiet.filter(|_| self.count > 0).map(|(until, _)| until)
+    }
+
+    /// What is to be reported at this time, if anything.
+    fn take(&mut self, kind: TurnedAwayKind, now: Instant) -> Option<Event> {
+        let is_quiet = self.quiet.is_some_and(|(until, _)| now < until);
+        if self.count == 0 || is_quiet {
+            return None;
+        }
+        let wait = self.quiet.map_or(FIRST_WAIT, |(_, wait)| LONGEST_WAIT.min(wait * 2));
+        self.quiet = Some((now + wait, wait));
+        let (peer, why) = std::mem::take(&mut self.last);
+        Some(Event::TurnedAway { kind, peer, why, count: std::mem::take(&mut self.count) })
+    }
+}
+
+impl TurnedAways {
+    pub(super) fn new(observers: Observers) -> Self {
+        Self { observers, tallies: Mutex::default() }
+    }
+
+    /// One more was turned away.
+    pub(super) fn note(&self, kind: TurnedAwayKind, peer: String, why: String) {
+        let event = {
+            let tally = &mut self.tallies()[kind as usize];
+            tally.count += 1;
+            tally.last = (peer, why);
+            tally.take(kind, Instant::now())
+        };
+        event.iter().for_each(|event| self.observers.tell(event));
+    }
+
+    /// Waits until a count is to be reported, and reports it. Safe to race in a `select!`.
+    pub(super) async fn report_next(&self) {
+        let due = self.tallies().iter().filter_map(Tally::due).min();
+        match due {
+            Some(due) => sleep_until(due).await,
+            None => std::future::pending().await,
+        }
+        self.report(Instant::now());
+    }
+
+    /// Reports every count that is left.
+    pub(super) fn finish(&self) {
+        self.tallies().iter_mut().for_each(|tally| tally.quiet = tally.quiet.map(|(_, wait)| (Instant::now(), wait)));
+        self.report(Instant::now());
+    }
+
+    fn report(&self, now: Instant) {
+        let events: Vec<_> = TurnedAwayKind::ALL
+            .into_iter()
+            .zip(self.tallies().iter_mut())
+            .filter_map(|(kind, tally)| tally.take(kind, now))
+            .collect();
+        events.iter().for_each(|event| self.observers.tell(event));
+    }
+
+    /// Plain figures, whole after every step.
+    fn tallies(&self) -> MutexGuard<'_, [Tally; TurnedAwayKind::ALL.len()]> {
+        self.tallies.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Notes that one comes at this time, and returns the count that is reported then.
+    fn comes(tally: &mut Tally, at: Instant) -> Option<u64> {
+        tally.count += 1;
+        tally.last = ("peer".into(), "why".into());
+        count(tally.take(TurnedAwayKind::Stranger, at))
+    }
+
+    fn count(event: Option<Event>) -> Option<u64> {
+        event.map(|event| match event {
+            Event::TurnedAway { kind: TurnedAwayKind::Stranger, peer, why, count } => {
+                assert_eq!((&peer[..], &why[..]), ("peer", "why"));
+                count
+            }
+            other => panic!("{other:?}"),
+        })
+    }
+
+    #[test]
+    fn the_first_is_reported_at_once_and_then_a_count_at_a_growing_interval() {
+        let (mut tally, began) = (Tally::default(), Instant::now());
+        let seconds = |seconds| began + Duration::from_secs(seconds);
+        let reported: Vec<_> =
+            (0..300).map(|at| (at, comes(&mut tally, seconds(at)))).filter(|(_, count)| count.is_some()).collect();
+        let expected = [(0, 1), (10, 10), (30, 20), (70, 40), (150, 80)];
+        assert_eq!(reported, expected.map(|(at, count)| (at, Some(count))));
+    }
+
+    #[test]
+    fn a_count_that_nobody_follows_is_due_at_the_end_of_the_interval() {
+        let (mut tally, began) = (Tally::default(), Instant::now());
+        assert_eq!((tally.due(), comes(&mut tally, began), tally.due()), (None, Some(1), None));
+        assert_eq!(comes(&mut tally, began + Duration::from_secs(1)), None);
+        assert_eq!(tally.due(), Some(began + FIRST_WAIT));
+        assert_eq!(count(tally.take(TurnedAwayKind::Stranger, began + FIRST_WAIT)), Some(1));
+        assert_eq!(tally.due(), None);
+    }
+
+    #[test]
+    fn a_flood_of_a_day_is_a_few_lines() {
+        let (mut tally, began) = (Tally::default(), Instant::now());
+        let lines = (0..86_400).filter_map(|at| comes(&mut tally, began + Duration::from_secs(at))).count();
+        assert!(lines < 40, "{lines} lines");
+    }
+
+    #[tokio::test]
+    async fn kinds_do_not_hide_each_other_and_the_end_reports_what_is_left() {
+        use std::sync::Arc;
+
+        use crate::events::{Observer, Role};
+
+        let told: Arc<Mutex<Vec<(TurnedAwayKind, u64)>>> = Arc::default();
+        let listening = told.clone();
+        let observer = move |_: Role, event: &Event| {
+            let Event::TurnedAway { kind, count, .. } = event else { panic!("{event:?}") };
+            listening.lock().unwrap().push((*kind, *count));
+        };
+        let observer: Arc<dyn Observer> = Arc::new(observer);
+        let away = TurnedAways::new(Observers::new(Role::Destination, vec![observer]));
+        for _ in 0..1000 {
+            away.note(TurnedAwayKind::Stranger, "a".into(), "b".into());
+        }
+        away.note(TurnedAwayKind::Version, "a".into(), "b".into());
+        away.finish();
+        away.finish();
+        let (stranger, version) = (TurnedAwayKind::Stranger, TurnedAwayKind::Version);
+        assert_eq!(*told.lock().unwrap(), [(stranger, 1), (version, 1), (stranger, 999)]);
+    }
+}

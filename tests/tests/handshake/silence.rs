@@ -1,0 +1,153 @@
+//! A peer that is silent while its connections stay open: stopped, hanging, or behind a network that carries nothing more.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use memferry::events::Phase;
+use memferry::settings::{DestinationSettings, LEAST_PEER_TIMEOUT, SourceSettings};
+use memferry_stages::geometry::PageSize;
+use memferry_stages::wire::messages::RunState;
+use memferry_stages::wire::{Kind, Message};
+use memferry_tests::guest::Told;
+use memferry_tests::run::{self, destination_settings};
+use memferry_tests::{Hand, TestGuest, Trouble};
+use memferry_transports::Transport;
+use memferry_transports::memory::{Direction, MemoryTransport};
+use tokio_util::sync::CancellationToken;
+
+use super::destination::{receive_from, send_all};
+use super::source::send_to;
+use crate::{LENGTH, block_on, settings};
+
+/// What is said of a silent peer.
+const WORDS: [&str; 2] = ["was silent for 2s (peer_timeout)", "look whether its program runs"];
+
+fn source_settings() -> SourceSettings {
+    SourceSettings { peer_timeout: LEAST_PEER_TIMEOUT, ..settings() }
+}
+
+fn watchful() -> DestinationSettings {
+    DestinationSettings { peer_timeout: LEAST_PEER_TIMEOUT, ..destination_settings() }
+}
+
+/// Shows that it is alive for longer than it may be silent, and says nothing else.
+async fn live_on(hand: &mut Hand) {
+    for _ in 0..10 {
+        hand.say(Message::Heartbeat(Vec::new())).await;
+        tokio::time::sleep(LEAST_PEER_TIMEOUT / 4).await;
+    }
+}
+
+#[test]
+fn before_go_the_source_guest_goes_on() {
+    let sent = send_to(source_settings(), async |mut hand, _, _| {
+        hand.hear_until(Kind::Hello).await;
+        std::future::pending().await
+    });
+    sent.stayed(Phase::Failed, &WORDS);
+    let sent = send_to(source_settings(), async |mut hand, _, _| {
+        hand.agree().await;
+        std::future::pending().await
+    });
+    sent.stayed(Phase::Failed, &WORDS);
+    let sent = send_to(source_settings(), async |mut hand, _, _| {
+        hand.take_all().await;
+        assert!(matches!(hand.hear().await, Some(Message::Abort(why)) if why.contains(WORDS[0])));
+        std::future::pending().await
+    });
+    sent.stayed(Phase::Failed, &WORDS);
+}
+
+#[test]
+fn after_go_the_source_guest_stays_paused() {
+    let sent = send_to(source_settings(), async |mut hand, _, _| {
+        hand.take_all().await;
+        hand.say(Message::Loaded { verified: true }).await;
+        hand.hear_until(Kind::Go).await;
+        std::future::pending().await
+    });
+    sent.gave_away(Phase::Unconfirmed, &[WORDS[0], "stays paused here", "look at the destination"]);
+}
+
+#[test]
+fn a_destination_that_is_alive_is_waited_for() {
+    let sent = send_to(source_settings(), async |mut hand, _, _| {
+        hand.take_all().await;
+        live_on(&mut hand).await;
+        hand.say(Message::Refused("the disk is full".into())).await;
+    });
+    sent.stayed(Phase::Failed, &["the disk is full"]);
+}
+
+#[test]
+fn a_destination_starts_nothing_for_a_silent_source() {
+    for until in [Kind::Blocks, Kind::End] {
+        let received = receive_from(TestGuest::destination(), watchful(), async |mut hand, recording, _| {
+            hand.send(&recording.frames[..recording.first(until)].concat()).await;
+            assert!(matches!(hand.hear_until(Kind::Abort).await, Some(Message::Abort(why)) if why.contains(WORDS[0])));
+            std::future::pending().await
+        });
+        received.stayed_off(Phase::Failed, &WORDS);
+    }
+    let received = receive_from(TestGuest::destination(), watchful(), async |mut hand, recording, _| {
+        send_all(&mut hand, &recording).await;
+        std::future::pending().await
+    });
+    received.stayed_off(Phase::Failed, &WORDS);
+}
+
+#[test]
+fn a_source_that_is_alive_is_waited_for() {
+    let received = receive_from(TestGuest::destination(), watchful(), async |mut hand, recording, _| {
+        hand.send(&recording.frames[..recording.first(Kind::Blocks)].concat()).await;
+        live_on(&mut hand).await;
+        hand.send(&recording.frames[recording.first(Kind::Blocks)..].concat()).await;
+        hand.hear_until(Kind::Loaded).await.expect("it loads everything");
+        live_on(&mut hand).await;
+        hand.say(Message::Go(RunState::Running)).await;
+        assert_eq!(hand.hear().await, Some(Message::Running));
+    });
+    assert_eq!(received.ended.phase, Phase::Completed, "{:?}", received.ended.error);
+}
+
+/// Two ends over memory, both with the least timeout.
+async fn both_ends(source: Arc<TestGuest>, settings: SourceSettings, stall: bool) -> [(Phase, String); 2] {
+    let (transport, cancel) = (MemoryTransport::new(64 << 10), CancellationToken::new());
+    let faults = transport.faults();
+    let listener = transport.listen().await.unwrap();
+    let receiving =
+        run::destination(Arc::new(TestGuest::destination()), listener, watchful(), Arc::default(), cancel.clone());
+    let sending = run::source(source, Arc::new(transport), settings, Arc::default(), cancel);
+    let stalling = async {
+        while stall && faults.delivered(Direction::ToDestination) < 100_000 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        if stall {
+            faults.stall(Direction::ToDestination);
+            faults.stall(Direction::ToSource);
+        }
+    };
+    let (sent, received, ()) = tokio::join!(sending, receiving, stalling);
+    [sent, received].map(|ended| (ended.phase, ended.error.unwrap_or_default()))
+}
+
+/// As a network that carries nothing more, and closes nothing.
+#[test]
+fn both_ends_notice_a_way_that_carries_nothing_more() {
+    let source = TestGuest::source(PageSize::DEFAULT, &[LENGTH]).running(1);
+    let slow = SourceSettings { max_bandwidth: Some(256 << 10), ..source_settings() };
+    for (phase, error) in block_on(both_ends(source.clone(), slow, true)) {
+        assert!(phase == Phase::Failed && WORDS.iter().all(|word| error.contains(word)), "{phase:?}: {error}");
+    }
+    source.wait_for_writes();
+    assert!(!source.was_told(Told::Committed));
+}
+
+/// A log that takes longer to start than a peer may be silent, as of a huge guest.
+#[test]
+fn an_end_that_blocks_is_not_silent() {
+    let slow = TestGuest::source(PageSize::DEFAULT, &[LENGTH]).troubled(Trouble::LogStartTakes(LEAST_PEER_TIMEOUT * 2));
+    for (phase, error) in block_on(both_ends(Arc::new(slow), source_settings(), false)) {
+        assert_eq!(phase, Phase::Completed, "{error}");
+    }
+}
