@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `GET /migration` | the status: [`StatusJson`](crate::report::status_json::StatusJson) |
 //! | `PATCH /migration` | other settings, all of them or none; the status after it |
-//! | `POST /migration/cancel` | it ends; the status |
+//! | `POST /migration/cancel` | its end is asked for; the status at that moment, which does not say yet where the guest is |
 //! | `POST /migration/switch-over` | it switches over at once; the status |
 //! | `GET /migration/events` | what has happened so far and then as it happens, as lines of JSON: [`EventLine`](crate::report::event_json::EventLine); ends with the migration |
 //!

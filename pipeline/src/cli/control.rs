@@ -119,9 +119,7 @@ impl Seen {
                 Ok("cancelled here, at the destination: the source is told so and decides about the guest".into())
             }
             (PhaseName::Cancelled, _) => Ok("cancelled: the guest continues at the source".into()),
-            (PhaseName::Failed, _) => {
-                Ok(format!("the migration failed before it was cancelled, and the guest continues at the source{why}"))
-            }
+            (PhaseName::Failed, _) => Ok(format!("the migration failed, and the guest continues at the source{why}")),
             (PhaseName::Completed, _) => Err("too late: the migration is completed".into()),
             _ => Err(format!("too late: the handover is not confirmed{why}")),
         }

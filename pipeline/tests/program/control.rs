@@ -149,7 +149,7 @@ fn an_operator_looks_changes_and_has_it_finish() {
 #[test]
 fn after_the_verdict_it_says_how_it_ended_as_long_as_the_guest_is_hosted() {
     let asked = Asked::begin(&["--host-for", "10m"]);
-    asked.ask(&["cancel"]).expect(0).says(&["cancelled: the guest continues at the source"]);
+    asked.ask(&["cancel"]).expect(0).says(&["the guest continues at the source"]);
     until("it has ended", || asked.ask(&["status"]).stdout.starts_with("cancelled after "));
     asked.ask(&["cancel"]).expect(1).says(&["the migration is over"]);
     asked.ask(&["set", "deadline=none"]).expect(1).says(&["the migration is over"]);

@@ -136,18 +136,18 @@ fn ctrl_z_waits_while_the_guest_is_paused() {
 #[test]
 fn commands_of_an_operator_have_default_dispositions() {
     let scene = image_scene();
-    let pause = r#"guest.file.pause=["sh", "-c", "grep Sig /proc/$$/status > dispositions"]"#;
+    let pause = r#"guest.file.pause=["sh", "-c", "grep Sig /proc/self/status > dispositions"]"#;
     scene.run(&["send", "file.toml", "--set", pause, "--set", &notes("resume")]).expect(0);
     let text = String::from_utf8(scene.read("dispositions")).unwrap();
-    let mask = |name: &str| {
+    // The C library keeps signals from 32 on for itself.
+    let mask = |text: &str, name: &str| {
         let line = text.lines().find(|line| line.starts_with(name)).unwrap();
-        u64::from_str_radix(line.rsplit('\t').next().unwrap(), 16).unwrap()
+        u64::from_str_radix(line.rsplit('\t').next().unwrap(), 16).unwrap() & 0x7fff_ffff
     };
     let ours = fs::read_to_string("/proc/self/status").unwrap();
-    let inherited = ours.lines().find(|line| line.starts_with("SigIgn")).unwrap().rsplit('\t').next().unwrap();
     // This test, a program of Rust, ignores SIGPIPE; its children do not.
-    let inherited = u64::from_str_radix(inherited, 16).unwrap() & !(1 << (Signal::PIPE.as_raw() - 1));
-    assert_eq!((mask("SigIgn:"), mask("SigBlk:")), (inherited, 0), "{text}");
+    let inherited = mask(&ours, "SigIgn:") & !(1 << (Signal::PIPE.as_raw() - 1));
+    assert_eq!((mask(&text, "SigIgn:"), mask(&text, "SigBlk:")), (inherited, 0), "{text}");
 }
 
 /// Lines of a migration that lasts for a minute, of which the last has not come.
@@ -258,7 +258,7 @@ fn a_cancel_is_answered_by_a_program_that_nobody_hears() {
     let arguments = [&RUN[..], &["--log", "trace", "--control", "control"]].concat();
     let running = scene.start_into(&arguments, Stdio::null(), stuck.into());
     begun(&scene);
-    scene.run(&["cancel", "control"]).expect(0).says(&["cancelled: the guest continues at the source"]);
+    scene.run(&["cancel", "control"]).expect(0).says(&["the guest continues at the source"]);
     running.end().expect(130);
     drop(pipe);
 }
