@@ -18,7 +18,8 @@ pub(super) fn race(make: &dyn Fn() -> Subject, order: Order) -> Result<(), Breac
     let subject = make();
     for seed in 0..ROUNDS {
         let mut mirror = migrate(&subject, order, seed).map_err(Breach::failed(CASE))?;
-        mirror.compare(CASE, &subject.memory)?;
+        let outcome = mirror.compare(CASE, &subject.memory);
+        outcome.map_err(|breach| Breach::new(CASE, format_args!("{} (seed {seed})", breach.what)))?;
     }
     Ok(())
 }
