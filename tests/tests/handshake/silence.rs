@@ -151,3 +151,33 @@ fn an_end_that_blocks_is_not_silent() {
         assert_eq!(phase, Phase::Completed, "{error}");
     }
 }
+
+/// It reads what comes on one connection, and lives, but takes nothing from the other.
+#[test]
+fn a_destination_that_takes_no_pages_is_not_waited_for_though_it_is_alive() {
+    let guest = TestGuest::source(PageSize::DEFAULT, &[2 * LENGTH]).running(1);
+    let settings =
+        SourceSettings { lanes: 2, connections: 2, handover_timeout: LEAST_PEER_TIMEOUT, ..source_settings() };
+    let ended = block_on(async {
+        let transport = MemoryTransport::new(64 << 10);
+        let mut listener = transport.listen().await.unwrap();
+        let alive = async {
+            let mut first = Hand::accept(&mut *listener).await;
+            let _second = Hand::accept(&mut *listener).await;
+            first.agree().await;
+            loop {
+                first.say(Message::Heartbeat(Vec::new())).await;
+                drop(tokio::time::timeout(LEAST_PEER_TIMEOUT / 4, first.hear_until(Kind::End)).await);
+            }
+        };
+        let sending =
+            run::source(guest.clone(), Arc::new(transport), settings, Arc::default(), CancellationToken::new());
+        tokio::select! {
+            ended = sending => ended,
+            () = alive => unreachable!("it lives for ever"),
+        }
+    });
+    let error = ended.error.unwrap_or_default();
+    assert!(ended.phase == Phase::Failed && error.contains("has taken nothing for"), "{:?}: {error}", ended.phase);
+    guest.wait_for_writes();
+}
