@@ -22,6 +22,7 @@ pub struct Meter {
     batches: AtomicU64,
     pages: AtomicU64,
     bytes: AtomicU64,
+    control_bytes: AtomicU64,
     held_bytes: AtomicU64,
 }
 
@@ -86,6 +87,7 @@ impl Meter {
             batches: zero(),
             pages: zero(),
             bytes: zero(),
+            control_bytes: zero(),
             held_bytes: zero(),
         })
     }
@@ -95,6 +97,18 @@ impl Meter {
         self.batches.fetch_add(1, Ordering::Relaxed);
         self.pages.fetch_add(pages, Ordering::Relaxed);
         self.bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// A control frame passed, of so many bytes.
+    pub fn count_control(&self, bytes: u64) {
+        self.count(0, bytes);
+        self.control_bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Bytes that passed so far, control frames aside.
+    #[must_use]
+    pub fn bulk_bytes(&self) -> u64 {
+        self.bytes().saturating_sub(self.control_bytes.load(Ordering::Relaxed))
     }
 
     /// Bytes that passed so far.

@@ -49,25 +49,34 @@ impl fmt::Display for Silence {
 pub(super) struct Alive {
     silence: Silence,
     silent: CancellationToken,
-    _tasks: [AbortOnDropHandle<()>; 2],
+    heartbeats: AbortOnDropHandle<()>,
+    _watch: AbortOnDropHandle<()>,
 }
 
 impl Alive {
-    /// Sends heartbeats to `control`, with what `figures` returns, and listens with `ears` for as long as `silence` says.
-    pub(super) fn start(
-        control: Outlet<Control>,
-        figures: impl Fn() -> Vec<Figure> + Send + Sync + 'static,
-        ears: Vec<Arc<Ear>>,
-        silence_of: Silence,
-    ) -> Self {
+    /// Sends heartbeats to `control`, and listens with `ears` for as long as `silence_of` says.
+    pub(super) fn start(control: Outlet<Control>, ears: Vec<Arc<Ear>>, silence_of: Silence) -> Self {
         let silent = CancellationToken::new();
         let (token, limit) = (silent.clone(), silence_of.limit);
         let watch = async move {
             silence(ears, limit).await;
             token.cancel();
         };
-        let tasks = [tokio::spawn(send_heartbeats(control, figures)), tokio::spawn(watch)].map(AbortOnDropHandle::new);
-        Self { silence: silence_of, silent, _tasks: tasks }
+        Self {
+            silence: silence_of,
+            silent,
+            heartbeats: heartbeats(control, Vec::new),
+            _watch: AbortOnDropHandle::new(tokio::spawn(watch)),
+        }
+    }
+
+    /// From here on the heartbeats carry what `figures` returns.
+    pub(super) fn report(
+        &mut self,
+        control: Outlet<Control>,
+        figures: impl Fn() -> Vec<Figure> + Send + Sync + 'static,
+    ) {
+        std::mem::replace(&mut self.heartbeats, heartbeats(control, figures)).abort();
     }
 
     /// Waits until the peer was silent for too long.
@@ -75,6 +84,13 @@ impl Alive {
         self.silent.cancelled().await;
         self.silence.clone()
     }
+}
+
+fn heartbeats(
+    control: Outlet<Control>,
+    figures: impl Fn() -> Vec<Figure> + Send + Sync + 'static,
+) -> AbortOnDropHandle<()> {
+    AbortOnDropHandle::new(tokio::spawn(send_heartbeats(control, figures)))
 }
 
 /// Waits until the peer was silent for too long; for ever where nobody answers, as with a file.

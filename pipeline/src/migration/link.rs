@@ -106,7 +106,7 @@ impl Link {
         let (said, alive) = reader
             .map(|(reader, ear)| {
                 let silence = Silence { role: "destination", peer: peer.clone(), limit: settings.peer_timeout };
-                let alive = Alive::start(senders.control[0].clone(), Vec::new, vec![ear], silence);
+                let alive = Alive::start(senders.control[0].clone(), vec![ear], silence);
                 (Said::listen(reader), alive)
             })
             .unzip();

@@ -218,7 +218,7 @@ impl<W: AsyncWrite + Unpin + Send> Sender<W> {
         if let Some((bucket, _)) = &self.bucket {
             bucket.charge(frame.len());
         }
-        self.stage.meter.count(0, frame.len() as u64);
+        self.stage.meter.count_control(frame.len() as u64);
         Ok(())
     }
 

@@ -13,6 +13,7 @@ use memferry_tests::run::{self, destination_settings};
 use memferry_tests::{Hand, TestGuest, Trouble};
 use memferry_transports::Transport;
 use memferry_transports::memory::{Direction, MemoryTransport};
+use tokio::io::AsyncWriteExt;
 use tokio_util::sync::CancellationToken;
 
 use super::destination::{receive_from, send_all};
@@ -150,4 +151,38 @@ fn an_end_that_blocks_is_not_silent() {
     for (phase, error) in block_on(both_ends(Arc::new(slow), source_settings(), false)) {
         assert_eq!(phase, Phase::Completed, "{error}");
     }
+}
+
+/// It reads what comes on one connection, and lives, but takes nothing from the other.
+#[test]
+fn a_destination_that_takes_no_pages_is_not_waited_for_though_it_is_alive() {
+    let guest = TestGuest::source(PageSize::DEFAULT, &[2 * LENGTH]).running(1);
+    let settings =
+        SourceSettings { lanes: 2, connections: 2, handover_timeout: LEAST_PEER_TIMEOUT, ..source_settings() };
+    let ended = block_on(async {
+        let transport = MemoryTransport::new(64 << 10);
+        let mut listener = transport.listen().await.unwrap();
+        let alive = async {
+            let first = listener.accept().await.unwrap();
+            let _second = listener.accept().await.unwrap();
+            let (mut writer, mut reader) = (first.writer.unwrap(), first.reader.unwrap());
+            tokio::spawn(async move { tokio::io::copy(&mut reader, &mut tokio::io::sink()).await });
+            for message in [Message::Accept(Vec::new()), Message::Ready] {
+                writer.write_all(&message.encode(0)).await.unwrap();
+            }
+            loop {
+                drop(writer.write_all(&Message::Heartbeat(Vec::new()).encode(0)).await);
+                tokio::time::sleep(LEAST_PEER_TIMEOUT / 4).await;
+            }
+        };
+        let sending =
+            run::source(guest.clone(), Arc::new(transport), settings, Arc::default(), CancellationToken::new());
+        tokio::select! {
+            ended = sending => ended,
+            () = alive => unreachable!("it lives for ever"),
+        }
+    });
+    let error = ended.error.unwrap_or_default();
+    assert!(ended.phase == Phase::Failed && error.contains("has taken nothing for"), "{:?}: {error}", ended.phase);
+    guest.wait_for_writes();
 }

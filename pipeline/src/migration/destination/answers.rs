@@ -8,7 +8,6 @@ use memferry_stages::queue::{Outlet, bounded};
 use memferry_stages::sender::{Control, Sender};
 use memferry_stages::silence::Ear;
 use memferry_stages::wire::Message;
-use memferry_stages::wire::messages::Figure;
 use tokio::runtime::Handle;
 
 use super::flow::finish;
@@ -36,7 +35,7 @@ impl Answers {
         let sender = Sender::new(0, writer, None, false, 0, Meter::start(ANSWERS, None));
         stages.spawn(ANSWERS, sender.run(frames, no_bulk, sent));
         let silence = Silence { role: "source", peer: source, limit };
-        let alive = Alive::start(outlet.clone(), figures, ears, silence);
+        let alive = Alive::start(outlet.clone(), ears, silence);
         Self { stages, outlet, alive }
     }
 
@@ -51,11 +50,6 @@ impl Answers {
         // A source that is gone or does not read needs no farewell.
         drop(tokio::time::timeout(FAREWELL, closing).await);
     }
-}
-
-/// What this end reports of itself to the source, with each heartbeat.
-fn figures() -> Vec<Figure> {
-    Vec::new()
 }
 
 /// Sends a message to the source, if there is a return path.

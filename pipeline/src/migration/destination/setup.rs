@@ -7,7 +7,7 @@ use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::geometry::{BlockInfo, Layout};
 use memferry_stages::memory::GuestMemory;
 use memferry_stages::wire::Message;
-use memferry_stages::wire::messages::StatePhase;
+use memferry_stages::wire::messages::{Figure, StatePhase};
 use memferry_stages::wire::reader::Incoming;
 use memferry_transports::Listener;
 use tokio::time::MissedTickBehavior;
@@ -104,11 +104,14 @@ impl Destination {
         let mut ticks = tokio::time::interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let stages_left = readers.len() + usize::from(hello.lanes);
-        let (stages, answer, alive) = match answers {
+        let (stages, answer, mut alive) = match answers {
             Some(Answers { stages, outlet, alive }) => (stages, Some(outlet), Some(alive)),
             None => (StageSet::new(&self.plane), None, None),
         };
         let graph = DestinationGraph::start(memory, &hello, features, readers, stages, answer);
+        if let (Some(alive), Some(answer)) = (&mut alive, &graph.answer) {
+            alive.report(answer.clone(), figures);
+        }
         self.setup = self.started.elapsed();
         self.observers.tell(&Event::Phase(Phase::Active));
         Flow {
@@ -158,4 +161,9 @@ fn check_ignored(came: &[BlockInfo], own: &Layout) -> Result<(), GuestError> {
     let (there, here) =
         if came.ignored { ("ignored, and so not sent", "does not share it") } else { ("sent", "shares it already") };
     Err(GuestError(format!("block {:?} is {there}, and the guest here {here}", came.id)))
+}
+
+/// What this end reports of itself to the source, with each heartbeat, once the stages run.
+fn figures() -> Vec<Figure> {
+    Vec::new()
 }

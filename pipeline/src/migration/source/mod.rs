@@ -115,9 +115,9 @@ struct Source {
     /// Is the guest held back?
     throttled: bool,
     speed: Speed,
-    /// While a round is sent: since when nothing has gone over the wire.
+    /// While a round is sent: since when nothing of it has gone over the wire.
     quiet_since: Option<Instant>,
-    last_wire_bytes: u64,
+    last_bulk_bytes: u64,
     round: u32,
     pages_frames: u64,
     verified: Option<bool>,
@@ -169,7 +169,7 @@ impl Source {
             parts: DowntimeParts::default(),
             speed: Speed::default(),
             quiet_since: None,
-            last_wire_bytes: 0,
+            last_bulk_bytes: 0,
             round: 0,
             pages_frames: 0,
             verified: None,

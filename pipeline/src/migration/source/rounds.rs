@@ -233,15 +233,17 @@ impl Source {
             throttle: self.controller.throttle(),
             stages: flow.graph.readings(),
         }));
-        self.mind_the_silence(wire_bytes)?;
+        self.mind_the_standstill(flow)?;
         self.mind_the_deadline(flow, &now).await
     }
 
     /// A destination that takes nothing any more holds up a round, and perhaps a paused guest, for ever.
-    fn mind_the_silence(&mut self, wire_bytes: u64) -> Result<(), MigrationError> {
+    /// Heartbeats may go on beside it, on another connection.
+    fn mind_the_standstill(&mut self, flow: &Flow) -> Result<(), MigrationError> {
         let Some(quiet_since) = &mut self.quiet_since else { return Ok(()) };
-        if wire_bytes != self.last_wire_bytes {
-            self.last_wire_bytes = wire_bytes;
+        let bulk_bytes = flow.graph.sender_meters.iter().map(|meter| meter.bulk_bytes()).sum();
+        if bulk_bytes != self.last_bulk_bytes {
+            self.last_bulk_bytes = bulk_bytes;
             *quiet_since = Instant::now();
         }
         if quiet_since.elapsed() < self.settings.handover_timeout {

@@ -278,6 +278,7 @@ async fn control_is_charged_to_the_cap() {
     assert_eq!(written(&wire), [(b'!', 8192)]);
     tokio::time::sleep(Duration::from_millis(1200)).await;
     assert_eq!(written(&wire), [(b'!', 8192), (b'a', 4096)]);
+    assert_eq!((running.meter.bytes(), running.meter.bulk_bytes()), (12_288, 4096));
     running.finish().await.unwrap();
 }
 
