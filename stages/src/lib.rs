@@ -19,6 +19,7 @@ pub mod encoder;
 pub mod error;
 pub mod geometry;
 mod hash;
+pub mod heartbeat;
 pub mod host;
 pub mod in_flight;
 mod kernel;

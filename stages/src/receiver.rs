@@ -11,6 +11,7 @@
 //!   lane's, nothing in a lane behind its Switchover, and no kind that belongs to the return path. Anything else ends it
 //!   with an error that names the frame's offset.
 //! - A payload goes from the transport straight into a pooled buffer. While it waits for one it holds no other.
+//! - A Heartbeat goes no further.
 //! - The end of the stream between two frames ends it well. Whether everything had come, others know.
 //!
 //! Its meter counts pages and the bytes of Pages frames.
@@ -110,6 +111,8 @@ impl<R: AsyncRead + Unpin + Send> Receiver<R> {
                 Incoming::Pages(frame) => (frame.lane, Item::Batch(self.pages(&frame).await?)),
                 Incoming::Message { lane, message: Message::RoundComplete(tally) } => (lane, self.round(lane, tally)?),
                 Incoming::Message { lane, message: Message::Switchover } => (lane, self.switchover(lane)?),
+                // Its bytes have shown that the source is alive; it says no more.
+                Incoming::Message { message: Message::Heartbeat(_), .. } => continue,
                 Incoming::Message { message, .. } => {
                     self.check_direction(message.kind())?;
                     control.put(message).await?;

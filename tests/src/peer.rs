@@ -64,12 +64,12 @@ impl Hand {
         drop(self.writer.shutdown().await);
     }
 
-    /// The next message that is neither pages nor progress; `None` at the end of the stream, however it ends.
+    /// The next message that is neither pages, progress nor a heartbeat; `None` at the end of the stream, however it ends.
     pub async fn hear(&mut self) -> Option<Message> {
         loop {
             match self.reader.next().await {
                 Ok(Some(Incoming::Pages(_))) => self.reader.skip_payload().await.ok()?,
-                Ok(Some(Incoming::Message { message: Message::Progress(_), .. })) => {}
+                Ok(Some(Incoming::Message { message: Message::Progress(_) | Message::Heartbeat(_), .. })) => {}
                 Ok(Some(Incoming::Message { message, .. })) => return Some(message),
                 Ok(None) | Err(_) => return None,
             }

@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use memferry_stages::bitmap_sync::Synced;
+use memferry_stages::heartbeat::send_heartbeats;
 use memferry_stages::queue::{Closed, Inlet, bounded};
 use memferry_stages::scanner::RoundScanned;
 use memferry_stages::sender::{Control, Sent};
@@ -54,6 +55,8 @@ pub(super) struct Flow {
     pub(super) graph: SourceGraph,
     said: Option<Inlet<Result<Message, String>>>,
     _listening: Option<AbortOnDropHandle<()>>,
+    /// Where there is a return path.
+    _heartbeats: Option<AbortOnDropHandle<()>>,
     cancel: CancellationToken,
     cancel_told: bool,
     /// While anything can be asked.
@@ -70,8 +73,19 @@ impl Flow {
     ) -> Self {
         let mut ticks = tokio::time::interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let beat = |_| AbortOnDropHandle::new(tokio::spawn(send_heartbeats(graph.control[0].clone(), Vec::new)));
+        let heartbeats = said.as_ref().map(beat);
         let (listening, said) = said.map(listen).unzip();
-        Self { graph, said, _listening: listening, cancel, cancel_told: false, requests, ticks }
+        Self {
+            graph,
+            said,
+            _listening: listening,
+            _heartbeats: heartbeats,
+            cancel,
+            cancel_told: false,
+            requests,
+            ticks,
+        }
     }
 
     /// Waits for the next thing to happen. A cancel comes first and is told once.

@@ -95,7 +95,7 @@ fn before_go(verify: bool, happening: Happening) -> SourceStep {
         Happening::Said(Message::Loaded { .. }) => {
             failed("the destination did not compare digests, though asked to".into())
         }
-        Happening::Said(Message::Progress(_)) => SourceStep::Wait,
+        Happening::Said(Message::Progress(_) | Message::Heartbeat(_)) => SourceStep::Wait,
         Happening::Said(hashes @ Message::PageHashes { .. }) => SourceStep::NamePage(hashes),
         Happening::Said(Message::Refused(why)) => failed(format!("the destination refused: {why}")),
         Happening::Said(Message::Abort(why)) => failed(format!("the destination gave up: {why}")),
@@ -121,7 +121,7 @@ fn after_go(happening: Happening) -> SourceStep {
         Happening::Said(Message::StartFailed(why)) => {
             unknown(format!("the destination began to start the guest and failed: {why}"))
         }
-        Happening::Said(Message::Progress(_)) => SourceStep::Wait,
+        Happening::Said(Message::Progress(_) | Message::Heartbeat(_)) => SourceStep::Wait,
         Happening::Said(other) => unknown(format!("the destination sent {} instead of Running", name(&other))),
         Happening::Lost(why) => unknown(format!("the connection was lost after Go: {why}")),
         Happening::TimedOut => unknown("the destination did not confirm that the guest runs in time".into()),
@@ -152,6 +152,7 @@ pub fn awaiting_go(happening: Happening) -> DestinationStep {
     let end = |why: String| DestinationStep::End { cancelled: false, why };
     match happening {
         Happening::Said(Message::Go(run_state)) => DestinationStep::Start(run_state),
+        Happening::Said(Message::Heartbeat(_)) => DestinationStep::Wait,
         Happening::Said(Message::Abort(why)) => end(format!("the source gave up: {why}")),
         Happening::Said(other) => end(format!("the source sent {} instead of Go", name(&other))),
         Happening::Lost(why) => {
@@ -326,6 +327,16 @@ mod tests {
             };
             assert!(expected, "{happening:?} -> {step:?}");
         }
+    }
+
+    #[test]
+    fn a_heartbeat_decides_nothing() {
+        let heartbeat = || Happening::Said(Message::Heartbeat(Vec::new()));
+        for state in [SourceHandshake::AwaitingLoaded { verify: true }, SourceHandshake::AwaitingRunning] {
+            let mut source = state.clone();
+            assert_eq!((source.step(heartbeat()), source), (SourceStep::Wait, state));
+        }
+        assert_eq!(awaiting_go(heartbeat()), DestinationStep::Wait);
     }
 
     #[test]

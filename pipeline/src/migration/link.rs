@@ -84,7 +84,11 @@ impl Link {
     /// Waits for one message and demands that it is the one expected. A stream without a return path answers nothing.
     pub(super) async fn expect(&mut self, expected: fn(&Message) -> bool) -> Result<(), MigrationError> {
         let Some(said) = &mut self.said else { return Ok(()) };
-        match said.next().await? {
+        let mut incoming = said.next().await?;
+        while let Some(Incoming::Message { message: Message::Heartbeat(_), .. }) = incoming {
+            incoming = said.next().await?;
+        }
+        match incoming {
             Some(Incoming::Message { message, .. }) if expected(&message) => Ok(()),
             Some(Incoming::Message { message: Message::Refused(why), .. }) => {
                 Err(MigrationError::Refused { peer: "destination", why })

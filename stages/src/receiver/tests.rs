@@ -180,7 +180,8 @@ async fn the_return_paths_messages_are_refused() {
         assert!(matches!(error, WireError::OutOfPlace { kind, .. } if kind == message.kind()), "{error}");
     }
     let both_ways = Message::Abort("cancelled".into());
-    assert_eq!(receive(0, &both_ways.encode(0)).await.control, [both_ways]);
+    let stream = [Message::Heartbeat(Vec::new()).encode(0), both_ways.encode(0)].concat();
+    assert_eq!(receive(0, &stream).await.control, [both_ways]);
 }
 
 #[tokio::test]

@@ -62,11 +62,13 @@ pub enum Kind {
     Refused = 38,
     /// Return path: the start was begun and failed.
     StartFailed = 39,
+    /// The sender is alive. Both directions.
+    Heartbeat = 64,
 }
 
 impl Kind {
     /// Every kind, in the order of their numbers.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 19] = [
         Self::Hello,
         Self::State,
         Self::Blocks,
@@ -85,6 +87,7 @@ impl Kind {
         Self::Running,
         Self::Refused,
         Self::StartFailed,
+        Self::Heartbeat,
     ];
 
     /// The kind of a byte, if this version knows it.
@@ -115,6 +118,7 @@ impl Kind {
             Self::Running => "Running",
             Self::Refused => "Refused",
             Self::StartFailed => "StartFailed",
+            Self::Heartbeat => "Heartbeat",
         }
     }
 
@@ -122,6 +126,12 @@ impl Kind {
     #[must_use]
     pub fn is_of_lane(self) -> bool {
         matches!(self, Self::Pages | Self::RoundComplete | Self::Switchover)
+    }
+
+    /// Must a reader that does not know this kind give up?
+    #[must_use]
+    pub fn must_understand(self) -> bool {
+        self != Self::Heartbeat
     }
 
     /// The most bytes that follow the head of a frame of this kind.
@@ -155,14 +165,14 @@ pub struct FrameHead {
 }
 
 impl FrameHead {
-    /// The head of a frame of this version: every kind of it must be understood.
+    /// The head of a frame of this version.
     ///
     /// # Panics
     /// If a control frame is given a lane other than 0, or `lane` is not below [`MAX_LANES`].
     #[must_use]
     pub fn new(kind: Kind, lane: u16, length: u32) -> Self {
         check_lane(kind, lane).unwrap_or_else(|error| panic!("{error}"));
-        Self { kind: kind as u8, must_understand: true, lane, length }
+        Self { kind: kind as u8, must_understand: kind.must_understand(), lane, length }
     }
 
     /// Reads a head: checksum first, then the fields (unknown flags are refused), then the length against what the kind

@@ -24,6 +24,7 @@
 //! │ Running       │                                                                                      │
 //! │ Refused       │ reason                                                                               │
 //! │ StartFailed   │ reason                                                                               │
+//! │ Heartbeat     │ list of (figure: name · value 8)                                                     │
 //! └───────────────┴──────────────────────────────────────────────────────────────────────────────────────┘
 //!
 //! name:   length 1 (never 0) · UTF-8           list: count 2 · items
@@ -47,6 +48,11 @@ pub const MAX_STATE_CHUNK: usize = 1 << 20;
 pub const MAX_STATE_BYTES: u64 = 256 << 20;
 /// The most stretches whose digests stand in one frame.
 pub const MAX_DIGESTS: usize = 4096;
+
+/// The most figures that one Heartbeat carries.
+pub const MAX_FIGURES: usize = 256;
+/// The longest name of a figure, in bytes of UTF-8.
+pub const MAX_FIGURE_NAME: usize = 64;
 
 /// The longest name of a section of state, in bytes of UTF-8.
 pub const MAX_SECTION_NAME: usize = 255;
@@ -113,6 +119,18 @@ pub struct Progress {
     pub frames: Vec<u64>,
 }
 
+/// One figure of a [`Message::Heartbeat`]: what the sender reports of itself, by name.
+///
+/// A reader ignores figures whose names it does not know, and expects none: names can be added without another version of the
+/// protocol. The names come from a peer, so they are not fit for a terminal as they are. None is defined so far.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Figure {
+    /// Its name, 1 to [`MAX_FIGURE_NAME`] bytes; the unit is part of it.
+    pub name: String,
+    /// Its value.
+    pub value: u64,
+}
+
 /// A frame's content.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Message {
@@ -170,6 +188,9 @@ pub enum Message {
     Refused(String),
     /// The destination began to start the guest and failed.
     StartFailed(String),
+    /// The sender is alive, and what it reports of itself. Both directions, at any time from Hello or Accept on; a reader
+    /// that does not know it may skip it.
+    Heartbeat(Vec<Figure>),
 }
 
 impl Message {
@@ -194,6 +215,7 @@ impl Message {
             Self::Running => Kind::Running,
             Self::Refused(_) => Kind::Refused,
             Self::StartFailed(_) => Kind::StartFailed,
+            Self::Heartbeat(_) => Kind::Heartbeat,
         }
     }
 }
@@ -215,6 +237,7 @@ pub(super) fn max_body_bytes(kind: Kind) -> usize {
         Kind::Accept => 2 + MAX_FEATURES * (1 + MAX_FEATURE_NAME),
         Kind::Progress => 8 + 2 + MAX_LANES as usize * 8,
         Kind::PageHashes => 4 + 8 + 2 + MAX_STRETCH_PAGES * 8,
+        Kind::Heartbeat => 2 + MAX_FIGURES * (1 + MAX_FIGURE_NAME + 8),
         Kind::Abort | Kind::Refused | Kind::StartFailed => 2 + MAX_REASON,
         Kind::Switchover | Kind::Ready | Kind::Running => 0,
     };

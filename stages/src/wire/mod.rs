@@ -7,7 +7,7 @@
 //! ┌────────┬─────────┬────────┬──────────┬───────────────────────────────────┐
 //! │ kind 1 │ flags 1 │ lane 2 │ length 4 │ seeded xxh3-64 of the 8 before  8 │
 //! └────────┴─────────┴────────┴──────────┴───────────────────────────────────┘
-//!   flags: bit 0 = must be understood; all others 0
+//!   flags: bit 0 = must be understood, set in every kind but Heartbeat; all others 0
 //!   lane: of Pages, RoundComplete and Switchover; 0 for all others, which are control frames
 //!   length: bytes that follow the head; at most what the kind allows, checked before anything is allocated
 //!
@@ -22,8 +22,12 @@
 //! An unknown kind is skipped if its must-understand bit is clear, and is an error if it is set. A feature (see
 //! [`hello`]) is what both ends must agree on before a frame that uses it.
 //!
-//! Direction: source to destination carries Hello, State, Blocks, Pages, RoundComplete, Switchover, Digests, Go, Abort, End;
-//! the return path carries Accept, Ready, Progress, PageHashes, Loaded, Running, Refused, StartFailed, Abort.
+//! Direction: source to destination carries Hello, State, Blocks, Pages, RoundComplete, Switchover, Digests, Go, Abort, End,
+//! Heartbeat; the return path carries Accept, Ready, Progress, PageHashes, Loaded, Running, Refused, StartFailed, Abort, Heartbeat.
+//!
+//! Where there is a return path, each end sends something at least every half second from Hello or Accept on, in both
+//! directions on connection 0: a Heartbeat where there is nothing else. A peer that is silent for longer is stopped, hangs, or is
+//! out of reach.
 
 pub mod error;
 mod fields;

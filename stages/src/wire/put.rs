@@ -8,8 +8,8 @@ use xxhash_rust::xxh3::xxh3_64;
 use super::frame::{FrameHead, HEAD_BYTES};
 use super::hello::{MAX_FEATURE_NAME, MAX_FEATURES};
 use super::messages::{
-    CHECKSUM_BYTES, MAX_DIGESTS, MAX_REASON, MAX_SECTION_NAME, MAX_STATE_CHUNK, MAX_STRETCH_PAGES, Message, Progress,
-    StateChunk, StretchDigest,
+    CHECKSUM_BYTES, Figure, MAX_DIGESTS, MAX_FIGURE_NAME, MAX_FIGURES, MAX_REASON, MAX_SECTION_NAME, MAX_STATE_CHUNK,
+    MAX_STRETCH_PAGES, Message, Progress, StateChunk, StretchDigest,
 };
 use crate::geometry::{BlockInfo, MAX_BLOCK_ID, MAX_BLOCKS, MAX_LANES, PageAt};
 use crate::tally::RoundTally;
@@ -49,6 +49,7 @@ impl Message {
             Self::PageHashes { first, hashes } => put_page_hashes(out, *first, hashes),
             Self::Loaded { verified } => out.push(u8::from(*verified)),
             Self::Abort(reason) | Self::Refused(reason) | Self::StartFailed(reason) => put_reason(out, reason),
+            Self::Heartbeat(figures) => put_list(out, figures, 0..=MAX_FIGURES, put_figure),
             Self::Switchover | Self::Ready | Self::Running => {}
         }
     }
@@ -122,6 +123,11 @@ fn put_page_hashes(out: &mut Vec<u8>, first: PageAt, hashes: &[u64]) {
 fn put_progress(out: &mut Vec<u8>, progress: &Progress) {
     out.extend(progress.bytes.to_le_bytes());
     put_list(out, &progress.frames, 0..=MAX_LANES.into(), |out, frames| out.extend(frames.to_le_bytes()));
+}
+
+fn put_figure(out: &mut Vec<u8>, figure: &Figure) {
+    put_name(out, &figure.name, MAX_FIGURE_NAME);
+    out.extend(figure.value.to_le_bytes());
 }
 
 fn put_reason(out: &mut Vec<u8>, reason: &str) {

@@ -8,8 +8,9 @@ use super::fields::{Fields, within};
 use super::frame::Kind;
 use super::hello::{Hello, MAX_FEATURE_NAME, MAX_FEATURES};
 use super::messages::{
-    CHECKSUM_BYTES, MAX_COUNT, MAX_DIGESTS, MAX_REASON, MAX_SECTION_NAME, MAX_STATE_CHUNK, MAX_STRETCH_EXTENTS,
-    MAX_STRETCH_PAGES, Message, Progress, RunState, StateChunk, StatePhase, StretchDigest,
+    CHECKSUM_BYTES, Figure, MAX_COUNT, MAX_DIGESTS, MAX_FIGURE_NAME, MAX_FIGURES, MAX_REASON, MAX_SECTION_NAME,
+    MAX_STATE_CHUNK, MAX_STRETCH_EXTENTS, MAX_STRETCH_PAGES, Message, Progress, RunState, StateChunk, StatePhase,
+    StretchDigest,
 };
 use crate::geometry::{BlockInfo, EXTENT_PAGES, MAX_BLOCK_ID, MAX_BLOCKS, MAX_LANES, PageAt};
 use crate::tally::RoundTally;
@@ -61,6 +62,7 @@ fn take_message(kind: Kind, fields: &mut Fields<'_>) -> Result<Message, WireErro
         Kind::Running => Message::Running,
         Kind::Refused => Message::Refused(take_reason(fields)?),
         Kind::StartFailed => Message::StartFailed(take_reason(fields)?),
+        Kind::Heartbeat => Message::Heartbeat(fields.list("number of figures", 0..=MAX_FIGURES, take_figure)?),
     })
 }
 
@@ -161,6 +163,11 @@ fn take_progress(fields: &mut Fields<'_>) -> Result<Progress, WireError> {
     let bytes = fields.u64("bytes loaded")?;
     let frames = fields.list("number of lanes", 0..=MAX_LANES.into(), |fields| fields.u64("frames loaded"))?;
     Ok(Progress { bytes, frames })
+}
+
+fn take_figure(fields: &mut Fields<'_>) -> Result<Figure, WireError> {
+    let name = fields.name("length of a figure's name", MAX_FIGURE_NAME)?;
+    Ok(Figure { name, value: fields.u64("value of a figure")? })
 }
 
 fn take_block_index(fields: &mut Fields<'_>) -> Result<u32, WireError> {

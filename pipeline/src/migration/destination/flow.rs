@@ -9,6 +9,7 @@ use memferry_stages::wire::Message;
 use memferry_stages::wire::messages::Progress as Acknowledged;
 use tokio::time::Interval;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::migration::FAREWELL;
 use crate::migration::destination_graph::{ANSWERS, DestinationGraph};
@@ -18,6 +19,8 @@ use crate::migration::speed::Speed;
 
 /// The running destination, as its controller sees it.
 pub(super) struct Flow {
+    /// Where there is a return path.
+    pub(super) _heartbeats: Option<AbortOnDropHandle<()>>,
     pub(super) graph: DestinationGraph,
     pub(super) cancel: CancellationToken,
     pub(super) ticks: Interval,

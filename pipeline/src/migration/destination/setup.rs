@@ -5,12 +5,14 @@ use std::time::{Duration, Instant};
 
 use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::geometry::{BlockInfo, Layout};
+use memferry_stages::heartbeat::send_heartbeats;
 use memferry_stages::memory::GuestMemory;
 use memferry_stages::wire::Message;
-use memferry_stages::wire::messages::StatePhase;
+use memferry_stages::wire::messages::{Figure, StatePhase};
 use memferry_stages::wire::reader::Incoming;
 use memferry_transports::Listener;
 use tokio::time::MissedTickBehavior;
+use tokio_util::task::AbortOnDropHandle;
 
 use super::Destination;
 use super::flow::{Flow, ended_early};
@@ -97,7 +99,10 @@ impl Destination {
         let graph = DestinationGraph::start(memory, &hello, features, readers, answer, &self.plane);
         self.setup = self.started.elapsed();
         self.observers.tell(&Event::Phase(Phase::Active));
+        let heartbeats =
+            graph.answer.clone().map(|answer| AbortOnDropHandle::new(tokio::spawn(send_heartbeats(answer, figures))));
         Flow {
+            _heartbeats: heartbeats,
             graph,
             cancel: self.cancel.clone(),
             ticks,
@@ -120,6 +125,7 @@ async fn read_setup(session: &mut Session) -> Result<(Vec<BlockInfo>, GuestState
         match session.readers[0].next().await? {
             Some(Incoming::Message { message: Message::State(chunk), .. }) => setup.add(chunk)?,
             Some(Incoming::Message { message: Message::Blocks(blocks), .. }) => return Ok((blocks, setup.finish()?)),
+            Some(Incoming::Message { message: Message::Heartbeat(_), .. }) => {}
             Some(Incoming::Message { message: Message::Abort(why), .. }) => {
                 return Err(MigrationError::GivenUp { peer: "source", why });
             }
@@ -139,6 +145,11 @@ fn check_ignored(came: &[BlockInfo], own: &Layout) -> Result<(), GuestError> {
     let (there, here) =
         if came.ignored { ("ignored, and so not sent", "does not share it") } else { ("sent", "shares it already") };
     Err(GuestError(format!("block {:?} is {there}, and the guest here {here}", came.id)))
+}
+
+/// What this end reports of itself to the source, with each heartbeat.
+fn figures() -> Vec<Figure> {
+    Vec::new()
 }
 
 pub(super) async fn say(answer: &mut Option<Writer>, message: &Message) -> Result<(), MigrationError> {

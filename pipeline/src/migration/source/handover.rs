@@ -65,6 +65,7 @@ impl Source {
                 Ok(()) => None,
                 Err(error) => Some(Happening::Broke(error.to_string())),
             },
+            Signal::Said(Message::Heartbeat(_)) => None,
             Signal::Said(message) => Some(Happening::Said(message)),
             Signal::Lost(why) => Some(Happening::Lost(why)),
             Signal::Broke(failure) => Some(match flow.last_words(failure).await {

@@ -168,6 +168,8 @@ impl Source {
             Signal::Cancel => Err(MigrationError::Cancelled),
             Signal::Asked(request) => self.answer(Some(flow), request).await.map(|()| None),
             Signal::Said(Message::Progress(acknowledged)) => self.acknowledge(flow, &acknowledged).map(|()| None),
+            // What the destination reports of itself: nothing is done with it.
+            Signal::Said(Message::Heartbeat(_)) => Ok(None),
             Signal::Said(Message::Refused(why)) => Err(MigrationError::Refused { peer: "destination", why }),
             Signal::Said(Message::Abort(why)) => Err(MigrationError::GivenUp { peer: "destination", why }),
             Signal::Said(other) => Err(MigrationError::Protocol(format!("{} came out of turn", other.kind().name()))),

@@ -36,7 +36,7 @@ fn pages() {
 }
 
 /// In the order of [`samples::messages`].
-const MESSAGES: [&str; 17] = [
+const MESSAGES: [&str; 18] = [
     // Hello
     "01 01 0000 49000000 d7f215d2b8e85a7c \
          6d656d6665727279 0100 30313233343536373839616263646566 0100 0200 0300 00100000 0300 01 0c \
@@ -106,6 +106,10 @@ const MESSAGES: [&str; 17] = [
     "27 01 0000 15000000 f3774a381817ac67 \
          0b00 6e6f202f6465762f6b766d \
          70f63681c5764d88",
+    // Heartbeat
+    "40 00 0000 1e000000 f5d94efdb73b641b \
+         0100 0b 6c6f616465722e62757379 0c00000000000000 \
+         f695826dfa7a3ada",
 ];
 
 const PAGES: &str = "04 01 0200 a9100000 982c911b48599b91 \

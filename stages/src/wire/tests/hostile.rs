@@ -47,6 +47,7 @@ fn heap_bytes(message: &Message) -> usize {
         Message::Accept(names) => names.iter().map(|name| size_of_val(name) + name.len()).sum(),
         Message::Progress(progress) => size_of_val(&progress.frames[..]),
         Message::PageHashes { hashes, .. } => size_of_val(&hashes[..]),
+        Message::Heartbeat(figures) => figures.iter().map(|figure| size_of_val(figure) + figure.name.len()).sum(),
         Message::Abort(reason) | Message::Refused(reason) | Message::StartFailed(reason) => reason.len(),
         _ => 0,
     }

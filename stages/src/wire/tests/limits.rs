@@ -4,8 +4,8 @@ use bytes::Bytes;
 
 use crate::geometry::{BlockInfo, ExtentAt, Layout, MAX_BLOCK_ID, MAX_BLOCKS, MAX_LANES, PageAt, PageSize};
 use crate::wire::messages::{
-    MAX_DIGESTS, MAX_REASON, MAX_STATE_CHUNK, MAX_STRETCH_PAGES, Progress, RunState, StateChunk, StatePhase,
-    StretchDigest,
+    Figure, MAX_DIGESTS, MAX_FIGURE_NAME, MAX_FIGURES, MAX_REASON, MAX_STATE_CHUNK, MAX_STRETCH_PAGES, Progress,
+    RunState, StateChunk, StatePhase, StretchDigest,
 };
 use crate::wire::{FrameHead, HEAD_BYTES, Kind, Message, PageEncoding, PagesHead};
 
@@ -26,6 +26,7 @@ fn largest() -> Vec<Message> {
         ignored: true,
     };
     let digest = StretchDigest { hash: 1, left_out: [1; 8] };
+    let figure = |index| Figure { name: name(index, MAX_FIGURE_NAME), value: 1 };
     let reason = "x".repeat(MAX_REASON);
     let mut messages = samples::messages();
     messages.retain(|message| !matches!(message.kind(), Kind::Hello));
@@ -37,6 +38,7 @@ fn largest() -> Vec<Message> {
             Message::Accept(names) => *names = (0..64).map(|index| name(index, 64)).collect(),
             Message::Progress(progress) => *progress = Progress { bytes: 1, frames: vec![2; MAX_LANES.into()] },
             Message::PageHashes { hashes, .. } => *hashes = vec![1; MAX_STRETCH_PAGES],
+            Message::Heartbeat(figures) => *figures = (0..MAX_FIGURES).map(figure).collect(),
             Message::Abort(text) | Message::Refused(text) | Message::StartFailed(text) => text.clone_from(&reason),
             _ => {}
         }

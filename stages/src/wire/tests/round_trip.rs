@@ -9,7 +9,7 @@ use super::samples;
 use crate::geometry::{BlockInfo, ExtentAt, Layout, MAX_LANES, PageAt, PageSize};
 use crate::tally::RoundTally;
 use crate::wire::hello::Feature;
-use crate::wire::messages::{MAX_COUNT, Progress, RunState, StateChunk, StatePhase, StretchDigest};
+use crate::wire::messages::{Figure, MAX_COUNT, Progress, RunState, StateChunk, StatePhase, StretchDigest};
 use crate::wire::pages::group_pages;
 use crate::wire::{
     FrameHead, FrameReader, HEAD_BYTES, Hello, Incoming, Kind, Message, PROTOCOL_VERSION, PageEncoding, PagesHead,
@@ -111,6 +111,9 @@ fn message() -> impl Strategy<Value = Message> {
         Just(Message::Running),
         "\\PC{0,200}".prop_map(Message::Refused),
         "\\PC{0,200}".prop_map(Message::StartFailed),
+        vec(("\\PC{1,20}", any::<u64>()), 0..=64).prop_map(|figures| {
+            Message::Heartbeat(figures.into_iter().map(|(name, value)| Figure { name, value }).collect())
+        }),
     ]
 }
 

@@ -4,7 +4,7 @@ use bytes::Bytes;
 
 use crate::geometry::{BlockInfo, ExtentAt, Layout, PageAt, PageSize};
 use crate::tally::RoundTally;
-use crate::wire::messages::{Progress, RunState, StateChunk, StatePhase, StretchDigest};
+use crate::wire::messages::{Figure, Progress, RunState, StateChunk, StatePhase, StretchDigest};
 use crate::wire::pages::payload_hash;
 use crate::wire::{Features, Hello, Message, PROTOCOL_VERSION, PageEncoding, PagesHead, SessionId};
 
@@ -74,6 +74,7 @@ pub(super) fn messages() -> Vec<Message> {
         Message::Running,
         Message::Refused("blocks differ".into()),
         Message::StartFailed("no /dev/kvm".into()),
+        Message::Heartbeat(vec![Figure { name: "loader.busy".into(), value: 12 }]),
     ]
 }
 
