@@ -28,7 +28,7 @@ use crate::migration::{self, DataPlane};
 use crate::progress::{ProgressDisplay, ProgressLines, Screen};
 use crate::report::account::{Account, Accountant};
 use crate::report::html::Page;
-use crate::report::{Frame, Report, status, table};
+use crate::report::{Report, status, table};
 
 /// How long one end may take to find out that the other has ended, before it is told.
 const FIND_OUT: Duration = Duration::from_secs(2);
@@ -230,16 +230,15 @@ impl Session {
     /// Says how it ended and writes the reports. What is lost of them is said last, and changes no exit code: a guest that
     /// has moved must not look to a script as if it had not.
     fn conclude(&self, verdict: &Ended, account: &Account, far: Option<&Account>) {
-        let capped = account.is_capped(self.config.migration.max_bandwidth.0.is_some());
-        let frame = Frame { role: self.role, capped };
         let mut lost = Vec::new();
         if !self.options.report.is_empty() {
-            lost = self.write_reports(&Report::new(frame, verdict, account, far), account, far);
+            lost = self.write_reports(&Report::new(self.role, verdict, account, far), account, far);
         }
         lost.extend(self.outlets.close());
         self.say(&table::verdict(verdict, account));
-        if !self.options.quiet && !account.rounds.is_empty() {
-            self.say(&format!("\n{}", table::summary(frame, account, far).trim_end()));
+        let summary = table::summary(account, far);
+        if !self.options.quiet && !summary.is_empty() {
+            self.say(&format!("\n{}", summary.trim_end()));
         }
         if !lost.is_empty() {
             tell!("memferry: LOST: {}; the verdict stands: {}", lost.join("; "), status(verdict.phase));

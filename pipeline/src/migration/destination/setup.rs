@@ -7,6 +7,7 @@ use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::geometry::{BlockInfo, Layout};
 use memferry_stages::heartbeat::send_heartbeats;
 use memferry_stages::memory::GuestMemory;
+use memferry_stages::meter::Meter;
 use memferry_stages::wire::Message;
 use memferry_stages::wire::messages::{Figure, StatePhase};
 use memferry_stages::wire::reader::Incoming;
@@ -16,6 +17,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::Destination;
 use super::flow::{Flow, ended_early};
+use crate::bottleneck::{self, Watch};
 use crate::events::{Event, Phase};
 use crate::guest::{GuestError, GuestState};
 use crate::migration::destination_graph::DestinationGraph;
@@ -99,15 +101,19 @@ impl Destination {
         let graph = DestinationGraph::start(memory, &hello, features, readers, answer, &self.plane);
         self.setup = self.started.elapsed();
         self.observers.tell(&Event::Phase(Phase::Active));
-        let heartbeats =
-            graph.answer.clone().map(|answer| AbortOnDropHandle::new(tokio::spawn(send_heartbeats(answer, figures))));
+        let meters = graph.receiver_meters.clone();
+        let figures = move || figures(&meters);
+        let beat = |answer| AbortOnDropHandle::new(tokio::spawn(send_heartbeats(answer, figures)));
+        let heartbeats = graph.answer.clone().map(beat);
         Flow {
             _heartbeats: heartbeats,
             graph,
             cancel: self.cancel.clone(),
             ticks,
             stages_left,
-            speed: Speed::default(),
+            wire_speed: Speed::default(),
+            page_speed: Speed::default(),
+            watch: Watch::begin(false),
             tick: 0,
             round: 1,
             round_began: Instant::now(),
@@ -148,8 +154,9 @@ fn check_ignored(came: &[BlockInfo], own: &Layout) -> Result<(), GuestError> {
 }
 
 /// What this end reports of itself to the source, with each heartbeat.
-fn figures() -> Vec<Figure> {
-    Vec::new()
+fn figures(receivers: &[Arc<Meter>]) -> Vec<Figure> {
+    let receivers: Vec<_> = receivers.iter().map(|meter| meter.read()).collect();
+    vec![bottleneck::figure_of(&receivers)]
 }
 
 pub(super) async fn say(answer: &mut Option<Writer>, message: &Message) -> Result<(), MigrationError> {

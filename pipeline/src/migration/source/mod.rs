@@ -9,6 +9,7 @@
 mod clears;
 mod control;
 mod end;
+mod figures;
 mod handover;
 mod rounds;
 mod setup;
@@ -33,6 +34,7 @@ use super::flow::Flow;
 use super::handshake::Verdict;
 use super::plane::DataPlane;
 use super::speed::Speed;
+use crate::bottleneck::Watch;
 use crate::control::{Control, Requests};
 use crate::controller::Controller;
 use crate::controller::forecast::Forecast;
@@ -112,7 +114,12 @@ struct Source {
     forecast: Option<Forecast>,
     /// Is the guest held back?
     throttled: bool,
-    speed: Speed,
+    /// Bytes on the wire.
+    wire_speed: Speed,
+    /// Page bytes that are read.
+    page_speed: Speed,
+    /// Once the stages run.
+    watch: Option<Watch>,
     /// While a round is sent: since when nothing has gone over the wire.
     quiet_since: Option<Instant>,
     last_wire_bytes: u64,
@@ -163,7 +170,9 @@ impl Source {
             go_said: false,
             downtime: None,
             parts: DowntimeParts::default(),
-            speed: Speed::default(),
+            wire_speed: Speed::default(),
+            page_speed: Speed::default(),
+            watch: None,
             quiet_since: None,
             last_wire_bytes: 0,
             round: 0,

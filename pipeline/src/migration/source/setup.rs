@@ -11,6 +11,7 @@ use memferry_stages::wire::{Features, Message};
 use memferry_transports::Transport;
 
 use super::{HANDOVER_MOST, Source};
+use crate::bottleneck::Watch;
 use crate::events::{Event, Phase};
 use crate::guest::Guest;
 use crate::migration::arming::{Armed, arm};
@@ -160,6 +161,7 @@ impl Source {
             durable_rounds: self.transport.capabilities().stored,
         };
         let graph = SourceGraph::start(parts, &self.settings, &self.plane);
+        self.watch = Some(Watch::begin(self.transport.capabilities().return_path));
         self.setup = self.started.elapsed();
         self.tell_phase(Phase::Active);
         Flow::new(graph, link.said, self.cancel.clone(), self.requests.take())

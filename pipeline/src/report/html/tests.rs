@@ -8,7 +8,6 @@ use super::*;
 use crate::control::{Change, Changed};
 use crate::controller::Decision;
 use crate::events::{BlockFacts, Ended, Event, Progress, Role};
-use crate::report::Frame;
 use crate::report::series::Series;
 use crate::report::tests::{ended, script};
 use crate::settings::After;
@@ -57,7 +56,7 @@ impl Scene {
     fn on<T>(&self, look: impl FnOnce(&Page<'_>) -> T) -> T {
         let Self { role, account, settings, configuration } = self;
         let verdict = account.ended.as_ref().unwrap();
-        let report = &Report::new(Frame { role, capped: false }, verdict, account, None);
+        let report = &Report::new(role, verdict, account, None);
         look(&Page { report, account, other: None, settings, configuration, written: SystemTime::UNIX_EPOCH })
     }
 
@@ -309,7 +308,7 @@ fn the_bottleneck_is_named_and_marked() {
         assert_eq!(marked.len(), 1);
         assert!(words(marked[0]).starts_with("encoder"), "{}", words(marked[0]));
     });
-    assert!(Scene::new("send").page().contains("the encoder of lane 0: busy 96 % of the time"));
+    assert!(Scene::new("send").page().contains("processor 96 %, wire 25 %, destination 12 %, max_bandwidth 0 %"));
 }
 
 #[test]
