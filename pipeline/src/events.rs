@@ -9,10 +9,12 @@ use memferry_stages::clears::Spared;
 use memferry_stages::meter::Reading;
 use memferry_stages::tally::RoundTally;
 
+use crate::bottleneck::Bottleneck;
 use crate::control::Changed;
 use crate::controller::Decided;
 use crate::controller::forecast::Forecast;
 pub use crate::outlet::Queued;
+use crate::report::human;
 
 /// Which end of a migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -67,18 +69,82 @@ pub struct Progress {
     pub wire_bytes: u64,
     /// Bytes to the wire a second, lately.
     pub wire_rate: f64,
-    /// Page bytes a second that get done, lately.
+    /// Page bytes a second that are read, or loaded, lately.
     pub page_rate: f64,
-    /// Page bytes a second that the guest dirtied between the last syncs, if there were two.
+    /// Page bytes a second that the guest dirtied between the last syncs, if there were two; 0 once it is paused.
     pub dirty_rate: Option<f64>,
     /// What a switchover now would cost, if it can be told.
     pub expected_downtime: Option<Duration>,
     /// The downtime limit as far as it is raised; nothing at the destination, which has none.
     pub downtime_limit: Duration,
-    /// Percent of its time that the guest is held back.
+    /// Percent of its time that the guest is throttled.
     pub throttle: u8,
+    /// What holds it up, over the latest seconds; once it has ended, from its start.
+    pub bottleneck: Bottleneck,
+    /// Processor time of the process since the first page.
+    pub cpu: Duration,
     /// How every stage has spent its time so far.
     pub stages: Vec<Reading>,
+}
+
+impl Progress {
+    /// The share of the guest's memory that the other end has as it is, 0 to 1.
+    #[must_use]
+    pub fn done(&self) -> f64 {
+        if self.total_bytes == 0 {
+            return 0.0;
+        }
+        #[expect(clippy::cast_precision_loss, reason = "a share")]
+        let left = self.remaining_bytes as f64 / self.total_bytes as f64;
+        (1.0 - left).clamp(0.0, 1.0)
+    }
+
+    /// How long it takes until nothing remains.
+    #[must_use]
+    pub fn time_left(&self) -> TimeLeft {
+        TimeLeft::at_rates(self.remaining_bytes, self.page_rate, self.dirty_rate)
+    }
+}
+
+/// How long it takes until nothing remains, at the rates of the moment.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum TimeLeft {
+    /// Nothing is measured yet.
+    Unknown,
+    /// About this.
+    About(Duration),
+    /// The guest dirties pages at least as fast as they are sent.
+    DoesNotConverge,
+}
+
+impl TimeLeft {
+    /// What remains shrinks by what is sent and grows by what is dirtied.
+    #[must_use]
+    pub fn at_rates(remaining_bytes: u64, page_rate: f64, dirty_rate: Option<f64>) -> Self {
+        if remaining_bytes == 0 {
+            return Self::About(Duration::ZERO);
+        }
+        if page_rate < 1.0 {
+            return Self::Unknown;
+        }
+        let shrinks = page_rate - dirty_rate.unwrap_or(0.0);
+        if shrinks <= 0.0 {
+            return Self::DoesNotConverge;
+        }
+        #[expect(clippy::cast_precision_loss, reason = "a time for the eye")]
+        let seconds = remaining_bytes as f64 / shrinks;
+        Duration::try_from_secs_f64(seconds).map_or(Self::Unknown, Self::About)
+    }
+}
+
+impl fmt::Display for TimeLeft {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unknown => f.write_str("time left not known"),
+            Self::About(time) => write!(f, "{} to go", human::time(*time)),
+            Self::DoesNotConverge => f.write_str("does not converge"),
+        }
+    }
 }
 
 /// The parts of the downtime.
@@ -249,6 +315,10 @@ pub struct Ended {
     pub memory_peak: u64,
     /// How every stage spent its time.
     pub stages: Vec<Reading>,
+    /// What held it up.
+    pub bottleneck: Bottleneck,
+    /// Processor time of the process from the first page to the verdict.
+    pub cpu: Duration,
     /// Did the source guest fail to go on after it was paused? It stands still, and nobody else runs it.
     pub resume_failed: bool,
 }

@@ -18,6 +18,7 @@
 //! [`Region`]; `examples/kv.rs` is a key-value store that moves to another process under load.
 
 pub mod api;
+pub mod bottleneck;
 pub mod cli;
 pub mod config;
 pub mod control;

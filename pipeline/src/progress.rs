@@ -10,29 +10,51 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use memferry_stages::tally::RoundTally;
 
-use crate::events::{Event, Observer, Phase, Progress, Role};
+use crate::controller::Decision;
+use crate::events::{Event, Observer, Phase, Progress, Role, TimeLeft};
 use crate::outlet::Direct;
 use crate::report::human;
 
 /// How often a line is written where there is no terminal.
 const LINE_EVERY: Duration = Duration::from_secs(1);
+/// The share from which a line says what holds it up.
+const HELD_UP: f64 = 0.5;
 
-/// What remains and how fast it goes, in one line of at most 90 columns.
+/// What remains and how fast it goes, in one line: what matters most comes first.
 #[must_use]
 pub fn figures(progress: &Progress) -> String {
-    let mut text = format!("{} left, {}", human::bytes(progress.remaining_bytes), human::rate(progress.wire_rate));
-    if let Some(rate) = progress.dirty_rate {
+    let (done, left) = (human::done(progress.done() * 100.0), human::bytes(progress.remaining_bytes));
+    let mut text = format!("{done}, {left} left, {}", human::rate(progress.wire_rate));
+    if progress.remaining_bytes > 0 && progress.time_left() != TimeLeft::Unknown {
+        text.push_str(&format!(", {}", progress.time_left()));
+    }
+    if let Some(rate) = progress.dirty_rate.filter(|rate| *rate > 0.0) {
         text.push_str(&format!(", dirtied {}", human::rate(rate)));
     }
     if let Some(downtime) = progress.expected_downtime {
         text.push_str(&format!(", expected downtime {}", human::time(downtime)));
     }
+    if progress.throttle > 0 {
+        text.push_str(&format!(", throttled {} %", progress.throttle));
+    }
     text
 }
 
+/// The figures of a line, with what holds it up most.
+fn line_of_figures(progress: &Progress) -> String {
+    let text = format!("round {}: {}", progress.round, figures(progress));
+    match progress.bottleneck.greatest() {
+        Some((cause, share)) if share >= HELD_UP => {
+            format!("{text}, held up by: {cause} {:.0} %", share * 100.0)
+        }
+        _ => text,
+    }
+}
+
 /// What is worth a line of its own besides the figures.
-fn milestone(event: &Event) -> Option<String> {
+fn milestone(role: Role, event: &Event) -> Option<String> {
     match event {
         Event::Connected { peer } => Some(format!("connected to {peer}")),
         Event::Guest { blocks, pages, .. } => {
@@ -41,26 +63,113 @@ fn milestone(event: &Event) -> Option<String> {
             let (bytes, pages) = (human::bytes(bytes), human::count(*pages));
             Some(format!("{bytes} in {pages} pages, {} RAM block{plural}", blocks.len()))
         }
-        Event::RoundSent { tally, duration } => Some(format!(
-            "round {} done in {}: {} pages, {} became {}",
-            tally.round,
-            human::time(*duration),
-            human::count(tally.pages),
-            human::bytes(tally.bytes_in),
-            human::bytes(tally.bytes_out),
-        )),
+        Event::Decided(decided) => match decided.decision {
+            Decision::Throttle(_) | Decision::RaiseLimit(_) | Decision::SwitchOver => {
+                Some(format!("round {}: {}", decided.round, decided.why))
+            }
+            // That it gave up says the verdict.
+            Decision::AnotherRound | Decision::Sample(_) | Decision::Drain | Decision::GiveUp => None,
+        },
         Event::Changed(changed) => Some(changed.to_string()),
         Event::Paused => Some("the guest is paused at the source".into()),
         Event::Resumed => Some("the guest goes on at the source".into()),
-        Event::Phase(Phase::Switchover) => Some("switching over".into()),
+        // The source says why it switches over.
+        Event::Phase(Phase::Switchover) if role == Role::Destination => Some("switching over".into()),
         _ => None,
     }
 }
 
-/// A line for each milestone and at most one a second in between (short rounds among them), for logs and pipes.
+/// Rounds that are sent and have no line yet.
+#[derive(Debug)]
+struct Rounds {
+    first: u32,
+    last: u32,
+    took: Duration,
+    pages: u64,
+    bytes_in: u64,
+    bytes_out: u64,
+}
+
+impl Rounds {
+    /// These, if there are any, and one more.
+    fn and(this: Option<Self>, tally: &RoundTally, took: Duration) -> Self {
+        let before = this.unwrap_or(Self {
+            first: tally.round,
+            last: tally.round,
+            took: Duration::ZERO,
+            pages: 0,
+            bytes_in: 0,
+            bytes_out: 0,
+        });
+        Self {
+            first: before.first,
+            last: tally.round,
+            took: before.took + took,
+            pages: before.pages + tally.pages,
+            bytes_in: before.bytes_in + tally.bytes_in,
+            bytes_out: before.bytes_out + tally.bytes_out,
+        }
+    }
+}
+
+impl fmt::Display for Rounds {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { first, last, took, pages, bytes_in, bytes_out } = *self;
+        if first == last {
+            write!(f, "round {last}")?;
+        } else {
+            write!(f, "rounds {first} to {last}")?;
+        }
+        let (took, pages) = (human::time(took), human::count(pages));
+        write!(f, " done in {took}: {pages} pages, {} became {}", human::bytes(bytes_in), human::bytes(bytes_out))
+    }
+}
+
+/// What was shown and what is to be.
+#[derive(Debug, Default)]
+struct Shown {
+    /// When the latest of the lines that come once a second was written.
+    last: Option<Instant>,
+    /// Short rounds share a line.
+    rounds: Option<Rounds>,
+}
+
+impl Shown {
+    /// The lines that an event makes at this time.
+    fn lines(&mut self, role: Role, event: &Event, at: Instant) -> Vec<String> {
+        let due = self.last.is_none_or(|last| at.duration_since(last) >= LINE_EVERY);
+        let line = match event {
+            Event::Progress(progress) => {
+                if !due {
+                    return Vec::new();
+                }
+                self.last = Some(at);
+                Some(line_of_figures(progress))
+            }
+            Event::RoundSent { tally, duration } => {
+                self.rounds = Some(Rounds::and(self.rounds.take(), tally, *duration));
+                let long = *duration >= LINE_EVERY || tally.last;
+                if !due && !long {
+                    return Vec::new();
+                }
+                self.last = if long { self.last } else { Some(at) };
+                None
+            }
+            Event::Ended(_) => None,
+            other => match milestone(role, other) {
+                None => return Vec::new(),
+                line => line,
+            },
+        };
+        let rounds = self.rounds.take().map(|rounds| rounds.to_string());
+        rounds.into_iter().chain(line).collect()
+    }
+}
+
+/// A line for each milestone and at most one a second in between, for logs and pipes. Short rounds share a line: none is left out.
 pub struct ProgressLines<W> {
     role: Role,
-    out: Mutex<(W, Option<Instant>)>,
+    out: Mutex<(W, Shown)>,
 }
 
 impl<W> fmt::Debug for ProgressLines<W> {
@@ -72,29 +181,13 @@ impl<W> fmt::Debug for ProgressLines<W> {
 impl<W: Write + Send> ProgressLines<W> {
     /// Lines about the end `role`, written to `out`.
     pub fn new(role: Role, out: W) -> Self {
-        Self { role, out: Mutex::new((out, None)) }
+        Self { role, out: Mutex::new((out, Shown::default())) }
     }
 
     fn show(&self, event: &Event, at: Instant) {
         let mut out = self.out.lock().unwrap_or_else(PoisonError::into_inner);
-        let due = out.1.is_none_or(|last| at.duration_since(last) >= LINE_EVERY);
-        let line = match event {
-            Event::Progress(progress) => Some(format!("round {}: {}", progress.round, figures(progress))),
-            other => milestone(other),
-        };
-        let frequent = match event {
-            Event::Progress(_) => true,
-            Event::RoundSent { tally, duration } => *duration < LINE_EVERY && !tally.last,
-            _ => false,
-        };
-        if frequent && !due {
-            return;
-        }
-        if frequent {
-            out.1 = Some(at);
-        }
-        if let Some(line) = line {
-            // Nobody may be reading; the migration goes on.
+        for line in out.1.lines(self.role, event, at) {
+            // Nobody may be reading; the migration continues.
             drop(writeln!(out.0, "{line}"));
         }
     }
@@ -185,6 +278,8 @@ impl Observer for ProgressDisplay {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::bottleneck::{Bottleneck, Cause};
+    use crate::controller::Decided;
     use crate::report::tests::script;
 
     fn progress(round: u32) -> Event {
@@ -210,11 +305,67 @@ mod tests {
         {
             lines.show(&event, start + Duration::from_millis(ms));
         }
-        let text = String::from_utf8(lines.out.into_inner().unwrap().0).unwrap();
-        insta::assert_snapshot!(text, @r"
-        round 1: 123 MiB left, 98.2 MiB/s
+        insta::assert_snapshot!(written(lines), @r"
+        round 1: 87 % done, 123 MiB left, 98.2 MiB/s, 645 ms to go
         the guest is paused at the source
-        round 2: 123 MiB left, 98.2 MiB/s, dirtied 34.0 MiB/s, expected downtime 1.24 s
+        round 2: 87 % done, 123 MiB left, 98.2 MiB/s, 785 ms to go, dirtied 34.0 MiB/s, expected downtime 1.24 s
+        ");
+    }
+
+    fn written(lines: ProgressLines<Vec<u8>>) -> String {
+        String::from_utf8(lines.out.into_inner().unwrap().0).unwrap()
+    }
+
+    #[test]
+    fn short_rounds_share_a_line_and_none_is_left_out() {
+        let lines = ProgressLines::new(Role::Source, Vec::new());
+        let start = Instant::now();
+        let sent = |round| {
+            let tally = RoundTally { round, pages: 10, bytes_in: 40_960, bytes_out: 4096, ..RoundTally::default() };
+            Event::RoundSent { tally, duration: Duration::from_millis(200) }
+        };
+        let throttle = Event::Decided(Decided {
+            round: 7,
+            decision: Decision::Throttle(50),
+            why: "throttle the guest to 50 %: 2 rounds brought no new least".into(),
+            forecast: None,
+        });
+        for (ms, event) in [
+            (0, sent(1)),
+            (200, sent(2)),
+            (400, sent(3)),
+            (1000, progress(4)),
+            (1200, sent(4)),
+            (1400, throttle),
+            (1600, sent(5)),
+            (1700, Event::Ended(crate::report::tests::ended(Role::Source))),
+        ] {
+            lines.show(&event, start + Duration::from_millis(ms));
+        }
+        insta::assert_snapshot!(written(lines), @r"
+        round 1 done in 200 ms: 10 pages, 40.0 KiB became 4.00 KiB
+        rounds 2 to 3 done in 400 ms: 20 pages, 80.0 KiB became 8.00 KiB
+        round 4: 87 % done, 123 MiB left, 98.2 MiB/s, 785 ms to go, dirtied 34.0 MiB/s, expected downtime 1.24 s
+        round 4 done in 200 ms: 10 pages, 40.0 KiB became 4.00 KiB
+        round 7: throttle the guest to 50 %: 2 rounds brought no new least
+        round 5 done in 200 ms: 10 pages, 40.0 KiB became 4.00 KiB
+        ");
+    }
+
+    #[test]
+    fn a_line_says_what_holds_it_up_and_how_long_it_takes() {
+        let Event::Progress(now) = progress(2) else { unreachable!() };
+        let held_up =
+            |share| Progress { bottleneck: Bottleneck::made_up(&[(Cause::Destination, share)]), ..now.clone() };
+        assert!(line_of_figures(&held_up(0.97)).ends_with(", held up by: destination 97 %"));
+        assert!(!line_of_figures(&held_up(0.4)).contains("held up"));
+        let text = |page_rate, dirty_rate| {
+            figures(&Progress { page_rate, dirty_rate, throttle: 50, expected_downtime: None, ..now.clone() })
+        };
+        insta::assert_snapshot!([text(0.0, None), text(1e8, Some(0.0)), text(1e8, Some(1e8))].join("\n"), @r"
+        87 % done, 123 MiB left, 98.2 MiB/s, throttled 50 %
+        87 % done, 123 MiB left, 98.2 MiB/s, 1.29 s to go, throttled 50 %
+        87 % done, 123 MiB left, 98.2 MiB/s, does not converge, dirtied 95.4 MiB/s, throttled 50 %
         ");
     }
 
@@ -223,12 +374,11 @@ mod tests {
         let lines = ProgressLines::new(Role::Source, Vec::new());
         script(Role::Source).iter().for_each(|event| lines.event(Role::Source, event));
         script(Role::Destination).iter().for_each(|event| lines.event(Role::Destination, event));
-        let text = String::from_utf8(lines.out.into_inner().unwrap().0).unwrap();
-        insta::assert_snapshot!(text, @r"
+        insta::assert_snapshot!(written(lines), @r"
         connected to 127.0.0.1:41234
         1.00 GiB in 262,144 pages, 1 RAM block
         round 1 done in 2.10 s: 262,144 pages, 1.00 GiB became 512 MiB
-        switching over
+        round 1: switch over: it fits
         the guest is paused at the source
         round 2 done in 90.0 ms: 1,000 pages, 3.91 MiB became 66.4 KiB
         ");

@@ -17,8 +17,11 @@ pub struct Meter {
     ended_ns: AtomicU64,
     input_wait_ns: AtomicU64,
     output_wait_ns: AtomicU64,
+    limit_wait_ns: AtomicU64,
     /// Since when it waits, in nanoseconds from the start, and for what in the lowest bit; 0 if it does not.
     waits: AtomicU64,
+    /// Since when it waits for the bandwidth limit, in nanoseconds from the start; 0 if it does not.
+    limited: AtomicU64,
     batches: AtomicU64,
     pages: AtomicU64,
     bytes: AtomicU64,
@@ -33,6 +36,8 @@ pub enum Wait {
     Input,
     /// Room behind it: a full queue, an empty pool, a slow transport.
     Output,
+    /// The bandwidth limit. It is waited for within a wait for [`Wait::Output`], which does not count it.
+    Limit,
 }
 
 /// A wait of a stage, which ends when this is dropped.
@@ -45,7 +50,7 @@ pub struct Waiting<'a> {
 
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
-        self.meter.waits.store(0, Ordering::Relaxed);
+        self.meter.since(self.wait).store(0, Ordering::Relaxed);
         self.meter.waited(self.wait, self.meter.started.elapsed().saturating_sub(self.since));
     }
 }
@@ -63,12 +68,22 @@ pub struct Reading {
     pub input_wait: Duration,
     /// Time it waited for room behind it: a full queue, an empty pool, a slow transport.
     pub output_wait: Duration,
+    /// Time it waited for the bandwidth limit.
+    pub limit_wait: Duration,
     /// Batches that passed.
     pub batches: u64,
     /// Pages that passed.
     pub pages: u64,
     /// Bytes that passed, as the stage counts them.
     pub bytes: u64,
+}
+
+impl Reading {
+    /// The stage's lifetime: its work and its waits.
+    #[must_use]
+    pub fn life(&self) -> Duration {
+        self.busy + self.input_wait + self.output_wait + self.limit_wait
+    }
 }
 
 impl Meter {
@@ -83,7 +98,9 @@ impl Meter {
             ended_ns: zero(),
             input_wait_ns: zero(),
             output_wait_ns: zero(),
+            limit_wait_ns: zero(),
             waits: zero(),
+            limited: zero(),
             batches: zero(),
             pages: zero(),
             bytes: zero(),
@@ -128,17 +145,25 @@ impl Meter {
         self.held_bytes.load(Ordering::Relaxed)
     }
 
-    /// The stage waits until what this returns is dropped. It waits for one thing at a time.
+    /// The stage waits until what this returns is dropped. It waits for one thing at a time, the limit aside.
     pub fn waiting(&self, wait: Wait) -> Waiting<'_> {
         let since = self.started.elapsed();
-        self.waits.store(nanos(since).max(1) << 1 | wait as u64, Ordering::Relaxed);
+        let started = nanos(since).max(1);
+        let cell = if wait == Wait::Limit { started } else { started << 1 | wait as u64 };
+        self.since(wait).store(cell, Ordering::Relaxed);
         Waiting { meter: self, wait, since }
+    }
+
+    /// Where the beginning of a wait is noted.
+    fn since(&self, wait: Wait) -> &AtomicU64 {
+        if wait == Wait::Limit { &self.limited } else { &self.waits }
     }
 
     fn waited(&self, wait: Wait, time: Duration) {
         let waits = match wait {
             Wait::Input => &self.input_wait_ns,
             Wait::Output => &self.output_wait_ns,
+            Wait::Limit => &self.limit_wait_ns,
         };
         waits.fetch_add(nanos(time), Ordering::Relaxed);
     }
@@ -151,6 +176,13 @@ impl Meter {
         }
         let time = life.saturating_sub(Duration::from_nanos(waits >> 1));
         if waits & 1 == Wait::Input as u64 { (time, Duration::ZERO) } else { (Duration::ZERO, time) }
+    }
+
+    /// How long the limit was waited for, with the wait that goes on.
+    fn limit_wait(&self, life: Duration) -> Duration {
+        let (waited, since) = (self.limit_wait_ns.load(Ordering::Relaxed), self.limited.load(Ordering::Relaxed));
+        let ongoing = if since == 0 { Duration::ZERO } else { life.saturating_sub(Duration::from_nanos(since)) };
+        Duration::from_nanos(waited) + ongoing
     }
 
     /// The stage has ended: its lifetime stops here.
@@ -167,12 +199,14 @@ impl Meter {
         let (input_wait, output_wait) = self.ongoing(life);
         let input_wait = input_wait + Duration::from_nanos(load(&self.input_wait_ns));
         let output_wait = output_wait + Duration::from_nanos(load(&self.output_wait_ns));
+        let limit_wait = self.limit_wait(life).min(output_wait);
         Reading {
             name: self.name,
             lane: self.lane,
             busy: life.saturating_sub(input_wait + output_wait),
             input_wait,
-            output_wait,
+            output_wait: output_wait - limit_wait,
+            limit_wait,
             batches: load(&self.batches),
             pages: load(&self.pages),
             bytes: load(&self.bytes),

@@ -40,6 +40,30 @@ mod tests {
         assert_eq!(meter.read().output_wait, Duration::ZERO);
     }
 
+    #[tokio::test]
+    async fn a_wait_for_the_limit_is_no_wait_for_room() {
+        let meter = meter();
+        let limited = async {
+            pending(tokio::time::sleep(WAIT), &meter, Wait::Limit).await;
+            tokio::time::sleep(WAIT).await;
+        };
+        pending(limited, &meter, Wait::Output).await;
+        let reading = meter.read();
+        assert!(reading.limit_wait >= WAIT && reading.output_wait >= WAIT, "{reading:?}");
+        assert!(reading.life() >= 2 * WAIT);
+    }
+
+    #[test]
+    fn a_wait_for_the_limit_counts_while_it_goes_on() {
+        let meter = meter();
+        let limited = pending(std::future::pending::<()>(), &meter, Wait::Limit);
+        let mut waits = Box::pin(pending(limited, &meter, Wait::Output));
+        assert_eq!(waits.as_mut().now_or_never(), None);
+        std::thread::sleep(WAIT);
+        let reading = meter.read();
+        assert!(reading.limit_wait >= WAIT && reading.output_wait < WAIT, "{reading:?}");
+    }
+
     #[test]
     fn a_wait_counts_while_it_goes_on_and_when_it_is_given_up() {
         let meter = meter();

@@ -21,6 +21,8 @@ pub enum Trouble {
     ReadFails(u64),
     /// Once so many pages of a block were written, the disk is full.
     DiskFull(u64),
+    /// Each write of pages takes this long.
+    WriteTakes(Duration),
     /// The log cannot be synced.
     SyncFails,
     /// The log panics when it is synced.
@@ -115,6 +117,10 @@ impl TroubledMemory {
         let before = self.written.fetch_add(pages, Ordering::Relaxed);
         match self.troubles.get() {
             Some(Trouble::DiskFull(room)) if before + pages > room => Err(io::ErrorKind::StorageFull.into()),
+            Some(Trouble::WriteTakes(time)) => {
+                std::thread::sleep(time);
+                Ok(())
+            }
             _ => Ok(()),
         }
     }

@@ -187,6 +187,15 @@ fn is_taken_away(deadline: Duration) -> bool {
     taken
 }
 
+/// The last figures that an end reports, which come before its end.
+fn last_progress(ends: &Ends, of: Role) -> Progress {
+    let figures = |(role, event): &(Role, Event)| match event {
+        Event::Progress(progress) if *role == of => Some(progress.clone()),
+        _ => None,
+    };
+    ends.events.iter().rev().find_map(figures).expect("figures")
+}
+
 #[test]
 fn a_throttle_above_its_ceiling_is_lowered_at_once() {
     let settings = SourceSettings {
@@ -210,6 +219,9 @@ fn a_throttle_above_its_ceiling_is_lowered_at_once() {
         control.cancel();
     });
     assert_eq!(ends.source.phase, Phase::Cancelled);
+    let last = last_progress(&ends, Role::Source);
+    assert_eq!((last.throttle, last.wire_rate, last.page_rate, last.dirty_rate), (0, 0.0, 0.0, Some(0.0)));
+    assert!(last.expected_downtime.is_none() && last.remaining_bytes > 0);
     let levels = guest.throttled();
     let lowered = levels.iter().position(|&percent| percent == 10).unwrap_or_else(|| panic!("{levels:?}"));
     assert!(levels[..lowered].iter().all(|&percent| (30..=60).contains(&percent)), "{levels:?}");

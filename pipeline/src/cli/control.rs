@@ -8,8 +8,9 @@ use serde_json::{Map, Value};
 
 use crate::api::client::{self, ClientError, Lines};
 use crate::api::patch;
+use crate::events::TimeLeft;
 use crate::report::event_json::{EndedJson, EventJson, EventLine, PhaseName, RoleName};
-use crate::report::human;
+use crate::report::{BottleneckReport, human};
 
 /// How long a cancelled migration may take to end: a command of the guest's may have to come to its end first.
 const END_TIME: Duration = Duration::from_secs(30);
@@ -164,19 +165,22 @@ fn describe(status: &Value) -> String {
     let mut lines = vec![headline(status)];
     if progress.is_object() {
         lines.push(format!(
-            "round {}: {} of {} left",
+            "round {}: {}, {} of {} left{}",
             progress["round"],
+            human::done(progress["done_percent"].as_f64().unwrap_or(0.0)),
             bytes(&progress["remaining_bytes"]),
             bytes(&progress["total_bytes"]),
+            time_left(progress).map(|time| format!(", {time}")).unwrap_or_default(),
         ));
         let mut rates = format!("{} on the wire", rate(&progress["wire_bytes_per_s"]));
         if progress["dirty_bytes_per_s"].is_number() {
             rates.push_str(&format!(", {} dirtied", rate(&progress["dirty_bytes_per_s"])));
         }
         if progress["throttle_percent"].as_u64().is_some_and(|percent| percent > 0) {
-            rates.push_str(&format!(", the guest is held back for {} %", progress["throttle_percent"]));
+            rates.push_str(&format!(", the guest is throttled by {} %", progress["throttle_percent"]));
         }
         lines.push(rates);
+        lines.extend(held_up(&progress["bottleneck_percent"]).map(|shares| format!("held up by: {shares}")));
         if progress["expected_downtime_ms"].is_number() {
             let (expected, limit) = (time(&progress["expected_downtime_ms"]), time(&progress["downtime_limit_ms"]));
             lines.push(format!("expected downtime {expected}, limit {limit}"));
@@ -192,6 +196,19 @@ fn describe(status: &Value) -> String {
         status["warnings"].as_array().into_iter().flatten().filter_map(text).map(|what| format!("warning: {what}")),
     );
     lines.join("\n")
+}
+
+/// How long it takes until nothing remains, if that can be told.
+fn time_left(progress: &Value) -> Option<TimeLeft> {
+    let remaining = progress["remaining_bytes"].as_u64().filter(|bytes| *bytes > 0)?;
+    let (sent, dirtied) = (progress["page_bytes_per_s"].as_f64()?, progress["dirty_bytes_per_s"].as_f64());
+    Some(TimeLeft::at_rates(remaining, sent, dirtied)).filter(|time| *time != TimeLeft::Unknown)
+}
+
+/// What holds it up, the greatest share first.
+fn held_up(shares: &Value) -> Option<String> {
+    let shares: BottleneckReport = serde_json::from_value(shares.clone()).ok()?;
+    Some(shares.to_string()).filter(|shares| !shares.is_empty())
 }
 
 fn headline(status: &Value) -> String {
@@ -241,6 +258,7 @@ fn time(value: &Value) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::bottleneck::{Bottleneck, Cause};
     use crate::cli::verdict::never_begun;
     use crate::control::{InForce, Status};
     use crate::events::{Ended, Event, Phase, Progress, Role};
@@ -313,6 +331,8 @@ mod tests {
             remaining_bytes: 5 << 20,
             total_bytes: 1 << 30,
             wire_rate: 2e8,
+            page_rate: 1.1e8,
+            bottleneck: Bottleneck::made_up(&[(Cause::Wire, 0.2), (Cause::Processor, 0.9)]),
             dirty_rate: Some(1e7),
             throttle: 20,
             expected_downtime: Some(std::time::Duration::from_millis(120)),
@@ -332,8 +352,9 @@ mod tests {
         let lines = describe(&serde_json::to_value(StatusJson::from(&status)).unwrap());
         let expected = "\
 active, source, for 4.20 s, other end 10.0.0.2:7777
-round 3: 5.00 MiB of 1.00 GiB left
-191 MiB/s on the wire, 9.54 MiB/s dirtied, the guest is held back for 20 %
+round 3: 99 % done, 5.00 MiB of 1.00 GiB left, 52.4 ms to go
+191 MiB/s on the wire, 9.54 MiB/s dirtied, the guest is throttled by 20 %
+held up by: processor 90 %, wire 20 %
 expected downtime 120 ms, limit 100 ms
 deadline = none, downtime_limit = 300ms, max_bandwidth = unlimited, max_downtime = none, switchover_bandwidth = as \
 max_bandwidth, xbzrle_cache = 256 MiB

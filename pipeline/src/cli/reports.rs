@@ -13,7 +13,7 @@ use crate::outlet::{Outlet, Sink};
 use crate::report::account::Account;
 use crate::report::html::Page;
 use crate::report::todo::Conclusion;
-use crate::report::{Frame, Report, write};
+use crate::report::{Report, write};
 
 /// How long all of them may take.
 const TIME: Duration = Duration::from_secs(10);
@@ -21,7 +21,8 @@ const TIME: Duration = Duration::from_secs(10);
 /// What a report is made of.
 #[derive(Clone, Copy)]
 pub(super) struct Ending<'a> {
-    pub(super) frame: Frame,
+    /// "run", "send" or "recv".
+    pub(super) role: &'static str,
     pub(super) verdict: &'a Ended,
     pub(super) account: &'a Account,
     /// The other end, where it was in this process.
@@ -60,8 +61,8 @@ impl Reports {
         if files.is_empty() {
             return Self(Vec::new());
         }
-        let Ending { frame, verdict, account, far, conclusions } = *ending;
-        let report = Report::new(frame, verdict, account, far);
+        let Ending { role, verdict, account, far, conclusions } = *ending;
+        let report = Report::new(role, verdict, account, far);
         let text = |file: &Path| {
             if !file.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("html")) {
                 return report.to_json();

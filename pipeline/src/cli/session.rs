@@ -26,8 +26,8 @@ use crate::log::LogObserver;
 use crate::metrics::MetricsObserver;
 use crate::migration::{self, DataPlane};
 use crate::report::account::{Account, Accountant};
-use crate::report::todo::{Conclusion, Shares, conclusions};
-use crate::report::{Frame, readings, status, table};
+use crate::report::todo::{Conclusion, conclusions};
+use crate::report::{held_up, status, table};
 
 /// How long one end may take to find out that the other has ended, before it is told.
 const FIND_OUT: Duration = Duration::from_secs(2);
@@ -243,14 +243,13 @@ impl Session {
     /// Says how it ended and writes the reports. What is lost of them is said last, and changes no exit code: a guest that
     /// has moved must not look to a script as if it had not.
     fn conclude(&self, verdict: &Ended, account: &Account, far: Option<&Account>) {
-        let capped = account.is_capped(self.config.migration.max_bandwidth.0.is_some());
-        let frame = Frame { role: self.role, capped };
-        let conclusions = self.conclusions(account, far, capped);
-        let ending = Ending { frame, verdict, account, far, conclusions: &conclusions };
+        let conclusions = self.conclusions(account, far);
+        let ending = Ending { role: self.role, verdict, account, far, conclusions: &conclusions };
         let reports = Reports::begin(&self.options.report, &self.config, &ending);
         self.say(&table::verdict(verdict, account));
-        if !self.options.quiet && !account.rounds.is_empty() {
-            self.say(&format!("\n{}", table::summary(frame, account, far).trim_end()));
+        let summary = table::summary(account, far);
+        if !self.options.quiet && !summary.is_empty() {
+            self.say(&format!("\n{}", summary.trim_end()));
             conclusions.iter().for_each(|conclusion| self.say(&format!("{:<11} {conclusion}", "to do")));
         }
         let mut lost = reports.finish();
@@ -261,11 +260,10 @@ impl Session {
     }
 
     /// What a source's figures say should be set otherwise.
-    fn conclusions(&self, account: &Account, far: Option<&Account>, capped: bool) -> Vec<Conclusion> {
+    fn conclusions(&self, account: &Account, far: Option<&Account>) -> Vec<Conclusion> {
+        let Some(ended) = account.ended.as_ref().filter(|_| !account.decided.is_empty()) else { return Vec::new() };
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let shares = Shares::of(&readings(account, far), capped, cores);
-        let is_source = !account.decided.is_empty();
-        if is_source { conclusions(&self.config.source(), account, shares, cores) } else { Vec::new() }
+        conclusions(&self.config.source(), account, &held_up(ended, far), cores)
     }
 
     /// Hosts a guest that lives in this program, for as long as the options say; else until a signal.

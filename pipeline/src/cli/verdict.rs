@@ -52,6 +52,8 @@ pub(super) fn never_begun(error: String) -> Ended {
         spared: memferry_stages::clears::Spared::default(),
         memory_peak: 0,
         stages: Vec::new(),
+        bottleneck: crate::bottleneck::Bottleneck::default(),
+        cpu: std::time::Duration::ZERO,
         resume_failed: false,
     }
 }

@@ -2,8 +2,9 @@
 //! serves them to Prometheus ([`prometheus`]).
 //!
 //! Takes events, owns nothing but what it needs to count rises once. Names and units are those of Prometheus: seconds and
-//! bytes, `_total` for what only rises. Counters, histograms and stage times add up over the migrations of a process and
-//! survive every end; a gauge says how it was last, so that the figures of a migration that failed can still be read.
+//! bytes, `_total` for what only rises. Counters and histograms add up over the migrations of a process and
+//! survive every end; a gauge says how it was last. After an end rates and throttle are 0, and of a migration that completed
+//! nothing remains. What cannot be told is NaN.
 //!
 //! | metric | kind | labels | meaning |
 //! |---|---|---|---|
@@ -24,21 +25,26 @@
 //! | `memferry_guest_bytes` | gauge | role | bytes of the guest's memory |
 //! | `memferry_remaining_bytes` | gauge | role | page bytes to go |
 //! | `memferry_wire_bytes_per_second` | gauge | role | bytes to the wire, lately |
+//! | `memferry_page_bytes_per_second` | gauge | role | page bytes that are read, or loaded, lately |
 //! | `memferry_dirty_bytes_per_second` | gauge | role | page bytes that the guest dirtied, lately |
 //! | `memferry_expected_downtime_seconds` | gauge | role | what a switchover would cost |
 //! | `memferry_downtime_limit_seconds` | gauge | role | what it may cost, as far as the limit is raised; the source's alone |
-//! | `memferry_throttle_ratio` | gauge | role | share of its time that the guest is held back |
+//! | `memferry_throttle_ratio` | gauge | role | share of its time that the guest is throttled |
+//! | `memferry_bottleneck_ratio` | gauge | role, cause | what holds it up, over the latest seconds, from 0 to 1: processor, limit, destination, wire, guest, source; after an end, over all of it |
 //! | `memferry_decisions_total` | counter | role, decision | what the controller decided |
 //! | `memferry_downtime_seconds` | histogram | role | how long the guest stood still |
 //! | `memferry_downtime_part_seconds` | histogram | role, part | where that time went |
 //! | `memferry_memory_bound_bytes` | gauge | role | the most memory that the engine takes |
 //! | `memferry_memory_peak_bytes` | gauge | role | the most it took |
-//! | `memferry_stage_seconds` | gauge | role, stage, state | time of a stage, all lanes: busy, input_wait, output_wait; it only rises |
+//! | `memferry_stage_seconds_total` | counter | role, stage, lane, state | time of a stage: busy, input_wait, output_wait, limit_wait; no lane where there is one of it only |
 //! | `memferry_turned_away_total` | counter | role | strangers and broken peers that were turned away |
 //! | `memferry_warnings_total` | counter | role | warnings that the operator was given |
+//! | `memferry_build_info` | gauge | version | always 1 |
 //!
-//! Stage times are gauges because counters are whole numbers in this crate, and seconds are not.
+//! The counters of the `metrics` crate are whole numbers, and seconds are not: `memferry_stage_seconds_total` is recorded as a
+//! gauge that is only added to. The program announces it to Prometheus as the counter that it is.
 
+pub mod process;
 pub mod prometheus;
 #[cfg(test)]
 mod tests;
@@ -50,8 +56,9 @@ use std::time::Duration;
 use memferry_stages::clears::Spared;
 use memferry_stages::meter::Reading;
 use memferry_stages::tally::RoundTally;
-use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
+use metrics::{Label, Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 
+use crate::bottleneck::Cause;
 use crate::controller::Decided;
 use crate::events::{BlockFacts, DowntimeParts, Ended, Event, Observer, Phase, Progress, Role};
 use crate::log::name;
@@ -76,8 +83,8 @@ pub struct MetricsObserver {
 #[derive(Debug, Default)]
 struct Counted {
     wire_bytes: u64,
-    /// Seconds of a stage in a state, all its lanes.
-    stages: HashMap<(&'static str, &'static str), f64>,
+    /// Seconds of a stage in its states.
+    stages: HashMap<(&'static str, Option<u16>), [f64; 4]>,
 }
 
 impl MetricsObserver {
@@ -85,6 +92,7 @@ impl MetricsObserver {
     #[must_use]
     pub fn new() -> Self {
         describe();
+        gauge!("memferry_build_info", "version" => env!("CARGO_PKG_VERSION")).set(1.0);
         Self::default()
     }
 
@@ -122,25 +130,31 @@ impl Counted {
     fn rise(&mut self, role: &'static str, wire_bytes: u64, stages: &[Reading]) {
         counter!("memferry_wire_bytes_total", "role" => role).increment(wire_bytes.saturating_sub(self.wire_bytes));
         self.wire_bytes = wire_bytes.max(self.wire_bytes);
-        for ((stage, state), seconds) in by_state(stages) {
-            let counted = self.stages.entry((stage, state)).or_default();
-            let labels = [("role", role), ("stage", stage), ("state", state)];
-            gauge!("memferry_stage_seconds", &labels).increment((seconds - *counted).max(0.0));
-            *counted = seconds.max(*counted);
+        for reading in stages {
+            let counted = self.stages.entry((reading.name, reading.lane)).or_default();
+            let lane = reading.lane.map_or(String::new(), |lane| lane.to_string());
+            for (counted, (state, time)) in counted.iter_mut().zip(by_state(reading)) {
+                let labels = vec![
+                    Label::from_static_parts("role", role),
+                    Label::from_static_parts("stage", reading.name),
+                    Label::new("lane", lane.clone()),
+                    Label::from_static_parts("state", state),
+                ];
+                gauge!("memferry_stage_seconds_total", labels).increment((time.as_secs_f64() - *counted).max(0.0));
+                *counted = time.as_secs_f64().max(*counted);
+            }
         }
     }
 }
 
-/// The seconds of each stage in each state, all its lanes together.
-fn by_state(stages: &[Reading]) -> HashMap<(&'static str, &'static str), f64> {
-    let mut seconds = HashMap::new();
-    for reading in stages {
-        let states = [("busy", reading.busy), ("input_wait", reading.input_wait), ("output_wait", reading.output_wait)];
-        for (state, time) in states {
-            *seconds.entry((reading.name, state)).or_default() += time.as_secs_f64();
-        }
-    }
-    seconds
+/// How a stage spent its time.
+fn by_state(reading: &Reading) -> [(&'static str, Duration); 4] {
+    [
+        ("busy", reading.busy),
+        ("input_wait", reading.input_wait),
+        ("output_wait", reading.output_wait),
+        ("limit_wait", reading.limit_wait),
+    ]
 }
 
 impl Observer for MetricsObserver {
@@ -224,11 +238,13 @@ fn progress(role: &'static str, now: &Progress) {
     }
     gauge!("memferry_remaining_bytes", "role" => role).set(float(now.remaining_bytes));
     gauge!("memferry_wire_bytes_per_second", "role" => role).set(now.wire_rate);
-    if let Some(rate) = now.dirty_rate {
-        gauge!("memferry_dirty_bytes_per_second", "role" => role).set(rate);
-    }
-    if let Some(downtime) = now.expected_downtime {
-        gauge!("memferry_expected_downtime_seconds", "role" => role).set(downtime);
+    gauge!("memferry_page_bytes_per_second", "role" => role).set(now.page_rate);
+    gauge!("memferry_dirty_bytes_per_second", "role" => role).set(now.dirty_rate.unwrap_or(f64::NAN));
+    let expected = now.expected_downtime.map_or(f64::NAN, |downtime| downtime.as_secs_f64());
+    gauge!("memferry_expected_downtime_seconds", "role" => role).set(expected);
+    for cause in Cause::ALL {
+        let share = now.bottleneck.share(cause).unwrap_or(f64::NAN);
+        gauge!("memferry_bottleneck_ratio", "role" => role, "cause" => cause.name()).set(share);
     }
 }
 
@@ -267,17 +283,20 @@ fn describe() {
     describe_gauge!("memferry_guest_bytes", Unit::Bytes, "Bytes of the guest's memory");
     describe_gauge!("memferry_remaining_bytes", Unit::Bytes, "Page bytes to go");
     describe_gauge!("memferry_wire_bytes_per_second", "Bytes to the wire, lately");
+    describe_gauge!("memferry_page_bytes_per_second", "Page bytes that are read, or loaded, lately");
     describe_gauge!("memferry_dirty_bytes_per_second", "Page bytes that the guest dirtied, lately");
     describe_gauge!("memferry_expected_downtime_seconds", Unit::Seconds, "What a switchover would cost");
     describe_gauge!("memferry_downtime_limit_seconds", Unit::Seconds, "What a switchover may cost");
-    describe_gauge!("memferry_throttle_ratio", "Share of its time that the guest is held back");
+    describe_gauge!("memferry_throttle_ratio", "Share of its time that the guest is throttled");
+    describe_gauge!("memferry_bottleneck_ratio", "What holds it up, over the latest seconds");
     describe_counter!("memferry_decisions_total", "What the controller decided");
     describe_histogram!("memferry_downtime_seconds", Unit::Seconds, "How long the guest stood still");
     describe_histogram!("memferry_downtime_part_seconds", Unit::Seconds, "Where the downtime went");
     describe_gauge!("memferry_memory_bound_bytes", Unit::Bytes, "The most memory that the engine takes");
     describe_gauge!("memferry_memory_peak_bytes", Unit::Bytes, "The most memory that the engine took");
     describe_counter!("memferry_spared_pages_total", "Pages that were not sent for what the guest said of them");
-    describe_gauge!("memferry_stage_seconds", Unit::Seconds, "How a stage spent its time, all lanes; it only rises");
+    describe_gauge!("memferry_stage_seconds_total", Unit::Seconds, "How a stage spent its time");
+    describe_gauge!("memferry_build_info", "The version of memferry, always 1");
     describe_counter!("memferry_warnings_total", "Warnings that the operator was given");
     describe_counter!("memferry_turned_away_total", "Strangers and broken peers that were turned away");
 }

@@ -1,4 +1,5 @@
 //! The metrics as Prometheus reads them: `http://ADDRESS/metrics`, for as long as the program lives.
+//! Those of [`MetricsObserver`](super::MetricsObserver), and the process's own ([`process`]).
 
 use std::time::Duration;
 
@@ -8,7 +9,7 @@ use memferry_transports::{Address, open};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use tokio_util::sync::CancellationToken;
 
-use super::BUCKETS;
+use super::{BUCKETS, process};
 use crate::http::{self, Answer, Answerer, Asked, whole};
 
 /// Where the figures are.
@@ -36,6 +37,7 @@ pub async fn serve(address: &str) -> Result<String, String> {
     let recorder = builder().build_recorder();
     let figures = Figures(recorder.handle());
     metrics::set_global_recorder(recorder).map_err(|error| refuse(&error))?;
+    process::describe();
     let url = format!("http://{}{PATH}", listener.local_address().trim_start_matches("tcp:"));
     tokio::spawn(keep_up(figures.0.clone()));
     tokio::spawn(http::serve(listener, figures, CancellationToken::new()));
@@ -65,10 +67,27 @@ async fn keep_up(handle: PrometheusHandle) {
 #[derive(Clone)]
 struct Figures(PrometheusHandle);
 
+impl Figures {
+    /// The page as it is at this moment.
+    fn render(&self) -> String {
+        process::collect();
+        with_counters(&self.0.render())
+    }
+}
+
+/// Seconds that only rise are recorded as gauges, for counters are whole numbers there: here each is announced as a counter.
+fn with_counters(page: &str) -> String {
+    let line = |line: &str| match line.strip_suffix("_total gauge").filter(|line| line.starts_with("# TYPE ")) {
+        Some(name) => format!("{name}_total counter\n"),
+        None => format!("{line}\n"),
+    };
+    page.lines().map(line).collect()
+}
+
 impl Answerer for Figures {
     async fn answer(&self, asked: Asked) -> Answer {
         match (asked.uri().path(), asked.method()) {
-            (PATH, &Method::GET | &Method::HEAD) => whole(StatusCode::OK, FIGURES, self.0.render()),
+            (PATH, &Method::GET | &Method::HEAD) => whole(StatusCode::OK, FIGURES, self.render()),
             (PATH, _) => {
                 let mut answer = whole(StatusCode::METHOD_NOT_ALLOWED, WORDS, "figures are only to be read: GET\n");
                 answer.headers_mut().insert(ALLOW, "GET, HEAD".parse().expect("a header's value"));
@@ -76,5 +95,34 @@ impl Answerer for Figures {
             }
             _ => whole(StatusCode::NOT_FOUND, WORDS, format!("there is nothing here; the figures are at {PATH}\n")),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_page_has_every_figure_of_the_process_and_counters_are_counters() {
+        let recorder = builder().build_recorder();
+        let figures = Figures(recorder.handle());
+        let page = metrics::with_local_recorder(&recorder, || {
+            process::describe();
+            metrics::gauge!("test_seconds_total").increment(0.25);
+            figures.render()
+        });
+        let rows = include_str!("process.rs").lines().filter_map(|line| line.strip_prefix("//! | `process_"));
+        let listed: Vec<_> =
+            rows.map(|row| row.split('|').map(|cell| cell.trim_matches([' ', '`'])).collect::<Vec<_>>()).collect();
+        let shown = page.lines().filter(|line| line.starts_with("# TYPE process_")).count();
+        assert_eq!(listed.len(), shown, "{page}");
+        for row in listed {
+            assert!(page.contains(&format!("# TYPE process_{} {}\n", row[0], row[1])), "{row:?} in {page}");
+            assert!(page.contains(&format!("\nprocess_{} ", row[0])), "{row:?} in {page}");
+        }
+        assert!(
+            page.contains("# TYPE test_seconds_total counter\n") && page.contains("test_seconds_total 0.25\n"),
+            "{page}"
+        );
     }
 }

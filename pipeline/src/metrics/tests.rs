@@ -49,7 +49,7 @@ fn a_migration_leaves_its_figures() {
     assert_eq!(counter(&recorded, "memferry_spared_pages_total hinted"), 5000);
     assert_eq!(counter(&recorded, "memferry_migrations_total completed"), 1);
     assert_eq!(counter(&recorded, "memferry_decisions_total switch-over"), 1);
-    assert!((gauge(&recorded, "memferry_stage_seconds encoder busy") - 2.2).abs() < 1e-9);
+    assert!((gauge(&recorded, "memferry_stage_seconds_total encoder 0 busy") - 2.2).abs() < 1e-9);
     assert_eq!(recorded["memferry_phase completed"], DebugValue::Gauge(1.0.into()));
     assert_eq!(recorded["memferry_phase active"], DebugValue::Gauge(0.0.into()));
     assert_eq!(recorded["memferry_dirty_pages"], DebugValue::Gauge(100.0.into()));
@@ -63,6 +63,7 @@ fn progress(wire_bytes: u64, busy_ms: u64) -> Event {
         busy: Duration::from_millis(busy_ms),
         input_wait: Duration::ZERO,
         output_wait: Duration::ZERO,
+        limit_wait: Duration::ZERO,
         batches: 1,
         pages: 64,
         bytes: 0,
@@ -75,8 +76,24 @@ fn progress(wire_bytes: u64, busy_ms: u64) -> Event {
 fn what_rises_counts_nothing_twice_while_it_runs() {
     let recorded = figures(|observer| play(observer, &[progress(100, 10), progress(250, 30), progress(250, 30)]));
     assert_eq!(counter(&recorded, "memferry_wire_bytes_total"), 250);
-    assert!((gauge(&recorded, "memferry_stage_seconds encoder busy") - 0.060).abs() < 1e-9);
+    assert!((gauge(&recorded, "memferry_stage_seconds_total encoder 1 busy") - 0.030).abs() < 1e-9);
     assert!((gauge(&recorded, "memferry_throttle_ratio") - 0.25).abs() < 1e-9);
+}
+
+#[test]
+fn what_is_known_no_more_is_not_shown_as_it_was() {
+    let known = Progress {
+        dirty_rate: Some(7.0),
+        expected_downtime: Some(Duration::from_secs(1)),
+        bottleneck: ended(Role::Source).bottleneck,
+        ..Progress::default()
+    };
+    let recorded = figures(|observer| play(observer, &[Event::Progress(known), progress(1, 1)]));
+    for name in
+        ["memferry_dirty_bytes_per_second", "memferry_expected_downtime_seconds", "memferry_bottleneck_ratio wire"]
+    {
+        assert!(gauge(&recorded, name).is_nan(), "{name}");
+    }
 }
 
 #[test]
@@ -88,7 +105,7 @@ fn migrations_add_up_and_a_failed_one_is_still_there() {
         play(observer, &[progress(40, 5)]);
     });
     assert_eq!(counter(&recorded, "memferry_wire_bytes_total"), 340);
-    assert!((gauge(&recorded, "memferry_stage_seconds encoder busy") - 0.070).abs() < 1e-9);
+    assert!((gauge(&recorded, "memferry_stage_seconds_total encoder 1 busy") - 0.035).abs() < 1e-9);
     assert_eq!(counter(&recorded, "memferry_migrations_total failed"), 1);
     assert!(!recorded.contains_key("memferry_downtime_seconds"));
 }
@@ -111,13 +128,19 @@ fn the_table_lists_what_is_described_and_left_and_nothing_else() {
     for (key, unit, description, _) in snapshot {
         let name = key.key().name().to_owned();
         assert!(description.is_some(), "{name} is not described");
-        for (ending, expected) in [("_seconds", Unit::Seconds), ("_bytes", Unit::Bytes), ("_bytes_total", Unit::Bytes)]
-        {
+        for (ending, expected) in [
+            ("_seconds", Unit::Seconds),
+            ("_seconds_total", Unit::Seconds),
+            ("_bytes", Unit::Bytes),
+            ("_bytes_total", Unit::Bytes),
+        ] {
             assert!(!name.ends_with(ending) || unit == Some(expected), "{name} is in {unit:?}");
         }
-        assert_eq!(key.kind() == MetricKind::Counter, name.ends_with("_total"), "{name}");
+        // Seconds that only rise: see the module.
+        let is_counter = key.kind() == MetricKind::Counter || name.ends_with("_seconds_total");
+        assert_eq!(is_counter, name.ends_with("_total"), "{name}");
         assert_eq!(key.kind() == MetricKind::Histogram, BUCKETS.iter().any(|(known, _)| *known == name), "{name}");
-        let kind = format!("{:?}", key.kind()).to_lowercase();
+        let kind = if is_counter { "counter".into() } else { format!("{:?}", key.kind()).to_lowercase() };
         let labels = key.key().labels().map(metrics::Label::key).collect::<Vec<_>>().join(", ");
         left.insert((name, kind, labels));
     }

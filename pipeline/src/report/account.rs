@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use memferry_stages::tally::RoundTally;
 
 use super::series::{Happened, Series};
-use crate::control::{Change, Changed};
+use crate::control::Changed;
 use crate::controller::Decided;
 use crate::events::{BlockFacts, Ended, Event, Observer, Role};
 
@@ -160,16 +160,6 @@ impl Account {
         if let Some(round) = round {
             round.dirty_after.get_or_insert(dirty_pages);
         }
-    }
-
-    /// Was there a cap on bandwidth at the end, if there was one at the start?
-    #[must_use]
-    pub fn is_capped(&self, at_the_start: bool) -> bool {
-        let cap = |changed: &Changed| match changed.to {
-            Change::MaxBandwidth(cap) => Some(cap.is_some()),
-            _ => None,
-        };
-        self.changed.iter().rev().find_map(cap).unwrap_or(at_the_start)
     }
 
     /// Bytes of the guest.

@@ -57,6 +57,32 @@ pub fn counted(number: u64, one: &str) -> String {
     format!("{} {one}{}", count(number), if number == 1 { "" } else { "s" })
 }
 
+/// How much of something is done, in percent: `99 %` until nothing is left.
+#[must_use]
+pub fn done(percent: f64) -> String {
+    format!("{:.0} % done", percent.clamp(0.0, 100.0).floor())
+}
+
+/// Words in lines of at most `width` letters; a word that is longer is cut.
+#[must_use]
+pub fn wrap(text: &str, width: usize) -> Vec<String> {
+    let mut lines = vec![String::new()];
+    for word in text.split_whitespace() {
+        let word: String = word.chars().take(width).collect();
+        let line = lines.last_mut().expect("never empty");
+        let used = line.chars().count();
+        if used > 0 && used + 1 + word.chars().count() > width {
+            lines.push(word);
+        } else {
+            if used > 0 {
+                line.push(' ');
+            }
+            line.push_str(&word);
+        }
+    }
+    lines
+}
+
 /// A number with its thousands apart: `16,777,216`.
 #[must_use]
 pub fn exact(number: u64) -> String {
@@ -97,5 +123,7 @@ mod tests {
         assert_eq!([0, 1, 1000].map(|n| counted(n, "round")), ["0 rounds", "1 round", "1,000 rounds"]);
         assert_eq!(rate(103_000_000.0), "98.2 MiB/s");
         assert_eq!(rate(f64::NAN), "0 B/s");
+        assert_eq!([0.0, 99.96, 100.0].map(done), ["0 % done", "99 % done", "100 % done"]);
+        assert_eq!(wrap("a few words", 5), ["a few", "words"]);
     }
 }

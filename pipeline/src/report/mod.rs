@@ -1,7 +1,6 @@
 //! The report of a migration: one JSON object for programs, one table and one page for people, all from what its events said.
 
 pub mod account;
-pub mod bottleneck;
 pub mod event_json;
 mod file;
 pub mod html;
@@ -11,6 +10,7 @@ pub mod status_json;
 pub mod table;
 pub mod todo;
 
+use std::fmt;
 use std::io;
 use std::path::Path;
 use std::time::Duration;
@@ -20,6 +20,7 @@ use memferry_stages::meter::Reading;
 use memferry_stages::tally::RoundTally;
 use serde::{Deserialize, Serialize};
 
+use crate::bottleneck::{self, Bottleneck, Cause};
 use crate::control::Changed;
 use crate::controller::forecast::{Forecast, whole};
 use crate::controller::{Decided, Decision};
@@ -71,6 +72,10 @@ pub struct Report {
     pub memory_peak_bytes: u64,
     /// What held it up, in words.
     pub bottleneck: String,
+    /// The same in figures.
+    pub bottleneck_percent: BottleneckReport,
+    /// Processor time of the process from the first page to the verdict.
+    pub cpu_ms: f64,
     /// Round by round.
     pub rounds: Vec<RoundReport>,
     /// How each stage spent its time.
@@ -231,6 +236,53 @@ impl From<&RoundTally> for PagesReport {
     }
 }
 
+/// What held it up: percent of the time for each thing that can. What an end cannot know is null.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct BottleneckReport {
+    /// The processors of the host.
+    pub processor: Option<f64>,
+    /// `max_bandwidth`.
+    pub limit: Option<f64>,
+    /// The destination.
+    pub destination: Option<f64>,
+    /// The transport between the two.
+    pub wire: Option<f64>,
+    /// The guest: there was nothing to send.
+    pub guest: Option<f64>,
+    /// The source and the wire, as the destination sees them.
+    pub source: Option<f64>,
+}
+
+impl fmt::Display for BottleneckReport {
+    /// The known ones, the greatest first; nothing if none is known.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let percent = |cause| match cause {
+            Cause::Processor => self.processor,
+            Cause::Limit => self.limit,
+            Cause::Destination => self.destination,
+            Cause::Wire => self.wire,
+            Cause::Guest => self.guest,
+            Cause::Source => self.source,
+        };
+        let known = Cause::ALL.into_iter().filter_map(|cause| Some((cause, percent(cause)? / 100.0)));
+        bottleneck::write_shares(f, known.collect())
+    }
+}
+
+impl From<&Bottleneck> for BottleneckReport {
+    fn from(bottleneck: &Bottleneck) -> Self {
+        let share = |cause| bottleneck.share(cause).map(percent);
+        Self {
+            processor: share(Cause::Processor),
+            limit: share(Cause::Limit),
+            destination: share(Cause::Destination),
+            wire: share(Cause::Wire),
+            guest: share(Cause::Guest),
+            source: share(Cause::Source),
+        }
+    }
+}
+
 /// One stage in one lane.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct StageReport {
@@ -244,35 +296,30 @@ pub struct StageReport {
     pub input_wait_ms: f64,
     /// Time it waited for room behind it.
     pub output_wait_ms: f64,
+    /// Time it waited for `max_bandwidth`.
+    #[serde(default)]
+    pub limit_wait_ms: f64,
     /// Batches that passed.
     pub batches: u64,
     /// Pages that passed.
     pub pages: u64,
 }
 
-/// Who reports, and what the accounts do not say.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Frame {
-    /// "run", "send" or "recv".
-    pub role: &'static str,
-    /// Was there a limit on the wire?
-    pub capped: bool,
-}
-
 impl Report {
     /// The report of a migration seen from one end, or, with `other`, from the source with what its destination said: the
-    /// stages are those of both, and the destination says whether it verified.
+    /// stages are those of both, and the destination says whether it verified. `role` is "run", "send" or "recv".
     ///
     /// # Panics
     /// If `account` has not ended.
     #[must_use]
-    pub fn new(frame: Frame, verdict: &Ended, account: &Account, other: Option<&Account>) -> Self {
+    pub fn new(role: &'static str, verdict: &Ended, account: &Account, other: Option<&Account>) -> Self {
         let ended = account.ended.as_ref().expect("an account that ended");
         let far = other.and_then(|account| account.ended.as_ref());
         let stages = readings(account, other);
+        let held_up = held_up(ended, far);
         Self {
             schema: SCHEMA,
-            role: frame.role,
+            role,
             status: status(verdict.phase),
             error: verdict.error.clone(),
             verified: far.map_or(ended.verified, |far| far.verified),
@@ -289,7 +336,9 @@ impl Report {
             spared: spared(ended.spared),
             memory_bound_bytes: account.memory_bound + other.map_or(0, |other| other.memory_bound),
             memory_peak_bytes: ended.memory_peak + far.map_or(0, |far| far.memory_peak),
-            bottleneck: bottleneck::bottleneck(&stages, frame.capped),
+            bottleneck: held_up.to_string(),
+            bottleneck_percent: (&held_up).into(),
+            cpu_ms: ms(ended.cpu),
             rounds: account.rounds.iter().map(round).collect(),
             stages: stages.iter().map(stage).collect(),
         }
@@ -317,6 +366,20 @@ impl Report {
 pub fn readings(account: &Account, other: Option<&Account>) -> Vec<Reading> {
     let ends = [Some(account), other].into_iter().flatten().filter_map(|account| account.ended.as_ref());
     ends.flat_map(|ended| ended.stages.iter().cloned()).collect()
+}
+
+/// What held a migration up: both ends are in one process where this one knows what the other came to.
+#[must_use]
+pub fn held_up(ended: &Ended, far: Option<&Ended>) -> Bottleneck {
+    far.map_or(ended.bottleneck, |far| ended.bottleneck.beside(&far.bottleneck))
+}
+
+/// The stage that worked the greatest share of its time, and that share; none if no stage has run.
+#[must_use]
+pub fn busiest(stages: &[Reading]) -> Option<(&Reading, f64)> {
+    let share = |stage: &Reading| stage.busy.as_secs_f64() / stage.life().as_secs_f64().max(f64::MIN_POSITIVE);
+    let shares = stages.iter().map(|stage| (stage, share(stage)));
+    shares.max_by(|a, b| a.1.total_cmp(&b.1))
 }
 
 /// What the end of a migration is called.
@@ -422,9 +485,15 @@ fn stage(reading: &Reading) -> StageReport {
         busy_ms: ms(reading.busy),
         input_wait_ms: ms(reading.input_wait),
         output_wait_ms: ms(reading.output_wait),
+        limit_wait_ms: ms(reading.limit_wait),
         batches: reading.batches,
         pages: reading.pages,
     }
+}
+
+/// A share in percent, to the tenth.
+fn percent(share: f64) -> f64 {
+    (share * 1e3).round() / 10.0
 }
 
 /// Milliseconds, to the microsecond.

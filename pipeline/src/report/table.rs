@@ -1,4 +1,4 @@
-//! The end of a migration as a person reads it: verdict, rounds, downtime, bottleneck. At most 100 columns.
+//! The end of a migration as a person reads it: verdict, rounds, decisions, downtime, bottleneck. At most 100 columns.
 
 use std::fmt::Write;
 use std::time::Duration;
@@ -6,17 +6,21 @@ use std::time::Duration;
 use memferry_stages::clears::Spared;
 
 use super::account::{Account, Round};
-use super::bottleneck::bottleneck;
-use super::{Frame, error_percent, human, readings, status, throughput};
+use super::{busiest, error_percent, held_up, human, readings, status, throughput};
+use crate::bottleneck::stage_name;
 use crate::controller::forecast::{FixedCost, Forecast};
+use crate::controller::{Decided, Decision};
 use crate::events::{Ended, Phase};
 
 const HEADS: [&str; 11] =
     ["round", "time", "pages", "zero", "raw", "compressed", "xbzrle", "unchanged", "in", "out", "dirty after"];
 
-/// Rounds that the table shows from the start and from the end.
-const FIRST_ROUNDS: usize = 8;
-const LAST_ROUNDS: usize = 4;
+/// Rounds, and decisions, that are shown from the start and from the end.
+const FIRST: usize = 8;
+const LAST: usize = 4;
+/// The columns of a line, and of the name before it.
+const WIDTH: usize = 100;
+const NAME: usize = 12;
 
 /// The verdict in one line.
 #[must_use]
@@ -38,30 +42,33 @@ pub fn verdict(verdict: &Ended, account: &Account) -> String {
     line
 }
 
-/// Everything under the verdict: the table of rounds, then the lines about the whole. Empty if nothing was moved.
+/// Everything under the verdict: the table of rounds, then the lines about the whole. Empty if no stage has run.
 #[must_use]
-pub fn summary(frame: Frame, account: &Account, other: Option<&Account>) -> String {
-    let Some(ended) = &account.ended else { return String::new() };
+pub fn summary(account: &Account, other: Option<&Account>) -> String {
+    let Some(ended) = account.ended.as_ref().filter(|ended| !ended.stages.is_empty()) else { return String::new() };
     let mut text = String::new();
     if !account.rounds.is_empty() {
         text.push_str(&rounds(&account.rounds));
         text.push('\n');
     }
-    for (name, line) in lines(frame, ended, account, other) {
-        writeln!(text, "{name:<11} {line}").expect("a string takes it");
+    for (name, line) in lines(ended, account, other) {
+        for (index, part) in human::wrap(&line, WIDTH - NAME).iter().enumerate() {
+            let name = if index == 0 { name } else { "" };
+            writeln!(text, "{name:<NAME$}{part}").expect("a string takes it");
+        }
     }
     text
 }
 
 /// All rounds, or the first and the last where they are many.
 fn rounds(rounds: &[Round]) -> String {
-    let left_out = rounds.len().saturating_sub(FIRST_ROUNDS + LAST_ROUNDS);
+    let left_out = rounds.len().saturating_sub(FIRST + LAST);
     if left_out < 2 {
         return columns(rounds.iter().map(row)).join("\n") + "\n";
     }
-    let last = &rounds[rounds.len() - LAST_ROUNDS..];
-    let mut lines = columns(rounds[..FIRST_ROUNDS].iter().chain(last).map(row));
-    lines.insert(1 + FIRST_ROUNDS, format!("  ... {} more", human::counted(left_out as u64, "round")));
+    let last = &rounds[rounds.len() - LAST..];
+    let mut lines = columns(rounds[..FIRST].iter().chain(last).map(row));
+    lines.insert(1 + FIRST, format!("  ... {} more", human::counted(left_out as u64, "round")));
     lines.join("\n") + "\n"
 }
 
@@ -112,9 +119,25 @@ fn spared(spared: &Spared) -> Option<String> {
     (!parts.is_empty()).then(|| parts.join(", "))
 }
 
-fn lines(frame: Frame, ended: &Ended, account: &Account, other: Option<&Account>) -> Vec<(&'static str, String)> {
+/// What the controller did beside rounds, in words and figures: each decision once, or the first and the last where they are many.
+/// That it gave up says the verdict.
+fn decisions(decided: &[Decided]) -> Vec<(&'static str, String)> {
+    let shown = |decided: &&Decided| {
+        matches!(decided.decision, Decision::Throttle(_) | Decision::RaiseLimit(_) | Decision::SwitchOver)
+    };
+    let mut lines: Vec<_> =
+        decided.iter().filter(shown).map(|decided| format!("round {}: {}", decided.round, decided.why)).collect();
+    let left_out = lines.len().saturating_sub(FIRST + LAST);
+    if left_out > 1 {
+        lines.splice(FIRST..FIRST + left_out, [format!("... {} more", human::counted(left_out as u64, "decision"))]);
+    }
+    let names = std::iter::once("decided").chain(std::iter::repeat(""));
+    names.zip(lines).collect()
+}
+
+fn lines(ended: &Ended, account: &Account, other: Option<&Account>) -> Vec<(&'static str, String)> {
     let far = other.and_then(|account| account.ended.as_ref());
-    let mut lines = Vec::new();
+    let mut lines = decisions(&account.decided);
     if let Some(downtime) = ended.downtime {
         let parts = &ended.parts;
         let parts = [
@@ -137,9 +160,12 @@ fn lines(frame: Frame, ended: &Ended, account: &Account, other: Option<&Account>
     let bound = account.memory_bound + other.map_or(0, |other| other.memory_bound);
     lines.push(("memory", format!("{} at most, {} allowed", human::bytes(peak), human::bytes(bound))));
     let stages = readings(account, other);
-    if !stages.is_empty() {
-        lines.push(("bottleneck", bottleneck(&stages, frame.capped)));
+    if let Some((stage, share)) = busiest(&stages) {
+        lines.push(("bottleneck", held_up(ended, far).to_string()));
+        lines.push(("busiest", format!("the {}: {:.0} % of the time", stage_name(stage), share * 100.0)));
     }
+    let cpu = human::time(ended.cpu);
+    lines.push(("processor", format!("{cpu} of the whole process")));
     lines
 }
 

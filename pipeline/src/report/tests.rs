@@ -13,7 +13,17 @@ use memferry_stages::tally::RoundTally;
 
 fn reading(name: &'static str, busy: u64, input: u64, output: u64) -> Reading {
     let [busy, input_wait, output_wait] = [busy, input, output].map(Duration::from_millis);
-    Reading { name, lane: Some(0), busy, input_wait, output_wait, batches: 4096, pages: 262_144, bytes: 0 }
+    Reading {
+        name,
+        lane: Some(0),
+        busy,
+        input_wait,
+        output_wait,
+        limit_wait: Duration::ZERO,
+        batches: 4096,
+        pages: 262_144,
+        bytes: 0,
+    }
 }
 
 /// How the scripted migration ended.
@@ -48,6 +58,13 @@ pub(crate) fn ended(role: Role) -> Ended {
             Role::Source => vec![reading("scanner", 100, 0, 2200), reading("encoder", 2200, 50, 50)],
             Role::Destination => vec![reading("loader", 700, 1600, 0)],
         },
+        bottleneck: Bottleneck::made_up(match role {
+            Role::Source => {
+                &[(Cause::Processor, 0.96), (Cause::Limit, 0.0), (Cause::Destination, 0.125), (Cause::Wire, 0.25)]
+            }
+            Role::Destination => &[(Cause::Processor, 0.3), (Cause::Source, 0.7)],
+        }),
+        cpu: ms(4600),
         resume_failed: false,
     }
 }
@@ -123,6 +140,8 @@ pub(crate) fn every_event() -> Vec<Event> {
         downtime_limit: ms(300),
         throttle: 20,
         stages: ended(Role::Source).stages,
+        bottleneck: ended(Role::Source).bottleneck,
+        cpu: ms(1200),
     };
     let mut events = script(Role::Source);
     events.retain(|event| !matches!(event, Event::Decided(_) | Event::Phase(_) | Event::Ended(_)));
@@ -174,12 +193,10 @@ fn accountant() -> Accountant {
     accountant
 }
 
-const RUN: Frame = Frame { role: "run", capped: false };
-
 fn report() -> Report {
     let accountant = accountant();
     let (source, destination) = (accountant.account(Role::Source), accountant.account(Role::Destination));
-    Report::new(RUN, &ended(Role::Source), &source, Some(&destination))
+    Report::new("run", &ended(Role::Source), &source, Some(&destination))
 }
 
 fn names(value: &serde_json::Value) -> String {
@@ -195,10 +212,11 @@ fn the_report_has_exactly_the_names_that_were_agreed() {
         words.join(" ")
     };
     let top = "schema role status error verified guest total_ms setup_ms downtime_ms downtime forecast decisions changes \
-               wire_bytes spared throughput_bytes_per_s memory_bound_bytes memory_peak_bytes bottleneck rounds stages";
+               wire_bytes spared throughput_bytes_per_s memory_bound_bytes memory_peak_bytes bottleneck \
+               bottleneck_percent cpu_ms rounds stages";
     let round = "round ms sample pages zero raw compressed xbzrle unchanged xbzrle_misses xbzrle_overflows bytes_in bytes_out \
                  dirty_after";
-    let stage = "name lane busy_ms input_wait_ms output_wait_ms batches pages";
+    let stage = "name lane busy_ms input_wait_ms output_wait_ms limit_wait_ms batches pages";
     assert_eq!(sorted(&names(&json)), sorted(top));
     assert_eq!(sorted(&names(&json["guest"])), "blocks bytes pages");
     assert_eq!(sorted(&names(&json["guest"]["blocks"][0])), "bytes id page_size");
@@ -208,6 +226,8 @@ fn the_report_has_exactly_the_names_that_were_agreed() {
         sorted(&names(&json["forecast"])),
         "error_percent expected_ms handover_ms remaining_bytes sync_ms transfer_ms verify_ms"
     );
+    let shares = "processor limit destination wire guest source";
+    assert_eq!(sorted(&names(&json["bottleneck_percent"])), sorted(shares));
     assert_eq!(sorted(&names(&json["decisions"][0])), "decision expected_ms round why");
     assert_eq!(sorted(&names(&json["rounds"][0])), sorted(round));
     assert_eq!(sorted(&names(&json["stages"][0])), sorted(stage));
@@ -237,7 +257,9 @@ fn the_report_says_what_the_events_said() {
         ["scanner", "encoder", "loader"]
     );
     assert_eq!((report.memory_bound_bytes, report.memory_peak_bytes), (128 << 20, 20 << 20));
-    assert_eq!(report.bottleneck, "the encoder of lane 0: busy 96 % of the time");
+    assert_eq!(report.bottleneck, "processor 96 %, wire 25 %, destination 12 %, max_bandwidth 0 %");
+    assert_eq!((report.bottleneck_percent.destination, report.bottleneck_percent.guest), (Some(12.5), None));
+    assert_eq!(report.cpu_ms, 4600.0);
     assert!((report.throughput_bytes_per_s - f64::from(512 << 20) / 2.4).abs() < 1.0);
 }
 
@@ -268,7 +290,7 @@ fn the_table_fits_a_terminal() {
     let accountant = accountant();
     let (source, destination) = (accountant.account(Role::Source), accountant.account(Role::Destination));
     let verdict = table::verdict(&ended(Role::Source), &source);
-    let text = format!("{verdict}\n\n{}", table::summary(RUN, &source, Some(&destination)));
+    let text = format!("{verdict}\n\n{}", table::summary(&source, Some(&destination)));
     insta::assert_snapshot!(text, @r"
     completed after 2.50 s: 1.00 GiB moved, downtime 213 ms, verified
 
@@ -276,12 +298,15 @@ fn the_table_fits_a_terminal() {
          1  2.10 s 262,144 100,000 12,144    150,000      0         0 1.00 GiB  512 MiB         900
     2 last 90.0 ms   1,000       0     10          0    890       100 3.91 MiB 66.4 KiB           0
 
+    decided     round 1: switch over: it fits
     downtime    213 ms: sync 3.00 ms, transfer 90.0 ms, state 10.0 ms, verify 100 ms, handover 10.0 ms
     forecast    212 ms (-0 %): sync 2.00 ms, transfer 95.0 ms, verify 110 ms, handover 5.00 ms
     wire        512 MiB at 213 MiB/s, setup 100 ms
     spared      5,000 pages hinted free, 2,048 pages unplugged
     memory      20.0 MiB at most, 128 MiB allowed
-    bottleneck  the encoder of lane 0: busy 96 % of the time
+    bottleneck  processor 96 %, wire 25 %, destination 12 %, max_bandwidth 0 %
+    busiest     the encoder of lane 0: 96 % of the time
+    processor   4.60 s of the whole process
     ");
     assert!(text.lines().all(|line| line.chars().count() <= 100));
 }
@@ -292,10 +317,39 @@ fn of_many_rounds_the_first_and_the_last_are_shown() {
     let last = account.rounds.pop().unwrap();
     account.rounds.extend(vec![account.rounds[0].clone(); 29]);
     account.rounds.push(last);
-    let text = table::summary(RUN, &account, None);
+    let text = table::summary(&account, None);
     let lines: Vec<_> = text.lines().collect();
     assert_eq!(lines[9], "  ... 19 rounds more");
     assert!(lines[13].starts_with("2 last") && lines[14].is_empty(), "{text}");
+}
+
+#[test]
+fn each_decision_is_told_once_with_its_figures() {
+    let mut account = accountant().account(Role::Source);
+    let decided = |round, decision, why: &str| Decided { round, decision, why: why.into(), forecast: None };
+    let outlook = "expected downtime 1.67 s (transfer 1.39 s for 139 MiB, sync 2.16 ms, verify 280 ms, handover 1.01 ms), limit 300 ms";
+    account.decided = vec![
+        decided(1, Decision::AnotherRound, "another round"),
+        decided(
+            2,
+            Decision::Throttle(50),
+            &format!("throttle the guest to 50 %: 2 rounds brought no new least of what remains; {outlook}"),
+        ),
+        decided(4, Decision::RaiseLimit(Duration::from_millis(800)), "the downtime limit is raised to 800 ms"),
+        decided(5, Decision::GiveUp, "gave up"),
+    ];
+    let text = table::summary(&account, None);
+    let lines: Vec<_> = text.lines().skip_while(|line| !line.starts_with("decided")).take(4).collect();
+    insta::assert_snapshot!(lines.join("\n"), @r"
+    decided     round 2: throttle the guest to 50 %: 2 rounds brought no new least of what remains;
+                expected downtime 1.67 s (transfer 1.39 s for 139 MiB, sync 2.16 ms, verify 280 ms,
+                handover 1.01 ms), limit 300 ms
+                round 4: the downtime limit is raised to 800 ms
+    ");
+    account.decided = (0..40).map(|round| decided(round, Decision::Throttle(50), "throttle")).collect();
+    let text = table::summary(&account, None);
+    assert_eq!(text.lines().filter(|line| line.ends_with(": throttle")).count(), 12, "{text}");
+    assert!(text.contains("... 28 decisions more"), "{text}");
 }
 
 #[test]

@@ -1,13 +1,11 @@
 //! What the figures of a migration say should be set otherwise.
 
 use std::fmt;
-use std::time::Duration;
-
-use memferry_stages::meter::Reading;
 use memferry_stages::tally::RoundTally;
 
 use super::account::{Account, Round};
 use super::human;
+use crate::bottleneck::{Bottleneck, Cause};
 use crate::config::values::{Bandwidth, Size};
 use crate::control::Change;
 use crate::settings::SourceSettings;
@@ -20,32 +18,6 @@ const MISSED: f64 = 0.5;
 const WORTH: u64 = 1000;
 /// Bytes that the cache keeps besides each page.
 const SLOT_BYTES: u64 = 16;
-
-/// What held a migration up, as shares of its time.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Shares {
-    /// The processors: the time that all stages worked, of what the cores have.
-    pub processor: f64,
-    /// The bandwidth limit.
-    pub limit: f64,
-}
-
-impl Shares {
-    /// By how the stages spent their time. `capped`: a sender that waits is taken to wait for the bandwidth limit.
-    #[must_use]
-    pub fn of(stages: &[Reading], capped: bool, cores: usize) -> Self {
-        let life = |stage: &Reading| stage.busy + stage.input_wait + stage.output_wait;
-        let share =
-            |time: Duration, of: Duration| if of.is_zero() { 0.0 } else { time.as_secs_f64() / of.as_secs_f64() };
-        let longest = stages.iter().map(life).max().unwrap_or_default();
-        let busy: Duration = stages.iter().map(|stage| stage.busy).sum();
-        let senders = stages.iter().filter(|stage| capped && stage.name == "sender");
-        Self {
-            processor: share(busy, longest) / cores.max(1) as f64,
-            limit: senders.map(|sender| share(sender.output_wait, life(sender))).fold(0.0, f64::max),
-        }
-    }
-}
 
 /// Something that should be set otherwise, with the figures that show it.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -122,11 +94,13 @@ impl fmt::Display for Conclusion {
 
 /// What the figures say. Nothing where they show nothing that a setting would change.
 #[must_use]
-pub fn conclusions(settings: &SourceSettings, account: &Account, shares: Shares, cores: usize) -> Vec<Conclusion> {
+pub fn conclusions(settings: &SourceSettings, account: &Account, held_up: &Bottleneck, cores: usize) -> Vec<Conclusion> {
     let settings = &at_the_end(settings, account);
-    let limit = settings.max_bandwidth.filter(|_| shares.limit >= HELD);
-    let limit = limit.map(|limit| Conclusion::LimitHeld { share: shares.limit, limit });
-    [cache(settings, account), limit, processor(settings, shares, cores)].into_iter().flatten().collect()
+    let limit = held(held_up, Cause::Limit)
+        .zip(settings.max_bandwidth)
+        .map(|(share, limit)| Conclusion::LimitHeld { share, limit });
+    let processor = held(held_up, Cause::Processor).map(|share| processor(settings, share, cores));
+    [cache(settings, account), limit, processor].into_iter().flatten().collect()
 }
 
 /// The settings with what was changed while the migration ran.
@@ -142,14 +116,18 @@ fn at_the_end(settings: &SourceSettings, account: &Account) -> SourceSettings {
     settings
 }
 
-fn processor(settings: &SourceSettings, shares: Shares, cores: usize) -> Option<Conclusion> {
-    let share = shares.processor.min(1.0);
+/// The share of something that held the migration up, if it did.
+fn held(held_up: &Bottleneck, cause: Cause) -> Option<f64> {
+    held_up.share(cause).filter(|share| *share >= HELD)
+}
+
+fn processor(settings: &SourceSettings, share: f64, cores: usize) -> Conclusion {
     let compresses = settings.encoder.compress.is_some();
-    (share >= HELD).then_some(if usize::from(settings.lanes) > cores {
+    if usize::from(settings.lanes) > cores {
         Conclusion::TooManyLanes { share, lanes: settings.lanes, cores }
     } else {
         Conclusion::ProcessorFull { share, cores, compresses }
-    })
+    }
 }
 
 fn cache(settings: &SourceSettings, account: &Account) -> Option<Conclusion> {
@@ -178,6 +156,8 @@ fn percent(share: f64) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use crate::events::BlockFacts;
     use crate::settings::{EncoderSettings, XbzrleSettings};
@@ -209,29 +189,31 @@ mod tests {
         }
     }
 
-    fn words(settings: &SourceSettings, account: &Account, shares: Shares) -> Vec<String> {
-        conclusions(settings, account, shares, 4).iter().map(ToString::to_string).collect()
+    fn words(settings: &SourceSettings, account: &Account, held_up: &Bottleneck) -> Vec<String> {
+        conclusions(settings, account, held_up, 4).iter().map(ToString::to_string).collect()
     }
 
     #[test]
     fn a_cache_that_is_too_small_is_named_with_one_that_would_do() {
-        let missed = words(&settings(), &account(&[(60_000, 59_500), (40_000, 39_500)]), Shares::default());
+        let missed = words(&settings(), &account(&[(60_000, 59_500), (40_000, 39_500)]), &Bottleneck::default());
         let expected = "99 % of the pages that were written again missed the XBZRLE cache of 64 MiB: xbzrle_cache = \"432 MiB\" would \
                         hold all that were written.";
         assert_eq!(missed, [expected]);
         // A cache that holds all of them misses pages that it was never given, and another size changes nothing.
-        assert_eq!(words(&settings(), &account(&[(10_000, 9_900)]), Shares::default()), [""; 0]);
-        assert_eq!(words(&settings(), &account(&[(60_000, 20_000)]), Shares::default()), [""; 0]);
-        let most = conclusions(&settings(), &account(&[(262_144, 262_144); 9]), Shares::default(), 4);
+        assert_eq!(words(&settings(), &account(&[(10_000, 9_900)]), &Bottleneck::default()), [""; 0]);
+        assert_eq!(words(&settings(), &account(&[(60_000, 20_000)]), &Bottleneck::default()), [""; 0]);
+        let most = conclusions(&settings(), &account(&[(262_144, 262_144); 9]), &Bottleneck::default(), 4);
         assert!(matches!(most[..], [Conclusion::CacheTooSmall { would_do, .. }] if would_do < 1200 << 20), "{most:?}");
         let none = SourceSettings { encoder: EncoderSettings { compress: None, xbzrle: None }, ..settings() };
-        assert_eq!(words(&none, &account(&[(60_000, 60_000)]), Shares::default()), [""; 0]);
+        assert_eq!(words(&none, &account(&[(60_000, 60_000)]), &Bottleneck::default()), [""; 0]);
     }
 
     #[test]
     fn what_held_it_up_is_named_with_what_to_set() {
         let limited = SourceSettings { max_bandwidth: Some(100 << 20), ..settings() };
-        let (limit, full) = (Shares { limit: 0.93, processor: 0.1 }, Shares { limit: 0.0, processor: 0.95 });
+        let shares = |limit, processor| Bottleneck::made_up(&[(Cause::Limit, limit), (Cause::Processor, processor)]);
+        let limit = &shares(0.93, 0.1);
+        let full = &shares(0.0, 0.95);
         assert_eq!(
             words(&limited, &account(&[]), limit),
             ["max_bandwidth = \"100 MiB/s\" held it up for 93 % of the time: a higher limit makes it faster."]
@@ -246,24 +228,6 @@ mod tests {
             words(&settings(), &account(&[]), full),
             ["The processor was 95 % busy (4 cores): compress = \"none\" takes less of it."]
         );
-        assert_eq!(words(&many, &account(&[]), Shares { limit: 0.5, processor: 0.5 }), [""; 0]);
-    }
-
-    #[test]
-    fn shares_are_those_of_the_stages() {
-        let stage = |name, busy, output| Reading {
-            name,
-            lane: Some(0),
-            busy: Duration::from_millis(busy),
-            input_wait: Duration::from_millis(100 - busy - output),
-            output_wait: Duration::from_millis(output),
-            batches: 0,
-            pages: 0,
-            bytes: 0,
-        };
-        let stages = [stage("encoder", 80, 0), stage("sender", 20, 50)];
-        assert_eq!(Shares::of(&stages, true, 2), Shares { processor: 0.5, limit: 0.5 });
-        assert_eq!(Shares::of(&stages, false, 1), Shares { processor: 1.0, limit: 0.0 });
-        assert_eq!(Shares::of(&[], true, 2), Shares::default());
+        assert_eq!(words(&many, &account(&[]), &shares(0.5, 0.5)), [""; 0]);
     }
 }

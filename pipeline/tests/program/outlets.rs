@@ -175,7 +175,8 @@ fn prometheus_reads_the_figures_while_it_runs_and_after_it() {
         page.is_some_and(|page| {
             page.value(r#"memferry_phase{role="source",phase="active"}"#) == Some(1.0)
                 && page.sum("memferry_wire_bytes_total", &["role=\"source\""]) > 0.0
-                && page.sum("memferry_stage_seconds", &["role=\"source\"", "state=\"output_wait\""]) > 0.0
+                && page.sum("memferry_stage_seconds_total", &["role=\"source\"", "lane=\"0\"", "state=\"output_wait\""])
+                    > 0.0
         })
     });
     hurry(&scene);
@@ -187,6 +188,19 @@ fn prometheus_reads_the_figures_while_it_runs_and_after_it() {
     assert_eq!(page.kind("memferry_downtime_seconds"), Some("histogram"));
     assert_eq!(page.value(r#"memferry_downtime_seconds_count{role="source"}"#), Some(1.0));
     assert!(page.sum("memferry_wire_bytes_total", &["role=\"source\""]) >= f64::from(32 << 20));
+    for end in ["source", "destination"] {
+        for still in ["wire_bytes_per_second", "page_bytes_per_second", "remaining_bytes", "throttle_ratio"] {
+            assert_eq!(page.value(&format!("memferry_{still}{{role=\"{end}\"}}")), Some(0.0), "{still} of the {end}");
+        }
+    }
+    assert_eq!(page.kind("memferry_stage_seconds_total"), Some("counter"));
+    assert!(page.sum("memferry_bottleneck_ratio", &["role=\"source\"", "cause=\"processor\""]) > 0.0);
+    assert_eq!(page.sum("memferry_build_info", &[concat!("version=\"", env!("CARGO_PKG_VERSION"), "\"")]), 1.0);
+    for process in
+        ["process_cpu_seconds_total", "process_resident_memory_bytes", "process_open_fds", "process_start_time_seconds"]
+    {
+        assert!(page.value(process) > Some(0.0), "{process}");
+    }
     let pages = page.sum("memferry_pages_total", &["role=\"source\""]);
     assert!(
         (pages * 4096.0 - page.sum("memferry_page_bytes_total", &["role=\"source\""])).abs() < 1.0,

@@ -6,13 +6,14 @@ use std::path::Path;
 use serde_json::Value;
 
 const TOP: &str = "schema role status error verified guest total_ms setup_ms downtime_ms downtime forecast decisions changes \
-                   wire_bytes throughput_bytes_per_s memory_bound_bytes memory_peak_bytes bottleneck rounds stages";
+                   wire_bytes throughput_bytes_per_s memory_bound_bytes memory_peak_bytes bottleneck \
+                   bottleneck_percent cpu_ms rounds stages";
 const GUEST: &str = "bytes pages blocks";
 const BLOCK: &str = "id bytes page_size";
 const DOWNTIME: &str = "final_sync_ms final_transfer_ms state_ms verify_ms handover_ms";
 const ROUND: &str = "round ms pages zero raw compressed xbzrle unchanged xbzrle_misses xbzrle_overflows bytes_in bytes_out \
                      dirty_after";
-const STAGE: &str = "name lane busy_ms input_wait_ms output_wait_ms batches pages";
+const STAGE: &str = "name lane busy_ms input_wait_ms output_wait_ms limit_wait_ms batches pages";
 
 /// A report that was read, and is right in itself.
 pub(crate) struct Report(Value);

@@ -188,7 +188,8 @@ impl<W: AsyncWrite + Unpin + Send> Sender<W> {
             return self.backlog.write_some(&mut self.writer, most).await.map_err(Cause::Transport);
         };
         if self.granted == 0 {
-            self.granted = bucket.take(self.backlog.left(), *share).await;
+            let take = bucket.take(self.backlog.left(), *share);
+            self.granted = pending(take, &self.stage.meter, Wait::Limit).await;
         }
         let bytes = self.backlog.write_some(&mut self.writer, self.granted).await.map_err(Cause::Transport)?;
         self.granted -= bytes;

@@ -40,8 +40,6 @@ pub(super) struct End {
     pub(super) peer: Option<String>,
     pub(super) guest: Option<GuestJson>,
     pub(super) now: Option<ProgressJson>,
-    /// What remained when the round began.
-    pub(super) round_began_with: u64,
     pub(super) history: History,
     /// Rounds that are sent, the latest last.
     pub(super) rounds: VecDeque<RoundJson>,
@@ -158,16 +156,9 @@ impl End {
         self.phase = Some(phase);
     }
 
-    /// The guest is held back no more, and of a migration that completed nothing remains.
     fn end(&mut self, ended: &EndedJson) {
         self.phase = Some(ended.phase);
         self.ended = Some(ended.clone());
-        if let Some(now) = &mut self.now {
-            now.throttle_percent = 0;
-            if ended.phase == PhaseName::Completed {
-                now.remaining_bytes = 0;
-            }
-        }
     }
 
     fn decided(&mut self, ms: f64, decision: &DecisionReport) {
@@ -190,10 +181,6 @@ impl End {
     }
 
     fn progress(&mut self, ms: f64, now: &ProgressJson) {
-        if self.now.as_ref().is_none_or(|before| before.round != now.round) {
-            self.round_began_with = now.remaining_bytes;
-        }
-        self.round_began_with = self.round_began_with.max(now.remaining_bytes);
         self.history.enter(Sample {
             remaining: now.remaining_bytes,
             wire_rate: now.wire_bytes_per_s,
@@ -213,17 +200,15 @@ impl End {
             shares(stage, before.iter().find(same))
         })
     }
-
-    /// The share of a round that is done, 0 to 1.
-    pub(super) fn done(&self) -> f64 {
-        let left = self.now.as_ref().map_or(0, |now| now.remaining_bytes);
-        if self.round_began_with == 0 { 0.0 } else { 1.0 - ratio(left, self.round_began_with) }
-    }
 }
 
 fn shares(stage: &StageReport, before: Option<&StageReport>) -> Shares {
     let since = |time: fn(&StageReport) -> f64| (time(stage) - before.map_or(0.0, time)).max(0.0);
-    let times = [since(|stage| stage.busy_ms), since(|stage| stage.input_wait_ms), since(|stage| stage.output_wait_ms)];
+    let times = [
+        since(|stage| stage.busy_ms),
+        since(|stage| stage.input_wait_ms),
+        since(|stage| stage.output_wait_ms + stage.limit_wait_ms),
+    ];
     let total: f64 = times.iter().sum();
     let [busy, input_wait, output_wait] = times.map(|time| if total > 0.0 { time / total } else { 0.0 });
     Shares { name: stage.name.clone(), lane: stage.lane, busy, input_wait, output_wait }
@@ -251,12 +236,6 @@ pub(super) fn without_lanes(stages: &[Shares]) -> Vec<Shares> {
         output_wait: mean(name, |stage| stage.output_wait),
     };
     names.iter().map(joined).collect()
-}
-
-/// The share that `part` is of `whole`, which is not 0.
-#[expect(clippy::cast_precision_loss, reason = "for the eye")]
-pub(super) fn ratio(part: u64, whole: u64) -> f64 {
-    (part as f64 / whole as f64).clamp(0.0, 1.0)
 }
 
 fn keep<T>(list: &mut VecDeque<T>, item: T, most: usize) {

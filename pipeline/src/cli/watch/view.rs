@@ -2,9 +2,10 @@
 //!
 //! ```text
 //!  state, round, time          always
-//!  remaining, with its bar
+//!  the share that is done, with its bar
 //!  three lines over time       wire rate, dirty rate, what remains
 //!  downtime, throttle, memory
+//!  what holds it up
 //!  stages                      one for each lane where they fit, else all lanes as one
 //!  rounds                      the latest, pages by encoding
 //!  decisions and warnings      the latest, in words
@@ -58,9 +59,10 @@ pub(super) fn draw(frame: &mut Frame<'_>, model: &Model, theme: Theme) {
     let mut page = Page { frame, theme, width: usize::from(area.width), left: area };
     let (_, end) = model.shown();
     page.state(model);
-    page.remaining(end);
+    page.done(end);
     page.over_time(end);
     page.limits(end);
+    page.bottleneck(end);
     page.stages(&model.stages());
     page.rounds_and_remarks(model, end);
 }
@@ -122,16 +124,19 @@ impl Page<'_, '_> {
         self.line(Line::from(spans));
     }
 
-    fn remaining(&mut self, end: &End) {
+    /// The share of the guest that is done, what is left, and how long that takes.
+    fn done(&mut self, end: &End) {
         let Some(now) = &end.now else { return };
-        let mut words = human::bytes(now.remaining_bytes);
+        let mut words = format!("{} left", human::bytes(now.remaining_bytes));
         if self.width >= NARROW {
-            words.push_str(&format!(" of {}", human::bytes(now.total_bytes)));
+            words = format!("{} of {} left", human::bytes(now.remaining_bytes), human::bytes(now.total_bytes));
+            words.extend(words::time_left(now).map(|time| format!(", {time}")));
         }
-        let bar = filled(end.done(), self.width.saturating_sub(LABEL + words.len() + 8));
-        let percent = format!(" {:>3.0} %  ", end.done() * 100.0);
+        let done = now.done_percent.clamp(0.0, 100.0);
+        let bar = filled(done / 100.0, self.width.saturating_sub(LABEL + words.len() + 8));
+        let percent = format!(" {:>3.0} %  ", done.floor());
         self.line(Line::from(vec![
-            Span::raw(format!("{:<LABEL$}", "remaining")),
+            Span::raw(format!("{:<LABEL$}", "done")),
             Span::styled(bar, self.theme.of(Color::Cyan)),
             Span::raw(percent),
             Span::raw(words),
@@ -176,6 +181,18 @@ impl Page<'_, '_> {
             }
         }
         self.line(Line::from(spans));
+    }
+
+    /// The shares of the time, the greatest first, as far as they fit.
+    fn bottleneck(&mut self, end: &End) {
+        let Some(now) = &end.now else { return };
+        let shares = now.bottleneck_percent.to_string();
+        if !shares.is_empty() {
+            let width = self.width.saturating_sub(LABEL);
+            let fits = human::wrap(&shares, width).into_iter().next().unwrap_or_default();
+            let fits = fits.trim_end_matches(',').to_owned();
+            self.line(Line::from(format!("{:<LABEL$}{fits}", "held up")));
+        }
     }
 
     fn downtime(&self, end: &End, now: &ProgressJson) -> Vec<Span<'static>> {
@@ -313,7 +330,7 @@ impl Page<'_, '_> {
             let at = Span::styled(format!("{at:>9}  "), self.theme.faint());
             Line::from(vec![at, Span::styled(piece, style)])
         };
-        wrap(&text, self.width.saturating_sub(LABEL)).into_iter().enumerate().map(line).collect()
+        human::wrap(&text, self.width.saturating_sub(LABEL)).into_iter().enumerate().map(line).collect()
     }
 }
 
@@ -349,23 +366,4 @@ fn split(shares: [f64; 3], width: usize) -> [usize; 3] {
 #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss, reason = "columns")]
 fn columns(share: f64, width: usize) -> usize {
     (share.clamp(0.0, 1.0) * width as f64).round() as usize
-}
-
-/// Words in lines of at most `width` letters; a word that is longer is cut.
-fn wrap(text: &str, width: usize) -> Vec<String> {
-    let mut lines = vec![String::new()];
-    for word in text.split_whitespace() {
-        let word: String = word.chars().take(width).collect();
-        let line = lines.last_mut().expect("never empty");
-        let used = line.chars().count();
-        if used > 0 && used + 1 + word.chars().count() > width {
-            lines.push(word);
-        } else {
-            if used > 0 {
-                line.push(' ');
-            }
-            line.push_str(&word);
-        }
-    }
-    lines
 }

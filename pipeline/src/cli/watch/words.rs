@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use crate::events::TimeLeft;
 use crate::report::event_json::{ChangedJson, EndedJson, EventJson, EventLine, PhaseName, ProgressJson, RoleName};
 use crate::report::human;
 
@@ -84,10 +85,12 @@ impl Teller {
 }
 
 fn figures(now: &ProgressJson) -> String {
-    let mut text = format!("round {}, {} left, ", now.round, human::bytes(now.remaining_bytes));
+    let (round, done, left) = (now.round, human::done(now.done_percent), human::bytes(now.remaining_bytes));
+    let mut text = format!("round {round}: {done}, {left} left, ");
     text.push_str(&human::bytes(now.wire_bytes_per_s));
     text.push_str("/s");
-    if let Some(rate) = now.dirty_bytes_per_s {
+    text.extend(time_left(now).map(|time| format!(", {time}")));
+    if let Some(rate) = now.dirty_bytes_per_s.filter(|rate| *rate > 0) {
         text.push_str(&format!(", dirtied {}/s", human::bytes(rate)));
     }
     if let Some(expected) = now.expected_downtime_ms {
@@ -97,6 +100,14 @@ fn figures(now: &ProgressJson) -> String {
         text.push_str(&format!(", throttled {} %", now.throttle_percent));
     }
     text
+}
+
+/// How long it takes until nothing remains, if that can be told.
+pub(super) fn time_left(now: &ProgressJson) -> Option<TimeLeft> {
+    #[expect(clippy::cast_precision_loss, reason = "for the eye")]
+    let (sent, dirtied) = (now.page_bytes_per_s as f64, now.dirty_bytes_per_s.map(|rate| rate as f64));
+    let time = TimeLeft::at_rates(now.remaining_bytes, sent, dirtied);
+    (now.remaining_bytes > 0 && time != TimeLeft::Unknown).then_some(time)
 }
 
 fn milestone(event: &EventJson) -> Option<String> {

@@ -7,6 +7,7 @@ use memferry_stages::wire::Message;
 use super::Destination;
 use super::answers::Answers;
 use super::flow::Flow;
+use crate::bottleneck::Watch;
 use crate::events::{Ended, Event, Phase};
 use crate::migration::bounds;
 use crate::migration::error::MigrationError;
@@ -28,7 +29,13 @@ impl Destination {
         };
         self.turned_away.finish();
         let farewell = self.farewell(&result);
+        if let Some(flow) = &flow {
+            self.report_last_progress(flow, result.is_ok());
+        }
         let (wire_bytes, memory_peak, stages) = flow.as_ref().map(|flow| self.figures(flow)).unwrap_or_default();
+        let watch = flow.as_ref().map(|flow| &flow.watch);
+        let bottleneck = watch.map(|watch| watch.all(&stages)).unwrap_or_default();
+        let cpu = watch.map(Watch::cpu).unwrap_or_default();
         match flow {
             Some(flow) => flow.close(farewell).await,
             None => {
@@ -56,6 +63,8 @@ impl Destination {
             spared: Spared::default(),
             memory_peak,
             stages,
+            bottleneck,
+            cpu,
             resume_failed: false,
         };
         self.observers.tell(&Event::Ended(ended.clone()));

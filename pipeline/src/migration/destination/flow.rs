@@ -11,6 +11,8 @@ use memferry_stages::wire::messages::Progress as Acknowledged;
 use tokio::time::Interval;
 use tokio_util::sync::CancellationToken;
 
+use super::setup::figures;
+use crate::bottleneck::Watch;
 use crate::migration::FAREWELL;
 use crate::migration::alive::{Alive, silenced};
 use crate::migration::destination_graph::{ANSWERS, DestinationGraph};
@@ -28,7 +30,11 @@ pub(super) struct Flow {
     pub(super) ticks: Interval,
     /// Receivers and loaders that have not ended.
     pub(super) stages_left: usize,
-    pub(super) speed: Speed,
+    /// Bytes off the wire.
+    pub(super) wire_speed: Speed,
+    /// Page bytes that are loaded.
+    pub(super) page_speed: Speed,
+    pub(super) watch: Watch,
     pub(super) tick: u32,
     pub(super) round: u32,
     pub(super) round_began: Instant,
@@ -82,7 +88,7 @@ impl Flow {
     pub(super) fn acknowledge(&self) -> Result<(), MigrationError> {
         let progress = &self.graph.progress;
         let frames: Vec<u64> = progress.iter().map(|lane| lane.frames.load(Ordering::Acquire)).collect();
-        let bytes = progress.iter().map(|lane| lane.bytes.load(Ordering::Acquire)).sum();
+        let bytes = self.loaded_bytes();
         let Some(answer) = &self.graph.answer else { return Ok(()) };
         // Where the last figures still wait to be sent, these need not be: later ones will tell the same.
         let offered = answer.offer(Control::Frame(Message::Progress(Acknowledged { bytes, frames }).encode(0)));
@@ -103,6 +109,19 @@ impl Flow {
         // A source that is gone or does not read needs no farewell.
         drop(tokio::time::timeout(FAREWELL, closing).await);
         self.graph.stages.end().await;
+    }
+
+    /// Tells the source what this end reports of itself, without waiting for the next heartbeat.
+    pub(super) fn report(&self) -> Result<(), MigrationError> {
+        let Some(answer) = &self.graph.answer else { return Ok(()) };
+        let figures = Message::Heartbeat(figures(&self.graph.receiver_meters));
+        let offered = answer.offer(Control::Frame(figures.encode(0)));
+        offered.map_err(|_| MigrationError::Lost("the return path is closed".into()))
+    }
+
+    /// Page bytes that are loaded.
+    pub(super) fn loaded_bytes(&self) -> u64 {
+        self.graph.progress.iter().map(|lane| lane.bytes.load(Ordering::Acquire)).sum()
     }
 
     /// Bytes that came off the wire.

@@ -73,7 +73,11 @@ impl Destination {
                 Err(_) => Happening::TimedOut,
                 Ok(Ok(Signal::Said(message))) => Happening::Said(message),
                 Ok(Ok(Signal::StreamEnded)) => Happening::Lost("the source closed it".into()),
-                Ok(Ok(Signal::Loaded(_) | Signal::Tick)) => continue,
+                Ok(Ok(Signal::Tick)) => {
+                    self.watch_progress(flow);
+                    continue;
+                }
+                Ok(Ok(Signal::Loaded(_))) => continue,
                 Ok(Err(MigrationError::Cancelled)) => Happening::Cancel,
                 Ok(Err(MigrationError::Silent(silence))) => Happening::Lost(silence.to_string()),
                 Ok(Err(error)) => Happening::Broke(error.to_string()),

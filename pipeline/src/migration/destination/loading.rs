@@ -78,6 +78,7 @@ impl Destination {
             let what = format!("{frames} Pages frames came, the end mark says {expected}");
             return Err(MigrationError::Protocol(what));
         }
+        flow.report()?;
         flow.acknowledge()?;
         Ok(arrival)
     }
@@ -91,7 +92,8 @@ impl Destination {
                     let what = format!("{} stands behind the end mark", message.kind().name());
                     return Err(MigrationError::Protocol(what));
                 }
-                Signal::Loaded(_) | Signal::Tick => {}
+                Signal::Tick => self.watch_progress(flow),
+                Signal::Loaded(_) => {}
             }
         }
     }
@@ -107,6 +109,7 @@ impl Destination {
                 if arrival.tallies.iter().filter(of_round).count() == arrival.lanes {
                     self.round_loaded(flow, &mut arrival.tallies, tally.round);
                     // The source is about to decide, by what it takes for being on its way.
+                    flow.report()?;
                     flow.acknowledge()?;
                 }
             }
@@ -135,22 +138,47 @@ impl Destination {
 
     fn tick(&self, flow: &mut Flow) -> Result<(), MigrationError> {
         flow.acknowledge()?;
+        self.watch_progress(flow);
+        Ok(())
+    }
+
+    /// Time has passed: every few times figures are reported.
+    pub(super) fn watch_progress(&self, flow: &mut Flow) {
         flow.tick += 1;
         if !flow.tick.is_multiple_of(TICKS_PER_EVENT) {
-            return Ok(());
+            return;
         }
-        let wire_bytes = flow.wire_bytes();
-        let total_bytes = self.layout.as_ref().map_or(0, Layout::bytes);
-        let loaded: u64 = flow.graph.progress.iter().map(|lane| lane.bytes.load(Ordering::Relaxed)).sum();
+        let still = self.still(flow);
+        let progress = Progress {
+            wire_rate: flow.wire_speed.tick(still.wire_bytes),
+            page_rate: flow.page_speed.tick(flow.loaded_bytes()),
+            bottleneck: flow.watch.latest(&still.stages),
+            ..still
+        };
+        self.observers.tell(&Event::Progress(progress));
+    }
+
+    /// The last figures: nothing moves any more, and of a migration that completed nothing remains.
+    pub(super) fn report_last_progress(&self, flow: &Flow, completed: bool) {
+        let still = self.still(flow);
         self.observers.tell(&Event::Progress(Progress {
-            round: flow.round,
-            remaining_bytes: total_bytes.saturating_sub(loaded),
-            total_bytes,
-            wire_bytes,
-            wire_rate: flow.speed.tick(wire_bytes),
-            stages: flow.graph.readings(),
-            ..Progress::default()
+            remaining_bytes: if completed { 0 } else { still.remaining_bytes },
+            bottleneck: flow.watch.all(&still.stages),
+            ..still
         }));
-        Ok(())
+    }
+
+    /// The figures that are no rates.
+    fn still(&self, flow: &Flow) -> Progress {
+        let total_bytes = self.layout.as_ref().map_or(0, Layout::bytes);
+        Progress {
+            round: flow.round,
+            remaining_bytes: total_bytes.saturating_sub(flow.loaded_bytes()),
+            total_bytes,
+            wire_bytes: flow.wire_bytes(),
+            stages: flow.graph.readings(),
+            cpu: flow.watch.cpu(),
+            ..Progress::default()
+        }
     }
 }

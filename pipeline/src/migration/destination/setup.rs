@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::geometry::{BlockInfo, Layout};
 use memferry_stages::memory::GuestMemory;
+use memferry_stages::meter::Meter;
 use memferry_stages::wire::Message;
 use memferry_stages::wire::messages::{Figure, StatePhase};
 use memferry_stages::wire::reader::Incoming;
@@ -15,6 +16,7 @@ use tokio::time::MissedTickBehavior;
 use super::Destination;
 use super::answers::{Answers, say};
 use super::flow::{Flow, ended_early};
+use crate::bottleneck::{self, Watch};
 use crate::events::{Event, Phase};
 use crate::guest::{GuestError, GuestState};
 use crate::migration::alive::silenced;
@@ -110,7 +112,8 @@ impl Destination {
         };
         let graph = DestinationGraph::start(memory, &hello, features, readers, stages, answer);
         if let (Some(alive), Some(answer)) = (&mut alive, &graph.answer) {
-            alive.report(answer.clone(), figures);
+            let meters = graph.receiver_meters.clone();
+            alive.report(answer.clone(), move || figures(&meters));
         }
         self.setup = self.started.elapsed();
         self.observers.tell(&Event::Phase(Phase::Active));
@@ -120,7 +123,9 @@ impl Destination {
             cancel: self.cancel.clone(),
             ticks,
             stages_left,
-            speed: Speed::default(),
+            wire_speed: Speed::default(),
+            page_speed: Speed::default(),
+            watch: Watch::begin(false),
             tick: 0,
             round: 1,
             round_began: Instant::now(),
@@ -164,6 +169,7 @@ fn check_ignored(came: &[BlockInfo], own: &Layout) -> Result<(), GuestError> {
 }
 
 /// What this end reports of itself to the source, with each heartbeat, once the stages run.
-fn figures() -> Vec<Figure> {
-    Vec::new()
+pub(super) fn figures(receivers: &[Arc<Meter>]) -> Vec<Figure> {
+    let receivers: Vec<_> = receivers.iter().map(|meter| meter.read()).collect();
+    vec![bottleneck::figure_of(&receivers)]
 }

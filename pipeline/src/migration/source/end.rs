@@ -1,26 +1,19 @@
 //! The end, whatever happened: the guest is where the verdict says, and everybody is told.
 
-use memferry_stages::meter::Reading;
 use memferry_stages::wire::Message;
 
-use super::{Source, wire_bytes};
+use super::Source;
+use super::figures::Figures;
 use crate::events::{Ended, Event, Phase};
 use crate::guest::RunState;
 use crate::migration::error::{MigrationError, guarded};
 use crate::migration::flow::Flow;
 use crate::migration::handshake::Verdict;
-use crate::migration::{FAREWELL, asked, blocking, bounds};
+use crate::migration::{FAREWELL, asked, blocking};
 use crate::settings::After;
 
 /// What an operator does about a hand-over that nobody confirmed.
 const LOOK: &str = "the guest stays paused here: look at the destination; resume it here only if it does not run there";
-
-#[derive(Default)]
-struct Figures {
-    wire_bytes: u64,
-    memory_peak: u64,
-    stages: Vec<Reading>,
-}
 
 impl Source {
     /// Whatever happened: the guest is where the verdict says, the logs are stopped, the peer is told, and it is reported.
@@ -34,13 +27,16 @@ impl Source {
             Verdict::Failed(_) | Verdict::Cancelled => false,
         };
         self.downtime = self.paused.filter(|_| verdict == Verdict::Completed).map(|paused| paused.elapsed());
-        self.lift_throttle().await;
+        let is_throttled = !self.lift_throttle().await;
         let resume_error = if stays_paused { None } else { self.let_go_on().await };
         if let (Verdict::Failed(why), Some(page)) = (&mut verdict, &self.differing_page) {
             *why = format!("{why}: {page}");
             self.verified = Some(false);
         }
         let farewell = self.farewell(&verdict);
+        if let Some(flow) = &flow {
+            self.report_last_progress(flow, verdict == Verdict::Completed, is_throttled);
+        }
         let ended = self.ended(verdict, resume_error, self.figures(flow.as_ref()));
         // The verdict is out; what is left is to tidy up.
         if let Some(mut flow) = flow {
@@ -55,14 +51,17 @@ impl Source {
         ended
     }
 
-    /// Wherever the guest is: nobody holds it back for a migration that is over.
-    async fn lift_throttle(&self) {
-        if self.throttled {
-            let guest = self.guest.clone();
-            if let Err(error) = asked(move || guest.throttle(0)).await {
-                self.observers.tell(&Event::Warning(format!("the guest may still be throttled: {error}")));
-            }
+    /// Wherever the guest is: nobody throttles it for a migration that is over. Does it run at full speed?
+    async fn lift_throttle(&self) -> bool {
+        if !self.throttled {
+            return true;
         }
+        let guest = self.guest.clone();
+        let lifted = asked(move || guest.throttle(0)).await;
+        if let Err(error) = &lifted {
+            self.observers.tell(&Event::Warning(format!("the guest may still be throttled: {error}")));
+        }
+        lifted.is_ok()
     }
 
     /// Resumes the guest if we paused it: what went wrong, if it does not go on.
@@ -109,24 +108,6 @@ impl Source {
         self.gave_up.clone().unwrap_or_else(|| "cancelled at the source".into())
     }
 
-    fn figures(&self, flow: Option<&Flow>) -> Figures {
-        let Some(flow) = flow else { return Figures::default() };
-        let graph = &flow.graph;
-        let keeps = bounds::source_keeps(
-            self.layout(),
-            graph.in_flight.memory_bytes(),
-            self.verified.is_some(),
-            self.clears.is_some(),
-        );
-        Figures {
-            wire_bytes: wire_bytes(flow),
-            memory_peak: bounds::peak(&graph.pools, &graph.meters, keeps)
-                + bounds::logs_bytes(&self.logs)
-                + bounds::state_bytes(self.state_room.taken(), bounds::STATE_FRAMES),
-            stages: graph.readings(),
-        }
-    }
-
     /// The verdict, told to whoever watches.
     fn ended(&self, verdict: Verdict, resume_error: Option<String>, figures: Figures) -> Ended {
         let resume_failed = resume_error.is_some();
@@ -150,6 +131,8 @@ impl Source {
             wire_bytes: figures.wire_bytes,
             spared: self.spared(),
             memory_peak: figures.memory_peak,
+            bottleneck: self.watch.as_ref().map(|watch| watch.all(&figures.stages)).unwrap_or_default(),
+            cpu: self.cpu(),
             stages: figures.stages,
             resume_failed,
         };

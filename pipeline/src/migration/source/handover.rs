@@ -65,7 +65,10 @@ impl Source {
                 Ok(()) => None,
                 Err(error) => Some(Happening::Broke(error.to_string())),
             },
-            Signal::Said(Message::Heartbeat(_)) => None,
+            Signal::Said(Message::Heartbeat(figures)) => {
+                self.hear(&figures);
+                None
+            }
             Signal::Said(message) => Some(Happening::Said(message)),
             Signal::Lost(why) => Some(Happening::Lost(why)),
             Signal::Silent(silence) => Some(Happening::Lost(silence.to_string())),
@@ -78,7 +81,11 @@ impl Source {
                 self.refuse(request);
                 None
             }
-            Signal::Scanned(_) | Signal::Synced(_) | Signal::Sent(_) | Signal::StageDone(_) | Signal::Tick => None,
+            Signal::Tick => {
+                self.report_progress(flow, &self.standing_now(flow));
+                None
+            }
+            Signal::Scanned(_) | Signal::Synced(_) | Signal::Sent(_) | Signal::StageDone(_) => None,
         }
     }
 
@@ -114,6 +121,7 @@ impl Source {
                     let what = "cancel comes too late: the file is being completed";
                     self.observers.tell(&Event::Warning(what.into()));
                 }
+                Signal::Tick => self.report_progress(flow, &self.standing_now(flow)),
                 _ => {}
             }
         }

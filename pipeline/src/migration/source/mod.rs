@@ -9,6 +9,7 @@
 mod clears;
 mod control;
 mod end;
+mod figures;
 mod handover;
 mod rounds;
 mod setup;
@@ -34,6 +35,7 @@ use super::handshake::Verdict;
 use super::plane::DataPlane;
 use super::speed::Speed;
 use super::state::Room;
+use crate::bottleneck::Watch;
 use crate::control::{Control, Requests};
 use crate::controller::Controller;
 use crate::controller::forecast::Forecast;
@@ -114,7 +116,12 @@ struct Source {
     forecast: Option<Forecast>,
     /// Is the guest held back?
     throttled: bool,
-    speed: Speed,
+    /// Bytes on the wire.
+    wire_speed: Speed,
+    /// Page bytes that are read.
+    page_speed: Speed,
+    /// Once the stages run.
+    watch: Option<Watch>,
     /// While a round is sent: since when nothing of it has gone over the wire.
     quiet_since: Option<Instant>,
     last_bulk_bytes: u64,
@@ -167,7 +174,9 @@ impl Source {
             go_said: false,
             downtime: None,
             parts: DowntimeParts::default(),
-            speed: Speed::default(),
+            wire_speed: Speed::default(),
+            page_speed: Speed::default(),
+            watch: None,
             quiet_since: None,
             last_bulk_bytes: 0,
             round: 0,

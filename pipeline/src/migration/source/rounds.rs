@@ -12,7 +12,7 @@ use memferry_stages::wire::messages::Progress as Acknowledged;
 use super::{Source, wire_bytes};
 use crate::controller::forecast::Standing;
 use crate::controller::{Decided, Decision};
-use crate::events::{Event, Progress};
+use crate::events::Event;
 use crate::migration::asked;
 use crate::migration::error::MigrationError;
 use crate::migration::flow::{Flow, Signal};
@@ -174,8 +174,10 @@ impl Source {
             Signal::Cancel => Err(MigrationError::Cancelled),
             Signal::Asked(request) => self.answer(Some(flow), request).await.map(|()| None),
             Signal::Said(Message::Progress(acknowledged)) => self.acknowledge(flow, &acknowledged).map(|()| None),
-            // What the destination reports of itself: nothing is done with it.
-            Signal::Said(Message::Heartbeat(_)) => Ok(None),
+            Signal::Said(Message::Heartbeat(figures)) => {
+                self.hear(&figures);
+                Ok(None)
+            }
             Signal::Said(Message::Refused(why)) => Err(MigrationError::Refused { peer: "destination", why }),
             Signal::Said(Message::Abort(why)) => Err(MigrationError::GivenUp { peer: "destination", why }),
             Signal::Said(other) => Err(MigrationError::Protocol(format!("{} came out of turn", other.kind().name()))),
@@ -188,7 +190,8 @@ impl Source {
         }
     }
 
-    pub(super) fn acknowledge(&self, flow: &Flow, acknowledged: &Acknowledged) -> Result<(), MigrationError> {
+    pub(super) fn acknowledge(&mut self, flow: &Flow, acknowledged: &Acknowledged) -> Result<(), MigrationError> {
+        self.hear(&[]);
         for (lane, &frames) in (0..self.settings.lanes).zip(&acknowledged.frames) {
             flow.graph.in_flight.acknowledge(lane, frames).map_err(|sent| {
                 MigrationError::Protocol(format!("lane {lane}: {frames} frames acknowledged of {sent} sent"))
@@ -212,27 +215,8 @@ impl Source {
 
     /// Figures for whoever watches, and the deadline.
     async fn tick(&mut self, flow: &Flow) -> Result<(), MigrationError> {
-        let wire_bytes = wire_bytes(flow);
-        let speed = self.speed.tick(wire_bytes);
         let now = self.standing_now(flow);
-        let forecaster = self.controller.forecaster();
-        let expected = match self.paused {
-            Some(_) => self.controller.forecast(&now),
-            None => self.controller.forecast_within(&now),
-        };
-        self.observers.tell(&Event::Progress(Progress {
-            round: self.round,
-            remaining_bytes: self.page_bytes(now.dirty_pages + now.in_flight_pages),
-            total_bytes: self.layout().bytes(),
-            wire_bytes,
-            wire_rate: speed,
-            page_rate: forecaster.page_bytes_per_second().unwrap_or(0.0),
-            dirty_rate: forecaster.dirty_bytes_per_second().filter(|_| self.paused.is_none()),
-            expected_downtime: expected.map(|forecast| forecast.expected()),
-            downtime_limit: self.controller.downtime_limit(),
-            throttle: self.controller.throttle(),
-            stages: flow.graph.readings(),
-        }));
+        self.report_progress(flow, &now);
         self.mind_the_standstill(flow)?;
         self.mind_the_deadline(flow, &now).await
     }

@@ -11,6 +11,7 @@ use memferry_stages::wire::{Features, Message};
 use memferry_transports::Transport;
 
 use super::{HANDOVER_MOST, Source};
+use crate::bottleneck::Watch;
 use crate::events::{Event, Phase};
 use crate::guest::Guest;
 use crate::migration::arming::{Armed, arm};
@@ -166,6 +167,7 @@ impl Source {
         };
         let graph = SourceGraph::start(parts, &self.settings);
         graph.set_bandwidth(self.bandwidth());
+        self.watch = Some(Watch::begin(self.transport.capabilities().return_path));
         self.setup = self.started.elapsed();
         self.tell_phase(Phase::Active);
         Flow::new(graph, link.said, link.alive, self.cancel.clone(), self.requests.take())

@@ -20,13 +20,13 @@
 //! | `spared` | pages need not travel | so far: `hinted`, `hints_dropped`, `unplugged`, `ignored` |
 //! | `decided` | the controller decided | `round`, `decision`: "another-round", "sample" (a part of what is dirty is sent, to see what deltas come to), "drain" (what is on its way shall arrive first), "throttle", "raise-downtime-limit", "switch-over", "give-up"; `expected_ms`, `why`: in words; `throttle_percent` or `downtime_limit_ms` where that is decided; `forecast`: as in the report |
 //! | `changed` | a setting was changed while it ran | `round`, `key`, `from` and `to`: as the configuration writes them; `memory_bound_bytes`: from here on |
-//! | `progress` | ten times a second | `round`, `remaining_bytes`, `total_bytes`, `wire_bytes`, `wire_bytes_per_s`, `page_bytes_per_s`, `dirty_bytes_per_s`, `expected_downtime_ms`, `downtime_limit_ms` (null at the destination), `throttle_percent`, `stages` (`name`, `lane`, `busy_ms`, `input_wait_ms`, `output_wait_ms`, `batches`, `pages`: from its start on) |
+//! | `progress` | ten times a second | `round`, `remaining_bytes`, `total_bytes`, `wire_bytes`, `wire_bytes_per_s`, `page_bytes_per_s`, `dirty_bytes_per_s`, `expected_downtime_ms`, `downtime_limit_ms` (null at the destination), `throttle_percent`, `done_percent` of the guest's memory, `time_left_ms` (null if nothing is measured, or it does not converge), `bottleneck_percent` (over the latest seconds: `processor`, `limit`, `destination`, `wire`, `guest`, `source`; null where this end cannot know), `cpu_ms` of the process since the first page, `stages` (`name`, `lane`, `busy_ms`, `input_wait_ms`, `output_wait_ms`, `limit_wait_ms`, `batches`, `pages`: from its start on). The last one, before the end, has rates of 0, and 0 remaining after completion |
 //! | `turned_away` | a stranger or a broken peer was refused | `peer`, `why` |
 //! | `warning` | the operator should know, and it goes on | `what` |
 //! | `paused` | the guest stands still at the source | |
 //! | `handed_over` | a cancel is too late: the destination may run the guest | |
 //! | `resumed` | the guest goes on at the source | |
-//! | `ended` | the last of its end | `phase`, `error`, `verified`, `total_ms`, `setup_ms`, `downtime_ms`, `downtime` (its parts), `forecast`, `wire_bytes`, `spared`, `memory_peak_bytes`, `stages`: as in the report; `resume_failed`: the source guest stands still and nobody runs it |
+//! | `ended` | the last of its end | `phase`, `error`, `verified`, `total_ms`, `setup_ms`, `downtime_ms`, `downtime` (its parts), `forecast`, `wire_bytes`, `spared`, `memory_peak_bytes`, `bottleneck_percent`, `cpu_ms`, `stages`: as in the report; `resume_failed`: the source guest stands still and nobody runs it |
 //! | `lost` | the reader was too slow; has no role | `events`: how many are missing before this line |
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -35,12 +35,12 @@ use memferry_stages::tally::RoundTally;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    ChangeReport, DecisionReport, DowntimeReport, ForecastReport, GuestReport, PagesReport, SparedReport, StageReport,
-    change, decision, downtime, forecast_report, guest, ms, spared, stage,
+    BottleneckReport, ChangeReport, DecisionReport, DowntimeReport, ForecastReport, GuestReport, PagesReport,
+    SparedReport, StageReport, change, decision, downtime, forecast_report, guest, ms, percent, spared, stage,
 };
 use crate::controller::forecast::whole;
 use crate::controller::{Decided, Decision};
-use crate::events::{Ended, Event, Phase, Progress, Role};
+use crate::events::{Ended, Event, Phase, Progress, Role, TimeLeft};
 
 /// The version of the names in a line.
 pub const SCHEMA: u32 = 1;
@@ -237,8 +237,20 @@ pub struct ProgressJson {
     pub expected_downtime_ms: Option<f64>,
     /// The downtime limit as far as it is raised; null at the destination.
     pub downtime_limit_ms: Option<f64>,
-    /// Percent of its time that the guest is held back.
+    /// Percent of its time that the guest is throttled.
     pub throttle_percent: u8,
+    /// The part of the guest's memory that the other end has as it is.
+    #[serde(default)]
+    pub done_percent: f64,
+    /// How long it takes until nothing remains, at the rates of the moment; null if nothing is measured, or it does not converge.
+    #[serde(default)]
+    pub time_left_ms: Option<f64>,
+    /// What holds it up, over the latest seconds; once it has ended, from its start.
+    #[serde(default)]
+    pub bottleneck_percent: BottleneckReport,
+    /// Processor time of the process since the first page.
+    #[serde(default)]
+    pub cpu_ms: f64,
     /// How every stage has spent its time so far.
     pub stages: Vec<StageReport>,
 }
@@ -268,6 +280,12 @@ pub struct EndedJson {
     pub spared: SparedReport,
     /// The most memory that the engine took.
     pub memory_peak_bytes: u64,
+    /// What held it up.
+    #[serde(default)]
+    pub bottleneck_percent: BottleneckReport,
+    /// Processor time of the process from the first page to the verdict.
+    #[serde(default)]
+    pub cpu_ms: f64,
     /// How each stage spent its time.
     pub stages: Vec<StageReport>,
     /// The source guest was paused and could not be resumed.
@@ -399,6 +417,13 @@ impl From<&Progress> for ProgressJson {
             expected_downtime_ms: now.expected_downtime.map(ms),
             downtime_limit_ms: (!now.downtime_limit.is_zero()).then(|| ms(now.downtime_limit)),
             throttle_percent: now.throttle,
+            done_percent: percent(now.done()),
+            time_left_ms: match now.time_left() {
+                TimeLeft::About(time) => Some(ms(time)),
+                TimeLeft::Unknown | TimeLeft::DoesNotConverge => None,
+            },
+            bottleneck_percent: (&now.bottleneck).into(),
+            cpu_ms: ms(now.cpu),
             stages: now.stages.iter().map(stage).collect(),
         }
     }
@@ -418,6 +443,8 @@ impl From<&Ended> for EndedJson {
             wire_bytes: ended.wire_bytes,
             spared: spared(ended.spared),
             memory_peak_bytes: ended.memory_peak,
+            bottleneck_percent: (&ended.bottleneck).into(),
+            cpu_ms: ms(ended.cpu),
             stages: ended.stages.iter().map(stage).collect(),
             resume_failed: ended.resume_failed,
         }

@@ -5,10 +5,10 @@ use proptest::prelude::*;
 use roxmltree::{Document, Node};
 
 use super::*;
+use crate::bottleneck::Bottleneck;
 use crate::control::{Change, Changed};
 use crate::controller::Decision;
 use crate::events::{BlockFacts, Ended, Event, Progress, Role, TurnedAwayKind};
-use crate::report::Frame;
 use crate::report::series::Series;
 use crate::report::tests::{ended, script};
 use crate::report::todo;
@@ -58,8 +58,8 @@ impl Scene {
     fn on<T>(&self, look: impl FnOnce(&Page<'_>) -> T) -> T {
         let Self { role, account, settings, configuration } = self;
         let verdict = account.ended.as_ref().unwrap();
-        let report = &Report::new(Frame { role, capped: false }, verdict, account, None);
-        let conclusions = &todo::conclusions(settings, account, todo::Shares::default(), 2);
+        let report = &Report::new(role, verdict, account, None);
+        let conclusions = &todo::conclusions(settings, account, &Bottleneck::default(), 2);
         look(&Page {
             report,
             account,
@@ -319,7 +319,7 @@ fn the_bottleneck_is_named_and_marked() {
         assert_eq!(marked.len(), 1);
         assert!(words(marked[0]).starts_with("encoder"), "{}", words(marked[0]));
     });
-    assert!(Scene::new("send").page().contains("the encoder of lane 0: busy 96 % of the time"));
+    assert!(Scene::new("send").page().contains("processor 96 %, wire 25 %, destination 12 %, max_bandwidth 0 %"));
 }
 
 #[test]

@@ -1,0 +1,137 @@
+//! Figures of whole migrations: what holds one up is named, and after an end nothing is as it was on the way.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use memferry::bottleneck::{Bottleneck, Cause};
+use memferry::events::{Event, Phase, Progress, Role};
+use memferry::settings::{EncoderSettings, SourceSettings};
+use memferry_stages::geometry::PageSize;
+use memferry_tests::{Ends, Recorder, TestGuest, Trouble, migrate_watched, source_settings};
+use memferry_transports::memory::{Direction, Faults, MemoryTransport};
+use tokio_util::sync::CancellationToken;
+
+const MIB: u64 = 1 << 20;
+/// No migration here takes this long unless it hangs.
+const HANG: Duration = Duration::from_secs(60);
+
+fn settings() -> SourceSettings {
+    SourceSettings {
+        encoder: EncoderSettings { compress: None, xbzrle: None },
+        max_rounds: 1,
+        verify: false,
+        ..source_settings(1, 1)
+    }
+}
+
+fn noise() -> TestGuest {
+    TestGuest::incompressible(PageSize::DEFAULT, 4 * MIB)
+}
+
+#[track_caller]
+fn moved(
+    source: TestGuest,
+    destination: TestGuest,
+    settings: SourceSettings,
+    transport: MemoryTransport,
+    recorder: Recorder,
+) -> Ends {
+    let (source, destination) = (Arc::new(source), Arc::new(destination));
+    let moving =
+        migrate_watched(source, destination, Arc::new(transport), settings, CancellationToken::new(), recorder);
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let ends = runtime.block_on(async { tokio::time::timeout(HANG, moving).await.expect("it hangs") });
+    assert_eq!(ends.source.phase, Phase::Completed, "{:?}", ends.source.error);
+    ends
+}
+
+fn transport() -> MemoryTransport {
+    MemoryTransport::new(64 << 10)
+}
+
+/// The greatest share, the processor's aside: other tests use that too.
+fn cause(bottleneck: &Bottleneck) -> Option<Cause> {
+    let shares = bottleneck.shares().filter(|(cause, _)| *cause != Cause::Processor);
+    shares.max_by(|a, b| a.1.total_cmp(&b.1)).map(|(cause, _)| cause)
+}
+
+fn progress(ends: &Ends, of: Role) -> Vec<Progress> {
+    let figures = |(role, event): &(Role, Event)| match event {
+        Event::Progress(progress) if *role == of => Some(progress.clone()),
+        _ => None,
+    };
+    ends.events.iter().filter_map(figures).collect()
+}
+
+#[test]
+fn a_bandwidth_limit_is_named() {
+    let settings = SourceSettings { max_bandwidth: Some(4 * MIB), ..settings() };
+    let ends = moved(noise(), TestGuest::destination(), settings, transport(), Recorder::default());
+    assert_eq!(cause(&ends.source.bottleneck), Some(Cause::Limit), "{}", ends.source.bottleneck);
+    assert_eq!(cause(&ends.destination.bottleneck), Some(Cause::Source), "{}", ends.destination.bottleneck);
+}
+
+#[test]
+fn a_slow_destination_is_named() {
+    let slow = TestGuest::destination().troubled(Trouble::WriteTakes(Duration::from_millis(50)));
+    let ends = moved(noise(), slow, settings(), transport(), Recorder::default());
+    assert_eq!(cause(&ends.source.bottleneck), Some(Cause::Destination), "{}", ends.source.bottleneck);
+    assert_eq!(cause(&ends.destination.bottleneck), Some(Cause::Destination), "{}", ends.destination.bottleneck);
+}
+
+#[test]
+fn a_guest_that_is_waited_for_is_named() {
+    let slow = noise().troubled(Trouble::SyncTakes(Duration::from_millis(500)));
+    let ends = moved(slow, TestGuest::destination(), settings(), transport(), Recorder::default());
+    assert_eq!(cause(&ends.source.bottleneck), Some(Cause::Guest), "{}", ends.source.bottleneck);
+}
+
+/// Nothing moves in these directions until the latest figures name this cause for more than half of their time.
+fn stalled(directions: &'static [Direction], wanted: Cause) {
+    let transport = transport();
+    let faults: Faults = transport.faults();
+    let recorder = Recorder::calling(move |role, event| match (role, event) {
+        (Role::Source, Event::Phase(Phase::Active)) => directions.iter().for_each(|way| faults.stall(*way)),
+        (Role::Source, Event::Progress(now)) if now.bottleneck.share(wanted) > Some(0.5) => {
+            directions.iter().for_each(|way| faults.release(*way));
+        }
+        _ => {}
+    });
+    let ends = moved(noise(), TestGuest::destination(), settings(), transport, recorder);
+    let named = progress(&ends, Role::Source).into_iter().any(|now| cause(&now.bottleneck) == Some(wanted));
+    assert!(named, "{}", ends.source.bottleneck);
+}
+
+#[test]
+fn a_wire_on_which_nothing_moves_is_named() {
+    stalled(&[Direction::ToDestination], Cause::Wire);
+}
+
+#[test]
+fn a_destination_that_is_silent_is_named() {
+    stalled(&[Direction::ToDestination, Direction::ToSource], Cause::Destination);
+}
+
+#[test]
+fn after_completion_nothing_remains_and_nothing_moves() {
+    let ends = moved(noise(), TestGuest::destination(), settings(), transport(), Recorder::default());
+    for role in [Role::Source, Role::Destination] {
+        let last = progress(&ends, role).pop().unwrap();
+        let rates = (last.wire_rate, last.page_rate, last.dirty_rate.unwrap_or(0.0));
+        assert_eq!((last.remaining_bytes, rates, last.throttle), (0, (0.0, 0.0, 0.0), 0), "{role:?}");
+        assert_eq!(last.expected_downtime, None, "{role:?}");
+        assert!((last.done() - 1.0).abs() < f64::EPSILON, "{role:?}");
+        let of_role = ends.events.iter().filter(|(of, _)| *of == role).map(|(_, event)| event);
+        let place = |found: fn(&Event) -> bool| of_role.clone().position(found);
+        let over = place(|event| matches!(event, Event::Phase(Phase::Completed))).unwrap();
+        assert!(of_role.clone().skip(over).all(|event| !matches!(event, Event::Progress(_))), "{role:?}");
+    }
+    assert!(ends.source.cpu > Duration::ZERO && ends.destination.cpu > Duration::ZERO);
+}
+
+#[test]
+fn no_figures_are_of_a_round_0() {
+    let slow = noise().troubled(Trouble::SyncTakes(Duration::from_millis(300)));
+    let ends = moved(slow, TestGuest::destination(), settings(), transport(), Recorder::default());
+    assert!(progress(&ends, Role::Source).iter().all(|now| now.round >= 1));
+}
