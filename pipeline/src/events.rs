@@ -187,9 +187,10 @@ pub struct Ended {
     pub total: Duration,
     /// From start to the first page.
     pub setup: Duration,
-    /// Pause to Running, if the guest was paused.
+    /// How long the guest was paused: until it ran at the destination, or until it was resumed here, whatever the end. `None` if it
+    /// was not paused, or still is.
     pub downtime: Option<Duration>,
-    /// Its parts.
+    /// Its parts, as far as it came.
     pub parts: DowntimeParts,
     /// What the controller expected of it when it decided to switch over, if it did and could tell.
     pub forecast: Option<Forecast>,

@@ -243,7 +243,7 @@ impl Guest for Guarded {
         Ok(())
     }
 
-    fn committed(&self) {
+    fn committed(&self, _: &str) -> Result<(), GuestError> {
         if self.0.mistake == Mistake::RunsOnAtItsSource {
             let counter = self.0.clone();
             thread::spawn(move || {
@@ -251,6 +251,7 @@ impl Guest for Guarded {
                 held(&counter.life).runs = true;
             });
         }
+        Ok(())
     }
 
     fn build(&self, page_size: PageSize, blocks: &[BlockInfo], _: &GuestState) -> Result<(), GuestError> {

@@ -36,6 +36,9 @@ impl Source {
         self.downtime = self.paused.filter(|_| verdict == Verdict::Completed).map(|paused| paused.elapsed());
         self.lift_throttle().await;
         let resume_error = if stays_paused { None } else { self.let_go_on().await };
+        if verdict == Verdict::Completed && stays_paused {
+            self.moved().await;
+        }
         if let (Verdict::Failed(why), Some(page)) = (&mut verdict, &self.differing_page) {
             *why = format!("{why}: {page}");
             self.verified = Some(false);
@@ -78,11 +81,24 @@ impl Source {
         match asked(go_on).await {
             Ok(()) => {
                 if run {
+                    self.downtime = self.paused.map(|paused| paused.elapsed());
                     self.observers.tell(&Event::Resumed);
                 }
                 None
             }
             Err(error) => Some(format!("the guest could not be resumed here and stays paused: {error}")),
+        }
+    }
+
+    /// The guest is no longer ours: nothing needs to watch over it.
+    async fn moved(&self) {
+        let guest = self.guest.clone();
+        let moved = move || {
+            guest.moved();
+            Ok(())
+        };
+        if let Err(error) = asked(moved).await {
+            self.observers.tell(&Event::Warning(error.to_string()));
         }
     }
 
