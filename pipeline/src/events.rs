@@ -8,6 +8,7 @@ use std::time::Duration;
 use memferry_stages::clears::Spared;
 use memferry_stages::meter::Reading;
 use memferry_stages::tally::RoundTally;
+use memferry_stages::untrusted::Untrusted;
 
 use crate::control::Changed;
 use crate::controller::Decided;
@@ -46,7 +47,7 @@ pub enum Phase {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BlockFacts {
     /// Its id.
-    pub id: String,
+    pub id: Untrusted,
     /// Its length.
     pub bytes: u64,
     /// Its page size.
@@ -103,7 +104,7 @@ pub enum Event {
     /// The peer is there and agreed.
     Connected {
         /// Who, or which file.
-        peer: String,
+        peer: Untrusted,
     },
     /// The guest's blocks are known; with the bound of the memory the engine takes for itself.
     Guest {
@@ -146,7 +147,7 @@ pub enum Event {
     /// A stranger or a broken peer was turned away; waiting goes on.
     TurnedAway {
         /// Who.
-        peer: String,
+        peer: Untrusted,
         /// Why.
         why: String,
     },
@@ -204,6 +205,14 @@ pub struct Ended {
     pub stages: Vec<Reading>,
     /// Did the source guest fail to go on after it was paused? It stands still, and nobody else runs it.
     pub resume_failed: bool,
+}
+
+impl Ended {
+    /// How long the switchover took, pause to Running, if it came to its end: what a forecast is measured by.
+    #[must_use]
+    pub fn switchover(&self) -> Option<Duration> {
+        self.downtime.filter(|_| self.phase == Phase::Completed)
+    }
 }
 
 /// Takes events as they happen. Called from the control plane: return soon, never block. A closure is one.

@@ -20,7 +20,7 @@ impl Observer for LogObserver {
         let role = name(role);
         match event {
             Event::Phase(phase) => info!(role, ?phase, "phase"),
-            Event::Connected { peer } => info!(role, peer, "connected"),
+            Event::Connected { peer } => info!(role, ?peer, "connected"),
             Event::Guest { blocks, pages, memory_bound } => {
                 info!(role, blocks = blocks.len(), pages, memory_bound, "guest");
             }
@@ -33,7 +33,7 @@ impl Observer for LogObserver {
             Event::Decided(decided) => info!(role, "{}", decided.why),
             Event::Changed(changed) => info!(role, "{changed}"),
             Event::Progress(progress) => debug!(role, ?progress, "progress"),
-            Event::TurnedAway { peer, why } => warn!(role, peer, "turned away: {why}"),
+            Event::TurnedAway { peer, why } => warn!(role, ?peer, "turned away: {why}"),
             Event::Warning(what) => warn!(role, "{what}"),
             Event::Paused => info!(role, "the guest is paused"),
             Event::HandedOver => info!(role, "the guest is handed over"),

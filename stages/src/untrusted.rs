@@ -11,6 +11,8 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// The most characters of a text that are shown.
 pub const MAX_SHOWN: usize = 1024;
+/// The most names that a list of them shows.
+const MAX_LISTED: usize = 16;
 
 /// Text that may come from elsewhere. `Display` and `Debug` are safe on a terminal and in a log; see the [module](self).
 ///
@@ -89,7 +91,9 @@ impl fmt::Display for Untrusted {
 /// In quotes.
 impl fmt::Debug for Untrusted {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:?}", shown(&self.0))
+        let end = end_of_shown(&self.0);
+        write!(f, "{:?}", &self.0[..end])?;
+        if end < self.0.len() { write!(f, "{}", More(self.0.len() - end)) } else { Ok(()) }
     }
 }
 
@@ -109,7 +113,7 @@ impl<'de> Deserialize<'de> for Untrusted {
 /// characters.
 #[must_use]
 pub fn shown(text: &str) -> Cow<'_, str> {
-    let end = text.char_indices().nth(MAX_SHOWN).map_or(text.len(), |(end, _)| end);
+    let end = end_of_shown(text);
     let kept = &text[..end];
     if end == text.len() && !kept.contains(is_unsafe) {
         return Cow::Borrowed(text);
@@ -126,9 +130,55 @@ pub fn shown(text: &str) -> Cow<'_, str> {
     }
     if end < text.len() {
         // A string takes everything.
-        write!(shown, "… ({} more bytes)", text.len() - end).unwrap_or_default();
+        write!(shown, "{}", More(text.len() - end)).unwrap_or_default();
     }
     Cow::Owned(shown)
+}
+
+/// Bytes of a text that are shown.
+fn end_of_shown(text: &str) -> usize {
+    text.char_indices().nth(MAX_SHOWN).map_or(text.len(), |(end, _)| end)
+}
+
+/// How many bytes of a text are not shown.
+struct More(usize);
+
+impl fmt::Display for More {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "… ({} more bytes)", self.0)
+    }
+}
+
+/// Names in quotes, the first few of them.
+#[must_use]
+pub fn listed<'a>(names: impl IntoIterator<Item = &'a Untrusted>) -> String {
+    let names: Vec<_> = names.into_iter().collect();
+    let (first, more) = names.split_at(names.len().min(MAX_LISTED));
+    let first = first.iter().map(|name| format!("{name:?}")).collect::<Vec<_>>().join(", ");
+    if more.is_empty() { first } else { format!("{first} and {} more", more.len()) }
+}
+
+/// The text of a JSON value in which nothing is left that is unsafe to show: what may stand in JSON as it is, and not on a
+/// terminal, is escaped as JSON does.
+#[must_use]
+pub fn shown_json(json: String) -> String {
+    // A control character that JSON allows only between values is there to lay them out.
+    let is_left = |character: char| is_unsafe(character) && !character.is_ascii_control() || character == '\u{7f}';
+    if !json.contains(is_left) {
+        return json;
+    }
+    let mut shown = String::with_capacity(json.len() + 32);
+    for character in json.chars() {
+        if is_left(character) {
+            for unit in character.encode_utf16(&mut [0; 2]) {
+                // A string takes everything.
+                write!(shown, "\\u{unit:04x}").unwrap_or_default();
+            }
+        } else {
+            shown.push(character);
+        }
+    }
+    shown
 }
 
 /// Does a character move the cursor, change what stands around it, or stand for nothing that is seen?
@@ -158,11 +208,10 @@ mod tests {
     fn what_moves_a_cursor_or_turns_a_line_around_is_escaped() {
         let evil = "a\u{1b}[31mb\u{7}c\r\nmemferry: completed, verified\t\u{9b}2K\u{202e}dcba\u{2028}\u{0}\u{7f}";
         let text = Untrusted::from(evil);
-        let expected =
-            r"a\u{1b}[31mb\u{7}c\r\nmemferry: completed, verified\t\u{9b}2K\u{202e}dcba\u{2028}\u{0}\u{7f}";
+        let expected = r"a\u{1b}[31mb\u{7}c\r\nmemferry: completed, verified\t\u{9b}2K\u{202e}dcba\u{2028}\u{0}\u{7f}";
         assert_eq!(text.to_string(), expected);
         assert_eq!(text.raw(), evil);
-        assert!(!format!("{text:?}").contains(is_unsafe) && format!("{text:?}").starts_with('"'));
+        assert_eq!(format!("{:?}", Untrusted::from("a\"\n")), r#""a\"\n""#);
         for character in (0..=0x10_ffff).filter_map(char::from_u32).filter(|&character| is_unsafe(character)) {
             let text = Untrusted::from(String::from(character));
             assert!(!text.to_string().contains(is_unsafe), "{character:?}");
@@ -172,7 +221,8 @@ mod tests {
 
     #[test]
     fn plain_text_of_any_script_is_shown_as_it_is_and_what_was_escaped_is_not_escaped_again() {
-        for plain in ["", r#"block "ram" at C:\images"#, "le disque est plein", "диск переполнен", "ディスク", "e\u{301}"]
+        for plain in
+            ["", r#"block "ram" at C:\images"#, "le disque est plein", "диск переполнен", "ディスク", "e\u{301}"]
         {
             assert_eq!(Untrusted::from(plain).to_string(), plain);
         }
@@ -182,10 +232,20 @@ mod tests {
     }
 
     #[test]
+    fn lists_are_bounded_and_json_is_the_same_value() {
+        let names: Vec<Untrusted> = (0..20).map(|number| format!("n{number}\n").into()).collect();
+        assert_eq!(listed(&names[..2]), r#""n0\n", "n1\n""#);
+        assert!(listed(&names).ends_with(r#""n15\n" and 4 more"#));
+        let json = "{\n  \"a\": \"\u{9b}\u{7f}\u{e0001}ä\"\n}".to_owned();
+        assert_eq!(shown_json(json), "{\n  \"a\": \"\\u009b\\u007f\\udb40\\udc01ä\"\n}");
+    }
+
+    #[test]
     fn a_long_text_is_cut_and_says_so() {
         let long = "ä".repeat(MAX_SHOWN + 5);
         let shown = Untrusted::from(long.as_str()).to_string();
         assert_eq!(shown, format!("{}… (10 more bytes)", "ä".repeat(MAX_SHOWN)));
+        assert!(format!("{:?}", Untrusted::from(long.as_str())).ends_with("ä\"… (10 more bytes)"));
         let whole = "ä".repeat(MAX_SHOWN);
         assert_eq!(Untrusted::from(whole.as_str()).to_string(), whole);
     }

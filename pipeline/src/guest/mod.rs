@@ -47,6 +47,7 @@ use std::sync::Arc;
 use memferry_stages::dirty_log::DirtyLog;
 use memferry_stages::geometry::{BlockInfo, LayoutError, PageSize};
 use memferry_stages::memory::GuestMemory;
+use memferry_stages::untrusted::Untrusted;
 pub use memferry_stages::wire::messages::RunState;
 
 use clearer::Clearer;
@@ -97,7 +98,7 @@ pub struct GuestState {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StateSection {
     /// Its name, 1 to 255 bytes.
-    pub name: String,
+    pub name: Untrusted,
     /// Version of its format.
     pub version: u32,
     /// Its bytes.

@@ -244,7 +244,7 @@ mod tests {
                 }
                 DestinationStep::End { why, .. } => {
                     world.destination_over = true;
-                    world.to_source.push(Message::Abort(why));
+                    world.to_source.push(Message::Abort(why.into()));
                 }
             }
         }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use memferry_stages::codec::Codec;
 use memferry_stages::geometry::PageSize;
+use memferry_stages::untrusted::Untrusted;
 use memferry_stages::wire::hello::{Features, Hello, SessionId};
 use memferry_stages::wire::reader::{FrameReader, Incoming};
 use memferry_stages::wire::{Message, PROTOCOL_VERSION};
@@ -19,7 +20,7 @@ pub(super) type Reader = FrameReader<Box<dyn AsyncRead + Send + Unpin>>;
 /// The open connections of one migration, Hello said on each.
 pub(super) struct Link {
     /// Who answers, for messages.
-    pub(super) peer: String,
+    pub(super) peer: Untrusted,
     /// One for each connection, in order.
     pub(super) writers: Vec<Writer>,
     /// The return path, on connection 0, if the transport has one.
@@ -52,7 +53,7 @@ impl Link {
         features: Features,
     ) -> Result<Self, MigrationError> {
         let session = SessionId::random()?;
-        let mut link = Self { peer: transport.address(), writers: Vec::new(), said: None };
+        let mut link = Self { peer: transport.address().into(), writers: Vec::new(), said: None };
         for connection in 0..settings.connections {
             let opened = transport.connect().await?;
             let mut writer = opened.writer.expect("a source writes");
@@ -68,7 +69,7 @@ impl Link {
             writer.write_all(&Message::Hello(hello).encode(0)).await?;
             link.writers.push(writer);
             if connection == 0 {
-                link.peer = opened.peer;
+                link.peer = opened.peer.into();
                 let name = format!("the return path from {}", link.peer);
                 link.said = opened.reader.map(|reader| FrameReader::new(reader, name, page_size));
             }

@@ -9,6 +9,7 @@ use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use memferry_stages::geometry::PageSize;
+use memferry_stages::untrusted::Untrusted;
 use memferry_stages::wire::hello::{Features, Hello, SessionId};
 use memferry_stages::wire::reader::{FrameReader, Incoming};
 use memferry_stages::wire::{Message, PROTOCOL_VERSION};
@@ -32,7 +33,7 @@ const MAX_GATHERED: usize = 16;
 /// The connections of one migration, complete, with what their Hello says.
 pub(super) struct Session {
     /// Who sends, for messages.
-    pub(super) peer: String,
+    pub(super) peer: Untrusted,
     /// What every connection's Hello says, but for its number.
     pub(super) hello: Hello,
     /// What the stream uses.
@@ -45,7 +46,7 @@ pub(super) struct Session {
 
 /// A connection that said a Hello we can take.
 struct Greeted {
-    peer: String,
+    peer: Untrusted,
     hello: Hello,
     features: Features,
     reader: Reader,
@@ -60,7 +61,7 @@ struct Gathering {
 
 /// A connection that is turned away.
 struct TurnedAway {
-    peer: String,
+    peer: Untrusted,
     why: String,
     /// Was it a stored stream? Then no other will come.
     stored: bool,
@@ -144,6 +145,7 @@ impl Waiting {
 /// Reads a connection's Hello and answers one that cannot be taken with the reason.
 async fn greet(connection: Connection, settings: DestinationSettings) -> Result<Greeted, TurnedAway> {
     let Connection { peer, writer, reader } = connection;
+    let peer = Untrusted::from(peer);
     let reader = reader.expect("a destination reads");
     let mut reader = FrameReader::new(reader, format!("the stream from {peer}"), PageSize::DEFAULT);
     let hello = match tokio::time::timeout(settings.hello_timeout, read_hello(&mut reader)).await {
@@ -160,7 +162,7 @@ async fn greet(connection: Connection, settings: DestinationSettings) -> Result<
 }
 
 /// Answers a connection that cannot be taken, if it can be answered.
-async fn turn_away(peer: String, mut writer: Option<Writer>, why: String) -> TurnedAway {
+async fn turn_away(peer: Untrusted, mut writer: Option<Writer>, why: String) -> TurnedAway {
     if let Some(writer) = &mut writer {
         refuse(writer, &why).await;
     }
@@ -200,7 +202,7 @@ fn acceptable(hello: &Hello, settings: &DestinationSettings) -> Result<Features,
 /// Says no. A stranger that does not read is not waited for.
 async fn refuse(writer: &mut Writer, why: &str) {
     let farewell = async {
-        writer.write_all(&Message::Refused(why.to_owned()).encode(0)).await?;
+        writer.write_all(&Message::Refused(why.into()).encode(0)).await?;
         writer.shutdown().await
     };
     drop(tokio::time::timeout(Duration::from_millis(500), farewell).await);

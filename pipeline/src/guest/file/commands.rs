@@ -214,7 +214,10 @@ mod tests {
         let words =
             sh("for n in 1 2 3 4 5 6 7; do echo line $n; done; printf '\\033[1mbold' >&2; exit 3", LONG).unwrap_err();
         assert!(words.starts_with("the pause command [\"sh\", \"-c\", "), "{words}");
-        assert!(words.ends_with("exit status: 3; it said: line 4 | line 5 | line 6 | line 7 | \\u{1b}[1mbold"), "{words}");
+        assert!(
+            words.ends_with("exit status: 3; it said: line 4 | line 5 | line 6 | line 7 | \\u{1b}[1mbold"),
+            "{words}"
+        );
         assert!(sh("kill -9 $$", LONG).unwrap_err().ends_with("signal: 9 (SIGKILL)"));
         let missing = run("start", &["/no/such/program".into()], LONG).unwrap_err().to_string();
         assert!(missing.contains("the start command [\"/no/such/program\"]: cannot be run: No such file"), "{missing}");

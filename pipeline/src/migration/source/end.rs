@@ -116,8 +116,8 @@ impl Source {
     fn farewell(&self, verdict: &Verdict) -> Option<Message> {
         match verdict {
             Verdict::Completed | Verdict::Unconfirmed(_) => None,
-            Verdict::Failed(why) => Some(Message::Abort(why.clone())),
-            Verdict::Cancelled => Some(Message::Abort(self.why_cancelled())),
+            Verdict::Failed(why) => Some(Message::Abort(why.as_str().into())),
+            Verdict::Cancelled => Some(Message::Abort(self.why_cancelled().into())),
         }
     }
 

@@ -110,7 +110,7 @@ impl Source {
     /// Tells the destination why nothing will come, while there are no stages that would.
     pub(super) async fn take_leave(&self, mut link: Link, why: &MigrationError) {
         if self.transport.capabilities().return_path {
-            let words = Message::Abort(why.to_string());
+            let words = Message::Abort(why.to_string().into());
             // A peer that is gone or does not read needs no farewell.
             drop(tokio::time::timeout(FAREWELL, link.say(&words)).await);
         }

@@ -32,6 +32,7 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use memferry_stages::tally::RoundTally;
+use memferry_stages::untrusted::{Untrusted, shown_json};
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -107,7 +108,7 @@ pub enum EventJson {
     /// The peer is there and agreed.
     Connected {
         /// Who, or which file.
-        peer: String,
+        peer: Untrusted,
     },
     /// The guest's memory is known.
     Guest(GuestJson),
@@ -138,14 +139,14 @@ pub enum EventJson {
     /// A stranger or a broken peer was turned away.
     TurnedAway {
         /// Who.
-        peer: String,
+        peer: Untrusted,
         /// Why.
-        why: String,
+        why: Untrusted,
     },
     /// Something the operator should know.
     Warning {
         /// What.
-        what: String,
+        what: Untrusted,
     },
     /// The guest stands still at the source.
     Paused,
@@ -245,14 +246,14 @@ pub struct EndedJson {
     /// Completed, failed, cancelled or unconfirmed.
     pub phase: PhaseName,
     /// Why it is not completed.
-    pub error: Option<String>,
+    pub error: Option<Untrusted>,
     /// Were digests compared and equal; null if they were not compared.
     pub verified: Option<bool>,
     /// From start to verdict.
     pub total_ms: f64,
     /// From start to the first page.
     pub setup_ms: f64,
-    /// From the guest's pause to its start; null if it was not paused.
+    /// How long the guest was paused: until its start, or until it was resumed at the source; null if it was not paused, or still is.
     pub downtime_ms: Option<f64>,
     /// Its parts.
     pub downtime: DowntimeReport,
@@ -297,7 +298,7 @@ impl EventLine {
     /// Never: plain values become JSON.
     #[must_use]
     pub fn to_json(&self) -> String {
-        let mut line = serde_json::to_string(self).expect("plain values become JSON");
+        let mut line = shown_json(serde_json::to_string(self).expect("plain values become JSON"));
         line.push('\n');
         line
     }
@@ -350,8 +351,8 @@ impl From<&Event> for EventJson {
             Event::Spared(so_far) => Self::Spared(spared(*so_far)),
             Event::Decided(decided) => Self::Decided(decided.into()),
             Event::Progress(progress) => Self::Progress(progress.into()),
-            Event::TurnedAway { peer, why } => Self::TurnedAway { peer: peer.clone(), why: why.clone() },
-            Event::Warning(what) => Self::Warning { what: what.clone() },
+            Event::TurnedAway { peer, why } => Self::TurnedAway { peer: peer.clone(), why: why.as_str().into() },
+            Event::Warning(what) => Self::Warning { what: what.as_str().into() },
             Event::Changed(changed) => {
                 Self::Changed(ChangedJson { change: change(changed), memory_bound_bytes: changed.memory_bound })
             }
@@ -402,13 +403,13 @@ impl From<&Ended> for EndedJson {
     fn from(ended: &Ended) -> Self {
         Self {
             phase: ended.phase.into(),
-            error: ended.error.clone(),
+            error: ended.error.as_deref().map(Untrusted::from),
             verified: ended.verified,
             total_ms: ms(ended.total),
             setup_ms: ms(ended.setup),
             downtime_ms: ended.downtime.map(ms),
             downtime: downtime(ended),
-            forecast: ended.forecast.map(|forecast| forecast_report(&forecast, ended.downtime)),
+            forecast: ended.forecast.map(|forecast| forecast_report(&forecast, ended.switchover())),
             wire_bytes: ended.wire_bytes,
             spared: spared(ended.spared),
             memory_peak_bytes: ended.memory_peak,
