@@ -8,6 +8,7 @@ use std::time::Duration;
 use memferry_stages::clears::Spared;
 use memferry_stages::meter::Reading;
 use memferry_stages::tally::RoundTally;
+use memferry_stages::untrusted::Untrusted;
 
 use crate::bottleneck::Bottleneck;
 use crate::control::Changed;
@@ -49,7 +50,7 @@ pub enum Phase {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BlockFacts {
     /// Its id.
-    pub id: String,
+    pub id: Untrusted,
     /// Its length.
     pub bytes: u64,
     /// Its page size.
@@ -209,7 +210,7 @@ pub enum Event {
     /// The peer is there and agreed.
     Connected {
         /// Who, or which file.
-        peer: String,
+        peer: Untrusted,
     },
     /// The guest's blocks are known; with the bound of the memory the engine takes for itself.
     Guest {
@@ -255,7 +256,7 @@ pub enum Event {
         /// What kind of reason there was.
         kind: TurnedAwayKind,
         /// Who; of several the last.
-        peer: String,
+        peer: Untrusted,
         /// Why; of several the last.
         why: String,
         /// How many, since the event before this one of the kind.
@@ -301,9 +302,10 @@ pub struct Ended {
     pub total: Duration,
     /// From start to the first page.
     pub setup: Duration,
-    /// Pause to Running, if the guest was paused.
+    /// How long the guest was paused: until it ran at the destination, or until it was resumed here, whatever the end. `None` if it
+    /// was not paused, or still is.
     pub downtime: Option<Duration>,
-    /// Its parts.
+    /// Its parts, as far as it came.
     pub parts: DowntimeParts,
     /// What the controller expected of it when it decided to switch over, if it did and could tell.
     pub forecast: Option<Forecast>,
@@ -321,6 +323,14 @@ pub struct Ended {
     pub cpu: Duration,
     /// Did the source guest fail to go on after it was paused? It stands still, and nobody else runs it.
     pub resume_failed: bool,
+}
+
+impl Ended {
+    /// How long the switchover took, pause to Running, if it came to its end: what a forecast is measured by.
+    #[must_use]
+    pub fn switchover(&self) -> Option<Duration> {
+        self.downtime.filter(|_| self.phase == Phase::Completed)
+    }
 }
 
 /// Takes events as they happen. Called from the control plane: return soon, never block. One that may block, be it only because it

@@ -19,7 +19,7 @@ impl Observer for LogObserver {
         let role = name(role);
         match event {
             Event::Phase(phase) => info!(role, ?phase, "phase"),
-            Event::Connected { peer } => info!(role, peer, "connected"),
+            Event::Connected { peer } => info!(role, ?peer, "connected"),
             Event::Guest { blocks, pages, memory_bound } => {
                 info!(role, blocks = blocks.len(), pages, memory_bound, "guest");
             }
@@ -32,9 +32,9 @@ impl Observer for LogObserver {
             Event::Decided(decided) => info!(role, "{}", decided.why),
             Event::Changed(changed) => info!(role, "{changed}"),
             Event::Progress(progress) => debug!(role, ?progress, "progress"),
-            Event::TurnedAway { peer, why, count: 1, .. } => warn!(role, peer, "turned away: {why}"),
+            Event::TurnedAway { peer, why, count: 1, .. } => warn!(role, ?peer, "turned away: {why}"),
             Event::TurnedAway { kind, peer, why, count } => {
-                warn!(role, count, kind = kind.name(), peer, "more were turned away, the last of them: {why}");
+                warn!(role, count, kind = kind.name(), ?peer, "more were turned away, the last of them: {why}");
             }
             Event::Warning(what) => warn!(role, "{what}"),
             Event::Paused => info!(role, "the guest is paused"),

@@ -12,6 +12,8 @@
 
 use std::fmt;
 
+use crate::untrusted::Untrusted;
+
 /// Pages of one extent: the bits of one bitmap word.
 pub const EXTENT_PAGES: u64 = 64;
 /// The least size of a stretch, in bytes.
@@ -73,7 +75,7 @@ impl fmt::Debug for PageSize {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BlockInfo {
     /// Name, unique in the guest: 1 to [`MAX_BLOCK_ID`] bytes.
-    pub id: String,
+    pub id: Untrusted,
     /// True length in bytes; need not be a multiple of the page size.
     pub length: u64,
     /// Address in the guest's physical memory, in bytes; 0 where it has none.
@@ -94,7 +96,7 @@ impl BlockInfo {
     /// # assert_eq!((high.length, high.backing_page_size, high.ignored), (1 << 30, 4096, false));
     /// ```
     #[must_use]
-    pub fn new(id: impl Into<String>, length: u64) -> Self {
+    pub fn new(id: impl Into<Untrusted>, length: u64) -> Self {
         Self { id: id.into(), length, guest_address: 0, backing_page_size: 4096, ignored: false }
     }
 }
@@ -156,12 +158,12 @@ pub enum LayoutError {
     },
     /// Two blocks of one name.
     #[error("two RAM blocks have the id {0:?}")]
-    DuplicateId(String),
+    DuplicateId(Untrusted),
     /// Empty, or too many extents for 32 bits.
     #[error("RAM block {id:?} is {length} bytes long: a block has 1 byte to 2^32 extents")]
     Length {
         /// Id of the block.
-        id: String,
+        id: Untrusted,
         /// Its length in bytes.
         length: u64,
     },
@@ -191,7 +193,7 @@ impl Layout {
             if !(1..=MAX_BLOCK_ID).contains(&block.id.len()) {
                 return Err(LayoutError::IdLength { index, bytes: block.id.len() });
             }
-            if !ids.insert(block.id.as_str()) {
+            if !ids.insert(&block.id) {
                 return Err(LayoutError::DuplicateId(block.id.clone()));
             }
             let extents = block.length.div_ceil(page_size.extent_bytes() as u64);

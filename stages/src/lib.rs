@@ -37,6 +37,7 @@ pub mod silence;
 mod stage;
 pub mod tally;
 pub mod token_bucket;
+pub mod untrusted;
 pub mod wire;
 pub mod xbzrle;
 pub mod zero_detector;

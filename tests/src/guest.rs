@@ -28,6 +28,8 @@ pub enum Told {
     /// See [`Guest`].
     Committed,
     /// See [`Guest`].
+    Moved,
+    /// See [`Guest`].
     Build,
     /// See [`Guest`].
     Prepare,
@@ -48,6 +50,8 @@ pub struct Fails {
     pub reacquire: bool,
     /// [`Guest::resume`] fails.
     pub resume: bool,
+    /// [`Guest::committed`] fails.
+    pub commit: bool,
     /// [`Guest::prepare`] fails.
     pub prepare: bool,
     /// [`Guest::start`] fails.
@@ -490,8 +494,13 @@ impl Guest for TestGuest {
         if self.fails.reacquire { Err(GuestError("told to fail at reacquire".into())) } else { Ok(()) }
     }
 
-    fn committed(&self) {
+    fn committed(&self, _: &str) -> Result<(), GuestError> {
         self.note(Told::Committed);
+        if self.fails.commit { Err(GuestError("told to fail at commit".into())) } else { Ok(()) }
+    }
+
+    fn moved(&self) {
+        self.note(Told::Moved);
     }
 
     fn setup_state(&self) -> Result<GuestState, GuestError> {

@@ -87,8 +87,12 @@ impl Guest for Hot {
         self.workload.save()
     }
 
-    fn committed(&self) {
-        self.workload.committed();
+    fn committed(&self, destination: &str) -> Result<(), GuestError> {
+        self.workload.committed(destination)
+    }
+
+    fn moved(&self) {
+        self.workload.moved();
     }
 
     fn build(&self, page_size: PageSize, blocks: &[BlockInfo], setup: &GuestState) -> Result<(), GuestError> {

@@ -56,6 +56,8 @@ impl Ends {
                 assert!(self.source.error.is_some() && self.destination.error.is_some(), "{context}");
                 let was = |what| told.contains(&what);
                 assert_eq!(was(Told::Pause), was(Told::Resume), "{context}");
+                assert_eq!(was(Told::Resume), self.source.downtime.is_some(), "{context}");
+                assert!(!was(Told::Moved), "{context}");
                 assert_eq!(was(Told::Release), was(Told::Reacquire), "{context}");
                 source.wait_for_writes();
             }

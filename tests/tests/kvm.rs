@@ -160,7 +160,7 @@ fn a_region_that_reaches_over_the_hole_below_4_gib_moves_with_each_dirty_log() {
         };
         let Some(source) = made(settings) else { return };
         let layout = source.memory().layout().clone();
-        let places = layout.blocks().iter().map(|block| (block.id.as_str(), block.guest_address, block.length));
+        let places = layout.blocks().iter().map(|block| (block.id.raw(), block.guest_address, block.length));
         assert!(places.eq([("ram-low", 0, 3 << 30), ("ram-high", 4 << 30, 3 << 29)]));
         until(&source, |status| status.pass >= 2);
         let (destination, ends) = moves_whole(&source, dirty_log, settings_without_cap());

@@ -83,7 +83,7 @@ fn tcp_with_as_many_connections_as_lanes() {
     assert_eq!(moved.ends.source.verified, Some(true));
     assert_eq!(moved.ends.destination.verified, Some(true));
     let told = moved.source.told();
-    assert_eq!(told, [Told::Pause, Told::Save, Told::Release, Told::Committed]);
+    assert_eq!(told, [Told::Pause, Told::Save, Told::Release, Told::Committed, Told::Moved]);
     assert_eq!(moved.destination.told(), [Told::Build, Told::Prepare, Told::Start]);
 }
 
@@ -116,7 +116,7 @@ fn file_moves_the_guest_and_leaves_the_source_paused() {
     let settings = SourceSettings { after: Some(After::Pause), ..source_settings(3, 1) };
     let moved = move_guest(transport(&address), settings, PageSize::DEFAULT);
     moved.check();
-    assert!(moved.source.was_told(Told::Committed));
+    assert!(moved.source.was_told(Told::Committed) && moved.source.was_told(Told::Moved));
     assert_eq!(moved.ends.destination.verified, Some(true));
 }
 
@@ -131,7 +131,8 @@ fn a_snapshot_to_a_file_lets_the_source_go_on() {
     assert!(moved.source.was_told(Told::Resume));
     moved.source.wait_for_writes();
     assert!(moved.source.resumed_with() == moved.destination.bytes());
-    assert!(!moved.source.was_told(Told::Committed));
+    assert!(!moved.source.was_told(Told::Committed) && !moved.source.was_told(Told::Moved));
+    assert!(moved.ends.source.downtime.is_some());
 }
 
 #[test]

@@ -12,6 +12,7 @@ use hyper::client::conn::http1;
 use hyper::header::HOST;
 use hyper::{Method, Request, Response};
 use hyper_util::rt::TokioIo;
+use memferry_stages::untrusted::Untrusted;
 use memferry_transports::Address;
 use serde_json::{Map, Value};
 use tokio::net::UnixStream;
@@ -34,11 +35,11 @@ pub enum ClientError {
         /// Where.
         address: Address,
         /// What it did.
-        why: String,
+        why: Untrusted,
     },
     /// The migration says no, in its words.
     #[error("{0}")]
-    Refused(String),
+    Refused(Untrusted),
 }
 
 /// What the migration is doing: the object of `GET /migration`.
@@ -150,7 +151,8 @@ async fn send(
     };
     let nobody = |error: io::Error| ClientError::Nobody(io::Error::new(error.kind(), format!("{address}: {error}")));
     let connection = UnixStream::connect(socket).await.map_err(nobody)?;
-    let strange = |error: hyper::Error| ClientError::Strange { address: address.clone(), why: error.to_string() };
+    let strange =
+        |error: hyper::Error| ClientError::Strange { address: address.clone(), why: error.to_string().into() };
     let (mut sender, driving) = http1::handshake(TokioIo::new(connection)).await.map_err(strange)?;
     let driver = AbortOnDropHandle::new(tokio::spawn(async move { drop(driving.await) }));
     let request = Request::builder().method(method).uri(path).header(HOST, "memferry");
@@ -161,7 +163,7 @@ async fn send(
 }
 
 async fn read(address: &Address, answer: Response<Incoming>) -> Result<Value, ClientError> {
-    let strange = |why: String| ClientError::Strange { address: address.clone(), why };
+    let strange = |why: String| ClientError::Strange { address: address.clone(), why: why.into() };
     let body = answer.into_body().collect().await.map_err(|error| strange(error.to_string()))?;
     serde_json::from_slice(&body.to_bytes()).map_err(|error| strange(error.to_string()))
 }
@@ -174,5 +176,5 @@ fn refusal(address: &Address, value: Value) -> ClientError {
 }
 
 fn too_slow(address: &Address) -> ClientError {
-    ClientError::Strange { address: address.clone(), why: format!("it has not answered for {PATIENCE:?}") }
+    ClientError::Strange { address: address.clone(), why: format!("it has not answered for {PATIENCE:?}").into() }
 }

@@ -219,12 +219,9 @@ pub(super) enum Command {
     /// What this host can do
     #[command(after_help = PROBE_EXAMPLES)]
     Probe,
-    /// Resumes a paused guest should memferry be killed
+    /// Runs pause and resume, and resumes a paused guest should memferry be killed
     #[command(hide = true)]
-    Guard {
-        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-        argv: Vec<String>,
-    },
+    Guard,
 }
 
 /// What a configuration comes from.
@@ -431,9 +428,6 @@ mod tests {
             panic!("set")
         };
         assert_eq!((control.address.to_string(), settings.len()), ("unix:/run/a.sock".into(), 2));
-        let line = "memferry guard -- systemctl start -q guest";
-        let Command::Guard { argv } = CommandLine::parse_from(line.split(' ')).command else { panic!("guard") };
-        assert_eq!(argv, ["systemctl", "start", "-q", "guest"]);
         assert!(CommandLine::try_parse_from(["memferry", "run", "a.toml", "--host-for", "soon"]).is_err());
     }
 

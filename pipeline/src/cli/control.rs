@@ -3,6 +3,7 @@
 use std::io::ErrorKind;
 use std::time::Duration;
 
+use memferry_stages::untrusted::{Untrusted, shown, shown_json};
 use memferry_transports::Address;
 use serde_json::{Map, Value};
 
@@ -44,7 +45,7 @@ pub(super) fn setting(text: &str) -> Result<(String, Value), String> {
 /// `memferry status`: lines for a person, or the object as it came.
 pub(super) async fn status(address: &Address, json: bool) -> Result<String, String> {
     let status = client::status(address).await.map_err(in_words)?;
-    Ok(if json { format!("{status:#}") } else { describe(&status) })
+    Ok(if json { shown_json(format!("{status:#}")) } else { describe(&status) })
 }
 
 /// `memferry set`
@@ -138,7 +139,7 @@ impl Seen {
 /// `memferry switch-over`
 pub(super) async fn switch_over(address: &Address) -> Result<String, String> {
     let status = client::switch_over(address).await.map_err(in_words)?;
-    Ok(text(&status["decision"]["why"]).unwrap_or("it switches over").to_owned())
+    Ok(text(&status["decision"]["why"]).map_or_else(|| "it switches over".into(), |why| why.to_string()))
 }
 
 /// What a tired operator can do about it.
@@ -166,7 +167,7 @@ fn describe(status: &Value) -> String {
     if progress.is_object() {
         lines.push(format!(
             "round {}: {}, {} of {} left{}",
-            progress["round"],
+            plain(&progress["round"]),
             human::done(progress["done_percent"].as_f64().unwrap_or(0.0)),
             bytes(&progress["remaining_bytes"]),
             bytes(&progress["total_bytes"]),
@@ -177,7 +178,7 @@ fn describe(status: &Value) -> String {
             rates.push_str(&format!(", {} dirtied", rate(&progress["dirty_bytes_per_s"])));
         }
         if progress["throttle_percent"].as_u64().is_some_and(|percent| percent > 0) {
-            rates.push_str(&format!(", the guest is throttled by {} %", progress["throttle_percent"]));
+            rates.push_str(&format!(", the guest is throttled by {} %", plain(&progress["throttle_percent"])));
         }
         lines.push(rates);
         lines.extend(held_up(&progress["bottleneck_percent"]).map(|shares| format!("held up by: {shares}")));
@@ -186,10 +187,12 @@ fn describe(status: &Value) -> String {
             lines.push(format!("expected downtime {expected}, limit {limit}"));
         }
     }
-    lines
-        .extend(text(&status["decision"]["why"]).map(|why| format!("decided after round {}: {why}", status["rounds"])));
+    lines.extend(
+        text(&status["decision"]["why"]).map(|why| format!("decided after round {}: {why}", plain(&status["rounds"]))),
+    );
     if let Some(settings) = status["settings"].as_object() {
-        let settings: Vec<_> = settings.iter().map(|(key, value)| format!("{key} = {}", plain(value))).collect();
+        let settings: Vec<_> =
+            settings.iter().map(|(key, value)| format!("{} = {}", shown(key), plain(value))).collect();
         lines.push(settings.join(", "));
     }
     lines.extend(
@@ -212,7 +215,7 @@ fn held_up(shares: &Value) -> Option<String> {
 }
 
 fn headline(status: &Value) -> String {
-    let phase = text(&status["phase"]).unwrap_or("?");
+    let phase = text(&status["phase"]).unwrap_or_else(|| "?".into());
     let ended = &status["ended"];
     let elapsed = time(&status["elapsed_ms"]);
     if ended.is_object() {
@@ -229,16 +232,16 @@ fn headline(status: &Value) -> String {
     format!("{role}, for {elapsed}{peer}")
 }
 
-fn text(value: &Value) -> Option<&str> {
-    value.as_str()
+fn text(value: &Value) -> Option<Untrusted> {
+    value.as_str().map(Untrusted::from)
 }
 
 /// A setting as the configuration writes it.
 fn plain(value: &Value) -> String {
     match value {
-        Value::String(text) => text.clone(),
+        Value::String(text) => shown(text).into_owned(),
         Value::Null => "as max_bandwidth".into(),
-        other => other.to_string(),
+        other => shown(&other.to_string()).into_owned(),
     }
 }
 

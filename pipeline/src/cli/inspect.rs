@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use memferry_stages::geometry::{LaneMap, Layout, PageSize};
+use memferry_stages::untrusted::Untrusted;
 use memferry_stages::wire::hello::feature;
 use memferry_stages::wire::messages::{RunState, StatePhase};
 use memferry_stages::wire::{
@@ -43,7 +44,7 @@ struct RoundCounts {
 #[derive(Debug)]
 struct Section {
     phase: StatePhase,
-    name: String,
+    name: Untrusted,
     version: u32,
     bytes: u64,
 }
@@ -216,7 +217,7 @@ impl fmt::Display for Inspection {
 
 impl Inspection {
     fn fmt_hello(&self, f: &mut fmt::Formatter<'_>, hello: &Hello) -> fmt::Result {
-        let features = hello.features.iter().map(|feature| feature.name.as_str()).collect::<Vec<_>>().join(", ");
+        let features = hello.features.iter().map(|feature| feature.name.to_string()).collect::<Vec<_>>().join(", ");
         writeln!(f, "protocol    {}", hello.version)?;
         writeln!(f, "session     {}", hello.session)?;
         writeln!(f, "lanes       {} on {} connections", hello.lanes, hello.connections)?;

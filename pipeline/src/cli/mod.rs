@@ -74,7 +74,7 @@ pub fn main() -> ExitCode {
         Command::Inspect { file } => inspect(&file),
         Command::Watch { address, speed } => watch(&address, speed),
         Command::Probe => probe(),
-        Command::Guard { argv } => guard::main(&argv),
+        Command::Guard => guard::main(),
     }
 }
 

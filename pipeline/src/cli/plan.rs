@@ -4,6 +4,8 @@ use std::io::IsTerminal;
 use std::path::Path;
 use std::process::ExitCode;
 
+use memferry_stages::untrusted::shown_json;
+
 use super::args::Plan;
 use super::verdict::{BAD_USAGE, DONE, FAILED};
 use super::{complain, print};
@@ -42,7 +44,7 @@ pub(super) fn run(options: &Plan) -> ExitCode {
     };
     let answer = Answer::of(&Written::of(&trace), &settings, &options.bandwidths);
     if options.json {
-        print(&serde_json::to_string_pretty(&answer).expect("plain values become JSON"), DONE)
+        print(&shown_json(serde_json::to_string_pretty(&answer).expect("plain values become JSON")), DONE)
     } else {
         print(&draw(&answer), DONE)
     }
@@ -50,7 +52,7 @@ pub(super) fn run(options: &Plan) -> ExitCode {
 
 /// The settings of the recording, changed as the `--set`s say. Of guest and address a trace knows nothing, and they do not matter.
 fn recorded(trace: &Path, guest: &GuestFacts, sets: &[String]) -> Result<Config, ConfigError> {
-    let is_stored = guest.settings.lines().any(|line| line.starts_with("after = "));
+    let is_stored = guest.settings.raw().lines().any(|line| line.starts_with("after = "));
     let address = if is_stored { "file:/recorded" } else { "tcp:recorded:1" };
     let text = format!(
         "{}\n[guest.file]\nimages = [{{ id = \"ram\", path = \"ram\" }}]\n\n[transport]\naddress = \"{address}\"\n",

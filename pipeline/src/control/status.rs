@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use memferry_stages::untrusted::Untrusted;
+
 use super::InForce;
 use crate::controller::Decided;
 use crate::controller::forecast::Forecast;
@@ -21,7 +23,7 @@ pub struct Status {
     /// Since it began; once it has ended, how long it took.
     pub elapsed: Duration,
     /// Who is at the other end, or which file.
-    pub peer: Option<String>,
+    pub peer: Option<Untrusted>,
     /// Bytes of the guest, once they are known.
     pub total_bytes: u64,
     /// Bound of the memory that the engine takes for itself, in bytes.

@@ -16,9 +16,10 @@
 //!             ◀────────────────── Loaded ──────────────────   prepare
 //!  committed ───────────────────────── Go ─────────────────▶  start
 //!             ◀────────────────── Running ─────────────────
-//!  each log: stop
+//!  moved; each log: stop
 //!
-//!  ─ any failure, or cancel, before Go ─▶ reacquire (if release was called), resume (if pause was called);
+//!  ─ any failure, or cancel, before Go,
+//!    a failed committed among them ─────▶ reacquire (if release was called), resume (if pause was called);
 //!                                         each log: stop; at the destination nothing more is called
 //!  ─ a snapshot that is complete ───────▶ the same: the guest goes on
 //!  ─ no answer after Go ────────────────▶ nothing more is called: the guest stays paused, and an operator decides
@@ -46,6 +47,7 @@ use std::sync::Arc;
 use memferry_stages::dirty_log::DirtyLog;
 use memferry_stages::geometry::{BlockInfo, LayoutError, PageSize};
 use memferry_stages::memory::GuestMemory;
+use memferry_stages::untrusted::Untrusted;
 pub use memferry_stages::wire::messages::RunState;
 
 use clearer::Clearer;
@@ -96,7 +98,7 @@ pub struct GuestState {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StateSection {
     /// Its name, 1 to 255 bytes.
-    pub name: String,
+    pub name: Untrusted,
     /// Version of its format.
     pub version: u32,
     /// Its bytes.
@@ -187,10 +189,21 @@ pub trait Guest: Send + Sync + fmt::Debug {
         Ok(())
     }
 
-    /// Go is about to be handed to the transport: from here on this guest may run elsewhere, and nothing of its own (a guard
+    /// Go is about to be handed to the transport: from here on this guest may run at `destination`, and nothing of its own (a guard
     /// that would resume it when this program dies) may start it again. [`Guest::resume`] still may: the destination can
     /// refuse to begin. For a stream in a file, called before its completion, if the guest is to stay paused.
-    fn committed(&self) {}
+    ///
+    /// # Errors
+    /// When it is not certain that nothing here starts the guest on its own. Go then does not leave, the migration fails, and the
+    /// guest is resumed.
+    fn committed(&self, destination: &str) -> Result<(), GuestError> {
+        let _ = destination;
+        Ok(())
+    }
+
+    /// The destination has confirmed that it runs the guest, or the stream in a file is complete and the guest is to stay paused:
+    /// whatever watched over the guest here may end. The last call, besides those to its logs.
+    fn moved(&self) {}
 
     // ---- at the destination ----
 

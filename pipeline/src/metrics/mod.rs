@@ -32,7 +32,7 @@
 //! | `memferry_throttle_ratio` | gauge | role | share of its time that the guest is throttled |
 //! | `memferry_bottleneck_ratio` | gauge | role, cause | what holds it up, over the latest seconds, from 0 to 1: processor, limit, destination, wire, guest, source; after an end, over all of it |
 //! | `memferry_decisions_total` | counter | role, decision | what the controller decided |
-//! | `memferry_downtime_seconds` | histogram | role | how long the guest stood still |
+//! | `memferry_downtime_seconds` | histogram | role | how long the guest was paused: until it ran at the destination or was resumed at the source |
 //! | `memferry_downtime_part_seconds` | histogram | role, part | where that time went |
 //! | `memferry_memory_bound_bytes` | gauge | role | the most memory that the engine takes |
 //! | `memferry_memory_peak_bytes` | gauge | role | the most it took |
@@ -116,6 +116,8 @@ impl MetricsObserver {
         }
         if let Some(downtime) = ended.downtime {
             histogram!("memferry_downtime_seconds", "role" => role).record(downtime);
+        }
+        if ended.switchover().is_some() {
             downtime_parts(role, &ended.parts);
         }
     }
@@ -290,7 +292,11 @@ fn describe() {
     describe_gauge!("memferry_throttle_ratio", "Share of its time that the guest is throttled");
     describe_gauge!("memferry_bottleneck_ratio", "What holds it up, over the latest seconds");
     describe_counter!("memferry_decisions_total", "What the controller decided");
-    describe_histogram!("memferry_downtime_seconds", Unit::Seconds, "How long the guest stood still");
+    describe_histogram!(
+        "memferry_downtime_seconds",
+        Unit::Seconds,
+        "How long the guest was paused, until it ran at the destination or was resumed at the source"
+    );
     describe_histogram!("memferry_downtime_part_seconds", Unit::Seconds, "Where the downtime went");
     describe_gauge!("memferry_memory_bound_bytes", Unit::Bytes, "The most memory that the engine takes");
     describe_gauge!("memferry_memory_peak_bytes", Unit::Bytes, "The most memory that the engine took");

@@ -11,6 +11,7 @@ use memferry_stages::heartbeat::{EVERY, send_heartbeats};
 use memferry_stages::queue::Outlet;
 use memferry_stages::sender::Control;
 use memferry_stages::silence::{Ear, silence};
+use memferry_stages::untrusted::Untrusted;
 use memferry_stages::wire::messages::Figure;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
@@ -27,7 +28,7 @@ pub(crate) struct Silence {
     /// "source" or "destination".
     pub(super) role: &'static str,
     /// Its name.
-    pub(super) peer: String,
+    pub(super) peer: Untrusted,
     /// How long it was silent: the limit.
     pub(super) limit: Duration,
 }

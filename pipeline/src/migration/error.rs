@@ -6,6 +6,7 @@ use std::panic::AssertUnwindSafe;
 
 use futures::FutureExt;
 use memferry_stages::geometry::LayoutError;
+use memferry_stages::untrusted::Untrusted;
 use memferry_stages::wire::WireError;
 use memferry_stages::wire::reader::ReadError;
 
@@ -66,7 +67,7 @@ pub(crate) enum MigrationError {
         /// "source" or "destination".
         peer: &'static str,
         /// In its words.
-        why: String,
+        why: Untrusted,
     },
     /// The peer gave up, and said why.
     #[error("the {peer} gave up: {why}")]
@@ -74,7 +75,7 @@ pub(crate) enum MigrationError {
         /// "source" or "destination".
         peer: &'static str,
         /// In its words.
-        why: String,
+        why: Untrusted,
     },
     /// The peer did not keep to the protocol.
     #[error("the peer does not keep to the protocol: {0}")]

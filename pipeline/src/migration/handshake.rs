@@ -5,7 +5,7 @@
 //!  source                                destination
 //!    │ ── last pages, state, digests ──────▶ │ load, verify, prepare     may fail: Refused, the source goes on
 //!    │ ◀───────────────────────── Loaded ─── │ from here it waits for Go or the end
-//!    │ committed: the guest stays paused     │
+//!    │ committed: nothing here resumes it    │                           may fail: Abort, the source goes on
 //!    │ ── Go ──────────────────────────────▶ │ start                     cannot be taken back
 //!    │ ◀──────────────────────── Running ─── │
 //! ```
@@ -245,7 +245,7 @@ mod tests {
                 }
                 DestinationStep::End { why, .. } => {
                     world.destination_over = true;
-                    world.to_source.push(Message::Abort(why));
+                    world.to_source.push(Message::Abort(why.into()));
                 }
             }
         }

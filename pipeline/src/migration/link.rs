@@ -7,6 +7,7 @@ use memferry_stages::codec::Codec;
 use memferry_stages::geometry::PageSize;
 use memferry_stages::queue::{Inlet, bounded};
 use memferry_stages::silence::{Attentive, Ear};
+use memferry_stages::untrusted::Untrusted;
 use memferry_stages::wire::hello::{Features, Hello, SessionId};
 use memferry_stages::wire::reader::{FrameReader, Incoming};
 use memferry_stages::wire::{Message, PROTOCOL_VERSION};
@@ -26,7 +27,7 @@ pub(super) type Reader = FrameReader<Attentive<Box<dyn AsyncRead + Send + Unpin>
 /// The connections of one migration, Hello said on each, and nothing after it.
 pub(super) struct Greeted {
     /// Who answers, for messages.
-    peer: String,
+    peer: Untrusted,
     /// One for each connection, in order.
     writers: Vec<Writer>,
     /// The return path, on connection 0, if the transport has one.
@@ -36,7 +37,7 @@ pub(super) struct Greeted {
 /// The way to the destination, before the stages run.
 pub(super) struct Link {
     /// Who answers, for messages.
-    pub(super) peer: String,
+    pub(super) peer: Untrusted,
     pub(super) senders: Senders,
     /// What the destination says, if the transport has a return path.
     pub(super) said: Option<Said>,
@@ -70,7 +71,7 @@ impl Greeted {
         features: Features,
     ) -> Result<Self, MigrationError> {
         let session = SessionId::random()?;
-        let mut greeted = Self { peer: transport.address(), writers: Vec::new(), reader: None };
+        let mut greeted = Self { peer: transport.address().into(), writers: Vec::new(), reader: None };
         for connection in 0..settings.connections {
             let opened = transport.connect().await?;
             let mut writer = opened.writer.expect("a source writes");
@@ -86,7 +87,7 @@ impl Greeted {
             writer.write_all(&Message::Hello(hello).encode(0)).await?;
             greeted.writers.push(writer);
             if connection == 0 {
-                greeted.peer = opened.peer;
+                greeted.peer = opened.peer.into();
                 let name = format!("the return path from {}", greeted.peer);
                 greeted.reader = opened.reader.map(|reader| {
                     let (reader, ear) = Attentive::new(reader);

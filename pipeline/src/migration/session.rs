@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use memferry_stages::geometry::PageSize;
 use memferry_stages::silence::{Attentive, Ear};
+use memferry_stages::untrusted::Untrusted;
 use memferry_stages::wire::hello::{Features, Hello, SessionId};
 use memferry_stages::wire::reader::{FrameReader, Incoming};
 use memferry_stages::wire::{Message, PROTOCOL_VERSION};
@@ -39,7 +40,7 @@ const MAX_GATHERED: usize = 16;
 /// The connections of one migration, complete, with what their Hello says.
 pub(super) struct Session {
     /// Who sends, for messages.
-    pub(super) peer: String,
+    pub(super) peer: Untrusted,
     /// What every connection's Hello says, but for its number.
     pub(super) hello: Hello,
     /// What the stream uses.
@@ -54,7 +55,7 @@ pub(super) struct Session {
 
 /// A connection that said a Hello we can take.
 struct Greeted {
-    peer: String,
+    peer: Untrusted,
     hello: Hello,
     features: Features,
     reader: Reader,
@@ -71,7 +72,7 @@ struct Group {
 /// A connection that is turned away.
 struct TurnedAway {
     kind: TurnedAwayKind,
-    peer: String,
+    peer: Untrusted,
     why: String,
     /// Was it a stored stream? Then no other will come.
     stored: bool,
@@ -251,7 +252,7 @@ impl Reception {
         let of = group.connections.len();
         let connections: Vec<_> = group.connections.into_iter().flatten().collect();
         let why = format!("{} of the {of} connections of its migration came, and {cause}", connections.len());
-        let peer = connections.first().map_or_else(String::new, |first| first.peer.clone());
+        let peer = connections.first().map_or_else(Untrusted::default, |first| first.peer.clone());
         self.turned_away.note(kind, peer, why.clone());
         if self.refused.len() == MAX_GATHERED {
             self.refused.pop_front();
@@ -308,6 +309,7 @@ impl Waiting {
 /// Reads a connection's Hello and answers one that cannot be taken with the reason.
 async fn greet(connection: Connection, settings: DestinationSettings) -> Result<Greeted, TurnedAway> {
     let Connection { peer, writer, reader } = connection;
+    let peer = Untrusted::from(peer);
     let (reader, ear) = Attentive::new(reader.expect("a destination reads"));
     let mut reader = FrameReader::new(reader, format!("the stream from {peer}"), PageSize::DEFAULT);
     let hello = match tokio::time::timeout(settings.hello_timeout, read_hello(&mut reader)).await {
@@ -326,7 +328,7 @@ async fn greet(connection: Connection, settings: DestinationSettings) -> Result<
 }
 
 /// Answers a connection that cannot be taken, if it can be answered.
-async fn turn_away(peer: String, mut writer: Option<Writer>, (kind, why): Refusal) -> TurnedAway {
+async fn turn_away(peer: Untrusted, mut writer: Option<Writer>, (kind, why): Refusal) -> TurnedAway {
     if let Some(writer) = &mut writer {
         refuse(writer, &why).await;
     }
@@ -369,7 +371,7 @@ fn acceptable(hello: &Hello, settings: &DestinationSettings) -> Result<Features,
 /// Says no. A stranger that does not read is not waited for.
 async fn refuse(writer: &mut Writer, why: &str) {
     let farewell = async {
-        writer.write_all(&Message::Refused(why.to_owned()).encode(0)).await?;
+        writer.write_all(&Message::Refused(why.into()).encode(0)).await?;
         writer.shutdown().await
     };
     drop(tokio::time::timeout(FAREWELL, farewell).await);

@@ -4,6 +4,7 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use memferry_stages::untrusted::Untrusted;
 use tokio::time::{Instant, sleep_until};
 
 use crate::events::{Event, Observers, TurnedAwayKind};
@@ -26,7 +27,7 @@ struct Tally {
     /// How many are not reported.
     count: u64,
     /// The last of them: who, and why.
-    last: (String, String),
+    last: (Untrusted, String),
     /// Until when they are counted only, and how long that is, once one was reported.
     quiet: Option<(Instant, Duration)>,
 }
@@ -56,7 +57,7 @@ impl TurnedAways {
     }
 
     /// One more was turned away.
-    pub(super) fn note(&self, kind: TurnedAwayKind, peer: String, why: String) {
+    pub(super) fn note(&self, kind: TurnedAwayKind, peer: Untrusted, why: String) {
         let event = {
             let tally = &mut self.tallies()[kind as usize];
             tally.count += 1;
@@ -111,7 +112,7 @@ mod tests {
     fn count(event: Option<Event>) -> Option<u64> {
         event.map(|event| match event {
             Event::TurnedAway { kind: TurnedAwayKind::Stranger, peer, why, count } => {
-                assert_eq!((&peer[..], &why[..]), ("peer", "why"));
+                assert_eq!((peer.raw(), &why[..]), ("peer", "why"));
                 count
             }
             other => panic!("{other:?}"),

@@ -251,7 +251,7 @@ impl<'a> Recorder<'a> {
             cores: u32::try_from(cores()).unwrap_or(u32::MAX),
             arming,
             digests,
-            settings: settings.settings.clone(),
+            settings: settings.settings.as_str().into(),
         })
     }
 

@@ -82,7 +82,7 @@ impl Guest for RegionGuest {
     }
 
     fn save(&self) -> Result<GuestState, GuestError> {
-        let section = |(name, bytes)| StateSection { name, version: 0, bytes };
+        let section = |(name, bytes): (String, _)| StateSection { name: name.into(), version: 0, bytes };
         Ok(GuestState { sections: self.store()?.states().into_iter().map(section).collect() })
     }
 
@@ -105,7 +105,7 @@ impl Guest for RegionGuest {
 
     fn prepare(&self, state: &GuestState) -> Result<(), GuestError> {
         let named: BTreeMap<_, _> =
-            state.sections.iter().map(|section| (section.name.clone(), section.bytes.clone())).collect();
+            state.sections.iter().map(|section| (section.name.raw().to_owned(), section.bytes.clone())).collect();
         if named.len() != state.sections.len() {
             return Err(GuestError("two pieces of the region's state have the same name".into()));
         }

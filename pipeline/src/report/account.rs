@@ -4,6 +4,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use memferry_stages::tally::RoundTally;
+use memferry_stages::untrusted::Untrusted;
 
 use super::series::{Happened, Series};
 use crate::control::Changed;
@@ -31,7 +32,7 @@ struct Book {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Account {
     /// Who is at the other end.
-    pub peer: Option<String>,
+    pub peer: Option<Untrusted>,
     /// The guest's blocks.
     pub blocks: Vec<BlockFacts>,
     /// Its pages.

@@ -18,6 +18,7 @@ use std::time::Duration;
 use memferry_stages::clears::Spared;
 use memferry_stages::meter::Reading;
 use memferry_stages::tally::RoundTally;
+use memferry_stages::untrusted::Untrusted;
 use serde::{Deserialize, Serialize};
 
 use crate::bottleneck::{self, Bottleneck, Cause};
@@ -97,7 +98,7 @@ pub struct GuestReport {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BlockReport {
     /// Its name.
-    pub id: String,
+    pub id: Untrusted,
     /// Its length.
     pub bytes: u64,
     /// The size of its pages.
@@ -157,11 +158,11 @@ pub struct DecisionReport {
     /// The round after which, or in which, it was made.
     pub round: u32,
     /// "another-round", "sample", "drain", "throttle", "raise-downtime-limit", "switch-over" or "give-up".
-    pub decision: String,
+    pub decision: Untrusted,
     /// The expected downtime; null if none could be told.
     pub expected_ms: Option<f64>,
     /// Why, in words and figures.
-    pub why: String,
+    pub why: Untrusted,
 }
 
 /// A setting that was changed while it ran.
@@ -170,11 +171,11 @@ pub struct ChangeReport {
     /// The round in which it was.
     pub round: u32,
     /// Which.
-    pub key: String,
+    pub key: Untrusted,
     /// Its value before, as the configuration writes it.
-    pub from: String,
+    pub from: Untrusted,
     /// Its value from there on.
-    pub to: String,
+    pub to: Untrusted,
 }
 
 /// One round.
@@ -287,7 +288,7 @@ impl From<&Bottleneck> for BottleneckReport {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct StageReport {
     /// Its name.
-    pub name: String,
+    pub name: Untrusted,
     /// Its lane, or the number of its connection; null if there is one of it only.
     pub lane: Option<u16>,
     /// Time it worked.
@@ -328,7 +329,7 @@ impl Report {
             setup_ms: ms(ended.setup),
             downtime_ms: ended.downtime.map(ms),
             downtime: downtime(ended),
-            forecast: ended.forecast.map(|forecast| forecast_report(&forecast, ended.downtime)),
+            forecast: ended.forecast.map(|forecast| forecast_report(&forecast, ended.switchover())),
             decisions: account.decided.iter().map(decision).collect(),
             changes: account.changed.iter().map(change).collect(),
             wire_bytes: ended.wire_bytes,
@@ -450,7 +451,7 @@ fn decision(decided: &Decided) -> DecisionReport {
         round: decided.round,
         decision: decision_name(decided.decision).into(),
         expected_ms: decided.forecast.map(|forecast| ms(forecast.expected())),
-        why: decided.why.clone(),
+        why: decided.why.as_str().into(),
     }
 }
 
@@ -470,7 +471,7 @@ pub fn decision_name(decision: Decision) -> &'static str {
 
 fn change(changed: &Changed) -> ChangeReport {
     let Changed { round, from, to, .. } = changed;
-    ChangeReport { round: *round, key: to.key().into(), from: from.to_string(), to: to.to_string() }
+    ChangeReport { round: *round, key: to.key().into(), from: from.to_string().into(), to: to.to_string().into() }
 }
 
 fn round(round: &Round) -> RoundReport {

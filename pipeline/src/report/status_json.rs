@@ -2,6 +2,7 @@
 //!
 //! Names and units are those of [`event_json`](super::event_json), whose types stand in it. What cannot be told is null.
 
+use memferry_stages::untrusted::Untrusted;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
@@ -25,7 +26,7 @@ pub struct StatusJson {
     /// Since it began; once it has ended, how long it took.
     pub elapsed_ms: f64,
     /// Who is at the other end, or which file.
-    pub peer: Option<String>,
+    pub peer: Option<Untrusted>,
     /// Bytes of the guest; 0 before they are known.
     pub total_bytes: u64,
     /// Bound of the memory that the engine takes for itself.

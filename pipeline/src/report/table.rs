@@ -38,6 +38,8 @@ pub fn verdict(verdict: &Ended, account: &Account) -> String {
             write!(line, ", downtime {}", human::time(downtime)).expect("a string takes it");
         }
         line.push_str(if verdict.verified == Some(true) { ", verified" } else { ", not verified" });
+    } else if let Some(downtime) = verdict.downtime {
+        write!(line, "; the guest was paused for {}", human::time(downtime)).expect("a string takes it");
     }
     line
 }
@@ -148,9 +150,10 @@ fn lines(ended: &Ended, account: &Account, other: Option<&Account>) -> Vec<(&'st
             ("handover", parts.handover),
         ];
         let parts = parts.map(|(name, time)| format!("{name} {}", human::time(time))).join(", ");
-        lines.push(("downtime", format!("{}: {parts}", human::time(downtime))));
+        let resumed = if ended.switchover().is_none() { " until it was resumed at the source" } else { "" };
+        lines.push(("downtime", format!("{}{resumed}: {parts}", human::time(downtime))));
     }
-    if let (Some(forecast), Some(downtime)) = (&ended.forecast, ended.downtime) {
+    if let (Some(forecast), Some(downtime)) = (&ended.forecast, ended.switchover()) {
         lines.push(("forecast", forecast_line(forecast, downtime)));
     }
     let rate = human::rate(throughput(ended));

@@ -253,7 +253,7 @@ fn the_report_says_what_the_events_said() {
         );
     }
     assert_eq!(
-        report.stages.iter().map(|stage| stage.name.as_str()).collect::<Vec<_>>(),
+        report.stages.iter().map(|stage| stage.name.raw()).collect::<Vec<_>>(),
         ["scanner", "encoder", "loader"]
     );
     assert_eq!((report.memory_bound_bytes, report.memory_peak_bytes), (128 << 20, 20 << 20));

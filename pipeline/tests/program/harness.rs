@@ -237,6 +237,13 @@ impl Running {
         kill_process(Pid::from_child(&self.child), signal).unwrap();
     }
 
+    /// Waits until it runs no more, whoever collects it.
+    #[track_caller]
+    pub(crate) fn until_it_is_dead(&self) {
+        let stat = format!("/proc/{}/stat", self.child.id());
+        until("it is dead", || fs::read_to_string(&stat).is_ok_and(|stat| stat.contains(") Z ")));
+    }
+
     /// Waits for its end.
     #[track_caller]
     pub(crate) fn end(mut self) -> Ended {
@@ -296,6 +303,26 @@ impl Text {
         until("the output ends", || self.is_over());
         self.so_far()
     }
+}
+
+/// A number drawn from a seed, another one for each `draw`.
+pub(crate) fn random(seed: u64, draw: u64) -> u64 {
+    let mut state = seed ^ draw.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    for _ in 0..2 {
+        state = (state ^ (state >> 31)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    }
+    state ^ (state >> 29)
+}
+
+/// A seed: that of the environment, or another one each time. It is printed, so that what was drawn can be drawn again.
+pub(crate) fn seed() -> u64 {
+    let chosen = std::env::var("MEMFERRY_SEED").ok().map(|seed| seed.parse().expect("MEMFERRY_SEED is a number"));
+    let seed = chosen.unwrap_or_else(|| {
+        use std::hash::{BuildHasher, RandomState};
+        RandomState::new().hash_one(0)
+    });
+    eprintln!("MEMFERRY_SEED={seed}");
+    seed
 }
 
 /// Bytes that look like nothing, the same for the same seed.

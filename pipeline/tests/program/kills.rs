@@ -5,22 +5,44 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 use std::time::Duration;
 
+use memferry_stages::wire::Kind;
 use rustix::process::Signal;
 
-use crate::harness::{Ended, Running, Scene, noise, until};
+use crate::between::{Pass, between};
+use crate::harness::{Ended, Running, Scene, noise, random, seed, until};
 use crate::reports::Report;
 use crate::writer::{COMMANDS, Writer};
 
 /// How often each end is killed.
-const KILLS: u32 = 8;
-/// 6 MiB at this rate: about a second of rounds.
-const SLOWLY: &str = "migration.max_bandwidth=6 MiB/s";
-/// After the first round the writer is paused, and all that it wrote is sent as it is: about a second of switchover.
+const KILLS: u64 = 8;
+/// After the first round the writer is paused, and all that it wrote is sent as it is.
 const TWICE: [&str; 4] =
     ["migration.max_rounds=1", "migration.on_deadline=switch-over", "encoder.compress=none", "encoder.delta=none"];
+/// Frames of pages that cross in one pass over the image: a moment that is drawn lies among those of both.
+const FRAMES: u64 = IMAGE / (64 << 12);
+const IMAGE: u64 = 6 << 20;
+/// 6 MiB at this rate: about a second of rounds.
+const SLOWLY: &str = "migration.max_bandwidth=6 MiB/s";
+
+/// A moment of a crossing: a frame of pages is on its way, of the round in which the guest runs or of that in which it is paused.
+#[derive(Clone, Copy, Debug)]
+struct Moment {
+    paused: bool,
+    frame: u64,
+}
+
+impl Moment {
+    /// One that is drawn: of the first round every frame comes, of the last one as many as the writer was fast.
+    fn drawn(seed: u64, step: u64) -> Self {
+        let moment = Self { paused: step % 2 == 1, frame: 1 + random(seed, step) % FRAMES };
+        eprintln!("step {step}: {moment:?}");
+        moment
+    }
+}
 
 /// An image with a writer, on its way between two programs.
 struct Crossing {
@@ -28,20 +50,48 @@ struct Crossing {
     writer: Writer,
     source: Running,
     destination: Running,
+    reached: Receiver<()>,
+    go_on: Sender<()>,
 }
 
 impl Crossing {
-    fn begin() -> Self {
+    /// Begins a crossing that is held when the moment comes, until it is let go.
+    fn begin(moment: Option<Moment>) -> Self {
         let scene = Scene::new();
         scene.configure(&["ram"]);
-        scene.write("from/ram", noise(6 << 20, 1));
+        scene.write("from/ram", noise(usize::try_from(IMAGE).unwrap(), 1));
         let writer = Writer::begin(&scene, "from/ram", Duration::ZERO);
         let start = "guest.file.start=[\"touch\", \"started\"]";
         let (destination, address) = scene.listening(&[start]);
-        let sets: Vec<_> = [&[address.as_str(), SLOWLY], &COMMANDS[..], &TWICE].concat();
+        let ((reach, reached), (go_on, gone_on)) = (channel(), channel());
+        let (mut paused, mut frames, mut moment) = (false, 0, moment);
+        let address = between(&address, move |kind| {
+            frames += u64::from(kind == Kind::Pages);
+            let is_now = |at: Moment| paused == at.paused && (frames == at.frame || kind == Kind::End);
+            if moment.take_if(|at| is_now(*at)).is_some() {
+                reach.send(()).unwrap();
+                // A test that has failed lets go as well.
+                gone_on.recv().unwrap_or_default();
+            }
+            if kind == Kind::RoundComplete {
+                (paused, frames) = (true, 0);
+            }
+            Pass::On
+        });
+        let sets: Vec<_> = [&[address.as_str(), "migration.lanes=1"], &COMMANDS[..], &TWICE].concat();
         let source = scene.start_with(&["send", "send.toml", "--report", "send.json"], &sets);
-        source.until_it_says("RAM block");
-        Self { scene, writer, source, destination }
+        Self { scene, writer, source, destination, reached, go_on }
+    }
+
+    /// The moment is here.
+    #[track_caller]
+    fn until_the_moment(&self) {
+        self.reached.recv_timeout(Duration::from_secs(60)).expect("the moment comes");
+    }
+
+    /// What was held goes on.
+    fn let_go(&self) {
+        self.go_on.send(()).unwrap();
     }
 
     /// Both ends to their end.
@@ -56,29 +106,27 @@ fn nothing_complete(scene: &Scene, folder: &str) {
     assert!(names.iter().all(|name| name.contains("partial")), "{names:?}");
 }
 
-/// A moment between 0 and `most`, another one each time.
-fn moment(step: u32, most: Duration) -> Duration {
-    use std::hash::{BuildHasher, RandomState};
-    let share = RandomState::new().hash_one(step) % 1000;
-    let moment = most * step / KILLS + most / KILLS * u32::try_from(share).unwrap() / 1000;
-    eprintln!("killed after {moment:?}");
-    moment
-}
-
 #[test]
 fn a_source_survives_its_destination() {
+    let seed = seed();
     for step in 0..KILLS {
-        let crossing = Crossing::begin();
-        thread::sleep(moment(step, Duration::from_millis(1400)));
+        let moment = Moment::drawn(seed, step);
+        let crossing = Crossing::begin(Some(moment));
+        crossing.until_the_moment();
+        assert_eq!(crossing.writer.is_stopped(), moment.paused);
         crossing.destination.signal(Signal::KILL);
-        let Crossing { scene, writer, source, destination } = crossing;
-        assert_eq!(destination.end().code, 128 + 9);
-        let source = source.end().expect(1);
-        source.says(&["failed after", "connection"]);
+        crossing.destination.until_it_is_dead();
+        crossing.let_go();
+        let (scene, writer, source, destination) = crossing.end();
+        assert_eq!(destination.code, 128 + 9);
+        let source = source.expect(1).says(&["failed after", "connection"]);
         let report = Report::read(&scene.path("send.json"));
         assert_eq!(report.text("status"), "failed");
+        let paused_for = "the guest was paused for ";
+        assert_eq!(source.stdout.contains(paused_for), moment.paused, "{source}");
+        assert_eq!(report.at("/downtime_ms").is_null(), !moment.paused);
         writer.goes_on(&scene.path("from/ram"));
-        assert_eq!(fs::metadata(scene.path("from/ram")).unwrap().len(), 6 << 20);
+        assert_eq!(fs::metadata(scene.path("from/ram")).unwrap().len(), IMAGE);
         nothing_complete(&scene, "to");
         assert!(!scene.path("started").exists());
         the_next_one_removes(&scene, "to", &["recv", "recv.toml"]);
@@ -99,18 +147,19 @@ fn the_next_one_removes(scene: &Scene, folder: &str, command: &[&str]) {
 
 #[test]
 fn a_destination_starts_nothing_when_its_source_is_killed() {
+    let seed = seed();
     for step in 0..KILLS {
-        let crossing = Crossing::begin();
-        if step % 2 == 1 {
-            crossing.source.until_it_says("the guest is paused");
-            assert!(crossing.writer.is_stopped());
-        }
-        thread::sleep(moment(step, Duration::from_millis(400)));
+        let moment = Moment::drawn(seed, step);
+        let crossing = Crossing::begin(Some(moment));
+        crossing.until_the_moment();
+        assert_eq!(crossing.writer.is_stopped(), moment.paused);
         crossing.source.signal(Signal::KILL);
         crossing.writer.goes_on(&crossing.scene.path("from/ram"));
-        let Crossing { scene, writer, source, destination } = crossing;
-        assert_eq!(source.end().code, 128 + 9);
-        destination.end().expect(1).says(&["failed after"]);
+        crossing.let_go();
+        let (scene, writer, source, destination) = crossing.end();
+        assert_eq!(source.code, 128 + 9);
+        assert_eq!(source.stderr.contains("memferry guard: "), moment.paused, "{source}");
+        destination.expect(1).says(&["failed after"]);
         assert_eq!(Report::read(&scene.path("recv.json")).text("status"), "failed");
         assert_eq!(scene.names("to"), [""; 0]);
         assert!(!scene.path("started").exists());
@@ -122,15 +171,14 @@ fn a_destination_starts_nothing_when_its_source_is_killed() {
 fn interrupted_either_end_leaves_the_source_as_it_was() {
     for at_source in [true, false] {
         for paused in [true, false] {
-            let crossing = Crossing::begin();
-            if paused {
-                crossing.source.until_it_says("the guest is paused");
-            }
+            let crossing = Crossing::begin(Some(Moment { paused, frame: 1 }));
+            crossing.until_the_moment();
             let end = if at_source { &crossing.source } else { &crossing.destination };
             end.signal(Signal::INT);
             end.until_it_says("cancelling; once more to end at once");
-            let Crossing { scene, writer, source, destination } = crossing;
-            let (source, destination) = (source.end(), destination.end());
+            crossing.let_go();
+            let (scene, writer, source, destination) = crossing.end();
+            assert_eq!(Report::read(&scene.path("send.json")).at("/downtime_ms").is_null(), !paused);
             let (cancelled, told) = if at_source { (source, destination) } else { (destination, source) };
             cancelled.expect(130).says(&["cancelled after"]);
             told.expect(1).says(&["failed after", "cancelled at the"]);
@@ -142,7 +190,7 @@ fn interrupted_either_end_leaves_the_source_as_it_was() {
 }
 
 /// A pause that hangs cannot be called off in good order; the second signal does not wait for it, and the guard lets the
-/// writer go on.
+/// writer go on when the pause has ended, and not before.
 #[test]
 fn a_second_interrupt_ends_at_once() {
     let scene = Scene::new();
@@ -150,15 +198,19 @@ fn a_second_interrupt_ends_at_once() {
     scene.write("from/ram", noise(1 << 20, 2));
     let writer = Writer::begin(&scene, "from/ram", Duration::from_micros(100));
     let pause = String::from_utf8(scene.read("pause")).unwrap();
-    scene.write("pause", format!("{pause}; sleep 30"));
+    scene.write("pause", format!("echo begins >> log; until [ -e let-go ]; do sleep 0.01; done; {pause}"));
     let (destination, address) = scene.listening(&[]);
     let sets = [address.as_str(), COMMANDS[0], COMMANDS[1], "guest.file.command_timeout=50s"];
     let source = scene.start_with(&["send", "send.toml"], &sets);
-    until("the pause command has begun", || writer.is_stopped());
+    until("the pause command has begun", || scene.path("log").exists());
     source.signal(Signal::INT);
     source.until_it_says("cancelling; once more to end at once");
     source.signal(Signal::INT);
+    source.until_it_is_dead();
+    assert_eq!(scene.read("log"), b"begins\n");
+    scene.write("let-go", "");
     source.end().expect(130).says(&["second signal, ending at once", "memferry guard: "]);
+    assert_eq!(scene.read("log"), b"begins\npause\nresume\n");
     writer.goes_on(&scene.path("from/ram"));
     destination.end().expect(1);
     assert_eq!(scene.names("to"), [""; 0]);
@@ -319,7 +371,7 @@ fn grown(file: &Path) -> bool {
 /// What all the kills above interrupt comes to a good end when nobody interrupts it.
 #[test]
 fn uninterrupted_the_same_crossing_completes() {
-    let (scene, writer, source, destination) = Crossing::begin().end();
+    let (scene, writer, source, destination) = Crossing::begin(None).end();
     source.expect(0);
     destination.expect(0);
     assert!(writer.is_stopped() && scene.path("started").exists());

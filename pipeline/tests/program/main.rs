@@ -1,10 +1,12 @@
 //! The program, run as operators run it: its ends as processes, on real files, killed, starved of disk, misconfigured.
 
+mod between;
 mod changing;
 mod checks;
 mod configs;
 mod control;
 mod exposition;
+mod handover_kills;
 mod harness;
 mod images;
 mod kills;

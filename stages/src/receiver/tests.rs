@@ -71,7 +71,7 @@ fn switchover(lane: u16) -> Vec<u8> {
 }
 
 fn state(bytes: &'static [u8]) -> Message {
-    let (phase, name) = (StatePhase::Device, "device".to_owned());
+    let (phase, name) = (StatePhase::Device, "device".into());
     Message::State(StateChunk { phase, name, version: 1, end: true, bytes: bytes.into() })
 }
 

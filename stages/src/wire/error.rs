@@ -6,6 +6,7 @@ use super::frame::Kind;
 use super::hello::MAGIC;
 use super::pages::PageEncoding;
 use crate::geometry::{ExtentAt, MAX_LANES, PageAt};
+use crate::untrusted::Untrusted;
 
 /// Why a frame is refused. The offset of the frame in its stream is added by whoever reads ([`FrameError`]).
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -133,13 +134,13 @@ pub enum WireError {
     #[error("the feature {name:?} is listed twice")]
     FeatureTwice {
         /// Its name.
-        name: String,
+        name: Untrusted,
     },
     /// Features that the stream cannot do without, and this version does not know.
     #[error("the stream requires features that this version does not know: {}", Quoted(names))]
     UnknownFeatures {
         /// Their names.
-        names: Vec<String>,
+        names: Vec<Untrusted>,
     },
 
     // ---- Pages ----
@@ -329,8 +330,8 @@ pub struct FrameError {
     pub error: WireError,
 }
 
-/// Names that a peer chose, safe to print.
-struct Quoted<'a>(&'a [String]);
+/// Names that a peer chose, in quotes.
+struct Quoted<'a>(&'a [Untrusted]);
 
 impl fmt::Display for Quoted<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -3,6 +3,7 @@
 use std::ops::RangeInclusive;
 
 use super::error::WireError;
+use crate::untrusted::Untrusted;
 
 /// What is left of a body's fields. Every read names its field, for the error.
 #[derive(Debug)]
@@ -66,16 +67,16 @@ impl<'a> Fields<'a> {
     }
 
     /// Text with its length in a byte before it.
-    pub(super) fn name(&mut self, field: &'static str, most: usize) -> Result<String, WireError> {
+    pub(super) fn name(&mut self, field: &'static str, most: usize) -> Result<Untrusted, WireError> {
         let bytes = self.u8(field)?;
         within(field, bytes.into(), 1..=most as u64)?;
         self.text(field, bytes.into())
     }
 
     /// Text of `bytes` bytes.
-    pub(super) fn text(&mut self, field: &'static str, bytes: usize) -> Result<String, WireError> {
+    pub(super) fn text(&mut self, field: &'static str, bytes: usize) -> Result<Untrusted, WireError> {
         let bytes = self.slice(field, bytes)?;
-        std::str::from_utf8(bytes).map(str::to_owned).map_err(|_| WireError::Utf8 { field })
+        std::str::from_utf8(bytes).map(Untrusted::from).map_err(|_| WireError::Utf8 { field })
     }
 
     /// A list with the number of its items in two bytes before it. Grows as items are read, so that a count alone

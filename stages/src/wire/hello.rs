@@ -20,6 +20,7 @@ use super::error::WireError;
 use super::fields::{Fields, within};
 use super::put::{put_list, put_name};
 use crate::geometry::{MAX_LANES, PageSize};
+use crate::untrusted::Untrusted;
 
 /// First bytes of every stream's Hello body: what `file` and a port's listener recognise it by.
 pub const MAGIC: [u8; 8] = *b"memferry";
@@ -63,7 +64,7 @@ impl fmt::Display for SessionId {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Feature {
     /// Its name, 1 to 64 bytes.
-    pub name: String,
+    pub name: Untrusted,
     /// Does the stream make no sense without it?
     pub required: bool,
 }
@@ -131,7 +132,7 @@ impl Features {
     #[must_use]
     pub fn to_list(self) -> Vec<Feature> {
         let used = self.named().into_iter().filter(|&(_, used)| used);
-        used.map(|(name, _)| Feature { name: name.to_owned(), required: true }).collect()
+        used.map(|(name, _)| Feature { name: name.into(), required: true }).collect()
     }
 
     /// The known features of a list; unknown optional ones are passed over.
@@ -142,7 +143,7 @@ impl Features {
         let mut features = Self::default();
         let mut unknown = Vec::new();
         for feature in list {
-            match features.by_name(&feature.name) {
+            match features.by_name(feature.name.raw()) {
                 Some(used) => *used = true,
                 None if feature.required => unknown.push(feature.name.clone()),
                 None => {}
@@ -215,7 +216,7 @@ impl Hello {
         out.extend(page_size.to_le_bytes());
         put_list(out, &self.features, 0..=MAX_FEATURES, |out, feature| {
             out.push(u8::from(feature.required));
-            put_name(out, &feature.name, MAX_FEATURE_NAME);
+            put_name(out, feature.name.raw(), MAX_FEATURE_NAME);
         });
     }
 

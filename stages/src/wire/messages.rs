@@ -39,6 +39,7 @@ use super::frame::Kind;
 use super::hello::{self, Hello, MAX_FEATURE_NAME, MAX_FEATURES};
 use crate::geometry::{BlockInfo, MAX_BLOCK_ID, MAX_BLOCKS, MAX_LANES, PageAt};
 use crate::tally::RoundTally;
+use crate::untrusted::Untrusted;
 
 /// The longest reason that Abort, Refused and StartFailed carry, in bytes of UTF-8; longer ones are cut by the sender.
 pub const MAX_REASON: usize = 4096;
@@ -80,7 +81,7 @@ pub struct StateChunk {
     /// Which part it belongs to.
     pub phase: StatePhase,
     /// Name of the section, 1 to 255 bytes.
-    pub name: String,
+    pub name: Untrusted,
     /// Version of the section's format; the guest's business.
     pub version: u32,
     /// Is it the section's last chunk?
@@ -125,7 +126,7 @@ pub struct Progress {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Figure {
     /// Its name, 1 to [`MAX_FIGURE_NAME`] bytes; the unit is part of it.
-    pub name: String,
+    pub name: Untrusted,
     /// Its value.
     pub value: u64,
 }
@@ -155,7 +156,7 @@ pub enum Message {
     /// Run it. Carries the run state to give it.
     Go(RunState),
     /// The sender gives up; why.
-    Abort(String),
+    Abort(Untrusted),
     /// The end mark: all state, digests and pages have been sent. In a file it is the last frame.
     End {
         /// What the guest was doing.
@@ -164,7 +165,7 @@ pub enum Message {
         frames: u64,
     },
     /// The destination takes part; the optional features it accepts.
-    Accept(Vec<String>),
+    Accept(Vec<Untrusted>),
     /// The machine is built; pages may come.
     Ready,
     /// See [`Progress`].
@@ -184,9 +185,9 @@ pub enum Message {
     /// The guest runs at the destination.
     Running,
     /// The destination will not, and has started nothing.
-    Refused(String),
+    Refused(Untrusted),
     /// The destination began to start the guest and failed.
-    StartFailed(String),
+    StartFailed(Untrusted),
     /// The sender is alive, and what it reports of itself. Both directions, at any time from Hello or Accept on; a reader
     /// that does not know it may skip it.
     Heartbeat(Vec<Figure>),

@@ -43,12 +43,12 @@ impl Message {
                 out.extend(frames.to_le_bytes());
             }
             Self::Accept(names) => {
-                put_list(out, names, 0..=MAX_FEATURES, |out, name| put_name(out, name, MAX_FEATURE_NAME));
+                put_list(out, names, 0..=MAX_FEATURES, |out, name| put_name(out, name.raw(), MAX_FEATURE_NAME));
             }
             Self::Progress(progress) => put_progress(out, progress),
             Self::PageHashes { first, hashes } => put_page_hashes(out, *first, hashes),
             Self::Loaded { verified } => out.push(u8::from(*verified)),
-            Self::Abort(reason) | Self::Refused(reason) | Self::StartFailed(reason) => put_reason(out, reason),
+            Self::Abort(reason) | Self::Refused(reason) | Self::StartFailed(reason) => put_reason(out, reason.raw()),
             Self::Heartbeat(figures) => put_list(out, figures, 0..=MAX_FIGURES, put_figure),
             Self::Switchover | Self::Ready | Self::Running => {}
         }
@@ -60,7 +60,7 @@ fn put_state(out: &mut Vec<u8>, chunk: &StateChunk) {
     out.reserve_exact(chunk.bytes.len() + chunk.name.len() + 11 + CHECKSUM_BYTES);
     out.extend([chunk.phase as u8, u8::from(chunk.end)]);
     out.extend(chunk.version.to_le_bytes());
-    put_name(out, &chunk.name, MAX_SECTION_NAME);
+    put_name(out, chunk.name.raw(), MAX_SECTION_NAME);
     out.extend(u32::try_from(chunk.bytes.len()).expect("at most MAX_STATE_CHUNK").to_le_bytes());
     out.extend_from_slice(&chunk.bytes);
 }
@@ -74,7 +74,7 @@ fn put_blocks(out: &mut Vec<u8>, blocks: &[BlockInfo]) {
 }
 
 fn put_block(out: &mut Vec<u8>, block: &BlockInfo) {
-    put_name(out, &block.id, MAX_BLOCK_ID);
+    put_name(out, block.id.raw(), MAX_BLOCK_ID);
     for number in [block.length, block.guest_address, block.backing_page_size] {
         out.extend(number.to_le_bytes());
     }
@@ -126,7 +126,7 @@ fn put_progress(out: &mut Vec<u8>, progress: &Progress) {
 }
 
 fn put_figure(out: &mut Vec<u8>, figure: &Figure) {
-    put_name(out, &figure.name, MAX_FIGURE_NAME);
+    put_name(out, figure.name.raw(), MAX_FIGURE_NAME);
     out.extend(figure.value.to_le_bytes());
 }
 

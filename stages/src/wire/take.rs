@@ -14,6 +14,7 @@ use super::messages::{
 };
 use crate::geometry::{BlockInfo, EXTENT_PAGES, MAX_BLOCK_ID, MAX_BLOCKS, MAX_LANES, PageAt};
 use crate::tally::RoundTally;
+use crate::untrusted::Untrusted;
 
 /// The most extents, and so stretches, of a block.
 const MAX_EXTENTS: u64 = u32::MAX as u64;
@@ -153,7 +154,7 @@ fn take_page_hashes(fields: &mut Fields<'_>) -> Result<Message, WireError> {
     Ok(Message::PageHashes { first, hashes })
 }
 
-fn take_accepted(fields: &mut Fields<'_>) -> Result<Vec<String>, WireError> {
+fn take_accepted(fields: &mut Fields<'_>) -> Result<Vec<Untrusted>, WireError> {
     fields.list("number of features", 0..=MAX_FEATURES, |fields| {
         fields.name("length of a feature's name", MAX_FEATURE_NAME)
     })
@@ -180,7 +181,7 @@ fn take_run_state(fields: &mut Fields<'_>) -> Result<RunState, WireError> {
     fields.choice("run state", &[RunState::Running, RunState::Paused])
 }
 
-fn take_reason(fields: &mut Fields<'_>) -> Result<String, WireError> {
+fn take_reason(fields: &mut Fields<'_>) -> Result<Untrusted, WireError> {
     let length = fields.u16("length of a reason")?;
     within("length of a reason", length.into(), 0..=MAX_REASON as u64)?;
     fields.text("a reason", length.into())

@@ -204,8 +204,12 @@ impl Guest for Noting {
         self.guest.reacquire()
     }
 
-    fn committed(&self) {
-        self.guest.committed();
+    fn committed(&self, destination: &str) -> Result<(), GuestError> {
+        self.guest.committed(destination)
+    }
+
+    fn moved(&self) {
+        self.guest.moved();
     }
 
     fn build(&self, page_size: PageSize, blocks: &[BlockInfo], setup: &GuestState) -> Result<(), GuestError> {

@@ -227,7 +227,7 @@ fn a_guest_that_is_built_otherwise_than_it_came_is_refused_before_any_page() {
     let otherwise: [(Alters, &str); 5] = [
         (|blocks| blocks[0].length += 4096, "bytes at 0x0 was built"),
         (|blocks| blocks[0].length -= 1, "bytes at 0x0 was built"),
-        (|blocks| blocks[0].id.push('0'), "and \"ram00\" of "),
+        (|blocks| blocks[0].id = "ram00".into(), "and \"ram00\" of "),
         (|blocks| blocks[0].guest_address = 4 << 30, "bytes at 0x100000000 was built"),
         (
             |blocks| blocks.push(BlockInfo { id: "more".into(), ..blocks[0].clone() }),

@@ -11,7 +11,7 @@ use memferry_stages::geometry::{PageAt, PageSize};
 use memferry_stages::pool::BufferPool;
 use memferry_stages::wire::messages::{Progress, RunState};
 use memferry_stages::wire::{Kind, Message};
-use memferry_tests::guest::Told;
+use memferry_tests::guest::{Fails, Told};
 use memferry_tests::{Hand, Recorder, TestGuest, run};
 use memferry_transports::Transport;
 use memferry_transports::memory::MemoryTransport;
@@ -45,7 +45,18 @@ pub(crate) fn send_watched(
     recorder: Arc<Recorder>,
     play: impl AsyncFnOnce(Hand, Arc<TestGuest>, CancellationToken),
 ) -> Sent {
-    let guest = TestGuest::source(PageSize::DEFAULT, &[LENGTH]).paced(Duration::from_micros(200)).running(1);
+    send_guest_to(settings, recorder, Fails::default(), play)
+}
+
+/// The same, of a guest that fails at something.
+fn send_guest_to(
+    settings: SourceSettings,
+    recorder: Arc<Recorder>,
+    fails: Fails,
+    play: impl AsyncFnOnce(Hand, Arc<TestGuest>, CancellationToken),
+) -> Sent {
+    let guest = TestGuest::source(PageSize::DEFAULT, &[LENGTH]).paced(Duration::from_micros(200)).failing(fails);
+    let guest = guest.running(1);
     block_on(async {
         let (transport, cancel) = (Arc::new(MemoryTransport::new(64 << 10)), CancellationToken::new());
         let mut listener = transport.listen().await.unwrap();
@@ -72,6 +83,7 @@ impl Sent {
         assert!(!self.guest.was_told(Told::Committed));
         let told = self.guest.told();
         assert!(told.is_empty() || told == WENT_ON, "{told:?}");
+        assert_eq!(self.ended.downtime.is_some(), !told.is_empty(), "it says how long the guest was paused");
     }
 
     /// The guest was handed over and stands still here.
@@ -79,7 +91,11 @@ impl Sent {
     pub(crate) fn gave_away(&self, phase: Phase, words: &[&str]) {
         self.says(phase, words);
         assert!(!self.guest.runs());
-        assert_eq!(self.guest.told(), HANDED_OVER);
+        let told = self.guest.told();
+        assert_eq!(told[..HANDED_OVER.len()], HANDED_OVER);
+        // What watches over the guest is relieved only by the destination's word.
+        let moved: &[Told] = if phase == Phase::Completed { &[Told::Moved] } else { &[] };
+        assert_eq!(&told[HANDED_OVER.len()..], moved);
     }
 
     /// The guest was handed over and came back.
@@ -89,6 +105,7 @@ impl Sent {
         self.guest.wait_for_writes();
         let told = [Told::Pause, Told::Save, Told::Release, Told::Committed, Told::Reacquire, Told::Resume];
         assert_eq!(self.guest.told(), told);
+        assert!(self.ended.downtime.is_some(), "it says how long the guest was paused");
     }
 
     #[track_caller]
@@ -193,6 +210,18 @@ fn running_completes_it() {
     });
     sent.gave_away(Phase::Completed, &[]);
     assert_eq!(sent.ended.error, None);
+}
+
+/// Law 7: where it is not certain that nothing else resumes the guest, Go does not leave.
+#[test]
+fn a_guest_that_cannot_be_committed_stays_and_nothing_is_started() {
+    let fails = Fails { commit: true, ..Fails::default() };
+    let sent = send_guest_to(settings(), Arc::default(), fails, async |mut hand, _, _| {
+        hand.take_all().await;
+        hand.say(Message::Loaded { verified: true }).await;
+        assert!(matches!(hand.hear().await, Some(Message::Abort(why)) if why.contains("at commit")), "no Go");
+    });
+    sent.came_back(&["told to fail at commit"]);
 }
 
 #[test]

@@ -4,6 +4,8 @@
 
 use std::collections::VecDeque;
 
+use memferry_stages::untrusted::Untrusted;
+
 use super::words;
 use crate::report::event_json::{
     ChangedJson, EndedJson, EventJson, EventLine, GuestJson, PhaseName, ProgressJson, RoleName, RoundJson,
@@ -37,7 +39,7 @@ pub(super) struct Model {
 pub(super) struct End {
     heard: bool,
     pub(super) phase: Option<PhaseName>,
-    pub(super) peer: Option<String>,
+    pub(super) peer: Option<Untrusted>,
     pub(super) guest: Option<GuestJson>,
     pub(super) now: Option<ProgressJson>,
     pub(super) history: History,
@@ -69,7 +71,7 @@ pub(super) enum RemarkKind {
 /// How a stage spent its time lately, as shares of it that add up to 1, or to 0 where it does not run.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Shares {
-    pub(super) name: String,
+    pub(super) name: Untrusted,
     pub(super) lane: Option<u16>,
     pub(super) busy: f64,
     pub(super) input_wait: f64,
@@ -116,7 +118,7 @@ impl Model {
     /// How the stages of both ends spent their time lately, in the order that pages pass them.
     pub(super) fn stages(&self) -> Vec<Shares> {
         let mut stages: Vec<_> = self.source.stages().chain(self.destination.stages()).collect();
-        stages.sort_by_key(|stage| FLOW.iter().position(|name| *name == stage.name).unwrap_or(FLOW.len()));
+        stages.sort_by_key(|stage| FLOW.iter().position(|name| stage.name == *name).unwrap_or(FLOW.len()));
         stages
     }
 }
@@ -131,7 +133,7 @@ impl End {
             EventJson::RoundSent(round) => keep(&mut self.rounds, *round, ROUNDS),
             EventJson::Decided(decided) => self.decided(ms, &decided.decision),
             EventJson::Changed(changed) => self.changed(ms, changed),
-            EventJson::Warning { what } => self.remark(ms, RemarkKind::Warning, what.clone()),
+            EventJson::Warning { what } => self.remark(ms, RemarkKind::Warning, what.to_string()),
             EventJson::TurnedAway { peer, why, count, .. } => {
                 self.remark(ms, RemarkKind::Warning, words::turned_away(peer, why, *count));
             }
@@ -216,20 +218,20 @@ fn shares(stage: &StageReport, before: Option<&StageReport>) -> Shares {
 
 /// The lanes of each stage as one, in the order of their first.
 pub(super) fn without_lanes(stages: &[Shares]) -> Vec<Shares> {
-    let mut names: Vec<&str> = Vec::new();
+    let mut names: Vec<&Untrusted> = Vec::new();
     stages.iter().for_each(|stage| {
-        if !names.contains(&stage.name.as_str()) {
+        if !names.contains(&&stage.name) {
             names.push(&stage.name);
         }
     });
-    let mean = |name: &str, part: fn(&Shares) -> f64| {
-        let parts: Vec<_> = stages.iter().filter(|stage| stage.name == name).map(part).collect();
+    let mean = |name: &Untrusted, part: fn(&Shares) -> f64| {
+        let parts: Vec<_> = stages.iter().filter(|stage| stage.name == *name).map(part).collect();
         #[expect(clippy::cast_precision_loss, reason = "a few lanes")]
         let count = parts.len() as f64;
         parts.iter().sum::<f64>() / count
     };
-    let joined = |name: &&str| Shares {
-        name: (*name).to_owned(),
+    let joined = |name: &&Untrusted| Shares {
+        name: (*name).clone(),
         lane: None,
         busy: mean(name, |stage| stage.busy),
         input_wait: mean(name, |stage| stage.input_wait),

@@ -116,7 +116,7 @@ fn figures_that_are_nonsense_are_shown_and_harm_nothing() {
             stage.busy_ms = -1e308;
             stage.input_wait_ms = 1e308;
             stage.output_wait_ms = 1e308;
-            stage.name = "a\u{1b}[2Jb\n".repeat(50);
+            stage.name = "a\u{1b}[2Jb\n".repeat(50).into();
         });
         model.take(&EventLine { ms: -5.0, event: EventJson::Progress(now), ..line });
     }

@@ -173,7 +173,7 @@ impl Page<'_, '_> {
             spans.push(Span::styled(format!("   throttled {} %", now.throttle_percent), style));
         }
         let memory = end.guest.as_ref().map(|guest| format!("memory ≤ {}", human::bytes(guest.memory_bound_bytes)));
-        let peer = end.peer.as_ref().map(|peer| format!("peer {}", words::printable(peer)));
+        let peer = end.peer.as_ref().map(|peer| format!("peer {peer}"));
         for more in [memory, peer].into_iter().flatten() {
             let used: usize = spans.iter().map(Span::width).sum();
             if used + 3 + more.chars().count() <= self.width {
@@ -247,8 +247,8 @@ impl Page<'_, '_> {
     }
 
     fn stage(&self, stage: &Shares, cell: usize) -> Vec<Span<'static>> {
-        let name = stage.lane.map_or(stage.name.clone(), |lane| format!("{} {lane}", stage.name));
-        let name: String = words::printable(&name).chars().take(STAGE_NAME - 1).collect();
+        let name = stage.lane.map_or_else(|| stage.name.to_string(), |lane| format!("{} {lane}", stage.name));
+        let name: String = name.chars().take(STAGE_NAME - 1).collect();
         let width = cell.saturating_sub(STAGE_NAME + STAGE_PERCENT + 2);
         let [busy, input, output] = split([stage.busy, stage.input_wait, stage.output_wait], width);
         vec![

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use memferry_stages::untrusted::{Untrusted, shown};
+
 use crate::events::TimeLeft;
 use crate::report::event_json::{ChangedJson, EndedJson, EventJson, EventLine, PhaseName, ProgressJson, RoleName};
 use crate::report::human;
@@ -46,7 +48,8 @@ pub(super) fn verdict(ended: &EndedJson) -> String {
         line.push_str(&format!(": {error}"));
     }
     if let Some(downtime) = ended.downtime_ms {
-        line.push_str(&format!(", downtime {}", time(downtime)));
+        let word = if ended.phase == PhaseName::Completed { "downtime" } else { "the guest was paused for" };
+        line.push_str(&format!(", {word} {}", time(downtime)));
     }
     if ended.phase == PhaseName::Completed {
         line.push_str(if ended.verified == Some(true) { ", verified" } else { ", not verified" });
@@ -125,7 +128,7 @@ fn milestone(event: &EventJson) -> Option<String> {
             human::bytes(round.pages.bytes_in),
             human::bytes(round.pages.bytes_out)
         ),
-        EventJson::Decided(decided) => decided.decision.why.clone(),
+        EventJson::Decided(decided) => decided.decision.why.to_string(),
         EventJson::Changed(changed) => change(changed),
         EventJson::HandedOver => "handed over: a cancel is too late".into(),
         EventJson::TurnedAway { peer, why, count, .. } => turned_away(peer, why, *count),
@@ -143,7 +146,7 @@ fn milestone(event: &EventJson) -> Option<String> {
 }
 
 /// Strangers or broken peers, that were refused.
-pub(super) fn turned_away(peer: &str, why: &str, count: u64) -> String {
+pub(super) fn turned_away(peer: &Untrusted, why: &Untrusted, count: u64) -> String {
     match count {
         1 => format!("turned {peer} away: {why}"),
         _ => format!("turned {count} more away, the last of them {peer}: {why}"),
@@ -158,5 +161,5 @@ pub(super) fn change(changed: &ChangedJson) -> String {
 
 /// What comes from outside must not move the cursor.
 pub(super) fn printable(text: &str) -> String {
-    text.chars().map(|letter| if letter.is_control() { '�' } else { letter }).collect()
+    shown(text).into_owned()
 }

@@ -139,6 +139,6 @@ fn first_difference(source: &GuestState, destination: &GuestState) -> String {
         return format!("the source saved the sections {ours:?} and the destination {theirs:?}");
     }
     let differing = source.sections.iter().zip(&destination.sections).find(|(one, other)| one != other);
-    let name = differing.map_or("", |(section, _)| &section.name);
+    let name = differing.map_or_else(String::new, |(section, _)| section.name.to_string());
     format!("section {name:?} is not the same at the destination")
 }

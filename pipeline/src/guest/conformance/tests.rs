@@ -243,10 +243,11 @@ impl Guest for Guarded {
         Ok(())
     }
 
-    fn committed(&self) {
+    fn committed(&self, _: &str) -> Result<(), GuestError> {
         if self.0.mistake == Mistake::RunsOnAtItsSource {
             held(&self.0.life).runs = true;
         }
+        Ok(())
     }
 
     fn build(&self, page_size: PageSize, blocks: &[BlockInfo], _: &GuestState) -> Result<(), GuestError> {

@@ -107,9 +107,13 @@ impl Guest for Witness {
         self.guest.reacquire()
     }
 
-    fn committed(&self) {
+    fn committed(&self, destination: &str) -> Result<(), GuestError> {
         self.seen().committed = self.image();
-        self.guest.committed();
+        self.guest.committed(destination)
+    }
+
+    fn moved(&self) {
+        self.guest.moved();
     }
 
     fn build(&self, page_size: PageSize, blocks: &[BlockInfo], setup: &GuestState) -> Result<(), GuestError> {

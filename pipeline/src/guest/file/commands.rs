@@ -1,8 +1,8 @@
 //! Runs an operator's command: an argument vector, no shell, with a time limit and the end of its output kept.
 
 use std::collections::VecDeque;
-use std::fmt;
 use std::io::{self, PipeReader, Read};
+use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, sync_channel};
@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use memferry_stages::untrusted::{Untrusted, shown};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
@@ -28,21 +29,79 @@ const OUTPUT_WAIT: Duration = Duration::from_millis(200);
 ///
 /// # Errors
 /// When it cannot be run, does not succeed, or takes too long; with its last lines.
-pub(super) fn run(name: &str, argv: &[String], timeout: Duration) -> Result<(), GuestError> {
-    let failed = |why: &dyn fmt::Display| GuestError::caused(format_args!("the {name} command {argv:?}"), why);
-    let (mut child, output) =
-        spawn(argv).map_err(|error| failed(&format_args!("cannot be run: {}", explained(error))))?;
-    match wait(&mut child, timeout) {
-        Ok(Some(status)) if status.success() => Ok(()),
-        Ok(Some(status)) => Err(failed(&format_args!("{status}{}", output.last_lines()))),
-        Ok(None) => {
-            kill(&mut child);
-            let lines = output.last_lines();
-            Err(failed(&format_args!("killed, for it took longer than {}{lines}", humantime::format_duration(timeout))))
+pub(super) fn run(name: &'static str, argv: &[String], timeout: Duration) -> Result<(), GuestError> {
+    Running::start(name, argv)?.finish(timeout)
+}
+
+/// A command that was started and not waited for.
+#[derive(Debug)]
+pub(super) struct Running {
+    /// What errors call it.
+    what: String,
+    child: Child,
+    output: Output,
+}
+
+impl Running {
+    /// Starts a command in a process group of its own.
+    ///
+    /// # Errors
+    /// When it cannot be run.
+    pub(super) fn start(name: &'static str, argv: &[String]) -> Result<Self, GuestError> {
+        let what = format!("the {name} command {}", shown(&format!("{argv:?}")));
+        match spawn(argv) {
+            Ok((child, output)) => Ok(Self { what, child, output }),
+            Err(error) => Err(GuestError::caused(what, format_args!("cannot be run: {}", explained(error)))),
         }
-        Err(error) => {
-            kill(&mut child);
-            Err(failed(&format_args!("it cannot be waited for: {error}")))
+    }
+
+    /// Its process, and the process group that it leads.
+    pub(super) fn process(&self) -> Pid {
+        Pid::from_child(&self.child)
+    }
+
+    /// Waits for its end. After `timeout` it is killed, with its process group.
+    ///
+    /// # Errors
+    /// When it does not succeed, or takes too long; with its last lines.
+    pub(super) fn finish(mut self, timeout: Duration) -> Result<(), GuestError> {
+        let why = match wait(&mut self.child, timeout) {
+            Ok(Some(status)) if status.success() => return Ok(()),
+            Ok(Some(status)) => format!("{status}{}", self.output.last_lines()),
+            Ok(None) => {
+                kill(&mut self.child);
+                let lines = self.output.last_lines();
+                format!("killed, for it took longer than {}{lines}", humantime::format_duration(timeout))
+            }
+            Err(error) => {
+                kill(&mut self.child);
+                format!("it cannot be waited for: {error}")
+            }
+        };
+        Err(GuestError::caused(self.what, why))
+    }
+}
+
+/// A command that another process started and may leave behind when it dies.
+#[derive(Debug)]
+pub(super) struct Orphan {
+    process: Pid,
+    handle: OwnedFd,
+}
+
+impl Orphan {
+    /// The command that runs as this process; `None` if it has ended.
+    pub(super) fn watch(process: i32) -> Option<Self> {
+        let process = Pid::from_raw(process)?;
+        Some(Self { process, handle: pidfd_open(process, PidfdFlags::empty()).ok()? })
+    }
+
+    /// Returns when the command has ended. After `timeout` it is killed, with its process group.
+    pub(super) fn end(self, timeout: Duration) {
+        if !matches!(has_ended(&self.handle, timeout), Ok(true)) {
+            // The handle has not ended, so the number is still that of this process.
+            kill_process_group(self.process, Signal::KILL).unwrap_or_default();
+            has_ended(&self.handle, timeout).unwrap_or_default();
         }
     }
 }
@@ -50,13 +109,19 @@ pub(super) fn run(name: &str, argv: &[String], timeout: Duration) -> Result<(), 
 /// Waits for a child's end, but not longer than `timeout`: `None` if it runs on.
 pub(super) fn wait(child: &mut Child, timeout: Duration) -> io::Result<Option<ExitStatus>> {
     let handle = pidfd_open(Pid::from_child(child), PidfdFlags::empty())?;
-    let deadline = Instant::now() + timeout;
+    if has_ended(&handle, timeout)? { child.wait().map(Some) } else { Ok(None) }
+}
+
+/// Waits until a process has ended, but not longer than `timeout`.
+fn has_ended(handle: &OwnedFd, timeout: Duration) -> io::Result<bool> {
+    let deadline = Instant::now().checked_add(timeout);
     loop {
-        let left = deadline.saturating_duration_since(Instant::now());
-        let left = Timespec::try_from(left).map_err(|_| io::Error::from(Errno::INVAL))?;
-        match poll(&mut [PollFd::new(&handle, PollFlags::IN)], Some(&left)) {
-            Ok(0) => return Ok(None),
-            Ok(_) => return child.wait().map(Some),
+        // A limit that no clock can hold is none.
+        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        let left = left.and_then(|left| Timespec::try_from(left).ok());
+        match poll(&mut [PollFd::new(handle, PollFlags::IN)], left.as_ref()) {
+            Ok(0) => return Ok(false),
+            Ok(_) => return Ok(true),
             Err(Errno::INTR) => {}
             Err(error) => return Err(error.into()),
         }
@@ -110,9 +175,8 @@ impl Output {
         let kept: Vec<u8> = locked(&self.kept).iter().copied().collect();
         let text = String::from_utf8_lossy(&kept);
         let lines: Vec<_> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
-        let shown = lines[lines.len().saturating_sub(SHOWN_LINES)..].join(" | ");
-        let shown = shown.replace(|letter: char| letter.is_control(), " ");
-        if shown.is_empty() { shown } else { format!("; it said: {shown}") }
+        let last = Untrusted::from(lines[lines.len().saturating_sub(SHOWN_LINES)..].join(" | "));
+        if last.is_empty() { String::new() } else { format!("; it said: {last}") }
     }
 }
 
@@ -151,7 +215,10 @@ mod tests {
         let words =
             sh("for n in 1 2 3 4 5 6 7; do echo line $n; done; printf '\\033[1mbold' >&2; exit 3", LONG).unwrap_err();
         assert!(words.starts_with("the pause command [\"sh\", \"-c\", "), "{words}");
-        assert!(words.ends_with("exit status: 3; it said: line 4 | line 5 | line 6 | line 7 |  [1mbold"), "{words}");
+        assert!(
+            words.ends_with("exit status: 3; it said: line 4 | line 5 | line 6 | line 7 | \\u{1b}[1mbold"),
+            "{words}"
+        );
         assert!(sh("kill -9 $$", LONG).unwrap_err().ends_with("signal: 9 (SIGKILL)"));
         let missing = run("start", &["/no/such/program".into()], LONG).unwrap_err().to_string();
         assert!(missing.contains("the start command [\"/no/such/program\"]: cannot be run: No such file"), "{missing}");

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use memferry_stages::geometry::{BlockInfo, PageSize};
 use memferry_stages::memory::{FileMemory, GuestMemory, RamBlock};
+use memferry_stages::untrusted::listed;
 use memferry_transports::temporary::{Temporary, remove_abandoned, target_of};
 
 use super::commands;
@@ -101,12 +102,12 @@ impl Destination {
 
     /// The image of each block, in the order of the blocks.
     fn targets(&self, blocks: &[BlockInfo]) -> Result<Vec<&Image>, GuestError> {
-        let image = |block: &BlockInfo| self.settings.images.iter().find(|image| image.id == block.id);
+        let image = |block: &BlockInfo| self.settings.images.iter().find(|image| block.id == image.id);
         let found: Option<Vec<_>> = blocks.iter().map(image).collect();
         found.filter(|found| found.len() == self.settings.images.len()).ok_or_else(|| {
-            let came: Vec<_> = blocks.iter().map(|block| &block.id).collect();
+            let came = listed(blocks.iter().map(|block| &block.id));
             let own: Vec<_> = self.settings.images.iter().map(|image| &image.id).collect();
-            GuestError(format!("blocks {came:?} came, there are images for {own:?}: each block needs its image"))
+            GuestError(format!("blocks [{came}] came, there are images for {own:?}: each block needs its image"))
         })
     }
 

@@ -1,164 +1,149 @@
-//! The guard: a small process that runs `resume` should memferry be killed after `pause` and before Go.
+//! The guard: a small process that runs the commands `pause` and `resume` for memferry, and does what is left to do should
+//! memferry be killed.
 //!
 //! ```text
 //!  memferry                                   guard (its own session, deaf to Ctrl-C, hang-up and terminate)
-//!     │  starts  `… guard -- TIMEOUT_MS RESUME…` ──▶ │
-//!     │ ◀────────────────────────────── 'r': I watch │
-//!     │  runs pause                                  │
-//!     │  … last round, handshake …                   │
-//!     │ 'd': Go is about to leave, or you resumed ─▶ │ ends without a word
-//!     │ ◀───────────────────────── end of its life ─ │
-//!     ╳  killed before that: the line closes ──────▶ │ runs resume, ends
+//!     │  starts `… guard` ──────────────────────────▶ │
+//!     │ Watch: the commands, their time limit ──────▶ │
+//!     │ ◀─────────────────────────────────────── Done │ ┄┄ killed: nothing to do
+//!     │ Pause ──────────────────────────────────────▶ │ runs pause, to its end
+//!     │ ◀──────────────────── Started; Done or Failed │ ┄┄ killed from here on: awaits the end of pause, resumes
+//!     │  … last round, handshake …                    │
+//!     │ Commit: Go is about to leave ───────────────▶ │ resumes no more, unless it is asked to
+//!     │ ◀─────────────────────────────────────── Done │ ┄┄ killed before this is read: resumes; Go has not left
+//!     │ ══ Go ══▶ destination                         │ ┄┄ killed from here on: says where to look
+//!     │  … the verdict …                              │
+//!     │ Resume, if the guest is to run here ────────▶ │ runs resume, to its end
+//!     │ ◀──────────────────── Started; Done or Failed │
+//!     │ Dismiss ────────────────────────────────────▶ │ ends without a word
 //! ```
 //!
-//! The line is a pair of connected sockets, of which the guard has one as its standard input: the kernel closes ours
-//! however this process dies. What kills the guard as well (the end of a container or of a service's control group)
-//! nothing here can help.
+//! The line is a pair of connected sockets, of which the guard has one as its standard input: the kernel closes memferry's
+//! end however memferry dies. It also tells the guard whether its last answer was read, so a guest is resumed up to the
+//! moment at which memferry may send Go, and never behind it.
+//!
+//! Between that moment and the arrival of Go at the destination, a fraction of a millisecond as a rule, memferry's death leaves a
+//! guest that is paused here and does not run there. Nobody on this side can know that, so the guard says what to look at and how
+//! the guest is resumed.
+//!
+//! The guard acts first and speaks afterwards. If the guard itself is killed, memferry runs the commands; what kills both (the end
+//! of a container or of a service's control group) nothing here can help.
 
-use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
+mod line;
+mod watch;
+
+use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::{Child, Command, ExitCode, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use tokio::runtime::{Builder, Runtime};
-use tokio::signal::unix::{SignalKind, signal};
-
-use super::commands;
+use self::line::{Answer, Line, Orders, Request};
+use super::commands::{self, Orphan};
 use crate::guest::GuestError;
 use crate::threads::explained;
 
-const READY: u8 = b'r';
-const DISMISSED: u8 = b'd';
-/// How long a guard may take to say that it watches, and to go when it is dismissed.
+pub use watch::main;
+
+/// How long a guard may take to answer, besides the time that a command takes.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// A guard on its post. Dropped without [`Guard::dismiss`], it runs resume.
+/// A guard at its post. Dropped without [`Guard::dismiss`], it does its duty.
 #[derive(Debug)]
 pub(super) struct Guard {
     process: Child,
-    line: UnixStream,
+    line: Line,
+    timeout: Duration,
+    /// The command that it runs.
+    running: Option<Orphan>,
 }
+
+/// The guard does not answer, or not as a guard does: it was killed, stopped, or is none.
+pub(super) type Lost = io::Error;
 
 impl Guard {
     /// Starts a guard, and returns when it watches.
-    pub(super) fn post(program: &Path, resume: &[String], timeout: Duration) -> Result<Self, GuestError> {
+    pub(super) fn post(
+        program: &Path,
+        pause: &[String],
+        resume: &[String],
+        timeout: Duration,
+    ) -> Result<Self, GuestError> {
         let failed = |error: io::Error| {
             GuestError::caused(format_args!("the guard {} cannot be started", program.display()), error)
         };
-        let (line, theirs) = UnixStream::pair().map_err(failed)?;
+        let (ours, theirs) = UnixStream::pair().map_err(failed)?;
         let process = Command::new(program)
-            .args(["guard", "--"])
-            .arg(timeout.as_millis().to_string())
-            .args(resume)
+            .arg("guard")
             .stdin(OwnedFd::from(theirs))
             .stdout(Stdio::null())
             .spawn()
             .map_err(|error| failed(explained(error)))?;
-        let mut guard = Self { process, line };
-        match guard.is_watching() {
-            Ok(()) => Ok(guard),
+        let mut guard = Self { process, line: Line::new(ours), timeout, running: None };
+        let orders = Orders { pause: pause.to_vec(), resume: resume.to_vec(), timeout };
+        match guard.ask(&Request::Watch(orders), PATIENCE) {
+            Ok(_) => Ok(guard),
             Err(error) => {
-                guard.kill();
+                guard.end();
                 Err(failed(error))
             }
         }
     }
 
-    fn is_watching(&mut self) -> io::Result<()> {
-        let mut said = [0];
-        self.line.set_read_timeout(Some(PATIENCE))?;
-        self.line.read_exact(&mut said)?;
-        if said == [READY] { Ok(()) } else { Err(io::Error::other("it is no guard")) }
+    /// Runs the pause command.
+    pub(super) fn pause(&mut self) -> Result<Result<(), GuestError>, Lost> {
+        self.ask(&Request::Pause, self.timeout.saturating_add(PATIENCE))
     }
 
-    /// Ends the guard: when this returns it is gone, and has run nothing.
+    /// Runs the resume command.
+    pub(super) fn resume(&mut self) -> Result<Result<(), GuestError>, Lost> {
+        self.ask(&Request::Resume, self.timeout.saturating_add(PATIENCE))
+    }
+
+    /// From when this returns the guard does not resume the guest, unless it is asked to.
+    pub(super) fn commit(&mut self, destination: &str) -> Result<(), Lost> {
+        self.ask(&Request::Commit { destination: destination.into() }, PATIENCE).map(drop)
+    }
+
+    /// The guard ends and does nothing more.
     pub(super) fn dismiss(mut self) {
         // If it is gone already, so much the better.
-        drop(self.line.write_all(&[DISMISSED]));
+        drop(self.line.send(&Request::Dismiss));
         if !matches!(commands::wait(&mut self.process, PATIENCE), Ok(Some(_))) {
-            self.kill();
+            self.end();
         }
     }
 
-    fn kill(&mut self) {
+    /// Kills the guard, and returns when it and the command that it ran have ended.
+    pub(super) fn end(mut self) {
         // Both fail only if it has ended on its own.
         drop(self.process.kill());
         drop(self.process.wait());
-    }
-}
-
-/// What `memferry guard -- …` does: watches over the process at the other end of its standard input. Takes what stands
-/// behind `guard`. To be called before any runtime or thread is made.
-#[must_use]
-pub fn main(argv: &[String]) -> ExitCode {
-    match watch(argv) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            say(&error.to_string());
-            ExitCode::FAILURE
+        if let Some(running) = self.running {
+            running.end(self.timeout);
         }
     }
-}
 
-fn watch(argv: &[String]) -> Result<(), GuestError> {
-    let failed = |error: io::Error| GuestError::caused("it cannot watch", error);
-    let (timeout, resume) = arguments(argv)?;
-    // It fails where the guard was started by hand and leads a group already; then it is in nobody's way.
-    rustix::process::setsid().ok();
-    let _deaf = ignore_signals().map_err(failed)?;
-    let mut line = UnixStream::from(io::stdin().as_fd().try_clone_to_owned().map_err(failed)?);
-    line.write_all(&[READY]).map_err(failed)?;
-    if is_dismissed(&mut line) {
-        return Ok(());
-    }
-    say(&format!("memferry ended while the guest was paused, and had not handed it over: running {resume:?}"));
-    commands::run("resume", resume, timeout)?;
-    say("the guest was resumed");
-    Ok(())
-}
-
-fn arguments(argv: &[String]) -> Result<(Duration, &[String]), GuestError> {
-    let argv = argv.strip_prefix(&["--".to_owned()]).unwrap_or(argv);
-    let [timeout, resume @ ..] = argv else {
-        return Err(GuestError("this is memferry's own, not for use by hand".into()));
-    };
-    match timeout.parse() {
-        Ok(millis) if !resume.is_empty() => Ok((Duration::from_millis(millis), resume)),
-        _ => Err(GuestError("usage: guard -- TIMEOUT_MS RESUME…".into())),
-    }
-}
-
-/// True if it said so; false if it ended.
-fn is_dismissed(line: &mut UnixStream) -> bool {
-    let mut said = [0];
-    loop {
-        match line.read(&mut said) {
-            Ok(0) => return false,
-            Ok(_) if said == [DISMISSED] => return true,
-            Ok(_) => {}
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(_) => return false,
+    /// Asks, and waits for the answer.
+    fn ask(&mut self, request: &Request, patience: Duration) -> Result<Result<(), GuestError>, Lost> {
+        self.line.set_patience(patience)?;
+        self.line.send(request)?;
+        loop {
+            match self.line.receive()? {
+                Some(Answer::Started(process)) => self.running = Orphan::watch(process),
+                Some(Answer::Done) => {
+                    self.running = None;
+                    return Ok(Ok(()));
+                }
+                Some(Answer::Failed(why)) => {
+                    self.running = None;
+                    return Ok(Err(GuestError(why)));
+                }
+                None => return Err(io::Error::other("the guard has ended")),
+            }
         }
     }
-}
-
-/// Takes the signals that end a program, and does nothing on them, as long as what is returned lives. What this process
-/// starts has them as usual.
-fn ignore_signals() -> io::Result<Runtime> {
-    let runtime = Builder::new_current_thread().enable_io().build()?;
-    let context = runtime.enter();
-    for kind in [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup(), SignalKind::quit()] {
-        drop(signal(kind)?);
-    }
-    drop(context);
-    Ok(runtime)
-}
-
-/// To standard error, whoever still reads it: memferry may have been its only reader, and resume comes first.
-fn say(words: &str) {
-    drop(writeln!(io::stderr(), "memferry guard: {words}"));
 }
 
 #[cfg(test)]

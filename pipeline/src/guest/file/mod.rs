@@ -2,8 +2,8 @@
 //!
 //! Each image is a RAM block of its file's true length. At the source the files exist; somebody may be writing them.
 //! They are read by position, never mapped, and the hash log finds what was written. What stops and starts the writer
-//! are two commands of the operator's, `pause` and `resume`, and a [`guard`] process sees that the writer goes on even if
-//! this process is killed in between. At the destination files are created beside their place under temporary names,
+//! are two commands of the operator's, `pause` and `resume`. A [`guard`] process runs them, and sees that the writer goes on
+//! even if this process is killed in between. At the destination files are created beside their place under temporary names,
 //! sparse where the memory is zero; they are made durable before the destination says that it is ready, and renamed into
 //! place when the guest starts.
 //!
@@ -51,8 +51,8 @@ enum Side {
 impl FileGuest {
     /// A source over existing images, opened read-only.
     ///
-    /// `guard_program` is run as `guard_program guard -- …` before the guest is paused; it must call [`guard::main`] with
-    /// what stands behind `guard`. Without one nobody resumes the guest if this process is killed after the pause.
+    /// `guard_program` is run as `guard_program guard` before the guest is paused; it must call [`guard::main`]. It runs the
+    /// commands. Without one this process runs them, and nobody resumes the guest if this process is killed after the pause.
     ///
     /// # Errors
     /// When the settings do not fit together or an image cannot be opened.
@@ -139,9 +139,13 @@ impl Guest for FileGuest {
         self.as_source()?.save()
     }
 
-    fn committed(&self) {
+    fn committed(&self, destination: &str) -> Result<(), GuestError> {
+        self.as_source()?.committed(destination)
+    }
+
+    fn moved(&self) {
         if let Side::Source(source) = &self.side {
-            source.committed();
+            source.moved();
         }
     }
 

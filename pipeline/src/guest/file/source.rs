@@ -5,6 +5,7 @@ use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use memferry_stages::geometry::BlockInfo;
 use memferry_stages::memory::{FileMemory, GuestMemory, Memory, RamBlock};
@@ -47,6 +48,49 @@ impl Hold {
             guard.dismiss();
         }
     }
+
+    /// Has the guard pause the guest, or does it without one. A guard that is lost is ended, with the command that it ran.
+    fn pause(&mut self, commands: &Commands<'_>) -> Result<(), GuestError> {
+        let Some(mut guard) = self.guard.take() else { return commands.pause() };
+        match guard.pause() {
+            Ok(paused) => {
+                self.guard = Some(guard);
+                paused
+            }
+            Err(lost) => {
+                guard.end();
+                Err(GuestError::caused("the guard was lost while it ran the pause command", lost))
+            }
+        }
+    }
+
+    /// Has the guard resume the guest, or does it without one, also where the guard is lost.
+    fn resume(&mut self, commands: &Commands<'_>) -> Result<(), GuestError> {
+        let Some(mut guard) = self.guard.take() else { return commands.resume() };
+        let Ok(resumed) = guard.resume() else {
+            guard.end();
+            return commands.resume();
+        };
+        self.guard = Some(guard);
+        resumed
+    }
+}
+
+/// The commands that stop and start whoever writes the images.
+struct Commands<'a> {
+    pause: &'a [String],
+    resume: &'a [String],
+    timeout: Duration,
+}
+
+impl Commands<'_> {
+    fn pause(&self) -> Result<(), GuestError> {
+        commands::run("pause", self.pause, self.timeout)
+    }
+
+    fn resume(&self) -> Result<(), GuestError> {
+        commands::run("resume", self.resume, self.timeout)
+    }
 }
 
 impl Source {
@@ -79,17 +123,15 @@ impl Source {
 
     /// Posts the guard, runs the pause command, and sees that the images are still what they were.
     pub(super) fn pause(&self) -> Result<(), GuestError> {
-        let (Some(pause), Some(resume)) = (&self.settings.pause, &self.settings.resume) else {
-            return self.compare_files();
-        };
+        let Some(commands) = self.commands() else { return self.compare_files() };
         let mut hold = self.hold();
         if hold.is_paused {
             return Ok(());
         }
-        let post = |program: &PathBuf| Guard::post(program, resume, self.settings.command_timeout);
+        let post = |program: &PathBuf| Guard::post(program, commands.pause, commands.resume, commands.timeout);
         hold.guard = self.guard_program.as_ref().map(post).transpose()?;
         hold.is_paused = true;
-        let paused = commands::run("pause", pause, self.settings.command_timeout).and_then(|()| self.compare_files());
+        let paused = hold.pause(&commands).and_then(|()| self.compare_files());
         paused.map_err(|error| match self.let_go(&mut hold) {
             Ok(()) => error,
             Err(second) => GuestError(format!("{error}; and then {second}")),
@@ -102,16 +144,38 @@ impl Source {
     }
 
     fn let_go(&self, hold: &mut Hold) -> Result<(), GuestError> {
-        let Some(resume) = self.settings.resume.as_ref().filter(|_| hold.is_paused) else { return Ok(()) };
-        commands::run("resume", resume, self.settings.command_timeout)?;
+        let Some(commands) = self.commands().filter(|_| hold.is_paused) else { return Ok(()) };
+        hold.resume(&commands)?;
         hold.is_paused = false;
         hold.dismiss();
         Ok(())
     }
 
-    /// The guest may run elsewhere from here on: the guard goes.
-    pub(super) fn committed(&self) {
+    /// The guest may run at the destination from here on: the guard resumes it no more, and has said so.
+    pub(super) fn committed(&self, destination: &str) -> Result<(), GuestError> {
+        let mut hold = self.hold();
+        let Some(mut guard) = hold.guard.take() else { return Ok(()) };
+        match guard.commit(destination) {
+            Ok(()) => {
+                hold.guard = Some(guard);
+                Ok(())
+            }
+            Err(lost) => {
+                guard.end();
+                let what = "the guard did not confirm that it leaves the guest alone, so the guest is not handed over";
+                Err(GuestError::caused(what, lost))
+            }
+        }
+    }
+
+    /// The guest runs at the destination: the guard goes.
+    pub(super) fn moved(&self) {
         self.hold().dismiss();
+    }
+
+    fn commands(&self) -> Option<Commands<'_>> {
+        let FileGuestSettings { pause, resume, command_timeout, .. } = &self.settings;
+        Some(Commands { pause: pause.as_ref()?, resume: resume.as_ref()?, timeout: *command_timeout })
     }
 
     /// Every path still leads to the file that was opened, and that is as long as it was.

@@ -1,6 +1,8 @@
 //! State files as sections of guest state: one each, named by its id. In the setup part the sections are empty and only
 //! announce what will come.
 
+use memferry_stages::untrusted::listed;
+
 use super::settings::Image;
 use crate::guest::{GuestError, GuestState, StateSection};
 
@@ -10,7 +12,7 @@ pub(super) const MAX_STATE_FILE_BYTES: u64 = 16 << 20;
 const VERSION: u32 = 1;
 
 pub(super) fn section(id: &str, bytes: Vec<u8>) -> StateSection {
-    StateSection { name: id.to_owned(), version: VERSION, bytes }
+    StateSection { name: id.into(), version: VERSION, bytes }
 }
 
 /// The section of each file, in the order of the files: they are the same, or it is said what came and what has a place.
@@ -24,10 +26,10 @@ pub(super) fn of_files<'state>(
     let section = |file: &Image| state.sections.iter().find(|section| is_of(section, file));
     let found: Option<Vec<_>> = files.iter().map(section).collect();
     found.filter(|found| found.len() == state.sections.len()).ok_or_else(|| {
-        let came: Vec<_> = state.sections.iter().map(|section| &section.name).collect();
+        let came = listed(state.sections.iter().map(|section| &section.name));
         let own: Vec<_> = files.iter().map(|file| &file.id).collect();
         GuestError(format!(
-            "{part} state {came:?} came, there are state_files for {own:?}: each needs its file, unless the source is \
+            "{part} state [{came}] came, there are state_files for {own:?}: each needs its file, unless the source is \
              another kind of guest"
         ))
     })

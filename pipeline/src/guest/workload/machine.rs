@@ -205,8 +205,8 @@ fn map(backing: Backing, info: &BlockInfo) -> Result<Arc<MappedMemory>, GuestErr
     let length = usize::try_from(info.length).map_err(|error| refuse(&error))?;
     let mapped = match backing {
         Backing::Anonymous => MappedMemory::anonymous(length),
-        Backing::Memfd => MappedMemory::memfd(&info.id, length),
-        Backing::Hugetlb => MappedMemory::hugetlb(&info.id, length),
+        Backing::Memfd => MappedMemory::memfd(info.id.raw(), length),
+        Backing::Hugetlb => MappedMemory::hugetlb(info.id.raw(), length),
     };
     mapped.map(Arc::new).map_err(|error| refuse(&error))
 }

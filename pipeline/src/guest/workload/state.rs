@@ -27,6 +27,7 @@ use std::path::Path;
 
 use bytes::{Buf, BufMut};
 use memferry_stages::geometry::PageSize;
+use memferry_stages::untrusted::listed;
 
 use super::pattern::Cursor;
 use super::random::Random;
@@ -208,8 +209,8 @@ struct Input<'a> {
 impl<'a> Input<'a> {
     fn of(state: &'a GuestState, what: &'static str, version: u32) -> Result<Self, GuestError> {
         let [section] = &state.sections[..] else {
-            let names: Vec<_> = state.sections.iter().map(|section| section.name.as_str()).collect();
-            return Err(GuestError(format!("{what} has the sections {names:?}, a workload has one, {NAME:?}")));
+            let names = listed(state.sections.iter().map(|section| &section.name));
+            return Err(GuestError(format!("{what} has the sections [{names}], a workload has one, {NAME:?}")));
         };
         if section.name != NAME || section.version != version {
             let (name, came) = (&section.name, section.version);

@@ -7,6 +7,7 @@ use memferry_stages::meter::Meter;
 use memferry_stages::queue::{Outlet, bounded};
 use memferry_stages::sender::{Control, Sender};
 use memferry_stages::silence::Ear;
+use memferry_stages::untrusted::Untrusted;
 use memferry_stages::wire::Message;
 use tokio::runtime::Handle;
 
@@ -27,7 +28,7 @@ pub(super) struct Answers {
 
 impl Answers {
     /// Starts the stage: a sender without bulk. The peer is `source`, heard with `ears`.
-    pub(super) fn start(writer: Writer, source: String, ears: Vec<Arc<Ear>>, limit: Duration, plane: &Handle) -> Self {
+    pub(super) fn start(writer: Writer, source: Untrusted, ears: Vec<Arc<Ear>>, limit: Duration, plane: &Handle) -> Self {
         let mut stages = StageSet::new(plane);
         let (outlet, frames) = bounded(bounds::CONTROL);
         let (_, no_bulk) = bounded(1);

@@ -92,8 +92,8 @@ impl Destination {
                 | MigrationError::Layout(_)
                 | MigrationError::TooLarge(_)
                 | MigrationError::Differs(_)),
-            ) => Some(Message::Refused(error.to_string())),
-            Err(error) => Some(Message::Abort(error.to_string())),
+            ) => Some(Message::Refused(error.to_string().into())),
+            Err(error) => Some(Message::Abort(error.to_string().into())),
         }
     }
 }

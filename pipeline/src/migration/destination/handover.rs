@@ -94,7 +94,7 @@ impl Destination {
         self.parts.handover = began.elapsed();
         let answer = match &started {
             Ok(()) => Message::Running,
-            Err(error) => Message::StartFailed(error.to_string()),
+            Err(error) => Message::StartFailed(error.to_string().into()),
         };
         if flow.say(&answer).await.is_err() {
             let what = "the source could not be told that the guest was started here";

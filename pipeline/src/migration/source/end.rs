@@ -29,6 +29,9 @@ impl Source {
         self.downtime = self.paused.filter(|_| verdict == Verdict::Completed).map(|paused| paused.elapsed());
         let is_throttled = !self.lift_throttle().await;
         let resume_error = if stays_paused { None } else { self.let_go_on().await };
+        if verdict == Verdict::Completed && stays_paused {
+            self.moved().await;
+        }
         if let (Verdict::Failed(why), Some(page)) = (&mut verdict, &self.differing_page) {
             *why = format!("{why}: {page}");
             self.verified = Some(false);
@@ -77,11 +80,24 @@ impl Source {
         match asked(go_on).await {
             Ok(()) => {
                 if run {
+                    self.downtime = self.paused.map(|paused| paused.elapsed());
                     self.observers.tell(&Event::Resumed);
                 }
                 None
             }
             Err(error) => Some(format!("the guest could not be resumed here and stays paused: {error}")),
+        }
+    }
+
+    /// The guest is no longer ours: nothing needs to watch over it.
+    async fn moved(&self) {
+        let guest = self.guest.clone();
+        let moved = move || {
+            guest.moved();
+            Ok(())
+        };
+        if let Err(error) = asked(moved).await {
+            self.observers.tell(&Event::Warning(error.to_string()));
         }
     }
 
@@ -99,8 +115,8 @@ impl Source {
     fn farewell(&self, verdict: &Verdict) -> Option<Message> {
         match verdict {
             Verdict::Completed | Verdict::Unconfirmed(_) => None,
-            Verdict::Failed(why) => Some(Message::Abort(why.clone())),
-            Verdict::Cancelled => Some(Message::Abort(self.why_cancelled())),
+            Verdict::Failed(why) => Some(Message::Abort(why.as_str().into())),
+            Verdict::Cancelled => Some(Message::Abort(self.why_cancelled().into())),
         }
     }
 

@@ -38,8 +38,7 @@ impl Source {
                     *part += phase_began.elapsed();
                     phase_began = Instant::now();
                     self.verified = self.settings.verify.then_some(true);
-                    let guest = self.guest.clone();
-                    blocking(move || guest.committed()).await;
+                    self.commit().await?;
                     give_up = tokio::time::Instant::now() + self.settings.handover_timeout;
                     self.go_said = true;
                     self.observers.tell(&Event::HandedOver);
@@ -56,6 +55,12 @@ impl Source {
                 }
             }
         }
+    }
+
+    /// Nothing here resumes the guest on its own from here on. Until this has succeeded nothing of Go leaves.
+    async fn commit(&self) -> Result<(), MigrationError> {
+        let (guest, destination) = (self.guest.clone(), self.transport.address());
+        Ok(blocking(move || guest.committed(&destination)).await?)
     }
 
     /// What a signal means to the last handshake; `None` if nothing.
@@ -107,8 +112,7 @@ impl Source {
     pub(super) async fn complete_file(&mut self, flow: &mut Flow) -> Result<Verdict, MigrationError> {
         let began = Instant::now();
         if self.settings.after == Some(After::Pause) {
-            let guest = self.guest.clone();
-            blocking(move || guest.committed()).await;
+            self.commit().await?;
         }
         if flow.graph.control[0].put(Control::Finish).await.is_err() {
             return Err(self.broken(flow).await);

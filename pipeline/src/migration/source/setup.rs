@@ -119,7 +119,7 @@ impl Source {
     /// Tells the destination why nothing will come, while there are no stages that would.
     pub(super) async fn take_leave(&self, link: Link, why: &MigrationError) {
         if self.transport.capabilities().return_path {
-            link.close(Message::Abort(why.to_string()), FAREWELL).await;
+            link.close(Message::Abort(why.to_string().into()), FAREWELL).await;
         }
     }
 

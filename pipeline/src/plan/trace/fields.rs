@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use memferry_stages::untrusted::Untrusted;
+
 /// Puts a number: 7 bits a byte, the lowest first, the highest bit of all but the last byte set.
 pub(super) fn put_varint(into: &mut Vec<u8>, mut value: u64) {
     while value >= 0x80 {
@@ -54,8 +56,8 @@ impl<'a> Fields<'a> {
         Ok(bytes)
     }
 
-    pub(super) fn text(&mut self) -> Result<String, Wrong> {
-        std::str::from_utf8(self.bytes()?).map(str::to_owned).map_err(|_| "a text is no UTF-8")
+    pub(super) fn text(&mut self) -> Result<Untrusted, Wrong> {
+        std::str::from_utf8(self.bytes()?).map(Untrusted::from).map_err(|_| "a text is no UTF-8")
     }
 
     /// A count of things that take at least a byte each.

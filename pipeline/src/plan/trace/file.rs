@@ -298,7 +298,7 @@ fn guest_body(guest: &GuestFacts) -> Vec<u8> {
     put_varint(&mut body, guest.page_size.bytes() as u64);
     put_varint(&mut body, guest.blocks.len() as u64);
     for (id, pages) in &guest.blocks {
-        put_bytes(&mut body, id.as_bytes());
+        put_bytes(&mut body, id.raw().as_bytes());
         put_varint(&mut body, *pages);
     }
     for number in [guest.out_for_good, guest.untouched, guest.rearms_late.into(), guest.cores.into()] {
@@ -306,7 +306,7 @@ fn guest_body(guest: &GuestFacts) -> Vec<u8> {
     }
     put_time(&mut body, guest.arming);
     put_time(&mut body, guest.digests);
-    put_bytes(&mut body, guest.settings.as_bytes());
+    put_bytes(&mut body, guest.settings.raw().as_bytes());
     body
 }
 

@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use memferry_stages::codec::Codec;
 use memferry_stages::geometry::{EXTENT_PAGES, PageSize};
+use memferry_stages::untrusted::Untrusted;
 
 pub use file::{TraceError, TraceWriter, read};
 pub use runs::Runs;
@@ -35,7 +36,7 @@ pub struct GuestFacts {
     /// Size of every page.
     pub page_size: PageSize,
     /// The blocks: id, and pages.
-    pub blocks: Vec<(String, u64)>,
+    pub blocks: Vec<(Untrusted, u64)>,
     /// Pages that never travel: unplugged, or of ignored blocks.
     pub out_for_good: u64,
     /// Pages that were never touched, of those that travel.
@@ -49,13 +50,13 @@ pub struct GuestFacts {
     /// What digests of the whole guest would add to the downtime.
     pub digests: Duration,
     /// The tables `encoder`, `pipeline`, `migration` and `convergence` of the configuration, as TOML.
-    pub settings: String,
+    pub settings: Untrusted,
 }
 
 #[cfg(test)]
 impl GuestFacts {
     /// Of a guest with these blocks, of whose settings and costs nothing is known.
-    pub(crate) fn of_blocks(blocks: Vec<(String, u64)>) -> Self {
+    pub(crate) fn of_blocks(blocks: Vec<(Untrusted, u64)>) -> Self {
         Self {
             page_size: PageSize::DEFAULT,
             blocks,
@@ -65,7 +66,7 @@ impl GuestFacts {
             cores: 2,
             arming: Duration::ZERO,
             digests: Duration::ZERO,
-            settings: String::new(),
+            settings: Untrusted::default(),
         }
     }
 }

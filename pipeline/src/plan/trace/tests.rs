@@ -46,14 +46,14 @@ prop_compose! {
     ) -> GuestFacts {
         GuestFacts {
             page_size: PageSize::new(4096 << page).unwrap(),
-            blocks,
+            blocks: blocks.into_iter().map(|(id, pages): (String, u64)| (id.into(), pages)).collect(),
             out_for_good: 0,
             untouched: 1,
             rearms_late: late,
             cores,
             arming: Duration::from_nanos(times.0.into()),
             digests: Duration::from_nanos(times.1.into()),
-            settings,
+            settings: settings.into(),
         }
     }
 }

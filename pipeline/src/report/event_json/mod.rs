@@ -32,6 +32,7 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use memferry_stages::tally::RoundTally;
+use memferry_stages::untrusted::{Untrusted, shown_json};
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -107,7 +108,7 @@ pub enum EventJson {
     /// The peer is there and agreed.
     Connected {
         /// Who, or which file.
-        peer: String,
+        peer: Untrusted,
     },
     /// The guest's memory is known.
     Guest(GuestJson),
@@ -140,16 +141,16 @@ pub enum EventJson {
         /// What kind of reason there was.
         kind: String,
         /// Who; of several the last.
-        peer: String,
+        peer: Untrusted,
         /// Why; of several the last.
-        why: String,
+        why: Untrusted,
         /// How many, since the event before this one of the kind.
         count: u64,
     },
     /// Something the operator should know.
     Warning {
         /// What.
-        what: String,
+        what: Untrusted,
     },
     /// The guest stands still at the source.
     Paused,
@@ -261,14 +262,14 @@ pub struct EndedJson {
     /// Completed, failed, cancelled or unconfirmed.
     pub phase: PhaseName,
     /// Why it is not completed.
-    pub error: Option<String>,
+    pub error: Option<Untrusted>,
     /// Were digests compared and equal; null if they were not compared.
     pub verified: Option<bool>,
     /// From start to verdict.
     pub total_ms: f64,
     /// From start to the first page.
     pub setup_ms: f64,
-    /// From the guest's pause to its start; null if it was not paused.
+    /// How long the guest was paused: until its start, or until it was resumed at the source; null if it was not paused, or still is.
     pub downtime_ms: Option<f64>,
     /// Its parts.
     pub downtime: DowntimeReport,
@@ -319,7 +320,7 @@ impl EventLine {
     /// Never: plain values become JSON.
     #[must_use]
     pub fn to_json(&self) -> String {
-        let mut line = serde_json::to_string(self).expect("plain values become JSON");
+        let mut line = shown_json(serde_json::to_string(self).expect("plain values become JSON"));
         line.push('\n');
         line
     }
@@ -372,10 +373,13 @@ impl From<&Event> for EventJson {
             Event::Spared(so_far) => Self::Spared(spared(*so_far)),
             Event::Decided(decided) => Self::Decided(decided.into()),
             Event::Progress(progress) => Self::Progress(progress.into()),
-            Event::TurnedAway { kind, peer, why, count } => {
-                Self::TurnedAway { kind: kind.name().to_owned(), peer: peer.clone(), why: why.clone(), count: *count }
-            }
-            Event::Warning(what) => Self::Warning { what: what.clone() },
+            Event::TurnedAway { kind, peer, why, count } => Self::TurnedAway {
+                kind: kind.name().to_owned(),
+                peer: peer.clone(),
+                why: why.as_str().into(),
+                count: *count,
+            },
+            Event::Warning(what) => Self::Warning { what: what.as_str().into() },
             Event::Changed(changed) => {
                 Self::Changed(ChangedJson { change: change(changed), memory_bound_bytes: changed.memory_bound })
             }
@@ -433,13 +437,13 @@ impl From<&Ended> for EndedJson {
     fn from(ended: &Ended) -> Self {
         Self {
             phase: ended.phase.into(),
-            error: ended.error.clone(),
+            error: ended.error.as_deref().map(Untrusted::from),
             verified: ended.verified,
             total_ms: ms(ended.total),
             setup_ms: ms(ended.setup),
             downtime_ms: ended.downtime.map(ms),
             downtime: downtime(ended),
-            forecast: ended.forecast.map(|forecast| forecast_report(&forecast, ended.downtime)),
+            forecast: ended.forecast.map(|forecast| forecast_report(&forecast, ended.switchover())),
             wire_bytes: ended.wire_bytes,
             spared: spared(ended.spared),
             memory_peak_bytes: ended.memory_peak,

@@ -19,6 +19,7 @@ use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use maud::{DOCTYPE, Markup, PreEscaped, html};
+use memferry_stages::untrusted::is_unsafe;
 
 use super::account::Account;
 use super::series::Happened;
@@ -168,7 +169,7 @@ fn blocks(guest: &GuestReport) -> Markup {
             tbody {
                 @for block in &guest.blocks {
                     tr {
-                        th scope="row" { (clean(&block.id)) }
+                        th scope="row" { (block.id) }
                         @for bytes in [block.bytes, block.page_size] { td { data value=(bytes) { (human::bytes(bytes)) } } }
                     }
                 }
@@ -209,10 +210,7 @@ fn long(label: &str, rows: usize, table: &Markup) -> Markup {
 /// A text from outside without what would hide in it or change how its neighbours read: control characters and marks that
 /// turn the direction of writing.
 fn clean(text: &str) -> String {
-    let is_bad = |c: char| {
-        (c.is_control() && !matches!(c, '\n' | '\t'))
-            || matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{fffe}' | '\u{ffff}')
-    };
+    let is_bad = |c: char| is_unsafe(c) && !matches!(c, '\n' | '\t');
     text.chars().map(|c| if is_bad(c) { '\u{fffd}' } else { c }).collect()
 }
 

@@ -17,7 +17,7 @@ pub(super) fn section(page: &Page<'_>) -> Markup {
         return html! {};
     }
     let mut stages: Vec<_> = report.stages.iter().collect();
-    stages.sort_by_key(|stage| (WAY.iter().position(|name| *name == stage.name).unwrap_or(WAY.len()), stage.lane));
+    stages.sort_by_key(|stage| (WAY.iter().position(|name| stage.name == *name).unwrap_or(WAY.len()), stage.lane));
     let readings = readings(page.account, page.other);
     let busiest = busiest(&readings).filter(|(_, share)| *share >= MARKED);
     let blamed = busiest.map(|(reading, _)| (reading.name, reading.lane));
@@ -53,7 +53,7 @@ pub(super) fn section(page: &Page<'_>) -> Markup {
 fn joined(stages: &[&StageReport], blamed: Option<(&str, Option<u16>)>) -> Vec<StageReport> {
     let mut joined: Vec<StageReport> = Vec::new();
     for stage in stages {
-        if blamed == Some((&stage.name, stage.lane)) {
+        if blamed == Some((stage.name.raw(), stage.lane)) {
             joined.push((*stage).clone());
         }
         match joined.iter_mut().find(|of| of.name == stage.name && of.lane.is_none()) {
@@ -65,7 +65,7 @@ fn joined(stages: &[&StageReport], blamed: Option<(&str, Option<u16>)>) -> Vec<S
                 all.batches += stage.batches;
                 all.pages += stage.pages;
             }
-            None if blamed == Some((&stage.name, None)) => {}
+            None if blamed == Some((stage.name.raw(), None)) => {}
             None => joined.push(StageReport { lane: None, ..(*stage).clone() }),
         }
     }
@@ -82,7 +82,7 @@ fn table(stages: &[&StageReport], blamed: Option<(&str, Option<u16>)>) -> Markup
                     @for head in ["Busy", "Waiting for room", "Waiting for the limit", "Waiting for input", "Batches", "Pages"] { th scope="col" { (head) } }
                 }
             }
-            tbody { @for stage in stages { (row(stage, blamed == Some((stage.name.as_str(), stage.lane)))) } }
+            tbody { @for stage in stages { (row(stage, blamed == Some((stage.name.raw(), stage.lane)))) } }
         }
     }
 }
@@ -102,7 +102,7 @@ fn row(stage: &StageReport, is_blamed: bool) -> Markup {
         tr.blamed[is_blamed] {
             th scope="row" {
                 (stage.name)
-                @if let Some(lane) = stage.lane { " " span.lane { (place(&stage.name)) " " (lane) } }
+                @if let Some(lane) = stage.lane { " " span.lane { (place(stage.name.raw())) " " (lane) } }
                 @if is_blamed { " " span.pill { "busiest" } }
             }
             td.picture { (chart::bar(&words, &named, 14, None)) }

@@ -48,7 +48,7 @@ pub(super) fn section(page: &Page<'_>) -> Markup {
             p.status {
                 span.pill { (report.status) }
                 " memferry " (report.role)
-                @if let Some(peer) = &page.account.peer { " · " (if page.is_destination() { "from" } else { "to" }) " " (clean(peer)) }
+                @if let Some(peer) = &page.account.peer { " · " (if page.is_destination() { "from" } else { "to" }) " " (peer) }
             }
             h1 { (story.headline) }
             @if let Some(error) = report.error.as_ref().filter(|error| *error != report.status) { p.error { strong { "Why: " } (clean(error)) } }
@@ -164,7 +164,7 @@ fn unconfirmed(page: &Page<'_>) -> Story {
         headline: "The guest was handed over, and nobody confirmed that it runs.".into(),
         guest: format!(
             "It is paused here. It may run at the destination{}.",
-            page.account.peer.as_ref().map(|peer| format!(", {}", clean(peer))).unwrap_or_default()
+            page.account.peer.as_ref().map(|peer| format!(", {peer}")).unwrap_or_default()
         ),
         todo: "Look at the destination. If the guest runs there, all is done: end it here. Only if it does not run there, and \
                cannot start any more, resume it here."

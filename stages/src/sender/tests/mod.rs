@@ -340,7 +340,7 @@ fn pages_frame(number: u32, payload_pages: u32, pool: &BufferPool) -> Outgoing {
 }
 
 fn control_frame(number: u32) -> Bytes {
-    let (phase, name) = (StatePhase::Device, "device".to_owned());
+    let (phase, name) = (StatePhase::Device, "device".into());
     let bytes = vec![7; number as usize * 50].into();
     Message::State(StateChunk { phase, name, version: number, end: true, bytes }).encode(0)
 }

@@ -3,6 +3,7 @@
 use bytes::Bytes;
 
 use crate::geometry::{BlockInfo, ExtentAt, Layout, MAX_BLOCK_ID, MAX_BLOCKS, MAX_LANES, PageAt, PageSize};
+use crate::untrusted::Untrusted;
 use crate::wire::messages::{
     Figure, MAX_DIGESTS, MAX_FIGURE_NAME, MAX_FIGURES, MAX_REASON, MAX_STATE_CHUNK, MAX_STRETCH_PAGES, Progress,
     RunState, StateChunk, StatePhase, StretchDigest,
@@ -11,8 +12,8 @@ use crate::wire::{FrameHead, HEAD_BYTES, Kind, Message, PageEncoding, PagesHead}
 
 use super::samples;
 
-fn name(index: usize, bytes: usize) -> String {
-    format!("{index:0bytes$}")
+fn name(index: usize, bytes: usize) -> Untrusted {
+    format!("{index:0bytes$}").into()
 }
 
 fn largest() -> Vec<Message> {
@@ -39,7 +40,9 @@ fn largest() -> Vec<Message> {
             Message::Progress(progress) => *progress = Progress { bytes: 1, frames: vec![2; MAX_LANES.into()] },
             Message::PageHashes { hashes, .. } => *hashes = vec![1; MAX_STRETCH_PAGES],
             Message::Heartbeat(figures) => *figures = (0..MAX_FIGURES).map(figure).collect(),
-            Message::Abort(text) | Message::Refused(text) | Message::StartFailed(text) => text.clone_from(&reason),
+            Message::Abort(text) | Message::Refused(text) | Message::StartFailed(text) => {
+                *text = reason.as_str().into()
+            }
             _ => {}
         }
     }
@@ -86,9 +89,9 @@ fn an_extent_of_raw_pages_fills_the_bound_of_pages() {
 #[test]
 fn a_long_reason_is_cut_at_the_end_of_a_character() {
     let reason = format!("x{}", "é".repeat(MAX_REASON));
-    let frame = Message::Abort(reason.clone()).encode(0);
+    let frame = Message::Abort(reason.as_str().into()).encode(0);
     let Ok(Message::Abort(cut)) = Message::decode(Kind::Abort, &frame[HEAD_BYTES..]) else { panic!("no Abort") };
-    assert_eq!(cut, reason[..MAX_REASON - 1]);
+    assert_eq!(cut.raw(), &reason[..MAX_REASON - 1]);
 }
 
 #[test]

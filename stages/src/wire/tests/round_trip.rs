@@ -31,7 +31,7 @@ fn hello() -> impl Strategy<Value = Message> {
     let features = proptest::collection::btree_map("[a-zé-]{1,30}", any::<bool>(), 0..=64);
     (any::<[u8; 16]>(), counts, page_size(), features).prop_map(|(session, counts, page_size, features)| {
         let (lanes, connections, connection) = counts;
-        let features = features.into_iter().map(|(name, required)| Feature { name, required }).collect();
+        let features = features.into_iter().map(|(name, required)| Feature { name: name.into(), required }).collect();
         let (version, session) = (PROTOCOL_VERSION, SessionId(session));
         Message::Hello(Hello { version, session, connection, connections, lanes, page_size, features })
     })
@@ -41,7 +41,7 @@ fn state() -> impl Strategy<Value = Message> {
     let phase = prop_oneof![Just(StatePhase::Setup), Just(StatePhase::Device)];
     (phase, "\\PC{1,60}", any::<u32>(), any::<bool>(), vec(any::<u8>(), 0..300)).prop_map(
         |(phase, name, version, end, bytes)| {
-            Message::State(StateChunk { phase, name, version, end, bytes: Bytes::from(bytes) })
+            Message::State(StateChunk { phase, name: name.into(), version, end, bytes: Bytes::from(bytes) })
         },
     )
 }
@@ -49,7 +49,7 @@ fn state() -> impl Strategy<Value = Message> {
 fn block() -> impl Strategy<Value = BlockInfo> {
     ("\\PC{1,60}", any::<u64>(), any::<u64>(), any::<u64>(), any::<bool>()).prop_map(
         |(id, length, guest_address, backing_page_size, ignored)| BlockInfo {
-            id,
+            id: id.into(),
             length,
             guest_address,
             backing_page_size,
@@ -100,19 +100,19 @@ fn message() -> impl Strategy<Value = Message> {
         Just(Message::Switchover),
         digests(),
         run_state().prop_map(Message::Go),
-        "\\PC{0,200}".prop_map(Message::Abort),
+        "\\PC{0,200}".prop_map(|why| Message::Abort(why.into())),
         (run_state(), any::<u64>()).prop_map(|(run_state, frames)| Message::End { run_state, frames }),
-        vec("[a-z]{1,64}", 0..=64).prop_map(Message::Accept),
+        vec("[a-z]{1,64}", 0..=64).prop_map(|names| Message::Accept(names.into_iter().map(Into::into).collect())),
         Just(Message::Ready),
         (any::<u64>(), vec(any::<u64>(), 0..=64))
             .prop_map(|(bytes, frames)| Message::Progress(Progress { bytes, frames })),
         (first, vec(any::<u64>(), 1..=512)).prop_map(|(first, hashes)| Message::PageHashes { first, hashes }),
         any::<bool>().prop_map(|verified| Message::Loaded { verified }),
         Just(Message::Running),
-        "\\PC{0,200}".prop_map(Message::Refused),
-        "\\PC{0,200}".prop_map(Message::StartFailed),
+        "\\PC{0,200}".prop_map(|why| Message::Refused(why.into())),
+        "\\PC{0,200}".prop_map(|why| Message::StartFailed(why.into())),
         vec(("\\PC{1,20}", any::<u64>()), 0..=64).prop_map(|figures| {
-            Message::Heartbeat(figures.into_iter().map(|(name, value)| Figure { name, value }).collect())
+            Message::Heartbeat(figures.into_iter().map(|(name, value)| Figure { name: name.into(), value }).collect())
         }),
     ]
 }

@@ -1,5 +1,6 @@
 //! Sections of state, written and read: numbers, the kernel's structs, lists of either.
 
+use memferry_stages::untrusted::Untrusted;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use crate::guest::{GuestError, StateSection};
@@ -39,7 +40,7 @@ impl Output {
 /// A section being read.
 #[derive(Debug)]
 pub(super) struct Input<'a> {
-    name: &'a str,
+    name: &'a Untrusted,
     left: &'a [u8],
 }
 

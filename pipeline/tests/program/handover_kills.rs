@@ -1,0 +1,134 @@
+//! A source that is killed around Go. Never do two guests run, and where none may run somebody says so.
+//!
+//! The moments are frames on the wire, and what is drawn besides comes from a seed that is printed: `MEMFERRY_SEED` sets it, and
+//! `MEMFERRY_KILLS` the number of kills.
+
+use std::env;
+use std::sync::mpsc::{Sender, channel};
+use std::time::{Duration, Instant};
+
+use memferry_stages::wire::Kind;
+use rustix::process::Signal;
+
+use crate::between::{Pass, between};
+use crate::harness::{Ended, Running, Scene, noise, random, seed};
+use crate::writer::{COMMANDS, Writer};
+
+/// When a source is killed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Moment {
+    /// The destination has said that everything is loaded, and the source has not heard it.
+    BeforeLoaded,
+    /// The source hears that everything is loaded: the guard is about to be told, or has been, or Go leaves.
+    AtLoaded,
+    /// Go has left the source and is lost.
+    GoLost,
+    /// Go has left the source and arrives.
+    GoArrives,
+    /// The destination has said that the guest runs, and the source has not heard it.
+    BeforeRunning,
+}
+
+const MOMENTS: [Moment; 5] =
+    [Moment::BeforeLoaded, Moment::AtLoaded, Moment::GoLost, Moment::GoArrives, Moment::BeforeRunning];
+
+impl Moment {
+    fn frame(self) -> Kind {
+        match self {
+            Self::BeforeLoaded | Self::AtLoaded => Kind::Loaded,
+            Self::GoLost | Self::GoArrives => Kind::Go,
+            Self::BeforeRunning => Kind::Running,
+        }
+    }
+}
+
+/// What was seen of a guest whose source was killed.
+struct Seen {
+    source: Ended,
+    destination: Ended,
+    goes_on_here: bool,
+    started_there: bool,
+}
+
+/// Kills a source at a moment. `spins` draws the moment out where the source races.
+fn killed(moment: Moment, spins: u64) -> Seen {
+    let scene = Scene::new();
+    scene.configure(&["ram"]);
+    scene.write("from/ram", noise(64 << 10, 1));
+    let writer = Writer::begin(&scene, "from/ram", Duration::from_micros(100));
+    let (destination, address) = scene.listening(&["guest.file.start=[\"touch\", \"started\"]"]);
+    let (give, running) = channel::<Running>();
+    let (tell, source) = channel();
+    let mut running = Some(running);
+    let address = between(&address, move |kind| {
+        if kind != moment.frame() {
+            return Pass::On;
+        }
+        let Some(running) = running.take().map(|running| running.recv().unwrap()) else { return Pass::On };
+        kill(moment, spins, running, &tell)
+    });
+    let sets = [&[address.as_str(), "migration.max_rounds=1", "migration.on_deadline=switch-over"], &COMMANDS[..]];
+    give.send(scene.start_with(&["send", "send.toml"], &sets.concat())).unwrap();
+    // Its standard error ends when its guard has ended, too.
+    let source = source.recv_timeout(Duration::from_secs(60)).expect("the moment comes").end();
+    let destination = destination.end();
+    let started_there = scene.path("started").exists();
+    let goes_on_here = !writer.is_stopped();
+    if goes_on_here {
+        writer.goes_on(&scene.path("from/ram"));
+    }
+    Seen { source, destination, goes_on_here, started_there }
+}
+
+/// The frame of the moment is here, and the source runs.
+fn kill(moment: Moment, spins: u64, running: Running, tell: &Sender<Running>) -> Pass {
+    if moment == Moment::AtLoaded {
+        // The frame is passed on when this returns, so the kill comes from a thread of its own.
+        let tell = tell.clone();
+        std::thread::spawn(move || {
+            let begun = Instant::now();
+            while begun.elapsed() < Duration::from_micros(spins) {
+                std::hint::spin_loop();
+            }
+            running.signal(Signal::KILL);
+            tell.send(running).unwrap();
+        });
+        return Pass::On;
+    }
+    running.signal(Signal::KILL);
+    // It is dead before the frame goes on.
+    running.until_it_is_dead();
+    tell.send(running).unwrap();
+    if moment == Moment::GoArrives || moment == Moment::BeforeRunning { Pass::On } else { Pass::Cut }
+}
+
+#[test]
+fn a_source_killed_around_go_leaves_one_guest_or_words_that_say_where_to_look() {
+    let seed = seed();
+    let kills = env::var("MEMFERRY_KILLS").map_or(10, |kills| kills.parse().expect("MEMFERRY_KILLS is a number"));
+    for kill in 0..kills {
+        let moment = MOMENTS[usize::try_from(kill).unwrap() % MOMENTS.len()];
+        let spins = random(seed, kill) % 4000;
+        let seen = killed(moment, spins);
+        let Seen { source, destination, goes_on_here, started_there } = &seen;
+        let what = format!(
+            "kill {kill}, {moment:?}, {spins} µs: goes on here {goes_on_here}, started there {started_there}\n{source}\n{destination}"
+        );
+        eprintln!("kill {kill}, {moment:?}, {spins} µs: goes on here {goes_on_here}, started there {started_there}");
+        // One that is killed late enough has ended on its own.
+        assert!(source.code == 128 + 9 || moment == Moment::AtLoaded && source.code == 0, "{what}");
+        let says = |words: &str| source.stderr.contains("memferry guard: ") && source.stderr.contains(words);
+        assert!(!(*goes_on_here && *started_there), "two run: {what}");
+        if *goes_on_here {
+            assert!(says("the guest was resumed"), "{what}");
+        } else if moment != Moment::AtLoaded || !*started_there {
+            assert!(says("Look whether it runs at tcp:127.0.0.1:") && says("resume it here: [\"sh\", "), "{what}");
+        }
+        match moment {
+            Moment::BeforeLoaded => assert!(*goes_on_here, "{what}"),
+            Moment::AtLoaded => {}
+            Moment::GoLost => assert!(!*goes_on_here && !*started_there, "{what}"),
+            Moment::GoArrives | Moment::BeforeRunning => assert!(!*goes_on_here && *started_there, "{what}"),
+        }
+    }
+}
