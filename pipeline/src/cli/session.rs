@@ -263,6 +263,7 @@ impl Session {
     fn conclusions(&self, account: &Account, far: Option<&Account>) -> Vec<Conclusion> {
         let Some(ended) = account.ended.as_ref().filter(|_| !account.decided.is_empty()) else { return Vec::new() };
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let far = far.and_then(|far| far.ended.as_ref());
         conclusions(&self.config.source(), account, &held_up(ended, far), cores)
     }
 

@@ -53,7 +53,7 @@ fn of_section(name: &str) -> u64 {
 /// # Errors
 /// When the guest's state is larger than there is room for, or a section has a name that cannot travel.
 pub(super) fn chunks(phase: StatePhase, state: GuestState, room: &mut Room) -> Result<Vec<StateChunk>, MigrationError> {
-    let total = state.sections.iter().map(|section| of_section(&section.name) + section.bytes.len() as u64).sum();
+    let total = state.sections.iter().map(|section| of_section(section.name.raw()) + section.bytes.len() as u64).sum();
     room.take(total).map_err(GuestError)?;
     let mut chunks = Vec::new();
     for section in state.sections {
@@ -108,7 +108,7 @@ impl Assembly {
         if chunk.phase != self.phase {
             return wrong(format!("state of the {:?} part came in the {:?} part", chunk.phase, self.phase));
         }
-        let of_section = if self.open { 0 } else { of_section(&chunk.name) };
+        let of_section = if self.open { 0 } else { of_section(chunk.name.raw()) };
         self.room.take(of_section + chunk.bytes.len() as u64).map_err(MigrationError::TooLarge)?;
         if !self.open {
             let section = StateSection { name: chunk.name.clone(), version: chunk.version, bytes: Vec::new() };

@@ -109,7 +109,7 @@ struct Source {
 }
 
 impl Source {
-    async fn refused(&mut self) -> String {
+    async fn refused(&mut self) -> Untrusted {
         let heard = tokio::time::timeout(HANG, self.reader.next()).await.expect("it hangs").unwrap();
         let Some(Incoming::Message { message: Message::Refused(why), .. }) = heard else { panic!("{heard:?}") };
         why

@@ -9,7 +9,7 @@ use memferry_stages::tally::RoundTally;
 use memferry_stages::wire::Message;
 use memferry_stages::wire::messages::Progress as Acknowledged;
 
-use super::{Source, wire_bytes};
+use super::Source;
 use crate::controller::forecast::Standing;
 use crate::controller::{Decided, Decision};
 use crate::events::Event;
