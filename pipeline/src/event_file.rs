@@ -216,6 +216,9 @@ mod tests {
     use std::sync::mpsc::{Receiver, sync_channel};
     use std::thread;
 
+    /// Longer than any of it takes.
+    const LONG: Duration = Duration::from_secs(60);
+
     fn read(text: &[u8]) -> Vec<EventLine> {
         let lines = std::str::from_utf8(text).unwrap().lines();
         lines.filter_map(|line| EventLine::from_json(line).ok()).collect()
@@ -323,9 +326,10 @@ mod tests {
         let file = EventFile::begin(Path::new("x"), Out::Open(Box::new(Pipe(wait, disk.clone())))).unwrap();
         // The first line is in the writer's hands, or it is one of those that the queue takes.
         (0..WAITING + 100).for_each(|_| file.event(Role::Source, &Event::Paused));
+        drop(may);
+        assert!(file.lines.flush(LONG));
         let missing = file.missing.so_far().events;
         assert!((100..=101).contains(&missing), "{missing}");
-        drop(may);
         let said = file.close().unwrap();
         assert_eq!(said, format!("the events in x, of which {missing} are missing: it takes them too slowly"));
         let lines = read(&disk.0.lock().unwrap().0);
@@ -344,6 +348,7 @@ mod tests {
             let name = name.clone();
             move || std::fs::read(name).unwrap()
         });
+        assert!(file.lines.flush(LONG));
         assert_eq!(file.close(), None);
         drop(file);
         assert_eq!(read(&reader.join().unwrap()).len(), 2);

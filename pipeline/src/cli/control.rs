@@ -62,7 +62,7 @@ pub(super) async fn cancel(address: &Address) -> Result<String, String> {
     client::cancel(address).await.map_err(in_words)?;
     let mut seen = Seen::default();
     let ended = match watching {
-        Ok(lines) => tokio::time::timeout(END_TIME, seen.to_the_end(lines)).await.is_ok(),
+        Ok(lines) => tokio::time::timeout(END_TIME, seen.read_on(lines)).await.is_ok(),
         // Too many watch already.
         Err(_) => false,
     };
@@ -79,7 +79,7 @@ struct Seen {
 
 impl Seen {
     /// Reads to the end of the migration, or of the lines.
-    async fn to_the_end(&mut self, mut lines: Lines) {
+    async fn read_on(&mut self, mut lines: Lines) {
         while let Ok(Some(line)) = lines.next().await {
             // Whatever is no event known here says nothing of the end.
             if let Ok(line) = EventLine::from_json(&line) {
