@@ -27,7 +27,7 @@ use crate::settings::SourceSettings;
 
 /// What a program with nothing to move takes at most for one end, as `tests/program/memory.rs` measures it: its code and libraries, the
 /// stacks and arenas of its threads, connections, events and report. A VMM that embeds the library has most of it anyway.
-pub(super) const PROCESS: u64 = 16 << 20;
+pub(super) const PROCESS: u64 = 24 << 20;
 
 /// Batches that wait between scanner and detector, a lane: descriptors only, enough for two stretches of 4 KiB pages.
 pub(super) const SCANNED: usize = 16;

@@ -188,6 +188,12 @@ impl Running {
         peak.trim().strip_suffix(" kB").unwrap().parse::<u64>().unwrap() * 1024
     }
 
+    /// What was resident before does not count in [`Running::peak_memory`].
+    #[track_caller]
+    pub(crate) fn forget_peak_memory(&self) {
+        fs::write(format!("/proc/{}/clear_refs", self.child.id()), "5").unwrap();
+    }
+
     pub(crate) fn signal(&self, signal: Signal) {
         kill_process(Pid::from_child(&self.child), signal).unwrap();
     }
