@@ -4,6 +4,7 @@ use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
 
 use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::dirty_log::{DirtyLog, SoftwareLog};

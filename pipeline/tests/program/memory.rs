@@ -58,7 +58,7 @@ fn a_process_takes_no_more_than_the_bound_beside_its_guests() {
         let scene = Scene::new();
         scene.write("guest.toml", CONFIG);
         let run = ["run", "guest.toml", "--report", "run.html", "--report", "run.json", "--host-for", "5m"];
-        let run = scene.start_with(&run, &[*sets, &[LITTLE_STATE]].concat());
+        let run = scene.start_with(&run, &[sets, &[LITTLE_STATE][..]].concat());
         run.until_it_says("connected to");
         run.forget_peak_memory();
         until("the report is written", || scene.path("run.json").exists());
@@ -75,10 +75,10 @@ fn a_destination_takes_no_more_than_its_bound_beside_its_guest() {
     for sets in CASES {
         let scene = Scene::new();
         scene.write("recv.toml", CONFIG);
-        let sets = &[*sets, &[LITTLE_STATE]].concat();
+        let sets = &[sets, &[LITTLE_STATE][..]].concat();
         let (destination, address) = scene.listening(sets);
         let send = ["send", "recv.toml", "--host-for", "0s"];
-        scene.start_with(&send, &[&sets[..], &[&address]].concat()).end().expect(0);
+        scene.start_with(&send, &[&sets[..], &[address.as_str()]].concat()).end().expect(0);
         destination.until_it_says("the guest is hosted here");
         let taken = destination.peak_memory() - GUEST;
         destination.signal(Signal::INT);
