@@ -20,13 +20,14 @@ const SMALL: [(&str, &[&str]); 5] = [
     ),
     ("hot", &["guest.workload.memory=64 MiB", "migration.deadline=2s", NEVER]),
     // In this time the balloon says what is free, before the scanner comes to it.
-    ("hints", &["guest.workload.memory=48 MiB", "migration.max_bandwidth=20 MiB/s"]),
+    ("hints", &["guest.workload.memory=48 MiB", "migration.max_bandwidth=20 MiB/s", FEW]),
     (
         "throttle",
         &[
             "guest.workload.memory=16 MiB",
             "migration.max_bandwidth=40 MiB/s",
             NEVER,
+            "migration.max_rounds=8",
             "convergence.stall_rounds=1",
             "convergence.throttle={ start = 50, step = 49, most = 99 }",
         ],
@@ -36,7 +37,9 @@ const SMALL: [(&str, &[&str]); 5] = [
         &["guest.workload.memory=32 MiB", "migration.max_bandwidth=40 MiB/s", NEVER, "migration.max_rounds=3"],
     ),
 ];
-const DEFAULT: &[&str] = &["guest.workload.memory=48 MiB"];
+const DEFAULT: &[&str] = &["guest.workload.memory=48 MiB", FEW];
+/// A busy machine that does not converge is through with these in less than a minute.
+const FEW: &str = "migration.max_rounds=5";
 /// Where rounds are used up, the guest is moved all the same.
 const MOVED: &str = "migration.on_deadline=switch-over";
 
