@@ -30,6 +30,10 @@ pub enum Trouble {
     SyncPanics,
     /// The log cannot be started.
     LogStartFails,
+    /// The log takes this long to start.
+    LogStartTakes(Duration),
+    /// The log takes this long to sync.
+    SyncTakes(Duration),
     /// The log starts when it is let go.
     LogStartWaits,
     /// The log syncs when it is let go.
@@ -217,6 +221,10 @@ impl DirtyLog for WatchedLog {
         self.demand(!self.armed.swap(true, Ordering::SeqCst), "it was started twice");
         match self.troubles.get() {
             Some(Trouble::LogStartFails) => Err(io::Error::other("told to fail at start")),
+            Some(Trouble::LogStartTakes(time)) => {
+                std::thread::sleep(time);
+                self.log.start()
+            }
             Some(Trouble::LogStartWaits) => {
                 self.troubles.0.gate.pass();
                 self.demand(self.is_armed(), "it was stopped while it was started");
@@ -234,6 +242,10 @@ impl DirtyLog for WatchedLog {
             Some(Trouble::SyncPanics) => {
                 self.asked.store(false, Ordering::SeqCst);
                 panic!("told to panic at sync")
+            }
+            Some(Trouble::SyncTakes(time)) => {
+                std::thread::sleep(time);
+                self.log.sync(block, extents, into)
             }
             Some(Trouble::SyncWaits) => {
                 self.troubles.0.gate.pass();
