@@ -91,9 +91,7 @@ where
     }
     let bytes = blocks.iter().fold(0, |sum: u64, block| sum.saturating_add(block.length));
     if let Some(host) = host::beyond_memory(bytes) {
-        return Err(GuestError(format!(
-            "the guest has {bytes} bytes of memory, more than {host}"
-        )));
+        return Err(GuestError(format!("the guest has {bytes} bytes of memory, more than {host}")));
     }
     let ram = GuestMemoryMmap::from_ranges(&ranges(blocks)?)
         .map_err(|error| GuestError::caused("the guest's RAM cannot be mapped", error))?;

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use memferry::config::units::Units;
 use memferry::events::{Event, Phase, Role};
 use memferry::guest::workload::{Fill, Pattern, Region, Workload, WorkloadSettings, WriterSettings};
-use memferry::config::units::Units;
 use memferry::plan::bandwidth::Bandwidth;
 use memferry::plan::forecast::foresee;
 use memferry::plan::record::{INTERVAL, RecordSettings, record};

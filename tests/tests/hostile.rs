@@ -123,7 +123,8 @@ fn two_hundred_strangers_do_not_keep_the_real_peer_out() {
         // Half of them are there before the source, the others come beside it.
         let early = strangers(0..100).await.unwrap();
         let words = ["not a memferry stream", "without a word"];
-        let are_said = |reasons: &[(String, u64)]| words.iter().all(|word| reasons.iter().any(|(why, _)| why.contains(word)));
+        let are_said =
+            |reasons: &[(String, u64)]| words.iter().all(|word| reasons.iter().any(|(why, _)| why.contains(word)));
         while !are_said(&turned_away(&recorder)) {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }

@@ -1,7 +1,7 @@
 //! What the figures of a migration say should be set otherwise.
 
-use std::fmt;
 use memferry_stages::tally::RoundTally;
+use std::fmt;
 
 use super::account::{Account, Round};
 use super::human;
@@ -94,7 +94,12 @@ impl fmt::Display for Conclusion {
 
 /// What the figures say. Nothing where they show nothing that a setting would change.
 #[must_use]
-pub fn conclusions(settings: &SourceSettings, account: &Account, held_up: &Bottleneck, cores: usize) -> Vec<Conclusion> {
+pub fn conclusions(
+    settings: &SourceSettings,
+    account: &Account,
+    held_up: &Bottleneck,
+    cores: usize,
+) -> Vec<Conclusion> {
     let settings = &at_the_end(settings, account);
     let limit = held(held_up, Cause::Limit)
         .zip(settings.max_bandwidth)

@@ -28,7 +28,13 @@ pub(super) struct Answers {
 
 impl Answers {
     /// Starts the stage: a sender without bulk. The peer is `source`, heard with `ears`.
-    pub(super) fn start(writer: Writer, source: Untrusted, ears: Vec<Arc<Ear>>, limit: Duration, plane: &Handle) -> Self {
+    pub(super) fn start(
+        writer: Writer,
+        source: Untrusted,
+        ears: Vec<Arc<Ear>>,
+        limit: Duration,
+        plane: &Handle,
+    ) -> Self {
         let mut stages = StageSet::new(plane);
         let (outlet, frames) = bounded(bounds::CONTROL);
         let (_, no_bulk) = bounded(1);
