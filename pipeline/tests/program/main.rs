@@ -5,6 +5,7 @@ mod changing;
 mod configs;
 mod control;
 mod exposition;
+mod foreign_text;
 mod handover_kills;
 mod harness;
 mod images;
