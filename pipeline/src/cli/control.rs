@@ -267,6 +267,7 @@ mod tests {
     use crate::events::{Ended, Event, Phase, Progress, Role};
     use crate::report::status_json::StatusJson;
     use crate::settings::SourceSettings;
+    use memferry_stages::untrusted::is_unsafe;
 
     #[test]
     fn sockets_are_written_with_or_without_their_scheme() {
@@ -325,6 +326,22 @@ mod tests {
         assert!(so_far(vec![Event::Paused, Event::Resumed]).contains(": the guest runs at the source; ask again"));
         let there = says(vec![ended(Phase::Cancelled, false)], Role::Destination, true);
         assert!(there.starts_with("cancelled here, at the destination"), "{there}");
+    }
+
+    #[test]
+    fn what_a_status_says_does_not_move_the_cursor() {
+        let evil = "x\n\u{1b}[2J\u{9b}1m\u{202e}";
+        let status = serde_json::json!({
+            "phase": evil, "role": evil, "peer": evil, "rounds": evil, "decision": { "why": evil }, "settings": { evil: evil },
+            "progress": { "round": evil, "throttle_percent": evil }, "warnings": [evil],
+        });
+        let lines = describe(&status);
+        assert!(!lines.chars().any(|c| is_unsafe(c) && c != '\n'), "{lines:?}");
+        assert_eq!(lines.lines().count(), 6, "{lines}");
+        let ended = serde_json::json!({ "phase": "failed", "ended": { "error": evil } });
+        assert_eq!(describe(&ended), r"failed after 0 µs: x\n\u{1b}[2J\u{9b}1m\u{202e}");
+        let answered = in_words(ClientError::Refused(evil.into()));
+        assert_eq!(answered, r"x\n\u{1b}[2J\u{9b}1m\u{202e}");
     }
 
     #[test]

@@ -6,6 +6,7 @@ mod checks;
 mod configs;
 mod control;
 mod exposition;
+mod foreign_text;
 mod handover_kills;
 mod harness;
 mod images;

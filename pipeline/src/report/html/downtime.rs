@@ -56,7 +56,10 @@ pub(super) fn section(page: &Page<'_>) -> Markup {
                     @for part in &parts { (chart::key(part.class, part.name)) }
                     @if let Some(limit) = limit { (chart::line_key("limit", &format!("limit {}", ms(limit)))) }
                 }
-                p.caption { b { "It was " (ms(downtime)) } }
+                p.caption {
+                    b { "It was " (ms(downtime)) }
+                    @if report.status != "completed" { ", until the guest was resumed at its source" }
+                }
                 (bar("The downtime's parts", &parts, whole, limit, |part| Some(part.happened_ms)))
                 @if let Some(forecast) = &report.forecast {
                     p.caption { b { "The forecast was " (ms(forecast.expected_ms)) } (off(forecast)) }

@@ -207,11 +207,18 @@ fn long(label: &str, rows: usize, table: &Markup) -> Markup {
     html! { details { summary { (label) ", " (human::exact(rows as u64)) " lines" } (wide(label, table)) } }
 }
 
-/// A text from outside without what would hide in it or change how its neighbours read: control characters and marks that
-/// turn the direction of writing.
+/// A text from outside in which nothing hides or changes how its neighbours read: control characters and marks that turn the
+/// direction of writing are escaped.
 fn clean(text: &str) -> String {
-    let is_bad = |c: char| is_unsafe(c) && !matches!(c, '\n' | '\t');
-    text.chars().map(|c| if is_bad(c) { '\u{fffd}' } else { c }).collect()
+    let mut clean = String::with_capacity(text.len());
+    for character in text.chars() {
+        if is_unsafe(character) && !matches!(character, '\n' | '\t') {
+            clean.extend(character.escape_unicode());
+        } else {
+            clean.push(character);
+        }
+    }
+    clean
 }
 
 /// A time of the report.

@@ -267,11 +267,12 @@ fn figures(page: &Page<'_>) -> Vec<Figure> {
     let plain = |name, value: String, note: String| Figure { name, value, note, tone: None };
     let mut figures = vec![plain("Total time", ms(report.total_ms), format!("setup {}", ms(report.setup_ms)))];
     if let Some(downtime) = report.downtime_ms {
-        figures.push(Figure {
-            name: "Downtime",
-            value: ms(downtime),
-            note: super::downtime::limit(page).map(|limit| format!("limit {}", human::time(limit))).unwrap_or_default(),
-            tone: Some(if over_limit(page).is_some() { Tone::Warn } else { Tone::Good }),
+        let limit = || super::downtime::limit(page).map(|limit| format!("limit {}", human::time(limit)));
+        let tone = if over_limit(page).is_some() { Tone::Warn } else { Tone::Good };
+        figures.push(if report.status == "completed" {
+            Figure { name: "Downtime", value: ms(downtime), note: limit().unwrap_or_default(), tone: Some(tone) }
+        } else {
+            plain("Paused", ms(downtime), "until it was resumed at its source".into())
         });
     }
     if let Some(forecast) = &report.forecast {

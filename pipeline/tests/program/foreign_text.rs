@@ -1,0 +1,134 @@
+//! Bytes of a peer or a file on a terminal: nothing of them moves the cursor, rings, begins a line or turns one around.
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::thread;
+
+use memferry_stages::geometry::{BlockInfo, PageSize};
+use memferry_stages::untrusted::is_unsafe;
+use memferry_stages::wire::hello::Feature;
+use memferry_stages::wire::messages::{RunState, StateChunk, StatePhase};
+use memferry_stages::wire::{Hello, Message, PROTOCOL_VERSION, SessionId};
+
+use crate::harness::{Scene, noise};
+
+const EVIL: &str = "evil\n\u{1b}[2K\u{7}\u{9b}31m\u{202e}\r\nmemferry: completed, verified";
+/// How it is shown.
+const SHOWN: &str = r"evil\n\u{1b}[2K\u{7}\u{9b}31m\u{202e}\r\nmemferry: completed, verified";
+
+#[track_caller]
+fn is_harmless(what: &str, text: &str) {
+    let bad = text.chars().find(|&character| is_unsafe(character) && character != '\n');
+    assert_eq!(bad, None, "{what}: {text:?}");
+    assert!(!text.lines().any(|line| line.starts_with("memferry: completed")), "{what}: {text}");
+}
+
+fn hello(features: Vec<Feature>) -> Message {
+    Message::Hello(Hello {
+        version: PROTOCOL_VERSION,
+        session: SessionId([7; 16]),
+        connection: 0,
+        connections: 1,
+        lanes: 1,
+        page_size: PageSize::DEFAULT,
+        features,
+    })
+}
+
+/// A destination that answers a source's Hello with this and then waits for its end. The setting with which a source finds it.
+fn destination_that_says(answer: Message) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    thread::spawn(move || {
+        let (mut source, _) = listener.accept().unwrap();
+        source.write_all(&answer.encode(0)).unwrap();
+        source.read_to_end(&mut Vec::new()).unwrap_or_default();
+    });
+    format!("transport.address=tcp:{address}")
+}
+
+#[test]
+fn the_reason_of_a_destination_shows_nothing_but_text_at_the_source() {
+    for answer in [Message::Abort(EVIL.into()), Message::Refused(EVIL.into())] {
+        let scene = Scene::new();
+        scene.configure(&["ram"]);
+        scene.write("from/ram", noise(4096, 1));
+        let address = destination_that_says(answer);
+        let arguments =
+            ["send", "send.toml", "--log", "debug", "--events", "events", "--report", "r.json", "--report", "r.html"];
+        let ended = scene.start_with(&arguments, &[&address]).end().expect(1).says(&[SHOWN]);
+        is_harmless("stdout", &ended.stdout);
+        is_harmless("stderr", &ended.stderr);
+        for file in ["events", "r.json", "r.html"] {
+            is_harmless(file, &String::from_utf8(scene.read(file)).unwrap());
+        }
+        let watched = scene.run(&["watch", "events"]).expect(0).says(&[SHOWN]);
+        is_harmless("watch", &watched.stdout);
+    }
+}
+
+#[test]
+fn the_names_and_the_reason_of_a_source_show_nothing_but_text_at_the_destination() {
+    let scene = Scene::new();
+    scene.configure(&["ram"]);
+    let (destination, address) = scene.listening(&[]);
+    let address = address.strip_prefix("transport.address=tcp:").unwrap();
+    let say = |messages: &[Message]| {
+        let mut peer = TcpStream::connect(address).unwrap();
+        messages.iter().for_each(|message| peer.write_all(&message.encode(0)).unwrap());
+        peer.read_to_end(&mut Vec::new()).unwrap_or_default();
+    };
+    say(&[hello(vec![Feature { name: EVIL.into(), required: true }])]);
+    destination.until_it_says("turned away");
+    say(&[hello(Vec::new()), Message::Blocks(vec![BlockInfo::new(EVIL, 4096)])]);
+    let ended = destination.end().expect(1).says(&["requires features", "blocks [\"evil\\n"]);
+    is_harmless("stdout", &ended.stdout);
+    is_harmless("stderr", &ended.stderr);
+
+    let (destination, address) = scene.listening(&[]);
+    let mut peer = TcpStream::connect(address.strip_prefix("transport.address=tcp:").unwrap()).unwrap();
+    for message in [hello(Vec::new()), Message::Abort(EVIL.into())] {
+        peer.write_all(&message.encode(0)).unwrap();
+    }
+    let ended = destination.end().expect(1).says(&[SHOWN]);
+    is_harmless("stdout", &ended.stdout);
+    is_harmless("stderr", &ended.stderr);
+}
+
+#[test]
+fn the_names_in_a_stored_stream_show_nothing_but_text() {
+    let scene = Scene::new();
+    let state =
+        StateChunk { phase: StatePhase::Device, name: EVIL.into(), version: 1, end: true, bytes: vec![1].into() };
+    let stream: Vec<u8> = [
+        hello(vec![Feature { name: EVIL.into(), required: false }]),
+        Message::Blocks(vec![BlockInfo::new(EVIL, 4096)]),
+        Message::State(state),
+        Message::End { run_state: RunState::Running, frames: 0 },
+    ]
+    .iter()
+    .flat_map(|message| message.encode(0))
+    .collect();
+    scene.write("stream", stream);
+    let inspected = scene.run(&["inspect", "stream"]).expect(0);
+    is_harmless("inspect", &inspected.stdout);
+    assert_eq!(inspected.stdout.matches(SHOWN).count(), 3, "feature, block, section: {inspected}");
+}
+
+/// A command's output is text from outside as well.
+#[test]
+fn the_output_of_a_command_shows_nothing_but_text() {
+    let scene = Scene::new();
+    scene.configure(&["ram"]);
+    scene.write("from/ram", noise(4096, 1));
+    scene.write("pause", "printf 'evil\\n\\033[2K\\007memferry: completed' >&2; exit 1");
+    let (destination, address) = scene.listening(&[]);
+    let sets = [&address, "guest.file.pause=[\"sh\", \"pause\"]", "guest.file.resume=[\"true\"]"];
+    let ended = scene.start_with(&["send", "send.toml"], &sets).end().expect(1);
+    let shown = r"it said: evil | \u{1b}[2K\u{7}memferry: completed";
+    for ended in [ended, destination.end()] {
+        is_harmless("stdout", &ended.stdout);
+        is_harmless("stderr", &ended.stderr);
+        ended.says(&[shown]);
+    }
+}
