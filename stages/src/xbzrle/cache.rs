@@ -189,7 +189,7 @@ fn key(at: PageAt) -> u64 {
 
 /// Spreads a key over 64 bits, so that pages dealt to one lane spread over its slots.
 fn mix(key: u64) -> u64 {
-    let product = u128::from(key ^ 0x9e37_79b9_7f4a_7c15) * 0xd6e8_feb8_6659_fd93_a076_1d64_78bd_642f;
+    let product = u128::from(key ^ 0x9e37_79b9_7f4a_7c15).wrapping_mul(0xd6e8_feb8_6659_fd93_a076_1d64_78bd_642f);
     let product = product ^ (product >> 64);
     #[expect(clippy::cast_possible_truncation, reason = "the lower half is wanted")]
     let half = product as u64;
