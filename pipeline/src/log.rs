@@ -138,7 +138,7 @@ mod tests {
                 why: "no Hello".into(),
                 count,
             };
-            [1, 7].map(|count| LogObserver.event(Role::Destination, &away(count)));
+            [1, 7].iter().for_each(|&count| LogObserver.event(Role::Destination, &away(count)));
             script(Role::Source).iter().for_each(|event| LogObserver.event(Role::Source, event));
         });
         let text = String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();
