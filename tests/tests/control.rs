@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use memferry::control::{Change, Control, ControlError, Status};
 use memferry::controller::Decision;
-use memferry::events::{Event, Phase, Role};
+use memferry::events::{Event, Phase, Progress, Role};
 use memferry::guest::workload::{Fill, LogChoice, Pattern, Region, Workload, WorkloadSettings, WriterSettings};
 use memferry::guest::{Guest, RunState};
 use memferry::settings::{

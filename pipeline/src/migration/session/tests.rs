@@ -97,7 +97,7 @@ impl Gathering {
     async fn ends_well(self) -> Vec<(TurnedAwayKind, u64, String)> {
         let _source = self.knock(99, 0, 1).await;
         let session = tokio::time::timeout(HANG, self.task).await.expect("it hangs").unwrap();
-        assert_eq!(session.ok().expect("a session").hello.session, SessionId([99; 16]));
+        assert_eq!(session.unwrap_or_else(|_| panic!("no session")).hello.session, SessionId([99; 16]));
         self.turned_away.finish();
         self.told.lock().unwrap().clone()
     }

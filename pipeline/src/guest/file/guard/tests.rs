@@ -261,7 +261,7 @@ fn watched(folder: &Path, play: impl FnOnce(&mut Line)) -> Option<Left> {
         Orders { pause: settings.pause.unwrap(), resume: settings.resume.unwrap(), timeout: settings.command_timeout };
     let (ours, theirs) = UnixStream::pair().unwrap();
     thread::scope(|scope| {
-        let guard = scope.spawn(move || Watch::new(orders).to_the_end(&mut Line::new(theirs)));
+        let guard = scope.spawn(move || Watch::new(orders).run_to_end(&mut Line::new(theirs)));
         let mut line = Line::new(ours);
         play(&mut line);
         drop(line);

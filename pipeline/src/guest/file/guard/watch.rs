@@ -47,7 +47,7 @@ fn watch() -> Result<Option<Left>, GuestError> {
     match line.receive().map_err(failed)? {
         Some(Request::Watch(orders)) => {
             line.send(&Answer::Done).map_err(failed)?;
-            Ok(Watch::new(orders).to_the_end(&mut line))
+            Ok(Watch::new(orders).run_to_end(&mut line))
         }
         // It died before it paused anything.
         None => Ok(None),
@@ -99,7 +99,7 @@ impl Watch {
     }
 
     /// Serves memferry until it dismisses the guard or dies, and then does its duty.
-    pub(super) fn to_the_end(mut self, line: &mut Line) -> Option<Left> {
+    pub(super) fn run_to_end(mut self, line: &mut Line) -> Option<Left> {
         let end = self.serve(line);
         match self.duty {
             _ if end == End::Dismissed => None,
