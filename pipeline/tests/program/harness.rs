@@ -215,10 +215,6 @@ impl Running {
         }
     }
 
-    pub(crate) fn id(&self) -> u32 {
-        self.child.id()
-    }
-
     /// The most of its memory that was resident at once, in bytes, by the kernel.
     #[track_caller]
     pub(crate) fn peak_memory(&self) -> u64 {
