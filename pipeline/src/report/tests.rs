@@ -355,5 +355,12 @@ fn each_decision_is_told_once_with_its_figures() {
 #[test]
 fn a_failure_says_why_and_claims_nothing() {
     let failed = Ended { phase: Phase::Failed, error: Some("disk full".into()), verified: None, ..ended(Role::Source) };
-    assert_eq!(table::verdict(&failed, &account::Account::default()), "failed after 2.50 s: disk full");
+    let verdict = |ended: &Ended| table::verdict(ended, &account::Account::default());
+    assert_eq!(verdict(&failed), "failed after 2.50 s: disk full; the guest was paused for 213 ms");
+    assert_eq!(verdict(&Ended { downtime: None, ..failed.clone() }), "failed after 2.50 s: disk full");
+    let mut account = account::Account::default();
+    account.enter(&Event::Ended(failed), Duration::from_secs(1));
+    let table = table::summary(RUN, &account, None);
+    assert!(table.contains("downtime    213 ms until it was resumed at the source: sync "), "{table}");
+    assert!(!table.contains("forecast"), "a forecast is measured by a switchover that came to its end: {table}");
 }
