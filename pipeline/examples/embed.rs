@@ -71,7 +71,7 @@ impl Guest for Vmm {
 async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let vmm = |run_state| Arc::new(Vmm { ram: OnceLock::new(), cpu: Mutex::new((run_state, 0)) });
     let (here, there) = (vmm(RunState::Running), vmm(RunState::Paused));
-    here.build(PageSize::DEFAULT, &[BlockInfo::new("ram", 256 << 20)], &GuestState::default())?;
+    here.build(PageSize::DEFAULT, &[BlockInfo::new("ram", 64 << 20)], &GuestState::default())?;
     let _vcpus = [here.clone(), there.clone()].map(|vmm| std::thread::spawn(move || vmm.vcpu()));
     let cancel = CancellationToken::new();
     let ctrl_c = cancel.clone();

@@ -233,11 +233,11 @@ fn story() -> Fallible<()> {
             thread::spawn(move || write_all_the_time(name, &shared))
         })
         .collect();
-    wait_for_writes(&shared, 0, 5000)?;
+    wait_for_writes(&shared, 0, 1000)?;
     let (second, _waiting) = start(&["take-over".as_ref(), &between, &there])?;
     println!("process {} waits to take over, while 4 clients write", second.id());
     println!("{}", Client::connect(&here)?.ask(&format!("move {}", between.display()))?);
-    wait_for_writes(&shared, 1, 5000)?;
+    wait_for_writes(&shared, 1, 1000)?;
     shared.stop.store(true, Ordering::Relaxed);
 
     let (mut server, mut lost) = (Client::connect(&there)?, 0);

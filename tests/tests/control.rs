@@ -253,6 +253,7 @@ fn a_cache_grows_and_shrinks_and_the_destination_stays_exact() {
     let xbzrle = XbzrleSettings { cache_bytes: SMALL, on_miss: OnMiss::Raw, cache_first_round: true };
     let settings = SourceSettings {
         encoder: EncoderSettings { compress: None, xbzrle: Some(xbzrle) },
+        max_bandwidth: Some(16 * MIB),
         downtime_limit: Duration::from_nanos(1),
         verify: true,
         ..endless()

@@ -178,18 +178,15 @@ fn the_throttle_is_lifted_when_it_fails() {
 
 #[test]
 fn the_switchover_has_a_bandwidth_of_its_own() {
-    const LIMIT: Duration = Duration::from_secs(1);
     let guest = Arc::new(Hot::new());
-    // Every page is dirty after every round, and takes two seconds at the bandwidth of the rounds.
+    // Every page is dirty after the one round, and would take four seconds at its bandwidth.
     let faster = SourceSettings {
-        max_bandwidth: Some(1 << 20),
+        max_bandwidth: Some(512 << 10),
         switchover_bandwidth: memferry::settings::SwitchoverBandwidth::AtMost(160 << 20),
-        downtime_limit: LIMIT,
+        max_rounds: 1,
         ..settings(&[])
     };
     let ends = moved(&guest, faster, Recorder::default(), CancellationToken::new());
-    let decided = completed(&ends);
-    assert!(decided.last().unwrap().why.contains(", limit 1.00 s"), "{decided:#?}");
-    assert!(ends.source.forecast.unwrap().expected() <= LIMIT, "{decided:#?}");
-    assert!(ends.source.parts.final_transfer < LIMIT, "{:?}", ends.source.parts);
+    completed(&ends);
+    assert!(ends.source.parts.final_transfer < Duration::from_millis(3500), "{:?}", ends.source.parts);
 }
