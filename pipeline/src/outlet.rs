@@ -274,7 +274,7 @@ mod tests {
     impl Slow {
         fn note(&self, what: String) {
             // Without anybody who gives leave it need not be asked for.
-            self.leave.recv().unwrap_or_default();
+            self.leave.recv().ok();
             self.notes.send(what).unwrap();
         }
     }
@@ -353,7 +353,7 @@ mod tests {
         let (given, seen) = (Mutex::new(given), Arc::<AtomicU64>::default());
         let counts = seen.clone();
         let queued = Queued::new(move |_: Role, _: &Event| {
-            given.lock().unwrap().recv().unwrap_or_default();
+            given.lock().unwrap().recv().ok();
             counts.fetch_add(1, Ordering::Relaxed);
         });
         let queued = queued.unwrap();
