@@ -56,7 +56,7 @@ fn recorded(trace: &Path, guest: &GuestFacts, sets: &[String]) -> Result<Config,
     let address = if is_stored { "file:/recorded" } else { "tcp:recorded:1" };
     let text = format!(
         "{}\n[guest.file]\nimages = [{{ id = \"ram\", path = \"ram\" }}]\n\n[transport]\naddress = \"{address}\"\n",
-        guest.settings
+        guest.settings.raw()
     );
     config::parse(&format!("the settings in {}", trace.display()), &text, sets, Purpose::Check)
 }

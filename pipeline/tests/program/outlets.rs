@@ -242,7 +242,7 @@ fn the_figures_of_a_cancelled_migration_can_still_be_read() {
     running.signal(Signal::INT);
     until("it is cancelled", || sum("memferry_migrations_total", &["role=\"source\"", "status=\"cancelled\""]) == 1.0);
     assert!(sum("memferry_wire_bytes_total", &["role=\"source\""]) > 0.0);
-    assert!(sum("memferry_stage_seconds", &["role=\"source\""]) > 0.0);
+    assert!(sum("memferry_stage_seconds_total", &["role=\"source\""]) > 0.0);
     running.signal(Signal::INT);
     running.end().expect(130);
 }

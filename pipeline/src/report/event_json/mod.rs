@@ -21,7 +21,7 @@
 //! | `decided` | the controller decided | `round`, `decision`: "another-round", "sample" (a part of what is dirty is sent, to see what deltas come to), "drain" (what is on its way shall arrive first), "throttle", "raise-downtime-limit", "switch-over", "give-up"; `expected_ms`, `why`: in words; `throttle_percent` or `downtime_limit_ms` where that is decided; `forecast`: as in the report |
 //! | `changed` | a setting was changed while it ran | `round`, `key`, `from` and `to`: as the configuration writes them; `memory_bound_bytes`: from here on |
 //! | `progress` | ten times a second | `round`, `remaining_bytes`, `total_bytes`, `wire_bytes`, `wire_bytes_per_s`, `page_bytes_per_s`, `dirty_bytes_per_s`, `expected_downtime_ms`, `downtime_limit_ms` (null at the destination), `throttle_percent`, `done_percent` of the guest's memory, `time_left_ms` (null if nothing is measured, or it does not converge), `bottleneck_percent` (over the latest seconds: `processor`, `limit`, `destination`, `wire`, `guest`, `source`; null where this end cannot know), `cpu_ms` of the process since the first page, `stages` (`name`, `lane`, `busy_ms`, `input_wait_ms`, `output_wait_ms`, `limit_wait_ms`, `batches`, `pages`: from its start on). The last one, before the end, has rates of 0, and 0 remaining after completion |
-//! | `turned_away` | a stranger or a broken peer was refused | `peer`, `why` |
+//! | `turned_away` | strangers or broken peers of a kind were refused: the first at once, then counts | `kind`, `peer`, `why`, `count` |
 //! | `warning` | the operator should know, and it goes on | `what` |
 //! | `paused` | the guest stands still at the source | |
 //! | `handed_over` | a cancel is too late: the destination may run the guest | |
