@@ -360,7 +360,7 @@ fn a_failure_says_why_and_claims_nothing() {
     assert_eq!(verdict(&Ended { downtime: None, ..failed.clone() }), "failed after 2.50 s: disk full");
     let mut account = account::Account::default();
     account.enter(&Event::Ended(failed), Duration::from_secs(1));
-    let table = table::summary(RUN, &account, None);
+    let table = table::summary(&account, None);
     assert!(table.contains("downtime    213 ms until it was resumed at the source: sync "), "{table}");
     assert!(!table.contains("forecast"), "a forecast is measured by a switchover that came to its end: {table}");
 }

@@ -202,7 +202,7 @@ fn a_second_interrupt_ends_at_once() {
     let (destination, address) = scene.listening(&[]);
     let sets = [address.as_str(), COMMANDS[0], COMMANDS[1], "guest.file.command_timeout=50s"];
     let source = scene.start_with(&["send", "send.toml"], &sets);
-    until("the pause command has begun", || scene.path("log").exists());
+    until("the pause command has begun", || scene.path("log").exists() && scene.read("log") == b"begins\n");
     source.signal(Signal::INT);
     source.until_it_says("cancelling; once more to end at once");
     source.signal(Signal::INT);
