@@ -33,7 +33,7 @@ fn a_recording_is_whole_private_and_holds_no_address() {
     let scene = recorded();
     assert_eq!(std::fs::metadata(scene.path("guest.trace")).unwrap().permissions().mode() & 0o777, 0o600);
     let trace = scene.read("guest.trace");
-    assert!(trace.windows(9).any(|bytes| bytes == b"xbzrle_ca"), "the settings");
+    assert!(trace.windows(8).any(|bytes| bytes == b"\"xbzrle\""), "the settings");
     assert!(!trace.windows(6).any(|bytes| bytes == b"10.1.2"), "an address");
     let mut names = scene.names(".");
     names.sort();

@@ -46,8 +46,8 @@ use crate::threads::explained;
 
 pub use watch::main;
 
-/// How long a guard may take to answer, besides the time that a command takes.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// How long a guard may take to answer, besides the time that a command takes. A busy host may take seconds to start a process.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A guard at its post. Dropped without [`Guard::dismiss`], it does its duty.
 #[derive(Debug)]
