@@ -45,20 +45,23 @@ pub(crate) fn between(destination: &str, ask: impl FnMut(Kind) -> Pass + Send + 
 
 /// Passes frames on until an end closes, or is to be cut off.
 fn pass(mut from: TcpStream, mut to: TcpStream, ask: &Mutex<Ask>) {
-    let passed = pass_frames(&mut from, &mut to, ask);
-    // The end of one direction is passed on; after a cut nothing goes either way.
-    let how = if passed.is_ok() { Shutdown::Write } else { Shutdown::Both };
-    drop(to.shutdown(how));
-    if passed.is_err() {
-        drop(from.shutdown(how));
+    if matches!(pass_frames(&mut from, &mut to, ask), Ok(Pass::Cut)) {
+        // Nothing goes either way.
+        for end in [&from, &to] {
+            drop(end.shutdown(Shutdown::Both));
+        }
+    } else {
+        // What the other direction still has to say is heard.
+        drop(to.shutdown(Shutdown::Write));
+        drop(from.shutdown(Shutdown::Read));
     }
 }
 
-fn pass_frames(from: &mut TcpStream, to: &mut TcpStream, ask: &Mutex<Ask>) -> io::Result<()> {
+fn pass_frames(from: &mut TcpStream, to: &mut TcpStream, ask: &Mutex<Ask>) -> io::Result<Pass> {
     loop {
         let mut frame = vec![0; HEAD_BYTES];
         match from.read(&mut frame[..1])? {
-            0 => return Ok(()),
+            0 => return Ok(Pass::On),
             _ => from.read_exact(&mut frame[1..])?,
         }
         let head = FrameHead::parse(frame.first_chunk().unwrap(), PageSize::DEFAULT).unwrap();
@@ -66,9 +69,8 @@ fn pass_frames(from: &mut TcpStream, to: &mut TcpStream, ask: &Mutex<Ask>) -> io
         from.read_exact(&mut frame[HEAD_BYTES..])?;
         let kind = Kind::from_u8(frame[0]).unwrap();
         // Whoever holds a frame back holds back the other direction, too.
-        let answer = (ask.lock().unwrap())(kind);
-        if answer == Pass::Cut {
-            return Err(io::ErrorKind::ConnectionAborted.into());
+        if (ask.lock().unwrap())(kind) == Pass::Cut {
+            return Ok(Pass::Cut);
         }
         to.write_all(&frame)?;
     }

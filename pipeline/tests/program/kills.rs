@@ -78,7 +78,7 @@ impl Crossing {
             }
             Pass::On
         });
-        let sets: Vec<_> = [&[address.as_str(), "migration.lanes=1"], &COMMANDS[..], &TWICE].concat();
+        let sets: Vec<_> = [&[address.as_str(), "pipeline.lanes=1"], &COMMANDS[..], &TWICE].concat();
         let source = scene.start_with(&["send", "send.toml", "--report", "send.json"], &sets);
         Self { scene, writer, source, destination, reached, go_on }
     }
