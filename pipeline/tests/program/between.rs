@@ -45,11 +45,15 @@ pub(crate) fn between(destination: &str, ask: impl FnMut(Kind) -> Pass + Send + 
 
 /// Passes frames on until an end closes, or is to be cut off.
 fn pass(mut from: TcpStream, mut to: TcpStream, ask: &Mutex<Ask>) {
-    // The end of one direction is passed on, and leaves the other one alone: what an end said before it closed arrives. After a
-    // cut nothing goes either way.
-    match pass_frames(&mut from, &mut to, ask).unwrap_or(Pass::On) {
-        Pass::On => drop(to.shutdown(Shutdown::Write)),
-        Pass::Cut => [to, from].iter().for_each(|end| drop(end.shutdown(Shutdown::Both))),
+    if matches!(pass_frames(&mut from, &mut to, ask), Ok(Pass::Cut)) {
+        // Nothing goes either way.
+        for end in [&from, &to] {
+            drop(end.shutdown(Shutdown::Both));
+        }
+    } else {
+        // What the other direction still has to say is heard.
+        drop(to.shutdown(Shutdown::Write));
+        drop(from.shutdown(Shutdown::Read));
     }
 }
 
