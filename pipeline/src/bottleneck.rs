@@ -2,7 +2,7 @@
 //!
 //! | share | of the time in which |
 //! |---|---|
-//! | processor | the processors were used: the stages' busy time, summed, over cores × time, or the processor time of the process if that is more |
+//! | processor | the processors were wanted: the stages' busy time, summed, over cores × time; or, if that is more, the time in which threads of the process ran or waited for a processor |
 //! | limit | the senders waited for `max_bandwidth` |
 //! | destination | the senders waited for the transport, and the destination worked or was silent |
 //! | wire | the senders waited for the transport, and the destination for the wire |
@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 
 use memferry_stages::meter::Reading;
 use memferry_stages::wire::messages::Figure;
+use procfs::process::Process;
 use rustix::time::{ClockId, clock_gettime};
 
 /// A silence of the destination from which it counts against it: its heartbeats come twice a second.
@@ -28,6 +29,8 @@ const SILENCE: Duration = Duration::from_secs(1);
 /// The figure in a destination's heartbeat: nanoseconds since its start in which its receivers did not wait for bytes, the mean
 /// over connections.
 const WORKED: &str = "receivers_worked_ns";
+/// How often it is asked how long threads waited for a processor: that takes a file for each of them.
+const DELAY_EVERY: Duration = Duration::from_secs(1);
 /// How many looks back the latest shares reach.
 const LOOKS: usize = 50;
 
@@ -161,7 +164,8 @@ impl DestinationTime {
 struct Times {
     life: Duration,
     busy: Duration,
-    cpu: Duration,
+    /// In which threads of the process ran or waited for a processor.
+    threads: Duration,
     /// Waits of the senders, their mean: `None` at a destination.
     senders: Option<Waits>,
     /// Waits of the receivers, their mean.
@@ -211,13 +215,13 @@ impl Waits {
 }
 
 impl Times {
-    /// The times of an end's stages, with the processor time of the process meanwhile and what the destination says.
-    fn of(stages: &[Reading], cpu: Duration, destination: Option<DestinationTime>) -> Self {
+    /// The times of an end's stages, with the time of the process's threads and what the destination says.
+    fn of(stages: &[Reading], threads: Duration, destination: Option<DestinationTime>) -> Self {
         let scanner = stages.iter().find(|stage| stage.name == "scanner");
         Self {
             life: stages.iter().map(Reading::life).max().unwrap_or_default(),
             busy: stages.iter().map(|stage| stage.busy).sum(),
-            cpu,
+            threads,
             senders: Waits::of(stages, "sender"),
             receivers: Waits::of(stages, "receiver"),
             idle: scanner.map_or(Duration::ZERO, |scanner| scanner.input_wait),
@@ -230,7 +234,7 @@ impl Times {
         Self {
             life: self.life.saturating_sub(before.life),
             busy: self.busy.saturating_sub(before.busy),
-            cpu: self.cpu.saturating_sub(before.cpu),
+            threads: self.threads.saturating_sub(before.threads),
             senders: self.senders.map(|senders| senders.since(before.senders)),
             receivers: self.receivers.map(|receivers| receivers.since(before.receivers)),
             idle: self.idle.saturating_sub(before.idle),
@@ -247,9 +251,9 @@ impl Times {
         #[expect(clippy::cast_precision_loss, reason = "a number of cores")]
         let capacity = self.life.as_secs_f64() * cores.get() as f64;
         bottleneck.load = self.busy.as_secs_f64() / capacity;
-        let used = self.cpu.as_secs_f64() / capacity;
+        let wanted = self.threads.as_secs_f64() / capacity;
         let mut set = |cause, share: f64| bottleneck.shares[cause as usize] = Some(share.clamp(0.0, 1.0));
-        set(Cause::Processor, (self.busy.as_secs_f64() / capacity).max(used));
+        set(Cause::Processor, (self.busy.as_secs_f64() / capacity).max(wanted));
         let part = |time: Duration, life: Duration| time.as_secs_f64() / life.as_secs_f64().max(f64::MIN_POSITIVE);
         if let Some(senders) = self.senders {
             let destination = self.destination.map(|time| (time.worked + time.silent).min(senders.output));
@@ -273,6 +277,9 @@ impl Times {
 pub(crate) struct Watch {
     cores: NonZeroUsize,
     cpu_began: Duration,
+    delay_began: Duration,
+    /// The latest time in which threads had waited for a processor, and when it was taken.
+    delay: (Duration, Instant),
     heard: Instant,
     /// What is heard of the destination, if one answers.
     destination: Option<DestinationTime>,
@@ -285,6 +292,8 @@ impl Watch {
         Self {
             cores: available_parallelism().unwrap_or(NonZeroUsize::MIN),
             cpu_began: process_time(),
+            delay_began: run_delay(),
+            delay: (Duration::ZERO, Instant::now()),
             heard: Instant::now(),
             destination: answers.then(DestinationTime::default),
             looks: VecDeque::from([Times::default()]),
@@ -308,7 +317,10 @@ impl Watch {
 
     /// The shares of the latest seconds, with these readings.
     pub(crate) fn latest(&mut self, stages: &[Reading]) -> Bottleneck {
-        let now = self.times(stages);
+        if self.delay.1.elapsed() >= DELAY_EVERY {
+            self.delay = (self.delay(), Instant::now());
+        }
+        let now = self.times(stages, self.delay.0);
         let shares = self.looks.front().map_or(now, |before| now.since(before)).shares(self.cores);
         if self.looks.len() == LOOKS {
             self.looks.pop_front();
@@ -319,13 +331,18 @@ impl Watch {
 
     /// The shares from the start.
     pub(crate) fn all(&self, stages: &[Reading]) -> Bottleneck {
-        self.times(stages).shares(self.cores)
+        self.times(stages, self.delay()).shares(self.cores)
     }
 
-    fn times(&self, stages: &[Reading]) -> Times {
+    /// Time in which threads of the process waited for a processor since the stages began. A thread that has ended is forgotten.
+    fn delay(&self) -> Duration {
+        run_delay().saturating_sub(self.delay_began).max(self.delay.0)
+    }
+
+    fn times(&self, stages: &[Reading], delay: Duration) -> Times {
         let silence = counted_silence(self.heard.elapsed());
         let destination = self.destination.map(|time| DestinationTime { silent: time.silent + silence, ..time });
-        Times::of(stages, self.cpu(), destination)
+        Times::of(stages, self.cpu() + delay, destination)
     }
 }
 
@@ -351,6 +368,13 @@ fn counted_silence(silence: Duration) -> Duration {
 pub(crate) fn process_time() -> Duration {
     let time = clock_gettime(ClockId::ProcessCPUTime);
     Duration::try_from(time).unwrap_or_default()
+}
+
+/// Time in which the threads of this process waited for a processor; nothing on a kernel that does not count it.
+fn run_delay() -> Duration {
+    let Ok(threads) = Process::myself().and_then(|process| process.tasks()) else { return Duration::ZERO };
+    let delays = threads.filter_map(|thread| thread.and_then(|thread| thread.schedstat()).ok());
+    Duration::from_nanos(delays.map(|stat| stat.run_delay).sum())
 }
 
 #[cfg(test)]

@@ -60,7 +60,8 @@ pub struct BlockFacts {
 pub struct Progress {
     /// The current round, from 1.
     pub round: u32,
-    /// Page bytes that are dirty or taken and not acknowledged.
+    /// Page bytes that are dirty or taken and not acknowledged. A destination does not know what is dirty: there, page bytes that were
+    /// not loaded once.
     pub remaining_bytes: u64,
     /// Bytes of the guest.
     pub total_bytes: u64,
@@ -87,7 +88,7 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// The share of the guest's memory that the other end has as it is, 0 to 1.
+    /// The share of the guest's memory that does not remain, 0 to 1.
     #[must_use]
     pub fn done(&self) -> f64 {
         if self.total_bytes == 0 {
@@ -105,10 +106,13 @@ impl Progress {
     }
 }
 
+/// A time left above this says nothing: the rates of the moment do not last so long.
+const LONGEST_SECONDS: f64 = 24.0 * 3600.0;
+
 /// How long it takes until nothing remains, at the rates of the moment.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum TimeLeft {
-    /// Nothing is measured yet.
+    /// Nothing is measured yet, or it would take more than a day.
     Unknown,
     /// About this.
     About(Duration),
@@ -127,12 +131,12 @@ impl TimeLeft {
             return Self::Unknown;
         }
         let shrinks = page_rate - dirty_rate.unwrap_or(0.0);
-        if shrinks <= 0.0 {
+        if shrinks.is_nan() || shrinks <= 0.0 {
             return Self::DoesNotConverge;
         }
         #[expect(clippy::cast_precision_loss, reason = "a time for the eye")]
         let seconds = remaining_bytes as f64 / shrinks;
-        Duration::try_from_secs_f64(seconds).map_or(Self::Unknown, Self::About)
+        if seconds > LONGEST_SECONDS { Self::Unknown } else { Self::About(Duration::from_secs_f64(seconds)) }
     }
 }
 
@@ -330,5 +334,29 @@ impl Observers {
         for observer in self.list.iter() {
             observer.event(self.role, event);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_remains_shrinks_by_what_is_sent_less_what_is_dirtied() {
+        let about = |seconds| TimeLeft::About(Duration::from_secs(seconds));
+        assert_eq!(TimeLeft::at_rates(300, 30.0, None), about(10));
+        assert_eq!(TimeLeft::at_rates(300, 30.0, Some(20.0)), about(30));
+        assert_eq!(TimeLeft::at_rates(0, 0.0, Some(20.0)), about(0));
+        assert_eq!(TimeLeft::at_rates(300, 0.0, None), TimeLeft::Unknown);
+        assert_eq!(TimeLeft::at_rates(u64::MAX, 1.0, None), TimeLeft::Unknown);
+        assert_eq!(TimeLeft::at_rates(300, 30.0, Some(30.0)), TimeLeft::DoesNotConverge);
+        assert_eq!(TimeLeft::at_rates(300, f64::NAN, Some(f64::INFINITY)), TimeLeft::DoesNotConverge);
+    }
+
+    #[test]
+    fn done_is_what_does_not_remain() {
+        let done =
+            |remaining_bytes, total_bytes| Progress { remaining_bytes, total_bytes, ..Progress::default() }.done();
+        assert_eq!([done(0, 0), done(1, 4), done(9, 4), done(0, 4)], [0.0, 0.75, 0.0, 1.0]);
     }
 }

@@ -23,7 +23,7 @@
 //! | `memferry_sync_seconds` | histogram | role | how long a bitmap sync took |
 //! | `memferry_dirty_pages` | gauge | role | dirty pages at the last sync |
 //! | `memferry_guest_bytes` | gauge | role | bytes of the guest's memory |
-//! | `memferry_remaining_bytes` | gauge | role | page bytes to go |
+//! | `memferry_remaining_bytes` | gauge | role | page bytes to go; at the destination: not loaded once |
 //! | `memferry_wire_bytes_per_second` | gauge | role | bytes to the wire, lately |
 //! | `memferry_page_bytes_per_second` | gauge | role | page bytes that are read, or loaded, lately |
 //! | `memferry_dirty_bytes_per_second` | gauge | role | page bytes that the guest dirtied, lately |

@@ -217,7 +217,7 @@ pub struct ChangedJson {
 pub struct ProgressJson {
     /// The current round, from 1.
     pub round: u32,
-    /// Page bytes that are dirty or taken and not acknowledged.
+    /// Page bytes that are dirty or taken and not acknowledged; at the destination: that were not loaded once.
     pub remaining_bytes: u64,
     /// Bytes of the guest.
     pub total_bytes: u64,
@@ -235,7 +235,7 @@ pub struct ProgressJson {
     pub downtime_limit_ms: Option<f64>,
     /// Percent of its time that the guest is throttled.
     pub throttle_percent: u8,
-    /// The part of the guest's memory that the other end has as it is.
+    /// The part of the guest's memory that does not remain.
     #[serde(default)]
     pub done_percent: f64,
     /// How long it takes until nothing remains, at the rates of the moment; null if nothing is measured, or it does not converge.
