@@ -126,7 +126,10 @@ fn an_operator_looks_changes_and_has_it_finish() {
     asked.ask(&["set", "lanes=4"]).expect(2).says(&["\"lanes\" is no setting that can be changed", "max_bandwidth, "]);
     asked.ask(&["set", "max_bandwidth=1"]).expect(2).says(&["1 B/s is too slow", "64 KiB/s"]);
     let large = asked.ask(&["set", "xbzrle_cache=900 TiB"]).expect(1);
-    large.says(&["xbzrle_cache: an XBZRLE cache of 900 TiB is larger than the guest's memory, ", " or less, or leave it out"]);
+    large.says(&[
+        "xbzrle_cache: an XBZRLE cache of 900 TiB is larger than the guest's memory, ",
+        " or less, or leave it out",
+    ]);
     let twice = asked.ask(&["set", "downtime_limit=3ms", "throttle=20", "downtime_limit=4ms"]);
     twice.expect(2).says(&["downtime_limit is given twice"]);
     asked.ask(&["set", "max_downtime=2ms"]).expect(0);
