@@ -152,7 +152,12 @@ fn the_guest_is_paused_as_soon_as_the_backlog_is_acknowledged() {
     const PATIENCE: Duration = Duration::from_millis(500);
     assert!(decided_before_the_pause(false) >= PATIENCE, "nothing was acknowledged");
     // A busy machine may take as long for other reasons, though not every time.
-    assert!((0..20).any(|_| decided_before_the_pause(true) < PATIENCE), "it waits for what has arrived");
+    let is_short = |_| {
+        let time = decided_before_the_pause(true);
+        println!("paused after {time:?}");
+        time < PATIENCE
+    };
+    assert!((0..50).any(is_short), "it waits for what has arrived");
 }
 
 /// The time from the first decision to the pause of a guest whose backlog is acknowledged at once, or never.
@@ -256,15 +261,20 @@ fn silence_before_loaded_and_after_go() {
     }
 }
 
-/// Leaves a source without Loaded, and another without Running, until its handover times out; false if Loaded came too late for
-/// the second.
+/// Leaves a source without Loaded, and another without Running, until its handover times out; false if that was too short for what
+/// comes before.
 fn is_silent(handover_timeout: Duration) -> bool {
     let impatient = SourceSettings { handover_timeout, ..settings() };
+    let mut heard = None;
     let sent = send_to(impatient.clone(), async |mut hand, _, _| {
         hand.agree().await;
-        assert!(matches!(hand.hear_until(Kind::Abort).await, Some(Message::Abort(why)) if why.contains("in time")));
+        heard = hand.hear_until(Kind::Abort).await;
         std::future::pending().await
     });
+    if sent.ended.error.as_ref().is_some_and(|error| error.contains("does not read what it is sent")) {
+        return false;
+    }
+    assert!(matches!(&heard, Some(Message::Abort(why)) if why.contains("in time")), "{heard:?}");
     sent.stayed(Phase::Failed, &["did not report that everything is loaded in time"]);
     let mut went = false;
     let sent = send_to(impatient, async |mut hand, _, _| {
