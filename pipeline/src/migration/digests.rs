@@ -156,8 +156,10 @@ impl Digests {
 /// The most bytes that digests of a guest take: what was never touched, what is left out if any may be, the stretches in a row, and
 /// the hashes as they are found and as they are kept.
 pub(super) fn bound_bytes(layout: &Layout, may_leave_out: bool) -> u64 {
-    let hashes = all_stretches(layout).count() * (2 * size_of::<u128>() + size_of::<StretchAt>());
-    (1 + u64::from(may_leave_out)) * DirtyBitmap::bytes_of(layout) + hashes as u64
+    // Not counted one by one: the layout is a peer's, and nobody has looked yet whether this host has room for it.
+    let stretches: u64 = (0..layout.block_count()).map(|block| stretches_of(layout, block)).sum();
+    let hashes = stretches * (2 * size_of::<u128>() + size_of::<StretchAt>()) as u64;
+    (1 + u64::from(may_leave_out)) * DirtyBitmap::bytes_of(layout) + hashes
 }
 
 /// Digests that are being computed. Dropping them stops the work.
