@@ -1,5 +1,6 @@
 //! What the figures of a migration say should be set otherwise.
 
+use memferry_stages::codec::Codec;
 use memferry_stages::tally::RoundTally;
 use std::fmt;
 
@@ -53,8 +54,8 @@ pub enum Conclusion {
         share: f64,
         /// How many cores.
         cores: usize,
-        /// Is something compressed?
-        compresses: bool,
+        /// Is the codec one that others need less of the processor than?
+        has_lighter_codec: bool,
     },
 }
 
@@ -81,12 +82,12 @@ impl fmt::Display for Conclusion {
                 percent(share),
                 human::counted(cores as u64, "core")
             ),
-            Self::ProcessorFull { share, cores, compresses } => write!(
+            Self::ProcessorFull { share, cores, has_lighter_codec } => write!(
                 f,
                 "The processor was {} busy ({}): {}.",
                 percent(share),
                 human::counted(cores as u64, "core"),
-                if compresses { "compress = \"none\" takes less of it" } else { "leave it more cores" }
+                if has_lighter_codec { "compress = \"lz4\" takes less of it" } else { "leave it more cores" }
             ),
         }
     }
@@ -127,11 +128,11 @@ fn held(held_up: &Bottleneck, cause: Cause) -> Option<f64> {
 }
 
 fn processor(settings: &SourceSettings, share: f64, cores: usize) -> Conclusion {
-    let compresses = settings.encoder.compress.is_some();
+    let has_lighter_codec = matches!(settings.encoder.compress, Some(Codec::Zstd { .. }));
     if usize::from(settings.lanes) > cores {
         Conclusion::TooManyLanes { share, lanes: settings.lanes, cores }
     } else {
-        Conclusion::ProcessorFull { share, cores, compresses }
+        Conclusion::ProcessorFull { share, cores, has_lighter_codec }
     }
 }
 
@@ -231,7 +232,13 @@ mod tests {
         );
         assert_eq!(
             words(&settings(), &account(&[]), full),
-            ["The processor was 95 % busy (4 cores): compress = \"none\" takes less of it."]
+            ["The processor was 95 % busy (4 cores): leave it more cores."]
+        );
+        let mut heavy = settings();
+        heavy.encoder.compress = Some(Codec::Zstd { level: 3 });
+        assert_eq!(
+            words(&heavy, &account(&[]), full),
+            ["The processor was 95 % busy (4 cores): compress = \"lz4\" takes less of it."]
         );
         assert_eq!(words(&many, &account(&[]), &shares(0.5, 0.5)), [""; 0]);
     }
