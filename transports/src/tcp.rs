@@ -1,7 +1,7 @@
 //! TCP: several connections, each with its return path.
 //!
 //! Takes a host and a port, gives [`Connection`]s. Owns nothing but its sockets. Promises: small frames leave at once
-//! (`TCP_NODELAY`), a peer that vanished without a word is noticed within the peer timeout (keepalive where nothing waits to be
+//! (`TCP_NODELAY`), a peer that vanished without a word is noticed within one and a half peer timeouts (keepalive where nothing waits to be
 //! sent, `TCP_USER_TIMEOUT` where something does), and buffers are left to the kernel's autotuning, which knows the path better. Only on a path that does not leave the
 //! host there is nothing to tune for: no delay to fill, and what waits in a large buffer has left the processor's cache when it is read.
 
@@ -51,7 +51,7 @@ impl TcpTransport {
         Self { host: host.into(), port, connect_timeout, peer_timeout: PEER_TIMEOUT }
     }
 
-    /// The same, whose connections end when the peer acknowledges nothing for so long: neither data nor a probe.
+    /// The same, whose connections end when the peer acknowledges nothing, neither data nor a probe, for half as long again.
     #[must_use]
     pub fn with_peer_timeout(self, peer_timeout: Duration) -> Self {
         Self { peer_timeout, ..self }
@@ -221,7 +221,9 @@ fn prepare(stream: &TcpStream, peer_timeout: Duration) -> io::Result<()> {
     let [idle, every] =
         [peer_timeout / 2, peer_timeout / 8].map(|time| time.clamp(*KEEPALIVE.start(), *KEEPALIVE.end()));
     socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(idle).with_interval(every))?;
-    socket.set_tcp_user_timeout(Some(peer_timeout.min(LONGEST_USER_TIMEOUT)))
+    // Whoever watches for silence is first, and has more to say than "connection timed out".
+    let user_timeout = peer_timeout.saturating_add(peer_timeout / 2).min(LONGEST_USER_TIMEOUT);
+    socket.set_tcp_user_timeout(Some(user_timeout))
 }
 
 /// Why each address of a host could not be reached.
@@ -289,7 +291,7 @@ mod tests {
         prepare(&stream, Duration::from_secs(7)).expect("prepared");
         let socket = SockRef::from(&stream);
         assert!(stream.nodelay().expect("asked") && socket.keepalive().expect("asked"));
-        assert_eq!(socket.tcp_user_timeout().expect("asked"), Some(Duration::from_secs(7)));
+        assert_eq!(socket.tcp_user_timeout().expect("asked"), Some(Duration::from_millis(10_500)));
         assert_eq!(socket.tcp_keepalive_time().expect("asked"), Duration::from_secs(3));
         assert_eq!(socket.tcp_keepalive_interval().expect("asked"), Duration::from_secs(1));
         // Whatever the timeout, the kernel takes it.

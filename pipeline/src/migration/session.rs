@@ -14,8 +14,8 @@ use memferry_stages::geometry::PageSize;
 use memferry_stages::silence::{Attentive, Ear};
 use memferry_stages::untrusted::Untrusted;
 use memferry_stages::wire::hello::{Features, Hello, SessionId};
-use memferry_stages::wire::reader::{FrameReader, Incoming};
-use memferry_stages::wire::{Message, PROTOCOL_VERSION};
+use memferry_stages::wire::reader::{FrameReader, Incoming, ReadError};
+use memferry_stages::wire::{FrameError, Message, PROTOCOL_VERSION, WireError};
 use memferry_transports::{Connection, Listener, is_shortage};
 use tokio::io::AsyncWriteExt;
 use tokio::task::{AbortHandle, JoinSet};
@@ -341,7 +341,11 @@ async fn read_hello(reader: &mut Reader) -> Result<Hello, Refusal> {
         Ok(Some(Incoming::Message { message: Message::Hello(hello), .. })) => Ok(hello),
         Ok(Some(_)) => stranger("its first frame is not Hello".into()),
         Ok(None) => Err((TurnedAwayKind::Silent, "it ended at byte 0, without a word".into())),
-        Err(error) => stranger(error.to_string()),
+        Err(error) => {
+            let is_version = matches!(&error, ReadError::Frame(FrameError { error: WireError::Version { .. }, .. }));
+            let kind = if is_version { TurnedAwayKind::Version } else { TurnedAwayKind::Stranger };
+            Err((kind, error.to_string()))
+        }
     }
 }
 
