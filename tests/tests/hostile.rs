@@ -231,7 +231,8 @@ fn a_peer_that_cannot_be_taken_hears_why_and_the_wait_goes_on() {
     // The first of each kind is told at once, and the others are counted.
     let told = turned_away(&recorder);
     assert_eq!(told.iter().map(|(_, count)| count).sum::<u64>(), 8, "{told:?}");
-    for word in ["protocol version 2", "at most 8", "contradicts", "not Hello", "there already"] {
+    for word in ["protocol version 2", "number of lanes is 0", "at most 8", "contradicts", "not Hello", "there already"]
+    {
         assert!(told.iter().any(|(why, _)| why.contains(word)), "{word}: {told:?}");
     }
 }
