@@ -181,6 +181,18 @@ pub fn shown_json(json: String) -> String {
     shown
 }
 
+/// A text of several lines, each as [`Untrusted`] shows it but of any length: for what names an operator's own files and addresses.
+#[must_use]
+pub fn shown_lines(text: &str) -> Cow<'_, str> {
+    let is_unsafe = |character: char| character != '\n' && is_unsafe(character);
+    if !text.contains(is_unsafe) {
+        return Cow::Borrowed(text);
+    }
+    let shown =
+        |character: char| if is_unsafe(character) { character.escape_debug().to_string() } else { character.into() };
+    Cow::Owned(text.chars().map(shown).collect())
+}
+
 /// Does a character move the cursor, change what stands around it, or stand for nothing that is seen?
 #[must_use]
 pub fn is_unsafe(character: char) -> bool {
@@ -203,6 +215,12 @@ pub fn is_unsafe(character: char) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn lines_stay_lines_and_nothing_else_moves_the_cursor() {
+        assert_eq!(shown_lines("a\nb"), "a\nb");
+        assert_eq!(shown_lines("a\u{1b}[2K\n\u{7}\u{202e}b"), "a\\u{1b}[2K\n\\u{7}\\u{202e}b");
+    }
 
     #[test]
     fn what_moves_a_cursor_or_turns_a_line_around_is_escaped() {

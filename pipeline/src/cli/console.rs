@@ -9,6 +9,8 @@ use std::io::{self, IsTerminal, LineWriter, Write};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use memferry_stages::untrusted::shown_lines;
+
 use crate::events::{Event, Observer, Role};
 use crate::outlet::{Direct, Outlet, Sink};
 use crate::progress::{ProgressDisplay, ProgressLines, Screen};
@@ -55,7 +57,12 @@ pub(super) fn start() -> io::Result<()> {
 /// Says a line on standard error. Nobody may read it any more (a closed terminal, a full disk): that ends nothing, as the panic of
 /// `eprintln!` would.
 pub(super) fn tell(line: fmt::Arguments<'_>) {
-    let line = format!("{line}\n");
+    tell_styled(&shown_lines(&line.to_string()));
+}
+
+/// Says lines that carry colours of their own, and nothing else that is unsafe to show.
+pub(super) fn tell_styled(lines: &str) {
+    let line = format!("{lines}\n");
     match CONSOLE.get() {
         Some(console) => console.stderr.put(Shown::Text(line.into_bytes())),
         None => drop(Direct(io::stderr()).write_all(line.as_bytes())),
@@ -64,7 +71,7 @@ pub(super) fn tell(line: fmt::Arguments<'_>) {
 
 /// Says text on standard output, after what was said on standard error before it. False if nobody takes it.
 pub(super) fn print(text: &str) -> bool {
-    let text = format!("{text}\n");
+    let text = format!("{}\n", shown_lines(text));
     match CONSOLE.get() {
         Some(console) => {
             console.stderr.flush(LAST_WORDS);

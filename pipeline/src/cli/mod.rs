@@ -23,13 +23,14 @@ mod verdict;
 mod watch;
 
 use std::future::Future;
-use std::io::{IsTerminal, Write};
+use std::io::{ErrorKind, IsTerminal, Write};
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Parser;
 use memferry_stages::host::cores;
+use memferry_stages::untrusted::shown_lines;
 use memferry_transports::Address;
 
 use crate::api::patch;
@@ -225,7 +226,7 @@ fn probe() -> ExitCode {
 /// The configuration, or the exit code after its errors were shown.
 fn load(configured: &Configured, purpose: Purpose) -> Result<Config, ExitCode> {
     config::load(&configured.config, &configured.sets, purpose).map_err(|error| {
-        tell!("{}", error.render(std::io::stderr().is_terminal()));
+        console::tell_styled(&error.render(std::io::stderr().is_terminal()));
         ExitCode::from(BAD_USAGE)
     })
 }
@@ -239,9 +240,14 @@ fn on_control_plane<T>(command: impl Future<Output = std::io::Result<T>>) -> std
 }
 
 fn print(text: &str, code: u8) -> ExitCode {
-    // A reader that has seen enough closes the pipe.
-    drop(writeln!(std::io::stdout(), "{}", text.trim_end()));
-    code.into()
+    let mut stdout = std::io::stdout();
+    match writeln!(stdout, "{}", shown_lines(text.trim_end())).and_then(|()| stdout.flush()) {
+        // A reader that has seen enough closes the pipe.
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
+            complain(&format!("standard output cannot be written: {error}"), FAILED)
+        }
+        _ => code.into(),
+    }
 }
 
 fn refused(error: &std::io::Error) -> ExitCode {

@@ -7,6 +7,7 @@ use std::fmt;
 use std::ops::Range;
 
 use annotate_snippets::{AnnotationKind, Level, Origin, Renderer, Snippet};
+use memferry_stages::untrusted::shown_lines;
 
 /// One thing that is wrong.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,17 +47,19 @@ pub(super) struct Shown {
 
 impl Shown {
     fn render(&self, renderer: &Renderer) -> String {
-        let title = Level::ERROR.primary_title(self.fault.what.as_str());
+        let [what, origin] = [&self.fault.what, &self.origin].map(|text| shown_lines(text));
+        let help = self.fault.help.as_deref().map(shown_lines);
+        let title = Level::ERROR.primary_title(&*what);
         let mut group = match &self.span {
             Some(span) => title.element(
                 Snippet::source(self.text.as_str())
-                    .path(self.origin.as_str())
+                    .path(&*origin)
                     .annotation(AnnotationKind::Primary.span(span.clone())),
             ),
-            None => title.element(Origin::path(self.origin.as_str())),
+            None => title.element(Origin::path(&*origin)),
         };
-        if let Some(help) = &self.fault.help {
-            group = group.element(Level::HELP.message(help.as_str()));
+        if let Some(help) = &help {
+            group = group.element(Level::HELP.message(&**help));
         }
         renderer.render(&[group])
     }

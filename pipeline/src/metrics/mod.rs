@@ -21,7 +21,7 @@
 //! | `memferry_xbzrle_overflows_total` | counter | role | pages whose delta was not smaller |
 //! | `memferry_spared_pages_total` | counter | role, why | pages that were not sent: hinted, unplugged, ignored |
 //! | `memferry_sync_seconds` | histogram | role | how long a bitmap sync took |
-//! | `memferry_dirty_pages` | gauge | role | dirty pages at the last sync |
+//! | `memferry_dirty_pages` | gauge | role | dirty pages at the last sync; 0 after completion |
 //! | `memferry_guest_bytes` | gauge | role | bytes of the guest's memory |
 //! | `memferry_remaining_bytes` | gauge | role | page bytes to go; at the destination: not loaded once |
 //! | `memferry_wire_bytes_per_second` | gauge | role | bytes to the wire, lately |
@@ -108,6 +108,9 @@ impl MetricsObserver {
             *counted = Counted::default();
         });
         let role = name(role);
+        if ended.phase == Phase::Completed {
+            gauge!("memferry_dirty_pages", "role" => role).set(0.0);
+        }
         counter!("memferry_migrations_total", "role" => role, "status" => status(ended.phase)).increment(1);
         gauge!("memferry_memory_peak_bytes", "role" => role).set(float(ended.memory_peak));
         let Spared { hinted, unplugged, ignored, .. } = ended.spared;

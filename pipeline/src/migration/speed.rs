@@ -1,35 +1,48 @@
-//! The rate for whoever watches: smoothed over about a second.
+//! The rate for whoever watches: the mean over the latest seconds.
 
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-/// The rate is 0 once nothing has moved for so long: what is smoothed would only come near it.
-const STILL: Duration = Duration::from_secs(2);
+/// What the mean is over. Under a small bandwidth limit a connection writes once in a second or two.
+const WINDOW: Duration = Duration::from_secs(3);
 
 /// The rate of bytes on the wire.
 #[derive(Debug, Default)]
 pub(super) struct Speed {
-    last: Option<(Instant, u64)>,
-    /// When something moved.
-    moved: Option<Instant>,
-    rate: f64,
+    /// Totals and when they were taken, the oldest in front: one at least as old as the window, if there is one.
+    looks: VecDeque<(Instant, u64)>,
 }
 
 impl Speed {
-    /// So many bytes have gone out by now: the rate lately, in bytes a second.
+    /// This many bytes have gone out by now: the rate lately, in bytes a second.
     pub(super) fn tick(&mut self, total: u64) -> f64 {
-        let now = Instant::now();
-        if let Some((then, before)) = self.last {
-            let time = now.duration_since(then).as_secs_f64().max(1e-3);
-            let weight = time.min(1.0);
-            if total != before {
-                self.moved = Some(now);
-            }
-            self.rate += ((total - before) as f64 / time - self.rate) * weight;
+        self.tick_at(Instant::now(), total)
+    }
+
+    fn tick_at(&mut self, now: Instant, total: u64) -> f64 {
+        self.looks.push_back((now, total));
+        while self.looks.get(1).is_some_and(|(then, _)| now.duration_since(*then) >= WINDOW) {
+            self.looks.pop_front();
         }
-        self.last = Some((now, total));
-        if self.moved.is_none_or(|moved| now.duration_since(moved) >= STILL) {
-            self.rate = 0.0;
-        }
-        self.rate
+        let (then, before) = self.looks[0];
+        let time = now.duration_since(then).as_secs_f64();
+        if time > 0.0 { (total - before) as f64 / time } else { 0.0 }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_rate_is_right_from_the_start_through_bursts_and_when_nothing_moves() {
+        let (mut speed, start) = (Speed::default(), Instant::now());
+        let mut at = |ms: u64, total| speed.tick_at(start + Duration::from_millis(ms), total);
+        assert!(at(0, 0).abs() < 1e-9);
+        assert!((at(100, 100_000) - 1e6).abs() < 1.0);
+        // A burst each second.
+        let rates: Vec<_> = (2..100).map(|tenth| at(tenth * 100, 100_000 + tenth / 10 * 1_000_000)).collect();
+        assert!(rates[40..].iter().all(|rate| (6e5..1.4e6).contains(rate)), "{rates:?}");
+        assert!(at(13_000, 9_100_000) < 1e6 && at(16_000, 9_100_000).abs() < 1e-9);
     }
 }
