@@ -28,7 +28,10 @@ const IMAGE: u64 = 6 << 20;
 /// 6 MiB at this rate: about a second of rounds.
 const SLOWLY: &str = "migration.max_bandwidth=6 MiB/s";
 
-/// A moment of a crossing: a frame of pages is on its way, of the round in which the guest runs or of that in which it is paused.
+/// A moment of a crossing: a frame of pages is on its way, of the first round or of the last, in which the guest is paused.
+///
+/// While a frame of the first round is held, the rest of the round may fit in the sockets' buffers, and the source may pause the
+/// guest. So a moment of the last round implies that the guest is paused, and one of the first round implies nothing.
 #[derive(Clone, Copy, Debug)]
 struct Moment {
     paused: bool,
@@ -113,7 +116,7 @@ fn a_source_survives_its_destination() {
         let moment = Moment::drawn(seed, step);
         let crossing = Crossing::begin(Some(moment));
         crossing.until_the_moment();
-        assert_eq!(crossing.writer.is_stopped(), moment.paused);
+        assert!(crossing.writer.is_stopped() || !moment.paused);
         crossing.destination.signal(Signal::KILL);
         crossing.destination.until_it_is_dead();
         crossing.let_go();
@@ -122,9 +125,9 @@ fn a_source_survives_its_destination() {
         let source = source.expect(1).says(&["failed after", "connection"]);
         let report = Report::read(&scene.path("send.json"));
         assert_eq!(report.text("status"), "failed");
-        let paused_for = "the guest was paused for ";
-        assert_eq!(source.stdout.contains(paused_for), moment.paused, "{source}");
-        assert_eq!(report.at("/downtime_ms").is_null(), !moment.paused);
+        let was_paused = source.stdout.contains("the guest was paused for ");
+        assert!(was_paused || !moment.paused, "{source}");
+        assert_eq!(report.at("/downtime_ms").is_null(), !was_paused);
         writer.goes_on(&scene.path("from/ram"));
         assert_eq!(fs::metadata(scene.path("from/ram")).unwrap().len(), IMAGE);
         nothing_complete(&scene, "to");
@@ -152,13 +155,13 @@ fn a_destination_starts_nothing_when_its_source_is_killed() {
         let moment = Moment::drawn(seed, step);
         let crossing = Crossing::begin(Some(moment));
         crossing.until_the_moment();
-        assert_eq!(crossing.writer.is_stopped(), moment.paused);
+        assert!(crossing.writer.is_stopped() || !moment.paused);
         crossing.source.signal(Signal::KILL);
         crossing.writer.goes_on(&crossing.scene.path("from/ram"));
         crossing.let_go();
         let (scene, writer, source, destination) = crossing.end();
         assert_eq!(source.code, 128 + 9);
-        assert_eq!(source.stderr.contains("memferry guard: "), moment.paused, "{source}");
+        assert!(source.stderr.contains("memferry guard: ") || !moment.paused, "{source}");
         destination.expect(1).says(&["failed after"]);
         assert_eq!(Report::read(&scene.path("recv.json")).text("status"), "failed");
         assert_eq!(scene.names("to"), [""; 0]);
@@ -178,7 +181,7 @@ fn interrupted_either_end_leaves_the_source_as_it_was() {
             end.until_it_says("cancelling; once more to end at once");
             crossing.let_go();
             let (scene, writer, source, destination) = crossing.end();
-            assert_eq!(Report::read(&scene.path("send.json")).at("/downtime_ms").is_null(), !paused);
+            assert!(!Report::read(&scene.path("send.json")).at("/downtime_ms").is_null() || !paused);
             let (cancelled, told) = if at_source { (source, destination) } else { (destination, source) };
             cancelled.expect(130).says(&["cancelled after"]);
             told.expect(1).says(&["failed after", "cancelled at the"]);
