@@ -8,8 +8,8 @@
 
 use std::time::{Duration, Instant};
 
-use memferry::api::{Server, client};
 use memferry::control::Control;
+use memferry_cli::api::{Server, client};
 use memferry_tests::busy::Busy;
 use memferry_transports::Address;
 

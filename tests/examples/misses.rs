@@ -13,8 +13,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use memferry::events::{Event, Phase};
-use memferry::guest::workload::{Fill, Pattern, Workload, WorkloadSettings};
 use memferry::settings::{ConvergenceSettings, EncoderSettings, OnMiss, SourceSettings, StallStep, XbzrleSettings};
+use memferry_guests::workload::{Fill, Pattern, Workload, WorkloadSettings};
 use memferry_tests::foreseen::{settings, workload, writer};
 use memferry_tests::migrate;
 use memferry_transports::{Address, open};

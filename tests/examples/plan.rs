@@ -10,8 +10,8 @@ use std::error::Error;
 use std::time::Duration;
 
 use memferry::codec::Codec;
-use memferry::guest::workload::{Pattern, WriterSettings};
 use memferry::settings::{EncoderSettings, OnMiss, XbzrleSettings};
+use memferry_guests::workload::{Pattern, WriterSettings};
 use memferry_tests::foreseen::{Case, Went, median, off, settings, writer};
 
 const RECORDED: Duration = Duration::from_secs(5);

@@ -18,12 +18,12 @@ use std::time::Duration;
 
 use memferry::events::{Ended, Event, Observer, Observers, Phase, Role};
 use memferry::guest::Guest;
-use memferry::guest::workload::{Fill, Pattern, Region, Workload, WorkloadSettings, WriterSettings};
 use memferry::migration::{DataPlane, receive, send};
 use memferry::settings::{
     ConvergenceSettings, EncoderSettings, OnDeadline, OnMiss, SourceSettings, StallStep, ThrottleSettings,
     XbzrleSettings,
 };
+use memferry_guests::workload::{Fill, Pattern, Region, Workload, WorkloadSettings, WriterSettings};
 use memferry_stages::codec::Codec;
 use memferry_tests::run::{destination_settings, source_settings};
 use memferry_transports::{Address, Listener, Transport, open};

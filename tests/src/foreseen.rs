@@ -3,15 +3,15 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use memferry::config::units::Units;
 use memferry::events::{Event, Phase, Role};
-use memferry::guest::workload::{Fill, Pattern, Region, Workload, WorkloadSettings, WriterSettings};
-use memferry::plan::bandwidth::Bandwidth;
-use memferry::plan::forecast::foresee;
-use memferry::plan::record::{INTERVAL, RecordSettings, record};
-use memferry::plan::trace::read;
-use memferry::plan::written::Written;
 use memferry::settings::{ConvergenceSettings, EncoderSettings, SourceSettings, StallStep};
+use memferry::units::Units;
+use memferry_guests::workload::{Fill, Pattern, Region, Workload, WorkloadSettings, WriterSettings};
+use memferry_plan::bandwidth::Bandwidth;
+use memferry_plan::forecast::foresee;
+use memferry_plan::record::{INTERVAL, RecordSettings, record};
+use memferry_plan::trace::read;
+use memferry_plan::written::Written;
 use memferry_transports::{Address, open};
 use tokio_util::sync::CancellationToken;
 

@@ -8,9 +8,9 @@ use std::sync::{Arc, Mutex};
 use memferry::bitmap::DirtyBitmap;
 use memferry::dirty_log::DirtyLog;
 use memferry::geometry::{BlockInfo, PageSize};
-use memferry::guest::workload::{Fill, LogChoice, Pattern, Region, Workload, WorkloadSettings, WriterSettings};
 use memferry::guest::{Guest, GuestError, GuestState, RunState};
 use memferry::memory::GuestMemory;
+use memferry_guests::workload::{Fill, LogChoice, Pattern, Region, Workload, WorkloadSettings, WriterSettings};
 
 /// A workload that remembers how it was throttled, and may refuse to be.
 #[derive(Debug)]

@@ -4,12 +4,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use memferry::api::{Server, client};
 use memferry::control::Control;
 use memferry::events::Phase;
-use memferry::guest::workload::Workload;
 use memferry::guest::{Guest, RunState};
 use memferry::settings::{ConvergenceSettings, EncoderSettings, SourceSettings, StallStep};
+use memferry_cli::api::{Server, client};
+use memferry_guests::workload::Workload;
 use memferry_tests::hot::Hot;
 use memferry_tests::leftovers::Census;
 use memferry_tests::{migrate, source_settings};

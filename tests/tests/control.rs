@@ -7,12 +7,12 @@ use std::time::{Duration, Instant};
 use memferry::control::{Change, Control, ControlError, Status};
 use memferry::controller::Decision;
 use memferry::events::{Event, Phase, Progress, Role};
-use memferry::guest::workload::{Fill, LogChoice, Pattern, Region, Workload, WorkloadSettings, WriterSettings};
 use memferry::guest::{Guest, RunState};
 use memferry::settings::{
     ConvergenceSettings, EncoderSettings, OnDeadline, OnMiss, SourceSettings, StallStep, SwitchoverBandwidth,
     ThrottleSettings, XbzrleSettings,
 };
+use memferry_guests::workload::{Fill, LogChoice, Pattern, Region, Workload, WorkloadSettings, WriterSettings};
 use memferry_stages::tally::RoundTally;
 use memferry_tests::hot::Hot;
 use memferry_tests::{Ends, Recorder, migrate_watched, source_settings};

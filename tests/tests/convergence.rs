@@ -6,11 +6,11 @@ use std::time::Duration;
 
 use memferry::controller::{Decided, Decision};
 use memferry::events::{Event, Phase, Role};
-use memferry::guest::workload::Workload;
 use memferry::guest::{Guest, RunState};
 use memferry::settings::{
     ConvergenceSettings, EncoderSettings, RaiseSettings, SourceSettings, StallStep, ThrottleSettings,
 };
+use memferry_guests::workload::Workload;
 use memferry_tests::hot::Hot;
 use memferry_tests::{Ends, Recorder, migrate_watched, source_settings};
 use memferry_transports::memory::MemoryTransport;

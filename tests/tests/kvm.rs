@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use memferry::events::{Event, Phase, Role};
 use memferry::guest::Guest;
-use memferry::guest::kvm::{KvmGuest, KvmLogChoice, KvmSettings, KvmStatus, SharedSettings};
 use memferry::settings::SourceSettings;
+use memferry_guests::kvm::{KvmGuest, KvmLogChoice, KvmSettings, KvmStatus, SharedSettings};
 use memferry_stages::tally::RoundTally;
 use memferry_tests::{Ends, Recorder, migrate_watched, source_settings};
 use memferry_transports::memory::MemoryTransport;

@@ -3,10 +3,10 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use memferry::guest::workload::{Fill, FreeSettings, LogChoice, Pattern, Workload, WorkloadSettings};
 use memferry::guest::{Guest, RunState};
-use memferry::plan::record::{RecordError, RecordSettings, Recorded, record, record_watched};
-use memferry::plan::trace::{Trace, read};
+use memferry_guests::workload::{Fill, FreeSettings, LogChoice, Pattern, Workload, WorkloadSettings};
+use memferry_plan::record::{RecordError, RecordSettings, Recorded, record, record_watched};
+use memferry_plan::trace::{Trace, read};
 use memferry_tests::foreseen::writer;
 use tokio_util::sync::CancellationToken;
 

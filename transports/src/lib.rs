@@ -24,6 +24,7 @@ mod retry;
 pub mod tcp;
 pub mod temporary;
 pub mod unix;
+pub mod whole_file;
 
 use std::fmt;
 use std::io;

@@ -24,6 +24,12 @@ const MARK: &str = ".memferry-";
 const DIGITS: usize = 16;
 const ENDING: &str = ".partial";
 
+/// Is there something at `path` that a file moved there would replace, and that is no plain file: a link, a device, a pipe?
+#[must_use]
+pub fn is_no_plain_file(path: &Path) -> bool {
+    path.symlink_metadata().is_ok_and(|found| !found.is_file())
+}
+
 /// The temporary file beside the path that it will have.
 #[derive(Debug)]
 pub struct Temporary {

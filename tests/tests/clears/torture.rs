@@ -7,10 +7,10 @@ use std::time::Duration;
 
 use memferry::events::{Event, Phase, Role};
 use memferry::guest::Guest;
-use memferry::guest::workload::{
+use memferry::settings::{EncoderSettings, SourceSettings};
+use memferry_guests::workload::{
     Fill, FreeSettings, LogChoice, Pattern, Region, SharedSettings, Workload, WorkloadSettings, WriterSettings,
 };
-use memferry::settings::{EncoderSettings, SourceSettings};
 use memferry_stages::dirty_log::UserfaultLog;
 use memferry_tests::run::Ends;
 use memferry_tests::{Recorder, source_settings};

@@ -1,0 +1,382 @@
+//! What holds a migration up: a share for each thing that can.
+//!
+//! | share | of the time in which |
+//! |---|---|
+//! | processor | the processors were wanted: the stages' busy time, summed, over cores × time; or, if that is more, the time in which threads of the process ran or waited for a processor |
+//! | limit | the senders waited for `max_bandwidth` |
+//! | destination | the senders waited for the transport, and the destination worked or was silent |
+//! | wire | the senders waited for the transport, and the destination for the wire |
+//! | guest | nothing was to be sent: syncs, state, the handover, a guest that dirties little |
+//! | source | the receivers waited for bytes: all that a destination knows of what is before it |
+//!
+//! The processor's share stands by itself. Those from limit to guest are parts of the senders' time, as source and destination
+//! are parts of the receivers' at a destination, so that each of these sums is at most 1; what is missing is the work of stages.
+//! A busy stage that waits for a processor counts as busy: more stages than cores is a full processor.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::num::NonZeroUsize;
+use std::thread::available_parallelism;
+use std::time::{Duration, Instant};
+
+use memferry_stages::meter::Reading;
+use memferry_stages::wire::messages::Figure;
+use procfs::process::Process;
+use rustix::time::{ClockId, clock_gettime};
+
+/// A silence of the destination from which it counts against it: its heartbeats come twice a second.
+const SILENCE: Duration = Duration::from_secs(1);
+/// The figure in a destination's heartbeat: nanoseconds since its start in which its receivers did not wait for bytes, the mean
+/// over connections.
+const WORKED: &str = "receivers_worked_ns";
+/// How often it is asked how long threads waited for a processor: that takes a file for each of them.
+const DELAY_EVERY: Duration = Duration::from_secs(1);
+/// How many looks back the latest shares reach.
+const LOOKS: usize = 50;
+
+/// Something that can hold a migration up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Cause {
+    /// The processors of this host.
+    Processor,
+    /// `max_bandwidth`.
+    Limit,
+    /// The destination.
+    Destination,
+    /// The transport between the two.
+    Wire,
+    /// The guest: there was nothing to send.
+    Guest,
+    /// The source and the wire, as the destination sees them.
+    Source,
+}
+
+impl Cause {
+    /// Each of them.
+    pub const ALL: [Self; 6] = [Self::Processor, Self::Limit, Self::Destination, Self::Wire, Self::Guest, Self::Source];
+
+    /// Its name, in JSON and as a label.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Processor => "processor",
+            Self::Limit => "limit",
+            Self::Destination => "destination",
+            Self::Wire => "wire",
+            Self::Guest => "guest",
+            Self::Source => "source",
+        }
+    }
+}
+
+impl fmt::Display for Cause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Limit => "max_bandwidth",
+            Self::Source => "source and wire",
+            other => other.name(),
+        })
+    }
+}
+
+/// The shares, each from 0 to 1: see the [module](self). Those that this end cannot know are missing.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Bottleneck {
+    shares: [Option<f64>; Cause::ALL.len()],
+    /// The stages' busy time over cores × time: above 1 where they waited for a processor.
+    load: f64,
+}
+
+impl Bottleneck {
+    /// One share.
+    #[must_use]
+    pub fn share(&self, cause: Cause) -> Option<f64> {
+        self.shares[cause as usize]
+    }
+
+    /// Those that are known.
+    pub fn shares(&self) -> impl Iterator<Item = (Cause, f64)> {
+        Cause::ALL.into_iter().filter_map(|cause| Some((cause, self.share(cause)?)))
+    }
+
+    /// The greatest of them.
+    #[must_use]
+    pub fn greatest(&self) -> Option<(Cause, f64)> {
+        self.shares().max_by(|a, b| a.1.total_cmp(&b.1))
+    }
+
+    /// Shares for tests.
+    #[cfg(any(test, feature = "samples"))]
+    #[must_use]
+    pub fn made_up(shares: &[(Cause, f64)]) -> Self {
+        let mut made_up = Self::default();
+        shares.iter().for_each(|(cause, share)| made_up.shares[*cause as usize] = Some(*share));
+        made_up
+    }
+
+    /// The same with the other end in the same process: its stages use the same processors.
+    #[must_use]
+    pub fn beside(mut self, other: &Self) -> Self {
+        self.load += other.load;
+        self.shares[Cause::Processor as usize] = self
+            .share(Cause::Processor)
+            .into_iter()
+            .chain(other.share(Cause::Processor))
+            .chain([self.load.min(1.0)])
+            .reduce(f64::max);
+        self
+    }
+}
+
+impl fmt::Display for Bottleneck {
+    /// "max_bandwidth 89 %, processor 31 %, guest 5 %, destination 4 %, wire 2 %".
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write_shares(f, self.shares().collect())
+    }
+}
+
+/// Writes shares, the greatest first.
+pub fn write_shares(f: &mut fmt::Formatter<'_>, mut shares: Vec<(Cause, f64)>) -> fmt::Result {
+    shares.sort_by(|a, b| b.1.total_cmp(&a.1));
+    for (index, (cause, share)) in shares.iter().enumerate() {
+        let comma = if index == 0 { "" } else { ", " };
+        write!(f, "{comma}{cause} {:.0} %", share * 100.0)?;
+    }
+    Ok(())
+}
+
+/// Time that the destination says it has spent since it began.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct DestinationTime {
+    /// In which its receivers did not wait for bytes: the mean over connections.
+    worked: Duration,
+    /// In which it said nothing, though its answers were due.
+    silent: Duration,
+}
+
+impl DestinationTime {
+    fn since(self, before: Self) -> Self {
+        Self { worked: self.worked.saturating_sub(before.worked), silent: self.silent.saturating_sub(before.silent) }
+    }
+}
+
+/// What the shares are made of, counted from the start of the stages.
+#[derive(Clone, Copy, Debug, Default)]
+struct Times {
+    life: Duration,
+    busy: Duration,
+    /// In which threads of the process ran or waited for a processor.
+    threads: Duration,
+    /// Waits of the senders, their mean: `None` at a destination.
+    senders: Option<Waits>,
+    /// Waits of the receivers, their mean.
+    receivers: Option<Waits>,
+    /// In which the scanner had no order.
+    idle: Duration,
+    /// Nobody answers where the stream is stored.
+    destination: Option<DestinationTime>,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Waits {
+    life: Duration,
+    input: Duration,
+    output: Duration,
+    limit: Duration,
+}
+
+impl Waits {
+    /// The mean over the stages of a name, if there are any.
+    fn of(stages: &[Reading], name: &str) -> Option<Self> {
+        let of_name = || stages.iter().filter(|stage| stage.name == name);
+        let count = u32::try_from(of_name().count()).ok().filter(|count| *count > 0)?;
+        let mean = |wait: fn(&Reading) -> Duration| of_name().map(wait).sum::<Duration>() / count;
+        Some(Self {
+            life: mean(Reading::life),
+            input: mean(|stage| stage.input_wait),
+            output: mean(|stage| stage.output_wait),
+            limit: mean(|stage| stage.limit_wait),
+        })
+    }
+
+    fn since(self, before: Option<Self>) -> Self {
+        let before = before.unwrap_or_default();
+        Self {
+            life: self.life.saturating_sub(before.life),
+            input: self.input.saturating_sub(before.input),
+            output: self.output.saturating_sub(before.output),
+            limit: self.limit.saturating_sub(before.limit),
+        }
+    }
+
+    /// Time in which no input was waited for.
+    fn worked(self) -> Duration {
+        self.life.saturating_sub(self.input)
+    }
+}
+
+impl Times {
+    /// The times of an end's stages, with the time of the process's threads and what the destination says.
+    fn of(stages: &[Reading], threads: Duration, destination: Option<DestinationTime>) -> Self {
+        let scanner = stages.iter().find(|stage| stage.name == "scanner");
+        Self {
+            life: stages.iter().map(Reading::life).max().unwrap_or_default(),
+            busy: stages.iter().map(|stage| stage.busy).sum(),
+            threads,
+            senders: Waits::of(stages, "sender"),
+            receivers: Waits::of(stages, "receiver"),
+            idle: scanner.map_or(Duration::ZERO, |scanner| scanner.input_wait),
+            destination,
+        }
+    }
+
+    /// What came on top.
+    fn since(&self, before: &Self) -> Self {
+        Self {
+            life: self.life.saturating_sub(before.life),
+            busy: self.busy.saturating_sub(before.busy),
+            threads: self.threads.saturating_sub(before.threads),
+            senders: self.senders.map(|senders| senders.since(before.senders)),
+            receivers: self.receivers.map(|receivers| receivers.since(before.receivers)),
+            idle: self.idle.saturating_sub(before.idle),
+            destination: self.destination.map(|time| time.since(before.destination.unwrap_or_default())),
+        }
+    }
+
+    /// The shares on a host with so many cores.
+    fn shares(&self, cores: NonZeroUsize) -> Bottleneck {
+        let mut bottleneck = Bottleneck::default();
+        if self.life.is_zero() {
+            return bottleneck;
+        }
+        #[expect(clippy::cast_precision_loss, reason = "a number of cores")]
+        let capacity = self.life.as_secs_f64() * cores.get() as f64;
+        bottleneck.load = self.busy.as_secs_f64() / capacity;
+        let wanted = self.threads.as_secs_f64() / capacity;
+        let mut set = |cause, share: f64| bottleneck.shares[cause as usize] = Some(share.clamp(0.0, 1.0));
+        set(Cause::Processor, (self.busy.as_secs_f64() / capacity).max(wanted));
+        let part = |time: Duration, life: Duration| time.as_secs_f64() / life.as_secs_f64().max(f64::MIN_POSITIVE);
+        if let Some(senders) = self.senders {
+            let destination = self.destination.map(|time| (time.worked + time.silent).min(senders.output));
+            set(Cause::Limit, part(senders.limit, senders.life));
+            if let Some(destination) = destination {
+                set(Cause::Destination, part(destination, senders.life));
+            }
+            let destination = destination.unwrap_or_default();
+            set(Cause::Wire, part(senders.output - destination, senders.life));
+            set(Cause::Guest, part(senders.input.min(self.idle), senders.life));
+        } else if let Some(receivers) = self.receivers {
+            set(Cause::Destination, part(receivers.worked(), receivers.life));
+            set(Cause::Source, part(receivers.input, receivers.life));
+        }
+        bottleneck
+    }
+}
+
+/// Watches an end: its processor time, what it hears of the destination, and the shares of the latest seconds.
+#[derive(Debug)]
+pub(crate) struct Watch {
+    cores: NonZeroUsize,
+    cpu_began: Duration,
+    delay_began: Duration,
+    /// The latest time in which threads had waited for a processor, and when it was taken.
+    delay: (Duration, Instant),
+    heard: Instant,
+    /// What is heard of the destination, if one answers.
+    destination: Option<DestinationTime>,
+    looks: VecDeque<Times>,
+}
+
+impl Watch {
+    /// Begins with the stages. Is there a destination that answers?
+    pub(crate) fn begin(answers: bool) -> Self {
+        Self {
+            cores: available_parallelism().unwrap_or(NonZeroUsize::MIN),
+            cpu_began: process_time(),
+            delay_began: run_delay(),
+            delay: (Duration::ZERO, Instant::now()),
+            heard: Instant::now(),
+            destination: answers.then(DestinationTime::default),
+            looks: VecDeque::from([Times::default()]),
+        }
+    }
+
+    /// The destination said something, perhaps with figures of itself.
+    pub(crate) fn hear(&mut self, figures: &[Figure]) {
+        let Some(destination) = &mut self.destination else { return };
+        destination.silent += counted_silence(self.heard.elapsed());
+        if let Some(figure) = figures.iter().find(|figure| figure.name == WORKED) {
+            destination.worked = destination.worked.max(Duration::from_nanos(figure.value));
+        }
+        self.heard = Instant::now();
+    }
+
+    /// Processor time of the process since the stages began.
+    pub(crate) fn cpu(&self) -> Duration {
+        process_time().saturating_sub(self.cpu_began)
+    }
+
+    /// The shares of the latest seconds, with these readings.
+    pub(crate) fn latest(&mut self, stages: &[Reading]) -> Bottleneck {
+        if self.delay.1.elapsed() >= DELAY_EVERY {
+            self.delay = (self.delay(), Instant::now());
+        }
+        let now = self.times(stages, self.delay.0);
+        let shares = self.looks.front().map_or(now, |before| now.since(before)).shares(self.cores);
+        if self.looks.len() == LOOKS {
+            self.looks.pop_front();
+        }
+        self.looks.push_back(now);
+        shares
+    }
+
+    /// The shares from the start.
+    pub(crate) fn all(&self, stages: &[Reading]) -> Bottleneck {
+        self.times(stages, self.delay()).shares(self.cores)
+    }
+
+    /// Time in which threads of the process waited for a processor since the stages began. A thread that has ended is forgotten.
+    fn delay(&self) -> Duration {
+        run_delay().saturating_sub(self.delay_began).max(self.delay.0)
+    }
+
+    fn times(&self, stages: &[Reading], delay: Duration) -> Times {
+        let silence = counted_silence(self.heard.elapsed());
+        let destination = self.destination.map(|time| DestinationTime { silent: time.silent + silence, ..time });
+        Times::of(stages, self.cpu() + delay, destination)
+    }
+}
+
+/// "encoder of lane 1", "sender of connection 0".
+#[must_use]
+pub fn stage_name(stage: &Reading) -> String {
+    let kind = if matches!(stage.name, "sender" | "receiver") { "connection" } else { "lane" };
+    stage.lane.map_or_else(|| stage.name.to_owned(), |lane| format!("{} of {kind} {lane}", stage.name))
+}
+
+/// What a destination reports to its source of its receivers.
+pub(crate) fn figure_of(receivers: &[Reading]) -> Figure {
+    let worked = Waits::of(receivers, "receiver").map_or(Duration::ZERO, Waits::worked);
+    Figure { name: WORKED.into(), value: u64::try_from(worked.as_nanos()).unwrap_or(u64::MAX) }
+}
+
+/// What of a silence counts.
+fn counted_silence(silence: Duration) -> Duration {
+    if silence >= SILENCE { silence } else { Duration::ZERO }
+}
+
+/// Processor time of this process, of all its threads.
+pub fn process_time() -> Duration {
+    let time = clock_gettime(ClockId::ProcessCPUTime);
+    Duration::try_from(time).unwrap_or_default()
+}
+
+/// Time in which the threads of this process waited for a processor; nothing on a kernel that does not count it.
+fn run_delay() -> Duration {
+    let Ok(threads) = Process::myself().and_then(|process| process.tasks()) else { return Duration::ZERO };
+    let delays = threads.filter_map(|thread| thread.and_then(|thread| thread.schedstat()).ok());
+    Duration::from_nanos(delays.map(|stat| stat.run_delay).sum())
+}
+
+#[cfg(test)]
+mod tests;

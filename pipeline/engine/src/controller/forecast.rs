@@ -1,0 +1,716 @@
+//! The forecast of the downtime: what remains, in bytes after encoding, at the rate measured lately, plus what a switchover
+//! costs whatever remains.
+//!
+//! What a page comes to on the wire depends on whether a delta can be made of it. Of how many of the dirty pages it can is known:
+//! the encoders note which pages their cache was given. What a delta comes to is taken from the latest round of deltas, and so is
+//! how many pages the cache has lost again. Deltas get smaller from round to round, where a page is written so often that a shorter
+//! round leaves less in it: the dirty rate rises by the same factor then, since a page counts once however often it is written.
+//! Before any round of deltas is measured, a sample of the dirty pages is sent and shows what they come to; until then every page
+//! counts as it would go without one. Zero pages of the first round count for nothing: what is written is seldom zero.
+//!
+//! What it takes is what the wire takes, or the busiest stage if that is more; the stages' own figures tell which of the two held a
+//! round up.
+
+use std::collections::VecDeque;
+use std::num::NonZeroU32;
+use std::time::Duration;
+
+use memferry_stages::tally::RoundTally;
+
+use crate::settings::{OnMiss, SourceSettings, SwitchoverBandwidth};
+
+/// How much longer than its busiest stage worked a round takes that the wire holds up.
+const WIRE_HOLDS_UP: f64 = 1.25;
+/// How much measured time a figure is made of: long enough to be smooth, short enough to follow the guest and the link.
+const WINDOW: Duration = Duration::from_millis(200);
+/// How many bytes of pages a figure is made of: a round of a few pages measures the latency of a round and no rate.
+const WINDOW_BYTES: u64 = 8 << 20;
+/// Page bytes of a round from which its time says what a page takes.
+const TELLING_BYTES: u64 = 2 << 20;
+/// A delta is not taken to come to less than this share of what deltas came to in the round before.
+const LEAST_OF_A_DELTA: f64 = 0.25;
+/// Pages of which deltas may be made, from which a sample of them is worth a round trip.
+const WORTH_A_SAMPLE: u64 = 64;
+/// The pages of a sample, about: enough to tell.
+const SAMPLE_PAGES: u64 = 512;
+/// A sample is no more than one of so many dirty pages: few beside what remains.
+const SAMPLE_SHARE: u64 = 4;
+/// How many of those rounds may show what the wire carries at least.
+const TELLING_ROUNDS: usize = 4;
+/// Rounds that are kept: more never make a window.
+const ROUNDS_KEPT: usize = 64;
+/// The share of `max_bandwidth` from which it is the cap that holds the rounds back, and not the link or the host.
+const HELD_BACK: f64 = 0.9;
+/// The share of the downtime limit that the backlog may still need when the guest is paused.
+const BACKLOG_SHARE: f64 = 0.05;
+
+/// What a switchover costs whatever remains to be sent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FixedCost {
+    /// One more bitmap sync: as long as the latest.
+    pub sync: Duration,
+    /// Digests of the whole guest at both ends.
+    pub verify: Duration,
+    /// Device state and the last handshake.
+    pub handover: Duration,
+}
+
+impl FixedCost {
+    /// All of it.
+    #[must_use]
+    pub fn total(&self) -> Duration {
+        self.sync + self.verify + self.handover
+    }
+}
+
+/// How things stand at one moment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Standing {
+    /// Time since the migration began.
+    pub elapsed: Duration,
+    /// Pages that are known to be dirty and are not taken by the scanner.
+    pub dirty_pages: u64,
+    /// Those of them of which a delta may be made: asked for after a sync only.
+    pub kept_pages: u64,
+    /// Pages that the scanner took and the destination has not acknowledged.
+    pub in_flight_pages: u64,
+}
+
+/// What a switchover would cost, and why.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Forecast {
+    /// Bytes after encoding that the paused guest would wait for.
+    pub remaining_bytes: f64,
+    /// What they take.
+    pub transfer: Duration,
+    /// What all else takes.
+    pub fixed: FixedCost,
+}
+
+impl Forecast {
+    /// The expected downtime.
+    #[must_use]
+    pub fn expected(&self) -> Duration {
+        self.transfer.saturating_add(self.fixed.total())
+    }
+}
+
+/// What one round came to.
+#[derive(Clone, Copy, Debug, Default)]
+struct Achieved {
+    /// Pages, but for the zero pages of the first round.
+    pages: u64,
+    page_bytes: u64,
+    wire_bytes: u64,
+    time: Duration,
+    /// How long the busiest stage worked.
+    work: Duration,
+    /// Pages that were sent whole, and those of them that were compressed.
+    whole: u64,
+    compressed: u64,
+    /// Pages of which a delta was to be made, and that were in no cache.
+    misses: u64,
+    /// Pages of which one might have been made, by what was known before.
+    kept: f64,
+    /// Pages a second that the guest dirtied before it.
+    dirty_rate: Option<f64>,
+}
+
+impl Achieved {
+    fn rate(&self) -> f64 {
+        self.wire_bytes as f64 / self.time.as_secs_f64()
+    }
+
+    fn is_held_up_by_the_wire(&self) -> bool {
+        self.time >= self.work.mul_f64(WIRE_HOLDS_UP)
+    }
+
+    fn hits(&self) -> f64 {
+        self.pages.saturating_sub(self.misses) as f64
+    }
+
+    fn is_enough(&self) -> bool {
+        self.time >= WINDOW && self.page_bytes >= WINDOW_BYTES
+    }
+}
+
+/// Makes forecasts of what the rounds have shown.
+#[derive(Clone, Debug)]
+pub struct Forecaster {
+    /// What a switchover costs beside the pages: whoever measures it writes it here.
+    pub fixed: FixedCost,
+    page_bytes: u64,
+    /// Are there deltas from the second round on?
+    deltas: bool,
+    /// How pages travel that no delta helps.
+    on_miss: OnMiss,
+    max_bandwidth: Option<u64>,
+    switchover_bandwidth: SwitchoverBandwidth,
+    first: Option<Achieved>,
+    /// Those after the first, the latest in front.
+    later: VecDeque<Achieved>,
+    /// What a sample came to, if one was sent.
+    sample: Option<Achieved>,
+    /// Where not all was sent that the last sync had found: how many pages were.
+    sent_of_it: Option<u64>,
+    /// What a page of the latest round took, zero pages counted: what is in flight is of that round.
+    latest_seconds_per_page: f64,
+    /// Pages a second that the guest dirties, if two looks at it have shown it.
+    dirty_rate: Option<f64>,
+    /// Dirty pages that the last sync found, and those of them of which a delta may be made.
+    found: (u64, u64),
+    last_sync: Duration,
+    /// The sync from which on the dirty rate was measured.
+    measured_from: Duration,
+}
+
+impl Forecaster {
+    /// Of a guest with pages of so many bytes. Nothing is measured yet.
+    #[must_use]
+    pub fn new(settings: &SourceSettings, page_bytes: u64) -> Self {
+        let xbzrle = settings.encoder.xbzrle.as_ref();
+        Self {
+            fixed: FixedCost::default(),
+            page_bytes,
+            deltas: xbzrle.is_some(),
+            on_miss: xbzrle.map_or(OnMiss::Raw, |xbzrle| xbzrle.on_miss),
+            max_bandwidth: settings.max_bandwidth,
+            switchover_bandwidth: settings.switchover_bandwidth,
+            first: None,
+            later: VecDeque::new(),
+            sample: None,
+            sent_of_it: None,
+            latest_seconds_per_page: 0.0,
+            dirty_rate: None,
+            found: (0, 0),
+            last_sync: Duration::ZERO,
+            measured_from: Duration::ZERO,
+        }
+    }
+
+    /// Other bandwidths hold from here on. What was measured with those before counts as far as they allow it.
+    pub fn set_bandwidth(&mut self, rounds: Option<u64>, switchover: SwitchoverBandwidth) {
+        (self.max_bandwidth, self.switchover_bandwidth) = (rounds, switchover);
+    }
+
+    /// A round was sent, from its first batch to its last byte, in so much time, for so much of which its busiest stage worked.
+    pub fn round(&mut self, tally: &RoundTally, time: Duration, work: Duration) {
+        let round = self.achieved(tally, time, work);
+        self.latest_seconds_per_page = round.time.as_secs_f64() / tally.pages.max(1) as f64;
+        if self.first.is_none() {
+            self.first = Some(Achieved { pages: tally.pages - tally.zero, ..round });
+            return;
+        }
+        self.later.push_front(round);
+        self.later.truncate(ROUNDS_KEPT);
+    }
+
+    /// The same of a sample of what the last sync has found.
+    pub fn sample(&mut self, tally: &RoundTally, time: Duration, work: Duration) {
+        self.sample = Some(self.achieved(tally, time, work));
+        self.sent_of_it = Some(tally.pages);
+    }
+
+    /// Time has passed in which nothing of what the last sync has found was sent.
+    pub fn drained(&mut self) {
+        self.sent_of_it.get_or_insert(0);
+    }
+
+    fn achieved(&self, tally: &RoundTally, time: Duration, work: Duration) -> Achieved {
+        let (found, kept) = self.found;
+        Achieved {
+            pages: tally.pages,
+            page_bytes: tally.bytes_in,
+            wire_bytes: tally.bytes_out,
+            time: time.max(Duration::from_nanos(1)),
+            work,
+            whole: tally.raw + tally.compressed,
+            compressed: tally.compressed,
+            misses: tally.xbzrle_misses,
+            kept: kept as f64 * tally.pages as f64 / found.max(1) as f64,
+            dirty_rate: self.dirty_rate,
+        }
+    }
+
+    /// The logs are armed, at a time since the migration began: from here on what is written is seen.
+    pub fn armed(&mut self, elapsed: Duration) {
+        self.last_sync = elapsed;
+    }
+
+    /// A sync found what is dirty.
+    pub fn synced(&mut self, now: &Standing) {
+        // What was left then is found again: both syncs count as one.
+        let sent = self.sent_of_it.take();
+        if sent.is_none() {
+            self.measured_from = self.last_sync;
+        }
+        let dirty = now.dirty_pages + sent.unwrap_or(0);
+        let since = now.elapsed.saturating_sub(self.measured_from).as_secs_f64();
+        if since > 0.0 {
+            self.dirty_rate = Some(dirty as f64 / since);
+        }
+        self.found = (now.dirty_pages, now.kept_pages);
+        self.last_sync = now.elapsed;
+    }
+
+    /// Bytes of pages a second that the guest dirtied before the last sync, if there was one.
+    #[must_use]
+    pub fn dirty_bytes_per_second(&self) -> Option<f64> {
+        Some(self.dirty_rate? * self.page_bytes as f64)
+    }
+
+    /// Bytes of pages a second that rounds lately got done.
+    #[must_use]
+    pub fn page_bytes_per_second(&self) -> Option<f64> {
+        self.round_seconds_per_page().map(|seconds| self.page_bytes as f64 / seconds)
+    }
+
+    /// What a switchover at this moment would cost, with a backlog that is run down as far as `limit` asks for; `None` while
+    /// nothing is measured and something remains.
+    #[must_use]
+    pub fn forecast(&self, now: &Standing, limit: Duration) -> Option<Forecast> {
+        let mut fixed = self.fixed;
+        if now.dirty_pages + now.in_flight_pages == 0 {
+            return Some(Forecast { remaining_bytes: 0.0, transfer: Duration::ZERO, fixed });
+        }
+        let backlog = now.in_flight_pages.min(self.backlog_pages(limit)?);
+        // The guest runs on while the rest of the backlog is run down.
+        let draining = (now.in_flight_pages - backlog) as f64 * self.latest_seconds_per_page;
+        let pages = now.dirty_pages as f64 + self.dirty_rate.unwrap_or(0.0) * draining + backlog as f64;
+        let transfer = seconds(pages * self.switchover_seconds_per_page()?);
+        // The source makes its digests while the rest is sent: that half is hidden behind it.
+        fixed.verify -= transfer.min(fixed.verify / 2);
+        Some(Forecast { remaining_bytes: pages * self.wire_bytes_per_page()?, transfer, fixed })
+    }
+
+    /// The pages that may still be on their way when the guest is paused: a small share of a downtime limit's worth.
+    #[must_use]
+    pub fn backlog_pages(&self, limit: Duration) -> Option<u64> {
+        let pages = limit.as_secs_f64() * BACKLOG_SHARE / self.switchover_seconds_per_page()?;
+        Some(whole(pages))
+    }
+
+    /// How many of the dirty pages are to be sent as a sample: where nothing has shown yet what deltas come to, and enough remains to
+    /// make it matter.
+    #[must_use]
+    pub fn sample_wanted(&self, now: &Standing) -> Option<NonZeroU32> {
+        let is_shown = self.sample.is_some() || self.later.iter().any(|round| round.hits() > 0.0);
+        if !self.deltas || self.first.is_none() || is_shown || now.kept_pages < WORTH_A_SAMPLE {
+            return None;
+        }
+        u32::try_from((now.dirty_pages / SAMPLE_SHARE).min(SAMPLE_PAGES)).ok().and_then(NonZeroU32::new)
+    }
+
+    /// What another round would take.
+    #[must_use]
+    pub fn round_time(&self, now: &Standing) -> Option<Duration> {
+        Some(seconds(now.dirty_pages as f64 * self.round_seconds_per_page()?))
+    }
+
+    /// Pages that the guest dirties in the time in which a round sends one: from 1 on, rounds get no smaller.
+    #[must_use]
+    pub fn outrun(&self) -> Option<f64> {
+        Some(self.dirty_rate? * self.round_seconds_per_page()?)
+    }
+
+    /// Pages that were written since the last sync and that none has found yet, by the rate before it; `None` before the first.
+    #[must_use]
+    pub fn unseen_pages(&self, elapsed: Duration) -> Option<f64> {
+        Some(self.dirty_rate? * elapsed.saturating_sub(self.last_sync).as_secs_f64())
+    }
+
+    /// What a dirty page comes to on the wire, by what was achieved lately.
+    fn wire_bytes_per_page(&self) -> Option<f64> {
+        self.first?;
+        let whole = self.wire_bytes_of_a_whole_page();
+        if !self.deltas {
+            return Some(whole);
+        }
+        let shown = self.telling().next().or(self.later.iter().find(|round| round.pages > 0));
+        let Some(round) = shown.or(self.sample.as_ref()) else { return Some(whole) };
+        let (dirty, kept) = (self.found.0.max(1) as f64, self.found.1 as f64);
+        let still_cached = if round.kept == 0.0 { 1.0 } else { (round.hits() / round.kept).min(1.0) };
+        let hits = (kept / dirty * still_cached).min(1.0);
+        // Without a hit nothing is known of what one comes to.
+        let hit = if round.hits() == 0.0 {
+            whole
+        } else {
+            let bytes = (round.wire_bytes as f64 - round.misses as f64 * whole).max(0.0);
+            bytes / round.hits() * self.writes_since(round)
+        };
+        Some(hits * hit + (1.0 - hits) * whole)
+    }
+
+    /// How often a dirty page was written lately, as a share of how often those of a round were.
+    fn writes_since(&self, round: &Achieved) -> f64 {
+        let (Some(before), Some(lately)) = (round.dirty_rate, self.dirty_rate) else { return 1.0 };
+        (before / lately.max(f64::MIN_POSITIVE)).clamp(LEAST_OF_A_DELTA, 1.0)
+    }
+
+    /// The same of a page of which no delta is made.
+    fn wire_bytes_of_a_whole_page(&self) -> f64 {
+        let of = |achieved: Achieved| achieved.wire_bytes as f64 / achieved.pages as f64;
+        if !self.deltas {
+            let later = self.telling().next().copied().unwrap_or_else(|| lately(self.later.iter()));
+            if later.pages > 0 {
+                return of(later);
+            }
+        }
+        let raw = self.page_bytes as f64;
+        let first = self.first.filter(|first| first.pages > 0).map_or(raw, of);
+        if self.deltas { raw + (first - raw) * self.misses_compressed() } else { first }
+    }
+
+    /// The share of the pages that no delta helps that is encoded as in the first round.
+    fn misses_compressed(&self) -> f64 {
+        match self.on_miss {
+            OnMiss::Raw => 0.0,
+            OnMiss::Compress => 1.0,
+            OnMiss::Auto => self.misses_were_compressed().unwrap_or_else(|| {
+                // The encoders know the limit beforehand; else they find out what the first round has shown.
+                let wire_holds =
+                    self.max_bandwidth.is_some() || self.first.is_some_and(|it| it.is_held_up_by_the_wire());
+                f64::from(u8::from(wire_holds))
+            }),
+        }
+    }
+
+    /// The same by the latest round or sample that sent any. What does not shrink in the first round does not later.
+    fn misses_were_compressed(&self) -> Option<f64> {
+        let share = |round: &Achieved| round.compressed as f64 / round.whole as f64;
+        let latest = self.later.iter().chain(&self.sample).find(|round| round.whole > 0)?;
+        let shrink = self.first.as_ref().filter(|first| first.compressed > 0).map_or(1.0, share);
+        Some((share(latest) / shrink).min(1.0))
+    }
+
+    /// Bytes a second on the wire, by the rounds that it held up. If it held up none, by the round that shows most: it carries
+    /// that at least; but no more than the cap lets through.
+    fn wire_rate(&self) -> Option<f64> {
+        let held_up = lately(self.telling().filter(|round| round.is_held_up_by_the_wire()));
+        let rate = if held_up.pages > 0 {
+            held_up.rate()
+        } else {
+            let shown = self.telling().take(TELLING_ROUNDS).chain(&self.first).map(Achieved::rate);
+            shown.chain([lately(self.later.iter()).rate()]).filter(|rate| rate.is_finite()).fold(0.0, f64::max)
+        };
+        let rate = self.max_bandwidth.map_or(rate, |cap| rate.min(cap as f64));
+        (rate > 0.0).then_some(rate)
+    }
+
+    /// The rounds after the first that were large enough to tell, the latest in front.
+    fn telling(&self) -> impl Iterator<Item = &Achieved> {
+        self.later.iter().filter(|round| round.page_bytes >= TELLING_BYTES)
+    }
+
+    /// Time that a page takes the busiest stage, as the latest round that was large enough to tell shows it, or the sample.
+    fn stage_seconds_per_page(&self) -> f64 {
+        let latest = self.telling().next().or(self.sample.as_ref().filter(|sample| sample.pages > 0));
+        latest.map_or(0.0, |latest| latest.work.as_secs_f64() / latest.pages as f64)
+    }
+
+    /// In a round: what the wire takes, or the stages if that is more.
+    fn round_seconds_per_page(&self) -> Option<f64> {
+        let wire = self.wire_bytes_per_page()? / self.wire_rate()?;
+        Some(wire.max(self.stage_seconds_per_page()))
+    }
+
+    /// In the switchover, which may have a bandwidth of its own.
+    fn switchover_seconds_per_page(&self) -> Option<f64> {
+        let rate = self.wire_rate()?;
+        let held_back = self.max_bandwidth.is_some_and(|cap| rate >= HELD_BACK * cap as f64);
+        match self.switchover_bandwidth {
+            // The rounds waited for their cap: their time says nothing of the stages.
+            SwitchoverBandwidth::AtMost(most) if held_back => Some(self.wire_bytes_per_page()? / most as f64),
+            SwitchoverBandwidth::AtMost(most) => {
+                let wire = self.wire_bytes_per_page()? / rate.min(most as f64);
+                Some(wire.max(self.stage_seconds_per_page()))
+            }
+            SwitchoverBandwidth::AsRounds | SwitchoverBandwidth::Unlimited => self.round_seconds_per_page(),
+        }
+    }
+}
+
+/// The sum of the latest rounds that together are enough; of all there are, if they are not.
+fn lately<'a>(rounds: impl Iterator<Item = &'a Achieved>) -> Achieved {
+    let mut sum = Achieved::default();
+    for round in rounds {
+        if sum.is_enough() {
+            break;
+        }
+        sum.pages += round.pages;
+        sum.page_bytes += round.page_bytes;
+        sum.wire_bytes += round.wire_bytes;
+        sum.time += round.time;
+        sum.work += round.work;
+    }
+    sum
+}
+
+/// So many seconds; the longest time there is for what is more.
+pub fn seconds(seconds: f64) -> Duration {
+    Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX)
+}
+
+/// The whole part of a figure that is not negative; the largest number there is for what is more.
+pub fn whole(figure: f64) -> u64 {
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "it saturates, and is not negative")]
+    let whole = figure as u64;
+    whole
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::settings::{EncoderSettings, XbzrleSettings};
+
+    const MS: Duration = Duration::from_millis(1);
+    const LIMIT: Duration = Duration::from_millis(100);
+    /// The stages did nothing worth mentioning.
+    const NONE: Duration = Duration::ZERO;
+
+    fn forecaster(xbzrle: Option<XbzrleSettings>) -> Forecaster {
+        let encoder = EncoderSettings { xbzrle, ..EncoderSettings::default() };
+        Forecaster::new(&SourceSettings { encoder, ..SourceSettings::default() }, 4096)
+    }
+
+    fn round(pages: u64, zero: u64, bytes_out: u64) -> RoundTally {
+        RoundTally { pages, zero, bytes_in: pages * 4096, bytes_out, ..RoundTally::default() }
+    }
+
+    fn dirty(dirty_pages: u64) -> Standing {
+        Standing { dirty_pages, ..Standing::default() }
+    }
+
+    /// Of so many pages of which deltas may be made.
+    fn transfer(forecaster: &Forecaster, pages: u64) -> f64 {
+        transfer_of(forecaster, pages, pages)
+    }
+
+    fn transfer_of(forecaster: &Forecaster, dirty_pages: u64, kept_pages: u64) -> f64 {
+        let now = Standing { dirty_pages, kept_pages, ..Standing::default() };
+        let mut forecaster = forecaster.clone();
+        forecaster.synced(&now);
+        forecaster.forecast(&now, LIMIT).unwrap().transfer.as_secs_f64()
+    }
+
+    #[test]
+    fn nothing_is_known_before_a_round_but_what_nothing_costs() {
+        let mut forecaster = forecaster(None);
+        assert_eq!(forecaster.forecast(&dirty(1), LIMIT), None);
+        forecaster.fixed.sync = 3 * MS;
+        assert_eq!(forecaster.forecast(&dirty(0), LIMIT).unwrap().expected(), 3 * MS);
+    }
+
+    #[test]
+    fn zero_pages_of_the_first_round_make_what_is_written_no_cheaper() {
+        let mut forecaster = forecaster(None);
+        // A second for 10,000 pages, of which 9,000 were zero: the others came to 2,000 bytes each.
+        forecaster.round(&round(10_000, 9_000, 2_000_000), 1000 * MS, NONE);
+        assert!((transfer(&forecaster, 1000) - 1.0).abs() < 1e-9);
+    }
+
+    #[test]
+    fn what_is_in_flight_of_the_first_round_is_mostly_zero_pages_where_the_round_was() {
+        let mut forecaster = forecaster(None);
+        forecaster.armed(Duration::ZERO);
+        forecaster.round(&round(10_000, 9_900, 200_000), 1000 * MS, NONE);
+        forecaster.synced(&Standing { elapsed: 1000 * MS, ..dirty(100) });
+        // 5,000 of them take half a second, in which 50 pages are dirtied; a page takes 10 ms.
+        let now = Standing { dirty_pages: 100, in_flight_pages: 5_000, ..Standing::default() };
+        let transfer = forecaster.forecast(&now, LIMIT).unwrap().transfer.as_secs_f64();
+        assert!((transfer - 1.5).abs() < 0.1, "{transfer}");
+    }
+
+    #[test]
+    fn until_deltas_are_measured_pages_count_as_they_are() {
+        let mut forecaster = forecaster(Some(XbzrleSettings { on_miss: OnMiss::Raw, ..XbzrleSettings::default() }));
+        forecaster.round(&round(10_000, 0, 10_000_000), 1000 * MS, NONE);
+        assert!((transfer(&forecaster, 10_000) - 4.096).abs() < 1e-9);
+        // 100 bytes a page, at the same rate.
+        forecaster.round(&round(10_000, 0, 1_000_000), 100 * MS, NONE);
+        assert!((transfer(&forecaster, 10_000) - 0.1).abs() < 0.001);
+    }
+
+    #[test]
+    fn a_sample_shows_what_deltas_come_to_and_what_they_take_but_not_the_wire() {
+        let mut forecaster = forecaster(Some(XbzrleSettings::default()));
+        let found =
+            |dirty_pages, ms| Standing { elapsed: ms * MS, dirty_pages, kept_pages: dirty_pages, in_flight_pages: 0 };
+        assert_eq!(forecaster.sample_wanted(&found(10_000, 1000)), None, "nothing was sent yet");
+        forecaster.round(&round(100_000, 0, 409_600_000), 1000 * MS, NONE);
+        forecaster.synced(&found(10_000, 1000));
+        assert_eq!(forecaster.sample_wanted(&found(10_000, 1000)).map(NonZeroU32::get), Some(512));
+        assert_eq!(forecaster.sample_wanted(&found(100, 1000)).map(NonZeroU32::get), Some(25));
+        assert_eq!(forecaster.sample_wanted(&found(63, 1000)), None, "what so few pages come to is no matter");
+
+        // Of 500 pages 100 bytes each, which took the stages a microsecond and the trip to the other end 5 ms.
+        forecaster.sample(&round(500, 0, 50_000), 5 * MS, MS / 2);
+        forecaster.synced(&found(9_500, 1010));
+        assert_eq!(forecaster.sample_wanted(&found(9_500, 1010)), None, "once");
+        let forecast = forecaster.forecast(&found(9_500, 1010), LIMIT).unwrap();
+        assert!((forecast.remaining_bytes - 950_000.0).abs() < 1.0, "{forecast:?}");
+        assert!((forecast.transfer.as_secs_f64() - 0.0095).abs() < 1e-6, "{forecast:?}");
+        let rate = forecaster.dirty_bytes_per_second().unwrap() / 4096.0;
+        assert!((rate - 10_000.0 / 1.01).abs() < 1.0, "{rate}: both syncs as one");
+    }
+
+    #[test]
+    fn where_misses_are_compressed_pages_count_as_the_first_round_compressed_them() {
+        let mut forecaster =
+            forecaster(Some(XbzrleSettings { on_miss: OnMiss::Compress, ..XbzrleSettings::default() }));
+        forecaster.round(&round(10_000, 5_000, 5_000_000), 1000 * MS, NONE);
+        assert!((transfer(&forecaster, 1000) - 0.2).abs() < 1e-9);
+    }
+
+    #[test]
+    fn where_that_is_left_open_pages_count_as_the_latest_round_encoded_them() {
+        let settings = |max_bandwidth| SourceSettings { max_bandwidth, ..SourceSettings::default() };
+        let remaining = |forecaster: &Forecaster| {
+            let mut forecaster = forecaster.clone();
+            forecaster.synced(&Standing { elapsed: 1000 * MS, ..dirty(1000) });
+            forecaster.forecast(&dirty(1000), LIMIT).unwrap().remaining_bytes
+        };
+        // Half of the pages shrink in the first round, to a quarter; so a page comes to 2,560 bytes.
+        let first = RoundTally { raw: 5000, compressed: 5000, ..round(10_000, 0, 25_600_000) };
+        for (limit, work, bytes) in
+            [(None, 1000, 4_096_000.0), (None, 100, 2_560_000.0), (Some(50 << 20), 1000, 2_560_000.0)]
+        {
+            let mut forecaster = Forecaster::new(&settings(limit), 4096);
+            forecaster.round(&first, 1000 * MS, work * MS);
+            assert!((remaining(&forecaster) - bytes).abs() < 1.0, "{limit:?}, {work} ms");
+            // A quarter of the misses was compressed: half of those that shrink.
+            let missed = RoundTally { raw: 750, compressed: 250, xbzrle_misses: 1000, ..round(1000, 0, 3_328_000) };
+            forecaster.round(&missed, 100 * MS, 50 * MS);
+            assert!((remaining(&forecaster) - 3_328_000.0).abs() < 1.0, "{limit:?}, {work} ms");
+        }
+    }
+
+    #[test]
+    fn stages_that_are_slower_than_the_wire_count_in_full() {
+        let mut forecaster = forecaster(Some(XbzrleSettings::default()));
+        forecaster.round(&round(100_000, 0, 400_000_000), 1000 * MS, NONE);
+        // A tenth of a second for 10,000 deltas of 10 bytes: the wire would have taken a quarter of a millisecond.
+        forecaster.round(&round(10_000, 0, 100_000), 100 * MS, 100 * MS);
+        assert!((transfer(&forecaster, 10_000) - 0.1).abs() < 1e-9);
+    }
+
+    #[test]
+    fn rounds_of_a_few_pages_do_not_pass_their_latency_off_as_a_rate() {
+        let mut forecaster = forecaster(None);
+        forecaster.round(&round(100_000, 0, 400_000_000), 1000 * MS, NONE);
+        (0..30).for_each(|_| forecaster.round(&round(1, 0, 4_000), 10 * MS, NONE));
+        assert!(transfer(&forecaster, 100_000) < 1.5);
+    }
+
+    #[test]
+    fn the_latest_rounds_count_where_they_are_long_and_large_enough() {
+        let mut forecaster = forecaster(None);
+        forecaster.round(&round(100_000, 0, 400_000_000), 1000 * MS, NONE);
+        forecaster.round(&round(100_000, 0, 400_000_000), 4000 * MS, NONE);
+        assert!((transfer(&forecaster, 100_000) - 4.0).abs() < 1e-9);
+    }
+
+    #[test]
+    fn a_backlog_is_run_down_to_its_share_while_the_guest_writes_on() {
+        let mut forecaster = forecaster(None);
+        forecaster.round(&round(100_000, 0, 400_000_000), 1000 * MS, NONE);
+        forecaster.synced(&Standing { elapsed: 1000 * MS, ..dirty(10_000) });
+        assert_eq!(forecaster.backlog_pages(LIMIT), Some(500));
+        let now = Standing { dirty_pages: 10_000, in_flight_pages: 10_500, ..Standing::default() };
+        // 10,000 pages are run down in 0.1 s, in which 1,000 pages are written.
+        let forecast = forecaster.forecast(&now, LIMIT).unwrap();
+        assert!((forecast.transfer.as_secs_f64() - 0.115).abs() < 1e-9, "{forecast:?}");
+        assert!((forecast.remaining_bytes - 11_500.0 * 4000.0).abs() < 1.0, "{forecast:?}");
+    }
+
+    #[test]
+    fn digests_of_the_source_are_made_while_the_rest_is_sent() {
+        let mut forecaster = forecaster(None);
+        forecaster.fixed.verify = 40 * MS;
+        forecaster.round(&round(100_000, 0, 400_000_000), 1000 * MS, NONE);
+        let expected = |pages| forecaster.forecast(&dirty(pages), LIMIT).unwrap().expected();
+        assert_eq!([expected(0), expected(1000), expected(10_000)], [40 * MS, 40 * MS, 120 * MS]);
+    }
+
+    #[test]
+    fn deltas_that_get_better_count_as_the_latest_round_had_them() {
+        let mut forecaster = forecaster(Some(XbzrleSettings::default()));
+        forecaster.round(&round(10_000, 0, 10_000_000), 1000 * MS, NONE);
+        forecaster.round(&round(10_000, 0, 4_000_000), 400 * MS, NONE);
+        forecaster.round(&round(5_000, 0, 500_000), 50 * MS, NONE);
+        assert!((transfer(&forecaster, 10_000) - 0.1).abs() < 1e-9);
+    }
+
+    #[test]
+    fn pages_that_were_never_sent_count_in_full_beside_deltas() {
+        let mut forecaster = forecaster(Some(XbzrleSettings::default()));
+        forecaster.round(&round(100_000, 90_000, 40_960_000), 1000 * MS, NONE);
+        forecaster.synced(&Standing { kept_pages: 100, ..dirty(1000) });
+        // 900 misses of a page each, and 100 deltas of 40 bytes.
+        let mixed = RoundTally { xbzrle_misses: 900, ..round(1000, 0, 900 * 4096 + 100 * 40) };
+        forecaster.round(&mixed, 90 * MS, NONE);
+        let whole = 4096.0 / 40_960_000.0;
+        let delta = whole * 40.0 / 4096.0;
+        assert!((transfer_of(&forecaster, 1000, 1000) - 1000.0 * delta).abs() < 1e-4);
+        assert!((transfer_of(&forecaster, 1000, 800) - 200.0 * whole - 800.0 * delta).abs() < 1e-4);
+    }
+
+    #[test]
+    fn deltas_of_pages_that_had_less_time_to_be_written_come_to_less() {
+        let mut forecaster = forecaster(Some(XbzrleSettings::default()));
+        forecaster.round(&round(100_000, 0, 409_600_000), 1000 * MS, NONE);
+        let found =
+            |dirty_pages, ms| Standing { elapsed: ms * MS, dirty_pages, kept_pages: dirty_pages, in_flight_pages: 0 };
+        // The same 1,000 pages in a second, and in half a second.
+        forecaster.synced(&found(1000, 1000));
+        forecaster.round(&round(1000, 0, 400_000), 500 * MS, NONE);
+        let remaining = |forecaster: &Forecaster, now| forecaster.forecast(&now, LIMIT).unwrap().remaining_bytes;
+        forecaster.synced(&found(1000, 1500));
+        assert!((remaining(&forecaster, found(1000, 1500)) - 200_000.0).abs() < 1.0);
+        // Half of them in a quarter of a second: none was written oftener than before.
+        forecaster.round(&round(1000, 0, 200_000), 250 * MS, NONE);
+        forecaster.synced(&found(500, 1750));
+        assert!((remaining(&forecaster, found(500, 1750)) - 100_000.0).abs() < 1.0);
+    }
+
+    #[test]
+    fn a_cache_that_has_lost_half_of_what_it_was_given_is_taken_to_go_on_so() {
+        let mut forecaster = forecaster(Some(XbzrleSettings::default()));
+        forecaster.round(&round(100_000, 0, 409_600_000), 1000 * MS, NONE);
+        forecaster.synced(&Standing { kept_pages: 1000, ..dirty(1000) });
+        let half = RoundTally { xbzrle_misses: 500, ..round(1000, 0, 500 * 4096) };
+        forecaster.round(&half, 5 * MS, NONE);
+        assert!((transfer(&forecaster, 1000) - 0.005).abs() < 1e-4);
+    }
+
+    #[test]
+    fn rounds_that_the_stages_held_up_say_what_the_wire_carries_at_least() {
+        let mut forecaster = forecaster(Some(XbzrleSettings::default()));
+        forecaster.round(&round(100_000, 0, 409_600_000), 1000 * MS, 500 * MS);
+        forecaster.synced(&Standing { kept_pages: 0, ..dirty(10_000) });
+        let deltas = RoundTally { xbzrle_misses: 0, ..round(10_000, 0, 100_000) };
+        forecaster.round(&deltas, 20 * MS, 20 * MS);
+        // A page that is sent whole takes 10 µs on the wire of the first round, not what 10 bytes in 2 µs come to.
+        assert!((transfer_of(&forecaster, 1000, 0) - 0.01).abs() < 1e-4);
+    }
+
+    #[test]
+    fn a_bandwidth_of_the_switchover_counts_where_the_cap_held_the_rounds_back() {
+        let settings = |cap, switchover_bandwidth| SourceSettings {
+            max_bandwidth: Some(cap),
+            switchover_bandwidth,
+            encoder: EncoderSettings { compress: None, xbzrle: None },
+            ..SourceSettings::default()
+        };
+        let transfer = |cap, switchover_bandwidth| {
+            let mut forecaster = Forecaster::new(&settings(cap, switchover_bandwidth), 4096);
+            forecaster.round(&round(100_000, 0, 400_000_000), 4000 * MS, NONE);
+            transfer(&forecaster, 100_000)
+        };
+        let ten_times = SwitchoverBandwidth::AtMost(1_000_000_000);
+        assert!((transfer(100_000_000, ten_times) - 0.4).abs() < 1e-9);
+        assert!((transfer(200_000_000, ten_times) - 4.0).abs() < 1e-9, "the link did not even carry the cap");
+        assert!((transfer(200_000_000, SwitchoverBandwidth::AtMost(50_000_000)) - 8.0).abs() < 1e-9);
+        assert!((transfer(100_000_000, SwitchoverBandwidth::Unlimited) - 4.0).abs() < 1e-9, "nothing is promised");
+    }
+}

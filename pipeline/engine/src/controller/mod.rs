@@ -1,0 +1,375 @@
+//! When to switch over, and what to do about a guest that outruns the wire: figures and the time in, decisions out. No I/O,
+//! no clock, no tasks; the running migration and the [`simulation`] drive the same [`Controller`].
+//!
+//! ```text
+//!  each round sent ──▶ round ─┐
+//!  each sync ─────────────────┴▶ synced ──▶ another round │ throttle │ switch over │ give up
+//!  once in a while in a round ──▶ tick ───▶ nothing, or: switch over │ give up, for the deadline
+//! ```
+//!
+//! After each sync these are asked, in this order:
+//!
+//! 1. Has nothing shown yet what deltas come to? A sample of what is dirty is sent first, while the budgets have room for one.
+//! 2. Is the expected downtime ([`forecast`]) at or below the limit, or is nothing dirty? It switches over; but first what is on its
+//!    way must have arrived, up to a small share of the limit, and another sync must find that it still is so.
+//! 3. Are the rounds used up, or can the deadline be kept by nothing else? What `on_deadline` says is done.
+//! 4. Have so many rounds brought no new least of what remains, or is it certain that those left will not bring it to the
+//!    limit at their pace? That is a stall: the next of the operator's steps is taken, if the one before has had its rounds
+//!    to show what it does ([`steps`]).
+//!
+//! `max_downtime` stands above all of them: no decision here switches over with a forecast above it, or with none. Within
+//! a round only the deadline and the operator decide, since between syncs what is dirty is not known; a sample is over so soon that
+//! only the deadline itself ends it.
+
+mod changes;
+pub mod forecast;
+pub mod simulation;
+mod stall;
+pub mod steps;
+#[cfg(test)]
+mod tests;
+
+use std::num::NonZeroU32;
+use std::time::Duration;
+
+use memferry_stages::tally::RoundTally;
+
+use crate::human;
+use crate::settings::{OnDeadline, SourceSettings};
+use forecast::{FixedCost, Forecast, Forecaster, Standing, whole};
+use stall::{Left, Stall};
+use steps::{Steps, Taken};
+
+/// How much of the deadline is left over, for what happens between two looks at it.
+const MARGIN: Duration = Duration::from_millis(150);
+
+/// What to do next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Decision {
+    /// Scan again while the guest runs.
+    AnotherRound,
+    /// Let what is on its way run down, up to [`Controller::backlog_pages`], while the guest runs; then sync and ask again.
+    Drain,
+    /// Scan about so many of the dirty pages while the guest runs, to see what deltas come to.
+    Sample(NonZeroU32),
+    /// Hold the guest back for so many percent of its time, and scan again.
+    Throttle(u8),
+    /// Scan again, with a downtime limit that is raised to this.
+    RaiseLimit(Duration),
+    /// Pause the guest and send the rest.
+    SwitchOver,
+    /// Cancel: the limits cannot be met.
+    GiveUp,
+}
+
+/// A decision, and why.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Decided {
+    /// The round after which, or in which, it was made.
+    pub round: u32,
+    /// What to do.
+    pub decision: Decision,
+    /// Why, in words and figures.
+    pub why: String,
+    /// The forecast that it rests on, if one could be made.
+    pub forecast: Option<Forecast>,
+}
+
+impl Decided {
+    /// Is the next round a sample, rather than all that is dirty?
+    pub fn asks_for_a_sample(&self) -> bool {
+        matches!(self.decision, Decision::Sample(_))
+    }
+}
+
+/// The state of a migration's convergence: see the [module](self).
+#[derive(Clone, Debug)]
+pub struct Controller {
+    forecaster: Forecaster,
+    limits: Limits,
+    steps: Steps,
+    stall: Stall,
+    round: u32,
+    /// The round after which what was on its way was to arrive.
+    drained: Option<u32>,
+    /// Is a sample being sent?
+    sampling: bool,
+    /// Is the switchover decided already?
+    switching: bool,
+}
+
+#[derive(Clone, Debug)]
+struct Limits {
+    downtime: Duration,
+    max_downtime: Option<Duration>,
+    rounds: u32,
+    deadline: Option<Duration>,
+    on_deadline: OnDeadline,
+}
+
+impl Controller {
+    /// Of a migration that begins, of a guest with pages of so many bytes.
+    #[must_use]
+    pub fn new(settings: &SourceSettings, page_bytes: u64) -> Self {
+        Self {
+            forecaster: Forecaster::new(settings, page_bytes),
+            limits: Limits {
+                downtime: settings.downtime_limit,
+                max_downtime: settings.max_downtime,
+                rounds: settings.max_rounds,
+                deadline: settings.deadline,
+                on_deadline: settings.on_deadline,
+            },
+            steps: Steps::new(&settings.convergence),
+            stall: Stall::new(settings.convergence.stall_rounds),
+            round: 0,
+            drained: None,
+            sampling: false,
+            switching: false,
+        }
+    }
+
+    /// What a switchover costs beside the pages, to be kept up to date by whoever measures it.
+    pub fn fixed(&mut self) -> &mut FixedCost {
+        &mut self.forecaster.fixed
+    }
+
+    /// What the rounds have shown.
+    #[must_use]
+    pub fn forecaster(&self) -> &Forecaster {
+        &self.forecaster
+    }
+
+    /// The downtime limit, as far as it is raised.
+    #[must_use]
+    pub fn downtime_limit(&self) -> Duration {
+        let limit = self.steps.raised().unwrap_or(self.limits.downtime);
+        self.limits.max_downtime.map_or(limit, |most| limit.min(most))
+    }
+
+    /// Percent of its time that the guest is to be held back.
+    #[must_use]
+    pub fn throttle(&self) -> u8 {
+        self.steps.throttling()
+    }
+
+    /// What a switchover at this moment would cost.
+    #[must_use]
+    pub fn forecast(&self, now: &Standing) -> Option<Forecast> {
+        self.forecaster.forecast(now, self.downtime_limit())
+    }
+
+    /// The same within a round: with what must have been written since the last sync, which has not found it.
+    #[must_use]
+    pub fn forecast_within(&self, now: &Standing) -> Option<Forecast> {
+        self.with_unseen(now).map_or_else(|| self.forecast(now), |now| self.forecast(&now))
+    }
+
+    /// The pages that may still be on their way when the guest is paused.
+    #[must_use]
+    pub fn backlog_pages(&self) -> u64 {
+        self.forecaster.backlog_pages(self.downtime_limit()).unwrap_or(0)
+    }
+
+    /// The logs are armed, at a time since the migration began.
+    pub fn armed(&mut self, elapsed: Duration) {
+        self.forecaster.armed(elapsed);
+    }
+
+    /// A round was sent, or the sample that was decided on, from its first batch to its last byte, in so much time.
+    ///
+    /// `work` is how long its busiest stage worked.
+    pub fn round(&mut self, tally: &RoundTally, time: Duration, work: Duration) {
+        self.round = tally.round;
+        if std::mem::take(&mut self.sampling) {
+            self.forecaster.sample(tally, time, work);
+        } else {
+            self.forecaster.round(tally, time, work);
+        }
+    }
+
+    /// The guest cannot be throttled: that step is left out from here on.
+    pub fn cannot_throttle(&mut self) {
+        self.steps.cannot_throttle();
+    }
+
+    /// A sync between rounds has found what is dirty: decides, and says why.
+    pub fn synced(&mut self, now: &Standing) -> Decided {
+        self.forecaster.synced(now);
+        let forecast = self.forecast(now);
+        let (decision, why) = if self.switching {
+            (Decision::SwitchOver, "switch over: the guest stands still already".into())
+        } else {
+            self.decide(now, forecast.as_ref())
+        };
+        self.switching = decision == Decision::SwitchOver;
+        let decided = Decided { round: self.round, decision, why, forecast };
+        self.sampling = decided.asks_for_a_sample();
+        decided
+    }
+
+    fn decide(&mut self, now: &Standing, forecast: Option<&Forecast>) -> (Decision, String) {
+        if let Some(pages) = self.forecaster.sample_wanted(now).filter(|_| self.has_room(now)) {
+            let why = format!("a sample of about {pages} pages: nothing has shown yet what deltas come to");
+            return (Decision::Sample(pages), format!("{why}; {}", self.outlook(forecast)));
+        }
+        let left = Left {
+            rounds: self.limits.rounds.saturating_sub(self.round),
+            time: self.limits.deadline.map(|deadline| deadline.saturating_sub(now.elapsed)),
+        };
+        let stall = self.stall.note(forecast, self.downtime_limit(), left);
+        if let Some(why) = self.is_met(now, forecast) {
+            // Once: a destination may be slow to say what has arrived.
+            if now.in_flight_pages > self.backlog_pages() && self.drained != Some(self.round) {
+                self.drained = Some(self.round);
+                self.forecaster.drained();
+                let pages = now.in_flight_pages;
+                return (Decision::Drain, format!("let {pages} pages arrive that are on their way: {why}"));
+            }
+            return (Decision::SwitchOver, format!("switch over: {why}"));
+        }
+        if let Some(used_up) = self.used_up(now, forecast) {
+            return self.end(&used_up, forecast);
+        }
+        let outlook = self.outlook(forecast);
+        let may_switch = self.is_allowed(forecast);
+        let outrun = self.forecaster.outrun();
+        let limit = self.downtime_limit();
+        let highest = self.limits.max_downtime.unwrap_or(Duration::MAX);
+        let taken = self.steps.next(stall, forecast, may_switch, outrun, limit, highest);
+        if taken.is_some() {
+            self.stall.forget_pace();
+        }
+        match taken {
+            None => (Decision::AnotherRound, format!("another round: {outlook}")),
+            Some((Taken::Throttle(percent), why)) => {
+                (Decision::Throttle(percent), format!("throttle the guest to {percent} %: {why}; {outlook}"))
+            }
+            Some((Taken::Raise(limit), why)) => self.raised(limit, &why, now, forecast),
+            Some((Taken::SwitchOver, why)) => (Decision::SwitchOver, format!("switch over: {why}; {outlook}")),
+            Some((Taken::Cancel, why)) => (Decision::GiveUp, format!("gave up: {why}; {outlook}")),
+        }
+    }
+
+    /// Do the budgets have room for a sample, and for what comes of it?
+    fn has_room(&self, now: &Standing) -> bool {
+        let in_time = self.limits.deadline.is_none_or(|deadline| now.elapsed.saturating_add(MARGIN) < deadline);
+        in_time && self.limits.rounds.saturating_sub(self.round) >= 2
+    }
+
+    /// A raised limit may be met at once.
+    fn raised(&self, limit: Duration, why: &str, now: &Standing, forecast: Option<&Forecast>) -> (Decision, String) {
+        let raised = format!("the downtime limit is raised to {}, for {why}", human::time(limit));
+        match self.is_met(now, forecast) {
+            Some(met) => (Decision::SwitchOver, format!("switch over: {raised}; {met}")),
+            None => (Decision::RaiseLimit(limit), format!("{raised}; {}", self.outlook(forecast))),
+        }
+    }
+
+    /// Time has passed in the middle of a round, of which so much is left: what the deadline asks for, if it is now or never.
+    pub fn tick(&mut self, now: &Standing) -> Option<Decided> {
+        let deadline = self.limits.deadline.filter(|_| !self.switching)?;
+        let forecast = self.with_unseen(now).and_then(|now| self.forecast(&now));
+        let why = if now.elapsed >= deadline {
+            format!("the deadline of {} has passed in round {}", human::time(deadline), self.round + 1)
+        } else {
+            let may_switch = !self.sampling && self.switches_for_a_budget(forecast.as_ref());
+            let pressing = self.now_or_never(now.elapsed, forecast.as_ref()).filter(|_| may_switch)?;
+            format!("after {} {pressing}", human::time(now.elapsed))
+        };
+        let (decision, why) = self.end(&why, forecast.as_ref());
+        self.switching = decision == Decision::SwitchOver;
+        Some(Decided { round: self.round + 1, decision, why, forecast })
+    }
+
+    /// What the last sync knew and what must have been written since. In the first round nobody can tell.
+    fn with_unseen(&self, now: &Standing) -> Option<Standing> {
+        let unseen = whole(self.forecaster.unseen_pages(now.elapsed)?);
+        Some(Standing { dirty_pages: now.dirty_pages.saturating_add(unseen), ..*now })
+    }
+
+    /// Why it may switch over by the limit, if it may.
+    fn is_met(&self, now: &Standing, forecast: Option<&Forecast>) -> Option<String> {
+        let forecast = forecast.filter(|_| self.is_allowed(forecast))?;
+        if now.dirty_pages == 0 {
+            return Some(format!("the last round left nothing dirty; {}", self.outlook(Some(forecast))));
+        }
+        (forecast.expected() <= self.downtime_limit()).then(|| self.outlook(Some(forecast)))
+    }
+
+    /// Does `max_downtime` allow it?
+    fn is_allowed(&self, forecast: Option<&Forecast>) -> bool {
+        self.limits.max_downtime.is_none_or(|most| forecast.is_some_and(|forecast| forecast.expected() <= most))
+    }
+
+    /// Does it switch over where a budget is used up?
+    fn switches_for_a_budget(&self, forecast: Option<&Forecast>) -> bool {
+        self.limits.on_deadline == OnDeadline::SwitchOver && self.is_allowed(forecast)
+    }
+
+    /// Would a switchover that begins later miss the deadline? In words, whether one that begins at once would keep it.
+    fn now_or_never(&self, elapsed: Duration, forecast: Option<&Forecast>) -> Option<String> {
+        let (deadline, end) = (self.limits.deadline?, elapsed.saturating_add(forecast?.expected()));
+        let words = human::time(deadline);
+        match end.checked_sub(deadline).filter(|late| !late.is_zero()) {
+            Some(late) => Some(format!("the deadline of {words} will be missed by {} at best", human::time(late))),
+            None => (end.saturating_add(MARGIN) >= deadline)
+                .then(|| format!("the deadline of {words} can be kept only from here")),
+        }
+    }
+
+    /// Which budget is used up, or will be before anything better than a switchover now can be done; in words.
+    fn used_up(&self, now: &Standing, forecast: Option<&Forecast>) -> Option<String> {
+        if self.round >= self.limits.rounds {
+            let rounds = self.limits.rounds;
+            return Some(if rounds == 1 {
+                "the one round is used up".into()
+            } else {
+                format!("{rounds} rounds are used up")
+            });
+        }
+        let (deadline, elapsed) = (self.limits.deadline?, now.elapsed);
+        let words = human::time(deadline);
+        if elapsed >= deadline {
+            return Some(format!("the deadline of {words} has passed"));
+        }
+        if self.switches_for_a_budget(forecast) {
+            return self.now_or_never(elapsed, forecast);
+        }
+        // At the best another round leaves nothing: even that would be too late.
+        let round = self.forecaster.round_time(now)?;
+        let at_best = elapsed.saturating_add(round).saturating_add(self.forecaster.fixed.total());
+        (at_best > deadline).then(|| {
+            let (round, elapsed) = (human::time(round), human::time(elapsed));
+            format!("another round takes {round}, and {elapsed} of the deadline of {words} are gone")
+        })
+    }
+
+    /// A budget is used up: what the operator said is done, unless it would exceed `max_downtime`.
+    fn end(&self, used_up: &str, forecast: Option<&Forecast>) -> (Decision, String) {
+        let outlook = self.outlook(forecast);
+        match self.limits.on_deadline {
+            OnDeadline::Cancel => (Decision::GiveUp, format!("gave up: {used_up}; {outlook}")),
+            OnDeadline::SwitchOver if self.is_allowed(forecast) => {
+                (Decision::SwitchOver, format!("switch over: {used_up}; {outlook}"))
+            }
+            OnDeadline::SwitchOver => {
+                let most = human::time(self.limits.max_downtime.unwrap_or_default());
+                (Decision::GiveUp, format!("gave up: {used_up}, and max_downtime is {most}; {outlook}"))
+            }
+        }
+    }
+
+    /// The forecast in words: the sum, its parts and the limit.
+    fn outlook(&self, forecast: Option<&Forecast>) -> String {
+        let Some(forecast) = forecast else { return "no rate is known yet".into() };
+        let FixedCost { sync, verify, handover } = forecast.fixed;
+        let [expected, transfer, sync, verify, handover, limit] =
+            [forecast.expected(), forecast.transfer, sync, verify, handover, self.downtime_limit()].map(human::time);
+        let rest = human::bytes(whole(forecast.remaining_bytes));
+        format!(
+            "expected downtime {expected} (transfer {transfer} for {rest}, sync {sync}, verify {verify}, handover \
+             {handover}), limit {limit}"
+        )
+    }
+}

@@ -1,0 +1,153 @@
+//! When rounds bring a migration no nearer to its end.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use super::forecast::{Forecast, seconds};
+use crate::human;
+
+/// What the rounds left of what remains, as far as a stall is seen in it.
+#[derive(Clone, Debug)]
+pub(super) struct Stall {
+    /// Rounds that make one.
+    most: u32,
+    least: f64,
+    since_least: u32,
+    /// What the rest would have taken after the latest rounds, the latest in front.
+    pace: VecDeque<Duration>,
+}
+
+/// What is left of the budgets.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Left {
+    pub(super) rounds: u32,
+    /// Of the deadline, if there is one.
+    pub(super) time: Option<Duration>,
+}
+
+impl Stall {
+    /// So many rounds without progress are a stall.
+    pub(super) fn new(most: u32) -> Self {
+        Self { most, least: f64::INFINITY, since_least: 0, pace: VecDeque::new() }
+    }
+
+    /// Something is done about it: what was before says nothing of what comes.
+    pub(super) fn forget_pace(&mut self) {
+        self.pace.clear();
+    }
+
+    /// A round has ended, with so much left of the budgets: is this a stall, and why?
+    pub(super) fn note(&mut self, forecast: Option<&Forecast>, limit: Duration, left: Left) -> Option<String> {
+        let remaining = forecast.map_or(f64::INFINITY, |forecast| forecast.remaining_bytes);
+        if remaining < self.least {
+            (self.least, self.since_least) = (remaining, 0);
+        } else {
+            self.since_least += 1;
+        }
+        self.pace.push_front(forecast.map_or(Duration::MAX, |forecast| forecast.transfer));
+        self.pace.truncate(self.most as usize + 1);
+        if self.since_least >= self.most {
+            return Some(format!("{} rounds brought no new least of what remains", self.since_least));
+        }
+        let fixed = forecast?.fixed.total();
+        if limit <= fixed {
+            return self
+                .pace
+                .get(self.most as usize)
+                .map(|_| "what a switchover costs without a page is above the limit already".into());
+        }
+        self.too_slow(limit - fixed, left)
+    }
+
+    /// Why what is left will not do, at the pace of the latest rounds, until the rest takes no more than this; `None` if it will,
+    /// or the rounds are too few to tell.
+    fn too_slow(&self, transfer: Duration, left: Left) -> Option<String> {
+        let (now, before) = (self.pace.front()?.as_secs_f64(), self.pace.get(self.most as usize)?.as_secs_f64());
+        let falls = f64::ln(before / now) / f64::from(self.most);
+        let way = f64::ln(now / transfer.as_secs_f64());
+        if falls <= 0.0 || way <= 0.0 {
+            return None;
+        }
+        let (rounds, last) = ((way / falls).ceil(), self.most);
+        if rounds > f64::from(left.rounds) {
+            let left = left.rounds;
+            return Some(format!(
+                "at the pace of the last {last} rounds it needs {rounds:.0} more, and {left} are left"
+            ));
+        }
+        // Each takes as long as the rest that it sends.
+        let shrinks = f64::exp(-falls);
+        let time = seconds(now * (1.0 - shrinks.powf(rounds)) / (1.0 - shrinks));
+        let time_left = left.time.filter(|left| time > *left)?;
+        let (time, left) = (human::time(time), human::time(time_left));
+        Some(format!("at the pace of the last {last} rounds it needs {time} more, and {left} are left"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::controller::forecast::FixedCost;
+
+    const LIMIT: Duration = Duration::from_millis(100);
+
+    /// What is said after each round, for what remains after each: so many bytes, that take as many milliseconds.
+    fn said(stall: &mut Stall, rest: &[u32], rounds_left: u32) -> Vec<bool> {
+        let mut note = |&rest: &u32| {
+            let transfer = Duration::from_millis(u64::from(rest));
+            let forecast = Forecast { remaining_bytes: f64::from(rest), transfer, fixed: FixedCost::default() };
+            stall.note(Some(&forecast), LIMIT, Left { rounds: rounds_left, time: None }).is_some()
+        };
+        rest.iter().map(&mut note).collect()
+    }
+
+    #[test]
+    fn rounds_count_from_the_last_least_whatever_dips_between() {
+        let mut stall = Stall::new(3);
+        assert_eq!(said(&mut stall, &[900, 800, 850, 810, 800], u32::MAX), [false, false, false, false, true]);
+        assert_eq!(said(&mut stall, &[700, 900, 800], u32::MAX), [false; 3], "a new least begins anew");
+        assert_eq!(said(&mut stall, &[850], u32::MAX), [true]);
+    }
+
+    #[test]
+    fn a_pace_that_is_too_slow_for_the_rounds_that_are_left_is_a_stall_too() {
+        // A tenth less each round: 16 rounds on the way from 525 to 100.
+        let rest = [800, 720, 648, 583, 525];
+        assert_eq!(said(&mut Stall::new(4), &rest, 17), [false; 5]);
+        assert_eq!(said(&mut Stall::new(4), &rest, 15), [false, false, false, false, true]);
+        let mut stall = Stall::new(4);
+        said(&mut stall, &rest[..4], 15);
+        stall.forget_pace();
+        assert_eq!(said(&mut stall, &rest[4..], 15), [false]);
+    }
+
+    #[test]
+    fn so_is_one_that_is_too_slow_for_the_time_that_is_left() {
+        // Half of it each round: 800, 400 and 200 ms are on the way to 100.
+        let said = |ms| {
+            let left = Left { rounds: u32::MAX, time: Some(Duration::from_millis(ms)) };
+            let (fixed, mut stall) = (FixedCost::default(), Stall::new(1));
+            let mut note = |ms| {
+                let transfer = Duration::from_millis(ms);
+                stall.note(Some(&Forecast { remaining_bytes: ms as f64, transfer, fixed }), LIMIT, left)
+            };
+            [note(1600), note(800)]
+        };
+        assert_eq!(said(1450), [None, None]);
+        let why = "at the pace of the last 1 rounds it needs 1.40 s more, and 1.35 s are left";
+        assert_eq!(said(1350), [None, Some(why.into())]);
+    }
+
+    #[test]
+    fn a_limit_below_what_a_switchover_costs_anyway_is_never_met() {
+        let fixed = FixedCost { verify: LIMIT, ..FixedCost::default() };
+        let mut stall = Stall::new(1);
+        let mut note = |rest: f64| {
+            let transfer = Duration::from_secs_f64(rest);
+            let left = Left { rounds: u32::MAX, time: None };
+            stall.note(Some(&Forecast { remaining_bytes: rest, transfer, fixed }), LIMIT, left)
+        };
+        assert_eq!(note(2.0), None);
+        assert!(note(1.0).unwrap().contains("without a page"));
+    }
+}

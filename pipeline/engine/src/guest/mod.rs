@@ -1,0 +1,223 @@
+//! Guests: what is moved, behind one trait.
+//!
+//! [`Guest`] is what the author of a VMM implements. The engine calls it in this order, and in no other:
+//!
+//! ```text
+//!  SOURCE: send(guest, …)                                     DESTINATION: receive(guest, …)
+//!
+//!  memory, run_state, clearers
+//!  setup_state ───────────── setup state, blocks ──────────▶  build, memory, clearers
+//!  dirty_logs; each log: start                                   ┊
+//!  rounds; each log: sync, rearm, copied ═════ pages ═══════▶    ┊ the loaders write its memory,
+//!     (throttle, if it outruns the wire)                         ┊
+//!  pause            (only if it ran)                             ┊ and nobody else does
+//!  save, release                                                 ┊
+//!  each log: sync, rearm, copied ════ last pages, state ════▶    ┊
+//!             ◀────────────────── Loaded ──────────────────   prepare
+//!  committed ───────────────────────── Go ─────────────────▶  start
+//!             ◀────────────────── Running ─────────────────
+//!  moved; each log: stop
+//!
+//!  ─ any failure, or cancel, before Go,
+//!    a failed committed among them ─────▶ reacquire (if release was called), resume (if pause was called);
+//!                                         each log: stop; at the destination nothing more is called
+//!  ─ a snapshot that is complete ───────▶ the same: the guest goes on
+//!  ─ no answer after Go ────────────────▶ nothing more is called: the guest stays paused, and an operator decides
+//! ```
+//!
+//! **Threads.** Every method but [`Guest::memory`] and [`Guest::run_state`] at the source is called from a thread where
+//! blocking is allowed, one call after another, and the next step waits until it returns: what [`Guest::pause`], `save`,
+//! `release`, `prepare` and `start` take is downtime. The calls come from different threads. A cancel is seen after such a
+//! call, not in it; only `setup_state` and `build` may still be running when a cancelled `send` or `receive` has
+//! returned. A panic in a method counts as an error of it.
+//!
+//! **Memory.** Between `dirty_logs` and the end the engine reads the blocks from its own threads at any time, while the guest
+//! runs. At the destination it writes them between `build` and `prepare`. No Rust reference to that memory may exist: it is
+//! [`MappedMemory`](crate::memory::MappedMemory) that a VMM lends, or its own [`Memory`](crate::memory::Memory).
+//!
+//! **Pages that need not travel.** A guest that knows of any (free, unplugged) hands out [clearers](Guest::clearers); a
+//! block whose memory the destination has already says so itself ([`BlockInfo::ignored`]), at both ends.
+//!
+//! [`conformance`] holds a guest to all of this.
+
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+
+use memferry_stages::dirty_log::DirtyLog;
+use memferry_stages::geometry::{BlockInfo, LayoutError, PageSize};
+use memferry_stages::memory::GuestMemory;
+use memferry_stages::untrusted::Untrusted;
+pub use memferry_stages::wire::messages::RunState;
+
+use clearer::Clearer;
+
+pub mod clearer;
+pub mod conformance;
+
+/// What went wrong in a guest: a sentence for the operator, with the cause in it.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct GuestError(pub String);
+
+impl GuestError {
+    /// `what`, and the error that caused it.
+    pub fn caused(what: impl fmt::Display, cause: impl fmt::Display) -> Self {
+        Self(format!("{what}: {cause}"))
+    }
+}
+
+impl From<io::Error> for GuestError {
+    fn from(error: io::Error) -> Self {
+        Self(error.to_string())
+    }
+}
+
+impl From<LayoutError> for GuestError {
+    fn from(error: LayoutError) -> Self {
+        Self(format!("the RAM blocks do not fit: {error}"))
+    }
+}
+
+/// Named, versioned sections of guest state, opaque to memferry.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct GuestState {
+    /// In the order they were saved.
+    pub sections: Vec<StateSection>,
+}
+
+/// One section of state.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StateSection {
+    /// Its name, 1 to 255 bytes.
+    pub name: Untrusted,
+    /// Version of its format.
+    pub version: u32,
+    /// Its bytes.
+    pub bytes: Vec<u8>,
+}
+
+/// A guest: at a source or at a destination. The [module](self) says who calls what, and when.
+pub trait Guest: Send + Sync + fmt::Debug {
+    /// Its RAM blocks. At the source it is asked once, where blocking is not allowed, before anything else. At the destination
+    /// it is asked once [`Guest::build`] has returned, and answers the blocks that `build` was given.
+    fn memory(&self) -> GuestMemory;
+
+    /// Does it run? Asked once, at the source, before the migration begins, where blocking is not allowed. A guest that its
+    /// operator has paused is neither paused nor resumed, and arrives paused.
+    fn run_state(&self) -> RunState;
+
+    /// What in it knows that pages need not be sent. At the source it is asked once, where blocking is not allowed, before
+    /// anything else; at the destination once it is built, for what is unplugged there. None by default.
+    fn clearers(&self) -> Vec<Arc<dyn Clearer>> {
+        Vec::new()
+    }
+
+    // ---- at the source ----
+
+    /// The logs that together see every write to its memory, not started yet. Called once in a migration, so that each may
+    /// have logs of its own.
+    ///
+    /// # Errors
+    /// When the host cannot give one; the migration then does not begin.
+    fn dirty_logs(&self) -> Result<Vec<Arc<dyn DirtyLog>>, GuestError>;
+
+    /// What a destination needs to know to build its machine, before any page. Nothing by default.
+    ///
+    /// # Errors
+    /// When it cannot be told; the migration then does not begin.
+    fn setup_state(&self) -> Result<GuestState, GuestError> {
+        Ok(GuestState::default())
+    }
+
+    /// Pauses the guest: when this returns, no vCPU, device thread or I/O in flight writes guest memory, until
+    /// [`Guest::resume`]. Called once, and only if the guest ran; where a deadline orders it, in the middle of a round, so that
+    /// [`Guest::save`] may come much later.
+    ///
+    /// # Errors
+    /// When it cannot be paused. It is then resumed, and must go on whatever part of it was paused.
+    fn pause(&self) -> Result<(), GuestError>;
+
+    /// Lets a paused guest go on where it stood. Called after a failed [`Guest::pause`] too, when it may still run.
+    ///
+    /// # Errors
+    /// When it cannot; the operator is told so (exit code 4).
+    fn resume(&self) -> Result<(), GuestError>;
+
+    /// Holds the guest back for `percent` of its time; 0 lets it run free. Called between rounds, where the settings have a
+    /// guest throttled that outruns the wire, with more each time; once it was, 0 follows at the end of the migration, whatever
+    /// that end is and wherever the guest is then. Whoever drives a migration may call it too, from any thread, beside any
+    /// other call.
+    ///
+    /// # Errors
+    /// If this guest cannot be throttled: the default.
+    fn throttle(&self, percent: u8) -> Result<(), GuestError> {
+        let _ = percent;
+        Err(GuestError("this guest cannot be throttled".into()))
+    }
+
+    /// Its device state. The guest is paused, by the engine or by its operator, and stays so. Saving may write memory, as
+    /// long as a dirty log sees it: the last bitmap sync follows. After this call nothing writes memory any more. It may be
+    /// followed by [`Guest::resume`], and in a later migration by another save.
+    ///
+    /// # Errors
+    /// When it cannot be saved; the guest goes on. So it does if the state is larger than 256 MiB, or a section has no name
+    /// or one longer than 255 bytes.
+    fn save(&self) -> Result<GuestState, GuestError>;
+
+    /// Gives up what only one side may hold (disks, locks), before the destination may take it in [`Guest::prepare`].
+    ///
+    /// # Errors
+    /// When it cannot; the migration then fails, what was given up is reacquired and the guest goes on.
+    fn release(&self) -> Result<(), GuestError> {
+        Ok(())
+    }
+
+    /// Takes back what [`Guest::release`] gave up, or a part of it if it failed. Called before [`Guest::resume`].
+    ///
+    /// # Errors
+    /// When it cannot; the guest then stays paused and the operator is told.
+    fn reacquire(&self) -> Result<(), GuestError> {
+        Ok(())
+    }
+
+    /// Go is about to be handed to the transport: from here on this guest may run at `destination`, and nothing of its own (a guard
+    /// that would resume it when this program dies) may start it again. [`Guest::resume`] still may: the destination can
+    /// refuse to begin. For a stream in a file, called before its completion, if the guest is to stay paused.
+    ///
+    /// # Errors
+    /// When it is not certain that nothing here starts the guest on its own. Go then does not leave, the migration fails, and the
+    /// guest is resumed.
+    fn committed(&self, destination: &str) -> Result<(), GuestError> {
+        let _ = destination;
+        Ok(())
+    }
+
+    /// The destination has confirmed that it runs the guest, or the stream in a file is complete and the guest is to stay paused:
+    /// whatever watched over the guest here may end. The last call, besides those to its logs.
+    fn moved(&self) {}
+
+    // ---- at the destination ----
+
+    /// Builds the machine for the blocks that come, or refuses with both sides' figures. What is built has exactly these
+    /// blocks; one that is [`ignored`](BlockInfo::ignored) has the memory that the source has, or the guest refuses it or
+    /// builds it as one that is not, which the engine refuses then. The peer is not trusted: its blocks are a valid layout,
+    /// but as long as it likes, and its state may be anything.
+    ///
+    /// # Errors
+    /// When the blocks do not fit this guest; the source is told why.
+    fn build(&self, page_size: PageSize, blocks: &[BlockInfo], setup: &GuestState) -> Result<(), GuestError>;
+
+    /// Everything is loaded: applies the device state and opens what is needed. May fail; nothing runs yet, and if no
+    /// [`Guest::start`] follows nothing ever does.
+    ///
+    /// # Errors
+    /// When the state does not fit; the guest goes on at its source.
+    fn prepare(&self, state: &GuestState) -> Result<(), GuestError>;
+
+    /// Starts the guest, or leaves it paused if it was; [`Guest::resume`] starts it then. Cannot be taken back.
+    ///
+    /// # Errors
+    /// When it does not start; the operators of both sides are told.
+    fn start(&self, run_state: RunState) -> Result<(), GuestError>;
+}

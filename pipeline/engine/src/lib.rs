@@ -1,0 +1,48 @@
+//! memferry moves the memory of a running guest to another process, host or file while the guest keeps writing to it.
+//!
+//! # For whoever embeds it
+//! This crate is the only dependency that a VMM needs: what its traits and settings name is re-exported here.
+//!
+//! | to do | here |
+//! |---|---|
+//! | make a VM one that can be moved | implement [`Guest`](guest::Guest): [`guest`] |
+//! | describe its RAM | [`memory`], [`geometry`] |
+//! | tell which pages were written | a [`DirtyLog`](dirty_log::DirtyLog) of those in [`dirty_log`], or one of your own |
+//! | move it | [`migration::send`] and [`migration::receive`], with [`settings`], over one of the [`transports`] |
+//! | watch it | [`events`] |
+//! | change or end it while it runs | [`control`] |
+//! | take RAM and log from `vm-memory` | `vm_memory`, with the feature `vm-memory` |
+//! | know that the implementation is right | [`guest::conformance`], [`dirty_log::conformance`] |
+//!
+//! `examples/embed.rs` is all of that in one short program. The guests that memferry ships are in the crate `memferry-guests`.
+
+pub mod control;
+pub mod controller;
+pub mod events;
+pub mod guest;
+pub mod migration;
+pub mod settings;
+#[cfg(feature = "vm-memory")]
+pub mod vm_memory;
+
+// What the other crates of this workspace share with the engine. It is no part of the interface, and changes without notice.
+#[doc(hidden)]
+pub mod bottleneck;
+#[doc(hidden)]
+pub mod host;
+#[doc(hidden)]
+pub mod human;
+#[doc(hidden)]
+pub mod outlet;
+#[cfg(any(test, feature = "samples"))]
+#[doc(hidden)]
+pub mod samples;
+#[doc(hidden)]
+pub mod threads;
+#[doc(hidden)]
+pub mod units;
+#[doc(hidden)]
+pub mod values;
+
+pub use memferry_stages::{batch, bitmap, codec, dirty_log, geometry, kvm, memory, meter, pool, tally, xbzrle};
+pub use memferry_transports as transports;

@@ -1,0 +1,217 @@
+//! How much memory a migration takes for itself, known before it starts (law 9).
+//!
+//! Everything in flight lies in pooled buffers of one extent each; the queues carry those buffers and small heads. So the
+//! bound is pools + XBZRLE cache + compressors + guest state (`max_state`, with the frames that it travels in) + what the process takes
+//! with nothing to move (`PROCESS`) + what grows with the guest: bitmaps, what is in flight, and digests. Of a guest of 32 GiB or
+//! more for each lane these are less than 0.02 %, a log that keeps a bit for each page included. More lanes or larger pages
+//! are what makes the pools grow.
+
+use std::sync::Arc;
+
+use memferry_stages::bitmap::DirtyBitmap;
+use memferry_stages::clears::Clears;
+use memferry_stages::codec::{Compressor, Decompressor};
+use memferry_stages::dirty_log::DirtyLog;
+use memferry_stages::geometry::{Layout, PageSize};
+use memferry_stages::in_flight::InFlight;
+use memferry_stages::meter::Meter;
+use memferry_stages::pool::BufferPool;
+use memferry_stages::wire::messages::MAX_STATE_CHUNK;
+use memferry_stages::wire::pages::group_pages;
+
+use super::digests;
+use super::error::MigrationError;
+use crate::host;
+use crate::settings::SourceSettings;
+use crate::values::Size;
+
+/// What a program with nothing to move takes at most for one end, as `tests/program/memory.rs` measures it: its code and libraries, the
+/// stacks and arenas of its threads, connections, events and report. A VMM that embeds the library has most of it anyway.
+pub(super) const PROCESS: u64 = 24 << 20;
+
+/// Batches that wait between scanner and detector, a lane: descriptors only, enough for two stretches of 4 KiB pages.
+pub(super) const SCANNED: usize = 16;
+/// Batches that wait between detector and encoder, a lane.
+pub(super) const COPIED: usize = 2;
+/// Frames that wait before a sender, a lane that shares it.
+pub(super) const ENCODED: usize = 4;
+/// Frames that wait between receiver and loader, a lane.
+pub(super) const ARRIVED: usize = 4;
+/// Control messages that wait on their way out.
+pub(super) const CONTROL: usize = 8;
+
+/// Buffers that a lane's detector copies into: those that wait behind it (queued as copies or as raw frames), and two at work.
+const COPY_BUFFERS: usize = COPIED + ENCODED + 2;
+/// Buffers that a lane's encoder writes into: those that wait behind it, and two at work.
+const CODE_BUFFERS: usize = ENCODED + 2;
+/// Buffers that a connection receives into, for each lane: those that wait, and two at work.
+const LOAD_BUFFERS: usize = ARRIVED + 2;
+
+/// A lane's pool for copies of pages.
+pub(super) fn copy_pool(page_size: PageSize) -> BufferPool {
+    BufferPool::new(COPY_BUFFERS, page_size.extent_bytes())
+}
+
+/// A lane's pool for encoded payloads.
+pub(super) fn code_pool(page_size: PageSize) -> BufferPool {
+    BufferPool::new(CODE_BUFFERS, page_size.extent_bytes())
+}
+
+/// A connection's pool for received payloads.
+pub(super) fn load_pool(page_size: PageSize, lanes_here: usize) -> BufferPool {
+    BufferPool::new(LOAD_BUFFERS * lanes_here, page_size.extent_bytes())
+}
+
+/// Bytes of the largest group of pages that is compressed.
+fn group_bytes(page_size: PageSize) -> u64 {
+    (group_pages(page_size) * page_size.bytes()) as u64
+}
+
+/// The most memory that a source takes for itself, in bytes: pools, caches, compressors and what it keeps for each page. What its
+/// guest's dirty logs keep comes to it. `may_leave_out`: are there pages that may not travel?
+#[must_use]
+pub fn source_bound(layout: &Layout, settings: &SourceSettings, may_leave_out: bool) -> u64 {
+    let extent = layout.page_size().extent_bytes() as u64;
+    let pools = u64::from(settings.lanes) * (COPY_BUFFERS + CODE_BUFFERS) as u64 * extent;
+    let cache = cache_bytes(layout, settings);
+    let compressor = settings.encoder.compress.map_or(0, |codec| {
+        Compressor::for_groups(codec, layout.page_size()).memory_bytes() + group_bytes(layout.page_size())
+    });
+    let compressors = u64::from(settings.lanes) * compressor;
+    let in_flight = InFlight::bound_bytes(layout, settings.lanes);
+    let all_else = PROCESS + pools + compressors + source_keeps(layout, in_flight, settings.verify, may_leave_out);
+    // Figures that are an operator's, and may be any.
+    all_else.saturating_add(cache).saturating_add(state_bytes(settings.max_state_bytes, STATE_FRAMES))
+}
+
+/// The least bytes of a cache that holds pages: two of each lane.
+pub fn least_cache(page_bytes: u64, lanes: u16) -> u64 {
+    page_bytes.saturating_mul(2 * u64::from(lanes))
+}
+
+/// The bytes of the cache that a source of such a guest takes: the settings', but no more than the guest has.
+pub fn cache_bytes(layout: &Layout, settings: &SourceSettings) -> u64 {
+    let most = layout.bytes().max(least_cache(layout.page_size().bytes() as u64, settings.lanes));
+    settings.encoder.xbzrle.as_ref().map_or(0, |xbzrle| xbzrle.cache_bytes.min(most))
+}
+
+/// What is wrong with a cache that is larger than the guest's memory, and what to write instead.
+pub fn cache_beyond_guest(cache: u64, guest_bytes: u64, page_bytes: u64, lanes: u16) -> Option<(String, String)> {
+    let (cache, guest) = (Size(cache), Size(guest_bytes));
+    let most = guest.max(Size(least_cache(page_bytes, lanes)));
+    let what = format!("an XBZRLE cache of {cache} is larger than the guest's memory, {guest}");
+    (cache > most).then(|| (what, format!("write {most} or less, or leave it out")))
+}
+
+/// What a source keeps for its guest's pages: which are dirty, which were never touched, of which deltas can be made, which do not
+/// travel, what is in flight, and digests.
+pub(super) fn source_keeps(layout: &Layout, in_flight: u64, verify: bool, may_leave_out: bool) -> u64 {
+    let digests = if verify { digests::bound_bytes(layout, may_leave_out) } else { 0 };
+    let clears = if may_leave_out { Clears::bytes_of(layout) } else { 0 };
+    3 * DirtyBitmap::bytes_of(layout) + clears + in_flight + digests
+}
+
+/// What a destination keeps: which pages it holds, which never come, and digests.
+pub(super) fn destination_keeps(layout: &Layout, verify: bool, may_leave_out: bool) -> u64 {
+    let digests = if verify { digests::bound_bytes(layout, may_leave_out) } else { 0 };
+    (1 + u64::from(may_leave_out)) * DirtyBitmap::bytes_of(layout) + digests
+}
+
+/// What the dirty logs of a guest keep.
+pub(super) fn logs_bytes(logs: &[Arc<dyn DirtyLog>]) -> u64 {
+    logs.iter().map(|log| log.memory_bytes()).sum()
+}
+
+/// The most memory that a destination takes for itself, in bytes; with digests that leave pages out, for it is the source that
+/// decides on them.
+#[must_use]
+pub fn destination_bound(layout: &Layout, lanes: u16, max_state: u64) -> u64 {
+    let extent = layout.page_size().extent_bytes() as u64;
+    let decompressor = Decompressor::bound_bytes() + group_bytes(layout.page_size());
+    let pages =
+        u64::from(lanes) * (LOAD_BUFFERS as u64 * extent + decompressor) + destination_keeps(layout, true, true);
+    PROCESS + pages + state_bytes(max_state, state_messages(lanes.into()))
+}
+
+/// Frames that guest state is in on its way out, each a copy of a chunk: those that wait, and two at work.
+pub(super) const STATE_FRAMES: u64 = CONTROL as u64 + 2;
+
+/// Messages that guest state is in on its way in: those that wait, one at work, and one that each connection reads; at most as many
+/// of these as lanes.
+pub(super) fn state_messages(lanes: u64) -> u64 {
+    CONTROL as u64 + 1 + lanes
+}
+
+/// Guest state of so many bytes, and so many copies of its chunks on their way.
+pub(super) fn state_bytes(state: u64, chunks: u64) -> u64 {
+    state.saturating_add(state.min(chunks * MAX_STATE_CHUNK as u64))
+}
+
+/// Does this host have the memory to send or receive such a guest? A block may be far larger than anything here (a sparse
+/// file, or what a hostile source names), and an allocation that fails would take the whole program with it.
+///
+/// # Errors
+/// What it would take and what there is, if it would take more than half of the memory that this process may have.
+pub(super) fn check_host(bound: u64) -> Result<(), MigrationError> {
+    match host::beyond_half_of_memory(bound) {
+        None => Ok(()),
+        Some(host) => Err(MigrationError::TooLarge(format!(
+            "to move its memory takes {bound} bytes beside it, more than half of {host}"
+        ))),
+    }
+}
+
+/// The same for a source, whose cache may be all that is too large.
+///
+/// # Errors
+/// What is too large.
+pub fn check_source(bound: u64, layout: &Layout, settings: &SourceSettings) -> Result<(), MigrationError> {
+    let cache = cache_bytes(layout, settings);
+    check_host(bound.saturating_sub(cache))?;
+    check_cache(bound, cache).map_err(MigrationError::CacheTooLarge)
+}
+
+/// Does this host have the memory for a cache of so many bytes, in a migration that takes `bound` with it?
+///
+/// # Errors
+/// What is wrong, and what would be right.
+pub(super) fn check_cache(bound: u64, cache: u64) -> Result<(), String> {
+    let Some(host) = host::beyond_half_of_memory(bound) else { return Ok(()) };
+    let most = (host.bytes / 2).saturating_sub(bound.saturating_sub(cache)) >> 20;
+    Err(format!(
+        "a cache of {} takes, with all else that the migration does, more than half of {host}; \
+         write {most} MiB or less",
+        Size(cache)
+    ))
+}
+
+/// What was really held: the most of each pool and of each stage, and what was kept for the pages.
+pub(super) fn peak(pools: &[BufferPool], stages: &[Arc<Meter>], keeps: u64) -> u64 {
+    pools.iter().map(BufferPool::peak_bytes).sum::<u64>()
+        + stages.iter().map(|stage| stage.peak_bytes()).sum::<u64>()
+        + keeps
+}
+
+#[cfg(test)]
+mod tests {
+    use memferry_stages::geometry::BlockInfo;
+
+    use super::*;
+
+    /// A larger cache holds nothing more, so it is not paid for.
+    #[test]
+    fn a_cache_has_at_most_the_bytes_of_its_guest() {
+        let settings = SourceSettings::default();
+        let layout = |bytes| Layout::new(PageSize::DEFAULT, vec![BlockInfo::new("ram", bytes)]).unwrap();
+        assert_eq!(cache_bytes(&layout(64 << 20), &settings), 64 << 20);
+        assert_eq!(cache_bytes(&layout(1 << 30), &settings), 256 << 20);
+        // Two pages of each lane, for a guest of one page.
+        assert_eq!(cache_bytes(&layout(4096), &settings), 4 * 4096);
+        assert!(source_bound(&layout(64 << 20), &settings, false) < 128 << 20);
+        assert_eq!(cache_beyond_guest(64 << 20, 64 << 20, 4096, 2), None);
+        assert_eq!(cache_beyond_guest(4 * 4096, 1, 4096, 2), None);
+        let (what, help) = cache_beyond_guest(65 << 20, 64 << 20, 4096, 2).unwrap();
+        assert_eq!(what, "an XBZRLE cache of 65 MiB is larger than the guest's memory, 64 MiB");
+        assert_eq!(help, "write 64 MiB or less, or leave it out");
+    }
+}

@@ -1,0 +1,132 @@
+//! Why a migration ended before its time.
+
+use std::any::Any;
+use std::io;
+use std::panic::AssertUnwindSafe;
+
+use futures::FutureExt;
+use memferry_stages::geometry::LayoutError;
+use memferry_stages::untrusted::Untrusted;
+use memferry_stages::wire::WireError;
+use memferry_stages::wire::reader::ReadError;
+
+use super::alive::Silence;
+use super::stage_set::Failure;
+use crate::guest::GuestError;
+
+/// What ended a migration. Its text is the operator's: it says what failed and where.
+#[derive(Debug, thiserror::Error)]
+pub enum MigrationError {
+    /// The operator said so.
+    #[error("cancelled")]
+    Cancelled,
+    /// The limits of the configuration cannot be met.
+    #[error("{0}")]
+    GaveUp(String),
+    /// No way to the peer, or from it.
+    #[error("{0}")]
+    Transport(#[from] io::Error),
+    /// The guest could not do its part.
+    #[error("the guest failed: {0}")]
+    Guest(#[from] GuestError),
+    /// The guest was built for other blocks than those that came.
+    #[error("the guest was built otherwise than it came: {0}")]
+    BuiltOtherwise(String),
+    /// The guest's blocks cannot be.
+    #[error("the RAM blocks do not fit: {0}")]
+    Layout(#[from] LayoutError),
+    /// The guest is larger than this host can take.
+    #[error("the guest is too large: {0}")]
+    TooLarge(String),
+    /// The cache for deltas is larger than this host can take.
+    #[error("xbzrle_cache: {0}")]
+    CacheTooLarge(String),
+    /// A dirty log could not do its part.
+    #[error("the dirty log cannot {doing}: {error}")]
+    Log {
+        /// What it should have done.
+        doing: &'static str,
+        /// What the kernel said.
+        error: io::Error,
+    },
+    /// Guest memory could not be read for a digest.
+    #[error("guest memory cannot be read for its digest: {0}")]
+    Digest(io::Error),
+    /// A stage failed.
+    #[error("{0}")]
+    Stage(#[from] Failure),
+    /// The stream could not be read, or holds what cannot be.
+    #[error("{0}")]
+    Read(#[from] ReadError),
+    /// A message that cannot be acted on.
+    #[error("{0}")]
+    Wire(#[from] WireError),
+    /// The peer refused, and said why.
+    #[error("the {peer} refused: {why}")]
+    Refused {
+        /// "source" or "destination".
+        peer: &'static str,
+        /// In its words.
+        why: Untrusted,
+    },
+    /// The peer gave up, and said why.
+    #[error("the {peer} gave up: {why}")]
+    GivenUp {
+        /// "source" or "destination".
+        peer: &'static str,
+        /// In its words.
+        why: Untrusted,
+    },
+    /// The peer did not keep to the protocol.
+    #[error("the peer does not keep to the protocol: {0}")]
+    Protocol(String),
+    /// The connection ended.
+    #[error("the connection was lost: {0}")]
+    Lost(String),
+    /// The peer was silent for too long.
+    #[error("{0}")]
+    Silent(Silence),
+    /// A setting that cannot be.
+    #[error("{0}")]
+    Setting(String),
+    /// Something took too long.
+    #[error("{0}")]
+    TimedOut(String),
+    /// Something panicked, and was kept from taking the guest down with it.
+    #[error("memferry or the guest's own code made a mistake: {0}")]
+    Mistake(String),
+    /// The two memories are not the same.
+    #[error("verification failed: {0}")]
+    Differs(String),
+}
+
+/// Runs a future to its end. A panic in it becomes an error: a mistake of ours, or of the guest's code, must not leave a guest
+/// paused that nobody resumes.
+pub(super) async fn guarded<T>(future: impl Future<Output = Result<T, MigrationError>>) -> Result<T, MigrationError> {
+    let ended = AssertUnwindSafe(future).catch_unwind().await;
+    ended.unwrap_or_else(|panic| Err(MigrationError::Mistake(panic_words(&*panic))))
+}
+
+/// What a panic said.
+pub(super) fn panic_words(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().cloned();
+    text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()))
+        .unwrap_or_else(|| "a panic without words".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_panic_becomes_an_error_that_says_what_it_said() {
+        let at_once = guarded(async { if true { panic!("page {} is gone", 7) } else { Ok(()) } }).await;
+        assert!(at_once.unwrap_err().to_string().ends_with("mistake: page 7 is gone"));
+        let after_a_wait = guarded::<()>(async {
+            tokio::task::yield_now().await;
+            panic!("plain")
+        });
+        assert!(after_a_wait.await.unwrap_err().to_string().ends_with("mistake: plain"));
+        assert_eq!(guarded(async { Ok(3) }).await.unwrap(), 3);
+    }
+}

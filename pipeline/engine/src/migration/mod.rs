@@ -1,0 +1,123 @@
+//! Running a migration: the stages joined, its phases at the source and at the destination, and the last handshake. When to
+//! switch over is decided by the [`controller`](crate::controller).
+//!
+//! | | |
+//! |---|---|
+//! | `source`, `destination` | the phases of each end, as a list |
+//! | [`handshake`] | where the guest is, as pure state: messages in, decisions out |
+//! | `source_graph`, `destination_graph` | the stages, joined |
+//! | `link`, `session` | connections opened, greeted and gathered |
+//! | `turned_away` | strangers and broken peers, counted and told |
+//! | `senders` | what the source says, from Hello on |
+//! | `alive` | heartbeats, and the watch over a silent peer |
+//! | `arming` | the logs started, for a migration or for who only watches |
+//! | `bounds` | what a migration takes in memory |
+//! | `out_for_good` | the pages that never travel, for both ends |
+
+mod alive;
+#[doc(hidden)]
+pub mod arming;
+mod bounds;
+mod destination;
+mod destination_graph;
+mod digests;
+#[doc(hidden)]
+pub mod error;
+mod flow;
+pub mod handshake;
+mod link;
+#[doc(hidden)]
+pub mod out_for_good;
+mod plane;
+mod senders;
+mod session;
+mod source;
+mod source_graph;
+mod speed;
+pub(crate) mod stage_set;
+mod state;
+mod turned_away;
+
+use std::ops::Range;
+use std::time::Duration;
+
+use memferry_stages::bitmap::DirtyBitmap;
+use memferry_stages::geometry::{BlockInfo, Layout, PageSize};
+use memferry_stages::memory::GuestMemory;
+
+pub use bounds::{cache_beyond_guest, cache_bytes, check_source, least_cache};
+pub use bounds::{destination_bound, source_bound};
+pub use destination::receive;
+pub use digests::downtime as digest_downtime;
+pub use digests::{DIGEST_PASSES, HashingCost, hashing_cost};
+pub use plane::DataPlane;
+pub use source::send;
+pub use tokio_util::sync::CancellationToken;
+
+use crate::events::BlockFacts;
+use crate::guest::GuestError;
+use error::{MigrationError, guarded};
+
+/// How long a peer is given to take the reason of a failure before its connections are dropped.
+const FAREWELL: Duration = Duration::from_millis(500);
+
+/// Runs what may block where blocking is allowed.
+///
+/// # Panics
+/// If the call does.
+async fn blocking<T: Send + 'static>(call: impl FnOnce() -> T + Send + 'static) -> T {
+    match tokio::task::spawn_blocking(call).await {
+        Ok(value) => value,
+        Err(error) => std::panic::resume_unwind(error.into_panic()),
+    }
+}
+
+/// Asks a guest for something that a migration goes on without: a panic in it is an error, and no more.
+async fn asked(call: impl FnOnce() -> Result<(), GuestError> + Send + 'static) -> Result<(), MigrationError> {
+    guarded(async { Ok(blocking(call).await?) }).await
+}
+
+fn block_facts(layout: &Layout) -> Vec<BlockFacts> {
+    let page_size = layout.page_size().bytes() as u64;
+    let facts = |block: &BlockInfo| BlockFacts { id: block.id.clone(), bytes: block.length, page_size };
+    layout.blocks().iter().map(facts).collect()
+}
+
+/// Where the memory that was built is not that of the blocks that came, with both: page size, ids, lengths, guest addresses.
+pub(crate) fn built_otherwise(memory: &GuestMemory, page_size: PageSize, came: &[BlockInfo]) -> Option<String> {
+    let built = memory.layout().blocks();
+    if memory.page_size() != page_size {
+        let [came, built] = [page_size, memory.page_size()].map(PageSize::bytes);
+        return Some(format!("pages of {came} bytes came and pages of {built} bytes were built"));
+    }
+    if built.len() != came.len() {
+        return Some(format!("{} RAM blocks came and {} were built", came.len(), built.len()));
+    }
+    let told = |block: &BlockInfo| format!("{:?} of {} bytes at {:#x}", block.id, block.length, block.guest_address);
+    let is_other = |(came, built): &(&BlockInfo, &BlockInfo)| {
+        (&came.id, came.length, came.guest_address) != (&built.id, built.length, built.guest_address)
+    };
+    let (came, built) = came.iter().zip(built).find(is_other)?;
+    Some(format!("RAM block {} came and {} was built", told(came), told(built)))
+}
+
+/// Pages of memory that is asked at once what was never touched. A fragmented guest answers with a range for every other page.
+const PAGES_ASKED: u64 = 1 << 16;
+
+/// The pages that nobody needs to read: never touched, as far as the memory can tell. What cannot tell is read. May block.
+fn untouched_pages(memory: &GuestMemory) -> DirtyBitmap {
+    let (layout, untouched) = (memory.layout(), DirtyBitmap::empty(memory.layout()));
+    (0..layout.block_count()).for_each(|block| note_untouched(memory, block, 0..layout.block_pages(block), &untouched));
+    untouched
+}
+
+/// Sets the bits of those of some pages of a block that were never touched. May block.
+fn note_untouched(memory: &GuestMemory, block: u32, pages: Range<u64>, untouched: &DirtyBitmap) {
+    let mut start = pages.start;
+    while start < pages.end {
+        let asked = start..pages.end.min(start + PAGES_ASKED);
+        start = asked.end;
+        let answer = memory.block(block).memory.untouched_in(memory.page_size(), asked);
+        answer.unwrap_or_default().into_iter().for_each(|range| untouched.set_range(block, range));
+    }
+}

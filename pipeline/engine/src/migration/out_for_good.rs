@@ -1,0 +1,29 @@
+//! The pages that never travel, as each end finds them: unplugged, or of ignored blocks.
+
+use std::ops::Range;
+
+use memferry_stages::clears::OutForGood;
+use memferry_stages::geometry::Layout;
+
+use crate::guest::GuestError;
+use crate::guest::clearer::BlockPages;
+
+/// All of them with their block, of a guest whose clearers call these unplugged.
+///
+/// # Errors
+/// When some are no pages of the guest: its mistake.
+pub fn out_for_good(
+    layout: &Layout,
+    unplugged: Vec<BlockPages>,
+) -> Result<Vec<(OutForGood, u32, Range<u64>)>, GuestError> {
+    for (block, pages) in &unplugged {
+        let has = if *block < layout.block_count() { layout.block_pages(*block) } else { 0 };
+        if pages.end > has {
+            return Err(GuestError(format!("pages {pages:?} of block {block} are unplugged, and it has {has}")));
+        }
+    }
+    let unplugged = unplugged.into_iter().map(|(block, pages)| (OutForGood::Unplugged, block, pages));
+    let ignored = (0..).zip(layout.blocks()).filter(|(_, block)| block.ignored);
+    let ignored = ignored.map(|(block, _)| (OutForGood::Ignored, block, 0..layout.block_pages(block)));
+    Ok(unplugged.chain(ignored).collect())
+}

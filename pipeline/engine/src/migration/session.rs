@@ -1,0 +1,394 @@
+//! The destination's way to its source: strangers turned away, the connections of one migration gathered.
+//!
+//! Anyone can reach a listening socket: port scanners, other programs, other versions, a source that died half-way. None of
+//! them may end the wait for the real peer, hold it up, or make it grow. So each connection is greeted in a task of its
+//! own, within a time limit; only a few are greeted at once; and what was gathered of a migration that does not become
+//! complete is refused after that time, or at once where no further connection can be accepted.
+
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use memferry_stages::geometry::PageSize;
+use memferry_stages::silence::{Attentive, Ear};
+use memferry_stages::untrusted::Untrusted;
+use memferry_stages::wire::hello::{Features, Hello, SessionId};
+use memferry_stages::wire::reader::{FrameReader, Incoming, ReadError};
+use memferry_stages::wire::{FrameError, Message, PROTOCOL_VERSION, WireError};
+use memferry_transports::{Connection, Listener, is_shortage};
+use tokio::io::AsyncWriteExt;
+use tokio::task::{AbortHandle, JoinSet};
+use tokio::time::{Instant, sleep_until};
+
+use super::FAREWELL;
+use super::error::MigrationError;
+use super::link::{Reader, Writer};
+use super::turned_away::TurnedAways;
+use crate::events::TurnedAwayKind;
+use crate::settings::DestinationSettings;
+use crate::values::Time;
+
+/// The most connections that are greeted at once.
+const MAX_GREETED: usize = 64;
+/// How long a connection may be silent before it can be dropped for the next: the real peer says Hello at once, but it may come in a
+/// burst of others, to a host that is busy.
+const GRACE: Duration = Duration::from_millis(250);
+/// The most migrations that are gathered at once.
+const MAX_GATHERED: usize = 16;
+
+/// The connections of one migration, complete, with what their Hello says.
+pub(super) struct Session {
+    /// Who sends, for messages.
+    pub(super) peer: Untrusted,
+    /// What every connection's Hello says, but for its number.
+    pub(super) hello: Hello,
+    /// What the stream uses.
+    pub(super) features: Features,
+    /// One for each connection, in order.
+    pub(super) readers: Vec<Reader>,
+    /// What is heard on each of them.
+    pub(super) ears: Vec<Arc<Ear>>,
+    /// The return path, on connection 0, if the transport has one.
+    pub(super) answer: Option<Writer>,
+}
+
+/// A connection that said a Hello we can take.
+struct Greeted {
+    peer: Untrusted,
+    hello: Hello,
+    features: Features,
+    reader: Reader,
+    ear: Arc<Ear>,
+    writer: Option<Writer>,
+}
+
+/// A migration whose connections arrive.
+struct Group {
+    since: Instant,
+    connections: Vec<Option<Greeted>>,
+}
+
+/// A connection that is turned away.
+struct TurnedAway {
+    kind: TurnedAwayKind,
+    peer: Untrusted,
+    why: String,
+    /// Was it a stored stream? Then no other will come.
+    stored: bool,
+}
+
+/// Why a connection cannot be taken.
+type Refusal = (TurnedAwayKind, String);
+
+/// Who has come, until the connections of one migration are complete.
+struct Reception {
+    settings: DestinationSettings,
+    turned_away: Arc<TurnedAways>,
+    greetings: JoinSet<Result<Greeted, TurnedAway>>,
+    /// Connections that are answered with a refusal; nobody asks how that ends.
+    farewells: JoinSet<()>,
+    waiting: Waiting,
+    groups: HashMap<SessionId, Group>,
+    /// Migrations that were refused as a whole, the last ones: of each, more connections may be on their way.
+    refused: VecDeque<(SessionId, Refusal)>,
+}
+
+impl Session {
+    /// Waits until all connections of one migration are there. Runs on the data plane, where its sockets belong.
+    pub(super) async fn gather(
+        mut listener: Box<dyn Listener>,
+        settings: DestinationSettings,
+        turned_away: Arc<TurnedAways>,
+    ) -> Result<Self, MigrationError> {
+        let mut reception = Reception::new(settings, turned_away.clone());
+        loop {
+            reception.waiting.forget_finished();
+            let is_full = reception.waiting.is_full();
+            tokio::select! {
+                accepted = listener.accept(), if !is_full => reception.accepted(accepted)?,
+                () = reception.waiting.oldest_had_its_time(), if is_full => reception.waiting.drop_oldest(),
+                () = reception.a_group_had_its_time() => reception.refuse_late_groups(),
+                () = turned_away.report_next() => {}
+                Some(_) = reception.farewells.join_next() => {}
+                Some(greeting) = reception.greetings.join_next() => {
+                    let greeting = match greeting {
+                        Err(error) if error.is_cancelled() => continue,
+                        greeting => greeting.expect("greeting does not panic"),
+                    };
+                    if let Some(session) = reception.greeted(greeting)? {
+                        return Ok(session);
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl Reception {
+    fn new(settings: DestinationSettings, turned_away: Arc<TurnedAways>) -> Self {
+        Self {
+            settings,
+            turned_away,
+            greetings: JoinSet::new(),
+            farewells: JoinSet::new(),
+            waiting: Waiting::default(),
+            groups: HashMap::new(),
+            refused: VecDeque::new(),
+        }
+    }
+
+    /// Greets a connection. Where none can be accepted, room is made.
+    fn accepted(&mut self, accepted: io::Result<Connection>) -> Result<(), MigrationError> {
+        match accepted {
+            Ok(connection) => self.waiting.add(self.greetings.spawn(greet(connection, self.settings.clone()))),
+            Err(error) if is_shortage(&error) => self.make_room(&error),
+            Err(error) => return Err(error.into()),
+        }
+        Ok(())
+    }
+
+    /// No connection can be accepted, so a migration that waits for more of them cannot become complete: the one that has waited
+    /// longest is refused, after connections that said nothing in their time.
+    fn make_room(&mut self, shortage: &io::Error) {
+        if self.waiting.oldest_is_late() {
+            return self.waiting.drop_oldest();
+        }
+        let why = format!("this destination cannot accept a connection ({shortage})");
+        match self.oldest_group() {
+            Some(id) => self.refuse_group(id, TurnedAwayKind::Shortage, &why),
+            None => {
+                let why = format!("{why}: raise its limit of open files (ulimit -n), or end what holds them");
+                self.turned_away.note(TurnedAwayKind::Shortage, "whoever connects".into(), why);
+            }
+        }
+    }
+
+    /// Takes a connection that was greeted; the session, if it is complete with it.
+    fn greeted(&mut self, greeting: Result<Greeted, TurnedAway>) -> Result<Option<Session>, MigrationError> {
+        match greeting {
+            Ok(greeted) => match self.place(greeted) {
+                Ok(complete) => return Ok(complete),
+                Err(refused) => {
+                    let (Greeted { peer, writer, .. }, (kind, why)) = *refused;
+                    self.turned_away.note(kind, peer, why.clone());
+                    self.say_farewell(writer, why);
+                }
+            },
+            // There is no second reader of a file to wait for.
+            Err(TurnedAway { peer, why, stored: true, .. }) => {
+                return Err(MigrationError::Protocol(format!("{peer}: {why}")));
+            }
+            Err(TurnedAway { kind, peer, why, stored: false }) => self.turned_away.note(kind, peer, why),
+        }
+        Ok(None)
+    }
+
+    /// Puts a connection to those of its migration; the session, if they are complete with it. Or the connection again, and
+    /// why it cannot be taken.
+    fn place(&mut self, greeted: Greeted) -> Result<Option<Session>, Box<(Greeted, Refusal)>> {
+        let away = |greeted: Greeted, refusal: Refusal| Err(Box::new((greeted, refusal)));
+        let id = greeted.hello.session;
+        if let Some((_, refusal)) = self.refused.iter().find(|(refused, _)| *refused == id) {
+            return away(greeted, refusal.clone());
+        }
+        if !self.groups.contains_key(&id) && self.groups.len() == MAX_GATHERED {
+            // Half-open migrations must not keep the real one out: the one that has waited longest makes room.
+            let oldest = self.oldest_group().expect("there are some");
+            self.refuse_group(oldest, TurnedAwayKind::Incomplete, "others came after it");
+        }
+        let group = self.groups.entry(id).or_insert_with(|| Group {
+            since: Instant::now(),
+            connections: (0..greeted.hello.connections).map(|_| None).collect(),
+        });
+        let same =
+            |other: &Greeted| Hello { connection: greeted.hello.connection, ..other.hello.clone() } == greeted.hello;
+        if !group.connections.iter().flatten().all(same) {
+            let why = "it contradicts another connection of the same migration".into();
+            return away(greeted, (TurnedAwayKind::Contradicts, why));
+        }
+        let number = usize::from(greeted.hello.connection);
+        match group.connections.get_mut(number) {
+            Some(place @ None) => *place = Some(greeted),
+            _ => {
+                let why = format!("connection {number} of its migration is there already");
+                return away(greeted, (TurnedAwayKind::Contradicts, why));
+            }
+        }
+        if group.connections.iter().any(Option::is_none) {
+            return Ok(None);
+        }
+        let group = self.groups.remove(&id).expect("it is there");
+        Ok(Some(complete(group.connections.into_iter().flatten())))
+    }
+
+    fn oldest_group(&self) -> Option<SessionId> {
+        self.groups.iter().min_by_key(|(_, group)| group.since).map(|(&oldest, _)| oldest)
+    }
+
+    /// Returns when the oldest group has waited for as long as it may.
+    fn a_group_had_its_time(&self) -> impl Future<Output = ()> + use<> {
+        let oldest = self.groups.values().map(|group| group.since).min();
+        let end = oldest.map(|since| since + self.settings.hello_timeout);
+        async move {
+            match end {
+                Some(end) => sleep_until(end).await,
+                None => std::future::pending().await,
+            }
+        }
+    }
+
+    fn refuse_late_groups(&mut self) {
+        let timeout = self.settings.hello_timeout;
+        let why = format!("no more came in time (hello_timeout = {})", Time(timeout));
+        while let Some(id) = self.oldest_group().filter(|id| self.groups[id].since.elapsed() >= timeout) {
+            self.refuse_group(id, TurnedAwayKind::Incomplete, &why);
+        }
+    }
+
+    /// Refuses a migration as a whole: each connection is told why, and one event tells it here.
+    fn refuse_group(&mut self, id: SessionId, kind: TurnedAwayKind, cause: &str) {
+        let Some(group) = self.groups.remove(&id) else { return };
+        let of = group.connections.len();
+        let connections: Vec<_> = group.connections.into_iter().flatten().collect();
+        let why = format!("{} of the {of} connections of its migration came, and {cause}", connections.len());
+        let peer = connections.first().map_or_else(Untrusted::default, |first| first.peer.clone());
+        self.turned_away.note(kind, peer, why.clone());
+        if self.refused.len() == MAX_GATHERED {
+            self.refused.pop_front();
+        }
+        self.refused.push_back((id, (kind, why.clone())));
+        for Greeted { writer, .. } in connections {
+            self.say_farewell(writer, why.clone());
+        }
+    }
+
+    fn say_farewell(&mut self, writer: Option<Writer>, why: String) {
+        if let Some(mut writer) = writer {
+            self.farewells.spawn(async move { refuse(&mut writer, &why).await });
+        }
+    }
+}
+
+/// Connections that have said no Hello yet, the oldest first, each with the time it came.
+///
+/// They must not keep out the one that will: where too many are greeted, the one that has been silent longest is dropped, but
+/// none before its [`GRACE`] is over.
+#[derive(Default)]
+struct Waiting(VecDeque<(Instant, AbortHandle)>);
+
+impl Waiting {
+    fn add(&mut self, greeting: AbortHandle) {
+        self.0.push_back((Instant::now(), greeting));
+    }
+
+    fn forget_finished(&mut self) {
+        self.0.retain(|(_, greeting)| !greeting.is_finished());
+    }
+
+    fn is_full(&self) -> bool {
+        self.0.len() >= MAX_GREETED
+    }
+
+    /// Returns when the oldest may be dropped.
+    fn oldest_had_its_time(&self) -> impl Future<Output = ()> + use<> {
+        let since = self.0.front().map_or_else(Instant::now, |&(since, _)| since);
+        sleep_until(since + GRACE)
+    }
+
+    /// Has the oldest had its time?
+    fn oldest_is_late(&self) -> bool {
+        self.0.front().is_some_and(|(since, _)| since.elapsed() >= GRACE)
+    }
+
+    fn drop_oldest(&mut self) {
+        self.0.pop_front().into_iter().for_each(|(_, greeting)| greeting.abort());
+    }
+}
+
+/// Reads a connection's Hello and answers one that cannot be taken with the reason.
+async fn greet(connection: Connection, settings: DestinationSettings) -> Result<Greeted, TurnedAway> {
+    let Connection { peer, writer, reader } = connection;
+    let peer = Untrusted::from(peer);
+    let (reader, ear) = Attentive::new(reader.expect("a destination reads"));
+    let mut reader = FrameReader::new(reader, format!("the stream from {peer}"), PageSize::DEFAULT);
+    let hello = match tokio::time::timeout(settings.hello_timeout, read_hello(&mut reader)).await {
+        Ok(hello) => hello,
+        Err(_) => Err((TurnedAwayKind::Silent, format!("it said nothing for {:.1?}", settings.hello_timeout))),
+    };
+    match hello.and_then(|hello| acceptable(&hello, &settings).map(|features| (hello, features))) {
+        Ok((hello, features)) => {
+            reader.set_page_size(hello.page_size);
+            // On all connections but the first nothing comes before the stages run.
+            ear.expect_nothing();
+            Ok(Greeted { peer, hello, features, reader, ear, writer })
+        }
+        Err(refusal) => Err(turn_away(peer, writer, refusal).await),
+    }
+}
+
+/// Answers a connection that cannot be taken, if it can be answered.
+async fn turn_away(peer: Untrusted, mut writer: Option<Writer>, (kind, why): Refusal) -> TurnedAway {
+    if let Some(writer) = &mut writer {
+        refuse(writer, &why).await;
+    }
+    TurnedAway { kind, peer, why, stored: writer.is_none() }
+}
+
+async fn read_hello(reader: &mut Reader) -> Result<Hello, Refusal> {
+    let stranger = |why: String| Err((TurnedAwayKind::Stranger, why));
+    match reader.next().await {
+        Ok(Some(Incoming::Message { message: Message::Hello(hello), .. })) => Ok(hello),
+        Ok(Some(_)) => stranger("its first frame is not Hello".into()),
+        Ok(None) => Err((TurnedAwayKind::Silent, "it ended at byte 0, without a word".into())),
+        Err(error) => {
+            let is_version = matches!(&error, ReadError::Frame(FrameError { error: WireError::Version { .. }, .. }));
+            let kind = if is_version { TurnedAwayKind::Version } else { TurnedAwayKind::Stranger };
+            Err((kind, error.to_string()))
+        }
+    }
+}
+
+/// Can this destination take such a stream? What it uses, if so.
+fn acceptable(hello: &Hello, settings: &DestinationSettings) -> Result<Features, Refusal> {
+    let unfit = |why: String| Err((TurnedAwayKind::Unfit, why));
+    if hello.version != PROTOCOL_VERSION {
+        let why = format!("it speaks protocol version {}, this is version {PROTOCOL_VERSION}", hello.version);
+        return Err((TurnedAwayKind::Version, why));
+    }
+    let features = Features::from_list(&hello.features).map_err(|error| (TurnedAwayKind::Unfit, error.to_string()))?;
+    if hello.lanes > settings.max_lanes {
+        return unfit(format!("it has {} lanes, at most {} are accepted here", hello.lanes, settings.max_lanes));
+    }
+    match settings.page_size {
+        Some(ours) if ours != hello.page_size => {
+            return unfit(format!("its pages have {} bytes, ours {}", hello.page_size.bytes(), ours.bytes()));
+        }
+        _ => {}
+    }
+    if settings.require_verify && !features.verify {
+        return unfit("it sends no digests, and this destination requires them (require_verify)".into());
+    }
+    Ok(features)
+}
+
+/// Says no. A stranger that does not read is not waited for.
+async fn refuse(writer: &mut Writer, why: &str) {
+    let farewell = async {
+        writer.write_all(&Message::Refused(why.into()).encode(0)).await?;
+        writer.shutdown().await
+    };
+    drop(tokio::time::timeout(FAREWELL, farewell).await);
+}
+
+fn complete(connections: impl Iterator<Item = Greeted>) -> Session {
+    let mut connections = connections.peekable();
+    let first = connections.peek_mut().expect("there is at least one");
+    let (peer, hello, features) = (first.peer.clone(), first.hello.clone(), first.features);
+    let answer = first.writer.take();
+    let (readers, ears) = connections.map(|greeted| (greeted.reader, greeted.ear)).unzip();
+    Session { peer, hello, features, readers, ears, answer }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,400 @@
+//! An outlet: where something that watches a migration is written, however slowly it is taken there.
+//!
+//! A bounded queue and a thread. Who puts something in never waits: what finds the queue full is dropped and counted, and the
+//! count is kept at its place among the rest, so that the reader learns what is missing and where. Only the thread waits for a
+//! descriptor. The end waits for a limited time, and leaves the thread behind if that was not enough: it ends with the program.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::io::{self, Write};
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use nix::sys::signal::{SigSet, Signal};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+
+use crate::events::{Event, Observer, Role};
+use crate::threads::explained;
+
+/// What an outlet's thread does. Each call may block.
+pub trait Sink<T>: Send + 'static {
+    /// Writes the next item.
+    fn take(&mut self, item: T);
+
+    /// Items were dropped at this place: those before them were taken too slowly.
+    fn dropped(&mut self, count: u64);
+
+    /// There is nothing more.
+    fn end(&mut self) {}
+}
+
+/// A bounded queue with a thread behind it: see the [module](self). Dropped, it takes nothing more.
+pub struct Outlet<T> {
+    shared: Arc<Shared<T>>,
+    /// Entries that may wait.
+    room: usize,
+}
+
+impl<T> fmt::Debug for Outlet<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let state = self.shared.state();
+        write!(f, "an outlet with {} of {} entries, {:?}", state.entries.len(), self.room, state.thread)
+    }
+}
+
+struct Shared<T> {
+    state: Mutex<State<T>>,
+    changed: Condvar,
+}
+
+struct State<T> {
+    entries: VecDeque<Entry<T>>,
+    thread: Thread,
+    is_closed: bool,
+    /// Has somebody waited in vain since the thread last got something done?
+    is_stuck: bool,
+}
+
+enum Entry<T> {
+    Item(T),
+    Dropped(u64),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Thread {
+    Waits,
+    Writes,
+    Ended,
+}
+
+impl<T: Send + 'static> Outlet<T> {
+    /// Starts the thread. `room` entries may wait for it.
+    ///
+    /// # Errors
+    /// When the system gives no thread.
+    pub fn begin(name: &str, room: usize, sink: impl Sink<T>) -> io::Result<Self> {
+        let state = State { entries: VecDeque::new(), thread: Thread::Waits, is_closed: false, is_stuck: false };
+        let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() });
+        let theirs = shared.clone();
+        thread::Builder::new().name(name.into()).spawn(move || theirs.run(sink)).map_err(explained)?;
+        Ok(Self { shared, room })
+    }
+
+    /// Puts an item in, or counts it as dropped.
+    pub fn put(&self, item: T) {
+        let mut state = self.shared.state();
+        if state.is_closed {
+            return;
+        }
+        if state.entries.len() < self.room {
+            state.entries.push_back(Entry::Item(item));
+        } else if let Some(Entry::Dropped(count)) = state.entries.back_mut() {
+            *count += 1;
+        } else {
+            state.entries.push_back(Entry::Dropped(1));
+        }
+        self.shared.changed.notify_all();
+    }
+
+    /// Puts in an item that a later one replaces: where there is no room for it, it is not missed.
+    pub fn offer(&self, item: T) {
+        let mut state = self.shared.state();
+        if !state.is_closed && state.entries.len() < self.room {
+            state.entries.push_back(Entry::Item(item));
+            self.shared.changed.notify_all();
+        }
+    }
+
+    /// Waits until everything put in so far is written: false if it is not after `limit`. Once it was not, nobody waits again
+    /// before something moves.
+    pub fn flush(&self, limit: Duration) -> bool {
+        let state = self.shared.state();
+        let waits = |state: &State<T>| state.thread == Thread::Writes || !state.entries.is_empty();
+        self.wait(state, limit, |state| state.thread != Thread::Ended && waits(state))
+    }
+
+    /// Takes nothing more, and waits until all is written and the sink has ended: false if it has not after `limit`.
+    pub fn close(&self, limit: Duration) -> bool {
+        let mut state = self.shared.state();
+        state.is_closed = true;
+        self.shared.changed.notify_all();
+        self.wait(state, limit, |state| state.thread != Thread::Ended)
+    }
+
+    fn wait(&self, state: MutexGuard<'_, State<T>>, limit: Duration, unfinished: impl Fn(&State<T>) -> bool) -> bool {
+        let limit = if state.is_stuck { Duration::ZERO } else { limit };
+        let waited = self.shared.changed.wait_timeout_while(state, limit, |state| unfinished(state));
+        let (mut state, time) = waited.unwrap_or_else(PoisonError::into_inner);
+        state.is_stuck |= time.timed_out();
+        !time.timed_out()
+    }
+}
+
+impl<T> Drop for Outlet<T> {
+    fn drop(&mut self) {
+        self.shared.state().is_closed = true;
+        self.shared.changed.notify_all();
+    }
+}
+
+impl<T> Shared<T> {
+    fn state(&self) -> MutexGuard<'_, State<T>> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn run(&self, mut sink: impl Sink<T>) {
+        // A terminal may stop a process in the background that writes to it (`stty tostop`), but for a thread that blocks this signal.
+        let mut background = SigSet::empty();
+        background.add(Signal::SIGTTOU);
+        background.thread_block().ok();
+        let _ended = Ends(self);
+        while let Some(entry) = self.next() {
+            match entry {
+                Entry::Item(item) => sink.take(item),
+                Entry::Dropped(count) => sink.dropped(count),
+            }
+            let mut state = self.state();
+            (state.thread, state.is_stuck) = (Thread::Waits, false);
+            self.changed.notify_all();
+        }
+        sink.end();
+    }
+
+    /// Waits for the next entry: nothing once it is closed and empty.
+    fn next(&self) -> Option<Entry<T>> {
+        let idle = |state: &mut State<T>| state.entries.is_empty() && !state.is_closed;
+        let mut state = self.changed.wait_while(self.state(), idle).unwrap_or_else(PoisonError::into_inner);
+        let entry = state.entries.pop_front()?;
+        state.thread = Thread::Writes;
+        Some(entry)
+    }
+}
+
+/// However the thread ends, nobody waits for it any more.
+struct Ends<'a, T>(&'a Shared<T>);
+
+impl<T> Drop for Ends<'_, T> {
+    fn drop(&mut self) {
+        self.0.state().thread = Thread::Ended;
+        self.0.changed.notify_all();
+    }
+}
+
+/// Events that may wait for an observer that blocks.
+const EVENTS: usize = 1024;
+
+/// An observer that may block (it writes to a terminal, a pipe, a disk), behind a bounded queue and a thread of its own: the
+/// migration does not wait for it. Events that find the queue full are dropped, and counted.
+#[derive(Debug)]
+pub struct Queued {
+    events: Outlet<(Role, Event)>,
+    dropped: Arc<AtomicU64>,
+}
+
+impl Queued {
+    /// Starts the thread that gives the events to `observer`.
+    ///
+    /// # Errors
+    /// When the system gives no thread.
+    pub fn new(observer: impl Observer + 'static) -> io::Result<Self> {
+        let dropped = Arc::<AtomicU64>::default();
+        let observing = Observing { observer, dropped: dropped.clone() };
+        Ok(Self { events: Outlet::begin("memferry-observer", EVENTS, observing)?, dropped })
+    }
+
+    /// Waits until the observer has been given every event so far: false if it has not after `limit`.
+    pub fn flush(&self, limit: Duration) -> bool {
+        self.events.flush(limit)
+    }
+
+    /// How many events the observer was too slow for, as far as it has come.
+    #[must_use]
+    pub fn dropped(&self) -> u64 {
+        self.dropped.load(Ordering::Relaxed)
+    }
+}
+
+impl Observer for Queued {
+    fn event(&self, role: Role, event: &Event) {
+        self.events.put((role, event.clone()));
+    }
+}
+
+struct Observing<O> {
+    observer: O,
+    dropped: Arc<AtomicU64>,
+}
+
+impl<O: Observer + 'static> Sink<(Role, Event)> for Observing<O> {
+    fn take(&mut self, (role, event): (Role, Event)) {
+        self.observer.event(role, &event);
+    }
+
+    fn dropped(&mut self, count: u64) {
+        self.dropped.fetch_add(count, Ordering::Relaxed);
+    }
+}
+
+/// A descriptor as a writer: without the buffer and the lock of the standard library's handles, which a thread that waits for
+/// room would hold, and as it should be where somebody else has made the descriptor non-blocking.
+#[derive(Debug)]
+pub struct Direct<F>(pub F);
+
+impl<F: AsFd> Write for Direct<F> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        loop {
+            match rustix::io::write(&self.0, bytes) {
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => drop(poll(&mut [PollFd::new(&self.0, PollFlags::OUT)], None)),
+                written => return written.map_err(io::Error::from),
+            }
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc::{Receiver, Sender, channel};
+
+    /// For each entry it waits for leave, then notes it.
+    struct Slow {
+        leave: Receiver<()>,
+        notes: Sender<String>,
+    }
+
+    impl Slow {
+        fn note(&self, what: String) {
+            // Without anybody who gives leave it need not be asked for.
+            self.leave.recv().ok();
+            self.notes.send(what).unwrap();
+        }
+    }
+
+    impl Sink<u32> for Slow {
+        fn take(&mut self, item: u32) {
+            self.note(item.to_string());
+        }
+
+        fn dropped(&mut self, count: u64) {
+            self.note(format!("-{count}"));
+        }
+
+        fn end(&mut self) {
+            self.note("end".into());
+        }
+    }
+
+    fn slow(room: usize) -> (Outlet<u32>, Sender<()>, Receiver<String>) {
+        let ((leave, given), (notes, noted)) = (channel(), channel());
+        (Outlet::begin("slow", room, Slow { leave: given, notes }).unwrap(), leave, noted)
+    }
+
+    const LONG: Duration = Duration::from_secs(60);
+
+    /// Puts an item into the hands of the thread, which waits for leave.
+    fn occupy(outlet: &Outlet<u32>) {
+        outlet.put(0);
+        while outlet.shared.state().thread != Thread::Writes {
+            thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn what_finds_no_room_is_counted_at_its_place() {
+        let (outlet, leave, noted) = slow(2);
+        occupy(&outlet);
+        (1..=5).for_each(|item| outlet.put(item));
+        // Two of them have room, three do not.
+        (0..2).for_each(|_| leave.send(()).unwrap());
+        assert_eq!(noted.iter().take(2).collect::<Vec<_>>(), ["0", "1"]);
+        drop(leave);
+        assert_eq!(noted.iter().take(2).collect::<Vec<_>>(), ["2", "-3"]);
+        assert!(outlet.flush(LONG));
+        outlet.put(6);
+        assert!(outlet.close(LONG));
+        outlet.put(7);
+        assert_eq!(noted.iter().collect::<Vec<_>>(), ["6", "end"]);
+    }
+
+    #[test]
+    fn what_a_later_one_replaces_is_not_counted() {
+        let (outlet, leave, noted) = slow(1);
+        occupy(&outlet);
+        (1..=5).for_each(|item| outlet.offer(item));
+        drop(leave);
+        assert!(outlet.close(LONG));
+        assert_eq!(noted.iter().collect::<Vec<_>>(), ["0", "1", "end"]);
+    }
+
+    #[test]
+    fn nobody_waits_twice_for_one_that_is_stuck() {
+        let (outlet, leave, noted) = slow(8);
+        occupy(&outlet);
+        assert!(!outlet.flush(Duration::from_millis(1)));
+        let begun = std::time::Instant::now();
+        assert!(!outlet.flush(LONG) && !outlet.close(LONG));
+        assert!(begun.elapsed() < LONG);
+        drop(leave);
+        assert_eq!(noted.iter().collect::<Vec<_>>(), ["0", "end"]);
+    }
+
+    #[test]
+    fn an_observer_that_blocks_is_given_what_has_room_and_counts_the_rest() {
+        let (leave, given) = channel::<()>();
+        let (given, seen) = (Mutex::new(given), Arc::<AtomicU64>::default());
+        let counts = seen.clone();
+        let queued = Queued::new(move |_: Role, _: &Event| {
+            given.lock().unwrap().recv().ok();
+            counts.fetch_add(1, Ordering::Relaxed);
+        });
+        let queued = queued.unwrap();
+        let told = EVENTS as u64 + 100;
+        (0..told).for_each(|_| queued.event(Role::Source, &Event::Paused));
+        assert!(!queued.flush(Duration::from_millis(1)));
+        drop(leave);
+        // It was stuck until the thread got something done.
+        while !queued.flush(LONG) {
+            thread::yield_now();
+        }
+        // One may have been in its hands when the queue was full.
+        assert!((99..=100).contains(&queued.dropped()), "{}", queued.dropped());
+        assert_eq!(seen.load(Ordering::Relaxed) + queued.dropped(), told);
+    }
+
+    #[test]
+    fn one_that_panics_holds_nobody_up() {
+        struct Panics;
+        impl Sink<()> for Panics {
+            fn take(&mut self, (): ()) {
+                // Without the noise of a panic's message.
+                std::panic::resume_unwind(Box::new(()));
+            }
+            fn dropped(&mut self, _: u64) {}
+        }
+        let outlet = Outlet::begin("panics", 1, Panics).unwrap();
+        (0..9).for_each(|_| outlet.put(()));
+        assert!(outlet.flush(LONG) && outlet.close(LONG));
+    }
+
+    #[test]
+    fn a_descriptor_that_does_not_block_is_waited_for() {
+        let (reader, writer) = io::pipe().unwrap();
+        rustix::io::ioctl_fionbio(&writer, true).unwrap();
+        let bytes = vec![7; 1 << 20];
+        let read = thread::spawn(move || {
+            let mut all = Vec::new();
+            io::Read::read_to_end(&mut { reader }, &mut all).map(|_| all)
+        });
+        Direct(writer).write_all(&bytes).unwrap();
+        assert_eq!(read.join().unwrap().unwrap(), bytes);
+    }
+}

@@ -1,0 +1,190 @@
+//! A made-up migration as a list of events, for the tests of observers.
+
+use std::time::Duration;
+
+use memferry_stages::clears::Spared;
+use memferry_stages::meter::Reading;
+use memferry_stages::tally::RoundTally;
+
+use crate::bottleneck::{Bottleneck, Cause};
+use crate::control::{Change, Changed};
+use crate::controller::forecast::{FixedCost, Forecast};
+use crate::controller::{Decided, Decision};
+use crate::events::{BlockFacts, DowntimeParts, Ended, Event, Phase, Progress, Role, TurnedAwayKind};
+
+fn reading(name: &'static str, busy: u64, input: u64, output: u64) -> Reading {
+    let [busy, input_wait, output_wait] = [busy, input, output].map(Duration::from_millis);
+    Reading {
+        name,
+        lane: Some(0),
+        busy,
+        input_wait,
+        output_wait,
+        limit_wait: Duration::ZERO,
+        batches: 4096,
+        pages: 262_144,
+        bytes: 0,
+    }
+}
+
+/// How the scripted migration ended.
+#[must_use]
+pub fn ended(role: Role) -> Ended {
+    let ms = Duration::from_millis;
+    Ended {
+        phase: Phase::Completed,
+        error: None,
+        verified: Some(true),
+        total: ms(2500),
+        setup: ms(100),
+        downtime: Some(ms(213)),
+        parts: DowntimeParts {
+            final_sync: ms(3),
+            final_transfer: ms(90),
+            state: ms(10),
+            verify: ms(100),
+            handover: ms(10),
+        },
+        forecast: Some(Forecast {
+            remaining_bytes: 90_000.0,
+            transfer: ms(95),
+            fixed: FixedCost { sync: ms(2), verify: ms(110), handover: ms(5) },
+        }),
+        wire_bytes: 512 << 20,
+        spared: match role {
+            Role::Source => Spared { hinted: 5000, dropped: 3, unplugged: 2048, ignored: 0 },
+            Role::Destination => Spared::default(),
+        },
+        memory_peak: 10 << 20,
+        stages: match role {
+            Role::Source => vec![reading("scanner", 100, 0, 2200), reading("encoder", 2200, 50, 50)],
+            Role::Destination => vec![reading("loader", 700, 1600, 0)],
+        },
+        bottleneck: Bottleneck::made_up(match role {
+            Role::Source => {
+                &[(Cause::Processor, 0.96), (Cause::Limit, 0.0), (Cause::Destination, 0.125), (Cause::Wire, 0.25)]
+            }
+            Role::Destination => &[(Cause::Processor, 0.3), (Cause::Source, 0.7)],
+        }),
+        cpu: ms(4600),
+        resume_failed: false,
+    }
+}
+
+/// What one end of the scripted migration says.
+#[must_use]
+pub fn script(role: Role) -> Vec<Event> {
+    let first = RoundTally {
+        round: 1,
+        batches: 4096,
+        pages: 262_144,
+        zero: 100_000,
+        raw: 12_144,
+        compressed: 150_000,
+        bytes_in: 1 << 30,
+        bytes_out: 512 << 20,
+        ..RoundTally::default()
+    };
+    let last = RoundTally {
+        round: 2,
+        last: true,
+        batches: 20,
+        pages: 1000,
+        raw: 10,
+        xbzrle: 890,
+        unchanged: 100,
+        xbzrle_misses: 7,
+        xbzrle_overflows: 3,
+        bytes_in: 4_096_000,
+        bytes_out: 68_000,
+        ..RoundTally::default()
+    };
+    let blocks = vec![BlockFacts { id: "ram".into(), bytes: 1 << 30, page_size: 4096 }];
+    let sync = |dirty_pages| Event::Synced { after_round: 1, dirty_pages, duration: Duration::from_millis(2) };
+    vec![
+        Event::Phase(Phase::Setup),
+        Event::Connected { peer: "127.0.0.1:41234".into() },
+        Event::Guest { blocks, pages: 262_144, memory_bound: 64 << 20 },
+        Event::Phase(Phase::Active),
+        Event::RoundScanned { round: 1 },
+        Event::RoundSent { tally: first, duration: Duration::from_millis(2100) },
+        sync(900),
+        Event::Decided(Decided {
+            round: 1,
+            decision: Decision::SwitchOver,
+            why: "switch over: it fits".into(),
+            forecast: ended(role).forecast,
+        }),
+        Event::Phase(Phase::Switchover),
+        Event::Paused,
+        sync(100),
+        Event::RoundSent { tally: last, duration: Duration::from_millis(90) },
+        Event::Phase(Phase::Completed),
+        Event::Ended(ended(role)),
+    ]
+}
+
+/// One event of every kind, and of every decision.
+#[must_use]
+pub fn every_event() -> Vec<Event> {
+    let ms = Duration::from_millis;
+    let decided = |decision| {
+        let forecast = ended(Role::Source).forecast;
+        Event::Decided(Decided { round: 3, decision, why: "so it is \"better\"".into(), forecast })
+    };
+    let progress = Progress {
+        round: 2,
+        remaining_bytes: 123 << 20,
+        total_bytes: 1 << 30,
+        wire_bytes: 345 << 20,
+        wire_rate: 103_000_000.4,
+        page_rate: 206_000_000.0,
+        dirty_rate: Some(35_700_000.0),
+        expected_downtime: Some(ms(1240)),
+        downtime_limit: ms(300),
+        throttle: 20,
+        stages: ended(Role::Source).stages,
+        bottleneck: ended(Role::Source).bottleneck,
+        cpu: ms(1200),
+    };
+    let mut events = script(Role::Source);
+    events.retain(|event| !matches!(event, Event::Decided(_) | Event::Phase(_) | Event::Ended(_)));
+    let phases = [Phase::Setup, Phase::Active, Phase::Switchover, Phase::Failed, Phase::Unconfirmed];
+    events.extend(phases.map(Event::Phase));
+    let decisions = [
+        Decision::AnotherRound,
+        Decision::Throttle(20),
+        Decision::RaiseLimit(ms(400)),
+        Decision::SwitchOver,
+        Decision::GiveUp,
+    ];
+    events.extend(decisions.map(decided));
+    events.push(Event::Spared(ended(Role::Source).spared));
+    events.push(Event::Progress(progress));
+    events.push(Event::Progress(Progress { round: 1, stages: Vec::new(), ..Progress::default() }));
+    events.push(Event::TurnedAway {
+        kind: TurnedAwayKind::Stranger,
+        peer: "10.0.0.9:1".into(),
+        why: "no Hello\n".into(),
+        count: 1,
+    });
+    events.push(Event::Warning("the guest cannot be throttled".into()));
+    events.push(Event::Resumed);
+    events.push(Event::Ended(ended(Role::Source)));
+    events.push(Event::Ended(Ended {
+        phase: Phase::Cancelled,
+        error: Some("cancelled".into()),
+        verified: None,
+        downtime: None,
+        forecast: None,
+        ..ended(Role::Source)
+    }));
+    events.push(Event::Changed(Changed {
+        round: 2,
+        from: Change::DowntimeLimit(ms(300)),
+        to: Change::DowntimeLimit(ms(50)),
+        memory_bound: 64 << 20,
+    }));
+    events.push(Event::HandedOver);
+    events
+}

@@ -1,0 +1,194 @@
+//! The destination's side: images and state files that are written under temporary names, and take their place when the
+//! guest starts.
+
+use std::collections::{BTreeSet, HashSet};
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use memferry_stages::geometry::{BlockInfo, PageSize};
+use memferry_stages::memory::{FileMemory, GuestMemory, RamBlock};
+use memferry_stages::untrusted::listed;
+use memferry_transports::temporary::{Temporary, remove_abandoned, target_of};
+
+use super::commands;
+use super::settings::{FileGuestSettings, Image};
+use super::state;
+use memferry::guest::{GuestError, GuestState, RunState};
+
+/// A file guest that is to arrive. Dropped before its start, it leaves no file behind.
+#[derive(Debug)]
+pub(super) struct Destination {
+    settings: FileGuestSettings,
+    built: Mutex<Option<Built>>,
+}
+
+#[derive(Debug)]
+struct Built {
+    memory: GuestMemory,
+    images: Vec<Arc<FileMemory>>,
+    /// The images, and the state files when they have come.
+    files: Vec<Temporary>,
+}
+
+/// Could these files be received?
+pub(super) fn check(settings: FileGuestSettings) -> Result<(), GuestError> {
+    settings.validate()?;
+    Destination { settings, built: Mutex::new(None) }.check_targets()
+}
+
+impl Destination {
+    /// Removes what a destination for the same files left behind when it was killed.
+    pub(super) fn new(settings: FileGuestSettings) -> Result<Self, GuestError> {
+        settings.validate()?;
+        let targets = settings.images.iter().chain(&settings.state_files).filter_map(|file| target_of(&file.path).ok());
+        targets.for_each(|target| remove_abandoned(&target));
+        Ok(Self { settings, built: Mutex::new(None) })
+    }
+
+    pub(super) fn memory(&self) -> Option<GuestMemory> {
+        self.built().as_ref().map(|built| built.memory.clone())
+    }
+
+    /// Creates a sparse file for every block, and sees that there is a place for every state file that is to come.
+    pub(super) fn build(
+        &self,
+        page_size: PageSize,
+        blocks: &[BlockInfo],
+        setup: &GuestState,
+    ) -> Result<(), GuestError> {
+        if self.built().is_some() {
+            return Err(GuestError("the images are created already".into()));
+        }
+        let targets = self.targets(blocks)?;
+        state::of_files("setup", setup, &self.settings.state_files)?;
+        self.check_targets()?;
+        let (mut files, mut images, mut as_blocks) = (Vec::new(), Vec::new(), Vec::new());
+        for (image, block) in targets.into_iter().zip(blocks) {
+            let (temporary, memory) = self::image(&image.path, block.length)?;
+            files.push(temporary);
+            images.push(memory.clone());
+            // An image is made here, so it is not the source's own: the engine refuses a source that says it is.
+            let info = BlockInfo { ignored: false, ..block.clone() };
+            as_blocks.push(RamBlock { info, memory, fresh: true });
+        }
+        let memory = GuestMemory::new(page_size, as_blocks).map_err(|error| GuestError(error.to_string()))?;
+        *self.built() = Some(Built { memory, images, files });
+        Ok(())
+    }
+
+    /// Returns when every image and every state file is on the disk.
+    pub(super) fn prepare(&self, device: &GuestState) -> Result<(), GuestError> {
+        let mut built = self.built();
+        let built = built.as_mut().ok_or_else(not_built)?;
+        let state_files = &self.settings.state_files;
+        for (file, section) in state_files.iter().zip(state::of_files("device", device, state_files)?) {
+            built.files.push(state_file(&file.path, &section.bytes)?);
+        }
+        built.images.iter().try_for_each(|image| image.sync()).map_err(|error| GuestError(error.to_string()))
+    }
+
+    /// Gives every file its name, then runs the start command.
+    pub(super) fn start(&self, run_state: RunState) -> Result<(), GuestError> {
+        let built = self.built();
+        place(&built.as_ref().ok_or_else(not_built)?.files, self.settings.overwrite)?;
+        let Some(start) = self.settings.start.as_ref().filter(|_| run_state == RunState::Running) else {
+            return Ok(());
+        };
+        commands::run("start", start, self.settings.command_timeout)
+            .map_err(|error| GuestError(format!("the images are complete and in place, but {error}")))
+    }
+
+    /// The image of each block, in the order of the blocks.
+    fn targets(&self, blocks: &[BlockInfo]) -> Result<Vec<&Image>, GuestError> {
+        let image = |block: &BlockInfo| self.settings.images.iter().find(|image| block.id == image.id);
+        let found: Option<Vec<_>> = blocks.iter().map(image).collect();
+        found.filter(|found| found.len() == self.settings.images.len()).ok_or_else(|| {
+            let came = listed(blocks.iter().map(|block| &block.id));
+            let own: Vec<_> = self.settings.images.iter().map(|image| &image.id).collect();
+            GuestError(format!("blocks [{came}] came, there are images for {own:?}: each block needs its image"))
+        })
+    }
+
+    /// Every file has a place of its own, which may be taken.
+    fn check_targets(&self) -> Result<(), GuestError> {
+        let mut taken = HashSet::new();
+        for Image { path, .. } in self.settings.images.iter().chain(&self.settings.state_files) {
+            let target = self.check_target(path)?;
+            if !taken.insert(target) {
+                return Err(GuestError(format!("{} leads to the place of another file", path.display())));
+            }
+        }
+        Ok(())
+    }
+
+    /// The place that a path leads to.
+    fn check_target(&self, path: &Path) -> Result<PathBuf, GuestError> {
+        match path.metadata() {
+            Ok(found) if found.is_dir() => Err(GuestError(format!("{} is a folder", path.display()))),
+            Ok(found) if !found.is_file() => {
+                Err(GuestError(format!("{} is no regular file, and stays: name another", path.display())))
+            }
+            Ok(_) if !self.settings.overwrite => {
+                Err(GuestError(format!("{} exists: remove it, or set overwrite = true", path.display())))
+            }
+            _ => target_of(path).map_err(|error| GuestError::caused(path.display(), error)),
+        }
+    }
+
+    fn built(&self) -> MutexGuard<'_, Option<Built>> {
+        self.built.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn not_built() -> GuestError {
+    GuestError("the images are not created yet".into())
+}
+
+/// An image that takes the place of `target`, all of it a hole.
+fn image(target: &Path, length: u64) -> Result<(Temporary, Arc<FileMemory>), GuestError> {
+    let (file, temporary) = create(target)?;
+    let memory = FileMemory::over(file, temporary.path(), length).map_err(|error| GuestError(error.to_string()))?;
+    Ok((temporary, Arc::new(memory)))
+}
+
+/// On the disk when this returns.
+fn state_file(target: &Path, bytes: &[u8]) -> Result<Temporary, GuestError> {
+    let (mut file, temporary) = create(target)?;
+    let written = file.write_all(bytes).and_then(|()| file.sync_all());
+    written.map_err(|error| {
+        GuestError::caused(format_args!("{}: cannot be written", temporary.path().display()), error)
+    })?;
+    Ok(temporary)
+}
+
+fn create(target: &Path) -> Result<(File, Temporary), GuestError> {
+    Temporary::create(target).map_err(|error| GuestError::caused(target.display(), error))
+}
+
+/// Places all files or, where none may be replaced, none. What was replaced cannot be brought back.
+fn place(files: &[Temporary], overwrite: bool) -> Result<(), GuestError> {
+    for (index, file) in files.iter().enumerate() {
+        let Err(error) = (if overwrite { file.replace() } else { file.place() }) else { continue };
+        let failed = format!("{} cannot take its place: {error}", file.target().display());
+        let stays = |file: &&Temporary| overwrite || file.displace().is_err();
+        let in_place: Vec<_> = files[..index].iter().filter(stays).map(Temporary::target).collect();
+        return Err(GuestError(if in_place.is_empty() {
+            failed
+        } else {
+            format!("{failed}; in place are {in_place:?}")
+        }));
+    }
+    let folders: BTreeSet<_> = files.iter().map(|file| folder(file.target())).collect();
+    folders.into_iter().try_for_each(|folder| {
+        let synced = File::open(folder).and_then(|open| open.sync_all());
+        synced.map_err(|error| {
+            GuestError::caused(format_args!("the images are in place, but {}", folder.display()), error)
+        })
+    })
+}
+
+fn folder(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}

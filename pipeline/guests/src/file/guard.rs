@@ -1,0 +1,150 @@
+//! The guard: a small process that runs the commands `pause` and `resume` for memferry, and does what is left to do should
+//! memferry be killed.
+//!
+//! ```text
+//!  memferry                                   guard (its own session, deaf to Ctrl-C, hang-up and terminate)
+//!     │  starts `… guard` ──────────────────────────▶ │
+//!     │ Watch: the commands, their time limit ──────▶ │
+//!     │ ◀─────────────────────────────────────── Done │ ┄┄ killed: nothing to do
+//!     │ Pause ──────────────────────────────────────▶ │ runs pause, to its end
+//!     │ ◀──────────────────── Started; Done or Failed │ ┄┄ killed from here on: awaits the end of pause, resumes
+//!     │  … last round, handshake …                    │
+//!     │ Commit: Go is about to leave ───────────────▶ │ resumes no more, unless it is asked to
+//!     │ ◀─────────────────────────────────────── Done │ ┄┄ killed before this is read: resumes; Go has not left
+//!     │ ══ Go ══▶ destination                         │ ┄┄ killed from here on: says where to look
+//!     │  … the verdict …                              │
+//!     │ Resume, if the guest is to run here ────────▶ │ runs resume, to its end
+//!     │ ◀──────────────────── Started; Done or Failed │
+//!     │ Dismiss ────────────────────────────────────▶ │ ends without a word
+//! ```
+//!
+//! The line is a pair of connected sockets, of which the guard has one as its standard input: the kernel closes memferry's
+//! end however memferry dies. It also tells the guard whether its last answer was read, so a guest is resumed up to the
+//! moment at which memferry may send Go, and never behind it.
+//!
+//! Between that moment and the arrival of Go at the destination, a fraction of a millisecond as a rule, memferry's death leaves a
+//! guest that is paused here and does not run there. Nobody on this side can know that, so the guard says what to look at and how
+//! the guest is resumed.
+//!
+//! The guard acts first and speaks afterwards. If the guard itself is killed, memferry runs the commands; what kills both (the end
+//! of a container or of a service's control group) nothing here can help.
+
+mod line;
+mod watch;
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use self::line::{Answer, Line, Orders, Request};
+use super::commands::{self, Orphan};
+use memferry::guest::GuestError;
+use memferry::threads::explained;
+
+pub use watch::main;
+
+/// How long a guard may take to answer, besides the time that a command takes. A busy host may take seconds to start a process.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A guard at its post. Dropped without [`Guard::dismiss`], it does its duty.
+#[derive(Debug)]
+pub(super) struct Guard {
+    process: Child,
+    line: Line,
+    timeout: Duration,
+    /// The command that it runs.
+    running: Option<Orphan>,
+}
+
+/// The guard does not answer, or not as a guard does: it was killed, stopped, or is none.
+pub(super) type Lost = io::Error;
+
+impl Guard {
+    /// Starts a guard, and returns when it watches.
+    pub(super) fn post(
+        program: &Path,
+        pause: &[String],
+        resume: &[String],
+        timeout: Duration,
+    ) -> Result<Self, GuestError> {
+        let failed = |error: io::Error| {
+            GuestError::caused(format_args!("the guard {} cannot be started", program.display()), error)
+        };
+        let (ours, theirs) = UnixStream::pair().map_err(failed)?;
+        let process = Command::new(program)
+            .arg("guard")
+            .stdin(OwnedFd::from(theirs))
+            .stdout(Stdio::null())
+            .spawn()
+            .map_err(|error| failed(explained(error)))?;
+        let mut guard = Self { process, line: Line::new(ours), timeout, running: None };
+        let orders = Orders { pause: pause.to_vec(), resume: resume.to_vec(), timeout };
+        match guard.ask(&Request::Watch(orders), PATIENCE) {
+            Ok(_) => Ok(guard),
+            Err(error) => {
+                guard.end();
+                Err(failed(error))
+            }
+        }
+    }
+
+    /// Runs the pause command.
+    pub(super) fn pause(&mut self) -> Result<Result<(), GuestError>, Lost> {
+        self.ask(&Request::Pause, self.timeout.saturating_add(PATIENCE))
+    }
+
+    /// Runs the resume command.
+    pub(super) fn resume(&mut self) -> Result<Result<(), GuestError>, Lost> {
+        self.ask(&Request::Resume, self.timeout.saturating_add(PATIENCE))
+    }
+
+    /// From when this returns the guard does not resume the guest, unless it is asked to.
+    pub(super) fn commit(&mut self, destination: &str) -> Result<(), Lost> {
+        self.ask(&Request::Commit { destination: destination.into() }, PATIENCE).map(drop)
+    }
+
+    /// The guard ends and does nothing more.
+    pub(super) fn dismiss(mut self) {
+        // If it is gone already, so much the better.
+        drop(self.line.send(&Request::Dismiss));
+        if !matches!(commands::wait(&mut self.process, PATIENCE), Ok(Some(_))) {
+            self.end();
+        }
+    }
+
+    /// Kills the guard, and returns when it and the command that it ran have ended.
+    pub(super) fn end(mut self) {
+        // Both fail only if it has ended on its own.
+        drop(self.process.kill());
+        drop(self.process.wait());
+        if let Some(running) = self.running {
+            running.end(self.timeout);
+        }
+    }
+
+    /// Asks, and waits for the answer.
+    fn ask(&mut self, request: &Request, patience: Duration) -> Result<Result<(), GuestError>, Lost> {
+        self.line.set_patience(patience)?;
+        self.line.send(request)?;
+        loop {
+            match self.line.receive()? {
+                Some(Answer::Started(process)) => self.running = Orphan::watch(process),
+                Some(Answer::Done) => {
+                    self.running = None;
+                    return Ok(Ok(()));
+                }
+                Some(Answer::Failed(why)) => {
+                    self.running = None;
+                    return Ok(Err(GuestError(why)));
+                }
+                None => return Err(io::Error::other("the guard has ended")),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,224 @@
+//! The source's side: images that exist, read by position, and the commands that hold whoever writes them.
+
+use std::fs::Metadata;
+use std::io::ErrorKind;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use memferry_stages::geometry::BlockInfo;
+use memferry_stages::memory::{FileMemory, GuestMemory, Memory, RamBlock};
+
+use super::commands;
+use super::guard::Guard;
+use super::settings::{FileGuestSettings, Image};
+use super::state::{self, MAX_STATE_FILE_BYTES};
+use memferry::guest::{GuestError, GuestState};
+use memferry_transports::whole_file;
+
+/// A file guest that is to be moved.
+#[derive(Debug)]
+pub(super) struct Source {
+    settings: FileGuestSettings,
+    guard_program: Option<PathBuf>,
+    memory: GuestMemory,
+    opened: Vec<Identity>,
+    hold: Mutex<Hold>,
+}
+
+/// Which file it is, and how long.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Identity {
+    device: u64,
+    inode: u64,
+    length: u64,
+}
+
+/// Does the guest stand still because of us, and who watches over that?
+#[derive(Debug, Default)]
+struct Hold {
+    is_paused: bool,
+    guard: Option<Guard>,
+}
+
+impl Hold {
+    fn dismiss(&mut self) {
+        if let Some(guard) = self.guard.take() {
+            guard.dismiss();
+        }
+    }
+
+    /// Has the guard pause the guest, or does it without one. A guard that is lost is ended, with the command that it ran.
+    fn pause(&mut self, commands: &Commands<'_>) -> Result<(), GuestError> {
+        let Some(mut guard) = self.guard.take() else { return commands.pause() };
+        match guard.pause() {
+            Ok(paused) => {
+                self.guard = Some(guard);
+                paused
+            }
+            Err(lost) => {
+                guard.end();
+                Err(GuestError::caused("the guard was lost while it ran the pause command", lost))
+            }
+        }
+    }
+
+    /// Has the guard resume the guest, or does it without one, also where the guard is lost.
+    fn resume(&mut self, commands: &Commands<'_>) -> Result<(), GuestError> {
+        let Some(mut guard) = self.guard.take() else { return commands.resume() };
+        let Ok(resumed) = guard.resume() else {
+            guard.end();
+            return commands.resume();
+        };
+        self.guard = Some(guard);
+        resumed
+    }
+}
+
+/// The commands that stop and start whoever writes the images.
+struct Commands<'a> {
+    pause: &'a [String],
+    resume: &'a [String],
+    timeout: Duration,
+}
+
+impl Commands<'_> {
+    fn pause(&self) -> Result<(), GuestError> {
+        commands::run("pause", self.pause, self.timeout)
+    }
+
+    fn resume(&self) -> Result<(), GuestError> {
+        commands::run("resume", self.resume, self.timeout)
+    }
+}
+
+impl Source {
+    pub(super) fn new(settings: FileGuestSettings, guard_program: Option<PathBuf>) -> Result<Self, GuestError> {
+        settings.validate()?;
+        let blocks = settings.images.iter().map(open).collect::<Result<_, _>>()?;
+        let memory = GuestMemory::new(settings.page_size, blocks).map_err(|error| GuestError(error.to_string()))?;
+        let opened = settings.images.iter().map(|image| identity(&image.path)).collect::<Result<_, _>>()?;
+        let source = Self { settings, guard_program, memory, opened, hold: Mutex::default() };
+        source.compare_files()?;
+        Ok(source)
+    }
+
+    pub(super) fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    /// Tells of the files that will come with the device state, by their ids.
+    pub(super) fn setup_state(&self) -> GuestState {
+        let announced = |file: &Image| state::section(&file.id, Vec::new());
+        GuestState { sections: self.settings.state_files.iter().map(announced).collect() }
+    }
+
+    /// Sees that the images are still what they were, and reads the files that come with them.
+    pub(super) fn save(&self) -> Result<GuestState, GuestError> {
+        self.compare_files()?;
+        let saved = |file: &Image| Ok::<_, GuestError>(state::section(&file.id, read_whole(file)?));
+        Ok(GuestState { sections: self.settings.state_files.iter().map(saved).collect::<Result<_, _>>()? })
+    }
+
+    /// Posts the guard, runs the pause command, and sees that the images are still what they were.
+    pub(super) fn pause(&self) -> Result<(), GuestError> {
+        let Some(commands) = self.commands() else { return self.compare_files() };
+        let mut hold = self.hold();
+        if hold.is_paused {
+            return Ok(());
+        }
+        let post = |program: &PathBuf| Guard::post(program, commands.pause, commands.resume, commands.timeout);
+        hold.guard = self.guard_program.as_ref().map(post).transpose()?;
+        hold.is_paused = true;
+        let paused = hold.pause(&commands).and_then(|()| self.compare_files());
+        paused.map_err(|error| match self.let_go(&mut hold) {
+            Ok(()) => error,
+            Err(second) => GuestError(format!("{error}; and then {second}")),
+        })
+    }
+
+    /// Runs the resume command if the guest stands still because of us. While it fails, the guard stays.
+    pub(super) fn resume(&self) -> Result<(), GuestError> {
+        self.let_go(&mut self.hold())
+    }
+
+    fn let_go(&self, hold: &mut Hold) -> Result<(), GuestError> {
+        let Some(commands) = self.commands().filter(|_| hold.is_paused) else { return Ok(()) };
+        hold.resume(&commands)?;
+        hold.is_paused = false;
+        hold.dismiss();
+        Ok(())
+    }
+
+    /// The guest may run at the destination from here on: the guard resumes it no more, and has said so.
+    pub(super) fn committed(&self, destination: &str) -> Result<(), GuestError> {
+        let mut hold = self.hold();
+        let Some(mut guard) = hold.guard.take() else { return Ok(()) };
+        match guard.commit(destination) {
+            Ok(()) => {
+                hold.guard = Some(guard);
+                Ok(())
+            }
+            Err(lost) => {
+                guard.end();
+                let what = "the guard did not confirm that it leaves the guest alone, so the guest is not handed over";
+                Err(GuestError::caused(what, lost))
+            }
+        }
+    }
+
+    /// The guest runs at the destination: the guard goes.
+    pub(super) fn moved(&self) {
+        self.hold().dismiss();
+    }
+
+    fn commands(&self) -> Option<Commands<'_>> {
+        let FileGuestSettings { pause, resume, command_timeout, .. } = &self.settings;
+        Some(Commands { pause: pause.as_ref()?, resume: resume.as_ref()?, timeout: *command_timeout })
+    }
+
+    /// Every path still leads to the file that was opened, and that is as long as it was.
+    fn compare_files(&self) -> Result<(), GuestError> {
+        for ((image, opened), block) in self.settings.images.iter().zip(&self.opened).zip(self.memory.blocks()) {
+            let (path, length, now) = (image.path.display(), block.info.length, identity(&image.path)?);
+            if (now.device, now.inode) != (opened.device, opened.inode) {
+                return Err(GuestError(format!("image {}: another file took the place of {path}", image.id)));
+            }
+            if now.length != length {
+                let what = format!("image {}: {path} is {} bytes long, it was {length}", image.id, now.length);
+                return Err(GuestError(what));
+            }
+        }
+        Ok(())
+    }
+
+    fn hold(&self) -> MutexGuard<'_, Hold> {
+        self.hold.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn open(image: &Image) -> Result<RamBlock, GuestError> {
+    let memory = FileMemory::open_source(&image.path);
+    let memory = memory.map_err(|error| GuestError::caused(format_args!("image {}", image.id), error))?;
+    let info = BlockInfo {
+        backing_page_size: rustix::param::page_size() as u64,
+        ..BlockInfo::new(image.id.clone(), memory.length())
+    };
+    Ok(RamBlock { info, memory: Arc::new(memory), fresh: false })
+}
+
+fn identity(path: &Path) -> Result<Identity, GuestError> {
+    let of = |found: Metadata| Identity { device: found.dev(), inode: found.ino(), length: found.len() };
+    std::fs::metadata(path)
+        .map(of)
+        .map_err(|error| GuestError::caused(format_args!("the image {}", path.display()), error))
+}
+
+/// The bytes of a small file.
+fn read_whole(file: &Image) -> Result<Vec<u8>, GuestError> {
+    whole_file::read(&file.path, MAX_STATE_FILE_BYTES).map_err(|error| {
+        let hint = if error.kind() == ErrorKind::FileTooLarge { ": make it an image" } else { "" };
+        GuestError(format!("state file {}: {}: {error}{hint}", file.id, file.path.display()))
+    })
+}

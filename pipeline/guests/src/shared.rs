@@ -1,0 +1,86 @@
+//! A block in a file that both ends of a migration have: an ignored block of the guests that ship.
+
+use std::fs::OpenOptions;
+use std::io::ErrorKind;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use memferry_stages::geometry::BlockInfo;
+use memferry_stages::memory::MappedMemory;
+
+use memferry::guest::GuestError;
+
+/// A block in a file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SharedSettings {
+    /// The file. It does not travel: the destination has a path of its own to it, and opens no file that a peer names. A source
+    /// makes it if it is not there.
+    pub path: PathBuf,
+    /// Its length, whole pages.
+    pub bytes: u64,
+}
+
+impl SharedSettings {
+    /// The block that a source tells of by its length, 0 for none, in a file that this end names.
+    ///
+    /// # Errors
+    /// In words, if one came and no file for it is named.
+    pub(super) fn that_came(bytes: u64, file: Option<&Path>) -> Result<Option<Self>, String> {
+        match (bytes, file) {
+            (0, _) => Ok(None),
+            (bytes, Some(path)) => Ok(Some(Self { path: path.to_owned(), bytes })),
+            (bytes, None) => Err(format!("a shared block of {bytes} bytes came, and no file for it is named here")),
+        }
+    }
+
+    /// Its length to tell a destination, 0 if there is none.
+    pub(super) fn bytes_of(shared: Option<&Self>) -> u64 {
+        shared.map_or(0, |shared| shared.bytes)
+    }
+
+    /// The block, at this address.
+    pub(super) fn block_info(&self, guest_address: u64) -> BlockInfo {
+        BlockInfo {
+            guest_address,
+            backing_page_size: rustix::param::page_size() as u64,
+            ignored: true,
+            ..BlockInfo::new("shared", self.bytes)
+        }
+    }
+
+    /// Could a source map the file? Makes none.
+    pub(super) fn check(&self) -> Result<(), GuestError> {
+        let folder = self.path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        match self.path.try_exists() {
+            Ok(true) => self.map(true).map(drop),
+            Ok(false) => folder.metadata().map(drop).map_err(|error| self.failed(error)),
+            Err(error) => Err(self.failed(error)),
+        }
+    }
+
+    fn failed(&self, error: std::io::Error) -> GuestError {
+        GuestError::caused(format_args!("the shared block {}", self.path.display()), error)
+    }
+
+    /// Maps the file. A file of another length is nobody's to change.
+    pub(super) fn map(&self, is_destination: bool) -> Result<Arc<MappedMemory>, GuestError> {
+        let Self { path, bytes } = self;
+        let failed = |error| self.failed(error);
+        let options = || OpenOptions::new().read(true).write(true).clone();
+        let file = match options().open(path) {
+            Err(error) if error.kind() == ErrorKind::NotFound && !is_destination => {
+                let file = options().create_new(true).mode(0o600).open(path).map_err(failed)?;
+                file.set_len(*bytes).map_err(failed)?;
+                file
+            }
+            opened => opened.map_err(failed)?,
+        };
+        let length = file.metadata().map_err(failed)?.len();
+        if length != *bytes {
+            let what = format!("the shared block has {bytes} bytes, and {} has {length}", path.display());
+            return Err(GuestError(what));
+        }
+        MappedMemory::file(file).map(Arc::new).map_err(failed)
+    }
+}

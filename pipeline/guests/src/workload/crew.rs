@@ -1,0 +1,213 @@
+//! The writers' threads: started, paused, throttled, ended.
+//!
+//! A thread holds its writer's lock while it writes a burst of pages, and looks at the command inside that lock. So
+//! whoever has given a command and then taken each writer's lock once knows that no writer writes any more.
+
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use super::fill::check_shared;
+use super::machine::Machine;
+use super::pacer::{Pacer, Turn};
+use super::writer::{Findings, Writer};
+use memferry::guest::GuestError;
+use memferry::threads::explained;
+
+/// The most a writer can be held back: it always gets some of its time.
+const MOST_THROTTLED: u8 = 99;
+
+/// Writers with a thread each. Dropping it ends the threads.
+#[derive(Debug)]
+pub(super) struct Crew {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    machine: Arc<Machine>,
+    writers: Vec<Mutex<Writer>>,
+    command: Mutex<Command>,
+    changed: Condvar,
+    throttle: AtomicU8,
+    written: AtomicU64,
+    checked: AtomicU64,
+    stale: AtomicU64,
+    first_stale: Mutex<Option<String>>,
+}
+
+/// What holds the writers.
+#[derive(Clone, Copy, Debug)]
+struct Command {
+    is_paused: bool,
+    is_ended: bool,
+    visitors: u32,
+}
+
+impl Command {
+    fn lets_write(self) -> bool {
+        !self.is_paused && !self.is_ended && self.visitors == 0
+    }
+}
+
+impl Crew {
+    /// A crew that stands still and has no threads yet.
+    pub(super) fn new(machine: Arc<Machine>, writers: Vec<Writer>) -> Self {
+        let shared = Shared {
+            machine,
+            writers: writers.into_iter().map(Mutex::new).collect(),
+            command: Mutex::new(Command { is_paused: true, is_ended: false, visitors: 0 }),
+            changed: Condvar::new(),
+            throttle: AtomicU8::new(0),
+            written: AtomicU64::new(0),
+            checked: AtomicU64::new(0),
+            stale: AtomicU64::new(0),
+            first_stale: Mutex::new(None),
+        };
+        Self { shared: Arc::new(shared), threads: Vec::new() }
+    }
+
+    /// Gives every writer its thread; they wait until the crew is resumed.
+    pub(super) fn hire(&mut self) -> Result<(), GuestError> {
+        assert!(self.threads.is_empty(), "the writers have their threads");
+        for index in 0..self.shared.writers.len() {
+            let shared = self.shared.clone();
+            let thread = thread::Builder::new().name(format!("writer-{index}")).spawn(move || shared.work(index));
+            self.threads.push(
+                thread.map_err(|error| GuestError::caused("a writer's thread cannot be started", explained(error)))?,
+            );
+        }
+        Ok(())
+    }
+
+    /// When this returns, no writer writes.
+    pub(super) fn pause(&self) {
+        self.shared.order(|command| command.is_paused = true);
+    }
+
+    /// The writers go on.
+    pub(super) fn resume(&self) {
+        self.shared.order(|command| command.is_paused = false);
+    }
+
+    pub(super) fn is_paused(&self) -> bool {
+        self.shared.command().is_paused
+    }
+
+    /// Holds the writers back for so many percent of their time.
+    pub(super) fn throttle(&self, percent: u8) {
+        self.shared.throttle.store(percent.min(MOST_THROTTLED), Ordering::Relaxed);
+    }
+
+    /// Looks at every writer while all of them stand still.
+    pub(super) fn visit<T>(&self, mut look: impl FnMut(&mut Writer) -> T) -> Vec<T> {
+        self.shared.order(|command| command.visitors += 1);
+        let seen = self.shared.writers.iter().map(|writer| look(&mut held(writer))).collect();
+        self.shared.order(|command| command.visitors -= 1);
+        seen
+    }
+
+    /// Compares every page that was ever written; the writers stand still meanwhile.
+    pub(super) fn check_all(&self) {
+        let mut shared = Findings::default();
+        check_shared(&self.shared.machine, &mut shared);
+        self.shared.add(shared);
+        for findings in self.visit(|writer| {
+            let mut findings = Findings::default();
+            writer.check_all(&self.shared.machine, &mut findings);
+            findings
+        }) {
+            self.shared.add(findings);
+        }
+    }
+
+    /// What was written and found in this process so far.
+    pub(super) fn findings(&self) -> Findings {
+        let shared = &self.shared;
+        Findings {
+            written: shared.written.load(Ordering::Relaxed),
+            checked: shared.checked.load(Ordering::Relaxed),
+            stale: shared.stale.load(Ordering::Relaxed),
+            first_stale: held(&shared.first_stale).clone(),
+        }
+    }
+}
+
+impl Drop for Crew {
+    fn drop(&mut self) {
+        self.shared.order(|command| command.is_ended = true);
+        for thread in self.threads.drain(..) {
+            // A writer that panicked has said so on its own.
+            drop(thread.join());
+        }
+    }
+}
+
+impl Shared {
+    /// A writer's thread: until the end is ordered.
+    fn work(&self, index: usize) {
+        if held(&self.writers[index]).is_idle() {
+            return;
+        }
+        let mut pacer = Pacer::new(self.machine.settings().turns_per_second(index));
+        let begin = Instant::now();
+        while self.waits_for_leave() {
+            match pacer.turn(begin.elapsed(), self.throttle.load(Ordering::Relaxed)) {
+                Turn::Write(pages) => self.burst(index, pages),
+                Turn::Sleep(time) => self.sleep(time),
+            }
+        }
+    }
+
+    fn burst(&self, index: usize, pages: u32) {
+        let mut findings = Findings::default();
+        let mut writer = held(&self.writers[index]);
+        if self.command().lets_write() {
+            writer.write(&self.machine, pages, &mut findings);
+        }
+        // Under the lock: once the guest is paused the figures stand still too.
+        self.add(findings);
+    }
+
+    fn add(&self, findings: Findings) {
+        self.written.fetch_add(findings.written, Ordering::Relaxed);
+        self.checked.fetch_add(findings.checked, Ordering::Relaxed);
+        self.stale.fetch_add(findings.stale, Ordering::Relaxed);
+        if let Some(why) = findings.first_stale {
+            held(&self.first_stale).get_or_insert(why);
+        }
+    }
+
+    /// Changes the command and waits until every writer has seen it.
+    fn order(&self, change: impl FnOnce(&mut Command)) {
+        change(&mut self.command());
+        self.changed.notify_all();
+        for writer in &self.writers {
+            drop(held(writer));
+        }
+    }
+
+    /// Waits until writing is allowed; false when it never will be again.
+    fn waits_for_leave(&self) -> bool {
+        let waits = |command: &mut Command| !command.lets_write() && !command.is_ended;
+        let command = self.changed.wait_while(self.command(), waits).unwrap_or_else(PoisonError::into_inner);
+        !command.is_ended
+    }
+
+    /// Sleeps, but not through a command that stops it.
+    fn sleep(&self, time: Duration) {
+        let sleeps = |command: &mut Command| command.lets_write();
+        drop(self.changed.wait_timeout_while(self.command(), time, sleeps));
+    }
+
+    fn command(&self) -> MutexGuard<'_, Command> {
+        held(&self.command)
+    }
+}
+
+/// The lock, whoever panicked: a writer that did has said so, and the others must still be paused and ended.
+fn held<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,323 @@
+//! The workload guest: memory of this process that real threads never stop writing to, and that knows what it holds.
+//!
+//! It takes its settings and gives a guest whose content proves itself. Its memory is filled with a described mix;
+//! writers, a thread each, write pages after described patterns and leave a stamp in each, with the page's number and
+//! how often it was written. What each page should hold is kept outside of that memory and travels as device
+//! state, so the writers at the destination compare a page with it before they write it again: a page that went stale on
+//! the way is found even without a digest.
+//!
+//! ```text
+//! settings ─▶ fill ─▶ memory ◀── store, then mark ── writers (threads: crew) ── expected sequences
+//!    │                   │                                                         │
+//!    └─ setup state      └─ pages                                   device state ──┘
+//! ```
+//!
+//! It owns its memory and its threads; dropping it ends them.
+
+mod crew;
+mod fill;
+mod machine;
+mod pacer;
+mod pattern;
+mod random;
+pub mod settings;
+mod stamp;
+mod state;
+mod writer;
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use memferry_stages::dirty_log::DirtyLog;
+use memferry_stages::geometry::{BlockInfo, PageSize};
+use memferry_stages::memory::GuestMemory;
+use tokio_util::sync::CancellationToken;
+
+use self::crew::Crew;
+use self::machine::Machine;
+use self::state::DeviceState;
+use self::writer::Writer;
+use super::balloon::Balloon;
+use memferry::guest::clearer::Clearer;
+use memferry::guest::{Guest, GuestError, GuestState, RunState};
+
+pub use super::shared::SharedSettings;
+pub use settings::{Backing, Fill, FreeSettings, LogChoice, Pattern, Region, WorkloadSettings, WriterSettings};
+
+/// A guest that writes its own memory and checks it. See the [module](self).
+///
+/// # Example
+/// ```
+/// use memferry::guest::{Guest, workload::{Pattern, Region, Workload, WorkloadSettings, WriterSettings}};
+///
+/// let writer = WriterSettings { pattern: Pattern::Uniform, pages_per_second: 0.0, bytes: 64, region: Region::ALL };
+/// let guest = Workload::source(WorkloadSettings { memory: 1 << 20, writers: vec![writer], ..Default::default() })?;
+/// while guest.status().writes < 1_000 {
+///     std::thread::yield_now();
+/// }
+/// guest.pause()?;
+/// assert_eq!(guest.check_all().stale_pages, 0);
+/// # Ok::<(), memferry::guest::GuestError>(())
+/// ```
+#[derive(Debug)]
+pub struct Workload {
+    life: Mutex<Life>,
+    /// At a destination: its way to the file of the shared block that may come.
+    shared: Option<PathBuf>,
+}
+
+/// How far a workload has come.
+#[derive(Debug)]
+enum Life {
+    /// A destination that knows nothing yet.
+    Expected,
+    /// Its memory is there, its pages are on their way; its writers have not written yet.
+    Built { machine: Arc<Machine>, writers: Vec<Writer> },
+    /// It has its writers' state. `written` counts what was written before it came here.
+    Whole { machine: Arc<Machine>, crew: Crew, written: u64, has_started: bool },
+}
+
+/// What the writers did and found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct WorkloadStatus {
+    /// Do the writers run?
+    pub running: bool,
+    /// Pages written since the workload was made, at its source too.
+    pub writes: u64,
+    /// Of these, those written in this process.
+    pub writes_since_start_here: u64,
+    /// How many times a page was compared with what was last written to it, in this process.
+    pub pages_checked: u64,
+    /// How many of them held something else.
+    pub stale_pages: u64,
+    /// The first of them, in words.
+    pub first_stale: Option<String>,
+}
+
+impl Workload {
+    /// Fills the memory and starts the writers.
+    ///
+    /// # Errors
+    /// When the settings are out of their limits, or the host has not the memory or the threads.
+    pub fn source(settings: WorkloadSettings) -> Result<Arc<Self>, GuestError> {
+        Self::source_unless(settings, &CancellationToken::new())
+    }
+
+    /// As [`Workload::source`], until it is cancelled: to fill a large memory takes seconds.
+    ///
+    /// # Errors
+    /// As [`Workload::source`], and when it was cancelled.
+    pub fn source_unless(settings: WorkloadSettings, cancel: &CancellationToken) -> Result<Arc<Self>, GuestError> {
+        let machine = Arc::new(Machine::new(settings, false, false)?);
+        fill::fill(&machine, cancel)?;
+        let mut crew = Crew::new(machine.clone(), writer::writers(machine.settings()));
+        crew.hire()?;
+        crew.resume();
+        Ok(Self::of(Life::Whole { machine, crew, written: 0, has_started: true }, None))
+    }
+
+    /// Could [`Workload::source`] make such a workload here? Fills no memory, starts no thread and makes no file.
+    ///
+    /// # Errors
+    /// When the settings are out of their limits, the host has not the memory, or there is no such dirty log.
+    pub fn check(mut settings: WorkloadSettings) -> Result<(), GuestError> {
+        settings.validate()?;
+        settings.shared.take().map_or(Ok(()), |shared| shared.check())?;
+        Machine::new(settings, false, false)?.dirty_logs().map(drop)
+    }
+
+    /// A workload that is to arrive: everything it must know travels with it.
+    #[must_use]
+    pub fn destination() -> Arc<Self> {
+        Self::of(Life::Expected, None)
+    }
+
+    /// As [`Workload::destination`], for one whose shared block is in this file. A source does not say where: a destination opens
+    /// no file that a peer names.
+    #[must_use]
+    pub fn destination_sharing(file: PathBuf) -> Arc<Self> {
+        Self::of(Life::Expected, Some(file))
+    }
+
+    /// Plugs the memory that is unplugged: it may be used from here on, and travels like the rest.
+    ///
+    /// # Errors
+    /// While a migration runs.
+    pub fn plug(&self) -> Result<(), GuestError> {
+        match &*self.life() {
+            Life::Whole { machine, has_started: true, .. } => machine.plug(),
+            _ => Err(GuestError("the workload has not started here".into())),
+        }
+    }
+
+    /// What the writers did and found, up to here.
+    #[must_use]
+    pub fn status(&self) -> WorkloadStatus {
+        let Life::Whole { crew, written, has_started, .. } = &*self.life() else { return WorkloadStatus::default() };
+        let findings = crew.findings();
+        WorkloadStatus {
+            running: *has_started && !crew.is_paused(),
+            writes: written.saturating_add(findings.written),
+            writes_since_start_here: findings.written,
+            pages_checked: findings.checked,
+            stale_pages: findings.stale,
+            first_stale: findings.first_stale,
+        }
+    }
+
+    /// Compares every page that was ever written with what was last written to it, and returns the status after that.
+    /// Writers that run stand still meanwhile.
+    pub fn check_all(&self) -> WorkloadStatus {
+        if let Life::Whole { crew, .. } = &*self.life() {
+            crew.check_all();
+        }
+        self.status()
+    }
+
+    fn of(life: Life, shared: Option<PathBuf>) -> Arc<Self> {
+        Arc::new(Self { life: Mutex::new(life), shared })
+    }
+
+    fn life(&self) -> MutexGuard<'_, Life> {
+        self.life.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn machine(&self) -> Result<Arc<Machine>, GuestError> {
+        match &*self.life() {
+            Life::Expected => Err(GuestError("the workload has no memory yet".into())),
+            Life::Built { machine, .. } | Life::Whole { machine, .. } => Ok(machine.clone()),
+        }
+    }
+
+    fn with_crew<T>(&self, act: impl FnOnce(&Crew) -> T) -> Result<T, GuestError> {
+        match &*self.life() {
+            Life::Whole { crew, has_started: true, .. } => Ok(act(crew)),
+            _ => Err(GuestError("the workload has not started here".into())),
+        }
+    }
+}
+
+impl Guest for Workload {
+    /// # Panics
+    /// At a destination, before [`Guest::build`] has returned.
+    fn memory(&self) -> GuestMemory {
+        self.machine().expect("build comes before memory").memory().clone()
+    }
+
+    fn run_state(&self) -> RunState {
+        if self.status().running { RunState::Running } else { RunState::Paused }
+    }
+
+    /// A balloon, if it has memory that is free or unplugged.
+    fn clearers(&self) -> Vec<Arc<dyn Clearer>> {
+        self.machine().map_or_else(|_| Vec::new(), |machine| Balloon::of(machine))
+    }
+
+    fn dirty_logs(&self) -> Result<Vec<Arc<dyn DirtyLog>>, GuestError> {
+        self.machine()?.dirty_logs()
+    }
+
+    fn setup_state(&self) -> Result<GuestState, GuestError> {
+        let machine = self.machine()?;
+        Ok(state::save_settings(machine.settings(), machine.is_plugged()))
+    }
+
+    fn pause(&self) -> Result<(), GuestError> {
+        self.with_crew(Crew::pause)
+    }
+
+    fn resume(&self) -> Result<(), GuestError> {
+        self.with_crew(Crew::resume)
+    }
+
+    /// Up to 99 percent: more is taken as that.
+    fn throttle(&self, percent: u8) -> Result<(), GuestError> {
+        self.with_crew(|crew| crew.throttle(percent))
+    }
+
+    fn save(&self) -> Result<GuestState, GuestError> {
+        let written = self.status().writes;
+        let mut sequences = vec![0; self.machine()?.pages() as usize];
+        let cursors = self.with_crew(|crew| {
+            crew.visit(|writer| {
+                writer.sequences().for_each(|(page, sequence)| sequences[page as usize] = sequence);
+                writer.cursor
+            })
+        })?;
+        Ok(DeviceState { written, cursors, sequences }.save())
+    }
+
+    fn build(&self, page_size: PageSize, blocks: &[BlockInfo], setup: &GuestState) -> Result<(), GuestError> {
+        let mut life = self.life();
+        if !matches!(*life, Life::Expected) {
+            return Err(GuestError("the workload is built already".into()));
+        }
+        let (settings, is_plugged) = state::load_settings(setup, self.shared.as_deref())?;
+        compare_blocks(&settings, page_size, blocks)?;
+        let machine = Arc::new(Machine::new(settings, true, is_plugged)?);
+        *life = Life::Built { writers: writer::writers(machine.settings()), machine };
+        Ok(())
+    }
+
+    fn prepare(&self, state: &GuestState) -> Result<(), GuestError> {
+        let mut life = self.life();
+        let Life::Built { machine, writers } = &mut *life else {
+            return Err(GuestError("the workload is not between build and start".into()));
+        };
+        let machine = machine.clone();
+        let came = DeviceState::load(state, writers.len(), machine.pages())?;
+        let written = came.written;
+        restore(&machine, writers, came)?;
+        let mut crew = Crew::new(machine.clone(), std::mem::take(writers));
+        crew.hire()?;
+        *life = Life::Whole { machine, crew, written, has_started: false };
+        Ok(())
+    }
+
+    fn start(&self, run_state: RunState) -> Result<(), GuestError> {
+        let mut life = self.life();
+        let Life::Whole { crew, has_started: has_started @ false, .. } = &mut *life else {
+            return Err(GuestError("the workload is not prepared, or has started already".into()));
+        };
+        *has_started = true;
+        if run_state == RunState::Running {
+            crew.resume();
+        }
+        Ok(())
+    }
+}
+
+/// Refuses blocks that are not those of the settings, with both.
+fn compare_blocks(settings: &WorkloadSettings, page_size: PageSize, blocks: &[BlockInfo]) -> Result<(), GuestError> {
+    let named = |blocks: &[BlockInfo]| {
+        blocks.iter().map(|block| (block.id.clone(), block.length, block.ignored)).collect::<Vec<_>>()
+    };
+    let (came, own) = (named(blocks), named(&machine::block_infos(settings)));
+    if came != own || page_size != settings.page_size {
+        let first = came.iter().zip(&own).find(|(came, own)| came != own);
+        return Err(GuestError(format!(
+            "{} blocks with pages of {page_size:?} came, the workload has {} with pages of {:?}; first difference {first:?}",
+            came.len(),
+            own.len(),
+            settings.page_size,
+        )));
+    }
+    Ok(())
+}
+
+/// Brings the writers to where they were when they were saved.
+fn restore(machine: &Machine, writers: &mut [Writer], came: DeviceState) -> Result<(), GuestError> {
+    let DeviceState { cursors, mut sequences, .. } = came;
+    for (index, (writer, cursor)) in writers.iter_mut().zip(cursors).enumerate() {
+        writer
+            .restore(machine, cursor, &mut sequences)
+            .map_err(|why| GuestError(format!("state of writer {index}: {why}")))?;
+    }
+    match sequences.iter().position(|&sequence| sequence != 0) {
+        Some(page) => Err(GuestError(format!("the state says that page {page} was written, and no writer has it"))),
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,455 @@
+//! A trace as a guest of the [simulation](memferry::controller::simulation).
+//!
+//! It keeps the sets of pages that a migration keeps (dirty, sent in the last round, sent as a delta before) bit by bit, as unions
+//! of the intervals of the trace, and takes from the samples only what a page of such a set comes to.
+//!
+//! - **Within a round.** Pages are sent in the order of their numbers. A page that was written before it was sent and not after
+//!   is found by the sync all the same (unless the log re-arms late), but the destination has it already: with its copy in
+//!   the cache it is unchanged.
+//! - **The cache** has a copy of a page with a likelihood that follows from its size: pages that were written last are
+//!   kept before others.
+
+use std::time::Duration;
+
+use memferry_stages::codec::Codec;
+use memferry_stages::encoder::misses;
+use memferry_stages::tally::RoundTally;
+use memferry_stages::wire::frame::HEAD_BYTES;
+use memferry_stages::wire::pages::MIN_HEAD_BYTES;
+
+use super::bandwidth::Bandwidth;
+use super::index;
+use super::mix::{Mix, least_equal};
+use super::trace::{Coded, DeltaSample, Deltas, Samples, Trace};
+use super::written::Written;
+use memferry::controller::forecast::whole;
+use memferry::controller::simulation::{Encoded, Found, Guest, Sending};
+use memferry::settings::{OnMiss, SourceSettings, XbzrleSettings};
+
+/// Bytes of a page's descriptor in a frame.
+const DESCRIPTOR_BYTES: f64 = 4.0;
+/// Bytes that the cache keeps besides each page.
+pub(super) const SLOT_BYTES: u64 = 16;
+/// The share of a cache that is filled before pages are turned away.
+const FILLED: f64 = 0.97;
+/// A round is looked at in so many parts, in each of which the same pages are sent already.
+const PARTS: u32 = 8;
+/// Sampled pages from which a figure counts.
+const ENOUGH: u64 = 12;
+
+/// See the [module](self).
+#[derive(Debug)]
+pub struct TracedGuest<'a> {
+    written: &'a Written<'a>,
+    trace: &'a Trace,
+    settings: &'a SourceSettings,
+    /// Of the link.
+    bandwidth: Bandwidth,
+    round: u32,
+    /// The pages of the round that is being sent: in the first round all, for which no bits are kept.
+    sent: Vec<u64>,
+    /// Those of them that were sent, up to each word; to find how far a round is.
+    sent_before: Vec<u64>,
+    /// What the sync after it found, and what of it the destination does not have.
+    dirty: Vec<u64>,
+    changed: Vec<u64>,
+    /// Pages that were sent in a round of deltas.
+    known: Vec<u64>,
+    /// Pages that are written about as often as a round is sent: those of the time that follows the first round.
+    regular: Vec<u64>,
+    /// What was sent in the round before, if that had deltas.
+    before: Vec<u64>,
+    /// Guest's time of the last round.
+    window: Duration,
+    /// How far beyond its end the trace was asked for.
+    reached: Duration,
+}
+
+impl<'a> TracedGuest<'a> {
+    /// The guest of a trace, moved with these settings over a link of this bandwidth.
+    #[must_use]
+    pub fn new(written: &'a Written<'a>, settings: &'a SourceSettings, bandwidth: Bandwidth) -> Self {
+        let trace = written.trace();
+        let words = written.words();
+        Self {
+            written,
+            round: 0,
+            sent: Vec::new(),
+            sent_before: Vec::new(),
+            dirty: vec![0; words],
+            changed: vec![0; words],
+            known: vec![0; words],
+            regular: vec![0; words],
+            before: Vec::new(),
+            window: Duration::ZERO,
+            reached: Duration::ZERO,
+            trace,
+            settings,
+            bandwidth,
+        }
+    }
+
+    /// How much of its own time the guest was asked for: more than the trace has means that it was repeated.
+    #[must_use]
+    pub fn reached(&self) -> Duration {
+        self.reached
+    }
+
+    fn samples(&self) -> &'a Samples {
+        &self.trace.samples
+    }
+
+    /// Pages of the first round that are not zero.
+    fn filled(&self) -> f64 {
+        let touched = self.trace.guest.pages() - self.trace.guest.untouched;
+        touched as f64 * (1.0 - self.samples().touched.share())
+    }
+
+    fn first_round(&self, pages: u64) -> Encoded {
+        let filled = self.filled();
+        let whole = self.settings.encoder.compress.map(|codec| self.coded(codec, &self.samples().whole));
+        let whole = whole.unwrap_or_else(|| self.raw());
+        let mut sum = Sum { filled, ..Sum::default() };
+        sum.compressed = filled * whole.compressed;
+        sum.bytes = filled * whole.bytes;
+        sum.zero = pages as f64 - filled;
+        let touched = (self.trace.guest.pages() - self.trace.guest.untouched) as f64;
+        sum.encode_nanos = filled * (whole.nanos + self.checksum());
+        sum.read_nanos = touched * self.samples().read.per_page();
+        self.encoded(1, pages, self.trace.guest.words(), &sum)
+    }
+
+    /// A round of what was written.
+    fn later_round(&self, round: u32, pages: u64) -> Encoded {
+        let extents = self.dirty.iter().filter(|&&word| word != 0).count() as u64;
+        let sum = match &self.settings.encoder.xbzrle {
+            None => self.without_deltas(pages as f64),
+            Some(xbzrle) => self.with_deltas(xbzrle),
+        };
+        self.encoded(round, pages, extents, &sum)
+    }
+
+    fn without_deltas(&self, pages: f64) -> Sum {
+        let to_zero = self.all_deltas().to_zero;
+        let filled = pages * (1.0 - to_zero);
+        let coded = self.settings.encoder.compress.map(|codec| self.coded(codec, &self.samples().written));
+        let coded = coded.unwrap_or_else(|| self.raw());
+        Sum {
+            filled,
+            zero: pages - filled,
+            compressed: filled * coded.compressed,
+            bytes: filled * coded.bytes,
+            encode_nanos: filled * (coded.nanos + self.checksum()),
+            read_nanos: pages * self.samples().read.per_page(),
+            ..Sum::default()
+        }
+    }
+
+    fn with_deltas(&self, xbzrle: &XbzrleSettings) -> Sum {
+        let kinds = self.kinds();
+        let cached = self.cached(xbzrle, &kinds);
+        let whole = self.missed(xbzrle.on_miss);
+        let mut sum = Sum::default();
+        for (kind, hit) in kinds.iter().zip(cached) {
+            let sample = self.deltas_over(self.window, kind.again);
+            let was_zero = if kind.first { self.samples().first_written.share() } else { 0.0 };
+            let written = kind.changed + kind.unchanged;
+            sum.zero += written * sample.share_of_compared(|sample| sample.to_zero);
+            let filled = written * (1.0 - sample.share_of_compared(|sample| sample.to_zero));
+            let hits = filled * hit * (1.0 - was_zero);
+            let misses = filled - hits;
+            // A page without a copy that was not written since it was sent is sent again all the same.
+            let compared = if written > 0.0 { hits * kind.changed / written } else { 0.0 };
+            let deltas = compared * sample.share_of_changes(|sample| sample.deltas);
+            let overflows = compared * sample.share_of_changes(|sample| sample.overflows);
+            sum.unchanged += hits - deltas - overflows;
+            sum.deltas += deltas;
+            sum.misses += misses;
+            sum.overflows += overflows;
+            sum.bytes += deltas * sample.delta_bytes + (misses + overflows) * whole.bytes;
+            sum.compressed += (misses + overflows) * whole.compressed;
+            sum.filled += deltas + overflows + misses;
+            sum.encode_nanos += hits * self.samples().delta.per_page();
+            sum.encode_nanos += (misses + overflows) * (whole.nanos + self.checksum());
+            sum.read_nanos += written * self.samples().read.per_page();
+        }
+        sum
+    }
+
+    /// What a page comes to that no delta helps, as the encoders decide.
+    fn missed(&self, on_miss: OnMiss) -> PageCost {
+        let Some(codec) = self.settings.encoder.compress.filter(|_| on_miss != OnMiss::Raw) else { return self.raw() };
+        let alone = self.coded(codec, &self.samples().alone);
+        if on_miss == OnMiss::Auto {
+            let saved = self.raw().bytes - alone.bytes;
+            let limit = self.settings.max_bandwidth.map_or(f64::INFINITY, |limit| limit as f64);
+            let rate = self.bandwidth.bytes_per_second.min(limit) / f64::from(self.settings.lanes);
+            if !misses::pays(saved, alone.nanos, 1e9 / rate) {
+                return self.raw();
+            }
+        }
+        alone
+    }
+
+    /// The pages of the round by what the cache may have of them, and how old that is.
+    fn kinds(&self) -> [PagesOfKind; 4] {
+        let first = PagesOfKind { first: true, ..PagesOfKind::default() };
+        let again = PagesOfKind { again: true, ..PagesOfKind::default() };
+        let mut kinds = [again, PagesOfKind::default(), PagesOfKind { again: true, ..first }, first];
+        // All pages were sent in the first round: those that are written often are told by what follows.
+        let is_second = self.round == 1;
+        for (at, &dirty) in self.dirty.iter().enumerate().filter(|&(_, &dirty)| dirty != 0) {
+            let (known, before) = (self.known[at], self.before.get(at).copied().unwrap_or(0));
+            let regular = if is_second { self.regular[at] } else { 0 };
+            let first = dirty & !known & !before;
+            let masks = [dirty & before, dirty & known & !before, first & regular, first & !regular];
+            for (kind, mask) in kinds.iter_mut().zip(masks) {
+                kind.changed += f64::from((mask & self.changed[at]).count_ones());
+                kind.unchanged += f64::from((mask & !self.changed[at]).count_ones());
+            }
+        }
+        kinds
+    }
+
+    /// For each kind: how likely is it that the cache has a page of it?
+    fn cached(&self, xbzrle: &XbzrleSettings, kinds: &[PagesOfKind; 4]) -> [f64; 4] {
+        let lanes = u64::from(self.settings.lanes);
+        let slots = xbzrle.cache_bytes / lanes / (self.trace.guest.page_size.bytes() as u64 + SLOT_BYTES) * lanes;
+        let slots = slots as f64 * FILLED;
+        let count = |words: &[u64]| words.iter().map(|word| f64::from(word.count_ones())).sum::<f64>();
+        let (known, before) = (count(&self.known), count(&self.before));
+        let share = |of: f64, room: f64| if of > 0.0 { (room / of).clamp(0.0, 1.0) } else { 1.0 };
+        let of_first: f64 = kinds[2..].iter().map(|kind| kind.changed + kind.unchanged).sum();
+        let first_left = (self.filled() - known).max(of_first);
+        let first = if xbzrle.cache_first_round { share(first_left, slots - known) } else { 0.0 };
+        [share(before, slots), share(known - before, slots - before), first, first]
+    }
+
+    /// What a page comes to with this codec. Where nothing was sampled, as a whole page.
+    fn coded(&self, codec: Codec, of: &[Coded; 3]) -> PageCost {
+        let samples = [of, &self.samples().whole].map(|of| of[Samples::index(codec)]);
+        let Some(found) = samples.into_iter().find(|coded| coded.pages >= ENOUGH) else { return self.raw() };
+        let per_page = |amount: u64| amount as f64 / found.pages as f64;
+        PageCost { bytes: per_page(found.bytes), compressed: per_page(found.compressed), nanos: per_page(found.nanos) }
+    }
+
+    fn raw(&self) -> PageCost {
+        PageCost { bytes: self.trace.guest.page_size.bytes() as f64, compressed: 0.0, nanos: 0.0 }
+    }
+
+    fn checksum(&self) -> f64 {
+        if self.settings.checksum { self.samples().checksum.per_page() } else { 0.0 }
+    }
+
+    fn all_deltas(&self) -> Mix {
+        let mut all = DeltaSample::default();
+        for Deltas { again, rested, .. } in &self.samples().deltas {
+            all += *again;
+            all += *rested;
+        }
+        Mix::of(all)
+    }
+
+    /// Deltas of copies that are so old, by the spans that were sampled next to that.
+    fn deltas_over(&self, age: Duration, again: bool) -> Mix {
+        let of_kind = |deltas: &Deltas, again: bool| if again { deltas.again } else { deltas.rested };
+        for again in [again, !again] {
+            let spans = self.samples().deltas.iter().map(|deltas| (deltas.span, of_kind(deltas, again)));
+            let spans: Vec<_> = spans.filter(|(_, sample)| sample.pages >= ENOUGH).collect();
+            let Some(&(_, first)) = spans.first() else { continue };
+            let longer = spans.iter().position(|&(span, _)| span > age);
+            let mix = match longer {
+                Some(0) => Mix::of(first),
+                None => Mix::of(spans[spans.len() - 1].1),
+                Some(next) => {
+                    let ((short, one), (long, other)) = (spans[next - 1], spans[next]);
+                    let log = |time: Duration| time.as_secs_f64().ln();
+                    let share = (log(age) - log(short)) / (log(long) - log(short));
+                    Mix::of(one).and(Mix::of(other), share)
+                }
+            };
+            return mix.with_equal_at_most(least_equal(&spans));
+        }
+        // Nothing was seen to be written: whole pages.
+        Mix { overflows: 1.0, ..Mix::default() }
+    }
+
+    fn encoded(&self, round: u32, pages: u64, extents: u64, sum: &Sum) -> Encoded {
+        let whole = |amount: f64| whole(amount.round());
+        let zero = whole(sum.zero).min(pages);
+        let unchanged = whole(sum.unchanged).min(pages - zero);
+        let xbzrle = whole(sum.deltas).min(pages - zero - unchanged);
+        let compressed = whole(sum.compressed).min(pages - zero - unchanged - xbzrle);
+        let heads = extents as f64 * (HEAD_BYTES + MIN_HEAD_BYTES) as f64 + sum.filled * DESCRIPTOR_BYTES;
+        let tally = RoundTally {
+            round,
+            last: false,
+            batches: extents,
+            pages,
+            zero,
+            raw: pages - zero - unchanged - xbzrle - compressed,
+            compressed,
+            xbzrle,
+            unchanged,
+            xbzrle_misses: whole(sum.misses),
+            xbzrle_overflows: whole(sum.overflows),
+            bytes_in: pages * self.trace.guest.page_size.bytes() as u64,
+            bytes_out: whole(sum.bytes + heads),
+        };
+        // Every core is used by all lanes together; a lane is no faster than its slowest stage.
+        let lanes = f64::from(self.settings.lanes);
+        let by_cores = (sum.read_nanos + sum.encode_nanos) / f64::from(self.trace.guest.cores);
+        let nanos = by_cores.max(sum.read_nanos.max(sum.encode_nanos) / lanes);
+        Encoded { tally, stages: Duration::from_nanos(whole(nanos)) }
+    }
+}
+
+impl Guest for TracedGuest<'_> {
+    fn pages(&self) -> u64 {
+        self.trace.guest.pages()
+    }
+
+    fn page_bytes(&self) -> u64 {
+        self.trace.guest.page_size.bytes() as u64
+    }
+
+    fn send(&mut self, sending: &Sending<'_>) -> Encoded {
+        let &Sending { round, pages, from, takes } = sending;
+        let mut encoded = if round == 1 { self.first_round(pages) } else { self.later_round(round, pages) };
+        if let (2.., Some(from)) = (round, from) {
+            // Some of what the destination has already is written again before it is its turn.
+            self.write_before_sent(from, takes(&encoded));
+            encoded = self.later_round(round, pages);
+        }
+        if round > 1 {
+            self.known.iter_mut().zip(&self.dirty).for_each(|(known, dirty)| *known |= dirty);
+            self.before.clone_from(&self.dirty);
+            self.sent.clone_from(&self.dirty);
+            self.sent_before = counts(&self.dirty);
+        }
+        self.round = round;
+        encoded
+    }
+
+    fn look(&self, round: u32, pages: u64) -> Encoded {
+        self.later_round(round, pages)
+    }
+
+    fn written(&mut self, from: Duration, to: Duration) -> Found {
+        self.dirty.fill(0);
+        self.changed.fill(0);
+        self.window = to - from;
+        self.reached = self.reached.max(to);
+        for part in 0..PARTS {
+            let at = |part: u32| from + self.window * part / PARTS;
+            let how_far = (f64::from(part) + 0.5) / f64::from(PARTS);
+            let (start, end) = (at(part), at(part + 1));
+            let sent = self.words_sent(how_far);
+            self.add(start, end, sent);
+        }
+        if self.round == 1 {
+            self.regular.fill(0);
+            let (written, regular) = (self.written, &mut self.regular);
+            written.between(to, to + self.window, |word, mask| regular[word] |= mask);
+        }
+        self.found()
+    }
+}
+
+impl TracedGuest<'_> {
+    fn found(&self) -> Found {
+        let dirty = self.dirty.iter().map(|word| u64::from(word.count_ones())).sum();
+        let Some(xbzrle) = &self.settings.encoder.xbzrle else { return Found { dirty, kept: 0 } };
+        let known = self.dirty.iter().zip(&self.known).map(|(dirty, known)| u64::from((dirty & known).count_ones()));
+        let known: u64 = known.sum();
+        // Of the first round the cache is given what is not zero, if anything.
+        let filled = if xbzrle.cache_first_round { 1.0 - self.samples().first_written.share() } else { 0.0 };
+        Found { dirty, kept: known + whole((dirty - known) as f64 * filled) }
+    }
+
+    /// Notes which pages of a round that begins will be written before they are sent.
+    fn write_before_sent(&mut self, from: Duration, time: Duration) {
+        let (written, counts) = (self.written, counts(&self.dirty));
+        let all = counts.last().copied().unwrap_or(0) as f64;
+        for part in 0..PARTS {
+            let how_far = (f64::from(part) + 0.5) / f64::from(PARTS);
+            let sent = counts.partition_point(|&before| (before as f64) < all * how_far);
+            let (dirty, changed) = (&self.dirty, &mut self.changed);
+            let start = from + time * part / PARTS;
+            written.between(start, from + time * (part + 1) / PARTS, |word, mask| {
+                if word >= sent {
+                    changed[word] |= mask & dirty[word];
+                }
+            });
+        }
+    }
+
+    /// The words whose pages are sent when so much of the round is over.
+    fn words_sent(&self, how_far: f64) -> usize {
+        match self.sent_before.last() {
+            None => index(self.dirty.len() as f64 * how_far),
+            Some(&all) => self.sent_before.partition_point(|&before| (before as f64) < all as f64 * how_far),
+        }
+    }
+
+    /// Adds what is written from one moment to another, while the pages of the words below `sent` are sent already.
+    fn add(&mut self, from: Duration, to: Duration, sent: usize) {
+        let written = self.written;
+        written.between(from, to, |word, mask| self.add_word(word, mask, sent));
+    }
+
+    fn add_word(&mut self, word: usize, mask: u64, sent: usize) {
+        let to_be_sent = if word < sent {
+            0
+        } else {
+            self.sent.get(word).copied().unwrap_or(if self.round <= 1 { u64::MAX } else { 0 })
+        };
+        // What is written before it is sent is no news to the destination, and to some logs neither.
+        self.changed[word] |= mask & !to_be_sent;
+        self.dirty[word] |= if self.trace.guest.rearms_late { mask & !to_be_sent } else { mask };
+    }
+}
+
+/// Of each word the pages up to its end.
+fn counts(words: &[u64]) -> Vec<u64> {
+    let sum = words.iter().scan(0, |sum, word| {
+        *sum += u64::from(word.count_ones());
+        Some(*sum)
+    });
+    sum.collect()
+}
+
+/// Pages of which the cache may have a copy for the same reason.
+#[derive(Clone, Copy, Debug, Default)]
+struct PagesOfKind {
+    /// Were they written in the time before as well, as that of the round?
+    again: bool,
+    /// Were they sent in the first round only?
+    first: bool,
+    changed: f64,
+    unchanged: f64,
+}
+
+/// What a page comes to if it is sent whole.
+#[derive(Clone, Copy, Debug)]
+struct PageCost {
+    bytes: f64,
+    compressed: f64,
+    nanos: f64,
+}
+
+/// What a round comes to.
+#[derive(Clone, Copy, Debug, Default)]
+struct Sum {
+    /// Pages with bytes in their frames.
+    filled: f64,
+    zero: f64,
+    compressed: f64,
+    deltas: f64,
+    unchanged: f64,
+    misses: f64,
+    overflows: f64,
+    bytes: f64,
+    read_nanos: f64,
+    encode_nanos: f64,
+}

@@ -1,0 +1,344 @@
+//! Follows the dirty pages of a guest without moving anything.
+//!
+//! Its logs are armed as for a migration. Then, interval by interval, each page that was found is taken from the bitmap, the logs are
+//! re-armed for it, and it is written down (law 2). A log that compares with copies (the hash log) is told of a copy of each page,
+//! which nobody else gets; all others read nothing. The guest is never paused, and its content never leaves this process: a trace
+//! holds page numbers, counts and times.
+//!
+//! **What it costs the guest**: what its logs cost it in a migration (a write fault for the first write to each page in an interval,
+//! or for the hash log one read of all memory), and about a hundredth of a core for the samples.
+
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use memferry_stages::batch::{Batch, CopiedBatch};
+use memferry_stages::bitmap::DirtyBitmap;
+use memferry_stages::bitmap_sync::ranges;
+use memferry_stages::clears::OutForGood;
+use memferry_stages::dirty_log::DirtyLog;
+use memferry_stages::geometry::{EXTENT_PAGES, ExtentAt, runs};
+use memferry_stages::host::cores;
+use memferry_stages::memory::GuestMemory;
+use memferry_stages::pool::BufferPool;
+use tokio_util::sync::CancellationToken;
+
+use super::sampler::Sampler;
+use super::trace::{GuestFacts, Interval, Runs, TraceWriter};
+use memferry::guest::clearer::{Clearer, Point};
+use memferry::guest::{Guest, GuestError};
+use memferry::migration::arming::{Armed, arm};
+use memferry::migration::digest_downtime;
+use memferry::migration::error::MigrationError;
+use memferry::migration::out_for_good::out_for_good;
+
+/// How a recording is to be made.
+#[derive(Clone, Debug)]
+pub struct RecordSettings {
+    /// From sync to sync.
+    pub interval: Duration,
+    /// How long; until it is cancelled if `None`.
+    pub length: Option<Duration>,
+    /// The level of the zstd whose figures are taken.
+    pub zstd_level: i32,
+    /// The tables `encoder`, `pipeline`, `migration` and `convergence` of a configuration, as TOML: what a plan goes by.
+    pub settings: String,
+}
+
+/// The interval where none is asked for.
+pub const INTERVAL: Duration = Duration::from_millis(100);
+/// The shortest interval.
+pub const SHORTEST: Duration = Duration::from_millis(10);
+
+/// What was recorded, in short.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Recorded {
+    /// How long.
+    pub length: Duration,
+    /// Intervals.
+    pub intervals: u64,
+    /// Pages found, each interval's counted.
+    pub written: u64,
+    /// Bytes of the file.
+    pub bytes: u64,
+    /// The middle one of what the syncs took.
+    pub sync: Duration,
+}
+
+/// Why there is no trace.
+#[derive(Debug, thiserror::Error)]
+pub enum RecordError {
+    /// The guest or its logs cannot be followed.
+    #[error("{0}")]
+    Guest(String),
+    /// The memory could not be read for a sample or a log.
+    #[error("guest memory cannot be read: {0}")]
+    Memory(std::io::Error),
+    /// The file could not be written.
+    #[error("the trace cannot be written: {0}")]
+    Write(std::io::Error),
+    /// It was cancelled before anything was recorded.
+    #[error("nothing was recorded")]
+    Nothing,
+}
+
+impl From<MigrationError> for RecordError {
+    fn from(error: MigrationError) -> Self {
+        Self::Guest(error.to_string())
+    }
+}
+
+impl From<GuestError> for RecordError {
+    fn from(error: GuestError) -> Self {
+        Self::Guest(error.to_string())
+    }
+}
+
+/// Records a guest until `cancel`, or for as long as the settings say, into a file that is written whole or not at all. Whatever
+/// happens, its logs are stopped when this returns. A cancel ends the recording, and is no failure.
+///
+/// # Errors
+/// [`RecordError`]; then there is no file.
+pub async fn record(
+    guest: Arc<dyn Guest>,
+    settings: RecordSettings,
+    file: &Path,
+    cancel: CancellationToken,
+) -> Result<Recorded, RecordError> {
+    record_watched(guest, settings, file, cancel, |_| ()).await
+}
+
+/// As [`record`], and calls `watch` after each interval with what has been recorded so far, on the thread that records. From the
+/// first call on there is something to keep.
+///
+/// # Errors
+/// As [`record`].
+pub async fn record_watched(
+    guest: Arc<dyn Guest>,
+    settings: RecordSettings,
+    file: &Path,
+    cancel: CancellationToken,
+    mut watch: impl FnMut(&Recorded) + Send + 'static,
+) -> Result<Recorded, RecordError> {
+    let (clearers, file) = (guest.clearers(), file.to_owned());
+    let handle = tokio::runtime::Handle::current();
+    let work = move || {
+        let mut told = 0;
+        let mut logs = Vec::new();
+        let recorded = begin(&*guest, &clearers, &mut told, &mut logs).and_then(|out| {
+            Recorder::new(guest.memory(), &logs, out).run(&settings, &file, &handle, &cancel, &mut watch)
+        });
+        // Each of them, whatever becomes of the others.
+        let stopped = logs.iter().fold(None, |failed, log| log.stop().err().or(failed));
+        for clearer in &clearers[..told] {
+            // It was told that it is over; what it makes of that changes nothing here.
+            drop(clearer.reached(&Point::Cleanup));
+        }
+        match stopped {
+            Some(error) => recorded.and(Err(MigrationError::Log { doing: "stop", error }.into())),
+            None => recorded,
+        }
+    };
+    match tokio::task::spawn_blocking(work).await {
+        Ok(recorded) => recorded,
+        Err(error) => std::panic::resume_unwind(error.into_panic()),
+    }
+}
+
+/// Everything before the first page: what is unplugged stays so, and the logs are asked for, though not started.
+fn begin(
+    guest: &dyn Guest,
+    clearers: &[Arc<dyn Clearer>],
+    told: &mut usize,
+    logs: &mut Vec<Arc<dyn DirtyLog>>,
+) -> Result<Vec<(OutForGood, u32, Range<u64>)>, RecordError> {
+    let mut unplugged = Vec::new();
+    for clearer in clearers {
+        *told += 1;
+        clearer.reached(&Point::Setup)?;
+        unplugged.extend(clearer.unplugged());
+    }
+    let out = out_for_good(guest.memory().layout(), unplugged)?;
+    *logs = guest.dirty_logs()?;
+    Ok(out)
+}
+
+struct Recorder<'a> {
+    memory: GuestMemory,
+    logs: &'a [Arc<dyn DirtyLog>],
+    out: Vec<(OutForGood, u32, Range<u64>)>,
+    /// Must copies be made, for a log that compares with them?
+    copies: bool,
+    pool: BufferPool,
+}
+
+impl<'a> Recorder<'a> {
+    fn new(memory: GuestMemory, logs: &'a [Arc<dyn DirtyLog>], out: Vec<(OutForGood, u32, Range<u64>)>) -> Self {
+        let pool = BufferPool::new(1, memory.page_size().extent_bytes());
+        Self { copies: logs.iter().any(|log| !log.sees_stores()), memory, logs, out, pool }
+    }
+
+    fn run(
+        self,
+        settings: &RecordSettings,
+        file: &Path,
+        handle: &tokio::runtime::Handle,
+        cancel: &CancellationToken,
+        watch: &mut dyn FnMut(&Recorded),
+    ) -> Result<Recorded, RecordError> {
+        let began = Instant::now();
+        let armed = arm(&self.memory, self.logs, &self.out, !self.out.is_empty())?;
+        let facts = self.facts(&armed, began.elapsed(), settings)?;
+        let mut writer = TraceWriter::create(file, &facts).map_err(RecordError::Write)?;
+        let mut sampler = Sampler::new(self.memory.clone(), settings.zstd_level);
+        let (found, unread) = (DirtyBitmap::empty(self.memory.layout()), unread(&armed));
+        sampler.first_look(&unread).map_err(RecordError::Memory)?;
+        self.take(&armed, |at, mask| self.rearm(at, mask, unread.peek(at) & mask))?;
+        // Time counts from a sync on, as it will end with one.
+        let mut synced = Instant::now();
+        self.sync(&armed, cancel)?;
+        self.take(&armed, |at, mask| self.rearm_written(at, mask, &unread))?;
+        let (mut syncs, mut recorded) = (Vec::new(), Recorded::nothing());
+        let end = settings.length.map(|length| synced + length);
+        // One interval at least, however long it takes to come here.
+        let goes_on = |intervals| intervals == 0 || end.is_none_or(|end| Instant::now() < end);
+        while !cancel.is_cancelled() && goes_on(recorded.intervals) {
+            let until = synced + settings.interval;
+            let until = end.map_or(until, |end| until.min(end));
+            drop(handle.block_on(async { tokio::time::timeout_at(until.into(), cancel.cancelled()).await }));
+            let now = Instant::now();
+            let length = now - std::mem::replace(&mut synced, now);
+            if !self.sync(&armed, cancel)? {
+                break;
+            }
+            let sync = now.elapsed();
+            let written = self.take(&armed, |at, mask| {
+                found.set_mask(at, mask);
+                self.rearm_written(at, mask, &unread)
+            })?;
+            writer.interval(&Interval { length, sync, written: written.clone() }).map_err(RecordError::Write)?;
+            #[expect(clippy::cast_possible_truncation, reason = "it wraps after more than a year")]
+            let number = recorded.intervals as u32;
+            sampler.interval(number, &found, &unread).map_err(RecordError::Memory)?;
+            found.all_dirty_extents().for_each(|at| _ = found.take(at));
+            recorded.intervals += 1;
+            recorded.length += length;
+            recorded.written += written.pages();
+            syncs.push(sync);
+            watch(&recorded);
+        }
+        if recorded.intervals == 0 {
+            return Err(RecordError::Nothing);
+        }
+        syncs.sort_unstable();
+        recorded.sync = syncs[syncs.len() / 2];
+        let interval = recorded.length / u32::try_from(recorded.intervals).unwrap_or(u32::MAX);
+        recorded.bytes = writer.finish(&sampler.finish(interval)).map_err(RecordError::Write)?;
+        Ok(recorded)
+    }
+
+    fn facts(&self, armed: &Armed, arming: Duration, settings: &RecordSettings) -> Result<GuestFacts, RecordError> {
+        let layout = self.memory.layout();
+        let left_out = armed.clears.as_ref().map(|clears| clears.left_out());
+        let digests = digest_downtime(&self.memory, left_out.as_ref()).map_err(RecordError::Memory)?;
+        Ok(GuestFacts {
+            page_size: layout.page_size(),
+            blocks: (0..).zip(layout.blocks()).map(|(at, block)| (block.id.clone(), layout.block_pages(at))).collect(),
+            out_for_good: layout.pages() - armed.bitmap.count(),
+            untouched: armed.untouched.count(),
+            rearms_late: self.logs.iter().any(|log| log.rearms_late()),
+            cores: u32::try_from(cores()).unwrap_or(u32::MAX),
+            arming,
+            digests,
+            settings: settings.settings.as_str().into(),
+        })
+    }
+
+    /// Brings what the logs saw into the bitmap. False if a cancel came between.
+    fn sync(&self, armed: &Armed, cancel: &CancellationToken) -> Result<bool, RecordError> {
+        for (block, extents) in ranges(self.memory.layout()) {
+            if cancel.is_cancelled() {
+                return Ok(false);
+            }
+            for log in self.logs {
+                let synced = log.sync(block, extents.clone(), &armed.bitmap);
+                synced.map_err(|error| MigrationError::Log { doing: "sync", error })?;
+            }
+            if let Some(clears) = &armed.clears {
+                clears.synced(block, extents);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Takes every page from the bitmap, and has the logs re-armed for it: what was found.
+    fn take(
+        &self,
+        armed: &Armed,
+        mut rearm: impl FnMut(ExtentAt, u64) -> Result<(), RecordError>,
+    ) -> Result<Runs, RecordError> {
+        let (layout, mut taken) = (self.memory.layout(), Vec::<Range<u64>>::new());
+        let mut first = 0;
+        for block in 0..layout.block_count() {
+            let extents = layout.block_extents(block);
+            for at in armed.bitmap.dirty_extents(block, 0..extents) {
+                let mask = armed.bitmap.take(at);
+                rearm(at, mask)?;
+                let page = first + at.first_page();
+                for (start, count) in runs(mask) {
+                    let run = page + u64::from(start)..page + u64::from(start + count);
+                    match taken.last_mut() {
+                        Some(last) if last.end == run.start => last.end = run.end,
+                        _ => taken.push(run),
+                    }
+                }
+            }
+            first += u64::from(extents) * EXTENT_PAGES;
+        }
+        Ok(Runs::of(taken))
+    }
+
+    /// Pages that a sync has found are not untouched any more.
+    fn rearm_written(&self, at: ExtentAt, mask: u64, unread: &DirtyBitmap) -> Result<(), RecordError> {
+        let _touched = unread.take_mask(at, mask);
+        self.rearm(at, mask, 0)
+    }
+
+    fn rearm(&self, at: ExtentAt, mask: u64, untouched: u64) -> Result<(), RecordError> {
+        for log in self.logs {
+            log.rearm(at, mask).map_err(|error| MigrationError::Log { doing: "rearm", error })?;
+        }
+        if self.copies {
+            self.tell_copies(Batch { at, mask, untouched, round: 1, last: false }).map_err(RecordError::Memory)?;
+        }
+        Ok(())
+    }
+
+    /// Reads pages for a log that compares with what was read.
+    fn tell_copies(&self, batch: Batch) -> std::io::Result<()> {
+        let (mut pages, size) = (self.pool.try_take().expect("one is read at a time"), self.memory.page_size());
+        let to_read = batch.mask & !batch.untouched;
+        let memory = &self.memory.block(batch.at.block).memory;
+        let zero = memory.read_extent(size, batch.at.first_page(), to_read, &mut pages)? | batch.untouched;
+        let copied = CopiedBatch { batch, zero, pages: (zero != batch.mask).then_some(pages) };
+        self.logs.iter().for_each(|log| log.copied(&copied));
+        Ok(())
+    }
+}
+
+/// The pages that are not read: untouched ones, until they are found written, and those that never travel.
+fn unread(armed: &Armed) -> DirtyBitmap {
+    let unread = DirtyBitmap::empty(armed.untouched.layout());
+    let out = armed.clears.as_ref().and_then(|clears| clears.out_for_good());
+    for pages in std::iter::once(&*armed.untouched).chain(out) {
+        pages.all_dirty_extents().for_each(|at| _ = unread.set_mask(at, pages.peek(at)));
+    }
+    unread
+}
+
+impl Recorded {
+    fn nothing() -> Self {
+        Self { length: Duration::ZERO, intervals: 0, written: 0, bytes: 0, sync: Duration::ZERO }
+    }
+}

@@ -1,0 +1,220 @@
+//! The guests of a program, and their life after the verdict: a guest that lives in this process is not ended by it.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
+
+use crate::config;
+use crate::config::settings::{destination_files, source_files, workload};
+use crate::config::tables::{Config, GuestTable, WorkloadTable};
+use memferry::guest::{Guest, GuestError};
+use memferry::human;
+use memferry_guests::file::FileGuest;
+use memferry_guests::workload::Workload;
+
+/// A guest at one end, and whether it lives in this process.
+#[derive(Clone, Debug)]
+pub(super) struct Hosted {
+    pub(super) guest: Arc<dyn Guest>,
+    resident: Option<Arc<dyn Resident>>,
+}
+
+/// A guest that lives in this process.
+trait Resident: Send + Sync + std::fmt::Debug {
+    /// Does it run?
+    fn runs(&self) -> bool;
+
+    /// Has it found what it wrote? May take as long as looking at all of its memory.
+    fn check(&self) -> Health;
+}
+
+/// How a guest fares.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Health {
+    /// Is every page that it looked at as it left it?
+    pub(super) is_sound: bool,
+    /// In one line.
+    pub(super) line: String,
+}
+
+impl Hosted {
+    /// The guest to be sent. May take seconds: a workload's memory is filled, until it is cancelled.
+    pub(super) async fn source(config: &Config, cancel: &CancellationToken) -> Result<Self, GuestError> {
+        let (config, cancel) = (config.clone(), cancel.clone());
+        blocking(move || {
+            let hosted = match &config.guest {
+                GuestTable::Workload(table) => Workload::source_unless(workload(table), &cancel).map(Self::here),
+                GuestTable::File(table) => FileGuest::source(source_files(table), guard_program()).map(Self::elsewhere),
+                GuestTable::Kvm(table) => machine::source(table),
+            }?;
+            config::fits(&config, hosted.guest.memory().layout().bytes()).map_err(GuestError)?;
+            Ok(hosted)
+        })
+        .await
+    }
+
+    /// The guest to be received. With `run` files become their copies.
+    pub(super) async fn destination(config: &Config, run: bool) -> Result<Self, GuestError> {
+        let table = config.guest.clone();
+        blocking(move || match table {
+            GuestTable::Workload(WorkloadTable { shared: Some(shared), .. }) => {
+                Ok(Self::here(Workload::destination_sharing(shared.path)))
+            }
+            GuestTable::Workload(_) => Ok(Self::here(Workload::destination())),
+            GuestTable::File(table) => FileGuest::destination(destination_files(&table, run)).map(Self::elsewhere),
+            GuestTable::Kvm(table) => machine::destination(&table),
+        })
+        .await
+    }
+
+    fn here<G: Guest + Resident + 'static>(guest: Arc<G>) -> Self {
+        Self { guest: guest.clone(), resident: Some(guest) }
+    }
+
+    fn elsewhere(guest: Arc<FileGuest>) -> Self {
+        Self { guest, resident: None }
+    }
+
+    /// Does the guest live here, so that the end of this program is its end?
+    pub(super) fn lives_here(&self) -> bool {
+        self.resident.is_some()
+    }
+
+    /// Does it run in this process?
+    pub(super) fn runs_here(&self) -> bool {
+        self.resident.as_ref().is_some_and(|resident| resident.runs())
+    }
+
+    /// Lets it live for `time`, or until `stop`; then asks whether it found what it wrote. `None` if it does not live here.
+    pub(super) async fn live(&self, time: Option<Duration>, stop: CancellationToken) -> Option<Health> {
+        let resident = self.resident.clone()?;
+        match time {
+            Some(time) => drop(tokio::time::timeout(time, stop.cancelled()).await),
+            None => stop.cancelled().await,
+        }
+        Some(blocking(move || resident.check()).await)
+    }
+}
+
+/// Could the guest to be sent be made? Makes none.
+pub(super) fn check_source(config: &Config) -> Result<(), GuestError> {
+    match &config.guest {
+        GuestTable::Workload(table) => Workload::check(workload(table)),
+        GuestTable::File(table) => FileGuest::source(source_files(table), None).map(drop),
+        GuestTable::Kvm(table) => machine::check(table),
+    }
+}
+
+/// Is there a place for the guest to be received? Makes nothing there.
+pub(super) fn check_destination(config: &Config, run: bool) -> Result<(), GuestError> {
+    match &config.guest {
+        GuestTable::File(table) => FileGuest::check_destination(destination_files(table, run)),
+        GuestTable::Workload(_) | GuestTable::Kvm(_) => Ok(()),
+    }
+}
+
+impl Resident for Workload {
+    fn runs(&self) -> bool {
+        self.status().running
+    }
+
+    fn check(&self) -> Health {
+        let status = self.check_all();
+        let state = if status.running { "alive" } else { "paused" };
+        let mut line = format!(
+            "guest {state}: {} writes here, {} stamps checked, {} stale pages",
+            human::count(status.writes_since_start_here),
+            human::count(status.pages_checked),
+            human::count(status.stale_pages),
+        );
+        if let Some(first) = &status.first_stale {
+            line.push_str(", the first: ");
+            line.push_str(first);
+        }
+        Health { is_sound: status.stale_pages == 0, line }
+    }
+}
+
+#[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
+mod machine {
+    use super::{GuestError, Health, Hosted, Resident, human};
+    use crate::config::settings::kvm;
+    use crate::config::tables::KvmTable;
+    use memferry_guests::kvm::KvmGuest;
+
+    pub(super) fn source(table: &KvmTable) -> Result<Hosted, GuestError> {
+        KvmGuest::source(kvm(table)).map(Hosted::here)
+    }
+
+    pub(super) fn check(table: &KvmTable) -> Result<(), GuestError> {
+        KvmGuest::check(kvm(table))
+    }
+
+    /// How its writes are found is for this end to choose: it may be sent on from here.
+    pub(super) fn destination(table: &KvmTable) -> Result<Hosted, GuestError> {
+        let settings = kvm(table);
+        Ok(Hosted::here(match settings.shared {
+            Some(shared) => KvmGuest::destination_sharing(settings.dirty_log, shared.path),
+            None => KvmGuest::destination(settings.dirty_log),
+        }))
+    }
+
+    impl Resident for KvmGuest {
+        fn runs(&self) -> bool {
+            self.status().running
+        }
+
+        /// The machine looks at its pages itself, all the time.
+        fn check(&self) -> Health {
+            let status = self.status();
+            let state = match (&status.failed, status.running) {
+                (Some(_), _) => "dead",
+                (None, true) => "alive",
+                (None, false) => "paused",
+            };
+            let mut line = format!(
+                "guest {state}: {} heartbeats here, pass {}, {} pages checked here, {} wrong pages",
+                human::count(status.heartbeats),
+                human::count(status.pass.into()),
+                human::count(status.pages),
+                human::count(status.troubles),
+            );
+            if let Some(first) = status.first_trouble.iter().chain(&status.failed).next() {
+                line.push_str(", the first: ");
+                line.push_str(first);
+            }
+            Health { is_sound: status.troubles == 0 && status.failed.is_none(), line }
+        }
+    }
+}
+
+#[cfg(not(all(feature = "kvm", target_os = "linux", target_arch = "x86_64")))]
+mod machine {
+    use super::{GuestError, Hosted};
+    use crate::config::tables::KvmTable;
+
+    /// The rules have refused it before.
+    pub(super) fn source(_: &KvmTable) -> Result<Hosted, GuestError> {
+        Err(GuestError("this program was built without KVM".into()))
+    }
+
+    pub(super) fn destination(table: &KvmTable) -> Result<Hosted, GuestError> {
+        source(table)
+    }
+
+    pub(super) fn check(table: &KvmTable) -> Result<(), GuestError> {
+        source(table).map(drop)
+    }
+}
+
+/// This program, to be run as a guard.
+fn guard_program() -> Option<PathBuf> {
+    std::env::current_exe().ok()
+}
+
+/// Runs what may take long where blocking is allowed.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
+}

@@ -1,0 +1,260 @@
+//! The `memferry` program: what its command line says, and what it does.
+
+/// Says a line on standard error: see [`console::tell`].
+macro_rules! tell {
+    ($($text:tt)*) => {
+        $crate::cli::console::tell(format_args!($($text)*))
+    };
+}
+
+mod args;
+mod check;
+mod console;
+mod control;
+mod hosting;
+pub mod inspect;
+mod outlets;
+mod plan;
+mod record;
+mod reports;
+mod session;
+mod signals;
+mod verdict;
+mod watch;
+
+use std::future::Future;
+use std::io::{ErrorKind, IsTerminal, Write};
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::Parser;
+use memferry_stages::host::cores;
+use memferry_stages::untrusted::shown_lines;
+use memferry_transports::Address;
+
+use crate::api::patch;
+use crate::config::{self, Config, Purpose};
+use crate::log;
+use args::{Command, CommandLine, Configured, For, Migrate, Record};
+use inspect::Inspection;
+use memferry::events::Role;
+use memferry::threads;
+use memferry_guests::file::guard;
+use outlets::Outlets;
+use session::Session;
+use verdict::{BAD_USAGE, DONE, FAILED};
+
+/// Threads of the control plane: timers, signals, the handshakes. The data has a runtime of its own.
+const CONTROL_THREADS: usize = 2;
+/// How long what a command left behind may take to end with it: calls that still block, such as the building of a guest that
+/// was cancelled.
+const TIDY_UP: Duration = Duration::from_millis(100);
+/// Beside one for each core, which digests take: threads of the control plane for what blocks, such as calls of a guest.
+const BLOCKING_THREADS: usize = 4;
+
+/// Runs the command that the command line names.
+#[must_use]
+pub fn main() -> ExitCode {
+    signals::outlive_full_files();
+    let _last_words = console::LastWords;
+    match CommandLine::parse().command {
+        Command::Run(options) => migrate(options, "run", Purpose::Run, Role::Source),
+        Command::Send(options) => migrate(options, "send", Purpose::Send, Role::Source),
+        Command::Recv(options) => migrate(options, "recv", Purpose::Receive, Role::Destination),
+        Command::Check(options) => check(&options),
+        Command::Record(options) => record(options),
+        Command::Plan(options) => plan::run(&options),
+        Command::Status { control, json } => ask(control::status(&control.address, json)),
+        Command::Set { control, settings } => match patch::given_once(&settings) {
+            Ok(()) => ask(control::set(&control.address, settings)),
+            Err(why) => complain(&why, BAD_USAGE),
+        },
+        Command::Cancel(control) => ask(control::cancel(&control.address)),
+        Command::SwitchOver(control) => ask(control::switch_over(&control.address)),
+        Command::Inspect { file } => inspect(&file),
+        Command::Watch { address, speed } => watch(&address, speed),
+        Command::Probe => probe(),
+        Command::Guard => guard::main(),
+    }
+}
+
+fn migrate(options: Migrate, role: &'static str, purpose: Purpose, watch: Role) -> ExitCode {
+    let config = match load(&options.configured, purpose) {
+        Ok(config) => config,
+        Err(code) => return code,
+    };
+    if let Some(why) = nowhere(&options).or_else(|| named_twice(&options)) {
+        return complain(&why, BAD_USAGE);
+    }
+    if let Err(error) = console::start() {
+        return refused(&error);
+    }
+    if let Err(error) = log::start(options.log_level(), || console::Stderr) {
+        return complain(&error, BAD_USAGE);
+    }
+    let command = async {
+        let outlets = match Outlets::open(&options).await {
+            Ok(outlets) => outlets,
+            Err(why) => return Ok(complain(&why, BAD_USAGE)),
+        };
+        let mut session = Session::new(config, options, role, watch, outlets)?;
+        let server = match session.serve_control().await {
+            Ok(server) => server,
+            Err(error) => return Ok(complain(&format!("--control: {error}"), BAD_USAGE)),
+        };
+        if let Err(why) = session.open_events() {
+            return Ok(complain(&why, BAD_USAGE));
+        }
+        let code = match purpose {
+            Purpose::Send => session.send().await,
+            Purpose::Receive => session.receive().await,
+            Purpose::Run | Purpose::Check => session.run().await,
+        };
+        if let Some(server) = server {
+            server.close().await;
+        }
+        Ok(code.into())
+    };
+    match on_control_plane(command) {
+        Ok(code) => code,
+        Err(error) => refused(&error),
+    }
+}
+
+/// Asks a running migration, and prints what it says.
+fn ask(asking: impl Future<Output = Result<String, String>>) -> ExitCode {
+    // Without threads: a cancel must be possible where there are no more of them.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    match runtime.map(|runtime| runtime.block_on(asking)) {
+        Ok(Ok(said)) => print(&said, DONE),
+        Ok(Err(why)) => complain(&why, FAILED),
+        Err(error) => refused(&error),
+    }
+}
+
+/// Why one of the files, or the socket, has no place, if that is plain before anything begins.
+fn nowhere(options: &Migrate) -> Option<String> {
+    let events = options.events.as_deref().filter(|file| *file != Path::new("-"));
+    let reports = options.report.iter().find_map(|report| unwritable("--report", report));
+    let socket = match &options.control {
+        Some(Address::Unix(socket)) => unwritable("--control", socket),
+        _ => None,
+    };
+    reports.or_else(|| unwritable("--events", events?)).or(socket)
+}
+
+/// Why two of the files cannot be the same, if two are: what is written last would take the place of the other.
+fn named_twice(options: &Migrate) -> Option<String> {
+    let names = std::iter::once(&options.configured.config).chain(&options.report).chain(&options.events);
+    let mut seen = Vec::new();
+    for name in names.filter(|name| !name.starts_with("/dev") && name.as_os_str() != "-") {
+        let folder = name.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let file = folder.canonicalize().unwrap_or_else(|_| folder.into()).join(name.file_name().unwrap_or_default());
+        if seen.contains(&file) {
+            return Some(format!("{} is named twice, and one would be written over the other", name.display()));
+        }
+        seen.push(file);
+    }
+    None
+}
+
+/// Why the file of an option cannot be made there, if that is plain.
+fn unwritable(option: &str, file: &Path) -> Option<String> {
+    let name = file.display();
+    let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if file.is_dir() || file.file_name().is_none() {
+        return Some(format!("{option} {name} is a folder: name a file in it"));
+    }
+    (!folder.is_dir()).then(|| format!("{option} {name}: there is no folder {}: make it first", folder.display()))
+}
+
+fn check(options: &args::Check) -> ExitCode {
+    let purpose = match options.command {
+        None => Purpose::Check,
+        Some(For::Run) => Purpose::Run,
+        Some(For::Send) => Purpose::Send,
+        Some(For::Recv) => Purpose::Receive,
+    };
+    match load(&options.configured, purpose).map(|config| check::describe(&config, purpose)) {
+        Ok(Ok(text)) => print(&text, DONE),
+        Ok(Err(why)) => complain(&why, FAILED),
+        Err(code) => code,
+    }
+}
+
+fn record(options: Record) -> ExitCode {
+    let config = match load(&options.configured, Purpose::Send) {
+        Ok(config) => config,
+        Err(code) => return code,
+    };
+    if let Some(why) = unwritable("-o", &options.output) {
+        return complain(&why, BAD_USAGE);
+    }
+    if let Err(error) = console::start() {
+        return refused(&error);
+    }
+    match on_control_plane(record::run(config, options)) {
+        Ok(code) => code.into(),
+        Err(error) => refused(&error),
+    }
+}
+
+fn inspect(file: &Path) -> ExitCode {
+    let name = file.display().to_string();
+    let inspected = on_control_plane(async {
+        let stream = tokio::fs::File::open(file).await?;
+        Ok(Inspection::of(stream, &name).await)
+    });
+    match inspected {
+        Ok(inspection) => print(&inspection.to_string(), if inspection.is_whole() { DONE } else { FAILED }),
+        Err(error) => complain(&format!("{name} cannot be read: {error}"), FAILED),
+    }
+}
+
+fn watch(address: &str, speed: Option<f64>) -> ExitCode {
+    match on_control_plane(watch::watch(address, speed)) {
+        Ok(code) => code.into(),
+        Err(error) => complain(&format!("the terminal cannot be used: {error}"), FAILED),
+    }
+}
+
+fn probe() -> ExitCode {
+    print(&memferry_stages::host::Probe::run().to_string(), DONE)
+}
+
+/// The configuration, or the exit code after its errors were shown.
+fn load(configured: &Configured, purpose: Purpose) -> Result<Config, ExitCode> {
+    config::load(&configured.config, &configured.sets, purpose).map_err(|error| {
+        console::tell_styled(&error.render(std::io::stderr().is_terminal()));
+        ExitCode::from(BAD_USAGE)
+    })
+}
+
+fn on_control_plane<T>(command: impl Future<Output = std::io::Result<T>>) -> std::io::Result<T> {
+    let runtime = threads::runtime("memferry-control", CONTROL_THREADS, cores() + BLOCKING_THREADS)?;
+    let done = runtime.block_on(command);
+    // A thread that blocks for ever must not keep the program from its end.
+    runtime.shutdown_timeout(TIDY_UP);
+    done
+}
+
+fn print(text: &str, code: u8) -> ExitCode {
+    let mut stdout = std::io::stdout();
+    match writeln!(stdout, "{}", shown_lines(text.trim_end())).and_then(|()| stdout.flush()) {
+        // A reader that has seen enough closes the pipe.
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
+            complain(&format!("standard output cannot be written: {error}"), FAILED)
+        }
+        _ => code.into(),
+    }
+}
+
+fn refused(error: &std::io::Error) -> ExitCode {
+    complain(&format!("the system refuses to run it: {error}"), FAILED)
+}
+
+fn complain(what: &str, code: u8) -> ExitCode {
+    tell!("memferry: {what}");
+    code.into()
+}

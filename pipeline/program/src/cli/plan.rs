@@ -1,0 +1,62 @@
+//! `memferry plan`: what a migration of a recorded guest would come to, and what would help.
+
+use std::io::IsTerminal;
+use std::path::Path;
+use std::process::ExitCode;
+
+use memferry_stages::untrusted::shown_json;
+
+use super::args::Plan;
+use super::verdict::{BAD_USAGE, DONE, FAILED};
+use super::{complain, print};
+use crate::config::{self, Config, ConfigError, Purpose};
+use memferry::host::beyond_half_of_memory;
+use memferry_plan::answer::Answer;
+use memferry_plan::picture::draw;
+use memferry_plan::trace::{GuestFacts, read};
+use memferry_plan::written::Written;
+
+/// Bits that a plan keeps for each page of the guest.
+const BITMAPS: u64 = 12;
+
+/// Plans: the exit code.
+pub(super) fn run(options: &Plan) -> ExitCode {
+    let name = options.trace.display();
+    let trace = match read(&options.trace) {
+        Ok(trace) => trace,
+        Err(error) => return complain(&format!("{name}: {error}"), FAILED),
+    };
+    let needed = trace.guest.pages() / 8 * BITMAPS;
+    if let Some(host) = beyond_half_of_memory(needed) {
+        let why = format!("a plan for its guest takes {needed} bytes, more than half of {host}");
+        return complain(&format!("{name}: {why}"), FAILED);
+    }
+    let config = match &options.config {
+        Some(config) => config::load(config, &options.sets, Purpose::Check),
+        None => recorded(&options.trace, &trace.guest, &options.sets),
+    };
+    let settings = match config {
+        Ok(config) => config.source(),
+        Err(error) => {
+            tell!("{}", error.render(std::io::stderr().is_terminal()));
+            return BAD_USAGE.into();
+        }
+    };
+    let answer = Answer::of(&Written::of(&trace), &settings, &options.bandwidths);
+    if options.json {
+        print(&shown_json(serde_json::to_string_pretty(&answer).expect("plain values become JSON")), DONE)
+    } else {
+        print(&draw(&answer), DONE)
+    }
+}
+
+/// The settings of the recording, changed as the `--set`s say. Of guest and address a trace knows nothing, and they do not matter.
+fn recorded(trace: &Path, guest: &GuestFacts, sets: &[String]) -> Result<Config, ConfigError> {
+    let is_stored = guest.settings.raw().lines().any(|line| line.starts_with("after = "));
+    let address = if is_stored { "file:/recorded" } else { "tcp:recorded:1" };
+    let text = format!(
+        "{}\n[guest.file]\nimages = [{{ id = \"ram\", path = \"ram\" }}]\n\n[transport]\naddress = \"{address}\"\n",
+        guest.settings.raw()
+    );
+    config::parse(&format!("the settings in {}", trace.display()), &text, sets, Purpose::Check)
+}

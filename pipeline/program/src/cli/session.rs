@@ -1,0 +1,363 @@
+//! The three commands that migrate: `run`, `send`, `recv`.
+//!
+//! Each is the same list of steps: make the guest, migrate it, say how it ended, write the report, host what lives here.
+
+use std::fmt::Display;
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use memferry_transports::{Address, Listener, Transport};
+use tokio_util::sync::CancellationToken;
+
+use super::args::Migrate;
+use super::console;
+use super::hosting::Hosted;
+use super::outlets::Outlets;
+use super::reports::{Ending, Reports};
+use super::signals::Signals;
+use super::verdict::{FAILED, cancelled_before_it_began, exit_code, joint, never_begun};
+use crate::api::Server;
+use crate::config::Config;
+use crate::log::LogObserver;
+use crate::metrics::MetricsObserver;
+use memferry::control::Control;
+use memferry::events::{Ended, Event, Observer, Observers, Phase, Role};
+use memferry::guest::GuestError;
+use memferry::migration::{self, DataPlane};
+use memferry_report::account::{Account, Accountant};
+use memferry_report::todo::{Conclusion, conclusions};
+use memferry_report::{held_up, status, table};
+
+/// How long one end may take to find out that the other has ended, before it is told.
+const FIND_OUT: Duration = Duration::from_secs(2);
+/// How long `run` shows the guest alive at its destination, unless told.
+const SHOW_ALIVE: Duration = Duration::from_secs(1);
+
+const CANCELLING: &str = "cancelling; once more to end at once";
+const ENDING: &str = "ending";
+
+/// One command on its way.
+pub(super) struct Session {
+    config: Config,
+    options: Migrate,
+    role: &'static str,
+    accountant: Arc<Accountant>,
+    observers: Vec<Arc<dyn Observer>>,
+    signals: Signals,
+    control: Control,
+    plane: DataPlane,
+    outlets: Outlets,
+}
+
+impl Session {
+    /// Prepares a command: `role` is its name, `watch` the end whose progress is shown.
+    pub(super) fn new(
+        config: Config,
+        options: Migrate,
+        role: &'static str,
+        watch: Role,
+        outlets: Outlets,
+    ) -> std::io::Result<Self> {
+        let (signals, cancel) = Signals::listen(CANCELLING)?;
+        let accountant = Arc::new(Accountant::default());
+        let mut observers: Vec<Arc<dyn Observer>> = vec![
+            Arc::new(signals.clone()),
+            accountant.clone(),
+            Arc::new(LogObserver),
+            Arc::new(MetricsObserver::new()),
+        ];
+        if !options.quiet {
+            observers.push(console::progress(watch));
+        }
+        let (control, plane) = (cancel.into(), DataPlane::new()?);
+        Ok(Self { config, options, role, accountant, observers, signals, control, plane, outlets })
+    }
+
+    /// Opens the file of events where the options name one.
+    pub(super) fn open_events(&mut self) -> Result<(), String> {
+        self.outlets.open_events(&self.options)?;
+        self.observers.extend(self.outlets.observers());
+        Ok(())
+    }
+
+    /// Serves the control API where the options say so.
+    pub(super) async fn serve_control(&self) -> std::io::Result<Option<Server>> {
+        match &self.options.control {
+            Some(address) => Server::listen(address, self.control.clone()).await.map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// `memferry run`
+    pub(super) async fn run(self) -> u8 {
+        let guests = match self.unless_cancelled(self.both_guests()).await {
+            Ok(guests) => guests,
+            Err(ended) => return self.could_not_begin(Role::Source, ended),
+        };
+        let (source, destination) = &guests;
+        let cancel = self.control.token();
+        let stored = self.config.transport_to(&self.config.address()).capabilities().stored;
+        let (sent, received) = if stored {
+            self.one_after_the_other(source, destination, &cancel).await
+        } else {
+            self.side_by_side(source, destination, &cancel).await
+        };
+        let stop = self.signals.arm(ENDING);
+        let verdict = match &received {
+            Some(received) => joint(&sent, received, cancel.is_cancelled()),
+            None => sent,
+        };
+        let account = self.accountant.account(Role::Source);
+        let far = self.accountant.account(Role::Destination);
+        self.conclude(&verdict, &account, received.is_some().then_some(&far));
+        let arrived = received.is_some_and(|received| received.phase == Phase::Completed);
+        let host_for = Some(self.options.host_for.unwrap_or(SHOW_ALIVE));
+        self.host(if arrived { destination } else { source }, host_for, stop, exit_code(&verdict)).await
+    }
+
+    /// `memferry send`
+    pub(super) async fn send(self) -> u8 {
+        let guest = match self.unless_cancelled(Hosted::source(&self.config, &self.control.token())).await {
+            Ok(guest) => guest,
+            Err(ended) => return self.could_not_begin(Role::Source, ended),
+        };
+        let transport = self.config.transport_to(&self.config.address());
+        let ended = self.send_over(&guest, transport, self.control.clone()).await;
+        let stop = self.signals.arm(ENDING);
+        self.conclude(&ended, &self.accountant.account(Role::Source), None);
+        let stays = ended.phase != Phase::Completed || guest.runs_here();
+        self.host_if(stays, &guest, stop, exit_code(&ended)).await
+    }
+
+    /// `memferry recv`
+    pub(super) async fn receive(self) -> u8 {
+        let (guest, listener) = match self.unless_cancelled(self.destination_ready()).await {
+            Ok(ready) => ready,
+            Err(ended) => return self.could_not_begin(Role::Destination, ended),
+        };
+        self.note(&format!("waiting at {}", listener.local_address()));
+        let ended = self.receive_from(&guest, listener, self.control.clone()).await;
+        let stop = self.signals.arm(ENDING);
+        self.conclude(&ended, &self.accountant.account(Role::Destination), None);
+        self.host_if(ended.phase == Phase::Completed, &guest, stop, exit_code(&ended)).await
+    }
+
+    /// What comes before the migration, until it is cancelled: then nobody waits for the rest of it.
+    async fn unless_cancelled<T, E: Display>(&self, begin: impl Future<Output = Result<T, E>>) -> Result<T, Ended> {
+        let cancel = self.control.token();
+        tokio::select! {
+            biased;
+            () = cancel.cancelled() => Err(cancelled_before_it_began()),
+            begun = begin => begun.map_err(|error| never_begun(error.to_string())),
+        }
+    }
+
+    async fn both_guests(&self) -> Result<(Hosted, Hosted), GuestError> {
+        let cancel = self.control.token();
+        Ok((Hosted::source(&self.config, &cancel).await?, Hosted::destination(&self.config, true).await?))
+    }
+
+    async fn destination_ready(&self) -> Result<(Hosted, Box<dyn Listener>), String> {
+        let guest = Hosted::destination(&self.config, false).await.map_err(|error| error.to_string())?;
+        let transport = self.config.transport_to(&self.config.address());
+        Ok((guest, transport.listen().await.map_err(|error| error.to_string())?))
+    }
+
+    /// Over a transport that stores the stream: it is read back when it is complete.
+    async fn one_after_the_other(
+        &self,
+        source: &Hosted,
+        destination: &Hosted,
+        cancel: &CancellationToken,
+    ) -> (Ended, Option<Ended>) {
+        let transport = self.config.transport_to(&self.config.address());
+        let sent = self.send_over(source, transport, self.control.clone()).await;
+        if sent.phase != Phase::Completed {
+            return (sent, None);
+        }
+        let transport = self.config.transport_to(&self.config.address());
+        let received = match transport.listen().await {
+            Ok(listener) => self.receive_from(destination, listener, cancel.clone()).await,
+            Err(error) => self.settle(Role::Destination, never_begun(error.to_string())),
+        };
+        (sent, Some(received))
+    }
+
+    /// Over a transport that carries: both at the same time, to the address that the listener really got.
+    async fn side_by_side(
+        &self,
+        source: &Hosted,
+        destination: &Hosted,
+        cancel: &CancellationToken,
+    ) -> (Ended, Option<Ended>) {
+        let listener = match self.config.transport_to(&self.config.address()).listen().await {
+            Ok(listener) => listener,
+            Err(error) => return (self.settle(Role::Source, never_begun(error.to_string())), None),
+        };
+        let address: Address = listener.local_address().parse().expect("a listener knows its address");
+        let (source_cancel, destination_cancel) = (cancel.child_token(), cancel.child_token());
+        let send = self.send_over(
+            source,
+            self.config.transport_to(&address),
+            self.control.also_ended_by(source_cancel.clone()),
+        );
+        let receive = self.receive_from(destination, listener, destination_cancel.clone());
+        let (sent, received) = both(send, source_cancel.clone(), receive, destination_cancel).await;
+        // A source that nobody cancelled gave up at its limits: the destination only tells that it did.
+        let gave_up = sent.phase == Phase::Cancelled && !source_cancel.is_cancelled();
+        (sent, (!gave_up).then_some(received))
+    }
+
+    async fn send_over(&self, guest: &Hosted, transport: Box<dyn Transport>, control: Control) -> Ended {
+        let (settings, observers) = (self.config.source(), self.observers(Role::Source));
+        let transport = Arc::from(transport);
+        let ended = migration::send(guest.guest.clone(), transport, settings, &self.plane, observers, control).await;
+        self.settle(Role::Source, ended)
+    }
+
+    async fn receive_from(&self, guest: &Hosted, listener: Box<dyn Listener>, control: impl Into<Control>) -> Ended {
+        let (settings, observers) = (self.config.destination(), self.observers(Role::Destination));
+        let ended = migration::receive(guest.guest.clone(), listener, settings, &self.plane, observers, control).await;
+        self.settle(Role::Destination, ended)
+    }
+
+    fn observers(&self, role: Role) -> Observers {
+        Observers::new(role, self.observers.clone())
+    }
+
+    /// Makes sure that every observer knows how an end ended.
+    fn settle(&self, role: Role, ended: Ended) -> Ended {
+        if self.accountant.account(role).ended.is_none() {
+            self.observers(role).tell(&Event::Ended(ended.clone()));
+        }
+        ended
+    }
+
+    fn could_not_begin(&self, role: Role, ended: Ended) -> u8 {
+        let ended = self.settle(role, ended);
+        self.conclude(&ended, &self.accountant.account(role), None);
+        exit_code(&ended)
+    }
+
+    /// Says how it ended and writes the reports. What is lost of them is said last, and changes no exit code: a guest that
+    /// has moved must not look to a script as if it had not.
+    fn conclude(&self, verdict: &Ended, account: &Account, far: Option<&Account>) {
+        let conclusions = self.conclusions(account, far);
+        let ending = Ending { role: self.role, verdict, account, far, conclusions: &conclusions };
+        let reports = Reports::begin(&self.options.report, &self.config, &ending);
+        self.say(&table::verdict(verdict, account));
+        let summary = table::summary(account, far);
+        if !self.options.quiet && !summary.is_empty() {
+            self.say(&format!("\n{}", summary.trim_end()));
+            conclusions.iter().for_each(|conclusion| self.say(&format!("{:<11} {conclusion}", "to do")));
+        }
+        let mut lost = reports.finish();
+        lost.extend(self.outlets.close());
+        if !lost.is_empty() {
+            tell!("memferry: LOST: {}; the verdict stands: {}", lost.join("; "), status(verdict.phase));
+        }
+    }
+
+    /// What a source's figures say should be set otherwise.
+    fn conclusions(&self, account: &Account, far: Option<&Account>) -> Vec<Conclusion> {
+        let Some(ended) = account.ended.as_ref().filter(|_| !account.decided.is_empty()) else { return Vec::new() };
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let far = far.and_then(|far| far.ended.as_ref());
+        conclusions(&self.config.source(), account, &held_up(ended, far), cores)
+    }
+
+    /// Hosts a guest that lives in this program, for as long as the options say; else until a signal.
+    async fn host_if(&self, stays: bool, guest: &Hosted, stop: CancellationToken, code: u8) -> u8 {
+        if !stays || !guest.lives_here() {
+            return code;
+        }
+        if self.options.host_for.is_none() && !stop.is_cancelled() {
+            self.note("the guest is hosted here: Ctrl-C ends it");
+        }
+        self.host(guest, self.options.host_for, stop, code).await
+    }
+
+    /// Until its time is over or it is to `stop`, which a signal may have said since the migration ended. A page that is not as
+    /// the guest left it turns any code into a failure.
+    async fn host(&self, guest: &Hosted, time: Option<Duration>, stop: CancellationToken, code: u8) -> u8 {
+        let Some(health) = guest.live(time, stop).await else { return code };
+        if !self.options.quiet || !health.is_sound {
+            self.say(&health.line);
+        }
+        if health.is_sound { code } else { FAILED }
+    }
+
+    /// Says it on standard output; beside it, where events are written there or nobody takes it.
+    fn say(&self, text: &str) {
+        if self.outlets.have_stdout() || !console::print(text) {
+            tell!("{text}");
+        }
+    }
+
+    fn note(&self, line: &str) {
+        if !self.options.quiet {
+            tell!("memferry: {line}");
+        }
+    }
+}
+
+/// Both ends at once. When one ends without success the other soon knows; if it does not, it is cancelled.
+async fn both(
+    send: impl Future<Output = Ended>,
+    cancel_send: CancellationToken,
+    receive: impl Future<Output = Ended>,
+    cancel_receive: CancellationToken,
+) -> (Ended, Ended) {
+    let (mut send, mut receive) = (std::pin::pin!(send), std::pin::pin!(receive));
+    tokio::select! {
+        sent = &mut send => {
+            let received = finish(&sent, receive, cancel_receive).await;
+            (sent, received)
+        }
+        received = &mut receive => (finish(&received, send, cancel_send).await, received),
+    }
+}
+
+async fn finish(ended: &Ended, mut rest: impl Future<Output = Ended> + Unpin, cancel: CancellationToken) -> Ended {
+    if ended.phase == Phase::Completed {
+        return rest.await;
+    }
+    match tokio::time::timeout(FIND_OUT, &mut rest).await {
+        Ok(rest) => rest,
+        Err(_) => {
+            cancel.cancel();
+            rest.await
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn failed() -> Ended {
+        never_begun("it broke".into())
+    }
+
+    #[tokio::test]
+    async fn an_end_that_does_not_find_out_is_cancelled() {
+        let (cancel_send, cancel_receive) = (CancellationToken::new(), CancellationToken::new());
+        let waiting = cancel_receive.clone();
+        let receive = async move {
+            waiting.cancelled().await;
+            Ended { phase: Phase::Cancelled, ..failed() }
+        };
+        let (sent, received) = both(async { failed() }, cancel_send.clone(), receive, cancel_receive).await;
+        assert_eq!((sent.phase, received.phase), (Phase::Failed, Phase::Cancelled));
+        assert!(!cancel_send.is_cancelled());
+    }
+
+    #[tokio::test]
+    async fn an_end_that_finds_out_is_left_alone() {
+        let (cancel_send, cancel_receive) = (CancellationToken::new(), CancellationToken::new());
+        let (sent, received) = both(async { failed() }, cancel_send, async { failed() }, cancel_receive.clone()).await;
+        assert_eq!((sent.phase, received.phase), (Phase::Failed, Phase::Failed));
+        assert!(!cancel_receive.is_cancelled());
+    }
+}

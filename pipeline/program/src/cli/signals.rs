@@ -1,0 +1,160 @@
+//! Signals. Ctrl-C, SIGTERM and SIGHUP: the first ends what runs in good order, the next one ends the program at once. Ctrl-Z waits
+//! while the guest is paused. A thread of its own takes them, so that nothing else that waits keeps a signal waiting.
+//!
+//! What this program does on a signal is a handler, never "ignore": the commands that it runs have the default for all of them.
+
+use std::io;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGTSTP, SIGXFSZ};
+use signal_hook::iterator::Signals as Taken;
+use signal_hook::low_level;
+use tokio_util::sync::CancellationToken;
+
+use super::console;
+use super::verdict::CANCELLED;
+use memferry::events::{Event, Observer, Phase, Role};
+use memferry::threads::explained;
+
+/// How long the last line of a program that ends at once may take.
+const LAST_LINE: Duration = Duration::from_millis(200);
+
+/// A file that may not grow any more (`ulimit -f`) fails to be written, instead of ending the program by SIGXFSZ; Rust's own start
+/// does the same for SIGPIPE.
+pub(super) fn outlive_full_files() {
+    // Where the system refuses, the default stays.
+    drop(signal_hook::flag::register(SIGXFSZ, Arc::<AtomicBool>::default()));
+}
+
+/// Those of the signals that whoever started this program does not have ignored, as `nohup` does with SIGHUP.
+pub(super) fn heeded(signals: &[i32]) -> Vec<i32> {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let ignored = ignored.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0);
+    signals.iter().copied().filter(|signal| ignored >> (signal - 1) & 1 == 0).collect()
+}
+
+/// Cancels whatever runs when a signal comes. Clones share it.
+#[derive(Clone, Debug)]
+pub(super) struct Signals(Arc<Mutex<Armed>>);
+
+#[derive(Debug)]
+struct Armed {
+    token: CancellationToken,
+    /// What is said when the signal comes.
+    notice: &'static str,
+    stop: Stop,
+}
+
+/// What Ctrl-Z (SIGTSTP) does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stop {
+    /// Stops the program.
+    AtOnce,
+    /// Waits until the migration has ended: a guest is paused for it.
+    Later,
+    /// Has come, and waits.
+    Waits,
+}
+
+impl Signals {
+    /// Starts to listen. Whatever comes first cancels what is armed first.
+    ///
+    /// # Errors
+    /// When the system refuses.
+    pub(super) fn listen(notice: &'static str) -> io::Result<(Self, CancellationToken)> {
+        let token = CancellationToken::new();
+        let signals = Self(Arc::new(Mutex::new(Armed { token: token.clone(), notice, stop: Stop::AtOnce })));
+        let mut taken = Taken::new([&[SIGINT, SIGTERM][..], &heeded(&[SIGHUP, SIGTSTP])].concat())?;
+        let shared = signals.clone();
+        let take = move || {
+            for signal in taken.forever() {
+                match signal {
+                    SIGTSTP => shared.armed().stop_asked(),
+                    _ => shared.armed().end_asked(),
+                }
+            }
+        };
+        thread::Builder::new().name("memferry-signals".into()).spawn(take).map_err(explained)?;
+        Ok((signals, token))
+    }
+
+    /// What runs from here on: a signal cancels the token that is returned, and says `notice`. No guest is paused any more.
+    pub(super) fn arm(&self, notice: &'static str) -> CancellationToken {
+        let (token, mut armed) = (CancellationToken::new(), self.armed());
+        (armed.token, armed.notice) = (token.clone(), notice);
+        if std::mem::replace(&mut armed.stop, Stop::AtOnce) == Stop::Waits {
+            stop();
+        }
+        token
+    }
+
+    fn armed(&self) -> MutexGuard<'_, Armed> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// From just before the guest is paused, Ctrl-Z waits for the next [`Signals::arm`]. The lock keeps a stop from coming between.
+impl Observer for Signals {
+    fn event(&self, _: Role, event: &Event) {
+        if *event == Event::Phase(Phase::Switchover) {
+            let mut armed = self.armed();
+            if armed.stop == Stop::AtOnce {
+                armed.stop = Stop::Later;
+            }
+        }
+    }
+}
+
+impl Armed {
+    fn end_asked(&self) {
+        if self.token.is_cancelled() {
+            tell!("memferry: second signal, ending at once");
+            console::flush(LAST_LINE);
+            // Nothing that is left to be tidied up may hold this up.
+            low_level::exit(i32::from(CANCELLED));
+        }
+        self.token.cancel();
+        tell!("memferry: {}", self.notice);
+    }
+
+    fn stop_asked(&mut self) {
+        match self.stop {
+            Stop::AtOnce => stop(),
+            Stop::Later | Stop::Waits => {
+                tell!("memferry: the guest is paused for the handover: the program stops when the migration has ended");
+                self.stop = Stop::Waits;
+            }
+        }
+    }
+}
+
+/// Stops this process until it is continued.
+fn stop() {
+    // It cannot fail for the signal that cannot be caught.
+    drop(low_level::emulate_default_handler(SIGTSTP));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_stop_waits_from_the_switchover_on() {
+        let (token, notice) = (CancellationToken::new(), "");
+        let signals = Signals(Arc::new(Mutex::new(Armed { token, notice, stop: Stop::AtOnce })));
+        for event in [Event::Phase(Phase::Active), Event::Paused] {
+            signals.event(Role::Source, &event);
+            assert_eq!(signals.armed().stop, Stop::AtOnce);
+        }
+        signals.event(Role::Source, &Event::Phase(Phase::Switchover));
+        assert_eq!(signals.armed().stop, Stop::Later);
+        signals.armed().stop_asked();
+        // The other end of the same program.
+        signals.event(Role::Destination, &Event::Phase(Phase::Switchover));
+        assert_eq!(signals.armed().stop, Stop::Waits);
+    }
+}

@@ -1,0 +1,100 @@
+//! How a migration ended, in a word for the shell.
+
+use memferry::events::{Ended, Phase};
+
+pub(super) const DONE: u8 = 0;
+pub(super) const FAILED: u8 = 1;
+pub(super) const BAD_USAGE: u8 = 2;
+pub(super) const UNCONFIRMED: u8 = 3;
+pub(super) const NOT_RESUMED: u8 = 4;
+pub(super) const CANCELLED: u8 = 130;
+
+/// The exit code of an end.
+pub(super) fn exit_code(ended: &Ended) -> u8 {
+    match ended.phase {
+        _ if ended.resume_failed => NOT_RESUMED,
+        Phase::Completed => DONE,
+        Phase::Unconfirmed => UNCONFIRMED,
+        Phase::Cancelled => CANCELLED,
+        Phase::Setup | Phase::Active | Phase::Switchover | Phase::Failed => FAILED,
+    }
+}
+
+/// The end of a migration whose ends are both here: the worse of the two, with the source's figures.
+///
+/// A cancel that an operator asked for explains a failure at the other end; one that nobody asked for only follows from
+/// it.
+pub(super) fn joint(source: &Ended, destination: &Ended, asked_to_cancel: bool) -> Ended {
+    let rank = |ended: &Ended| match exit_code(ended) {
+        DONE => 0,
+        CANCELLED if !asked_to_cancel => 1,
+        FAILED => 2,
+        CANCELLED => 3,
+        UNCONFIRMED => 4,
+        _ => 5,
+    };
+    let worse = if rank(destination) > rank(source) { destination } else { source };
+    Ended { phase: worse.phase, error: worse.error.clone(), verified: destination.verified, ..source.clone() }
+}
+
+/// The end of a migration that could not even begin.
+pub(super) fn never_begun(error: String) -> Ended {
+    Ended {
+        phase: Phase::Failed,
+        error: Some(error),
+        verified: None,
+        total: std::time::Duration::ZERO,
+        setup: std::time::Duration::ZERO,
+        downtime: None,
+        forecast: None,
+        parts: memferry::events::DowntimeParts::default(),
+        wire_bytes: 0,
+        spared: memferry_stages::clears::Spared::default(),
+        memory_peak: 0,
+        stages: Vec::new(),
+        bottleneck: memferry::bottleneck::Bottleneck::default(),
+        cpu: std::time::Duration::ZERO,
+        resume_failed: false,
+    }
+}
+
+/// The end of a migration that was cancelled while its guest was made.
+pub(super) fn cancelled_before_it_began() -> Ended {
+    Ended { phase: Phase::Cancelled, ..never_begun("before the guest was ready".into()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ended(phase: Phase, error: &str) -> Ended {
+        Ended { phase, error: (!error.is_empty()).then(|| error.to_owned()), ..never_begun(String::new()) }
+    }
+
+    #[test]
+    fn exit_codes_are_those_that_were_promised() {
+        let codes = [Phase::Completed, Phase::Failed, Phase::Unconfirmed, Phase::Cancelled];
+        assert_eq!(codes.map(|phase| exit_code(&ended(phase, ""))), [0, 1, 3, 130]);
+        let stuck = Ended { resume_failed: true, ..ended(Phase::Cancelled, "") };
+        assert_eq!(exit_code(&stuck), 4);
+    }
+
+    #[test]
+    fn the_worse_end_decides() {
+        let done = ended(Phase::Completed, "");
+        let full = ended(Phase::Failed, "disk full");
+        assert_eq!(joint(&done, &full, false).error.as_deref(), Some("disk full"));
+        assert_eq!(joint(&full, &done, false).phase, Phase::Failed);
+        assert_eq!(joint(&done, &done, false).phase, Phase::Completed);
+        assert_eq!(joint(&ended(Phase::Unconfirmed, "?"), &full, false).phase, Phase::Unconfirmed);
+    }
+
+    #[test]
+    fn a_cancel_explains_a_failure_only_if_it_was_asked_for() {
+        let cancelled = ended(Phase::Cancelled, "by the operator");
+        let failed = ended(Phase::Failed, "the peer gave up");
+        assert_eq!(joint(&cancelled, &failed, true).phase, Phase::Cancelled);
+        assert_eq!(joint(&failed, &cancelled, true).phase, Phase::Cancelled);
+        assert_eq!(joint(&failed, &cancelled, false).phase, Phase::Failed);
+    }
+}

@@ -1,0 +1,161 @@
+//! The screen as it looks, drawn from the events of a real migration (`tests/recorded.jsonl`: a guest that is written to faster
+//! than its wire carries, throttled until it is not; thinned out).
+
+use ratatui::Terminal;
+use ratatui::backend::TestBackend;
+
+use super::model::Model;
+use super::view::{self, Theme};
+use super::words::Teller;
+use memferry_report::event_json::{EventJson, EventLine, PhaseName};
+
+fn recorded() -> Vec<EventLine> {
+    include_str!("tests/recorded.jsonl").lines().map(|line| EventLine::from_json(line).unwrap()).collect()
+}
+
+/// The state after so many milliseconds of the recorded migration.
+fn after(ms: f64) -> Model {
+    let mut model = Model::default();
+    recorded().iter().filter(|line| line.ms <= ms).for_each(|line| model.take(line));
+    model
+}
+
+fn drawn(model: &Model, width: u16, height: u16) -> Terminal<TestBackend> {
+    let mut terminal = Terminal::new(TestBackend::new(width, height)).unwrap();
+    terminal.draw(|frame| view::draw(frame, model, Theme { colours: false })).unwrap();
+    terminal
+}
+
+fn screen(model: &Model, width: u16, height: u16) -> String {
+    let screen = drawn(model, width, height).backend().to_string();
+    screen.lines().map(|line| line.trim_matches('"').trim_end().to_owned() + "\n").collect()
+}
+
+/// In the middle of it.
+fn middle() -> f64 {
+    recorded().last().unwrap().ms * 0.6
+}
+
+#[test]
+fn the_screen_of_80_columns() {
+    insta::assert_snapshot!(screen(&after(middle()), 80, 24));
+}
+
+#[test]
+fn the_screen_of_120_columns() {
+    insta::assert_snapshot!(screen(&after(middle()), 120, 40));
+}
+
+#[test]
+fn the_screen_of_40_columns() {
+    insta::assert_snapshot!(screen(&after(middle()), 40, 10));
+}
+
+#[test]
+fn the_screen_at_the_end() {
+    let model = after(f64::INFINITY);
+    assert!(model.is_over());
+    insta::assert_snapshot!(screen(&model, 80, 24));
+}
+
+#[test]
+fn the_screen_before_anything() {
+    insta::assert_snapshot!(screen(&Model::default(), 80, 24).trim_end(), @"source     WAITING  nothing heard yet                                      0.0 s");
+}
+
+#[test]
+fn the_lines_where_there_is_no_screen() {
+    let mut teller = Teller::default();
+    let lines: Vec<_> = recorded().iter().filter_map(|line| teller.line(line)).collect();
+    insta::assert_snapshot!(lines.join("\n"));
+}
+
+#[test]
+fn no_size_is_too_small() {
+    let (begin, middle, end) = (Model::default(), after(middle()), after(f64::INFINITY));
+    for width in (0..=100).chain([200, 500]) {
+        for height in (0..=30).chain([60, 200]) {
+            for model in [&begin, &middle, &end] {
+                drawn(model, width, height);
+            }
+        }
+    }
+}
+
+#[test]
+fn the_state_comes_first_however_small() {
+    for height in 1..=24 {
+        let screen = screen(&after(middle()), 40, height);
+        assert!(screen.starts_with("source     ACTIVE  round"), "{screen}");
+    }
+}
+
+#[test]
+fn colours_are_used_only_where_they_are_wanted() {
+    for colours in [true, false] {
+        let mut terminal = Terminal::new(TestBackend::new(80, 24)).unwrap();
+        terminal.draw(|frame| view::draw(frame, &after(middle()), Theme { colours })).unwrap();
+        let cells = terminal.backend().buffer().content();
+        let coloured = cells.iter().any(|cell| cell.fg != ratatui::style::Color::Reset);
+        assert_eq!(coloured, colours);
+    }
+}
+
+#[test]
+fn figures_that_are_nonsense_are_shown_and_harm_nothing() {
+    let mut model = after(middle());
+    for line in recorded() {
+        let EventJson::Progress(mut now) = line.event else { continue };
+        now.remaining_bytes = u64::MAX;
+        now.total_bytes = 0;
+        now.wire_bytes_per_s = u64::MAX;
+        now.expected_downtime_ms = Some(-1e300);
+        now.downtime_limit_ms = Some(1e300);
+        now.throttle_percent = 255;
+        now.stages.iter_mut().for_each(|stage| {
+            stage.busy_ms = -1e308;
+            stage.input_wait_ms = 1e308;
+            stage.output_wait_ms = 1e308;
+            stage.name = "a\u{1b}[2Jb\n".repeat(50).into();
+        });
+        model.take(&EventLine { ms: -5.0, event: EventJson::Progress(now), ..line });
+    }
+    for width in [1, 10, 40, 80, 300] {
+        screen(&model, width, 24);
+    }
+}
+
+#[test]
+fn what_comes_from_outside_does_not_move_the_cursor() {
+    let mut model = after(middle());
+    let mut last = recorded().pop().unwrap();
+    let hostile = "\u{1b}[2J\u{7}gone\r\n";
+    last.event = EventJson::Warning { what: hostile.into() };
+    model.take(&last);
+    assert!(!screen(&model, 80, 24).contains('\u{1b}'));
+    let told = Teller::default().line(&last).unwrap();
+    assert!(told.contains("gone") && !told.chars().any(char::is_control), "{told:?}");
+}
+
+#[test]
+fn histories_are_bounded() {
+    let mut model = Model::default();
+    let progress: Vec<_> = recorded().into_iter().filter(|line| matches!(line.event, EventJson::Progress(_))).collect();
+    for line in progress.iter().cycle().take(5000) {
+        model.take(line);
+    }
+    let columns = model.shown().1.history.columns(10_000, |sample| sample.remaining);
+    assert!((256..512).contains(&columns.len()), "{} samples", columns.len());
+    assert_eq!(model.shown().1.history.columns(50, |sample| sample.remaining).len(), 50);
+}
+
+#[test]
+fn a_migration_after_another_begins_anew() {
+    let mut model = after(f64::INFINITY);
+    let mut again = recorded().into_iter().find(|line| line.role.is_some()).unwrap();
+    again.event = EventJson::Phase { phase: PhaseName::Setup };
+    model.take(&again);
+    assert!(!model.is_over());
+    let (_, end) = model.shown();
+    assert!(end.ended.is_none() && end.rounds.is_empty() && end.now.is_none());
+}

@@ -1,0 +1,165 @@
+//! What is said of a migration: words for its states, and a line for each event where there is no screen.
+
+use std::time::Duration;
+
+use memferry_stages::untrusted::{Untrusted, shown};
+
+use memferry::events::TimeLeft;
+use memferry::human;
+use memferry_report::event_json::{ChangedJson, EndedJson, EventJson, EventLine, PhaseName, ProgressJson, RoleName};
+
+/// A time of the format, for people; nonsense is no time.
+pub(super) fn time(ms: f64) -> String {
+    human::time(Duration::try_from_secs_f64(ms / 1e3).unwrap_or_default())
+}
+
+/// A time of the migration: `12.3 s`, tenths to the end, so that it does not jump about.
+pub(super) fn clock(ms: f64) -> String {
+    let seconds = if ms.is_finite() { ms.max(0.0) / 1e3 } else { 0.0 };
+    format!("{seconds:.1} s")
+}
+
+pub(super) fn role(role: RoleName) -> &'static str {
+    match role {
+        RoleName::Source => "source",
+        RoleName::Destination => "destination",
+    }
+}
+
+/// Where it stands, and what that means for the guest.
+pub(super) fn phase(phase: Option<PhaseName>) -> (&'static str, &'static str) {
+    match phase {
+        None => ("waiting", "nothing heard yet"),
+        Some(PhaseName::Setup) => ("setup", "the guest runs at the source"),
+        Some(PhaseName::Active) => ("active", "the guest runs at the source"),
+        Some(PhaseName::Switchover) => ("switchover", "the guest stands still"),
+        Some(PhaseName::Completed) => ("completed", "the guest is at the destination"),
+        Some(PhaseName::Failed) => ("failed", "the source is as it was"),
+        Some(PhaseName::Cancelled) => ("cancelled", "the source is as it was"),
+        Some(PhaseName::Unconfirmed) => ("unconfirmed", "look which end has the guest before doing anything"),
+    }
+}
+
+/// How it ended, in one line.
+pub(super) fn verdict(ended: &EndedJson) -> String {
+    let (name, meaning) = phase(Some(ended.phase));
+    let mut line = format!("{name} after {}", time(ended.total_ms));
+    if let Some(error) = &ended.error {
+        line.push_str(&format!(": {error}"));
+    }
+    if let Some(downtime) = ended.downtime_ms {
+        let word = if ended.phase == PhaseName::Completed { "downtime" } else { "the guest was paused for" };
+        line.push_str(&format!(", {word} {}", time(downtime)));
+    }
+    if ended.phase == PhaseName::Completed {
+        line.push_str(if ended.verified == Some(true) { ", verified" } else { ", not verified" });
+    }
+    let meaning = if ended.resume_failed { "the source guest could not be resumed and stands still" } else { meaning };
+    format!("{line}; {meaning}")
+}
+
+/// What the line of an event says, if it is worth one; figures on the way at most once a second.
+#[derive(Debug, Default)]
+pub(super) struct Teller {
+    figures_ms: Option<f64>,
+    source_heard: bool,
+}
+
+impl Teller {
+    pub(super) fn line(&mut self, line: &EventLine) -> Option<String> {
+        self.source_heard |= line.role == Some(RoleName::Source);
+        let text = match &line.event {
+            EventJson::Progress(now) if self.are_due(line) => figures(now),
+            event => milestone(event)?,
+        };
+        let who = line.role.map_or(String::new(), |end| format!("{}: ", role(end)));
+        Some(printable(&format!("{:>8}  {who}{text}", clock(line.ms))))
+    }
+
+    /// Where both ends are heard, the source's are enough.
+    fn are_due(&mut self, line: &EventLine) -> bool {
+        let wanted = !self.source_heard || line.role == Some(RoleName::Source);
+        let due = wanted && self.figures_ms.is_none_or(|last| line.ms - last >= 1000.0);
+        if due {
+            self.figures_ms = Some(line.ms);
+        }
+        due
+    }
+}
+
+fn figures(now: &ProgressJson) -> String {
+    let (round, done, left) = (now.round, human::done(now.done_percent), human::bytes(now.remaining_bytes));
+    let mut text = format!("round {round}: {done}, {left} left, ");
+    text.push_str(&human::bytes(now.wire_bytes_per_s));
+    text.push_str("/s");
+    text.extend(time_left(now).map(|time| format!(", {time}")));
+    if let Some(rate) = now.dirty_bytes_per_s.filter(|rate| *rate > 0) {
+        text.push_str(&format!(", dirtied {}/s", human::bytes(rate)));
+    }
+    if let Some(expected) = now.expected_downtime_ms {
+        text.push_str(&format!(", expected downtime {}", time(expected)));
+    }
+    if now.throttle_percent > 0 {
+        text.push_str(&format!(", throttled {} %", now.throttle_percent));
+    }
+    text
+}
+
+/// How long it takes until nothing remains, if that can be told.
+pub(super) fn time_left(now: &ProgressJson) -> Option<TimeLeft> {
+    #[expect(clippy::cast_precision_loss, reason = "for the eye")]
+    let (sent, dirtied) = (now.page_bytes_per_s as f64, now.dirty_bytes_per_s.map(|rate| rate as f64));
+    let time = TimeLeft::at_rates(now.remaining_bytes, sent, dirtied);
+    (now.remaining_bytes > 0 && time != TimeLeft::Unknown).then_some(time)
+}
+
+fn milestone(event: &EventJson) -> Option<String> {
+    Some(match event {
+        EventJson::Phase { phase: now } => phase(Some(*now)).0.into(),
+        EventJson::Connected { peer } => format!("connected to {peer}"),
+        EventJson::Guest(guest) => {
+            format!("{} in {} pages", human::bytes(guest.guest.bytes), human::count(guest.guest.pages))
+        }
+        EventJson::RoundSent(round) => format!(
+            "round {} done in {}: {} pages, {} became {}",
+            round.round,
+            time(round.duration_ms),
+            human::count(round.pages.all),
+            human::bytes(round.pages.bytes_in),
+            human::bytes(round.pages.bytes_out)
+        ),
+        EventJson::Decided(decided) => decided.decision.why.to_string(),
+        EventJson::Changed(changed) => change(changed),
+        EventJson::HandedOver => "handed over: a cancel is too late".into(),
+        EventJson::TurnedAway { peer, why, count, .. } => turned_away(peer, why, *count),
+        EventJson::Warning { what } => format!("warning: {what}"),
+        EventJson::Paused => "the guest is paused at the source".into(),
+        EventJson::Resumed => "the guest goes on at the source".into(),
+        EventJson::Ended(ended) => verdict(ended),
+        EventJson::Lost { events } => format!("{events} events were lost before this line"),
+        EventJson::Started { .. }
+        | EventJson::RoundScanned { .. }
+        | EventJson::Synced { .. }
+        | EventJson::Spared(_)
+        | EventJson::Progress(_) => return None,
+    })
+}
+
+/// Strangers or broken peers, that were refused.
+pub(super) fn turned_away(peer: &Untrusted, why: &Untrusted, count: u64) -> String {
+    match count {
+        1 => format!("turned {peer} away: {why}"),
+        _ => format!("turned {count} more away, the last of them {peer}: {why}"),
+    }
+}
+
+/// A setting that was changed, by whoever controls the migration.
+pub(super) fn change(changed: &ChangedJson) -> String {
+    let change = &changed.change;
+    format!("round {}: {} changed from {} to {}", change.round, change.key, change.from, change.to)
+}
+
+/// What comes from outside must not move the cursor.
+pub(super) fn printable(text: &str) -> String {
+    shown(text).into_owned()
+}

@@ -1,0 +1,151 @@
+//! Configuration: one TOML file that describes a run.
+//!
+//! [`load`] takes a file and the `--set`s of a command line, and gives a [`Config`] that keeps to every rule, or a
+//! [`ConfigError`] that shows each line in question with what to write. [`settings`] makes of it the plain values that a
+//! migration and its guests take.
+
+mod explain;
+mod fault;
+mod overrides;
+mod place;
+mod rules;
+pub mod settings;
+pub mod tables;
+
+use std::io;
+use std::path::Path;
+
+use toml_edit::{Document, DocumentMut};
+
+use fault::Shown;
+pub use fault::{ConfigError, Fault};
+use overrides::Override;
+pub use tables::Config;
+
+use memferry_transports::whole_file;
+
+/// The longest configuration.
+const MOST_BYTES: u64 = 1 << 20;
+
+/// What a configuration is read for: some rules hold at one end only.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// Both ends in one process.
+    Run,
+    /// The source.
+    Send,
+    /// The destination.
+    Receive,
+    /// To be looked at.
+    Check,
+}
+
+/// Reads a configuration file, changes it as the `--set`s say, and checks it.
+///
+/// # Errors
+/// [`ConfigError`] with everything that is wrong.
+pub fn load(file: &Path, sets: &[String], purpose: Purpose) -> Result<Config, ConfigError> {
+    let name = file.display().to_string();
+    let help = "name a TOML file: configs/quickstart.toml is one to begin with";
+    let text = whole_file::read(file, MOST_BYTES)
+        .and_then(|bytes| String::from_utf8(bytes).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error)));
+    let text = text.map_err(|error| {
+        ConfigError::without_place(&name, format!("the configuration cannot be read: {error}"), Some(help.into()))
+    })?;
+    parse(&name, &text, sets, purpose)
+}
+
+/// Does a configuration fit a guest whose memory it does not tell, such as one of files? These have so many bytes.
+///
+/// # Errors
+/// What does not, and what to write.
+pub(crate) fn fits(config: &Config, guest_bytes: u64) -> Result<(), String> {
+    match rules::cache_beyond(config, guest_bytes) {
+        None => Ok(()),
+        Some(Fault { path, what, help, .. }) => Err(format!("{path}: {what}; {}", help.unwrap_or_default())),
+    }
+}
+
+/// As [`load`], for a text that is there already; `name` is what messages call it.
+///
+/// # Errors
+/// As [`load`].
+pub fn parse(name: &str, text: &str, sets: &[String], purpose: Purpose) -> Result<Config, ConfigError> {
+    let original = Document::parse(text).map_err(|error| not_toml(name, text, &error))?;
+    let sets = sets
+        .iter()
+        .map(|set| Override::parse(set).map_err(|what| bad_set(set, what)))
+        .collect::<Result<Vec<_>, _>>()?;
+    let effective = with_sets(text, &sets)?;
+    let source = Source { name, text, original: &original, sets: &sets };
+    let config: Config = toml::from_str(&effective).map_err(|error| source.show([misread(&effective, &error)]))?;
+    let faults = rules::check(&config, purpose);
+    if faults.is_empty() { Ok(config) } else { Err(source.show(faults)) }
+}
+
+/// The text with the `--set`s in it.
+fn with_sets(text: &str, sets: &[Override]) -> Result<String, ConfigError> {
+    if sets.is_empty() {
+        return Ok(text.to_owned());
+    }
+    let mut document: DocumentMut = text.parse().expect("it was parsed before");
+    for set in sets {
+        set.apply(&mut document).map_err(|what| bad_set(&set.text, what))?;
+    }
+    Ok(document.to_string())
+}
+
+fn not_toml(name: &str, text: &str, error: &toml_edit::TomlError) -> ConfigError {
+    let fault = Fault::bare("", format!("this is no TOML: {}", error.message()));
+    ConfigError(vec![Shown { fault, origin: name.into(), text: text.into(), span: error.span() }])
+}
+
+fn bad_set(set: &str, what: String) -> ConfigError {
+    let fault = Fault::new("", what, "write --set table.key=value, as in --set pipeline.lanes=4");
+    ConfigError(vec![Shown { fault, origin: "--set".into(), text: set.into(), span: Some(0..set.len()) }])
+}
+
+/// What the reader did not like, as a fault of the key where it stopped.
+fn misread(effective: &str, error: &toml::de::Error) -> Fault {
+    let document = Document::parse(effective).expect("it was written by toml_edit");
+    let whole = |span: &std::ops::Range<usize>| span.start == 0 && span.end >= effective.trim_end().len();
+    let path = match error.span().filter(|span| !whole(span)) {
+        Some(span) => place::path_at(document.as_item(), span.start),
+        None => String::new(),
+    };
+    explain::explain(error.message(), path)
+}
+
+/// What was read: where faults are looked up.
+struct Source<'a> {
+    name: &'a str,
+    text: &'a str,
+    original: &'a Document<&'a str>,
+    sets: &'a [Override],
+}
+
+impl Source<'_> {
+    fn show(&self, faults: impl IntoIterator<Item = Fault>) -> ConfigError {
+        ConfigError(faults.into_iter().map(|fault| self.locate(fault)).collect())
+    }
+
+    /// The last `--set` of the key is where its value comes from; else the file.
+    fn locate(&self, fault: Fault) -> Shown {
+        let only_set = !place::exists(self.original.as_item(), &fault.path);
+        let comes_from = |set: &&Override| set.gives(&fault.path) || (only_set && set.lies_in(&fault.path));
+        let set = self.sets.iter().rev().find(comes_from);
+        match set {
+            Some(set) => {
+                let span = Some(0..set.text.len());
+                Shown { fault, origin: "--set".into(), text: set.text.clone(), span }
+            }
+            None => {
+                let span = place::span_of(self.original.as_item(), &fault.path, fault.names_key);
+                Shown { fault, origin: self.name.into(), text: self.text.into(), span }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,131 @@
+//! The log: events as lines, to standard error.
+
+use std::io::{self, IsTerminal};
+
+use tracing::{debug, info, warn};
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::LevelFilter;
+use tracing_subscriber::fmt::MakeWriter;
+
+use memferry::events::{Ended, Event, Observer, Role};
+use memferry::human;
+
+/// Writes every event as a log line: what an operator should act on as a warning, milestones as info, the rest as debug.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct LogObserver;
+
+impl Observer for LogObserver {
+    fn event(&self, role: Role, event: &Event) {
+        let role = name(role);
+        match event {
+            Event::Phase(phase) => info!(role, ?phase, "phase"),
+            Event::Connected { peer } => info!(role, ?peer, "connected"),
+            Event::Guest { blocks, pages, memory_bound } => {
+                info!(role, blocks = blocks.len(), pages, memory_bound, "guest");
+            }
+            Event::RoundScanned { round } => debug!(role, round, "round scanned"),
+            Event::RoundSent { tally, duration } => info!(role, ?tally, ?duration, "round sent"),
+            Event::Synced { after_round, dirty_pages, duration } => {
+                info!(role, after_round, dirty_pages, ?duration, "bitmap sync");
+            }
+            Event::Spared(spared) => debug!(role, ?spared, "pages spared"),
+            Event::Decided(decided) => info!(role, "{}", decided.why),
+            Event::Changed(changed) => info!(role, "{changed}"),
+            Event::Progress(progress) => debug!(role, ?progress, "progress"),
+            Event::TurnedAway { peer, why, count: 1, .. } => warn!(role, ?peer, "turned away: {why}"),
+            Event::TurnedAway { kind, peer, why, count } => {
+                warn!(role, count, kind = kind.name(), ?peer, "more were turned away, the last of them: {why}");
+            }
+            Event::Warning(what) => warn!(role, "{what}"),
+            Event::Paused => info!(role, "the guest is paused"),
+            Event::HandedOver => info!(role, "the guest is handed over"),
+            Event::Resumed => info!(role, "the guest goes on"),
+            Event::Ended(ended) => log_end(role, ended),
+        }
+    }
+}
+
+/// Why it did not complete is the verdict, and said as such; the log keeps it beside the rest.
+fn log_end(role: &str, ended: &Ended) {
+    let total = human::time(ended.total);
+    match &ended.error {
+        Some(error) => info!(role, total, phase = ?ended.phase, "ended: {error}"),
+        None => info!(role, total, phase = ?ended.phase, "ended"),
+    }
+}
+
+/// The word for an end, in logs and metrics.
+pub(crate) fn name(role: Role) -> &'static str {
+    match role {
+        Role::Source => "source",
+        Role::Destination => "destination",
+    }
+}
+
+/// Sends log lines of a level ("warn", "memferry=debug,info") to a writer: each line in one piece. The writer must not block, for
+/// the stages log too.
+///
+/// # Errors
+/// When the level is none.
+///
+/// # Panics
+/// If a log was started in this process before.
+pub fn start(level: &str, writer: impl for<'a> MakeWriter<'a> + Send + Sync + 'static) -> Result<(), String> {
+    let refuse = || format!("--log {level:?} is not a level; write error, warn, info, debug or trace");
+    // The filter takes a word that is no level for the name of a module, and would log nothing.
+    let is_level = |part: &str| part.contains('=') || part.trim().parse::<LevelFilter>().is_ok();
+    if !level.split(',').all(is_level) {
+        return Err(refuse());
+    }
+    let filter = EnvFilter::builder().parse(level).map_err(|error| format!("{}: {error}", refuse()))?;
+    let lines = tracing_subscriber::fmt().with_env_filter(filter).with_target(false);
+    lines.with_ansi(io::stderr().is_terminal()).with_writer(writer).init();
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use memferry::events::TurnedAwayKind;
+    use memferry::samples::script;
+    use std::sync::{Arc, Mutex};
+
+    #[derive(Clone, Default)]
+    struct Lines(Arc<Mutex<Vec<u8>>>);
+
+    impl io::Write for Lines {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().write(bytes)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn events_become_lines_of_their_level() {
+        let lines = Lines::default();
+        let writer = lines.clone();
+        let subscriber = tracing_subscriber::fmt().without_time().with_ansi(false).with_target(false);
+        let subscriber = subscriber.with_writer(move || writer.clone()).finish();
+        tracing::subscriber::with_default(subscriber, || {
+            let away = |count| Event::TurnedAway {
+                kind: TurnedAwayKind::Stranger,
+                peer: "10.0.0.9".into(),
+                why: "no Hello".into(),
+                count,
+            };
+            [1, 7].iter().for_each(|&count| LogObserver.event(Role::Destination, &away(count)));
+            script(Role::Source).iter().for_each(|event| LogObserver.event(Role::Source, event));
+        });
+        let text = String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();
+        assert!(text.contains(r#"WARN turned away: no Hello role="destination" peer="10.0.0.9""#), "{text}");
+        let more =
+            r#"WARN more were turned away, the last of them: no Hello role="destination" count=7 kind="stranger""#;
+        assert!(text.contains(more), "{text}");
+        assert!(text.contains(r#"INFO bitmap sync role="source" after_round=1 dirty_pages=900"#), "{text}");
+        assert!(text.contains(r#"INFO ended role="source" total="2.50 s" phase=Completed"#), "{text}");
+        assert!(!text.contains("round scanned"), "{text}");
+    }
+}

@@ -1,0 +1,311 @@
+//! Statistics through the `metrics` crate: whoever embeds memferry installs a recorder and sees every migration; the program
+//! serves them to Prometheus ([`prometheus`]).
+//!
+//! Takes events, owns nothing but what it needs to count rises once. Names and units are those of Prometheus: seconds and
+//! bytes, `_total` for what only rises. Counters and histograms add up over the migrations of a process and
+//! survive every end; a gauge says how it was last. After an end rates and throttle are 0, and of a migration that completed
+//! nothing remains. What cannot be told is NaN.
+//!
+//! | metric | kind | labels | meaning |
+//! |---|---|---|---|
+//! | `memferry_migrations_total` | counter | role, status | migrations that ended |
+//! | `memferry_phase` | gauge | role, phase | 1 for the phase it is in, 0 for the others |
+//! | `memferry_round` | gauge | role | the round it is in |
+//! | `memferry_rounds_total` | counter | role | rounds that are complete |
+//! | `memferry_round_seconds` | histogram | role | how long a round took |
+//! | `memferry_pages_total` | counter | role, encoding | pages by how they travelled |
+//! | `memferry_page_bytes_total` | counter | role | bytes of the pages scanned |
+//! | `memferry_frame_bytes_total` | counter | role | bytes of the frames made of them |
+//! | `memferry_wire_bytes_total` | counter | role | bytes handed to the transport or taken from it |
+//! | `memferry_xbzrle_misses_total` | counter | role | pages that the XBZRLE cache did not hold |
+//! | `memferry_xbzrle_overflows_total` | counter | role | pages whose delta was not smaller |
+//! | `memferry_spared_pages_total` | counter | role, why | pages that were not sent: hinted, unplugged, ignored |
+//! | `memferry_sync_seconds` | histogram | role | how long a bitmap sync took |
+//! | `memferry_dirty_pages` | gauge | role | dirty pages at the last sync; 0 after completion |
+//! | `memferry_guest_bytes` | gauge | role | bytes of the guest's memory |
+//! | `memferry_remaining_bytes` | gauge | role | page bytes to go; at the destination: not loaded once |
+//! | `memferry_wire_bytes_per_second` | gauge | role | bytes to the wire, lately |
+//! | `memferry_page_bytes_per_second` | gauge | role | page bytes that are read, or loaded, lately |
+//! | `memferry_dirty_bytes_per_second` | gauge | role | page bytes that the guest dirtied, lately |
+//! | `memferry_expected_downtime_seconds` | gauge | role | what a switchover would cost |
+//! | `memferry_downtime_limit_seconds` | gauge | role | what it may cost, as far as the limit is raised; the source's alone |
+//! | `memferry_throttle_ratio` | gauge | role | share of its time that the guest is throttled |
+//! | `memferry_bottleneck_ratio` | gauge | role, cause | what holds it up, over the latest seconds, from 0 to 1: processor, limit, destination, wire, guest, source; after an end, over all of it |
+//! | `memferry_decisions_total` | counter | role, decision | what the controller decided |
+//! | `memferry_downtime_seconds` | histogram | role | how long the guest was paused: until it ran at the destination or was resumed at the source |
+//! | `memferry_downtime_part_seconds` | histogram | role, part | where that time went |
+//! | `memferry_memory_bound_bytes` | gauge | role | the most memory that the engine takes |
+//! | `memferry_memory_peak_bytes` | gauge | role | the most it took |
+//! | `memferry_stage_seconds_total` | counter | role, stage, lane, state | time of a stage: busy, input_wait, output_wait, limit_wait; no lane where there is one of it only |
+//! | `memferry_turned_away_total` | counter | role | strangers and broken peers that were turned away |
+//! | `memferry_warnings_total` | counter | role | warnings that the operator was given |
+//! | `memferry_build_info` | gauge | version | always 1 |
+//!
+//! The counters of the `metrics` crate are whole numbers, and seconds are not: `memferry_stage_seconds_total` is recorded as a
+//! gauge that is only added to. The program announces it to Prometheus as the counter that it is.
+
+pub mod process;
+pub mod prometheus;
+#[cfg(test)]
+mod tests;
+
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use memferry_stages::clears::Spared;
+use memferry_stages::meter::Reading;
+use memferry_stages::tally::RoundTally;
+use metrics::{Label, Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
+
+use crate::log::name;
+use memferry::bottleneck::Cause;
+use memferry::controller::Decided;
+use memferry::events::{BlockFacts, DowntimeParts, Ended, Event, Observer, Phase, Progress, Role};
+use memferry_report::{decision_name, status};
+
+/// Upper bounds in seconds of the buckets of each histogram.
+pub const BUCKETS: [(&str, &[f64]); 4] = [
+    ("memferry_round_seconds", &[0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0]),
+    ("memferry_sync_seconds", &[0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0]),
+    ("memferry_downtime_seconds", &[0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0, 30.0]),
+    ("memferry_downtime_part_seconds", &[0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0]),
+];
+
+/// Records the events of one migration after the other in the recorder that is installed; nothing if there is none.
+#[derive(Debug, Default)]
+pub struct MetricsObserver {
+    /// What is counted already, of source and destination.
+    counted: Mutex<[Counted; 2]>,
+}
+
+/// What the events of a running migration said in all, so that only what came on top is added.
+#[derive(Debug, Default)]
+struct Counted {
+    wire_bytes: u64,
+    /// Seconds of a stage in its states.
+    stages: HashMap<(&'static str, Option<u16>), [f64; 4]>,
+}
+
+impl MetricsObserver {
+    /// An observer; the metrics are described to the recorder.
+    #[must_use]
+    pub fn new() -> Self {
+        describe();
+        gauge!("memferry_build_info", "version" => env!("CARGO_PKG_VERSION")).set(1.0);
+        Self::default()
+    }
+
+    fn progress(&self, role: Role, now: &Progress) {
+        self.counted(role, |counted| counted.rise(name(role), now.wire_bytes, &now.stages));
+        progress(name(role), now);
+    }
+
+    fn ended(&self, role: Role, ended: &Ended) {
+        self.counted(role, |counted| {
+            counted.rise(name(role), ended.wire_bytes, &ended.stages);
+            // The next migration counts from nothing.
+            *counted = Counted::default();
+        });
+        let role = name(role);
+        if ended.phase == Phase::Completed {
+            gauge!("memferry_dirty_pages", "role" => role).set(0.0);
+        }
+        counter!("memferry_migrations_total", "role" => role, "status" => status(ended.phase)).increment(1);
+        gauge!("memferry_memory_peak_bytes", "role" => role).set(float(ended.memory_peak));
+        let Spared { hinted, unplugged, ignored, .. } = ended.spared;
+        for (why, pages) in [("hinted", hinted), ("unplugged", unplugged), ("ignored", ignored)] {
+            counter!("memferry_spared_pages_total", "role" => role, "why" => why).increment(pages);
+        }
+        if let Some(downtime) = ended.downtime {
+            histogram!("memferry_downtime_seconds", "role" => role).record(downtime);
+        }
+        if ended.switchover().is_some() {
+            downtime_parts(role, &ended.parts);
+        }
+    }
+
+    fn counted(&self, role: Role, change: impl FnOnce(&mut Counted)) {
+        change(&mut self.counted.lock().unwrap_or_else(PoisonError::into_inner)[role as usize]);
+    }
+}
+
+impl Counted {
+    /// Adds what rose since the last time.
+    fn rise(&mut self, role: &'static str, wire_bytes: u64, stages: &[Reading]) {
+        counter!("memferry_wire_bytes_total", "role" => role).increment(wire_bytes.saturating_sub(self.wire_bytes));
+        self.wire_bytes = wire_bytes.max(self.wire_bytes);
+        for reading in stages {
+            let counted = self.stages.entry((reading.name, reading.lane)).or_default();
+            let lane = reading.lane.map_or(String::new(), |lane| lane.to_string());
+            for (counted, (state, time)) in counted.iter_mut().zip(by_state(reading)) {
+                let labels = vec![
+                    Label::from_static_parts("role", role),
+                    Label::from_static_parts("stage", reading.name),
+                    Label::new("lane", lane.clone()),
+                    Label::from_static_parts("state", state),
+                ];
+                gauge!("memferry_stage_seconds_total", labels).increment((time.as_secs_f64() - *counted).max(0.0));
+                *counted = time.as_secs_f64().max(*counted);
+            }
+        }
+    }
+}
+
+/// How a stage spent its time.
+fn by_state(reading: &Reading) -> [(&'static str, Duration); 4] {
+    [
+        ("busy", reading.busy),
+        ("input_wait", reading.input_wait),
+        ("output_wait", reading.output_wait),
+        ("limit_wait", reading.limit_wait),
+    ]
+}
+
+impl Observer for MetricsObserver {
+    fn event(&self, role: Role, event: &Event) {
+        match event {
+            Event::Phase(now) => phase(name(role), *now),
+            Event::Guest { blocks, memory_bound, .. } => guest(name(role), blocks, *memory_bound),
+            Event::Changed(changed) => {
+                gauge!("memferry_memory_bound_bytes", "role" => name(role)).set(float(changed.memory_bound));
+            }
+            Event::RoundSent { tally, duration } => round(name(role), tally, *duration),
+            Event::Synced { dirty_pages, duration, .. } => {
+                gauge!("memferry_dirty_pages", "role" => name(role)).set(float(*dirty_pages));
+                histogram!("memferry_sync_seconds", "role" => name(role)).record(*duration);
+            }
+            Event::Decided(decided) => decision(name(role), decided),
+            Event::Progress(now) => self.progress(role, now),
+            Event::TurnedAway { count, .. } => {
+                counter!("memferry_turned_away_total", "role" => name(role)).increment(*count);
+            }
+            Event::Warning(_) => counter!("memferry_warnings_total", "role" => name(role)).increment(1),
+            Event::Ended(end) => self.ended(role, end),
+            Event::Connected { .. }
+            | Event::RoundScanned { .. }
+            | Event::Spared(_)
+            | Event::Paused
+            | Event::HandedOver
+            | Event::Resumed => {}
+        }
+    }
+}
+
+fn guest(role: &'static str, blocks: &[BlockFacts], memory_bound: u64) {
+    gauge!("memferry_guest_bytes", "role" => role).set(float(blocks.iter().map(|block| block.bytes).sum()));
+    gauge!("memferry_memory_bound_bytes", "role" => role).set(float(memory_bound));
+}
+
+fn decision(role: &'static str, decided: &Decided) {
+    counter!("memferry_decisions_total", "role" => role, "decision" => decision_name(decided.decision)).increment(1);
+}
+
+fn phase(role: &'static str, now: Phase) {
+    let phases = [
+        (Phase::Setup, "setup"),
+        (Phase::Active, "active"),
+        (Phase::Switchover, "switchover"),
+        (Phase::Completed, "completed"),
+        (Phase::Failed, "failed"),
+        (Phase::Cancelled, "cancelled"),
+        (Phase::Unconfirmed, "unconfirmed"),
+    ];
+    for (phase, name) in phases {
+        gauge!("memferry_phase", "role" => role, "phase" => name).set(if phase == now { 1.0 } else { 0.0 });
+    }
+}
+
+fn round(role: &'static str, tally: &RoundTally, duration: Duration) {
+    counter!("memferry_rounds_total", "role" => role).increment(1);
+    histogram!("memferry_round_seconds", "role" => role).record(duration);
+    let encodings = [
+        ("zero", tally.zero),
+        ("raw", tally.raw),
+        ("compressed", tally.compressed),
+        ("xbzrle", tally.xbzrle),
+        ("unchanged", tally.unchanged),
+    ];
+    for (encoding, pages) in encodings {
+        counter!("memferry_pages_total", "role" => role, "encoding" => encoding).increment(pages);
+    }
+    counter!("memferry_page_bytes_total", "role" => role).increment(tally.bytes_in);
+    counter!("memferry_frame_bytes_total", "role" => role).increment(tally.bytes_out);
+    counter!("memferry_xbzrle_misses_total", "role" => role).increment(tally.xbzrle_misses);
+    counter!("memferry_xbzrle_overflows_total", "role" => role).increment(tally.xbzrle_overflows);
+}
+
+fn progress(role: &'static str, now: &Progress) {
+    gauge!("memferry_round", "role" => role).set(now.round);
+    gauge!("memferry_throttle_ratio", "role" => role).set(f64::from(now.throttle) / 100.0);
+    if !now.downtime_limit.is_zero() {
+        gauge!("memferry_downtime_limit_seconds", "role" => role).set(now.downtime_limit);
+    }
+    gauge!("memferry_remaining_bytes", "role" => role).set(float(now.remaining_bytes));
+    gauge!("memferry_wire_bytes_per_second", "role" => role).set(now.wire_rate);
+    gauge!("memferry_page_bytes_per_second", "role" => role).set(now.page_rate);
+    gauge!("memferry_dirty_bytes_per_second", "role" => role).set(now.dirty_rate.unwrap_or(f64::NAN));
+    let expected = now.expected_downtime.map_or(f64::NAN, |downtime| downtime.as_secs_f64());
+    gauge!("memferry_expected_downtime_seconds", "role" => role).set(expected);
+    for cause in Cause::ALL {
+        let share = now.bottleneck.share(cause).unwrap_or(f64::NAN);
+        gauge!("memferry_bottleneck_ratio", "role" => role, "cause" => cause.name()).set(share);
+    }
+}
+
+fn downtime_parts(role: &'static str, parts: &DowntimeParts) {
+    let parts = [
+        ("final_sync", parts.final_sync),
+        ("final_transfer", parts.final_transfer),
+        ("state", parts.state),
+        ("verify", parts.verify),
+        ("handover", parts.handover),
+    ];
+    for (part, time) in parts {
+        histogram!("memferry_downtime_part_seconds", "role" => role, "part" => part).record(time);
+    }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "gauges are floating-point")]
+fn float(number: u64) -> f64 {
+    number as f64
+}
+
+fn describe() {
+    describe_counter!("memferry_migrations_total", "Migrations that ended");
+    describe_gauge!("memferry_phase", "1 for the phase the migration is in");
+    describe_gauge!("memferry_round", "The round the migration is in");
+    describe_counter!("memferry_rounds_total", "Rounds that are complete");
+    describe_histogram!("memferry_round_seconds", Unit::Seconds, "How long a round took");
+    describe_counter!("memferry_pages_total", "Pages by how they travelled");
+    describe_counter!("memferry_page_bytes_total", Unit::Bytes, "Bytes of the pages scanned");
+    describe_counter!("memferry_frame_bytes_total", Unit::Bytes, "Bytes of the frames made of the pages");
+    describe_counter!("memferry_wire_bytes_total", Unit::Bytes, "Bytes handed to the transport or taken from it");
+    describe_counter!("memferry_xbzrle_misses_total", "Pages that the XBZRLE cache did not hold");
+    describe_counter!("memferry_xbzrle_overflows_total", "Pages whose delta was not smaller");
+    describe_histogram!("memferry_sync_seconds", Unit::Seconds, "How long a bitmap sync took");
+    describe_gauge!("memferry_dirty_pages", "Dirty pages at the last sync");
+    describe_gauge!("memferry_guest_bytes", Unit::Bytes, "Bytes of the guest's memory");
+    describe_gauge!("memferry_remaining_bytes", Unit::Bytes, "Page bytes to go");
+    describe_gauge!("memferry_wire_bytes_per_second", "Bytes to the wire, lately");
+    describe_gauge!("memferry_page_bytes_per_second", "Page bytes that are read, or loaded, lately");
+    describe_gauge!("memferry_dirty_bytes_per_second", "Page bytes that the guest dirtied, lately");
+    describe_gauge!("memferry_expected_downtime_seconds", Unit::Seconds, "What a switchover would cost");
+    describe_gauge!("memferry_downtime_limit_seconds", Unit::Seconds, "What a switchover may cost");
+    describe_gauge!("memferry_throttle_ratio", "Share of its time that the guest is throttled");
+    describe_gauge!("memferry_bottleneck_ratio", "What holds it up, over the latest seconds");
+    describe_counter!("memferry_decisions_total", "What the controller decided");
+    describe_histogram!(
+        "memferry_downtime_seconds",
+        Unit::Seconds,
+        "How long the guest was paused, until it ran at the destination or was resumed at the source"
+    );
+    describe_histogram!("memferry_downtime_part_seconds", Unit::Seconds, "Where the downtime went");
+    describe_gauge!("memferry_memory_bound_bytes", Unit::Bytes, "The most memory that the engine takes");
+    describe_gauge!("memferry_memory_peak_bytes", Unit::Bytes, "The most memory that the engine took");
+    describe_counter!("memferry_spared_pages_total", "Pages that were not sent for what the guest said of them");
+    describe_gauge!("memferry_stage_seconds_total", Unit::Seconds, "How a stage spent its time");
+    describe_gauge!("memferry_build_info", "The version of memferry, always 1");
+    describe_counter!("memferry_warnings_total", "Warnings that the operator was given");
+    describe_counter!("memferry_turned_away_total", "Strangers and broken peers that were turned away");
+}

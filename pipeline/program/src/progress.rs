@@ -1,0 +1,397 @@
+//! Shows a migration while it runs: a bar on a terminal, a line a second elsewhere.
+//!
+//! Both are observers of one end ([`Role`]) and show the same figures ([`figures`]). They write to standard error, so
+//! that standard output holds the verdict alone. Both write as they are called: where a writer or a terminal may block, they belong
+//! on a thread of their own, or in front of a writer that does not.
+
+use std::fmt;
+use std::io::Write;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use memferry_stages::tally::RoundTally;
+
+use memferry::controller::Decision;
+use memferry::events::{Event, Observer, Phase, Progress, Role, TimeLeft};
+use memferry::human;
+use memferry::outlet::Direct;
+
+/// How often a line is written where there is no terminal.
+const LINE_EVERY: Duration = Duration::from_secs(1);
+/// The share from which a line says what holds it up.
+const HELD_UP: f64 = 0.5;
+
+/// What remains and how fast it goes, in one line: what matters most comes first.
+#[must_use]
+pub fn figures(progress: &Progress) -> String {
+    let (done, left) = (human::done(progress.done() * 100.0), human::bytes(progress.remaining_bytes));
+    let mut text = format!("{done}, {left} left, {}", human::rate(progress.wire_rate));
+    if progress.remaining_bytes > 0 && progress.time_left() != TimeLeft::Unknown {
+        text.push_str(&format!(", {}", progress.time_left()));
+    }
+    if let Some(rate) = progress.dirty_rate.filter(|rate| *rate > 0.0) {
+        text.push_str(&format!(", dirtied {}", human::rate(rate)));
+    }
+    if let Some(downtime) = progress.expected_downtime {
+        text.push_str(&format!(", expected downtime {}", human::time(downtime)));
+    }
+    if progress.throttle > 0 {
+        text.push_str(&format!(", throttled {} %", progress.throttle));
+    }
+    text
+}
+
+/// The figures of a line, with what holds it up most.
+fn line_of_figures(progress: &Progress) -> String {
+    let text = format!("round {}: {}", progress.round, figures(progress));
+    match progress.bottleneck.greatest() {
+        Some((cause, share)) if share >= HELD_UP => {
+            format!("{text}, held up by: {cause} {:.0} %", share * 100.0)
+        }
+        _ => text,
+    }
+}
+
+/// What is worth a line of its own besides the figures.
+fn milestone(role: Role, event: &Event) -> Option<String> {
+    match event {
+        Event::Connected { peer } => Some(format!("connected to {peer}")),
+        Event::Guest { blocks, pages, .. } => {
+            let bytes = blocks.iter().map(|block| block.bytes).sum();
+            let plural = if blocks.len() == 1 { "" } else { "s" };
+            let (bytes, pages) = (human::bytes(bytes), human::count(*pages));
+            Some(format!("{bytes} in {pages} pages, {} RAM block{plural}", blocks.len()))
+        }
+        Event::Decided(decided) => match decided.decision {
+            Decision::Throttle(_) | Decision::RaiseLimit(_) | Decision::SwitchOver => {
+                Some(format!("round {}: {}", decided.round, decided.why))
+            }
+            // That it gave up says the verdict.
+            Decision::AnotherRound | Decision::Sample(_) | Decision::Drain | Decision::GiveUp => None,
+        },
+        Event::Changed(changed) => Some(changed.to_string()),
+        Event::Paused => Some("the guest is paused at the source".into()),
+        Event::Resumed => Some("the guest goes on at the source".into()),
+        // The source says why it switches over.
+        Event::Phase(Phase::Switchover) if role == Role::Destination => Some("switching over".into()),
+        _ => None,
+    }
+}
+
+/// Rounds that are sent and have no line yet.
+#[derive(Debug)]
+struct Rounds {
+    first: u32,
+    last: u32,
+    took: Duration,
+    pages: u64,
+    bytes_in: u64,
+    bytes_out: u64,
+}
+
+impl Rounds {
+    /// These, if there are any, and one more.
+    fn and(this: Option<Self>, tally: &RoundTally, took: Duration) -> Self {
+        let before = this.unwrap_or(Self {
+            first: tally.round,
+            last: tally.round,
+            took: Duration::ZERO,
+            pages: 0,
+            bytes_in: 0,
+            bytes_out: 0,
+        });
+        Self {
+            first: before.first,
+            last: tally.round,
+            took: before.took + took,
+            pages: before.pages + tally.pages,
+            bytes_in: before.bytes_in + tally.bytes_in,
+            bytes_out: before.bytes_out + tally.bytes_out,
+        }
+    }
+}
+
+impl fmt::Display for Rounds {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { first, last, took, pages, bytes_in, bytes_out } = *self;
+        if first == last {
+            write!(f, "round {last}")?;
+        } else {
+            write!(f, "rounds {first} to {last}")?;
+        }
+        let (took, pages) = (human::time(took), human::count(pages));
+        write!(f, " done in {took}: {pages} pages, {} became {}", human::bytes(bytes_in), human::bytes(bytes_out))
+    }
+}
+
+/// What was shown and what is to be.
+#[derive(Debug, Default)]
+struct Shown {
+    /// When the latest of the lines that come once a second was written.
+    last: Option<Instant>,
+    /// Short rounds share a line.
+    rounds: Option<Rounds>,
+}
+
+impl Shown {
+    /// The lines that an event makes at this time.
+    fn lines(&mut self, role: Role, event: &Event, at: Instant) -> Vec<String> {
+        let due = self.last.is_none_or(|last| at.duration_since(last) >= LINE_EVERY);
+        let line = match event {
+            Event::Progress(progress) => {
+                if !due {
+                    return Vec::new();
+                }
+                self.last = Some(at);
+                Some(line_of_figures(progress))
+            }
+            Event::RoundSent { tally, duration } => {
+                self.rounds = Some(Rounds::and(self.rounds.take(), tally, *duration));
+                let long = *duration >= LINE_EVERY || tally.last;
+                if !due && !long {
+                    return Vec::new();
+                }
+                self.last = if long { self.last } else { Some(at) };
+                None
+            }
+            Event::Ended(_) => None,
+            other => match milestone(role, other) {
+                None => return Vec::new(),
+                line => line,
+            },
+        };
+        let rounds = self.rounds.take().map(|rounds| rounds.to_string());
+        rounds.into_iter().chain(line).collect()
+    }
+}
+
+/// A line for each milestone and at most one a second in between, for logs and pipes. Short rounds share a line: none is left out.
+pub struct ProgressLines<W> {
+    role: Role,
+    out: Mutex<(W, Shown)>,
+}
+
+impl<W> fmt::Debug for ProgressLines<W> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "progress lines of the {:?}", self.role)
+    }
+}
+
+impl<W: Write + Send> ProgressLines<W> {
+    /// Lines about the end `role`, written to `out`.
+    pub fn new(role: Role, out: W) -> Self {
+        Self { role, out: Mutex::new((out, Shown::default())) }
+    }
+
+    fn show(&self, event: &Event, at: Instant) {
+        let mut out = self.out.lock().unwrap_or_else(PoisonError::into_inner);
+        for line in out.1.lines(self.role, event, at) {
+            // Nobody may be reading; the migration continues.
+            drop(writeln!(out.0, "{line}"));
+        }
+    }
+}
+
+impl<W: Write + Send> Observer for ProgressLines<W> {
+    fn event(&self, role: Role, event: &Event) {
+        if role == self.role {
+            self.show(event, Instant::now());
+        }
+    }
+}
+
+/// The part of the terminal that the bar lives in; other lines go above it. Clones share it.
+#[derive(Clone, Debug)]
+pub struct Screen(MultiProgress);
+
+impl Default for Screen {
+    fn default() -> Self {
+        Self(MultiProgress::with_draw_target(ProgressDrawTarget::stderr()))
+    }
+}
+
+impl Screen {
+    /// Writes to standard error above the bar, if there is one.
+    pub fn write(&self, bytes: &[u8]) -> std::io::Result<()> {
+        self.0.suspend(|| Direct(std::io::stderr()).write_all(bytes))
+    }
+}
+
+/// A bar for the round with the figures beside it.
+pub struct ProgressDisplay {
+    role: Role,
+    bar: ProgressBar,
+    round: Mutex<u32>,
+}
+
+impl fmt::Debug for ProgressDisplay {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "progress display of the {:?}", self.role)
+    }
+}
+
+impl ProgressDisplay {
+    /// A bar about the end `role` on `screen`.
+    ///
+    /// # Panics
+    /// Never: the template is a constant.
+    #[must_use]
+    pub fn new(role: Role, screen: &Screen) -> Self {
+        let style = ProgressStyle::with_template("{prefix:>10} {bar:16} {wide_msg}").expect("a right template");
+        let bar = screen.0.add(ProgressBar::no_length()).with_style(style.progress_chars("█▌ "));
+        Self { role, bar, round: Mutex::new(0) }
+    }
+
+    /// The bar of a round is as long as what it began with.
+    fn progress(&self, progress: &Progress) {
+        let mut round = self.round.lock().unwrap_or_else(PoisonError::into_inner);
+        if *round != progress.round {
+            *round = progress.round;
+            self.bar.set_length(progress.remaining_bytes.max(1));
+            self.bar.set_prefix(format!("round {}", progress.round));
+        }
+        let length = self.bar.length().unwrap_or(0);
+        self.bar.set_position(length.saturating_sub(progress.remaining_bytes));
+        self.bar.set_message(figures(progress));
+    }
+
+    fn show(&self, event: &Event) {
+        match event {
+            Event::Progress(progress) => self.progress(progress),
+            Event::Ended(_) => self.bar.finish_and_clear(),
+            Event::Phase(Phase::Setup) => self.bar.set_prefix("setup"),
+            Event::Phase(Phase::Switchover) => self.bar.set_prefix("switchover"),
+            _ => {}
+        }
+    }
+}
+
+impl Observer for ProgressDisplay {
+    fn event(&self, role: Role, event: &Event) {
+        if role == self.role {
+            self.show(event);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use memferry::bottleneck::{Bottleneck, Cause};
+    use memferry::controller::Decided;
+    use memferry::samples::script;
+
+    fn progress(round: u32) -> Event {
+        Event::Progress(Progress {
+            round,
+            remaining_bytes: 123 << 20,
+            total_bytes: 1 << 30,
+            wire_bytes: 0,
+            wire_rate: 103_000_000.0,
+            page_rate: 200_000_000.0,
+            dirty_rate: (round > 1).then_some(35_700_000.0),
+            expected_downtime: (round > 1).then_some(Duration::from_millis(1240)),
+            ..Progress::default()
+        })
+    }
+
+    #[test]
+    fn lines_come_once_a_second_and_milestones_at_once() {
+        let lines = ProgressLines::new(Role::Source, Vec::new());
+        let start = Instant::now();
+        for (ms, event) in
+            [(0, progress(1)), (400, progress(1)), (900, Event::Paused), (1000, progress(2)), (1999, progress(2))]
+        {
+            lines.show(&event, start + Duration::from_millis(ms));
+        }
+        insta::assert_snapshot!(written(lines), @r"
+        round 1: 87 % done, 123 MiB left, 98.2 MiB/s, 645 ms to go
+        the guest is paused at the source
+        round 2: 87 % done, 123 MiB left, 98.2 MiB/s, 785 ms to go, dirtied 34.0 MiB/s, expected downtime 1.24 s
+        ");
+    }
+
+    fn written(lines: ProgressLines<Vec<u8>>) -> String {
+        String::from_utf8(lines.out.into_inner().unwrap().0).unwrap()
+    }
+
+    #[test]
+    fn short_rounds_share_a_line_and_none_is_left_out() {
+        let lines = ProgressLines::new(Role::Source, Vec::new());
+        let start = Instant::now();
+        let sent = |round| {
+            let tally = RoundTally { round, pages: 10, bytes_in: 40_960, bytes_out: 4096, ..RoundTally::default() };
+            Event::RoundSent { tally, duration: Duration::from_millis(200) }
+        };
+        let throttle = Event::Decided(Decided {
+            round: 7,
+            decision: Decision::Throttle(50),
+            why: "throttle the guest to 50 %: 2 rounds brought no new least".into(),
+            forecast: None,
+        });
+        for (ms, event) in [
+            (0, sent(1)),
+            (200, sent(2)),
+            (400, sent(3)),
+            (1000, progress(4)),
+            (1200, sent(4)),
+            (1400, throttle),
+            (1600, sent(5)),
+            (1700, Event::Ended(memferry::samples::ended(Role::Source))),
+        ] {
+            lines.show(&event, start + Duration::from_millis(ms));
+        }
+        insta::assert_snapshot!(written(lines), @r"
+        round 1 done in 200 ms: 10 pages, 40.0 KiB became 4.00 KiB
+        rounds 2 to 3 done in 400 ms: 20 pages, 80.0 KiB became 8.00 KiB
+        round 4: 87 % done, 123 MiB left, 98.2 MiB/s, 785 ms to go, dirtied 34.0 MiB/s, expected downtime 1.24 s
+        round 4 done in 200 ms: 10 pages, 40.0 KiB became 4.00 KiB
+        round 7: throttle the guest to 50 %: 2 rounds brought no new least
+        round 5 done in 200 ms: 10 pages, 40.0 KiB became 4.00 KiB
+        ");
+    }
+
+    #[test]
+    fn a_line_says_what_holds_it_up_and_how_long_it_takes() {
+        let Event::Progress(now) = progress(2) else { unreachable!() };
+        let held_up =
+            |share| Progress { bottleneck: Bottleneck::made_up(&[(Cause::Destination, share)]), ..now.clone() };
+        assert!(line_of_figures(&held_up(0.97)).ends_with(", held up by: destination 97 %"));
+        assert!(!line_of_figures(&held_up(0.4)).contains("held up"));
+        let text = |page_rate, dirty_rate| {
+            figures(&Progress { page_rate, dirty_rate, throttle: 50, expected_downtime: None, ..now.clone() })
+        };
+        insta::assert_snapshot!([text(0.0, None), text(1e8, Some(0.0)), text(1e8, Some(1e8))].join("\n"), @r"
+        87 % done, 123 MiB left, 98.2 MiB/s, throttled 50 %
+        87 % done, 123 MiB left, 98.2 MiB/s, 1.29 s to go, throttled 50 %
+        87 % done, 123 MiB left, 98.2 MiB/s, does not converge, dirtied 95.4 MiB/s, throttled 50 %
+        ");
+    }
+
+    #[test]
+    fn a_migration_leaves_lines_of_its_own_end_only() {
+        let lines = ProgressLines::new(Role::Source, Vec::new());
+        script(Role::Source).iter().for_each(|event| lines.event(Role::Source, event));
+        script(Role::Destination).iter().for_each(|event| lines.event(Role::Destination, event));
+        insta::assert_snapshot!(written(lines), @r"
+        connected to 127.0.0.1:41234
+        1.00 GiB in 262,144 pages, 1 RAM block
+        round 1 done in 2.10 s: 262,144 pages, 1.00 GiB became 512 MiB
+        round 1: switch over: it fits
+        the guest is paused at the source
+        round 2 done in 90.0 ms: 1,000 pages, 3.91 MiB became 66.4 KiB
+        ");
+    }
+
+    #[test]
+    fn a_bar_takes_every_event_of_a_migration() {
+        let screen = Screen(MultiProgress::with_draw_target(ProgressDrawTarget::hidden()));
+        let display = ProgressDisplay::new(Role::Source, &screen);
+        display.event(Role::Source, &progress(1));
+        assert_eq!((display.bar.length(), display.bar.position()), (Some(123 << 20), 0));
+        assert_eq!(display.bar.prefix(), "round 1");
+        script(Role::Source).iter().for_each(|event| display.event(Role::Source, event));
+        assert!(display.bar.is_finished());
+    }
+}

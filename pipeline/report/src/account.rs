@@ -1,0 +1,171 @@
+//! Keeps what the events of a migration said, for the report, its page and the table at its end.
+
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use memferry_stages::tally::RoundTally;
+use memferry_stages::untrusted::Untrusted;
+
+use super::series::{Happened, Series};
+use memferry::control::Changed;
+use memferry::controller::Decided;
+use memferry::events::{BlockFacts, Ended, Event, Observer, Role};
+
+/// The most notices that are kept: a stranger may knock for as long as the wait lasts.
+const MOST_NOTICES: usize = 100;
+
+/// An observer that keeps what it hears from both ends.
+#[derive(Debug, Default)]
+pub struct Accountant {
+    source: Mutex<Book>,
+    destination: Mutex<Book>,
+}
+
+/// An account, and the moment from which its times are counted.
+#[derive(Debug, Default)]
+struct Book {
+    account: Account,
+    began: Option<Instant>,
+}
+
+/// What one end said.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Account {
+    /// Who is at the other end.
+    pub peer: Option<Untrusted>,
+    /// The guest's blocks.
+    pub blocks: Vec<BlockFacts>,
+    /// Its pages.
+    pub pages: u64,
+    /// The bound of the memory that the engine takes: the highest, where it was changed.
+    pub memory_bound: u64,
+    /// Rounds that are complete.
+    pub rounds: Vec<Round>,
+    /// What the controller decided, in order.
+    pub decided: Vec<Decided>,
+    /// Settings that were changed while it ran, in order.
+    pub changed: Vec<Changed>,
+    /// How it ended.
+    pub ended: Option<Ended>,
+    /// What happened when, and the figures on the way.
+    pub series: Series,
+    /// Warnings, and who was turned away; the first of them.
+    pub notices: Vec<Notice>,
+    /// Notices that came after those.
+    pub more_notices: u64,
+}
+
+/// Something the operator should know.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Notice {
+    /// When it was told.
+    pub at: Duration,
+    /// What.
+    pub text: String,
+}
+
+/// One round.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Round {
+    /// Its figures.
+    pub tally: RoundTally,
+    /// How long it took.
+    pub duration: Duration,
+    /// Was it only a sample of what was dirty, to see what deltas come to?
+    pub is_sample: bool,
+    /// Dirty pages that the next sync found: `None` before it, 0 after the last round.
+    pub dirty_after: Option<u64>,
+}
+
+impl Accountant {
+    /// What an end said up to here.
+    #[must_use]
+    pub fn account(&self, role: Role) -> Account {
+        self.of(role).lock().unwrap_or_else(PoisonError::into_inner).account.clone()
+    }
+
+    fn of(&self, role: Role) -> &Mutex<Book> {
+        match role {
+            Role::Source => &self.source,
+            Role::Destination => &self.destination,
+        }
+    }
+}
+
+impl Observer for Accountant {
+    fn event(&self, role: Role, event: &Event) {
+        let mut book = self.of(role).lock().unwrap_or_else(PoisonError::into_inner);
+        let began = *book.began.get_or_insert_with(Instant::now);
+        book.account.enter(event, began.elapsed());
+    }
+}
+
+impl Account {
+    /// Takes what an event said, at this time since the first one.
+    pub(crate) fn enter(&mut self, event: &Event, at: Duration) {
+        self.place(event, at);
+        match event {
+            Event::Connected { peer } => self.peer = Some(peer.clone()),
+            Event::Guest { blocks, pages, memory_bound } => {
+                self.blocks.clone_from(blocks);
+                self.pages = *pages;
+                self.memory_bound = *memory_bound;
+            }
+            Event::RoundSent { tally, duration } => {
+                let dirty_after = tally.last.then_some(0);
+                let is_sample = self.decided.last().is_some_and(Decided::asks_for_a_sample) && !tally.last;
+                self.rounds.push(Round { tally: *tally, duration: *duration, is_sample, dirty_after });
+            }
+            Event::Synced { after_round, dirty_pages, .. } => self.synced(*after_round, *dirty_pages),
+            Event::Decided(decided) => self.decided.push(decided.clone()),
+            Event::Changed(changed) => {
+                self.memory_bound = self.memory_bound.max(changed.memory_bound);
+                self.changed.push(*changed);
+            }
+            Event::Ended(ended) => self.ended = Some(ended.clone()),
+            _ => {}
+        }
+        if let Some(text) = event.warning() {
+            self.notice(text, at);
+        }
+    }
+
+    /// Gives an event its place in time; before its figures are entered.
+    fn place(&mut self, event: &Event, at: Duration) {
+        let what = match event {
+            Event::Progress(progress) => return self.series.sample(progress, at),
+            Event::Phase(phase) => Happened::Phase(*phase),
+            Event::RoundSent { tally, duration } => Happened::Round { round: tally.round, took: *duration },
+            Event::Synced { dirty_pages, .. } => Happened::Synced(*dirty_pages),
+            Event::Decided(_) => Happened::Decided(self.decided.len()),
+            Event::Changed(_) => Happened::Changed(self.changed.len()),
+            Event::Paused => Happened::Paused,
+            Event::Resumed => Happened::Resumed,
+            Event::Ended(_) => Happened::Ended,
+            _ => return,
+        };
+        self.series.mark(what, at);
+    }
+
+    fn notice(&mut self, text: String, at: Duration) {
+        if self.notices.len() < MOST_NOTICES {
+            self.notices.push(Notice { at, text });
+        } else {
+            self.more_notices += 1;
+        }
+    }
+
+    /// The first sync after a round tells what it left dirty; the one in the switchover comes on top.
+    fn synced(&mut self, after_round: u32, dirty_pages: u64) {
+        let round = self.rounds.iter_mut().find(|round| round.tally.round == after_round);
+        if let Some(round) = round {
+            round.dirty_after.get_or_insert(dirty_pages);
+        }
+    }
+
+    /// Bytes of the guest.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.blocks.iter().map(|block| block.bytes).sum()
+    }
+}

@@ -1,0 +1,322 @@
+//! What happened, where the guest is, what to do: first, in sentences that a tired operator understands. Then the figures.
+
+use maud::{Markup, html};
+
+use super::{Page, clean, ms};
+use crate::series::Happened;
+use memferry::controller::Decision;
+use memferry::human;
+use memferry::settings::After;
+
+const NOTHING: &str = "Nothing.";
+
+/// How bad it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Tone {
+    Good,
+    Warn,
+    Bad,
+}
+
+impl Tone {
+    fn class(self) -> &'static str {
+        match self {
+            Self::Good => "good",
+            Self::Warn => "warn",
+            Self::Bad => "bad",
+        }
+    }
+}
+
+/// The verdict in sentences.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Story {
+    pub(super) tone: Tone,
+    /// What happened.
+    pub(super) headline: String,
+    /// Where the guest is.
+    pub(super) guest: String,
+    /// What to do.
+    pub(super) todo: String,
+}
+
+pub(super) fn section(page: &Page<'_>) -> Markup {
+    let story = story(page);
+    let report = page.report;
+    html! {
+        header class=(format!("verdict {}", story.tone.class())) {
+            p.status {
+                span.pill { (report.status) }
+                " memferry " (report.role)
+                @if let Some(peer) = &page.account.peer { " · " (if page.is_destination() { "from" } else { "to" }) " " (peer) }
+            }
+            h1 { (story.headline) }
+            @if let Some(error) = report.error.as_ref().filter(|error| *error != report.status) { p.error { strong { "Why: " } (clean(error)) } }
+            p { strong { "The guest: " } (story.guest) }
+            p { strong { "To do: " } (story.todo) }
+        }
+        @if !page.account.blocks.is_empty() { dl.figures { @for figure in figures(page) { (figure.card()) } } }
+    }
+}
+
+/// The verdict in sentences.
+pub(super) fn story(page: &Page<'_>) -> Story {
+    let ended = page.account.ended.as_ref();
+    if ended.is_some_and(|ended| ended.resume_failed) {
+        return Story {
+            tone: Tone::Bad,
+            headline: "The guest stands still at its source, and nobody runs it.".into(),
+            guest: format!("It is here, whole, and could not be resumed.{}", stood_still(page)),
+            todo: "Resume it here by its own means; then see why that failed.".into(),
+        };
+    }
+    match (page.report.status, page.is_destination()) {
+        ("completed", false) => with_warnings(with_conclusions(sent(page), page), page),
+        ("completed", true) => with_warnings(arrived(page), page),
+        ("unconfirmed", _) => unconfirmed(page),
+        (status, true) => did_not_arrive(status),
+        ("cancelled", false) => with_conclusions(cancelled(page), page),
+        (_, false) => failed(page),
+    }
+}
+
+fn sent(page: &Page<'_>) -> Story {
+    let what = moved(page);
+    let (headline, guest, todo) = match (page.report.role, page.settings.after) {
+        ("run", Some(_)) => {
+            (format!("The stream was written and read back: {what}."), "It was started here from the file.", NOTHING)
+        }
+        (_, Some(After::Resume)) => {
+            (format!("The snapshot is complete: {what}."), "It goes on here, at its source.", NOTHING)
+        }
+        (_, Some(After::Pause)) => (
+            format!("The stream is complete: {what}."),
+            "It is paused here, and all of it is in the file.",
+            "Start it from the file where it is to run (memferry recv). Resume it here only if it will run nowhere else.",
+        ),
+        ("run", None) => (
+            format!("The guest has moved: {what}."),
+            "It is at its destination, which is in this program too, and goes on there as it was.",
+            NOTHING,
+        ),
+        (_, None) => (
+            format!("The guest has moved: {what}."),
+            "It is at the destination and goes on there as it was. Here it is over.",
+            NOTHING,
+        ),
+    };
+    let (tone, todo) = match over_limit(page) {
+        Some(limit) => {
+            let slow = format!("It stood still for longer than the {limit} allowed: below is what that time went to.");
+            (Tone::Warn, if todo == NOTHING { format!("Nothing at once. {slow}") } else { format!("{todo} {slow}") })
+        }
+        None => (Tone::Good, todo.to_owned()),
+    };
+    Story { tone, headline, guest: guest.to_owned(), todo }
+}
+
+fn arrived(page: &Page<'_>) -> Story {
+    Story {
+        tone: Tone::Good,
+        headline: format!("The guest has arrived: {}.", moved(page)),
+        guest: "It is here and goes on as it was at its source.".into(),
+        todo: NOTHING.into(),
+    }
+}
+
+/// What the figures say should be set otherwise, for the next time.
+fn with_conclusions(story: Story, page: &Page<'_>) -> Story {
+    let conclusions = page.conclusions.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
+    let todo = match story.todo.as_str() {
+        _ if conclusions.is_empty() => story.todo,
+        NOTHING => format!("Nothing at once. {conclusions}"),
+        todo => format!("{todo} {conclusions}"),
+    };
+    Story { todo, ..story }
+}
+
+/// Nobody reads on below a good end, unless told to.
+fn with_warnings(story: Story, page: &Page<'_>) -> Story {
+    let has_some = !page.account.notices.is_empty();
+    Story { todo: if has_some { format!("{} Read the warnings below.", story.todo) } else { story.todo }, ..story }
+}
+
+fn did_not_arrive(status: &str) -> Story {
+    let (tone, headline, todo) = match status {
+        "cancelled" => (
+            Tone::Warn,
+            "The migration was cancelled before the guest was here.",
+            "Nothing, if that was meant. Both ends can be started again at any time.",
+        ),
+        _ => (
+            Tone::Bad,
+            "The guest was not taken over.",
+            "Put right what is named here, or at the source, then start both ends again.",
+        ),
+    };
+    let guest = "It does not run here. Its source has it: the report there says in what state.";
+    Story { tone, headline: headline.into(), guest: guest.into(), todo: todo.into() }
+}
+
+fn unconfirmed(page: &Page<'_>) -> Story {
+    Story {
+        tone: Tone::Bad,
+        headline: "The guest was handed over, and nobody confirmed that it runs.".into(),
+        guest: format!(
+            "It is paused here. It may run at the destination{}.",
+            page.account.peer.as_ref().map(|peer| format!(", {peer}")).unwrap_or_default()
+        ),
+        todo: "Look at the destination. If the guest runs there, all is done: end it here. Only if it does not run there, and \
+               cannot start any more, resume it here."
+            .into(),
+    }
+}
+
+fn cancelled(page: &Page<'_>) -> Story {
+    let gave_up = page.account.decided.last().is_some_and(|decided| decided.decision == Decision::GiveUp);
+    let (headline, todo) = if gave_up {
+        (
+            "The guest outran its limits: the migration gave up, and the guest goes on at its source.",
+            "To move it all the same, allow more: a higher downtime_limit or max_bandwidth, a later deadline, steps in \
+             [convergence] on_stall, or on_deadline = \"switch-over\". Nothing has to be cleaned up.",
+        )
+    } else {
+        (
+            "The migration was cancelled, and the guest goes on at its source.",
+            "Nothing. It can be started again at any time.",
+        )
+    };
+    Story { tone: Tone::Warn, headline: headline.into(), guest: at_source(page), todo: todo.into() }
+}
+
+fn failed(page: &Page<'_>) -> Story {
+    let done_here = page.account.ended.as_ref().is_some_and(|ended| ended.phase == memferry::events::Phase::Completed);
+    if done_here {
+        return Story {
+            tone: Tone::Bad,
+            headline: "The source was done, and the destination failed.".into(),
+            guest: "The source's part was complete; what was to go on at the destination does not.".into(),
+            todo: "See what the destination says went wrong. A file that was written is still there.".into(),
+        };
+    }
+    let headline = if page.account.blocks.is_empty() {
+        "The migration did not begin; the guest is at its source."
+    } else {
+        "The migration failed; the guest is at its source."
+    };
+    Story {
+        tone: Tone::Bad,
+        headline: headline.into(),
+        guest: at_source(page),
+        todo: "Put right what is named above, then start it again. Nothing has to be cleaned up.".into(),
+    }
+}
+
+fn at_source(page: &Page<'_>) -> String {
+    format!("It is at its source, whole, in the state that it had.{}", stood_still(page))
+}
+
+/// How long it was paused for nothing, if it was.
+fn stood_still(page: &Page<'_>) -> String {
+    let series = &page.account.series;
+    match (series.first(Happened::Paused), series.first(Happened::Resumed)) {
+        (Some(paused), Some(resumed)) => {
+            format!(" It stood still for {} meanwhile.", human::time(resumed.saturating_sub(paused)))
+        }
+        _ => String::new(),
+    }
+}
+
+/// How much in what time; figures keep their units in the same line.
+fn moved(page: &Page<'_>) -> String {
+    let report = page.report;
+    let figure = |text: String| text.replace(' ', "\u{a0}");
+    let [bytes, total] = [human::bytes(report.guest.bytes), ms(report.total_ms)].map(figure);
+    let still = report.downtime_ms.map(|downtime| format!(", of which it stood still for {}", figure(ms(downtime))));
+    format!("{bytes} in {total}{}", still.unwrap_or_default())
+}
+
+/// The downtime limit, if the downtime was above it.
+fn over_limit(page: &Page<'_>) -> Option<String> {
+    let limit = super::downtime::limit(page)?;
+    let downtime = super::duration(page.report.downtime_ms?);
+    (downtime > limit).then(|| human::time(limit))
+}
+
+/// One of the main figures.
+struct Figure {
+    name: &'static str,
+    value: String,
+    note: String,
+    tone: Option<Tone>,
+}
+
+impl Figure {
+    fn card(&self) -> Markup {
+        html! {
+            div class=(self.tone.map_or("", Tone::class)) {
+                dt { (self.name) }
+                dd { b { (self.value) } @if !self.note.is_empty() { span.note { (self.note) } } }
+            }
+        }
+    }
+}
+
+fn figures(page: &Page<'_>) -> Vec<Figure> {
+    let report = page.report;
+    let plain = |name, value: String, note: String| Figure { name, value, note, tone: None };
+    let mut figures = vec![plain("Total time", ms(report.total_ms), format!("setup {}", ms(report.setup_ms)))];
+    if let Some(downtime) = report.downtime_ms {
+        let limit = || super::downtime::limit(page).map(|limit| format!("limit {}", human::time(limit)));
+        let tone = if over_limit(page).is_some() { Tone::Warn } else { Tone::Good };
+        figures.push(if report.status == "completed" {
+            Figure { name: "Downtime", value: ms(downtime), note: limit().unwrap_or_default(), tone: Some(tone) }
+        } else {
+            plain("Paused", ms(downtime), "until it was resumed at its source".into())
+        });
+    }
+    if let Some(forecast) = &report.forecast {
+        let note = forecast.error_percent.map(|error| format!("{error:+.0} % off")).unwrap_or_default();
+        figures.push(plain("Forecast of it", ms(forecast.expected_ms), note));
+    }
+    figures.extend(left_over(page));
+    let blocks = report.guest.blocks.len();
+    let plural = if blocks == 1 { "" } else { "s" };
+    let of_guest = format!("{} pages, {blocks} RAM block{plural}", human::count(report.guest.pages));
+    figures.push(plain("Guest", human::bytes(report.guest.bytes), of_guest));
+    let rate = human::rate(report.throughput_bytes_per_s);
+    figures.push(plain("On the wire", human::bytes(report.wire_bytes), format!("{rate} on average")));
+    let pages = report.rounds.iter().map(|round| round.pages.all).sum();
+    figures.push(plain("Rounds", report.rounds.len().to_string(), format!("{} pages scanned", human::count(pages))));
+    figures.push(verified(page));
+    let bound = human::bytes(report.memory_bound_bytes);
+    figures.push(plain("Engine's memory", human::bytes(report.memory_peak_bytes), format!("{bound} allowed")));
+    let spared = report.spared;
+    let spared_pages = spared.hinted + spared.unplugged + spared.ignored;
+    if spared_pages > 0 {
+        let [hinted, unplugged, ignored] = [spared.hinted, spared.unplugged, spared.ignored].map(human::count);
+        let note = format!("pages: {hinted} hinted free, {unplugged} unplugged, {ignored} of ignored blocks");
+        figures.push(plain("Spared", human::count(spared_pages), note));
+    }
+    figures
+}
+
+/// How far a migration had come that did not come to its end.
+fn left_over(page: &Page<'_>) -> Option<Figure> {
+    let (_, left) = *page.remaining().last().filter(|_| page.report.status != "completed")?;
+    Some(Figure {
+        name: "Left to send",
+        value: human::bytes(left),
+        note: format!("when last looked at, after {}", human::counted(page.report.rounds.len() as u64, "round")),
+        tone: None,
+    })
+}
+
+fn verified(page: &Page<'_>) -> Figure {
+    let (value, note, tone) = match page.report.verified {
+        Some(true) => ("yes", "every page compared by digest", Some(Tone::Good)),
+        Some(false) => ("differs", "a digest did not match", Some(Tone::Bad)),
+        None => ("no", "pages were not compared", None),
+    };
+    Figure { name: "Verified", value: value.into(), note: note.into(), tone }
+}

@@ -1,0 +1,505 @@
+//! The report of a migration: one JSON object for programs, one table and one page for people, all from what its events said.
+
+pub mod account;
+pub mod event_json;
+mod file;
+pub mod html;
+pub mod series;
+pub mod status_json;
+pub mod table;
+pub mod todo;
+
+use std::fmt;
+use std::io;
+use std::path::Path;
+use std::time::Duration;
+
+use memferry_stages::clears::Spared;
+use memferry_stages::meter::Reading;
+use memferry_stages::tally::RoundTally;
+use memferry_stages::untrusted::Untrusted;
+use serde::{Deserialize, Serialize};
+
+use account::{Account, Round};
+pub use file::write;
+use memferry::bottleneck::{self, Bottleneck, Cause};
+use memferry::control::Changed;
+use memferry::controller::forecast::{Forecast, whole};
+use memferry::controller::{Decided, Decision};
+use memferry::events::{BlockFacts, Ended, Phase};
+
+/// The version of the report's names.
+pub const SCHEMA: u32 = 1;
+
+/// What `--report FILE` writes. Times are in milliseconds, sizes in bytes.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Report {
+    /// [`SCHEMA`].
+    pub schema: u32,
+    /// "run", "send" or "recv".
+    pub role: &'static str,
+    /// "completed", "failed", "cancelled" or "unconfirmed".
+    pub status: &'static str,
+    /// Why it is not completed.
+    pub error: Option<String>,
+    /// Were digests compared and equal; null if they were not compared.
+    pub verified: Option<bool>,
+    /// What was moved.
+    pub guest: GuestReport,
+    /// From start to verdict.
+    pub total_ms: f64,
+    /// From start to the first page.
+    pub setup_ms: f64,
+    /// From the guest's pause to its start; null if it was not paused.
+    pub downtime_ms: Option<f64>,
+    /// Its parts.
+    pub downtime: DowntimeReport,
+    /// What the controller expected of the downtime when it decided to switch over; null if it did not, or could not tell.
+    pub forecast: Option<ForecastReport>,
+    /// What it decided, in order.
+    pub decisions: Vec<DecisionReport>,
+    /// Settings that were changed while it ran, in order.
+    pub changes: Vec<ChangeReport>,
+    /// Bytes handed to the transport, or taken from it.
+    pub wire_bytes: u64,
+    /// Bytes on the wire for each second after the setup.
+    pub throughput_bytes_per_s: f64,
+    /// Pages that were not sent for what the guest said of them, as the source counts them.
+    pub spared: SparedReport,
+    /// The most memory that the engine takes for itself, known before it starts.
+    pub memory_bound_bytes: u64,
+    /// The most it took.
+    pub memory_peak_bytes: u64,
+    /// What held it up, in words.
+    pub bottleneck: String,
+    /// The same in figures.
+    pub bottleneck_percent: BottleneckReport,
+    /// Processor time of the process from the first page to the verdict.
+    pub cpu_ms: f64,
+    /// Round by round.
+    pub rounds: Vec<RoundReport>,
+    /// How each stage spent its time.
+    pub stages: Vec<StageReport>,
+}
+
+/// The guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestReport {
+    /// Bytes of all blocks.
+    pub bytes: u64,
+    /// Pages of all blocks.
+    pub pages: u64,
+    /// Each block.
+    pub blocks: Vec<BlockReport>,
+}
+
+/// A RAM block.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BlockReport {
+    /// Its name.
+    pub id: Untrusted,
+    /// Its length.
+    pub bytes: u64,
+    /// The size of its pages.
+    pub page_size: u64,
+}
+
+/// Where the downtime went.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DowntimeReport {
+    /// From the pause until the last dirty pages were known.
+    pub final_sync_ms: f64,
+    /// The last round.
+    pub final_transfer_ms: f64,
+    /// Device state.
+    pub state_ms: f64,
+    /// Digests.
+    pub verify_ms: f64,
+    /// From Go to Running.
+    pub handover_ms: f64,
+}
+
+/// Pages that were not sent for what the guest said of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SparedReport {
+    /// Pages that were to be sent when they were hinted free; once for each round in which they were.
+    pub hinted: u64,
+    /// Pages of hints that came too late to count.
+    pub hints_dropped: u64,
+    /// Pages of unplugged memory.
+    pub unplugged: u64,
+    /// Pages of ignored blocks.
+    pub ignored: u64,
+}
+
+/// The forecast that the switchover rests on, beside what came of it.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ForecastReport {
+    /// The expected downtime.
+    pub expected_ms: f64,
+    /// How far it was above (or, negative, below) the downtime, as a share of that; null if nothing came of it.
+    pub error_percent: Option<f64>,
+    /// Bytes after encoding that were expected to remain.
+    pub remaining_bytes: u64,
+    /// Their part.
+    pub transfer_ms: f64,
+    /// The part of the last sync.
+    pub sync_ms: f64,
+    /// The part of the digests.
+    pub verify_ms: f64,
+    /// The part of device state and last handshake.
+    pub handover_ms: f64,
+}
+
+/// One decision.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DecisionReport {
+    /// The round after which, or in which, it was made.
+    pub round: u32,
+    /// "another-round", "sample", "drain", "throttle", "raise-downtime-limit", "switch-over" or "give-up".
+    pub decision: Untrusted,
+    /// The expected downtime; null if none could be told.
+    pub expected_ms: Option<f64>,
+    /// Why, in words and figures.
+    pub why: Untrusted,
+}
+
+/// A setting that was changed while it ran.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChangeReport {
+    /// The round in which it was.
+    pub round: u32,
+    /// Which.
+    pub key: Untrusted,
+    /// Its value before, as the configuration writes it.
+    pub from: Untrusted,
+    /// Its value from there on.
+    pub to: Untrusted,
+}
+
+/// One round.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct RoundReport {
+    /// Its number, from 1.
+    pub round: u32,
+    /// How long it took.
+    pub ms: f64,
+    /// Was it only a sample of what was dirty, to see what deltas come to?
+    pub sample: bool,
+    /// What became of its pages.
+    #[serde(flatten)]
+    pub pages: PagesReport,
+    /// Dirty pages that the next sync found; null if none came.
+    pub dirty_after: Option<u64>,
+}
+
+/// What became of a round's pages. `zero + raw + compressed + xbzrle + unchanged = pages`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PagesReport {
+    /// Pages scanned.
+    #[serde(rename = "pages")]
+    pub all: u64,
+    /// Pages that were all zero.
+    pub zero: u64,
+    /// Pages sent as they are.
+    pub raw: u64,
+    /// Pages sent compressed.
+    pub compressed: u64,
+    /// Pages sent as deltas.
+    pub xbzrle: u64,
+    /// Pages that had not changed: not sent.
+    pub unchanged: u64,
+    /// Pages that the XBZRLE cache did not hold.
+    pub xbzrle_misses: u64,
+    /// Pages whose delta was not smaller than they are.
+    pub xbzrle_overflows: u64,
+    /// Page bytes scanned.
+    pub bytes_in: u64,
+    /// Frame bytes made of them.
+    pub bytes_out: u64,
+}
+
+impl From<&RoundTally> for PagesReport {
+    fn from(tally: &RoundTally) -> Self {
+        Self {
+            all: tally.pages,
+            zero: tally.zero,
+            raw: tally.raw,
+            compressed: tally.compressed,
+            xbzrle: tally.xbzrle,
+            unchanged: tally.unchanged,
+            xbzrle_misses: tally.xbzrle_misses,
+            xbzrle_overflows: tally.xbzrle_overflows,
+            bytes_in: tally.bytes_in,
+            bytes_out: tally.bytes_out,
+        }
+    }
+}
+
+/// What held it up: percent of the time for each thing that can. What an end cannot know is null.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct BottleneckReport {
+    /// The processors of the host.
+    pub processor: Option<f64>,
+    /// `max_bandwidth`.
+    pub limit: Option<f64>,
+    /// The destination.
+    pub destination: Option<f64>,
+    /// The transport between the two.
+    pub wire: Option<f64>,
+    /// The guest: there was nothing to send.
+    pub guest: Option<f64>,
+    /// The source and the wire, as the destination sees them.
+    pub source: Option<f64>,
+}
+
+impl fmt::Display for BottleneckReport {
+    /// The known ones, the greatest first; nothing if none is known.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let percent = |cause| match cause {
+            Cause::Processor => self.processor,
+            Cause::Limit => self.limit,
+            Cause::Destination => self.destination,
+            Cause::Wire => self.wire,
+            Cause::Guest => self.guest,
+            Cause::Source => self.source,
+        };
+        let known = Cause::ALL.into_iter().filter_map(|cause| Some((cause, percent(cause)? / 100.0)));
+        bottleneck::write_shares(f, known.collect())
+    }
+}
+
+impl From<&Bottleneck> for BottleneckReport {
+    fn from(bottleneck: &Bottleneck) -> Self {
+        let share = |cause| bottleneck.share(cause).map(percent);
+        Self {
+            processor: share(Cause::Processor),
+            limit: share(Cause::Limit),
+            destination: share(Cause::Destination),
+            wire: share(Cause::Wire),
+            guest: share(Cause::Guest),
+            source: share(Cause::Source),
+        }
+    }
+}
+
+/// One stage in one lane.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StageReport {
+    /// Its name.
+    pub name: Untrusted,
+    /// Its lane, or the number of its connection; null if there is one of it only.
+    pub lane: Option<u16>,
+    /// Time it worked.
+    pub busy_ms: f64,
+    /// Time it waited for input.
+    pub input_wait_ms: f64,
+    /// Time it waited for room behind it.
+    pub output_wait_ms: f64,
+    /// Time it waited for `max_bandwidth`.
+    #[serde(default)]
+    pub limit_wait_ms: f64,
+    /// Batches that passed.
+    pub batches: u64,
+    /// Pages that passed.
+    pub pages: u64,
+}
+
+impl Report {
+    /// The report of a migration seen from one end, or, with `other`, from the source with what its destination said: the
+    /// stages are those of both, and the destination says whether it verified. `role` is "run", "send" or "recv".
+    ///
+    /// # Panics
+    /// If `account` has not ended.
+    #[must_use]
+    pub fn new(role: &'static str, verdict: &Ended, account: &Account, other: Option<&Account>) -> Self {
+        let ended = account.ended.as_ref().expect("an account that ended");
+        let far = other.and_then(|account| account.ended.as_ref());
+        let stages = readings(account, other);
+        let held_up = held_up(ended, far);
+        Self {
+            schema: SCHEMA,
+            role,
+            status: status(verdict.phase),
+            error: verdict.error.clone(),
+            verified: far.map_or(ended.verified, |far| far.verified),
+            guest: guest(&account.blocks, account.pages),
+            total_ms: ms(ended.total),
+            setup_ms: ms(ended.setup),
+            downtime_ms: ended.downtime.map(ms),
+            downtime: downtime(ended),
+            forecast: ended.forecast.map(|forecast| forecast_report(&forecast, ended.switchover())),
+            decisions: account.decided.iter().map(decision).collect(),
+            changes: account.changed.iter().map(change).collect(),
+            wire_bytes: ended.wire_bytes,
+            throughput_bytes_per_s: throughput(ended).round(),
+            spared: spared(ended.spared),
+            memory_bound_bytes: account.memory_bound + other.map_or(0, |other| other.memory_bound),
+            memory_peak_bytes: ended.memory_peak + far.map_or(0, |far| far.memory_peak),
+            bottleneck: held_up.to_string(),
+            bottleneck_percent: (&held_up).into(),
+            cpu_ms: ms(ended.cpu),
+            rounds: account.rounds.iter().map(round).collect(),
+            stages: stages.iter().map(stage).collect(),
+        }
+    }
+
+    /// Writes it as JSON, whole or not at all. What is no plain file (`/dev/stdout`, a pipe, a link) is written into, never
+    /// replaced.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn write(&self, file: &Path) -> io::Result<()> {
+        write(file, &self.to_json())
+    }
+
+    /// The JSON that [`write`](Self::write) puts into a file.
+    pub fn to_json(&self) -> Vec<u8> {
+        let mut json = serde_json::to_vec_pretty(self).expect("plain values become JSON");
+        json.push(b'\n');
+        json
+    }
+}
+
+/// How the stages of both ends spent their time, as far as they have ended.
+#[must_use]
+pub fn readings(account: &Account, other: Option<&Account>) -> Vec<Reading> {
+    let ends = [Some(account), other].into_iter().flatten().filter_map(|account| account.ended.as_ref());
+    ends.flat_map(|ended| ended.stages.iter().cloned()).collect()
+}
+
+/// What held a migration up: both ends are in one process where this one knows what the other came to.
+#[must_use]
+pub fn held_up(ended: &Ended, far: Option<&Ended>) -> Bottleneck {
+    far.map_or(ended.bottleneck, |far| ended.bottleneck.beside(&far.bottleneck))
+}
+
+/// The stage that worked the greatest share of its time, and that share; none if no stage has run.
+#[must_use]
+pub fn busiest(stages: &[Reading]) -> Option<(&Reading, f64)> {
+    let share = |stage: &Reading| stage.busy.as_secs_f64() / stage.life().as_secs_f64().max(f64::MIN_POSITIVE);
+    let shares = stages.iter().map(|stage| (stage, share(stage)));
+    shares.max_by(|a, b| a.1.total_cmp(&b.1))
+}
+
+/// What the end of a migration is called.
+#[must_use]
+pub fn status(phase: Phase) -> &'static str {
+    match phase {
+        Phase::Completed => "completed",
+        Phase::Cancelled => "cancelled",
+        Phase::Unconfirmed => "unconfirmed",
+        Phase::Setup | Phase::Active | Phase::Switchover | Phase::Failed => "failed",
+    }
+}
+
+/// Bytes on the wire for each second after the setup.
+#[must_use]
+pub fn throughput(ended: &Ended) -> f64 {
+    let seconds = ended.total.saturating_sub(ended.setup).as_secs_f64();
+    #[expect(clippy::cast_precision_loss, reason = "a rate")]
+    let bytes = ended.wire_bytes as f64;
+    if seconds > 0.0 { bytes / seconds } else { 0.0 }
+}
+
+fn guest(blocks: &[BlockFacts], pages: u64) -> GuestReport {
+    let block =
+        |block: &BlockFacts| BlockReport { id: block.id.clone(), bytes: block.bytes, page_size: block.page_size };
+    let bytes = blocks.iter().map(|block| block.bytes).sum();
+    GuestReport { bytes, pages, blocks: blocks.iter().map(block).collect() }
+}
+
+fn spared(spared: Spared) -> SparedReport {
+    let Spared { hinted, dropped, unplugged, ignored } = spared;
+    SparedReport { hinted, hints_dropped: dropped, unplugged, ignored }
+}
+
+fn downtime(ended: &Ended) -> DowntimeReport {
+    let parts = &ended.parts;
+    DowntimeReport {
+        final_sync_ms: ms(parts.final_sync),
+        final_transfer_ms: ms(parts.final_transfer),
+        state_ms: ms(parts.state),
+        verify_ms: ms(parts.verify),
+        handover_ms: ms(parts.handover),
+    }
+}
+
+fn forecast_report(forecast: &Forecast, downtime: Option<Duration>) -> ForecastReport {
+    let fixed = forecast.fixed;
+    ForecastReport {
+        expected_ms: ms(forecast.expected()),
+        error_percent: downtime.map(|downtime| (error_percent(forecast, downtime) * 10.0).round() / 10.0),
+        remaining_bytes: whole(forecast.remaining_bytes),
+        transfer_ms: ms(forecast.transfer),
+        sync_ms: ms(fixed.sync),
+        verify_ms: ms(fixed.verify),
+        handover_ms: ms(fixed.handover),
+    }
+}
+
+/// How far a forecast was above the downtime that came of it, in percent of that.
+#[must_use]
+pub fn error_percent(forecast: &Forecast, downtime: Duration) -> f64 {
+    let (expected, took) = (forecast.expected().as_secs_f64(), downtime.as_secs_f64());
+    (expected / took - 1.0) * 100.0
+}
+
+fn decision(decided: &Decided) -> DecisionReport {
+    DecisionReport {
+        round: decided.round,
+        decision: decision_name(decided.decision).into(),
+        expected_ms: decided.forecast.map(|forecast| ms(forecast.expected())),
+        why: decided.why.as_str().into(),
+    }
+}
+
+/// What a decision is called.
+#[must_use]
+pub fn decision_name(decision: Decision) -> &'static str {
+    match decision {
+        Decision::AnotherRound => "another-round",
+        Decision::Sample(_) => "sample",
+        Decision::Drain => "drain",
+        Decision::Throttle(_) => "throttle",
+        Decision::RaiseLimit(_) => "raise-downtime-limit",
+        Decision::SwitchOver => "switch-over",
+        Decision::GiveUp => "give-up",
+    }
+}
+
+fn change(changed: &Changed) -> ChangeReport {
+    let Changed { round, from, to, .. } = changed;
+    ChangeReport { round: *round, key: to.key().into(), from: from.to_string().into(), to: to.to_string().into() }
+}
+
+fn round(round: &Round) -> RoundReport {
+    let &Round { tally, duration, is_sample, dirty_after } = round;
+    RoundReport { round: tally.round, ms: ms(duration), sample: is_sample, pages: (&tally).into(), dirty_after }
+}
+
+fn stage(reading: &Reading) -> StageReport {
+    StageReport {
+        name: reading.name.into(),
+        lane: reading.lane,
+        busy_ms: ms(reading.busy),
+        input_wait_ms: ms(reading.input_wait),
+        output_wait_ms: ms(reading.output_wait),
+        limit_wait_ms: ms(reading.limit_wait),
+        batches: reading.batches,
+        pages: reading.pages,
+    }
+}
+
+/// A share in percent, to the tenth.
+fn percent(share: f64) -> f64 {
+    (share * 1e3).round() / 10.0
+}
+
+/// Milliseconds, to the microsecond.
+fn ms(time: Duration) -> f64 {
+    (time.as_secs_f64() * 1e6).round() / 1e3
+}
+
+#[cfg(test)]
+pub(crate) mod tests;

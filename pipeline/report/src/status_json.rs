@@ -1,0 +1,85 @@
+//! The status of a running migration as JSON: what `GET /migration` of the control API answers.
+//!
+//! Names and units are those of [`event_json`](super::event_json), whose types stand in it. What cannot be told is null.
+
+use memferry_stages::untrusted::Untrusted;
+use serde::Serialize;
+use serde_json::{Map, Value};
+
+use super::event_json::{DecidedJson, EndedJson, PhaseName, ProgressJson, RoleName};
+use super::{ForecastReport, forecast_report, ms};
+use memferry::control::{Change, InForce, Status};
+use memferry::settings::SwitchoverBandwidth;
+
+/// The version of the names in it.
+pub const SCHEMA: u32 = 1;
+
+/// What one end of a migration is doing.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct StatusJson {
+    /// [`SCHEMA`].
+    pub schema: u32,
+    /// Which end; null before it has begun.
+    pub role: Option<RoleName>,
+    /// Where it stands.
+    pub phase: PhaseName,
+    /// Since it began; once it has ended, how long it took.
+    pub elapsed_ms: f64,
+    /// Who is at the other end, or which file.
+    pub peer: Option<Untrusted>,
+    /// Bytes of the guest; 0 before they are known.
+    pub total_bytes: u64,
+    /// Bound of the memory that the engine takes for itself.
+    pub memory_bound_bytes: u64,
+    /// Rounds that are complete.
+    pub rounds: u32,
+    /// Is a cancel too late?
+    pub handed_over: bool,
+    /// The settings that may be changed, as a PATCH takes them; null at the destination.
+    pub settings: Option<Map<String, Value>>,
+    /// The latest figures.
+    pub progress: Option<ProgressJson>,
+    /// The latest forecast that a decision rests on.
+    pub forecast: Option<ForecastReport>,
+    /// The latest decision.
+    pub decision: Option<DecidedJson>,
+    /// What the operator should know, the latest last.
+    pub warnings: Vec<String>,
+    /// How it ended; null while it goes on.
+    pub ended: Option<EndedJson>,
+}
+
+impl From<&Status> for StatusJson {
+    fn from(status: &Status) -> Self {
+        Self {
+            schema: SCHEMA,
+            role: status.role.map(RoleName::from),
+            phase: status.phase.into(),
+            elapsed_ms: ms(status.elapsed),
+            peer: status.peer.clone(),
+            total_bytes: status.total_bytes,
+            memory_bound_bytes: status.memory_bound,
+            rounds: status.rounds,
+            handed_over: status.is_handed_over,
+            settings: status.in_force.as_ref().map(settings),
+            progress: status.progress.as_ref().map(ProgressJson::from),
+            forecast: status.forecast.map(|forecast| forecast_report(&forecast, None)),
+            decision: status.decision.as_ref().map(DecidedJson::from),
+            warnings: status.warnings.clone(),
+            ended: status.ended.as_ref().map(EndedJson::from),
+        }
+    }
+}
+
+fn settings(in_force: &InForce) -> Map<String, Value> {
+    in_force.list().iter().map(|setting| (setting.key().to_owned(), value(setting))).collect()
+}
+
+/// The value as a PATCH takes it.
+fn value(setting: &Change) -> Value {
+    match setting {
+        Change::ThrottleMost(percent) => (*percent).into(),
+        Change::SwitchoverBandwidth(SwitchoverBandwidth::AsRounds) => Value::Null,
+        other => other.to_string().into(),
+    }
+}

@@ -1,0 +1,183 @@
+//! The end of a migration as a person reads it: verdict, rounds, decisions, downtime, bottleneck. At most 100 columns.
+
+use std::fmt::Write;
+use std::time::Duration;
+
+use memferry_stages::clears::Spared;
+
+use super::account::{Account, Round};
+use super::{busiest, error_percent, held_up, readings, status, throughput};
+use memferry::bottleneck::stage_name;
+use memferry::controller::forecast::{FixedCost, Forecast};
+use memferry::controller::{Decided, Decision};
+use memferry::events::{Ended, Phase};
+use memferry::human;
+
+const HEADS: [&str; 11] =
+    ["round", "time", "pages", "zero", "raw", "compressed", "xbzrle", "unchanged", "in", "out", "dirty after"];
+
+/// Rounds, and decisions, that are shown from the start and from the end.
+const FIRST: usize = 8;
+const LAST: usize = 4;
+/// The columns of a line, and of the name before it.
+const WIDTH: usize = 100;
+const NAME: usize = 12;
+
+/// The verdict in one line.
+#[must_use]
+pub fn verdict(verdict: &Ended, account: &Account) -> String {
+    let mut line = status(verdict.phase).to_owned();
+    if !verdict.total.is_zero() {
+        write!(line, " after {}", human::time(verdict.total)).expect("a string takes it");
+    }
+    if let Some(error) = verdict.error.as_ref().filter(|error| *error != status(verdict.phase)) {
+        write!(line, ": {error}").expect("a string takes it");
+    }
+    if verdict.phase == Phase::Completed {
+        write!(line, ": {} moved", human::bytes(account.bytes())).expect("a string takes it");
+        if let Some(downtime) = verdict.downtime {
+            write!(line, ", downtime {}", human::time(downtime)).expect("a string takes it");
+        }
+        line.push_str(if verdict.verified == Some(true) { ", verified" } else { ", not verified" });
+    } else if let Some(downtime) = verdict.downtime {
+        write!(line, "; the guest was paused for {}", human::time(downtime)).expect("a string takes it");
+    }
+    line
+}
+
+/// Everything under the verdict: the table of rounds, then the lines about the whole. Empty if no stage has run.
+#[must_use]
+pub fn summary(account: &Account, other: Option<&Account>) -> String {
+    let Some(ended) = account.ended.as_ref().filter(|ended| !ended.stages.is_empty()) else { return String::new() };
+    let mut text = String::new();
+    if !account.rounds.is_empty() {
+        text.push_str(&rounds(&account.rounds));
+        text.push('\n');
+    }
+    for (name, line) in lines(ended, account, other) {
+        for (index, part) in human::wrap(&line, WIDTH - NAME).iter().enumerate() {
+            let name = if index == 0 { name } else { "" };
+            writeln!(text, "{name:<NAME$}{part}").expect("a string takes it");
+        }
+    }
+    text
+}
+
+/// All rounds, or the first and the last where they are many.
+fn rounds(rounds: &[Round]) -> String {
+    let left_out = rounds.len().saturating_sub(FIRST + LAST);
+    if left_out < 2 {
+        return columns(rounds.iter().map(row)).join("\n") + "\n";
+    }
+    let last = &rounds[rounds.len() - LAST..];
+    let mut lines = columns(rounds[..FIRST].iter().chain(last).map(row));
+    lines.insert(1 + FIRST, format!("  ... {} more", human::counted(left_out as u64, "round")));
+    lines.join("\n") + "\n"
+}
+
+fn row(round: &Round) -> [String; 11] {
+    let tally = &round.tally;
+    let kind = match (tally.last, round.is_sample) {
+        (true, _) => " last",
+        (_, true) => " sample",
+        _ => "",
+    };
+    let number = format!("{}{kind}", tally.round);
+    let dirty = round.dirty_after.map_or_else(|| "-".into(), human::count);
+    [
+        number,
+        human::time(round.duration),
+        human::count(tally.pages),
+        human::count(tally.zero),
+        human::count(tally.raw),
+        human::count(tally.compressed),
+        human::count(tally.xbzrle),
+        human::count(tally.unchanged),
+        human::bytes(tally.bytes_in),
+        human::bytes(tally.bytes_out),
+        dirty,
+    ]
+}
+
+/// Rows under their heads, each column as wide as its widest cell.
+fn columns(rows: impl Iterator<Item = [String; 11]>) -> Vec<String> {
+    let rows: Vec<_> = std::iter::once(HEADS.map(str::to_owned)).chain(rows).collect();
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let widths: [usize; 11] = std::array::from_fn(width);
+    let line = |row: &[String; 11]| {
+        let cells = row.iter().zip(widths).map(|(cell, width)| format!("{cell:>width$}"));
+        cells.collect::<Vec<_>>().join(" ")
+    };
+    rows.iter().map(line).collect()
+}
+
+/// What did not travel, and why; nothing if all did.
+fn spared(spared: &Spared) -> Option<String> {
+    let whys = [(spared.hinted, "hinted free"), (spared.unplugged, "unplugged"), (spared.ignored, "of ignored blocks")];
+    let parts: Vec<_> = whys
+        .into_iter()
+        .filter(|(pages, _)| *pages > 0)
+        .map(|(pages, why)| format!("{} pages {why}", human::count(pages)))
+        .collect();
+    (!parts.is_empty()).then(|| parts.join(", "))
+}
+
+/// What the controller did beside rounds, in words and figures: each decision once, or the first and the last where they are many.
+/// That it gave up says the verdict.
+fn decisions(decided: &[Decided]) -> Vec<(&'static str, String)> {
+    let shown = |decided: &&Decided| {
+        matches!(decided.decision, Decision::Throttle(_) | Decision::RaiseLimit(_) | Decision::SwitchOver)
+    };
+    let mut lines: Vec<_> =
+        decided.iter().filter(shown).map(|decided| format!("round {}: {}", decided.round, decided.why)).collect();
+    let left_out = lines.len().saturating_sub(FIRST + LAST);
+    if left_out > 1 {
+        lines.splice(FIRST..FIRST + left_out, [format!("... {} more", human::counted(left_out as u64, "decision"))]);
+    }
+    let names = std::iter::once("decided").chain(std::iter::repeat(""));
+    names.zip(lines).collect()
+}
+
+fn lines(ended: &Ended, account: &Account, other: Option<&Account>) -> Vec<(&'static str, String)> {
+    let far = other.and_then(|account| account.ended.as_ref());
+    let mut lines = decisions(&account.decided);
+    if let Some(downtime) = ended.downtime {
+        let parts = &ended.parts;
+        let parts = [
+            ("sync", parts.final_sync),
+            ("transfer", parts.final_transfer),
+            ("state", parts.state),
+            ("verify", parts.verify),
+            ("handover", parts.handover),
+        ];
+        let parts = parts.map(|(name, time)| format!("{name} {}", human::time(time))).join(", ");
+        let resumed = if ended.switchover().is_none() { " until it was resumed at the source" } else { "" };
+        lines.push(("downtime", format!("{}{resumed}: {parts}", human::time(downtime))));
+    }
+    if let (Some(forecast), Some(downtime)) = (&ended.forecast, ended.switchover()) {
+        lines.push(("forecast", forecast_line(forecast, downtime)));
+    }
+    let rate = human::rate(throughput(ended));
+    lines.push(("wire", format!("{} at {rate}, setup {}", human::bytes(ended.wire_bytes), human::time(ended.setup))));
+    lines.extend(spared(&ended.spared).map(|line| ("spared", line)));
+    let peak = ended.memory_peak + far.map_or(0, |far| far.memory_peak);
+    let bound = account.memory_bound + other.map_or(0, |other| other.memory_bound);
+    lines.push(("memory", format!("{} at most, {} allowed", human::bytes(peak), human::bytes(bound))));
+    let stages = readings(account, other);
+    if let Some((stage, share)) = busiest(&stages) {
+        lines.push(("bottleneck", held_up(ended, far).to_string()));
+        lines.push(("busiest", format!("the {}: {:.0} % of the time", stage_name(stage), share * 100.0)));
+    }
+    let cpu = human::time(ended.cpu);
+    lines.push(("processor", format!("{cpu} of the whole process")));
+    lines
+}
+
+/// What was expected of the downtime, and how far off that was.
+fn forecast_line(forecast: &Forecast, downtime: Duration) -> String {
+    let FixedCost { sync, verify, handover } = forecast.fixed;
+    let [expected, transfer, sync, verify, handover] =
+        [forecast.expected(), forecast.transfer, sync, verify, handover].map(human::time);
+    let off = error_percent(forecast, downtime);
+    format!("{expected} ({off:+.0} %): sync {sync}, transfer {transfer}, verify {verify}, handover {handover}")
+}

@@ -1,0 +1,188 @@
+//! What report and table make of a made-up migration.
+
+use std::time::Duration;
+
+use super::account::Accountant;
+use super::*;
+use memferry::events::{Event, Observer, Role};
+use memferry::samples::{ended, script};
+
+fn accountant() -> Accountant {
+    let accountant = Accountant::default();
+    for role in [Role::Source, Role::Destination] {
+        script(role).iter().for_each(|event| accountant.event(role, event));
+    }
+    accountant
+}
+
+fn report() -> Report {
+    let accountant = accountant();
+    let (source, destination) = (accountant.account(Role::Source), accountant.account(Role::Destination));
+    Report::new("run", &ended(Role::Source), &source, Some(&destination))
+}
+
+fn names(value: &serde_json::Value) -> String {
+    value.as_object().unwrap().keys().map(String::as_str).collect::<Vec<_>>().join(" ")
+}
+
+#[test]
+fn the_report_has_exactly_the_names_that_were_agreed() {
+    let json = serde_json::to_value(report()).unwrap();
+    let sorted = |text: &str| {
+        let mut words: Vec<_> = text.split_whitespace().collect();
+        words.sort_unstable();
+        words.join(" ")
+    };
+    let top = "schema role status error verified guest total_ms setup_ms downtime_ms downtime forecast decisions changes \
+               wire_bytes spared throughput_bytes_per_s memory_bound_bytes memory_peak_bytes bottleneck \
+               bottleneck_percent cpu_ms rounds stages";
+    let round = "round ms sample pages zero raw compressed xbzrle unchanged xbzrle_misses xbzrle_overflows bytes_in bytes_out \
+                 dirty_after";
+    let stage = "name lane busy_ms input_wait_ms output_wait_ms limit_wait_ms batches pages";
+    assert_eq!(sorted(&names(&json)), sorted(top));
+    assert_eq!(sorted(&names(&json["guest"])), "blocks bytes pages");
+    assert_eq!(sorted(&names(&json["guest"]["blocks"][0])), "bytes id page_size");
+    assert_eq!(sorted(&names(&json["downtime"])), "final_sync_ms final_transfer_ms handover_ms state_ms verify_ms");
+    assert_eq!(sorted(&names(&json["spared"])), "hinted hints_dropped ignored unplugged");
+    assert_eq!(
+        sorted(&names(&json["forecast"])),
+        "error_percent expected_ms handover_ms remaining_bytes sync_ms transfer_ms verify_ms"
+    );
+    let shares = "processor limit destination wire guest source";
+    assert_eq!(sorted(&names(&json["bottleneck_percent"])), sorted(shares));
+    assert_eq!(sorted(&names(&json["decisions"][0])), "decision expected_ms round why");
+    assert_eq!(sorted(&names(&json["rounds"][0])), sorted(round));
+    assert_eq!(sorted(&names(&json["stages"][0])), sorted(stage));
+}
+
+#[test]
+fn the_report_says_what_the_events_said() {
+    let report = report();
+    assert_eq!((report.schema, report.role, report.status, report.verified), (1, "run", "completed", Some(true)));
+    assert_eq!((report.total_ms, report.setup_ms, report.downtime_ms), (2500.0, 100.0, Some(213.0)));
+    // 212 ms were expected, and it took 213.
+    let forecast = report.forecast.unwrap();
+    assert_eq!((forecast.expected_ms, forecast.error_percent), (212.0, Some(-0.5)));
+    assert_eq!(report.decisions[0].decision, "switch-over");
+    assert_eq!(report.guest.bytes, 1 << 30);
+    let SparedReport { hinted, hints_dropped, unplugged, ignored } = report.spared;
+    assert_eq!((hinted, hints_dropped, unplugged, ignored), (5000, 3, 2048, 0));
+    assert_eq!(report.rounds.iter().map(|round| round.dirty_after).collect::<Vec<_>>(), [Some(900), Some(0)]);
+    for round in &report.rounds {
+        assert_eq!(
+            round.pages.zero + round.pages.raw + round.pages.compressed + round.pages.xbzrle + round.pages.unchanged,
+            round.pages.all
+        );
+    }
+    assert_eq!(
+        report.stages.iter().map(|stage| stage.name.raw()).collect::<Vec<_>>(),
+        ["scanner", "encoder", "loader"]
+    );
+    assert_eq!((report.memory_bound_bytes, report.memory_peak_bytes), (128 << 20, 20 << 20));
+    assert_eq!(report.bottleneck, "processor 96 %, wire 25 %, destination 12 %, max_bandwidth 0 %");
+    assert_eq!((report.bottleneck_percent.destination, report.bottleneck_percent.guest), (Some(12.5), None));
+    assert_eq!(report.cpu_ms, 4600.0);
+    assert!((report.throughput_bytes_per_s - f64::from(512 << 20) / 2.4).abs() < 1.0);
+}
+
+#[test]
+fn the_report_is_written_whole_or_not_at_all() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("report.json");
+    report().write(&file).unwrap();
+    let json: serde_json::Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+    assert_eq!(json["status"], "completed");
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+    assert!(report().write(&folder.path().join("absent/report.json")).is_err());
+}
+
+#[test]
+fn a_report_goes_through_a_link_and_leaves_it_there() {
+    let folder = tempfile::tempdir().unwrap();
+    let (file, link) = (folder.path().join("report.json"), folder.path().join("link"));
+    std::fs::write(&file, "old").unwrap();
+    std::os::unix::fs::symlink(&file, &link).unwrap();
+    report().write(&link).unwrap();
+    assert!(link.symlink_metadata().unwrap().is_symlink());
+    serde_json::from_slice::<serde_json::Value>(&std::fs::read(&file).unwrap()).unwrap();
+}
+
+#[test]
+fn the_table_fits_a_terminal() {
+    let accountant = accountant();
+    let (source, destination) = (accountant.account(Role::Source), accountant.account(Role::Destination));
+    let verdict = table::verdict(&ended(Role::Source), &source);
+    let text = format!("{verdict}\n\n{}", table::summary(&source, Some(&destination)));
+    insta::assert_snapshot!(text, @r"
+    completed after 2.50 s: 1.00 GiB moved, downtime 213 ms, verified
+
+     round    time   pages    zero    raw compressed xbzrle unchanged       in      out dirty after
+         1  2.10 s 262,144 100,000 12,144    150,000      0         0 1.00 GiB  512 MiB         900
+    2 last 90.0 ms   1,000       0     10          0    890       100 3.91 MiB 66.4 KiB           0
+
+    decided     round 1: switch over: it fits
+    downtime    213 ms: sync 3.00 ms, transfer 90.0 ms, state 10.0 ms, verify 100 ms, handover 10.0 ms
+    forecast    212 ms (-0 %): sync 2.00 ms, transfer 95.0 ms, verify 110 ms, handover 5.00 ms
+    wire        512 MiB at 213 MiB/s, setup 100 ms
+    spared      5,000 pages hinted free, 2,048 pages unplugged
+    memory      20.0 MiB at most, 128 MiB allowed
+    bottleneck  processor 96 %, wire 25 %, destination 12 %, max_bandwidth 0 %
+    busiest     the encoder of lane 0: 96 % of the time
+    processor   4.60 s of the whole process
+    ");
+    assert!(text.lines().all(|line| line.chars().count() <= 100));
+}
+
+#[test]
+fn of_many_rounds_the_first_and_the_last_are_shown() {
+    let mut account = accountant().account(Role::Source);
+    let last = account.rounds.pop().unwrap();
+    account.rounds.extend(vec![account.rounds[0].clone(); 29]);
+    account.rounds.push(last);
+    let text = table::summary(&account, None);
+    let lines: Vec<_> = text.lines().collect();
+    assert_eq!(lines[9], "  ... 19 rounds more");
+    assert!(lines[13].starts_with("2 last") && lines[14].is_empty(), "{text}");
+}
+
+#[test]
+fn each_decision_is_told_once_with_its_figures() {
+    let mut account = accountant().account(Role::Source);
+    let decided = |round, decision, why: &str| Decided { round, decision, why: why.into(), forecast: None };
+    let outlook = "expected downtime 1.67 s (transfer 1.39 s for 139 MiB, sync 2.16 ms, verify 280 ms, handover 1.01 ms), limit 300 ms";
+    account.decided = vec![
+        decided(1, Decision::AnotherRound, "another round"),
+        decided(
+            2,
+            Decision::Throttle(50),
+            &format!("throttle the guest to 50 %: 2 rounds brought no new least of what remains; {outlook}"),
+        ),
+        decided(4, Decision::RaiseLimit(Duration::from_millis(800)), "the downtime limit is raised to 800 ms"),
+        decided(5, Decision::GiveUp, "gave up"),
+    ];
+    let text = table::summary(&account, None);
+    let lines: Vec<_> = text.lines().skip_while(|line| !line.starts_with("decided")).take(4).collect();
+    insta::assert_snapshot!(lines.join("\n"), @r"
+    decided     round 2: throttle the guest to 50 %: 2 rounds brought no new least of what remains;
+                expected downtime 1.67 s (transfer 1.39 s for 139 MiB, sync 2.16 ms, verify 280 ms,
+                handover 1.01 ms), limit 300 ms
+                round 4: the downtime limit is raised to 800 ms
+    ");
+    account.decided = (0..40).map(|round| decided(round, Decision::Throttle(50), "throttle")).collect();
+    let text = table::summary(&account, None);
+    assert_eq!(text.lines().filter(|line| line.ends_with(": throttle")).count(), 12, "{text}");
+    assert!(text.contains("... 28 decisions more"), "{text}");
+}
+
+#[test]
+fn a_failure_says_why_and_claims_nothing() {
+    let failed = Ended { phase: Phase::Failed, error: Some("disk full".into()), verified: None, ..ended(Role::Source) };
+    let verdict = |ended: &Ended| table::verdict(ended, &account::Account::default());
+    assert_eq!(verdict(&failed), "failed after 2.50 s: disk full; the guest was paused for 213 ms");
+    assert_eq!(verdict(&Ended { downtime: None, ..failed.clone() }), "failed after 2.50 s: disk full");
+    let mut account = account::Account::default();
+    account.enter(&Event::Ended(failed), Duration::from_secs(1));
+    let table = table::summary(&account, None);
+    assert!(table.contains("downtime    213 ms until it was resumed at the source: sync "), "{table}");
+    assert!(!table.contains("forecast"), "a forecast is measured by a switchover that came to its end: {table}");
+}

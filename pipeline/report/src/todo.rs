@@ -1,0 +1,245 @@
+//! What the figures of a migration say should be set otherwise.
+
+use memferry_stages::codec::Codec;
+use memferry_stages::tally::RoundTally;
+use std::fmt;
+
+use super::account::{Account, Round};
+use memferry::bottleneck::{Bottleneck, Cause};
+use memferry::control::Change;
+use memferry::human;
+use memferry::settings::SourceSettings;
+use memferry::values::{Bandwidth, Size};
+
+/// The share of the time from which something is what held a migration up.
+const HELD: f64 = 0.8;
+/// The share of lookups from which misses of the cache are a matter of its size.
+const MISSED: f64 = 0.5;
+/// Fewer misses are no matter.
+const WORTH: u64 = 1000;
+/// Bytes that the cache keeps besides each page.
+const SLOT_BYTES: u64 = 16;
+
+/// Something that should be set otherwise, with the figures that show it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Conclusion {
+    /// Pages were written more often than the cache could keep them.
+    CacheTooSmall {
+        /// The share of lookups that missed.
+        missed: f64,
+        /// The size of the cache.
+        cache: u64,
+        /// A size that holds every page that was written.
+        would_do: u64,
+    },
+    /// The bandwidth limit held the migration up.
+    LimitHeld {
+        /// The share of the time.
+        share: f64,
+        /// In bytes a second.
+        limit: u64,
+    },
+    /// The processors were full, with more lanes than cores.
+    TooManyLanes {
+        /// The share of the cores' time.
+        share: f64,
+        /// How many lanes.
+        lanes: u16,
+        /// How many cores.
+        cores: usize,
+    },
+    /// The processors were full.
+    ProcessorFull {
+        /// The share of the cores' time.
+        share: f64,
+        /// How many cores.
+        cores: usize,
+        /// Is the codec one that others need less of the processor than?
+        has_lighter_codec: bool,
+    },
+}
+
+impl fmt::Display for Conclusion {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {
+            Self::CacheTooSmall { missed, cache, would_do } => write!(
+                f,
+                "{} of the pages that were written again missed the XBZRLE cache of {}: xbzrle_cache = \"{}\" would hold all that \
+                 were written.",
+                percent(missed),
+                Size(cache),
+                Size(would_do)
+            ),
+            Self::LimitHeld { share, limit } => write!(
+                f,
+                "max_bandwidth = \"{}\" held it up for {} of the time: a higher limit makes it faster.",
+                Bandwidth(Some(limit)),
+                percent(share)
+            ),
+            Self::TooManyLanes { share, lanes, cores } => write!(
+                f,
+                "The processor was {} busy with {lanes} lanes on {}: lanes = {cores} is enough.",
+                percent(share),
+                human::counted(cores as u64, "core")
+            ),
+            Self::ProcessorFull { share, cores, has_lighter_codec } => write!(
+                f,
+                "The processor was {} busy ({}): {}.",
+                percent(share),
+                human::counted(cores as u64, "core"),
+                if has_lighter_codec { "compress = \"lz4\" takes less of it" } else { "leave it more cores" }
+            ),
+        }
+    }
+}
+
+/// What the figures say. Nothing where they show nothing that a setting would change.
+#[must_use]
+pub fn conclusions(
+    settings: &SourceSettings,
+    account: &Account,
+    held_up: &Bottleneck,
+    cores: usize,
+) -> Vec<Conclusion> {
+    let settings = &at_the_end(settings, account);
+    let limit = held(held_up, Cause::Limit)
+        .zip(settings.max_bandwidth)
+        .map(|(share, limit)| Conclusion::LimitHeld { share, limit });
+    let processor = held(held_up, Cause::Processor).map(|share| processor(settings, share, cores));
+    [cache(settings, account), limit, processor].into_iter().flatten().collect()
+}
+
+/// The settings with what was changed while the migration ran.
+fn at_the_end(settings: &SourceSettings, account: &Account) -> SourceSettings {
+    let mut settings = settings.clone();
+    for changed in &account.changed {
+        match (changed.to, &mut settings.encoder.xbzrle) {
+            (Change::MaxBandwidth(limit), _) => settings.max_bandwidth = limit,
+            (Change::XbzrleCache(bytes), Some(xbzrle)) => xbzrle.cache_bytes = bytes,
+            _ => {}
+        }
+    }
+    settings
+}
+
+/// The share of something that held the migration up, if it did.
+fn held(held_up: &Bottleneck, cause: Cause) -> Option<f64> {
+    held_up.share(cause).filter(|share| *share >= HELD)
+}
+
+fn processor(settings: &SourceSettings, share: f64, cores: usize) -> Conclusion {
+    let has_lighter_codec = matches!(settings.encoder.compress, Some(Codec::Zstd { .. }));
+    if usize::from(settings.lanes) > cores {
+        Conclusion::TooManyLanes { share, lanes: settings.lanes, cores }
+    } else {
+        Conclusion::ProcessorFull { share, cores, has_lighter_codec }
+    }
+}
+
+fn cache(settings: &SourceSettings, account: &Account) -> Option<Conclusion> {
+    let cache = settings.encoder.xbzrle.as_ref()?.cache_bytes;
+    let block = account.blocks.first()?;
+    let later = || account.rounds.iter().skip(1).map(|round: &Round| &round.tally);
+    let sum = |of: fn(&RoundTally) -> u64| later().map(of).sum::<u64>();
+    let misses = sum(|tally| tally.xbzrle_misses);
+    let lookups = misses + sum(|tally| tally.xbzrle + tally.unchanged + tally.xbzrle_overflows);
+    let missed = misses as f64 / lookups.max(1) as f64;
+    // No more pages than these were written, and those of the first round are in the way of none.
+    let written = sum(|tally| tally.pages).min(account.pages);
+    let needed = written * (block.page_size + SLOT_BYTES);
+    // A little more: not every slot of a cache is ever used.
+    let would_do = (needed + needed / 16).next_multiple_of(16 << 20);
+    (missed >= MISSED && misses >= WORTH && needed > cache).then_some(Conclusion::CacheTooSmall {
+        missed,
+        cache,
+        would_do,
+    })
+}
+
+fn percent(share: f64) -> String {
+    format!("{:.0} %", share * 100.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use memferry::events::BlockFacts;
+    use memferry::settings::{EncoderSettings, XbzrleSettings};
+
+    fn settings() -> SourceSettings {
+        let xbzrle = Some(XbzrleSettings { cache_bytes: 64 << 20, ..XbzrleSettings::default() });
+        SourceSettings {
+            encoder: EncoderSettings { xbzrle, ..EncoderSettings::default() },
+            ..SourceSettings::default()
+        }
+    }
+
+    /// A GiB of which each later round has so many pages, with so many misses among them.
+    fn account(rounds: &[(u64, u64)]) -> Account {
+        let tally = |(pages, misses)| RoundTally {
+            pages,
+            xbzrle_misses: misses,
+            xbzrle: pages - misses,
+            ..RoundTally::default()
+        };
+        let first = RoundTally { pages: 262_144, raw: 262_144, ..RoundTally::default() };
+        let rounds = std::iter::once(first).chain(rounds.iter().copied().map(tally));
+        let round = |tally| Round { tally, duration: Duration::ZERO, is_sample: false, dirty_after: None };
+        Account {
+            blocks: vec![BlockFacts { id: "ram".into(), bytes: 1 << 30, page_size: 4096 }],
+            pages: 262_144,
+            rounds: rounds.map(round).collect(),
+            ..Account::default()
+        }
+    }
+
+    fn words(settings: &SourceSettings, account: &Account, held_up: &Bottleneck) -> Vec<String> {
+        conclusions(settings, account, held_up, 4).iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn a_cache_that_is_too_small_is_named_with_one_that_would_do() {
+        let missed = words(&settings(), &account(&[(60_000, 59_500), (40_000, 39_500)]), &Bottleneck::default());
+        let expected = "99 % of the pages that were written again missed the XBZRLE cache of 64 MiB: xbzrle_cache = \"432 MiB\" would \
+                        hold all that were written.";
+        assert_eq!(missed, [expected]);
+        // A cache that holds all of them misses pages that it was never given, and another size changes nothing.
+        assert_eq!(words(&settings(), &account(&[(10_000, 9_900)]), &Bottleneck::default()), [""; 0]);
+        assert_eq!(words(&settings(), &account(&[(60_000, 20_000)]), &Bottleneck::default()), [""; 0]);
+        let most = conclusions(&settings(), &account(&[(262_144, 262_144); 9]), &Bottleneck::default(), 4);
+        assert!(matches!(most[..], [Conclusion::CacheTooSmall { would_do, .. }] if would_do < 1200 << 20), "{most:?}");
+        let none = SourceSettings { encoder: EncoderSettings { compress: None, xbzrle: None }, ..settings() };
+        assert_eq!(words(&none, &account(&[(60_000, 60_000)]), &Bottleneck::default()), [""; 0]);
+    }
+
+    #[test]
+    fn what_held_it_up_is_named_with_what_to_set() {
+        let limited = SourceSettings { max_bandwidth: Some(100 << 20), ..settings() };
+        let shares = |limit, processor| Bottleneck::made_up(&[(Cause::Limit, limit), (Cause::Processor, processor)]);
+        let limit = &shares(0.93, 0.1);
+        let full = &shares(0.0, 0.95);
+        assert_eq!(
+            words(&limited, &account(&[]), limit),
+            ["max_bandwidth = \"100 MiB/s\" held it up for 93 % of the time: a higher limit makes it faster."]
+        );
+        assert_eq!(words(&settings(), &account(&[]), limit), [""; 0], "no limit is set");
+        let many = SourceSettings { lanes: 8, ..settings() };
+        assert_eq!(
+            words(&many, &account(&[]), full),
+            ["The processor was 95 % busy with 8 lanes on 4 cores: lanes = 4 is enough."]
+        );
+        assert_eq!(
+            words(&settings(), &account(&[]), full),
+            ["The processor was 95 % busy (4 cores): leave it more cores."]
+        );
+        let mut heavy = settings();
+        heavy.encoder.compress = Some(Codec::Zstd { level: 3 });
+        assert_eq!(
+            words(&heavy, &account(&[]), full),
+            ["The processor was 95 % busy (4 cores): compress = \"lz4\" takes less of it."]
+        );
+        assert_eq!(words(&many, &account(&[]), &shares(0.5, 0.5)), [""; 0]);
+    }
+}

@@ -1,7 +1,0 @@
-//! The `memferry` program.
-
-use std::process::ExitCode;
-
-fn main() -> ExitCode {
-    memferry::cli::main()
-}

@@ -1,0 +1,60 @@
+//! Files that are read whole: of bounded length, and none that could keep its reader waiting.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, ErrorKind, Read};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use rustix::fs::OFlags;
+
+/// The bytes of a regular file, at most `most`.
+///
+/// # Errors
+/// When it cannot be read, is no regular file, or is longer ([`ErrorKind::FileTooLarge`]).
+pub fn read(path: &Path, most: u64) -> io::Result<Vec<u8>> {
+    // To open a device may do something to it; to open a pipe without NONBLOCK waits for its writer.
+    require_regular(&std::fs::metadata(path)?)?;
+    let flags = i32::try_from(OFlags::NONBLOCK.bits()).expect("a flag of one word");
+    let file: File = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
+    let found = file.metadata()?;
+    require_regular(&found)?;
+    let too_long = || io::Error::new(ErrorKind::FileTooLarge, format!("it has more than {most} bytes"));
+    if found.len() > most {
+        return Err(too_long());
+    }
+    let mut bytes = Vec::new();
+    // It may grow meanwhile.
+    file.take(most.saturating_add(1)).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > most { Err(too_long()) } else { Ok(bytes) }
+}
+
+fn require_regular(found: &std::fs::Metadata) -> io::Result<()> {
+    if found.is_file() { Ok(()) } else { Err(io::Error::new(ErrorKind::InvalidInput, "it is no regular file")) }
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::fs::{CWD, FileType, Mode, mknodat};
+
+    use super::*;
+
+    #[test]
+    fn what_is_long_or_no_file_is_refused_at_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("file");
+        std::fs::write(&file, [7; 4096]).unwrap();
+        assert_eq!(read(&file, 4096).unwrap(), [7; 4096]);
+        let error = read(&file, 4095).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::FileTooLarge);
+        let pipe = folder.path().join("pipe");
+        mknodat(CWD, &pipe, FileType::Fifo, Mode::RUSR, 0).unwrap();
+        for other in [pipe.as_path(), folder.path(), Path::new("/dev/zero"), Path::new("/dev/null")] {
+            let error = read(other, 4096).unwrap_err().to_string();
+            assert_eq!(error, "it is no regular file", "{}", other.display());
+        }
+        // The kernel says of these that they have no length.
+        assert!(!read(Path::new("/proc/self/maps"), 1 << 20).unwrap().is_empty());
+        assert_eq!(read(Path::new("/proc/self/maps"), 10).unwrap_err().kind(), ErrorKind::FileTooLarge);
+        assert_eq!(read(&folder.path().join("absent"), 1).unwrap_err().kind(), ErrorKind::NotFound);
+    }
+}
