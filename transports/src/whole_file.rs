@@ -18,7 +18,7 @@ pub fn read(path: &Path, most: u64) -> io::Result<Vec<u8>> {
     let file: File = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
     let found = file.metadata()?;
     require_regular(&found)?;
-    let too_long = || io::Error::new(ErrorKind::FileTooLarge, format!("it has more than {most} bytes"));
+    let too_long = || io::Error::new(ErrorKind::FileTooLarge, format!("it has more than {}", size(most)));
     if found.len() > most {
         return Err(too_long());
     }
@@ -26,6 +26,10 @@ pub fn read(path: &Path, most: u64) -> io::Result<Vec<u8>> {
     // It may grow meanwhile.
     file.take(most.saturating_add(1)).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > most { Err(too_long()) } else { Ok(bytes) }
+}
+
+fn size(bytes: u64) -> String {
+    if bytes.is_multiple_of(1 << 20) { format!("{} MiB", bytes >> 20) } else { format!("{bytes} bytes") }
 }
 
 fn require_regular(found: &std::fs::Metadata) -> io::Result<()> {

@@ -32,7 +32,7 @@ fn guard_program(folder: &Path) -> PathBuf {
     let script = folder.join("guard.sh");
     let text = format!(
         "#!/bin/sh\n[ \"$*\" = guard ] || exit 9\ncd '{0}'\necho $$ > guard\n\
-         exec '{1}' --exact guest::file::guard::tests::acts_as_guard --ignored --nocapture\n",
+         exec '{1}' --exact file::guard::tests::acts_as_guard --ignored --nocapture\n",
         folder.display(),
         env::current_exe().unwrap().display(),
     );
@@ -75,7 +75,7 @@ enum Stops {
 /// A source process that has gone so far. Its standard error, and so its guard's, is `stderr`.
 fn source_process(folder: &Path, stops: Stops, stderr: impl Into<Stdio>) -> Child {
     let child = Command::new(env::current_exe().unwrap())
-        .args(["--exact", "guest::file::guard::tests::acts_as_source", "--ignored", "--nocapture"])
+        .args(["--exact", "file::guard::tests::acts_as_source", "--ignored", "--nocapture"])
         .env(SOURCE_FOLDER, folder)
         .env(SOURCE_STOPS, format!("{stops:?}"))
         .stdout(Stdio::null())
