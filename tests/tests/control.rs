@@ -354,6 +354,19 @@ fn it_does_not_switch_over_above_max_downtime() {
 }
 
 #[test]
+fn in_the_first_round_a_refusal_names_the_rate_that_is_shown() {
+    let settings = SourceSettings { max_bandwidth: Some(64 << 10), max_downtime: Some(2 * MS), ..endless() };
+    let (_, ends) = asked_hot(settings, |control| async move {
+        let has_rate = |status: &Status| status.progress.as_ref().is_some_and(|now| now.page_rate >= 1.0);
+        until(&control, "a rate", has_rate).await;
+        let refused = control.switch_over().await.unwrap_err();
+        assert!(refused.to_string().contains("are left, which take "), "{refused}");
+        control.cancel();
+    });
+    assert_eq!(ends.source.phase, Phase::Cancelled, "{:?}", ends.source.error);
+}
+
+#[test]
 fn all_of_several_changes_are_made_or_none() {
     let (_, ends) = asked_hot(endless(), |control| async move {
         rounds_run(&control).await;

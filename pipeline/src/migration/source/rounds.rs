@@ -10,7 +10,7 @@ use memferry_stages::wire::Message;
 use memferry_stages::wire::messages::Progress as Acknowledged;
 
 use super::Source;
-use crate::controller::forecast::Standing;
+use crate::controller::forecast::{Standing, whole};
 use crate::controller::{Decided, Decision};
 use crate::events::Event;
 use crate::migration::asked;
@@ -133,7 +133,8 @@ impl Source {
     /// How things stand with so many dirty pages.
     fn standing(&self, flow: &Flow, dirty_pages: u64) -> Standing {
         let in_flight_pages = flow.graph.in_flight.pages();
-        Standing { elapsed: self.started.elapsed(), dirty_pages, in_flight_pages, ..Standing::default() }
+        let page_rate = whole(self.page_speed.latest());
+        Standing { elapsed: self.started.elapsed(), dirty_pages, in_flight_pages, page_rate, ..Standing::default() }
     }
 
     /// Dirty pages of which a delta may be made. It takes a sweep over the bitmap.
