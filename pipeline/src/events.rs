@@ -165,6 +165,16 @@ pub struct DowntimeParts {
     pub verify: Duration,
     /// Go to Running.
     pub handover: Duration,
+    /// From the decision that the guest is not handed over until it was resumed at the source.
+    pub resume: Duration,
+}
+
+impl DowntimeParts {
+    /// All of them together: the downtime.
+    #[must_use]
+    pub fn total(&self) -> Duration {
+        self.final_sync + self.final_transfer + self.state + self.verify + self.handover + self.resume
+    }
 }
 
 /// Why a connection is turned away, as far as it matters to whoever watches.
@@ -309,7 +319,8 @@ pub struct Ended {
     /// How long the guest was paused: until it ran at the destination, or until it was resumed here, whatever the end. `None` if it
     /// was not paused, or still is.
     pub downtime: Option<Duration>,
-    /// Its parts, as far as it came.
+    /// Its parts, as far as it came: at the source they add up to it. A destination, which does not know how long it was, has those that
+    /// it works on.
     pub parts: DowntimeParts,
     /// What the controller expected of it when it decided to switch over, if it did and could tell.
     pub forecast: Option<Forecast>,

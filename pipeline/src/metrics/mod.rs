@@ -260,6 +260,7 @@ fn downtime_parts(role: &'static str, parts: &DowntimeParts) {
         ("state", parts.state),
         ("verify", parts.verify),
         ("handover", parts.handover),
+        ("resume", parts.resume),
     ];
     for (part, time) in parts {
         histogram!("memferry_downtime_part_seconds", "role" => role, "part" => part).record(time);

@@ -42,6 +42,7 @@ pub(crate) fn ended(role: Role) -> Ended {
             state: ms(10),
             verify: ms(100),
             handover: ms(10),
+            resume: Duration::ZERO,
         },
         forecast: Some(Forecast {
             remaining_bytes: 90_000.0,
@@ -220,7 +221,10 @@ fn the_report_has_exactly_the_names_that_were_agreed() {
     assert_eq!(sorted(&names(&json)), sorted(top));
     assert_eq!(sorted(&names(&json["guest"])), "blocks bytes pages");
     assert_eq!(sorted(&names(&json["guest"]["blocks"][0])), "bytes id page_size");
-    assert_eq!(sorted(&names(&json["downtime"])), "final_sync_ms final_transfer_ms handover_ms state_ms verify_ms");
+    assert_eq!(
+        sorted(&names(&json["downtime"])),
+        "final_sync_ms final_transfer_ms handover_ms resume_ms state_ms verify_ms"
+    );
     assert_eq!(sorted(&names(&json["spared"])), "hinted hints_dropped ignored unplugged");
     assert_eq!(
         sorted(&names(&json["forecast"])),
