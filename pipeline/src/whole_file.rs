@@ -1,11 +1,9 @@
 //! Files that are read whole: of bounded length, and none that could keep its reader waiting.
 
-use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind, Read};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-use rustix::fs::OFlags;
+use memferry_transports::temporary::open_regular;
 
 use crate::config::values::Size;
 
@@ -14,24 +12,15 @@ use crate::config::values::Size;
 /// # Errors
 /// When it cannot be read, is no regular file, or is longer ([`ErrorKind::FileTooLarge`]).
 pub(crate) fn read(path: &Path, most: u64) -> io::Result<Vec<u8>> {
-    // To open a device may do something to it; to open a pipe without NONBLOCK waits for its writer.
-    require_regular(&std::fs::metadata(path)?)?;
-    let flags = i32::try_from(OFlags::NONBLOCK.bits()).expect("a flag of one word");
-    let file: File = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
-    let found = file.metadata()?;
-    require_regular(&found)?;
+    let file = open_regular(path)?;
     let too_long = || io::Error::new(ErrorKind::FileTooLarge, format!("it has more than {}", Size(most)));
-    if found.len() > most {
+    if file.metadata()?.len() > most {
         return Err(too_long());
     }
     let mut bytes = Vec::new();
     // It may grow meanwhile.
     file.take(most.saturating_add(1)).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > most { Err(too_long()) } else { Ok(bytes) }
-}
-
-fn require_regular(found: &std::fs::Metadata) -> io::Result<()> {
-    if found.is_file() { Ok(()) } else { Err(io::Error::new(ErrorKind::InvalidInput, "it is no regular file")) }
 }
 
 #[cfg(test)]
@@ -50,10 +39,11 @@ mod tests {
         assert_eq!(error.kind(), ErrorKind::FileTooLarge);
         let pipe = folder.path().join("pipe");
         mknodat(CWD, &pipe, FileType::Fifo, Mode::RUSR, 0).unwrap();
-        for other in [pipe.as_path(), folder.path(), Path::new("/dev/zero"), Path::new("/dev/null")] {
-            let error = read(other, 4096).unwrap_err().to_string();
-            assert_eq!(error, "it is no regular file", "{}", other.display());
+        let refusal = |other: &Path| read(other, 4096).unwrap_err().to_string();
+        for other in [pipe.as_path(), Path::new("/dev/zero"), Path::new("/dev/null")] {
+            assert_eq!(refusal(other), "it is no regular file", "{}", other.display());
         }
+        assert_eq!(refusal(folder.path()), "it is a directory");
         // The kernel says of these that they have no length.
         assert!(!read(Path::new("/proc/self/maps"), 1 << 20).unwrap().is_empty());
         assert_eq!(read(Path::new("/proc/self/maps"), 10).unwrap_err().kind(), ErrorKind::FileTooLarge);
