@@ -221,7 +221,7 @@ fn a_throttle_above_its_ceiling_is_lowered_at_once() {
     assert_eq!(ends.source.phase, Phase::Cancelled);
     let last = last_progress(&ends, Role::Source);
     assert_eq!((last.throttle, last.wire_rate, last.page_rate, last.dirty_rate), (0, 0.0, 0.0, Some(0.0)));
-    assert!(last.expected_downtime.is_none() && last.remaining_bytes > 0);
+    assert!(last.expected_downtime.is_none() && last.remaining_bytes > Some(0));
     let levels = guest.throttled();
     let lowered = levels.iter().position(|&percent| percent == 10).unwrap_or_else(|| panic!("{levels:?}"));
     assert!(levels[..lowered].iter().all(|&percent| (30..=60).contains(&percent)), "{levels:?}");

@@ -131,7 +131,7 @@ pub(crate) fn every_event() -> Vec<Event> {
     };
     let progress = Progress {
         round: 2,
-        remaining_bytes: 123 << 20,
+        remaining_bytes: Some(123 << 20),
         total_bytes: 1 << 30,
         wire_bytes: 345 << 20,
         wire_rate: 103_000_000.4,
