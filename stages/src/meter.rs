@@ -4,9 +4,11 @@
 //! a stage that never waits costs nothing to measure. What is left of its lifetime is work. The figures go to the
 //! report, and the stage that waits least is the bottleneck.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
+
+use crate::token_bucket::TokenBucket;
 
 /// The meter of one stage in one lane. Shared: the stage writes, anyone reads.
 #[derive(Debug)]
@@ -18,10 +20,15 @@ pub struct Meter {
     input_wait_ns: AtomicU64,
     output_wait_ns: AtomicU64,
     limit_wait_ns: AtomicU64,
+    /// Time in which it waited for the limit though the bucket was full: it was not woken.
+    late_ns: AtomicU64,
     /// Since when it waits, in nanoseconds from the start, and for what in the lowest bit; 0 if it does not.
     waits: AtomicU64,
     /// Since when it waits for the bandwidth limit, in nanoseconds from the start; 0 if it does not.
     limited: AtomicU64,
+    /// What [`TokenBucket::filling`] read then, in nanoseconds.
+    filling: AtomicU64,
+    bucket: OnceLock<Arc<TokenBucket>>,
     batches: AtomicU64,
     pages: AtomicU64,
     bytes: AtomicU64,
@@ -46,12 +53,20 @@ pub struct Waiting<'a> {
     meter: &'a Meter,
     wait: Wait,
     since: Duration,
+    filling: Duration,
 }
 
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
         self.meter.since(self.wait).store(0, Ordering::Relaxed);
-        self.meter.waited(self.wait, self.meter.started.elapsed().saturating_sub(self.since));
+        let time = self.meter.started.elapsed().saturating_sub(self.since);
+        if self.wait == Wait::Limit {
+            let limited = self.meter.limited_since(self.filling).min(time);
+            self.meter.limit_wait_ns.fetch_add(nanos(limited), Ordering::Relaxed);
+            self.meter.late_ns.fetch_add(nanos(time - limited), Ordering::Relaxed);
+        } else {
+            self.meter.waited(self.wait, time);
+        }
     }
 }
 
@@ -62,13 +77,13 @@ pub struct Reading {
     pub name: &'static str,
     /// Its lane (a connection's number for sender and receiver), if there is one of it for each.
     pub lane: Option<u16>,
-    /// Time it worked: its lifetime less its waits.
+    /// Time it worked, or waited for a processor behind the bandwidth limit: its lifetime less its waits.
     pub busy: Duration,
     /// Time it waited for something to do.
     pub input_wait: Duration,
     /// Time it waited for room behind it: a full queue, an empty pool, a slow transport.
     pub output_wait: Duration,
-    /// Time it waited for the bandwidth limit.
+    /// Time it waited for the bandwidth limit while credit grew.
     pub limit_wait: Duration,
     /// Batches that passed.
     pub batches: u64,
@@ -99,8 +114,11 @@ impl Meter {
             input_wait_ns: zero(),
             output_wait_ns: zero(),
             limit_wait_ns: zero(),
+            late_ns: zero(),
             waits: zero(),
             limited: zero(),
+            filling: zero(),
+            bucket: OnceLock::new(),
             batches: zero(),
             pages: zero(),
             bytes: zero(),
@@ -145,13 +163,20 @@ impl Meter {
         self.held_bytes.load(Ordering::Relaxed)
     }
 
+    /// What limits the stage's bandwidth, which [`Wait::Limit`] waits for: once, before it waits.
+    pub fn limited_by(&self, bucket: Arc<TokenBucket>) {
+        self.bucket.set(bucket).expect("a stage has one limit");
+    }
+
     /// The stage waits until what this returns is dropped. It waits for one thing at a time, the limit aside.
     pub fn waiting(&self, wait: Wait) -> Waiting<'_> {
         let since = self.started.elapsed();
         let started = nanos(since).max(1);
         let cell = if wait == Wait::Limit { started } else { started << 1 | wait as u64 };
+        let filling = if wait == Wait::Limit { self.limited_since(Duration::ZERO) } else { Duration::ZERO };
+        self.filling.store(nanos(filling), Ordering::Relaxed);
         self.since(wait).store(cell, Ordering::Relaxed);
-        Waiting { meter: self, wait, since }
+        Waiting { meter: self, wait, since, filling }
     }
 
     /// Where the beginning of a wait is noted.
@@ -159,12 +184,13 @@ impl Meter {
         if wait == Wait::Limit { &self.limited } else { &self.waits }
     }
 
+    /// For how long credit has grown since the bucket read so much.
+    fn limited_since(&self, filling: Duration) -> Duration {
+        self.bucket.get().map_or(Duration::ZERO, |bucket| bucket.filling().saturating_sub(filling))
+    }
+
     fn waited(&self, wait: Wait, time: Duration) {
-        let waits = match wait {
-            Wait::Input => &self.input_wait_ns,
-            Wait::Output => &self.output_wait_ns,
-            Wait::Limit => &self.limit_wait_ns,
-        };
+        let waits = if wait == Wait::Input { &self.input_wait_ns } else { &self.output_wait_ns };
         waits.fetch_add(nanos(time), Ordering::Relaxed);
     }
 
@@ -178,11 +204,16 @@ impl Meter {
         if waits & 1 == Wait::Input as u64 { (time, Duration::ZERO) } else { (Duration::ZERO, time) }
     }
 
-    /// How long the limit was waited for, with the wait that goes on.
-    fn limit_wait(&self, life: Duration) -> Duration {
-        let (waited, since) = (self.limit_wait_ns.load(Ordering::Relaxed), self.limited.load(Ordering::Relaxed));
-        let ongoing = if since == 0 { Duration::ZERO } else { life.saturating_sub(Duration::from_nanos(since)) };
-        Duration::from_nanos(waited) + ongoing
+    /// How long the limit was waited for, and how long it was no longer, with the wait that goes on.
+    fn limit_waits(&self, life: Duration) -> (Duration, Duration) {
+        let load = |cell: &AtomicU64| Duration::from_nanos(cell.load(Ordering::Relaxed));
+        let (waited, late, since) = (load(&self.limit_wait_ns), load(&self.late_ns), load(&self.limited));
+        if since.is_zero() {
+            return (waited, late);
+        }
+        let time = life.saturating_sub(since);
+        let limited = self.limited_since(load(&self.filling)).min(time);
+        (waited + limited, late + (time - limited))
     }
 
     /// The stage has ended: its lifetime stops here.
@@ -199,13 +230,15 @@ impl Meter {
         let (input_wait, output_wait) = self.ongoing(life);
         let input_wait = input_wait + Duration::from_nanos(load(&self.input_wait_ns));
         let output_wait = output_wait + Duration::from_nanos(load(&self.output_wait_ns));
-        let limit_wait = self.limit_wait(life).min(output_wait);
+        let (limit_wait, late) = self.limit_waits(life);
+        let limit_wait = limit_wait.min(output_wait);
+        let late = late.min(output_wait - limit_wait);
         Reading {
             name: self.name,
             lane: self.lane,
-            busy: life.saturating_sub(input_wait + output_wait),
+            busy: life.saturating_sub(input_wait + output_wait) + late,
             input_wait,
-            output_wait: output_wait - limit_wait,
+            output_wait: output_wait - limit_wait - late,
             limit_wait,
             batches: load(&self.batches),
             pages: load(&self.pages),

@@ -21,12 +21,15 @@ pub(crate) async fn pending<F: Future>(future: F, meter: &Meter, wait: Wait) -> 
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
     use std::time::Duration;
 
     use futures::FutureExt;
 
     use super::*;
+    use crate::meter::Reading;
     use crate::stage::testing::meter;
+    use crate::token_bucket::{BURST, Share, TokenBucket};
 
     const WAIT: Duration = Duration::from_millis(5);
 
@@ -40,28 +43,49 @@ mod tests {
         assert_eq!(meter.read().output_wait, Duration::ZERO);
     }
 
-    #[tokio::test]
+    /// A meter whose stage is limited, and the time in which the bucket fills.
+    fn limited() -> (Arc<Meter>, Arc<TokenBucket>, Duration) {
+        let (meter, bucket) = (meter(), Arc::new(TokenBucket::new(1000)));
+        bucket.charge(5);
+        meter.limited_by(bucket.clone());
+        (meter, bucket, Duration::from_millis(5) + BURST)
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn a_wait_for_the_limit_is_no_wait_for_room() {
-        let meter = meter();
+        let (meter, bucket, fills_in) = limited();
         let limited = async {
-            pending(tokio::time::sleep(WAIT), &meter, Wait::Limit).await;
-            tokio::time::sleep(WAIT).await;
+            pending(bucket.take(1, Share::ALL), &meter, Wait::Limit).await;
+            futures::pending!();
         };
-        pending(limited, &meter, Wait::Output).await;
+        let mut waits = Box::pin(pending(limited, &meter, Wait::Output));
+        assert_eq!(waits.as_mut().now_or_never(), None);
+        tokio::time::advance(fills_in).await;
+        std::thread::sleep(WAIT);
+        assert_eq!(waits.as_mut().now_or_never(), None);
+        let limited = meter.read().limit_wait;
+        std::thread::sleep(WAIT);
+        assert_eq!(waits.as_mut().now_or_never(), Some(()));
         let reading = meter.read();
-        assert!(reading.limit_wait >= WAIT && reading.output_wait >= WAIT, "{reading:?}");
+        assert!(limited >= WAIT && reading.limit_wait >= limited && reading.output_wait >= WAIT, "{reading:?}");
         assert!(reading.life() >= 2 * WAIT);
     }
 
-    #[test]
-    fn a_wait_for_the_limit_counts_while_it_goes_on() {
-        let meter = meter();
-        let limited = pending(std::future::pending::<()>(), &meter, Wait::Limit);
+    #[tokio::test(start_paused = true)]
+    async fn a_wait_for_the_limit_counts_until_the_bucket_is_full_and_is_work_from_then_on() {
+        let (meter, bucket, fills_in) = limited();
+        let limited = pending(bucket.take(1, Share::ALL), &meter, Wait::Limit);
         let mut waits = Box::pin(pending(limited, &meter, Wait::Output));
         assert_eq!(waits.as_mut().now_or_never(), None);
-        std::thread::sleep(WAIT);
-        let reading = meter.read();
-        assert!(reading.limit_wait >= WAIT && reading.output_wait < WAIT, "{reading:?}");
+        tokio::time::advance(Duration::from_secs(1)).await;
+        std::thread::sleep(2 * fills_in);
+        let is_late = |reading: Reading| {
+            assert_eq!((reading.limit_wait, reading.output_wait), (fills_in, Duration::ZERO), "{reading:?}");
+            assert!(reading.busy >= fills_in, "{reading:?}");
+        };
+        is_late(meter.read());
+        assert_eq!(waits.await, 1);
+        is_late(meter.read());
     }
 
     #[test]

@@ -53,7 +53,7 @@ impl TokenBucket {
     pub fn unlimited() -> Self {
         Self {
             turn: tokio::sync::Mutex::new(()),
-            account: Mutex::new(Account { rate: None, credit: 0, settled: Instant::now() }),
+            account: Mutex::new(Account { rate: None, credit: 0, settled: Instant::now(), filling: Duration::ZERO }),
             rate_changed: Notify::new(),
         }
     }
@@ -68,6 +68,17 @@ impl TokenBucket {
     #[must_use]
     pub fn rate(&self) -> Option<u64> {
         self.account().rate
+    }
+
+    /// Time in which credit grew, since the bucket was made.
+    ///
+    /// A wait for credit is the limit's for as long as this grows. When the bucket is full, nothing but its taker is
+    /// waited for, and what the rate allows is lost.
+    #[must_use]
+    pub fn filling(&self) -> Duration {
+        let mut account = self.account();
+        account.settle(Instant::now());
+        account.filling
     }
 
     /// Waits for credit and takes it: `want` bytes, or what a turn grants to this share (at least a byte) if that is less.
@@ -149,6 +160,8 @@ struct Account {
     credit: i128,
     /// When the credit was last reckoned.
     settled: Instant,
+    /// Time in which it grew, up to then.
+    filling: Duration,
 }
 
 impl Account {
@@ -159,8 +172,7 @@ impl Account {
         let grant = want.min(quantum(rate, share));
         let missing = cost(grant) - self.credit;
         if missing > 0 {
-            let nanos = (missing + i128::from(rate) - 1) / i128::from(rate);
-            return Err(Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX)));
+            return Err(time_for(rate, missing));
         }
         self.credit -= cost(grant);
         Ok(grant)
@@ -168,7 +180,9 @@ impl Account {
 
     fn settle(&mut self, now: Instant) {
         if let Some(rate) = self.rate {
-            self.credit = (self.credit + worth(rate, now - self.settled)).min(most(rate));
+            let elapsed = now - self.settled;
+            self.filling += elapsed.min(time_for(rate, most(rate) - self.credit));
+            self.credit = (self.credit + worth(rate, elapsed)).min(most(rate));
         }
         self.settled = now;
     }
@@ -177,6 +191,12 @@ impl Account {
 /// The credit that grows in some time.
 fn worth(rate: u64, time: Duration) -> i128 {
     i128::from(rate) * i128::try_from(time.as_nanos()).expect("an uptime fits")
+}
+
+/// The time in which so much credit grows, which is not negative.
+fn time_for(rate: u64, credit: i128) -> Duration {
+    let nanos = (credit + i128::from(rate) - 1) / i128::from(rate);
+    Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
 }
 
 /// The most credit: a burst, and never less than the byte of the smallest take and one to grow while its taker wakes.
@@ -378,6 +398,21 @@ mod tests {
         let start = Instant::now();
         bucket.take(5, Share::ALL).await;
         assert!(start.elapsed() >= Duration::from_millis(5));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_taker_that_wakes_late_waits_for_the_limit_until_the_bucket_is_full() {
+        let bucket = TokenBucket::new(1000);
+        bucket.charge(5);
+        let mut take = std::pin::pin!(bucket.take(5, Share::ALL));
+        assert!(futures::poll!(&mut take).is_pending());
+        tokio::time::advance(Duration::from_secs(1)).await;
+        assert_eq!(take.await, 5);
+        // The debt, and a burst on top of it.
+        assert_eq!(bucket.filling(), Duration::from_millis(5) + BURST);
+        bucket.set_rate(None);
+        tokio::time::advance(Duration::from_secs(1)).await;
+        assert_eq!(bucket.filling(), Duration::from_millis(5) + BURST);
     }
 
     #[tokio::test(start_paused = true)]

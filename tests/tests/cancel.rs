@@ -93,6 +93,7 @@ fn cancelled(source: &Arc<TestGuest>, address: &str, cancel: CancellationToken, 
     assert_eq!(ended.phase, Phase::Cancelled, "{address}: {:?}, before it {told_before:?}", ended.error);
     assert_eq!(source.was_told(Told::Pause), source.was_told(Told::Resume));
     assert_eq!(source.was_told(Told::Pause), ended.downtime.is_some());
+    assert_eq!(ended.downtime.unwrap_or_default(), ended.parts.total(), "{:?}", ended.parts);
     assert_eq!(source.was_told(Told::Release), source.was_told(Told::Reacquire));
     assert!(!source.was_told(Told::Committed) && !destination.was_told(Told::Start));
     assert!(!source.log().is_armed(), "{address}: the log was not stopped");

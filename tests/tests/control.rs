@@ -221,7 +221,7 @@ fn a_throttle_above_its_ceiling_is_lowered_at_once() {
     assert_eq!(ends.source.phase, Phase::Cancelled);
     let last = last_progress(&ends, Role::Source);
     assert_eq!((last.throttle, last.wire_rate, last.page_rate, last.dirty_rate), (0, 0.0, 0.0, Some(0.0)));
-    assert!(last.expected_downtime.is_none() && last.remaining_bytes > 0);
+    assert!(last.expected_downtime.is_none() && last.remaining_bytes > Some(0));
     let levels = guest.throttled();
     let lowered = levels.iter().position(|&percent| percent == 10).unwrap_or_else(|| panic!("{levels:?}"));
     assert!(levels[..lowered].iter().all(|&percent| (30..=60).contains(&percent)), "{levels:?}");
@@ -351,6 +351,19 @@ fn it_does_not_switch_over_above_max_downtime() {
     });
     completed(&ends);
     assert_eq!(guest.run_state(), RunState::Paused);
+}
+
+#[test]
+fn in_the_first_round_a_refusal_names_the_rate_that_is_shown() {
+    let settings = SourceSettings { max_bandwidth: Some(64 << 10), max_downtime: Some(2 * MS), ..endless() };
+    let (_, ends) = asked_hot(settings, |control| async move {
+        let has_rate = |status: &Status| status.progress.as_ref().is_some_and(|now| now.page_rate >= 1.0);
+        until(&control, "a rate", has_rate).await;
+        let refused = control.switch_over().await.unwrap_err();
+        assert!(refused.to_string().contains("are left, which take "), "{refused}");
+        control.cancel();
+    });
+    assert_eq!(ends.source.phase, Phase::Cancelled, "{:?}", ends.source.error);
 }
 
 #[test]

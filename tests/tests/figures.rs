@@ -123,15 +123,38 @@ fn after_completion_nothing_remains_and_nothing_moves() {
     for role in [Role::Source, Role::Destination] {
         let last = progress(&ends, role).pop().unwrap();
         let rates = (last.wire_rate, last.page_rate, last.dirty_rate.unwrap_or(0.0));
-        assert_eq!((last.remaining_bytes, rates, last.throttle), (0, (0.0, 0.0, 0.0), 0), "{role:?}");
+        assert_eq!((last.remaining_bytes, rates, last.throttle), (Some(0), (0.0, 0.0, 0.0), 0), "{role:?}");
         assert_eq!(last.expected_downtime, None, "{role:?}");
-        assert!((last.done() - 1.0).abs() < f64::EPSILON, "{role:?}");
+        assert_eq!(last.done(), Some(1.0), "{role:?}");
         let of_role = ends.events.iter().filter(|(of, _)| *of == role).map(|(_, event)| event);
         let place = |found: fn(&Event) -> bool| of_role.clone().position(found);
         let over = place(|event| matches!(event, Event::Phase(Phase::Completed))).unwrap();
         assert!(of_role.clone().skip(over).all(|event| !matches!(event, Event::Progress(_))), "{role:?}");
     }
     assert!(ends.source.cpu > Duration::ZERO && ends.destination.cpu > Duration::ZERO);
+}
+
+#[test]
+fn a_destination_counts_the_rounds_there_are_and_what_remains_of_the_first() {
+    // The first sync waits until the destination has reported figures of the second round.
+    let source = Arc::new(noise().troubled(Trouble::SyncWaits));
+    let waiting = source.clone();
+    let recorder = Recorder::calling(move |role, event| match event {
+        Event::Progress(now) if role == Role::Destination && now.round == 2 => waiting.repair(),
+        _ => {}
+    });
+    let ends = moved(source, destination(), settings(), transport(), recorder);
+    let is_sent = |(role, event): &(Role, Event)| match event {
+        Event::RoundSent { tally, .. } if *role == Role::Destination => Some(tally.round),
+        _ => None,
+    };
+    let rounds = ends.events.iter().filter_map(is_sent).max();
+    let figures = progress(&ends, Role::Destination);
+    assert_eq!(figures.last().map(|now| now.round), rounds);
+    let (last, before) = figures.split_last().unwrap();
+    assert_eq!(last.remaining_bytes, Some(0));
+    assert!(before.iter().any(|now| now.round == 2));
+    assert!(before.iter().all(|now| now.remaining_bytes.is_some() == (now.round == 1)), "{before:?}");
 }
 
 #[test]

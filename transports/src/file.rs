@@ -17,7 +17,7 @@
 //! Writes and reads happen where they are asked for, since the page cache takes them at the speed of memory; on a runtime
 //! of several threads the others go on meanwhile. Flushes run where blocking is allowed. Not for a tokio `LocalSet`.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::future::Future;
 use std::io::{self, ErrorKind, IoSlice, Write};
 use std::os::unix::fs::FileExt;
@@ -35,7 +35,7 @@ use tokio::task::coop::poll_proceed;
 use tokio::task::{JoinHandle, block_in_place, spawn_blocking};
 
 use crate::retry::in_context;
-use crate::temporary::{Temporary, require_regular, target_of};
+use crate::temporary::{Temporary, open_regular, target_of};
 use crate::{Capabilities, Connection, Listener, Transport};
 
 /// A stream in a file.
@@ -131,8 +131,7 @@ struct FileReader {
 
 impl FileReader {
     fn open(path: &Path) -> io::Result<Self> {
-        require_regular(&fs::metadata(path)?)?;
-        let file = File::open(path)?;
+        let file = open_regular(path)?;
         if let Err(error) = rustix::fs::fadvise(&file, 0, None, Advice::Sequential) {
             tracing::debug!(%error, "no read-ahead could be asked for");
         }
@@ -309,7 +308,7 @@ fn retry_interrupted(mut call: impl FnMut() -> io::Result<usize>) -> io::Result<
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::fs::OpenOptions;
+    use std::fs::{self, OpenOptions};
     use tokio::io::AsyncWriteExt;
 
     /// A writer over a device that is always full; what is beside the path is a plain file.

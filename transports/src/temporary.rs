@@ -201,6 +201,19 @@ pub(crate) fn require_regular(found: &fs::Metadata) -> io::Result<()> {
     if found.is_file() { Ok(()) } else { Err(io::Error::new(ErrorKind::InvalidInput, what)) }
 }
 
+/// Opens a file for reading, without a wait: to open a pipe waits for its writer, and to open a device may do something to it.
+///
+/// # Errors
+/// When it cannot be opened, or is no regular file.
+pub fn open_regular(path: &Path) -> io::Result<File> {
+    require_regular(&fs::metadata(path)?)?;
+    // It may be another by now.
+    let flags = i32::try_from(OFlags::NONBLOCK.bits()).expect("a flag of one word");
+    let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
+    require_regular(&file.metadata()?)?;
+    Ok(file)
+}
+
 /// A name in the same directory that nobody has.
 fn beside(target: &Path) -> PathBuf {
     let mut name = target.as_os_str().to_owned();

@@ -1,25 +1,18 @@
 //! Files that are read whole: of bounded length, and none that could keep its reader waiting.
 
-use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind, Read};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-use rustix::fs::OFlags;
+use crate::temporary::open_regular;
 
 /// The bytes of a regular file, at most `most`.
 ///
 /// # Errors
 /// When it cannot be read, is no regular file, or is longer ([`ErrorKind::FileTooLarge`]).
 pub fn read(path: &Path, most: u64) -> io::Result<Vec<u8>> {
-    // To open a device may do something to it; to open a pipe without NONBLOCK waits for its writer.
-    require_regular(&std::fs::metadata(path)?)?;
-    let flags = i32::try_from(OFlags::NONBLOCK.bits()).expect("a flag of one word");
-    let file: File = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
-    let found = file.metadata()?;
-    require_regular(&found)?;
+    let file = open_regular(path)?;
     let too_long = || io::Error::new(ErrorKind::FileTooLarge, format!("it has more than {}", size(most)));
-    if found.len() > most {
+    if file.metadata()?.len() > most {
         return Err(too_long());
     }
     let mut bytes = Vec::new();
@@ -30,10 +23,6 @@ pub fn read(path: &Path, most: u64) -> io::Result<Vec<u8>> {
 
 fn size(bytes: u64) -> String {
     if bytes.is_multiple_of(1 << 20) { format!("{} MiB", bytes >> 20) } else { format!("{bytes} bytes") }
-}
-
-fn require_regular(found: &std::fs::Metadata) -> io::Result<()> {
-    if found.is_file() { Ok(()) } else { Err(io::Error::new(ErrorKind::InvalidInput, "it is no regular file")) }
 }
 
 #[cfg(test)]
@@ -52,10 +41,11 @@ mod tests {
         assert_eq!(error.kind(), ErrorKind::FileTooLarge);
         let pipe = folder.path().join("pipe");
         mknodat(CWD, &pipe, FileType::Fifo, Mode::RUSR, 0).unwrap();
-        for other in [pipe.as_path(), folder.path(), Path::new("/dev/zero"), Path::new("/dev/null")] {
-            let error = read(other, 4096).unwrap_err().to_string();
-            assert_eq!(error, "it is no regular file", "{}", other.display());
+        let refusal = |other: &Path| read(other, 4096).unwrap_err().to_string();
+        for other in [pipe.as_path(), Path::new("/dev/zero"), Path::new("/dev/null")] {
+            assert_eq!(refusal(other), "it is no regular file", "{}", other.display());
         }
+        assert_eq!(refusal(folder.path()), "it is a directory");
         // The kernel says of these that they have no length.
         assert!(!read(Path::new("/proc/self/maps"), 1 << 20).unwrap().is_empty());
         assert_eq!(read(Path::new("/proc/self/maps"), 10).unwrap_err().kind(), ErrorKind::FileTooLarge);

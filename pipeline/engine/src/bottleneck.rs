@@ -3,7 +3,7 @@
 //! | share | of the time in which |
 //! |---|---|
 //! | processor | the processors were wanted: the stages' busy time, summed, over cores × time; or, if that is more, the time in which threads of the process ran or waited for a processor |
-//! | limit | the senders waited for `max_bandwidth` |
+//! | limit | the senders waited for `max_bandwidth`, and credit grew: a sender that is not woken waits for the processor |
 //! | destination | the senders waited for the transport, and the destination worked or was silent |
 //! | wire | the senders waited for the transport, and the destination for the wire |
 //! | guest | nothing was to be sent: syncs, state, the handover, a guest that dirties little |

@@ -62,9 +62,9 @@ pub struct BlockFacts {
 pub struct Progress {
     /// The current round, from 1.
     pub round: u32,
-    /// Page bytes that are dirty or taken and not acknowledged. A destination does not know what is dirty: there, page bytes that were
-    /// not loaded once.
-    pub remaining_bytes: u64,
+    /// Page bytes that are dirty or taken and not acknowledged. A destination does not know what is dirty: there, page bytes of the first
+    /// round that are not loaded, and `None` after it.
+    pub remaining_bytes: Option<u64>,
     /// Bytes of the guest.
     pub total_bytes: u64,
     /// Bytes handed to the transport so far.
@@ -90,21 +90,23 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// The share of the guest's memory that does not remain, 0 to 1.
+    /// The share of the guest's memory that does not remain, 0 to 1; `None` where it is not known what does.
     #[must_use]
-    pub fn done(&self) -> f64 {
+    pub fn done(&self) -> Option<f64> {
+        let remaining = self.remaining_bytes?;
         if self.total_bytes == 0 {
-            return 0.0;
+            return Some(0.0);
         }
         #[expect(clippy::cast_precision_loss, reason = "a share")]
-        let left = self.remaining_bytes as f64 / self.total_bytes as f64;
-        (1.0 - left).clamp(0.0, 1.0)
+        let left = remaining as f64 / self.total_bytes as f64;
+        Some((1.0 - left).clamp(0.0, 1.0))
     }
 
     /// How long it takes until nothing remains.
     #[must_use]
     pub fn time_left(&self) -> TimeLeft {
-        TimeLeft::at_rates(self.remaining_bytes, self.page_rate, self.dirty_rate)
+        let at_rates = |remaining| TimeLeft::at_rates(remaining, self.page_rate, self.dirty_rate);
+        self.remaining_bytes.map_or(TimeLeft::Unknown, at_rates)
     }
 }
 
@@ -165,6 +167,16 @@ pub struct DowntimeParts {
     pub verify: Duration,
     /// Go to Running.
     pub handover: Duration,
+    /// From the decision that the guest is not handed over until it was resumed at the source.
+    pub resume: Duration,
+}
+
+impl DowntimeParts {
+    /// All of them together: the downtime.
+    #[must_use]
+    pub fn total(&self) -> Duration {
+        self.final_sync + self.final_transfer + self.state + self.verify + self.handover + self.resume
+    }
 }
 
 /// Why a connection is turned away, as far as it matters to whoever watches.
@@ -309,7 +321,8 @@ pub struct Ended {
     /// How long the guest was paused: until it ran at the destination, or until it was resumed here, whatever the end. `None` if it
     /// was not paused, or still is.
     pub downtime: Option<Duration>,
-    /// Its parts, as far as it came.
+    /// Its parts, as far as it came: at the source they add up to it. A destination, which does not know how long it was, has those that
+    /// it works on.
     pub parts: DowntimeParts,
     /// What the controller expected of it when it decided to switch over, if it did and could tell.
     pub forecast: Option<Forecast>,
@@ -414,8 +427,9 @@ mod tests {
 
     #[test]
     fn done_is_what_does_not_remain() {
-        let done =
-            |remaining_bytes, total_bytes| Progress { remaining_bytes, total_bytes, ..Progress::default() }.done();
-        assert_eq!([done(0, 0), done(1, 4), done(9, 4), done(0, 4)], [0.0, 0.75, 0.0, 1.0]);
+        let done = |remaining, total_bytes| {
+            Progress { remaining_bytes: Some(remaining), total_bytes, ..Progress::default() }.done()
+        };
+        assert_eq!([done(0, 0), done(1, 4), done(9, 4), done(0, 4)], [0.0, 0.75, 0.0, 1.0].map(Some));
     }
 }

@@ -44,6 +44,7 @@ pub fn ended(role: Role) -> Ended {
             state: ms(10),
             verify: ms(100),
             handover: ms(10),
+            resume: Duration::ZERO,
         },
         forecast: Some(Forecast {
             remaining_bytes: 90_000.0,
@@ -134,7 +135,7 @@ pub fn every_event() -> Vec<Event> {
     };
     let progress = Progress {
         round: 2,
-        remaining_bytes: 123 << 20,
+        remaining_bytes: Some(123 << 20),
         total_bytes: 1 << 30,
         wire_bytes: 345 << 20,
         wire_rate: 103_000_000.4,

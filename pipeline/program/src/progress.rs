@@ -25,9 +25,11 @@ const HELD_UP: f64 = 0.5;
 /// What remains and how fast it goes, in one line: what matters most comes first.
 #[must_use]
 pub fn figures(progress: &Progress) -> String {
-    let (done, left) = (human::done(progress.done() * 100.0), human::bytes(progress.remaining_bytes));
-    let mut text = format!("{done}, {left} left, {}", human::rate(progress.wire_rate));
-    if progress.remaining_bytes > 0 && progress.time_left() != TimeLeft::Unknown {
+    let mut text = human::rate(progress.wire_rate);
+    if let (Some(done), Some(left)) = (progress.done(), progress.remaining_bytes) {
+        text = format!("{}, {} left, {text}", human::done(done * 100.0), human::bytes(left));
+    }
+    if progress.remaining_bytes != Some(0) && progress.time_left() != TimeLeft::Unknown {
         text.push_str(&format!(", {}", progress.time_left()));
     }
     if let Some(rate) = progress.dirty_rate.filter(|rate| *rate > 0.0) {
@@ -248,11 +250,11 @@ impl ProgressDisplay {
         let mut round = self.round.lock().unwrap_or_else(PoisonError::into_inner);
         if *round != progress.round {
             *round = progress.round;
-            self.bar.set_length(progress.remaining_bytes.max(1));
+            self.bar.set_length(progress.remaining_bytes.unwrap_or(0).max(1));
             self.bar.set_prefix(format!("round {}", progress.round));
         }
         let length = self.bar.length().unwrap_or(0);
-        self.bar.set_position(length.saturating_sub(progress.remaining_bytes));
+        self.bar.set_position(length.saturating_sub(progress.remaining_bytes.unwrap_or(length)));
         self.bar.set_message(figures(progress));
     }
 
@@ -285,7 +287,7 @@ mod tests {
     fn progress(round: u32) -> Event {
         Event::Progress(Progress {
             round,
-            remaining_bytes: 123 << 20,
+            remaining_bytes: Some(123 << 20),
             total_bytes: 1 << 30,
             wire_bytes: 0,
             wire_rate: 103_000_000.0,
@@ -367,6 +369,8 @@ mod tests {
         87 % done, 123 MiB left, 98.2 MiB/s, 1.29 s to go, throttled 50 %
         87 % done, 123 MiB left, 98.2 MiB/s, does not converge, dirtied 95.4 MiB/s, throttled 50 %
         ");
+        let unknown = Progress { remaining_bytes: None, page_rate: 1e8, ..Progress::default() };
+        assert_eq!(figures(&Progress { wire_rate: 1e8, ..unknown }), "95.4 MiB/s");
     }
 
     #[test]

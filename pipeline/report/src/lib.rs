@@ -52,7 +52,7 @@ pub struct Report {
     pub setup_ms: f64,
     /// From the guest's pause to its start; null if it was not paused.
     pub downtime_ms: Option<f64>,
-    /// Its parts.
+    /// Its parts, which add up to it at the source.
     pub downtime: DowntimeReport,
     /// What the controller expected of the downtime when it decided to switch over; null if it did not, or could not tell.
     pub forecast: Option<ForecastReport>,
@@ -117,6 +117,8 @@ pub struct DowntimeReport {
     pub verify_ms: f64,
     /// From Go to Running.
     pub handover_ms: f64,
+    /// From the decision that the guest is not handed over until it was resumed at the source.
+    pub resume_ms: f64,
 }
 
 /// Pages that were not sent for what the guest said of them.
@@ -422,6 +424,7 @@ fn downtime(ended: &Ended) -> DowntimeReport {
         state_ms: ms(parts.state),
         verify_ms: ms(parts.verify),
         handover_ms: ms(parts.handover),
+        resume_ms: ms(parts.resume),
     }
 }
 

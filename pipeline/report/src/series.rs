@@ -24,8 +24,8 @@ pub struct Series {
 pub struct Sample {
     /// When.
     pub at: Duration,
-    /// Page bytes that are dirty or taken and not acknowledged.
-    pub remaining_bytes: u64,
+    /// Page bytes that are dirty or taken and not acknowledged, if this is known.
+    pub remaining_bytes: Option<u64>,
     /// Bytes handed to the transport so far.
     pub wire_bytes: u64,
     /// Page bytes a second that the guest dirtied between the last syncs.

@@ -149,8 +149,11 @@ fn lines(ended: &Ended, account: &Account, other: Option<&Account>) -> Vec<(&'st
             ("state", parts.state),
             ("verify", parts.verify),
             ("handover", parts.handover),
+            ("resume", parts.resume),
         ];
-        let parts = parts.map(|(name, time)| format!("{name} {}", human::time(time))).join(", ");
+        let parts = parts.iter().filter(|(name, time)| *name != "resume" || !time.is_zero());
+        let parts: Vec<_> = parts.map(|(name, time)| format!("{name} {}", human::time(*time))).collect();
+        let parts = parts.join(", ");
         let resumed = if ended.switchover().is_none() { " until it was resumed at the source" } else { "" };
         lines.push(("downtime", format!("{}{resumed}: {parts}", human::time(downtime))));
     }

@@ -42,7 +42,10 @@ fn the_report_has_exactly_the_names_that_were_agreed() {
     assert_eq!(sorted(&names(&json)), sorted(top));
     assert_eq!(sorted(&names(&json["guest"])), "blocks bytes pages");
     assert_eq!(sorted(&names(&json["guest"]["blocks"][0])), "bytes id page_size");
-    assert_eq!(sorted(&names(&json["downtime"])), "final_sync_ms final_transfer_ms handover_ms state_ms verify_ms");
+    assert_eq!(
+        sorted(&names(&json["downtime"])),
+        "final_sync_ms final_transfer_ms handover_ms resume_ms state_ms verify_ms"
+    );
     assert_eq!(sorted(&names(&json["spared"])), "hinted hints_dropped ignored unplugged");
     assert_eq!(
         sorted(&names(&json["forecast"])),

@@ -5,13 +5,13 @@
 //! removed: it is no longer the memory of whoever uses its name. The file's true length is kept, whatever the page size;
 //! pages of zeros become holes where the file system has them.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, Metadata, OpenOptions};
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::FallocateFlags;
+use rustix::fs::{FallocateFlags, OFlags};
 use rustix::io::Errno;
 
 use super::{Memory, ZEROS, holes, is_zero, with_scratch};
@@ -36,12 +36,15 @@ impl FileMemory {
     /// If it cannot be opened, is empty, or is no regular file; the message names it.
     pub fn open_source(path: &Path) -> io::Result<Self> {
         let named = |error| about(path, "cannot be opened", error);
-        // A pipe would block the open, so what it is is asked before.
-        if !std::fs::metadata(path).map_err(named)?.is_file() {
-            return Err(named(io::Error::new(io::ErrorKind::InvalidInput, "it is no regular file")));
-        }
-        let file = File::open(path).map_err(named)?;
-        let metadata = file.metadata().map_err(named)?;
+        let regular = |found: Metadata| {
+            let refused = || io::Error::new(io::ErrorKind::InvalidInput, "it is no regular file");
+            if found.is_file() { Ok(found) } else { Err(refused()) }
+        };
+        // To open a pipe waits for its writer, so what it is is asked before; it may be another behind that.
+        std::fs::metadata(path).and_then(regular).map_err(named)?;
+        let flags = i32::try_from(OFlags::NONBLOCK.bits()).expect("a flag of one word");
+        let file = OpenOptions::new().read(true).custom_flags(flags).open(path).map_err(named)?;
+        let metadata = file.metadata().and_then(regular).map_err(named)?;
         let length = metadata.len();
         if length == 0 {
             return Err(named(io::Error::new(

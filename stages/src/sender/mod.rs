@@ -102,6 +102,7 @@ impl<W: AsyncWrite + Unpin + Send> Sender<W> {
         lanes_here: usize,
         meter: Arc<Meter>,
     ) -> Self {
+        bucket.iter().for_each(|(bucket, _)| meter.limited_by(bucket.clone()));
         Self {
             writer,
             bucket,

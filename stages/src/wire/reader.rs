@@ -148,6 +148,15 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
         self.body.capacity()
     }
 
+    /// Waits until more of the stream has come, which is not taken, or the stream has ended: has more come? Between frames, and
+    /// safe to race in a `select!`.
+    ///
+    /// # Errors
+    /// When the stream cannot be read.
+    pub async fn has_more(&mut self) -> io::Result<bool> {
+        Ok(self.reader.available().await? > 0)
+    }
+
     /// The next frame, or `None` if the stream ends behind the last one. Frames of unknown kinds that need not be understood
     /// are passed over.
     ///

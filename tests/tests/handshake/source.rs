@@ -84,6 +84,18 @@ impl Sent {
         let told = self.guest.told();
         assert!(told.is_empty() || told == WENT_ON, "{told:?}");
         assert_eq!(self.ended.downtime.is_some(), !told.is_empty(), "it says how long the guest was paused");
+        self.downtime_adds_up();
+    }
+
+    /// The parts of the downtime add up to it, and those that the guest was paused for are there.
+    #[track_caller]
+    fn downtime_adds_up(&self) {
+        let Some(downtime) = self.ended.downtime else { return };
+        let parts = &self.ended.parts;
+        assert_eq!(parts.total(), downtime, "{parts:?}");
+        let is_resumed = self.guest.was_told(Told::Resume);
+        assert_eq!(!parts.resume.is_zero(), is_resumed, "{parts:?}");
+        assert!(!parts.final_sync.is_zero() || !parts.final_transfer.is_zero(), "{parts:?}");
     }
 
     /// The guest was handed over and stands still here.
@@ -96,6 +108,7 @@ impl Sent {
         // What watches over the guest is relieved only by the destination's word.
         let moved: &[Told] = if phase == Phase::Completed { &[Told::Moved] } else { &[] };
         assert_eq!(&told[HANDED_OVER.len()..], moved);
+        self.downtime_adds_up();
     }
 
     /// The guest was handed over and came back.
@@ -106,6 +119,7 @@ impl Sent {
         let told = [Told::Pause, Told::Save, Told::Release, Told::Committed, Told::Reacquire, Told::Resume];
         assert_eq!(self.guest.told(), told);
         assert!(self.ended.downtime.is_some(), "it says how long the guest was paused");
+        self.downtime_adds_up();
     }
 
     #[track_caller]

@@ -51,7 +51,7 @@ impl Controller {
     /// Why not, with the figures: `max_downtime` forbids it, by the forecast or because there is none.
     pub fn switch_over(&mut self, now: &Standing) -> Result<Decided, String> {
         let forecast = self.with_unseen(now).and_then(|now| self.forecast(&now));
-        let outlook = self.outlook(forecast.as_ref());
+        let outlook = self.outlook(now, forecast.as_ref());
         if !self.is_allowed(forecast.as_ref()) {
             let most = human::time(self.limits.max_downtime.unwrap_or_default());
             return Err(format!(
@@ -203,7 +203,10 @@ mod tests {
     fn in_the_first_round_nobody_can_tell_what_a_switchover_costs() {
         let limited = SourceSettings { max_downtime: Some(500 * MS), ..SourceSettings::default() };
         let now = standing(500, 100);
-        assert!(Controller::new(&limited, 4096).switch_over(&now).unwrap_err().contains("no rate is known"));
+        let refusal = |now| Controller::new(&limited, 4096).switch_over(now).unwrap_err();
+        assert!(refusal(&now).contains("no rate is known"));
+        let shown = refusal(&Standing { page_rate: 4096 * 50_000, ..now });
+        assert!(shown.contains("391 MiB are left, which take 2.00 s at 195 MiB/s"), "{shown}");
         assert!(Controller::new(&SourceSettings::default(), 4096).switch_over(&now).is_ok());
     }
 }

@@ -74,6 +74,8 @@ pub struct Standing {
     pub kept_pages: u64,
     /// Pages that the scanner took and the destination has not acknowledged.
     pub in_flight_pages: u64,
+    /// Page bytes a second that are read lately, as the status shows them: 0 while nothing is measured.
+    pub page_rate: u64,
 }
 
 /// What a switchover would cost, and why.
@@ -251,6 +253,12 @@ impl Forecaster {
         }
         self.found = (now.dirty_pages, now.kept_pages);
         self.last_sync = now.elapsed;
+    }
+
+    /// Bytes of so many pages.
+    #[must_use]
+    pub fn page_bytes(&self, pages: u64) -> u64 {
+        self.page_bytes * pages
     }
 
     /// Bytes of pages a second that the guest dirtied before the last sync, if there was one.
@@ -534,8 +542,12 @@ mod tests {
     #[test]
     fn a_sample_shows_what_deltas_come_to_and_what_they_take_but_not_the_wire() {
         let mut forecaster = forecaster(Some(XbzrleSettings::default()));
-        let found =
-            |dirty_pages, ms| Standing { elapsed: ms * MS, dirty_pages, kept_pages: dirty_pages, in_flight_pages: 0 };
+        let found = |dirty_pages, ms| Standing {
+            elapsed: ms * MS,
+            dirty_pages,
+            kept_pages: dirty_pages,
+            ..Standing::default()
+        };
         assert_eq!(forecaster.sample_wanted(&found(10_000, 1000)), None, "nothing was sent yet");
         forecaster.round(&round(100_000, 0, 409_600_000), 1000 * MS, NONE);
         forecaster.synced(&found(10_000, 1000));
@@ -659,8 +671,12 @@ mod tests {
     fn deltas_of_pages_that_had_less_time_to_be_written_come_to_less() {
         let mut forecaster = forecaster(Some(XbzrleSettings::default()));
         forecaster.round(&round(100_000, 0, 409_600_000), 1000 * MS, NONE);
-        let found =
-            |dirty_pages, ms| Standing { elapsed: ms * MS, dirty_pages, kept_pages: dirty_pages, in_flight_pages: 0 };
+        let found = |dirty_pages, ms| Standing {
+            elapsed: ms * MS,
+            dirty_pages,
+            kept_pages: dirty_pages,
+            ..Standing::default()
+        };
         // The same 1,000 pages in a second, and in half a second.
         forecaster.synced(&found(1000, 1000));
         forecaster.round(&round(1000, 0, 400_000), 500 * MS, NONE);

@@ -36,7 +36,7 @@ use memferry_stages::tally::RoundTally;
 
 use crate::human;
 use crate::settings::{OnDeadline, SourceSettings};
-use forecast::{FixedCost, Forecast, Forecaster, Standing, whole};
+use forecast::{FixedCost, Forecast, Forecaster, Standing, seconds, whole};
 use stall::{Left, Stall};
 use steps::{Steps, Taken};
 
@@ -211,7 +211,7 @@ impl Controller {
     fn decide(&mut self, now: &Standing, forecast: Option<&Forecast>) -> (Decision, String) {
         if let Some(pages) = self.forecaster.sample_wanted(now).filter(|_| self.has_room(now)) {
             let why = format!("a sample of about {pages} pages: nothing has shown yet what deltas come to");
-            return (Decision::Sample(pages), format!("{why}; {}", self.outlook(forecast)));
+            return (Decision::Sample(pages), format!("{why}; {}", self.outlook(now, forecast)));
         }
         let left = Left {
             rounds: self.limits.rounds.saturating_sub(self.round),
@@ -229,9 +229,9 @@ impl Controller {
             return (Decision::SwitchOver, format!("switch over: {why}"));
         }
         if let Some(used_up) = self.used_up(now, forecast) {
-            return self.end(&used_up, forecast);
+            return self.end(&used_up, now, forecast);
         }
-        let outlook = self.outlook(forecast);
+        let outlook = self.outlook(now, forecast);
         let may_switch = self.is_allowed(forecast);
         let outrun = self.forecaster.outrun();
         let limit = self.downtime_limit();
@@ -262,7 +262,7 @@ impl Controller {
         let raised = format!("the downtime limit is raised to {}, for {why}", human::time(limit));
         match self.is_met(now, forecast) {
             Some(met) => (Decision::SwitchOver, format!("switch over: {raised}; {met}")),
-            None => (Decision::RaiseLimit(limit), format!("{raised}; {}", self.outlook(forecast))),
+            None => (Decision::RaiseLimit(limit), format!("{raised}; {}", self.outlook(now, forecast))),
         }
     }
 
@@ -277,7 +277,7 @@ impl Controller {
             let pressing = self.now_or_never(now.elapsed, forecast.as_ref()).filter(|_| may_switch)?;
             format!("after {} {pressing}", human::time(now.elapsed))
         };
-        let (decision, why) = self.end(&why, forecast.as_ref());
+        let (decision, why) = self.end(&why, now, forecast.as_ref());
         self.switching = decision == Decision::SwitchOver;
         Some(Decided { round: self.round + 1, decision, why, forecast })
     }
@@ -292,9 +292,9 @@ impl Controller {
     fn is_met(&self, now: &Standing, forecast: Option<&Forecast>) -> Option<String> {
         let forecast = forecast.filter(|_| self.is_allowed(forecast))?;
         if now.dirty_pages == 0 {
-            return Some(format!("the last round left nothing dirty; {}", self.outlook(Some(forecast))));
+            return Some(format!("the last round left nothing dirty; {}", self.outlook(now, Some(forecast))));
         }
-        (forecast.expected() <= self.downtime_limit()).then(|| self.outlook(Some(forecast)))
+        (forecast.expected() <= self.downtime_limit()).then(|| self.outlook(now, Some(forecast)))
     }
 
     /// Does `max_downtime` allow it?
@@ -346,8 +346,8 @@ impl Controller {
     }
 
     /// A budget is used up: what the operator said is done, unless it would exceed `max_downtime`.
-    fn end(&self, used_up: &str, forecast: Option<&Forecast>) -> (Decision, String) {
-        let outlook = self.outlook(forecast);
+    fn end(&self, used_up: &str, now: &Standing, forecast: Option<&Forecast>) -> (Decision, String) {
+        let outlook = self.outlook(now, forecast);
         match self.limits.on_deadline {
             OnDeadline::Cancel => (Decision::GiveUp, format!("gave up: {used_up}; {outlook}")),
             OnDeadline::SwitchOver if self.is_allowed(forecast) => {
@@ -361,8 +361,8 @@ impl Controller {
     }
 
     /// The forecast in words: the sum, its parts and the limit.
-    fn outlook(&self, forecast: Option<&Forecast>) -> String {
-        let Some(forecast) = forecast else { return "no rate is known yet".into() };
+    fn outlook(&self, now: &Standing, forecast: Option<&Forecast>) -> String {
+        let Some(forecast) = forecast else { return self.outlook_within_the_first_round(now) };
         let FixedCost { sync, verify, handover } = forecast.fixed;
         let [expected, transfer, sync, verify, handover, limit] =
             [forecast.expected(), forecast.transfer, sync, verify, handover, self.downtime_limit()].map(human::time);
@@ -370,6 +370,19 @@ impl Controller {
         format!(
             "expected downtime {expected} (transfer {transfer} for {rest}, sync {sync}, verify {verify}, handover \
              {handover}), limit {limit}"
+        )
+    }
+
+    /// What is known before there is a forecast: what is left, and the rate of the moment.
+    fn outlook_within_the_first_round(&self, now: &Standing) -> String {
+        if now.page_rate == 0 {
+            return "no rate is known yet".into();
+        }
+        let bytes = self.forecaster.page_bytes(now.dirty_pages + now.in_flight_pages);
+        let time = human::time(seconds(bytes as f64 / now.page_rate as f64));
+        let (bytes, rate) = (human::bytes(bytes), human::rate(now.page_rate as f64));
+        format!(
+            "{bytes} are left, which take {time} at {rate}, and what is written meanwhile is not known before the round's end"
         )
     }
 }

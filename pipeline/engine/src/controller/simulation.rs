@@ -299,8 +299,7 @@ impl<'a> Simulation<'a> {
             let now = Standing {
                 elapsed: self.now,
                 dirty_pages: whole((pages as f64 * share_left).round()),
-                kept_pages: 0,
-                in_flight_pages: 0,
+                ..Standing::default()
             };
             let Some(decided) = self.controller.tick(&now) else { continue };
             let decision = decided.decision;
@@ -344,7 +343,7 @@ impl<'a> Simulation<'a> {
         self.find(from);
         self.guest_synced = self.guest_now;
         self.advance(self.link.decision);
-        let now = Standing { elapsed: self.now, dirty_pages: self.dirty, kept_pages: self.kept, in_flight_pages: 0 };
+        let now = Standing { elapsed: self.now, dirty_pages: self.dirty, kept_pages: self.kept, ..Standing::default() };
         let decided = self.controller.synced(&now);
         let decision = decided.decision;
         if self.paused.is_none() || decision != Decision::SwitchOver {

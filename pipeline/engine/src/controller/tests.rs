@@ -148,8 +148,12 @@ fn what_is_on_its_way_arrives_before_the_guest_is_paused_and_is_not_taken_for_a_
     let all = RoundTally { pages: 65_536, bytes_in: 256 << 20, bytes_out: 256 << 20, ..RoundTally::new(1, false) };
     controller.armed(Duration::ZERO);
     controller.round(&all, 1000 * MS, MS);
-    let found =
-        |elapsed, dirty_pages, in_flight_pages| Standing { elapsed, dirty_pages, in_flight_pages, kept_pages: 0 };
+    let found = |elapsed, dirty_pages, in_flight_pages| Standing {
+        elapsed,
+        dirty_pages,
+        in_flight_pages,
+        ..Standing::default()
+    };
     let decided = controller.synced(&found(1000 * MS, 100, 20_000));
     assert_eq!(decided.decision, Decision::Drain, "{decided:?}");
     assert!(decided.why.starts_with("let 20000 pages arrive"), "{decided:?}");

@@ -3,13 +3,15 @@
 //! Anyone can reach a listening socket: port scanners, other programs, other versions, a source that died half-way. None of
 //! them may end the wait for the real peer, hold it up, or make it grow. So each connection is greeted in a task of its
 //! own, within a time limit; only a few are greeted at once; and what was gathered of a migration that does not become
-//! complete is refused after that time, or at once where no further connection can be accepted.
+//! complete is refused after that time, or at once where one of its connections ends or no further one can be accepted.
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::FutureExt;
+use futures::stream::{FuturesUnordered, StreamExt};
 use memferry_stages::geometry::PageSize;
 use memferry_stages::silence::{Attentive, Ear};
 use memferry_stages::untrusted::Untrusted;
@@ -63,10 +65,32 @@ struct Greeted {
     writer: Option<Writer>,
 }
 
+impl Greeted {
+    /// Returns when the peer has ended the connection. Bytes that come too early are left for whoever reads the stream.
+    async fn ended(&mut self) {
+        if matches!(self.reader.has_more().await, Ok(true)) {
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
 /// A migration whose connections arrive.
 struct Group {
     since: Instant,
     connections: Vec<Option<Greeted>>,
+}
+
+/// Returns when a connection of one of the groups has ended: of which. Safe to race in a `select!`.
+async fn a_connection_ended(groups: &mut HashMap<SessionId, Group>) -> SessionId {
+    let ends = groups.iter_mut().flat_map(|(&id, group)| {
+        let connections = group.connections.iter_mut().flatten();
+        connections.map(move |connection| connection.ended().map(move |()| id).boxed())
+    });
+    let mut ends: FuturesUnordered<_> = ends.collect();
+    match ends.next().await {
+        Some(id) => id,
+        None => std::future::pending().await,
+    }
 }
 
 /// A connection that is turned away.
@@ -109,6 +133,9 @@ impl Session {
                 accepted = listener.accept(), if !is_full => reception.accepted(accepted)?,
                 () = reception.waiting.oldest_had_its_time(), if is_full => reception.waiting.drop_oldest(),
                 () = reception.a_group_had_its_time() => reception.refuse_late_groups(),
+                id = a_connection_ended(&mut reception.groups) => {
+                    reception.refuse_group(id, TurnedAwayKind::Incomplete, "one of them has ended");
+                }
                 () = turned_away.report_next() => {}
                 Some(_) = reception.farewells.join_next() => {}
                 Some(greeting) = reception.greetings.join_next() => {

@@ -11,6 +11,7 @@ const WINDOW: Duration = Duration::from_secs(3);
 pub(super) struct Speed {
     /// Totals and when they were taken, the oldest in front: one at least as old as the window, if there is one.
     looks: VecDeque<(Instant, u64)>,
+    latest: f64,
 }
 
 impl Speed {
@@ -26,7 +27,13 @@ impl Speed {
         }
         let (then, before) = self.looks[0];
         let time = now.duration_since(then).as_secs_f64();
-        if time > 0.0 { (total - before) as f64 / time } else { 0.0 }
+        self.latest = if time > 0.0 { (total - before) as f64 / time } else { 0.0 };
+        self.latest
+    }
+
+    /// The rate as it was looked at last.
+    pub(super) fn latest(&self) -> f64 {
+        self.latest
     }
 }
 

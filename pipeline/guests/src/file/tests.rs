@@ -304,7 +304,7 @@ fn a_state_file_that_cannot_come_is_named() {
     let meta = folder.path().join("image.meta");
     assert!(refused().starts_with("state file meta: ") && refused().contains("image.meta: No such file"));
     fs::create_dir(&meta).unwrap();
-    assert!(refused().ends_with("image.meta: it is no regular file"), "{}", refused());
+    assert!(refused().ends_with("image.meta: it is a directory"), "{}", refused());
     fs::remove_dir(&meta).unwrap();
     let file = fs::File::create(&meta).unwrap();
     file.set_len(16 << 20).unwrap();

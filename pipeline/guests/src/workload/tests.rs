@@ -303,6 +303,10 @@ fn what_can_be_made_is_told_without_making_it() {
     Workload::check(shared(path.clone(), PAGE as u64)).unwrap();
     let other = Workload::check(shared(path.clone(), 2 * PAGE as u64)).unwrap_err().to_string();
     assert!(other.starts_with("the shared block has 8192 bytes"), "{other}");
+    let pipe = folder.path().join("pipe");
+    rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+    let piped = Workload::check(shared(pipe, PAGE as u64)).unwrap_err().to_string();
+    assert!(piped.ends_with("pipe: it is no regular file"), "{piped}");
     assert_eq!(std::fs::read(&path).unwrap(), [7; PAGE]);
     assert!(Workload::check(WorkloadSettings { memory: 5000, ..settings() }).is_err());
 }

@@ -166,14 +166,16 @@ fn describe(status: &Value) -> String {
     let progress = &status["progress"];
     let mut lines = vec![headline(status)];
     if progress.is_object() {
-        lines.push(format!(
-            "round {}: {}, {} of {} left{}",
-            plain(&progress["round"]),
-            human::done(progress["done_percent"].as_f64().unwrap_or(0.0)),
-            bytes(&progress["remaining_bytes"]),
-            bytes(&progress["total_bytes"]),
-            time_left(progress).map(|time| format!(", {time}")).unwrap_or_default(),
-        ));
+        let (round, total) = (plain(&progress["round"]), bytes(&progress["total_bytes"]));
+        lines.push(match progress["done_percent"].as_f64() {
+            Some(done) => format!(
+                "round {round}: {}, {} of {total} left{}",
+                human::done(done),
+                bytes(&progress["remaining_bytes"]),
+                time_left(progress).map(|time| format!(", {time}")).unwrap_or_default(),
+            ),
+            None => format!("round {round} of a guest of {total}"),
+        });
         let mut rates = format!("{} on the wire", rate(&progress["wire_bytes_per_s"]));
         if progress["dirty_bytes_per_s"].is_number() {
             rates.push_str(&format!(", {} dirtied", rate(&progress["dirty_bytes_per_s"])));
@@ -349,7 +351,7 @@ mod tests {
     fn a_status_is_a_few_lines_for_a_person() {
         let progress = Progress {
             round: 3,
-            remaining_bytes: 5 << 20,
+            remaining_bytes: Some(5 << 20),
             total_bytes: 1 << 30,
             wire_rate: 2e8,
             page_rate: 1.1e8,
@@ -381,6 +383,10 @@ deadline = none, downtime_limit = 300ms, max_bandwidth = unlimited, max_downtime
 max_bandwidth, xbzrle_cache = 256 MiB
 warning: a warning";
         assert_eq!(lines, expected);
+        let unknown = Progress { round: 3, total_bytes: 1 << 30, ..Progress::default() };
+        let status = Status { progress: Some(unknown), ..Status::default() };
+        let lines = describe(&serde_json::to_value(StatusJson::from(&status)).unwrap());
+        assert!(lines.contains("round 3 of a guest of 1.00 GiB\n"), "{lines}");
         assert_eq!(
             describe(&serde_json::to_value(StatusJson::from(&Status::default())).unwrap()),
             "not begun, for 0 µs"

@@ -32,6 +32,7 @@ use clap::Parser;
 use memferry_stages::host::cores;
 use memferry_stages::untrusted::shown_lines;
 use memferry_transports::Address;
+use memferry_transports::temporary::open_regular;
 
 use crate::api::patch;
 use crate::config::{self, Config, Purpose};
@@ -203,8 +204,8 @@ fn record(options: Record) -> ExitCode {
 fn inspect(file: &Path) -> ExitCode {
     let name = file.display().to_string();
     let inspected = on_control_plane(async {
-        let stream = tokio::fs::File::open(file).await?;
-        Ok(Inspection::of(stream, &name).await)
+        let stream = open_regular(file)?;
+        Ok(Inspection::of(tokio::fs::File::from_std(stream), &name).await)
     });
     match inspected {
         Ok(inspection) => print(&inspection.to_string(), if inspection.is_whole() { DONE } else { FAILED }),

@@ -23,7 +23,7 @@
 //! | `memferry_sync_seconds` | histogram | role | how long a bitmap sync took |
 //! | `memferry_dirty_pages` | gauge | role | dirty pages at the last sync; 0 after completion |
 //! | `memferry_guest_bytes` | gauge | role | bytes of the guest's memory |
-//! | `memferry_remaining_bytes` | gauge | role | page bytes to go; at the destination: not loaded once |
+//! | `memferry_remaining_bytes` | gauge | role | page bytes to go; at the destination those of the first round, NaN after it |
 //! | `memferry_wire_bytes_per_second` | gauge | role | bytes to the wire, lately |
 //! | `memferry_page_bytes_per_second` | gauge | role | page bytes that are read, or loaded, lately |
 //! | `memferry_dirty_bytes_per_second` | gauge | role | page bytes that the guest dirtied, lately |
@@ -241,7 +241,7 @@ fn progress(role: &'static str, now: &Progress) {
     if !now.downtime_limit.is_zero() {
         gauge!("memferry_downtime_limit_seconds", "role" => role).set(now.downtime_limit);
     }
-    gauge!("memferry_remaining_bytes", "role" => role).set(float(now.remaining_bytes));
+    gauge!("memferry_remaining_bytes", "role" => role).set(now.remaining_bytes.map_or(f64::NAN, float));
     gauge!("memferry_wire_bytes_per_second", "role" => role).set(now.wire_rate);
     gauge!("memferry_page_bytes_per_second", "role" => role).set(now.page_rate);
     gauge!("memferry_dirty_bytes_per_second", "role" => role).set(now.dirty_rate.unwrap_or(f64::NAN));
@@ -260,6 +260,7 @@ fn downtime_parts(role: &'static str, parts: &DowntimeParts) {
         ("state", parts.state),
         ("verify", parts.verify),
         ("handover", parts.handover),
+        ("resume", parts.resume),
     ];
     for (part, time) in parts {
         histogram!("memferry_downtime_part_seconds", "role" => role, "part" => part).record(time);

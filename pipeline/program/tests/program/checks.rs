@@ -94,7 +94,7 @@ fn a_configuration_is_a_file_of_bounded_length() {
     let refused = [
         ("pipe", "it is no regular file"),
         ("/dev/zero", "it is no regular file"),
-        (".", "it is no regular file"),
+        (".", "it is a directory"),
         ("long.toml", "it has more than 1 MiB"),
     ];
     for (name, why) in refused {
@@ -104,6 +104,7 @@ fn a_configuration_is_a_file_of_bounded_length() {
         scene.run(&["record", name, "-o", "trace"]).expect(2).says(&[name, why]);
     }
     scene.run(&["plan", "pipe"]).expect(1).says(&["pipe: it is no regular file"]);
+    scene.run(&["inspect", "pipe"]).expect(1).says(&["pipe cannot be read: it is no regular file"]);
     scene.write("bytes.toml", [0xff, 0xfe]);
     scene.run(&["check", "bytes.toml"]).expect(2).says(&["bytes.toml", "utf-8"]);
 }

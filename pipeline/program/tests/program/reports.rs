@@ -10,7 +10,7 @@ const TOP: &str = "schema role status error verified guest total_ms setup_ms dow
                    bottleneck_percent cpu_ms rounds stages";
 const GUEST: &str = "bytes pages blocks";
 const BLOCK: &str = "id bytes page_size";
-const DOWNTIME: &str = "final_sync_ms final_transfer_ms state_ms verify_ms handover_ms";
+const DOWNTIME: &str = "final_sync_ms final_transfer_ms state_ms verify_ms handover_ms resume_ms";
 const ROUND: &str = "round ms pages zero raw compressed xbzrle unchanged xbzrle_misses xbzrle_overflows bytes_in bytes_out \
                      dirty_after";
 const STAGE: &str = "name lane busy_ms input_wait_ms output_wait_ms limit_wait_ms batches pages";
@@ -89,6 +89,10 @@ impl Report {
         assert!(self.number("memory_peak_bytes") <= self.number("memory_bound_bytes"), "{:#}", self.0);
         let times = ["total_ms", "setup_ms", "downtime_ms"].map(|name| self.0[name].as_f64().unwrap_or(0.0));
         assert!(times[0] >= times[1] + times[2], "{times:?}");
+        if !self.0["downtime_ms"].is_null() {
+            let parts = DOWNTIME.split_whitespace().map(|part| self.0["downtime"][part].as_f64().unwrap());
+            assert!((parts.sum::<f64>() - times[2]).abs() < 0.01, "{:#}", self.0["downtime"]);
+        }
     }
 
     /// A source's report of a migration that completed: the rounds scanned what they say.

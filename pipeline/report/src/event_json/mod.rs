@@ -20,7 +20,7 @@
 //! | `spared` | pages need not travel | so far: `hinted`, `hints_dropped`, `unplugged`, `ignored` |
 //! | `decided` | the controller decided | `round`, `decision`: "another-round", "sample" (a part of what is dirty is sent, to see what deltas come to), "drain" (what is on its way shall arrive first), "throttle", "raise-downtime-limit", "switch-over", "give-up"; `expected_ms`, `why`: in words; `throttle_percent` or `downtime_limit_ms` where that is decided; `forecast`: as in the report |
 //! | `changed` | a setting was changed while it ran | `round`, `key`, `from` and `to`: as the configuration writes them; `memory_bound_bytes`: from here on |
-//! | `progress` | ten times a second | `round`, `remaining_bytes`, `total_bytes`, `wire_bytes`, `wire_bytes_per_s`, `page_bytes_per_s`, `dirty_bytes_per_s`, `expected_downtime_ms`, `downtime_limit_ms` (null at the destination), `throttle_percent`, `done_percent` of the guest's memory, `time_left_ms` (null if nothing is measured, or it does not converge), `bottleneck_percent` (over the latest seconds: `processor`, `limit`, `destination`, `wire`, `guest`, `source`; null where this end cannot know), `cpu_ms` of the process since the first page, `stages` (`name`, `lane`, `busy_ms`, `input_wait_ms`, `output_wait_ms`, `limit_wait_ms`, `batches`, `pages`: from its start on). The last one, before the end, has rates of 0, and 0 remaining after completion |
+//! | `progress` | ten times a second | `round`, `remaining_bytes`, `total_bytes`, `wire_bytes`, `wire_bytes_per_s`, `page_bytes_per_s`, `dirty_bytes_per_s`, `expected_downtime_ms`, `downtime_limit_ms` (null at the destination, as `remaining_bytes` and `done_percent` are there after the first round), `throttle_percent`, `done_percent` of the guest's memory, `time_left_ms` (null if nothing is measured, or it does not converge), `bottleneck_percent` (over the latest seconds: `processor`, `limit`, `destination`, `wire`, `guest`, `source`; null where this end cannot know), `cpu_ms` of the process since the first page, `stages` (`name`, `lane`, `busy_ms`, `input_wait_ms`, `output_wait_ms`, `limit_wait_ms`, `batches`, `pages`: from its start on). The last one, before the end, has rates of 0, and 0 remaining after completion |
 //! | `turned_away` | strangers or broken peers of a kind were refused: the first at once, then counts | `kind`, `peer`, `why`, `count` |
 //! | `warning` | the operator should know, and it goes on | `what` |
 //! | `paused` | the guest stands still at the source | |
@@ -222,8 +222,9 @@ pub struct ChangedJson {
 pub struct ProgressJson {
     /// The current round, from 1.
     pub round: u32,
-    /// Page bytes that are dirty or taken and not acknowledged; at the destination: that were not loaded once.
-    pub remaining_bytes: u64,
+    /// Page bytes that are dirty or taken and not acknowledged; at the destination those of the first round that are not loaded, null
+    /// after it.
+    pub remaining_bytes: Option<u64>,
     /// Bytes of the guest.
     pub total_bytes: u64,
     /// Bytes handed to the transport so far, or taken from it.
@@ -240,9 +241,9 @@ pub struct ProgressJson {
     pub downtime_limit_ms: Option<f64>,
     /// Percent of its time that the guest is throttled.
     pub throttle_percent: u8,
-    /// The part of the guest's memory that does not remain.
+    /// The part of the guest's memory that does not remain; null where it is not known what does.
     #[serde(default)]
-    pub done_percent: f64,
+    pub done_percent: Option<f64>,
     /// How long it takes until nothing remains, at the rates of the moment; null if nothing is measured, or it does not converge.
     #[serde(default)]
     pub time_left_ms: Option<f64>,
@@ -421,7 +422,7 @@ impl From<&Progress> for ProgressJson {
             expected_downtime_ms: now.expected_downtime.map(ms),
             downtime_limit_ms: (!now.downtime_limit.is_zero()).then(|| ms(now.downtime_limit)),
             throttle_percent: now.throttle,
-            done_percent: percent(now.done()),
+            done_percent: now.done().map(percent),
             time_left_ms: match now.time_left() {
                 TimeLeft::About(time) => Some(ms(time)),
                 TimeLeft::Unknown | TimeLeft::DoesNotConverge => None,

@@ -43,7 +43,7 @@ pub(super) fn limits(page: &Page<'_>) -> Vec<(Duration, Duration)> {
 pub(super) fn section(page: &Page<'_>) -> Markup {
     let report = page.report;
     let Some(downtime) = report.downtime_ms else { return html! {} };
-    let parts = parts(report, downtime);
+    let parts = parts(report);
     let limit = limit(page).map(|limit| limit.as_secs_f64() * 1e3);
     let expected = report.forecast.map_or(0.0, |forecast| forecast.expected_ms);
     // A limit that is far off would leave no room for the parts.
@@ -78,15 +78,10 @@ fn off(forecast: &ForecastReport) -> String {
     format!("{error}; it counted on {rest} to be sent")
 }
 
-fn parts(report: &Report, downtime: f64) -> Vec<Part> {
+fn parts(report: &Report) -> Vec<Part> {
     let happened = &report.downtime;
     let forecast = report.forecast.as_ref();
     let part = |class, name, happened_ms, expected_ms| Part { class, name, happened_ms, expected_ms };
-    let known = happened.final_sync_ms
-        + happened.final_transfer_ms
-        + happened.state_ms
-        + happened.verify_ms
-        + happened.handover_ms;
     let mut parts = vec![
         part("part-sync", "last sync", happened.final_sync_ms, forecast.map(|forecast| forecast.sync_ms)),
         part("part-transfer", "transfer", happened.final_transfer_ms, forecast.map(|forecast| forecast.transfer_ms)),
@@ -94,9 +89,8 @@ fn parts(report: &Report, downtime: f64) -> Vec<Part> {
         part("part-state", "device state", happened.state_ms, None),
         part("part-handover", "handover", happened.handover_ms, forecast.map(|forecast| forecast.handover_ms)),
     ];
-    let rest = downtime - known;
-    if rest > 0.005 * downtime {
-        parts.push(part("part-rest", "waits between", rest, None));
+    if happened.resume_ms > 0.0 {
+        parts.push(part("part-rest", "resume", happened.resume_ms, None));
     }
     parts
 }

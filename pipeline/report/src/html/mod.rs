@@ -148,7 +148,8 @@ impl Page<'_> {
 
     /// The bytes that remained, as samples and syncs say, in order.
     fn remaining(&self) -> Vec<(Duration, u64)> {
-        let sampled = self.account.series.samples().into_iter().map(|sample| (sample.at, sample.remaining_bytes));
+        let samples = self.account.series.samples().into_iter();
+        let sampled = samples.filter_map(|sample| Some((sample.at, sample.remaining_bytes?)));
         let mut knots: Vec<_> = sampled.chain(self.found()).collect();
         knots.sort_by_key(|knot| knot.0);
         knots

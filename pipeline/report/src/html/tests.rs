@@ -84,7 +84,7 @@ impl Scene {
 fn progress(at: u64) -> Event {
     Event::Progress(Progress {
         round: 1,
-        remaining_bytes: 1 << 29,
+        remaining_bytes: Some(1 << 29),
         total_bytes: 1 << 30,
         wire_bytes: at << 18,
         dirty_rate: Some(3e7),
@@ -469,7 +469,7 @@ fn a_migration_of_a_moment_has_its_picture() {
 fn an_event() -> impl Strategy<Value = Event> {
     let script = [script(Role::Source), script(Role::Destination)].concat();
     prop_oneof![
-        3 => (any::<u64>(), any::<u64>(), any::<Option<f64>>(), any::<Option<u64>>(), 0_u64..1000, 0_u8..=99).prop_map(
+        3 => (any::<Option<u64>>(), any::<u64>(), any::<Option<f64>>(), any::<Option<u64>>(), 0_u64..1000, 0_u8..=99).prop_map(
             |(remaining_bytes, wire_bytes, dirty_rate, expected, limit, throttle)| {
                 Event::Progress(Progress {
                     remaining_bytes,

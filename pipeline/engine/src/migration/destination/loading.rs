@@ -130,7 +130,7 @@ impl Destination {
             whole.last = tally.last;
             whole += tally;
         }
-        flow.round = round.saturating_add(1);
+        flow.round = if whole.last { round } else { round.saturating_add(1) };
         let duration = flow.round_began.elapsed();
         flow.round_began = Instant::now();
         self.observers.tell(&Event::RoundSent { tally: whole, duration });
@@ -162,7 +162,7 @@ impl Destination {
     pub(super) fn report_last_progress(&self, flow: &Flow, completed: bool) {
         let still = self.still(flow);
         self.observers.tell(&Event::Progress(Progress {
-            remaining_bytes: if completed { 0 } else { still.remaining_bytes },
+            remaining_bytes: if completed { Some(0) } else { still.remaining_bytes },
             bottleneck: flow.watch.all(&still.stages),
             ..still
         }));
@@ -173,7 +173,8 @@ impl Destination {
         let total_bytes = self.layout.as_ref().map_or(0, Layout::bytes);
         Progress {
             round: flow.round,
-            remaining_bytes: total_bytes.saturating_sub(flow.loaded_bytes()),
+            // What the guest has written since is known to the source alone.
+            remaining_bytes: (flow.round == 1).then(|| total_bytes.saturating_sub(flow.loaded_bytes())),
             total_bytes,
             wire_bytes: flow.wire_bytes(),
             stages: flow.graph.readings(),

@@ -90,7 +90,7 @@ impl Gathering {
             features: Vec::new(),
         };
         writer.write_all(&Message::Hello(hello).encode(0)).await.unwrap();
-        Source { reader: FrameReader::new(reader, "test".into(), PageSize::DEFAULT), _writer: writer }
+        Source { reader: FrameReader::new(reader, "test".into(), PageSize::DEFAULT), writer }
     }
 
     /// A whole migration comes and is taken; what was reported until then, counts with what was left.
@@ -105,7 +105,7 @@ impl Gathering {
 
 struct Source {
     reader: FrameReader<Box<dyn AsyncRead + Send + Unpin>>,
-    _writer: Writer,
+    writer: Writer,
 }
 
 impl Source {
@@ -127,6 +127,39 @@ async fn a_migration_whose_connections_do_not_all_come_is_refused_with_the_reaso
     let told = gathering.ends_well().await;
     assert!(told.iter().all(|(kind, ..)| *kind == TurnedAwayKind::Incomplete), "{told:?}");
     assert!(told[0].2.contains("of the 3 connections"), "{told:?}");
+}
+
+#[tokio::test]
+async fn a_migration_of_which_a_connection_ends_is_refused_at_once() {
+    let gathering = Gathering::start(2 * HANG).await;
+    let mut early = gathering.knock(1, 0, 3).await;
+    // What comes before its time does not end it, and is not lost.
+    early.writer.write_all(&Message::Ready.encode(0)).await.unwrap();
+    let ending = gathering.knock(1, 2, 3).await;
+    while gathering.accepted.load(Ordering::Relaxed) < 2 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    drop(ending);
+    let why = early.refused().await;
+    assert!(why.contains("of the 3 connections of its migration came, and one of them has ended"), "{why}");
+    assert!(gathering.knock(1, 1, 3).await.refused().await.contains("has ended"));
+    let told = gathering.ends_well().await;
+    assert!(told.iter().all(|(kind, ..)| *kind == TurnedAwayKind::Incomplete), "{told:?}");
+}
+
+#[tokio::test]
+async fn what_comes_before_a_migration_is_complete_is_not_lost() {
+    let gathering = Gathering::start(2 * HANG).await;
+    let mut early = gathering.knock(1, 0, 2).await;
+    early.writer.write_all(&Message::Ready.encode(0)).await.unwrap();
+    while gathering.accepted.load(Ordering::Relaxed) < 1 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    let _other = gathering.knock(1, 1, 2).await;
+    let session = tokio::time::timeout(HANG, gathering.task).await.expect("it hangs").unwrap();
+    let mut session = session.unwrap_or_else(|_| panic!("no session"));
+    let heard = session.readers[0].next().await.unwrap();
+    assert!(matches!(heard, Some(Incoming::Message { message: Message::Ready, .. })), "{heard:?}");
 }
 
 #[tokio::test]

@@ -4,6 +4,7 @@ use memferry_stages::wire::Message;
 
 use super::Source;
 use super::figures::Figures;
+use super::spent::Part;
 use crate::events::{Ended, Event, Phase};
 use crate::guest::RunState;
 use crate::migration::error::{MigrationError, guarded};
@@ -26,7 +27,8 @@ impl Source {
             Verdict::Unconfirmed(_) => true,
             Verdict::Failed(_) | Verdict::Cancelled => false,
         };
-        self.downtime = self.paused.filter(|_| verdict == Verdict::Completed).map(|paused| paused.elapsed());
+        self.spent.on(Part::Resume);
+        self.downtime = self.spent.total().filter(|_| verdict == Verdict::Completed);
         let is_throttled = !self.lift_throttle().await;
         let resume_error = if stays_paused { None } else { self.let_go_on().await };
         if verdict == Verdict::Completed && stays_paused {
@@ -80,7 +82,8 @@ impl Source {
         match asked(go_on).await {
             Ok(()) => {
                 if run {
-                    self.downtime = self.paused.map(|paused| paused.elapsed());
+                    self.spent.on(Part::Resume);
+                    self.downtime = self.spent.total();
                     self.observers.tell(&Event::Resumed);
                 }
                 None
@@ -142,7 +145,7 @@ impl Source {
             total: self.started.elapsed(),
             setup: self.setup,
             downtime: self.downtime,
-            parts: self.parts,
+            parts: self.spent.parts(),
             forecast: self.forecast,
             wire_bytes: figures.wire_bytes,
             spared: self.spared(),

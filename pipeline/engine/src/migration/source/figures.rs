@@ -46,7 +46,7 @@ impl Source {
     pub(super) fn report_last_progress(&self, flow: &Flow, completed: bool, is_throttled: bool) {
         let progress = self.still(flow, &self.standing_now(flow));
         self.observers.tell(&Event::Progress(Progress {
-            remaining_bytes: if completed { 0 } else { progress.remaining_bytes },
+            remaining_bytes: if completed { Some(0) } else { progress.remaining_bytes },
             dirty_rate: Some(0.0),
             throttle: if is_throttled { self.controller.throttle() } else { 0 },
             bottleneck: self.watch.as_ref().map(|watch| watch.all(&progress.stages)).unwrap_or_default(),
@@ -59,7 +59,7 @@ impl Source {
         Progress {
             // Before the first round its order is on its way.
             round: self.round.max(1),
-            remaining_bytes: self.page_bytes(now.dirty_pages + now.in_flight_pages),
+            remaining_bytes: Some(self.page_bytes(now.dirty_pages + now.in_flight_pages)),
             total_bytes: self.layout().bytes(),
             wire_bytes: wire_bytes(flow),
             downtime_limit: self.controller.downtime_limit(),

@@ -1,12 +1,11 @@
 //! The hand-over: the last handshake with a destination, or the end of a file.
 
-use std::time::Instant;
-
 use memferry_stages::geometry::{Layout, PageAt};
 use memferry_stages::sender::Control;
 use memferry_stages::wire::Message;
 
 use super::Source;
+use super::spent::Part;
 use crate::events::Event;
 use crate::migration::error::MigrationError;
 use crate::migration::flow::{Flow, Signal};
@@ -18,7 +17,8 @@ impl Source {
     /// The last handshake: see [`handshake`](crate::migration::handshake).
     pub(super) async fn hand_over(&mut self, flow: &mut Flow) -> Result<Verdict, MigrationError> {
         let mut handshake = SourceHandshake::AwaitingLoaded { verify: self.settings.verify };
-        let mut phase_began = Instant::now();
+        // What the destination does since the last byte was sent: load it, and compare digests if it was asked to.
+        self.spent.on(if self.settings.verify { Part::Verify } else { Part::Transfer });
         let mut give_up = tokio::time::Instant::now() + self.settings.handover_timeout;
         loop {
             let happening = match tokio::time::timeout_at(give_up, flow.next()).await {
@@ -32,11 +32,7 @@ impl Source {
                 SourceStep::Wait => {}
                 SourceStep::NamePage(message) => self.name_page(&message).await,
                 SourceStep::HandOver => {
-                    // What the destination did since the last byte was sent: load it, and compare digests if it was asked to.
-                    let part =
-                        if self.settings.verify { &mut self.parts.verify } else { &mut self.parts.final_transfer };
-                    *part += phase_began.elapsed();
-                    phase_began = Instant::now();
+                    self.spent.on(Part::Handover);
                     self.verified = self.settings.verify.then_some(true);
                     self.commit().await?;
                     give_up = tokio::time::Instant::now() + self.settings.handover_timeout;
@@ -49,10 +45,7 @@ impl Source {
                     let what = "cancel comes too late: the destination may run the guest already";
                     self.observers.tell(&Event::Warning(what.into()));
                 }
-                SourceStep::End(verdict) => {
-                    self.parts.handover = phase_began.elapsed();
-                    return Ok(verdict);
-                }
+                SourceStep::End(verdict) => return Ok(verdict),
             }
         }
     }
@@ -110,7 +103,7 @@ impl Source {
 
     /// A file has no return path: its end mark on disk and its rename stand for Go.
     pub(super) async fn complete_file(&mut self, flow: &mut Flow) -> Result<Verdict, MigrationError> {
-        let began = Instant::now();
+        self.spent.on(Part::Handover);
         if self.settings.after == Some(After::Pause) {
             self.commit().await?;
         }
@@ -129,7 +122,6 @@ impl Source {
                 _ => {}
             }
         }
-        self.parts.handover = began.elapsed();
         Ok(Verdict::Completed)
     }
 }

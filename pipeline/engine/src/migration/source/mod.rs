@@ -13,6 +13,7 @@ mod figures;
 mod handover;
 mod rounds;
 mod setup;
+mod spent;
 mod switchover;
 
 use std::sync::Arc;
@@ -39,10 +40,11 @@ use crate::bottleneck::Watch;
 use crate::control::{Control, Requests};
 use crate::controller::Controller;
 use crate::controller::forecast::Forecast;
-use crate::events::{DowntimeParts, Ended, Event, Observers, Phase};
+use crate::events::{Ended, Event, Observers, Phase};
 use crate::guest::clearer::Clearer;
 use crate::guest::{Guest, RunState};
 use crate::settings::SourceSettings;
+use spent::Spent;
 
 /// Device state and handshake, until they have been measured: what the forecast assumes.
 const HANDOVER_GUESS: Duration = Duration::from_millis(1);
@@ -110,7 +112,7 @@ struct Source {
     /// May Go have left?
     go_said: bool,
     downtime: Option<Duration>,
-    parts: DowntimeParts,
+    spent: Spent,
     controller: Controller,
     /// What the controller expected of the switchover when it decided for it.
     forecast: Option<Forecast>,
@@ -173,7 +175,7 @@ impl Source {
             released: false,
             go_said: false,
             downtime: None,
-            parts: DowntimeParts::default(),
+            spent: Spent::default(),
             wire_speed: Speed::default(),
             page_speed: Speed::default(),
             watch: None,

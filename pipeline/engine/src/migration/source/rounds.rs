@@ -10,7 +10,8 @@ use memferry_stages::wire::Message;
 use memferry_stages::wire::messages::Progress as Acknowledged;
 
 use super::Source;
-use crate::controller::forecast::Standing;
+use super::spent::Part;
+use crate::controller::forecast::{Standing, whole};
 use crate::controller::{Decided, Decision};
 use crate::events::Event;
 use crate::migration::asked;
@@ -75,6 +76,7 @@ impl Source {
     pub(super) async fn scan(&mut self, flow: &mut Flow, order: ScanOrder) -> Result<(), MigrationError> {
         let ScanOrder { round, last, .. } = order;
         self.round = round;
+        self.spent.on(Part::Transfer);
         let began = Instant::now();
         self.quiet_since = Some(began);
         let before = flow.graph.readings();
@@ -104,10 +106,6 @@ impl Source {
             flow.graph.in_flight.acknowledge_all();
         }
         let duration = began.elapsed();
-        if let Some(paused) = self.paused {
-            // The guest waits for the rest of a round that it is paused in, as for the last one.
-            self.parts.final_transfer += paused.max(began).elapsed();
-        }
         self.pages_frames += tally.batches;
         self.controller.round(&tally, duration, flow.graph.busiest_since(&before));
         self.observers.tell(&Event::RoundSent { tally, duration });
@@ -115,6 +113,7 @@ impl Source {
     }
 
     pub(super) async fn sync(&mut self, flow: &mut Flow) -> Result<Synced, MigrationError> {
+        self.spent.on(Part::Sync);
         self.reach_before_sync().await;
         if flow.graph.sync.put(SyncOrder { after_round: self.round }).await.is_err() {
             return Err(self.broken(flow).await);
@@ -133,7 +132,8 @@ impl Source {
     /// How things stand with so many dirty pages.
     fn standing(&self, flow: &Flow, dirty_pages: u64) -> Standing {
         let in_flight_pages = flow.graph.in_flight.pages();
-        Standing { elapsed: self.started.elapsed(), dirty_pages, in_flight_pages, ..Standing::default() }
+        let page_rate = whole(self.page_speed.latest());
+        Standing { elapsed: self.started.elapsed(), dirty_pages, in_flight_pages, page_rate, ..Standing::default() }
     }
 
     /// Dirty pages of which a delta may be made. It takes a sweep over the bitmap.

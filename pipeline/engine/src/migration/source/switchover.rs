@@ -10,6 +10,7 @@ use memferry_stages::wire::messages::{RunState, StatePhase};
 
 use super::Source;
 use super::rounds::unexpected;
+use super::spent::Part;
 use crate::events::{Event, Phase};
 use crate::guest::GuestState;
 use crate::migration::alive::silenced;
@@ -28,7 +29,7 @@ impl Source {
         self.pause(flow).await?;
         self.reach_complete().await;
         let device = self.save().await?;
-        self.sync(flow).await.map(|found| self.parts.final_sync = found.duration)?;
+        self.sync(flow).await?;
 
         let digests = self.start_digests();
         self.say_state(flow, device).await?;
@@ -76,7 +77,9 @@ impl Source {
     pub(super) async fn pause(&mut self, flow: &Flow) -> Result<(), MigrationError> {
         if self.paused.is_none() {
             self.tell_phase(Phase::Switchover);
-            self.paused = Some(Instant::now());
+            let now = Instant::now();
+            self.paused = Some(now);
+            self.spent.paused(now);
             if self.was == RunState::Running {
                 let guest = self.guest.clone();
                 blocking(move || guest.pause()).await?;
@@ -88,13 +91,12 @@ impl Source {
     }
 
     async fn save(&mut self) -> Result<GuestState, MigrationError> {
-        let began = Instant::now();
+        self.spent.on(Part::State);
         let guest = self.guest.clone();
         let device = blocking(move || guest.save()).await?;
         self.released = true;
         let guest = self.guest.clone();
         blocking(move || guest.release()).await?;
-        self.parts.state = began.elapsed();
         Ok(device)
     }
 
@@ -114,17 +116,16 @@ impl Source {
     }
 
     async fn say_state(&mut self, flow: &mut Flow, device: GuestState) -> Result<(), MigrationError> {
-        let began = Instant::now();
+        self.spent.on(Part::State);
         let chunks = state::chunks(StatePhase::Device, device, &mut self.state_room)?;
         for chunk in chunks {
             self.say(flow, &Message::State(chunk)).await?;
         }
-        self.parts.state += began.elapsed();
         Ok(())
     }
 
     async fn say_digests(&mut self, flow: &mut Flow, digests: digests::Pending) -> Result<(), MigrationError> {
-        let began = Instant::now();
+        self.spent.on(Part::Verify);
         let mut digests = pin!(digests.finish());
         let digests = loop {
             let signal = tokio::select! {
@@ -139,7 +140,6 @@ impl Source {
         for message in digests.messages() {
             self.say(flow, &message).await?;
         }
-        self.parts.verify = began.elapsed();
         Ok(())
     }
 }

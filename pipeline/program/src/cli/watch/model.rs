@@ -184,7 +184,7 @@ impl End {
 
     fn progress(&mut self, ms: f64, now: &ProgressJson) {
         self.history.enter(Sample {
-            remaining: now.remaining_bytes,
+            remaining: now.remaining_bytes.unwrap_or(0),
             wire_rate: now.wire_bytes_per_s,
             dirty_rate: now.dirty_bytes_per_s.unwrap_or(0),
         });

@@ -106,7 +106,7 @@ fn figures_that_are_nonsense_are_shown_and_harm_nothing() {
     let mut model = after(middle());
     for line in recorded() {
         let EventJson::Progress(mut now) = line.event else { continue };
-        now.remaining_bytes = u64::MAX;
+        now.remaining_bytes = Some(u64::MAX);
         now.total_bytes = 0;
         now.wire_bytes_per_s = u64::MAX;
         now.expected_downtime_ms = Some(-1e300);

@@ -127,12 +127,15 @@ impl Page<'_, '_> {
     /// The share of the guest that is done, what is left, and how long that takes.
     fn done(&mut self, end: &End) {
         let Some(now) = &end.now else { return };
-        let mut words = format!("{} left", human::bytes(now.remaining_bytes));
+        let (Some(done), Some(left)) = (now.done_percent, now.remaining_bytes.map(human::bytes)) else {
+            return self.line(Line::raw(format!("{:<LABEL$}not known", "done")));
+        };
+        let mut words = format!("{left} left");
         if self.width >= NARROW {
-            words = format!("{} of {} left", human::bytes(now.remaining_bytes), human::bytes(now.total_bytes));
+            words = format!("{left} of {} left", human::bytes(now.total_bytes));
             words.extend(words::time_left(now).map(|time| format!(", {time}")));
         }
-        let done = now.done_percent.clamp(0.0, 100.0);
+        let done = done.clamp(0.0, 100.0);
         let bar = filled(done / 100.0, self.width.saturating_sub(LABEL + words.len() + 8));
         let percent = format!(" {:>3.0} %  ", done.floor());
         self.line(Line::from(vec![
@@ -150,7 +153,8 @@ impl Page<'_, '_> {
         let dirtied = now.dirty_bytes_per_s.map_or("not known".into(), rate);
         self.picture("wire", rate(now.wire_bytes_per_s), end, |sample| sample.wire_rate, Color::Green);
         self.picture("dirtied", dirtied, end, |sample| sample.dirty_rate, Color::Magenta);
-        self.picture("left", human::bytes(now.remaining_bytes), end, |sample| sample.remaining, Color::Cyan);
+        let left = now.remaining_bytes.map_or("not known".into(), human::bytes);
+        self.picture("left", left, end, |sample| sample.remaining, Color::Cyan);
     }
 
     fn picture(&mut self, name: &str, figure: String, end: &End, of: fn(&Sample) -> u64, colour: Color) {

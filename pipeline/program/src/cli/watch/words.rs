@@ -88,8 +88,10 @@ impl Teller {
 }
 
 fn figures(now: &ProgressJson) -> String {
-    let (round, done, left) = (now.round, human::done(now.done_percent), human::bytes(now.remaining_bytes));
-    let mut text = format!("round {round}: {done}, {left} left, ");
+    let mut text = format!("round {}: ", now.round);
+    if let (Some(done), Some(left)) = (now.done_percent, now.remaining_bytes) {
+        text.push_str(&format!("{}, {} left, ", human::done(done), human::bytes(left)));
+    }
     text.push_str(&human::bytes(now.wire_bytes_per_s));
     text.push_str("/s");
     text.extend(time_left(now).map(|time| format!(", {time}")));
@@ -109,8 +111,8 @@ fn figures(now: &ProgressJson) -> String {
 pub(super) fn time_left(now: &ProgressJson) -> Option<TimeLeft> {
     #[expect(clippy::cast_precision_loss, reason = "for the eye")]
     let (sent, dirtied) = (now.page_bytes_per_s as f64, now.dirty_bytes_per_s.map(|rate| rate as f64));
-    let time = TimeLeft::at_rates(now.remaining_bytes, sent, dirtied);
-    (now.remaining_bytes > 0 && time != TimeLeft::Unknown).then_some(time)
+    let remaining = now.remaining_bytes.filter(|bytes| *bytes > 0)?;
+    Some(TimeLeft::at_rates(remaining, sent, dirtied)).filter(|time| *time != TimeLeft::Unknown)
 }
 
 fn milestone(event: &EventJson) -> Option<String> {
