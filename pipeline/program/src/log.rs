@@ -29,7 +29,7 @@ impl Observer for LogObserver {
                 info!(role, after_round, dirty_pages, ?duration, "bitmap sync");
             }
             Event::Spared(spared) => debug!(role, ?spared, "pages spared"),
-            Event::Decided(decided) => info!(role, "{}", decided.why),
+            Event::Decided(decided) => info!(role, "{decided}"),
             Event::Changed(changed) => info!(role, "{changed}"),
             Event::Progress(progress) => debug!(role, ?progress, "progress"),
             Event::TurnedAway { peer, why, count: 1, .. } => warn!(role, ?peer, "turned away: {why}"),

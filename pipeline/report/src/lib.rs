@@ -164,6 +164,10 @@ pub struct DecisionReport {
     pub expected_ms: Option<f64>,
     /// Why, in words and figures.
     pub why: Untrusted,
+    /// The name of the reason, as [`Reason::name`](memferry::controller::reason::Reason::name) gives it; empty where the writer
+    /// knows of none.
+    #[serde(default)]
+    pub reason: Untrusted,
 }
 
 /// A setting that was changed while it ran.
@@ -453,7 +457,8 @@ fn decision(decided: &Decided) -> DecisionReport {
         round: decided.round,
         decision: decision_name(decided.decision).into(),
         expected_ms: decided.forecast.map(|forecast| ms(forecast.expected())),
-        why: decided.why.as_str().into(),
+        why: decided.to_string().into(),
+        reason: decided.reason.name().into(),
     }
 }
 
@@ -483,8 +488,8 @@ fn round(round: &Round) -> RoundReport {
 
 fn stage(reading: &Reading) -> StageReport {
     StageReport {
-        name: reading.name.into(),
-        lane: reading.lane,
+        name: reading.stage.kind.name().into(),
+        lane: reading.stage.at.number(),
         busy_ms: ms(reading.busy),
         input_wait_ms: ms(reading.input_wait),
         output_wait_ms: ms(reading.output_wait),
