@@ -73,7 +73,11 @@ async fn a_cut_comes_after_an_exact_number_of_bytes() {
         assert_eq!(received.len() as u64, bytes);
         assert_eq!(transport.faults().delivered(Direction::ToDestination), bytes + 3);
         assert_eq!(writer.await.expect("no panic"), Err(ErrorKind::ConnectionReset));
-        assert_eq!(write(&mut destination, b"x").await, Err(ErrorKind::ConnectionReset), "the other direction is cut too");
+        assert_eq!(
+            write(&mut destination, b"x").await,
+            Err(ErrorKind::ConnectionReset),
+            "the other direction is cut too"
+        );
     }
 }
 
