@@ -1,10 +1,9 @@
 //! The dirty bitmap: one atomic word per extent, the single source of truth (ARCHITECTURE.md, law 1: the bitmap
 //! is the truth).
 //!
-//! A set bit means that the page must be sent. Writers of bits (dirty logs, marks) set with Release after their store;
-//! the scanner takes a whole word with one Acquire swap, so that a bit set later belongs to the next round (law 2: clear,
-//! then re-arm, then read).
-//! Bits beyond a block's last page are never set. The same type serves for every set of pages: a log's own
+//! A set bit means that the page must be sent. Writers of bits (dirty logs, marks) set with Release after their store; the
+//! scanner takes a whole word with one Acquire swap, so that a bit set later belongs to the next round (law 2: clear, then
+//! re-arm, then read). Bits beyond a block's last page are never set. The same type serves for every set of pages: a log's own
 //! pending bits, the pages that a destination has received, the pages known to be untouched.
 
 use std::ops::Range;

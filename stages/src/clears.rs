@@ -128,8 +128,8 @@ impl Clears {
         self.window.write().unwrap_or_else(PoisonError::into_inner).is_open = false;
     }
 
-    /// To be called when a sync has moved what the logs found in these extents: clears the bits of excluded pages again, and notes that
-    /// pages whose bit is set will be sent, whatever was hinted before.
+    /// To be called when a sync has moved what the logs found in these extents: clears the bits of excluded pages again, and
+    /// notes that pages whose bit is set will be sent, whatever was hinted before.
     ///
     /// # Panics
     /// If the extents reach beyond the block.

@@ -1,7 +1,7 @@
 //! Heartbeats: an end shows its peer that it is alive, also while it has nothing else to send.
 //!
-//! The task is not a stage of the data plane. It runs beside the controller, so that no computation and no blocking call delays it: no
-//! sync, no digest and no call into the guest.
+//! The task is not a stage of the data plane. It runs beside the controller, so that no computation and no blocking call delays
+//! it: no sync, no digest and no call into the guest.
 
 use std::time::Duration;
 

@@ -1,5 +1,5 @@
-//! Loader: writes the pages of one lane into guest memory. No other task writes that part of it (ARCHITECTURE.md, law 4: a page keeps
-//! its lane).
+//! Loader: writes the pages of one lane into guest memory. No other task writes that part of it (ARCHITECTURE.md, law 4: a page
+//! keeps its lane).
 //!
 //! ```text
 //! receiver ── Arrived ──▶ ┌────────┐ ──▶ guest memory
@@ -10,9 +10,9 @@
 //! It takes checked frames in the order they were sent, and promises (law 8: the peer is not trusted):
 //! - Nothing of a frame is written before its payload's hash was compared (where the stream has hashes) and its encodings
 //!   were agreed on.
-//! - A page is written only once it is decoded completely: a compressed page is decompressed into a buffer, with all of its group; a
-//!   delta is checked to its last byte, and needs a received page to patch. Damage never leaves a wrong page; an error names the
-//!   frame's offset and the page.
+//! - A page is written only once it is decoded completely: a compressed page is decompressed into a buffer, with all of its
+//!   group; a delta is checked to its last byte, and needs a received page to patch. Damage never leaves a wrong page; an error
+//!   names the frame's offset and the page.
 //! - A page's bit in `held`, the received bitmap, is cleared before the page is written, and set once it is complete.
 //! - A zero page of a fresh block that was never loaded is not touched: it is zero already. In any other block it is
 //!   written, since its content is unknown. Adjacent pages are written in one call, if they are raw, zero or of one group.
@@ -100,8 +100,8 @@ impl From<WireError> for Fault {
 }
 
 impl Loader {
-    /// The loader of one lane. `held`, the received bitmap, starts empty and is shared by all lanes. `checksum` says whether payloads
-    /// carry their hash, `allowed` which encodings were agreed on.
+    /// The loader of one lane. `held`, the received bitmap, starts empty and is shared by all lanes. `checksum` says whether
+    /// payloads carry their hash, `allowed` which encodings were agreed on.
     #[must_use]
     pub fn new(
         lane: u16,

@@ -46,7 +46,7 @@ impl<T> Outlet<T> {
     /// Must not be raced in a `select!`: a dropped send drops its item.
     ///
     /// # Errors
-    /// [`Closed`] if nobody will take it.
+    /// [`Closed`] if the other end was dropped.
     pub async fn put(&self, item: T) -> Result<(), Closed> {
         let item = match self.sender.try_send(item) {
             Ok(()) => return Ok(()),
@@ -60,7 +60,7 @@ impl<T> Outlet<T> {
     /// Puts an item into the queue if there is room, and drops it if there is none.
     ///
     /// # Errors
-    /// [`Closed`] if nobody will take it.
+    /// [`Closed`] if the other end was dropped.
     pub fn offer(&self, item: T) -> Result<(), Closed> {
         match self.sender.try_send(item) {
             Ok(()) | Err(async_channel::TrySendError::Full(_)) => Ok(()),

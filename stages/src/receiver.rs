@@ -7,9 +7,9 @@
 //! ```
 //!
 //! It takes a [`FrameReader`] after the first frame (Hello), and promises (ARCHITECTURE.md, law 8: the peer is not trusted):
-//! - A frame passes only if it is valid: its lane is one of this connection, its extent belongs to that lane, its round is not below
-//!   the lane's, nothing follows a lane's Switchover, and its kind does not belong to the return path. Any other frame ends the stage
-//!   with an error that names the frame's offset.
+//! - A frame passes only if it is valid: its lane is one of this connection, its extent belongs to that lane, its round is not
+//!   below the lane's, nothing follows a lane's Switchover, and its kind does not belong to the return path. Any other frame ends
+//!   the stage with an error that names the frame's offset.
 //! - A payload is read from the transport straight into a pooled buffer. While it waits for one it holds no other.
 //! - A Heartbeat is not passed on.
 //! - The end of the stream between two frames is a normal end. Other stages check whether everything had arrived.

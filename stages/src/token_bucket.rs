@@ -255,7 +255,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn nothing_is_lost_to_rounding() {
-        // 7 bytes a second for 1,000 seconds, asked for byte by byte.
+        // 7 bytes a second for 1,000 seconds, taken byte by byte.
         let bucket = TokenBucket::new(7);
         let start = Instant::now();
         for _ in 0..7000 {
@@ -341,7 +341,7 @@ mod tests {
         }
     }
 
-    /// The switchover's own bandwidth begins at once, and is held as the one before.
+    /// The switchover's own bandwidth takes effect at once, and limits like the one before.
     #[tokio::test(start_paused = true)]
     async fn a_rate_that_changes_in_the_middle_is_held_on_both_sides() {
         let bucket = Arc::new(TokenBucket::new(MIB));

@@ -1,7 +1,7 @@
 //! Text that comes from elsewhere: a peer, a file, a command's output.
 //!
-//! Such text may hold escape sequences that move the cursor, a newline and a line that looks like the program's own, or
-//! marks that reverse the direction of writing. [`Untrusted`] holds it, and displays it on one line, escaped and bounded. Frames and
+//! Such text may hold escape sequences that move the cursor, a newline and a line that looks like the program's own, or marks
+//! that reverse the direction of writing. [`Untrusted`] holds it, and displays it on one line, escaped and bounded. Frames and
 //! events carry this type, so that no outlet can forget to escape (ARCHITECTURE.md, law 8: the peer is not trusted).
 
 use std::borrow::Cow;

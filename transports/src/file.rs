@@ -14,8 +14,8 @@
 //! A program that is killed leaves its `.partial` file, which nothing takes for a stream; the next one that writes to PATH removes
 //! it ([`temporary`](crate::temporary)).
 //!
-//! Writes and reads happen where they are asked for, since the page cache takes them at the speed of memory; on a runtime
-//! of several threads the others go on meanwhile. Flushes run where blocking is allowed. Not for a tokio `LocalSet`.
+//! Writes and reads run on the caller's thread, since the page cache takes them at the speed of memory; on a runtime
+//! of several threads the other tasks continue meanwhile. Flushes run where blocking is allowed. Not for a tokio `LocalSet`.
 
 use std::fs::{self, File};
 use std::future::Future;

@@ -100,8 +100,8 @@ pub trait Transport: Send + Sync + fmt::Debug {
 pub trait Listener: Send + fmt::Debug {
     /// The next connection. Errors of single connection attempts are ignored.
     ///
-    /// A returned error is the listener's own. It is final unless [`is_shortage`] recognizes it: then the caller frees resources and
-    /// calls again. A listener waits a moment before it returns a shortage.
+    /// A returned error is the listener's own. It is final unless [`is_shortage`] recognizes it: then the caller frees resources
+    /// and calls again. A listener waits a moment before it returns a shortage.
     fn accept(&mut self) -> BoxFuture<'_, io::Result<Connection>>;
 
     /// The address that it listens on, with the port that the system chose for port 0.

@@ -5,8 +5,9 @@
 //! - Small frames leave at once (`TCP_NODELAY`).
 //! - A peer that vanishes silently is noticed within one and a half peer timeouts: by keepalive where nothing waits to be sent, by
 //!   `TCP_USER_TIMEOUT` where something does.
-//! - Buffers are left to the kernel's autotuning, which knows the path better. The exception is a path that does not leave the host: it has
-//!   no delay that a large buffer could hide, and bytes that wait in a large buffer leave the processor's cache before they are read.
+//! - Buffers are left to the kernel's autotuning, which knows the path better. The exception is a path that does not leave the
+//!   host: it has no delay that a large buffer could hide, and bytes that wait in a large buffer leave the processor's cache
+//!   before they are read.
 
 use std::io::{self, ErrorKind};
 use std::net::SocketAddr;
@@ -54,7 +55,8 @@ impl TcpTransport {
         Self { host: host.into(), port, connect_timeout, peer_timeout: PEER_TIMEOUT }
     }
 
-    /// The same transport, whose connections end when the peer acknowledges neither data nor a probe for one and a half times `peer_timeout`.
+    /// The same transport, whose connections end when the peer acknowledges neither data nor a probe for one and a half times
+    /// `peer_timeout`.
     #[must_use]
     pub fn with_peer_timeout(self, peer_timeout: Duration) -> Self {
         Self { peer_timeout, ..self }

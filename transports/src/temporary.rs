@@ -78,12 +78,12 @@ impl Temporary {
         &self.target
     }
 
-    /// Flushes the file and gives it its name. An error if it was given up, even meanwhile: either the rename or the removal finds the
-    /// temporary name, never both.
+    /// Flushes the file and gives it its name. An error if it was given up, even meanwhile: either the rename or the removal
+    /// finds the temporary name, never both.
     pub(crate) fn complete(&self, file: &File) -> io::Result<()> {
         file.sync_all()?;
         self.replace()?;
-        // The rename stands: whoever looks finds a whole file, so this must not be told as a failure.
+        // The rename is done and readers find a whole file, so this must not be reported as a failure.
         if let Err(error) = sync_directory(&self.target) {
             tracing::warn!(path = %self.target.display(), %error, "the file is in place, but a power failure may undo that");
         }
@@ -131,8 +131,8 @@ impl Drop for Temporary {
     }
 }
 
-/// Removes the temporary files that programs which were killed left beside `target`, and names each of them. What somebody
-/// still writes stays.
+/// Removes the temporary files that killed programs left beside `target`, and logs each of them. Files that are still written
+/// stay.
 pub fn remove_abandoned(target: &Path) {
     let Some(name) = target.file_name() else { return };
     let entries = fs::read_dir(directory_of(target)).into_iter().flatten().flatten();
@@ -155,7 +155,7 @@ fn abandoned(path: &Path) -> Option<File> {
     is_ours.then_some(file)
 }
 
-/// A second handle of the file, which is locked through either; `None` if somebody else has locked or removed it.
+/// A second handle of the file, which is locked through either; `None` if another program has locked or removed it.
 fn lock(file: &File, path: &Path) -> io::Result<Option<File>> {
     match file.try_lock() {
         Err(TryLockError::WouldBlock) => return Ok(None),
@@ -195,7 +195,7 @@ pub fn target_of(path: &Path) -> io::Result<PathBuf> {
     }
 }
 
-/// Only regular files are read and replaced: not a device, not a pipe that nobody writes.
+/// Checks that it is a regular file. Devices and pipes are neither read nor replaced.
 pub(crate) fn require_regular(found: &fs::Metadata) -> io::Result<()> {
     let what = if found.is_dir() { "it is a directory" } else { "it is no regular file" };
     if found.is_file() { Ok(()) } else { Err(io::Error::new(ErrorKind::InvalidInput, what)) }

@@ -1,9 +1,9 @@
 //! Dirty logs: where dirty bits come from.
 //!
 //! A guest has one log or several; a bitmap sync ORs them all into the dirty bitmap. Every log keeps one promise, which
-//! [`conformance`] tests: **a store that is complete before a sync begins, and was
-//! not in a copy taken since it became visible, is found by that sync or a later one.** Nothing written is ever missed; a
-//! page reported once too often costs only its transfer.
+//! [`conformance`] tests: **a store that is complete before a sync begins, and was not in a copy taken since it became visible,
+//! is found by that sync or a later one.** Nothing written is ever missed; a page reported once too often costs only its
+//! transfer.
 //!
 //! ```text
 //!  start ─▶ for each extent: rearm ─▶ read ─▶ copied ─▶ ( sync ─▶ for each extent found: rearm ─▶ read ─▶ copied )* ─▶ stop

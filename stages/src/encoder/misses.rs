@@ -48,7 +48,8 @@ impl OnMiss {
     }
 }
 
-/// Whether it pays to compress a page: a try takes `nanos` and saves `saved` bytes, and a byte takes a lane `nanos_per_byte` on the wire.
+/// Whether it pays to compress a page: a try takes `nanos` and saves `saved` bytes, and a byte takes a lane `nanos_per_byte` on
+/// the wire.
 #[must_use]
 pub fn pays(saved: f64, nanos: f64, nanos_per_byte: f64) -> bool {
     saved * nanos_per_byte > nanos * MARGIN

@@ -94,7 +94,7 @@ mod tests {
     const PAGE: usize = 16;
 
     proptest! {
-        /// Each page goes raw, is left out, or is coded as some bytes: held against the bytes put one after another.
+        /// Each page is raw, skipped, or coded as some bytes; compared with the concatenated bytes.
         #[test]
         fn a_payload_is_its_pages_one_after_another(fates in prop::collection::vec(0..PAGE + 3, 1..20)) {
             let (given, room) = (BufferPool::new(1, 20 * PAGE), BufferPool::new(1, 20 * PAGE));

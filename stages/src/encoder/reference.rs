@@ -79,8 +79,9 @@ impl Reference {
         self.keep(at, page, batch, batch.round);
     }
 
-    /// Handles a page that is sent whole for the first time. It is not known to be written to, so it may be replaced one round sooner,
-    /// by the pages that are dirty in the next round already. Otherwise a full cache would take none of them before the round after.
+    /// Handles a page that is sent whole for the first time. It is not known to be written to, so it may be replaced one round
+    /// sooner, by the pages that are dirty in the next round already. Otherwise a full cache would take none of them before the
+    /// round after.
     pub(super) fn will_hold_first(&mut self, at: PageAt, page: &[u8], batch: &Batch) {
         self.keep(at, page, batch, batch.round.saturating_sub(1));
     }
@@ -142,7 +143,8 @@ mod tests {
     }
 
     proptest! {
-        /// Law 6 (the delta's reference is what the destination holds) in a model: pages are sent in any way, and their entries equal what
+        /// Law 6 (the delta's reference is what the destination holds) in a model: pages are sent in any way, and their entries
+        /// equal what
     /// the destination holds.
         #[test]
         fn an_entry_is_what_the_destination_holds_or_gone(

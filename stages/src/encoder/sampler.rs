@@ -151,14 +151,14 @@ mod tests {
 
     const GROUP: u32 = 16;
 
-    /// A page to come: does it look like noise, and does it shrink?
+    /// A page: whether it looks like noise, and whether it shrinks.
     #[derive(Clone, Copy, Debug)]
     struct Page {
         noisy: bool,
         shrinks: bool,
     }
 
-    /// What became of each page: was it tried, and with how many others?
+    /// The outcome of each page: whether it was tried, and with how many others.
     fn run(pages: &[Page], batch: usize) -> Vec<u32> {
         let mut sampler = Sampler::new();
         let mut fates = Vec::new();

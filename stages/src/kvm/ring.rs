@@ -98,8 +98,8 @@ impl Reading {
         self.harvested
     }
 
-    /// Has the kernel reset the marked entries of the ring; `reset` returns how many it did reset. True if the kernel has overrun the
-    /// ring, so that entries are lost.
+    /// Has the kernel reset the marked entries of the ring; `reset` returns how many it did reset. True if the kernel has overrun
+    /// the ring, so that entries are lost.
     pub(super) fn reset(&mut self, entries: usize, mut reset: impl FnMut() -> io::Result<usize>) -> io::Result<bool> {
         let (all_were_dirty, mut in_vain) = (self.harvested == entries, 0);
         while self.harvested > 0 && in_vain < MOST_IN_VAIN {

@@ -2,8 +2,8 @@
 //!
 //! The kernel [`copy_unless_zero`] copies a page and tests it for zero in one pass: each byte of the guest is loaded once
 //! (ARCHITECTURE.md, law 3: what is compared, hashed or encoded is one copy). Nothing is stored before the first byte that is not
-//! zero, so a zero page costs a read-only sweep. Testing the finished copy would cost as much again. It is written once over a vector type; the widest one that the
-//! processor has is used.
+//! zero, so a zero page costs a read-only sweep. Testing the finished copy would cost as much again. It is written once over a
+//! vector type; the widest one that the processor has is used.
 //!
 //! `unsafe` is worth it here: guest memory changes under the reader, so no reference to it may exist, and a volatile load
 //! through a raw pointer is the only access that the compiler neither splits, repeats nor invents.
@@ -29,7 +29,7 @@ pub(super) unsafe fn copy_unless_zero(from: *const u8, into: &mut [u8]) -> bool 
     unsafe { copy_unless_zero_by::<u64>(from, into) }
 }
 
-/// Tells the processor that the page at this address is read next. Its own prefetching does not cross from one page to the
+/// Prefetches the page at this address, which is read next. The processor's own prefetching does not cross from one page to the
 /// next: without this, each page begins with a wait for its translation and its first lines.
 #[inline(always)]
 pub(super) fn expect(page: *const u8) {

@@ -200,7 +200,7 @@ impl Memory for FileMemory {
         if bytes.is_empty() {
             return Ok(());
         }
-        // To the end of a partial last page, or its block would be kept.
+        // To the end of a partial last page, or its block of the file would stay allocated.
         let whole_pages = (bytes.end - bytes.start).next_multiple_of(page_size.bytes() as u64);
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         match rustix::fs::fallocate(&self.file, flags, bytes.start, whole_pages) {

@@ -389,7 +389,7 @@ fn map_anonymous(length: usize) -> io::Result<*mut u8> {
     let start = mapped.wrapping_add(before);
     for (unused, bytes) in [(mapped, before), (start.wrapping_add(length), spare - before)] {
         if bytes > 0 {
-            // SAFETY: it is a part of the fresh mapping that nobody has used; both ends lie on pages of the host.
+            // SAFETY: it is an unused part of the fresh mapping; both ends lie on pages of the host.
             unsafe { rustix::mm::munmap(unused.cast(), bytes) }?;
         }
     }

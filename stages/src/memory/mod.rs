@@ -1,9 +1,9 @@
 //! Access to guest memory: how pages leave and enter the memory of one RAM block.
 //!
-//! Whole extents are read and runs of pages are written through one trait, [`Memory`]. Its memory may be mapped into this
-//! process ([`mapped`]) or a file that is read and written by position ([`mod@file`]). A running guest changes memory while it is
-//! read, so nothing here returns a reference to guest memory: bytes are copied out once, and copied in (ARCHITECTURE.md, law 3: what
-//! is compared, hashed or encoded is one copy).
+//! Whole extents are read and runs of pages are written through one trait, [`Memory`]. Its memory may be mapped into this process
+//! ([`mapped`]) or a file that is read and written by position ([`mod@file`]). A running guest changes memory while it is read,
+//! so nothing here returns a reference to guest memory: bytes are copied out once, and copied in (ARCHITECTURE.md, law 3: what is
+//! compared, hashed or encoded is one copy).
 
 mod copy;
 pub mod file;

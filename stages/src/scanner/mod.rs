@@ -2,13 +2,14 @@
 //!
 //! - **Takes** a [`ScanOrder`] from the controller: one round, of all that is dirty or of a sample.
 //! - **Gives** each lane its batches in address order and, after them in the same queue, the round's
-//!   [`RoundComplete`](Item::RoundComplete) (ARCHITECTURE.md, law 5: the round travels in band); a [`RoundScanned`] to the controller. The last round ends with
-//!   [`Switchover`](Item::Switchover) in every lane.
+//!   [`RoundComplete`](Item::RoundComplete) (ARCHITECTURE.md, law 5: the round travels in band); a [`RoundScanned`] to the
+//!   controller. The last round ends with [`Switchover`](Item::Switchover) in every lane.
 //! - **Owns** nothing: the bitmap is shared.
-//! - **Promises** law 1 (the bitmap is the truth): every bit that is taken is in exactly one batch, and batches have no other bits. A
-//!   round takes all bits that are set when the scanner reaches their word; a sample takes some of them and leaves the others. And
-//!   law 2 (clear, then re-arm, then read): the word is taken, then the logs are re-armed for its bits, and only then is the batch
-//!   passed on to be read. Taken bits are added to [`InFlight`] first, so they can be put back whenever the migration ends.
+//! - **Promises** law 1 (the bitmap is the truth): every bit that is taken is in exactly one batch, and batches have no other
+//!   bits. A round takes all bits that are set when the scanner reaches their word; a sample takes some of them and leaves the
+//!   others. And law 2 (clear, then re-arm, then read): the word is taken, then the logs are re-armed for its bits, and only then
+//!   is the batch passed on to be read. Taken bits are added to [`InFlight`] first, so they can be put back whenever the
+//!   migration ends.
 //!
 //! Clean words are skipped by plain loads; a dirty one costs a swap and a put. When a lane is full the scanner waits, so it takes
 //! nothing that has no room.
@@ -57,7 +58,7 @@ impl ScanOrder {
     }
 }
 
-/// The scan reached the bitmap's end; its batches are on their way.
+/// The scan reached the bitmap's end; its batches are in the lanes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RoundScanned {
     /// As in the order.
@@ -143,8 +144,8 @@ impl Scanner {
         Ok(tallies.iter().map(|tally| tally.pages).sum())
     }
 
-    /// The step N of a sample, which takes each N-th extent with dirty pages. N is odd: a step that divides a stretch would hit one lane
-    /// only.
+    /// The step N of a sample, which takes each N-th extent with dirty pages. N is odd: a step that divides a stretch would hit
+    /// one lane only.
     fn step(&self, pages: NonZeroU32) -> usize {
         let extents = self.bitmap.all_dirty_extents().count() as u64;
         let each = (self.bitmap.count() / extents.max(1)).clamp(1, SAMPLED_EACH.into());

@@ -10,10 +10,10 @@
 //! - Frames are never interleaved, and those of bulk keep their order. Waiting frames are gathered, up to 1 MiB or 32 frames,
 //!   and written in one vectored write.
 //! - Bulk is bounded by the [`TokenBucket`], where there is one, to the byte.
-//! - Control goes ahead of queued bulk and does not wait for the bandwidth cap. It is written between two frames, so it waits for the
-//!   rest of the frame in progress, which is written at once, without the cap. Both are charged to the bucket afterwards, so that the
-//!   cap counts every byte that is written. So control waits for the transport to take one frame at most, and never for a small
-//!   bandwidth.
+//! - Control goes ahead of queued bulk and does not wait for the bandwidth cap. It is written between two frames, so it waits for
+//!   the rest of the frame in progress, which is written at once, without the cap. Both are charged to the bucket afterwards, so
+//!   that the cap counts every byte that is written. So control waits for the transport to take one frame at most, and never for
+//!   a small bandwidth.
 //! - A mark is reported after its frame's last byte was handed to the writer; with durable rounds, after a flush that
 //!   follows the last of the connection's lanes.
 //! - [`Control::Finish`] ends the stream at the end of a frame: queued bulk is dropped, and the writer is shut
@@ -93,7 +93,7 @@ enum Step {
 
 impl<W: AsyncWrite + Unpin + Send> Sender<W> {
     /// The sender of a connection that carries `lanes_here` lanes, and its share of the bandwidth if that is capped. With
-    /// `durable_rounds` (a stream that is kept) the writer is flushed at each round's end, before it is reported.
+    /// `durable_rounds` (a stored stream) the writer is flushed at each round's end, before it is reported.
     #[must_use]
     pub fn new(
         connection: u16,

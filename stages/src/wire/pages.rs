@@ -157,7 +157,7 @@ impl PagesHead {
         self.pages.iter().map(|&(_, bytes)| bytes as usize).sum()
     }
 
-    /// The frame's head and the body up to the payload, as they go on the wire in front of it.
+    /// The frame's head and the body up to the payload, as they precede it on the wire.
     ///
     /// # Panics
     /// If `zero` has a page that `mask` has not, `pages` is not one for each page of `mask & !zero`, or `lane` is not below

@@ -75,7 +75,7 @@ mod tests {
 
     use super::*;
 
-    /// An endless stream that notes how much it was asked for.
+    /// An endless stream that records the sizes of its reads.
     #[derive(Default)]
     struct Asked(Vec<usize>);
 

@@ -1,5 +1,5 @@
-//! Decodes messages. Every byte comes from an untrusted peer: nothing is used before it is checked (ARCHITECTURE.md, law 8: the peer is
-//! not trusted).
+//! Decodes messages. Every byte comes from an untrusted peer: nothing is used before it is checked (ARCHITECTURE.md, law 8: the
+//! peer is not trusted).
 
 use bytes::Bytes;
 use xxhash_rust::xxh3::xxh3_64;

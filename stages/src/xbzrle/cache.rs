@@ -1,5 +1,5 @@
-//! The XBZRLE cache of one lane: copies of pages as the destination holds them (ARCHITECTURE.md, law 6: the delta's reference is what
-//! the destination holds).
+//! The XBZRLE cache of one lane: copies of pages as the destination holds them (ARCHITECTURE.md, law 6: the delta's reference is
+//! what the destination holds).
 //!
 //! A page may lie in one of sixteen slots: two groups of eight neighbours, found by two hashes of its place. The group with more
 //! free slots takes a page: so nine tenths of the cache fill before more than one page in a hundred is rejected, where a single
@@ -63,8 +63,8 @@ impl XbzrleCache {
         Self { slots: vec![Slot::default(); slots], memory: PageMemory::new(page, slots) }
     }
 
-    /// Limits it to `bytes`. Pages are dropped only where slots are missing, the oldest first. This takes time for each cached page,
-    /// and a second list of slots meanwhile.
+    /// Limits it to `bytes`. Pages are dropped only where slots are missing, the oldest first. This takes time for each cached
+    /// page, and a second list of slots meanwhile.
     pub fn resize(&mut self, bytes: u64) {
         let slots = slots_in(bytes, self.memory.page_bytes);
         if slots == self.slots.len() {

@@ -1,5 +1,5 @@
-//! The production encoder: it compares a block at a time into a mask of differing bytes, and walks the mask's *turns*, the positions
-//! where equal bytes change to differing ones or back.
+//! The production encoder: it compares a block at a time into a mask of differing bytes, and walks the mask's *turns*, the
+//! positions where equal bytes change to differing ones or back.
 //!
 //! A [`Writer`] owns the position in the page and in the delta, and makes QEMU's overflow tests where it writes. The code is
 //! generic over the comparison; the version for each set of instructions is a thin wrapper.
@@ -175,7 +175,7 @@ impl Writer<'_> {
     }
 }
 
-/// A run length as it is written, and how many of the two bytes are written.
+/// A run length in its encoding, and how many of the two bytes are written.
 #[inline(always)]
 fn length(of: usize) -> ([u8; 2], usize) {
     let [low, high] = [of & 0x7f, of >> 7].map(|bits| u8::try_from(bits).expect("at most the longest run"));
@@ -192,7 +192,7 @@ struct Turns {
 }
 
 impl Turns {
-    /// Compares a span; `last` tells whether the byte before it differs.
+    /// Compares a span; `last` is whether the byte before it differs.
     #[inline(always)]
     fn find(compare: impl Compare, old: &[u8], new: &[u8], last: bool) -> Self {
         let mut turns = Self { blocks: 0, bytes: [0; SPAN / BLOCK] };
