@@ -257,7 +257,8 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(300))]
 
     /// Laws 5 (the round travels in band) and 6 (the delta's reference is what the destination holds): each delta is applied to
-    /// what the destination holds. A last round may be followed by others, since a switchover may be called off. The cache may change its size before any of them.
+    /// what the destination holds. A last round may be followed by others, since a switchover may be called off. The cache may
+    /// change its size before any of them.
     #[test]
     fn the_destination_holds_what_the_source_held_after_every_round(
         plan in plans(),
