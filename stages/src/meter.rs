@@ -134,7 +134,7 @@ impl Meter {
         self.bytes.load(Ordering::Relaxed)
     }
 
-    /// The stage holds so many bytes of memory of its own, pooled buffers aside.
+    /// Sets the bytes of memory that the stage itself holds, without pooled buffers.
     pub fn holds(&self, bytes: u64) {
         self.held_bytes.fetch_max(bytes, Ordering::Relaxed);
     }
@@ -168,7 +168,7 @@ impl Meter {
         waits.fetch_add(nanos(time), Ordering::Relaxed);
     }
 
-    /// The wait that goes on, and how long it has lasted.
+    /// The wait in progress, and how long it has lasted.
     fn ongoing(&self, life: Duration) -> (Duration, Duration) {
         let waits = self.waits.load(Ordering::Relaxed);
         if waits == 0 {
@@ -178,7 +178,7 @@ impl Meter {
         if waits & 1 == Wait::Input as u64 { (time, Duration::ZERO) } else { (Duration::ZERO, time) }
     }
 
-    /// How long the limit was waited for, with the wait that goes on.
+    /// How long the stage waited for the limit, including the wait in progress.
     fn limit_wait(&self, life: Duration) -> Duration {
         let (waited, since) = (self.limit_wait_ns.load(Ordering::Relaxed), self.limited.load(Ordering::Relaxed));
         let ongoing = if since == 0 { Duration::ZERO } else { life.saturating_sub(Duration::from_nanos(since)) };

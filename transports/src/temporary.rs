@@ -208,7 +208,7 @@ fn beside(target: &Path) -> PathBuf {
     name.into()
 }
 
-/// Is `found` a temporary name of the file `name`?
+/// Whether `found` is a temporary name of the file `name`.
 fn is_beside(found: &OsStr, name: &OsStr) -> bool {
     let rest = found.as_encoded_bytes().strip_prefix(name.as_encoded_bytes());
     let digits =

@@ -125,7 +125,7 @@ impl Walk {
         (0..TURN).step_by(PAGE).map(move |offset| (start + offset) % set_bytes)
     }
 
-    /// Does the next turn start at the first page?
+    /// Whether the next turn starts at the first page.
     pub(crate) fn at_start(&self) -> bool {
         self.at == 0
     }

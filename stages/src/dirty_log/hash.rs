@@ -187,7 +187,7 @@ impl DirtyLog for HashLog {
         Self::bytes_for(self.memory.layout())
     }
 
-    /// Nothing: a write is found by the page's content, whoever made it.
+    /// Does nothing: every write is found by the page's content.
     fn mark(&self, _block: u32, _pages: Range<u64>) {}
 
     fn stop(&self) -> io::Result<()> {

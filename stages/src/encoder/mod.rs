@@ -135,7 +135,7 @@ pub struct Encoder {
     pool: BufferPool,
     /// What was counted since the last RoundComplete.
     counted: RoundTally,
-    /// Pages of which a delta may be made when they come again, if anybody asked for them.
+    /// The bitmap of pages of which a delta may be made when they come again, if it was requested.
     kept: Option<Arc<DirtyBitmap>>,
     /// The head of the frame in progress; its list of pages is reused.
     head: PagesHead,

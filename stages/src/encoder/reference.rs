@@ -159,7 +159,7 @@ mod tests {
                 let batch = Batch { last, ..batch(0, 1, 1 + step / 20) };
                 let held = destination.entry(at).or_insert_with(|| vec![0; 4096]);
                 let next = changed(held, seed);
-                // Does the destination hold it already, or is nothing sent?
+                // Whether the destination holds it already, or nothing is sent.
                 let mut equal = false;
                 match way {
                     0 => {

@@ -98,7 +98,7 @@ impl Reading {
         self.harvested
     }
 
-    /// Has the kernel reset the marked entries of the ring; `reset` returns how many it did reset. True if the kernel has overrun
+    /// Lets the kernel reset the marked entries of the ring; `reset` returns how many it did reset. True if the kernel has overrun
     /// the ring, so that entries are lost.
     pub(super) fn reset(&mut self, entries: usize, mut reset: impl FnMut() -> io::Result<usize>) -> io::Result<bool> {
         let (all_were_dirty, mut in_vain) = (self.harvested == entries, 0);

@@ -116,14 +116,14 @@ fn ringed(page_size: u64, calls: &dyn Fn(Arc<RingModel>) -> Arc<dyn RingCalls>, 
     Subject { memory, logs, writer: Arc::new(Guest { blocks, slots, devices, page_bytes: page_size, write }) }
 }
 
-/// Has room made when its ring is full.
+/// A vCPU that makes room when its ring is full.
 fn trapped(model: &RingModel, log: &KvmRingLog, vcpu: usize, (slot, page): (u32, u64), stored: &dyn Fn()) {
     while !model.write(vcpu, slot, page, stored) {
         log.make_room(vcpu).unwrap();
     }
 }
 
-/// Has it made only after the store, as where KVM emulates it.
+/// A vCPU that makes room only after the store, as where KVM emulates it.
 fn emulated(model: &RingModel, log: &KvmRingLog, vcpu: usize, (slot, page): (u32, u64), stored: &dyn Fn()) {
     if model.write_emulated(vcpu, slot, page, stored) {
         log.make_room(vcpu).unwrap();
