@@ -178,7 +178,7 @@ impl Meter {
         if waits & 1 == Wait::Input as u64 { (time, Duration::ZERO) } else { (Duration::ZERO, time) }
     }
 
-    /// How long the stage waited for the limit, including the wait in progress.
+    /// How long the limit was waited for, with the wait that goes on.
     fn limit_wait(&self, life: Duration) -> Duration {
         let (waited, since) = (self.limit_wait_ns.load(Ordering::Relaxed), self.limited.load(Ordering::Relaxed));
         let ongoing = if since == 0 { Duration::ZERO } else { life.saturating_sub(Duration::from_nanos(since)) };

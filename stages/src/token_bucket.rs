@@ -180,7 +180,7 @@ fn worth(rate: u64, time: Duration) -> i128 {
     i128::from(rate) * i128::try_from(time.as_nanos()).expect("an uptime fits")
 }
 
-/// The most credit: a burst, and at least two bytes, one for the smallest take and one that grows while its taker wakes.
+/// The most credit: a burst, and never less than the byte of the smallest take and one to grow while its taker wakes.
 fn most(rate: u64) -> i128 {
     worth(rate, BURST).max(2 * BYTE)
 }

@@ -201,7 +201,7 @@ pub(crate) fn require_regular(found: &fs::Metadata) -> io::Result<()> {
     if found.is_file() { Ok(()) } else { Err(io::Error::new(ErrorKind::InvalidInput, what)) }
 }
 
-/// An unused name in the same directory.
+/// A name in the same directory that nobody has.
 fn beside(target: &Path) -> PathBuf {
     let mut name = target.as_os_str().to_owned();
     name.push(format!("{MARK}{:0DIGITS$x}{ENDING}", RandomState::new().hash_one(std::process::id())));

@@ -148,8 +148,8 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
         self.body.capacity()
     }
 
-    /// The next frame, or `None` if the stream ends after the last one. Frames of unknown kinds that need not be understood
-    /// are skipped.
+    /// The next frame, or `None` if the stream ends behind the last one. Frames of unknown kinds that need not be understood
+    /// are passed over.
     ///
     /// Must not be raced in a `select!`: a dropped read loses its place in the stream.
     ///
