@@ -144,8 +144,10 @@ impl Scanner {
         Ok(tallies.iter().map(|tally| tally.pages).sum())
     }
 
-    /// The step N of a sample, which takes each N-th extent with dirty pages. N is odd: a step that divides a stretch would hit
-    /// one lane only.
+    /// The step N of a sample, which takes each N-th extent with dirty pages.
+    ///
+    /// An extent gives its dirty pages, on average `each` of them and at most [`SAMPLED_EACH`]. `extents / N` extents give the wanted
+    /// number of pages if `N = extents × each / pages`. N is odd: a step that divides a stretch would hit one lane only.
     fn step(&self, pages: NonZeroU32) -> usize {
         let extents = self.bitmap.all_dirty_extents().count() as u64;
         let each = (self.bitmap.count() / extents.max(1)).clamp(1, SAMPLED_EACH.into());
