@@ -4,13 +4,13 @@
 #   sh configs/memcached.sh begin DIR PORT
 #   sh configs/memcached.sh end DIR
 #
-# What memcached (1.5.18 or later) asks of whoever moves its memory:
-# - It must be ended by SIGUSR1: only then does it write DIR/ram.meta, without which it begins empty. It removes that file when
-#   it begins again, whether it could use it or not.
-# - The copy may have another name and be mapped at another address: the pointers in it are put right. Size of memory and
-#   of items, and all else that ram.meta lists, must be as they were.
-# - It must begin in a later second than the one it ended in, by the clock of where it begins; otherwise it begins empty.
-# - It does begin empty, rather than not at all: what it said of its memory must be looked at.
+# What memcached (1.5.18 or later) requires of a program that moves its memory:
+# - SIGUSR1 must end it: only then does it write DIR/ram.meta, without which it starts empty. It removes that file when
+#   it starts again, whether it could use it or not.
+# - The copy may have another name and be mapped at another address: memcached adjusts the pointers in it. Size of memory and
+#   of items, and all else that ram.meta lists, must not change.
+# - It must start in a later second than the one it ended in, by the clock of the host that it starts on; otherwise it starts empty.
+# - On any failure it starts empty, rather than not at all: only its log shows whether it took its memory.
 set -eu
 
 pid_is_alive() {
@@ -23,7 +23,7 @@ fail() {
 }
 
 begin() {
-    # After an `end` that failed it may run still.
+    # After an `end` that failed it may still run.
     if pid_is_alive; then return; fi
     rm -f "$dir/pid"
     ended=

@@ -52,7 +52,7 @@ fn main() {
     }
 }
 
-/// What became of some memory.
+/// The result for some memory.
 #[derive(Clone, Copy, Debug)]
 struct Figure {
     ratio: f64,

@@ -131,7 +131,7 @@ struct Packed {
 }
 
 impl Packed {
-    /// `encode` is given a page's offset, the page and room, and tells the bytes written. `None` if it cannot be done.
+    /// `encode` is given a page's offset, the page and room, and returns the bytes written. `None` if it cannot be done.
     fn of(set: &[u8], mut encode: impl FnMut(usize, &[u8], &mut [u8]) -> Option<usize>) -> Option<Self> {
         let mut packed = Self { bytes: Vec::new(), ends: vec![0] };
         let mut out = vec![0; PAGE];
@@ -143,7 +143,7 @@ impl Packed {
         Some(packed)
     }
 
-    /// What the page at an offset of the set came to.
+    /// The code of the page at an offset of the set.
     fn page(&self, at: usize) -> &[u8] {
         let index = at / PAGE;
         &self.bytes[self.ends[index]..self.ends[index + 1]]
@@ -200,7 +200,7 @@ fn codecs(suite: &mut Suite, group: &str, set: &[u8]) {
     }
 }
 
-/// Compresses a page into room enough, and tells the bytes.
+/// Compresses a page into enough room, and returns the bytes.
 type Bare = Box<dyn FnMut(&[u8], &mut [u8]) -> usize>;
 
 /// The codec's library, called as its documentation says.

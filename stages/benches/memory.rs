@@ -1,4 +1,4 @@
-//! Reading memory through its seam, hashing it, and asking the dirty logs, beside what memory can do.
+//! Reading memory through `Memory`, hashing it, and syncing the dirty logs, beside the speed of memory.
 //!
 //! `cargo bench -p memferry-stages --bench memory [FILTER]`; how to read it stands in [`common`]. No huge pages, on either
 //! side of a comparison. The controls are *memcpy* into a warm buffer and *sweep*, which reads and does no more.
@@ -51,7 +51,7 @@ fn buffer() -> PooledBuffer {
     BufferPool::new(1, EXTENT).try_take().expect("a buffer")
 }
 
-/// Reads all pages through the seam, extent by extent. A set in cache is read several times.
+/// Reads all pages through `Memory`, extent by extent. A set in cache is read several times.
 fn read_all(memory: &dyn Memory, into: &mut PooledBuffer) -> u32 {
     let pages = memory.length() / PAGE as u64;
     let mask = |first: u64| if pages - first >= 64 { u64::MAX } else { (1 << (pages - first)) - 1 };

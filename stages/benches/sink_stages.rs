@@ -1,4 +1,4 @@
-//! The stages behind the encoder, each alone between two queues, beside memcpy of the same bytes from and to the same
+//! The stages after the encoder, each alone between two queues, beside memcpy of the same bytes from and to the same
 //! kind of place.
 //!
 //! `cargo bench -p memferry-stages --bench sink_stages [FILTER]`; how to read it stands in [`common`]. A turn is 128 MiB of a
@@ -215,7 +215,7 @@ struct Coded {
 }
 
 impl Coded {
-    /// `encode` is given a page's offset, the page and room, and tells the bytes written. `None` if a page cannot be coded.
+    /// `encode` is given a page's offset, the page and room, and returns the bytes written. `None` if a page cannot be coded.
     fn new(
         encoding: PageEncoding,
         extent: &[u8],

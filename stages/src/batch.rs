@@ -5,7 +5,8 @@
 //!          (which)                        (the only copy)             (wire bytes)
 //! ```
 //!
-//! All three kinds travel as [`Item`]s of the lane's queues, so a round's end cannot overtake a batch (law 5).
+//! All three kinds travel as [`Item`]s of the lane's queues, so a round's end cannot overtake a batch (ARCHITECTURE.md, law 5:
+//! the round travels in band).
 
 use crate::geometry::ExtentAt;
 use crate::pool::PooledBuffer;
@@ -14,11 +15,11 @@ use crate::tally::RoundTally;
 /// What a lane's queue carries.
 #[derive(Debug)]
 pub enum Item<B> {
-    /// Pages on their way.
+    /// Pages to send.
     Batch(B),
-    /// All batches of the round stand before this in the lane.
+    /// The end of a round: all of its batches precede this in the lane.
     RoundComplete(RoundTally),
-    /// Nothing follows in this lane: the guest is paused and everything was sent.
+    /// The end of the lane: the guest is paused and everything was sent.
     Switchover,
 }
 
@@ -29,15 +30,15 @@ pub struct Batch {
     pub at: ExtentAt,
     /// Its pages to send; never 0.
     pub mask: u64,
-    /// Those of `mask` that were never touched when the round's log was already armed: zero without being read.
+    /// Those of `mask` that were still untouched after the round's log was armed: zero, and never read.
     pub untouched: u64,
     /// The round, from 1.
     pub round: u32,
-    /// Is this the last round? The guest is paused and each page is sent at most once more.
+    /// Whether this is the last round: the guest is paused and each page is sent at most once more.
     pub last: bool,
 }
 
-/// A batch whose pages have left guest memory.
+/// A batch whose pages were copied out of guest memory.
 #[derive(Debug)]
 pub struct CopiedBatch {
     /// Which pages.
@@ -49,7 +50,7 @@ pub struct CopiedBatch {
 }
 
 impl CopiedBatch {
-    /// The mask of the pages that lie in the buffer.
+    /// The mask of the pages in the buffer.
     #[must_use]
     pub fn present(&self) -> u64 {
         self.batch.mask & !self.zero

@@ -1,16 +1,17 @@
-//! The dirty bitmap: one atomic word per extent, the single source of truth (law 1).
+//! The dirty bitmap: one atomic word per extent, the single source of truth (ARCHITECTURE.md, law 1: the bitmap
+//! is the truth).
 //!
-//! A set bit says that the page must be sent. Writers of bits (dirty logs, marks) set with Release after their store;
-//! the scanner takes a whole word with one Acquire swap, so that a bit set later belongs to the next round (law 2).
-//! Bits beyond a block's last page are never set. The same type serves wherever a bit per page is kept: a log's own
-//! pending bits, the pages a destination holds, the pages known to be untouched.
+//! A set bit means that the page must be sent. Writers of bits (dirty logs, marks) set with Release after their store; the
+//! scanner takes a whole word with one Acquire swap, so that a bit set later belongs to the next round (law 2: clear, then
+//! re-arm, then read). Bits beyond a block's last page are never set. The same type serves for every set of pages: a log's own
+//! pending bits, the pages that a destination has received, the pages known to be untouched.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::geometry::{EXTENT_PAGES, ExtentAt, Layout, PageAt, run_mask};
 
-/// Words that are looked at together when clean ones are skipped: a cache line.
+/// Words that are tested together when clean ones are skipped: a cache line.
 const LINE: usize = 8;
 
 /// One bit for each page of a layout. Shared by reference; all methods may be called from any thread.
@@ -35,7 +36,7 @@ impl DirtyBitmap {
         Self::of(layout, 0)
     }
 
-    /// A bitmap with the bit of every page set: how a migration starts.
+    /// A bitmap with the bit of every page set, as a migration starts with.
     #[must_use]
     pub fn filled(layout: &Layout) -> Self {
         Self::of(layout, u64::MAX)
@@ -46,7 +47,7 @@ impl DirtyBitmap {
         let block = |block| {
             let extents = layout.block_extents(block);
             let last = layout.valid_mask(ExtentAt { block, extent: extents - 1 });
-            // From zeroed memory, which the kernel gives when it is touched; made atomic where it lies.
+            // Zeroed memory, which the kernel backs on first touch, is made atomic in place.
             let mut words = vec![word; extents as usize];
             if word & !last != 0 {
                 words[extents as usize - 1] = word & last;
@@ -68,8 +69,8 @@ impl DirtyBitmap {
         (0..self.layout.block_count()).flat_map(of_block)
     }
 
-    /// Those of some extents of a block that have a bit set as this comes to them, ascending: the words between them cost a
-    /// plain load each, a line of them at a time.
+    /// The extents of a range that have a bit set when the iterator reaches them, ascending. Words between them cost a
+    /// plain load each, a cache line at a time.
     ///
     /// # Panics
     /// If the extents reach beyond the block.
@@ -84,7 +85,7 @@ impl DirtyBitmap {
         })
     }
 
-    /// As [`DirtyBitmap::dirty_extents`], of all blocks.
+    /// [`DirtyBitmap::dirty_extents`] of all blocks.
     pub fn all_dirty_extents(&self) -> impl Iterator<Item = ExtentAt> + use<'_> {
         let of_block = |block| self.dirty_extents(block, 0..self.layout.block_extents(block));
         (0..self.layout.block_count()).flat_map(of_block)
@@ -111,7 +112,7 @@ impl DirtyBitmap {
         if word.load(Ordering::Relaxed) & mask == 0 { 0 } else { word.fetch_and(!mask, Ordering::Acquire) & mask }
     }
 
-    /// The word of an extent as it is.
+    /// The word of an extent, unchanged.
     ///
     /// # Panics
     /// If the extent is not of this layout.
@@ -143,7 +144,7 @@ impl DirtyBitmap {
         self.set_mask(extent, mask) != 0
     }
 
-    /// Is the bit of a page set?
+    /// Whether the bit of a page is set.
     ///
     /// # Panics
     /// If the page is not of this layout.
@@ -194,19 +195,19 @@ impl DirtyBitmap {
         self.all_dirty_extents().map(|at| u64::from((self.peek(at) & other.peek(at)).count_ones())).sum()
     }
 
-    /// Is no bit set? Ends at the first that is.
+    /// Whether no bit is set. Stops at the first that is.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.all_dirty_extents().next().is_none()
     }
 
-    /// Bytes this bitmap keeps in memory at most.
+    /// The most bytes of memory that this bitmap takes.
     #[must_use]
     pub fn memory_bytes(&self) -> u64 {
         Self::bytes_of(&self.layout)
     }
 
-    /// Bytes that a bitmap of this layout keeps in memory at most.
+    /// The most bytes of memory that a bitmap of this layout takes.
     #[must_use]
     pub fn bytes_of(layout: &Layout) -> u64 {
         let words = |block| u64::from(layout.block_extents(block));

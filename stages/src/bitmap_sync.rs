@@ -1,12 +1,12 @@
-//! Stage: bitmap sync. Brings what the dirty logs saw into the dirty bitmap, once for each order.
+//! Stage: bitmap sync. Moves what the dirty logs found into the dirty bitmap, once for each order.
 //!
 //! - **Takes** a [`SyncOrder`] from the controller.
-//! - **Gives** a [`Synced`]: how many pages are dirty, and how long it took to find out.
+//! - **Gives** a [`Synced`]: how many pages are dirty, and how long the sync took.
 //! - **Owns** nothing: logs and bitmaps are shared.
-//! - **Promises** that every log is asked for every extent, that no page which is [out for good](Clears) has its bit set
-//!   then, that syncs never overlap, and that the sync of a task that is dropped ends at the next range of [`RANGE_BYTES`].
+//! - **Promises** that every log is queried for every extent, that no [excluded](Clears) page has its bit set
+//!   afterwards, that syncs never overlap, and that the sync of a dropped task ends at the next range of [`RANGE_BYTES`].
 //!
-//! The logs are asked on a thread where blocking is allowed.
+//! The logs are queried on a thread where blocking is allowed.
 
 use std::io;
 use std::ops::Range;
@@ -23,10 +23,10 @@ use crate::queue::{Closed, Inlet, Outlet};
 use crate::stage::Stage;
 use crate::stage_id::StageId;
 
-/// The most guest memory that a log is asked for in one call, in bytes: a cancel comes between two.
+/// The most guest memory that a log is queried for in one call, in bytes: a cancel takes effect between two.
 pub const RANGE_BYTES: usize = 64 << 20;
 
-/// Bring in what the logs saw up to here.
+/// An order to move what the logs have found so far into the bitmap.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SyncOrder {
     /// The round that was scanned before; 0 before the first.
@@ -61,23 +61,23 @@ impl BitmapSync {
 
     /// Pages that a sync finds written are taken out of `untouched`.
     ///
-    /// Needed where the scanner is given untouched pages and a sync may come before its first scan: the log tells of a
-    /// write once, the bit in the bitmap is set already, and the page would travel as the zero page that it is no more.
+    /// Needed where the scanner is given untouched pages and a sync may precede its first scan: the log reports a
+    /// write once, the bit in the bitmap is set already, and without this the page would travel as a zero page.
     #[must_use]
     pub fn with_untouched(mut self, untouched: Arc<DirtyBitmap>) -> Self {
         self.work.untouched = Mutex::new(Some(untouched));
         self
     }
 
-    /// Once the logs were asked for a range, what is out for good leaves it, and `clears` learns which pages are sent again.
+    /// After the logs were queried for a range, `clears` removes excluded pages from it, and notes which pages are sent again.
     #[must_use]
     pub fn with_clears(mut self, clears: Arc<Clears>) -> Self {
         self.work.clears = Some(clears);
         self
     }
 
-    /// Locked while the logs are asked, which may go on for a range after the task was dropped. Whoever stops the logs waits for
-    /// it first.
+    /// Locked while the logs are queried, which may last for one range after the task was dropped. Code that stops the logs waits
+    /// for it first.
     #[must_use]
     pub fn at_work(&self) -> Arc<Mutex<()>> {
         self.work.at_work.clone()
@@ -86,7 +86,7 @@ impl BitmapSync {
     /// Runs until there are no more orders.
     ///
     /// # Errors
-    /// When a log cannot be synced, or nobody takes the answers.
+    /// When a log cannot be synced, or the answers' receiver was dropped.
     pub async fn run(self, input: Inlet<SyncOrder>, output: Outlet<Synced>) -> Result<(), StageError> {
         let Self { work, stage } = self;
         let (input, output) = (input.metered(&stage.meter), output.metered(&stage.meter));
@@ -110,7 +110,7 @@ struct Work {
     logs: Vec<Arc<dyn DirtyLog>>,
     bitmap: Arc<DirtyBitmap>,
     clears: Option<Arc<Clears>>,
-    /// The pages never touched, until there are none.
+    /// The untouched pages, while there are any.
     untouched: Mutex<Option<Arc<DirtyBitmap>>>,
     at_work: Arc<Mutex<()>>,
 }
@@ -132,10 +132,10 @@ impl Work {
     }
 
     fn sync(&self, wanted: &Weak<()>) -> io::Result<u64> {
-        // A sync that panicked before does not matter to this one.
+        // An earlier sync that panicked does not affect this one.
         let _at_work = self.at_work.lock().unwrap_or_else(PoisonError::into_inner);
         let untouched = self.untouched();
-        // A place to see what was found before it is in the bitmap.
+        // Holds what was found before it moves into the bitmap.
         let found = untouched.as_ref().map(|_| DirtyBitmap::empty(self.bitmap.layout()));
         let mut dirty_pages = 0;
         for (block, extents) in ranges(self.bitmap.layout()) {
@@ -158,7 +158,7 @@ impl Work {
         Ok(dirty_pages)
     }
 
-    /// The pages never touched, if any are left that have not been scanned: no bit is ever added to them.
+    /// The untouched pages, if any of them have not been scanned yet. No bit is ever added to them.
     fn untouched(&self) -> Option<Arc<DirtyBitmap>> {
         let mut untouched = self.untouched.lock().unwrap_or_else(PoisonError::into_inner);
         drop(untouched.take_if(|pages| pages.is_empty()));
@@ -169,7 +169,8 @@ impl Work {
         self.logs.iter().try_for_each(|log| log.sync(block, extents.clone(), into))
     }
 
-    /// Moves what was found into the bitmap. It leaves `untouched` first: who takes the bit finds the page touched.
+    /// Moves what was found into the bitmap. The bits leave `untouched` first, so that the scanner that takes a bit finds the page
+    /// touched.
     fn bring_in(&self, block: u32, extents: Range<u32>, found: &DirtyBitmap, untouched: &DirtyBitmap) {
         for at in found.dirty_extents(block, extents) {
             let written = found.take(at);
@@ -179,8 +180,8 @@ impl Work {
     }
 }
 
-/// The layout in ranges of at most [`RANGE_BYTES`]: a block and some of its extents, in order. What a log is asked for in one
-/// call.
+/// The layout in ranges of at most [`RANGE_BYTES`]: a block and some of its extents, in order. A log is queried for one range in
+/// each call.
 pub fn ranges(layout: &Layout) -> impl Iterator<Item = (u32, Range<u32>)> {
     let step = RANGE_BYTES / layout.page_size().extent_bytes();
     (0..layout.block_count()).flat_map(move |block| {
@@ -200,7 +201,7 @@ mod tests {
     use crate::queue::bounded;
     use crate::stage::testing::{block_on, layout, meter, page_size, words};
 
-    /// A log that does in each sync what it is told, and remembers what it was asked for.
+    /// A log whose syncs follow a script, and that records its queries.
     struct Told<F> {
         asked: Mutex<Vec<(u32, Range<u32>)>>,
         does: F,
@@ -320,7 +321,7 @@ mod tests {
             go_on.send(()).unwrap();
             tokio::task::spawn_blocking(move || drop(at_work.lock().unwrap())).await.unwrap();
         });
-        // The runtime has ended, and with it the thread where the sync was: nothing more is asked.
+        // The runtime has ended, and with it the thread of the sync: no more queries follow.
         assert_eq!(*log.asked.lock().unwrap(), [(0, 0..256)]);
     }
 

@@ -1,28 +1,28 @@
-//! What clears bits in the dirty bitmap besides the scanner that takes them: hints of free pages, and pages that never travel.
+//! Excluded pages: free-page hints, and pages that never travel. The one place besides the scanner that clears bits of the dirty
+//! bitmap.
 //!
-//! Clearing a bit is all that it takes to spare a page: the bitmap is the truth (law 1), and nobody else is told. So this is the
-//! one place where it is done, where it is counted, and where the rules are kept that make it right.
+//! Clearing its bit is enough to exclude a page (ARCHITECTURE.md, law 1: the bitmap is the truth). This module clears the bits,
+//! counts the pages, and enforces the rules that make it correct.
 //!
-//! - **Out for good** are pages that must not travel in this migration at all: unplugged memory, ignored blocks. They leave the
-//!   bitmap where it is made, and whatever a log says of them leaves it again in the sync that brought it in.
-//! - **Hints** name pages that are free: what they hold does not matter. They come from threads of the guest's while the scanner
-//!   works, through a [`Hints`] of the window that is open; all others are dropped.
+//! - **Pages excluded for the whole migration** are unplugged memory and ignored blocks. Their bits are cleared when the bitmap is
+//!   made, and again in each sync in which a log reports them.
+//! - **Hints** name free pages, whose content does not matter. They come from the guest's threads while the scanner works, through
+//!   the [`Hints`] of the open window; all others are dropped.
 //!
 //! ```text
 //!         sync            window open            sync
 //!  ──────▇▇▇▇▇▇──┬───────────────────────────┬──▇▇▇▇▇▇──▶
-//!                open: every log is armed    close: no hint is at work any more, none comes through
+//!                open: every log is armed    close: no hint is in progress, later ones are dropped
 //! ```
 //!
-//! **Why no written page is lost.** A hint clears a bit only while a window is open, and while one is open no sync sets any
-//! and no page waits to be re-armed. So the store that takes a hinted page into use again comes either before the hint,
-//! which its giver must not let happen (see [`Hints::free`]), or after it, and then a log has it and the next sync sets the
-//! bit again. A hint and the scanner may reach for the same bit: one of them gets it. If it is the scanner, a free page is
-//! sent, and no harm is done.
+//! **Why no written page is lost.** A hint clears a bit only while a window is open. While one is open, no sync sets any bit
+//! and no page waits to be re-armed. The store that reuses a hinted page comes either before the hint, which the caller must
+//! prevent (see [`Hints::free`]), or after it: then a log finds it and the next sync sets the bit again. A hint and the scanner
+//! may race for the same bit, and one of them gets it. If the scanner does, a free page is sent, which is harmless.
 //!
-//! **What the destination holds.** Of a page that was hinted while its bit was set the destination has anything old, until
-//! the page is found written and is sent. [`Clears::left_out`] says which pages these are: digests must leave them out. What
-//! a delta refers to is what the destination holds, and a hint changes nothing there.
+//! **What the destination holds.** A page that was hinted while its bit was set has stale content at the destination, until it is
+//! written and sent. [`Clears::left_out`] returns these pages: digests must leave them out. A delta refers to what the
+//! destination holds, and a hint does not change that.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -30,21 +30,21 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use crate::bitmap::{DirtyBitmap, words_of};
 
-/// Why pages never travel.
+/// Why pages are excluded for the whole migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OutForGood {
-    /// There is no memory behind them.
+    /// No memory backs them.
     Unplugged,
     /// The destination has the block's memory already.
     Ignored,
 }
 
-/// How many pages were spared, by why.
+/// How many pages were excluded, by reason.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Spared {
-    /// Bits that hints cleared: the page was to be sent, and was not in that round.
+    /// Bits that hints cleared: the page was dirty, and was not sent in that round.
     pub hinted: u64,
-    /// Pages that hints named while no window, or not theirs, was open.
+    /// Pages of hints that came while their window was not open.
     pub dropped: u64,
     /// Pages that are unplugged.
     pub unplugged: u64,
@@ -58,9 +58,9 @@ pub struct Clears {
     bitmap: Arc<DirtyBitmap>,
     /// `None`: no page.
     out_for_good: Option<DirtyBitmap>,
-    /// Hinted while their bit was set, which no sync has set since.
+    /// Pages that were hinted while their bit was set, and that no sync has set since.
     hinted: DirtyBitmap,
-    /// Held for reading by each hint at work.
+    /// Locked for reading by each hint in progress.
     window: RwLock<Window>,
     unplugged: u64,
     ignored: u64,
@@ -68,7 +68,7 @@ pub struct Clears {
     dropped: AtomicU64,
 }
 
-/// The windows are numbered: a hint of an earlier one does not count in a later.
+/// The number of the window: a hint of an earlier one is dropped.
 #[derive(Debug, Default)]
 struct Window {
     number: u64,
@@ -76,7 +76,7 @@ struct Window {
 }
 
 impl Clears {
-    /// For a bitmap that nobody scans yet: the pages that are out for good leave it. No window is open.
+    /// Clears the bits of excluded pages in a bitmap that is not scanned yet. No window is open.
     ///
     /// # Panics
     /// If a range reaches beyond its block.
@@ -106,14 +106,14 @@ impl Clears {
         }
     }
 
-    /// The pages that are out for good, if there are any.
+    /// The pages that are excluded for the whole migration, if there are any.
     #[must_use]
     pub fn out_for_good(&self) -> Option<&DirtyBitmap> {
         self.out_for_good.as_ref()
     }
 
-    /// Opens the next window: hints through what this returns clear bits, until it is closed. The caller answers for it that no
-    /// sync comes before that, and that every log is armed for every page: a store is found from here on.
+    /// Opens the next window: hints through the returned value clear bits until it is closed. The caller must ensure that no sync
+    /// comes before that, and that every log is armed for every page, so that stores are found from this call on.
     #[must_use]
     pub fn open(self: &Arc<Self>) -> Hints {
         let mut window = self.window.write().unwrap_or_else(PoisonError::into_inner);
@@ -122,14 +122,14 @@ impl Clears {
         Hints { clears: self.clone(), window: window.number }
     }
 
-    /// Closes the window, if one is open: when this returns, no hint clears a bit any more, not even one that came in time and
-    /// was still at work.
+    /// Closes the window, if one is open. Once this returns, no hint clears a bit, not even one that came in time and was in
+    /// progress.
     pub fn close(&self) {
         self.window.write().unwrap_or_else(PoisonError::into_inner).is_open = false;
     }
 
-    /// A sync has brought in what the logs say of these extents: what is out for good leaves the bitmap again, and pages whose
-    /// bit is set will be sent, whatever was hinted of them before.
+    /// To be called when a sync has moved what the logs found in these extents: clears the bits of excluded pages again, and
+    /// notes that pages whose bit is set will be sent, whatever was hinted before.
     ///
     /// # Panics
     /// If the extents reach beyond the block.
@@ -144,7 +144,7 @@ impl Clears {
         }
     }
 
-    /// The pages of which the destination may hold anything, as they are after a sync while no window is open.
+    /// The pages whose content at the destination may be stale, after a sync and while no window is open.
     #[must_use]
     pub fn left_out(&self) -> DirtyBitmap {
         let all = DirtyBitmap::empty(self.bitmap.layout());
@@ -154,7 +154,7 @@ impl Clears {
         all
     }
 
-    /// What was spared so far.
+    /// What was excluded so far.
     #[must_use]
     pub fn spared(&self) -> Spared {
         Spared {
@@ -165,14 +165,14 @@ impl Clears {
         }
     }
 
-    /// The most bytes that it keeps for a guest of this layout.
+    /// The most bytes of memory that it takes for a guest of this layout.
     #[must_use]
     pub fn bytes_of(layout: &crate::geometry::Layout) -> u64 {
         2 * DirtyBitmap::bytes_of(layout)
     }
 }
 
-/// Through this a guest says which pages are free, while one window is open. Cheap to clone; any thread may use it.
+/// A guest reports its free pages through this while one window is open. Cheap to clone; any thread may use it.
 #[derive(Clone, Debug)]
 pub struct Hints {
     clears: Arc<Clears>,
@@ -180,15 +180,15 @@ pub struct Hints {
 }
 
 impl Hints {
-    /// These pages of a block are free: their bits are cleared, and they are not sent until they are written. Returns how many
-    /// would have been sent; none if the window is closed.
+    /// Reports pages of a block as free: their bits are cleared, and they are not sent until they are written. Returns how many
+    /// of them were dirty; 0 if the window is closed.
     ///
-    /// **They must be free until this returns**: nothing may be stored into them that anybody will read, from before this call
-    /// until it is over. Afterwards they may be taken into use at once: a store after this call is found by the log, and the page
-    /// is sent. (A guest that reports asynchronously must hold a page back from its allocator from the report until this
-    /// call for it has returned, or until it is told that the report was dropped.)
+    /// **They must be free until this returns**: nothing that will be read may be stored into them from before this call
+    /// until it returns. Afterwards they may be reused at once: the log finds a store after this call, and the page
+    /// is sent. (A guest that reports asynchronously must keep a page out of its allocator from the report until this
+    /// call for it has returned, or until the guest is notified that the report was dropped.)
     ///
-    /// Pages that the block does not have are passed over: the ranges come from a guest, whose word is not trusted.
+    /// Pages beyond the block are ignored: the ranges come from a guest, which is not trusted.
     pub fn free(&self, block: u32, pages: Range<u64>) -> u64 {
         let clears = &*self.clears;
         let layout = clears.bitmap.layout();
@@ -202,7 +202,7 @@ impl Hints {
         let mut cleared = 0;
         for (at, mask) in words_of(block, pages) {
             let mask = clears.bitmap.take_mask(at, mask);
-            // Nobody looks at these before the window is closed.
+            // These are read only after the window is closed.
             clears.hinted.set_mask(at, mask);
             cleared += u64::from(mask.count_ones());
         }
@@ -210,7 +210,7 @@ impl Hints {
         cleared
     }
 
-    /// Is its window still open? Only to save the work: a hint that comes too late is dropped anyway.
+    /// Whether its window is still open. Only an optimization: a late hint is dropped anyway.
     #[must_use]
     pub fn are_wanted(&self) -> bool {
         let window = self.clears.window.read().unwrap_or_else(PoisonError::into_inner);
@@ -270,16 +270,16 @@ mod tests {
         ]
     }
 
-    /// What the destination may hold of a page, told without any bitmap.
+    /// What the destination may hold of a page, modelled without a bitmap.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     enum Naive {
         /// To be sent.
         Dirty,
         /// Sent, and not written since.
         Sent,
-        /// Free when it was to be sent: anything.
+        /// Free when it was dirty: any content.
         Anything,
-        /// Never looked at.
+        /// Never sent.
         Out,
     }
 

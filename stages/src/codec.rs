@@ -2,8 +2,8 @@
 //! on the wire.
 //!
 //! Takes pages, gives compressed bytes, and back. A [`Compressor`] and a [`Decompressor`] own their working memory and
-//! use it again for every page or group. Compressed bytes come from a peer: whatever they are, decompressing them gives
-//! exactly the bytes that were asked for, or an error.
+//! use it again for every page or group. Compressed bytes come from a peer: decompressing them gives exactly the
+//! requested number of bytes, or an error.
 
 use std::fmt;
 use std::ops::RangeInclusive;
@@ -16,9 +16,9 @@ use crate::geometry::PageSize;
 use crate::wire::PageEncoding;
 use crate::wire::pages::group_pages;
 
-/// Levels of zstd that can be asked for, fast to dense.
+/// The levels of zstd, fast to dense.
 pub const ZSTD_LEVELS: RangeInclusive<i32> = -7..=19;
-/// The level of zstd where none is asked for.
+/// The default level of zstd.
 pub const ZSTD_DEFAULT_LEVEL: i32 = -1;
 
 /// What compresses pages.
@@ -36,7 +36,7 @@ pub enum Codec {
 }
 
 impl Codec {
-    /// The name by which a configuration asks for it.
+    /// Its name in a configuration.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -46,7 +46,7 @@ impl Codec {
         }
     }
 
-    /// How its pages are marked on the wire.
+    /// The encoding of its pages on the wire.
     #[must_use]
     pub fn encoding(self) -> PageEncoding {
         match self {
@@ -66,7 +66,7 @@ impl fmt::Display for Codec {
     }
 }
 
-/// A name that no codec has.
+/// An unknown name of a codec.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("there is no codec {0:?}, choose one of snap, lz4, zstd")]
 pub struct UnknownCodec(pub String);
@@ -94,7 +94,7 @@ const LZ4_BYTES: usize = 4096 * 4;
 pub struct Compressor {
     codec: Codec,
     engine: Engine,
-    /// Snap and lz4 want room for the worst case, which the callers' does not have.
+    /// Output of snap and lz4, which need room for the worst case; callers pass less.
     scratch: Vec<u8>,
 }
 
@@ -119,14 +119,14 @@ impl Compressor {
     pub fn new(codec: Codec) -> Self {
         let engine = match codec {
             Codec::Snap => Engine::Snap(Box::new(snap::raw::Encoder::new())),
-            // The small table has half the bytes to clear, and finds less.
+            // The small table has half as many bytes to clear, and finds fewer matches.
             Codec::Lz4 => Engine::Lz4(CompressTable::large()),
             Codec::Zstd { level } => Engine::Zstd(zstd_context(level)),
         };
         Self { codec, engine, scratch: Vec::new() }
     }
 
-    /// A compressor that has all the working memory that groups of such pages will ever take.
+    /// A compressor with all the working memory that groups of such pages can take.
     ///
     /// # Panics
     /// As [`Compressor::new`].
@@ -153,14 +153,14 @@ impl Compressor {
         (engine + self.scratch.capacity()) as u64
     }
 
-    /// What it compresses with.
+    /// Its codec.
     #[must_use]
     pub fn codec(&self) -> Codec {
         self.codec
     }
 
-    /// Compresses a page into `out`: the bytes written, or `None` if it would not shrink below `out.len()`. So `out`
-    /// should be shorter than the page; its content is anything beyond what was written.
+    /// Compresses a page into `out`. Returns the number of bytes written, or `None` if the page does not shrink to `out.len()`, so
+    /// `out` should be shorter than the page. The content of `out` beyond the written bytes is unspecified.
     pub fn compress(&mut self, page: &[u8], out: &mut [u8]) -> Option<usize> {
         let scratch = &mut self.scratch;
         let bytes = match &mut self.engine {
@@ -192,7 +192,7 @@ fn compress_zstd(context: &mut CCtx<'static>, page: &[u8], out: &mut [u8]) -> Op
     match context.compress2(out, page) {
         Ok(bytes) => (bytes < out.len()).then_some(bytes),
         Err(_) => {
-            // It ran out of room in the middle of a frame: leave it, or the next page would be refused.
+            // It ran out of room in the middle of a frame: end that frame, or the next page would be refused.
             context.reset(ResetDirective::SessionOnly).expect("a frame can always be left");
             None
         }
@@ -207,7 +207,7 @@ fn room_for(buffer: &mut Vec<u8>, bytes: usize) -> &mut [u8] {
     buffer
 }
 
-/// Why compressed bytes are no page.
+/// Why compressed bytes do not decompress to a page.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{codec} data is damaged: {why}")]
 pub struct DecompressError {
@@ -238,14 +238,14 @@ impl Decompressor {
         DCtx::create().sizeof() as u64
     }
 
-    /// Decompresses into exactly the whole of `page`. What was in `page` before never shows in the result; after an error
-    /// its content is anything.
+    /// Decompresses into exactly the whole of `page`. Its earlier content never shows in the result; after an error
+    /// its content is unspecified.
     ///
     /// # Errors
     /// [`DecompressError`] if the data is damaged, or comes out shorter or longer than a page.
     ///
     /// # Panics
-    /// If `encoding` is no codec's.
+    /// If `encoding` is not that of a codec.
     pub fn decompress(&mut self, encoding: PageEncoding, bytes: &[u8], page: &mut [u8]) -> Result<(), DecompressError> {
         let (codec, result) = match encoding {
             PageEncoding::Snap => ("snap", self.snap.decompress(bytes, page).map_err(|error| error.to_string())),
@@ -378,7 +378,7 @@ mod tests {
         }
     }
 
-    /// Data may say that it is far longer than a page: that must cost nothing.
+    /// Data may claim to be far longer than a page: that must allocate nothing.
     #[test]
     fn a_hostile_length_is_an_error() {
         let snap = [0xff, 0xff, 0xff, 0xff, 0x0f, 0, 0];

@@ -1,8 +1,8 @@
-//! Digests: one hash of each stretch, to prove that both sides hold the same memory.
+//! Digests: one hash of each stretch, to prove that both ends hold the same memory.
 //!
-//! Both sides stand still when it is taken. Memory is read through its seam, extent by extent, into a scratch buffer; zero
-//! pages are hashed from a page of zeros that stays in the cache, and pages that are known to be untouched are not read at
-//! all. When digests differ, [`page_hashes`] of both sides find the page.
+//! Both ends are paused when it is taken. Memory is read through [`Memory`](crate::memory::Memory), extent by extent, into a
+//! scratch buffer. Zero pages are hashed from a page of zeros that stays in the cache, and pages known to be untouched are not
+//! read at all. When digests differ, [`page_hashes`] of both sides find the page.
 
 use std::io;
 
@@ -16,16 +16,16 @@ use crate::pool::PooledBuffer;
 pub const STRETCH_WORDS: usize = 8;
 const _: () = assert!(STRETCH_BYTES == STRETCH_WORDS as u64 * 64 * 4096);
 
-/// What a digest leaves out, and what it need not read.
+/// The pages that a digest leaves out, and those that it need not read.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Known<'a> {
-    /// Pages that were never touched: hashed as zeros without being read.
+    /// Untouched pages: hashed as zeros without being read.
     pub untouched: Option<&'a DirtyBitmap>,
     /// Pages that did not travel (hinted free, unplugged), extent by extent of the stretch: not hashed.
     pub left_out: [u64; STRETCH_WORDS],
 }
 
-/// How many stretches a block has.
+/// The number of stretches of a block.
 ///
 /// # Panics
 /// If there is no such block.
@@ -34,8 +34,8 @@ pub fn stretch_count(memory: &GuestMemory, block: u32) -> u64 {
     u64::from(memory.layout().block_extents(block)).div_ceil(memory.page_size().stretch_extents())
 }
 
-/// The xxh3-128 of the pages of a stretch, one after another: holes as zeros, a partial last page padded with zeros, pages
-/// left out not at all.
+/// The xxh3-128 of the pages of a stretch, one after another: holes as zeros, a partial last page padded with zeros, without
+/// pages that are left out.
 ///
 /// # Errors
 /// When the memory cannot be read.

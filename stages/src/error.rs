@@ -1,4 +1,4 @@
-//! Why a stage ended before its time.
+//! Why a stage ended early.
 
 use std::io;
 
@@ -19,14 +19,14 @@ pub struct StageError {
 }
 
 impl StageError {
-    /// Did it end only because a neighbour had ended? Then another stage's error is the one to report.
+    /// Whether it ended only because a neighbour had ended. Then another stage's error is the one to report.
     #[must_use]
     pub fn is_closed(&self) -> bool {
         matches!(self.cause, Cause::Closed(_))
     }
 }
 
-/// What ended a stage.
+/// The cause of a stage's end.
 #[derive(Debug, thiserror::Error)]
 pub enum Cause {
     /// A neighbour ended first.
@@ -50,10 +50,10 @@ pub enum Cause {
         /// Why it failed.
         error: io::Error,
     },
-    /// A frame that cannot be.
+    /// An invalid frame.
     #[error(transparent)]
     Frame(#[from] FrameError),
-    /// A stream could not be read: a frame that cannot be, damage, an early end, or the transport.
+    /// A stream could not be read: an invalid frame, damage, an early end, or an error of the transport.
     #[error(transparent)]
     Read(#[from] ReadError),
     /// The transport failed.

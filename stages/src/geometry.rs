@@ -4,11 +4,11 @@
 //! guest   = RAM blocks, numbered from 0 in the order the guest names them
 //! block   = pages of one size; the last page may be partial (a file of any length)
 //! extent  = 64 pages: one word of the dirty bitmap, one batch, at most one Pages frame
-//! stretch = the larger of 2 MiB and one extent: what is dealt to a lane, and what one digest covers
+//! stretch = the larger of 2 MiB and one extent: the unit that is assigned to a lane, and that one digest covers
 //! ```
 //!
-//! A [`Layout`] is the checked list of blocks: built once from what the guest says (or what the peer sent), it
-//! answers every question of size and place afterwards, so no stage does this arithmetic itself.
+//! A [`Layout`] is the checked list of blocks. It is built once from the guest's blocks (or those that the peer sent) and
+//! computes every size and place afterwards, so no stage does this arithmetic itself.
 
 use std::fmt;
 
@@ -71,7 +71,7 @@ impl fmt::Debug for PageSize {
     }
 }
 
-/// What a RAM block is, as guest and peer agree on it. Travels in the Blocks frame.
+/// The description of a RAM block, on which guest and peer agree. Travels in the Blocks frame.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BlockInfo {
     /// Name, unique in the guest: 1 to [`MAX_BLOCK_ID`] bytes.
@@ -82,13 +82,13 @@ pub struct BlockInfo {
     pub guest_address: u64,
     /// Bytes of the pages that back the block on its host (4 KiB, 2 MiB, …); informative.
     pub backing_page_size: u64,
-    /// Do both ends have this very memory already (a file that both have mapped)? Then none of its pages ever travels, and it
-    /// is only checked that the destination has the block as the source does: id, length and guest address.
+    /// Whether both ends share this memory already (a file that both have mapped). Then none of its pages ever travels, and the
+    /// destination only checks that its block is that of the source: id, length and guest address.
     pub ignored: bool,
 }
 
 impl BlockInfo {
-    /// A block that is sent, of memory in pages of 4 KiB at no address: what is otherwise is said beside it.
+    /// A block that is sent, of memory in pages of 4 KiB at address 0. Other values are set with the update syntax.
     ///
     /// ```
     /// # use memferry_stages::geometry::BlockInfo;
@@ -132,14 +132,14 @@ impl ExtentAt {
         u64::from(self.extent) * EXTENT_PAGES
     }
 
-    /// The page that stands at `bit` of the extent's mask.
+    /// The page at `bit` of the extent's mask.
     #[must_use]
     pub fn page(self, bit: u32) -> PageAt {
         PageAt { block: self.block, page: self.first_page() + u64::from(bit) }
     }
 }
 
-/// Why a list of blocks is no layout.
+/// Why a list of blocks is not a layout.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LayoutError {
     /// A guest needs memory.
@@ -180,7 +180,7 @@ impl Layout {
     /// Checks the blocks: names, number, lengths.
     ///
     /// # Errors
-    /// A [`LayoutError`] that names the block which cannot be.
+    /// A [`LayoutError`] that names the invalid block.
     pub fn new(page_size: PageSize, blocks: Vec<BlockInfo>) -> Result<Self, LayoutError> {
         if blocks.is_empty() {
             return Err(LayoutError::NoBlocks);
@@ -252,8 +252,8 @@ impl Layout {
         u32::try_from(self.block_pages(block).div_ceil(EXTENT_PAGES)).expect("checked when built")
     }
 
-    /// The bits of an extent that stand for pages: all ones but in a block's last extent. 0 for an extent or a block
-    /// that is not there, so it serves to check what a peer sent.
+    /// The bits of an extent that stand for pages: all ones except in a block's last extent. 0 for an extent or a block
+    /// that does not exist, so it can check what a peer sent.
     #[must_use]
     pub fn valid_mask(&self, at: ExtentAt) -> u64 {
         if at.block >= self.block_count() {
@@ -275,7 +275,8 @@ impl Layout {
     }
 }
 
-/// Deals memory to lanes by address (law 4): lane = (stretch + block) mod lanes. Part of the protocol.
+/// Assigns memory to lanes by address: lane = (stretch + block) mod lanes. Part of the protocol (ARCHITECTURE.md, law 4: a page
+/// keeps its lane).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LaneMap {
     lanes: u16,

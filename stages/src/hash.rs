@@ -1,7 +1,7 @@
 //! The hashes that run over all of a guest's memory: xxh3 of pages and payloads.
 //!
-//! `twox-hash` takes the vectors that the processor has on which it runs: with AVX2 it is nearly twice as fast as `xxhash-rust`, which
-//! chooses when it is compiled. The short heads of frames stay with the latter, and it is what the former is held against.
+//! `twox-hash` chooses the vector instructions at run time: with AVX2 it is nearly twice as fast as `xxhash-rust`, which chooses
+//! them when it is compiled. `xxhash-rust` hashes the short heads of frames, and tests compare the two.
 
 use twox_hash::XxHash3_64;
 pub(crate) use twox_hash::XxHash3_128;

@@ -1,7 +1,7 @@
 //! Heartbeats: an end shows its peer that it is alive, also while it has nothing else to send.
 //!
-//! The task is no stage of the data plane. It runs beside the controller, so that nothing that computes or blocks holds it up: no
-//! sync, no digest and no call into the guest.
+//! The task is not a stage of the data plane. It runs beside the controller, so that no computation and no blocking call delays
+//! it: no sync, no digest and no call into the guest.
 
 use std::time::Duration;
 
@@ -17,7 +17,7 @@ pub const EVERY: Duration = Duration::from_millis(500);
 
 /// Sends a heartbeat to `control` each [`EVERY`], with what `figures` returns at that moment, until the queue is closed.
 ///
-/// While the queue is full, what waits in it shows the same: the heartbeat is left out.
+/// While the queue is full, the frames that wait in it show the same: the heartbeat is skipped.
 pub async fn send_heartbeats(control: Outlet<Control>, figures: impl Fn() -> Vec<Figure>) {
     let mut ticks = interval_at(Instant::now() + EVERY, EVERY);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);

@@ -8,46 +8,46 @@ use std::thread::available_parallelism;
 use crate::kernel::{self, WP_ASYNC, WP_SHARED, WP_UNPOPULATED};
 use crate::kvm::{self, Offers};
 
-/// Yes, with a figure or a remark where there is one; or no, why, and what to do about it.
+/// Yes, with a figure or a remark where there is one; or no, with the reason and the remedy.
 pub type Answer = Result<String, String>;
 
-/// What was found. Its [`Display`](fmt::Display) is one line for each question.
+/// The abilities of a host. Its [`Display`](fmt::Display) is one line for each.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Probe {
     /// Bytes of a page of this host.
     pub page_bytes: usize,
     /// Cores this process may use.
     pub cores: usize,
-    /// Does userfaultfd open?
+    /// Whether userfaultfd opens.
     pub userfaultfd: Answer,
-    /// Has it asynchronous write protection? The userfault log needs it.
+    /// Whether it has asynchronous write protection. The userfault log needs it.
     pub wp_async: Answer,
-    /// Can it protect pages that are not there? The userfault log needs it.
+    /// Whether it can protect absent pages. The userfault log needs it.
     pub wp_unpopulated: Answer,
-    /// Can it protect shared memory? The userfault log needs it.
+    /// Whether it can protect shared memory. The userfault log needs it.
     pub wp_shared: Answer,
-    /// Is there the PAGEMAP_SCAN ioctl? The userfault log needs it, and untouched anonymous memory is found by it.
+    /// Whether there is the PAGEMAP_SCAN ioctl. The userfault log needs it, and it finds untouched anonymous memory.
     pub pagemap_scan: Answer,
-    /// Can this user open /dev/kvm?
+    /// Whether this user can open /dev/kvm.
     pub kvm: Answer,
-    /// Has KVM a dirty log with manual protection?
+    /// Whether KVM has a dirty log with manual protection.
     pub kvm_dirty_log: Answer,
-    /// Has KVM dirty rings?
+    /// Whether KVM has dirty rings.
     pub kvm_dirty_ring: Answer,
-    /// May memory be backed by huge pages without being reserved?
+    /// Whether memory may be backed by huge pages that are not reserved.
     pub transparent_huge_pages: Answer,
-    /// Are huge pages reserved and free?
+    /// Whether huge pages are reserved and free.
     pub reserved_huge_pages: Answer,
 }
 
-/// Cores that this process may use, 1 if nobody can tell.
+/// Cores that this process may use; 1 if that is not known.
 #[must_use]
 pub fn cores() -> usize {
     available_parallelism().map_or(1, usize::from)
 }
 
 impl Probe {
-    /// Asks this host. Changes nothing.
+    /// Probes this host. Changes nothing.
     #[must_use]
     pub fn run() -> Self {
         let (features, offers) = (kernel::userfault_features(), kvm::offers());
@@ -71,7 +71,7 @@ impl Probe {
         }
     }
 
-    /// The questions and their answers, as they are printed.
+    /// The names of the abilities and the answers, as they are printed.
     #[must_use]
     pub fn lines(&self) -> Vec<(&'static str, Answer)> {
         vec![
@@ -113,7 +113,7 @@ fn feature(features: &Result<u64, String>, feature: u64) -> Answer {
     }
 }
 
-/// Can this user open /dev/kvm?
+/// Whether this user can open /dev/kvm.
 ///
 /// # Errors
 /// Why not, and what to do about it.

@@ -1,11 +1,11 @@
-//! What the scanner took and the destination has not acknowledged: the bits that can still be given back.
+//! The pages in flight: bits that the scanner took and the destination has not acknowledged, and that can still be put back.
 //!
-//! A bit that was taken from the bitmap stands here until the destination says that it has loaded the frame it went into.
-//! One frame is made of each batch, in the order of the lane, so a count of frames says which. The controller counts what
-//! is here into what remains to be sent; a recovery gives it back to the bitmap.
+//! A bit that was taken from the bitmap stays here until the destination acknowledges the frame of its page. Each batch becomes
+//! one frame, in the order of the lane, so the acknowledged count of frames identifies them. The controller counts pages in flight
+//! as remaining; a recovery puts them back into the bitmap.
 //!
-//! It is bounded, whatever the destination acknowledges: when a lane's list is full, its entries are folded into a bitmap that
-//! has room for every page. What is folded counts as on its way until the latest frame of it is acknowledged, which may
+//! Its memory is bounded, whatever the destination acknowledges: when a lane's list is full, its entries are folded into a bitmap
+//! that has room for every page. Folded pages count as in flight until the latest of their frames is acknowledged. That may
 //! send a page again but never loses one.
 
 use std::collections::VecDeque;
@@ -15,12 +15,12 @@ use crate::batch::Batch;
 use crate::bitmap::DirtyBitmap;
 use crate::geometry::{ExtentAt, LaneMap, Layout};
 
-/// Entries that a lane's list has room for, at least: more than are taken between two acknowledgements.
+/// The least number of entries of a lane's list: more than are taken between two acknowledgements.
 const LEAST_ROOM: usize = 16384;
-/// Extents of a guest for which all lists together have room for one entry, at least.
+/// All lists together have room for at least one entry for this many extents of the guest.
 const EXTENTS_PER_ENTRY: u64 = 8;
 
-/// The pages on their way, lane by lane in the order they were taken. Shared by the scanner and whoever reads the return
+/// The pages in flight, lane by lane in the order they were taken. Shared by the scanner and the reader of the return
 /// path; locked for each batch and each acknowledgement.
 #[derive(Debug)]
 pub struct InFlight {
@@ -29,12 +29,12 @@ pub struct InFlight {
     /// Entries that a lane's list has room for.
     room: usize,
     lanes: Box<[Mutex<Lane>]>,
-    /// What was folded, of all lanes: each has extents of its own. Not there until it is needed.
+    /// The folded pages of all lanes, which have disjoint extents. Allocated when it is needed.
     folded: OnceLock<DirtyBitmap>,
 }
 
 impl InFlight {
-    /// Nothing on its way in the lanes of the map.
+    /// Nothing in flight in the lanes of the map.
     #[must_use]
     pub fn new(layout: &Layout, lane_map: LaneMap) -> Self {
         Self::with_room(layout, lane_map, room(layout, lane_map.lanes()))
@@ -45,13 +45,13 @@ impl InFlight {
         Self { layout: layout.clone(), lane_map, room, lanes, folded: OnceLock::new() }
     }
 
-    /// The most bytes it takes in a migration of such a guest in so many lanes.
+    /// The most bytes it takes in a migration of such a guest over `lanes` lanes.
     #[must_use]
     pub fn bound_bytes(layout: &Layout, lanes: u16) -> u64 {
         DirtyBitmap::bytes_of(layout) + u64::from(lanes) * (room(layout, lanes) * size_of::<Taken>()) as u64
     }
 
-    /// The most bytes that it has kept in memory: what it took it does not give back.
+    /// The most bytes of memory that it has taken. It does not release them.
     ///
     /// # Panics
     /// As [`InFlight::pages`].
@@ -61,10 +61,10 @@ impl InFlight {
         self.folded.get().map_or(0, DirtyBitmap::memory_bytes) + lists as u64
     }
 
-    /// A batch goes into a lane: one frame more.
+    /// Adds a batch to a lane, as one more frame.
     ///
     /// # Panics
-    /// If it is not the lane of the batch's extent.
+    /// If `lane` is not that of the batch's extent.
     pub fn record(&self, lane: u16, batch: &Batch) {
         debug_assert_eq!(self.lane_map.lane(batch.at), lane, "the lane of {:?}", batch.at);
         let mut here = self.lane(lane);
@@ -74,10 +74,11 @@ impl InFlight {
         here.record(batch.at, batch.mask);
     }
 
-    /// The destination has loaded the first `frames_total` Pages frames of a lane. Fewer than it said before says nothing.
+    /// Notes that the destination has loaded the first `frames_total` Pages frames of a lane. A count below an earlier one has no
+    /// effect.
     ///
     /// # Errors
-    /// The number of frames that were taken for the lane, if the peer says that it has loaded more.
+    /// The number of frames that were taken for the lane, if the peer acknowledges more.
     ///
     /// # Panics
     /// If there is no such lane.
@@ -90,18 +91,18 @@ impl InFlight {
         Ok(())
     }
 
-    /// Everything taken so far has arrived: a file is durable up to here.
+    /// Notes that everything taken so far has arrived: a file is durable up to this point.
     pub fn acknowledge_all(&self) {
         self.take_all(|_, _| ());
     }
 
-    /// Pages on their way. One that is on its way twice may count twice: it is sent twice.
+    /// The number of pages in flight. A page that is in flight twice may count twice: it is sent twice.
     #[must_use]
     pub fn pages(&self) -> u64 {
         self.each_lane().map(|lane| lane.pages + lane.folded_pages).sum()
     }
 
-    /// Gives the bits of all that is on its way back to the bitmap, where they are sent again; nothing is on its way then.
+    /// Puts the bits of all pages in flight back into the bitmap, to be sent again. Nothing is in flight afterwards.
     ///
     /// # Panics
     /// If the bitmap is of another layout than the one the bits were taken from.
@@ -117,7 +118,7 @@ impl InFlight {
         }
     }
 
-    /// Takes what the lane has folded.
+    /// Removes the folded pages of a lane.
     fn unfold(&self, lane: u16, here: &mut Lane, mut taken: impl FnMut(ExtentAt, u64)) {
         let Some(folded) = self.folded.get().filter(|_| here.folded_frame.take().is_some()) else { return };
         here.folded_pages = 0;
@@ -135,7 +136,7 @@ impl InFlight {
     }
 }
 
-/// Entries that each of so many lists has room for: a power of two, since that is how a list grows.
+/// The number of entries of each of `lanes` lists: a power of two, as lists grow.
 fn room(layout: &Layout, lanes: u16) -> usize {
     let extents: u64 = (0..layout.block_count()).map(|block| u64::from(layout.block_extents(block))).sum();
     let share = extents / EXTENTS_PER_ENTRY / u64::from(lanes);
@@ -154,15 +155,15 @@ struct Taken {
     mask: u64,
 }
 
-/// What one lane has on its way.
+/// The pages of one lane in flight.
 #[derive(Debug, Default)]
 struct Lane {
     /// By frame.
     list: VecDeque<Taken>,
     frames: u64,
-    /// Those of the list.
+    /// The number of pages in the list.
     pages: u64,
-    /// The latest frame that was folded, while any is.
+    /// The latest folded frame, if there is one.
     folded_frame: Option<u64>,
     folded_pages: u64,
 }
@@ -218,7 +219,7 @@ mod tests {
         u16::from((8..16).contains(&extent))
     }
 
-    /// What the lists amount to, kept as simply as can be: every frame with its pages, and how many arrived, by lane.
+    /// A simple model of the lists: every frame with its pages, and how many arrived, by lane.
     #[derive(Default)]
     struct Naive {
         frames: [Vec<(u32, u64)>; LANES as usize],
@@ -243,7 +244,7 @@ mod tests {
         words(&bitmap)
     }
 
-    /// (extent, mask) of a batch that is taken, or an acknowledgement: of a lane, a share of what is on its way.
+    /// (extent, mask) of a batch that is taken, or an acknowledgement: of a lane, a share of what is in flight.
     type Step = Result<(u32, u64), (u16, u8)>;
 
     fn steps() -> impl Strategy<Value = Vec<Step>> {

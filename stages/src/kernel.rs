@@ -1,9 +1,9 @@
-//! Two kernel interfaces that follow the writes to memory of this process: userfaultfd in asynchronous write-protect
+//! Two kernel interfaces that track the writes to memory of this process: userfaultfd in asynchronous write-protect
 //! mode, and the PAGEMAP_SCAN ioctl. Used by the userfault log and by mapped memory.
 //!
-//! A scan walks a range of page tables and gives back ranges of alike pages. It can write-protect what it reports in the
-//! same step, so that no write falls between. In asynchronous mode a write to a protected page is let through by the
-//! kernel itself, which only notes it: no thread has to answer faults.
+//! A scan walks a range of page tables and returns ranges of pages with the same categories. It can write-protect what it reports
+//! in the same step, so that no write falls between. In asynchronous mode the kernel itself lets a write to a protected page
+//! through, and records it: no thread has to handle faults.
 //!
 //! `unsafe` is needed because the kernel is given addresses; the structs are those of linux/fs.h and linux/userfaultfd.h.
 
@@ -20,7 +20,7 @@ use rustix::mm::UserfaultfdFlags;
 /// An ioctl that takes a struct by pointer, may write to it, and returns a count.
 pub(crate) struct Call<'a, const OPCODE: Opcode, T>(pub(crate) &'a mut T);
 
-// SAFETY: the pointer is to a `T` that is exclusively borrowed for the call; whoever makes a `Call` sees to it that the
+// SAFETY: the pointer is to a `T` that is exclusively borrowed for the call; the code that makes a `Call` ensures that the
 // opcode takes a `T`.
 unsafe impl<const OPCODE: Opcode, T> Ioctl for Call<'_, OPCODE, T> {
     type Output = usize;
@@ -48,7 +48,7 @@ pub(crate) const PRESENT: u64 = 1 << 3;
 /// The page is in swap, or its table entry holds a mark.
 pub(crate) const SWAPPED: u64 = 1 << 4;
 
-/// Ranges that one call gives back at most; a scan calls as often as it needs.
+/// The most ranges that one call returns; a scan repeats the call.
 const REGIONS: usize = 512;
 const PAGEMAP_SCAN: Opcode = opcode::read_write::<ScanArg>(b'f', 16);
 const WP_MATCHING: u64 = 1;
@@ -79,14 +79,14 @@ struct Region {
     categories: u64,
 }
 
-/// What a scan looks for: pages of all of these categories, and of at least one of those if there are any.
+/// The pages that a scan reports: those of all categories in `all_of`, and of at least one in `any_of` if there are any.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Scan {
-    /// Each must hold.
+    /// All of these categories must apply.
     pub(crate) all_of: u64,
-    /// One must hold, unless there is none.
+    /// At least one of these must apply, unless the set is empty.
     pub(crate) any_of: u64,
-    /// Write-protect them in the same step? The range must be registered with a [`Userfaultfd`] then.
+    /// Whether to write-protect them in the same step. The range must then be registered with a [`Userfaultfd`].
     pub(crate) protect: bool,
 }
 
@@ -136,9 +136,9 @@ impl Pagemap {
 
 // ---- userfaultfd ----
 
-/// Writes to protected pages are noted by the kernel, nobody is asked.
+/// The kernel records writes to protected pages, and reports no fault.
 pub(crate) const WP_ASYNC: u64 = 1 << 15;
-/// Pages that are not there can be write-protected too.
+/// Absent pages can be write-protected too.
 pub(crate) const WP_UNPOPULATED: u64 = 1 << 13;
 /// Shared memory can be write-protected.
 pub(crate) const WP_SHARED: u64 = 1 << 12;
@@ -232,14 +232,14 @@ impl Userfaultfd {
         Ok(())
     }
 
-    /// Write-protects a registered range, pages that are not there included.
+    /// Write-protects a registered range, absent pages included.
     ///
     /// # Errors
     /// ENOENT for a range that is not registered.
     pub(crate) fn write_protect(&self, range: Range<usize>) -> io::Result<()> {
         loop {
             let mut arg = WriteProtectArg { range: range.clone().into(), mode: WRITE_PROTECT_MODE_WP };
-            // SAFETY: UFFDIO_WRITEPROTECT takes a WriteProtectArg; it changes no content, and stores go on in
+            // SAFETY: UFFDIO_WRITEPROTECT takes a WriteProtectArg; it changes no content, and stores continue in
             // asynchronous mode.
             let result = unsafe { rustix::ioctl::ioctl(&self.0, Call::<WRITE_PROTECT, _>(&mut arg)) };
             if again_if_interrupted(result)?.is_some() {
@@ -250,19 +250,19 @@ impl Userfaultfd {
 }
 
 fn descriptor() -> io::Result<OwnedFd> {
-    // User mode only needs no privilege. In asynchronous mode it excludes nothing: the kernel's own stores (a read into
-    // guest memory) are noted like all others, since no fault waits for an answer.
+    // The user-mode-only flag needs no privilege. In asynchronous mode it excludes nothing: the kernel's own stores (a read into
+    // guest memory) are recorded like all others, since no fault waits for an answer.
     let flags = UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::from_bits_retain(USER_MODE_ONLY);
     // SAFETY: the descriptor does nothing until a range is registered with it.
     Ok(unsafe { rustix::mm::userfaultfd(flags) }?)
 }
 
-// ---- what there is ----
+// ---- probes ----
 
 /// The features that this kernel's userfaultfd has.
 ///
 /// # Errors
-/// Why it does not open, and what to do.
+/// The reason if it does not open, and the remedy.
 pub(crate) fn userfault_features() -> Result<u64, String> {
     let features = descriptor().and_then(|descriptor| Userfaultfd(descriptor).agree(0));
     features.map_err(|error| match Errno::from_io_error(&error) {
@@ -272,10 +272,10 @@ pub(crate) fn userfault_features() -> Result<u64, String> {
     })
 }
 
-/// Is there a PAGEMAP_SCAN?
+/// Checks whether there is a PAGEMAP_SCAN.
 ///
 /// # Errors
-/// Why not, and what to do.
+/// The reason if there is not, and the remedy.
 pub(crate) fn pagemap_scan() -> Result<(), String> {
     let pagemap = Pagemap::open().map_err(|error| format!("/proc/self/pagemap does not open: {error}"))?;
     let page = rustix::param::page_size();
@@ -285,7 +285,7 @@ pub(crate) fn pagemap_scan() -> Result<(), String> {
 
 // ---- shared by both ----
 
-/// `None` when a signal came: the call is to be made again.
+/// `None` when a signal interrupted the call, which must be repeated.
 fn again_if_interrupted(result: rustix::io::Result<usize>) -> io::Result<Option<usize>> {
     match result {
         Ok(count) => Ok(Some(count)),

@@ -7,6 +7,8 @@
 //! Each stage is one module: a value with an `async fn run(self, …queues)` that owns its state, takes items from one
 //! bounded queue and puts them into the next ([`queue`]). No stage knows its neighbours; the pipeline joins them, and a
 //! test or a bench can run one alone.
+//!
+//! Comments name the laws of the design by number, as ARCHITECTURE.md lists them.
 
 pub mod batch;
 pub mod bitmap;

@@ -1,20 +1,22 @@
-//! Loader: puts the pages of one lane into guest memory. It alone writes that part of it (law 4).
+//! Loader: writes the pages of one lane into guest memory. No other task writes that part of it (ARCHITECTURE.md, law 4: a page
+//! keeps its lane).
 //!
 //! ```text
 //! receiver ── Arrived ──▶ ┌────────┐ ──▶ guest memory
-//!                         │ loader │ ──▶ held: the pages that are here whole
+//!                         │ loader │ ──▶ held: the received pages
 //!                         └────────┘ ── RoundComplete, Switchover ──▶ controller
 //! ```
 //!
-//! It takes checked frames in the order they were sent, and promises:
+//! It takes checked frames in the order they were sent, and promises (law 8: the peer is not trusted):
 //! - Nothing of a frame is written before its payload's hash was compared (where the stream has hashes) and its encodings
-//!   were found to be agreed on.
-//! - A page is written only when it is decoded whole: a compressed page is decompressed aside, with all of its group, a delta is checked to its
-//!   last byte and needs a page to patch. Damage never leaves a wrong page; an error names the frame's offset and the page.
-//! - A page's `held` bit is taken away before the page is written and set when it is whole again.
-//! - A zero page of a fresh block that was never loaded is not touched: it is zero already. Of any other block it is
-//!   written, for who knows what was there. Pages that lie side by side are written in one call, where they are raw, zero or of one group.
-//! - Memory is asked for ahead of its first write (`first_touch`).
+//!   were agreed on.
+//! - A page is written only once it is decoded completely: a compressed page is decompressed into a buffer, with all of its
+//!   group; a delta is checked to its last byte, and needs a received page to patch. Damage never leaves a wrong page; an error
+//!   names the frame's offset and the page.
+//! - A page's bit in `held`, the received bitmap, is cleared before the page is written, and set once it is complete.
+//! - A zero page of a fresh block that was never loaded is not touched: it is zero already. In any other block it is
+//!   written, since its content is unknown. Adjacent pages are written in one call, if they are raw, zero or of one group.
+//! - Memory is populated ahead of its first write (`first_touch`).
 //!
 //! Its meter counts pages and page bytes.
 
@@ -42,26 +44,26 @@ use crate::wire::pages::{PageEncoding, PagesHead, group_pages};
 use crate::xbzrle::Delta;
 use first_touch::FirstTouch;
 
-/// What a lane's loader has done: what the destination acknowledges. The loader writes, anyone reads.
+/// The progress of a lane's loader, which the destination acknowledges. The loader writes it, any thread reads it.
 #[derive(Debug, Default)]
 pub struct LaneProgress {
     /// Pages frames that are loaded, in the order they were sent.
     pub frames: AtomicU64,
-    /// Page bytes that they brought.
+    /// Page bytes of these frames.
     pub bytes: AtomicU64,
 }
 
-/// What a loader reports.
+/// A report of a loader.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Loaded {
-    /// Everything up to the end of this round is in memory in the lane.
+    /// Everything of the lane up to the end of this round is in memory.
     RoundComplete {
         /// The lane.
         lane: u16,
-        /// What the round came to in it, as the source says.
+        /// The source's figures of the round in the lane.
         tally: RoundTally,
     },
-    /// Everything is in memory in the lane.
+    /// Everything of the lane is in memory.
     Switchover {
         /// The lane.
         lane: u16,
@@ -86,9 +88,9 @@ pub struct Loader {
 
 /// Why a frame cannot be loaded.
 enum Fault {
-    /// The peer is wrong.
+    /// The peer's frame is invalid.
     Frame(WireError),
-    /// The memory fails.
+    /// The memory failed.
     Memory(PageAt, io::Error),
 }
 
@@ -99,8 +101,8 @@ impl From<WireError> for Fault {
 }
 
 impl Loader {
-    /// The loader of one lane. `held` starts empty and is shared by all lanes; `checksum` says whether payloads carry their
-    /// hash, `allowed` which encodings were agreed on.
+    /// The loader of one lane. `held`, the received bitmap, starts empty and is shared by all lanes. `checksum` says whether
+    /// payloads carry their hash, `allowed` which encodings were agreed on.
     #[must_use]
     pub fn new(
         lane: u16,
@@ -120,7 +122,7 @@ impl Loader {
     /// Runs until the lane's Switchover, or until there is no more input.
     ///
     /// # Errors
-    /// When a frame cannot be loaded, memory cannot be written, or nobody takes the reports.
+    /// When a frame cannot be loaded, memory cannot be written, or the reports' receiver was dropped.
     pub async fn run(mut self, input: Inlet<Item<Arrived>>, output: Outlet<Loaded>) -> Result<(), StageError> {
         let (input, output) = (input.metered(&self.stage.meter), output.metered(&self.stage.meter));
         let lane = self.lane;
@@ -180,7 +182,7 @@ impl Loader {
         Ok(())
     }
 
-    /// Makes pages zero. Those of a fresh block that are not held were never written: a write that fails ends the loader.
+    /// Makes pages zero. Pages of a fresh block that were not received were never written: a write that fails ends the loader.
     fn clear(&self, at: ExtentAt, zero: u64) -> Result<(), Fault> {
         let touched = if self.memory.block(at.block).fresh { self.held.peek(at) } else { u64::MAX };
         for (first, count) in runs(zero & touched) {
@@ -203,7 +205,7 @@ impl Loader {
         }
     }
 
-    /// Decompresses a group aside, and writes its pages once all of them are here whole.
+    /// Decompresses a group into a buffer, and writes its pages once all of them are complete.
     fn unpack(&mut self, at: ExtentAt, codec: PageEncoding, piece: &Piece<'_>) -> Result<(), Fault> {
         let page_bytes = self.memory.page_size().bytes();
         let group = &mut self.group[..piece.mask.count_ones() as usize * page_bytes];
@@ -219,7 +221,7 @@ impl Loader {
         Ok(())
     }
 
-    /// Writes whole pages side by side.
+    /// Writes adjacent whole pages.
     fn write(&self, at: ExtentAt, mask: u64, bytes: &[u8]) -> Result<(), Fault> {
         let first = at.page(mask.trailing_zeros()).page;
         self.replace(at, mask, || self.memory.block(at.block).memory.write_pages(self.memory.page_size(), first, bytes))
@@ -237,7 +239,7 @@ impl Loader {
         })
     }
 
-    /// Pages are not held while they are written.
+    /// Runs a write of pages, whose received bits are clear meanwhile.
     fn replace(&self, at: ExtentAt, mask: u64, write: impl FnOnce() -> io::Result<()>) -> Result<(), Fault> {
         let _before = self.held.take_mask(at, mask);
         write().map_err(|error| Fault::Memory(at.page(mask.trailing_zeros()), error))?;
@@ -246,7 +248,7 @@ impl Loader {
     }
 }
 
-/// What a loader does in one step: a delta, raw pages that lie side by side, or the pages of a group.
+/// The unit of a loader's step: a delta, adjacent raw pages, or the pages of a group.
 struct Piece<'a> {
     /// Which pages of the extent.
     mask: u64,
@@ -261,7 +263,10 @@ impl Piece<'_> {
     }
 }
 
-/// The payload of a frame, piece by piece.
+/// Splits the payload of a frame into pieces, in the order of the descriptors.
+///
+/// A page that carries bytes starts a piece. Adjacent raw pages join its piece, so that one call writes them; pages marked
+/// `grouped` belong to the compressed page before them, wherever they lie, and have no bytes of their own.
 fn pieces<'a>(head: &'a PagesHead, payload: &'a [u8]) -> impl Iterator<Item = Piece<'a>> {
     let mut pages = bits(head.mask & !head.zero).zip(&head.pages).peekable();
     let mut rest = payload;

@@ -1,7 +1,7 @@
 //! How a stage spends its time: working, waiting for input, waiting for output.
 //!
-//! A stage's queues do the measuring ([`crate::queue`]): only a wait reads the clock, and only when there is one, so
-//! a stage that never waits costs nothing to measure. What is left of its lifetime is work. The figures go to the
+//! A stage's queues measure its waits ([`crate::queue`]): the clock is read only when there is a wait, so
+//! a stage that never waits costs nothing to measure. The rest of its lifetime is work. The figures go to the
 //! report, and the stage that waits least is the bottleneck.
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -39,9 +39,9 @@ pub struct Meter {
 /// What a stage waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wait {
-    /// Something to do.
+    /// Input.
     Input,
-    /// Room behind it: a full queue, an empty pool, a slow transport.
+    /// Room for its output: a full queue, an empty pool, a slow transport.
     Output,
     /// The bandwidth limit. It is waited for within a wait for [`Wait::Output`], which does not count it.
     Limit,
@@ -70,16 +70,16 @@ impl Drop for Waiting<'_> {
     }
 }
 
-/// What a [`Meter`] read at one moment.
+/// The values of a [`Meter`] at one moment.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Reading {
     /// Which stage.
     pub stage: StageId,
     /// Time it worked, or waited for a processor behind the bandwidth limit: its lifetime less its waits.
     pub busy: Duration,
-    /// Time it waited for something to do.
+    /// Time it waited for input.
     pub input_wait: Duration,
-    /// Time it waited for room behind it: a full queue, an empty pool, a slow transport.
+    /// Time it waited for room for its output: a full queue, an empty pool, a slow transport.
     pub output_wait: Duration,
     /// Time it waited for the bandwidth limit while credit grew.
     pub limit_wait: Duration,
@@ -124,14 +124,14 @@ impl Meter {
         })
     }
 
-    /// A batch passed, of so many pages and bytes.
+    /// Counts a batch with its pages and bytes.
     pub fn count(&self, pages: u64, bytes: u64) {
         self.batches.fetch_add(1, Ordering::Relaxed);
         self.pages.fetch_add(pages, Ordering::Relaxed);
         self.bytes.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    /// A control frame passed, of so many bytes.
+    /// Counts a control frame of `bytes` bytes.
     pub fn count_control(&self, bytes: u64) {
         self.count(0, bytes);
         self.control_bytes.fetch_add(bytes, Ordering::Relaxed);
@@ -149,7 +149,7 @@ impl Meter {
         self.bytes.load(Ordering::Relaxed)
     }
 
-    /// The stage holds so many bytes of memory of its own, pooled buffers aside.
+    /// Sets the bytes of memory that the stage itself holds, without pooled buffers.
     pub fn holds(&self, bytes: u64) {
         self.held_bytes.fetch_max(bytes, Ordering::Relaxed);
     }
@@ -191,7 +191,7 @@ impl Meter {
         waits.fetch_add(nanos(time), Ordering::Relaxed);
     }
 
-    /// The wait that goes on, and how long it has lasted.
+    /// The wait in progress, and how long it has lasted.
     fn ongoing(&self, life: Duration) -> (Duration, Duration) {
         let waits = self.waits.load(Ordering::Relaxed);
         if waits == 0 {

@@ -1,9 +1,10 @@
-//! Pooled buffers: what is in flight is bounded in bytes, and no buffer is given back to the kernel (law 9).
+//! Pooled buffers: what is in flight is bounded in bytes, and no buffer is returned to the kernel (ARCHITECTURE.md,
+//! law 9: memory is bounded).
 //!
-//! A buffer of 256 KiB that is freed goes back to the kernel and faults in again page by page when the next one is
-//! allocated, which costs more than filling it. So a pool hands out a fixed number of buffers of one size, makes
-//! each on first use, and takes them back when they are dropped, wherever that is. The one that came back last goes out first: it is
-//! the likeliest to be in a processor's cache still, and no more buffers are made than are in use at once.
+//! A freed buffer of 256 KiB returns to the kernel, and the next one faults in again page by page, which costs more than filling
+//! it. So a pool hands out a fixed number of buffers of one size, allocates each on first use, and takes them back when they are
+//! dropped. The buffer that came back last goes out first: it is the likeliest to be still in a processor's cache, and no more
+//! buffers are allocated than are in use at once.
 
 use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -19,9 +20,9 @@ pub struct BufferPool {
 
 #[derive(Debug)]
 struct Shared {
-    /// Made and not in use; the last is the one that came back last.
+    /// Allocated and not in use; the last is the one that came back last.
     idle: Mutex<Vec<Vec<u8>>>,
-    /// A permit for each buffer that is not in use, made or not.
+    /// A permit for each buffer that is not in use, allocated or not.
     free: Semaphore,
     buffer_bytes: usize,
     buffers: usize,
@@ -32,7 +33,7 @@ impl BufferPool {
     /// A pool of `buffers` buffers of `buffer_bytes` each. None is allocated before its first use.
     ///
     /// # Panics
-    /// If there is to be no buffer, or an empty one.
+    /// If `buffers` or `buffer_bytes` is 0.
     #[must_use]
     pub fn new(buffers: usize, buffer_bytes: usize) -> Self {
         assert!(buffers > 0 && buffer_bytes > 0, "a pool of {buffers} buffers of {buffer_bytes} bytes");
@@ -41,12 +42,12 @@ impl BufferPool {
         Self { shared: Arc::new(shared) }
     }
 
-    /// Waits for a free buffer. Its content is whatever its last user left.
+    /// Waits for a free buffer. Its content is unspecified.
     pub async fn take(&self) -> PooledBuffer {
         self.hand_out(self.shared.free.acquire().await.expect("it is never closed"))
     }
 
-    /// A free buffer, if there is one at once.
+    /// A free buffer, if there is one now.
     #[must_use]
     pub fn try_take(&self) -> Option<PooledBuffer> {
         self.shared.free.try_acquire().ok().map(|permit| self.hand_out(permit))
@@ -82,7 +83,7 @@ impl Shared {
     }
 }
 
-/// A buffer on loan from a [`BufferPool`]: it derefs to the part that is filled, and goes home when dropped.
+/// A buffer on loan from a [`BufferPool`]: it derefs to the part that is filled, and returns to the pool when dropped.
 #[derive(Debug)]
 pub struct PooledBuffer {
     filled: usize,
@@ -101,16 +102,16 @@ impl PooledBuffer {
         &mut self.buffer[self.filled..]
     }
 
-    /// Says how many bytes from the start are filled.
+    /// Sets how many bytes from the start are filled.
     ///
     /// # Panics
-    /// If the buffer is not that long.
+    /// If the buffer is shorter.
     pub fn set_filled(&mut self, bytes: usize) {
         assert!(bytes <= self.buffer.len(), "{bytes} bytes in a buffer of {}", self.buffer.len());
         self.filled = bytes;
     }
 
-    /// Puts bytes behind what is filled.
+    /// Appends bytes to the filled part.
     ///
     /// # Panics
     /// If they do not fit.

@@ -1,14 +1,14 @@
 //! The bounded queues that join the stages.
 //!
 //! An [`async_channel`] whose ends measure their waits into the meter of the stage that holds them, and which takes
-//! part in tokio's cooperative budget: a long backlog does not starve a timer. A queue is bounded by count; since what
-//! it carries holds at most one pooled buffer, the pools bound it in bytes (law 9).
+//! part in tokio's cooperative budget: a long backlog does not starve a timer. A queue is bounded by count. Since an
+//! item holds at most one pooled buffer, the pools bound it in bytes (ARCHITECTURE.md, law 9: memory is bounded).
 
 use std::sync::Arc;
 
 use crate::meter::{Meter, Wait};
 
-/// The other end of the queue is gone: the neighbour has ended, and so should this stage.
+/// The other end of the queue was dropped: the neighbour has ended, and so should this stage.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the next stage has ended")]
 pub struct Closed;
@@ -43,10 +43,10 @@ impl<T> Outlet<T> {
 
     /// Puts an item into the queue, waiting for room.
     ///
-    /// Not to be raced in a `select!`: a send that is dropped drops its item.
+    /// Must not be raced in a `select!`: a dropped send drops its item.
     ///
     /// # Errors
-    /// [`Closed`] if nobody will take it.
+    /// [`Closed`] if the other end was dropped.
     pub async fn put(&self, item: T) -> Result<(), Closed> {
         let item = match self.sender.try_send(item) {
             Ok(()) => return Ok(()),
@@ -60,7 +60,7 @@ impl<T> Outlet<T> {
     /// Puts an item into the queue if there is room, and drops it if there is none.
     ///
     /// # Errors
-    /// [`Closed`] if nobody will take it.
+    /// [`Closed`] if the other end was dropped.
     pub fn offer(&self, item: T) -> Result<(), Closed> {
         match self.sender.try_send(item) {
             Ok(()) | Err(async_channel::TrySendError::Full(_)) => Ok(()),
@@ -84,7 +84,7 @@ impl<T> Inlet<T> {
         self
     }
 
-    /// The next item, or `None` when the queue is empty and its other end is gone. Safe to race in a `select!`.
+    /// The next item, or `None` when the queue is empty and its other end was dropped. Safe to race in a `select!`.
     pub async fn next(&self) -> Option<T> {
         tokio::task::coop::consume_budget().await;
         if let Some(item) = self.try_next() {
@@ -94,7 +94,7 @@ impl<T> Inlet<T> {
         self.receiver.recv().await.ok()
     }
 
-    /// An item that waits already.
+    /// An item, if one is waiting.
     #[must_use]
     pub fn try_next(&self) -> Option<T> {
         self.receiver.try_recv().ok()

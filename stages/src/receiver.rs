@@ -1,4 +1,4 @@
-//! Receiver: reads the frames of one connection, and deals them to the lanes that travel on it.
+//! Receiver: reads the frames of one connection, and passes them to the lanes that travel on it.
 //!
 //! ```text
 //!                ┌──────────┐ ── Arrived, RoundComplete, Switchover ──▶ loader of each lane (in band)
@@ -6,13 +6,13 @@
 //!                └──────────┘ ── every other message ──▶ controller
 //! ```
 //!
-//! It takes a [`FrameReader`] behind the first frames (Hello), and promises:
-//! - A frame goes on only if it can be: of a lane of this connection, its extent of that lane, its round not below the
-//!   lane's, nothing in a lane behind its Switchover, and no kind that belongs to the return path. Anything else ends it
-//!   with an error that names the frame's offset.
-//! - A payload goes from the transport straight into a pooled buffer. While it waits for one it holds no other.
-//! - A Heartbeat goes no further.
-//! - The end of the stream between two frames ends it well. Whether everything had come, others know.
+//! It takes a [`FrameReader`] after the first frame (Hello), and promises (ARCHITECTURE.md, law 8: the peer is not trusted):
+//! - A frame passes only if it is valid: its lane is one of this connection, its extent belongs to that lane, its round is not
+//!   below the lane's, nothing follows a lane's Switchover, and its kind does not belong to the return path. Any other frame ends
+//!   the stage with an error that names the frame's offset.
+//! - A payload is read from the transport straight into a pooled buffer. While it waits for one it holds no other.
+//! - A Heartbeat is not passed on.
+//! - The end of the stream between two frames is a normal end. Other stages check whether everything had arrived.
 //!
 //! Its meter counts pages and the bytes of Pages frames.
 
@@ -36,7 +36,7 @@ use crate::wire::messages::Message;
 use crate::wire::pages::PagesHead;
 use crate::wire::reader::{FrameReader, Incoming, PagesFrame, ReadError};
 
-/// A Pages frame that was received and checked, but for what its payload holds.
+/// A Pages frame that was received and checked, except for the content of its payload.
 #[derive(Debug)]
 pub struct Arrived {
     /// Which pages, and how they are coded; it fits the layout, the lane and the payload.
@@ -60,12 +60,12 @@ pub struct Receiver<R> {
     stage: Stage,
 }
 
-/// How far a lane has come.
+/// The progress of a lane.
 #[derive(Clone, Copy, Debug)]
 struct Place {
-    /// The least round that may come.
+    /// The lowest round that may come.
     round: u32,
-    /// Has its Switchover come?
+    /// Whether its Switchover has come.
     ended: bool,
 }
 
@@ -90,7 +90,7 @@ impl<R: AsyncRead + Unpin + Send> Receiver<R> {
     /// others.
     ///
     /// # Errors
-    /// When the transport fails, a frame cannot be, or a stage behind has ended.
+    /// When the transport fails, a frame is invalid, or a later stage has ended.
     ///
     /// # Panics
     /// If a lane of this connection has no outlet, or a buffer of the pool is too small for an extent.
@@ -112,7 +112,7 @@ impl<R: AsyncRead + Unpin + Send> Receiver<R> {
                 Incoming::Pages(frame) => (frame.lane, Item::Batch(self.pages(&frame).await?)),
                 Incoming::Message { lane, message: Message::RoundComplete(tally) } => (lane, self.round(lane, tally)?),
                 Incoming::Message { lane, message: Message::Switchover } => (lane, self.switchover(lane)?),
-                // Its bytes have shown that the source is alive; it says no more.
+                // Its bytes have shown that the source is alive; it has no other content for this end.
                 Incoming::Message { message: Message::Heartbeat(_), .. } => continue,
                 Incoming::Message { message, .. } => {
                     self.check_direction(message.kind())?;
@@ -165,7 +165,7 @@ impl<R: AsyncRead + Unpin + Send> Receiver<R> {
         Ok(Item::Switchover)
     }
 
-    /// May a frame of this kind come in this lane, on this connection, at this point?
+    /// Checks that a frame of this kind may come in this lane, on this connection, at this point.
     fn check_lane(&self, kind: Kind, lane: u16) -> Result<(), Cause> {
         let right = lane % self.connections;
         if lane >= self.lanes.lanes() {
@@ -180,7 +180,7 @@ impl<R: AsyncRead + Unpin + Send> Receiver<R> {
         Ok(())
     }
 
-    /// Rounds of a lane never go down.
+    /// Checks that the rounds of a lane never decrease.
     fn reach(&mut self, lane: u16, round: u32) -> Result<(), Cause> {
         let current = self.places[usize::from(lane)].round;
         if round < current {

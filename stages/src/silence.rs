@@ -1,8 +1,8 @@
-//! Silence: has a peer sent nothing for too long?
+//! Silence: detects that a peer has sent nothing for too long.
 //!
 //! Each connection's reader is an [`Attentive`] one and notes in its [`Ear`] that bytes came, and whether it waits for more. A
-//! peer is silent while no byte comes on any connection and every reader waits. A reader that does not wait has bytes in hand
-//! that this end is slow to take: that is no silence of the peer.
+//! peer is silent while no byte comes on any connection and every reader waits. A reader that does not wait has bytes that
+//! this end is slow to process: the peer is not silent then.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -12,28 +12,28 @@ use std::time::Duration;
 
 use tokio::io::{AsyncRead, ReadBuf};
 
-/// How often the ears are looked at within the limit. Looks are counted, not time: a process that was stopped itself has
-/// heard nothing meanwhile, and that is one look.
+/// How often the ears are checked within the limit. Checks are counted, not time: a process that was itself stopped has heard
+/// nothing meanwhile, and that is one check.
 const LOOKS: u32 = 20;
 
-/// What is heard on one connection.
+/// The state of one connection's reader.
 #[derive(Debug, Default)]
 pub struct Ear {
     /// Reads that gave bytes.
     heard: AtomicU64,
-    /// Does the reader have something else to do than to wait?
+    /// Whether the reader does something other than wait.
     busy: AtomicBool,
     closed: AtomicBool,
 }
 
 impl Ear {
-    /// Nobody will read for a while, for nothing is expected to come: the reader counts as one that waits.
+    /// Counts the reader as one that waits, because nothing is expected and it will not read for a while.
     pub fn expect_nothing(&self) {
         self.busy.store(false, Ordering::Relaxed);
     }
 }
 
-/// A reader that notes in an [`Ear`] what it hears.
+/// A reader that notes in an [`Ear`] that bytes came.
 #[derive(Debug)]
 pub struct Attentive<R> {
     reader: R,
@@ -70,7 +70,7 @@ impl<R> Drop for Attentive<R> {
     }
 }
 
-/// Returns when nothing was heard by any of the ears for `limit`, give or take a twentieth.
+/// Returns when no byte came at any of the ears for `limit`, within a twentieth of it.
 pub async fn silence(ears: Vec<Arc<Ear>>, limit: Duration) {
     let heard = || ears.iter().fold(0_u64, |sum, ear| sum.wrapping_add(ear.heard.load(Ordering::Relaxed)));
     let (mut before, mut quiet) = (heard(), 0);
@@ -82,7 +82,7 @@ pub async fn silence(ears: Vec<Arc<Ear>>, limit: Duration) {
     }
 }
 
-/// Does every open connection wait for the peer? Where none is open, its end was heard.
+/// Whether every open connection waits for the peer. False where none is open: the end was received then.
 fn all_listen(ears: &[Arc<Ear>]) -> bool {
     let mut open = ears.iter().filter(|ear| !ear.closed.load(Ordering::Relaxed)).peekable();
     open.peek().is_some() && open.all(|ear| !ear.busy.load(Ordering::Relaxed))
@@ -98,7 +98,7 @@ mod tests {
 
     const LIMIT: Duration = Duration::from_secs(10);
 
-    /// Connections whose readers read on and on, and the watch over them.
+    /// Connections whose readers read continuously, with the watch over them.
     struct Watched {
         peers: Vec<DuplexStream>,
         watch: JoinHandle<()>,

@@ -1,4 +1,4 @@
-//! What every stage carries: its identity and its meter, from which its errors and its waits are made.
+//! The identity of a stage: its id and its meter, for its errors and its waits.
 
 use std::sync::Arc;
 
@@ -12,7 +12,7 @@ mod chain_tests;
 #[cfg(test)]
 pub(crate) mod testing;
 
-/// A running stage. When it is dropped, at the stage's end or when its task is, its meter stops.
+/// The identity of a running stage. Its meter stops when this is dropped, with the stage or with its task.
 #[derive(Debug)]
 pub(crate) struct Stage {
     id: StageId,
@@ -25,12 +25,12 @@ impl Stage {
         Self { id, meter }
     }
 
-    /// This stage's error with that cause.
+    /// This stage's error with the given cause.
     pub(crate) fn fails(&self, cause: impl Into<Cause>) -> StageError {
         StageError { stage: self.id, cause: cause.into() }
     }
 
-    /// A buffer of a pool; waiting for one counts as waiting for output, for it is the stages behind that hold them.
+    /// A buffer of a pool. Waiting for one counts as waiting for output, since the stages downstream hold the buffers.
     pub(crate) async fn take_buffer(&self, pool: &BufferPool) -> PooledBuffer {
         if let Some(buffer) = pool.try_take() {
             return buffer;

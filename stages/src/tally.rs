@@ -1,15 +1,15 @@
-//! What a round came to, counted by the stages of a lane on the way and added up over the lanes.
+//! The figures of a round, counted by the stages of a lane and added up over the lanes.
 
 use std::ops::AddAssign;
 
-/// Figures of one round. Travels with RoundComplete: each stage adds what it knows.
+/// Figures of one round. Travels with RoundComplete: each stage adds its part.
 ///
 /// `zero + raw + compressed + xbzrle + unchanged = pages`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RoundTally {
     /// The round, from 1.
     pub round: u32,
-    /// Is it the last round?
+    /// Whether it is the last round.
     pub last: bool,
     /// Batches scanned.
     pub batches: u64,
@@ -17,13 +17,13 @@ pub struct RoundTally {
     pub pages: u64,
     /// Pages that were all zero.
     pub zero: u64,
-    /// Pages sent as they are.
+    /// Pages sent raw.
     pub raw: u64,
     /// Pages sent compressed.
     pub compressed: u64,
     /// Pages sent as a delta.
     pub xbzrle: u64,
-    /// Pages whose delta came out equal: not sent.
+    /// Pages that equal their reference: not sent.
     pub unchanged: u64,
     /// Pages that were looked up and had no entry in the XBZRLE cache.
     pub xbzrle_misses: u64,
@@ -36,7 +36,7 @@ pub struct RoundTally {
 }
 
 impl RoundTally {
-    /// A tally of nothing yet.
+    /// An empty tally.
     #[must_use]
     pub fn new(round: u32, last: bool) -> Self {
         Self { round, last, ..Self::default() }

@@ -1,12 +1,12 @@
 //! The cap on bandwidth: a byte-exact token bucket, shared by all connections.
 //!
-//! Credit grows with time at the rate, to the fraction of a byte, and is spent by whoever writes. It never grows beyond
-//! [`BURST`]'s worth (or two bytes), so in any stretch of time no more passes than the rate allows plus one burst: 2 % over a second.
+//! Credit grows with time at the rate, to the fraction of a byte, and writers spend it. It never grows beyond
+//! [`BURST`]'s worth (or two bytes), so no interval passes more than the rate allows plus one burst: 2 % over a second.
 //! Takers are served in the order they came. A turn grants the same for each lane that the taker carries, so connections that
 //! always have something to send divide the rate by their lanes. That is a share of [`QUANTUM`]'s worth, or more where that
-//! would make small writes: up to [`LANE_TURN`] for each lane, as far as a turn stays within [`LONGEST_TURN`]'s worth.
+//! would make small writes: up to [`LANE_TURN`] for each lane, as long as a turn stays within [`LONGEST_TURN`]'s worth.
 //!
-//! The rate may change at any time, to none as well: whatever is asked for is then granted at once.
+//! The rate may change at any time. Without a rate, every request is granted at once.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -20,10 +20,11 @@ pub const BURST: Duration = Duration::from_millis(20);
 pub const QUANTUM: Duration = Duration::from_millis(5);
 /// Bytes that a turn grants for each lane where the rate is low. Each write costs headers and acknowledgements, some 130 bytes.
 pub const LANE_TURN: usize = 4 << 10;
-/// The most that a turn grants for that, as time at the rate. What is left of [`BURST`] is the time to wake in.
+/// The most that a turn grants for that, as time at the rate. A waiting taker may wake late by the rest of [`BURST`], and credit is
+/// not lost.
 pub const LONGEST_TURN: Duration = Duration::from_millis(15);
 
-/// Credit is counted in bytes × nanoseconds: growth is `rate × elapsed`, with nothing rounded away.
+/// Credit is counted in bytes × nanoseconds: growth is `rate × elapsed`, without rounding.
 const BYTE: i128 = 1_000_000_000;
 
 /// A shared cap on bytes a second.
@@ -32,7 +33,7 @@ pub struct TokenBucket {
     /// Held by the taker whose turn it is: tokio's mutex is first come, first served.
     turn: tokio::sync::Mutex<()>,
     account: Mutex<Account>,
-    /// Wakes the taker whose turn it is when its wait was reckoned with another rate.
+    /// Wakes the taker whose turn it is when its wait was computed with another rate.
     rate_changed: Notify,
 }
 
@@ -48,7 +49,7 @@ impl TokenBucket {
         bucket
     }
 
-    /// A bucket that grants everything, until it is given a rate.
+    /// A bucket that grants everything, until it gets a rate.
     #[must_use]
     pub fn unlimited() -> Self {
         Self {
@@ -58,13 +59,13 @@ impl TokenBucket {
         }
     }
 
-    /// Is there a rate at this moment?
+    /// Whether there is a rate now.
     #[must_use]
     pub fn is_limited(&self) -> bool {
         self.rate().is_some()
     }
 
-    /// The rate of this moment in bytes a second, if there is one.
+    /// The current rate in bytes a second, if there is one.
     #[must_use]
     pub fn rate(&self) -> Option<u64> {
         self.account().rate
@@ -83,7 +84,7 @@ impl TokenBucket {
 
     /// Waits for credit and takes it: `want` bytes, or what a turn grants to this share (at least a byte) if that is less.
     ///
-    /// Safe to race in a `select!`: a take that is dropped before its end takes nothing.
+    /// Safe to race in a `select!`: a take that is dropped before its end takes no credit.
     pub async fn take(&self, want: usize, share: Share) -> usize {
         let _turn = self.turn.lock().await;
         loop {
@@ -98,8 +99,8 @@ impl TokenBucket {
         }
     }
 
-    /// Takes credit for `bytes` that went without asking, and goes into debt for what is not there: the next takers wait
-    /// until it is paid.
+    /// Takes credit for `bytes` that were written without a grant. Missing credit becomes debt: the next takers wait until it is
+    /// paid.
     pub fn charge(&self, bytes: usize) {
         let mut account = self.account();
         account.settle(Instant::now());
@@ -108,8 +109,8 @@ impl TokenBucket {
         }
     }
 
-    /// Changes the rate in bytes a second, from now on and for those who wait already. Debts stay, unless there is no rate
-    /// to pay them by.
+    /// Changes the rate in bytes a second, also for takers that wait already. Debts stay, unless there is no rate to pay
+    /// them.
     ///
     /// # Panics
     /// If the rate is 0.
@@ -123,7 +124,7 @@ impl TokenBucket {
         self.rate_changed.notify_one();
     }
 
-    /// The account is plain figures, whole after every step: a panic elsewhere cannot have left it half changed.
+    /// The account is consistent after every step, so a panic elsewhere cannot have left it half changed.
     fn account(&self) -> MutexGuard<'_, Account> {
         self.account.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -138,7 +139,7 @@ pub struct Share {
 }
 
 impl Share {
-    /// The share of whoever takes alone.
+    /// The share of a single taker.
     pub const ALL: Self = Self { lanes: 1, of: 1, most: 1 };
 
     /// `lanes` of `of` lanes, where the taker with the most lanes has `most`.
@@ -158,14 +159,14 @@ struct Account {
     rate: Option<u64>,
     /// In units of 1 / [`BYTE`] bytes; negative is debt.
     credit: i128,
-    /// When the credit was last reckoned.
+    /// When the credit was last computed.
     settled: Instant,
     /// Time in which it grew, up to then.
     filling: Duration,
 }
 
 impl Account {
-    /// Grants what [`TokenBucket::take`] may have, or says how long it takes until that is there.
+    /// Returns the grant of a [`TokenBucket::take`], or how long to wait until there is enough credit.
     fn ask(&mut self, want: usize, share: Share, now: Instant) -> Result<usize, Duration> {
         self.settle(now);
         let Some(rate) = self.rate else { return Ok(want) };
@@ -188,7 +189,7 @@ impl Account {
     }
 }
 
-/// The credit that grows in some time.
+/// The credit that grows in `time`.
 fn worth(rate: u64, time: Duration) -> i128 {
     i128::from(rate) * i128::try_from(time.as_nanos()).expect("an uptime fits")
 }
@@ -204,7 +205,7 @@ fn most(rate: u64) -> i128 {
     worth(rate, BURST).max(2 * BYTE)
 }
 
-/// What one turn grants.
+/// The bytes that one turn grants.
 fn quantum(rate: u64, share: Share) -> usize {
     let [lanes, of, most] = [share.lanes, share.of, share.most].map(i128::from);
     let large = cost(LANE_TURN).min(worth(rate, LONGEST_TURN) / most);
@@ -274,7 +275,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn nothing_is_lost_to_rounding() {
-        // 7 bytes a second for 1,000 seconds, asked for byte by byte.
+        // 7 bytes a second for 1,000 seconds, taken byte by byte.
         let bucket = TokenBucket::new(7);
         let start = Instant::now();
         for _ in 0..7000 {
@@ -360,7 +361,7 @@ mod tests {
         }
     }
 
-    /// The switchover's own bandwidth begins at once, and is held as the one before.
+    /// The switchover's own bandwidth takes effect at once, and limits like the one before.
     #[tokio::test(start_paused = true)]
     async fn a_rate_that_changes_in_the_middle_is_held_on_both_sides() {
         let bucket = Arc::new(TokenBucket::new(MIB));

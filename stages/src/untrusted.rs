@@ -1,8 +1,8 @@
 //! Text that comes from elsewhere: a peer, a file, a command's output.
 //!
-//! Such text may hold anything: escape sequences that move the cursor, a newline and a line that looks like the program's own,
-//! marks that reverse the direction of writing. [`Untrusted`] holds it, and shows it on one line, escaped and bounded, wherever it
-//! is displayed. Frames and events carry this type, so that no outlet can forget to escape.
+//! Such text may hold escape sequences that move the cursor, a newline and a line that looks like the program's own, or marks
+//! that reverse the direction of writing. [`Untrusted`] holds it, and displays it on one line, escaped and bounded. Frames and
+//! events carry this type, so that no outlet can forget to escape (ARCHITECTURE.md, law 8: the peer is not trusted).
 
 use std::borrow::Cow;
 use std::fmt::{self, Write};
@@ -16,7 +16,7 @@ const MAX_LISTED: usize = 16;
 
 /// Text that may come from elsewhere. `Display` and `Debug` are safe on a terminal and in a log; see the [module](self).
 ///
-/// It is compared, hashed, encoded and serialised as it is.
+/// It is compared, hashed, encoded and serialised unchanged.
 ///
 /// ```
 /// # use memferry_stages::untrusted::Untrusted;
@@ -27,7 +27,7 @@ const MAX_LISTED: usize = 16;
 pub struct Untrusted(String);
 
 impl Untrusted {
-    /// The text as it came, to be compared, encoded or given to something that escapes. It is not to be shown.
+    /// The raw text, to be compared, encoded or passed to code that escapes it. It must not be shown.
     #[must_use]
     pub fn raw(&self) -> &str {
         &self.0
@@ -39,13 +39,13 @@ impl Untrusted {
         self.0.len()
     }
 
-    /// Is it the empty text?
+    /// Whether it is empty.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// Does it contain these words?
+    /// Whether it contains these words.
     #[must_use]
     pub fn contains(&self, words: &str) -> bool {
         self.0.contains(words)
@@ -109,8 +109,8 @@ impl<'de> Deserialize<'de> for Untrusted {
     }
 }
 
-/// A text as [`Untrusted`] shows it: on one line, without a character that is not seen as itself, and of at most [`MAX_SHOWN`]
-/// characters.
+/// A text as [`Untrusted`] shows it: on one line, with every invisible or misleading character escaped, and of at most
+/// [`MAX_SHOWN`] characters.
 #[must_use]
 pub fn shown(text: &str) -> Cow<'_, str> {
     let end = end_of_shown(text);
@@ -158,11 +158,11 @@ pub fn listed<'a>(names: impl IntoIterator<Item = &'a Untrusted>) -> String {
     if more.is_empty() { first } else { format!("{first} and {} more", more.len()) }
 }
 
-/// The text of a JSON value in which nothing is left that is unsafe to show: what may stand in JSON as it is, and not on a
-/// terminal, is escaped as JSON does.
+/// The text of a JSON value without unsafe characters: those that JSON allows unescaped, but that are unsafe on a terminal, are
+/// escaped as in JSON.
 #[must_use]
 pub fn shown_json(json: String) -> String {
-    // A control character that JSON allows only between values is there to lay them out.
+    // JSON allows these control characters only between values, as layout.
     let is_left = |character: char| is_unsafe(character) && !character.is_ascii_control() || character == '\u{7f}';
     if !json.contains(is_left) {
         return json;
@@ -181,7 +181,8 @@ pub fn shown_json(json: String) -> String {
     shown
 }
 
-/// A text of several lines, each as [`Untrusted`] shows it but of any length: for what names an operator's own files and addresses.
+/// A text of several lines, each as [`Untrusted`] shows it but of any length: for messages that name an operator's own files and
+/// addresses.
 #[must_use]
 pub fn shown_lines(text: &str) -> Cow<'_, str> {
     let is_unsafe = |character: char| character != '\n' && is_unsafe(character);
@@ -193,7 +194,7 @@ pub fn shown_lines(text: &str) -> Cow<'_, str> {
     Cow::Owned(text.chars().map(shown).collect())
 }
 
-/// Does a character move the cursor, change what stands around it, or stand for nothing that is seen?
+/// Whether a character moves the cursor, changes the text around it, or is invisible.
 #[must_use]
 pub fn is_unsafe(character: char) -> bool {
     character.is_control()

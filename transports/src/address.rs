@@ -1,7 +1,7 @@
 //! Addresses as an operator writes them: `tcp:host:port`, `unix:/path`, `file:/path`.
 //!
 //! Takes text, gives a checked [`Address`], or an [`AddressError`] that says what was wrong and what to write instead.
-//! What is parsed is printed again by `Display` as text that parses to the same address.
+//! `Display` prints an address as text that parses to the same address.
 
 use std::fmt;
 use std::net::Ipv6Addr;
@@ -10,7 +10,7 @@ use std::str::FromStr;
 
 use crate::unix::check_path_length;
 
-/// Where a migration comes from or goes to.
+/// The address of one end of a migration.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Address {
     /// A TCP port.
@@ -22,7 +22,7 @@ pub enum Address {
     },
     /// A Unix socket.
     Unix(PathBuf),
-    /// A stream kept in a file.
+    /// A stream in a file.
     File(PathBuf),
 }
 
@@ -34,7 +34,7 @@ pub struct AddressError {
     pub address: String,
     /// What is wrong with it.
     pub why: String,
-    /// What would be right.
+    /// What to write instead.
     pub write: String,
 }
 

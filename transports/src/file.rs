@@ -1,7 +1,7 @@
-//! A stream kept in a file: complete or absent.
+//! A stream in a file: complete or absent.
 //!
 //! Takes a path; gives the source one writer and the destination one reader. Owns the temporary file while it is written.
-//! Promises: what stands at the path is a whole stream, flushed to disk, or what stood there before.
+//! Promises: the path holds a whole stream, flushed to disk, or what it held before.
 //!
 //! ```text
 //! connect   PATH.memferry-0123456789abcdef.partial   created for the owner only, and locked
@@ -14,8 +14,8 @@
 //! A program that is killed leaves its `.partial` file, which nothing takes for a stream; the next one that writes to PATH removes
 //! it ([`temporary`](crate::temporary)).
 //!
-//! Writes and reads happen where they are asked for, since the page cache takes them at the speed of memory; on a runtime
-//! of several threads the others go on meanwhile. Flushes run where blocking is allowed. Not for a tokio `LocalSet`.
+//! Writes and reads run on the caller's thread, since the page cache takes them at the speed of memory; on a runtime
+//! of several threads the other tasks continue meanwhile. Flushes run where blocking is allowed. Not for a tokio `LocalSet`.
 
 use std::fs::File;
 use std::future::Future;
@@ -51,7 +51,7 @@ impl FileTransport {
         Self { path: path.into() }
     }
 
-    /// Could a stream be written here, as far as that is plain before it is begun?
+    /// Checks whether a stream can be written here, as far as that is known before it starts.
     ///
     /// # Errors
     /// As [`Transport::connect`].
@@ -59,7 +59,7 @@ impl FileTransport {
         target_of(&self.path).map(drop).map_err(|error| self.cannot("write", &error))
     }
 
-    /// Could a stream be read from here?
+    /// Checks whether a stream can be read from here.
     ///
     /// # Errors
     /// As [`Listener::accept`].
@@ -102,7 +102,7 @@ struct Listening {
 }
 
 impl Listener for Listening {
-    /// The file, once; a file that is missing is an error at once. After it nothing more ever comes.
+    /// The file, once; a missing file is an error at once. After the file no connection ever comes.
     fn accept(&mut self) -> BoxFuture<'_, io::Result<Connection>> {
         async move {
             if self.given {
@@ -163,7 +163,7 @@ impl AsyncRead for FileReader {
 struct FileWriter {
     file: Arc<File>,
     temporary: Arc<Temporary>,
-    /// Were bytes written since the last flush began?
+    /// Whether bytes were written since the last flush began.
     unsynced: bool,
     work: Option<Work>,
     /// The first error. It stays: after a flush that failed, a later one may succeed without the bytes on disk.
@@ -171,7 +171,7 @@ struct FileWriter {
     complete: bool,
 }
 
-/// What runs where blocking is allowed.
+/// An operation that runs where blocking is allowed.
 #[derive(Debug)]
 enum Work {
     Flush(JoinHandle<io::Result<()>>),
@@ -197,7 +197,7 @@ impl FileWriter {
         }
     }
 
-    /// Remembers an error, with the place in front of it.
+    /// Stores an error, with the place in front of it.
     fn fail(&mut self, error: &io::Error) -> io::Error {
         let error = in_context(error, &format!("cannot write {}", self.temporary.path().display()));
         self.failed = Some((error.kind(), error.to_string()));
@@ -214,7 +214,7 @@ impl FileWriter {
         in_place(|| retry_interrupted(|| file.write_vectored(slices))).map_err(|error| self.fail(&error))
     }
 
-    /// Waits for what runs already.
+    /// Waits for the operation in progress.
     fn poll_work(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         let (handle, completes) = match &mut self.work {
             None => return Poll::Ready(self.check()),
@@ -288,7 +288,7 @@ impl Drop for FileWriter {
     }
 }
 
-/// Runs a call that may block for a moment. On a runtime of several threads the other tasks of this one go elsewhere.
+/// Runs a call that may block for a moment. On a runtime of several threads, the other tasks of this thread move to others.
 fn in_place<R>(call: impl FnOnce() -> R) -> R {
     match Handle::try_current() {
         Ok(runtime) if runtime.runtime_flavor() == RuntimeFlavor::MultiThread => block_in_place(call),

@@ -1,7 +1,7 @@
 //! How the bytes of a migration travel. Knows nothing of pages, frames or guests.
 //!
 //! A [`Transport`] makes [`Connection`]s at the source and a [`Listener`] at the destination. Each connection is a
-//! reliable ordered byte stream with, where the transport has one, a return path the other way.
+//! reliable ordered byte stream. Most transports also have a return path.
 //!
 //! | address | transport | return path | connections |
 //! |---|---|---|---|
@@ -11,8 +11,8 @@
 //! | (in the process) | [`memory`] | yes | several |
 //!
 //! # What flush and shutdown mean
-//! The engine speaks to a connection in the words of [`AsyncWrite`]: `flush` returns when what was written is as durable
-//! as the transport makes it (a file: on disk), and `shutdown` completes the stream (a file: flushed and renamed into
+//! The engine writes to a connection through [`AsyncWrite`]. `flush` returns when the bytes written so far are as durable
+//! as the transport makes them (a file: on disk). `shutdown` completes the stream (a file: flushed and renamed into
 //! place; a socket: end of stream). A writer that is dropped without `shutdown` leaves nothing that looks complete.
 
 #![forbid(unsafe_code)]
@@ -38,7 +38,7 @@ pub use retry::is_shortage;
 
 /// One reliable ordered byte stream, seen from one end.
 pub struct Connection {
-    /// Who is at the other end, for messages: "127.0.0.1:41234", a file's name.
+    /// The other end, for messages: "127.0.0.1:41234", a file's name.
     pub peer: String,
     /// Bytes to the other end; `None` where this end only reads (a file's destination).
     pub writer: Option<Box<dyn AsyncWrite + Send + Unpin>>,
@@ -55,11 +55,11 @@ impl fmt::Debug for Connection {
 /// What a transport can do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Capabilities {
-    /// Does the destination's end answer?
+    /// Whether the destination can answer.
     pub return_path: bool,
     /// The most connections of one migration.
     pub max_connections: u16,
-    /// Does the stream stay, to be read later and more than once?
+    /// Whether the stream is stored, to be read later and more than once.
     pub stored: bool,
 }
 
@@ -85,26 +85,26 @@ pub trait Transport: Send + Sync + fmt::Debug {
     /// What it can do.
     fn capabilities(&self) -> Capabilities;
 
-    /// Where it leads, as an operator would write it.
+    /// Its address, as an operator writes it.
     fn address(&self) -> String;
 
-    /// The source's side: one more connection. Where nobody listens yet it tries again, for as long as the transport was
-    /// told to.
+    /// The source's side: one more connection. Where nobody listens yet, it tries again until the connect timeout of the
+    /// transport.
     fn connect(&self) -> BoxFuture<'_, io::Result<Connection>>;
 
-    /// The destination's side: ready for connections from the return of this call on.
+    /// The destination's side: the listener accepts connections once this call returns.
     fn listen(&self) -> BoxFuture<'_, io::Result<Box<dyn Listener>>>;
 }
 
 /// Waits for connections. Dropping it stops listening and removes what it created.
 pub trait Listener: Send + fmt::Debug {
-    /// The next connection. An error of one connection attempt is passed over.
+    /// The next connection. Errors of single connection attempts are ignored.
     ///
-    /// An error returned here is the listener's own, and the last, unless [`is_shortage`] says that it may pass: then the caller
-    /// frees what it can and calls again. A listener that is short waits a moment before it says so.
+    /// A returned error is the listener's own. It is final unless [`is_shortage`] recognizes it: then the caller frees resources
+    /// and calls again. A listener waits a moment before it returns a shortage.
     fn accept(&mut self) -> BoxFuture<'_, io::Result<Connection>>;
 
-    /// Where it really listens: the port that the system chose, if 0 was asked for.
+    /// The address that it listens on, with the port that the system chose for port 0.
     fn local_address(&self) -> String;
 }
 

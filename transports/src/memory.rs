@@ -1,8 +1,8 @@
 //! Connections inside the process, with faults on request: for tests.
 //!
-//! Takes nothing from the system, gives several [`Connection`]s, each two bounded byte queues. Owns their bytes. What
-//! real networks do on their worst days is asked for through [`Faults`]: cut everything at once, cut after exactly so
-//! many bytes, let nothing move in a direction for a while.
+//! Takes nothing from the system, gives several [`Connection`]s, each two bounded byte queues. Owns their bytes. [`Faults`]
+//! injects the failures of real networks: a cut of everything at once, a cut after an exact number of bytes, a stall in one
+//! direction.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -19,10 +19,10 @@ use tokio::task::coop::poll_proceed;
 
 use crate::{Capabilities, Connection, Listener, Transport};
 
-/// Connections that nobody has accepted yet, at most.
+/// The most connections that wait to be accepted.
 const BACKLOG: usize = 64;
 
-/// Connections between two tasks of this process. Clones lead to the same place.
+/// Connections between two tasks of this process. Clones share the listener and the faults.
 #[derive(Clone)]
 pub struct MemoryTransport {
     buffer_bytes: usize,
@@ -47,7 +47,7 @@ impl MemoryTransport {
         Self { buffer_bytes, faults: Faults::default(), door: Arc::new(watch::Sender::new(None)) }
     }
 
-    /// The handle that makes this transport misbehave.
+    /// The handle that injects faults into this transport.
     #[must_use]
     pub fn faults(&self) -> Faults {
         self.faults.clone()
@@ -63,14 +63,14 @@ impl Transport for MemoryTransport {
         "memory".to_owned()
     }
 
-    /// Waits for a listener without end.
+    /// Waits for a listener without a time limit.
     fn connect(&self) -> BoxFuture<'_, io::Result<Connection>> {
         async move {
             let mut door = self.door.subscribe();
             loop {
                 let open = door.wait_for(|open| open.as_ref().is_some_and(|open| !open.is_closed())).await;
                 let open = open.map_err(|_| io::Error::from(ErrorKind::NotConnected))?.clone();
-                // A place in the backlog comes first, so that a listener that goes away costs no connection.
+                // A place in the backlog comes first, so that a listener that is dropped loses no connection.
                 if let Some(open) = open
                     && let Ok(place) = open.reserve().await
                 {
@@ -116,7 +116,7 @@ impl Listener for Listening {
     }
 }
 
-/// Which way bytes go.
+/// The direction in which bytes travel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Direction {
     /// From the end that connected to the end that accepted.
@@ -125,13 +125,13 @@ pub enum Direction {
     ToSource,
 }
 
-/// What can go wrong on a [`MemoryTransport`]. Clones act on the same connections.
+/// Faults to inject into a [`MemoryTransport`]. Clones act on the same connections.
 #[derive(Clone, Debug, Default)]
 pub struct Faults {
     directions: Arc<[Mutex<Flow>; 2]>,
 }
 
-/// What is common to all pipes of one direction.
+/// The state shared by all pipes of one direction.
 #[derive(Debug, Default)]
 struct Flow {
     stalled: bool,
@@ -143,8 +143,8 @@ struct Flow {
 }
 
 impl Faults {
-    /// Cuts every connection that there is: bytes in flight are lost, and both ends get `ConnectionReset` from whatever
-    /// they do next. Connections made later work.
+    /// Cuts every existing connection: bytes in flight are lost, and the next operation of either end fails with
+    /// `ConnectionReset`. Connections made later work.
     pub fn cut(&self) {
         for direction in self.directions.iter() {
             let pipes = std::mem::take(&mut lock(direction).pipes);
@@ -153,7 +153,7 @@ impl Faults {
     }
 
     /// Cuts every connection, as [`cut`](Self::cut) does, when exactly `bytes` more have been delivered in a direction, all
-    /// connections together. What was written behind them is lost, though its writer may have been told that it went.
+    /// connections together. Bytes behind them are lost, even if a write of them succeeded.
     pub fn cut_after(&self, direction: Direction, bytes: u64) {
         lock(self.flow(direction)).until_cut = (bytes > 0).then_some(bytes);
         if bytes == 0 {
@@ -161,13 +161,13 @@ impl Faults {
         }
     }
 
-    /// Lets nothing more be delivered in a direction, on connections made later too, until [`release`](Self::release).
-    /// Writers go on until the buffer is full.
+    /// Stops delivery in a direction, also on connections made later, until [`release`](Self::release). Writers continue until
+    /// the buffer is full.
     pub fn stall(&self, direction: Direction) {
         lock(self.flow(direction)).stalled = true;
     }
 
-    /// Ends a [`stall`](Self::stall): what waits is delivered.
+    /// Ends a [`stall`](Self::stall) and delivers the bytes that wait.
     pub fn release(&self, direction: Direction) {
         let mut flow = lock(self.flow(direction));
         flow.stalled = false;
@@ -176,7 +176,7 @@ impl Faults {
         pipes.iter().for_each(|pipe| lock(pipe).wake());
     }
 
-    /// Bytes delivered in a direction so far, all connections together: where to cut in the next run of a test.
+    /// Bytes delivered in a direction so far, all connections together: a test can cut its next run there.
     #[must_use]
     pub fn delivered(&self, direction: Direction) -> u64 {
         lock(self.flow(direction)).delivered
@@ -206,7 +206,7 @@ impl Faults {
         (PipeWriter(pipe.clone()), PipeReader { pipe, direction, faults: self.clone() })
     }
 
-    /// How many of `wanted` bytes may be delivered: counts them, and says whether they are the last before a cut.
+    /// Counts how many of `wanted` bytes may be delivered, and returns them with whether they are the last before a cut.
     /// `None` in a stall.
     fn admit(&self, direction: Direction, wanted: usize) -> Option<(usize, bool)> {
         let mut flow = lock(self.flow(direction));
@@ -229,9 +229,9 @@ impl Faults {
 struct Pipe {
     bytes: VecDeque<u8>,
     capacity: usize,
-    /// The writer is done: the reader gets the rest and then the end.
+    /// Whether the writer is done: the reader gets the rest, then the end.
     ended: bool,
-    /// The reader is gone.
+    /// Whether the reader was dropped.
     unread: bool,
     cut: bool,
     reader: Option<Waker>,
@@ -326,7 +326,7 @@ struct PipeReader {
 }
 
 impl PipeReader {
-    /// Reads, and says whether everything is to be cut after it.
+    /// Reads, and returns whether everything is to be cut afterwards.
     fn read(&self, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<bool>> {
         let mut pipe = lock(&self.pipe);
         if pipe.cut {
@@ -334,7 +334,7 @@ impl PipeReader {
         }
         let wanted = buffer.remaining().min(pipe.bytes.len());
         let at_rest = wanted == 0 && (pipe.ended || buffer.remaining() == 0);
-        // The waker is in place before the stall is looked at, so that a release in between wakes it.
+        // The waker is stored before the stall is checked, so that a release in between wakes it.
         pipe.reader = Some(context.waker().clone());
         let Some((admitted, cut)) = self.faults.admit(self.direction, wanted) else { return Poll::Pending };
         if admitted == 0 && !at_rest {
@@ -375,7 +375,7 @@ impl Drop for PipeReader {
     }
 }
 
-/// No code here panics with a lock held; a test that does elsewhere may still look at what it left.
+/// No code here panics while it holds a lock. A test that panics elsewhere may still inspect the state.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,4 +1,4 @@
-//! Trying again: connecting until somebody listens, and going on after an accept that failed in passing.
+//! Retries: connecting until somebody listens, and accepting again after a transient failure.
 
 use std::future::Future;
 use std::io;
@@ -15,15 +15,15 @@ const LONGEST_WAIT: Duration = Duration::from_millis(500);
 /// Why a try failed.
 #[derive(Debug)]
 pub(crate) enum Failure {
-    /// Somebody may listen later.
+    /// Transient: a later try may succeed.
     Retry(io::Error),
-    /// Trying again would not help.
+    /// Permanent: no later try can succeed.
     Final(io::Error),
 }
 
-/// Tries to connect until it succeeds, fails for good, or `timeout` has passed. One try is always made.
+/// Tries to connect until it succeeds, fails permanently, or `timeout` has passed. One try is always made.
 ///
-/// `attempt` is given the time at which the last try should be over.
+/// `attempt` gets the time at which the last try should end.
 pub(crate) async fn connect_within<T, F, A>(address: &str, timeout: Duration, mut attempt: F) -> io::Result<T>
 where
     F: FnMut(Instant) -> A,
@@ -54,24 +54,24 @@ fn gave_up(address: &str, tried: Duration, cause: &io::Error) -> io::Error {
     io::Error::new(cause.kind(), message)
 }
 
-/// The same error with words in front that say where it happened.
+/// The same error, with the place where it happened in front.
 pub(crate) fn in_context(error: &io::Error, place: &str) -> io::Error {
     io::Error::new(error.kind(), format!("{place}: {error}"))
 }
 
-/// What a connection takes and this process or host may be short of: descriptors, memory.
+/// Errors for a shortage of what a connection takes: descriptors, memory.
 const SHORTAGES: [Errno; 4] = [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM];
 
-/// Is this error of a listener a want of descriptors or memory, which may pass?
+/// Whether this error of a listener is a shortage of descriptors or memory, which may be transient.
 #[must_use]
 pub fn is_shortage(error: &io::Error) -> bool {
     Errno::from_io_error(error).is_some_and(|errno| SHORTAGES.contains(&errno))
 }
 
-/// Continues after an accept that failed: returns the error if the listener is unusable, or if this process or host is short of what
-/// a connection takes, see [`is_shortage`]; then it has waited a little.
+/// Handles an accept that failed. Returns the error if the listener is unusable, or, after a short wait, if it is a shortage
+/// ([`is_shortage`]).
 ///
-/// A connection that broke off before it was accepted passes.
+/// An error of a connection that broke off before it was accepted is ignored.
 pub(crate) async fn after_failed_accept(address: &str, error: &io::Error) -> io::Result<()> {
     let broken = [Errno::BADF, Errno::INVAL, Errno::NOTSOCK, Errno::OPNOTSUPP];
     match Errno::from_io_error(error) {

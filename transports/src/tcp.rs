@@ -1,9 +1,13 @@
 //! TCP: several connections, each with its return path.
 //!
-//! Takes a host and a port, gives [`Connection`]s. Owns nothing but its sockets. Promises: small frames leave at once
-//! (`TCP_NODELAY`), a peer that vanished without a word is noticed within one and a half peer timeouts (keepalive where nothing waits to be
-//! sent, `TCP_USER_TIMEOUT` where something does), and buffers are left to the kernel's autotuning, which knows the path better. Only on a path that does not leave the
-//! host there is nothing to tune for: no delay to fill, and what waits in a large buffer has left the processor's cache when it is read.
+//! Takes a host and a port, gives [`Connection`]s. Owns only its sockets.
+//!
+//! - Small frames leave at once (`TCP_NODELAY`).
+//! - A peer that vanishes silently is noticed within one and a half peer timeouts: by keepalive where nothing waits to be sent, by
+//!   `TCP_USER_TIMEOUT` where something does.
+//! - Buffers are left to the kernel's autotuning, which knows the path better. The exception is a path that does not leave the
+//!   host: it has no delay that a large buffer could hide, and bytes that wait in a large buffer leave the processor's cache
+//!   before they are read.
 
 use std::io::{self, ErrorKind};
 use std::net::SocketAddr;
@@ -20,13 +24,13 @@ use tokio::time::{Instant, timeout, timeout_at};
 use crate::retry::{Failure, after_failed_accept, connect_within, in_context};
 use crate::{Address, Capabilities, Connection, Listener, Transport};
 
-/// How long a peer may acknowledge nothing, unless [`TcpTransport::with_peer_timeout`] says otherwise.
+/// How long a peer may acknowledge nothing, unless [`TcpTransport::with_peer_timeout`] sets it.
 const PEER_TIMEOUT: Duration = Duration::from_secs(30);
-/// The kernel counts keepalive in whole seconds, and takes no more of them.
+/// The range of keepalive times that the kernel accepts, which counts them in whole seconds.
 const KEEPALIVE: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(32_767);
-/// The kernel counts `TCP_USER_TIMEOUT` in milliseconds, and takes no more of them.
+/// The longest `TCP_USER_TIMEOUT` that the kernel accepts, which counts it in milliseconds.
 const LONGEST_USER_TIMEOUT: Duration = Duration::from_millis(i32::MAX as u64);
-/// What waits to be read on a path that does not leave the host; the kernel takes twice as much, for what it keeps itself.
+/// The send buffer on a path that does not leave the host. The kernel doubles it, for its own bookkeeping.
 const LOCAL_SEND_BUFFER: usize = 256 << 10;
 /// The least time that one try has, however short the connect timeout is.
 const LEAST_TRY: Duration = Duration::from_millis(200);
@@ -43,15 +47,16 @@ pub struct TcpTransport {
 impl TcpTransport {
     /// A transport to or from `host`: a name, an IPv4 address, or an IPv6 address without brackets.
     ///
-    /// A listener may be given port 0: the system chooses one, and [`Listener::local_address`] says which. A name that has
-    /// several addresses is listened to on all that this host has, and connected to on the first that answers.
+    /// For port 0 the system chooses a listener's port, and [`Listener::local_address`] returns it. Where a name has several
+    /// addresses, a listener uses all that belong to this host, and a connection the first that answers.
     /// `connect_timeout` is how long a source keeps trying.
     #[must_use]
     pub fn new(host: impl Into<String>, port: u16, connect_timeout: Duration) -> Self {
         Self { host: host.into(), port, connect_timeout, peer_timeout: PEER_TIMEOUT }
     }
 
-    /// The same, whose connections end when the peer acknowledges nothing, neither data nor a probe, for half as long again.
+    /// The same transport, whose connections end when the peer acknowledges neither data nor a probe for one and a half times
+    /// `peer_timeout`.
     #[must_use]
     pub fn with_peer_timeout(self, peer_timeout: Duration) -> Self {
         Self { peer_timeout, ..self }
@@ -127,7 +132,7 @@ impl Transport for TcpTransport {
             let addresses = addresses.map_err(|error| self.listen_error(&error))?;
             let sockets = bind_all(&addresses).await.map_err(|error| self.listen_error(&error))?;
             let address = sockets[0].local_addr()?;
-            // One address is named as it is, several by the name that they share.
+            // A single address is shown as such, several by their common name.
             let host = if sockets.len() == 1 { address.ip().to_string() } else { self.host.clone() };
             let address = Address::Tcp { host, port: address.port() }.to_string();
             Ok(Box::new(Listening { sockets, address, peer_timeout: self.peer_timeout }) as Box<dyn Listener>)
@@ -168,14 +173,14 @@ impl Listener for Listening {
 async fn bind_all(addresses: &[SocketAddr]) -> io::Result<Vec<TcpListener>> {
     let (mut sockets, mut missing): (Vec<TcpListener>, Option<io::Error>) = (Vec::new(), None);
     for address in addresses {
-        // A port that the system chose for the first is that of all.
+        // The port that the system chose for the first address is used for all.
         let chosen = sockets.first().map(TcpListener::local_addr).transpose()?.map(|first| first.port());
         let mut address = *address;
         address.set_port(chosen.unwrap_or(address.port()));
         if sockets.iter().any(|socket| socket.local_addr().is_ok_and(|bound| bound == address)) {
             continue;
         }
-        // Binds with SO_REUSEADDR: a port whose last connections linger can be listened to again at once.
+        // Binds with SO_REUSEADDR: a port whose last connections are in TIME_WAIT can be listened to again at once.
         match TcpListener::bind(address).await {
             Ok(socket) => sockets.push(socket),
             Err(error) if is_of_another_host(&error) => missing = Some(error),
@@ -188,7 +193,7 @@ async fn bind_all(addresses: &[SocketAddr]) -> io::Result<Vec<TcpListener>> {
     }
 }
 
-/// A name may have addresses of other hosts, or of a protocol that this host does not speak.
+/// Whether the address belongs to another host, or to a protocol that this host does not support. A name may have such addresses.
 fn is_of_another_host(error: &io::Error) -> bool {
     error.kind() == ErrorKind::AddrNotAvailable || Errno::from_io_error(error) == Some(Errno::AFNOSUPPORT)
 }
@@ -197,7 +202,7 @@ async fn connect_to(address: SocketAddr) -> io::Result<TcpStream> {
     refuse_itself(TcpStream::connect(address).await?)
 }
 
-/// Where nobody listens, a port of the ephemeral range on this host can come to be connected to itself.
+/// Refuses a connection to itself, which can arise where nobody listens on a port of this host's ephemeral range.
 fn refuse_itself(stream: TcpStream) -> io::Result<TcpStream> {
     if stream.local_addr()? == stream.peer_addr()? {
         return Err(ErrorKind::ConnectionRefused.into());
@@ -217,11 +222,11 @@ fn prepare(stream: &TcpStream, peer_timeout: Duration) -> io::Result<()> {
     if stream.local_addr()?.ip() == stream.peer_addr()?.ip() {
         socket.set_send_buffer_size(LOCAL_SEND_BUFFER)?;
     }
-    // With a user timeout an idle connection ends at the first probe that finds it passed: there are several until then.
+    // With a user timeout, an idle connection ends at the first probe after that time. Several probes are sent before it.
     let [idle, every] =
         [peer_timeout / 2, peer_timeout / 8].map(|time| time.clamp(*KEEPALIVE.start(), *KEEPALIVE.end()));
     socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(idle).with_interval(every))?;
-    // Whoever watches for silence is first, and has more to say than "connection timed out".
+    // The engine's own watch for silence comes first, and its error says more than "connection timed out".
     let user_timeout = peer_timeout.saturating_add(peer_timeout / 2).min(LONGEST_USER_TIMEOUT);
     socket.set_tcp_user_timeout(Some(user_timeout))
 }
@@ -238,7 +243,7 @@ impl Causes {
     fn add(&mut self, address: SocketAddr, error: &io::Error) {
         self.words.push(in_context(error, &address.to_string()).to_string());
         let retry = may_listen_later(error.kind());
-        // The most hopeful address tells the kind: an IPv6 address that this host cannot reach says little.
+        // The kind is that of an address that may be reached later, if there is one: an unreachable IPv6 address says little.
         if self.kind.is_none() || (retry && !self.retry) {
             self.kind = Some(error.kind());
         }

@@ -1,8 +1,8 @@
 //! A file that is written beside its place, and moved there when it is complete.
 //!
 //! Takes a path and gives an open file with another name in the same directory, for the owner only. Owns that name: either
-//! the file is moved to its place, or it is removed by [`give_up`](Temporary::give_up) or when this is dropped, whichever comes
-//! first and never both.
+//! the file is moved to its place, or [`give_up`](Temporary::give_up) or the drop removes it; whichever comes first, and never
+//! both.
 //!
 //! The file is locked while its owner lives. A program that is killed leaves its file behind, unlocked: the next one that writes
 //! to the same place removes it, and says so. Where the file system has no locks, it stays.
@@ -19,7 +19,7 @@ use rustix::io::Errno;
 
 use crate::retry::in_context;
 
-/// Between the name of a file and the digits of its temporary name.
+/// The text between the name of a file and the digits of its temporary name.
 const MARK: &str = ".memferry-";
 const DIGITS: usize = 16;
 const ENDING: &str = ".partial";
@@ -35,7 +35,7 @@ pub fn is_no_plain_file(path: &Path) -> bool {
 pub struct Temporary {
     path: PathBuf,
     target: PathBuf,
-    /// The open file, which is locked: its owner may close its own handle.
+    /// The open file, which holds the lock: the caller may close its own handle.
     _lock: File,
 }
 
@@ -78,19 +78,19 @@ impl Temporary {
         &self.target
     }
 
-    /// Flushes the file and gives it its name. An error if it was given up, even meanwhile: the system lets either the rename
-    /// or the removal find the temporary name, never both.
+    /// Flushes the file and gives it its name. An error if it was given up, even meanwhile: either the rename or the removal
+    /// finds the temporary name, never both.
     pub(crate) fn complete(&self, file: &File) -> io::Result<()> {
         file.sync_all()?;
         self.replace()?;
-        // The rename stands: whoever looks finds a whole file, so this must not be told as a failure.
+        // The rename is done and readers find a whole file, so this must not be reported as a failure.
         if let Err(error) = sync_directory(&self.target) {
             tracing::warn!(path = %self.target.display(), %error, "the file is in place, but a power failure may undo that");
         }
         Ok(())
     }
 
-    /// Moves the file to its place, whatever is there.
+    /// Moves the file to its place, and replaces what is there.
     ///
     /// # Errors
     /// When the system refuses.
@@ -98,10 +98,10 @@ impl Temporary {
         fs::rename(&self.path, &self.target)
     }
 
-    /// Moves the file to its place, if nothing is there.
+    /// Moves the file to its place, unless there is a file already.
     ///
     /// # Errors
-    /// When something is, or the system refuses.
+    /// When there is a file, or the system refuses.
     pub fn place(&self) -> io::Result<()> {
         rename_to_nothing(&self.path, &self.target)
     }
@@ -114,7 +114,7 @@ impl Temporary {
         rename_to_nothing(&self.target, &self.path)
     }
 
-    /// Removes the file, unless it has its name already.
+    /// Removes the file, unless it was moved to its place.
     pub fn give_up(&self) {
         match fs::remove_file(&self.path) {
             Err(error) if error.kind() != ErrorKind::NotFound => {
@@ -131,14 +131,14 @@ impl Drop for Temporary {
     }
 }
 
-/// Removes the temporary files that programs which were killed left beside `target`, and names each of them. What somebody
-/// still writes stays.
+/// Removes the temporary files that killed programs left beside `target`, and logs each of them. Files that are still written
+/// stay.
 pub fn remove_abandoned(target: &Path) {
     let Some(name) = target.file_name() else { return };
     let entries = fs::read_dir(directory_of(target)).into_iter().flatten().flatten();
     for entry in entries.filter(|entry| is_beside(&entry.file_name(), name)) {
         let path = entry.path();
-        // Locked until it is gone: whoever has just created it sees that, and takes another name.
+        // Locked until it is removed: a program that has just created it notices, and takes another name.
         let Some(_lock) = abandoned(&path) else { continue };
         match fs::remove_file(&path) {
             Ok(()) => tracing::warn!("removed {}, which a program that was killed left unfinished", path.display()),
@@ -147,7 +147,7 @@ pub fn remove_abandoned(target: &Path) {
     }
 }
 
-/// A file that nobody has locked, with our own lock on it.
+/// A file that no other program has locked, with our lock on it.
 fn abandoned(path: &Path) -> Option<File> {
     let flags = i32::try_from((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits()).expect("flags of one word");
     let file = OpenOptions::new().read(true).write(true).custom_flags(flags).open(path).ok()?;
@@ -155,7 +155,7 @@ fn abandoned(path: &Path) -> Option<File> {
     is_ours.then_some(file)
 }
 
-/// A second handle of the file, which is locked through either; `None` if somebody else has locked or removed it.
+/// A second handle of the file, which is locked through either; `None` if another program has locked or removed it.
 fn lock(file: &File, path: &Path) -> io::Result<Option<File>> {
     match file.try_lock() {
         Err(TryLockError::WouldBlock) => return Ok(None),
@@ -195,7 +195,7 @@ pub fn target_of(path: &Path) -> io::Result<PathBuf> {
     }
 }
 
-/// Only regular files are read and replaced: not a device, not a pipe that nobody writes.
+/// Checks that it is a regular file. Devices and pipes are neither read nor replaced.
 pub(crate) fn require_regular(found: &fs::Metadata) -> io::Result<()> {
     let what = if found.is_dir() { "it is a directory" } else { "it is no regular file" };
     if found.is_file() { Ok(()) } else { Err(io::Error::new(ErrorKind::InvalidInput, what)) }
@@ -221,7 +221,7 @@ fn beside(target: &Path) -> PathBuf {
     name.into()
 }
 
-/// Is `found` a temporary name of the file `name`?
+/// Whether `found` is a temporary name of the file `name`.
 fn is_beside(found: &OsStr, name: &OsStr) -> bool {
     let rest = found.as_encoded_bytes().strip_prefix(name.as_encoded_bytes());
     let digits =
@@ -235,14 +235,13 @@ fn directory_of(path: &Path) -> &Path {
 
 fn sync_directory(of: &Path) -> io::Result<()> {
     match File::open(directory_of(of))?.sync_all() {
-        // Some file systems have no such thing.
+        // Some file systems do not support it.
         Err(error) if error.kind() == ErrorKind::InvalidInput => Ok(()),
         done => done,
     }
 }
 
-/// Renames, and fails if there is something of the name already; where the file system cannot promise that, it is looked at
-/// before.
+/// Renames, and fails if the name exists. Where the file system cannot guarantee that, the name is checked before.
 fn rename_to_nothing(from: &Path, to: &Path) -> io::Result<()> {
     match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
         Err(Errno::INVAL | Errno::NOSYS) if to.symlink_metadata().is_err() => fs::rename(from, to),

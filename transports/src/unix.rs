@@ -1,15 +1,15 @@
 //! Unix sockets: several connections inside one host, each with its return path, for the owner only.
 //!
 //! Takes a path, gives [`Connection`]s. Owns the socket file while it listens, and removes it if it is still its own.
-//! Promises: nobody else can connect at any moment, a socket that a dead program left is replaced, one that is alive and
-//! anything that is no socket is left alone.
+//! Promises: no other user can connect at any moment; a socket that a dead program left is replaced; a live socket, and
+//! anything that is not a socket, stays.
 //!
-//! # How the socket comes to be
+//! # How the socket is created
 //! The mode is set on the socket *before* it is bound: Linux gives the file the socket's own mode, less the umask. So the
-//! file is `0600` from its first moment, with no umask changed under other threads and no second name.
+//! file is `0600` from its first moment. The process umask is not changed under other threads, and there is no second name.
 //!
-//! Finding out that a socket is stale, removing it and listening anew are three steps. Two programs that do so at once are
-//! kept apart by a lock (`flock`) on the directory, which leaves nothing behind.
+//! Detecting a stale socket, removing it and listening again are three steps. A lock (`flock`) on the directory serializes two
+//! programs that do so at once, and leaves nothing behind.
 
 use std::fs::{self, File};
 use std::io::{self, ErrorKind};
@@ -32,10 +32,10 @@ use crate::{Capabilities, Connection, Listener, Transport};
 const MAX_PATH: usize = 107;
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 128;
-/// How long another program's lock on the directory is waited for.
+/// How long to wait for another program's lock on the directory.
 const LOCK_PATIENCE: Duration = Duration::from_secs(1);
 
-/// Is the path short enough for a socket? If not, why.
+/// Checks that the path is short enough for a socket. The error says why it is not.
 pub(crate) fn check_path_length(path: &Path) -> Result<(), String> {
     let bytes = path.as_os_str().len();
     if bytes <= MAX_PATH {
@@ -67,7 +67,7 @@ impl UnixTransport {
     async fn connect_now(&self) -> Result<Connection, Failure> {
         match UnixStream::connect(&self.path).await {
             Ok(stream) => Ok(connection(stream, self.path.display().to_string())),
-            // Not there yet, left by a dead program, or more wait there than its backlog holds.
+            // Absent so far, left by a dead program, or its backlog is full.
             Err(error) if is_passing(error.kind()) => Err(Failure::Retry(error)),
             Err(error) => Err(Failure::Final(error)),
         }
@@ -125,7 +125,7 @@ impl Transport for UnixTransport {
 
 #[derive(Debug)]
 struct Listening {
-    /// Goes before the socket does: while that is open, nobody else has its inode or takes its file for a stale one.
+    /// Dropped before the socket: while the socket is open, no other file has its inode, and no program takes it for a stale one.
     created: Created,
     socket: UnixListener,
     address: String,
@@ -164,7 +164,7 @@ fn name_of_peer(stream: &UnixStream) -> String {
     }
 }
 
-/// The socket file, removed when it is no longer wanted and still the one that was created.
+/// The socket file. Dropping this removes the file, if it is still the one that was created.
 #[derive(Debug)]
 struct Created {
     path: PathBuf,
@@ -187,13 +187,13 @@ impl Drop for Created {
     }
 }
 
-/// Device and inode of what stands at a path.
+/// Device and inode of the file at a path.
 fn identity(path: &Path) -> io::Result<(u64, u64)> {
     let found = fs::symlink_metadata(path)?;
     Ok((found.dev(), found.ino()))
 }
 
-/// A socket file for the owner only. Nobody can connect before `listen`.
+/// A socket file for the owner only. No connection is possible before `listen`.
 fn bind(path: &Path) -> io::Result<Socket> {
     let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
     rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
@@ -221,15 +221,15 @@ fn remove_stale(path: &Path) -> io::Result<()> {
     if identity(path)? == (before.dev(), before.ino()) { fs::remove_file(path) } else { Ok(()) }
 }
 
-/// Does somebody listen? `WouldBlock` means yes, with a full backlog.
+/// Whether somebody listens. `WouldBlock` means yes, with a full backlog.
 fn probe(path: &Path) -> io::Result<()> {
     let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
     socket.set_nonblocking(true)?;
     socket.connect(&SockAddr::unix(path)?)
 }
 
-/// Keeps other programs of this kind from replacing a socket of the same directory meanwhile. Where the directory cannot be
-/// locked the work is done without: what is lost is only the protection against two that begin in the same instant.
+/// Keeps other memferry programs from replacing a socket of the same directory meanwhile. Where the directory cannot be locked,
+/// the caller continues without: only the protection against two that start in the same instant is lost.
 async fn lock_directory(path: &Path) -> Option<File> {
     let parent = path.parent().filter(|parent| !parent.as_os_str().as_bytes().is_empty());
     let directory = File::open(parent.unwrap_or(Path::new("."))).ok()?;

@@ -1,4 +1,4 @@
-//! Descriptors are given back, and a want of them passes. One test, since they belong to the whole process.
+//! Descriptors are released, and a shortage of them is transient. One test, since descriptors belong to the whole process.
 
 use std::fs;
 use std::time::Duration;

@@ -1,4 +1,4 @@
-//! The memory transport's faults do what they say, to the byte.
+//! The memory transport's faults act exactly to the byte.
 
 use std::io::ErrorKind;
 use std::time::Duration;
@@ -44,7 +44,7 @@ async fn a_cut_loses_what_is_in_flight_and_resets_both_ends() {
 }
 
 #[tokio::test]
-async fn a_cut_wakes_who_waits() {
+async fn a_cut_wakes_waiting_tasks() {
     let transport = MemoryTransport::new(4);
     let (_listener, mut source, mut destination) = connected(&transport).await;
     transport.faults().stall(Direction::ToDestination);
@@ -59,7 +59,7 @@ async fn a_cut_wakes_who_waits() {
 }
 
 #[tokio::test]
-async fn exactly_so_many_bytes_are_delivered_before_a_cut() {
+async fn a_cut_comes_after_an_exact_number_of_bytes() {
     for bytes in 1..60_u64 {
         let transport = MemoryTransport::new(7);
         let (_listener, mut source, mut destination) = connected(&transport).await;
@@ -73,7 +73,11 @@ async fn exactly_so_many_bytes_are_delivered_before_a_cut() {
         assert_eq!(received.len() as u64, bytes);
         assert_eq!(transport.faults().delivered(Direction::ToDestination), bytes + 3);
         assert_eq!(writer.await.expect("no panic"), Err(ErrorKind::ConnectionReset));
-        assert_eq!(write(&mut destination, b"x").await, Err(ErrorKind::ConnectionReset), "the other way is cut too");
+        assert_eq!(
+            write(&mut destination, b"x").await,
+            Err(ErrorKind::ConnectionReset),
+            "the other direction is cut too"
+        );
     }
 }
 
@@ -87,7 +91,7 @@ async fn a_stall_holds_one_direction_until_its_release() {
     assert!(timeout(SHORT, write(&mut source, b"5")).await.is_err(), "the buffer is full");
     assert!(timeout(SHORT, read(&mut destination, 1)).await.is_err(), "nothing moves");
     write(&mut destination, b"back").await.expect("written");
-    assert_eq!(read(&mut source, 4).await.as_deref(), Ok(&b"back"[..]), "the other way goes on");
+    assert_eq!(read(&mut source, 4).await.as_deref(), Ok(&b"back"[..]), "the other direction continues");
 
     let waiting = tokio::spawn(async move { read(&mut destination, 4).await });
     tokio::time::sleep(SHORT).await;

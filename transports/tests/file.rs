@@ -1,4 +1,4 @@
-//! A file is complete or absent, and the owner's alone.
+//! A file is complete or absent, and only its owner's.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -123,7 +123,7 @@ async fn a_shutdown_given_up_halfway_is_whole_or_nothing() {
             tokio::time::sleep(Duration::from_micros(50)).await;
         }
         drop(writer);
-        // What runs in the background ends with the partial file renamed or removed.
+        // The operation in the background renames or removes the partial file in the end.
         let begun = Instant::now();
         let names = loop {
             let names = names_in(directory.path());

@@ -1,4 +1,4 @@
-//! What every transport promises alike: bytes arrive whole and in order, either end may come first, errors name the place.
+//! The contract of every transport: bytes arrive complete and in order, either end may start first, errors name the place.
 
 use std::io::{ErrorKind, IoSlice};
 use std::time::{Duration, Instant};
@@ -14,7 +14,7 @@ fn parse(text: &str) -> Box<dyn Transport> {
     open(&text.parse::<Address>().expect(text), PATIENCE)
 }
 
-/// A free port, as far as one can know.
+/// A port that was free a moment ago.
 async fn tcp_on(host: &str) -> Box<dyn Transport> {
     let listener = parse(&format!("tcp:{host}:0")).listen().await.expect("a port");
     parse(&listener.local_address())
@@ -25,7 +25,7 @@ async fn with_return_path(directory: &tempfile::TempDir) -> Vec<Box<dyn Transpor
     vec![tcp_on("127.0.0.1").await, parse(&socket), Box::new(MemoryTransport::new(5000))]
 }
 
-/// Bytes that are nowhere the same as a little further on.
+/// Bytes that do not repeat at a short distance.
 fn pattern(length: usize) -> Vec<u8> {
     (0..length).map(|at| (at * 7 + at / 251 + at / 65_536).to_le_bytes()[0]).collect()
 }
@@ -116,7 +116,7 @@ async fn the_source_may_start_first() {
 }
 
 #[tokio::test]
-async fn an_end_that_goes_away_is_noticed() {
+async fn a_dropped_end_is_noticed() {
     let directory = tempfile::tempdir().expect("a directory");
     for transport in with_return_path(&directory).await {
         let mut listener = transport.listen().await.expect("listening");
@@ -158,7 +158,7 @@ async fn connecting_ends_in_time_with_the_cause() {
 }
 
 #[tokio::test]
-async fn a_name_that_does_not_resolve_is_said_to_be_one() {
+async fn a_name_that_does_not_resolve_is_named() {
     let transport = open(&"tcp:no-such-host.invalid:7777".parse().expect("an address"), Duration::from_millis(200));
     let message = timeout(PATIENCE, transport.connect()).await.expect("in time").expect_err("no such host").to_string();
     assert!(message.contains("\"no-such-host.invalid\" does not resolve"), "{message}");

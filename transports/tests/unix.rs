@@ -1,4 +1,4 @@
-//! The socket's file: who may use it, whose it is, and what is left alone.
+//! The socket's file: who may use it, who owns it, and what stays untouched.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -38,7 +38,7 @@ async fn the_socket_is_the_owners_from_its_first_moment() {
             }
         }
     });
-    // A watcher that never finds the socket has not watched.
+    // A watcher that never sees the socket has tested nothing.
     let begun = Instant::now();
     while seen.load(Ordering::Relaxed) < 100 && !watcher.is_finished() {
         assert!(begun.elapsed() < Duration::from_secs(60), "the socket was seen {seen:?} times");
@@ -110,7 +110,7 @@ async fn what_is_no_socket_is_left_alone() {
 }
 
 #[tokio::test]
-async fn a_socket_of_somebody_else_is_not_removed() {
+async fn a_socket_of_another_program_is_not_removed() {
     let (_directory, path) = place();
     let listener = transport(&path).listen().await.expect("listening");
     fs::remove_file(&path).expect("removed behind its back");
@@ -147,7 +147,7 @@ async fn a_locked_directory_only_delays() {
 }
 
 #[tokio::test]
-async fn a_path_that_is_too_long_is_said_to_be() {
+async fn a_path_that_is_too_long_is_refused() {
     let path = PathBuf::from(format!("/tmp/{}", "p".repeat(103)));
     for error in [
         transport(&path).connect().await.expect_err("too long"),

@@ -1,4 +1,4 @@
-//! Pages to measure on: what memory holds, and how it changes.
+//! Pages to measure on: contents of memory, and changes to it.
 
 use std::fs::File;
 use std::hint::black_box;
@@ -26,7 +26,7 @@ impl Random {
     }
 }
 
-/// So many bytes of one kind.
+/// A number of bytes of one kind.
 pub(crate) type Content = fn(usize) -> Vec<u8>;
 
 /// What pages hold. A page that was never written is an input of its own: [`untouched`].
@@ -54,7 +54,7 @@ pub(crate) fn text(bytes: usize) -> Vec<u8> {
     repeated(&megabyte.collect::<Vec<_>>(), bytes)
 }
 
-/// What this process had in its memory when it was asked first: its program and libraries, its heap and stack.
+/// The memory of this process at the first call: its program and libraries, its heap and stack.
 pub(crate) fn process(bytes: usize) -> Vec<u8> {
     static MEMORY: OnceLock<Vec<u8>> = OnceLock::new();
     repeated(MEMORY.get_or_init(own_memory), bytes)
@@ -122,7 +122,7 @@ pub(crate) fn mapped(bytes: &[u8]) -> Arc<MappedMemory> {
     memory
 }
 
-/// Memory that nobody wrote.
+/// Memory that was never written.
 pub(crate) fn untouched(bytes: usize) -> Arc<MappedMemory> {
     Arc::new(MappedMemory::anonymous(bytes).expect("memory"))
 }

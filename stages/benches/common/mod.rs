@@ -24,7 +24,7 @@ pub(crate) const TURN: usize = 1 << 20;
 
 const SAMPLES: usize = 10;
 
-/// The benches of one program, and what came of them.
+/// The benches of one program, and their results.
 pub(crate) struct Suite {
     criterion: Criterion,
     rows: Vec<Row>,
@@ -52,7 +52,7 @@ impl Suite {
         Self { criterion, rows: Vec::new() }
     }
 
-    /// Measures what `turn` says that it took for so many page bytes. `controls`: how each is called in the table, and its
+    /// Measures the time that `turn` returns for a number of page bytes. `controls`: the name of each in the table, and its
     /// name in the same group, where it was measured before.
     pub(crate) fn measure(
         &mut self,
@@ -125,7 +125,7 @@ impl Walk {
         (0..TURN).step_by(PAGE).map(move |offset| (start + offset) % set_bytes)
     }
 
-    /// Does the next turn start at the first page?
+    /// Whether the next turn starts at the first page.
     pub(crate) fn at_start(&self) -> bool {
         self.at == 0
     }

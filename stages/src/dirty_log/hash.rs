@@ -1,7 +1,7 @@
 //! The hash log: a page is dirty when its hash is not that of the copy that was sent.
 //!
 //! It works on any memory that can be read and needs nothing from its writers or the kernel; a sync costs one read of the
-//! memory. For each page it keeps 8 bytes:
+//! memory. It stores 8 bytes for each page:
 //!
 //! ```text
 //!           take (rearm)               copied
@@ -11,20 +11,19 @@
 //! ```
 //!
 //! - *sent*: the hash of the last copy that was made for the destination. A sync compares the page with it.
-//! - *in flight*: the page was taken, and that many of its copies are still to be made. Every sync calls it dirty without
-//!   looking. Otherwise a page that goes A, B, A around a look would be lost: the copy has B, the look sees A, and the
-//!   hash of the copy before was A's. Takes are counted because a sync may come between a take and its copy, the page
-//!   is then taken again, and the first copy says nothing about the second.
+//! - *in flight*: the page was taken, and that many of its copies are still to be made. Every sync reports it as dirty without
+//!   reading it. Otherwise a page that changes from A to B and back to A around a read would be lost: the copy has B, the sync
+//!   reads A, and the hash of the copy before was A's. Takes are counted because a sync may come between a take and its copy: the
+//!   page is then taken again, and the first copy says nothing about the second.
 //!
 //! A page starts in flight, with no copy to come: its bit is set when a migration starts, so nothing needs to be compared
-//! before its first copy. Copies of a page are reported in the order in which they are sent (it keeps its lane, law 4), so
-//! the last one reported is what the destination will hold, and every later difference is found against it. A page
-//! that was taken and given back unread stays in flight: it is sent again each round until the log is stopped.
+//! before its first copy. Copies of a page are reported in the order in which they are sent (ARCHITECTURE.md, law 4: a page keeps
+//! its lane), so the last one reported is what the destination will hold, and every later difference is found against it. A page
+//! that was taken and put back unread stays in flight: it is sent again each round until the log is stopped.
 //!
-//! A sync is what a paused guest waits for, so it reads with every core. Pages that were never touched count as zero pages
-//! without being read, so that a hole stays one. Pages that are left out are neither read nor reported. A page that was only
-//! hinted free stays in flight, and so is sent all the same: what was stored into it afterwards cannot be told from what was
-//! there before, if it is the same, and the destination has neither.
+//! A paused guest waits for the sync, so it reads with every core. Untouched pages count as zero pages without being read, so
+//! that a hole stays one. Excluded pages are neither read nor reported. A page that was only hinted free stays in flight, and is
+//! sent anyway: a store of the bytes that it already held leaves no difference to find, and the destination does not have them.
 
 use std::io;
 use std::ops::Range;
@@ -39,7 +38,7 @@ use crate::host::cores;
 use crate::memory::GuestMemory;
 use crate::pool::BufferPool;
 
-/// A worker is not started for less than this.
+/// The least amount of memory for which a worker is started.
 const LEAST_EXTENTS: usize = 16;
 
 /// Finds any change of any memory that can be read.
@@ -65,7 +64,7 @@ impl HashLog {
         }
     }
 
-    /// Bytes that a log for such a guest keeps in memory.
+    /// Bytes of memory that a log for such a guest takes.
     #[must_use]
     pub fn bytes_for(layout: &Layout) -> u64 {
         layout.pages() * size_of::<PageState>() as u64 + (cores() * layout.page_size().extent_bytes()) as u64
@@ -76,12 +75,12 @@ impl HashLog {
         &self.pages[at.block as usize][page]
     }
 
-    /// The pages of `mask` for which `differs` says so.
+    /// The pages of `mask` for which `differs` is true.
     fn those(&self, at: ExtentAt, mask: u64, differs: impl Fn(&PageState) -> bool) -> u64 {
         bits(mask).filter(|&bit| differs(self.page(at, bit))).fold(0, |found, bit| found | 1 << bit)
     }
 
-    /// What one worker does of a sync.
+    /// One worker's part of a sync.
     fn sync_part(&self, block: u32, extents: Range<u32>, into: &DirtyBitmap) -> io::Result<()> {
         let layout = self.memory.layout();
         let first = |extent| ExtentAt { block, extent }.first_page().min(layout.block_pages(block));
@@ -94,7 +93,7 @@ impl HashLog {
             while let Some((_, mask)) = holes.next_if(|(hole_at, _)| *hole_at == at) {
                 hole |= mask;
             }
-            // A page that is dirty already will be taken after this and need not be looked at.
+            // A page that is dirty already will be taken after this and need not be read.
             let clean = layout.valid_mask(at) & !into.peek(at);
             let clean = self.those(at, clean, |page| !page.is_left_out());
             let in_flight = self.those(at, clean, PageState::is_in_flight);
@@ -106,7 +105,7 @@ impl HashLog {
         Ok(())
     }
 
-    /// The pages of `mask` that do not read as they were sent.
+    /// The pages of `mask` whose content differs from the last copy.
     fn changed(&self, at: ExtentAt, mask: u64) -> io::Result<u64> {
         let size = self.memory.page_size();
         let mut buffer = self.scratch.try_take().expect("a buffer for each worker of a sync, and syncs do not overlap");
@@ -142,7 +141,7 @@ impl DirtyLog for HashLog {
                 let helper = || self.sync_part(block, part.clone(), into);
                 match std::thread::Builder::new().spawn_scoped(scope, helper) {
                     Ok(helper) => helpers.push(helper),
-                    // There are no more threads: it takes longer, and is no reason to fail.
+                    // Without more threads the sync takes longer, but need not fail.
                     Err(_) => own.push(part),
                 }
             }
@@ -165,12 +164,12 @@ impl DirtyLog for HashLog {
         Ok(())
     }
 
-    /// No: it compares.
+    /// False: it compares content.
     fn sees_stores(&self) -> bool {
         false
     }
 
-    /// By the copy.
+    /// True: the copy re-arms.
     fn rearms_late(&self) -> bool {
         true
     }
@@ -188,7 +187,7 @@ impl DirtyLog for HashLog {
         Self::bytes_for(self.memory.layout())
     }
 
-    /// Nothing: whoever wrote the page, its content tells.
+    /// Does nothing: every write is found by the page's content.
     fn mark(&self, _block: u32, _pages: Range<u64>) {}
 
     fn stop(&self) -> io::Result<()> {
@@ -202,7 +201,7 @@ struct PageState(AtomicU64);
 
 /// Set: in flight, the other bits count the copies to come. Clear: the other bits are the hash of the last copy.
 const IN_FLIGHT: u64 = 1 << 63;
-/// All set, which no count of copies comes to: not looked at.
+/// All bits set, which no count of copies reaches: excluded, and never read.
 const LEFT_OUT: u64 = u64::MAX;
 
 impl Default for PageState {
@@ -228,8 +227,8 @@ impl PageState {
         self.0.load(Ordering::Acquire) & IN_FLIGHT != 0
     }
 
-    /// Is a page with this hash, as read just now, to be sent? The state is loaded after the read: should the page have been
-    /// taken or copied in between, then that counts.
+    /// Whether a page with this hash, just read, is to be sent. The state is loaded after the read, so that a take or a copy in
+    /// between counts.
     fn differs(&self, hash: u64) -> bool {
         self.0.load(Ordering::Acquire) != hash
     }

@@ -1,23 +1,23 @@
 //! Dirty logs: where dirty bits come from.
 //!
-//! A guest has one log or several; a bitmap sync ORs them all into the dirty bitmap. Whatever a log is made of, it
-//! keeps one promise, which [`conformance`] holds every log to: **a store that is complete before a sync begins, and was
-//! not in a copy taken since it became visible, is found by that sync or a later one.** Nothing written is ever missed; a
-//! page reported once too often costs only its transfer.
+//! A guest has one log or several; a bitmap sync ORs them all into the dirty bitmap. Every log keeps one promise, which
+//! [`conformance`] tests: **a store that is complete before a sync begins, and was not in a copy taken since it became visible,
+//! is found by that sync or a later one.** Nothing written is ever missed; a page reported once too often costs only its
+//! transfer.
 //!
 //! ```text
 //!  start ─▶ for each extent: rearm ─▶ read ─▶ copied ─▶ ( sync ─▶ for each extent found: rearm ─▶ read ─▶ copied )* ─▶ stop
 //! ```
 //!
-//! Every page is taken once before the first sync, for the bitmap starts with all bits set. The last sync comes when the
+//! Every page is taken once before the first sync, since the bitmap starts with all bits set. The last sync comes when the
 //! guest is paused and its device state is saved.
 //!
 //! | call | from | beside it |
 //! |---|---|---|
 //! | `start`, `stop` | a thread that may block | no other call but `mark` |
-//! | `arm_unread`, `leave_out` | a thread that may block, behind `start` or a `sync` and before any `rearm` that follows it | `mark` |
+//! | `arm_unread`, `leave_out` | a thread that may block, after `start` or a `sync` and before the next `rearm` | `mark` |
 //! | `sync` | a thread that may block | `copied`, `mark`; never another `sync`, never `rearm` |
-//! | `rearm` | the scanner, a task: a short system call is right, waiting is not | `copied`, `mark` |
+//! | `rearm` | the scanner, a task: a short system call is allowed, waiting is not | `copied`, `mark` |
 //! | `copied` | one task for each lane: arithmetic, no waiting | everything but `start` and `stop`, itself included |
 //! | `mark` | the guest's own threads | everything, before `start` and after `stop` too |
 //! | `memory_bytes`, `sees_stores`, `rearms_late` | the control plane: no waiting | everything |
@@ -53,7 +53,7 @@ pub use kvm::{KvmLog, KvmRingLog};
 pub use software::SoftwareLog;
 pub use userfault::UserfaultLog;
 
-/// Tells which pages were written. The [module](self) says who calls what, and from where.
+/// Reports which pages were written. The [module](self) lists the calls, their threads and their order.
 ///
 /// # Example
 /// ```
@@ -78,25 +78,25 @@ pub use userfault::UserfaultLog;
 /// }
 /// ```
 pub trait DirtyLog: Send + Sync + fmt::Debug {
-    /// Arms the log: every store from the return of this call on is found, or is in what is read later. Called before
-    /// anything is read. What was written before need not be reported.
+    /// Arms the log: every store after this call has returned is found, or is in what is read later. Called before
+    /// anything is read. Earlier writes need not be reported.
     ///
     /// # Errors
     /// When the kernel refuses; the migration then does not begin, and the log is stopped.
     fn start(&self) -> io::Result<()>;
 
     /// ORs the pages of these extents of a block that were written since the last sync of them into the bitmap, and
-    /// clears no bit there. The whole guest is asked for range by range, at most 64 MiB of one block in a call, in order; a
-    /// cancel comes between two, and then the rest is not asked for. A log that re-arms in sync does it before it reports:
-    /// a store that comes in between is found by this sync or the next.
+    /// clears no bit there. The whole guest is queried range by range, at most 64 MiB of one block in a call, in order; a
+    /// cancel takes effect between two, and the rest is then skipped. A log that re-arms in sync does so before it reports:
+    /// a store in between is found by this sync or the next.
     ///
     /// # Errors
     /// When the log can no longer be read; the migration then fails.
     fn sync(&self, block: u32, extents: Range<u32>, into: &DirtyBitmap) -> io::Result<()>;
 
-    /// The scanner took these pages from the bitmap and they will be read after this call: a log that re-arms late does
-    /// so for those that its last sync fetched, and for no others. A page may be taken that no sync of this log reported: in
-    /// the first round, or because another log did. Nothing by default, for a log that re-arms in sync.
+    /// Called when the scanner has taken these pages from the bitmap, before they are read: a log that re-arms late does
+    /// so for those that its last sync fetched, and for no others. Pages may be among them that no sync of this log reported: in
+    /// the first round, or because another log did. Does nothing by default, for a log that re-arms in sync.
     ///
     /// # Errors
     /// When the kernel refuses; the migration then fails.
@@ -105,9 +105,9 @@ pub trait DirtyLog: Send + Sync + fmt::Debug {
         Ok(())
     }
 
-    /// These pages leave the bitmap without being read, or count as zero without it (untouched, unplugged, hinted free): a
-    /// log that re-arms late does so now, for those that it has fetched. True if there were any: a store to them before
-    /// this call left no trace, every later one is found. Nothing by default, for a log that re-arms in sync.
+    /// Called for pages that are not read: they leave the bitmap, or count as zero (untouched, unplugged, hinted free). A
+    /// log that re-arms late does so for those that it has fetched. True if there were any: a store to them before
+    /// this call left no trace, every later one is found. Does nothing by default, for a log that re-arms in sync.
     ///
     /// # Errors
     /// When the kernel refuses; the migration then fails.
@@ -116,9 +116,9 @@ pub trait DirtyLog: Send + Sync + fmt::Debug {
         Ok(false)
     }
 
-    /// These pages are out until the log is stopped: nobody writes them, and the log neither reads nor reports them. Called once
-    /// at most, behind `start`. Armed as pages that are not read by default, which is enough for a log that never reads and
-    /// reports only what was written.
+    /// Called for pages that are excluded until the log is stopped: they are not written, and the log neither reads nor reports
+    /// them. Called at most once, after `start`. By default they are armed as pages that are not read, which is enough for a log
+    /// that never reads and reports only what was written.
     ///
     /// # Errors
     /// When the kernel refuses; the migration then does not begin.
@@ -126,37 +126,37 @@ pub trait DirtyLog: Send + Sync + fmt::Debug {
         self.arm_unread(pages).map(drop)
     }
 
-    /// Is a store found whatever it stores, also into a page that was never read? Free-page hints are taken only where every log
-    /// says so: the destination may hold anything in place of a page that was hinted, and a store that leaves the page as it
-    /// was at the source must be sent too.
+    /// Whether every store is found, whatever it stores, even into a page that was never read. Free-page hints are accepted only
+    /// where this holds for every log: the destination may have stale content for a hinted page, so a store that leaves the page
+    /// unchanged at the source must be sent too.
     fn sees_stores(&self) -> bool {
         true
     }
 
-    /// Does it re-arm late, so that a page which waits to be sent is found again only for what is written after it was taken? Else it
-    /// is found again for every store since the last sync. For forecasts: nothing that is sent depends on it.
+    /// Whether it re-arms late: a page that waits to be sent is then found again only for writes after it was taken. Otherwise it
+    /// is found again for every store since the last sync. Only forecasts use this.
     fn rearms_late(&self) -> bool {
         false
     }
 
-    /// These are the copies that will be sent: for each page the order of these calls is the order in which they were
-    /// taken and will be loaded. What was taken may never be copied, if the migration ends. Nothing by default; the hash
-    /// log compares with them from here on.
+    /// Called with the copies that will be sent: for each page, the order of these calls is the order in which they were
+    /// taken and will be loaded. A page that was taken may never be copied, if the migration ends. Does nothing by default; the
+    /// hash log compares with these copies afterwards.
     fn copied(&self, copy: &CopiedBatch) {
         let _ = copy;
     }
 
-    /// A writer whose stores the log cannot see has written these pages: it stores first, then marks. Must not block: a
-    /// guest's thread calls it for each write.
+    /// Called by a writer whose stores the log cannot see, for pages that it has written: it stores first, then marks. Must not
+    /// block: a guest's thread calls it for each write.
     fn mark(&self, block: u32, pages: Range<u64>);
 
-    /// Bytes that the log keeps in memory, for the bound that is told before the first round.
+    /// Bytes of memory that the log takes, for the bound that is reported before the first round.
     fn memory_bytes(&self) -> u64 {
         0
     }
 
-    /// Disarms the log and gives back what it held. The last call on every end of a migration that got as far as asking
-    /// for the logs; then also for a log that was never started, or whose start failed. The guest may run by then.
+    /// Disarms the log and releases its resources. The last call on every end of a migration that has fetched its logs, even for
+    /// a log that was never started, or whose start failed. The guest may run by then.
     ///
     /// # Errors
     /// When the kernel refuses; reported, the migration's end stays what it was.

@@ -1,4 +1,4 @@
-//! The model log: as strict as any hypervisor's may be, to test scanners and the conformance kit against.
+//! The model log: as strict as any hypervisor's may be, to test scanners and the conformance kit.
 //!
 //! ```text
 //!             write                 fetch (sync)               rearm
@@ -6,10 +6,10 @@
 //!                    └── a write here leaves no further trace ──┘
 //! ```
 //!
-//! Real hypervisors differ in what they forgive: this one forgives nothing. A page that was written is reported once; until
-//! it is re-armed its further writes leave no trace; re-arming a page whose write was not fetched forgets that write. A
+//! Real hypervisors tolerate different mistakes; this one tolerates none. A page that was written is reported once. Until
+//! it is re-armed, further writes leave no trace. Re-arming a page whose write was not fetched loses that write. A
 //! scanner that reads before it re-arms, or a log that re-arms too much, loses writes here that an emulated or a
-//! generous host would let pass.
+//! lenient host would still find.
 
 use std::io;
 use std::ops::Range;
@@ -20,7 +20,7 @@ use super::software::{clear, collect};
 use crate::bitmap::DirtyBitmap;
 use crate::geometry::{ExtentAt, Layout, PageAt, bits};
 
-/// What the hypervisor knows of a page.
+/// The state of a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Page {
     Protected,
@@ -28,7 +28,7 @@ enum Page {
     Fetched,
 }
 
-/// The hypervisor's side: it follows the writes that go through it. Shared by the guest's writers and the log.
+/// The hypervisor's side: it tracks the writes that go through it. Shared by the guest's writers and the log.
 #[derive(Debug)]
 pub struct Hypervisor {
     state: Mutex<State>,
@@ -49,8 +49,8 @@ impl Hypervisor {
         Arc::new(Self { state: Mutex::new(State { blocks, lost: 0 }) })
     }
 
-    /// A guest's write to a page: `store` does it. Trap and store are one step to everyone else, as they are where the store
-    /// is tried again after its fault.
+    /// A guest's write to a page, made by `store`. Trap and store are atomic to all others, as on hardware, which repeats the store
+    /// after its fault.
     ///
     /// # Panics
     /// If there is no such page.
@@ -63,7 +63,7 @@ impl Hypervisor {
         store();
     }
 
-    /// Protects every page and forgets what was written.
+    /// Protects every page and discards what was written.
     pub fn protect_all(&self) {
         self.state().blocks.iter_mut().for_each(|pages| pages.fill(Page::Protected));
     }
@@ -85,7 +85,7 @@ impl Hypervisor {
         found
     }
 
-    /// Protects pages again. A write among them that was not fetched is forgotten.
+    /// Protects pages again. A write to them that was not fetched is lost.
     ///
     /// # Panics
     /// If there are no such pages.
@@ -98,8 +98,8 @@ impl Hypervisor {
         }
     }
 
-    /// How many writes were forgotten because their page was re-armed before they were fetched. 0 unless somebody breaks
-    /// the rules.
+    /// How many writes were lost because their page was re-armed before they were fetched. 0 unless the contract is
+    /// broken.
     #[must_use]
     pub fn lost(&self) -> u64 {
         self.state().lost
@@ -116,7 +116,7 @@ impl State {
     }
 }
 
-/// The log over a [`Hypervisor`]: what a log for a real one must do. It re-arms late, and only what it has fetched.
+/// The log over a [`Hypervisor`], as a log for a real one must be. It re-arms late, and only what it has fetched.
 #[derive(Debug)]
 pub struct ModelLog {
     hypervisor: Arc<Hypervisor>,
@@ -144,7 +144,7 @@ impl DirtyLog for ModelLog {
         for extent in extents.clone() {
             let at = ExtentAt { block, extent };
             let found = self.hypervisor.fetch(at, into.layout().valid_mask(at));
-            // Noted as fetched before anyone can take it from the bitmap.
+            // Noted as fetched before the scanner can take it from the bitmap.
             self.fetched.set_mask(at, found);
             into.set_mask(at, found);
         }

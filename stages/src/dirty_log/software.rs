@@ -7,8 +7,8 @@ use super::DirtyLog;
 use crate::bitmap::DirtyBitmap;
 use crate::geometry::Layout;
 
-/// A log that knows what its writers [`mark`](DirtyLog::mark), and nothing else. A mark costs one atomic operation for
-/// each extent it touches. It re-arms in sync: taking a bit and being ready for the next mark are one swap.
+/// A log of what its writers [`mark`](DirtyLog::mark), and nothing else. A mark costs one atomic operation for
+/// each extent it touches. It re-arms in sync: one swap takes the bits and makes room for the next marks.
 ///
 /// # Example
 /// ```
@@ -18,7 +18,7 @@ use crate::geometry::Layout;
 /// # let layout = Layout::new(PageSize::DEFAULT, vec![ram]).unwrap();
 /// let (log, dirty) = (SoftwareLog::new(&layout), DirtyBitmap::empty(&layout));
 /// log.start()?;
-/// // A writer has stored into pages 65 and 66 of block 0, and says so:
+/// // A writer has stored into pages 65 and 66 of block 0, and marks them:
 /// log.mark(0, 65..67);
 /// log.sync(0, 0..2, &dirty)?;
 /// assert_eq!(dirty.peek(ExtentAt { block: 0, extent: 1 }), 0b110);
@@ -38,7 +38,7 @@ impl SoftwareLog {
 }
 
 impl DirtyLog for SoftwareLog {
-    /// Forgets the marks made so far: their stores are in memory, which is yet to be read.
+    /// Discards the marks made so far: their stores are in memory, which is still to be read.
     fn start(&self) -> io::Result<()> {
         clear(&self.pending);
         Ok(())
@@ -57,7 +57,7 @@ impl DirtyLog for SoftwareLog {
         self.pending.memory_bytes()
     }
 
-    /// Forgets every mark.
+    /// Discards every mark.
     fn stop(&self) -> io::Result<()> {
         clear(&self.pending);
         Ok(())

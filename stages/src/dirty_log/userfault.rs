@@ -1,4 +1,4 @@
-//! The userfault log: the kernel notes which pages of this process were stored into.
+//! The userfault log: the kernel tracks which pages of this process were stored into.
 //!
 //! Memory is registered with a userfaultfd in asynchronous write-protect mode; a sync asks PAGEMAP_SCAN for the pages
 //! written since the last one, which write-protects them again in the same step. So it re-arms in sync. Needs Linux 6.7,
@@ -6,10 +6,10 @@
 //!
 //! It sees stores through the registered mapping only, those of the kernel (a read into guest memory) included. It does not
 //! see a `pwrite` to the file of a shared block, a store through another mapping of it, hole punching, memory given
-//! back by `madvise`, or DMA into pinned pages: whoever does that marks. A shared block therefore needs its guest's word
-//! that the mapping is exclusive.
+//! back by `madvise`, or DMA into pinned pages: code that does so must mark. A shared block therefore needs its guest's
+//! guarantee that the mapping is exclusive.
 //!
-//! Anonymous memory is armed by a scan for pages that are there: a hole needs no arming, since a page that appears later
+//! Anonymous memory is armed by a scan for present pages: a hole needs no arming, since a page that appears later
 //! has no protection and so counts as written. Shared memory has pages that this mapping's table does not show, so it is armed
 //! whole, at the price of page tables for its holes.
 
@@ -29,9 +29,9 @@ const FEATURES: u64 = WP_ASYNC | WP_UNPOPULATED | WP_SHARED;
 
 /// Finds the stores into mapped memory of this process.
 pub struct UserfaultLog {
-    /// The first field, to be dropped before the memory.
+    /// The first field, so that it is dropped before the memory.
     armed: Mutex<Option<Armed>>,
-    /// By block: the memory that this log follows, if it does.
+    /// By block: the memory that this log tracks, if any.
     memory: Vec<Option<Arc<MappedMemory>>>,
     pending: DirtyBitmap,
 }
@@ -44,8 +44,8 @@ struct Armed {
 }
 
 impl UserfaultLog {
-    /// A log that follows the memory of some blocks of this layout, each given with its index. For the other blocks it
-    /// knows what is marked.
+    /// A log that tracks the memory of some blocks of this layout, each given with its index. For the other blocks it
+    /// finds only what is marked.
     ///
     /// # Panics
     /// If there is no such block, or its memory is not as long as the block.
@@ -59,10 +59,10 @@ impl UserfaultLog {
         Self { armed: Mutex::new(None), memory, pending: DirtyBitmap::empty(layout) }
     }
 
-    /// Can this host do it?
+    /// Checks whether this host supports the log.
     ///
     /// # Errors
-    /// Why not, and what to do about it.
+    /// The reason if it does not, and the remedy.
     pub fn supported() -> Result<(), String> {
         let missing = FEATURES & !kernel::userfault_features()?;
         if missing != 0 {
@@ -119,8 +119,8 @@ impl DirtyLog for UserfaultLog {
             let last = ((written.end - start).div_ceil(page) as u64).min(end);
             into.set_range(block, first..last);
         };
-        // A hole beside a page that is there counts as written. In anonymous memory it is none: nothing was stored. In
-        // shared memory it may be a page that was written and then taken out of this mapping's tables.
+        // A hole beside a present page counts as written. In anonymous memory nothing was stored there. In shared memory it
+        // may be a page that was written and then removed from this mapping's tables.
         let there = if memory.is_shared() { 0 } else { PRESENT | SWAPPED };
         let scan = Scan { all_of: WRITTEN, any_of: there, protect: true };
         armed.pagemap.scan(scan, self.addresses(memory, &extents), found)

@@ -1,11 +1,11 @@
-//! What pages come to when they are sent whole, as the encoder would do it, without a stage: for who plans a migration.
+//! The size of pages that are sent whole, as the encoder codes them, but without a stage: for planning a migration.
 
 use super::whole_coder::WholeCoder;
 use crate::codec::Codec;
 use crate::geometry::PageSize;
 use crate::wire::pages::group_pages;
 
-/// Codes pages as an encoder's lane does, and keeps only what they come to.
+/// Codes pages as an encoder's lane does, and keeps only their sizes.
 #[derive(Debug)]
 pub struct Estimate {
     page_bytes: usize,
@@ -13,17 +13,17 @@ pub struct Estimate {
     room: Vec<u8>,
 }
 
-/// What pages came to.
+/// The size of coded pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Came {
-    /// Pages that are sent compressed, each or with others; all others go raw.
+    /// Pages that are sent compressed, alone or in a group; all others are sent raw.
     pub compressed: u64,
-    /// Bytes of all of them on the wire, without what stands before them in their frames.
+    /// Bytes of all pages on the wire, without the heads of their frames.
     pub bytes: u64,
 }
 
 impl Estimate {
-    /// Of pages that this codec compresses.
+    /// An estimate with this codec.
     ///
     /// # Panics
     /// If the codec has no such level.
@@ -33,7 +33,8 @@ impl Estimate {
         Self { page_bytes: page_size.bytes(), coder: WholeCoder::new(page_size, codec), room }
     }
 
-    /// The pages of one batch, none of them zero: compressed together as they look alike, where the last ones were worth it.
+    /// Codes the pages of one batch, none of them zero: pages that look alike are compressed together, where the last ones were
+    /// worth it.
     ///
     /// # Panics
     /// If they are more than 64, or not whole pages.

@@ -6,9 +6,9 @@
 //! bytes saved × time of a byte on the wire  >  time of a try × MARGIN
 //! ```
 //!
-//! All three are measured while the pages travel. The time of a byte is what the sender waits for its transport or for the bandwidth limit,
-//! per byte: nothing where the sender waits for the encoders, whatever the link could carry. The other two come from one timed try
-//! in each batch. The decision is made once for each batch, and holds for all of its pages.
+//! All three are measured while the pages travel. The time of a byte is how long the sender waits for its transport or for the
+//! bandwidth limit, per byte: it is 0 where the sender waits for the encoders, whatever the link could carry. The other two come
+//! from one timed try in each batch. The decision is made once for each batch, and applies to all of its pages.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -19,22 +19,22 @@ use crate::token_bucket::TokenBucket;
 
 /// By how much the time saved must exceed the time taken: processor time that a lane uses is taken from other stages and the guest.
 const MARGIN: f64 = 2.0;
-/// Bytes written from which a sender's wait gives a rate: more than a socket's buffers swallow without a wait.
+/// The number of written bytes from which a sender's wait gives a rate: more than a socket's buffers take without a wait.
 const WINDOW_BYTES: u64 = 512 << 10;
 /// A wait this long gives a rate however little was written.
 const WINDOW: Duration = Duration::from_millis(20);
 /// The weight of a new measurement in the mean of the tries.
 const WEIGHT: f64 = 0.125;
 
-/// What is done with a page that misses the cache, or whose delta is not smaller than the page.
+/// What to do with a page that misses the cache, or whose delta is not smaller than the page.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum OnMiss {
-    /// It is sent as it is.
+    /// Send it raw.
     #[default]
     Raw,
-    /// It is compressed.
+    /// Compress it.
     Compress(Codec),
-    /// It is compressed where that pays, and sent as it is elsewhere.
+    /// Compress it where that pays, and send it raw elsewhere.
     Auto(Codec),
 }
 
@@ -48,13 +48,14 @@ impl OnMiss {
     }
 }
 
-/// Does it pay to compress a page, where a try takes `nanos` and saves `saved` bytes, and a byte takes a lane `nanos_per_byte` on the wire?
+/// Whether it pays to compress a page: a try takes `nanos` and saves `saved` bytes, and a byte takes a lane `nanos_per_byte` on
+/// the wire.
 #[must_use]
 pub fn pays(saved: f64, nanos: f64, nanos_per_byte: f64) -> bool {
     saved * nanos_per_byte > nanos * MARGIN
 }
 
-/// What a byte takes on the connection behind an encoder.
+/// How long a byte takes on the connection behind an encoder.
 #[derive(Clone, Debug)]
 pub struct Wire {
     sender: Arc<Meter>,
@@ -71,7 +72,7 @@ impl Wire {
         Self { sender, limit, lanes: (lanes_here, lanes), rate: Rate::default() }
     }
 
-    /// What a byte of one lane takes now, in nanoseconds: by what was measured lately, and no less than the limit makes of it.
+    /// How long a byte of one lane takes now, in nanoseconds: as measured lately, and at least what the bandwidth limit implies.
     pub(super) fn nanos_per_byte(&mut self) -> f64 {
         let sender = self.sender.read();
         self.rate.measure(sender.bytes, sender.output_wait);
@@ -80,17 +81,17 @@ impl Wire {
     }
 }
 
-/// What a byte made a sender wait lately.
+/// How long a sender waited for each byte lately.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 struct Rate {
     nanos_per_byte: f64,
-    /// What the sender's meter read when the window began.
+    /// The reading of the sender's meter at the start of the window.
     bytes: u64,
     wait: Duration,
 }
 
 impl Rate {
-    /// Takes in what the sender has written and waited since it was created.
+    /// Adds what the sender has written and waited since it was created.
     fn measure(&mut self, bytes: u64, wait: Duration) {
         // A wait that ends while the meter is read may be counted twice for a moment.
         let (more, waited) = (bytes.saturating_sub(self.bytes), wait.saturating_sub(self.wait));
@@ -101,7 +102,7 @@ impl Rate {
     }
 }
 
-/// What tries took and saved lately.
+/// The time that tries took lately, and the bytes that they saved.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Tries {
     nanos: f64,
@@ -109,7 +110,7 @@ struct Tries {
 }
 
 impl Tries {
-    /// Takes in one more. A try that took much longer than others was interrupted, and counts as twice as long as they.
+    /// Adds a try. One that took much longer than the mean was interrupted, and counts as twice the mean.
     fn and(self, nanos: f64, saved: f64) -> Self {
         let towards = |mean: f64, value: f64| mean + (value - mean) * WEIGHT;
         let nanos = if nanos < self.nanos { nanos } else { towards(self.nanos, nanos.min(2.0 * self.nanos)) };
@@ -123,7 +124,7 @@ pub(super) struct Decision {
     wire: Wire,
     tries: Option<Tries>,
     compresses: bool,
-    /// Is the next try to be timed?
+    /// Whether the next try is timed.
     times: bool,
 }
 
@@ -132,8 +133,8 @@ impl Decision {
         Self { wire, tries: None, compresses: true, times: true }
     }
 
-    /// Decides on the pages of the next batch. Until a page has shrunk, all are tried: what does not shrink is passed over by
-    /// the sampler, at next to no cost.
+    /// Decides on the pages of the next batch. Until a page has shrunk, all are tried: the sampler skips pages that do not shrink,
+    /// at almost no cost.
     pub(super) fn next_batch(&mut self) {
         let nanos_per_byte = self.wire.nanos_per_byte();
         self.compresses = self.tries.is_none_or(|Tries { nanos, saved }| pays(saved, nanos, nanos_per_byte));
@@ -149,7 +150,7 @@ impl Decision {
         std::mem::take(&mut self.times).then(Instant::now)
     }
 
-    /// A timed try has shrunk its page by so many bytes.
+    /// Adds a timed try that shrank its page by `saved` bytes.
     pub(super) fn shrank(&mut self, started: Instant, saved: usize) {
         let (nanos, saved) = (started.elapsed().as_nanos() as f64, saved as f64);
         self.tries = Some(self.tries.map_or(Tries { nanos, saved }, |tries| tries.and(nanos, saved)));

@@ -1,21 +1,22 @@
 //! Stage: encoder. Makes the frames of a lane.
 //!
 //! - **Takes** copied batches and the marks between them.
-//! - **Gives** [`Outgoing`] frames, for each batch exactly one, whatever it comes to: the count of frames in a lane is what
-//!   the destination acknowledges.
+//! - **Gives** [`Outgoing`] frames, exactly one for each batch, even an empty one: the destination acknowledges the count of
+//!   frames in a lane.
 //! - **Owns** its lane's share of the XBZRLE cache, and the compressor.
-//! - **Promises** law 5: the choice of encoding changes where the first RoundComplete passes, and only there. And law 6:
-//!   once a page is sent, the cache holds of it what the destination holds, or nothing.
+//! - **Promises** two laws of ARCHITECTURE.md. Law 5 (the round travels in band): the choice of encoding changes where the first
+//!   RoundComplete passes, and only there. Law 6 (the delta's reference is what the destination holds): once a page is sent, its
+//!   cache entry equals what the destination holds, or is gone.
 //!
 //! ```text
-//! pages ──▶ page_coder: which encoding? ──▶ payload: where do their bytes stand? ──▶ here: the frame
+//! pages ──▶ page_coder: which encoding? ──▶ payload: where do their bytes lie? ───▶ here: the frame
 //!                │  ├─▶ reference: what does the destination hold?
 //!                │  └─▶ misses: is it worth compressing what no delta helps?
 //!                └─▶ whole_coder: compressed together ──▶ sampler: is it worth a try?
 //! ```
 //!
-//! It takes buffers of a pool of its own while it holds one of the detector's (law 9). Where all pages of a batch go raw,
-//! the detector's buffer is the payload and no byte is copied.
+//! It takes buffers of a separate pool while it holds one of the detector's, so the two cannot wait for each other (law 9: memory
+//! is bounded). Where all pages of a batch are raw, the detector's buffer is the payload and no byte is copied.
 
 pub mod estimate;
 pub mod misses;
@@ -55,7 +56,7 @@ pub struct EncoderPlan {
     pub compress: Option<Codec>,
     /// Deltas, from the first RoundComplete on.
     pub delta: Option<DeltaPlan>,
-    /// Does each payload carry its xxh3-64?
+    /// Whether each payload carries its xxh3-64.
     pub checksum: bool,
 }
 
@@ -64,13 +65,13 @@ pub struct EncoderPlan {
 pub struct DeltaPlan {
     /// Bytes of the cache: this lane's share.
     pub cache_bytes: u64,
-    /// What is done with pages that miss the cache or whose delta is not smaller.
+    /// What to do with pages that miss the cache or whose delta is not smaller.
     pub on_miss: OnMiss,
-    /// Do pages enter the cache in the first round already?
+    /// Whether pages enter the cache in the first round already.
     pub cache_first_round: bool,
 }
 
-/// A frame for the sender, or as much of one as stands before its payload.
+/// A frame for the sender: the part before its payload, and the payload.
 #[derive(Debug)]
 pub struct Outgoing {
     /// The lane whose frame it is.
@@ -79,23 +80,23 @@ pub struct Outgoing {
     pub head: Bytes,
     /// The payload.
     pub payload: Option<PooledBuffer>,
-    /// What is reached when this frame is sent.
+    /// The mark that is reached when this frame is sent.
     pub mark: Option<Mark>,
 }
 
-/// What a frame stands for, for the sender to report.
+/// A mark for the sender to report.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mark {
-    /// All frames of the round stand before this one in the lane; the figures are complete.
+    /// The end of a round: all of its frames precede this one in the lane, and the figures are complete.
     RoundComplete(RoundTally),
     /// The lane's last frame.
     Switchover,
 }
 
-/// How large an encoder's cache is to be: may be changed while it runs, and counts from its next batch on.
+/// The size of an encoder's cache. It may be changed while the encoder runs, and takes effect at its next batch.
 ///
-/// The cache itself is left here when the switchover has passed, and lives as long as the last of these: to give a large one back
-/// takes milliseconds, for which the paused guest would wait.
+/// The cache itself is moved here when the switchover has passed, and is freed with the last clone: freeing a large one takes
+/// milliseconds, for which the paused guest would wait.
 #[derive(Clone, Debug)]
 pub struct CacheShare(Arc<Cache>);
 
@@ -110,7 +111,7 @@ impl CacheShare {
         Self(Arc::new(Cache { bytes: AtomicU64::new(bytes), left_behind: Mutex::new(None) }))
     }
 
-    /// So many bytes from the next batch on.
+    /// Sets the size in bytes, from the next batch on.
     pub fn set(&self, bytes: u64) {
         self.0.bytes.store(bytes, Ordering::Relaxed);
     }
@@ -135,15 +136,15 @@ pub struct Encoder {
     pool: BufferPool,
     /// What was counted since the last RoundComplete.
     counted: RoundTally,
-    /// Of which pages a delta may be made when they come again, for whoever wants to know.
+    /// The bitmap of pages of which a delta may be made when they come again, if it was requested.
     kept: Option<Arc<DirtyBitmap>>,
-    /// The head of the frame that is being made; its list of pages is used again and again.
+    /// The head of the frame in progress; its list of pages is reused.
     head: PagesHead,
     stage: Stage,
 }
 
 impl Encoder {
-    /// The encoder of one lane. A buffer of `pool`, which is not the detector's, holds a whole extent. The meter counts
+    /// The encoder of one lane. A buffer of `pool`, which must not be the detector's, holds a whole extent. The meter counts
     /// batches, their pages, and the bytes of the Pages frames made of them.
     #[must_use]
     pub fn new(lane: u16, page_size: PageSize, plan: EncoderPlan, pool: BufferPool, meter: Arc<Meter>) -> Self {
@@ -162,15 +163,15 @@ impl Encoder {
         }
     }
 
-    /// Marks in `kept` each page whose content the cache was given: a delta can be made when it comes again, unless others have
-    /// taken its place. Bits are only ever set.
+    /// Marks in `kept` each page that was cached: a delta can be made when it comes again, unless others have taken its place.
+    /// Bits are only ever set.
     #[must_use]
     pub fn with_kept(mut self, kept: Arc<DirtyBitmap>) -> Self {
         self.kept = Some(kept);
         self
     }
 
-    /// The connection behind it, by which [`OnMiss::Auto`] decides. Without one nothing is known to wait for the wire, and pages go raw.
+    /// Sets the connection behind it, by which [`OnMiss::Auto`] decides. Without one, pages that miss are sent raw.
     #[must_use]
     pub fn with_wire(mut self, wire: Wire) -> Self {
         self.coder.set_wire(wire);
@@ -183,7 +184,7 @@ impl Encoder {
         self.coder.bound_bytes()
     }
 
-    /// How large its cache is to be, to be kept by whoever may change it. Where no deltas are planned it changes nothing.
+    /// The handle to the size of its cache. Where no deltas are planned it has no effect.
     #[must_use]
     pub fn cache_share(&self) -> CacheShare {
         self.cache_share.clone()
@@ -236,7 +237,7 @@ impl Encoder {
         self.frame(payload, &batch)
     }
 
-    /// Codes the pages that stand in the payload's buffer, and lists them in the head. Returns those that are not sent.
+    /// Codes the pages in the payload's buffer, and lists them in the head. Returns those that are not sent.
     fn code(&mut self, batch: &Batch, present: u64, payload: Payload) -> (u64, Option<PooledBuffer>) {
         if self.coder.makes_deltas() {
             self.code_each(batch, present, payload)
@@ -260,7 +261,7 @@ impl Encoder {
         payload.finish()
     }
 
-    /// Puts pages in their order: where those that were tried shrank, the first stands for their group.
+    /// Lists pages in order: where the pages that were tried shrank, the first carries the bytes of their group.
     fn put(&mut self, span: Span, mut coded: Option<usize>, payload: &mut Payload) {
         let compressed = if coded.is_some() { span.tried } else { 0 };
         let mut encoding = self.coder.codec();

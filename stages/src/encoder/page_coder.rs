@@ -6,7 +6,7 @@
 //! | deltas planned | compressed, or raw | a delta; what misses the cache or overflows: raw, or compressed, as [`super::misses`] decides |
 //!
 //! Pages that are compressed before deltas begin, or where none are planned, are compressed together (see
-//! [`super::whole_coder`]); from then on each page is coded alone. What does not shrink goes raw.
+//! [`super::whole_coder`]); afterwards each page is coded alone. Pages that do not shrink are sent raw.
 
 use super::misses::{Decision, OnMiss, Wire};
 use super::reference::{Compared, Reference};
@@ -21,19 +21,19 @@ use crate::wire::PageEncoding;
 /// How a page travels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Coded {
-    /// Not at all: the destination holds it.
+    /// Not sent: the destination holds it.
     Unchanged,
-    /// As it is.
+    /// Raw.
     Raw,
-    /// As so many bytes that were written, fewer than the page has.
+    /// In this encoding, as a number of bytes that is less than a page.
     As(PageEncoding, usize),
 }
 
-/// The codec of one lane's pages, with all that it remembers of them.
+/// The coder of one lane's pages, with its cache and its compressor.
 #[derive(Debug)]
 pub(super) struct PageCoder {
     page_size: PageSize,
-    /// Of pages that are sent whole, where they are compressed.
+    /// Compresses pages that are sent whole, where they are compressed.
     whole: Option<WholeCoder>,
     deltas: Option<Deltas>,
 }
@@ -42,9 +42,9 @@ pub(super) struct PageCoder {
 struct Deltas {
     plan: DeltaPlan,
     reference: Reference,
-    /// Decides on misses, where they are not all treated alike.
+    /// Decides on misses, where the plan leaves it open.
     misses: Option<Decision>,
-    /// Has the first RoundComplete passed?
+    /// Whether the first RoundComplete has passed.
     begun: bool,
 }
 
@@ -61,7 +61,7 @@ impl PageCoder {
         Self { page_size, whole, deltas: plan.delta.map(deltas) }
     }
 
-    /// The connection behind it, by which misses are decided on where the plan leaves it open.
+    /// Sets the connection behind it, by which misses are decided on where the plan leaves it open.
     pub(super) fn set_wire(&mut self, wire: Wire) {
         if let Some(deltas) = self.deltas.as_mut().filter(|deltas| matches!(deltas.plan.on_miss, OnMiss::Auto(_))) {
             deltas.misses = Some(Decision::new(wire));
@@ -82,7 +82,7 @@ impl PageCoder {
         self.whole.as_ref().map_or(0, WholeCoder::memory_bytes)
     }
 
-    /// Its cache takes at most so many bytes from here on, where deltas are planned.
+    /// Limits its cache to `bytes`, where deltas are planned.
     pub(super) fn resize_cache(&mut self, bytes: u64) {
         if let Some(deltas) = self.deltas.as_mut().filter(|deltas| deltas.plan.cache_bytes != bytes) {
             deltas.plan.cache_bytes = bytes;
@@ -90,7 +90,8 @@ impl PageCoder {
         }
     }
 
-    /// A round has passed: after the first one deltas begin, if they are planned, and compression is over (law 5).
+    /// Handles the end of a round: after the first one, deltas begin if they are planned, and compression ends (ARCHITECTURE.md,
+    /// law 5: the round travels in band).
     pub(super) fn round_complete(&mut self) {
         if let Some(deltas) = self.deltas.as_mut().filter(|deltas| !deltas.begun) {
             deltas.begun = true;
@@ -100,12 +101,12 @@ impl PageCoder {
         }
     }
 
-    /// Have deltas begun? Then pages are coded one at a time.
+    /// Whether deltas have begun. Then pages are coded one at a time.
     pub(super) fn makes_deltas(&self) -> bool {
         self.deltas.as_ref().is_some_and(|deltas| deltas.begun)
     }
 
-    /// Pages of a batch pass that are all sent whole, and that [`PageCoder::code_whole`] is to code: how they look.
+    /// Prepares pages of a batch that are all sent whole, for [`PageCoder::code_whole`]: caches them and returns how they look.
     pub(super) fn pass_whole(&mut self, places: impl Iterator<Item = PageAt>, pages: &[u8], batch: &Batch) -> Looks {
         if let Some(deltas) = self.deltas.as_mut().filter(|deltas| deltas.plan.cache_first_round) {
             let pages = pages.chunks_exact(self.page_size.bytes());
@@ -127,7 +128,7 @@ impl PageCoder {
         self.whole.as_ref().map(WholeCoder::encoding)
     }
 
-    /// The pages that are coded from here on are those of another batch, once deltas have begun.
+    /// Starts the next batch, once deltas have begun.
     pub(super) fn next_batch(&mut self) {
         if let Some(misses) = self.deltas.as_mut().and_then(|deltas| deltas.misses.as_mut()) {
             misses.next_batch();
@@ -157,8 +158,8 @@ impl PageCoder {
         coded
     }
 
-    /// A page is sent as zero. It is kept as such where deltas are made, for it was written and may be again; in the first
-    /// round most zero pages never were.
+    /// Handles a page that is sent as zero. Once deltas are made it is cached as zero, since it was written and may be again; in
+    /// the first round most zero pages were never written.
     pub(super) fn zero(&mut self, at: PageAt, batch: &Batch) {
         match &mut self.deltas {
             Some(deltas) if deltas.begun => deltas.reference.will_be_zero(at, batch),
@@ -167,7 +168,7 @@ impl PageCoder {
         }
     }
 
-    /// Which pages of a batch, of which some are zero, the cache is given.
+    /// The pages of a batch that are cached; `zero` are the zero pages among them.
     pub(super) fn keeps(&self, mask: u64, zero: u64) -> u64 {
         match &self.deltas {
             Some(deltas) if deltas.begun => mask,

@@ -1,8 +1,7 @@
 //! The payload of one frame, as its pages are coded one by one.
 //!
-//! As long as all pages stay raw, the buffer that the detector filled is the payload as it stands. The first page that is
-//! coded, or left out, ends that: the raw pages before it are copied in one piece, and the payload grows in a buffer of
-//! its own.
+//! As long as all pages are raw, the buffer that the detector filled is the payload, unchanged. At the first page that is
+//! coded or skipped, the raw pages before it are copied in one piece, and the payload grows in a separate buffer.
 
 use crate::pool::PooledBuffer;
 
@@ -14,9 +13,9 @@ pub(super) struct Payload {
     pages: PooledBuffer,
     /// How many of them are done.
     done: usize,
-    /// Where coded pages are put; as long as `pages` at least.
+    /// The buffer for coded pages; at least as long as `pages`.
     own: PooledBuffer,
-    /// Is the payload in `own`? Else it is what is done of `pages`.
+    /// Whether the payload is in `own`. Otherwise it is the part of `pages` that is done.
     apart: bool,
     /// Its bytes.
     bytes: usize,
@@ -32,19 +31,19 @@ impl Payload {
         Self { page_bytes, pages, done: 0, own, apart: false, bytes: 0 }
     }
 
-    /// The next page, and room of a page's size for what it is coded as.
+    /// The next page, and room of a page's size for its code.
     pub(super) fn next_page(&mut self) -> (&[u8], &mut [u8]) {
         let start = self.done * self.page_bytes;
         let room = &mut self.own.space()[self.bytes..self.bytes + self.page_bytes];
         (&self.pages[start..start + self.page_bytes], room)
     }
 
-    /// All pages to come, and room for what the next of them are coded as: at least as long.
+    /// All remaining pages, and at least as much room for their code.
     pub(super) fn rest(&mut self) -> (&[u8], &mut [u8]) {
         (&self.pages[self.done * self.page_bytes..], &mut self.own.space()[self.bytes..])
     }
 
-    /// The next page goes as it is.
+    /// Adds the next page raw.
     pub(super) fn push_raw(&mut self) {
         if self.apart {
             let (page, room) = self.next_page();
@@ -54,20 +53,20 @@ impl Payload {
         self.bytes += self.page_bytes;
     }
 
-    /// The next page goes as the first `bytes` of its room.
+    /// Adds the next page as the first `bytes` of its room.
     pub(super) fn push_coded(&mut self, bytes: usize) {
         self.set_apart();
         self.done += 1;
         self.bytes += bytes;
     }
 
-    /// The next page does not go, or goes in the bytes of another.
+    /// Skips the next page: it is not sent, or is in the bytes of another.
     pub(super) fn leave_out(&mut self) {
         self.set_apart();
         self.done += 1;
     }
 
-    /// The buffer with the payload in it, unless it is empty.
+    /// The buffer with the payload, unless it is empty.
     pub(super) fn finish(mut self) -> Option<PooledBuffer> {
         if !self.apart {
             return Some(self.pages);
@@ -76,7 +75,7 @@ impl Payload {
         (self.bytes > 0).then_some(self.own)
     }
 
-    /// From here on the payload is in the buffer of its own.
+    /// Moves the payload to the separate buffer.
     fn set_apart(&mut self) {
         if !self.apart {
             self.own.space()[..self.bytes].copy_from_slice(&self.pages[..self.bytes]);
@@ -95,7 +94,7 @@ mod tests {
     const PAGE: usize = 16;
 
     proptest! {
-        /// Each page goes raw, is left out, or is coded as some bytes: held against the bytes put one after another.
+        /// Each page is raw, skipped, or coded as some bytes; compared with the concatenated bytes.
         #[test]
         fn a_payload_is_its_pages_one_after_another(fates in prop::collection::vec(0..PAGE + 3, 1..20)) {
             let (given, room) = (BufferPool::new(1, 20 * PAGE), BufferPool::new(1, 20 * PAGE));

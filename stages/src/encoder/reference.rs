@@ -1,29 +1,30 @@
-//! The delta's reference: what the destination holds of a page, as far as it is cached (law 6).
+//! The delta's reference: the content of a page at the destination, as far as it is cached (ARCHITECTURE.md, law 6: the delta's
+//! reference is what the destination holds).
 //!
-//! Whatever becomes of a page that passes here, the destination holds that page afterwards; so when a method returns, the
-//! page's entry equals the page or is gone. In the last round entries are dropped instead of updated.
+//! However a page is sent, the destination holds that page afterwards. So when a method returns, the page's entry equals the page
+//! or is gone. In the last round entries are dropped instead of updated.
 
 use crate::batch::Batch;
 use crate::geometry::{PageAt, PageSize};
 use crate::xbzrle::{self, Delta, Encoded, XbzrleCache};
 
-/// A delta of at most this part of its page is applied to the page's entry, which leaves most of its lines alone: what is
-/// not written need not go back to memory. For others a copy of the page costs less than a walk over their runs.
+/// A delta of at most this part of its page is applied to the page's entry. That leaves most of its cache lines unmodified, and
+/// they need not be written back to memory. For larger deltas a copy of the page costs less than a walk over their runs.
 const SPARSE: usize = 16;
 
-/// The cache of one lane, and the rule by which it is kept.
+/// The cache of one lane, and the rule by which it is updated.
 #[derive(Debug)]
 pub(super) struct Reference {
     cache: XbzrleCache,
     zero_page: Box<[u8]>,
 }
 
-/// What a page came to, compared with its reference.
+/// The result of a comparison of a page with its reference.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Compared {
     /// The destination holds it already.
     Equal,
-    /// A delta of so many bytes, fewer than the page has, was written.
+    /// A delta of this many bytes, fewer than the page has, was written.
     Delta(usize),
     /// There is no reference.
     Miss,
@@ -32,7 +33,7 @@ pub(super) enum Compared {
 }
 
 impl Reference {
-    /// At most `bytes` of pages and their places.
+    /// A reference that takes at most `bytes`, bookkeeping included.
     pub(super) fn new(page_size: PageSize, bytes: u64) -> Self {
         Self { cache: XbzrleCache::new(page_size, bytes), zero_page: vec![0; page_size.bytes()].into() }
     }
@@ -47,7 +48,7 @@ impl Reference {
         self.cache.memory_bytes()
     }
 
-    /// From here on at most so many bytes of pages and their places. What is lost is no reference any more.
+    /// Limits it to `bytes`, bookkeeping included. Pages that are dropped have no reference.
     pub(super) fn resize(&mut self, bytes: u64) {
         self.cache.resize(bytes);
     }
@@ -73,13 +74,14 @@ impl Reference {
         compared
     }
 
-    /// A page is sent whole.
+    /// Handles a page that is sent whole.
     pub(super) fn will_hold(&mut self, at: PageAt, page: &[u8], batch: &Batch) {
         self.keep(at, page, batch, batch.round);
     }
 
-    /// A page is sent whole for the first time. It has not shown that it is written to, so it gives way a round sooner: to the
-    /// pages that are dirty again in the next round already. Without it a full cache takes none of them before the round after.
+    /// Handles a page that is sent whole for the first time. It is not known to be written to, so it may be replaced one round
+    /// sooner, by the pages that are dirty in the next round already. Otherwise a full cache would take none of them before the
+    /// round after.
     pub(super) fn will_hold_first(&mut self, at: PageAt, page: &[u8], batch: &Batch) {
         self.keep(at, page, batch, batch.round.saturating_sub(1));
     }
@@ -92,7 +94,7 @@ impl Reference {
         }
     }
 
-    /// A page is sent as zero. `keep`: worth an entry if it has none?
+    /// Handles a page that is sent as zero. `keep` says whether it gets an entry if it has none.
     pub(super) fn will_be_zero(&mut self, at: PageAt, batch: &Batch) {
         if batch.last {
             self.cache.remove(at);
@@ -101,7 +103,7 @@ impl Reference {
         }
     }
 
-    /// The page's entry is gone.
+    /// Removes the page's entry.
     pub(super) fn forget(&mut self, at: PageAt) {
         self.cache.remove(at);
     }
@@ -141,7 +143,9 @@ mod tests {
     }
 
     proptest! {
-        /// Law 6, in the small: pages pass in any way, and what is cached of them is what the destination holds.
+        /// Law 6 (the delta's reference is what the destination holds) in a model: pages are sent in any way, and their entries
+        /// equal what
+    /// the destination holds.
         #[test]
         fn an_entry_is_what_the_destination_holds_or_gone(
             cache_pages in 0..20u64,
@@ -155,7 +159,7 @@ mod tests {
                 let batch = Batch { last, ..batch(0, 1, 1 + step / 20) };
                 let held = destination.entry(at).or_insert_with(|| vec![0; 4096]);
                 let next = changed(held, seed);
-                // Does the destination hold it already, or is nothing sent?
+                // Whether the destination holds it already, or nothing is sent.
                 let mut equal = false;
                 match way {
                     0 => {

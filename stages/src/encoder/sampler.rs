@@ -1,28 +1,28 @@
-//! Which pages are worth a try: sample, skip, look again.
+//! Decides which pages are worth a try at compression: sample, skip, sample again.
 //!
-//! Memory that does not shrink must not cost what compressing costs, and which memory that is changes from page to page. So
-//! pages are told apart by a glance, [`looks_like_noise`], and for each of the two looks what became of the last tries says
+//! Memory that does not shrink must not cost the time of compression, and which memory that is changes from page to page. So
+//! a quick test, [`looks_like_noise`], sorts pages into two classes. For each class, the outcome of the last tries decides
 //! whether the next page is tried:
 //!
 //! ```text
 //!              ┌── shrank ──────────────────────────────────────────────┐
 //!              ▼                                                        │
-//!  in trust: groups are tried ── [`PATIENCE`] tries in a row ──▶ in doubt: some pages are passed over, then one is tried;
-//!                                came to nothing                 each time it comes to nothing, twice as many are passed
-//!                                                                over, up to [`LONGEST`]
+//!  in trust: groups are tried ── [`PATIENCE`] tries in a row ──▶ in doubt: some pages are skipped, then one is tried;
+//!                                failed                          after each failure twice as many are skipped, up to
+//!                                                                [`LONGEST`]
 //! ```
 //!
-//! Pages that look like noise begin in doubt, all others in trust. A glance may be wrong either way (noise that repeats, text
-//! in base 64), and then costs this much at most:
-//! - *Time*: of pages that never shrink, [`PATIENCE`] groups are tried, then one page in [`LONGEST`], but for the doubling.
-//! - *Ratio*: where memory changes to pages that shrink, no more of them are passed over than [`LONGEST`], nor (but for
-//!   [`PATIENCE`]) than pages of that look came since the last that shrank. Where they come often enough to keep the trust, none.
+//! Pages that look like noise begin in doubt, all others in trust. The test may be wrong either way (noise that repeats, text
+//! in base 64). Its cost is then bounded:
+//! - *Time*: of pages that never shrink, [`PATIENCE`] groups are tried, then one page in [`LONGEST`], after the doubling.
+//! - *Ratio*: where memory changes to pages that shrink, at most [`LONGEST`] of them are skipped, and (except for [`PATIENCE`]) at
+//!   most as many as pages of that class came since the last that shrank. Where they come often enough to keep the trust, none is.
 //!
-//! It has no clock and no dice: the same pages and outcomes give the same choices.
+//! It uses no clock and no random numbers: the same pages and outcomes give the same choices.
 
-/// Tries in a row that must come to nothing before pages are passed over.
+/// Failed tries in a row before pages are skipped.
 const PATIENCE: u32 = 4;
-/// The most pages that are passed over between two tries.
+/// The most pages that are skipped between two tries.
 const LONGEST: u32 = 256;
 
 /// The policy of one lane.
@@ -32,7 +32,7 @@ pub(super) struct Sampler {
     noise: Trust,
 }
 
-/// The pages to come, up to where the next group begins: those of `tried` are compressed together, the others go raw. The first
+/// The next pages, up to where the next group begins: those of `tried` are compressed together, the others are raw. The first
 /// page is one of `tried`, if any is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Span {
@@ -49,14 +49,14 @@ impl Span {
     }
 }
 
-/// What is known of pages that look alike.
+/// The state of one class of pages.
 #[derive(Debug)]
 struct Trust {
-    /// Tries in a row that came to nothing, up to [`PATIENCE`].
+    /// Failed tries in a row, up to [`PATIENCE`].
     failures: u32,
-    /// Pages that were passed over before the last try.
+    /// Pages that were skipped before the last try.
     passed: u32,
-    /// Pages that are still to be passed over.
+    /// Pages that are still to be skipped.
     pass: u32,
 }
 
@@ -67,7 +67,7 @@ impl Sampler {
     }
 
     /// Decides on the next of `pages` pages, of which those in the mask `noise` look like noise. A group has at most
-    /// `group` pages. Unless nothing is tried in it, its outcome is to be told before the next span is asked for.
+    /// `group` pages. If anything is tried in the span, its outcome must be reported before the next call.
     pub(super) fn span(&mut self, pages: u32, noise: u64, group: u32) -> Span {
         let (mut tried, mut room, mut look) = (0_u64, group, false);
         for page in 0..pages {
@@ -91,7 +91,7 @@ impl Sampler {
         Span { pages, tried }
     }
 
-    /// Says what became of the tried pages of a span: did they shrink enough to be worth it?
+    /// Reports the outcome of a span's tried pages: whether they shrank enough to be worth it.
     pub(super) fn outcome(&mut self, span: Span, noise: u64, shrank: bool) {
         let noisy = noise & span.tried != 0;
         self.trust(noisy).outcome(shrank);
@@ -103,7 +103,7 @@ impl Sampler {
 }
 
 impl Trust {
-    /// How many pages may be tried together?
+    /// How many pages may be tried together.
     fn most(&self, group: u32) -> u32 {
         if self.failures < PATIENCE { group } else { 1 }
     }
@@ -121,15 +121,16 @@ impl Trust {
     }
 }
 
-/// Words of a page that a glance takes in.
+/// Words of a page that the quick test reads.
 const GLANCE_WORDS: usize = 16;
-/// Pairs of equal bytes among those of a glance, from which on a page does not look like noise. Of noise there are 32, give
-/// or take 6; of text or of records, hundreds.
+/// The number of pairs of equal bytes in the quick test from which a page does not look like noise. The 128 bytes of the test form
+/// 128 × 127 / 2 = 8,128 pairs; in noise each is equal with probability 1/256, so 32 are expected, with a standard deviation of
+/// 6. Text and records have hundreds.
 const PAIRS: u32 = 64;
 
-/// Do a page's bytes look as if they were drawn evenly? A glance at 128 bytes all over it.
+/// Whether a page's bytes look evenly distributed: tests 128 bytes from all over it.
 pub(super) fn looks_like_noise(page: &[u8]) -> bool {
-    // A word more than an even step, or it might fall on the same field of each record.
+    // One word more than an even step, which might hit the same field of each record.
     let step = page.len() / GLANCE_WORDS / 8 * 8 + 8;
     let (mut seen, mut pairs) = ([0_u8; 256], 0);
     for word in page.chunks(step.min(page.len())).filter_map(|chunk| chunk.first_chunk::<8>()) {
@@ -150,14 +151,14 @@ mod tests {
 
     const GROUP: u32 = 16;
 
-    /// A page to come: does it look like noise, and does it shrink?
+    /// A page: whether it looks like noise, and whether it shrinks.
     #[derive(Clone, Copy, Debug)]
     struct Page {
         noisy: bool,
         shrinks: bool,
     }
 
-    /// What became of each page: was it tried, and with how many others?
+    /// The outcome of each page: whether it was tried, and with how many others.
     fn run(pages: &[Page], batch: usize) -> Vec<u32> {
         let mut sampler = Sampler::new();
         let mut fates = Vec::new();

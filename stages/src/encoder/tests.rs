@@ -16,7 +16,7 @@ const EXTENTS: usize = 2;
 const PAGES: usize = EXTENTS * 64;
 const LANE: u16 = 1;
 
-/// A destination kept as simply as can be: it does to its memory what the frames say.
+/// A simple destination: it applies frames to its memory.
 struct Destination {
     layout: Layout,
     memory: Vec<u8>,
@@ -29,7 +29,7 @@ impl Destination {
         Self { layout, memory, decompressor: Decompressor::default() }
     }
 
-    /// Loads one frame, and returns what stood before its payload.
+    /// Loads one frame, and returns its head.
     fn load(&mut self, outgoing: &Outgoing, checksum: bool) -> PagesHead {
         let (head, body) = outgoing.head.split_first_chunk::<HEAD_BYTES>().unwrap();
         let frame = FrameHead::parse(head, self.layout.page_size()).unwrap();
@@ -256,8 +256,9 @@ fn writes() -> impl Strategy<Value = Vec<(usize, Write, u64)>> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(300))]
 
-    /// Laws 5 and 6 at once: each delta is applied to what the destination holds. A last round may be followed by others,
-    /// for a switchover may be called off. The cache may change its size before any of them.
+    /// Laws 5 (the round travels in band) and 6 (the delta's reference is what the destination holds): each delta is applied to
+    /// what the destination holds. A last round may be followed by others, since a switchover may be called off. The cache may
+    /// change its size before any of them.
     #[test]
     fn the_destination_holds_what_the_source_held_after_every_round(
         plan in plans(),
@@ -348,7 +349,7 @@ fn pages_that_shrink_are_compressed_together_across_those_that_do_not() {
     let plan = EncoderPlan { compress: Some(Codec::Lz4), ..EncoderPlan::default() };
     let mut bench = Bench::new(page_size(4), plan);
     let mut destination = Destination::new(bench.source.layout());
-    // Noise is looked at again now and then: not in the third round.
+    // Noise is tried again now and then, but not in the third round.
     for round in 1..=3 {
         let writes: Vec<_> = (0..48)
             .map(|page| (page, if page % 3 == 0 { Write::Random } else { Write::Text }, 5 + page as u64))

@@ -1,8 +1,8 @@
-//! Pages that are sent whole: compressed, as many together as may be, or raw.
+//! Pages that are sent whole: compressed in groups, or raw.
 //!
-//! The [sampler](super::sampler) says which pages are worth a try. Those of a batch that are, and look alike, are compressed
-//! together, for a codec sees more in 64 KiB than in 4: up to [`GROUP_BYTES`](crate::wire::pages::GROUP_BYTES) of them, even where others lie between. What
-//! does not shrink goes raw.
+//! The [sampler](super::sampler) decides which pages are worth a try. Those of a batch that are, and look alike, are compressed
+//! together, up to [`GROUP_BYTES`](crate::wire::pages::GROUP_BYTES), even where others lie between: a codec finds more matches in
+//! 64 KiB than in 4. Pages that do not shrink are sent raw.
 
 use super::sampler::{Sampler, Span, looks_like_noise};
 use crate::codec::{Codec, Compressor};
@@ -10,10 +10,10 @@ use crate::geometry::{PageSize, runs};
 use crate::wire::PageEncoding;
 use crate::wire::pages::group_pages;
 
-/// A group must shrink by one part in so many to be worth the next try.
+/// A group that shrinks by less than one part in this many counts as a failed try.
 const WORTH: usize = 16;
 
-/// The compressor of one lane, and what it has learnt of its pages.
+/// The compressor of one lane, with its sampler.
 #[derive(Debug)]
 pub(super) struct WholeCoder {
     page_bytes: usize,
@@ -21,16 +21,16 @@ pub(super) struct WholeCoder {
     group: u32,
     compressor: Compressor,
     sampler: Sampler,
-    /// Room for the pages of a group that do not lie side by side.
+    /// Room for the pages of a group that are not adjacent.
     gathered: Vec<u8>,
 }
 
-/// Pages that stand one after another, and which of them look like noise.
+/// Which of a number of consecutive pages look like noise.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Looks(u64);
 
 impl Looks {
-    /// Those behind the first `pages`.
+    /// Those after the first `pages`.
     pub(super) fn behind(self, pages: u32) -> Self {
         Self(self.0.checked_shr(pages).unwrap_or(0))
     }
@@ -58,14 +58,13 @@ impl WholeCoder {
         self.compressor.memory_bytes() + self.gathered.capacity() as u64
     }
 
-    /// A glance at each of up to 64 pages.
+    /// Tests each of up to 64 pages for noise.
     pub(super) fn look(&self, pages: &[u8]) -> Looks {
         let pages = (0..).zip(pages.chunks_exact(self.page_bytes));
         Looks(pages.fold(0, |noise, (bit, page)| noise | u64::from(looks_like_noise(page)) << bit))
     }
 
-    /// Codes the next of these pages: which they are, and the bytes written to `room` for those that were tried, if they
-    /// shrank.
+    /// Codes the next of these pages. Returns the span, and the bytes written to `room` for the tried pages, if they shrank.
     pub(super) fn code(&mut self, pages: &[u8], looks: Looks, room: &mut [u8]) -> (Span, Option<usize>) {
         let count = u32::try_from(pages.len() / self.page_bytes).expect("at most 64");
         let span = self.sampler.span(count, looks.0, self.group);
@@ -80,7 +79,7 @@ impl WholeCoder {
     }
 }
 
-/// The pages of a mask one after another: where they stand, if they stand so.
+/// The pages of a mask, one after another: in place, if they are adjacent.
 fn gather<'a>(mask: u64, pages: &'a [u8], page_bytes: usize, gathered: &'a mut Vec<u8>) -> &'a [u8] {
     let place = |first: u32, count: u32| first as usize * page_bytes..(first + count) as usize * page_bytes;
     let first = mask.trailing_zeros();

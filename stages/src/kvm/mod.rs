@@ -1,7 +1,7 @@
 //! The kernel's interface to a KVM machine's memory: its slots, their dirty log, and its vCPUs' dirty rings.
 //!
-//! A VMM makes the machine and its vCPUs with whatever crate it likes and hands the machine's descriptor over; from then
-//! on the slots are set here, so that logging can be switched on and off for them. The logs over this are in
+//! A VMM makes the machine and its vCPUs with any crate and hands the machine's descriptor over. Afterwards the slots are set
+//! here, so that logging can be switched on and off for them. The logs over this are in
 //! [`dirty_log::kvm`](crate::dirty_log::kvm), which knows no ioctl.
 //!
 //! `unsafe` is needed because the kernel is given addresses and shares the rings; the structs are those of linux/kvm.h.
@@ -78,7 +78,7 @@ struct CapArg {
 /// An ioctl that takes a number, or nothing, and returns a number.
 struct Plain<const OPCODE: Opcode>(usize);
 
-// SAFETY: no pointer is passed; whoever makes a `Plain` sees to it that the opcode takes a number.
+// SAFETY: no pointer is passed; the code that makes a `Plain` ensures that the opcode takes a number.
 unsafe impl<const OPCODE: Opcode> Ioctl for Plain<OPCODE> {
     type Output = i32;
     const IS_MUTATING: bool = false;
@@ -96,7 +96,7 @@ unsafe impl<const OPCODE: Opcode> Ioctl for Plain<OPCODE> {
     }
 }
 
-/// A machine's memory slot: which part of a RAM block stands where in its physical memory.
+/// A machine's memory slot: a part of a RAM block, and its place in the machine's physical memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Slot {
     /// Its number, unique in the machine; below 2^16.
@@ -107,7 +107,7 @@ pub struct Slot {
     pub offset: u64,
     /// Its bytes: whole pages of 4 KiB, the last of which the block may fill in part.
     pub length: u64,
-    /// Where the guest sees it.
+    /// Its address in the guest.
     pub guest_address: u64,
 }
 
@@ -119,8 +119,8 @@ impl Slot {
     }
 }
 
-/// A KVM machine, seen from its memory. Dropping it takes the slots out of the machine: whatever of it still lives then
-/// has no memory.
+/// The memory of a KVM machine. Dropping it removes the slots from the machine: parts of it that still live
+/// have no memory afterwards.
 #[derive(Debug)]
 pub struct VmMemory {
     descriptor: OwnedFd,
@@ -159,8 +159,8 @@ impl VmMemory {
         let offset = usize::try_from(slot.offset).expect("checked against the memory");
         let address = memory.as_ptr().wrapping_add(offset).expose_provenance() as u64;
         let mut arg = RegionArg { slot: slot.number, flags, guest_address: slot.guest_address, length, address };
-        // SAFETY: KVM_SET_USER_MEMORY_REGION takes a RegionArg. The guest gets at memory that is kept alive until the slot
-        // is taken out, and to which no Rust reference exists.
+        // SAFETY: KVM_SET_USER_MEMORY_REGION takes a RegionArg. The guest can access memory that is kept alive until the slot
+        // is removed, and to which no Rust reference exists.
         unsafe { rustix::ioctl::ioctl(&self.descriptor, Call::<SET_USER_MEMORY_REGION, _>(&mut arg)) }?;
         Ok(())
     }
@@ -178,7 +178,7 @@ impl Drop for VmMemory {
     fn drop(&mut self) {
         for (slot, memory) in std::mem::take(&mut self.slots) {
             if self.set(&slot, &memory, 0, 0).is_err() {
-                // The guest may still get at it.
+                // The guest may still access it.
                 std::mem::forget(memory);
             }
         }
@@ -219,7 +219,7 @@ impl LogCalls for VmMemory {
 }
 
 impl VmMemory {
-    /// The kernel fills a whole slot's bits: are there so many words?
+    /// Checks that there is a word for each 64 pages of a slot, since the kernel fills all of them.
     fn check_bits(&self, slot: u32, words: usize) {
         let pages = self.slots().find(|own| own.number == slot).map_or(0, Slot::pages);
         let needed = pages.div_ceil(64);
@@ -233,21 +233,21 @@ fn extension(descriptor: BorrowedFd<'_>, capability: usize) -> io::Result<i32> {
     Ok(unsafe { rustix::ioctl::ioctl(descriptor, Plain::<CHECK_EXTENSION>(capability)) }?)
 }
 
-// ---- what there is ----
+// ---- probes ----
 
-/// What KVM offers a migration.
+/// The abilities of KVM that a migration uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Offers {
-    /// Manual protection of the dirty log; is everything set at the start?
+    /// Manual protection of the dirty log, and whether all bits are set at the start.
     pub(crate) manual_protect: Option<bool>,
     /// The most entries of a dirty ring; 0 is no ring.
     pub(crate) ring_entries: u32,
 }
 
-/// Opens KVM, makes a machine and asks what it can do.
+/// Opens KVM, makes a machine and probes it.
 pub(crate) fn offers() -> io::Result<Offers> {
     let kvm = OpenOptions::new().read(true).write(true).open("/dev/kvm")?;
-    // SAFETY: KVM_CREATE_VM takes a number; it returns a fresh descriptor, which is nobody else's.
+    // SAFETY: KVM_CREATE_VM takes a number; it returns a fresh descriptor, which has no other owner.
     let machine = unsafe {
         let number = rustix::ioctl::ioctl(&kvm, Plain::<CREATE_VM>(0))?;
         OwnedFd::from_raw_fd(number)

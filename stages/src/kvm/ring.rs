@@ -1,20 +1,20 @@
-//! How one vCPU's dirty ring is read, and comes back into step when the kernel has run over it.
+//! Reads one vCPU's dirty ring, and resynchronizes when the kernel has overrun it.
 //!
 //! ```text
 //!   ── reset ──▶│ harvested │ dirty │ free, until the kernel comes around
 //!              next
 //! ```
 //!
-//! The kernel counts what it entered and what was reset, and shows neither number. It looks at a ring's fill when it enters
-//! the guest, and keeps some entries in reserve for what one entry can write. Where it emulates the guest's stores that
-//! may be too few: one repeated store makes an entry for each of its parts, and a host that emulates many instructions in a
-//! row looks only after the last. Then it **writes over** entries that nobody has read, and its count of what it entered
-//! runs ahead by more than the ring holds.
+//! The kernel counts the entries that it wrote and those that were reset, and exposes neither count. It checks a ring's fill when
+//! it enters the guest, and reserves some entries for what one guest entry can write. Where it emulates the guest's stores the
+//! reserve may be too small: one repeated store makes an entry for each of its parts, and a host that emulates many instructions
+//! in a row checks only after the last. Then it **overwrites** entries that were not read, and its count of written entries runs
+//! ahead by more than the ring holds.
 //!
-//! That is seen in two ways, one of which always shows it: every entry of the ring was dirty, or the kernel did not reset what
-//! was harvested, since it stops at an entry that is dirty again. What the lost entries were cannot be known: all pages
-//! count as written then. And once everything was reset, the kernel's count is still ahead by a *gap* of entries that were never
-//! written at their place. The next dirty entry shows where the gap ends, and the gap is given back with it.
+//! Two signs show that, and at least one is always there: every entry of the ring was dirty, or the kernel did not reset what
+//! was harvested, since it stops at an entry that is dirty again. The lost entries are unknown, so all pages count as written.
+//! Once everything was reset, the kernel's count is still ahead by a *gap* of entries that were never written at their place. The
+//! next dirty entry shows where the gap ends, and the gap is reset with it.
 //!
 //! The layout of an entry and its flags are those of linux/kvm.h (`struct kvm_dirty_gfn`).
 
@@ -35,11 +35,11 @@ const FREE: u32 = 0;
 const DIRTY: u32 = 1;
 const HARVESTED: u32 = 2;
 
-/// How often the kernel may reset nothing in a row: a signal keeps it from it, once.
+/// How often in a row the kernel may reset nothing: a signal can prevent one reset.
 const MOST_IN_VAIN: u32 = 100;
 
 impl Entry {
-    /// The kernel writes an entry's flags last, and entries in order: what is read after this was written before.
+    /// The kernel writes an entry's flags last, and entries in order: reads after this load see what was written before it.
     fn flags(&self) -> u32 {
         self.flags.load(Ordering::Acquire)
     }
@@ -49,7 +49,7 @@ impl Entry {
     }
 }
 
-/// Where a ring is read.
+/// The position at which a ring is read.
 #[derive(Debug, Default)]
 pub(super) struct Reading {
     /// The first entry that is not reset.
@@ -57,27 +57,27 @@ pub(super) struct Reading {
     /// Entries from there on that are marked for the reset.
     harvested: usize,
     step: Step,
-    /// The ring was said to be full, nothing was in it, and nothing was reset since.
+    /// The kernel called the ring full, it was empty, and nothing was reset since.
     full_in_vain: bool,
 }
 
-/// Is the place where a ring is read the one where the kernel writes?
+/// Whether the reader's position is in step with the kernel's.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum Step {
     #[default]
     In,
-    /// The kernel ran over the ring.
+    /// The kernel has overrun the ring.
     Out,
-    /// It did, and every entry is free by now: what is written next ends the gap.
+    /// It has, and every entry is free: the next written entry ends the gap.
     Drained,
 }
 
 impl Reading {
-    /// Calls `found` with slot and page of each dirty entry and marks it for the reset. `is_full` says that the kernel would
+    /// Calls `found` with slot and page of each dirty entry and marks it for the reset. `is_full` means that the kernel does
     /// not enter the guest. Returns how many entries are marked.
     pub(super) fn harvest(&mut self, ring: &[Entry], is_full: bool, found: &mut dyn FnMut(u32, u64)) -> usize {
         self.mark_gap(ring);
-        // Not more than there are: those harvested stay until the reset.
+        // At most all entries: harvested ones stay until the reset.
         while self.harvested < ring.len() {
             let entry = at(ring, self.next + self.harvested);
             match entry.flags() {
@@ -86,7 +86,7 @@ impl Reading {
                     found(entry.slot.load(Ordering::Relaxed), entry.page.load(Ordering::Relaxed));
                     entry.mark_harvested();
                 }
-                // Left by a harvest that the kernel ran over.
+                // Left by a harvest that the kernel has overrun.
                 _harvested => {}
             }
             self.harvested += 1;
@@ -98,8 +98,8 @@ impl Reading {
         self.harvested
     }
 
-    /// Has the kernel reset what was marked in the ring of so many entries: `reset` returns how many it did. True if it has
-    /// run over the ring, so that entries are lost.
+    /// Lets the kernel reset the marked entries of the ring; `reset` returns how many it did reset. True if the kernel has overrun
+    /// the ring, so that entries are lost.
     pub(super) fn reset(&mut self, entries: usize, mut reset: impl FnMut() -> io::Result<usize>) -> io::Result<bool> {
         let (all_were_dirty, mut in_vain) = (self.harvested == entries, 0);
         while self.harvested > 0 && in_vain < MOST_IN_VAIN {
@@ -116,7 +116,7 @@ impl Reading {
         Ok(is_run_over)
     }
 
-    /// Marks the entries of the gap, if it shows.
+    /// Marks the entries of the gap, if its end is known.
     fn mark_gap(&mut self, ring: &[Entry]) {
         if self.step == Step::In {
             return;
@@ -125,7 +125,7 @@ impl Reading {
         match self.gap(ring) {
             Some(gap) => {
                 gap.clone().for_each(|entry| at(ring, self.next + entry).mark_harvested());
-                // Behind entries that are written the kernel has come around: it ran over the ring again.
+                // Written entries before the position: the kernel has overrun the ring again.
                 if gap.start == 0 {
                     self.harvested = gap.end;
                     self.step = Step::In;
@@ -144,7 +144,7 @@ impl Reading {
         loop {
             let free = (from..ring.len()).find(is_free)?;
             let written = (free..ring.len()).find(|entry| !is_free(entry))?;
-            // What was written before that one, and after it was looked at, shows by now.
+            // Entries before that one that were written after they were checked are visible by now.
             let end = (free..written).find(|entry| !is_free(entry)).unwrap_or(written);
             if end > free {
                 return Some(free..end);
@@ -153,8 +153,8 @@ impl Reading {
         }
     }
 
-    /// The kernel takes a ring for full that is empty, and goes on doing so: its count is ahead by a ring's length and more.
-    /// The least that it takes for full is more than a quarter.
+    /// Handles a ring that is empty, and that the kernel repeatedly calls full: its count is ahead by at least a ring's length.
+    /// The kernel calls no ring full that is less than a quarter full.
     fn mark_some_of_an_endless_gap(&mut self, ring: &[Entry]) {
         self.step = Step::Out;
         self.harvested = ring.len() / 4;
@@ -197,7 +197,7 @@ mod tests {
             self.entered - self.reset >= ENTRIES - RESERVE
         }
 
-        /// Resets at most so many.
+        /// Resets at most `most` entries.
         fn reset(&mut self, most: usize) -> usize {
             let began = self.reset;
             while self.reset - began < most && at(&self.ring, self.reset).flags() & HARVESTED != 0 {
@@ -209,7 +209,7 @@ mod tests {
         }
     }
 
-    /// A ring with its reader, and what it owes.
+    /// A ring with its reader, and the pages still to be found.
     struct Bench {
         kernel: Kernel,
         reading: Reading,
@@ -249,7 +249,7 @@ mod tests {
             is_run_over
         }
 
-        /// The vCPU stands still: its ring is emptied until the kernel would let it go on.
+        /// The vCPU is stopped: its ring is emptied until the kernel would let it continue.
         fn settle(&mut self) {
             for _ in 0..100 {
                 self.harvest(self.kernel.is_full(), 0, usize::MAX);
@@ -286,7 +286,7 @@ mod tests {
             bench.write(count);
             assert!(bench.harvest(true, 0, usize::MAX), "{count}");
             bench.settle();
-            // With a large gap a few entries may run over the ring once more.
+            // With a large gap a few entries may overrun the ring once more.
             for _ in 0..2 {
                 bench.write(ENTRIES / 4);
                 bench.settle();
@@ -308,7 +308,7 @@ mod tests {
     #[test]
     fn an_empty_ring_that_is_called_full_once_is_left_alone() {
         let mut bench = Bench::new();
-        // Somebody else emptied it between the vCPU's exit and its call.
+        // Another thread emptied it between the vCPU's exit and its call.
         bench.harvest(true, 0, usize::MAX);
         bench.write(3);
         bench.harvest(true, 0, usize::MAX);
@@ -323,7 +323,7 @@ mod tests {
         ) {
             let mut bench = Bench::new();
             for (count, between, most, kind) in steps {
-                // A vCPU writes only after the kernel has let it enter, then as much as it likes.
+                // A vCPU writes only after the kernel has let it enter, then any number of entries.
                 if !bench.kernel.is_full() {
                     bench.write(count);
                 }

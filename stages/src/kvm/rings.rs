@@ -12,7 +12,7 @@ use super::ring::{Entry, Reading};
 use super::{CAP_DIRTY_LOG_RING_ACQ_REL, KVM_PAGE_BYTES, Plain, RESET_DIRTY_RINGS, VmMemory, extension};
 use crate::dirty_log::kvm::{LogCalls, RingCalls};
 
-/// Where a vCPU's ring lies in its descriptor.
+/// The offset of a vCPU's ring in its descriptor.
 const RING_OFFSET: u64 = 64 * KVM_PAGE_BYTES;
 
 /// Dirty rings of a machine: what its vCPUs write, in the order in which they do.
@@ -88,7 +88,7 @@ impl RingCalls for VmRings {
     fn harvest(&self, ring: usize, is_full: bool, found: &mut dyn FnMut(u32, u64)) -> usize {
         let mut rings = self.rings();
         let Ring { start, entries, reading, .. } = &mut rings[ring];
-        // SAFETY: the ring was mapped for so many entries; the kernel shares them by atomic accesses.
+        // SAFETY: the ring was mapped for this many entries; the kernel shares them by atomic accesses.
         let mapped = unsafe { std::slice::from_raw_parts(start.as_ptr(), *entries) };
         reading.harvest(mapped, is_full, found)
     }
@@ -110,7 +110,7 @@ impl RingCalls for VmRings {
 impl Drop for Ring {
     fn drop(&mut self) {
         let length = self.entries * size_of::<Entry>();
-        // SAFETY: the mapping was made for this length, and nothing can use it any more.
+        // SAFETY: the mapping was made for this length, and nothing can use it afterwards.
         let unmapped = unsafe { rustix::mm::munmap(self.start.as_ptr().cast(), length) };
         debug_assert!(unmapped.is_ok(), "a mapping of ours is unmapped");
     }

@@ -1,38 +1,38 @@
-//! Asks for memory ahead of its first write, at most a little more than will be written.
+//! Populates memory ahead of its first write, with at most a little more than will be written.
 //!
 //! ```text
-//! a frame's pages that are not held ──▶ in a stretch that was asked for whole? nothing to do
-//!                                   ──▶ does its stretch look dense? ask for all of it, in huge pages
-//!                                   ──▶ else ask for exactly these pages
+//! a frame's pages, not received yet ──▶ in a stretch that is populated? nothing to do
+//!                                   ──▶ in a stretch that looks dense? populate all of it, by huge pages
+//!                                   ──▶ otherwise populate exactly these pages
 //! ```
 //!
-//! Touching a page for the first time is the dearest thing at a destination, and cheapest by huge pages. But a huge page is
-//! resident whole: a guest that is mostly empty must not grow by it. So a stretch is asked for whole only when its first extent comes
-//! dense and the stretch before it came full, and only while what was asked for in vain stays below a share of what was written.
+//! The first touch of pages is the most expensive work at a destination, and cheapest by huge pages. But a huge page is resident as
+//! a whole: a guest that is mostly empty must not grow by it. So a whole stretch is populated only when its first extent comes
+//! dense and the stretch before it came full, and only while the populated but unwritten pages stay below a share of those written.
 
 use crate::bitmap::DirtyBitmap;
 use crate::geometry::{EXTENT_PAGES, ExtentAt, runs};
 use crate::memory::GuestMemory;
 
-/// An extent is dense if so many of its pages come.
+/// The least number of pages with which an extent is dense.
 const DENSE_PAGES: u32 = 48;
-/// A stretch came full if at most one page in so many did not come.
+/// A stretch came full if at most one page in this many did not come.
 const MISSING: u64 = 16;
-/// What was asked for in vain stays below this share of the pages written: one in so many.
+/// Populated but unwritten pages stay below one in this many of the pages written.
 const IN_VAIN: u64 = 32;
 
-/// The first touches of one lane. A stretch is of one lane, so lanes need not know of each other.
+/// The first touches of one lane. A stretch belongs to one lane, so lanes are independent.
 #[derive(Debug, Default)]
 pub(super) struct FirstTouch {
-    /// The stretch whose pages come.
+    /// The stretch whose pages are coming.
     current: Option<Stretch>,
-    /// Did the stretch before it come full?
+    /// Whether the stretch before it came full.
     full_before: bool,
-    /// Pages asked for by whole stretches and not written yet.
+    /// Pages populated by whole stretches and not written yet.
     ahead: u64,
     /// Pages written for the first time.
     written: u64,
-    /// The memory cannot be asked.
+    /// Whether the memory cannot be populated.
     refused: bool,
 }
 
@@ -44,12 +44,12 @@ struct Stretch {
     extents: u32,
     /// Pages of it that came.
     came: u64,
-    /// Was it asked for whole?
+    /// Whether it was populated as a whole.
     asked: bool,
 }
 
 impl FirstTouch {
-    /// Makes memory ready for the pages of `mask`, which are about to be written. Whatever comes of it, they may be.
+    /// Populates memory for the pages of `mask`, which are about to be written. They may be written even if this fails.
     pub(super) fn prepare(&mut self, memory: &GuestMemory, held: &DirtyBitmap, at: ExtentAt, mask: u64) {
         let pages = mask & !held.peek(at);
         if pages == 0 || self.refused {
@@ -69,7 +69,7 @@ impl FirstTouch {
         self.current = Some(stretch);
     }
 
-    /// The stretch of an extent, and what came of it.
+    /// The stretch of an extent, with its state.
     fn enter(&mut self, memory: &GuestMemory, at: ExtentAt) -> Stretch {
         if let Some(current) = self.current {
             if current.covers(at) {
@@ -81,7 +81,7 @@ impl FirstTouch {
         Stretch { block: at.block, first: at.extent / extents * extents, extents, came: 0, asked: false }
     }
 
-    /// Asks for the whole stretch, where it is worth it. True if it is there.
+    /// Populates the whole stretch, where it is worth it. True if it is populated.
     fn ask_for_stretch(
         &mut self,
         memory: &GuestMemory,
@@ -115,7 +115,7 @@ impl FirstTouch {
         let block = &memory.block(at.block).memory;
         self.refused = runs(pages).any(|(first, count)| {
             let start = at.first_page() + u64::from(first);
-            // One page is touched as cheaply by writing it.
+            // Writing a single page is as cheap as populating it.
             count > 1 && block.populate(memory.page_size(), start..start + u64::from(count)).is_err()
         });
     }

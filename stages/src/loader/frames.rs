@@ -1,4 +1,4 @@
-//! Pages frames made by hand, for tests: as an encoder may make them, or as none would.
+//! Pages frames made by hand, for tests: valid ones, and ones that no encoder makes.
 
 use crate::codec::{Codec, Compressor};
 use crate::geometry::ExtentAt;
@@ -31,7 +31,7 @@ impl Frame {
         self
     }
 
-    /// With these bytes as the page at `bit`, which lies behind all the others.
+    /// With these bytes as the page at `bit`, which comes after all the others.
     pub(crate) fn coded(mut self, bit: u32, encoding: PageEncoding, bytes: &[u8]) -> Self {
         assert_eq!(self.head.mask & !self.head.zero & (u64::MAX << bit), 0, "pages in order");
         self.head.mask |= 1 << bit;
@@ -80,7 +80,7 @@ impl Frame {
         Arrived { head: self.head.clone(), payload: (!self.payload.is_empty()).then_some(buffer), offset }
     }
 
-    /// As it stands in a stream.
+    /// Its bytes in a stream.
     pub(crate) fn bytes(&self, lane: u16) -> Vec<u8> {
         [&self.head.to_bytes(lane)[..], &self.payload].concat()
     }

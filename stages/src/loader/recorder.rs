@@ -1,4 +1,4 @@
-//! Memory that remembers what was done to it, and whether the pages were held meanwhile.
+//! Memory that records its operations, and whether the received bits of the pages were set meanwhile.
 
 use std::io;
 use std::ops::Range;
@@ -29,7 +29,7 @@ pub(crate) struct Recorder {
 }
 
 impl Recorder {
-    /// A guest of one block with that memory, its recorder, and the bitmap of the pages it holds.
+    /// A guest of one block with that memory, its recorder, and its received bitmap.
     pub(crate) fn guest(bytes: Vec<u8>, fresh: bool) -> (GuestMemory, Arc<Self>, Arc<DirtyBitmap>) {
         let length = bytes.len() as u64;
         let info = BlockInfo::new("ram", length);

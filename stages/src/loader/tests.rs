@@ -73,7 +73,7 @@ fn zero_pages_of_a_fresh_block_are_not_touched_until_something_was_loaded_there(
     assert_eq!((bed.memory.deeds(), bed.held()), (vec![], [0b10_0011, 0]));
     bed.load(&Frame::new(0, 1).raw(7, &text(1))).unwrap();
     assert_eq!(bed.memory.deeds(), [Deed::Wrote(7..8)]);
-    // Pages that are held are made zero: 0, 1, 5 and 7 may hold anything; 6 was never here.
+    // Received pages are made zero: 0, 1, 5 and 7 may hold any content; 6 was never received.
     bed.load(&Frame::new(0, 2).zero(0).zero(1).zero(5).zero(6).zero(7)).unwrap();
     assert_eq!(bed.memory.deeds(), [Deed::Zeroed(0..2), Deed::Zeroed(5..6), Deed::Zeroed(7..8)]);
     assert_eq!((bed.page(7), bed.held()), (vec![0; PAGE], [0b1110_0011, 0]));

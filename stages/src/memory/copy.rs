@@ -1,14 +1,14 @@
 //! Copying pages out of and into memory that others write at the same time.
 //!
 //! The kernel [`copy_unless_zero`] copies a page and tests it for zero in one pass: each byte of the guest is loaded once
-//! (law 3) and nothing is stored before the first byte that is not zero is met, so a zero page costs a read-only sweep.
-//! Testing the finished copy would cost as much again. It is written once over a vector type; the widest one that the
-//! processor has is used.
+//! (ARCHITECTURE.md, law 3: what is compared, hashed or encoded is one copy). Nothing is stored before the first byte that is not
+//! zero, so a zero page costs a read-only sweep. Testing the finished copy would cost as much again. It is written once over a
+//! vector type; the widest one that the processor has is used.
 //!
 //! `unsafe` is worth it here: guest memory changes under the reader, so no reference to it may exist, and a volatile load
 //! through a raw pointer is the only access that the compiler neither splits, repeats nor invents.
 
-/// Alignment in bytes that [`copy_unless_zero`] asks of the guest's side, and unit of its length.
+/// Alignment in bytes that [`copy_unless_zero`] requires on the guest's side, and unit of its length.
 pub(super) const UNIT: usize = 128;
 
 /// Copies `into.len()` bytes from `from` unless they are all zero: then nothing is written and the answer is true.
@@ -22,28 +22,28 @@ pub(super) unsafe fn copy_unless_zero(from: *const u8, into: &mut [u8]) -> bool 
     assert!(from.addr().is_multiple_of(UNIT) && into.len().is_multiple_of(UNIT), "unaligned page");
     #[cfg(target_arch = "x86_64")]
     if std::arch::is_x86_feature_detected!("avx2") {
-        // SAFETY: the processor has AVX2; the rest is what the caller promised and the assertion found.
+        // SAFETY: the processor has AVX2; the rest is the caller's promise and the assertion.
         return unsafe { avx2::copy_unless_zero(from, into) };
     }
-    // SAFETY: what the caller promised and the assertion found.
+    // SAFETY: the caller's promise and the assertion.
     unsafe { copy_unless_zero_by::<u64>(from, into) }
 }
 
-/// Tells the processor that the page at this address is read next. Its own prefetching does not cross from one page to the
+/// Prefetches the page at this address, which is read next. The processor's own prefetching does not cross from one page to the
 /// next: without this, each page begins with a wait for its translation and its first lines.
 #[inline(always)]
 pub(super) fn expect(page: *const u8) {
     #[cfg(target_arch = "x86_64")]
     for line in 0..8 {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        // SAFETY: a prefetch reads nothing that anyone could see, and no address is wrong for it.
+        // SAFETY: a prefetch has no visible effect, and accepts every address.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(page.wrapping_add(line * 64).cast()) };
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = page;
 }
 
-/// What the kernel moves at once.
+/// A vector: the unit that the kernel moves.
 trait Vector: Copy {
     const BYTES: usize;
     /// One volatile load.
@@ -145,7 +145,7 @@ mod avx2 {
         unsafe { super::copy_unless_zero_by::<Wide>(from, into) }
     }
 
-    /// 32 bytes. Exists only inside [`copy_unless_zero`], which says that the processor has AVX2.
+    /// 32 bytes. Exists only inside [`copy_unless_zero`], which has checked that the processor has AVX2.
     #[derive(Clone, Copy)]
     struct Wide(__m256i);
 
@@ -222,11 +222,11 @@ pub(super) unsafe fn store(to: *mut u8, bytes: &[u8]) {
     }
 }
 
-/// Copies bytes into memory that nobody else uses meanwhile. Short runs, as those of a delta, take two stores that overlap and
+/// Copies bytes into memory that has no other users meanwhile. Short runs, as in deltas, take two stores that overlap and
 /// no call.
 ///
 /// # Safety
-/// `to` is valid for writes of `bytes.len()` bytes, which no Rust reference covers and nobody reads or writes meanwhile.
+/// `to` is valid for writes of `bytes.len()` bytes, which no Rust reference covers and no other thread accesses meanwhile.
 #[inline(always)]
 pub(super) unsafe fn put(to: *mut u8, bytes: &[u8]) {
     match bytes.len() {
@@ -274,7 +274,7 @@ mod tests {
 
     use super::*;
 
-    /// The kernel as anyone would write it.
+    /// A simple version of the kernel.
     fn naive(from: &[u8], into: &mut [u8]) -> bool {
         let zero = from.iter().all(|&byte| byte == 0);
         if !zero {

@@ -1,8 +1,8 @@
 //! Memory in a file, read and written by position.
 //!
-//! The file is never mapped: one that somebody cuts short is an error that names it, not a SIGBUS, and a hole that is
-//! read stays a hole. Whoever asks for holes, as each sync of the hash log does, is told as well if the file grew or was
-//! removed: it is no longer the memory of whoever uses its name. The file's true length is kept, whatever the page size;
+//! The file is never mapped: if it is truncated, the result is an error that names it, not a SIGBUS, and a hole that is
+//! read stays a hole. A query for holes, which each sync of the hash log makes, also fails if the file grew or was
+//! removed: it is then no longer the memory of its writer. The file's true length is preserved, whatever the page size;
 //! pages of zeros become holes where the file system has them.
 
 use std::fs::{File, Metadata, OpenOptions};
@@ -25,7 +25,7 @@ pub struct FileMemory {
     file: File,
     path: PathBuf,
     length: u64,
-    /// Had it a name when it was opened? A memfd never has.
+    /// Whether it had a name when it was opened. A memfd never has.
     had_name: bool,
 }
 
@@ -58,7 +58,7 @@ impl FileMemory {
     /// Creates a file of `length` bytes, all of it a hole, that only its owner may read and write.
     ///
     /// # Errors
-    /// If there is already something of that name or the file cannot be made; the message names it, and nothing is left
+    /// If the name exists already or the file cannot be made; the message names it, and nothing is left
     /// behind.
     pub fn create(path: &Path, length: u64) -> io::Result<Self> {
         let named = |error| about(path, "cannot be created", error);
@@ -67,11 +67,11 @@ impl FileMemory {
         Self::over(file, path, length).inspect_err(|_| drop(std::fs::remove_file(path)))
     }
 
-    /// Makes memory of `length` bytes, all of it a hole, of an empty file that is open for reading and writing. `path` is what
-    /// messages call it.
+    /// Makes memory of `length` bytes, all of it a hole, of an empty file that is open for reading and writing. `path` is its name
+    /// in messages.
     ///
     /// # Errors
-    /// If the file cannot be so long; the message names it.
+    /// If the file cannot have that length; the message names it.
     pub fn over(file: File, path: &Path, length: u64) -> io::Result<Self> {
         file.set_len(length).map_err(|error| about(path, "cannot be created", error))?;
         Ok(Self { file, path: path.into(), length, had_name: true })
@@ -102,7 +102,7 @@ impl FileMemory {
         pages.start * size..(pages.end * size).min(self.length)
     }
 
-    /// Reads whole pages from `first_page` on; what is behind the block's end comes as zeros.
+    /// Reads whole pages from `first_page` on; bytes beyond the block's end are zeros.
     fn read_pages(&self, page_size: PageSize, first_page: u64, into: &mut [u8]) -> io::Result<()> {
         let count = (into.len() / page_size.bytes()) as u64;
         let bytes = self.bytes_of(page_size, first_page..first_page + count);
@@ -123,7 +123,7 @@ impl FileMemory {
         io::Error::new(io::ErrorKind::UnexpectedEof, what)
     }
 
-    /// Is it still the file of the block's length that can be found by a name?
+    /// Checks that it still has the block's length, and a name.
     fn check(&self) -> io::Result<()> {
         let now = self.file.metadata().map_err(|error| about(&self.path, "cannot be looked at", error))?;
         if now.len() < self.length {
@@ -160,7 +160,7 @@ impl Memory for FileMemory {
         self.length
     }
 
-    /// One read for each run of the mask; then the zero pages are closed up over.
+    /// One read for each run of the mask; then the other pages move together over the zero pages.
     fn read_extent(&self, page_size: PageSize, first_page: u64, mask: u64, into: &mut PooledBuffer) -> io::Result<u64> {
         let size = page_size.bytes();
         let (mut zero, mut filled) = (0, 0);
@@ -203,7 +203,7 @@ impl Memory for FileMemory {
         if bytes.is_empty() {
             return Ok(());
         }
-        // To the end of a partial last page, or its block would be kept.
+        // To the end of a partial last page, or its block of the file would stay allocated.
         let whole_pages = (bytes.end - bytes.start).next_multiple_of(page_size.bytes() as u64);
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         match rustix::fs::fallocate(&self.file, flags, bytes.start, whole_pages) {
@@ -223,7 +223,7 @@ impl Memory for FileMemory {
 
     fn untouched_in(&self, page_size: PageSize, pages: Range<u64>) -> io::Result<Vec<Range<u64>>> {
         let found = holes::untouched(&self.file, self.length, page_size, pages);
-        // Looked at afterwards: a file that was cut short looks like one with a hole at its end.
+        // Checked afterwards: a truncated file looks like one with a hole at its end.
         self.check().and(found)
     }
 }

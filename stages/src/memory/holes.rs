@@ -10,13 +10,13 @@ use rustix::io::Errno;
 
 use crate::geometry::PageSize;
 
-/// What `fstatfs` says of tmpfs, and so of memfds (`TMPFS_MAGIC`).
+/// The type that `fstatfs` returns for tmpfs, and so for memfds (`TMPFS_MAGIC`).
 const TMPFS: rustix::fs::FsWord = 0x0102_1994;
-/// What `st_blocks` counts.
+/// The unit of `st_blocks`.
 const BLOCK_BYTES: u64 = 512;
 
 /// The pages of `pages` that lie wholly in holes of a file of `length` bytes. Moves the file's cursor. A file system
-/// without holes says that everything is data.
+/// without holes reports everything as data.
 pub(super) fn untouched(
     file: &File,
     length: u64,
@@ -45,14 +45,14 @@ pub(super) fn untouched(
     Ok(found)
 }
 
-/// Is it a file in memory that takes up as much as it is long? Then it has no holes, and the kernel need not look at each of its pages
-/// to find the end of the data. (On a disk, what was set aside and never written takes up room as well.)
+/// Whether it is a file in memory that takes up as much as its length. Then it has no holes, and the kernel need not check each of
+/// its pages to find the end of the data. (On a disk, allocated blocks that were never written take up room as well.)
 fn is_whole_in_memory(file: &File, length: u64) -> io::Result<bool> {
     let allocated = || file.metadata().map(|metadata| metadata.blocks() * BLOCK_BYTES);
     Ok(rustix::fs::fstatfs(file)?.f_type == TMPFS && allocated()? >= length)
 }
 
-/// Where the next data is from `at` on: `None` if there is none.
+/// The offset of the next data from `at` on; `None` if there is none.
 fn data_from(file: &File, at: u64) -> io::Result<Option<u64>> {
     match rustix::fs::seek(file, SeekFrom::Data(at)) {
         Ok(data) => Ok(Some(data)),

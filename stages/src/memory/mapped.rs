@@ -1,9 +1,9 @@
 //! Memory mapped into this process: anonymous, a memfd, a file, or lent by a VMM.
 //!
-//! A [`MappedMemory`] owns its mapping and unmaps it when dropped; memory that is lent is kept alive instead. Nothing
-//! hands out a reference to it: pages are copied out and in through raw pointers, because others (vCPUs, writer threads,
-//! another process) store into it at any time. That is what the `unsafe` in here is for. Keep this value alive as long as a pointer from
-//! [`MappedMemory::as_ptr`] is in use.
+//! A [`MappedMemory`] owns its mapping and unmaps it when dropped; lent memory is kept alive instead. No method returns a
+//! reference to it: pages are copied out and in through raw pointers, because others (vCPUs, writer threads,
+//! another process) store into it at any time. That needs the `unsafe` in this module. Keep this value alive as long as a pointer
+//! from [`MappedMemory::as_ptr`] is in use.
 
 use std::any::Any;
 use std::fmt;
@@ -22,10 +22,10 @@ use crate::geometry::{PageSize, bits};
 use crate::pool::PooledBuffer;
 use crate::xbzrle::Delta;
 
-/// What lies behind memory that a VMM lends.
+/// The kind of a mapping that a VMM lends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lent {
-    /// A private anonymous mapping. Where a destination loads it densely, huge pages are asked for.
+    /// A private anonymous mapping. Where a destination loads it densely, huge pages are requested.
     Anonymous,
     /// A shared mapping of a file or memfd.
     Shared,
@@ -48,12 +48,12 @@ enum Backing {
 // SAFETY: the pointer is used only for volatile and bulk copies within the mapping, which lives as long as the value; the
 // mapping is not tied to a thread.
 unsafe impl Send for MappedMemory {}
-// SAFETY: as for `Send`; concurrent copies of the same bytes may tear, which the seam's contract allows for reads that
+// SAFETY: as for `Send`; concurrent copies of the same bytes may tear, which the contract of `Memory` allows for reads that
 // race with the guest and excludes for writes.
 unsafe impl Sync for MappedMemory {}
 
 impl MappedMemory {
-    /// Private memory of `length` bytes that reads as zeros and takes up nothing until it is written.
+    /// Private memory of `length` bytes that reads as zeros and takes up no memory until it is written.
     ///
     /// # Errors
     /// If the length is 0 or the kernel has no room for it.
@@ -73,11 +73,11 @@ impl MappedMemory {
         Self::file(file)
     }
 
-    /// As [`MappedMemory::memfd`], of huge pages of 2 MiB that the operator has set aside (hugetlbfs).
+    /// As [`MappedMemory::memfd`], of huge pages of 2 MiB that the operator has reserved (hugetlbfs).
     ///
     /// # Errors
-    /// If the length is 0 or no multiple of 2 MiB, or the host has not so many free huge pages: the message says how it
-    /// gets them.
+    /// If the length is 0 or no multiple of 2 MiB, or the host has too few free huge pages: the message says how to
+    /// reserve them.
     pub fn hugetlb(name: &str, length: usize) -> io::Result<Self> {
         check_length(length)?;
         let invalid = || io::Error::new(io::ErrorKind::InvalidInput, format!("{length} bytes are no whole huge pages"));
@@ -94,8 +94,8 @@ impl MappedMemory {
         })
     }
 
-    /// The whole of a file, shared: what is written here is written to it. The file must not shrink while it is mapped
-    /// (the process would be killed by SIGBUS): files of others belong into [`super::FileMemory`].
+    /// The whole of a file, shared: writes go to the file. The file must not shrink while it is mapped
+    /// (SIGBUS would kill the process): use [`super::FileMemory`] for files of other programs.
     ///
     /// # Errors
     /// If the file is empty or cannot be mapped for reading and writing.
@@ -111,8 +111,8 @@ impl MappedMemory {
     /// Memory that a VMM has mapped: `length` bytes at `start`, which live as long as `keep_alive`.
     ///
     /// # Safety
-    /// As long as `keep_alive` is held the bytes stay mapped for reading and writing, no Rust reference to them exists
-    /// while this value is used, and `kind` says what they are.
+    /// As long as `keep_alive` lives, the bytes stay mapped for reading and writing. No Rust reference to them exists
+    /// while this value is used. `kind` is the kind of their mapping.
     ///
     /// # Panics
     /// If `start` is not aligned to 4 KiB, or the length is 0.
@@ -147,14 +147,14 @@ impl MappedMemory {
         self.length
     }
 
-    /// Can other mappings write the same memory?
+    /// Whether other mappings can write the same memory.
     #[must_use]
     pub fn is_shared(&self) -> bool {
         matches!(self.backing, Backing::Shared(_) | Backing::Lent { kind: Lent::Shared, .. })
     }
 
-    /// Stores bytes as a guest does: others may read them at the same time, each aligned word of 8 bytes is stored at
-    /// once.
+    /// Stores bytes as a guest does: others may read them at the same time. Each aligned word of 8 bytes is stored in one
+    /// access.
     ///
     /// # Panics
     /// If they reach beyond the end.
@@ -164,7 +164,7 @@ impl MappedMemory {
         unsafe { copy::store(to, bytes) }
     }
 
-    /// Loads bytes that others may store at the same time, each aligned word of 8 bytes at once.
+    /// Loads bytes that others may store at the same time, each aligned word of 8 bytes in one access.
     ///
     /// # Panics
     /// If they reach beyond the end.
@@ -177,15 +177,15 @@ impl MappedMemory {
     /// Asks the kernel to back the memory by huge pages, which makes first touch much cheaper. Advice only.
     ///
     /// # Errors
-    /// If the kernel knows no huge pages.
+    /// If the kernel has no huge pages.
     pub fn advise_huge(&self) -> io::Result<()> {
         self.advise_huge_up_to(self.length)
     }
 
-    /// As [`MappedMemory::advise_huge`], for the first so many bytes: no huge page reaches beyond them.
+    /// [`MappedMemory::advise_huge`] for the first `length` bytes: no huge page reaches beyond them.
     ///
     /// # Errors
-    /// If the kernel knows no huge pages.
+    /// If the kernel has no huge pages.
     pub fn advise_huge_up_to(&self, length: usize) -> io::Result<()> {
         let length = length.min(self.length).next_multiple_of(rustix::param::page_size());
         // SAFETY: the range is this mapping; the advice changes no content.
@@ -193,8 +193,8 @@ impl MappedMemory {
         Ok(())
     }
 
-    /// Gives private memory back to the host: it reads as zeros then. A dirty log may not see it, and must be told.
-    /// On shared memory it changes nothing but this mapping's tables; there, punch a hole into the file.
+    /// Returns private memory to the host: it reads as zeros afterwards. A dirty log may not see this, so mark the pages.
+    /// On shared memory it changes only this mapping's tables; punch a hole into the file instead.
     ///
     /// # Errors
     /// If `offset` is not on a page of the host, or the memory is locked.
@@ -371,7 +371,7 @@ impl fmt::Debug for MappedMemory {
 impl Drop for MappedMemory {
     fn drop(&mut self) {
         if !matches!(self.backing, Backing::Lent { .. }) {
-            // SAFETY: the mapping was made by this value for this length, and nothing can use it any more.
+            // SAFETY: the mapping was made by this value for this length, and nothing can use it afterwards.
             let unmapped = unsafe { rustix::mm::munmap(self.start.as_ptr().cast(), self.length) };
             debug_assert!(unmapped.is_ok(), "a mapping of ours is unmapped");
         }
@@ -389,7 +389,7 @@ fn map_anonymous(length: usize) -> io::Result<*mut u8> {
     let start = mapped.wrapping_add(before);
     for (unused, bytes) in [(mapped, before), (start.wrapping_add(length), spare - before)] {
         if bytes > 0 {
-            // SAFETY: it is a part of the fresh mapping that nobody has used; both ends lie on pages of the host.
+            // SAFETY: it is an unused part of the fresh mapping; both ends lie on pages of the host.
             unsafe { rustix::mm::munmap(unused.cast(), bytes) }?;
         }
     }
@@ -426,7 +426,7 @@ mod tests {
         unsafe { MappedMemory::from_raw(start, length, kind, Arc::new(owner)) }
     }
 
-    /// Does this kernel know huge pages at all?
+    /// Whether this kernel has huge pages.
     fn knows_huge_pages() -> bool {
         let knows = std::path::Path::new("/sys/kernel/mm/transparent_hugepage").exists();
         if !knows {

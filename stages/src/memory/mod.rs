@@ -1,9 +1,9 @@
-//! The memory-access seam: how pages leave and enter the memory of one RAM block.
+//! Access to guest memory: how pages leave and enter the memory of one RAM block.
 //!
-//! Whole extents are read and runs of pages are written through one trait, [`Memory`]. What lies behind it may be
-//! mapped into this process ([`mapped`]) or a file read and written by position ([`mod@file`]). A running guest changes
-//! under a reader's hands, so nothing here ever hands out a reference to guest memory: bytes are copied out once and
-//! copied in (law 3).
+//! Whole extents are read and runs of pages are written through one trait, [`Memory`]. Its memory may be mapped into this process
+//! ([`mapped`]) or a file that is read and written by position ([`mod@file`]). A running guest changes memory while it is read,
+//! so nothing here returns a reference to guest memory: bytes are copied out once, and copied in (ARCHITECTURE.md, law 3: what is
+//! compared, hashed or encoded is one copy).
 
 mod copy;
 pub mod file;
@@ -27,10 +27,10 @@ pub use mapped::{Lent, MappedMemory};
 
 /// Memory of one RAM block, in pages.
 ///
-/// Implementations are called from many threads at once, for different pages (a page keeps its lane, law 4). Reads
+/// Implementations are called from many threads at once, for different pages (law 4: a page keeps its lane). Reads
 /// may race with the guest's writes; writes happen at a destination whose guest does not run yet. A partial last page
-/// (a block whose length is no multiple of the page size) reads as zeros behind the block's end, and what is written
-/// there is dropped.
+/// (of a block whose length is not a multiple of the page size) reads as zeros beyond the block's end, and writes there
+/// are dropped.
 pub trait Memory: Send + Sync + fmt::Debug {
     /// True length in bytes.
     fn length(&self) -> u64;
@@ -52,27 +52,27 @@ pub trait Memory: Send + Sync + fmt::Debug {
     /// Writes whole pages that lie one after another, from page `first_page` on.
     ///
     /// # Errors
-    /// When they cannot be written: a full disk.
+    /// When they cannot be written, as on a full disk.
     fn write_pages(&self, page_size: PageSize, first_page: u64, bytes: &[u8]) -> io::Result<()>;
 
-    /// Makes pages zero that may hold something else. Where the memory can forget them (a hole), it does.
+    /// Makes pages zero that may hold other content. Where the memory can release them (as a hole), it does.
     ///
     /// # Errors
     /// As [`Memory::write_pages`].
     fn write_zeros(&self, page_size: PageSize, pages: Range<u64>) -> io::Result<()>;
 
-    /// Makes pages ready that are about to be written for the first time, without changing them: cheaper in one call than as they
-    /// are written. Nothing unless the memory has a cheaper way.
+    /// Populates pages that are about to be written for the first time, without changing them: one call is cheaper than faults as
+    /// they are written. Does nothing unless the memory has a cheaper way.
     ///
     /// # Errors
-    /// When it cannot: the pages may be written all the same, and it need not be asked again.
+    /// When it cannot: the pages may still be written, and no further call is needed.
     fn populate(&self, page_size: PageSize, pages: Range<u64>) -> io::Result<()> {
         let _ = (page_size, pages);
         Ok(())
     }
 
-    /// As [`Memory::populate`], by huge pages: cheaper still, but then all of `pages`, a stretch, take up memory, whether they
-    /// are written or not. False if there are none for this range; then nothing was done.
+    /// As [`Memory::populate`], by huge pages: cheaper still, but all of `pages`, a stretch, then take up memory, whether they
+    /// are written or not. False, with nothing done, if there are no huge pages for this range.
     ///
     /// # Errors
     /// As [`Memory::populate`].
@@ -81,23 +81,22 @@ pub trait Memory: Send + Sync + fmt::Debug {
         Ok(false)
     }
 
-    /// Applies a delta to a page in place. The delta was checked whole before, so it cannot fail half-way.
+    /// Applies a delta to a page in place. The delta was checked completely before, so it cannot fail in the middle.
     ///
     /// # Errors
     /// When the page cannot be read or written.
     fn patch(&self, page_size: PageSize, page: u64, delta: &Delta<'_>) -> io::Result<()>;
 
-    /// The ranges of pages that were never touched, ascending: they are zero, and nobody needs to read them. Asked after
-    /// the dirty log was started, so that a later write to one is seen. Nothing unless the memory can tell.
+    /// The ranges of untouched pages, ascending: they are zero, and need not be read. Called after the dirty log was started, so
+    /// that a later write to one is found. Empty unless the memory knows.
     ///
     /// # Errors
-    /// When the kernel refuses the question; the caller goes on without the answer.
+    /// When the kernel refuses the query; the caller continues without the answer.
     fn untouched(&self, page_size: PageSize) -> io::Result<Vec<Range<u64>>> {
         self.untouched_in(page_size, 0..self.length().div_ceil(page_size.bytes() as u64))
     }
 
-    /// Those of [`Memory::untouched`] that lie in `pages`, a range of pages of this memory, cut off at its ends. What an
-    /// implementation answers.
+    /// The part of [`Memory::untouched`] in `pages`, a range of pages of this memory. Implementations provide this method.
     ///
     /// # Errors
     /// As [`Memory::untouched`].
@@ -107,18 +106,18 @@ pub trait Memory: Send + Sync + fmt::Debug {
     }
 }
 
-/// A RAM block: what it is, and its memory. Cheap to clone.
+/// A RAM block: its description and its memory. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct RamBlock {
     /// Id, length, addresses.
     pub info: BlockInfo,
     /// Its memory, `info.length` bytes.
     pub memory: Arc<dyn Memory>,
-    /// Does the block read as zeros wherever nothing was loaded? A destination then need not touch zero pages.
+    /// Whether the block reads as zeros wherever nothing was loaded. A destination then need not touch zero pages.
     pub fresh: bool,
 }
 
-/// All RAM blocks of a guest with their layout: what the stages are given. Clones share it.
+/// All RAM blocks of a guest with their layout, for the stages. Clones share it.
 #[derive(Clone, Debug)]
 pub struct GuestMemory {
     shared: Arc<(Layout, Vec<RamBlock>)>,
@@ -128,10 +127,10 @@ impl GuestMemory {
     /// Checks the blocks and lays them out.
     ///
     /// # Errors
-    /// A [`LayoutError`] if the blocks cannot be.
+    /// A [`LayoutError`] if the blocks are invalid.
     ///
     /// # Panics
-    /// If a block's memory is not as long as the block says: that is the guest's mistake.
+    /// If a block's memory does not have the block's length: that is the guest's mistake.
     pub fn new(page_size: PageSize, blocks: Vec<RamBlock>) -> Result<Self, LayoutError> {
         let layout = Layout::new(page_size, blocks.iter().map(|block| block.info.clone()).collect())?;
         for block in &blocks {
@@ -171,14 +170,14 @@ impl GuestMemory {
 /// A page of zeros of any size.
 pub(crate) static ZEROS: [u8; 65536] = [0; 65536];
 
-/// Are all bytes zero? At the speed of memory, up to the first that is not.
+/// Whether all bytes are zero. Runs at the speed of memory, up to the first that is not.
 fn is_zero(bytes: &[u8]) -> bool {
     let or = |chunk: &[u8]| chunk.iter().fold(0, |all, byte| all | byte);
     let mut chunks = bytes.chunks_exact(256);
     chunks.all(|chunk| or(chunk) == 0) && or(chunks.remainder()) == 0
 }
 
-/// Room for one page, kept by each thread so that no page allocates. Its content is whatever was left there.
+/// Room for one page in each thread, so that no page allocates. Its content is unspecified.
 fn with_scratch<R>(bytes: usize, work: impl FnOnce(&mut [u8]) -> R) -> R {
     thread_local! {
         static SCRATCH: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };

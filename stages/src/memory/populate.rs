@@ -1,7 +1,7 @@
 //! First touch of mapped memory, many pages in one call.
 //!
 //! A page that is touched for the first time costs a fault, a cleared page and a page table entry: several times what
-//! copying into it costs. Asking for many pages in one call saves the faults, and a huge page the rest. Both are advice: where the
+//! copying into it costs. Populating many pages in one call saves the faults, and a huge page the rest. Both are advice: where the
 //! kernel does not follow it, pages are touched as they are written.
 
 use std::io;
@@ -12,8 +12,8 @@ use rustix::mm::Advice;
 
 /// Bytes of a huge page, and what its address is a multiple of.
 pub(super) const HUGE_BYTES: usize = 2 << 20;
-/// Areas of huge pages in one block. The kernel keeps each apart from its neighbours, and allows a process 65,530 such
-/// pieces of memory altogether (vm.max_map_count).
+/// Areas of huge pages in one block. The kernel makes a separate mapping of each, and allows a process 65,530 mappings
+/// (vm.max_map_count).
 const MOST_AREAS: usize = 8192;
 
 /// Touches `length` bytes from `start` on without changing them.
@@ -29,7 +29,7 @@ pub(super) unsafe fn populate(start: NonNull<u8>, length: usize) -> io::Result<(
     Ok(())
 }
 
-/// Which huge pages of one block were asked for.
+/// The huge pages of one block that were requested.
 #[derive(Debug, Default)]
 pub(super) struct HugePages {
     areas: Mutex<Areas>,
@@ -48,7 +48,7 @@ impl HugePages {
     /// would make too many areas.
     ///
     /// # Errors
-    /// As [`populate`], or when the kernel knows no huge pages.
+    /// As [`populate`], or when the kernel has no huge pages.
     ///
     /// # Safety
     /// [`HUGE_BYTES`] from `start` on are private anonymous memory, mapped for writing, and `start` is a multiple of it.
@@ -65,7 +65,7 @@ impl HugePages {
 }
 
 impl Areas {
-    /// Counts a huge page in, unless it would begin an area too many.
+    /// Adds a huge page, unless that would make too many areas.
     fn admit(&mut self, index: usize) -> bool {
         let neighbours = [index.checked_sub(1), Some(index + 1)].into_iter().flatten();
         let touching = neighbours.filter(|&neighbour| self.is_asked(neighbour)).count();

@@ -1,4 +1,4 @@
-//! Which pages of private anonymous memory were never touched.
+//! Finds the untouched pages of private anonymous memory.
 
 use std::io;
 use std::ops::Range;
@@ -7,12 +7,12 @@ use crate::geometry::PageSize;
 use crate::kernel::{PRESENT, Pagemap, SWAPPED, Scan};
 
 /// The pages of `pages` of which no byte is in memory or in swap. `start` is where the private anonymous mapping of
-/// `length` bytes begins. Nothing from a kernel that cannot tell.
+/// `length` bytes begins. Empty where the kernel does not report them.
 pub(super) fn untouched(start: usize, length: usize, size: PageSize, pages: Range<u64>) -> io::Result<Vec<Range<u64>>> {
     let Ok(pagemap) = Pagemap::open() else { return Ok(Vec::new()) };
     let host = rustix::param::page_size();
     let offset = |page: u64| usize::try_from(page).map_or(length, |page| page.saturating_mul(size.bytes())).min(length);
-    // A host page larger than ours is looked at whole.
+    // A host page larger than ours is checked as a whole.
     let first = start + offset(pages.start) / host * host;
     let end = start + offset(pages.end).next_multiple_of(host);
     let mut found = Vec::new();

@@ -1,17 +1,18 @@
-//! Stage: dirty scanner. Takes dirty pages from the bitmap and deals them to the lanes.
+//! Stage: dirty scanner. Takes dirty pages from the bitmap and distributes them to the lanes.
 //!
 //! - **Takes** a [`ScanOrder`] from the controller: one round, of all that is dirty or of a sample.
-//! - **Gives** each lane its batches in address order and, behind them in the same queue, the round's
-//!   [`RoundComplete`](Item::RoundComplete) (law 5); a [`RoundScanned`] to the controller. The last round ends with
-//!   [`Switchover`](Item::Switchover) in every lane.
-//! - **Owns** nothing: the bitmap belongs to all.
-//! - **Promises** law 1: every bit that is taken is in exactly one batch, no other is in any; a round takes all that are set when
-//!   it comes to their word, a sample some, and the others stay. And law 2:
-//!   the word is taken, then the logs are re-armed for its bits, and only then does the batch go where it is read. What is
-//!   taken is [`InFlight`] before it is anywhere else, so it can be given back whenever the migration ends.
+//! - **Gives** each lane its batches in address order and, after them in the same queue, the round's
+//!   [`RoundComplete`](Item::RoundComplete) (ARCHITECTURE.md, law 5: the round travels in band); a [`RoundScanned`] to the
+//!   controller. The last round ends with [`Switchover`](Item::Switchover) in every lane.
+//! - **Owns** nothing: the bitmap is shared.
+//! - **Promises** law 1 (the bitmap is the truth): every bit that is taken is in exactly one batch, and batches have no other
+//!   bits. A round takes all bits that are set when the scanner reaches their word; a sample takes some of them and leaves the
+//!   others. And law 2 (clear, then re-arm, then read): the word is taken, then the logs are re-armed for its bits, and only then
+//!   is the batch passed on to be read. Taken bits are added to [`InFlight`] first, so they can be put back whenever the
+//!   migration ends.
 //!
-//! Clean words are skipped by plain loads, a dirty one costs a swap and a put. When a lane is full the scanner waits, and so nothing is taken
-//! that has no place to go.
+//! Clean words are skipped by plain loads; a dirty one costs a swap and a put. When a lane is full the scanner waits, so it takes
+//! nothing that has no room.
 
 use std::num::NonZeroU32;
 use std::sync::Arc;
@@ -33,9 +34,9 @@ use crate::tally::RoundTally;
 pub struct ScanOrder {
     /// The round's number, from 1.
     pub round: u32,
-    /// Is the guest paused, and this the last round?
+    /// Whether the guest is paused and this is the last round.
     pub last: bool,
-    /// About so many dirty pages from all over the guest, if not all.
+    /// About this many dirty pages from all over the guest, or `None` for all.
     pub sample: Option<NonZeroU32>,
 }
 
@@ -51,14 +52,14 @@ impl ScanOrder {
         Self { round, last, sample: None }
     }
 
-    /// A round of about so many pages: what is left out stays dirty, for the next.
+    /// A round of about `pages` pages; the others stay dirty, for the next.
     #[must_use]
     pub fn sample(round: u32, pages: NonZeroU32) -> Self {
         Self { round, last: false, sample: Some(pages) }
     }
 }
 
-/// The scan reached the bitmap's end; its batches are on their way.
+/// The scan reached the bitmap's end; its batches are in the lanes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RoundScanned {
     /// As in the order.
@@ -81,8 +82,8 @@ pub struct Scanner {
 impl Scanner {
     /// A scanner of `bitmap` for the lanes of the map. The meter counts batches, their pages and the bytes of these.
     ///
-    /// `untouched` are pages that were never touched when the `logs` were armed already: they are marked so in the first
-    /// batch that takes them, once. If a sync may come before the first scan, it must know them too
+    /// `untouched` are pages that were still untouched after the `logs` were armed: the first batch that takes one marks it so.
+    /// If a sync may come before the first scan, it needs them too
     /// ([`BitmapSync::with_untouched`](crate::bitmap_sync::BitmapSync::with_untouched)).
     #[must_use]
     pub fn new(
@@ -113,7 +114,7 @@ impl Scanner {
         let (input, scanned) = (input.metered(&self.stage.meter), scanned.metered(&self.stage.meter));
         let lanes: Vec<_> = lanes.into_iter().map(|lane| lane.metered(&self.stage.meter)).collect();
         while let Some(order) = input.next().await {
-            // No bit is ever added to them: once all are told there is nothing to keep.
+            // No bit is ever added to them: once all are reported, the bitmap can be dropped.
             drop(self.untouched.take_if(|untouched| untouched.is_empty()));
             let pages = self.scan(order, &lanes).await?;
             self.put(&scanned, RoundScanned { round: order.round, pages }).await?;
@@ -144,14 +145,17 @@ impl Scanner {
         Ok(tallies.iter().map(|tally| tally.pages).sum())
     }
 
-    /// Each so-manieth extent with dirty pages makes a sample. The step is odd: one that divides a stretch would see one lane only.
+    /// The step N of a sample, which takes each N-th extent with dirty pages.
+    ///
+    /// An extent gives its dirty pages, on average `each` of them and at most [`SAMPLED_EACH`]. `extents / N` extents give the wanted
+    /// number of pages if `N = extents × each / pages`. N is odd: a step that divides a stretch would hit one lane only.
     fn step(&self, pages: NonZeroU32) -> usize {
         let extents = self.bitmap.all_dirty_extents().count() as u64;
         let each = (self.bitmap.count() / extents.max(1)).clamp(1, SAMPLED_EACH.into());
         usize::try_from((extents * each / u64::from(pages.get())) | 1).unwrap_or(usize::MAX)
     }
 
-    /// Takes at most so many pages of a word: clear, then re-arm (law 2). They are read by whoever gets the batch.
+    /// Takes at most `most` pages of a word: clear, then re-arm (law 2). The stage that gets the batch reads them.
     fn take(&self, at: ExtentAt, most: u32, order: ScanOrder) -> Result<Option<Batch>, StageError> {
         let mask = if most == WHOLE {
             self.bitmap.take(at)
@@ -181,7 +185,7 @@ impl Scanner {
         self.stage.meter.count(pages, bytes);
     }
 
-    /// Puts, and lets other tasks have their turn: a queue that always has room never makes the scanner wait.
+    /// Puts an item, and yields to other tasks: a queue that always has room never makes the scanner wait.
     async fn put<T>(&self, outlet: &Outlet<T>, item: T) -> Result<(), StageError> {
         tokio::task::coop::consume_budget().await;
         outlet.put(item).await.map_err(|closed| self.stage.fails(closed))

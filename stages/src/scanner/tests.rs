@@ -10,7 +10,7 @@ use crate::geometry::{EXTENT_PAGES, Layout, PageSize, bits};
 use crate::queue::bounded;
 use crate::stage::testing::{batches, block_on, drain, layout, meter, page_size, words};
 
-/// Remembers what it re-armed; fails at one extent, if told so.
+/// Records what it re-armed; fails at one extent, if set.
 #[derive(Debug, Default)]
 struct Rearmed {
     bits: Mutex<Vec<(ExtentAt, u64)>>,
@@ -89,7 +89,7 @@ fn order(round: u32) -> ScanOrder {
     ScanOrder::all(round, false)
 }
 
-/// The rule of the dealing, from the design's words: by address, in stretches.
+/// The lane rule of the design: by address, in stretches.
 fn naive_lane(page_size: PageSize, lanes: u16, block: u32, page: u64) -> usize {
     let stretch = (2 << 20).max(64 * page_size.bytes() as u64);
     let lane = (page * page_size.bytes() as u64 / stretch + u64::from(block)) % u64::from(lanes);
@@ -263,7 +263,7 @@ fn a_full_lane_stops_the_scanner_with_exactly_one_batch_in_hand_taken_rearmed_an
     let first_extents = (0..16).map(|extent| (ExtentAt { block: 0, extent }, u64::MAX));
     assert_eq!(rearmed, first_extents.collect::<Vec<_>>());
 
-    // The migration ends here: what no one has received can be given back.
+    // The migration ends here: batches that were not received can be put back.
     drop(run);
     bench.in_flight.put_back(&bench.bitmap);
     assert_eq!(bench.bitmap.count(), layout.pages());
@@ -271,7 +271,7 @@ fn a_full_lane_stops_the_scanner_with_exactly_one_batch_in_hand_taken_rearmed_an
 
 #[test]
 fn the_word_is_taken_before_the_log_is_rearmed() {
-    /// A guest that writes at the moment it is re-armed: it must find the word taken, or its write is forgotten.
+    /// A guest that writes at the moment it is re-armed: it must find the word taken, or its write is lost.
     #[derive(Debug)]
     struct WritesWhenRearmed(Arc<DirtyBitmap>);
 

@@ -1,4 +1,4 @@
-//! The frames that a sender has gathered and not wholly written.
+//! The frames that a sender has gathered and not completely written.
 
 use std::collections::VecDeque;
 use std::future::poll_fn;
@@ -9,14 +9,14 @@ use tokio::io::AsyncWrite;
 
 use crate::encoder::Outgoing;
 
-/// A sender gathers no further frame once so many bytes wait.
+/// The number of waiting bytes from which a sender gathers no further frame.
 pub(super) const GATHER_BYTES: usize = 1 << 20;
 /// The most slices of one vectored write; a frame has one or two.
 const GATHER_SLICES: usize = 64;
 /// The most frames that are gathered.
 pub(super) const GATHER_FRAMES: usize = GATHER_SLICES / 2;
 
-/// Frames in order; the first may be written in part.
+/// Frames in order; the first may be partially written.
 #[derive(Debug, Default)]
 pub(super) struct Backlog {
     frames: VecDeque<Outgoing>,
@@ -40,7 +40,7 @@ impl Backlog {
         self.left
     }
 
-    /// Bytes that are missing from the first frame if it was begun; 0 between two frames.
+    /// Unwritten bytes of the first frame, if it was begun; 0 between two frames.
     pub(super) fn left_of_begun(&self) -> usize {
         match self.frames.front() {
             Some(first) if self.written > 0 => frame_bytes(first) - self.written,
@@ -54,8 +54,8 @@ impl Backlog {
         self.frames.push_back(frame);
     }
 
-    /// Writes at most `limit` bytes, as many as the writer takes at once: how many, never 0. Dropped before its end, it
-    /// has written nothing.
+    /// Writes at most `limit` bytes, as many as the writer takes at once. Returns their number, never 0. If this is dropped before
+    /// its end, nothing was written.
     pub(super) async fn write_some<W>(&mut self, writer: &mut W, limit: usize) -> io::Result<usize>
     where
         W: AsyncWrite + Unpin,
@@ -72,7 +72,7 @@ impl Backlog {
         Ok(bytes)
     }
 
-    /// Takes the first frame if it is wholly written.
+    /// Removes the first frame if it is completely written.
     pub(super) fn pop_written(&mut self) -> Option<Outgoing> {
         let length = self.frames.front().map(frame_bytes)?;
         if self.written < length {

@@ -7,18 +7,19 @@
 //! ```
 //!
 //! It takes frames, and promises:
-//! - Frames are never interleaved, and those of bulk keep their order. What waits is gathered, up to 1 MiB or 32 frames,
-//!   and goes out in one vectored write.
+//! - Frames are never interleaved, and those of bulk keep their order. Waiting frames are gathered, up to 1 MiB or 32 frames,
+//!   and written in one vectored write.
 //! - Bulk is bounded by the [`TokenBucket`], where there is one, to the byte.
-//! - Control goes ahead of queued bulk and does not wait for the bandwidth cap. It comes between two frames, so it waits for the
-//!   rest of the frame that was begun; that rest goes at once, whatever the cap says. Both are charged to the bucket
-//!   afterwards, so that the cap counts every byte that is written. So control waits for the transport to take one frame at most, and never for a small bandwidth.
+//! - Control goes ahead of queued bulk and does not wait for the bandwidth cap. It is written between two frames, so it waits for
+//!   the rest of the frame in progress, which is written at once, without the cap. Both are charged to the bucket afterwards, so
+//!   that the cap counts every byte that is written. So control waits for the transport to take one frame at most, and never for
+//!   a small bandwidth.
 //! - A mark is reported after its frame's last byte was handed to the writer; with durable rounds, after a flush that
 //!   follows the last of the connection's lanes.
-//! - [`Control::Finish`] ends the stream at the end of a frame: what bulk is still queued is dropped, the writer is shut
+//! - [`Control::Finish`] ends the stream at the end of a frame: queued bulk is dropped, and the writer is shut
 //!   down. A sender that ends in any other way drops the writer without a shutdown: nothing looks complete.
 //!
-//! Between frames it holds nothing but what it has gathered: a slow transport fills that, then the queue, and so the
+//! Between frames it holds only what it has gathered: a slow transport fills that, then the queue, and then the
 //! encoders wait. Its meter counts the bytes written, control included; each write counts as a batch.
 
 mod backlog;
@@ -40,24 +41,24 @@ use crate::tally::RoundTally;
 use crate::token_bucket::{Share, TokenBucket};
 use backlog::Backlog;
 
-/// What the controller tells a sender.
+/// A message of the controller to a sender.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Control {
     /// A whole control frame, to be sent ahead of queued bulk.
     Frame(Bytes),
-    /// Nothing follows: shut the writer down (a file is flushed and takes its name, a socket says end of stream) and end.
-    /// Bulk that is still queued is dropped.
+    /// The end: shut the writer down (a file is flushed and takes its name, a socket ends its stream) and return.
+    /// Queued bulk is dropped.
     Finish,
 }
 
-/// What a sender reports. Whoever takes the reports goes on taking them until the sender has ended: it waits for room.
+/// A report of a sender. The receiver must take reports until the sender has ended, since it waits for room.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sent {
-    /// Everything up to the end of this round was written in the lane (with durable rounds: and flushed).
+    /// Everything of the lane up to the end of this round was written (with durable rounds: and flushed).
     RoundComplete {
         /// The lane.
         lane: u16,
-        /// What the round came to in it.
+        /// The round's figures in the lane.
         tally: RoundTally,
     },
     /// The lane's last frame was written.
@@ -81,19 +82,19 @@ pub struct Sender<W> {
     stage: Stage,
 }
 
-/// What one step of a sender came to.
+/// The result of one step of a sender.
 enum Step {
-    /// The controller wants something.
+    /// A message of the controller.
     Control(Control),
     /// A first frame, or the end of bulk.
     Bulk(Option<Outgoing>),
-    /// So many bytes of the backlog were written.
+    /// This many bytes of the backlog were written.
     Wrote(usize),
 }
 
 impl<W: AsyncWrite + Unpin + Send> Sender<W> {
     /// The sender of a connection that carries `lanes_here` lanes, and its share of the bandwidth if that is capped. With
-    /// `durable_rounds` (a stream that is kept) the writer is flushed at each round's end, before it is reported.
+    /// `durable_rounds` (a stored stream) the writer is flushed at each round's end, before it is reported.
     #[must_use]
     pub fn new(
         connection: u16,
@@ -115,11 +116,11 @@ impl<W: AsyncWrite + Unpin + Send> Sender<W> {
         }
     }
 
-    /// Runs until [`Control::Finish`]. When bulk has ended, control is served still.
+    /// Runs until [`Control::Finish`]. After the end of bulk, control is still written.
     ///
     /// # Errors
-    /// When the writer fails; when the controller is gone: its control queue is closed without a Finish, or nobody takes
-    /// a mark.
+    /// When the writer fails; when the controller has ended: its control queue is closed without a Finish, or the receiver of
+    /// marks was dropped.
     pub async fn run(
         mut self,
         control: Inlet<Control>,
@@ -157,7 +158,7 @@ impl<W: AsyncWrite + Unpin + Send> Sender<W> {
         }
     }
 
-    /// Waits for what comes first: control before anything else, then room in the writer, or bulk if there is none.
+    /// Waits for the next event: control first, then room in the writer, or bulk if the backlog is empty.
     async fn step(&mut self, control: &Inlet<Control>, bulk: &Inlet<Outgoing>) -> Result<Step, Cause> {
         let meter = self.stage.meter.clone();
         if self.backlog.is_empty() {
@@ -180,11 +181,11 @@ impl<W: AsyncWrite + Unpin + Send> Sender<W> {
         pending(first, &meter, Wait::Output).await
     }
 
-    /// Writes of the backlog what the bucket grants and the writer takes. Dropped before its end, it has written nothing,
-    /// and what was granted stays granted.
+    /// Writes as much of the backlog as the bucket grants and the writer takes. If this is dropped before its end, nothing was
+    /// written, and the granted bytes stay granted.
     async fn write_bulk(&mut self) -> Result<usize, Cause> {
         let Some((bucket, share)) = self.bucket.as_ref().filter(|(bucket, _)| bucket.is_limited()) else {
-            // Nothing is kept that was granted without a limit: one that is set takes hold at the next write.
+            // A grant without a limit is not saved: a limit that is set takes effect at the next write.
             self.granted = 0;
             let most = self.backlog.left();
             return self.backlog.write_some(&mut self.writer, most).await.map_err(Cause::Transport);
@@ -198,7 +199,7 @@ impl<W: AsyncWrite + Unpin + Send> Sender<W> {
         Ok(bytes)
     }
 
-    /// Writes the rest of a frame that was begun, without waiting for the bucket.
+    /// Writes the rest of the frame in progress, without waiting for the bucket.
     async fn end_frame(&mut self, sent: &Outlet<Sent>) -> Result<(), Cause> {
         while self.backlog.left_of_begun() > 0 {
             let most = self.backlog.left_of_begun();
@@ -230,7 +231,7 @@ impl<W: AsyncWrite + Unpin + Send> Sender<W> {
         pending(shutdown, &self.stage.meter, Wait::Output).await.map_err(Cause::Transport)
     }
 
-    /// Counts bytes of the backlog that are written, lets go of the frames they complete and reports their marks.
+    /// Counts written bytes of the backlog, drops the frames that they complete, and reports their marks.
     async fn wrote(&mut self, bytes: usize, sent: &Outlet<Sent>) -> Result<(), Cause> {
         self.stage.meter.count(0, bytes as u64);
         while let Some(frame) = self.backlog.pop_written() {
@@ -275,7 +276,7 @@ impl Marks {
         Self { held: Vec::new(), durable_lanes, rounds: [0; MAX_LANES as usize] }
     }
 
-    /// Holds a mark whose frame is written, and says when all held ones may be reported.
+    /// Holds a mark whose frame is written. Returns when all held marks may be reported.
     fn reached(&mut self, lane: u16, mark: Mark) -> Reached {
         let others_wait = !self.held.is_empty();
         match mark {

@@ -66,7 +66,7 @@ impl Chain {
         Self { run: Box::pin(run), bitmap, in_flight, orders, scanned, frames }
     }
 
-    /// Lets the stages go on until all of them wait, while nobody takes a frame.
+    /// Lets the stages run until all of them wait, while no frame is taken.
     fn until_it_waits(&mut self) {
         (0..1000).for_each(|_| assert!(self.run.as_mut().now_or_never().is_none(), "it waits"));
     }
@@ -112,7 +112,7 @@ fn on_their_way(bounds: Bounds, plan: EncoderPlan, taken: usize) -> u64 {
     let left = chain.bitmap.count();
     assert_eq!(chain.in_flight.pages(), 64 * MIB / 4096 - left);
 
-    // Whatever is where: all that was taken and not acknowledged can be given back.
+    // Everything that was taken and not acknowledged can be put back.
     chain.in_flight.acknowledge(0, taken as u64).unwrap();
     chain.in_flight.put_back(&chain.bitmap);
     assert_eq!(chain.bitmap.count(), 64 * MIB / 4096 - taken as u64 * 64);
@@ -124,10 +124,10 @@ fn a_sender_that_waits_stops_everything_with_an_exact_count_on_its_way() {
     let queues = Bounds { copies: 100, frames: 100, to_detector: 3, to_encoder: 2, to_sender: 4 };
     let lz4 = EncoderPlan { compress: Some(Codec::Lz4), ..EncoderPlan::default() };
     for taken in [0, 1, 7] {
-        // What the queues hold, and one batch in the hands of each stage.
+        // The content of the queues, and one batch in each stage.
         assert_eq!(on_their_way(queues, EncoderPlan::default(), taken), 3 + 2 + 4 + 3);
         assert_eq!(on_their_way(queues, lz4, taken), 3 + 2 + 4 + 3);
-        // Two copies at most: the detector's hands and the queue to it are full behind them.
+        // Two copies at most: then the detector and the queue to it are full.
         assert_eq!(on_their_way(Bounds { copies: 2, ..queues }, EncoderPlan::default(), taken), 2 + 1 + 3 + 1);
         // Compressed, a copy is gone once its frame is made: one frame and two copies.
         let tight = Bounds { copies: 2, frames: 1, ..queues };

@@ -10,12 +10,12 @@ use crate::meter::Meter;
 use crate::queue::Inlet;
 use crate::stage_id::StageId;
 
-/// The page size of so many KiB.
+/// A page size in KiB.
 pub(crate) fn page_size(kib: u64) -> PageSize {
     PageSize::new(kib << 10).expect("4 to 64")
 }
 
-/// What a block of so many bytes is.
+/// The description of a block of a number of bytes.
 pub(crate) fn block(index: usize, length: u64) -> BlockInfo {
     BlockInfo::new(format!("ram{index}"), length)
 }
@@ -41,7 +41,7 @@ pub(crate) fn mapped(length: u64) -> Arc<MappedMemory> {
     Arc::new(MappedMemory::anonymous(usize::try_from(length).expect("a few MiB")).expect("memory"))
 }
 
-/// A meter that nobody reads.
+/// A meter without a reader.
 pub(crate) fn meter() -> Arc<Meter> {
     Meter::start(StageId::SCANNER)
 }

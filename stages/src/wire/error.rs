@@ -1,4 +1,4 @@
-//! What a peer, a file or a line can get wrong: one variant for each thing, with the figures of both sides.
+//! Errors in what a peer, a file or a line sends: one variant for each kind, with the figures of both sides.
 
 use std::fmt;
 
@@ -8,20 +8,20 @@ use super::pages::PageEncoding;
 use crate::geometry::{ExtentAt, MAX_LANES, PageAt};
 use crate::untrusted::Untrusted;
 
-/// Why a frame is refused. The offset of the frame in its stream is added by whoever reads ([`FrameError`]).
+/// Why a frame is refused. The reader adds the offset of the frame in its stream ([`FrameError`]).
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum WireError {
     // ---- the head ----
     /// The head's checksum does not match: damage, or no memferry stream at all.
     #[error("the frame head is damaged (checksum mismatch), or this is not a memferry stream")]
     HeadChecksum,
-    /// Flag bits that mean nothing in this version.
+    /// Flag bits that this version does not define.
     #[error("the frame has the unknown flags {flags:#04x}")]
     UnknownFlags {
         /// The unknown bits.
         flags: u8,
     },
-    /// A kind that must be understood and is not.
+    /// A kind that must be understood and is unknown.
     #[error("frames of kind {kind} must be understood, and this version does not know them")]
     UnknownKind {
         /// The kind's byte.
@@ -71,7 +71,7 @@ pub enum WireError {
         /// Bytes that there are.
         left: usize,
     },
-    /// The body goes on behind its last field.
+    /// The body continues after its last field.
     #[error("{bytes} bytes follow the last field of the frame")]
     Trailing {
         /// How many.
@@ -95,7 +95,7 @@ pub enum WireError {
         /// The most it may be.
         most: u64,
     },
-    /// A byte that names one of a few things, and none of them.
+    /// A byte that selects one of a few choices, and matches none.
     #[error("{field} is {value}, which has no meaning in this version")]
     UnknownValue {
         /// Which byte.
@@ -103,12 +103,12 @@ pub enum WireError {
         /// What it is.
         value: u8,
     },
-    /// Masks of left out pages with zero words at their end: the count says more than there is.
+    /// Masks of left out pages that end with zero words, so that their count is too high.
     #[error("the left out masks of a stretch end with a zero word")]
     LeftOutPadded,
 
     // ---- Hello ----
-    /// Whoever speaks, it is not memferry.
+    /// The peer does not speak memferry's protocol.
     #[error("a Hello begins with \"{}\" instead of \"{}\"", found.escape_ascii(), MAGIC.escape_ascii())]
     Magic {
         /// The first bytes.
@@ -127,7 +127,7 @@ pub enum WireError {
     /// No page has this size.
     #[error("the page size is {bytes} bytes, it must be a power of two from 4096 to 65536")]
     PageSize {
-        /// What the peer says.
+        /// The peer's page size.
         bytes: u32,
     },
     /// A feature that is listed twice.
@@ -136,7 +136,7 @@ pub enum WireError {
         /// Its name.
         name: Untrusted,
     },
-    /// Features that the stream cannot do without, and this version does not know.
+    /// Features that the stream requires, and this version does not know.
     #[error("the stream requires features that this version does not know: {}", Quoted(names))]
     UnknownFeatures {
         /// Their names.
@@ -144,7 +144,7 @@ pub enum WireError {
     },
 
     // ---- Pages ----
-    /// A block that is not there.
+    /// A block that does not exist.
     #[error("pages of block {block}, there are {blocks} blocks")]
     NoBlock {
         /// The block.
@@ -152,13 +152,13 @@ pub enum WireError {
         /// How many there are.
         blocks: u32,
     },
-    /// A block whose memory the destination has already: its pages never travel.
+    /// A block that both ends share: its pages never travel.
     #[error("pages of block {block}, which is ignored: its pages never travel")]
     IgnoredBlock {
         /// The block.
         block: u32,
     },
-    /// An extent that is not there.
+    /// An extent that does not exist.
     #[error("pages of extent {} of block {}, which has {extents} extents", at.extent, at.block)]
     NoExtent {
         /// The extent.
@@ -176,7 +176,7 @@ pub enum WireError {
         /// The extent's pages.
         valid: u64,
     },
-    /// Zero pages that the frame does not bring.
+    /// Zero pages outside of the frame's pages.
     #[error("the zero pages {zero:#x} are not all among the frame's pages {mask:#x}")]
     ZeroOutside {
         /// The zero pages.
@@ -206,7 +206,7 @@ pub enum WireError {
         /// The most there may be.
         most: u32,
     },
-    /// A page of a group that no page began.
+    /// A page of a group without a first page.
     #[error("{page} is said to be in a group, and no compressed page came before it")]
     NoGroup {
         /// The page.
@@ -222,7 +222,7 @@ pub enum WireError {
         /// The most it may have.
         most: usize,
     },
-    /// The pages' bytes are not the payload's.
+    /// The pages' bytes do not add up to the payload's.
     #[error("the pages have {sum} bytes, the payload has {payload}")]
     PayloadSum {
         /// All pages together.
@@ -230,7 +230,7 @@ pub enum WireError {
         /// What the frame says.
         payload: u32,
     },
-    /// The parts are not the whole.
+    /// The parts do not add up to the frame.
     #[error("the frame is {length} bytes long, its parts are {parts}")]
     FrameLength {
         /// Bytes behind the head.
@@ -247,8 +247,8 @@ pub enum WireError {
         found: u64,
     },
 
-    // ---- in its place, found by whoever knows the migration ----
-    /// A frame that may not come here or now.
+    // ---- in context, found by code that knows the migration ----
+    /// An unexpected frame.
     #[error("the {kind} frame is out of place: {why}")]
     OutOfPlace {
         /// The frame's kind.
@@ -256,7 +256,7 @@ pub enum WireError {
         /// Why not.
         why: &'static str,
     },
-    /// Pages on a lane that is not theirs.
+    /// Pages on the wrong lane.
     #[error("extent {} of block {} came on lane {lane}, it belongs to lane {right}", at.extent, at.block)]
     WrongLane {
         /// The extent.
@@ -271,9 +271,9 @@ pub enum WireError {
     WrongConnection {
         /// The frame's lane.
         lane: u16,
-        /// Where it came.
+        /// The connection that it came on.
         connection: u16,
-        /// Where it belongs.
+        /// The connection that carries it.
         right: u16,
     },
     /// A lane that this migration does not have.
@@ -284,7 +284,7 @@ pub enum WireError {
         /// How many there are.
         lanes: u16,
     },
-    /// A round that is not the lane's.
+    /// A round other than the lane's.
     #[error("a frame of round {round} in lane {lane}, which is in round {current}")]
     WrongRound {
         /// The lane.
@@ -318,7 +318,7 @@ pub enum WireError {
     },
 }
 
-/// What was wrong, and where.
+/// An error with its place in the stream.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("frame at byte {offset} of {stream}: {error}")]
 pub struct FrameError {

@@ -1,11 +1,11 @@
-//! A bounded cursor over the fields of a body: nothing is read, believed or allocated for before it is checked.
+//! A bounded cursor over the fields of a body: nothing is read, used or allocated for before it is checked.
 
 use std::ops::RangeInclusive;
 
 use super::error::WireError;
 use crate::untrusted::Untrusted;
 
-/// What is left of a body's fields. Every read names its field, for the error.
+/// The remaining fields of a body. Every read names its field, for the error.
 #[derive(Debug)]
 pub(super) struct Fields<'a> {
     left: &'a [u8],
@@ -17,7 +17,7 @@ impl<'a> Fields<'a> {
         Self { left: bytes }
     }
 
-    /// Is nothing left?
+    /// Whether nothing is left.
     pub(super) fn is_empty(&self) -> bool {
         self.left.is_empty()
     }
@@ -92,13 +92,13 @@ impl<'a> Fields<'a> {
         (0..count).map(|_| item(self)).collect()
     }
 
-    /// Nothing may be left.
+    /// Checks that nothing is left.
     pub(super) fn end(self) -> Result<(), WireError> {
         if self.left.is_empty() { Ok(()) } else { Err(WireError::Trailing { bytes: self.left.len() }) }
     }
 }
 
-/// Gives `value` back if it is in `bounds`.
+/// Returns `value` if it is in `bounds`.
 pub(super) fn within(field: &'static str, value: u64, bounds: RangeInclusive<u64>) -> Result<u64, WireError> {
     let (least, most) = bounds.into_inner();
     if (least..=most).contains(&value) { Ok(value) } else { Err(WireError::Range { field, value, least, most }) }

@@ -1,4 +1,4 @@
-//! The head that every frame has, and the checks that come before anything else is believed. Its box stands in [`super`];
+//! The head of every frame, and the checks that come before anything else is used. Its box is in [`super`];
 //! the seed of its checksum is the bytes `mferry-1` as a little-endian number.
 //!
 //! The head, the checksum behind a body's fields and the first ten bytes of a Hello are the same in every version of the
@@ -22,7 +22,7 @@ const HEAD_SEED: u64 = u64::from_le_bytes(*b"mferry-1");
 /// The only flag.
 const MUST_UNDERSTAND: u8 = 1;
 
-/// What a frame is. The number is its byte on the wire.
+/// The kind of a frame. The number is its byte on the wire.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum Kind {
@@ -42,7 +42,7 @@ pub enum Kind {
     Digests = 7,
     /// The destination may start the guest.
     Go = 8,
-    /// The sender gives up, with the reason. Both directions.
+    /// The sender aborts, with the reason. Both directions.
     Abort = 9,
     /// The end mark of a stream without a return path.
     End = 10,
@@ -50,7 +50,7 @@ pub enum Kind {
     Accept = 32,
     /// Return path: the machine is built for the blocks.
     Ready = 33,
-    /// Return path: what is loaded so far.
+    /// Return path: the pages loaded so far.
     Progress = 34,
     /// Return path: hashes of the pages of a stretch that differs.
     PageHashes = 35,
@@ -58,9 +58,9 @@ pub enum Kind {
     Loaded = 36,
     /// Return path: the guest runs here.
     Running = 37,
-    /// Return path: no, and nothing was started.
+    /// Return path: the destination refuses, and has started nothing.
     Refused = 38,
-    /// Return path: the start was begun and failed.
+    /// Return path: the start began and failed.
     StartFailed = 39,
     /// The sender is alive. Both directions.
     Heartbeat = 64,
@@ -122,13 +122,13 @@ impl Kind {
         }
     }
 
-    /// Does a frame of this kind belong to a lane? All others are control frames.
+    /// Whether a frame of this kind belongs to a lane. All others are control frames.
     #[must_use]
     pub fn is_of_lane(self) -> bool {
         matches!(self, Self::Pages | Self::RoundComplete | Self::Switchover)
     }
 
-    /// Must a reader that does not know this kind give up?
+    /// Whether a reader that does not know this kind must fail.
     #[must_use]
     pub fn must_understand(self) -> bool {
         self != Self::Heartbeat
@@ -151,12 +151,12 @@ impl fmt::Display for Kind {
     }
 }
 
-/// The head of a frame, believed.
+/// The head of a frame, checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FrameHead {
     /// The kind's byte: not every byte is a [`Kind`].
     pub kind: u8,
-    /// Must a reader that does not know the kind give up?
+    /// Whether a reader that does not know the kind must fail.
     pub must_understand: bool,
     /// The lane; 0 for control frames.
     pub lane: u16,

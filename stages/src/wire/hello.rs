@@ -1,4 +1,4 @@
-//! Hello: who speaks, in which version, with which features, on which of how many connections.
+//! Hello: the peer's version, session and features, and the number of this connection.
 //!
 //! ```text
 //! fields of the body
@@ -9,7 +9,7 @@
 //! └────────────────────────────────────────────────────────────────────────────────────────────────────────┘
 //! ```
 //!
-//! Magic is checked first, then the version; nothing behind a strange version is believed.
+//! Magic is checked first, then the version; nothing after an unknown version is used.
 
 use std::fmt;
 use std::fs::File;
@@ -32,7 +32,7 @@ pub const MAX_FEATURE_NAME: usize = 64;
 /// The most bytes of a Hello's fields: more than this version needs, so that a later one can still be named.
 pub(super) const MAX_FIELDS: usize = 16 << 10;
 
-/// A random number that names one migration: all its connections say the same.
+/// A random number that identifies one migration: all its connections carry the same.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct SessionId(pub [u8; 16]);
 
@@ -60,12 +60,12 @@ impl fmt::Display for SessionId {
     }
 }
 
-/// A feature, by name: what both ends must agree on.
+/// A feature, by name, on which both ends must agree.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Feature {
     /// Its name, 1 to 64 bytes.
     pub name: Untrusted,
-    /// Does the stream make no sense without it?
+    /// Whether the stream cannot be read without it.
     pub required: bool,
 }
 
@@ -87,7 +87,7 @@ pub mod feature {
     pub const VERIFY: &str = "verify";
     /// Some pages may not travel (hinted free, unplugged, of ignored blocks): digests leave them out.
     pub const LEFT_OUT: &str = "left-out";
-    /// Some blocks are ignored: the destination has their memory already.
+    /// Some blocks are ignored: both ends share their memory.
     pub const IGNORED_BLOCKS: &str = "ignored-blocks";
 }
 
@@ -128,14 +128,14 @@ impl Features {
         ignored_blocks: true,
     };
 
-    /// The features that are used, by name. All of them are required: the stream makes no sense without them.
+    /// The features that are used, by name. All of them are required: the stream cannot be read without them.
     #[must_use]
     pub fn to_list(self) -> Vec<Feature> {
         let used = self.named().into_iter().filter(|&(_, used)| used);
         used.map(|(name, _)| Feature { name: name.into(), required: true }).collect()
     }
 
-    /// The known features of a list; unknown optional ones are passed over.
+    /// The known features of a list; unknown optional ones are ignored.
     ///
     /// # Errors
     /// [`WireError::UnknownFeatures`] with the names of those that are required and unknown.
@@ -185,7 +185,7 @@ impl Features {
 /// The first frame of a connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Hello {
-    /// The sender's protocol version. A reader of another version believes nothing behind it.
+    /// The sender's protocol version. A reader of another version uses nothing after it.
     pub version: u16,
     /// The migration.
     pub session: SessionId,

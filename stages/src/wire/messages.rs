@@ -31,7 +31,7 @@
 //! reason: length 2 · UTF-8                     phase, run state, end, last, verified: 0 or 1
 //! ```
 //!
-//! A value has one form only: what decodes is what would be encoded.
+//! A value has only one form: bytes that decode are the bytes that the value encodes to.
 
 use bytes::Bytes;
 
@@ -45,7 +45,7 @@ use crate::untrusted::Untrusted;
 pub const MAX_REASON: usize = 4096;
 /// The longest chunk of state in one frame.
 pub const MAX_STATE_CHUNK: usize = 1 << 20;
-/// The most stretches whose digests stand in one frame.
+/// The most stretches whose digests are in one frame.
 pub const MAX_DIGESTS: usize = 4096;
 
 /// The most figures that one Heartbeat carries.
@@ -75,28 +75,28 @@ pub enum StatePhase {
     Device = 1,
 }
 
-/// A chunk of a named, versioned section of state. Chunks of a section follow one another without a gap.
+/// A chunk of a named, versioned section of state. Chunks of a section follow each other directly.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StateChunk {
     /// Which part it belongs to.
     pub phase: StatePhase,
     /// Name of the section, 1 to 255 bytes.
     pub name: Untrusted,
-    /// Version of the section's format; the guest's business.
+    /// Version of the section's format, as the guest defines it.
     pub version: u32,
-    /// Is it the section's last chunk?
+    /// Whether it is the section's last chunk.
     pub end: bool,
     /// The bytes.
     pub bytes: Bytes,
 }
 
-/// What the guest was doing at the source when the migration began, and should do at the destination.
+/// The run state of the guest at the source when the migration began, which it gets at the destination.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum RunState {
     /// It ran.
     Running = 0,
-    /// Its operator had paused it: it is not started by us.
+    /// Its operator had paused it: memferry does not start it.
     Paused = 1,
 }
 
@@ -109,7 +109,7 @@ pub struct StretchDigest {
     pub left_out: [u64; 8],
 }
 
-/// What is acknowledged: everything that was loaded on the destination since its start.
+/// An acknowledgement: everything that was loaded on the destination since its start.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Progress {
     /// Page bytes loaded, all lanes.
@@ -118,10 +118,10 @@ pub struct Progress {
     pub frames: Vec<u64>,
 }
 
-/// One figure of a [`Message::Heartbeat`]: what the sender reports of itself, by name.
+/// One figure of a [`Message::Heartbeat`], by name.
 ///
-/// A reader ignores figures whose names it does not know, and expects none: names can be added without another version of the
-/// protocol. The names come from a peer, so they are not fit for a terminal as they are. A destination reports
+/// A reader ignores figures whose names it does not know, and requires none: names can be added without another version of the
+/// protocol. The names come from a peer, so they must be escaped before they are shown. A destination reports
 /// `receivers_worked_ns`: the nanoseconds since its start in which its receivers did not wait for bytes, the mean over connections.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Figure {
@@ -140,7 +140,7 @@ pub enum Message {
     State(StateChunk),
     /// The RAM blocks, in order; their page size is in Hello.
     Blocks(Vec<BlockInfo>),
-    /// End of a round in the frame's lane, with what it came to.
+    /// End of a round in the frame's lane, with its figures.
     RoundComplete(RoundTally),
     /// Last frame of the lane.
     Switchover,
@@ -153,13 +153,13 @@ pub enum Message {
         /// One for each stretch.
         stretches: Vec<StretchDigest>,
     },
-    /// Run it. Carries the run state to give it.
+    /// The destination may start the guest. Carries its run state.
     Go(RunState),
-    /// The sender gives up; why.
+    /// The sender aborts, with the reason.
     Abort(Untrusted),
     /// The end mark: all state, digests and pages have been sent. In a file it is the last frame.
     End {
-        /// What the guest was doing.
+        /// The run state of the guest.
         run_state: RunState,
         /// Pages frames of all lanes.
         frames: u64,
@@ -179,16 +179,16 @@ pub enum Message {
     },
     /// Loaded, verified and prepared; `verified` says whether digests were compared.
     Loaded {
-        /// Were digests compared (and found equal)?
+        /// Whether digests were compared, and were equal.
         verified: bool,
     },
     /// The guest runs at the destination.
     Running,
-    /// The destination will not, and has started nothing.
+    /// The destination refuses, and has started nothing.
     Refused(Untrusted),
     /// The destination began to start the guest and failed.
     StartFailed(Untrusted),
-    /// The sender is alive, and what it reports of itself. Both directions, at any time from Hello or Accept on; a reader
+    /// The sender is alive, with figures that it reports. Both directions, at any time from Hello or Accept on; a reader
     /// that does not know it may skip it.
     Heartbeat(Vec<Figure>),
 }

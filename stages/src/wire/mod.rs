@@ -19,15 +19,15 @@
 //! body of Pages: see [`pages`]
 //! ```
 //!
-//! An unknown kind is skipped if its must-understand bit is clear, and is an error if it is set. A feature (see
-//! [`hello`]) is what both ends must agree on before a frame that uses it.
+//! An unknown kind is skipped if its must-understand bit is clear, and is an error if it is set. Both ends must agree on a
+//! feature (see [`hello`]) before a frame uses it.
 //!
 //! Direction: source to destination carries Hello, State, Blocks, Pages, RoundComplete, Switchover, Digests, Go, Abort, End,
 //! Heartbeat; the return path carries Accept, Ready, Progress, PageHashes, Loaded, Running, Refused, StartFailed, Abort, Heartbeat.
 //!
 //! Where there is a return path, each end sends something at least every half second from Hello or Accept on, in both
 //! directions on connection 0: a Heartbeat where there is nothing else. A peer that is silent for longer is stopped, hangs, or is
-//! out of reach.
+//! unreachable.
 
 pub mod error;
 mod fields;

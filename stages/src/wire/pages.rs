@@ -16,7 +16,7 @@
 //!
 //! `mask` holds the pages that the frame brings (an unchanged page is in neither mask), `zero` those of them that are
 //! all zero. Pages may be compressed together as a *group*: the first of them names the codec and the bytes of the whole, and
-//! the others follow as `grouped`, with no bytes of their own. They need not lie side by side, nor be neighbours in the list:
+//! the others follow as `grouped`, with no bytes of their own. They need not be adjacent, in the extent or in the list:
 //!
 //! ```text
 //! page          3          4         5            6          9         12         13
@@ -25,7 +25,7 @@
 //! payload      6000 bytes: pages 3, 5, 6 │ page 4 │ 900 bytes: pages 9, 12 │ page 13
 //! ```
 //!
-//! A group has at most [`GROUP_BYTES`] of pages, and fewer bytes than they; a compressed page that no other follows is a
+//! A group has at most [`GROUP_BYTES`] of pages, and fewer bytes than its pages; a compressed page without followers is a
 //! group of one. Groups need the `page-groups` feature.
 //!
 //! The payload's hash is 0 where the `payload-xxh3` feature is off. One frame is sent for each batch, even if
@@ -45,7 +45,7 @@ use crate::hash;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum PageEncoding {
-    /// The page as it is.
+    /// The page itself.
     Raw = 1,
     /// Snappy, raw format.
     Snap = 2,
@@ -76,7 +76,7 @@ impl PageEncoding {
         known.into_iter().find(|&known| known as u8 == byte)
     }
 
-    /// Does a page in this encoding begin a group?
+    /// Whether a page in this encoding begins a group.
     #[must_use]
     pub fn is_codec(self) -> bool {
         matches!(self, Self::Snap | Self::Lz4 | Self::Zstd)
@@ -111,14 +111,14 @@ impl fmt::Display for PageEncoding {
 pub const FIXED_BYTES: usize = 40;
 /// Bytes of one page's descriptor.
 const DESCRIPTOR_BYTES: usize = 4;
-/// Bytes of the checksum of what stands before the payload.
+/// Bytes of the checksum of the part before the payload.
 const CHECKSUM_BYTES: usize = 8;
-/// The most bytes that stand before the payload: fixed part, 64 descriptors, checksum.
+/// The most bytes before the payload: fixed part, 64 descriptors, checksum.
 pub const MAX_HEAD_BYTES: usize = FIXED_BYTES + 64 * DESCRIPTOR_BYTES + CHECKSUM_BYTES;
 /// The fewest: of a frame that brings only zero pages, or none.
 pub const MIN_HEAD_BYTES: usize = FIXED_BYTES + CHECKSUM_BYTES;
 
-/// Bytes before the payload, told by the masks of the fixed part.
+/// Bytes before the payload, computed from the masks of the fixed part.
 #[must_use]
 pub fn head_bytes(fixed: &[u8; FIXED_BYTES]) -> usize {
     let word = |at: usize| u64::from_le_bytes(fixed[at..at + 8].try_into().expect("8 bytes"));
@@ -126,13 +126,13 @@ pub fn head_bytes(fixed: &[u8; FIXED_BYTES]) -> usize {
     MIN_HEAD_BYTES + (mask & !zero).count_ones() as usize * DESCRIPTOR_BYTES
 }
 
-/// The xxh3-64 of a payload; never 0, which stands for no hash.
+/// The xxh3-64 of a payload; never 0, which means no hash.
 #[must_use]
 pub fn payload_hash(payload: &[u8]) -> u64 {
     hash::xxh3_64(payload).max(1)
 }
 
-/// What stands before the payload of a Pages frame.
+/// The part of a Pages frame before its payload.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PagesHead {
     /// The extent.
@@ -141,7 +141,7 @@ pub struct PagesHead {
     pub round: u32,
     /// Pages that the frame brings.
     pub mask: u64,
-    /// Those of them that are all zero.
+    /// Those of `mask` that are all zero.
     pub zero: u64,
     /// xxh3-64 of the payload, or 0.
     pub payload_hash: u64,
@@ -157,7 +157,7 @@ impl PagesHead {
         self.pages.iter().map(|&(_, bytes)| bytes as usize).sum()
     }
 
-    /// The frame's head and the body up to the payload, as they go on the wire in front of it.
+    /// The frame's head and the body up to the payload, as they precede it on the wire.
     ///
     /// # Panics
     /// If `zero` has a page that `mask` has not, `pages` is not one for each page of `mask & !zero`, or `lane` is not below
@@ -212,11 +212,11 @@ impl PagesHead {
         Ok(head)
     }
 
-    /// Is this the payload that was sent? To be asked where the `payload-xxh3` feature is on. An empty payload cannot be
-    /// damaged.
+    /// Checks that this is the payload that was sent. To be called where the `payload-xxh3` feature is on. An empty payload cannot
+    /// be damaged.
     ///
     /// # Errors
-    /// [`WireError::PayloadHash`] if it is another one.
+    /// [`WireError::PayloadHash`] if it is not.
     pub fn check_payload(&self, payload: &[u8]) -> Result<(), WireError> {
         let found = payload_hash(payload);
         if payload.is_empty() || found == self.payload_hash {
@@ -275,7 +275,7 @@ fn take_descriptors(
     Ok(pages)
 }
 
-/// Does each page have as many bytes as its encoding allows, and each group as many pages?
+/// Checks that each page has as many bytes as its encoding allows, and each group as many pages.
 fn check_pages(
     at: ExtentAt,
     present: u64,

@@ -1,4 +1,4 @@
-//! Messages into bytes. What is out of its bounds here is our own mistake, and an assertion.
+//! Encodes messages. A value out of its bounds is a mistake of this program, and an assertion.
 
 use std::ops::RangeInclusive;
 

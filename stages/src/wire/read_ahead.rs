@@ -1,8 +1,7 @@
-//! Reads ahead of what is asked for, so that small frames do not cost a system call each, and bytes that need not be copied
-//! twice are not.
+//! Reads ahead, so that small frames do not cost a system call each, without copying large payloads twice.
 //!
-//! What is read ahead is copied once more. So behind a large payload, which will most likely be followed by another, no more
-//! is read than the head that comes before it.
+//! Bytes that are read ahead are copied once more. So after a large payload, which most likely precedes another, only the next head
+//! is read ahead.
 
 use std::io;
 
@@ -13,15 +12,15 @@ use super::pages::MAX_HEAD_BYTES;
 
 /// Small frames are read this many bytes at a time.
 const MOST_BYTES: usize = 64 << 10;
-/// Behind a large payload: the longest head.
+/// After a large payload: the longest head.
 const LEAST_BYTES: usize = HEAD_BYTES + MAX_HEAD_BYTES;
 
-/// A reader with what it read ahead.
+/// A reader with the bytes that it read ahead.
 #[derive(Debug)]
 pub(super) struct ReadAhead<R> {
     reader: R,
     buffer: Box<[u8]>,
-    /// What waits lies from here …
+    /// Buffered bytes are from here …
     start: usize,
     /// … to here.
     end: usize,
@@ -34,12 +33,12 @@ impl<R: AsyncRead + Unpin> ReadAhead<R> {
         Self { reader, buffer: vec![0; MOST_BYTES].into(), start: 0, end: 0, step: MOST_BYTES }
     }
 
-    /// The current frame has a payload of so many bytes.
+    /// Sets the payload size of the current frame.
     pub(super) fn expect_payload(&mut self, bytes: usize) {
         self.step = if bytes >= MOST_BYTES { LEAST_BYTES } else { MOST_BYTES };
     }
 
-    /// Bytes that wait; more are read if there are none. 0 at the end of the stream.
+    /// The buffered bytes; more are read if there are none. Empty at the end of the stream.
     pub(super) async fn available(&mut self) -> io::Result<usize> {
         if self.start == self.end {
             (self.start, self.end) = (0, 0);
@@ -48,14 +47,14 @@ impl<R: AsyncRead + Unpin> ReadAhead<R> {
         Ok(self.end - self.start)
     }
 
-    /// Passes over bytes that wait.
+    /// Consumes buffered bytes.
     pub(super) fn consume(&mut self, bytes: usize) {
         assert!(bytes <= self.end - self.start, "only what waits can be passed over");
         self.start += bytes;
     }
 
-    /// Reads at least a byte, unless the stream has ended or there is no room: what waits first, then from the stream, past the
-    /// buffer if as much is wanted as would be read ahead.
+    /// Reads at least a byte, unless the stream has ended or there is no room: buffered bytes first, then from the stream, past the
+    /// buffer if at least as much is wanted as would be read ahead.
     pub(super) async fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
         if self.start == self.end && into.len() >= self.step {
             return self.reader.read(into).await;
@@ -76,7 +75,7 @@ mod tests {
 
     use super::*;
 
-    /// An endless stream that notes how much it was asked for.
+    /// An endless stream that records the sizes of its reads.
     #[derive(Default)]
     struct Asked(Vec<usize>);
 

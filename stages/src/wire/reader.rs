@@ -22,7 +22,7 @@ pub enum Incoming {
     Message {
         /// Its lane; 0 for control frames.
         lane: u16,
-        /// What it says.
+        /// The message.
         message: Message,
     },
     /// A Pages frame up to its payload, which must be read or skipped before the next frame.
@@ -53,7 +53,7 @@ impl PagesFrame {
 /// Why no frame could be read.
 #[derive(Debug, thiserror::Error)]
 pub enum ReadError {
-    /// The peer wrote what cannot be.
+    /// The peer sent an invalid frame.
     #[error(transparent)]
     Frame(#[from] FrameError),
     /// The transport failed.
@@ -63,7 +63,7 @@ pub enum ReadError {
         offset: u64,
         /// Which stream.
         stream: String,
-        /// What the system says.
+        /// The system's error.
         #[source]
         error: io::Error,
     },
@@ -97,8 +97,8 @@ pub struct FrameReader<R> {
 }
 
 impl<R: AsyncRead + Unpin> FrameReader<R> {
-    /// A reader at the start of a stream that errors shall call `stream`. The page size bounds Pages frames; until Hello has
-    /// told it, any will do.
+    /// A reader at the start of a stream, which errors name `stream`. The page size bounds Pages frames; until Hello has arrived,
+    /// any value will do.
     #[must_use]
     pub fn new(reader: R, stream: String, page_size: PageSize) -> Self {
         Self {
@@ -113,12 +113,12 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
         }
     }
 
-    /// Sets the page size that Hello told.
+    /// Sets the page size of Hello.
     pub fn set_page_size(&mut self, page_size: PageSize) {
         self.page_size = page_size;
     }
 
-    /// What errors call the stream.
+    /// The name of the stream in errors.
     #[must_use]
     pub fn stream(&self) -> &str {
         &self.stream
@@ -142,7 +142,7 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
         self.frames
     }
 
-    /// Bytes that the reader keeps for the bodies of messages, its read buffer aside.
+    /// Bytes that the reader has allocated for the bodies of messages, without its read buffer.
     #[must_use]
     pub fn held_bytes(&self) -> usize {
         self.body.capacity()
@@ -160,10 +160,10 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
     /// The next frame, or `None` if the stream ends behind the last one. Frames of unknown kinds that need not be understood
     /// are passed over.
     ///
-    /// Not to be raced in a `select!`: a read that is dropped loses its place in the stream.
+    /// Must not be raced in a `select!`: a dropped read loses its place in the stream.
     ///
     /// # Errors
-    /// [`ReadError`]; the stream cannot be read on after it.
+    /// [`ReadError`]; the stream cannot be read further after it.
     ///
     /// # Panics
     /// If the payload of the frame before was neither read nor skipped.
@@ -191,7 +191,7 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
     /// Reads the payload of the current Pages frame, or the next part of it, into the whole of `buffer`.
     ///
     /// # Errors
-    /// [`ReadError`]; `buffer` then holds nothing of use.
+    /// [`ReadError`]; the content of `buffer` is then unspecified.
     ///
     /// # Panics
     /// If the payload has fewer bytes left.
@@ -201,10 +201,10 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
         self.fill(buffer).await
     }
 
-    /// Passes over what is left of the current Pages frame's payload.
+    /// Skips the rest of the current Pages frame's payload.
     ///
     /// # Errors
-    /// [`ReadError`], as when it is read.
+    /// [`ReadError`], as for a read.
     pub async fn skip_payload(&mut self) -> Result<(), ReadError> {
         let left = std::mem::take(&mut self.payload_left);
         self.skip(left).await
@@ -238,7 +238,7 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
         Ok(Incoming::Message { lane: head.lane, message })
     }
 
-    /// Reads a Pages frame up to its payload. How long that part is, its masks say, before their checksum can be checked: the
+    /// Reads a Pages frame up to its payload. The masks give the length of that part before their checksum can be checked; the
     /// frame's length bounds it.
     async fn read_pages(&mut self, head: FrameHead) -> Result<Incoming, ReadError> {
         let length = head.length as usize;
@@ -276,7 +276,7 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
         Ok(())
     }
 
-    /// Passes over `bytes` bytes.
+    /// Skips `bytes` bytes.
     async fn skip(&mut self, bytes: usize) -> Result<(), ReadError> {
         let mut left = bytes;
         while left > 0 {

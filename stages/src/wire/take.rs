@@ -1,4 +1,5 @@
-//! Bytes into messages. Every byte may be a peer's lie: nothing is believed before it is checked.
+//! Decodes messages. Every byte comes from an untrusted peer: nothing is used before it is checked (ARCHITECTURE.md, law 8: the
+//! peer is not trusted).
 
 use bytes::Bytes;
 use xxhash_rust::xxh3::xxh3_64;
@@ -20,8 +21,8 @@ use crate::untrusted::Untrusted;
 const MAX_EXTENTS: u64 = u32::MAX as u64;
 
 impl Message {
-    /// Reads a body: the checksum of its fields first, then field after field, each within its bounds, and nothing behind
-    /// the last. What it needs to know of the migration (is there such a block?) is checked by whoever knows it.
+    /// Reads a body: the checksum of its fields first, then field after field, each within its bounds, and nothing after
+    /// the last. Checks that need the migration (such as whether a block exists) are the caller's.
     ///
     /// # Errors
     /// [`WireError`] with what is wrong and the figures.
@@ -36,7 +37,7 @@ impl Message {
     }
 }
 
-/// A body without its checksum, which is right.
+/// A body without its checksum, which was checked.
 fn checked_fields(kind: Kind, body: &[u8]) -> Result<&[u8], WireError> {
     let short = WireError::Short { field: "checksum", needs: CHECKSUM_BYTES, left: body.len() };
     let (fields, checksum) = body.split_last_chunk::<CHECKSUM_BYTES>().ok_or(short)?;

@@ -1,12 +1,13 @@
-//! The XBZRLE cache of one lane: copies of pages as the destination holds them (law 6).
+//! The XBZRLE cache of one lane: copies of pages as the destination holds them (ARCHITECTURE.md, law 6: the delta's reference is
+//! what the destination holds).
 //!
-//! A page may lie in one of sixteen slots: two groups of eight neighbours, found by two hashes of its place. The emptier
-//! group takes a page as long as it has a free slot: so nine tenths of the cache fill with one page in a hundred turned
-//! away, where a single group of four would fill three tenths. Then the oldest of the sixteen gives way, if it is old enough.
+//! A page may lie in one of sixteen slots: two groups of eight neighbours, found by two hashes of its place. The group with more
+//! free slots takes a page: so nine tenths of the cache fill before more than one page in a hundred is rejected, where a single
+//! group of four would fill three tenths. If both are full, the page replaces the oldest of the sixteen, if that is old enough.
 //! Each slot has its page of memory from its first use on.
 //!
-//! Its size may change at any time. What it holds then keeps its memory and is placed anew, the pages used last before the
-//! others; where it shrinks, those that find no place are gone, and what they took goes back to the host.
+//! Its size may change at any time. Cached pages keep their memory and are placed again, the most recently used first; where the
+//! cache shrinks, pages without a slot are dropped, and their memory returns to the host.
 
 use std::cmp::Reverse;
 use std::fmt;
@@ -18,11 +19,11 @@ use crate::memory::MappedMemory;
 
 /// Slots of a group.
 const GROUP: usize = 8;
-/// What the kernel may back at once: a huge page.
+/// Bytes of a huge page, which the kernel may back at once.
 const HUGE_BYTES: usize = 2 << 20;
 /// Mappings that a cache begins with.
 const CHUNKS: usize = 8;
-/// The largest mapping: of these a process may have some ten thousand.
+/// The largest mapping, of which a process may have some ten thousand.
 const MOST_CHUNK_BYTES: usize = 64 << 20;
 /// A page used in round g may be replaced from round g + 2 on.
 const LIFETIME: u32 = 2;
@@ -34,7 +35,7 @@ pub struct XbzrleCache {
 }
 
 impl fmt::Debug for XbzrleCache {
-    /// Sizes only: what it holds is guest memory.
+    /// Sizes only, since its content is guest memory.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (slots, bytes) = (self.slots.len(), self.memory_bytes());
         f.debug_struct("XbzrleCache").field("slots", &slots).field("memory_bytes", &bytes).finish_non_exhaustive()
@@ -53,8 +54,8 @@ struct Slot {
 }
 
 impl XbzrleCache {
-    /// A cache that keeps at most `bytes`, its own bookkeeping included. Memory is used as pages come in. One that has no
-    /// room for a page keeps nothing.
+    /// A cache of at most `bytes`, its own bookkeeping included. Memory is allocated as pages come in. One that has no
+    /// room for a page stays empty.
     #[must_use]
     pub fn new(page_size: PageSize, bytes: u64) -> Self {
         let page = page_size.bytes();
@@ -62,8 +63,8 @@ impl XbzrleCache {
         Self { slots: vec![Slot::default(); slots], memory: PageMemory::new(page, slots) }
     }
 
-    /// Makes it one that keeps at most `bytes`. Pages lose their place only where there are too few, the oldest first. It takes
-    /// time for each page that it holds, and a second list of its slots while it lasts.
+    /// Limits it to `bytes`. Pages are dropped only where slots are missing, the oldest first. This takes time for each cached
+    /// page, and a second list of slots meanwhile.
     pub fn resize(&mut self, bytes: u64) {
         let slots = slots_in(bytes, self.memory.page_bytes);
         if slots == self.slots.len() {
@@ -81,7 +82,7 @@ impl XbzrleCache {
         self.memory.resize(slots);
     }
 
-    /// After slots were filled anew: each page of memory up to `most` belongs to one of them, and none has another.
+    /// Assigns memory after slots were filled again: each page of memory up to `most` belongs to one slot, and no slot has another.
     fn give_memory(&mut self, most: usize) {
         let mut is_owned = vec![false; most.min(self.memory.taken)];
         for index in self.slots.iter().filter_map(|slot| (slot.memory as usize).checked_sub(1)) {
@@ -105,8 +106,8 @@ impl XbzrleCache {
         Some(self.memory.page(slot.memory))
     }
 
-    /// Keeps a copy of what was sent for a page, if its place is free or holds a page that was not used in `round` or the
-    /// round before. Returns whether it is kept; it is not where the host has no memory for it.
+    /// Caches a copy of what was sent for a page, if one of its slots is free or holds a page that was not used in `round` or the
+    /// round before. Returns whether it is cached; it is not where the host has no memory for it.
     ///
     /// # Panics
     /// If `page` is not of the cache's page size.
@@ -122,7 +123,7 @@ impl XbzrleCache {
         true
     }
 
-    /// Forgets a page.
+    /// Removes a page.
     pub fn remove(&mut self, at: PageAt) {
         if let Some(slot) = self.find(at) {
             self.slots[slot].key = 0;
@@ -176,7 +177,7 @@ impl XbzrleCache {
     }
 }
 
-/// How many slots, with their pages, so many bytes make.
+/// How many slots, with their pages, fit into `bytes`.
 fn slots_in(bytes: u64, page_bytes: usize) -> usize {
     let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
     (bytes / (page_bytes + size_of::<Slot>())).min(u32::MAX as usize)
@@ -187,7 +188,7 @@ fn key(at: PageAt) -> u64 {
     ((u64::from(at.block) + 1) << 38) | at.page
 }
 
-/// Spreads a key over 64 bits, so that pages dealt to one lane spread over its slots.
+/// Spreads a key over 64 bits, so that the pages of one lane spread over its slots.
 fn mix(key: u64) -> u64 {
     let product = u128::from(key ^ 0x9e37_79b9_7f4a_7c15).wrapping_mul(0xd6e8_feb8_6659_fd93_a076_1d64_78bd_642f);
     let product = product ^ (product >> 64);
@@ -199,14 +200,14 @@ fn mix(key: u64) -> u64 {
 /// Memory for a number of pages, which are taken in order.
 ///
 /// It lies in mappings of some megabytes that the kernel backs as pages are taken, by huge pages where it can: the first
-/// touch of small ones costs several times what the copy of a page does, and more than all else that the first round does
-/// with it. It is why `unsafe` is worth it here.
+/// touch of small ones costs several times the copy of a page, and more than all other work that the first round does
+/// with it. That justifies the `unsafe` here.
 struct PageMemory {
     page_bytes: usize,
     pages: usize,
     taken: usize,
     chunk_pages: usize,
-    /// Whole ones, for the pages that were taken.
+    /// The mappings, for the pages that were taken.
     chunks: Vec<MappedMemory>,
 }
 
@@ -227,25 +228,25 @@ impl PageMemory {
         Some(u32::try_from(self.taken).expect("no more pages than a u32 counts"))
     }
 
-    /// Huge pages are asked for as far as they lie in the bound.
+    /// Huge pages are requested as far as they lie within the bound.
     fn advise_last(&self) {
         let Some(last) = self.chunks.last() else { return };
         let before = (self.chunks.len() - 1) * self.chunk_pages;
         let whole = (self.pages.saturating_sub(before) * self.page_bytes).min(last.len()) / HUGE_BYTES * HUGE_BYTES;
         if whole > 0 {
-            // Without huge pages it is slower, and no less right.
+            // Without huge pages it is slower, but still correct.
             drop(last.advise_huge_up_to(whole));
         }
     }
 
-    /// Makes it one of so many pages. Those beyond go back to the host, whoever had taken them.
+    /// Limits it to `pages` pages. Pages beyond return to the host, even if they were taken.
     fn resize(&mut self, pages: usize) {
         self.pages = pages;
         self.taken = self.taken.min(pages);
         self.chunks.truncate(self.taken.div_ceil(self.chunk_pages));
         if let Some(last) = self.chunks.last() {
             let used = (self.taken - (self.chunks.len() - 1) * self.chunk_pages) * self.page_bytes;
-            // What the kernel keeps all the same is reused by the pages that are taken next.
+            // Memory that the kernel does not take back is reused by the pages that are taken next.
             drop(last.give_back(used, last.len() - used));
         }
         self.advise_last();
@@ -257,7 +258,7 @@ impl PageMemory {
         assert!(index < self.taken, "page {index} of {}", self.taken);
         let (chunk, offset) = (&self.chunks[index / self.chunk_pages], index % self.chunk_pages * self.page_bytes);
         assert!(offset + self.page_bytes <= chunk.len(), "a page lies in its chunk");
-        // SAFETY: the page lies in the mapping, which reads as zeros at first and which nobody else knows; it is borrowed
+        // SAFETY: the page lies in the mapping, which reads as zeros at first and has no other users; it is borrowed
         // as long as `self` is.
         unsafe { slice::from_raw_parts_mut(chunk.as_ptr().add(offset), self.page_bytes) }
     }
@@ -319,8 +320,8 @@ mod tests {
     }
 
     proptest! {
-        /// The model keeps what the destination holds and when it was used. The cache may hold less, never other bytes, and
-        /// a page may leave it only when it is removed or old, or where its size changes.
+        /// The model stores what the destination holds and when it was used. The cache may hold fewer pages, never other bytes, and
+        /// a page may leave it only when it is removed or old, or when the size changes.
         #[test]
         fn it_holds_what_was_sent_or_nothing(mut bytes in 0..80_000_u64, operations in operations()) {
             let mut cache = XbzrleCache::new(PAGE, bytes);
@@ -470,7 +471,7 @@ mod tests {
         let before = found(&mut cache, 0..7000).len();
         cache.resize(2000 * 4200);
         let kept = found(&mut cache, 0..7000);
-        // Three tenths of all: a slot is hardly ever free when those that were used last have theirs.
+        // Three tenths of all: a slot is rarely free once the most recently used pages have theirs.
         assert!((1900..=2052).contains(&kept.len()) && before > 6900, "{} of {before}", kept.len());
         let latest = kept.iter().filter(|&&number| number >= 5500).count();
         assert!(latest > 1400, "{latest} of the latest 1500 are kept");

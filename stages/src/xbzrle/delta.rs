@@ -1,8 +1,8 @@
-//! A delta that came from a peer: checked whole, then applied.
+//! A delta that came from a peer: checked completely, then applied (ARCHITECTURE.md, law 8: the peer is not trusted).
 
 use super::{MAX_RUN, PIECE_BYTES};
 
-/// Why bytes are no delta of a page. Every offset counts from the first byte of the delta.
+/// Why bytes are not a delta of a page. Every offset counts from the first byte of the delta.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DeltaError {
     /// It changes nothing: an equal page is never sent.
@@ -26,7 +26,7 @@ pub enum DeltaError {
         /// Offset in the delta.
         at: usize,
     },
-    /// A run leaves its page, or its piece of one.
+    /// A run exceeds its page, or its piece of one.
     #[error("the run at byte {at} ends at byte {end} of the page, beyond byte {limit}")]
     BeyondPage {
         /// Offset in the delta.
@@ -57,9 +57,9 @@ impl<'a> Delta<'a> {
     /// Checks a whole delta of a page of `page_bytes`.
     ///
     /// # Errors
-    /// A [`DeltaError`] with the offset of the first byte that cannot be.
-    // Inlined so that the result is never put together in memory and read back in other pieces: such a load waits until
-    // the stores of the page before, which is mostly out of cache, are through.
+    /// A [`DeltaError`] with the offset of the first invalid byte.
+    // Inlined so that the result is never assembled in memory and read back in other pieces: such a load waits for the
+    // stores to the previous page, which is mostly out of cache.
     #[inline(always)]
     pub fn parse(bytes: &'a [u8], page_bytes: usize) -> Result<Self, DeltaError> {
         let mut runs = 0;
@@ -91,8 +91,8 @@ impl<'a> Delta<'a> {
 
 /// Walks a delta run by run, checking as it goes.
 ///
-/// What it knows stays in registers: a page to patch is mostly out of cache, stores to it wait for memory in the
-/// processor's store buffer, and any other store behind them takes the place of one more.
+/// Its state stays in registers: a page to patch is mostly out of cache, so stores to it wait for memory in the processor's store
+/// buffer, and every other store takes a place in that buffer.
 #[inline(always)]
 fn walk<'a>(bytes: &'a [u8], page_bytes: usize, mut run: impl FnMut(usize, &'a [u8])) -> Result<(), DeltaError> {
     if page_bytes <= MAX_RUN {
@@ -113,8 +113,8 @@ fn walk<'a>(bytes: &'a [u8], page_bytes: usize, mut run: impl FnMut(usize, &'a [
     if bytes == 0 { Ok(()) } else { Err(DeltaError::Trailing { at, bytes }) }
 }
 
-/// Walks a delta of one piece, which stands in `bytes` from `first` to their end, and changes the page from `offset` to
-/// before `limit`.
+/// Walks a delta of one piece, which is `bytes` from `first` to the end, and changes the page from `offset` up to
+/// `limit`.
 #[inline(always)]
 fn walk_piece<'a>(
     bytes: &'a [u8],
@@ -145,8 +145,8 @@ fn walk_piece<'a>(
     Ok(())
 }
 
-/// Reads the run length at `at`, and says where what follows it stands. Two bytes must be left: a length of one byte and
-/// what follows it, or one of two.
+/// Reads the run length at `at`, and returns it with the offset after it. Two bytes must be left: a length of one byte and
+/// its data, or a length of two bytes.
 #[inline(always)]
 fn length(bytes: &[u8], at: usize) -> Result<(usize, usize), DeltaError> {
     let Some(&[low, high]) = bytes[at..].first_chunk() else { return Err(DeltaError::Truncated { at }) };

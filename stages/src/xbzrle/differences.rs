@@ -1,7 +1,7 @@
-//! Which bytes of a block differ, as a mask of one bit a byte.
+//! Finds which bytes of a block differ, as a mask of one bit for each byte.
 //!
 //! The encoder is written once over [`Compare`]. A comparer for a set of instructions is a value that exists only where the
-//! processor has them, so that its method is safe. They are worth their `unsafe`: sparse deltas of pages in the cache are
+//! processor has them, so that its method is safe. Their speed justifies the `unsafe`: sparse deltas of pages in the cache are
 //! encoded a third faster than with SSE2 and several times as fast as with words; out of cache, memory is the limit.
 
 /// Bytes compared at a time.

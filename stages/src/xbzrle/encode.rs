@@ -1,7 +1,8 @@
-//! The encoder that is used: it compares a block at a time into a mask of differing bytes, and walks the mask's turns.
+//! The production encoder: it compares a block at a time into a mask of differing bytes, and walks the mask's *turns*, the
+//! positions where equal bytes change to differing ones or back.
 //!
-//! A [`Writer`] owns the place reached in the page and in the delta, and makes QEMU's overflow tests where it writes. All of
-//! it is written once over the way to compare; a version of it for each set of instructions is a thin wrapper.
+//! A [`Writer`] owns the position in the page and in the delta, and makes QEMU's overflow tests where it writes. The code is
+//! generic over the comparison; the version for each set of instructions is a thin wrapper.
 
 #[cfg(target_arch = "x86_64")]
 use super::differences::{Avx2, Avx512};
@@ -10,7 +11,7 @@ use super::{Encoded, MAX_RUN, PIECE_BYTES};
 
 /// Bytes whose differences are found before runs are written.
 const SPAN: usize = BLOCK * 64;
-/// Runs up to this length are copied as if they had it, where there is room: one load and one store.
+/// Runs up to this length are copied as if they had this length, where there is room: one load and one store.
 const SHORT_RUN: usize = 16;
 
 /// Encodes a page with the widest instructions that the processor has.
@@ -61,7 +62,8 @@ fn encode_pieces(compare: impl Compare, old: &[u8], new: &[u8], out: &mut [u8]) 
     if changed { Encoded::Delta(written) } else { Encoded::Equal }
 }
 
-/// Encodes one piece: its bytes, 0 if it is equal; as one run where runs are not shorter. `None` if there is no room.
+/// Encodes one piece, as a single run where separate runs are not shorter. Returns its number of bytes, 0 if it is equal; `None` if
+/// there is no room.
 #[inline(always)]
 fn encode_piece(compare: impl Compare, old: &[u8], new: &[u8], room: &mut [u8]) -> Option<usize> {
     let most = room.len().min(new.len());
@@ -124,7 +126,7 @@ impl Writer<'_> {
         self.end()
     }
 
-    /// Writes the run of new bytes `start..end`, and that all before it are equal.
+    /// Writes the run of new bytes `start..end`, after a run of the equal bytes before it.
     #[inline(always)]
     fn run(&mut self, start: usize, end: usize) -> Option<()> {
         let (equal, bytes) = (start - self.read, end - start);
@@ -139,7 +141,7 @@ impl Writer<'_> {
         Some(())
     }
 
-    /// Writes a run of at most [`SHORT_RUN`] bytes, if there is room here and there for one of so many.
+    /// Writes a run of at most [`SHORT_RUN`] bytes, if both sides have room for that many.
     #[inline(always)]
     fn short_run(&mut self, equal: usize, start: usize, bytes: usize) -> Option<()> {
         if bytes > SHORT_RUN {
@@ -166,22 +168,22 @@ impl Writer<'_> {
         Some(())
     }
 
-    /// The last of QEMU's overflow tests: equal bytes behind the last run want two bytes free, though they write none.
+    /// The last of QEMU's overflow tests: equal bytes after the last run require two free bytes, though they write none.
     fn end(&self) -> Option<()> {
         let fits = self.written == 0 || self.read == self.new.len() || self.written + 2 <= self.out.len();
         fits.then_some(())
     }
 }
 
-/// A run length as it is written, and how many of the two bytes are written.
+/// A run length in its encoding, and how many of the two bytes are written.
 #[inline(always)]
 fn length(of: usize) -> ([u8; 2], usize) {
     let [low, high] = [of & 0x7f, of >> 7].map(|bits| u8::try_from(bits).expect("at most the longest run"));
     if high == 0 { ([low, 0], 1) } else { ([low | 0x80, high], 2) }
 }
 
-/// Where in a span equal bytes turn to differing ones, and back. All of a span is compared before its turns are looked
-/// at: what they say is hard to predict, and must not hold up the loads of the next blocks.
+/// The turns of a span. All of the span is compared before its turns are walked: branches on them are hard to predict, and a
+/// misprediction must not delay the loads of the next blocks.
 struct Turns {
     /// A bit for each block that has a turn.
     blocks: u64,
@@ -190,7 +192,7 @@ struct Turns {
 }
 
 impl Turns {
-    /// Compares a span; `last` tells whether the byte before it differs.
+    /// Compares a span; `last` is whether the byte before it differs.
     #[inline(always)]
     fn find(compare: impl Compare, old: &[u8], new: &[u8], last: bool) -> Self {
         let mut turns = Self { blocks: 0, bytes: [0; SPAN / BLOCK] };
@@ -222,7 +224,7 @@ fn ones(mut word: u64) -> impl Iterator<Item = usize> {
     })
 }
 
-/// The end of a page that is no multiple of blocks, with zeros behind it.
+/// The end of a page that is not a multiple of blocks, padded with zeros.
 #[cold]
 fn padded(rest: &[u8]) -> [u8; BLOCK] {
     let mut block = [0; BLOCK];

@@ -12,7 +12,7 @@
 //! with a u16 length in front (0 = this piece is equal). A piece that overflows, alone among pieces that do not, is
 //! written as one run of all its bytes; only if the pieces do not fit into a page together does the page overflow.
 //!
-//! A delta from a peer is a [`Delta`] only once it has been checked whole. [`XbzrleCache`] keeps what to encode against.
+//! A delta from a peer is a [`Delta`] only once it was checked completely. [`XbzrleCache`] stores the pages to encode against.
 
 pub mod cache;
 mod delta;
@@ -35,19 +35,19 @@ pub const MAX_RUN: usize = 0x3fff;
 /// Pages longer than [`MAX_RUN`] are coded in pieces of this many bytes.
 pub const PIECE_BYTES: usize = 4096;
 
-/// What came of encoding a page against its old copy.
+/// The result of encoding a page against its old copy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Encoded {
     /// The pages are equal: nothing to send.
     Equal,
-    /// A delta of so many bytes was written.
+    /// A delta of this many bytes was written.
     Delta(usize),
     /// It did not fit: the page is better sent whole.
     Overflow,
 }
 
-/// Encodes `new` against `old`, a page of any size, into `out`; a delta never takes more than a page. Beyond the delta
-/// `out` is left with anything.
+/// Encodes `new` against `old`, a page of any size, into `out`; a delta never takes more than a page. The content of
+/// `out` beyond the delta is unspecified.
 ///
 /// # Panics
 /// If the three do not have the same length, or it is no multiple of 8, or of [`PIECE_BYTES`] if it is coded in pieces.

@@ -1,9 +1,9 @@
-//! The oracle: the encoding done byte by byte, as the description reads. Tests hold the fast code against it, benches
+//! The oracle: the encoding byte by byte, as the description reads. Tests compare the fast code with it, benches
 //! measure against it.
 
 use super::{Encoded, MAX_RUN, PIECE_BYTES};
 
-/// What [`super::encode_page`] does.
+/// A simple [`super::encode_page`].
 ///
 /// # Panics
 /// As [`super::encode_page`].
@@ -12,8 +12,8 @@ pub fn encode_page(old: &[u8], new: &[u8], out: &mut [u8]) -> Encoded {
     if new.len() <= MAX_RUN { encode(old, new, out) } else { encode_pieces(old, new, out) }
 }
 
-/// What [`super::Delta::parse`] and [`super::Delta::apply`] do together, but patching as it reads: the page is spoiled
-/// if this is no delta. Returns whether it was one.
+/// [`super::Delta::parse`] and [`super::Delta::apply`] in one, patching as it reads: the page is left damaged if this is not a
+/// delta. Returns whether it was one.
 pub fn apply(delta: &[u8], page: &mut [u8]) -> bool {
     if page.len() <= MAX_RUN { !delta.is_empty() && decode(delta, page).is_some() } else { apply_pieces(delta, page) }
 }

@@ -1,4 +1,4 @@
-//! The encoding held against the oracle, QEMU's vectors and hostile bytes.
+//! The encoding compared with the oracle and QEMU's vectors, and under hostile bytes.
 
 use proptest::prelude::*;
 

@@ -1,12 +1,13 @@
-//! Stage: zero-page detector. The one read of guest memory (law 3).
+//! Stage: zero-page detector. The only read of guest memory (ARCHITECTURE.md, law 3: what is compared, hashed or encoded is one
+//! copy).
 //!
 //! - **Takes** batches of a lane: which pages.
 //! - **Gives** them copied: which of them are zero, and the bytes of the others in a pooled buffer.
 //! - **Owns** nothing but its lane's figures: it adds the zero pages to the tally that RoundComplete carries.
-//! - **Promises** that each byte of a batch is loaded at most once, in one pass with the zero test, that pages never touched
-//!   are not read at all, and that the logs see each copy once it is made and before it goes on.
+//! - **Promises** that each byte of a batch is loaded at most once, in one pass with the zero test, that untouched pages
+//!   are not read at all, and that the logs see each copy after it is made and before it is passed on.
 //!
-//! It waits for a buffer only when there is something to read, and holds none while it waits (law 9).
+//! It waits for a buffer only when there is something to read, and holds none while it waits (law 9: memory is bounded).
 
 use std::sync::Arc;
 

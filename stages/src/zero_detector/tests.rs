@@ -16,7 +16,7 @@ use crate::stage::testing::{batch, batches, block_on, drain, guest, mapped, mete
 use crate::tally::RoundTally;
 use crate::xbzrle::Delta;
 
-/// What memory and log are asked for, in order.
+/// The calls to memory and log, in order.
 #[derive(Debug, PartialEq, Eq)]
 enum Asked {
     Read(u64),
@@ -56,7 +56,7 @@ impl Memory for Watched {
     }
 }
 
-/// A log that remembers the copies it is shown.
+/// A log that records the copies it gets.
 #[derive(Debug)]
 struct Shown {
     asked: Arc<Mutex<Vec<Asked>>>,

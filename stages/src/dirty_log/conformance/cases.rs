@@ -7,7 +7,7 @@ use super::{Breach, Order, Subject, all_pages, offset};
 use crate::bitmap::DirtyBitmap;
 use crate::geometry::PageAt;
 
-/// Nobody writes: a log may report a page that it was unsure of once or twice, but then it is quiet.
+/// No writes: a log may report an uncertain page once or twice, but is quiet then.
 pub(super) fn quiet(make: &dyn Fn() -> Subject, order: Order) -> Result<(), Breach> {
     let case = "quiet";
     let subject = make();
@@ -32,7 +32,7 @@ pub(super) fn found(make: &dyn Fn() -> Subject, order: Order) -> Result<(), Brea
     })
 }
 
-/// One byte is written in each page in turn behind the log's back, and marked.
+/// One byte is written in each page in turn, unseen by the log, and marked.
 pub(super) fn marked(make: &dyn Fn() -> Subject, order: Order) -> Result<(), Breach> {
     let subject = make();
     each_write_is_found("marked", &subject, order, |at, byte| {
@@ -58,8 +58,8 @@ pub(super) fn restarted(make: &dyn Fn() -> Subject, order: Order) -> Result<(), 
     })
 }
 
-/// Pages that a sync has found leave the bitmap unread, as hints of free pages make them do: armed for that first, the log
-/// finds the next write to each. Not asked of a log that says that it does not see stores.
+/// Pages that a sync has found leave the bitmap unread, as with free-page hints: the log is armed for that first, and finds the
+/// next write to each. Skipped for a log that does not see stores.
 pub(super) fn unread(make: &dyn Fn() -> Subject, order: Order) -> Result<(), Breach> {
     let case = "unread";
     let subject = make();
@@ -87,7 +87,7 @@ pub(super) fn unread(make: &dyn Fn() -> Subject, order: Order) -> Result<(), Bre
     scanner.stop().map_err(Breach::failed(case))
 }
 
-/// Pages that are out for good are neither reported nor read, and the others are found as ever.
+/// Excluded pages are neither reported nor read, and the others are found.
 pub(super) fn left_out(make: &dyn Fn() -> Subject, order: Order) -> Result<(), Breach> {
     let case = "left out";
     let subject = make();
@@ -108,7 +108,7 @@ pub(super) fn left_out(make: &dyn Fn() -> Subject, order: Order) -> Result<(), B
         }
         scanner.send_all(&mut mirror).map_err(Breach::failed(case))?;
     }
-    // Nobody has written what is left out: it is as zero as it was, and was never sent.
+    // Excluded pages have no writer: they are still zero, and were never sent.
     all_pages(layout).filter(|&at| out.is_set(at)).for_each(|at| mirror.clear(at));
     mirror.compare(case, &subject.memory)?;
     scanner.stop().map_err(Breach::failed(case))

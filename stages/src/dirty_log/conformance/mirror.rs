@@ -1,4 +1,4 @@
-//! The kit's scanner and destination: takes pages by the bitmap, keeps the copy that a destination would have.
+//! The kit's scanner and destination: takes pages by the bitmap, and stores the copy that a destination would have.
 
 use std::io;
 use std::sync::Arc;
@@ -94,7 +94,7 @@ impl Scanner {
         Ok(CopiedBatch { batch, zero, pages })
     }
 
-    /// Tells the logs of a copy.
+    /// Reports a copy to the logs.
     pub(super) fn report(&self, copy: &CopiedBatch) -> io::Result<()> {
         if self.order == Order::ReadBeforeRearm {
             self.rearm(copy.batch.at, copy.batch.mask)?;
@@ -156,7 +156,7 @@ impl Mirror {
         self.page(at).fill(0);
     }
 
-    /// Compares with a source that stands still.
+    /// Compares with a paused source.
     pub(super) fn compare(&mut self, case: &'static str, memory: &GuestMemory) -> Result<(), Breach> {
         let layout = self.layout.clone();
         let mut source = vec![0; layout.page_size().bytes()];

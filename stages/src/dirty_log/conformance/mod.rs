@@ -1,19 +1,19 @@
-//! The conformance kit: what every dirty log must do, tried on one.
+//! The conformance kit: tests a dirty log against the contract of all of them.
 //!
-//! Whoever writes a log gives a function that makes a [`Subject`]: memory, the logs that together follow it, and a
-//! [`Writer`] that stands for its guest. [`check`] makes several of them and plays a migration's scanner and destination
-//! on each. It ends with an equal copy, or with a [`Breach`] that says which page was lost.
+//! The author of a log provides a function that makes a [`Subject`]: memory, the logs that together track it, and a
+//! [`Writer`] that stands for its guest. [`check`] makes several of them and acts as a migration's scanner and destination
+//! on each. It ends with an equal copy, or with a [`Breach`] that names the lost page.
 //!
 //! | case | what must hold |
 //! |---|---|
-//! | quiet | memory that nobody writes becomes clean and stays so |
+//! | quiet | memory without writers becomes clean and stays clean |
 //! | found | every single write is found by the next sync |
-//! | marked | so is a write that the log cannot see, once it is marked |
+//! | marked | a write that the log cannot see is found once it is marked |
 //! | restarted | a log that was stopped can be started again, and misses nothing |
-//! | unread | pages that leave the bitmap unread are armed for it: the next write to each is found |
-//! | left out | pages that are out for good are neither read nor reported |
+//! | unread | pages that leave the bitmap unread are armed: the next write to each is found |
+//! | left out | excluded pages are neither read nor reported |
 //! | schedules | in thousands of random orders of writes, holes, syncs, takes, reads and late reports nothing is lost, A-B-A included |
-//! | race | nor is it under threads that never stop writing |
+//! | race | nothing is lost under threads that never stop writing |
 //!
 //! # Example
 //! ```
@@ -60,43 +60,43 @@ use super::DirtyLog;
 use crate::geometry::{Layout, PageAt};
 use crate::memory::GuestMemory;
 
-/// What is tried: a small guest, not started. Some hundred pages are enough, and the fewer the harder.
+/// The subject of a test: a small guest, not started. A few hundred pages are enough; fewer make a harder test.
 #[expect(missing_debug_implementations, reason = "a writer need not be Debug")]
 pub struct Subject {
     /// Its memory; all zero.
     pub memory: GuestMemory,
     /// The logs that together see every write to it.
     pub logs: Vec<Arc<dyn DirtyLog>>,
-    /// Who writes it.
+    /// Its writer.
     pub writer: Arc<dyn Writer>,
 }
 
-/// Stands for a guest: writes memory in the way that the logs under test are for. Called from several threads.
+/// Stands for a guest: writes memory in the way that the logs under test track. Called from several threads.
 pub trait Writer: Send + Sync {
-    /// Stores bytes that lie in one page, so that the logs find them: where they must be told, tells them.
+    /// Stores bytes that lie in one page, so that the logs find them: marks them where the logs need that.
     fn store(&self, block: u32, offset: usize, bytes: &[u8]);
 
-    /// Makes pages zero by giving them back to the host, and marks them where the logs would not see it. False if this
+    /// Makes pages zero by releasing them to the host, and marks them where the logs would not see it. False if this
     /// memory has no holes.
     fn punch(&self, block: u32, pages: Range<u64>) -> bool {
         let _ = (block, pages);
         false
     }
 
-    /// Stores bytes in a way that the logs do not see, and marks nothing: the kit does. False if there is no such way.
+    /// Stores bytes in a way that the logs do not see, without a mark, which the kit makes. False if there is no such way.
     fn store_unseen(&self, block: u32, offset: usize, bytes: &[u8]) -> bool {
         let _ = (block, offset, bytes);
         false
     }
 }
 
-/// A log has broken its promise.
+/// A violation of the contract.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{case}: {what}")]
 pub struct Breach {
     /// The case that found it.
     pub case: &'static str,
-    /// What was missed.
+    /// The missed write.
     pub what: String,
 }
 
@@ -119,7 +119,7 @@ pub(in crate::dirty_log) fn check_as(make: &dyn Fn() -> Subject, order: Order) -
     race::race(make, order)
 }
 
-/// In which order the kit's scanner does its work. The wrong ones are there to show that the kit finds them.
+/// The order of the kit's scanner. The wrong orders show that the kit finds them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::dirty_log) enum Order {
     /// Take, re-arm, read.

@@ -79,7 +79,7 @@ fn lane(scanner: &Scanner, mut mirror: Mirror, taken: &Receiver<Taken>) -> io::R
     Ok(mirror)
 }
 
-/// Writes words anywhere and over and over into a few hot pages, clears pages, and gives some back.
+/// Writes words anywhere and over and over into a few hot pages, clears pages, and releases some.
 fn write_until(paused: &AtomicBool, subject: &Subject, mut random: Random) {
     let layout = subject.memory.layout();
     let hot: Vec<_> = (0..4).map(|_| random.page(layout)).collect();

@@ -2,7 +2,7 @@
 //!
 //! Pages hold one of three contents, one of them zero, so that A-B-A is frequent; only a few pages are written, so that
 //! they meet. The lane's steps come late: batches wait to be read, and a read waits to be reported to the log. At the end
-//! the guest stands still, what waits is finished before, during or after the last sync, and the copies must be equal.
+//! the guest is paused, pending steps finish before, during or after the last sync, and the copies must be equal.
 
 use std::collections::VecDeque;
 use std::io;
@@ -63,7 +63,7 @@ impl<'a> Schedule<'a> {
                 _ => self.punch(),
             }
         }
-        // The guest stands still from here on.
+        // The guest is paused from here on.
         while self.ahead > 0 {
             self.take()?;
         }
@@ -86,7 +86,7 @@ impl<'a> Schedule<'a> {
         self.hot[usize::try_from(at).expect("small")]
     }
 
-    /// One of three contents, told by the first byte.
+    /// One of three contents, identified by the first byte.
     fn write(&mut self) {
         let at = self.hot();
         let byte = u8::try_from(self.random.below(3)).expect("small");
@@ -107,7 +107,7 @@ impl<'a> Schedule<'a> {
         self.scanner.sync()
     }
 
-    /// The scanner goes on to the next dirty extent.
+    /// The scanner continues with the next dirty extent.
     fn take(&mut self) -> io::Result<()> {
         while self.ahead > 0 {
             self.ahead -= 1;

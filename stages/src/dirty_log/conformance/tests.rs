@@ -34,7 +34,7 @@ fn anonymous() -> Vec<Arc<MappedMemory>> {
     LENGTHS.iter().map(|&length| Arc::new(MappedMemory::anonymous(length).unwrap())).collect()
 }
 
-/// How a guest gives pages of mapped memory back: to the host, or to the file behind.
+/// How a guest releases pages of mapped memory: to the host, or to the file that backs them.
 fn discard(memory: &MappedMemory, file: Option<&File>, pages: Range<u64>) {
     let bytes = pages.start * 4096..(pages.end * 4096).min(memory.len() as u64).next_multiple_of(4096);
     if let Some(file) = file {
@@ -50,7 +50,7 @@ fn punch_file(file: &File, bytes: Range<u64>) {
     rustix::fs::fallocate(file, flags, bytes.start, bytes.end - bytes.start).unwrap();
 }
 
-/// A guest on mapped memory, whose logs may need to be told.
+/// A guest on mapped memory, whose logs may need marks.
 struct MappedGuest {
     blocks: Vec<Arc<MappedMemory>>,
     files: Vec<File>,
@@ -116,7 +116,7 @@ fn hash(page_size: u64) -> Subject {
     Subject { memory, logs: vec![log], writer: Arc::new(writer) }
 }
 
-/// A guest in files that somebody else writes.
+/// A guest in files that another program writes.
 struct FileGuest(Vec<NamedTempFile>);
 
 impl Writer for FileGuest {
@@ -167,7 +167,7 @@ impl Writer for StrictGuest {
     }
 }
 
-/// A guest whose hypervisor is followed by `log`; what it does not see is marked in `devices`, or in the log if there is
+/// A guest whose hypervisor is tracked by `log`; what it does not see is marked in `devices`, or in the log if there is
 /// none.
 fn strict(log: impl Fn(Arc<Hypervisor>, &Layout) -> Arc<dyn DirtyLog>, devices: bool) -> Subject {
     let blocks = anonymous();
@@ -233,7 +233,7 @@ fn two_logs_of_one_guest_miss_nothing() {
 
 // ---- the kit finds what is wrong ----
 
-/// The breach that the kit must find within so many attempts: a race need not be lost at the first, nor at the tenth where
+/// The breach that the kit must find within a number of attempts: a race need not be lost at the first, nor at the tenth where
 /// the machine is busy.
 fn must_breach(make: &dyn Fn() -> Subject, order: Order) -> Breach {
     let found = (0..40).find_map(|_| check_as(make, order).err());
@@ -278,7 +278,7 @@ enum Mistake {
     CountsNoTakes,
     /// Does not arm pages that leave the bitmap unread.
     ForgetsUnread,
-    /// Goes on with pages that are out for good.
+    /// Still reports excluded pages.
     ForgetsLeftOut,
 }
 

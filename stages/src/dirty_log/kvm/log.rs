@@ -7,11 +7,11 @@
 //!
 //! A sync copies the kernel's bits and leaves them. They are cleared, and their pages protected again, when the scanner
 //! re-arms: for a whole chunk at its first extent, since each clear holds the machine's memory lock and flushes every
-//! vCPU's translations, but never for more than was fetched: the kernel would forget a write that came after the fetch.
-//! Clearing a page early is always right, since it is in the dirty bitmap and will be read later.
+//! vCPU's translations. Never more is cleared than was fetched: the kernel would forget a write that came after the fetch.
+//! Clearing a page early is always correct, since it is in the dirty bitmap and will be read later.
 //!
-//! Where the kernel can it begins with all bits set and nothing protected, which costs nothing: to this log, everything has
-//! been fetched then, as everything is in the dirty bitmap.
+//! Where the kernel supports it, logging starts with all bits set and nothing protected, which costs nothing: this log then
+//! considers everything as fetched, since everything is in the dirty bitmap.
 
 use std::io;
 use std::ops::Range;
@@ -27,7 +27,7 @@ use crate::kvm::{KVM_PAGE_BYTES, Slot};
 /// Words of the kernel's bits in a chunk, which is cleared at once: 64 MiB of memory.
 const CHUNK: usize = 256;
 
-/// Follows a machine's slots by their dirty log. Blocks without a slot are known by what is marked.
+/// Tracks a machine's slots by their dirty log. For blocks without a slot it finds only what is marked.
 #[derive(Debug)]
 pub struct KvmLog {
     machine: Arc<dyn LogCalls>,
@@ -49,9 +49,9 @@ struct Followed {
 struct Bits {
     /// What was fetched last.
     latest: Box<[u64]>,
-    /// The words of it that were not brought in yet.
+    /// The words of it that were not moved into the bitmap yet.
     ahead: Range<usize>,
-    /// What was brought in and not cleared yet.
+    /// What was moved into the bitmap and not cleared yet.
     fetched: Box<[u64]>,
 }
 
@@ -73,14 +73,14 @@ impl KvmLog {
         Self { machine, slots, pending: DirtyBitmap::empty(layout), extent_words }
     }
 
-    /// Bytes that a log keeps in memory for a machine that has one slot for each block.
+    /// Bytes of memory that a log takes for a machine that has one slot for each block.
     #[must_use]
     pub fn bytes_for(layout: &Layout) -> u64 {
         let of_slots = layout.blocks().iter().map(|block| bits_bytes(block.length.div_ceil(KVM_PAGE_BYTES)));
         DirtyBitmap::bytes_of(layout) + of_slots.sum::<u64>()
     }
 
-    /// Clears what was fetched and is chosen by `choose`, given the number of a word, among some words of a slot. True if
+    /// Clears what was fetched and is chosen by `choose`, which gets the number of a word, among some words of a slot. True if
     /// there was any.
     fn clear(&self, slot: &Slot, fetched: &mut [u64], first: usize, choose: impl Fn(usize) -> u64) -> io::Result<bool> {
         let mut chosen = [0; CHUNK];
@@ -140,7 +140,7 @@ impl Followed {
 }
 
 impl Bits {
-    /// Sets all to what they are when the logging begins.
+    /// Sets the bits to their state when logging begins.
     fn begin(&mut self, all: bool, pages: u64) {
         self.ahead = 0..0;
         self.fetched.fill(if all { u64::MAX } else { 0 });
@@ -169,7 +169,7 @@ impl DirtyLog for KvmLog {
                 continue;
             }
             let Bits { latest, ahead, fetched } = &mut *followed.bits();
-            // The kernel gives a whole slot. A sync comes range by range: what follows on the last range was fetched with it.
+            // The kernel returns a whole slot. A sync goes range by range: the range that follows the last one was fetched with it.
             if words.start != ahead.start || words.end > ahead.end {
                 self.machine.fetch(followed.slot.number, latest)?;
                 *ahead = words.start..latest.len();
@@ -232,13 +232,13 @@ impl DirtyLog for KvmLog {
     fn stop(&self) -> io::Result<()> {
         clear(&self.pending);
         self.slots.iter().for_each(|followed| followed.bits().begin(false, followed.slot.pages()));
-        // Each of them, whatever becomes of the others.
+        // Each slot, even if another fails.
         let stops = self.slots.iter().map(|followed| self.machine.set_logging(followed.slot.number, false));
         stops.collect::<Vec<_>>().into_iter().collect()
     }
 }
 
-/// Bytes of the [`Bits`] of so many pages.
+/// Bytes of the [`Bits`] of a number of pages.
 fn bits_bytes(pages: u64) -> u64 {
     2 * 8 * pages.div_ceil(64)
 }

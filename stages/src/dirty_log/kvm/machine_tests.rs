@@ -21,7 +21,7 @@ const COMMAND: usize = 0x800;
 /// No RAM block: the program's own page, in a slot that no log follows.
 const OWN: u32 = 100;
 
-/// A machine that stores what it is told. The fields are dropped in this order.
+/// A machine that stores on command. The fields are dropped in this order.
 struct Machine {
     vcpu: Mutex<VcpuFd>,
     _vm: VmFd,
@@ -109,7 +109,7 @@ impl Writer for Machine {
     }
 }
 
-/// KVM, if it is here and offers what a test needs.
+/// KVM, if it is present and supports what a test needs.
 fn kvm(needs: fn(crate::kvm::Offers) -> bool) -> Option<Kvm> {
     let offers = crate::kvm::offers();
     match offers {

@@ -5,11 +5,11 @@
 //! | [`KvmLog`] | a bit for each page, until it is cleared | in rearm, a chunk at a time, exactly what was fetched |
 //! | [`KvmRingLog`] | a ring of written pages for each vCPU | in sync, before what was harvested is in the bitmap |
 //!
-//! Both see what vCPUs and the kernel itself write to the machine's [slots](Slot). What the VMM writes (its devices) is not
-//! seen: it marks, best in a [`SoftwareLog`](super::SoftwareLog) of its own beside this one.
+//! Both see what vCPUs and the kernel itself write to the machine's [slots](Slot). They do not see what the VMM
+//! itself writes (its devices): it marks, best in a separate [`SoftwareLog`](super::SoftwareLog).
 //!
-//! The kernel is behind two small traits, [`LogCalls`] and [`RingCalls`], so that the logs can be tried against a model
-//! that forgives nothing.
+//! Two small traits, [`LogCalls`] and [`RingCalls`], stand for the kernel, so that the logs can be tested against a strict
+//! model.
 
 mod log;
 #[cfg(test)]
@@ -29,7 +29,7 @@ use crate::kvm::{KVM_PAGE_BYTES, Slot};
 pub use log::KvmLog;
 pub use ring::KvmRingLog;
 
-/// What the dirty log asks of a machine.
+/// The calls to a machine that the dirty log makes.
 pub trait LogCalls: Send + Sync + fmt::Debug {
     /// Leaves the protection of pages to [`LogCalls::clear`]. True if a slot's bits are all set, and nothing is protected,
     /// when its logging is switched on; else they are clear and all is protected.
@@ -59,8 +59,8 @@ pub trait LogCalls: Send + Sync + fmt::Debug {
     fn clear(&self, slot: u32, first_page: u64, pages: u32, bits: &[u64]) -> io::Result<()>;
 }
 
-/// What the dirty ring asks of a machine. Its rings are emptied one after another, so that it is known how many entries of
-/// which of them the kernel reset.
+/// The calls to a machine that the dirty ring makes. The rings are emptied one after another, so that it is known how many
+/// entries of each the kernel reset.
 pub trait RingCalls: Send + Sync + fmt::Debug {
     /// Switches the logging of a slot; when it is switched on, all is protected.
     ///
@@ -72,12 +72,12 @@ pub trait RingCalls: Send + Sync + fmt::Debug {
     fn count(&self) -> usize;
 
     /// Calls `found` with slot and page of each entry of a ring, which is harvested by that. Its page stays unprotected, and its
-    /// place in the ring taken, until the reset. `is_full` says that its vCPU cannot go on for want of room. Returns how many
+    /// place in the ring taken, until the reset. `is_full` means that its vCPU cannot continue without room. Returns how many
     /// places there are to reset.
     fn harvest(&self, ring: usize, is_full: bool, found: &mut dyn FnMut(u32, u64)) -> usize;
 
-    /// Protects the pages of what was harvested of this ring and frees their places. True if the kernel has run over the ring:
-    /// what was written may be missing in it.
+    /// Protects the pages of the harvested entries of this ring and frees their places. True if the kernel has overrun the ring:
+    /// written pages may be missing in it.
     ///
     /// # Errors
     /// When the kernel refuses.

@@ -1,5 +1,5 @@
-//! The kernel's dirty log and rings as strict as any host may have them: guest stores on a host that emulates them would
-//! not show some mistakes.
+//! A model of the kernel's dirty log and rings, as strict as any host may be. A host that emulates guest stores would hide some
+//! mistakes.
 
 use std::collections::VecDeque;
 use std::io;
@@ -32,7 +32,7 @@ struct LogState {
 struct LoggedPage {
     dirty: bool,
     protected: bool,
-    /// The bit that it has was fetched.
+    /// Its bit was fetched.
     fetched: bool,
 }
 
@@ -59,12 +59,12 @@ impl LogModel {
         u32::try_from(self.slots[self.index(slot)].pages()).unwrap()
     }
 
-    /// Writes that were forgotten.
+    /// Writes that were lost.
     pub(super) fn lost(&self) -> u64 {
         self.state().lost
     }
 
-    /// How often something was cleared.
+    /// How often bits were cleared.
     pub(super) fn clears(&self) -> u64 {
         self.state().clears
     }
@@ -123,7 +123,7 @@ impl LogCalls for LogModel {
         for page in set.take_while(|&page| page < u64::from(pages)) {
             let at = usize::try_from(first_page + page).unwrap();
             let page = &mut state.pages[self.index(slot)][at];
-            // With the bits all set at the start, a page counts as fetched then.
+            // Where all bits are set at the start, a page counts as fetched.
             let unread = page.dirty && !page.fetched && !self.initially_set;
             if page.dirty {
                 *page = LoggedPage { dirty: false, protected: true, fetched: false };
@@ -164,7 +164,7 @@ impl RingModel {
         Arc::new(Self { slots: slots.to_vec(), entries, state })
     }
 
-    /// A store of a vCPU that KVM emulates: it is made though the ring is full, and an entry is lost. True if one was.
+    /// A store of a vCPU that KVM emulates: it is made even if the ring is full, and then an entry is lost. True if one was.
     pub(super) fn write_emulated(&self, vcpu: usize, slot: u32, page: u64, store: &dyn Fn()) -> bool {
         let mut state = self.state.lock().unwrap();
         let (index, at) = (self.index(slot), usize::try_from(page).unwrap());

@@ -5,16 +5,16 @@
 //!  protected ─────▶ ring's entry ─────────▶ aside ───────▶ protected, and only then found
 //! ```
 //!
-//! An entry is made when a protected page is written; until the rings are reset the page's further writes leave no trace.
-//! So what was harvested is laid aside, the rings are reset, and only then may the scanner learn of it: a page that it
-//! reads has been protected again before.
+//! The kernel makes an entry when a protected page is written; until the rings are reset, further writes to the page leave no
+//! trace. So harvested entries are set aside, the rings are reset, and only then does the scanner get the pages: a page that it
+//! reads was protected again before.
 //!
 //! A vCPU whose ring is full leaves the guest: its loop calls [`KvmRingLog::make_room`] and enters it again.
 //!
-//! Where KVM emulates the guest's stores, one entry of the guest can write more than the ring has room for: one repeated store
-//! does, or a host that emulates many instructions in a row. Entries are lost then, and which is not to be known. So all
-//! pages are protected anew and all of them are found by the next sync. That is slow, not wrong; larger rings make it rare,
-//! and KVM's dirty log does not know it.
+//! Where KVM emulates the guest's stores, one guest entry can write more than the ring has room for: one repeated store
+//! does, or a host that emulates many instructions in a row. Entries are lost then, and which ones is unknown. So all
+//! pages are protected again, and the next sync finds all of them. That is slow but correct; larger rings make it rare,
+//! and KVM's dirty log does not have the problem.
 
 use std::io;
 use std::ops::Range;
@@ -28,16 +28,16 @@ use crate::dirty_log::software::{clear, collect};
 use crate::geometry::{Layout, PageAt};
 use crate::kvm::{KVM_PAGE_BYTES, Slot};
 
-/// Follows a machine's slots by its vCPUs' rings. Blocks without a slot are known by what is marked.
+/// Tracks a machine's slots by its vCPUs' rings. For blocks without a slot it finds only what is marked.
 #[derive(Debug)]
 pub struct KvmRingLog {
     machine: Arc<dyn RingCalls>,
     slots: Vec<Slot>,
     /// Locked from harvest to reset.
     harvest: Mutex<Harvest>,
-    /// What the next sync finds.
+    /// The pages that the next sync reports.
     pending: DirtyBitmap,
-    /// Pages that are out until the log is stopped.
+    /// Pages that are excluded until the log is stopped.
     left_out: DirtyBitmap,
     run_over: AtomicU64,
 }
@@ -70,7 +70,7 @@ impl KvmRingLog {
         }
     }
 
-    /// Empties the rings: what was in them is found by the next sync.
+    /// Empties the rings: the next sync reports their pages.
     ///
     /// # Errors
     /// When the kernel does not reset the rings.
@@ -79,8 +79,8 @@ impl KvmRingLog {
         (0..self.machine.count()).try_for_each(|ring| self.empty(ring, false, &mut harvest).map(drop))
     }
 
-    /// Makes room in the ring of a vCPU (the rings are counted as they were added) that KVM would not enter the guest with.
-    /// What was in it is found by the next sync. False if there was nothing in it: a sync may have emptied it just before.
+    /// Makes room in the ring of a vCPU that KVM does not let enter the guest (rings are numbered as they were added).
+    /// The next sync reports its pages. False if it was empty: a sync may have emptied it just before.
     ///
     /// # Errors
     /// When the kernel does not reset the ring.
@@ -88,7 +88,7 @@ impl KvmRingLog {
         self.empty(ring, true, &mut self.locked())
     }
 
-    /// How often the kernel ran over a ring, so that all pages had to count as written.
+    /// How often the kernel overran a ring, so that all pages had to count as written.
     #[must_use]
     pub fn times_run_over(&self) -> u64 {
         self.run_over.load(Ordering::Relaxed)
@@ -112,7 +112,7 @@ impl KvmRingLog {
         self.harvest.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Pages were written that no ring knows of: all of them are protected anew, and only then found.
+    /// Handles writes that are in no ring: all pages are protected again, and only then reported.
     fn find_all(&self) -> io::Result<()> {
         self.run_over.fetch_add(1, Ordering::Relaxed);
         self.switch(false)?;
@@ -128,7 +128,7 @@ impl KvmRingLog {
         Ok(())
     }
 
-    /// Where a page of a slot is.
+    /// The place of a page of a slot in its block.
     fn place(&self, number: u32, page: u64) -> Option<PageAt> {
         let slot = self.slots.iter().find(|slot| slot.number == number)?;
         let page = (slot.offset / KVM_PAGE_BYTES + page) / per_page(self.pending.layout());
@@ -137,7 +137,7 @@ impl KvmRingLog {
 
     fn switch(&self, on: bool) -> io::Result<()> {
         let switched = self.slots.iter().map(|slot| self.machine.set_logging(slot.number, on));
-        // Each of them, whatever becomes of the others.
+        // Each slot, even if another fails.
         switched.collect::<Vec<_>>().into_iter().collect()
     }
 

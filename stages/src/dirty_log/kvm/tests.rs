@@ -1,4 +1,4 @@
-//! The logs under the conformance kit, over a kernel that forgives nothing and over kernels called the wrong way.
+//! The logs under the conformance kit, over a strict kernel and over kernels that are called wrongly.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -51,7 +51,7 @@ fn find(slots: &[Slot], block: u32, offset: usize) -> (u32, u64) {
     (slot.number, (offset - slot.offset) / 4096)
 }
 
-/// Writes pages one by one through `write`, which is told slot, page and how to store.
+/// Writes pages one by one through `write`, which gets slot, page and how to store.
 struct Guest<W> {
     blocks: Vec<Arc<MappedMemory>>,
     slots: Vec<Slot>,
@@ -116,14 +116,14 @@ fn ringed(page_size: u64, calls: &dyn Fn(Arc<RingModel>) -> Arc<dyn RingCalls>, 
     Subject { memory, logs, writer: Arc::new(Guest { blocks, slots, devices, page_bytes: page_size, write }) }
 }
 
-/// Has room made when its ring is full.
+/// A vCPU that makes room when its ring is full.
 fn trapped(model: &RingModel, log: &KvmRingLog, vcpu: usize, (slot, page): (u32, u64), stored: &dyn Fn()) {
     while !model.write(vcpu, slot, page, stored) {
         log.make_room(vcpu).unwrap();
     }
 }
 
-/// Has it made only after the store, as where KVM emulates it.
+/// A vCPU that makes room only after the store, as where KVM emulates it.
 fn emulated(model: &RingModel, log: &KvmRingLog, vcpu: usize, (slot, page): (u32, u64), stored: &dyn Fn()) {
     if model.write_emulated(vcpu, slot, page, stored) {
         log.make_room(vcpu).unwrap();
@@ -256,7 +256,7 @@ fn a_ring_whose_entries_reach_the_bitmap_before_the_reset_is_found() {
     must_breach(&|| ringed(4096, &|model| Arc::new(ResetsLate(model, Mutex::default())), trapped), Order::Right);
 }
 
-/// Takes a ring that was run over for any other.
+/// Ignores that a ring was overrun.
 #[derive(Debug)]
 struct Believes(Arc<RingModel>);
 

@@ -8,14 +8,14 @@ use crate::memory::{Memory, RamBlock};
 use crate::pool::PooledBuffer;
 use crate::xbzrle::Delta;
 
-/// What memory was asked for.
+/// The calls to the memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Asked {
     Pages(Range<u64>),
     Huge(Range<u64>),
 }
 
-/// Memory that is only asked. It has huge pages or not, or refuses.
+/// Memory that only records calls. It has huge pages or not, or refuses.
 #[derive(Debug)]
 struct Touched {
     pages: u64,
@@ -68,7 +68,7 @@ impl Memory for Touched {
     }
 }
 
-/// A lane's first touches of a guest of so many pages, and what is held.
+/// A lane's first touches of a guest of a number of pages, and its received bitmap.
 struct Bed {
     memory: GuestMemory,
     touched: Arc<Touched>,
@@ -86,7 +86,7 @@ impl Bed {
         Self { memory, touched, held, first_touch: FirstTouch::default() }
     }
 
-    /// Pages of an extent come and are written. Returns what was asked for.
+    /// Pages of an extent come and are written. Returns the calls.
     fn come(&mut self, extent: u32, mask: u64) -> Vec<Asked> {
         let at = ExtentAt { block: 0, extent };
         self.first_touch.prepare(&self.memory, &self.held, at, mask);

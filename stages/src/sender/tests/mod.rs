@@ -55,7 +55,7 @@ impl Running {
     }
 }
 
-/// Lets every task run until none can go on.
+/// Lets every task run until none can continue.
 async fn settle() {
     for _ in 0..200 {
         yield_now().await;
@@ -131,7 +131,7 @@ async fn a_stalled_writer_holds_exactly_a_gathering_and_a_full_queue() {
     wire.set_room(usize::MAX);
     running.bulk.put(switchover(0)).await.unwrap();
     assert_eq!(running.sent.next().await, Some(Sent::Switchover { lane: 0 }));
-    // Four of 256 KiB were gathered, eight waited in the queue, and the producer stood before it with the next.
+    // Four of 256 KiB were gathered, eight waited in the queue, and the producer waited with the next.
     assert_eq!(written(&wire).len(), 4 + 8 + 1);
     running.finish().await.unwrap();
 }

@@ -1,4 +1,4 @@
-//! A writer that takes as much as a test tells it to, and remembers what came.
+//! A writer that takes as many bytes as a test sets, and records them.
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;
@@ -7,7 +7,7 @@ use std::task::{Context, Poll, Waker};
 
 use tokio::io::AsyncWrite;
 
-/// Clones are the same wire: one is written to, the other is looked at.
+/// Clones share the wire: one is written to, the other is inspected.
 #[derive(Clone, Debug)]
 pub(super) struct Wire(Arc<Mutex<State>>);
 
@@ -22,7 +22,7 @@ pub(super) struct State {
     pub(super) shut_down: bool,
     /// Fails from the next write on.
     pub(super) broken: bool,
-    /// The most a write takes, one after another, over and over; 0 is a moment's pause.
+    /// The most that each write takes, repeated in turn; 0 is a short pause.
     steps: Vec<usize>,
     step: usize,
     /// Bytes it takes before it stalls.

@@ -1,5 +1,5 @@
-//! Checksums that are right over fields that are not: a peer that means harm. Whatever is accepted is within its bounds
-//! and has the one form that we would write ourselves; nothing panics, hangs or grows.
+//! Invalid fields under valid checksums, as from a hostile peer. Accepted messages are within their bounds
+//! and have the only form that memferry writes; nothing panics, hangs or grows.
 
 use futures::executor::block_on;
 use proptest::prelude::*;

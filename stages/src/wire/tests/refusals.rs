@@ -1,4 +1,4 @@
-//! Each thing that a peer can get wrong, and what it is told.
+//! Each error that a peer can make, and the error that it gets.
 
 use futures::executor::block_on;
 use xxhash_rust::xxh3::xxh3_64;

@@ -78,7 +78,7 @@ pub(super) fn messages() -> Vec<Message> {
     ]
 }
 
-/// A Pages frame with two groups, the first of which goes on behind a raw page, and its payload.
+/// A Pages frame with two groups, the first of which continues after a raw page, and its payload.
 pub(super) fn grouped_pages() -> (PagesHead, Vec<u8>) {
     use PageEncoding::{Grouped, Lz4, Raw, Zstd};
     let payload: Vec<u8> = (0..5000 + 4096 + 300).map(|i| (i * 11 % 241) as u8).collect();
