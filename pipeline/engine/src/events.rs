@@ -1,6 +1,8 @@
 //! What happens in a migration, as typed values: the log, the progress display, the metrics and the report all come from
 //! these and from nothing else.
 
+mod queued;
+
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,11 +13,12 @@ use memferry_stages::tally::RoundTally;
 use memferry_stages::untrusted::Untrusted;
 
 use crate::bottleneck::Bottleneck;
-use crate::control::Changed;
+use crate::change::Changed;
 use crate::controller::Decided;
 use crate::controller::forecast::Forecast;
 use crate::human;
-pub use crate::outlet::Queued;
+
+pub use queued::Queued;
 
 /// Which end of a migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
