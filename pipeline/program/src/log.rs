@@ -16,7 +16,7 @@ pub struct LogObserver;
 
 impl Observer for LogObserver {
     fn event(&self, role: Role, event: &Event) {
-        let role = name(role);
+        let role = role.name();
         match event {
             Event::Phase(phase) => info!(role, ?phase, "phase"),
             Event::Connected { peer } => info!(role, ?peer, "connected"),
@@ -51,14 +51,6 @@ fn log_end(role: &str, ended: &Ended) {
     match &ended.error {
         Some(error) => info!(role, total, phase = ?ended.phase, "ended: {error}"),
         None => info!(role, total, phase = ?ended.phase, "ended"),
-    }
-}
-
-/// The word for an end, in logs and metrics.
-pub(crate) fn name(role: Role) -> &'static str {
-    match role {
-        Role::Source => "source",
-        Role::Destination => "destination",
     }
 }
 

@@ -253,7 +253,9 @@ impl fmt::Display for AboveMaxDowntime {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "it does not switch over, for max_downtime is {}: ", human::time(self.max_downtime))?;
         match (&self.forecast, self.left) {
-            (None, Some(left)) => write!(f, "{left}, and what the guest writes in the first round is known at its end")?,
+            (None, Some(left)) => {
+                write!(f, "{left}, and what the guest writes in the first round is known at its end")?
+            }
             (forecast, _) => Outlook { forecast: forecast.as_ref(), limit: self.limit }.fmt(f)?,
         }
         f.write_str("; wait, or set max_downtime")

@@ -1,5 +1,6 @@
 //! The logs under the conformance kit, over a strict kernel and over kernels that are called wrongly.
 
+use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 

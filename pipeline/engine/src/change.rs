@@ -3,9 +3,24 @@
 use std::fmt;
 use std::time::Duration;
 
-use super::ControlError;
 use crate::settings::{SourceSettings, StallStep, SwitchoverBandwidth};
 use crate::values::{Bandwidth, Deadline, Size, Time};
+
+/// Why a setting cannot be changed to a value.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ChangeError {
+    /// There is no such value.
+    #[error("{key}: {why}")]
+    Invalid {
+        /// Of which setting.
+        key: &'static str,
+        /// What is wrong, and what would be right.
+        why: String,
+    },
+    /// This migration does not have the setting.
+    #[error("{0}")]
+    Absent(&'static str),
+}
 
 /// Another value for one setting of a running source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,7 +72,7 @@ impl Change {
     }
 
     /// Is the value one that can be, whatever the others are?
-    pub fn check(&self) -> Result<(), ControlError> {
+    pub fn check(&self) -> Result<(), ChangeError> {
         if let Some((what, write)) = self.bandwidth().and_then(|most| Bandwidth(Some(most)).too_slow()) {
             return Err(self.wrong(format!("{what}; write {write}")));
         }
@@ -96,8 +111,8 @@ impl Change {
         }
     }
 
-    pub(crate) fn wrong(&self, why: String) -> ControlError {
-        ControlError::Invalid { key: self.key(), why }
+    pub(crate) fn wrong(&self, why: String) -> ChangeError {
+        ChangeError::Invalid { key: self.key(), why }
     }
 }
 
@@ -175,7 +190,7 @@ impl InForce {
     }
 
     /// The same with another value. What is not there cannot be changed.
-    pub(super) fn with(self, change: Change) -> Self {
+    pub(crate) fn with(self, change: Change) -> Self {
         match change {
             Change::MaxBandwidth(max_bandwidth) => Self { max_bandwidth, ..self },
             Change::SwitchoverBandwidth(switchover_bandwidth) => Self { switchover_bandwidth, ..self },
@@ -188,7 +203,7 @@ impl InForce {
     }
 
     /// The same with other values, if these can be.
-    pub(crate) fn with_all(self, changes: &[Change]) -> Result<Self, ControlError> {
+    pub(crate) fn with_all(self, changes: &[Change]) -> Result<Self, ChangeError> {
         let mut all = self;
         for change in changes {
             change.check()?;
@@ -199,13 +214,13 @@ impl InForce {
             Some(most) if all.downtime_limit > most => {
                 let (limit, most) = (Time(all.downtime_limit), Time(most));
                 let why = format!("a downtime_limit of {limit} above a max_downtime of {most}");
-                Err(ControlError::Invalid { key: "max_downtime", why })
+                Err(ChangeError::Invalid { key: "max_downtime", why })
             }
             _ => Ok(all),
         }
     }
 
-    fn check_there_is(&self, change: &Change) -> Result<(), ControlError> {
+    fn check_there_is(&self, change: &Change) -> Result<(), ChangeError> {
         let missing = match change {
             Change::ThrottleMost(_) if self.throttle_most.is_none() => {
                 "throttle: this migration does not throttle its guest: \"throttle\" is not among the steps of on_stall"
@@ -215,7 +230,7 @@ impl InForce {
             }
             _ => return Ok(()),
         };
-        Err(ControlError::Refused(missing.into()))
+        Err(ChangeError::Absent(missing))
     }
 
     /// Each setting that there is, with its value.
@@ -304,7 +319,7 @@ mod tests {
         let without = InForce::of(&SourceSettings { encoder, ..SourceSettings::default() });
         assert_eq!(without.list().len(), 5);
         for change in [Change::ThrottleMost(50), Change::XbzrleCache(1 << 30)] {
-            assert!(matches!(without.with_all(&[change]), Err(ControlError::Refused(_))), "{change:?}");
+            assert!(matches!(without.with_all(&[change]), Err(ChangeError::Absent(_))), "{change:?}");
         }
     }
 }
