@@ -8,7 +8,7 @@ use super::messages::{
 };
 use crate::geometry::{MAX_BLOCK_ID, MAX_BLOCKS, MAX_LANES, PageSize};
 
-/// Bytes of the checksum of the part before the payload.
+/// Bytes of the checksum behind the fields of a message, and of the one before the payload of Pages.
 pub(super) const CHECKSUM_BYTES: usize = 8;
 /// Bytes of the fixed part of a Pages body.
 pub const FIXED_BYTES: usize = 40;
