@@ -26,7 +26,8 @@ use memferry::bottleneck::{self, Bottleneck, Cause};
 use memferry::control::Changed;
 use memferry::controller::forecast::{Forecast, whole};
 use memferry::controller::{Decided, Decision};
-use memferry::events::{BlockFacts, Ended, Phase};
+use memferry::events::{BlockFacts, DowntimeParts, Ended, Phase};
+use memferry::values::ms;
 
 /// The version of the report's names.
 pub const SCHEMA: u32 = 1;
@@ -53,7 +54,7 @@ pub struct Report {
     /// From the guest's pause to its start; null if it was not paused.
     pub downtime_ms: Option<f64>,
     /// Its parts.
-    pub downtime: DowntimeReport,
+    pub downtime: DowntimeParts,
     /// What the controller expected of the downtime when it decided to switch over; null if it did not, or could not tell.
     pub forecast: Option<ForecastReport>,
     /// What it decided, in order.
@@ -65,7 +66,7 @@ pub struct Report {
     /// Bytes on the wire for each second after the setup.
     pub throughput_bytes_per_s: f64,
     /// Pages that were not sent for what the guest said of them, as the source counts them.
-    pub spared: SparedReport,
+    pub spared: Spared,
     /// The most memory that the engine takes for itself, known before it starts.
     pub memory_bound_bytes: u64,
     /// The most it took.
@@ -90,46 +91,7 @@ pub struct GuestReport {
     /// Pages of all blocks.
     pub pages: u64,
     /// Each block.
-    pub blocks: Vec<BlockReport>,
-}
-
-/// A RAM block.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct BlockReport {
-    /// Its name.
-    pub id: Untrusted,
-    /// Its length.
-    pub bytes: u64,
-    /// The size of its pages.
-    pub page_size: u64,
-}
-
-/// Where the downtime went.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub struct DowntimeReport {
-    /// From the pause until the last dirty pages were known.
-    pub final_sync_ms: f64,
-    /// The last round.
-    pub final_transfer_ms: f64,
-    /// Device state.
-    pub state_ms: f64,
-    /// Digests.
-    pub verify_ms: f64,
-    /// From Go to Running.
-    pub handover_ms: f64,
-}
-
-/// Pages that were not sent for what the guest said of them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SparedReport {
-    /// Pages that were to be sent when they were hinted free; once for each round in which they were.
-    pub hinted: u64,
-    /// Pages of hints that came too late to count.
-    pub hints_dropped: u64,
-    /// Pages of unplugged memory.
-    pub unplugged: u64,
-    /// Pages of ignored blocks.
-    pub ignored: u64,
+    pub blocks: Vec<BlockFacts>,
 }
 
 /// The forecast that the switchover rests on, beside what came of it.
@@ -313,8 +275,8 @@ impl Report {
     /// If `account` has not ended.
     #[must_use]
     pub fn new(role: &'static str, verdict: &Ended, account: &Account, other: Option<&Account>) -> Self {
-        let ended = account.ended.as_ref().expect("an account that ended");
-        let far = other.and_then(|account| account.ended.as_ref());
+        let ended = account.status.ended.as_ref().expect("an account that ended");
+        let far = other.and_then(|account| account.status.ended.as_ref());
         let stages = readings(account, other);
         let held_up = held_up(ended, far);
         Self {
@@ -323,17 +285,17 @@ impl Report {
             status: status(verdict.phase),
             error: verdict.error.clone(),
             verified: far.map_or(ended.verified, |far| far.verified),
-            guest: guest(&account.blocks, account.pages),
+            guest: guest(&account.status.blocks, account.status.pages),
             total_ms: ms(ended.total),
             setup_ms: ms(ended.setup),
             downtime_ms: ended.downtime.map(ms),
-            downtime: downtime(ended),
+            downtime: ended.parts,
             forecast: ended.forecast.map(|forecast| forecast_report(&forecast, ended.switchover())),
             decisions: account.decided.iter().map(decision).collect(),
             changes: account.changed.iter().map(change).collect(),
             wire_bytes: ended.wire_bytes,
             throughput_bytes_per_s: throughput(ended).round(),
-            spared: spared(ended.spared),
+            spared: ended.spared,
             memory_bound_bytes: account.memory_bound + other.map_or(0, |other| other.memory_bound),
             memory_peak_bytes: ended.memory_peak + far.map_or(0, |far| far.memory_peak),
             bottleneck: held_up.to_string(),
@@ -364,7 +326,7 @@ impl Report {
 /// How the stages of both ends spent their time, as far as they have ended.
 #[must_use]
 pub fn readings(account: &Account, other: Option<&Account>) -> Vec<Reading> {
-    let ends = [Some(account), other].into_iter().flatten().filter_map(|account| account.ended.as_ref());
+    let ends = [Some(account), other].into_iter().flatten().filter_map(|account| account.status.ended.as_ref());
     ends.flat_map(|ended| ended.stages.iter().cloned()).collect()
 }
 
@@ -386,10 +348,8 @@ pub fn busiest(stages: &[Reading]) -> Option<(&Reading, f64)> {
 #[must_use]
 pub fn status(phase: Phase) -> &'static str {
     match phase {
-        Phase::Completed => "completed",
-        Phase::Cancelled => "cancelled",
-        Phase::Unconfirmed => "unconfirmed",
-        Phase::Setup | Phase::Active | Phase::Switchover | Phase::Failed => "failed",
+        Phase::Setup | Phase::Active | Phase::Switchover => Phase::Failed.name(),
+        end => end.name(),
     }
 }
 
@@ -403,26 +363,8 @@ pub fn throughput(ended: &Ended) -> f64 {
 }
 
 fn guest(blocks: &[BlockFacts], pages: u64) -> GuestReport {
-    let block =
-        |block: &BlockFacts| BlockReport { id: block.id.clone(), bytes: block.bytes, page_size: block.page_size };
     let bytes = blocks.iter().map(|block| block.bytes).sum();
-    GuestReport { bytes, pages, blocks: blocks.iter().map(block).collect() }
-}
-
-fn spared(spared: Spared) -> SparedReport {
-    let Spared { hinted, dropped, unplugged, ignored } = spared;
-    SparedReport { hinted, hints_dropped: dropped, unplugged, ignored }
-}
-
-fn downtime(ended: &Ended) -> DowntimeReport {
-    let parts = &ended.parts;
-    DowntimeReport {
-        final_sync_ms: ms(parts.final_sync),
-        final_transfer_ms: ms(parts.final_transfer),
-        state_ms: ms(parts.state),
-        verify_ms: ms(parts.verify),
-        handover_ms: ms(parts.handover),
-    }
+    GuestReport { bytes, pages, blocks: blocks.to_vec() }
 }
 
 fn forecast_report(forecast: &Forecast, downtime: Option<Duration>) -> ForecastReport {
@@ -494,11 +436,6 @@ fn stage(reading: &Reading) -> StageReport {
 /// A share in percent, to the tenth.
 fn percent(share: f64) -> f64 {
     (share * 1e3).round() / 10.0
-}
-
-/// Milliseconds, to the microsecond.
-fn ms(time: Duration) -> f64 {
-    (time.as_secs_f64() * 1e6).round() / 1e3
 }
 
 #[cfg(test)]

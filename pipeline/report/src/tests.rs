@@ -65,8 +65,8 @@ fn the_report_says_what_the_events_said() {
     assert_eq!((forecast.expected_ms, forecast.error_percent), (212.0, Some(-0.5)));
     assert_eq!(report.decisions[0].decision, "switch-over");
     assert_eq!(report.guest.bytes, 1 << 30);
-    let SparedReport { hinted, hints_dropped, unplugged, ignored } = report.spared;
-    assert_eq!((hinted, hints_dropped, unplugged, ignored), (5000, 3, 2048, 0));
+    let Spared { hinted, dropped, unplugged, ignored } = report.spared;
+    assert_eq!((hinted, dropped, unplugged, ignored), (5000, 3, 2048, 0));
     assert_eq!(report.rounds.iter().map(|round| round.dirty_after).collect::<Vec<_>>(), [Some(900), Some(0)]);
     for round in &report.rounds {
         assert_eq!(

@@ -65,7 +65,8 @@ use std::time::{Duration, Instant};
 use tokio::sync::{broadcast, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
-pub use change::{Change, Changed, InForce};
+pub use change::{Change, Changed};
+pub(crate) use change::{differences, with_all};
 use events::Past;
 pub use events::{Events, Happened};
 pub(crate) use requests::{Ask, Request, Requests};

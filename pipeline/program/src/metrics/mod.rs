@@ -58,7 +58,6 @@ use memferry_stages::meter::Reading;
 use memferry_stages::tally::RoundTally;
 use metrics::{Label, Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 
-use crate::log::name;
 use memferry::bottleneck::Cause;
 use memferry::controller::Decided;
 use memferry::events::{BlockFacts, DowntimeParts, Ended, Event, Observer, Phase, Progress, Role};
@@ -97,17 +96,17 @@ impl MetricsObserver {
     }
 
     fn progress(&self, role: Role, now: &Progress) {
-        self.counted(role, |counted| counted.rise(name(role), now.wire_bytes, &now.stages));
-        progress(name(role), now);
+        self.counted(role, |counted| counted.rise(role.name(), now.wire_bytes, &now.stages));
+        progress(role.name(), now);
     }
 
     fn ended(&self, role: Role, ended: &Ended) {
         self.counted(role, |counted| {
-            counted.rise(name(role), ended.wire_bytes, &ended.stages);
+            counted.rise(role.name(), ended.wire_bytes, &ended.stages);
             // The next migration counts from nothing.
             *counted = Counted::default();
         });
-        let role = name(role);
+        let role = role.name();
         if ended.phase == Phase::Completed {
             gauge!("memferry_dirty_pages", "role" => role).set(0.0);
         }
@@ -165,29 +164,24 @@ fn by_state(reading: &Reading) -> [(&'static str, Duration); 4] {
 impl Observer for MetricsObserver {
     fn event(&self, role: Role, event: &Event) {
         match event {
-            Event::Phase(now) => phase(name(role), *now),
-            Event::Guest { blocks, memory_bound, .. } => guest(name(role), blocks, *memory_bound),
+            Event::Phase(now) => phase(role.name(), *now),
+            Event::Guest { blocks, memory_bound, .. } => guest(role.name(), blocks, *memory_bound),
             Event::Changed(changed) => {
-                gauge!("memferry_memory_bound_bytes", "role" => name(role)).set(float(changed.memory_bound));
+                gauge!("memferry_memory_bound_bytes", "role" => role.name()).set(float(changed.memory_bound));
             }
-            Event::RoundSent { tally, duration } => round(name(role), tally, *duration),
+            Event::RoundSent { tally, duration } => round(role.name(), tally, *duration),
             Event::Synced { dirty_pages, duration, .. } => {
-                gauge!("memferry_dirty_pages", "role" => name(role)).set(float(*dirty_pages));
-                histogram!("memferry_sync_seconds", "role" => name(role)).record(*duration);
+                gauge!("memferry_dirty_pages", "role" => role.name()).set(float(*dirty_pages));
+                histogram!("memferry_sync_seconds", "role" => role.name()).record(*duration);
             }
-            Event::Decided(decided) => decision(name(role), decided),
+            Event::Decided(decided) => decision(role.name(), decided),
             Event::Progress(now) => self.progress(role, now),
             Event::TurnedAway { count, .. } => {
-                counter!("memferry_turned_away_total", "role" => name(role)).increment(*count);
+                counter!("memferry_turned_away_total", "role" => role.name()).increment(*count);
             }
-            Event::Warning(_) => counter!("memferry_warnings_total", "role" => name(role)).increment(1),
+            Event::Warning(_) => counter!("memferry_warnings_total", "role" => role.name()).increment(1),
             Event::Ended(end) => self.ended(role, end),
-            Event::Connected { .. }
-            | Event::RoundScanned { .. }
-            | Event::Spared(_)
-            | Event::Paused
-            | Event::HandedOver
-            | Event::Resumed => {}
+            _ => {}
         }
     }
 }
@@ -202,17 +196,9 @@ fn decision(role: &'static str, decided: &Decided) {
 }
 
 fn phase(role: &'static str, now: Phase) {
-    let phases = [
-        (Phase::Setup, "setup"),
-        (Phase::Active, "active"),
-        (Phase::Switchover, "switchover"),
-        (Phase::Completed, "completed"),
-        (Phase::Failed, "failed"),
-        (Phase::Cancelled, "cancelled"),
-        (Phase::Unconfirmed, "unconfirmed"),
-    ];
-    for (phase, name) in phases {
-        gauge!("memferry_phase", "role" => role, "phase" => name).set(if phase == now { 1.0 } else { 0.0 });
+    for phase in Phase::ALL {
+        let is = if phase == now { 1.0 } else { 0.0 };
+        gauge!("memferry_phase", "role" => role, "phase" => phase.name()).set(is);
     }
 }
 
