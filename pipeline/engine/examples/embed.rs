@@ -78,7 +78,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     tokio::spawn(async move { tokio::signal::ctrl_c().await.map(|()| ctrl_c.cancel()) });
     let watch = Arc::new(Queued::new(|_: Role, event: &Event| match event {
         Event::Progress(now) => println!("round {}: {} KiB left", now.round, now.remaining_bytes >> 10),
-        Event::Decided(decided) => println!("{}", decided.why),
+        Event::Decided(decided) => println!("{decided}"),
         _ => {}
     })?); // It prints, and a terminal may block: the migration does not wait for it.
     let max_bandwidth = std::env::args().nth(1).map(|rate| rate.parse()).transpose()?;

@@ -9,6 +9,7 @@ use memferry_stages::tally::RoundTally;
 use crate::bottleneck::{Bottleneck, Cause};
 use crate::control::{Change, Changed};
 use crate::controller::forecast::{FixedCost, Forecast};
+use crate::controller::reason::{Met, Reason};
 use crate::controller::{Decided, Decision};
 use crate::events::{BlockFacts, DowntimeParts, Ended, Event, Phase, Progress, Role, TurnedAwayKind};
 
@@ -112,7 +113,8 @@ pub fn script(role: Role) -> Vec<Event> {
         Event::Decided(Decided {
             round: 1,
             decision: Decision::SwitchOver,
-            why: "switch over: it fits".into(),
+            reason: Reason::Met(Met::WithinLimit),
+            limit: Duration::from_millis(300),
             forecast: ended(role).forecast,
         }),
         Event::Phase(Phase::Switchover),
@@ -130,7 +132,7 @@ pub fn every_event() -> Vec<Event> {
     let ms = Duration::from_millis;
     let decided = |decision| {
         let forecast = ended(Role::Source).forecast;
-        Event::Decided(Decided { round: 3, decision, why: "so it is \"better\"".into(), forecast })
+        Event::Decided(Decided { round: 3, decision, reason: Reason::Operator, limit: ms(300), forecast })
     };
     let progress = Progress {
         round: 2,

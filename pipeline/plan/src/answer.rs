@@ -184,7 +184,7 @@ fn figures(foreseen: &Foreseen, limit: Duration) -> Figures {
         throttle: run.throttle,
         raised_limit: (moves && run.limit > limit).then_some(run.limit.as_secs_f64()),
         repeats_trace: foreseen.repeated,
-        why: run.decided.last().map(|decided| decided.why.clone()).unwrap_or_default(),
+        why: run.decided.last().map(|decided| decided.to_string()).unwrap_or_default(),
         expected_downtimes: expected.map(|forecast| forecast.expected().as_secs_f64()).collect(),
         round_bytes: run.sent.iter().map(|round| round.tally.bytes_out).collect(),
     }

@@ -27,7 +27,7 @@ impl Observer for LogObserver {
             Event::Synced { after_round, dirty_pages, duration } => {
                 info!(role, after_round, dirty_pages, ?duration, "bitmap sync");
             }
-            Event::Decided(decided) => info!(role, "{}", decided.why),
+            Event::Decided(decided) => info!(role, "{decided}"),
             Event::Changed(changed) => info!(role, "{changed}"),
             Event::TurnedAway { peer, why, count: 1, .. } => warn!(role, ?peer, "turned away: {why}"),
             Event::TurnedAway { kind, peer, why, count } => {

@@ -75,7 +75,7 @@ fn milestone(role: Role, event: &Event) -> Option<String> {
         }
         Event::Decided(decided) => match decided.decision {
             Decision::Throttle(_) | Decision::RaiseLimit(_) | Decision::SwitchOver => {
-                Some(format!("round {}: {}", decided.round, decided.why))
+                Some(format!("round {}: {decided}", decided.round))
             }
             // That it gave up says the verdict.
             Decision::AnotherRound | Decision::Sample(_) | Decision::Drain | Decision::GiveUp => None,
@@ -290,6 +290,7 @@ mod tests {
     use super::*;
     use memferry::bottleneck::{Bottleneck, Cause};
     use memferry::controller::Decided;
+    use memferry::controller::reason::{Reason, Stalled};
     use memferry::samples::script;
 
     fn progress(round: u32) -> Event {
@@ -337,7 +338,8 @@ mod tests {
         let throttle = Event::Decided(Decided {
             round: 7,
             decision: Decision::Throttle(50),
-            why: "throttle the guest to 50 %: 2 rounds brought no new least".into(),
+            reason: Reason::Stall(Stalled::NoNewLeast { rounds: 2 }),
+            limit: Duration::from_millis(300),
             forecast: None,
         });
         for (ms, event) in [
@@ -357,7 +359,7 @@ mod tests {
         rounds 2 to 3 done in 400 ms: 20 pages, 80.0 KiB became 8.00 KiB
         round 4: 87 % done, 123 MiB left, 98.2 MiB/s, 785 ms to go, dirtied 34.0 MiB/s, expected downtime 1.24 s
         round 4 done in 200 ms: 10 pages, 40.0 KiB became 4.00 KiB
-        round 7: throttle the guest to 50 %: 2 rounds brought no new least
+        round 7: throttle the guest to 50 %: 2 rounds brought no new least of what remains; no rate is known yet
         round 5 done in 200 ms: 10 pages, 40.0 KiB became 4.00 KiB
         ");
     }
@@ -389,7 +391,7 @@ mod tests {
         connected to 127.0.0.1:41234
         1.00 GiB in 262,144 pages, 1 RAM block
         round 1 done in 2.10 s: 262,144 pages, 1.00 GiB became 512 MiB
-        round 1: switch over: it fits
+        round 1: switch over: expected downtime 212 ms (transfer 95.0 ms for 87.9 KiB, sync 2.00 ms, verify 110 ms, handover 5.00 ms), limit 300 ms
         the guest is paused at the source
         round 2 done in 90.0 ms: 1,000 pages, 3.91 MiB became 66.4 KiB
         ");

@@ -124,6 +124,10 @@ pub struct DecisionReport {
     pub expected_ms: Option<f64>,
     /// Why, in words and figures.
     pub why: Untrusted,
+    /// The name of the reason, as [`Reason::name`](memferry::controller::reason::Reason::name) gives it; empty where the writer
+    /// knows of none.
+    #[serde(default)]
+    pub reason: Untrusted,
 }
 
 /// A setting that was changed while it ran.
@@ -392,7 +396,8 @@ fn decision(decided: &Decided) -> DecisionReport {
         round: decided.round,
         decision: decision_name(decided.decision).into(),
         expected_ms: decided.forecast.map(|forecast| ms(forecast.expected())),
-        why: decided.why.as_str().into(),
+        why: decided.to_string().into(),
+        reason: decided.reason.name().into(),
     }
 }
 

@@ -131,7 +131,7 @@ fn decisions(decided: &[Decided]) -> Vec<(&'static str, String)> {
         matches!(decided.decision, Decision::Throttle(_) | Decision::RaiseLimit(_) | Decision::SwitchOver)
     };
     let mut lines: Vec<_> =
-        decided.iter().filter(shown).map(|decided| format!("round {}: {}", decided.round, decided.why)).collect();
+        decided.iter().filter(shown).map(|decided| format!("round {}: {decided}", decided.round)).collect();
     let left_out = lines.len().saturating_sub(FIRST + LAST);
     if left_out > 1 {
         lines.splice(FIRST..FIRST + left_out, [format!("... {} more", human::counted(left_out as u64, "decision"))]);

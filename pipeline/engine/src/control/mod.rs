@@ -72,6 +72,7 @@ pub use events::{Events, Happened};
 pub(crate) use requests::{Ask, Request, Requests};
 pub use status::Status;
 
+use crate::controller::reason::AboveMaxDowntime;
 use crate::events::{Event, Observer, Observers, Role};
 use crate::settings::SourceSettings;
 
@@ -81,7 +82,7 @@ const REQUESTS: usize = 16;
 const EVENTS: usize = 256;
 
 /// Why what was asked of a migration is not done. Nothing has changed then.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum ControlError {
     /// Nothing runs with this handle yet.
     #[error("the migration has not begun")]
@@ -100,6 +101,9 @@ pub enum ControlError {
         /// What is wrong, and what would be right.
         why: String,
     },
+    /// The switchover is forbidden by `max_downtime`.
+    #[error(transparent)]
+    AboveMaxDowntime(#[from] AboveMaxDowntime),
     /// It cannot be done as things are.
     #[error("{0}")]
     Refused(String),

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use super::forecast::Standing;
+use super::reason::{AboveMaxDowntime, Reason};
 use super::{Controller, Decided, Decision};
-use crate::human;
 use crate::settings::SwitchoverBandwidth;
 
 impl Controller {
@@ -48,19 +48,17 @@ impl Controller {
     /// The operator wants it to switch over, with so much left.
     ///
     /// # Errors
-    /// Why not, with the figures: `max_downtime` forbids it, by the forecast or because there is none.
-    pub fn switch_over(&mut self, now: &Standing) -> Result<Decided, String> {
+    /// When `max_downtime` forbids it, by the forecast or because there is none.
+    pub fn switch_over(&mut self, now: &Standing) -> Result<Decided, AboveMaxDowntime> {
         let forecast = self.with_unseen(now).and_then(|now| self.forecast(&now));
-        let outlook = self.outlook(forecast.as_ref());
+        let limit = self.downtime_limit();
         if !self.is_allowed(forecast.as_ref()) {
-            let most = human::time(self.limits.max_downtime.unwrap_or_default());
-            return Err(format!(
-                "it does not switch over, for max_downtime is {most}: {outlook}; wait, or set max_downtime"
-            ));
+            let max_downtime = self.limits.max_downtime.unwrap_or_default();
+            return Err(AboveMaxDowntime { max_downtime, limit, forecast });
         }
         self.switching = true;
-        let why = format!("switch over: the operator says so; {outlook}");
-        Ok(Decided { round: self.round + 1, decision: Decision::SwitchOver, why, forecast })
+        let round = self.round + 1;
+        Ok(Decided { round, decision: Decision::SwitchOver, reason: Reason::Operator, limit, forecast })
     }
 }
 
@@ -188,12 +186,13 @@ mod tests {
         // 10,000 pages are left of the round, and in 0.3 s another 30,000 were written.
         let decided = controller.switch_over(&standing(1300, 10)).unwrap();
         assert_eq!((decided.round, decided.decision), (2, Decision::SwitchOver));
-        assert!(controller.is_switching() && decided.why.contains("expected downtime 400 ms"), "{}", decided.why);
+        assert_eq!((decided.reason, decided.forecast.unwrap().expected()), (Reason::Operator, 400 * MS));
+        assert!(controller.is_switching());
 
         let mut controller = after_a_round(|settings| settings.max_downtime = Some(500 * MS));
         controller.synced(&standing(1000, 100));
-        let why = controller.switch_over(&standing(1300, 21)).unwrap_err();
-        assert!(why.contains("max_downtime is 500 ms") && why.contains("expected downtime 510 ms"), "{why}");
+        let refused = controller.switch_over(&standing(1300, 21)).unwrap_err();
+        assert_eq!((refused.max_downtime, refused.forecast.unwrap().expected()), (500 * MS, 510 * MS));
         assert!(!controller.is_switching());
         controller.set_max_downtime(None);
         assert!(controller.switch_over(&standing(1300, 21)).is_ok());
@@ -203,7 +202,7 @@ mod tests {
     fn in_the_first_round_nobody_can_tell_what_a_switchover_costs() {
         let limited = SourceSettings { max_downtime: Some(500 * MS), ..SourceSettings::default() };
         let now = standing(500, 100);
-        assert!(Controller::new(&limited, 4096).switch_over(&now).unwrap_err().contains("no rate is known"));
+        assert_eq!(Controller::new(&limited, 4096).switch_over(&now).unwrap_err().forecast, None);
         assert!(Controller::new(&SourceSettings::default(), 4096).switch_over(&now).is_ok());
     }
 }

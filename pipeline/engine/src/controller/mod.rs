@@ -23,9 +23,10 @@
 
 mod changes;
 pub mod forecast;
+pub mod reason;
 pub mod simulation;
 mod stall;
-pub mod steps;
+mod steps;
 #[cfg(test)]
 mod tests;
 
@@ -34,11 +35,11 @@ use std::time::Duration;
 
 use memferry_stages::tally::RoundTally;
 
-use crate::human;
 use crate::settings::{OnDeadline, SourceSettings};
 use forecast::{FixedCost, Forecast, Forecaster, Standing, whole};
+use reason::{Met, Reason, UsedUp};
 use stall::{Left, Stall};
-use steps::{Steps, Taken};
+use steps::{Situation, Steps, Taken};
 
 /// How much of the deadline is left over, for what happens between two looks at it.
 const MARGIN: Duration = Duration::from_millis(150);
@@ -62,15 +63,17 @@ pub enum Decision {
     GiveUp,
 }
 
-/// A decision, and why.
+/// A decision, and why. Its `Display` is one line for an operator.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Decided {
     /// The round after which, or in which, it was made.
     pub round: u32,
     /// What to do.
     pub decision: Decision,
-    /// Why, in words and figures.
-    pub why: String,
+    /// Why.
+    pub reason: Reason,
+    /// The downtime limit at that moment.
+    pub limit: Duration,
     /// The forecast that it rests on, if one could be made.
     pub forecast: Option<Forecast>,
 }
@@ -193,62 +196,67 @@ impl Controller {
         self.steps.cannot_throttle();
     }
 
-    /// A sync between rounds has found what is dirty: decides, and says why.
+    /// A sync between rounds has found what is dirty: decides.
     pub fn synced(&mut self, now: &Standing) -> Decided {
         self.forecaster.synced(now);
         let forecast = self.forecast(now);
-        let (decision, why) = if self.switching {
-            (Decision::SwitchOver, "switch over: the guest stands still already".into())
+        let (decision, reason) = if self.switching {
+            (Decision::SwitchOver, Reason::AlreadyPaused)
         } else {
             self.decide(now, forecast.as_ref())
         };
         self.switching = decision == Decision::SwitchOver;
-        let decided = Decided { round: self.round, decision, why, forecast };
+        let decided = Decided { round: self.round, decision, reason, limit: self.downtime_limit(), forecast };
         self.sampling = decided.asks_for_a_sample();
         decided
     }
 
-    fn decide(&mut self, now: &Standing, forecast: Option<&Forecast>) -> (Decision, String) {
+    fn decide(&mut self, now: &Standing, forecast: Option<&Forecast>) -> (Decision, Reason) {
         if let Some(pages) = self.forecaster.sample_wanted(now).filter(|_| self.has_room(now)) {
-            let why = format!("a sample of about {pages} pages: nothing has shown yet what deltas come to");
-            return (Decision::Sample(pages), format!("{why}; {}", self.outlook(forecast)));
+            return (Decision::Sample(pages), Reason::DeltasUnknown);
         }
         let left = Left {
             rounds: self.limits.rounds.saturating_sub(self.round),
             time: self.limits.deadline.map(|deadline| deadline.saturating_sub(now.elapsed)),
         };
-        let stall = self.stall.note(forecast, self.downtime_limit(), left);
-        if let Some(why) = self.is_met(now, forecast) {
-            // Once: a destination may be slow to say what has arrived.
-            if now.in_flight_pages > self.backlog_pages() && self.drained != Some(self.round) {
-                self.drained = Some(self.round);
-                self.forecaster.drained();
-                let pages = now.in_flight_pages;
-                return (Decision::Drain, format!("let {pages} pages arrive that are on their way: {why}"));
-            }
-            return (Decision::SwitchOver, format!("switch over: {why}"));
+        let stalled = self.stall.note(forecast, self.downtime_limit(), left);
+        if let Some(met) = self.is_met(now, forecast) {
+            return self.drain_or_switch(now, met);
         }
         if let Some(used_up) = self.used_up(now, forecast) {
-            return self.end(&used_up, forecast);
+            return self.end(used_up, forecast);
         }
-        let outlook = self.outlook(forecast);
-        let may_switch = self.is_allowed(forecast);
-        let outrun = self.forecaster.outrun();
-        let limit = self.downtime_limit();
-        let highest = self.limits.max_downtime.unwrap_or(Duration::MAX);
-        let taken = self.steps.next(stall, forecast, may_switch, outrun, limit, highest);
-        if taken.is_some() {
-            self.stall.forget_pace();
-        }
+        let situation = Situation {
+            stalled,
+            forecast,
+            may_switch: self.is_allowed(forecast),
+            outrun: self.forecaster.outrun(),
+            limit: self.downtime_limit(),
+            highest: self.limits.max_downtime.unwrap_or(Duration::MAX),
+        };
+        let Some(taken) = self.steps.next(&situation) else { return (Decision::AnotherRound, Reason::AboveLimit) };
+        self.stall.forget_pace();
         match taken {
-            None => (Decision::AnotherRound, format!("another round: {outlook}")),
-            Some((Taken::Throttle(percent), why)) => {
-                (Decision::Throttle(percent), format!("throttle the guest to {percent} %: {why}; {outlook}"))
-            }
-            Some((Taken::Raise(limit), why)) => self.raised(limit, &why, now, forecast),
-            Some((Taken::SwitchOver, why)) => (Decision::SwitchOver, format!("switch over: {why}; {outlook}")),
-            Some((Taken::Cancel, why)) => (Decision::GiveUp, format!("gave up: {why}; {outlook}")),
+            Taken::Throttle { percent, stalled } => (Decision::Throttle(percent), Reason::Stall(stalled)),
+            Taken::Raise { limit, stalled } => match self.is_met(now, forecast) {
+                // A raised limit may be met at once.
+                Some(met) => (Decision::SwitchOver, Reason::Raised { limit, stalled, met }),
+                None => (Decision::RaiseLimit(limit), Reason::Stall(stalled)),
+            },
+            Taken::SwitchOver { waited, stalled } => (Decision::SwitchOver, Reason::Minimum { stalled, waited }),
+            Taken::Cancel { stalled } => (Decision::GiveUp, Reason::Stall(stalled)),
         }
+    }
+
+    /// The limit is met: what is on its way arrives first, where it is more than the limit has room for.
+    fn drain_or_switch(&mut self, now: &Standing, met: Met) -> (Decision, Reason) {
+        // Once: a destination may be slow to report what has arrived.
+        if now.in_flight_pages > self.backlog_pages() && self.drained != Some(self.round) {
+            self.drained = Some(self.round);
+            self.forecaster.drained();
+            return (Decision::Drain, Reason::Backlog { pages: now.in_flight_pages, met });
+        }
+        (Decision::SwitchOver, Reason::Met(met))
     }
 
     /// Do the budgets have room for a sample, and for what comes of it?
@@ -257,29 +265,20 @@ impl Controller {
         in_time && self.limits.rounds.saturating_sub(self.round) >= 2
     }
 
-    /// A raised limit may be met at once.
-    fn raised(&self, limit: Duration, why: &str, now: &Standing, forecast: Option<&Forecast>) -> (Decision, String) {
-        let raised = format!("the downtime limit is raised to {}, for {why}", human::time(limit));
-        match self.is_met(now, forecast) {
-            Some(met) => (Decision::SwitchOver, format!("switch over: {raised}; {met}")),
-            None => (Decision::RaiseLimit(limit), format!("{raised}; {}", self.outlook(forecast))),
-        }
-    }
-
     /// Time has passed in the middle of a round, of which so much is left: what the deadline asks for, if it is now or never.
     pub fn tick(&mut self, now: &Standing) -> Option<Decided> {
         let deadline = self.limits.deadline.filter(|_| !self.switching)?;
         let forecast = self.with_unseen(now).and_then(|now| self.forecast(&now));
-        let why = if now.elapsed >= deadline {
-            format!("the deadline of {} has passed in round {}", human::time(deadline), self.round + 1)
+        let used_up = if now.elapsed >= deadline {
+            UsedUp::Deadline { deadline, in_round: Some(self.round + 1) }
         } else {
             let may_switch = !self.sampling && self.switches_for_a_budget(forecast.as_ref());
-            let pressing = self.now_or_never(now.elapsed, forecast.as_ref()).filter(|_| may_switch)?;
-            format!("after {} {pressing}", human::time(now.elapsed))
+            let late = self.now_or_never(now.elapsed, forecast.as_ref()).filter(|_| may_switch)?;
+            UsedUp::NowOrNever { deadline, late: late.0, elapsed: Some(now.elapsed) }
         };
-        let (decision, why) = self.end(&why, forecast.as_ref());
+        let (decision, reason) = self.end(used_up, forecast.as_ref());
         self.switching = decision == Decision::SwitchOver;
-        Some(Decided { round: self.round + 1, decision, why, forecast })
+        Some(Decided { round: self.round + 1, decision, reason, limit: self.downtime_limit(), forecast })
     }
 
     /// What the last sync knew and what must have been written since. In the first round nobody can tell.
@@ -289,12 +288,12 @@ impl Controller {
     }
 
     /// Why it may switch over by the limit, if it may.
-    fn is_met(&self, now: &Standing, forecast: Option<&Forecast>) -> Option<String> {
+    fn is_met(&self, now: &Standing, forecast: Option<&Forecast>) -> Option<Met> {
         let forecast = forecast.filter(|_| self.is_allowed(forecast))?;
         if now.dirty_pages == 0 {
-            return Some(format!("the last round left nothing dirty; {}", self.outlook(Some(forecast))));
+            return Some(Met::NothingDirty);
         }
-        (forecast.expected() <= self.downtime_limit()).then(|| self.outlook(Some(forecast)))
+        (forecast.expected() <= self.downtime_limit()).then_some(Met::WithinLimit)
     }
 
     /// Does `max_downtime` allow it?
@@ -307,69 +306,43 @@ impl Controller {
         self.limits.on_deadline == OnDeadline::SwitchOver && self.is_allowed(forecast)
     }
 
-    /// Would a switchover that begins later miss the deadline? In words, whether one that begins at once would keep it.
-    fn now_or_never(&self, elapsed: Duration, forecast: Option<&Forecast>) -> Option<String> {
+    /// Would a switchover that begins later miss the deadline? If so, by how much one that begins at once misses it.
+    fn now_or_never(&self, elapsed: Duration, forecast: Option<&Forecast>) -> Option<Late> {
         let (deadline, end) = (self.limits.deadline?, elapsed.saturating_add(forecast?.expected()));
-        let words = human::time(deadline);
-        match end.checked_sub(deadline).filter(|late| !late.is_zero()) {
-            Some(late) => Some(format!("the deadline of {words} will be missed by {} at best", human::time(late))),
-            None => (end.saturating_add(MARGIN) >= deadline)
-                .then(|| format!("the deadline of {words} can be kept only from here")),
-        }
+        let late = end.checked_sub(deadline).filter(|late| !late.is_zero());
+        (end.saturating_add(MARGIN) >= deadline).then_some(Late(late))
     }
 
-    /// Which budget is used up, or will be before anything better than a switchover now can be done; in words.
-    fn used_up(&self, now: &Standing, forecast: Option<&Forecast>) -> Option<String> {
+    /// Which budget is used up, or will be before anything better than a switchover at once can be done.
+    fn used_up(&self, now: &Standing, forecast: Option<&Forecast>) -> Option<UsedUp> {
         if self.round >= self.limits.rounds {
-            let rounds = self.limits.rounds;
-            return Some(if rounds == 1 {
-                "the one round is used up".into()
-            } else {
-                format!("{rounds} rounds are used up")
-            });
+            return Some(UsedUp::Rounds(self.limits.rounds));
         }
-        let (deadline, elapsed) = (self.limits.deadline?, now.elapsed);
-        let words = human::time(deadline);
+        let deadline = self.limits.deadline?;
+        let elapsed = now.elapsed;
         if elapsed >= deadline {
-            return Some(format!("the deadline of {words} has passed"));
+            return Some(UsedUp::Deadline { deadline, in_round: None });
         }
         if self.switches_for_a_budget(forecast) {
-            return self.now_or_never(elapsed, forecast);
+            let Late(late) = self.now_or_never(elapsed, forecast)?;
+            return Some(UsedUp::NowOrNever { deadline, late, elapsed: None });
         }
         // At the best another round leaves nothing: even that would be too late.
         let round = self.forecaster.round_time(now)?;
         let at_best = elapsed.saturating_add(round).saturating_add(self.forecaster.fixed.total());
-        (at_best > deadline).then(|| {
-            let (round, elapsed) = (human::time(round), human::time(elapsed));
-            format!("another round takes {round}, and {elapsed} of the deadline of {words} are gone")
-        })
+        (at_best > deadline).then_some(UsedUp::RoundTooLong { round, elapsed, deadline })
     }
 
-    /// A budget is used up: what the operator said is done, unless it would exceed `max_downtime`.
-    fn end(&self, used_up: &str, forecast: Option<&Forecast>) -> (Decision, String) {
-        let outlook = self.outlook(forecast);
+    /// A budget is used up: what the operator configured is done, unless it would exceed `max_downtime`.
+    fn end(&self, budget: UsedUp, forecast: Option<&Forecast>) -> (Decision, Reason) {
+        let used_up = |forbidden_by| Reason::UsedUp { budget, forbidden_by };
         match self.limits.on_deadline {
-            OnDeadline::Cancel => (Decision::GiveUp, format!("gave up: {used_up}; {outlook}")),
-            OnDeadline::SwitchOver if self.is_allowed(forecast) => {
-                (Decision::SwitchOver, format!("switch over: {used_up}; {outlook}"))
-            }
-            OnDeadline::SwitchOver => {
-                let most = human::time(self.limits.max_downtime.unwrap_or_default());
-                (Decision::GiveUp, format!("gave up: {used_up}, and max_downtime is {most}; {outlook}"))
-            }
+            OnDeadline::Cancel => (Decision::GiveUp, used_up(None)),
+            OnDeadline::SwitchOver if self.is_allowed(forecast) => (Decision::SwitchOver, used_up(None)),
+            OnDeadline::SwitchOver => (Decision::GiveUp, used_up(self.limits.max_downtime)),
         }
     }
-
-    /// The forecast in words: the sum, its parts and the limit.
-    fn outlook(&self, forecast: Option<&Forecast>) -> String {
-        let Some(forecast) = forecast else { return "no rate is known yet".into() };
-        let FixedCost { sync, verify, handover } = forecast.fixed;
-        let [expected, transfer, sync, verify, handover, limit] =
-            [forecast.expected(), forecast.transfer, sync, verify, handover, self.downtime_limit()].map(human::time);
-        let rest = human::bytes(whole(forecast.remaining_bytes));
-        format!(
-            "expected downtime {expected} (transfer {transfer} for {rest}, sync {sync}, verify {verify}, handover \
-             {handover}), limit {limit}"
-        )
-    }
 }
+
+/// By how much a deadline is missed, if it is.
+struct Late(Option<Duration>);

@@ -3,8 +3,8 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use super::forecast::{Forecast, seconds};
-use crate::human;
+use super::forecast::{Forecast, seconds, whole};
+use super::reason::Stalled;
 
 /// What the rounds left of what remains, as far as a stall is seen in it.
 #[derive(Clone, Debug)]
@@ -37,7 +37,7 @@ impl Stall {
     }
 
     /// A round has ended, with so much left of the budgets: is this a stall, and why?
-    pub(super) fn note(&mut self, forecast: Option<&Forecast>, limit: Duration, left: Left) -> Option<String> {
+    pub(super) fn note(&mut self, forecast: Option<&Forecast>, limit: Duration, left: Left) -> Option<Stalled> {
         let remaining = forecast.map_or(f64::INFINITY, |forecast| forecast.remaining_bytes);
         if remaining < self.least {
             (self.least, self.since_least) = (remaining, 0);
@@ -47,40 +47,34 @@ impl Stall {
         self.pace.push_front(forecast.map_or(Duration::MAX, |forecast| forecast.transfer));
         self.pace.truncate(self.most as usize + 1);
         if self.since_least >= self.most {
-            return Some(format!("{} rounds brought no new least of what remains", self.since_least));
+            return Some(Stalled::NoNewLeast { rounds: self.since_least });
         }
         let fixed = forecast?.fixed.total();
         if limit <= fixed {
-            return self
-                .pace
-                .get(self.most as usize)
-                .map(|_| "what a switchover costs without a page is above the limit already".into());
+            return self.pace.get(self.most as usize).map(|_| Stalled::FixedCost);
         }
         self.too_slow(limit - fixed, left)
     }
 
     /// Why what is left will not do, at the pace of the latest rounds, until the rest takes no more than this; `None` if it will,
     /// or the rounds are too few to tell.
-    fn too_slow(&self, transfer: Duration, left: Left) -> Option<String> {
+    fn too_slow(&self, transfer: Duration, left: Left) -> Option<Stalled> {
         let (now, before) = (self.pace.front()?.as_secs_f64(), self.pace.get(self.most as usize)?.as_secs_f64());
         let falls = f64::ln(before / now) / f64::from(self.most);
         let way = f64::ln(now / transfer.as_secs_f64());
         if falls <= 0.0 || way <= 0.0 {
             return None;
         }
-        let (rounds, last) = ((way / falls).ceil(), self.most);
+        let rounds = (way / falls).ceil();
+        let shown_by = self.most;
         if rounds > f64::from(left.rounds) {
-            let left = left.rounds;
-            return Some(format!(
-                "at the pace of the last {last} rounds it needs {rounds:.0} more, and {left} are left"
-            ));
+            return Some(Stalled::TooFewRounds { shown_by, needed: whole(rounds), left: left.rounds });
         }
         // Each takes as long as the rest that it sends.
         let shrinks = f64::exp(-falls);
-        let time = seconds(now * (1.0 - shrinks.powf(rounds)) / (1.0 - shrinks));
-        let time_left = left.time.filter(|left| time > *left)?;
-        let (time, left) = (human::time(time), human::time(time_left));
-        Some(format!("at the pace of the last {last} rounds it needs {time} more, and {left} are left"))
+        let needed = seconds(now * (1.0 - shrinks.powf(rounds)) / (1.0 - shrinks));
+        let left = left.time.filter(|left| needed > *left)?;
+        Some(Stalled::TooLittleTime { shown_by, needed, left })
     }
 }
 
@@ -134,8 +128,10 @@ mod tests {
             [note(1600), note(800)]
         };
         assert_eq!(said(1450), [None, None]);
-        let why = "at the pace of the last 1 rounds it needs 1.40 s more, and 1.35 s are left";
-        assert_eq!(said(1350), [None, Some(why.into())]);
+        let [first, second] = said(1350);
+        assert_eq!(first, None);
+        let Some(Stalled::TooLittleTime { shown_by: 1, needed, left }) = second else { panic!("{second:?}") };
+        assert_eq!((needed.as_millis(), left.as_millis()), (1400, 1350));
     }
 
     #[test]
@@ -148,6 +144,6 @@ mod tests {
             stall.note(Some(&Forecast { remaining_bytes: rest, transfer, fixed }), LIMIT, left)
         };
         assert_eq!(note(2.0), None);
-        assert!(note(1.0).unwrap().contains("without a page"));
+        assert_eq!(note(1.0), Some(Stalled::FixedCost));
     }
 }

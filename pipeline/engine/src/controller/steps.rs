@@ -13,28 +13,45 @@
 use std::time::Duration;
 
 use super::forecast::Forecast;
+use super::reason::Stalled;
 use crate::settings::{ConvergenceSettings, StallStep};
 
 /// Pages that the guest dirties in the time of one page sent at which a throttle is said to suffice: each round is then
 /// smaller than the one before by a good share.
 const ENOUGH: f64 = 0.6;
 
-/// A step that was taken.
+/// A step that is taken, and why the migration is said not to converge.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Taken {
-    /// The guest is held back for so many percent of its time.
-    Throttle(u8),
+pub(super) enum Taken {
+    /// The guest is throttled to this percentage of its time.
+    Throttle { percent: u8, stalled: Stalled },
     /// The downtime limit is raised to this.
-    Raise(Duration),
-    /// It switches over.
-    SwitchOver,
+    Raise { limit: Duration, stalled: Stalled },
+    /// It switches over: at a local minimum, or after these rounds without one.
+    SwitchOver { waited: Option<u32>, stalled: Stalled },
     /// It is cancelled.
-    Cancel,
+    Cancel { stalled: Stalled },
+}
+
+/// What the steps are decided by.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Situation<'a> {
+    /// Why this is a stall, if it is.
+    pub(super) stalled: Option<Stalled>,
+    pub(super) forecast: Option<&'a Forecast>,
+    /// Does `max_downtime` allow a switchover?
+    pub(super) may_switch: bool,
+    /// Pages that the guest dirties in the time in which one is sent.
+    pub(super) outrun: Option<f64>,
+    /// The downtime limit.
+    pub(super) limit: Duration,
+    /// What the limit may not be raised above.
+    pub(super) highest: Duration,
 }
 
 /// Which steps were taken.
 #[derive(Clone, Debug)]
-pub struct Steps {
+pub(super) struct Steps {
     settings: ConvergenceSettings,
     /// The step of the settings that is being taken.
     at: usize,
@@ -103,49 +120,40 @@ impl Steps {
         self.rounds_since = u32::MAX;
     }
 
-    /// The step to take after a round, and why. `stall` says why this is one, if it is.
-    ///
-    /// `outrun` is how many pages the guest dirties in the time in which one is sent; `highest` is the limit that none may
-    /// exceed; `may_switch` says that a switchover now would not.
-    pub(super) fn next(
-        &mut self,
-        stall: Option<String>,
-        forecast: Option<&Forecast>,
-        may_switch: bool,
-        outrun: Option<f64>,
-        limit: Duration,
-        highest: Duration,
-    ) -> Option<(Taken, String)> {
+    /// The step to take after a round, if one is due.
+    pub(super) fn next(&mut self, now: &Situation<'_>) -> Option<Taken> {
         self.rounds_since = self.rounds_since.saturating_add(1);
-        let remaining = forecast.map_or(f64::INFINITY, |forecast| forecast.remaining_bytes);
+        let remaining = now.forecast.map_or(f64::INFINITY, |forecast| forecast.remaining_bytes);
         let falls = remaining <= std::mem::replace(&mut self.last_remaining, remaining);
         let cooled_down = self.rounds_since >= self.settings.cool_down_rounds;
-        let stall = match stall.filter(|_| cooled_down) {
-            Some(why) => why,
-            None if self.waited.is_some() => "it does not come nearer to its end".into(),
+        let stalled = match now.stalled.filter(|_| cooled_down) {
+            Some(stalled) => stalled,
+            None if self.waited.is_some() => Stalled::NotNearer,
             None => return None,
         };
         loop {
             let taken = match self.settings.on_stall.get(self.at)? {
-                StallStep::Throttle => self.throttle(outrun),
-                StallStep::RaiseDowntimeLimit => self.raise(limit, highest),
-                StallStep::SwitchOver => match self.wait_for_a_minimum(falls, may_switch) {
-                    Wait::Go(why) => return Some((Taken::SwitchOver, format!("{stall}, and {why}"))),
+                StallStep::Throttle => self.throttle(now.outrun).map(|percent| Taken::Throttle { percent, stalled }),
+                StallStep::RaiseDowntimeLimit => {
+                    self.raise(now.limit, now.highest).map(|limit| Taken::Raise { limit, stalled })
+                }
+                StallStep::SwitchOver => match self.wait_for_a_minimum(falls, now.may_switch) {
+                    Wait::Over { waited } => return Some(Taken::SwitchOver { waited, stalled }),
                     Wait::On => return None,
                     Wait::InVain => None,
                 },
-                StallStep::Cancel => Some(Taken::Cancel),
+                StallStep::Cancel => Some(Taken::Cancel { stalled }),
             };
             if let Some(taken) = taken {
                 self.rounds_since = 0;
-                return Some((taken, stall));
+                return Some(taken);
             }
             self.at += 1;
         }
     }
 
     /// The next level, if there is a higher one.
-    fn throttle(&mut self, outrun: Option<f64>) -> Option<Taken> {
+    fn throttle(&mut self, outrun: Option<f64>) -> Option<u8> {
         let settings = self.settings.throttle;
         if !self.can_throttle || self.throttle >= settings.most {
             return None;
@@ -160,17 +168,17 @@ impl Steps {
         } else {
             self.throttle = full;
         }
-        Some(Taken::Throttle(self.throttle))
+        Some(self.throttle)
     }
 
-    fn raise(&mut self, limit: Duration, highest: Duration) -> Option<Taken> {
+    fn raise(&mut self, limit: Duration, highest: Duration) -> Option<Duration> {
         let settings = self.settings.raise;
         let raised = limit.saturating_add(settings.step).min(settings.most).min(highest);
         if raised <= limit {
             return None;
         }
         self.raised = Some(raised);
-        Some(Taken::Raise(raised))
+        self.raised
     }
 
     /// Waits until no more remains than a round before; after as many rounds as make a stall, no longer.
@@ -179,8 +187,8 @@ impl Steps {
         self.waited = Some(waited);
         let long_enough = waited >= self.settings.stall_rounds;
         match (may_switch, falls, long_enough) {
-            (true, true, _) => Wait::Go("no more remains than a round before".into()),
-            (true, false, true) => Wait::Go(format!("{waited} rounds more brought no local minimum")),
+            (true, true, _) => Wait::Over { waited: None },
+            (true, false, true) => Wait::Over { waited: Some(waited) },
             (false, _, true) => {
                 self.waited = None;
                 Wait::InVain
@@ -191,7 +199,10 @@ impl Steps {
 }
 
 enum Wait {
-    Go(String),
+    /// At a local minimum, or after these rounds without one.
+    Over {
+        waited: Option<u32>,
+    },
     On,
     InVain,
 }

@@ -2,6 +2,7 @@
 
 use proptest::prelude::*;
 
+use super::reason::Stalled;
 use super::simulation::{Costs, Encoded, Found, Guest, Link, Run, Sending, simulate};
 use super::*;
 use crate::settings::{ConvergenceSettings, EncoderSettings, RaiseSettings, StallStep, ThrottleSettings};
@@ -96,15 +97,15 @@ fn levels(run: &Run) -> Vec<u8> {
     run.decided.iter().filter_map(level).collect()
 }
 
-fn last_words(run: &Run) -> &str {
-    &run.decided.last().unwrap().why
+fn last_reason(run: &Run) -> Reason {
+    run.decided.last().unwrap().reason
 }
 
 #[test]
 fn an_idle_guest_takes_one_round() {
     let run = run(&uniform(0.0), &link(100.0), &settings());
     assert_eq!((run.end, run.rounds), (Decision::SwitchOver, 1));
-    assert!(last_words(&run).contains("left nothing dirty"), "{run:#?}");
+    assert_eq!(last_reason(&run), Reason::Met(Met::NothingDirty), "{run:#?}");
     assert_eq!(run.downtime, 7 * MS);
 }
 
@@ -121,7 +122,7 @@ fn a_guest_that_the_wire_outruns_meets_the_limit_by_itself() {
 fn a_guest_that_outruns_the_wire_goes_on_until_the_rounds_are_used_up() {
     let run = run(&uniform(100_000.0), &link(100.0), &settings());
     assert_eq!((run.end, run.rounds), (Decision::GiveUp, 60));
-    assert!(last_words(&run).starts_with("gave up: 60 rounds are used up; expected downtime "), "{}", last_words(&run));
+    assert_eq!(last_reason(&run), Reason::UsedUp { budget: UsedUp::Rounds(60), forbidden_by: None });
 }
 
 #[test]
@@ -152,7 +153,7 @@ fn what_is_on_its_way_arrives_before_the_guest_is_paused_and_is_not_taken_for_a_
         |elapsed, dirty_pages, in_flight_pages| Standing { elapsed, dirty_pages, in_flight_pages, kept_pages: 0 };
     let decided = controller.synced(&found(1000 * MS, 100, 20_000));
     assert_eq!(decided.decision, Decision::Drain, "{decided:?}");
-    assert!(decided.why.starts_with("let 20000 pages arrive"), "{decided:?}");
+    assert_eq!(decided.reason, Reason::Backlog { pages: 20_000, met: Met::WithinLimit });
     // Meanwhile as much is written as before, in a third of a second.
     let decided = controller.synced(&found(1333 * MS, 133, 0));
     assert_eq!(decided.decision, Decision::SwitchOver, "{decided:?}");
@@ -193,7 +194,7 @@ fn a_limit_is_raised_step_by_step_and_no_further_than_needed() {
     let hot = Writers { sets: vec![(10_000.0, 1e6)], ..uniform(0.0) };
     let run = run(&hot, &link(100.0), &raise);
     assert_eq!(run.end, Decision::SwitchOver, "{run:#?}");
-    assert!(last_words(&run).contains("the downtime limit is raised to 500 ms"), "{}", last_words(&run));
+    assert!(matches!(last_reason(&run), Reason::Raised { limit, .. } if limit == 500 * MS), "{run:#?}");
     assert!(run.downtime <= run.limit && run.downtime + 200 * MS > run.limit, "{run:#?}");
 }
 
@@ -207,7 +208,7 @@ fn a_stall_is_switched_over_under_the_ceiling_and_cancelled_above_it() {
     let ceiling = SourceSettings { max_downtime: Some(200 * MS), ..steps };
     let cancelled = run(&hot, &link(100.0), &ceiling);
     assert_eq!(cancelled.end, Decision::GiveUp);
-    assert!(last_words(&cancelled).contains("rounds brought no new least"), "{}", last_words(&cancelled));
+    assert!(matches!(last_reason(&cancelled), Reason::Stall(Stalled::NoNewLeast { .. })), "{cancelled:#?}");
 }
 
 #[test]
@@ -270,10 +271,8 @@ fn without_a_figure_there_is_another_round() {
     let mut controller = Controller::new(&settings(), 4096);
     let now = Standing { dirty_pages: 1, ..Standing::default() };
     let decided = controller.synced(&now);
-    assert_eq!(
-        (decided.decision, decided.why.as_str()),
-        (Decision::AnotherRound, "another round: no rate is known yet")
-    );
+    assert_eq!((decided.decision, decided.reason), (Decision::AnotherRound, Reason::AboveLimit));
+    assert_eq!(decided.forecast, None);
 }
 
 #[test]
@@ -282,7 +281,8 @@ fn a_deadline_is_kept_by_pausing_as_late_as_it_can() {
     let limits = SourceSettings { deadline: Some(deadline), on_deadline: OnDeadline::SwitchOver, ..settings() };
     let run = run(&uniform(100_000.0), &link(100.0), &limits);
     assert_eq!(run.end, Decision::SwitchOver);
-    assert!(last_words(&run).contains("can be kept only from here"), "{}", last_words(&run));
+    let used_up = |reason| matches!(reason, Reason::UsedUp { budget: UsedUp::NowOrNever { late: None, .. }, .. });
+    assert!(used_up(last_reason(&run)), "{run:#?}");
     let off = run.total.abs_diff(deadline);
     assert!(off < deadline / 10, "it took {:?}, with a downtime of {:?}", run.total, run.downtime);
 }
@@ -293,7 +293,8 @@ fn a_deadline_that_cannot_be_kept_cancels_before_it_passes() {
     let run = run(&uniform(100_000.0), &link(100.0), &limits);
     assert_eq!(run.end, Decision::GiveUp);
     assert!(run.total < Duration::from_secs(6), "{run:#?}");
-    assert!(last_words(&run).contains("another round takes"), "{}", last_words(&run));
+    let too_long = |reason| matches!(reason, Reason::UsedUp { budget: UsedUp::RoundTooLong { .. }, .. });
+    assert!(too_long(last_reason(&run)), "{run:#?}");
 }
 
 #[test]
@@ -375,7 +376,7 @@ proptest! {
             prop_assert!(running <= deadline + 100 * MS, "{:?}", run);
         }
         for decided in &run.decided {
-            prop_assert!(decided.why.len() > 20, "{:?}", decided);
+            prop_assert!(decided.to_string().len() > 20, "{:?}", decided);
         }
     }
 

@@ -12,6 +12,7 @@ use memferry_stages::wire::reader::ReadError;
 
 use super::alive::Silence;
 use super::stage_set::Failure;
+use crate::controller::Decided;
 use crate::guest::GuestError;
 
 /// What ended a migration. Its text is the operator's: it says what failed and where.
@@ -22,7 +23,7 @@ pub enum MigrationError {
     Cancelled,
     /// The limits of the configuration cannot be met.
     #[error("{0}")]
-    GaveUp(String),
+    GaveUp(Box<Decided>),
     /// No way to the peer, or from it.
     #[error("{0}")]
     Transport(#[from] io::Error),

@@ -45,7 +45,7 @@ pub(super) fn section(page: &Page<'_>) -> Markup {
                         td { (decided.round) }
                         td { (name(decided.decision)) }
                         td { (decided.forecast.map_or_else(|| "–".to_owned(), |forecast| human::time(forecast.expected()))) }
-                        td.why { (clean(&decided.why)) }
+                        td.why { (clean(&decided.to_string())) }
                     }
                 }
             }

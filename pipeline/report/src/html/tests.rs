@@ -10,6 +10,7 @@ use crate::todo;
 use memferry::bottleneck::Bottleneck;
 use memferry::control::{Change, Changed};
 use memferry::controller::Decision;
+use memferry::controller::reason::Reason;
 use memferry::events::{BlockFacts, Ended, Event, Progress, Role, TurnedAwayKind};
 use memferry::samples::{ended, script};
 use memferry::settings::After;
@@ -275,8 +276,13 @@ fn a_long_page_of_many_lanes_stays_readable() {
             enter(&event);
         }
         let forecast = memferry::samples::ended(Role::Source).forecast;
-        let why = "not yet".into();
-        enter(&Event::Decided(Decided { round: number, decision: Decision::AnotherRound, why, forecast }));
+        enter(&Event::Decided(Decided {
+            round: number,
+            decision: Decision::AnotherRound,
+            reason: Reason::AboveLimit,
+            limit: Duration::from_millis(300),
+            forecast,
+        }));
     }
     ended.iter().for_each(enter);
     let stages = &mut scene.account.status.ended.as_mut().unwrap().stages;
@@ -425,7 +431,6 @@ fn what_comes_from_outside_stays_text() {
     let account = &mut scene.account;
     account.status.peer = Some(evil.into());
     account.status.blocks.push(BlockFacts { id: evil.into(), bytes: 4096, page_size: 4096 });
-    account.decided[0].why = evil.into();
     account.enter(&Event::Warning(evil.into()), Duration::from_secs(1));
     let kind = TurnedAwayKind::Stranger;
     let away = Event::TurnedAway { kind, peer: evil.into(), why: evil.into(), count: 1 };
@@ -437,7 +442,7 @@ fn what_comes_from_outside_stays_text() {
     assert!(shown.ends_with(r"</code>\u{202e}\u{7}\u{0}") && !page.contains('\u{202e}'));
     parsed(&page, |document| {
         let times = words(document.root_element()).matches(&shown).count();
-        assert_eq!(times, 8, "peer, error, why, block, warning, stranger twice, configuration");
+        assert_eq!(times, 7, "peer, error, block, warning, stranger twice, configuration");
     });
 }
 

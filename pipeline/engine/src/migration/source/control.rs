@@ -40,7 +40,7 @@ impl Source {
         if self.controller.is_switching() || self.paused.is_some() {
             return Err(ControlError::TooLate("it switches over already".into()));
         }
-        let decided = self.controller.switch_over(&self.standing_now(flow)).map_err(ControlError::Refused)?;
+        let decided = self.controller.switch_over(&self.standing_now(flow))?;
         self.tell(&decided);
         Ok(flow)
     }

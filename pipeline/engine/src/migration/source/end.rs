@@ -121,7 +121,7 @@ impl Source {
     }
 
     fn why_cancelled(&self) -> String {
-        self.gave_up.clone().unwrap_or_else(|| "cancelled at the source".into())
+        self.gave_up.as_ref().map_or_else(|| "cancelled at the source".into(), ToString::to_string)
     }
 
     /// The verdict, told to whoever watches.

@@ -37,8 +37,8 @@ use super::speed::Speed;
 use super::state::Room;
 use crate::bottleneck::Watch;
 use crate::control::{Control, Requests};
-use crate::controller::Controller;
 use crate::controller::forecast::Forecast;
+use crate::controller::{Controller, Decided};
 use crate::events::{DowntimeParts, Ended, Event, Observers, Phase};
 use crate::guest::clearer::Clearer;
 use crate::guest::{Guest, RunState};
@@ -73,8 +73,8 @@ async fn run(mut source: Source, plane: &DataPlane) -> Ended {
         Ok(verdict) => verdict,
         Err(error) if source.go_said => Verdict::Unconfirmed(error.to_string()),
         Err(MigrationError::Cancelled) => Verdict::Cancelled,
-        Err(MigrationError::GaveUp(why)) => {
-            source.gave_up = Some(why);
+        Err(MigrationError::GaveUp(decided)) => {
+            source.gave_up = Some(decided);
             Verdict::Cancelled
         }
         Err(error) => Verdict::Failed(error.to_string()),
@@ -130,7 +130,7 @@ struct Source {
     verified: Option<bool>,
     differing_page: Option<String>,
     /// Why the limits of the configuration ended it, if they did.
-    gave_up: Option<String>,
+    gave_up: Option<Box<Decided>>,
 }
 
 impl Source {

@@ -45,7 +45,7 @@ impl Source {
                 Decision::Drain => order = None,
                 Decision::Throttle(percent) => self.throttle(percent).await,
                 Decision::SwitchOver => return Ok(()),
-                Decision::GiveUp => return Err(MigrationError::GaveUp(decided.why)),
+                Decision::GiveUp => return Err(MigrationError::GaveUp(Box::new(decided))),
             }
         }
     }
@@ -246,7 +246,7 @@ impl Source {
         let Some(decided) = self.controller.tick(now) else { return Ok(()) };
         self.tell(&decided);
         match decided.decision {
-            Decision::GiveUp => Err(MigrationError::GaveUp(decided.why)),
+            Decision::GiveUp => Err(MigrationError::GaveUp(Box::new(decided))),
             _ => self.pause(flow).await,
         }
     }
