@@ -9,7 +9,6 @@ pub mod status_json;
 pub mod table;
 pub mod todo;
 
-use std::fmt;
 use std::io;
 use std::path::Path;
 use std::time::Duration;
@@ -22,7 +21,7 @@ use serde::{Deserialize, Serialize};
 
 use account::{Account, Round};
 pub use file::write;
-use memferry::bottleneck::{self, Bottleneck, Cause};
+use memferry::bottleneck::Bottleneck;
 use memferry::control::Changed;
 use memferry::controller::forecast::{Forecast, whole};
 use memferry::controller::{Decided, Decision};
@@ -74,7 +73,7 @@ pub struct Report {
     /// What held it up, in words.
     pub bottleneck: String,
     /// The same in figures.
-    pub bottleneck_percent: BottleneckReport,
+    pub bottleneck_percent: Bottleneck,
     /// Processor time of the process from the first page to the verdict.
     pub cpu_ms: f64,
     /// Round by round.
@@ -202,53 +201,6 @@ impl From<&RoundTally> for PagesReport {
     }
 }
 
-/// What held it up: percent of the time for each thing that can. What an end cannot know is null.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct BottleneckReport {
-    /// The processors of the host.
-    pub processor: Option<f64>,
-    /// `max_bandwidth`.
-    pub limit: Option<f64>,
-    /// The destination.
-    pub destination: Option<f64>,
-    /// The transport between the two.
-    pub wire: Option<f64>,
-    /// The guest: there was nothing to send.
-    pub guest: Option<f64>,
-    /// The source and the wire, as the destination sees them.
-    pub source: Option<f64>,
-}
-
-impl fmt::Display for BottleneckReport {
-    /// The known ones, the greatest first; nothing if none is known.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let percent = |cause| match cause {
-            Cause::Processor => self.processor,
-            Cause::Limit => self.limit,
-            Cause::Destination => self.destination,
-            Cause::Wire => self.wire,
-            Cause::Guest => self.guest,
-            Cause::Source => self.source,
-        };
-        let known = Cause::ALL.into_iter().filter_map(|cause| Some((cause, percent(cause)? / 100.0)));
-        bottleneck::write_shares(f, known.collect())
-    }
-}
-
-impl From<&Bottleneck> for BottleneckReport {
-    fn from(bottleneck: &Bottleneck) -> Self {
-        let share = |cause| bottleneck.share(cause).map(percent);
-        Self {
-            processor: share(Cause::Processor),
-            limit: share(Cause::Limit),
-            destination: share(Cause::Destination),
-            wire: share(Cause::Wire),
-            guest: share(Cause::Guest),
-            source: share(Cause::Source),
-        }
-    }
-}
-
 /// One stage in one lane.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct StageReport {
@@ -303,7 +255,7 @@ impl Report {
             memory_bound_bytes: account.memory_bound + other.map_or(0, |other| other.memory_bound),
             memory_peak_bytes: ended.memory_peak + far.map_or(0, |far| far.memory_peak),
             bottleneck: held_up.to_string(),
-            bottleneck_percent: (&held_up).into(),
+            bottleneck_percent: held_up,
             cpu_ms: ms(ended.cpu),
             rounds: account.rounds.iter().map(round).collect(),
             stages: stages.iter().map(stage).collect(),

@@ -9,9 +9,9 @@ use serde_json::{Map, Value};
 
 use crate::api::client::{self, ClientError, Lines};
 use crate::api::patch;
+use memferry::bottleneck::Bottleneck;
 use memferry::events::{Phase, Role, TimeLeft};
 use memferry::human;
-use memferry_report::BottleneckReport;
 use memferry_report::event_json::{EndedJson, EventJson, EventLine};
 
 /// How long a cancelled migration may take to end: a command of the guest's may have to come to its end first.
@@ -211,7 +211,7 @@ fn time_left(progress: &Value) -> Option<TimeLeft> {
 
 /// What holds it up, the greatest share first.
 fn held_up(shares: &Value) -> Option<String> {
-    let shares: BottleneckReport = serde_json::from_value(shares.clone()).ok()?;
+    let shares: Bottleneck = serde_json::from_value(shares.clone()).ok()?;
     Some(shares.to_string()).filter(|shares| !shares.is_empty())
 }
 
@@ -263,7 +263,7 @@ fn time(value: &Value) -> String {
 mod tests {
     use super::*;
     use crate::cli::verdict::never_begun;
-    use memferry::bottleneck::{Bottleneck, Cause};
+    use memferry::bottleneck::Cause;
     use memferry::control::Status;
     use memferry::events::{Ended, Event, Progress};
     use memferry::settings::SourceSettings;

@@ -37,9 +37,10 @@ use memferry_stages::untrusted::{Untrusted, shown_json};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    BottleneckReport, ChangeReport, DecisionReport, ForecastReport, GuestReport, PagesReport, StageReport, change,
-    decision, forecast_report, guest, ms, percent, stage,
+    ChangeReport, DecisionReport, ForecastReport, GuestReport, PagesReport, StageReport, change, decision,
+    forecast_report, guest, ms, percent, stage,
 };
+use memferry::bottleneck::Bottleneck;
 use memferry::controller::forecast::whole;
 use memferry::controller::{Decided, Decision};
 use memferry::events::{DowntimeParts, Ended, Event, Phase, Progress, Role, TimeLeft};
@@ -219,7 +220,7 @@ pub struct ProgressJson {
     pub time_left_ms: Option<f64>,
     /// What holds it up, over the latest seconds; once it has ended, from its start.
     #[serde(default)]
-    pub bottleneck_percent: BottleneckReport,
+    pub bottleneck_percent: Bottleneck,
     /// Processor time of the process since the first page.
     #[serde(default)]
     pub cpu_ms: f64,
@@ -254,7 +255,7 @@ pub struct EndedJson {
     pub memory_peak_bytes: u64,
     /// What held it up.
     #[serde(default)]
-    pub bottleneck_percent: BottleneckReport,
+    pub bottleneck_percent: Bottleneck,
     /// Processor time of the process from the first page to the verdict.
     #[serde(default)]
     pub cpu_ms: f64,
@@ -374,7 +375,7 @@ impl From<&Progress> for ProgressJson {
                 TimeLeft::About(time) => Some(ms(time)),
                 TimeLeft::Unknown | TimeLeft::DoesNotConverge => None,
             },
-            bottleneck_percent: (&now.bottleneck).into(),
+            bottleneck_percent: now.bottleneck,
             cpu_ms: ms(now.cpu),
             stages: now.stages.iter().map(stage).collect(),
         }
@@ -395,7 +396,7 @@ impl From<&Ended> for EndedJson {
             wire_bytes: ended.wire_bytes,
             spared: ended.spared,
             memory_peak_bytes: ended.memory_peak,
-            bottleneck_percent: (&ended.bottleneck).into(),
+            bottleneck_percent: ended.bottleneck,
             cpu_ms: ms(ended.cpu),
             stages: ended.stages.iter().map(stage).collect(),
             resume_failed: ended.resume_failed,
