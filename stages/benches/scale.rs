@@ -17,6 +17,7 @@ use memferry_stages::in_flight::InFlight;
 use memferry_stages::meter::Meter;
 use memferry_stages::queue::{Inlet, bounded};
 use memferry_stages::scanner::{ScanOrder, Scanner};
+use memferry_stages::stage_id::StageId;
 use tokio::runtime::Runtime;
 
 const BYTES: u64 = 1 << 40;
@@ -84,7 +85,7 @@ impl Bench {
         bitmap: &Arc<DirtyBitmap>,
         untouched: Option<&Arc<DirtyBitmap>>,
     ) -> Duration {
-        let sync = BitmapSync::new(vec![log.clone()], bitmap.clone(), Meter::start("bitmap sync", None));
+        let sync = BitmapSync::new(vec![log.clone()], bitmap.clone(), Meter::start(StageId::BITMAP_SYNC));
         let sync = match untouched {
             Some(untouched) => sync.with_untouched(untouched.clone()),
             None => sync,
@@ -108,7 +109,7 @@ impl Bench {
     fn scan(&self, bitmap: &Arc<DirtyBitmap>) -> (Duration, u64) {
         let lanes = LaneMap::new(LANES, PageSize::DEFAULT);
         let in_flight = Arc::new(InFlight::new(&self.layout, lanes));
-        let meter = Meter::start("scanner", None);
+        let meter = Meter::start(StageId::SCANNER);
         let scanner = Scanner::new(bitmap.clone(), None, Vec::new(), lanes, in_flight.clone(), meter.clone());
         let (into, ends): (Vec<_>, Vec<_>) = (0..LANES).map(|_| bounded(16)).unzip();
         let ((order, orders), (answer, answers)) = (bounded(1), bounded(1));

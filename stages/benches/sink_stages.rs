@@ -32,6 +32,7 @@ use memferry_stages::pool::{BufferPool, PooledBuffer};
 use memferry_stages::queue::bounded;
 use memferry_stages::receiver::{Arrived, Receiver};
 use memferry_stages::sender::{Control, Sender};
+use memferry_stages::stage_id::StageId;
 use memferry_stages::wire::hello::Features;
 use memferry_stages::wire::pages::{PageEncoding, PagesHead, payload_hash};
 use memferry_stages::wire::reader::FrameReader;
@@ -94,7 +95,7 @@ fn outgoing(pool: &BufferPool) -> Vec<Outgoing> {
 }
 
 async fn send(frames: Vec<Outgoing>, sink: Sink) {
-    let meter = Meter::start("sender", Some(0));
+    let meter = Meter::start(StageId::sender(0));
     let ((control, control_in), (bulk, bulk_in), (sent, reports)) = (bounded(1), bounded(16), bounded(4));
     let feed = async {
         for frame in frames {
@@ -153,7 +154,7 @@ fn receiver(suite: &mut Suite) {
 }
 
 async fn receive(stream: &[u8], pool: BufferPool) {
-    let meter = Meter::start("receiver", Some(0));
+    let meter = Meter::start(StageId::receiver(0));
     let reader = FrameReader::new(stream, "memory".into(), PageSize::DEFAULT);
     let lanes = LaneMap::new(1, PageSize::DEFAULT);
     let receiver = Receiver::new(0, 1, reader, layout(), lanes, pool, meter);
@@ -264,7 +265,7 @@ fn loads(suite: &mut Suite, name: &str, memory: &MappedMemory, guest: &GuestMemo
 async fn load(guest: GuestMemory, heads: Vec<PagesHead>, payload: &[u8], pool: BufferPool, checksum: bool) {
     let held = Arc::new(DirtyBitmap::filled(guest.layout()));
     let allowed = Features { snap: true, lz4: true, zstd: true, xbzrle: true, ..Features::default() };
-    let (progress, meter) = (Arc::new(LaneProgress::default()), Meter::start("loader", Some(0)));
+    let (progress, meter) = (Arc::new(LaneProgress::default()), Meter::start(StageId::loader(0)));
     let loader = Loader::new(0, guest, held, checksum, allowed, progress.clone(), meter);
     let ((outlet, input), (output, _reports)) = (bounded(WARM), bounded(1));
     let feed = async {

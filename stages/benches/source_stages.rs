@@ -27,6 +27,7 @@ use memferry_stages::meter::Meter;
 use memferry_stages::pool::{BufferPool, PooledBuffer};
 use memferry_stages::queue::{Inlet, bounded};
 use memferry_stages::scanner::{ScanOrder, Scanner};
+use memferry_stages::stage_id::StageId;
 use memferry_stages::tally::RoundTally;
 use memferry_stages::zero_detector::ZeroDetector;
 
@@ -93,7 +94,7 @@ fn scanner(suite: &mut Suite) {
                 bitmap.set_range(0, first..first + dirty_pages);
             }
             let lanes = LaneMap::new(1, PageSize::DEFAULT);
-            let meter = Meter::start("scanner", None);
+            let meter = Meter::start(StageId::SCANNER);
             let in_flight = Arc::new(InFlight::new(bitmap.layout(), lanes));
             let scanner = Scanner::new(bitmap, None, Vec::new(), lanes, in_flight, meter);
             let ((lane, batches), (answer, _answers)) = (bounded(4), bounded(1));
@@ -121,7 +122,7 @@ fn detect(suite: &mut Suite, group: &str, memory: &Arc<MappedMemory>, zero: u32)
     let (guest, pool) = (inputs::guest(memory.clone()), BufferPool::new(4, EXTENT));
     let extents = u32::try_from(memory.len() / EXTENT).expect("few");
     suite.measure(group, "stage", memory.len(), &[("memcpy", "memcpy"), ("sweep", "sweep")], || {
-        let meter = Meter::start("zero-page detector", Some(0));
+        let meter = Meter::start(StageId::zero_detector(0));
         let detector = ZeroDetector::new(0, guest.clone(), pool.clone(), Vec::new(), meter);
         let tally = RoundTally::new(1, false);
         let batches = (0..extents).map(|extent| Item::Batch(batch(extent, 1)));
@@ -184,7 +185,7 @@ impl Copies {
 }
 
 fn new_encoder(plan: EncoderPlan) -> Encoder {
-    Encoder::new(0, PageSize::DEFAULT, plan, BufferPool::new(4, EXTENT), Meter::start("encoder", Some(0)))
+    Encoder::new(0, PageSize::DEFAULT, plan, BufferPool::new(4, EXTENT), Meter::start(StageId::encoder(0)))
 }
 
 /// Rounds before any delta: a new encoder for each.

@@ -21,6 +21,7 @@ use crate::geometry::Layout;
 use crate::meter::Meter;
 use crate::queue::{Closed, Inlet, Outlet};
 use crate::stage::Stage;
+use crate::stage_id::StageId;
 
 /// The most guest memory that a log is asked for in one call, in bytes: a cancel comes between two.
 pub const RANGE_BYTES: usize = 64 << 20;
@@ -55,7 +56,7 @@ impl BitmapSync {
     #[must_use]
     pub fn new(logs: Vec<Arc<dyn DirtyLog>>, bitmap: Arc<DirtyBitmap>, meter: Arc<Meter>) -> Self {
         let work = Work { logs, bitmap, clears: None, untouched: Mutex::default(), at_work: Arc::default() };
-        Self { work, stage: Stage::new("bitmap sync", None, meter) }
+        Self { work, stage: Stage::new(StageId::BITMAP_SYNC, meter) }
     }
 
     /// Pages that a sync finds written are taken out of `untouched`.

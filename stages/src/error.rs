@@ -1,21 +1,19 @@
 //! Why a stage ended before its time.
 
-use std::fmt;
 use std::io;
 
 use crate::geometry::PageAt;
 use crate::queue::Closed;
+use crate::stage_id::StageId;
 use crate::wire::frame::FrameError;
 use crate::wire::reader::ReadError;
 
 /// The error of one stage: which one, and what happened. Its text holds the cause's.
 #[derive(Debug, thiserror::Error)]
-#[error("{stage}{}: {cause}", Number(stage, *lane))]
+#[error("{stage}: {cause}")]
 pub struct StageError {
-    /// The stage: "scanner", "encoder", …
-    pub stage: &'static str,
-    /// Its lane (for sender and receiver: its connection), if there is one of it for each.
-    pub lane: Option<u16>,
+    /// Which stage.
+    pub stage: StageId,
     /// What happened.
     pub cause: Cause,
 }
@@ -63,45 +61,32 @@ pub enum Cause {
     Transport(#[source] io::Error),
 }
 
-/// " of lane 2", or nothing. A sender and a receiver belong to a connection.
-struct Number<'a>(&'a str, Option<u16>);
-
-impl fmt::Display for Number<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match (self.1, self.0) {
-            (None, _) => Ok(()),
-            (Some(number), "sender" | "receiver") => write!(f, " of connection {number}"),
-            (Some(number), _) => write!(f, " of lane {number}"),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn an_error_says_which_stage_of_which_lane() {
-        let error = |stage, lane, cause| StageError { stage, lane, cause }.to_string();
+        let error = |stage, cause| StageError { stage, cause }.to_string();
         let at = PageAt { block: 1, page: 640 };
         let short = || io::Error::new(io::ErrorKind::UnexpectedEof, "the file ends at byte 7");
         assert_eq!(
-            error("zero-page detector", Some(2), Cause::Memory { doing: "cannot read from", at, error: short() }),
-            "zero-page detector of lane 2: cannot read from page 640 of block 1: the file ends at byte 7"
+            error(StageId::zero_detector(2), Cause::Memory { doing: "cannot read from", at, error: short() }),
+            "zero detector of lane 2: cannot read from page 640 of block 1: the file ends at byte 7"
         );
         assert_eq!(
-            error("bitmap sync", None, Cause::Log { doing: "synced", error: short() }),
+            error(StageId::BITMAP_SYNC, Cause::Log { doing: "synced", error: short() }),
             "bitmap sync: the dirty log cannot be synced: the file ends at byte 7"
         );
         assert_eq!(
-            error("sender", Some(0), Cause::Transport(short())),
+            error(StageId::sender(0), Cause::Transport(short())),
             "sender of connection 0: the transport failed: the file ends at byte 7"
         );
     }
 
     #[test]
     fn only_a_neighbours_end_is_closed() {
-        let error = |cause| StageError { stage: "encoder", lane: Some(0), cause };
+        let error = |cause| StageError { stage: StageId::encoder(0), cause };
         assert!(error(Closed.into()).is_closed());
         assert!(!error(Cause::Transport(io::ErrorKind::BrokenPipe.into())).is_closed());
     }

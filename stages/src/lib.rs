@@ -35,6 +35,7 @@ pub mod scanner;
 pub mod sender;
 pub mod silence;
 mod stage;
+pub mod stage_id;
 pub mod tally;
 pub mod token_bucket;
 pub mod untrusted;

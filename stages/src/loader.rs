@@ -34,6 +34,7 @@ use crate::meter::Meter;
 use crate::queue::{Inlet, Outlet};
 use crate::receiver::Arrived;
 use crate::stage::Stage;
+use crate::stage_id::StageId;
 use crate::tally::RoundTally;
 use crate::wire::error::{FrameError, WireError};
 use crate::wire::hello::Features;
@@ -111,7 +112,7 @@ impl Loader {
         meter: Arc<Meter>,
     ) -> Self {
         let group = vec![0; memory.page_size().bytes() * group_pages(memory.page_size())];
-        let (decompressor, stage) = (Decompressor::default(), Stage::new("loader", Some(lane), meter));
+        let (decompressor, stage) = (Decompressor::default(), Stage::new(StageId::loader(lane), meter));
         let first_touch = FirstTouch::default();
         Self { lane, memory, held, checksum, allowed, progress, first_touch, decompressor, group, stage }
     }

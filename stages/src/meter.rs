@@ -8,11 +8,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use crate::stage_id::StageId;
+
 /// The meter of one stage in one lane. Shared: the stage writes, anyone reads.
 #[derive(Debug)]
 pub struct Meter {
-    name: &'static str,
-    lane: Option<u16>,
+    stage: StageId,
     started: Instant,
     ended_ns: AtomicU64,
     input_wait_ns: AtomicU64,
@@ -58,10 +59,8 @@ impl Drop for Waiting<'_> {
 /// What a [`Meter`] read at one moment.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Reading {
-    /// The stage: "scanner", "encoder", …
-    pub name: &'static str,
-    /// Its lane (a connection's number for sender and receiver), if there is one of it for each.
-    pub lane: Option<u16>,
+    /// Which stage.
+    pub stage: StageId,
     /// Time it worked: its lifetime less its waits.
     pub busy: Duration,
     /// Time it waited for something to do.
@@ -89,11 +88,10 @@ impl Reading {
 impl Meter {
     /// A meter that starts to run.
     #[must_use]
-    pub fn start(name: &'static str, lane: Option<u16>) -> Arc<Self> {
+    pub fn start(stage: StageId) -> Arc<Self> {
         let zero = || AtomicU64::new(0);
         Arc::new(Self {
-            name,
-            lane,
+            stage,
             started: Instant::now(),
             ended_ns: zero(),
             input_wait_ns: zero(),
@@ -201,8 +199,7 @@ impl Meter {
         let output_wait = output_wait + Duration::from_nanos(load(&self.output_wait_ns));
         let limit_wait = self.limit_wait(life).min(output_wait);
         Reading {
-            name: self.name,
-            lane: self.lane,
+            stage: self.stage,
             busy: life.saturating_sub(input_wait + output_wait),
             input_wait,
             output_wait: output_wait - limit_wait,

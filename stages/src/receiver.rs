@@ -28,6 +28,7 @@ use crate::pending::pending;
 use crate::pool::{BufferPool, PooledBuffer};
 use crate::queue::Outlet;
 use crate::stage::Stage;
+use crate::stage_id::StageId;
 use crate::tally::RoundTally;
 use crate::wire::error::WireError;
 use crate::wire::frame::{HEAD_BYTES, Kind};
@@ -81,7 +82,7 @@ impl<R: AsyncRead + Unpin + Send> Receiver<R> {
         meter: Arc<Meter>,
     ) -> Self {
         let places = vec![Place { round: 1, ended: false }; usize::from(lanes.lanes())];
-        let stage = Stage::new("receiver", Some(connection), meter);
+        let stage = Stage::new(StageId::receiver(connection), meter);
         Self { connection, connections, reader, layout, lanes, pool, places, stage }
     }
 

@@ -1,34 +1,33 @@
-//! What every stage carries: its name and its meter, from which its errors and its waits are made.
+//! What every stage carries: its identity and its meter, from which its errors and its waits are made.
 
 use std::sync::Arc;
 
 use crate::error::{Cause, StageError};
 use crate::meter::{Meter, Wait};
 use crate::pool::{BufferPool, PooledBuffer};
+use crate::stage_id::StageId;
 
 #[cfg(test)]
 mod chain_tests;
 #[cfg(test)]
 pub(crate) mod testing;
 
-/// The identity of a running stage. When it is dropped, at the stage's end or when its task is, its meter stops.
+/// A running stage. When it is dropped, at the stage's end or when its task is, its meter stops.
 #[derive(Debug)]
 pub(crate) struct Stage {
-    name: &'static str,
-    lane: Option<u16>,
+    id: StageId,
     /// Where its work and its waits are counted.
     pub(crate) meter: Arc<Meter>,
 }
 
 impl Stage {
-    /// The stage `name`, of a lane if there is one for each.
-    pub(crate) fn new(name: &'static str, lane: Option<u16>, meter: Arc<Meter>) -> Self {
-        Self { name, lane, meter }
+    pub(crate) fn new(id: StageId, meter: Arc<Meter>) -> Self {
+        Self { id, meter }
     }
 
     /// This stage's error with that cause.
     pub(crate) fn fails(&self, cause: impl Into<Cause>) -> StageError {
-        StageError { stage: self.name, lane: self.lane, cause: cause.into() }
+        StageError { stage: self.id, cause: cause.into() }
     }
 
     /// A buffer of a pool; waiting for one counts as waiting for output, for it is the stages behind that hold them.
@@ -55,7 +54,7 @@ mod tests {
 
     #[test]
     fn waiting_for_a_buffer_counts_as_waiting_for_output_and_the_meter_stops_with_the_stage() {
-        let stage = Stage::new("test", None, testing::meter());
+        let stage = Stage::new(StageId::SCANNER, testing::meter());
         let meter = stage.meter.clone();
         let pool = BufferPool::new(1, 8);
         testing::block_on(async {

@@ -174,11 +174,11 @@ fn warm_the_host(bytes: usize) {
 /// Where the time of the last run went, with `STAGES=1`.
 fn print_stages(ends: &Ends) {
     for stage in ends.source.stages.iter().chain(&ends.destination.stages) {
-        let lane = stage.lane.map_or(String::new(), |lane| lane.to_string());
+        let lane = stage.stage.at.number().map_or(String::new(), |lane| lane.to_string());
         let (busy, input, output) = (stage.busy, stage.input_wait, stage.output_wait);
         println!(
             "    {:<16}{lane:<4} busy {busy:>10.1?}  waits for input {input:>10.1?}  for output {output:>10.1?}",
-            stage.name
+            stage.stage.kind.name()
         );
     }
 }

@@ -276,10 +276,13 @@ fn workload(pace: Pace) -> WorkloadSettings {
 
 fn verdict(ended: &Ended, rounds: &Rounds, written: u64) -> Verdict {
     let stage = |stage: &memferry_stages::meter::Reading| {
-        let lane = stage.lane.map_or(String::new(), |lane| lane.to_string());
+        let lane = stage.stage.at.number().map_or(String::new(), |lane| lane.to_string());
         format!(
             "{:<16}{lane:<4} busy {:>10.1?}  waits for input {:>10.1?}  for output {:>10.1?}",
-            stage.name, stage.busy, stage.input_wait, stage.output_wait
+            stage.stage.kind.name(),
+            stage.busy,
+            stage.input_wait,
+            stage.output_wait
         )
     };
     Verdict {

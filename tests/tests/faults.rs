@@ -300,7 +300,7 @@ fn a_page_that_is_damaged_at_the_destination_is_found_and_named() {
 #[test]
 fn memory_that_fails_or_panics_at_the_source_is_named() {
     let words: [(Trouble, &[&str]); 2] = [
-        (Trouble::ReadFails(70), &["zero-page detector", "page", "told to fail at reading"]),
+        (Trouble::ReadFails(70), &["zero detector", "page", "told to fail at reading"]),
         (Trouble::ReadPanics(70), &["mistake in memferry", "told to panic when page 70 is read"]),
     ];
     for (trouble, words) in words {

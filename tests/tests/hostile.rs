@@ -18,6 +18,7 @@ use memferry_stages::meter::Meter;
 use memferry_stages::pool::BufferPool;
 use memferry_stages::queue::bounded;
 use memferry_stages::receiver::Receiver;
+use memferry_stages::stage_id::StageId;
 use memferry_stages::wire::frame::{FrameHead, HEAD_BYTES};
 use memferry_stages::wire::pages::{FIXED_BYTES, MIN_HEAD_BYTES, head_bytes, payload_hash};
 use memferry_stages::wire::reader::FrameReader;
@@ -361,7 +362,7 @@ fn hostile(frame: &[u8], dice: &mut Dice) -> (Vec<u8>, bool) {
 async fn read(memory: &GuestMemory, stream: &[u8], pool: &BufferPool) -> Result<(), String> {
     let reader = FrameReader::new(stream, "the stream".into(), PageSize::DEFAULT);
     let lanes = LaneMap::new(1, PageSize::DEFAULT);
-    let (receiver_meter, loader_meter) = (Meter::start("receiver", Some(0)), Meter::start("loader", Some(0)));
+    let (receiver_meter, loader_meter) = (Meter::start(StageId::receiver(0)), Meter::start(StageId::loader(0)));
     let receiver = Receiver::new(0, 1, reader, memory.layout().clone(), lanes, pool.clone(), receiver_meter);
     let features = Features { ignored_blocks: false, ..Features::ALL };
     let held = Arc::new(DirtyBitmap::filled(memory.layout()));

@@ -20,6 +20,7 @@ use std::thread::available_parallelism;
 use std::time::{Duration, Instant};
 
 use memferry_stages::meter::Reading;
+use memferry_stages::stage_id::StageKind;
 use memferry_stages::wire::messages::Figure;
 use procfs::process::Process;
 use rustix::time::{ClockId, clock_gettime};
@@ -199,11 +200,11 @@ struct Waits {
 }
 
 impl Waits {
-    /// The mean over the stages of a name, if there are any.
-    fn of(stages: &[Reading], name: &str) -> Option<Self> {
-        let of_name = || stages.iter().filter(|stage| stage.name == name);
-        let count = u32::try_from(of_name().count()).ok().filter(|count| *count > 0)?;
-        let mean = |wait: fn(&Reading) -> Duration| of_name().map(wait).sum::<Duration>() / count;
+    /// The mean over the stages of a kind, if there are any.
+    fn of(stages: &[Reading], kind: StageKind) -> Option<Self> {
+        let of_kind = || stages.iter().filter(|reading| reading.stage.kind == kind);
+        let count = u32::try_from(of_kind().count()).ok().filter(|count| *count > 0)?;
+        let mean = |wait: fn(&Reading) -> Duration| of_kind().map(wait).sum::<Duration>() / count;
         Some(Self {
             life: mean(Reading::life),
             input: mean(|stage| stage.input_wait),
@@ -231,13 +232,13 @@ impl Waits {
 impl Times {
     /// The times of an end's stages, with the time of the process's threads and what the destination says.
     fn of(stages: &[Reading], threads: Duration, destination: Option<DestinationTime>) -> Self {
-        let scanner = stages.iter().find(|stage| stage.name == "scanner");
+        let scanner = stages.iter().find(|reading| reading.stage.kind == StageKind::Scanner);
         Self {
             life: stages.iter().map(Reading::life).max().unwrap_or_default(),
             busy: stages.iter().map(|stage| stage.busy).sum(),
             threads,
-            senders: Waits::of(stages, "sender"),
-            receivers: Waits::of(stages, "receiver"),
+            senders: Waits::of(stages, StageKind::Sender),
+            receivers: Waits::of(stages, StageKind::Receiver),
             idle: scanner.map_or(Duration::ZERO, |scanner| scanner.input_wait),
             destination,
         }
@@ -360,16 +361,9 @@ impl Watch {
     }
 }
 
-/// "encoder of lane 1", "sender of connection 0".
-#[must_use]
-pub fn stage_name(stage: &Reading) -> String {
-    let kind = if matches!(stage.name, "sender" | "receiver") { "connection" } else { "lane" };
-    stage.lane.map_or_else(|| stage.name.to_owned(), |lane| format!("{} of {kind} {lane}", stage.name))
-}
-
 /// What a destination reports to its source of its receivers.
 pub(crate) fn figure_of(receivers: &[Reading]) -> Figure {
-    let worked = Waits::of(receivers, "receiver").map_or(Duration::ZERO, Waits::worked);
+    let worked = Waits::of(receivers, StageKind::Receiver).map_or(Duration::ZERO, Waits::worked);
     Figure { name: WORKED.into(), value: u64::try_from(worked.as_nanos()).unwrap_or(u64::MAX) }
 }
 

@@ -44,5 +44,7 @@ pub mod units;
 #[doc(hidden)]
 pub mod values;
 
-pub use memferry_stages::{batch, bitmap, codec, dirty_log, geometry, kvm, memory, meter, pool, tally, xbzrle};
+pub use memferry_stages::{
+    batch, bitmap, codec, dirty_log, geometry, kvm, memory, meter, pool, stage_id, tally, xbzrle,
+};
 pub use memferry_transports as transports;

@@ -4,20 +4,20 @@ use std::time::Duration;
 
 use memferry_stages::clears::Spared;
 use memferry_stages::meter::Reading;
+use memferry_stages::stage_id::StageId;
 use memferry_stages::tally::RoundTally;
 
 use crate::bottleneck::{Bottleneck, Cause};
 use crate::control::{Change, Changed};
 use crate::controller::forecast::{FixedCost, Forecast};
-use crate::controller::reason::{Met, Reason};
+use crate::controller::reason::{Met, Reason, Stalled};
 use crate::controller::{Decided, Decision};
 use crate::events::{BlockFacts, DowntimeParts, Ended, Event, Phase, Progress, Role, TurnedAwayKind};
 
-fn reading(name: &'static str, busy: u64, input: u64, output: u64) -> Reading {
+fn reading(stage: StageId, busy: u64, input: u64, output: u64) -> Reading {
     let [busy, input_wait, output_wait] = [busy, input, output].map(Duration::from_millis);
     Reading {
-        name,
-        lane: Some(0),
+        stage,
         busy,
         input_wait,
         output_wait,
@@ -58,8 +58,8 @@ pub fn ended(role: Role) -> Ended {
         },
         memory_peak: 10 << 20,
         stages: match role {
-            Role::Source => vec![reading("scanner", 100, 0, 2200), reading("encoder", 2200, 50, 50)],
-            Role::Destination => vec![reading("loader", 700, 1600, 0)],
+            Role::Source => vec![reading(StageId::SCANNER, 100, 0, 2200), reading(StageId::encoder(0), 2200, 50, 50)],
+            Role::Destination => vec![reading(StageId::loader(0), 700, 1600, 0)],
         },
         bottleneck: Bottleneck::made_up(match role {
             Role::Source => {
@@ -130,9 +130,10 @@ pub fn script(role: Role) -> Vec<Event> {
 #[must_use]
 pub fn every_event() -> Vec<Event> {
     let ms = Duration::from_millis;
-    let decided = |decision| {
+    let stall = Reason::Stall(Stalled::NoNewLeast { rounds: 2 });
+    let decided = |(decision, reason)| {
         let forecast = ended(Role::Source).forecast;
-        Event::Decided(Decided { round: 3, decision, reason: Reason::Operator, limit: ms(300), forecast })
+        Event::Decided(Decided { round: 3, decision, reason, limit: ms(300), forecast })
     };
     let progress = Progress {
         round: 2,
@@ -154,11 +155,11 @@ pub fn every_event() -> Vec<Event> {
     let phases = [Phase::Setup, Phase::Active, Phase::Switchover, Phase::Failed, Phase::Unconfirmed];
     events.extend(phases.map(Event::Phase));
     let decisions = [
-        Decision::AnotherRound,
-        Decision::Throttle(20),
-        Decision::RaiseLimit(ms(400)),
-        Decision::SwitchOver,
-        Decision::GiveUp,
+        (Decision::AnotherRound, Reason::AboveLimit),
+        (Decision::Throttle(20), stall),
+        (Decision::RaiseLimit(ms(400)), stall),
+        (Decision::SwitchOver, Reason::Operator),
+        (Decision::GiveUp, stall),
     ];
     events.extend(decisions.map(decided));
     events.push(Event::Spared(ended(Role::Source).spared));

@@ -379,8 +379,8 @@ fn round(round: &Round) -> RoundReport {
 
 fn stage(reading: &Reading) -> StageReport {
     StageReport {
-        name: reading.name.into(),
-        lane: reading.lane,
+        name: reading.stage.kind.name().into(),
+        lane: reading.stage.at.number(),
         busy_ms: ms(reading.busy),
         input_wait_ms: ms(reading.input_wait),
         output_wait_ms: ms(reading.output_wait),

@@ -7,7 +7,6 @@ use memferry_stages::clears::Spared;
 
 use super::account::{Account, Round};
 use super::{busiest, error_percent, held_up, readings, status, throughput};
-use memferry::bottleneck::stage_name;
 use memferry::controller::forecast::{FixedCost, Forecast};
 use memferry::controller::{Decided, Decision};
 use memferry::events::{Ended, Phase};
@@ -166,9 +165,9 @@ fn lines(ended: &Ended, account: &Account, other: Option<&Account>) -> Vec<(&'st
     let bound = account.memory_bound + other.map_or(0, |other| other.memory_bound);
     lines.push(("memory", format!("{} at most, {} allowed", human::bytes(peak), human::bytes(bound))));
     let stages = readings(account, other);
-    if let Some((stage, share)) = busiest(&stages) {
+    if let Some((reading, share)) = busiest(&stages) {
         lines.push(("bottleneck", held_up(ended, far).to_string()));
-        lines.push(("busiest", format!("the {}: {:.0} % of the time", stage_name(stage), share * 100.0)));
+        lines.push(("busiest", format!("the {}: {:.0} % of the time", reading.stage, share * 100.0)));
     }
     let cpu = human::time(ended.cpu);
     lines.push(("processor", format!("{cpu} of the whole process")));

@@ -53,7 +53,7 @@ fn the_report_has_exactly_the_names_that_were_agreed() {
     );
     let shares = "processor limit destination wire guest source";
     assert_eq!(sorted(&names(&json["bottleneck_percent"])), sorted(shares));
-    assert_eq!(sorted(&names(&json["decisions"][0])), "decision expected_ms round why");
+    assert_eq!(sorted(&names(&json["decisions"][0])), "decision expected_ms reason round why");
     assert_eq!(sorted(&names(&json["rounds"][0])), sorted(round));
     assert_eq!(sorted(&names(&json["stages"][0])), sorted(stage));
 }
@@ -126,8 +126,8 @@ fn the_table_fits_a_terminal() {
          1  2.10 s 262,144 100,000 12,144    150,000      0         0 1.00 GiB  512 MiB         900
     2 last 90.0 ms   1,000       0     10          0    890       100 3.91 MiB 66.4 KiB           0
 
-    decided     round 1: switch over: expected downtime 212 ms (transfer 95.0 ms for 87.9 KiB, sync
-                2.00 ms, verify 110 ms, handover 5.00 ms), limit 300 ms
+    decided     round 1: switch over: expected downtime 212 ms (transfer 95.0 ms for 87.9 KiB, sync 2.00
+                ms, verify 110 ms, handover 5.00 ms), limit 300 ms
     downtime    213 ms: sync 3.00 ms, transfer 90.0 ms, state 10.0 ms, verify 100 ms, handover 10.0 ms
     forecast    212 ms (-0 %): sync 2.00 ms, transfer 95.0 ms, verify 110 ms, handover 5.00 ms
     wire        512 MiB at 213 MiB/s, setup 100 ms
@@ -174,7 +174,7 @@ fn each_decision_is_told_once_with_its_figures() {
     decided     round 2: throttle the guest to 50 %: 2 rounds brought no new least of what remains;
                 expected downtime 1.67 s (transfer 1.39 s for 139 MiB, sync 2.16 ms, verify 280 ms,
                 handover 1.01 ms), limit 300 ms
-                round 4: the downtime limit is raised to 800 ms, for 2 rounds brought no new least of what
+                round 4: the downtime limit is raised to 800 ms, for 2 rounds brought no new least of
     ");
     account.decided = (0..40).map(|round| decided(round, Decision::Throttle(50))).collect();
     let text = table::summary(&account, None);

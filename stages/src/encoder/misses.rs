@@ -160,11 +160,12 @@ impl Decision {
 mod tests {
     use super::*;
     use crate::meter::Wait;
+    use crate::stage_id::StageId;
 
     const MS: Duration = Duration::from_millis(1);
 
     fn decision(limit: Option<u64>, lanes: (u16, u16)) -> (Decision, Arc<Meter>) {
-        let sender = Meter::start("sender", Some(0));
+        let sender = Meter::start(StageId::sender(0));
         let bucket = Arc::new(limit.map_or_else(TokenBucket::unlimited, TokenBucket::new));
         (Decision::new(Wire::new(sender.clone(), bucket, lanes.0, lanes.1)), sender)
     }

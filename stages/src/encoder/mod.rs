@@ -39,6 +39,7 @@ use crate::meter::Meter;
 use crate::pool::{BufferPool, PooledBuffer};
 use crate::queue::{Inlet, Outlet};
 use crate::stage::Stage;
+use crate::stage_id::StageId;
 use crate::tally::RoundTally;
 use crate::wire::pages::payload_hash;
 use crate::wire::{Message, PageEncoding, PagesHead};
@@ -157,7 +158,7 @@ impl Encoder {
             counted: RoundTally::default(),
             kept: None,
             head: PagesHead { at, round: 0, mask: 0, zero: 0, payload_hash: 0, pages: Vec::with_capacity(64) },
-            stage: Stage::new("encoder", Some(lane), meter),
+            stage: Stage::new(StageId::encoder(lane), meter),
         }
     }
 

@@ -27,7 +27,7 @@ fn bed(fresh: bool) -> Bed {
 fn bed_with(fresh: bool, checksum: bool, allowed: Features) -> Bed {
     let (guest, memory, held) = Recorder::guest(vec![if fresh { 0 } else { 0xee }; PAGES * PAGE], fresh);
     let progress = Arc::new(LaneProgress::default());
-    let meter = Meter::start("loader", Some(3));
+    let meter = Meter::start(StageId::loader(3));
     let loader = Loader::new(3, guest, held.clone(), checksum, allowed, progress.clone(), meter);
     Bed { loader, memory, held, progress }
 }

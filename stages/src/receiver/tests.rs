@@ -32,7 +32,7 @@ struct Outcome {
 async fn receive(connection: u16, stream: &[u8]) -> Outcome {
     let reader = FrameReader::new(stream, format!("connection {connection}"), PageSize::DEFAULT);
     let lane_map = LaneMap::new(3, PageSize::DEFAULT);
-    let meter = Meter::start("receiver", Some(connection));
+    let meter = Meter::start(StageId::receiver(connection));
     let pool = BufferPool::new(64, PageSize::DEFAULT.extent_bytes());
     let receiver = Receiver::new(connection, 2, reader, layout(), lane_map, pool, meter);
     let mut inlets = Vec::new();
@@ -199,7 +199,7 @@ async fn what_is_read_ahead_is_what_the_pool_holds() {
     let reader = FrameReader::new(std::io::Cursor::new(stream), "connection 0".into(), PageSize::DEFAULT);
     let pool = BufferPool::new(2, PageSize::DEFAULT.extent_bytes());
     let lane_map = LaneMap::new(1, PageSize::DEFAULT);
-    let meter = Meter::start("receiver", Some(0));
+    let meter = Meter::start(StageId::receiver(0));
     let receiver = Receiver::new(0, 1, reader, layout(), lane_map, pool, meter);
     let ((outlet, lane), (control, _messages)) = (bounded(8), bounded(8));
     let task = tokio::spawn(receiver.run(vec![Some(outlet)], control));
@@ -264,10 +264,10 @@ async fn land(stream: &[u8], checksum: bool) -> Landed {
     let reader = FrameReader::new(stream, "connection 0".into(), PageSize::DEFAULT);
     let pool = BufferPool::new(2, PageSize::DEFAULT.extent_bytes());
     let layout = guest.layout().clone();
-    let receiver = Receiver::new(0, 1, reader, layout, lane_map, pool, Meter::start("receiver", Some(0)));
+    let receiver = Receiver::new(0, 1, reader, layout, lane_map, pool, Meter::start(StageId::receiver(0)));
     let allowed = Features { snap: true, lz4: true, zstd: true, groups: true, xbzrle: true, ..Features::default() };
     let progress = Arc::new(LaneProgress::default());
-    let loader = Loader::new(0, guest, held, checksum, allowed, progress, Meter::start("loader", Some(0)));
+    let loader = Loader::new(0, guest, held, checksum, allowed, progress, Meter::start(StageId::loader(0)));
     let ((outlet, inlet), (control, _messages), (loaded, reports)) = (bounded(4), bounded(8), bounded(8));
     let (receiver, loader) = join!(receiver.run(vec![Some(outlet)], control), loader.run(inlet, loaded));
     Landed { receiver, loader, reports, memory: memory.bytes() }

@@ -25,6 +25,7 @@ use crate::in_flight::InFlight;
 use crate::meter::Meter;
 use crate::queue::{Inlet, Outlet};
 use crate::stage::Stage;
+use crate::stage_id::StageId;
 use crate::tally::RoundTally;
 
 /// Scan the bitmap once, from its first word to its last.
@@ -92,7 +93,7 @@ impl Scanner {
         in_flight: Arc<InFlight>,
         meter: Arc<Meter>,
     ) -> Self {
-        Self { bitmap, untouched, logs, lanes, in_flight, stage: Stage::new("scanner", None, meter) }
+        Self { bitmap, untouched, logs, lanes, in_flight, stage: Stage::new(StageId::SCANNER, meter) }
     }
 
     /// Runs until the last round is scanned, or there are no more orders.

@@ -35,6 +35,7 @@ use crate::meter::{Meter, Wait};
 use crate::pending::pending;
 use crate::queue::{Closed, Inlet, Outlet};
 use crate::stage::Stage;
+use crate::stage_id::StageId;
 use crate::tally::RoundTally;
 use crate::token_bucket::{Share, TokenBucket};
 use backlog::Backlog;
@@ -109,7 +110,7 @@ impl<W: AsyncWrite + Unpin + Send> Sender<W> {
             backlog: Backlog::default(),
             bulk_open: true,
             marks: Marks::new(durable_rounds.then_some(lanes_here)),
-            stage: Stage::new("sender", Some(connection), meter),
+            stage: Stage::new(StageId::sender(connection), meter),
         }
     }
 

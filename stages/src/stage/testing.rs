@@ -8,6 +8,7 @@ use crate::geometry::{BlockInfo, ExtentAt, Layout, PageSize};
 use crate::memory::{GuestMemory, MappedMemory, Memory, RamBlock};
 use crate::meter::Meter;
 use crate::queue::Inlet;
+use crate::stage_id::StageId;
 
 /// The page size of so many KiB.
 pub(crate) fn page_size(kib: u64) -> PageSize {
@@ -42,7 +43,7 @@ pub(crate) fn mapped(length: u64) -> Arc<MappedMemory> {
 
 /// A meter that nobody reads.
 pub(crate) fn meter() -> Arc<Meter> {
-    Meter::start("test", None)
+    Meter::start(StageId::SCANNER)
 }
 
 /// A batch of the first block.

@@ -18,6 +18,7 @@ use crate::meter::Meter;
 use crate::pool::BufferPool;
 use crate::queue::{Inlet, Outlet};
 use crate::stage::Stage;
+use crate::stage_id::StageId;
 
 /// The stage: see the module.
 #[derive(Debug)]
@@ -39,7 +40,7 @@ impl ZeroDetector {
         logs: Vec<Arc<dyn DirtyLog>>,
         meter: Arc<Meter>,
     ) -> Self {
-        Self { memory, pool, logs, stage: Stage::new("zero-page detector", Some(lane), meter) }
+        Self { memory, pool, logs, stage: Stage::new(StageId::zero_detector(lane), meter) }
     }
 
     /// Runs until the switchover has passed, or there is no more input.

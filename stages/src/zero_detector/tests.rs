@@ -224,10 +224,7 @@ fn a_tight_pool_bounds_what_is_copied_and_the_wait_for_it_is_for_output() {
 fn memory_that_cannot_be_read_ends_the_stage_with_the_page_named() {
     let bench = Bench { broken: true, ..Bench::new(4, 2, 1) };
     let error = bench.detect(vec![Item::Batch(batch(1, 0b1000, 1))]).unwrap_err().to_string();
-    assert!(
-        error.starts_with("zero-page detector of lane 2: cannot read the extent from page 67 of block 0: "),
-        "{error}"
-    );
+    assert!(error.starts_with("zero detector of lane 2: cannot read the extent from page 67 of block 0: "), "{error}");
 }
 
 #[test]

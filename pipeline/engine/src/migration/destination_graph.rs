@@ -19,15 +19,13 @@ use memferry_stages::pool::BufferPool;
 use memferry_stages::queue::{Inlet, Outlet, bounded};
 use memferry_stages::receiver::{Arrived, Receiver};
 use memferry_stages::sender::Control;
+use memferry_stages::stage_id::StageId;
 use memferry_stages::wire::Message;
 use memferry_stages::wire::hello::{Features, Hello};
 
 use super::bounds;
 use super::link::Reader;
 use super::stage_set::StageSet;
-
-/// The name of the stage that sends answers.
-pub(super) const ANSWERS: &str = "answers";
 
 /// The running stages, and the ends of their queues that the controller holds.
 pub(super) struct DestinationGraph {
@@ -82,8 +80,8 @@ impl DestinationGraph {
         self.meters.iter().map(|meter| meter.read()).collect()
     }
 
-    fn meter(&mut self, name: &'static str, lane: u16) -> Arc<Meter> {
-        let meter = Meter::start(name, Some(lane));
+    fn meter(&mut self, stage: StageId) -> Arc<Meter> {
+        let meter = Meter::start(stage);
         self.meters.push(meter.clone());
         meter
     }
@@ -98,7 +96,7 @@ impl DestinationGraph {
         (0..lanes)
             .map(|lane| {
                 let (frames, arrived) = bounded(bounds::ARRIVED);
-                let meter = self.meter("loader", lane);
+                let meter = self.meter(StageId::loader(lane));
                 let progress = Arc::new(LaneProgress::default());
                 self.progress.push(progress.clone());
                 let loader = Loader::new(
@@ -111,7 +109,7 @@ impl DestinationGraph {
                     meter.clone(),
                 );
                 let running = loader.run(arrived, loaded.clone());
-                self.stages.spawn(format!("loader {lane}"), running);
+                self.stages.spawn(StageId::loader(lane), running);
                 Some(frames)
             })
             .collect()
@@ -129,11 +127,11 @@ impl DestinationGraph {
         let lanes_here = lanes.iter().flatten().count();
         let pool = bounds::load_pool(memory.page_size(), lanes_here);
         self.pools.push(pool.clone());
-        let meter = self.meter("receiver", connection);
+        let meter = self.meter(StageId::receiver(connection));
         self.receiver_meters.push(meter.clone());
         let lane_map = LaneMap::new(hello.lanes, memory.page_size());
         let receiver =
             Receiver::new(connection, hello.connections, reader, memory.layout().clone(), lane_map, pool, meter);
-        self.stages.spawn(format!("receiver {connection}"), receiver.run(lanes, said));
+        self.stages.spawn(StageId::receiver(connection), receiver.run(lanes, said));
     }
 }

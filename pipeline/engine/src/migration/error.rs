@@ -5,13 +5,14 @@ use std::io;
 use std::panic::AssertUnwindSafe;
 
 use futures::FutureExt;
+use memferry_stages::error::StageError;
 use memferry_stages::geometry::LayoutError;
+use memferry_stages::stage_id::StageId;
 use memferry_stages::untrusted::Untrusted;
 use memferry_stages::wire::WireError;
 use memferry_stages::wire::reader::ReadError;
 
 use super::alive::Silence;
-use super::stage_set::Failure;
 use crate::controller::Decided;
 use crate::guest::GuestError;
 
@@ -99,6 +100,29 @@ pub enum MigrationError {
     /// The two memories are not the same.
     #[error("verification failed: {0}")]
     Differs(String),
+}
+
+/// Why a stage ended before its time.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// It returned an error.
+    #[error("{0}")]
+    Stage(#[from] StageError),
+    /// It panicked: a mistake of ours, kept from taking the guest down with it.
+    #[error("the {stage} stopped at a mistake in memferry: {panic}")]
+    Panicked {
+        /// Which stage.
+        stage: StageId,
+        /// What it said.
+        panic: String,
+    },
+}
+
+impl Failure {
+    /// Is it only the echo of a neighbour's end?
+    pub(super) fn is_echo(&self) -> bool {
+        matches!(self, Self::Stage(error) if error.is_closed())
+    }
 }
 
 /// Runs a future to its end. A panic in it becomes an error: a mistake of ours, or of the guest's code, must not leave a guest

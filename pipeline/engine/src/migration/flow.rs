@@ -7,16 +7,16 @@ use memferry_stages::bitmap_sync::Synced;
 use memferry_stages::queue::{Closed, Inlet};
 use memferry_stages::scanner::RoundScanned;
 use memferry_stages::sender::{Control, Sent};
+use memferry_stages::stage_id::StageId;
 use memferry_stages::wire::Message;
 use tokio::time::{Interval, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
 use super::alive::{Alive, Silence, silenced};
-use super::error::MigrationError;
+use super::error::{Failure, MigrationError};
 use super::link::Said;
 use super::senders;
 use super::source_graph::SourceGraph;
-use super::stage_set::Failure;
 use crate::control::{Request, Requests};
 
 /// How often figures are taken and the deadline is looked at.
@@ -39,8 +39,8 @@ pub(super) enum Signal {
     Lost(String),
     /// The destination was silent for too long.
     Silent(Silence),
-    /// A stage ended well: its name.
-    StageDone(String),
+    /// A stage ended well.
+    StageDone(StageId),
     /// A stage failed.
     Broke(Failure),
     /// The operator wants to stop.
@@ -92,7 +92,7 @@ impl Flow {
             synced = item(&self.graph.synced) => Signal::Synced(synced),
             request = asked(&mut self.requests) => Signal::Asked(request),
             end = self.graph.stages.next_end() => match end.result {
-                Ok(()) => Signal::StageDone(end.name),
+                Ok(()) => Signal::StageDone(end.stage),
                 Err(failure) => Signal::Broke(failure),
             },
             silence = silenced(self.alive.as_ref()) => Signal::Silent(silence),

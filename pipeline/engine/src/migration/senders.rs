@@ -7,6 +7,7 @@ use memferry_stages::encoder::Outgoing;
 use memferry_stages::meter::Meter;
 use memferry_stages::queue::{Inlet, Outlet, bounded};
 use memferry_stages::sender::{Control, Sender, Sent};
+use memferry_stages::stage_id::{StageId, StageKind};
 use memferry_stages::token_bucket::{Share, TokenBucket};
 use memferry_stages::wire::Message;
 use tokio::runtime::Handle;
@@ -46,10 +47,11 @@ impl Senders {
             let bucket = Some((senders.bucket.clone(), share));
             let (frames, bulk) = bounded(bounds::ENCODED * lanes_here);
             let (control, control_frames) = bounded(bounds::CONTROL);
-            let meter = Meter::start("sender", Some(connection));
+            let id = StageId::sender(connection);
+            let meter = Meter::start(id);
             let sender = Sender::new(connection, writer, bucket, durable_rounds, lanes_here, meter.clone());
             let running = sender.run(control_frames, bulk, sent_out.clone());
-            senders.stages.spawn(format!("sender {connection}"), running);
+            senders.stages.spawn(id, running);
             senders.control.push(control);
             senders.bulk.push(frames);
             senders.meters.push(meter);
@@ -92,7 +94,7 @@ pub(super) async fn close(
         let mut senders = control.len();
         while senders > 0 {
             let end = stages.next_end().await;
-            senders -= usize::from(end.name.starts_with("sender"));
+            senders -= usize::from(end.stage.kind == StageKind::Sender);
         }
         Ok::<(), memferry_stages::queue::Closed>(())
     };

@@ -25,6 +25,7 @@ use memferry_stages::pool::BufferPool;
 use memferry_stages::queue::{Inlet, Outlet, bounded};
 use memferry_stages::scanner::{RoundScanned, ScanOrder, Scanner};
 use memferry_stages::sender::{Control, Sent};
+use memferry_stages::stage_id::StageId;
 use memferry_stages::token_bucket::TokenBucket;
 use memferry_stages::zero_detector::ZeroDetector;
 
@@ -96,7 +97,7 @@ impl SourceGraph {
         };
         let lanes = graph.start_lanes(&parts.memory, &parts.logs, settings, &connections);
 
-        let meter = graph.meter("scanner", None);
+        let meter = graph.meter(StageId::SCANNER);
         let scanner = Scanner::new(
             parts.bitmap.clone(),
             Some(parts.untouched.clone()),
@@ -105,15 +106,15 @@ impl SourceGraph {
             graph.in_flight.clone(),
             meter,
         );
-        graph.stages.spawn("scanner", scanner.run(scan_orders, lanes, scanned_out));
+        graph.stages.spawn(StageId::SCANNER, scanner.run(scan_orders, lanes, scanned_out));
 
-        let meter = graph.meter("bitmap sync", None);
+        let meter = graph.meter(StageId::BITMAP_SYNC);
         let mut bitmap_sync = BitmapSync::new(parts.logs, parts.bitmap, meter).with_untouched(parts.untouched);
         if let Some(clears) = parts.clears {
             bitmap_sync = bitmap_sync.with_clears(clears);
         }
         graph.sync_at_work = bitmap_sync.at_work();
-        graph.stages.spawn("bitmap sync", bitmap_sync.run(sync_orders, synced_out));
+        graph.stages.spawn(StageId::BITMAP_SYNC, bitmap_sync.run(sync_orders, synced_out));
         graph
     }
 
@@ -146,8 +147,8 @@ impl SourceGraph {
         self.meters.iter().map(|meter| meter.read()).collect()
     }
 
-    fn meter(&mut self, name: &'static str, lane: Option<u16>) -> Arc<Meter> {
-        let meter = Meter::start(name, lane);
+    fn meter(&mut self, stage: StageId) -> Arc<Meter> {
+        let meter = Meter::start(stage);
         self.meters.push(meter.clone());
         meter
     }
@@ -175,12 +176,12 @@ impl SourceGraph {
                 let (copy_pool, code_pool) = (bounds::copy_pool(page_size), bounds::code_pool(page_size));
                 self.pools.extend([copy_pool.clone(), code_pool.clone()]);
 
-                let meter = self.meter("zero detector", Some(lane));
+                let meter = self.meter(StageId::zero_detector(lane));
                 let detector = ZeroDetector::new(lane, memory.clone(), copy_pool, logs.to_vec(), meter.clone());
                 let running = detector.run(detector_in, copies);
-                self.stages.spawn(format!("zero detector {lane}"), running);
+                self.stages.spawn(StageId::zero_detector(lane), running);
 
-                let meter = self.meter("encoder", Some(lane));
+                let meter = self.meter(StageId::encoder(lane));
                 let mut encoder = Encoder::new(lane, page_size, plan(settings), code_pool, meter.clone());
                 if let Some(kept) = &self.kept {
                     encoder = encoder.with_kept(kept.clone());
@@ -188,7 +189,7 @@ impl SourceGraph {
                 encoder = encoder.with_wire(self.wire(lane, settings));
                 self.caches.push(encoder.cache_share());
                 let running = encoder.run(encoder_in, frames);
-                self.stages.spawn(format!("encoder {lane}"), running);
+                self.stages.spawn(StageId::encoder(lane), running);
                 batches
             })
             .collect()

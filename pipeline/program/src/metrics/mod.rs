@@ -55,6 +55,7 @@ use std::time::Duration;
 
 use memferry_stages::clears::Spared;
 use memferry_stages::meter::Reading;
+use memferry_stages::stage_id::StageId;
 use memferry_stages::tally::RoundTally;
 use metrics::{Label, Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 
@@ -83,7 +84,7 @@ pub struct MetricsObserver {
 struct Counted {
     wire_bytes: u64,
     /// Seconds of a stage in its states.
-    stages: HashMap<(&'static str, Option<u16>), [f64; 4]>,
+    stages: HashMap<StageId, [f64; 4]>,
 }
 
 impl MetricsObserver {
@@ -135,12 +136,12 @@ impl Counted {
         counter!("memferry_wire_bytes_total", "role" => role).increment(wire_bytes.saturating_sub(self.wire_bytes));
         self.wire_bytes = wire_bytes.max(self.wire_bytes);
         for reading in stages {
-            let counted = self.stages.entry((reading.name, reading.lane)).or_default();
-            let lane = reading.lane.map_or(String::new(), |lane| lane.to_string());
+            let counted = self.stages.entry(reading.stage).or_default();
+            let lane = reading.stage.at.number().map_or(String::new(), |lane| lane.to_string());
             for (counted, (state, time)) in counted.iter_mut().zip(by_state(reading)) {
                 let labels = vec![
                     Label::from_static_parts("role", role),
-                    Label::from_static_parts("stage", reading.name),
+                    Label::from_static_parts("stage", reading.stage.kind.name()),
                     Label::new("lane", lane.clone()),
                     Label::from_static_parts("state", state),
                 ];

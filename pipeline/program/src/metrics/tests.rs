@@ -1,5 +1,6 @@
 use super::*;
 use memferry::samples::{ended, every_event, script};
+use memferry::stage_id::StageId;
 use metrics_util::MetricKind;
 use metrics_util::debugging::{DebugValue, DebuggingRecorder, Snapshotter};
 use std::collections::BTreeSet;
@@ -58,8 +59,7 @@ fn a_migration_leaves_its_figures() {
 
 fn progress(wire_bytes: u64, busy_ms: u64) -> Event {
     let reading = |lane| Reading {
-        name: "encoder",
-        lane: Some(lane),
+        stage: StageId::encoder(lane),
         busy: Duration::from_millis(busy_ms),
         input_wait: Duration::ZERO,
         output_wait: Duration::ZERO,

@@ -4,24 +4,23 @@ use maud::{Markup, html};
 
 use super::chart;
 use super::{FOLDED, Page, long, ms, wide};
-use crate::{StageReport, busiest, readings};
+use crate::{busiest, readings};
 use memferry::human;
+use memferry::meter::Reading;
+use memferry::stage_id::{StageAt, StageId};
 
 /// The share of its time from which a stage that works is marked.
 const MARKED: f64 = 0.5;
-/// The way of a page through the stages, by which they are listed.
-const WAY: [&str; 7] = ["bitmap sync", "scanner", "zero detector", "encoder", "sender", "receiver", "loader"];
 
 pub(super) fn section(page: &Page<'_>) -> Markup {
     let report = page.report;
-    if report.stages.is_empty() {
+    let mut readings = readings(page.account, page.other);
+    if readings.is_empty() {
         return html! {};
     }
-    let mut stages: Vec<_> = report.stages.iter().collect();
-    stages.sort_by_key(|stage| (WAY.iter().position(|name| stage.name == *name).unwrap_or(WAY.len()), stage.lane));
-    let readings = readings(page.account, page.other);
-    let busiest = busiest(&readings).filter(|(_, share)| *share >= MARKED);
-    let blamed = busiest.map(|(reading, _)| (reading.name, reading.lane));
+    // Kinds are ordered by the way of a page.
+    readings.sort_by_key(|reading| reading.stage);
+    let blamed = busiest(&readings).filter(|(_, share)| *share >= MARKED).map(|(reading, _)| reading.stage);
     html! {
         section aria-labelledby="stages" {
             h2 id="stages" { "How the stages spent their time" }
@@ -40,40 +39,43 @@ pub(super) fn section(page: &Page<'_>) -> Markup {
                 (chart::key("limit-wait", "waiting for max_bandwidth"))
                 (chart::key("input-wait", "waiting for input"))
             }
-            @if stages.len() > FOLDED {
-                @let joined = joined(&stages, blamed);
+            @if readings.len() > FOLDED {
+                @let joined = joined(&readings, blamed);
                 p.note { "All lanes and connections of a stage together, and the busiest by itself; below is each by itself." }
-                (wide("How the stages spent their time, all lanes together", &table(&joined.iter().collect::<Vec<_>>(), blamed)))
+                (wide("How the stages spent their time, all lanes together", &table(&joined, blamed)))
             }
-            (long("How every stage spent its time in every lane", stages.len(), &table(&stages, blamed)))
+            (long("How every stage spent its time in every lane", readings.len(), &table(&readings, blamed)))
         }
     }
 }
 
 /// Each stage with all its lanes together, and the one that is blamed by itself.
-fn joined(stages: &[&StageReport], blamed: Option<(&str, Option<u16>)>) -> Vec<StageReport> {
-    let mut joined: Vec<StageReport> = Vec::new();
-    for stage in stages {
-        if blamed == Some((stage.name.raw(), stage.lane)) {
-            joined.push((*stage).clone());
-        }
-        match joined.iter_mut().find(|of| of.name == stage.name && of.lane.is_none()) {
-            Some(all) => {
-                all.busy_ms += stage.busy_ms;
-                all.output_wait_ms += stage.output_wait_ms;
-                all.limit_wait_ms += stage.limit_wait_ms;
-                all.input_wait_ms += stage.input_wait_ms;
-                all.batches += stage.batches;
-                all.pages += stage.pages;
+fn joined(readings: &[Reading], blamed: Option<StageId>) -> Vec<Reading> {
+    let mut joined: Vec<Reading> = Vec::new();
+    for reading in readings {
+        let all = StageId { at: StageAt::Alone, ..reading.stage };
+        if blamed == Some(reading.stage) {
+            joined.push(reading.clone());
+            if reading.stage == all {
+                continue;
             }
-            None if blamed == Some((stage.name.raw(), None)) => {}
-            None => joined.push(StageReport { lane: None, ..(*stage).clone() }),
+        }
+        match joined.iter_mut().find(|of| of.stage == all) {
+            Some(all) => {
+                all.busy += reading.busy;
+                all.output_wait += reading.output_wait;
+                all.limit_wait += reading.limit_wait;
+                all.input_wait += reading.input_wait;
+                all.batches += reading.batches;
+                all.pages += reading.pages;
+            }
+            None => joined.push(Reading { stage: all, ..reading.clone() }),
         }
     }
     joined
 }
 
-fn table(stages: &[&StageReport], blamed: Option<(&str, Option<u16>)>) -> Markup {
+fn table(readings: &[Reading], blamed: Option<StageId>) -> Markup {
     html! {
         table.stages {
             thead {
@@ -83,17 +85,17 @@ fn table(stages: &[&StageReport], blamed: Option<(&str, Option<u16>)>) -> Markup
                     @for head in ["Busy", "Waiting for room", "Waiting for the limit", "Waiting for input", "Batches", "Pages"] { th scope="col" { (head) } }
                 }
             }
-            tbody { @for stage in stages { (row(stage, blamed == Some((stage.name.raw(), stage.lane)))) } }
+            tbody { @for reading in readings { (row(reading, blamed == Some(reading.stage))) } }
         }
     }
 }
 
-fn row(stage: &StageReport, is_blamed: bool) -> Markup {
+fn row(reading: &Reading, is_blamed: bool) -> Markup {
     let parts = [
-        ("busy", "busy", stage.busy_ms),
-        ("output-wait", "waiting for room", stage.output_wait_ms),
-        ("limit-wait", "waiting for max_bandwidth", stage.limit_wait_ms),
-        ("input-wait", "waiting for input", stage.input_wait_ms),
+        ("busy", "busy", crate::ms(reading.busy)),
+        ("output-wait", "waiting for room", crate::ms(reading.output_wait)),
+        ("limit-wait", "waiting for max_bandwidth", crate::ms(reading.limit_wait)),
+        ("input-wait", "waiting for input", crate::ms(reading.input_wait)),
     ];
     let life: f64 = parts.iter().map(|part| part.2).sum();
     let share = |time: f64| if life > 0.0 { time / life } else { 0.0 };
@@ -102,19 +104,14 @@ fn row(stage: &StageReport, is_blamed: bool) -> Markup {
     html! {
         tr.blamed[is_blamed] {
             th scope="row" {
-                (stage.name)
-                @if let Some(lane) = stage.lane { " " span.lane { (place(stage.name.raw())) " " (lane) } }
+                (reading.stage.kind)
+                @if reading.stage.at != StageAt::Alone { " " span.lane { (reading.stage.at) } }
                 @if is_blamed { " " span.pill { "busiest" } }
             }
             td.picture { (chart::bar(&words, &named, 14, None)) }
             @for (_, _, time) in parts { td { data value=(time) { (format!("{:.0} %", share(time) * 100.0)) } " " span.note { (ms(time)) } } }
-            td { data value=(stage.batches) { (human::exact(stage.batches)) } }
-            td { data value=(stage.pages) { (human::exact(stage.pages)) } }
+            td { data value=(reading.batches) { (human::exact(reading.batches)) } }
+            td { data value=(reading.pages) { (human::exact(reading.pages)) } }
         }
     }
-}
-
-/// What a stage's number counts.
-fn place(stage: &str) -> &'static str {
-    if matches!(stage, "sender" | "receiver") { "connection" } else { "lane" }
 }

@@ -14,6 +14,7 @@ use memferry::controller::reason::Reason;
 use memferry::events::{BlockFacts, Ended, Event, Progress, Role, TurnedAwayKind};
 use memferry::samples::{ended, script};
 use memferry::settings::After;
+use memferry::stage_id::StageId;
 
 /// What a page is made of.
 struct Scene {
@@ -286,9 +287,9 @@ fn a_long_page_of_many_lanes_stays_readable() {
     }
     ended.iter().for_each(enter);
     let stages = &mut scene.account.status.ended.as_mut().unwrap().stages;
-    let lanes = ["zero detector", "encoder", "sender"].into_iter().flat_map(|name| {
+    let lanes = [StageId::zero_detector, StageId::encoder, StageId::sender].into_iter().flat_map(|id| {
         let of = stages[0].clone();
-        (0..16).map(move |lane| Reading { name, lane: Some(lane), ..of.clone() })
+        (0..16).map(move |lane| Reading { stage: id(lane), ..of.clone() })
     });
     *stages = lanes.collect();
     let page = scene.page();

@@ -36,7 +36,7 @@ async fn start_with(
     bucket: Option<Arc<TokenBucket>>,
     durable_lanes: Option<usize>,
 ) -> Running {
-    let meter = Meter::start("sender", Some(0));
+    let meter = Meter::start(StageId::sender(0));
     let bucket = bucket.map(|bucket| (bucket, Share::ALL));
     let sender =
         Sender::new(0, wire.clone(), bucket, durable_lanes.is_some(), durable_lanes.unwrap_or(1), meter.clone());

@@ -7,13 +7,13 @@ use memferry_stages::meter::Meter;
 use memferry_stages::queue::{Outlet, bounded};
 use memferry_stages::sender::{Control, Sender};
 use memferry_stages::silence::Ear;
+use memferry_stages::stage_id::StageId;
 use memferry_stages::untrusted::Untrusted;
 use memferry_stages::wire::Message;
 use tokio::runtime::Handle;
 
 use super::flow::finish;
 use crate::migration::alive::{Alive, Silence};
-use crate::migration::destination_graph::ANSWERS;
 use crate::migration::error::MigrationError;
 use crate::migration::link::Writer;
 use crate::migration::stage_set::StageSet;
@@ -39,8 +39,8 @@ impl Answers {
         let (outlet, frames) = bounded(bounds::CONTROL);
         let (_, no_bulk) = bounded(1);
         let (sent, _) = bounded(1);
-        let sender = Sender::new(0, writer, None, false, 0, Meter::start(ANSWERS, None));
-        stages.spawn(ANSWERS, sender.run(frames, no_bulk, sent));
+        let sender = Sender::new(0, writer, None, false, 0, Meter::start(StageId::ANSWERS));
+        stages.spawn(StageId::ANSWERS, sender.run(frames, no_bulk, sent));
         let silence = Silence { role: "source", peer: source, limit };
         let alive = Alive::start(outlet.clone(), ears, silence);
         Self { stages, outlet, alive }

@@ -6,6 +6,7 @@ use std::time::Instant;
 use memferry_stages::loader::Loaded;
 use memferry_stages::queue::Outlet;
 use memferry_stages::sender::Control;
+use memferry_stages::stage_id::StageId;
 use memferry_stages::wire::Message;
 use memferry_stages::wire::messages::Progress as Acknowledged;
 use tokio::time::Interval;
@@ -15,7 +16,7 @@ use super::setup::figures;
 use crate::bottleneck::Watch;
 use crate::migration::FAREWELL;
 use crate::migration::alive::{Alive, silenced};
-use crate::migration::destination_graph::{ANSWERS, DestinationGraph};
+use crate::migration::destination_graph::DestinationGraph;
 use crate::migration::digests::LeftOut;
 use crate::migration::error::MigrationError;
 use crate::migration::speed::Speed;
@@ -66,7 +67,7 @@ impl Flow {
                 Some(loaded) = self.graph.loaded.next() => return Ok(Signal::Loaded(loaded)),
                 end = self.graph.stages.next_end() => {
                     end.result?;
-                    self.stages_left -= usize::from(end.name != ANSWERS);
+                    self.stages_left -= usize::from(end.stage != StageId::ANSWERS);
                     if self.stages_left == 0 {
                         return Ok(Signal::StreamEnded);
                     }
@@ -133,7 +134,7 @@ impl Flow {
 /// Ends the return path behind what was handed to it.
 pub(super) async fn finish(answer: &Outlet<Control>, stages: &mut StageSet) {
     answer.put(Control::Finish).await.ok();
-    while stages.next_end().await.name != ANSWERS {}
+    while stages.next_end().await.stage != StageId::ANSWERS {}
 }
 
 pub(super) fn ended_early() -> MigrationError {

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use memferry_stages::meter::Reading;
+use memferry_stages::stage_id::StageKind;
 use memferry_stages::wire::messages::Figure;
 
 use super::{Source, wire_bytes};
@@ -102,5 +103,5 @@ impl Source {
 
 /// Pages that were read, in all lanes.
 fn read_pages(stages: &[Reading]) -> u64 {
-    stages.iter().filter(|stage| stage.name == "zero detector").map(|stage| stage.pages).sum()
+    stages.iter().filter(|stage| stage.stage.kind == StageKind::ZeroDetector).map(|stage| stage.pages).sum()
 }

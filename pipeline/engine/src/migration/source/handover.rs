@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use memferry_stages::geometry::{Layout, PageAt};
 use memferry_stages::sender::Control;
+use memferry_stages::stage_id::StageKind;
 use memferry_stages::wire::Message;
 
 use super::Source;
@@ -119,7 +120,7 @@ impl Source {
         }
         loop {
             match flow.next().await {
-                Signal::StageDone(name) if name.starts_with("sender") => break,
+                Signal::StageDone(stage) if stage.kind == StageKind::Sender => break,
                 Signal::Broke(failure) => return Err(flow.explain(failure).await),
                 Signal::Cancel => {
                     let what = "cancel comes too late: the file is being completed";

@@ -4,6 +4,7 @@
 
 use std::collections::VecDeque;
 
+use memferry_stages::stage_id::StageKind;
 use memferry_stages::untrusted::Untrusted;
 
 use super::words;
@@ -17,7 +18,14 @@ const ROUNDS: usize = 64;
 const REMARKS: usize = 32;
 const READINGS: usize = 64;
 /// The stages in the order that pages pass them; all others come behind.
-const FLOW: [&str; 6] = ["scanner", "zero detector", "encoder", "sender", "receiver", "loader"];
+const FLOW: [StageKind; 6] = [
+    StageKind::Scanner,
+    StageKind::ZeroDetector,
+    StageKind::Encoder,
+    StageKind::Sender,
+    StageKind::Receiver,
+    StageKind::Loader,
+];
 /// Over how long stages are looked at, in milliseconds.
 const LATELY_MS: f64 = 1000.0;
 
@@ -118,7 +126,11 @@ impl Model {
     /// How the stages of both ends spent their time lately, in the order that pages pass them.
     pub(super) fn stages(&self) -> Vec<Shares> {
         let mut stages: Vec<_> = self.source.stages().chain(self.destination.stages()).collect();
-        stages.sort_by_key(|stage| FLOW.iter().position(|name| stage.name == *name).unwrap_or(FLOW.len()));
+        let place = |stage: &Shares| {
+            let kind = StageKind::from_name(stage.name.raw());
+            FLOW.iter().position(|&of| Some(of) == kind).unwrap_or(FLOW.len())
+        };
+        stages.sort_by_key(place);
         stages
     }
 }
