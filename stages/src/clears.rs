@@ -28,6 +28,8 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
+use serde::{Deserialize, Serialize};
+
 use crate::bitmap::{DirtyBitmap, words_of};
 
 /// Why pages are excluded for the whole migration.
@@ -40,11 +42,12 @@ pub enum OutForGood {
 }
 
 /// How many pages were excluded, by reason.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 pub struct Spared {
     /// Bits that hints cleared: the page was dirty, and was not sent in that round.
     pub hinted: u64,
     /// Pages of hints that came while their window was not open.
+    #[serde(rename = "hints_dropped")]
     pub dropped: u64,
     /// Pages that are unplugged.
     pub unplugged: u64,

@@ -375,11 +375,11 @@ fn in_the_first_round_a_refusal_names_the_rate_that_is_shown() {
 fn all_of_several_changes_are_made_or_none() {
     let (_, ends) = asked_hot(endless(), |control| async move {
         rounds_run(&control).await;
-        let before = control.status().in_force;
+        let before = control.status().settings;
         let wrong = [Change::MaxBandwidth(Some(20 * MIB)), Change::ThrottleMost(5)];
         let refused = control.set(wrong).await.unwrap_err();
         assert!(refused.to_string().contains("not among the steps of on_stall"), "{refused}");
-        assert_eq!(control.status().in_force, before);
+        assert_eq!(control.status().settings, before);
         let right =
             [Change::MaxDowntime(Some(Duration::from_secs(30))), Change::DowntimeLimit(Duration::from_secs(20))];
         control.set(right).await.unwrap();
@@ -398,7 +398,7 @@ fn before_the_destination_is_there_settings_can_be_changed_already() {
     let asking = async {
         until(&control, "it has begun", |status| status.role.is_some()).await;
         control.set([Change::MaxBandwidth(Some(7 * MIB))]).await.unwrap();
-        assert_eq!(control.status().in_force.unwrap().max_bandwidth, Some(7 * MIB));
+        assert_eq!(control.status().settings.unwrap().max_bandwidth, Some(7 * MIB));
         let slow = control.set([Change::MaxBandwidth(Some(7))]).await.unwrap_err();
         assert!(matches!(&slow, ControlError::Invalid { key: "max_bandwidth", .. }), "{slow}");
         let early = control.switch_over().await.unwrap_err();

@@ -13,7 +13,7 @@
 //! are parts of the receivers' at a destination, so that each of these sums is at most 1; what is missing is the work of stages.
 //! A busy stage that waits for a processor counts as busy: more stages than cores is a full processor.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::num::NonZeroUsize;
 use std::thread::available_parallelism;
@@ -24,6 +24,7 @@ use memferry_stages::stage_id::StageKind;
 use memferry_stages::wire::messages::Figure;
 use procfs::process::Process;
 use rustix::time::{ClockId, clock_gettime};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// A silence of the destination from which it counts against it: its heartbeats come twice a second.
 const SILENCE: Duration = Duration::from_secs(1);
@@ -129,21 +130,33 @@ impl Bottleneck {
     }
 }
 
-impl fmt::Display for Bottleneck {
-    /// "max_bandwidth 89 %, processor 31 %, guest 5 %, destination 4 %, wire 2 %".
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write_shares(f, self.shares().collect())
+/// As JSON: percent of the time for each cause, to the tenth. What an end cannot know is null.
+impl Serialize for Bottleneck {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let percent = |share: f64| (share * 1e3).round() / 10.0;
+        serializer.collect_map(Cause::ALL.map(|cause| (cause.name(), self.share(cause).map(percent))))
     }
 }
 
-/// Writes shares, the greatest first.
-pub fn write_shares(f: &mut fmt::Formatter<'_>, mut shares: Vec<(Cause, f64)>) -> fmt::Result {
-    shares.sort_by(|a, b| b.1.total_cmp(&a.1));
-    for (index, (cause, share)) in shares.iter().enumerate() {
-        let comma = if index == 0 { "" } else { ", " };
-        write!(f, "{comma}{cause} {:.0} %", share * 100.0)?;
+impl<'de> Deserialize<'de> for Bottleneck {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let percents = HashMap::<String, Option<f64>>::deserialize(deserializer)?;
+        let share = |cause: Cause| percents.get(cause.name()).copied().flatten().map(|percent| percent / 100.0);
+        Ok(Self { shares: Cause::ALL.map(share), load: 0.0 })
     }
-    Ok(())
+}
+
+impl fmt::Display for Bottleneck {
+    /// The greatest first: "max_bandwidth 89 %, processor 31 %, guest 5 %, destination 4 %, wire 2 %".
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut shares: Vec<_> = self.shares().collect();
+        shares.sort_by(|a, b| b.1.total_cmp(&a.1));
+        for (index, (cause, share)) in shares.iter().enumerate() {
+            let comma = if index == 0 { "" } else { ", " };
+            write!(f, "{comma}{cause} {:.0} %", share * 100.0)?;
+        }
+        Ok(())
+    }
 }
 
 /// Time that the destination says it has spent since it began.

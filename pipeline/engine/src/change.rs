@@ -111,6 +111,39 @@ impl Change {
         }
     }
 
+    /// The settings of a source that may be changed, as these have them. Those are left out that this migration has not: the throttle's
+    /// ceiling where throttling is no step about a stall, the cache where no deltas are made.
+    #[must_use]
+    pub fn list(settings: &SourceSettings) -> Vec<Self> {
+        let convergence = &settings.convergence;
+        let throttles = convergence.on_stall.contains(&StallStep::Throttle);
+        let always = [
+            Self::MaxBandwidth(settings.max_bandwidth),
+            Self::SwitchoverBandwidth(settings.switchover_bandwidth),
+            Self::DowntimeLimit(settings.downtime_limit),
+            Self::MaxDowntime(settings.max_downtime),
+            Self::Deadline(settings.deadline),
+        ];
+        let throttle = throttles.then_some(Self::ThrottleMost(convergence.throttle.most));
+        let cache = settings.encoder.xbzrle.as_ref().map(|xbzrle| Self::XbzrleCache(xbzrle.cache_bytes));
+        always.into_iter().chain(throttle).chain(cache).collect()
+    }
+
+    /// Puts the value into settings.
+    pub fn put_into(self, settings: &mut SourceSettings) {
+        match self {
+            Self::MaxBandwidth(most) => settings.max_bandwidth = most,
+            Self::SwitchoverBandwidth(bandwidth) => settings.switchover_bandwidth = bandwidth,
+            Self::DowntimeLimit(limit) => settings.downtime_limit = limit,
+            Self::MaxDowntime(most) => settings.max_downtime = most,
+            Self::Deadline(deadline) => settings.deadline = deadline,
+            Self::ThrottleMost(most) => settings.convergence.throttle.most = most,
+            Self::XbzrleCache(bytes) => {
+                settings.encoder.xbzrle.iter_mut().for_each(|xbzrle| xbzrle.cache_bytes = bytes);
+            }
+        }
+    }
+
     pub(crate) fn wrong(&self, why: String) -> ChangeError {
         ChangeError::Invalid { key: self.key(), why }
     }
@@ -138,120 +171,40 @@ impl fmt::Display for Changed {
     }
 }
 
-/// The settings of a source that may be changed, as they are in force.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct InForce {
-    /// [`SourceSettings::max_bandwidth`].
-    pub max_bandwidth: Option<u64>,
-    /// [`SourceSettings::switchover_bandwidth`].
-    pub switchover_bandwidth: SwitchoverBandwidth,
-    /// [`SourceSettings::downtime_limit`]: the operator's, not one that a stall has raised.
-    pub downtime_limit: Duration,
-    /// [`SourceSettings::max_downtime`].
-    pub max_downtime: Option<Duration>,
-    /// [`SourceSettings::deadline`].
-    pub deadline: Option<Duration>,
-    /// The throttle's ceiling; `None` where throttling is no step about a stall.
-    pub throttle_most: Option<u8>,
-    /// Bytes of the XBZRLE cache; `None` where no deltas are made.
-    pub xbzrle_cache: Option<u64>,
+/// The settings with other values, if these can be; what is not there cannot be changed.
+pub(crate) fn with_all(settings: &SourceSettings, changes: &[Change]) -> Result<SourceSettings, ChangeError> {
+    let mut all = settings.clone();
+    for change in changes {
+        change.check()?;
+        check_there_is(settings, change)?;
+        change.put_into(&mut all);
+    }
+    match all.max_downtime {
+        Some(most) if all.downtime_limit > most => {
+            let (limit, most) = (Time(all.downtime_limit), Time(most));
+            let why = format!("a downtime_limit of {limit} above a max_downtime of {most}");
+            Err(ChangeError::Invalid { key: "max_downtime", why })
+        }
+        _ => Ok(all),
+    }
 }
 
-impl InForce {
-    /// Those of settings.
-    #[must_use]
-    pub fn of(settings: &SourceSettings) -> Self {
-        let convergence = &settings.convergence;
-        let throttles = convergence.on_stall.contains(&StallStep::Throttle);
-        Self {
-            max_bandwidth: settings.max_bandwidth,
-            switchover_bandwidth: settings.switchover_bandwidth,
-            downtime_limit: settings.downtime_limit,
-            max_downtime: settings.max_downtime,
-            deadline: settings.deadline,
-            throttle_most: throttles.then_some(convergence.throttle.most),
-            xbzrle_cache: settings.encoder.xbzrle.as_ref().map(|xbzrle| xbzrle.cache_bytes),
+fn check_there_is(settings: &SourceSettings, change: &Change) -> Result<(), ChangeError> {
+    if Change::list(settings).iter().any(|there| there.key() == change.key()) {
+        return Ok(());
+    }
+    let missing = match change {
+        Change::ThrottleMost(_) => {
+            "throttle: this migration does not throttle its guest: \"throttle\" is not among the steps of on_stall"
         }
-    }
+        _ => "xbzrle_cache: this migration makes no deltas, so there is no cache",
+    };
+    Err(ChangeError::Absent(missing))
+}
 
-    /// Puts them into settings.
-    pub(crate) fn put_into(self, settings: &mut SourceSettings) {
-        settings.max_bandwidth = self.max_bandwidth;
-        settings.switchover_bandwidth = self.switchover_bandwidth;
-        settings.downtime_limit = self.downtime_limit;
-        settings.max_downtime = self.max_downtime;
-        settings.deadline = self.deadline;
-        if let Some(most) = self.throttle_most {
-            settings.convergence.throttle.most = most;
-        }
-        if let (Some(xbzrle), Some(bytes)) = (&mut settings.encoder.xbzrle, self.xbzrle_cache) {
-            xbzrle.cache_bytes = bytes;
-        }
-    }
-
-    /// The same with another value. What is not there cannot be changed.
-    pub(crate) fn with(self, change: Change) -> Self {
-        match change {
-            Change::MaxBandwidth(max_bandwidth) => Self { max_bandwidth, ..self },
-            Change::SwitchoverBandwidth(switchover_bandwidth) => Self { switchover_bandwidth, ..self },
-            Change::DowntimeLimit(downtime_limit) => Self { downtime_limit, ..self },
-            Change::MaxDowntime(max_downtime) => Self { max_downtime, ..self },
-            Change::Deadline(deadline) => Self { deadline, ..self },
-            Change::ThrottleMost(most) => Self { throttle_most: self.throttle_most.map(|_| most), ..self },
-            Change::XbzrleCache(bytes) => Self { xbzrle_cache: self.xbzrle_cache.map(|_| bytes), ..self },
-        }
-    }
-
-    /// The same with other values, if these can be.
-    pub(crate) fn with_all(self, changes: &[Change]) -> Result<Self, ChangeError> {
-        let mut all = self;
-        for change in changes {
-            change.check()?;
-            all.check_there_is(change)?;
-            all = all.with(*change);
-        }
-        match all.max_downtime {
-            Some(most) if all.downtime_limit > most => {
-                let (limit, most) = (Time(all.downtime_limit), Time(most));
-                let why = format!("a downtime_limit of {limit} above a max_downtime of {most}");
-                Err(ChangeError::Invalid { key: "max_downtime", why })
-            }
-            _ => Ok(all),
-        }
-    }
-
-    fn check_there_is(&self, change: &Change) -> Result<(), ChangeError> {
-        let missing = match change {
-            Change::ThrottleMost(_) if self.throttle_most.is_none() => {
-                "throttle: this migration does not throttle its guest: \"throttle\" is not among the steps of on_stall"
-            }
-            Change::XbzrleCache(_) if self.xbzrle_cache.is_none() => {
-                "xbzrle_cache: this migration makes no deltas, so there is no cache"
-            }
-            _ => return Ok(()),
-        };
-        Err(ChangeError::Absent(missing))
-    }
-
-    /// Each setting that there is, with its value.
-    #[must_use]
-    pub fn list(&self) -> Vec<Change> {
-        let always = [
-            Change::MaxBandwidth(self.max_bandwidth),
-            Change::SwitchoverBandwidth(self.switchover_bandwidth),
-            Change::DowntimeLimit(self.downtime_limit),
-            Change::MaxDowntime(self.max_downtime),
-            Change::Deadline(self.deadline),
-        ];
-        let throttle = self.throttle_most.map(Change::ThrottleMost);
-        let cache = self.xbzrle_cache.map(Change::XbzrleCache);
-        always.into_iter().chain(throttle).chain(cache).collect()
-    }
-
-    /// What is different in `other`: what it is here, and what it is there.
-    pub(crate) fn differences(&self, other: &Self) -> Vec<(Change, Change)> {
-        self.list().into_iter().zip(other.list()).filter(|(here, there)| here != there).collect()
-    }
+/// What is different in `after`: what it was before, and what it is there.
+pub(crate) fn differences(before: &SourceSettings, after: &SourceSettings) -> Vec<(Change, Change)> {
+    Change::list(before).into_iter().zip(Change::list(after)).filter(|(before, after)| before != after).collect()
 }
 
 #[cfg(test)]
@@ -261,13 +214,13 @@ mod tests {
 
     const MS: Duration = Duration::from_millis(1);
 
-    fn in_force() -> InForce {
+    fn settings() -> SourceSettings {
         let convergence = ConvergenceSettings { on_stall: vec![StallStep::Throttle], ..Default::default() };
-        InForce::of(&SourceSettings { convergence, ..SourceSettings::default() })
+        SourceSettings { convergence, ..SourceSettings::default() }
     }
 
     fn refused(changes: &[Change]) -> String {
-        in_force().with_all(changes).unwrap_err().to_string()
+        with_all(&settings(), changes).unwrap_err().to_string()
     }
 
     #[test]
@@ -281,13 +234,9 @@ mod tests {
             Change::ThrottleMost(0),
             Change::XbzrleCache(64 << 20),
         ];
-        let changed = in_force().with_all(&changes).unwrap();
-        assert_eq!(changed.list(), changes);
-        assert_eq!(changed.differences(&in_force()).len(), changes.len());
-        let mut settings = SourceSettings::default();
-        settings.convergence.on_stall = vec![StallStep::Throttle];
-        changed.put_into(&mut settings);
-        assert_eq!(InForce::of(&settings), changed);
+        let changed = with_all(&settings(), &changes).unwrap();
+        assert_eq!(Change::list(&changed), changes);
+        assert_eq!(differences(&settings(), &changed).len(), changes.len());
         let written: Vec<_> = changes.iter().map(Change::to_string).collect();
         assert_eq!(written, ["1 MiB/s", "unlimited", "20ms", "50ms", "9s", "0", "64 MiB"]);
     }
@@ -302,7 +251,7 @@ mod tests {
         assert!(
             refused(&[Change::SwitchoverBandwidth(crawling)]).starts_with("switchover_bandwidth: 65535 B/s is too")
         );
-        assert!(in_force().with_all(&[Change::MaxBandwidth(Some(Bandwidth::LEAST))]).is_ok());
+        assert!(with_all(&settings(), &[Change::MaxBandwidth(Some(Bandwidth::LEAST))]).is_ok());
         assert!(refused(&[Change::DowntimeLimit(Duration::ZERO)]).starts_with("downtime_limit: "));
         assert!(refused(&[Change::Deadline(Some(Duration::ZERO))]).starts_with("deadline: "));
         assert!(refused(&[Change::ThrottleMost(100)]).starts_with("throttle: 100 percent"));
@@ -310,16 +259,16 @@ mod tests {
             refused(&[Change::MaxDowntime(Some(100 * MS))]),
             "max_downtime: a downtime_limit of 300ms above a max_downtime of 100ms"
         );
-        assert!(in_force().with_all(&[Change::MaxDowntime(Some(100 * MS)), Change::DowntimeLimit(90 * MS)]).is_ok());
+        assert!(with_all(&settings(), &[Change::MaxDowntime(Some(100 * MS)), Change::DowntimeLimit(90 * MS)]).is_ok());
     }
 
     #[test]
     fn what_a_migration_has_not_cannot_be_changed() {
         let encoder = EncoderSettings { xbzrle: None, ..EncoderSettings::default() };
-        let without = InForce::of(&SourceSettings { encoder, ..SourceSettings::default() });
-        assert_eq!(without.list().len(), 5);
+        let without = SourceSettings { encoder, ..SourceSettings::default() };
+        assert_eq!(Change::list(&without).len(), 5);
         for change in [Change::ThrottleMost(50), Change::XbzrleCache(1 << 30)] {
-            assert!(matches!(without.with_all(&[change]), Err(ChangeError::Absent(_))), "{change:?}");
+            assert!(matches!(with_all(&without, &[change]), Err(ChangeError::Absent(_))), "{change:?}");
         }
     }
 }

@@ -11,17 +11,20 @@ use memferry_stages::clears::Spared;
 use memferry_stages::meter::Reading;
 use memferry_stages::tally::RoundTally;
 use memferry_stages::untrusted::Untrusted;
+use serde::{Deserialize, Serialize};
 
 use crate::bottleneck::Bottleneck;
 use crate::change::Changed;
 use crate::controller::Decided;
 use crate::controller::forecast::Forecast;
 use crate::human;
+use crate::values::millis;
 
 pub use queued::Queued;
 
 /// Which end of a migration.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Deserialize, Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Role {
     /// Sends.
     Source,
@@ -47,7 +50,8 @@ impl fmt::Display for Role {
 }
 
 /// Where a migration stands.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Deserialize, Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Phase {
     /// Connecting, agreeing, arming logs.
     #[default]
@@ -66,8 +70,35 @@ pub enum Phase {
     Unconfirmed,
 }
 
+impl Phase {
+    /// Every phase.
+    pub const ALL: [Self; 7] = [
+        Self::Setup,
+        Self::Active,
+        Self::Switchover,
+        Self::Completed,
+        Self::Failed,
+        Self::Cancelled,
+        Self::Unconfirmed,
+    ];
+
+    /// Its name, as JSON has it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Setup => "setup",
+            Self::Active => "active",
+            Self::Switchover => "switchover",
+            Self::Completed => "completed",
+            Self::Failed => "failed",
+            Self::Cancelled => "cancelled",
+            Self::Unconfirmed => "unconfirmed",
+        }
+    }
+}
+
 /// A RAM block, for reports.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 pub struct BlockFacts {
     /// Its id.
     pub id: Untrusted,
@@ -175,19 +206,25 @@ impl fmt::Display for TimeLeft {
 }
 
 /// The parts of the downtime.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 pub struct DowntimeParts {
     /// Pause to pages known: device state aside.
+    #[serde(rename = "final_sync_ms", with = "millis")]
     pub final_sync: Duration,
     /// The last round, until its last byte is loaded.
+    #[serde(rename = "final_transfer_ms", with = "millis")]
     pub final_transfer: Duration,
     /// Saving and sending device state.
+    #[serde(rename = "state_ms", with = "millis")]
     pub state: Duration,
     /// Digests.
+    #[serde(rename = "verify_ms", with = "millis")]
     pub verify: Duration,
     /// Go to Running.
+    #[serde(rename = "handover_ms", with = "millis")]
     pub handover: Duration,
     /// From the decision that the guest is not handed over until it was resumed at the source.
+    #[serde(rename = "resume_ms", with = "millis")]
     pub resume: Duration,
 }
 

@@ -1,6 +1,7 @@
 //! How a migration is to run: plain values, wherever they come from (a TOML file, a VMM's own code).
 //!
-//! The defaults are those of the configuration file.
+//! They are the one definition of each setting: the configuration file takes its defaults, and whole tables where they are alike,
+//! from here.
 //!
 //! ```
 //! use std::time::Duration;
@@ -14,6 +15,9 @@ use std::time::Duration;
 
 use memferry_stages::codec::Codec;
 use memferry_stages::geometry::{MAX_LANES, PageSize};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use crate::values::{Bandwidth, time};
 
 /// What guest state may take where nothing else is set: virtual devices take kilobytes to a few megabytes.
 pub const MAX_STATE_BYTES: u64 = 16 << 20;
@@ -40,7 +44,8 @@ pub struct XbzrleSettings {
 
 /// How a page travels that no delta helps: with the compressor of the first round, or as it is. Where that round has none, it always
 /// travels as it is.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum OnMiss {
     /// Compressed where the wire is slower than the compressor, as it is elsewhere. Each lane decides for each batch, by what its
     /// sender waits.
@@ -65,9 +70,11 @@ impl OnMiss {
 }
 
 /// What happens when the deadline passes or the rounds are used up.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum OnDeadline {
     /// The migration is cancelled; the guest goes on at the source.
+    #[default]
     Cancel,
     /// The guest is paused and moved, however long that takes.
     SwitchOver,
@@ -85,8 +92,34 @@ pub enum SwitchoverBandwidth {
     AtMost(u64),
 }
 
+impl SwitchoverBandwidth {
+    /// Is it that of the rounds, which the configuration writes by leaving it out?
+    #[must_use]
+    pub fn is_as_rounds(&self) -> bool {
+        *self == Self::AsRounds
+    }
+}
+
+impl<'de> Deserialize<'de> for SwitchoverBandwidth {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let Bandwidth(most) = Bandwidth::deserialize(deserializer)?;
+        Ok(most.map_or(Self::Unlimited, Self::AtMost))
+    }
+}
+
+impl Serialize for SwitchoverBandwidth {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match *self {
+            Self::AsRounds => serializer.serialize_none(),
+            Self::Unlimited => Bandwidth(None).serialize(serializer),
+            Self::AtMost(most) => Bandwidth(Some(most)).serialize(serializer),
+        }
+    }
+}
+
 /// What can be done about a migration that does not come nearer to its end.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Deserialize, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum StallStep {
     /// The guest is held back, more each time.
     Throttle,
@@ -99,7 +132,8 @@ pub enum StallStep {
 }
 
 /// What is done about a migration that does not come nearer to its end by itself.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct ConvergenceSettings {
     /// The steps, in the order in which they are tried. None: rounds go on until they or the time are used up.
     pub on_stall: Vec<StallStep>,
@@ -114,7 +148,8 @@ pub struct ConvergenceSettings {
 }
 
 /// How a guest is held back, in percent of its time.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct ThrottleSettings {
     /// The first step.
     pub start: u8,
@@ -125,16 +160,20 @@ pub struct ThrottleSettings {
 }
 
 /// How the downtime limit is raised.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct RaiseSettings {
     /// What each step adds.
+    #[serde(with = "time")]
     pub step: Duration,
     /// The highest limit.
+    #[serde(with = "time")]
     pub most: Duration,
 }
 
 /// What becomes of the source guest when a stream without a return path is complete.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum After {
     /// It goes on: a snapshot.
     Resume,
@@ -220,9 +259,21 @@ impl Default for ConvergenceSettings {
             on_stall: Vec::new(),
             stall_rounds: 4,
             cool_down_rounds: 2,
-            throttle: ThrottleSettings { start: 20, step: 10, most: 90 },
-            raise: RaiseSettings { step: Duration::from_millis(100), most: Duration::from_secs(1) },
+            throttle: ThrottleSettings::default(),
+            raise: RaiseSettings::default(),
         }
+    }
+}
+
+impl Default for ThrottleSettings {
+    fn default() -> Self {
+        Self { start: 20, step: 10, most: 90 }
+    }
+}
+
+impl Default for RaiseSettings {
+    fn default() -> Self {
+        Self { step: Duration::from_millis(100), most: Duration::from_secs(1) }
     }
 }
 

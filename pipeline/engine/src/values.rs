@@ -205,6 +205,69 @@ macro_rules! as_written {
 
 as_written!(Size, Bandwidth, Time, Deadline);
 
+/// Milliseconds, to the microsecond.
+#[must_use]
+pub fn ms(time: Duration) -> f64 {
+    (time.as_secs_f64() * 1e6).round() / 1e3
+}
+
+/// For serde: a length of time as [milliseconds](ms()), as events and reports have it.
+pub mod millis {
+    use super::*;
+
+    /// Writes it.
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for it")]
+    pub fn serialize<S: Serializer>(time: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_f64(ms(*time))
+    }
+
+    /// Reads it.
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+        let ms = f64::deserialize(deserializer)?;
+        Duration::try_from_secs_f64(ms / 1e3).map_err(de::Error::custom)
+    }
+}
+
+/// The types as what they hold, and a module of each for fields that hold it: `#[serde(with = "memferry::values::size")]`.
+macro_rules! holds {
+    ($($module:ident: $written:ident($held:ty);)*) => { $(
+        impl From<$held> for $written {
+            fn from(held: $held) -> Self {
+                Self(held)
+            }
+        }
+
+        impl From<$written> for $held {
+            fn from(written: $written) -> Self {
+                written.0
+            }
+        }
+
+        #[doc = concat!("For serde: what a [`", stringify!($written), "`] holds, as it is written.")]
+        #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for it")]
+        pub mod $module {
+            use super::*;
+
+            /// Writes it.
+            pub fn serialize<S: Serializer>(held: &$held, serializer: S) -> Result<S::Ok, S::Error> {
+                $written(*held).serialize(serializer)
+            }
+
+            /// Reads it.
+            pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<$held, D::Error> {
+                $written::deserialize(deserializer).map(|written| written.0)
+            }
+        }
+    )* };
+}
+
+holds! {
+    size: Size(u64);
+    bandwidth: Bandwidth(Option<u64>);
+    time: Time(Duration);
+    deadline: Deadline(Option<Duration>);
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

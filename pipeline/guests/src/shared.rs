@@ -9,16 +9,20 @@ use std::sync::Arc;
 use memferry_stages::geometry::BlockInfo;
 use memferry_stages::memory::MappedMemory;
 use rustix::fs::OFlags;
+use serde::{Deserialize, Serialize};
 
 use memferry::guest::GuestError;
+use memferry::values::size;
 
 /// A block in a file.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
 pub struct SharedSettings {
     /// The file. It does not travel: the destination has a path of its own to it, and opens no file that a peer names. A source
     /// makes it if it is not there.
     pub path: PathBuf,
     /// Its length, whole pages.
+    #[serde(rename = "size", with = "size")]
     pub bytes: u64,
 }
 

@@ -16,37 +16,47 @@ use memferry::controller::Decision;
 use memferry::events::{Event, Observer, Phase, Progress, Role, TimeLeft};
 use memferry::human;
 use memferry::outlet::Direct;
+use memferry_report::event_json::ProgressJson;
 
 /// How often a line is written where there is no terminal.
 const LINE_EVERY: Duration = Duration::from_secs(1);
 /// The share from which a line says what holds it up.
 const HELD_UP: f64 = 0.5;
 
-/// What remains and how fast it goes, in one line: what matters most comes first.
+/// What remains and how fast it goes, in one line: what matters most comes first. The screen of `watch` has the same words.
 #[must_use]
-pub fn figures(progress: &Progress) -> String {
-    let mut text = human::rate(progress.wire_rate);
-    if let (Some(done), Some(left)) = (progress.done(), progress.remaining_bytes) {
-        text = format!("{}, {} left, {text}", human::done(done * 100.0), human::bytes(left));
+pub fn figures(now: &ProgressJson) -> String {
+    let mut text = format!("{}/s", human::bytes(now.wire_bytes_per_s));
+    if let (Some(done), Some(left)) = (now.done_percent, now.remaining_bytes) {
+        text = format!("{}, {} left, {text}", human::done(done), human::bytes(left));
     }
-    if progress.remaining_bytes != Some(0) && progress.time_left() != TimeLeft::Unknown {
-        text.push_str(&format!(", {}", progress.time_left()));
+    text.extend(time_left(now).map(|time| format!(", {time}")));
+    if let Some(rate) = now.dirty_bytes_per_s.filter(|rate| *rate > 0) {
+        text.push_str(&format!(", dirtied {}/s", human::bytes(rate)));
     }
-    if let Some(rate) = progress.dirty_rate.filter(|rate| *rate > 0.0) {
-        text.push_str(&format!(", dirtied {}", human::rate(rate)));
+    if let Some(expected) = now.expected_downtime_ms {
+        let expected = Duration::try_from_secs_f64(expected / 1e3).unwrap_or_default();
+        text.push_str(&format!(", expected downtime {}", human::time(expected)));
     }
-    if let Some(downtime) = progress.expected_downtime {
-        text.push_str(&format!(", expected downtime {}", human::time(downtime)));
-    }
-    if progress.throttle > 0 {
-        text.push_str(&format!(", throttled {} %", progress.throttle));
+    if now.throttle_percent > 0 {
+        text.push_str(&format!(", throttled {} %", now.throttle_percent));
     }
     text
 }
 
+/// How long it takes until nothing remains, if that can be told.
+pub(crate) fn time_left(now: &ProgressJson) -> Option<TimeLeft> {
+    #[expect(clippy::cast_precision_loss, reason = "for the eye")]
+    let per_second = |bytes: u64| bytes as f64;
+    let dirtied = now.dirty_bytes_per_s.map(per_second);
+    let remaining = now.remaining_bytes.filter(|bytes| *bytes > 0)?;
+    let time = TimeLeft::at_rates(remaining, per_second(now.page_bytes_per_s), dirtied);
+    (time != TimeLeft::Unknown).then_some(time)
+}
+
 /// The figures of a line, with what holds it up most.
 fn line_of_figures(progress: &Progress) -> String {
-    let text = format!("round {}: {}", progress.round, figures(progress));
+    let text = format!("round {}: {}", progress.round, figures(&progress.into()));
     match progress.bottleneck.greatest() {
         Some((cause, share)) if share >= HELD_UP => {
             format!("{text}, held up by: {cause} {:.0} %", share * 100.0)
@@ -255,7 +265,7 @@ impl ProgressDisplay {
         }
         let length = self.bar.length().unwrap_or(0);
         self.bar.set_position(length.saturating_sub(progress.remaining_bytes.unwrap_or(length)));
-        self.bar.set_message(figures(progress));
+        self.bar.set_message(figures(&progress.into()));
     }
 
     fn show(&self, event: &Event) {
@@ -364,7 +374,8 @@ mod tests {
         assert!(line_of_figures(&held_up(0.97)).ends_with(", held up by: destination 97 %"));
         assert!(!line_of_figures(&held_up(0.4)).contains("held up"));
         let text = |page_rate, dirty_rate| {
-            figures(&Progress { page_rate, dirty_rate, throttle: 50, expected_downtime: None, ..now.clone() })
+            let now = Progress { page_rate, dirty_rate, throttle: 50, expected_downtime: None, ..now.clone() };
+            figures(&(&now).into())
         };
         insta::assert_snapshot!([text(0.0, None), text(1e8, Some(0.0)), text(1e8, Some(1e8))].join("\n"), @r"
         87 % done, 123 MiB left, 98.2 MiB/s, throttled 50 %
@@ -372,7 +383,7 @@ mod tests {
         87 % done, 123 MiB left, 98.2 MiB/s, does not converge, dirtied 95.4 MiB/s, throttled 50 %
         ");
         let unknown = Progress { remaining_bytes: None, page_rate: 1e8, ..Progress::default() };
-        assert_eq!(figures(&Progress { wire_rate: 1e8, ..unknown }), "95.4 MiB/s");
+        assert_eq!(figures(&(&Progress { wire_rate: 1e8, ..unknown }).into()), "95.4 MiB/s");
     }
 
     #[test]

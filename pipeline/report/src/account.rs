@@ -1,15 +1,15 @@
-//! Keeps what the events of a migration said, for the report, its page and the table at its end.
+//! Keeps what the events of a migration said, for the report, its page and the table at its end: its [`Status`], and what the status
+//! forgets.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use memferry_stages::tally::RoundTally;
-use memferry_stages::untrusted::Untrusted;
 
 use super::series::{Happened, Series};
-use memferry::control::Changed;
+use memferry::control::{Changed, Status};
 use memferry::controller::Decided;
-use memferry::events::{BlockFacts, Ended, Event, Observer, Role};
+use memferry::events::{Event, Observer, Role};
 
 /// The most notices that are kept: a stranger may knock for as long as the wait lasts.
 const MOST_NOTICES: usize = 100;
@@ -31,12 +31,8 @@ struct Book {
 /// What one end said.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Account {
-    /// Who is at the other end.
-    pub peer: Option<Untrusted>,
-    /// The guest's blocks.
-    pub blocks: Vec<BlockFacts>,
-    /// Its pages.
-    pub pages: u64,
+    /// How it stood at the latest event.
+    pub status: Status,
     /// The bound of the memory that the engine takes: the highest, where it was changed.
     pub memory_bound: u64,
     /// Rounds that are complete.
@@ -45,8 +41,6 @@ pub struct Account {
     pub decided: Vec<Decided>,
     /// Settings that were changed while it ran, in order.
     pub changed: Vec<Changed>,
-    /// How it ended.
-    pub ended: Option<Ended>,
     /// What happened when, and the figures on the way.
     pub series: Series,
     /// Warnings, and who was turned away; the first of them.
@@ -104,13 +98,9 @@ impl Account {
     /// Takes what an event said, at this time since the first one.
     pub(crate) fn enter(&mut self, event: &Event, at: Duration) {
         self.place(event, at);
+        self.status.note(event);
+        self.memory_bound = self.memory_bound.max(self.status.memory_bound);
         match event {
-            Event::Connected { peer } => self.peer = Some(peer.clone()),
-            Event::Guest { blocks, pages, memory_bound } => {
-                self.blocks.clone_from(blocks);
-                self.pages = *pages;
-                self.memory_bound = *memory_bound;
-            }
             Event::RoundSent { tally, duration } => {
                 let dirty_after = tally.last.then_some(0);
                 let is_sample = self.decided.last().is_some_and(Decided::asks_for_a_sample) && !tally.last;
@@ -118,11 +108,7 @@ impl Account {
             }
             Event::Synced { after_round, dirty_pages, .. } => self.synced(*after_round, *dirty_pages),
             Event::Decided(decided) => self.decided.push(decided.clone()),
-            Event::Changed(changed) => {
-                self.memory_bound = self.memory_bound.max(changed.memory_bound);
-                self.changed.push(*changed);
-            }
-            Event::Ended(ended) => self.ended = Some(ended.clone()),
+            Event::Changed(changed) => self.changed.push(*changed),
             _ => {}
         }
         if let Some(text) = event.warning() {
@@ -161,11 +147,5 @@ impl Account {
         if let Some(round) = round {
             round.dirty_after.get_or_insert(dirty_pages);
         }
-    }
-
-    /// Bytes of the guest.
-    #[must_use]
-    pub fn bytes(&self) -> u64 {
-        self.blocks.iter().map(|block| block.bytes).sum()
     }
 }

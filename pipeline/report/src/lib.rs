@@ -9,7 +9,6 @@ pub mod status_json;
 pub mod table;
 pub mod todo;
 
-use std::fmt;
 use std::io;
 use std::path::Path;
 use std::time::Duration;
@@ -22,11 +21,12 @@ use serde::{Deserialize, Serialize};
 
 use account::{Account, Round};
 pub use file::write;
-use memferry::bottleneck::{self, Bottleneck, Cause};
+use memferry::bottleneck::Bottleneck;
 use memferry::control::Changed;
 use memferry::controller::forecast::{Forecast, whole};
 use memferry::controller::{Decided, Decision};
-use memferry::events::{BlockFacts, Ended, Phase};
+use memferry::events::{BlockFacts, DowntimeParts, Ended, Phase};
+use memferry::values::ms;
 
 /// The version of the report's names.
 pub const SCHEMA: u32 = 1;
@@ -53,7 +53,7 @@ pub struct Report {
     /// From the guest's pause to its start; null if it was not paused.
     pub downtime_ms: Option<f64>,
     /// Its parts, which add up to it at the source.
-    pub downtime: DowntimeReport,
+    pub downtime: DowntimeParts,
     /// What the controller expected of the downtime when it decided to switch over; null if it did not, or could not tell.
     pub forecast: Option<ForecastReport>,
     /// What it decided, in order.
@@ -65,7 +65,7 @@ pub struct Report {
     /// Bytes on the wire for each second after the setup.
     pub throughput_bytes_per_s: f64,
     /// Pages that were not sent for what the guest said of them, as the source counts them.
-    pub spared: SparedReport,
+    pub spared: Spared,
     /// The most memory that the engine takes for itself, known before it starts.
     pub memory_bound_bytes: u64,
     /// The most it took.
@@ -73,7 +73,7 @@ pub struct Report {
     /// What held it up, in words.
     pub bottleneck: String,
     /// The same in figures.
-    pub bottleneck_percent: BottleneckReport,
+    pub bottleneck_percent: Bottleneck,
     /// Processor time of the process from the first page to the verdict.
     pub cpu_ms: f64,
     /// Round by round.
@@ -90,48 +90,7 @@ pub struct GuestReport {
     /// Pages of all blocks.
     pub pages: u64,
     /// Each block.
-    pub blocks: Vec<BlockReport>,
-}
-
-/// A RAM block.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct BlockReport {
-    /// Its name.
-    pub id: Untrusted,
-    /// Its length.
-    pub bytes: u64,
-    /// The size of its pages.
-    pub page_size: u64,
-}
-
-/// Where the downtime went.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub struct DowntimeReport {
-    /// From the pause until the last dirty pages were known.
-    pub final_sync_ms: f64,
-    /// The last round.
-    pub final_transfer_ms: f64,
-    /// Device state.
-    pub state_ms: f64,
-    /// Digests.
-    pub verify_ms: f64,
-    /// From Go to Running.
-    pub handover_ms: f64,
-    /// From the decision that the guest is not handed over until it was resumed at the source.
-    pub resume_ms: f64,
-}
-
-/// Pages that were not sent for what the guest said of them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SparedReport {
-    /// Pages that were to be sent when they were hinted free; once for each round in which they were.
-    pub hinted: u64,
-    /// Pages of hints that came too late to count.
-    pub hints_dropped: u64,
-    /// Pages of unplugged memory.
-    pub unplugged: u64,
-    /// Pages of ignored blocks.
-    pub ignored: u64,
+    pub blocks: Vec<BlockFacts>,
 }
 
 /// The forecast that the switchover rests on, beside what came of it.
@@ -242,53 +201,6 @@ impl From<&RoundTally> for PagesReport {
     }
 }
 
-/// What held it up: percent of the time for each thing that can. What an end cannot know is null.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct BottleneckReport {
-    /// The processors of the host.
-    pub processor: Option<f64>,
-    /// `max_bandwidth`.
-    pub limit: Option<f64>,
-    /// The destination.
-    pub destination: Option<f64>,
-    /// The transport between the two.
-    pub wire: Option<f64>,
-    /// The guest: there was nothing to send.
-    pub guest: Option<f64>,
-    /// The source and the wire, as the destination sees them.
-    pub source: Option<f64>,
-}
-
-impl fmt::Display for BottleneckReport {
-    /// The known ones, the greatest first; nothing if none is known.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let percent = |cause| match cause {
-            Cause::Processor => self.processor,
-            Cause::Limit => self.limit,
-            Cause::Destination => self.destination,
-            Cause::Wire => self.wire,
-            Cause::Guest => self.guest,
-            Cause::Source => self.source,
-        };
-        let known = Cause::ALL.into_iter().filter_map(|cause| Some((cause, percent(cause)? / 100.0)));
-        bottleneck::write_shares(f, known.collect())
-    }
-}
-
-impl From<&Bottleneck> for BottleneckReport {
-    fn from(bottleneck: &Bottleneck) -> Self {
-        let share = |cause| bottleneck.share(cause).map(percent);
-        Self {
-            processor: share(Cause::Processor),
-            limit: share(Cause::Limit),
-            destination: share(Cause::Destination),
-            wire: share(Cause::Wire),
-            guest: share(Cause::Guest),
-            source: share(Cause::Source),
-        }
-    }
-}
-
 /// One stage in one lane.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct StageReport {
@@ -319,8 +231,8 @@ impl Report {
     /// If `account` has not ended.
     #[must_use]
     pub fn new(role: &'static str, verdict: &Ended, account: &Account, other: Option<&Account>) -> Self {
-        let ended = account.ended.as_ref().expect("an account that ended");
-        let far = other.and_then(|account| account.ended.as_ref());
+        let ended = account.status.ended.as_ref().expect("an account that ended");
+        let far = other.and_then(|account| account.status.ended.as_ref());
         let stages = readings(account, other);
         let held_up = held_up(ended, far);
         Self {
@@ -329,21 +241,21 @@ impl Report {
             status: status(verdict.phase),
             error: verdict.error.clone(),
             verified: far.map_or(ended.verified, |far| far.verified),
-            guest: guest(&account.blocks, account.pages),
+            guest: guest(&account.status.blocks, account.status.pages),
             total_ms: ms(ended.total),
             setup_ms: ms(ended.setup),
             downtime_ms: ended.downtime.map(ms),
-            downtime: downtime(ended),
+            downtime: ended.parts,
             forecast: ended.forecast.map(|forecast| forecast_report(&forecast, ended.switchover())),
             decisions: account.decided.iter().map(decision).collect(),
             changes: account.changed.iter().map(change).collect(),
             wire_bytes: ended.wire_bytes,
             throughput_bytes_per_s: throughput(ended).round(),
-            spared: spared(ended.spared),
+            spared: ended.spared,
             memory_bound_bytes: account.memory_bound + other.map_or(0, |other| other.memory_bound),
             memory_peak_bytes: ended.memory_peak + far.map_or(0, |far| far.memory_peak),
             bottleneck: held_up.to_string(),
-            bottleneck_percent: (&held_up).into(),
+            bottleneck_percent: held_up,
             cpu_ms: ms(ended.cpu),
             rounds: account.rounds.iter().map(round).collect(),
             stages: stages.iter().map(stage).collect(),
@@ -370,7 +282,7 @@ impl Report {
 /// How the stages of both ends spent their time, as far as they have ended.
 #[must_use]
 pub fn readings(account: &Account, other: Option<&Account>) -> Vec<Reading> {
-    let ends = [Some(account), other].into_iter().flatten().filter_map(|account| account.ended.as_ref());
+    let ends = [Some(account), other].into_iter().flatten().filter_map(|account| account.status.ended.as_ref());
     ends.flat_map(|ended| ended.stages.iter().cloned()).collect()
 }
 
@@ -392,10 +304,8 @@ pub fn busiest(stages: &[Reading]) -> Option<(&Reading, f64)> {
 #[must_use]
 pub fn status(phase: Phase) -> &'static str {
     match phase {
-        Phase::Completed => "completed",
-        Phase::Cancelled => "cancelled",
-        Phase::Unconfirmed => "unconfirmed",
-        Phase::Setup | Phase::Active | Phase::Switchover | Phase::Failed => "failed",
+        Phase::Setup | Phase::Active | Phase::Switchover => Phase::Failed.name(),
+        end => end.name(),
     }
 }
 
@@ -409,27 +319,8 @@ pub fn throughput(ended: &Ended) -> f64 {
 }
 
 fn guest(blocks: &[BlockFacts], pages: u64) -> GuestReport {
-    let block =
-        |block: &BlockFacts| BlockReport { id: block.id.clone(), bytes: block.bytes, page_size: block.page_size };
     let bytes = blocks.iter().map(|block| block.bytes).sum();
-    GuestReport { bytes, pages, blocks: blocks.iter().map(block).collect() }
-}
-
-fn spared(spared: Spared) -> SparedReport {
-    let Spared { hinted, dropped, unplugged, ignored } = spared;
-    SparedReport { hinted, hints_dropped: dropped, unplugged, ignored }
-}
-
-fn downtime(ended: &Ended) -> DowntimeReport {
-    let parts = &ended.parts;
-    DowntimeReport {
-        final_sync_ms: ms(parts.final_sync),
-        final_transfer_ms: ms(parts.final_transfer),
-        state_ms: ms(parts.state),
-        verify_ms: ms(parts.verify),
-        handover_ms: ms(parts.handover),
-        resume_ms: ms(parts.resume),
-    }
+    GuestReport { bytes, pages, blocks: blocks.to_vec() }
 }
 
 fn forecast_report(forecast: &Forecast, downtime: Option<Duration>) -> ForecastReport {
@@ -502,11 +393,6 @@ fn stage(reading: &Reading) -> StageReport {
 /// A share in percent, to the tenth.
 fn percent(share: f64) -> f64 {
     (share * 1e3).round() / 10.0
-}
-
-/// Milliseconds, to the microsecond.
-fn ms(time: Duration) -> f64 {
-    (time.as_secs_f64() * 1e6).round() / 1e3
 }
 
 #[cfg(test)]

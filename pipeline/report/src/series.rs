@@ -9,14 +9,50 @@ use memferry::events::{Phase, Progress};
 pub const MOST_SAMPLES: usize = 600;
 
 /// Samples of a migration's progress, spread evenly over it however long it takes, and marks of what happened.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Series {
-    kept: Vec<Sample>,
+    kept: Thinned<Sample>,
     latest: Option<Sample>,
-    /// Every so-manieth sample is kept: doubled whenever there are too many.
+    marks: Vec<Mark>,
+}
+
+/// Samples from the beginning on, at even distances: when there are [`MOST_SAMPLES`], every other one goes and the distance doubles.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Thinned<T> {
+    kept: Vec<T>,
+    /// Each sample that is a multiple of it is kept.
     every: usize,
     seen: usize,
-    marks: Vec<Mark>,
+}
+
+impl<T> Default for Thinned<T> {
+    fn default() -> Self {
+        Self { kept: Vec::new(), every: 1, seen: 0 }
+    }
+}
+
+impl<T> Thinned<T> {
+    /// Takes the next sample.
+    pub fn push(&mut self, sample: T) {
+        if self.seen.is_multiple_of(self.every) && self.kept.len() == MOST_SAMPLES {
+            let mut index = 0_usize;
+            self.kept.retain(|_| {
+                index += 1;
+                index % 2 == 1
+            });
+            self.every *= 2;
+        }
+        if self.seen.is_multiple_of(self.every) {
+            self.kept.push(sample);
+        }
+        self.seen += 1;
+    }
+
+    /// Those that are kept, in order.
+    #[must_use]
+    pub fn kept(&self) -> &[T] {
+        &self.kept
+    }
 }
 
 /// What one [`Progress`] said.
@@ -73,12 +109,6 @@ pub enum Happened {
     Ended,
 }
 
-impl Default for Series {
-    fn default() -> Self {
-        Self { kept: Vec::new(), latest: None, every: 1, seen: 0, marks: Vec::new() }
-    }
-}
-
 impl Series {
     /// Takes what a progress event said, at this time.
     pub(super) fn sample(&mut self, progress: &Progress, at: Duration) {
@@ -91,20 +121,7 @@ impl Series {
             downtime_limit: progress.downtime_limit,
             throttle: progress.throttle,
         };
-        if self.seen.is_multiple_of(self.every) {
-            if self.kept.len() == MOST_SAMPLES {
-                let mut index = 0_usize;
-                self.kept.retain(|_| {
-                    index += 1;
-                    index % 2 == 1
-                });
-                self.every *= 2;
-            }
-            if self.seen.is_multiple_of(self.every) {
-                self.kept.push(sample);
-            }
-        }
-        self.seen += 1;
+        self.kept.push(sample);
         self.latest = Some(sample);
     }
 
@@ -116,9 +133,10 @@ impl Series {
     /// The samples, in order; the latest one is always the last.
     #[must_use]
     pub fn samples(&self) -> Vec<Sample> {
-        let kept_last = self.kept.last().map(|sample| sample.at);
+        let kept = self.kept.kept();
+        let kept_last = kept.last().map(|sample| sample.at);
         let latest = self.latest.filter(|latest| Some(latest.at) != kept_last);
-        self.kept.iter().copied().chain(latest).collect()
+        kept.iter().copied().chain(latest).collect()
     }
 
     /// What happened, in order.

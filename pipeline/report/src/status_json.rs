@@ -6,10 +6,11 @@ use memferry_stages::untrusted::Untrusted;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use super::event_json::{DecidedJson, EndedJson, PhaseName, ProgressJson, RoleName};
+use super::event_json::{DecidedJson, EndedJson, ProgressJson};
 use super::{ForecastReport, forecast_report, ms};
-use memferry::control::{Change, InForce, Status};
-use memferry::settings::SwitchoverBandwidth;
+use memferry::control::{Change, Status};
+use memferry::events::{Phase, Role};
+use memferry::settings::{SourceSettings, SwitchoverBandwidth};
 
 /// The version of the names in it.
 pub const SCHEMA: u32 = 1;
@@ -20,9 +21,9 @@ pub struct StatusJson {
     /// [`SCHEMA`].
     pub schema: u32,
     /// Which end; null before it has begun.
-    pub role: Option<RoleName>,
+    pub role: Option<Role>,
     /// Where it stands.
-    pub phase: PhaseName,
+    pub phase: Phase,
     /// Since it began; once it has ended, how long it took.
     pub elapsed_ms: f64,
     /// Who is at the other end, or which file.
@@ -53,15 +54,15 @@ impl From<&Status> for StatusJson {
     fn from(status: &Status) -> Self {
         Self {
             schema: SCHEMA,
-            role: status.role.map(RoleName::from),
-            phase: status.phase.into(),
+            role: status.role,
+            phase: status.phase,
             elapsed_ms: ms(status.elapsed),
             peer: status.peer.clone(),
-            total_bytes: status.total_bytes,
+            total_bytes: status.total_bytes(),
             memory_bound_bytes: status.memory_bound,
             rounds: status.rounds,
             handed_over: status.is_handed_over,
-            settings: status.in_force.as_ref().map(settings),
+            settings: status.settings.as_ref().map(settings),
             progress: status.progress.as_ref().map(ProgressJson::from),
             forecast: status.forecast.map(|forecast| forecast_report(&forecast, None)),
             decision: status.decision.as_ref().map(DecidedJson::from),
@@ -71,8 +72,8 @@ impl From<&Status> for StatusJson {
     }
 }
 
-fn settings(in_force: &InForce) -> Map<String, Value> {
-    in_force.list().iter().map(|setting| (setting.key().to_owned(), value(setting))).collect()
+fn settings(settings: &SourceSettings) -> Map<String, Value> {
+    Change::list(settings).iter().map(|setting| (setting.key().to_owned(), value(setting))).collect()
 }
 
 /// The value as a PATCH takes it.

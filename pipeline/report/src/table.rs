@@ -33,7 +33,7 @@ pub fn verdict(verdict: &Ended, account: &Account) -> String {
         write!(line, ": {error}").expect("a string takes it");
     }
     if verdict.phase == Phase::Completed {
-        write!(line, ": {} moved", human::bytes(account.bytes())).expect("a string takes it");
+        write!(line, ": {} moved", human::bytes(account.status.total_bytes())).expect("a string takes it");
         if let Some(downtime) = verdict.downtime {
             write!(line, ", downtime {}", human::time(downtime)).expect("a string takes it");
         }
@@ -47,7 +47,9 @@ pub fn verdict(verdict: &Ended, account: &Account) -> String {
 /// Everything under the verdict: the table of rounds, then the lines about the whole. Empty if no stage has run.
 #[must_use]
 pub fn summary(account: &Account, other: Option<&Account>) -> String {
-    let Some(ended) = account.ended.as_ref().filter(|ended| !ended.stages.is_empty()) else { return String::new() };
+    let Some(ended) = account.status.ended.as_ref().filter(|ended| !ended.stages.is_empty()) else {
+        return String::new();
+    };
     let mut text = String::new();
     if !account.rounds.is_empty() {
         text.push_str(&rounds(&account.rounds));
@@ -138,7 +140,7 @@ fn decisions(decided: &[Decided]) -> Vec<(&'static str, String)> {
 }
 
 fn lines(ended: &Ended, account: &Account, other: Option<&Account>) -> Vec<(&'static str, String)> {
-    let far = other.and_then(|account| account.ended.as_ref());
+    let far = other.and_then(|account| account.status.ended.as_ref());
     let mut lines = decisions(&account.decided);
     if let Some(downtime) = ended.downtime {
         let parts = &ended.parts;

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use super::account::Accountant;
 use super::*;
+use memferry::bottleneck::Cause;
 use memferry::controller::forecast::{FixedCost, Forecast};
 use memferry::controller::reason::{Reason, Stalled};
 use memferry::events::{Event, Observer, Role};
@@ -70,8 +71,8 @@ fn the_report_says_what_the_events_said() {
     assert_eq!((forecast.expected_ms, forecast.error_percent), (212.0, Some(-0.5)));
     assert_eq!(report.decisions[0].decision, "switch-over");
     assert_eq!(report.guest.bytes, 1 << 30);
-    let SparedReport { hinted, hints_dropped, unplugged, ignored } = report.spared;
-    assert_eq!((hinted, hints_dropped, unplugged, ignored), (5000, 3, 2048, 0));
+    let Spared { hinted, dropped, unplugged, ignored } = report.spared;
+    assert_eq!((hinted, dropped, unplugged, ignored), (5000, 3, 2048, 0));
     assert_eq!(report.rounds.iter().map(|round| round.dirty_after).collect::<Vec<_>>(), [Some(900), Some(0)]);
     for round in &report.rounds {
         assert_eq!(
@@ -85,7 +86,10 @@ fn the_report_says_what_the_events_said() {
     );
     assert_eq!((report.memory_bound_bytes, report.memory_peak_bytes), (128 << 20, 20 << 20));
     assert_eq!(report.bottleneck, "processor 96 %, wire 25 %, destination 12 %, max_bandwidth 0 %");
-    assert_eq!((report.bottleneck_percent.destination, report.bottleneck_percent.guest), (Some(12.5), None));
+    assert_eq!(
+        (report.bottleneck_percent.share(Cause::Destination), report.bottleneck_percent.share(Cause::Guest)),
+        (Some(0.125), None)
+    );
     assert_eq!(report.cpu_ms, 4600.0);
     assert!((report.throughput_bytes_per_s - f64::from(512 << 20) / 2.4).abs() < 1.0);
 }

@@ -6,7 +6,6 @@ use std::fmt;
 
 use super::account::{Account, Round};
 use memferry::bottleneck::{Bottleneck, Cause};
-use memferry::control::Change;
 use memferry::human;
 use memferry::settings::SourceSettings;
 use memferry::values::{Bandwidth, Size};
@@ -112,13 +111,7 @@ pub fn conclusions(
 /// The settings with what was changed while the migration ran.
 fn at_the_end(settings: &SourceSettings, account: &Account) -> SourceSettings {
     let mut settings = settings.clone();
-    for changed in &account.changed {
-        match (changed.to, &mut settings.encoder.xbzrle) {
-            (Change::MaxBandwidth(limit), _) => settings.max_bandwidth = limit,
-            (Change::XbzrleCache(bytes), Some(xbzrle)) => xbzrle.cache_bytes = bytes,
-            _ => {}
-        }
-    }
+    account.changed.iter().for_each(|changed| changed.to.put_into(&mut settings));
     settings
 }
 
@@ -138,14 +131,14 @@ fn processor(settings: &SourceSettings, share: f64, cores: usize) -> Conclusion 
 
 fn cache(settings: &SourceSettings, account: &Account) -> Option<Conclusion> {
     let cache = settings.encoder.xbzrle.as_ref()?.cache_bytes;
-    let block = account.blocks.first()?;
+    let block = account.status.blocks.first()?;
     let later = || account.rounds.iter().skip(1).map(|round: &Round| &round.tally);
     let sum = |of: fn(&RoundTally) -> u64| later().map(of).sum::<u64>();
     let misses = sum(|tally| tally.xbzrle_misses);
     let lookups = misses + sum(|tally| tally.xbzrle + tally.unchanged + tally.xbzrle_overflows);
     let missed = misses as f64 / lookups.max(1) as f64;
     // No more pages than these were written, and those of the first round are in the way of none.
-    let written = sum(|tally| tally.pages).min(account.pages);
+    let written = sum(|tally| tally.pages).min(account.status.pages);
     let needed = written * (block.page_size + SLOT_BYTES);
     // A little more: not every slot of a cache is ever used.
     let would_do = (needed + needed / 16).next_multiple_of(16 << 20);
@@ -165,6 +158,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+    use memferry::control::Status;
     use memferry::events::BlockFacts;
     use memferry::settings::{EncoderSettings, XbzrleSettings};
 
@@ -187,9 +181,9 @@ mod tests {
         let first = RoundTally { pages: 262_144, raw: 262_144, ..RoundTally::default() };
         let rounds = std::iter::once(first).chain(rounds.iter().copied().map(tally));
         let round = |tally| Round { tally, duration: Duration::ZERO, is_sample: false, dirty_after: None };
+        let blocks = vec![BlockFacts { id: "ram".into(), bytes: 1 << 30, page_size: 4096 }];
         Account {
-            blocks: vec![BlockFacts { id: "ram".into(), bytes: 1 << 30, page_size: 4096 }],
-            pages: 262_144,
+            status: Status { blocks, pages: 262_144, ..Status::default() },
             rounds: rounds.map(round).collect(),
             ..Account::default()
         }

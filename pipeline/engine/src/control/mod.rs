@@ -64,7 +64,8 @@ use std::time::{Duration, Instant};
 use tokio::sync::{broadcast, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
-pub use crate::change::{Change, ChangeError, Changed, InForce};
+pub use crate::change::{Change, ChangeError, Changed};
+pub(crate) use crate::change::{differences, with_all};
 use events::Past;
 pub use events::{Events, Happened};
 pub(crate) use requests::{Ask, Request, Requests};

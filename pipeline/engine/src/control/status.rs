@@ -1,13 +1,13 @@
-//! What an end of a migration is doing, kept from its events.
+//! What an end of a migration is doing: the one fold of its events. Whoever shows how things are reads it from here, and keeps of the
+//! events itself only what came before.
 
 use std::time::Duration;
 
 use memferry_stages::untrusted::Untrusted;
 
-use super::InForce;
 use crate::controller::Decided;
 use crate::controller::forecast::Forecast;
-use crate::events::{Ended, Event, Phase, Progress, Role};
+use crate::events::{BlockFacts, Ended, Event, Phase, Progress, Role};
 use crate::settings::SourceSettings;
 
 /// Warnings that are kept.
@@ -24,16 +24,18 @@ pub struct Status {
     pub elapsed: Duration,
     /// Who is at the other end, or which file.
     pub peer: Option<Untrusted>,
-    /// Bytes of the guest, once they are known.
-    pub total_bytes: u64,
+    /// The guest's blocks, once they are known.
+    pub blocks: Vec<BlockFacts>,
+    /// Its pages.
+    pub pages: u64,
     /// Bound of the memory that the engine takes for itself, in bytes.
     pub memory_bound: u64,
     /// Rounds that are complete.
     pub rounds: u32,
     /// The latest figures: what remains, rates, throttle, stages.
     pub progress: Option<Progress>,
-    /// The settings that may be changed, as they are (source).
-    pub in_force: Option<InForce>,
+    /// The settings as they are, with what was changed (source).
+    pub settings: Option<SourceSettings>,
     /// The latest forecast that a decision rests on, in its parts (source).
     pub forecast: Option<Forecast>,
     /// The latest decision (source).
@@ -48,15 +50,24 @@ pub struct Status {
 
 impl Status {
     pub(super) fn of_source(settings: &SourceSettings) -> Self {
-        Self { role: Some(Role::Source), in_force: Some(InForce::of(settings)), ..Self::default() }
+        Self { role: Some(Role::Source), settings: Some(settings.clone()), ..Self::default() }
     }
 
-    pub(super) fn note(&mut self, event: &Event) {
+    /// Bytes of the guest; 0 before they are known.
+    #[must_use]
+    pub fn total_bytes(&self) -> u64 {
+        self.blocks.iter().map(|block| block.bytes).sum()
+    }
+
+    /// Takes what an event says.
+    #[doc(hidden)]
+    pub fn note(&mut self, event: &Event) {
         match event {
             Event::Phase(phase) => self.phase = *phase,
             Event::Connected { peer } => self.peer = Some(peer.clone()),
-            Event::Guest { blocks, memory_bound, .. } => {
-                self.total_bytes = blocks.iter().map(|block| block.bytes).sum();
+            Event::Guest { blocks, pages, memory_bound } => {
+                self.blocks.clone_from(blocks);
+                self.pages = *pages;
                 self.memory_bound = *memory_bound;
             }
             Event::RoundSent { tally, .. } => self.rounds = tally.round,
@@ -66,18 +77,12 @@ impl Status {
             }
             Event::Progress(progress) => self.progress = Some(progress.clone()),
             Event::Changed(changed) => {
-                self.in_force = self.in_force.map(|in_force| in_force.with(changed.to));
+                self.settings.iter_mut().for_each(|settings| changed.to.put_into(settings));
                 self.memory_bound = changed.memory_bound;
             }
             Event::HandedOver => self.is_handed_over = true,
             Event::Ended(ended) => (self.phase, self.ended) = (ended.phase, Some(ended.clone())),
-            Event::RoundScanned { .. }
-            | Event::Synced { .. }
-            | Event::Spared(_)
-            | Event::Warning(_)
-            | Event::TurnedAway { .. }
-            | Event::Paused
-            | Event::Resumed => {}
+            _ => {}
         }
         if let Some(what) = event.warning() {
             self.warn(what);

@@ -50,12 +50,12 @@ fn the_status_is_what_the_events_said() {
     observers.tell(&Event::Changed(Changed { round: 1, from, to, memory_bound: 77 }));
     (0..20).for_each(|number| observers.tell(&Event::Warning(format!("warning {number}"))));
     let status = control.status();
-    assert_eq!((status.in_force.unwrap().downtime_limit, status.memory_bound), (Duration::MAX, 77));
+    assert_eq!((status.settings.unwrap().downtime_limit, status.memory_bound), (Duration::MAX, 77));
     assert_eq!((status.warnings.len(), &*status.warnings[15]), (16, "warning 19"));
     script(Role::Source).iter().for_each(|event| observers.tell(event));
     let status = control.status();
     assert_eq!((status.phase, status.rounds), (Phase::Completed, 2));
-    assert!(status.peer.is_some() && status.total_bytes > 0 && status.decision.is_some());
+    assert!(status.peer.is_some() && status.total_bytes() > 0 && status.decision.is_some());
     let total = status.ended.map(|ended: Ended| ended.total);
     assert_eq!(total, Some(status.elapsed));
 }

@@ -1,7 +1,10 @@
 //! What a KVM machine is: memory, vCPUs, what its program does. Plain values with their limits.
 
+use serde::{Deserialize, Serialize};
+
 use crate::shared::SharedSettings;
 use memferry::guest::GuestError;
+use memferry::values::size;
 
 /// A page of the machine, in bytes.
 pub const PAGE_BYTES: u64 = 4096;
@@ -15,34 +18,43 @@ pub const MOST_MEMORY: u64 = 64 << 30;
 pub const MOST_VCPUS: u32 = 16;
 
 /// What a machine is. All but the dirty log travels as setup state, so a destination needs to know no more.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct KvmSettings {
     /// Bytes of RAM: a multiple of [`MEMORY_UNIT`].
+    #[serde(with = "size")]
     pub memory: u64,
     /// Virtual processors. Each has its own part of the region.
     pub vcpus: u32,
     /// Bytes that the program steps through: whole pages, at least one for each vCPU.
+    #[serde(with = "size")]
     pub region: u64,
     /// Where the region begins, as an offset in RAM: a whole page, behind the program's own part. The hole in physical memory
     /// below 4 GiB is no part of RAM, so a region may reach over it.
+    #[serde(skip)]
     pub region_at: u64,
     /// Pages that a vCPU writes in a second; 0 is as many as it can.
     pub pages_per_second: f64,
     /// Bytes that it changes in each page: a multiple of 8, from 16 to a page.
-    pub bytes: u32,
+    #[serde(with = "size")]
+    pub bytes: u64,
     /// Bytes behind the region that are free at the start, and hinted so: whole pages. The program takes an eighth of them
     /// in each pass, writes them, and in the next checks them and gives them back.
+    #[serde(with = "size")]
     pub free: u64,
     /// Bytes at the end of the RAM that are unplugged: whole pages.
+    #[serde(with = "size")]
     pub unplugged: u64,
     /// A block more, whose memory is in a file that both ends have: it never travels.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub shared: Option<SharedSettings>,
     /// How written pages are found here.
     pub dirty_log: KvmLogChoice,
 }
 
 /// How the pages that a machine writes are found.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum KvmLogChoice {
     /// KVM's dirty log, with manual protection.
     DirtyLog,
@@ -127,7 +139,7 @@ impl KvmSettings {
         check((0.0..=1e9).contains(&pages_per_second), || {
             format!("pages_per_second is {pages_per_second}: it may be 0 (as fast as it can) to 1000000000")
         })?;
-        check((16..=4096).contains(&bytes) && bytes.is_multiple_of(8), || {
+        check((16..=PAGE_BYTES).contains(&bytes) && bytes.is_multiple_of(8), || {
             format!("bytes is {bytes}: it may be 16 to 4096, in steps of 8")
         })
     }

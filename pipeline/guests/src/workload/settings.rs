@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use memferry_stages::geometry::{MAX_BLOCKS, PageSize};
+use serde::{Deserialize, Serialize};
 
 use crate::shared::SharedSettings;
 use crate::workload::stamp::STAMP_BYTES;
@@ -41,7 +42,8 @@ pub struct WorkloadSettings {
 }
 
 /// What the memory is made of.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Backing {
     /// Private anonymous memory.
     Anonymous,
@@ -62,7 +64,8 @@ impl Backing {
 }
 
 /// How written pages are found.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum LogChoice {
     /// Userfault where this host can do it, else software.
     Auto,
@@ -75,16 +78,21 @@ pub enum LogChoice {
 }
 
 /// What the memory holds at the start: shares that add up to at most 1, dealt by runs of 64 KiB or one page, whichever is larger. The
-/// rest is never touched.
-#[derive(Clone, Copy, Debug, PartialEq)]
+/// rest is never touched. A share that a configuration leaves out is 0.
+#[derive(Clone, Copy, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
 pub struct Fill {
     /// Never touched: zero pages.
+    #[serde(default)]
     pub zero: f64,
     /// Words, as in logs and sources.
+    #[serde(default)]
     pub text: f64,
     /// Bytes that do not compress.
+    #[serde(default)]
     pub random: f64,
     /// Bytes of this program's own binary.
+    #[serde(default)]
     pub process: f64,
 }
 
@@ -130,7 +138,8 @@ impl Region {
 }
 
 /// Which page is written next, of the pages that a writer has.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Pattern {
     /// One after another, and from the start again.
     Sequential,

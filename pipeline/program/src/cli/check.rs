@@ -12,12 +12,15 @@ use memferry_transports::file::FileTransport;
 
 use super::hosting::{check_destination, check_source};
 use crate::config::settings::{source_files, workload};
-use crate::config::tables::{Config, GuestTable, KvmLogChoice, LogChoice, SharedTable};
+use crate::config::tables::{Config, GuestTable};
 use crate::config::{self, Purpose};
 use memferry::human;
 use memferry::migration::{self, DIGEST_PASSES, HashingCost, destination_bound, hashing_cost, source_bound};
 use memferry::settings::SourceSettings;
 use memferry::values::Size;
+use memferry_guests::SharedSettings;
+use memferry_guests::kvm::KvmLogChoice;
+use memferry_guests::workload::LogChoice;
 
 /// The configuration as TOML, with bounds and floors as comments behind it.
 ///
@@ -97,8 +100,8 @@ fn facts(config: &Config) -> Vec<String> {
 
 /// The guest's blocks as they will be.
 fn layout(config: &Config) -> Result<Layout, String> {
-    let shared = |table: Option<&SharedTable>| {
-        table.map(|table| BlockInfo { ignored: true, ..BlockInfo::new("shared", table.size.0) })
+    let shared = |table: Option<&SharedSettings>| {
+        table.map(|table| BlockInfo { ignored: true, ..BlockInfo::new("shared", table.bytes) })
     };
     let (page_size, blocks) = match &config.guest {
         GuestTable::Workload(table) => {
@@ -117,7 +120,7 @@ fn layout(config: &Config) -> Result<Layout, String> {
             (settings.page_size, settings.images.iter().map(length).collect::<Result<_, _>>()?)
         }
         GuestTable::Kvm(table) => {
-            let ram = BlockInfo::new("ram", table.memory.0);
+            let ram = BlockInfo::new("ram", table.memory);
             (PageSize::DEFAULT, std::iter::once(ram).chain(shared(table.shared.as_ref())).collect())
         }
     };
@@ -129,7 +132,7 @@ fn may_leave_out(config: &Config) -> bool {
     match &config.guest {
         GuestTable::Workload(table) => table.free.is_some() || table.unplugged > 0.0 || table.shared.is_some(),
         GuestTable::File(_) => false,
-        GuestTable::Kvm(table) => table.free.0 > 0 || table.unplugged.0 > 0 || table.shared.is_some(),
+        GuestTable::Kvm(table) => table.free > 0 || table.unplugged > 0 || table.shared.is_some(),
     }
 }
 
@@ -258,7 +261,7 @@ mod tests {
         for dirty_log in ["dirty-log", "dirty-ring", "userfault", "hash"] {
             let config = configured("kvm", dirty_log);
             let GuestTable::Kvm(table) = &config.guest else { unreachable!("configured as one") };
-            let guest = memferry_guests::kvm::KvmGuest::source(crate::config::settings::kvm(table)).unwrap();
+            let guest = memferry_guests::kvm::KvmGuest::source(table.clone()).unwrap();
             let Some((said, kept)) = said_and_kept(&config, &*guest) else { continue };
             // Rings keep no bits of slots, but whether there will be rings is not known before.
             let spared = if dirty_log == "dirty-ring" { (66 << 20) / 4096 / 8 } else { 0 };

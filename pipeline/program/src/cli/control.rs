@@ -9,10 +9,10 @@ use serde_json::{Map, Value};
 
 use crate::api::client::{self, ClientError, Lines};
 use crate::api::patch;
-use memferry::events::TimeLeft;
+use memferry::bottleneck::Bottleneck;
+use memferry::events::{Phase, Role, TimeLeft};
 use memferry::human;
-use memferry_report::BottleneckReport;
-use memferry_report::event_json::{EndedJson, EventJson, EventLine, PhaseName, RoleName};
+use memferry_report::event_json::{EndedJson, EventJson, EventLine};
 
 /// How long a cancelled migration may take to end: a command of the guest's may have to come to its end first.
 const END_TIME: Duration = Duration::from_secs(30);
@@ -73,7 +73,7 @@ pub(super) async fn cancel(address: &Address) -> Result<String, String> {
 /// What the events of a migration that is cancelled have said.
 #[derive(Debug, Default)]
 struct Seen {
-    role: Option<RoleName>,
+    role: Option<Role>,
     is_paused: bool,
     ended: Option<EndedJson>,
 }
@@ -95,7 +95,7 @@ impl Seen {
     fn note(&mut self, line: EventLine) {
         self.role = line.role.or(self.role);
         match line.event {
-            EventJson::Phase { phase: PhaseName::Switchover } | EventJson::Paused => self.is_paused = true,
+            EventJson::Phase { phase: Phase::Switchover } | EventJson::Paused => self.is_paused = true,
             EventJson::Resumed => self.is_paused = false,
             EventJson::Ended(ended) => self.ended = Some(ended),
             _ => {}
@@ -118,20 +118,20 @@ impl Seen {
         let why = ended.error.map(|why| format!(": {why}")).unwrap_or_default();
         match (ended.phase, self.role) {
             _ if ended.resume_failed => Err(format!("the migration ended, and the guest is paused at the source{why}")),
-            (PhaseName::Cancelled | PhaseName::Failed, Some(RoleName::Destination)) => {
+            (Phase::Cancelled | Phase::Failed, Some(Role::Destination)) => {
                 Ok("cancelled here, at the destination: the source is told so and decides about the guest".into())
             }
-            (PhaseName::Cancelled, _) => Ok("cancelled: the guest continues at the source".into()),
-            (PhaseName::Failed, _) => Ok(format!("the migration failed, and the guest continues at the source{why}")),
-            (PhaseName::Completed, _) => Err("too late: the migration is completed".into()),
+            (Phase::Cancelled, _) => Ok("cancelled: the guest continues at the source".into()),
+            (Phase::Failed, _) => Ok(format!("the migration failed, and the guest continues at the source{why}")),
+            (Phase::Completed, _) => Err("too late: the migration is completed".into()),
             _ => Err(format!("too late: the handover is not confirmed{why}")),
         }
     }
 
     fn guest(&self) -> &'static str {
         match self.role {
-            Some(RoleName::Source) if self.is_paused => ": the guest is paused at the source",
-            Some(RoleName::Source) => ": the guest runs at the source",
+            Some(Role::Source) if self.is_paused => ": the guest is paused at the source",
+            Some(Role::Source) => ": the guest runs at the source",
             _ => "",
         }
     }
@@ -213,7 +213,7 @@ fn time_left(progress: &Value) -> Option<TimeLeft> {
 
 /// What holds it up, the greatest share first.
 fn held_up(shares: &Value) -> Option<String> {
-    let shares: BottleneckReport = serde_json::from_value(shares.clone()).ok()?;
+    let shares: Bottleneck = serde_json::from_value(shares.clone()).ok()?;
     Some(shares.to_string()).filter(|shares| !shares.is_empty())
 }
 
@@ -265,9 +265,9 @@ fn time(value: &Value) -> String {
 mod tests {
     use super::*;
     use crate::cli::verdict::never_begun;
-    use memferry::bottleneck::{Bottleneck, Cause};
-    use memferry::control::{InForce, Status};
-    use memferry::events::{Ended, Event, Phase, Progress, Role};
+    use memferry::bottleneck::Cause;
+    use memferry::control::Status;
+    use memferry::events::{Ended, Event, Progress};
     use memferry::settings::SourceSettings;
     use memferry_report::status_json::StatusJson;
     use memferry_stages::untrusted::is_unsafe;
@@ -368,7 +368,7 @@ mod tests {
             elapsed: std::time::Duration::from_millis(4200),
             peer: Some("10.0.0.2:7777".into()),
             progress: Some(progress),
-            in_force: Some(InForce::of(&SourceSettings::default())),
+            settings: Some(SourceSettings::default()),
             warnings: vec!["a warning".into()],
             ..Status::default()
         };

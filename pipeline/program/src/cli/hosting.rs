@@ -140,24 +140,21 @@ impl Resident for Workload {
 #[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
 mod machine {
     use super::{GuestError, Health, Hosted, Resident, human};
-    use crate::config::settings::kvm;
-    use crate::config::tables::KvmTable;
-    use memferry_guests::kvm::KvmGuest;
+    use memferry_guests::kvm::{KvmGuest, KvmSettings};
 
-    pub(super) fn source(table: &KvmTable) -> Result<Hosted, GuestError> {
-        KvmGuest::source(kvm(table)).map(Hosted::here)
+    pub(super) fn source(table: &KvmSettings) -> Result<Hosted, GuestError> {
+        KvmGuest::source(table.clone()).map(Hosted::here)
     }
 
-    pub(super) fn check(table: &KvmTable) -> Result<(), GuestError> {
-        KvmGuest::check(kvm(table))
+    pub(super) fn check(table: &KvmSettings) -> Result<(), GuestError> {
+        KvmGuest::check(table.clone())
     }
 
     /// How its writes are found is for this end to choose: it may be sent on from here.
-    pub(super) fn destination(table: &KvmTable) -> Result<Hosted, GuestError> {
-        let settings = kvm(table);
-        Ok(Hosted::here(match settings.shared {
-            Some(shared) => KvmGuest::destination_sharing(settings.dirty_log, shared.path),
-            None => KvmGuest::destination(settings.dirty_log),
+    pub(super) fn destination(table: &KvmSettings) -> Result<Hosted, GuestError> {
+        Ok(Hosted::here(match &table.shared {
+            Some(shared) => KvmGuest::destination_sharing(table.dirty_log, shared.path.clone()),
+            None => KvmGuest::destination(table.dirty_log),
         }))
     }
 
@@ -193,18 +190,18 @@ mod machine {
 #[cfg(not(all(feature = "kvm", target_os = "linux", target_arch = "x86_64")))]
 mod machine {
     use super::{GuestError, Hosted};
-    use crate::config::tables::KvmTable;
+    use memferry_guests::kvm::KvmSettings;
 
     /// The rules have refused it before.
-    pub(super) fn source(_: &KvmTable) -> Result<Hosted, GuestError> {
+    pub(super) fn source(_: &KvmSettings) -> Result<Hosted, GuestError> {
         Err(GuestError("this program was built without KVM".into()))
     }
 
-    pub(super) fn destination(table: &KvmTable) -> Result<Hosted, GuestError> {
+    pub(super) fn destination(table: &KvmSettings) -> Result<Hosted, GuestError> {
         source(table)
     }
 
-    pub(super) fn check(table: &KvmTable) -> Result<(), GuestError> {
+    pub(super) fn check(table: &KvmSettings) -> Result<(), GuestError> {
         source(table).map(drop)
     }
 }

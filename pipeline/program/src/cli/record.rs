@@ -8,8 +8,9 @@ use super::hosting::Hosted;
 use super::signals::Signals;
 use super::verdict::{CANCELLED, DONE, FAILED};
 use crate::config::Config;
-use crate::config::tables::{ConvergenceTable, EncoderTable, MigrationTable, PipelineTable};
+use crate::config::tables::{EncoderTable, MigrationTable, PipelineTable};
 use memferry::human;
+use memferry::settings::ConvergenceSettings;
 use memferry_plan::record::{INTERVAL, RecordError, RecordSettings, Recorded, record_watched};
 
 /// The level of zstd whose figures are taken where none is configured.
@@ -21,7 +22,7 @@ struct Planned<'a> {
     encoder: &'a EncoderTable,
     pipeline: &'a PipelineTable,
     migration: &'a MigrationTable,
-    convergence: &'a ConvergenceTable,
+    convergence: &'a ConvergenceSettings,
 }
 
 /// Records, and hosts a guest that lives here until it is over: the exit code.

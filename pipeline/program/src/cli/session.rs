@@ -228,7 +228,7 @@ impl Session {
 
     /// Makes sure that every observer knows how an end ended.
     fn settle(&self, role: Role, ended: Ended) -> Ended {
-        if self.accountant.account(role).ended.is_none() {
+        if self.accountant.account(role).status.ended.is_none() {
             self.observers(role).tell(&Event::Ended(ended.clone()));
         }
         ended
@@ -261,9 +261,11 @@ impl Session {
 
     /// What a source's figures say should be set otherwise.
     fn conclusions(&self, account: &Account, far: Option<&Account>) -> Vec<Conclusion> {
-        let Some(ended) = account.ended.as_ref().filter(|_| !account.decided.is_empty()) else { return Vec::new() };
+        let Some(ended) = account.status.ended.as_ref().filter(|_| !account.decided.is_empty()) else {
+            return Vec::new();
+        };
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let far = far.and_then(|far| far.ended.as_ref());
+        let far = far.and_then(|far| far.status.ended.as_ref());
         conclusions(&self.config.source(), account, &held_up(ended, far), cores)
     }
 

@@ -8,15 +8,17 @@ use memferry_transports::{Address, Capabilities, open};
 
 use super::fault::Fault;
 use super::tables::{
-    After, Compress, Config, DeltaChoice, EncoderTable, FileTable, FillTable, FreeTable, GuestTable, ImageTable,
-    KvmTable, OnMiss, Pattern, SharedTable, StallStep, WorkloadTable, WriterTable,
+    Compress, Config, DeltaChoice, EncoderTable, FileTable, FreeTable, GuestTable, ImageTable, WorkloadTable,
+    WriterTable,
 };
 use super::{Purpose, settings};
 use memferry::migration::{cache_beyond_guest, least_cache};
-use memferry::settings::LEAST_PEER_TIMEOUT;
+use memferry::settings::{After, LEAST_PEER_TIMEOUT, OnMiss, StallStep, SwitchoverBandwidth};
 use memferry::values::{Bandwidth, Size, Time};
-use memferry_guests::kvm::IS_BUILT_IN;
+use memferry_guests::SharedSettings;
 use memferry_guests::kvm::settings::{MEMORY_UNIT, MOST_MEMORY, MOST_VCPUS, OWN_BYTES, PAGE_BYTES};
+use memferry_guests::kvm::{IS_BUILT_IN, KvmSettings};
+use memferry_guests::workload::{Fill, Pattern};
 
 /// Everything that is wrong.
 pub(super) fn check(config: &Config, purpose: Purpose) -> Vec<Fault> {
@@ -143,7 +145,7 @@ fn guest_bytes(config: &Config) -> Option<u64> {
     match &config.guest {
         GuestTable::Workload(workload) => Some(workload.memory.0),
         GuestTable::File(_) => None,
-        GuestTable::Kvm(kvm) => Some(kvm.memory.0),
+        GuestTable::Kvm(kvm) => Some(kvm.memory),
     }
 }
 
@@ -165,8 +167,8 @@ fn migration(config: &Config, faults: &mut Vec<Fault>) {
         positive(faults, "migration.deadline", Time(deadline), "5m\" or \"none");
     }
     check_bandwidth("migration.max_bandwidth", table.max_bandwidth, faults);
-    if let Some(bandwidth) = table.switchover_bandwidth {
-        check_bandwidth("migration.switchover_bandwidth", bandwidth, faults);
+    if let SwitchoverBandwidth::AtMost(most) = table.switchover_bandwidth {
+        check_bandwidth("migration.switchover_bandwidth", Bandwidth(Some(most)), faults);
     }
     need(faults, table.max_rounds > 0, "migration.max_rounds", "0 rounds", "write 1 or more");
 }
@@ -190,13 +192,13 @@ fn convergence(config: &Config, faults: &mut Vec<Fault>) {
         format!("throttling that starts at {} and ends at {} percent", throttle.start, throttle.most),
         "write a start of at most `most`",
     );
-    positive(faults, "convergence.raise.step", table.raise.step, "100ms");
+    positive(faults, "convergence.raise.step", Time(table.raise.step), "100ms");
     if table.on_stall.contains(&StallStep::RaiseDowntimeLimit) {
         need(
             faults,
-            table.raise.most > limits.downtime_limit,
+            Time(table.raise.most) > limits.downtime_limit,
             "convergence.raise.most",
-            format!("a limit of {} cannot be raised to {}", limits.downtime_limit, table.raise.most),
+            format!("a limit of {} cannot be raised to {}", limits.downtime_limit, Time(table.raise.most)),
             "write more than downtime_limit, or leave \"raise-downtime-limit\" out",
         );
     }
@@ -309,11 +311,11 @@ fn check_what_stays(table: &WorkloadTable, faults: &mut Vec<Fault>) {
     check_shared(table.shared.as_ref(), page, "guest.workload.shared.size", faults);
 }
 
-fn check_shared(table: Option<&SharedTable>, page: Size, path: &str, faults: &mut Vec<Fault>) {
-    let Some(SharedTable { size, .. }) = table else { return };
-    let right = size.0 > 0 && size.0.is_multiple_of(page.0.max(1));
+fn check_shared(table: Option<&SharedSettings>, page: Size, path: &str, faults: &mut Vec<Fault>) {
+    let Some(SharedSettings { bytes, .. }) = table else { return };
+    let right = *bytes > 0 && bytes.is_multiple_of(page.0.max(1));
     let help = format!("write whole pages of {page}: \"64 MiB\"");
-    need(faults, right, path, format!("a shared block of {size}"), help);
+    need(faults, right, path, format!("a shared block of {}", Size(*bytes)), help);
 }
 
 /// A snapshot does not hold what is shared, and its guest goes on writing it.
@@ -332,7 +334,7 @@ fn check_snapshot(config: &Config, faults: &mut Vec<Fault>) {
     );
 }
 
-fn check_fill(fill: &FillTable, faults: &mut Vec<Fault>) {
+fn check_fill(fill: &Fill, faults: &mut Vec<Fault>) {
     let shares = [("zero", fill.zero), ("text", fill.text), ("random", fill.random), ("process", fill.process)];
     for (name, share) in shares {
         let right = share.is_finite() && share >= 0.0;
@@ -393,7 +395,7 @@ fn check_pattern(pattern: Pattern, path: &str, faults: &mut Vec<Fault>) {
     }
 }
 
-fn check_kvm(table: &KvmTable, faults: &mut Vec<Fault>) {
+fn check_kvm(table: &KvmSettings, faults: &mut Vec<Fault>) {
     need(
         faults,
         IS_BUILT_IN,
@@ -401,13 +403,12 @@ fn check_kvm(table: &KvmTable, faults: &mut Vec<Fault>) {
         "this program was built without KVM",
         "build it for x86-64 Linux with the feature `kvm`, which is on by default",
     );
-    let memory =
-        (2 * MEMORY_UNIT..=MOST_MEMORY).contains(&table.memory.0) && table.memory.0.is_multiple_of(MEMORY_UNIT);
+    let memory = (2 * MEMORY_UNIT..=MOST_MEMORY).contains(&table.memory) && table.memory.is_multiple_of(MEMORY_UNIT);
     need(
         faults,
         memory,
         "guest.kvm.memory",
-        format!("a machine of {}", table.memory),
+        format!("a machine of {}", Size(table.memory)),
         "write \"4 MiB\" to \"64 GiB\", in steps of 2 MiB",
     );
     need(
@@ -417,25 +418,25 @@ fn check_kvm(table: &KvmTable, faults: &mut Vec<Fault>) {
         format!("{} vCPUs", table.vcpus),
         format!("write a number from 1 to {MOST_VCPUS}"),
     );
-    let most = Size(table.memory.0.saturating_sub(OWN_BYTES));
+    let most = Size(table.memory.saturating_sub(OWN_BYTES));
     let least = Size(PAGE_BYTES * u64::from(table.vcpus.min(MOST_VCPUS)));
-    let region = table.region >= least && table.region.0.is_multiple_of(PAGE_BYTES);
+    let region = table.region >= least.0 && table.region.is_multiple_of(PAGE_BYTES);
     need(
         faults,
-        region && (table.region <= most || !memory),
+        region && (table.region <= most.0 || !memory),
         "guest.kvm.region",
-        format!("a region of {} in a machine of {}", table.region, table.memory),
+        format!("a region of {} in a machine of {}", Size(table.region), Size(table.memory)),
         format!("write whole pages of {PAGE_BYTES} bytes, {least} to {most}"),
     );
     for (path, part) in [("guest.kvm.free", table.free), ("guest.kvm.unplugged", table.unplugged)] {
-        let others =
-            [table.region, table.free, table.unplugged].iter().fold(OWN_BYTES, |all, part| all.saturating_add(part.0));
-        let fits = part.0.is_multiple_of(PAGE_BYTES) && (part.0 == 0 || others <= table.memory.0);
+        let parts = [table.region, table.free, table.unplugged];
+        let others = parts.iter().fold(OWN_BYTES, |all, &part| all.saturating_add(part));
+        let fits = part.is_multiple_of(PAGE_BYTES) && (part == 0 || others <= table.memory);
         need(
             faults,
             fits || !memory || !region,
             path,
-            format!("{part} beside the rest of a machine of {}", table.memory),
+            format!("{} beside the rest of a machine of {}", Size(part), Size(table.memory)),
             format!("write whole pages of {PAGE_BYTES} bytes; region, free and unplugged together may be {most}"),
         );
     }
@@ -449,9 +450,9 @@ fn check_kvm(table: &KvmTable, faults: &mut Vec<Fault>) {
     );
     need(
         faults,
-        (16..=PAGE_BYTES).contains(&table.bytes.0) && table.bytes.0.is_multiple_of(8),
+        (16..=PAGE_BYTES).contains(&table.bytes) && table.bytes.is_multiple_of(8),
         "guest.kvm.bytes",
-        format!("a write of {} in a page of {PAGE_BYTES} bytes", table.bytes),
+        format!("a write of {} in a page of {PAGE_BYTES} bytes", Size(table.bytes)),
         format!("write 16 to {PAGE_BYTES}, in steps of 8"),
     );
 }

@@ -9,20 +9,11 @@ use memferry_stages::geometry::PageSize;
 use memferry_transports::tcp::TcpTransport;
 use memferry_transports::{Address, Transport};
 
-use super::tables::{
-    self, Compress, Config, ConvergenceTable, DeltaChoice, EncoderTable, FileTable, KvmTable, WorkloadTable,
-    WriterTable,
-};
-use memferry::settings::{
-    After, ConvergenceSettings, DestinationSettings, EncoderSettings, OnDeadline, OnMiss, RaiseSettings,
-    SourceSettings, StallStep, SwitchoverBandwidth, ThrottleSettings, XbzrleSettings,
-};
-use memferry::values::{Bandwidth, Size};
+use super::tables::{self, Compress, Config, DeltaChoice, EncoderTable, Ends, FileTable, WorkloadTable, WriterTable};
+use memferry::settings::{DestinationSettings, EncoderSettings, SourceSettings, XbzrleSettings};
+use memferry::values::Size;
 use memferry_guests::file::{FileGuestSettings, Image};
-use memferry_guests::kvm::{KvmLogChoice, KvmSettings};
-use memferry_guests::workload::{
-    Backing, Fill, FreeSettings, LogChoice, Pattern, Region, SharedSettings, WorkloadSettings, WriterSettings,
-};
+use memferry_guests::workload::{FreeSettings, Region, WorkloadSettings, WriterSettings};
 
 /// The level of zstd where none is given: as fast as lz4's neighbours, denser than them.
 const ZSTD_LEVEL: i32 = 1;
@@ -31,50 +22,21 @@ impl Config {
     /// Settings of the source.
     #[must_use]
     pub fn source(&self) -> SourceSettings {
-        let (pipeline, migration) = (&self.pipeline, &self.migration);
-        SourceSettings {
-            lanes: pipeline.lanes,
-            connections: pipeline.connections,
-            encoder: encoder(&self.encoder),
-            checksum: pipeline.checksum,
-            max_bandwidth: migration.max_bandwidth.0,
-            switchover_bandwidth: match migration.switchover_bandwidth {
-                None => SwitchoverBandwidth::AsRounds,
-                Some(Bandwidth(None)) => SwitchoverBandwidth::Unlimited,
-                Some(Bandwidth(Some(rate))) => SwitchoverBandwidth::AtMost(rate),
-            },
-            downtime_limit: migration.downtime_limit.0,
-            max_downtime: migration.max_downtime.0,
-            max_rounds: migration.max_rounds,
-            deadline: migration.deadline.0,
-            on_deadline: match migration.on_deadline {
-                tables::OnDeadline::Cancel => OnDeadline::Cancel,
-                tables::OnDeadline::SwitchOver => OnDeadline::SwitchOver,
-            },
-            convergence: convergence(&self.convergence),
-            verify: migration.verify,
-            after: migration.after.map(|after| match after {
-                tables::After::Resume => After::Resume,
-                tables::After::Pause => After::Pause,
-            }),
-            max_state_bytes: migration.max_state.0,
-            handover_timeout: migration.handover_timeout.0,
-            peer_timeout: migration.peer_timeout.0,
-        }
+        let (encoder, convergence) = (encoder(&self.encoder), self.convergence.clone());
+        SourceSettings { encoder, convergence, ..self.ends().source }
     }
 
     /// Settings of the destination. It takes the page size that comes.
     #[must_use]
     pub fn destination(&self) -> DestinationSettings {
-        DestinationSettings {
-            page_size: None,
-            max_lanes: self.pipeline.max_lanes,
-            require_verify: self.migration.require_verify,
-            hello_timeout: self.migration.hello_timeout.0,
-            max_state_bytes: self.migration.max_state.0,
-            handover_timeout: self.migration.handover_timeout.0,
-            peer_timeout: self.migration.peer_timeout.0,
-        }
+        self.ends().destination
+    }
+
+    fn ends(&self) -> Ends {
+        let mut ends = Ends::default();
+        self.pipeline.put_into(&mut ends);
+        self.migration.put_into(&mut ends);
+        ends
     }
 
     /// The address.
@@ -97,31 +59,10 @@ impl Config {
     }
 }
 
-fn convergence(table: &ConvergenceTable) -> ConvergenceSettings {
-    let ConvergenceTable { on_stall, stall_rounds, cool_down_rounds, throttle, raise } = table;
-    let step = |step: &tables::StallStep| match step {
-        tables::StallStep::Throttle => StallStep::Throttle,
-        tables::StallStep::RaiseDowntimeLimit => StallStep::RaiseDowntimeLimit,
-        tables::StallStep::SwitchOver => StallStep::SwitchOver,
-        tables::StallStep::Cancel => StallStep::Cancel,
-    };
-    ConvergenceSettings {
-        on_stall: on_stall.iter().map(step).collect(),
-        stall_rounds: *stall_rounds,
-        cool_down_rounds: *cool_down_rounds,
-        throttle: ThrottleSettings { start: throttle.start, step: throttle.step, most: throttle.most },
-        raise: RaiseSettings { step: raise.step.0, most: raise.most.0 },
-    }
-}
-
 fn encoder(table: &EncoderTable) -> EncoderSettings {
     let xbzrle = XbzrleSettings {
         cache_bytes: table.xbzrle_cache.map_or(XbzrleSettings::default().cache_bytes, |size| size.0),
-        on_miss: match table.on_miss {
-            tables::OnMiss::Auto => OnMiss::Auto,
-            tables::OnMiss::Raw => OnMiss::Raw,
-            tables::OnMiss::Compress => OnMiss::Compress,
-        },
+        on_miss: table.on_miss,
         cache_first_round: table.cache_first_round,
     };
     EncoderSettings {
@@ -141,23 +82,13 @@ fn encoder(table: &EncoderTable) -> EncoderSettings {
 /// If the table was not checked.
 #[must_use]
 pub fn workload(table: &WorkloadTable) -> WorkloadSettings {
-    let fill = &table.fill;
     WorkloadSettings {
         memory: table.memory.0,
         blocks: table.blocks,
         page_size: page_size(table.page_size),
-        backing: match table.backing {
-            tables::Backing::Anonymous => Backing::Anonymous,
-            tables::Backing::Memfd => Backing::Memfd,
-            tables::Backing::Hugetlb => Backing::Hugetlb,
-        },
-        dirty_log: match table.dirty_log {
-            tables::LogChoice::Auto => LogChoice::Auto,
-            tables::LogChoice::Software => LogChoice::Software,
-            tables::LogChoice::Userfault => LogChoice::Userfault,
-            tables::LogChoice::Hash => LogChoice::Hash,
-        },
-        fill: Fill { zero: fill.zero, text: fill.text, random: fill.random, process: fill.process },
+        backing: table.backing,
+        dirty_log: table.dirty_log,
+        fill: table.fill,
         writers: table.writers.iter().map(writer).collect(),
         free: table.free.as_ref().map(|free| FreeSettings {
             share: free.share,
@@ -166,7 +97,7 @@ pub fn workload(table: &WorkloadTable) -> WorkloadSettings {
             range_pages: u32::try_from(free.range.0 / table.page_size.0).unwrap_or(u32::MAX),
         }),
         unplugged: table.unplugged,
-        shared: table.shared.as_ref().map(shared),
+        shared: table.shared.clone(),
         seed: table.seed,
     }
 }
@@ -174,12 +105,7 @@ pub fn workload(table: &WorkloadTable) -> WorkloadSettings {
 fn writer(table: &WriterTable) -> WriterSettings {
     let [from, to] = table.region;
     WriterSettings {
-        pattern: match table.pattern {
-            tables::Pattern::Sequential => Pattern::Sequential,
-            tables::Pattern::Uniform => Pattern::Uniform,
-            tables::Pattern::Zipf { exponent } => Pattern::Zipf { exponent },
-            tables::Pattern::HotSpot { pages, writes } => Pattern::HotSpot { pages, writes },
-        },
+        pattern: table.pattern,
         pages_per_second: table.pages_per_second,
         bytes: usize::try_from(table.bytes.0).expect("at most a page"),
         region: Region { from, to },
@@ -217,33 +143,6 @@ fn files(table: &FileTable, path: impl Fn(&tables::ImageTable) -> PathBuf) -> Fi
         start: table.start.clone(),
         overwrite: table.overwrite,
     }
-}
-
-/// What a virtual machine is.
-#[must_use]
-pub fn kvm(table: &KvmTable) -> KvmSettings {
-    KvmSettings {
-        memory: table.memory.0,
-        vcpus: table.vcpus,
-        region: table.region.0,
-        pages_per_second: table.pages_per_second,
-        // What does not fit is more than a page, and refused as that.
-        bytes: u32::try_from(table.bytes.0).unwrap_or(u32::MAX),
-        region_at: KvmSettings::default().region_at,
-        free: table.free.0,
-        unplugged: table.unplugged.0,
-        shared: table.shared.as_ref().map(shared),
-        dirty_log: match table.dirty_log {
-            tables::KvmLogChoice::DirtyLog => KvmLogChoice::DirtyLog,
-            tables::KvmLogChoice::DirtyRing => KvmLogChoice::DirtyRing,
-            tables::KvmLogChoice::Userfault => KvmLogChoice::Userfault,
-            tables::KvmLogChoice::Hash => KvmLogChoice::Hash,
-        },
-    }
-}
-
-fn shared(table: &tables::SharedTable) -> SharedSettings {
-    SharedSettings { path: table.path.clone(), bytes: table.size.0 }
 }
 
 fn page_size(size: Size) -> PageSize {

@@ -182,12 +182,7 @@ impl Observer for MetricsObserver {
             }
             Event::Warning(_) => counter!("memferry_warnings_total", "role" => role.name()).increment(1),
             Event::Ended(end) => self.ended(role, end),
-            Event::Connected { .. }
-            | Event::RoundScanned { .. }
-            | Event::Spared(_)
-            | Event::Paused
-            | Event::HandedOver
-            | Event::Resumed => {}
+            _ => {}
         }
     }
 }
@@ -202,17 +197,9 @@ fn decision(role: &'static str, decided: &Decided) {
 }
 
 fn phase(role: &'static str, now: Phase) {
-    let phases = [
-        (Phase::Setup, "setup"),
-        (Phase::Active, "active"),
-        (Phase::Switchover, "switchover"),
-        (Phase::Completed, "completed"),
-        (Phase::Failed, "failed"),
-        (Phase::Cancelled, "cancelled"),
-        (Phase::Unconfirmed, "unconfirmed"),
-    ];
-    for (phase, name) in phases {
-        gauge!("memferry_phase", "role" => role, "phase" => name).set(if phase == now { 1.0 } else { 0.0 });
+    for phase in Phase::ALL {
+        let is = if phase == now { 1.0 } else { 0.0 };
+        gauge!("memferry_phase", "role" => role, "phase" => phase.name()).set(is);
     }
 }
 

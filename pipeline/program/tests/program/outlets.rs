@@ -2,7 +2,8 @@
 
 use std::io::{Read, Write};
 
-use memferry_report::event_json::{EventJson, EventLine, PhaseName, RoleName};
+use memferry::events::{Phase, Role};
+use memferry_report::event_json::{EventJson, EventLine};
 use rustix::process::Signal;
 
 use crate::exposition::Exposition;
@@ -50,11 +51,11 @@ fn lines(text: &[u8]) -> Vec<EventLine> {
 #[track_caller]
 fn are_of_a_whole_migration(lines: &[EventLine]) {
     assert!(matches!(lines[0], EventLine { role: None, event: EventJson::Started { schema: 1, .. }, .. }));
-    for role in [RoleName::Source, RoleName::Destination] {
+    for role in [Role::Source, Role::Destination] {
         let of: Vec<_> = lines.iter().filter(|line| line.role == Some(role)).collect();
         assert!(of.windows(2).all(|pair| pair[0].ms <= pair[1].ms));
         let Some(EventJson::Ended(ended)) = of.last().map(|line| &line.event) else { panic!("{:?}", of.last()) };
-        assert_eq!(ended.phase, PhaseName::Completed);
+        assert_eq!(ended.phase, Phase::Completed);
         let rounds = of.iter().filter(|line| matches!(line.event, EventJson::RoundSent(_))).count();
         assert!(rounds >= 2, "{role:?} has {rounds} rounds");
         let progress = of.iter().filter(|line| matches!(line.event, EventJson::Progress(_))).count();

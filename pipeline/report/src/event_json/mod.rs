@@ -31,17 +31,19 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use memferry_stages::clears::Spared;
 use memferry_stages::tally::RoundTally;
 use memferry_stages::untrusted::{Untrusted, shown_json};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    BottleneckReport, ChangeReport, DecisionReport, DowntimeReport, ForecastReport, GuestReport, PagesReport,
-    SparedReport, StageReport, change, decision, downtime, forecast_report, guest, ms, percent, spared, stage,
+    ChangeReport, DecisionReport, ForecastReport, GuestReport, PagesReport, StageReport, change, decision,
+    forecast_report, guest, ms, percent, stage,
 };
+use memferry::bottleneck::Bottleneck;
 use memferry::controller::forecast::whole;
 use memferry::controller::{Decided, Decision};
-use memferry::events::{Ended, Event, Phase, Progress, Role, TimeLeft};
+use memferry::events::{DowntimeParts, Ended, Event, Phase, Progress, Role, TimeLeft};
 
 /// The version of the names in a line.
 pub const SCHEMA: u32 = 1;
@@ -53,40 +55,10 @@ pub struct EventLine {
     pub ms: f64,
     /// Which end it is of; none for what the writer says of itself.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub role: Option<RoleName>,
+    pub role: Option<Role>,
     /// What happened.
     #[serde(flatten)]
     pub event: EventJson,
-}
-
-/// Which end of a migration.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum RoleName {
-    /// Sends.
-    Source,
-    /// Receives.
-    Destination,
-}
-
-/// Where a migration stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum PhaseName {
-    /// Connecting, agreeing, arming logs.
-    Setup,
-    /// Rounds, while the guest runs.
-    Active,
-    /// The guest is paused at the source.
-    Switchover,
-    /// The guest runs at the destination, or the file is complete.
-    Completed,
-    /// It failed; the source is as it was.
-    Failed,
-    /// It was cancelled; the source is as it was.
-    Cancelled,
-    /// Go was sent and nothing came back.
-    Unconfirmed,
 }
 
 /// What happened; the tag `event` names the kind.
@@ -103,7 +75,7 @@ pub enum EventJson {
     /// The phase changed.
     Phase {
         /// To this.
-        phase: PhaseName,
+        phase: Phase,
     },
     /// The peer is there and agreed.
     Connected {
@@ -129,7 +101,7 @@ pub enum EventJson {
         duration_ms: f64,
     },
     /// Pages need not travel: so many so far.
-    Spared(SparedReport),
+    Spared(Spared),
     /// The controller decided.
     Decided(DecidedJson),
     /// A setting was changed while it ran.
@@ -249,7 +221,7 @@ pub struct ProgressJson {
     pub time_left_ms: Option<f64>,
     /// What holds it up, over the latest seconds; once it has ended, from its start.
     #[serde(default)]
-    pub bottleneck_percent: BottleneckReport,
+    pub bottleneck_percent: Bottleneck,
     /// Processor time of the process since the first page.
     #[serde(default)]
     pub cpu_ms: f64,
@@ -261,7 +233,7 @@ pub struct ProgressJson {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct EndedJson {
     /// Completed, failed, cancelled or unconfirmed.
-    pub phase: PhaseName,
+    pub phase: Phase,
     /// Why it is not completed.
     pub error: Option<Untrusted>,
     /// Were digests compared and equal; null if they were not compared.
@@ -273,18 +245,18 @@ pub struct EndedJson {
     /// How long the guest was paused: until its start, or until it was resumed at the source; null if it was not paused, or still is.
     pub downtime_ms: Option<f64>,
     /// Its parts.
-    pub downtime: DowntimeReport,
+    pub downtime: DowntimeParts,
     /// What was expected of the downtime; null if the controller did not decide to switch over, or could not tell.
     pub forecast: Option<ForecastReport>,
     /// Bytes handed to the transport, or taken from it.
     pub wire_bytes: u64,
     /// Pages that were not sent for what the guest said of them.
-    pub spared: SparedReport,
+    pub spared: Spared,
     /// The most memory that the engine took.
     pub memory_peak_bytes: u64,
     /// What held it up.
     #[serde(default)]
-    pub bottleneck_percent: BottleneckReport,
+    pub bottleneck_percent: Bottleneck,
     /// Processor time of the process from the first page to the verdict.
     #[serde(default)]
     pub cpu_ms: f64,
@@ -298,7 +270,7 @@ impl EventLine {
     /// What happened at one end, so long after the watch began.
     #[must_use]
     pub fn new(since: Duration, role: Role, event: &Event) -> Self {
-        Self { ms: ms(since), role: Some(role.into()), event: event.into() }
+        Self { ms: ms(since), role: Some(role), event: event.into() }
     }
 
     /// The first line of a file, at a time of day.
@@ -335,33 +307,10 @@ impl EventLine {
     }
 }
 
-impl From<Role> for RoleName {
-    fn from(role: Role) -> Self {
-        match role {
-            Role::Source => Self::Source,
-            Role::Destination => Self::Destination,
-        }
-    }
-}
-
-impl From<Phase> for PhaseName {
-    fn from(phase: Phase) -> Self {
-        match phase {
-            Phase::Setup => Self::Setup,
-            Phase::Active => Self::Active,
-            Phase::Switchover => Self::Switchover,
-            Phase::Completed => Self::Completed,
-            Phase::Failed => Self::Failed,
-            Phase::Cancelled => Self::Cancelled,
-            Phase::Unconfirmed => Self::Unconfirmed,
-        }
-    }
-}
-
 impl From<&Event> for EventJson {
     fn from(event: &Event) -> Self {
         match event {
-            Event::Phase(phase) => Self::Phase { phase: (*phase).into() },
+            Event::Phase(phase) => Self::Phase { phase: *phase },
             Event::Connected { peer } => Self::Connected { peer: peer.clone() },
             Event::Guest { blocks, pages, memory_bound } => {
                 Self::Guest(GuestJson { guest: guest(blocks, *pages), memory_bound_bytes: *memory_bound })
@@ -371,7 +320,7 @@ impl From<&Event> for EventJson {
             Event::Synced { after_round, dirty_pages, duration } => {
                 Self::Synced { after_round: *after_round, dirty_pages: *dirty_pages, duration_ms: ms(*duration) }
             }
-            Event::Spared(so_far) => Self::Spared(spared(*so_far)),
+            Event::Spared(so_far) => Self::Spared(*so_far),
             Event::Decided(decided) => Self::Decided(decided.into()),
             Event::Progress(progress) => Self::Progress(progress.into()),
             Event::TurnedAway { kind, peer, why, count } => Self::TurnedAway {
@@ -427,7 +376,7 @@ impl From<&Progress> for ProgressJson {
                 TimeLeft::About(time) => Some(ms(time)),
                 TimeLeft::Unknown | TimeLeft::DoesNotConverge => None,
             },
-            bottleneck_percent: (&now.bottleneck).into(),
+            bottleneck_percent: now.bottleneck,
             cpu_ms: ms(now.cpu),
             stages: now.stages.iter().map(stage).collect(),
         }
@@ -437,18 +386,18 @@ impl From<&Progress> for ProgressJson {
 impl From<&Ended> for EndedJson {
     fn from(ended: &Ended) -> Self {
         Self {
-            phase: ended.phase.into(),
+            phase: ended.phase,
             error: ended.error.as_deref().map(Untrusted::from),
             verified: ended.verified,
             total_ms: ms(ended.total),
             setup_ms: ms(ended.setup),
             downtime_ms: ended.downtime.map(ms),
-            downtime: downtime(ended),
+            downtime: ended.parts,
             forecast: ended.forecast.map(|forecast| forecast_report(&forecast, ended.switchover())),
             wire_bytes: ended.wire_bytes,
-            spared: spared(ended.spared),
+            spared: ended.spared,
             memory_peak_bytes: ended.memory_peak,
-            bottleneck_percent: (&ended.bottleneck).into(),
+            bottleneck_percent: ended.bottleneck,
             cpu_ms: ms(ended.cpu),
             stages: ended.stages.iter().map(stage).collect(),
             resume_failed: ended.resume_failed,

@@ -8,7 +8,9 @@ use super::chart;
 use super::{Page, ms, wide};
 use crate::{ForecastReport, Report};
 use memferry::controller::Decision;
+use memferry::events::DowntimeParts;
 use memferry::human;
+use memferry::values;
 
 /// A part of the downtime.
 struct Part {
@@ -79,18 +81,20 @@ fn off(forecast: &ForecastReport) -> String {
 }
 
 fn parts(report: &Report) -> Vec<Part> {
-    let happened = &report.downtime;
     let forecast = report.forecast.as_ref();
     let part = |class, name, happened_ms, expected_ms| Part { class, name, happened_ms, expected_ms };
+    let DowntimeParts { final_sync, final_transfer, state, verify, handover, resume } = report.downtime;
+    let [final_sync, final_transfer, state, verify, handover, resume] =
+        [final_sync, final_transfer, state, verify, handover, resume].map(values::ms);
     let mut parts = vec![
-        part("part-sync", "last sync", happened.final_sync_ms, forecast.map(|forecast| forecast.sync_ms)),
-        part("part-transfer", "transfer", happened.final_transfer_ms, forecast.map(|forecast| forecast.transfer_ms)),
-        part("part-verify", "verify", happened.verify_ms, forecast.map(|forecast| forecast.verify_ms)),
-        part("part-state", "device state", happened.state_ms, None),
-        part("part-handover", "handover", happened.handover_ms, forecast.map(|forecast| forecast.handover_ms)),
+        part("part-sync", "last sync", final_sync, forecast.map(|forecast| forecast.sync_ms)),
+        part("part-transfer", "transfer", final_transfer, forecast.map(|forecast| forecast.transfer_ms)),
+        part("part-verify", "verify", verify, forecast.map(|forecast| forecast.verify_ms)),
+        part("part-state", "device state", state, None),
+        part("part-handover", "handover", handover, forecast.map(|forecast| forecast.handover_ms)),
     ];
-    if happened.resume_ms > 0.0 {
-        parts.push(part("part-rest", "resume", happened.resume_ms, None));
+    if resume > 0.0 {
+        parts.push(part("part-rest", "resume", resume, None));
     }
     parts
 }

@@ -139,7 +139,7 @@ impl Page<'_> {
 
     /// What the syncs found dirty, in bytes, and when.
     fn found(&self) -> impl Iterator<Item = (Duration, u64)> {
-        let page_bytes = self.account.bytes().checked_div(self.account.pages).unwrap_or(0);
+        let page_bytes = self.account.status.total_bytes().checked_div(self.account.status.pages).unwrap_or(0);
         self.account.series.marks().iter().filter_map(move |mark| match mark.what {
             Happened::Synced(pages) => Some((mark.at, pages.saturating_mul(page_bytes))),
             _ => None,

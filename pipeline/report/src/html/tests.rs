@@ -33,7 +33,7 @@ impl Scene {
         for event in script(end) {
             scene.account.enter(&event, Duration::from_millis(at));
             at += 100;
-            if scene.account.ended.is_none() && !scene.account.blocks.is_empty() {
+            if scene.account.status.ended.is_none() && !scene.account.status.blocks.is_empty() {
                 scene.account.enter(&progress(at), Duration::from_millis(at));
             }
         }
@@ -47,7 +47,7 @@ impl Scene {
 
     /// The same, but for how it ended.
     fn ending(mut self, change: impl FnOnce(&mut Ended)) -> Self {
-        change(self.account.ended.get_or_insert_with(|| ended(Role::Source)));
+        change(self.account.status.ended.get_or_insert_with(|| ended(Role::Source)));
         self
     }
 
@@ -59,7 +59,7 @@ impl Scene {
 
     fn on<T>(&self, look: impl FnOnce(&Page<'_>) -> T) -> T {
         let Self { role, account, settings, configuration } = self;
-        let verdict = account.ended.as_ref().unwrap();
+        let verdict = account.status.ended.as_ref().unwrap();
         let report = &Report::new(role, verdict, account, None);
         let conclusions = &todo::conclusions(settings, account, &Bottleneck::default(), 2);
         look(&Page {
@@ -286,7 +286,7 @@ fn a_long_page_of_many_lanes_stays_readable() {
         }));
     }
     ended.iter().for_each(enter);
-    let stages = &mut scene.account.ended.as_mut().unwrap().stages;
+    let stages = &mut scene.account.status.ended.as_mut().unwrap().stages;
     let lanes = [StageId::zero_detector, StageId::encoder, StageId::sender].into_iter().flat_map(|id| {
         let of = stages[0].clone();
         (0..16).map(move |lane| Reading { stage: id(lane), ..of.clone() })
@@ -430,8 +430,8 @@ fn what_comes_from_outside_stays_text() {
     let evil = "\"'><script>alert(1)</script><img src=x onerror=alert(1)>&amp;</code>\u{202e}\u{7}\u{0}";
     let mut scene = Scene::new("send").ending(|ended| failed(ended, Phase::Failed, evil));
     let account = &mut scene.account;
-    account.peer = Some(evil.into());
-    account.blocks.push(BlockFacts { id: evil.into(), bytes: 4096, page_size: 4096 });
+    account.status.peer = Some(evil.into());
+    account.status.blocks.push(BlockFacts { id: evil.into(), bytes: 4096, page_size: 4096 });
     account.enter(&Event::Warning(evil.into()), Duration::from_secs(1));
     let kind = TurnedAwayKind::Stranger;
     let away = Event::TurnedAway { kind, peer: evil.into(), why: evil.into(), count: 1 };

@@ -48,20 +48,20 @@ pub(super) fn section(page: &Page<'_>) -> Markup {
             p.status {
                 span.pill { (report.status) }
                 " memferry " (report.role)
-                @if let Some(peer) = &page.account.peer { " · " (if page.is_destination() { "from" } else { "to" }) " " (peer) }
+                @if let Some(peer) = &page.account.status.peer { " · " (if page.is_destination() { "from" } else { "to" }) " " (peer) }
             }
             h1 { (story.headline) }
             @if let Some(error) = report.error.as_ref().filter(|error| *error != report.status) { p.error { strong { "Why: " } (clean(error)) } }
             p { strong { "The guest: " } (story.guest) }
             p { strong { "To do: " } (story.todo) }
         }
-        @if !page.account.blocks.is_empty() { dl.figures { @for figure in figures(page) { (figure.card()) } } }
+        @if !page.account.status.blocks.is_empty() { dl.figures { @for figure in figures(page) { (figure.card()) } } }
     }
 }
 
 /// The verdict in sentences.
 pub(super) fn story(page: &Page<'_>) -> Story {
-    let ended = page.account.ended.as_ref();
+    let ended = page.account.status.ended.as_ref();
     if ended.is_some_and(|ended| ended.resume_failed) {
         return Story {
             tone: Tone::Bad,
@@ -164,7 +164,7 @@ fn unconfirmed(page: &Page<'_>) -> Story {
         headline: "The guest was handed over, and nobody confirmed that it runs.".into(),
         guest: format!(
             "It is paused here. It may run at the destination{}.",
-            page.account.peer.as_ref().map(|peer| format!(", {peer}")).unwrap_or_default()
+            page.account.status.peer.as_ref().map(|peer| format!(", {peer}")).unwrap_or_default()
         ),
         todo: "Look at the destination. If the guest runs there, all is done: end it here. Only if it does not run there, and \
                cannot start any more, resume it here."
@@ -190,7 +190,8 @@ fn cancelled(page: &Page<'_>) -> Story {
 }
 
 fn failed(page: &Page<'_>) -> Story {
-    let done_here = page.account.ended.as_ref().is_some_and(|ended| ended.phase == memferry::events::Phase::Completed);
+    let done_here =
+        page.account.status.ended.as_ref().is_some_and(|ended| ended.phase == memferry::events::Phase::Completed);
     if done_here {
         return Story {
             tone: Tone::Bad,
@@ -199,7 +200,7 @@ fn failed(page: &Page<'_>) -> Story {
             todo: "See what the destination says went wrong. A file that was written is still there.".into(),
         };
     }
-    let headline = if page.account.blocks.is_empty() {
+    let headline = if page.account.status.blocks.is_empty() {
         "The migration did not begin; the guest is at its source."
     } else {
         "The migration failed; the guest is at its source."

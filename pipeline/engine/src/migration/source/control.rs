@@ -1,7 +1,7 @@
 //! What the operator asks of a running source: other settings, or the switchover at once.
 
 use super::Source;
-use crate::control::{Ask, Change, Changed, ControlError, InForce, Request};
+use crate::control::{Ask, Change, Changed, ControlError, Request, differences, with_all};
 use crate::events::Event;
 use crate::human;
 use crate::migration::bounds;
@@ -47,11 +47,10 @@ impl Source {
 
     /// Puts other settings in force, or none of them.
     async fn change(&mut self, flow: Option<&Flow>, changes: &[Change]) -> Result<(), ControlError> {
-        let before = InForce::of(&self.settings);
-        let after = before.with_all(changes)?;
-        let differences = before.differences(&after);
+        let after = with_all(&self.settings, changes)?;
+        let differences = differences(&self.settings, &after);
         differences.iter().try_for_each(|(_, to)| self.check(to))?;
-        after.put_into(&mut self.settings);
+        self.settings = after;
         for (from, to) in differences {
             self.put_in_force(flow, to).await;
             let memory_bound = self.bound() + bounds::logs_bytes(&self.logs);
@@ -89,8 +88,7 @@ impl Source {
         if let Some((what, write)) = bounds::cache_beyond_guest(bytes, self.layout().bytes(), page, lanes) {
             return Err(to.wrong(format!("{what}; {write}")).into());
         }
-        let mut settings = self.settings.clone();
-        InForce::of(&settings).with_all(&[*to])?.put_into(&mut settings);
+        let settings = with_all(&self.settings, &[*to])?;
         let bound = bounds::source_bound(self.layout(), &settings, self.may_leave_out());
         bounds::check_cache(bound, bytes).map_err(|why| to.wrong(why).into())
     }

@@ -147,7 +147,7 @@ fn begin(vcpu: &VcpuFd, settings: &KvmSettings, index: u32) -> Result<(), kvm_io
         r13: part.start,
         r14: free.start,
         r15: free.end,
-        r9: settings.bytes.into(),
+        r9: settings.bytes,
         r10: index.into(),
         ..Default::default()
     })?;

@@ -146,10 +146,11 @@ impl Ram {
         let mut noise = Noise(1);
         let mut content = [0; 4096];
         let half = content.len() / 2;
+        let changed = usize::try_from(settings.bytes).expect("at most a page");
         for page in 0..settings.region_pages() + settings.free / PAGE_BYTES {
             // Half a page of noise: it compresses to about half.
             content[..half].chunks_exact_mut(8).for_each(|word| word.copy_from_slice(&noise.next()));
-            content[..settings.bytes as usize].fill(0);
+            content[..changed].fill(0);
             content[..8].copy_from_slice(&page.to_le_bytes());
             self.store(settings.region_at + page * PAGE_BYTES, &content);
         }

@@ -57,7 +57,7 @@ pub(super) fn save_setup(machine: &Machine) -> GuestState {
     output.u32(vcpus);
     output.u64(region);
     output.u64(region_at);
-    output.u32(bytes);
+    output.u32(u32::try_from(bytes).expect("at most a page"));
     output.u64(pages_per_second.to_bits());
     output.u64(free);
     output.u64(unplugged);
@@ -78,7 +78,7 @@ pub(super) fn load_setup(
     };
     let mut input = Input::of(section, "machine", VERSION)?;
     let (memory, vcpus, region, region_at) = (input.u64()?, input.u32()?, input.u64()?, input.u64()?);
-    let bytes = input.u32()?;
+    let bytes = input.u32()?.into();
     let pages_per_second = f64::from_bits(input.u64()?);
     let (free, unplugged, shared_bytes) = (input.u64()?, input.u64()?, input.u64()?);
     let shared = SharedSettings::that_came(shared_bytes, shared).map_err(|why| input.refuse(why))?;

@@ -8,9 +8,9 @@ use memferry_stages::stage_id::StageKind;
 use memferry_stages::untrusted::Untrusted;
 
 use super::words;
-use memferry_report::event_json::{
-    ChangedJson, EndedJson, EventJson, EventLine, GuestJson, PhaseName, ProgressJson, RoleName, RoundJson,
-};
+use memferry::events::{Phase, Role};
+use memferry_report::event_json::{ChangedJson, EndedJson, EventJson, EventLine, GuestJson, ProgressJson, RoundJson};
+use memferry_report::series::Thinned;
 use memferry_report::{DecisionReport, StageReport};
 
 /// Rounds, remarks and readings that are kept.
@@ -46,11 +46,11 @@ pub(super) struct Model {
 #[derive(Clone, Debug, Default)]
 pub(super) struct End {
     heard: bool,
-    pub(super) phase: Option<PhaseName>,
+    pub(super) phase: Option<Phase>,
     pub(super) peer: Option<Untrusted>,
     pub(super) guest: Option<GuestJson>,
     pub(super) now: Option<ProgressJson>,
-    pub(super) history: History,
+    pub(super) history: Thinned<Sample>,
     /// Rounds that are sent, the latest last.
     pub(super) rounds: VecDeque<RoundJson>,
     /// Decisions and warnings, the latest last.
@@ -102,18 +102,18 @@ impl Model {
         }
         match (&line.event, line.role) {
             (EventJson::Lost { events }, _) => self.lost = self.lost.saturating_add(*events),
-            (event, Some(RoleName::Source)) => self.source.take(line.ms, event),
-            (event, Some(RoleName::Destination)) => self.destination.take(line.ms, event),
+            (event, Some(Role::Source)) => self.source.take(line.ms, event),
+            (event, Some(Role::Destination)) => self.destination.take(line.ms, event),
             (_, None) => {}
         }
     }
 
     /// The end that is shown: the source where it is heard, for it decides.
-    pub(super) fn shown(&self) -> (RoleName, &End) {
+    pub(super) fn shown(&self) -> (Role, &End) {
         if self.source.heard || !self.destination.heard {
-            (RoleName::Source, &self.source)
+            (Role::Source, &self.source)
         } else {
-            (RoleName::Destination, &self.destination)
+            (Role::Destination, &self.destination)
         }
     }
 
@@ -151,20 +151,13 @@ impl End {
             }
             EventJson::Progress(now) => self.progress(ms, now),
             EventJson::Ended(ended) => self.end(ended),
-            EventJson::Started { .. }
-            | EventJson::RoundScanned { .. }
-            | EventJson::Synced { .. }
-            | EventJson::Spared(_)
-            | EventJson::Paused
-            | EventJson::HandedOver
-            | EventJson::Resumed
-            | EventJson::Lost { .. } => {}
+            _ => {}
         }
     }
 
     /// A setup after an end is another migration.
-    fn phase(&mut self, phase: PhaseName) {
-        if phase == PhaseName::Setup && self.ended.is_some() {
+    fn phase(&mut self, phase: Phase) {
+        if phase == Phase::Setup && self.ended.is_some() {
             *self = Self { heard: true, ..Self::default() };
         }
         self.phase = Some(phase);
@@ -195,7 +188,7 @@ impl End {
     }
 
     fn progress(&mut self, ms: f64, now: &ProgressJson) {
-        self.history.enter(Sample {
+        self.history.push(Sample {
             remaining: now.remaining_bytes.unwrap_or(0),
             wire_rate: now.wire_bytes_per_s,
             dirty_rate: now.dirty_bytes_per_s.unwrap_or(0),
@@ -259,48 +252,12 @@ fn keep<T>(list: &mut VecDeque<T>, item: T, most: usize) {
     list.push_back(item);
 }
 
-/// Samples from the beginning on, at even distances: when there are too many, every other one goes and the distance doubles.
-#[derive(Clone, Debug)]
-pub(super) struct History {
-    samples: Vec<Sample>,
-    /// One sample in so many is kept.
-    stride: u64,
-    seen: u64,
-}
-
-impl Default for History {
-    fn default() -> Self {
-        Self { samples: Vec::new(), stride: 1, seen: 0 }
+/// One figure over time in at most `width` columns, each the greatest of its samples.
+pub(super) fn greatest(samples: &[Sample], width: usize, figure: fn(&Sample) -> u64) -> Vec<u64> {
+    let count = samples.len();
+    if count <= width {
+        return samples.iter().map(figure).collect();
     }
-}
-
-impl History {
-    const MOST: usize = 512;
-
-    fn enter(&mut self, sample: Sample) {
-        let due = self.seen.is_multiple_of(self.stride);
-        self.seen += 1;
-        if !due {
-            return;
-        }
-        self.samples.push(sample);
-        if self.samples.len() == Self::MOST {
-            let mut index = 0;
-            self.samples.retain(|_| {
-                index += 1;
-                index % 2 == 1
-            });
-            self.stride *= 2;
-        }
-    }
-
-    /// One figure over time in at most `width` columns, each the greatest of its samples.
-    pub(super) fn columns(&self, width: usize, figure: fn(&Sample) -> u64) -> Vec<u64> {
-        let count = self.samples.len();
-        if count <= width {
-            return self.samples.iter().map(figure).collect();
-        }
-        let column = |column: usize| &self.samples[column * count / width..(column + 1) * count / width];
-        (0..width).map(|index| column(index).iter().map(figure).max().unwrap_or(0)).collect()
-    }
+    let column = |column: usize| &samples[column * count / width..(column + 1) * count / width];
+    (0..width).map(|index| column(index).iter().map(figure).max().unwrap_or(0)).collect()
 }

@@ -4,10 +4,11 @@
 use ratatui::Terminal;
 use ratatui::backend::TestBackend;
 
-use super::model::Model;
+use super::model::{Model, greatest};
 use super::view::{self, Theme};
 use super::words::Teller;
-use memferry_report::event_json::{EventJson, EventLine, PhaseName};
+use memferry::events::Phase;
+use memferry_report::event_json::{EventJson, EventLine};
 
 fn recorded() -> Vec<EventLine> {
     include_str!("tests/recorded.jsonl").lines().map(|line| EventLine::from_json(line).unwrap()).collect()
@@ -144,16 +145,16 @@ fn histories_are_bounded() {
     for line in progress.iter().cycle().take(5000) {
         model.take(line);
     }
-    let columns = model.shown().1.history.columns(10_000, |sample| sample.remaining);
-    assert!((256..512).contains(&columns.len()), "{} samples", columns.len());
-    assert_eq!(model.shown().1.history.columns(50, |sample| sample.remaining).len(), 50);
+    let all = greatest(model.shown().1.history.kept(), 10_000, |sample| sample.remaining);
+    assert!((256..512).contains(&all.len()), "{} samples", all.len());
+    assert_eq!(greatest(model.shown().1.history.kept(), 50, |sample| sample.remaining).len(), 50);
 }
 
 #[test]
 fn a_migration_after_another_begins_anew() {
     let mut model = after(f64::INFINITY);
     let mut again = recorded().into_iter().find(|line| line.role.is_some()).unwrap();
-    again.event = EventJson::Phase { phase: PhaseName::Setup };
+    again.event = EventJson::Phase { phase: Phase::Setup };
     model.take(&again);
     assert!(!model.is_over());
     let (_, end) = model.shown();

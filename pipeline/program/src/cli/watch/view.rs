@@ -17,10 +17,12 @@ use ratatui::style::{Color, Modifier, Style};
 use ratatui::text::{Line, Span};
 use ratatui::widgets::{Paragraph, Sparkline};
 
-use super::model::{End, Model, Remark, RemarkKind, Sample, Shares, without_lanes};
+use super::model::{End, Model, Remark, RemarkKind, Sample, Shares, greatest, without_lanes};
 use super::words;
+use crate::progress::time_left;
+use memferry::events::Phase;
 use memferry::human;
-use memferry_report::event_json::{PhaseName, ProgressJson, RoundJson};
+use memferry_report::event_json::{ProgressJson, RoundJson};
 
 /// A bar of a stage has its name before and a percentage behind it.
 const STAGE_NAME: usize = 16;
@@ -108,7 +110,7 @@ impl Page<'_, '_> {
         let (role, end) = model.shown();
         let (name, meaning) = words::phase(end.phase);
         let mut spans = vec![
-            Span::styled(format!("{:<LABEL$}", words::role(role)), Theme::head()),
+            Span::styled(format!("{:<LABEL$}", role.name()), Theme::head()),
             Span::styled(name.to_uppercase(), self.theme.of(phase_colour(end.phase)).add_modifier(Modifier::BOLD)),
         ];
         let said = match (&end.ended, &end.now) {
@@ -133,7 +135,7 @@ impl Page<'_, '_> {
         let mut words = format!("{left} left");
         if self.width >= NARROW {
             words = format!("{left} of {} left", human::bytes(now.total_bytes));
-            words.extend(words::time_left(now).map(|time| format!(", {time}")));
+            words.extend(time_left(now).map(|time| format!(", {time}")));
         }
         let done = done.clamp(0.0, 100.0);
         let bar = filled(done / 100.0, self.width.saturating_sub(LABEL + words.len() + 8));
@@ -163,7 +165,7 @@ impl Page<'_, '_> {
         self.frame.render_widget(Paragraph::new(text), row);
         let taken = u16::try_from(LABEL + FIGURE).unwrap_or(u16::MAX).min(row.width);
         let rest = Rect { x: row.x + taken, width: row.width - taken, ..row };
-        let columns = end.history.columns(usize::from(rest.width), of);
+        let columns = greatest(end.history.kept(), usize::from(rest.width), of);
         self.frame.render_widget(Sparkline::default().data(columns).style(self.theme.of(colour)), rest);
     }
 
@@ -338,13 +340,13 @@ impl Page<'_, '_> {
     }
 }
 
-fn phase_colour(phase: Option<PhaseName>) -> Color {
+fn phase_colour(phase: Option<Phase>) -> Color {
     match phase {
-        None | Some(PhaseName::Setup) => Color::Blue,
-        Some(PhaseName::Active) => Color::Cyan,
-        Some(PhaseName::Switchover | PhaseName::Cancelled) => Color::Yellow,
-        Some(PhaseName::Completed) => Color::Green,
-        Some(PhaseName::Failed | PhaseName::Unconfirmed) => Color::Red,
+        None | Some(Phase::Setup) => Color::Blue,
+        Some(Phase::Active) => Color::Cyan,
+        Some(Phase::Switchover | Phase::Cancelled) => Color::Yellow,
+        Some(Phase::Completed) => Color::Green,
+        Some(Phase::Failed | Phase::Unconfirmed) => Color::Red,
     }
 }
 

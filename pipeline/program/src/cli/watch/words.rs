@@ -4,9 +4,10 @@ use std::time::Duration;
 
 use memferry_stages::untrusted::{Untrusted, shown};
 
-use memferry::events::TimeLeft;
+use crate::progress::figures;
+use memferry::events::{Phase, Role};
 use memferry::human;
-use memferry_report::event_json::{ChangedJson, EndedJson, EventJson, EventLine, PhaseName, ProgressJson, RoleName};
+use memferry_report::event_json::{ChangedJson, EndedJson, EventJson, EventLine};
 
 /// A time of the format, for people; nonsense is no time.
 pub(super) fn time(ms: f64) -> String {
@@ -19,24 +20,17 @@ pub(super) fn clock(ms: f64) -> String {
     format!("{seconds:.1} s")
 }
 
-pub(super) fn role(role: RoleName) -> &'static str {
-    match role {
-        RoleName::Source => "source",
-        RoleName::Destination => "destination",
-    }
-}
-
 /// Where it stands, and what that means for the guest.
-pub(super) fn phase(phase: Option<PhaseName>) -> (&'static str, &'static str) {
+pub(super) fn phase(phase: Option<Phase>) -> (&'static str, &'static str) {
     match phase {
         None => ("waiting", "nothing heard yet"),
-        Some(PhaseName::Setup) => ("setup", "the guest runs at the source"),
-        Some(PhaseName::Active) => ("active", "the guest runs at the source"),
-        Some(PhaseName::Switchover) => ("switchover", "the guest stands still"),
-        Some(PhaseName::Completed) => ("completed", "the guest is at the destination"),
-        Some(PhaseName::Failed) => ("failed", "the source is as it was"),
-        Some(PhaseName::Cancelled) => ("cancelled", "the source is as it was"),
-        Some(PhaseName::Unconfirmed) => ("unconfirmed", "look which end has the guest before doing anything"),
+        Some(Phase::Setup) => ("setup", "the guest runs at the source"),
+        Some(Phase::Active) => ("active", "the guest runs at the source"),
+        Some(Phase::Switchover) => ("switchover", "the guest stands still"),
+        Some(Phase::Completed) => ("completed", "the guest is at the destination"),
+        Some(Phase::Failed) => ("failed", "the source is as it was"),
+        Some(Phase::Cancelled) => ("cancelled", "the source is as it was"),
+        Some(Phase::Unconfirmed) => ("unconfirmed", "look which end has the guest before doing anything"),
     }
 }
 
@@ -48,10 +42,10 @@ pub(super) fn verdict(ended: &EndedJson) -> String {
         line.push_str(&format!(": {error}"));
     }
     if let Some(downtime) = ended.downtime_ms {
-        let word = if ended.phase == PhaseName::Completed { "downtime" } else { "the guest was paused for" };
+        let word = if ended.phase == Phase::Completed { "downtime" } else { "the guest was paused for" };
         line.push_str(&format!(", {word} {}", time(downtime)));
     }
-    if ended.phase == PhaseName::Completed {
+    if ended.phase == Phase::Completed {
         line.push_str(if ended.verified == Some(true) { ", verified" } else { ", not verified" });
     }
     let meaning = if ended.resume_failed { "the source guest could not be resumed and stands still" } else { meaning };
@@ -67,52 +61,24 @@ pub(super) struct Teller {
 
 impl Teller {
     pub(super) fn line(&mut self, line: &EventLine) -> Option<String> {
-        self.source_heard |= line.role == Some(RoleName::Source);
+        self.source_heard |= line.role == Some(Role::Source);
         let text = match &line.event {
-            EventJson::Progress(now) if self.are_due(line) => figures(now),
+            EventJson::Progress(now) if self.are_due(line) => format!("round {}: {}", now.round, figures(now)),
             event => milestone(event)?,
         };
-        let who = line.role.map_or(String::new(), |end| format!("{}: ", role(end)));
+        let who = line.role.map_or(String::new(), |end| format!("{}: ", end.name()));
         Some(printable(&format!("{:>8}  {who}{text}", clock(line.ms))))
     }
 
     /// Where both ends are heard, the source's are enough.
     fn are_due(&mut self, line: &EventLine) -> bool {
-        let wanted = !self.source_heard || line.role == Some(RoleName::Source);
+        let wanted = !self.source_heard || line.role == Some(Role::Source);
         let due = wanted && self.figures_ms.is_none_or(|last| line.ms - last >= 1000.0);
         if due {
             self.figures_ms = Some(line.ms);
         }
         due
     }
-}
-
-fn figures(now: &ProgressJson) -> String {
-    let mut text = format!("round {}: ", now.round);
-    if let (Some(done), Some(left)) = (now.done_percent, now.remaining_bytes) {
-        text.push_str(&format!("{}, {} left, ", human::done(done), human::bytes(left)));
-    }
-    text.push_str(&human::bytes(now.wire_bytes_per_s));
-    text.push_str("/s");
-    text.extend(time_left(now).map(|time| format!(", {time}")));
-    if let Some(rate) = now.dirty_bytes_per_s.filter(|rate| *rate > 0) {
-        text.push_str(&format!(", dirtied {}/s", human::bytes(rate)));
-    }
-    if let Some(expected) = now.expected_downtime_ms {
-        text.push_str(&format!(", expected downtime {}", time(expected)));
-    }
-    if now.throttle_percent > 0 {
-        text.push_str(&format!(", throttled {} %", now.throttle_percent));
-    }
-    text
-}
-
-/// How long it takes until nothing remains, if that can be told.
-pub(super) fn time_left(now: &ProgressJson) -> Option<TimeLeft> {
-    #[expect(clippy::cast_precision_loss, reason = "for the eye")]
-    let (sent, dirtied) = (now.page_bytes_per_s as f64, now.dirty_bytes_per_s.map(|rate| rate as f64));
-    let remaining = now.remaining_bytes.filter(|bytes| *bytes > 0)?;
-    Some(TimeLeft::at_rates(remaining, sent, dirtied)).filter(|time| *time != TimeLeft::Unknown)
 }
 
 fn milestone(event: &EventJson) -> Option<String> {
@@ -139,11 +105,7 @@ fn milestone(event: &EventJson) -> Option<String> {
         EventJson::Resumed => "the guest goes on at the source".into(),
         EventJson::Ended(ended) => verdict(ended),
         EventJson::Lost { events } => format!("{events} events were lost before this line"),
-        EventJson::Started { .. }
-        | EventJson::RoundScanned { .. }
-        | EventJson::Synced { .. }
-        | EventJson::Spared(_)
-        | EventJson::Progress(_) => return None,
+        _ => return None,
     })
 }
 

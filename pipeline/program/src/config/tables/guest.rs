@@ -6,6 +6,8 @@ use serde::{Deserialize, Serialize};
 
 use super::seconds;
 use memferry::values::{Size, Time};
+use memferry_guests::SharedSettings;
+use memferry_guests::workload::{Backing, Fill, LogChoice, Pattern};
 
 /// `[guest.workload]`
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
@@ -24,7 +26,7 @@ pub struct WorkloadTable {
     /// Start of every random sequence.
     pub seed: u64,
     /// What the memory holds at the start.
-    pub fill: FillTable,
+    pub fill: Fill,
     /// The share of the memory that is unplugged: its end. It never travels.
     pub unplugged: f64,
     /// Memory that is free, and hinted so while it is migrated.
@@ -32,7 +34,7 @@ pub struct WorkloadTable {
     pub free: Option<FreeTable>,
     /// A block more, in a file that both ends have. It never travels.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub shared: Option<SharedTable>,
+    pub shared: Option<SharedSettings>,
     /// Who writes to it.
     pub writers: Vec<WriterTable>,
 }
@@ -55,60 +57,6 @@ impl FreeTable {
     fn default_range() -> Size {
         Size(256 << 10)
     }
-}
-
-/// `[guest.workload.shared]`, `[guest.kvm.shared]`
-#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
-#[serde(deny_unknown_fields)]
-pub struct SharedTable {
-    /// The file, the same at both ends. The source makes it if it is not there, and fills it.
-    pub path: PathBuf,
-    /// Its length.
-    pub size: Size,
-}
-
-/// Where a workload's memory comes from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Backing {
-    /// Private memory.
-    Anonymous,
-    /// Shared memory.
-    Memfd,
-    /// Shared memory of huge pages that the operator has set aside (sysctl vm.nr_hugepages).
-    Hugetlb,
-}
-
-/// How a workload's writes are found.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum LogChoice {
-    /// Userfault where the host has it, else software.
-    Auto,
-    /// The writers mark what they write.
-    Software,
-    /// The kernel says which pages were written.
-    Userfault,
-    /// Every page is hashed and compared.
-    Hash,
-}
-
-/// `fill`: shares of the memory, together at most 1; the rest is pages of zeros. A share that a table leaves out is 0.
-#[derive(Clone, Copy, Debug, PartialEq, Deserialize, Serialize)]
-#[serde(deny_unknown_fields)]
-pub struct FillTable {
-    /// Pages of zeros.
-    #[serde(default)]
-    pub zero: f64,
-    /// Pages of words.
-    #[serde(default)]
-    pub text: f64,
-    /// Pages that do not compress.
-    #[serde(default)]
-    pub random: f64,
-    /// Pages of this program's own binary.
-    #[serde(default)]
-    pub process: f64,
 }
 
 /// `[[guest.workload.writers]]`
@@ -140,28 +88,6 @@ impl WriterTable {
     fn default_region() -> [f64; 2] {
         [0.0, 1.0]
     }
-}
-
-/// In which order a writer takes its pages.
-#[derive(Clone, Copy, Debug, PartialEq, Deserialize, Serialize)]
-#[serde(rename_all = "kebab-case", deny_unknown_fields)]
-pub enum Pattern {
-    /// One after another, round and round.
-    Sequential,
-    /// Any page as likely as any other.
-    Uniform,
-    /// A few pages very often, most of them hardly ever.
-    Zipf {
-        /// How steep: 1 is the classic, more is steeper.
-        exponent: f64,
-    },
-    /// A share of the writes goes to a share of the pages.
-    HotSpot {
-        /// Share of the pages that are hot.
-        pages: f64,
-        /// Share of the writes that go there.
-        writes: f64,
-    },
 }
 
 /// `[guest.file]`
@@ -212,45 +138,6 @@ pub struct ImageTable {
     pub copy: Option<PathBuf>,
 }
 
-/// `[guest.kvm]`
-#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct KvmTable {
-    /// Bytes of RAM.
-    pub memory: Size,
-    /// Virtual processors; each has its part of the region.
-    pub vcpus: u32,
-    /// Bytes that its program writes and checks, over and over.
-    pub region: Size,
-    /// Pages that each vCPU writes in a second; 0 is as many as it can.
-    pub pages_per_second: f64,
-    /// Bytes changed in each page.
-    pub bytes: Size,
-    /// Bytes behind the region that are free and hinted so: its program takes pages of them and gives them back.
-    pub free: Size,
-    /// Bytes at the end of the RAM that are unplugged: they never travel.
-    pub unplugged: Size,
-    /// A block more, in a file that both ends have. It never travels.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub shared: Option<SharedTable>,
-    /// How writes are found.
-    pub dirty_log: KvmLogChoice,
-}
-
-/// How the writes of a virtual machine are found.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum KvmLogChoice {
-    /// KVM's dirty log, with manual protection.
-    DirtyLog,
-    /// KVM's dirty rings.
-    DirtyRing,
-    /// The kernel says which pages were written.
-    Userfault,
-    /// Every page is hashed and compared.
-    Hash,
-}
-
 impl Default for WorkloadTable {
     fn default() -> Self {
         Self {
@@ -260,35 +147,12 @@ impl Default for WorkloadTable {
             backing: Backing::Anonymous,
             dirty_log: LogChoice::Auto,
             seed: 1,
-            fill: FillTable::default(),
+            fill: Fill::default(),
             unplugged: 0.0,
             free: None,
             shared: None,
             writers: Vec::new(),
         }
-    }
-}
-
-impl Default for KvmTable {
-    fn default() -> Self {
-        Self {
-            memory: Size(64 << 20),
-            vcpus: 1,
-            region: Size(4 << 20),
-            pages_per_second: 5_000.0,
-            bytes: Size(64),
-            free: Size(0),
-            unplugged: Size(0),
-            shared: None,
-            dirty_log: KvmLogChoice::DirtyLog,
-        }
-    }
-}
-
-impl Default for FillTable {
-    /// An ordinary guest: much of it never used, the rest mostly text and code.
-    fn default() -> Self {
-        Self { zero: 0.3, text: 0.3, random: 0.1, process: 0.3 }
     }
 }
 

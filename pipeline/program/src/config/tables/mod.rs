@@ -4,15 +4,16 @@ mod guest;
 
 use std::time::Duration;
 
-use memferry_stages::geometry::MAX_LANES;
+use memferry_stages::codec::Codec;
 use serde::{Deserialize, Serialize};
 
-pub use guest::{
-    Backing, FileTable, FillTable, FreeTable, ImageTable, KvmLogChoice, KvmTable, LogChoice, Pattern, SharedTable,
-    WorkloadTable, WriterTable,
+pub use guest::{FileTable, FreeTable, ImageTable, WorkloadTable, WriterTable};
+use memferry::settings::{
+    After, ConvergenceSettings, DestinationSettings, EncoderSettings, OnDeadline, OnMiss, SourceSettings,
+    SwitchoverBandwidth,
 };
-use memferry::settings::MAX_STATE_BYTES;
 use memferry::values::{Bandwidth, Deadline, Size, Time};
+use memferry_guests::kvm::KvmSettings;
 
 /// A whole file.
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
@@ -33,7 +34,7 @@ pub struct Config {
     pub migration: MigrationTable,
     /// What to do about a guest that outruns the wire.
     #[serde(default)]
-    pub convergence: ConvergenceTable,
+    pub convergence: ConvergenceSettings,
 }
 
 /// `[guest.workload]`, `[guest.file]` or `[guest.kvm]`.
@@ -45,7 +46,7 @@ pub enum GuestTable {
     /// Memory images in files.
     File(FileTable),
     /// A virtual machine of this process.
-    Kvm(KvmTable),
+    Kvm(KvmSettings),
 }
 
 /// `[encoder]`
@@ -96,32 +97,6 @@ pub enum DeltaChoice {
     Xbzrle,
 }
 
-/// How a page travels that no delta helps.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum OnMiss {
-    /// Compressed where the wire is what holds the lane up.
-    Auto,
-    /// As it is.
-    Raw,
-    /// Compressed.
-    Compress,
-}
-
-/// `[pipeline]`
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct PipelineTable {
-    /// Chains of stages side by side.
-    pub lanes: u16,
-    /// Connections that carry them, 1 to `lanes`; a file has one.
-    pub connections: u16,
-    /// Do payloads carry a checksum?
-    pub checksum: bool,
-    /// The most lanes that a destination accepts.
-    pub max_lanes: u16,
-}
-
 /// `[transport]`
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
@@ -139,175 +114,94 @@ impl TransportTable {
     }
 }
 
-/// `[migration]`
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct MigrationTable {
-    /// How long the guest may stand still, by the forecast.
-    pub downtime_limit: Time,
-    /// What no switchover may take by the forecast, whatever asks for it.
-    pub max_downtime: Deadline,
-    /// Bytes a second that are written, all connections together, headers of the network not counted.
-    pub max_bandwidth: Bandwidth,
-    /// The same while the guest stands still; as `max_bandwidth` where it is not given.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub switchover_bandwidth: Option<Bandwidth>,
-    /// Compare digests before the destination may run?
-    pub verify: bool,
-    /// The most rounds before the last one.
-    pub max_rounds: u32,
-    /// The longest that the whole may take.
-    pub deadline: Deadline,
-    /// What happens after `max_rounds`, or when the deadline can be kept in no other way.
-    pub on_deadline: OnDeadline,
-    /// What becomes of the source guest when a file is complete.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub after: Option<After>,
-    /// Destination: is a stream without digests refused?
-    pub require_verify: bool,
-    /// Destination: how long a connection may take to say who it is.
-    pub hello_timeout: Time,
-    /// The most memory that the state of the guest's devices may take, all of it together, at either end.
-    pub max_state: Size,
-    /// How long the last handshake may take, and how long the peer may take nothing or leave a question unanswered.
-    pub handover_timeout: Time,
-    /// How long the peer may be silent, at both ends, where the destination answers.
-    pub peer_timeout: Time,
+/// Settings of both ends, at which a table's keys point.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Ends {
+    pub(super) source: SourceSettings,
+    pub(super) destination: DestinationSettings,
 }
 
-/// What happens to a migration that does not converge.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum OnDeadline {
-    /// It is cancelled.
-    Cancel,
-    /// The guest stands still for as long as it takes.
-    SwitchOver,
+/// A table whose keys are settings: each with its type as it is written, and the setting that it is, or several. What a key means
+/// and its default are found there.
+macro_rules! table {
+    ($(#[$about:meta])* $table:ident {
+        $($(#[$how:meta])* $key:ident: $written:ty = $end:ident.$setting:ident $(, $other:ident.$same:ident)*;)*
+    }) => {
+        $(#[$about])*
+        #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+        #[serde(default, deny_unknown_fields)]
+        #[expect(missing_docs, reason = "the settings have them")]
+        pub struct $table {
+            $($(#[$how])* pub $key: $written,)*
+        }
+
+        impl $table {
+            pub(super) fn put_into(&self, ends: &mut Ends) {
+                $(
+                    ends.$end.$setting = self.$key.into();
+                    $(ends.$other.$same = self.$key.into();)*
+                )*
+            }
+        }
+
+        impl Default for $table {
+            fn default() -> Self {
+                let ends = Ends::default();
+                Self { $($key: ends.$end.$setting.into(),)* }
+            }
+        }
+    };
 }
 
-/// `[convergence]`
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct ConvergenceTable {
-    /// What is tried, in this order, when rounds bring it no nearer to its end.
-    pub on_stall: Vec<StallStep>,
-    /// So many rounds without a new least of what remains are a stall.
-    pub stall_rounds: u32,
-    /// Rounds that a step is given before the next one.
-    pub cool_down_rounds: u32,
-    /// How the guest is held back.
-    pub throttle: ThrottleTable,
-    /// How the downtime limit is raised.
-    pub raise: RaiseTable,
+table! {
+    /// `[pipeline]`
+    PipelineTable {
+        lanes: u16 = source.lanes;
+        connections: u16 = source.connections;
+        checksum: bool = source.checksum;
+        max_lanes: u16 = destination.max_lanes;
+    }
 }
 
-/// What can be done about a stall.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Deserialize, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum StallStep {
-    /// The guest is held back.
-    Throttle,
-    /// The downtime limit is raised.
-    RaiseDowntimeLimit,
-    /// It switches over as soon as less remains than a round before.
-    SwitchOver,
-    /// It is cancelled.
-    Cancel,
-}
-
-/// `throttle`: percent of the guest's time.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct ThrottleTable {
-    /// The first step.
-    pub start: u8,
-    /// What each further step adds.
-    pub step: u8,
-    /// The most.
-    pub most: u8,
-}
-
-/// `raise`
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct RaiseTable {
-    /// What each step adds to the downtime limit.
-    pub step: Time,
-    /// The highest limit.
-    pub most: Time,
-}
-
-/// What becomes of the source guest when a file is complete.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum After {
-    /// It goes on: a snapshot.
-    Resume,
-    /// It stays paused: a move.
-    Pause,
+table! {
+    /// `[migration]`
+    MigrationTable {
+        downtime_limit: Time = source.downtime_limit;
+        max_downtime: Deadline = source.max_downtime;
+        max_bandwidth: Bandwidth = source.max_bandwidth;
+        #[serde(skip_serializing_if = "SwitchoverBandwidth::is_as_rounds")]
+        switchover_bandwidth: SwitchoverBandwidth = source.switchover_bandwidth;
+        verify: bool = source.verify;
+        max_rounds: u32 = source.max_rounds;
+        deadline: Deadline = source.deadline;
+        on_deadline: OnDeadline = source.on_deadline;
+        #[serde(skip_serializing_if = "Option::is_none")]
+        after: Option<After> = source.after;
+        require_verify: bool = destination.require_verify;
+        hello_timeout: Time = destination.hello_timeout;
+        max_state: Size = source.max_state_bytes, destination.max_state_bytes;
+        handover_timeout: Time = source.handover_timeout, destination.handover_timeout;
+        peer_timeout: Time = source.peer_timeout, destination.peer_timeout;
+    }
 }
 
 impl Default for EncoderTable {
     fn default() -> Self {
+        let EncoderSettings { compress, xbzrle } = EncoderSettings::default();
+        let deltas = xbzrle.unwrap_or_default();
         Self {
-            compress: Compress::Lz4,
+            compress: match compress {
+                None => Compress::None,
+                Some(Codec::Snap) => Compress::Snap,
+                Some(Codec::Lz4) => Compress::Lz4,
+                Some(Codec::Zstd { .. }) => Compress::Zstd,
+            },
             compress_level: None,
             delta: DeltaChoice::Xbzrle,
-            on_miss: OnMiss::Auto,
+            on_miss: deltas.on_miss,
             xbzrle_cache: None,
-            cache_first_round: true,
+            cache_first_round: deltas.cache_first_round,
         }
-    }
-}
-
-impl Default for PipelineTable {
-    fn default() -> Self {
-        Self { lanes: 2, connections: 1, checksum: true, max_lanes: MAX_LANES }
-    }
-}
-
-impl Default for MigrationTable {
-    fn default() -> Self {
-        Self {
-            downtime_limit: Time(Duration::from_millis(300)),
-            max_downtime: Deadline(None),
-            max_bandwidth: Bandwidth(None),
-            switchover_bandwidth: None,
-            verify: true,
-            max_rounds: 100,
-            deadline: Deadline(None),
-            on_deadline: OnDeadline::Cancel,
-            after: None,
-            require_verify: false,
-            hello_timeout: seconds(10),
-            max_state: Size(MAX_STATE_BYTES),
-            handover_timeout: seconds(30),
-            peer_timeout: seconds(30),
-        }
-    }
-}
-
-impl Default for ConvergenceTable {
-    fn default() -> Self {
-        Self {
-            on_stall: Vec::new(),
-            stall_rounds: 4,
-            cool_down_rounds: 2,
-            throttle: ThrottleTable::default(),
-            raise: RaiseTable::default(),
-        }
-    }
-}
-
-impl Default for ThrottleTable {
-    fn default() -> Self {
-        Self { start: 20, step: 10, most: 90 }
-    }
-}
-
-impl Default for RaiseTable {
-    fn default() -> Self {
-        Self { step: Time(Duration::from_millis(100)), most: seconds(1) }
     }
 }
 

@@ -23,7 +23,7 @@ impl Course<'_> {
     /// What remained, as samples and syncs found it.
     pub(super) fn remaining(&self, backdrop: &Backdrop) -> Markup {
         let found: Vec<_> = self.page.found().map(|(at, bytes)| (at, as_f64(bytes))).collect();
-        let mut knots = vec![(self.time.from, as_f64(self.account.bytes()))];
+        let mut knots = vec![(self.time.from, as_f64(self.account.status.total_bytes()))];
         knots.extend(self.page.remaining().into_iter().map(|(at, bytes)| (at, as_f64(bytes))));
         let left = if self.page.report.status == "completed" { 0.0 } else { knots.last().map_or(0.0, |knot| knot.1) };
         knots.push((self.time.to, left));
@@ -127,7 +127,7 @@ impl Course<'_> {
 
     /// Bytes a second between one figure and the next, to be drawn from each knot to the one after it.
     fn wire_rates(&self) -> Vec<(Duration, f64)> {
-        let end = self.account.ended.as_ref().map(|ended| (self.time.to, ended.wire_bytes));
+        let end = self.account.status.ended.as_ref().map(|ended| (self.time.to, ended.wire_bytes));
         let mut knots = vec![(self.time.from, 0)];
         for (at, bytes) in self.samples.iter().map(|sample| (sample.at, sample.wire_bytes)) {
             if knots.last().is_some_and(|(last, _)| at.saturating_sub(*last) >= LEAST_SPAN) {
