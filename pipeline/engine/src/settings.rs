@@ -1,6 +1,7 @@
 //! How a migration is to run: plain values, wherever they come from (a TOML file, a VMM's own code).
 //!
-//! The defaults are those of the configuration file.
+//! The defaults are those of the configuration file, and so are the rules: [`SourceSettings::check`] and
+//! [`DestinationSettings::check`] refuse what cannot be, and a migration asks them before it begins anything.
 //!
 //! ```
 //! use std::time::Duration;
@@ -14,6 +15,10 @@ use std::time::Duration;
 
 use memferry_stages::codec::Codec;
 use memferry_stages::geometry::{MAX_LANES, PageSize};
+
+pub use rules::{Rule, Setting, SettingsError};
+
+mod rules;
 
 /// What guest state may take where nothing else is set: virtual devices take kilobytes to a few megabytes.
 pub const MAX_STATE_BYTES: u64 = 16 << 20;
@@ -38,7 +43,7 @@ pub struct XbzrleSettings {
     pub cache_first_round: bool,
 }
 
-/// How a page travels that no delta helps: with the compressor of the first round, or as it is. Where that round has none, it always
+/// How a page travels that no delta helps: with the compressor of the first round, or as it is. Where that round has none, it
 /// travels as it is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum OnMiss {
@@ -48,7 +53,7 @@ pub enum OnMiss {
     Auto,
     /// As it is.
     Raw,
-    /// Compressed.
+    /// Compressed: the first round has a compressor then.
     Compress,
 }
 

@@ -16,7 +16,6 @@ use memferry_stages::wire::messages::Figure;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::error::MigrationError;
 use crate::settings::LEAST_PEER_TIMEOUT;
 use crate::values::Time;
 
@@ -100,13 +99,4 @@ pub(super) async fn silenced(alive: Option<&Alive>) -> Silence {
         Some(alive) => alive.silenced().await,
         None => std::future::pending().await,
     }
-}
-
-/// Is the limit long enough for heartbeats to come within it?
-pub(super) fn check_peer_timeout(limit: Duration) -> Result<(), MigrationError> {
-    if limit >= LEAST_PEER_TIMEOUT {
-        return Ok(());
-    }
-    let [limit, least] = [limit, LEAST_PEER_TIMEOUT].map(Time);
-    Err(MigrationError::Setting(format!("a peer_timeout of {limit} is too short; set {least} or more")))
 }

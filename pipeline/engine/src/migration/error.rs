@@ -11,16 +11,18 @@ use memferry_stages::wire::WireError;
 use memferry_stages::wire::reader::ReadError;
 
 use super::alive::Silence;
+use super::handshake::HandoverError;
 use super::stage_set::Failure;
 use crate::guest::GuestError;
 
 /// What ended a migration. Its text is the operator's: it says what failed and where.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum MigrationError {
     /// The operator said so.
     #[error("cancelled")]
     Cancelled,
-    /// The limits of the configuration cannot be met.
+    /// The limits of the settings cannot be met, and the guest was given up.
     #[error("{0}")]
     GaveUp(String),
     /// No way to the peer, or from it.
@@ -47,11 +49,12 @@ pub enum MigrationError {
         /// What it should have done.
         doing: &'static str,
         /// What the kernel said.
+        #[source]
         error: io::Error,
     },
     /// Guest memory could not be read for a digest.
     #[error("guest memory cannot be read for its digest: {0}")]
-    Digest(io::Error),
+    Digest(#[source] io::Error),
     /// A stage failed.
     #[error("{0}")]
     Stage(#[from] Failure),
@@ -86,9 +89,17 @@ pub enum MigrationError {
     /// The peer was silent for too long.
     #[error("{0}")]
     Silent(Silence),
-    /// A setting that cannot be.
+    /// The last handshake did not end well.
     #[error("{0}")]
-    Setting(String),
+    Handover(#[from] HandoverError),
+    /// The last handshake did not end well, for a page that is not the same at both ends.
+    #[error("{source}: {page}")]
+    PageDiffers {
+        /// What the destination said.
+        source: HandoverError,
+        /// The page.
+        page: String,
+    },
     /// Something took too long.
     #[error("{0}")]
     TimedOut(String),

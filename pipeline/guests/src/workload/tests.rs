@@ -1,4 +1,4 @@
-//! The workload as a pipeline uses it, through [`Guest`] alone, with pages copied by hand.
+//! The workload as a pipeline uses it, through the guest traits alone, with pages copied by hand.
 
 use std::path::Path;
 use std::thread;
@@ -63,12 +63,11 @@ fn pages(guest: &Workload) -> Vec<Vec<u8>> {
 
 /// A destination that was built and loaded with everything but the pages in `lost`, and not prepared.
 fn moved(source: &Workload, lost: &[u32]) -> Arc<Workload> {
-    let destination = Workload::destination();
     let layout = source.memory().layout().clone();
-    destination.build(layout.page_size(), layout.blocks(), &source.setup_state().unwrap()).unwrap();
-    let machine = destination.machine().unwrap();
+    let setup = source.setup_state().unwrap();
+    let destination = Workload::destination().build(layout.page_size(), layout.blocks(), &setup).unwrap();
     for (page, bytes) in (0..).zip(pages(source)).filter(|(page, _)| !lost.contains(page)) {
-        machine.store(page, 0, &bytes);
+        destination.machine.store(page, 0, &bytes);
     }
     destination
 }
@@ -220,9 +219,9 @@ fn every_log_on_every_memory_lets_a_running_workload_arrive_whole() {
             }
             logs => logs.unwrap(),
         };
-        let destination = Workload::destination();
         let layout = source.memory().layout().clone();
-        destination.build(layout.page_size(), layout.blocks(), &source.setup_state().unwrap()).unwrap();
+        let setup = source.setup_state().unwrap();
+        let destination = Workload::destination().build(layout.page_size(), layout.blocks(), &setup).unwrap();
         logs.iter().for_each(|log| log.start().unwrap());
         let (bitmap, buffers) = (DirtyBitmap::filled(&layout), BufferPool::new(1, layout.page_size().extent_bytes()));
         for _ in 0..5 {
@@ -367,8 +366,7 @@ fn a_destination_refuses_what_is_not_its_own() {
     let mut newer = setup.clone();
     newer.sections[0].version = 9;
     assert!(build(PageSize::DEFAULT, layout.blocks(), &newer).contains("version 9"));
-    assert!(Workload::destination().prepare(&GuestState::default()).is_err());
-    assert!(Workload::destination().start(RunState::Running).is_err());
+    assert!(moved(&source, &[]).start(RunState::Running).is_err(), "it is not prepared");
 }
 
 /// A state with one thing wrong: cut to a length, or longer, or one bit flipped.
