@@ -11,7 +11,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use memferry::events::{Ended, Event, Phase};
-use memferry::guest::Guest;
 use memferry::settings::{EncoderSettings, SourceSettings};
 use memferry_stages::dirty_log::UserfaultLog;
 use memferry_tests::run::{self, Running, destination_settings};
@@ -110,7 +109,7 @@ fn one_end(end: &str, backing: &str, log: &str, length: u64, pages: u64, socket:
     );
 }
 
-fn run(guest: Arc<dyn Guest>, is_source: bool, socket: &str, recorder: Arc<Recorder>) -> Running<Ended> {
+fn run(guest: Arc<SparseGuest>, is_source: bool, socket: &str, recorder: Arc<Recorder>) -> Running<Ended> {
     let transport = UnixTransport::new(socket, Duration::from_secs(10));
     let cancel = CancellationToken::new();
     if is_source {

@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use memferry::events::{Ended, Event, Observer, Observers, Phase, Role};
-use memferry::guest::Guest;
+use memferry::guest::{GuestBuilder, SourceGuest};
 use memferry::migration::{DataPlane, receive, send};
 use memferry::settings::{
     ConvergenceSettings, EncoderSettings, OnDeadline, OnMiss, SourceSettings, StallStep, ThrottleSettings,
@@ -186,15 +186,19 @@ async fn send_guest(address: &str, what: What, how: How) -> Fallible<()> {
 }
 
 /// `writes` tells how many pages the guest has written so far.
-async fn send_from(guest: Arc<dyn Guest>, writes: impl Fn() -> u64, address: &str, how: How) -> Fallible<()> {
+async fn send_from(guest: Arc<dyn SourceGuest>, writes: impl Fn() -> u64, address: &str, how: How) -> Fallible<()> {
     let (transport, plane, rounds) = (transport(address)?, DataPlane::new()?, Arc::new(Rounds::default()));
     let observers = Observers::new(Role::Source, vec![rounds.clone() as Arc<dyn Observer>]);
     say(&Said::Ready(address.to_owned()))?;
     wait_for_line()?;
     let before = writes();
     // Its memory is unmapped when nobody looks at the clock any more.
-    let ended = send(guest.clone(), transport.into(), settings(how), &plane, observers, CancellationToken::new()).await;
-    say(&Said::Done(verdict(&ended, &rounds, writes() - before)))?;
+    let sent = send(guest.clone(), transport.into(), settings(how), &plane, observers, CancellationToken::new()).await;
+    let ended = match &sent {
+        Ok(sent) => &sent.ended,
+        Err(error) => error.ended().ok_or("the settings cannot be")?,
+    };
+    say(&Said::Done(verdict(ended, &rounds, writes() - before)))?;
     wait_for_line()
 }
 
@@ -202,27 +206,27 @@ async fn receive_guest(address: &str, what: Expected) -> Fallible<()> {
     let listener = transport(address)?.listen().await?;
     match what {
         Expected::Image => {
-            let guest = Arc::new(StillGuest::arriving());
-            receive_into(guest.clone(), listener).await?;
+            let guest = receive_into(StillGuest::build, listener).await?;
             say(&Said::Hash(guest.hash()))?;
         }
         Expected::Workload => {
-            let guest = Workload::destination();
-            receive_into(guest.clone(), listener).await?;
+            let guest = receive_into(Workload::destination(), listener).await?;
             say(&Said::StalePages(guest.check_all().stale_pages))?;
         }
     }
     wait_for_line()
 }
 
-async fn receive_into(guest: Arc<dyn Guest>, listener: Box<dyn Listener>) -> Fallible<()> {
+async fn receive_into<B: GuestBuilder>(builder: B, listener: Box<dyn Listener>) -> Fallible<Arc<B::Built>> {
     let (plane, rounds) = (DataPlane::new()?, Arc::new(Rounds::default()));
     let observers = Observers::new(Role::Destination, vec![rounds.clone() as Arc<dyn Observer>]);
     say(&Said::Ready(listener.local_address()))?;
     wait_for_line()?;
-    let ended = receive(guest, listener, destination_settings(), &plane, observers, CancellationToken::new()).await;
-    say(&Said::Done(verdict(&ended, &rounds, 0)))?;
-    wait_for_line()
+    let received =
+        receive(builder, listener, destination_settings(), &plane, observers, CancellationToken::new()).await?;
+    say(&Said::Done(verdict(&received.ended, &rounds, 0)))?;
+    wait_for_line()?;
+    Ok(received.guest)
 }
 
 fn transport(address: &str) -> Fallible<Box<dyn Transport>> {

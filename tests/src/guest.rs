@@ -5,56 +5,57 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use memferry::guest::{Guest, GuestError, GuestState, RunState, StateSection};
+use memferry::guest::{DestinationGuest, Guest, GuestError, GuestState, RunState, SourceGuest, StateSection};
 use memferry_stages::dirty_log::DirtyLog;
 use memferry_stages::geometry::{BlockInfo, Layout, PageSize};
 use memferry_stages::memory::{GuestMemory, MappedMemory, Memory, RamBlock};
 
+use crate::run::Arrives;
 use crate::trouble::{Trouble, TroubledMemory, Troubles, WatchedLog};
 
 /// What the guest was told, in order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Told {
-    /// See [`Guest`].
+    /// See [`SourceGuest`].
     Pause,
-    /// See [`Guest`].
+    /// See [`SourceGuest`].
     Save,
-    /// See [`Guest`].
+    /// See [`SourceGuest`].
     Release,
-    /// See [`Guest`].
+    /// See [`SourceGuest`].
     Reacquire,
-    /// See [`Guest`].
+    /// See [`SourceGuest`].
     Resume,
-    /// See [`Guest`].
+    /// See [`SourceGuest`].
     Committed,
-    /// See [`Guest`].
+    /// See [`SourceGuest`].
     Moved,
-    /// See [`Guest`].
+    /// See [`Arrives`].
     Build,
-    /// See [`Guest`].
+    /// See [`DestinationGuest`].
     Prepare,
-    /// See [`Guest`].
+    /// See [`DestinationGuest`].
     Start,
 }
 
 /// What the guest shall fail at.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Fails {
-    /// [`Guest::pause`] fails.
+    /// [`SourceGuest::pause`] fails.
     pub pause: bool,
-    /// [`Guest::save`] fails.
+    /// [`SourceGuest::save`] fails.
     pub save: bool,
-    /// [`Guest::release`] fails.
+    /// [`SourceGuest::release`] fails.
     pub release: bool,
-    /// [`Guest::reacquire`] fails.
+    /// [`SourceGuest::reacquire`] fails.
     pub reacquire: bool,
-    /// [`Guest::resume`] fails.
+    /// [`SourceGuest::resume`] fails.
     pub resume: bool,
-    /// [`Guest::committed`] fails.
+    /// [`SourceGuest::committed`] fails.
     pub commit: bool,
-    /// [`Guest::prepare`] fails.
+    /// [`DestinationGuest::prepare`] fails.
     pub prepare: bool,
-    /// [`Guest::start`] fails.
+    /// [`DestinationGuest::start`] fails.
     pub start: bool,
 }
 
@@ -78,9 +79,9 @@ pub struct TestGuest {
     state: GuestState,
     state_here: Mutex<GuestState>,
     resumed_with: Mutex<Vec<Vec<u8>>>,
-    /// How long [`Guest::prepare`] takes.
+    /// How long [`DestinationGuest::prepare`] takes.
     prepare_takes: Duration,
-    /// What [`Guest::build`] makes of the blocks that come.
+    /// What [`Arrives::build`] makes of the blocks that come.
     alters: fn(&mut Vec<BlockInfo>),
 }
 
@@ -443,7 +444,9 @@ impl Guest for TestGuest {
     fn memory(&self) -> GuestMemory {
         self.memory.lock().unwrap().clone().expect("built")
     }
+}
 
+impl SourceGuest for TestGuest {
     fn run_state(&self) -> RunState {
         if self.runs() { RunState::Running } else { RunState::Paused }
     }
@@ -507,22 +510,9 @@ impl Guest for TestGuest {
         let bytes = b"two fans".to_vec();
         Ok(GuestState { sections: vec![StateSection { name: "board".into(), version: 1, bytes }] })
     }
+}
 
-    fn build(&self, page_size: PageSize, blocks: &[BlockInfo], setup: &GuestState) -> Result<(), GuestError> {
-        self.note(Told::Build);
-        if setup.sections.first().is_none_or(|section| section.bytes != b"two fans") {
-            return Err(GuestError(format!("the board has two fans here, there it has {:?}", setup.sections)));
-        }
-        Layout::new(page_size, blocks.to_vec()).expect("the engine checks the layout first");
-        if blocks.iter().any(|block| block.id == "refused") {
-            return Err(GuestError("block \"refused\" has 4096 bytes there and none here".into()));
-        }
-        let mut own = blocks.to_vec();
-        (self.alters)(&mut own);
-        self.map(page_size, &own);
-        Ok(())
-    }
-
+impl DestinationGuest for TestGuest {
     fn prepare(&self, state: &GuestState) -> Result<(), GuestError> {
         self.note(Told::Prepare);
         std::thread::sleep(self.prepare_takes);
@@ -539,6 +529,23 @@ impl Guest for TestGuest {
             return Err(GuestError("told to fail at start".into()));
         }
         self.running.store(run_state == RunState::Running, Ordering::SeqCst);
+        Ok(())
+    }
+}
+
+impl Arrives for TestGuest {
+    fn build(&self, page_size: PageSize, blocks: &[BlockInfo], setup: &GuestState) -> Result<(), GuestError> {
+        self.note(Told::Build);
+        if setup.sections.first().is_none_or(|section| section.bytes != b"two fans") {
+            return Err(GuestError(format!("the board has two fans here, there it has {:?}", setup.sections)));
+        }
+        Layout::new(page_size, blocks.to_vec()).expect("the engine checks the layout first");
+        if blocks.iter().any(|block| block.id == "refused") {
+            return Err(GuestError("block \"refused\" has 4096 bytes there and none here".into()));
+        }
+        let mut own = blocks.to_vec();
+        (self.alters)(&mut own);
+        self.map(page_size, &own);
         Ok(())
     }
 }

@@ -7,8 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use memferry::bitmap::DirtyBitmap;
 use memferry::dirty_log::DirtyLog;
-use memferry::geometry::{BlockInfo, PageSize};
-use memferry::guest::{Guest, GuestError, GuestState, RunState};
+use memferry::guest::{Guest, GuestError, GuestState, RunState, SourceGuest};
 use memferry::memory::GuestMemory;
 use memferry_guests::workload::{Fill, LogChoice, Pattern, Region, Workload, WorkloadSettings, WriterSettings};
 
@@ -51,7 +50,9 @@ impl Guest for Hot {
     fn memory(&self) -> GuestMemory {
         self.workload.memory()
     }
+}
 
+impl SourceGuest for Hot {
     fn run_state(&self) -> RunState {
         self.workload.run_state()
     }
@@ -93,18 +94,6 @@ impl Guest for Hot {
 
     fn moved(&self) {
         self.workload.moved();
-    }
-
-    fn build(&self, page_size: PageSize, blocks: &[BlockInfo], setup: &GuestState) -> Result<(), GuestError> {
-        self.workload.build(page_size, blocks, setup)
-    }
-
-    fn prepare(&self, state: &GuestState) -> Result<(), GuestError> {
-        self.workload.prepare(state)
-    }
-
-    fn start(&self, run_state: RunState) -> Result<(), GuestError> {
-        self.workload.start(run_state)
     }
 }
 

@@ -1,18 +1,22 @@
 //! Running both ends of a migration in one process.
 
 use std::pin::Pin;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use memferry::control::Control;
 use memferry::events::{Ended, Event, Observer, Observers, Phase, Role};
-use memferry::guest::Guest;
-use memferry::migration::{DataPlane, receive, send};
+use memferry::guest::clearer::Clearer;
+use memferry::guest::{DestinationGuest, Guest, GuestBuilder, GuestError, GuestState, RunState, SourceGuest};
+use memferry::migration::{DataPlane, ReceiveError, Received, RunsHere, SendError, Sent, receive, send};
 use memferry::settings::{
     ConvergenceSettings, DestinationSettings, EncoderSettings, OnDeadline, OnMiss, SourceSettings, SwitchoverBandwidth,
     XbzrleSettings,
 };
+use memferry_guests::workload::WorkloadBuilder;
 use memferry_stages::codec::Codec;
+use memferry_stages::geometry::{BlockInfo, PageSize};
+use memferry_stages::memory::GuestMemory;
 use memferry_transports::{Address, Listener, Transport, open};
 use tokio_util::sync::CancellationToken;
 
@@ -146,9 +150,117 @@ pub fn destination_settings() -> DestinationSettings {
 /// A migration that runs while it is polled. In a box, so that it is compiled here and not in every test again.
 pub type Running<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 
+/// A guest of a test that is there before it is built, so that the test can look at it whatever becomes of it.
+pub trait Arrives: DestinationGuest {
+    /// See [`GuestBuilder::build`].
+    ///
+    /// # Errors
+    /// See there.
+    fn build(&self, page_size: PageSize, blocks: &[BlockInfo], setup: &GuestState) -> Result<(), GuestError>;
+}
+
+/// What is to arrive in a test: a builder, or a guest that [`Arrives`].
+pub trait Expected: Send + 'static {
+    /// Its builder, without its type.
+    fn builder(self) -> AnyBuilder;
+}
+
+/// A builder, without its type.
+pub type AnyBuilder = Box<dyn FnOnce(PageSize, &[BlockInfo], &GuestState) -> Result<Arc<AnyGuest>, GuestError> + Send>;
+
+/// A guest that was built, without its type.
+#[derive(Debug)]
+pub struct AnyGuest(Arc<dyn DestinationGuest>);
+
+impl Guest for AnyGuest {
+    fn memory(&self) -> GuestMemory {
+        self.0.memory()
+    }
+
+    fn clearers(&self) -> Vec<Arc<dyn Clearer>> {
+        self.0.clearers()
+    }
+}
+
+impl DestinationGuest for AnyGuest {
+    fn prepare(&self, state: &GuestState) -> Result<(), GuestError> {
+        self.0.prepare(state)
+    }
+
+    fn start(&self, run_state: RunState) -> Result<(), GuestError> {
+        self.0.start(run_state)
+    }
+}
+
+impl<G: Arrives + 'static> Expected for Arc<G> {
+    fn builder(self) -> AnyBuilder {
+        Box::new(move |page_size, blocks, setup| {
+            self.build(page_size, blocks, setup)?;
+            Ok(Arc::new(AnyGuest(self)))
+        })
+    }
+}
+
+impl Expected for AnyBuilder {
+    fn builder(self) -> AnyBuilder {
+        self
+    }
+}
+
+impl Expected for WorkloadBuilder {
+    fn builder(self) -> AnyBuilder {
+        keeping(self).0
+    }
+}
+
+/// A builder of which a test keeps what it builds, whatever becomes of it.
+pub fn keeping<B: GuestBuilder>(builder: B) -> (AnyBuilder, Arc<OnceLock<Arc<B::Built>>>) {
+    let built = Arc::new(OnceLock::new());
+    let keep = built.clone();
+    let builder: AnyBuilder = Box::new(move |page_size, blocks, setup| {
+        let guest = builder.build(page_size, blocks, setup)?;
+        keep.set(guest.clone()).expect("a builder builds once");
+        Ok(Arc::new(AnyGuest(guest)))
+    });
+    (builder, built)
+}
+
+/// The figures, once the result was compared with them.
+fn sent(result: Result<Sent, SendError>) -> Ended {
+    let here = result.as_ref().map_or_else(SendError::guest_runs_here, Sent::guest_runs_here);
+    let ended = match &result {
+        Ok(sent) => sent.ended.clone(),
+        Err(error) => error.ended().expect("settings of a test can be").clone(),
+    };
+    let context = format!("{result:?}");
+    match &result {
+        Ok(_) => assert_eq!((ended.phase, ended.resume_failed), (Phase::Completed, false), "{context}"),
+        Err(SendError::Failed { .. }) => assert_eq!(ended.phase, Phase::Failed, "{context}"),
+        Err(SendError::Cancelled { .. }) => assert_eq!(ended.phase, Phase::Cancelled, "{context}"),
+        Err(SendError::Unconfirmed { .. }) => assert_eq!(ended.phase, Phase::Unconfirmed, "{context}"),
+        Err(SendError::ResumeFailed { .. }) => assert!(ended.resume_failed, "{context}"),
+        Err(other) => panic!("{other:?}"),
+    }
+    assert_eq!(here == RunsHere::ResumeFailed, ended.resume_failed, "{context}");
+    assert_eq!(here == RunsHere::Unknown, ended.phase == Phase::Unconfirmed, "{context}");
+    ended
+}
+
+/// The figures, once the result was compared with them.
+fn received<G: std::fmt::Debug>(result: Result<Received<G>, ReceiveError>) -> Ended {
+    let (expected, ended) = match &result {
+        Ok(received) => (Phase::Completed, Some(&received.ended)),
+        Err(error @ ReceiveError::Cancelled { .. }) => (Phase::Cancelled, error.ended()),
+        Err(error) => (Phase::Failed, error.ended()),
+    };
+    let ended = ended.expect("settings of a test can be").clone();
+    assert_eq!(ended.phase, expected, "{result:?}");
+    ended
+}
+
 /// Runs the source's end alone.
 pub fn source(
-    guest: Arc<dyn Guest>,
+    guest: Arc<dyn SourceGuest>,
     transport: Arc<dyn Transport>,
     settings: SourceSettings,
     recorder: Arc<Recorder>,
@@ -158,30 +270,30 @@ pub fn source(
     Box::pin(async move {
         let plane = DataPlane::new().expect("threads for a test");
         let observers = Observers::new(Role::Source, vec![recorder as Arc<dyn Observer>]);
-        send(guest, transport, settings, &plane, observers, control).await
+        sent(send(guest, transport, settings, &plane, observers, control).await)
     })
 }
 
 /// Runs the destination's end alone.
 pub fn destination(
-    guest: Arc<dyn Guest>,
+    guest: impl Expected,
     listener: Box<dyn Listener>,
     settings: DestinationSettings,
     recorder: Arc<Recorder>,
     control: impl Into<Control>,
 ) -> Running<Ended> {
-    let control = control.into();
+    let (builder, control) = (guest.builder(), control.into());
     Box::pin(async move {
         let plane = DataPlane::new().expect("threads for a test");
         let observers = Observers::new(Role::Destination, vec![recorder as Arc<dyn Observer>]);
-        receive(guest, listener, settings, &plane, observers, control).await
+        received(receive(builder, listener, settings, &plane, observers, control).await)
     })
 }
 
 /// Migrates `source` to `destination` over `transport`; a stored stream is written first and read then.
 pub fn migrate(
-    source: Arc<dyn Guest>,
-    destination: Arc<dyn Guest>,
+    source: Arc<dyn SourceGuest>,
+    destination: impl Expected,
     transport: Arc<dyn Transport>,
     settings: SourceSettings,
     control: impl Into<Control>,
@@ -192,19 +304,19 @@ pub fn migrate(
 /// As [`migrate`], with a recorder of the caller's. A destination that goes on waiting for the real source after this one
 /// has failed is cancelled.
 pub fn migrate_watched(
-    source: Arc<dyn Guest>,
-    destination: Arc<dyn Guest>,
+    source: Arc<dyn SourceGuest>,
+    destination: impl Expected,
     transport: Arc<dyn Transport>,
     settings: SourceSettings,
     control: impl Into<Control>,
     recorder: Recorder,
 ) -> Running<Ends> {
-    Box::pin(both_ends(source, destination, transport, settings, control.into(), recorder))
+    Box::pin(both_ends(source, destination.builder(), transport, settings, control.into(), recorder))
 }
 
 async fn both_ends(
-    source: Arc<dyn Guest>,
-    destination: Arc<dyn Guest>,
+    source: Arc<dyn SourceGuest>,
+    destination: AnyBuilder,
     transport: Arc<dyn Transport>,
     settings: SourceSettings,
     control: Control,

@@ -5,7 +5,9 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-use memferry::guest::{Guest, GuestError, GuestState, RunState};
+use memferry::guest::{DestinationGuest, Guest, GuestError, GuestState, RunState, SourceGuest};
+
+use crate::run::Arrives;
 use memferry_stages::dirty_log::{DirtyLog, SoftwareLog, UserfaultLog};
 use memferry_stages::geometry::{BlockInfo, PageSize};
 use memferry_stages::memory::{GuestMemory, MappedMemory, Memory, RamBlock};
@@ -172,7 +174,9 @@ impl Guest for SparseGuest {
     fn memory(&self) -> GuestMemory {
         self.block.lock().unwrap().as_ref().expect("built").1.clone()
     }
+}
 
+impl SourceGuest for SparseGuest {
     fn run_state(&self) -> RunState {
         RunState::Paused
     }
@@ -198,20 +202,24 @@ impl Guest for SparseGuest {
     fn save(&self) -> Result<GuestState, GuestError> {
         Ok(GuestState::default())
     }
+}
 
-    fn build(&self, page_size: PageSize, blocks: &[BlockInfo], _setup: &GuestState) -> Result<(), GuestError> {
-        match blocks {
-            [info] => self.map(page_size, info.clone()),
-            _ => Err(GuestError("one block is wanted here".into())),
-        }
-    }
-
+impl DestinationGuest for SparseGuest {
     fn prepare(&self, _state: &GuestState) -> Result<(), GuestError> {
         Ok(())
     }
 
     fn start(&self, _run_state: RunState) -> Result<(), GuestError> {
         Ok(())
+    }
+}
+
+impl Arrives for SparseGuest {
+    fn build(&self, page_size: PageSize, blocks: &[BlockInfo], _setup: &GuestState) -> Result<(), GuestError> {
+        match blocks {
+            [info] => self.map(page_size, info.clone()),
+            _ => Err(GuestError("one block is wanted here".into())),
+        }
     }
 }
 

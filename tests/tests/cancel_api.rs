@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use memferry::control::Control;
 use memferry::events::Phase;
-use memferry::guest::{Guest, RunState};
+use memferry::guest::{RunState, SourceGuest};
 use memferry::settings::{ConvergenceSettings, EncoderSettings, SourceSettings, StallStep};
 use memferry_cli::api::{Server, client};
 use memferry_guests::workload::Workload;

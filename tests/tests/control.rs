@@ -8,7 +8,7 @@ use memferry::control::{Change, Control, ControlError, Status};
 use memferry::controller::Decision;
 use memferry::controller::reason::Reason;
 use memferry::events::{Event, Phase, Progress, Role};
-use memferry::guest::{Guest, RunState};
+use memferry::guest::{RunState, SourceGuest};
 use memferry::settings::{
     ConvergenceSettings, EncoderSettings, OnDeadline, OnMiss, SourceSettings, StallStep, SwitchoverBandwidth,
     ThrottleSettings, XbzrleSettings,
@@ -36,7 +36,7 @@ fn endless() -> SourceSettings {
 
 /// Runs a migration, and beside it what asks it for things. The cap on time is for a test that hangs.
 fn asked<F: Future<Output = ()>>(
-    guest: Arc<dyn Guest>,
+    guest: Arc<dyn SourceGuest>,
     settings: SourceSettings,
     recorder: Recorder,
     ask: impl FnOnce(Control) -> F,
@@ -393,7 +393,7 @@ fn before_the_destination_is_there_settings_can_be_changed_already() {
     let control = Control::new();
     let address = "tcp:127.0.0.1:1".parse().unwrap();
     let transport = Arc::from(memferry_transports::open(&address, Duration::from_secs(30)));
-    let guest: Arc<dyn Guest> = Arc::new(Hot::new());
+    let guest: Arc<dyn SourceGuest> = Arc::new(Hot::new());
     let sending = memferry_tests::run::source(guest, transport, endless(), Arc::default(), control.clone());
     let asking = async {
         until(&control, "it has begun", |status| status.role.is_some()).await;

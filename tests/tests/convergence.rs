@@ -7,7 +7,7 @@ use std::time::Duration;
 use memferry::controller::reason::Reason;
 use memferry::controller::{Decided, Decision};
 use memferry::events::{Event, Phase, Role};
-use memferry::guest::{Guest, RunState};
+use memferry::guest::{RunState, SourceGuest};
 use memferry::settings::{
     ConvergenceSettings, EncoderSettings, RaiseSettings, SourceSettings, StallStep, ThrottleSettings,
 };

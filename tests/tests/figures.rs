@@ -5,10 +5,11 @@ use std::time::Duration;
 
 use memferry::bottleneck::{Bottleneck, Cause};
 use memferry::events::{Event, Phase, Progress, Role};
-use memferry::guest::Guest;
+use memferry::guest::SourceGuest;
 use memferry::settings::{EncoderSettings, SourceSettings};
 use memferry_guests::workload::{FreeSettings, Workload, WorkloadSettings};
 use memferry_stages::geometry::PageSize;
+use memferry_tests::run::Expected;
 use memferry_tests::{Ends, Recorder, TestGuest, Trouble, migrate_watched, source_settings};
 use memferry_transports::memory::{Direction, Faults, MemoryTransport};
 use tokio_util::sync::CancellationToken;
@@ -36,8 +37,8 @@ fn destination() -> Arc<TestGuest> {
 
 #[track_caller]
 fn moved(
-    source: Arc<dyn Guest>,
-    destination: Arc<dyn Guest>,
+    source: Arc<dyn SourceGuest>,
+    destination: impl Expected,
     settings: SourceSettings,
     transport: MemoryTransport,
     recorder: Recorder,

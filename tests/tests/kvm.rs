@@ -7,10 +7,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use memferry::events::{Event, Phase, Role};
-use memferry::guest::Guest;
+use memferry::guest::{Guest, SourceGuest};
 use memferry::settings::SourceSettings;
 use memferry_guests::kvm::{KvmGuest, KvmLogChoice, KvmSettings, KvmStatus, SharedSettings};
 use memferry_stages::tally::RoundTally;
+use memferry_tests::run::{AnyBuilder, keeping};
 use memferry_tests::{Ends, Recorder, migrate_watched, source_settings};
 use memferry_transports::memory::MemoryTransport;
 use tokio_util::sync::CancellationToken;
@@ -74,14 +75,13 @@ fn goes_on(guest: &KvmGuest, from: &KvmStatus) -> KvmStatus {
 
 fn moved(
     source: &Arc<KvmGuest>,
-    destination: &Arc<KvmGuest>,
+    destination: AnyBuilder,
     transport: MemoryTransport,
     settings: SourceSettings,
     recorder: Recorder,
 ) -> Ends {
-    let (source, destination) = (source.clone() as Arc<dyn Guest>, destination.clone() as Arc<dyn Guest>);
     let moving =
-        migrate_watched(source, destination, Arc::new(transport), settings, CancellationToken::new(), recorder);
+        migrate_watched(source.clone(), destination, Arc::new(transport), settings, CancellationToken::new(), recorder);
     let runtime = tokio::runtime::Runtime::new().unwrap();
     runtime.block_on(async { tokio::time::timeout(HANG, moving).await.expect("it hangs") })
 }
@@ -117,12 +117,13 @@ fn moves_whole_watched(
     settings: SourceSettings,
     recorder: Recorder,
 ) -> (Arc<KvmGuest>, Ends) {
-    let destination = KvmGuest::destination(dirty_log);
-    let ends = moved(source, &destination, MemoryTransport::new(64 << 10), settings, recorder);
+    let (builder, built) = keeping(KvmGuest::destination(dirty_log));
+    let ends = moved(source, builder, MemoryTransport::new(64 << 10), settings, recorder);
     assert_eq!(ends.source.phase, Phase::Completed, "{:?}, {:?}", ends.source.error, ends.destination.error);
     assert_eq!(ends.destination.verified, Some(true));
     let left = source.status();
     assert!(!left.running, "two run: {left:?}");
+    let destination = built.get().expect("it has arrived").clone();
     goes_on(&destination, &left);
     assert_eq!(source.status(), left, "it was left paused");
     (destination, ends)
@@ -207,10 +208,10 @@ fn a_machine_goes_on_at_its_source_when_the_connection_breaks() {
             }
         });
         let quick = SourceSettings { max_bandwidth: None, max_rounds: 2, ..settings() };
-        let destination = KvmGuest::destination(dirty_log);
-        let ends = moved(&source, &destination, transport, quick.clone(), recorder);
+        let (builder, built) = keeping(KvmGuest::destination(dirty_log));
+        let ends = moved(&source, builder, transport, quick.clone(), recorder);
         assert_eq!(ends.source.phase, Phase::Failed, "{:?}", ends.source.error);
-        assert!(!destination.status().running);
+        assert!(built.get().is_none_or(|destination| !destination.status().running));
         goes_on(&source, &source.status());
         moves_whole(&source, dirty_log, quick);
     }
@@ -222,14 +223,15 @@ fn a_machine_that_was_paused_by_its_operator_arrives_paused() {
     until(&source, |status| status.pass >= 1);
     source.pause().unwrap();
     let paused = source.status();
-    let destination = KvmGuest::destination(KvmLogChoice::DirtyLog);
+    let (builder, built) = keeping(KvmGuest::destination(KvmLogChoice::DirtyLog));
     let quick = SourceSettings { max_bandwidth: None, ..settings() };
-    let ends = moved(&source, &destination, MemoryTransport::new(64 << 10), quick, Recorder::default());
+    let ends = moved(&source, builder, MemoryTransport::new(64 << 10), quick, Recorder::default());
     assert_eq!(ends.source.phase, Phase::Completed, "{:?}", ends.source.error);
+    let destination = built.get().unwrap();
     let arrived = destination.status();
     assert_eq!((arrived.running, arrived.pass, arrived.heartbeats), (false, paused.pass, 0));
     destination.resume().unwrap();
-    goes_on(&destination, &paused);
+    goes_on(destination, &paused);
 }
 
 /// Its program takes pages of its free memory and gives them back, and checks them, all the time; what is free is hinted.
@@ -252,16 +254,17 @@ fn free_unplugged_and_shared_memory_of_a_machine_does_not_travel_and_what_it_use
         let (mut moves, mut hinted) = (0, 0);
         while moves < 2 || (dirty_log != KvmLogChoice::Hash && hinted == 0 && moves < 20) {
             moves += 1;
-            let destination = KvmGuest::destination_sharing(dirty_log, path.clone());
+            let (builder, built) = keeping(KvmGuest::destination_sharing(dirty_log, path.clone()));
             let transport = MemoryTransport::new(64 << 10);
             let faster = SourceSettings { max_bandwidth: Some(8 << 20), ..settings() };
-            let ends = moved(&source, &destination, transport, faster, Recorder::default());
+            let ends = moved(&source, builder, transport, faster, Recorder::default());
             assert_eq!(ends.source.phase, Phase::Completed, "{:?}, {:?}", ends.source.error, ends.destination.error);
             assert_eq!(ends.destination.verified, Some(true));
             let spared = ends.source.spared;
             println!("{dirty_log:?}: {spared:?}");
             assert_eq!((spared.unplugged, spared.ignored), (256, 256), "{dirty_log:?}");
             hinted += spared.hinted;
+            let destination = built.get().expect("it has arrived").clone();
             goes_on(&destination, &source.status());
             source = destination;
         }

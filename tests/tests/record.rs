@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use memferry::guest::{Guest, RunState};
+use memferry::guest::{RunState, SourceGuest};
 use memferry_guests::workload::{Fill, FreeSettings, LogChoice, Pattern, Workload, WorkloadSettings};
 use memferry_plan::record::{RecordError, RecordSettings, Recorded, record, record_watched};
 use memferry_plan::trace::{Trace, read};

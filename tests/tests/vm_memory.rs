@@ -4,7 +4,7 @@
 use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use memferry::bitmap::DirtyBitmap;
@@ -12,7 +12,7 @@ use memferry::dirty_log::conformance::{Subject, Writer, check};
 use memferry::dirty_log::{DirtyLog, SoftwareLog};
 use memferry::geometry::{BlockInfo, PageAt, PageSize};
 use memferry::guest::conformance;
-use memferry::guest::{Guest, GuestError, GuestState, RunState};
+use memferry::guest::{DestinationGuest, Guest, GuestBuilder, GuestError, GuestState, RunState, SourceGuest};
 use memferry::memory::GuestMemory;
 use memferry::vm_memory::{BitmapLog, build, guest_memory};
 use vm_memory::bitmap::AtomicBitmap;
@@ -154,17 +154,14 @@ fn ranges_of_a_sync_are_of_one_moment_and_the_next_sync_begins_anew() {
 /// A guest of vm-memory's, written by one thread through its API alone.
 #[derive(Debug)]
 struct Vm {
-    ram: OnceLock<(Ram, GuestMemory)>,
+    ram: Ram,
+    memory: GuestMemory,
     running: Mutex<bool>,
 }
 
 impl Vm {
-    fn new(ram: Option<Ram>) -> Arc<Self> {
-        let vm = Arc::new(Self { ram: OnceLock::new(), running: ram.is_some().into() });
-        if let Some(ram) = ram {
-            let memory = guest_memory(&ram, PageSize::DEFAULT).unwrap();
-            vm.take((ram, memory)).unwrap();
-        }
+    fn new((ram, memory): (Ram, GuestMemory), runs: bool) -> Arc<Self> {
+        let vm = Arc::new(Self { ram, memory, running: Mutex::new(runs) });
         let weak = Arc::downgrade(&vm);
         std::thread::spawn(move || {
             for step in 0_u64.. {
@@ -176,36 +173,31 @@ impl Vm {
         vm
     }
 
-    fn take(&self, parts: (Ram, GuestMemory)) -> Result<(), GuestError> {
-        self.ram.set(parts).map_err(|_| GuestError("built already".into()))
-    }
-
     fn step(&self, step: u64) {
         let running = self.running.lock().unwrap();
-        let (true, Some((ram, _))) = (*running, self.ram.get()) else { return };
+        if !*running {
+            return;
+        }
         let page = GuestAddress(step % 96 * 4096);
-        ram.write_obj(step, page).unwrap();
+        self.ram.write_obj(step, page).unwrap();
         let high = GuestAddress((1 << 32) + step % 70 * 4096 + 100);
-        ram.write_slice(&step.to_le_bytes(), high).unwrap();
-    }
-
-    fn parts(&self) -> Result<&(Ram, GuestMemory), GuestError> {
-        self.ram.get().ok_or_else(|| GuestError("there is no memory yet".into()))
+        self.ram.write_slice(&step.to_le_bytes(), high).unwrap();
     }
 }
 
 impl Guest for Vm {
     fn memory(&self) -> GuestMemory {
-        self.parts().expect("built").1.clone()
+        self.memory.clone()
     }
+}
 
+impl SourceGuest for Vm {
     fn run_state(&self) -> RunState {
         if *self.running.lock().unwrap() { RunState::Running } else { RunState::Paused }
     }
 
     fn dirty_logs(&self) -> Result<Vec<Arc<dyn DirtyLog>>, GuestError> {
-        let (ram, memory) = self.parts()?;
-        Ok(vec![Arc::new(BitmapLog::new(ram, memory.layout())?)])
+        Ok(vec![Arc::new(BitmapLog::new(&self.ram, self.memory.layout())?)])
     }
 
     fn pause(&self) -> Result<(), GuestError> {
@@ -219,11 +211,9 @@ impl Guest for Vm {
     fn save(&self) -> Result<GuestState, GuestError> {
         Ok(GuestState::default())
     }
+}
 
-    fn build(&self, page_size: PageSize, blocks: &[BlockInfo], _: &GuestState) -> Result<(), GuestError> {
-        self.take(build::<AtomicBitmap>(page_size, blocks)?)
-    }
-
+impl DestinationGuest for Vm {
     fn prepare(&self, _: &GuestState) -> Result<(), GuestError> {
         Ok(())
     }
@@ -240,11 +230,15 @@ impl conformance::Subject for Vms {
     type Guest = Vm;
 
     fn source(&self) -> Arc<Vm> {
-        Vm::new(Some(Ram::from_ranges(&RANGES).unwrap()))
+        let ram = Ram::from_ranges(&RANGES).unwrap();
+        let memory = guest_memory(&ram, PageSize::DEFAULT).unwrap();
+        Vm::new((ram, memory), true)
     }
 
-    fn destination(&self) -> Arc<Vm> {
-        Vm::new(None)
+    fn destination(&self) -> impl GuestBuilder<Built = Vm> {
+        |page_size: PageSize, blocks: &[BlockInfo], _: &GuestState| {
+            Ok(Vm::new(build::<AtomicBitmap>(page_size, blocks)?, false))
+        }
     }
 }
 

@@ -1,99 +1,185 @@
-//! A VMM that moves its own memory. Ctrl-C cancels: `cargo run --example embed 2000`, bytes a second, leaves time to try.
-use memferry::dirty_log::{DirtyLog, HashLog};
-use memferry::events::{Event, Observers, Phase, Queued, Role};
-use memferry::geometry::{BlockInfo, PageSize};
-use memferry::guest::{Guest, GuestError, GuestState, RunState, StateSection};
-use memferry::memory::{GuestMemory, MappedMemory, RamBlock};
-use memferry::migration::{CancellationToken, DataPlane, receive, send};
-use memferry::settings::{DestinationSettings, OnDeadline, SourceSettings};
-use memferry::transports::{Transport, memory::MemoryTransport};
-use std::sync::{Arc, Mutex, OnceLock};
+//! A VMM that moves its guest to another process. It starts itself once more as the destination, and sends the guest there over
+//! TCP.
+//!
+//! `cargo run --example embed` takes a moment. `cargo run --example embed 2000` sends 2000 bytes a second, which leaves time for
+//! Ctrl-C: the migration is cancelled, and the guest goes on here.
 
-/// RAM, and a vCPU: whether it runs, and how many steps it has made.
+use std::error::Error;
+use std::io::{BufRead, BufReader};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread;
+use std::time::Duration;
+
+use memferry::dirty_log::{DirtyLog, HashLog};
+use memferry::events::{Event, Observers, Queued, Role};
+use memferry::geometry::{BlockInfo, PageSize};
+use memferry::guest::{DestinationGuest, Guest, GuestError, GuestState, RunState, SourceGuest, StateSection};
+use memferry::memory::{GuestMemory, MappedMemory, RamBlock};
+use memferry::migration::{CancellationToken, DataPlane, SendError, receive, send};
+use memferry::settings::{DestinationSettings, OnDeadline, SourceSettings};
+use memferry::transports::open;
+
+/// A guest with one block of RAM and one vCPU.
 #[derive(Debug)]
 struct Vmm {
-    ram: OnceLock<(Arc<MappedMemory>, GuestMemory)>,
-    cpu: Mutex<(RunState, usize)>,
+    ram: Arc<MappedMemory>,
+    memory: GuestMemory,
+    /// While somebody else holds it, the vCPU is between two steps.
+    cpu: Mutex<Cpu>,
+}
+
+#[derive(Debug)]
+struct Cpu {
+    state: RunState,
+    steps: usize,
 }
 
 impl Vmm {
-    fn vcpu(&self) {
+    /// A guest whose vCPU is paused.
+    fn new(page_size: PageSize, info: BlockInfo) -> Result<Arc<Self>, GuestError> {
+        let ram = Arc::new(MappedMemory::anonymous(info.length.try_into().expect("64 bits"))?);
+        let block = RamBlock { info, memory: ram.clone(), fresh: true };
+        let memory = GuestMemory::new(page_size, vec![block])?;
+        let cpu = Mutex::new(Cpu { state: RunState::Paused, steps: 0 });
+        let vmm = Arc::new(Self { ram, memory, cpu });
+        let vcpu = vmm.clone();
+        thread::spawn(move || vcpu.run());
+        Ok(vmm)
+    }
+
+    /// What makes a guest for the blocks that come to a destination.
+    fn build(page_size: PageSize, blocks: &[BlockInfo], _: &GuestState) -> Result<Arc<Self>, GuestError> {
+        match blocks {
+            [info] => Self::new(page_size, info.clone()),
+            _ => Err(GuestError(format!("{} blocks came, one is expected", blocks.len()))),
+        }
+    }
+
+    /// The vCPU: each step writes the number of the step to some page.
+    fn run(&self) {
         loop {
-            std::thread::sleep(std::time::Duration::from_micros(20));
-            let mut cpu = self.cpu.lock().unwrap(); // While somebody else holds it, no step is in flight.
-            if let (RunState::Running, Some((ram, _))) = (cpu.0, self.ram.get()) {
-                cpu.1 += 1;
-                ram.store(cpu.1 * 7919 % 4096 * 4096, &cpu.1.to_le_bytes());
+            thread::sleep(Duration::from_micros(20));
+            let mut cpu = self.cpu();
+            if cpu.state == RunState::Running {
+                cpu.steps += 1;
+                let page = cpu.steps * 7919 % (self.ram.len() / 4096);
+                self.ram.store(page * 4096, &cpu.steps.to_le_bytes());
             }
         }
+    }
+
+    fn cpu(&self) -> MutexGuard<'_, Cpu> {
+        self.cpu.lock().expect("no step panics")
     }
 }
 
 impl Guest for Vmm {
     fn memory(&self) -> GuestMemory {
-        self.ram.get().expect("built").1.clone()
+        self.memory.clone()
     }
+}
+
+impl SourceGuest for Vmm {
     fn run_state(&self) -> RunState {
-        self.cpu.lock().unwrap().0
+        self.cpu().state
     }
+
     fn dirty_logs(&self) -> Result<Vec<Arc<dyn DirtyLog>>, GuestError> {
         Ok(vec![Arc::new(HashLog::new(self.memory()))])
     }
+
     fn pause(&self) -> Result<(), GuestError> {
-        self.start(RunState::Paused)
-    }
-    fn resume(&self) -> Result<(), GuestError> {
-        self.start(RunState::Running)
-    }
-    fn save(&self) -> Result<GuestState, GuestError> {
-        let bytes = self.cpu.lock().unwrap().1.to_le_bytes().to_vec();
-        Ok(GuestState { sections: vec![StateSection { name: "vcpu".into(), version: 1, bytes }] })
-    }
-    fn build(&self, page_size: PageSize, blocks: &[BlockInfo], _: &GuestState) -> Result<(), GuestError> {
-        let [info] = blocks else { return Err(GuestError(format!("{} blocks, one is expected", blocks.len()))) };
-        let ram = Arc::new(MappedMemory::anonymous(info.length.try_into().expect("64 bits"))?);
-        let block = RamBlock { info: info.clone(), memory: ram.clone(), fresh: true };
-        let memory = GuestMemory::new(page_size, vec![block])?;
-        self.ram.set((ram, memory)).map_err(|_| GuestError("built already".into()))
-    }
-    fn prepare(&self, state: &GuestState) -> Result<(), GuestError> {
-        let steps = state.sections.first().and_then(|section| section.bytes.as_slice().try_into().ok());
-        self.cpu.lock().unwrap().1 = usize::from_le_bytes(steps.ok_or_else(|| GuestError("no vCPU came".into()))?);
+        self.cpu().state = RunState::Paused;
         Ok(())
     }
+
+    fn resume(&self) -> Result<(), GuestError> {
+        self.cpu().state = RunState::Running;
+        Ok(())
+    }
+
+    fn save(&self) -> Result<GuestState, GuestError> {
+        let bytes = self.cpu().steps.to_le_bytes().to_vec();
+        Ok(GuestState { sections: vec![StateSection { name: "vcpu".into(), version: 1, bytes }] })
+    }
+}
+
+impl DestinationGuest for Vmm {
+    fn prepare(&self, state: &GuestState) -> Result<(), GuestError> {
+        let steps = state.sections.first().and_then(|section| section.bytes.as_slice().try_into().ok());
+        self.cpu().steps = usize::from_le_bytes(steps.ok_or_else(|| GuestError("no vCPU came".into()))?);
+        Ok(())
+    }
+
     fn start(&self, run_state: RunState) -> Result<(), GuestError> {
-        self.cpu.lock().unwrap().0 = run_state;
+        self.cpu().state = run_state;
         Ok(())
     }
 }
 
-#[tokio::main]
-async fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let vmm = |run_state| Arc::new(Vmm { ram: OnceLock::new(), cpu: Mutex::new((run_state, 0)) });
-    let (here, there) = (vmm(RunState::Running), vmm(RunState::Paused));
-    here.build(PageSize::DEFAULT, &[BlockInfo::new("ram", 64 << 20)], &GuestState::default())?;
-    let _vcpus = [here.clone(), there.clone()].map(|vmm| std::thread::spawn(move || vmm.vcpu()));
+/// This program once more, as the destination, and the address at which it listens.
+fn start_destination() -> Result<(Child, String), Box<dyn Error>> {
+    let mut command = Command::new(std::env::current_exe()?);
+    // Ctrl-C is for the source alone.
+    let mut child = command.arg("destination").process_group(0).stdout(Stdio::piped()).spawn()?;
+    let mut address = String::new();
+    BufReader::new(child.stdout.take().expect("it is piped")).read_line(&mut address)?;
+    Ok((child, address.trim().to_owned()))
+}
+
+async fn destination() -> Result<(), Box<dyn Error>> {
+    let listener = open(&"tcp:127.0.0.1:0".parse()?, Duration::ZERO).listen().await?;
+    println!("{}", listener.local_address());
+    let unwatched = Observers::none(Role::Destination);
+    let (settings, never) = (DestinationSettings::default(), CancellationToken::new());
+    let received = receive(Vmm::build, listener, settings, &DataPlane::new()?, unwatched, never).await?;
+    eprintln!("destination: the guest arrived, and is {:?}", received.guest.run_state());
+    Ok(())
+}
+
+async fn source(max_bandwidth: Option<u64>) -> Result<(), Box<dyn Error>> {
+    let guest = Vmm::new(PageSize::DEFAULT, BlockInfo::new("ram", 64 << 20))?;
+    guest.resume()?;
+    let (mut child, address) = start_destination()?;
+    let transport = open(&address.parse()?, Duration::from_secs(10));
+
     let cancel = CancellationToken::new();
     let ctrl_c = cancel.clone();
     tokio::spawn(async move { tokio::signal::ctrl_c().await.map(|()| ctrl_c.cancel()) });
-    let watch = Arc::new(Queued::new(|_: Role, event: &Event| match event {
-        Event::Progress(now) => println!("round {}: {} KiB left", now.round, now.remaining_bytes.unwrap_or(0) >> 10),
-        Event::Decided(decided) => println!("{decided}"),
-        _ => {}
-    })?); // It prints, and a terminal may block: the migration does not wait for it.
-    let max_bandwidth = std::env::args().nth(1).map(|rate| rate.parse()).transpose()?;
+
+    // What it prints goes through a queue: a terminal may block, and the migration does not wait for it.
+    let progress = Arc::new(Queued::new(|_: Role, event: &Event| {
+        if let Event::Progress(now) = event {
+            println!("round {}: {} KiB left", now.round, now.remaining_bytes.unwrap_or(0) >> 10);
+        }
+    })?);
+    let observers = Observers::new(Role::Source, vec![progress.clone()]);
+
     let settings = SourceSettings { max_bandwidth, on_deadline: OnDeadline::SwitchOver, ..SourceSettings::default() };
-    let transport = Arc::new(MemoryTransport::new(1 << 20)); // Between hosts: transports::open("tcp:host:port", …).
-    let (listener, plane) = (transport.listen().await?, DataPlane::new()?);
-    let (ours, theirs) = (Observers::new(Role::Source, vec![watch.clone()]), Observers::none(Role::Destination));
-    let sending = send(here.clone(), transport, settings, &plane, ours, cancel.clone());
-    let receiving = receive(there.clone(), listener, DestinationSettings::default(), &plane, theirs, cancel);
-    let (sent, _) = tokio::join!(sending, receiving);
-    watch.flush(std::time::Duration::from_secs(1));
-    let (why, left, arrived) = (sent.error.unwrap_or_default(), here.cpu.lock().unwrap(), there.cpu.lock().unwrap());
-    match sent.phase {
-        Phase::Completed => println!("moved: it runs there, at step {}, and was paused {:?}", arrived.1, sent.downtime),
-        phase => println!("{phase:?}: {why}; it is {:?} here, at step {}", left.0, left.1),
+    let sent = send(guest.clone(), transport.into(), settings, &DataPlane::new()?, observers, cancel).await;
+    progress.flush(Duration::from_secs(1));
+    let (state, steps) = (guest.cpu().state, guest.cpu().steps);
+    match sent {
+        Ok(sent) => {
+            println!("moved: it runs there; here it made {steps} steps, and was paused {:?}", sent.ended.downtime)
+        }
+        Err(SendError::Cancelled { .. }) => println!("Cancelled: it is {state:?} here, at step {steps}"),
+        // Two guests must never run: somebody looks at the destination before anybody resumes this one.
+        Err(SendError::Unconfirmed { source, .. }) => println!("it may run there: {source}; it stays {state:?} here"),
+        Err(SendError::ResumeFailed { source, .. }) => println!("it runs nowhere: {source}"),
+        Err(error) => println!("{error}; it is {state:?} here, at step {steps}"),
     }
+    child.wait()?;
     Ok(())
+}
+
+#[tokio::main]
+async fn main() -> Result<(), Box<dyn Error>> {
+    match std::env::args().nth(1).as_deref() {
+        Some("destination") => destination().await,
+        Some(rate) => source(Some(rate.parse()?)).await,
+        None => source(None).await,
+    }
 }

@@ -5,7 +5,7 @@
 //!
 //! | to do | here |
 //! |---|---|
-//! | make a VM one that can be moved | implement [`Guest`](guest::Guest): [`guest`] |
+//! | make a VM one that can be moved | implement [`SourceGuest`](guest::SourceGuest) and [`DestinationGuest`](guest::DestinationGuest): [`guest`] |
 //! | describe its RAM | [`memory`], [`geometry`] |
 //! | tell which pages were written | a [`DirtyLog`](dirty_log::DirtyLog) of those in [`dirty_log`], or one of your own |
 //! | move it | [`migration::send`] and [`migration::receive`], with [`settings`], over one of the [`transports`] |

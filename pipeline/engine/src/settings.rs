@@ -1,7 +1,8 @@
 //! How a migration is to run: plain values, wherever they come from (a TOML file, a VMM's own code).
 //!
 //! They are the one definition of each setting: the configuration file takes its defaults, and whole tables where they are alike,
-//! from here.
+//! from here. The rules are here too: [`SourceSettings::check`] and [`DestinationSettings::check`] refuse what cannot be, and a
+//! migration asks them before it begins anything.
 //!
 //! ```
 //! use std::time::Duration;
@@ -18,6 +19,10 @@ use memferry_stages::geometry::{MAX_LANES, PageSize};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::values::{Bandwidth, time};
+
+pub use rules::{Rule, Setting, SettingsError};
+
+mod rules;
 
 /// What guest state may take where nothing else is set: virtual devices take kilobytes to a few megabytes.
 pub const MAX_STATE_BYTES: u64 = 16 << 20;
@@ -42,7 +47,7 @@ pub struct XbzrleSettings {
     pub cache_first_round: bool,
 }
 
-/// How a page travels that no delta helps: with the compressor of the first round, or as it is. Where that round has none, it always
+/// How a page travels that no delta helps: with the compressor of the first round, or as it is. Where that round has none, it
 /// travels as it is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -53,7 +58,7 @@ pub enum OnMiss {
     Auto,
     /// As it is.
     Raw,
-    /// Compressed.
+    /// Compressed: the first round has a compressor then.
     Compress,
 }
 

@@ -22,13 +22,13 @@
 //! use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 //! # use vm_memory::GuestMemoryBackend;
 //!
-//! // At the source, for `Guest::memory` and `Guest::dirty_logs`:
+//! // At the source, for `Guest::memory` and `SourceGuest::dirty_logs`:
 //! let ram: GuestMemoryMmap<AtomicBitmap> = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
 //! let memory = guest_memory(&ram, PageSize::DEFAULT)?;
 //! let logs: Vec<Arc<dyn DirtyLog>> = vec![Arc::new(BitmapLog::new(&ram, memory.layout())?)];
 //! ram.write_obj(7u32, GuestAddress(0x1000)).unwrap();
 //!
-//! // At the destination, in `Guest::build`, for the page size and the blocks that come. `memory` is what `Guest::memory` returns.
+//! // At the destination, in `GuestBuilder::build`, for the page size and the blocks that come. `memory` is what `Guest::memory` returns.
 //! # let (page_size, blocks) = (PageSize::DEFAULT, memory.layout().blocks());
 //! let (ram, memory) = build::<AtomicBitmap>(page_size, blocks)?;
 //! # assert_eq!((ram.num_regions(), memory.layout().blocks()), (1, blocks));
@@ -71,7 +71,7 @@ where
     Ok(GuestMemory::new(page_size, blocks)?)
 }
 
-/// Maps the memory of a guest that arrives: what a [`Guest::build`](crate::guest::Guest::build) does with the page size and the
+/// Maps the memory of a guest that arrives: what a [`GuestBuilder::build`](crate::guest::GuestBuilder::build) does with the page size and the
 /// blocks that come. Returns vm-memory's regions, and the same memory as RAM blocks.
 ///
 /// The peer is not trusted, so the result is checked: it has exactly these blocks, named as [`guest_memory`] names them, none of

@@ -17,8 +17,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use memferry::events::{Observers, Phase, Role};
-use memferry::migration::CancellationToken;
+use memferry::events::{Observers, Role};
+use memferry::migration::{CancellationToken, Sent};
 use memferry::settings::{DestinationSettings, SourceSettings};
 use memferry::transports::{Transport, unix::UnixTransport};
 use memferry_guests::region::{Access, Region};
@@ -106,11 +106,10 @@ fn move_to(region: &Region, runtime: &Handle, to: &Path) -> String {
     let watched = Observers::none(Role::Source);
     let sending = region.send(transport, SourceSettings::default(), watched, CancellationToken::new());
     match runtime.block_on(sending) {
-        Ok(sent) if sent.phase == Phase::Completed => {
-            let (total, paused, bytes) = (sent.total, sent.downtime.unwrap_or_default(), sent.wire_bytes);
+        Ok(Sent { ended, .. }) => {
+            let (total, paused, bytes) = (ended.total, ended.downtime.unwrap_or_default(), ended.wire_bytes);
             format!("moved in {total:.0?}, {bytes} bytes on the wire, writers waited {paused:.1?}")
         }
-        Ok(sent) => format!("not moved, {:?}: {}", sent.phase, sent.error.unwrap_or_default()),
         Err(error) => format!("not moved: {error}"),
     }
 }
@@ -141,8 +140,7 @@ async fn take_over(from: &Path, at: &Path) -> Fallible<()> {
     let watched = Observers::none(Role::Destination);
     let settings = DestinationSettings::default();
     let received = Region::receive(listener, 1 << 30, settings, watched, CancellationToken::new()).await;
-    let region = received.map_err(|ended| ended.error.unwrap_or_else(|| "nothing came".into()))?;
-    serve(region, at)
+    serve(received?, at)
 }
 
 // ---- the story: two servers, and clients who know what was acknowledged ----

@@ -10,7 +10,9 @@ use memferry_stages::geometry::{BlockInfo, PageSize};
 use memferry_stages::memory::{GuestMemory, MappedMemory, RamBlock};
 
 use memferry::guest::conformance::*;
-use memferry::guest::{Guest, GuestError, GuestState, RunState, StateSection};
+use memferry::guest::{
+    DestinationGuest, Guest, GuestBuilder, GuestError, GuestState, RunState, SourceGuest, StateSection,
+};
 use memferry_guests::workload::{LogChoice, Pattern, Region, Workload, WorkloadSettings, WriterSettings};
 
 struct Workloads(LogChoice);
@@ -26,7 +28,7 @@ impl Subject for Workloads {
         Workload::source(settings).unwrap()
     }
 
-    fn destination(&self) -> Arc<Workload> {
+    fn destination(&self) -> impl GuestBuilder<Built = Workload> {
         Workload::destination()
     }
 
@@ -75,16 +77,30 @@ enum Mistake {
 #[derive(Debug)]
 struct Counter {
     mistake: Mistake,
-    parts: Mutex<Option<Parts>>,
+    parts: Parts,
     life: Mutex<Life>,
     saves: AtomicU64,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 struct Parts {
     ram: Arc<MappedMemory>,
     memory: GuestMemory,
     log: Arc<SoftwareLog>,
+}
+
+impl Parts {
+    fn map(mistake: Mistake, page_size: PageSize, length: usize) -> Self {
+        let ram = Arc::new(MappedMemory::anonymous(length).unwrap());
+        if mistake == Mistake::IsNotFresh {
+            ram.store(4096, &[1]);
+        }
+        let info = BlockInfo::new("ram", length as u64);
+        let block = RamBlock { info, memory: ram.clone(), fresh: true };
+        let memory = GuestMemory::new(page_size, vec![block]).unwrap();
+        let log = Arc::new(SoftwareLog::new(memory.layout()));
+        Self { ram, memory, log }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -100,9 +116,9 @@ fn held<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Counter {
-    fn new(mistake: Mistake) -> Arc<Self> {
-        let counter =
-            Arc::new(Self { mistake, parts: Mutex::default(), life: Mutex::default(), saves: AtomicU64::new(0) });
+    fn new(mistake: Mistake, page_size: PageSize, length: usize) -> Arc<Self> {
+        let parts = Parts::map(mistake, page_size, length);
+        let counter = Arc::new(Self { mistake, parts, life: Mutex::default(), saves: AtomicU64::new(0) });
         let of = Arc::downgrade(&counter);
         thread::spawn(move || Self::count(&of));
         counter
@@ -125,23 +141,10 @@ impl Counter {
     }
 
     fn write(&self, page: usize, count: u64, marks: bool) {
-        let Some(parts) = held(&self.parts).clone() else { return };
-        parts.ram.store(page * 4096 + 8, &count.to_le_bytes());
+        self.parts.ram.store(page * 4096 + 8, &count.to_le_bytes());
         if marks {
-            parts.log.mark(0, page as u64..page as u64 + 1);
+            self.parts.log.mark(0, page as u64..page as u64 + 1);
         }
-    }
-
-    fn map(&self, page_size: PageSize, length: usize) {
-        let ram = Arc::new(MappedMemory::anonymous(length).unwrap());
-        if self.mistake == Mistake::IsNotFresh {
-            ram.store(4096, &[1]);
-        }
-        let info = BlockInfo::new("ram", length as u64);
-        let block = RamBlock { info, memory: ram.clone(), fresh: true };
-        let memory = GuestMemory::new(page_size, vec![block]).unwrap();
-        let log = Arc::new(SoftwareLog::new(memory.layout()));
-        *held(&self.parts) = Some(Parts { ram, memory, log });
     }
 
     fn set_running(&self, runs: bool) {
@@ -167,15 +170,17 @@ struct Guarded(Arc<Counter>);
 
 impl Guest for Guarded {
     fn memory(&self) -> GuestMemory {
-        held(&self.0.parts).clone().unwrap().memory
+        self.0.parts.memory.clone()
     }
+}
 
+impl SourceGuest for Guarded {
     fn run_state(&self) -> RunState {
         if held(&self.0.life).says_running { RunState::Running } else { RunState::Paused }
     }
 
     fn dirty_logs(&self) -> Result<Vec<Arc<dyn DirtyLog>>, GuestError> {
-        Ok(vec![held(&self.0.parts).clone().unwrap().log])
+        Ok(vec![self.0.parts.log.clone()])
     }
 
     fn pause(&self) -> Result<(), GuestError> {
@@ -249,17 +254,23 @@ impl Guest for Guarded {
         }
         Ok(())
     }
+}
 
-    fn build(&self, page_size: PageSize, blocks: &[BlockInfo], _: &GuestState) -> Result<(), GuestError> {
+impl GuestBuilder for Mistake {
+    type Built = Guarded;
+
+    fn build(self, page_size: PageSize, blocks: &[BlockInfo], _: &GuestState) -> Result<Arc<Guarded>, GuestError> {
         let [block] = blocks else { return Err(GuestError(format!("{} blocks came, it has one", blocks.len()))) };
         if block.id != "ram" {
             return Err(GuestError(format!("block {:?} came, it has \"ram\"", block.id)));
         }
-        let own = self.0.mistake == Mistake::BuildsItsOwn;
-        self.0.map(page_size, if own { LENGTH } else { usize::try_from(block.length).unwrap() });
-        Ok(())
+        let own = self == Mistake::BuildsItsOwn;
+        let length = if own { LENGTH } else { usize::try_from(block.length).unwrap() };
+        Ok(Arc::new(Guarded(Counter::new(self, page_size, length))))
     }
+}
 
+impl DestinationGuest for Guarded {
     fn prepare(&self, state: &GuestState) -> Result<(), GuestError> {
         let count = state.sections.first().and_then(|section| section.bytes.as_slice().try_into().ok());
         match self.0.mistake {
@@ -291,14 +302,13 @@ impl Subject for Counters {
 
     fn source(&self) -> Arc<Guarded> {
         // Its own memory need not be fresh: it is never loaded.
-        let counter = Counter::new(self.0);
-        counter.map(PageSize::DEFAULT, LENGTH);
+        let counter = Counter::new(self.0, PageSize::DEFAULT, LENGTH);
         counter.set_running(true);
         Arc::new(Guarded(counter))
     }
 
-    fn destination(&self) -> Arc<Guarded> {
-        Arc::new(Guarded(Counter::new(self.0)))
+    fn destination(&self) -> impl GuestBuilder<Built = Guarded> {
+        self.0
     }
 }
 

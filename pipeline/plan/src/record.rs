@@ -27,10 +27,10 @@ use tokio_util::sync::CancellationToken;
 use super::sampler::Sampler;
 use super::trace::{GuestFacts, Interval, Runs, TraceWriter};
 use memferry::guest::clearer::{Clearer, Point};
-use memferry::guest::{Guest, GuestError};
+use memferry::guest::{GuestError, SourceGuest};
+use memferry::migration::MigrationError;
 use memferry::migration::arming::{Armed, arm};
 use memferry::migration::digest_downtime;
-use memferry::migration::error::MigrationError;
 use memferry::migration::out_for_good::out_for_good;
 
 /// How a recording is to be made.
@@ -101,7 +101,7 @@ impl From<GuestError> for RecordError {
 /// # Errors
 /// [`RecordError`]; then there is no file.
 pub async fn record(
-    guest: Arc<dyn Guest>,
+    guest: Arc<dyn SourceGuest>,
     settings: RecordSettings,
     file: &Path,
     cancel: CancellationToken,
@@ -115,7 +115,7 @@ pub async fn record(
 /// # Errors
 /// As [`record`].
 pub async fn record_watched(
-    guest: Arc<dyn Guest>,
+    guest: Arc<dyn SourceGuest>,
     settings: RecordSettings,
     file: &Path,
     cancel: CancellationToken,
@@ -148,7 +148,7 @@ pub async fn record_watched(
 
 /// Everything before the first page: what is unplugged stays so, and the logs are asked for, though not started.
 fn begin(
-    guest: &dyn Guest,
+    guest: &dyn SourceGuest,
     clearers: &[Arc<dyn Clearer>],
     told: &mut usize,
     logs: &mut Vec<Arc<dyn DirtyLog>>,

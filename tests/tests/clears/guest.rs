@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 use memferry::guest::clearer::Clearer;
-use memferry::guest::{Guest, GuestError, GuestState, RunState};
+use memferry::guest::{DestinationGuest, Guest, GuestError, GuestState, RunState, SourceGuest};
 use memferry::memory::GuestMemory;
 use memferry::settings::SourceSettings;
 use memferry_stages::batch::CopiedBatch;
@@ -15,7 +15,7 @@ use memferry_stages::geometry::{BlockInfo, ExtentAt, PageSize};
 use memferry_stages::memory::Memory;
 use memferry_stages::pool::PooledBuffer;
 use memferry_stages::xbzrle::Delta;
-use memferry_tests::run::{Ends, Recorder};
+use memferry_tests::run::{Arrives, Ends, Expected, Recorder};
 use memferry_tests::{TestGuest, migrate_watched};
 use memferry_transports::memory::MemoryTransport;
 use tokio_util::sync::CancellationToken;
@@ -164,12 +164,14 @@ impl Guest for Noting {
         GuestMemory::new(memory.page_size(), blocks).unwrap()
     }
 
-    fn run_state(&self) -> RunState {
-        self.guest.run_state()
-    }
-
     fn clearers(&self) -> Vec<Arc<dyn Clearer>> {
         self.clearers.clone()
+    }
+}
+
+impl SourceGuest for Noting {
+    fn run_state(&self) -> RunState {
+        self.guest.run_state()
     }
 
     fn dirty_logs(&self) -> Result<Vec<Arc<dyn DirtyLog>>, GuestError> {
@@ -211,11 +213,9 @@ impl Guest for Noting {
     fn moved(&self) {
         self.guest.moved();
     }
+}
 
-    fn build(&self, page_size: PageSize, blocks: &[BlockInfo], setup: &GuestState) -> Result<(), GuestError> {
-        self.guest.build(page_size, blocks, setup)
-    }
-
+impl DestinationGuest for Noting {
     fn prepare(&self, state: &GuestState) -> Result<(), GuestError> {
         self.guest.prepare(state)
     }
@@ -225,10 +225,16 @@ impl Guest for Noting {
     }
 }
 
+impl Arrives for Noting {
+    fn build(&self, page_size: PageSize, blocks: &[BlockInfo], setup: &GuestState) -> Result<(), GuestError> {
+        self.guest.build(page_size, blocks, setup)
+    }
+}
+
 /// Moves a guest through memory.
 pub(crate) fn move_guest(
-    source: Arc<dyn Guest>,
-    destination: Arc<dyn Guest>,
+    source: Arc<dyn SourceGuest>,
+    destination: impl Expected,
     settings: SourceSettings,
     cancel: CancellationToken,
     recorder: Recorder,

@@ -6,13 +6,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use memferry::events::{Event, Phase, Role};
-use memferry::guest::Guest;
+use memferry::guest::SourceGuest;
 use memferry::settings::{EncoderSettings, SourceSettings};
 use memferry_guests::workload::{
     Fill, FreeSettings, LogChoice, Pattern, Region, SharedSettings, Workload, WorkloadSettings, WriterSettings,
 };
 use memferry_stages::dirty_log::UserfaultLog;
 use memferry_tests::run::Ends;
+use memferry_tests::run::keeping;
 use memferry_tests::{Recorder, source_settings};
 use tokio_util::sync::CancellationToken;
 
@@ -25,11 +26,11 @@ const MORE: &str = "MEMFERRY_TORTURE_RUNS";
 fn move_workload(settings: WorkloadSettings, sending: SourceSettings, recorder: Recorder) -> (Ends, Arc<Workload>) {
     let shared = settings.shared.as_ref().map(|shared| shared.path.clone());
     let source = Workload::source(settings).unwrap();
-    let destination = shared.map_or_else(Workload::destination, Workload::destination_sharing);
-    let ends = move_guest(source, destination.clone(), sending, CancellationToken::new(), recorder);
+    let (builder, built) = keeping(shared.map_or_else(Workload::destination, Workload::destination_sharing));
+    let ends = move_guest(source, builder, sending, CancellationToken::new(), recorder);
     assert_eq!(ends.source.phase, Phase::Completed, "{:?}, {:?}", ends.source.error, ends.destination.error);
     assert_eq!((ends.source.verified, ends.destination.verified), (Some(true), Some(true)));
-    (ends, destination)
+    (ends, built.get().expect("it has arrived").clone())
 }
 
 fn free(share: f64, turns_per_second: f64, range_pages: u32) -> Option<FreeSettings> {
@@ -184,12 +185,12 @@ fn memory_is_plugged_before_or_after_a_migration_and_not_in_it() {
             *result.lock().unwrap() = Some(guest.plug());
         }
     });
-    let destination = Workload::destination_sharing(folder.path().join("shared"));
-    let ends =
-        move_guest(source.clone(), destination.clone(), source_settings(1, 1), CancellationToken::new(), recorder);
+    let (builder, built) = keeping(Workload::destination_sharing(folder.path().join("shared")));
+    let ends = move_guest(source.clone(), builder, source_settings(1, 1), CancellationToken::new(), recorder);
     assert_eq!(ends.source.phase, Phase::Completed, "{:?}", ends.source.error);
     let error = tried.lock().unwrap().take().unwrap().unwrap_err().to_string();
     assert!(error.contains("memory cannot be plugged while the guest is migrated"), "{error}");
+    let destination = built.get().unwrap().clone();
     destination.plug().unwrap();
 
     // On from there, with all of it.

@@ -1,22 +1,29 @@
-//! Guests: what is moved, behind one trait.
+//! Guests: what is moved, behind traits that the author of a VMM implements.
 //!
-//! [`Guest`] is what the author of a VMM implements. The engine calls it in this order, and in no other:
+//! | trait | what it is |
+//! |---|---|
+//! | [`Guest`] | what both ends ask: the RAM blocks |
+//! | [`SourceGuest`] | a guest that can be sent: it runs, is paused, saved, and resumed if the migration fails |
+//! | [`GuestBuilder`] | what makes a guest for the blocks that come; any function with its signature is one |
+//! | [`DestinationGuest`] | what it made: pages are loaded into it, then it is prepared and started |
+//!
+//! The engine calls them in this order, and in no other:
 //!
 //! ```text
-//!  SOURCE: send(guest, …)                                     DESTINATION: receive(guest, …)
+//!  SOURCE: send(guest, …)                                     DESTINATION: receive(builder, …)
 //!
 //!  memory, run_state, clearers
-//!  setup_state ───────────── setup state, blocks ──────────▶  build, memory, clearers
-//!  dirty_logs; each log: start                                   ┊
+//!  setup_state ───────────── setup state, blocks ──────────▶  build
+//!  dirty_logs; each log: start                                memory, clearers, of what was built
 //!  rounds; each log: sync, rearm, copied ═════ pages ═══════▶    ┊ the loaders write its memory,
-//!     (throttle, if it outruns the wire)                         ┊
-//!  pause            (only if it ran)                             ┊ and nobody else does
+//!     (throttle, where it does not converge)                     ┊ and nobody else does
+//!  pause            (only if it ran)                             ┊
 //!  save, release                                                 ┊
 //!  each log: sync, rearm, copied ════ last pages, state ════▶    ┊
 //!             ◀────────────────── Loaded ──────────────────   prepare
 //!  committed ───────────────────────── Go ─────────────────▶  start
 //!             ◀────────────────── Running ─────────────────
-//!  moved; each log: stop
+//!  moved; each log: stop                                      receive returns the guest
 //!
 //!  ─ any failure, or cancel, before Go,
 //!    a failed committed among them ─────▶ reacquire (if release was called), resume (if pause was called);
@@ -25,11 +32,17 @@
 //!  ─ no answer after Go ────────────────▶ nothing more is called: the guest stays paused, and an operator decides
 //! ```
 //!
-//! **Threads.** Every method but [`Guest::memory`] and [`Guest::run_state`] at the source is called from a thread where
-//! blocking is allowed, one call after another, and the next step waits until it returns: what [`Guest::pause`], `save`,
-//! `release`, `prepare` and `start` take is downtime. The calls come from different threads. A cancel is seen after such a
-//! call, not in it; only `setup_state` and `build` may still be running when a cancelled `send` or `receive` has
-//! returned. A panic in a method counts as an error of it.
+//! **The form of the destination.** [`GuestBuilder::build`] consumes the builder and returns the guest, so that a guest without
+//! memory does not exist: no order of calls has to be checked, and no field waits to be filled. The built guest is an associated
+//! type and not `Arc<dyn DestinationGuest>`, so that [`receive`](crate::migration::receive) returns it as the type that the VMM
+//! knows, without a downcast. A function `fn(PageSize, &[BlockInfo], &GuestState) -> Result<Arc<Vmm>, GuestError>` or a closure is
+//! a builder, so most VMMs write no type for it. A program with several kinds of guests builds one type that delegates.
+//!
+//! **Threads.** Every method but [`Guest::memory`], [`Guest::clearers`] and [`SourceGuest::run_state`] at the source is called
+//! from a thread where blocking is allowed, one call after another, and the next step waits until it returns: what
+//! [`SourceGuest::pause`], `save`, `release`, [`DestinationGuest::prepare`] and `start` take is downtime. The calls come from
+//! different threads. A cancel is seen after such a call, not in it; only `setup_state` and `build` may still be running when a
+//! cancelled `send` or `receive` has returned. A panic in a method counts as an error of it.
 //!
 //! **Memory.** Between `dirty_logs` and the end the engine reads the blocks from its own threads at any time, while the guest
 //! runs. At the destination it writes them between `build` and `prepare`. No Rust reference to that memory may exist: it is
@@ -97,23 +110,24 @@ pub struct StateSection {
     pub bytes: Vec<u8>,
 }
 
-/// A guest: at a source or at a destination. The [module](self) says who calls what, and when.
+/// What both ends ask of a guest. The [module](self) says who calls what, and when.
 pub trait Guest: Send + Sync + fmt::Debug {
-    /// Its RAM blocks. At the source it is asked once, where blocking is not allowed, before anything else. At the destination
-    /// it is asked once [`Guest::build`] has returned, and answers the blocks that `build` was given.
+    /// Its RAM blocks. Asked once at each end, before anything else; at the source where blocking is not allowed. At the
+    /// destination they are the blocks that [`GuestBuilder::build`] was given.
     fn memory(&self) -> GuestMemory;
-
-    /// Does it run? Asked once, at the source, before the migration begins, where blocking is not allowed. A guest that its
-    /// operator has paused is neither paused nor resumed, and arrives paused.
-    fn run_state(&self) -> RunState;
 
     /// What in it knows that pages need not be sent. At the source it is asked once, where blocking is not allowed, before
     /// anything else; at the destination once it is built, for what is unplugged there. None by default.
     fn clearers(&self) -> Vec<Arc<dyn Clearer>> {
         Vec::new()
     }
+}
 
-    // ---- at the source ----
+/// A guest that can be sent.
+pub trait SourceGuest: Guest {
+    /// Does it run? Asked once, before the migration begins, where blocking is not allowed. A guest that its operator has
+    /// paused is neither paused nor resumed, and arrives paused.
+    fn run_state(&self) -> RunState;
 
     /// The logs that together see every write to its memory, not started yet. Called once in a migration, so that each may
     /// have logs of its own.
@@ -131,14 +145,14 @@ pub trait Guest: Send + Sync + fmt::Debug {
     }
 
     /// Pauses the guest: when this returns, no vCPU, device thread or I/O in flight writes guest memory, until
-    /// [`Guest::resume`]. Called once, and only if the guest ran; where a deadline orders it, in the middle of a round, so that
-    /// [`Guest::save`] may come much later.
+    /// [`SourceGuest::resume`]. Called once, and only if the guest ran; where a deadline orders it, in the middle of a round, so that
+    /// [`SourceGuest::save`] may come much later.
     ///
     /// # Errors
     /// When it cannot be paused. It is then resumed, and must go on whatever part of it was paused.
     fn pause(&self) -> Result<(), GuestError>;
 
-    /// Lets a paused guest go on where it stood. Called after a failed [`Guest::pause`] too, when it may still run.
+    /// Lets a paused guest go on where it stood. Called after a failed [`SourceGuest::pause`] too, when it may still run.
     ///
     /// # Errors
     /// When it cannot; the operator is told so (exit code 4).
@@ -158,14 +172,14 @@ pub trait Guest: Send + Sync + fmt::Debug {
 
     /// Its device state. The guest is paused, by the engine or by its operator, and stays so. Saving may write memory, as
     /// long as a dirty log sees it: the last bitmap sync follows. After this call nothing writes memory any more. It may be
-    /// followed by [`Guest::resume`], and in a later migration by another save.
+    /// followed by [`SourceGuest::resume`], and in a later migration by another save.
     ///
     /// # Errors
     /// When it cannot be saved; the guest goes on. So it does if the state is larger than 256 MiB, or a section has no name
     /// or one longer than 255 bytes.
     fn save(&self) -> Result<GuestState, GuestError>;
 
-    /// Gives up what only one side may hold (disks, locks), before the destination may take it in [`Guest::prepare`].
+    /// Gives up what only one side may hold (disks, locks), before the destination may take it in [`DestinationGuest::prepare`].
     ///
     /// # Errors
     /// When it cannot; the migration then fails, what was given up is reacquired and the guest goes on.
@@ -173,7 +187,7 @@ pub trait Guest: Send + Sync + fmt::Debug {
         Ok(())
     }
 
-    /// Takes back what [`Guest::release`] gave up, or a part of it if it failed. Called before [`Guest::resume`].
+    /// Takes back what [`SourceGuest::release`] gave up, or a part of it if it failed. Called before [`SourceGuest::resume`].
     ///
     /// # Errors
     /// When it cannot; the guest then stays paused and the operator is told.
@@ -182,7 +196,7 @@ pub trait Guest: Send + Sync + fmt::Debug {
     }
 
     /// Go is about to be handed to the transport: from here on this guest may run at `destination`, and nothing of its own (a guard
-    /// that would resume it when this program dies) may start it again. [`Guest::resume`] still may: the destination can
+    /// that would resume it when this program dies) may start it again. [`SourceGuest::resume`] still may: the destination can
     /// refuse to begin. For a stream in a file, called before its completion, if the guest is to stay paused.
     ///
     /// # Errors
@@ -196,26 +210,52 @@ pub trait Guest: Send + Sync + fmt::Debug {
     /// The destination has confirmed that it runs the guest, or the stream in a file is complete and the guest is to stay paused:
     /// whatever watched over the guest here may end. The last call, besides those to its logs.
     fn moved(&self) {}
+}
 
-    // ---- at the destination ----
+/// Makes a guest for the blocks that come to a destination. A function or closure with the signature of
+/// [`GuestBuilder::build`] is one.
+pub trait GuestBuilder: Send + 'static {
+    /// What it makes, and [`receive`](crate::migration::receive) returns.
+    type Built: DestinationGuest + 'static;
 
     /// Builds the machine for the blocks that come, or refuses with both sides' figures. What is built has exactly these
     /// blocks; one that is [`ignored`](BlockInfo::ignored) has the memory that the source has, or the guest refuses it or
     /// builds it as one that is not, which the engine refuses then. The peer is not trusted: its blocks are a valid layout,
-    /// but as long as it likes, and its state may be anything.
+    /// but as long as it likes, and its state may be anything. Nothing of it runs before [`DestinationGuest::start`].
     ///
     /// # Errors
     /// When the blocks do not fit this guest; the source is told why.
-    fn build(&self, page_size: PageSize, blocks: &[BlockInfo], setup: &GuestState) -> Result<(), GuestError>;
+    fn build(
+        self,
+        page_size: PageSize,
+        blocks: &[BlockInfo],
+        setup: &GuestState,
+    ) -> Result<Arc<Self::Built>, GuestError>;
+}
 
-    /// Everything is loaded: applies the device state and opens what is needed. May fail; nothing runs yet, and if no
-    /// [`Guest::start`] follows nothing ever does.
+impl<F, G> GuestBuilder for F
+where
+    F: FnOnce(PageSize, &[BlockInfo], &GuestState) -> Result<Arc<G>, GuestError> + Send + 'static,
+    G: DestinationGuest + 'static,
+{
+    type Built = G;
+
+    fn build(self, page_size: PageSize, blocks: &[BlockInfo], setup: &GuestState) -> Result<Arc<G>, GuestError> {
+        self(page_size, blocks, setup)
+    }
+}
+
+/// A guest that was built at a destination. If [`DestinationGuest::start`] is not called, nothing of it ever runs, and it is
+/// dropped.
+pub trait DestinationGuest: Guest {
+    /// Everything is loaded: applies the device state and opens what is needed. Called once. May fail; nothing runs yet.
     ///
     /// # Errors
     /// When the state does not fit; the guest goes on at its source.
     fn prepare(&self, state: &GuestState) -> Result<(), GuestError>;
 
-    /// Starts the guest, or leaves it paused if it was; [`Guest::resume`] starts it then. Cannot be taken back.
+    /// Starts the guest, or leaves it paused if it was; its operator starts it then. Called once, after
+    /// [`DestinationGuest::prepare`]. Cannot be taken back.
     ///
     /// # Errors
     /// When it does not start; the operators of both sides are told.

@@ -4,7 +4,6 @@
 //! and no call into the guest.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use memferry_stages::heartbeat::{EVERY, send_heartbeats};
 use memferry_stages::queue::Outlet;
@@ -14,9 +13,8 @@ use memferry_stages::wire::messages::Figure;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::error::{MigrationError, Silence};
+use super::error::Silence;
 use crate::settings::LEAST_PEER_TIMEOUT;
-use crate::values::Time;
 
 const _: () = assert!(LEAST_PEER_TIMEOUT.as_millis() >= 3 * EVERY.as_millis(), "heartbeats come too rarely for it");
 
@@ -75,13 +73,4 @@ pub(super) async fn silenced(alive: Option<&Alive>) -> Silence {
         Some(alive) => alive.silenced().await,
         None => std::future::pending().await,
     }
-}
-
-/// Is the limit long enough for heartbeats to come within it?
-pub(super) fn check_peer_timeout(limit: Duration) -> Result<(), MigrationError> {
-    if limit >= LEAST_PEER_TIMEOUT {
-        return Ok(());
-    }
-    let [limit, least] = [limit, LEAST_PEER_TIMEOUT].map(Time);
-    Err(MigrationError::Setting(format!("a peer_timeout of {limit} is too short; set {least} or more")))
 }

@@ -15,6 +15,7 @@ use memferry_stages::untrusted::Untrusted;
 use memferry_stages::wire::WireError;
 use memferry_stages::wire::reader::ReadError;
 
+use super::handshake::HandoverError;
 use crate::controller::Decided;
 use crate::events::Role;
 use crate::guest::GuestError;
@@ -22,11 +23,12 @@ use crate::values::Time;
 
 /// What ended a migration. Its text is the operator's: it says what failed and where.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum MigrationError {
     /// The operator said so.
     #[error("cancelled")]
     Cancelled,
-    /// The limits of the configuration cannot be met.
+    /// The limits of the settings cannot be met, and the guest was given up.
     #[error("{0}")]
     GaveUp(Box<Decided>),
     /// No way to the peer, or from it.
@@ -53,11 +55,12 @@ pub enum MigrationError {
         /// What it should have done.
         doing: LogCall,
         /// What the kernel said.
+        #[source]
         error: io::Error,
     },
     /// Guest memory could not be read for a digest.
     #[error("guest memory cannot be read for its digest: {0}")]
-    Digest(io::Error),
+    Digest(#[source] io::Error),
     /// A stage failed.
     #[error("{0}")]
     Stage(#[from] Failure),
@@ -92,9 +95,17 @@ pub enum MigrationError {
     /// The peer was silent for too long.
     #[error("{0}")]
     Silent(Silence),
-    /// A setting that cannot be.
+    /// The last handshake did not end well.
     #[error("{0}")]
-    Setting(String),
+    Handover(#[from] HandoverError),
+    /// The last handshake did not end well, for a page that is not the same at both ends.
+    #[error("{source}: {page}")]
+    PageDiffers {
+        /// What the destination said.
+        source: HandoverError,
+        /// The page.
+        page: String,
+    },
     /// Something took too long.
     #[error("{0}")]
     TimedOut(String),

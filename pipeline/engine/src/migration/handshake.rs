@@ -14,6 +14,7 @@
 //! only the destination's word decides: Running (it is over), Refused or Abort (it had not begun its start and never
 //! will: the source resumes). Anything else, silence included, leaves the source paused, for it cannot know.
 
+use memferry_stages::untrusted::Untrusted;
 use memferry_stages::wire::Message;
 use memferry_stages::wire::messages::RunState;
 
@@ -23,11 +24,56 @@ pub enum Verdict {
     /// The guest runs at the destination.
     Completed,
     /// It does not and will not: the source guest may go on.
-    Failed(String),
+    Failed(HandoverError),
     /// The operator said so, in time: the source guest may go on.
     Cancelled,
     /// Nobody here can know: the source guest stays paused.
-    Unconfirmed(String),
+    Unconfirmed(HandoverError),
+}
+
+/// Why the last handshake did not end well.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum HandoverError {
+    /// The destination loaded everything and compared nothing.
+    #[error("the destination did not compare digests, though asked to")]
+    NotVerified,
+    /// It refused, and says why.
+    #[error("the destination refused: {0}")]
+    Refused(Untrusted),
+    /// It gave up before Go, and says why.
+    #[error("the destination gave up: {0}")]
+    GivenUp(Untrusted),
+    /// It gave up after Go and before it began to start the guest, and says why.
+    #[error("the destination gave up before it began to start the guest: {0}")]
+    NotStarted(Untrusted),
+    /// It began to start the guest and failed, and says why.
+    #[error("the destination began to start the guest and failed: {0}")]
+    StartFailed(Untrusted),
+    /// It says that it started the guest before Go.
+    #[error("the destination says that it started the guest before it was told to")]
+    StartedBeforeGo,
+    /// It sent this message, which does not belong here.
+    #[error("the destination sent {0} out of turn")]
+    OutOfTurn(&'static str),
+    /// It sent this message where only Running, or a reason, can follow.
+    #[error("the destination sent {0} instead of Running")]
+    NotRunning(&'static str),
+    /// The connection was lost before Go.
+    #[error("the connection was lost before the hand-over: {0}")]
+    LostBeforeGo(String),
+    /// The connection was lost after Go.
+    #[error("the connection was lost after Go: {0}")]
+    LostAfterGo(String),
+    /// The destination did not load in time.
+    #[error("the destination did not report that everything is loaded in time")]
+    NotLoadedInTime,
+    /// The destination did not answer Go in time.
+    #[error("the destination did not confirm that the guest runs in time")]
+    NotConfirmedInTime,
+    /// A part of this end failed.
+    #[error("{0}")]
+    Broke(String),
 }
 
 /// What happens at one end.
@@ -89,43 +135,39 @@ impl SourceHandshake {
 }
 
 fn before_go(verify: bool, happening: Happening) -> SourceStep {
-    let failed = |why: String| SourceStep::End(Verdict::Failed(why));
+    let failed = |why| SourceStep::End(Verdict::Failed(why));
     match happening {
         Happening::Said(Message::Loaded { verified }) if verified || !verify => SourceStep::HandOver,
-        Happening::Said(Message::Loaded { .. }) => {
-            failed("the destination did not compare digests, though asked to".into())
-        }
+        Happening::Said(Message::Loaded { .. }) => failed(HandoverError::NotVerified),
         Happening::Said(Message::Progress(_) | Message::Heartbeat(_)) => SourceStep::Wait,
         Happening::Said(hashes @ Message::PageHashes { .. }) => SourceStep::NamePage(hashes),
-        Happening::Said(Message::Refused(why)) => failed(format!("the destination refused: {why}")),
-        Happening::Said(Message::Abort(why)) => failed(format!("the destination gave up: {why}")),
+        Happening::Said(Message::Refused(why)) => failed(HandoverError::Refused(why)),
+        Happening::Said(Message::Abort(why)) => failed(HandoverError::GivenUp(why)),
         // It runs what it was not told to run: resuming here could make two.
-        Happening::Said(Message::Running | Message::StartFailed(_)) => SourceStep::End(Verdict::Unconfirmed(
-            "the destination says that it started the guest before it was told to".into(),
-        )),
-        Happening::Said(other) => failed(format!("the destination sent {} out of turn", name(&other))),
-        Happening::Lost(why) => failed(format!("the connection was lost before the hand-over: {why}")),
-        Happening::TimedOut => failed("the destination did not report that everything is loaded in time".into()),
-        Happening::Broke(why) => failed(why),
+        Happening::Said(Message::Running | Message::StartFailed(_)) => {
+            SourceStep::End(Verdict::Unconfirmed(HandoverError::StartedBeforeGo))
+        }
+        Happening::Said(other) => failed(HandoverError::OutOfTurn(name(&other))),
+        Happening::Lost(why) => failed(HandoverError::LostBeforeGo(why)),
+        Happening::TimedOut => failed(HandoverError::NotLoadedInTime),
+        Happening::Broke(why) => failed(HandoverError::Broke(why)),
         Happening::Cancel => SourceStep::End(Verdict::Cancelled),
     }
 }
 
 fn after_go(happening: Happening) -> SourceStep {
-    let unknown = |why: String| SourceStep::End(Verdict::Unconfirmed(why));
+    let unknown = |why| SourceStep::End(Verdict::Unconfirmed(why));
     match happening {
         Happening::Said(Message::Running) => SourceStep::End(Verdict::Completed),
-        Happening::Said(Message::Refused(why) | Message::Abort(why)) => SourceStep::End(Verdict::Failed(format!(
-            "the destination gave up before it began to start the guest: {why}"
-        ))),
-        Happening::Said(Message::StartFailed(why)) => {
-            unknown(format!("the destination began to start the guest and failed: {why}"))
+        Happening::Said(Message::Refused(why) | Message::Abort(why)) => {
+            SourceStep::End(Verdict::Failed(HandoverError::NotStarted(why)))
         }
+        Happening::Said(Message::StartFailed(why)) => unknown(HandoverError::StartFailed(why)),
         Happening::Said(Message::Progress(_) | Message::Heartbeat(_)) => SourceStep::Wait,
-        Happening::Said(other) => unknown(format!("the destination sent {} instead of Running", name(&other))),
-        Happening::Lost(why) => unknown(format!("the connection was lost after Go: {why}")),
-        Happening::TimedOut => unknown("the destination did not confirm that the guest runs in time".into()),
-        Happening::Broke(why) => unknown(why),
+        Happening::Said(other) => unknown(HandoverError::NotRunning(name(&other))),
+        Happening::Lost(why) => unknown(HandoverError::LostAfterGo(why)),
+        Happening::TimedOut => unknown(HandoverError::NotConfirmedInTime),
+        Happening::Broke(why) => unknown(HandoverError::Broke(why)),
         Happening::Cancel => SourceStep::TooLate,
     }
 }

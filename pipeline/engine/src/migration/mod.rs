@@ -6,6 +6,7 @@
 //! | `source`, `destination` | the phases of each end, as a list |
 //! | [`handshake`] | where the guest is, as pure state: messages in, decisions out |
 //! | `source_graph`, `destination_graph` | the stages, joined |
+//! | `outcome` | how it ends, for the caller: where the guest is, and why |
 //! | `link`, `session` | connections opened, greeted and gathered |
 //! | `turned_away` | strangers and broken peers, counted and told |
 //! | `senders` | what the source says, from Hello on |
@@ -21,13 +22,14 @@ mod bounds;
 mod destination;
 mod destination_graph;
 mod digests;
-#[doc(hidden)]
-pub mod error;
+mod error;
 mod flow;
+#[doc(hidden)]
 pub mod handshake;
 mod link;
 #[doc(hidden)]
 pub mod out_for_good;
+mod outcome;
 mod plane;
 mod senders;
 mod session;
@@ -45,18 +47,25 @@ use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::geometry::{BlockInfo, Layout, PageSize};
 use memferry_stages::memory::GuestMemory;
 
+pub use error::Silence;
 pub use bounds::{cache_beyond_guest, cache_bytes, check_source, least_cache};
 pub use bounds::{destination_bound, source_bound};
 pub use destination::receive;
 pub use digests::downtime as digest_downtime;
 pub use digests::{DIGEST_PASSES, HashingCost, hashing_cost};
+pub use error::MigrationError;
+pub use handshake::HandoverError;
+pub use memferry_stages::wire::WireError;
+pub use memferry_stages::wire::reader::ReadError;
+pub use outcome::{ReceiveError, Received, RunsHere, SendError, Sent};
 pub use plane::DataPlane;
 pub use source::send;
+pub use error::Failure as StageFailure;
 pub use tokio_util::sync::CancellationToken;
 
 use crate::events::BlockFacts;
 use crate::guest::GuestError;
-use error::{MigrationError, guarded};
+use error::guarded;
 
 /// How long a peer is given to take the reason of a failure before its connections are dropped.
 const FAREWELL: Duration = Duration::from_millis(500);

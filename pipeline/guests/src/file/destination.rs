@@ -1,4 +1,4 @@
-//! The destination's side: images and state files that are written under temporary names, and take their place when the
+//! The destination: images and state files that are written under temporary names, and take their place when the
 //! guest starts.
 
 use std::collections::{BTreeSet, HashSet};
@@ -15,52 +15,40 @@ use memferry_transports::temporary::{Temporary, remove_abandoned, target_of};
 use super::commands;
 use super::settings::{FileGuestSettings, Image};
 use super::state;
-use memferry::guest::{GuestError, GuestState, RunState};
+use memferry::guest::{DestinationGuest, Guest, GuestBuilder, GuestError, GuestState, RunState};
 
-/// A file guest that is to arrive. Dropped before its start, it leaves no file behind.
+/// Creates images for the blocks that come.
 #[derive(Debug)]
-pub(super) struct Destination {
+pub struct FileBuilder {
     settings: FileGuestSettings,
-    built: Mutex<Option<Built>>,
 }
 
+/// Images that were created. Dropped before their start, they leave no file behind.
 #[derive(Debug)]
-struct Built {
+pub struct FileDestination {
+    settings: FileGuestSettings,
     memory: GuestMemory,
     images: Vec<Arc<FileMemory>>,
     /// The images, and the state files when they have come.
-    files: Vec<Temporary>,
+    files: Mutex<Vec<Temporary>>,
 }
 
 /// Could these files be received?
 pub(super) fn check(settings: FileGuestSettings) -> Result<(), GuestError> {
     settings.validate()?;
-    Destination { settings, built: Mutex::new(None) }.check_targets()
+    FileBuilder { settings }.check_targets()
 }
 
-impl Destination {
-    /// Removes what a destination for the same files left behind when it was killed.
-    pub(super) fn new(settings: FileGuestSettings) -> Result<Self, GuestError> {
-        settings.validate()?;
-        let targets = settings.images.iter().chain(&settings.state_files).filter_map(|file| target_of(&file.path).ok());
-        targets.for_each(|target| remove_abandoned(&target));
-        Ok(Self { settings, built: Mutex::new(None) })
-    }
-
-    pub(super) fn memory(&self) -> Option<GuestMemory> {
-        self.built().as_ref().map(|built| built.memory.clone())
-    }
+impl GuestBuilder for FileBuilder {
+    type Built = FileDestination;
 
     /// Creates a sparse file for every block, and sees that there is a place for every state file that is to come.
-    pub(super) fn build(
-        &self,
+    fn build(
+        self,
         page_size: PageSize,
         blocks: &[BlockInfo],
         setup: &GuestState,
-    ) -> Result<(), GuestError> {
-        if self.built().is_some() {
-            return Err(GuestError("the images are created already".into()));
-        }
+    ) -> Result<Arc<FileDestination>, GuestError> {
         let targets = self.targets(blocks)?;
         state::of_files("setup", setup, &self.settings.state_files)?;
         self.check_targets()?;
@@ -74,30 +62,51 @@ impl Destination {
             as_blocks.push(RamBlock { info, memory, fresh: true });
         }
         let memory = GuestMemory::new(page_size, as_blocks).map_err(|error| GuestError(error.to_string()))?;
-        *self.built() = Some(Built { memory, images, files });
-        Ok(())
+        Ok(Arc::new(FileDestination { settings: self.settings, memory, images, files: Mutex::new(files) }))
     }
+}
 
+impl Guest for FileDestination {
+    fn memory(&self) -> GuestMemory {
+        self.memory.clone()
+    }
+}
+
+impl DestinationGuest for FileDestination {
     /// Returns when every image and every state file is on the disk.
-    pub(super) fn prepare(&self, device: &GuestState) -> Result<(), GuestError> {
-        let mut built = self.built();
-        let built = built.as_mut().ok_or_else(not_built)?;
+    fn prepare(&self, device: &GuestState) -> Result<(), GuestError> {
+        let mut files = self.files();
         let state_files = &self.settings.state_files;
         for (file, section) in state_files.iter().zip(state::of_files("device", device, state_files)?) {
-            built.files.push(state_file(&file.path, &section.bytes)?);
+            files.push(state_file(&file.path, &section.bytes)?);
         }
-        built.images.iter().try_for_each(|image| image.sync()).map_err(|error| GuestError(error.to_string()))
+        self.images.iter().try_for_each(|image| image.sync()).map_err(|error| GuestError(error.to_string()))
     }
 
     /// Gives every file its name, then runs the start command.
-    pub(super) fn start(&self, run_state: RunState) -> Result<(), GuestError> {
-        let built = self.built();
-        place(&built.as_ref().ok_or_else(not_built)?.files, self.settings.overwrite)?;
+    fn start(&self, run_state: RunState) -> Result<(), GuestError> {
+        place(&self.files(), self.settings.overwrite)?;
         let Some(start) = self.settings.start.as_ref().filter(|_| run_state == RunState::Running) else {
             return Ok(());
         };
         commands::run("start", start, self.settings.command_timeout)
             .map_err(|error| GuestError(format!("the images are complete and in place, but {error}")))
+    }
+}
+
+impl FileDestination {
+    fn files(&self) -> MutexGuard<'_, Vec<Temporary>> {
+        self.files.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl FileBuilder {
+    /// Removes what a destination for the same files left behind when it was killed.
+    pub(super) fn new(settings: FileGuestSettings) -> Result<Self, GuestError> {
+        settings.validate()?;
+        let targets = settings.images.iter().chain(&settings.state_files).filter_map(|file| target_of(&file.path).ok());
+        targets.for_each(|target| remove_abandoned(&target));
+        Ok(Self { settings })
     }
 
     /// The image of each block, in the order of the blocks.
@@ -136,14 +145,6 @@ impl Destination {
             _ => target_of(path).map_err(|error| GuestError::caused(path.display(), error)),
         }
     }
-
-    fn built(&self) -> MutexGuard<'_, Option<Built>> {
-        self.built.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-fn not_built() -> GuestError {
-    GuestError("the images are not created yet".into())
 }
 
 /// An image that takes the place of `target`, all of it a hole.

@@ -1,4 +1,4 @@
-//! The source's side: images that exist, read by position, and the commands that hold whoever writes them.
+//! The source: images that exist, read by position, and the commands that hold whoever writes them.
 
 use std::fs::Metadata;
 use std::io::ErrorKind;
@@ -7,19 +7,22 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use memferry_stages::dirty_log::{DirtyLog, HashLog};
 use memferry_stages::geometry::BlockInfo;
 use memferry_stages::memory::{FileMemory, GuestMemory, Memory, RamBlock};
 
 use super::commands;
+use super::destination::{self, FileBuilder};
 use super::guard::Guard;
 use super::settings::{FileGuestSettings, Image};
 use super::state::{self, MAX_STATE_FILE_BYTES};
-use memferry::guest::{GuestError, GuestState};
+use memferry::guest::{Guest, GuestError, GuestState, RunState, SourceGuest};
+use memferry::host;
 use memferry_transports::whole_file;
 
-/// A file guest that is to be moved.
+/// A guest whose memory is in files that exist. See the [module](super).
 #[derive(Debug)]
-pub(super) struct Source {
+pub struct FileGuest {
     settings: FileGuestSettings,
     guard_program: Option<PathBuf>,
     memory: GuestMemory,
@@ -93,54 +96,39 @@ impl Commands<'_> {
     }
 }
 
-impl Source {
-    pub(super) fn new(settings: FileGuestSettings, guard_program: Option<PathBuf>) -> Result<Self, GuestError> {
+impl FileGuest {
+    /// A source over existing images, opened read-only.
+    ///
+    /// `guard_program` is run as `guard_program guard` before the guest is paused; it must call
+    /// [`guard::main`](super::guard::main). It runs the commands. Without one this process runs them, and nobody resumes the guest
+    /// if this process is killed after the pause.
+    ///
+    /// # Errors
+    /// When the settings do not fit together or an image cannot be opened.
+    pub fn source(settings: FileGuestSettings, guard_program: Option<PathBuf>) -> Result<Arc<Self>, GuestError> {
         settings.validate()?;
         let blocks = settings.images.iter().map(open).collect::<Result<_, _>>()?;
         let memory = GuestMemory::new(settings.page_size, blocks).map_err(|error| GuestError(error.to_string()))?;
         let opened = settings.images.iter().map(|image| identity(&image.path)).collect::<Result<_, _>>()?;
         let source = Self { settings, guard_program, memory, opened, hold: Mutex::default() };
         source.compare_files()?;
-        Ok(source)
+        Ok(Arc::new(source))
     }
 
-    pub(super) fn memory(&self) -> &GuestMemory {
-        &self.memory
+    /// What builds a destination: it creates the images.
+    ///
+    /// # Errors
+    /// When the settings do not fit together.
+    pub fn destination(settings: FileGuestSettings) -> Result<FileBuilder, GuestError> {
+        FileBuilder::new(settings)
     }
 
-    /// Tells of the files that will come with the device state, by their ids.
-    pub(super) fn setup_state(&self) -> GuestState {
-        let announced = |file: &Image| state::section(&file.id, Vec::new());
-        GuestState { sections: self.settings.state_files.iter().map(announced).collect() }
-    }
-
-    /// Sees that the images are still what they were, and reads the files that come with them.
-    pub(super) fn save(&self) -> Result<GuestState, GuestError> {
-        self.compare_files()?;
-        let saved = |file: &Image| Ok::<_, GuestError>(state::section(&file.id, read_whole(file)?));
-        Ok(GuestState { sections: self.settings.state_files.iter().map(saved).collect::<Result<_, _>>()? })
-    }
-
-    /// Posts the guard, runs the pause command, and sees that the images are still what they were.
-    pub(super) fn pause(&self) -> Result<(), GuestError> {
-        let Some(commands) = self.commands() else { return self.compare_files() };
-        let mut hold = self.hold();
-        if hold.is_paused {
-            return Ok(());
-        }
-        let post = |program: &PathBuf| Guard::post(program, commands.pause, commands.resume, commands.timeout);
-        hold.guard = self.guard_program.as_ref().map(post).transpose()?;
-        hold.is_paused = true;
-        let paused = hold.pause(&commands).and_then(|()| self.compare_files());
-        paused.map_err(|error| match self.let_go(&mut hold) {
-            Ok(()) => error,
-            Err(second) => GuestError(format!("{error}; and then {second}")),
-        })
-    }
-
-    /// Runs the resume command if the guest stands still because of us. While it fails, the guard stays.
-    pub(super) fn resume(&self) -> Result<(), GuestError> {
-        self.let_go(&mut self.hold())
+    /// Is there a place for every file of a destination, which may be taken? Makes no destination.
+    ///
+    /// # Errors
+    /// When the settings do not fit together, or a destination would refuse a place.
+    pub fn check_destination(settings: FileGuestSettings) -> Result<(), GuestError> {
+        destination::check(settings)
     }
 
     fn let_go(&self, hold: &mut Hold) -> Result<(), GuestError> {
@@ -149,28 +137,6 @@ impl Source {
         hold.is_paused = false;
         hold.dismiss();
         Ok(())
-    }
-
-    /// The guest may run at the destination from here on: the guard resumes it no more, and has said so.
-    pub(super) fn committed(&self, destination: &str) -> Result<(), GuestError> {
-        let mut hold = self.hold();
-        let Some(mut guard) = hold.guard.take() else { return Ok(()) };
-        match guard.commit(destination) {
-            Ok(()) => {
-                hold.guard = Some(guard);
-                Ok(())
-            }
-            Err(lost) => {
-                guard.end();
-                let what = "the guard did not confirm that it leaves the guest alone, so the guest is not handed over";
-                Err(GuestError::caused(what, lost))
-            }
-        }
-    }
-
-    /// The guest runs at the destination: the guard goes.
-    pub(super) fn moved(&self) {
-        self.hold().dismiss();
     }
 
     fn commands(&self) -> Option<Commands<'_>> {
@@ -195,6 +161,86 @@ impl Source {
 
     fn hold(&self) -> MutexGuard<'_, Hold> {
         self.hold.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Guest for FileGuest {
+    fn memory(&self) -> GuestMemory {
+        self.memory.clone()
+    }
+}
+
+impl SourceGuest for FileGuest {
+    /// Always running: somebody may write the images, whether or not there is a command to stop them.
+    fn run_state(&self) -> RunState {
+        RunState::Running
+    }
+
+    fn dirty_logs(&self) -> Result<Vec<Arc<dyn DirtyLog>>, GuestError> {
+        let bytes = HashLog::bytes_for(self.memory.layout());
+        match host::beyond_half_of_memory(bytes) {
+            None => Ok(vec![Arc::new(HashLog::new(self.memory.clone()))]),
+            Some(host) => Err(GuestError(format!(
+                "the hash log of such large images takes {bytes} bytes, more than half of {host}"
+            ))),
+        }
+    }
+
+    /// Tells of the files that will come with the device state, by their ids.
+    fn setup_state(&self) -> Result<GuestState, GuestError> {
+        let announced = |file: &Image| state::section(&file.id, Vec::new());
+        Ok(GuestState { sections: self.settings.state_files.iter().map(announced).collect() })
+    }
+
+    /// Sees that the images are still what they were, and reads the files that come with them.
+    fn save(&self) -> Result<GuestState, GuestError> {
+        self.compare_files()?;
+        let saved = |file: &Image| Ok::<_, GuestError>(state::section(&file.id, read_whole(file)?));
+        Ok(GuestState { sections: self.settings.state_files.iter().map(saved).collect::<Result<_, _>>()? })
+    }
+
+    /// Posts the guard, runs the pause command, and sees that the images are still what they were.
+    fn pause(&self) -> Result<(), GuestError> {
+        let Some(commands) = self.commands() else { return self.compare_files() };
+        let mut hold = self.hold();
+        if hold.is_paused {
+            return Ok(());
+        }
+        let post = |program: &PathBuf| Guard::post(program, commands.pause, commands.resume, commands.timeout);
+        hold.guard = self.guard_program.as_ref().map(post).transpose()?;
+        hold.is_paused = true;
+        let paused = hold.pause(&commands).and_then(|()| self.compare_files());
+        paused.map_err(|error| match self.let_go(&mut hold) {
+            Ok(()) => error,
+            Err(second) => GuestError(format!("{error}; and then {second}")),
+        })
+    }
+
+    /// Runs the resume command if the guest stands still because of us. While it fails, the guard stays.
+    fn resume(&self) -> Result<(), GuestError> {
+        self.let_go(&mut self.hold())
+    }
+
+    /// The guest may run at the destination from here on: the guard resumes it no more, and has said so.
+    fn committed(&self, destination: &str) -> Result<(), GuestError> {
+        let mut hold = self.hold();
+        let Some(mut guard) = hold.guard.take() else { return Ok(()) };
+        match guard.commit(destination) {
+            Ok(()) => {
+                hold.guard = Some(guard);
+                Ok(())
+            }
+            Err(lost) => {
+                guard.end();
+                let what = "the guard did not confirm that it leaves the guest alone, so the guest is not handed over";
+                Err(GuestError::caused(what, lost))
+            }
+        }
+    }
+
+    /// The guest runs at the destination: the guard goes.
+    fn moved(&self) {
+        self.hold().dismiss();
     }
 }
 

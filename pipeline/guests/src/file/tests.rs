@@ -1,16 +1,19 @@
-//! File guests as a pipeline uses them, through [`Guest`] alone, with pages copied by hand.
+//! File guests as a pipeline uses them, through the guest traits alone, with pages copied by hand.
 
 use std::env;
 use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use memferry_stages::geometry::{EXTENT_PAGES, ExtentAt, bits};
+use memferry_stages::memory::GuestMemory;
 use memferry_stages::pool::BufferPool;
 use tempfile::TempDir;
 
 use super::*;
+use memferry::guest::{DestinationGuest, Guest, GuestBuilder, GuestError, GuestState, RunState, SourceGuest};
 
 fn settings(images: &[(&str, &Path)]) -> FileGuestSettings {
     let image = |(id, path): &(&str, &Path)| Image { id: (*id).into(), path: (*path).into() };
@@ -35,9 +38,9 @@ fn entries(folder: &Path) -> Vec<String> {
     names
 }
 
-fn built(source: &FileGuest, destination: &FileGuest) -> Result<(), GuestError> {
+fn built(source: &FileGuest, builder: FileBuilder) -> Result<Arc<FileDestination>, GuestError> {
     let layout = source.memory().layout().clone();
-    destination.build(layout.page_size(), layout.blocks(), &source.setup_state()?)
+    builder.build(layout.page_size(), layout.blocks(), &source.setup_state()?)
 }
 
 /// Copies every page that is not zero, as loaders do.
@@ -75,8 +78,7 @@ fn images_arrive_whole_with_their_length_and_their_holes() {
         ..images(&there)
     })
     .unwrap();
-    assert!(destination.prepare(&GuestState::default()).is_err() && destination.start(RunState::Running).is_err());
-    built(&source, &destination).unwrap();
+    let destination = built(&source, destination).unwrap();
     source.pause().unwrap();
     copy(&source.memory(), &destination.memory());
     let state = source.save().unwrap();
@@ -102,7 +104,7 @@ fn a_destination_dropped_before_its_start_leaves_nothing_behind() {
     let source = FileGuest::source(one_image(here.path()), None).unwrap();
     let target = there.path().join("image");
     let destination = FileGuest::destination(settings(&[("ram", &target)])).unwrap();
-    built(&source, &destination).unwrap();
+    let destination = built(&source, destination).unwrap();
     destination.prepare(&GuestState::default()).unwrap();
     assert_eq!(entries(there.path()).len(), 1);
     drop(destination);
@@ -119,7 +121,7 @@ fn a_link_in_the_place_of_an_image_is_followed() {
     let onto_link = |overwrite| {
         let settings = FileGuestSettings { overwrite, ..settings(&[("ram", &link)]) };
         let destination = FileGuest::destination(settings).unwrap();
-        built(&source, &destination).map(|()| destination)
+        built(&source, destination)
     };
     let words = onto_link(true).unwrap_err().to_string();
     assert!(words.contains("link: No such file") && words.contains("leads to nothing"), "{words}");
@@ -137,7 +139,7 @@ fn a_link_in_the_place_of_an_image_is_followed() {
     fs::write(here.path().join("rom"), "rom").unwrap();
     let [ram, rom] = ["image", "rom"].map(|name| here.path().join(name));
     let source = FileGuest::source(settings(&[("ram", &ram), ("rom", &rom)]), None).unwrap();
-    let words = built(&source, &FileGuest::destination(both).unwrap()).unwrap_err().to_string();
+    let words = built(&source, FileGuest::destination(both).unwrap()).unwrap_err().to_string();
     assert!(words.contains("real leads to the place of another file"), "{words}");
     assert_eq!(entries(there.path()), ["link", "real"]);
 }
@@ -160,7 +162,7 @@ fn blocks_and_images_that_do_not_match_are_refused_with_both_names() {
     let source = FileGuest::source(one_image(here.path()), None).unwrap();
     let target = |name: &str| there.path().join(name);
     let refuse = |images: &[(&str, &Path)]| {
-        built(&source, &FileGuest::destination(settings(images)).unwrap()).unwrap_err().to_string()
+        built(&source, FileGuest::destination(settings(images)).unwrap()).unwrap_err().to_string()
     };
     let words = refuse(&[("rom", &target("rom"))]);
     assert!(words.contains("[\"ram\"]") && words.contains("[\"rom\"]"), "{words}");
@@ -184,12 +186,11 @@ fn a_file_that_exists_is_replaced_only_when_asked_and_only_at_the_start() {
     let source = FileGuest::source(one_image(here.path()), None).unwrap();
     let target = there.path().join("image");
     fs::write(&target, "old").unwrap();
-    let words =
-        built(&source, &FileGuest::destination(settings(&[("ram", &target)])).unwrap()).unwrap_err().to_string();
+    let words = built(&source, FileGuest::destination(settings(&[("ram", &target)])).unwrap()).unwrap_err().to_string();
     assert!(words.ends_with("image exists: remove it, or set overwrite = true"), "{words}");
     let destination =
         FileGuest::destination(FileGuestSettings { overwrite: true, ..settings(&[("ram", &target)]) }).unwrap();
-    built(&source, &destination).unwrap();
+    let destination = built(&source, destination).unwrap();
     copy(&source.memory(), &destination.memory());
     destination.prepare(&GuestState::default()).unwrap();
     assert_eq!(fs::read(&target).unwrap(), b"old");
@@ -205,7 +206,7 @@ fn what_is_no_regular_file_is_never_replaced() {
     let _socket = std::os::unix::net::UnixListener::bind(&target).unwrap();
     let destination =
         FileGuest::destination(FileGuestSettings { overwrite: true, ..settings(&[("ram", &target)]) }).unwrap();
-    let words = built(&source, &destination).unwrap_err().to_string();
+    let words = built(&source, destination).unwrap_err().to_string();
     assert!(words.ends_with("socket is no regular file, and stays: name another"), "{words}");
 }
 
@@ -219,7 +220,7 @@ fn a_place_taken_meanwhile_is_left_alone_and_no_image_looks_complete() {
     let second = there.path().join("second");
     let destination =
         FileGuest::destination(settings(&[("ram", &there.path().join("image")), ("second", &second)])).unwrap();
-    built(&source, &destination).unwrap();
+    let destination = built(&source, destination).unwrap();
     destination.prepare(&GuestState::default()).unwrap();
     fs::write(&second, "somebody's").unwrap();
     let words = destination.start(RunState::Running).unwrap_err().to_string();
@@ -237,7 +238,7 @@ fn a_start_command_that_fails_is_told_with_what_is_in_place() {
     let destination =
         FileGuest::destination(FileGuestSettings { start: argv(&["sh", "-c", "echo no room; exit 9"]), ..images })
             .unwrap();
-    built(&source, &destination).unwrap();
+    let destination = built(&source, destination).unwrap();
     destination.prepare(&GuestState::default()).unwrap();
     let words = destination.start(RunState::Running).unwrap_err().to_string();
     assert!(words.starts_with("the images are complete and in place, but the start command"), "{words}");
@@ -282,7 +283,7 @@ fn state_files_are_read_after_the_pause_and_in_place_before_the_start() {
     let is_there = format!("test \"$(cat '{}')\" = left", there.path().join("image.meta").display());
     let settings = FileGuestSettings { start: argv(&["sh", "-c", &is_there]), ..with_state(there.path()) };
     let destination = FileGuest::destination(settings).unwrap();
-    built(&source, &destination).unwrap();
+    let destination = built(&source, destination).unwrap();
     source.pause().unwrap();
     copy(&source.memory(), &destination.memory());
     let state = source.save().unwrap();
@@ -320,16 +321,15 @@ fn state_files_without_a_place_and_places_without_a_state_file_are_refused_befor
     let with = FileGuest::source(with_state(here.path()), None).unwrap();
     let without = FileGuest::source(settings(&[("ram", &here.path().join("image"))]), None).unwrap();
     let destination = || FileGuest::destination(with_state(there.path())).unwrap();
-    let words = built(&without, &destination()).unwrap_err().to_string();
+    let words = built(&without, destination()).unwrap_err().to_string();
     assert!(words.starts_with("setup state [] came, there are state_files for [\"meta\"]"), "{words}");
     let bare = FileGuest::destination(settings(&[("ram", &there.path().join("image"))])).unwrap();
-    let words = built(&with, &bare).unwrap_err().to_string();
+    let words = built(&with, bare).unwrap_err().to_string();
     assert!(words.starts_with("setup state [\"meta\"] came, there are state_files for []"), "{words}");
     fs::write(there.path().join("image.meta"), "somebody's").unwrap();
-    assert!(built(&with, &destination()).unwrap_err().to_string().contains("image.meta exists"));
+    assert!(built(&with, destination()).unwrap_err().to_string().contains("image.meta exists"));
     fs::remove_file(there.path().join("image.meta")).unwrap();
-    let destination = destination();
-    built(&with, &destination).unwrap();
+    let destination = built(&with, destination()).unwrap();
     let twice = vec![state::section("meta", vec![]), state::section("meta", vec![])];
     let words = destination.prepare(&GuestState { sections: twice }).unwrap_err().to_string();
     assert!(words.starts_with("device state [\"meta\", \"meta\"] came"), "{words}");

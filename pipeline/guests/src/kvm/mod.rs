@@ -20,7 +20,7 @@ mod vm;
 pub use super::shared::SharedSettings;
 pub use settings::{KvmLogChoice, KvmSettings};
 #[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
-pub use vm::{KvmGuest, KvmStatus};
+pub use vm::{KvmBuilder, KvmGuest, KvmStatus};
 
 /// Can this program run KVM guests, if its host can?
 pub const IS_BUILT_IN: bool = cfg!(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"));

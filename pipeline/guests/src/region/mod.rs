@@ -16,7 +16,7 @@
 //! # Example
 //! ```
 //! use std::sync::Arc;
-//! use memferry::events::{Observers, Phase, Role};
+//! use memferry::events::{Observers, Role};
 //! use memferry::migration::CancellationToken;
 //! use memferry_guests::region::{Gone, Region};
 //! use memferry::settings::{DestinationSettings, SourceSettings};
@@ -38,9 +38,9 @@
 //! let receiving = Region::receive(listener, 1 << 30, settings, unwatched(Role::Destination), never);
 //! let (sent, received) = tokio::join!(sending, receiving);
 //!
-//! assert_eq!(sent?.phase, Phase::Completed);
+//! println!("paused for {:?}", sent?.ended.downtime);
 //! assert_eq!(region.access().err(), Some(Gone::Moved));
-//! let there = received.expect("it has arrived");
+//! let there = received?;
 //! let access = there.access()?;
 //! assert_eq!((access.load::<7>(4000), access.state("values")), (*b"a value", Some(&[1][..])));
 //! # Ok::<(), Box<dyn std::error::Error>>(()) })?;
@@ -61,9 +61,9 @@ use memferry_transports::{Listener, Transport};
 use self::guest::RegionGuest;
 use self::store::Store;
 use memferry::control::Control;
-use memferry::events::{Ended, Observers, Phase};
+use memferry::events::Observers;
 use memferry::guest::RunState;
-use memferry::migration::{self, DataPlane};
+use memferry::migration::{self, DataPlane, ReceiveError, Sent};
 use memferry::settings::{DestinationSettings, SourceSettings};
 
 pub use store::Access;
@@ -92,8 +92,12 @@ pub enum SendError {
     #[error(transparent)]
     Gone(#[from] Gone),
     /// The system gives no threads.
-    #[error("no threads to send with: {0}")]
-    Threads(io::Error),
+    #[error("no threads to send with")]
+    Threads(#[source] io::Error),
+    /// The migration did not succeed. Accesses go on here, unless it is
+    /// [`Unconfirmed`](migration::SendError::Unconfirmed).
+    #[error(transparent)]
+    Migration(#[from] migration::SendError),
 }
 
 /// How writes are found while a region is sent.
@@ -138,11 +142,11 @@ impl Region {
     }
 
     /// Sends the region to whatever `transport` leads to. Accesses go on meanwhile; one send at a time, another one waits.
-    /// It returns when it is decided where the region lives: [`Phase::Completed`] at the peer, otherwise here, but for
-    /// [`Phase::Unconfirmed`]. `control` is a [`Control`], or the token that cancels it; dropping the call does not end it.
+    /// It returns when it is decided where the region lives. `control` is a [`Control`], or the token that cancels it; dropping
+    /// the call does not end it.
     ///
     /// # Errors
-    /// When the region lives elsewhere already, or the host has no threads. What fails later is told by [`Ended`].
+    /// When the region lives elsewhere already, the host has no threads, or the migration did not succeed: see [`SendError`].
     ///
     /// # Panics
     /// Outside of a tokio runtime.
@@ -152,7 +156,7 @@ impl Region {
         settings: SourceSettings,
         observers: Observers,
         control: impl Into<Control>,
-    ) -> Result<Ended, SendError> {
+    ) -> Result<Sent, SendError> {
         let control = control.into();
         let store = self.store.clone();
         // A task of its own, so that a call that is dropped leaves no region behind that nobody opens.
@@ -160,10 +164,11 @@ impl Region {
             let _one_at_a_time = store.sending.lock().await;
             store.is_here()?;
             let plane = DataPlane::new().map_err(SendError::Threads)?;
-            let guest = Arc::new(RegionGuest::of(store.clone()));
-            let ended = migration::send(guest, transport, settings, &plane, observers, control).await;
-            store.conclude(if ended.phase == Phase::Unconfirmed { Gone::Unconfirmed } else { Gone::Moved });
-            Ok(ended)
+            let guest = Arc::new(RegionGuest { store: store.clone() });
+            let sent = migration::send(guest, transport, settings, &plane, observers, control).await;
+            let is_unknown = matches!(sent, Err(migration::SendError::Unconfirmed { .. }));
+            store.conclude(if is_unknown { Gone::Unconfirmed } else { Gone::Moved });
+            Ok(sent?)
         });
         sending.await.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
     }
@@ -171,7 +176,7 @@ impl Region {
     /// Receives a region of at most `at_most` bytes from whoever connects to `listener`.
     ///
     /// # Errors
-    /// How it ended, when nothing has arrived.
+    /// Why nothing has arrived.
     ///
     /// # Panics
     /// Outside of a tokio runtime.
@@ -181,18 +186,14 @@ impl Region {
         settings: DestinationSettings,
         observers: Observers,
         control: impl Into<Control>,
-    ) -> Result<Self, Box<Ended>> {
+    ) -> Result<Self, ReceiveError> {
         let control = control.into();
         let plane = DataPlane::new().expect("the runtime has threads, so the host gives them");
-        let guest = Arc::new(RegionGuest::expecting(at_most));
-        let ended = migration::receive(guest.clone(), listener, settings, &plane, observers, control).await;
-        match guest.arrived() {
-            Some(store) if ended.phase == Phase::Completed => {
-                store.resume();
-                Ok(Self { store })
-            }
-            _ => Err(Box::new(ended)),
-        }
+        let builder = RegionGuest::expecting(at_most);
+        let received = migration::receive(builder, listener, settings, &plane, observers, control).await?;
+        let store = received.guest.store.clone();
+        store.resume();
+        Ok(Self { store })
     }
 
     /// Goes on here after a hand-over that nobody confirmed. Only for who has looked and knows that the region does not live

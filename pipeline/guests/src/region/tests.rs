@@ -8,8 +8,11 @@ use memferry_transports::memory::MemoryTransport;
 use tokio_util::sync::CancellationToken;
 
 use super::*;
-use memferry::events::{Event, Observer, Role};
+use memferry::events::{Event, Observer, Phase, Role};
 use memferry::guest::conformance::{Subject, check};
+use memferry::guest::{GuestBuilder, GuestState};
+use memferry::migration::RunsHere;
+use memferry_stages::geometry::BlockInfo;
 
 const BYTES: usize = (8 << 20) + 100;
 
@@ -49,7 +52,7 @@ fn send(
     region: &Region,
     hook: impl Fn(&Event) + Send + Sync + 'static,
     cancel: &CancellationToken,
-) -> (Ended, Option<Region>) {
+) -> (Result<Sent, SendError>, Option<Region>) {
     tokio::runtime::Runtime::new().unwrap().block_on(async {
         let transport = Arc::new(MemoryTransport::new(1 << 16));
         let listener = transport.listen().await.unwrap();
@@ -61,7 +64,7 @@ fn send(
         let settings = DestinationSettings::default();
         let receiving = Region::receive(listener, BYTES, settings, Observers::none(Role::Destination), cancel.clone());
         let (sent, received) = tokio::join!(sending, receiving);
-        (sent.unwrap(), received.ok())
+        (sent, received.ok())
     })
 }
 
@@ -74,7 +77,7 @@ fn every_acknowledged_write_is_there_after_a_move() {
         thread::sleep(Duration::from_millis(1));
     }
     let (sent, received) = send(&region, |_| (), &CancellationToken::new());
-    assert_eq!(sent.phase, Phase::Completed, "{:?}", sent.error);
+    assert_eq!(sent.unwrap().guest_runs_here(), RunsHere::Elsewhere);
     let ends = writers.map(|writer| writer.join().unwrap());
     assert!(ends.iter().all(|end| end.1 == Some(Gone::Moved)), "{ends:?}");
     let there = received.unwrap();
@@ -84,7 +87,7 @@ fn every_acknowledged_write_is_there_after_a_move() {
     // It goes on there, and can move on.
     let writer = count_in(there.clone(), stop);
     let (sent, received) = send(&there, |_| (), &CancellationToken::new());
-    assert_eq!(sent.phase, Phase::Completed, "{:?}", sent.error);
+    assert_eq!(sent.unwrap().guest_runs_here(), RunsHere::Elsewhere);
     assert_eq!(counts(&received.unwrap().access().unwrap()), writer.join().unwrap().0);
 }
 
@@ -104,7 +107,7 @@ fn after_a_cancel_the_writers_go_on() {
             },
             &cancel,
         );
-        assert_eq!(sent.phase, Phase::Cancelled);
+        assert!(matches!(sent, Err(SendError::Migration(migration::SendError::Cancelled { .. }))), "{sent:?}");
         assert!(received.is_none());
         let before = counts(&region.access().unwrap());
         while counts(&region.access().unwrap()) == before {
@@ -114,7 +117,7 @@ fn after_a_cancel_the_writers_go_on() {
     stop.store(true, Ordering::Relaxed);
     assert_eq!(writer.join().unwrap().1, None);
     let (sent, received) = send(&region, |_| (), &CancellationToken::new());
-    assert_eq!(sent.phase, Phase::Completed, "{:?}", sent.error);
+    assert_eq!(sent.unwrap().guest_runs_here(), RunsHere::Elsewhere);
     counts(&received.unwrap().access().unwrap());
     let again = tokio::runtime::Runtime::new().unwrap().block_on(region.send(
         Arc::new(MemoryTransport::new(1)),
@@ -148,11 +151,14 @@ impl Subject for Regions {
     type Guest = RegionGuest;
 
     fn source(&self) -> Arc<RegionGuest> {
-        writing(RegionGuest::of(Arc::new(Store::new(BYTES, PageSize::DEFAULT, RunState::Running).unwrap())))
+        let store = Store::new(BYTES, PageSize::DEFAULT, RunState::Running).unwrap();
+        writing(RegionGuest { store: Arc::new(store) })
     }
 
-    fn destination(&self) -> Arc<RegionGuest> {
-        writing(RegionGuest::expecting(BYTES))
+    fn destination(&self) -> impl GuestBuilder<Built = RegionGuest> {
+        |page_size: PageSize, blocks: &[BlockInfo], setup: &GuestState| {
+            RegionGuest::build(BYTES, page_size, blocks, setup).map(writing)
+        }
     }
 }
 
@@ -162,8 +168,8 @@ fn writing(guest: RegionGuest) -> Arc<RegionGuest> {
     let program = Arc::downgrade(&guest);
     thread::spawn(move || {
         for count in 0_u64.. {
-            let Some(store) = program.upgrade().map(|guest| guest.arrived()) else { break };
-            if let Some(store) = store.filter(|store| store.run_state() == RunState::Running)
+            let Some(store) = program.upgrade().map(|guest| guest.store.clone()) else { break };
+            if store.run_state() == RunState::Running
                 && let Ok(mut access) = store.access()
             {
                 let page = usize::try_from(count * 7 % 2000).unwrap();

@@ -39,7 +39,7 @@ use self::state::DeviceState;
 use self::writer::Writer;
 use super::balloon::Balloon;
 use memferry::guest::clearer::Clearer;
-use memferry::guest::{Guest, GuestError, GuestState, RunState};
+use memferry::guest::{DestinationGuest, Guest, GuestBuilder, GuestError, GuestState, RunState, SourceGuest};
 
 pub use super::shared::SharedSettings;
 pub use settings::{Backing, Fill, FreeSettings, LogChoice, Pattern, Region, WorkloadSettings, WriterSettings};
@@ -48,7 +48,8 @@ pub use settings::{Backing, Fill, FreeSettings, LogChoice, Pattern, Region, Work
 ///
 /// # Example
 /// ```
-/// use memferry::guest::{Guest, workload::{Pattern, Region, Workload, WorkloadSettings, WriterSettings}};
+/// use memferry::guest::SourceGuest;
+/// use memferry_guests::workload::{Pattern, Region, Workload, WorkloadSettings, WriterSettings};
 ///
 /// let writer = WriterSettings { pattern: Pattern::Uniform, pages_per_second: 0.0, bytes: 64, region: Region::ALL };
 /// let guest = Workload::source(WorkloadSettings { memory: 1 << 20, writers: vec![writer], ..Default::default() })?;
@@ -62,19 +63,23 @@ pub use settings::{Backing, Fill, FreeSettings, LogChoice, Pattern, Region, Work
 #[derive(Debug)]
 pub struct Workload {
     life: Mutex<Life>,
-    /// At a destination: its way to the file of the shared block that may come.
-    shared: Option<PathBuf>,
+    machine: Arc<Machine>,
 }
 
 /// How far a workload has come.
 #[derive(Debug)]
 enum Life {
-    /// A destination that knows nothing yet.
-    Expected,
-    /// Its memory is there, its pages are on their way; its writers have not written yet.
-    Built { machine: Arc<Machine>, writers: Vec<Writer> },
+    /// Its pages are on their way; its writers have not written yet.
+    Built { writers: Vec<Writer> },
     /// It has its writers' state. `written` counts what was written before it came here.
-    Whole { machine: Arc<Machine>, crew: Crew, written: u64, has_started: bool },
+    Whole { crew: Crew, written: u64, has_started: bool },
+}
+
+/// Builds the workload that comes: everything it must know travels with it.
+#[derive(Clone, Debug, Default)]
+pub struct WorkloadBuilder {
+    /// Its way to the file of the shared block that may come.
+    shared: Option<PathBuf>,
 }
 
 /// What the writers did and found.
@@ -113,7 +118,7 @@ impl Workload {
         let mut crew = Crew::new(machine.clone(), writer::writers(machine.settings()));
         crew.hire()?;
         crew.resume();
-        Ok(Self::of(Life::Whole { machine, crew, written: 0, has_started: true }, None))
+        Ok(Self::of(machine, Life::Whole { crew, written: 0, has_started: true }))
     }
 
     /// Could [`Workload::source`] make such a workload here? Fills no memory, starts no thread and makes no file.
@@ -126,17 +131,17 @@ impl Workload {
         Machine::new(settings, false, false)?.dirty_logs().map(drop)
     }
 
-    /// A workload that is to arrive: everything it must know travels with it.
+    /// What builds a workload that is to arrive.
     #[must_use]
-    pub fn destination() -> Arc<Self> {
-        Self::of(Life::Expected, None)
+    pub fn destination() -> WorkloadBuilder {
+        WorkloadBuilder::default()
     }
 
     /// As [`Workload::destination`], for one whose shared block is in this file. A source does not say where: a destination opens
     /// no file that a peer names.
     #[must_use]
-    pub fn destination_sharing(file: PathBuf) -> Arc<Self> {
-        Self::of(Life::Expected, Some(file))
+    pub fn destination_sharing(file: PathBuf) -> WorkloadBuilder {
+        WorkloadBuilder { shared: Some(file) }
     }
 
     /// Plugs the memory that is unplugged: it may be used from here on, and travels like the rest.
@@ -145,7 +150,7 @@ impl Workload {
     /// While a migration runs.
     pub fn plug(&self) -> Result<(), GuestError> {
         match &*self.life() {
-            Life::Whole { machine, has_started: true, .. } => machine.plug(),
+            Life::Whole { has_started: true, .. } => self.machine.plug(),
             _ => Err(GuestError("the workload has not started here".into())),
         }
     }
@@ -174,19 +179,12 @@ impl Workload {
         self.status()
     }
 
-    fn of(life: Life, shared: Option<PathBuf>) -> Arc<Self> {
-        Arc::new(Self { life: Mutex::new(life), shared })
+    fn of(machine: Arc<Machine>, life: Life) -> Arc<Self> {
+        Arc::new(Self { life: Mutex::new(life), machine })
     }
 
     fn life(&self) -> MutexGuard<'_, Life> {
         self.life.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn machine(&self) -> Result<Arc<Machine>, GuestError> {
-        match &*self.life() {
-            Life::Expected => Err(GuestError("the workload has no memory yet".into())),
-            Life::Built { machine, .. } | Life::Whole { machine, .. } => Ok(machine.clone()),
-        }
     }
 
     fn with_crew<T>(&self, act: impl FnOnce(&Crew) -> T) -> Result<T, GuestError> {
@@ -198,28 +196,27 @@ impl Workload {
 }
 
 impl Guest for Workload {
-    /// # Panics
-    /// At a destination, before [`Guest::build`] has returned.
     fn memory(&self) -> GuestMemory {
-        self.machine().expect("build comes before memory").memory().clone()
-    }
-
-    fn run_state(&self) -> RunState {
-        if self.status().running { RunState::Running } else { RunState::Paused }
+        self.machine.memory().clone()
     }
 
     /// A balloon, if it has memory that is free or unplugged.
     fn clearers(&self) -> Vec<Arc<dyn Clearer>> {
-        self.machine().map_or_else(|_| Vec::new(), |machine| Balloon::of(machine))
+        Balloon::of(self.machine.clone())
+    }
+}
+
+impl SourceGuest for Workload {
+    fn run_state(&self) -> RunState {
+        if self.status().running { RunState::Running } else { RunState::Paused }
     }
 
     fn dirty_logs(&self) -> Result<Vec<Arc<dyn DirtyLog>>, GuestError> {
-        self.machine()?.dirty_logs()
+        self.machine.dirty_logs()
     }
 
     fn setup_state(&self) -> Result<GuestState, GuestError> {
-        let machine = self.machine()?;
-        Ok(state::save_settings(machine.settings(), machine.is_plugged()))
+        Ok(state::save_settings(self.machine.settings(), self.machine.is_plugged()))
     }
 
     fn pause(&self) -> Result<(), GuestError> {
@@ -237,7 +234,7 @@ impl Guest for Workload {
 
     fn save(&self) -> Result<GuestState, GuestError> {
         let written = self.status().writes;
-        let mut sequences = vec![0; self.machine()?.pages() as usize];
+        let mut sequences = vec![0; self.machine.pages() as usize];
         let cursors = self.with_crew(|crew| {
             crew.visit(|writer| {
                 writer.sequences().for_each(|(page, sequence)| sequences[page as usize] = sequence);
@@ -246,31 +243,32 @@ impl Guest for Workload {
         })?;
         Ok(DeviceState { written, cursors, sequences }.save())
     }
+}
 
-    fn build(&self, page_size: PageSize, blocks: &[BlockInfo], setup: &GuestState) -> Result<(), GuestError> {
-        let mut life = self.life();
-        if !matches!(*life, Life::Expected) {
-            return Err(GuestError("the workload is built already".into()));
-        }
+impl GuestBuilder for WorkloadBuilder {
+    type Built = Workload;
+
+    fn build(self, page_size: PageSize, blocks: &[BlockInfo], setup: &GuestState) -> Result<Arc<Workload>, GuestError> {
         let (settings, is_plugged) = state::load_settings(setup, self.shared.as_deref())?;
         compare_blocks(&settings, page_size, blocks)?;
         let machine = Arc::new(Machine::new(settings, true, is_plugged)?);
-        *life = Life::Built { writers: writer::writers(machine.settings()), machine };
-        Ok(())
+        let writers = writer::writers(machine.settings());
+        Ok(Workload::of(machine, Life::Built { writers }))
     }
+}
 
+impl DestinationGuest for Workload {
     fn prepare(&self, state: &GuestState) -> Result<(), GuestError> {
         let mut life = self.life();
-        let Life::Built { machine, writers } = &mut *life else {
-            return Err(GuestError("the workload is not between build and start".into()));
+        let Life::Built { writers } = &mut *life else {
+            return Err(GuestError("the workload is prepared already".into()));
         };
-        let machine = machine.clone();
-        let came = DeviceState::load(state, writers.len(), machine.pages())?;
+        let came = DeviceState::load(state, writers.len(), self.machine.pages())?;
         let written = came.written;
-        restore(&machine, writers, came)?;
-        let mut crew = Crew::new(machine.clone(), std::mem::take(writers));
+        restore(&self.machine, writers, came)?;
+        let mut crew = Crew::new(self.machine.clone(), std::mem::take(writers));
         crew.hire()?;
-        *life = Life::Whole { machine, crew, written, has_started: false };
+        *life = Life::Whole { crew, written, has_started: false };
         Ok(())
     }
 

@@ -1,4 +1,4 @@
-//! The workload as a pipeline uses it, through [`Guest`] alone, with pages copied by hand.
+//! The workload as a pipeline uses it, through the guest traits alone, with pages copied by hand.
 
 use std::path::Path;
 use std::thread;
@@ -63,12 +63,11 @@ fn pages(guest: &Workload) -> Vec<Vec<u8>> {
 
 /// A destination that was built and loaded with everything but the pages in `lost`, and not prepared.
 fn moved(source: &Workload, lost: &[u32]) -> Arc<Workload> {
-    let destination = Workload::destination();
     let layout = source.memory().layout().clone();
-    destination.build(layout.page_size(), layout.blocks(), &source.setup_state().unwrap()).unwrap();
-    let machine = destination.machine().unwrap();
+    let setup = source.setup_state().unwrap();
+    let destination = Workload::destination().build(layout.page_size(), layout.blocks(), &setup).unwrap();
     for (page, bytes) in (0..).zip(pages(source)).filter(|(page, _)| !lost.contains(page)) {
-        machine.store(page, 0, &bytes);
+        destination.machine.store(page, 0, &bytes);
     }
     destination
 }
@@ -101,7 +100,7 @@ fn a_page_that_is_rolled_back_is_found_by_the_sweep_and_by_its_writer() {
     run_for(&guest, 2_000);
     guest.pause().unwrap();
     assert_eq!(guest.check_all().stale_pages, 0);
-    guest.machine().unwrap().store(130, 0, &old[130]);
+    guest.machine.store(130, 0, &old[130]);
     let status = guest.check_all();
     assert_eq!(status.stale_pages, 1);
     let words = status.first_stale.unwrap();
@@ -119,7 +118,7 @@ fn bytes_that_are_not_those_of_the_stamp_and_stamps_that_are_none_are_found() {
     let guest = Workload::source(solo()).unwrap();
     run_for(&guest, 3_000);
     guest.pause().unwrap();
-    let machine = guest.machine().unwrap();
+    let machine = &guest.machine;
     let mut sound = [0; PAGE];
     machine.load(1, 0, &mut sound);
     for (at, words) in [
@@ -220,9 +219,9 @@ fn every_log_on_every_memory_lets_a_running_workload_arrive_whole() {
             }
             logs => logs.unwrap(),
         };
-        let destination = Workload::destination();
         let layout = source.memory().layout().clone();
-        destination.build(layout.page_size(), layout.blocks(), &source.setup_state().unwrap()).unwrap();
+        let setup = source.setup_state().unwrap();
+        let destination = Workload::destination().build(layout.page_size(), layout.blocks(), &setup).unwrap();
         logs.iter().for_each(|log| log.start().unwrap());
         let (bitmap, buffers) = (DirtyBitmap::filled(&layout), BufferPool::new(1, layout.page_size().extent_bytes()));
         for _ in 0..5 {
@@ -371,8 +370,7 @@ fn a_destination_refuses_what_is_not_its_own() {
     let mut newer = setup.clone();
     newer.sections[0].version = 9;
     assert!(build(PageSize::DEFAULT, layout.blocks(), &newer).contains("version 9"));
-    assert!(Workload::destination().prepare(&GuestState::default()).is_err());
-    assert!(Workload::destination().start(RunState::Running).is_err());
+    assert!(moved(&source, &[]).start(RunState::Running).is_err(), "it is not prepared");
 }
 
 /// A state with one thing wrong: cut to a length, or longer, or one bit flipped.

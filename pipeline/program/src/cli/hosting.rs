@@ -9,17 +9,35 @@ use tokio_util::sync::CancellationToken;
 use crate::config;
 use crate::config::settings::{destination_files, source_files, workload};
 use crate::config::tables::{Config, GuestTable, WorkloadTable};
-use memferry::guest::{Guest, GuestError};
+use memferry::geometry::{BlockInfo, PageSize};
+use memferry::guest::clearer::Clearer;
+use memferry::guest::{DestinationGuest, Guest, GuestBuilder, GuestError, GuestState, RunState, SourceGuest};
 use memferry::human;
+use memferry::memory::GuestMemory;
 use memferry_guests::file::FileGuest;
 use memferry_guests::workload::Workload;
 
-/// A guest at one end, and whether it lives in this process.
-#[derive(Clone, Debug)]
+/// A guest to be sent, and its home.
+#[derive(Debug)]
 pub(super) struct Hosted {
-    pub(super) guest: Arc<dyn Guest>,
-    resident: Option<Arc<dyn Resident>>,
+    pub(super) guest: Arc<dyn SourceGuest>,
+    pub(super) home: Home,
 }
+
+/// A guest that was built to be received, and its home.
+#[derive(Debug)]
+pub(super) struct Arriving {
+    guest: Arc<dyn DestinationGuest>,
+    pub(super) home: Home,
+}
+
+/// What builds the guest to be received, whichever it is.
+pub(super) type Builder =
+    Box<dyn FnOnce(PageSize, &[BlockInfo], &GuestState) -> Result<Arc<Arriving>, GuestError> + Send>;
+
+/// The guest itself, if it lives in this process.
+#[derive(Clone, Debug)]
+pub(super) struct Home(Option<Arc<dyn Resident>>);
 
 /// A guest that lives in this process.
 trait Resident: Send + Sync + std::fmt::Debug {
@@ -46,7 +64,8 @@ impl Hosted {
         blocking(move || {
             let hosted = match &config.guest {
                 GuestTable::Workload(table) => Workload::source_unless(workload(table), &cancel).map(Self::here),
-                GuestTable::File(table) => FileGuest::source(source_files(table), guard_program()).map(Self::elsewhere),
+                GuestTable::File(table) => FileGuest::source(source_files(table), guard_program())
+                    .map(|guest| Self { guest, home: Home(None) }),
                 GuestTable::Kvm(table) => machine::source(table),
             }?;
             config::fits(&config, hosted.guest.memory().layout().bytes()).map_err(GuestError)?;
@@ -55,41 +74,72 @@ impl Hosted {
         .await
     }
 
-    /// The guest to be received. With `run` files become their copies.
-    pub(super) async fn destination(config: &Config, run: bool) -> Result<Self, GuestError> {
-        let table = config.guest.clone();
-        blocking(move || match table {
-            GuestTable::Workload(WorkloadTable { shared: Some(shared), .. }) => {
-                Ok(Self::here(Workload::destination_sharing(shared.path)))
-            }
-            GuestTable::Workload(_) => Ok(Self::here(Workload::destination())),
-            GuestTable::File(table) => FileGuest::destination(destination_files(&table, run)).map(Self::elsewhere),
-            GuestTable::Kvm(table) => machine::destination(&table),
-        })
-        .await
+    fn here<G: SourceGuest + Resident + 'static>(guest: Arc<G>) -> Self {
+        Self { guest: guest.clone(), home: Home(Some(guest)) }
+    }
+}
+
+/// What builds the guest to be received. With `run` files become their copies.
+pub(super) async fn destination(config: &Config, run: bool) -> Result<Builder, GuestError> {
+    let table = config.guest.clone();
+    blocking(move || match table {
+        GuestTable::Workload(WorkloadTable { shared: Some(shared), .. }) => {
+            Ok(arriving(Workload::destination_sharing(shared.path), Arriving::here))
+        }
+        GuestTable::Workload(_) => Ok(arriving(Workload::destination(), Arriving::here)),
+        GuestTable::File(table) => {
+            let builder = FileGuest::destination(destination_files(&table, run))?;
+            Ok(arriving(builder, |guest| Arriving { guest, home: Home(None) }))
+        }
+        GuestTable::Kvm(table) => machine::destination(&table),
+    })
+    .await
+}
+
+fn arriving<B: GuestBuilder>(builder: B, home: fn(Arc<B::Built>) -> Arriving) -> Builder {
+    Box::new(move |page_size, blocks, setup| Ok(Arc::new(home(builder.build(page_size, blocks, setup)?))))
+}
+
+impl Arriving {
+    fn here<G: DestinationGuest + Resident + 'static>(guest: Arc<G>) -> Self {
+        Self { guest: guest.clone(), home: Home(Some(guest)) }
+    }
+}
+
+impl Guest for Arriving {
+    fn memory(&self) -> GuestMemory {
+        self.guest.memory()
     }
 
-    fn here<G: Guest + Resident + 'static>(guest: Arc<G>) -> Self {
-        Self { guest: guest.clone(), resident: Some(guest) }
+    fn clearers(&self) -> Vec<Arc<dyn Clearer>> {
+        self.guest.clearers()
+    }
+}
+
+impl DestinationGuest for Arriving {
+    fn prepare(&self, state: &GuestState) -> Result<(), GuestError> {
+        self.guest.prepare(state)
     }
 
-    fn elsewhere(guest: Arc<FileGuest>) -> Self {
-        Self { guest, resident: None }
+    fn start(&self, run_state: RunState) -> Result<(), GuestError> {
+        self.guest.start(run_state)
     }
+}
 
+impl Home {
     /// Does the guest live here, so that the end of this program is its end?
     pub(super) fn lives_here(&self) -> bool {
-        self.resident.is_some()
+        self.0.is_some()
     }
 
     /// Does it run in this process?
     pub(super) fn runs_here(&self) -> bool {
-        self.resident.as_ref().is_some_and(|resident| resident.runs())
+        self.0.as_ref().is_some_and(|resident| resident.runs())
     }
 
     /// Lets it live for `time`, or until `stop`; then asks whether it found what it wrote. `None` if it does not live here.
     pub(super) async fn live(&self, time: Option<Duration>, stop: CancellationToken) -> Option<Health> {
-        let resident = self.resident.clone()?;
+        let resident = self.0.clone()?;
         match time {
             Some(time) => drop(tokio::time::timeout(time, stop.cancelled()).await),
             None => stop.cancelled().await,
@@ -139,7 +189,7 @@ impl Resident for Workload {
 
 #[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
 mod machine {
-    use super::{GuestError, Health, Hosted, Resident, human};
+    use super::{Arriving, Builder, GuestError, Health, Hosted, Resident, arriving, human};
     use memferry_guests::kvm::{KvmGuest, KvmSettings};
 
     pub(super) fn source(table: &KvmSettings) -> Result<Hosted, GuestError> {
@@ -151,11 +201,12 @@ mod machine {
     }
 
     /// How its writes are found is for this end to choose: it may be sent on from here.
-    pub(super) fn destination(table: &KvmSettings) -> Result<Hosted, GuestError> {
-        Ok(Hosted::here(match &table.shared {
+    pub(super) fn destination(table: &KvmSettings) -> Result<Builder, GuestError> {
+        let builder = match &table.shared {
             Some(shared) => KvmGuest::destination_sharing(table.dirty_log, shared.path.clone()),
             None => KvmGuest::destination(table.dirty_log),
-        }))
+        };
+        Ok(arriving(builder, Arriving::here))
     }
 
     impl Resident for KvmGuest {
@@ -189,7 +240,7 @@ mod machine {
 
 #[cfg(not(all(feature = "kvm", target_os = "linux", target_arch = "x86_64")))]
 mod machine {
-    use super::{GuestError, Hosted};
+    use super::{Builder, GuestError, Hosted};
     use memferry_guests::kvm::KvmSettings;
 
     /// The rules have refused it before.
@@ -197,8 +248,8 @@ mod machine {
         Err(GuestError("this program was built without KVM".into()))
     }
 
-    pub(super) fn destination(table: &KvmSettings) -> Result<Hosted, GuestError> {
-        source(table)
+    pub(super) fn destination(_: &KvmSettings) -> Result<Builder, GuestError> {
+        Err(GuestError("this program was built without KVM".into()))
     }
 
     pub(super) fn check(table: &KvmSettings) -> Result<(), GuestError> {

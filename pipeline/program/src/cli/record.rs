@@ -64,13 +64,13 @@ pub(super) async fn run(config: Config, options: Record) -> std::io::Result<u8> 
         Err(error @ RecordError::Write(_)) => failed(&format!("{}: {error}", options.output.display())),
         Err(error) => failed(&error.to_string()),
     };
-    if !guest.lives_here() {
+    if !guest.home.lives_here() {
         return Ok(code);
     }
     if options.host_for.is_none() && !options.quiet && !stop.is_cancelled() {
         tell!("memferry: the guest is hosted here: Ctrl-C ends it");
     }
-    let Some(health) = guest.live(options.host_for, stop).await else { return Ok(code) };
+    let Some(health) = guest.home.live(options.host_for, stop).await else { return Ok(code) };
     if !options.quiet || !health.is_sound {
         say(&health.line);
     }

@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::args::Migrate;
 use super::console;
-use super::hosting::Hosted;
+use super::hosting::{self, Arriving, Builder, Home, Hosted};
 use super::outlets::Outlets;
 use super::reports::{Ending, Reports};
 use super::signals::Signals;
@@ -95,13 +95,14 @@ impl Session {
             Ok(guests) => guests,
             Err(ended) => return self.could_not_begin(Role::Source, ended),
         };
-        let (source, destination) = &guests;
+        let (source, destination) = guests;
+        let mut arrived = None;
         let cancel = self.control.token();
         let stored = self.config.transport_to(&self.config.address()).capabilities().stored;
         let (sent, received) = if stored {
-            self.one_after_the_other(source, destination, &cancel).await
+            self.one_after_the_other(&source, destination, &mut arrived, &cancel).await
         } else {
-            self.side_by_side(source, destination, &cancel).await
+            self.side_by_side(&source, destination, &mut arrived, &cancel).await
         };
         let stop = self.signals.arm(ENDING);
         let verdict = match &received {
@@ -111,9 +112,9 @@ impl Session {
         let account = self.accountant.account(Role::Source);
         let far = self.accountant.account(Role::Destination);
         self.conclude(&verdict, &account, received.is_some().then_some(&far));
-        let arrived = received.is_some_and(|received| received.phase == Phase::Completed);
+        let home = arrived.as_ref().map_or(&source.home, |arrived| &arrived.home);
         let host_for = Some(self.options.host_for.unwrap_or(SHOW_ALIVE));
-        self.host(if arrived { destination } else { source }, host_for, stop, exit_code(&verdict)).await
+        self.host(home, host_for, stop, exit_code(&verdict)).await
     }
 
     /// `memferry send`
@@ -126,21 +127,25 @@ impl Session {
         let ended = self.send_over(&guest, transport, self.control.clone()).await;
         let stop = self.signals.arm(ENDING);
         self.conclude(&ended, &self.accountant.account(Role::Source), None);
-        let stays = ended.phase != Phase::Completed || guest.runs_here();
-        self.host_if(stays, &guest, stop, exit_code(&ended)).await
+        let stays = ended.phase != Phase::Completed || guest.home.runs_here();
+        self.host_if(stays, &guest.home, stop, exit_code(&ended)).await
     }
 
     /// `memferry recv`
     pub(super) async fn receive(self) -> u8 {
-        let (guest, listener) = match self.unless_cancelled(self.destination_ready()).await {
+        let (builder, listener) = match self.unless_cancelled(self.destination_ready()).await {
             Ok(ready) => ready,
             Err(ended) => return self.could_not_begin(Role::Destination, ended),
         };
         self.note(&format!("waiting at {}", listener.local_address()));
-        let ended = self.receive_from(&guest, listener, self.control.clone()).await;
+        let mut arrived = None;
+        let ended = self.receive_from(builder, listener, self.control.clone(), &mut arrived).await;
         let stop = self.signals.arm(ENDING);
         self.conclude(&ended, &self.accountant.account(Role::Destination), None);
-        self.host_if(ended.phase == Phase::Completed, &guest, stop, exit_code(&ended)).await
+        match arrived {
+            Some(arrived) => self.host_if(true, &arrived.home, stop, exit_code(&ended)).await,
+            None => exit_code(&ended),
+        }
     }
 
     /// What comes before the migration, until it is cancelled: then nobody waits for the rest of it.
@@ -153,22 +158,23 @@ impl Session {
         }
     }
 
-    async fn both_guests(&self) -> Result<(Hosted, Hosted), GuestError> {
+    async fn both_guests(&self) -> Result<(Hosted, Builder), GuestError> {
         let cancel = self.control.token();
-        Ok((Hosted::source(&self.config, &cancel).await?, Hosted::destination(&self.config, true).await?))
+        Ok((Hosted::source(&self.config, &cancel).await?, hosting::destination(&self.config, true).await?))
     }
 
-    async fn destination_ready(&self) -> Result<(Hosted, Box<dyn Listener>), String> {
-        let guest = Hosted::destination(&self.config, false).await.map_err(|error| error.to_string())?;
+    async fn destination_ready(&self) -> Result<(Builder, Box<dyn Listener>), String> {
+        let builder = hosting::destination(&self.config, false).await.map_err(|error| error.to_string())?;
         let transport = self.config.transport_to(&self.config.address());
-        Ok((guest, transport.listen().await.map_err(|error| error.to_string())?))
+        Ok((builder, transport.listen().await.map_err(|error| error.to_string())?))
     }
 
     /// Over a transport that stores the stream: it is read back when it is complete.
     async fn one_after_the_other(
         &self,
         source: &Hosted,
-        destination: &Hosted,
+        destination: Builder,
+        arrived: &mut Option<Arc<Arriving>>,
         cancel: &CancellationToken,
     ) -> (Ended, Option<Ended>) {
         let transport = self.config.transport_to(&self.config.address());
@@ -178,7 +184,7 @@ impl Session {
         }
         let transport = self.config.transport_to(&self.config.address());
         let received = match transport.listen().await {
-            Ok(listener) => self.receive_from(destination, listener, cancel.clone()).await,
+            Ok(listener) => self.receive_from(destination, listener, cancel.clone(), arrived).await,
             Err(error) => self.settle(Role::Destination, never_begun(error.to_string())),
         };
         (sent, Some(received))
@@ -188,7 +194,8 @@ impl Session {
     async fn side_by_side(
         &self,
         source: &Hosted,
-        destination: &Hosted,
+        destination: Builder,
+        arrived: &mut Option<Arc<Arriving>>,
         cancel: &CancellationToken,
     ) -> (Ended, Option<Ended>) {
         let listener = match self.config.transport_to(&self.config.address()).listen().await {
@@ -202,7 +209,7 @@ impl Session {
             self.config.transport_to(&address),
             self.control.also_ended_by(source_cancel.clone()),
         );
-        let receive = self.receive_from(destination, listener, destination_cancel.clone());
+        let receive = self.receive_from(destination, listener, destination_cancel.clone(), arrived);
         let (sent, received) = both(send, source_cancel.clone(), receive, destination_cancel).await;
         // A source that nobody cancelled gave up at its limits: the destination only tells that it did.
         let gave_up = sent.phase == Phase::Cancelled && !source_cancel.is_cancelled();
@@ -212,13 +219,31 @@ impl Session {
     async fn send_over(&self, guest: &Hosted, transport: Box<dyn Transport>, control: Control) -> Ended {
         let (settings, observers) = (self.config.source(), self.observers(Role::Source));
         let transport = Arc::from(transport);
-        let ended = migration::send(guest.guest.clone(), transport, settings, &self.plane, observers, control).await;
+        let sent = migration::send(guest.guest.clone(), transport, settings, &self.plane, observers, control).await;
+        let ended = match sent {
+            Ok(sent) => sent.ended,
+            Err(error) => error.ended().cloned().unwrap_or_else(|| never_begun(error.to_string())),
+        };
         self.settle(Role::Source, ended)
     }
 
-    async fn receive_from(&self, guest: &Hosted, listener: Box<dyn Listener>, control: impl Into<Control>) -> Ended {
+    /// The guest is left in `arrived`, if it arrives.
+    async fn receive_from(
+        &self,
+        builder: Builder,
+        listener: Box<dyn Listener>,
+        control: impl Into<Control>,
+        arrived: &mut Option<Arc<Arriving>>,
+    ) -> Ended {
         let (settings, observers) = (self.config.destination(), self.observers(Role::Destination));
-        let ended = migration::receive(guest.guest.clone(), listener, settings, &self.plane, observers, control).await;
+        let received = migration::receive(builder, listener, settings, &self.plane, observers, control).await;
+        let ended = match received {
+            Ok(received) => {
+                *arrived = Some(received.guest);
+                received.ended
+            }
+            Err(error) => error.ended().cloned().unwrap_or_else(|| never_begun(error.to_string())),
+        };
         self.settle(Role::Destination, ended)
     }
 
@@ -270,20 +295,20 @@ impl Session {
     }
 
     /// Hosts a guest that lives in this program, for as long as the options say; else until a signal.
-    async fn host_if(&self, stays: bool, guest: &Hosted, stop: CancellationToken, code: u8) -> u8 {
-        if !stays || !guest.lives_here() {
+    async fn host_if(&self, stays: bool, home: &Home, stop: CancellationToken, code: u8) -> u8 {
+        if !stays || !home.lives_here() {
             return code;
         }
         if self.options.host_for.is_none() && !stop.is_cancelled() {
             self.note("the guest is hosted here: Ctrl-C ends it");
         }
-        self.host(guest, self.options.host_for, stop, code).await
+        self.host(home, self.options.host_for, stop, code).await
     }
 
     /// Until its time is over or it is to `stop`, which a signal may have said since the migration ended. A page that is not as
     /// the guest left it turns any code into a failure.
-    async fn host(&self, guest: &Hosted, time: Option<Duration>, stop: CancellationToken, code: u8) -> u8 {
-        let Some(health) = guest.live(time, stop).await else { return code };
+    async fn host(&self, home: &Home, time: Option<Duration>, stop: CancellationToken, code: u8) -> u8 {
+        let Some(health) = home.live(time, stop).await else { return code };
         if !self.options.quiet || !health.is_sound {
             self.say(&health.line);
         }

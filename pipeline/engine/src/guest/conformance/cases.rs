@@ -11,8 +11,8 @@ use memferry_stages::memory::GuestMemory;
 
 use super::image::{change_while_still, changes};
 use super::witness::what_is_wrong;
-use super::{Breach, Subject, contract};
-use crate::guest::{Guest, GuestError, GuestState, RunState, StateSection};
+use super::{Breach, Guest, GuestBuilder, SourceGuest, Subject, contract};
+use crate::guest::{DestinationGuest, GuestError, GuestState, RunState, StateSection};
 
 /// How long a call may take before it counts as one that does not return.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -26,7 +26,7 @@ pub(super) struct Trial<G: ?Sized> {
     pub(super) guest: Arc<G>,
 }
 
-impl<G: Guest + 'static> Trial<G> {
+impl<G: SourceGuest + 'static> Trial<G> {
     /// A source, which runs.
     pub(super) fn source<S: Subject<Guest = G>>(case: &'static str, subject: &S) -> Result<Self, Breach> {
         let trial = Self { case, guest: subject.source() };
@@ -57,7 +57,8 @@ impl<G: Guest + 'static> Trial<G> {
         name: &str,
         call: impl FnOnce(&G) -> Result<T, GuestError> + Send + 'static,
     ) -> Result<Result<T, GuestError>, Breach> {
-        let (guest, (answer, answered)) = (self.guest.clone(), channel());
+        let guest = self.guest.clone();
+        let (answer, answered) = channel();
         let caller = move || answer.send(std::panic::catch_unwind(AssertUnwindSafe(|| call(&guest))));
         thread::spawn(caller);
         match answered.recv_timeout(PATIENCE) {
@@ -179,22 +180,20 @@ pub(super) fn strange_peers<S: Subject>(subject: &S) -> Result<(), Breach> {
     let wrong_blocks = strange_blocks(right).into_iter().map(|blocks| (blocks, setup.clone()));
     let wrong_setup = strange_states(&setup).into_iter().map(|setup| (right.to_vec(), setup));
     for (blocks, setup) in wrong_blocks.chain(wrong_setup) {
-        let destination = Trial { case: source.case, guest: subject.destination() };
-        let came = blocks.clone();
-        let built = destination.try_call("build", move |guest| guest.build(page_size, &came, &setup))?;
-        let is_built = built.is_ok();
-        let wrong = built.ok().and_then(|()| what_is_wrong(&destination.guest.memory(), page_size, &blocks));
-        if let Some(wrong) = wrong {
-            return Err(destination.breach(super::moving::BUILT, wrong));
+        let (builder, came) = (subject.destination(), blocks.clone());
+        let built = source.try_call("build", move |_| builder.build(page_size, &came, &setup))?;
+        let Ok(guest) = built else { continue };
+        if let Some(wrong) = what_is_wrong(&guest.memory(), page_size, &blocks) {
+            return Err(source.breach(super::moving::BUILT, wrong));
         }
-        if let Some(claimed) = is_built.then(|| claims(&destination.guest.memory(), right)).flatten() {
-            return Err(destination.breach(IGNORED, claimed));
+        if let Some(claimed) = claims(&guest.memory(), right) {
+            return Err(source.breach(IGNORED, claimed));
         }
     }
     for state in strange_states(&device) {
-        let destination = Trial { case: source.case, guest: subject.destination() };
-        let (blocks, setup) = (right.to_vec(), setup.clone());
-        destination.call("build", move |guest| guest.build(page_size, &blocks, &setup))?;
+        let (builder, blocks, setup) = (subject.destination(), right.to_vec(), setup.clone());
+        let guest = source.call("build", move |_| builder.build(page_size, &blocks, &setup))?;
+        let destination = Trial { case: source.case, guest };
         let _either_way = destination.try_call("prepare", move |guest| guest.prepare(&state))?;
         destination.stands_still(contract::NOT_STARTED)?;
     }

@@ -1,4 +1,4 @@
-//! The conformance kit for guests: what [`Guest`] asks of a guest, tried on one.
+//! The conformance kit for guests: what [`SourceGuest`] and [`DestinationGuest`] ask of a guest, tried on one.
 //!
 //! Whoever writes a guest gives a [`Subject`] that makes small ones. [`check`] calls them as the engine does, in every order
 //! in which it may, and runs whole migrations inside this process. It ends well, or with a [`Breach`] that names the
@@ -17,7 +17,8 @@
 //! ```
 //! use std::sync::Arc;
 //! use memferry::guest::conformance::{Subject, check};
-//! use memferry::guest::workload::{Pattern, Region, Workload, WorkloadSettings, WriterSettings};
+//! use memferry::guest::GuestBuilder;
+//! use memferry_guests::workload::{Pattern, Region, Workload, WorkloadSettings, WriterSettings};
 //!
 //! struct Workloads;
 //!
@@ -29,7 +30,7 @@
 //!         Workload::source(WorkloadSettings { memory: 2 << 20, writers: vec![writer], ..Default::default() }).unwrap()
 //!     }
 //!
-//!     fn destination(&self) -> Arc<Workload> {
+//!     fn destination(&self) -> impl GuestBuilder<Built = Workload> {
 //!         Workload::destination()
 //!     }
 //!
@@ -48,18 +49,18 @@ mod witness;
 use std::fmt;
 use std::sync::Arc;
 
-use super::{Guest, GuestState};
+use super::{DestinationGuest, Guest, GuestBuilder, GuestState, SourceGuest};
 
 /// What is tried. The guests should have some MiB of memory: all of it is read often.
 pub trait Subject {
-    /// The guest under test.
-    type Guest: Guest + 'static;
+    /// The guest under test: what arrives is what may be sent again.
+    type Guest: SourceGuest + DestinationGuest + 'static;
 
     /// A guest that runs and never stops writing memory: that it goes on is seen by that.
     fn source(&self) -> Arc<Self::Guest>;
 
-    /// A guest that waits to be built for what [`Subject::source`] makes.
-    fn destination(&self) -> Arc<Self::Guest>;
+    /// What builds a guest for what [`Subject::source`] makes.
+    fn destination(&self) -> impl GuestBuilder<Built = Self::Guest>;
 
     /// Is the state that a destination saves, where the guest has not run since it came, that which its source saved? Equal
     /// unless said otherwise: a guest whose state holds a clock must say.
@@ -80,7 +81,7 @@ pub trait Subject {
     }
 }
 
-/// A guest does not do what [`Guest`] asks of it.
+/// A guest does not do what [`SourceGuest`] or [`DestinationGuest`] asks of it.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{case}: {contract}; but {seen}")]
 pub struct Breach {

@@ -1,6 +1,6 @@
 //! Whole migrations inside this process: those that succeed, and those that do not.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use memferry_transports::Transport;
@@ -10,11 +10,11 @@ use tokio_util::sync::CancellationToken;
 
 use super::cases::Trial;
 use super::image::Image;
-use super::witness::{Seen, Witness};
-use super::{Breach, Subject, contract};
+use super::witness::{Arrived, Expecting, Leaving, held};
+use super::{Breach, GuestBuilder, SourceGuest, Subject, contract};
 use crate::events::{Ended, Event, Observer, Observers, Phase, Role};
-use crate::guest::{Guest, RunState};
-use crate::migration::{DataPlane, receive, send};
+use crate::guest::RunState;
+use crate::migration::{DataPlane, ReceiveError, SendError, Sent, receive, send};
 use crate::settings::{DestinationSettings, OnDeadline, SourceSettings, XbzrleSettings};
 
 pub(super) const BUILT: &str = "what build has built is what came, zero wherever it is said to be fresh";
@@ -35,27 +35,24 @@ enum Trouble {
     Refused,
 }
 
-struct Moved {
-    source: Ended,
-    destination: Ended,
-    left: Arc<Witness>,
-    arrived: Arc<Witness>,
+struct Moved<G> {
+    source: Result<Sent, SendError>,
+    destination: Result<(), ReceiveError>,
+    left: Arc<Leaving>,
+    arrived: Arc<Mutex<Arrived<G>>>,
 }
 
 /// Moves a guest that runs.
 pub(super) fn moving<S: Subject>(subject: &S) -> Result<(), Breach> {
-    let source = Trial::source("moving", subject)?;
-    let destination = Trial { case: "moving", guest: subject.destination() };
-    move_running(subject, &source, &destination)
+    move_running(subject, &Trial::source("moving", subject)?)
 }
 
 /// Moves a guest that its operator has paused.
 pub(super) fn paused<S: Subject>(subject: &S) -> Result<(), Breach> {
     let source = Trial::source("paused", subject)?;
-    let destination = Trial { case: "paused", guest: subject.destination() };
     source.pause()?;
-    let moved = migrate(source.guest.clone(), destination.guest.clone(), Trouble::Nothing);
-    arrives(source.case, &moved)?;
+    let moved = migrate(source.guest.clone(), subject.destination(), Trouble::Nothing);
+    let destination = arrives(source.case, &moved)?;
     if destination.guest.run_state() == RunState::Running {
         return Err(destination.breach(STARTS_AS_IT_WAS, "it runs, though it was paused at its source"));
     }
@@ -78,22 +75,16 @@ pub(super) fn failures<S: Subject>(subject: &S) -> Result<(), Breach> {
         Trouble::LostAtSave,
     ];
     for trouble in troubles {
-        let destination = Trial { case: "failures", guest: subject.destination() };
-        let moved = migrate(source.guest.clone(), destination.guest.clone(), trouble);
+        let moved = migrate(source.guest.clone(), subject.destination(), trouble);
         survives(subject, &source, trouble, &moved)?;
-        stays_down(&destination, &moved.arrived.seen())?;
+        stays_down(source.case, &held(&moved.arrived))?;
     }
-    let destination = Trial { case: "failures", guest: subject.destination() };
-    move_running(subject, &source, &destination)
+    move_running(subject, &source)
 }
 
-fn move_running<S: Subject>(
-    subject: &S,
-    source: &Trial<S::Guest>,
-    destination: &Trial<S::Guest>,
-) -> Result<(), Breach> {
-    let moved = migrate(source.guest.clone(), destination.guest.clone(), Trouble::Nothing);
-    arrives(source.case, &moved)?;
+fn move_running<S: Subject>(subject: &S, source: &Trial<S::Guest>) -> Result<(), Breach> {
+    let moved = migrate(source.guest.clone(), subject.destination(), Trouble::Nothing);
+    let destination = arrives(source.case, &moved)?;
     source.is(RunState::Paused)?;
     source.stands_still(NO_LONGER_HERE)?;
     destination.is(RunState::Running)?;
@@ -102,15 +93,15 @@ fn move_running<S: Subject>(
 }
 
 /// The migration succeeded, and everything at the destination is as it was at the source.
-fn arrives(case: &'static str, moved: &Moved) -> Result<(), Breach> {
+fn arrives<G: SourceGuest + 'static>(case: &'static str, moved: &Moved<G>) -> Result<Trial<G>, Breach> {
     let breach = |contract, seen: String| Err(Breach::new(case, contract, seen));
-    let (left, arrived) = (moved.left.seen(), moved.arrived.seen());
+    let (left, arrived) = (moved.left.seen(), held(&moved.arrived));
     if let Some(wrong) = &arrived.badly_built {
         return breach(BUILT, wrong.clone());
     }
-    if moved.source.phase != Phase::Completed || moved.destination.phase != Phase::Completed {
+    let (Ok(_), Ok(()), Some(guest)) = (&moved.source, &moved.destination, &arrived.guest) else {
         return breach(MOVES, failure(moved));
-    }
+    };
     if arrived.prepared == Some(RunState::Running) {
         return breach(contract::NOT_STARTED, "it runs when prepare has returned".into());
     }
@@ -118,20 +109,26 @@ fn arrives(case: &'static str, moved: &Moved) -> Result<(), Breach> {
     if let Some(change) = differs(&left.saved, &left.committed) {
         return breach(contract::STILL_AFTER_SAVE, change.words("when save returned", "before the hand-over"));
     }
-    let Some(lost) = differs(&left.committed, &arrived.loaded) else { return Ok(()) };
+    let Some(lost) = differs(&left.committed, &arrived.loaded) else {
+        return Ok(Trial { case, guest: guest.clone() });
+    };
     let by_save = differs(&left.unsaved, &left.saved).is_some_and(|change| change.at == lost.at);
     breach(if by_save { LOGS_SAVE } else { LOGS }, lost.words("at the source", "at the destination"))
 }
 
 /// The migration failed, and the source did not mind.
-fn survives<S: Subject>(subject: &S, source: &Trial<S::Guest>, trouble: Trouble, moved: &Moved) -> Result<(), Breach> {
+fn survives<S: Subject>(
+    subject: &S,
+    source: &Trial<S::Guest>,
+    trouble: Trouble,
+    moved: &Moved<S::Guest>,
+) -> Result<(), Breach> {
     let breach = |seen: String| Err(source.breach(SURVIVES, format!("after {trouble:?}, {seen}")));
-    let expected = match trouble {
-        Trouble::CancelledAtOnce | Trouble::CancelledAtSave => Phase::Cancelled,
-        _ => Phase::Failed,
-    };
-    if moved.source.phase != expected || moved.source.resume_failed {
-        return breach(format!("the source ended {:?}: {}", moved.source.phase, failure(moved)));
+    let is_cancelled = matches!(trouble, Trouble::CancelledAtOnce | Trouble::CancelledAtSave);
+    match &moved.source {
+        Err(SendError::Cancelled { .. }) if is_cancelled => {}
+        Err(SendError::Failed { .. }) if !is_cancelled => {}
+        _ => return breach(format!("it ended otherwise: {}", failure(moved))),
     }
     if source.guest.run_state() != RunState::Running {
         return breach("it is paused".into());
@@ -141,7 +138,9 @@ fn survives<S: Subject>(subject: &S, source: &Trial<S::Guest>, trouble: Trouble,
 }
 
 /// What was not started does not run.
-fn stays_down<G: Guest + 'static>(destination: &Trial<G>, seen: &Seen) -> Result<(), Breach> {
+fn stays_down<G: SourceGuest + 'static>(case: &'static str, seen: &Arrived<G>) -> Result<(), Breach> {
+    let Some(guest) = seen.guest.clone() else { return Ok(()) };
+    let destination = Trial { case, guest };
     if seen.prepared == Some(RunState::Running) {
         return Err(destination.breach(contract::NOT_STARTED, "it runs when prepare has returned"));
     }
@@ -152,16 +151,23 @@ fn stays_down<G: Guest + 'static>(destination: &Trial<G>, seen: &Seen) -> Result
     destination.stands_still(contract::NOT_STARTED)
 }
 
-fn failure(moved: &Moved) -> String {
-    let words = |ended: &Ended| ended.error.clone().unwrap_or_else(|| format!("{:?}", ended.phase));
-    format!("source: {}; destination: {}", words(&moved.source), words(&moved.destination))
+fn failure<G>(moved: &Moved<G>) -> String {
+    let words = |ended: Option<&Ended>| ended.and_then(|ended| ended.error.clone()).unwrap_or_default();
+    let source = moved.source.as_ref().map_or_else(SendError::ended, |sent| Some(&sent.ended));
+    let destination = moved.destination.as_ref().map_or_else(ReceiveError::ended, |()| None);
+    format!("source: {}; destination: {}", words(source), words(destination))
 }
 
 /// Runs both ends. There is no verification: the kit compares by itself, and knows more of why.
-fn migrate(source: Arc<dyn Guest>, destination: Arc<dyn Guest>, trouble: Trouble) -> Moved {
+fn migrate<B>(source: Arc<dyn SourceGuest>, builder: B, trouble: Trouble) -> Moved<B::Built>
+where
+    B: GuestBuilder<Built: SourceGuest>,
+{
     let transport = MemoryTransport::new(256 << 10);
     let (cancel, over) = (CancellationToken::new(), CancellationToken::new());
-    let (mut left, mut arrived) = (Witness::of(source), Witness::of(destination));
+    let mut left = Leaving::of(source);
+    let arrived = Arc::new(Mutex::default());
+    let builder = Expecting { builder, seen: arrived.clone(), refuses: trouble == Trouble::Refused };
     match trouble {
         Trouble::CancelledAtSave => {
             let cancel = cancel.clone();
@@ -171,10 +177,9 @@ fn migrate(source: Arc<dyn Guest>, destination: Arc<dyn Guest>, trouble: Trouble
             let faults = transport.faults();
             left.at_save = Some(Box::new(move || faults.cut()));
         }
-        Trouble::Refused => arrived.refuses = true,
-        Trouble::Nothing | Trouble::CancelledAtOnce => {}
+        Trouble::Nothing | Trouble::CancelledAtOnce | Trouble::Refused => {}
     }
-    let (left, arrived) = (Arc::new(left), Arc::new(arrived));
+    let left = Arc::new(left);
     let at_once = cancel.clone();
     let cancels = move |_: Role, event: &Event| {
         if trouble == Trouble::CancelledAtOnce && *event == Event::Phase(Phase::Active) {
@@ -188,19 +193,19 @@ fn migrate(source: Arc<dyn Guest>, destination: Arc<dyn Guest>, trouble: Trouble
         let plane = DataPlane::new().expect("threads for the kit");
         let listener = transport.listen().await.expect("it has no listener");
         let sending = async {
-            let ended = send(left.clone(), Arc::new(transport), source_settings(), &plane, observers, cancel).await;
-            if ended.phase != Phase::Completed {
+            let sent = send(left.clone(), Arc::new(transport), source_settings(), &plane, observers, cancel).await;
+            if sent.is_err() {
                 // It may wait for a source that never came so far.
                 tokio::time::sleep(Duration::from_millis(50)).await;
                 over.cancel();
             }
-            ended
+            sent
         };
         let settings = DestinationSettings { handover_timeout: PATIENCE, ..DestinationSettings::default() };
         let watched = Observers::none(Role::Destination);
-        tokio::join!(sending, receive(arrived.clone(), listener, settings, &plane, watched, over.clone()))
+        tokio::join!(sending, receive(builder, listener, settings, &plane, watched, over.clone()))
     });
-    Moved { source, destination, left, arrived }
+    Moved { source, destination: destination.map(drop), left, arrived }
 }
 
 /// How long one end waits for the other.

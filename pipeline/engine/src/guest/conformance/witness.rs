@@ -1,5 +1,5 @@
-//! A guest around the guest under test: it does what that one does, and takes down what its memory and state were at the
-//! moments that matter.
+//! Guests around the guest under test: they do what that one does, and take down what its memory and state were at the moments
+//! that matter.
 
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -9,49 +9,42 @@ use memferry_stages::geometry::{BlockInfo, PageSize};
 use memferry_stages::memory::GuestMemory;
 
 use super::image::Image;
-use crate::guest::{Guest, GuestError, GuestState, RunState};
+use super::{DestinationGuest, Guest, GuestBuilder, GuestState, SourceGuest};
+use crate::guest::{GuestError, RunState};
 use crate::migration::built_otherwise;
 
-/// What was seen.
+/// What was seen of a source.
 #[derive(Debug, Default)]
-pub(super) struct Seen {
+pub(super) struct Left {
     /// Memory when save was called; when it had returned; and just before Go.
     pub(super) unsaved: Option<Image>,
     pub(super) saved: Option<Image>,
     pub(super) committed: Option<Image>,
     /// What was saved.
     pub(super) state: Option<GuestState>,
-    /// Memory when everything was loaded, before prepare.
-    pub(super) loaded: Option<Image>,
-    /// What is wrong with what was built.
-    pub(super) badly_built: Option<String>,
-    /// How it ran when prepare had returned.
-    pub(super) prepared: Option<RunState>,
 }
 
-/// See the module.
-pub(super) struct Witness {
-    guest: Arc<dyn Guest>,
-    seen: Mutex<Seen>,
+/// A source that is watched.
+pub(super) struct Leaving {
+    guest: Arc<dyn SourceGuest>,
+    seen: Mutex<Left>,
     /// Called when the guest is saved: trouble begins.
     pub(super) at_save: Option<Box<dyn Fn() + Send + Sync>>,
-    /// Prepare does its work and then fails.
-    pub(super) refuses: bool,
 }
 
-impl fmt::Debug for Witness {
+impl fmt::Debug for Leaving {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.guest.fmt(f)
     }
 }
 
-impl Witness {
-    pub(super) fn of(guest: Arc<dyn Guest>) -> Self {
-        Self { guest, seen: Mutex::default(), at_save: None, refuses: false }
+impl Leaving {
+    pub(super) fn of(guest: Arc<dyn SourceGuest>) -> Self {
+        Self { guest, seen: Mutex::default(), at_save: None }
     }
 
-    pub(super) fn seen(&self) -> MutexGuard<'_, Seen> {
-        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(super) fn seen(&self) -> MutexGuard<'_, Left> {
+        held(&self.seen)
     }
 
     fn image(&self) -> Option<Image> {
@@ -60,11 +53,13 @@ impl Witness {
     }
 }
 
-impl Guest for Witness {
+impl Guest for Leaving {
     fn memory(&self) -> GuestMemory {
         self.guest.memory()
     }
+}
 
+impl SourceGuest for Leaving {
     fn run_state(&self) -> RunState {
         self.guest.run_state()
     }
@@ -115,23 +110,83 @@ impl Guest for Witness {
     fn moved(&self) {
         self.guest.moved();
     }
+}
 
-    fn build(&self, page_size: PageSize, blocks: &[BlockInfo], setup: &GuestState) -> Result<(), GuestError> {
-        self.guest.build(page_size, blocks, setup)?;
-        self.seen().badly_built = what_is_wrong(&self.guest.memory(), page_size, blocks);
-        Ok(())
+/// What was seen of a destination.
+#[derive(Debug)]
+pub(super) struct Arrived<G> {
+    /// What was built.
+    pub(super) guest: Option<Arc<G>>,
+    /// What is wrong with it.
+    pub(super) badly_built: Option<String>,
+    /// Memory when everything was loaded, before prepare.
+    pub(super) loaded: Option<Image>,
+    /// How it ran when prepare had returned.
+    pub(super) prepared: Option<RunState>,
+}
+
+impl<G> Default for Arrived<G> {
+    fn default() -> Self {
+        Self { guest: None, badly_built: None, loaded: None, prepared: None }
     }
+}
 
+/// Builds a guest that is watched.
+pub(super) struct Expecting<B: GuestBuilder> {
+    pub(super) builder: B,
+    pub(super) seen: Arc<Mutex<Arrived<B::Built>>>,
+    /// Prepare does its work and then fails.
+    pub(super) refuses: bool,
+}
+
+/// A destination that is watched.
+#[derive(Debug)]
+pub(super) struct Arriving<G> {
+    guest: Arc<G>,
+    seen: Arc<Mutex<Arrived<G>>>,
+    refuses: bool,
+}
+
+impl<B: GuestBuilder<Built: SourceGuest>> GuestBuilder for Expecting<B> {
+    type Built = Arriving<B::Built>;
+
+    fn build(
+        self,
+        page_size: PageSize,
+        blocks: &[BlockInfo],
+        setup: &GuestState,
+    ) -> Result<Arc<Self::Built>, GuestError> {
+        let guest = self.builder.build(page_size, blocks, setup)?;
+        let mut seen = held(&self.seen);
+        seen.badly_built = what_is_wrong(&guest.memory(), page_size, blocks);
+        seen.guest = Some(guest.clone());
+        drop(seen);
+        Ok(Arc::new(Arriving { guest, seen: self.seen, refuses: self.refuses }))
+    }
+}
+
+impl<G: DestinationGuest + SourceGuest> Guest for Arriving<G> {
+    fn memory(&self) -> GuestMemory {
+        self.guest.memory()
+    }
+}
+
+impl<G: DestinationGuest + SourceGuest> DestinationGuest for Arriving<G> {
     fn prepare(&self, state: &GuestState) -> Result<(), GuestError> {
-        self.seen().loaded = self.image();
+        held(&self.seen).loaded = Image::of(&self.guest.memory()).ok();
         self.guest.prepare(state)?;
-        self.seen().prepared = Some(self.guest.run_state());
+        held(&self.seen).prepared = Some(self.guest.run_state());
         if self.refuses { Err(GuestError("told by the conformance kit to refuse".into())) } else { Ok(()) }
     }
 
     fn start(&self, run_state: RunState) -> Result<(), GuestError> {
         self.guest.start(run_state)
     }
+}
+
+/// The lock, whoever panicked with it.
+pub(super) fn held<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// What a guest built is what came: the same blocks, zero where it says that they are.

@@ -11,6 +11,7 @@ use crate::bottleneck::Watch;
 use crate::events::{Ended, Event, Phase};
 use crate::migration::bounds;
 use crate::migration::error::MigrationError;
+use crate::migration::outcome::ReceiveError;
 
 impl Destination {
     /// Whatever happened: the source is told, and it is reported.
@@ -19,7 +20,7 @@ impl Destination {
         result: Result<(), MigrationError>,
         answers: Option<Answers>,
         flow: Option<Flow>,
-    ) -> Ended {
+    ) -> Result<Ended, ReceiveError> {
         let (result, flow) = match (result, flow) {
             (Err(MigrationError::Stage(failure)), Some(mut flow)) => {
                 let cause = flow.graph.stages.root_cause(failure).await;
@@ -44,9 +45,9 @@ impl Destination {
                 }
             }
         }
-        let (phase, error) = match result {
+        let (phase, error) = match &result {
             Ok(()) => (Phase::Completed, None),
-            Err(MigrationError::Cancelled) => (Phase::Cancelled, Some("cancelled".to_owned())),
+            Err(error @ MigrationError::Cancelled) => (Phase::Cancelled, Some(error.to_string())),
             Err(error) => (Phase::Failed, Some(error.to_string())),
         };
         self.observers.tell(&Event::Phase(phase));
@@ -68,7 +69,13 @@ impl Destination {
             resume_failed: false,
         };
         self.observers.tell(&Event::Ended(ended.clone()));
-        ended
+        let Err(source) = result else { return Ok(ended) };
+        let ended = Box::new(ended);
+        Err(match source {
+            MigrationError::Cancelled => ReceiveError::Cancelled { source, ended },
+            _ if self.start_begun => ReceiveError::StartFailed { source, ended },
+            _ => ReceiveError::Failed { source, ended },
+        })
     }
 
     fn figures(&self, flow: &Flow) -> (u64, u64, Vec<Reading>) {

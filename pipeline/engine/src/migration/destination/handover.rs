@@ -1,5 +1,6 @@
 //! The hand-over: memories are compared, the machine is prepared, and it starts when the source says Go.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use memferry_stages::memory::GuestMemory;
@@ -9,7 +10,7 @@ use memferry_stages::wire::messages::RunState;
 use super::Destination;
 use super::flow::{Flow, Signal};
 use crate::events::Event;
-use crate::guest::GuestState;
+use crate::guest::{DestinationGuest, GuestState};
 use crate::migration::alive::silenced;
 use crate::migration::digests::{Digests, Pending};
 use crate::migration::error::MigrationError;
@@ -59,13 +60,12 @@ impl Destination {
         Err(MigrationError::Differs(what))
     }
 
-    pub(super) async fn prepare(&self, device: GuestState) -> Result<(), MigrationError> {
-        let guest = self.guest.clone();
-        Ok(blocking(move || guest.prepare(&device)).await?)
-    }
-
     /// The last handshake: see [`super::super::handshake`].
-    pub(super) async fn take_over(&mut self, flow: &mut Flow) -> Result<(), MigrationError> {
+    pub(super) async fn take_over(
+        &mut self,
+        flow: &mut Flow,
+        guest: &Arc<dyn DestinationGuest>,
+    ) -> Result<(), MigrationError> {
         flow.say(&Message::Loaded { verified: self.verified == Some(true) }).await?;
         let give_up = tokio::time::Instant::now() + self.settings.handover_timeout;
         let run_state = loop {
@@ -90,7 +90,7 @@ impl Destination {
             }
         };
         let began = Instant::now();
-        let started = self.start(run_state).await;
+        let started = self.start(guest, run_state).await;
         self.parts.handover = began.elapsed();
         let answer = match &started {
             Ok(()) => Message::Running,
@@ -103,10 +103,20 @@ impl Destination {
         started
     }
 
-    pub(super) async fn start(&mut self, run_state: RunState) -> Result<(), MigrationError> {
+    pub(super) async fn start(
+        &mut self,
+        guest: &Arc<dyn DestinationGuest>,
+        run_state: RunState,
+    ) -> Result<(), MigrationError> {
         self.start_begun = true;
         self.observers.tell(&Event::HandedOver);
-        let guest = self.guest.clone();
+        let guest = guest.clone();
         Ok(blocking(move || guest.start(run_state)).await?)
     }
+}
+
+/// Everything is loaded: the guest takes its device state.
+pub(super) async fn prepare(guest: &Arc<dyn DestinationGuest>, device: GuestState) -> Result<(), MigrationError> {
+    let guest = guest.clone();
+    Ok(blocking(move || guest.prepare(&device)).await?)
 }

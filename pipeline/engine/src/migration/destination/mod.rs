@@ -13,52 +13,95 @@ mod handover;
 mod loading;
 mod setup;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use memferry_stages::geometry::Layout;
+use memferry_stages::geometry::{BlockInfo, Layout, PageSize};
+use memferry_stages::memory::GuestMemory;
 use memferry_transports::Listener;
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
-use super::alive::check_peer_timeout;
+use super::digests::LeftOut;
 use super::error::{MigrationError, guarded};
+use super::outcome::{ReceiveError, Received};
 use super::plane::DataPlane;
 use super::state::Room;
 use super::turned_away::TurnedAways;
 use crate::control::Control;
 use crate::events::{DowntimeParts, Ended, Event, Observers, Phase};
-use crate::guest::Guest;
+use crate::guest::{DestinationGuest, GuestBuilder, GuestError, GuestState};
 use crate::settings::DestinationSettings;
 use answers::Answers;
 use flow::Flow;
+use handover::prepare;
 
-/// Receives a guest from whoever connects to `listener`, and returns when it is decided whether it runs here.
+/// Receives a guest from whoever connects to `listener`: `builder` makes it for the blocks that come. Returns it when it is
+/// decided that it runs here, or is paused here as it was at its source.
 ///
 /// Strangers and broken peers are turned away and reported as events; the wait goes on. Nothing is started here before the
 /// source has said Go. `control` is a [`Control`], or the token that cancels it.
-pub async fn receive(
-    guest: Arc<dyn Guest>,
+///
+/// # Errors
+/// Why no guest was received: see [`ReceiveError`].
+pub fn receive<B: GuestBuilder>(
+    builder: B,
     listener: Box<dyn Listener>,
     settings: DestinationSettings,
     plane: &DataPlane,
     observers: Observers,
     control: impl Into<Control>,
-) -> Ended {
+) -> impl Future<Output = Result<Received<B::Built>, ReceiveError>> + Send {
     let control = control.into();
-    let observers = control.destination_begins(&observers);
-    run(Destination::new(guest, settings, plane.handle().clone(), observers, control.token()), plane, listener).await
+    let (build, built) = erased(builder);
+    // The bound `Send` is written out: a compiler does not always find it for a closure that takes references.
+    async move {
+        settings.check()?;
+        let observers = control.destination_begins(&observers);
+        let destination = Destination::new(settings, plane.handle().clone(), observers, control.token());
+        let ended = run(destination, plane, listener, build).await?;
+        let guest = built.lock().unwrap_or_else(PoisonError::into_inner).take();
+        Ok(Received { guest: guest.expect("what was started was built"), ended })
+    }
 }
 
-async fn run(mut destination: Destination, plane: &DataPlane, listener: Box<dyn Listener>) -> Ended {
+/// What builds the guest, called once.
+type Build =
+    Box<dyn FnOnce(PageSize, &[BlockInfo], &GuestState) -> Result<Arc<dyn DestinationGuest>, GuestError> + Send>;
+
+/// A builder without its type, so that the phases are compiled once, and the place where it leaves what it has built.
+fn erased<B: GuestBuilder>(builder: B) -> (Build, Arc<Mutex<Option<Arc<B::Built>>>>) {
+    let built = Arc::new(Mutex::new(None));
+    let place = built.clone();
+    let build = move |page_size: PageSize, blocks: &[BlockInfo], setup: &GuestState| {
+        let guest = builder.build(page_size, blocks, setup)?;
+        *place.lock().unwrap_or_else(PoisonError::into_inner) = Some(guest.clone());
+        Ok(guest as Arc<dyn DestinationGuest>)
+    };
+    (Box::new(build), built)
+}
+
+async fn run(
+    mut destination: Destination,
+    plane: &DataPlane,
+    listener: Box<dyn Listener>,
+    build: Build,
+) -> Result<Ended, ReceiveError> {
     destination.observers.tell(&Event::Phase(Phase::Setup));
     let (mut answers, mut flow) = (None, None);
-    let result = guarded(destination.migrate(plane, listener, &mut answers, &mut flow)).await;
+    let result = guarded(destination.migrate(plane, listener, build, &mut answers, &mut flow)).await;
     destination.conclude(result, answers, flow).await
 }
 
+/// A guest that was built, and what the engine asked of it.
+struct Built {
+    guest: Arc<dyn DestinationGuest>,
+    memory: GuestMemory,
+    /// Pages that never travel, as this end knows them.
+    out_for_good: LeftOut,
+}
+
 struct Destination {
-    guest: Arc<dyn Guest>,
     settings: DestinationSettings,
     plane: Handle,
     observers: Observers,
@@ -76,16 +119,9 @@ struct Destination {
 }
 
 impl Destination {
-    fn new(
-        guest: Arc<dyn Guest>,
-        settings: DestinationSettings,
-        plane: Handle,
-        observers: Observers,
-        cancel: CancellationToken,
-    ) -> Self {
+    fn new(settings: DestinationSettings, plane: Handle, observers: Observers, cancel: CancellationToken) -> Self {
         let state_room = Room::new(settings.max_state_bytes);
         Self {
-            guest,
             settings,
             plane,
             turned_away: Arc::new(TurnedAways::new(observers.clone())),
@@ -106,10 +142,10 @@ impl Destination {
         &mut self,
         plane: &DataPlane,
         listener: Box<dyn Listener>,
+        build: Build,
         answers: &mut Option<Answers>,
         running: &mut Option<Flow>,
     ) -> Result<(), MigrationError> {
-        check_peer_timeout(self.settings.peer_timeout)?;
         let cancel = self.cancel.clone();
         let setup = async {
             let mut session = self.gather(plane, listener).await?;
@@ -118,15 +154,16 @@ impl Destination {
                 let (peer, ears) = (session.peer.clone(), session.ears.clone());
                 Answers::start(writer, peer, ears, self.settings.peer_timeout, &self.plane)
             });
-            let (memory, out_for_good) = self.agree(&mut session, answers.as_ref()).await?;
-            Ok::<_, MigrationError>((session, memory, out_for_good))
+            let built = self.agree(&mut session, build, answers.as_ref()).await?;
+            Ok::<_, MigrationError>((session, built))
         };
-        let (session, memory, out_for_good) = tokio::select! {
+        let (session, built) = tokio::select! {
             biased;
             () = cancel.cancelled() => return Err(MigrationError::Cancelled),
             ready = setup => ready?,
         };
         let stored = answers.is_none();
+        let Built { guest, memory, out_for_good } = built;
         let flow = running.insert(self.start_stages(session, &memory, out_for_good, answers.take()));
 
         let arrival = self.load(flow, &memory).await?;
@@ -137,7 +174,7 @@ impl Destination {
         if let Some(ours) = arrival.ours {
             self.verify(flow, &memory, ours, &arrival.digests).await?;
         }
-        self.prepare(arrival.device.finish()?).await?;
-        if stored { self.start(run_state).await } else { self.take_over(flow).await }
+        prepare(&guest, arrival.device.finish()?).await?;
+        if stored { self.start(&guest, run_state).await } else { self.take_over(flow, &guest).await }
     }
 }

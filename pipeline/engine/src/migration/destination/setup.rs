@@ -13,9 +13,9 @@ use memferry_stages::wire::reader::Incoming;
 use memferry_transports::Listener;
 use tokio::time::MissedTickBehavior;
 
-use super::Destination;
 use super::answers::{Answers, say};
 use super::flow::{Flow, ended_early};
+use super::{Build, Built, Destination};
 use crate::bottleneck::{self, Watch};
 use crate::events::{Event, Phase, Role};
 use crate::guest::{GuestError, GuestState};
@@ -47,8 +47,9 @@ impl Destination {
     pub(super) async fn agree(
         &mut self,
         session: &mut Session,
+        build: Build,
         answers: Option<&Answers>,
-    ) -> Result<(GuestMemory, LeftOut), MigrationError> {
+    ) -> Result<Built, MigrationError> {
         self.observers.tell(&Event::Connected { peer: session.peer.clone() });
         say(answers, &Message::Accept(Vec::new())).await?;
         let reading = read_setup(session, &mut self.state_room);
@@ -61,11 +62,11 @@ impl Destination {
         if !session.features.ignored_blocks && blocks.iter().any(|block| block.ignored) {
             return Err(MigrationError::Protocol("blocks are ignored, and that was not agreed".into()));
         }
-        let (guest, page_size) = (self.guest.clone(), session.hello.page_size);
+        let page_size = session.hello.page_size;
         let layout = Layout::new(page_size, blocks.clone())?;
         bounds::check_host(bounds::destination_bound(&layout, session.hello.lanes, self.settings.max_state_bytes))?;
-        let (memory, out_for_good) = blocking(move || {
-            guest.build(page_size, &blocks, &setup)?;
+        let built = blocking(move || {
+            let guest = build(page_size, &blocks, &setup)?;
             let memory = guest.memory();
             if let Some(what) = built_otherwise(&memory, page_size, &blocks) {
                 return Err(MigrationError::BuiltOtherwise(what));
@@ -73,26 +74,23 @@ impl Destination {
             check_ignored(&blocks, memory.layout())?;
             let unplugged = guest.clearers().iter().flat_map(|clearer| clearer.unplugged()).collect();
             let ranges = out_for_good(memory.layout(), unplugged)?;
-            let left_out = (!ranges.is_empty()).then(|| {
+            let out_for_good = (!ranges.is_empty()).then(|| {
                 let out = DirtyBitmap::empty(memory.layout());
                 ranges.into_iter().for_each(|(_, block, pages)| out.set_range(block, pages));
                 Arc::new(out)
             });
-            Ok((memory, left_out))
+            Ok(Built { guest, memory, out_for_good })
         })
         .await?;
-        self.layout = Some(memory.layout().clone());
+        let layout = built.memory.layout();
+        self.layout = Some(layout.clone());
         self.observers.tell(&Event::Guest {
-            blocks: block_facts(memory.layout()),
-            pages: memory.layout().pages(),
-            memory_bound: bounds::destination_bound(
-                memory.layout(),
-                session.hello.lanes,
-                self.settings.max_state_bytes,
-            ),
+            blocks: block_facts(layout),
+            pages: layout.pages(),
+            memory_bound: bounds::destination_bound(layout, session.hello.lanes, self.settings.max_state_bytes),
         });
         say(answers, &Message::Ready).await?;
-        Ok((memory, out_for_good))
+        Ok(built)
     }
 
     pub(super) fn start_stages(

@@ -3,47 +3,42 @@
 use memferry_stages::dirty_log::LogCall;
 use memferry_stages::wire::Message;
 
-use super::Source;
 use super::figures::Figures;
 use super::spent::Part;
+use super::{End, Source};
 use crate::events::{Ended, Event, Phase};
 use crate::guest::RunState;
 use crate::migration::error::{MigrationError, guarded};
 use crate::migration::flow::Flow;
-use crate::migration::handshake::Verdict;
+use crate::migration::outcome::{LOOK, SendError, Sent};
 use crate::migration::{FAREWELL, asked, blocking};
 use crate::settings::After;
 
-/// What an operator does about a hand-over that nobody confirmed.
-const LOOK: &str = "the guest stays paused here: look at the destination; resume it here only if it does not run there";
-
 impl Source {
-    /// Whatever happened: the guest is where the verdict says, the logs are stopped, the peer is told, and it is reported.
-    pub(super) async fn conclude(mut self, mut verdict: Verdict, mut flow: Option<Flow>) -> Ended {
+    /// Whatever happened: the guest is where the result says, the logs are stopped, the peer is told, and it is reported.
+    pub(super) async fn conclude(mut self, end: End, mut flow: Option<Flow>) -> Result<Sent, SendError> {
         self.requests = None;
         flow.iter_mut().for_each(Flow::close_requests);
         self.close_window().await;
-        let stays_paused = match verdict {
-            Verdict::Completed => self.settings.after != Some(After::Resume),
-            Verdict::Unconfirmed(_) => true,
-            Verdict::Failed(_) | Verdict::Cancelled => false,
+        let completed = matches!(end, End::Completed);
+        let stays_paused = match end {
+            End::Completed => self.settings.after != Some(After::Resume),
+            End::Unconfirmed(_) => true,
+            End::Failed(_) | End::Cancelled(_) => false,
         };
         self.spent.on(Part::Resume);
-        self.downtime = self.spent.total().filter(|_| verdict == Verdict::Completed);
+        self.downtime = self.spent.total().filter(|_| completed);
         let is_throttled = !self.lift_throttle().await;
         let resume_error = if stays_paused { None } else { self.let_go_on().await };
-        if verdict == Verdict::Completed && stays_paused {
+        if completed && stays_paused {
             self.moved().await;
         }
-        if let (Verdict::Failed(why), Some(page)) = (&mut verdict, &self.differing_page) {
-            *why = format!("{why}: {page}");
-            self.verified = Some(false);
-        }
-        let farewell = self.farewell(&verdict);
+        let end = self.with_page(end);
+        let farewell = farewell(&end);
         if let Some(flow) = &flow {
-            self.report_last_progress(flow, verdict == Verdict::Completed, is_throttled);
+            self.report_last_progress(flow, completed, is_throttled);
         }
-        let ended = self.ended(verdict, resume_error, self.figures(flow.as_ref()));
+        let ended = self.ended(&end, resume_error.as_ref(), self.figures(flow.as_ref()));
         // The verdict is out; what is left is to tidy up.
         if let Some(mut flow) = flow {
             if self.transport.capabilities().return_path {
@@ -54,7 +49,18 @@ impl Source {
         // No stage is at work any more: nothing is scanned or synced behind it.
         self.reach_cleanup().await;
         self.stop_logs().await;
-        ended
+        result(end, resume_error, stays_paused, ended)
+    }
+
+    /// The failure with the page that differs, if one was named.
+    fn with_page(&mut self, end: End) -> End {
+        match (end, self.differing_page.take()) {
+            (End::Failed(MigrationError::Handover(source)), Some(page)) => {
+                self.verified = Some(false);
+                End::Failed(MigrationError::PageDiffers { source, page })
+            }
+            (end, _) => end,
+        }
     }
 
     /// Wherever the guest is: nobody throttles it for a migration that is over. Does it run at full speed?
@@ -71,7 +77,7 @@ impl Source {
     }
 
     /// Resumes the guest if we paused it: what went wrong, if it does not go on.
-    async fn let_go_on(&mut self) -> Option<String> {
+    async fn let_go_on(&mut self) -> Option<MigrationError> {
         self.paused?;
         let (guest, released, run) = (self.guest.clone(), self.released, self.was == RunState::Running);
         let go_on = move || {
@@ -89,7 +95,7 @@ impl Source {
                 }
                 None
             }
-            Err(error) => Some(format!("the guest could not be resumed here and stays paused: {error}")),
+            Err(error) => Some(error),
         }
     }
 
@@ -115,29 +121,16 @@ impl Source {
         }
     }
 
-    /// Why there will be no Go, if there will be none.
-    fn farewell(&self, verdict: &Verdict) -> Option<Message> {
-        match verdict {
-            Verdict::Completed | Verdict::Unconfirmed(_) => None,
-            Verdict::Failed(why) => Some(Message::Abort(why.as_str().into())),
-            Verdict::Cancelled => Some(Message::Abort(self.why_cancelled().into())),
-        }
-    }
-
-    fn why_cancelled(&self) -> String {
-        self.gave_up.as_ref().map_or_else(|| "cancelled at the source".into(), ToString::to_string)
-    }
-
     /// The verdict, told to whoever watches.
-    fn ended(&self, verdict: Verdict, resume_error: Option<String>, figures: Figures) -> Ended {
-        let resume_failed = resume_error.is_some();
-        let (phase, error) = match verdict {
-            Verdict::Completed => (Phase::Completed, None),
-            Verdict::Failed(why) => (Phase::Failed, Some(why)),
-            Verdict::Cancelled => (Phase::Cancelled, Some(self.why_cancelled())),
-            Verdict::Unconfirmed(why) => (Phase::Unconfirmed, Some(format!("{why}; {LOOK}"))),
+    fn ended(&self, end: &End, resume_error: Option<&MigrationError>, figures: Figures) -> Ended {
+        let (phase, error) = match end {
+            End::Completed => (Phase::Completed, None),
+            End::Failed(why) => (Phase::Failed, Some(why.to_string())),
+            End::Cancelled(why) => (Phase::Cancelled, Some(why_cancelled(why))),
+            End::Unconfirmed(why) => (Phase::Unconfirmed, Some(format!("{why}; {LOOK}"))),
         };
-        let error = [error, resume_error].into_iter().flatten().reduce(|all, more| format!("{all}; {more}"));
+        let resume = resume_error.map(|why| format!("the guest could not be resumed here and stays paused: {why}"));
+        let error = [error, resume].into_iter().flatten().reduce(|all, more| format!("{all}; {more}"));
         self.tell_phase(phase);
         let ended = Ended {
             phase,
@@ -154,9 +147,41 @@ impl Source {
             bottleneck: self.watch.as_ref().map(|watch| watch.all(&figures.stages)).unwrap_or_default(),
             cpu: self.cpu(),
             stages: figures.stages,
-            resume_failed,
+            resume_failed: resume_error.is_some(),
         };
         self.observers.tell(&Event::Ended(ended.clone()));
         ended
+    }
+}
+
+/// Why there will be no Go, if there will be none.
+fn farewell(end: &End) -> Option<Message> {
+    match end {
+        End::Completed | End::Unconfirmed(_) => None,
+        End::Failed(why) => Some(Message::Abort(why.to_string().into())),
+        End::Cancelled(why) => Some(Message::Abort(why_cancelled(why).into())),
+    }
+}
+
+fn why_cancelled(why: &MigrationError) -> String {
+    match why {
+        MigrationError::Cancelled => "cancelled at the source".into(),
+        gave_up => gave_up.to_string(),
+    }
+}
+
+/// What the caller is given.
+fn result(end: End, resume_error: Option<MigrationError>, stays_paused: bool, ended: Ended) -> Result<Sent, SendError> {
+    let boxed = Box::new;
+    match (end, resume_error) {
+        (End::Completed, None) => Ok(Sent { resumed: !stays_paused, ended }),
+        (End::Completed, Some(source)) => Err(SendError::ResumeFailed { source, cause: None, ended: boxed(ended) }),
+        (End::Failed(cause) | End::Cancelled(cause), Some(source)) => {
+            Err(SendError::ResumeFailed { source, cause: Some(Box::new(cause)), ended: boxed(ended) })
+        }
+        (End::Failed(source), None) => Err(SendError::Failed { source, ended: boxed(ended) }),
+        (End::Cancelled(source), None) => Err(SendError::Cancelled { source, ended: boxed(ended) }),
+        // Nothing resumes a guest that may run elsewhere, so there is no error of it.
+        (End::Unconfirmed(source), _) => Err(SendError::Unconfirmed { source, ended: boxed(ended) }),
     }
 }

@@ -27,22 +27,22 @@ use memferry_stages::memory::GuestMemory;
 use memferry_transports::Transport;
 use tokio_util::sync::CancellationToken;
 
-use super::alive::check_peer_timeout;
 use super::bounds;
 use super::digests::LeftOut;
 use super::error::{MigrationError, guarded};
 use super::flow::Flow;
 use super::handshake::Verdict;
+use super::outcome::{SendError, Sent};
 use super::plane::DataPlane;
 use super::speed::Speed;
 use super::state::Room;
 use crate::bottleneck::Watch;
 use crate::control::{Control, Requests};
 use crate::controller::forecast::Forecast;
-use crate::controller::{Controller, Decided};
-use crate::events::{Ended, Event, Observers, Phase};
+use crate::controller::Controller;
+use crate::events::{Event, Observers, Phase};
 use crate::guest::clearer::Clearer;
-use crate::guest::{Guest, RunState};
+use crate::guest::{RunState, SourceGuest};
 use crate::settings::SourceSettings;
 use spent::Spent;
 
@@ -56,36 +56,49 @@ const HANDOVER_MOST: Duration = Duration::from_millis(50);
 /// The guest runs on while its memory is sent, is paused for the switchover, and is resumed here if anything fails before
 /// the destination may have started it. `control` is a [`Control`], or the token that cancels it: cancelling takes effect at
 /// once, until the hand-over has begun.
+///
+/// # Errors
+/// Why the guest was not sent, and where it is: see [`SendError`].
 pub async fn send(
-    guest: Arc<dyn Guest>,
+    guest: Arc<dyn SourceGuest>,
     transport: Arc<dyn Transport>,
     settings: SourceSettings,
     plane: &DataPlane,
     observers: Observers,
     control: impl Into<Control>,
-) -> Ended {
-    let source = Source::new(guest, transport, settings, &observers, &control.into());
+) -> Result<Sent, SendError> {
+    let memory = guest.memory();
+    settings.check(memory.page_size().bytes() as u64)?;
+    let source = Source::new(guest, memory, transport, settings, &observers, &control.into());
     run(source, plane).await
 }
 
-async fn run(mut source: Source, plane: &DataPlane) -> Ended {
+/// How it ended, and why if not well.
+#[derive(Debug)]
+enum End {
+    Completed,
+    Failed(MigrationError),
+    Cancelled(MigrationError),
+    Unconfirmed(MigrationError),
+}
+
+async fn run(mut source: Source, plane: &DataPlane) -> Result<Sent, SendError> {
     let mut flow = None;
     source.tell_phase(Phase::Setup);
-    let verdict = match guarded(source.migrate(plane, &mut flow)).await {
-        Ok(verdict) => verdict,
-        Err(error) if source.go_said => Verdict::Unconfirmed(error.to_string()),
-        Err(MigrationError::Cancelled) => Verdict::Cancelled,
-        Err(MigrationError::GaveUp(decided)) => {
-            source.gave_up = Some(decided);
-            Verdict::Cancelled
-        }
-        Err(error) => Verdict::Failed(error.to_string()),
+    let end = match guarded(source.migrate(plane, &mut flow)).await {
+        Ok(Verdict::Completed) => End::Completed,
+        Ok(Verdict::Cancelled) => End::Cancelled(MigrationError::Cancelled),
+        Ok(Verdict::Failed(why)) => End::Failed(why.into()),
+        Ok(Verdict::Unconfirmed(why)) => End::Unconfirmed(why.into()),
+        Err(error) if source.go_said => End::Unconfirmed(error),
+        Err(error @ (MigrationError::Cancelled | MigrationError::GaveUp(_))) => End::Cancelled(error),
+        Err(error) => End::Failed(error),
     };
-    source.conclude(verdict, flow).await
+    source.conclude(end, flow).await
 }
 
 struct Source {
-    guest: Arc<dyn Guest>,
+    guest: Arc<dyn SourceGuest>,
     memory: GuestMemory,
     was: RunState,
     transport: Arc<dyn Transport>,
@@ -131,19 +144,17 @@ struct Source {
     pages_frames: u64,
     verified: Option<bool>,
     differing_page: Option<String>,
-    /// Why the limits of the configuration ended it, if they did.
-    gave_up: Option<Box<Decided>>,
 }
 
 impl Source {
     fn new(
-        guest: Arc<dyn Guest>,
+        guest: Arc<dyn SourceGuest>,
+        memory: GuestMemory,
         transport: Arc<dyn Transport>,
         mut settings: SourceSettings,
         observers: &Observers,
         control: &Control,
     ) -> Self {
-        let memory = guest.memory();
         let cache_bytes = bounds::cache_bytes(memory.layout(), &settings);
         settings.encoder.xbzrle.iter_mut().for_each(|xbzrle| xbzrle.cache_bytes = cache_bytes);
         let (observers, requests) = control.source_begins(&settings, observers);
@@ -185,13 +196,11 @@ impl Source {
             pages_frames: 0,
             verified: None,
             differing_page: None,
-            gave_up: None,
         }
     }
 
     /// The migration as the list of its phases.
     async fn migrate(&mut self, plane: &DataPlane, running: &mut Option<Flow>) -> Result<Verdict, MigrationError> {
-        check_peer_timeout(self.settings.peer_timeout)?;
         bounds::check_source(self.bound(), self.layout(), &self.settings)?;
         let link = self.reach(plane).await?;
         // A cancel waits for this: a log that is being started cannot be stopped.

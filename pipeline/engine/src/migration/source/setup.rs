@@ -13,7 +13,7 @@ use memferry_transports::Transport;
 use super::{HANDOVER_MOST, Source};
 use crate::bottleneck::Watch;
 use crate::events::{Event, Phase};
-use crate::guest::Guest;
+use crate::guest::SourceGuest;
 use crate::migration::arming::{Armed, arm};
 use crate::migration::error::MigrationError;
 use crate::migration::flow::{Flow, asked};
@@ -26,7 +26,7 @@ use crate::settings::SourceSettings;
 
 /// What it takes to reach the destination, held apart from the source: meanwhile that may be asked for other settings.
 struct Introduction {
-    guest: Arc<dyn Guest>,
+    guest: Arc<dyn SourceGuest>,
     memory: GuestMemory,
     transport: Arc<dyn Transport>,
     settings: SourceSettings,

@@ -19,7 +19,7 @@ use super::line::{Answer, Line, Orders, Request};
 use super::watch::{Left, Watch};
 use crate::file::FileGuest;
 use crate::file::tests::{log, logged};
-use memferry::guest::Guest;
+use memferry::guest::SourceGuest;
 
 const SOURCE_FOLDER: &str = "MEMFERRY_TEST_SOURCE_FOLDER";
 const SOURCE_STOPS: &str = "MEMFERRY_TEST_SOURCE_STOPS";

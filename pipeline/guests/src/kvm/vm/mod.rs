@@ -32,27 +32,38 @@ use self::machine::Machine;
 use super::settings::{KvmLogChoice, KvmSettings};
 use crate::balloon::Balloon;
 use memferry::guest::clearer::Clearer;
-use memferry::guest::{Guest, GuestError, GuestState, RunState};
+use memferry::guest::{DestinationGuest, Guest, GuestBuilder, GuestError, GuestState, RunState, SourceGuest};
 
 /// A virtual machine under KVM. See the [module](super).
 #[derive(Debug)]
 pub struct KvmGuest {
     life: Mutex<Life>,
-    /// How its writes are found, wherever it came from.
-    dirty_log: KvmLogChoice,
-    /// At a destination: its way to the file of the shared block that may come.
-    shared: Option<PathBuf>,
 }
 
-/// How far a machine has come.
+/// A machine, and how far it has come.
 #[derive(Debug)]
-enum Life {
-    /// A destination that knows nothing yet.
-    Expected,
-    /// Its memory is there, its pages are on their way; nothing has run.
-    Built(Box<Machine>),
-    /// Its vCPUs have their state. `before` counts what was told before it came here.
-    Whole { machine: Box<Machine>, before: u64, has_started: bool },
+struct Life {
+    machine: Machine,
+    stage: Stage,
+    /// What was reported before it came here.
+    before: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// Its pages are on their way; nothing has run.
+    Built,
+    /// Its vCPUs have their state.
+    Prepared,
+    Started,
+}
+
+/// Builds the machine that comes: what it must know travels with it, but for how its writes are found here.
+#[derive(Clone, Debug)]
+pub struct KvmBuilder {
+    dirty_log: KvmLogChoice,
+    /// Its way to the file of the shared block that may come.
+    shared: Option<PathBuf>,
 }
 
 /// How a machine fares.
@@ -82,13 +93,11 @@ impl KvmGuest {
     /// # Errors
     /// When the settings are out of their limits, there is no KVM, or KVM refuses.
     pub fn source(settings: KvmSettings) -> Result<Arc<Self>, GuestError> {
-        let dirty_log = settings.dirty_log;
-        let machine = Box::new(Machine::new(settings, None)?);
+        let machine = Machine::new(settings, None)?;
         machine.begin()?;
         machine.crew.hire()?;
         machine.crew.resume();
-        let life = Mutex::new(Life::Whole { machine, before: 0, has_started: true });
-        Ok(Arc::new(Self { life, dirty_log, shared: None }))
+        Ok(Self::of(Life { machine, stage: Stage::Started, before: 0 }))
     }
 
     /// Could [`KvmGuest::source`] make such a machine here? Makes one that has no program, and drops it.
@@ -101,26 +110,29 @@ impl KvmGuest {
         Machine::new(settings, None)?.dirty_logs().map(drop)
     }
 
-    /// A machine that is to arrive: what it must know travels with it, but for how its writes are found here.
+    /// What builds a machine that is to arrive.
     #[must_use]
-    pub fn destination(dirty_log: KvmLogChoice) -> Arc<Self> {
-        Arc::new(Self { life: Mutex::new(Life::Expected), dirty_log, shared: None })
+    pub fn destination(dirty_log: KvmLogChoice) -> KvmBuilder {
+        KvmBuilder { dirty_log, shared: None }
     }
 
     /// As [`KvmGuest::destination`], for one whose shared block is in this file. A source does not say where: a destination
     /// opens no file that a peer names.
     #[must_use]
-    pub fn destination_sharing(dirty_log: KvmLogChoice, file: PathBuf) -> Arc<Self> {
-        Arc::new(Self { life: Mutex::new(Life::Expected), dirty_log, shared: Some(file) })
+    pub fn destination_sharing(dirty_log: KvmLogChoice, file: PathBuf) -> KvmBuilder {
+        KvmBuilder { dirty_log, shared: Some(file) }
     }
 
     /// How it fares.
     #[must_use]
     pub fn status(&self) -> KvmStatus {
-        let Life::Whole { machine, before, has_started } = &*self.life() else { return KvmStatus::default() };
+        let Life { machine, stage, before } = &*self.life();
+        if *stage == Stage::Built {
+            return KvmStatus::default();
+        }
         let (log, failed) = (machine.devices.log(), machine.crew.failed());
         KvmStatus {
-            running: *has_started && !machine.crew.is_paused() && failed.is_none(),
+            running: *stage == Stage::Started && !machine.crew.is_paused() && failed.is_none(),
             heartbeats: log.heartbeats.saturating_sub(*before),
             pass: log.passes.iter().copied().min().unwrap_or(0),
             ticks: log.ticks,
@@ -131,48 +143,44 @@ impl KvmGuest {
         }
     }
 
+    fn of(life: Life) -> Arc<Self> {
+        Arc::new(Self { life: Mutex::new(life) })
+    }
+
     fn life(&self) -> MutexGuard<'_, Life> {
         self.life.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn with_machine<T>(&self, act: impl FnOnce(&Machine) -> Result<T, GuestError>) -> Result<T, GuestError> {
-        match &*self.life() {
-            Life::Expected => Err(GuestError("the machine is not built yet".into())),
-            Life::Built(machine) | Life::Whole { machine, .. } => act(machine),
-        }
-    }
-
     fn with_started<T>(&self, act: impl FnOnce(&Machine) -> Result<T, GuestError>) -> Result<T, GuestError> {
         match &*self.life() {
-            Life::Whole { machine, has_started: true, .. } => act(machine),
+            Life { machine, stage: Stage::Started, .. } => act(machine),
             _ => Err(GuestError("the machine has not started here".into())),
         }
     }
 }
 
 impl Guest for KvmGuest {
-    /// # Panics
-    /// At a destination, before [`Guest::build`] has returned.
     fn memory(&self) -> GuestMemory {
-        self.with_machine(|machine| Ok(machine.ram.memory.clone())).expect("build comes before memory")
-    }
-
-    fn run_state(&self) -> RunState {
-        if self.status().running { RunState::Running } else { RunState::Paused }
+        self.life().machine.ram.memory.clone()
     }
 
     /// A balloon, if it has memory that is free or unplugged.
     fn clearers(&self) -> Vec<Arc<dyn Clearer>> {
-        let balloon = self.with_machine(|machine| Ok(Balloon::of(machine.ram.clone())));
-        balloon.unwrap_or_default()
+        Balloon::of(self.life().machine.ram.clone())
+    }
+}
+
+impl SourceGuest for KvmGuest {
+    fn run_state(&self) -> RunState {
+        if self.status().running { RunState::Running } else { RunState::Paused }
     }
 
     fn dirty_logs(&self) -> Result<Vec<Arc<dyn DirtyLog>>, GuestError> {
-        self.with_machine(Machine::dirty_logs)
+        self.life().machine.dirty_logs()
     }
 
     fn setup_state(&self) -> Result<GuestState, GuestError> {
-        self.with_machine(|machine| Ok(state::save_setup(machine)))
+        Ok(state::save_setup(&self.life().machine))
     }
 
     fn pause(&self) -> Result<(), GuestError> {
@@ -197,40 +205,39 @@ impl Guest for KvmGuest {
     fn save(&self) -> Result<GuestState, GuestError> {
         self.with_started(state::save)
     }
+}
 
-    fn build(&self, page_size: PageSize, blocks: &[BlockInfo], setup: &GuestState) -> Result<(), GuestError> {
-        let mut life = self.life();
-        if !matches!(*life, Life::Expected) {
-            return Err(GuestError("the machine is built already".into()));
-        }
+impl GuestBuilder for KvmBuilder {
+    type Built = KvmGuest;
+
+    fn build(self, page_size: PageSize, blocks: &[BlockInfo], setup: &GuestState) -> Result<Arc<KvmGuest>, GuestError> {
         let (settings, cpuid) = state::load_setup(setup, self.dirty_log, self.shared.as_deref())?;
         compare_blocks(&ram::block_infos(&settings), page_size, blocks)?;
         state::compare_processors(&cpuid)?;
-        *life = Life::Built(Box::new(Machine::new(settings, Some(cpuid))?));
-        Ok(())
+        let machine = Machine::new(settings, Some(cpuid))?;
+        Ok(KvmGuest::of(Life { machine, stage: Stage::Built, before: 0 }))
     }
+}
 
+impl DestinationGuest for KvmGuest {
     fn prepare(&self, state: &GuestState) -> Result<(), GuestError> {
         let mut life = self.life();
-        let Life::Built(machine) = &*life else {
-            return Err(GuestError("the machine is not between build and start".into()));
+        let Life { machine, stage: stage @ Stage::Built, before } = &mut *life else {
+            return Err(GuestError("the machine is prepared already".into()));
         };
         state::load(machine, state)?;
         machine.crew.hire()?;
-        let before = machine.devices.log().heartbeats;
-        let Life::Built(machine) = std::mem::replace(&mut *life, Life::Expected) else {
-            unreachable!("looked at above")
-        };
-        *life = Life::Whole { machine, before, has_started: false };
+        *before = machine.devices.log().heartbeats;
+        *stage = Stage::Prepared;
         Ok(())
     }
 
     fn start(&self, run_state: RunState) -> Result<(), GuestError> {
         let mut life = self.life();
-        let Life::Whole { machine, has_started: has_started @ false, .. } = &mut *life else {
+        let Life { machine, stage: stage @ Stage::Prepared, .. } = &mut *life else {
             return Err(GuestError("the machine is not prepared, or has started already".into()));
         };
-        *has_started = true;
+        *stage = Stage::Started;
         if run_state == RunState::Running {
             machine.crew.resume();
         }

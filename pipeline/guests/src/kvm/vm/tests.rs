@@ -33,9 +33,9 @@ fn until(guest: &KvmGuest, holds: impl Fn(&KvmStatus) -> bool) -> KvmStatus {
 
 /// Moves a machine that stands still into another: memory, then state, as a migration does.
 fn moved(from: &KvmGuest, dirty_log: KvmLogChoice) -> Arc<KvmGuest> {
-    let to = KvmGuest::destination(dirty_log);
-    let memory = from.memory();
-    to.build(memory.page_size(), memory.layout().blocks(), &from.setup_state().unwrap()).unwrap();
+    let (memory, setup) = (from.memory(), from.setup_state().unwrap());
+    let builder = KvmGuest::destination(dirty_log);
+    let to = builder.build(memory.page_size(), memory.layout().blocks(), &setup).unwrap();
     let state = from.save().unwrap();
     let (source, copy) = (memory, to.memory());
     let mut page = vec![0; 4096];
@@ -160,8 +160,7 @@ fn state_that_does_not_fit_is_refused() {
     let (setup, state) = (guest.setup_state().unwrap(), guest.save().unwrap());
     let memory = guest.memory();
     let build = |setup: &GuestState| {
-        let to = KvmGuest::destination(KvmLogChoice::DirtyLog);
-        to.build(PageSize::DEFAULT, memory.layout().blocks(), setup).map(|()| to)
+        KvmGuest::destination(KvmLogChoice::DirtyLog).build(PageSize::DEFAULT, memory.layout().blocks(), setup)
     };
     // Cut anywhere, or with more behind it.
     let cut = |whole: &GuestState, section: usize, length: usize| {

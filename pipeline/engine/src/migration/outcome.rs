@@ -1,0 +1,191 @@
+//! How [`send`](super::send) and [`receive`](super::receive) end: results that say where the guest is.
+
+use std::sync::Arc;
+
+use super::error::MigrationError;
+use crate::events::Ended;
+use crate::settings::SettingsError;
+
+/// What an operator does about a handover that nobody confirmed.
+pub(super) const LOOK: &str =
+    "the guest stays paused here: look at the destination; resume it here only if it does not run there";
+
+/// The guest runs at the destination, or the stream in a file is complete.
+#[must_use]
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Sent {
+    /// The figures of the migration.
+    pub ended: Ended,
+    /// Does the guest run on here? It does after a snapshot, unless it was told to stay paused.
+    pub(super) resumed: bool,
+}
+
+impl Sent {
+    /// Where the guest is: [`RunsHere::AsBefore`] after a snapshot, else [`RunsHere::Elsewhere`].
+    #[must_use]
+    pub fn guest_runs_here(&self) -> RunsHere {
+        if self.resumed { RunsHere::AsBefore } else { RunsHere::Elsewhere }
+    }
+}
+
+/// Where a guest is that was to be sent.
+#[must_use]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RunsHere {
+    /// As before the migration: it runs here if it did, and is paused here if its operator had paused it.
+    AsBefore,
+    /// Not here any more: it is at the destination, or in the stream of a file. It stays paused here.
+    Elsewhere,
+    /// It is paused here and runs nowhere: the migration paused it, and [`SourceGuest::resume`] or
+    /// [`SourceGuest::reacquire`] failed.
+    ///
+    /// [`SourceGuest::resume`]: crate::guest::SourceGuest::resume
+    /// [`SourceGuest::reacquire`]: crate::guest::SourceGuest::reacquire
+    ResumeFailed,
+    /// It is paused here, and may run at the destination.
+    Unknown,
+}
+
+/// Why a guest was not sent, and where it is.
+///
+/// The list is complete on purpose: each variant asks something else of the caller. One more would be a change that every
+/// caller has to look at, so it breaks their builds. Fields may be added.
+#[derive(Debug, thiserror::Error)]
+pub enum SendError {
+    /// The settings cannot be. Nothing was begun, and no observer was notified.
+    #[error("{source}")]
+    #[non_exhaustive]
+    Settings {
+        /// The rule that they break.
+        #[from]
+        source: SettingsError,
+    },
+    /// The migration failed; the guest is here, as before.
+    #[error("the migration failed, the guest is here as before: {source}")]
+    #[non_exhaustive]
+    Failed {
+        /// What failed.
+        source: MigrationError,
+        /// The figures up to then.
+        ended: Box<Ended>,
+    },
+    /// It was cancelled, or its limits could not be met and the settings have it given up; the guest is here, as before.
+    #[error("the migration was cancelled, the guest is here as before: {source}")]
+    #[non_exhaustive]
+    Cancelled {
+        /// [`MigrationError::Cancelled`] or [`MigrationError::GaveUp`].
+        source: MigrationError,
+        /// The figures up to then.
+        ended: Box<Ended>,
+    },
+    /// The guest could not be resumed here: it is paused, and runs nowhere.
+    #[error("the guest could not be resumed here and stays paused: {source}")]
+    #[non_exhaustive]
+    ResumeFailed {
+        /// Why it could not be resumed.
+        source: MigrationError,
+        /// Why the migration ended; `None` if the stream in a file is complete.
+        cause: Option<Box<MigrationError>>,
+        /// The figures up to then.
+        ended: Box<Ended>,
+    },
+    /// The guest was handed over and nobody confirmed it: it is paused here, and may run at the destination. An operator
+    /// decides, who has looked there.
+    #[error("the handover was not confirmed: {source}; {LOOK}")]
+    #[non_exhaustive]
+    Unconfirmed {
+        /// What kept the confirmation from coming.
+        source: MigrationError,
+        /// The figures up to then.
+        ended: Box<Ended>,
+    },
+}
+
+impl SendError {
+    /// The figures of the migration; `None` if it did not begin.
+    #[must_use]
+    pub fn ended(&self) -> Option<&Ended> {
+        match self {
+            Self::Settings { .. } => None,
+            Self::Failed { ended, .. }
+            | Self::Cancelled { ended, .. }
+            | Self::ResumeFailed { ended, .. }
+            | Self::Unconfirmed { ended, .. } => Some(ended),
+        }
+    }
+
+    /// Where the guest is.
+    #[must_use]
+    pub fn guest_runs_here(&self) -> RunsHere {
+        match self {
+            Self::Settings { .. } | Self::Failed { .. } | Self::Cancelled { .. } => RunsHere::AsBefore,
+            Self::ResumeFailed { .. } => RunsHere::ResumeFailed,
+            Self::Unconfirmed { .. } => RunsHere::Unknown,
+        }
+    }
+}
+
+/// A guest that has arrived: it was started, or is paused as it was at its source.
+#[must_use]
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Received<G> {
+    /// The guest, as the builder made it.
+    pub guest: Arc<G>,
+    /// The figures of the migration.
+    pub ended: Ended,
+}
+
+/// Why no guest was received. What was built of it is dropped.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ReceiveError {
+    /// The settings cannot be. Nothing was begun, and no observer was notified.
+    #[error("{source}")]
+    #[non_exhaustive]
+    Settings {
+        /// The rule that they break.
+        #[from]
+        source: SettingsError,
+    },
+    /// The migration failed before the guest was started: it does not run here.
+    #[error("the migration failed, the guest does not run here: {source}")]
+    #[non_exhaustive]
+    Failed {
+        /// What failed.
+        source: MigrationError,
+        /// The figures up to then.
+        ended: Box<Ended>,
+    },
+    /// It was cancelled before the guest was started: it does not run here.
+    #[error("the migration was cancelled, the guest does not run here: {source}")]
+    #[non_exhaustive]
+    Cancelled {
+        /// [`MigrationError::Cancelled`].
+        source: MigrationError,
+        /// The figures up to then.
+        ended: Box<Ended>,
+    },
+    /// The guest was handed over, and [`DestinationGuest::start`](crate::guest::DestinationGuest::start) failed: its source
+    /// keeps it paused, and does not know.
+    #[error("the guest was handed over and did not start here: {source}")]
+    #[non_exhaustive]
+    StartFailed {
+        /// Why it did not.
+        source: MigrationError,
+        /// The figures up to then.
+        ended: Box<Ended>,
+    },
+}
+
+impl ReceiveError {
+    /// The figures of the migration; `None` if it did not begin.
+    #[must_use]
+    pub fn ended(&self) -> Option<&Ended> {
+        match self {
+            Self::Settings { .. } => None,
+            Self::Failed { ended, .. } | Self::Cancelled { ended, .. } | Self::StartFailed { ended, .. } => Some(ended),
+        }
+    }
+}
