@@ -54,9 +54,14 @@ pub(crate) fn time_left(now: &ProgressJson) -> Option<TimeLeft> {
     (time != TimeLeft::Unknown).then_some(time)
 }
 
+/// As JSON has them, but for the part that is done: 99.97 % are not all.
+fn unrounded(progress: &Progress) -> ProgressJson {
+    ProgressJson { done_percent: progress.done() * 100.0, ..progress.into() }
+}
+
 /// The figures of a line, with what holds it up most.
 fn line_of_figures(progress: &Progress) -> String {
-    let text = format!("round {}: {}", progress.round, figures(&progress.into()));
+    let text = format!("round {}: {}", progress.round, figures(&unrounded(progress)));
     match progress.bottleneck.greatest() {
         Some((cause, share)) if share >= HELD_UP => {
             format!("{text}, held up by: {cause} {:.0} %", share * 100.0)
@@ -265,7 +270,7 @@ impl ProgressDisplay {
         }
         let length = self.bar.length().unwrap_or(0);
         self.bar.set_position(length.saturating_sub(progress.remaining_bytes.unwrap_or(length)));
-        self.bar.set_message(figures(&progress.into()));
+        self.bar.set_message(figures(&unrounded(progress)));
     }
 
     fn show(&self, event: &Event) {
@@ -375,7 +380,7 @@ mod tests {
         assert!(!line_of_figures(&held_up(0.4)).contains("held up"));
         let text = |page_rate, dirty_rate| {
             let now = Progress { page_rate, dirty_rate, throttle: 50, expected_downtime: None, ..now.clone() };
-            figures(&(&now).into())
+            figures(&unrounded(&now))
         };
         insta::assert_snapshot!([text(0.0, None), text(1e8, Some(0.0)), text(1e8, Some(1e8))].join("\n"), @r"
         87 % done, 123 MiB left, 98.2 MiB/s, throttled 50 %

@@ -1,8 +1,8 @@
 //! An event of a migration as JSON, one line each: what `--events FILE` writes and the control API streams.
 //!
 //! Takes events as they happen and gives [`EventLine`], which becomes a line of JSON and is read back from one. The types
-//! are of this format alone: the engine's may change, the names here stay. What may come are kinds and fields that a reader
-//! does not know, to be passed over.
+//! are of this format, where the engine's have other units or more in them; what is alike is the engine's own. The names here stay.
+//! What may come are kinds and fields that a reader does not know, to be passed over.
 //!
 //! Every line is one object with `ms`, the milliseconds since whoever writes began to watch, `role`, the end that it is of
 //! ("source" or "destination"), and `event`, its kind. Names are in snake_case, times in milliseconds (`…_ms`), sizes in

@@ -9,6 +9,7 @@ use super::view::{self, Theme};
 use super::words::Teller;
 use memferry::events::Phase;
 use memferry_report::event_json::{EventJson, EventLine};
+use memferry_report::series::MOST_SAMPLES;
 
 fn recorded() -> Vec<EventLine> {
     include_str!("tests/recorded.jsonl").lines().map(|line| EventLine::from_json(line).unwrap()).collect()
@@ -146,7 +147,7 @@ fn histories_are_bounded() {
         model.take(line);
     }
     let all = greatest(model.shown().1.history.kept(), 10_000, |sample| sample.remaining);
-    assert!((256..512).contains(&all.len()), "{} samples", all.len());
+    assert!((MOST_SAMPLES / 2..=MOST_SAMPLES).contains(&all.len()), "{} samples", all.len());
     assert_eq!(greatest(model.shown().1.history.kept(), 50, |sample| sample.remaining).len(), 50);
 }
 
