@@ -15,7 +15,7 @@ use memferry_stages::geometry::{BlockInfo, PageSize};
 use memferry_stages::kvm::Slot;
 use memferry_stages::memory::{GuestMemory, MappedMemory, RamBlock};
 
-use super::program::{Program, TICK_VECTOR, program};
+use super::program::{self, TICK_VECTOR};
 use crate::balloon::Ballooned;
 use crate::free::FreeRanges;
 use crate::kvm::settings::{KvmSettings, MEMORY_UNIT, PAGE_BYTES};
@@ -138,10 +138,9 @@ impl Ram {
 
     /// Puts tables, program and region in place, as they are before the first pass.
     pub(super) fn fill(&self, settings: &KvmSettings) {
-        let Program { code, on_tick } = program();
-        self.store(PROGRAM, &code);
+        self.store(PROGRAM, program::code());
         self.words(GDT, [0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff]);
-        self.words(IDT + u64::from(TICK_VECTOR) * 16, gate(PROGRAM + on_tick));
+        self.words(IDT + u64::from(TICK_VECTOR) * 16, gate(PROGRAM + program::on_tick()));
         self.map_all(settings.memory);
         let mut noise = Noise(1);
         let mut content = [0; 4096];
@@ -301,7 +300,7 @@ mod tests {
 
     #[test]
     fn what_stands_in_the_own_part_does_not_overlap() {
-        assert!(PROGRAM + program().code.len() as u64 <= super::super::program::LOCK);
+        assert!(PROGRAM + program::code().len() as u64 <= program::LOCK);
         assert!(stack(crate::kvm::settings::MOST_VCPUS - 1) <= TABLES);
         let tables = 2 + crate::kvm::settings::MOST_MEMORY / MEMORY_UNIT / 512;
         assert!(TABLES + tables * 4096 <= OWN_BYTES);
