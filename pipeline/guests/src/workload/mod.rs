@@ -241,7 +241,7 @@ impl Guest for Workload {
         let cursors = self.with_crew(|crew| {
             crew.visit(|writer| {
                 writer.sequences().for_each(|(page, sequence)| sequences[page as usize] = sequence);
-                writer.cursor
+                writer.cursor.clone()
             })
         })?;
         Ok(DeviceState { written, cursors, sequences }.save())

@@ -7,6 +7,7 @@
 //!
 //! An address of the program is an offset in RAM: the page tables leave the hole out, so that a region may reach over it.
 
+use fastrand::Rng;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -142,12 +143,12 @@ impl Ram {
         self.words(GDT, [0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff]);
         self.words(IDT + u64::from(TICK_VECTOR) * 16, gate(PROGRAM + program::on_tick()));
         self.map_all(settings.memory);
-        let mut noise = Noise(1);
+        let mut noise = Rng::with_seed(1);
         let mut content = [0; 4096];
         let half = content.len() / 2;
         for page in 0..settings.region_pages() + settings.free / PAGE_BYTES {
             // Half a page of noise: it compresses to about half.
-            content[..half].chunks_exact_mut(8).for_each(|word| word.copy_from_slice(&noise.next()));
+            noise.fill(&mut content[..half]);
             content[..settings.bytes as usize].fill(0);
             content[..8].copy_from_slice(&page.to_le_bytes());
             self.store(settings.region_at + page * PAGE_BYTES, &content);
@@ -240,18 +241,6 @@ fn map(info: &BlockInfo) -> Result<Arc<MappedMemory>, GuestError> {
     let mapped = MappedMemory::anonymous(length);
     let what = || format!("{length} bytes of memory for block {}", info.id);
     mapped.map(Arc::new).map_err(|error| GuestError::caused(what(), error))
-}
-
-/// Words that look like nothing (xorshift).
-struct Noise(u64);
-
-impl Noise {
-    fn next(&mut self) -> [u8; 8] {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0.to_le_bytes()
-    }
 }
 
 #[cfg(test)]
