@@ -10,6 +10,7 @@
 
 mod common;
 
+use fastrand::Rng;
 use std::future::Future;
 use std::hint::black_box;
 use std::io::{self, IoSlice};
@@ -17,7 +18,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
-use common::inputs::{self, CHANGES, Random};
+use common::inputs::{self, CHANGES};
 use common::{EXTENT, PAGE, Suite, or_of, timed};
 use futures::join;
 use memferry_stages::batch::Item;
@@ -192,7 +193,7 @@ fn loader(suite: &mut Suite) {
         }
     }
     for (name, change) in CHANGES {
-        let (mut changed, mut numbers) = (random.clone(), Random(2));
+        let (mut changed, mut numbers) = (random.clone(), Rng::with_seed(2));
         changed.chunks_exact_mut(PAGE).for_each(|page| change(page, &mut numbers));
         let encode = |at: usize, page: &[u8], out: &mut [u8]| match encode_page(&random[at..at + PAGE], page, out) {
             Encoded::Delta(bytes) => Some(bytes),

@@ -9,11 +9,12 @@
 
 mod common;
 
+use fastrand::Rng;
 use std::hint::black_box;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use common::inputs::{self, CHANGES, CONTENTS, Random};
+use common::inputs::{self, CHANGES, CONTENTS};
 use common::{EXTENT, PAGE, Suite, memcpy, sweep, timed};
 use memferry_stages::batch::{Batch, CopiedBatch, Item};
 use memferry_stages::bitmap::DirtyBitmap;
@@ -178,7 +179,7 @@ impl Copies {
     }
 
     /// Changes each page.
-    fn change(&mut self, change: fn(&mut [u8], &mut Random), random: &mut Random) {
+    fn change(&mut self, change: fn(&mut [u8], &mut Rng), random: &mut Rng) {
         let pages = self.buffers.iter_mut().flat_map(|buffer| buffer.chunks_exact_mut(PAGE));
         pages.for_each(|page| change(page, random));
     }
@@ -234,7 +235,7 @@ fn deltas(suite: &mut Suite, place: &str, extents: u32) {
         let ((put, input), (output, frames)) = (bounded(extents as usize + 1), bounded(2));
         let encoder = new_encoder(EncoderPlan { delta: Some(delta), checksum: true, ..EncoderPlan::default() });
         let (mut stage, mut copies) = (Box::pin(encoder.run(input, output)), Copies::of(&content));
-        let (mut round, mut random) = (0, Random(2));
+        let (mut round, mut random) = (0, Rng::with_seed(2));
         let mut once = || {
             round += 1;
             copies.change(change, &mut random);

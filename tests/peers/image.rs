@@ -1,5 +1,6 @@
 //! RAM images: files of known content, on memory where there is any.
 
+use fastrand::Rng;
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::MetadataExt;
@@ -144,7 +145,7 @@ impl Image {
     fn write_clusters(&self, file: &mut File, start: u64, source: &mut Source) -> Fallible<()> {
         let mut cluster = vec![0; CLUSTER];
         for at in (start..start + CHUNK as u64).step_by(CLUSTER) {
-            let is_used = source.next().is_multiple_of(20);
+            let is_used = source.noise.u64(..20) == 0;
             if is_used {
                 source.text(&mut cluster);
             } else if self.content == Content::Sparse {
@@ -186,43 +187,31 @@ fn remove_orphans(place: &Path) -> Fallible<()> {
 
 /// Where content comes from: always the same.
 struct Source {
-    noise: u64,
+    noise: Rng,
     words: Vec<u8>,
 }
 
 impl Source {
     fn new() -> Self {
-        let mut source = Self { noise: 0x9e37_79b9_7f4a_7c15, words: Vec::with_capacity(CHUNK) };
+        let mut source = Self { noise: Rng::with_seed(1), words: Vec::with_capacity(CHUNK) };
         let words: Vec<&[u8]> = WORDS.split(' ').map(str::as_bytes).collect();
         while source.words.len() < CHUNK {
-            let word = words[source.index(words.len())];
+            let word = words[source.noise.usize(..words.len())];
             source.words.extend_from_slice(word);
-            let end = if source.index(12) == 0 { b'\n' } else { b' ' };
+            let end = if source.noise.usize(..12) == 0 { b'\n' } else { b' ' };
             source.words.push(end);
         }
         source
     }
 
-    /// A xorshift generator.
-    fn next(&mut self) -> u64 {
-        self.noise ^= self.noise << 13;
-        self.noise ^= self.noise >> 7;
-        self.noise ^= self.noise << 17;
-        self.noise
-    }
-
-    fn index(&mut self, below: usize) -> usize {
-        usize::try_from(self.next() >> 33).expect("31 bits") % below
-    }
-
     fn noise(&mut self, into: &mut [u8]) {
-        into.chunks_exact_mut(8).for_each(|word| word.copy_from_slice(&self.next().to_le_bytes()));
+        self.noise.fill(into);
     }
 
     /// Each page a passage of the words, from anywhere in them.
     fn text(&mut self, into: &mut [u8]) {
         for page in into.chunks_exact_mut(PAGE) {
-            let start = self.index(self.words.len() - PAGE);
+            let start = self.noise.usize(..self.words.len() - PAGE);
             page.copy_from_slice(&self.words[start..start + PAGE]);
         }
     }

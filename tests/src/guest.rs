@@ -1,5 +1,6 @@
 //! A guest for tests: memory with writers that never rest, and a record of everything it was told.
 
+use fastrand::Rng;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -101,11 +102,11 @@ impl TestGuest {
     pub fn incompressible(page_size: PageSize, length: u64) -> Self {
         let guest = Self::empty();
         guest.map(page_size, &[info(0, length)]);
-        let mut noise = 1;
+        let mut noise = Rng::with_seed(1);
         let mut chunk = vec![0; 64 << 10];
         let block = guest.blocks.lock().unwrap()[0].clone();
         for start in (0..block.len()).step_by(chunk.len()) {
-            chunk.chunks_exact_mut(8).for_each(|word| word.copy_from_slice(&(next(&mut noise) << 1).to_le_bytes()));
+            noise.fill(&mut chunk);
             block.store(start, &chunk[..chunk.len().min(block.len() - start)]);
         }
         guest
@@ -238,13 +239,13 @@ impl TestGuest {
 
     /// A third stays zero, a third is text, a third is noise.
     fn fill(&self) {
-        let mut noise = 0x9e37_79b9_7f4a_7c15_u64;
+        let mut noise = Rng::with_seed(2);
         for block in self.blocks.lock().unwrap().iter() {
             for start in (0..block.len()).step_by(4096) {
                 let bytes: Vec<u8> = match start / 4096 % 3 {
                     0 => continue,
                     1 => b"all work and no play makes a dull page; ".iter().copied().cycle().take(4096).collect(),
-                    _ => (0..4096).map(|_| next(&mut noise).to_le_bytes()[7]).collect(),
+                    _ => (0..4096).map(|_| noise.u8(..)).collect(),
                 };
                 block.store(start, &bytes[..bytes.len().min(block.len() - start)]);
             }
@@ -262,7 +263,7 @@ impl TestGuest {
                 blocks: blocks.clone(),
                 log: log.clone(),
                 page: layout.page_size().bytes(),
-                noise: (seed + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15),
+                noise: Rng::with_seed(seed),
                 running: self.running.clone(),
                 writes: self.writes.clone(),
                 pace: self.pace,
@@ -396,7 +397,7 @@ struct Writer {
     blocks: Vec<Arc<MappedMemory>>,
     log: Arc<WatchedLog>,
     page: usize,
-    noise: u64,
+    noise: Rng,
     running: Arc<AtomicBool>,
     writes: Arc<AtomicU64>,
     pace: Option<Duration>,
@@ -416,20 +417,20 @@ impl Writer {
     }
 
     fn write(&mut self) {
-        let index = usize::try_from(next(&mut self.noise)).unwrap() % self.blocks.len();
+        let index = self.noise.usize(..self.blocks.len());
         let block = self.blocks[index].clone();
-        let offset = usize::try_from(next(&mut self.noise)).unwrap() % block.len();
+        let offset = self.noise.usize(..block.len());
         let page = offset / self.page;
         let start = page * self.page;
         let room = block.len() - start;
-        match next(&mut self.noise) % 64 {
+        match self.noise.u64(..64) {
             0 => block.store(start, &vec![0; self.page.min(room)]),
             1 => {
-                let bytes: Vec<u8> = (0..self.page.min(room)).map(|_| next(&mut self.noise).to_le_bytes()[3]).collect();
+                let bytes: Vec<u8> = (0..self.page.min(room)).map(|_| self.noise.u8(..)).collect();
                 block.store(start, &bytes);
             }
             _ => {
-                let bytes = next(&mut self.noise).to_le_bytes();
+                let bytes = self.noise.u64(..).to_le_bytes();
                 block.store(offset, &bytes[..bytes.len().min(block.len() - offset)]);
                 let end = (offset + 7).min(block.len() - 1) / self.page;
                 self.log.mark(u32::try_from(index).unwrap(), page as u64..end as u64 + 1);
@@ -552,12 +553,4 @@ impl Arrives for TestGuest {
 
 fn info(index: usize, length: u64) -> BlockInfo {
     BlockInfo { guest_address: (index as u64) << 40, ..BlockInfo::new(format!("ram{index}"), length) }
-}
-
-/// A xorshift generator: 63 bits, good enough to scatter.
-fn next(noise: &mut u64) -> u64 {
-    *noise ^= *noise << 13;
-    *noise ^= *noise >> 7;
-    *noise ^= *noise << 17;
-    *noise >> 1
 }

@@ -1,6 +1,7 @@
 //! Peers and files that mean harm: strangers at the door, frames that cannot be, files cut short or with one bit flipped.
 //! Nothing here panics, hangs, starts a guest or takes more memory than it said.
 
+use fastrand::Rng;
 use std::io::Write;
 use std::net::{Shutdown, TcpStream};
 use std::sync::Arc;
@@ -37,24 +38,8 @@ use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 const HANG: Duration = Duration::from_secs(60);
 const LENGTH: u64 = (512 << 10) + 5;
 
-/// A xorshift generator: the same hostility in every run.
-struct Dice(u64);
-
-impl Dice {
-    fn roll(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 >> 1
-    }
-
-    fn below(&mut self, bound: usize) -> usize {
-        usize::try_from(self.roll() % bound as u64).unwrap()
-    }
-
-    fn bytes(&mut self, count: usize) -> Vec<u8> {
-        (0..count).map(|_| self.roll().to_le_bytes()[3]).collect()
-    }
+fn noise(dice: &mut Rng, count: usize) -> Vec<u8> {
+    std::iter::repeat_with(|| dice.u8(..)).take(count).collect()
 }
 
 fn block_on<T>(test: impl Future<Output = T>) -> T {
@@ -75,12 +60,12 @@ async fn recording() -> Recording {
 // ---- strangers at the door ----
 
 /// What strangers do to a port. Some stay, and say nothing.
-fn knock(number: usize, address: &str, dice: &mut Dice) -> Option<TcpStream> {
+fn knock(number: usize, address: &str, dice: &mut Rng) -> Option<TcpStream> {
     // When the real peer is there, nobody listens any more.
     let mut stranger = TcpStream::connect(address).ok()?;
     let hello = hello(PROTOCOL_VERSION, SessionId([7; 16]), 0, 1, 1);
     let said = match number % 6 {
-        0 => dice.bytes(64),
+        0 => noise(dice, 64),
         1 => b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n".to_vec(),
         2 => Vec::new(),
         3 => hello[..hello.len() / 2].to_vec(),
@@ -117,7 +102,7 @@ fn two_hundred_strangers_do_not_keep_the_real_peer_out() {
         let receiving =
             tokio::spawn(run::destination(destination.clone(), listener, settings, recorder.clone(), cancel.clone()));
         let strangers = |numbers: std::ops::Range<usize>| {
-            let (address, mut dice) = (address.clone(), Dice(0x1234_5678_9abc_def1));
+            let (address, mut dice) = (address.clone(), Rng::with_seed(0x1234_5678_9abc_def1));
             let knock = move |number| knock(number, &address, &mut dice);
             tokio::task::spawn_blocking(move || numbers.filter_map(knock).collect::<Vec<_>>())
         };
@@ -292,13 +277,16 @@ fn sealed(mut head: [u8; HEAD_BYTES]) -> [u8; HEAD_BYTES] {
 }
 
 /// A Pages frame with one byte changed before or in its payload, and good checksums.
-fn pages_resealed(frame: &[u8], dice: &mut Dice) -> Vec<u8> {
+fn pages_resealed(frame: &[u8], dice: &mut Rng) -> Vec<u8> {
     let mut body = frame[HEAD_BYTES..].to_vec();
     let before_payload = head_bytes(body.first_chunk::<FIXED_BYTES>().unwrap());
-    let payload = before_payload < body.len() && dice.below(2) == 0;
-    let at =
-        if payload { before_payload + dice.below(body.len() - before_payload) } else { dice.below(before_payload - 8) };
-    body[at] = dice.roll().to_le_bytes()[0];
+    let payload = before_payload < body.len() && dice.usize(..2) == 0;
+    let at = if payload {
+        before_payload + dice.usize(..body.len() - before_payload)
+    } else {
+        dice.usize(..before_payload - 8)
+    };
+    body[at] = dice.u64(..).to_le_bytes()[0];
     let before_payload = head_bytes(body.first_chunk::<FIXED_BYTES>().unwrap()).min(body.len());
     let hash = payload_hash(&body[before_payload..]).to_le_bytes();
     body[32..40].copy_from_slice(&hash);
@@ -308,38 +296,38 @@ fn pages_resealed(frame: &[u8], dice: &mut Dice) -> Vec<u8> {
 }
 
 /// What a peer might make of a frame. The flag says whether it must be refused by whoever reads it.
-fn hostile(frame: &[u8], dice: &mut Dice) -> (Vec<u8>, bool) {
+fn hostile(frame: &[u8], dice: &mut Rng) -> (Vec<u8>, bool) {
     let mut bytes = frame.to_vec();
     let kind = Kind::from_u8(frame[0]).unwrap();
-    match dice.below(8) {
+    match dice.usize(..8) {
         // Damage.
         0 | 1 => {
-            let at = dice.below(bytes.len());
-            bytes[at] ^= 1 << dice.below(8);
+            let at = dice.usize(..bytes.len());
+            bytes[at] ^= 1 << dice.usize(..8);
             (bytes, true)
         }
         // An early end.
         2 => {
-            bytes.truncate(1 + dice.below(bytes.len() - 1));
+            bytes.truncate(1 + dice.usize(..bytes.len() - 1));
             (bytes, true)
         }
         // Noise.
         3 => {
-            let count = 1 + dice.below(200);
-            (dice.bytes(count), true)
+            let count = 1 + dice.usize(..200);
+            (noise(dice, count), true)
         }
         // Any head with a good checksum.
         4 => {
             let mut head = [0; HEAD_BYTES];
-            head[..8].copy_from_slice(&dice.roll().to_le_bytes());
-            head[0] = dice.roll().to_le_bytes()[0] % 48;
+            head[..8].copy_from_slice(&dice.u64(..).to_le_bytes());
+            head[0] = dice.u64(..).to_le_bytes()[0] % 48;
             head[1] &= 1;
             bytes[..HEAD_BYTES].copy_from_slice(&sealed(head));
             (bytes, false)
         }
         // Any length, with a good checksum.
         5 => {
-            let length = usize::try_from(dice.roll() >> (32 + dice.below(31))).unwrap() & 0xffff_ffff;
+            let length = usize::try_from(dice.u64(..) >> (32 + dice.usize(..31))).unwrap() & 0xffff_ffff;
             bytes[..HEAD_BYTES].copy_from_slice(&with_length(frame, length));
             (bytes, false)
         }
@@ -348,10 +336,10 @@ fn hostile(frame: &[u8], dice: &mut Dice) -> (Vec<u8>, bool) {
         _ => {
             let bytes = resealed(frame, |fields| {
                 if !fields.is_empty() {
-                    let at = dice.below(fields.len());
-                    fields[at] = dice.roll().to_le_bytes()[0];
+                    let at = dice.usize(..fields.len());
+                    fields[at] = dice.u64(..).to_le_bytes()[0];
                 }
-                fields.truncate(fields.len() - dice.below(2).min(fields.len()));
+                fields.truncate(fields.len() - dice.usize(..2).min(fields.len()));
             });
             (bytes, false)
         }
@@ -385,11 +373,11 @@ fn ten_thousand_hostile_frames() {
     let memory = GuestMemory::new(PageSize::DEFAULT, vec![RamBlock { info, memory, fresh: true }]).unwrap();
     let pool = BufferPool::new(6, PageSize::DEFAULT.extent_bytes());
     let recording = block_on(recording());
-    let mut dice = Dice(0x9e37_79b9_7f4a_7c15);
+    let mut dice = Rng::with_seed(0x9e37_79b9_7f4a_7c15);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let mut refused = 0;
     for number in 0..10_000 {
-        let frame = &recording.frames[dice.below(recording.frames.len())];
+        let frame = &recording.frames[dice.usize(..recording.frames.len())];
         let (bytes, must_fail) = hostile(frame, &mut dice);
         let reading = async { tokio::time::timeout(HANG, read(&memory, &bytes, &pool)).await.expect("it hangs") };
         match runtime.block_on(reading) {
@@ -431,9 +419,9 @@ fn a_destination_survives_three_hundred_hostile_streams() {
     block_on(async {
         let recording = recording().await;
         let first = recording.first(Kind::Blocks) + 1;
-        let mut dice = Dice(0xdead_beef_cafe_f00d);
+        let mut dice = Rng::with_seed(0xdead_beef_cafe_f00d);
         for number in 0..300 {
-            let place = first + dice.below(recording.frames.len() - first);
+            let place = first + dice.usize(..recording.frames.len() - first);
             let (bytes, must_fail) = hostile(&recording.frames[place], &mut dice);
             let before = recording.frames[..place].concat();
             let stream = [&before[..], &bytes, &recording.frames[place + 1..].concat()].concat();
@@ -504,18 +492,18 @@ fn a_file_cut_short_anywhere_starts_nothing() {
 fn a_file_with_one_bit_flipped_anywhere_starts_nothing() {
     block_on(async {
         let (recording, dir) = (recording().await, tempfile::tempdir().unwrap());
-        let mut dice = Dice(0x0123_4567_89ab_cdef);
+        let mut dice = Rng::with_seed(0x0123_4567_89ab_cdef);
         for number in 0..300 {
             let frame = number % recording.frames.len();
             let mut frames = recording.frames.clone();
             let mut damaged = frames[frame].to_vec();
             // Head, fields and payload by turns.
             let at = match number / recording.frames.len() % 3 {
-                0 => dice.below(HEAD_BYTES),
-                1 => HEAD_BYTES + dice.below((damaged.len() - HEAD_BYTES).min(MIN_HEAD_BYTES)),
-                _ => dice.below(damaged.len()),
+                0 => dice.usize(..HEAD_BYTES),
+                1 => HEAD_BYTES + dice.usize(..(damaged.len() - HEAD_BYTES).min(MIN_HEAD_BYTES)),
+                _ => dice.usize(..damaged.len()),
             };
-            damaged[at] ^= 1 << dice.below(8);
+            damaged[at] ^= 1 << dice.usize(..8);
             frames[frame] = damaged.into();
             let received = receive_file(&frames.concat(), dir.path()).await;
             let kind =

@@ -12,6 +12,7 @@
 //! It reads a few hundred pages an interval and keeps copies of 12 MiB at most; the copies are taken while the guest
 //! writes, as an encoder's are.
 
+use fastrand::Rng;
 use std::collections::BinaryHeap;
 use std::io;
 use std::time::{Duration, Instant};
@@ -51,7 +52,7 @@ pub struct Sampler {
     /// The pages whose content at the start is known and that were not written since, and those of them that were zero.
     known: DirtyBitmap,
     zero: DirtyBitmap,
-    random: Random,
+    random: Rng,
     buffer: PooledBuffer,
     page: Vec<u8>,
     delta: Vec<u8>,
@@ -76,7 +77,7 @@ impl Sampler {
             spans: SPANS.iter().map(|&intervals| Span::new(intervals, followed)).collect(),
             known: DirtyBitmap::empty(memory.layout()),
             zero: DirtyBitmap::empty(memory.layout()),
-            random: Random(0x6d65_6d66_6572_7279),
+            random: Rng::with_seed(0x6d65_6d66_6572_7279),
             buffer,
             page: vec![0; size.bytes()],
             delta: vec![0; size.bytes()],
@@ -96,7 +97,7 @@ impl Sampler {
         for look in 0..looks.min(extents) {
             // One of each of as many parts of the memory, anywhere in it.
             let (start, end) = (extents * look / looks.min(extents), extents * (look + 1) / looks.min(extents));
-            let at = extent_at(&layout, start + self.random.below(end - start));
+            let at = extent_at(&layout, start + self.random.u64(..end - start));
             let mask = layout.valid_mask(at) & !unread.peek(at);
             self.known.set_mask(at, layout.valid_mask(at));
             self.zero.set_mask(at, layout.valid_mask(at) & !mask);
@@ -201,7 +202,7 @@ impl Sampler {
     }
 
     fn look_at_written(&mut self, written: &DirtyBitmap) -> io::Result<()> {
-        let mut least = LeastHashes::new(WRITTEN_EXTENTS, self.random.next());
+        let mut least = LeastHashes::new(WRITTEN_EXTENTS, self.random.u64(..));
         written.all_dirty_extents().for_each(|at| least.offer(at.page(0)));
         for first in least.take() {
             #[expect(clippy::cast_possible_truncation, reason = "a block has at most 2^32 extents")]
@@ -265,8 +266,8 @@ fn extent_at(layout: &Layout, mut number: u64) -> ExtentAt {
     unreachable!("an extent of the layout")
 }
 
-fn any_page(layout: &Layout, random: &mut Random) -> PageAt {
-    let mut page = random.below(layout.pages());
+fn any_page(layout: &Layout, random: &mut Rng) -> PageAt {
+    let mut page = random.u64(..layout.pages());
     for block in 0..layout.block_count() {
         match page.checked_sub(layout.block_pages(block)) {
             Some(beyond) => page = beyond,
@@ -327,7 +328,7 @@ impl LeastHashes {
     }
 
     fn offer(&mut self, at: PageAt) {
-        let hash = Random(self.seed ^ (u64::from(at.block) << 40) ^ at.page).next();
+        let hash = Rng::with_seed(self.seed ^ (u64::from(at.block) << 40) ^ at.page).u64(..);
         let most = self.kept.peek().filter(|_| self.kept.len() == self.room).map_or(u64::MAX, |&(most, _)| most);
         if hash < most && !self.holds(hash) {
             self.kept.push((hash, at));
@@ -343,25 +344,7 @@ impl LeastHashes {
 
     /// Those that were kept; it begins anew.
     fn take(&mut self) -> Vec<PageAt> {
-        self.seed = Random(self.seed).next();
+        self.seed = Rng::with_seed(self.seed).u64(..);
         self.kept.drain().map(|(_, at)| at).collect()
-    }
-}
-
-/// SplitMix64.
-#[derive(Debug)]
-pub(super) struct Random(pub(super) u64);
-
-impl Random {
-    pub(super) fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ (mixed >> 31)
-    }
-
-    fn below(&mut self, limit: u64) -> u64 {
-        u64::try_from((u128::from(self.next()) * u128::from(limit)) >> 64).expect("less than limit")
     }
 }

@@ -6,13 +6,13 @@
 //!   of an interval add up to it.
 //! - **When the trace is over** it begins again.
 
+use fastrand::Rng;
 use std::borrow::Cow;
 use std::ops::Range;
 use std::time::Duration;
 
 use memferry_stages::geometry::bits;
 
-use super::sampler::Random;
 use super::trace::{Interval, Trace};
 
 /// Memory that the intervals may take while they are at hand; of larger traces each is read again whenever it is asked for.
@@ -128,7 +128,7 @@ impl<'a> Written<'a> {
 
 /// The page's place among those of the interval, from 0 to 1.
 fn place(interval: usize, word: u32, bit: u32) -> f64 {
-    let hash = Random((u64::from(word) * 64 + u64::from(bit)) ^ ((interval as u64) << 40)).next();
+    let hash = Rng::with_seed((u64::from(word) * 64 + u64::from(bit)) ^ ((interval as u64) << 40)).u64(..);
     (hash >> 11) as f64 / (1_u64 << 53) as f64
 }
 

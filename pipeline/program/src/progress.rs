@@ -56,7 +56,7 @@ pub(crate) fn time_left(now: &ProgressJson) -> Option<TimeLeft> {
 
 /// As JSON has them, but for the part that is done: 99.97 % are not all.
 fn unrounded(progress: &Progress) -> ProgressJson {
-    ProgressJson { done_percent: progress.done() * 100.0, ..progress.into() }
+    ProgressJson { done_percent: progress.done().map(|done| done * 100.0), ..progress.into() }
 }
 
 /// The figures of a line, with what holds it up most.

@@ -1,5 +1,6 @@
 //! Pages to measure on: contents of memory, and changes to it.
 
+use fastrand::Rng;
 use std::fs::File;
 use std::hint::black_box;
 use std::os::unix::fs::FileExt;
@@ -9,22 +10,6 @@ use memferry_stages::geometry::{BlockInfo, PageSize};
 use memferry_stages::memory::{GuestMemory, MappedMemory, RamBlock};
 
 use super::PAGE;
-
-/// Random numbers, the same on every run.
-pub(crate) struct Random(pub(crate) u64);
-
-impl Random {
-    pub(crate) fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-
-    pub(crate) fn below(&mut self, end: usize) -> usize {
-        usize::try_from(self.next() % end as u64).expect("below a usize")
-    }
-}
 
 /// A number of bytes of one kind.
 pub(crate) type Content = fn(usize) -> Vec<u8>;
@@ -42,15 +27,17 @@ pub(crate) fn zeros(bytes: usize) -> Vec<u8> {
 
 /// Bytes without a pattern.
 pub(crate) fn random(bytes: usize) -> Vec<u8> {
-    let mut random = Random(1);
-    black_box((0..bytes / 8).flat_map(|_| random.next().to_le_bytes()).collect())
+    let mut random = Rng::with_seed(1);
+    let mut content = vec![0; bytes];
+    random.fill(&mut content);
+    black_box(content)
 }
 
 /// Words in lines, chosen by chance.
 pub(crate) fn text(bytes: usize) -> Vec<u8> {
     let words = ["memory ", "page ", "of ", "the ", "guest ", "dirty ", "round ", "lane ", "\n"];
-    let mut random = Random(3);
-    let megabyte = std::iter::repeat_with(|| words[random.below(words.len())].bytes()).flatten().take(1 << 20);
+    let mut random = Rng::with_seed(3);
+    let megabyte = std::iter::repeat_with(|| words[random.usize(..words.len())].bytes()).flatten().take(1 << 20);
     repeated(&megabyte.collect::<Vec<_>>(), bytes)
 }
 
@@ -90,14 +77,14 @@ fn repeated(content: &[u8], bytes: usize) -> Vec<u8> {
     black_box(all)
 }
 
-type Change = fn(&mut [u8], &mut Random);
+type Change = fn(&mut [u8], &mut Rng);
 
 /// What changes in every page.
 pub(crate) const CHANGES: [(&str, Change); 8] = [
     ("equal", |_, _| {}),
-    ("1 byte", |page, random| flip(&mut page[random.below(PAGE)..][..1])),
-    ("1 word", |page, random| flip(&mut page[random.below(PAGE / 8) * 8..][..8])),
-    ("8 words", |page, random| (0..8).for_each(|_| flip(&mut page[random.below(PAGE / 8) * 8..][..8]))),
+    ("1 byte", |page, random| flip(&mut page[random.usize(..PAGE)..][..1])),
+    ("1 word", |page, random| flip(&mut page[random.usize(..PAGE / 8) * 8..][..8])),
+    ("8 words", |page, random| (0..8).for_each(|_| flip(&mut page[random.usize(..PAGE / 8) * 8..][..8]))),
     ("every 8th byte", |page, _| page.iter_mut().step_by(8).for_each(|byte| *byte ^= 1)),
     ("every 2nd byte", |page, _| page.iter_mut().step_by(2).for_each(|byte| *byte ^= 1)),
     ("half a page", |page, _| flip(&mut page[PAGE / 2..])),
@@ -110,7 +97,7 @@ fn flip(bytes: &mut [u8]) {
 
 /// Makes the new pages of the old ones.
 pub(crate) fn change(old: &[u8], new: &mut [u8], change: Change) {
-    let mut random = Random(2);
+    let mut random = Rng::with_seed(2);
     new.copy_from_slice(old);
     black_box(new).chunks_exact_mut(PAGE).for_each(|page| change(page, &mut random));
 }

@@ -1,3 +1,4 @@
+use fastrand::Rng;
 use std::collections::{BTreeMap, VecDeque};
 
 use futures::FutureExt;
@@ -106,21 +107,21 @@ impl Source {
     }
 
     fn write(&mut self, page: usize, write: Write, seed: u64) {
-        let mut random = xorshift(seed);
+        let mut random = Rng::with_seed(seed);
         let page = self.page(page);
         match write {
             Write::Zeros => page.fill(0),
             Write::Sparse => {
                 for _ in 0..5 {
-                    let at = random() % page.len();
+                    let at = random.usize(..page.len());
                     page[at] = page[at].wrapping_add(1);
                 }
             }
             Write::Dense => page.iter_mut().step_by(2).for_each(|byte| *byte = byte.wrapping_add(1)),
-            Write::Random => page.iter_mut().for_each(|byte| *byte = random().to_le_bytes()[5]),
+            Write::Random => random.fill(page),
             Write::Text => {
                 let words = [b"memory ", b"guests ", b"pages, ", b"dirty. "];
-                page.chunks_mut(7).for_each(|word| word.copy_from_slice(&words[random() % 4][..word.len()]));
+                page.chunks_mut(7).for_each(|word| word.copy_from_slice(&words[random.usize(..4)][..word.len()]));
             }
             Write::Same => {}
         }
@@ -144,16 +145,6 @@ impl Source {
             if page.iter().all(|&byte| byte == 0) { zero |= 1 << bit } else { buffer.extend(page) }
         }
         CopiedBatch { batch, zero, pages: (zero != batch.mask).then_some(buffer) }
-    }
-}
-
-fn xorshift(seed: u64) -> impl FnMut() -> usize {
-    let mut state = seed | 1;
-    move || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        usize::try_from(state >> 3).unwrap()
     }
 }
 

@@ -1,5 +1,6 @@
 //! The encoding compared with the oracle and QEMU's vectors, and under hostile bytes.
 
+use fastrand::Rng;
 use proptest::prelude::*;
 
 use super::naive::{self, get_uleb, put_uleb};
@@ -8,24 +9,8 @@ use super::*;
 /// Every page size there is.
 const SIZES: [usize; 5] = [4096, 8192, 16384, 32768, 65536];
 
-/// A small generator of random numbers (xorshift), the same on every run.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-
-    fn below(&mut self, end: usize) -> usize {
-        usize::try_from(self.next() % end as u64).unwrap()
-    }
-
-    fn bytes(&mut self, length: usize) -> Vec<u8> {
-        (0..length).map(|_| self.next().to_le_bytes()[3]).collect()
-    }
+fn bytes(random: &mut Rng, length: usize) -> Vec<u8> {
+    std::iter::repeat_with(|| random.u8(..)).take(length).collect()
 }
 
 /// Encodes in both ways, which must agree, and decodes in both ways. Returns the delta, or what came instead.
@@ -113,14 +98,14 @@ fn the_example_of_the_description() {
 
 #[test]
 fn ranges_of_random_bytes_round_trip_as_in_qemus_test() {
-    let mut random = Random(11);
+    let mut random = Rng::with_seed(11);
     for _ in 0..10_000 {
         let mut old = vec![0; 4096];
-        let length = random.below(256);
-        old[1000..1000 + length].copy_from_slice(&random.bytes(length));
+        let length = random.usize(..256);
+        old[1000..1000 + length].copy_from_slice(&bytes(&mut random, length));
         let mut new = old.clone();
-        for _ in 0..=random.below(15) {
-            new[1000 + random.below(256)] = random.bytes(1)[0];
+        for _ in 0..=random.usize(..15) {
+            new[1000 + random.usize(..256)] = random.u8(..);
         }
         match encode_both(&old, &new) {
             Ok(delta) => assert!(delta.len() < 4096),
@@ -166,44 +151,44 @@ fn a_piece_that_overflows_is_one_run_and_a_page_of_them_overflows() {
 
 /// Changes a page in one of many ways: words, bytes, runs around the lengths that matter, regular patterns, amounts
 /// near what overflows.
-fn change(page: &mut [u8], random: &mut Random) {
+fn change(page: &mut [u8], random: &mut Rng) {
     let length = page.len();
-    match random.below(8) {
-        0 => flip(page, (0..=random.below(8)).map(|_| random.below(length))),
-        1 => (0..=random.below(64)).for_each(|_| {
-            let word = random.below(length / 8) * 8;
+    match random.usize(..8) {
+        0 => flip(page, (0..=random.usize(..8)).map(|_| random.usize(..length))),
+        1 => (0..=random.usize(..64)).for_each(|_| {
+            let word = random.usize(..length / 8) * 8;
             flip(page, word..word + 8);
         }),
         2 => {
-            let (step, first) = (2 + random.below(6), random.below(length));
+            let (step, first) = (2 + random.usize(..6), random.usize(..length));
             flip(page, (first..length).step_by(step));
         }
         3 => {
-            let start = random.below(length);
+            let start = random.usize(..length);
             flip(page, start..length);
         }
-        4 => (0..=random.below(3)).for_each(|_| {
-            let around = [1, 8, 16, 64, 0x80, 4096 - 4, length - 4][random.below(7)];
-            let (start, end) = (random.below(length), (around + random.below(5)).saturating_sub(2));
+        4 => (0..=random.usize(..3)).for_each(|_| {
+            let around = [1, 8, 16, 64, 0x80, 4096 - 4, length - 4][random.usize(..7)];
+            let (start, end) = (random.usize(..length), (around + random.usize(..5)).saturating_sub(2));
             flip(page, start..(start + end).min(length));
         }),
         5 => {
-            let (mut at, longest) = (0, 1 + random.below(200));
+            let (mut at, longest) = (0, 1 + random.usize(..200));
             while at < length {
-                let run = 1 + random.below(longest);
+                let run = 1 + random.usize(..longest);
                 flip(page, at..(at + run).min(length));
-                at += run + 1 + random.below(longest);
+                at += run + 1 + random.usize(..longest);
             }
         }
         6 => {
             // Runs of one byte, as many as nearly fill a page.
-            let runs = (length / 3 - 3 + random.below(6)).min(length / 2 - 1);
-            let first = random.below(length - 2 * runs);
+            let runs = (length / 3 - 3 + random.usize(..6)).min(length / 2 - 1);
+            let first = random.usize(..length - 2 * runs);
             flip(page, (0..runs).map(|run| first + 2 * run));
         }
         _ => {
-            let piece = random.below(length / 4096) * 4096;
-            let bytes = random.bytes(4096);
+            let piece = random.usize(..length / 4096) * 4096;
+            let bytes = bytes(random, 4096);
             page[piece..piece + 4096].copy_from_slice(&bytes);
         }
     }
@@ -215,14 +200,14 @@ fn flip(page: &mut [u8], bytes: impl IntoIterator<Item = usize>) {
 
 #[test]
 fn the_fast_encoder_agrees_with_the_oracle_on_many_pages() {
-    let mut random = Random(0x2545_f491_4f6c_dd1d);
+    let mut random = Rng::with_seed(0x2545_f491_4f6c_dd1d);
     let mut seen = [0_u32; 3];
     for (size, pairs) in SIZES.into_iter().zip([40_000, 8_000, 4_000, 2_000, 1_000]) {
-        let old = random.bytes(size);
+        let old = bytes(&mut random, size);
         let mut new = old.clone();
         for _ in 0..pairs {
             new.copy_from_slice(&old);
-            (0..=random.below(3)).for_each(|_| change(&mut new, &mut random));
+            (0..=random.usize(..3)).for_each(|_| change(&mut new, &mut random));
             match encode_both(&old, &new) {
                 Ok(_) => seen[0] += 1,
                 Err(Encoded::Overflow) => seen[1] += 1,
@@ -236,14 +221,14 @@ fn the_fast_encoder_agrees_with_the_oracle_on_many_pages() {
 /// Short buffers stand for pages here: they reach every overflow test far more often than pages do.
 #[test]
 fn the_fast_encoder_agrees_with_the_oracle_on_millions_of_short_buffers() {
-    let (mut random, versions) = (Random(0x9e37_79b9_7f4a_7c15), encode::versions());
+    let (mut random, versions) = (Rng::with_seed(0x9e37_79b9_7f4a_7c15), encode::versions());
     let [mut old, mut new, mut fast, mut slow] = [[0_u8; 256]; 4];
     for _ in 0..2_000_000 {
-        let length = 8 * (1 + random.below(20));
+        let length = 8 * (1 + random.usize(..20));
         // Bytes that differ come in spells: the chance of a turn is drawn for each buffer.
-        let (turn, mut differs) = (random.next() & 7, random.next() & 1 == 0);
+        let (turn, mut differs) = (random.u64(..) & 7, random.u64(..) & 1 == 0);
         for at in 0..length {
-            let draw = random.next();
+            let draw = random.u64(..);
             differs ^= draw & 7 <= turn;
             old[at] = draw.to_le_bytes()[2];
             new[at] = old[at] ^ if differs { 1 << (draw >> 32 & 7) } else { 0 };

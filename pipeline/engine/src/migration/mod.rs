@@ -47,20 +47,20 @@ use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::geometry::{BlockInfo, Layout, PageSize};
 use memferry_stages::memory::GuestMemory;
 
-pub use error::Silence;
 pub use bounds::{cache_beyond_guest, cache_bytes, check_source, least_cache};
 pub use bounds::{destination_bound, source_bound};
 pub use destination::receive;
 pub use digests::downtime as digest_downtime;
 pub use digests::{DIGEST_PASSES, HashingCost, hashing_cost};
+pub use error::Failure as StageFailure;
 pub use error::MigrationError;
+pub use error::Silence;
 pub use handshake::HandoverError;
 pub use memferry_stages::wire::WireError;
 pub use memferry_stages::wire::reader::ReadError;
 pub use outcome::{ReceiveError, Received, RunsHere, SendError, Sent};
 pub use plane::DataPlane;
 pub use source::send;
-pub use error::Failure as StageFailure;
 pub use tokio_util::sync::CancellationToken;
 
 use crate::events::BlockFacts;

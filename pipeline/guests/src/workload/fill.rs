@@ -7,11 +7,12 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 
+use fastrand::Rng;
 use memferry_stages::host::cores;
 use tokio_util::sync::CancellationToken;
 
 use super::machine::Machine;
-use super::random::Random;
+use super::random::generator;
 use super::settings::Fill;
 use super::stamp::{Mark, Stamper};
 use super::writer::Findings;
@@ -81,8 +82,8 @@ impl Filling<'_> {
             let run = self.next.fetch_add(1, Ordering::Relaxed);
             let first = run.checked_mul(run_pages).filter(|&first| first < machine.unplugged().start);
             let Some(first) = first else { return };
-            let mut random = Random::of(machine.settings().seed, u64::from(run));
-            let source = self.material.choose(&machine.settings().fill, random.unit());
+            let mut random = generator(machine.settings().seed, u64::from(run));
+            let source = self.material.choose(&machine.settings().fill, random.f64());
             for page in first..machine.unplugged().start.min(first + run_pages) {
                 if let Some(bytes) = source.page(&mut random, page, machine.page_bytes()) {
                     machine.store(page, 0, bytes);
@@ -114,7 +115,7 @@ enum Source<'a> {
 impl Material {
     fn prepare(machine: &Machine) -> Result<Self, GuestError> {
         let fill = machine.settings().fill;
-        let mut random = Random::of(machine.settings().seed, u64::MAX);
+        let mut random = generator(machine.settings().seed, u64::MAX);
         let mut noise = vec![0; if fill.random > 0.0 { RANDOM_BYTES } else { 0 }];
         random.fill(&mut noise);
         Ok(Self {
@@ -143,11 +144,11 @@ impl Material {
 }
 
 impl<'a> Source<'a> {
-    fn page(self, random: &mut Random, page: u32, page_bytes: usize) -> Option<&'a [u8]> {
+    fn page(self, random: &mut Rng, page: u32, page_bytes: usize) -> Option<&'a [u8]> {
         match self {
             Self::Nothing => None,
             Self::Anywhere(material) => {
-                let start = random.index(material.len() - page_bytes + 1);
+                let start = random.usize(..material.len() - page_bytes + 1);
                 Some(&material[start..start + page_bytes])
             }
             Self::InOrder(material) => {
@@ -158,18 +159,18 @@ impl<'a> Source<'a> {
 }
 
 /// Lines of words, some far more frequent than others, and numbers.
-fn text(random: &mut Random) -> Vec<u8> {
+fn text(random: &mut Rng) -> Vec<u8> {
     let mut letters =
-        |from: usize| (0..from + random.index(8)).map(|_| b"etaoinshrdlucmfwypvbgk"[random.index(22)]).collect();
+        |from: usize| (0..from + random.usize(..8)).map(|_| b"etaoinshrdlucmfwypvbgk"[random.usize(..22)]).collect();
     let words: Vec<Vec<u8>> = (0..600).map(|_| letters(2)).collect();
     let mut text = Vec::with_capacity(TEXT_BYTES + 64);
     while text.len() < TEXT_BYTES {
-        match random.below(12) {
+        match random.u64(..12) {
             0 => text.push(b'\n'),
-            1 => text.extend(format!("{} ", random.next() >> 44).bytes()),
+            1 => text.extend(format!("{} ", random.u64(..) >> 44).bytes()),
             _ => {
-                let common = random.index(words.len()) + 1;
-                text.extend(&words[random.index(common)]);
+                let common = random.usize(..words.len()) + 1;
+                text.extend(&words[random.usize(..common)]);
                 text.push(b' ');
             }
         }

@@ -238,7 +238,7 @@ impl SourceGuest for Workload {
         let cursors = self.with_crew(|crew| {
             crew.visit(|writer| {
                 writer.sequences().for_each(|(page, sequence)| sequences[page as usize] = sequence);
-                writer.cursor
+                writer.cursor.clone()
             })
         })?;
         Ok(DeviceState { written, cursors, sequences }.save())

@@ -2,14 +2,15 @@
 //!
 //! A [`Plan`] follows from the settings and is made anew on each side; the [`Cursor`] is what changes, and travels.
 
-use super::random::Random;
+use fastrand::Rng;
+
 use super::settings::Pattern;
 
 /// Where a writer is in its pattern.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Cursor {
     /// Its generator.
-    pub(super) random: Random,
+    pub(super) random: Rng,
     /// The index that a sequential writer writes next.
     pub(super) next: u32,
 }
@@ -44,19 +45,18 @@ impl Plan {
 
     /// The index, below the number of pages, of the page to write.
     pub(super) fn choose(&self, cursor: &mut Cursor) -> u32 {
-        let below = |random: &mut Random, limit: u32| u32::try_from(random.below(limit.into())).expect("below a u32");
         match &self.kind {
             Kind::Sequential => {
                 let chosen = cursor.next;
                 cursor.next = (chosen + 1) % self.pages;
                 chosen
             }
-            Kind::Uniform => below(&mut cursor.random, self.pages),
+            Kind::Uniform => cursor.random.u32(..self.pages),
             Kind::Zipf(zipf) => zipf.choose(&mut cursor.random),
             Kind::HotSpot { hot, writes } => {
                 let cold = self.pages - hot;
-                let is_hot = cold == 0 || cursor.random.unit() < *writes;
-                if is_hot { below(&mut cursor.random, *hot) } else { hot + below(&mut cursor.random, cold) }
+                let is_hot = cold == 0 || cursor.random.f64() < *writes;
+                if is_hot { cursor.random.u32(..*hot) } else { hot + cursor.random.u32(..cold) }
             }
         }
     }
@@ -90,13 +90,13 @@ impl Zipf {
         zipf
     }
 
-    fn choose(&self, random: &mut Random) -> u32 {
+    fn choose(&self, random: &mut Rng) -> u32 {
         scattered(self.rank(random) - 1, self.stride, self.pages)
     }
 
-    fn rank(&self, random: &mut Random) -> u32 {
+    fn rank(&self, random: &mut Rng) -> u32 {
         loop {
-            let height = self.to + random.unit() * (self.from - self.to);
+            let height = self.to + random.f64() * (self.from - self.to);
             let exact = self.inverse(height);
             let nearest = exact.round().clamp(1.0, f64::from(self.pages));
             if nearest - exact <= self.sure || height >= self.integral(nearest + 0.5) - self.weight(nearest) {
@@ -142,13 +142,14 @@ fn divisor(a: u64, b: u64) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use fastrand::Rng;
     use proptest::prelude::*;
 
     use super::*;
 
     fn draw(pattern: Pattern, pages: u32, draws: u32, seed: u64) -> Vec<u32> {
         let plan = Plan::new(pattern, pages);
-        let mut cursor = Cursor { random: Random(seed), next: 0 };
+        let mut cursor = Cursor { random: Rng::with_seed(seed), next: 0 };
         let mut counts = vec![0; pages as usize];
         (0..draws).for_each(|_| counts[plan.choose(&mut cursor) as usize] += 1);
         counts
@@ -208,7 +209,7 @@ mod tests {
     fn extreme_exponents_stay_in_bounds() {
         for (exponent, pages) in [(16.0, u32::MAX), (1e-9, u32::MAX), (1.0, u32::MAX), (1.0 + 1e-12, 3), (16.0, 1)] {
             let plan = Plan::new(Pattern::Zipf { exponent }, pages);
-            let mut cursor = Cursor { random: Random(7), next: 0 };
+            let mut cursor = Cursor { random: Rng::with_seed(7), next: 0 };
             assert!((0..10_000).all(|_| plan.choose(&mut cursor) < pages), "{exponent} over {pages}");
         }
     }

@@ -12,7 +12,8 @@
 //! which sequence a page should have knows these bytes, and nothing of the page itself need be remembered.
 
 use super::machine::Machine;
-use super::random::Random;
+use super::random::generator;
+use fastrand::Rng;
 
 /// Bytes of a stamp, at the start of a page.
 pub(super) const STAMP_BYTES: usize = 16;
@@ -75,9 +76,9 @@ impl Stamper {
     /// The stamp, and the place of the body, whose bytes are put into `self.body`.
     fn expect(&mut self, machine: &Machine, mark: Mark) -> ([u8; STAMP_BYTES], usize) {
         let mut random = self.random(mark);
-        let check = random.next();
+        let check = random.u64(..);
         let room = machine.page_bytes() - STAMP_BYTES - self.body.len();
-        let place = STAMP_BYTES + random.index(room + 1);
+        let place = STAMP_BYTES + random.usize(..room + 1);
         random.fill(&mut self.body);
         let mut stamp = [0; STAMP_BYTES];
         stamp[..4].copy_from_slice(&mark.page.to_le_bytes());
@@ -91,14 +92,14 @@ impl Stamper {
         let [page, sequence, low, high] =
             [0, 4, 8, 12].map(|at| u32::from_le_bytes([stamp[at], stamp[at + 1], stamp[at + 2], stamp[at + 3]]));
         let check = u64::from(high) << 32 | u64::from(low);
-        if self.random(Mark { page, sequence }).next() == check {
+        if self.random(Mark { page, sequence }).u64(..) == check {
             format!("holds sequence {sequence} of page {page}")
         } else {
             "holds no stamp".into()
         }
     }
 
-    fn random(&self, mark: Mark) -> Random {
-        Random::of(self.seed, u64::from(mark.page) << 32 | u64::from(mark.sequence))
+    fn random(&self, mark: Mark) -> Rng {
+        generator(self.seed, u64::from(mark.page) << 32 | u64::from(mark.sequence))
     }
 }

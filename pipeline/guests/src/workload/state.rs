@@ -23,6 +23,7 @@
 //! A peer may have made these bytes up: lengths and values are checked before anything is made of them, and what does
 //! not fit is an error.
 
+use fastrand::Rng;
 use std::path::Path;
 
 use bytes::{Buf, BufMut};
@@ -30,7 +31,7 @@ use memferry_stages::geometry::PageSize;
 use memferry_stages::untrusted::listed;
 
 use super::pattern::Cursor;
-use super::random::Random;
+
 use super::settings::{
     Backing, Fill, FreeSettings, LogChoice, MAX_WRITERS, Pattern, Region, WorkloadSettings, WriterSettings,
 };
@@ -62,7 +63,7 @@ impl DeviceState {
         bytes.put_u64_le(self.written);
         bytes.put_u32_le(count(self.cursors.len()));
         for cursor in &self.cursors {
-            bytes.put_u64_le(cursor.random.0);
+            bytes.put_u64_le(cursor.random.get_seed());
             bytes.put_u32_le(cursor.next);
         }
         bytes.put_u32_le(count(self.sequences.len()));
@@ -82,7 +83,7 @@ impl DeviceState {
         let written = input.u64()?;
         let came = input.u32()?;
         input.expect("writers", came.into(), writers as u64)?;
-        let cursors = (0..writers).map(|_| Ok(Cursor { random: Random(input.u64()?), next: input.u32()? }));
+        let cursors = (0..writers).map(|_| Ok(Cursor { random: Rng::with_seed(input.u64()?), next: input.u32()? }));
         let cursors = cursors.collect::<Result<_, GuestError>>()?;
         let came = input.u32()?;
         input.expect("pages", came.into(), pages.into())?;

@@ -1,5 +1,6 @@
 //! The workload as a pipeline uses it, through the guest traits alone, with pages copied by hand.
 
+use fastrand::Rng;
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -395,7 +396,7 @@ proptest! {
         let setup = state::load_settings(&damaged(settings_state, cut, bit), None);
         prop_assert!(bit.is_some() || setup.is_err());
 
-        let cursors = vec![pattern::Cursor { random: random::Random(3), next: 2 }; 2];
+        let cursors = vec![pattern::Cursor { random: Rng::with_seed(3), next: 2 }; 2];
         let device = DeviceState { written: 40, cursors, sequences: (0..16).collect() };
         let machine = Machine::new(quiet.clone(), true, false).unwrap();
         let came = DeviceState::load(&damaged(device.save(), cut, bit), 2, 16);

@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use super::machine::Machine;
 use super::pattern::{Cursor, Plan};
-use super::random::Random;
+use super::random::generator;
 use super::settings::{Region, WorkloadSettings, WriterSettings};
 use super::stamp::{Mark, Stamper};
 use crate::balloon::Ballooned;
@@ -68,7 +68,7 @@ pub(super) fn writers(settings: &WorkloadSettings) -> Vec<Writer> {
             0 => Work::Nothing,
             count => Work::Pages(Plan::new(of.pattern, count)),
         },
-        cursor: Cursor { random: Random::of(settings.seed, index), next: 0 },
+        cursor: Cursor { random: generator(settings.seed, index), next: 0 },
         sequences: vec![0; pages.len()],
         pages,
         stamper: Stamper::new(settings.seed, of.body_bytes(settings.page_size)),
@@ -77,7 +77,7 @@ pub(super) fn writers(settings: &WorkloadSettings) -> Vec<Writer> {
     if settings.free.is_some_and(|free| free.turns_per_second > 0.0) {
         writers.push(Writer {
             work: Work::Ranges(VecDeque::new()),
-            cursor: Cursor { random: Random::of(settings.seed, writers.len() as u64), next: 0 },
+            cursor: Cursor { random: generator(settings.seed, writers.len() as u64), next: 0 },
             sequences: vec![0; free.len()],
             pages: free.collect(),
             stamper: Stamper::new(settings.seed, FREE_BODY),
@@ -124,7 +124,7 @@ impl Writer {
             free.give_back(range);
             return;
         }
-        let range = u32::try_from(self.cursor.random.below(free.count().into())).expect("below a u32");
+        let range = self.cursor.random.u32(..free.count());
         // One that is being hinted is not taken, nor one that is taken already: the next turn finds another.
         if free.take(range) {
             taken.push_back(range);

@@ -303,20 +303,13 @@ impl Text {
 
 /// A number drawn from a seed, another one for each `draw`.
 pub(crate) fn random(seed: u64, draw: u64) -> u64 {
-    let mut state = seed ^ draw.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    for _ in 0..2 {
-        state = (state ^ (state >> 31)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    }
-    state ^ (state >> 29)
+    fastrand::Rng::with_seed(seed.wrapping_add(draw)).u64(..)
 }
 
 /// A seed: that of the environment, or another one each time. It is printed, so that what was drawn can be drawn again.
 pub(crate) fn seed() -> u64 {
     let chosen = std::env::var("MEMFERRY_SEED").ok().map(|seed| seed.parse().expect("MEMFERRY_SEED is a number"));
-    let seed = chosen.unwrap_or_else(|| {
-        use std::hash::{BuildHasher, RandomState};
-        RandomState::new().hash_one(0)
-    });
+    let seed = chosen.unwrap_or_else(|| fastrand::u64(..));
     eprintln!("MEMFERRY_SEED={seed}");
     seed
 }

@@ -51,6 +51,7 @@ mod schedule;
 #[cfg(test)]
 mod tests;
 
+use fastrand::Rng;
 use std::fmt;
 use std::io;
 use std::ops::Range;
@@ -141,32 +142,15 @@ impl Breach {
     }
 }
 
-/// A small random number generator (splitmix64), so that a case can be repeated from its seed.
-#[derive(Clone, Debug)]
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ (mixed >> 31)
+/// Any page of the guest.
+fn any_page(random: &mut Rng, layout: &Layout) -> PageAt {
+    let mut page = random.u64(..layout.pages());
+    let mut block = 0;
+    while page >= layout.block_pages(block) {
+        page -= layout.block_pages(block);
+        block += 1;
     }
-
-    fn below(&mut self, limit: u64) -> u64 {
-        self.next() % limit
-    }
-
-    /// Any page of the guest.
-    fn page(&mut self, layout: &Layout) -> PageAt {
-        let mut page = self.below(layout.pages());
-        let mut block = 0;
-        while page >= layout.block_pages(block) {
-            page -= layout.block_pages(block);
-            block += 1;
-        }
-        PageAt { block, page }
-    }
+    PageAt { block, page }
 }
 
 /// Where a page starts in its block, in bytes.

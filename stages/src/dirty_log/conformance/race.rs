@@ -1,5 +1,6 @@
 //! Threads that never stop writing, against a scanner and a lane that are threads too.
 
+use fastrand::Rng;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
@@ -7,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::mirror::{Mirror, Scanner, Taken};
-use super::{Breach, Order, Random, Subject, offset};
+use super::{Breach, Order, Subject, any_page, offset};
 
 const CASE: &str = "race";
 const WRITERS: u64 = 3;
@@ -30,7 +31,7 @@ fn migrate(subject: &Subject, order: Order, seed: u64) -> io::Result<Mirror> {
     let paused = AtomicBool::new(false);
     thread::scope(|scope| {
         let paused = &paused;
-        let write = move |writer| write_until(paused, subject, Random(seed << 8 | writer));
+        let write = move |writer| write_until(paused, subject, Rng::with_seed(seed << 8 | writer));
         let writers: Vec<_> = (0..WRITERS).map(|writer| scope.spawn(move || write(writer))).collect();
         let until = Instant::now() + LENGTH;
         let mut result = Ok(Mirror::new(scanner.layout()));
@@ -80,21 +81,22 @@ fn lane(scanner: &Scanner, mut mirror: Mirror, taken: &Receiver<Taken>) -> io::R
 }
 
 /// Writes words anywhere and over and over into a few hot pages, clears pages, and releases some.
-fn write_until(paused: &AtomicBool, subject: &Subject, mut random: Random) {
+fn write_until(paused: &AtomicBool, subject: &Subject, mut random: Rng) {
     let layout = subject.memory.layout();
-    let hot: Vec<_> = (0..4).map(|_| random.page(layout)).collect();
+    let hot: Vec<_> = (0..4).map(|_| any_page(&mut random, layout)).collect();
     let zeros = vec![0; layout.page_size().bytes()];
     while !paused.load(Ordering::Acquire) {
-        let choice = random.below(64);
-        let at = if choice < 40 { hot[usize::try_from(choice % 4).expect("small")] } else { random.page(layout) };
+        let choice = random.u64(..64);
+        let at =
+            if choice < 40 { hot[usize::try_from(choice % 4).expect("small")] } else { any_page(&mut random, layout) };
         let (start, bytes) = (offset(layout, at), layout.page_bytes(at));
         match choice {
             0 => drop(subject.writer.punch(at.block, at.page..at.page + 1)),
             1..5 => subject.writer.store(at.block, start, &zeros[..bytes]),
             _ => {
-                let word = random.next().to_ne_bytes();
+                let word = random.u64(..).to_ne_bytes();
                 let word = &word[..bytes.min(8)];
-                let within = random.below((bytes - word.len()) as u64 + 1);
+                let within = random.u64(..(bytes - word.len()) as u64 + 1);
                 subject.writer.store(at.block, start + usize::try_from(within).expect("small"), word);
             }
         }

@@ -4,11 +4,12 @@
 //! they meet. The lane's steps come late: batches wait to be read, and a read waits to be reported to the log. At the end
 //! the guest is paused, pending steps finish before, during or after the last sync, and the copies must be equal.
 
+use fastrand::Rng;
 use std::collections::VecDeque;
 use std::io;
 
 use super::mirror::{Mirror, Scanner, Taken};
-use super::{Breach, Order, Random, Subject, offset};
+use super::{Breach, Order, Subject, any_page, offset};
 use crate::batch::CopiedBatch;
 use crate::geometry::{ExtentAt, PageAt};
 
@@ -32,7 +33,7 @@ struct Schedule<'a> {
     subject: &'a Subject,
     scanner: Scanner,
     mirror: Mirror,
-    random: Random,
+    random: Rng,
     /// The pages that are written.
     hot: Vec<PageAt>,
     extents: Vec<ExtentAt>,
@@ -45,8 +46,8 @@ struct Schedule<'a> {
 impl<'a> Schedule<'a> {
     fn start(subject: &'a Subject, order: Order, seed: u64) -> io::Result<Self> {
         let scanner = Scanner::start(subject, order)?;
-        let mut random = Random(seed);
-        let hot = (0..2).map(|_| random.page(scanner.layout())).collect();
+        let mut random = Rng::with_seed(seed);
+        let hot = (0..2).map(|_| any_page(&mut random, scanner.layout())).collect();
         let extents: Vec<_> = scanner.dirty.extents().collect();
         let (mirror, ahead) = (Mirror::new(scanner.layout()), extents.len());
         Ok(Self { subject, scanner, mirror, random, hot, extents, ahead, taken: VecDeque::new(), read: None })
@@ -54,7 +55,7 @@ impl<'a> Schedule<'a> {
 
     fn play(&mut self) -> io::Result<()> {
         for _ in 0..STEPS {
-            match self.random.below(8) {
+            match self.random.u64(..8) {
                 0..2 => self.write(),
                 2 => self.next_round()?,
                 3..5 => self.take()?,
@@ -67,11 +68,11 @@ impl<'a> Schedule<'a> {
         while self.ahead > 0 {
             self.take()?;
         }
-        if self.random.below(2) == 0 {
+        if self.random.u64(..2) == 0 {
             self.drain()?;
         }
         self.scanner.sync()?;
-        if self.random.below(2) == 0 {
+        if self.random.u64(..2) == 0 {
             self.drain()?;
         }
         self.ahead = self.extents.len();
@@ -82,14 +83,14 @@ impl<'a> Schedule<'a> {
     }
 
     fn hot(&mut self) -> PageAt {
-        let at = self.random.below(self.hot.len() as u64);
+        let at = self.random.u64(..self.hot.len() as u64);
         self.hot[usize::try_from(at).expect("small")]
     }
 
     /// One of three contents, identified by the first byte.
     fn write(&mut self) {
         let at = self.hot();
-        let byte = u8::try_from(self.random.below(3)).expect("small");
+        let byte = u8::try_from(self.random.u64(..3)).expect("small");
         self.subject.writer.store(at.block, offset(self.scanner.layout(), at), &[byte]);
     }
 

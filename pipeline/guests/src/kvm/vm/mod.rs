@@ -2,14 +2,13 @@
 //!
 //! | | |
 //! |---|---|
-//! | `assembler`, `program` | what the guest runs |
+//! | `program` | what the guest runs |
 //! | `ram`, `machine` | memory and machine, made for settings |
 //! | `vcpu`, `crew`, `pace` | vCPUs, their threads, when they may run |
 //! | `console`, `devices` | the ports |
 //! | `state` | what travels besides memory |
 //! | `descriptor` | the only `unsafe` of this crate |
 
-mod assembler;
 mod console;
 mod crew;
 mod descriptor;

@@ -27,8 +27,8 @@
 //! the host, and then writes its number and the pass. In the pass after that it checks the page and gives it back. So pages go in
 //! and out of use all the time, and at any time most are free.
 
-use super::assembler::Reg::{R8, R9, R10, R11, R12, R13, R14, R15, Rax, Rbp, Rbx, Rcx, Rdi, Rdx, Rsi};
-use super::assembler::{Assembler, If, Label};
+use std::arch::global_asm;
+use std::slice;
 
 /// The serial port's data register.
 pub(super) const SERIAL: u16 = 0x3f8;
@@ -39,8 +39,8 @@ pub(super) const PAGE_TAKEN: u16 = 0x514;
 /// It is free again.
 pub(super) const PAGE_FREED: u16 = 0x518;
 
-/// Of so many pages of free memory one is in use at a time: a power of two.
-const IN_USE: i32 = 8;
+/// One page in this many of the free memory is in use at a time: a power of two.
+const IN_USE: u32 = 8;
 
 /// Where the program keeps what its vCPUs share, as addresses of its own.
 pub(super) const LOCK: u64 = 0x6000;
@@ -54,320 +54,273 @@ pub(super) const TICK_VECTOR: u8 = 0x20;
 /// Ticks of the timer's clock, of 1,193,182 Hz, from one interrupt to the next: 100 a second.
 const TICK_PERIOD: u16 = 11_932;
 
-/// The program's bytes, to be put anywhere, and where in them its interrupt handler begins.
-#[derive(Debug)]
-pub(super) struct Program {
-    pub(super) code: Vec<u8>,
-    pub(super) on_tick: u64,
+/// The first port of a programmable interrupt controller, and the next one, which takes its settings.
+const FIRST_PIC: u16 = 0x20;
+const SECOND_PIC: u16 = 0xa0;
+/// The command port of the interval timer, and the data port of its channel 0.
+const TIMER_COMMAND: u16 = 0x43;
+const TIMER_CHANNEL_0: u16 = 0x40;
+
+// The code is read-only data of this program, and runs only where it is copied to: it refers to nothing but itself, by distances,
+// and to the addresses above.
+global_asm!(
+    r#"
+    .pushsection .rodata.memferry_kvm_program, "a", @progbits
+    .globl memferry_kvm_program
+    .globl memferry_kvm_program_on_tick
+    .globl memferry_kvm_program_end
+    .hidden memferry_kvm_program
+    .hidden memferry_kvm_program_on_tick
+    .hidden memferry_kvm_program_end
+
+    .macro outb_to port, value
+        mov edx, \port
+        mov eax, \value
+        out dx, al
+    .endm
+    .macro say text
+        lea r11, [rip + \text]
+        call .Lmemferry_put_text
+    .endm
+    .macro say_number number
+        mov rcx, \number
+        call .Lmemferry_put_number
+    .endm
+    // Calls the host with the number of the page.
+    .macro call_host port
+        mov edx, \port
+        mov eax, ebx
+        out dx, eax
+    .endm
+    // Writes the low four bits of rax as a digit.
+    .macro put_digit
+        and eax, 15
+        cmp eax, 10
+        jb 101f
+        add eax, 'a' - '0' - 10
+    101:
+        add eax, '0'
+        mov edx, {SERIAL}
+        out dx, al
+    .endm
+
+memferry_kvm_program:
+    test r10, r10
+    jnz .Lmemferry_next_pass
+    call .Lmemferry_start_timer
+
+.Lmemferry_next_pass:
+    mov r8, rbp
+    add rbp, 1
+    mov rdi, r12
+    mov rbx, r13
+.Lmemferry_page:
+    cmp [rdi], rbx
+    jne .Lmemferry_wrong
+    mov rcx, r9
+2:  sub rcx, 8
+    jz .Lmemferry_page_done
+    cmp [rdi + rcx], r8
+    jne .Lmemferry_wrong
+    mov [rdi + rcx], rbp
+    jmp 2b
+.Lmemferry_page_done:
+    mov [rdi], rbx
+    call_host {PAGE_DONE}
+    add rdi, 4096
+    add rbx, 1
+    cmp rdi, rsi
+    jb .Lmemferry_page
+    call .Lmemferry_say_pass
+    call .Lmemferry_turn_free
+    jmp .Lmemferry_next_pass
+
+// A wrong page is reported once and then corrected: later passes check it like the others.
+.Lmemferry_wrong:
+    lea r11, [rip + .Lmemferry_text_wrong]
+    call .Lmemferry_say_wrong
+    mov rcx, r9
+2:  sub rcx, 8
+    jz .Lmemferry_page_done
+    mov [rdi + rcx], rbp
+    jmp 2b
+
+// Interrupt controllers and timer as PCs have them: vectors from TICK_VECTOR on, all masked but the timer's.
+.Lmemferry_start_timer:
+    outb_to {FIRST_PIC}, 0x11
+    outb_to {FIRST_PIC} + 1, {TICK_VECTOR}
+    outb_to {FIRST_PIC} + 1, 4
+    outb_to {FIRST_PIC} + 1, 1
+    outb_to {FIRST_PIC} + 1, 0xfe
+    outb_to {SECOND_PIC}, 0x11
+    outb_to {SECOND_PIC} + 1, {TICK_VECTOR} + 8
+    outb_to {SECOND_PIC} + 1, 2
+    outb_to {SECOND_PIC} + 1, 1
+    outb_to {SECOND_PIC} + 1, 0xff
+    outb_to {TIMER_COMMAND}, 0x34
+    outb_to {TIMER_CHANNEL_0}, {TICK_PERIOD} & 0xff
+    outb_to {TIMER_CHANNEL_0}, {TICK_PERIOD} >> 8
+    sti
+    ret
+
+.Lmemferry_say_pass:
+    call .Lmemferry_begin_line
+    mov edx, {ANSWERS}
+    cmp [rdx + r10 * 8], r8
+    je 2f
+    say .Lmemferry_text_lost
+2:  say .Lmemferry_text_pass
+    say_number rbp
+    say .Lmemferry_text_ticks
+    mov edx, {TICKS}
+    mov rcx, [rdx]
+    call .Lmemferry_put_number
+    jmp .Lmemferry_end_line
+
+// Gives back what the last pass took of the free memory, and takes other pages.
+.Lmemferry_turn_free:
+    mov rdi, r14
+.Lmemferry_free_page:
+    cmp rdi, r15
+    je 9f
+    mov rbx, rdi
+    shr rbx, 12
+    lea rax, [rbx + rbp]
+    and eax, {IN_USE} - 1
+    jz 4f
+    cmp eax, 1
+    jne 5f
+    // Before the first pass nothing was taken.
+    test r8, r8
+    jz 5f
+    cmp [rdi], rbx
+    jne 2f
+    cmp [rdi + 4088], r8
+    je 3f
+2:  lea r11, [rip + .Lmemferry_text_wrong_free]
+    call .Lmemferry_say_wrong
+3:  call_host {PAGE_FREED}
+    jmp 5f
+4:  call_host {PAGE_TAKEN}
+    mov [rdi], rbx
+    mov [rdi + 4088], rbp
+5:  add rdi, 4096
+    jmp .Lmemferry_free_page
+9:  ret
+
+// Writes the text at r11, the page and the pass.
+.Lmemferry_say_wrong:
+    push r11
+    call .Lmemferry_begin_line
+    pop r11
+    call .Lmemferry_put_text
+    say_number rbx
+    say .Lmemferry_text_pass
+    say_number rbp
+    jmp .Lmemferry_end_line
+
+// Waits until no other vCPU writes a line, and writes which one this is.
+.Lmemferry_begin_line:
+    mov edx, {LOCK}
+2:  mov eax, 1
+    xchg [rdx], rax
+    test rax, rax
+    jz 3f
+    pause
+    jmp 2b
+3:  say .Lmemferry_text_vcpu
+    mov rax, r10
+    put_digit
+    ret
+
+.Lmemferry_end_line:
+    say .Lmemferry_text_end
+    mov edx, {LOCK}
+    xor eax, eax
+    mov [rdx], rax
+    ret
+
+// Writes the bytes at r11, up to a zero. The port takes them as fast as they come.
+.Lmemferry_put_text:
+    mov edx, {SERIAL}
+2:  movzx eax, byte ptr [r11]
+    test eax, eax
+    jz 3f
+    out dx, al
+    add r11, 1
+    jmp 2b
+3:  ret
+
+// Writes the low 32 bits of rcx as eight hexadecimal digits.
+.Lmemferry_put_number:
+    rol rcx, 32
+    mov r11d, 8
+2:  rol rcx, 4
+    mov rax, rcx
+    put_digit
+    sub r11d, 1
+    jnz 2b
+    ret
+
+// The timer's interrupt: counts, and lets the next one come.
+memferry_kvm_program_on_tick:
+    push rax
+    push rdx
+    mov edx, {TICKS}
+    add qword ptr [rdx], 1
+    outb_to {FIRST_PIC}, 0x20
+    pop rdx
+    pop rax
+    iretq
+
+.Lmemferry_text_vcpu: .asciz "v"
+.Lmemferry_text_pass: .asciz " pass "
+.Lmemferry_text_ticks: .asciz " ticks "
+.Lmemferry_text_wrong: .asciz " wrong page "
+.Lmemferry_text_wrong_free: .asciz " wrong free page "
+.Lmemferry_text_lost: .asciz " lost an answer before"
+.Lmemferry_text_end: .asciz "\n"
+
+memferry_kvm_program_end:
+    .purgem outb_to
+    .purgem say
+    .purgem say_number
+    .purgem call_host
+    .purgem put_digit
+    .popsection
+    "#,
+    SERIAL = const SERIAL,
+    PAGE_DONE = const PAGE_DONE,
+    PAGE_TAKEN = const PAGE_TAKEN,
+    PAGE_FREED = const PAGE_FREED,
+    IN_USE = const IN_USE,
+    LOCK = const LOCK,
+    TICKS = const TICKS,
+    ANSWERS = const ANSWERS,
+    FIRST_PIC = const FIRST_PIC,
+    SECOND_PIC = const SECOND_PIC,
+    TIMER_COMMAND = const TIMER_COMMAND,
+    TIMER_CHANNEL_0 = const TIMER_CHANNEL_0,
+    TICK_VECTOR = const TICK_VECTOR,
+    TICK_PERIOD = const TICK_PERIOD,
+);
+
+unsafe extern "C" {
+    static memferry_kvm_program: u8;
+    static memferry_kvm_program_on_tick: u8;
+    static memferry_kvm_program_end: u8;
 }
 
-/// Writes the program. Its first byte is where every vCPU begins.
-pub(super) fn program() -> Program {
-    let mut a = Assembler::default();
-    let routines = Routines::reserve(&mut a);
-    main(&mut a, &routines);
-    let on_tick = routines.write(&mut a);
-    let (code, place) = a.finish();
-    Program { code, on_tick: place(on_tick) }
+/// The program's bytes. They can be copied to any address; the first one is where every vCPU begins.
+pub(super) fn code() -> &'static [u8] {
+    let begin = &raw const memferry_kvm_program;
+    let length = (&raw const memferry_kvm_program_end).addr() - begin.addr();
+    // SAFETY: the assembly above puts both labels into one section of read-only data, this one first, and nothing writes there.
+    unsafe { slice::from_raw_parts(begin, length) }
 }
 
-fn main(a: &mut Assembler, routines: &Routines) {
-    let [next_pass, wrong, page_done] = [a.label(), a.label(), a.label()];
-    a.compare_value(R10, 0);
-    a.jump_if(If::NotEqual, next_pass);
-    a.call(routines.start_timer);
-
-    a.place(next_pass);
-    a.copy(R8, Rbp);
-    a.add_value(Rbp, 1);
-    a.copy(Rdi, R12);
-    a.copy(Rbx, R13);
-
-    let page = a.here();
-    a.load(Rax, Rdi, 0);
-    a.compare(Rax, Rbx);
-    a.jump_if(If::NotEqual, wrong);
-    a.copy(Rcx, R9);
-    let word = a.here();
-    a.subtract_value(Rcx, 8);
-    a.jump_if(If::Equal, page_done);
-    a.load_at(Rax, Rdi, Rcx);
-    a.compare(Rax, R8);
-    a.jump_if(If::NotEqual, wrong);
-    a.store_at(Rdi, Rcx, Rbp);
-    a.jump(word);
-
-    a.place(page_done);
-    a.store(Rdi, 0, Rbx);
-    a.mov(Rdx, PAGE_DONE.into());
-    a.out();
-    a.add_value(Rdi, 4096);
-    a.add_value(Rbx, 1);
-    a.compare(Rdi, Rsi);
-    a.jump_if(If::Below, page);
-    a.call(routines.say_pass);
-    a.call(routines.turn_free);
-    a.jump(next_pass);
-
-    // Said once, and made right: the passes to come are checked like those before.
-    a.place(wrong);
-    a.call(routines.say_wrong);
-    a.copy(Rcx, R9);
-    let mend = a.here();
-    a.subtract_value(Rcx, 8);
-    a.jump_if(If::Equal, page_done);
-    a.store_at(Rdi, Rcx, Rbp);
-    a.jump(mend);
-}
-
-/// What the program calls.
-struct Routines {
-    start_timer: Label,
-    say_pass: Label,
-    say_wrong: Label,
-    say_wrong_free: Label,
-    turn_free: Label,
-    begin_line: Label,
-    end_line: Label,
-    put_text: Label,
-    put_number: Label,
-}
-
-impl Routines {
-    fn reserve(a: &mut Assembler) -> Self {
-        Self {
-            start_timer: a.label(),
-            say_pass: a.label(),
-            say_wrong: a.label(),
-            say_wrong_free: a.label(),
-            turn_free: a.label(),
-            begin_line: a.label(),
-            end_line: a.label(),
-            put_text: a.label(),
-            put_number: a.label(),
-        }
-    }
-
-    /// Writes them, and returns where the interrupt handler is.
-    fn write(&self, a: &mut Assembler) -> Label {
-        self.start_timer(a);
-        let [v, pass, ticks, wrong, wrong_free, lost, end] =
-            ["v", " pass ", " ticks ", " wrong page ", " wrong free page ", " lost an answer before", "\n"]
-                .map(|text| (a.label(), text));
-        self.say_pass(a, pass.0, ticks.0, lost.0);
-        self.say_wrong(a, self.say_wrong, wrong.0, pass.0);
-        self.say_wrong(a, self.say_wrong_free, wrong_free.0, pass.0);
-        self.turn_free(a);
-        self.begin_line(a, v.0);
-        self.end_line(a, end.0);
-        self.put_text(a);
-        self.put_number(a);
-        let on_tick = on_tick(a);
-        for (label, text) in [v, pass, ticks, wrong, wrong_free, lost, end] {
-            a.place(label);
-            a.data(text.as_bytes());
-            a.data(&[0]);
-        }
-        on_tick
-    }
-
-    /// Interrupt controllers and timer as PCs have them: vectors from 0x20 on, all masked but the timer's.
-    fn start_timer(&self, a: &mut Assembler) {
-        a.place(self.start_timer);
-        let first = [(0x20, 0x11), (0x21, TICK_VECTOR), (0x21, 4), (0x21, 1), (0x21, 0xfe)];
-        let second = [(0xa0, 0x11), (0xa1, TICK_VECTOR + 8), (0xa1, 2), (0xa1, 1), (0xa1, 0xff)];
-        let [low, high] = TICK_PERIOD.to_le_bytes();
-        let timer = [(0x43, 0x34), (0x40, low), (0x40, high)];
-        for (port, value) in first.into_iter().chain(second).chain(timer) {
-            a.mov(Rdx, port);
-            a.mov(Rax, value.into());
-            a.out();
-        }
-        a.enable_interrupts();
-        a.ret();
-    }
-
-    fn say_pass(&self, a: &mut Assembler, pass: Label, ticks: Label, lost: Label) {
-        a.place(self.say_pass);
-        a.call(self.begin_line);
-        a.mov(Rdx, ANSWERS);
-        a.copy(Rax, R10);
-        a.rotate_left(Rax, 3);
-        a.add(Rdx, Rax);
-        a.load(Rax, Rdx, 0);
-        a.compare(Rax, R8);
-        let answered = a.label();
-        a.jump_if(If::Equal, answered);
-        self.text(a, lost);
-        a.place(answered);
-        self.text(a, pass);
-        self.number(a, Rbp);
-        self.text(a, ticks);
-        a.mov(Rdx, TICKS);
-        a.load(Rcx, Rdx, 0);
-        a.call(self.put_number);
-        a.call(self.end_line);
-        a.ret();
-    }
-
-    /// Gives back what the last pass took of the free memory, and takes other pages.
-    fn turn_free(&self, a: &mut Assembler) {
-        a.place(self.turn_free);
-        let [page, take, wrong, give_back, next, end] = [(); 6].map(|()| a.label());
-        a.copy(Rdi, R14);
-        a.place(page);
-        a.compare(Rdi, R15);
-        a.jump_if(If::Equal, end);
-        // The page's number: its address without the 12 zeros.
-        a.copy(Rbx, Rdi);
-        a.rotate_left(Rbx, 64 - 12);
-        a.copy(Rax, Rbx);
-        a.add(Rax, Rbp);
-        a.and_value(Rax, IN_USE - 1);
-        a.jump_if(If::Equal, take);
-        a.compare_value(Rax, 1);
-        a.jump_if(If::NotEqual, next);
-        // Before the first pass nothing was taken.
-        a.compare_value(R8, 0);
-        a.jump_if(If::Equal, next);
-        a.load(Rax, Rdi, 0);
-        a.compare(Rax, Rbx);
-        a.jump_if(If::NotEqual, wrong);
-        a.load(Rax, Rdi, 4088);
-        a.compare(Rax, R8);
-        a.jump_if(If::Equal, give_back);
-        a.place(wrong);
-        a.call(self.say_wrong_free);
-        a.place(give_back);
-        tell_page(a, PAGE_FREED);
-        a.jump(next);
-
-        a.place(take);
-        tell_page(a, PAGE_TAKEN);
-        a.store(Rdi, 0, Rbx);
-        a.store(Rdi, 4088, Rbp);
-
-        a.place(next);
-        a.add_value(Rdi, 4096);
-        a.jump(page);
-        a.place(end);
-        a.ret();
-    }
-
-    fn say_wrong(&self, a: &mut Assembler, say: Label, wrong: Label, pass: Label) {
-        a.place(say);
-        a.call(self.begin_line);
-        self.text(a, wrong);
-        self.number(a, Rbx);
-        self.text(a, pass);
-        self.number(a, Rbp);
-        a.call(self.end_line);
-        a.ret();
-    }
-
-    /// Waits until no other vCPU writes a line, and says which one this is.
-    fn begin_line(&self, a: &mut Assembler, v: Label) {
-        a.place(self.begin_line);
-        let ours = a.label();
-        a.mov(Rdx, LOCK);
-        let attempt = a.here();
-        a.mov(Rax, 1);
-        a.exchange(Rdx, 0, Rax);
-        a.compare_value(Rax, 0);
-        a.jump_if(If::Equal, ours);
-        a.pause();
-        a.jump(attempt);
-        a.place(ours);
-        self.text(a, v);
-        a.copy(Rax, R10);
-        put_digit(a);
-        a.ret();
-    }
-
-    fn end_line(&self, a: &mut Assembler, end: Label) {
-        a.place(self.end_line);
-        self.text(a, end);
-        a.mov(Rdx, LOCK);
-        a.mov(Rax, 0);
-        a.store(Rdx, 0, Rax);
-        a.ret();
-    }
-
-    fn text(&self, a: &mut Assembler, text: Label) {
-        a.address(R11, text);
-        a.call(self.put_text);
-    }
-
-    fn number(&self, a: &mut Assembler, number: super::assembler::Reg) {
-        a.copy(Rcx, number);
-        a.call(self.put_number);
-    }
-
-    /// Writes the bytes at `r11`, up to a zero. The port takes them as fast as they come.
-    fn put_text(&self, a: &mut Assembler) {
-        a.place(self.put_text);
-        let end = a.label();
-        a.mov(Rdx, SERIAL.into());
-        let next = a.here();
-        a.load_byte(Rax, R11, 0);
-        a.compare_value(Rax, 0);
-        a.jump_if(If::Equal, end);
-        a.out();
-        a.add_value(R11, 1);
-        a.jump(next);
-        a.place(end);
-        a.ret();
-    }
-
-    /// Writes the low 32 bits of `rcx` as eight hexadecimal digits.
-    fn put_number(&self, a: &mut Assembler) {
-        a.place(self.put_number);
-        a.rotate_left(Rcx, 32);
-        a.mov(R11, 8);
-        let next = a.here();
-        a.rotate_left(Rcx, 4);
-        a.copy(Rax, Rcx);
-        put_digit(a);
-        a.subtract_value(R11, 1);
-        a.jump_if(If::NotEqual, next);
-        a.ret();
-    }
-}
-
-/// Tells the host of the page whose number is in `rbx`.
-fn tell_page(a: &mut Assembler, port: u16) {
-    a.mov(Rdx, port.into());
-    a.copy(Rax, Rbx);
-    a.out_word();
-}
-
-/// Writes the low four bits of `rax` as a digit.
-fn put_digit(a: &mut Assembler) {
-    let decimal = a.label();
-    a.and_value(Rax, 15);
-    a.compare_value(Rax, 10);
-    a.jump_if(If::Below, decimal);
-    a.add_value(Rax, i32::from(b'a' - b'0' - 10));
-    a.place(decimal);
-    a.add_value(Rax, b'0'.into());
-    a.mov(Rdx, SERIAL.into());
-    a.out();
-}
-
-/// The timer's interrupt: counts, and lets the next one come.
-fn on_tick(a: &mut Assembler) -> Label {
-    let handler = a.here();
-    a.push(Rax);
-    a.push(Rdx);
-    a.mov(Rdx, TICKS);
-    a.load(Rax, Rdx, 0);
-    a.add_value(Rax, 1);
-    a.store(Rdx, 0, Rax);
-    a.mov(Rdx, 0x20);
-    a.mov(Rax, 0x20);
-    a.out();
-    a.pop(Rdx);
-    a.pop(Rax);
-    a.interrupt_return();
-    handler
+/// Where in the program the handler of the timer's interrupt begins.
+pub(super) fn on_tick() -> u64 {
+    let begin = (&raw const memferry_kvm_program).addr();
+    ((&raw const memferry_kvm_program_on_tick).addr() - begin) as u64
 }

@@ -10,12 +10,13 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use fastrand::Rng;
 use memferry_stages::dirty_log::{DirtyLog, SoftwareLog};
 use memferry_stages::geometry::{BlockInfo, PageSize};
 use memferry_stages::kvm::Slot;
 use memferry_stages::memory::{GuestMemory, MappedMemory, RamBlock};
 
-use super::program::{Program, TICK_VECTOR, program};
+use super::program::{self, TICK_VECTOR};
 use crate::balloon::Ballooned;
 use crate::free::FreeRanges;
 use crate::kvm::settings::{KvmSettings, MEMORY_UNIT, PAGE_BYTES};
@@ -138,18 +139,17 @@ impl Ram {
 
     /// Puts tables, program and region in place, as they are before the first pass.
     pub(super) fn fill(&self, settings: &KvmSettings) {
-        let Program { code, on_tick } = program();
-        self.store(PROGRAM, &code);
+        self.store(PROGRAM, program::code());
         self.words(GDT, [0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff]);
-        self.words(IDT + u64::from(TICK_VECTOR) * 16, gate(PROGRAM + on_tick));
+        self.words(IDT + u64::from(TICK_VECTOR) * 16, gate(PROGRAM + program::on_tick()));
         self.map_all(settings.memory);
-        let mut noise = Noise(1);
+        let mut noise = Rng::with_seed(1);
         let mut content = [0; 4096];
         let half = content.len() / 2;
         let changed = usize::try_from(settings.bytes).expect("at most a page");
         for page in 0..settings.region_pages() + settings.free / PAGE_BYTES {
             // Half a page of noise: it compresses to about half.
-            content[..half].chunks_exact_mut(8).for_each(|word| word.copy_from_slice(&noise.next()));
+            noise.fill(&mut content[..half]);
             content[..changed].fill(0);
             content[..8].copy_from_slice(&page.to_le_bytes());
             self.store(settings.region_at + page * PAGE_BYTES, &content);
@@ -244,18 +244,6 @@ fn map(info: &BlockInfo) -> Result<Arc<MappedMemory>, GuestError> {
     mapped.map(Arc::new).map_err(|error| GuestError::caused(what(), error))
 }
 
-/// Words that look like nothing (xorshift).
-struct Noise(u64);
-
-impl Noise {
-    fn next(&mut self) -> [u8; 8] {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0.to_le_bytes()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -302,7 +290,7 @@ mod tests {
 
     #[test]
     fn what_stands_in_the_own_part_does_not_overlap() {
-        assert!(PROGRAM + program().code.len() as u64 <= super::super::program::LOCK);
+        assert!(PROGRAM + program::code().len() as u64 <= program::LOCK);
         assert!(stack(crate::kvm::settings::MOST_VCPUS - 1) <= TABLES);
         let tables = 2 + crate::kvm::settings::MOST_MEMORY / MEMORY_UNIT / 512;
         assert!(TABLES + tables * 4096 <= OWN_BYTES);
