@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use crate::bitmap::DirtyBitmap;
 use crate::clears::Clears;
-use crate::dirty_log::DirtyLog;
+use crate::dirty_log::{DirtyLog, LogCall};
 use crate::error::{Cause, StageError};
 use crate::geometry::Layout;
 use crate::meter::Meter;
@@ -86,7 +86,7 @@ impl BitmapSync {
     /// Runs until there are no more orders.
     ///
     /// # Errors
-    /// When a log cannot be synced, or nobody takes the answers.
+    /// When a log cannot sync, or nobody takes the answers.
     pub async fn run(self, input: Inlet<SyncOrder>, output: Outlet<Synced>) -> Result<(), StageError> {
         let Self { work, stage } = self;
         let (input, output) = (input.metered(&stage.meter), output.metered(&stage.meter));
@@ -123,7 +123,7 @@ impl Work {
         let counted = tokio::task::spawn_blocking(move || self.sync(&still_wanted)).await;
         drop(wanted);
         match counted {
-            Ok(counted) => counted.map_err(|error| Cause::Log { doing: "synced", error }),
+            Ok(counted) => counted.map_err(|error| Cause::Log { doing: LogCall::Sync, error }),
             Err(ended) => match ended.try_into_panic() {
                 Ok(panic) => std::panic::resume_unwind(panic),
                 Err(_runtime_ended) => Err(Closed.into()),
@@ -294,7 +294,7 @@ mod tests {
         let broken = Told::new(|| Err(io::Error::other("no more")));
         let bitmap = Arc::new(DirtyBitmap::empty(&layout(page_size(4), &[4096])));
         let error = orders(BitmapSync::new(vec![broken], bitmap, meter()), &[0]).unwrap_err();
-        assert_eq!(error.to_string(), "bitmap sync: the dirty log cannot be synced: no more");
+        assert_eq!(error.to_string(), "bitmap sync: the dirty log cannot sync: no more");
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use std::io;
 
+use crate::dirty_log::LogCall;
 use crate::geometry::PageAt;
 use crate::queue::Closed;
 use crate::stage_id::StageId;
@@ -43,10 +44,10 @@ pub enum Cause {
         error: io::Error,
     },
     /// A dirty log failed.
-    #[error("the dirty log cannot be {doing}: {error}")]
+    #[error("the dirty log cannot {doing}: {error}")]
     Log {
-        /// What was tried: "synced", "re-armed".
-        doing: &'static str,
+        /// What it should have done.
+        doing: LogCall,
         /// Why it failed.
         error: io::Error,
     },
@@ -75,8 +76,8 @@ mod tests {
             "zero detector of lane 2: cannot read from page 640 of block 1: the file ends at byte 7"
         );
         assert_eq!(
-            error(StageId::BITMAP_SYNC, Cause::Log { doing: "synced", error: short() }),
-            "bitmap sync: the dirty log cannot be synced: the file ends at byte 7"
+            error(StageId::BITMAP_SYNC, Cause::Log { doing: LogCall::Sync, error: short() }),
+            "bitmap sync: the dirty log cannot sync: the file ends at byte 7"
         );
         assert_eq!(
             error(StageId::sender(0), Cause::Transport(short())),

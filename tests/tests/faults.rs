@@ -367,7 +367,7 @@ fn a_full_disk_at_the_destination_is_named_at_both_ends() {
 fn a_log_that_fails_is_named() {
     let words: [(Trouble, &[&str]); 3] = [
         (Trouble::LogStartFails, &["the dirty log cannot start", "told to fail at start"]),
-        (Trouble::SyncFails, &["bitmap sync", "the dirty log cannot be synced", "told to fail at sync"]),
+        (Trouble::SyncFails, &["bitmap sync", "the dirty log cannot sync", "told to fail at sync"]),
         (Trouble::SyncPanics, &["bitmap sync", "mistake in memferry", "told to panic at sync"]),
     ];
     for (trouble, words) in words {

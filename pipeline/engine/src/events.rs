@@ -1,6 +1,8 @@
 //! What happens in a migration, as typed values: the log, the progress display, the metrics and the report all come from
 //! these and from nothing else.
 
+mod queued;
+
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,12 +14,13 @@ use memferry_stages::untrusted::Untrusted;
 use serde::{Deserialize, Serialize};
 
 use crate::bottleneck::Bottleneck;
-use crate::control::Changed;
+use crate::change::Changed;
 use crate::controller::Decided;
 use crate::controller::forecast::Forecast;
 use crate::human;
-pub use crate::outlet::Queued;
 use crate::values::millis;
+
+pub use queued::Queued;
 
 /// Which end of a migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Deserialize, Serialize)]
@@ -30,13 +33,19 @@ pub enum Role {
 }
 
 impl Role {
-    /// Its name, as JSON has it.
+    /// Its name: in messages, in JSON and as a label.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
             Self::Source => "source",
             Self::Destination => "destination",
         }
+    }
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
     }
 }
 

@@ -16,6 +16,7 @@
 //!
 //! `examples/embed.rs` is all of that in one short program. The guests that memferry ships are in the crate `memferry-guests`.
 
+mod change;
 pub mod control;
 pub mod controller;
 pub mod events;

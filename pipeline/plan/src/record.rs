@@ -17,7 +17,7 @@ use memferry_stages::batch::{Batch, CopiedBatch};
 use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::bitmap_sync::ranges;
 use memferry_stages::clears::OutForGood;
-use memferry_stages::dirty_log::DirtyLog;
+use memferry_stages::dirty_log::{DirtyLog, LogCall};
 use memferry_stages::geometry::{EXTENT_PAGES, ExtentAt, runs};
 use memferry_stages::host::cores;
 use memferry_stages::memory::GuestMemory;
@@ -136,7 +136,7 @@ pub async fn record_watched(
             drop(clearer.reached(&Point::Cleanup));
         }
         match stopped {
-            Some(error) => recorded.and(Err(MigrationError::Log { doing: "stop", error }.into())),
+            Some(error) => recorded.and(Err(MigrationError::Log { doing: LogCall::Stop, error }.into())),
             None => recorded,
         }
     };
@@ -263,7 +263,7 @@ impl<'a> Recorder<'a> {
             }
             for log in self.logs {
                 let synced = log.sync(block, extents.clone(), &armed.bitmap);
-                synced.map_err(|error| MigrationError::Log { doing: "sync", error })?;
+                synced.map_err(|error| MigrationError::Log { doing: LogCall::Sync, error })?;
             }
             if let Some(clears) = &armed.clears {
                 clears.synced(block, extents);
@@ -307,7 +307,7 @@ impl<'a> Recorder<'a> {
 
     fn rearm(&self, at: ExtentAt, mask: u64, untouched: u64) -> Result<(), RecordError> {
         for log in self.logs {
-            log.rearm(at, mask).map_err(|error| MigrationError::Log { doing: "rearm", error })?;
+            log.rearm(at, mask).map_err(|error| MigrationError::Log { doing: LogCall::Rearm, error })?;
         }
         if self.copies {
             self.tell_copies(Batch { at, mask, untouched, round: 1, last: false }).map_err(RecordError::Memory)?;

@@ -53,6 +53,36 @@ pub use kvm::{KvmLog, KvmRingLog};
 pub use software::SoftwareLog;
 pub use userfault::UserfaultLog;
 
+/// What a dirty log is asked for: one of its trait's calls, for errors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum LogCall {
+    /// [`DirtyLog::start`]
+    Start,
+    /// [`DirtyLog::sync`]
+    Sync,
+    /// [`DirtyLog::rearm`]
+    Rearm,
+    /// [`DirtyLog::arm_unread`]
+    Arm,
+    /// [`DirtyLog::leave_out`]
+    LeaveOut,
+    /// [`DirtyLog::stop`]
+    Stop,
+}
+
+impl fmt::Display for LogCall {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Start => "start",
+            Self::Sync => "sync",
+            Self::Rearm => "re-arm",
+            Self::Arm => "arm",
+            Self::LeaveOut => "leave pages out",
+            Self::Stop => "stop",
+        })
+    }
+}
+
 /// Tells which pages were written. The [module](self) says who calls what, and from where.
 ///
 /// # Example

@@ -6,6 +6,7 @@
 //!
 //! `unsafe` is needed because the kernel is given addresses and shares the rings; the structs are those of linux/kvm.h.
 
+mod calls;
 mod ring;
 mod rings;
 
@@ -18,10 +19,10 @@ use std::sync::Arc;
 use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, opcode};
 
 use self::ring::Entry;
-use crate::dirty_log::kvm::LogCalls;
 use crate::kernel::Call;
 use crate::memory::MappedMemory;
 
+pub use self::calls::{LogCalls, RingCalls};
 pub use self::rings::VmRings;
 
 /// Bytes of a page as KVM's logs count them.

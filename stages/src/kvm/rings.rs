@@ -9,8 +9,9 @@ use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags};
 
 use super::ring::{Entry, Reading};
-use super::{CAP_DIRTY_LOG_RING_ACQ_REL, KVM_PAGE_BYTES, Plain, RESET_DIRTY_RINGS, VmMemory, extension};
-use crate::dirty_log::kvm::{LogCalls, RingCalls};
+use super::{
+    CAP_DIRTY_LOG_RING_ACQ_REL, KVM_PAGE_BYTES, LogCalls, Plain, RESET_DIRTY_RINGS, RingCalls, VmMemory, extension,
+};
 
 /// Where a vCPU's ring lies in its descriptor.
 const RING_OFFSET: u64 = 64 * KVM_PAGE_BYTES;

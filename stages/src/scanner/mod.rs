@@ -18,7 +18,7 @@ use std::sync::Arc;
 
 use crate::batch::{Batch, Item};
 use crate::bitmap::DirtyBitmap;
-use crate::dirty_log::DirtyLog;
+use crate::dirty_log::{DirtyLog, LogCall};
 use crate::error::{Cause, StageError};
 use crate::geometry::{ExtentAt, LaneMap, bits};
 use crate::in_flight::InFlight;
@@ -166,7 +166,7 @@ impl Scanner {
         for log in &self.logs {
             log.rearm(at, mask).map_err(|error| {
                 self.bitmap.set_mask(at, mask);
-                self.stage.fails(Cause::Log { doing: "re-armed", error })
+                self.stage.fails(Cause::Log { doing: LogCall::Rearm, error })
             })?;
         }
         Ok(Some(Batch { at, mask, untouched, round: order.round, last: order.last }))

@@ -309,7 +309,7 @@ fn a_log_that_cannot_be_rearmed_ends_the_scan_and_no_bit_is_lost() {
     let ((lane, _batches), (order_to, orders), (answer, _answers)) = (bounded(8), bounded(1), bounded(1));
     assert_eq!(order_to.put(order(1)).now_or_never(), Some(Ok(())));
     let error = block_on(bench.scanner().run(orders, vec![lane], answer)).unwrap_err();
-    assert_eq!(error.to_string(), "scanner: the dirty log cannot be re-armed: no more");
+    assert_eq!(error.to_string(), "scanner: the dirty log cannot re-arm: no more");
     bench.in_flight.put_back(&bench.bitmap);
     assert_eq!(bench.bitmap.count(), 190);
 }

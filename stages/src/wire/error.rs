@@ -2,9 +2,9 @@
 
 use std::fmt;
 
-use super::frame::Kind;
-use super::hello::MAGIC;
-use super::pages::PageEncoding;
+use super::encoding::PageEncoding;
+use super::kind::Kind;
+use super::version::MAGIC;
 use crate::geometry::{ExtentAt, MAX_LANES, PageAt};
 use crate::untrusted::Untrusted;
 

@@ -1,4 +1,5 @@
-//! A bounded cursor over the fields of a body: nothing is read, believed or allocated for before it is checked.
+//! The fields of a body. A bounded cursor reads them: nothing is read, believed or allocated for before it is checked. Names and
+//! lists are written by functions that assert the same bounds.
 
 use std::ops::RangeInclusive;
 
@@ -102,4 +103,25 @@ impl<'a> Fields<'a> {
 pub(super) fn within(field: &'static str, value: u64, bounds: RangeInclusive<u64>) -> Result<u64, WireError> {
     let (least, most) = bounds.into_inner();
     if (least..=most).contains(&value) { Ok(value) } else { Err(WireError::Range { field, value, least, most }) }
+}
+
+/// A name: its length in a byte, then its bytes.
+pub(super) fn put_name(out: &mut Vec<u8>, name: &str, most: usize) {
+    assert!((1..=most).contains(&name.len()), "a name of {} bytes, 1 to {most} are possible", name.len());
+    out.push(u8::try_from(name.len()).expect("no name is longer than 255 bytes"));
+    out.extend(name.as_bytes());
+}
+
+/// A list: its count in two bytes, then its items.
+pub(super) fn put_list<T>(
+    out: &mut Vec<u8>,
+    items: &[T],
+    counts: RangeInclusive<usize>,
+    put: impl Fn(&mut Vec<u8>, &T),
+) {
+    assert!(counts.contains(&items.len()), "a list of {} items, {counts:?} are possible", items.len());
+    out.extend(u16::try_from(items.len()).expect("no list is longer than 65535").to_le_bytes());
+    for item in items {
+        put(out, item);
+    }
 }

@@ -4,12 +4,10 @@
 //! The head, the checksum behind a body's fields and the first ten bytes of a Hello are the same in every version of the
 //! protocol, so that a reader can name the version of a peer that it does not understand.
 
-use std::fmt;
-
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 pub use super::error::{FrameError, WireError};
-use super::{messages, pages};
+pub use super::kind::Kind;
 use crate::geometry::{MAX_LANES, PageSize};
 
 /// Bytes of a frame's head.
@@ -21,135 +19,6 @@ pub const MAX_UNKNOWN_BYTES: u32 = 1 << 20;
 const HEAD_SEED: u64 = u64::from_le_bytes(*b"mferry-1");
 /// The only flag.
 const MUST_UNDERSTAND: u8 = 1;
-
-/// What a frame is. The number is its byte on the wire.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[repr(u8)]
-pub enum Kind {
-    /// First frame of every connection.
-    Hello = 1,
-    /// A chunk of a named section of guest state (setup part or device part).
-    State = 2,
-    /// The RAM blocks.
-    Blocks = 3,
-    /// The dirty pages of one extent.
-    Pages = 4,
-    /// The end of a round in a lane.
-    RoundComplete = 5,
-    /// The last frame of a lane.
-    Switchover = 6,
-    /// Hashes of stretches.
-    Digests = 7,
-    /// The destination may start the guest.
-    Go = 8,
-    /// The sender gives up, with the reason. Both directions.
-    Abort = 9,
-    /// The end mark of a stream without a return path.
-    End = 10,
-    /// Return path: the answer to Hello.
-    Accept = 32,
-    /// Return path: the machine is built for the blocks.
-    Ready = 33,
-    /// Return path: what is loaded so far.
-    Progress = 34,
-    /// Return path: hashes of the pages of a stretch that differs.
-    PageHashes = 35,
-    /// Return path: everything is loaded, verified and prepared.
-    Loaded = 36,
-    /// Return path: the guest runs here.
-    Running = 37,
-    /// Return path: no, and nothing was started.
-    Refused = 38,
-    /// Return path: the start was begun and failed.
-    StartFailed = 39,
-    /// The sender is alive. Both directions.
-    Heartbeat = 64,
-}
-
-impl Kind {
-    /// Every kind, in the order of their numbers.
-    pub const ALL: [Self; 19] = [
-        Self::Hello,
-        Self::State,
-        Self::Blocks,
-        Self::Pages,
-        Self::RoundComplete,
-        Self::Switchover,
-        Self::Digests,
-        Self::Go,
-        Self::Abort,
-        Self::End,
-        Self::Accept,
-        Self::Ready,
-        Self::Progress,
-        Self::PageHashes,
-        Self::Loaded,
-        Self::Running,
-        Self::Refused,
-        Self::StartFailed,
-        Self::Heartbeat,
-    ];
-
-    /// The kind of a byte, if this version knows it.
-    #[must_use]
-    pub fn from_u8(byte: u8) -> Option<Self> {
-        Self::ALL.into_iter().find(|&kind| kind as u8 == byte)
-    }
-
-    /// Its name, for messages.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Hello => "Hello",
-            Self::State => "State",
-            Self::Blocks => "Blocks",
-            Self::Pages => "Pages",
-            Self::RoundComplete => "RoundComplete",
-            Self::Switchover => "Switchover",
-            Self::Digests => "Digests",
-            Self::Go => "Go",
-            Self::Abort => "Abort",
-            Self::End => "End",
-            Self::Accept => "Accept",
-            Self::Ready => "Ready",
-            Self::Progress => "Progress",
-            Self::PageHashes => "PageHashes",
-            Self::Loaded => "Loaded",
-            Self::Running => "Running",
-            Self::Refused => "Refused",
-            Self::StartFailed => "StartFailed",
-            Self::Heartbeat => "Heartbeat",
-        }
-    }
-
-    /// Does a frame of this kind belong to a lane? All others are control frames.
-    #[must_use]
-    pub fn is_of_lane(self) -> bool {
-        matches!(self, Self::Pages | Self::RoundComplete | Self::Switchover)
-    }
-
-    /// Must a reader that does not know this kind give up?
-    #[must_use]
-    pub fn must_understand(self) -> bool {
-        self != Self::Heartbeat
-    }
-
-    /// The most bytes that follow the head of a frame of this kind.
-    #[must_use]
-    pub fn max_bytes(self, page_size: PageSize) -> u32 {
-        let bytes = match self {
-            Self::Pages => pages::MAX_HEAD_BYTES + page_size.extent_bytes(),
-            message => messages::max_body_bytes(message),
-        };
-        u32::try_from(bytes).expect("every bound is a few MiB")
-    }
-}
-
-impl fmt::Display for Kind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
 
 /// The head of a frame, believed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

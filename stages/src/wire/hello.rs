@@ -15,15 +15,11 @@ use std::fmt;
 use std::fs::File;
 use std::io::{self, Read};
 
-use super::PROTOCOL_VERSION;
 use super::error::WireError;
-use super::fields::{Fields, within};
-use super::put::{put_list, put_name};
+use super::fields::{Fields, put_list, put_name, within};
+use super::version::{MAGIC, PROTOCOL_VERSION};
 use crate::geometry::{MAX_LANES, PageSize};
 use crate::untrusted::Untrusted;
-
-/// First bytes of every stream's Hello body: what `file` and a port's listener recognise it by.
-pub const MAGIC: [u8; 8] = *b"memferry";
 
 /// The most features of a stream.
 pub const MAX_FEATURES: usize = 64;

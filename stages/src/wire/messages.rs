@@ -35,9 +35,9 @@
 
 use bytes::Bytes;
 
-use super::frame::Kind;
-use super::hello::{self, Hello, MAX_FEATURE_NAME, MAX_FEATURES};
-use crate::geometry::{BlockInfo, MAX_BLOCK_ID, MAX_BLOCKS, MAX_LANES, PageAt};
+use super::hello::Hello;
+use super::kind::Kind;
+use crate::geometry::{BlockInfo, PageAt};
 use crate::tally::RoundTally;
 use crate::untrusted::Untrusted;
 
@@ -61,9 +61,6 @@ pub const MAX_STRETCH_EXTENTS: usize = 8;
 pub const MAX_STRETCH_PAGES: usize = MAX_STRETCH_EXTENTS * u64::BITS as usize;
 /// The most that a count of a tally may be: far above any guest, and any number of lanes adds up without overflow.
 pub const MAX_COUNT: u64 = 1 << 56;
-
-/// Bytes of the checksum behind the fields.
-pub(super) const CHECKSUM_BYTES: usize = 8;
 
 /// When a section of state is given to the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -218,28 +215,4 @@ impl Message {
             Self::Heartbeat(_) => Kind::Heartbeat,
         }
     }
-}
-
-/// The most bytes that the body of a message of this kind may have.
-///
-/// # Panics
-/// For Pages, which is no message.
-pub(super) fn max_body_bytes(kind: Kind) -> usize {
-    let fields = match kind {
-        Kind::Hello => hello::MAX_FIELDS,
-        Kind::State => 1 + 1 + 4 + (1 + MAX_SECTION_NAME) + (4 + MAX_STATE_CHUNK),
-        Kind::Blocks => 2 + MAX_BLOCKS * (1 + MAX_BLOCK_ID + 3 * 8) + 2 + MAX_BLOCKS * 2,
-        Kind::Pages => unreachable!("Pages is no message"),
-        Kind::RoundComplete => 4 + 1 + 11 * 8,
-        Kind::Digests => 4 + 8 + 2 + MAX_DIGESTS * (16 + 1 + MAX_STRETCH_EXTENTS * 8),
-        Kind::Go | Kind::Loaded => 1,
-        Kind::End => 1 + 8,
-        Kind::Accept => 2 + MAX_FEATURES * (1 + MAX_FEATURE_NAME),
-        Kind::Progress => 8 + 2 + MAX_LANES as usize * 8,
-        Kind::PageHashes => 4 + 8 + 2 + MAX_STRETCH_PAGES * 8,
-        Kind::Heartbeat => 2 + MAX_FIGURES * (1 + MAX_FIGURE_NAME + 8),
-        Kind::Abort | Kind::Refused | Kind::StartFailed => 2 + MAX_REASON,
-        Kind::Switchover | Kind::Ready | Kind::Running => 0,
-    };
-    fields + CHECKSUM_BYTES
 }

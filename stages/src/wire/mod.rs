@@ -29,26 +29,30 @@
 //! directions on connection 0: a Heartbeat where there is nothing else. A peer that is silent for longer is stopped, hangs, or is
 //! out of reach.
 
+mod encoding;
 pub mod error;
 mod fields;
 pub mod frame;
 pub mod hello;
+mod kind;
+mod limits;
 pub mod messages;
 pub mod pages;
 mod put;
 mod read_ahead;
 pub mod reader;
 mod take;
+mod version;
 
+pub use encoding::PageEncoding;
 pub use error::{FrameError, WireError};
-pub use frame::{FrameHead, HEAD_BYTES, Kind};
+pub use frame::{FrameHead, HEAD_BYTES};
 pub use hello::{Features, Hello, SessionId};
+pub use kind::Kind;
 pub use messages::Message;
-pub use pages::{PageEncoding, PagesHead};
+pub use pages::PagesHead;
 pub use reader::{FrameReader, Incoming, PagesFrame, ReadError};
-
-/// The version of the stream's format. A peer of another version is refused with both versions named.
-pub const PROTOCOL_VERSION: u16 = 1;
+pub use version::PROTOCOL_VERSION;
 
 #[cfg(test)]
 mod tests;

@@ -31,33 +31,17 @@
 //! The payload's hash is 0 where the `payload-xxh3` feature is off. One frame is sent for each batch, even if
 //! it brings no page: the count of frames in a lane is what Progress acknowledges.
 
-use std::fmt;
-
 use xxhash_rust::xxh3::xxh3_64;
 
+pub use super::encoding::PageEncoding;
 use super::error::WireError;
 use super::fields::{Fields, within};
-use super::frame::{FrameHead, HEAD_BYTES, Kind};
+use super::frame::{FrameHead, HEAD_BYTES};
+use super::kind::Kind;
+use super::limits::{CHECKSUM_BYTES, DESCRIPTOR_BYTES};
+pub use super::limits::{FIXED_BYTES, MAX_HEAD_BYTES, MIN_HEAD_BYTES};
 use crate::geometry::{ExtentAt, Layout, PageSize, bits};
 use crate::hash;
-
-/// How a page's bytes are coded. The number is on the wire.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[repr(u8)]
-pub enum PageEncoding {
-    /// The page as it is.
-    Raw = 1,
-    /// Snappy, raw format.
-    Snap = 2,
-    /// LZ4 block.
-    Lz4 = 3,
-    /// A Zstandard frame.
-    Zstd = 4,
-    /// A delta against what the destination holds.
-    Xbzrle = 5,
-    /// In the group of the last compressed page before it.
-    Grouped = 6,
-}
 
 /// The most bytes of pages that are compressed as one group; a larger page is a group of its own.
 pub const GROUP_BYTES: usize = 64 << 10;
@@ -67,56 +51,6 @@ pub const GROUP_BYTES: usize = 64 << 10;
 pub fn group_pages(page_size: PageSize) -> usize {
     (GROUP_BYTES / page_size.bytes()).max(1)
 }
-
-impl PageEncoding {
-    /// The encoding of a byte, if this version knows it.
-    #[must_use]
-    pub fn from_u8(byte: u8) -> Option<Self> {
-        let known = [Self::Raw, Self::Snap, Self::Lz4, Self::Zstd, Self::Xbzrle, Self::Grouped];
-        known.into_iter().find(|&known| known as u8 == byte)
-    }
-
-    /// Does a page in this encoding begin a group?
-    #[must_use]
-    pub fn is_codec(self) -> bool {
-        matches!(self, Self::Snap | Self::Lz4 | Self::Zstd)
-    }
-
-    /// The least and the most bytes that a page has in this encoding, if it is the first of a group of `group` pages.
-    fn page_bytes(self, page_size: PageSize, group: u32) -> (u32, u32) {
-        let page = u32::try_from(page_size.bytes()).expect("at most 64 KiB");
-        match self {
-            Self::Raw => (page, page),
-            Self::Snap | Self::Lz4 | Self::Zstd => (1, group * page - 1),
-            Self::Xbzrle => (1, page),
-            Self::Grouped => (0, 0),
-        }
-    }
-}
-
-impl fmt::Display for PageEncoding {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Raw => "raw",
-            Self::Snap => "snap",
-            Self::Lz4 => "lz4",
-            Self::Zstd => "zstd",
-            Self::Xbzrle => "xbzrle",
-            Self::Grouped => "grouped",
-        })
-    }
-}
-
-/// Bytes of the fixed part of a Pages body.
-pub const FIXED_BYTES: usize = 40;
-/// Bytes of one page's descriptor.
-const DESCRIPTOR_BYTES: usize = 4;
-/// Bytes of the checksum of what stands before the payload.
-const CHECKSUM_BYTES: usize = 8;
-/// The most bytes that stand before the payload: fixed part, 64 descriptors, checksum.
-pub const MAX_HEAD_BYTES: usize = FIXED_BYTES + 64 * DESCRIPTOR_BYTES + CHECKSUM_BYTES;
-/// The fewest: of a frame that brings only zero pages, or none.
-pub const MIN_HEAD_BYTES: usize = FIXED_BYTES + CHECKSUM_BYTES;
 
 /// Bytes before the payload, told by the masks of the fixed part.
 #[must_use]

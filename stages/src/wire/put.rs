@@ -1,14 +1,14 @@
 //! Messages into bytes. What is out of its bounds here is our own mistake, and an assertion.
 
-use std::ops::RangeInclusive;
-
 use bytes::Bytes;
 use xxhash_rust::xxh3::xxh3_64;
 
+use super::fields::{put_list, put_name};
 use super::frame::{FrameHead, HEAD_BYTES};
 use super::hello::{MAX_FEATURE_NAME, MAX_FEATURES};
+use super::limits::CHECKSUM_BYTES;
 use super::messages::{
-    CHECKSUM_BYTES, Figure, MAX_DIGESTS, MAX_FIGURE_NAME, MAX_FIGURES, MAX_REASON, MAX_SECTION_NAME, MAX_STATE_CHUNK,
+    Figure, MAX_DIGESTS, MAX_FIGURE_NAME, MAX_FIGURES, MAX_REASON, MAX_SECTION_NAME, MAX_STATE_CHUNK,
     MAX_STRETCH_PAGES, Message, Progress, StateChunk, StretchDigest,
 };
 use crate::geometry::{BlockInfo, MAX_BLOCK_ID, MAX_BLOCKS, MAX_LANES, PageAt};
@@ -134,25 +134,4 @@ fn put_reason(out: &mut Vec<u8>, reason: &str) {
     let reason = &reason[..reason.floor_char_boundary(MAX_REASON)];
     out.extend(u16::try_from(reason.len()).expect("at most MAX_REASON").to_le_bytes());
     out.extend(reason.as_bytes());
-}
-
-/// A name: its length in a byte, then its bytes.
-pub(super) fn put_name(out: &mut Vec<u8>, name: &str, most: usize) {
-    assert!((1..=most).contains(&name.len()), "a name of {} bytes, 1 to {most} are possible", name.len());
-    out.push(u8::try_from(name.len()).expect("no name is longer than 255 bytes"));
-    out.extend(name.as_bytes());
-}
-
-/// A list: its count in two bytes, then its items.
-pub(super) fn put_list<T>(
-    out: &mut Vec<u8>,
-    items: &[T],
-    counts: RangeInclusive<usize>,
-    put: impl Fn(&mut Vec<u8>, &T),
-) {
-    assert!(counts.contains(&items.len()), "a list of {} items, {counts:?} are possible", items.len());
-    out.extend(u16::try_from(items.len()).expect("no list is longer than 65535").to_le_bytes());
-    for item in items {
-        put(out, item);
-    }
 }

@@ -9,7 +9,8 @@ use std::io;
 use tokio::io::AsyncRead;
 
 use super::error::{FrameError, WireError};
-use super::frame::{FrameHead, HEAD_BYTES, Kind};
+use super::frame::{FrameHead, HEAD_BYTES};
+use super::kind::Kind;
 use super::messages::Message;
 use super::pages::{FIXED_BYTES, MAX_HEAD_BYTES, MIN_HEAD_BYTES, PagesHead, head_bytes};
 use super::read_ahead::ReadAhead;

@@ -5,12 +5,12 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use super::error::WireError;
 use super::fields::{Fields, within};
-use super::frame::Kind;
 use super::hello::{Hello, MAX_FEATURE_NAME, MAX_FEATURES};
+use super::kind::Kind;
+use super::limits::CHECKSUM_BYTES;
 use super::messages::{
-    CHECKSUM_BYTES, Figure, MAX_COUNT, MAX_DIGESTS, MAX_FIGURE_NAME, MAX_FIGURES, MAX_REASON, MAX_SECTION_NAME,
-    MAX_STATE_CHUNK, MAX_STRETCH_EXTENTS, MAX_STRETCH_PAGES, Message, Progress, RunState, StateChunk, StatePhase,
-    StretchDigest,
+    Figure, MAX_COUNT, MAX_DIGESTS, MAX_FIGURE_NAME, MAX_FIGURES, MAX_REASON, MAX_SECTION_NAME, MAX_STATE_CHUNK,
+    MAX_STRETCH_EXTENTS, MAX_STRETCH_PAGES, Message, Progress, RunState, StateChunk, StatePhase, StretchDigest,
 };
 use crate::geometry::{BlockInfo, EXTENT_PAGES, MAX_BLOCK_ID, MAX_BLOCKS, MAX_LANES, PageAt};
 use crate::tally::RoundTally;

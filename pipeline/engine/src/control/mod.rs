@@ -54,7 +54,6 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
-mod change;
 mod events;
 mod requests;
 mod status;
@@ -65,8 +64,8 @@ use std::time::{Duration, Instant};
 use tokio::sync::{broadcast, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
-pub use change::{Change, Changed};
-pub(crate) use change::{differences, with_all};
+pub use crate::change::{Change, ChangeError, Changed};
+pub(crate) use crate::change::{differences, with_all};
 use events::Past;
 pub use events::{Events, Happened};
 pub(crate) use requests::{Ask, Request, Requests};
@@ -110,6 +109,15 @@ pub enum ControlError {
     /// The guest is paused already, or elsewhere.
     #[error("too late: {0}")]
     TooLate(String),
+}
+
+impl From<ChangeError> for ControlError {
+    fn from(error: ChangeError) -> Self {
+        match error {
+            ChangeError::Invalid { key, why } => Self::Invalid { key, why },
+            ChangeError::Absent(what) => Self::Refused(what.into()),
+        }
+    }
 }
 
 /// The handle of one end of a migration: see the [module](self). Clones share it. It may serve one migration after another.

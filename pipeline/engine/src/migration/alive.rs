@@ -3,7 +3,6 @@
 //! Heartbeats and the watch are tasks on the caller's runtime: nothing that computes or blocks holds them up, no sync, no digest
 //! and no call into the guest.
 
-use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,39 +10,15 @@ use memferry_stages::heartbeat::{EVERY, send_heartbeats};
 use memferry_stages::queue::Outlet;
 use memferry_stages::sender::Control;
 use memferry_stages::silence::{Ear, silence};
-use memferry_stages::untrusted::Untrusted;
 use memferry_stages::wire::messages::Figure;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::error::MigrationError;
+use super::error::{MigrationError, Silence};
 use crate::settings::LEAST_PEER_TIMEOUT;
 use crate::values::Time;
 
 const _: () = assert!(LEAST_PEER_TIMEOUT.as_millis() >= 3 * EVERY.as_millis(), "heartbeats come too rarely for it");
-
-/// A peer that sent nothing for as long as it may.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Silence {
-    /// "source" or "destination".
-    pub(super) role: &'static str,
-    /// Its name.
-    pub(super) peer: Untrusted,
-    /// How long it was silent: the limit.
-    pub(super) limit: Duration,
-}
-
-impl fmt::Display for Silence {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { role, peer, limit } = self;
-        let limit = Time(*limit);
-        write!(
-            f,
-            "the {role} ({peer}) was silent for {limit} (peer_timeout): look whether its program runs and is not stopped, and whether \
-             the network between the hosts carries anything"
-        )
-    }
-}
 
 /// This end's heartbeats, and its watch over the peer. Dropping it ends both.
 #[derive(Debug)]

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::clears::{Clears, OutForGood};
-use memferry_stages::dirty_log::DirtyLog;
+use memferry_stages::dirty_log::{DirtyLog, LogCall};
 use memferry_stages::memory::GuestMemory;
 
 use super::error::MigrationError;
@@ -33,7 +33,7 @@ pub fn arm(
     may_leave_out: bool,
 ) -> Result<Armed, MigrationError> {
     for log in logs {
-        log.start().map_err(|error| MigrationError::Log { doing: "start", error })?;
+        log.start().map_err(|error| MigrationError::Log { doing: LogCall::Start, error })?;
     }
     let bitmap = Arc::new(DirtyBitmap::filled(memory.layout()));
     let clears = may_leave_out.then(|| Arc::new(Clears::new(bitmap.clone(), out)));
@@ -48,7 +48,7 @@ pub fn arm(
 /// What never travels is nothing to the logs, and is not told of as untouched.
 fn leave_out(logs: &[Arc<dyn DirtyLog>], out: &DirtyBitmap, untouched: &DirtyBitmap) -> Result<(), MigrationError> {
     for log in logs {
-        log.leave_out(out).map_err(|error| MigrationError::Log { doing: "leave pages out", error })?;
+        log.leave_out(out).map_err(|error| MigrationError::Log { doing: LogCall::LeaveOut, error })?;
     }
     out.all_dirty_extents().for_each(|at| _ = untouched.take_mask(at, out.peek(at)));
     Ok(())
@@ -63,7 +63,7 @@ fn arm_untouched(
 ) -> Result<(), MigrationError> {
     let mut were_late = false;
     for log in logs {
-        were_late |= log.arm_unread(untouched).map_err(|error| MigrationError::Log { doing: "arm", error })?;
+        were_late |= log.arm_unread(untouched).map_err(|error| MigrationError::Log { doing: LogCall::Arm, error })?;
     }
     if were_late {
         let still = untouched_pages(memory);

@@ -1,10 +1,13 @@
 //! Why a migration ended before its time.
 
 use std::any::Any;
+use std::fmt;
 use std::io;
 use std::panic::AssertUnwindSafe;
+use std::time::Duration;
 
 use futures::FutureExt;
+use memferry_stages::dirty_log::LogCall;
 use memferry_stages::error::StageError;
 use memferry_stages::geometry::LayoutError;
 use memferry_stages::stage_id::StageId;
@@ -12,9 +15,10 @@ use memferry_stages::untrusted::Untrusted;
 use memferry_stages::wire::WireError;
 use memferry_stages::wire::reader::ReadError;
 
-use super::alive::Silence;
 use crate::controller::Decided;
+use crate::events::Role;
 use crate::guest::GuestError;
+use crate::values::Time;
 
 /// What ended a migration. Its text is the operator's: it says what failed and where.
 #[derive(Debug, thiserror::Error)]
@@ -47,7 +51,7 @@ pub enum MigrationError {
     #[error("the dirty log cannot {doing}: {error}")]
     Log {
         /// What it should have done.
-        doing: &'static str,
+        doing: LogCall,
         /// What the kernel said.
         error: io::Error,
     },
@@ -66,16 +70,16 @@ pub enum MigrationError {
     /// The peer refused, and said why.
     #[error("the {peer} refused: {why}")]
     Refused {
-        /// "source" or "destination".
-        peer: &'static str,
+        /// Which end it is.
+        peer: Role,
         /// In its words.
         why: Untrusted,
     },
     /// The peer gave up, and said why.
     #[error("the {peer} gave up: {why}")]
     GivenUp {
-        /// "source" or "destination".
-        peer: &'static str,
+        /// Which end it is.
+        peer: Role,
         /// In its words.
         why: Untrusted,
     },
@@ -100,6 +104,29 @@ pub enum MigrationError {
     /// The two memories are not the same.
     #[error("verification failed: {0}")]
     Differs(String),
+}
+
+/// A peer that sent nothing for as long as it may.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Silence {
+    /// Which end it is.
+    pub(super) role: Role,
+    /// Its name.
+    pub(super) peer: Untrusted,
+    /// How long it was silent: the limit.
+    pub(super) limit: Duration,
+}
+
+impl fmt::Display for Silence {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { role, peer, limit } = self;
+        let limit = Time(*limit);
+        write!(
+            f,
+            "the {role} ({peer}) was silent for {limit} (peer_timeout): look whether its program runs and is not stopped, and whether \
+             the network between the hosts carries anything"
+        )
+    }
 }
 
 /// Why a stage ended before its time.

@@ -12,12 +12,13 @@ use memferry_stages::wire::Message;
 use tokio::time::{Interval, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
-use super::alive::{Alive, Silence, silenced};
-use super::error::{Failure, MigrationError};
+use super::alive::{Alive, silenced};
+use super::error::{Failure, MigrationError, Silence};
 use super::link::Said;
 use super::senders;
 use super::source_graph::SourceGraph;
 use crate::control::{Request, Requests};
+use crate::events::Role;
 
 /// How often figures are taken and the deadline is looked at.
 const TICK: Duration = Duration::from_millis(100);
@@ -113,8 +114,8 @@ impl Flow {
     /// Why a stage failed: in the destination's words if it gave any, else the first failure in truth.
     pub(super) async fn explain(&mut self, failure: Failure) -> MigrationError {
         match self.last_words(failure).await {
-            Ok(Message::Refused(why)) => MigrationError::Refused { peer: "destination", why },
-            Ok(Message::Abort(why)) => MigrationError::GivenUp { peer: "destination", why },
+            Ok(Message::Refused(why)) => MigrationError::Refused { peer: Role::Destination, why },
+            Ok(Message::Abort(why)) => MigrationError::GivenUp { peer: Role::Destination, why },
             Ok(other) => MigrationError::Protocol(format!("{} came out of turn", other.kind().name())),
             Err(cause) => MigrationError::Stage(cause),
         }

@@ -16,9 +16,10 @@ use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::runtime::Handle;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::alive::{Alive, Silence, silenced};
-use super::error::MigrationError;
+use super::alive::{Alive, silenced};
+use super::error::{MigrationError, Silence};
 use super::senders::{Senders, close};
+use crate::events::Role;
 use crate::settings::SourceSettings;
 
 pub(super) type Writer = Box<dyn AsyncWrite + Send + Unpin>;
@@ -106,7 +107,7 @@ impl Link {
         let senders = Senders::start(writers, settings, durable_rounds, plane);
         let (said, alive) = reader
             .map(|(reader, ear)| {
-                let silence = Silence { role: "destination", peer: peer.clone(), limit: settings.peer_timeout };
+                let silence = Silence { role: Role::Destination, peer: peer.clone(), limit: settings.peer_timeout };
                 let alive = Alive::start(senders.control[0].clone(), vec![ear], silence);
                 (Said::listen(reader), alive)
             })
@@ -134,8 +135,8 @@ impl Link {
             return match message {
                 Ok(Message::Heartbeat(_)) => continue,
                 Ok(message) if expected(&message) => Ok(()),
-                Ok(Message::Refused(why)) => Err(MigrationError::Refused { peer: "destination", why }),
-                Ok(Message::Abort(why)) => Err(MigrationError::GivenUp { peer: "destination", why }),
+                Ok(Message::Refused(why)) => Err(MigrationError::Refused { peer: Role::Destination, why }),
+                Ok(Message::Abort(why)) => Err(MigrationError::GivenUp { peer: Role::Destination, why }),
                 Ok(other) => Err(MigrationError::Protocol(format!("{} came out of turn", other.kind().name()))),
                 Err(why) => Err(MigrationError::Lost(format!("while the migration was being agreed: {why}"))),
             };

@@ -1,5 +1,6 @@
 //! The logs under the conformance kit, over a kernel that forgives nothing and over kernels called the wrong way.
 
+use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 

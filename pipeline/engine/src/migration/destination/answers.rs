@@ -13,8 +13,9 @@ use memferry_stages::wire::Message;
 use tokio::runtime::Handle;
 
 use super::flow::finish;
-use crate::migration::alive::{Alive, Silence};
-use crate::migration::error::MigrationError;
+use crate::events::Role;
+use crate::migration::alive::Alive;
+use crate::migration::error::{MigrationError, Silence};
 use crate::migration::link::Writer;
 use crate::migration::stage_set::StageSet;
 use crate::migration::{FAREWELL, bounds};
@@ -41,7 +42,7 @@ impl Answers {
         let (sent, _) = bounded(1);
         let sender = Sender::new(0, writer, None, false, 0, Meter::start(StageId::ANSWERS));
         stages.spawn(StageId::ANSWERS, sender.run(frames, no_bulk, sent));
-        let silence = Silence { role: "source", peer: source, limit };
+        let silence = Silence { role: Role::Source, peer: source, limit };
         let alive = Alive::start(outlet.clone(), ears, silence);
         Self { stages, outlet, alive }
     }

@@ -12,7 +12,7 @@ use memferry_stages::wire::messages::{RunState, StatePhase};
 
 use super::Destination;
 use super::flow::{Flow, Signal, ended_early};
-use crate::events::{Event, Phase, Progress};
+use crate::events::{Event, Phase, Progress, Role};
 use crate::migration::digests::{self, Digests, Pending};
 use crate::migration::error::MigrationError;
 use crate::migration::state::Assembly;
@@ -58,7 +58,7 @@ impl Destination {
                     arrival.digests.add(block, first, stretches)?;
                 }
                 Signal::Said(Message::End { run_state, frames }) => arrival.end = Some((run_state, frames)),
-                Signal::Said(Message::Abort(why)) => return Err(MigrationError::GivenUp { peer: "source", why }),
+                Signal::Said(Message::Abort(why)) => return Err(MigrationError::GivenUp { peer: Role::Source, why }),
                 Signal::Said(other) => {
                     return Err(MigrationError::Protocol(format!("{} came out of turn", other.kind().name())));
                 }

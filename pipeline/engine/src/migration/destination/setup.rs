@@ -17,7 +17,7 @@ use super::Destination;
 use super::answers::{Answers, say};
 use super::flow::{Flow, ended_early};
 use crate::bottleneck::{self, Watch};
-use crate::events::{Event, Phase};
+use crate::events::{Event, Phase, Role};
 use crate::guest::{GuestError, GuestState};
 use crate::migration::alive::silenced;
 use crate::migration::destination_graph::DestinationGraph;
@@ -148,7 +148,7 @@ async fn read_setup(session: &mut Session, room: &mut Room) -> Result<(Vec<Block
             Some(Incoming::Message { message: Message::Blocks(blocks), .. }) => return Ok((blocks, setup.finish()?)),
             Some(Incoming::Message { message: Message::Heartbeat(_), .. }) => {}
             Some(Incoming::Message { message: Message::Abort(why), .. }) => {
-                return Err(MigrationError::GivenUp { peer: "source", why });
+                return Err(MigrationError::GivenUp { peer: Role::Source, why });
             }
             Some(Incoming::Message { message, .. }) => {
                 return Err(MigrationError::Protocol(format!("{} came before the blocks", message.kind().name())));

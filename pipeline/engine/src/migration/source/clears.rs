@@ -6,6 +6,7 @@
 use std::ops::Range;
 
 use memferry_stages::clears::{OutForGood, Spared};
+use memferry_stages::dirty_log::LogCall;
 
 use super::Source;
 use crate::events::Event;
@@ -106,7 +107,7 @@ impl Source {
         }
         let (logs, bitmap) = (self.logs.clone(), bitmap.clone());
         let arm = move || logs.iter().try_for_each(|log| log.arm_unread(&bitmap).map(drop));
-        blocking(arm).await.map_err(|error| MigrationError::Log { doing: "arm", error })?;
+        blocking(arm).await.map_err(|error| MigrationError::Log { doing: LogCall::Arm, error })?;
         Ok(Some(clears.open()))
     }
 

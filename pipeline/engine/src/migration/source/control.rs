@@ -69,7 +69,7 @@ impl Source {
         match *to {
             Change::Deadline(Some(deadline)) if deadline <= self.started.elapsed() => {
                 let gone = human::time(self.started.elapsed());
-                Err(to.wrong(format!("{gone} are gone already; to end it, cancel it")))
+                Err(to.wrong(format!("{gone} are gone already; to end it, cancel it")).into())
             }
             Change::XbzrleCache(bytes) => self.check_cache(to, bytes),
             _ => Ok(()),
@@ -81,14 +81,16 @@ impl Source {
         let (page, lanes) = (self.page_bytes(1), self.settings.lanes);
         let least = bounds::least_cache(page, lanes);
         if bytes < least {
-            return Err(to.wrong(format!("a cache of {} holds no pages; write {} or more", Size(bytes), Size(least))));
+            return Err(to
+                .wrong(format!("a cache of {} holds no pages; write {} or more", Size(bytes), Size(least)))
+                .into());
         }
         if let Some((what, write)) = bounds::cache_beyond_guest(bytes, self.layout().bytes(), page, lanes) {
-            return Err(to.wrong(format!("{what}; {write}")));
+            return Err(to.wrong(format!("{what}; {write}")).into());
         }
         let settings = with_all(&self.settings, &[*to])?;
         let bound = bounds::source_bound(self.layout(), &settings, self.may_leave_out());
-        bounds::check_cache(bound, bytes).map_err(|why| to.wrong(why))
+        bounds::check_cache(bound, bytes).map_err(|why| to.wrong(why).into())
     }
 
     /// The settings say it already: whoever else must know it is told.

@@ -1,5 +1,6 @@
 //! The end, whatever happened: the guest is where the verdict says, and everybody is told.
 
+use memferry_stages::dirty_log::LogCall;
 use memferry_stages::wire::Message;
 
 use super::Source;
@@ -104,7 +105,7 @@ impl Source {
     async fn stop_logs(&self) {
         // Each of them, whatever becomes of the others.
         for log in self.logs.clone() {
-            let stop = move || log.stop().map_err(|error| MigrationError::Log { doing: "stop", error });
+            let stop = move || log.stop().map_err(|error| MigrationError::Log { doing: LogCall::Stop, error });
             if let Err(error) = guarded(blocking(stop)).await {
                 self.observers.tell(&Event::Warning(error.to_string()));
             }

@@ -12,7 +12,7 @@ use memferry_stages::wire::messages::Progress as Acknowledged;
 use super::Source;
 use crate::controller::forecast::Standing;
 use crate::controller::{Decided, Decision};
-use crate::events::Event;
+use crate::events::{Event, Role};
 use crate::migration::asked;
 use crate::migration::error::MigrationError;
 use crate::migration::flow::{Flow, Signal};
@@ -178,8 +178,8 @@ impl Source {
                 self.hear(&figures);
                 Ok(None)
             }
-            Signal::Said(Message::Refused(why)) => Err(MigrationError::Refused { peer: "destination", why }),
-            Signal::Said(Message::Abort(why)) => Err(MigrationError::GivenUp { peer: "destination", why }),
+            Signal::Said(Message::Refused(why)) => Err(MigrationError::Refused { peer: Role::Destination, why }),
+            Signal::Said(Message::Abort(why)) => Err(MigrationError::GivenUp { peer: Role::Destination, why }),
             Signal::Said(other) => Err(MigrationError::Protocol(format!("{} came out of turn", other.kind().name()))),
             Signal::Lost(why) => Err(MigrationError::Lost(why)),
             Signal::Silent(silence) => Err(MigrationError::Silent(silence)),

@@ -3,9 +3,24 @@
 use std::fmt;
 use std::time::Duration;
 
-use super::ControlError;
 use crate::settings::{SourceSettings, StallStep, SwitchoverBandwidth};
 use crate::values::{Bandwidth, Deadline, Size, Time};
+
+/// Why a setting cannot be changed to a value.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ChangeError {
+    /// There is no such value.
+    #[error("{key}: {why}")]
+    Invalid {
+        /// Of which setting.
+        key: &'static str,
+        /// What is wrong, and what would be right.
+        why: String,
+    },
+    /// This migration does not have the setting.
+    #[error("{0}")]
+    Absent(&'static str),
+}
 
 /// Another value for one setting of a running source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,7 +72,7 @@ impl Change {
     }
 
     /// Is the value one that can be, whatever the others are?
-    pub fn check(&self) -> Result<(), ControlError> {
+    pub fn check(&self) -> Result<(), ChangeError> {
         if let Some((what, write)) = self.bandwidth().and_then(|most| Bandwidth(Some(most)).too_slow()) {
             return Err(self.wrong(format!("{what}; write {write}")));
         }
@@ -129,8 +144,8 @@ impl Change {
         }
     }
 
-    pub(crate) fn wrong(&self, why: String) -> ControlError {
-        ControlError::Invalid { key: self.key(), why }
+    pub(crate) fn wrong(&self, why: String) -> ChangeError {
+        ChangeError::Invalid { key: self.key(), why }
     }
 }
 
@@ -157,7 +172,7 @@ impl fmt::Display for Changed {
 }
 
 /// The settings with other values, if these can be; what is not there cannot be changed.
-pub(crate) fn with_all(settings: &SourceSettings, changes: &[Change]) -> Result<SourceSettings, ControlError> {
+pub(crate) fn with_all(settings: &SourceSettings, changes: &[Change]) -> Result<SourceSettings, ChangeError> {
     let mut all = settings.clone();
     for change in changes {
         change.check()?;
@@ -168,13 +183,13 @@ pub(crate) fn with_all(settings: &SourceSettings, changes: &[Change]) -> Result<
         Some(most) if all.downtime_limit > most => {
             let (limit, most) = (Time(all.downtime_limit), Time(most));
             let why = format!("a downtime_limit of {limit} above a max_downtime of {most}");
-            Err(ControlError::Invalid { key: "max_downtime", why })
+            Err(ChangeError::Invalid { key: "max_downtime", why })
         }
         _ => Ok(all),
     }
 }
 
-fn check_there_is(settings: &SourceSettings, change: &Change) -> Result<(), ControlError> {
+fn check_there_is(settings: &SourceSettings, change: &Change) -> Result<(), ChangeError> {
     if Change::list(settings).iter().any(|there| there.key() == change.key()) {
         return Ok(());
     }
@@ -184,7 +199,7 @@ fn check_there_is(settings: &SourceSettings, change: &Change) -> Result<(), Cont
         }
         _ => "xbzrle_cache: this migration makes no deltas, so there is no cache",
     };
-    Err(ControlError::Refused(missing.into()))
+    Err(ChangeError::Absent(missing))
 }
 
 /// What is different in `after`: what it was before, and what it is there.
@@ -253,7 +268,7 @@ mod tests {
         let without = SourceSettings { encoder, ..SourceSettings::default() };
         assert_eq!(Change::list(&without).len(), 5);
         for change in [Change::ThrottleMost(50), Change::XbzrleCache(1 << 30)] {
-            assert!(matches!(with_all(&without, &[change]), Err(ControlError::Refused(_))), "{change:?}");
+            assert!(matches!(with_all(&without, &[change]), Err(ChangeError::Absent(_))), "{change:?}");
         }
     }
 }
