@@ -216,7 +216,6 @@ pub mod millis {
     use super::*;
 
     /// Writes it.
-    #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for it")]
     pub fn serialize<S: Serializer>(time: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.serialize_f64(ms(*time))
     }
@@ -244,7 +243,6 @@ macro_rules! holds {
         }
 
         #[doc = concat!("For serde: what a [`", stringify!($written), "`] holds, as it is written.")]
-        #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for it")]
         pub mod $module {
             use super::*;
 
