@@ -10,7 +10,6 @@
 
 mod common;
 
-use fastrand::Rng;
 use std::future::Future;
 use std::hint::black_box;
 use std::io::{self, IoSlice};
@@ -20,6 +19,7 @@ use std::task::{Context, Poll};
 
 use common::inputs::{self, CHANGES};
 use common::{EXTENT, PAGE, Suite, or_of, timed};
+use fastrand::Rng;
 use futures::join;
 use memferry_stages::batch::Item;
 use memferry_stages::bitmap::DirtyBitmap;

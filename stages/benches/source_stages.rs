@@ -9,13 +9,13 @@
 
 mod common;
 
-use fastrand::Rng;
 use std::hint::black_box;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use common::inputs::{self, CHANGES, CONTENTS};
 use common::{EXTENT, PAGE, Suite, memcpy, sweep, timed};
+use fastrand::Rng;
 use memferry_stages::batch::{Batch, CopiedBatch, Item};
 use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::codec::Codec;

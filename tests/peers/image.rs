@@ -1,11 +1,11 @@
 //! RAM images: files of known content, on memory where there is any.
 
-use fastrand::Rng;
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use fastrand::Rng;
 use tempfile::TempDir;
 use xxhash_rust::xxh3::Xxh3;
 

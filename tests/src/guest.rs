@@ -1,11 +1,11 @@
 //! A guest for tests: memory with writers that never rest, and a record of everything it was told.
 
-use fastrand::Rng;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use fastrand::Rng;
 use memferry::guest::{DestinationGuest, Guest, GuestError, GuestState, RunState, SourceGuest, StateSection};
 use memferry_stages::dirty_log::DirtyLog;
 use memferry_stages::geometry::{BlockInfo, Layout, PageSize};

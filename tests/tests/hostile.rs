@@ -1,13 +1,13 @@
 //! Peers and files that mean harm: strangers at the door, frames that cannot be, files cut short or with one bit flipped.
 //! Nothing here panics, hangs, starts a guest or takes more memory than it said.
 
-use fastrand::Rng;
 use std::io::Write;
 use std::net::{Shutdown, TcpStream};
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use fastrand::Rng;
 use memferry::events::{Ended, Event, Phase};
 use memferry::guest::Guest;
 use memferry::settings::DestinationSettings;

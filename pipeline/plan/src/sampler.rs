@@ -12,11 +12,11 @@
 //! It reads a few hundred pages an interval and keeps copies of 12 MiB at most; the copies are taken while the guest
 //! writes, as an encoder's are.
 
-use fastrand::Rng;
 use std::collections::BinaryHeap;
 use std::io;
 use std::time::{Duration, Instant};
 
+use fastrand::Rng;
 use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::encoder::estimate::Estimate;
 use memferry_stages::geometry::{ExtentAt, Layout, PageAt, bits};

@@ -6,11 +6,11 @@
 //!   of an interval add up to it.
 //! - **When the trace is over** it begins again.
 
-use fastrand::Rng;
 use std::borrow::Cow;
 use std::ops::Range;
 use std::time::Duration;
 
+use fastrand::Rng;
 use memferry_stages::geometry::bits;
 
 use super::trace::{Interval, Trace};

@@ -1,11 +1,11 @@
 //! Pages to measure on: contents of memory, and changes to it.
 
-use fastrand::Rng;
 use std::fs::File;
 use std::hint::black_box;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, OnceLock};
 
+use fastrand::Rng;
 use memferry_stages::geometry::{BlockInfo, PageSize};
 use memferry_stages::memory::{GuestMemory, MappedMemory, RamBlock};
 

@@ -1,6 +1,6 @@
-use fastrand::Rng;
 use std::collections::{BTreeMap, VecDeque};
 
+use fastrand::Rng;
 use futures::FutureExt;
 use proptest::prelude::*;
 

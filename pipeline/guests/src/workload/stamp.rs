@@ -11,10 +11,10 @@
 //! The place and the bytes of the body, and the check, follow from page, sequence and seed alone. So whoever knows
 //! which sequence a page should have knows these bytes, and nothing of the page itself need be remembered.
 
-use super::machine::Machine;
-use super::random::generator;
 use fastrand::Rng;
 
+use super::machine::Machine;
+use super::random::generator;
 /// Bytes of a stamp, at the start of a page.
 pub(super) const STAMP_BYTES: usize = 16;
 

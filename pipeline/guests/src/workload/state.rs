@@ -23,10 +23,10 @@
 //! A peer may have made these bytes up: lengths and values are checked before anything is made of them, and what does
 //! not fit is an error.
 
-use fastrand::Rng;
 use std::path::Path;
 
 use bytes::{Buf, BufMut};
+use fastrand::Rng;
 use memferry_stages::geometry::PageSize;
 use memferry_stages::untrusted::listed;
 

@@ -1,10 +1,10 @@
 //! The workload as a pipeline uses it, through the guest traits alone, with pages copied by hand.
 
-use fastrand::Rng;
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use fastrand::Rng;
 use memferry_stages::batch::{Batch, CopiedBatch};
 use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::dirty_log::UserfaultLog;

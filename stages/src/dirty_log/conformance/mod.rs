@@ -51,11 +51,12 @@ mod schedule;
 #[cfg(test)]
 mod tests;
 
-use fastrand::Rng;
 use std::fmt;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
+
+use fastrand::Rng;
 
 use super::DirtyLog;
 use crate::geometry::{Layout, PageAt};

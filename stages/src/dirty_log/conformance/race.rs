@@ -1,11 +1,12 @@
 //! Threads that never stop writing, against a scanner and a lane that are threads too.
 
-use fastrand::Rng;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread;
 use std::time::{Duration, Instant};
+
+use fastrand::Rng;
 
 use super::mirror::{Mirror, Scanner, Taken};
 use super::{Breach, Order, Subject, any_page, offset};

@@ -4,9 +4,10 @@
 //! they meet. The lane's steps come late: batches wait to be read, and a read waits to be reported to the log. At the end
 //! the guest is paused, pending steps finish before, during or after the last sync, and the copies must be equal.
 
-use fastrand::Rng;
 use std::collections::VecDeque;
 use std::io;
+
+use fastrand::Rng;
 
 use super::mirror::{Mirror, Scanner, Taken};
 use super::{Breach, Order, Subject, any_page, offset};
