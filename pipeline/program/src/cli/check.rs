@@ -197,7 +197,7 @@ fn at_rate(bytes: u64, bytes_per_second: u64) -> Duration {
 mod tests {
     use super::*;
     use crate::config::{Purpose, parse};
-    use memferry::guest::Guest;
+    use memferry::guest::{Guest, SourceGuest};
     use memferry_guests::workload::Workload;
 
     fn described(text: &str) -> String {
@@ -227,7 +227,7 @@ mod tests {
     }
 
     /// What is said before the run, and what the logs of the guest that runs keep. `None` where the host has no such log.
-    fn said_and_kept(config: &Config, guest: &dyn Guest) -> Option<(u64, u64)> {
+    fn said_and_kept(config: &Config, guest: &dyn SourceGuest) -> Option<(u64, u64)> {
         let logs = guest.dirty_logs().inspect_err(|error| println!("skipped: {error}")).ok()?;
         Some((logs_bytes(config, guest.memory().layout()), logs.iter().map(|log| log.memory_bytes()).sum()))
     }
