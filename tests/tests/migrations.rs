@@ -4,12 +4,16 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use memferry::events::{Event, Phase, Role};
-use memferry::settings::{After, EncoderSettings, OnMiss, SourceSettings, XbzrleSettings};
+use memferry::blocking::Runtime;
+use memferry::events::{Event, Observers, Phase, Role};
+use memferry::migration::{RunsHere, SendError};
+use memferry::settings::{After, EncoderSettings, OnMiss, Rule, Setting, SourceSettings, XbzrleSettings};
+use memferry_guests::workload::{Pattern, Region, Workload, WorkloadSettings, WriterSettings};
 use memferry_stages::codec::Codec;
 use memferry_stages::geometry::PageSize;
 use memferry_stages::tally::RoundTally;
 use memferry_tests::guest::Told;
+use memferry_tests::run::destination_settings;
 use memferry_tests::{Ends, TestGuest, migrate, source_settings};
 use memferry_transports::memory::MemoryTransport;
 use memferry_transports::{Address, Transport, open};
@@ -196,4 +200,42 @@ fn a_bandwidth_cap_bounds_what_goes_over_the_wire() {
     let ended = &moved.ends.source;
     let rate = ended.wire_bytes as f64 / ended.total.as_secs_f64();
     assert!(rate < 1.1 * f64::from(64 << 20), "{rate} bytes a second");
+}
+
+/// Two threads, and no async code of the caller's.
+#[test]
+fn a_guest_is_moved_between_threads_without_a_runtime_of_the_callers() {
+    let writer = WriterSettings { pattern: Pattern::Uniform, pages_per_second: 5e3, bytes: 64, region: Region::ALL };
+    let settings = WorkloadSettings { memory: 4 << 20, writers: vec![writer], ..WorkloadSettings::default() };
+    let source = Workload::source(settings).unwrap();
+    let (here, there) = (Runtime::new().unwrap(), Runtime::new().unwrap());
+    let transport = memferry_transports::open(&"tcp:127.0.0.1:0".parse().unwrap(), Duration::ZERO);
+    let listener = there.listen(&*transport).unwrap();
+    let way = memferry_transports::open(&listener.local_address().parse().unwrap(), Duration::from_secs(10));
+    let receiving = std::thread::spawn(move || {
+        let unwatched = Observers::none(Role::Destination);
+        there.receive(Workload::destination(), listener, destination_settings(), unwatched, CancellationToken::new())
+    });
+    let unwatched = Observers::none(Role::Source);
+    let sent = here.send(source.clone(), way.into(), source_settings(2, 1), unwatched, CancellationToken::new());
+    assert_eq!(sent.unwrap().guest_runs_here(), RunsHere::Elsewhere);
+    let arrived = receiving.join().unwrap().unwrap().guest;
+    assert!(arrived.status().running && !source.status().running);
+    assert_eq!(arrived.check_all().first_stale, None);
+}
+
+/// What cannot be is an error before anything begins, and the guest is not asked for anything that would change it.
+#[test]
+fn settings_that_cannot_be_are_refused_before_anything_begins() {
+    let source = TestGuest::source(PageSize::DEFAULT, &[1 << 20]).running(1);
+    let refused = Runtime::new().unwrap().send(
+        source.clone(),
+        Arc::new(MemoryTransport::new(1)),
+        SourceSettings { lanes: 0, ..source_settings(1, 1) },
+        Observers::none(Role::Source),
+        CancellationToken::new(),
+    );
+    let Err(SendError::Settings { source: why, .. }) = refused else { panic!("{refused:?}") };
+    assert_eq!((why.setting, why.broken), (Setting::Lanes, Rule::Lanes(0)));
+    assert!(source.told().is_empty() && source.runs());
 }

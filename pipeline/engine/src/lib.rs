@@ -9,13 +9,15 @@
 //! | describe its RAM | [`memory`], [`geometry`] |
 //! | tell which pages were written | a [`DirtyLog`](dirty_log::DirtyLog) of those in [`dirty_log`], or one of your own |
 //! | move it | [`migration::send`] and [`migration::receive`], with [`settings`], over one of the [`transports`] |
+//! | move it from a VMM of threads, without an async runtime | [`blocking`] |
 //! | watch it | [`events`] |
 //! | change or end it while it runs | [`control`] |
 //! | take RAM and log from `vm-memory` | `vm_memory`, with the feature `vm-memory` |
 //! | know that the implementation is right | [`guest::conformance`], [`dirty_log::conformance`] |
 //!
-//! `examples/embed.rs` is all of that in one short program. The guests that memferry ships are in the crate `memferry-guests`.
+//! `examples/embed.rs` is all of that in one program. The guests that memferry ships are in the crate `memferry-guests`.
 
+pub mod blocking;
 mod change;
 pub mod control;
 pub mod controller;

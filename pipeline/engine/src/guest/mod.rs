@@ -63,7 +63,7 @@ use memferry_stages::memory::GuestMemory;
 use memferry_stages::untrusted::Untrusted;
 pub use memferry_stages::wire::messages::RunState;
 
-use clearer::Clearer;
+use clearer::{BlockPages, Clearer};
 
 pub mod clearer;
 pub mod conformance;
@@ -121,7 +121,29 @@ pub trait Guest: Send + Sync + fmt::Debug {
     fn clearers(&self) -> Vec<Arc<dyn Clearer>> {
         Vec::new()
     }
+
+    // ---- Reserved for later courses. Nothing calls them yet; each default refuses, with the reason. ----
+
+    /// Reserved: can faults on its memory be handled in user space? Postcopy asks it at the destination, a snapshot at the source.
+    ///
+    /// # Errors
+    /// Why not. The default: nobody has looked.
+    fn can_be_userfaulted(&self) -> Result<(), GuestError> {
+        Err(GuestError("this guest does not say that its memory can be userfaulted".into()))
+    }
+
+    /// Reserved: is the mapping that it lends the only one, and nothing of it pinned or locked (VFIO, vhost-user, mlock)?
+    /// Postcopy and a snapshot ask it.
+    ///
+    /// # Errors
+    /// Who else maps or pins it. The default: nobody has looked.
+    fn mapping_is_exclusive(&self) -> Result<(), GuestError> {
+        Err(GuestError("this guest does not say that its memory is mapped once and not pinned".into()))
+    }
 }
+
+/// Reserved: what a guest calls before it discards pages, and waits for. See [`SourceGuest::before_discard`].
+pub type DiscardHook = Arc<dyn Fn(BlockPages) + Send + Sync>;
 
 /// A guest that can be sent.
 pub trait SourceGuest: Guest {
@@ -210,6 +232,54 @@ pub trait SourceGuest: Guest {
     /// The destination has confirmed that it runs the guest, or the stream in a file is complete and the guest is to stay paused:
     /// whatever watched over the guest here may end. The last call, besides those to its logs.
     fn moved(&self) {}
+
+    // ---- Reserved for later courses. Nothing calls them yet; each default refuses, with the reason. ----
+
+    /// Reserved for snapshots: from here on the guest calls `hook` with each range that it is about to discard (balloon,
+    /// virtio-mem, free page reporting), and discards it when the hook has returned: the pages are saved first.
+    ///
+    /// # Errors
+    /// If it cannot: the default.
+    fn before_discard(&self, hook: DiscardHook) -> Result<(), GuestError> {
+        drop(hook);
+        Err(GuestError("this guest cannot report what it is about to discard".into()))
+    }
+
+    /// Reserved for snapshots: the cut. The guest is paused, its state is saved and its memory protected, and it is about to be
+    /// resumed: what belongs to the same moment, such as a snapshot of its disks, is taken in this call.
+    ///
+    /// # Errors
+    /// If nothing can be taken with it: the default.
+    fn at_cut(&self) -> Result<(), GuestError> {
+        Err(GuestError("this guest takes nothing of its own at the cut of a snapshot".into()))
+    }
+
+    /// Reserved for snapshots and replication: the device state of a guest that goes on here. Nothing is
+    /// [released](SourceGuest::release) before, nor reacquired after it.
+    ///
+    /// # Errors
+    /// If its state can be saved only where it leaves: the default.
+    fn save_and_stay(&self) -> Result<GuestState, GuestError> {
+        Err(GuestError("this guest cannot be saved without being released".into()))
+    }
+
+    /// Reserved for replication, the output gate: from here on what the guest sends to the outside is held back, until
+    /// [`SourceGuest::release_outputs`].
+    ///
+    /// # Errors
+    /// If its outputs cannot be held back: the default.
+    fn hold_outputs(&self) -> Result<(), GuestError> {
+        Err(GuestError("the outputs of this guest cannot be held back".into()))
+    }
+
+    /// Reserved for replication: the outputs that were held back up to checkpoint `epoch` may leave, for it is acknowledged.
+    ///
+    /// # Errors
+    /// If its outputs cannot be held back: the default.
+    fn release_outputs(&self, epoch: u64) -> Result<(), GuestError> {
+        let _ = epoch;
+        Err(GuestError("the outputs of this guest cannot be held back".into()))
+    }
 }
 
 /// Makes a guest for the blocks that come to a destination. A function or closure with the signature of
@@ -260,4 +330,55 @@ pub trait DestinationGuest: Guest {
     /// # Errors
     /// When it does not start; the operators of both sides are told.
     fn start(&self, run_state: RunState) -> Result<(), GuestError>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug)]
+    struct Least;
+
+    impl Guest for Least {
+        fn memory(&self) -> GuestMemory {
+            unreachable!("nobody asks")
+        }
+    }
+
+    impl SourceGuest for Least {
+        fn run_state(&self) -> RunState {
+            RunState::Paused
+        }
+
+        fn dirty_logs(&self) -> Result<Vec<Arc<dyn DirtyLog>>, GuestError> {
+            Ok(Vec::new())
+        }
+
+        fn pause(&self) -> Result<(), GuestError> {
+            Ok(())
+        }
+
+        fn resume(&self) -> Result<(), GuestError> {
+            Ok(())
+        }
+
+        fn save(&self) -> Result<GuestState, GuestError> {
+            Ok(GuestState::default())
+        }
+    }
+
+    /// A guest that was written before a course came is refused by that course, and says why.
+    #[test]
+    fn what_is_reserved_is_refused_with_a_reason() {
+        let refused = [
+            Least.can_be_userfaulted(),
+            Least.mapping_is_exclusive(),
+            Least.before_discard(Arc::new(drop)),
+            Least.at_cut(),
+            Least.save_and_stay().map(drop),
+            Least.hold_outputs(),
+            Least.release_outputs(1),
+        ];
+        assert!(refused.iter().all(|refused| refused.as_ref().is_err_and(|why| !why.0.is_empty())), "{refused:?}");
+    }
 }

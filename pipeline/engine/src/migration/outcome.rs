@@ -23,7 +23,6 @@ pub struct Sent {
 
 impl Sent {
     /// Where the guest is: [`RunsHere::AsBefore`] after a snapshot, else [`RunsHere::Elsewhere`].
-    #[must_use]
     pub fn guest_runs_here(&self) -> RunsHere {
         if self.resumed { RunsHere::AsBefore } else { RunsHere::Elsewhere }
     }
@@ -84,7 +83,7 @@ pub enum SendError {
     #[non_exhaustive]
     ResumeFailed {
         /// Why it could not be resumed.
-        source: MigrationError,
+        source: Box<MigrationError>,
         /// Why the migration ended; `None` if the stream in a file is complete.
         cause: Option<Box<MigrationError>>,
         /// The figures up to then.
@@ -116,7 +115,6 @@ impl SendError {
     }
 
     /// Where the guest is.
-    #[must_use]
     pub fn guest_runs_here(&self) -> RunsHere {
         match self {
             Self::Settings { .. } | Self::Failed { .. } | Self::Cancelled { .. } => RunsHere::AsBefore,

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::time::Duration;
 
-use memferry_stages::geometry::{MAX_BLOCK_ID, MAX_BLOCKS, MAX_LANES, PageSize};
+use memferry_stages::geometry::{MAX_BLOCK_ID, MAX_BLOCKS, PageSize};
 use memferry_transports::{Address, Capabilities, open};
 
 use super::fault::Fault;
@@ -12,8 +12,8 @@ use super::tables::{
     WriterTable,
 };
 use super::{Purpose, settings};
-use memferry::migration::{cache_beyond_guest, least_cache};
-use memferry::settings::{After, LEAST_PEER_TIMEOUT, OnMiss, StallStep, SwitchoverBandwidth};
+use memferry::migration::cache_beyond_guest;
+use memferry::settings::{After, Rule, SwitchoverBandwidth};
 use memferry::values::{Bandwidth, Size, Time};
 use memferry_guests::SharedSettings;
 use memferry_guests::kvm::settings::{MEMORY_UNIT, MOST_MEMORY, MOST_VCPUS, OWN_BYTES, PAGE_BYTES};
@@ -24,11 +24,10 @@ use memferry_guests::workload::{Fill, Pattern};
 pub(super) fn check(config: &Config, purpose: Purpose) -> Vec<Fault> {
     let mut faults = Vec::new();
     transport(config, purpose, &mut faults);
-    pipeline(config, &mut faults);
+    library(config, &mut faults);
     encoder(config, &mut faults);
-    migration(config, &mut faults);
+    bandwidths(config, &mut faults);
     check_snapshot(config, &mut faults);
-    convergence(config, &mut faults);
     match &config.guest {
         GuestTable::Workload(workload) => check_workload(workload, &mut faults),
         GuestTable::File(file) => {
@@ -85,50 +84,29 @@ fn capabilities(config: &Config, can: Capabilities, purpose: Purpose, faults: &m
     );
 }
 
-fn pipeline(config: &Config, faults: &mut Vec<Fault>) {
-    let table = &config.pipeline;
-    for (path, lanes) in [("pipeline.lanes", table.lanes), ("pipeline.max_lanes", table.max_lanes)] {
-        let right = (1..=MAX_LANES).contains(&lanes);
-        need(faults, right, path, format!("{lanes} lanes"), format!("write a number from 1 to {MAX_LANES}"));
+/// The rules that the library has for settings, wherever they come from: each once, though it may hold at both ends.
+fn library(config: &Config, faults: &mut Vec<Fault>) {
+    let mut broken = config.source().broken_rules(page_size(config).0);
+    for more in config.destination().broken_rules() {
+        if !broken.contains(&more) {
+            broken.push(more);
+        }
     }
-    need(
-        faults,
-        (1..=table.lanes.max(1)).contains(&table.connections),
-        "pipeline.connections",
-        format!("{} connections for {} lanes", table.connections, table.lanes),
-        format!("write a number from 1 to {}, or more lanes: a lane travels on one connection", table.lanes.max(1)),
-    );
+    // No bandwidth at all is less than the least that a configuration takes.
+    broken.retain(|error| error.broken != Rule::Bandwidth);
+    faults.extend(broken.iter().map(|error| Fault::new(error.setting.key(), error.broken.to_string(), error.help())));
 }
 
 fn encoder(config: &Config, faults: &mut Vec<Fault>) {
     let table = &config.encoder;
-    let deltas = table.delta == DeltaChoice::Xbzrle;
-    let page = page_size(config).0;
-    if let Some(cache) = table.xbzrle_cache.filter(|_| deltas) {
-        let least = Size(least_cache(page, config.pipeline.lanes));
-        need(
-            faults,
-            cache >= least,
-            "encoder.xbzrle_cache",
-            format!("an XBZRLE cache of {cache} holds no pages"),
-            format!("write \"256 MiB\", at least {least} here, or delta = \"none\""),
-        );
-    }
     faults.extend(guest_bytes(config).and_then(|guest| cache_beyond(config, guest)));
     need(
         faults,
-        !(deltas && table.on_miss == OnMiss::Compress && table.compress == Compress::None),
-        "encoder.on_miss",
-        "pages cannot be compressed on a miss where `compress` is \"none\"",
-        "delete it, or choose a compressor: compress = \"lz4\"",
+        table.compress_level.is_none() || table.compress == Compress::Zstd,
+        "encoder.compress_level",
+        "only zstd has levels",
+        "delete it, or write compress = \"zstd\"",
     );
-    if let Some(level) = table.compress_level {
-        let path = "encoder.compress_level";
-        let zstd = table.compress == Compress::Zstd;
-        need(faults, zstd, path, "only zstd has levels", "delete it, or write compress = \"zstd\"");
-        let right = (-7..=19).contains(&level);
-        need(faults, right, path, format!("zstd has no level {level}"), "write a number from -7 (fast) to 19 (dense)");
-    }
 }
 
 /// A cache that is written, and larger than the guest's memory.
@@ -149,67 +127,12 @@ fn guest_bytes(config: &Config) -> Option<u64> {
     }
 }
 
-fn migration(config: &Config, faults: &mut Vec<Fault>) {
+fn bandwidths(config: &Config, faults: &mut Vec<Fault>) {
     let table = &config.migration;
-    positive(faults, "migration.downtime_limit", table.downtime_limit, "300ms");
-    positive(faults, "migration.hello_timeout", table.hello_timeout, "10s");
-    positive(faults, "migration.handover_timeout", table.handover_timeout, "30s");
-    positive(faults, "migration.peer_timeout", table.peer_timeout, "30s");
-    let (timeout, least) = (table.peer_timeout, Time(LEAST_PEER_TIMEOUT));
-    need(
-        faults,
-        timeout.0.is_zero() || timeout >= least,
-        "migration.peer_timeout",
-        format!("a peer_timeout of {timeout} is too short: a peer that is alive sends something each half second"),
-        format!("write \"30s\", at least \"{least}\""),
-    );
-    if let Some(deadline) = table.deadline.0 {
-        positive(faults, "migration.deadline", Time(deadline), "5m\" or \"none");
-    }
     check_bandwidth("migration.max_bandwidth", table.max_bandwidth, faults);
     if let SwitchoverBandwidth::AtMost(most) = table.switchover_bandwidth {
         check_bandwidth("migration.switchover_bandwidth", Bandwidth(Some(most)), faults);
     }
-    need(faults, table.max_rounds > 0, "migration.max_rounds", "0 rounds", "write 1 or more");
-}
-
-fn convergence(config: &Config, faults: &mut Vec<Fault>) {
-    let (table, limits) = (&config.convergence, &config.migration);
-    let mut seen = HashSet::new();
-    let twice = table.on_stall.iter().find(|&&step| !seen.insert(step));
-    need(faults, twice.is_none(), "convergence.on_stall", "a step stands here twice", "write each step once");
-    need(faults, table.stall_rounds > 0, "convergence.stall_rounds", "0 rounds", "write 1 or more");
-    let throttle = table.throttle;
-    for (name, percent) in [("start", throttle.start), ("step", throttle.step), ("most", throttle.most)] {
-        let right = (1..=99).contains(&percent);
-        let path = format!("convergence.throttle.{name}");
-        need(faults, right, &path, format!("{percent} percent of the guest's time"), "write a number from 1 to 99");
-    }
-    need(
-        faults,
-        throttle.start <= throttle.most,
-        "convergence.throttle.start",
-        format!("throttling that starts at {} and ends at {} percent", throttle.start, throttle.most),
-        "write a start of at most `most`",
-    );
-    positive(faults, "convergence.raise.step", Time(table.raise.step), "100ms");
-    if table.on_stall.contains(&StallStep::RaiseDowntimeLimit) {
-        need(
-            faults,
-            Time(table.raise.most) > limits.downtime_limit,
-            "convergence.raise.most",
-            format!("a limit of {} cannot be raised to {}", limits.downtime_limit, Time(table.raise.most)),
-            "write more than downtime_limit, or leave \"raise-downtime-limit\" out",
-        );
-    }
-    let Some(most) = limits.max_downtime.0 else { return };
-    need(
-        faults,
-        limits.downtime_limit.0 <= most,
-        "migration.max_downtime",
-        format!("a downtime_limit of {} above a max_downtime of {}", limits.downtime_limit, Time(most)),
-        "write at least the downtime_limit, or \"none\"",
-    );
 }
 
 fn positive(faults: &mut Vec<Fault>, path: &str, time: Time, example: &str) {

@@ -69,8 +69,11 @@ pub fn receive<B: GuestBuilder>(
 type Build =
     Box<dyn FnOnce(PageSize, &[BlockInfo], &GuestState) -> Result<Arc<dyn DestinationGuest>, GuestError> + Send>;
 
+/// Where a builder leaves what it has built.
+type Place<G> = Arc<Mutex<Option<Arc<G>>>>;
+
 /// A builder without its type, so that the phases are compiled once, and the place where it leaves what it has built.
-fn erased<B: GuestBuilder>(builder: B) -> (Build, Arc<Mutex<Option<Arc<B::Built>>>>) {
+fn erased<B: GuestBuilder>(builder: B) -> (Build, Place<B::Built>) {
     let built = Arc::new(Mutex::new(None));
     let place = built.clone();
     let build = move |page_size: PageSize, blocks: &[BlockInfo], setup: &GuestState| {

@@ -175,8 +175,11 @@ fn result(end: End, resume_error: Option<MigrationError>, stays_paused: bool, en
     let boxed = Box::new;
     match (end, resume_error) {
         (End::Completed, None) => Ok(Sent { resumed: !stays_paused, ended }),
-        (End::Completed, Some(source)) => Err(SendError::ResumeFailed { source, cause: None, ended: boxed(ended) }),
+        (End::Completed, Some(source)) => {
+            Err(SendError::ResumeFailed { source: Box::new(source), cause: None, ended: boxed(ended) })
+        }
         (End::Failed(cause) | End::Cancelled(cause), Some(source)) => {
+            let source = Box::new(source);
             Err(SendError::ResumeFailed { source, cause: Some(Box::new(cause)), ended: boxed(ended) })
         }
         (End::Failed(source), None) => Err(SendError::Failed { source, ended: boxed(ended) }),
