@@ -7,9 +7,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::mirror::{Mirror, Scanner, Taken};
-use super::{Breach, Order, Random, Subject, offset};
+use super::{Breach, Case, Order, Random, Subject, offset};
 
-const CASE: &str = "race";
+const CASE: Case = Case::Race;
 const WRITERS: u64 = 3;
 const ROUNDS: u64 = 4;
 const LENGTH: Duration = Duration::from_millis(100);

@@ -8,11 +8,11 @@ use std::collections::VecDeque;
 use std::io;
 
 use super::mirror::{Mirror, Scanner, Taken};
-use super::{Breach, Order, Random, Subject, offset};
+use super::{Breach, Case, Order, Random, Subject, offset};
 use crate::batch::CopiedBatch;
 use crate::geometry::{ExtentAt, PageAt};
 
-const CASE: &str = "schedules";
+const CASE: Case = Case::Schedules;
 const SCHEDULES: u64 = 1000;
 const STEPS: u64 = 60;
 
