@@ -18,6 +18,7 @@ mod alive;
 #[doc(hidden)]
 pub mod arming;
 mod bounds;
+mod connection;
 mod destination;
 mod destination_graph;
 mod digests;
@@ -34,7 +35,7 @@ mod session;
 mod source;
 mod source_graph;
 mod speed;
-pub(crate) mod stage_set;
+mod stage_set;
 mod state;
 mod turned_away;
 
