@@ -1,4 +1,4 @@
-//! Stage: zero-page detector. The one read of guest memory (law 3).
+//! Stage: zero detector. The one read of guest memory (law 3).
 //!
 //! - **Takes** batches of a lane: which pages.
 //! - **Gives** them copied: which of them are zero, and the bytes of the others in a pooled buffer.
