@@ -109,10 +109,10 @@ fn scanner(suite: &mut Suite) {
 
 fn zero_detector(suite: &mut Suite, place: &str, extents: u32) {
     let bytes = bytes_of(extents);
-    detect(suite, &format!("zero-page detector on untouched, {place}"), &inputs::untouched(bytes), 64);
+    detect(suite, &format!("zero detector on untouched, {place}"), &inputs::untouched(bytes), 64);
     for (kind, content) in CONTENTS {
         let zero = if kind == "zero" { 64 } else { 0 };
-        detect(suite, &format!("zero-page detector on {kind}, {place}"), &inputs::mapped(&content(bytes)), zero);
+        detect(suite, &format!("zero detector on {kind}, {place}"), &inputs::mapped(&content(bytes)), zero);
     }
 }
 

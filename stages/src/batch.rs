@@ -1,7 +1,7 @@
 //! What flows through a lane: the dirty pages of one extent, and the marks between them.
 //!
 //! ```text
-//! scanner ── Batch ──▶ zero-page detector ── CopiedBatch ──▶ encoder ── Frame ──▶ sender
+//! scanner ── Batch ──▶ zero detector ── CopiedBatch ──▶ encoder ── Frame ──▶ sender
 //!          (which)                        (the only copy)             (wire bytes)
 //! ```
 //!

@@ -131,7 +131,7 @@ impl Walk {
     }
 }
 
-/// Control "memcpy": the pages of a set into a warm buffer of an extent, as the zero-page detector copies them.
+/// Control "memcpy": the pages of a set into a warm buffer of an extent, as the zero detector copies them.
 pub(crate) fn memcpy(suite: &mut Suite, group: &str, from: &[u8]) {
     let (mut buffer, mut walk) = (vec![1; EXTENT], Walk::over(from.len()));
     suite.measure(group, "memcpy", TURN, &[], || {

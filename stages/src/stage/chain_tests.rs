@@ -1,4 +1,4 @@
-//! The source's stages together: scanner, zero-page detector and encoder of one lane, joined as the pipeline joins them.
+//! The source's stages together: scanner, zero detector and encoder of one lane, joined as the pipeline joins them.
 
 use std::pin::Pin;
 use std::sync::Arc;

@@ -1,5 +1,4 @@
-//! Stage: zero-page detector. The only read of guest memory (ARCHITECTURE.md, law 3: what is compared, hashed or encoded is one
-//! copy).
+//! Stage: zero detector. The only read of guest memory (ARCHITECTURE.md, law 3: what is compared, hashed or encoded is one copy).
 //!
 //! - **Takes** batches of a lane: which pages.
 //! - **Gives** them copied: which of them are zero, and the bytes of the others in a pooled buffer.

@@ -102,7 +102,7 @@ pub enum ControlError {
     },
     /// The switchover is forbidden by `max_downtime`.
     #[error(transparent)]
-    AboveMaxDowntime(#[from] AboveMaxDowntime),
+    AboveMaxDowntime(#[from] Box<AboveMaxDowntime>),
     /// It cannot be done as things are.
     #[error("{0}")]
     Refused(String),

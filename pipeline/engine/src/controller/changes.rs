@@ -49,7 +49,7 @@ impl Controller {
     ///
     /// # Errors
     /// When `max_downtime` forbids it, by the forecast or because there is none.
-    pub fn switch_over(&mut self, now: &Standing) -> Result<Decided, AboveMaxDowntime> {
+    pub fn switch_over(&mut self, now: &Standing) -> Result<Decided, Box<AboveMaxDowntime>> {
         let forecast = self.with_unseen(now).and_then(|now| self.forecast(&now));
         let limit = self.downtime_limit();
         if !self.is_allowed(forecast.as_ref()) {
@@ -58,7 +58,7 @@ impl Controller {
                 bytes: self.forecaster.page_bytes(now.dirty_pages + now.in_flight_pages),
                 rate: now.page_rate,
             });
-            return Err(AboveMaxDowntime { max_downtime, limit, forecast, left });
+            return Err(Box::new(AboveMaxDowntime { max_downtime, limit, forecast, left }));
         }
         self.switching = true;
         let round = self.round + 1;

@@ -24,7 +24,7 @@ use memferry_stages::wire::Message;
 use memferry_stages::wire::hello::{Features, Hello};
 
 use super::bounds;
-use super::link::Reader;
+use super::connection::Reader;
 use super::stage_set::StageSet;
 
 /// The running stages, and the ends of their queues that the controller holds.

@@ -12,18 +12,16 @@ use memferry_stages::wire::hello::{Features, Hello, SessionId};
 use memferry_stages::wire::reader::{FrameReader, Incoming};
 use memferry_stages::wire::{Message, PROTOCOL_VERSION};
 use memferry_transports::Transport;
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use tokio::io::AsyncWriteExt;
 use tokio::runtime::Handle;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::alive::{Alive, silenced};
+use super::connection::{Reader, Writer};
 use super::error::{MigrationError, Silence};
 use super::senders::{Senders, close};
 use crate::events::Role;
 use crate::settings::SourceSettings;
-
-pub(super) type Writer = Box<dyn AsyncWrite + Send + Unpin>;
-pub(super) type Reader = FrameReader<Attentive<Box<dyn AsyncRead + Send + Unpin>>>;
 
 /// The connections of one migration, Hello said on each, and nothing after it.
 pub(super) struct Greeted {

@@ -19,6 +19,7 @@ mod alive;
 #[doc(hidden)]
 pub mod arming;
 mod bounds;
+mod connection;
 mod destination;
 mod destination_graph;
 mod digests;
@@ -36,7 +37,7 @@ mod session;
 mod source;
 mod source_graph;
 mod speed;
-pub(crate) mod stage_set;
+mod stage_set;
 mod state;
 mod turned_away;
 

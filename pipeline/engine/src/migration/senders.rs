@@ -13,8 +13,8 @@ use memferry_stages::wire::Message;
 use tokio::runtime::Handle;
 
 use super::bounds;
+use super::connection::Writer;
 use super::error::MigrationError;
-use super::link::Writer;
 use super::stage_set::StageSet;
 use crate::settings::SourceSettings;
 

@@ -24,8 +24,8 @@ use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{Instant, sleep_until};
 
 use super::FAREWELL;
+use super::connection::{Reader, Writer};
 use super::error::MigrationError;
-use super::link::{Reader, Writer};
 use super::turned_away::TurnedAways;
 use crate::events::TurnedAwayKind;
 use crate::settings::DestinationSettings;

@@ -3,13 +3,13 @@
 use std::io;
 
 use super::mirror::{Mirror, Scanner};
-use super::{Breach, Order, Subject, all_pages, offset};
+use super::{Breach, Case, Order, Subject, all_pages, offset};
 use crate::bitmap::DirtyBitmap;
 use crate::geometry::PageAt;
 
 /// No writes: a log may report an uncertain page once or twice, but is quiet then.
 pub(super) fn quiet(make: &dyn Fn() -> Subject, order: Order) -> Result<(), Breach> {
-    let case = "quiet";
+    let case = Case::Quiet;
     let subject = make();
     fill(&subject, 1);
     let (scanner, mut mirror) = begin(&subject, order).map_err(Breach::failed(case))?;
@@ -26,7 +26,7 @@ pub(super) fn quiet(make: &dyn Fn() -> Subject, order: Order) -> Result<(), Brea
 /// One byte is written in each page in turn.
 pub(super) fn found(make: &dyn Fn() -> Subject, order: Order) -> Result<(), Breach> {
     let subject = make();
-    each_write_is_found("found", &subject, order, |at, byte| {
+    each_write_is_found(Case::Found, &subject, order, |at, byte| {
         subject.writer.store(at.block, byte, &[2]);
         true
     })
@@ -35,7 +35,7 @@ pub(super) fn found(make: &dyn Fn() -> Subject, order: Order) -> Result<(), Brea
 /// One byte is written in each page in turn, unseen by the log, and marked.
 pub(super) fn marked(make: &dyn Fn() -> Subject, order: Order) -> Result<(), Breach> {
     let subject = make();
-    each_write_is_found("marked", &subject, order, |at, byte| {
+    each_write_is_found(Case::Marked, &subject, order, |at, byte| {
         let stored = subject.writer.store_unseen(at.block, byte, &[2]);
         subject.logs.iter().filter(|_| stored).for_each(|log| log.mark(at.block, at.page..at.page + 1));
         stored
@@ -44,7 +44,7 @@ pub(super) fn marked(make: &dyn Fn() -> Subject, order: Order) -> Result<(), Bre
 
 /// Stopped after some rounds, written to, started again.
 pub(super) fn restarted(make: &dyn Fn() -> Subject, order: Order) -> Result<(), Breach> {
-    let case = "restarted";
+    let case = Case::Restarted;
     let subject = make();
     let (scanner, mut mirror) = begin(&subject, order).map_err(Breach::failed(case))?;
     pass(&scanner, &mut mirror).map_err(Breach::failed(case))?;
@@ -61,7 +61,7 @@ pub(super) fn restarted(make: &dyn Fn() -> Subject, order: Order) -> Result<(), 
 /// Pages that a sync has found leave the bitmap unread, as with free-page hints: the log is armed for that first, and finds the
 /// next write to each. Skipped for a log that does not see stores.
 pub(super) fn unread(make: &dyn Fn() -> Subject, order: Order) -> Result<(), Breach> {
-    let case = "unread";
+    let case = Case::Unread;
     let subject = make();
     if !subject.logs.iter().all(|log| log.sees_stores()) {
         return Ok(());
@@ -89,7 +89,7 @@ pub(super) fn unread(make: &dyn Fn() -> Subject, order: Order) -> Result<(), Bre
 
 /// Excluded pages are neither reported nor read, and the others are found.
 pub(super) fn left_out(make: &dyn Fn() -> Subject, order: Order) -> Result<(), Breach> {
-    let case = "left out";
+    let case = Case::LeftOut;
     let subject = make();
     let scanner = Scanner::start(&subject, order).map_err(Breach::failed(case))?;
     let (layout, out) = (subject.memory.layout(), DirtyBitmap::empty(subject.memory.layout()));
@@ -117,7 +117,7 @@ pub(super) fn left_out(make: &dyn Fn() -> Subject, order: Order) -> Result<(), B
 /// Writes page by page with `write` (which says whether it could) at the page's first or last byte, and expects the next
 /// sync to have the page.
 fn each_write_is_found(
-    case: &'static str,
+    case: Case,
     subject: &Subject,
     order: Order,
     write: impl Fn(PageAt, usize) -> bool,

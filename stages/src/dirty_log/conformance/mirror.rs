@@ -3,7 +3,7 @@
 use std::io;
 use std::sync::Arc;
 
-use super::{Breach, Order, Subject, all_pages};
+use super::{Breach, Case, Order, Subject, all_pages};
 use crate::batch::{Batch, CopiedBatch};
 use crate::bitmap::DirtyBitmap;
 use crate::dirty_log::DirtyLog;
@@ -157,7 +157,7 @@ impl Mirror {
     }
 
     /// Compares with a paused source.
-    pub(super) fn compare(&mut self, case: &'static str, memory: &GuestMemory) -> Result<(), Breach> {
+    pub(super) fn compare(&mut self, case: Case, memory: &GuestMemory) -> Result<(), Breach> {
         let layout = self.layout.clone();
         let mut source = vec![0; layout.page_size().bytes()];
         for at in all_pages(&layout) {

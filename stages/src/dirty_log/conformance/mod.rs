@@ -92,12 +92,49 @@ pub trait Writer: Send + Sync {
     }
 }
 
+/// A case of the kit; the [module](self) says what must hold in each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Case {
+    /// Memory that nobody writes.
+    Quiet,
+    /// Writes that the log sees.
+    Found,
+    /// Writes that are marked.
+    Marked,
+    /// A log that is stopped and started again.
+    Restarted,
+    /// Pages that leave the bitmap unread.
+    Unread,
+    /// Pages that are excluded for the whole migration.
+    LeftOut,
+    /// Random orders.
+    Schedules,
+    /// Threads that never stop writing.
+    Race,
+}
+
+impl fmt::Display for Case {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Quiet => "quiet",
+            Self::Found => "found",
+            Self::Marked => "marked",
+            Self::Restarted => "restarted",
+            Self::Unread => "unread",
+            Self::LeftOut => "left out",
+            Self::Schedules => "schedules",
+            Self::Race => "race",
+        })
+    }
+}
+
 /// A violation of the contract.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{case}: {what}")]
 pub struct Breach {
     /// The case that found it.
-    pub case: &'static str,
+    pub case: Case,
     /// The missed write.
     pub what: String,
 }
@@ -133,12 +170,12 @@ pub(in crate::dirty_log) enum Order {
 }
 
 impl Breach {
-    fn new(case: &'static str, what: impl fmt::Display) -> Self {
+    fn new(case: Case, what: impl fmt::Display) -> Self {
         Self { case, what: what.to_string() }
     }
 
     /// Turns an error of the log or the memory into a breach.
-    fn failed(case: &'static str) -> impl Fn(io::Error) -> Self {
+    fn failed(case: Case) -> impl Fn(io::Error) -> Self {
         move |error| Self::new(case, format_args!("a call failed: {error}"))
     }
 }

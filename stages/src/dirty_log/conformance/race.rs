@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 use fastrand::Rng;
 
 use super::mirror::{Mirror, Scanner, Taken};
-use super::{Breach, Order, Subject, any_page, offset};
+use super::{Breach, Case, Order, Subject, any_page, offset};
 
-const CASE: &str = "race";
+const CASE: Case = Case::Race;
 const WRITERS: u64 = 3;
 const ROUNDS: u64 = 4;
 const LENGTH: Duration = Duration::from_millis(100);

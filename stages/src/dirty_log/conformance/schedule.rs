@@ -10,11 +10,11 @@ use std::io;
 use fastrand::Rng;
 
 use super::mirror::{Mirror, Scanner, Taken};
-use super::{Breach, Order, Subject, any_page, offset};
+use super::{Breach, Case, Order, Subject, any_page, offset};
 use crate::batch::CopiedBatch;
 use crate::geometry::{ExtentAt, PageAt};
 
-const CASE: &str = "schedules";
+const CASE: Case = Case::Schedules;
 const SCHEDULES: u64 = 1000;
 const STEPS: u64 = 60;
 

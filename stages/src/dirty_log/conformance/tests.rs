@@ -380,14 +380,14 @@ fn a_log_that_forgets_is_found() {
 
 #[test]
 fn a_log_that_does_not_arm_what_is_not_read_or_reports_what_is_out_is_found() {
-    assert_eq!(must_breach(&|| wrong_model(Mistake::ForgetsUnread), Order::Right).case, "unread");
-    assert_eq!(must_breach(&|| wrong_hash(Mistake::ForgetsLeftOut), Order::Right).case, "left out");
+    assert_eq!(must_breach(&|| wrong_model(Mistake::ForgetsUnread), Order::Right).case, Case::Unread);
+    assert_eq!(must_breach(&|| wrong_hash(Mistake::ForgetsLeftOut), Order::Right).case, Case::LeftOut);
 }
 
 #[test]
 fn a_hash_log_that_does_not_know_what_is_in_flight_is_found() {
     let breach = must_breach(&|| wrong_hash(Mistake::ForgetsToRearm), Order::Right);
-    assert!(["schedules", "race"].contains(&breach.case), "{breach}");
+    assert!([Case::Schedules, Case::Race].contains(&breach.case), "{breach}");
     must_breach(&|| wrong_hash(Mistake::CountsNoTakes), Order::Right);
-    assert_eq!(must_breach(&|| wrong_hash(Mistake::ForgetsCopies), Order::Right).case, "quiet");
+    assert_eq!(must_breach(&|| wrong_hash(Mistake::ForgetsCopies), Order::Right).case, Case::Quiet);
 }

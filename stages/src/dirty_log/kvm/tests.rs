@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use super::model::{LogModel, RingModel};
 use super::*;
 use crate::bitmap::DirtyBitmap;
-use crate::dirty_log::conformance::{Breach, Order, Subject, Writer, check, check_as};
+use crate::dirty_log::conformance::{Breach, Case, Order, Subject, Writer, check, check_as};
 use crate::dirty_log::{DirtyLog, SoftwareLog};
 use crate::geometry::{BlockInfo, ExtentAt, PageAt, PageSize};
 use crate::memory::{GuestMemory, MappedMemory, RamBlock};
@@ -217,7 +217,7 @@ fn a_dirty_log_that_clears_what_it_did_not_fetch_is_found() {
 #[test]
 fn a_dirty_log_that_never_clears_is_found() {
     let never = || logged(4096, true, &|model| Arc::new(Careless(model, Mistake::NeverClears)));
-    assert_eq!(must_breach(&never, Order::Right).case, "quiet");
+    assert_eq!(must_breach(&never, Order::Right).case, Case::Quiet);
 }
 
 #[test]

@@ -15,8 +15,8 @@ use tokio::runtime::Handle;
 use super::flow::finish;
 use crate::events::Role;
 use crate::migration::alive::Alive;
+use crate::migration::connection::Writer;
 use crate::migration::error::{MigrationError, Silence};
-use crate::migration::link::Writer;
 use crate::migration::stage_set::StageSet;
 use crate::migration::{FAREWELL, bounds};
 
