@@ -12,7 +12,7 @@ fn line(index: usize, event: &Event) -> EventLine {
 fn every_event_comes_back_from_its_line() {
     for role in [Role::Source, Role::Destination] {
         for (index, event) in script(role).iter().chain(&every_event()).enumerate() {
-            let line = EventLine { role: Some(role.into()), ..line(index, event) };
+            let line = EventLine { role: Some(role), ..line(index, event) };
             let json = line.to_json();
             assert_eq!(json.matches('\n').count(), 1, "{json}");
             assert_eq!(EventLine::from_json(&json).unwrap(), line, "{json}");
