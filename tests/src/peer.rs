@@ -92,7 +92,7 @@ impl Hand {
     /// If the source does not play along.
     pub async fn agree(&mut self) {
         self.hear_until(Kind::Hello).await.expect("a source says Hello");
-        self.say(Message::Accept(Vec::new())).await;
+        self.say(Message::Accept).await;
         self.hear_until(Kind::Blocks).await.expect("a source says what it has");
         self.say(Message::Ready).await;
     }

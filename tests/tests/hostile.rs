@@ -168,7 +168,7 @@ fn a_peer_that_cannot_be_taken_hears_why_and_the_wait_goes_on() {
     };
     let mine = SessionId([9; 16]);
     let cases: [(Vec<u8>, &[&str]); 9] = [
-        (hello(PROTOCOL_VERSION + 1, mine, 0, 1, 1).to_vec(), &["protocol version 2", "version 1", "same release"]),
+        (hello(PROTOCOL_VERSION + 1, mine, 0, 1, 1).to_vec(), &["protocol version 3", "version 2", "same release"]),
         (lanes(0), &["number of lanes is 0"]),
         (lanes(u16::MAX), &["number of lanes is 65535"]),
         (hello(1, mine, 0, 1, 64).to_vec(), &["64 lanes", "at most 8"]),

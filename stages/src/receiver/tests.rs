@@ -166,7 +166,7 @@ async fn nothing_comes_in_a_lane_after_its_switchover() {
 #[tokio::test]
 async fn the_return_paths_messages_are_refused() {
     let messages = [
-        Message::Accept(vec![]),
+        Message::Accept,
         Message::Ready,
         Message::Progress(Progress { bytes: 1, frames: vec![1] }),
         Message::PageHashes { first: ExtentAt { block: 0, extent: 0 }.page(0), hashes: vec![1] },

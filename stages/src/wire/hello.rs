@@ -5,9 +5,12 @@
 //! ┌─────────┬───────────┬────────────┬──────────────┬───────────────┬─────────┬─────────────┬──────────────┐
 //! │ magic 8 │ version 2 │ session 16 │ connection 2 │ connections 2 │ lanes 2 │ page size 4 │ features n 2 │
 //! ├─────────┴───────────┴────────────┴──────────────┴───────────────┴─────────┴─────────────┴──────────────┤
-//! │ n times: required 1 (0 or 1) │ name: length 1, UTF-8                                                   │
+//! │ n times: name of a feature: length 1, UTF-8                                                            │
 //! └────────────────────────────────────────────────────────────────────────────────────────────────────────┘
 //! ```
+//!
+//! Nothing is negotiated: the source names the features that its stream cannot be read without, and the destination accepts the stream
+//! or refuses it.
 //!
 //! Magic is checked first, then the version; nothing after an unknown version is used.
 
@@ -54,15 +57,6 @@ impl fmt::Display for SessionId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
     }
-}
-
-/// A feature, by name, on which both ends must agree.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Feature {
-    /// Its name, 1 to 64 bytes.
-    pub name: Untrusted,
-    /// Whether the stream cannot be read without it.
-    pub required: bool,
 }
 
 /// Names of the features this version knows.
@@ -124,25 +118,24 @@ impl Features {
         ignored_blocks: true,
     };
 
-    /// The features that are used, by name. All of them are required: the stream cannot be read without them.
+    /// The features that are used, by name.
     #[must_use]
-    pub fn to_list(self) -> Vec<Feature> {
+    pub fn to_list(self) -> Vec<Untrusted> {
         let used = self.named().into_iter().filter(|&(_, used)| used);
-        used.map(|(name, _)| Feature { name: name.into(), required: true }).collect()
+        used.map(|(name, _)| name.into()).collect()
     }
 
-    /// The known features of a list; unknown optional ones are ignored.
+    /// The features of a list.
     ///
     /// # Errors
-    /// [`WireError::UnknownFeatures`] with the names of those that are required and unknown.
-    pub fn from_list(list: &[Feature]) -> Result<Self, WireError> {
+    /// [`WireError::UnknownFeatures`] with the names of those that this version does not know.
+    pub fn from_list(list: &[Untrusted]) -> Result<Self, WireError> {
         let mut features = Self::default();
         let mut unknown = Vec::new();
-        for feature in list {
-            match features.by_name(feature.name.raw()) {
+        for name in list {
+            match features.by_name(name.raw()) {
                 Some(used) => *used = true,
-                None if feature.required => unknown.push(feature.name.clone()),
-                None => {}
+                None => unknown.push(name.clone()),
             }
         }
         if unknown.is_empty() { Ok(features) } else { Err(WireError::UnknownFeatures { names: unknown }) }
@@ -193,8 +186,8 @@ pub struct Hello {
     pub lanes: u16,
     /// The page size of every block.
     pub page_size: PageSize,
-    /// What the stream uses.
-    pub features: Vec<Feature>,
+    /// The names of the features that the stream uses, 1 to 64 bytes each.
+    pub features: Vec<Untrusted>,
 }
 
 impl Hello {
@@ -210,10 +203,7 @@ impl Hello {
         out.extend(self.lanes.to_le_bytes());
         let page_size = u32::try_from(self.page_size.bytes()).expect("at most 64 KiB");
         out.extend(page_size.to_le_bytes());
-        put_list(out, &self.features, 0..=MAX_FEATURES, |out, feature| {
-            out.push(u8::from(feature.required));
-            put_name(out, feature.name.raw(), MAX_FEATURE_NAME);
-        });
+        put_list(out, &self.features, 0..=MAX_FEATURES, |out, name| put_name(out, name.raw(), MAX_FEATURE_NAME));
     }
 
     pub(super) fn take(fields: &mut Fields<'_>) -> Result<Self, WireError> {
@@ -242,11 +232,9 @@ impl Hello {
         within("number of lanes", self.lanes.into(), 1..=MAX_LANES.into())?;
         within("number of connections", self.connections.into(), 1..=self.lanes.into())?;
         within("connection", self.connection.into(), 0..=u64::from(self.connections) - 1)?;
-        let twice = |(index, feature): &(usize, &Feature)| {
-            self.features[..*index].iter().any(|before| before.name == feature.name)
-        };
+        let twice = |(index, name): &(usize, &Untrusted)| self.features[..*index].contains(name);
         match self.features.iter().enumerate().find(twice) {
-            Some((_, feature)) => Err(WireError::FeatureTwice { name: feature.name.clone() }),
+            Some((_, name)) => Err(WireError::FeatureTwice { name: name.clone() }),
             None => Ok(()),
         }
     }
@@ -257,7 +245,6 @@ fn take_page_size(fields: &mut Fields<'_>) -> Result<PageSize, WireError> {
     PageSize::new(bytes.into()).ok_or(WireError::PageSize { bytes })
 }
 
-fn take_feature(fields: &mut Fields<'_>) -> Result<Feature, WireError> {
-    let required = fields.bool("the required byte of a feature")?;
-    Ok(Feature { required, name: fields.name("length of a feature's name", MAX_FEATURE_NAME)? })
+fn take_feature(fields: &mut Fields<'_>) -> Result<Untrusted, WireError> {
+    fields.name("length of a feature's name", MAX_FEATURE_NAME)
 }

@@ -1,6 +1,6 @@
 //! How long frames may be: checked before anything is allocated for one.
 
-use super::hello::{MAX_FEATURE_NAME, MAX_FEATURES, MAX_FIELDS};
+use super::hello::MAX_FIELDS;
 use super::kind::Kind;
 use super::messages::{
     MAX_DIGESTS, MAX_FIGURE_NAME, MAX_FIGURES, MAX_REASON, MAX_SECTION_NAME, MAX_STATE_CHUNK, MAX_STRETCH_EXTENTS,
@@ -45,12 +45,11 @@ fn max_body_bytes(kind: Kind) -> usize {
         Kind::Digests => 4 + 8 + 2 + MAX_DIGESTS * (16 + 1 + MAX_STRETCH_EXTENTS * 8),
         Kind::Go | Kind::Loaded => 1,
         Kind::End => 1 + 8,
-        Kind::Accept => 2 + MAX_FEATURES * (1 + MAX_FEATURE_NAME),
         Kind::Progress => 8 + 2 + MAX_LANES as usize * 8,
         Kind::PageHashes => 4 + 8 + 2 + MAX_STRETCH_PAGES * 8,
         Kind::Heartbeat => 2 + MAX_FIGURES * (1 + MAX_FIGURE_NAME + 8),
         Kind::Abort | Kind::Refused | Kind::StartFailed => 2 + MAX_REASON,
-        Kind::Switchover | Kind::Ready | Kind::Running => 0,
+        Kind::Switchover | Kind::Accept | Kind::Ready | Kind::Running => 0,
     };
     fields + CHECKSUM_BYTES
 }

@@ -16,7 +16,7 @@
 //! │ Go            │ run state 1                                                                          │
 //! │ Abort         │ reason                                                                               │
 //! │ End           │ run state 1 · Pages frames of all lanes 8                                            │
-//! │ Accept        │ list of name                                                                         │
+//! │ Accept        │                                                                                      │
 //! │ Ready         │                                                                                      │
 //! │ Progress      │ bytes 8 · list of (frames of a lane 8)                                               │
 //! │ PageHashes    │ block 4 · first page 8 · list of (xxh3-64 8)                                         │
@@ -161,8 +161,8 @@ pub enum Message {
         /// Pages frames of all lanes.
         frames: u64,
     },
-    /// The destination takes part; the optional features it accepts.
-    Accept(Vec<Untrusted>),
+    /// The destination accepts the stream as its Hello describes it.
+    Accept,
     /// The machine is built; pages may come.
     Ready,
     /// See [`Progress`].
@@ -204,7 +204,7 @@ impl Message {
             Self::Go(_) => Kind::Go,
             Self::Abort(_) => Kind::Abort,
             Self::End { .. } => Kind::End,
-            Self::Accept(_) => Kind::Accept,
+            Self::Accept => Kind::Accept,
             Self::Ready => Kind::Ready,
             Self::Progress(_) => Kind::Progress,
             Self::PageHashes { .. } => Kind::PageHashes,

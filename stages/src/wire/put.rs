@@ -5,7 +5,6 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use super::fields::{put_list, put_name};
 use super::frame::{FrameHead, HEAD_BYTES};
-use super::hello::{MAX_FEATURE_NAME, MAX_FEATURES};
 use super::limits::CHECKSUM_BYTES;
 use super::messages::{
     Figure, MAX_DIGESTS, MAX_FIGURE_NAME, MAX_FIGURES, MAX_REASON, MAX_SECTION_NAME, MAX_STATE_CHUNK,
@@ -42,15 +41,12 @@ impl Message {
                 out.push(*run_state as u8);
                 out.extend(frames.to_le_bytes());
             }
-            Self::Accept(names) => {
-                put_list(out, names, 0..=MAX_FEATURES, |out, name| put_name(out, name.raw(), MAX_FEATURE_NAME));
-            }
             Self::Progress(progress) => put_progress(out, progress),
             Self::PageHashes { first, hashes } => put_page_hashes(out, *first, hashes),
             Self::Loaded { verified } => out.push(u8::from(*verified)),
             Self::Abort(reason) | Self::Refused(reason) | Self::StartFailed(reason) => put_reason(out, reason.raw()),
             Self::Heartbeat(figures) => put_list(out, figures, 0..=MAX_FIGURES, put_figure),
-            Self::Switchover | Self::Ready | Self::Running => {}
+            Self::Switchover | Self::Accept | Self::Ready | Self::Running => {}
         }
     }
 }

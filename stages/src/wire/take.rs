@@ -6,7 +6,7 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use super::error::WireError;
 use super::fields::{Fields, within};
-use super::hello::{Hello, MAX_FEATURE_NAME, MAX_FEATURES};
+use super::hello::Hello;
 use super::kind::Kind;
 use super::limits::CHECKSUM_BYTES;
 use super::messages::{
@@ -56,7 +56,7 @@ fn take_message(kind: Kind, fields: &mut Fields<'_>) -> Result<Message, WireErro
         Kind::Go => Message::Go(take_run_state(fields)?),
         Kind::Abort => Message::Abort(take_reason(fields)?),
         Kind::End => Message::End { run_state: take_run_state(fields)?, frames: fields.u64("number of frames")? },
-        Kind::Accept => Message::Accept(take_accepted(fields)?),
+        Kind::Accept => Message::Accept,
         Kind::Ready => Message::Ready,
         Kind::Progress => Message::Progress(take_progress(fields)?),
         Kind::PageHashes => take_page_hashes(fields)?,
@@ -153,12 +153,6 @@ fn take_page_hashes(fields: &mut Fields<'_>) -> Result<Message, WireError> {
     let hashes = fields.list("number of page hashes", 1..=MAX_STRETCH_PAGES, |fields| fields.u64("a page hash"))?;
     within("first page", first.page, 0..=MAX_EXTENTS * EXTENT_PAGES - hashes.len() as u64)?;
     Ok(Message::PageHashes { first, hashes })
-}
-
-fn take_accepted(fields: &mut Fields<'_>) -> Result<Vec<Untrusted>, WireError> {
-    fields.list("number of features", 0..=MAX_FEATURES, |fields| {
-        fields.name("length of a feature's name", MAX_FEATURE_NAME)
-    })
 }
 
 fn take_progress(fields: &mut Fields<'_>) -> Result<Progress, WireError> {

@@ -180,7 +180,7 @@ impl RoundCounts {
 }
 
 fn has(hello: &Hello, feature: &str) -> bool {
-    hello.features.iter().any(|known| known.name == feature)
+    hello.features.iter().any(|known| known.raw() == feature)
 }
 
 fn out_of_place(incoming: &Incoming, why: &'static str) -> WireError {
@@ -217,7 +217,7 @@ impl fmt::Display for Inspection {
 
 impl Inspection {
     fn fmt_hello(&self, f: &mut fmt::Formatter<'_>, hello: &Hello) -> fmt::Result {
-        let features = hello.features.iter().map(|feature| feature.name.to_string()).collect::<Vec<_>>().join(", ");
+        let features = hello.features.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
         writeln!(f, "protocol    {}", hello.version)?;
         writeln!(f, "session     {}", hello.session)?;
         writeln!(f, "lanes       {} on {} connections", hello.lanes, hello.connections)?;
@@ -263,7 +263,6 @@ mod tests {
     use super::*;
     use memferry_stages::geometry::{BlockInfo, ExtentAt};
     use memferry_stages::tally::RoundTally;
-    use memferry_stages::wire::hello::Feature;
     use memferry_stages::wire::messages::StateChunk;
     use memferry_stages::wire::pages::payload_hash;
     use memferry_stages::wire::{PROTOCOL_VERSION, PagesHead, SessionId};
@@ -282,7 +281,7 @@ mod tests {
             connections: 1,
             lanes: 1,
             page_size: PageSize::DEFAULT,
-            features: vec![Feature { name: feature::CHECKSUM.into(), required: true }],
+            features: vec![feature::CHECKSUM.into()],
         };
         let block = BlockInfo { guest_address: 0x4000_0000, ..BlockInfo::new("ram", 1 << 20) };
         let pages = PagesHead {

@@ -5,8 +5,7 @@ use std::net::{TcpListener, TcpStream};
 use std::thread;
 
 use memferry_stages::geometry::{BlockInfo, PageSize};
-use memferry_stages::untrusted::is_unsafe;
-use memferry_stages::wire::hello::Feature;
+use memferry_stages::untrusted::{Untrusted, is_unsafe};
 use memferry_stages::wire::messages::{RunState, StateChunk, StatePhase};
 use memferry_stages::wire::{Hello, Message, PROTOCOL_VERSION, SessionId};
 
@@ -23,7 +22,7 @@ fn is_harmless(what: &str, text: &str) {
     assert!(!text.lines().any(|line| line.starts_with("memferry: completed")), "{what}: {text}");
 }
 
-fn hello(features: Vec<Feature>) -> Message {
+fn hello(features: Vec<Untrusted>) -> Message {
     Message::Hello(Hello {
         version: PROTOCOL_VERSION,
         session: SessionId([7; 16]),
@@ -78,7 +77,7 @@ fn the_names_and_the_reason_of_a_source_show_nothing_but_text_at_the_destination
         messages.iter().for_each(|message| peer.write_all(&message.encode(0)).unwrap());
         peer.read_to_end(&mut Vec::new()).unwrap_or_default();
     };
-    say(&[hello(vec![Feature { name: EVIL.into(), required: true }])]);
+    say(&[hello(vec![EVIL.into()])]);
     destination.until_it_says("turned away");
     say(&[hello(Vec::new()), Message::Blocks(vec![BlockInfo::new(EVIL, 4096)])]);
     let ended = destination.end().expect(1).says(&["requires features", "blocks [\"evil\\n"]);
@@ -101,7 +100,7 @@ fn the_names_in_a_stored_stream_show_nothing_but_text() {
     let state =
         StateChunk { phase: StatePhase::Device, name: EVIL.into(), version: 1, end: true, bytes: vec![1].into() };
     let stream: Vec<u8> = [
-        hello(vec![Feature { name: EVIL.into(), required: false }]),
+        hello(vec![EVIL.into()]),
         Message::Blocks(vec![BlockInfo::new(EVIL, 4096)]),
         Message::State(state),
         Message::End { run_state: RunState::Running, frames: 0 },

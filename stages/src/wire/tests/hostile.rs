@@ -40,11 +40,10 @@ fn sealed(mut fields: Vec<u8>) -> Vec<u8> {
 /// Bytes that a message keeps on the heap, its own allocations only.
 fn heap_bytes(message: &Message) -> usize {
     match message {
-        Message::Hello(hello) => hello.features.iter().map(|feature| size_of_val(feature) + feature.name.len()).sum(),
+        Message::Hello(hello) => hello.features.iter().map(|name| size_of_val(name) + name.len()).sum(),
         Message::State(chunk) => chunk.name.len() + chunk.bytes.len(),
         Message::Blocks(blocks) => blocks.iter().map(|block| size_of_val(block) + block.id.len()).sum(),
         Message::Digests { stretches, .. } => size_of_val(&stretches[..]),
-        Message::Accept(names) => names.iter().map(|name| size_of_val(name) + name.len()).sum(),
         Message::Progress(progress) => size_of_val(&progress.frames[..]),
         Message::PageHashes { hashes, .. } => size_of_val(&hashes[..]),
         Message::Heartbeat(figures) => figures.iter().map(|figure| size_of_val(figure) + figure.name.len()).sum(),

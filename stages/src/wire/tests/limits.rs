@@ -36,7 +36,6 @@ fn largest() -> Vec<Message> {
             Message::State(state) => *state = chunk.clone(),
             Message::Blocks(blocks) => *blocks = (0..MAX_BLOCKS).map(block).collect(),
             Message::Digests { stretches, .. } => *stretches = vec![digest; MAX_DIGESTS],
-            Message::Accept(names) => *names = (0..64).map(|index| name(index, 64)).collect(),
             Message::Progress(progress) => *progress = Progress { bytes: 1, frames: vec![2; MAX_LANES.into()] },
             Message::PageHashes { hashes, .. } => *hashes = vec![1; MAX_STRETCH_PAGES],
             Message::Heartbeat(figures) => *figures = (0..MAX_FIGURES).map(figure).collect(),
@@ -63,8 +62,7 @@ fn the_largest_message_of_each_kind_fills_its_bound() {
 #[test]
 fn the_largest_hello_fits() {
     let mut hello = samples::hello();
-    let feature = |index| crate::wire::hello::Feature { name: name(index, 64), required: false };
-    hello.features = (0..64).map(feature).collect();
+    hello.features = (0..64).map(|index| name(index, 64)).collect();
     let frame = Message::Hello(hello.clone()).encode(0);
     assert!(frame.len() <= HEAD_BYTES + Kind::Hello.max_bytes(PageSize::DEFAULT) as usize);
     assert_eq!(Message::decode(Kind::Hello, &frame[HEAD_BYTES..]).unwrap(), Message::Hello(hello));

@@ -6,7 +6,6 @@ use xxhash_rust::xxh3::xxh3_64;
 use super::samples;
 use crate::geometry::{BlockInfo, PageSize};
 use crate::wire::frame::seal;
-use crate::wire::hello::Feature;
 use crate::wire::{Features, FrameHead, FrameReader, HEAD_BYTES, Kind, Message, PageEncoding, PagesHead, SessionId};
 
 /// What is said of the frame's body with `bytes` put at `at` of its fields, under a right checksum.
@@ -74,7 +73,7 @@ fn hellos() {
     assert_eq!(refusal(0, b"\x00emferrx"), r#"a Hello begins with "\x00emferrx" instead of "memferry""#);
     assert_eq!(
         refusal(8, &[2, 1, 0xff]),
-        "the peer speaks protocol version 258, this program version 1: use the same release on both sides"
+        "the peer speaks protocol version 258, this program version 2: use the same release on both sides"
     );
     assert_eq!(refusal(26, &[2, 0]), "connection is 2, it must be 0 to 1");
     assert_eq!(refusal(28, &[4, 0]), "number of connections is 4, it must be 1 to 3");
@@ -85,27 +84,24 @@ fn hellos() {
         "the page size is 4097 bytes, it must be a power of two from 4096 to 65536"
     );
     assert_eq!(refusal(36, &[65, 0]), "number of features is 65, it must be 0 to 64");
-    assert_eq!(refusal(38, &[2]), "the required byte of a feature is 2, which has no meaning in this version");
-    assert_eq!(refusal(39, &[0]), "length of a feature's name is 0, it must be 1 to 64");
-    assert_eq!(refusal(39, &[65]), "length of a feature's name is 65, it must be 1 to 64");
-    assert_eq!(refusal(40, &[0xff]), "length of a feature's name is not UTF-8");
+    assert_eq!(refusal(38, &[0]), "length of a feature's name is 0, it must be 1 to 64");
+    assert_eq!(refusal(38, &[65]), "length of a feature's name is 65, it must be 1 to 64");
+    assert_eq!(refusal(39, &[0xff]), "length of a feature's name is not UTF-8");
 }
 
 #[test]
 fn features() {
-    let feature = |name: &str, required| Feature { name: name.into(), required };
     let lz4 = Features { lz4: true, ..Features::default() };
-    assert_eq!(Features::from_list(&[feature("lz4", true), feature("newer", false)]), Ok(lz4));
-    let unknown = [feature("newer", true), feature("lz4", true), feature("newest\n", true)];
+    assert_eq!(Features::from_list(&["lz4".into()]), Ok(lz4));
+    let unknown = ["newer", "lz4", "newest\n"].map(Into::into);
     assert_eq!(
         Features::from_list(&unknown).unwrap_err().to_string(),
         r#"the stream requires features that this version does not know: "newer", "newest\n""#
     );
     let all = Features::ALL;
     assert_eq!(Features::from_list(&all.to_list()), Ok(all));
-    assert!(all.to_list().iter().all(|feature| feature.required));
     let mut hello = samples::hello();
-    hello.features = vec![feature("a", true), feature("b", true)];
+    hello.features = vec!["a".into(), "b".into()];
     let mut fields = Message::Hello(hello).encode(0)[HEAD_BYTES..].to_vec();
     fields.truncate(fields.len() - 8);
     *fields.last_mut().unwrap() = b'a';

@@ -66,7 +66,7 @@ pub(super) fn messages() -> Vec<Message> {
         Message::Go(RunState::Paused),
         Message::Abort("disk full".into()),
         Message::End { run_state: RunState::Running, frames: 17 },
-        Message::Accept(vec!["lz4".into()]),
+        Message::Accept,
         Message::Ready,
         Message::Progress(Progress { bytes: 1 << 33, frames: vec![8, 9] }),
         Message::PageHashes { first: PageAt { block: 1, page: 512 }, hashes: vec![10, 11] },

@@ -51,7 +51,7 @@ impl Destination {
         answers: Option<&Answers>,
     ) -> Result<Built, MigrationError> {
         self.observers.tell(&Event::Connected { peer: session.peer.clone() });
-        say(answers, &Message::Accept(Vec::new())).await?;
+        say(answers, &Message::Accept).await?;
         let reading = read_setup(session, &mut self.state_room);
         let described = tokio::select! {
             described = tokio::time::timeout(self.settings.handover_timeout, reading) => described,

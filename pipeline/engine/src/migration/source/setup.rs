@@ -48,7 +48,7 @@ impl Introduction {
     /// The destination accepts the stream, builds its machine and is ready for pages, before any is sent. Returns how long a
     /// question and its answer took.
     async fn agree(&mut self, link: &mut Link) -> Result<Duration, MigrationError> {
-        self.answer(link, "Accept", |message| matches!(message, Message::Accept(_))).await?;
+        self.answer(link, "Accept", |message| matches!(message, Message::Accept)).await?;
         let guest = self.guest.clone();
         let setup = blocking(move || guest.setup_state()).await?;
         for chunk in state::chunks(StatePhase::Setup, setup, &mut self.room)? {
