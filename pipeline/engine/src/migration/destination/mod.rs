@@ -16,6 +16,7 @@ mod setup;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use futures::future::BoxFuture;
 use memferry_stages::geometry::{BlockInfo, Layout, PageSize};
 use memferry_stages::memory::GuestMemory;
 use memferry_transports::Listener;
@@ -59,7 +60,7 @@ pub fn receive<B: GuestBuilder>(
         settings.check()?;
         let observers = control.destination_begins(&observers);
         let destination = Destination::new(settings, plane.handle().clone(), observers, control.token());
-        let ended = run(destination, plane, listener, build).await?;
+        let ended = boxed(destination, plane, listener, build).await?;
         let guest = built.lock().unwrap_or_else(PoisonError::into_inner).take();
         Ok(Received { guest: guest.expect("what was started was built"), ended })
     }
@@ -82,6 +83,17 @@ fn erased<B: GuestBuilder>(builder: B) -> (Build, Place<B::Built>) {
         Ok(guest as Arc<dyn DestinationGuest>)
     };
     (Box::new(build), built)
+}
+
+/// Boxed in a function that is not async, so that the phases are compiled once: the body of an async function is compiled in each
+/// program that awaits it.
+fn boxed(
+    destination: Destination,
+    plane: &DataPlane,
+    listener: Box<dyn Listener>,
+    build: Build,
+) -> BoxFuture<'_, Result<Ended, ReceiveError>> {
+    Box::pin(run(destination, plane, listener, build))
 }
 
 async fn run(

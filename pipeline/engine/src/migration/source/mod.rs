@@ -19,6 +19,7 @@ mod switchover;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use futures::future::BoxFuture;
 use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::clears::Clears;
 use memferry_stages::dirty_log::DirtyLog;
@@ -70,7 +71,13 @@ pub async fn send(
     let memory = guest.memory();
     settings.check(memory.page_size().bytes() as u64)?;
     let source = Source::new(guest, memory, transport, settings, &observers, &control.into());
-    run(source, plane).await
+    boxed(source, plane).await
+}
+
+/// Boxed in a function that is not async, so that the phases are compiled once: the body of an async function is compiled in each
+/// program that awaits it.
+fn boxed(source: Source, plane: &DataPlane) -> BoxFuture<'_, Result<Sent, SendError>> {
+    Box::pin(run(source, plane))
 }
 
 /// How it ended, and why if not well.
