@@ -56,7 +56,7 @@ pub(super) enum Signal {
 pub(super) struct Flow {
     pub(super) graph: SourceGraph,
     said: Option<Said>,
-    /// The return path, if there is one.
+    /// Set if there is a return path.
     pub(super) alive: Option<Alive>,
     cancel: CancellationToken,
     cancel_told: bool,

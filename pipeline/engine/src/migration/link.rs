@@ -40,7 +40,7 @@ pub(super) struct Link {
     pub(super) senders: Senders,
     /// Messages from the destination, if the transport has a return path.
     pub(super) said: Option<Said>,
-    /// The return path, if there is one.
+    /// Set if there is a return path.
     pub(super) alive: Option<Alive>,
 }
 

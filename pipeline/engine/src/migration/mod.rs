@@ -93,8 +93,8 @@ fn block_facts(layout: &Layout) -> Vec<BlockFacts> {
     layout.blocks().iter().map(facts).collect()
 }
 
-/// Returns an error with both layouts if the built memory does not match the received blocks: page size, ids, lengths,
-/// guest addresses.
+/// Describes both layouts if the built memory does not match the received blocks: page size, ids, lengths, guest
+/// addresses.
 pub(crate) fn built_otherwise(memory: &GuestMemory, page_size: PageSize, came: &[BlockInfo]) -> Option<String> {
     let built = memory.layout().blocks();
     if memory.page_size() != page_size {

@@ -23,8 +23,8 @@ pub struct DataPlane {
 impl DataPlane {
     /// Starts the workers.
     ///
+    /// # Errors
     /// When the system cannot start the threads, with the limit to raise.
-    /// When the system gives no threads, with the limit to raise.
     pub fn new() -> io::Result<Self> {
         let runtime = threads::runtime("memferry-data", cores(), BLOCKING_THREADS)?;
         Ok(Self { runtime: Some(runtime) })

@@ -24,7 +24,7 @@ use crate::migration::stage_set::StageSet;
 
 /// The running destination, as its controller sees it.
 pub(super) struct Flow {
-    /// The return path, if there is one.
+    /// Set if there is a return path.
     pub(super) alive: Option<Alive>,
     pub(super) graph: DestinationGraph,
     pub(super) cancel: CancellationToken,

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  setup: connect, agree, arm the logs, start the stages ─▶ rounds ─▶ switchover: pause, send the rest ─▶ hand over
-//!     └───────────────────────────────────────────────────────┴──────────────┴──▶ any failure: the guest goes on as it
+//!     └───────────────────────────────────────────────────────┴──────────────┴──▶ any failure: the guest runs on as it
 //!                                                                                 was, logs stopped, the error says why
 //! ```
 
@@ -137,7 +137,7 @@ struct Source {
     page_speed: Speed,
     /// Set once the stages run.
     watch: Option<Watch>,
-    /// While a round is sent: when it last made progress on the wire.
+    /// While a round is sent: the time since which none of it was sent on the wire.
     quiet_since: Option<Instant>,
     last_bulk_bytes: u64,
     round: u32,

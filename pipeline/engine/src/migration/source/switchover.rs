@@ -52,7 +52,7 @@ impl Source {
     }
 
     /// Waits until the backlog is down to a small share of the downtime limit, before the guest is paused. It waits
-    /// while anything arrives, and for this time at most.
+    /// while anything arrives, and no longer than `at_most`.
     pub(super) async fn drain(&mut self, flow: &mut Flow, at_most: Duration) -> Result<(), MigrationError> {
         let enough = self.controller.backlog_pages();
         let (mut left, mut give_up) = (u64::MAX, Instant::now());
