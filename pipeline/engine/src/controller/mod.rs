@@ -4,7 +4,7 @@
 //! ```text
 //!  each round sent ──▶ round ─┐
 //!  each sync ─────────────────┴▶ synced ──▶ another round │ throttle │ switch over │ give up
-//!  once in a while in a round ──▶ tick ───▶ nothing, or: switch over │ give up, for the deadline
+//!  at intervals in a round ─────▶ tick ───▶ nothing, or: switch over │ give up, for the deadline
 //! ```
 //!
 //! After each sync it checks, in this order:

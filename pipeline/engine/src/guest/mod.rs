@@ -16,7 +16,7 @@
 //!  setup_state ───────────── setup state, blocks ──────────▶  build
 //!  dirty_logs; each log: start                                memory, clearers, of what was built
 //!  rounds; each log: sync, rearm, copied ═════ pages ═══════▶    ┊ the loaders write its memory,
-//!     (throttle, where it does not converge)                     ┊ and nobody else does
+//!     (throttle, where it does not converge)                     ┊ and nothing else does
 //!  pause            (only if it ran)                             ┊
 //!  save, release                                                 ┊
 //!  each log: sync, rearm, copied ════ last pages, state ════▶    ┊

@@ -3,9 +3,9 @@
 //!
 //! ```text
 //!  source                                destination
-//!    │ ── last pages, state, digests ──────▶ │ load, verify, prepare     may fail: Refused, the source goes on
+//!    │ ── last pages, state, digests ──────▶ │ load, verify, prepare     may fail: Refused, the source resumes
 //!    │ ◀───────────────────────── Loaded ─── │ from here it waits for Go or the end
-//!    │ committed: nothing here resumes it    │                           may fail: Abort, the source goes on
+//!    │ committed: nothing here resumes it    │                           may fail: Abort, the source resumes
 //!    │ ── Go ──────────────────────────────▶ │ start                     cannot be taken back
 //!    │ ◀──────────────────────── Running ─── │
 //! ```

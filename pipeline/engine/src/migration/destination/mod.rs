@@ -3,7 +3,7 @@
 //! ```text
 //!  gather connections ─▶ accept ─▶ build the machine, Ready ─▶ load ─▶ verify ─▶ prepare, Loaded ─▶ Go ─▶ start, Running
 //!          └─────────────────┴──────────────────┴────────────────┴─────────┴───────────┴──▶ any failure before Go: nothing
-//!                                                                              runs here, and the source is told why
+//!                                                                              runs here, the source gets the reason
 //! ```
 
 mod answers;
