@@ -1,18 +1,19 @@
 //! What limits the speed of a migration: a share for each possible cause.
 //!
-//! | share | of the time in which |
+//! | share | the part of the time in which |
 //! |---|---|
-//! | processor | the processors were wanted: the stages' busy time, summed, over cores × time; or, if that is more, the time in which threads of the process ran or waited for a processor |
+//! | processor | the processors were in demand, in one of two measures: see below |
 //! | limit | the senders waited for `max_bandwidth`, and credit grew: a sender that is not woken waits for the processor |
 //! | destination | the senders waited for the transport, and the destination worked or was silent |
 //! | wire | the senders waited for the transport, and the destination for the wire |
 //! | guest | there was nothing to send: syncs, state, the handover, a guest that dirties little |
 //! | source | the receivers waited for bytes: all that a destination knows of the stages before it |
 //!
-//! The processor's share is independent. The shares from limit to guest are parts of the senders' time, as source and
-//! destination are parts of the receivers' time at a destination. So each of these sums is at most 1, and the rest is
-//! the work of stages. A busy stage that waits for a processor counts as busy: more busy stages than cores give a full
-//! processor.
+//! The processor's share is the stages' busy time, summed, over cores × time; or, if that is more, the time in which
+//! threads of the process ran or waited for a processor. It is independent of the others. The shares from limit to
+//! guest are parts of the senders' time, as source and destination are parts of the receivers' time at a destination.
+//! So each of these sums is at most 1, and the rest is the work of stages. A busy stage that waits for a processor
+//! counts as busy: more busy stages than cores give a full processor.
 
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
@@ -350,7 +351,8 @@ impl Watch {
         self.times(stages, self.delay()).shares(self.cores)
     }
 
-    /// Time in which threads of the process waited for a processor since the stages began. A thread that has ended is forgotten.
+    /// Time in which threads of the process waited for a processor since the stages began. A thread that has ended is
+    /// not counted.
     fn delay(&self) -> Duration {
         run_delay().saturating_sub(self.delay_began).max(self.delay.0)
     }

@@ -1,7 +1,7 @@
 //! memferry moves the memory of a running guest to another process, host or file while the guest keeps writing to it.
 //!
 //! # For a VMM that embeds it
-//! This crate is the only dependency that a VMM needs: what its traits and settings name is re-exported here.
+//! This crate is the only dependency that a VMM needs: it re-exports the types that its traits and settings use.
 //!
 //! | to do | here |
 //! |---|---|
@@ -10,7 +10,7 @@
 //! | report which pages were written | a [`DirtyLog`](dirty_log::DirtyLog) of those in [`dirty_log`], or one of your own |
 //! | move it | [`migration::send`] and [`migration::receive`], with [`settings`], over one of the [`transports`] |
 //! | move it from a VMM that uses threads, without an async runtime | [`blocking`] |
-//! | watch it | [`events`] |
+//! | observe it | [`events`] |
 //! | change or cancel it while it runs | [`control`] |
 //! | take RAM and dirty log from `vm-memory` | `vm_memory`, with the feature `vm-memory` |
 //! | test the implementation | [`guest::conformance`], [`dirty_log::conformance`] |

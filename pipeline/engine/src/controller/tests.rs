@@ -163,7 +163,7 @@ fn what_is_on_its_way_arrives_before_the_guest_is_paused_and_is_not_taken_for_a_
     assert_eq!(decided.decision, Decision::SwitchOver, "{decided:?}");
     let rate = controller.forecaster().dirty_bytes_per_second().unwrap() / 4096.0;
     assert!((rate - 100.0).abs() < 1.0, "{rate}");
-    // And if too much was written, it is another round's.
+    // If too much was written, another round sends it.
     let mut controller = Controller::new(&settings(), 4096);
     controller.armed(Duration::ZERO);
     controller.round(&all, 1000 * MS, MS);

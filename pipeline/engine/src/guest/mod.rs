@@ -1,6 +1,6 @@
 //! Guests: the machines that are moved, behind traits that the author of a VMM implements.
 //!
-//! | trait | what it is |
+//! | trait | purpose |
 //! |---|---|
 //! | [`Guest`] | common to both ends: the RAM blocks |
 //! | [`SourceGuest`] | a guest that can be sent: it runs, is paused, saved, and resumed if the migration fails |

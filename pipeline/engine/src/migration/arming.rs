@@ -16,7 +16,7 @@ use super::untouched_pages;
 pub struct Armed {
     /// All bits are set but those of pages that never travel: the bitmap is the truth from here on (law 1).
     pub bitmap: Arc<DirtyBitmap>,
-    /// If there may be pages that do not travel.
+    /// Set if there can be pages that do not travel.
     pub clears: Option<Arc<Clears>>,
     /// The pages that were untouched when the logs had been armed.
     pub untouched: Arc<DirtyBitmap>,

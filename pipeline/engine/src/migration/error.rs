@@ -73,7 +73,7 @@ pub enum MigrationError {
     /// The peer refused, with its reason.
     #[error("the {peer} refused: {why}")]
     Refused {
-        /// Which end it is.
+        /// Which end the peer is.
         peer: Role,
         /// The reason, in the peer's words.
         why: Untrusted,
@@ -81,7 +81,7 @@ pub enum MigrationError {
     /// The peer gave up, with its reason.
     #[error("the {peer} gave up: {why}")]
     GivenUp {
-        /// Which end it is.
+        /// Which end the peer is.
         peer: Role,
         /// The reason, in the peer's words.
         why: Untrusted,
@@ -120,7 +120,7 @@ pub enum MigrationError {
 /// A peer that sent nothing for the longest time allowed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Silence {
-    /// Which end it is.
+    /// Which end the peer is.
     pub(super) role: Role,
     /// Its name.
     pub(super) peer: Untrusted,
@@ -140,7 +140,7 @@ impl fmt::Display for Silence {
     }
 }
 
-/// Why a stage ended before its time.
+/// The error that ended a stage.
 #[derive(Debug, thiserror::Error)]
 pub enum Failure {
     /// It returned an error.

@@ -74,7 +74,7 @@ const FAREWELL: Duration = Duration::from_millis(500);
 /// Runs a call that may block, on a thread where blocking is allowed.
 ///
 /// # Panics
-/// If the call does.
+/// If the call panics.
 async fn blocking<T: Send + 'static>(call: impl FnOnce() -> T + Send + 'static) -> T {
     match tokio::task::spawn_blocking(call).await {
         Ok(value) => value,

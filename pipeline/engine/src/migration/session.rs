@@ -102,7 +102,7 @@ struct TurnedAway {
     stored: bool,
 }
 
-/// Why a connection cannot be taken.
+/// Why a connection cannot be accepted.
 type Refusal = (TurnedAwayKind, String);
 
 /// The clients so far, until the connections of one migration are complete.

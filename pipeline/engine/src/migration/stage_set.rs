@@ -26,9 +26,9 @@ pub(super) struct StageSet {
 /// A stage that ended.
 #[derive(Debug)]
 pub(super) struct StageEnd {
-    /// Which.
+    /// The stage.
     pub(super) stage: StageId,
-    /// How.
+    /// Its result.
     pub(super) result: Result<(), Failure>,
 }
 

@@ -21,7 +21,7 @@ pub(super) struct TurnedAways {
     tallies: Mutex<[Tally; TurnedAwayKind::ALL.len()]>,
 }
 
-/// Those of one kind.
+/// The refused peers of one kind.
 #[derive(Debug, Default)]
 struct Tally {
     /// How many are not reported.

@@ -11,11 +11,11 @@
 //!     │  … last round, handshake …                    │
 //!     │ Commit: Go is about to leave ───────────────▶ │ resumes no more, unless it is asked to
 //!     │ ◀─────────────────────────────────────── Done │ ┄┄ killed before this is read: resumes; Go has not left
-//!     │ ══ Go ══▶ destination                         │ ┄┄ killed from here on: says where to look
+//!     │ ══ Go ══▶ destination                         │ ┄┄ killed from here on: prints where to look
 //!     │  … the verdict …                              │
 //!     │ Resume, if the guest is to run here ────────▶ │ runs resume, to its end
 //!     │ ◀──────────────────── Started; Done or Failed │
-//!     │ Dismiss ────────────────────────────────────▶ │ ends without a word
+//!     │ Dismiss ────────────────────────────────────▶ │ ends silently
 //! ```
 //!
 //! The line is a pair of connected sockets. The guard has one end as its standard input, and the kernel closes

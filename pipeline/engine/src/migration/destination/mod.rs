@@ -65,7 +65,7 @@ pub fn receive<B: GuestBuilder>(
     }
 }
 
-/// What builds the guest, called once.
+/// Builds the guest; called once.
 type Build =
     Box<dyn FnOnce(PageSize, &[BlockInfo], &GuestState) -> Result<Arc<dyn DestinationGuest>, GuestError> + Send>;
 

@@ -13,7 +13,7 @@ const NO_INTERRUPT: u8 = 1;
 /// Line control: the first two registers are the divisor.
 const DIVISOR: u8 = 0x80;
 
-/// A line of the program's.
+/// A line that the program printed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Said {
     /// A vCPU has completed a pass.

@@ -3,7 +3,7 @@
 //! | | |
 //! |---|---|
 //! | `program` | what the guest runs |
-//! | `ram`, `machine` | memory and machine, made for settings |
+//! | `ram`, `machine` | memory and machine, built from settings |
 //! | `vcpu`, `crew`, `pace` | vCPUs, their threads, when they may run |
 //! | `console`, `devices` | the ports |
 //! | `state` | the state that travels besides memory |

@@ -1,4 +1,4 @@
-//! One vCPU: entered, and left for a reason.
+//! One vCPU: enters the guest, and returns with the reason of the exit.
 
 use kvm_bindings::KVM_EXIT_DIRTY_RING_FULL;
 use kvm_ioctls::{VcpuExit, VcpuFd};
