@@ -1,8 +1,8 @@
-//! A VMM that moves its guest to another process. It starts itself once more as the destination, and sends the guest there over
-//! TCP.
+//! A VMM that moves its guest to another process. It starts a second copy of itself as the destination, and sends the
+//! guest there over TCP.
 //!
-//! `cargo run --example embed` takes a moment. `cargo run --example embed 2000` sends 2000 bytes a second, which leaves time for
-//! Ctrl-C: the migration is cancelled, and the guest goes on here.
+//! `cargo run --example embed` takes a moment. `cargo run --example embed 2000` sends 2000 bytes a second, which leaves
+//! time for Ctrl-C: the migration is cancelled, and the guest continues to run here.
 
 use std::error::Error;
 use std::io::{BufRead, BufReader};
@@ -26,7 +26,7 @@ use memferry::transports::open;
 struct Vmm {
     ram: Arc<MappedMemory>,
     memory: GuestMemory,
-    /// While somebody else holds it, the vCPU is between two steps.
+    /// The vCPU runs between two steps only while it can take this lock.
     cpu: Mutex<Cpu>,
 }
 
@@ -49,7 +49,7 @@ impl Vmm {
         Ok(vmm)
     }
 
-    /// What makes a guest for the blocks that come to a destination.
+    /// Builds a guest for the blocks that a destination receives.
     fn build(page_size: PageSize, blocks: &[BlockInfo], _: &GuestState) -> Result<Arc<Self>, GuestError> {
         match blocks {
             [info] => Self::new(page_size, info.clone()),
@@ -57,7 +57,7 @@ impl Vmm {
         }
     }
 
-    /// The vCPU: each step writes the number of the step to some page.
+    /// The vCPU: each step writes its number to a page.
     fn run(&self) {
         loop {
             thread::sleep(Duration::from_micros(20));
@@ -119,7 +119,7 @@ impl DestinationGuest for Vmm {
     }
 }
 
-/// This program once more, as the destination, and the address at which it listens.
+/// A second copy of this program, as the destination, and the address at which it listens.
 fn start_destination() -> Result<(Child, String), Box<dyn Error>> {
     let mut command = Command::new(std::env::current_exe()?);
     // Ctrl-C is for the source alone.
@@ -149,7 +149,7 @@ async fn source(max_bandwidth: Option<u64>) -> Result<(), Box<dyn Error>> {
     let ctrl_c = cancel.clone();
     tokio::spawn(async move { tokio::signal::ctrl_c().await.map(|()| ctrl_c.cancel()) });
 
-    // What it prints goes through a queue: a terminal may block, and the migration does not wait for it.
+    // Output goes through a queue: a terminal may block, and the migration does not wait for it.
     let progress = Arc::new(Queued::new(|_: Role, event: &Event| {
         if let Event::Progress(now) = event {
             println!("round {}: {} KiB left", now.round, now.remaining_bytes.unwrap_or(0) >> 10);
@@ -166,7 +166,7 @@ async fn source(max_bandwidth: Option<u64>) -> Result<(), Box<dyn Error>> {
             println!("moved: it runs there; here it made {steps} steps, and was paused {:?}", sent.ended.downtime)
         }
         Err(SendError::Cancelled { .. }) => println!("Cancelled: it is {state:?} here, at step {steps}"),
-        // Two guests must never run: somebody looks at the destination before anybody resumes this one.
+        // Two guests must never run: check the destination before resuming this one.
         Err(SendError::Unconfirmed { source, .. }) => println!("it may run there: {source}; it stays {state:?} here"),
         Err(SendError::ResumeFailed { source, .. }) => println!("it runs nowhere: {source}"),
         Err(error) => println!("{error}; it is {state:?} here, at step {steps}"),

@@ -1,8 +1,8 @@
-//! Migrations for VMMs that are threads and have no async runtime.
+//! Migrations for VMMs that use threads and have no async runtime.
 //!
-//! A [`Runtime`] owns the threads that a migration takes. Its calls are those of [`migration`](crate::migration), and return when it
-//! is decided where the guest is; each blocks the thread that makes it, so a VMM gives it one. A clone of the
-//! [`Control`](crate::control::Control) that it is given steers it from any other thread.
+//! A [`Runtime`] owns the threads that a migration needs. Its calls are those of [`migration`](crate::migration), and
+//! return when it is decided where the guest is. Each blocks the calling thread, so a VMM dedicates a thread to it. A
+//! clone of the [`Control`](crate::control::Control) passed to a call controls it from any other thread.
 //!
 //! # Example
 //! ```no_run
@@ -39,7 +39,7 @@ use crate::guest::{GuestBuilder, SourceGuest};
 use crate::migration::{self, DataPlane, ReceiveError, Received, SendError, Sent};
 use crate::settings::{DestinationSettings, SourceSettings};
 
-/// The threads that migrations take. Dropping it ends them.
+/// The threads that migrations need. Dropping it ends them.
 #[derive(Debug)]
 pub struct Runtime {
     control: tokio::runtime::Runtime,
@@ -50,16 +50,16 @@ impl Runtime {
     /// Starts the threads: one for timers and control, and a worker for each core.
     ///
     /// # Errors
-    /// If the host gives none.
+    /// If the host cannot start them.
     pub fn new() -> io::Result<Self> {
         let control = Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
         Ok(Self { control, plane: DataPlane::new()? })
     }
 
-    /// Listens at the transport's address, for [`Runtime::receive`] of this runtime.
+    /// Listens at the transport's address. Pass the listener to [`Runtime::receive`] of this runtime.
     ///
     /// # Errors
-    /// If the address cannot be had.
+    /// If the address cannot be bound.
     ///
     /// # Panics
     /// If it is called from async code.

@@ -1,17 +1,19 @@
-//! What holds a migration up: a share for each thing that can.
+//! What limits the speed of a migration: a share for each possible cause.
 //!
-//! | share | of the time in which |
+//! | share | the part of the time in which |
 //! |---|---|
-//! | processor | the processors were wanted: the stages' busy time, summed, over cores × time; or, if that is more, the time in which threads of the process ran or waited for a processor |
+//! | processor | the processors were in demand, in one of two measures: see below |
 //! | limit | the senders waited for `max_bandwidth`, and credit grew: a sender that is not woken waits for the processor |
 //! | destination | the senders waited for the transport, and the destination worked or was silent |
 //! | wire | the senders waited for the transport, and the destination for the wire |
-//! | guest | nothing was to be sent: syncs, state, the handover, a guest that dirties little |
-//! | source | the receivers waited for bytes: all that a destination knows of what is before it |
+//! | guest | there was nothing to send: syncs, state, the handover, a guest that dirties little |
+//! | source | the receivers waited for bytes: all that a destination knows of the stages before it |
 //!
-//! The processor's share stands by itself. Those from limit to guest are parts of the senders' time, as source and destination
-//! are parts of the receivers' at a destination, so that each of these sums is at most 1; what is missing is the work of stages.
-//! A busy stage that waits for a processor counts as busy: more stages than cores is a full processor.
+//! The processor's share is the stages' busy time, summed, over cores × time; or, if that is more, the time in which
+//! threads of the process ran or waited for a processor. It is independent of the others. The shares from limit to
+//! guest are parts of the senders' time, as source and destination are parts of the receivers' time at a destination.
+//! So each of these sums is at most 1, and the rest is the work of stages. A busy stage that waits for a processor
+//! counts as busy: more busy stages than cores give a full processor.
 
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
@@ -26,17 +28,17 @@ use procfs::process::Process;
 use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-/// A silence of the destination from which it counts against it: its heartbeats come twice a second.
+/// A destination that is silent for longer than this counts as the cause: its heartbeats come twice a second.
 const SILENCE: Duration = Duration::from_secs(1);
-/// The figure in a destination's heartbeat: nanoseconds since its start in which its receivers did not wait for bytes, the mean
-/// over connections.
+/// The figure in a destination's heartbeat: nanoseconds since its start in which its receivers did not wait for bytes,
+/// as the mean over connections.
 const WORKED: &str = "receivers_worked_ns";
-/// How often it is asked how long threads waited for a processor: that takes a file for each of them.
+/// How often the scheduling delay of threads is read: that takes a file for each thread.
 const DELAY_EVERY: Duration = Duration::from_secs(1);
-/// How many looks back the latest shares reach.
+/// How many samples back the latest shares reach.
 const LOOKS: usize = 50;
 
-/// Something that can hold a migration up.
+/// A possible cause that limits the speed of a migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Cause {
     /// The processors of this host.
@@ -54,7 +56,7 @@ pub enum Cause {
 }
 
 impl Cause {
-    /// Each of them.
+    /// Every cause.
     pub const ALL: [Self; 6] = [Self::Processor, Self::Limit, Self::Destination, Self::Wire, Self::Guest, Self::Source];
 
     /// Its name, in JSON and as a label.
@@ -81,7 +83,7 @@ impl fmt::Display for Cause {
     }
 }
 
-/// The shares, each from 0 to 1: see the [module](self). Those that this end cannot know are missing.
+/// The shares, each from 0 to 1: see the [module](self). Shares that this end cannot know are missing.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Bottleneck {
     shares: [Option<f64>; Cause::ALL.len()],
@@ -90,18 +92,18 @@ pub struct Bottleneck {
 }
 
 impl Bottleneck {
-    /// One share.
+    /// The share of one cause.
     #[must_use]
     pub fn share(&self, cause: Cause) -> Option<f64> {
         self.shares[cause as usize]
     }
 
-    /// Those that are known.
+    /// The known shares.
     pub fn shares(&self) -> impl Iterator<Item = (Cause, f64)> {
         Cause::ALL.into_iter().filter_map(|cause| Some((cause, self.share(cause)?)))
     }
 
-    /// The greatest of them.
+    /// The greatest share.
     #[must_use]
     pub fn greatest(&self) -> Option<(Cause, f64)> {
         self.shares().max_by(|a, b| a.1.total_cmp(&b.1))
@@ -116,7 +118,7 @@ impl Bottleneck {
         made_up
     }
 
-    /// The same with the other end in the same process: its stages use the same processors.
+    /// The same if the other end is in this process: its stages use the same processors.
     #[must_use]
     pub fn beside(mut self, other: &Self) -> Self {
         self.load += other.load;
@@ -130,7 +132,7 @@ impl Bottleneck {
     }
 }
 
-/// As JSON: percent of the time for each cause, to the tenth. What an end cannot know is null.
+/// As JSON: percent of the time for each cause, to one decimal. A share that an end cannot know is null.
 impl Serialize for Bottleneck {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let percent = |share: f64| (share * 1e3).round() / 10.0;
@@ -159,12 +161,12 @@ impl fmt::Display for Bottleneck {
     }
 }
 
-/// Time that the destination says it has spent since it began.
+/// The times that the destination reports, since it began.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct DestinationTime {
-    /// In which its receivers did not wait for bytes: the mean over connections.
+    /// Time in which its receivers did not wait for bytes: the mean over connections.
     worked: Duration,
-    /// In which it said nothing, though its answers were due.
+    /// Time in which it was silent, though its answers were due.
     silent: Duration,
 }
 
@@ -174,20 +176,20 @@ impl DestinationTime {
     }
 }
 
-/// What the shares are made of, counted from the start of the stages.
+/// The inputs of the shares, counted from the start of the stages.
 #[derive(Clone, Copy, Debug, Default)]
 struct Times {
     life: Duration,
     busy: Duration,
-    /// In which threads of the process ran or waited for a processor.
+    /// Time in which threads of the process ran or waited for a processor.
     threads: Duration,
-    /// Waits of the senders, their mean: `None` at a destination.
+    /// Waits of the senders, as their mean: `None` at a destination.
     senders: Option<Waits>,
-    /// Waits of the receivers, their mean.
+    /// Waits of the receivers, as their mean.
     receivers: Option<Waits>,
-    /// In which the scanner had no order.
+    /// Time in which the scanner had no order.
     idle: Duration,
-    /// Nobody answers where the stream is stored.
+    /// A stored stream is not answered.
     destination: Option<DestinationTime>,
 }
 
@@ -223,14 +225,14 @@ impl Waits {
         }
     }
 
-    /// Time in which no input was waited for.
+    /// Time that was not spent waiting for input.
     fn worked(self) -> Duration {
         self.life.saturating_sub(self.input)
     }
 }
 
 impl Times {
-    /// The times of an end's stages, with the time of the process's threads and what the destination says.
+    /// The times of an end's stages, with the time of the process's threads and the times that the destination reports.
     fn of(stages: &[Reading], threads: Duration, destination: Option<DestinationTime>) -> Self {
         let scanner = stages.iter().find(|reading| reading.stage.kind == StageKind::Scanner);
         Self {
@@ -244,7 +246,7 @@ impl Times {
         }
     }
 
-    /// What came on top.
+    /// The increase since `before`.
     fn since(&self, before: &Self) -> Self {
         Self {
             life: self.life.saturating_sub(before.life),
@@ -257,7 +259,7 @@ impl Times {
         }
     }
 
-    /// The shares on a host with so many cores.
+    /// The shares on a host with the given number of cores.
     fn shares(&self, cores: NonZeroUsize) -> Bottleneck {
         let mut bottleneck = Bottleneck::default();
         if self.life.is_zero() {
@@ -287,16 +289,16 @@ impl Times {
     }
 }
 
-/// Watches an end: its processor time, what it hears of the destination, and the shares of the latest seconds.
+/// Observes an end: its processor time, the messages of the destination, and the shares of the last few seconds.
 #[derive(Debug)]
 pub(crate) struct Watch {
     cores: NonZeroUsize,
     cpu_began: Duration,
     delay_began: Duration,
-    /// The latest time in which threads had waited for a processor, and when it was taken.
+    /// The latest total of the time that threads waited for a processor, and when it was read.
     delay: (Duration, Instant),
     heard: Instant,
-    /// What is heard of the destination, if one answers.
+    /// The destination's reports, if there is a return path.
     destination: Option<DestinationTime>,
     looks: VecDeque<Times>,
 }
@@ -315,7 +317,7 @@ impl Watch {
         }
     }
 
-    /// The destination said something, perhaps with figures of itself.
+    /// The destination sent a message, which may carry its figures.
     pub(crate) fn hear(&mut self, figures: &[Figure]) {
         let Some(destination) = &mut self.destination else { return };
         destination.silent += counted_silence(self.heard.elapsed());
@@ -330,7 +332,7 @@ impl Watch {
         process_time().saturating_sub(self.cpu_began)
     }
 
-    /// The shares of the latest seconds, with these readings.
+    /// The shares of the last few seconds, with these readings.
     pub(crate) fn latest(&mut self, stages: &[Reading]) -> Bottleneck {
         if self.delay.1.elapsed() >= DELAY_EVERY {
             self.delay = (self.delay(), Instant::now());
@@ -349,7 +351,8 @@ impl Watch {
         self.times(stages, self.delay()).shares(self.cores)
     }
 
-    /// Time in which threads of the process waited for a processor since the stages began. A thread that has ended is forgotten.
+    /// Time in which threads of the process waited for a processor since the stages began. A thread that has ended is
+    /// not counted.
     fn delay(&self) -> Duration {
         run_delay().saturating_sub(self.delay_began).max(self.delay.0)
     }
@@ -361,13 +364,13 @@ impl Watch {
     }
 }
 
-/// What a destination reports to its source of its receivers.
+/// A destination's report to its source about its receivers.
 pub(crate) fn figure_of(receivers: &[Reading]) -> Figure {
     let worked = Waits::of(receivers, StageKind::Receiver).map_or(Duration::ZERO, Waits::worked);
     Figure { name: WORKED.into(), value: u64::try_from(worked.as_nanos()).unwrap_or(u64::MAX) }
 }
 
-/// What of a silence counts.
+/// The part of a silence that counts.
 fn counted_silence(silence: Duration) -> Duration {
     if silence >= SILENCE { silence } else { Duration::ZERO }
 }

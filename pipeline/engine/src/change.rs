@@ -1,4 +1,4 @@
-//! The settings that may be changed while a migration runs, and what is right for them.
+//! The settings that can be changed while a migration runs, and their rules.
 
 use std::fmt;
 use std::time::Duration;
@@ -9,12 +9,12 @@ use crate::values::{Bandwidth, Deadline, Size, Time};
 /// Why a setting cannot be changed to a value.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ChangeError {
-    /// There is no such value.
+    /// The value is not valid.
     #[error("{key}: {why}")]
     Invalid {
-        /// Of which setting.
+        /// The setting.
         key: &'static str,
-        /// What is wrong, and what would be right.
+        /// What is wrong, and which value is accepted.
         why: String,
     },
     /// This migration does not have the setting.
@@ -22,22 +22,21 @@ pub enum ChangeError {
     Absent(&'static str),
 }
 
-/// Another value for one setting of a running source.
+/// A new value for one setting of a running source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Change {
-    /// Bytes a second on the wire, all connections together, [`Bandwidth::LEAST`] or more; `None`: as fast as it goes.
+    /// Bytes a second on the wire, all connections together, [`Bandwidth::LEAST`] or more; `None` is unlimited.
     MaxBandwidth(Option<u64>),
-    /// The same while the guest is paused.
+    /// The same limit while the guest is paused.
     SwitchoverBandwidth(SwitchoverBandwidth),
-    /// How long the guest may be paused, by the forecast. It counts at the next decision, and takes the place of a limit
+    /// How long the guest may be paused, by the forecast. It takes effect at the next decision, and replaces a limit
     /// that was raised.
     DowntimeLimit(Duration),
-    /// What no switchover may take by the forecast.
+    /// The downtime that no switchover may exceed by the forecast.
     MaxDowntime(Option<Duration>),
-    /// The longest the whole may take, from its start.
+    /// The longest the migration may take, from its start.
     Deadline(Option<Duration>),
-    /// The most that the guest is held back, in percent of its time. One that is held back for more is let run for more at
-    /// once.
+    /// The highest throttle, in percent of the guest's time. A guest that is throttled more is throttled less at once.
     ThrottleMost(u8),
     /// Bytes of the XBZRLE cache, all lanes together.
     XbzrleCache(u64),
@@ -46,18 +45,18 @@ pub enum Change {
 /// A setting that was changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Changed {
-    /// The round in which it was.
+    /// The round in which it was changed.
     pub round: u32,
-    /// What it was.
+    /// The old value.
     pub from: Change,
-    /// What it is.
+    /// The new value.
     pub to: Change,
-    /// Bound of the memory that the engine takes for itself from here on, in bytes.
+    /// The bound of the memory that the engine takes for itself from here on, in bytes.
     pub memory_bound: u64,
 }
 
 impl Change {
-    /// The setting's name, as the configuration has it (`throttle`: the ceiling).
+    /// The setting's name in the configuration (`throttle` is the ceiling).
     #[must_use]
     pub fn key(&self) -> &'static str {
         match self {
@@ -71,7 +70,7 @@ impl Change {
         }
     }
 
-    /// Is the value one that can be, whatever the others are?
+    /// Is the value valid by itself, whatever the other settings are?
     pub fn check(&self) -> Result<(), ChangeError> {
         if let Some((what, write)) = self.bandwidth().and_then(|most| Bandwidth(Some(most)).too_slow()) {
             return Err(self.wrong(format!("{what}; write {write}")));
@@ -93,7 +92,7 @@ impl Change {
         }
     }
 
-    /// The limit on bandwidth that it is.
+    /// The bandwidth limit for this value.
     fn bandwidth(&self) -> Option<u64> {
         match *self {
             Self::MaxBandwidth(most) => most,
@@ -102,7 +101,7 @@ impl Change {
         }
     }
 
-    /// The time that it is.
+    /// The duration for this value.
     fn time(&self) -> Option<Duration> {
         match *self {
             Self::DowntimeLimit(limit) => Some(limit),
@@ -111,8 +110,9 @@ impl Change {
         }
     }
 
-    /// The settings of a source that may be changed, as these have them. Those are left out that this migration has not: the throttle's
-    /// ceiling where throttling is no step about a stall, the cache where no deltas are made.
+    /// The settings of a source that can be changed, with their values here. Settings that do not apply to this
+    /// migration are left out: the throttle's ceiling if throttling is not a step on a stall, the cache if deltas are
+    /// off.
     #[must_use]
     pub fn list(settings: &SourceSettings) -> Vec<Self> {
         let convergence = &settings.convergence;
@@ -129,7 +129,7 @@ impl Change {
         always.into_iter().chain(throttle).chain(cache).collect()
     }
 
-    /// Puts the value into settings.
+    /// Applies the value to settings.
     pub fn put_into(self, settings: &mut SourceSettings) {
         match self {
             Self::MaxBandwidth(most) => settings.max_bandwidth = most,
@@ -150,7 +150,7 @@ impl Change {
 }
 
 impl fmt::Display for Change {
-    /// The value, as the configuration writes it.
+    /// The value in the syntax of the configuration.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match *self {
             Self::MaxBandwidth(bandwidth) => Bandwidth(bandwidth).fmt(f),
@@ -171,7 +171,7 @@ impl fmt::Display for Changed {
     }
 }
 
-/// The settings with other values, if these can be; what is not there cannot be changed.
+/// The settings with these changes, if the result is valid. A setting that does not apply cannot be changed.
 pub(crate) fn with_all(settings: &SourceSettings, changes: &[Change]) -> Result<SourceSettings, ChangeError> {
     let mut all = settings.clone();
     for change in changes {
@@ -202,7 +202,7 @@ fn check_there_is(settings: &SourceSettings, change: &Change) -> Result<(), Chan
     Err(ChangeError::Absent(missing))
 }
 
-/// What is different in `after`: what it was before, and what it is there.
+/// The differences of `after`: the old value, and the new one.
 pub(crate) fn differences(before: &SourceSettings, after: &SourceSettings) -> Vec<(Change, Change)> {
     Change::list(before).into_iter().zip(Change::list(after)).filter(|(before, after)| before != after).collect()
 }

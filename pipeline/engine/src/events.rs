@@ -1,5 +1,5 @@
-//! What happens in a migration, as typed values: the log, the progress display, the metrics and the report all come from
-//! these and from nothing else.
+//! The events of a migration, as typed values. They are the only source of the log, the progress display, the metrics
+//! and the report.
 
 mod queued;
 
@@ -26,14 +26,14 @@ pub use queued::Queued;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Deserialize, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Role {
-    /// Sends.
+    /// The source.
     Source,
-    /// Receives.
+    /// The destination.
     Destination,
 }
 
 impl Role {
-    /// Its name: in messages, in JSON and as a label.
+    /// Its name in messages, in JSON and as a label.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -49,7 +49,7 @@ impl fmt::Display for Role {
     }
 }
 
-/// Where a migration stands.
+/// The phase of a migration.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Deserialize, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Phase {
@@ -66,7 +66,7 @@ pub enum Phase {
     Failed,
     /// It was cancelled; the source is as it was.
     Cancelled,
-    /// Go was sent and nothing came back.
+    /// Go was sent and no answer arrived.
     Unconfirmed,
 }
 
@@ -82,7 +82,7 @@ impl Phase {
         Self::Unconfirmed,
     ];
 
-    /// Its name, as JSON has it.
+    /// Its name in JSON.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -108,31 +108,31 @@ pub struct BlockFacts {
     pub page_size: u64,
 }
 
-/// Figures taken once in a while during a migration, for whoever watches.
+/// Progress figures, taken at intervals during a migration, for observers.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Progress {
     /// The current round, from 1.
     pub round: u32,
-    /// Page bytes that are dirty or taken and not acknowledged. A destination does not know what is dirty: there, page bytes of the first
-    /// round that are not loaded, and `None` after it.
+    /// Page bytes that are dirty or were taken and not acknowledged. A destination does not know the dirty pages:
+    /// there, page bytes of the first round that are not loaded, and `None` after it.
     pub remaining_bytes: Option<u64>,
     /// Bytes of the guest.
     pub total_bytes: u64,
     /// Bytes handed to the transport so far.
     pub wire_bytes: u64,
-    /// Bytes to the wire a second, lately.
+    /// Recent rate on the wire, in bytes a second.
     pub wire_rate: f64,
-    /// Page bytes a second that are read, or loaded, lately.
+    /// Recent rate of page bytes read, or loaded, in bytes a second.
     pub page_rate: f64,
     /// Page bytes a second that the guest dirtied between the last syncs, if there were two; 0 once it is paused.
     pub dirty_rate: Option<f64>,
-    /// What a switchover now would cost, if it can be told.
+    /// The cost of a switchover at this moment, if there is a forecast.
     pub expected_downtime: Option<Duration>,
-    /// The downtime limit as far as it is raised; nothing at the destination, which has none.
+    /// The downtime limit, with any raise; `None` at the destination, which has none.
     pub downtime_limit: Duration,
     /// Percent of its time that the guest is throttled.
     pub throttle: u8,
-    /// What holds it up, over the latest seconds; once it has ended, from its start.
+    /// What limits the speed, over the last few seconds; once the migration has ended, from its start.
     pub bottleneck: Bottleneck,
     /// Processor time of the process since the first page.
     pub cpu: Duration,
@@ -141,7 +141,7 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// The share of the guest's memory that does not remain, 0 to 1; `None` where it is not known what does.
+    /// The share of the guest's memory that does not remain, 0 to 1; `None` while the remaining bytes are unknown.
     #[must_use]
     pub fn done(&self) -> Option<f64> {
         let remaining = self.remaining_bytes?;
@@ -153,7 +153,7 @@ impl Progress {
         Some((1.0 - left).clamp(0.0, 1.0))
     }
 
-    /// How long it takes until nothing remains.
+    /// The time until nothing remains.
     #[must_use]
     pub fn time_left(&self) -> TimeLeft {
         let at_rates = |remaining| TimeLeft::at_rates(remaining, self.page_rate, self.dirty_rate);
@@ -161,22 +161,22 @@ impl Progress {
     }
 }
 
-/// A time left above this says nothing: the rates of the moment do not last so long.
+/// A time left above this is not reported: the current rates do not last that long.
 const LONGEST_SECONDS: f64 = 24.0 * 3600.0;
 
-/// How long it takes until nothing remains, at the rates of the moment.
+/// The time until nothing remains, at the current rates.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum TimeLeft {
     /// Nothing is measured yet, or it would take more than a day.
     Unknown,
-    /// About this.
+    /// The estimate.
     About(Duration),
     /// The guest dirties pages at least as fast as they are sent.
     DoesNotConverge,
 }
 
 impl TimeLeft {
-    /// What remains shrinks by what is sent and grows by what is dirtied.
+    /// The remaining bytes shrink by the sending rate and grow by the dirty rate.
     #[must_use]
     pub fn at_rates(remaining_bytes: u64, page_rate: f64, dirty_rate: Option<f64>) -> Self {
         if remaining_bytes == 0 {
@@ -208,7 +208,7 @@ impl fmt::Display for TimeLeft {
 /// The parts of the downtime.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 pub struct DowntimeParts {
-    /// Pause to pages known: device state aside.
+    /// From the pause until the dirty pages are known, without device state.
     #[serde(rename = "final_sync_ms", with = "millis")]
     pub final_sync: Duration,
     /// The last round, until its last byte is loaded.
@@ -223,33 +223,33 @@ pub struct DowntimeParts {
     /// Go to Running.
     #[serde(rename = "handover_ms", with = "millis")]
     pub handover: Duration,
-    /// From the decision that the guest is not handed over until it was resumed at the source.
+    /// From the decision not to hand the guest over until it was resumed at the source.
     #[serde(rename = "resume_ms", with = "millis")]
     pub resume: Duration,
 }
 
 impl DowntimeParts {
-    /// All of them together: the downtime.
+    /// The sum of all parts: the downtime.
     #[must_use]
     pub fn total(&self) -> Duration {
         self.final_sync + self.final_transfer + self.state + self.verify + self.handover + self.resume
     }
 }
 
-/// Why a connection is turned away, as far as it matters to whoever watches.
+/// Why a connection is refused, in the categories that matter to an observer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum TurnedAwayKind {
-    /// It said nothing in time, or ended without a word.
+    /// It sent nothing in time, or ended without a message.
     Silent,
-    /// It does not speak memferry's protocol, or wrongly.
+    /// It does not speak memferry's protocol, or violates it.
     Stranger,
     /// It speaks another version of the protocol.
     Version,
-    /// Its stream is one that this destination cannot or may not take.
+    /// Its stream is one that this destination cannot or may not accept.
     Unfit,
     /// It contradicts another connection of its migration.
     Contradicts,
-    /// Not all connections of its migration came in time.
+    /// Not all connections of its migration arrived in time.
     Incomplete,
     /// This end is short of descriptors or memory.
     Shortage,
@@ -260,7 +260,7 @@ impl TurnedAwayKind {
     pub const ALL: [Self; 7] =
         [Self::Silent, Self::Stranger, Self::Version, Self::Unfit, Self::Contradicts, Self::Incomplete, Self::Shortage];
 
-    /// Its name, as JSON has it.
+    /// Its name in JSON.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -275,17 +275,17 @@ impl TurnedAwayKind {
     }
 }
 
-/// One thing that happened.
+/// An event.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
     /// The phase changed.
     Phase(Phase),
-    /// The peer is there and agreed.
+    /// The peer was reached and accepted.
     Connected {
-        /// Who, or which file.
+        /// The peer's name, or the file.
         peer: Untrusted,
     },
-    /// The guest's blocks are known; with the bound of the memory the engine takes for itself.
+    /// The guest's blocks are known, and the bound of the memory that the engine takes for itself.
     Guest {
         /// Its blocks.
         blocks: Vec<BlockFacts>,
@@ -294,19 +294,19 @@ pub enum Event {
         /// Bound of queues, pools, caches and bitmaps in bytes.
         memory_bound: u64,
     },
-    /// The scanner reached the end of the bitmap; its batches are on their way.
+    /// The scanner reached the end of the bitmap; its batches are in flight.
     RoundScanned {
         /// The round.
         round: u32,
     },
-    /// All batches of a round are sent; at the destination: loaded.
+    /// All batches of a round are sent or, at the destination, loaded.
     RoundSent {
         /// Its figures, all lanes together.
         tally: RoundTally,
-        /// From its first batch to its last byte sent, or loaded.
+        /// From its first batch to its last byte, sent or loaded.
         duration: Duration,
     },
-    /// A sync between rounds found this many dirty pages.
+    /// A sync between rounds found this number of dirty pages.
     Synced {
         /// The round before it.
         after_round: u32,
@@ -315,40 +315,41 @@ pub enum Event {
         /// How long the sync took.
         duration: Duration,
     },
-    /// How many pages were spared so far, and why: told where the window for hints was closed, and where pages are out for good.
+    /// The number of pages skipped so far, by reason. Sent when the window for hints is closed, and where pages are
+    /// excluded.
     Spared(Spared),
-    /// What the controller decided after a sync or within a round, and why, in words and figures.
+    /// The controller's decision after a sync or within a round, with its reason, in words and figures.
     Decided(Decided),
     /// A setting of the source was changed while it ran.
     Changed(Changed),
-    /// Figures on the way.
+    /// Progress figures.
     Progress(Progress),
-    /// Strangers or broken peers of a kind were turned away, and waiting continues: the first of the kind at once, then a count at a
-    /// growing interval, and a last one at the end.
+    /// Clients or broken peers were refused for one kind of reason, and the wait continues. The first of a kind is
+    /// reported at once, then a count at a growing interval, and a last count at the end.
     TurnedAway {
-        /// What kind of reason there was.
+        /// The kind of reason.
         kind: TurnedAwayKind,
-        /// Who; of several the last.
+        /// The client's name; of several, the latest.
         peer: Untrusted,
-        /// Why; of several the last.
+        /// The reason; of several, the latest.
         why: String,
-        /// How many, since the event before this one of the kind.
+        /// The number since the previous event of this kind.
         count: u64,
     },
-    /// Something the operator should know, and the migration goes on.
+    /// A warning for the operator; the migration continues.
     Warning(String),
     /// The guest was paused at the source.
     Paused,
-    /// A cancel is too late from here on: the source tells the destination to run the guest; the destination begins to start it.
+    /// A cancel is too late from here on: the source sends Go; the destination begins to start the guest.
     HandedOver,
-    /// The guest goes on at the source.
+    /// The guest continues at the source.
     Resumed,
-    /// It ended.
+    /// The migration ended.
     Ended(Ended),
 }
 
 impl Event {
-    /// What the operator should know of it though the migration goes on, in words.
+    /// The text of a warning, if the event is one: the migration continues.
     #[must_use]
     pub fn warning(&self) -> Option<String> {
         match self {
@@ -362,55 +363,55 @@ impl Event {
     }
 }
 
-/// How it ended, with everything the report needs that no event before it said.
+/// The result, with everything for the report that no earlier event carries.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Ended {
     /// [`Phase::Completed`], [`Phase::Failed`], [`Phase::Cancelled`] or [`Phase::Unconfirmed`].
     pub phase: Phase,
-    /// Why not completed.
+    /// Why it did not complete.
     pub error: Option<String>,
-    /// Were digests compared: `None` if they never were.
+    /// The result of the comparison of digests; `None` if it did not take place.
     pub verified: Option<bool>,
     /// From start to verdict.
     pub total: Duration,
     /// From start to the first page.
     pub setup: Duration,
-    /// How long the guest was paused: until it ran at the destination, or until it was resumed here, whatever the end. `None` if it
-    /// was not paused, or still is.
+    /// How long the guest was paused: until it ran at the destination, or until it was resumed here, whatever the
+    /// result. `None` if it was not paused, or still is.
     pub downtime: Option<Duration>,
-    /// Its parts, as far as it came: at the source they add up to it. A destination, which does not know how long it was, has those that
-    /// it works on.
+    /// The parts of the downtime, as far as the migration came. At the source they add up to the downtime. A
+    /// destination does not know the downtime, and reports the parts that it works on.
     pub parts: DowntimeParts,
-    /// What the controller expected of it when it decided to switch over, if it did and could tell.
+    /// The controller's forecast when it decided to switch over, if it did and had one.
     pub forecast: Option<Forecast>,
     /// Bytes handed to the transport (source) or taken from it (destination).
     pub wire_bytes: u64,
-    /// Pages that were not sent for what the guest said of them (source).
+    /// Pages that were not sent because of the guest's information about them (source).
     pub spared: Spared,
-    /// Most memory the engine held.
+    /// The most memory that the engine used.
     pub memory_peak: u64,
     /// How every stage spent its time.
     pub stages: Vec<Reading>,
-    /// What held it up.
+    /// What limited the speed.
     pub bottleneck: Bottleneck,
     /// Processor time of the process from the first page to the verdict.
     pub cpu: Duration,
-    /// Did the source guest fail to go on after it was paused? It stands still, and nobody else runs it.
+    /// Did the source guest fail to resume after it was paused? It is paused, and runs nowhere else.
     pub resume_failed: bool,
 }
 
 impl Ended {
-    /// How long the switchover took, pause to Running, if it came to its end: what a forecast is measured by.
+    /// How long the switchover took, from pause to Running, if it completed: the value to compare a forecast with.
     #[must_use]
     pub fn switchover(&self) -> Option<Duration> {
         self.downtime.filter(|_| self.phase == Phase::Completed)
     }
 }
 
-/// Takes events as they happen. Called from the control plane: return soon, never block. One that may block, be it only because it
-/// prints, goes behind [`Queued`]. A closure is one.
+/// Receives events as they happen. Called from the control plane: return soon, never block. Wrap an observer that may
+/// block, even if only by printing, in [`Queued`]. A closure is an observer.
 pub trait Observer: Send + Sync {
-    /// One event of one end.
+    /// Receives one event of one end.
     fn event(&self, role: Role, event: &Event);
 }
 
@@ -440,13 +441,13 @@ impl Observers {
         Self { role, list: list.into() }
     }
 
-    /// These and one more, which is told first.
+    /// This list with one more observer, which is notified first.
     #[must_use]
     pub fn and(&self, another: Arc<dyn Observer>) -> Self {
         Self { role: self.role, list: std::iter::once(another).chain(self.list.iter().cloned()).collect() }
     }
 
-    /// Nobody watches this end.
+    /// No observers of this end.
     #[must_use]
     pub fn none(role: Role) -> Self {
         Self::new(role, Vec::new())
@@ -458,7 +459,7 @@ impl Observers {
         self.role
     }
 
-    /// Tells every observer.
+    /// Notifies every observer.
     pub fn tell(&self, event: &Event) {
         for observer in self.list.iter() {
             observer.event(self.role, event);

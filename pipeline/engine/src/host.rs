@@ -1,16 +1,16 @@
-//! How much memory this process may have: what is too large for it is refused before it is allocated.
+//! How much memory this process may use. An allocation that is too large for it is refused beforehand.
 //!
-//! That is the host's memory, or less where a control group limits it: its own or one above it, of version 1 or 2, as they are
-//! mounted here.
+//! The limit is the host's memory, or less if a control group limits it: the process's own group or one above it, of
+//! version 1 or 2, as mounted here.
 
 use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// Memory that this process may have.
+/// The memory that this process may use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Memory {
-    /// How much.
+    /// The amount.
     pub bytes: u64,
     limit: Limit,
 }
@@ -32,18 +32,19 @@ impl fmt::Display for Memory {
     }
 }
 
-/// The memory that this process may have, if `bytes` are more than half of it; `None` also if the kernel does not tell.
+/// The memory that this process may use, if `bytes` is more than half of it; `None` also if the kernel does not report
+/// it.
 pub fn beyond_half_of_memory(bytes: u64) -> Option<Memory> {
     memory(Path::new("/")).filter(|memory| bytes > memory.bytes / 2)
 }
 
-/// The same, if `bytes` are more than all of it.
+/// The same, if `bytes` is more than all of it.
 #[cfg(feature = "vm-memory")]
 pub fn beyond_memory(bytes: u64) -> Option<Memory> {
     memory(Path::new("/")).filter(|memory| bytes > memory.bytes)
 }
 
-/// By the files below a root, which is not `/` in tests.
+/// Reads the files below a root, which is `/` except in tests.
 fn memory(root: &Path) -> Option<Memory> {
     let host = installed(root).map(|bytes| Memory { bytes, limit: Limit::Host });
     let group = group_limit(root).map(|bytes| Memory { bytes, limit: Limit::ControlGroup });
@@ -56,7 +57,7 @@ fn installed(root: &Path) -> Option<u64> {
     total.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
 }
 
-/// The lowest limit of the process's control groups and of all above them.
+/// The lowest limit of the process's control groups and of all groups above them.
 fn group_limit(root: &Path) -> Option<u64> {
     let groups = fs::read_to_string(root.join("proc/self/cgroup")).ok()?;
     let mounts = fs::read_to_string(root.join("proc/self/mountinfo")).ok()?;
@@ -87,7 +88,7 @@ impl<'a> Group<'a> {
         // In a container the mount may begin at a group below the root, or the path may name one that is not visible.
         let below = Path::new(self.path).strip_prefix(mount.of).ok().map_or_else(PathBuf::new, Path::to_path_buf);
         let limits = below.ancestors().filter_map(|group| fs::read_to_string(top.join(group).join(file)).ok());
-        // "max" is none; version 1 writes a number beyond any host.
+        // "max" is no limit; version 1 writes a number larger than any host's memory.
         limits.filter_map(|limit| limit.trim().parse().ok()).min()
     }
 }
@@ -95,7 +96,7 @@ impl<'a> Group<'a> {
 /// A mounted hierarchy of control groups that may limit memory.
 struct Mount<'a> {
     is_version_2: bool,
-    /// The group that stands at its top.
+    /// The group at its root.
     of: &'a str,
     at: &'a str,
 }
@@ -123,7 +124,7 @@ mod tests {
                       35 31 0:32 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n\
                       36 31 0:33 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n";
 
-    /// A host with 16 GiB, these groups and these files of limits.
+    /// A host with 16 GiB, these groups and these limit files.
     fn host(groups: &str, mounts: &str, limits: &[(&str, &str)]) -> Option<Memory> {
         let root = tempfile::tempdir().unwrap();
         let write = |path: &str, text: &str| {

@@ -1,4 +1,4 @@
-//! Figures as people read them: three digits and a unit.
+//! Figures in human-readable form: three digits and a unit.
 
 use std::time::Duration;
 
@@ -25,7 +25,7 @@ pub fn rate(bytes_per_second: f64) -> String {
     format!("{}/s", bytes(whole))
 }
 
-/// A length of time: `213 ms`, `12.3 s`, `4m 05s`.
+/// A duration: `213 ms`, `12.3 s`, `4m 05s`.
 #[must_use]
 pub fn time(time: Duration) -> String {
     let seconds = time.as_secs_f64();
@@ -41,7 +41,7 @@ pub fn time(time: Duration) -> String {
     }
 }
 
-/// A number with its thousands apart, or in millions: `262,144`, `16.8M`.
+/// A number with separated thousands, or in millions: `262,144`, `16.8M`.
 #[must_use]
 pub fn count(number: u64) -> String {
     if number >= 1_000_000 {
@@ -51,19 +51,19 @@ pub fn count(number: u64) -> String {
     exact(number)
 }
 
-/// So many of something: `1 round`, `262,144 rounds`.
+/// A count with its noun: `1 round`, `262,144 rounds`.
 #[must_use]
 pub fn counted(number: u64, one: &str) -> String {
     format!("{} {one}{}", count(number), if number == 1 { "" } else { "s" })
 }
 
-/// How much of something is done, in percent: `99 %` until nothing is left.
+/// Progress in percent: `99 %` until nothing is left.
 #[must_use]
 pub fn done(percent: f64) -> String {
     format!("{:.0} % done", percent.clamp(0.0, 100.0).floor())
 }
 
-/// Words in lines of at most `width` letters; a word that is longer is cut.
+/// Words in lines of at most `width` characters; a longer word is cut.
 #[must_use]
 pub fn wrap(text: &str, width: usize) -> Vec<String> {
     let mut lines = vec![String::new()];
@@ -83,7 +83,7 @@ pub fn wrap(text: &str, width: usize) -> Vec<String> {
     lines
 }
 
-/// A number with its thousands apart: `16,777,216`.
+/// A number with separated thousands: `16,777,216`.
 #[must_use]
 pub fn exact(number: u64) -> String {
     let digits = number.to_string();

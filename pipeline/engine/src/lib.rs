@@ -1,19 +1,19 @@
 //! memferry moves the memory of a running guest to another process, host or file while the guest keeps writing to it.
 //!
-//! # For whoever embeds it
-//! This crate is the only dependency that a VMM needs: what its traits and settings name is re-exported here.
+//! # For a VMM that embeds it
+//! This crate is the only dependency that a VMM needs: it re-exports the types that its traits and settings use.
 //!
 //! | to do | here |
 //! |---|---|
-//! | make a VM one that can be moved | implement [`SourceGuest`](guest::SourceGuest) and [`DestinationGuest`](guest::DestinationGuest): [`guest`] |
+//! | make a VM movable | implement [`SourceGuest`](guest::SourceGuest) and [`DestinationGuest`](guest::DestinationGuest): [`guest`] |
 //! | describe its RAM | [`memory`], [`geometry`] |
-//! | tell which pages were written | a [`DirtyLog`](dirty_log::DirtyLog) of those in [`dirty_log`], or one of your own |
+//! | report which pages were written | a [`DirtyLog`](dirty_log::DirtyLog) of those in [`dirty_log`], or one of your own |
 //! | move it | [`migration::send`] and [`migration::receive`], with [`settings`], over one of the [`transports`] |
-//! | move it from a VMM of threads, without an async runtime | [`blocking`] |
-//! | watch it | [`events`] |
-//! | change or end it while it runs | [`control`] |
-//! | take RAM and log from `vm-memory` | `vm_memory`, with the feature `vm-memory` |
-//! | know that the implementation is right | [`guest::conformance`], [`dirty_log::conformance`] |
+//! | move it from a VMM that uses threads, without an async runtime | [`blocking`] |
+//! | observe it | [`events`] |
+//! | change or cancel it while it runs | [`control`] |
+//! | take RAM and dirty log from `vm-memory` | `vm_memory`, with the feature `vm-memory` |
+//! | test the implementation | [`guest::conformance`], [`dirty_log::conformance`] |
 //!
 //! `examples/embed.rs` is all of that in one program. The guests that memferry ships are in the crate `memferry-guests`.
 
@@ -28,7 +28,7 @@ pub mod settings;
 #[cfg(feature = "vm-memory")]
 pub mod vm_memory;
 
-// What the other crates of this workspace share with the engine. It is no part of the interface, and changes without notice.
+// Shared with the other crates of this workspace. Not part of the public interface; changes without notice.
 #[doc(hidden)]
 pub mod bottleneck;
 #[doc(hidden)]

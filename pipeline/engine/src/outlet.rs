@@ -1,8 +1,8 @@
-//! An outlet: where something that watches a migration is written, however slowly it is taken there.
+//! An outlet: writes the output of an observer, however slowly its reader takes it.
 //!
-//! A bounded queue and a thread. Who puts something in never waits: what finds the queue full is dropped and counted, and the
-//! count is kept at its place among the rest, so that the reader learns what is missing and where. Only the thread waits for a
-//! descriptor. The end waits for a limited time, and leaves the thread behind if that was not enough: it ends with the program.
+//! A bounded queue and a thread. The caller never waits: an item that finds the queue full is dropped and counted, and
+//! the count is stored at its place in the queue, so that the reader learns what is missing and where. Only the thread
+//! waits for a descriptor. The end waits for a limited time, and then abandons the thread, which ends with the program.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -18,22 +18,22 @@ use rustix::io::Errno;
 
 use crate::threads::explained;
 
-/// What an outlet's thread does. Each call may block.
+/// The work of an outlet's thread. Each call may block.
 pub trait Sink<T>: Send + 'static {
     /// Writes the next item.
     fn take(&mut self, item: T);
 
-    /// Items were dropped at this place: those before them were taken too slowly.
+    /// Items were dropped at this place, because those before them were written too slowly.
     fn dropped(&mut self, count: u64);
 
-    /// There is nothing more.
+    /// There are no more items.
     fn end(&mut self) {}
 }
 
-/// A bounded queue with a thread behind it: see the [module](self). Dropped, it takes nothing more.
+/// A bounded queue with a thread that empties it: see the [module](self). Once dropped, it accepts no more items.
 pub struct Outlet<T> {
     shared: Arc<Shared<T>>,
-    /// Entries that may wait.
+    /// Entries that may be queued.
     room: usize,
 }
 
@@ -53,7 +53,7 @@ struct State<T> {
     entries: VecDeque<Entry<T>>,
     thread: Thread,
     is_closed: bool,
-    /// Has somebody waited in vain since the thread last got something done?
+    /// Has a wait timed out since the thread last made progress?
     is_stuck: bool,
 }
 
@@ -70,10 +70,10 @@ enum Thread {
 }
 
 impl<T: Send + 'static> Outlet<T> {
-    /// Starts the thread. `room` entries may wait for it.
+    /// Starts the thread. Up to `room` entries may be queued for it.
     ///
     /// # Errors
-    /// When the system gives no thread.
+    /// When the system cannot start a thread.
     pub fn begin(name: &str, room: usize, sink: impl Sink<T>) -> io::Result<Self> {
         let state = State { entries: VecDeque::new(), thread: Thread::Waits, is_closed: false, is_stuck: false };
         let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() });
@@ -82,7 +82,7 @@ impl<T: Send + 'static> Outlet<T> {
         Ok(Self { shared, room })
     }
 
-    /// Puts an item in, or counts it as dropped.
+    /// Queues an item, or counts it as dropped.
     pub fn put(&self, item: T) {
         let mut state = self.shared.state();
         if state.is_closed {
@@ -98,7 +98,7 @@ impl<T: Send + 'static> Outlet<T> {
         self.shared.changed.notify_all();
     }
 
-    /// Puts in an item that a later one replaces: where there is no room for it, it is not missed.
+    /// Queues an item that a later one replaces: if there is no room, it is dropped without being counted.
     pub fn offer(&self, item: T) {
         let mut state = self.shared.state();
         if !state.is_closed && state.entries.len() < self.room {
@@ -107,15 +107,15 @@ impl<T: Send + 'static> Outlet<T> {
         }
     }
 
-    /// Waits until everything put in so far is written: false if it is not after `limit`. Once it was not, nobody waits again
-    /// before something moves.
+    /// Waits until everything queued so far is written: false if it is not after `limit`. After one timeout, later
+    /// calls return at once until the thread makes progress.
     pub fn flush(&self, limit: Duration) -> bool {
         let state = self.shared.state();
         let waits = |state: &State<T>| state.thread == Thread::Writes || !state.entries.is_empty();
         self.wait(state, limit, |state| state.thread != Thread::Ended && waits(state))
     }
 
-    /// Takes nothing more, and waits until all is written and the sink has ended: false if it has not after `limit`.
+    /// Closes the queue, and waits until all is written and the sink has ended: false if it has not after `limit`.
     pub fn close(&self, limit: Duration) -> bool {
         let mut state = self.shared.state();
         state.is_closed = true;
@@ -145,7 +145,8 @@ impl<T> Shared<T> {
     }
 
     fn run(&self, mut sink: impl Sink<T>) {
-        // A terminal may stop a process in the background that writes to it (`stty tostop`), but for a thread that blocks this signal.
+        // A terminal may stop a background process that writes to it (`stty tostop`), unless the writing thread blocks
+        // this signal.
         let mut background = SigSet::empty();
         background.add(Signal::SIGTTOU);
         background.thread_block().ok();
@@ -162,7 +163,7 @@ impl<T> Shared<T> {
         sink.end();
     }
 
-    /// Waits for the next entry: nothing once it is closed and empty.
+    /// Waits for the next entry; `None` once the queue is closed and empty.
     fn next(&self) -> Option<Entry<T>> {
         let idle = |state: &mut State<T>| state.entries.is_empty() && !state.is_closed;
         let mut state = self.changed.wait_while(self.state(), idle).unwrap_or_else(PoisonError::into_inner);
@@ -172,7 +173,7 @@ impl<T> Shared<T> {
     }
 }
 
-/// However the thread ends, nobody waits for it any more.
+/// However the thread ends, waits for it end too.
 struct Ends<'a, T>(&'a Shared<T>);
 
 impl<T> Drop for Ends<'_, T> {
@@ -182,8 +183,8 @@ impl<T> Drop for Ends<'_, T> {
     }
 }
 
-/// A descriptor as a writer: without the buffer and the lock of the standard library's handles, which a thread that waits for
-/// room would hold, and as it should be where somebody else has made the descriptor non-blocking.
+/// A descriptor as a writer. It avoids the buffer and the lock of the standard library's handles, which a thread that
+/// waits for room would hold, and it handles a descriptor that another process has made non-blocking.
 #[derive(Debug)]
 pub struct Direct<F>(pub F);
 
@@ -208,7 +209,7 @@ mod tests {
     use super::*;
     use std::sync::mpsc::{Receiver, Sender, channel};
 
-    /// For each entry it waits for leave, then notes it.
+    /// Waits for permission before each entry, then records it.
     struct Slow {
         leave: Receiver<()>,
         notes: Sender<String>,
@@ -216,7 +217,7 @@ mod tests {
 
     impl Slow {
         fn note(&self, what: String) {
-            // Without anybody who gives leave it need not be asked for.
+            // Without a sender of permissions it does not wait.
             self.leave.recv().ok();
             self.notes.send(what).unwrap();
         }
@@ -243,7 +244,7 @@ mod tests {
 
     const LONG: Duration = Duration::from_secs(60);
 
-    /// Puts an item into the hands of the thread, which waits for leave.
+    /// Queues an item and waits until the thread has taken it; the thread then waits for permission.
     fn occupy(outlet: &Outlet<u32>) {
         outlet.put(0);
         while outlet.shared.state().thread != Thread::Writes {
@@ -256,7 +257,7 @@ mod tests {
         let (outlet, leave, noted) = slow(2);
         occupy(&outlet);
         (1..=5).for_each(|item| outlet.put(item));
-        // Two of them have room, three do not.
+        // Two of them fit, three do not.
         (0..2).for_each(|_| leave.send(()).unwrap());
         assert_eq!(noted.iter().take(2).collect::<Vec<_>>(), ["0", "1"]);
         drop(leave);
@@ -295,7 +296,7 @@ mod tests {
         struct Panics;
         impl Sink<()> for Panics {
             fn take(&mut self, (): ()) {
-                // Without the noise of a panic's message.
+                // Suppresses the panic message.
                 std::panic::resume_unwind(Box::new(()));
             }
             fn dropped(&mut self, _: u64) {}

@@ -1,4 +1,4 @@
-//! A made-up migration as a list of events, for the tests of observers.
+//! A scripted migration as a list of events, for the tests of observers.
 
 use std::time::Duration;
 
@@ -73,7 +73,7 @@ pub fn ended(role: Role) -> Ended {
     }
 }
 
-/// What one end of the scripted migration says.
+/// The events of one end of the scripted migration.
 #[must_use]
 pub fn script(role: Role) -> Vec<Event> {
     let first = RoundTally {

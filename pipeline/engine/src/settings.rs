@@ -1,8 +1,8 @@
-//! How a migration is to run: plain values, wherever they come from (a TOML file, a VMM's own code).
+//! The settings of a migration: plain values, from any source (a TOML file, a VMM's own code).
 //!
-//! They are the one definition of each setting: the configuration file takes its defaults, and whole tables where they are alike,
-//! from here. The rules are here too: [`SourceSettings::check`] and [`DestinationSettings::check`] refuse what cannot be, and a
-//! migration asks them before it begins anything.
+//! This is the only definition of each setting: the configuration file takes its defaults from here, and whole tables
+//! where they are the same. The rules are here too: [`SourceSettings::check`] and [`DestinationSettings::check`] refuse
+//! invalid settings, and a migration calls them before it begins.
 //!
 //! ```
 //! use std::time::Duration;
@@ -24,46 +24,47 @@ pub use rules::{Rule, Setting, SettingsError};
 
 mod rules;
 
-/// What guest state may take where nothing else is set: virtual devices take kilobytes to a few megabytes.
+/// The default limit for guest state: virtual devices take kilobytes to a few megabytes.
 pub const MAX_STATE_BYTES: u64 = 16 << 20;
 
 /// How pages are encoded.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EncoderSettings {
-    /// Compressor, in the first round; in every round where `xbzrle` is `None`.
+    /// The compressor of the first round, and of every round if `xbzrle` is `None`.
     pub compress: Option<Codec>,
-    /// Deltas from the first RoundComplete on.
+    /// Deltas after the first RoundComplete.
     pub xbzrle: Option<XbzrleSettings>,
 }
 
-/// How deltas are made.
+/// The settings for deltas.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct XbzrleSettings {
-    /// Bytes of the cache, all lanes together. A source takes no more than its guest has memory: a larger cache holds nothing more.
+    /// Bytes of the cache, all lanes together. A source takes no more than its guest's memory: a larger cache holds no
+    /// more pages.
     pub cache_bytes: u64,
-    /// How pages travel that miss the cache, or whose delta is not smaller.
+    /// How pages travel that miss the cache, or whose delta is not smaller than the page.
     pub on_miss: OnMiss,
     /// Do pages enter the cache in the first round already?
     pub cache_first_round: bool,
 }
 
-/// How a page travels that no delta helps: with the compressor of the first round, or as it is. Where that round has none, it
-/// travels as it is.
+/// How a page travels that a delta does not help: with the compressor of the first round, or raw. If the first round
+/// has no compressor, it travels raw.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum OnMiss {
-    /// Compressed where the wire is slower than the compressor, as it is elsewhere. Each lane decides for each batch, by what its
-    /// sender waits.
+    /// Compressed if the wire is slower than the compressor, else raw. Each lane decides for each batch, by the time
+    /// that its sender waits.
     #[default]
     Auto,
-    /// As it is.
+    /// Raw.
     Raw,
-    /// Compressed: the first round has a compressor then.
+    /// Compressed: requires a compressor for the first round.
     Compress,
 }
 
 impl OnMiss {
-    /// As the configuration writes it.
+    /// The value in the syntax of the configuration.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -74,31 +75,32 @@ impl OnMiss {
     }
 }
 
-/// What happens when the deadline passes or the rounds are used up.
+/// The action when the deadline passes or the rounds are used up.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum OnDeadline {
-    /// The migration is cancelled; the guest goes on at the source.
+    /// The migration is cancelled; the guest continues at the source.
     #[default]
     Cancel,
     /// The guest is paused and moved, however long that takes.
     SwitchOver,
 }
 
-/// How fast the rest may go while the guest is paused.
+/// The bandwidth limit for the rest while the guest is paused.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum SwitchoverBandwidth {
-    /// As fast as the rounds: `max_bandwidth`.
+    /// The same limit as in the rounds: `max_bandwidth`.
     #[default]
     AsRounds,
-    /// As fast as it goes. The forecast counts on no more than the rounds have shown.
+    /// No limit. The forecast assumes no more than the rounds have shown.
     Unlimited,
-    /// So many bytes a second. Where `max_bandwidth` held the rounds back, the forecast takes this for what the link carries.
+    /// A limit in bytes a second. If `max_bandwidth` limited the rounds, the forecast assumes that the link carries
+    /// this much.
     AtMost(u64),
 }
 
 impl SwitchoverBandwidth {
-    /// Is it that of the rounds, which the configuration writes by leaving it out?
+    /// Is it the limit of the rounds, which the configuration expresses by omission?
     #[must_use]
     pub fn is_as_rounds(&self) -> bool {
         *self == Self::AsRounds
@@ -122,45 +124,45 @@ impl Serialize for SwitchoverBandwidth {
     }
 }
 
-/// What can be done about a migration that does not come nearer to its end.
+/// A step for a migration that does not converge.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum StallStep {
-    /// The guest is held back, more each time.
+    /// The guest is throttled, more each time.
     Throttle,
     /// The downtime limit is raised, more each time.
     RaiseDowntimeLimit,
-    /// It switches over as soon as less remains than a round before.
+    /// The guest is switched over as soon as less remains than a round before.
     SwitchOver,
-    /// It is cancelled.
+    /// The migration is cancelled.
     Cancel,
 }
 
-/// What is done about a migration that does not come nearer to its end by itself.
+/// What is done about a migration that does not converge by itself.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ConvergenceSettings {
-    /// The steps, in the order in which they are tried. None: rounds go on until they or the time are used up.
+    /// The steps, in the order in which they are tried. If empty, rounds continue until they or the time are used up.
     pub on_stall: Vec<StallStep>,
-    /// So many rounds without a new least of what remains are a stall.
+    /// A stall is this number of rounds without a new minimum of what remains.
     pub stall_rounds: u32,
-    /// Rounds that a step is given to show what it does, before the next one.
+    /// Rounds that a step has to show its effect, before the next one.
     pub cool_down_rounds: u32,
-    /// How the guest is held back.
+    /// How the guest is throttled.
     pub throttle: ThrottleSettings,
     /// How the downtime limit is raised.
     pub raise: RaiseSettings,
 }
 
-/// How a guest is held back, in percent of its time.
+/// The throttle, in percent of the guest's time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ThrottleSettings {
-    /// The first step.
+    /// The first level.
     pub start: u8,
-    /// What each further step adds; the last may be smaller where the figures say that it suffices.
+    /// The increase of each further step; the last may be smaller if the figures show that it suffices.
     pub step: u8,
-    /// The most, at most 99.
+    /// The ceiling, at most 99.
     pub most: u8,
 }
 
@@ -168,7 +170,7 @@ pub struct ThrottleSettings {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RaiseSettings {
-    /// What each step adds.
+    /// The increase of each step.
     #[serde(with = "time")]
     pub step: Duration,
     /// The highest limit.
@@ -176,23 +178,23 @@ pub struct RaiseSettings {
     pub most: Duration,
 }
 
-/// What becomes of the source guest when a stream without a return path is complete.
+/// The state of the source guest when a stream without a return path is complete.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum After {
-    /// It goes on: a snapshot.
+    /// It is resumed: a snapshot.
     Resume,
     /// It stays paused: a move.
     Pause,
 }
 
-/// The least `peer_timeout`: an end that is alive sends something each half second.
+/// The least `peer_timeout`: each end sends something every half second while it is alive.
 pub const LEAST_PEER_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Settings of a source.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SourceSettings {
-    /// Lanes: chains of stages side by side.
+    /// Lanes: parallel chains of stages.
     pub lanes: u16,
     /// Connections, 1 to `lanes`.
     pub connections: u16,
@@ -200,35 +202,35 @@ pub struct SourceSettings {
     pub encoder: EncoderSettings,
     /// Do payloads carry a checksum?
     pub checksum: bool,
-    /// Bytes a second that are written, all connections together, headers of the network not counted; `None` is as fast as it
-    /// goes. The configuration and the
-    /// [control](crate::control) of a running migration take no less than
-    /// [64 KiB/s](crate::values::Bandwidth::LEAST).
+    /// Bytes a second that are written, all connections together, without network headers; `None` is unlimited. The
+    /// configuration and the [control](crate::control) of a running migration accept no less than [64
+    /// KiB/s](crate::values::Bandwidth::LEAST).
     pub max_bandwidth: Option<u64>,
-    /// The same while the guest is paused.
+    /// The same limit while the guest is paused.
     pub switchover_bandwidth: SwitchoverBandwidth,
     /// How long the guest may be paused, by the forecast.
     pub downtime_limit: Duration,
-    /// What no switchover may take by the forecast, whatever asks for it: a raised limit, a stall, the deadline.
+    /// The downtime that no switchover may exceed by the forecast, whatever causes it: a raised limit, a stall, the
+    /// deadline.
     pub max_downtime: Option<Duration>,
     /// The most rounds before the last one.
     pub max_rounds: u32,
-    /// The longest the whole may take, from the start.
+    /// The longest the migration may take, from the start.
     pub deadline: Option<Duration>,
-    /// What happens after `max_rounds`, or when the `deadline` can be kept in no other way.
+    /// The action after `max_rounds`, or when there is no other way to meet the `deadline`.
     pub on_deadline: OnDeadline,
-    /// What is done before that about a migration that does not converge.
+    /// The steps before that for a migration that does not converge.
     pub convergence: ConvergenceSettings,
     /// Compare digests before the destination may run.
     pub verify: bool,
-    /// For a transport without a return path.
+    /// The state of the guest at the end, for a transport without a return path.
     pub after: Option<After>,
     /// The most bytes that guest state may take, both of its parts together. It is part of the memory bound.
     pub max_state_bytes: u64,
-    /// How long the last handshake may take on either side of Go, and how long the destination may take nothing or leave a
-    /// question unanswered before that.
+    /// How long the last handshake may take before Go and after it, and how long the destination may accept no data or
+    /// leave a request unanswered before that.
     pub handover_timeout: Duration,
-    /// How long the destination may be silent before the migration ends, where it answers at all. At least
+    /// How long the destination may be silent before the migration ends, if the transport has a return path. At least
     /// [`LEAST_PEER_TIMEOUT`].
     pub peer_timeout: Duration,
 }
@@ -258,7 +260,7 @@ impl Default for SourceSettings {
 }
 
 impl Default for ConvergenceSettings {
-    /// Nothing is done: holding a guest back or stopping it for longer takes its operator's word.
+    /// No steps: throttling a guest or pausing it for longer requires the operator's decision.
     fn default() -> Self {
         Self {
             on_stall: Vec::new(),
@@ -295,10 +297,10 @@ impl Default for XbzrleSettings {
     }
 }
 
-/// Settings of a destination. What the stream is like, the source says.
+/// Settings of a destination. The source determines the properties of the stream.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DestinationSettings {
-    /// The page size its guest is built for; another one is refused. `None` takes what comes.
+    /// The page size its guest is built for; another one is refused. `None` accepts any.
     pub page_size: Option<PageSize>,
     /// The most lanes it accepts.
     pub max_lanes: u16,
@@ -306,17 +308,17 @@ pub struct DestinationSettings {
     pub require_verify: bool,
     /// The most bytes that guest state may take, both of its parts together. It is part of the memory bound.
     pub max_state_bytes: u64,
-    /// How long a connection may take to say Hello, and all of them to arrive.
+    /// How long a connection may take to send Hello, and all of them to arrive.
     pub hello_timeout: Duration,
     /// How long to wait for Go.
     pub handover_timeout: Duration,
-    /// How long the source may be silent before the migration ends, where it is answered at all. At least
+    /// How long the source may be silent before the migration ends, if there is a return path. At least
     /// [`LEAST_PEER_TIMEOUT`].
     pub peer_timeout: Duration,
 }
 
 impl Default for DestinationSettings {
-    /// Takes any page size.
+    /// Accepts any page size.
     fn default() -> Self {
         Self {
             page_size: None,

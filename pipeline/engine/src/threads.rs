@@ -1,8 +1,9 @@
-//! Runtimes whose threads are all there before anything depends on them.
+//! Runtimes that start all their threads before anything depends on them.
 //!
-//! Where a user may have no more threads (RLIMIT_NPROC, the limit of a control group), tokio panics for the first thread of a
-//! runtime and waits without an end for any other. So as many are started as will be needed, and kept: too few are an error at
-//! the start, which says what to raise, and later nothing is missing.
+//! If a user's threads are limited (RLIMIT_NPROC, the limit of a control group), tokio panics when the first thread of
+//! a runtime cannot start, and waits forever for any other. So all threads that will be needed are started at once, and
+//! stay. If the limit is too low, the start fails with an error that says what to raise, and no thread is missing
+//! later.
 
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
@@ -13,17 +14,17 @@ use std::time::{Duration, Instant};
 use rustix::process::{Resource, getrlimit};
 use tokio::runtime::{Builder, Runtime};
 
-/// Longer than any migration: a thread for calls that block is kept when it is idle.
+/// Longer than any migration: an idle thread for blocking calls is not ended.
 const ALWAYS: Duration = Duration::from_secs(60 * 60 * 24 * 365);
 /// How long threads may take to start or to end on a busy host.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// A trial thread needs next to no stack.
+/// A trial thread needs almost no stack.
 const TRIAL_STACK: usize = 64 << 10;
 
 /// A runtime with `workers`, and `blocking` threads for calls that block. More of these are started when they are needed.
 ///
 /// # Errors
-/// When there are no so many threads for this user, with the limit to raise.
+/// When this user cannot start enough threads, with the limit to raise.
 pub fn runtime(name: &str, workers: usize, blocking: usize) -> io::Result<Runtime> {
     afford(workers + blocking)?;
     let mut builder = Builder::new_multi_thread();
@@ -34,11 +35,11 @@ pub fn runtime(name: &str, workers: usize, blocking: usize) -> io::Result<Runtim
         let gate = gate.clone();
         drop(runtime.spawn_blocking(move || gate.pass()));
     }
-    // Another process of this user may have been quicker.
+    // Another process of this user may have taken the threads.
     if gate.open_for(blocking) { Ok(runtime) } else { Err(explained(ErrorKind::WouldBlock.into())) }
 }
 
-/// Starts so many threads at once, and ends them.
+/// Starts the given number of threads at once, and ends them.
 fn afford(count: usize) -> io::Result<()> {
     let gate = Gate::default();
     let mut threads: Vec<JoinHandle<Option<PathBuf>>> = Vec::new();
@@ -56,7 +57,7 @@ fn afford(count: usize) -> io::Result<()> {
     }
     gate.open_for(threads.len());
     let ended: Vec<_> = threads.into_iter().filter_map(|thread| thread.join().ok().flatten()).collect();
-    // The kernel counts a thread a little longer than it can be joined.
+    // The kernel still counts a thread for a short time after it can be joined.
     let began = Instant::now();
     while ended.iter().any(|thread| Path::new("/proc").join(thread).exists()) && began.elapsed() < PATIENCE {
         thread::yield_now();
@@ -64,7 +65,7 @@ fn afford(count: usize) -> io::Result<()> {
     refused.map_or(Ok(()), |error| Err(explained(error)))
 }
 
-/// Holds threads until all of them have come.
+/// Blocks threads until all of them have arrived.
 #[derive(Clone, Debug, Default)]
 struct Gate(Arc<(Mutex<Waiting>, Condvar)>);
 
@@ -83,7 +84,7 @@ impl Gate {
         drop(changed.wait_while(waiting, |waiting| !waiting.is_open).unwrap_or_else(PoisonError::into_inner));
     }
 
-    /// Opens when so many have come; false if they have not in time.
+    /// Opens when the given number of threads have arrived; false if they have not in time.
     fn open_for(&self, count: usize) -> bool {
         let (waiting, changed) = &*self.0;
         let waiting = waiting.lock().unwrap_or_else(PoisonError::into_inner);
@@ -96,7 +97,7 @@ impl Gate {
     }
 }
 
-/// The same error; where it means that this user has too many threads and processes, with what to raise.
+/// The same error; if it means that this user has too many threads and processes, with the limit to raise.
 pub fn explained(error: io::Error) -> io::Error {
     if error.kind() != ErrorKind::WouldBlock {
         return error;
@@ -124,7 +125,7 @@ mod tests {
             let names = std::fs::read_dir("/proc/self/task").unwrap().map(task);
             names.filter(|found| found.as_ref().is_ok_and(|found| found.trim() == name)).count()
         };
-        // A thread takes its name a little after it has started.
+        // A thread sets its name shortly after it has started.
         let began = Instant::now();
         while threads() < 4 {
             assert!(began.elapsed() < Duration::from_secs(60), "{} threads", threads());

@@ -1,4 +1,4 @@
-//! Amounts of data as people write them: in bytes (`64 MiB`, `100 MB`) or in bits (`1 Gbit`), of memory or a second.
+//! Amounts of data in human-readable form: in bytes (`64 MiB`, `100 MB`) or in bits (`1 Gbit`), as sizes or rates.
 //!
 //! The one parser for the configuration, `--set`, `set` and `plan`.
 
@@ -12,10 +12,10 @@ pub const DECIMAL: [(&str, f64); 5] = [("TB", 1e12), ("GB", 1e9), ("MB", 1e6), (
 pub const BINARY: [(&str, f64); 5] =
     [("TiB", 1_099_511_627_776.0), ("GiB", 1_073_741_824.0), ("MiB", 1_048_576.0), ("KiB", 1024.0), ("B", 1.0)];
 
-/// The kind of unit that an amount is written in.
+/// The kind of unit of an amount.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Units {
-    /// Bits, by thousands: what networks are sold in.
+    /// Bits, by thousands: the unit of network links.
     #[default]
     Bits,
     /// Bytes, by thousands.
@@ -25,7 +25,7 @@ pub enum Units {
 }
 
 impl Units {
-    /// Its units, the largest first, and what one of them is in bits or bytes.
+    /// Its units, the largest first, and the size of each in bits or bytes.
     pub fn all(self) -> [(&'static str, f64); 5] {
         match self {
             Self::Bits => BITS,
@@ -34,7 +34,7 @@ impl Units {
         }
     }
 
-    /// What it counts in: bits or bytes of a byte.
+    /// Units of this kind in a byte: 8 bits, or 1 byte.
     pub fn of_a_byte(self) -> f64 {
         if self == Self::Bits { 8.0 } else { 1.0 }
     }
@@ -58,12 +58,12 @@ pub fn amount(text: &str) -> Option<(u64, Units)> {
 pub fn rate(text: &str) -> Option<(u64, Units)> {
     let text = text.trim();
     let (bytes, units) = amount(text.strip_suffix("/s").or_else(|| text.strip_suffix("/S"))?)?;
-    // A "b" may be meant for either.
+    // A "b" is ambiguous.
     let is_clear = units == Units::Bits || !text.contains('b');
     is_clear.then_some((bytes, units))
 }
 
-/// The number and the unit, where that is one of bits. Upper and lower case are the same.
+/// The number and the unit, if the unit is one of bits. Case is ignored.
 fn in_bits(text: &str) -> Option<(&str, f64)> {
     BITS.into_iter().find_map(|(name, unit)| {
         let (number, ending) = text.split_at_checked(text.len().checked_sub(name.len())?)?;

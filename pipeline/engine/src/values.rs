@@ -1,4 +1,4 @@
-//! Values written as people write them: sizes, rates, times, and the words that stand for "no limit".
+//! Values in human-readable form: sizes, rates, times, and the words for "no limit".
 
 use std::fmt;
 use std::str::FromStr;
@@ -9,32 +9,32 @@ use serde::{Deserialize, Serialize, Serializer};
 
 use super::units;
 
-/// What no bandwidth limit is called.
+/// The word for no bandwidth limit.
 const UNLIMITED: &str = "unlimited";
-/// What no deadline is called.
+/// The word for no deadline.
 const NONE: &str = "none";
 
 /// Bytes: `"64 MiB"`, `"100 MB"`, `"512 Mbit"`, or a plain number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Size(pub u64);
 
-/// Bytes a second, or as many as the transport takes: `"100 MiB/s"`, `"100 MB/s"`, `"1 Gbit/s"`, `"unlimited"`.
+/// Bytes a second, or no limit: `"100 MiB/s"`, `"100 MB/s"`, `"1 Gbit/s"`, `"unlimited"`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Bandwidth(pub Option<u64>);
 
-/// A length of time: `"300ms"`, `"1m 30s"`.
+/// A duration: `"300ms"`, `"1m 30s"`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Time(pub Duration);
 
-/// A length of time, or `"none"`.
+/// A duration, or `"none"`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Deadline(pub Option<Duration>);
 
 impl Bandwidth {
-    /// The least that a limit may be, in bytes a second. Below it one frame of the stream may take longer than a hand-over waits.
+    /// The least limit, in bytes a second. Below it one frame of the stream may take longer than a handover waits.
     pub const LEAST: u64 = 64 << 10;
 
-    /// What is wrong with a limit that is less than the least, and what to write.
+    /// Describes why a limit is below the least one, and what to write.
     pub fn too_slow(self) -> Option<(String, String)> {
         let slow = self.0.is_some_and(|bytes| bytes < Self::LEAST);
         let least = Self(Some(Self::LEAST));
@@ -45,12 +45,12 @@ impl Bandwidth {
 }
 
 impl Time {
-    /// The longest that is taken, a hundred years: clocks count further.
+    /// The longest duration that is accepted, a hundred years: clocks can represent more.
     pub const LONGEST: Self = Self(Duration::from_secs(100 * 366 * 24 * 3600));
 }
 
 impl fmt::Display for Size {
-    /// The largest unit that divides it, so that nothing is lost: `1536 MiB`.
+    /// The largest unit that divides it, so that it is exact: `1536 MiB`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         const UNITS: [(u64, &str); 7] = [
             (1 << 40, "TiB"),
@@ -128,7 +128,7 @@ impl FromStr for Deadline {
     }
 }
 
-/// What a value looks like, for messages; and whether a bare number will do.
+/// The syntax of a value, for messages, and whether a plain number is valid.
 trait Written: FromStr<Err = String> {
     const EXAMPLES: &str;
 
@@ -186,7 +186,7 @@ impl<T: Written> Visitor<'_> for AsWritten<T> {
     }
 }
 
-/// (De)serialises the types as the strings they are written as.
+/// (De)serialises the types as strings in their syntax.
 macro_rules! as_written {
     ($($type:ty),*) => { $(
         impl<'de> Deserialize<'de> for $type {
@@ -211,7 +211,7 @@ pub fn ms(time: Duration) -> f64 {
     (time.as_secs_f64() * 1e6).round() / 1e3
 }
 
-/// For serde: a length of time as [milliseconds](ms()), as events and reports have it.
+/// For serde: a duration as [milliseconds](ms()), as in events and reports.
 pub mod millis {
     use super::*;
 
@@ -227,7 +227,8 @@ pub mod millis {
     }
 }
 
-/// The types as what they hold, and a module of each for fields that hold it: `#[serde(with = "memferry::values::size")]`.
+/// The types by their inner values, and a module of each for fields of that type: `#[serde(with =
+/// "memferry::values::size")]`.
 macro_rules! holds {
     ($($module:ident: $written:ident($held:ty);)*) => { $(
         impl From<$held> for $written {

@@ -1,15 +1,15 @@
-//! The adapter for VMMs on the `vm-memory` crate, version 0.18: guest memory and a dirty log out of its types.
+//! The adapter for VMMs that use the `vm-memory` crate, version 0.18: guest memory and a dirty log from its types.
 //!
-//! [`guest_memory`] makes a RAM block of each region, and keeps the mappings alive; [`build`] maps the memory of a guest that
-//! arrives, and checks it against the blocks that came. [`BitmapLog`] is the dirty log of the writes
-//! that go through vm-memory's own API (devices, a boot loader): they mark vm-memory's bitmap. What vCPUs store, KVM sees:
-//! a guest gives both logs, and a sync ORs them.
+//! [`guest_memory`] makes a RAM block of each region, and keeps the mappings alive. [`build`] maps the memory of a
+//! guest that arrives, and checks it against the received blocks. [`BitmapLog`] is the dirty log of the writes that go
+//! through vm-memory's own API (devices, a boot loader): they mark vm-memory's bitmap. KVM logs the stores of vCPUs: a
+//! guest returns both logs, and a sync ORs them.
 //!
-//! | who writes | which log finds it |
+//! | writer | log that finds the write |
 //! |---|---|
 //! | the VMM, through `GuestMemory`, `Bytes`, `VolatileSlice` | [`BitmapLog`] |
 //! | a vCPU | a KVM log over the same regions |
-//! | anybody else (vhost, io_uring into raw pointers) | none: they mark in the [`BitmapLog`] |
+//! | other writers (vhost, io_uring into raw pointers) | none: they must mark the page in the [`BitmapLog`] |
 //!
 //! # Example
 //! ```
@@ -58,8 +58,8 @@ use crate::migration::built_otherwise;
 /// The RAM blocks of this memory, one for each region, in the order of their addresses. A block is named after its guest
 /// address, so that the same machine elsewhere has the same names.
 ///
-/// Nothing is copied. The regions' mappings live as long as what is returned. Blocks count as fresh: at a destination the
-/// memory must not have been written before.
+/// Nothing is copied. The regions' mappings live as long as the returned value. Blocks count as fresh: at a destination
+/// the memory must not have been written before.
 ///
 /// # Errors
 /// When a region is not mapped for reading and writing, or does not start on a page, or there are no regions.
@@ -71,14 +71,15 @@ where
     Ok(GuestMemory::new(page_size, blocks)?)
 }
 
-/// Maps the memory of a guest that arrives: what a [`GuestBuilder::build`](crate::guest::GuestBuilder::build) does with the page size and the
-/// blocks that come. Returns vm-memory's regions, and the same memory as RAM blocks.
+/// Maps the memory of a guest that arrives, for use in [`GuestBuilder::build`](crate::guest::GuestBuilder::build), from
+/// the received page size and blocks. Returns vm-memory's regions, and the same memory as RAM blocks.
 ///
-/// The peer is not trusted, so the result is checked: it has exactly these blocks, named as [`guest_memory`] names them, none of
-/// them shared, and together no longer than this host's memory. A VMM that knows the size of its machine compares that too.
+/// The peer is not trusted, so the result is checked: it has exactly these blocks, named as [`guest_memory`] names
+/// them, none of them shared, and together no larger than this host's memory. A VMM that knows the size of its machine
+/// checks that too.
 ///
 /// # Errors
-/// When these blocks cannot be built, with the first that cannot.
+/// When these blocks cannot be built, with the first one that cannot.
 pub fn build<B>(page_size: PageSize, blocks: &[BlockInfo]) -> Result<(GuestMemoryMmap<B>, GuestMemory), GuestError>
 where
     B: NewBitmap + Send + Sync + 'static,
@@ -102,8 +103,8 @@ where
     }
 }
 
-/// The slots of a machine whose KVM memory slots are the regions of this memory, numbered from 0 in the order of the blocks: what
-/// [`KvmLog`](crate::dirty_log::kvm::KvmLog) and its machine are given beside the VM's descriptor.
+/// The slots of a machine whose KVM memory slots are the regions of this memory, numbered from 0 in the order of the
+/// blocks. Pass them to [`KvmLog`](crate::dirty_log::kvm::KvmLog) with the VM's descriptor.
 #[must_use]
 pub fn slots(layout: &Layout) -> Vec<memferry_stages::kvm::Slot> {
     let slot = |(number, block): (u32, &BlockInfo)| memferry_stages::kvm::Slot {
@@ -116,8 +117,8 @@ pub fn slots(layout: &Layout) -> Vec<memferry_stages::kvm::Slot> {
     (0..).zip(layout.blocks()).map(slot).collect()
 }
 
-/// The address and length of each block: what `GuestMemoryMmap::from_ranges` takes, for a VMM that maps its memory otherwise than
-/// [`build`] does. It checks what comes itself.
+/// The address and length of each block, as `GuestMemoryMmap::from_ranges` takes them, for a VMM that does not map its
+/// memory with [`build`]. Such a VMM checks the received blocks itself.
 ///
 /// # Errors
 /// When a block is longer than the address space.
@@ -149,28 +150,29 @@ where
     let start = NonNull::new(mapping.as_ptr()).filter(|start| start.addr().get().is_multiple_of(4096));
     let start = start.filter(|_| length > 0).ok_or_else(|| refuse("does not start on a page, or is empty"))?;
     let kind = kind(&mapping);
-    // SAFETY: the mapping is readable and writable and lives as long as its Arc, which is kept; vm-memory hands out pointers
-    // and volatile slices, and who makes references of them does so at their own risk; `kind` errs on the side of shared.
+    // SAFETY: the mapping is readable and writable and lives as long as its Arc, which is stored; vm-memory hands out
+    // pointers and volatile slices, and a caller that makes references of them does so at its own risk; `kind` errs on
+    // the side of shared.
     let memory = unsafe { MappedMemory::from_raw(start, length, kind, mapping as Arc<dyn Any + Send + Sync>) };
     Ok(RamBlock { info, memory: Arc::new(memory), fresh: true })
 }
 
-/// Only memory known to be private and anonymous is zero where it was never touched.
+/// Only memory known to be private and anonymous reads as zero while it is untouched.
 fn kind<B: Bitmap>(mapping: &MmapRegion<B>) -> Lent {
     let shared = i32::try_from(MapFlags::SHARED.bits()).expect("1");
     let anonymous = mapping.owned() && mapping.file_offset().is_none() && mapping.flags() & shared == 0;
     if anonymous { Lent::Anonymous } else { Lent::Shared }
 }
 
-/// The dirty log of what is written through vm-memory. Nobody else may reset its bitmaps while a migration runs.
+/// The dirty log of writes through vm-memory. Nothing else may reset its bitmaps while a migration runs.
 ///
-/// vm-memory gives all of a region's bitmap at once, an atomic operation for each of its words, or bit by bit, which
-/// costs thirty times as much. So a sync takes all of it with the first range that it is asked for, and gives the ranges that
-/// follow from what it has then: a write that comes in between is found by the next sync.
+/// vm-memory returns all of a region's bitmap at once, with an atomic operation for each of its words, or bit by bit,
+/// which costs thirty times as much. So a sync takes all of it with the first range that is requested, and answers the
+/// following ranges from that copy. A write that comes in between is found by the next sync.
 #[derive(Debug)]
 pub struct BitmapLog {
     regions: Vec<Followed>,
-    /// What was taken from the bitmaps and not asked for yet.
+    /// Bits that were taken from the bitmaps and not requested yet.
     taken: DirtyBitmap,
 }
 
@@ -179,7 +181,7 @@ struct Followed {
     mapping: Arc<MmapRegion<AtomicBitmap>>,
     /// Bits of vm-memory's bitmap for each page.
     bits: u64,
-    /// The extent that the sync on its way asks for next; a range that begins elsewhere is of another sync.
+    /// The extent that the current sync requests next; a range that begins elsewhere belongs to another sync.
     next: AtomicU32,
 }
 
@@ -190,7 +192,7 @@ impl BitmapLog {
     /// When a region's bitmap has pages that do not divide those of the layout.
     ///
     /// # Panics
-    /// If the layout is not that of this memory.
+    /// If the layout is not the layout of this memory.
     pub fn new(ram: &GuestMemoryMmap<AtomicBitmap>, layout: &Layout) -> Result<Self, GuestError> {
         let follow = |region: &GuestRegionMmap<AtomicBitmap>| {
             let mapping = region.get_mmap();
@@ -203,7 +205,7 @@ impl BitmapLog {
         Ok(Self { regions, taken: DirtyBitmap::empty(layout) })
     }
 
-    /// Takes what is marked in a region. A bit is reset before its page is read, so a write that comes later sets it again.
+    /// Takes the marked pages of a region. A bit is reset before its page is read, so a later write sets it again.
     fn take(&self, block: u32) {
         let Followed { mapping, bits, .. } = &self.regions[block as usize];
         for (index, word) in (0_u32..).zip(mapping.bitmap().get_and_reset()) {
@@ -226,14 +228,14 @@ impl BitmapLog {
 }
 
 impl DirtyLog for BitmapLog {
-    /// Forgets what was marked: it is in memory, which is yet to be read.
+    /// Drops the marks: the writes are in memory, which is not read yet.
     fn start(&self) -> io::Result<()> {
         self.forget();
         Ok(())
     }
 
     fn sync(&self, block: u32, extents: Range<u32>, into: &DirtyBitmap) -> io::Result<()> {
-        // The first extent begins a sync, wherever the one before has come to. Syncs do not overlap.
+        // The first extent begins a sync, wherever the previous one stopped. Syncs do not overlap.
         let next = self.regions[block as usize].next.swap(extents.end, Ordering::Relaxed);
         if extents.start == 0 || extents.start != next {
             self.take(block);
@@ -256,15 +258,15 @@ impl DirtyLog for BitmapLog {
         self.taken.memory_bytes()
     }
 
-    /// Forgets what was marked. vm-memory's bitmaps are its own, and go on being marked.
+    /// Drops the marks. vm-memory owns its bitmaps, which continue to be marked.
     fn stop(&self) -> io::Result<()> {
         self.forget();
         Ok(())
     }
 }
 
-/// How many bits stand for a page. The size of a bitmap's page can only be told from how many it has; where that leaves a
-/// choice there is one bit, which stands for everything.
+/// How many bits a page has. The size of a bitmap's page can only be inferred from the number of its bits. If several
+/// sizes fit, the bitmap has one bit, which stands for the whole region.
 fn bits_of_a_page(bitmap: &AtomicBitmap, page_size: PageSize) -> Result<u64, GuestError> {
     let (bits, bytes) = (bitmap.len(), bitmap.byte_size());
     let mut sizes = (0..=page_size.bytes().trailing_zeros()).map(|shift| 1_usize << shift);

@@ -1,7 +1,7 @@
 //! A key-value store in a region, moved to another process under load: every acknowledged write is there afterwards.
 //!
 //! ```text
-//! kv                          the whole story: starts both processes below, and clients that never stop writing
+//! kv                          the whole demo: starts both processes below, and clients that never stop writing
 //! kv serve SOCKET             serves an empty store; "move SOCKET" on a client's line sends it away
 //! kv take-over FROM SOCKET    waits for a store at FROM, and serves it at SOCKET
 //! ```
@@ -32,13 +32,13 @@ const SLOT: usize = 64;
 const KEY: usize = 24;
 const PATIENCE: Duration = Duration::from_secs(60);
 
-// ---- the store: an open hash table in the region; how many keys it has is the region's state ----
+// ---- the store: an open hash table in the region; the number of its keys is the region's state ----
 
 fn count(access: &Access<'_>) -> u64 {
     access.state("count").and_then(|bytes| bytes.try_into().ok()).map_or(0, u64::from_le_bytes)
 }
 
-/// Where a key is, or where it would be put.
+/// The slot of a key, or the slot to insert it at.
 fn find(access: &Access<'_>, slots: usize, key: &str) -> (usize, bool) {
     let mut hasher = DefaultHasher::new();
     key.hash(&mut hasher);
@@ -114,7 +114,7 @@ fn move_to(region: &Region, runtime: &Handle, to: &Path) -> String {
     }
 }
 
-/// Serves until the standard input ends.
+/// Serves until standard input ends.
 fn serve(region: Region, at: &Path) -> Fallible<()> {
     let (listener, runtime) = (UnixListener::bind(at)?, Handle::current());
     println!("ready; writes are found by {:?}", region.tracking());
@@ -143,9 +143,9 @@ async fn take_over(from: &Path, at: &Path) -> Fallible<()> {
     serve(received?, at)
 }
 
-// ---- the story: two servers, and clients who know what was acknowledged ----
+// ---- the demo: two servers, and clients that know which writes were acknowledged ----
 
-/// A line of questions and answers; who is at the other end may change.
+/// A connection for requests and answers; the server at the other end may change.
 struct Client(BufReader<UnixStream>);
 
 impl Client {
@@ -167,17 +167,17 @@ impl Client {
     }
 }
 
-/// What a client knows: the value of each key that was acknowledged last.
+/// The state of a client: the last acknowledged value of each key.
 type Known = HashMap<String, u64>;
 
-/// Where the stores are, how many writes each has acknowledged, and when that is enough.
+/// The addresses of the stores, how many writes each has acknowledged, and when that is enough.
 struct Shared {
     sockets: [PathBuf; 2],
     acknowledged: [AtomicU64; 2],
     stop: AtomicBool,
 }
 
-/// Waits until clients have had this many more writes acknowledged at a place.
+/// Waits until clients have had this many more writes acknowledged at a server.
 fn wait_for_writes(shared: &Shared, place: usize, more: u64) -> Fallible<()> {
     let (count, since) = (&shared.acknowledged[place], Instant::now());
     let enough = count.load(Ordering::Relaxed) + more;
@@ -190,7 +190,7 @@ fn wait_for_writes(shared: &Shared, place: usize, more: u64) -> Fallible<()> {
     Ok(())
 }
 
-/// Writes until told to stop. What is not acknowledged is written again, where the store is now.
+/// Writes until it is stopped. A write that is not acknowledged is repeated at the server that has the store now.
 fn write_all_the_time(name: usize, shared: &Shared) -> io::Result<Known> {
     let (mut known, mut place) = (Known::default(), 0);
     let mut client = Client::connect(&shared.sockets[place])?;

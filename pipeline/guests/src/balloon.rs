@@ -1,7 +1,7 @@
-//! The balloon of the guests that ship: hints their free memory while it is asked to, and says what is unplugged.
+//! The balloon of the guests in this crate: hints their free memory on request, and reports unplugged memory.
 //!
-//! While a window is open a thread walks over the free ranges, again and again, and hints those that are free at that moment. It
-//! is stopped, and has ended, when the next point is answered.
+//! While a window is open a thread walks over the free ranges repeatedly, and hints those that are free at that moment.
+//! It is stopped, and has ended, when the next point is answered.
 
 use std::fmt;
 use std::ops::Range;
@@ -15,9 +15,9 @@ use memferry::guest::GuestError;
 use memferry::guest::clearer::{BlockPages, Clearer, Hints, Point};
 use memferry::threads::explained;
 
-/// Ranges that are hinted together at most.
+/// The most ranges that are hinted together.
 const TOGETHER: u32 = 64;
-/// Between two walks over all of them.
+/// The pause between two walks over all ranges.
 const REST: Duration = Duration::from_millis(1);
 
 /// Memory of which some is free or unplugged. Pages are numbered over all blocks.
@@ -28,23 +28,23 @@ pub(super) trait Ballooned: Send + Sync + fmt::Debug {
     /// The pages that are unplugged.
     fn unplugged(&self) -> Range<u32>;
 
-    /// A range of pages as ranges of blocks.
+    /// Splits a range of pages into ranges of blocks.
     fn by_block(&self, pages: Range<u32>) -> Vec<BlockPages>;
 
-    /// A migration begins, or is over.
+    /// A migration begins, or has ended.
     fn set_migrating(&self, is_migrating: bool) {
         let _ = is_migrating;
     }
 }
 
-/// The balloon in some memory.
+/// The balloon of some memory.
 #[derive(Debug)]
 pub(super) struct Balloon {
     machine: Arc<dyn Ballooned>,
     reporter: Mutex<Option<Reporter>>,
 }
 
-/// A thread that hints. Dropping it ends it.
+/// A thread that gives hints. Dropping it ends it.
 #[derive(Debug)]
 struct Reporter {
     is_over: Arc<AtomicBool>,
@@ -52,7 +52,7 @@ struct Reporter {
 }
 
 impl Balloon {
-    /// The balloon of a guest, if it has anything to say.
+    /// The balloon of a guest, if any of its memory is free or unplugged.
     pub(super) fn of(machine: Arc<dyn Ballooned>) -> Vec<Arc<dyn Clearer>> {
         if machine.free().is_none() && machine.unplugged().is_empty() {
             return Vec::new();
@@ -114,13 +114,13 @@ impl Drop for Reporter {
         self.is_over.store(true, Ordering::Relaxed);
         if let Some(thread) = self.thread.take() {
             thread.thread().unpark();
-            // A thread that panicked has said so on its own.
+            // A thread that panicked has reported it itself.
             drop(thread.join());
         }
     }
 }
 
-/// Hints what is free, once.
+/// Hints the free ranges, once.
 fn walk(machine: &dyn Ballooned, free: &FreeRanges, hints: &Hints, over: &AtomicBool) {
     let mut next = 0;
     while next < free.count() && !over.load(Ordering::Relaxed) {

@@ -1,4 +1,4 @@
-//! The free memory of a guest that ships, in ranges: who has each of them.
+//! The free memory of a guest in this crate, as ranges with a state each.
 //!
 //! ```text
 //!          take                    hold
@@ -7,8 +7,8 @@
 //!         give_back
 //! ```
 //!
-//! A range is taken only while it is free, so none is written while a hint for it is under way: this is how these guests keep
-//! the promise that [`Hints::free`](memferry::guest::clearer::Hints::free) asks for.
+//! A range is taken only while it is free, so none is written while a hint for it is in progress. This is how these
+//! guests meet the contract of [`Hints::free`](memferry::guest::clearer::Hints::free).
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -17,7 +17,7 @@ const FREE: u8 = 0;
 const HELD: u8 = 1;
 const TAKEN: u8 = 2;
 
-/// The ranges, all free at first. Shared by who takes them and who reports them.
+/// The ranges, all free at first. Shared by the threads that take them and the thread that hints them.
 #[derive(Debug)]
 pub(super) struct FreeRanges {
     pages: Range<u32>,
@@ -26,7 +26,7 @@ pub(super) struct FreeRanges {
 }
 
 impl FreeRanges {
-    /// These pages, in ranges of so many; the last may have fewer.
+    /// These pages, in ranges of the given size; the last may have fewer.
     pub(super) fn new(pages: Range<u32>, range_pages: u32) -> Self {
         let count = pages.end.saturating_sub(pages.start).div_ceil(range_pages);
         Self { pages, range_pages, states: (0..count).map(|_| AtomicU8::new(FREE)).collect() }
@@ -48,7 +48,7 @@ impl FreeRanges {
         self.change(range, TAKEN).is_ok()
     }
 
-    /// Takes a range into use, whoever has it: waits while it is held, which is not long.
+    /// Takes a range into use, in any state: waits while it is held, which is not long.
     #[cfg_attr(
         not(all(feature = "kvm", target_os = "linux", target_arch = "x86_64")),
         expect(dead_code, reason = "machines alone wait for a range")
@@ -68,24 +68,25 @@ impl FreeRanges {
         self.states[range as usize].load(Ordering::Relaxed) == TAKEN
     }
 
-    /// A range that was taken is free again.
+    /// Frees a range that was taken.
     pub(super) fn give_back(&self, range: u32) {
         self.states[range as usize].store(FREE, Ordering::Release);
     }
 
-    /// Holds the free ranges from here on, up to the first that is not free, at most so many. They must be let go.
+    /// Holds the free ranges from here on, up to the first that is not free, at most the given number. They must be
+    /// released.
     pub(super) fn hold(&self, from: u32, most: u32) -> Range<u32> {
         let end = self.count().min(from.saturating_add(most));
         let held = (from..end).take_while(|&range| self.change(range, HELD).is_ok()).count();
         from..from + u32::try_from(held).expect("at most so many")
     }
 
-    /// Ranges that were held are free again.
+    /// Frees ranges that were held.
     pub(super) fn let_go(&self, held: Range<u32>) {
         held.for_each(|range| self.states[range as usize].store(FREE, Ordering::Release));
     }
 
-    /// Changes a range that is free; else says what it is.
+    /// Changes the state of a range that is free; else returns its state.
     fn change(&self, range: u32, to: u8) -> Result<u8, u8> {
         self.states[range as usize].compare_exchange(FREE, to, Ordering::Acquire, Ordering::Relaxed)
     }

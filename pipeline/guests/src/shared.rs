@@ -1,4 +1,4 @@
-//! A block in a file that both ends of a migration have: an ignored block of the guests that ship.
+//! A block in a file that both ends of a migration have: an ignored block of the guests in this crate.
 
 use std::fs::OpenOptions;
 use std::io::ErrorKind;
@@ -18,8 +18,8 @@ use memferry::values::size;
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct SharedSettings {
-    /// The file. It does not travel: the destination has a path of its own to it, and opens no file that a peer names. A source
-    /// makes it if it is not there.
+    /// The file. Its path does not travel: the destination has a path of its own, and opens no file that a peer names.
+    /// A source creates it if it does not exist.
     pub path: PathBuf,
     /// Its length, whole pages.
     #[serde(rename = "size", with = "size")]
@@ -27,10 +27,10 @@ pub struct SharedSettings {
 }
 
 impl SharedSettings {
-    /// The block that a source tells of by its length, 0 for none, in a file that this end names.
+    /// The block from the length that a source sent (0 for none), in a file that this end names.
     ///
     /// # Errors
-    /// In words, if one came and no file for it is named.
+    /// An error text, if a block was sent and no file is configured for it.
     pub(super) fn that_came(bytes: u64, file: Option<&Path>) -> Result<Option<Self>, String> {
         match (bytes, file) {
             (0, _) => Ok(None),
@@ -39,7 +39,7 @@ impl SharedSettings {
         }
     }
 
-    /// Its length to tell a destination, 0 if there is none.
+    /// The length to send to a destination, 0 for no block.
     pub(super) fn bytes_of(shared: Option<&Self>) -> u64 {
         shared.map_or(0, |shared| shared.bytes)
     }
@@ -54,7 +54,7 @@ impl SharedSettings {
         }
     }
 
-    /// Could a source map the file? Makes none.
+    /// Could a source map the file? Creates none.
     pub(super) fn check(&self) -> Result<(), GuestError> {
         let folder = self.path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
         match self.path.try_exists() {
@@ -68,7 +68,7 @@ impl SharedSettings {
         GuestError::caused(format_args!("the shared block {}", self.path.display()), error)
     }
 
-    /// Maps the file. A file of another length is nobody's to change.
+    /// Maps the file. A file of another length is refused, and not changed.
     pub(super) fn map(&self, is_destination: bool) -> Result<Arc<MappedMemory>, GuestError> {
         let Self { path, bytes } = self;
         let failed = |error| self.failed(error);

@@ -1,4 +1,4 @@
-//! The kit over guests that are right, and over one that makes each mistake on purpose.
+//! The kit on correct guests, and on a guest that makes each mistake on purpose.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -44,7 +44,7 @@ fn the_workload_is_right_under_each_log() {
     check(&Workloads(LogChoice::Hash)).unwrap();
 }
 
-// ---- a guest that is small, and wrong if told to be ----
+// ---- a small guest, with a mistake on request ----
 
 const LENGTH: usize = 40 * 4096 + 100;
 
@@ -73,7 +73,7 @@ enum Mistake {
     IsChoosyAboutThrottle,
 }
 
-/// One thread counts in one page after another; the count is its device state.
+/// One thread increments a counter in one page after another; the count is its device state.
 #[derive(Debug)]
 struct Counter {
     mistake: Mistake,
@@ -124,7 +124,7 @@ impl Counter {
         counter
     }
 
-    /// The counting thread, as long as somebody holds the counter.
+    /// The counting thread, which runs while the counter is referenced.
     fn count(of: &Weak<Self>) {
         while let Some(counter) = of.upgrade() {
             {
@@ -152,7 +152,7 @@ impl Counter {
         (life.runs, life.says_running) = (runs, runs);
     }
 
-    /// Writes a page a little later, whatever the guest does then.
+    /// Writes a page a little later, whatever the state of the guest is then.
     fn write_later(self: &Arc<Self>) {
         let counter = self.clone();
         thread::spawn(move || {
@@ -312,8 +312,8 @@ impl Subject for Counters {
     }
 }
 
-/// The kit finds the mistake, and says so. A guest that writes when it should not is caught by its writes: where the machine is
-/// too busy to let it write while it is watched, another try is.
+/// The kit finds the mistake, and reports it. A guest that writes when it must not is detected by its writes: if the
+/// machine is too busy to let it write while it is watched, the test tries again.
 #[track_caller]
 fn is_caught(mistake: Mistake, case: &str, contract: &str) {
     let finds = |_| {

@@ -4,7 +4,7 @@ use super::*;
 
 const MS: Duration = Duration::from_millis(1);
 
-/// The reading of a stage that was busy for so many milliseconds, and waited for so many for input, room and the limit.
+/// The reading of a stage that was busy, and waited for input, room and the limit, for the given milliseconds each.
 fn reading(stage: StageId, [busy, input, output, limit]: [u32; 4]) -> Reading {
     Reading {
         stage,
@@ -64,7 +64,7 @@ fn more_busy_stages_than_cores_are_a_full_processor() {
     let stages: Vec<_> = busy.chain([reading(StageId::sender(0), [100, 500, 400, 0])]).collect();
     assert_eq!(shares(&stages, 1900, NO_ANSWER, 2).share(Cause::Processor), Some(1.0));
     assert_eq!(percent(&shares(&stages, 0, NO_ANSWER, 8))[0], Some(46));
-    // Others in the process count too.
+    // Other stages in the process count too.
     assert_eq!(percent(&shares(&stages, 7200, NO_ANSWER, 8))[0], Some(90));
 }
 
@@ -134,7 +134,7 @@ fn what_the_destination_reports_is_what_the_source_counts() {
     let unknown = Figure { name: "something".into(), value: u64::MAX };
     watch.hear(&[unknown, figure_of(&receivers)]);
     assert_eq!(watch.destination.unwrap().worked, 300 * MS);
-    // A peer may say anything.
+    // A peer may send any value.
     watch.hear(&[Figure { name: WORKED.into(), value: u64::MAX }]);
     let blocked = [reading(StageId::sender(0), [0, 0, 1000, 0])];
     assert_eq!(percent(&watch.all(&blocked))[1..], [Some(0), Some(100), Some(0), Some(0), None]);

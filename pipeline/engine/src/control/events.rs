@@ -1,4 +1,4 @@
-//! The events of an end as a stream that its readers cannot hold up, and those that came before it.
+//! The events of an end as a stream that its readers cannot block, and the past events.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -9,26 +9,27 @@ use tokio::sync::broadcast::error::RecvError;
 
 use crate::events::{Event, Role};
 
-/// Past events that are kept, figures on the way aside.
+/// Past events that are stored, not counting progress figures.
 const KEPT: usize = 512;
 
-/// What a reader of events finds.
+/// An item of the event stream.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Happened {
     /// One event.
     Event {
-        /// When, counted from the beginning of its end.
+        /// When it happened, counted from the start of its end.
         at: Duration,
-        /// Of which end.
+        /// Which end it belongs to.
         role: Role,
-        /// Which.
+        /// The event.
         event: Arc<Event>,
     },
-    /// The reader was too slow, and so many events are lost to it.
+    /// The reader was too slow, and lost this number of events.
     Lost(u64),
 }
 
-/// Events as they happen, up to [`Event::Ended`]. A bounded number waits for a slow reader; it loses the oldest.
+/// Events as they happen, up to [`Event::Ended`]. The queue for a slow reader is bounded; the reader loses the oldest
+/// events.
 #[derive(Debug)]
 pub struct Events(Option<broadcast::Receiver<Happened>>);
 
@@ -37,7 +38,7 @@ impl Events {
         Self(receiver)
     }
 
-    /// The next one; `None` after the end. Safe to race in a `select!`.
+    /// The next item; `None` after the end. Safe to race in a `select!`.
     pub async fn next(&mut self) -> Option<Happened> {
         let happened = match self.0.as_mut()?.recv().await {
             Ok(happened) => happened,
@@ -51,8 +52,8 @@ impl Events {
     }
 }
 
-/// What happened so far, for those who come later: of figures on the way the latest, of what comes in each round the latest of
-/// that.
+/// The events so far, for readers that come later: of progress figures only the latest, and of events that recur each
+/// round only the latest of each kind.
 #[derive(Debug, Default)]
 pub(super) struct Past(VecDeque<Happened>);
 
@@ -62,7 +63,7 @@ impl Past {
         if is_of(&happened, is_progress) {
             self.forget_first(is_progress);
         } else if self.0.len() >= KEPT {
-            // Who the peer is and what the guest is like are told once, and early.
+            // The peer and the guest are reported once, and early.
             self.forget_first(|event| {
                 !matches!(event, Event::Phase(_) | Event::Connected { .. } | Event::Guest { .. })
             });
@@ -75,7 +76,7 @@ impl Past {
         first.map(|first| self.0.remove(first));
     }
 
-    /// All of it, in order.
+    /// All past events, in order.
     pub(super) fn list(&self) -> Vec<Happened> {
         self.0.iter().cloned().collect()
     }

@@ -1,8 +1,7 @@
-//! Control of one end of a migration while it runs: what it is doing, what is to be different, and its end before its time.
+//! Control of one end of a migration while it runs: read its status, change its settings, or cancel it.
 //!
-//! A [`Control`] is a handle, cheap to clone, that [`send`](crate::migration::send) or
-//! [`receive`](crate::migration::receive) is given; whoever keeps a clone asks through it. The HTTP API ([`crate::api`]) is
-//! one who does.
+//! A [`Control`] is a handle, cheap to clone, that is passed to [`send`](crate::migration::send) or
+//! [`receive`](crate::migration::receive). Every clone can make requests. The HTTP API ([`crate::api`]) holds one.
 //!
 //! ```text
 //!  set, switch_over ──▶ requests ──▶ the source's flow: a signal among its others, acted on and answered there
@@ -10,8 +9,8 @@
 //!  status, events ◀──── an observer of the end's events
 //! ```
 //!
-//! What is asked is answered between two things that the source waits for: at once while rounds run, and after a call of the
-//! guest's own (a pause, saving its state) that is under way.
+//! The source answers requests between two waits: at once while rounds run, and otherwise after the current call into
+//! the guest (a pause, saving its state).
 //!
 //! # Example
 //! ```
@@ -75,38 +74,38 @@ use crate::controller::reason::AboveMaxDowntime;
 use crate::events::{Event, Observer, Observers, Role};
 use crate::settings::SourceSettings;
 
-/// Requests that wait to be taken up.
+/// Requests that may be queued.
 const REQUESTS: usize = 16;
 /// Events that a reader may lag behind.
 const EVENTS: usize = 256;
 
-/// Why what was asked of a migration is not done. Nothing has changed then.
+/// Why a request to a migration is refused. Nothing was changed then.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum ControlError {
-    /// Nothing runs with this handle yet.
+    /// No migration runs with this handle yet.
     #[error("the migration has not begun")]
     NotBegun,
-    /// It has ended, or is about to.
+    /// The migration has ended, or is about to.
     #[error("the migration is over")]
     Over,
-    /// A destination takes what comes.
+    /// The handle is a destination's, which has no settings to change.
     #[error("this is the destination: what it takes in and when is decided at the source, so ask there")]
     WrongEnd,
-    /// There is no such value.
+    /// The value is not valid.
     #[error("{key}: {why}")]
     Invalid {
-        /// Of which setting.
+        /// The setting.
         key: &'static str,
-        /// What is wrong, and what would be right.
+        /// What is wrong, and which value is accepted.
         why: String,
     },
-    /// The switchover is forbidden by `max_downtime`.
+    /// `max_downtime` forbids the switchover.
     #[error(transparent)]
     AboveMaxDowntime(#[from] Box<AboveMaxDowntime>),
-    /// It cannot be done as things are.
+    /// It is not possible in the current state.
     #[error("{0}")]
     Refused(String),
-    /// The guest is paused already, or elsewhere.
+    /// The guest is paused already, or no longer here.
     #[error("too late: {0}")]
     TooLate(String),
 }
@@ -120,7 +119,8 @@ impl From<ChangeError> for ControlError {
     }
 }
 
-/// The handle of one end of a migration: see the [module](self). Clones share it. It may serve one migration after another.
+/// The handle of one end of a migration: see the [module](self). Clones share it. It may serve several migrations, one
+/// after another.
 #[derive(Clone, Debug)]
 pub struct Control {
     shared: Arc<Shared>,
@@ -134,7 +134,7 @@ struct Shared(Mutex<State>);
 struct State {
     status: Status,
     began: Option<Instant>,
-    /// Where a source takes requests; of one that has ended it is closed.
+    /// The request queue of a source; closed once the source has ended.
     requests: Option<mpsc::Sender<Request>>,
     past: Past,
     events: broadcast::Sender<Happened>,
@@ -147,7 +147,7 @@ impl Default for Control {
 }
 
 impl From<CancellationToken> for Control {
-    /// A handle that cancels by this token, and is cancelled by whoever else does.
+    /// A handle that cancels through this token, and that another holder of the token can cancel.
     fn from(cancel: CancellationToken) -> Self {
         let events = broadcast::Sender::new(EVENTS);
         let (status, past) = (Status::default(), Past::default());
@@ -157,58 +157,59 @@ impl From<CancellationToken> for Control {
 }
 
 impl Control {
-    /// The handle of an end that does not run yet.
+    /// A handle of an end that does not run yet.
     #[must_use]
     pub fn new() -> Self {
         CancellationToken::new().into()
     }
 
-    /// Ends it before its time: the guest goes on at the source as it was. Takes effect at once, until the hand-over has
-    /// begun; then it is too late, which the end tells as a warning. Asked before the beginning, nothing begins.
+    /// Cancels the migration: the guest continues at the source as it was. Takes effect at once, until the handover has
+    /// begun; after that it is too late, and the end reports a warning. If called before the migration begins, nothing
+    /// begins.
     pub fn cancel(&self) {
         self.cancel.cancel();
     }
 
-    /// Has somebody cancelled it?
+    /// Was it cancelled?
     #[must_use]
     pub fn is_cancelled(&self) -> bool {
         self.cancel.is_cancelled()
     }
 
-    /// Switches over at once, whatever the downtime limit says: a guest that runs is paused, and what remains of the round
-    /// is sent without it. Returns when it is decided.
+    /// Switches over at once, whatever the downtime limit is: a running guest is paused, and the rest of the round is
+    /// sent while it is paused. Returns when it is decided.
     ///
     /// # Errors
-    /// When the forecast is above `max_downtime`, or none can be made and there is one: with the figures. When it switches over
-    /// already, is over, or has not sent a page yet; at a destination.
+    /// If the forecast is above `max_downtime`, or `max_downtime` is set and no forecast can be made; the error carries
+    /// the figures. If the source is already switching over, has ended, or has not sent a page yet. At a destination.
     pub async fn switch_over(&self) -> Result<(), ControlError> {
         self.ask(Ask::SwitchOver).await
     }
 
-    /// Changes settings while it runs: all of them or, after an error, none. Each takes effect at once: a limit at the next
-    /// decision, a bandwidth at the next write, a cache at each lane's next batch.
+    /// Changes settings while it runs: all of them or, on an error, none. Each takes effect at once: a limit at the
+    /// next decision, a bandwidth at the next write, a cache at each lane's next batch.
     ///
     /// # Errors
-    /// When a value cannot be, does not go with the others, or needs what this migration or host has not; when it comes too
-    /// late; at a destination.
+    /// If a value is invalid, conflicts with the others, or needs a feature that this migration or host does not have.
+    /// If it is too late. At a destination.
     pub async fn set(&self, changes: impl IntoIterator<Item = Change>) -> Result<(), ControlError> {
         let changes = changes.into_iter().collect();
         self.ask(Ask::Set(changes)).await
     }
 
-    /// What it is doing.
+    /// The current status.
     #[must_use]
     pub fn status(&self) -> Status {
         self.shared.state().status_now()
     }
 
-    /// What happens from here on.
+    /// The events from here on.
     #[must_use]
     pub fn events(&self) -> Events {
         self.watch().1
     }
 
-    /// What has happened so far, and what happens from exactly there on.
+    /// The past events, and the stream of events that continues exactly after them.
     pub fn watch(&self) -> (Vec<Happened>, Events) {
         let state = self.shared.state();
         let receiver = state.status.ended.is_none().then(|| state.events.subscribe());
@@ -222,17 +223,17 @@ impl Control {
         answered.await.unwrap_or(Err(ControlError::Over))
     }
 
-    /// The same handle for an end that `cancel` ends too, which a cancel through this handle must reach.
+    /// The same handle for an end that `cancel` ends too. A cancel through this handle must reach that end.
     pub fn also_ended_by(&self, cancel: CancellationToken) -> Self {
         Self { shared: self.shared.clone(), cancel }
     }
 
-    /// Ends whatever runs with this handle.
+    /// Cancels the migration that runs with this handle.
     pub fn token(&self) -> CancellationToken {
         self.cancel.clone()
     }
 
-    /// A source begins: its events are listened to, and requests reach it from here on.
+    /// A source begins: its events are recorded, and requests reach it from here on.
     pub(crate) fn source_begins(&self, settings: &SourceSettings, observers: &Observers) -> (Observers, Requests) {
         let (requests, taken) = mpsc::channel(REQUESTS);
         self.begins(Status::of_source(settings), Some(requests));
@@ -253,7 +254,7 @@ impl Control {
 }
 
 impl Shared {
-    /// Plain values, whole after every step: a panic elsewhere cannot have left them half changed.
+    /// Plain values that are consistent after every step: a panic elsewhere cannot have left them half changed.
     fn state(&self) -> MutexGuard<'_, State> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -265,7 +266,7 @@ impl Observer for Shared {
         state.status.note(event);
         let happened = Happened::Event { at: state.elapsed(), role, event: Arc::new(event.clone()) };
         state.past.note(happened.clone());
-        // Nobody may listen.
+        // There may be no reader.
         drop(state.events.send(happened));
     }
 }

@@ -1,19 +1,19 @@
-//! What is asked of a running source, on its way there.
+//! Requests to a running source, in its queue.
 
 use tokio::sync::{mpsc, oneshot};
 
 use super::{Change, ControlError};
 
-/// What is asked.
+/// A request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Ask {
-    /// Other settings.
+    /// Change settings.
     Set(Vec<Change>),
     /// Switch over at once.
     SwitchOver,
 }
 
-/// A question, and where its answer goes.
+/// A request, and the channel for its answer.
 #[derive(Debug)]
 pub(crate) struct Request {
     pub(crate) ask: Ask,
@@ -29,7 +29,7 @@ impl Requests {
         Self(requests)
     }
 
-    /// The next one that somebody still waits for; for ever none once nobody can ask. Safe to race in a `select!`.
+    /// The next request whose sender still waits. Never returns once no handle is left. Safe to race in a `select!`.
     pub(crate) async fn next(&mut self) -> Request {
         loop {
             match self.0.recv().await {

@@ -1,5 +1,5 @@
-//! What an end of a migration is doing: the one fold of its events. Whoever shows how things are reads it from here, and keeps of the
-//! events itself only what came before.
+//! The status of an end of a migration, computed from its events in this one place. Displays read it from here, and
+//! need the events themselves only for history.
 
 use std::time::Duration;
 
@@ -10,39 +10,39 @@ use crate::controller::forecast::Forecast;
 use crate::events::{BlockFacts, Ended, Event, Phase, Progress, Role};
 use crate::settings::SourceSettings;
 
-/// Warnings that are kept.
+/// The most warnings that are stored.
 const WARNINGS: usize = 16;
 
-/// What an end of a migration is doing.
+/// The status of an end of a migration.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Status {
-    /// Which end; `None` before it has begun.
+    /// Which end; `None` before it begins.
     pub role: Option<Role>,
-    /// Where it stands.
+    /// The phase.
     pub phase: Phase,
-    /// Since it began; once it has ended, how long it took.
+    /// Time since it began; once it has ended, how long it took.
     pub elapsed: Duration,
-    /// Who is at the other end, or which file.
+    /// The peer's name, or the file.
     pub peer: Option<Untrusted>,
     /// The guest's blocks, once they are known.
     pub blocks: Vec<BlockFacts>,
-    /// Its pages.
+    /// The guest's pages.
     pub pages: u64,
-    /// Bound of the memory that the engine takes for itself, in bytes.
+    /// The bound of the memory that the engine takes for itself, in bytes.
     pub memory_bound: u64,
-    /// Rounds that are complete.
+    /// Completed rounds.
     pub rounds: u32,
-    /// The latest figures: what remains, rates, throttle, stages.
+    /// The latest figures: remaining bytes, rates, throttle, stages.
     pub progress: Option<Progress>,
-    /// The settings as they are, with what was changed (source).
+    /// The current settings, with any changes (source).
     pub settings: Option<SourceSettings>,
-    /// The latest forecast that a decision rests on, in its parts (source).
+    /// The latest forecast that a decision rests on, with its parts (source).
     pub forecast: Option<Forecast>,
     /// The latest decision (source).
     pub decision: Option<Decided>,
-    /// What the operator should know, the latest last.
+    /// Warnings for the operator, the latest last.
     pub warnings: Vec<String>,
-    /// May the destination have been told to run the guest? A cancel is too late then.
+    /// May the destination have received Go? A cancel is too late then.
     pub is_handed_over: bool,
     /// How it ended.
     pub ended: Option<Ended>,
@@ -59,7 +59,7 @@ impl Status {
         self.blocks.iter().map(|block| block.bytes).sum()
     }
 
-    /// Takes what an event says.
+    /// Applies an event.
     #[doc(hidden)]
     pub fn note(&mut self, event: &Event) {
         match event {

@@ -1,4 +1,4 @@
-//! The handle without a migration behind it.
+//! The handle without a migration.
 
 use super::*;
 use crate::events::{Ended, Phase};

@@ -1,4 +1,4 @@
-//! What the operator says while it runs: other limits, or to switch over.
+//! Requests of the operator during the migration: other limits, or a switchover.
 
 use std::time::Duration;
 
@@ -8,32 +8,32 @@ use super::{Controller, Decided, Decision};
 use crate::settings::SwitchoverBandwidth;
 
 impl Controller {
-    /// Other bandwidths, of the rounds and while the guest is paused.
+    /// Sets the bandwidths of the rounds and of the paused guest.
     pub fn set_bandwidth(&mut self, rounds: Option<u64>, switchover: SwitchoverBandwidth) {
         self.forecaster.set_bandwidth(rounds, switchover);
         self.stall.forget_pace();
     }
 
-    /// Another downtime limit. It takes the place of one that was raised about a stall, and may be raised anew.
+    /// Sets the downtime limit. It replaces a limit that was raised on a stall, and may be raised again.
     pub fn set_downtime_limit(&mut self, limit: Duration) {
         self.limits.downtime = limit;
         self.steps.limit_is_set();
         self.stall.forget_pace();
     }
 
-    /// Another limit that no switchover may exceed by the forecast. One that was raised above it counts no further than to
-    /// here.
+    /// Sets the limit that no switchover may exceed by the forecast. A downtime limit that was raised above it is cut
+    /// to it.
     pub fn set_max_downtime(&mut self, most: Option<Duration>) {
         self.limits.max_downtime = most;
     }
 
-    /// Another deadline, from the start of the migration.
+    /// Sets the deadline, from the start of the migration.
     pub fn set_deadline(&mut self, deadline: Option<Duration>) {
         self.limits.deadline = deadline;
     }
 
-    /// Another ceiling for the throttle: the percent of its time that the guest is to be held back from here on, less than
-    /// before if that was more.
+    /// Sets the ceiling of the throttle. Returns the percent of its time that the guest is to be throttled from here
+    /// on, less than before if that was above the ceiling.
     pub fn set_throttle_most(&mut self, most: u8) -> u8 {
         self.stall.forget_pace();
         self.steps.set_throttle_most(most)
@@ -45,10 +45,10 @@ impl Controller {
         self.switching
     }
 
-    /// The operator wants it to switch over, with so much left.
+    /// The operator requests a switchover, with the given remaining work.
     ///
     /// # Errors
-    /// When `max_downtime` forbids it, by the forecast or because there is none.
+    /// If `max_downtime` forbids it, by the forecast or because there is none.
     pub fn switch_over(&mut self, now: &Standing) -> Result<Decided, Box<AboveMaxDowntime>> {
         let forecast = self.with_unseen(now).and_then(|now| self.forecast(&now));
         let limit = self.downtime_limit();
@@ -96,7 +96,7 @@ mod tests {
         RoundTally { pages, bytes_in: pages * 4096, bytes_out: pages * 4096, ..RoundTally::new(round, false) }
     }
 
-    /// After so many milliseconds so many thousand pages are dirty: ten milliseconds' worth each.
+    /// After the given milliseconds the given thousands of pages are dirty: ten milliseconds' worth each.
     fn standing(ms: u32, thousands: u64) -> Standing {
         Standing { elapsed: ms * MS, dirty_pages: thousands * 1000, ..Standing::default() }
     }
@@ -115,7 +115,7 @@ mod tests {
         controller
     }
 
-    /// The next rounds leave as much as the one before.
+    /// The next rounds leave as much as the round before.
     fn stalled(controller: &mut Controller, rounds: u32) -> Vec<Decision> {
         let first = controller.round + 1;
         let mut decide = |number: u32| {

@@ -1,15 +1,16 @@
-//! The forecast of the downtime: what remains, in bytes after encoding, at the rate measured lately, plus what a switchover
-//! costs whatever remains.
+//! The forecast of the downtime: the remaining bytes after encoding, at the rate measured lately, plus the fixed cost
+//! of a switchover.
 //!
-//! What a page comes to on the wire depends on whether a delta can be made of it. Of how many of the dirty pages it can is known:
-//! the encoders note which pages their cache was given. What a delta comes to is taken from the latest round of deltas, and so is
-//! how many pages the cache has lost again. Deltas get smaller from round to round, where a page is written so often that a shorter
-//! round leaves less in it: the dirty rate rises by the same factor then, since a page counts once however often it is written.
-//! Before any round of deltas is measured, a sample of the dirty pages is sent and shows what they come to; until then every page
-//! counts as it would go without one. Zero pages of the first round count for nothing: what is written is seldom zero.
+//! The bytes of a page on the wire depend on whether it can be sent as a delta. The number of dirty pages that can is
+//! known: the encoders record which pages entered their cache. The size of a delta is taken from the latest round of
+//! deltas, and so is the number of pages that the cache has lost again. Deltas get smaller from round to round if a
+//! page is written so often that a shorter round leaves fewer changes in it: the dirty rate rises by the same factor
+//! then, since a page counts once however often it is written. Before any round of deltas is measured, a sample of the
+//! dirty pages is sent and shows their size; until then every page counts as sent without a delta. Zero pages of the
+//! first round count as nothing: a written page is seldom zero.
 //!
-//! What it takes is what the wire takes, or the busiest stage if that is more; the stages' own figures tell which of the two held a
-//! round up.
+//! The duration is that of the wire, or of the busiest stage if that is longer. The stages' own figures show which of
+//! the two limited a round.
 
 use std::collections::VecDeque;
 use std::num::NonZeroU32;
@@ -19,35 +20,37 @@ use memferry_stages::tally::RoundTally;
 
 use crate::settings::{OnMiss, SourceSettings, SwitchoverBandwidth};
 
-/// How much longer than its busiest stage worked a round takes that the wire holds up.
+/// If a round took longer than its busiest stage worked by this factor, the wire was the limit.
 const WIRE_HOLDS_UP: f64 = 1.25;
-/// How much measured time a figure is made of: long enough to be smooth, short enough to follow the guest and the link.
+/// How much measured time a figure is averaged over: long enough to be smooth, short enough to follow the guest and the
+/// link.
 const WINDOW: Duration = Duration::from_millis(200);
-/// How many bytes of pages a figure is made of: a round of a few pages measures the latency of a round and no rate.
+/// How many bytes of pages a figure is averaged over: a round of a few pages measures the latency of a round, not a
+/// rate.
 const WINDOW_BYTES: u64 = 8 << 20;
-/// Page bytes of a round from which its time says what a page takes.
+/// Page bytes of a round from which its duration is used to compute the time of a page.
 const TELLING_BYTES: u64 = 2 << 20;
-/// A delta is not taken to come to less than this share of what deltas came to in the round before.
+/// A delta is assumed to take at least this share of the bytes that deltas took in the round before.
 const LEAST_OF_A_DELTA: f64 = 0.25;
-/// Pages of which deltas may be made, from which a sample of them is worth a round trip.
+/// A sample of pages that can be sent as deltas is worth a round trip from this number of them on.
 const WORTH_A_SAMPLE: u64 = 64;
-/// The pages of a sample, about: enough to tell.
+/// The approximate number of pages of a sample: enough for an estimate.
 const SAMPLE_PAGES: u64 = 512;
-/// A sample is no more than one of so many dirty pages: few beside what remains.
+/// A sample is at most one in this number of dirty pages: a small part of what remains.
 const SAMPLE_SHARE: u64 = 4;
-/// How many of those rounds may show what the wire carries at least.
+/// How many of those rounds may show the least that the wire carries.
 const TELLING_ROUNDS: usize = 4;
-/// Rounds that are kept: more never make a window.
+/// Rounds that are stored: a window never needs more.
 const ROUNDS_KEPT: usize = 64;
-/// The share of `max_bandwidth` from which it is the cap that holds the rounds back, and not the link or the host.
+/// From this share of `max_bandwidth` on, the cap limits the rounds, and not the link or the host.
 const HELD_BACK: f64 = 0.9;
 /// The share of the downtime limit that the backlog may still need when the guest is paused.
 const BACKLOG_SHARE: f64 = 0.05;
 
-/// What a switchover costs whatever remains to be sent.
+/// The cost of a switchover that does not depend on the remaining pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FixedCost {
-    /// One more bitmap sync: as long as the latest.
+    /// One more bitmap sync: as long as the latest one.
     pub sync: Duration,
     /// Digests of the whole guest at both ends.
     pub verify: Duration,
@@ -56,36 +59,36 @@ pub struct FixedCost {
 }
 
 impl FixedCost {
-    /// All of it.
+    /// The sum.
     #[must_use]
     pub fn total(&self) -> Duration {
         self.sync + self.verify + self.handover
     }
 }
 
-/// How things stand at one moment.
+/// The state of the migration at one moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Standing {
     /// Time since the migration began.
     pub elapsed: Duration,
-    /// Pages that are known to be dirty and are not taken by the scanner.
+    /// Pages that are known to be dirty and that the scanner has not taken.
     pub dirty_pages: u64,
-    /// Those of them of which a delta may be made: asked for after a sync only.
+    /// The part of them that can be sent as deltas: set only after a sync.
     pub kept_pages: u64,
     /// Pages that the scanner took and the destination has not acknowledged.
     pub in_flight_pages: u64,
-    /// Page bytes a second that are read lately, as the status shows them: 0 while nothing is measured.
+    /// Page bytes a second that are read lately, as the status shows them: 0 until it is measured.
     pub page_rate: u64,
 }
 
-/// What a switchover would cost, and why.
+/// The cost of a switchover, and its parts.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Forecast {
     /// Bytes after encoding that the paused guest would wait for.
     pub remaining_bytes: f64,
-    /// What they take.
+    /// The time to send them.
     pub transfer: Duration,
-    /// What all else takes.
+    /// The time for everything else.
     pub fixed: FixedCost,
 }
 
@@ -97,22 +100,22 @@ impl Forecast {
     }
 }
 
-/// What one round came to.
+/// The measurements of one round.
 #[derive(Clone, Copy, Debug, Default)]
 struct Achieved {
-    /// Pages, but for the zero pages of the first round.
+    /// Pages, without the zero pages of the first round.
     pages: u64,
     page_bytes: u64,
     wire_bytes: u64,
     time: Duration,
     /// How long the busiest stage worked.
     work: Duration,
-    /// Pages that were sent whole, and those of them that were compressed.
+    /// Pages that were sent whole, and how many of them were compressed.
     whole: u64,
     compressed: u64,
-    /// Pages of which a delta was to be made, and that were in no cache.
+    /// Pages that were to be sent as deltas, and missed the cache.
     misses: u64,
-    /// Pages of which one might have been made, by what was known before.
+    /// Pages that could have been sent as deltas, as known before the round.
     kept: f64,
     /// Pages a second that the guest dirtied before it.
     dirty_rate: Option<f64>,
@@ -136,38 +139,38 @@ impl Achieved {
     }
 }
 
-/// Makes forecasts of what the rounds have shown.
+/// Makes forecasts from the measurements of the rounds.
 #[derive(Clone, Debug)]
 pub struct Forecaster {
-    /// What a switchover costs beside the pages: whoever measures it writes it here.
+    /// The fixed cost of a switchover: the code that measures it updates it here.
     pub fixed: FixedCost,
     page_bytes: u64,
-    /// Are there deltas from the second round on?
+    /// Are deltas enabled from the second round on?
     deltas: bool,
-    /// How pages travel that no delta helps.
+    /// How pages travel that a delta does not help.
     on_miss: OnMiss,
     max_bandwidth: Option<u64>,
     switchover_bandwidth: SwitchoverBandwidth,
     first: Option<Achieved>,
-    /// Those after the first, the latest in front.
+    /// The rounds after the first, the latest in front.
     later: VecDeque<Achieved>,
-    /// What a sample came to, if one was sent.
+    /// The measurements of a sample, if one was sent.
     sample: Option<Achieved>,
-    /// Where not all was sent that the last sync had found: how many pages were.
+    /// If not all pages were sent that the last sync had found: how many pages were.
     sent_of_it: Option<u64>,
-    /// What a page of the latest round took, zero pages counted: what is in flight is of that round.
+    /// The time of a page in the latest round, zero pages included: the pages in flight are of that round.
     latest_seconds_per_page: f64,
-    /// Pages a second that the guest dirties, if two looks at it have shown it.
+    /// Pages a second that the guest dirties, if two syncs have measured it.
     dirty_rate: Option<f64>,
-    /// Dirty pages that the last sync found, and those of them of which a delta may be made.
+    /// Dirty pages that the last sync found, and how many of them can be sent as deltas.
     found: (u64, u64),
     last_sync: Duration,
-    /// The sync from which on the dirty rate was measured.
+    /// The sync from which the dirty rate was measured.
     measured_from: Duration,
 }
 
 impl Forecaster {
-    /// Of a guest with pages of so many bytes. Nothing is measured yet.
+    /// For a guest with pages of the given size. Nothing is measured yet.
     #[must_use]
     pub fn new(settings: &SourceSettings, page_bytes: u64) -> Self {
         let xbzrle = settings.encoder.xbzrle.as_ref();
@@ -190,12 +193,12 @@ impl Forecaster {
         }
     }
 
-    /// Other bandwidths hold from here on. What was measured with those before counts as far as they allow it.
+    /// Other bandwidths apply from here on. Earlier measurements count as far as the new limits allow.
     pub fn set_bandwidth(&mut self, rounds: Option<u64>, switchover: SwitchoverBandwidth) {
         (self.max_bandwidth, self.switchover_bandwidth) = (rounds, switchover);
     }
 
-    /// A round was sent, from its first batch to its last byte, in so much time, for so much of which its busiest stage worked.
+    /// A round was sent, from its first batch to its last byte, in `time`; its busiest stage worked for `work`.
     pub fn round(&mut self, tally: &RoundTally, time: Duration, work: Duration) {
         let round = self.achieved(tally, time, work);
         self.latest_seconds_per_page = round.time.as_secs_f64() / tally.pages.max(1) as f64;
@@ -207,13 +210,13 @@ impl Forecaster {
         self.later.truncate(ROUNDS_KEPT);
     }
 
-    /// The same of a sample of what the last sync has found.
+    /// The same for a sample of the pages that the last sync found.
     pub fn sample(&mut self, tally: &RoundTally, time: Duration, work: Duration) {
         self.sample = Some(self.achieved(tally, time, work));
         self.sent_of_it = Some(tally.pages);
     }
 
-    /// Time has passed in which nothing of what the last sync has found was sent.
+    /// Time has passed in which none of the pages that the last sync found was sent.
     pub fn drained(&mut self) {
         self.sent_of_it.get_or_insert(0);
     }
@@ -234,14 +237,14 @@ impl Forecaster {
         }
     }
 
-    /// The logs are armed, at a time since the migration began: from here on what is written is seen.
+    /// The logs are armed, at a time since the migration began: writes are logged from here on.
     pub fn armed(&mut self, elapsed: Duration) {
         self.last_sync = elapsed;
     }
 
-    /// A sync found what is dirty.
+    /// A sync found the dirty pages.
     pub fn synced(&mut self, now: &Standing) {
-        // What was left then is found again: both syncs count as one.
+        // Pages that were left then are found again: both syncs count as one.
         let sent = self.sent_of_it.take();
         if sent.is_none() {
             self.measured_from = self.last_sync;
@@ -255,7 +258,7 @@ impl Forecaster {
         self.last_sync = now.elapsed;
     }
 
-    /// Bytes of so many pages.
+    /// Bytes of the given number of pages.
     #[must_use]
     pub fn page_bytes(&self, pages: u64) -> u64 {
         self.page_bytes * pages
@@ -267,13 +270,13 @@ impl Forecaster {
         Some(self.dirty_rate? * self.page_bytes as f64)
     }
 
-    /// Bytes of pages a second that rounds lately got done.
+    /// Bytes of pages a second that rounds have sent lately.
     #[must_use]
     pub fn page_bytes_per_second(&self) -> Option<f64> {
         self.round_seconds_per_page().map(|seconds| self.page_bytes as f64 / seconds)
     }
 
-    /// What a switchover at this moment would cost, with a backlog that is run down as far as `limit` asks for; `None` while
+    /// The cost of a switchover at this moment, with a backlog that is drained as far as `limit` requires. `None` while
     /// nothing is measured and something remains.
     #[must_use]
     pub fn forecast(&self, now: &Standing, limit: Duration) -> Option<Forecast> {
@@ -282,24 +285,25 @@ impl Forecaster {
             return Some(Forecast { remaining_bytes: 0.0, transfer: Duration::ZERO, fixed });
         }
         let backlog = now.in_flight_pages.min(self.backlog_pages(limit)?);
-        // The guest runs on while the rest of the backlog is run down.
+        // The guest continues to run while the rest of the backlog is drained.
         let draining = (now.in_flight_pages - backlog) as f64 * self.latest_seconds_per_page;
         let pages = now.dirty_pages as f64 + self.dirty_rate.unwrap_or(0.0) * draining + backlog as f64;
         let transfer = seconds(pages * self.switchover_seconds_per_page()?);
-        // The source makes its digests while the rest is sent: that half is hidden behind it.
+        // The source computes its digests while the rest is sent: that half adds no time.
         fixed.verify -= transfer.min(fixed.verify / 2);
         Some(Forecast { remaining_bytes: pages * self.wire_bytes_per_page()?, transfer, fixed })
     }
 
-    /// The pages that may still be on their way when the guest is paused: a small share of a downtime limit's worth.
+    /// The pages that may still be in flight when the guest is paused: the worth of a small share of the downtime
+    /// limit.
     #[must_use]
     pub fn backlog_pages(&self, limit: Duration) -> Option<u64> {
         let pages = limit.as_secs_f64() * BACKLOG_SHARE / self.switchover_seconds_per_page()?;
         Some(whole(pages))
     }
 
-    /// How many of the dirty pages are to be sent as a sample: where nothing has shown yet what deltas come to, and enough remains to
-    /// make it matter.
+    /// How many of the dirty pages are to be sent as a sample: only if the size of deltas is unknown, and enough pages
+    /// remain for it to matter.
     #[must_use]
     pub fn sample_wanted(&self, now: &Standing) -> Option<NonZeroU32> {
         let is_shown = self.sample.is_some() || self.later.iter().any(|round| round.hits() > 0.0);
@@ -309,25 +313,25 @@ impl Forecaster {
         u32::try_from((now.dirty_pages / SAMPLE_SHARE).min(SAMPLE_PAGES)).ok().and_then(NonZeroU32::new)
     }
 
-    /// What another round would take.
+    /// The duration of another round.
     #[must_use]
     pub fn round_time(&self, now: &Standing) -> Option<Duration> {
         Some(seconds(now.dirty_pages as f64 * self.round_seconds_per_page()?))
     }
 
-    /// Pages that the guest dirties in the time in which a round sends one: from 1 on, rounds get no smaller.
+    /// Pages that the guest dirties in the time in which a round sends one: at 1 or above, rounds do not get smaller.
     #[must_use]
     pub fn outrun(&self) -> Option<f64> {
         Some(self.dirty_rate? * self.round_seconds_per_page()?)
     }
 
-    /// Pages that were written since the last sync and that none has found yet, by the rate before it; `None` before the first.
+    /// Pages that were written since the last sync and not found yet, by the rate before it; `None` before the first.
     #[must_use]
     pub fn unseen_pages(&self, elapsed: Duration) -> Option<f64> {
         Some(self.dirty_rate? * elapsed.saturating_sub(self.last_sync).as_secs_f64())
     }
 
-    /// What a dirty page comes to on the wire, by what was achieved lately.
+    /// The bytes of a dirty page on the wire, by recent rounds.
     fn wire_bytes_per_page(&self) -> Option<f64> {
         self.first?;
         let whole = self.wire_bytes_of_a_whole_page();
@@ -339,7 +343,7 @@ impl Forecaster {
         let (dirty, kept) = (self.found.0.max(1) as f64, self.found.1 as f64);
         let still_cached = if round.kept == 0.0 { 1.0 } else { (round.hits() / round.kept).min(1.0) };
         let hits = (kept / dirty * still_cached).min(1.0);
-        // Without a hit nothing is known of what one comes to.
+        // Without a hit the size of a delta is unknown.
         let hit = if round.hits() == 0.0 {
             whole
         } else {
@@ -349,13 +353,13 @@ impl Forecaster {
         Some(hits * hit + (1.0 - hits) * whole)
     }
 
-    /// How often a dirty page was written lately, as a share of how often those of a round were.
+    /// How often a dirty page was written lately, as a share of how often the pages of a round were.
     fn writes_since(&self, round: &Achieved) -> f64 {
         let (Some(before), Some(lately)) = (round.dirty_rate, self.dirty_rate) else { return 1.0 };
         (before / lately.max(f64::MIN_POSITIVE)).clamp(LEAST_OF_A_DELTA, 1.0)
     }
 
-    /// The same of a page of which no delta is made.
+    /// The same for a page that is sent without a delta.
     fn wire_bytes_of_a_whole_page(&self) -> f64 {
         let of = |achieved: Achieved| achieved.wire_bytes as f64 / achieved.pages as f64;
         if !self.deltas {
@@ -369,13 +373,13 @@ impl Forecaster {
         if self.deltas { raw + (first - raw) * self.misses_compressed() } else { first }
     }
 
-    /// The share of the pages that no delta helps that is encoded as in the first round.
+    /// The share of the pages not helped by a delta that is encoded as in the first round.
     fn misses_compressed(&self) -> f64 {
         match self.on_miss {
             OnMiss::Raw => 0.0,
             OnMiss::Compress => 1.0,
             OnMiss::Auto => self.misses_were_compressed().unwrap_or_else(|| {
-                // The encoders know the limit beforehand; else they find out what the first round has shown.
+                // The encoders know the limit beforehand; without one they discover what the first round has shown.
                 let wire_holds =
                     self.max_bandwidth.is_some() || self.first.is_some_and(|it| it.is_held_up_by_the_wire());
                 f64::from(u8::from(wire_holds))
@@ -383,7 +387,8 @@ impl Forecaster {
         }
     }
 
-    /// The same by the latest round or sample that sent any. What does not shrink in the first round does not later.
+    /// The same by the latest round or sample that sent any. A page that does not shrink in the first round does not
+    /// later.
     fn misses_were_compressed(&self) -> Option<f64> {
         let share = |round: &Achieved| round.compressed as f64 / round.whole as f64;
         let latest = self.later.iter().chain(&self.sample).find(|round| round.whole > 0)?;
@@ -391,8 +396,8 @@ impl Forecaster {
         Some((share(latest) / shrink).min(1.0))
     }
 
-    /// Bytes a second on the wire, by the rounds that it held up. If it held up none, by the round that shows most: it carries
-    /// that at least; but no more than the cap lets through.
+    /// Bytes a second on the wire, by the rounds that the wire limited. If it limited none, by the round that shows
+    /// most, as a lower bound of what the link carries; but no more than the cap allows.
     fn wire_rate(&self) -> Option<f64> {
         let held_up = lately(self.telling().filter(|round| round.is_held_up_by_the_wire()));
         let rate = if held_up.pages > 0 {
@@ -405,29 +410,30 @@ impl Forecaster {
         (rate > 0.0).then_some(rate)
     }
 
-    /// The rounds after the first that were large enough to tell, the latest in front.
+    /// The rounds after the first that were large enough for an estimate, the latest in front.
     fn telling(&self) -> impl Iterator<Item = &Achieved> {
         self.later.iter().filter(|round| round.page_bytes >= TELLING_BYTES)
     }
 
-    /// Time that a page takes the busiest stage, as the latest round that was large enough to tell shows it, or the sample.
+    /// Time that the busiest stage needs for a page, by the latest round that was large enough for an estimate, or by
+    /// the sample.
     fn stage_seconds_per_page(&self) -> f64 {
         let latest = self.telling().next().or(self.sample.as_ref().filter(|sample| sample.pages > 0));
         latest.map_or(0.0, |latest| latest.work.as_secs_f64() / latest.pages as f64)
     }
 
-    /// In a round: what the wire takes, or the stages if that is more.
+    /// In a round: the time of the wire, or of the stages if that is longer.
     fn round_seconds_per_page(&self) -> Option<f64> {
         let wire = self.wire_bytes_per_page()? / self.wire_rate()?;
         Some(wire.max(self.stage_seconds_per_page()))
     }
 
-    /// In the switchover, which may have a bandwidth of its own.
+    /// In the switchover, which may have a bandwidth limit of its own.
     fn switchover_seconds_per_page(&self) -> Option<f64> {
         let rate = self.wire_rate()?;
         let held_back = self.max_bandwidth.is_some_and(|cap| rate >= HELD_BACK * cap as f64);
         match self.switchover_bandwidth {
-            // The rounds waited for their cap: their time says nothing of the stages.
+            // The rounds waited for their cap: their duration does not measure the stages.
             SwitchoverBandwidth::AtMost(most) if held_back => Some(self.wire_bytes_per_page()? / most as f64),
             SwitchoverBandwidth::AtMost(most) => {
                 let wire = self.wire_bytes_per_page()? / rate.min(most as f64);
@@ -438,7 +444,7 @@ impl Forecaster {
     }
 }
 
-/// The sum of the latest rounds that together are enough; of all there are, if they are not.
+/// The sum of the latest rounds that together are enough; of all rounds, if they are not.
 fn lately<'a>(rounds: impl Iterator<Item = &'a Achieved>) -> Achieved {
     let mut sum = Achieved::default();
     for round in rounds {
@@ -454,12 +460,12 @@ fn lately<'a>(rounds: impl Iterator<Item = &'a Achieved>) -> Achieved {
     sum
 }
 
-/// So many seconds; the longest time there is for what is more.
+/// A duration of this many seconds; the longest duration if it is more.
 pub fn seconds(seconds: f64) -> Duration {
     Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX)
 }
 
-/// The whole part of a figure that is not negative; the largest number there is for what is more.
+/// The integer part of a figure that is not negative; the largest integer if it is more.
 pub fn whole(figure: f64) -> u64 {
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "it saturates, and is not negative")]
     let whole = figure as u64;
@@ -473,7 +479,7 @@ mod tests {
 
     const MS: Duration = Duration::from_millis(1);
     const LIMIT: Duration = Duration::from_millis(100);
-    /// The stages did nothing worth mentioning.
+    /// The stages took negligible time.
     const NONE: Duration = Duration::ZERO;
 
     fn forecaster(xbzrle: Option<XbzrleSettings>) -> Forecaster {
@@ -489,7 +495,7 @@ mod tests {
         Standing { dirty_pages, ..Standing::default() }
     }
 
-    /// Of so many pages of which deltas may be made.
+    /// With the given number of pages that can be sent as deltas.
     fn transfer(forecaster: &Forecaster, pages: u64) -> f64 {
         transfer_of(forecaster, pages, pages)
     }
@@ -512,7 +518,7 @@ mod tests {
     #[test]
     fn zero_pages_of_the_first_round_make_what_is_written_no_cheaper() {
         let mut forecaster = forecaster(None);
-        // A second for 10,000 pages, of which 9,000 were zero: the others came to 2,000 bytes each.
+        // A second for 10,000 pages, of which 9,000 were zero: the others took 2,000 bytes each.
         forecaster.round(&round(10_000, 9_000, 2_000_000), 1000 * MS, NONE);
         assert!((transfer(&forecaster, 1000) - 1.0).abs() < 1e-9);
     }
@@ -582,7 +588,7 @@ mod tests {
             forecaster.synced(&Standing { elapsed: 1000 * MS, ..dirty(1000) });
             forecaster.forecast(&dirty(1000), LIMIT).unwrap().remaining_bytes
         };
-        // Half of the pages shrink in the first round, to a quarter; so a page comes to 2,560 bytes.
+        // Half of the pages shrink in the first round, to a quarter; so a page takes 2,560 bytes.
         let first = RoundTally { raw: 5000, compressed: 5000, ..round(10_000, 0, 25_600_000) };
         for (limit, work, bytes) in
             [(None, 1000, 4_096_000.0), (None, 100, 2_560_000.0), (Some(50 << 20), 1000, 2_560_000.0)]
@@ -629,7 +635,7 @@ mod tests {
         forecaster.synced(&Standing { elapsed: 1000 * MS, ..dirty(10_000) });
         assert_eq!(forecaster.backlog_pages(LIMIT), Some(500));
         let now = Standing { dirty_pages: 10_000, in_flight_pages: 10_500, ..Standing::default() };
-        // 10,000 pages are run down in 0.1 s, in which 1,000 pages are written.
+        // 10,000 pages are drained in 0.1 s, in which 1,000 pages are written.
         let forecast = forecaster.forecast(&now, LIMIT).unwrap();
         assert!((forecast.transfer.as_secs_f64() - 0.115).abs() < 1e-9, "{forecast:?}");
         assert!((forecast.remaining_bytes - 11_500.0 * 4000.0).abs() < 1.0, "{forecast:?}");
@@ -706,7 +712,7 @@ mod tests {
         forecaster.synced(&Standing { kept_pages: 0, ..dirty(10_000) });
         let deltas = RoundTally { xbzrle_misses: 0, ..round(10_000, 0, 100_000) };
         forecaster.round(&deltas, 20 * MS, 20 * MS);
-        // A page that is sent whole takes 10 µs on the wire of the first round, not what 10 bytes in 2 µs come to.
+        // A page that is sent whole takes 10 µs on the wire of the first round, not the 10 bytes in 2 µs of a delta.
         assert!((transfer_of(&forecaster, 1000, 0) - 0.01).abs() < 1e-4);
     }
 

@@ -1,25 +1,26 @@
-//! When to switch over, and what to do about a guest that outruns the wire: figures and the time in, decisions out. No I/O,
-//! no clock, no tasks; the running migration and the [`simulation`] drive the same [`Controller`].
+//! When to switch over, and what to do about a guest that does not converge: figures and the time in, decisions out. No
+//! I/O, no clock, no tasks. The running migration and the [`simulation`] drive the same [`Controller`].
 //!
 //! ```text
 //!  each round sent ──▶ round ─┐
 //!  each sync ─────────────────┴▶ synced ──▶ another round │ throttle │ switch over │ give up
-//!  once in a while in a round ──▶ tick ───▶ nothing, or: switch over │ give up, for the deadline
+//!  at intervals in a round ─────▶ tick ───▶ nothing, or: switch over │ give up, for the deadline
 //! ```
 //!
-//! After each sync these are asked, in this order:
+//! After each sync it checks, in this order:
 //!
-//! 1. Has nothing shown yet what deltas come to? A sample of what is dirty is sent first, while the budgets have room for one.
-//! 2. Is the expected downtime ([`forecast`]) at or below the limit, or is nothing dirty? It switches over; but first what is on its
-//!    way must have arrived, up to a small share of the limit, and another sync must find that it still is so.
-//! 3. Are the rounds used up, or can the deadline be kept by nothing else? What `on_deadline` says is done.
-//! 4. Have so many rounds brought no new least of what remains, or is it certain that those left will not bring it to the
-//!    limit at their pace? That is a stall: the next of the operator's steps is taken, if the one before has had its rounds
-//!    to show what it does ([`steps`]).
+//! 1. Is the size of deltas unknown? Then a sample of the dirty pages is sent first, while the budgets have room for
+//!    one.
+//! 2. Is the expected downtime ([`forecast`]) at or below the limit, or is nothing dirty? Then it switches over; but
+//!    first the pages in flight must have arrived, up to a small share of the limit, and another sync must confirm it.
+//! 3. Are the rounds used up, or is there no other way to meet the deadline? Then `on_deadline` applies.
+//! 4. Have `stall_rounds` rounds brought no new minimum of what remains, or is it certain that the rounds left will not
+//!    reach the limit at their pace? That is a stall: the next of the operator's steps is taken, if the step before has
+//!    had its rounds to show its effect ([`steps`]).
 //!
-//! `max_downtime` stands above all of them: no decision here switches over with a forecast above it, or with none. Within
-//! a round only the deadline and the operator decide, since between syncs what is dirty is not known; a sample is over so soon that
-//! only the deadline itself ends it.
+//! `max_downtime` overrides all of them: no decision here switches over with a forecast above it, or without a
+//! forecast. Within a round only the deadline and the operator decide, since the dirty pages are unknown between syncs.
+//! A sample is so short that only the deadline itself ends it.
 
 mod changes;
 pub mod forecast;
@@ -41,7 +42,7 @@ use reason::{Met, Reason, UsedUp};
 use stall::{Left, Stall};
 use steps::{Situation, Steps, Taken};
 
-/// How much of the deadline is left over, for what happens between two looks at it.
+/// How much of the deadline is reserved for what happens between two checks of it.
 const MARGIN: Duration = Duration::from_millis(150);
 
 /// What to do next.
@@ -49,13 +50,14 @@ const MARGIN: Duration = Duration::from_millis(150);
 pub enum Decision {
     /// Scan again while the guest runs.
     AnotherRound,
-    /// Let what is on its way run down, up to [`Controller::backlog_pages`], while the guest runs; then sync and ask again.
+    /// Drain the pages in flight, down to [`Controller::backlog_pages`], while the guest runs; then sync and decide
+    /// again.
     Drain,
-    /// Scan about so many of the dirty pages while the guest runs, to see what deltas come to.
+    /// Scan about this number of the dirty pages while the guest runs, to measure the size of deltas.
     Sample(NonZeroU32),
-    /// Hold the guest back for so many percent of its time, and scan again.
+    /// Throttle the guest for this percentage of its time, and scan again.
     Throttle(u8),
-    /// Scan again, with a downtime limit that is raised to this.
+    /// Scan again, with the downtime limit raised to this.
     RaiseLimit(Duration),
     /// Pause the guest and send the rest.
     SwitchOver,
@@ -63,23 +65,23 @@ pub enum Decision {
     GiveUp,
 }
 
-/// A decision, and why. Its `Display` is one line for an operator.
+/// A decision and its reason. Its `Display` is one line for an operator.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Decided {
     /// The round after which, or in which, it was made.
     pub round: u32,
-    /// What to do.
+    /// What is done.
     pub decision: Decision,
-    /// Why.
+    /// The reason.
     pub reason: Reason,
     /// The downtime limit at that moment.
     pub limit: Duration,
-    /// The forecast that it rests on, if one could be made.
+    /// The forecast that it rests on, if there is one.
     pub forecast: Option<Forecast>,
 }
 
 impl Decided {
-    /// Is the next round a sample, rather than all that is dirty?
+    /// Is the next round a sample, rather than all dirty pages?
     pub fn asks_for_a_sample(&self) -> bool {
         matches!(self.decision, Decision::Sample(_))
     }
@@ -93,7 +95,7 @@ pub struct Controller {
     steps: Steps,
     stall: Stall,
     round: u32,
-    /// The round after which what was on its way was to arrive.
+    /// The round after which the pages in flight were to arrive.
     drained: Option<u32>,
     /// Is a sample being sent?
     sampling: bool,
@@ -111,7 +113,7 @@ struct Limits {
 }
 
 impl Controller {
-    /// Of a migration that begins, of a guest with pages of so many bytes.
+    /// For a migration that begins, of a guest with pages of the given size.
     #[must_use]
     pub fn new(settings: &SourceSettings, page_bytes: u64) -> Self {
         Self {
@@ -132,43 +134,43 @@ impl Controller {
         }
     }
 
-    /// What a switchover costs beside the pages, to be kept up to date by whoever measures it.
+    /// The fixed cost of a switchover, to be updated by the code that measures it.
     pub fn fixed(&mut self) -> &mut FixedCost {
         &mut self.forecaster.fixed
     }
 
-    /// What the rounds have shown.
+    /// The measurements of the rounds.
     #[must_use]
     pub fn forecaster(&self) -> &Forecaster {
         &self.forecaster
     }
 
-    /// The downtime limit, as far as it is raised.
+    /// The downtime limit, with any raise.
     #[must_use]
     pub fn downtime_limit(&self) -> Duration {
         let limit = self.steps.raised().unwrap_or(self.limits.downtime);
         self.limits.max_downtime.map_or(limit, |most| limit.min(most))
     }
 
-    /// Percent of its time that the guest is to be held back.
+    /// Percent of its time that the guest is to be throttled.
     #[must_use]
     pub fn throttle(&self) -> u8 {
         self.steps.throttling()
     }
 
-    /// What a switchover at this moment would cost.
+    /// The cost of a switchover at this moment.
     #[must_use]
     pub fn forecast(&self, now: &Standing) -> Option<Forecast> {
         self.forecaster.forecast(now, self.downtime_limit())
     }
 
-    /// The same within a round: with what must have been written since the last sync, which has not found it.
+    /// The same within a round: includes the estimate of pages written since the last sync, which has not found them.
     #[must_use]
     pub fn forecast_within(&self, now: &Standing) -> Option<Forecast> {
         self.with_unseen(now).map_or_else(|| self.forecast(now), |now| self.forecast(&now))
     }
 
-    /// The pages that may still be on their way when the guest is paused.
+    /// The pages that may still be in flight when the guest is paused.
     #[must_use]
     pub fn backlog_pages(&self) -> u64 {
         self.forecaster.backlog_pages(self.downtime_limit()).unwrap_or(0)
@@ -179,7 +181,7 @@ impl Controller {
         self.forecaster.armed(elapsed);
     }
 
-    /// A round was sent, or the sample that was decided on, from its first batch to its last byte, in so much time.
+    /// A round was sent, or the sample that was decided on, from its first batch to its last byte, in the given time.
     ///
     /// `work` is how long its busiest stage worked.
     pub fn round(&mut self, tally: &RoundTally, time: Duration, work: Duration) {
@@ -191,12 +193,12 @@ impl Controller {
         }
     }
 
-    /// The guest cannot be throttled: that step is left out from here on.
+    /// The guest cannot be throttled: that step is skipped from here on.
     pub fn cannot_throttle(&mut self) {
         self.steps.cannot_throttle();
     }
 
-    /// A sync between rounds has found what is dirty: decides.
+    /// A sync between rounds has found the dirty pages: decides.
     pub fn synced(&mut self, now: &Standing) -> Decided {
         self.forecaster.synced(now);
         let forecast = self.forecast(now);
@@ -248,9 +250,9 @@ impl Controller {
         }
     }
 
-    /// The limit is met: what is on its way arrives first, where it is more than the limit has room for.
+    /// The limit is met: the pages in flight arrive first, if they exceed the room that the limit has for them.
     fn drain_or_switch(&mut self, now: &Standing, met: Met) -> (Decision, Reason) {
-        // Once: a destination may be slow to report what has arrived.
+        // Only once: a destination may be slow to report what has arrived.
         if now.in_flight_pages > self.backlog_pages() && self.drained != Some(self.round) {
             self.drained = Some(self.round);
             self.forecaster.drained();
@@ -259,13 +261,14 @@ impl Controller {
         (Decision::SwitchOver, Reason::Met(met))
     }
 
-    /// Do the budgets have room for a sample, and for what comes of it?
+    /// Do the budgets have room for a sample, and for acting on its result?
     fn has_room(&self, now: &Standing) -> bool {
         let in_time = self.limits.deadline.is_none_or(|deadline| now.elapsed.saturating_add(MARGIN) < deadline);
         in_time && self.limits.rounds.saturating_sub(self.round) >= 2
     }
 
-    /// Time has passed in the middle of a round, of which so much is left: what the deadline asks for, if it is now or never.
+    /// Time has passed within a round that has this much left. Returns what the deadline requires, if it must be done
+    /// now.
     pub fn tick(&mut self, now: &Standing) -> Option<Decided> {
         let deadline = self.limits.deadline.filter(|_| !self.switching)?;
         let forecast = self.with_unseen(now).and_then(|now| self.forecast(&now));
@@ -281,13 +284,14 @@ impl Controller {
         Some(Decided { round: self.round + 1, decision, reason, limit: self.downtime_limit(), forecast })
     }
 
-    /// What the last sync knew and what must have been written since. In the first round nobody can tell.
+    /// The dirty pages of the last sync and the estimate of those written since. In the first round there is no
+    /// estimate.
     fn with_unseen(&self, now: &Standing) -> Option<Standing> {
         let unseen = whole(self.forecaster.unseen_pages(now.elapsed)?);
         Some(Standing { dirty_pages: now.dirty_pages.saturating_add(unseen), ..*now })
     }
 
-    /// Why it may switch over by the limit, if it may.
+    /// Why the limit allows a switchover, if it does.
     fn is_met(&self, now: &Standing, forecast: Option<&Forecast>) -> Option<Met> {
         let forecast = forecast.filter(|_| self.is_allowed(forecast))?;
         if now.dirty_pages == 0 {
@@ -301,7 +305,7 @@ impl Controller {
         self.limits.max_downtime.is_none_or(|most| forecast.is_some_and(|forecast| forecast.expected() <= most))
     }
 
-    /// Does it switch over where a budget is used up?
+    /// Does it switch over when a budget is used up?
     fn switches_for_a_budget(&self, forecast: Option<&Forecast>) -> bool {
         self.limits.on_deadline == OnDeadline::SwitchOver && self.is_allowed(forecast)
     }
@@ -313,7 +317,7 @@ impl Controller {
         (end.saturating_add(MARGIN) >= deadline).then_some(Late(late))
     }
 
-    /// Which budget is used up, or will be before anything better than a switchover at once can be done.
+    /// Which budget is used up, or will be before anything better than an immediate switchover can be done.
     fn used_up(&self, now: &Standing, forecast: Option<&Forecast>) -> Option<UsedUp> {
         if self.round >= self.limits.rounds {
             return Some(UsedUp::Rounds(self.limits.rounds));
@@ -327,13 +331,13 @@ impl Controller {
             let Late(late) = self.now_or_never(elapsed, forecast)?;
             return Some(UsedUp::NowOrNever { deadline, late, elapsed: None });
         }
-        // At the best another round leaves nothing: even that would be too late.
+        // At best another round leaves nothing: even that would be too late.
         let round = self.forecaster.round_time(now)?;
         let at_best = elapsed.saturating_add(round).saturating_add(self.forecaster.fixed.total());
         (at_best > deadline).then_some(UsedUp::RoundTooLong { round, elapsed, deadline })
     }
 
-    /// A budget is used up: what the operator configured is done, unless it would exceed `max_downtime`.
+    /// A budget is used up: does what the operator configured, unless it would exceed `max_downtime`.
     fn end(&self, budget: UsedUp, forecast: Option<&Forecast>) -> (Decision, Reason) {
         let used_up = |forbidden_by| Reason::UsedUp { budget, forbidden_by };
         match self.limits.on_deadline {

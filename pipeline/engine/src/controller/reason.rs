@@ -1,4 +1,4 @@
-//! Why a decision was made: types with their figures. Their one form in English is the `Display` of each.
+//! The reasons of decisions: types with their figures. The English text is the `Display` of each.
 
 use std::fmt;
 use std::time::Duration;
@@ -11,37 +11,37 @@ use crate::human;
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub enum Reason {
-    /// The guest is paused: nothing but the switchover can follow.
+    /// The guest is paused: only the switchover can follow.
     AlreadyPaused,
-    /// Nothing has shown what deltas come to.
+    /// The size of deltas is unknown.
     DeltasUnknown,
-    /// A switchover is allowed by the limit.
+    /// The limit allows a switchover.
     Met(Met),
-    /// A switchover is allowed by the limit, but for the pages that are on their way.
+    /// The limit allows a switchover, except for the pages in flight.
     Backlog {
-        /// Pages on their way.
+        /// Pages in flight.
         pages: u64,
-        /// Why a switchover would be allowed without them.
+        /// Why the limit would allow a switchover without them.
         met: Met,
     },
-    /// The limit is not met, and nothing is known against another round.
+    /// The limit is not met, and another round may help.
     AboveLimit,
     /// The migration does not converge.
     Stall(Stalled),
-    /// The migration does not converge, and the limit that was raised for it is met.
+    /// The migration does not converge, and it meets the limit that was raised for this.
     Raised {
         /// The raised limit.
         limit: Duration,
         /// Why it was raised.
         stalled: Stalled,
-        /// Why that suffices.
+        /// Why the limit allows a switchover now.
         met: Met,
     },
-    /// The migration does not converge, and what remains is as little as it gets.
+    /// The migration does not converge, and what remains is at a local minimum.
     Minimum {
         /// Why it is not expected to converge.
         stalled: Stalled,
-        /// Rounds that brought no local minimum; nothing if there is one.
+        /// Rounds without a local minimum; `None` if there is one.
         waited: Option<u32>,
     },
     /// A budget is used up.
@@ -51,7 +51,7 @@ pub enum Reason {
         /// The `max_downtime` that forbids a switchover, if it does.
         forbidden_by: Option<Duration>,
     },
-    /// The operator asked for it.
+    /// The operator requested it.
     Operator,
 }
 
@@ -64,16 +64,16 @@ pub enum Met {
     NothingDirty,
 }
 
-/// Why a migration is said not to converge.
+/// Why a migration does not converge.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Stalled {
-    /// Rounds without a new least of what remains.
+    /// Rounds without a new minimum of what remains.
     NoNewLeast {
-        /// How many.
+        /// The number of rounds.
         rounds: u32,
     },
-    /// A switchover without a single page would take longer than the limit.
+    /// A switchover without any page would take longer than the limit.
     FixedCost,
     /// At its pace the migration needs more rounds than are left.
     TooFewRounds {
@@ -93,7 +93,7 @@ pub enum Stalled {
         /// Time that is left.
         left: Duration,
     },
-    /// A step is under way, and what remains does not become less.
+    /// A step is in effect, and what remains does not shrink.
     NotNearer,
 }
 
@@ -107,21 +107,21 @@ pub enum UsedUp {
     Deadline {
         /// Since the start.
         deadline: Duration,
-        /// The round in which it passed; nothing between two rounds.
+        /// The round in which it passed; `None` between two rounds.
         in_round: Option<u32>,
     },
-    /// Only a switchover at once keeps the deadline, or comes near it.
+    /// Only an immediate switchover meets the deadline, or comes near it.
     NowOrNever {
         /// Since the start.
         deadline: Duration,
-        /// By how much it is missed at best; nothing if it can be kept.
+        /// By how much it is missed at best; `None` if it can be met.
         late: Option<Duration>,
-        /// How long the migration has taken, if this was found in the middle of a round.
+        /// How long the migration has taken, if this was found within a round.
         elapsed: Option<Duration>,
     },
     /// Another round ends after the deadline, whatever it leaves.
     RoundTooLong {
-        /// What a round takes.
+        /// The duration of a round.
         round: Duration,
         /// How long the migration has taken.
         elapsed: Duration,
@@ -163,12 +163,12 @@ impl fmt::Display for Decided {
 }
 
 impl Decided {
-    /// What is done, up to its reason.
+    /// The action, without its reason.
     fn write_decision(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.decision {
             Decision::AnotherRound => f.write_str("another round: "),
             Decision::Sample(pages) => write!(f, "a sample of about {pages} pages: "),
-            // Its reason says how much is to arrive.
+            // The reason states how much is to arrive.
             Decision::Drain => Ok(()),
             Decision::Throttle(percent) => write!(f, "throttle the guest to {percent} %: "),
             Decision::RaiseLimit(limit) => write!(f, "the downtime limit is raised to {}, for ", human::time(limit)),
@@ -177,10 +177,10 @@ impl Decided {
         }
     }
 
-    /// The reason, up to the outlook.
+    /// The reason, without the outlook.
     fn write_reason(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.reason {
-            // The outlook says it all.
+            // The outlook states everything.
             Reason::AlreadyPaused | Reason::AboveLimit => Ok(()),
             Reason::DeltasUnknown => f.write_str("nothing has shown yet what deltas come to; "),
             Reason::Met(met) => f.write_str(met.clause()),
@@ -208,7 +208,7 @@ impl Decided {
 }
 
 impl Met {
-    /// What it adds to the outlook that follows: the outlook says itself that the limit is kept.
+    /// What it adds to the outlook that follows: the outlook itself states that the limit is met.
     fn clause(self) -> &'static str {
         match self {
             Self::WithinLimit => "",
@@ -224,16 +224,16 @@ pub struct AboveMaxDowntime {
     pub max_downtime: Duration,
     /// The downtime limit at that moment.
     pub limit: Duration,
-    /// The forecast. There is none in the first round, in which nobody knows what the guest has written.
+    /// The forecast. There is none in the first round, in which the pages written since the start are unknown.
     pub forecast: Option<Forecast>,
-    /// What is left and the rate at which pages are read, once there is one.
+    /// The remaining bytes and the rate at which pages are read, once it is measured.
     pub left: Option<LeftAtRate>,
 }
 
-/// What is left of a round, and the rate of the moment.
+/// The remaining bytes of a round, and the current rate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LeftAtRate {
-    /// Bytes of pages that are left.
+    /// Bytes of pages that remain.
     pub bytes: u64,
     /// Bytes of pages a second, not 0.
     pub rate: u64,
@@ -262,7 +262,7 @@ impl fmt::Display for AboveMaxDowntime {
     }
 }
 
-/// A forecast beside the limit that it is held against.
+/// A forecast compared with a limit.
 struct Outlook<'a> {
     forecast: Option<&'a Forecast>,
     limit: Duration,
@@ -338,7 +338,7 @@ mod tests {
         Decided { round: 3, decision, reason, limit: 300 * MS, forecast }.to_string()
     }
 
-    /// What stands before the outlook, which ends every line but one.
+    /// The text before the outlook, which ends every line but one.
     fn before_outlook(decision: Decision, reason: Reason) -> String {
         let words = words(decision, reason);
         words.split_once("expected downtime 20.0 ms (").expect("an outlook").0.to_owned()

@@ -1,7 +1,8 @@
-//! A migration in simulated time: the real [`Controller`] against a guest and a link that are models, or records of real ones.
+//! A migration in simulated time: the real [`Controller`] with a guest and a link that are models, or recordings of
+//! real ones.
 //!
-//! What is modelled is what the controller sees: rounds that take their time, syncs that find what was written meanwhile, a
-//! throttle that slows the guest's own time, and a switchover. Nothing is random, so a run is its own proof.
+//! The model covers what the controller sees: rounds that take time, syncs that find the pages written meanwhile, a
+//! throttle that slows the guest's own time, and a switchover. Nothing is random, so a run is reproducible.
 
 use std::num::NonZeroU32;
 use std::time::Duration;
@@ -15,13 +16,13 @@ use crate::settings::{SourceSettings, SwitchoverBandwidth};
 
 /// How often the controller looks at the deadline within a round.
 const TICK: Duration = Duration::from_millis(100);
-/// The least that a round takes, however little there is to send.
+/// The least time of a round, however little there is to send.
 const ROUND_LATENCY: Duration = Duration::from_millis(1);
 
-/// A guest, as a simulation sees it: what it writes, and what its pages come to when they are sent.
+/// A simulated guest: the pages it writes, and their size on the wire.
 ///
-/// A simulation asks in this order: `send` for a round, `written` for the sync behind it, `send` for the next round, which are
-/// the pages that were found.
+/// A simulation calls in this order: `send` for a round, `written` for the sync after it, then `send` for the next
+/// round, whose pages are the ones that were found.
 pub trait Guest {
     /// All its pages.
     fn pages(&self) -> u64;
@@ -29,23 +30,24 @@ pub trait Guest {
     /// Bytes of a page in memory.
     fn page_bytes(&self) -> u64;
 
-    /// A round begins, of the pages that the last sync has found: what they come to. In the first round these are all pages.
+    /// A round begins, with the pages that the last sync found: their size on the wire. In the first round these are
+    /// all pages.
     fn send(&mut self, sending: &Sending<'_>) -> Encoded;
 
-    /// What the pages of such a round would come to if it were sent: of that, a sample is a share.
+    /// The size of the pages of such a round if it were sent: a sample is a share of that.
     fn look(&self, round: u32, pages: u64) -> Encoded;
 
-    /// Which pages a sync finds that were written from one moment of the guest's own time to another: from the sync before to
+    /// The pages that a sync finds, written from one moment of the guest's own time to another: from the sync before to
     /// this one, while a round was sent.
     fn written(&mut self, from: Duration, to: Duration) -> Found;
 }
 
-/// How many different pages a sync finds.
+/// The number of distinct pages that a sync finds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Found {
     /// All of them.
     pub dirty: u64,
-    /// Those of which a delta may be made.
+    /// The pages that can be sent as deltas.
     pub kept: u64,
 }
 
@@ -56,9 +58,9 @@ pub struct Sending<'a> {
     pub round: u32,
     /// Its pages.
     pub pages: u64,
-    /// The moment of the guest's own time; `None` if it stands still.
+    /// The moment of the guest's own time; `None` if it is paused.
     pub from: Option<Duration>,
-    /// What the guest's own time comes to while pages are sent that come to this.
+    /// The guest's own time that passes while pages of the given size on the wire are sent.
     pub takes: &'a dyn Fn(&Encoded) -> Duration,
 }
 
@@ -73,17 +75,17 @@ impl std::fmt::Debug for Sending<'_> {
     }
 }
 
-/// What a round's pages come to after encoding.
+/// The pages of a round after encoding.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Encoded {
-    /// As the encoders would count them.
+    /// The counts, as the encoders would report them.
     pub tally: RoundTally,
-    /// The least time that the stages take for them, whatever the link.
+    /// The least time that the stages need for them, whatever the link.
     pub stages: Duration,
 }
 
 impl Encoded {
-    /// The same of so many of its pages.
+    /// The same for the given number of its pages.
     fn sample(&self, pages: NonZeroU32) -> Self {
         let all = &self.tally;
         let share = f64::from(pages.get()) / all.pages.max(1) as f64;
@@ -109,23 +111,23 @@ impl Encoded {
     }
 }
 
-/// What pages come to on the wire, of a guest of which no more is known than what a page takes.
+/// The size of pages on the wire, for a guest of which only the mean size of a page is known.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Costs {
     /// Bytes of a page in memory.
     pub page_bytes: u64,
     /// Share of the pages that are zero in the first round.
     pub zero: f64,
-    /// Bytes on the wire of a page that is not, in the first round.
+    /// Bytes on the wire of a nonzero page, in the first round.
     pub first: f64,
-    /// Bytes on the wire of a page that was written, in later rounds.
+    /// Bytes on the wire of a written page, in later rounds.
     pub later: f64,
-    /// The least time that the stages take for a page.
+    /// The least time that the stages need for a page.
     pub per_page: Duration,
 }
 
 impl Costs {
-    /// So many pages of a round.
+    /// The given number of pages of a round.
     #[must_use]
     pub fn encode(&self, round: u32, pages: u64) -> Encoded {
         let (zero, each) = if round == 1 { (self.zero, self.first) } else { (0.0, self.later) };
@@ -143,22 +145,22 @@ impl Costs {
     }
 }
 
-/// What carries the pages, and what else takes time on it.
+/// The link, and the fixed costs of a migration on it.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Link {
-    /// Bytes a second that it carries.
+    /// Its bandwidth, in bytes a second.
     pub bytes_per_second: f64,
-    /// What a switchover costs beside the pages.
+    /// The fixed cost of a switchover.
     pub fixed: FixedCost,
-    /// What goes before the first round.
+    /// The time before the first round.
     pub setup: Duration,
-    /// What a decision takes beside its sync: an estimate of what digests cost.
+    /// The time of a decision besides its sync: an estimate of the cost of digests.
     pub decision: Duration,
-    /// How long it takes, once a switchover is decided, until what is on its way has arrived and the guest is paused.
+    /// The time from the decision to switch over until the pages in flight have arrived and the guest is paused.
     pub drain: Duration,
 }
 
-/// How a simulated migration went.
+/// The result of a simulated migration.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Run {
     /// [`Decision::SwitchOver`] or [`Decision::GiveUp`].
@@ -167,17 +169,17 @@ pub struct Run {
     pub rounds: u32,
     /// From the start to the end.
     pub total: Duration,
-    /// How long the guest stood still; nothing if it was cancelled.
+    /// How long the guest was paused; zero if the migration was cancelled.
     pub downtime: Duration,
-    /// The downtime limit when it switched over, as far as it was raised.
+    /// The downtime limit at the switchover, with any raise.
     pub limit: Duration,
     /// Bytes of the rounds on the wire.
     pub bytes: u64,
-    /// The most that the guest was throttled.
+    /// The highest throttle.
     pub throttle: u8,
-    /// Everything that was decided, in order.
+    /// All decisions, in order.
     pub decided: Vec<Decided>,
-    /// What each round came to and how long it took, the last one in the switchover behind those before.
+    /// The size and duration of each round, in order; the last one is that of the switchover.
     pub sent: Vec<Round>,
 }
 
@@ -192,13 +194,13 @@ impl Run {
 /// A round that was sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Round {
-    /// What its pages came to.
+    /// Its pages after encoding.
     pub tally: RoundTally,
     /// From its first page to its last.
     pub time: Duration,
 }
 
-/// Runs a migration with these settings. It ends, for rounds are bounded.
+/// Runs a migration with these settings. It always ends, because rounds are bounded.
 pub fn simulate(guest: &mut dyn Guest, link: &Link, settings: &SourceSettings) -> Run {
     Simulation::new(guest, link, settings).run()
 }
@@ -218,7 +220,7 @@ struct Simulation<'a> {
     round: u32,
     dirty: u64,
     kept: u64,
-    /// Since when nothing is sent.
+    /// The time since which nothing is sent.
     idle: Duration,
     run: Run,
 }
@@ -263,7 +265,7 @@ impl<'a> Simulation<'a> {
             decision = match decision {
                 Decision::AnotherRound | Decision::RaiseLimit(_) => self.live_round(),
                 Decision::Sample(pages) => self.sample(pages),
-                // Nothing is on its way here when a round has ended.
+                // In the model nothing is in flight when a round has ended.
                 Decision::Drain => self.sync(self.guest_synced_before),
                 Decision::Throttle(percent) => {
                     self.throttle = percent;
@@ -276,7 +278,7 @@ impl<'a> Simulation<'a> {
         }
     }
 
-    /// A sample of what is dirty, while the guest runs. The sync behind it finds what was left out as well.
+    /// A sample of the dirty pages, while the guest runs. The sync after it finds the pages that were left out as well.
     fn sample(&mut self, pages: NonZeroU32) -> Decision {
         self.round += 1;
         let encoded = self.guest.look(self.round, self.dirty).sample(pages);
@@ -287,7 +289,8 @@ impl<'a> Simulation<'a> {
         self.sync(self.guest_synced_before)
     }
 
-    /// One round while the guest runs, unless the deadline pauses it on the way or ends the migration, and the decision behind it.
+    /// One round while the guest runs, unless the deadline pauses the guest during it or ends the migration, and the
+    /// decision after it.
     fn live_round(&mut self) -> Decision {
         self.round += 1;
         let pages = self.dirty;
@@ -318,7 +321,7 @@ impl<'a> Simulation<'a> {
         self.sync(self.guest_synced)
     }
 
-    /// Sends what is dirty at so many bytes a second: what it comes to, and how long that takes.
+    /// Sends the dirty pages at the given number of bytes a second. Returns their size on the wire, and the duration.
     fn send(&mut self, rate: f64) -> (Encoded, Duration) {
         let (runs, saved) = (1.0 - f64::from(self.throttle) / 100.0, self.saved());
         let time = |encoded: &Encoded| round_time(encoded, rate, saved);
@@ -332,12 +335,12 @@ impl<'a> Simulation<'a> {
         (encoded, time(&encoded))
     }
 
-    /// What a cap on the bandwidth has saved up while nothing was sent, as time.
+    /// The credit that a bandwidth cap has saved while nothing was sent, as time.
     fn saved(&self) -> Duration {
         if self.settings.max_bandwidth.is_some() { (self.now - self.idle).min(BURST) } else { Duration::ZERO }
     }
 
-    /// What was written since a moment of the guest's time is found, and the controller decides.
+    /// Finds the pages written since a moment of the guest's time, and the controller decides.
     fn sync(&mut self, from: Duration) -> Decision {
         self.advance(self.link.fixed.sync);
         self.find(from);
@@ -352,7 +355,7 @@ impl<'a> Simulation<'a> {
         decision
     }
 
-    /// What was written from a moment of the guest's time to this one is dirty.
+    /// Adds the pages written from a moment of the guest's time to this one to the dirty pages.
     fn find(&mut self, from: Duration) {
         let Found { dirty, kept } = self.guest.written(from, self.guest_now);
         (self.dirty, self.kept) = (dirty, kept);
@@ -362,7 +365,7 @@ impl<'a> Simulation<'a> {
     fn switch_over(mut self) -> Run {
         self.advance(self.link.drain);
         if self.paused.is_none() && self.guest_now > self.guest_synced {
-            // The last sync finds what was written since the one before as well.
+            // The last sync finds the pages written since the one before as well.
             self.find(self.guest_synced_before);
         }
         let paused = *self.paused.get_or_insert(self.now);
@@ -376,7 +379,7 @@ impl<'a> Simulation<'a> {
         self.round += 1;
         self.now += sync;
         let (encoded, transfer) = if self.dirty == 0 { Default::default() } else { self.send(rate) };
-        // The source makes its digests while the rest is sent: that half is hidden behind it.
+        // The source computes its digests while the rest is sent: that half adds no time.
         self.now += transfer + (verify - transfer.min(verify / 2)) + handover;
         self.count(&encoded, transfer);
         self.round -= 1;
@@ -391,7 +394,7 @@ impl<'a> Simulation<'a> {
         self.run
     }
 
-    /// Time passes; the guest's own runs slower if it is throttled, and stands still while it is paused.
+    /// Advances the time. The guest's own time runs slower if it is throttled, and does not advance while it is paused.
     fn advance(&mut self, time: Duration) {
         self.now += time;
         if self.paused.is_none() {
@@ -411,7 +414,7 @@ impl<'a> Simulation<'a> {
     }
 }
 
-/// What the wire takes after a rest that saved so much, or the stages if that is more.
+/// The time of the wire after a pause that saved this credit, or of the stages if that is longer.
 fn round_time(encoded: &Encoded, rate: f64, saved: Duration) -> Duration {
     let wire = seconds(encoded.tally.bytes_out as f64 / rate).saturating_sub(saved);
     wire.max(encoded.stages).max(ROUND_LATENCY)

@@ -1,4 +1,4 @@
-//! When rounds bring a migration no nearer to its end.
+//! Detects a stall: rounds that bring a migration no nearer to its end.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -6,18 +6,18 @@ use std::time::Duration;
 use super::forecast::{Forecast, seconds, whole};
 use super::reason::Stalled;
 
-/// What the rounds left of what remains, as far as a stall is seen in it.
+/// What remained after each round, as far as it is needed to detect a stall.
 #[derive(Clone, Debug)]
 pub(super) struct Stall {
-    /// Rounds that make one.
+    /// The number of rounds that make a stall.
     most: u32,
     least: f64,
     since_least: u32,
-    /// What the rest would have taken after the latest rounds, the latest in front.
+    /// The time that the rest would have taken after each of the latest rounds, the latest in front.
     pace: VecDeque<Duration>,
 }
 
-/// What is left of the budgets.
+/// The budgets that are left.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Left {
     pub(super) rounds: u32,
@@ -26,17 +26,17 @@ pub(super) struct Left {
 }
 
 impl Stall {
-    /// So many rounds without progress are a stall.
+    /// A stall is this number of rounds without progress.
     pub(super) fn new(most: u32) -> Self {
         Self { most, least: f64::INFINITY, since_least: 0, pace: VecDeque::new() }
     }
 
-    /// Something is done about it: what was before says nothing of what comes.
+    /// A step is taken: earlier rounds say nothing about later ones.
     pub(super) fn forget_pace(&mut self) {
         self.pace.clear();
     }
 
-    /// A round has ended, with so much left of the budgets: is this a stall, and why?
+    /// A round has ended, with these budgets left. Returns the reason if this is a stall.
     pub(super) fn note(&mut self, forecast: Option<&Forecast>, limit: Duration, left: Left) -> Option<Stalled> {
         let remaining = forecast.map_or(f64::INFINITY, |forecast| forecast.remaining_bytes);
         if remaining < self.least {
@@ -56,8 +56,8 @@ impl Stall {
         self.too_slow(limit - fixed, left)
     }
 
-    /// Why what is left will not do, at the pace of the latest rounds, until the rest takes no more than this; `None` if it will,
-    /// or the rounds are too few to tell.
+    /// Why the budgets left do not suffice, at the pace of the latest rounds, to bring the rest to this time or less;
+    /// `None` if they do, or if the rounds are too few for an estimate.
     fn too_slow(&self, transfer: Duration, left: Left) -> Option<Stalled> {
         let (now, before) = (self.pace.front()?.as_secs_f64(), self.pace.get(self.most as usize)?.as_secs_f64());
         let falls = f64::ln(before / now) / f64::from(self.most);
@@ -85,7 +85,7 @@ mod tests {
 
     const LIMIT: Duration = Duration::from_millis(100);
 
-    /// What is said after each round, for what remains after each: so many bytes, that take as many milliseconds.
+    /// The result after each round, for the given rests: each is a number of bytes that takes as many milliseconds.
     fn said(stall: &mut Stall, rest: &[u32], rounds_left: u32) -> Vec<bool> {
         let mut note = |&rest: &u32| {
             let transfer = Duration::from_millis(u64::from(rest));

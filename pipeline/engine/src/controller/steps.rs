@@ -1,14 +1,15 @@
-//! The steps that are taken about a stall, in the operator's order: each as often as it helps, then the next.
+//! The steps on a stall, in the operator's order: each as often as it helps, then the next.
 //!
 //! | step | taken | over when |
 //! |---|---|---|
-//! | throttle | a little more each time | the most is reached, or the guest cannot be throttled |
+//! | throttle | a little more each time | the ceiling is reached, or the guest cannot be throttled |
 //! | raise the downtime limit | a little more each time | the highest is reached |
-//! | switch over | as soon as no more remains than a round before, or after as many rounds as make a stall | `max_downtime` forbids it then |
+//! | switch over | once no more remains than a round before, or after as many rounds as make a stall | `max_downtime` forbids it then |
 //! | cancel | at once | |
 //!
-//! Nothing is taken back but by the operator: the throttle only rises, and whoever runs the migration lifts it at its end. So
-//! it cannot swing between two levels. Postcopy, which ends every stall, has its place in `Steps::next` beside the switchover.
+//! Only the operator takes a step back: the throttle only rises, and the caller of the controller lifts it at the end.
+//! So it cannot oscillate between two levels. Postcopy, which ends every stall, has its place in `Steps::next` beside
+//! the switchover.
 
 use std::time::Duration;
 
@@ -16,27 +17,27 @@ use super::forecast::Forecast;
 use super::reason::Stalled;
 use crate::settings::{ConvergenceSettings, StallStep};
 
-/// Pages that the guest dirties in the time of one page sent at which a throttle is said to suffice: each round is then
-/// smaller than the one before by a good share.
+/// Pages that the guest dirties in the time of one page sent at which a throttle counts as sufficient: each round is
+/// then clearly smaller than the one before.
 const ENOUGH: f64 = 0.6;
 
-/// A step that is taken, and why the migration is said not to converge.
+/// A step, and why the migration does not converge.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Taken {
     /// The guest is throttled to this percentage of its time.
     Throttle { percent: u8, stalled: Stalled },
     /// The downtime limit is raised to this.
     Raise { limit: Duration, stalled: Stalled },
-    /// It switches over: at a local minimum, or after these rounds without one.
+    /// The guest is switched over: at a local minimum, or after this number of rounds without one.
     SwitchOver { waited: Option<u32>, stalled: Stalled },
-    /// It is cancelled.
+    /// The migration is cancelled.
     Cancel { stalled: Stalled },
 }
 
-/// What the steps are decided by.
+/// The inputs of the choice of a step.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Situation<'a> {
-    /// Why this is a stall, if it is.
+    /// Why this is a stall, if it is one.
     pub(super) stalled: Option<Stalled>,
     pub(super) forecast: Option<&'a Forecast>,
     /// Does `max_downtime` allow a switchover?
@@ -45,24 +46,24 @@ pub(super) struct Situation<'a> {
     pub(super) outrun: Option<f64>,
     /// The downtime limit.
     pub(super) limit: Duration,
-    /// What the limit may not be raised above.
+    /// The ceiling for the raised limit.
     pub(super) highest: Duration,
 }
 
-/// Which steps were taken.
+/// The steps that were taken.
 #[derive(Clone, Debug)]
 pub(super) struct Steps {
     settings: ConvergenceSettings,
-    /// The step of the settings that is being taken.
+    /// The index of the current step in the settings.
     at: usize,
-    /// Rounds since one was taken.
+    /// Rounds since the last step.
     rounds_since: u32,
     throttle: u8,
-    /// Was a step made smaller, because less was to suffice?
+    /// Was a step made smaller, because less was expected to suffice?
     was_smaller: bool,
     can_throttle: bool,
     raised: Option<Duration>,
-    /// How many rounds a local minimum was waited for, while it is.
+    /// The rounds spent so far waiting for a local minimum, while one is awaited.
     waited: Option<u32>,
     last_remaining: f64,
 }
@@ -87,18 +88,18 @@ impl Steps {
         self.raised
     }
 
-    /// Percent of its time that the guest is to be held back.
+    /// Percent of its time that the guest is to be throttled.
     pub(super) fn throttling(&self) -> u8 {
         if self.can_throttle { self.throttle } else { 0 }
     }
 
-    /// The limit is the operator's: what it was raised to counts no more.
+    /// The operator has set the limit: an earlier raise is dropped.
     pub(super) fn limit_is_set(&mut self) {
         self.raised = None;
         self.reopen(StallStep::RaiseDowntimeLimit);
     }
 
-    /// Another most: percent of its time that the guest is to be held back from here on.
+    /// Sets the ceiling. Returns the percent of its time that the guest is to be throttled from here on.
     pub(super) fn set_throttle_most(&mut self, most: u8) -> u8 {
         self.settings.throttle.most = most;
         self.throttle = self.throttle.min(most);
@@ -107,7 +108,7 @@ impl Steps {
         self.throttling()
     }
 
-    /// A step that was over may have more to give: it comes first where the next one is due.
+    /// A step that was exhausted may now have a higher level: it is tried first when the next step is due.
     fn reopen(&mut self, step: StallStep) {
         let at = self.settings.on_stall.iter().position(|&other| other == step);
         if let Some(at) = at.filter(|&at| at < self.at) {
@@ -161,7 +162,7 @@ impl Steps {
         let full = if self.throttle == 0 { settings.start } else { self.throttle.saturating_add(settings.step) };
         let full = full.min(settings.most);
         let enough = outrun.map_or(full, |outrun| suffices(self.throttle, outrun));
-        // Once it was said that less would suffice and it did not, the figures are not asked again.
+        // If a smaller step was expected to suffice and did not, the estimate is not used again.
         if self.throttle > 0 && !self.was_smaller && (self.throttle + 1..full).contains(&enough) {
             self.was_smaller = true;
             self.throttle = enough;
@@ -181,7 +182,7 @@ impl Steps {
         self.raised
     }
 
-    /// Waits until no more remains than a round before; after as many rounds as make a stall, no longer.
+    /// Waits until no more remains than a round before, for no more rounds than make a stall.
     fn wait_for_a_minimum(&mut self, falls: bool, may_switch: bool) -> Wait {
         let waited = self.waited.map_or(0, |waited| waited + 1);
         self.waited = Some(waited);
@@ -199,7 +200,7 @@ impl Steps {
 }
 
 enum Wait {
-    /// At a local minimum, or after these rounds without one.
+    /// At a local minimum, or after this number of rounds without one.
     Over {
         waited: Option<u32>,
     },
@@ -207,7 +208,7 @@ enum Wait {
     InVain,
 }
 
-/// The least throttle at which a guest that outruns the wire so much at this throttle would be outrun by it.
+/// The least throttle at which a guest with this dirty rate at this throttle would be expected not to converge.
 fn suffices(throttle: u8, outrun: f64) -> u8 {
     let runs = 1.0 - f64::from(throttle) / 100.0;
     let percent = (1.0 - ENOUGH * runs / outrun) * 100.0;

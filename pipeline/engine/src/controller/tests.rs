@@ -1,4 +1,4 @@
-//! The controller against simulated guests and links.
+//! The controller with simulated guests and links.
 
 use proptest::prelude::*;
 
@@ -7,13 +7,13 @@ use super::simulation::{Costs, Encoded, Found, Guest, Link, Run, Sending, simula
 use super::*;
 use crate::settings::{ConvergenceSettings, EncoderSettings, RaiseSettings, StallStep, ThrottleSettings};
 
-/// A guest that writes to some of its pages at random, each as often as any other of its set.
+/// A guest that writes to some of its pages at random, every page of a set equally often.
 #[derive(Clone, Debug)]
 struct Writers {
     pages: u64,
-    /// Pages of each set, and how many it writes a second.
+    /// Pages of each set, and writes a second.
     sets: Vec<(f64, f64)>,
-    /// If it has phases: it writes in the first half of each period, and rests in the second.
+    /// With phases: it writes in the first half of each period, and rests in the second.
     period: Option<Duration>,
     costs: Costs,
 }
@@ -45,7 +45,7 @@ impl Guest for Writers {
 }
 
 impl Writers {
-    /// Seconds up to a moment in which it wrote.
+    /// Seconds in which it wrote, up to a moment.
     fn awake(&self, until: Duration) -> f64 {
         let Some(period) = self.period else { return until.as_secs_f64() };
         let (until, period) = (until.as_secs_f64(), period.as_secs_f64());
@@ -58,7 +58,7 @@ const MS: Duration = Duration::from_millis(1);
 const RAW: Costs =
     Costs { page_bytes: 4096, zero: 0.0, first: 4100.0, later: 4100.0, per_page: Duration::from_nanos(500) };
 
-/// 256 MiB, of which so many pages are written in a second.
+/// 256 MiB, with the given number of pages written in a second.
 fn uniform(rate: f64) -> Writers {
     Writers { pages: 65_536, sets: vec![(65_536.0, rate)], period: None, costs: RAW }
 }
@@ -128,7 +128,7 @@ fn a_guest_that_outruns_the_wire_goes_on_until_the_rounds_are_used_up() {
 #[test]
 fn deltas_are_sampled_before_anything_is_decided_by_them() {
     let deltas = |rounds| SourceSettings { encoder: EncoderSettings::default(), max_rounds: rounds, ..settings() };
-    // Whole pages outrun the wire, deltas of 100 bytes do not.
+    // The dirty rate is above the bandwidth for whole pages, and below it for deltas of 100 bytes.
     let guest = Writers { costs: Costs { later: 100.0, ..RAW }, ..uniform(100_000.0) };
     let sampled = run(&guest, &link(100.0), &deltas(60));
     let decisions: Vec<_> = sampled.decided.iter().map(|decided| decided.decision).collect();
@@ -137,7 +137,7 @@ fn deltas_are_sampled_before_anything_is_decided_by_them() {
     assert!((256..1024).contains(&sample.pages), "{sample:?}");
     let expected = sampled.forecast().unwrap().expected().as_secs_f64();
     assert!((expected / sampled.downtime.as_secs_f64() - 1.0).abs() < 0.05, "{sampled:#?}");
-    // No budget is spent on one that could not be followed up.
+    // A sample is sent only if the budgets leave room to act on its result.
     let decided = run(&guest, &link(100.0), &deltas(2)).decided;
     assert_eq!(decided[0].decision, Decision::AnotherRound, "{decided:#?}");
     assert_eq!(run(&guest, &link(100.0), &settings()).decided[0].decision, Decision::AnotherRound, "no deltas");
@@ -163,7 +163,7 @@ fn what_is_on_its_way_arrives_before_the_guest_is_paused_and_is_not_taken_for_a_
     assert_eq!(decided.decision, Decision::SwitchOver, "{decided:?}");
     let rate = controller.forecaster().dirty_bytes_per_second().unwrap() / 4096.0;
     assert!((rate - 100.0).abs() < 1.0, "{rate}");
-    // And if too much was written, it is another round's.
+    // If too much was written, another round sends it.
     let mut controller = Controller::new(&settings(), 4096);
     controller.armed(Duration::ZERO);
     controller.round(&all, 1000 * MS, MS);
@@ -375,7 +375,7 @@ proptest! {
         let run = run(&guest, &link, &settings);
         prop_assert!(run.rounds <= settings.max_rounds, "{:?}", run);
         if let Some(deadline) = settings.deadline {
-            // The controller looks at it every tenth of a second.
+            // The controller checks it every tenth of a second.
             let running = run.total - run.downtime;
             prop_assert!(running <= deadline + 100 * MS, "{:?}", run);
         }
@@ -398,7 +398,7 @@ proptest! {
         let run = run(&guest, &link, &settings);
         let by_the_limit = run.forecast().is_some_and(|forecast| forecast.expected() <= run.limit);
         if run.end == Decision::SwitchOver && by_the_limit && settings.deadline.is_none() {
-            // The least time of a round comes on top of what a page takes.
+            // The least time of a round is added to the time of the pages.
             prop_assert!(run.downtime <= run.limit + run.limit / 20 + 2 * MS, "{:?}", run);
         }
     }
@@ -410,7 +410,7 @@ proptest! {
         let throttle = settings.convergence.throttle;
         prop_assert!(levels.is_sorted_by(|a, b| a < b), "{:?}", levels);
         prop_assert!(levels.iter().all(|&level| level <= throttle.most), "{:?}", levels);
-        // One step may be smaller, and the last one ends at the most.
+        // One step may be smaller, and the last one ends at the ceiling.
         let steps = usize::from((throttle.most - throttle.start.min(throttle.most)) / throttle.step) + 3;
         prop_assert!(levels.len() <= steps, "{:?}", levels);
         if let Some(&first) = levels.first() {
@@ -422,7 +422,7 @@ proptest! {
         prop_assert!(rounds.windows(2).all(|pair| pair[1] - pair[0] >= cool_down.max(1)), "{:?}", rounds);
     }
 
-    /// Of guests that do not change: what a slow link brings to its end within the limit, so does a faster one.
+    /// For guests that do not change: if a slow link completes within the limit, so does a faster one.
     #[test]
     fn a_better_link_never_gives_a_worse_outcome(
         guest in guests(), link in links(), faster in 1.0f64..20.0, settings in all_settings()
@@ -441,7 +441,7 @@ proptest! {
     }
 }
 
-/// Was it moved within the limit that was set, but for the least time of a round?
+/// Was it moved within the configured limit, apart from the least time of a round?
 fn is_within_the_limit(run: &Run, settings: &SourceSettings) -> bool {
     let limit = settings.downtime_limit;
     run.end == Decision::SwitchOver && run.downtime <= limit + limit / 20 + 2 * MS

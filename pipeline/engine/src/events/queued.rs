@@ -8,11 +8,11 @@ use std::time::Duration;
 use super::{Event, Observer, Role};
 use crate::outlet::{Outlet, Sink};
 
-/// Events that may wait for an observer that blocks.
+/// Events that may be queued for an observer that blocks.
 const EVENTS: usize = 1024;
 
-/// An observer that may block (it writes to a terminal, a pipe, a disk), behind a bounded queue and a thread of its own: the
-/// migration does not wait for it. Events that find the queue full are dropped, and counted.
+/// An observer that may block (it writes to a terminal, a pipe, a disk), behind a bounded queue and a thread of its
+/// own, so that the migration does not wait for it. Events that find the queue full are dropped, and counted.
 #[derive(Debug)]
 pub struct Queued {
     events: Outlet<(Role, Event)>,
@@ -20,22 +20,22 @@ pub struct Queued {
 }
 
 impl Queued {
-    /// Starts the thread that gives the events to `observer`.
+    /// Starts the thread that passes the events to `observer`.
     ///
     /// # Errors
-    /// When the system gives no thread.
+    /// When the system cannot start a thread.
     pub fn new(observer: impl Observer + 'static) -> io::Result<Self> {
         let dropped = Arc::<AtomicU64>::default();
         let observing = Observing { observer, dropped: dropped.clone() };
         Ok(Self { events: Outlet::begin("memferry-observer", EVENTS, observing)?, dropped })
     }
 
-    /// Waits until the observer has been given every event so far: false if it has not after `limit`.
+    /// Waits until the observer has received every event so far: false if it has not after `limit`.
     pub fn flush(&self, limit: Duration) -> bool {
         self.events.flush(limit)
     }
 
-    /// How many events the observer was too slow for, as far as it has come.
+    /// How many events were dropped because the observer was too slow, as far as it has come.
     #[must_use]
     pub fn dropped(&self) -> u64 {
         self.dropped.load(Ordering::Relaxed)
@@ -87,11 +87,11 @@ mod tests {
         (0..told).for_each(|_| queued.event(Role::Source, &Event::Paused));
         assert!(!queued.flush(Duration::from_millis(1)));
         drop(leave);
-        // It was stuck until the thread got something done.
+        // It was blocked until the thread made progress.
         while !queued.flush(LONG) {
             thread::yield_now();
         }
-        // One may have been in its hands when the queue was full.
+        // The thread may have held one when the queue was full.
         assert!((99..=100).contains(&queued.dropped()), "{}", queued.dropped());
         assert_eq!(seen.load(Ordering::Relaxed) + queued.dropped(), told);
     }

@@ -1,6 +1,7 @@
-//! What in a guest knows that pages need not be sent: a balloon that hints free pages, a device that unplugs memory.
+//! Parts of a guest that know which pages need not be sent: a balloon that hints free pages, a device that unplugs
+//! memory.
 //!
-//! A [`Clearer`] is told of five points of a migration at its source, and of nothing else:
+//! A [`Clearer`] is notified of five points of a migration at its source, and of nothing else:
 //!
 //! ```text
 //!  Setup ─▶ BeforeSync ─ sync ─ AfterSync ─▶ ( scan ─▶ BeforeSync ─ sync ─ AfterSync )* ─▶ Complete ─▶ BeforeSync ─ sync ─ AfterSync
@@ -8,16 +9,16 @@
 //!    └─▶ … whatever happens, from any of these on ─▶ Cleanup, once
 //! ```
 //!
-//! - The scanner swaps words of the bitmap between an `AfterSync` and the next `BeforeSync` or `Complete`, and at no other
-//!   time: it is at rest while a point is told of. The last round is scanned after the last `AfterSync`.
-//! - A point is told when the one before it has returned: to all clearers of the guest, one after another, in the order in
-//!   which the guest named them.
-//! - `Cleanup` comes on every end: success, failure and cancel alike, once, to each that was told of `Setup`, also if that
-//!   failed. The guest may run again by then, or run at the destination.
+//! - The scanner swaps words of the bitmap between an `AfterSync` and the next `BeforeSync` or `Complete`, and at no
+//!   other time: it is at rest during a notification. The last round is scanned after the last `AfterSync`.
+//! - A point is notified when the notification before it has returned: to all clearers of the guest, one after another,
+//!   in the order in which the guest listed them.
+//! - `Cleanup` is notified on every end (success, failure and cancel), once, to each clearer that was notified of
+//!   `Setup`, also if that failed. The guest may run again by then, or run at the destination.
 //!
-//! Hints that arrive outside of the window that they were given for are dropped, by [`Hints`] itself: a clearer that is late, or
-//! whose guest is, spoils nothing. What it must answer for is what [`Hints::free`] says: pages are free until the hint for
-//! them has returned.
+//! Hints that arrive outside the window that they were given for are dropped by [`Hints`] itself, so a late clearer or
+//! guest does no harm. The clearer is responsible for the contract of [`Hints::free`]: pages stay free until the hint
+//! for them has returned.
 
 use std::fmt;
 use std::ops::Range;
@@ -26,25 +27,26 @@ pub use memferry_stages::clears::{Hints, Spared};
 
 use super::GuestError;
 
-/// A point of a migration at its source. The [module](self) says which follows which.
+/// A point of a migration at its source. The [module](self) gives the order.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum Point {
-    /// The migration begins; no page was looked at. From here until [`Point::Cleanup`] what is unplugged stays so: plugging
-    /// is refused.
+    /// The migration begins; no page was read. From here until [`Point::Cleanup`] unplugged memory stays unplugged:
+    /// plugging is refused.
     Setup,
-    /// A sync comes next. When this returns no hint should be under way; one that is will be dropped.
+    /// A sync comes next. When this returns no hint should be in progress; one that is will be dropped.
     BeforeSync,
     /// The sync is complete, and a round is scanned next.
     AfterSync {
         /// While the guest runs: a window is open, and free pages may be hinted through this until the next
-        /// [`Point::BeforeSync`]. `None` once it is paused, or if a dirty log of the guest does not
-        /// [see stores](memferry_stages::dirty_log::DirtyLog::sees_stores).
+        /// [`Point::BeforeSync`]. `None` once it is paused, or if a dirty log of the guest does not [see
+        /// stores](memferry_stages::dirty_log::DirtyLog::sees_stores).
         hints: Option<Hints>,
     },
     /// The guest was paused for the switchover, if it ran; its device state is not saved yet. The last sync follows.
     Complete,
-    /// The migration is over, however it ended. Nothing is cleared any more; what was held back for hints can be used again.
+    /// The migration has ended, with any result. Nothing is cleared any more; pages reserved for hints can be used
+    /// again.
     Cleanup,
 }
 
@@ -86,23 +88,23 @@ pub type BlockPages = (u32, Range<u64>);
 /// }
 /// ```
 pub trait Clearer: Send + Sync + fmt::Debug {
-    /// The migration has come to this point. Called where blocking is allowed; the migration waits until it returns, and near
-    /// its end that is downtime.
+    /// The migration has reached this point. Called where blocking is allowed; the migration waits until it returns,
+    /// and near its end that is downtime.
     ///
     /// # Errors
-    /// When it cannot do its part. At [`Point::Setup`] the migration then does not begin; at any other point the operator is
-    /// warned and it goes on, for nothing depends on a hint.
+    /// When it cannot do its part. At [`Point::Setup`] the migration then does not begin. At any other point the
+    /// operator is warned and the migration continues, because nothing depends on a hint.
     fn reached(&self, point: &Point) -> Result<(), GuestError>;
 
-    /// Does it ever give hints? If no clearer of the guest does, no window is opened, for which all of the log would have to
-    /// be armed.
+    /// Can it give hints? If no clearer of the guest can, no window is opened: a window requires that the whole log is
+    /// armed.
     fn gives_hints(&self) -> bool {
         true
     }
 
-    /// Ranges that have no memory behind them: never read at the source, never written nor read at the destination, the same
-    /// at both ends. At the source it is asked once, after [`Point::Setup`] has returned; at a destination once its guest is
-    /// built, and nothing else is called there. None by default.
+    /// Ranges without memory behind them: never read at the source, never written or read at the destination, and the
+    /// same at both ends. At the source this is called once, after [`Point::Setup`] has returned. At a destination it
+    /// is called once the guest is built, and nothing else is called there. None by default.
     fn unplugged(&self) -> Vec<BlockPages> {
         Vec::new()
     }

@@ -1,11 +1,11 @@
-//! Guests: what is moved, behind traits that the author of a VMM implements.
+//! Guests: the machines that are moved, behind traits that the author of a VMM implements.
 //!
-//! | trait | what it is |
+//! | trait | purpose |
 //! |---|---|
-//! | [`Guest`] | what both ends ask: the RAM blocks |
+//! | [`Guest`] | common to both ends: the RAM blocks |
 //! | [`SourceGuest`] | a guest that can be sent: it runs, is paused, saved, and resumed if the migration fails |
-//! | [`GuestBuilder`] | what makes a guest for the blocks that come; any function with its signature is one |
-//! | [`DestinationGuest`] | what it made: pages are loaded into it, then it is prepared and started |
+//! | [`GuestBuilder`] | builds a guest for the received blocks; any function with its signature is one |
+//! | [`DestinationGuest`] | the built guest: pages are loaded into it, then it is prepared and started |
 //!
 //! The engine calls them in this order, and in no other:
 //!
@@ -16,7 +16,7 @@
 //!  setup_state ───────────── setup state, blocks ──────────▶  build
 //!  dirty_logs; each log: start                                memory, clearers, of what was built
 //!  rounds; each log: sync, rearm, copied ═════ pages ═══════▶    ┊ the loaders write its memory,
-//!     (throttle, where it does not converge)                     ┊ and nobody else does
+//!     (throttle, where it does not converge)                     ┊ and nothing else does
 //!  pause            (only if it ran)                             ┊
 //!  save, release                                                 ┊
 //!  each log: sync, rearm, copied ════ last pages, state ════▶    ┊
@@ -28,7 +28,7 @@
 //!  ─ any failure, or cancel, before Go,
 //!    a failed committed among them ─────▶ reacquire (if release was called), resume (if pause was called);
 //!                                         each log: stop; at the destination nothing more is called
-//!  ─ a snapshot that is complete ───────▶ the same: the guest goes on
+//!  ─ a snapshot that is complete ───────▶ the same: the guest continues here
 //!  ─ no answer after Go ────────────────▶ nothing more is called: the guest stays paused, and an operator decides
 //! ```
 //!
@@ -38,20 +38,21 @@
 //! knows, without a downcast. A function `fn(PageSize, &[BlockInfo], &GuestState) -> Result<Arc<Vmm>, GuestError>` or a closure is
 //! a builder, so most VMMs write no type for it. A program with several kinds of guests builds one type that delegates.
 //!
-//! **Threads.** Every method but [`Guest::memory`], [`Guest::clearers`] and [`SourceGuest::run_state`] at the source is called
-//! from a thread where blocking is allowed, one call after another, and the next step waits until it returns: what
-//! [`SourceGuest::pause`], `save`, `release`, [`DestinationGuest::prepare`] and `start` take is downtime. The calls come from
-//! different threads. A cancel is seen after such a call, not in it; only `setup_state` and `build` may still be running when a
-//! cancelled `send` or `receive` has returned. A panic in a method counts as an error of it.
+//! **Threads.** Every method but [`Guest::memory`], [`Guest::clearers`] and [`SourceGuest::run_state`] at the source is
+//! called from a thread where blocking is allowed. The calls come one after another, and the next step waits until a
+//! call returns: the time of [`SourceGuest::pause`], `save`, `release`, [`DestinationGuest::prepare`] and `start` is
+//! downtime. The calls come from different threads. A cancel takes effect after such a call, not in it; only
+//! `setup_state` and `build` may still be running when a cancelled `send` or `receive` has returned. A panic in a
+//! method counts as an error of it.
 //!
 //! **Memory.** Between `dirty_logs` and the end the engine reads the blocks from its own threads at any time, while the guest
 //! runs. At the destination it writes them between `build` and `prepare`. No Rust reference to that memory may exist: it is
 //! [`MappedMemory`](crate::memory::MappedMemory) that a VMM lends, or its own [`Memory`](crate::memory::Memory).
 //!
-//! **Pages that need not travel.** A guest that knows of any (free, unplugged) hands out [clearers](Guest::clearers); a
-//! block whose memory the destination has already says so itself ([`BlockInfo::ignored`]), at both ends.
+//! **Pages that need not travel.** A guest with free or unplugged pages returns [clearers](Guest::clearers). A block
+//! whose memory the destination has already is marked by [`BlockInfo::ignored`], at both ends.
 //!
-//! [`conformance`] holds a guest to all of this.
+//! [`conformance`] tests a guest for all of this.
 
 use std::fmt;
 use std::io;
@@ -68,13 +69,13 @@ use clearer::{BlockPages, Clearer};
 pub mod clearer;
 pub mod conformance;
 
-/// What went wrong in a guest: a sentence for the operator, with the cause in it.
+/// An error of a guest: a sentence for the operator that includes the cause.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct GuestError(pub String);
 
 impl GuestError {
-    /// `what`, and the error that caused it.
+    /// Joins `what` and the error that caused it.
     pub fn caused(what: impl fmt::Display, cause: impl fmt::Display) -> Self {
         Self(format!("{what}: {cause}"))
     }
@@ -110,80 +111,83 @@ pub struct StateSection {
     pub bytes: Vec<u8>,
 }
 
-/// What both ends ask of a guest. The [module](self) says who calls what, and when.
+/// The calls common to both ends. The [module](self) gives their order.
 pub trait Guest: Send + Sync + fmt::Debug {
-    /// Its RAM blocks. Asked once at each end, before anything else; at the source where blocking is not allowed. At the
-    /// destination they are the blocks that [`GuestBuilder::build`] was given.
+    /// Its RAM blocks. Called once at each end, before anything else; at the source where blocking is not allowed. At
+    /// the destination they are the blocks that [`GuestBuilder::build`] received.
     fn memory(&self) -> GuestMemory;
 
-    /// What in it knows that pages need not be sent. At the source it is asked once, where blocking is not allowed, before
-    /// anything else; at the destination once it is built, for what is unplugged there. None by default.
+    /// The parts of the guest that know which pages need not be sent. At the source it is called once, where blocking
+    /// is not allowed, before anything else. At the destination it is called once the guest is built, for its unplugged
+    /// memory. None by default.
     fn clearers(&self) -> Vec<Arc<dyn Clearer>> {
         Vec::new()
     }
 
     // ---- Reserved for later courses. Nothing calls them yet; each default refuses, with the reason. ----
 
-    /// Reserved: can faults on its memory be handled in user space? Postcopy asks it at the destination, a snapshot at the source.
+    /// Reserved: can faults on its memory be handled in user space? Postcopy asks at the destination, a snapshot at the
+    /// source.
     ///
     /// # Errors
-    /// Why not. The default: nobody has looked.
+    /// Why not. By default: it is unknown.
     fn can_be_userfaulted(&self) -> Result<(), GuestError> {
         Err(GuestError("this guest does not say that its memory can be userfaulted".into()))
     }
 
-    /// Reserved: is the mapping that it lends the only one, and nothing of it pinned or locked (VFIO, vhost-user, mlock)?
-    /// Postcopy and a snapshot ask it.
+    /// Reserved: is the mapping that it lends the only one, with none of it pinned or locked (VFIO, vhost-user, mlock)?
+    /// Postcopy and snapshots ask.
     ///
     /// # Errors
-    /// Who else maps or pins it. The default: nobody has looked.
+    /// What else maps or pins it. By default: it is unknown.
     fn mapping_is_exclusive(&self) -> Result<(), GuestError> {
         Err(GuestError("this guest does not say that its memory is mapped once and not pinned".into()))
     }
 }
 
-/// Reserved: what a guest calls before it discards pages, and waits for. See [`SourceGuest::before_discard`].
+/// Reserved: the hook that a guest calls, and waits for, before it discards pages. See [`SourceGuest::before_discard`].
 pub type DiscardHook = Arc<dyn Fn(BlockPages) + Send + Sync>;
 
 /// A guest that can be sent.
 pub trait SourceGuest: Guest {
-    /// Does it run? Asked once, before the migration begins, where blocking is not allowed. A guest that its operator has
-    /// paused is neither paused nor resumed, and arrives paused.
+    /// Does it run? Called once, before the migration begins, where blocking is not allowed. A guest that its operator
+    /// has paused is neither paused nor resumed, and arrives paused.
     fn run_state(&self) -> RunState;
 
     /// The logs that together see every write to its memory, not started yet. Called once in a migration, so that each may
     /// have logs of its own.
     ///
     /// # Errors
-    /// When the host cannot give one; the migration then does not begin.
+    /// When the host cannot provide one; the migration then does not begin.
     fn dirty_logs(&self) -> Result<Vec<Arc<dyn DirtyLog>>, GuestError>;
 
-    /// What a destination needs to know to build its machine, before any page. Nothing by default.
+    /// The state that a destination needs to build its machine, before any page. Empty by default.
     ///
     /// # Errors
-    /// When it cannot be told; the migration then does not begin.
+    /// When it cannot be determined; the migration then does not begin.
     fn setup_state(&self) -> Result<GuestState, GuestError> {
         Ok(GuestState::default())
     }
 
     /// Pauses the guest: when this returns, no vCPU, device thread or I/O in flight writes guest memory, until
-    /// [`SourceGuest::resume`]. Called once, and only if the guest ran; where a deadline orders it, in the middle of a round, so that
-    /// [`SourceGuest::save`] may come much later.
+    /// [`SourceGuest::resume`]. Called once, and only if the guest ran. A deadline may cause the call in the middle of
+    /// a round, so that [`SourceGuest::save`] may come much later.
     ///
     /// # Errors
-    /// When it cannot be paused. It is then resumed, and must go on whatever part of it was paused.
+    /// When it cannot be paused. It is then resumed, and must run again whatever part of it was paused.
     fn pause(&self) -> Result<(), GuestError>;
 
-    /// Lets a paused guest go on where it stood. Called after a failed [`SourceGuest::pause`] too, when it may still run.
+    /// Resumes a paused guest where it stopped. Called after a failed [`SourceGuest::pause`] too, when it may still
+    /// run.
     ///
     /// # Errors
-    /// When it cannot; the operator is told so (exit code 4).
+    /// When it cannot be resumed; the operator is notified (exit code 4).
     fn resume(&self) -> Result<(), GuestError>;
 
-    /// Holds the guest back for `percent` of its time; 0 lets it run free. Called between rounds, where the settings have a
-    /// guest throttled that outruns the wire, with more each time; once it was, 0 follows at the end of the migration, whatever
-    /// that end is and wherever the guest is then. Whoever drives a migration may call it too, from any thread, beside any
-    /// other call.
+    /// Throttles the guest: it does not run for `percent` of its time; 0 lifts the throttle. Called between rounds,
+    /// with a higher value each time, if the settings allow throttling and the migration does not converge. Once it was
+    /// throttled, 0 follows at the end of the migration, whatever the result is and wherever the guest is then. The
+    /// program that drives a migration may call it too, from any thread, beside any other call.
     ///
     /// # Errors
     /// If this guest cannot be throttled: the default.
@@ -192,34 +196,37 @@ pub trait SourceGuest: Guest {
         Err(GuestError("this guest cannot be throttled".into()))
     }
 
-    /// Its device state. The guest is paused, by the engine or by its operator, and stays so. Saving may write memory, as
-    /// long as a dirty log sees it: the last bitmap sync follows. After this call nothing writes memory any more. It may be
-    /// followed by [`SourceGuest::resume`], and in a later migration by another save.
+    /// Its device state. The guest is paused, by the engine or by its operator, and stays so. Saving may write memory,
+    /// as long as a dirty log sees it: the last bitmap sync follows. After this call nothing writes memory any more. It
+    /// may be followed by [`SourceGuest::resume`], and in a later migration by another save.
     ///
     /// # Errors
-    /// When it cannot be saved; the guest goes on. So it does if the state is larger than 256 MiB, or a section has no name
-    /// or one longer than 255 bytes.
+    /// When it cannot be saved; the guest is then resumed. The same happens if the state is larger than 256 MiB, or a
+    /// section has no name or one longer than 255 bytes.
     fn save(&self) -> Result<GuestState, GuestError>;
 
-    /// Gives up what only one side may hold (disks, locks), before the destination may take it in [`DestinationGuest::prepare`].
+    /// Releases what only one side may hold (disks, locks), before the destination may acquire it in
+    /// [`DestinationGuest::prepare`].
     ///
     /// # Errors
-    /// When it cannot; the migration then fails, what was given up is reacquired and the guest goes on.
+    /// When it cannot; the migration then fails, everything released is reacquired and the guest is resumed.
     fn release(&self) -> Result<(), GuestError> {
         Ok(())
     }
 
-    /// Takes back what [`SourceGuest::release`] gave up, or a part of it if it failed. Called before [`SourceGuest::resume`].
+    /// Reacquires what [`SourceGuest::release`] released, or a part of it if that failed. Called before
+    /// [`SourceGuest::resume`].
     ///
     /// # Errors
-    /// When it cannot; the guest then stays paused and the operator is told.
+    /// When it cannot; the guest then stays paused and the operator is notified.
     fn reacquire(&self) -> Result<(), GuestError> {
         Ok(())
     }
 
-    /// Go is about to be handed to the transport: from here on this guest may run at `destination`, and nothing of its own (a guard
-    /// that would resume it when this program dies) may start it again. [`SourceGuest::resume`] still may: the destination can
-    /// refuse to begin. For a stream in a file, called before its completion, if the guest is to stay paused.
+    /// Go is about to be handed to the transport. From here on this guest may run at `destination`, and nothing of its
+    /// own (a guard that would resume it when this program dies) may start it again. [`SourceGuest::resume`] still may:
+    /// the destination can refuse to begin. For a stream in a file, called before its completion, if the guest is to
+    /// stay paused.
     ///
     /// # Errors
     /// When it is not certain that nothing here starts the guest on its own. Go then does not leave, the migration fails, and the
@@ -229,8 +236,8 @@ pub trait SourceGuest: Guest {
         Ok(())
     }
 
-    /// The destination has confirmed that it runs the guest, or the stream in a file is complete and the guest is to stay paused:
-    /// whatever watched over the guest here may end. The last call, besides those to its logs.
+    /// The destination has confirmed that it runs the guest, or the stream in a file is complete and the guest is to
+    /// stay paused: anything that guards the guest here may end. The last call, besides those to its logs.
     fn moved(&self) {}
 
     // ---- Reserved for later courses. Nothing calls them yet; each default refuses, with the reason. ----
@@ -245,8 +252,8 @@ pub trait SourceGuest: Guest {
         Err(GuestError("this guest cannot report what it is about to discard".into()))
     }
 
-    /// Reserved for snapshots: the cut. The guest is paused, its state is saved and its memory protected, and it is about to be
-    /// resumed: what belongs to the same moment, such as a snapshot of its disks, is taken in this call.
+    /// Reserved for snapshots: the cut. The guest is paused, its state is saved and its memory protected, and it is
+    /// about to be resumed. State of the same moment, such as a snapshot of its disks, is taken in this call.
     ///
     /// # Errors
     /// If nothing can be taken with it: the default.
@@ -254,47 +261,48 @@ pub trait SourceGuest: Guest {
         Err(GuestError("this guest takes nothing of its own at the cut of a snapshot".into()))
     }
 
-    /// Reserved for snapshots and replication: the device state of a guest that goes on here. Nothing is
+    /// Reserved for snapshots and replication: the device state of a guest that continues here. Nothing is
     /// [released](SourceGuest::release) before, nor reacquired after it.
     ///
     /// # Errors
-    /// If its state can be saved only where it leaves: the default.
+    /// If its state can be saved only when it leaves: the default.
     fn save_and_stay(&self) -> Result<GuestState, GuestError> {
         Err(GuestError("this guest cannot be saved without being released".into()))
     }
 
-    /// Reserved for replication, the output gate: from here on what the guest sends to the outside is held back, until
+    /// Reserved for replication, the output gate: from here on the guest's output to the outside is buffered, until
     /// [`SourceGuest::release_outputs`].
     ///
     /// # Errors
-    /// If its outputs cannot be held back: the default.
+    /// If its outputs cannot be buffered: the default.
     fn hold_outputs(&self) -> Result<(), GuestError> {
         Err(GuestError("the outputs of this guest cannot be held back".into()))
     }
 
-    /// Reserved for replication: the outputs that were held back up to checkpoint `epoch` may leave, for it is acknowledged.
+    /// Reserved for replication: the outputs buffered up to checkpoint `epoch` may leave, because it is acknowledged.
     ///
     /// # Errors
-    /// If its outputs cannot be held back: the default.
+    /// If its outputs cannot be buffered: the default.
     fn release_outputs(&self, epoch: u64) -> Result<(), GuestError> {
         let _ = epoch;
         Err(GuestError("the outputs of this guest cannot be held back".into()))
     }
 }
 
-/// Makes a guest for the blocks that come to a destination. A function or closure with the signature of
+/// Builds a guest for the blocks that a destination receives. A function or closure with the signature of
 /// [`GuestBuilder::build`] is one.
 pub trait GuestBuilder: Send + 'static {
-    /// What it makes, and [`receive`](crate::migration::receive) returns.
+    /// The guest type, which [`receive`](crate::migration::receive) returns.
     type Built: DestinationGuest + 'static;
 
-    /// Builds the machine for the blocks that come, or refuses with both sides' figures. What is built has exactly these
-    /// blocks; one that is [`ignored`](BlockInfo::ignored) has the memory that the source has, or the guest refuses it or
-    /// builds it as one that is not, which the engine refuses then. The peer is not trusted: its blocks are a valid layout,
-    /// but as long as it likes, and its state may be anything. Nothing of it runs before [`DestinationGuest::start`].
+    /// Builds the machine for the received blocks, or refuses with both sides' figures. The built guest has exactly
+    /// these blocks. For one that is [`ignored`](BlockInfo::ignored) it has the memory that the source has. Otherwise
+    /// the guest refuses it, or builds it as one that is not ignored, which the engine then refuses. The peer is not
+    /// trusted: its blocks are a valid layout of any length, and its state may be anything. Nothing of it runs before
+    /// [`DestinationGuest::start`].
     ///
     /// # Errors
-    /// When the blocks do not fit this guest; the source is told why.
+    /// When the blocks do not fit this guest; the reason is sent to the source.
     fn build(
         self,
         page_size: PageSize,
@@ -315,20 +323,20 @@ where
     }
 }
 
-/// A guest that was built at a destination. If [`DestinationGuest::start`] is not called, nothing of it ever runs, and it is
+/// A guest that was built at a destination. If [`DestinationGuest::start`] is not called, it never runs, and it is
 /// dropped.
 pub trait DestinationGuest: Guest {
-    /// Everything is loaded: applies the device state and opens what is needed. Called once. May fail; nothing runs yet.
+    /// Everything is loaded: applies the device state and opens its resources. Called once. May fail; nothing runs yet.
     ///
     /// # Errors
-    /// When the state does not fit; the guest goes on at its source.
+    /// When the state does not fit; the guest is then resumed at its source.
     fn prepare(&self, state: &GuestState) -> Result<(), GuestError>;
 
-    /// Starts the guest, or leaves it paused if it was; its operator starts it then. Called once, after
-    /// [`DestinationGuest::prepare`]. Cannot be taken back.
+    /// Starts the guest, or leaves it paused if it was paused; its operator starts it then. Called once, after
+    /// [`DestinationGuest::prepare`]. Cannot be undone.
     ///
     /// # Errors
-    /// When it does not start; the operators of both sides are told.
+    /// When it does not start; the operators of both sides are notified.
     fn start(&self, run_state: RunState) -> Result<(), GuestError>;
 }
 
@@ -367,7 +375,7 @@ mod tests {
         }
     }
 
-    /// A guest that was written before a course came is refused by that course, and says why.
+    /// A guest that does not implement a course is refused by it, with the reason.
     #[test]
     fn what_is_reserved_is_refused_with_a_reason() {
         let refused = [

@@ -1,7 +1,7 @@
-//! Both ends show each other that they are alive, and the silence of one ends the migration at the other.
+//! Liveness: each end sends heartbeats, and ends the migration if the peer is silent for too long.
 //!
-//! Heartbeats and the watch are tasks on the caller's runtime: nothing that computes or blocks holds them up, no sync, no digest
-//! and no call into the guest.
+//! Heartbeats and the watch are tasks on the caller's runtime. No computation or blocking call delays them: no sync, no
+//! digest and no call into the guest.
 
 use std::sync::Arc;
 
@@ -28,7 +28,7 @@ pub(super) struct Alive {
 }
 
 impl Alive {
-    /// Sends heartbeats to `control`, and listens with `ears` for as long as `silence_of` says.
+    /// Sends heartbeats to `control`, and watches the peer through `ears` for the limit in `silence_of`.
     pub(super) fn start(control: Outlet<Control>, ears: Vec<Arc<Ear>>, silence_of: Silence) -> Self {
         let silent = CancellationToken::new();
         let (token, limit) = (silent.clone(), silence_of.limit);
@@ -44,7 +44,7 @@ impl Alive {
         }
     }
 
-    /// From here on the heartbeats carry what `figures` returns.
+    /// From here on the heartbeats carry the figures that `figures` returns.
     pub(super) fn report(
         &mut self,
         control: Outlet<Control>,
@@ -53,7 +53,7 @@ impl Alive {
         std::mem::replace(&mut self.heartbeats, heartbeats(control, figures)).abort();
     }
 
-    /// Waits until the peer was silent for too long.
+    /// Waits until the peer has been silent for too long.
     pub(super) async fn silenced(&self) -> Silence {
         self.silent.cancelled().await;
         self.silence.clone()
@@ -67,7 +67,8 @@ fn heartbeats(
     AbortOnDropHandle::new(tokio::spawn(send_heartbeats(control, figures)))
 }
 
-/// Waits until the peer was silent for too long; for ever where nobody answers, as with a file.
+/// Waits until the peer has been silent for too long. Never returns where the transport has no return path, as with a
+/// file.
 pub(super) async fn silenced(alive: Option<&Alive>) -> Silence {
     match alive {
         Some(alive) => alive.silenced().await,

@@ -1,4 +1,4 @@
-//! Arming the dirty logs: what comes before the first page is read, for a migration and for whoever only watches.
+//! Arming the dirty logs before the first page is read, for a migration and for a program that only observes the guest.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -11,21 +11,21 @@ use memferry_stages::memory::GuestMemory;
 use super::error::MigrationError;
 use super::untouched_pages;
 
-/// Logs that are armed.
+/// The armed logs.
 #[derive(Debug)]
 pub struct Armed {
     /// All bits are set but those of pages that never travel: the bitmap is the truth from here on (law 1).
     pub bitmap: Arc<DirtyBitmap>,
-    /// If there may be pages that do not travel.
+    /// Set if there can be pages that do not travel.
     pub clears: Option<Arc<Clears>>,
-    /// The pages that were never touched when the logs were armed already.
+    /// The pages that were untouched when the logs had been armed.
     pub untouched: Arc<DirtyBitmap>,
 }
 
-/// Starts the logs, and only then asks which pages were never touched: a write that comes later is in a log. May block.
+/// Starts the logs, and only then asks which pages are untouched, so that a log sees every later write. May block.
 ///
 /// # Errors
-/// When a log refuses. Each of them is to be stopped then, as after every other end.
+/// When a log cannot be started. Every log must then be stopped, as after every other end.
 pub fn arm(
     memory: &GuestMemory,
     logs: &[Arc<dyn DirtyLog>],
@@ -45,7 +45,7 @@ pub fn arm(
     Ok(Armed { bitmap, clears, untouched: Arc::new(untouched) })
 }
 
-/// What never travels is nothing to the logs, and is not told of as untouched.
+/// Pages that never travel do not concern the logs, and are not reported to them as untouched.
 fn leave_out(logs: &[Arc<dyn DirtyLog>], out: &DirtyBitmap, untouched: &DirtyBitmap) -> Result<(), MigrationError> {
     for log in logs {
         log.leave_out(out).map_err(|error| MigrationError::Log { doing: LogCall::LeaveOut, error })?;
@@ -54,8 +54,8 @@ fn leave_out(logs: &[Arc<dyn DirtyLog>], out: &DirtyBitmap, untouched: &DirtyBit
     Ok(())
 }
 
-/// A log that re-arms late has not seen what was written to untouched pages until here, and they will not be read: it is
-/// armed for them, and those that were touched meanwhile are taken out.
+/// A log that re-arms late has not seen writes to untouched pages so far, and these pages will not be read. The log is
+/// armed for them, and pages that were touched in the meantime are removed from the set.
 fn arm_untouched(
     logs: &[Arc<dyn DirtyLog>],
     memory: &GuestMemory,

@@ -1,10 +1,10 @@
-//! How much memory a migration takes for itself, known before it starts (law 9).
+//! How much memory a migration needs, known before it starts (law 9).
 //!
-//! Everything in flight lies in pooled buffers of one extent each; the queues carry those buffers and small heads. So the
-//! bound is pools + XBZRLE cache + compressors + guest state (`max_state`, with the frames that it travels in) + what the process takes
-//! with nothing to move (`PROCESS`) + what grows with the guest: bitmaps, what is in flight, and digests. Of a guest of 32 GiB or
-//! more for each lane these are less than 0.02 %, a log that keeps a bit for each page included. More lanes or larger pages
-//! are what makes the pools grow.
+//! Everything in flight lies in pooled buffers of one extent each; the queues carry those buffers and small headers.
+//! The bound is the sum of: pools, XBZRLE cache, compressors, guest state (`max_state`, with the frames that carry it),
+//! the process at idle (`PROCESS`), and what grows with the guest: bitmaps, pages in flight, and digests. For a guest
+//! of 32 GiB or more for each lane the last group is less than 0.02 %, a log with one bit for each page included. The
+//! pools grow with the number of lanes and with the page size.
 
 use std::sync::Arc;
 
@@ -25,8 +25,9 @@ use crate::host;
 use crate::settings::SourceSettings;
 use crate::values::Size;
 
-/// What a program with nothing to move takes at most for one end, as `tests/program/memory.rs` measures it: its code and libraries, the
-/// stacks and arenas of its threads, connections, events and report. A VMM that embeds the library has most of it anyway.
+/// The most memory that an idle program needs for one end, as `tests/program/memory.rs` measures it: its code and
+/// libraries, the stacks and arenas of its threads, connections, events and report. A VMM that embeds the library has
+/// most of it anyway.
 pub(super) const PROCESS: u64 = 24 << 20;
 
 /// Batches that wait between scanner and detector, a lane: descriptors only, enough for two stretches of 4 KiB pages.
@@ -67,8 +68,8 @@ fn group_bytes(page_size: PageSize) -> u64 {
     (group_pages(page_size) * page_size.bytes()) as u64
 }
 
-/// The most memory that a source takes for itself, in bytes: pools, caches, compressors and what it keeps for each page. What its
-/// guest's dirty logs keep comes to it. `may_leave_out`: are there pages that may not travel?
+/// The most memory that a source takes for itself, in bytes: pools, caches, compressors and the state for each page.
+/// The memory of the guest's dirty logs is added to it. `may_leave_out`: can there be pages that do not travel?
 #[must_use]
 pub fn source_bound(layout: &Layout, settings: &SourceSettings, may_leave_out: bool) -> u64 {
     let extent = layout.page_size().extent_bytes() as u64;
@@ -80,22 +81,23 @@ pub fn source_bound(layout: &Layout, settings: &SourceSettings, may_leave_out: b
     let compressors = u64::from(settings.lanes) * compressor;
     let in_flight = InFlight::bound_bytes(layout, settings.lanes);
     let all_else = PROCESS + pools + compressors + source_keeps(layout, in_flight, settings.verify, may_leave_out);
-    // Figures that are an operator's, and may be any.
+    // These settings are the operator's and may have any value.
     all_else.saturating_add(cache).saturating_add(state_bytes(settings.max_state_bytes, STATE_FRAMES))
 }
 
-/// The least bytes of a cache that holds pages: two of each lane.
+/// The smallest cache in bytes that holds pages: two for each lane.
 pub fn least_cache(page_bytes: u64, lanes: u16) -> u64 {
     page_bytes.saturating_mul(2 * u64::from(lanes))
 }
 
-/// The bytes of the cache that a source of such a guest takes: the settings', but no more than the guest has.
+/// The bytes of the cache that a source of such a guest takes: the configured size, but no more than the guest's
+/// memory.
 pub fn cache_bytes(layout: &Layout, settings: &SourceSettings) -> u64 {
     let most = layout.bytes().max(least_cache(layout.page_size().bytes() as u64, settings.lanes));
     settings.encoder.xbzrle.as_ref().map_or(0, |xbzrle| xbzrle.cache_bytes.min(most))
 }
 
-/// What is wrong with a cache that is larger than the guest's memory, and what to write instead.
+/// Describes why a cache is larger than the guest's memory, and what to configure instead.
 pub fn cache_beyond_guest(cache: u64, guest_bytes: u64, page_bytes: u64, lanes: u16) -> Option<(String, String)> {
     let (cache, guest) = (Size(cache), Size(guest_bytes));
     let most = guest.max(Size(least_cache(page_bytes, lanes)));
@@ -103,26 +105,26 @@ pub fn cache_beyond_guest(cache: u64, guest_bytes: u64, page_bytes: u64, lanes: 
     (cache > most).then(|| (what, format!("write {most} or less, or leave it out")))
 }
 
-/// What a source keeps for its guest's pages: which are dirty, which were never touched, of which deltas can be made, which do not
-/// travel, what is in flight, and digests.
+/// The per-page state of a source: pages that are dirty, pages that are untouched, pages that can be sent as deltas,
+/// pages that do not travel, pages in flight, and digests.
 pub(super) fn source_keeps(layout: &Layout, in_flight: u64, verify: bool, may_leave_out: bool) -> u64 {
     let digests = if verify { digests::bound_bytes(layout, may_leave_out) } else { 0 };
     let clears = if may_leave_out { Clears::bytes_of(layout) } else { 0 };
     3 * DirtyBitmap::bytes_of(layout) + clears + in_flight + digests
 }
 
-/// What a destination keeps: which pages it holds, which never come, and digests.
+/// The per-page state of a destination: received pages, pages that never come, and digests.
 pub(super) fn destination_keeps(layout: &Layout, verify: bool, may_leave_out: bool) -> u64 {
     let digests = if verify { digests::bound_bytes(layout, may_leave_out) } else { 0 };
     (1 + u64::from(may_leave_out)) * DirtyBitmap::bytes_of(layout) + digests
 }
 
-/// What the dirty logs of a guest keep.
+/// The memory of a guest's dirty logs.
 pub(super) fn logs_bytes(logs: &[Arc<dyn DirtyLog>]) -> u64 {
     logs.iter().map(|log| log.memory_bytes()).sum()
 }
 
-/// The most memory that a destination takes for itself, in bytes; with digests that leave pages out, for it is the source that
+/// The most memory that a destination takes for itself, in bytes. Assumes digests that leave pages out, for the source
 /// decides on them.
 #[must_use]
 pub fn destination_bound(layout: &Layout, lanes: u16, max_state: u64) -> u64 {
@@ -133,25 +135,25 @@ pub fn destination_bound(layout: &Layout, lanes: u16, max_state: u64) -> u64 {
     PROCESS + pages + state_bytes(max_state, state_messages(lanes.into()))
 }
 
-/// Frames that guest state is in on its way out, each a copy of a chunk: those that wait, and two at work.
+/// Frames of guest state on the way out, each a copy of a chunk: those that wait, and two in use.
 pub(super) const STATE_FRAMES: u64 = CONTROL as u64 + 2;
 
-/// Messages that guest state is in on its way in: those that wait, one at work, and one that each connection reads; at most as many
-/// of these as lanes.
+/// Messages of guest state on the way in: those that wait, one in use, and one that each connection reads. At most as
+/// many of these as there are lanes.
 pub(super) fn state_messages(lanes: u64) -> u64 {
     CONTROL as u64 + 1 + lanes
 }
 
-/// Guest state of so many bytes, and so many copies of its chunks on their way.
+/// Guest state of the given size, and the given number of copies of its chunks in flight.
 pub(super) fn state_bytes(state: u64, chunks: u64) -> u64 {
     state.saturating_add(state.min(chunks * MAX_STATE_CHUNK as u64))
 }
 
-/// Does this host have the memory to send or receive such a guest? A block may be far larger than anything here (a sparse
-/// file, or what a hostile source names), and an allocation that fails would take the whole program with it.
+/// Does this host have the memory to send or receive such a guest? A block may be larger than the host's memory (a
+/// sparse file, or a length that a hostile source sends), and an allocation that fails would abort the whole program.
 ///
 /// # Errors
-/// What it would take and what there is, if it would take more than half of the memory that this process may have.
+/// The memory needed and the memory available, if the first is more than half of the memory that this process may use.
 pub(super) fn check_host(bound: u64) -> Result<(), MigrationError> {
     match host::beyond_half_of_memory(bound) {
         None => Ok(()),
@@ -161,20 +163,20 @@ pub(super) fn check_host(bound: u64) -> Result<(), MigrationError> {
     }
 }
 
-/// The same for a source, whose cache may be all that is too large.
+/// The same check for a source, where the cache alone may be too large.
 ///
 /// # Errors
-/// What is too large.
+/// What is too large, and by which figures.
 pub fn check_source(bound: u64, layout: &Layout, settings: &SourceSettings) -> Result<(), MigrationError> {
     let cache = cache_bytes(layout, settings);
     check_host(bound.saturating_sub(cache))?;
     check_cache(bound, cache).map_err(MigrationError::CacheTooLarge)
 }
 
-/// Does this host have the memory for a cache of so many bytes, in a migration that takes `bound` with it?
+/// Does this host have the memory for a cache of the given size, in a migration that needs `bound` with it?
 ///
 /// # Errors
-/// What is wrong, and what would be right.
+/// What is wrong, and which value is accepted.
 pub(super) fn check_cache(bound: u64, cache: u64) -> Result<(), String> {
     let Some(host) = host::beyond_half_of_memory(bound) else { return Ok(()) };
     let most = (host.bytes / 2).saturating_sub(bound.saturating_sub(cache)) >> 20;
@@ -185,7 +187,7 @@ pub(super) fn check_cache(bound: u64, cache: u64) -> Result<(), String> {
     ))
 }
 
-/// What was really held: the most of each pool and of each stage, and what was kept for the pages.
+/// The memory that was used: the peak of each pool and of each stage, and the per-page state.
 pub(super) fn peak(pools: &[BufferPool], stages: &[Arc<Meter>], keeps: u64) -> u64 {
     pools.iter().map(BufferPool::peak_bytes).sum::<u64>()
         + stages.iter().map(|stage| stage.peak_bytes()).sum::<u64>()
@@ -198,7 +200,7 @@ mod tests {
 
     use super::*;
 
-    /// A larger cache holds nothing more, so it is not paid for.
+    /// A larger cache holds no more pages, so it is not counted.
     #[test]
     fn a_cache_has_at_most_the_bytes_of_its_guest() {
         let settings = SourceSettings::default();

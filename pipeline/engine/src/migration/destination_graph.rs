@@ -36,15 +36,15 @@ pub(super) struct DestinationGraph {
     pub(super) loaded: Inlet<Loaded>,
     pub(super) progress: Vec<Arc<LaneProgress>>,
     pub(super) meters: Vec<Arc<Meter>>,
-    /// Those of the receivers among them: what they count is what came off the wire.
+    /// The receivers' counters among them: they count the bytes received from the wire.
     pub(super) receiver_meters: Vec<Arc<Meter>>,
     pub(super) pools: Vec<BufferPool>,
-    /// The pages that the destination holds.
+    /// The received bitmap.
     pub(super) held: Arc<DirtyBitmap>,
 }
 
 impl DestinationGraph {
-    /// Builds, joins and starts the stages; the one that sends answers runs already.
+    /// Builds, joins and starts the stages. The stage that sends answers runs already.
     pub(super) fn start(
         memory: &GuestMemory,
         hello: &Hello,

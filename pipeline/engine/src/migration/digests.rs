@@ -1,10 +1,10 @@
 //! Verification: digests of both memories, compared while the guest is paused.
 //!
-//! Each stretch has one hash. Both ends hash with every core they have, and neither reads what was never touched, for which
-//! the memory is asked once. Pages that did not travel (hinted free, unplugged, of ignored blocks) are left out: the source
-//! says of each stretch which. The destination hashes at the same time, leaving out what it knows of itself, and does those
-//! stretches again of which the source leaves out more. Where a hash differs, the destination sends the hashes of that
-//! stretch's pages, and the paused source finds the page.
+//! Each stretch has one hash. Both ends hash on every core, and neither reads untouched pages, which the memory is
+//! asked for once. Pages that did not travel (hinted free, unplugged, of ignored blocks) are left out: the source sends
+//! which, for each stretch. The destination hashes at the same time and leaves out the pages that it knows of itself.
+//! It hashes a stretch again if the source leaves out more of it. If a hash differs, the destination sends the hashes
+//! of that stretch's pages, and the paused source finds the page.
 
 use std::io;
 use std::ops::Range;
@@ -25,13 +25,13 @@ use tokio::task::JoinHandle;
 use super::error::MigrationError;
 use super::{note_untouched, untouched_pages};
 
-/// Stretches that are hashed to measure what all of them will cost.
+/// Stretches that are hashed to estimate the cost of hashing all of them.
 const SAMPLES: usize = 8;
-/// Passes over the guest's memory that digests are counted for: each end makes one, and they may share a machine.
+/// Passes over the guest's memory that the estimate counts: each end makes one, and both may run on one machine.
 pub const DIGEST_PASSES: u32 = 2;
-/// Memory that is hashed to measure a host that has no guest yet: more than its caches hold.
+/// Memory that is hashed to measure a host that has no guest yet: more than its CPU caches hold.
 const SAMPLE_BYTES: usize = 128 << 20;
-/// How often such a host is measured: other work on it comes and goes.
+/// How often such a host is measured: other load on it varies.
 const MEASUREMENTS: usize = 7;
 
 /// A stretch of the guest.
@@ -41,11 +41,11 @@ pub(super) struct StretchAt {
     pub(super) stretch: u64,
 }
 
-/// Pages that digests leave out; `None` where none may be, so that such a guest's migration keeps no bits for them.
+/// Pages that digests leave out; `None` if none may be, so that such a migration allocates no bitmap for them.
 pub(super) type LeftOut = Option<Arc<DirtyBitmap>>;
 
-/// The hash of every stretch, by block, and the pages that they leave out. At a destination it grows as frames come, never beyond
-/// the layout.
+/// The hash of every stretch, by block, and the pages that they leave out. At a destination it grows as frames arrive,
+/// never beyond the layout.
 #[derive(Clone, Debug)]
 pub(super) struct Digests {
     layout: Layout,
@@ -54,17 +54,17 @@ pub(super) struct Digests {
 }
 
 impl Digests {
-    /// None yet, with nothing left out; `may_leave_out`: was it agreed that those that come may?
+    /// No hashes yet, and nothing left out. `may_leave_out`: was it agreed that digests may leave pages out?
     pub(super) fn none(layout: &Layout, may_leave_out: bool) -> Self {
         let left_out = may_leave_out.then(|| Arc::new(DirtyBitmap::empty(layout)));
         Self { layout: layout.clone(), blocks: vec![Vec::new(); layout.blocks().len()], left_out }
     }
 
-    /// Takes what a Digests frame brings: the next stretches of a block.
+    /// Adds the content of a Digests frame: the next stretches of a block.
     ///
     /// # Errors
-    /// When they are not the next ones, or not of the layout, or leave pages out that are not there, or any if it was not agreed
-    /// that they `may_leave_out`.
+    /// When the stretches are not the next ones or not of the layout, when they leave out pages that do not exist, or
+    /// when they leave out any and `may_leave_out` was not agreed.
     pub(super) fn add(&mut self, block: u32, first: u64, stretches: Vec<StretchDigest>) -> Result<(), MigrationError> {
         let wrong = |what: String| Err(MigrationError::Protocol(what));
         let layout = &self.layout;
@@ -119,7 +119,7 @@ impl Digests {
         &self.left_out
     }
 
-    /// The first page that these leave out and others do not.
+    /// The first page that these digests leave out and `others` do not.
     pub(super) fn first_left_out_beside(&self, others: &LeftOut) -> Option<PageAt> {
         let own = self.left_out.as_ref()?;
         let more = |at: ExtentAt| own.peek(at) & !others.as_ref().map_or(0, |others| others.peek(at));
@@ -127,7 +127,8 @@ impl Digests {
         Some(at.page(more(at).trailing_zeros()))
     }
 
-    /// These, with `left_out` left out, which are no fewer pages: stretches that it concerns are hashed again.
+    /// These digests with `left_out` left out, which has at least the same pages. The stretches that it affects are
+    /// hashed again.
     pub(super) async fn leaving_out(mut self, memory: &GuestMemory, left_out: LeftOut) -> io::Result<Self> {
         let concerns = |at: &StretchAt| masks(self.left_out.as_deref(), *at) != masks(left_out.as_deref(), *at);
         let stretches: Arc<[_]> = all_stretches(memory.layout()).filter(concerns).collect();
@@ -153,10 +154,11 @@ impl Digests {
     }
 }
 
-/// The most bytes that digests of a guest take: what was never touched, what is left out if any may be, the stretches in a row, and
-/// the hashes as they are found and as they are kept.
+/// The most bytes that digests of a guest take: untouched pages, pages left out if any may be, the list of stretches,
+/// and the hashes, once as computed and once as stored.
 pub(super) fn bound_bytes(layout: &Layout, may_leave_out: bool) -> u64 {
-    // Not counted one by one: the layout is a peer's, and nobody has looked yet whether this host has room for it.
+    // An upper bound, without walking the layout: it is a peer's, and whether this host has room for it is not checked
+    // yet.
     let stretches: u64 = (0..layout.block_count()).map(|block| stretches_of(layout, block)).sum();
     let hashes = stretches * (2 * size_of::<u128>() + size_of::<StretchAt>()) as u64;
     (1 + u64::from(may_leave_out)) * DirtyBitmap::bytes_of(layout) + hashes
@@ -168,11 +170,11 @@ pub(super) struct Pending {
     left_out: LeftOut,
     stretches: Arc<[StretchAt]>,
     stop: Arc<AtomicBool>,
-    /// Each hashes every so many-th stretch, one after another.
+    /// Worker N of M hashes each M-th stretch, in order.
     workers: Vec<JoinHandle<io::Result<Vec<u128>>>>,
 }
 
-/// Starts to hash all of the guest's memory but what is left out, with every core.
+/// Starts to hash all of the guest's memory except what is left out, on every core.
 pub(super) fn start(memory: &GuestMemory, left_out: LeftOut) -> Pending {
     start_some(memory, left_out, all_stretches(memory.layout()).collect())
 }
@@ -225,7 +227,7 @@ impl Drop for Pending {
     }
 }
 
-/// What hashing all of the guest will cost one end, by a few stretches hashed now. May block.
+/// What hashing the whole guest will cost one end, estimated from a few stretches hashed now. May block.
 fn estimate(memory: &GuestMemory, left_out: Option<&DirtyBitmap>) -> io::Result<Duration> {
     let stretches: Vec<_> = all_stretches(memory.layout()).collect();
     let step = stretches.len().div_ceil(SAMPLES);
@@ -239,27 +241,26 @@ fn estimate(memory: &GuestMemory, left_out: Option<&DirtyBitmap>) -> io::Result<
     Ok(began.elapsed().mul_f64(stretches.len() as f64 / sample.len() as f64 / cores() as f64))
 }
 
-/// What digests add to the downtime: by a few stretches hashed
-/// now. May block.
+/// What digests add to the downtime, estimated from a few stretches hashed now. May block.
 pub fn downtime(memory: &GuestMemory, left_out: Option<&DirtyBitmap>) -> io::Result<Duration> {
     Ok(estimate(memory, left_out)? * DIGEST_PASSES)
 }
 
-/// What a pass takes, by several measurements.
+/// The duration of a pass, from several measurements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HashingCost {
-    /// As many measurements took less as took more.
+    /// The median.
     pub median: Duration,
-    /// The quickest.
+    /// The shortest.
     pub least: Duration,
-    /// The slowest.
+    /// The longest.
     pub most: Duration,
-    /// How many there are.
+    /// The number of measurements.
     pub measurements: usize,
 }
 
 impl HashingCost {
-    /// That of some measurements.
+    /// The summary of some measurements.
     ///
     /// # Panics
     /// If there are none.
@@ -269,7 +270,7 @@ impl HashingCost {
         Self { median: measured[measured.len() / 2], least, most, measurements: measured.len() }
     }
 
-    /// That of several passes.
+    /// The estimate for several passes.
     #[must_use]
     pub fn times(self, passes: u32) -> Self {
         let Self { median, least, most, measurements } = self;
@@ -277,8 +278,8 @@ impl HashingCost {
     }
 }
 
-/// What one pass over so many bytes of written memory takes on this host, with every core: a sync of the hash log makes one,
-/// digests [`DIGEST_PASSES`]. Measured on samples; may block.
+/// What one pass over the given number of bytes of written memory takes on this host, on every core. A sync of the hash
+/// log makes one pass, digests [`DIGEST_PASSES`]. Measured on samples; may block.
 ///
 /// # Errors
 /// When there is no memory for the samples.
@@ -294,7 +295,7 @@ pub fn hashing_cost(bytes: u64) -> io::Result<HashingCost> {
     (0..MEASUREMENTS).map(measure).collect::<io::Result<_>>().map(HashingCost::of)
 }
 
-/// The page hashes of a stretch, to be sent; of pages that are left out there are none. May block.
+/// The page hashes of a stretch, to be sent. Pages that are left out have none. May block.
 pub(super) fn page_hashes(memory: &GuestMemory, left_out: &LeftOut, at: StretchAt) -> io::Result<Message> {
     let first = first_page(memory.layout(), at);
     let known = Known { untouched: None, left_out: masks(left_out.as_deref(), at) };
@@ -302,7 +303,7 @@ pub(super) fn page_hashes(memory: &GuestMemory, left_out: &LeftOut, at: StretchA
     Ok(Message::PageHashes { first, hashes })
 }
 
-/// The first page whose hash here is not the one given. May block.
+/// The first page whose hash differs from the given one. May block.
 pub(super) fn first_differing_page(
     memory: &GuestMemory,
     left_out: &LeftOut,
@@ -331,13 +332,13 @@ fn pages_of(layout: &Layout, at: StretchAt) -> Range<u64> {
     at.stretch * pages..layout.block_pages(at.block).min((at.stretch + 1) * pages)
 }
 
-/// Hashes stretches, one after another. A stretch that was never touched is neither read nor hashed again for each place.
+/// Hashes stretches, one after another. The hash of an untouched stretch is computed once and reused.
 struct Hasher<'a> {
     memory: &'a GuestMemory,
     untouched: &'a DirtyBitmap,
     left_out: Option<&'a DirtyBitmap>,
     scratch: PooledBuffer,
-    /// The hash of a whole stretch of zeros, once it was needed.
+    /// The cached hash of a whole stretch of zeros.
     hole: Option<u128>,
 }
 
@@ -360,7 +361,7 @@ impl<'a> Hasher<'a> {
         Ok(hash)
     }
 
-    /// Is it a stretch of full size, of which no page was ever touched?
+    /// Is it a stretch of full size in which every page is untouched?
     fn is_hole(&self, at: StretchAt) -> bool {
         let extents = self.memory.page_size().stretch_extents();
         let first = at.stretch * extents;
@@ -465,7 +466,7 @@ mod tests {
             left_out.set_range(2, pages);
             Some(Arc::new(left_out))
         };
-        // The destination knows of one of them itself.
+        // The destination knows one of them itself.
         let sent = start(&ours, left_out(page..page + 2)).finish().await.unwrap();
         let own = start(&theirs, left_out(page..page + 1)).finish().await.unwrap();
         let mut came = Digests::none(layout, true);

@@ -1,4 +1,4 @@
-//! Why a migration ended before its time.
+//! The errors that end a migration.
 
 use std::any::Any;
 use std::fmt;
@@ -21,40 +21,40 @@ use crate::events::Role;
 use crate::guest::GuestError;
 use crate::values::Time;
 
-/// What ended a migration. Its text is the operator's: it says what failed and where.
+/// The error that ended a migration. Its text is for the operator: it says what failed and where.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum MigrationError {
-    /// The operator said so.
+    /// The operator cancelled it.
     #[error("cancelled")]
     Cancelled,
-    /// The limits of the settings cannot be met, and the guest was given up.
+    /// The limits of the settings cannot be met, and the settings cancel the migration in this case.
     #[error("{0}")]
     GaveUp(Box<Decided>),
-    /// No way to the peer, or from it.
+    /// The peer could not be reached or heard.
     #[error("{0}")]
     Transport(#[from] io::Error),
-    /// The guest could not do its part.
+    /// The guest returned an error.
     #[error("the guest failed: {0}")]
     Guest(#[from] GuestError),
-    /// The guest was built for other blocks than those that came.
+    /// The guest was built for blocks other than those received.
     #[error("the guest was built otherwise than it came: {0}")]
     BuiltOtherwise(String),
-    /// The guest's blocks cannot be.
+    /// The guest's blocks are not a valid layout.
     #[error("the RAM blocks do not fit: {0}")]
     Layout(#[from] LayoutError),
-    /// The guest is larger than this host can take.
+    /// The guest is too large for the memory of this host.
     #[error("the guest is too large: {0}")]
     TooLarge(String),
-    /// The cache for deltas is larger than this host can take.
+    /// The XBZRLE cache is too large for the memory of this host.
     #[error("xbzrle_cache: {0}")]
     CacheTooLarge(String),
-    /// A dirty log could not do its part.
+    /// A dirty log failed.
     #[error("the dirty log cannot {doing}: {error}")]
     Log {
-        /// What it should have done.
+        /// The operation that failed.
         doing: LogCall,
-        /// What the kernel said.
+        /// The kernel's error.
         #[source]
         error: io::Error,
     },
@@ -64,29 +64,29 @@ pub enum MigrationError {
     /// A stage failed.
     #[error("{0}")]
     Stage(#[from] Failure),
-    /// The stream could not be read, or holds what cannot be.
+    /// The stream could not be read, or is not valid.
     #[error("{0}")]
     Read(#[from] ReadError),
-    /// A message that cannot be acted on.
+    /// A message that cannot be acted on in this state.
     #[error("{0}")]
     Wire(#[from] WireError),
-    /// The peer refused, and said why.
+    /// The peer refused, with its reason.
     #[error("the {peer} refused: {why}")]
     Refused {
-        /// Which end it is.
+        /// Which end the peer is.
         peer: Role,
-        /// In its words.
+        /// The reason, in the peer's words.
         why: Untrusted,
     },
-    /// The peer gave up, and said why.
+    /// The peer gave up, with its reason.
     #[error("the {peer} gave up: {why}")]
     GivenUp {
-        /// Which end it is.
+        /// Which end the peer is.
         peer: Role,
-        /// In its words.
+        /// The reason, in the peer's words.
         why: Untrusted,
     },
-    /// The peer did not keep to the protocol.
+    /// The peer violated the protocol.
     #[error("the peer does not keep to the protocol: {0}")]
     Protocol(String),
     /// The connection ended.
@@ -95,36 +95,36 @@ pub enum MigrationError {
     /// The peer was silent for too long.
     #[error("{0}")]
     Silent(Silence),
-    /// The last handshake did not end well.
+    /// The last handshake failed.
     #[error("{0}")]
     Handover(#[from] HandoverError),
-    /// The last handshake did not end well, for a page that is not the same at both ends.
+    /// The last handshake failed because a page differs between the two ends.
     #[error("{source}: {page}")]
     PageDiffers {
-        /// What the destination said.
+        /// The destination's message.
         source: HandoverError,
         /// The page.
         page: String,
     },
-    /// Something took too long.
+    /// A time limit was exceeded.
     #[error("{0}")]
     TimedOut(String),
-    /// Something panicked, and was kept from taking the guest down with it.
+    /// A panic was caught, so that it does not end the guest's process.
     #[error("memferry or the guest's own code made a mistake: {0}")]
     Mistake(String),
-    /// The two memories are not the same.
+    /// The digests of the two memories differ.
     #[error("verification failed: {0}")]
     Differs(String),
 }
 
-/// A peer that sent nothing for as long as it may.
+/// A peer that sent nothing for the longest time allowed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Silence {
-    /// Which end it is.
+    /// Which end the peer is.
     pub(super) role: Role,
     /// Its name.
     pub(super) peer: Untrusted,
-    /// How long it was silent: the limit.
+    /// The limit: how long it was silent.
     pub(super) limit: Duration,
 }
 
@@ -140,37 +140,37 @@ impl fmt::Display for Silence {
     }
 }
 
-/// Why a stage ended before its time.
+/// The error that ended a stage.
 #[derive(Debug, thiserror::Error)]
 pub enum Failure {
     /// It returned an error.
     #[error("{0}")]
     Stage(#[from] StageError),
-    /// It panicked: a mistake of ours, kept from taking the guest down with it.
+    /// It panicked: a bug, caught so that it does not end the guest's process.
     #[error("the {stage} stopped at a mistake in memferry: {panic}")]
     Panicked {
         /// Which stage.
         stage: StageId,
-        /// What it said.
+        /// The panic message.
         panic: String,
     },
 }
 
 impl Failure {
-    /// Is it only the echo of a neighbour's end?
+    /// Is it only the consequence of a neighbour's end?
     pub(super) fn is_echo(&self) -> bool {
         matches!(self, Self::Stage(error) if error.is_closed())
     }
 }
 
-/// Runs a future to its end. A panic in it becomes an error: a mistake of ours, or of the guest's code, must not leave a guest
-/// paused that nobody resumes.
+/// Runs a future to its end. A panic in it becomes an error: a bug in the engine or in the guest's code must not leave
+/// a paused guest that nothing resumes.
 pub(super) async fn guarded<T>(future: impl Future<Output = Result<T, MigrationError>>) -> Result<T, MigrationError> {
     let ended = AssertUnwindSafe(future).catch_unwind().await;
     ended.unwrap_or_else(|panic| Err(MigrationError::Mistake(panic_words(&*panic))))
 }
 
-/// What a panic said.
+/// The message of a panic.
 pub(super) fn panic_words(panic: &(dyn Any + Send)) -> String {
     let text = panic.downcast_ref::<String>().cloned();
     text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()))

@@ -1,5 +1,5 @@
-//! What reaches the source's controller while the stages run, in one place: every wait of the controller is a wait for
-//! the next signal.
+//! The signals that reach the source's controller while the stages run. Every wait of the controller is a wait for the
+//! next signal.
 
 use std::time::Duration;
 
@@ -20,35 +20,35 @@ use super::source_graph::SourceGraph;
 use crate::control::{Request, Requests};
 use crate::events::Role;
 
-/// How often figures are taken and the deadline is looked at.
+/// How often figures are taken and the deadline is checked.
 const TICK: Duration = Duration::from_millis(100);
-/// How long a failed connection is given to deliver the peer's reason.
+/// How long the engine waits for the peer's reason after a connection has failed.
 const PATIENCE: Duration = Duration::from_millis(500);
 
-/// One thing that the controller must know.
+/// An event for the controller.
 #[derive(Debug)]
 pub(super) enum Signal {
     /// The scanner reached the end of the bitmap.
     Scanned(RoundScanned),
     /// A bitmap sync is done.
     Synced(Synced),
-    /// A mark went over a connection.
+    /// A mark was sent over a connection.
     Sent(Sent),
-    /// The destination said something.
+    /// The destination sent a message.
     Said(Message),
     /// The return path ended.
     Lost(String),
     /// The destination was silent for too long.
     Silent(Silence),
-    /// A stage ended well.
+    /// A stage ended without error.
     StageDone(StageId),
     /// A stage failed.
     Broke(Failure),
-    /// The operator wants to stop.
+    /// The operator cancelled.
     Cancel,
-    /// The operator wants something else.
+    /// The operator sent a request.
     Asked(Request),
-    /// Time passed.
+    /// The tick interval has passed.
     Tick,
 }
 
@@ -56,11 +56,11 @@ pub(super) enum Signal {
 pub(super) struct Flow {
     pub(super) graph: SourceGraph,
     said: Option<Said>,
-    /// Where there is a return path.
+    /// Set if there is a return path.
     pub(super) alive: Option<Alive>,
     cancel: CancellationToken,
     cancel_told: bool,
-    /// While anything can be asked.
+    /// The request queue, while requests are accepted.
     requests: Option<Requests>,
     ticks: Interval,
 }
@@ -78,7 +78,7 @@ impl Flow {
         Self { graph, said, alive, cancel, cancel_told: false, requests, ticks }
     }
 
-    /// Waits for the next thing to happen. A cancel comes first and is told once.
+    /// Waits for the next event. A cancel comes first and is reported once.
     pub(super) async fn next(&mut self) -> Signal {
         let cancel_told = self.cancel_told;
         tokio::select! {
@@ -101,17 +101,17 @@ impl Flow {
         }
     }
 
-    /// Whoever asks from here on is told that it is over.
+    /// From here on, requests are answered with an error: the migration is over.
     pub(super) fn close_requests(&mut self) {
         self.requests = None;
     }
 
-    /// Hands a message to connection 0, ahead of queued pages.
+    /// Queues a message on connection 0, ahead of queued pages.
     pub(super) async fn say(&self, message: &Message) -> Result<(), Closed> {
         self.graph.control[0].put(Control::Frame(message.encode(0))).await
     }
 
-    /// Why a stage failed: in the destination's words if it gave any, else the first failure in truth.
+    /// Why a stage failed: the destination's reason if it gave one, else the first failure in order of time.
     pub(super) async fn explain(&mut self, failure: Failure) -> MigrationError {
         match self.last_words(failure).await {
             Ok(Message::Refused(why)) => MigrationError::Refused { peer: Role::Destination, why },
@@ -121,7 +121,7 @@ impl Flow {
         }
     }
 
-    /// What the destination said to the end, that decides where the guest is; else the first failure in truth.
+    /// The destination's message that decides where the guest is; else the first failure in order of time.
     pub(super) async fn last_words(&mut self, failure: Failure) -> Result<Message, Failure> {
         let cause = self.graph.stages.root_cause(failure).await;
         if self.said.is_none() {
@@ -142,13 +142,13 @@ impl Flow {
         said.ok_or(cause)
     }
 
-    /// Says the last word on every connection and ends them, within the time given.
+    /// Sends the last message on every connection and ends them, within the time given.
     pub(super) async fn close(&mut self, last_word: Option<Message>, within: Duration) {
         senders::close(&mut self.graph.stages, &self.graph.control, last_word, within).await;
     }
 }
 
-/// The next item of a queue; for ever none once its stage has ended, for then the stage's end says why.
+/// The next item of a queue. Never returns once its stage has ended: the stage's end carries the reason.
 async fn item<T>(inlet: &Inlet<T>) -> T {
     match inlet.next().await {
         Some(item) => item,
@@ -156,7 +156,7 @@ async fn item<T>(inlet: &Inlet<T>) -> T {
     }
 }
 
-/// What is asked next.
+/// The next request.
 pub(super) async fn asked(requests: &mut Option<Requests>) -> Request {
     match requests {
         Some(requests) => requests.next().await,
@@ -164,7 +164,7 @@ pub(super) async fn asked(requests: &mut Option<Requests>) -> Request {
     }
 }
 
-/// What the return path says next, if there is one.
+/// The next message of the return path, if there is one.
 async fn heard(said: &mut Option<Said>) -> Result<Message, String> {
     match said {
         Some(said) => said.next().await,

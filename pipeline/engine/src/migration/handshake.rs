@@ -3,57 +3,57 @@
 //!
 //! ```text
 //!  source                                destination
-//!    │ ── last pages, state, digests ──────▶ │ load, verify, prepare     may fail: Refused, the source goes on
+//!    │ ── last pages, state, digests ──────▶ │ load, verify, prepare     may fail: Refused, the source resumes
 //!    │ ◀───────────────────────── Loaded ─── │ from here it waits for Go or the end
-//!    │ committed: nothing here resumes it    │                           may fail: Abort, the source goes on
+//!    │ committed: nothing here resumes it    │                           may fail: Abort, the source resumes
 //!    │ ── Go ──────────────────────────────▶ │ start                     cannot be taken back
 //!    │ ◀──────────────────────── Running ─── │
 //! ```
 //!
-//! Before Go is handed to the transport every failure is the source's to survive: it resumes. Once Go may have left,
-//! only the destination's word decides: Running (it is over), Refused or Abort (it had not begun its start and never
-//! will: the source resumes). Anything else, silence included, leaves the source paused, for it cannot know.
+//! Before Go is handed to the transport, the source survives every failure: it resumes. Once Go may have left, only the
+//! destination's answer decides: Running (it is over), Refused or Abort (it had not begun its start and never will: the
+//! source resumes). Anything else, silence included, leaves the source paused, because it cannot know.
 
 use memferry_stages::untrusted::Untrusted;
 use memferry_stages::wire::Message;
 use memferry_stages::wire::messages::RunState;
 
-/// How it ended at the source.
+/// The result at the source.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Verdict {
     /// The guest runs at the destination.
     Completed,
-    /// It does not and will not: the source guest may go on.
+    /// It does not run there and never will: the source guest may resume.
     Failed(HandoverError),
-    /// The operator said so, in time: the source guest may go on.
+    /// The operator cancelled in time: the source guest may resume.
     Cancelled,
-    /// Nobody here can know: the source guest stays paused.
+    /// This end cannot know: the source guest stays paused.
     Unconfirmed(HandoverError),
 }
 
-/// Why the last handshake did not end well.
+/// Why the last handshake failed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum HandoverError {
-    /// The destination loaded everything and compared nothing.
+    /// The destination loaded everything but compared no digests.
     #[error("the destination did not compare digests, though asked to")]
     NotVerified,
-    /// It refused, and says why.
+    /// It refused, with its reason.
     #[error("the destination refused: {0}")]
     Refused(Untrusted),
-    /// It gave up before Go, and says why.
+    /// It gave up before Go, with its reason.
     #[error("the destination gave up: {0}")]
     GivenUp(Untrusted),
-    /// It gave up after Go and before it began to start the guest, and says why.
+    /// It gave up after Go and before it began to start the guest, with its reason.
     #[error("the destination gave up before it began to start the guest: {0}")]
     NotStarted(Untrusted),
-    /// It began to start the guest and failed, and says why.
+    /// It began to start the guest and failed, with its reason.
     #[error("the destination began to start the guest and failed: {0}")]
     StartFailed(Untrusted),
-    /// It says that it started the guest before Go.
+    /// It reports that it started the guest before Go.
     #[error("the destination says that it started the guest before it was told to")]
     StartedBeforeGo,
-    /// It sent this message, which does not belong here.
+    /// It sent this message, which is unexpected here.
     #[error("the destination sent {0} out of turn")]
     OutOfTurn(&'static str),
     /// It sent this message where only Running, or a reason, can follow.
@@ -76,40 +76,40 @@ pub enum HandoverError {
     Broke(String),
 }
 
-/// What happens at one end.
+/// An event at one end.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Happening {
-    /// The peer said something.
+    /// The peer sent a message.
     Said(Message),
-    /// The connection is gone.
+    /// The connection is lost.
     Lost(String),
-    /// The operator wants to stop.
+    /// The operator cancelled.
     Cancel,
-    /// The time for this handshake is used up.
+    /// The time limit of this handshake has passed.
     TimedOut,
     /// A part of this end failed.
     Broke(String),
 }
 
-/// What the source does about it.
+/// The source's reaction.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SourceStep {
-    /// Wait on.
+    /// Continue to wait.
     Wait,
-    /// The destination named the hashes of a stretch that differs: find the page and say which. Its Refused follows.
+    /// The destination sent the hashes of a stretch that differs: find the page and report it. Its Refused follows.
     NamePage(Message),
-    /// The guest is no longer ours to resume: commit, then hand Go to the transport.
+    /// This end may not resume the guest any more: commit, then hand Go to the transport.
     HandOver,
-    /// A cancel came after Go: tell the operator that it is too late, and wait on.
+    /// A cancel came after Go: notify the operator that it is too late, and continue to wait.
     TooLate,
-    /// It is over.
+    /// The handshake is over.
     End(Verdict),
 }
 
 /// The source's side, from the moment its last frame is queued.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SourceHandshake {
-    /// The destination loads; nothing is given away.
+    /// The destination loads; the source may still resume.
     AwaitingLoaded {
         /// Must the destination have compared digests?
         verify: bool,
@@ -119,7 +119,7 @@ pub enum SourceHandshake {
 }
 
 impl SourceHandshake {
-    /// One thing happened.
+    /// Handles one event.
     pub fn step(&mut self, happening: Happening) -> SourceStep {
         match self {
             Self::AwaitingLoaded { verify } => {
@@ -143,7 +143,7 @@ fn before_go(verify: bool, happening: Happening) -> SourceStep {
         Happening::Said(hashes @ Message::PageHashes { .. }) => SourceStep::NamePage(hashes),
         Happening::Said(Message::Refused(why)) => failed(HandoverError::Refused(why)),
         Happening::Said(Message::Abort(why)) => failed(HandoverError::GivenUp(why)),
-        // It runs what it was not told to run: resuming here could make two.
+        // It runs without Go: resuming here could make two guests run.
         Happening::Said(Message::Running | Message::StartFailed(_)) => {
             SourceStep::End(Verdict::Unconfirmed(HandoverError::StartedBeforeGo))
         }
@@ -172,23 +172,23 @@ fn after_go(happening: Happening) -> SourceStep {
     }
 }
 
-/// What the destination does about it.
+/// The destination's reaction.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum DestinationStep {
-    /// Wait on.
+    /// Continue to wait.
     Wait,
     /// Start the guest, and answer Running or StartFailed.
     Start(RunState),
-    /// It is over, nothing was started and nothing will be: say so to the source.
+    /// The handshake is over, nothing was started and nothing will be: report it to the source.
     End {
-        /// Did the operator of this end say so?
+        /// Did the operator of this end cancel?
         cancelled: bool,
-        /// Why.
+        /// The reason.
         why: String,
     },
 }
 
-/// The destination's side, after it has sent Loaded: one thing happened.
+/// The destination's side, after it has sent Loaded: handles one event.
 #[must_use]
 pub fn awaiting_go(happening: Happening) -> DestinationStep {
     let end = |why: String| DestinationStep::End { cancelled: false, why };
@@ -237,8 +237,8 @@ mod tests {
         all
     }
 
-    /// Both ends, with messages that may be lost or cross, from every order of happenings: never two guests run, and when
-    /// none runs somebody says so.
+    /// Both ends, with messages that may be lost or cross, in every order of events. Two guests never run, and if none
+    /// runs one end reports it.
     #[test]
     fn never_two_run_and_never_none_in_silence() {
         #[derive(Clone)]
@@ -280,7 +280,7 @@ mod tests {
                 DestinationStep::Wait => {}
                 DestinationStep::Start(_) => {
                     world.destination_over = true;
-                    // A start that fails may have run a part of the guest: it counts as running.
+                    // A start that fails may have run part of the guest: it counts as running.
                     world.destination_runs = true;
                     let answer = if start_fails { Message::StartFailed("x".into()) } else { Message::Running };
                     world.to_source.push(answer);

@@ -1,4 +1,4 @@
-//! The source's way to its destination: connections opened and greeted.
+//! The source's link to its destination: opens the connections and sends Hello on each.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,9 +23,9 @@ use super::senders::{Senders, close};
 use crate::events::Role;
 use crate::settings::SourceSettings;
 
-/// The connections of one migration, Hello said on each, and nothing after it.
+/// The connections of one migration. Hello was sent on each, and nothing after it.
 pub(super) struct Greeted {
-    /// Who answers, for messages.
+    /// The peer's name, for messages.
     peer: Untrusted,
     /// One for each connection, in order.
     writers: Vec<Writer>,
@@ -33,18 +33,18 @@ pub(super) struct Greeted {
     reader: Option<(Reader, Arc<Ear>)>,
 }
 
-/// The way to the destination, before the stages run.
+/// The link to the destination, before the stages run.
 pub(super) struct Link {
-    /// Who answers, for messages.
+    /// The peer's name, for messages.
     pub(super) peer: Untrusted,
     pub(super) senders: Senders,
-    /// What the destination says, if the transport has a return path.
+    /// Messages from the destination, if the transport has a return path.
     pub(super) said: Option<Said>,
-    /// Where there is a return path.
+    /// Set if there is a return path.
     pub(super) alive: Option<Alive>,
 }
 
-/// What a source's stream uses, by its settings.
+/// The stream features that a source uses, by its settings.
 pub(super) fn features(settings: &SourceSettings) -> Features {
     let codec = settings.encoder.compress;
     Features {
@@ -55,14 +55,14 @@ pub(super) fn features(settings: &SourceSettings) -> Features {
         groups: codec.is_some(),
         xbzrle: settings.encoder.xbzrle.is_some(),
         verify: settings.verify,
-        // What the guest is like is not known from settings.
+        // The guest's properties are not known from settings.
         left_out: false,
         ignored_blocks: false,
     }
 }
 
 impl Greeted {
-    /// Opens every connection and says Hello on it.
+    /// Opens every connection and sends Hello on it.
     pub(super) async fn open(
         transport: Arc<dyn Transport>,
         settings: SourceSettings,
@@ -99,7 +99,7 @@ impl Greeted {
 }
 
 impl Link {
-    /// Starts the senders, and listens to what the destination says. Called on the caller's runtime.
+    /// Starts the senders, and the task that reads the destination's messages. Called on the caller's runtime.
     pub(super) fn start(greeted: Greeted, settings: &SourceSettings, durable_rounds: bool, plane: &Handle) -> Self {
         let Greeted { peer, writers, reader } = greeted;
         let senders = Senders::start(writers, settings, durable_rounds, plane);
@@ -121,7 +121,7 @@ impl Link {
         }
     }
 
-    /// Waits for one message and demands that it is the one expected. A stream without a return path answers nothing.
+    /// Waits for one message and requires it to be the expected one. A stream without a return path is not answered.
     pub(super) async fn expect(&mut self, expected: fn(&Message) -> bool) -> Result<(), MigrationError> {
         let Some(said) = &mut self.said else { return Ok(()) };
         loop {
@@ -141,13 +141,13 @@ impl Link {
         }
     }
 
-    /// Says the last word and ends the connections, within the time given.
+    /// Sends the last message and ends the connections, within the time given.
     pub(super) async fn close(mut self, last_word: Message, within: Duration) {
         close(&mut self.senders.stages, &self.senders.control, Some(last_word), within).await;
     }
 }
 
-/// What the destination says: a task reads it, since reading a frame must not be interrupted.
+/// Messages from the destination: read by a task, because reading a frame must not be interrupted.
 pub(super) struct Said {
     messages: Inlet<Result<Message, String>>,
     is_over: bool,
@@ -175,7 +175,7 @@ impl Said {
         Self { messages, is_over: false, _listening: AbortOnDropHandle::new(listening) }
     }
 
-    /// What comes next. The end of the return path is an error, and comes once. Safe to race in a `select!`.
+    /// The next message. The end of the return path is an error, reported once. Safe to race in a `select!`.
     pub(super) async fn next(&mut self) -> Result<Message, String> {
         if self.is_over {
             return std::future::pending().await;

@@ -1,18 +1,18 @@
-//! Running a migration: the stages joined, its phases at the source and at the destination, and the last handshake. When to
-//! switch over is decided by the [`controller`](crate::controller).
+//! Running a migration: the joined stages, the phases at the source and at the destination, and the last handshake. The
+//! [`controller`](crate::controller) decides when to switch over.
 //!
 //! | | |
 //! |---|---|
 //! | `source`, `destination` | the phases of each end, as a list |
 //! | [`handshake`] | where the guest is, as pure state: messages in, decisions out |
 //! | `source_graph`, `destination_graph` | the stages, joined |
-//! | `outcome` | how it ends, for the caller: where the guest is, and why |
+//! | `outcome` | the result for the caller: where the guest is, and why |
 //! | `link`, `session` | connections opened, greeted and gathered |
-//! | `turned_away` | strangers and broken peers, counted and told |
-//! | `senders` | what the source says, from Hello on |
-//! | `alive` | heartbeats, and the watch over a silent peer |
-//! | `arming` | the logs started, for a migration or for who only watches |
-//! | `bounds` | what a migration takes in memory |
+//! | `turned_away` | refused peers, counted and reported |
+//! | `senders` | the messages of the source, from Hello on |
+//! | `alive` | heartbeats, and the watch for a silent peer |
+//! | `arming` | starting the dirty logs, for a migration and for a program that only observes |
+//! | `bounds` | the memory that a migration needs |
 //! | `out_for_good` | the pages that never travel, for both ends |
 
 mod alive;
@@ -68,13 +68,13 @@ use crate::events::BlockFacts;
 use crate::guest::GuestError;
 use error::guarded;
 
-/// How long a peer is given to take the reason of a failure before its connections are dropped.
+/// How long a peer may take to read the reason of a failure before its connections are dropped.
 const FAREWELL: Duration = Duration::from_millis(500);
 
-/// Runs what may block where blocking is allowed.
+/// Runs a call that may block, on a thread where blocking is allowed.
 ///
 /// # Panics
-/// If the call does.
+/// If the call panics.
 async fn blocking<T: Send + 'static>(call: impl FnOnce() -> T + Send + 'static) -> T {
     match tokio::task::spawn_blocking(call).await {
         Ok(value) => value,
@@ -82,7 +82,7 @@ async fn blocking<T: Send + 'static>(call: impl FnOnce() -> T + Send + 'static) 
     }
 }
 
-/// Asks a guest for something that a migration goes on without: a panic in it is an error, and no more.
+/// Asks a guest for something that the migration can do without. A panic in the call is an error like any other.
 async fn asked(call: impl FnOnce() -> Result<(), GuestError> + Send + 'static) -> Result<(), MigrationError> {
     guarded(async { Ok(blocking(call).await?) }).await
 }
@@ -93,7 +93,8 @@ fn block_facts(layout: &Layout) -> Vec<BlockFacts> {
     layout.blocks().iter().map(facts).collect()
 }
 
-/// Where the memory that was built is not that of the blocks that came, with both: page size, ids, lengths, guest addresses.
+/// Describes both layouts if the built memory does not match the received blocks: page size, ids, lengths, guest
+/// addresses.
 pub(crate) fn built_otherwise(memory: &GuestMemory, page_size: PageSize, came: &[BlockInfo]) -> Option<String> {
     let built = memory.layout().blocks();
     if memory.page_size() != page_size {
@@ -111,17 +112,17 @@ pub(crate) fn built_otherwise(memory: &GuestMemory, page_size: PageSize, came: &
     Some(format!("RAM block {} came and {} was built", told(came), told(built)))
 }
 
-/// Pages of memory that is asked at once what was never touched. A fragmented guest answers with a range for every other page.
+/// Pages for which one query asks what is untouched. A fragmented guest answers with a range for every other page.
 const PAGES_ASKED: u64 = 1 << 16;
 
-/// The pages that nobody needs to read: never touched, as far as the memory can tell. What cannot tell is read. May block.
+/// The pages that need not be read: untouched, as far as the memory knows. Pages of unknown state are read. May block.
 fn untouched_pages(memory: &GuestMemory) -> DirtyBitmap {
     let (layout, untouched) = (memory.layout(), DirtyBitmap::empty(memory.layout()));
     (0..layout.block_count()).for_each(|block| note_untouched(memory, block, 0..layout.block_pages(block), &untouched));
     untouched
 }
 
-/// Sets the bits of those of some pages of a block that were never touched. May block.
+/// Sets the bits of those of the given pages of a block that are untouched. May block.
 fn note_untouched(memory: &GuestMemory, block: u32, pages: Range<u64>, untouched: &DirtyBitmap) {
     let mut start = pages.start;
     while start < pages.end {

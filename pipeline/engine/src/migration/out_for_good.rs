@@ -8,10 +8,10 @@ use memferry_stages::geometry::Layout;
 use crate::guest::GuestError;
 use crate::guest::clearer::BlockPages;
 
-/// All of them with their block, of a guest whose clearers call these unplugged.
+/// All such pages with their block, for a guest whose clearers report these as unplugged.
 ///
 /// # Errors
-/// When some are no pages of the guest: its mistake.
+/// When some are not pages of the guest, which is the guest's error.
 pub fn out_for_good(
     layout: &Layout,
     unplugged: Vec<BlockPages>,

@@ -1,4 +1,4 @@
-//! How [`send`](super::send) and [`receive`](super::receive) end: results that say where the guest is.
+//! The results of [`send`](super::send) and [`receive`](super::receive), which say where the guest is.
 
 use std::sync::Arc;
 
@@ -6,7 +6,7 @@ use super::error::MigrationError;
 use crate::events::Ended;
 use crate::settings::SettingsError;
 
-/// What an operator does about a handover that nobody confirmed.
+/// What an operator does about an unconfirmed handover.
 pub(super) const LOOK: &str =
     "the guest stays paused here: look at the destination; resume it here only if it does not run there";
 
@@ -17,7 +17,7 @@ pub(super) const LOOK: &str =
 pub struct Sent {
     /// The figures of the migration.
     pub ended: Ended,
-    /// Does the guest run on here? It does after a snapshot, unless it was told to stay paused.
+    /// Does the guest run here? It does after a snapshot, unless the settings keep it paused.
     pub(super) resumed: bool,
 }
 
@@ -28,7 +28,7 @@ impl Sent {
     }
 }
 
-/// Where a guest is that was to be sent.
+/// Where a guest is after a send.
 #[must_use]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RunsHere {
@@ -48,15 +48,15 @@ pub enum RunsHere {
 
 /// Why a guest was not sent, and where it is.
 ///
-/// The list is complete on purpose: each variant asks something else of the caller. One more would be a change that every
-/// caller has to look at, so it breaks their builds. Fields may be added.
+/// This enum is exhaustive on purpose: each variant requires a different action of the caller. A new variant would be a
+/// breaking change, so that every caller has to handle it. Fields may be added.
 #[derive(Debug, thiserror::Error)]
 pub enum SendError {
-    /// The settings cannot be. Nothing was begun, and no observer was notified.
+    /// The settings are invalid. Nothing was begun, and no observer was notified.
     #[error("{source}")]
     #[non_exhaustive]
     Settings {
-        /// The rule that they break.
+        /// The rule that they violate.
         #[from]
         source: SettingsError,
     },
@@ -69,7 +69,7 @@ pub enum SendError {
         /// The figures up to then.
         ended: Box<Ended>,
     },
-    /// It was cancelled, or its limits could not be met and the settings have it given up; the guest is here, as before.
+    /// It was cancelled, or its limits could not be met and the settings cancel it then; the guest is here, as before.
     #[error("the migration was cancelled, the guest is here as before: {source}")]
     #[non_exhaustive]
     Cancelled {
@@ -89,12 +89,12 @@ pub enum SendError {
         /// The figures up to then.
         ended: Box<Ended>,
     },
-    /// The guest was handed over and nobody confirmed it: it is paused here, and may run at the destination. An operator
-    /// decides, who has looked there.
+    /// The guest was handed over and the destination did not confirm it: the guest is paused here, and may run at the
+    /// destination. An operator must check the destination and decide.
     #[error("the handover was not confirmed: {source}; {LOOK}")]
     #[non_exhaustive]
     Unconfirmed {
-        /// What kept the confirmation from coming.
+        /// Why no confirmation arrived.
         source: MigrationError,
         /// The figures up to then.
         ended: Box<Ended>,
@@ -102,7 +102,7 @@ pub enum SendError {
 }
 
 impl SendError {
-    /// The figures of the migration; `None` if it did not begin.
+    /// The figures of the migration; `None` if it was not begun.
     #[must_use]
     pub fn ended(&self) -> Option<&Ended> {
         match self {
@@ -129,21 +129,21 @@ impl SendError {
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Received<G> {
-    /// The guest, as the builder made it.
+    /// The guest, as the builder built it.
     pub guest: Arc<G>,
     /// The figures of the migration.
     pub ended: Ended,
 }
 
-/// Why no guest was received. What was built of it is dropped.
+/// Why no guest was received. A guest that was built is dropped.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ReceiveError {
-    /// The settings cannot be. Nothing was begun, and no observer was notified.
+    /// The settings are invalid. Nothing was begun, and no observer was notified.
     #[error("{source}")]
     #[non_exhaustive]
     Settings {
-        /// The rule that they break.
+        /// The rule that they violate.
         #[from]
         source: SettingsError,
     },
@@ -165,12 +165,12 @@ pub enum ReceiveError {
         /// The figures up to then.
         ended: Box<Ended>,
     },
-    /// The guest was handed over, and [`DestinationGuest::start`](crate::guest::DestinationGuest::start) failed: its source
-    /// keeps it paused, and does not know.
+    /// The guest was handed over, and [`DestinationGuest::start`](crate::guest::DestinationGuest::start) failed. The
+    /// source keeps its guest paused, and does not know the outcome.
     #[error("the guest was handed over and did not start here: {source}")]
     #[non_exhaustive]
     StartFailed {
-        /// Why it did not.
+        /// Why the start failed.
         source: MigrationError,
         /// The figures up to then.
         ended: Box<Ended>,
@@ -178,7 +178,7 @@ pub enum ReceiveError {
 }
 
 impl ReceiveError {
-    /// The figures of the migration; `None` if it did not begin.
+    /// The figures of the migration; `None` if it was not begun.
     #[must_use]
     pub fn ended(&self) -> Option<&Ended> {
         match self {

@@ -1,6 +1,6 @@
 //! The data plane: the runtime that the stages run on.
 //!
-//! Timers, signals, control and progress run on the caller's runtime, so that nothing that computes delays a cancel.
+//! Timers, signals, control and progress run on the caller's runtime, so that no computation delays a cancel.
 
 use std::future::Future;
 use std::io;
@@ -11,10 +11,10 @@ use tokio_util::task::AbortOnDropHandle;
 
 use crate::threads;
 
-/// Threads for what blocks: a bitmap sync, a flush to the disk, a name to be resolved.
+/// Threads for blocking calls: a bitmap sync, a flush to the disk, a name lookup.
 const BLOCKING_THREADS: usize = 3;
 
-/// A runtime of the data's own, with a worker for each core. One serves any number of migrations.
+/// A separate runtime for the data plane, with a worker for each core. One serves any number of migrations.
 #[derive(Debug)]
 pub struct DataPlane {
     runtime: Option<Runtime>,
@@ -24,7 +24,7 @@ impl DataPlane {
     /// Starts the workers.
     ///
     /// # Errors
-    /// When the system gives no threads, with the limit to raise.
+    /// When the system cannot start the threads, with the limit to raise.
     pub fn new() -> io::Result<Self> {
         let runtime = threads::runtime("memferry-data", cores(), BLOCKING_THREADS)?;
         Ok(Self { runtime: Some(runtime) })
@@ -34,7 +34,7 @@ impl DataPlane {
         self.runtime.as_ref().expect("there until dropped").handle()
     }
 
-    /// Runs a future on the data plane, so that the sockets it opens belong there. Dropping the call ends it.
+    /// Runs a future on the data plane, so that the sockets it opens belong to that runtime. Dropping the call ends it.
     pub(super) async fn run<T: Send + 'static>(&self, future: impl Future<Output = T> + Send + 'static) -> T {
         let task = AbortOnDropHandle::new(self.handle().spawn(future));
         match task.await {

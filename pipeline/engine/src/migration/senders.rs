@@ -1,4 +1,4 @@
-//! The source's senders, one for each connection: they run from Hello on, so that whatever is said goes through them.
+//! The source's senders, one for each connection. They run from Hello on, and send every message.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,7 +20,7 @@ use crate::settings::SourceSettings;
 
 /// The running senders, and the ends of their queues.
 pub(super) struct Senders {
-    /// They alone, until other stages join them.
+    /// The sender stages alone, until other stages join them.
     pub(super) stages: StageSet,
     /// Control frames, one queue for each connection.
     pub(super) control: Vec<Outlet<Control>>,
@@ -33,7 +33,8 @@ pub(super) struct Senders {
 }
 
 impl Senders {
-    /// Starts one for each of `writers`. With `durable_rounds` (a file) what was written is made durable after each round.
+    /// Starts one for each of `writers`. With `durable_rounds` (a file) the written data is made durable after each
+    /// round.
     pub(super) fn start(writers: Vec<Writer>, settings: &SourceSettings, durable_rounds: bool, plane: &Handle) -> Self {
         let (sent_out, sent) = bounded(usize::from(settings.lanes) * 2);
         let bucket = Arc::new(settings.max_bandwidth.map_or_else(TokenBucket::unlimited, TokenBucket::new));
@@ -59,7 +60,7 @@ impl Senders {
         senders
     }
 
-    /// Hands a message to connection 0.
+    /// Queues a message on connection 0.
     pub(super) async fn say(&mut self, message: &Message) -> Result<(), MigrationError> {
         if self.control[0].put(Control::Frame(message.encode(0))).await.is_ok() {
             return Ok(());
@@ -77,7 +78,7 @@ pub(super) fn lanes_of(connection: u16, settings: &SourceSettings) -> u16 {
     u16::try_from(lanes.count()).expect("some of the lanes")
 }
 
-/// Says the last word on connection 0 and ends all connections, within the time given.
+/// Sends the last message on connection 0 and ends all connections, within the time given.
 pub(super) async fn close(
     stages: &mut StageSet,
     control: &[Outlet<Control>],
@@ -98,6 +99,6 @@ pub(super) async fn close(
         }
         Ok::<(), memferry_stages::queue::Closed>(())
     };
-    // A peer that is gone or does not read needs no farewell: dropping the connections tells it as much.
+    // A peer that is gone or does not read needs no last message: dropping the connections notifies it.
     drop(tokio::time::timeout(within, closing).await);
 }

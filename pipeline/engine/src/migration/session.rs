@@ -1,9 +1,9 @@
-//! The destination's way to its source: strangers turned away, the connections of one migration gathered.
+//! The destination's listening side: refuses unrelated clients, and gathers the connections of one migration.
 //!
-//! Anyone can reach a listening socket: port scanners, other programs, other versions, a source that died half-way. None of
-//! them may end the wait for the real peer, hold it up, or make it grow. So each connection is greeted in a task of its
-//! own, within a time limit; only a few are greeted at once; and what was gathered of a migration that does not become
-//! complete is refused after that time, or at once where one of its connections ends or no further one can be accepted.
+//! Anyone can reach a listening socket: port scanners, other programs, other versions, a source that died during setup.
+//! None of them may end the wait for the real peer, delay it, or make it use more memory. So each connection is greeted
+//! in a task of its own, within a time limit, and only a few are greeted at once. An incomplete migration is refused
+//! after that time, or at once if one of its connections ends or no further one can be accepted.
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -33,29 +33,29 @@ use crate::values::Time;
 
 /// The most connections that are greeted at once.
 const MAX_GREETED: usize = 64;
-/// How long a connection may be silent before it can be dropped for the next: the real peer says Hello at once, but it may come in a
-/// burst of others, to a host that is busy.
+/// How long a connection may be silent before it can be dropped for the next one. The real peer sends Hello at once,
+/// but it may arrive in a burst of other clients, at a busy host.
 const GRACE: Duration = Duration::from_millis(250);
 /// The most migrations that are gathered at once.
 const MAX_GATHERED: usize = 16;
 
-/// The connections of one migration, complete, with what their Hello says.
+/// The complete connections of one migration, with the content of their Hello.
 pub(super) struct Session {
-    /// Who sends, for messages.
+    /// The peer's name, for messages.
     pub(super) peer: Untrusted,
-    /// What every connection's Hello says, but for its number.
+    /// The content of every connection's Hello, except its number.
     pub(super) hello: Hello,
-    /// What the stream uses.
+    /// The features that the stream uses.
     pub(super) features: Features,
     /// One for each connection, in order.
     pub(super) readers: Vec<Reader>,
-    /// What is heard on each of them.
+    /// The liveness of each of them.
     pub(super) ears: Vec<Arc<Ear>>,
     /// The return path, on connection 0, if the transport has one.
     pub(super) answer: Option<Writer>,
 }
 
-/// A connection that said a Hello we can take.
+/// A connection that sent an acceptable Hello.
 struct Greeted {
     peer: Untrusted,
     hello: Hello,
@@ -66,7 +66,7 @@ struct Greeted {
 }
 
 impl Greeted {
-    /// Returns when the peer has ended the connection. Bytes that come too early are left for whoever reads the stream.
+    /// Returns when the peer has ended the connection. Bytes that arrive early are left for the reader of the stream.
     async fn ended(&mut self) {
         if matches!(self.reader.has_more().await, Ok(true)) {
             std::future::pending::<()>().await;
@@ -74,13 +74,13 @@ impl Greeted {
     }
 }
 
-/// A migration whose connections arrive.
+/// A migration that waits for more connections.
 struct Group {
     since: Instant,
     connections: Vec<Option<Greeted>>,
 }
 
-/// Returns when a connection of one of the groups has ended: of which. Safe to race in a `select!`.
+/// Returns when a connection of one of the groups has ended, with that group. Safe to race in a `select!`.
 async fn a_connection_ended(groups: &mut HashMap<SessionId, Group>) -> SessionId {
     let ends = groups.iter_mut().flat_map(|(&id, group)| {
         let connections = group.connections.iter_mut().flatten();
@@ -93,33 +93,33 @@ async fn a_connection_ended(groups: &mut HashMap<SessionId, Group>) -> SessionId
     }
 }
 
-/// A connection that is turned away.
+/// A connection that is refused.
 struct TurnedAway {
     kind: TurnedAwayKind,
     peer: Untrusted,
     why: String,
-    /// Was it a stored stream? Then no other will come.
+    /// Was it a stored stream? Then no other connection will follow.
     stored: bool,
 }
 
-/// Why a connection cannot be taken.
+/// Why a connection cannot be accepted.
 type Refusal = (TurnedAwayKind, String);
 
-/// Who has come, until the connections of one migration are complete.
+/// The clients so far, until the connections of one migration are complete.
 struct Reception {
     settings: DestinationSettings,
     turned_away: Arc<TurnedAways>,
     greetings: JoinSet<Result<Greeted, TurnedAway>>,
-    /// Connections that are answered with a refusal; nobody asks how that ends.
+    /// Connections that are being refused; the result is ignored.
     farewells: JoinSet<()>,
     waiting: Waiting,
     groups: HashMap<SessionId, Group>,
-    /// Migrations that were refused as a whole, the last ones: of each, more connections may be on their way.
+    /// The latest migrations that were refused as a whole: more connections of each may arrive.
     refused: VecDeque<(SessionId, Refusal)>,
 }
 
 impl Session {
-    /// Waits until all connections of one migration are there. Runs on the data plane, where its sockets belong.
+    /// Waits until all connections of one migration have arrived. Runs on the data plane, where its sockets belong.
     pub(super) async fn gather(
         mut listener: Box<dyn Listener>,
         settings: DestinationSettings,
@@ -165,7 +165,7 @@ impl Reception {
         }
     }
 
-    /// Greets a connection. Where none can be accepted, room is made.
+    /// Greets a connection. If none can be accepted, room is made.
     fn accepted(&mut self, accepted: io::Result<Connection>) -> Result<(), MigrationError> {
         match accepted {
             Ok(connection) => self.waiting.add(self.greetings.spawn(greet(connection, self.settings.clone()))),
@@ -175,8 +175,8 @@ impl Reception {
         Ok(())
     }
 
-    /// No connection can be accepted, so a migration that waits for more of them cannot become complete: the one that has waited
-    /// longest is refused, after connections that said nothing in their time.
+    /// No connection can be accepted, so a migration that waits for more of them cannot become complete. The one that
+    /// has waited longest is refused, after connections that sent nothing in their time.
     fn make_room(&mut self, shortage: &io::Error) {
         if self.waiting.oldest_is_late() {
             return self.waiting.drop_oldest();
@@ -191,7 +191,7 @@ impl Reception {
         }
     }
 
-    /// Takes a connection that was greeted; the session, if it is complete with it.
+    /// Accepts a greeted connection. Returns the session if it is now complete.
     fn greeted(&mut self, greeting: Result<Greeted, TurnedAway>) -> Result<Option<Session>, MigrationError> {
         match greeting {
             Ok(greeted) => match self.place(greeted) {
@@ -211,8 +211,8 @@ impl Reception {
         Ok(None)
     }
 
-    /// Puts a connection to those of its migration; the session, if they are complete with it. Or the connection again, and
-    /// why it cannot be taken.
+    /// Adds a connection to its migration. Returns the session if it is now complete, or the connection again with the
+    /// reason for refusing it.
     fn place(&mut self, greeted: Greeted) -> Result<Option<Session>, Box<(Greeted, Refusal)>> {
         let away = |greeted: Greeted, refusal: Refusal| Err(Box::new((greeted, refusal)));
         let id = greeted.hello.session;
@@ -220,7 +220,7 @@ impl Reception {
             return away(greeted, refusal.clone());
         }
         if !self.groups.contains_key(&id) && self.groups.len() == MAX_GATHERED {
-            // Half-open migrations must not keep the real one out: the one that has waited longest makes room.
+            // Incomplete migrations must not keep the real one out: the one that has waited longest is dropped.
             let oldest = self.oldest_group().expect("there are some");
             self.refuse_group(oldest, TurnedAwayKind::Incomplete, "others came after it");
         }
@@ -253,7 +253,7 @@ impl Reception {
         self.groups.iter().min_by_key(|(_, group)| group.since).map(|(&oldest, _)| oldest)
     }
 
-    /// Returns when the oldest group has waited for as long as it may.
+    /// Returns when the oldest group has waited for the longest time allowed.
     fn a_group_had_its_time(&self) -> impl Future<Output = ()> + use<> {
         let oldest = self.groups.values().map(|group| group.since).min();
         let end = oldest.map(|since| since + self.settings.hello_timeout);
@@ -273,7 +273,7 @@ impl Reception {
         }
     }
 
-    /// Refuses a migration as a whole: each connection is told why, and one event tells it here.
+    /// Refuses a migration as a whole: each connection is sent the reason, and one event reports it here.
     fn refuse_group(&mut self, id: SessionId, kind: TurnedAwayKind, cause: &str) {
         let Some(group) = self.groups.remove(&id) else { return };
         let of = group.connections.len();
@@ -297,10 +297,10 @@ impl Reception {
     }
 }
 
-/// Connections that have said no Hello yet, the oldest first, each with the time it came.
+/// Connections that have not sent Hello yet, the oldest first, each with its arrival time.
 ///
-/// They must not keep out the one that will: where too many are greeted, the one that has been silent longest is dropped, but
-/// none before its [`GRACE`] is over.
+/// They must not keep out the real peer. If too many are being greeted, the one that has been silent longest is
+/// dropped, but none before its [`GRACE`] is over.
 #[derive(Default)]
 struct Waiting(VecDeque<(Instant, AbortHandle)>);
 
@@ -323,7 +323,7 @@ impl Waiting {
         sleep_until(since + GRACE)
     }
 
-    /// Has the oldest had its time?
+    /// Has the oldest been silent for its grace time?
     fn oldest_is_late(&self) -> bool {
         self.0.front().is_some_and(|(since, _)| since.elapsed() >= GRACE)
     }
@@ -333,7 +333,7 @@ impl Waiting {
     }
 }
 
-/// Reads a connection's Hello and answers one that cannot be taken with the reason.
+/// Reads a connection's Hello and answers an unacceptable one with the reason.
 async fn greet(connection: Connection, settings: DestinationSettings) -> Result<Greeted, TurnedAway> {
     let Connection { peer, writer, reader } = connection;
     let peer = Untrusted::from(peer);
@@ -346,7 +346,7 @@ async fn greet(connection: Connection, settings: DestinationSettings) -> Result<
     match hello.and_then(|hello| acceptable(&hello, &settings).map(|features| (hello, features))) {
         Ok((hello, features)) => {
             reader.set_page_size(hello.page_size);
-            // On all connections but the first nothing comes before the stages run.
+            // On all connections but the first, no data arrives before the stages run.
             ear.expect_nothing();
             Ok(Greeted { peer, hello, features, reader, ear, writer })
         }
@@ -354,7 +354,7 @@ async fn greet(connection: Connection, settings: DestinationSettings) -> Result<
     }
 }
 
-/// Answers a connection that cannot be taken, if it can be answered.
+/// Answers an unacceptable connection, if it can be answered.
 async fn turn_away(peer: Untrusted, mut writer: Option<Writer>, (kind, why): Refusal) -> TurnedAway {
     if let Some(writer) = &mut writer {
         refuse(writer, &why).await;
@@ -376,7 +376,7 @@ async fn read_hello(reader: &mut Reader) -> Result<Hello, Refusal> {
     }
 }
 
-/// Can this destination take such a stream? What it uses, if so.
+/// Can this destination accept such a stream? Returns the features it uses, if so.
 fn acceptable(hello: &Hello, settings: &DestinationSettings) -> Result<Features, Refusal> {
     let unfit = |why: String| Err((TurnedAwayKind::Unfit, why));
     if hello.version != PROTOCOL_VERSION {
@@ -399,7 +399,7 @@ fn acceptable(hello: &Hello, settings: &DestinationSettings) -> Result<Features,
     Ok(features)
 }
 
-/// Says no. A stranger that does not read is not waited for.
+/// Sends a refusal. Does not wait for a client that does not read.
 async fn refuse(writer: &mut Writer, why: &str) {
     let farewell = async {
         writer.write_all(&Message::Refused(why.into()).encode(0)).await?;

@@ -34,12 +34,12 @@ use super::stage_set::StageSet;
 use super::{blocking, bounds};
 use crate::settings::{EncoderSettings, OnMiss, SourceSettings};
 
-/// What the stages work on.
+/// The data that the stages work on.
 pub(super) struct SourceParts {
     pub(super) memory: GuestMemory,
     pub(super) logs: Vec<Arc<dyn DirtyLog>>,
     pub(super) bitmap: Arc<DirtyBitmap>,
-    /// If there are pages that may not travel.
+    /// Set if there can be pages that do not travel.
     pub(super) clears: Option<Arc<Clears>>,
     pub(super) untouched: Arc<DirtyBitmap>,
     pub(super) senders: Senders,
@@ -56,10 +56,10 @@ pub(super) struct SourceGraph {
     pub(super) control: Vec<Outlet<Control>>,
     pub(super) sent: Inlet<Sent>,
     pub(super) in_flight: Arc<InFlight>,
-    /// Pages of which a delta may be made, where deltas are made.
+    /// Pages that can be sent as deltas, if deltas are enabled.
     pub(super) kept: Option<Arc<DirtyBitmap>>,
     pub(super) meters: Vec<Arc<Meter>>,
-    /// Those of the senders among them: what they count is what went to the wire.
+    /// The senders' counters among them: they count the bytes that went to the wire.
     pub(super) sender_meters: Vec<Arc<Meter>>,
     pub(super) pools: Vec<BufferPool>,
     /// The cap on bandwidth.
@@ -118,24 +118,24 @@ impl SourceGraph {
         graph
     }
 
-    /// Ends every stage: when this returns, none of them touches memory or logs any more.
+    /// Ends every stage: once this returns, no stage accesses memory or logs.
     pub(super) async fn end(&mut self) {
         self.stages.end().await;
         let at_work = self.sync_at_work.clone();
         blocking(move || drop(at_work.lock())).await;
     }
 
-    /// So many bytes a second from here on, all connections together.
+    /// Sets the limit in bytes a second from here on, all connections together.
     pub(super) fn set_bandwidth(&self, bytes_per_second: Option<u64>) {
         self.bucket.set_rate(bytes_per_second);
     }
 
-    /// So many bytes for the XBZRLE cache, all lanes together; in each from its next batch on.
+    /// Sets the bytes of the XBZRLE cache, all lanes together. Each lane applies it from its next batch on.
     pub(super) fn set_cache(&self, bytes: u64) {
         self.caches.iter().for_each(|cache| cache.set(bytes / self.caches.len() as u64));
     }
 
-    /// How long the busiest stage worked since.
+    /// How long the busiest stage has worked since then.
     pub(super) fn busiest_since(&self, before: &[Reading]) -> Duration {
         let worked =
             self.meters.iter().zip(before).map(|(meter, before)| meter.read().busy.saturating_sub(before.busy));
@@ -196,7 +196,7 @@ impl SourceGraph {
     }
 }
 
-/// How misses are encoded by this compressor.
+/// How cache misses are encoded with this compressor.
 fn on_miss(on_miss: OnMiss, compress: Option<Codec>) -> misses::OnMiss {
     match (on_miss, compress) {
         (OnMiss::Raw, _) | (_, None) => misses::OnMiss::Raw,

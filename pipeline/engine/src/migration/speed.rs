@@ -1,21 +1,21 @@
-//! The rate for whoever watches: the mean over the latest seconds.
+//! The rate for observers: the mean over the last few seconds.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-/// What the mean is over. Under a small bandwidth limit a connection writes once in a second or two.
+/// The window of the mean. Under a small bandwidth limit a connection writes once in a second or two.
 const WINDOW: Duration = Duration::from_secs(3);
 
 /// The rate of bytes on the wire.
 #[derive(Debug, Default)]
 pub(super) struct Speed {
-    /// Totals and when they were taken, the oldest in front: one at least as old as the window, if there is one.
+    /// Totals and when they were taken, the oldest first: at least one as old as the window, if there is one.
     looks: VecDeque<(Instant, u64)>,
     latest: f64,
 }
 
 impl Speed {
-    /// This many bytes have gone out by now: the rate lately, in bytes a second.
+    /// Records the total of bytes sent by now. Returns the recent rate, in bytes a second.
     pub(super) fn tick(&mut self, total: u64) -> f64 {
         self.tick_at(Instant::now(), total)
     }
@@ -31,7 +31,7 @@ impl Speed {
         self.latest
     }
 
-    /// The rate as it was looked at last.
+    /// The rate at the latest update.
     pub(super) fn latest(&self) -> f64 {
         self.latest
     }

@@ -11,8 +11,8 @@ use tokio::task::{Id, JoinError, JoinSet};
 
 use super::error::{Failure, panic_words};
 
-/// How long stages are waited for when they shall end. Only one that hangs in a read or a write needs longer, and it cannot be
-/// helped.
+/// How long stages may take to end when they are asked to. Only a stage that hangs in a read or a write needs longer,
+/// and that cannot be interrupted.
 const STAGES_END: Duration = Duration::from_secs(5);
 
 /// Stages on the data plane. Dropping it ends them all at their next wait.
@@ -26,9 +26,9 @@ pub(super) struct StageSet {
 /// A stage that ended.
 #[derive(Debug)]
 pub(super) struct StageEnd {
-    /// Which.
+    /// The stage.
     pub(super) stage: StageId,
-    /// How.
+    /// Its result.
     pub(super) result: Result<(), Failure>,
 }
 
@@ -43,7 +43,7 @@ impl StageSet {
         self.ids.insert(task.id(), id);
     }
 
-    /// The next stage that ends, well or not. Waits for ever when none is left.
+    /// The next stage that ends, with or without an error. Never returns when none is left.
     pub(super) async fn next_end(&mut self) -> StageEnd {
         match self.tasks.join_next_with_id().await {
             None => std::future::pending().await,
@@ -55,7 +55,7 @@ impl StageSet {
         }
     }
 
-    /// The failure that came first in truth: when a stage fails its neighbours end too, and may be seen before it.
+    /// The failure that came first in time. When a stage fails its neighbours end too, and may be reported before it.
     pub(super) async fn root_cause(&mut self, seen: Failure) -> Failure {
         let mut cause = seen;
         let patience = tokio::time::sleep(Duration::from_millis(300));
@@ -69,7 +69,7 @@ impl StageSet {
         cause
     }
 
-    /// Ends every stage: when this returns, none of them touches memory or logs any more.
+    /// Ends every stage: once this returns, no stage accesses memory or logs.
     pub(super) async fn end(&mut self) {
         drop(tokio::time::timeout(STAGES_END, self.tasks.shutdown()).await);
     }

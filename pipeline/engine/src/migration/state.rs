@@ -1,4 +1,4 @@
-//! Guest state on the wire: sections cut into chunks at the source, put together again, within bounds, at the
+//! Guest state on the wire: sections are cut into chunks at the source, and reassembled within bounds at the
 //! destination.
 
 use bytes::Bytes;
@@ -8,10 +8,10 @@ use super::error::MigrationError;
 use crate::guest::{GuestError, GuestState, StateSection};
 use crate::values::Size;
 
-/// What a section takes beside its name and its bytes.
+/// The overhead of a section besides its name and its bytes.
 const SECTION_BYTES: u64 = 128;
 
-/// The memory that guest state may take, both parts together, and what of it is taken.
+/// The memory that guest state may take, both parts together, and how much of it is used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Room {
     most: u64,
@@ -27,10 +27,10 @@ impl Room {
         self.taken
     }
 
-    /// Takes room for so many bytes.
+    /// Reserves the given number of bytes.
     ///
     /// # Errors
-    /// How much state there is at least, if it is too much.
+    /// The least size of the state, if it exceeds the limit.
     fn take(&mut self, bytes: u64) -> Result<(), String> {
         let taken = self.taken.saturating_add(bytes);
         if taken > self.most {
@@ -51,7 +51,7 @@ fn of_section(name: &str) -> u64 {
 /// The chunks of a guest's state, in order.
 ///
 /// # Errors
-/// When the guest's state is larger than there is room for, or a section has a name that cannot travel.
+/// When the guest's state exceeds the limit, or a section has a name that cannot be sent.
 pub(super) fn chunks(phase: StatePhase, state: GuestState, room: &mut Room) -> Result<Vec<StateChunk>, MigrationError> {
     let total = state.sections.iter().map(|section| of_section(section.name.raw()) + section.bytes.len() as u64).sum();
     room.take(total).map_err(GuestError)?;
@@ -80,7 +80,7 @@ fn cut(phase: StatePhase, section: StateSection) -> impl Iterator<Item = StateCh
     })
 }
 
-/// Puts chunks together. What the peer sends is bounded by the [`Room`].
+/// Reassembles chunks. The [`Room`] bounds the peer's data.
 #[derive(Debug)]
 pub(super) struct Assembly {
     phase: StatePhase,
@@ -94,7 +94,7 @@ impl Assembly {
         Self { phase, state: GuestState::default(), open: false, room }
     }
 
-    /// What is taken of the memory that guest state may take.
+    /// How much of the memory for guest state is used.
     pub(super) fn room(&self) -> Room {
         self.room
     }
@@ -102,7 +102,7 @@ impl Assembly {
     /// The next chunk.
     ///
     /// # Errors
-    /// When it is of the other part, follows no chunk of its section, or is too much.
+    /// When it belongs to the other part, follows no chunk of its section, or exceeds the limit.
     pub(super) fn add(&mut self, chunk: StateChunk) -> Result<(), MigrationError> {
         let wrong = |what: String| Err(MigrationError::Protocol(what));
         if chunk.phase != self.phase {
@@ -118,17 +118,17 @@ impl Assembly {
         if (&section.name, section.version) != (&chunk.name, chunk.version) {
             return wrong(format!("state section {:?} came in the middle of {:?}", chunk.name, section.name));
         }
-        // No more is allocated than there is room for.
+        // No more is allocated than the limit allows.
         section.bytes.reserve_exact(chunk.bytes.len());
         section.bytes.extend_from_slice(&chunk.bytes);
         self.open = !chunk.end;
         Ok(())
     }
 
-    /// Everything that came.
+    /// All sections received.
     ///
     /// # Errors
-    /// When the last section has no end.
+    /// When the last section is incomplete.
     pub(super) fn finish(self) -> Result<GuestState, MigrationError> {
         if self.open {
             return Err(MigrationError::Protocol("the last section of state has no end".into()));

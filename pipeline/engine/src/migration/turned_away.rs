@@ -1,5 +1,5 @@
-//! Who is turned away, told without a flood: the first of a kind at once, then a count at a growing interval, and what is left
-//! at the end.
+//! Reports of refused peers, limited in rate: the first of a kind at once, then a count at a growing interval, and the
+//! remaining count at the end.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -9,36 +9,36 @@ use tokio::time::{Instant, sleep_until};
 
 use crate::events::{Event, Observers, TurnedAwayKind};
 
-/// The time after the first of a kind in which others are counted only; each further one is twice as long.
+/// The time after the first of a kind in which others are only counted. Each further interval is twice as long.
 const FIRST_WAIT: Duration = Duration::from_secs(10);
-/// The longest of these times.
+/// The longest of these intervals.
 const LONGEST_WAIT: Duration = Duration::from_secs(3600);
 
-/// Counts who is turned away, by kind, and reports it.
+/// Counts refused peers, by kind, and reports them.
 #[derive(Debug)]
 pub(super) struct TurnedAways {
     observers: Observers,
     tallies: Mutex<[Tally; TurnedAwayKind::ALL.len()]>,
 }
 
-/// Those of one kind.
+/// The refused peers of one kind.
 #[derive(Debug, Default)]
 struct Tally {
     /// How many are not reported.
     count: u64,
-    /// The last of them: who, and why.
+    /// The latest of them: its name, and the reason.
     last: (Untrusted, String),
-    /// Until when they are counted only, and how long that is, once one was reported.
+    /// The time until which they are only counted, and the length of that interval, once one was reported.
     quiet: Option<(Instant, Duration)>,
 }
 
 impl Tally {
-    /// When those that are counted are to be reported, if there are any.
+    /// When the counted ones are due to be reported, if there are any.
     fn due(&self) -> Option<Instant> {
         self.quiet.filter(|_| self.count > 0).map(|(until, _)| until)
     }
 
-    /// What is to be reported at this time, if anything.
+    /// The report that is due at this time, if any.
     fn take(&mut self, kind: TurnedAwayKind, now: Instant) -> Option<Event> {
         let is_quiet = self.quiet.is_some_and(|(until, _)| now < until);
         if self.count == 0 || is_quiet {
@@ -56,7 +56,7 @@ impl TurnedAways {
         Self { observers, tallies: Mutex::default() }
     }
 
-    /// One more was turned away.
+    /// Counts one more refused peer.
     pub(super) fn note(&self, kind: TurnedAwayKind, peer: Untrusted, why: String) {
         let event = {
             let tally = &mut self.tallies()[kind as usize];
@@ -67,7 +67,7 @@ impl TurnedAways {
         event.iter().for_each(|event| self.observers.tell(event));
     }
 
-    /// Waits until a count is to be reported, and reports it. Safe to race in a `select!`.
+    /// Waits until a count is due, and reports it. Safe to race in a `select!`.
     pub(super) async fn report_next(&self) {
         let due = self.tallies().iter().filter_map(Tally::due).min();
         match due {
@@ -77,7 +77,7 @@ impl TurnedAways {
         self.report(Instant::now());
     }
 
-    /// Reports every count that is left.
+    /// Reports every remaining count.
     pub(super) fn finish(&self) {
         self.tallies().iter_mut().for_each(|tally| tally.quiet = tally.quiet.map(|(_, wait)| (Instant::now(), wait)));
         self.report(Instant::now());
@@ -92,7 +92,7 @@ impl TurnedAways {
         events.iter().for_each(|event| self.observers.tell(event));
     }
 
-    /// Plain figures, whole after every step.
+    /// Plain figures that are consistent after every step.
     fn tallies(&self) -> MutexGuard<'_, [Tally; TurnedAwayKind::ALL.len()]> {
         self.tallies.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -102,7 +102,7 @@ impl TurnedAways {
 mod tests {
     use super::*;
 
-    /// Notes that one comes at this time, and returns the count that is reported then.
+    /// Counts one that arrives at this time, and returns the count that is reported then.
     fn comes(tally: &mut Tally, at: Instant) -> Option<u64> {
         tally.count += 1;
         tally.last = ("peer".into(), "why".into());

@@ -1,4 +1,4 @@
-//! The rules that settings keep to, wherever they come from: a VMM's own code, or a configuration, which shows the line.
+//! The rules for settings from any source: a VMM's own code, or a configuration, whose errors show the line.
 
 use std::fmt;
 use std::time::Duration;
@@ -94,7 +94,7 @@ impl Setting {
         }
     }
 
-    /// A length of time that would be right.
+    /// A valid duration.
     fn example(self) -> &'static str {
         match self {
             Self::HelloTimeout => "\"10s\"",
@@ -106,7 +106,7 @@ impl Setting {
     }
 }
 
-/// The last part of its key, which is what it is called here too, but for `cache_bytes`.
+/// The last part of its key, which is its field name too, except for `cache_bytes`.
 impl fmt::Display for Setting {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let key = self.key();
@@ -114,60 +114,60 @@ impl fmt::Display for Setting {
     }
 }
 
-/// A setting that cannot be: its text names the setting, what is wrong and what would be right.
+/// An invalid setting: its text names the setting, what is wrong and which value is valid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{setting}: {broken}; {help}", help = self.help())]
 #[non_exhaustive]
 pub struct SettingsError {
     /// The setting.
     pub setting: Setting,
-    /// The rule that it breaks.
+    /// The rule that it violates.
     pub broken: Rule,
 }
 
-/// A rule for settings, with the figures that break it.
+/// A rule for settings, with the figures that violate it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Rule {
-    /// There are lanes, at most [`MAX_LANES`].
+    /// There is at least one lane, and at most [`MAX_LANES`].
     Lanes(u16),
-    /// There are connections, at most as many as lanes: a lane travels on one connection.
+    /// There is at least one connection, and at most one for each lane: a lane travels on one connection.
     Connections {
-        /// What is set.
+        /// The configured number.
         connections: u16,
         /// The lanes.
         lanes: u16,
     },
-    /// The cache holds two pages of each lane.
+    /// The cache holds two pages for each lane.
     CacheHoldsPages {
-        /// Bytes that are set.
+        /// The configured bytes.
         cache: u64,
         /// The least bytes.
         least: u64,
     },
-    /// Pages that miss the cache can be compressed if there is a compressor.
+    /// Pages that miss the cache can be compressed only if there is a compressor.
     Compressor,
     /// The level is one of [`ZSTD_LEVELS`].
     Level(i32),
-    /// A length of time is more than nothing.
+    /// A duration is more than zero.
     LongerThanNothing,
-    /// A length of time is at most a hundred years.
+    /// A duration is at most a hundred years.
     AtMostACentury,
-    /// A peer that is alive has time to show it: [`LEAST_PEER_TIMEOUT`].
+    /// A live peer has time to send a heartbeat: [`LEAST_PEER_TIMEOUT`].
     PeerTimeout(Duration),
-    /// A bandwidth is more than nothing.
+    /// A bandwidth is more than zero.
     Bandwidth,
     /// There is at least one round.
     Rounds,
-    /// Each step stands in the list once.
+    /// Each step occurs once in the list.
     StepOnce(StallStep),
-    /// A throttle leaves the guest some of its time: 1 to 99 percent.
+    /// A throttle leaves the guest a part of its time: 1 to 99 percent.
     Percent(u8),
-    /// A throttle starts at its most or below.
+    /// A throttle starts at its ceiling or below.
     StartsBelowMost {
-        /// Where it starts, in percent.
+        /// The first level, in percent.
         start: u8,
-        /// Its most.
+        /// The ceiling.
         most: u8,
     },
     /// A downtime limit is raised to a higher one.
@@ -177,11 +177,11 @@ pub enum Rule {
         /// The highest limit.
         most: Duration,
     },
-    /// The downtime limit is at most what no switchover may take.
+    /// The downtime limit is at most `max_downtime`.
     LimitBelowMost {
         /// The limit.
         limit: Duration,
-        /// What no switchover may take.
+        /// The downtime that no switchover may exceed.
         most: Duration,
     },
 }
@@ -222,7 +222,7 @@ impl fmt::Display for Rule {
 }
 
 impl SettingsError {
-    /// What to write instead.
+    /// What to configure instead.
     #[must_use]
     pub fn help(&self) -> String {
         match self.broken {
@@ -253,15 +253,16 @@ impl SettingsError {
 }
 
 impl SourceSettings {
-    /// Can a guest with pages of `page_bytes` be sent with these settings? [`send`](crate::migration::send) asks this first.
+    /// Can a guest with pages of `page_bytes` be sent with these settings? [`send`](crate::migration::send) calls this
+    /// first.
     ///
     /// # Errors
-    /// The first rule that is broken.
+    /// The first rule that is violated.
     pub fn check(&self, page_bytes: u64) -> Result<(), SettingsError> {
         first(self.broken_rules(page_bytes))
     }
 
-    /// Every rule that is broken.
+    /// Every rule that is violated.
     #[doc(hidden)]
     #[must_use]
     pub fn broken_rules(&self, page_bytes: u64) -> Vec<SettingsError> {
@@ -287,15 +288,15 @@ impl SourceSettings {
 }
 
 impl DestinationSettings {
-    /// Can a guest be received with these settings? [`receive`](crate::migration::receive) asks this first.
+    /// Can a guest be received with these settings? [`receive`](crate::migration::receive) calls this first.
     ///
     /// # Errors
-    /// The first rule that is broken.
+    /// The first rule that is violated.
     pub fn check(&self) -> Result<(), SettingsError> {
         first(self.broken_rules())
     }
 
-    /// Every rule that is broken.
+    /// Every rule that is violated.
     #[doc(hidden)]
     #[must_use]
     pub fn broken_rules(&self) -> Vec<SettingsError> {
@@ -311,7 +312,7 @@ fn first(broken: Vec<SettingsError>) -> Result<(), SettingsError> {
     broken.into_iter().next().map_or(Ok(()), Err)
 }
 
-/// The rules that are broken.
+/// The rules that are violated.
 #[derive(Default)]
 struct Broken(Vec<SettingsError>);
 
@@ -377,7 +378,7 @@ mod tests {
 
     const PAGE: u64 = 4096;
 
-    /// The one rule that these settings break.
+    /// The one rule that these settings violate.
     #[track_caller]
     fn broken(change: impl FnOnce(&mut SourceSettings)) -> (Setting, Rule) {
         let mut settings = SourceSettings::default();

@@ -1,4 +1,4 @@
-//! Runs an operator's command: an argument vector, no shell, with a time limit and the end of its output kept.
+//! Runs an operator's command: an argument vector without a shell, with a time limit, storing the end of its output.
 
 use std::collections::VecDeque;
 use std::io::{self, PipeReader, Read};
@@ -18,25 +18,25 @@ use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
 use memferry::guest::GuestError;
 use memferry::threads::explained;
 
-/// How much of a command's output is kept: its end.
+/// How much of a command's output is stored: its end.
 const KEPT_BYTES: usize = 4096;
 /// How many lines of it are shown.
 const SHOWN_LINES: usize = 5;
-/// How long the output of a command that failed is waited for, should a process that it left behind keep it open.
+/// How long to wait for the output of a failed command, in case a process that it left behind holds it open.
 const OUTPUT_WAIT: Duration = Duration::from_millis(200);
 
-/// Runs a command to its end. `name` is what the settings call it. After `timeout` it is killed, with its process group.
+/// Runs a command to its end. `name` is its name in the settings. After `timeout` it is killed, with its process group.
 ///
 /// # Errors
-/// When it cannot be run, does not succeed, or takes too long; with its last lines.
+/// When it cannot be run, does not succeed, or takes too long; with the last lines of its output.
 pub(super) fn run(name: &'static str, argv: &[String], timeout: Duration) -> Result<(), GuestError> {
     Running::start(name, argv)?.finish(timeout)
 }
 
-/// A command that was started and not waited for.
+/// A command that was started and whose end was not awaited.
 #[derive(Debug)]
 pub(super) struct Running {
-    /// What errors call it.
+    /// Its name in errors.
     what: String,
     child: Child,
     output: Output,
@@ -63,7 +63,7 @@ impl Running {
     /// Waits for its end. After `timeout` it is killed, with its process group.
     ///
     /// # Errors
-    /// When it does not succeed, or takes too long; with its last lines.
+    /// When it does not succeed, or takes too long; with the last lines of its output.
     pub(super) fn finish(mut self, timeout: Duration) -> Result<(), GuestError> {
         let why = match wait(&mut self.child, timeout) {
             Ok(Some(status)) if status.success() => return Ok(()),
@@ -99,24 +99,24 @@ impl Orphan {
     /// Returns when the command has ended. After `timeout` it is killed, with its process group.
     pub(super) fn end(self, timeout: Duration) {
         if !matches!(has_ended(&self.handle, timeout), Ok(true)) {
-            // The handle has not ended, so the number is still that of this process.
+            // The handle has not ended, so the process id is still that of this process.
             kill_process_group(self.process, Signal::KILL).unwrap_or_default();
             has_ended(&self.handle, timeout).unwrap_or_default();
         }
     }
 }
 
-/// Waits for a child's end, but not longer than `timeout`: `None` if it runs on.
+/// Waits for a child's end, but no longer than `timeout`: `None` if it is still running.
 pub(super) fn wait(child: &mut Child, timeout: Duration) -> io::Result<Option<ExitStatus>> {
     let handle = pidfd_open(Pid::from_child(child), PidfdFlags::empty())?;
     if has_ended(&handle, timeout)? { child.wait().map(Some) } else { Ok(None) }
 }
 
-/// Waits until a process has ended, but not longer than `timeout`.
+/// Waits until a process has ended, but no longer than `timeout`.
 fn has_ended(handle: &OwnedFd, timeout: Duration) -> io::Result<bool> {
     let deadline = Instant::now().checked_add(timeout);
     loop {
-        // A limit that no clock can hold is none.
+        // A limit that the clock cannot represent is no limit.
         let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
         let left = left.and_then(|left| Timespec::try_from(left).ok());
         match poll(&mut [PollFd::new(handle, PollFlags::IN)], left.as_ref()) {
@@ -128,9 +128,9 @@ fn has_ended(handle: &OwnedFd, timeout: Duration) -> io::Result<bool> {
     }
 }
 
-/// Kills a command and its process group. It was not waited for yet, so its number is still its own.
+/// Kills a command and its process group. Its end was not awaited yet, so its process id is still its own.
 fn kill(child: &mut Child) {
-    // Either fails only if there is nothing left to kill.
+    // Both fail only if there is nothing left to kill.
     kill_process_group(Pid::from_child(child), Signal::KILL).unwrap_or_default();
     drop(child.wait());
 }
@@ -148,7 +148,7 @@ fn spawn(argv: &[String]) -> io::Result<(Child, Output)> {
     Ok((child, output))
 }
 
-/// The end of a command's output, read by a thread of its own, so that a command never waits for its reader.
+/// The end of a command's output, read by a separate thread, so that a command never waits for its reader.
 #[derive(Debug)]
 struct Output {
     kept: Arc<Mutex<VecDeque<u8>>>,
@@ -168,9 +168,9 @@ impl Output {
         Ok(output)
     }
 
-    /// `; it said: …`, or nothing if it said nothing.
+    /// `; it said: …`, or nothing if there was no output.
     fn last_lines(self) -> String {
-        // The channel carries nothing: it closes with the output, or the time is over.
+        // The channel carries no items: it closes with the output, or the wait times out.
         self.closed.recv_timeout(OUTPUT_WAIT).unwrap_or_default();
         let kept: Vec<u8> = locked(&self.kept).iter().copied().collect();
         let text = String::from_utf8_lossy(&kept);
@@ -180,7 +180,7 @@ impl Output {
     }
 }
 
-/// Reads until nobody holds the other end, and keeps the last bytes.
+/// Reads until the other end is closed, and stores the last bytes.
 fn read_end(mut pipe: PipeReader, kept: &Mutex<VecDeque<u8>>) {
     let mut piece = [0; KEPT_BYTES];
     while let Ok(bytes @ 1..) = pipe.read(&mut piece) {
@@ -229,7 +229,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let pid = folder.path().join("pid");
         let script = format!("echo waiting; sleep 1000 & echo $! > '{}'; wait", pid.display());
-        // The loop gives a slow machine time to come as far as writing the number.
+        // The loop gives a slow machine time to reach the write of the process id.
         let mut limit = Duration::from_millis(100);
         let (words, sleeper) = loop {
             let words = sh(&script, limit).unwrap_err();
@@ -239,7 +239,7 @@ mod tests {
             }
         };
         assert!(words.contains("killed, for it took longer than ") && words.ends_with("; it said: waiting"), "{words}");
-        // The sleeper is nobody's child here: it vanishes, or is dead and not collected yet.
+        // The sleeper is not a child of this process: it vanishes, or is a zombie.
         let is_dead = || match std::fs::read_to_string(format!("/proc/{}/stat", sleeper.trim())) {
             Ok(stat) => stat.contains(") Z ") || stat.contains(") X "),
             Err(_) => true,
@@ -256,7 +256,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let pid = folder.path().join("pid");
         let sleeper = format!("sleep 1000 & echo $! > '{}'", pid.display());
-        // It is still there when the command is over, and is ended here.
+        // It still runs when the command ends, and is ended here.
         let ends = || {
             let pid = std::fs::read_to_string(&pid).unwrap().trim().parse().unwrap();
             rustix::process::kill_process(rustix::process::Pid::from_raw(pid).unwrap(), Signal::KILL).unwrap();

@@ -1,5 +1,5 @@
-//! The destination: images and state files that are written under temporary names, and take their place when the
-//! guest starts.
+//! The destination: images and state files are written under temporary names, and renamed into place when the guest
+//! starts.
 
 use std::collections::{BTreeSet, HashSet};
 use std::fs::File;
@@ -17,19 +17,19 @@ use super::settings::{FileGuestSettings, Image};
 use super::state;
 use memferry::guest::{DestinationGuest, Guest, GuestBuilder, GuestError, GuestState, RunState};
 
-/// Creates images for the blocks that come.
+/// Creates images for the received blocks.
 #[derive(Debug)]
 pub struct FileBuilder {
     settings: FileGuestSettings,
 }
 
-/// Images that were created. Dropped before their start, they leave no file behind.
+/// Images that were created. If dropped before the start, they leave no file behind.
 #[derive(Debug)]
 pub struct FileDestination {
     settings: FileGuestSettings,
     memory: GuestMemory,
     images: Vec<Arc<FileMemory>>,
-    /// The images, and the state files when they have come.
+    /// The images, and the state files once they are received.
     files: Mutex<Vec<Temporary>>,
 }
 
@@ -42,7 +42,7 @@ pub(super) fn check(settings: FileGuestSettings) -> Result<(), GuestError> {
 impl GuestBuilder for FileBuilder {
     type Built = FileDestination;
 
-    /// Creates a sparse file for every block, and sees that there is a place for every state file that is to come.
+    /// Creates a sparse file for every block, and checks that there is a place for every state file that will come.
     fn build(
         self,
         page_size: PageSize,
@@ -57,7 +57,7 @@ impl GuestBuilder for FileBuilder {
             let (temporary, memory) = self::image(&image.path, block.length)?;
             files.push(temporary);
             images.push(memory.clone());
-            // An image is made here, so it is not the source's own: the engine refuses a source that says it is.
+            // An image is created here, so it cannot be the source's own: the engine refuses a source that says it is.
             let info = BlockInfo { ignored: false, ..block.clone() };
             as_blocks.push(RamBlock { info, memory, fresh: true });
         }
@@ -73,7 +73,7 @@ impl Guest for FileDestination {
 }
 
 impl DestinationGuest for FileDestination {
-    /// Returns when every image and every state file is on the disk.
+    /// Returns when every image and every state file is on disk.
     fn prepare(&self, device: &GuestState) -> Result<(), GuestError> {
         let mut files = self.files();
         let state_files = &self.settings.state_files;
@@ -83,7 +83,7 @@ impl DestinationGuest for FileDestination {
         self.images.iter().try_for_each(|image| image.sync()).map_err(|error| GuestError(error.to_string()))
     }
 
-    /// Gives every file its name, then runs the start command.
+    /// Renames every file into place, then runs the start command.
     fn start(&self, run_state: RunState) -> Result<(), GuestError> {
         place(&self.files(), self.settings.overwrite)?;
         let Some(start) = self.settings.start.as_ref().filter(|_| run_state == RunState::Running) else {
@@ -101,7 +101,7 @@ impl FileDestination {
 }
 
 impl FileBuilder {
-    /// Removes what a destination for the same files left behind when it was killed.
+    /// Removes temporary files that a killed destination for the same files left behind.
     pub(super) fn new(settings: FileGuestSettings) -> Result<Self, GuestError> {
         settings.validate()?;
         let targets = settings.images.iter().chain(&settings.state_files).filter_map(|file| target_of(&file.path).ok());
@@ -120,7 +120,7 @@ impl FileBuilder {
         })
     }
 
-    /// Every file has a place of its own, which may be taken.
+    /// Every file has a distinct place, which is available.
     fn check_targets(&self) -> Result<(), GuestError> {
         let mut taken = HashSet::new();
         for Image { path, .. } in self.settings.images.iter().chain(&self.settings.state_files) {
@@ -132,7 +132,7 @@ impl FileBuilder {
         Ok(())
     }
 
-    /// The place that a path leads to.
+    /// The target that a path resolves to.
     fn check_target(&self, path: &Path) -> Result<PathBuf, GuestError> {
         match path.metadata() {
             Ok(found) if found.is_dir() => Err(GuestError(format!("{} is a folder", path.display()))),
@@ -147,14 +147,14 @@ impl FileBuilder {
     }
 }
 
-/// An image that takes the place of `target`, all of it a hole.
+/// An image that will replace `target`, sparse at first.
 fn image(target: &Path, length: u64) -> Result<(Temporary, Arc<FileMemory>), GuestError> {
     let (file, temporary) = create(target)?;
     let memory = FileMemory::over(file, temporary.path(), length).map_err(|error| GuestError(error.to_string()))?;
     Ok((temporary, Arc::new(memory)))
 }
 
-/// On the disk when this returns.
+/// On disk when this returns.
 fn state_file(target: &Path, bytes: &[u8]) -> Result<Temporary, GuestError> {
     let (mut file, temporary) = create(target)?;
     let written = file.write_all(bytes).and_then(|()| file.sync_all());
@@ -168,7 +168,7 @@ fn create(target: &Path) -> Result<(File, Temporary), GuestError> {
     Temporary::create(target).map_err(|error| GuestError::caused(target.display(), error))
 }
 
-/// Places all files or, where none may be replaced, none. What was replaced cannot be brought back.
+/// Places all files. If none may be replaced and a place is taken, it places none. A replaced file cannot be restored.
 fn place(files: &[Temporary], overwrite: bool) -> Result<(), GuestError> {
     for (index, file) in files.iter().enumerate() {
         let Err(error) = (if overwrite { file.replace() } else { file.place() }) else { continue };

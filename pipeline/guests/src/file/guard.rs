@@ -1,5 +1,5 @@
-//! The guard: a small process that runs the commands `pause` and `resume` for memferry, and does what is left to do should
-//! memferry be killed.
+//! The guard: a small process that runs the commands `pause` and `resume` for memferry, and completes the remaining
+//! steps if memferry is killed.
 //!
 //! ```text
 //!  memferry                                   guard (its own session, deaf to Ctrl-C, hang-up and terminate)
@@ -11,23 +11,23 @@
 //!     │  … last round, handshake …                    │
 //!     │ Commit: Go is about to leave ───────────────▶ │ resumes no more, unless it is asked to
 //!     │ ◀─────────────────────────────────────── Done │ ┄┄ killed before this is read: resumes; Go has not left
-//!     │ ══ Go ══▶ destination                         │ ┄┄ killed from here on: says where to look
+//!     │ ══ Go ══▶ destination                         │ ┄┄ killed from here on: prints where to look
 //!     │  … the verdict …                              │
 //!     │ Resume, if the guest is to run here ────────▶ │ runs resume, to its end
 //!     │ ◀──────────────────── Started; Done or Failed │
-//!     │ Dismiss ────────────────────────────────────▶ │ ends without a word
+//!     │ Dismiss ────────────────────────────────────▶ │ ends silently
 //! ```
 //!
-//! The line is a pair of connected sockets, of which the guard has one as its standard input: the kernel closes memferry's
-//! end however memferry dies. It also tells the guard whether its last answer was read, so a guest is resumed up to the
-//! moment at which memferry may send Go, and never behind it.
+//! The line is a pair of connected sockets. The guard has one end as its standard input, and the kernel closes
+//! memferry's end however memferry dies. The socket also shows the guard whether its last answer was read, so a guest
+//! is resumed up to the moment at which memferry may send Go, and never after it.
 //!
-//! Between that moment and the arrival of Go at the destination, a fraction of a millisecond as a rule, memferry's death leaves a
-//! guest that is paused here and does not run there. Nobody on this side can know that, so the guard says what to look at and how
-//! the guest is resumed.
+//! Between that moment and the arrival of Go at the destination, normally a fraction of a millisecond, memferry's death
+//! leaves a guest that is paused here and does not run there. This side cannot know that, so the guard prints what to
+//! check and how to resume the guest.
 //!
-//! The guard acts first and speaks afterwards. If the guard itself is killed, memferry runs the commands; what kills both (the end
-//! of a container or of a service's control group) nothing here can help.
+//! The guard acts first and prints afterwards. If the guard itself is killed, memferry runs the commands. If both are
+//! killed (at the end of a container or of a service's control group), nothing here can help.
 
 mod line;
 mod watch;
@@ -46,10 +46,10 @@ use memferry::threads::explained;
 
 pub use watch::main;
 
-/// How long a guard may take to answer, besides the time that a command takes. A busy host may take seconds to start a process.
+/// How long a guard may take to answer, besides the time of a command. A busy host may take seconds to start a process.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// A guard at its post. Dropped without [`Guard::dismiss`], it does its duty.
+/// A running guard. If dropped without [`Guard::dismiss`], it resumes the guest or prints where it may be.
 #[derive(Debug)]
 pub(super) struct Guard {
     process: Child,
@@ -59,7 +59,7 @@ pub(super) struct Guard {
     running: Option<Orphan>,
 }
 
-/// The guard does not answer, or not as a guard does: it was killed, stopped, or is none.
+/// The guard does not answer, or not validly: it was killed or stopped, or the program is not a guard.
 pub(super) type Lost = io::Error;
 
 impl Guard {
@@ -101,21 +101,21 @@ impl Guard {
         self.ask(&Request::Resume, self.timeout.saturating_add(PATIENCE))
     }
 
-    /// From when this returns the guard does not resume the guest, unless it is asked to.
+    /// Once this returns the guard does not resume the guest, unless it is asked to.
     pub(super) fn commit(&mut self, destination: &str) -> Result<(), Lost> {
         self.ask(&Request::Commit { destination: destination.into() }, PATIENCE).map(drop)
     }
 
-    /// The guard ends and does nothing more.
+    /// Ends the guard, which does nothing more.
     pub(super) fn dismiss(mut self) {
-        // If it is gone already, so much the better.
+        // It may have ended already.
         drop(self.line.send(&Request::Dismiss));
         if !matches!(commands::wait(&mut self.process, PATIENCE), Ok(Some(_))) {
             self.end();
         }
     }
 
-    /// Kills the guard, and returns when it and the command that it ran have ended.
+    /// Kills the guard, and returns when the guard and the command that it ran have ended.
     pub(super) fn end(mut self) {
         // Both fail only if it has ended on its own.
         drop(self.process.kill());
@@ -125,7 +125,7 @@ impl Guard {
         }
     }
 
-    /// Asks, and waits for the answer.
+    /// Sends a request, and waits for the answer.
     fn ask(&mut self, request: &Request, patience: Duration) -> Result<Result<(), GuestError>, Lost> {
         self.line.set_patience(patience)?;
         self.line.send(request)?;

@@ -1,4 +1,4 @@
-//! What a file guest is: its images, and the commands that stop and start whoever writes them.
+//! The settings of a file guest: its images, and the commands that stop and start their writer.
 
 use std::collections::HashSet;
 use std::path::PathBuf;
@@ -8,27 +8,28 @@ use memferry_stages::geometry::PageSize;
 
 use memferry::guest::GuestError;
 
-/// What a file guest is.
+/// The settings of a file guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FileGuestSettings {
     /// Its images, one RAM block each, in order.
     pub images: Vec<Image>,
-    /// Small files that travel with the device state, in order: whoever is paused leaves them beside its images. The source reads
-    /// them after `pause`; the destination puts them in their places before `start`. The ids are the same on both sides.
+    /// Small files that travel with the device state, in order: the paused writer leaves them beside its images. The
+    /// source reads them after `pause`; the destination puts them into place before `start`. The ids are the same on
+    /// both sides.
     pub state_files: Vec<Image>,
-    /// Source: size of a page. A destination takes what comes.
+    /// Source: size of a page. A destination accepts any.
     pub page_size: PageSize,
-    /// Source: the command, as an argument vector, that stops whoever writes the images: when it has succeeded, nobody
-    /// writes. Without one the images are taken as nobody's.
+    /// Source: the command, as an argument vector, that stops the writer of the images. Once it has succeeded, nothing
+    /// writes them. Without one the images are assumed to have no writer.
     pub pause: Option<Vec<String>>,
-    /// Source: the command that undoes `pause`, also when `pause` itself failed half-way. Needed with `pause`.
+    /// Source: the command that undoes `pause`, also when `pause` itself failed half-way. Required with `pause`.
     pub resume: Option<Vec<String>>,
     /// How long each command may take before it is killed.
     pub command_timeout: Duration,
-    /// Destination: the command that is run when the images are in place. A process that it leaves behind must not keep
-    /// its output, which goes to memferry.
+    /// Destination: the command that is run when the images are in place. A process that it leaves behind must not hold
+    /// its output open, which goes to memferry.
     pub start: Option<Vec<String>>,
-    /// Destination: may an image replace a file that exists?
+    /// Destination: may an image replace an existing file?
     pub overwrite: bool,
 }
 
@@ -58,10 +59,10 @@ impl Default for FileGuestSettings {
 }
 
 impl FileGuestSettings {
-    /// Checks what can be checked without looking at a file.
+    /// Checks everything that can be checked without accessing a file.
     ///
     /// # Errors
-    /// A sentence that names the setting and says what to write.
+    /// A sentence that names the setting and says what to configure.
     pub fn validate(&self) -> Result<(), GuestError> {
         let refuse = |why: String| Err(GuestError(why));
         if self.images.is_empty() {

@@ -1,4 +1,4 @@
-//! The source: images that exist, read by position, and the commands that hold whoever writes them.
+//! The source: existing images, read by position, and the commands that stop and start their writer.
 
 use std::fs::Metadata;
 use std::io::ErrorKind;
@@ -20,7 +20,7 @@ use memferry::guest::{Guest, GuestError, GuestState, RunState, SourceGuest};
 use memferry::host;
 use memferry_transports::whole_file;
 
-/// A guest whose memory is in files that exist. See the [module](super).
+/// A guest whose memory is in existing files. See the [module](super).
 #[derive(Debug)]
 pub struct FileGuest {
     settings: FileGuestSettings,
@@ -30,7 +30,7 @@ pub struct FileGuest {
     hold: Mutex<Hold>,
 }
 
-/// Which file it is, and how long.
+/// The identity of the file, and its length.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Identity {
     device: u64,
@@ -38,7 +38,7 @@ struct Identity {
     length: u64,
 }
 
-/// Does the guest stand still because of us, and who watches over that?
+/// Is the guest paused by memferry, and what guards that?
 #[derive(Debug, Default)]
 struct Hold {
     is_paused: bool,
@@ -52,7 +52,8 @@ impl Hold {
         }
     }
 
-    /// Has the guard pause the guest, or does it without one. A guard that is lost is ended, with the command that it ran.
+    /// Has the guard pause the guest, or pauses it without one. A guard that is lost is ended, with the command that it
+    /// ran.
     fn pause(&mut self, commands: &Commands<'_>) -> Result<(), GuestError> {
         let Some(mut guard) = self.guard.take() else { return commands.pause() };
         match guard.pause() {
@@ -67,7 +68,7 @@ impl Hold {
         }
     }
 
-    /// Has the guard resume the guest, or does it without one, also where the guard is lost.
+    /// Has the guard resume the guest, or resumes it without one, also if the guard is lost.
     fn resume(&mut self, commands: &Commands<'_>) -> Result<(), GuestError> {
         let Some(mut guard) = self.guard.take() else { return commands.resume() };
         let Ok(resumed) = guard.resume() else {
@@ -79,7 +80,7 @@ impl Hold {
     }
 }
 
-/// The commands that stop and start whoever writes the images.
+/// The commands that stop and start the writer of the images.
 struct Commands<'a> {
     pause: &'a [String],
     resume: &'a [String],
@@ -100,11 +101,11 @@ impl FileGuest {
     /// A source over existing images, opened read-only.
     ///
     /// `guard_program` is run as `guard_program guard` before the guest is paused; it must call
-    /// [`guard::main`](super::guard::main). It runs the commands. Without one this process runs them, and nobody resumes the guest
-    /// if this process is killed after the pause.
+    /// [`guard::main`](super::guard::main). It runs the commands. Without one this process runs them, and the guest
+    /// stays paused if this process is killed after the pause.
     ///
     /// # Errors
-    /// When the settings do not fit together or an image cannot be opened.
+    /// When the settings conflict or an image cannot be opened.
     pub fn source(settings: FileGuestSettings, guard_program: Option<PathBuf>) -> Result<Arc<Self>, GuestError> {
         settings.validate()?;
         let blocks = settings.images.iter().map(open).collect::<Result<_, _>>()?;
@@ -115,18 +116,18 @@ impl FileGuest {
         Ok(Arc::new(source))
     }
 
-    /// What builds a destination: it creates the images.
+    /// Builds a destination, which creates the images.
     ///
     /// # Errors
-    /// When the settings do not fit together.
+    /// When the settings conflict.
     pub fn destination(settings: FileGuestSettings) -> Result<FileBuilder, GuestError> {
         FileBuilder::new(settings)
     }
 
-    /// Is there a place for every file of a destination, which may be taken? Makes no destination.
+    /// Is there an available place for every file of a destination? Creates no destination.
     ///
     /// # Errors
-    /// When the settings do not fit together, or a destination would refuse a place.
+    /// When the settings conflict, or a destination would refuse a place.
     pub fn check_destination(settings: FileGuestSettings) -> Result<(), GuestError> {
         destination::check(settings)
     }
@@ -144,7 +145,7 @@ impl FileGuest {
         Some(Commands { pause: pause.as_ref()?, resume: resume.as_ref()?, timeout: *command_timeout })
     }
 
-    /// Every path still leads to the file that was opened, and that is as long as it was.
+    /// Checks that every path still resolves to the file that was opened, with the same length.
     fn compare_files(&self) -> Result<(), GuestError> {
         for ((image, opened), block) in self.settings.images.iter().zip(&self.opened).zip(self.memory.blocks()) {
             let (path, length, now) = (image.path.display(), block.info.length, identity(&image.path)?);
@@ -171,7 +172,7 @@ impl Guest for FileGuest {
 }
 
 impl SourceGuest for FileGuest {
-    /// Always running: somebody may write the images, whether or not there is a command to stop them.
+    /// Always running: a program may write the images, whether or not there is a command to stop it.
     fn run_state(&self) -> RunState {
         RunState::Running
     }
@@ -186,20 +187,20 @@ impl SourceGuest for FileGuest {
         }
     }
 
-    /// Tells of the files that will come with the device state, by their ids.
+    /// Announces the files that will come with the device state, by their ids.
     fn setup_state(&self) -> Result<GuestState, GuestError> {
         let announced = |file: &Image| state::section(&file.id, Vec::new());
         Ok(GuestState { sections: self.settings.state_files.iter().map(announced).collect() })
     }
 
-    /// Sees that the images are still what they were, and reads the files that come with them.
+    /// Checks that the images are unchanged in identity and length, and reads the files that travel with them.
     fn save(&self) -> Result<GuestState, GuestError> {
         self.compare_files()?;
         let saved = |file: &Image| Ok::<_, GuestError>(state::section(&file.id, read_whole(file)?));
         Ok(GuestState { sections: self.settings.state_files.iter().map(saved).collect::<Result<_, _>>()? })
     }
 
-    /// Posts the guard, runs the pause command, and sees that the images are still what they were.
+    /// Starts the guard, runs the pause command, and checks the identity and length of the images.
     fn pause(&self) -> Result<(), GuestError> {
         let Some(commands) = self.commands() else { return self.compare_files() };
         let mut hold = self.hold();
@@ -216,12 +217,12 @@ impl SourceGuest for FileGuest {
         })
     }
 
-    /// Runs the resume command if the guest stands still because of us. While it fails, the guard stays.
+    /// Runs the resume command if the guest is paused by memferry. While it fails, the guard stays.
     fn resume(&self) -> Result<(), GuestError> {
         self.let_go(&mut self.hold())
     }
 
-    /// The guest may run at the destination from here on: the guard resumes it no more, and has said so.
+    /// The guest may run at the destination from here on: the guard will not resume it, and has confirmed that.
     fn committed(&self, destination: &str) -> Result<(), GuestError> {
         let mut hold = self.hold();
         let Some(mut guard) = hold.guard.take() else { return Ok(()) };
@@ -238,7 +239,7 @@ impl SourceGuest for FileGuest {
         }
     }
 
-    /// The guest runs at the destination: the guard goes.
+    /// The guest runs at the destination: ends the guard.
     fn moved(&self) {
         self.hold().dismiss();
     }
@@ -261,7 +262,7 @@ fn identity(path: &Path) -> Result<Identity, GuestError> {
         .map_err(|error| GuestError::caused(format_args!("the image {}", path.display()), error))
 }
 
-/// The bytes of a small file.
+/// The content of a small file.
 fn read_whole(file: &Image) -> Result<Vec<u8>, GuestError> {
     whole_file::read(&file.path, MAX_STATE_FILE_BYTES).map_err(|error| {
         let hint = if error.kind() == ErrorKind::FileTooLarge { ": make it an image" } else { "" };

@@ -1,12 +1,12 @@
 //! State files as sections of guest state: one each, named by its id. In the setup part the sections are empty and only
-//! announce what will come.
+//! announce the files to come.
 
 use memferry_stages::untrusted::listed;
 
 use super::settings::Image;
 use memferry::guest::{GuestError, GuestState, StateSection};
 
-/// The largest state file. What is larger is memory.
+/// The largest state file. A larger file is memory.
 pub(super) const MAX_STATE_FILE_BYTES: u64 = 16 << 20;
 
 const VERSION: u32 = 1;
@@ -15,8 +15,8 @@ pub(super) fn section(id: &str, bytes: Vec<u8>) -> StateSection {
     StateSection { name: id.into(), version: VERSION, bytes }
 }
 
-/// The section of each file, in the order of the files: they are the same, or it is said what came and what has a place.
-/// `part` is the part of the state: setup or device.
+/// The section of each file, in the order of the files. If they do not match, the error lists the received files and
+/// the configured ones. `part` is the part of the state: setup or device.
 pub(super) fn of_files<'state>(
     part: &str,
     state: &'state GuestState,

@@ -1,4 +1,4 @@
-//! File guests as a pipeline uses them, through the guest traits alone, with pages copied by hand.
+//! File guests as the engine uses them, through the guest traits alone, with pages copied by hand.
 
 use std::env;
 use std::fs;
@@ -20,7 +20,7 @@ fn settings(images: &[(&str, &Path)]) -> FileGuestSettings {
     FileGuestSettings { images: images.iter().map(image).collect(), ..FileGuestSettings::default() }
 }
 
-/// Settings of one image of a page and a bit, which is made.
+/// Settings of one image of a page and a few bytes, which is created.
 fn one_image(folder: &Path) -> FileGuestSettings {
     let path = folder.join("image");
     fs::write(&path, [7; 5000]).unwrap();
@@ -260,7 +260,7 @@ fn settings_that_do_not_fit_together_are_refused() {
     assert!(refuse(|s| s.command_timeout = Duration::ZERO).starts_with("command_timeout is 0"));
 }
 
-/// Settings of one image, and of a state file that is named and not made.
+/// Settings of one image, and of a state file that is listed and not created.
 fn with_state(folder: &Path) -> FileGuestSettings {
     FileGuestSettings {
         state_files: vec![Image { id: "meta".into(), path: folder.join("image.meta") }],
@@ -337,7 +337,7 @@ fn state_files_without_a_place_and_places_without_a_state_file_are_refused_befor
     assert_eq!(entries(there.path()), [""; 0]);
 }
 
-/// Settings whose commands leave a line each in `log`; `pause` does `more` besides.
+/// Settings whose commands append a line each to `log`; `pause` also does `more`.
 pub(super) fn logged(folder: &Path, more: &str) -> FileGuestSettings {
     let log = folder.join("log");
     let script = |word: &str, more: &str| argv(&["sh", "-c", &format!("echo {word} >> '{}'; {more}", log.display())]);

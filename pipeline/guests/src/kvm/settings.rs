@@ -1,4 +1,4 @@
-//! What a KVM machine is: memory, vCPUs, what its program does. Plain values with their limits.
+//! The settings of a KVM machine: memory, vCPUs, and the work of its program. Plain values with their limits.
 
 use serde::{Deserialize, Serialize};
 
@@ -10,14 +10,15 @@ use memferry::values::size;
 pub const PAGE_BYTES: u64 = 4096;
 /// The start of the memory, which holds tables, program and stacks.
 pub const OWN_BYTES: u64 = 2 << 20;
-/// The unit of its memory: what one entry of its page tables maps.
+/// The unit of its memory: the size that one entry of its page tables maps.
 pub const MEMORY_UNIT: u64 = 2 << 20;
-/// The most memory: its page tables have room for so much.
+/// The most memory: the limit of its page tables.
 pub const MOST_MEMORY: u64 = 64 << 30;
 /// The most vCPUs: each has a stack.
 pub const MOST_VCPUS: u32 = 16;
 
-/// What a machine is. All but the dirty log travels as setup state, so a destination needs to know no more.
+/// The settings of a machine. All but the dirty log travels as setup state, so a destination needs no settings of its
+/// own.
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct KvmSettings {
@@ -29,26 +30,26 @@ pub struct KvmSettings {
     /// Bytes that the program steps through: whole pages, at least one for each vCPU.
     #[serde(with = "size")]
     pub region: u64,
-    /// Where the region begins, as an offset in RAM: a whole page, behind the program's own part. The hole in physical memory
-    /// below 4 GiB is no part of RAM, so a region may reach over it.
+    /// Where the region begins, as an offset in RAM: a whole page, after the program's own part. The hole in physical
+    /// memory below 4 GiB is not part of RAM, so a region may span it.
     #[serde(skip)]
     pub region_at: u64,
-    /// Pages that a vCPU writes in a second; 0 is as many as it can.
+    /// Pages that a vCPU writes in a second; 0 is no limit.
     pub pages_per_second: f64,
-    /// Bytes that it changes in each page: a multiple of 8, from 16 to a page.
+    /// Bytes that it changes in each page: a multiple of 8, from 16 to the page size.
     #[serde(with = "size")]
     pub bytes: u64,
-    /// Bytes behind the region that are free at the start, and hinted so: whole pages. The program takes an eighth of them
-    /// in each pass, writes them, and in the next checks them and gives them back.
+    /// Bytes after the region that are free at the start, and hinted as free: whole pages. The program takes an eighth
+    /// of them in each pass and writes them. In the next pass it checks them and gives them back.
     #[serde(with = "size")]
     pub free: u64,
     /// Bytes at the end of the RAM that are unplugged: whole pages.
     #[serde(with = "size")]
     pub unplugged: u64,
-    /// A block more, whose memory is in a file that both ends have: it never travels.
+    /// An additional block, whose memory is in a file that both ends have: it never travels.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub shared: Option<SharedSettings>,
-    /// How written pages are found here.
+    /// How written pages are found at this end.
     pub dirty_log: KvmLogChoice,
 }
 
@@ -58,7 +59,7 @@ pub struct KvmSettings {
 pub enum KvmLogChoice {
     /// KVM's dirty log, with manual protection.
     DirtyLog,
-    /// KVM's dirty rings. Where KVM emulates the guest's stores it may run over them, and all pages count as written then.
+    /// KVM's dirty rings. If KVM emulates the guest's stores, a ring may overflow; then all pages count as written.
     DirtyRing,
     /// userfaultfd and PAGEMAP_SCAN on the machine's memory.
     Userfault,
@@ -91,7 +92,7 @@ impl KvmSettings {
         self.region / PAGE_BYTES
     }
 
-    /// Where in RAM its free memory begins: behind the region.
+    /// Where in RAM its free memory begins: after the region.
     #[cfg_attr(
         not(all(feature = "kvm", target_os = "linux", target_arch = "x86_64")),
         expect(dead_code, reason = "machines alone ask")
@@ -100,10 +101,10 @@ impl KvmSettings {
         self.region_at + self.region
     }
 
-    /// Checks every limit. Settings that came from a peer are checked by this before anything is made of them.
+    /// Checks every limit. Settings from a peer are checked by this before anything is built from them.
     ///
     /// # Errors
-    /// A sentence that names the setting, its value and what it may be.
+    /// A sentence that names the setting, its value and the valid values.
     pub fn validate(&self) -> Result<(), GuestError> {
         let Self { memory, vcpus, region, region_at, pages_per_second, bytes, free, unplugged, .. } = *self;
         check((2 * MEMORY_UNIT..=MOST_MEMORY).contains(&memory) && memory.is_multiple_of(MEMORY_UNIT), || {

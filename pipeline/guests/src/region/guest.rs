@@ -1,7 +1,7 @@
-//! A region as a guest: how the engine sees it.
+//! A region as a guest, as the engine sees it.
 //!
-//! Its setup state is the section `"region"`, version 1, without bytes: a destination that expects a region refuses
-//! anything else. Its device state is its named state, a section for each name, all of version 0.
+//! Its setup state is the section `"region"`, version 1, without bytes: a destination that expects a region refuses any
+//! other. Its device state is its named state, one section for each name, all of version 0.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -18,7 +18,7 @@ use memferry::guest::{
 
 const VERSION: u32 = 1;
 
-/// What this host can do.
+/// The features of this host.
 pub(super) fn tracking() -> Tracking {
     UserfaultLog::supported().map_or_else(Tracking::Hash, |()| Tracking::Userfault)
 }
@@ -30,7 +30,7 @@ pub(super) struct RegionGuest {
 }
 
 impl RegionGuest {
-    /// What builds a region of at most `at_most` bytes.
+    /// Builds a region of at most `at_most` bytes.
     pub(super) fn expecting(at_most: usize) -> impl GuestBuilder<Built = Self> {
         move |page_size: PageSize, blocks: &[BlockInfo], setup: &GuestState| {
             Self::build(at_most, page_size, blocks, setup).map(Arc::new)

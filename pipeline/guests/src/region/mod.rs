@@ -1,17 +1,17 @@
-//! Memory that a program allocates for its own state, and can send to a peer while the program runs: for those who have no VM.
+//! Memory that a program allocates for its own state, and can send to a peer while the program runs, without a VM.
 //!
-//! A [`Region`] is bytes at offsets. Whoever reads or writes takes an [`Access`], one at a time, and may do several reads
-//! and writes under it: they are moved together or not at all. While a region is sent, accesses go on; only at the
-//! switchover they wait. Then the region lives at the peer, and an access here says so ([`Gone`]); or the send failed or
-//! was cancelled, and they go on here as if nothing had been. A few named pieces of state travel with it.
+//! A [`Region`] is bytes at offsets. To read or write, a thread takes an [`Access`], one at a time. Several reads and
+//! writes under one access are moved together or not at all. While a region is sent, accesses continue; they wait only
+//! at the switchover. Then the region is at the peer, and an access here returns [`Gone`]; or the send failed or was
+//! cancelled, and accesses continue here unchanged. A few named pieces of state travel with it.
 //!
 //! ```text
-//!  access ─▶ read, write, state ─▶ drop        access: waits ──┬─ failed ──▶ goes on
+//!  access ─▶ read, write, state ─▶ drop        access: waits ──┬─ failed ──▶ continues
 //!      … while rounds of pages are sent …      (switchover)    └─ moved ───▶ Err(Gone::Moved)
 //! ```
 //!
-//! Writes cost nothing but the copy while nothing is sent: the kernel finds them, by the userfault log
-//! ([`Region::tracking`] says so, or why it is the hash log instead).
+//! While nothing is sent, a write costs only the copy. While a region is sent the kernel finds the writes, through the
+//! userfault log. [`Region::tracking`] says so, or why the hash log is used instead.
 //!
 //! # Example
 //! ```
@@ -68,7 +68,7 @@ use memferry::settings::{DestinationSettings, SourceSettings};
 
 pub use store::Access;
 
-/// Memory that can be sent while it is used. See the [module](self). Clones are the same memory.
+/// Memory that can be sent while it is used. See the [module](self). Clones share the same memory.
 #[derive(Clone, Debug)]
 pub struct Region {
     store: Arc<Store>,
@@ -77,10 +77,10 @@ pub struct Region {
 /// The region is not here any more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Gone {
-    /// It lives at the peer.
+    /// It is at the peer.
     #[error("the region has moved to the peer")]
     Moved,
-    /// It was handed over and nobody confirmed it: it may live at the peer. See [`Region::reopen`].
+    /// It was handed over without a confirmation: it may be at the peer. See [`Region::reopen`].
     #[error("the region was handed over to a peer that did not confirm it")]
     Unconfirmed,
 }
@@ -88,13 +88,13 @@ pub enum Gone {
 /// Why a region was not sent.
 #[derive(Debug, thiserror::Error)]
 pub enum SendError {
-    /// There is nothing here to send.
+    /// The region is not here.
     #[error(transparent)]
     Gone(#[from] Gone),
-    /// The system gives no threads.
+    /// The system cannot start a thread.
     #[error("no threads to send with")]
     Threads(#[source] io::Error),
-    /// The migration did not succeed. Accesses go on here, unless it is
+    /// The migration did not succeed. Accesses continue here, unless the error is
     /// [`Unconfirmed`](migration::SendError::Unconfirmed).
     #[error(transparent)]
     Migration(#[from] migration::SendError),
@@ -103,14 +103,14 @@ pub enum SendError {
 /// How writes are found while a region is sent.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Tracking {
-    /// The kernel notes them; a round costs what was written.
+    /// The kernel records them; the cost of a round depends on what was written.
     Userfault,
-    /// All of the region is hashed in every round, for the kernel cannot: this is why.
+    /// The whole region is hashed in every round, because the kernel cannot record writes, for this reason.
     Hash(String),
 }
 
 impl Region {
-    /// `bytes` bytes that read as zeros and take up nothing until they are written.
+    /// Allocates `bytes` bytes that read as zeros and take no memory until they are written.
     ///
     /// # Errors
     /// If `bytes` is 0 or more than the host can map.
@@ -131,22 +131,23 @@ impl Region {
         guest::tracking()
     }
 
-    /// Waits for whoever has access, and while the region is being handed over. What is read and written under one access
-    /// is moved together. Hold it shortly: the switchover waits for it too. Blocks its thread, and must not be asked for
-    /// while the same thread has one.
+    /// Waits for any other access to end, and while the region is being handed over. Reads and writes under one access
+    /// are moved together. Hold it for a short time only: the switchover waits for it too. Blocks its thread, and must
+    /// not be called while the same thread holds an access.
     ///
     /// # Errors
-    /// When the region lives elsewhere.
+    /// When the region is at the peer.
     pub fn access(&self) -> Result<Access<'_>, Gone> {
         self.store.access()
     }
 
-    /// Sends the region to whatever `transport` leads to. Accesses go on meanwhile; one send at a time, another one waits.
-    /// It returns when it is decided where the region lives. `control` is a [`Control`], or the token that cancels it; dropping
-    /// the call does not end it.
+    /// Sends the region over `transport`. Accesses continue meanwhile. Only one send runs at a time; another one waits.
+    /// It returns when it is decided where the region is. `control` is a [`Control`], or the token that cancels it;
+    /// dropping the call does not end the send.
     ///
     /// # Errors
-    /// When the region lives elsewhere already, the host has no threads, or the migration did not succeed: see [`SendError`].
+    /// When the region is at the peer already, the host cannot start threads, or the migration did not succeed: see
+    /// [`SendError`].
     ///
     /// # Panics
     /// Outside of a tokio runtime.
@@ -159,7 +160,7 @@ impl Region {
     ) -> Result<Sent, SendError> {
         let control = control.into();
         let store = self.store.clone();
-        // A task of its own, so that a call that is dropped leaves no region behind that nobody opens.
+        // A separate task, so that a dropped call does not leave a region that is never opened.
         let sending = tokio::spawn(async move {
             let _one_at_a_time = store.sending.lock().await;
             store.is_here()?;
@@ -173,10 +174,10 @@ impl Region {
         sending.await.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
     }
 
-    /// Receives a region of at most `at_most` bytes from whoever connects to `listener`.
+    /// Receives a region of at most `at_most` bytes from the first valid source that connects to `listener`.
     ///
     /// # Errors
-    /// Why nothing has arrived.
+    /// Why no region was received.
     ///
     /// # Panics
     /// Outside of a tokio runtime.
@@ -196,8 +197,8 @@ impl Region {
         Ok(Self { store })
     }
 
-    /// Goes on here after a hand-over that nobody confirmed. Only for who has looked and knows that the region does not live
-    /// at the peer. Nothing happens to a region that is here, or that has moved.
+    /// Reopens the region here after an unconfirmed handover. Call it only after a check that the region is not open at
+    /// the peer. Has no effect on a region that is open here, or that has moved.
     pub fn reopen(&self) {
         self.store.reopen();
     }

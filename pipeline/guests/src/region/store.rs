@@ -1,7 +1,7 @@
-//! What a region is: its memory, its named state, and who may touch them now.
+//! The content of a region: its memory, its named state, and who may access them now.
 //!
-//! One lock guards all three. Whoever has [`Access`] holds it, so a pause that has taken it once and changed where the region
-//! stands knows that no write is in flight, and none begins until it stands here again.
+//! One lock guards all three. A holder of [`Access`] holds the lock. So once a pause has taken it and changed the place
+//! of the region, no write is in flight, and none begins until the region is open here again.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -18,11 +18,11 @@ use memferry::guest::RunState;
 /// The id of the only RAM block.
 pub(super) const BLOCK: &str = "region";
 
-/// Where the region stands.
+/// The place of the region.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stand {
     Here,
-    /// Being handed over, or not opened yet.
+    /// It is being handed over, or not open yet.
     Paused,
     Gone(Gone),
 }
@@ -39,9 +39,9 @@ pub(super) struct Store {
     memory: GuestMemory,
     held: Mutex<Held>,
     changed: Condvar,
-    /// Somebody wants to pause: who comes for access lets them first.
+    /// A pause is requested: new accesses let it go first.
     pausing: AtomicBool,
-    /// Held by the one send that is on its way.
+    /// Held by the send that is running.
     pub(super) sending: tokio::sync::Mutex<()>,
 }
 
@@ -93,7 +93,7 @@ impl Store {
         if self.held().stand == Stand::Here { RunState::Running } else { RunState::Paused }
     }
 
-    /// When this returns, nobody has access, and nobody gets it.
+    /// Once this returns, there is no access, and none is granted.
     pub(super) fn pause(&self) {
         self.pausing.store(true, Ordering::Relaxed);
         let mut held = self.held();
@@ -105,7 +105,7 @@ impl Store {
         self.stand(|_| Stand::Here);
     }
 
-    /// The send is over: what is still paused is gone.
+    /// The send has ended: a region that is still paused is gone.
     pub(super) fn conclude(&self, gone: Gone) {
         self.stand(|stand| if stand == Stand::Paused { Stand::Gone(gone) } else { stand });
     }
@@ -128,13 +128,13 @@ impl Store {
         self.changed.notify_all();
     }
 
-    /// The lock, whoever panicked with it: memory is bytes, and whole words at that.
+    /// Takes the lock, also after a panic of its holder: memory is bytes, written in whole words.
     fn held(&self) -> MutexGuard<'_, Held> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Leave to read and write a region, alone. See [`Region::access`](super::Region::access).
+/// Exclusive access to read and write a region. See [`Region::access`](super::Region::access).
 pub struct Access<'a> {
     mapped: &'a MappedMemory,
     held: MutexGuard<'a, Held>,
@@ -149,7 +149,7 @@ impl Access<'_> {
         self.mapped.load(offset, into);
     }
 
-    /// Copies so many bytes out.
+    /// Copies a fixed number of bytes out.
     ///
     /// # Panics
     /// If they reach beyond the region's end.
@@ -168,7 +168,7 @@ impl Access<'_> {
         self.mapped.store(offset, bytes);
     }
 
-    /// A named piece of state, if there is one.
+    /// A named piece of state, if it exists.
     #[must_use]
     pub fn state(&self, name: &str) -> Option<&[u8]> {
         self.held.states.get(name).map(Vec::as_slice)

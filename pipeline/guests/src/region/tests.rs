@@ -1,4 +1,4 @@
-//! Regions that are written all the time, sent, and not sent.
+//! Regions that are written all the time, with sends that succeed and sends that fail.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
@@ -16,7 +16,7 @@ use memferry_stages::geometry::BlockInfo;
 
 const BYTES: usize = (8 << 20) + 100;
 
-/// Counts in many places at once, under one access: the state, and 64 pages. Says what was acknowledged last.
+/// Increments many counters under one access: the state, and 64 pages. Records the last acknowledged count.
 fn count_in(region: Region, stop: Arc<AtomicBool>) -> JoinHandle<(u64, Option<Gone>)> {
     thread::spawn(move || {
         let mut acknowledged = 0;
@@ -38,7 +38,7 @@ fn count_in(region: Region, stop: Arc<AtomicBool>) -> JoinHandle<(u64, Option<Go
     })
 }
 
-/// What was counted, which is the same everywhere.
+/// The count, which is the same in every place.
 fn counts(access: &Access<'_>) -> u64 {
     let state = access.state("count").map_or(0, |bytes| u64::from_le_bytes(bytes.try_into().unwrap()));
     for place in 0..64 {
@@ -58,7 +58,7 @@ fn send(
         let listener = transport.listen().await.unwrap();
         let watch = move |_: Role, event: &Event| hook(event);
         let watched = Observers::new(Role::Source, vec![Arc::new(watch) as Arc<dyn Observer>]);
-        // A limit that a busy machine meets.
+        // A limit that a busy machine can meet.
         let settings = SourceSettings { downtime_limit: Duration::from_secs(20), ..SourceSettings::default() };
         let sending = region.send(transport, settings, watched, cancel.clone());
         let settings = DestinationSettings::default();
@@ -84,7 +84,7 @@ fn every_acknowledged_write_is_there_after_a_move() {
     let last = ends.iter().map(|end| end.0).max().unwrap();
     assert_eq!(counts(&there.access().unwrap()), last);
     assert!(last >= 10, "{last}");
-    // It goes on there, and can move on.
+    // It runs there, and can be moved again.
     let writer = count_in(there.clone(), stop);
     let (sent, received) = send(&there, |_| (), &CancellationToken::new());
     assert_eq!(sent.unwrap().guest_runs_here(), RunsHere::Elsewhere);
@@ -162,7 +162,7 @@ impl Subject for Regions {
     }
 }
 
-/// A region with a program that writes it wherever it runs.
+/// A region with a program that writes it, wherever it is.
 fn writing(guest: RegionGuest) -> Arc<RegionGuest> {
     let guest = Arc::new(guest);
     let program = Arc::downgrade(&guest);

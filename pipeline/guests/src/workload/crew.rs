@@ -1,7 +1,7 @@
 //! The writers' threads: started, paused, throttled, ended.
 //!
-//! A thread holds its writer's lock while it writes a burst of pages, and looks at the command inside that lock. So
-//! whoever has given a command and then taken each writer's lock once knows that no writer writes any more.
+//! A thread holds its writer's lock while it writes a burst of pages, and checks the command under that lock. So after
+//! a command was given and each writer's lock was taken once, no writer writes any more.
 
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -15,7 +15,7 @@ use super::writer::{Findings, Writer};
 use memferry::guest::GuestError;
 use memferry::threads::explained;
 
-/// The most a writer can be held back: it always gets some of its time.
+/// The highest throttle: a writer always gets some of its time.
 const MOST_THROTTLED: u8 = 99;
 
 /// Writers with a thread each. Dropping it ends the threads.
@@ -38,7 +38,7 @@ struct Shared {
     first_stale: Mutex<Option<String>>,
 }
 
-/// What holds the writers.
+/// The reasons why the writers are stopped.
 #[derive(Clone, Copy, Debug)]
 struct Command {
     is_paused: bool,
@@ -53,7 +53,7 @@ impl Command {
 }
 
 impl Crew {
-    /// A crew that stands still and has no threads yet.
+    /// A paused crew without threads.
     pub(super) fn new(machine: Arc<Machine>, writers: Vec<Writer>) -> Self {
         let shared = Shared {
             machine,
@@ -69,7 +69,7 @@ impl Crew {
         Self { shared: Arc::new(shared), threads: Vec::new() }
     }
 
-    /// Gives every writer its thread; they wait until the crew is resumed.
+    /// Starts a thread for every writer; they wait until the crew is resumed.
     pub(super) fn hire(&mut self) -> Result<(), GuestError> {
         assert!(self.threads.is_empty(), "the writers have their threads");
         for index in 0..self.shared.writers.len() {
@@ -87,7 +87,7 @@ impl Crew {
         self.shared.order(|command| command.is_paused = true);
     }
 
-    /// The writers go on.
+    /// Resumes the writers.
     pub(super) fn resume(&self) {
         self.shared.order(|command| command.is_paused = false);
     }
@@ -96,12 +96,12 @@ impl Crew {
         self.shared.command().is_paused
     }
 
-    /// Holds the writers back for so many percent of their time.
+    /// Throttles the writers: they are stopped for this percentage of their time.
     pub(super) fn throttle(&self, percent: u8) {
         self.shared.throttle.store(percent.min(MOST_THROTTLED), Ordering::Relaxed);
     }
 
-    /// Looks at every writer while all of them stand still.
+    /// Calls a function for every writer while all of them are paused.
     pub(super) fn visit<T>(&self, mut look: impl FnMut(&mut Writer) -> T) -> Vec<T> {
         self.shared.order(|command| command.visitors += 1);
         let seen = self.shared.writers.iter().map(|writer| look(&mut held(writer))).collect();
@@ -109,7 +109,7 @@ impl Crew {
         seen
     }
 
-    /// Compares every page that was ever written; the writers stand still meanwhile.
+    /// Compares every page that was ever written; the writers are paused meanwhile.
     pub(super) fn check_all(&self) {
         let mut shared = Findings::default();
         check_shared(&self.shared.machine, &mut shared);
@@ -123,7 +123,7 @@ impl Crew {
         }
     }
 
-    /// What was written and found in this process so far.
+    /// The results of the writes and checks in this process so far.
     pub(super) fn findings(&self) -> Findings {
         let shared = &self.shared;
         Findings {
@@ -139,14 +139,14 @@ impl Drop for Crew {
     fn drop(&mut self) {
         self.shared.order(|command| command.is_ended = true);
         for thread in self.threads.drain(..) {
-            // A writer that panicked has said so on its own.
+            // A writer that panicked has reported it itself.
             drop(thread.join());
         }
     }
 }
 
 impl Shared {
-    /// A writer's thread: until the end is ordered.
+    /// A writer's thread: runs until the end is requested.
     fn work(&self, index: usize) {
         if held(&self.writers[index]).is_idle() {
             return;
@@ -167,7 +167,7 @@ impl Shared {
         if self.command().lets_write() {
             writer.write(&self.machine, pages, &mut findings);
         }
-        // Under the lock: once the guest is paused the figures stand still too.
+        // Under the lock: once the guest is paused the figures do not change either.
         self.add(findings);
     }
 
@@ -189,14 +189,14 @@ impl Shared {
         }
     }
 
-    /// Waits until writing is allowed; false when it never will be again.
+    /// Waits until writing is allowed; false once it never will be again.
     fn waits_for_leave(&self) -> bool {
         let waits = |command: &mut Command| !command.lets_write() && !command.is_ended;
         let command = self.changed.wait_while(self.command(), waits).unwrap_or_else(PoisonError::into_inner);
         !command.is_ended
     }
 
-    /// Sleeps, but not through a command that stops it.
+    /// Sleeps, but returns early on a command that stops it.
     fn sleep(&self, time: Duration) {
         let sleeps = |command: &mut Command| command.lets_write();
         drop(self.changed.wait_timeout_while(self.command(), time, sleeps));
@@ -207,7 +207,7 @@ impl Shared {
     }
 }
 
-/// The lock, whoever panicked: a writer that did has said so, and the others must still be paused and ended.
+/// Takes the lock, also after a panic: the writer has reported it, and the others must still be paused and ended.
 fn held<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,4 +1,4 @@
-//! The memory of a workload, its blocks taken as one row of pages, and the log that sees its writers.
+//! The memory of a workload, with the pages of its blocks numbered as one sequence, and the log of its writers.
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -25,16 +25,16 @@ pub(super) struct Machine {
     plugging: Mutex<Plugging>,
 }
 
-/// May what is unplugged be plugged?
+/// May unplugged memory be plugged?
 #[derive(Debug)]
 struct Plugging {
-    /// Is it, already?
+    /// Is it plugged already?
     is_done: bool,
     is_migrating: bool,
 }
 
 impl Machine {
-    /// Maps the memory, which reads as zeros. `fresh` says that it will until pages are loaded.
+    /// Maps the memory, which reads as zeros. `fresh` says that it does so until pages are loaded.
     pub(super) fn new(settings: WorkloadSettings, fresh: bool, is_plugged: bool) -> Result<Self, GuestError> {
         settings.validate()?;
         let infos = block_infos(&settings);
@@ -74,7 +74,7 @@ impl Machine {
         self.plugging().is_done
     }
 
-    /// Plugs what is unplugged, unless a migration runs.
+    /// Plugs the unplugged memory, unless a migration runs.
     pub(super) fn plug(&self) -> Result<(), GuestError> {
         let mut plugging = self.plugging();
         if plugging.is_migrating {
@@ -88,13 +88,13 @@ impl Machine {
         self.plugging.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The pages of the shared block, numbered behind those of all others.
+    /// The pages of the shared block, numbered after those of all others.
     pub(super) fn shared(&self) -> Range<u32> {
         let pages = self.settings.shared.as_ref().map_or(0, |shared| shared.bytes / self.page_bytes() as u64);
         self.pages()..self.pages() + u32::try_from(pages).expect("at most MAX_PAGES")
     }
 
-    /// Pages of all blocks but the shared one.
+    /// Pages of all blocks except the shared one.
     pub(super) fn pages(&self) -> u32 {
         self.block_pages * self.settings.blocks
     }
@@ -130,7 +130,7 @@ impl Machine {
         self.blocks[block as usize].load(start + offset, into);
     }
 
-    /// Marks a page as written where the log must be told.
+    /// Marks a page as written if the log depends on it.
     pub(super) fn mark(&self, page: u32) {
         if let Some(marks) = &self.marks {
             let (block, at) = self.place_of(page);
@@ -138,7 +138,7 @@ impl Machine {
         }
     }
 
-    /// Names a page for the operator.
+    /// The name of a page for the operator.
     pub(super) fn place(&self, page: u32) -> String {
         let (block, at) = self.place_of(page);
         format!("page {at} of block {}", self.memory.block(block).info.id)
@@ -186,7 +186,7 @@ impl Ballooned for Machine {
     }
 }
 
-/// The blocks that a workload of these settings has.
+/// The blocks of a workload with these settings.
 pub(super) fn block_infos(settings: &WorkloadSettings) -> Vec<BlockInfo> {
     let length = settings.block_bytes();
     let info = |index: u32| BlockInfo {

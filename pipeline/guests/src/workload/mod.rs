@@ -1,10 +1,10 @@
-//! The workload guest: memory of this process that real threads never stop writing to, and that knows what it holds.
+//! The workload guest: memory of this process that real threads never stop writing to, with an expected content.
 //!
-//! It takes its settings and gives a guest whose content proves itself. Its memory is filled with a described mix;
-//! writers, a thread each, write pages after described patterns and leave a stamp in each, with the page's number and
-//! how often it was written. What each page should hold is kept outside of that memory and travels as device
-//! state, so the writers at the destination compare a page with it before they write it again: a page that went stale on
-//! the way is found even without a digest.
+//! It builds a guest from its settings whose content can be checked. Its memory is filled with a configured mix.
+//! Writers, a thread each, write pages in configured patterns and leave a stamp in each, with the page's number and how
+//! often it was written. The expected stamp of each page is stored outside that memory and travels as device state. So
+//! the writers at the destination compare a page with it before they write the page again: a page that became stale
+//! during the migration is found even without a digest.
 //!
 //! ```text
 //! settings ─▶ fill ─▶ memory ◀── store, then mark ── writers (threads: crew) ── expected sequences
@@ -12,7 +12,7 @@
 //!    └─ setup state      └─ pages                                   device state ──┘
 //! ```
 //!
-//! It owns its memory and its threads; dropping it ends them.
+//! The guest owns its memory and its threads; dropping it ends them.
 
 mod crew;
 mod fill;
@@ -66,36 +66,36 @@ pub struct Workload {
     machine: Arc<Machine>,
 }
 
-/// How far a workload has come.
+/// The phase of a workload.
 #[derive(Debug)]
 enum Life {
-    /// Its pages are on their way; its writers have not written yet.
+    /// Its pages are in flight; its writers have not written yet.
     Built { writers: Vec<Writer> },
-    /// It has its writers' state. `written` counts what was written before it came here.
+    /// It has its writers' state. `written` counts the pages written before it came here.
     Whole { crew: Crew, written: u64, has_started: bool },
 }
 
-/// Builds the workload that comes: everything it must know travels with it.
+/// Builds the workload that arrives: all its settings travel with it.
 #[derive(Clone, Debug, Default)]
 pub struct WorkloadBuilder {
-    /// Its way to the file of the shared block that may come.
+    /// The path of the file for the shared block, if one arrives.
     shared: Option<PathBuf>,
 }
 
-/// What the writers did and found.
+/// The results of the writers.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct WorkloadStatus {
     /// Do the writers run?
     pub running: bool,
-    /// Pages written since the workload was made, at its source too.
+    /// Pages written since the workload was created, those at its source included.
     pub writes: u64,
-    /// Of these, those written in this process.
+    /// How many of these were written in this process.
     pub writes_since_start_here: u64,
-    /// How many times a page was compared with what was last written to it, in this process.
+    /// How many times a page was compared with the last write to it, in this process.
     pub pages_checked: u64,
-    /// How many of them held something else.
+    /// How many of these comparisons found another content.
     pub stale_pages: u64,
-    /// The first of them, in words.
+    /// A description of the first of them.
     pub first_stale: Option<String>,
 }
 
@@ -103,12 +103,12 @@ impl Workload {
     /// Fills the memory and starts the writers.
     ///
     /// # Errors
-    /// When the settings are out of their limits, or the host has not the memory or the threads.
+    /// When the settings are outside their limits, or the host lacks the memory or the threads.
     pub fn source(settings: WorkloadSettings) -> Result<Arc<Self>, GuestError> {
         Self::source_unless(settings, &CancellationToken::new())
     }
 
-    /// As [`Workload::source`], until it is cancelled: to fill a large memory takes seconds.
+    /// As [`Workload::source`], and can be cancelled: filling a large memory takes seconds.
     ///
     /// # Errors
     /// As [`Workload::source`], and when it was cancelled.
@@ -121,30 +121,30 @@ impl Workload {
         Ok(Self::of(machine, Life::Whole { crew, written: 0, has_started: true }))
     }
 
-    /// Could [`Workload::source`] make such a workload here? Fills no memory, starts no thread and makes no file.
+    /// Could [`Workload::source`] create such a workload here? Fills no memory, starts no thread and creates no file.
     ///
     /// # Errors
-    /// When the settings are out of their limits, the host has not the memory, or there is no such dirty log.
+    /// When the settings are outside their limits, the host lacks the memory, or the dirty log is not available.
     pub fn check(mut settings: WorkloadSettings) -> Result<(), GuestError> {
         settings.validate()?;
         settings.shared.take().map_or(Ok(()), |shared| shared.check())?;
         Machine::new(settings, false, false)?.dirty_logs().map(drop)
     }
 
-    /// What builds a workload that is to arrive.
+    /// The builder of a workload that arrives.
     #[must_use]
     pub fn destination() -> WorkloadBuilder {
         WorkloadBuilder::default()
     }
 
-    /// As [`Workload::destination`], for one whose shared block is in this file. A source does not say where: a destination opens
-    /// no file that a peer names.
+    /// As [`Workload::destination`], with the file of the shared block. The source does not choose the path: a
+    /// destination opens no file that a peer names.
     #[must_use]
     pub fn destination_sharing(file: PathBuf) -> WorkloadBuilder {
         WorkloadBuilder { shared: Some(file) }
     }
 
-    /// Plugs the memory that is unplugged: it may be used from here on, and travels like the rest.
+    /// Plugs the unplugged memory: it may be used from here on, and travels like the rest.
     ///
     /// # Errors
     /// While a migration runs.
@@ -155,7 +155,7 @@ impl Workload {
         }
     }
 
-    /// What the writers did and found, up to here.
+    /// The results of the writers so far.
     #[must_use]
     pub fn status(&self) -> WorkloadStatus {
         let Life::Whole { crew, written, has_started, .. } = &*self.life() else { return WorkloadStatus::default() };
@@ -170,8 +170,8 @@ impl Workload {
         }
     }
 
-    /// Compares every page that was ever written with what was last written to it, and returns the status after that.
-    /// Writers that run stand still meanwhile.
+    /// Compares every page that was ever written with the last write to it, and returns the status after that. Running
+    /// writers are paused meanwhile.
     pub fn check_all(&self) -> WorkloadStatus {
         if let Life::Whole { crew, .. } = &*self.life() {
             crew.check_all();
@@ -227,7 +227,7 @@ impl SourceGuest for Workload {
         self.with_crew(Crew::resume)
     }
 
-    /// Up to 99 percent: more is taken as that.
+    /// Up to 99 percent; a higher value counts as 99.
     fn throttle(&self, percent: u8) -> Result<(), GuestError> {
         self.with_crew(|crew| crew.throttle(percent))
     }
@@ -285,7 +285,7 @@ impl DestinationGuest for Workload {
     }
 }
 
-/// Refuses blocks that are not those of the settings, with both.
+/// Refuses blocks that do not match the settings, with both layouts in the error.
 fn compare_blocks(settings: &WorkloadSettings, page_size: PageSize, blocks: &[BlockInfo]) -> Result<(), GuestError> {
     let named = |blocks: &[BlockInfo]| {
         blocks.iter().map(|block| (block.id.clone(), block.length, block.ignored)).collect::<Vec<_>>()
@@ -303,7 +303,7 @@ fn compare_blocks(settings: &WorkloadSettings, page_size: PageSize, blocks: &[Bl
     Ok(())
 }
 
-/// Brings the writers to where they were when they were saved.
+/// Sets the writers to their saved state.
 fn restore(machine: &Machine, writers: &mut [Writer], came: DeviceState) -> Result<(), GuestError> {
     let DeviceState { cursors, mut sequences, .. } = came;
     for (index, (writer, cursor)) in writers.iter_mut().zip(cursors).enumerate() {

@@ -1,26 +1,26 @@
-//! When a writer may write: its pace, and how much of its time it is held back.
+//! When a writer may write: its pace, and its throttle.
 //!
-//! Told the time, it answers what to do; so it is tested without any. Throttling cuts time into slices of 10 ms: a
-//! throttled writer is awake for the first part of each, and only time awake earns it pages, so that throttling slows a
-//! paced writer just as it slows one that writes as fast as it can.
+//! Given the time, it returns what to do, so it is tested without a clock. Throttling divides time into slices of 10
+//! ms: a throttled writer is awake for the first part of each, and only time awake earns it pages. So throttling slows
+//! a paced writer just as it slows one that writes without a limit.
 
 use std::time::Duration;
 
-/// The unit of throttling.
+/// The period of throttling.
 const SLICE: Duration = Duration::from_millis(10);
 /// A paced writer wakes no more often than this.
 const NAP: Duration = Duration::from_millis(1);
-/// What a writer that was kept from the processor may catch up.
+/// The backlog that a writer may catch up after it was not scheduled.
 const CATCH_UP: Duration = Duration::from_millis(20);
-/// Most pages between two looks at the clock.
+/// Most pages between two reads of the clock.
 const BURST: u32 = 64;
 
-/// What a writer does next.
+/// The next action of a writer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Turn {
-    /// It writes so many pages.
+    /// It writes this number of pages.
     Write(u32),
-    /// It sleeps so long.
+    /// It sleeps for this time.
     Sleep(Duration),
 }
 
@@ -35,12 +35,12 @@ pub(super) struct Pacer {
 }
 
 impl Pacer {
-    /// For a writer of so many pages a second; 0 is as many as it can.
+    /// For a writer of this number of pages a second; 0 is no limit.
     pub(super) fn new(pages_per_second: f64) -> Self {
         Self { pages_per_second, credit: 0.0, last_turn: Duration::ZERO, slice: Duration::ZERO, is_held: false }
     }
 
-    /// What to do at time `now`, which never runs backwards, when held back for `percent`, less than 100, of the time.
+    /// The action at time `now`, which never runs backwards, at a throttle of `percent`, less than 100.
     pub(super) fn turn(&mut self, now: Duration, percent: u8) -> Turn {
         if std::mem::take(&mut self.is_held) {
             self.slice = now;
@@ -84,7 +84,7 @@ impl Pacer {
 mod tests {
     use super::*;
 
-    /// Pages written in ten seconds of a clock that only this moves: a write takes 2 µs, a sleep oversleeps by `late`.
+    /// Pages written in ten seconds of a simulated clock: a write takes 2 µs, a sleep oversleeps by `late`.
     fn ten_seconds(rate: f64, percent: u8, late: Duration) -> (u64, u64) {
         let (mut now, mut pages, mut turns) = (Duration::ZERO, 0, 0);
         let mut pacer = Pacer::new(rate);
@@ -121,7 +121,7 @@ mod tests {
             for percent in [20, 50, 80, 99] {
                 let (pages, _) = ten_seconds(rate, percent, Duration::ZERO);
                 let expected = free as f64 * f64::from(100 - percent) / 100.0;
-                // A burst that has begun is ended: 128 µs of a slice.
+                // A burst that has begun is completed: 128 µs of a slice.
                 let least = expected * 0.97 - 2.0;
                 let most = expected * 1.03 + if rate == 0.0 { free as f64 * 0.0128 } else { 2.0 };
                 assert!((least..=most).contains(&(pages as f64)), "{pages} of {free} at {percent} %, rate {rate}");

@@ -1,12 +1,12 @@
 //! Which page a writer writes next.
 //!
-//! A [`Plan`] follows from the settings and is made anew on each side; the [`Cursor`] is what changes, and travels.
+//! A [`Plan`] is computed from the settings at each end; the [`Cursor`] is the state that changes, and travels.
 
 use fastrand::Rng;
 
 use super::settings::Pattern;
 
-/// Where a writer is in its pattern.
+/// The position of a writer in its pattern.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Cursor {
     /// Its generator.
@@ -62,7 +62,7 @@ impl Plan {
     }
 }
 
-/// A share of the pages, at least one of them.
+/// A share of the pages, at least one page.
 fn share_of(share: f64, pages: u32) -> u32 {
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a share of 0 to 1 of a u32")]
     let hot = (share * f64::from(pages)).round() as u32;
@@ -155,7 +155,8 @@ mod tests {
         counts
     }
 
-    /// Is a count of successes within six standard deviations of what is likely, and a few more for the rare ones?
+    /// Is a count of successes within six standard deviations of the expected one, with a small allowance for rare
+    /// ones?
     fn is_likely(count: u32, draws: u32, probability: f64) -> bool {
         let (count, draws) = (f64::from(count), f64::from(draws));
         let deviation = (draws * probability * (1.0 - probability)).sqrt();

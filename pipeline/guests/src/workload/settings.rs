@@ -1,4 +1,4 @@
-//! What a workload is: how much memory, what it holds, who writes it. Plain values with their limits.
+//! The settings of a workload: the size of its memory, its content, and its writers. Plain values with their limits.
 
 use std::ops::Range;
 
@@ -14,47 +14,47 @@ pub const MAX_PAGES: u64 = 48 << 20;
 /// The most writers, each one a thread.
 pub const MAX_WRITERS: usize = 64;
 
-/// What a workload is. It travels whole as setup state, so a destination needs none.
+/// The settings of a workload. They travel as setup state, so a destination needs none of its own.
 #[derive(Clone, Debug, PartialEq)]
 pub struct WorkloadSettings {
     /// Bytes of memory, all blocks together: a multiple of `blocks` pages.
     pub memory: u64,
-    /// RAM blocks it is divided into, equally long.
+    /// The number of RAM blocks, of equal length.
     pub blocks: u32,
     /// Size of a page.
     pub page_size: PageSize,
-    /// What the memory is made of.
+    /// The kind of memory.
     pub backing: Backing,
     /// How written pages are found.
     pub dirty_log: LogChoice,
-    /// What the memory holds at the start.
+    /// The initial content of the memory.
     pub fill: Fill,
-    /// The threads that write it. None is a guest that is quiet.
+    /// The threads that write it. With none the guest is idle.
     pub writers: Vec<WriterSettings>,
-    /// Memory that is free, and hinted so: it lies behind what is in use. `None`: no page is ever free.
+    /// Memory that is free, and hinted as free: it lies after the memory in use. `None`: no page is ever free.
     pub free: Option<FreeSettings>,
     /// The share of the memory that is unplugged, at its end; 0 to less than 1.
     pub unplugged: f64,
-    /// A block more, whose memory is in a file that both ends have: it never travels.
+    /// An additional block, whose memory is in a file that both ends have: it never travels.
     pub shared: Option<SharedSettings>,
-    /// Where all that is random comes from: the same seed gives the same content and the same choice of pages.
+    /// The seed of all random choices: the same seed gives the same content and the same choice of pages.
     pub seed: u64,
 }
 
-/// What the memory is made of.
+/// The kind of memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Backing {
     /// Private anonymous memory.
     Anonymous,
-    /// A shared memory file without a name.
+    /// A shared anonymous memory file.
     Memfd,
-    /// The same, of huge pages of 2 MiB that the host has set aside.
+    /// The same, of huge pages of 2 MiB that the host has reserved.
     Hugetlb,
 }
 
 impl Backing {
-    /// Bytes of the pages that the host makes it of.
+    /// The page size that the host uses for it, in bytes.
     pub(super) fn page_bytes(self) -> u64 {
         match self {
             Self::Anonymous | Self::Memfd => rustix::param::page_size() as u64,
@@ -67,18 +67,18 @@ impl Backing {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum LogChoice {
-    /// Userfault where this host can do it, else software.
+    /// Userfault if this host supports it, else software.
     Auto,
     /// Writers mark what they write.
     Software,
-    /// The kernel tells; nothing else than stores through the mapping writes this memory.
+    /// The kernel records them; only stores through the mapping write this memory.
     Userfault,
     /// Hashes of the pages.
     Hash,
 }
 
-/// What the memory holds at the start: shares that add up to at most 1, dealt by runs of 64 KiB or one page, whichever is larger. The
-/// rest is never touched. A share that a configuration leaves out is 0.
+/// The initial content of the memory: shares that add up to at most 1, assigned in runs of 64 KiB or one page,
+/// whichever is larger. The rest is never touched. A share that a configuration leaves out is 0.
 #[derive(Clone, Copy, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Fill {
@@ -96,14 +96,14 @@ pub struct Fill {
     pub process: f64,
 }
 
-/// Memory that is free at the start. It is filled like the rest, as memory that was used before, and hinted while a migration
-/// runs. A thread takes ranges of it, writes all of their pages, and gives them back later, checked; at most an eighth is
-/// taken at a time.
+/// Memory that is free at the start. It is filled like the rest, as memory that was used before, and hinted while a
+/// migration runs. A thread takes ranges of it, writes all of their pages, and later checks them and gives them back;
+/// at most an eighth is taken at a time.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct FreeSettings {
     /// The share of the memory; more than 0.
     pub share: f64,
-    /// Ranges that are taken or given back in a second; 0 is none. As many as it can: [`f64::INFINITY`].
+    /// Ranges that are taken or given back in a second; 0 is none, [`f64::INFINITY`] is no limit.
     pub turns_per_second: f64,
     /// Pages of a range, 1 to 65536.
     pub range_pages: u32,
@@ -114,16 +114,16 @@ pub struct FreeSettings {
 pub struct WriterSettings {
     /// Which of its pages it writes next.
     pub pattern: Pattern,
-    /// Pages it writes in a second; 0 is as many as it can.
+    /// Pages it writes in a second; 0 is no limit.
     pub pages_per_second: f64,
-    /// Bytes it changes at each write besides the stamp; at most a page, of which the stamp takes its part.
+    /// Bytes it changes at each write besides the stamp; at most a page, including the stamp.
     pub bytes: usize,
-    /// Where it writes. A page in the regions of several writers belongs to one of them, in turn.
+    /// Where it writes. A page in the regions of several writers belongs to one of them, assigned in turn.
     pub region: Region,
 }
 
-/// A part of the memory that is in use (neither free nor unplugged), all blocks taken as one: from share `from` to share
-/// `to` of its pages, each 0 to 1.
+/// A part of the memory in use (neither free nor unplugged), with all blocks as one sequence: from share `from` to
+/// share `to` of its pages, each 0 to 1.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Region {
     /// Where it begins.
@@ -137,20 +137,20 @@ impl Region {
     pub const ALL: Self = Self { from: 0.0, to: 1.0 };
 }
 
-/// Which page is written next, of the pages that a writer has.
+/// The next page to write, among the pages of a writer.
 #[derive(Clone, Copy, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Pattern {
-    /// One after another, and from the start again.
+    /// One after another, from the start again at the end.
     Sequential,
-    /// Any, each as likely as the others.
+    /// Uniformly at random.
     Uniform,
-    /// The page of rank r in proportion to 1 / r^exponent; the ranks are scattered over the region.
+    /// At random, with the page of rank r in proportion to 1 / r^exponent; the ranks are scattered over the region.
     Zipf {
         /// More than 0, at most 16.
         exponent: f64,
     },
-    /// Some pages, those at the region's start, get more of the writes than the others.
+    /// Some pages, those at the region's start, get a larger share of the writes than the others.
     HotSpot {
         /// The share of the pages that is hot, more than 0 and at most 1.
         pages: f64,
@@ -160,7 +160,7 @@ pub enum Pattern {
 }
 
 impl Default for WorkloadSettings {
-    /// 64 MiB in one block, a mixed fill, nobody writes.
+    /// 64 MiB in one block, a mixed fill, no writers.
     fn default() -> Self {
         Self {
             memory: 64 << 20,
@@ -179,7 +179,7 @@ impl Default for WorkloadSettings {
 }
 
 impl Default for Fill {
-    /// As guests are met: a third never touched, the rest text, program and some of it incompressible.
+    /// A typical guest: a third never touched, the rest text, program and some of it incompressible.
     fn default() -> Self {
         Self { zero: 0.3, text: 0.3, random: 0.1, process: 0.3 }
     }
@@ -206,8 +206,8 @@ impl WorkloadSettings {
         [0..used, used..plugged, plugged..pages]
     }
 
-    /// How many turns a second the writer of this number makes, 0 for as many as it can: writes of a page, or, behind all
-    /// writers, ranges of free memory that are taken or given back.
+    /// How many operations a second the writer of this number does, 0 for no limit. An operation is a write of a page
+    /// or, for the one after all writers, a range of free memory that is taken or given back.
     pub(super) fn turns_per_second(&self, writer: usize) -> f64 {
         let free = || self.free.map_or(0.0, |free| free.turns_per_second);
         let turns = self.writers.get(writer).map_or_else(free, |writer| writer.pages_per_second);
@@ -220,10 +220,10 @@ impl WorkloadSettings {
         self.memory / u64::from(self.blocks)
     }
 
-    /// Checks every limit. Settings that came from a peer are checked by this before anything is made of them.
+    /// Checks every limit. Settings from a peer are checked by this before anything is built from them.
     ///
     /// # Errors
-    /// A sentence that names the setting, its value and what it may be.
+    /// A sentence that names the setting, its value and the valid values.
     pub fn validate(&self) -> Result<(), GuestError> {
         let block_limit = u32::try_from(MAX_BLOCKS).expect("small");
         check((1..=block_limit).contains(&self.blocks), || {

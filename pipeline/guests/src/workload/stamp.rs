@@ -1,4 +1,4 @@
-//! What a write leaves in a page, so that a stale page is found without a digest.
+//! The mark that a write leaves in a page, so that a stale page is found without a digest.
 //!
 //! ```text
 //! 0        4          8              16                                                    page size
@@ -8,8 +8,8 @@
 //! └────────┴──────────┴──────────────┴──────────────────┴─────────────────┴────────────────┘
 //! ```
 //!
-//! The place and the bytes of the body, and the check, follow from page, sequence and seed alone. So whoever knows
-//! which sequence a page should have knows these bytes, and nothing of the page itself need be remembered.
+//! The place and the bytes of the body, and the check, follow from page, sequence and seed alone. So the expected
+//! sequence of a page determines these bytes, and no other state of the page is stored.
 
 use fastrand::Rng;
 
@@ -18,7 +18,7 @@ use super::random::generator;
 /// Bytes of a stamp, at the start of a page.
 pub(super) const STAMP_BYTES: usize = 16;
 
-/// One write of one page: what it leaves there.
+/// One write of one page, as the mark it leaves there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Mark {
     /// Number of the page, over all blocks.
@@ -27,7 +27,7 @@ pub(super) struct Mark {
     pub(super) sequence: u32,
 }
 
-/// What makes marks and compares pages with them; one for each writer.
+/// Makes marks and compares pages with them; one for each writer.
 #[derive(Debug)]
 pub(super) struct Stamper {
     seed: u64,
@@ -49,7 +49,7 @@ impl Stamper {
         machine.mark(mark.page);
     }
 
-    /// Does the page hold the mark? If not: what it holds, in words.
+    /// Does the page hold the mark? If not, describes its content.
     pub(super) fn compare(&mut self, machine: &Machine, mark: Mark) -> Result<(), String> {
         let (stamp, place) = self.expect(machine, mark);
         let mut found = [0; STAMP_BYTES];
@@ -73,7 +73,7 @@ impl Stamper {
         Ok(())
     }
 
-    /// The stamp, and the place of the body, whose bytes are put into `self.body`.
+    /// The stamp, and the place of the body, whose bytes are stored in `self.body`.
     fn expect(&mut self, machine: &Machine, mark: Mark) -> ([u8; STAMP_BYTES], usize) {
         let mut random = self.random(mark);
         let check = random.u64(..);
@@ -87,7 +87,7 @@ impl Stamper {
         (stamp, place)
     }
 
-    /// What a stamp says, if it is one.
+    /// Describes a stamp, if the bytes are one.
     fn tell(&self, stamp: [u8; STAMP_BYTES]) -> String {
         let [page, sequence, low, high] =
             [0, 4, 8, 12].map(|at| u32::from_le_bytes([stamp[at], stamp[at + 1], stamp[at + 2], stamp[at + 3]]));

@@ -1,4 +1,4 @@
-//! What of a workload travels besides its memory, as two sections of guest state, little-endian.
+//! The state of a workload that travels besides its memory, as two sections of guest state, little-endian.
 //!
 //! ```text
 //! "workload" in setup, version 2
@@ -18,10 +18,10 @@
 //! group: 64 pages of which any was written: its number u32, ascending; the sequence of each u32, 0: never
 //! ```
 //!
-//! The device state travels while the guest stands still, so pages that were never written take no part in it.
+//! The device state travels while the guest is paused, so it leaves out pages that were never written.
 //!
-//! A peer may have made these bytes up: lengths and values are checked before anything is made of them, and what does
-//! not fit is an error.
+//! A peer may have made these bytes up: lengths and values are checked before anything is built from them, and invalid
+//! bytes are an error.
 
 use std::path::Path;
 
@@ -39,10 +39,10 @@ use crate::shared::SharedSettings;
 use memferry::guest::{GuestError, GuestState, StateSection};
 
 const NAME: &str = "workload";
-/// Versions of the setup part and of the devices.
+/// Versions of the setup section and of the device section.
 const SETUP_VERSION: u32 = 2;
 const DEVICE_VERSION: u32 = 2;
-/// Pages whose sequences travel together.
+/// Pages whose sequences are encoded as one group.
 const GROUP: usize = 64;
 
 /// The writers' state.
@@ -50,14 +50,14 @@ const GROUP: usize = 64;
 pub(super) struct DeviceState {
     /// Pages written so far.
     pub(super) written: u64,
-    /// Where each writer is.
+    /// The position of each writer.
     pub(super) cursors: Vec<Cursor>,
     /// How often each page was written, over all blocks.
     pub(super) sequences: Vec<u32>,
 }
 
 impl DeviceState {
-    /// As a section.
+    /// Encodes it as a section.
     pub(super) fn save(&self) -> GuestState {
         let mut bytes = Vec::new();
         bytes.put_u64_le(self.written);
@@ -77,7 +77,7 @@ impl DeviceState {
         section(bytes, DEVICE_VERSION)
     }
 
-    /// From a section, for a workload of so many writers and pages.
+    /// Decodes it from a section, for a workload with these numbers of writers and pages.
     pub(super) fn load(state: &GuestState, writers: usize, pages: u32) -> Result<Self, GuestError> {
         let mut input = Input::of(state, "device state", DEVICE_VERSION)?;
         let written = input.u64()?;
@@ -107,7 +107,7 @@ fn load_sequences(input: &mut Input<'_>, pages: u32) -> Result<Vec<u32>, GuestEr
     Ok(sequences)
 }
 
-/// Settings as a section, and whether what they have as unplugged was plugged.
+/// Encodes settings as a section, and whether their unplugged memory was plugged.
 pub(super) fn save_settings(settings: &WorkloadSettings, is_plugged: bool) -> GuestState {
     let mut bytes = Vec::new();
     bytes.put_u64_le(settings.memory);
@@ -140,7 +140,7 @@ pub(super) fn save_settings(settings: &WorkloadSettings, is_plugged: bool) -> Gu
     section(bytes, SETUP_VERSION)
 }
 
-/// Settings from a section, checked. The file of a shared block is this end's own to name.
+/// Decodes settings from a section, checked. This end chooses the file of a shared block.
 pub(super) fn load_settings(state: &GuestState, shared: Option<&Path>) -> Result<(WorkloadSettings, bool), GuestError> {
     let mut input = Input::of(state, "setup state", SETUP_VERSION)?;
     let (memory, blocks, page_bytes) = (input.u64()?, input.u32()?, input.u32()?);

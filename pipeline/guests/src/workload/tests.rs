@@ -1,4 +1,4 @@
-//! The workload as a pipeline uses it, through the guest traits alone, with pages copied by hand.
+//! The workload as the engine uses it, through the guest traits alone, with pages copied by hand.
 
 use std::path::Path;
 use std::thread;
@@ -21,7 +21,7 @@ fn writer(pattern: Pattern, bytes: usize) -> WriterSettings {
     WriterSettings { pattern, pages_per_second: 0.0, bytes, region: Region::ALL }
 }
 
-/// A quarter of a thousand pages in two blocks, with two writers that write as fast as they can.
+/// 256 pages in two blocks, with two writers without a rate limit.
 fn settings() -> WorkloadSettings {
     WorkloadSettings {
         memory: 256 * PAGE as u64,
@@ -175,7 +175,7 @@ fn a_page_lost_on_the_way_is_found_by_the_writers_that_go_on() {
     assert!(words.starts_with("page 31 of block ram0: holds no stamp, expected sequence "), "{words}");
 }
 
-/// One pass over all extents: sync, and what is dirty is copied in the order that the laws demand.
+/// One pass over all extents: sync, then copy the dirty pages in the order that the laws require.
 fn round(source: &Workload, logs: &[Arc<dyn DirtyLog>], bitmap: &DirtyBitmap, to: &GuestMemory, buffers: &BufferPool) {
     let (memory, layout) = (source.memory(), bitmap.layout());
     for block in 0..layout.block_count() {
@@ -243,7 +243,7 @@ fn every_log_on_every_memory_lets_a_running_workload_arrive_whole() {
 
 #[test]
 fn a_log_that_is_not_told_shows() {
-    // The rounds above find a missed page: with a log that knows nothing, memory differs.
+    // The rounds above find a missed page: with a log that misses writes, memory differs.
     let source = Workload::source(settings()).unwrap();
     let layout = source.memory().layout().clone();
     let destination = moved(&source, &[]);
@@ -258,7 +258,7 @@ fn a_log_that_is_not_told_shows() {
 
 #[test]
 fn the_fill_has_the_shares_that_were_asked_for_and_never_touches_zero_pages() {
-    // What is left, a quarter, is zero pages too.
+    // The remaining quarter is zero pages too.
     let fill = Fill { zero: 0.25, text: 0.25, random: 0.25, process: 0.0 };
     let guest = Workload::source(WorkloadSettings {
         memory: 64 << 20,
@@ -269,7 +269,7 @@ fn the_fill_has_the_shares_that_were_asked_for_and_never_touches_zero_pages() {
         ..settings()
     })
     .unwrap();
-    // Asked first: reading a hole of shared memory through its mapping fills it.
+    // Called first: reading a hole of shared memory through its mapping fills it.
     let memory = guest.memory();
     let untouched: u64 =
         memory.block(0).memory.untouched(memory.page_size()).unwrap().iter().map(|range| range.end - range.start).sum();
@@ -374,7 +374,7 @@ fn a_destination_refuses_what_is_not_its_own() {
     assert!(moved(&source, &[]).start(RunState::Running).is_err(), "it is not prepared");
 }
 
-/// A state with one thing wrong: cut to a length, or longer, or one bit flipped.
+/// A state with one error: cut to a length, or longer, or one bit flipped.
 fn damaged(mut state: GuestState, cut: prop::sample::Index, bit: Option<u8>) -> GuestState {
     let bytes = &mut state.sections[0].bytes;
     let at = cut.index(bytes.len());

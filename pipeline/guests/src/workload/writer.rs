@@ -1,7 +1,7 @@
-//! One writer: its pages, what it wrote to each last, and where it is in its pattern.
+//! One writer: its pages, the last write to each, and its position in its pattern.
 //!
-//! Every page belongs to one writer at most, so writers need no lock among themselves: a page that lies in the regions
-//! of several writers is dealt to one of them, in turn by page number. Each keeps its pattern over the pages it has.
+//! Every page belongs to one writer at most, so writers need no lock among themselves: a page in the regions of several
+//! writers is assigned to one of them, in turn by page number. Each writer applies its pattern to its own pages.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -13,9 +13,9 @@ use super::settings::{Region, WorkloadSettings, WriterSettings};
 use super::stamp::{Mark, Stamper};
 use crate::balloon::Ballooned;
 
-/// Bytes that a page of free memory gets besides its stamp when it is taken.
+/// Bytes that are written to a page of free memory besides its stamp when it is taken.
 const FREE_BODY: usize = 64;
-/// One of so many ranges of free memory is taken at a time, at most.
+/// At most one in this number of ranges of free memory is taken at a time.
 const FREE_SHARE_TAKEN: u32 = 8;
 
 /// A writer. Its expected sequences live here, outside the guest's memory.
@@ -28,19 +28,20 @@ pub(super) struct Writer {
     stamper: Stamper,
 }
 
-/// What a writer does with its pages.
+/// The work of a writer on its pages.
 #[derive(Debug)]
 enum Work {
-    /// It has none.
+    /// It has no pages.
     Nothing,
-    /// Writes one after another, after a pattern.
+    /// Writes one page after another, in a pattern.
     Pages(Plan),
-    /// Takes ranges of free memory and gives them back: those that it has, the longest held first. Its cursor counts its writes,
-    /// so that nothing is ever written twice: a stale page from a range's earlier life is told from the last.
+    /// Takes ranges of free memory and gives them back. Holds the ranges taken, the longest held first. Its cursor
+    /// counts its writes, so that no two writes are equal: a stale page from an earlier use of a range differs from the
+    /// last write.
     Ranges(VecDeque<u32>),
 }
 
-/// What a look at pages found.
+/// The result of a check of pages.
 #[derive(Debug, Default)]
 pub(super) struct Findings {
     pub(super) written: u64,
@@ -59,7 +60,7 @@ impl Findings {
     }
 }
 
-/// The writers of a workload as they are before the first write.
+/// The writers of a workload before the first write.
 pub(super) fn writers(settings: &WorkloadSettings) -> Vec<Writer> {
     let [used, free, _] = settings.parts();
     let dealt = deal(used.end, settings.writers.iter().map(|writer| writer.region));
@@ -87,7 +88,7 @@ pub(super) fn writers(settings: &WorkloadSettings) -> Vec<Writer> {
 }
 
 impl Writer {
-    /// Writes so many pages; each is compared with what was last written to it before it is written again.
+    /// Writes this number of pages; each is compared with the last write to it before it is written again.
     pub(super) fn write(&mut self, machine: &Machine, count: u32, findings: &mut Findings) {
         let plan = match &self.work {
             Work::Nothing => return,
@@ -107,7 +108,7 @@ impl Writer {
         }
     }
 
-    /// Takes a range of free memory and writes all of it; or gives the one back that it has had longest, once it has enough.
+    /// Takes a range of free memory and writes all of it; or, once enough are taken, gives back the one held longest.
     fn turn(&mut self, machine: &Machine, findings: &mut Findings) {
         let (Work::Ranges(taken), Some(free)) = (&mut self.work, machine.free()) else { return };
         let first = |pages: &[u32]| *pages.first().expect("free memory has pages");
@@ -125,7 +126,7 @@ impl Writer {
             return;
         }
         let range = self.cursor.random.u32(..free.count());
-        // One that is being hinted is not taken, nor one that is taken already: the next turn finds another.
+        // A range that is being hinted, or is taken already, is not taken: the next turn finds another.
         if free.take(range) {
             taken.push_back(range);
             for index in own(range, &self.pages) {
@@ -145,7 +146,7 @@ impl Writer {
         }
     }
 
-    /// Has it any page to write?
+    /// Does it have any page to write?
     pub(super) fn is_idle(&self) -> bool {
         matches!(self.work, Work::Nothing)
     }
@@ -155,8 +156,8 @@ impl Writer {
         self.pages.iter().copied().zip(self.sequences.iter().copied())
     }
 
-    /// Takes over where another process left off. The sequences are those of all pages; the writer picks its own, and
-    /// leaves zeros behind.
+    /// Continues where another process stopped. The sequences are those of all pages; the writer takes those of its own
+    /// pages, and leaves zeros in their place.
     pub(super) fn restore(&mut self, machine: &Machine, cursor: Cursor, sequences: &mut [u32]) -> Result<(), String> {
         let counts_writes = matches!(self.work, Work::Ranges(_));
         if !counts_writes && cursor.next != 0 && cursor.next as usize >= self.pages.len() {
@@ -169,7 +170,7 @@ impl Writer {
         self.restore_ranges(machine)
     }
 
-    /// The ranges that were taken are those whose pages are written.
+    /// The ranges that were taken are those with written pages.
     fn restore_ranges(&mut self, machine: &Machine) -> Result<(), String> {
         let (Work::Ranges(taken), Some(free)) = (&mut self.work, machine.free()) else { return Ok(()) };
         let mut sequences = &self.sequences[..];
@@ -187,7 +188,7 @@ impl Writer {
     }
 }
 
-/// Deals the pages to writers with these regions.
+/// Assigns the pages to writers with these regions.
 fn deal(pages: u32, regions: impl Iterator<Item = Region>) -> Vec<Vec<u32>> {
     let bounds: Vec<_> = regions.map(|region| bound(region.from, pages)..bound(region.to, pages)).collect();
     let mut cuts: Vec<u32> = bounds.iter().flat_map(|bound| [bound.start, bound.end]).collect();

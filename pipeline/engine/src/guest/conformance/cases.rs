@@ -1,4 +1,4 @@
-//! Calls by hand: what a guest does without an engine.
+//! Direct calls: the guest's behaviour without an engine.
 
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
@@ -14,13 +14,13 @@ use super::witness::what_is_wrong;
 use super::{Breach, Guest, GuestBuilder, SourceGuest, Subject, contract};
 use crate::guest::{DestinationGuest, GuestError, GuestState, RunState, StateSection};
 
-/// How long a call may take before it counts as one that does not return.
+/// How long a call may take before it counts as one that never returns.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 const IGNORED: &str = "a block is ignored where both ends have its memory, whatever a peer says";
 const THROTTLED: &str = "a guest that is throttled is held back and goes on";
 
-/// A guest in a case.
+/// A guest under test.
 pub(super) struct Trial<G: ?Sized> {
     pub(super) case: &'static str,
     pub(super) guest: Arc<G>,
@@ -39,7 +39,7 @@ impl<G: SourceGuest + 'static> Trial<G> {
         Breach::new(self.case, contract, seen)
     }
 
-    /// Calls the guest on a thread of its own, for it may never return.
+    /// Calls the guest on a thread of its own, since the call may never return.
     pub(super) fn call<T: Send + 'static>(
         &self,
         name: &str,
@@ -51,7 +51,7 @@ impl<G: SourceGuest + 'static> Trial<G> {
         }
     }
 
-    /// As [`Trial::call`], where an error is an answer.
+    /// Like [`Trial::call`], but an error is a valid answer.
     pub(super) fn try_call<T: Send + 'static>(
         &self,
         name: &str,
@@ -107,7 +107,7 @@ impl<G: SourceGuest + 'static> Trial<G> {
         }
     }
 
-    /// It does not run: memory stands still.
+    /// It does not run: memory does not change.
     pub(super) fn stands_still(&self, contract: &'static str) -> Result<(), Breach> {
         match change_while_still(&self.guest.memory()) {
             Ok(None) => Ok(()),
@@ -116,13 +116,13 @@ impl<G: SourceGuest + 'static> Trial<G> {
         }
     }
 
-    /// It finds nothing wrong with itself.
+    /// Its own check finds no error.
     pub(super) fn examine<S: Subject<Guest = G>>(&self, subject: &S) -> Result<(), Breach> {
         subject.examine(&self.guest).map_err(|why| self.breach(contract::ITSELF, format_args!("it says: {why}")))
     }
 }
 
-/// Paused, saved and resumed, over and over.
+/// Paused, saved and resumed, repeatedly.
 pub(super) fn pausing<S: Subject>(subject: &S) -> Result<(), Breach> {
     let trial = Trial::source("pausing", subject)?;
     trial.pause()?;
@@ -134,7 +134,7 @@ pub(super) fn pausing<S: Subject>(subject: &S) -> Result<(), Breach> {
     subject.same_state(&saved, &again).map_err(differs)?;
     trial.resume()?;
     trial.writes(contract::GOES_ON)?;
-    // What follows a pause that failed before it had paused anything.
+    // The calls that follow a pause that failed before it had paused anything.
     trial.resume()?;
     trial.writes(contract::GOES_ON)?;
     for _ in 0..5 {
@@ -146,7 +146,7 @@ pub(super) fn pausing<S: Subject>(subject: &S) -> Result<(), Breach> {
     trial.examine(subject)
 }
 
-/// Throttled, if it can be.
+/// Throttled, if it supports that.
 pub(super) fn throttling<S: Subject>(subject: &S) -> Result<(), Breach> {
     let trial = Trial::source("throttling", subject)?;
     if trial.try_call("throttle", |guest| guest.throttle(80))?.is_err() {
@@ -202,14 +202,14 @@ pub(super) fn strange_peers<S: Subject>(subject: &S) -> Result<(), Breach> {
 
 type G<S> = <S as Subject>::Guest;
 
-/// Is a block said to be ignored that is not, or sent that is ignored?
+/// Describes the first block that was built with the wrong `ignored` flag, if there is one.
 fn claims(memory: &GuestMemory, right: &[BlockInfo]) -> Option<String> {
     let own = |block: &&BlockInfo| right.iter().any(|own| own.id == block.id && own.ignored != block.ignored);
     let claimed = memory.layout().blocks().iter().find(own)?;
     Some(format!("block {:?} was built with ignored = {}, as a peer had made up", claimed.id, claimed.ignored))
 }
 
-/// The blocks, each in some way not as they should be.
+/// The blocks, each variant with one error.
 fn strange_blocks(right: &[BlockInfo]) -> Vec<Vec<BlockInfo>> {
     let changed = |change: &dyn Fn(&mut BlockInfo)| {
         let mut blocks = right.to_vec();
@@ -232,7 +232,7 @@ fn strange_blocks(right: &[BlockInfo]) -> Vec<Vec<BlockInfo>> {
     strange
 }
 
-/// The state, each in some way not as it should be.
+/// The state, each variant with one error.
 fn strange_states(right: &GuestState) -> Vec<GuestState> {
     let with = |change: &dyn Fn(&mut Vec<StateSection>)| {
         let mut state = right.clone();

@@ -1,4 +1,4 @@
-//! A copy of a guest's memory at one moment, and how two of them differ.
+//! A copy of a guest's memory at one moment, and the comparison of two copies.
 
 use std::io;
 use std::thread;
@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 use memferry_stages::geometry::PageAt;
 use memferry_stages::memory::GuestMemory;
 
-/// How long a guest that runs may take to write its memory.
+/// How long a running guest may take to write its memory.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// How long memory is watched that nobody may write.
+/// How long memory is watched in which nothing may change.
 const WATCHED: Duration = Duration::from_millis(60);
 
 /// All bytes of all blocks, in whole pages.
@@ -37,7 +37,7 @@ impl Image {
     /// The first byte that is not the same: where, and both.
     pub(super) fn first_difference(&self, other: &Self) -> Option<Difference> {
         (0..).zip(self.blocks.iter().zip(&other.blocks)).find_map(|(block, (one, two))| {
-            // Pages are compared at the speed of memory, and only one that differs byte by byte.
+            // Pages are compared as a whole, and byte by byte only if they differ.
             let mut pages = one.chunks_exact(self.page).zip(two.chunks_exact(self.page));
             let page = pages.position(|(one, two)| one != two)?;
             let byte = (page * self.page..).find(|&byte| one[byte] != two[byte])?;
@@ -66,21 +66,21 @@ pub(super) struct Difference {
 }
 
 impl Difference {
-    /// In words: what the one has and what the other.
+    /// Describes the bytes of both images.
     pub(super) fn words(&self, one: &str, other: &str) -> String {
         let Self { at, byte, bytes } = self;
         format!("byte {byte} of {at} is {:#04x} {one} and {:#04x} {other}", bytes.0, bytes.1)
     }
 }
 
-/// Watches memory that nobody may write: the first page that changes.
+/// Watches memory in which nothing may change. Returns the first page that changes.
 pub(super) fn change_while_still(memory: &GuestMemory) -> io::Result<Option<Difference>> {
     let before = Image::of(memory)?;
     thread::sleep(WATCHED);
     Ok(before.first_difference(&Image::of(memory)?))
 }
 
-/// Waits until memory changes, which it does if its guest runs.
+/// Waits until memory changes, as it does if its guest runs.
 pub(super) fn changes(memory: &GuestMemory) -> io::Result<bool> {
     let (before, since) = (Image::of(memory)?, Instant::now());
     while since.elapsed() < PATIENCE {

@@ -1,16 +1,17 @@
-//! The conformance kit for guests: what [`SourceGuest`] and [`DestinationGuest`] ask of a guest, tried on one.
+//! The conformance kit for guests: tests the contracts of [`SourceGuest`] and [`DestinationGuest`] on an
+//! implementation.
 //!
-//! Whoever writes a guest gives a [`Subject`] that makes small ones. [`check`] calls them as the engine does, in every order
-//! in which it may, and runs whole migrations inside this process. It ends well, or with a [`Breach`] that names the
-//! contract and what was seen instead.
+//! The author of a guest implements a [`Subject`] that makes small guests. [`check`] calls them as the engine does, in
+//! every order that is possible, and runs whole migrations inside this process. It returns success, or a [`Breach`]
+//! with the contract and the observed behaviour.
 //!
 //! | case | what must hold |
 //! |---|---|
-//! | pausing | no page changes once pause has returned; saving twice says the same; resume lets it go on, over and over |
-//! | throttling | a throttled guest goes on, and pauses as well as any; throttle may come beside any call |
-//! | moving | what is loaded is what the source held when it was paused, to the last byte; it goes on there and only there |
+//! | pausing | no page changes once pause has returned; two saves give the same state; resume lets the guest run again, repeatedly |
+//! | throttling | a throttled guest still runs, and can be paused; throttle may be called beside any call |
+//! | moving | the loaded memory is the source's at its pause, to the last byte; the guest runs there and only there |
 //! | paused | a guest that its operator paused arrives paused, with the same state, and can be resumed |
-//! | failures | after a cancel, a lost connection, a refusal, the source goes on as it was, and can be moved after that |
+//! | failures | after a cancel, a lost connection, a refusal, the source continues as it was, and can be moved after that |
 //! | strange peers | blocks and state that do not fit are refused or taken, without a panic, and nothing starts |
 //!
 //! # Example
@@ -51,22 +52,22 @@ use std::sync::Arc;
 
 use super::{DestinationGuest, Guest, GuestBuilder, GuestState, SourceGuest};
 
-/// What is tried. The guests should have some MiB of memory: all of it is read often.
+/// The guests under test. They should have some MiB of memory: all of it is read often.
 pub trait Subject {
-    /// The guest under test: what arrives is what may be sent again.
+    /// The guest type: what arrives can be sent again.
     type Guest: SourceGuest + DestinationGuest + 'static;
 
-    /// A guest that runs and never stops writing memory: that it goes on is seen by that.
+    /// A guest that runs and never stops writing memory: the kit detects by that whether it runs.
     fn source(&self) -> Arc<Self::Guest>;
 
-    /// What builds a guest for what [`Subject::source`] makes.
+    /// Builds a guest for the blocks of [`Subject::source`].
     fn destination(&self) -> impl GuestBuilder<Built = Self::Guest>;
 
-    /// Is the state that a destination saves, where the guest has not run since it came, that which its source saved? Equal
-    /// unless said otherwise: a guest whose state holds a clock must say.
+    /// Is the state that a destination saves, if the guest has not run since it arrived, the state that its source
+    /// saved? The default compares for equality: a guest whose state holds a clock must override it.
     ///
     /// # Errors
-    /// What differs.
+    /// The difference.
     fn same_state(&self, source: &GuestState, destination: &GuestState) -> Result<(), String> {
         if source == destination { Ok(()) } else { Err(first_difference(source, destination)) }
     }
@@ -81,25 +82,25 @@ pub trait Subject {
     }
 }
 
-/// A guest does not do what [`SourceGuest`] or [`DestinationGuest`] asks of it.
+/// A violation of a contract of [`SourceGuest`] or [`DestinationGuest`].
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{case}: {contract}; but {seen}")]
 pub struct Breach {
     /// The case that found it.
     pub case: &'static str,
-    /// What must hold.
+    /// The contract.
     pub contract: &'static str,
-    /// What was seen instead.
+    /// The observed behaviour.
     pub seen: String,
 }
 
 /// Runs every case. Takes some seconds.
 ///
 /// # Errors
-/// The first [`Breach`]. An error, a panic or silence of the guest is one too.
+/// The first [`Breach`]. An error, a panic or a hang of the guest is one too.
 ///
 /// # Panics
-/// If it is called from async code, or the host gives no threads.
+/// If it is called from async code, or the host cannot start threads.
 pub fn check<S: Subject>(subject: &S) -> Result<(), Breach> {
     cases::pausing(subject)?;
     cases::throttling(subject)?;
@@ -109,7 +110,7 @@ pub fn check<S: Subject>(subject: &S) -> Result<(), Breach> {
     cases::strange_peers(subject)
 }
 
-/// The contracts that several cases hold a guest to.
+/// The contracts that several cases check.
 mod contract {
     pub(super) const BUSY: &str = "the source of the subject runs and never stops writing memory";
     pub(super) const STILL: &str = "once pause has returned, nothing writes guest memory until resume";

@@ -25,7 +25,7 @@ const NO_LONGER_HERE: &str = "a guest that was handed over stays paused at its s
 const STARTS_AS_IT_WAS: &str = "start runs the guest if it ran, and leaves it paused if it was";
 const SURVIVES: &str = "a source goes on as it was when a migration ends before Go";
 
-/// What goes wrong.
+/// The failure that is provoked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Trouble {
     Nothing,
@@ -64,7 +64,7 @@ pub(super) fn paused<S: Subject>(subject: &S) -> Result<(), Breach> {
     destination.examine(subject)
 }
 
-/// A guest that lives through one failure after another, and is moved in the end.
+/// A guest that survives one failure after another, and is moved in the end.
 pub(super) fn failures<S: Subject>(subject: &S) -> Result<(), Breach> {
     let source = Trial::source("failures", subject)?;
     let troubles = [
@@ -92,7 +92,7 @@ fn move_running<S: Subject>(subject: &S, source: &Trial<S::Guest>) -> Result<(),
     destination.examine(subject)
 }
 
-/// The migration succeeded, and everything at the destination is as it was at the source.
+/// The migration succeeded, and the state at the destination equals that at the source.
 fn arrives<G: SourceGuest + 'static>(case: &'static str, moved: &Moved<G>) -> Result<Trial<G>, Breach> {
     let breach = |contract, seen: String| Err(Breach::new(case, contract, seen));
     let (left, arrived) = (moved.left.seen(), held(&moved.arrived));
@@ -116,7 +116,7 @@ fn arrives<G: SourceGuest + 'static>(case: &'static str, moved: &Moved<G>) -> Re
     breach(if by_save { LOGS_SAVE } else { LOGS }, lost.words("at the source", "at the destination"))
 }
 
-/// The migration failed, and the source did not mind.
+/// The migration failed, and the source is unaffected.
 fn survives<S: Subject>(
     subject: &S,
     source: &Trial<S::Guest>,
@@ -137,7 +137,7 @@ fn survives<S: Subject>(
     source.examine(subject)
 }
 
-/// What was not started does not run.
+/// A guest that was not started does not run.
 fn stays_down<G: SourceGuest + 'static>(case: &'static str, seen: &Arrived<G>) -> Result<(), Breach> {
     let Some(guest) = seen.guest.clone() else { return Ok(()) };
     let destination = Trial { case, guest };
@@ -158,7 +158,7 @@ fn failure<G>(moved: &Moved<G>) -> String {
     format!("source: {}; destination: {}", words(source), words(destination))
 }
 
-/// Runs both ends. There is no verification: the kit compares by itself, and knows more of why.
+/// Runs both ends. Verification is off: the kit compares by itself, and reports more detail.
 fn migrate<B>(source: Arc<dyn SourceGuest>, builder: B, trouble: Trouble) -> Moved<B::Built>
 where
     B: GuestBuilder<Built: SourceGuest>,
@@ -195,7 +195,7 @@ where
         let sending = async {
             let sent = send(left.clone(), Arc::new(transport), source_settings(), &plane, observers, cancel).await;
             if sent.is_err() {
-                // It may wait for a source that never came so far.
+                // It may wait for a source that never got this far.
                 tokio::time::sleep(Duration::from_millis(50)).await;
                 over.cancel();
             }

@@ -1,5 +1,5 @@
-//! Guests around the guest under test: they do what that one does, and take down what its memory and state were at the moments
-//! that matter.
+//! Wrappers around the guest under test: they delegate to it, and record its memory and state at the moments that
+//! matter.
 
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,22 +13,22 @@ use super::{DestinationGuest, Guest, GuestBuilder, GuestState, SourceGuest};
 use crate::guest::{GuestError, RunState};
 use crate::migration::built_otherwise;
 
-/// What was seen of a source.
+/// The records of a source.
 #[derive(Debug, Default)]
 pub(super) struct Left {
-    /// Memory when save was called; when it had returned; and just before Go.
+    /// Memory when save was called, when it had returned, and just before Go.
     pub(super) unsaved: Option<Image>,
     pub(super) saved: Option<Image>,
     pub(super) committed: Option<Image>,
-    /// What was saved.
+    /// The saved state.
     pub(super) state: Option<GuestState>,
 }
 
-/// A source that is watched.
+/// A source that is recorded.
 pub(super) struct Leaving {
     guest: Arc<dyn SourceGuest>,
     seen: Mutex<Left>,
-    /// Called when the guest is saved: trouble begins.
+    /// Called when the guest is saved: provokes the failure.
     pub(super) at_save: Option<Box<dyn Fn() + Send + Sync>>,
 }
 
@@ -48,7 +48,7 @@ impl Leaving {
     }
 
     fn image(&self) -> Option<Image> {
-        // Memory that cannot be read fails the migration in better words.
+        // The migration reports memory that cannot be read with a better error.
         Image::of(&self.guest.memory()).ok()
     }
 }
@@ -112,16 +112,16 @@ impl SourceGuest for Leaving {
     }
 }
 
-/// What was seen of a destination.
+/// The records of a destination.
 #[derive(Debug)]
 pub(super) struct Arrived<G> {
-    /// What was built.
+    /// The built guest.
     pub(super) guest: Option<Arc<G>>,
-    /// What is wrong with it.
+    /// The first error found in it.
     pub(super) badly_built: Option<String>,
     /// Memory when everything was loaded, before prepare.
     pub(super) loaded: Option<Image>,
-    /// How it ran when prepare had returned.
+    /// Its run state when prepare had returned.
     pub(super) prepared: Option<RunState>,
 }
 
@@ -131,7 +131,7 @@ impl<G> Default for Arrived<G> {
     }
 }
 
-/// Builds a guest that is watched.
+/// Builds a guest that is recorded.
 pub(super) struct Expecting<B: GuestBuilder> {
     pub(super) builder: B,
     pub(super) seen: Arc<Mutex<Arrived<B::Built>>>,
@@ -139,7 +139,7 @@ pub(super) struct Expecting<B: GuestBuilder> {
     pub(super) refuses: bool,
 }
 
-/// A destination that is watched.
+/// A destination that is recorded.
 #[derive(Debug)]
 pub(super) struct Arriving<G> {
     guest: Arc<G>,
@@ -184,12 +184,12 @@ impl<G: DestinationGuest + SourceGuest> DestinationGuest for Arriving<G> {
     }
 }
 
-/// The lock, whoever panicked with it.
+/// Takes the lock, also after a panic of its holder.
 pub(super) fn held<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// What a guest built is what came: the same blocks, zero where it says that they are.
+/// The built guest matches the received blocks: the same blocks, zero where it says so.
 pub(super) fn what_is_wrong(memory: &GuestMemory, page_size: PageSize, blocks: &[BlockInfo]) -> Option<String> {
     if let Some(otherwise) = built_otherwise(memory, page_size, blocks) {
         return Some(otherwise);

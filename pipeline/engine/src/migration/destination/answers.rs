@@ -1,4 +1,4 @@
-//! The return path, from Accept on: what is said goes through the stage that sends answers, and heartbeats with it.
+//! The return path, from Accept on: the stage that sends answers to the source, and heartbeats with them.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -28,7 +28,7 @@ pub(super) struct Answers {
 }
 
 impl Answers {
-    /// Starts the stage: a sender without bulk. The peer is `source`, heard with `ears`.
+    /// Starts the stage: a sender without bulk data. The peer is `source`; `ears` watches that it is alive.
     pub(super) fn start(
         writer: Writer,
         source: Untrusted,
@@ -47,7 +47,7 @@ impl Answers {
         Self { stages, outlet, alive }
     }
 
-    /// Says the last word and ends the return path, within [`FAREWELL`].
+    /// Sends the last message and ends the return path, within [`FAREWELL`].
     pub(super) async fn close(mut self, last_word: Option<Message>) {
         let Some(message) = last_word else { return };
         let closing = async {
@@ -55,7 +55,7 @@ impl Answers {
             finish(&self.outlet, &mut self.stages).await;
             Ok::<(), MigrationError>(())
         };
-        // A source that is gone or does not read needs no farewell.
+        // A source that is gone or does not read needs no last message.
         drop(tokio::time::timeout(FAREWELL, closing).await);
     }
 }

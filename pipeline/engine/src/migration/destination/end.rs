@@ -1,4 +1,4 @@
-//! The end, whatever happened: the source is told, and it is reported.
+//! The end, in every case: the source is notified, and the outcome is reported.
 
 use memferry_stages::clears::Spared;
 use memferry_stages::meter::Reading;
@@ -14,7 +14,7 @@ use crate::migration::error::MigrationError;
 use crate::migration::outcome::ReceiveError;
 
 impl Destination {
-    /// Whatever happened: the source is told, and it is reported.
+    /// In every case: notifies the source, and reports the outcome.
     pub(super) async fn conclude(
         self,
         result: Result<(), MigrationError>,
@@ -87,7 +87,8 @@ impl Destination {
         (flow.wire_bytes(), peak, flow.graph.readings())
     }
 
-    /// What the source must hear when nothing was begun here. After a start was begun it has heard all there is.
+    /// The last message to the source if the start was not begun. Once a start was begun, the source has had every
+    /// message.
     fn farewell(&self, result: &Result<(), MigrationError>) -> Option<Message> {
         match result {
             Ok(()) => None,

@@ -1,4 +1,4 @@
-//! The running destination, as its controller sees it: the stages joined, and the next thing that it must know.
+//! The running destination, as its controller sees it: the stages joined, and the next event for the controller.
 
 use std::sync::atomic::Ordering;
 use std::time::Instant;
@@ -24,14 +24,14 @@ use crate::migration::stage_set::StageSet;
 
 /// The running destination, as its controller sees it.
 pub(super) struct Flow {
-    /// Where there is a return path.
+    /// Set if there is a return path.
     pub(super) alive: Option<Alive>,
     pub(super) graph: DestinationGraph,
     pub(super) cancel: CancellationToken,
     pub(super) ticks: Interval,
     /// Receivers and loaders that have not ended.
     pub(super) stages_left: usize,
-    /// Bytes off the wire.
+    /// Bytes received from the wire.
     pub(super) wire_speed: Speed,
     /// Page bytes that are loaded.
     pub(super) page_speed: Speed,
@@ -39,25 +39,25 @@ pub(super) struct Flow {
     pub(super) tick: u32,
     pub(super) round: u32,
     pub(super) round_began: Instant,
-    /// Do digests come?
+    /// Does the stream carry digests?
     pub(super) verify: bool,
-    /// May they leave pages out?
+    /// May the digests leave pages out?
     pub(super) may_leave_out: bool,
     /// Pages that never travel, as this end knows them.
     pub(super) out_for_good: LeftOut,
 }
 
-/// One thing that the controller must know.
+/// An event for the controller.
 pub(super) enum Signal {
     Said(Message),
     Loaded(Loaded),
-    /// Every connection has ended between two frames, and everything that came is loaded.
+    /// Every connection has ended at a frame boundary, and everything received is loaded.
     StreamEnded,
     Tick,
 }
 
 impl Flow {
-    /// Waits for the next thing to happen. A cancel comes first.
+    /// Waits for the next event. A cancel comes first.
     pub(super) async fn next(&mut self) -> Result<Signal, MigrationError> {
         loop {
             tokio::select! {
@@ -85,18 +85,18 @@ impl Flow {
         said.map_err(|_| MigrationError::Lost("the return path is closed".into()))
     }
 
-    /// Tells the source what is loaded.
+    /// Reports to the source what is loaded.
     pub(super) fn acknowledge(&self) -> Result<(), MigrationError> {
         let progress = &self.graph.progress;
         let frames: Vec<u64> = progress.iter().map(|lane| lane.frames.load(Ordering::Acquire)).collect();
         let bytes = self.loaded_bytes();
         let Some(answer) = &self.graph.answer else { return Ok(()) };
-        // Where the last figures still wait to be sent, these need not be: later ones will tell the same.
+        // If the previous figures are still queued, these are dropped: later figures replace them.
         let offered = answer.offer(Control::Frame(Message::Progress(Acknowledged { bytes, frames }).encode(0)));
         offered.map_err(|_| MigrationError::Lost("the return path is closed".into()))
     }
 
-    /// Says the last word and ends the connections, within [`FAREWELL`].
+    /// Sends the last message and ends the connections, within [`FAREWELL`].
     pub(super) async fn close(mut self, last_word: Option<Message>) {
         let closing = async {
             if let Some(message) = last_word {
@@ -107,12 +107,12 @@ impl Flow {
             }
             Ok::<(), MigrationError>(())
         };
-        // A source that is gone or does not read needs no farewell.
+        // A source that is gone or does not read needs no last message.
         drop(tokio::time::timeout(FAREWELL, closing).await);
         self.graph.stages.end().await;
     }
 
-    /// Tells the source what this end reports of itself, without waiting for the next heartbeat.
+    /// Sends the source this end's figures at once, without waiting for the next heartbeat.
     pub(super) fn report(&self) -> Result<(), MigrationError> {
         let Some(answer) = &self.graph.answer else { return Ok(()) };
         let figures = Message::Heartbeat(figures(&self.graph.receiver_meters));
@@ -125,13 +125,13 @@ impl Flow {
         self.graph.progress.iter().map(|lane| lane.bytes.load(Ordering::Acquire)).sum()
     }
 
-    /// Bytes that came off the wire.
+    /// Bytes received from the wire.
     pub(super) fn wire_bytes(&self) -> u64 {
         self.graph.receiver_meters.iter().map(|meter| meter.bytes()).sum()
     }
 }
 
-/// Ends the return path behind what was handed to it.
+/// Ends the return path once all queued answers are sent.
 pub(super) async fn finish(answer: &Outlet<Control>, stages: &mut StageSet) {
     answer.put(Control::Finish).await.ok();
     while stages.next_end().await.stage != StageId::ANSWERS {}

@@ -1,4 +1,4 @@
-//! The hand-over: memories are compared, the machine is prepared, and it starts when the source says Go.
+//! The handover: digests are compared, the machine is prepared, and it starts when the source sends Go.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -18,8 +18,8 @@ use crate::migration::handshake::{DestinationStep, Happening, awaiting_go};
 use crate::migration::{blocking, digests};
 
 impl Destination {
-    /// Compares digests; where they differ, sends the page hashes of the first stretch that does, so that the source can
-    /// name the page.
+    /// Compares digests. If they differ, sends the page hashes of the first stretch that differs, so that the source
+    /// can name the page.
     pub(super) async fn verify(
         &mut self,
         flow: &mut Flow,
@@ -115,7 +115,7 @@ impl Destination {
     }
 }
 
-/// Everything is loaded: the guest takes its device state.
+/// Everything is loaded: applies the device state to the guest.
 pub(super) async fn prepare(guest: &Arc<dyn DestinationGuest>, device: GuestState) -> Result<(), MigrationError> {
     let guest = guest.clone();
     Ok(blocking(move || guest.prepare(&device)).await?)

@@ -1,4 +1,4 @@
-//! Loading: what comes beside the pages is gathered, and rounds are told, until everything is there.
+//! Loading: collects the messages that arrive besides the pages, and reports rounds, until everything has arrived.
 
 use std::sync::atomic::Ordering;
 use std::time::Instant;
@@ -17,26 +17,26 @@ use crate::migration::digests::{self, Digests, Pending};
 use crate::migration::error::MigrationError;
 use crate::migration::state::Assembly;
 
-/// How many of these make one progress event for whoever watches.
+/// How many of these intervals make one progress event for observers.
 const TICKS_PER_EVENT: u32 = 5;
-/// Tallies that are kept of rounds that are not complete in every lane.
+/// The most tallies that are stored for rounds that are not complete in every lane.
 const MAX_TALLIES: usize = 4096;
 
-/// What arrives beside the pages.
+/// Messages that arrive besides the pages.
 pub(super) struct Arrival {
     pub(super) device: Assembly,
     pub(super) digests: Digests,
-    /// Of rounds that are not complete in every lane.
+    /// Tallies of rounds that are not complete in every lane.
     pub(super) tallies: Vec<RoundTally>,
     pub(super) lanes: usize,
     pub(super) switched_over: u16,
     pub(super) end: Option<(RunState, u64)>,
-    /// This end's digests, begun when every page was there: the source hashes at the same time.
+    /// This end's digests, begun when every page had arrived: the source hashes at the same time.
     pub(super) ours: Option<Pending>,
 }
 
 impl Destination {
-    /// Takes everything that comes until the end mark and every lane's Switchover are there.
+    /// Processes arrivals until the end mark and every lane's Switchover have arrived.
     pub(super) async fn load(&mut self, flow: &mut Flow, memory: &GuestMemory) -> Result<Arrival, MigrationError> {
         let lanes = u16::try_from(flow.graph.progress.len()).expect("at most MAX_LANES");
         let mut arrival = Arrival {
@@ -83,7 +83,7 @@ impl Destination {
         Ok(arrival)
     }
 
-    /// Nothing may follow the end mark of a stored stream: what does is damage.
+    /// Nothing may follow the end mark of a stored stream: further bytes mean a damaged file.
     pub(super) async fn reach_end(&self, flow: &mut Flow) -> Result<(), MigrationError> {
         loop {
             match flow.next().await? {
@@ -101,14 +101,15 @@ impl Destination {
     fn loaded(&self, flow: &mut Flow, arrival: &mut Arrival, loaded: Loaded) -> Result<(), MigrationError> {
         match loaded {
             Loaded::RoundComplete { tally, .. } => {
-                // They are figures for the report: of a source that ends round after round in one lane alone, not all are kept.
+                // These are figures for the report. They are bounded, in case a source ends round after round in one
+                // lane only.
                 if arrival.tallies.len() < MAX_TALLIES {
                     arrival.tallies.push(tally);
                 }
                 let of_round = |other: &&RoundTally| other.round == tally.round;
                 if arrival.tallies.iter().filter(of_round).count() == arrival.lanes {
                     self.round_loaded(flow, &mut arrival.tallies, tally.round);
-                    // The source is about to decide, by what it takes for being on its way.
+                    // The source is about to decide, and counts on what it believes to be in flight.
                     flow.report()?;
                     flow.acknowledge()?;
                 }
@@ -123,7 +124,7 @@ impl Destination {
         Ok(())
     }
 
-    /// Every lane has loaded the round: its figures are added up and told.
+    /// Every lane has loaded the round: its figures are added up and reported.
     fn round_loaded(&self, flow: &mut Flow, tallies: &mut Vec<RoundTally>, round: u32) {
         let mut whole = RoundTally::new(round, false);
         for tally in tallies.extract_if(.., |tally| tally.round == round) {
@@ -142,7 +143,7 @@ impl Destination {
         Ok(())
     }
 
-    /// Time has passed: every few times figures are reported.
+    /// Time has passed: figures are reported every few intervals.
     pub(super) fn watch_progress(&self, flow: &mut Flow) {
         flow.tick += 1;
         if !flow.tick.is_multiple_of(TICKS_PER_EVENT) {
@@ -158,7 +159,7 @@ impl Destination {
         self.observers.tell(&Event::Progress(progress));
     }
 
-    /// The last figures: nothing moves any more, and of a migration that completed nothing remains.
+    /// The final figures: no data moves any more, and after a completed migration nothing remains.
     pub(super) fn report_last_progress(&self, flow: &Flow, completed: bool) {
         let still = self.still(flow);
         self.observers.tell(&Event::Progress(Progress {
@@ -168,12 +169,12 @@ impl Destination {
         }));
     }
 
-    /// The figures that are no rates.
+    /// The figures that are not rates.
     fn still(&self, flow: &Flow) -> Progress {
         let total_bytes = self.layout.as_ref().map_or(0, Layout::bytes);
         Progress {
             round: flow.round,
-            // What the guest has written since is known to the source alone.
+            // Only the source knows what the guest has written since.
             remaining_bytes: (flow.round == 1).then(|| total_bytes.saturating_sub(flow.loaded_bytes())),
             total_bytes,
             wire_bytes: flow.wire_bytes(),

@@ -3,7 +3,7 @@
 //! ```text
 //!  gather connections ─▶ accept ─▶ build the machine, Ready ─▶ load ─▶ verify ─▶ prepare, Loaded ─▶ Go ─▶ start, Running
 //!          └─────────────────┴──────────────────┴────────────────┴─────────┴───────────┴──▶ any failure before Go: nothing
-//!                                                                              runs here, and the source is told why
+//!                                                                              runs here, the source gets the reason
 //! ```
 
 mod answers;
@@ -37,11 +37,11 @@ use answers::Answers;
 use flow::Flow;
 use handover::prepare;
 
-/// Receives a guest from whoever connects to `listener`: `builder` makes it for the blocks that come. Returns it when it is
-/// decided that it runs here, or is paused here as it was at its source.
+/// Receives a guest from the first valid source that connects to `listener`: `builder` builds it for the blocks that
+/// arrive. Returns the guest when it is decided that it runs here, or is paused here as it was at its source.
 ///
-/// Strangers and broken peers are turned away and reported as events; the wait goes on. Nothing is started here before the
-/// source has said Go. `control` is a [`Control`], or the token that cancels it.
+/// Other clients and broken peers are refused and reported as events; the wait continues. Nothing is started here
+/// before the source has sent Go. `control` is a [`Control`], or the token that cancels it.
 ///
 /// # Errors
 /// Why no guest was received: see [`ReceiveError`].
@@ -55,7 +55,7 @@ pub fn receive<B: GuestBuilder>(
 ) -> impl Future<Output = Result<Received<B::Built>, ReceiveError>> + Send {
     let control = control.into();
     let (build, built) = erased(builder);
-    // The bound `Send` is written out: a compiler does not always find it for a closure that takes references.
+    // The bound `Send` is spelled out: the compiler does not always infer it for a closure that takes references.
     async move {
         settings.check()?;
         let observers = control.destination_begins(&observers);
@@ -66,14 +66,14 @@ pub fn receive<B: GuestBuilder>(
     }
 }
 
-/// What builds the guest, called once.
+/// Builds the guest; called once.
 type Build =
     Box<dyn FnOnce(PageSize, &[BlockInfo], &GuestState) -> Result<Arc<dyn DestinationGuest>, GuestError> + Send>;
 
-/// Where a builder leaves what it has built.
+/// Where a builder stores the guest that it has built.
 type Place<G> = Arc<Mutex<Option<Arc<G>>>>;
 
-/// A builder without its type, so that the phases are compiled once, and the place where it leaves what it has built.
+/// A type-erased builder, so that the phases are compiled once, and the slot for the guest that it builds.
 fn erased<B: GuestBuilder>(builder: B) -> (Build, Place<B::Built>) {
     let built = Arc::new(Mutex::new(None));
     let place = built.clone();
@@ -108,7 +108,7 @@ async fn run(
     destination.conclude(result, answers, flow).await
 }
 
-/// A guest that was built, and what the engine asked of it.
+/// A built guest, and the answers that the engine got from it.
 struct Built {
     guest: Arc<dyn DestinationGuest>,
     memory: GuestMemory,
@@ -124,12 +124,12 @@ struct Destination {
     started: Instant,
     setup: Duration,
     layout: Option<Layout>,
-    /// What guest state may take, and takes.
+    /// The limit for guest state, and how much of it is used.
     state_room: Room,
     parts: DowntimeParts,
     verified: Option<bool>,
     turned_away: Arc<TurnedAways>,
-    /// Was the start begun? From here on nothing can be refused.
+    /// Was the start begun? After that nothing can be refused.
     start_begun: bool,
 }
 

@@ -1,4 +1,4 @@
-//! Setup: connections are gathered, the stream is accepted, the machine is built for it, and the stages start.
+//! Setup: connections are gathered, the stream is accepted, the machine is built, and the stages start.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -31,7 +31,7 @@ use crate::migration::stage_set::StageSet;
 use crate::migration::state::{Assembly, Room};
 use crate::migration::{block_facts, blocking, bounds, built_otherwise};
 
-/// How often the source is told what is loaded.
+/// How often the source is notified of what is loaded.
 const TICK: Duration = Duration::from_millis(20);
 
 impl Destination {
@@ -43,7 +43,7 @@ impl Destination {
         plane.run(Session::gather(listener, self.settings.clone(), self.turned_away.clone())).await
     }
 
-    /// Accepts the stream, learns what the guest is like and builds the machine for it.
+    /// Accepts the stream, reads the guest's description and builds the machine for it.
     pub(super) async fn agree(
         &mut self,
         session: &mut Session,
@@ -157,7 +157,8 @@ async fn read_setup(session: &mut Session, room: &mut Room) -> Result<(Vec<Block
     }
 }
 
-/// Both ends ignore the same blocks: what one does not send, the other must have. Id, length and address were compared before.
+/// Both ends must ignore the same blocks: a block that one does not send must exist at the other. Id, length and
+/// address were compared before.
 fn check_ignored(came: &[BlockInfo], own: &Layout) -> Result<(), GuestError> {
     let mut both = came.iter().zip(own.blocks());
     let Some((came, _)) = both.find(|(came, own)| came.ignored != own.ignored) else { return Ok(()) };
@@ -166,7 +167,7 @@ fn check_ignored(came: &[BlockInfo], own: &Layout) -> Result<(), GuestError> {
     Err(GuestError(format!("block {:?} is {there}, and the guest here {here}", came.id)))
 }
 
-/// What this end reports of itself to the source, with each heartbeat, once the stages run.
+/// The figures that this end reports to the source with each heartbeat, once the stages run.
 pub(super) fn figures(receivers: &[Arc<Meter>]) -> Vec<Figure> {
     let receivers: Vec<_> = receivers.iter().map(|meter| meter.read()).collect();
     vec![bottleneck::figure_of(&receivers)]

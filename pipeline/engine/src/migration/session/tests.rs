@@ -12,7 +12,7 @@ use tokio::task::JoinHandle;
 use super::*;
 use crate::events::{Event, Observer, Observers, Role};
 
-/// No test here takes this long unless something hangs.
+/// No test here takes this long unless it hangs.
 const HANG: Duration = Duration::from_secs(60);
 
 /// A listener that cannot accept while it is short of descriptors.
@@ -47,7 +47,7 @@ impl Listener for Starved {
 
 type Told = Arc<Mutex<Vec<(TurnedAwayKind, u64, String)>>>;
 
-/// A destination that gathers, and what it reports.
+/// A destination that gathers connections, and its reported events.
 struct Gathering {
     transport: MemoryTransport,
     is_short: Arc<AtomicBool>,
@@ -76,7 +76,7 @@ impl Gathering {
         Self { transport, is_short, accepted, told, turned_away, task }
     }
 
-    /// A connection that has said Hello.
+    /// A connection that has sent Hello.
     async fn knock(&self, session: u8, connection: u16, connections: u16) -> Source {
         let opened = self.transport.connect().await.unwrap();
         let (mut writer, reader) = (opened.writer.unwrap(), opened.reader.unwrap());
@@ -93,7 +93,7 @@ impl Gathering {
         Source { reader: FrameReader::new(reader, "test".into(), PageSize::DEFAULT), writer }
     }
 
-    /// A whole migration comes and is taken; what was reported until then, counts with what was left.
+    /// A whole migration arrives and is accepted; returns the events until then, with the remaining counts.
     async fn ends_well(self) -> Vec<(TurnedAwayKind, u64, String)> {
         let _source = self.knock(99, 0, 1).await;
         let session = tokio::time::timeout(HANG, self.task).await.expect("it hangs").unwrap();
@@ -133,7 +133,7 @@ async fn a_migration_whose_connections_do_not_all_come_is_refused_with_the_reaso
 async fn a_migration_of_which_a_connection_ends_is_refused_at_once() {
     let gathering = Gathering::start(2 * HANG).await;
     let mut early = gathering.knock(1, 0, 3).await;
-    // What comes before its time does not end it, and is not lost.
+    // Bytes that arrive early do not end it, and are not lost.
     early.writer.write_all(&Message::Ready.encode(0)).await.unwrap();
     let ending = gathering.knock(1, 2, 3).await;
     while gathering.accepted.load(Ordering::Relaxed) < 2 {
@@ -174,7 +174,7 @@ async fn a_migration_that_cannot_become_complete_for_want_of_descriptors_is_refu
     assert!(why.contains("of the 3 connections") && why.contains("cannot accept a connection"), "{why}");
     gathering.is_short.store(false, Ordering::Relaxed);
     assert!(sources[1].refused().await.contains("cannot accept a connection"));
-    // The third was on its way.
+    // The third was still in flight.
     assert!(gathering.knock(1, 2, 3).await.refused().await.contains("of the 3 connections"));
     let told = gathering.ends_well().await;
     assert!(told.len() <= 2 && told.iter().all(|(kind, ..)| *kind == TurnedAwayKind::Shortage), "{told:?}");

@@ -1,7 +1,7 @@
-//! The points at which bits are cleared: who is told, in which order, and while which of them hints count.
+//! The points at which bits are cleared: the order in which clearers are notified, and when their hints count.
 //!
-//! This is the only place that tells [clearers](crate::guest::clearer) anything, and that opens and closes the window for
-//! hints. What is unplugged or ignored leaves the bitmap where it is made, in `setup`.
+//! Only this module notifies [clearers](crate::guest::clearer), and opens and closes the window for hints. Pages that
+//! are unplugged or ignored leave the bitmap where it is made, in `setup`.
 
 use std::ops::Range;
 
@@ -18,24 +18,25 @@ use crate::migration::{asked, blocking};
 use crate::settings::After;
 
 impl Source {
-    /// Are there pages that may not travel?
+    /// Can there be pages that do not travel?
     pub(super) fn may_leave_out(&self) -> bool {
         !self.clearers.is_empty() || self.layout().blocks().iter().any(|block| block.ignored)
     }
 
-    /// Told before anything is armed: what is unplugged stays so from here on. Returns the pages that never travel.
+    /// Notified before the logs are armed: unplugged pages stay unplugged from here on. Returns the pages that never
+    /// travel.
     pub(super) async fn reach_setup(&mut self) -> Result<Vec<(OutForGood, u32, Range<u64>)>, MigrationError> {
         self.refuse_torn_snapshot()?;
         let mut unplugged = Vec::new();
         for clearer in self.clearers.clone() {
-            // Also one that fails here is told of the end.
+            // A clearer that fails here is notified of the end too.
             self.set_up += 1;
             unplugged.extend(blocking(move || clearer.reached(&Point::Setup).map(|()| clearer.unplugged())).await?);
         }
         Ok(out_for_good(self.layout(), unplugged)?)
     }
 
-    /// A stream in a file lacks what is ignored. A guest that goes on would change it under the snapshot.
+    /// A stream in a file lacks the ignored blocks. A guest that continues to run would change them under the snapshot.
     fn refuse_torn_snapshot(&self) -> Result<(), MigrationError> {
         let ignored = self.layout().blocks().iter().find(|block| block.ignored);
         match ignored.filter(|_| self.settings.after == Some(After::Resume)) {
@@ -48,7 +49,7 @@ impl Source {
         }
     }
 
-    /// No hint counts when this returns.
+    /// No hint counts once this returns.
     pub(super) async fn reach_before_sync(&mut self) {
         if self.clearers.is_empty() {
             return;
@@ -68,17 +69,17 @@ impl Source {
         Ok(())
     }
 
-    /// The guest stands still, and its state is not saved yet.
+    /// The guest is paused, and its state is not saved yet.
     pub(super) async fn reach_complete(&self) {
         self.tell_clearers(Point::Complete).await;
     }
 
-    /// It is over, however it ended.
+    /// The migration is over, with any outcome.
     pub(super) async fn reach_cleanup(&self) {
         self.tell_clearers(Point::Cleanup).await;
     }
 
-    /// What was not sent, and why.
+    /// Pages that were not sent, by reason.
     pub(super) fn spared(&self) -> Spared {
         self.clears.as_ref().map_or_else(Spared::default, |clears| clears.spared())
     }
@@ -90,15 +91,15 @@ impl Source {
         }
     }
 
-    /// Ends the window, if there is one: waits for hints that are at work.
+    /// Closes the window, if there is one: waits for hints in progress.
     pub(super) async fn close_window(&self) {
         if let Some(clears) = self.clears.clone() {
             blocking(move || clears.close()).await;
         }
     }
 
-    /// Opens a window for hints, if they can be right. The whole log is armed first: a page that was fetched and waits to be
-    /// re-armed could be hinted, taken and written without a trace. What waits has its bit in the bitmap.
+    /// Opens a window for hints, if they can be valid. The whole log is armed first: a page that was fetched and waits
+    /// to be re-armed could be hinted, taken and written without a trace. A page that waits has its bit in the bitmap.
     async fn open_window(&self) -> Result<Option<Hints>, MigrationError> {
         let runs = self.was == RunState::Running && self.paused.is_none();
         let (Some(clears), Some(bitmap)) = (&self.clears, &self.bitmap) else { return Ok(None) };
@@ -115,7 +116,7 @@ impl Source {
         self.clearers.iter().any(|clearer| clearer.gives_hints())
     }
 
-    /// Says so once where hints will not be taken.
+    /// Warns once if hints will not be accepted.
     pub(super) fn warn_of_lost_hints(&self) {
         if self.wants_hints() && !self.logs.iter().all(|log| log.sees_stores()) {
             let what = "free-page hints are not taken: the guest's dirty log compares pages, and cannot see a store that \
@@ -124,7 +125,7 @@ impl Source {
         }
     }
 
-    /// Tells every clearer that was told of Setup. What one fails at is a warning: nothing depends on a hint.
+    /// Notifies every clearer that was notified of Setup. A failure is a warning: nothing depends on a hint.
     async fn tell_clearers(&self, point: Point) {
         for clearer in &self.clearers[..self.set_up] {
             let (clearer, point) = (clearer.clone(), point.clone());

@@ -1,4 +1,4 @@
-//! What the operator asks of a running source: other settings, or the switchover at once.
+//! Requests of the operator to a running source: change settings, or switch over at once.
 
 use super::Source;
 use crate::control::{Ask, Change, Changed, ControlError, Request, differences, with_all};
@@ -11,10 +11,10 @@ use crate::settings::SwitchoverBandwidth;
 use crate::values::Size;
 
 impl Source {
-    /// Does what is asked, or says why not. `flow` is there once the stages run.
+    /// Handles a request, or answers why it is refused. `flow` is set once the stages run.
     pub(super) async fn answer(&mut self, flow: Option<&Flow>, request: Request) -> Result<(), MigrationError> {
         let Request { ask, answer } = request;
-        // Whoever asked may be gone.
+        // The requester may be gone.
         match ask {
             Ask::Set(changes) => drop(answer.send(self.change(flow, &changes).await)),
             Ask::SwitchOver => match self.decide_to_switch_over(flow) {
@@ -28,7 +28,7 @@ impl Source {
         Ok(())
     }
 
-    /// The guest is being handed over: nothing can be asked any more.
+    /// The guest is being handed over: requests are refused from here on.
     pub(super) fn refuse(&self, request: Request) {
         let why = "the guest is being handed over to the destination".into();
         drop(request.answer.send(Err(ControlError::TooLate(why))));
@@ -45,7 +45,7 @@ impl Source {
         Ok(flow)
     }
 
-    /// Puts other settings in force, or none of them.
+    /// Applies all of the changes, or none of them.
     async fn change(&mut self, flow: Option<&Flow>, changes: &[Change]) -> Result<(), ControlError> {
         let after = with_all(&self.settings, changes)?;
         let differences = differences(&self.settings, &after);
@@ -59,7 +59,7 @@ impl Source {
         Ok(())
     }
 
-    /// May it be changed to this at this moment, on this host?
+    /// Is this change allowed at this moment, on this host?
     fn check(&self, to: &Change) -> Result<(), ControlError> {
         let bandwidth = matches!(to, Change::MaxBandwidth(_) | Change::SwitchoverBandwidth(_));
         if self.paused.is_some() && !bandwidth {
@@ -76,7 +76,7 @@ impl Source {
         }
     }
 
-    /// As the start checks it: it holds pages, is no larger than the guest, and this host has the memory.
+    /// The checks of the start: the cache holds pages, is no larger than the guest, and this host has the memory.
     fn check_cache(&self, to: &Change, bytes: u64) -> Result<(), ControlError> {
         let (page, lanes) = (self.page_bytes(1), self.settings.lanes);
         let least = bounds::least_cache(page, lanes);
@@ -93,7 +93,7 @@ impl Source {
         bounds::check_cache(bound, bytes).map_err(|why| to.wrong(why).into())
     }
 
-    /// The settings say it already: whoever else must know it is told.
+    /// The settings are changed already: notify the other parts that depend on them.
     async fn put_in_force(&mut self, flow: Option<&Flow>, to: Change) {
         match to {
             Change::MaxBandwidth(_) | Change::SwitchoverBandwidth(_) => {
@@ -115,7 +115,7 @@ impl Source {
         }
     }
 
-    /// Bytes a second that may go over the wire at this moment.
+    /// The limit in force at this moment, in bytes a second on the wire.
     pub(super) fn bandwidth(&self) -> Option<u64> {
         match self.settings.switchover_bandwidth {
             _ if self.paused.is_none() => self.settings.max_bandwidth,

@@ -1,4 +1,4 @@
-//! The end, whatever happened: the guest is where the verdict says, and everybody is told.
+//! The end, in every case: the guest is where the verdict says, and all parties are notified.
 
 use memferry_stages::dirty_log::LogCall;
 use memferry_stages::wire::Message;
@@ -15,7 +15,7 @@ use crate::migration::{FAREWELL, asked, blocking};
 use crate::settings::After;
 
 impl Source {
-    /// Whatever happened: the guest is where the result says, the logs are stopped, the peer is told, and it is reported.
+    /// In every case: puts the guest where the result says, stops the logs, notifies the peer, and reports the outcome.
     pub(super) async fn conclude(mut self, end: End, mut flow: Option<Flow>) -> Result<Sent, SendError> {
         self.requests = None;
         flow.iter_mut().for_each(Flow::close_requests);
@@ -39,14 +39,14 @@ impl Source {
             self.report_last_progress(flow, completed, is_throttled);
         }
         let ended = self.ended(&end, resume_error.as_ref(), self.figures(flow.as_ref()));
-        // The verdict is out; what is left is to tidy up.
+        // The verdict is final; only cleanup remains.
         if let Some(mut flow) = flow {
             if self.transport.capabilities().return_path {
                 flow.close(farewell, FAREWELL).await;
             }
             flow.graph.end().await;
         }
-        // No stage is at work any more: nothing is scanned or synced behind it.
+        // No stage runs any more: nothing is scanned or synced after this.
         self.reach_cleanup().await;
         self.stop_logs().await;
         result(end, resume_error, stays_paused, ended)
@@ -63,7 +63,7 @@ impl Source {
         }
     }
 
-    /// Wherever the guest is: nobody throttles it for a migration that is over. Does it run at full speed?
+    /// Wherever the guest is, a migration that is over does not throttle it. Returns whether it runs at full speed.
     async fn lift_throttle(&self) -> bool {
         if !self.throttled {
             return true;
@@ -76,7 +76,7 @@ impl Source {
         lifted.is_ok()
     }
 
-    /// Resumes the guest if we paused it: what went wrong, if it does not go on.
+    /// Resumes the guest if the engine paused it. Returns the error if it cannot be resumed.
     async fn let_go_on(&mut self) -> Option<MigrationError> {
         self.paused?;
         let (guest, released, run) = (self.guest.clone(), self.released, self.was == RunState::Running);
@@ -99,7 +99,7 @@ impl Source {
         }
     }
 
-    /// The guest is no longer ours: nothing needs to watch over it.
+    /// The guest may run elsewhere: nothing here needs to guard it.
     async fn moved(&self) {
         let guest = self.guest.clone();
         let moved = move || {
@@ -112,7 +112,7 @@ impl Source {
     }
 
     async fn stop_logs(&self) {
-        // Each of them, whatever becomes of the others.
+        // Stops every log, even if one of them fails.
         for log in self.logs.clone() {
             let stop = move || log.stop().map_err(|error| MigrationError::Log { doing: LogCall::Stop, error });
             if let Err(error) = guarded(blocking(stop)).await {
@@ -121,7 +121,7 @@ impl Source {
         }
     }
 
-    /// The verdict, told to whoever watches.
+    /// Reports the verdict to observers.
     fn ended(&self, end: &End, resume_error: Option<&MigrationError>, figures: Figures) -> Ended {
         let (phase, error) = match end {
             End::Completed => (Phase::Completed, None),
@@ -154,7 +154,7 @@ impl Source {
     }
 }
 
-/// Why there will be no Go, if there will be none.
+/// Why Go will not be sent, if it will not.
 fn farewell(end: &End) -> Option<Message> {
     match end {
         End::Completed | End::Unconfirmed(_) => None,
@@ -170,7 +170,7 @@ fn why_cancelled(why: &MigrationError) -> String {
     }
 }
 
-/// What the caller is given.
+/// The result for the caller.
 fn result(end: End, resume_error: Option<MigrationError>, stays_paused: bool, ended: Ended) -> Result<Sent, SendError> {
     let boxed = Box::new;
     match (end, resume_error) {
@@ -184,7 +184,7 @@ fn result(end: End, resume_error: Option<MigrationError>, stays_paused: bool, en
         }
         (End::Failed(source), None) => Err(SendError::Failed { source, ended: boxed(ended) }),
         (End::Cancelled(source), None) => Err(SendError::Cancelled { source, ended: boxed(ended) }),
-        // Nothing resumes a guest that may run elsewhere, so there is no error of it.
+        // A guest that may run elsewhere is not resumed, so there is no resume error.
         (End::Unconfirmed(source), _) => Err(SendError::Unconfirmed { source, ended: boxed(ended) }),
     }
 }

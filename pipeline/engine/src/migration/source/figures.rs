@@ -1,4 +1,4 @@
-//! The figures of a source for whoever watches: on the way, and the last ones at its end.
+//! The figures of a source for observers: during the migration, and the final ones.
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use crate::events::{Event, Progress};
 use crate::migration::bounds;
 use crate::migration::flow::Flow;
 
-/// What only running stages can say, taken at the end.
+/// Figures that only running stages can provide, taken at the end.
 #[derive(Default)]
 pub(super) struct Figures {
     pub(super) wire_bytes: u64,
@@ -21,7 +21,7 @@ pub(super) struct Figures {
 }
 
 impl Source {
-    /// Reports the figures of the moment, with so much left.
+    /// Reports the current figures, with the given remaining work.
     pub(super) fn report_progress(&mut self, flow: &Flow, now: &Standing) {
         let (wire_bytes, stages) = (wire_bytes(flow), flow.graph.readings());
         let expected = match self.paused {
@@ -42,8 +42,8 @@ impl Source {
         self.observers.tell(&Event::Progress(progress));
     }
 
-    /// The last figures: nothing moves any more, and of a migration that completed nothing remains. A guest that could not be let
-    /// run at full speed is still throttled.
+    /// The final figures: no data moves any more, and after a completed migration nothing remains. A guest whose
+    /// throttle could not be lifted counts as throttled.
     pub(super) fn report_last_progress(&self, flow: &Flow, completed: bool, is_throttled: bool) {
         let progress = self.still(flow, &self.standing_now(flow));
         self.observers.tell(&Event::Progress(Progress {
@@ -55,10 +55,10 @@ impl Source {
         }));
     }
 
-    /// The figures that are no rates.
+    /// The figures that are not rates.
     fn still(&self, flow: &Flow, now: &Standing) -> Progress {
         Progress {
-            // Before the first round its order is on its way.
+            // Before the first round its order is still queued.
             round: self.round.max(1),
             remaining_bytes: Some(self.page_bytes(now.dirty_pages + now.in_flight_pages)),
             total_bytes: self.layout().bytes(),
@@ -70,7 +70,7 @@ impl Source {
         }
     }
 
-    /// The destination said something, perhaps with figures of itself.
+    /// The destination sent a message, which may carry its figures.
     pub(super) fn hear(&mut self, figures: &[Figure]) {
         if let Some(watch) = &mut self.watch {
             watch.hear(figures);

@@ -1,4 +1,4 @@
-//! The hand-over: the last handshake with a destination, or the end of a file.
+//! The handover: the last handshake with a destination, or the end of a file.
 
 use memferry_stages::geometry::{Layout, PageAt};
 use memferry_stages::sender::Control;
@@ -18,7 +18,7 @@ impl Source {
     /// The last handshake: see [`handshake`](crate::migration::handshake).
     pub(super) async fn hand_over(&mut self, flow: &mut Flow) -> Result<Verdict, MigrationError> {
         let mut handshake = SourceHandshake::AwaitingLoaded { verify: self.settings.verify };
-        // What the destination does since the last byte was sent: load it, and compare digests if it was asked to.
+        // The destination's work since the last byte was sent: load it, and compare digests if they are required.
         self.spent.on(if self.settings.verify { Part::Verify } else { Part::Transfer });
         let mut give_up = tokio::time::Instant::now() + self.settings.handover_timeout;
         loop {
@@ -39,7 +39,7 @@ impl Source {
                     give_up = tokio::time::Instant::now() + self.settings.handover_timeout;
                     self.go_said = true;
                     self.observers.tell(&Event::HandedOver);
-                    // A queue that is closed tells itself: the sender's failure follows, and counts as after Go.
+                    // A closed queue needs no handling here: the sender's failure follows, and counts as after Go.
                     flow.say(&Message::Go(self.was)).await.ok();
                 }
                 SourceStep::TooLate => {
@@ -51,13 +51,13 @@ impl Source {
         }
     }
 
-    /// Nothing here resumes the guest on its own from here on. Until this has succeeded nothing of Go leaves.
+    /// From here on nothing here resumes the guest on its own. Until this has succeeded no part of Go leaves.
     async fn commit(&self) -> Result<(), MigrationError> {
         let (guest, destination) = (self.guest.clone(), self.transport.address());
         Ok(blocking(move || guest.committed(&destination)).await?)
     }
 
-    /// What a signal means to the last handshake; `None` if nothing.
+    /// The meaning of a signal for the last handshake; `None` if it has none.
     async fn happening(&mut self, flow: &mut Flow, signal: Signal) -> Option<Happening> {
         match signal {
             Signal::Said(Message::Progress(acknowledged)) => match self.acknowledge(flow, &acknowledged) {
@@ -88,7 +88,7 @@ impl Source {
         }
     }
 
-    /// The destination sent its hashes of a stretch that differs: finds the first page that does.
+    /// The destination sent its hashes of a stretch that differs: finds the first page that differs.
     async fn name_page(&mut self, message: &Message) {
         let Message::PageHashes { first, hashes } = message else { return };
         let (memory, first, hashes) = (self.memory.clone(), *first, hashes.clone());
@@ -102,7 +102,7 @@ impl Source {
         });
     }
 
-    /// A file has no return path: its end mark on disk and its rename stand for Go.
+    /// A file has no return path: syncing its end mark to disk and renaming the file take the place of Go.
     pub(super) async fn complete_file(&mut self, flow: &mut Flow) -> Result<Verdict, MigrationError> {
         self.spent.on(Part::Handover);
         if self.settings.after == Some(After::Pause) {

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  setup: connect, agree, arm the logs, start the stages ─▶ rounds ─▶ switchover: pause, send the rest ─▶ hand over
-//!     └───────────────────────────────────────────────────────┴──────────────┴──▶ any failure: the guest goes on as it
+//!     └───────────────────────────────────────────────────────┴──────────────┴──▶ any failure: the guest runs on as it
 //!                                                                                 was, logs stopped, the error says why
 //! ```
 
@@ -47,16 +47,16 @@ use crate::guest::{RunState, SourceGuest};
 use crate::settings::SourceSettings;
 use spent::Spent;
 
-/// Device state and handshake, until they have been measured: what the forecast assumes.
+/// The cost of device state and handshake that the forecast assumes until they have been measured.
 const HANDOVER_GUESS: Duration = Duration::from_millis(1);
-/// The most that one question and its answer is taken for: building a large machine is no part of a hand-over.
+/// The most that one request and its answer may count as: building a large machine is not part of a handover.
 const HANDOVER_MOST: Duration = Duration::from_millis(50);
 
-/// Moves a guest to whatever `transport` leads to, and returns when it is decided where the guest is.
+/// Moves a guest to the other end of `transport`, and returns when it is decided where the guest is.
 ///
-/// The guest runs on while its memory is sent, is paused for the switchover, and is resumed here if anything fails before
-/// the destination may have started it. `control` is a [`Control`], or the token that cancels it: cancelling takes effect at
-/// once, until the hand-over has begun.
+/// The guest runs while its memory is sent, is paused for the switchover, and is resumed here if anything fails before
+/// the destination may have started it. `control` is a [`Control`], or the token that cancels it: cancelling takes
+/// effect at once, until the handover has begun.
 ///
 /// # Errors
 /// Why the guest was not sent, and where it is: see [`SendError`].
@@ -80,7 +80,7 @@ fn boxed(source: Source, plane: &DataPlane) -> BoxFuture<'_, Result<Sent, SendEr
     Box::pin(run(source, plane))
 }
 
-/// How it ended, and why if not well.
+/// The result, and the reason if it is not success.
 #[derive(Debug)]
 enum End {
     Completed,
@@ -112,20 +112,20 @@ struct Source {
     settings: SourceSettings,
     observers: Observers,
     cancel: CancellationToken,
-    /// Until the stages run, which is when the flow has them.
+    /// Set until the stages run; then the flow has them.
     requests: Option<Requests>,
     started: Instant,
     setup: Duration,
     logs: Vec<Arc<dyn DirtyLog>>,
     bitmap: Option<Arc<DirtyBitmap>>,
     clearers: Vec<Arc<dyn Clearer>>,
-    /// How many of them were told of Setup.
+    /// How many of them were notified of Setup.
     set_up: usize,
-    /// Once the logs are armed, if there are pages that may not travel.
+    /// Set once the logs are armed, if there can be pages that do not travel.
     clears: Option<Arc<Clears>>,
-    /// The pages that the digests leave out, once they are made.
+    /// The pages that the digests leave out, once the digests are computed.
     left_out: LeftOut,
-    /// What guest state may take, and takes.
+    /// The limit for guest state, and how much of it is used.
     state_room: Room,
     paused: Option<Instant>,
     released: bool,
@@ -134,17 +134,17 @@ struct Source {
     downtime: Option<Duration>,
     spent: Spent,
     controller: Controller,
-    /// What the controller expected of the switchover when it decided for it.
+    /// The forecast on which the controller decided to switch over.
     forecast: Option<Forecast>,
-    /// Is the guest held back?
+    /// Is the guest throttled?
     throttled: bool,
     /// Bytes on the wire.
     wire_speed: Speed,
-    /// Page bytes that are read.
+    /// Page bytes that were read.
     page_speed: Speed,
-    /// Once the stages run.
+    /// Set once the stages run.
     watch: Option<Watch>,
-    /// While a round is sent: since when nothing of it has gone over the wire.
+    /// While a round is sent: the time since which none of it was sent on the wire.
     quiet_since: Option<Instant>,
     last_bulk_bytes: u64,
     round: u32,
@@ -210,7 +210,7 @@ impl Source {
     async fn migrate(&mut self, plane: &DataPlane, running: &mut Option<Flow>) -> Result<Verdict, MigrationError> {
         bounds::check_source(self.bound(), self.layout(), &self.settings)?;
         let link = self.reach(plane).await?;
-        // A cancel waits for this: a log that is being started cannot be stopped.
+        // A cancel waits for this: a log that is being started cannot be interrupted.
         let (bitmap, untouched) = match self.make_ready().await {
             Ok(ready) => ready,
             Err(error) => {
@@ -228,7 +228,7 @@ impl Source {
         }
     }
 
-    /// The most memory that it takes for itself, dirty logs aside.
+    /// The most memory that the source takes for itself, without the dirty logs.
     fn bound(&self) -> u64 {
         bounds::source_bound(self.layout(), &self.settings, self.may_leave_out())
     }

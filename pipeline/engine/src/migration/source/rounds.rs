@@ -19,10 +19,10 @@ use crate::migration::error::MigrationError;
 use crate::migration::flow::{Flow, Signal};
 
 impl Source {
-    /// Rounds while the guest runs, until the controller has them end.
+    /// Rounds while the guest runs, until the controller ends them.
     pub(super) async fn rounds(&mut self, flow: &mut Flow) -> Result<(), MigrationError> {
         if !self.clearers.is_empty() {
-            // Hints may come in the first round already, and follow a sync.
+            // Hints may arrive in the first round already; after it they follow a sync.
             self.sync(flow).await?;
             self.controller.armed(self.started.elapsed());
         }
@@ -51,7 +51,8 @@ impl Source {
         }
     }
 
-    /// Tells a decision, and keeps the forecast that a switchover rests on. Once the guest stands still there is none to tell.
+    /// Reports a decision, and stores the forecast that a switchover rests on. A paused guest has no forecast to
+    /// report.
     pub(super) fn tell(&mut self, decided: &Decided) {
         if decided.decision == Decision::SwitchOver {
             if self.paused.is_some() {
@@ -62,7 +63,8 @@ impl Source {
         self.observers.tell(&Event::Decided(decided.clone()));
     }
 
-    /// Holds the guest back. One that cannot be is let run, and the controller goes on without this step.
+    /// Throttles the guest. If it cannot be throttled, it runs at full speed, and the controller continues without this
+    /// step.
     pub(super) async fn throttle(&mut self, percent: u8) {
         let guest = self.guest.clone();
         self.throttled = true;
@@ -72,7 +74,7 @@ impl Source {
         }
     }
 
-    /// One round: everything that is dirty now, or a sample of it, until its last byte is handed to the transport.
+    /// One round: all dirty pages, or a sample of them, until the last byte is handed to the transport.
     pub(super) async fn scan(&mut self, flow: &mut Flow, order: ScanOrder) -> Result<(), MigrationError> {
         let ScanOrder { round, last, .. } = order;
         self.round = round;
@@ -85,7 +87,7 @@ impl Source {
         }
         let mut tally = RoundTally::new(round, last);
         let (mut is_scanned, mut lanes_left) = (false, self.settings.lanes);
-        // The lanes may be through with a small round before the scanner has said that it is.
+        // The lanes may complete a small round before the scanner reports its end.
         while !is_scanned || lanes_left > 0 {
             match self.next(flow).await? {
                 Signal::Scanned(scanned) => {
@@ -102,7 +104,7 @@ impl Source {
         }
         self.quiet_since = None;
         if self.transport.capabilities().stored {
-            // Written and flushed: nobody else will say that it arrived.
+            // Written and flushed: without a return path this is the only acknowledgement.
             flow.graph.in_flight.acknowledge_all();
         }
         let duration = began.elapsed();
@@ -129,14 +131,14 @@ impl Source {
         Ok(found)
     }
 
-    /// How things stand with so many dirty pages.
+    /// The state of the migration with the given number of dirty pages.
     fn standing(&self, flow: &Flow, dirty_pages: u64) -> Standing {
         let in_flight_pages = flow.graph.in_flight.pages();
         let page_rate = whole(self.page_speed.latest());
         Standing { elapsed: self.started.elapsed(), dirty_pages, in_flight_pages, page_rate, ..Standing::default() }
     }
 
-    /// Dirty pages of which a delta may be made. It takes a sweep over the bitmap.
+    /// Dirty pages that can be sent as deltas. It takes a sweep over the bitmap.
     fn kept_pages(&self, flow: &Flow) -> u64 {
         match (&self.bitmap, &flow.graph.kept) {
             (Some(bitmap), Some(kept)) => bitmap.count_common(kept),
@@ -144,7 +146,7 @@ impl Source {
         }
     }
 
-    /// How things stand, as far as the bitmap knows.
+    /// The state of the migration, by the bitmap alone.
     pub(super) fn standing_now(&self, flow: &Flow) -> Standing {
         self.standing(flow, self.bitmap.as_ref().map_or(0, |bitmap| bitmap.count()))
     }
@@ -153,7 +155,7 @@ impl Source {
         pages * self.memory.page_size().bytes() as u64
     }
 
-    /// The next signal that a phase must act on.
+    /// The next signal that a phase must handle.
     pub(super) async fn next(&mut self, flow: &mut Flow) -> Result<Signal, MigrationError> {
         loop {
             if let Some(signal) = self.attend(flow).await? {
@@ -162,13 +164,13 @@ impl Source {
         }
     }
 
-    /// Waits for one signal and acts on it.
+    /// Waits for one signal and handles it.
     pub(super) async fn attend(&mut self, flow: &mut Flow) -> Result<Option<Signal>, MigrationError> {
         let signal = flow.next().await;
         self.act_on(flow, signal).await
     }
 
-    /// Failures become errors, and what concerns every phase is done here. What is left is the phase's.
+    /// Turns failures into errors, and handles the signals that concern every phase. Returns the others to the phase.
     pub(super) async fn act_on(&mut self, flow: &mut Flow, signal: Signal) -> Result<Option<Signal>, MigrationError> {
         match signal {
             Signal::Cancel => Err(MigrationError::Cancelled),
@@ -200,7 +202,7 @@ impl Source {
         Ok(())
     }
 
-    /// A queue was found closed: some stage has failed, and its failure is on its way.
+    /// A queue was found closed: a stage has failed, and its failure is reported shortly.
     pub(super) async fn broken(&mut self, flow: &mut Flow) -> MigrationError {
         let failure = async {
             loop {
@@ -213,7 +215,7 @@ impl Source {
         failure.unwrap_or_else(|_| MigrationError::Lost("a stage ended without saying why".into()))
     }
 
-    /// Figures for whoever watches, and the deadline.
+    /// Figures for observers, and the check of the deadline.
     async fn tick(&mut self, flow: &Flow) -> Result<(), MigrationError> {
         let now = self.standing_now(flow);
         self.report_progress(flow, &now);
@@ -221,8 +223,8 @@ impl Source {
         self.mind_the_deadline(flow, &now).await
     }
 
-    /// A destination that takes nothing any more holds up a round, and perhaps a paused guest, for ever.
-    /// Heartbeats may go on beside it, on another connection.
+    /// A destination that accepts no more data would block a round, and perhaps a paused guest, forever. Heartbeats may
+    /// continue meanwhile, on another connection.
     fn mind_the_standstill(&mut self, flow: &Flow) -> Result<(), MigrationError> {
         let Some(quiet_since) = &mut self.quiet_since else { return Ok(()) };
         let bulk_bytes = flow.graph.sender_meters.iter().map(|meter| meter.bulk_bytes()).sum();
@@ -237,8 +239,8 @@ impl Source {
         Err(MigrationError::TimedOut(why))
     }
 
-    /// The deadline may end the rounds in the middle of one: then the migration ends at once, or the guest is paused at once
-    /// and the round goes on without it.
+    /// The deadline may end the rounds in the middle of one. Then the migration ends at once, or the guest is paused at
+    /// once and the rest of the round is sent without it.
     async fn mind_the_deadline(&mut self, flow: &Flow, now: &Standing) -> Result<(), MigrationError> {
         if self.paused.is_some() {
             return Ok(());

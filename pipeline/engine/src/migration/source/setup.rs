@@ -1,4 +1,4 @@
-//! Setup: the destination is reached and agrees, the logs are armed, the stages are started.
+//! Setup: the destination is reached and accepts, the logs are armed, the stages are started.
 
 use std::pin::pin;
 use std::sync::Arc;
@@ -24,14 +24,14 @@ use crate::migration::state::Room;
 use crate::migration::{FAREWELL, block_facts, blocking, bounds, digests, state};
 use crate::settings::SourceSettings;
 
-/// What it takes to reach the destination, held apart from the source: meanwhile that may be asked for other settings.
+/// The values needed to reach the destination, separate from the source, whose settings may be changed meanwhile.
 struct Introduction {
     guest: Arc<dyn SourceGuest>,
     memory: GuestMemory,
     transport: Arc<dyn Transport>,
     settings: SourceSettings,
     features: Features,
-    /// What guest state may take.
+    /// The limit for guest state.
     room: Room,
 }
 
@@ -41,12 +41,12 @@ impl Introduction {
         let (page_size, features) = (self.memory.page_size(), self.features);
         let opening = async move { Greeted::open(transport, settings, page_size, features).await };
         let greeted = plane.run(opening).await?;
-        // A limit on bandwidth that was set meanwhile is put in force when the stages start.
+        // A bandwidth limit that was set in the meantime is applied when the stages start.
         Ok(Link::start(greeted, &self.settings, self.transport.capabilities().stored, plane.handle()))
     }
 
-    /// The destination accepts the stream, builds its machine and is ready for pages, before any is sent. Returns how long a
-    /// question and its answer took.
+    /// The destination accepts the stream, builds its machine and is ready for pages, before any is sent. Returns the
+    /// time of one request and its answer.
     async fn agree(&mut self, link: &mut Link) -> Result<Duration, MigrationError> {
         self.answer(link, "Accept", |message| matches!(message, Message::Accept)).await?;
         let guest = self.guest.clone();
@@ -60,7 +60,7 @@ impl Introduction {
         Ok(asked.elapsed())
     }
 
-    /// Waits for an answer, as long as the last handshake may take.
+    /// Waits for an answer, for as long as the last handshake may take.
     async fn answer(&self, link: &mut Link, name: &str, is_it: fn(&Message) -> bool) -> Result<(), MigrationError> {
         let answered = tokio::time::timeout(self.settings.handover_timeout, link.expect(is_it)).await;
         answered.unwrap_or_else(|_| Err(MigrationError::TimedOut(format!("{} does not answer with {name}", link.peer))))
@@ -68,7 +68,7 @@ impl Introduction {
 }
 
 impl Source {
-    /// Reaches the destination, which accepts. Meanwhile what is asked of this end is answered.
+    /// Reaches the destination, which accepts. Requests to this end are answered meanwhile.
     pub(super) async fn reach(&mut self, plane: &DataPlane) -> Result<Link, MigrationError> {
         let mut introduction = self.introduction();
         let agreed = async {
@@ -86,7 +86,7 @@ impl Source {
             }
         };
         self.state_room = room;
-        // Two one-way trips make the hand-over, as they make this question and its answer.
+        // The handover takes two one-way trips, as this request and its answer do.
         let fixed = self.controller.fixed();
         fixed.handover = fixed.handover.max(answered_in.min(HANDOVER_MOST));
         self.observers.tell(&Event::Connected { peer: link.peer.clone() });
@@ -109,21 +109,21 @@ impl Source {
         }
     }
 
-    /// What is left to do before the first page.
+    /// The work that remains before the first page.
     pub(super) async fn make_ready(&mut self) -> Result<(Arc<DirtyBitmap>, Arc<DirtyBitmap>), MigrationError> {
         let armed = self.arm().await?;
         self.estimate_verify().await?;
         Ok(armed)
     }
 
-    /// Tells the destination why nothing will come, while there are no stages that would.
+    /// Reports to the destination why no data will come, before the stages run that would report it.
     pub(super) async fn take_leave(&self, link: Link, why: &MigrationError) {
         if self.transport.capabilities().return_path {
             link.close(Message::Abort(why.to_string().into()), FAREWELL).await;
         }
     }
 
-    /// Starts the logs, and only then asks which pages were never touched: a write that comes later is in a log. All bits
+    /// Starts the logs, and only then asks which pages are untouched, so that a log sees every later write. All bits
     /// are set but those of pages that never travel: the bitmap is the truth from here on (law 1).
     async fn arm(&mut self) -> Result<(Arc<DirtyBitmap>, Arc<DirtyBitmap>), MigrationError> {
         let out = self.reach_setup().await?;
@@ -144,8 +144,8 @@ impl Source {
         Ok((bitmap, untouched))
     }
 
-    /// What the digests will cost: measured on a sample, counted for both ends, which may share a machine. Measured again
-    /// before each decision, for other work on the machine comes and goes.
+    /// The cost of the digests: measured on a sample, and counted for both ends, which may run on one machine. Measured
+    /// again before each decision, because other load on the machine varies.
     pub(super) async fn estimate_verify(&mut self) -> Result<(), MigrationError> {
         if self.settings.verify {
             let (memory, clears) = (self.memory.clone(), self.clears.clone());

@@ -1,4 +1,4 @@
-//! What the time in which the guest is paused is spent on. Each moment counts for one part, so that the parts add up.
+//! How the time is spent in which the guest is paused. Each moment counts for one part, so that the parts add up.
 
 use std::time::{Duration, Instant};
 
@@ -16,12 +16,12 @@ pub(super) enum Part {
     Resume,
 }
 
-/// The parts, and the one that is being spent.
+/// The parts, and the current one.
 #[derive(Debug, Default)]
 pub(super) struct Spent {
     parts: DowntimeParts,
     part: Part,
-    /// What is counted up to, once the guest is paused.
+    /// The moment up to which time is counted, once the guest is paused.
     counted: Option<Instant>,
 }
 
@@ -31,7 +31,8 @@ impl Spent {
         self.counted = Some(now);
     }
 
-    /// What is done from here on, while the guest runs as well: it may be paused in the middle.
+    /// The current work from here on. It may begin while the guest runs, and the guest may be paused in the middle of
+    /// it.
     pub(super) fn on(&mut self, part: Part) {
         let before = std::mem::replace(&mut self.part, part);
         let Some(counted) = &mut self.counted else { return };
@@ -47,12 +48,12 @@ impl Spent {
         } += time;
     }
 
-    /// The parts that are over.
+    /// The completed parts.
     pub(super) fn parts(&self) -> DowntimeParts {
         self.parts
     }
 
-    /// All of them together, if the guest was paused.
+    /// The sum of all parts, if the guest was paused.
     pub(super) fn total(&self) -> Option<Duration> {
         self.counted.map(|_| self.parts.total())
     }

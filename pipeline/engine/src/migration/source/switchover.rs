@@ -1,4 +1,4 @@
-//! Switchover: the guest stands still, and the rest is sent.
+//! Switchover: the guest is paused, and the rest is sent.
 
 use std::pin::pin;
 use std::sync::Arc;
@@ -18,13 +18,14 @@ use crate::migration::error::MigrationError;
 use crate::migration::flow::Flow;
 use crate::migration::{blocking, digests, state};
 
-/// A destination that has acknowledged nothing for so long is not waited for: it may do so at the end only.
+/// A destination that has acknowledged nothing for this time is not waited for: it may acknowledge only at the end.
 const PATIENCE: Duration = Duration::from_millis(500);
 
 impl Source {
-    /// The guest stands still: its device state, the last sync, the last round, digests, and the end mark.
+    /// The guest is paused: its device state, the last sync, the last round, digests, and the end mark.
     pub(super) async fn send_the_rest(&mut self, flow: &mut Flow) -> Result<(), MigrationError> {
-        // Where it was not the limit that decided, nobody has waited for it yet, and it may be pressing.
+        // If another reason than the limit decided, the backlog has not been waited for yet, and the switchover may be
+        // urgent.
         self.drain(flow, self.controller.downtime_limit()).await?;
         self.pause(flow).await?;
         self.reach_complete().await;
@@ -41,7 +42,7 @@ impl Source {
         self.say(flow, &Message::End { run_state: self.was, frames: self.pages_frames }).await
     }
 
-    /// Nothing leaves the bitmap any more but to be sent: what was left out until here is left out of the digests.
+    /// From here on bits leave the bitmap only when pages are sent. Pages left out so far are left out of the digests.
     fn start_digests(&mut self) -> Option<digests::Pending> {
         if !self.settings.verify {
             return None;
@@ -50,8 +51,8 @@ impl Source {
         Some(digests::start(&self.memory, self.left_out.clone()))
     }
 
-    /// Lets the backlog run down to a small share of the downtime limit before the guest is paused: as long as anything arrives, and
-    /// for so long at most.
+    /// Waits until the backlog is down to a small share of the downtime limit, before the guest is paused. It waits
+    /// while anything arrives, and no longer than `at_most`.
     pub(super) async fn drain(&mut self, flow: &mut Flow, at_most: Duration) -> Result<(), MigrationError> {
         let enough = self.controller.backlog_pages();
         let (mut left, mut give_up) = (u64::MAX, Instant::now());
@@ -73,7 +74,7 @@ impl Source {
         Ok(())
     }
 
-    /// The guest stands still from here on, and what it waits for has a bandwidth of its own.
+    /// The guest is paused from here on, and the pages it waits for have a bandwidth limit of their own.
     pub(super) async fn pause(&mut self, flow: &Flow) -> Result<(), MigrationError> {
         if self.paused.is_none() {
             self.tell_phase(Phase::Switchover);
@@ -100,7 +101,7 @@ impl Source {
         Ok(device)
     }
 
-    /// Sends a control message. A destination that does not read holds up neither a cancel nor, for ever, a paused guest.
+    /// Sends a control message. A destination that does not read delays neither a cancel nor, forever, a paused guest.
     async fn say(&mut self, flow: &mut Flow, message: &Message) -> Result<(), MigrationError> {
         let said = tokio::select! {
             biased;

@@ -1,4 +1,4 @@
-//! The line between memferry and its guard: requests one way, answers the other way, each a line of JSON.
+//! The line between memferry and its guard: requests one way, answers the other way, each one line of JSON.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -7,28 +7,28 @@ use std::time::Duration;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-/// The longest message. The operating system takes no longer command either.
+/// The longest message. The operating system accepts no longer command either.
 const MAX_MESSAGE: u64 = 4 << 20;
 
-/// What memferry asks of its guard.
+/// The requests of memferry to its guard.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
 pub(super) enum Request {
-    /// The first: what to watch over.
+    /// The first request: the configuration of the guard.
     Watch(Orders),
     /// Run the pause command. From here on the guest may be paused.
     Pause,
     /// Run the resume command. If it succeeds, the guest runs.
     Resume,
-    /// Never resume the guest from here on, unless this is asked for: Go is about to leave.
+    /// From here on, never resume the guest unless it is requested: Go is about to leave.
     Commit {
-        /// Where the guest goes.
+        /// The destination of the guest.
         destination: String,
     },
-    /// End. Whatever the state of the guest is, it is known and reported.
+    /// End. The state of the guest is known and reported.
     Dismiss,
 }
 
-/// What a guard needs to know.
+/// The configuration of a guard.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
 pub(super) struct Orders {
     pub(super) pause: Vec<String>,
@@ -37,14 +37,14 @@ pub(super) struct Orders {
     pub(super) timeout: Duration,
 }
 
-/// What a guard answers. Each request but Dismiss has one answer that is no Started.
+/// The answers of a guard. Each request but Dismiss has exactly one answer that is not Started.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
 pub(super) enum Answer {
-    /// It is done.
+    /// The request is done.
     Done,
-    /// A command runs, as this process. Its end follows.
+    /// A command runs as this process. The result follows.
     Started(i32),
-    /// A command failed, in words for the operator.
+    /// A command failed; the text is for the operator.
     Failed(String),
 }
 
@@ -57,7 +57,7 @@ impl Line {
         Self(BufReader::new(stream))
     }
 
-    /// How long the other end may be silent when it is listened to, and may leave alone what is sent to it.
+    /// How long the other end may be silent while its message is awaited, and may leave a sent message unread.
     pub(super) fn set_patience(&self, patience: Duration) -> io::Result<()> {
         self.0.get_ref().set_read_timeout(Some(patience))?;
         self.0.get_ref().set_write_timeout(Some(patience))
@@ -74,7 +74,7 @@ impl Line {
         self.0.get_mut().write_all(&bytes)
     }
 
-    /// The next message; `None` if the other end has closed the line, in the middle of a message too.
+    /// The next message; `None` if the other end has closed the line, even in the middle of a message.
     ///
     /// # Errors
     /// [`io::ErrorKind::ConnectionReset`] if the other end closed it and had not read all that was sent to it.

@@ -1,4 +1,4 @@
-//! The guard, with processes that are killed. The last two are run by the others as processes of their own.
+//! The guard, with processes that are killed. The last two tests are run by the others as separate processes.
 
 use std::env;
 use std::fs;
@@ -24,10 +24,10 @@ use memferry::guest::SourceGuest;
 const SOURCE_FOLDER: &str = "MEMFERRY_TEST_SOURCE_FOLDER";
 const SOURCE_STOPS: &str = "MEMFERRY_TEST_SOURCE_STOPS";
 const PATIENCE: Duration = Duration::from_secs(60);
-/// A pause command that has begun, and ends when the test lets it.
+/// A pause command that has begun, and ends when the test permits it.
 const SLOW_PAUSE: &str = "until [ -e let-go ]; do sleep 0.01; done; echo paused >> log";
 
-/// A guard program: this test program as [`acts_as_guard`], by a script that leaves its process number in `guard`.
+/// A guard program: this test program as [`acts_as_guard`], run by a script that writes its process id to `guard`.
 fn guard_program(folder: &Path) -> PathBuf {
     let script = folder.join("guard.sh");
     let text = format!(
@@ -46,7 +46,7 @@ fn guard_pid(folder: &Path) -> Pid {
     Pid::from_raw(number).unwrap()
 }
 
-/// Does the process run, and is not merely waiting to be collected?
+/// Does the process run? A zombie does not.
 fn is_alive(pid: Pid) -> bool {
     let stat = fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_pid()));
     stat.is_ok_and(|stat| !stat.contains(") Z ") && !stat.contains(") X "))
@@ -60,10 +60,10 @@ fn until(what: &str, fine: impl Fn() -> bool) {
     }
 }
 
-/// How far a source goes that lives in a process of its own.
+/// How far a source in a separate process gets.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Stops {
-    /// It is paused, by a command that does not end before the file `let-go` is there.
+    /// It is being paused, by a command that does not end before the file `let-go` exists.
     InPause,
     /// The same, and the command may take a tenth of a second.
     InPauseTooLong,
@@ -72,7 +72,7 @@ enum Stops {
     Moved,
 }
 
-/// A source process that has gone so far. Its standard error, and so its guard's, is `stderr`.
+/// A source process that has got this far. Its standard error, and so its guard's, is `stderr`.
 fn source_process(folder: &Path, stops: Stops, stderr: impl Into<Stdio>) -> Child {
     let child = Command::new(env::current_exe().unwrap())
         .args(["--exact", "file::guard::tests::acts_as_source", "--ignored", "--nocapture"])
@@ -91,7 +91,7 @@ fn source_process(folder: &Path, stops: Stops, stderr: impl Into<Stdio>) -> Chil
     child
 }
 
-/// Kills the source, and returns what was said on its standard error when the guard has ended, too.
+/// Kills the source. Returns the text on its standard error once the guard has ended, too.
 fn killed(mut source: Child, guard: Pid) -> String {
     source.kill().unwrap();
     source.wait().unwrap();
@@ -178,7 +178,7 @@ fn a_guard_whose_standard_error_is_stuck_resumes_first_and_speaks_when_somebody_
     until("the guard ends", || !is_alive(guard));
 }
 
-/// Fills a pipe to its last byte, and leaves it to block its writers.
+/// Fills a pipe completely, so that it blocks its writers.
 fn fill(pipe: &io::PipeWriter) {
     fcntl_setfl(pipe, OFlags::WRONLY | OFlags::NONBLOCK).unwrap();
     let mut pipe_end = pipe;
@@ -202,7 +202,7 @@ fn resuming_dismisses_the_guard_and_a_guest_dropped_paused_is_resumed_by_it() {
     until("the guard resumes the guest", || log(folder.path()) == "pause resume pause resume");
 }
 
-/// The destination refused after Go: its word brings the guest back.
+/// The destination refuses after Go: the guest is resumed.
 #[test]
 fn a_committed_guest_is_resumed_if_that_is_asked_for() {
     let folder = TempDir::new().unwrap();
@@ -254,7 +254,7 @@ fn without_the_guard_that_was_asked_for_nothing_is_paused() {
     assert_eq!(log(folder.path()), "");
 }
 
-/// What a guard does whose line is played by hand.
+/// The behaviour of a guard whose line is driven by the test.
 fn watched(folder: &Path, play: impl FnOnce(&mut Line)) -> Option<Left> {
     let settings = logged(folder, "");
     let orders =
@@ -280,7 +280,7 @@ fn commit() -> Request {
     Request::Commit { destination: "tcp:there:1\u{1b}[2J".into() }
 }
 
-/// Waits until the guard has answered, and reads nothing of it.
+/// Waits until the guard has answered, and reads none of the answer.
 fn until_answered(line: &Line) {
     poll(&mut [PollFd::new(line.socket(), PollFlags::IN)], None).unwrap();
 }

@@ -1,4 +1,5 @@
-//! The guard process: it runs the commands that memferry asks for, and does what is left to do when memferry dies.
+//! The guard process: it runs the commands that memferry requests, and completes the remaining steps when memferry
+//! dies.
 
 use std::io::{self, Write};
 use std::os::fd::AsFd;
@@ -17,11 +18,11 @@ use super::line::{Answer, Line, Orders, Request};
 use crate::file::commands::{self, Running};
 use memferry::guest::GuestError;
 
-/// How long standard error may take the guard's last words. Nothing waits for them.
+/// How long standard error may take to accept the guard's last message. Nothing waits for it.
 const SPEAKING: Duration = Duration::from_secs(600);
 
-/// What `memferry guard` does: watches over the process at the other end of its standard input. To be called before any
-/// runtime or thread is made.
+/// The implementation of `memferry guard`: watches the process at the other end of its standard input. Call it before
+/// any runtime or thread is created.
 #[must_use]
 pub fn main() -> ExitCode {
     match watch() {
@@ -37,10 +38,10 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// Watches, to the end. What it had to do in memferry's place, if it had to do anything.
+/// Watches until the line ends. Returns what it did in memferry's place, if anything was needed.
 fn watch() -> Result<Option<Left>, GuestError> {
     let failed = |error: io::Error| GuestError::caused("this is memferry's own, not for use by hand", error);
-    // It fails where the guard was started by hand and leads a group already; then it is in nobody's way.
+    // It fails if the guard was started by hand and leads a group already; then it is not needed.
     rustix::process::setsid().ok();
     let _deaf = ignore_signals().map_err(failed)?;
     let mut line = Line::new(UnixStream::from(io::stdin().as_fd().try_clone_to_owned().map_err(failed)?));
@@ -49,27 +50,27 @@ fn watch() -> Result<Option<Left>, GuestError> {
             line.send(&Answer::Done).map_err(failed)?;
             Ok(Watch::new(orders).run_to_end(&mut line))
         }
-        // It died before it paused anything.
+        // Memferry died before it paused anything.
         None => Ok(None),
         Some(_) => Err(failed(io::Error::other("it was not said what to watch over"))),
     }
 }
 
-/// A guard at its post.
+/// A running guard.
 #[derive(Debug)]
 pub(super) struct Watch {
     orders: Orders,
     duty: Duty,
 }
 
-/// What is to be done if memferry dies.
+/// The action if memferry dies.
 #[derive(Debug, PartialEq)]
 enum Duty {
     /// Nothing: the guest runs.
     Nothing,
     /// Resume the guest: it may be paused.
     Resume,
-    /// Say where the guest may be. Go may have left, so it must not be resumed.
+    /// Print where the guest may be. Go may have left, so the guest must not be resumed.
     Report { destination: Untrusted },
 }
 
@@ -80,16 +81,16 @@ enum End {
     Dismissed,
     /// Memferry died.
     Closed,
-    /// Memferry died and had not read the last answer.
+    /// Memferry died before it read the last answer.
     Unread,
 }
 
-/// What a guard did in memferry's place.
+/// The action of a guard in memferry's place.
 #[derive(Debug, PartialEq)]
 pub(super) struct Left {
-    /// In words for the operator.
+    /// A description for the operator.
     pub(super) words: String,
-    /// Does the guest run, or was there nothing to do but to speak?
+    /// Does the guest run, or was there nothing to do but to print?
     pub(super) succeeded: bool,
 }
 
@@ -98,14 +99,14 @@ impl Watch {
         Self { orders, duty: Duty::Nothing }
     }
 
-    /// Serves memferry until it dismisses the guard or dies, and then does its duty.
+    /// Serves memferry until it dismisses the guard or dies, and then acts in its place.
     pub(super) fn run_to_end(mut self, line: &mut Line) -> Option<Left> {
         let end = self.serve(line);
         match self.duty {
             _ if end == End::Dismissed => None,
             Duty::Nothing => None,
             Duty::Resume => Some(self.resume_alone()),
-            // Go leaves behind the answer that it may: it has not been read, so Go has not left.
+            // Go leaves only after memferry has read the answer that permits it. It was not read, so Go has not left.
             Duty::Report { .. } if end == End::Unread => Some(self.resume_alone()),
             Duty::Report { destination } => Some(report(&destination, &self.orders.resume)),
         }
@@ -113,7 +114,7 @@ impl Watch {
 
     fn serve(&mut self, line: &mut Line) -> End {
         loop {
-            // An answer that cannot be sent tells the same as what is received next.
+            // A failure to send the answer shows in the next receive as well.
             match line.receive() {
                 Ok(Some(Request::Pause)) => {
                     self.duty = Duty::Resume;
@@ -139,7 +140,7 @@ impl Watch {
         }
     }
 
-    /// Runs a command to its end, whether or not memferry lives, and answers.
+    /// Runs a command to its end, whether or not memferry lives, and sends the result.
     fn run(&self, line: &mut Line, name: &'static str) -> Result<(), String> {
         let argv = if name == "pause" { &self.orders.pause } else { &self.orders.resume };
         let ended = Running::start(name, argv).and_then(|running| {
@@ -170,8 +171,8 @@ fn report(destination: &Untrusted, resume: &[String]) -> Left {
     Left { words, succeeded: true }
 }
 
-/// Takes the signals that end a program, and does nothing on them, as long as what is returned lives. What this process
-/// starts has them as usual.
+/// Handles the signals that end a program by doing nothing, as long as the returned value lives. Processes that this
+/// process starts have the default handlers.
 fn ignore_signals() -> io::Result<Runtime> {
     let runtime = Builder::new_current_thread().enable_io().build()?;
     let context = runtime.enter();
@@ -182,22 +183,22 @@ fn ignore_signals() -> io::Result<Runtime> {
     Ok(runtime)
 }
 
-/// Says the last words to standard error. Everything is done by then, so a reader that does not read delays nothing; it is given
-/// [`SPEAKING`].
+/// Prints the last message to standard error. All actions are done by then, so a reader that does not read delays
+/// nothing; it is given [`SPEAKING`].
 fn speak(words: String) {
     let (spoken, end) = sync_channel::<()>(0);
     let speaker = thread::Builder::new().name("last-words".into()).spawn(move || {
-        // There is nobody to whom a failure could be reported.
+        // There is no one to report a failure to.
         drop(write_out(&format!("memferry guard: {words}\n")));
         drop(spoken);
     });
     if speaker.is_ok() {
-        // Nothing is sent: it returns when the channel closes, or when the time is over.
+        // No item is sent: it returns when the channel closes, or when the wait times out.
         end.recv_timeout(SPEAKING).unwrap_or_default();
     }
 }
 
-/// Writes all of it, whether or not whoever shares standard error has made it non-blocking.
+/// Writes all of it, even if another process that shares standard error has made it non-blocking.
 fn write_out(words: &str) -> io::Result<()> {
     let mut left = words.as_bytes();
     while !left.is_empty() {

@@ -1,10 +1,10 @@
-//! The serial port, a 16550 whose output is read here, and what the guest's program says over it.
+//! The serial port, a 16550 whose output is read here, and the lines that the guest's program prints on it.
 
 use super::program::SERIAL;
 
 /// Ports of the device.
 pub(super) const PORTS: std::ops::Range<u16> = SERIAL..SERIAL + 8;
-/// The longest line that is kept; what follows is cut off.
+/// The longest line that is stored; the rest is cut off.
 pub(super) const MOST_LINE: usize = 128;
 /// Line status: the transmitter is empty.
 const EMPTY: u8 = 0x60;
@@ -13,21 +13,21 @@ const NO_INTERRUPT: u8 = 1;
 /// Line control: the first two registers are the divisor.
 const DIVISOR: u8 = 0x80;
 
-/// A line of the program's.
+/// A line that the program printed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Said {
-    /// A vCPU is through a pass.
+    /// A vCPU has completed a pass.
     Pass { vcpu: u32, pass: u32, ticks: u32 },
-    /// Anything else is bad news.
+    /// Any other line reports an error.
     Trouble(String),
 }
 
 /// The port's registers, and the line that is being written.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Console {
-    /// As they were written: data is not kept.
+    /// Their values as written: data is not stored.
     pub(super) registers: [u8; 8],
-    /// What has come of the line.
+    /// The part of the line so far.
     pub(super) line: Vec<u8>,
 }
 

@@ -1,8 +1,8 @@
 //! The vCPUs' threads: started, paused, throttled, ended.
 //!
-//! A thread holds its vCPU's lock while it runs it, and looks at the command inside that lock whenever the vCPU leaves the
-//! guest. Whoever gives a command kicks the vCPUs out of the guest by a signal, again and again until each lock was free
-//! once: a kick that came just before a vCPU entered the guest is lost.
+//! A thread holds its vCPU's lock while it runs it, and checks the command under that lock whenever the vCPU leaves the
+//! guest. The thread that gives a command kicks the vCPUs out of the guest with a signal, repeatedly until each lock
+//! was free once: a kick that arrives just before a vCPU enters the guest is lost.
 
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
@@ -20,18 +20,18 @@ use super::vcpu::{Left, Vcpu};
 use memferry::guest::GuestError;
 use memferry::threads::explained;
 
-/// The most that vCPUs can be held back: they always get some of their time.
+/// The highest throttle: vCPUs always get some of their time.
 const MOST_THROTTLED: u8 = 99;
-/// The unit of throttling: held vCPUs run for the first part of each.
+/// The period of throttling: throttled vCPUs run for the first part of each.
 const SLICE: Duration = Duration::from_millis(10);
-/// How long a kick is given before the next.
+/// How long to wait after a kick before the next one.
 const KICK: Duration = Duration::from_micros(200);
 
 /// vCPUs with a thread each. Dropping it ends the threads.
 #[derive(Debug)]
 pub(super) struct Crew {
     shared: Arc<Shared>,
-    /// Of the vCPUs; empty until they are hired.
+    /// One for each vCPU; empty until they are started.
     threads: Arc<Mutex<Vec<JoinHandle<()>>>>,
     holder: Mutex<Option<JoinHandle<()>>>,
 }
@@ -48,7 +48,7 @@ struct Shared {
     failed: Mutex<Option<String>>,
 }
 
-/// What holds the vCPUs.
+/// The reasons why the vCPUs are stopped.
 #[derive(Clone, Copy, Debug)]
 struct Command {
     is_paused: bool,
@@ -64,7 +64,7 @@ impl Command {
 }
 
 impl Crew {
-    /// A crew that stands still and has no threads yet.
+    /// A paused crew without threads.
     pub(super) fn new(
         vcpus: Vec<VcpuFd>,
         devices: Arc<Devices>,
@@ -84,7 +84,7 @@ impl Crew {
         Self { shared: Arc::new(shared), threads: Arc::default(), holder: Mutex::default() }
     }
 
-    /// Gives every vCPU its thread; they wait until the crew is resumed.
+    /// Starts a thread for every vCPU; they wait until the crew is resumed.
     pub(super) fn hire(&self) -> Result<(), GuestError> {
         register_signal_handler(kick_signal(), nothing)
             .map_err(|error| GuestError::caused("no signal can be had to stop vCPUs with", error))?;
@@ -105,7 +105,7 @@ impl Crew {
         self.shared.order(&held(&self.threads), |command| command.is_paused = true);
     }
 
-    /// The vCPUs go on.
+    /// Resumes the vCPUs.
     pub(super) fn resume(&self) {
         self.shared.command().is_paused = false;
         self.shared.changed.notify_all();
@@ -115,10 +115,10 @@ impl Crew {
         self.shared.command().is_paused
     }
 
-    /// Holds the vCPUs back for so many percent of their time.
+    /// Throttles the vCPUs: they are stopped for this percentage of their time.
     pub(super) fn throttle(&self, percent: u8) -> Result<(), GuestError> {
         {
-            // Under the lock, or the holder might just be about to wait.
+            // Under the lock, because the throttle's thread might be about to wait.
             let _command = self.shared.command();
             self.shared.throttle.store(percent.min(MOST_THROTTLED), Ordering::Relaxed);
         }
@@ -135,7 +135,7 @@ impl Crew {
         Ok(())
     }
 
-    /// Looks at every vCPU while all of them stand still: the crew is paused.
+    /// Calls a function for every vCPU while the crew is paused.
     pub(super) fn visit<T>(
         &self,
         mut look: impl FnMut(u32, &VcpuFd) -> Result<T, GuestError>,
@@ -144,7 +144,7 @@ impl Crew {
         (0..).zip(&self.shared.vcpus).map(|(index, vcpu)| look(index, held(vcpu).descriptor())).collect()
     }
 
-    /// Why a vCPU cannot go on, if one cannot.
+    /// Why a vCPU cannot continue, if one cannot.
     pub(super) fn failed(&self) -> Option<String> {
         held(&self.shared.failed).clone()
     }
@@ -156,7 +156,7 @@ impl Drop for Crew {
         self.shared.order(&threads, |command| command.is_ended = true);
         let holder = held(&self.holder).take();
         for thread in threads.drain(..) {
-            // A thread that panicked has said so on its own.
+            // A thread that panicked has reported it itself.
             drop(thread.join());
         }
         drop(threads);
@@ -165,7 +165,7 @@ impl Drop for Crew {
 }
 
 impl Shared {
-    /// A vCPU's thread: until the end is ordered or the vCPU has failed.
+    /// A vCPU's thread: runs until the end is requested or the vCPU has failed.
     fn work(&self, index: usize) {
         let mut pace = Pace::new(self.pages_per_second, Instant::now());
         while self.waits_for_leave(&mut pace) {
@@ -190,8 +190,8 @@ impl Shared {
                 Left::RingFull => self.make_room(index, &mut vcpu)?,
             }
         }
-        // What it asked of a device is complete only when it enters the guest again, which it must not: its state would
-        // not say so.
+        // A device access is complete only once the vCPU enters the guest again, which it must not do while paused. It
+        // is completed here, because the saved state does not record an incomplete access.
         vcpu.settle()
     }
 
@@ -208,15 +208,15 @@ impl Shared {
         self.changed.notify_all();
         for (vcpu, thread) in self.vcpus.iter().zip(threads) {
             while matches!(vcpu.try_lock(), Err(TryLockError::WouldBlock)) {
-                // A thread that has ended runs nothing.
+                // A thread that has ended runs no vCPU.
                 let _ended = thread.kill(kick_signal());
                 thread::sleep(KICK);
             }
         }
     }
 
-    /// The throttle's thread: while it has a percentage, it lets the vCPUs run for a part of a slice, and then holds them in
-    /// proportion to how long they really ran.
+    /// The throttle's thread: while a percentage is set, it lets the vCPUs run for a part of a slice, and then stops
+    /// them in proportion to how long they actually ran.
     fn hold(&self, threads: &Mutex<Vec<JoinHandle<()>>>) {
         loop {
             let idle = |command: &mut Command| self.throttle.load(Ordering::Relaxed) == 0 && !command.is_ended;
@@ -226,7 +226,7 @@ impl Shared {
             let percent = u32::from(self.throttle.load(Ordering::Relaxed));
             let begun = Instant::now();
             thread::sleep(SLICE * (100 - percent) / 100);
-            // Whoever pauses or ends the crew has the threads: they are held by that.
+            // If the lock is taken, another call pauses or ends the crew, and that stops the vCPUs.
             if let Ok(threads) = threads.try_lock() {
                 self.order(&threads, |command| command.is_held = true);
             }
@@ -238,7 +238,8 @@ impl Shared {
         }
     }
 
-    /// Waits until running is allowed; false when it never will be again. Time that a vCPU is held earns it no pages.
+    /// Waits until running is allowed; false once it never will be again. Time in which a vCPU is stopped earns it no
+    /// pages.
     fn waits_for_leave(&self, pace: &mut Pace) -> bool {
         let begun = Instant::now();
         let waits = |command: &mut Command| !command.lets_run() && !command.is_ended;
@@ -247,7 +248,7 @@ impl Shared {
         !command.is_ended
     }
 
-    /// Sleeps, but not through a command that stops it.
+    /// Sleeps, but returns early on a command that stops it.
     fn sleep(&self, time: Duration) {
         let sleeps = |command: &mut Command| command.lets_run();
         drop(self.changed.wait_timeout_while(self.command(), time, sleeps));
@@ -258,14 +259,14 @@ impl Shared {
     }
 }
 
-/// The signal that interrupts a vCPU. Its handler does nothing: that it came is what makes KVM return.
+/// The signal that interrupts a vCPU. Its handler does nothing: its arrival makes KVM return.
 fn kick_signal() -> c_int {
     SIGRTMIN() + 1
 }
 
 extern "C" fn nothing(_: c_int, _: *mut siginfo_t, _: *mut c_void) {}
 
-/// The lock, whoever panicked: a thread that did has said so, and the others must still be paused and ended.
+/// Takes the lock, also after a panic: the thread has reported it, and the others must still be paused and ended.
 fn held<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,4 +1,4 @@
-//! What stands outside the vCPUs: the ports they write to, and what is known of the guest from that.
+//! The devices outside the vCPUs: the ports they access, and the status of the guest that follows from it.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -7,17 +7,17 @@ use super::console::{Console, PORTS, Said};
 use super::program::{ANSWERS, PAGE_DONE, PAGE_FREED, PAGE_TAKEN};
 use super::ram::Ram;
 
-/// What an access to a port asks of its vCPU.
+/// The effect of a port access on its vCPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Ask {
     /// Nothing.
     GoOn,
-    /// A page is written: it waits as its pace demands.
+    /// A page is written: the vCPU waits according to its pace.
     Pace,
 }
 
-/// The devices of a machine. A vCPU's thread calls them while the vCPU is outside the guest: when all are paused, nothing
-/// here writes memory.
+/// The devices of a machine. A vCPU's thread calls them while the vCPU is outside the guest: when all vCPUs are paused,
+/// nothing here writes memory.
 #[derive(Debug)]
 pub(super) struct Devices {
     ram: Arc<Ram>,
@@ -26,16 +26,16 @@ pub(super) struct Devices {
     pages: AtomicU64,
 }
 
-/// What the guest has said, at its source too.
+/// The guest's reports, those at its source included.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Log {
-    /// Passes that were told of.
+    /// Passes that were reported.
     pub(super) heartbeats: u64,
     /// The last pass of each vCPU.
     pub(super) passes: Vec<u32>,
     /// Ticks that its timer has given.
     pub(super) ticks: u32,
-    /// Wrong pages, and whatever else it complained of.
+    /// Wrong pages and other reported errors.
     pub(super) troubles: u64,
     /// The first of them.
     pub(super) first_trouble: Option<String>,

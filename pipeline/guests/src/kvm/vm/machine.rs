@@ -1,4 +1,4 @@
-//! The machine: made with KVM for its settings, and brought to where its program begins or to where it was saved.
+//! The machine: created with KVM from its settings, and set to the start of its program or to a saved state.
 
 use std::sync::Arc;
 
@@ -17,12 +17,13 @@ use super::ram::{self, Ram};
 use crate::kvm::settings::{KvmLogChoice, KvmSettings, PAGE_BYTES};
 use memferry::guest::GuestError;
 
-/// Entries of each vCPU's dirty ring, of 16 bytes. Where KVM emulates stores, many in a row, a small ring would often be run over.
+/// Entries of each vCPU's dirty ring, of 16 bytes. If KVM emulates many stores in a row, a small ring would often
+/// overflow.
 const RING_ENTRIES: u32 = 16384;
-/// Where KVM on Intel's processors may keep three pages of its own: in the hole.
+/// Where KVM on Intel processors may place three pages of its own: in the hole.
 const KVM_OWN_PAGES: usize = 0xfffb_d000;
 
-/// A machine. Its vCPUs stand still until the crew is hired and resumed. The fields are dropped in this order.
+/// A machine. Its vCPUs are paused until the crew is started and resumed. The fields are dropped in this order.
 #[derive(Debug)]
 pub(super) struct Machine {
     pub(super) crew: Crew,
@@ -33,16 +34,16 @@ pub(super) struct Machine {
     pub(super) devices: Arc<Devices>,
     pub(super) ram: Arc<Ram>,
     pub(super) settings: KvmSettings,
-    /// What the guest is told of its processors, but for their numbers.
+    /// The CPUID of the guest, without the numbers of its processors.
     pub(super) cpuid: CpuId,
 }
 
 impl Machine {
-    /// Makes a machine whose memory reads as zeros. Its processors are as `cpuid` says; as this host's can be, if it is not
-    /// given.
+    /// Creates a machine whose memory reads as zeros. Its processors have the CPUID `cpuid`, or all that this host
+    /// supports if it is not given.
     pub(super) fn new(settings: KvmSettings, cpuid: Option<CpuId>) -> Result<Self, GuestError> {
         settings.validate()?;
-        // Whoever is given its processors is given its memory too.
+        // A machine with a given CPUID receives its memory too.
         let is_destination = cpuid.is_some();
         let kvm = Kvm::new().map_err(|_| no_kvm())?;
         let cpuid = match cpuid {
@@ -75,7 +76,7 @@ impl Machine {
         Ok(Self { crew, vm, kvm, vm_memory, rings, devices, ram, settings, cpuid })
     }
 
-    /// Puts the program in place, and every vCPU at its first instruction.
+    /// Loads the program, and sets every vCPU to its first instruction.
     pub(super) fn begin(&self) -> Result<(), GuestError> {
         self.ram.fill(&self.settings);
         self.crew.visit(|index, vcpu| {
@@ -119,7 +120,7 @@ fn make_vm(kvm: &Kvm) -> Result<VmFd, GuestError> {
     Ok(vm)
 }
 
-/// The processors' description for one of them: its number stands in it.
+/// The CPUID for one of the processors: it contains the processor's number.
 fn numbered(cpuid: &CpuId, index: u32) -> CpuId {
     let mut cpuid = cpuid.clone();
     for entry in cpuid.as_mut_slice() {
@@ -151,7 +152,7 @@ fn begin(vcpu: &VcpuFd, settings: &KvmSettings, index: u32) -> Result<(), kvm_io
         r10: index.into(),
         ..Default::default()
     })?;
-    // Those after the first would wait for it to start them.
+    // Without this, all but the first would wait for the first to start them.
     vcpu.set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE })
 }
 

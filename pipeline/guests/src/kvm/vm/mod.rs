@@ -3,10 +3,10 @@
 //! | | |
 //! |---|---|
 //! | `program` | what the guest runs |
-//! | `ram`, `machine` | memory and machine, made for settings |
+//! | `ram`, `machine` | memory and machine, built from settings |
 //! | `vcpu`, `crew`, `pace` | vCPUs, their threads, when they may run |
 //! | `console`, `devices` | the ports |
-//! | `state` | what travels besides memory |
+//! | `state` | the state that travels besides memory |
 //! | `descriptor` | the only `unsafe` of this crate |
 
 mod console;
@@ -39,58 +39,58 @@ pub struct KvmGuest {
     life: Mutex<Life>,
 }
 
-/// A machine, and how far it has come.
+/// A machine, and its phase.
 #[derive(Debug)]
 struct Life {
     machine: Machine,
     stage: Stage,
-    /// What was reported before it came here.
+    /// The reports from before it came here.
     before: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
-    /// Its pages are on their way; nothing has run.
+    /// Its pages are in flight; nothing has run.
     Built,
     /// Its vCPUs have their state.
     Prepared,
     Started,
 }
 
-/// Builds the machine that comes: what it must know travels with it, but for how its writes are found here.
+/// Builds the machine that arrives: its settings travel with it, except how its writes are found at this end.
 #[derive(Clone, Debug)]
 pub struct KvmBuilder {
     dirty_log: KvmLogChoice,
-    /// Its way to the file of the shared block that may come.
+    /// The path of the file for the shared block, if one arrives.
     shared: Option<PathBuf>,
 }
 
-/// How a machine fares.
+/// The status of a machine.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct KvmStatus {
     /// Do the vCPUs run?
     pub running: bool,
-    /// Passes that vCPUs have told of, in this process.
+    /// Passes that vCPUs have reported, in this process.
     pub heartbeats: u64,
-    /// The pass that every vCPU has completed, since the machine was made, at its source too.
+    /// The pass that every vCPU has completed since the machine was created, those at its source included.
     pub pass: u32,
-    /// Ticks of its timer that it had counted when it last spoke.
+    /// Ticks of its timer at its last report.
     pub ticks: u32,
     /// Pages that were checked and written, in this process.
     pub pages: u64,
-    /// How often the guest found a page wrong, or complained of something else, since it was made.
+    /// How often the guest reported a wrong page or another error since it was created.
     pub troubles: u64,
-    /// The first of these, as the guest said it.
+    /// The first of these, as the guest reported it.
     pub first_trouble: Option<String>,
-    /// Why a vCPU cannot go on, if one cannot.
+    /// Why a vCPU cannot continue, if one cannot.
     pub failed: Option<String>,
 }
 
 impl KvmGuest {
-    /// Makes a machine and starts it.
+    /// Creates a machine and starts it.
     ///
     /// # Errors
-    /// When the settings are out of their limits, there is no KVM, or KVM refuses.
+    /// When the settings are outside their limits, KVM is not available, or KVM refuses.
     pub fn source(settings: KvmSettings) -> Result<Arc<Self>, GuestError> {
         let machine = Machine::new(settings, None)?;
         machine.begin()?;
@@ -99,30 +99,30 @@ impl KvmGuest {
         Ok(Self::of(Life { machine, stage: Stage::Started, before: 0 }))
     }
 
-    /// Could [`KvmGuest::source`] make such a machine here? Makes one that has no program, and drops it.
+    /// Could [`KvmGuest::source`] create such a machine here? Creates one without a program, and drops it.
     ///
     /// # Errors
-    /// As [`KvmGuest::source`], and when there is no such dirty log.
+    /// As [`KvmGuest::source`], and when the dirty log is not available.
     pub fn check(mut settings: KvmSettings) -> Result<(), GuestError> {
         settings.validate()?;
         settings.shared.take().map_or(Ok(()), |shared| shared.check())?;
         Machine::new(settings, None)?.dirty_logs().map(drop)
     }
 
-    /// What builds a machine that is to arrive.
+    /// The builder of a machine that arrives.
     #[must_use]
     pub fn destination(dirty_log: KvmLogChoice) -> KvmBuilder {
         KvmBuilder { dirty_log, shared: None }
     }
 
-    /// As [`KvmGuest::destination`], for one whose shared block is in this file. A source does not say where: a destination
-    /// opens no file that a peer names.
+    /// As [`KvmGuest::destination`], with the file of the shared block. The source does not choose the path: a
+    /// destination opens no file that a peer names.
     #[must_use]
     pub fn destination_sharing(dirty_log: KvmLogChoice, file: PathBuf) -> KvmBuilder {
         KvmBuilder { dirty_log, shared: Some(file) }
     }
 
-    /// How it fares.
+    /// Its status.
     #[must_use]
     pub fn status(&self) -> KvmStatus {
         let Life { machine, stage, before } = &*self.life();
@@ -196,7 +196,7 @@ impl SourceGuest for KvmGuest {
         })
     }
 
-    /// Up to 99 percent: more is taken as that.
+    /// Up to 99 percent; a higher value counts as 99.
     fn throttle(&self, percent: u8) -> Result<(), GuestError> {
         self.with_started(|machine| machine.crew.throttle(percent))
     }
@@ -244,7 +244,7 @@ impl DestinationGuest for KvmGuest {
     }
 }
 
-/// Refuses blocks that are not those of the machine, with both.
+/// Refuses blocks that do not match the machine's, with both layouts in the error.
 fn compare_blocks(own: &[BlockInfo], page_size: PageSize, came: &[BlockInfo]) -> Result<(), GuestError> {
     let named = |blocks: &[BlockInfo]| {
         let facts = |block: &BlockInfo| (block.id.clone(), block.length, block.guest_address, block.ignored);

@@ -1,29 +1,29 @@
-//! When a vCPU may go on after a page: told the time, it answers how long to wait.
+//! When a vCPU may continue after a page: given the time, it returns how long to wait.
 
 use std::time::{Duration, Instant};
 
-/// A vCPU sleeps no shorter than this.
+/// The shortest sleep of a vCPU.
 const NAP: Duration = Duration::from_millis(1);
-/// What a vCPU that was kept from the processor may catch up.
+/// The backlog that a vCPU may catch up after it was not scheduled.
 const CATCH_UP: Duration = Duration::from_millis(20);
 
 /// Paces one vCPU.
 #[derive(Debug)]
 pub(super) struct Pace {
-    /// From one page to the next; nothing for as fast as it can.
+    /// The time from one page to the next; zero for no limit.
     interval: Duration,
     /// When the next page is due.
     due: Instant,
 }
 
 impl Pace {
-    /// For so many pages a second; 0 is as many as it can.
+    /// For this number of pages a second; 0 is no limit.
     pub(super) fn new(pages_per_second: f64, now: Instant) -> Self {
         let interval = if pages_per_second > 0.0 { 1.0 / pages_per_second } else { 0.0 };
         Self { interval: Duration::try_from_secs_f64(interval).unwrap_or(Duration::MAX / 4), due: now }
     }
 
-    /// A page is written: how long to wait, if at all.
+    /// A page is written: returns how long to wait, if at all.
     pub(super) fn page(&mut self, now: Instant) -> Option<Duration> {
         let earliest = now.checked_sub(CATCH_UP).unwrap_or(now);
         self.due = self.due.max(earliest).checked_add(self.interval)?;
@@ -31,7 +31,7 @@ impl Pace {
         (wait >= NAP).then_some(wait)
     }
 
-    /// Time in which it could not run.
+    /// Adds time in which the vCPU could not run.
     pub(super) fn postpone(&mut self, time: Duration) {
         self.due += time;
     }
@@ -41,7 +41,7 @@ impl Pace {
 mod tests {
     use super::*;
 
-    /// Pages in ten seconds of a clock that only this moves: a page takes 20 µs. Of each 10 ms it is held for a share.
+    /// Pages in ten seconds of a simulated clock: a page takes 20 µs. It is stopped for a share of each 10 ms.
     fn ten_seconds(rate: f64, percent: u32) -> f64 {
         let begin = Instant::now();
         let asleep = Duration::from_millis(10) * percent / 100;

@@ -1,17 +1,17 @@
 //! The guest's program.
 //!
 //! Each vCPU steps through its part of the region, page after page and pass after pass. In a page it compares the stamp
-//! (the page's number) and some words (the pass before) with what it must have left there, and writes the stamp and the
-//! words of this pass. It tells the host of each page, so that the host can set the pace, and says over the serial port that
-//! a pass is complete, or which page was wrong:
+//! (the page's number) and some words (the previous pass) with the values that it must have left there, and writes the
+//! stamp and the words of this pass. It notifies the host of each page, so that the host can set the pace, and reports
+//! over the serial port that a pass is complete, or which page was wrong:
 //!
 //! ```text
 //! v0 pass 0000002a ticks 000001f3
 //! v0 wrong page 00000107 pass 0000002b
 //! ```
 //!
-//! The host answers each complete pass by writing its number into the guest's memory, where the next pass looks for it: so
-//! that a write of the host's own that went astray is found too. vCPU 0 counts the timer's ticks.
+//! The host answers each complete pass by writing its number into the guest's memory, where the next pass checks it.
+//! This detects a lost write of the host as well. vCPU 0 counts the timer's ticks.
 //!
 //! | register | holds |
 //! |---|---|
@@ -23,18 +23,18 @@
 //! | `rdi`, `rbx` | the page, its number |
 //! | `r14`, `r15` | where the vCPU's part of the free memory begins and ends |
 //!
-//! After each pass the vCPU looks at its free memory. Of eight pages it takes one in each pass, another in the next: it tells
-//! the host, and then writes its number and the pass. In the pass after that it checks the page and gives it back. So pages go in
-//! and out of use all the time, and at any time most are free.
+//! After each pass the vCPU visits its free memory. Of eight pages it takes one in each pass, another in the next: it
+//! notifies the host, and then writes its number and the pass. In the pass after that it checks the page and gives it
+//! back. So pages are taken and freed all the time, and at any time most are free.
 
 use std::arch::global_asm;
 use std::slice;
 
 /// The serial port's data register.
 pub(super) const SERIAL: u16 = 0x3f8;
-/// Calls of the host: a page is written.
+/// Notifications to the host: a page is written.
 pub(super) const PAGE_DONE: u16 = 0x510;
-/// A page of free memory, by its number in RAM, is taken into use; when this returns it may be written.
+/// A page of free memory, by its number in RAM, is taken into use; once this returns it may be written.
 pub(super) const PAGE_TAKEN: u16 = 0x514;
 /// It is free again.
 pub(super) const PAGE_FREED: u16 = 0x518;
@@ -42,7 +42,7 @@ pub(super) const PAGE_FREED: u16 = 0x518;
 /// One page in this many of the free memory is in use at a time: a power of two.
 const IN_USE: u32 = 8;
 
-/// Where the program keeps what its vCPUs share, as addresses of its own.
+/// Where the program stores what its vCPUs share, as addresses of its own.
 pub(super) const LOCK: u64 = 0x6000;
 /// Ticks of the timer.
 pub(super) const TICKS: u64 = 0x6008;
@@ -51,7 +51,7 @@ pub(super) const ANSWERS: u64 = 0x7000;
 
 /// The vector of the timer's interrupt.
 pub(super) const TICK_VECTOR: u8 = 0x20;
-/// Ticks of the timer's clock, of 1,193,182 Hz, from one interrupt to the next: 100 a second.
+/// Ticks of the timer's clock, of 1,193,182 Hz, between two interrupts: 100 interrupts a second.
 const TICK_PERIOD: u16 = 11_932;
 
 /// The first port of a programmable interrupt controller, and the next one, which takes its settings.
@@ -61,8 +61,8 @@ const SECOND_PIC: u16 = 0xa0;
 const TIMER_COMMAND: u16 = 0x43;
 const TIMER_CHANNEL_0: u16 = 0x40;
 
-// The code is read-only data of this program, and runs only where it is copied to: it refers to nothing but itself, by distances,
-// and to the addresses above.
+// The code is read-only data of this program, and runs only where it is copied to: it refers only to itself, by
+// relative distances, and to the addresses above.
 global_asm!(
     r#"
     .pushsection .rodata.memferry_kvm_program, "a", @progbits
@@ -86,7 +86,7 @@ global_asm!(
         mov rcx, \number
         call .Lmemferry_put_number
     .endm
-    // Calls the host with the number of the page.
+    // Notifies the host of the number of the page.
     .macro call_host port
         mov edx, \port
         mov eax, ebx
@@ -145,7 +145,7 @@ memferry_kvm_program:
     mov [rdi + rcx], rbp
     jmp 2b
 
-// Interrupt controllers and timer as PCs have them: vectors from TICK_VECTOR on, all masked but the timer's.
+// Interrupt controllers and timer as in a PC: vectors from TICK_VECTOR on, all masked but the timer's.
 .Lmemferry_start_timer:
     outb_to {FIRST_PIC}, 0x11
     outb_to {FIRST_PIC} + 1, {TICK_VECTOR}
@@ -177,7 +177,7 @@ memferry_kvm_program:
     call .Lmemferry_put_number
     jmp .Lmemferry_end_line
 
-// Gives back what the last pass took of the free memory, and takes other pages.
+// Gives back the free pages that the last pass took, and takes other pages.
 .Lmemferry_turn_free:
     mov rdi, r14
 .Lmemferry_free_page:
@@ -219,7 +219,7 @@ memferry_kvm_program:
     say_number rbp
     jmp .Lmemferry_end_line
 
-// Waits until no other vCPU writes a line, and writes which one this is.
+// Waits until no other vCPU writes a line, and records that this one does.
 .Lmemferry_begin_line:
     mov edx, {LOCK}
 2:  mov eax, 1
@@ -240,7 +240,7 @@ memferry_kvm_program:
     mov [rdx], rax
     ret
 
-// Writes the bytes at r11, up to a zero. The port takes them as fast as they come.
+// Writes the bytes at r11, up to a zero. The port accepts them without a wait.
 .Lmemferry_put_text:
     mov edx, {SERIAL}
 2:  movzx eax, byte ptr [r11]
@@ -262,7 +262,7 @@ memferry_kvm_program:
     jnz 2b
     ret
 
-// The timer's interrupt: counts, and lets the next one come.
+// The timer's interrupt: counts, and enables the next one.
 memferry_kvm_program_on_tick:
     push rax
     push rdx

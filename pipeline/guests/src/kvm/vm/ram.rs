@@ -1,11 +1,11 @@
-//! The machine's memory: its RAM blocks, the hole below 4 GiB, and what stands in it when the machine is made.
+//! The machine's memory: its RAM blocks, the hole below 4 GiB, and its initial content.
 //!
 //! ```text
 //! offset    0x1000  0x2000  0x4000   0x6000         0x8000    0x20000                  2 MiB
 //!           GDT     IDT     program  shared words   stacks    page tables              the region, and the rest
 //! ```
 //!
-//! An address of the program is an offset in RAM: the page tables leave the hole out, so that a region may reach over it.
+//! An address of the program is an offset in RAM: the page tables leave the hole out, so that a region may span it.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -36,17 +36,17 @@ pub(super) const TABLES: u64 = 0x2_0000;
 /// Selectors of the descriptors in the GDT.
 pub(super) const CODE_SELECTOR: u16 = 8;
 pub(super) const DATA_SELECTOR: u16 = 16;
-/// Bytes of the GDT: nothing, code, data.
+/// Bytes of the GDT: null, code, data.
 pub(super) const GDT_BYTES: u16 = 24;
 /// Bytes of the IDT, of 16 bytes for each vector up to the timer's.
 pub(super) const IDT_BYTES: u16 = (TICK_VECTOR as u16 + 1) * 16;
 
-/// The memory of a machine, and the log of what its devices write there.
+/// The memory of a machine, and the log of its devices' writes.
 #[derive(Debug)]
 pub(super) struct Ram {
     pub(super) memory: GuestMemory,
     pub(super) blocks: Vec<Arc<MappedMemory>>,
-    /// What the host writes is marked here: no other log sees it.
+    /// The host's writes are marked here: no other log sees them.
     pub(super) host_writes: Arc<SoftwareLog>,
     /// Free memory, page by page.
     free: Option<FreeRanges>,
@@ -79,14 +79,15 @@ impl Ram {
         Ok(Self { memory, blocks, host_writes, free, free_pages, unplugged })
     }
 
-    /// The mappings of its own blocks, by their index: not that of the shared one.
+    /// The mappings of the machine's own blocks, by their index, without the shared one.
     pub(super) fn own_blocks(&self) -> Vec<(u32, Arc<MappedMemory>)> {
         let infos = self.memory.layout().blocks().iter();
         let own = (0..).zip(infos.zip(&self.blocks)).filter(|(_, (info, _))| !info.ignored);
         own.map(|(index, (_, memory))| (index, memory.clone())).collect()
     }
 
-    /// The program takes a page of its free memory, or gives it back. What is none is nothing: a program may say anything.
+    /// The program takes a page of its free memory, or gives it back. Other pages are ignored: the program may send any
+    /// number.
     pub(super) fn turn_page(&self, page: u32, is_taken: bool) {
         let Some(free) = self.free.as_ref().filter(|_| self.free_pages.contains(&page)) else { return };
         let range = page - self.free_pages.start;
@@ -107,7 +108,7 @@ impl Ram {
         words
     }
 
-    /// As they came with a machine's state. Bits beyond the last page say nothing.
+    /// As received with a machine's state. Bits after the last page are ignored.
     pub(super) fn set_pages_in_use(&self, words: &[u64]) {
         for (range, page) in self.free_pages.clone().enumerate() {
             self.turn_page(page, words[range / 64] & 1 << (range % 64) != 0);
@@ -137,7 +138,7 @@ impl Ram {
         (block, at)
     }
 
-    /// Puts tables, program and region in place, as they are before the first pass.
+    /// Writes tables, program and region, in their state before the first pass.
     pub(super) fn fill(&self, settings: &KvmSettings) {
         self.store(PROGRAM, program::code());
         self.words(GDT, [0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff]);
@@ -148,7 +149,7 @@ impl Ram {
         let half = content.len() / 2;
         let changed = usize::try_from(settings.bytes).expect("at most a page");
         for page in 0..settings.region_pages() + settings.free / PAGE_BYTES {
-            // Half a page of noise: it compresses to about half.
+            // Half a page of random bytes: the page compresses to about half.
             noise.fill(&mut content[..half]);
             content[..changed].fill(0);
             content[..8].copy_from_slice(&page.to_le_bytes());
@@ -173,7 +174,7 @@ impl Ram {
     }
 }
 
-/// Where an offset in RAM is in physical memory.
+/// The physical address of an offset in RAM.
 fn physical(offset: u64) -> u64 {
     if offset < HOLE.start { offset } else { offset - HOLE.start + HOLE.end }
 }
@@ -183,7 +184,7 @@ pub(super) fn stack(vcpu: u32) -> u64 {
     STACKS + u64::from(vcpu + 1) * STACK_BYTES
 }
 
-/// The pages of the region that are a vCPU's.
+/// The pages of the region that belong to a vCPU.
 pub(super) fn part(settings: &KvmSettings, vcpu: u32) -> Range<u64> {
     let border = |vcpu: u32| settings.region_pages() * u64::from(vcpu) / u64::from(settings.vcpus);
     border(vcpu)..border(vcpu + 1)
@@ -207,7 +208,7 @@ impl Ballooned for Ram {
     }
 }
 
-/// The free memory that is a vCPU's, as addresses of the program.
+/// The free memory that belongs to a vCPU, as addresses of the program.
 pub(super) fn free_part(settings: &KvmSettings, vcpu: u32) -> Range<u64> {
     let pages = settings.free / PAGE_BYTES;
     let border = |vcpu: u32| settings.free_at() + pages * u64::from(vcpu) / u64::from(settings.vcpus) * PAGE_BYTES;
@@ -221,7 +222,7 @@ fn gate(handler: u64) -> [u64; 2] {
     [low, handler >> 32]
 }
 
-/// The blocks that a machine of these settings has: one, or one on each side of the hole.
+/// The blocks of a machine with these settings: one, or one on each side of the hole.
 pub(super) fn block_infos(settings: &KvmSettings) -> Vec<BlockInfo> {
     let info = |id: &str, length, guest_address| BlockInfo {
         guest_address,

@@ -1,5 +1,5 @@
-//! What of a machine travels besides its memory, as sections of guest state, little-endian. The structs are the kernel's own
-//! (linux/kvm.h, x86-64), whose layout never changes.
+//! The state of a machine that travels besides its memory, as sections of guest state, little-endian. The structs are
+//! the kernel's own (linux/kvm.h, x86-64), whose layout never changes.
 //!
 //! ```text
 //! "machine" in setup, version 2
@@ -13,16 +13,17 @@
 //! │ regs │ sregs │ xsave │ xcrs │ debugregs │ lapic │ events │ mp_state │ TSC kHz │ MSRs │ kvm_msr_entry │
 //! │      │       │       │      │           │       │        │          │ u32     │ u32  │ of each       │
 //! └──────┴───────┴───────┴──────┴───────────┴───────┴────────┴──────────┴─────────┴──────┴───────────────┘
-//! "board" of the devices, version 2; behind what is drawn: words u32, the pages of free memory in use, u64 each
+//! "board" of the devices, version 2; after the fields in the drawing: words u32, the pages of free memory in use, u64
+//! each
 //! ┌──────────────┬────────────┬───────┬──────────────────┬──────────┬────────────┬──────────┬────────┬───────┬──────┐
 //! │ irqchip      │ pit_state2 │ clock │ serial registers │ line     │ heartbeats │ troubles │ ticks  │ vCPUs │ pass │
 //! │ PIC, PIC, IO │            │       │ 8 bytes          │ u32, it  │ u64        │ u64      │ u32    │ u32   │ u32  │
 //! └──────────────┴────────────┴───────┴──────────────────┴──────────┴────────────┴──────────┴────────┴───────┴──────┘
 //! ```
 //!
-//! A peer may have made these bytes up: lengths are checked before anything is made of them, values by the kernel when they
-//! are set, and what does not fit is an error. A vCPU can be brought into any state by that, and reaches nothing but its own
-//! machine in it.
+//! A peer may have made these bytes up: lengths are checked before anything is built from them, values are checked by
+//! the kernel when they are set, and invalid bytes are an error. They can put a vCPU into any state, in which it
+//! reaches nothing but its own machine.
 
 mod bytes;
 mod vcpu;
@@ -45,10 +46,10 @@ use memferry::guest::{GuestError, GuestState, StateSection};
 
 const VERSION: u32 = 2;
 const CHIPS: [u32; 3] = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC];
-/// In a clock's flags: what of it was measured with the host's clock, which means nothing elsewhere.
+/// The flags of a restored clock. Flags of measurements against the host's clock are meaningless on another host.
 const CLOCK_FLAGS: u32 = 0;
 
-/// What a destination needs to know to build the machine.
+/// The state that a destination needs to build the machine.
 pub(super) fn save_setup(machine: &Machine) -> GuestState {
     let KvmSettings { memory, vcpus, region, region_at, pages_per_second, bytes, free, unplugged, .. } =
         machine.settings;
@@ -66,8 +67,8 @@ pub(super) fn save_setup(machine: &Machine) -> GuestState {
     GuestState { sections: vec![output.section("machine", VERSION)] }
 }
 
-/// The machine that comes, checked; how its writes are found here, and where the file of its shared block is, is for the
-/// destination to say.
+/// The settings of the machine that arrives, checked. The destination chooses how its writes are found at this end, and
+/// the file of its shared block.
 pub(super) fn load_setup(
     state: &GuestState,
     dirty_log: KvmLogChoice,
@@ -91,9 +92,9 @@ pub(super) fn load_setup(
     Ok((settings, cpuid))
 }
 
-/// Refuses processors that can what this host's cannot.
+/// Refuses a CPUID with features that this host's processors lack.
 pub(super) fn compare_processors(came: &CpuId) -> Result<(), GuestError> {
-    /// Where features stand, bit by bit: function, index, and which registers (eax, ebx, ecx, edx).
+    /// The locations of feature bits: function, index, and which registers (eax, ebx, ecx, edx).
     const FEATURES: [(u32, u32, [bool; 4]); 4] = [
         (1, 0, [false, false, true, true]),
         (7, 0, [false, true, true, true]),
@@ -123,7 +124,7 @@ pub(super) fn compare_processors(came: &CpuId) -> Result<(), GuestError> {
     Ok(())
 }
 
-/// The device state of a machine that stands still.
+/// The device state of a paused machine.
 pub(super) fn save(machine: &Machine) -> Result<GuestState, GuestError> {
     let mut sections = machine.crew.visit(|index, vcpu| {
         let mut output = Output::default();
@@ -135,7 +136,7 @@ pub(super) fn save(machine: &Machine) -> Result<GuestState, GuestError> {
     Ok(GuestState { sections })
 }
 
-/// Brings a machine that stands still to a saved state.
+/// Sets a paused machine to a saved state.
 pub(super) fn load(machine: &Machine, state: &GuestState) -> Result<(), GuestError> {
     let [vcpus @ .., board] = &state.sections[..] else {
         return Err(GuestError("no sections of device state came".into()));
@@ -144,7 +145,7 @@ pub(super) fn load(machine: &Machine, state: &GuestState) -> Result<(), GuestErr
         let (came, here) = (vcpus.len(), machine.settings.vcpus);
         return Err(GuestError(format!("the state of {came} vCPUs came, the machine has {here}")));
     }
-    // The controllers first: a vCPU's local one finds what it is connected to.
+    // The controllers come first: a vCPU's local controller finds the ones it is connected to.
     load_board(machine, board)?;
     machine.crew.visit(|index, vcpu| {
         let mut input = Input::of(&vcpus[index as usize], &format!("vcpu {index}"), VERSION)?;

@@ -1,14 +1,14 @@
-//! Machines that run, stop, are held back, and move by their state alone. Skipped where there is no KVM.
+//! Machines that run, stop, are throttled, and move by their state alone. Skipped on a host without KVM.
 
 use std::time::{Duration, Instant};
 
 use super::*;
 use memferry::guest::StateSection;
 
-/// How long anything may take on a machine that is busy with something else.
+/// How long anything may take on a machine that is busy with other work.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Settings of a small machine; `None`, and said so, where there is no KVM.
+/// Settings of a small machine; `None` on a host without KVM, with a message.
 fn small() -> Option<KvmSettings> {
     if let Err(why) = memferry_stages::host::kvm() {
         println!("skipped: {why}");
@@ -31,7 +31,7 @@ fn until(guest: &KvmGuest, holds: impl Fn(&KvmStatus) -> bool) -> KvmStatus {
     }
 }
 
-/// Moves a machine that stands still into another: memory, then state, as a migration does.
+/// Moves a paused machine into another: memory, then state, as a migration does.
 fn moved(from: &KvmGuest, dirty_log: KvmLogChoice) -> Arc<KvmGuest> {
     let (memory, setup) = (from.memory(), from.setup_state().unwrap());
     let builder = KvmGuest::destination(dirty_log);
@@ -131,8 +131,8 @@ fn a_stale_page_is_found_by_the_guest() {
 
 #[test]
 fn a_held_machine_writes_less() {
-    // In each slice of 10 ms it is awake for a hundredth: no vCPU writes a page in less than half a microsecond. On a busy machine
-    // the thread that holds it may come late, though not every time.
+    // In each slice of 10 ms it runs for a hundredth: no vCPU writes a page in less than half a microsecond. On a busy
+    // machine the throttle's thread may be late, though not every time.
     const MOST_IN_A_SLICE: u128 = 200;
     let Some(settings) = small() else { return };
     let guest = KvmGuest::source(KvmSettings { vcpus: 1, pages_per_second: 0.0, ..settings }).unwrap();
@@ -162,7 +162,7 @@ fn state_that_does_not_fit_is_refused() {
     let build = |setup: &GuestState| {
         KvmGuest::destination(KvmLogChoice::DirtyLog).build(PageSize::DEFAULT, memory.layout().blocks(), setup)
     };
-    // Cut anywhere, or with more behind it.
+    // Cut anywhere, or with trailing bytes.
     let cut = |whole: &GuestState, section: usize, length: usize| {
         let mut cut = whole.clone();
         cut.sections[section].bytes.resize(length, 0xff);

@@ -1,21 +1,21 @@
-//! One vCPU: entered, and left for a reason.
+//! One vCPU: enters the guest, and returns with the reason of the exit.
 
 use kvm_bindings::KVM_EXIT_DIRTY_RING_FULL;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use super::devices::{Ask, Devices};
 
-/// How often in a row a full ring may turn out to be empty: somebody else may have emptied it before.
+/// How often in a row a full ring may turn out to be empty: another thread may have emptied it before.
 const MOST_IN_VAIN: u32 = 100;
 
 /// Why a vCPU left the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Left {
-    /// A signal came, or a device was served: look at the command.
+    /// A signal arrived, or a device was served: check the command.
     Kicked,
     /// A page is written.
     PageDone,
-    /// Its dirty ring must be emptied before it can go on.
+    /// Its dirty ring must be emptied before it can continue.
     RingFull,
 }
 
@@ -38,7 +38,7 @@ impl Vcpu {
     /// Enters the guest, and serves the devices when it leaves.
     ///
     /// # Errors
-    /// What it has come to when it cannot go on.
+    /// The state of a vCPU that cannot continue.
     pub(super) fn run(&mut self, devices: &Devices) -> Result<Left, String> {
         let left = match self.vcpu.run() {
             Ok(VcpuExit::IoOut(port, bytes)) => match devices.write(port, bytes) {
@@ -59,13 +59,13 @@ impl Vcpu {
         Ok(left)
     }
 
-    /// Its ring was full, and was there something to be made room of?
+    /// Its ring was full: was anything removed from it?
     pub(super) fn ring_emptied(&mut self, made_room: bool) -> Result<(), String> {
         self.in_vain = if made_room { 0 } else { self.in_vain + 1 };
         if self.in_vain < MOST_IN_VAIN { Ok(()) } else { Err("has a full ring in which nothing is found".into()) }
     }
 
-    /// Completes what the guest asked of a device, without entering it.
+    /// Completes the guest's device access, without entering it.
     pub(super) fn settle(&mut self) -> Result<(), String> {
         self.vcpu.set_kvm_immediate_exit(1);
         let settled = match self.vcpu.run() {

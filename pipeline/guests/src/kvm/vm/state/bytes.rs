@@ -83,7 +83,7 @@ impl<'a> Input<'a> {
         (0..count).map(|_| self.take()).collect()
     }
 
-    /// Nothing may be left.
+    /// No bytes may be left.
     pub(super) fn end(&self) -> Result<(), GuestError> {
         if self.left.is_empty() {
             return Ok(());

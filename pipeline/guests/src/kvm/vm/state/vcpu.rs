@@ -11,9 +11,9 @@ use super::super::machine::refused;
 use super::bytes::{Input, Output};
 use memferry::guest::GuestError;
 
-/// Saves it. The vCPU stands still, and nothing that it asked of a device is open.
+/// Saves it. The vCPU is paused, and none of its device accesses is incomplete.
 pub(super) fn save(vcpu: &VcpuFd, kvm: &Kvm, output: &mut Output) -> Result<(), Error> {
-    // First: it lets KVM settle what waits for the local interrupt controller.
+    // This comes first: it lets KVM complete pending work of the local interrupt controller.
     let mp_state = vcpu.get_mp_state()?;
     output.put(&vcpu.get_regs()?);
     output.put(&vcpu.get_sregs()?);
@@ -23,13 +23,13 @@ pub(super) fn save(vcpu: &VcpuFd, kvm: &Kvm, output: &mut Output) -> Result<(), 
     output.put(&vcpu.get_lapic()?);
     output.put(&vcpu.get_vcpu_events()?);
     output.put(&mp_state);
-    // 0: this host cannot tell, and its machines' clocks run alike.
+    // 0: this host cannot report it, and its machines' clocks run at one rate.
     output.u32(vcpu.get_tsc_khz().unwrap_or(0));
     output.list(&read_msrs(vcpu, kvm)?);
     Ok(())
 }
 
-/// Brings it to a saved state, in the order in which the kernel wants it.
+/// Sets it to a saved state, in the order that the kernel requires.
 pub(super) fn load(vcpu: &VcpuFd, input: &mut Input<'_>) -> Result<(), GuestError> {
     let regs: kvm_regs = input.take()?;
     let sregs: kvm_sregs = input.take()?;
@@ -56,7 +56,7 @@ pub(super) fn load(vcpu: &VcpuFd, input: &mut Input<'_>) -> Result<(), GuestErro
     set("the vCPU's pending events", vcpu.set_vcpu_events(&events))
 }
 
-/// The MSRs that the kernel names, but for those that cannot be read.
+/// The MSRs that the kernel lists, except those that cannot be read.
 fn read_msrs(vcpu: &VcpuFd, kvm: &Kvm) -> Result<Vec<kvm_msr_entry>, Error> {
     let indices = kvm.get_msr_index_list()?;
     let mut wanted: Vec<_> =
@@ -64,7 +64,7 @@ fn read_msrs(vcpu: &VcpuFd, kvm: &Kvm) -> Result<Vec<kvm_msr_entry>, Error> {
     let mut read = Vec::with_capacity(wanted.len());
     while !wanted.is_empty() {
         let mut msrs = Msrs::from_entries(&wanted).expect("no more than the kernel has");
-        // It stops at the first that it cannot read: that one is left out.
+        // The call stops at the first MSR that it cannot read: that one is left out.
         let count = vcpu.get_msrs(&mut msrs)?;
         read.extend_from_slice(&msrs.as_slice()[..count]);
         wanted.drain(..(count + 1).min(wanted.len()));
@@ -72,7 +72,7 @@ fn read_msrs(vcpu: &VcpuFd, kvm: &Kvm) -> Result<Vec<kvm_msr_entry>, Error> {
     Ok(read)
 }
 
-/// Writes MSRs. One that cannot be written may stay as it is if it is as it should be.
+/// Writes MSRs. One that cannot be written is accepted if it already has the required value.
 fn write_msrs(vcpu: &VcpuFd, mut wanted: &[kvm_msr_entry]) -> Result<(), GuestError> {
     let failed = |error| refused("the vCPU's MSRs", error);
     while !wanted.is_empty() {
