@@ -1,17 +1,18 @@
-//! The whole pipeline beside the bare socket, in one run: incompressible memory, from cold source memory to cold destination
-//! memory.
+//! The whole pipeline compared with bare sockets in one run: incompressible memory, from cold source memory to cold
+//! destination memory.
 //!
-//! The control is two threads and one connection for each lane, writing the source's bytes in chunks of 256 KiB and reading them into
-//! untouched memory, with no processing at all (`memferry_tests::bare`). What memferry adds is everything else: the dirty bitmap, the zero test,
-//! the copy, checksums on both sides, frames, and the last handshake. Both are run in turn, and medians are compared.
+//! The control uses two threads and one connection for each lane. It writes the source's bytes in chunks of 256 KiB
+//! and reads them into untouched memory, without any processing (`memferry_tests::bare`). The difference is
+//! memferry's cost: the dirty bitmap, the zero test, the copy, checksums on both sides, frames, and the last
+//! handshake. Both run in turn, and medians are compared.
 //!
-//! Destination memory is mapped and untouched in all of them, and most of the time goes into touching it. memferry asks for it by huge
-//! pages; the control touches it page by page as it reads (`bare`), or has huge pages as well (`bare, huge`). On a virtual machine the
-//! host may back memory only as it is touched, which is no business of either: before each run as much memory as it
-//! takes is touched and given back.
+//! Destination memory is mapped and untouched in all runs, and most of the time is spent touching it. memferry
+//! requests huge pages for it; the control touches it page by page as it reads (`bare`), or has huge pages as well
+//! (`bare, huge`). On a virtual machine the host may back memory only when it is touched, a cost that belongs to
+//! neither. So before each run as much memory as it needs is touched and freed.
 //!
-//! Then what the codecs add or save over the same two lanes of TCP: each beside no codec at all, on memory that shrinks, on
-//! memory that does not, and on pages that alternate. `wire` is page bytes over wire bytes.
+//! Then the cost or benefit of the codecs over the same two lanes of TCP: each is compared with no codec, on
+//! compressible memory, on incompressible memory, and on pages that alternate. `wire` is page bytes over wire bytes.
 //!
 //! ```text
 //! cargo bench -p memferry-tests --bench pipeline
@@ -36,14 +37,14 @@ const BYTES: usize = 1 << 30;
 const RUNS: usize = 5;
 
 fn main() {
-    // `cargo test --benches` runs this too: a smaller memory then, and one run, to see that it works.
+    // `cargo test --benches` runs this too: then with less memory and one run, to check that it works.
     let (bytes, runs) =
         if std::env::args().any(|argument| argument == "--bench") { (BYTES, RUNS) } else { (64 << 20, 1) };
     sockets(bytes, runs);
     codecs(bytes / 4, runs);
 }
 
-/// Is the row asked for, by a part of its name or of its table's?
+/// Is the row selected, by a part of its name or of its table's name?
 fn wanted(table: &str, row: &str) -> bool {
     let mut filters = std::env::args().skip(1).filter(|argument| !argument.starts_with("--")).peekable();
     filters.peek().is_none() || filters.any(|filter| table.contains(&filter) || row.contains(&filter))
@@ -66,7 +67,7 @@ fn sockets(bytes: usize, runs: usize) {
     }
 }
 
-/// How the control touches its destination's memory for the first time.
+/// How the control touches the destination's memory for the first time.
 #[derive(Clone, Copy)]
 enum Touch {
     Pages,
@@ -82,7 +83,7 @@ fn settings(lanes: u16, connections: u16, checksum: bool) -> SourceSettings {
     }
 }
 
-/// Each codec in turn with none, on the same memory.
+/// Each codec and no codec, in turn, on the same memory.
 fn codecs(bytes: usize, runs: usize) {
     println!("\n{} MiB, tcp, 2 lanes, median of {runs} runs, page bytes a second", bytes >> 20);
     println!("{:<34}{:>12}{:>12}{:>8}{:>8}", "", "memferry", "no codec", "ratio", "wire");
@@ -166,12 +167,12 @@ fn compare(
     }
 }
 
-/// Has the host back as much memory as a run takes.
+/// Makes the host back as much memory as a run needs.
 fn warm_the_host(bytes: usize) {
     warm_memory(bytes * 5 / 2).expect("memory");
 }
 
-/// Where the time of the last run went, with `STAGES=1`.
+/// How the stages of the last run spent their time, with `STAGES=1`.
 fn print_stages(ends: &Ends) {
     for stage in ends.source.stages.iter().chain(&ends.destination.stages) {
         let lane = stage.stage.at.number().map_or(String::new(), |lane| lane.to_string());
@@ -197,7 +198,7 @@ fn memferry(bytes: usize, source: TestGuest, address: &str, settings: &SourceSet
     (time, ends)
 }
 
-/// Memory with content, written page by page, so that none of it is in the cache or shared.
+/// Memory with content, written page by page, so that no page is cached or shared.
 fn cold_source(bytes: usize) -> Vec<u8> {
     let mut memory = vec![0; bytes];
     let mut noise = 1_u64;
@@ -234,7 +235,7 @@ fn bare_sockets<W: Write + Send, R: Read + Send>(bytes: usize, connections: Vec<
     let mut destination = vec![0_u8; bytes];
     if let Touch::HugePages = touch {
         let page = destination.as_ptr().align_offset(4096);
-        // SAFETY: it lies in the vector, which nobody else uses; the advice changes no content.
+        // SAFETY: the range lies in the vector, which is not accessed elsewhere; the advice does not change content.
         let advised = unsafe {
             let start = destination.as_mut_ptr().add(page).cast();
             rustix::mm::madvise(start, bytes - page, rustix::mm::Advice::LinuxHugepage)

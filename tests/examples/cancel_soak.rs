@@ -1,5 +1,5 @@
-//! How soon a cancel takes effect while every core is busy: a guest whose writers never rest is compressed as hard as can be,
-//! and cancelled at a random moment, again and again.
+//! Measures the latency of a cancel while every core is busy: a guest whose writers never rest is compressed at the
+//! highest level, and cancelled at a random moment, repeatedly.
 //!
 //! ```text
 //! cargo run --release -p memferry-tests --example cancel_soak [-- RUNS]

@@ -1,6 +1,6 @@
-//! How soon the control API answers, and a cancel over it takes effect, while every core is busy: a guest whose writers
-//! never rest is compressed as hard as can be, asked for its status again and again, for other settings, and cancelled at
-//! another moment each time.
+//! Measures the latency of the control API, and of a cancel over it, while every core is busy. A guest whose writers
+//! never rest is compressed at the highest level, receives requests for its status and changes of settings, and is
+//! cancelled at a different moment each time.
 //!
 //! ```text
 //! cargo run --release -p memferry-tests --example control_latency [-- RUNS]
@@ -13,14 +13,14 @@ use memferry_cli::api::{Server, client};
 use memferry_tests::busy::Busy;
 use memferry_transports::Address;
 
-/// How long each request took.
+/// The duration of each request.
 #[derive(Default)]
 struct Times {
     get: Vec<Duration>,
     patch: Vec<Duration>,
     /// The answer to a cancel.
     cancel: Vec<Duration>,
-    /// From asking to the source's verdict.
+    /// From the request to the source's verdict.
     verdict: Vec<Duration>,
 }
 

@@ -1,6 +1,7 @@
-//! What comes of workloads from idle to far too hot over links from 100 Mbit/s to what the loopback carries, and how good the forecast
-//! of the downtime is: what was expected when the switchover was decided is put beside what it took.
-//! `cargo run --release --example forecast [TIMES] [NAME]` moves each of them, or those whose workload is called so, so many times.
+//! Measures the accuracy of the downtime forecast: workloads from idle to a dirty rate far above the bandwidth are
+//! moved over links from 100 Mbit/s to the loopback's own rate, and the downtime expected at the switchover's
+//! decision is compared with the actual one. `cargo run --release --example forecast [TIMES] [NAME]` moves each
+//! workload, or those with this name, TIMES times.
 
 use std::error::Error;
 use std::sync::Arc;
@@ -17,7 +18,7 @@ use memferry_tests::migrate;
 use memferry_transports::{Address, open};
 use tokio_util::sync::CancellationToken;
 
-/// A workload: its name, pages a second, bytes a write, pattern, limit in ms, encoder, verify.
+/// A workload: its name, pages per second, bytes per write, pattern, limit in ms, encoder, verify.
 type Plan = (&'static str, f64, usize, Pattern, u64, Encoder, bool);
 
 #[derive(Clone, Copy)]
@@ -40,14 +41,14 @@ const PLANS: [Plan; 8] = [
     ("far too hot, raw", 100_000.0, 4096, Pattern::Uniform, 200, Encoder::Raw, false),
 ];
 
-/// Bytes a second, or what the loopback carries. The token bucket is the link.
+/// Bytes per second, or the loopback's own rate. The token bucket is the link.
 const LINKS: [(&str, Option<u64>); 4] = [
     ("100 Mbit/s", Some(12_500_000)),
     ("1 Gbit/s", Some(125_000_000)),
     ("10 Gbit/s", Some(1_250_000_000)),
     ("loopback", None),
 ];
-/// The guest is throttled where nothing else does, and what has not ended by then is given up.
+/// The guest is throttled as the last resort, and a migration that has not ended after this time is given up.
 const DEADLINE: Duration = Duration::from_secs(30);
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -72,7 +73,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// Runs it and prints its line: how far the forecast was off, in percent.
+/// Runs a workload and prints its line: the error of the forecast, in percent.
 fn run(plan: Plan, (link, bandwidth): (&str, Option<u64>)) -> Result<Option<f64>, Box<dyn Error>> {
     let (name, limit) = (plan.0, plan.4);
     let transport = open(&"tcp:127.0.0.1:0".parse::<Address>()?, Duration::from_secs(10));

@@ -1,12 +1,13 @@
-//! What `on_miss` makes of the time: guests of one fill each that are written all the time, over limits from 5 MiB/s to none, with the
-//! pages that miss the cache raw, compressed, and as it pays. The last is to be within 5 % of the better of both.
+//! The effect of `on_miss` on the duration. Guests with one kind of content that are written continuously are moved,
+//! with limits from 5 MiB/s to none, and with cache misses sent raw, compressed, or by the automatic choice. The last
+//! is to be within 5 % of the better of the other two.
 //!
 //! ```text
 //! cargo run --release -p memferry-tests --example misses [-- TIMES [CELL]]
 //! ```
 //!
-//! Each cell whose name has CELL in it ("64 MiB", "zero", "64 MiB, zero, 5 MiB/s") is moved TIMES times (5) in each way, the ways in
-//! turn, so that other work on the machine meets them alike. Medians are compared.
+//! Each cell whose name contains CELL ("64 MiB", "zero", "64 MiB, zero, 5 MiB/s") is moved TIMES times (5) in each
+//! way, the ways in turn, so that other load on the machine affects them alike. Medians are compared.
 
 use std::error::Error;
 use std::sync::Arc;
@@ -32,10 +33,10 @@ const FILLS: [(&str, Fill); 4] = [
 const LIMITS: [(&str, Option<u64>); 4] =
     [("5 MiB/s", Some(5)), ("20 MiB/s", Some(20)), ("100 MiB/s", Some(100)), ("unlimited", None)];
 const WAYS: [OnMiss; 3] = [OnMiss::Raw, OnMiss::Compress, OnMiss::Auto];
-/// How much longer than the better of the others the last may take.
+/// How much longer than the better of the others the automatic choice may take.
 const TOLERANCE: f64 = 1.05;
 
-/// What one migration came to.
+/// The results of one migration.
 #[derive(Clone, Copy)]
 struct Went {
     total: f64,
@@ -68,7 +69,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// Prints its line, and returns the time of the last way as a share of the better of the others.
+/// Prints the line of a cell, and returns the time of the automatic choice as a share of the better of the others.
 fn cell(name: &str, mib: u64, fill: Fill, limit: Option<u64>, times: usize) -> Result<f64, Box<dyn Error>> {
     let mut went: [Vec<Went>; 3] = Default::default();
     for _ in 0..times {
@@ -112,7 +113,7 @@ fn run(mib: u64, fill: Fill, limit: Option<u64>, on_miss: OnMiss) -> Result<Went
     Ok(Went { total: ends.source.total.as_secs_f64(), downtime: downtime.as_secs_f64(), misses: misses.sum() })
 }
 
-/// As by default, but for `on_miss` and what ends it.
+/// The default settings, except for `on_miss` and the conditions of the end.
 fn moved(limit: Option<u64>, on_miss: OnMiss) -> SourceSettings {
     let xbzrle = Some(XbzrleSettings { on_miss, ..XbzrleSettings::default() });
     SourceSettings {

@@ -1,10 +1,11 @@
-//! How good a plan is: workloads are recorded, planned and then moved, over links made of the token bucket.
+//! Measures the accuracy of plans: workloads are recorded, planned and then moved, over links made of the token
+//! bucket.
 //!
 //! ```text
 //! cargo run --release -p memferry-tests --example plan [CASE…]      with RUNS=3 each is moved so often; ROUNDS=1 shows rounds
 //! ```
 //!
-//! The model was made with the first half of the cases; the second half was added afterwards and left alone.
+//! The model was developed with the first half of the cases; the second half is for validation only.
 
 use std::error::Error;
 use std::time::Duration;
@@ -46,7 +47,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// Foreseen, what happened, and how far that was off.
+/// The forecast, the actual result, and the error.
 fn print(name: &str, foreseen: &Went, went: &Went) -> [f64; 3] {
     let off = [off(foreseen.total, went.total), off(foreseen.sent, went.sent), off(foreseen.downtime, went.downtime)];
     let ended = if foreseen.moved == went.moved { "" } else { "   ends otherwise!" };
@@ -72,7 +73,7 @@ enum Encoder {
     Raw,
     Whole(Codec),
     Deltas,
-    /// With a cache of so many MiB, and misses compressed.
+    /// With a cache of this many MiB, and misses compressed.
     Cached(u64),
 }
 
@@ -87,7 +88,7 @@ fn cases() -> Vec<Case> {
         case("zipf-lz4", 128, one(ZIPF, 10_000.0, 64), 40, 200, Whole(Codec::Lz4), false),
         case("uniform-raw", 128, one(Pattern::Uniform, 4_000.0, 4096), 60, 200, Raw, false),
         case("outruns-raw", 64, one(Pattern::Uniform, 40_000.0, 4096), 60, 200, Raw, false),
-        // Not looked at while the model was made.
+        // For validation: not used to develop the model.
         case("idle-verified", 192, one(Pattern::Uniform, 10.0, 64), 80, 300, Deltas, true),
         case(
             "two-deltas",

@@ -1,5 +1,5 @@
-//! What moving a large guest takes, of which little was ever written: two programs, a Unix socket, and what the kernel says
-//! that each of them holds.
+//! The cost of moving a large, mostly unwritten guest: two programs, a Unix socket, and the memory of each as the
+//! kernel reports it.
 //!
 //! ```text
 //! cargo run --release -p memferry-tests --example sparse [-- GIBIBYTES [PAGES]]

@@ -1,37 +1,38 @@
-//! A boot sector that writes memory: one byte in each page of a stretch, page after page, at a set pace, for ever.
+//! A boot sector that writes memory: one byte in each page of a range, page after page, at a set pace, endlessly.
 //!
-//! It is what QEMU's own migration tests do, with a pace: the processor goes to 32-bit mode, where all memory is one flat
-//! segment, and counts the ticks of the interval timer (the PIT, 1,193,182 a second), which also stands still while the
-//! machine does. Ticks are credit; a page costs some of it. What was missed is caught up, so the pace is kept on average.
+//! It works like the one of QEMU's own migration tests, with a pace in addition. The processor switches to 32-bit
+//! mode, where all memory is one flat segment, and counts the ticks of the interval timer (the PIT, 1,193,182 per
+//! second), which stops while the machine is paused. Ticks are credit, and each page costs some of it. A delay is
+//! caught up later, so the pace is constant on average.
 
 use serde::{Deserialize, Serialize};
 
-/// Which pages are written, and how fast.
+/// The pages to write, and the pace.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(crate) struct Pace {
-    /// Pages of the machine.
+    /// The number of pages of the machine.
     pub(crate) memory_pages: u32,
     /// The first page that is written.
     pub(crate) first_page: u32,
-    /// How many pages are written, in turn.
+    /// The number of pages that are written, in turn.
     pub(crate) pages: u32,
-    /// Pages a second.
+    /// Pages per second.
     pub(crate) pages_per_second: u32,
 }
 
-/// Where the sector counts the pages that it has written, in 32 bits.
+/// The address at which the sector counts the pages that it has written, in 32 bits.
 pub(crate) const COUNTER: u32 = 0x600;
 
-/// Bytes of a floppy disk, which the sector is the first of.
+/// Bytes of a floppy disk, whose first sector this is.
 pub(crate) const FLOPPY_BYTES: usize = 1440 << 10;
 
-/// The address that a BIOS loads a boot sector to.
+/// The address to which a BIOS loads a boot sector.
 const ORIGIN: u32 = 0x7c00;
 const SECTOR: usize = 512;
 const PIT_TICKS_PER_SECOND: u64 = 1_193_182;
-/// Credit for a tick, as a power of two: fractions of a tick count.
+/// The credit for a tick, as a power of two, so that fractions of a tick count.
 const TICK_SHIFT: u8 = 10;
-/// Turns of an empty loop between two looks at the timer.
+/// Iterations of an empty loop between two reads of the timer.
 const REST: u32 = 4096;
 
 /// Offset in the sector of the descriptors of the flat segments.
@@ -52,7 +53,7 @@ pub(crate) fn sector(pace: &Pace) -> Vec<u8> {
     sector
 }
 
-/// From real mode to 32-bit mode, at this offset.
+/// The switch from real mode to 32-bit mode; the code is at this offset.
 fn to_32_bit(entry: usize) -> Vec<u8> {
     let table = low_half(ORIGIN) + u16::try_from(GDT + 24).expect("in the sector");
     let entry = low_half(ORIGIN) + u16::try_from(entry).expect("in the sector");
@@ -75,7 +76,7 @@ fn to_32_bit(entry: usize) -> Vec<u8> {
     .concat()
 }
 
-/// In 32-bit mode. edi: the page; ebx: the timer's count as last seen; ebp: credit.
+/// The code in 32-bit mode. edi: the page; ebx: the timer's last count; ebp: credit.
 fn write_for_ever(pace: &Pace) -> Vec<u8> {
     let first = pace.first_page * 4096;
     let end = first + pace.pages * 4096;
@@ -150,19 +151,19 @@ fn write_for_ever(pace: &Pace) -> Vec<u8> {
     [&begin[..], &look, &pay, &test, &write, &again, &rest, &round].concat()
 }
 
-/// Three descriptors, and behind them what `lgdt` wants to know.
+/// Three descriptors, followed by the operand of `lgdt`.
 fn descriptors() -> Vec<u8> {
     let flat = |access: u8| [0xff, 0xff, 0, 0, 0, access, 0xcf, 0]; // from 0 to 4 GiB, 32 bits
     let address = ORIGIN + u32::try_from(GDT).expect("in the sector");
     [&[0; 8][..], &flat(0x9a), &flat(0x92), &23_u16.to_le_bytes(), &address.to_le_bytes()].concat()
 }
 
-/// The distance of a short jump over so many bytes.
+/// The displacement of a short jump forward over this many bytes.
 fn short(bytes: usize) -> u8 {
     u8::try_from(bytes).ok().filter(|&bytes| bytes < 128).expect("a short jump")
 }
 
-/// The distance of a short jump back over so many bytes, its own included.
+/// The displacement of a short jump back over this many bytes, its own included.
 fn back(bytes: usize) -> u8 {
     short(bytes).wrapping_neg()
 }

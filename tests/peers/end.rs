@@ -35,58 +35,58 @@ use crate::floor::Sockets;
 use crate::still_guest::StillGuest;
 use crate::{Fallible, floor};
 
-/// The hidden command, before an order in JSON.
+/// The hidden command, followed by an order in JSON.
 pub(crate) const COMMAND: &str = "one-end";
 
-/// What an end is to do.
+/// An order for an end.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Order {
     /// Send.
     Send {
-        /// Where to.
+        /// The address to send to.
         address: String,
-        /// What.
+        /// The guest.
         what: What,
-        /// How.
+        /// The settings.
         how: How,
     },
     /// Receive.
     Receive {
-        /// Where.
+        /// The address to listen on.
         address: String,
-        /// What.
+        /// The kind of guest.
         what: Expected,
     },
     /// Send an image over bare sockets.
     SendBare {
-        /// Where to.
+        /// The address to send to.
         address: String,
-        /// What.
+        /// The image.
         image: PathBuf,
-        /// How.
+        /// The sockets.
         sockets: Sockets,
     },
     /// Receive an image over bare sockets.
     ReceiveBare {
-        /// Where.
+        /// The address to listen on.
         address: String,
-        /// Its length.
+        /// The image's length.
         bytes: usize,
-        /// On so many connections.
+        /// The number of connections.
         connections: u8,
     },
 }
 
-/// What is sent.
+/// The guest to send.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) enum What {
-    /// An image that stands still.
+    /// An image that does not change.
     Image(PathBuf),
     /// A workload that writes at this pace.
     Workload(Pace),
 }
 
-/// What is received.
+/// The guest to receive.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(crate) enum Expected {
     /// An image.
@@ -95,31 +95,31 @@ pub(crate) enum Expected {
     Workload,
 }
 
-/// How it is sent.
+/// The settings of a migration.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(crate) struct How {
     /// Lanes, each with a connection of its own.
     pub(crate) lanes: u16,
-    /// What pages are compressed with.
+    /// The compressor.
     pub(crate) compress: Compress,
-    /// Bytes of an XBZRLE cache, if there is to be one.
+    /// Bytes of the XBZRLE cache; `None`: no deltas.
     pub(crate) xbzrle: Option<u64>,
-    /// Are digests compared in the end?
+    /// Are digests compared at the end?
     pub(crate) verify: bool,
-    /// Bytes a second.
+    /// Bytes per second.
     pub(crate) max_bandwidth: Option<u64>,
-    /// How long the guest may be paused.
+    /// The downtime limit.
     pub(crate) downtime_limit: Duration,
-    /// When it is cancelled.
+    /// The time after which it is cancelled.
     pub(crate) deadline: Option<Duration>,
-    /// Is the guest held back if it outruns the wire?
+    /// Is the guest throttled if its dirty rate is above the bandwidth?
     pub(crate) throttles: bool,
 }
 
 /// A compressor, or none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Compress {
-    /// Pages go as they are.
+    /// Pages are sent raw.
     None,
     /// LZ4.
     Lz4,
@@ -127,25 +127,25 @@ pub(crate) enum Compress {
     Zstd,
 }
 
-/// What an end says.
+/// A message of an end.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Said {
-    /// Its guest is there; where a destination listens.
+    /// Its guest is ready; a destination adds the address on which it listens.
     Ready(String),
     /// The migration is over.
     Done(Verdict),
-    /// The hash of an image that has arrived.
+    /// The hash of the image that arrived.
     Hash(u128),
-    /// Pages of a workload that are not as its writers left them.
+    /// The number of pages of a workload that differ from what its writers wrote.
     StalePages(u64),
 }
 
-/// How a migration ended at one end.
+/// The outcome of a migration at one end.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Verdict {
     /// Did it complete?
     pub(crate) completed: bool,
-    /// Why not.
+    /// The error, if it did not.
     pub(crate) error: Option<String>,
     /// From its start to its verdict.
     pub(crate) total: Duration,
@@ -155,13 +155,13 @@ pub(crate) struct Verdict {
     pub(crate) wire_bytes: u64,
     /// Rounds that were sent.
     pub(crate) rounds: u64,
-    /// Pages that a workload wrote meanwhile.
+    /// Pages that a workload wrote during the migration.
     pub(crate) written: u64,
-    /// How every stage spent its time, for whoever sets `STAGES`.
+    /// How every stage spent its time, if `STAGES` is set.
     pub(crate) stages: Vec<String>,
 }
 
-/// Does what an order in JSON says.
+/// Executes an order in JSON.
 pub(crate) fn run(order: &str) -> Fallible<()> {
     let order: Order = serde_json::from_str(order)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
@@ -185,14 +185,14 @@ async fn send_guest(address: &str, what: What, how: How) -> Fallible<()> {
     }
 }
 
-/// `writes` tells how many pages the guest has written so far.
+/// `writes` returns how many pages the guest has written so far.
 async fn send_from(guest: Arc<dyn SourceGuest>, writes: impl Fn() -> u64, address: &str, how: How) -> Fallible<()> {
     let (transport, plane, rounds) = (transport(address)?, DataPlane::new()?, Arc::new(Rounds::default()));
     let observers = Observers::new(Role::Source, vec![rounds.clone() as Arc<dyn Observer>]);
     say(&Said::Ready(address.to_owned()))?;
     wait_for_line()?;
     let before = writes();
-    // Its memory is unmapped when nobody looks at the clock any more.
+    // The memory is unmapped after the measurement.
     let sent = send(guest.clone(), transport.into(), settings(how), &plane, observers, CancellationToken::new()).await;
     let ended = match &sent {
         Ok(sent) => &sent.ended,
@@ -319,14 +319,14 @@ impl Observer for Rounds {
     }
 }
 
-/// Tells the bench.
+/// Sends a message to the bench.
 pub(crate) fn say(what: &Said) -> Fallible<()> {
     let mut out = std::io::stdout().lock();
     writeln!(out, "{}", serde_json::to_string(what)?)?;
     Ok(out.flush()?)
 }
 
-/// Waits for the bench. The end of input is as good: the bench is gone.
+/// Waits for a line from the bench. The end of input counts as one: the bench is gone.
 pub(crate) fn wait_for_line() -> Fallible<()> {
     std::io::stdin().lock().read_line(&mut String::new())?;
     Ok(())

@@ -1,4 +1,4 @@
-//! memferry as a VMM uses it, and bare sockets: two processes that are this program, and what they use.
+//! memferry as a VMM embeds it, and bare sockets: two processes of this program, and the resources that they use.
 
 use std::env;
 use std::io::{BufRead, BufReader, Write};
@@ -15,7 +15,7 @@ use crate::process::{Process, Usage};
 use crate::running::WARM_UP;
 
 impl How {
-    /// As fast as it goes, with checksums, on so many lanes.
+    /// Without a bandwidth limit, with checksums, on this many lanes.
     pub(crate) fn fast(lanes: u16) -> Self {
         Self {
             lanes,
@@ -30,14 +30,14 @@ impl How {
     }
 }
 
-/// Moves an image, and sees that it has arrived whole.
+/// Moves an image, and checks that it arrived unchanged.
 pub(crate) fn move_image(image: &Image, address: &str, how: How) -> Fallible<Moved> {
     let receive = Order::Receive { address: address.to_owned(), what: Expected::Image };
     let send = |address| Order::Send { address, what: What::Image(image.path().to_owned()), how };
     whole(image, migrate(&receive, send, Duration::ZERO, how.deadline)?)
 }
 
-/// Moves an image over bare sockets, and sees that it has arrived whole.
+/// Moves an image over bare sockets, and checks that it arrived unchanged.
 pub(crate) fn move_bare(image: &Image, address: &str, sockets: Sockets) -> Fallible<Moved> {
     let (bytes, connections) = (usize::try_from(image.bytes())?, sockets.connections);
     let receive = Order::ReceiveBare { address: address.to_owned(), bytes, connections };
@@ -45,7 +45,7 @@ pub(crate) fn move_bare(image: &Image, address: &str, sockets: Sockets) -> Falli
     whole(image, migrate(&receive, send, Duration::ZERO, None)?)
 }
 
-/// Has this image arrived?
+/// Checks that this image arrived.
 fn whole(image: &Image, (moved, arrived): (Moved, Option<Said>)) -> Fallible<Moved> {
     match arrived {
         Some(Said::Hash(hash)) => image.check(hash)?,
@@ -54,7 +54,7 @@ fn whole(image: &Image, (moved, arrived): (Moved, Option<Said>)) -> Fallible<Mov
     Ok(moved)
 }
 
-/// Moves a workload while it writes. If it arrives no page is stale.
+/// Moves a workload while it writes. If it arrives, no page is stale.
 pub(crate) fn move_workload(pace: crate::boot::Pace, address: &str, how: How) -> Fallible<Moved> {
     let receive = Order::Receive { address: address.to_owned(), what: Expected::Workload };
     let send = |address| Order::Send { address, what: What::Workload(pace), how };
@@ -65,8 +65,8 @@ pub(crate) fn move_workload(pace: crate::boot::Pace, address: &str, how: How) ->
     }
 }
 
-/// Runs both ends, the source with the address at which the destination waits; of a migration that completed: what the destination
-/// says of its memory.
+/// Runs both ends, the source with the address on which the destination listens. For a completed migration, returns
+/// what the destination reports about its memory.
 fn migrate(
     receive: &Order,
     send: impl FnOnce(String) -> Order,
@@ -116,7 +116,7 @@ fn migrate(
     Ok((moved(&sent, clock, source_spent, destination_spent), Some(destination.hear()?)))
 }
 
-/// One end, as the bench sees it.
+/// One end, as seen from the bench.
 struct End {
     process: Process,
     input: ChildStdin,

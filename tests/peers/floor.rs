@@ -1,7 +1,8 @@
-//! The floor: an image that is carried from one process to another by bare sockets, and by nothing else.
+//! The lower bound: an image that is moved from one process to another by bare sockets alone.
 //!
-//! The source writes from the mapped file, the destination reads into fresh memory for which huge pages were asked. The source's clock
-//! stops when the destination has told, with one byte, that all is there.
+//! The source writes from the mapped file; the destination reads into fresh memory for which huge pages were
+//! requested. The source's clock stops when the destination has acknowledged, with one byte, that all bytes have
+//! arrived.
 
 use std::fs::OpenOptions;
 use std::io::{Read, Write};
@@ -21,20 +22,20 @@ use xxhash_rust::xxh3::xxh3_128;
 use crate::Fallible;
 use crate::end::{Said, Verdict, say, wait_for_line};
 
-/// Which sockets carry it.
+/// The kind of sockets.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(crate) struct Sockets {
-    /// How many.
+    /// The number of connections.
     pub(crate) connections: u8,
-    /// The send buffer of each, of TCP only; else the kernel tunes it. Within a host a small one keeps what is sent in the
-    /// processor's cache until it is read.
+    /// The send buffer of each connection, for TCP only; `None`: the kernel tunes it. Within a host a small buffer
+    /// keeps sent data in the processor's cache until it is read.
     pub(crate) send_buffer: Option<usize>,
 }
 
 /// The source's end.
 pub(crate) fn send(address: &str, image: &Path, sockets: Sockets) -> Fallible<()> {
     let memory = MappedMemory::file(OpenOptions::new().read(true).write(true).open(image)?)?;
-    // SAFETY: the image stands still as long as it is sent, and is mapped until the end of this function.
+    // SAFETY: the image does not change while it is sent, and is mapped until the end of this function.
     let bytes = unsafe { slice::from_raw_parts(memory.as_ptr(), memory.len()) };
     say(&Said::Ready(address.to_owned()))?;
     wait_for_line()?;
@@ -49,9 +50,9 @@ pub(crate) fn send(address: &str, image: &Path, sockets: Sockets) -> Fallible<()
 /// The destination's end.
 pub(crate) fn receive(address: &str, bytes: usize, connections: u8) -> Fallible<()> {
     let memory = MappedMemory::anonymous(bytes)?;
-    // Without huge pages it takes longer, and does the same.
+    // Huge pages are an optimization: without them the result is the same.
     drop(memory.advise_huge());
-    // SAFETY: nobody else uses the memory, which is mapped until the end of this function.
+    // SAFETY: the memory is not accessed elsewhere, and is mapped until the end of this function.
     let into = unsafe { slice::from_raw_parts_mut(memory.as_ptr(), memory.len()) };
     let listening = Listening::at(&address.parse()?)?;
     say(&Said::Ready(listening.address()?))?;
@@ -84,7 +85,8 @@ trait Socket: Read + Write + Send {}
 impl Socket for TcpStream {}
 impl Socket for UnixStream {}
 
-/// Each connection begins with its number, for they need not be accepted in the order in which they were made.
+/// Each connection begins with its number, because connections may be accepted in a different order from that of
+/// their creation.
 fn connect(address: &Address, sockets: Sockets) -> Fallible<Vec<Box<dyn Socket>>> {
     let connect = |number: u8| -> Fallible<Box<dyn Socket>> {
         let mut socket: Box<dyn Socket> = match address {
@@ -113,7 +115,7 @@ impl Listening {
         match address {
             Address::Tcp { host, port } => Ok(Self::Tcp(TcpListener::bind((host.as_str(), *port))?)),
             Address::Unix(path) => {
-                // That of a run before.
+                // The socket of a previous run.
                 drop(std::fs::remove_file(path));
                 Ok(Self::Unix(UnixListener::bind(path)?))
             }

@@ -1,4 +1,4 @@
-//! RAM images: files of known content, on memory where there is any.
+//! RAM images: files of known content, in memory if the host has a file system there.
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
@@ -12,34 +12,34 @@ use xxhash_rust::xxh3::Xxh3;
 use crate::Fallible;
 
 const PAGE: usize = 4096;
-/// Used pages of a mostly empty image stand in clusters of 32.
+/// Used pages of a mostly empty image lie in clusters of 32.
 const CLUSTER: usize = 32 * PAGE;
 /// The unit in which images are written and hashed.
 pub(crate) const CHUNK: usize = 1 << 20;
 
-/// What an image holds.
+/// The content of an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Content {
-    /// Noise.
+    /// Random bytes.
     Incompressible,
-    /// Words.
+    /// Text.
     Text,
-    /// The first half noise, the second half words.
+    /// The first half random bytes, the second half text.
     Halves,
-    /// Words in 5 % of the pages, in clusters; zeros were written to the others.
+    /// Text in 5 % of the pages, in clusters; zeros are written to the others.
     MostlyZero,
-    /// The same, but the other pages were never written.
+    /// The same, but the other pages are never written.
     Sparse,
-    /// Nothing was ever written.
+    /// Nothing is ever written.
     Untouched,
 }
 
 impl Content {
-    /// Every one.
+    /// All kinds of content.
     pub(crate) const ALL: [Self; 6] =
         [Self::Incompressible, Self::Text, Self::Halves, Self::MostlyZero, Self::Sparse, Self::Untouched];
 
-    /// As it is named in tables.
+    /// The name in tables.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Incompressible => "incompressible",
@@ -51,13 +51,13 @@ impl Content {
         }
     }
 
-    /// Do compressors have something to do in it?
+    /// Can compressors reduce it?
     pub(crate) fn compresses(self) -> bool {
         matches!(self, Self::Text | Self::Halves)
     }
 }
 
-/// An image. The file goes with the folder it is in.
+/// An image. The file is deleted with the folder that contains it.
 #[derive(Debug)]
 pub(crate) struct Image {
     path: PathBuf,
@@ -68,7 +68,7 @@ pub(crate) struct Image {
 }
 
 impl Image {
-    /// Makes one in a folder.
+    /// Creates an image in a folder.
     pub(crate) fn create(folder: &Path, content: Content, bytes: u64) -> Fallible<Self> {
         let mut image = Self { path: folder.join("image"), content, bytes, allocated: 0, hash: 0 };
         image.write()?;
@@ -77,7 +77,8 @@ impl Image {
         Ok(image)
     }
 
-    /// Brings back the holes that a reader has filled: reading a hole of such a file through a mapping allocates it.
+    /// Restores the holes that a reader has filled: a read of a hole through a mapping allocates it on such a file
+    /// system.
     pub(crate) fn restore(&self) -> Fallible<()> {
         if self.allocated_now()? != self.allocated { self.write() } else { Ok(()) }
     }
@@ -87,7 +88,7 @@ impl Image {
         &self.path
     }
 
-    /// What it holds.
+    /// Its content.
     pub(crate) fn content(&self) -> Content {
         self.content
     }
@@ -97,17 +98,17 @@ impl Image {
         self.bytes
     }
 
-    /// Bytes of it that take up memory.
+    /// Bytes of the file that are allocated.
     pub(crate) fn allocated(&self) -> u64 {
         self.allocated
     }
 
-    /// Fails if something has arrived that is not this image.
+    /// Fails unless the image that arrived equals this one.
     pub(crate) fn check(&self, hash: u128) -> Fallible<()> {
         if hash == self.hash { Ok(()) } else { Err("what arrived is not the image".into()) }
     }
 
-    /// The hash of a file that should hold the same.
+    /// The hash of a file that should have the same content.
     pub(crate) fn hash_of(&self, path: &Path) -> Fallible<u128> {
         let (mut file, mut hash, mut chunk) = (File::open(path)?, Xxh3::new(), vec![0; CHUNK]);
         for _ in 0..self.bytes / CHUNK as u64 {
@@ -141,7 +142,7 @@ impl Image {
         Ok(())
     }
 
-    /// One cluster of twenty is used.
+    /// One cluster in twenty is used.
     fn write_clusters(&self, file: &mut File, start: u64, source: &mut Source) -> Fallible<()> {
         let mut cluster = vec![0; CLUSTER];
         for at in (start..start + CHUNK as u64).step_by(CLUSTER) {
@@ -160,7 +161,8 @@ impl Image {
     }
 }
 
-/// A folder for images and sockets that ends with the value; in memory where this host has a place for that.
+/// A folder for images and sockets, deleted when the value is dropped; in memory if this host has a file system
+/// there.
 pub(crate) fn folder() -> Fallible<TempDir> {
     let shared_memory = Path::new("/dev/shm");
     let place = if shared_memory.is_dir() { shared_memory.to_owned() } else { std::env::temp_dir() };
@@ -168,24 +170,24 @@ pub(crate) fn folder() -> Fallible<TempDir> {
     Ok(tempfile::Builder::new().prefix(&format!("{FOLDER}{}-", std::process::id())).tempdir_in(place)?)
 }
 
-/// What such folders are called, before the number of the process that made them.
+/// The prefix of such folders' names; the pid of the process that made them follows.
 const FOLDER: &str = "memferry-peers-";
 
-/// A bench that was killed leaves its images, which take up memory.
+/// Removes the images of a bench that was killed, because they occupy memory.
 fn remove_orphans(place: &Path) -> Fallible<()> {
     for entry in std::fs::read_dir(place)? {
         let entry = entry?;
         let name = entry.file_name().to_string_lossy().into_owned();
         let owner = name.strip_prefix(FOLDER).and_then(|rest| rest.split_once('-')).map(|(owner, _)| owner);
         if owner.is_some_and(|owner| !Path::new("/proc").join(owner).exists()) {
-            // One of another user stays.
+            // A folder of another user stays.
             drop(std::fs::remove_dir_all(entry.path()));
         }
     }
     Ok(())
 }
 
-/// Where content comes from: always the same.
+/// The source of content, always the same.
 struct Source {
     noise: Rng,
     words: Vec<u8>,
@@ -208,7 +210,7 @@ impl Source {
         self.noise.fill(into);
     }
 
-    /// Each page a passage of the words, from anywhere in them.
+    /// Fills each page with a passage of the text, starting anywhere in it.
     fn text(&mut self, into: &mut [u8]) {
         for page in into.chunks_exact_mut(PAGE) {
             let start = self.noise.usize(..self.words.len() - PAGE);

@@ -1,12 +1,14 @@
-//! memferry beside QEMU: the same memory over the same kind of socket, each with two processes, in turn, in one run.
+//! memferry compared with QEMU: the same memory over the same kind of socket, each with two processes, in turn, in
+//! one run.
 //!
-//! *Still guests* are RAM image files of known content that nobody writes. QEMU maps one as the memory of a paused machine
-//! without devices; memferry's source maps the same file, as a VMM would. Both destinations start with fresh anonymous memory.
-//! Beside both stand bare sockets, for memory of which every byte travels: the kernel's share, that no program that uses them can do without.
+//! *Still guests* are RAM image files of known content that are not written. QEMU maps one as the memory of a paused
+//! machine without devices; memferry's source maps the same file, as a VMM would. Both destinations start with fresh
+//! anonymous memory. Bare sockets are measured as well, for memory of which every byte travels: the kernel's part of
+//! the cost, which no program with sockets can avoid.
 //! *Running guests* write one byte in each page of 100 MiB, page after page at a set pace: QEMU's by a boot sector,
-//! memferry's by its workload. Both are held to the same bandwidth and the same downtime.
+//! memferry's by its workload. Both have the same bandwidth and the same downtime limit.
 //!
-//! What is printed is Markdown, the progress goes to standard error.
+//! Results are printed as Markdown, progress goes to standard error.
 //!
 //! ```text
 //! cargo bench -p memferry-tests --bench peers                               # all of it, about eight minutes
@@ -35,7 +37,7 @@ use std::process::ExitCode;
 
 use options::Options;
 
-/// What may go wrong in a bench: a sentence for whoever runs it.
+/// An error of the bench: a sentence for its user.
 type Fallible<T> = Result<T, Box<dyn std::error::Error>>;
 
 fn main() -> ExitCode {

@@ -1,10 +1,10 @@
-//! What the command line asks for.
+//! The command-line options.
 
 use bytesize::ByteSize;
 
 use crate::Fallible;
 
-/// How the bench is called.
+/// The usage text.
 pub(crate) const HELP: &str = "\
 memferry beside QEMU.
 
@@ -15,26 +15,27 @@ memferry beside QEMU.
   --only SUBSTRING   only what has this in its name, such as unix, text, multifd or \"tcp, untouched: memferry\";
                      given more than once, all of them must be in it";
 
-/// The options, read.
+/// The parsed options.
 #[derive(Debug)]
 pub(crate) struct Options {
     /// Bytes of a still guest.
     pub(crate) size: u64,
-    /// Most runs of each contestant.
+    /// The maximum number of runs of each contestant.
     pub(crate) runs: usize,
     /// Are still guests moved?
     pub(crate) still: bool,
     /// Are running guests moved?
     pub(crate) running: bool,
-    /// Is this a test that it works, and not a measurement?
+    /// Is this only a test that the bench works?
     pub(crate) is_test: bool,
     only: Vec<String>,
 }
 
 impl Options {
-    /// Reads the arguments; `None` asks for help.
+    /// Parses the arguments; `None` requests help.
     pub(crate) fn parse(arguments: Vec<String>) -> Fallible<Option<Self>> {
-        // `cargo test --benches` runs this too, without --bench: a small memory then, and one run, to see that it works.
+        // `cargo test --benches` runs this too, without --bench: then with less memory and one run, to check that it
+        // works.
         let is_test = !arguments.iter().any(|argument| argument == "--bench");
         let (size, runs) = if is_test { (64 << 20, 1) } else { (1 << 30, 5) };
         let mut options = Self { size, runs, still: false, running: false, is_test, only: Vec::new() };
@@ -60,7 +61,7 @@ impl Options {
         Ok(Some(options))
     }
 
-    /// Is what has this name asked for?
+    /// Is this name selected?
     pub(crate) fn wants(&self, name: &str) -> bool {
         let name = name.to_lowercase();
         self.only.iter().all(|only| name.contains(only))

@@ -1,4 +1,4 @@
-//! A process of a contestant: ended when dropped, and what it has used.
+//! A process of a contestant, which is killed on drop, and the resources that it used.
 
 use std::fs;
 use std::process::{Child, Command, ExitStatus};
@@ -14,12 +14,12 @@ pub(crate) struct Process {
     child: Child,
 }
 
-/// What a process has used of the machine, up to one moment.
+/// The resources that a process has used up to one moment.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Usage {
     /// Processor time of all its threads, to the kernel's tick (mostly 10 ms).
     pub(crate) cpu: Duration,
-    /// The most resident memory it had, with the pages of mapped files that it touched.
+    /// The peak of its resident memory, including the pages of mapped files that it touched.
     pub(crate) peak: u64,
     /// Its resident private memory.
     pub(crate) private: u64,
@@ -38,7 +38,7 @@ impl Process {
         &mut self.child
     }
 
-    /// What it has used. Of one that has ended and was not waited for, the processor time only.
+    /// The resources that it used. For a process that has ended and was not waited for, the processor time only.
     pub(crate) fn usage(&self) -> Fallible<Usage> {
         let folder = format!("/proc/{}", self.child.id());
         let status = fs::read_to_string(format!("{folder}/status"))?;
@@ -50,7 +50,7 @@ impl Process {
         })
     }
 
-    /// Has it ended? It stays in the process table, with what it used, until it is waited for.
+    /// Has it ended? It stays in the process table, with its resource usage, until it is waited for.
     pub(crate) fn has_ended(&self) -> Fallible<bool> {
         let id = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw).ok_or("a process has a number")?;
         let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
@@ -65,20 +65,20 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // One that has ended already is as good.
+        // It may already have ended.
         drop(self.child.kill());
         drop(self.child.wait());
     }
 }
 
-/// User and system time, the 14th and 15th field; the second one may have spaces in it and ends with a parenthesis.
+/// User and system time, the 14th and 15th field. The second field may contain spaces, and ends with a parenthesis.
 fn processor_time(stat: &str) -> Option<Duration> {
     let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
     let ticks = fields.get(11)?.parse::<u64>().ok()? + fields.get(12)?.parse::<u64>().ok()?;
     Some(Duration::from_secs_f64(ticks as f64 / rustix::param::clock_ticks_per_second() as f64))
 }
 
-/// A size of /proc/PID/status in bytes; 0 where it is not there.
+/// A size of /proc/PID/status in bytes; 0 if it is missing.
 fn kibibytes(status: &str, name: &str) -> u64 {
     let line = status.lines().find_map(|line| line.strip_prefix(name));
     line.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0) << 10

@@ -14,10 +14,10 @@ use crate::image::Image;
 use crate::moved::{Moved, Spent};
 use crate::process::{Process, Usage};
 
-/// How often the memory of the two programs is looked at: what they used is gone when they have ended.
+/// How often the memory of the two programs is sampled: the figures are lost when the programs have ended.
 const LOOK: Duration = Duration::from_millis(2);
 
-/// The program, where the build that made this bench puts it.
+/// The path of the program, as the build of this bench places it.
 pub(crate) fn find() -> Result<PathBuf, String> {
     let own = std::env::current_exe().map_err(|error| error.to_string())?;
     // target/release/deps/peers-… beside target/release/memferry
@@ -25,8 +25,8 @@ pub(crate) fn find() -> Result<PathBuf, String> {
     program.ok_or_else(|| "the program is not built: cargo build --release".into())
 }
 
-/// Moves an image from file to file, and sees that it has arrived whole. All that the two programs use counts, from their start
-/// to their end.
+/// Moves an image from file to file, and checks that it arrived unchanged. All resources of the two programs count,
+/// from their start to their end.
 pub(crate) fn move_image(image: &Image, folder: &Path, address: &str, lanes: u16) -> Fallible<Moved> {
     let (copy, report) = (folder.join("received"), folder.join("report.json"));
     let mut recv = command("recv", folder, image.path(), &copy, address, lanes)?;
@@ -75,7 +75,7 @@ fn command(end: &str, folder: &Path, image: &Path, copy: &Path, address: &str, l
     Ok(command)
 }
 
-/// The address after "waiting at", which `recv` says first.
+/// The address after "waiting at", which `recv` prints first.
 fn listens_at(said: &mut impl BufRead) -> Fallible<String> {
     let mut line = String::new();
     said.read_line(&mut line)?;
@@ -83,7 +83,7 @@ fn listens_at(said: &mut impl BufRead) -> Fallible<String> {
     address.ok_or_else(|| format!("recv says {line:?}, not where it waits").into())
 }
 
-/// Looks at both until they have ended.
+/// Samples both programs until they have ended.
 fn watch(ends: [&Process; 2]) -> Fallible<[Spent; 2]> {
     let mut spent = [Spent::default(); 2];
     loop {

@@ -1,4 +1,4 @@
-//! QEMU: two processes of it, and a migration from one to the other.
+//! QEMU: two processes, and a migration from one to the other.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -16,30 +16,30 @@ use crate::qmp::Qmp;
 /// The program.
 pub(crate) const PROGRAM: &str = "qemu-system-x86_64";
 
-/// How a migration is to go.
+/// The settings of a migration.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Tuning {
-    /// The capability that is on, if any.
+    /// The capability to enable, if any.
     pub(crate) capability: Option<&'static str>,
-    /// Connections, with multifd.
+    /// The number of connections, with multifd.
     pub(crate) channels: u16,
-    /// Bytes a second; 0 is as fast as it goes.
+    /// Bytes per second; 0 is unlimited.
     pub(crate) max_bandwidth: u64,
-    /// How long the guest may be paused.
+    /// The downtime limit.
     pub(crate) downtime_limit: Duration,
-    /// When it is cancelled.
+    /// The time after which it is cancelled.
     pub(crate) deadline: Duration,
 }
 
 impl Tuning {
-    /// As fast as it goes.
+    /// Without a bandwidth limit.
     pub(crate) fn fast(capability: Option<&'static str>, channels: u16) -> Self {
         let (downtime_limit, deadline) = (Duration::from_millis(300), Duration::from_secs(120));
         Self { capability, channels, max_bandwidth: 0, downtime_limit, deadline }
     }
 }
 
-/// What `--version` says first, in short; `None` if there is no such program.
+/// The version from the first line of `--version`; `None` if the program does not exist.
 pub(crate) fn version() -> Option<String> {
     let output = Command::new(PROGRAM).arg("--version").stderr(Stdio::null()).output().ok()?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -47,7 +47,7 @@ pub(crate) fn version() -> Option<String> {
     words.map(|version| format!("QEMU {version}"))
 }
 
-/// Which of these capabilities it has.
+/// The subset of these capabilities that it has.
 pub(crate) fn capabilities(folder: &Path) -> Fallible<Vec<String>> {
     let mut qemu = Qemu::start(folder, "asked", &["-machine", "none"])?;
     let answer = qemu.execute("query-migrate-capabilities", json!({}))?;
@@ -69,7 +69,7 @@ pub(crate) fn move_image(image: &Image, folder: &Path, address: &str, tuning: &T
     if moved.completed { Ok(moved) } else { Err("QEMU did not complete in time".into()) }
 }
 
-/// Moves what is in one QEMU to another that was started with `-incoming defer`.
+/// Moves the guest of one QEMU to another that was started with `-incoming defer`.
 pub(crate) fn migrate(source: &mut Qemu, destination: &mut Qemu, address: &str, tuning: &Tuning) -> Fallible<Moved> {
     source.tune(tuning)?;
     destination.tune(tuning)?;
@@ -120,7 +120,7 @@ pub(crate) struct Qemu {
 }
 
 impl Qemu {
-    /// Starts one without default devices, whose guest is emulated.
+    /// Starts a QEMU without default devices, whose guest is emulated.
     pub(crate) fn start(folder: &Path, name: &str, arguments: &[&str]) -> Fallible<Self> {
         let socket = folder.join(format!("{name}.qmp"));
         let control = format!("unix:{},server=on,wait=off", socket.display());
@@ -131,12 +131,13 @@ impl Qemu {
         Ok(Self { process, qmp })
     }
 
-    /// Has a command executed.
+    /// Executes a command.
     pub(crate) fn execute(&mut self, command: &str, arguments: Value) -> Fallible<Value> {
         self.qmp.execute(command, arguments)
     }
 
-    /// The figures of a migration. They are complete some moments after it says that it is: the total time is the last to come.
+    /// The figures of a migration. They are complete some time after QEMU reports completion: the total time is set
+    /// last.
     fn figures(&mut self) -> Fallible<Value> {
         for _ in 0..100 {
             let info = self.execute("query-migrate", json!({}))?;
@@ -167,7 +168,7 @@ impl Qemu {
         Ok(())
     }
 
-    /// Where it waits for a migration: of TCP's port 0 the port that it became.
+    /// The address on which it waits for a migration: port 0 of TCP is replaced by the actual port.
     fn listens_at(&mut self, address: &str) -> Fallible<String> {
         if !address.starts_with("tcp:") {
             return Ok(address.to_owned());

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use crate::Fallible;
 use crate::process::Process;
 
-/// The longest that QEMU may take for an answer.
+/// The time limit for an answer of QEMU.
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A control connection.
@@ -24,7 +24,7 @@ pub(crate) struct Qmp {
 }
 
 impl Qmp {
-    /// Connects to a QEMU that has just been started, and takes it out of its first mode.
+    /// Connects to a QEMU that has just been started, and ends its capabilities negotiation mode.
     pub(crate) fn connect(path: &Path, process: &Process) -> Fallible<Self> {
         let began = Instant::now();
         let stream = loop {
@@ -41,7 +41,7 @@ impl Qmp {
         Ok(qmp)
     }
 
-    /// Has a command executed, and returns what it returns.
+    /// Executes a command, and returns its result.
     pub(crate) fn execute(&mut self, command: &str, arguments: Value) -> Fallible<Value> {
         let line = json!({ "execute": command, "arguments": arguments }).to_string() + "\n";
         self.stream.get_mut().write_all(line.as_bytes())?;
@@ -58,7 +58,8 @@ impl Qmp {
         }
     }
 
-    /// Waits for the event that a migration has ended, as told where the capability `events` is on; `None` when the time is up.
+    /// Waits for the event that a migration has ended, which QEMU sends if the capability `events` is on; `None` on
+    /// timeout.
     pub(crate) fn migration_end(&mut self, until: Instant) -> Fallible<Option<String>> {
         loop {
             let Some(event) = self.events.pop_front().map_or_else(|| self.hear(until), |event| Ok(Some(event)))? else {
@@ -71,7 +72,7 @@ impl Qmp {
         }
     }
 
-    /// The next thing that it says.
+    /// The next message from QEMU.
     fn hear(&mut self, until: Instant) -> Fallible<Option<Value>> {
         let rest = until.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
         self.stream.get_ref().set_read_timeout(Some(rest))?;
@@ -82,7 +83,7 @@ impl Qmp {
                 Ok(Some(value))
             }
             Ok(_) => Err("QEMU has ended".into()),
-            // What came of a line stays, and is gone on with.
+            // A partial line is retained, and continued by the next read.
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => Ok(None),
             Err(error) => Err(error.into()),
         }

@@ -15,7 +15,7 @@ use crate::qemu::{self, Qemu, Tuning};
 use crate::table::{self, figure, mebibytes, milliseconds};
 use crate::{Fallible, ends, image};
 
-/// What the XBZRLE caches hold, of either: all pages that are written.
+/// The size of the XBZRLE caches of both programs: it holds all pages that are written.
 pub(crate) const CACHE_BYTES: u64 = 128 << 20;
 
 const MEMORY_PAGES: u32 = 128 << 8;
@@ -23,19 +23,19 @@ const FIRST_PAGE: u32 = 1 << 8;
 const PAGES: u32 = 100 << 8;
 const MAX_BANDWIDTH: u64 = 55 << 20;
 const DOWNTIME_LIMIT: Duration = Duration::from_millis(300);
-/// About what QEMU's downtime comes to with deltas, whatever its limit.
+/// The approximate downtime of QEMU with deltas, whatever its limit.
 const TIGHT_LIMIT: Duration = Duration::from_millis(2);
-/// A migration that has not ended by then never ends.
+/// A migration that has not ended after this time is taken never to end.
 const DEADLINE: Duration = Duration::from_secs(20);
 /// How long the guest writes before it is moved.
 pub(crate) const WARM_UP: Duration = Duration::from_millis(1500);
-/// How long QEMU's guest may take to boot.
+/// The time limit for QEMU's guest to boot.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Pages a second: one that leaves bandwidth over, and one that dirties about twice what the bandwidth carries.
+/// Pages per second: one dirty rate below the bandwidth, and one about twice the bandwidth.
 const PACES: [(&str, u32); 2] = [("slow", 2_500), ("hot", 25_000)];
 
-/// Who moves it, with what compressor, with deltas or without, under which limit.
+/// The contestant, its compressor, with deltas or without, and its downtime limit.
 const MOVERS: [(&str, Compress, bool, Duration); 10] = [
     ("QEMU", Compress::None, false, DOWNTIME_LIMIT),
     ("QEMU", Compress::None, true, DOWNTIME_LIMIT),
@@ -49,10 +49,10 @@ const MOVERS: [(&str, Compress, bool, Duration); 10] = [
     ("memferry", Compress::Lz4, true, TIGHT_LIMIT),
 ];
 
-/// Compares all that the options ask for, and prints it. Returns how many migrations went wrong.
+/// Runs and prints all comparisons that the options select. Returns how many migrations failed.
 pub(crate) fn compare(options: &Options) -> Fallible<usize> {
     let (mut rows, mut failures) = (Vec::new(), 0);
-    // A test has no time for the one that never ends.
+    // A test has no time for the migration that never ends.
     let paces = if options.is_test { &PACES[..1] } else { &PACES[..] };
     for &(pace_name, pages_per_second) in paces {
         let pace = Pace { memory_pages: MEMORY_PAGES, first_page: FIRST_PAGE, pages: PAGES, pages_per_second };
@@ -175,8 +175,8 @@ fn written(qemu: &mut Qemu) -> Fallible<u32> {
     Ok(u32::from_str_radix(digits, 16).map_err(|_| format!("QEMU shows no word but {text:?}"))?)
 }
 
-/// The guest writes on where it has arrived, and its pages are those of a guest that has written one after another: going
-/// round, the byte falls by one at one place at most.
+/// The guest continues to write at its destination, and its pages are those of a guest that has written them in
+/// order: going round, the byte decreases by one at one place at most.
 fn check(destination: &mut Qemu, folder: &Path, pace: Pace) -> Fallible<()> {
     let before = written(destination)?;
     sleep(Duration::from_millis(200));

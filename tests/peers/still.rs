@@ -13,13 +13,13 @@ use crate::options::Options;
 use crate::table::{self, figure, mebibytes, median, milliseconds};
 use crate::{Fallible, ends, image, program, qemu};
 
-/// A contestant that has had this long for its runs, with all that belongs to them, is not asked for more.
+/// A contestant whose runs, with their setup, have taken this long gets no more runs.
 const ENOUGH: Duration = Duration::from_secs(3);
 
 /// Memory that a migration takes besides the image's: processes, buffers, sockets.
 const WARM_BESIDE: u64 = 256 << 20;
 
-/// What moves an image.
+/// A contestant.
 #[derive(Clone, Copy, Debug)]
 enum Mover {
     Qemu(qemu::Tuning),
@@ -42,7 +42,7 @@ struct Row {
     moved: Moved,
 }
 
-/// Compares all that the options ask for, and prints it. Returns how many migrations went wrong.
+/// Runs and prints all comparisons that the options select. Returns how many migrations failed.
 pub(crate) fn compare(options: &Options) -> Fallible<usize> {
     println!("### Still guests of {} MiB\n", options.size >> 20);
     println!("{LEGEND}\n");
@@ -98,7 +98,7 @@ QEMU asks for huge pages for all memory, and so do the bare sockets; memferry fo
 reads it into its place, and nothing else: what the kernel alone takes; with small buffers 256 KiB are asked for to send, as memferry does within a host. Before each run as much memory as it takes is touched and \
 given back, so that no one pays for what the host of a virtual machine has taken away meanwhile.";
 
-/// All images travel over TCP; where the sockets make the difference, or nothing else is left, over Unix sockets too.
+/// All images travel over TCP. Those for which the sockets dominate the cost travel over Unix sockets, too.
 fn sockets(content: Content) -> &'static [&'static str] {
     match content {
         Content::Incompressible | Content::Sparse | Content::Untouched => &["tcp", "unix"],
@@ -115,7 +115,7 @@ fn contestants(options: &Options, has: &[String], content: Content, socket: &str
     all
 }
 
-/// What the kernel alone takes, where every byte travels.
+/// The kernel's part of the cost, if every byte travels.
 fn floors(content: Content, socket: &str) -> Vec<Contestant> {
     let floor = |name, connections, send_buffer| {
         let sockets = Sockets { connections, send_buffer };
@@ -174,7 +174,7 @@ fn memferries(content: Content, socket: &str) -> Vec<Contestant> {
     all
 }
 
-/// Runs the contestants in turn, so that what else the machine does meanwhile meets all of them.
+/// Runs the contestants in turn, so that other load on the machine affects all of them.
 fn run_all(
     options: &Options,
     image: &Image,
@@ -228,7 +228,7 @@ fn run(image: &Image, folder: &Path, socket: &str, mover: Mover) -> Fallible<Mov
 }
 
 impl Moved {
-    /// Each figure's median.
+    /// The median of each figure.
     fn median(runs: &[Self]) -> Self {
         let spent = |end: fn(&Self) -> crate::moved::Spent| crate::moved::Spent {
             cpu: median(runs.iter().map(|run| end(run).cpu)),
@@ -251,12 +251,12 @@ impl Moved {
 }
 
 impl Row {
-    /// Gigabytes of guest memory a second.
+    /// Gigabytes of guest memory per second.
     fn rate(&self, image: &Image) -> f64 {
         image.bytes() as f64 / self.moved.total.as_secs_f64() / 1e9
     }
 
-    /// Microseconds of processor time for each page, both ends added up.
+    /// Microseconds of processor time per page, both ends added up.
     fn cost(&self, image: &Image) -> f64 {
         let cpu = self.moved.source.cpu + self.moved.destination.cpu;
         cpu.as_secs_f64() * 1e6 / (image.bytes() / 4096) as f64
@@ -271,7 +271,7 @@ impl Row {
     }
 }
 
-/// The best speed and the least cost of QEMU's rows that compress, or of those that do not.
+/// The highest speed and the lowest cost of QEMU's rows with compression, or of those without.
 fn marks(image: &Image, rows: &[Row], compresses: bool) -> Option<(f64, f64)> {
     best(image, rows.iter().filter(|row| row.is_qemu() && row.contestant.compresses == compresses))
 }

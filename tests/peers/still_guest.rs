@@ -1,4 +1,4 @@
-//! A guest that stands still: what a VMM's author writes for memferry, at its least.
+//! A guest that does not write: the least that a VMM's author implements for memferry.
 
 use std::fs::OpenOptions;
 use std::path::Path;
@@ -12,7 +12,7 @@ use xxhash_rust::xxh3::Xxh3;
 
 use crate::image::CHUNK;
 
-/// The guest: an image that is mapped, or memory that was made for what comes.
+/// The guest: a mapped image, or memory that was allocated for an arriving guest.
 #[derive(Debug)]
 pub(crate) struct StillGuest {
     mapped: Arc<MappedMemory>,
@@ -40,7 +40,7 @@ impl StillGuest {
         Self::of(page_size, block.clone(), mapped).map(Arc::new)
     }
 
-    /// The hash of its memory, as that of an image.
+    /// The hash of its memory, comparable with that of an image.
     pub(crate) fn hash(&self) -> u128 {
         let mut hash = Xxh3::new();
         let mut chunk = vec![0; CHUNK];

@@ -27,17 +27,17 @@ pub(crate) fn print(heads: &[&str], rows: &[Vec<String>]) {
     println!();
 }
 
-/// The figure in the middle.
+/// The median.
 ///
 /// # Panics
-/// Of none.
+/// If there are no figures.
 pub(crate) fn median<T: Copy + PartialOrd>(figures: impl IntoIterator<Item = T>) -> T {
     let mut figures: Vec<T> = figures.into_iter().collect();
     figures.sort_by(|a, b| a.partial_cmp(b).expect("figures are numbers"));
     figures[figures.len() / 2]
 }
 
-/// Three digits that count; a ratio to nothing is none.
+/// Three significant digits; a dash for a ratio to zero.
 pub(crate) fn figure(value: f64) -> String {
     match value {
         value if !value.is_finite() => "-".into(),

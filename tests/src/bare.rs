@@ -1,13 +1,13 @@
-//! Bare sockets: what the kernel takes to carry memory, with nothing around it. No frames, no checks, no copies but its own.
+//! Bare sockets: the kernel's cost of moving memory. No frames, no checks, no copies except the kernel's own.
 //!
-//! Each connection carries one part of the memory, in chunks, and has a thread of its own at each end.
+//! Each connection carries one part of the memory, in chunks, and has one thread at each end.
 
 use std::io::{self, Read, Write};
 
 /// Bytes of one write, and of one read.
 const CHUNK: usize = 256 << 10;
 
-/// Writes the memory, a part on each connection.
+/// Writes the memory, one part on each connection.
 ///
 /// # Errors
 /// If a connection fails.
@@ -21,7 +21,7 @@ pub fn send<W: Write + Send>(memory: &[u8], connections: &mut [W]) -> io::Result
     })
 }
 
-/// Reads what [`send`] writes on as many connections, straight to where it belongs.
+/// Reads what [`send`] writes on the same number of connections, directly to its place.
 ///
 /// # Errors
 /// If a connection fails.
@@ -35,7 +35,7 @@ pub fn receive<R: Read + Send>(connections: &mut [R], memory: &mut [u8]) -> io::
     })
 }
 
-/// Works on each item in a thread of its own.
+/// Processes each item on a thread of its own.
 fn on_threads<T: Send>(
     items: impl Iterator<Item = T>,
     work: impl Fn(T) -> io::Result<()> + Copy + Send,

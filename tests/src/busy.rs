@@ -1,5 +1,5 @@
-//! A migration that keeps every core busy and never ends by itself: a guest whose writers never rest is compressed as hard as can
-//! be. For measurements of how soon something takes effect meanwhile.
+//! A migration that keeps every core busy and never ends by itself: a guest whose writers never rest is compressed at
+//! the highest level. For measurements of latency under load.
 
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -15,7 +15,7 @@ use tokio::task::JoinHandle;
 use crate::TestGuest;
 use crate::run::{Ends, Recorder, migrate_watched, source_settings};
 
-/// The migration on its way.
+/// The running migration.
 #[derive(Debug)]
 pub struct Busy {
     source: Arc<TestGuest>,
@@ -24,7 +24,7 @@ pub struct Busy {
 }
 
 impl Busy {
-    /// Begins it, on the runtime of the caller.
+    /// Begins it, on the caller's runtime.
     #[must_use]
     pub fn begin(control: impl Into<Control>) -> Self {
         let source = TestGuest::source(PageSize::DEFAULT, &[256 << 20]).running(2);
@@ -52,11 +52,11 @@ impl Busy {
         Self { source, cancelled, migration }
     }
 
-    /// Waits for its end after a cancel: when the source's verdict was told. (Its stages end a little later, each with the batch it is
-    /// at.)
+    /// Waits for its end after a cancel, and returns when the source's verdict was reported. (Its stages end a little
+    /// later, each with its current batch.)
     ///
     /// # Panics
-    /// If it ended otherwise, or the source guest does not go on.
+    /// If it ended otherwise, or the source guest does not continue.
     pub async fn verdict(self) -> Instant {
         let ends = self.migration.await.expect("a migration does not panic");
         assert_eq!(ends.source.phase, Phase::Cancelled, "{:?}", ends.source.error);

@@ -1,4 +1,4 @@
-//! What a plan foresees beside what happens: a workload is recorded, its migration is planned, and then run.
+//! A plan's forecast compared with the actual result: a workload is recorded, its migration is planned, and then run.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,20 +17,20 @@ use tokio_util::sync::CancellationToken;
 
 use crate::run::{migrate, source_settings};
 
-/// A workload and how it is to be moved. The link is the token bucket.
+/// A workload and the settings of its migration. The link is the token bucket.
 #[derive(Clone, Debug)]
 pub struct Case {
-    /// What it is called.
+    /// Its name.
     pub name: &'static str,
     /// MiB of memory.
     pub mib: u64,
-    /// Who writes it.
+    /// Its writers.
     pub writers: Vec<WriterSettings>,
-    /// How it is moved; its `max_bandwidth` is the link.
+    /// The settings of the migration; `max_bandwidth` is the link.
     pub settings: SourceSettings,
 }
 
-/// How a migration went, or is foreseen to go.
+/// The result of a migration, or its forecast.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Went {
     /// Is the guest moved?
@@ -39,7 +39,7 @@ pub struct Went {
     pub rounds: u32,
     /// From the start to the end, in seconds.
     pub total: f64,
-    /// How long the guest stood still, in seconds.
+    /// How long the guest was paused, in seconds.
     pub downtime: f64,
     /// MB on the wire.
     pub sent: f64,
@@ -51,7 +51,7 @@ pub fn writer(pattern: Pattern, pages_per_second: f64, bytes: usize, region: (f6
     WriterSettings { pattern, pages_per_second, bytes, region: Region { from: region.0, to: region.1 } }
 }
 
-/// So many MiB of all kinds of pages, and who writes them.
+/// A workload with this many MiB of all kinds of pages, and these writers.
 #[must_use]
 pub fn workload(mib: u64, writers: Vec<WriterSettings>) -> WorkloadSettings {
     WorkloadSettings {
@@ -62,8 +62,8 @@ pub fn workload(mib: u64, writers: Vec<WriterSettings>) -> WorkloadSettings {
     }
 }
 
-/// Over a link of so many MiB a second, if it has a limit, with a downtime limit in milliseconds; throttled where that does not
-/// do, and switched over in the end.
+/// Settings for a link of this many MiB per second, if it has a limit, and a downtime limit in milliseconds. If the
+/// migration does not converge, the guest is throttled, and is switched over at the end.
 #[must_use]
 pub fn settings(encoder: EncoderSettings, link: Option<u64>, limit_ms: u64, verify: bool) -> SourceSettings {
     SourceSettings {
@@ -86,7 +86,7 @@ impl Case {
         workload(self.mib, self.writers.clone())
     }
 
-    /// Records the workload for so long, and foresees its migration.
+    /// Records the workload for this long, and forecasts its migration.
     ///
     /// # Panics
     /// If it cannot be recorded.
@@ -118,7 +118,7 @@ impl Case {
     /// Moves the workload.
     ///
     /// # Panics
-    /// If it can neither be moved nor given up.
+    /// If the migration neither completes nor gives up.
     pub async fn run(&self) -> Went {
         let address = "tcp:127.0.0.1:0".parse::<Address>().expect("an address");
         let transport = Arc::from(open(&address, Duration::from_secs(10)));
@@ -145,10 +145,10 @@ impl Case {
     }
 }
 
-/// The middle one of each figure.
+/// The median of each figure.
 ///
 /// # Panics
-/// If there is none.
+/// If there are no results.
 #[must_use]
 pub fn median(went: &[Went]) -> Went {
     let middle = |of: fn(&Went) -> f64| {
@@ -167,7 +167,7 @@ pub fn median(went: &[Went]) -> Went {
     }
 }
 
-/// How far off a figure was, in parts of what it came to.
+/// The error of a forecast, as a share of the actual figure.
 #[must_use]
 pub fn off(foreseen: f64, real: f64) -> f64 {
     if foreseen == real { 0.0 } else { (foreseen - real) / real }

@@ -1,4 +1,4 @@
-//! A guest for tests: memory with writers that never rest, and a record of everything it was told.
+//! A guest for tests: memory with writers that never rest, and a record of every call that it received.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -14,7 +14,7 @@ use memferry_stages::memory::{GuestMemory, MappedMemory, Memory, RamBlock};
 use crate::run::Arrives;
 use crate::trouble::{Trouble, TroubledMemory, Troubles, WatchedLog};
 
-/// What the guest was told, in order.
+/// A call that the guest received.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Told {
     /// See [`SourceGuest`].
@@ -39,7 +39,7 @@ pub enum Told {
     Start,
 }
 
-/// What the guest shall fail at.
+/// The calls that the guest fails.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Fails {
     /// [`SourceGuest::pause`] fails.
@@ -69,25 +69,25 @@ pub struct TestGuest {
     told: Mutex<Vec<Told>>,
     running: Arc<AtomicBool>,
     writers: Mutex<Vec<JoinHandle<()>>>,
-    /// How many there are while the guest runs.
+    /// The number of writers while the guest runs.
     crew: AtomicU64,
     writes: Arc<AtomicU64>,
     pace: Option<Duration>,
     fails: Fails,
     troubles: Troubles,
-    /// What becomes of the troubles once the guest is told this.
+    /// The trouble that begins at this call.
     trouble_from: Mutex<Option<(Told, Trouble)>>,
     state: GuestState,
     state_here: Mutex<GuestState>,
     resumed_with: Mutex<Vec<Vec<u8>>>,
-    /// How long [`DestinationGuest::prepare`] takes.
+    /// The duration of [`DestinationGuest::prepare`].
     prepare_takes: Duration,
-    /// What [`Arrives::build`] makes of the blocks that come.
+    /// How [`Arrives::build`] changes the blocks that arrive.
     alters: fn(&mut Vec<BlockInfo>),
 }
 
 impl TestGuest {
-    /// A source guest of blocks of these lengths, with some content; it does not run yet.
+    /// A source guest with blocks of these lengths, with some content; it does not run yet.
     #[must_use]
     pub fn source(page_size: PageSize, lengths: &[u64]) -> Self {
         let guest = Self::empty();
@@ -97,7 +97,7 @@ impl TestGuest {
         guest
     }
 
-    /// A source guest with one block in which every byte is noise; nobody writes it.
+    /// A source guest with one block of random bytes, which is not written.
     #[must_use]
     pub fn incompressible(page_size: PageSize, length: u64) -> Self {
         let guest = Self::empty();
@@ -112,7 +112,7 @@ impl TestGuest {
         guest
     }
 
-    /// A source guest with one block of these pages, again and again; nobody writes it.
+    /// A source guest with one block that repeats these pages, which is not written.
     #[must_use]
     pub fn repeating(page_size: PageSize, length: u64, pages: &[u8]) -> Self {
         let guest = Self::empty();
@@ -124,7 +124,7 @@ impl TestGuest {
         guest
     }
 
-    /// A destination guest: it takes whatever blocks come.
+    /// A destination guest: it accepts any blocks.
     #[must_use]
     pub fn destination() -> Self {
         Self::empty()
@@ -154,7 +154,7 @@ impl TestGuest {
         }
     }
 
-    /// The same guest, failing at these.
+    /// The same guest, which fails these calls.
     #[must_use]
     pub fn failing(mut self, fails: Fails) -> Self {
         self.fails = fails;
@@ -168,24 +168,24 @@ impl TestGuest {
         self
     }
 
-    /// The same guest, with trouble that begins when it is told this.
+    /// The same guest, with trouble that begins at this call.
     #[must_use]
     pub fn troubled_from(self, told: Told, trouble: Trouble) -> Self {
         *self.trouble_from.lock().unwrap() = Some((told, trouble));
         self
     }
 
-    /// From here on there is trouble in its memory or its log.
+    /// Sets the trouble in its memory or its log from here on.
     pub fn trouble(&self, trouble: Trouble) {
         self.troubles.set(Some(trouble));
     }
 
-    /// Waits until its log waits, for the trouble that it has.
+    /// Waits until its log blocks on its trouble.
     pub fn until_the_log_waits(&self) {
         self.troubles.until_it_waits();
     }
 
-    /// All trouble is over.
+    /// Ends all trouble.
     pub fn repair(&self) {
         self.troubles.set(None);
         *self.trouble_from.lock().unwrap() = None;
@@ -205,7 +205,7 @@ impl TestGuest {
         self
     }
 
-    /// The same guest, which builds other blocks than those that come.
+    /// The same guest, which builds other blocks than those that arrive.
     #[must_use]
     pub fn building(mut self, alters: fn(&mut Vec<BlockInfo>)) -> Self {
         self.alters = alters;
@@ -237,7 +237,7 @@ impl TestGuest {
         *self.memory.lock().unwrap() = Some(memory);
     }
 
-    /// A third stays zero, a third is text, a third is noise.
+    /// A third stays zero, a third is text, a third is random bytes.
     fn fill(&self) {
         let mut noise = Rng::with_seed(2);
         for block in self.blocks.lock().unwrap().iter() {
@@ -272,25 +272,25 @@ impl TestGuest {
         }
     }
 
-    /// What it was told so far.
+    /// The calls that it received so far, in order.
     #[must_use]
     pub fn told(&self) -> Vec<Told> {
         self.told.lock().unwrap().clone()
     }
 
-    /// Was it told this?
+    /// Did it receive this call?
     #[must_use]
     pub fn was_told(&self, what: Told) -> bool {
         self.told().contains(&what)
     }
 
-    /// Do its writers write?
+    /// Do its writers run?
     #[must_use]
     pub fn runs(&self) -> bool {
         self.running.load(Ordering::SeqCst)
     }
 
-    /// How often its writers wrote.
+    /// The number of writes so far.
     #[must_use]
     pub fn writes(&self) -> u64 {
         self.writes.load(Ordering::SeqCst)
@@ -313,20 +313,20 @@ impl TestGuest {
         self.blocks.lock().unwrap().iter().map(copy).collect()
     }
 
-    /// All bytes of all blocks as they were when the guest was resumed, before its writers wrote on.
+    /// All bytes of all blocks as they were when the guest was resumed, before its writers continued.
     #[must_use]
     pub fn resumed_with(&self) -> Vec<Vec<u8>> {
         self.resumed_with.lock().unwrap().clone()
     }
 
-    /// Stores bytes that do not cross a page, and marks it.
+    /// Stores bytes that do not cross a page, and marks the page.
     pub fn write(&self, block: u32, offset: usize, bytes: &[u8]) {
         self.blocks.lock().unwrap()[block as usize].store(offset, bytes);
         let page = (offset / self.memory().page_size().bytes()) as u64;
         self.log().mark(block, page..page + 1);
     }
 
-    /// The same guest, whose block of this number is ignored.
+    /// The same guest, with the block of this number ignored.
     #[must_use]
     pub fn ignoring(self, block: usize) -> Self {
         let memory = self.memory();
@@ -336,7 +336,7 @@ impl TestGuest {
         self
     }
 
-    /// Changes a byte without telling the log: a fault that only verification finds.
+    /// Changes a byte without marking it in the log: a fault that only verification detects.
     pub fn corrupt(&self, block: usize, offset: usize) {
         let block = &self.blocks.lock().unwrap()[block];
         let mut byte = [0];
@@ -344,25 +344,25 @@ impl TestGuest {
         block.store(offset, &[byte[0] ^ 1]);
     }
 
-    /// Its dirty log, once its memory is there.
+    /// Its dirty log, once its memory exists.
     ///
     /// # Panics
-    /// Before.
+    /// Before that.
     #[must_use]
     pub fn log(&self) -> Arc<WatchedLog> {
         self.log.lock().unwrap().clone().expect("built")
     }
 
-    /// What it was told since the last call.
+    /// The calls that it received since the previous `take_told`.
     #[must_use]
     pub fn take_told(&self) -> Vec<Told> {
         std::mem::take(&mut *self.told.lock().unwrap())
     }
 
-    /// Waits until its writers have written again: whether it truly runs.
+    /// Waits until its writers have written again, which proves that it runs.
     ///
     /// # Panics
-    /// If they do not for five seconds.
+    /// If they do not within five seconds.
     #[track_caller]
     pub fn wait_for_writes(&self) {
         let (before, since) = (self.writes(), std::time::Instant::now());
@@ -404,7 +404,7 @@ struct Writer {
 }
 
 impl Writer {
-    /// Small writes all over, and now and then a page of zeros or of noise.
+    /// Small writes everywhere, and occasionally a page of zeros or random bytes.
     fn run(mut self) {
         while self.running.load(Ordering::SeqCst) {
             for _ in 0..64 {
@@ -482,7 +482,7 @@ impl SourceGuest for TestGuest {
         if self.fails.save {
             return Err(GuestError("told to fail at save".into()));
         }
-        // Saving may write memory, and says so.
+        // Saving may write memory, and marks what it writes.
         self.blocks.lock().unwrap()[0].store(0, b"saved!");
         self.log().mark(0, 0..1);
         Ok(self.state.clone())

@@ -1,4 +1,4 @@
-//! A guest whose dirty rate is far above the bandwidth of a slow wire, however busy the machine is.
+//! A guest whose dirty rate is far above the bandwidth of a slow wire, even on a busy machine.
 
 use std::io;
 use std::ops::Range;
@@ -11,7 +11,7 @@ use memferry::guest::{Guest, GuestError, GuestState, RunState, SourceGuest};
 use memferry::memory::GuestMemory;
 use memferry_guests::workload::{Fill, LogChoice, Pattern, Region, Workload, WorkloadSettings, WriterSettings};
 
-/// A workload that remembers how it was throttled, and may refuse to be.
+/// A workload that records how it was throttled, and may refuse to be.
 #[derive(Debug)]
 pub struct Hot {
     workload: Arc<Workload>,
@@ -20,8 +20,8 @@ pub struct Hot {
     always: Arc<AlwaysDirty>,
 }
 
-/// Reports pages as written at each sync, whether the machine has let the writers come to them or not: all of them, less the
-/// percentage that the guest is throttled to.
+/// Reports pages as written at each sync, whether or not its writers had time to write them: all pages, less the
+/// percentage to which the guest is throttled.
 #[derive(Debug, Default)]
 struct AlwaysDirty {
     throttle: AtomicU8,
@@ -33,7 +33,7 @@ impl DirtyLog for AlwaysDirty {
     }
 
     fn sync(&self, block: u32, _extents: Range<u32>, into: &DirtyBitmap) -> io::Result<()> {
-        // A block is smaller than what one call asks for.
+        // A block is smaller than the range that one call covers.
         let share = 100 - u64::from(self.throttle.load(Ordering::Relaxed));
         into.set_range(block, 0..into.layout().block_pages(block) * share / 100);
         Ok(())
@@ -101,7 +101,7 @@ impl Hot {
     /// 2 MiB of noise in two blocks, of which every page is dirty at every sync.
     ///
     /// # Panics
-    /// If the host has no room for it.
+    /// If the host has not enough memory.
     #[must_use]
     pub fn new() -> Self {
         let writer = WriterSettings {
@@ -122,13 +122,13 @@ impl Hot {
         Self { workload, refuses: false, throttled: Mutex::default(), always: Arc::default() }
     }
 
-    /// The same, and it cannot be throttled.
+    /// The same, except that it cannot be throttled.
     #[must_use]
     pub fn refusing() -> Self {
         Self { refuses: true, ..Self::new() }
     }
 
-    /// Every percentage that it was told to be held back for, in order.
+    /// Every throttle percentage that was set, in order.
     #[must_use]
     pub fn throttled(&self) -> Vec<u8> {
         self.throttled.lock().unwrap().clone()

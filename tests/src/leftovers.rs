@@ -1,11 +1,11 @@
-//! What the whole process has, for tests that see that nothing is left behind. Such a test is alone in its program.
+//! The resources of the whole process, for tests that nothing is left behind. Such a test is alone in its binary.
 
 use std::time::{Duration, Instant};
 
-/// How long what has ended may take to be gone.
+/// The time limit for resources to be released.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// How many threads and descriptors the process has.
+/// The number of threads and descriptors of the process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Census {
     /// Threads.
@@ -15,13 +15,13 @@ pub struct Census {
 }
 
 impl Census {
-    /// As things are.
+    /// The current numbers.
     #[must_use]
     pub fn take() -> Self {
         Self { threads: count("task"), descriptors: count("fd") }
     }
 
-    /// Waits until there are no more of them than there were.
+    /// Waits until there are no more of them than before.
     ///
     /// # Panics
     /// If there still are after a minute.
@@ -39,7 +39,7 @@ impl Census {
     }
 }
 
-/// How many of the process's things are in a folder of `/proc/self`.
+/// The number of entries in a folder of `/proc/self`.
 fn count(what: &str) -> usize {
     std::fs::read_dir(format!("/proc/self/{what}")).expect("a folder of /proc").count()
 }

@@ -1,7 +1,8 @@
-//! What the whole-migration tests share: a guest made for them, a way to run both ends, and figures for what is compared.
+//! What the tests of whole migrations share: a guest for tests, functions that run both ends, and figures for
+//! comparisons.
 //!
-//! The guest keeps nothing secret: its memory is mapped here, its writers are threads that never rest, and it records what it was
-//! told, so that a test can ask afterwards who ran, and when.
+//! The guest is fully observable: its memory is mapped in this process, its writers are threads that never rest, and
+//! it records the calls that it received, so that a test can check afterwards which guest ran, and when.
 
 pub mod bare;
 pub mod busy;

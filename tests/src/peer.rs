@@ -1,5 +1,5 @@
-//! One end of a migration played by hand: what a peer that does not keep to the protocol would do, or one that dies at an
-//! exact point.
+//! One end of a migration played by hand: it acts as a peer that violates the protocol, or one that dies at an exact
+//! point.
 
 use std::sync::Arc;
 
@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::TestGuest;
 
-/// A connection in the test's own hand. Dropping it closes the connection.
+/// A connection that the test controls. Dropping it closes the connection.
 pub struct Hand {
     writer: Box<dyn AsyncWrite + Send + Unpin>,
     reader: FrameReader<Box<dyn AsyncRead + Send + Unpin>>,
@@ -36,7 +36,7 @@ impl Hand {
     /// Connects, as a source would.
     ///
     /// # Panics
-    /// If nobody listens.
+    /// If nothing listens.
     pub async fn connect(transport: &dyn Transport) -> Self {
         Self::new(transport.connect().await.expect("somebody listens"))
     }
@@ -49,7 +49,7 @@ impl Hand {
         Self::new(listener.accept().await.expect("somebody connects"))
     }
 
-    /// Says something; a peer that is gone does not hear it.
+    /// Sends a message; a peer that is gone does not receive it.
     pub async fn say(&mut self, message: Message) {
         self.send(&message.encode(0)).await;
     }
@@ -59,12 +59,13 @@ impl Hand {
         drop(self.writer.write_all(bytes).await);
     }
 
-    /// Says no more; what the peer says can still be heard.
+    /// Closes the sending direction; the peer's messages can still be received.
     pub async fn fall_silent(&mut self) {
         drop(self.writer.shutdown().await);
     }
 
-    /// The next message that is neither pages, progress nor a heartbeat; `None` at the end of the stream, however it ends.
+    /// The next message that is neither pages, progress nor a heartbeat; `None` at the end of the stream, whatever
+    /// its cause.
     pub async fn hear(&mut self) -> Option<Message> {
         loop {
             match self.reader.next().await {
@@ -76,7 +77,7 @@ impl Hand {
         }
     }
 
-    /// Hears everything up to a message of this kind, and returns it; `None` if the stream ends before.
+    /// Receives everything up to a message of this kind, and returns it; `None` if the stream ends before.
     pub async fn hear_until(&mut self, kind: Kind) -> Option<Message> {
         loop {
             let message = self.hear().await?;
@@ -86,10 +87,10 @@ impl Hand {
         }
     }
 
-    /// Plays the destination up to the first page: takes Hello and Blocks, says Accept and Ready.
+    /// Plays the destination up to the first page: receives Hello and Blocks, sends Accept and Ready.
     ///
     /// # Panics
-    /// If the source does not play along.
+    /// If the source does not follow the protocol.
     pub async fn agree(&mut self) {
         self.hear_until(Kind::Hello).await.expect("a source says Hello");
         self.say(Message::Accept).await;
@@ -97,10 +98,10 @@ impl Hand {
         self.say(Message::Ready).await;
     }
 
-    /// Plays the destination up to its Loaded, which is not said.
+    /// Plays the destination up to its Loaded, which is not sent.
     ///
     /// # Panics
-    /// If the source does not play along.
+    /// If the source does not follow the protocol.
     pub async fn take_all(&mut self) {
         self.agree().await;
         self.hear_until(Kind::End).await.expect("a source ends its stream");
@@ -110,12 +111,12 @@ impl Hand {
 /// The frames of a whole migration up to its end mark, on one connection.
 #[derive(Clone, Debug)]
 pub struct Recording {
-    /// Every frame, whole.
+    /// All frames, complete.
     pub frames: Vec<Bytes>,
 }
 
 impl Recording {
-    /// What a source with this guest and these settings says.
+    /// The stream of a source with this guest and these settings.
     ///
     /// # Panics
     /// If the migration to a file fails.

@@ -1,4 +1,4 @@
-//! Running both ends of a migration in one process.
+//! Runs both ends of a migration in one process.
 
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, OnceLock};
@@ -22,23 +22,23 @@ use tokio_util::sync::CancellationToken;
 
 use crate::guest::{TestGuest, Told};
 
-/// How both ends of a migration ended, and what was told on the way.
+/// The outcome at both ends of a migration, and the events on the way.
 #[derive(Debug)]
 pub struct Ends {
     /// The source's end.
     pub source: Ended,
     /// The destination's end.
     pub destination: Ended,
-    /// Every event, in the order in which it was told.
+    /// All events, in order.
     pub events: Vec<(Role, Event)>,
 }
 
 impl Ends {
-    /// Law 7: the source survives everything, never two run, and when none runs somebody says so. Both guests were told nothing
-    /// before this migration, and the source ran.
+    /// Asserts law 7: the source survives everything, never two run, and if none runs an end reports it. Neither
+    /// guest received a call before this migration, and the source ran.
     ///
     /// # Panics
-    /// If the law was broken.
+    /// If the law was violated.
     #[track_caller]
     pub fn check_law_seven(&self, source: &TestGuest, destination: &TestGuest) {
         let (told, phase) = (source.told(), self.source.phase);
@@ -69,7 +69,7 @@ impl Ends {
     }
 }
 
-/// Keeps every event, and does something about it if asked.
+/// Records all events, and calls a hook if there is one.
 #[derive(Default)]
 pub struct Recorder {
     events: Mutex<Vec<(Role, Event)>>,
@@ -90,7 +90,7 @@ impl Recorder {
         Self { events: Mutex::default(), hook: Some(Box::new(hook)) }
     }
 
-    /// What was told so far.
+    /// The events so far.
     #[must_use]
     pub fn events(&self) -> Vec<(Role, Event)> {
         self.events.lock().unwrap().clone()
@@ -106,7 +106,7 @@ impl Observer for Recorder {
     }
 }
 
-/// Settings that suit tests: everything on, limits that a busy machine meets.
+/// Settings for tests: all features on, limits that a busy machine meets.
 #[must_use]
 pub fn source_settings(lanes: u16, connections: u16) -> SourceSettings {
     SourceSettings {
@@ -133,7 +133,7 @@ pub fn source_settings(lanes: u16, connections: u16) -> SourceSettings {
     }
 }
 
-/// Settings of a destination that suit tests.
+/// Settings of a destination for tests.
 #[must_use]
 pub fn destination_settings() -> DestinationSettings {
     DestinationSettings {
@@ -147,10 +147,10 @@ pub fn destination_settings() -> DestinationSettings {
     }
 }
 
-/// A migration that runs while it is polled. In a box, so that it is compiled here and not in every test again.
+/// A migration that runs while it is polled. It is boxed, so that it is compiled here and not again in every test.
 pub type Running<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 
-/// A guest of a test that is there before it is built, so that the test can look at it whatever becomes of it.
+/// A test's guest that exists before it is built, so that the test can inspect it whatever the outcome.
 pub trait Arrives: DestinationGuest {
     /// See [`GuestBuilder::build`].
     ///
@@ -159,16 +159,16 @@ pub trait Arrives: DestinationGuest {
     fn build(&self, page_size: PageSize, blocks: &[BlockInfo], setup: &GuestState) -> Result<(), GuestError>;
 }
 
-/// What is to arrive in a test: a builder, or a guest that [`Arrives`].
+/// The guest to arrive in a test: a builder, or a guest that [`Arrives`].
 pub trait Expected: Send + 'static {
-    /// Its builder, without its type.
+    /// Its builder, type-erased.
     fn builder(self) -> AnyBuilder;
 }
 
-/// A builder, without its type.
+/// A builder, type-erased.
 pub type AnyBuilder = Box<dyn FnOnce(PageSize, &[BlockInfo], &GuestState) -> Result<Arc<AnyGuest>, GuestError> + Send>;
 
-/// A guest that was built, without its type.
+/// A guest that was built, type-erased.
 #[derive(Debug)]
 pub struct AnyGuest(Arc<dyn DestinationGuest>);
 
@@ -213,7 +213,7 @@ impl Expected for WorkloadBuilder {
     }
 }
 
-/// A builder of which a test keeps what it builds, whatever becomes of it.
+/// A builder that lets a test access the guest it builds, whatever the outcome.
 pub fn keeping<B: GuestBuilder>(builder: B) -> (AnyBuilder, Arc<OnceLock<Arc<B::Built>>>) {
     let built = Arc::new(OnceLock::new());
     let keep = built.clone();
@@ -225,7 +225,7 @@ pub fn keeping<B: GuestBuilder>(builder: B) -> (AnyBuilder, Arc<OnceLock<Arc<B::
     (builder, built)
 }
 
-/// The figures, once the result was compared with them.
+/// The figures, after the result is compared with them.
 fn sent(result: Result<Sent, SendError>) -> Ended {
     let here = result.as_ref().map_or_else(SendError::guest_runs_here, Sent::guest_runs_here);
     let ended = match &result {
@@ -246,7 +246,7 @@ fn sent(result: Result<Sent, SendError>) -> Ended {
     ended
 }
 
-/// The figures, once the result was compared with them.
+/// The figures, after the result is compared with them.
 fn received<G: std::fmt::Debug>(result: Result<Received<G>, ReceiveError>) -> Ended {
     let (expected, ended) = match &result {
         Ok(received) => (Phase::Completed, Some(&received.ended)),
@@ -290,7 +290,7 @@ pub fn destination(
     })
 }
 
-/// Migrates `source` to `destination` over `transport`; a stored stream is written first and read then.
+/// Migrates `source` to `destination` over `transport`; a stored stream is first written and then read.
 pub fn migrate(
     source: Arc<dyn SourceGuest>,
     destination: impl Expected,
@@ -301,8 +301,8 @@ pub fn migrate(
     migrate_watched(source, destination, transport, settings, control, Recorder::default())
 }
 
-/// As [`migrate`], with a recorder of the caller's. A destination that goes on waiting for the real source after this one
-/// has failed is cancelled.
+/// As [`migrate`], with the caller's recorder. A destination that continues to wait for the real source after this
+/// one has failed is cancelled.
 pub fn migrate_watched(
     source: Arc<dyn SourceGuest>,
     destination: impl Expected,
@@ -332,7 +332,7 @@ async fn both_ends(
         (source, receiving(transport.listen().await.expect("a file to read")).await)
     } else {
         let listener = transport.listen().await.expect("a transport that listens");
-        // Port 0 asks the system for one: the listener knows which.
+        // Port 0 requests any free port: the listener knows which.
         let way = listener.local_address().parse::<Address>();
         let way = way.map_or(transport, |address| open(&address, Duration::from_secs(10)).into());
         let sending = async {

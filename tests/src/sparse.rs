@@ -1,4 +1,4 @@
-//! A large guest of which little was ever written, and what a process holds while it is moved.
+//! A large, mostly unwritten guest, and the memory of a process while it is moved.
 
 use std::io;
 use std::ops::Range;
@@ -14,7 +14,7 @@ use memferry_stages::memory::{GuestMemory, MappedMemory, Memory, RamBlock};
 use memferry_stages::pool::PooledBuffer;
 use memferry_stages::xbzrle::Delta;
 
-/// What its memory is made of.
+/// The kind of its memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Backing {
     /// Private memory of this process.
@@ -23,7 +23,7 @@ pub enum Backing {
     Memfd,
 }
 
-/// Which dirty log it gives.
+/// The kind of its dirty log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LogKind {
     /// See [`SoftwareLog`].
@@ -32,7 +32,7 @@ pub enum LogKind {
     Userfault,
 }
 
-/// The guest: one block, which nobody writes while it is moved.
+/// The guest: one block, which is not written during the migration.
 #[derive(Debug)]
 pub struct SparseGuest {
     backing: Backing,
@@ -40,7 +40,7 @@ pub struct SparseGuest {
     block: Mutex<Option<(Arc<CountedMemory>, GuestMemory)>>,
 }
 
-/// Mapped memory that counts what is done with it.
+/// Mapped memory that counts accesses.
 #[derive(Debug)]
 pub struct CountedMemory {
     memory: Arc<MappedMemory>,
@@ -55,13 +55,13 @@ impl CountedMemory {
         &self.memory
     }
 
-    /// Pages that were read so far, each as often as it was.
+    /// The number of pages read so far, with repetitions.
     #[must_use]
     pub fn read(&self) -> u64 {
         self.read.load(Ordering::Relaxed)
     }
 
-    /// Pages that were written so far, zeros too.
+    /// The number of pages written so far, zeros included.
     #[must_use]
     pub fn written(&self) -> u64 {
         self.written.load(Ordering::Relaxed)
@@ -118,10 +118,10 @@ impl SparseGuest {
         Self { backing, log, block: Mutex::default() }
     }
 
-    /// A guest of `length` bytes in which `pages` single pages were written, scattered evenly.
+    /// A guest of `length` bytes in which `pages` single pages are written, scattered evenly.
     ///
     /// # Panics
-    /// If there is no such memory.
+    /// If the host has not enough memory.
     #[must_use]
     pub fn source(backing: Backing, log: LogKind, length: u64, pages: u64) -> Self {
         let guest = Self::destination(backing, log);
@@ -135,10 +135,10 @@ impl SparseGuest {
         guest
     }
 
-    /// Its memory, once it is there.
+    /// Its memory, once it exists.
     ///
     /// # Panics
-    /// Before.
+    /// Before that.
     #[must_use]
     pub fn counted(&self) -> Arc<CountedMemory> {
         self.block.lock().unwrap().as_ref().expect("built").0.clone()
@@ -165,7 +165,7 @@ pub fn written(length: u64, pages: u64) -> impl Iterator<Item = u64> {
     (0..pages).map(move |index| index * step + index % step.min(61))
 }
 
-/// What stands in the first bytes of such a page.
+/// The first bytes of such a page.
 fn content(page: u64) -> [u8; 16] {
     (u128::from(page) * 0x9e37_79b9_7f4a_7c15 + 1).to_le_bytes()
 }
@@ -223,21 +223,21 @@ impl Arrives for SparseGuest {
     }
 }
 
-/// What a process holds, in KiB, as the kernel counts it.
+/// The memory of a process, in KiB, as the kernel reports it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Held {
-    /// In memory.
+    /// Resident.
     pub resident: u64,
-    /// The most that ever was, since [`forget_peak`].
+    /// The peak of resident memory since [`forget_peak`].
     pub peak: u64,
-    /// In private memory.
+    /// Private.
     pub anonymous: u64,
-    /// In page tables.
+    /// Page tables.
     pub tables: u64,
 }
 
 impl Held {
-    /// What this process holds, if there is a /proc that says so.
+    /// The memory of this process, if there is a /proc that reports it.
     #[must_use]
     pub fn here() -> Option<Self> {
         let status = std::fs::read_to_string("/proc/self/status").ok()?;
@@ -253,7 +253,7 @@ impl Held {
     }
 }
 
-/// From here on the peak is counted anew, if the kernel can.
+/// Resets the peak, if the kernel supports that.
 pub fn forget_peak() {
     let forgotten = std::fs::write("/proc/self/clear_refs", "5");
     drop(forgotten);

@@ -1,4 +1,4 @@
-//! Trouble on request: memory and dirty logs that fail in the middle of a migration.
+//! Fault injection: memory and dirty logs that fail in the middle of a migration.
 
 use std::io;
 use std::ops::Range;
@@ -13,14 +13,14 @@ use memferry_stages::memory::{MappedMemory, Memory};
 use memferry_stages::pool::PooledBuffer;
 use memferry_stages::xbzrle::Delta;
 
-/// What goes wrong.
+/// A fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Trouble {
     /// Reading this page of any block panics.
     ReadPanics(u64),
     /// Reading this page of any block fails.
     ReadFails(u64),
-    /// Once so many pages of a block were written, the disk is full.
+    /// After this many pages of a block were written, the disk is full.
     DiskFull(u64),
     /// Each write of pages takes this long.
     WriteTakes(Duration),
@@ -34,13 +34,13 @@ pub enum Trouble {
     LogStartTakes(Duration),
     /// The log takes this long to sync.
     SyncTakes(Duration),
-    /// The log starts when it is let go.
+    /// The start of the log blocks until it is released.
     LogStartWaits,
-    /// The log syncs when it is let go.
+    /// The sync of the log blocks until it is released.
     SyncWaits,
 }
 
-/// The trouble of one guest, shared by its memory and its log. Without any, asking costs one load.
+/// The faults of one guest, shared by its memory and its log. Without a fault, the check costs one load.
 #[derive(Clone, Debug, Default)]
 pub struct Troubles(Arc<Shared>);
 
@@ -52,14 +52,14 @@ struct Shared {
 }
 
 impl Troubles {
-    /// From here on this goes wrong, and nothing else. What waits is let go.
+    /// Sets this fault, and removes any other. A call that blocks is released.
     pub fn set(&self, trouble: Option<Trouble>) {
         *self.0.trouble.lock().unwrap() = trouble;
         self.0.is_any.store(trouble.is_some(), Ordering::Release);
         self.0.gate.let_go();
     }
 
-    /// Waits until the log waits.
+    /// Waits until the log blocks.
     pub fn until_it_waits(&self) {
         self.0.gate.until_somebody_waits();
     }
@@ -69,7 +69,7 @@ impl Troubles {
     }
 }
 
-/// Where a log waits until it is let go.
+/// Blocks a log until it is released.
 #[derive(Debug, Default)]
 struct Gate {
     waits: Mutex<bool>,
@@ -95,7 +95,7 @@ impl Gate {
     }
 }
 
-/// Mapped memory, with trouble.
+/// Mapped memory, with faults.
 #[derive(Debug)]
 pub struct TroubledMemory {
     memory: Arc<MappedMemory>,
@@ -104,7 +104,7 @@ pub struct TroubledMemory {
 }
 
 impl TroubledMemory {
-    /// The same memory, with trouble.
+    /// The same memory, with faults.
     #[must_use]
     pub fn new(memory: Arc<MappedMemory>, troubles: Troubles) -> Self {
         Self { memory, troubles, written: AtomicU64::new(0) }
@@ -174,7 +174,7 @@ impl Memory for TroubledMemory {
     }
 }
 
-/// A software log that knows whether it is armed and whether it is used as it may be, with trouble.
+/// A software log that records whether it is armed and whether it is used correctly, with faults.
 #[derive(Debug)]
 pub struct WatchedLog {
     log: SoftwareLog,
@@ -203,7 +203,7 @@ impl WatchedLog {
         self.armed.load(Ordering::SeqCst)
     }
 
-    /// How it was used as it may not be, if it was.
+    /// The first incorrect use, if there was one.
     #[must_use]
     pub fn misused(&self) -> Option<&'static str> {
         *self.misused.lock().unwrap()

@@ -1,5 +1,5 @@
-//! Cancelling, in every phase and over every kind of transport, again and again: the source guest always goes on, and
-//! nothing stays behind.
+//! Cancels migrations in every phase and over every kind of transport, repeatedly: the source guest always continues,
+//! and no resources leak.
 //!
 //! One test, since it counts the threads and descriptors of the whole process.
 
@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 const HANG: Duration = Duration::from_secs(60);
 const LENGTHS: [u64; 2] = [(3 << 20) + 100, 4097];
 
-/// What the source says when it is cancelled.
+/// The event of the source at which it is cancelled.
 const POINTS: [fn(&Event) -> bool; 10] = [
     |event| *event == Event::Phase(Phase::Setup),
     |event| matches!(event, Event::Connected { .. }),
@@ -47,7 +47,7 @@ fn transport(address: &str) -> Arc<dyn Transport> {
     }
 }
 
-/// Migrates and cancels when the source says something; the guest continues.
+/// Migrates and cancels at an event of the source; the guest continues.
 fn cancelled_at(source: &Arc<TestGuest>, address: &str, when: fn(&Event) -> bool) {
     let cancel = CancellationToken::new();
     let token = cancel.clone();
@@ -59,7 +59,7 @@ fn cancelled_at(source: &Arc<TestGuest>, address: &str, when: fn(&Event) -> bool
     cancelled(source, address, cancel, recorder);
 }
 
-/// Migrates and cancels while the guest's log waits; the log waits until then, and is stopped behind it.
+/// Migrates and cancels while the guest's log blocks; the log is then released, and stopped after that.
 fn cancelled_while_the_log_waits(source: &Arc<TestGuest>, trouble: Trouble) {
     source.trouble(trouble);
     let (cancel, guest) = (CancellationToken::new(), source.clone());
@@ -67,7 +67,7 @@ fn cancelled_while_the_log_waits(source: &Arc<TestGuest>, trouble: Trouble) {
     let canceller = std::thread::spawn(move || {
         guest.until_the_log_waits();
         token.cancel();
-        // Time to make a mistake in.
+        // Time for a faulty source to proceed.
         std::thread::sleep(Duration::from_millis(50));
         guest.repair();
     });
@@ -106,7 +106,7 @@ fn cancelled_thirty_times_in_a_row_it_leaves_nothing_behind() {
     let dir = tempfile::tempdir().unwrap();
     let file = format!("file:{}", dir.path().join("stream").display());
     let source = TestGuest::source(PageSize::DEFAULT, &LENGTHS).paced(Duration::from_micros(500)).running(2);
-    // The first one of all opens what the runtime keeps for the whole process.
+    // The first run of all opens resources that the runtime retains for the whole process.
     cancelled_at(&source, "tcp:127.0.0.1:0", POINTS[0]);
     let before = Census::take();
 
@@ -115,7 +115,7 @@ fn cancelled_thirty_times_in_a_row_it_leaves_nothing_behind() {
             cancelled_at(&source, address, when);
         }
     }
-    // In the middle of what cannot be interrupted: the log is stopped behind it all the same.
+    // Within an operation that cannot be interrupted: the log is still stopped after it.
     for trouble in [Trouble::LogStartWaits, Trouble::SyncWaits] {
         cancelled_while_the_log_waits(&source, trouble);
     }

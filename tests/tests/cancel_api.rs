@@ -1,5 +1,5 @@
-//! A hundred migrations in a row in one process, each cancelled over its control API at another event: nothing is left
-//! behind. Alone in its program, for it counts what that has.
+//! A hundred consecutive migrations in one process, each cancelled over its control API at a different event: no
+//! resources leak. The test is alone in its binary, because it counts the resources of the process.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,7 +21,7 @@ fn settings() -> SourceSettings {
         encoder: EncoderSettings { compress: None, xbzrle: None },
         max_bandwidth: Some(32 << 20),
         downtime_limit: Duration::from_nanos(1),
-        // Nothing switches it over, not even a round that leaves nothing dirty.
+        // Nothing triggers a switchover, not even a round that leaves no dirty page.
         max_downtime: Some(Duration::from_nanos(1)),
         max_rounds: u32::MAX,
         convergence: ConvergenceSettings {
@@ -37,9 +37,9 @@ fn settings() -> SourceSettings {
 /// When a migration is cancelled.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum When {
-    /// Behind so many lines of events.
+    /// After this number of event lines.
     Lines(u64),
-    /// When it is decided to throttle.
+    /// At the decision to throttle.
     Throttles,
 }
 
@@ -52,7 +52,7 @@ fn cancelled(guest: &Arc<Hot>, socket: &Address, when: When) {
         let transport = Arc::new(MemoryTransport::new(64 << 10));
         let moving = migrate(guest.clone(), Workload::destination(), transport, settings(), control.clone());
         let cancelling = async {
-            // A watcher that reads to the end.
+            // A client that reads the events to the end.
             let mut lines = client::events(socket).await.unwrap();
             let (mut read, mut last) = (0, String::new());
             let is_now = |read: u64, line: &str| match when {
@@ -84,7 +84,7 @@ fn a_hundred_cancels_leave_no_thread_descriptor_throttle_or_socket_behind() {
     let dir = tempfile::tempdir().unwrap();
     let socket = format!("unix:{}", dir.path().join("control.sock").display()).parse().unwrap();
     let guest = Arc::new(Hot::new());
-    // The first one of all opens what the runtime keeps for the whole process.
+    // The first run of all opens resources that the runtime retains for the whole process.
     cancelled(&guest, &socket, When::Lines(5));
     let before = Census::take();
     for run in 0..100_u64 {

@@ -1,4 +1,4 @@
-//! What clears bits: the order of its points, hints of free pages, unplugged memory, ignored blocks.
+//! Operations that clear bits: the order of their points, hints of free pages, unplugged memory, ignored blocks.
 
 #[path = "clears/guest.rs"]
 mod guest;

@@ -1,4 +1,4 @@
-//! A migration that is asked for something else while it runs: each setting, and what becomes of it; the switchover on demand.
+//! Changes to a running migration: each setting, and its effect; and the switchover on request.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -22,7 +22,7 @@ use memferry_transports::memory::MemoryTransport;
 const MIB: u64 = 1 << 20;
 const MS: Duration = Duration::from_millis(1);
 
-/// It never ends by itself: the guest writes all of its memory faster than the wire carries it.
+/// Settings with which it never ends by itself: the guest writes all of its memory faster than the bandwidth.
 fn endless() -> SourceSettings {
     SourceSettings {
         encoder: EncoderSettings { compress: None, xbzrle: None },
@@ -34,7 +34,7 @@ fn endless() -> SourceSettings {
     }
 }
 
-/// Runs a migration, and beside it what asks it for things. The cap on time is for a test that hangs.
+/// Runs a migration together with a future that controls it. The time limit is for a test that hangs.
 fn asked<F: Future<Output = ()>>(
     guest: Arc<dyn SourceGuest>,
     settings: SourceSettings,
@@ -55,7 +55,7 @@ fn asked_hot<F: Future<Output = ()>>(settings: SourceSettings, ask: impl FnOnce(
     (guest, ends)
 }
 
-/// Waits until the status is as wanted.
+/// Waits until the status satisfies a condition.
 async fn until(control: &Control, what: &str, holds: impl Fn(&Status) -> bool) -> Status {
     let since = Instant::now();
     loop {
@@ -72,7 +72,7 @@ async fn rounds_run(control: &Control) {
     until(control, "a round is sent", |status| status.rounds > 0).await;
 }
 
-/// A recorder that keeps something of each round that the source has sent.
+/// A recorder that stores a value of each round that the source has sent.
 fn of_rounds<T: Send + 'static>(of: fn(&RoundTally, Duration) -> T) -> (Recorder, Arc<Mutex<Vec<T>>>) {
     let rounds = Arc::new(Mutex::new(Vec::new()));
     let kept = rounds.clone();
@@ -84,7 +84,8 @@ fn of_rounds<T: Send + 'static>(of: fn(&RoundTally, Duration) -> T) -> (Recorder
     (recorder, rounds)
 }
 
-/// The most bytes that a cap lets pass in a time: a bucket that was full, and the frames that the queues hold.
+/// The most bytes that a bandwidth limit lets pass in a time: those of a full bucket, and the frames in the queues
+/// are included.
 fn most(cap: u64, time: Duration) -> u64 {
     let time = time + memferry_stages::token_bucket::BURST;
     u64::try_from(u128::from(cap) * time.as_nanos() / 1_000_000_000).unwrap() + (128 << 10)
@@ -106,7 +107,7 @@ fn changes(ends: &Ends) -> Vec<String> {
 
 #[test]
 fn a_migration_gets_a_cap_another_one_and_none_again() {
-    // Without a cap a round may leave nothing dirty, which must not switch it over either.
+    // Without a bandwidth limit a round may leave nothing dirty, which must not cause a switchover either.
     let least = Duration::from_nanos(1);
     let uncapped =
         SourceSettings { max_bandwidth: None, downtime_limit: least, max_downtime: Some(least), ..endless() };
@@ -116,10 +117,10 @@ fn a_migration_gets_a_cap_another_one_and_none_again() {
         let mut before = None;
         for cap in [Some(2 * MIB), Some(8 * MIB), None] {
             control.set([Change::MaxBandwidth(cap)]).await.unwrap();
-            // The round that is being sent began before the change.
+            // The round in progress began before the change.
             let first = rounds.lock().unwrap().len() + 1;
             let since = || rounds.lock().unwrap().get(first..).unwrap_or_default().to_vec();
-            // With more bandwidth than before a round comes that the cap before does not let pass.
+            // With more bandwidth there is a round that the previous limit would not let pass.
             let is_faster = |(bytes, time): &(u64, Duration)| before.is_none_or(|before| *bytes > most(before, *time));
             until(&control, "a round at another bandwidth", |_| since().iter().any(is_faster)).await;
             let keeps = |(bytes, time): &(u64, Duration)| cap.is_none_or(|cap| *bytes <= most(cap, *time));
@@ -150,7 +151,7 @@ fn a_deadline_ends_it() {
         rounds_run(&control).await;
         let past = control.set([Change::Deadline(Some(MS))]).await.unwrap_err();
         assert!(matches!(&past, ControlError::Invalid { key: "deadline", why } if why.contains("gone")), "{past}");
-        // A deadline that has passed before it is set is refused.
+        // A deadline that has already passed is refused.
         let soon = || [Change::Deadline(Some(control.status().elapsed + Duration::from_secs(1)))];
         while control.set(soon()).await.is_err() {}
     });
@@ -160,14 +161,14 @@ fn a_deadline_ends_it() {
 
 #[test]
 fn a_deadline_that_is_taken_away_ends_nothing() {
-    // A machine that is too busy to take it away in time gets more of it.
+    // A machine that is too busy to remove the deadline in time gets more time.
     let mut deadline = 1000 * MS;
     while !is_taken_away(deadline) {
         deadline *= 2;
     }
 }
 
-/// Takes a deadline away, and sees that it ends nothing when it passes; false if it had ended everything before.
+/// Removes a deadline, and checks that nothing ends when it passes; false if it had already ended the migration.
 fn is_taken_away(deadline: Duration) -> bool {
     let settings = SourceSettings { deadline: Some(deadline), on_deadline: OnDeadline::Cancel, ..endless() };
     let is_taken = &AtomicBool::new(false);
@@ -188,7 +189,7 @@ fn is_taken_away(deadline: Duration) -> bool {
     taken
 }
 
-/// The last figures that an end reports, which come before its end.
+/// The last figures that an end reports, before its end.
 fn last_progress(ends: &Ends, of: Role) -> Progress {
     let figures = |(role, event): &(Role, Event)| match event {
         Event::Progress(progress) if *role == of => Some(progress.clone()),
@@ -229,7 +230,7 @@ fn a_throttle_above_its_ceiling_is_lowered_at_once() {
     assert_eq!(levels[lowered..], [10, 0], "at the ceiling nothing rises, and the end lifts it");
 }
 
-/// 16 MiB, of which a set of 1500 pages is written all the time, a little each time.
+/// 16 MiB, with a set of 1500 pages that is written continuously, a little each time.
 fn warm() -> Arc<Workload> {
     let writer = WriterSettings {
         pattern: Pattern::Uniform,
@@ -261,7 +262,8 @@ fn a_cache_grows_and_shrinks_and_the_destination_stays_exact() {
     };
     let (recorder, rounds) = of_rounds(|tally, _| (tally.xbzrle_misses, tally.pages));
     let ends = asked(warm(), settings, recorder, |control| async move {
-        // How many of the latest 1000 pages are missed, in percent. The rounds that come after a change show the cache what there
+        // The share of misses among the latest 1000 pages, in percent. The rounds after a change fill the cache over
+        // time.
         // is, sooner or later.
         let come_to = |what: &'static str, is_so: fn(u64) -> bool| {
             let (from, rounds) = (rounds.lock().unwrap().len(), rounds.clone());
@@ -326,7 +328,7 @@ fn in_the_first_round_it_switches_over_at_once_and_sends_the_round_as_fast_as_it
         until(&control, "it is active", |status| status.phase == Phase::Active).await;
         control.switch_over().await.unwrap();
         until(&control, "it is paused", |status| status.phase == Phase::Switchover).await;
-        // Two minutes are left at that rate. Only what helps the paused guest can be changed.
+        // Two minutes remain at that rate. Only settings that help the paused guest can be changed.
         let late = control.set([Change::DowntimeLimit(2 * MS)]).await.unwrap_err();
         assert!(matches!(&late, ControlError::TooLate(why) if why.contains("downtime_limit")), "{late}");
         control.set([Change::SwitchoverBandwidth(SwitchoverBandwidth::Unlimited)]).await.unwrap();

@@ -1,5 +1,5 @@
-//! A guest that writes faster than the wire carries, and each way in which such a migration may end. Whatever the end, nobody
-//! holds the guest back any more.
+//! A guest whose dirty rate is above the bandwidth, and each possible end of such a migration. Whatever the end, the
+//! guest is no longer throttled.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -67,7 +67,7 @@ fn decided(ends: &Ends) -> Vec<Decided> {
     ends.events.iter().filter_map(decided).collect()
 }
 
-/// A recorder that does something when the source says that it throttles.
+/// A recorder that calls a function when the source reports a throttle.
 fn at_the_throttle(act: impl Fn() + Send + Sync + 'static) -> Recorder {
     Recorder::calling(move |role, event| {
         let throttles = matches!(event, Event::Decided(Decided { decision: Decision::Throttle(_), .. }));
@@ -120,7 +120,7 @@ fn it_is_cancelled_and_goes_on() {
     let (guest, ends) = ended_by(&[StallStep::Cancel]);
     assert_eq!(ends.source.phase, Phase::Cancelled, "{:?}", ends.source.error);
     let why = ends.source.error.clone().unwrap();
-    // Whether a round leaves a page less than the one before is chance where all of them are dirty.
+    // Where all pages are dirty, it is random whether a round leaves one page fewer than the round before.
     let stall =
         why.contains("brought no new least of what remains") || why.contains("at the pace of the last 1 rounds");
     assert!(stall && why.contains("; expected downtime "), "{why}");
@@ -179,7 +179,7 @@ fn the_throttle_is_lifted_when_it_fails() {
 #[test]
 fn the_switchover_has_a_bandwidth_of_its_own() {
     let guest = Arc::new(Hot::new());
-    // Every page is dirty after the one round, and would take four seconds at its bandwidth.
+    // Every page is dirty after the one round, and would take four seconds at this bandwidth.
     let faster = SourceSettings {
         max_bandwidth: Some(512 << 10),
         switchover_bandwidth: memferry::settings::SwitchoverBandwidth::AtMost(160 << 20),

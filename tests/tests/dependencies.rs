@@ -1,11 +1,11 @@
-//! What a VMM pulls in with the engine: the crates that `memferry` needs with its default features.
+//! The crates that a VMM depends on through the engine: those that `memferry` needs with its default features.
 
 use std::collections::BTreeSet;
 use std::process::Command;
 
-/// The most crates that the engine may need, itself and this workspace's own included.
+/// The most crates that the engine may need, itself and this workspace's crates included.
 const MOST: usize = 80;
-/// Crates of command lines, configuration files, pages, terminals and servers: they belong to the program.
+/// Crates for command lines, configuration files, pages, terminals and servers: they belong to the program.
 const FORBIDDEN: [&str; 8] = ["clap", "crossterm", "hyper", "maud", "ratatui", "rustls", "serde_json", "toml"];
 
 /// The names of the crates that a package needs to be built as a dependency, each once.
@@ -15,7 +15,7 @@ fn needed(package: &str) -> BTreeSet<String> {
     let output = Command::new(env!("CARGO")).args(arguments).current_dir(env!("CARGO_MANIFEST_DIR")).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let tree = String::from_utf8(output.stdout).unwrap();
-    // A crate that was listed before is marked with "(*)".
+    // A repeated crate is marked with "(*)".
     let crates = tree.lines().filter_map(|line| line.split_once(' '));
     crates.map(|(name, rest)| format!("{name} {}", rest.split(' ').next().unwrap_or_default())).collect()
 }
@@ -28,7 +28,7 @@ fn the_engine_needs_few_crates_and_none_of_a_program() {
     assert_eq!(engine.iter().filter(is_forbidden).count(), 0, "{engine:?}");
 }
 
-/// The check above sees what it looks for: the program needs them.
+/// Confirms that the check above detects these crates: the program needs them.
 #[test]
 fn the_program_needs_them() {
     let program = needed("memferry-cli");
@@ -37,7 +37,7 @@ fn the_program_needs_them() {
     }
 }
 
-/// Each crate knows only those below it.
+/// Each crate depends only on those below it.
 #[test]
 fn dependencies_between_the_crates_run_one_way() {
     let below = |package: &str| -> BTreeSet<_> {

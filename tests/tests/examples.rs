@@ -1,4 +1,4 @@
-//! The examples, run as whoever reads them would. `cargo test` builds them with everything else.
+//! The examples, run as a reader would run them. `cargo test` builds them with everything else.
 
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -10,13 +10,13 @@ use rustix::process::{Pid, Signal, kill_process};
 /// The program of an example, built beside this test.
 ///
 /// # Panics
-/// If it was not built since its code has changed: `cargo test --test examples` alone does not build it.
+/// If it was not built since its code changed: `cargo test --test examples` alone does not build it.
 fn example(name: &str) -> PathBuf {
     let test = std::env::current_exe().unwrap();
     let example = test.parent().unwrap().parent().unwrap().join("examples").join(name);
     let advice = format!("{} is not up to date: run cargo build --examples first", example.display());
     let made = fs::metadata(&example).and_then(|file| file.modified()).expect(&advice);
-    // What cargo says that it was made from.
+    // The sources that cargo lists for it.
     let from = fs::read_to_string(example.with_extension("d")).expect(&advice);
     let from = from.lines().next().and_then(|line| line.split_once(": ")).expect(&advice).1.replace("\\ ", "\0");
     let is_older =

@@ -1,5 +1,6 @@
-//! Trouble in the middle of whole migrations, against writers that never rest: after every failure the source guest goes on
-//! as it was, nothing was started elsewhere, the error says what failed, and the next migration moves every byte.
+//! Faults in the middle of whole migrations, with writers that never rest. After every failure the source guest
+//! continues as it was, nothing was started elsewhere, the error says what failed, and the next migration moves every
+//! byte.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -14,9 +15,9 @@ use tokio_util::sync::CancellationToken;
 
 /// No migration here takes this long unless it hangs.
 const HANG: Duration = Duration::from_secs(60);
-/// Two blocks whose lengths are no multiple of a page; two stretches, so that lanes have work.
+/// Two blocks whose lengths are not multiples of a page; two stretches, so that several lanes have work.
 const LENGTHS: [u64; 2] = [(5 << 20) + 100, 4097];
-/// Places where a stream is cut, in each direction and with each number of lanes.
+/// The number of places at which a stream is cut, in each direction and with each number of lanes.
 const CUTS: u64 = 40;
 
 fn settings(lanes: u16) -> SourceSettings {
@@ -27,7 +28,7 @@ fn source() -> TestGuest {
     TestGuest::source(PageSize::DEFAULT, &LENGTHS).paced(Duration::from_micros(500))
 }
 
-/// A migration over a transport in memory.
+/// A migration over an in-memory transport.
 struct Trial {
     transport: MemoryTransport,
     settings: SourceSettings,
@@ -63,7 +64,7 @@ impl Trial {
     }
 }
 
-/// The same source, without trouble: every byte arrives.
+/// The same source, without faults: every byte arrives.
 #[track_caller]
 fn moves_now(source: &Arc<TestGuest>, lanes: u16) {
     let destination = Arc::new(TestGuest::destination());
@@ -83,7 +84,7 @@ fn says(error: Option<&String>, words: &[&str]) {
 
 // ---- the connection ----
 
-/// The bytes that an undisturbed migration moves in a direction.
+/// The bytes that an undisturbed migration moves in one direction.
 fn bytes_moved(lanes: u16, direction: Direction) -> u64 {
     let trial = Trial::new(lanes);
     let faults = trial.faults();
@@ -97,7 +98,7 @@ fn cut_everywhere(lanes: u16, direction: Direction) {
     let mut source = self::source().running(2);
     let mut failed = 0;
     for cut in 0..CUTS {
-        // The ends, where the talking is, are cut byte by byte; the rest evenly.
+        // Both ends of the stream, with the handshakes, are cut byte by byte; the rest is cut evenly.
         let after = match cut {
             0..5 => 1 + 40 * cut,
             35.. => all.saturating_sub((CUTS - cut) * 7).max(1),
@@ -115,7 +116,7 @@ fn cut_everywhere(lanes: u16, direction: Direction) {
             }
             moves_now(&source, lanes);
         } else {
-            // How much is acknowledged, and how often, depends on the machine's pace.
+            // The amount and frequency of acknowledgements depend on the machine's speed.
             all = all.min(faults.delivered(direction));
         }
         source = self::source().running(2);
@@ -144,8 +145,8 @@ fn cut_on_the_return_path_with_three_lanes() {
     cut_everywhere(3, Direction::ToSource);
 }
 
-/// Stalls the direction when the source enters a phase, and does `then` a little later. When the source has ended the connection is
-/// cut, so that the destination learns of it.
+/// Stalls the direction when the source enters a phase, and calls `then` a little later. When the source has ended,
+/// the connection is cut, so that the destination notices.
 fn stalled(
     lanes: u16,
     direction: Direction,
@@ -190,7 +191,7 @@ fn a_stall_that_ends_costs_time_only() {
     }
 }
 
-/// Releases both: a direction that is not stalled does not mind.
+/// Releases both directions; a direction that is not stalled is unaffected.
 fn direction_of(faults: &Faults) -> Direction {
     faults.release(Direction::ToSource);
     Direction::ToDestination
@@ -200,7 +201,7 @@ fn direction_of(faults: &Faults) -> Direction {
 fn a_stall_does_not_hold_up_a_cancel() {
     for direction in [Direction::ToDestination, Direction::ToSource] {
         for (lanes, at) in [(1, Phase::Setup), (3, Phase::Active), (1, Phase::Switchover)] {
-            // A source that waits for the stall to end hangs.
+            // A source that waits for the stall to end would hang.
             let (ends, source) = stalled(lanes, direction, at, |_, cancel| cancel.cancel());
             assert_eq!(ends.source.phase, Phase::Cancelled, "{direction:?} at {at:?}: {:?}", ends.source.error);
             if at == Phase::Switchover {
@@ -281,7 +282,7 @@ fn a_page_that_is_damaged_at_the_destination_is_found_and_named() {
         let destination = Arc::new(TestGuest::destination());
         let mut trial = Trial::new(1);
         let victim = destination.clone();
-        // With one lane the Switchover is told when every page is in place, before digests are compared.
+        // With one lane, Switchover is reported when every page is in place, before digests are compared.
         trial.recorder = Recorder::calling(move |role, event| {
             if (role, event) == (Role::Destination, &Event::Phase(Phase::Switchover)) {
                 victim.corrupt(block, offset);
@@ -319,7 +320,7 @@ fn memory_that_fails_or_panics_at_the_source_is_named() {
 
 #[test]
 fn memory_that_panics_under_the_digests_is_survived_at_both_ends() {
-    // Before the first page, and in the pause: nobody writes, so that only the digests read the page then.
+    // Before the first page, and in the pause: there are no writes then, so that only the digests read the page.
     let troubled =
         [source().troubled(Trouble::ReadPanics(70)), source().troubled_from(Told::Save, Trouble::ReadPanics(70))];
     for source in troubled {
@@ -341,7 +342,7 @@ fn memory_that_panics_under_the_digests_is_survived_at_both_ends() {
     assert!(source.runs() && !destination.was_told(Told::Start));
 }
 
-/// Without writers to wait for.
+/// A guest without writers to wait for.
 fn migrate_once(source: &Arc<TestGuest>, destination: &Arc<TestGuest>) -> Ends {
     let transport = Arc::new(MemoryTransport::new(64 << 10));
     let runtime = tokio::runtime::Runtime::new().unwrap();

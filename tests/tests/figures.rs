@@ -1,4 +1,5 @@
-//! Figures of whole migrations: what holds one up is named, and after an end nothing is as it was on the way.
+//! Figures of whole migrations: they name the bottleneck, and after the end no figure keeps its value of the running
+//! migration.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -55,7 +56,7 @@ fn transport() -> MemoryTransport {
     MemoryTransport::new(64 << 10)
 }
 
-/// The greatest share, the processor's aside: other tests use that too.
+/// The greatest share, except the processor's: other tests load it too.
 fn cause(bottleneck: &Bottleneck) -> Option<Cause> {
     let shares = bottleneck.shares().filter(|(cause, _)| *cause != Cause::Processor);
     shares.max_by(|a, b| a.1.total_cmp(&b.1)).map(|(cause, _)| cause)
@@ -92,7 +93,7 @@ fn a_guest_that_is_waited_for_is_named() {
     assert_eq!(cause(&ends.source.bottleneck), Some(Cause::Guest), "{}", ends.source.bottleneck);
 }
 
-/// Nothing moves in these directions until the latest figures name this cause for more than half of their time.
+/// Stalls these directions until the latest figures name this cause for more than half of their time.
 fn stalled(directions: &'static [Direction], wanted: Cause) {
     let transport = transport();
     let faults: Faults = transport.faults();
@@ -160,7 +161,7 @@ fn a_destination_counts_the_rounds_there_are_and_what_remains_of_the_first() {
 
 #[test]
 fn no_figures_are_of_a_round_0() {
-    // A guest with hints is synced before the first round, while figures are taken already.
+    // A guest with hints has a sync before the first round, while figures are already taken.
     let free = Some(FreeSettings { share: 0.5, turns_per_second: 0.0, range_pages: 16 });
     let source = Workload::source(WorkloadSettings { memory: 4 * MIB, free, ..WorkloadSettings::default() }).unwrap();
     let ends = moved(source, Workload::destination(), settings(), transport(), Recorder::default());

@@ -1,5 +1,5 @@
-//! Peers and files that mean harm: strangers at the door, frames that cannot be, files cut short or with one bit flipped.
-//! Nothing here panics, hangs, starts a guest or takes more memory than it said.
+//! Malicious peers and files: unexpected clients, invalid frames, files that are truncated or have one bit flipped.
+//! None of them causes a panic, a hang, a guest's start or more memory than the reported bound.
 
 use std::io::Write;
 use std::net::{Shutdown, TcpStream};
@@ -34,7 +34,7 @@ use memferry_transports::tcp::TcpTransport;
 use tokio_util::sync::CancellationToken;
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
-/// Nothing that is waited for here takes this long unless it hangs.
+/// No wait here takes this long unless something hangs.
 const HANG: Duration = Duration::from_secs(60);
 const LENGTH: u64 = (512 << 10) + 5;
 
@@ -47,7 +47,7 @@ fn block_on<T>(test: impl Future<Output = T>) -> T {
     runtime.block_on(async { tokio::time::timeout(10 * HANG, test).await.expect("it hangs") })
 }
 
-/// A stream with full pages, compressed ones and deltas.
+/// A stream with raw pages, compressed ones and deltas.
 async fn recording() -> Recording {
     let guest = TestGuest::source(PageSize::DEFAULT, &[LENGTH]).paced(Duration::from_micros(200)).running(1);
     let recording = Recording::of(guest, source_settings(1, 1)).await;
@@ -57,11 +57,11 @@ async fn recording() -> Recording {
     recording
 }
 
-// ---- strangers at the door ----
+// ---- unexpected clients ----
 
-/// What strangers do to a port. Some stay, and say nothing.
+/// The behaviour of unexpected clients on a port. Some stay connected and send nothing.
 fn knock(number: usize, address: &str, dice: &mut Rng) -> Option<TcpStream> {
-    // When the real peer is there, nobody listens any more.
+    // Once the real peer is connected, nothing listens any more.
     let mut stranger = TcpStream::connect(address).ok()?;
     let hello = hello(PROTOCOL_VERSION, SessionId([7; 16]), 0, 1, 1);
     let said = match number % 6 {
@@ -72,7 +72,7 @@ fn knock(number: usize, address: &str, dice: &mut Rng) -> Option<TcpStream> {
         4 => hello[..HEAD_BYTES + 1].to_vec(),
         _ => return Some(stranger),
     };
-    // It may have been turned away already.
+    // It may already have been refused.
     drop(stranger.write_all(&said));
     if number % 6 == 3 {
         return Some(stranger);
@@ -106,7 +106,7 @@ fn two_hundred_strangers_do_not_keep_the_real_peer_out() {
             let knock = move |number| knock(number, &address, &mut dice);
             tokio::task::spawn_blocking(move || numbers.filter_map(knock).collect::<Vec<_>>())
         };
-        // Half of them are there before the source, the others come beside it.
+        // Half of them connect before the source, the others at the same time.
         let early = strangers(0..100).await.unwrap();
         let words = ["not a memferry stream", "without a word"];
         let are_said =
@@ -139,7 +139,7 @@ fn connections_that_stay_silent_make_room_for_the_real_peer() {
         let address = listener.local_address();
         let address = address.strip_prefix("tcp:").unwrap_or(&address).to_owned();
         let port = address.rsplit(':').next().unwrap().parse().unwrap();
-        // They would be waited for far longer than this test may take.
+        // The destination would wait for them far longer than this test may take.
         let settings = DestinationSettings { hello_timeout: HANG * 10, ..destination_settings() };
         let cancel = CancellationToken::new();
         let receiving =
@@ -155,7 +155,7 @@ fn connections_that_stay_silent_make_room_for_the_real_peer() {
     assert!(source.bytes() == destination.bytes(), "the two memories differ");
 }
 
-/// Why some were turned away, and how many, for each event.
+/// The reasons for refusals, and their number, for each event.
 fn turned_away(recorder: &Recorder) -> Vec<(String, u64)> {
     let why = |event| if let Event::TurnedAway { why, count, .. } = event { Some((why, count)) } else { None };
     recorder.events().into_iter().filter_map(|(_, event)| why(event)).collect()
@@ -173,8 +173,8 @@ fn a_peer_that_cannot_be_taken_hears_why_and_the_wait_goes_on() {
         (lanes(u16::MAX), &["number of lanes is 65535"]),
         (hello(1, mine, 0, 1, 64).to_vec(), &["64 lanes", "at most 8"]),
         (Message::Ready.encode(0).to_vec(), &["not Hello"]),
-        // The first connection of a migration of two is taken, then one that says otherwise, then the same again. One that is
-        // turned away between them leaves the first time to be counted.
+        // The first connection of a migration of two is accepted, then one that contradicts it, then the same again.
+        // One that is refused between them leaves the first time to be counted.
         (hello(1, mine, 0, 2, 2).to_vec(), &[]),
         (Message::Ready.encode(0).to_vec(), &["not Hello"]),
         (hello(1, mine, 1, 3, 3).to_vec(), &["contradicts"]),
@@ -196,7 +196,7 @@ fn a_peer_that_cannot_be_taken_hears_why_and_the_wait_goes_on() {
             let mut hand = Hand::connect(&transport).await;
             hand.send(&said).await;
             if words.is_empty() {
-                // It is read before the next one is there.
+                // It is read before the next one connects.
                 while transport.faults().delivered(Direction::ToDestination) < before + said.len() as u64 {
                     tokio::time::sleep(Duration::from_millis(1)).await;
                 }
@@ -214,7 +214,7 @@ fn a_peer_that_cannot_be_taken_hears_why_and_the_wait_goes_on() {
         assert_eq!(receiving.await.unwrap().phase, Phase::Completed);
     });
     assert!(source.bytes() == destination.bytes(), "the two memories differ");
-    // The first of each kind is told at once, and the others are counted.
+    // The first of each kind is reported at once, and the others are counted.
     let told = turned_away(&recorder);
     assert_eq!(told.iter().map(|(_, count)| count).sum::<u64>(), 8, "{told:?}");
     for word in ["protocol version 2", "number of lanes is 0", "at most 8", "contradicts", "not Hello", "there already"]
@@ -251,9 +251,9 @@ fn a_guest_that_is_larger_than_the_host_is_refused_before_anything_is_allocated(
     assert!(destination.told().is_empty(), "{:?}", destination.told());
 }
 
-// ---- frames that cannot be ----
+// ---- invalid frames ----
 
-/// A control frame with other fields and good checksums.
+/// A control frame with changed fields and valid checksums.
 fn resealed(frame: &[u8], change: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
     let mut fields = frame[HEAD_BYTES..frame.len() - 8].to_vec();
     change(&mut fields);
@@ -262,21 +262,21 @@ fn resealed(frame: &[u8], change: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
     [&with_length(frame, body.len())[..], &body].concat()
 }
 
-/// A frame's head with another length and a good checksum.
+/// A frame's head with a changed length and a valid checksum.
 fn with_length(frame: &[u8], length: usize) -> [u8; HEAD_BYTES] {
     let mut head = *frame.first_chunk::<HEAD_BYTES>().unwrap();
     head[4..8].copy_from_slice(&u32::try_from(length).unwrap().to_le_bytes());
     sealed(head)
 }
 
-/// A head whose checksum is right.
+/// A head with a valid checksum.
 fn sealed(mut head: [u8; HEAD_BYTES]) -> [u8; HEAD_BYTES] {
     let checksum = xxh3_64_with_seed(&head[..8], u64::from_le_bytes(*b"mferry-1"));
     head[8..].copy_from_slice(&checksum.to_le_bytes());
     head
 }
 
-/// A Pages frame with one byte changed before or in its payload, and good checksums.
+/// A Pages frame with one byte changed before or in its payload, and valid checksums.
 fn pages_resealed(frame: &[u8], dice: &mut Rng) -> Vec<u8> {
     let mut body = frame[HEAD_BYTES..].to_vec();
     let before_payload = head_bytes(body.first_chunk::<FIXED_BYTES>().unwrap());
@@ -295,7 +295,7 @@ fn pages_resealed(frame: &[u8], dice: &mut Rng) -> Vec<u8> {
     [&frame[..HEAD_BYTES], &body].concat()
 }
 
-/// What a peer might make of a frame. The flag says whether it must be refused by whoever reads it.
+/// The possible changes of a frame by a malicious peer. The flag says whether the reader must refuse it.
 fn hostile(frame: &[u8], dice: &mut Rng) -> (Vec<u8>, bool) {
     let mut bytes = frame.to_vec();
     let kind = Kind::from_u8(frame[0]).unwrap();
@@ -306,7 +306,7 @@ fn hostile(frame: &[u8], dice: &mut Rng) -> (Vec<u8>, bool) {
             bytes[at] ^= 1 << dice.usize(..8);
             (bytes, true)
         }
-        // An early end.
+        // Truncation.
         2 => {
             bytes.truncate(1 + dice.usize(..bytes.len() - 1));
             (bytes, true)
@@ -316,7 +316,7 @@ fn hostile(frame: &[u8], dice: &mut Rng) -> (Vec<u8>, bool) {
             let count = 1 + dice.usize(..200);
             (noise(dice, count), true)
         }
-        // Any head with a good checksum.
+        // A random head with a valid checksum.
         4 => {
             let mut head = [0; HEAD_BYTES];
             head[..8].copy_from_slice(&dice.u64(..).to_le_bytes());
@@ -325,13 +325,13 @@ fn hostile(frame: &[u8], dice: &mut Rng) -> (Vec<u8>, bool) {
             bytes[..HEAD_BYTES].copy_from_slice(&sealed(head));
             (bytes, false)
         }
-        // Any length, with a good checksum.
+        // A random length, with a valid checksum.
         5 => {
             let length = usize::try_from(dice.u64(..) >> (32 + dice.usize(..31))).unwrap() & 0xffff_ffff;
             bytes[..HEAD_BYTES].copy_from_slice(&with_length(frame, length));
             (bytes, false)
         }
-        // Any field, with good checksums.
+        // A random field, with valid checksums.
         _ if kind == Kind::Pages => (pages_resealed(frame, dice), false),
         _ => {
             let bytes = resealed(frame, |fields| {
@@ -346,7 +346,7 @@ fn hostile(frame: &[u8], dice: &mut Rng) -> (Vec<u8>, bool) {
     }
 }
 
-/// A receiver and a loader of one lane: what they make of a stream.
+/// A receiver and a loader of one lane: their result for a stream.
 async fn read(memory: &GuestMemory, stream: &[u8], pool: &BufferPool) -> Result<(), String> {
     let reader = FrameReader::new(stream, "the stream".into(), PageSize::DEFAULT);
     let lanes = LaneMap::new(1, PageSize::DEFAULT);
@@ -392,7 +392,8 @@ fn ten_thousand_hostile_frames() {
     assert!(pool.peak_bytes() <= pool.bound_bytes());
 }
 
-/// Hands a destination what a hostile source might send. The source is gone when it hears that it worked.
+/// Sends a malicious source's frames to a destination. The source disconnects when it receives Loaded, or at the end
+/// of the stream.
 async fn receive(stream: &[u8]) -> (Ended, Arc<TestGuest>, u64) {
     let guest = Arc::new(TestGuest::destination());
     let transport = MemoryTransport::new(64 << 10);
@@ -497,7 +498,7 @@ fn a_file_with_one_bit_flipped_anywhere_starts_nothing() {
             let frame = number % recording.frames.len();
             let mut frames = recording.frames.clone();
             let mut damaged = frames[frame].to_vec();
-            // Head, fields and payload by turns.
+            // Head, fields and payload in turn.
             let at = match number / recording.frames.len() % 3 {
                 0 => dice.usize(..HEAD_BYTES),
                 1 => HEAD_BYTES + dice.usize(..(damaged.len() - HEAD_BYTES).min(MIN_HEAD_BYTES)),
@@ -534,7 +535,8 @@ fn another_page_size_is_refused_with_both_figures() {
     let source = TestGuest::source(PageSize::new(8192).unwrap(), &[LENGTH]).running(1);
     let destination = Arc::new(TestGuest::destination());
     let ends = block_on(async {
-        // A destination with a fixed page size is turned away at Hello, and the source hears it.
+        // A source with a different page size is refused at Hello by a destination with a fixed one, and receives the
+        // error.
         let transport = MemoryTransport::new(64 << 10);
         let listener = transport.listen().await.unwrap();
         let settings = DestinationSettings { page_size: Some(PageSize::DEFAULT), ..destination_settings() };
@@ -553,7 +555,7 @@ fn another_page_size_is_refused_with_both_figures() {
     assert!(error.contains("8192") && error.contains("4096"), "{error}");
     assert_eq!(ends.1.phase, Phase::Cancelled, "the wait went on");
     source.wait_for_writes();
-    // And one that takes what comes, takes it.
+    // A destination without a fixed page size accepts it.
     let ends = block_on(migrate(
         source.clone(),
         destination.clone(),

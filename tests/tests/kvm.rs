@@ -1,5 +1,5 @@
-//! A virtual machine moves while it runs, with each dirty log, and survives what goes wrong: its own program checks every
-//! page. Skipped where there is no KVM.
+//! A virtual machine moves while it runs, with each dirty log, and survives failures: its own program checks every
+//! page. Skipped without KVM.
 
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
@@ -22,12 +22,12 @@ const HANG: Duration = Duration::from_secs(300);
 const LOGS: [KvmLogChoice; 4] =
     [KvmLogChoice::DirtyLog, KvmLogChoice::DirtyRing, KvmLogChoice::Userfault, KvmLogChoice::Hash];
 
-/// A machine whose two vCPUs write as fast as they can; `None`, and said so, where there is no KVM.
+/// A machine whose two vCPUs write as fast as they can; `None`, with a message, without KVM.
 fn machine(dirty_log: KvmLogChoice) -> Option<Arc<KvmGuest>> {
     machine_with(dirty_log, KvmSettings::default())
 }
 
-/// As [`machine`], with what else `more` says.
+/// As [`machine`], with the additional settings of `more`.
 fn machine_with(dirty_log: KvmLogChoice, more: KvmSettings) -> Option<Arc<KvmGuest>> {
     let settings = KvmSettings { memory: 16 << 20, vcpus: 2, region: 4 << 20, ..more };
     made(KvmSettings { pages_per_second: 0.0, bytes: 32, dirty_log, ..settings })
@@ -47,7 +47,7 @@ fn made(settings: KvmSettings) -> Option<Arc<KvmGuest>> {
     }
 }
 
-/// Compression first, deltas then, over a wire that is too slow for the guest until rounds are few.
+/// Compression in the first round, then deltas, over a wire that is too slow for the guest until rounds are few.
 fn settings() -> SourceSettings {
     let downtime_limit = Duration::from_millis(10);
     SourceSettings { max_bandwidth: Some(2 << 20), downtime_limit, max_rounds: 4, ..source_settings(2, 2) }
@@ -67,7 +67,7 @@ fn until(guest: &KvmGuest, holds: impl Fn(&KvmStatus) -> bool) -> KvmStatus {
     }
 }
 
-/// It goes on from where it was, and its check finds no fault.
+/// The machine continues from where it was, and its check finds no fault.
 #[track_caller]
 fn goes_on(guest: &KvmGuest, from: &KvmStatus) -> KvmStatus {
     until(guest, |status| status.running && status.pass >= from.pass + 3 && status.ticks > from.ticks)
@@ -94,7 +94,8 @@ fn rounds(ends: &Ends) -> Vec<RoundTally> {
     ends.events.iter().filter_map(sent).collect()
 }
 
-/// A recorder that holds the source up behind the first round, until the machine has written all of its region once more.
+/// A recorder that delays the source after the first round, until the machine has written all of its region once
+/// more.
 fn outruns_the_first_round(source: &Arc<KvmGuest>) -> Recorder {
     let source = source.clone();
     Recorder::calling(move |role, event| {
@@ -145,8 +146,8 @@ fn a_machine_moves_with_each_dirty_log_while_it_outruns_the_wire() {
     }
 }
 
-/// A machine of 4.5 GiB that touches 3 MiB: its region ends half a mebibyte behind the hole in physical memory below 4 GiB, and
-/// the second of three vCPUs steps over it.
+/// A machine of 4.5 GiB that touches 3 MiB: its region ends half a mebibyte after the hole in physical memory below 4
+/// GiB, and the second of three vCPUs crosses the hole.
 #[test]
 fn a_region_that_reaches_over_the_hole_below_4_gib_moves_with_each_dirty_log() {
     const PAGES: u64 = 128;
@@ -168,7 +169,7 @@ fn a_region_that_reaches_over_the_hole_below_4_gib_moves_with_each_dirty_log() {
         let (destination, ends) = moves_whole(&source, dirty_log, settings_without_cap());
         let sent: u64 = rounds(&ends).iter().map(|round| round.raw + round.compressed + round.xbzrle).sum();
         assert!((2 * PAGES..20 * PAGES).contains(&sent), "{dirty_log:?}: {sent} pages that are not zero");
-        // The last page of the region and the first behind the hole bear the number of a pass.
+        // The last page of the region and the first after the hole contain the number of a pass.
         for page in [0, PAGES - 1] {
             let mut content = [0; 4096];
             destination.memory().block(1).memory.read_page(layout.page_size(), page, &mut content).unwrap();
@@ -201,7 +202,7 @@ fn a_machine_goes_on_at_its_source_when_the_connection_breaks() {
         until(&source, |status| status.pass >= 1);
         let transport = MemoryTransport::new(64 << 10);
         let faults = transport.faults();
-        // In the last round: the guest is paused, its state on its way.
+        // In the last round: the guest is paused, its state is in flight.
         let recorder = Recorder::calling(move |role, event| {
             if (role, event) == (Role::Source, &Event::Paused) {
                 faults.cut();
@@ -234,7 +235,7 @@ fn a_machine_that_was_paused_by_its_operator_arrives_paused() {
     goes_on(destination, &paused);
 }
 
-/// Its program takes pages of its free memory and gives them back, and checks them, all the time; what is free is hinted.
+/// Its program continuously allocates, checks and frees pages of its free memory; free pages are hinted.
 #[test]
 fn free_unplugged_and_shared_memory_of_a_machine_does_not_travel_and_what_it_uses_does() {
     let all = [KvmLogChoice::DirtyLog, KvmLogChoice::DirtyRing, KvmLogChoice::Userfault, KvmLogChoice::Hash];
@@ -249,8 +250,8 @@ fn free_unplugged_and_shared_memory_of_a_machine_does_not_travel_and_what_it_use
         };
         let Some(mut source) = machine_with(dirty_log, more) else { return };
         until(&source, |status| status.pass >= 3);
-        // Twice, for the destination must know which pages are in use as well as the source does. On a busy host the scanner may be
-        // through before the balloon says a word, though not every time.
+        // Two runs, because the destination must know which pages are in use as well as the source does. On a busy
+        // host the scanner may complete before the balloon's first report, though not every time.
         let (mut moves, mut hinted) = (0, 0);
         while moves < 2 || (dirty_log != KvmLogChoice::Hash && hinted == 0 && moves < 20) {
             moves += 1;

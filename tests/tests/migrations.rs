@@ -1,4 +1,4 @@
-//! Whole migrations over every transport, against writers that never rest: what arrives is what was there, to the last
+//! Whole migrations over every transport, with writers that never rest: the memory arrives unchanged, to the last
 //! byte.
 
 use std::sync::Arc;
@@ -19,7 +19,7 @@ use memferry_transports::memory::MemoryTransport;
 use memferry_transports::{Address, Transport, open};
 use tokio_util::sync::CancellationToken;
 
-/// Two blocks whose lengths are no multiple of a page.
+/// Two blocks whose lengths are not multiples of a page.
 const LENGTHS: [u64; 2] = [(24 << 20) + 100, (5 << 20) + 4097];
 
 struct Moved {
@@ -50,7 +50,7 @@ impl Moved {
         self.ends.events.iter().filter_map(tally).collect()
     }
 
-    /// Everything that holds after every migration that completes.
+    /// The properties of every migration that completes.
     #[track_caller]
     fn check(&self) {
         let Moved { ends, source, destination } = self;
@@ -147,7 +147,7 @@ fn every_page_size() {
     }
 }
 
-/// All four combinations of compression and deltas, and what each may send in which round.
+/// All four combinations of compression and deltas, and the encodings that each may use in each round.
 #[test]
 fn compression_in_the_first_round_and_deltas_after_it() {
     let xbzrle = XbzrleSettings { cache_bytes: 64 << 20, on_miss: OnMiss::Raw, cache_first_round: true };
@@ -202,7 +202,7 @@ fn a_bandwidth_cap_bounds_what_goes_over_the_wire() {
     assert!(rate < 1.1 * f64::from(64 << 20), "{rate} bytes a second");
 }
 
-/// Two threads, and no async code of the caller's.
+/// Two threads, and no async code in the caller.
 #[test]
 fn a_guest_is_moved_between_threads_without_a_runtime_of_the_callers() {
     let writer = WriterSettings { pattern: Pattern::Uniform, pages_per_second: 5e3, bytes: 64, region: Region::ALL };
@@ -224,7 +224,7 @@ fn a_guest_is_moved_between_threads_without_a_runtime_of_the_callers() {
     assert_eq!(arrived.check_all().first_stale, None);
 }
 
-/// What cannot be is an error before anything begins, and the guest is not asked for anything that would change it.
+/// Invalid settings are an error before the migration begins, and the guest receives no call that would change it.
 #[test]
 fn settings_that_cannot_be_are_refused_before_anything_begins() {
     let source = TestGuest::source(PageSize::DEFAULT, &[1 << 20]).running(1);

@@ -1,6 +1,7 @@
-//! A plan beside the migration that it is of: what a guest that nobody writes is foreseen to send is what is sent.
+//! A plan compared with its migration: for a guest that is not written, the forecast number of bytes is sent.
 //!
-//! Times and guests that are written to depend on the machine: `examples/plan.rs` shows how good plans of those are.
+//! Times, and guests that are written, depend on the machine: `examples/plan.rs` measures the accuracy of those
+//! plans.
 
 use std::time::Duration;
 

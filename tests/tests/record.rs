@@ -1,4 +1,4 @@
-//! Recording a guest by each log that it may have: what is written is found, and afterwards nothing is left behind.
+//! Records a guest with each log that it may have: writes are found, and no resources leak.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -16,7 +16,7 @@ fn settings(length: Option<Duration>) -> RecordSettings {
     RecordSettings { interval: Duration::from_millis(50), length, zstd_level: 1, settings: "# none".into() }
 }
 
-/// 16 MiB, of which pages 1024 to 1536 are written one after another, each eight times in a second.
+/// 16 MiB, of which pages 1024 to 1536 are written one after another, each eight times per second.
 fn workload(dirty_log: LogChoice) -> WorkloadSettings {
     WorkloadSettings {
         memory: PAGES << 12,
@@ -44,7 +44,7 @@ async fn every_log_finds_what_is_written_and_nothing_else_and_can_be_used_again(
             }
         };
         for _ in 0..2 {
-            // Until each page was written four times, counted from an interval that was recorded.
+            // Until each page is written four times, counted from a recorded interval.
             let (cancel, writer) = (CancellationToken::new(), guest.clone());
             let (enough, mut end) = (cancel.clone(), None);
             let watch = move |_: &Recorded| {

@@ -1,5 +1,5 @@
-//! A guest of 4 GiB of which little was written: what was never touched is not read, not sent, not written and takes no memory, at
-//! either end, digests included.
+//! A mostly unwritten guest of 4 GiB: pages that were never touched are not read, not sent, not written and take no
+//! memory, at either end, digests included.
 
 use std::sync::Arc;
 
@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 const LENGTH: u64 = 4 << 30;
 const PAGES: u64 = 512;
-/// Pools of both ends in two lanes, bitmaps, queues, threads and what the allocator keeps, in KiB.
+/// Pools of both ends in two lanes, bitmaps, queues, threads and the allocator's overhead, in KiB.
 const ENGINE: u64 = 48 << 10;
 
 fn little_is_moved(backing: Backing, log: LogKind) {
@@ -34,7 +34,8 @@ fn little_is_moved(backing: Backing, log: LogKind) {
 
     let (source, destination) = (source.counted(), destination.counted());
     assert_eq!((source.written(), destination.written()), (0, PAGES), "each page once, and no zeros");
-    // The first round and the digests read each page once; what the digests will cost is measured twice on eight stretches.
+    // The first round and the digests read each page once; the cost of the digests is measured twice, on eight
+    // stretches.
     let sampled = 2 * 8 * PAGES.div_ceil(LENGTH >> 21);
     assert!((2 * PAGES..=2 * PAGES + sampled).contains(&source.read()), "{} pages were read", source.read());
     assert_eq!(destination.read(), PAGES, "by the digests");
@@ -58,7 +59,7 @@ fn little_is_moved(backing: Backing, log: LogKind) {
     assert!(grown <= PAGES * 4 + ENGINE, "{grown} KiB more are resident");
 }
 
-/// One after another: what is resident is counted for the whole program.
+/// One after another: resident memory is counted for the whole process.
 #[test]
 fn a_guest_of_which_little_was_written_costs_little() {
     let followed = UserfaultLog::supported();

@@ -1,5 +1,5 @@
-//! The adapter for `vm-memory`: its log under the conformance kit, and whole migrations of memory that is written through
-//! vm-memory's API alone.
+//! The adapter for `vm-memory`: its log passes the conformance kit, and memory that is written through vm-memory's
+//! API alone is migrated.
 
 use std::num::NonZeroUsize;
 use std::ops::Range;
@@ -24,7 +24,7 @@ type Ram = GuestMemoryMmap<AtomicBitmap>;
 /// Two regions with a hole between them; the second ends in the middle of a page.
 const RANGES: [(GuestAddress, usize); 2] = [(GuestAddress(0), 96 * 4096), (GuestAddress(1 << 32), 70 * 4096 + 123)];
 
-/// PROT_READ | PROT_WRITE, and MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, as Linux numbers them.
+/// PROT_READ | PROT_WRITE, and MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, with Linux's values.
 const PROTECTION: i32 = 0x3;
 const FLAGS: i32 = 0x4022;
 
@@ -42,7 +42,7 @@ fn ram_with_pages_of(bytes: usize) -> Ram {
     Ram::from_regions(RANGES.map(region).into()).unwrap()
 }
 
-/// Writes through vm-memory, and behind its back.
+/// Writes through vm-memory, and writes that bypass it.
 struct Device {
     ram: Ram,
     raw: GuestMemory,
@@ -56,7 +56,7 @@ impl Device {
         GuestAddress(RANGES[block as usize].0.0 + offset as u64)
     }
 
-    /// Stores through the raw pointer, which marks nothing: as a vCPU does.
+    /// Stores through the raw pointer, which marks nothing, as a vCPU does.
     fn store_raw(&self, block: u32, offset: usize, bytes: &[u8]) {
         let region = self.ram.find_region(self.address(block, 0)).unwrap();
         let slice = region.get_slice(MemoryRegionAddress(offset as u64), bytes.len()).unwrap();
@@ -140,10 +140,11 @@ fn ranges_of_a_sync_are_of_one_moment_and_the_next_sync_begins_anew() {
     assert_eq!(found(0..1), [2]);
     [3, 71, 200].into_iter().for_each(write);
     assert_eq!(found(1..3), [70, 140]);
-    // The sync is given up here: the next one finds what was written since, and what this one has not asked for.
+    // The sync is abandoned here: the next one finds later writes, and the writes to ranges that this one has not
+    // requested.
     assert_eq!(found(0..4), [3, 71, 200, 201]);
     write(255);
-    // Whoever asks for a range alone has it as it is.
+    // A sync of one range alone finds that range's writes.
     assert_eq!(found(3..4), [255]);
     write(254);
     log.stop().unwrap();
@@ -242,7 +243,8 @@ impl conformance::Subject for Vms {
     }
 }
 
-/// Migrations that succeed, compared to the last byte, and migrations that fail. Its `build` is that of the module's example.
+/// Migrations that succeed, compared to the last byte, and migrations that fail. Its `build` is that of the module's
+/// example.
 #[test]
 fn a_guest_of_vm_memorys_is_moved() {
     conformance::check(&Vms).unwrap();

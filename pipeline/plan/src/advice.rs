@@ -1,14 +1,14 @@
-//! The least that would have to be otherwise for a migration to meet its limit.
+//! The smallest change with which a migration meets its downtime limit.
 //!
-//! Gentle is what its guest does not notice. So at a bandwidth at which a migration does not meet its limit these are tried, the
-//! first that suffices is the answer:
+//! Changes that the guest does not notice come first. At a bandwidth at which a migration does not meet its limit,
+//! these are tried in order, and the first that suffices is the answer:
 //!
-//! 1. how pages are encoded: deltas, a cache that holds the guest, another compressor;
-//! 2. with the best of these, each by itself, for they hurt in ways that only an operator can weigh: a longer downtime, and a
-//!    throttled guest.
+//! 1. the encoding of pages: deltas, a cache that holds the guest, another compressor;
+//! 2. with the best of these, a longer downtime and a throttled guest, each by itself: only an operator can weigh
+//!    their costs.
 //!
-//! A `max_bandwidth` that is below what the link carries is an operator's own: a higher one that meets the limit is proposed beside
-//! either. Where the settings meet the limit, others that do so too and cost less are looked for.
+//! A `max_bandwidth` below what the link carries is the operator's choice: a higher one that meets the limit is
+//! proposed in addition. If the settings meet the limit, cheaper settings that also meet it are searched for.
 
 use std::time::Duration;
 
@@ -25,36 +25,37 @@ use memferry::settings::{
 use memferry::units::Units;
 use memferry::values::{Size, Time};
 
-/// Where the smallest bandwidth is looked for, in bytes a second.
+/// The range in which the smallest bandwidth is searched for, in bytes per second.
 const LEAST: f64 = 125e3;
 const MOST: f64 = 125e9;
-/// How exactly.
+/// The precision of that search.
 const STEP: f64 = 1.03;
-/// A longer limit is tried in such steps, and no longer one than that.
+/// The factor by which each attempt raises the downtime limit, and the longest limit that is tried.
 const LONGER: f64 = 1.25;
 const LONGEST: Duration = Duration::from_secs(30);
-/// What another encoding must leave of the wait to be worth its change.
+/// The share of the switchover's cost that another encoding may leave for its change to be worthwhile.
 const WORTH: f64 = 0.9;
-/// What should be left of the bandwidth and of the downtime limit: a guest does not write tomorrow exactly what was recorded.
+/// The margin of bandwidth and downtime limit: tomorrow's writes differ from those that were recorded.
 pub const MARGIN: f64 = 0.2;
-/// How much longer a migration may take with cheaper settings.
+/// The factor by which a migration may take longer with cheaper settings.
 const LONGER_TOTAL: f64 = 1.1;
-/// Smaller caches that are tried, as divisors of the one that is set, and the smallest worth a change.
+/// Smaller caches to try, as divisors of the configured one, and the smallest reduction worth a change.
 const SMALLER_CACHES: [u64; 3] = [8, 4, 2];
 const SMALLEST_CACHE: u64 = 16 << 20;
-/// How a guest is held back where that is tried.
+/// The throttle that is tried.
 const THROTTLE: ThrottleSettings = ThrottleSettings { start: 10, step: 10, most: 90 };
 
-/// What could be set, and what would come of it.
+/// A possible change of settings, and its forecast.
 #[derive(Clone, Debug)]
 pub struct Advice {
-    /// As a command line says it: `encoder.delta=xbzrle`. None: the settings do as they are.
+    /// The change in command-line form: `encoder.delta=xbzrle`. Empty: the settings are sufficient as they are.
     pub sets: Vec<String>,
-    /// What is foreseen then.
+    /// The forecast with this change.
     pub foreseen: Foreseen,
 }
 
-/// The smallest bandwidth that meets the limit without anything that is done about a stall; `None` if none does.
+/// The smallest bandwidth at which the limit is met without any of the steps against a stall; `None` if there is
+/// none.
 #[must_use]
 pub fn smallest_bandwidth(written: &Written<'_>, settings: &SourceSettings, units: Units) -> Option<Bandwidth> {
     let settings = without_steps(settings);
@@ -79,13 +80,14 @@ pub fn smallest_bandwidth(written: &Written<'_>, settings: &SourceSettings, unit
     Some(found)
 }
 
-/// The smallest such bandwidth with a margin.
+/// That bandwidth with a margin.
 #[must_use]
 pub fn with_margin(smallest: Bandwidth) -> Bandwidth {
     Bandwidth { bytes_per_second: smallest.bytes_per_second / (1.0 - MARGIN), ..smallest }.rounded_up(2)
 }
 
-/// What meets the limit at this bandwidth: encodings, or those of the last kind, or none; and a higher `max_bandwidth` beside them.
+/// Changes that meet the limit at this bandwidth: encodings, or else a longer limit or a throttle, or none; and in
+/// addition a higher `max_bandwidth`.
 #[must_use]
 pub fn gentlest(written: &Written<'_>, settings: &SourceSettings, bandwidth: Bandwidth) -> Vec<Advice> {
     let settings = without_steps(settings);
@@ -123,7 +125,7 @@ pub fn gentlest(written: &Written<'_>, settings: &SourceSettings, bandwidth: Ban
     found
 }
 
-/// A higher `max_bandwidth` that meets the limit, where the one that is set is below the link's bandwidth.
+/// A higher `max_bandwidth` that meets the limit, if the configured one is below the link's bandwidth.
 fn higher_limit(
     written: &Written<'_>,
     settings: &SourceSettings,
@@ -142,8 +144,8 @@ fn higher_limit(
     foreseen.meets.then(|| Advice { sets: sets.iter().cloned().chain([set]).collect(), foreseen })
 }
 
-/// Settings that meet the limit with a margin, take less memory or processor time than these and hardly more time in all. The
-/// cheapest of them.
+/// The cheapest settings that meet the limit with a margin, take less memory or processor time than these, and take
+/// hardly more time in all.
 #[must_use]
 pub fn cheaper(written: &Written<'_>, settings: &SourceSettings, as_set: &Foreseen) -> Option<Advice> {
     let deltas = settings.encoder.xbzrle.as_ref();
@@ -168,7 +170,7 @@ pub fn cheaper(written: &Written<'_>, settings: &SourceSettings, as_set: &Forese
     })
 }
 
-/// What the paused guest would wait for, as the last decision saw it.
+/// The expected cost of the switchover, at the last decision.
 fn rest(advice: &Advice) -> Duration {
     let forecasts = advice.foreseen.run.decided.iter().filter_map(|decided| decided.forecast);
     forecasts.map(|forecast| forecast.expected()).min().unwrap_or(Duration::MAX)
@@ -179,12 +181,12 @@ fn without_steps(settings: &SourceSettings) -> SourceSettings {
     SourceSettings { convergence, ..settings.clone() }
 }
 
-/// Other ways to encode the pages, those nearest to the settings first: these themselves, then deltas, a cache that holds the
+/// Other encodings, those nearest to the settings first: the settings themselves, then deltas, a cache that holds the
 /// guest, and other compressors.
 fn encodings(written: &Written<'_>, settings: &SourceSettings) -> Vec<(SourceSettings, Vec<String>)> {
     let guest = &written.trace().guest;
     let filled = (guest.pages() - guest.untouched) * (guest.page_size.bytes() as u64 + SLOT_BYTES);
-    // A little more than all of it: not every slot of a cache is ever used.
+    // A little more than the whole guest: a cache never uses every slot.
     let all = (filled + filled / 16).next_multiple_of(64 << 20).min(guest.pages() * guest.page_size.bytes() as u64);
     let mut found = vec![(settings.clone(), Vec::new())];
     let mut add = |compress: Option<Codec>, xbzrle: Option<XbzrleSettings>| {
@@ -202,7 +204,7 @@ fn encodings(written: &Written<'_>, settings: &SourceSettings) -> Vec<(SourceSet
     let zstd = Codec::Zstd { level: written.trace().samples.zstd_level };
     add(compress, Some(deltas.clone()));
     add(compress, Some(cached.clone()));
-    // What is left open is decided as it pays.
+    // An unset choice is made by what pays off.
     let on_miss = if deltas.on_miss == OnMiss::Raw { OnMiss::Auto } else { deltas.on_miss };
     for codec in [compress.unwrap_or(Codec::Lz4), Codec::Lz4, zstd] {
         add(Some(codec), Some(XbzrleSettings { on_miss, ..cached.clone() }));
@@ -213,7 +215,7 @@ fn encodings(written: &Written<'_>, settings: &SourceSettings) -> Vec<(SourceSet
     found
 }
 
-/// What a command line says to make of one the other.
+/// The command-line changes that turn one configuration into the other.
 fn sets(from: &SourceSettings, to: &SourceSettings) -> Vec<String> {
     let mut sets = Vec::new();
     let (old, new) = (&from.encoder, &to.encoder);
@@ -239,7 +241,7 @@ fn sets(from: &SourceSettings, to: &SourceSettings) -> Vec<String> {
     sets
 }
 
-/// Two digits of it.
+/// Rounded to two digits.
 fn round(limit: Duration) -> Duration {
     let millis = limit.as_secs_f64() * 1000.0;
     let unit = 10_f64.powf(millis.log10().floor() - 1.0).max(1.0);

@@ -15,100 +15,100 @@ use memferry::units::Units;
 /// Version of the JSON.
 const VERSION: u32 = 1;
 
-/// What a plan says. Times are in seconds.
+/// A plan. Times are in seconds.
 #[derive(Clone, Debug, Serialize)]
 pub struct Answer {
     /// Version of these fields.
     pub version: u32,
-    /// What was recorded.
+    /// The recording.
     pub trace: TraceFigures,
-    /// The limit that is to be met.
+    /// The downtime limit to meet.
     pub downtime_limit: f64,
-    /// What a switchover costs without a page: a sync, digests and the hand-over.
+    /// The cost of a switchover without any pages: a sync, digests and the handover.
     pub switchover_floor: f64,
-    /// What of it digests cost.
+    /// The part of that cost that digests take.
     pub digests: f64,
-    /// Bytes a second of the cap that is set, if one is: no link carries more than that.
+    /// The bandwidth limit in bytes per second, if one is set: no link carries more than that.
     pub max_bandwidth: Option<u64>,
-    /// What is foreseen at each bandwidth that was asked for.
+    /// The forecast at each bandwidth that was asked for.
     pub bandwidths: Vec<AtBandwidth>,
-    /// Bytes a second that are needed to meet the limit without a throttle; `None`: no link does.
+    /// Bytes per second that are needed to meet the limit without a throttle; `None`: no link suffices.
     pub smallest_bandwidth: Option<f64>,
     /// The same with a margin.
     pub bandwidth_with_margin: Option<f64>,
-    /// The units that the first bandwidth was asked for in.
+    /// The units of the first bandwidth that was asked for.
     #[serde(skip)]
     pub units: Units,
 }
 
-/// What was recorded.
+/// The recording, in figures.
 #[derive(Clone, Debug, Serialize)]
 pub struct TraceFigures {
-    /// How long.
+    /// Its duration.
     pub length: f64,
-    /// Bytes of the guest that travel.
+    /// Bytes of guest memory to send.
     pub bytes: u64,
-    /// Pages of the guest that travel.
+    /// Pages of guest memory to send.
     pub pages: u64,
     /// The share of them that is zero.
     pub zero: f64,
-    /// Pages found dirty in a second.
+    /// Pages found dirty per second.
     pub pages_per_second: f64,
 }
 
-/// What is foreseen over one link.
+/// The forecast over one link.
 #[derive(Clone, Debug, Serialize)]
 pub struct AtBandwidth {
-    /// Bytes a second.
+    /// Bytes per second.
     pub bytes_per_second: f64,
-    /// The units that it was asked for in.
+    /// The units in which it was asked for.
     #[serde(skip)]
     pub units: Units,
-    /// The share of it that is not needed to meet the limit, where the settings do without a throttle.
+    /// The share of the bandwidth in excess of what meets the limit, if the settings meet it without a throttle.
     pub margin: Option<f64>,
-    /// How it goes with the settings as they are.
+    /// The forecast with the settings as they are.
     pub foreseen: Figures,
-    /// What would meet the limit, if that does not.
+    /// Changes that would meet the limit, if the settings do not.
     pub advice: Vec<AdviceFigures>,
-    /// What meets it too and costs less, if that does.
+    /// A cheaper change that also meets the limit, if the settings do.
     pub cheaper: Option<AdviceFigures>,
 }
 
-/// How a migration goes.
+/// The forecast of a migration.
 #[derive(Clone, Debug, Serialize)]
 pub struct Figures {
     /// Is the guest moved?
     pub moves: bool,
-    /// In a downtime within the limit?
+    /// Is the downtime within the limit?
     pub meets: bool,
     /// Rounds before the switchover.
     pub rounds: u32,
     /// From the start to the end.
     pub total: f64,
-    /// How long the guest stands still; 0 if it is not moved.
+    /// How long the guest is paused; 0 if it is not moved.
     pub downtime: f64,
     /// Bytes on the wire.
     pub bytes: u64,
-    /// The most that the guest is throttled, in percent.
+    /// The highest throttle of the guest, in percent.
     pub throttle: u8,
-    /// The downtime limit in the end, if it is raised.
+    /// The final downtime limit, if it is raised.
     pub raised_limit: Option<f64>,
-    /// Does it take longer than was recorded, so that the trace was begun again?
+    /// Does the migration take longer than the recording, so that the trace is repeated?
     pub repeats_trace: bool,
     /// The last decision, in words.
     pub why: String,
-    /// What a switchover after each round was expected to cost.
+    /// The expected cost of a switchover after each round.
     pub expected_downtimes: Vec<f64>,
-    /// Bytes that each round put on the wire, the last in the switchover.
+    /// Bytes that each round put on the wire; the last one is the switchover's.
     pub round_bytes: Vec<u64>,
 }
 
-/// What could be set, and how it goes then.
+/// A possible change, and its forecast.
 #[derive(Clone, Debug, Serialize)]
 pub struct AdviceFigures {
-    /// As `--set` takes them.
+    /// The change, in the form that `--set` takes.
     pub set: Vec<String>,
-    /// How it goes.
+    /// The forecast with this change.
     pub foreseen: Figures,
 }
 
@@ -151,7 +151,7 @@ fn at(
     let foreseen = foresee(written, settings, bandwidth);
     let is_gentle = foreseen.meets && foreseen.run.throttle == 0;
     let advice = if is_gentle { Vec::new() } else { gentlest(written, settings, bandwidth) };
-    // What is set already is no advice.
+    // A setting that already has this value is not advice.
     let advice = advice.into_iter().filter(|advice| !advice.sets.is_empty());
     let usable = settings.max_bandwidth.map_or(f64::INFINITY, |limit| limit as f64).min(bandwidth.bytes_per_second);
     let margin = smallest.filter(|_| is_gentle).map(|smallest| 1.0 - (smallest.bytes_per_second / usable).min(1.0));

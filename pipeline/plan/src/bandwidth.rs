@@ -1,21 +1,21 @@
-//! What links carry, shown in the units that were asked for: `1 Gbit/s`, `100 MB/s`, `64 MiB/s`.
+//! Bandwidths of links, shown in the units in which they were asked for: `1 Gbit/s`, `100 MB/s`, `64 MiB/s`.
 
 use std::fmt;
 use std::str::FromStr;
 
 use memferry::units::{self, Units};
 
-/// What a link carries.
+/// The bandwidth of a link.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Bandwidth {
-    /// Bytes a second; more than 0.
+    /// Bytes per second; more than 0.
     pub bytes_per_second: f64,
-    /// The units that it is shown in.
+    /// The units in which it is shown.
     pub units: Units,
 }
 
 impl Bandwidth {
-    /// The next rate that is written with so many digits, this one or a larger.
+    /// The nearest rate with this number of digits that is not smaller.
     #[must_use]
     pub fn rounded_up(self, digits: i32) -> Self {
         let of_a_unit = self.unit().1 / self.units.of_a_byte();
@@ -24,7 +24,7 @@ impl Bandwidth {
         Self { bytes_per_second: (amount / digit - 1e-9).ceil() * digit * of_a_unit, ..self }
     }
 
-    /// The unit that it is shown in, and what one of them is.
+    /// The unit in which it is shown, and the bytes per second of one such unit.
     fn unit(self) -> (&'static str, f64) {
         let amount = self.bytes_per_second * self.units.of_a_byte();
         let [.., least] = self.units.all();
@@ -33,7 +33,7 @@ impl Bandwidth {
 }
 
 impl fmt::Display for Bandwidth {
-    /// Three digits.
+    /// Rounded to three digits.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (name, unit) = self.unit();
         let amount = self.bytes_per_second * self.units.of_a_byte() / unit;

@@ -1,4 +1,4 @@
-//! What a migration of a recorded guest would come to, over a link.
+//! The forecast of a migration of a recorded guest over a link.
 
 use std::time::Duration;
 
@@ -12,25 +12,26 @@ use memferry::controller::simulation::{Link, Run, simulate};
 use memferry::migration::DIGEST_PASSES;
 use memferry::settings::SourceSettings;
 
-/// Device state and the last handshake, of a guest that nobody has paused yet.
+/// The time of device state and the last handshake, for a guest that has not been paused yet.
 const HANDOVER: Duration = Duration::from_millis(2);
-/// Until the destination has acknowledged the last round and the guest's writers stand still.
+/// The time until the destination has acknowledged the last round and the guest's writers have stopped.
 const DRAIN: Duration = Duration::from_millis(5);
-/// Stretches that are hashed before each decision, to know what digests will cost.
+/// The number of stretches that are hashed before each decision, to estimate the cost of digests.
 const STRETCHES_HASHED: u64 = 8;
-/// How far above its limit a downtime may come out and still be called within it: it is a forecast, and so was the decision's.
+/// A downtime may exceed its limit by this much and still count as within it: it is a forecast, as was the
+/// decision's.
 const TOLERANCE: f64 = 1.05;
 
-/// What is foreseen of a migration.
+/// The forecast of a migration.
 #[derive(Clone, Debug)]
 pub struct Foreseen {
     /// Over this link.
     pub bandwidth: Bandwidth,
-    /// How it goes.
+    /// The simulated migration.
     pub run: Run,
     /// Does it end with the guest moved, in a downtime within the limit that was set?
     pub meets: bool,
-    /// How often the trace was begun again, because the migration takes longer than the recording did.
+    /// How often the trace was repeated because the migration takes longer than the recording.
     pub repeated: bool,
 }
 
@@ -52,14 +53,14 @@ pub fn foresee(written: &Written<'_>, settings: &SourceSettings, bandwidth: Band
     Foreseen { bandwidth, meets, repeated: guest.reached() > trace.length(), run }
 }
 
-/// What a switchover costs without a page.
+/// The cost of a switchover without any pages.
 #[must_use]
 pub fn fixed_cost(trace: &Trace, settings: &SourceSettings) -> FixedCost {
     let verify = if settings.verify { trace.guest.digests } else { Duration::ZERO };
     FixedCost { sync: trace.sync(), verify, handover: HANDOVER }
 }
 
-/// What it takes to estimate the digests before a decision: a sample, on one core.
+/// The time to estimate the cost of digests before a decision: one sample, on one core.
 fn look_at_digests(guest: &GuestFacts, verify: Duration) -> Duration {
     let stretches = guest.words().div_ceil(guest.page_size.stretch_extents()).max(1);
     let one_pass = verify / DIGEST_PASSES * guest.cores;

@@ -1,5 +1,5 @@
-//! Planning a migration before it is run: a guest's writes are recorded without moving anything, and the real controller is
-//! run against the record in simulated time.
+//! Plans a migration before it runs. A guest's writes are recorded without moving anything, and the real controller
+//! is run against the recording in simulated time.
 //!
 //! ```text
 //!  guest ─▶ record ─▶ trace (a file) ─▶ model: a guest as the simulation sees it ─┐
@@ -10,12 +10,12 @@
 //! | | |
 //! |---|---|
 //! | [`record`] | follows a guest's dirty pages by its own logs |
-//! | [`sampler`] | how pages compress, how large their deltas are, what that costs |
-//! | [`trace`] | what was recorded, and its file |
-//! | [`written`] | the sets of pages of a trace, at hand |
+//! | [`sampler`] | how pages compress, how large their deltas are, and the processor time of both |
+//! | [`trace`] | the recording, and its file format |
+//! | [`written`] | the sets of dirty pages of a trace, in memory |
 //! | [`model`] | a trace as a guest of the simulation |
-//! | [`forecast`] | what a migration over a link would come to |
-//! | [`advice`] | the least that would have to be otherwise for it to meet its limit |
+//! | [`forecast`] | the forecast of a migration over a link |
+//! | [`advice`] | the smallest change with which the migration meets its limit |
 //! | [`bandwidth`] | rates as operators of networks write them |
 //! | [`answer`], [`picture`] | the answer: as values and JSON, and for a terminal |
 
@@ -31,7 +31,7 @@ pub mod sampler;
 pub mod trace;
 pub mod written;
 
-/// The whole part of a figure that is not negative, to count by.
+/// The whole part of a non-negative figure, as an integer.
 fn index(figure: f64) -> usize {
     usize::try_from(memferry::controller::forecast::whole(figure)).unwrap_or(usize::MAX)
 }

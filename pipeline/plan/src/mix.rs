@@ -1,4 +1,4 @@
-//! What became of the pages of a sample, in shares, and how such shares are mixed.
+//! Outcomes of encoding the pages of a sample, as shares, and how such shares are mixed.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ pub(super) struct Mix {
     pub(super) equal: f64,
     pub(super) overflows: f64,
     pub(super) deltas: f64,
-    /// Bytes of a delta.
+    /// Mean bytes of a delta.
     pub(super) delta_bytes: f64,
 }
 
@@ -27,7 +27,7 @@ impl Mix {
         }
     }
 
-    /// So much of the other, and the rest of this.
+    /// A mixture: this share of `other`, the rest of `self`.
     pub(super) fn and(self, other: Self, share: f64) -> Self {
         let mix = |one: f64, other: f64| one * (1.0 - share) + other * share;
         Self {
@@ -45,29 +45,29 @@ impl Mix {
         }
     }
 
-    /// As if no more than this share of the pages that were compared had been as they were.
+    /// The same, with the share of unchanged pages among the compared ones capped at `share`.
     pub(super) fn with_equal_at_most(self, share: f64) -> Self {
         let changed = self.overflows + self.deltas;
         let most = if share < 1.0 { changed * share / (1.0 - share) } else { self.equal };
         Self { equal: self.equal.min(most), ..self }
     }
 
-    /// Of the pages whose copy was not zero.
+    /// Relative to the pages whose copy was not zero.
     pub(super) fn share_of_compared(&self, of: impl Fn(&Self) -> f64) -> f64 {
         let compared = self.to_zero + self.equal + self.overflows + self.deltas;
         if compared > 0.0 { of(self) / compared } else { 0.0 }
     }
 
-    /// Of those that are not zero now either.
+    /// Relative to those that are also not zero now.
     pub(super) fn share_of_changes(&self, of: impl Fn(&Self) -> f64) -> f64 {
         let changes = self.equal + self.overflows + self.deltas;
         if changes > 0.0 { of(self) / changes } else { 0.0 }
     }
 }
 
-/// The least share of pages that were written and are as they were, over spans of any length. A copy is made a moment after the
-/// sync that it belongs to: what is written between the two is found by the next sync, and is in the copy already. The shorter the
-/// span the more of it that moment is.
+/// The least share of written pages that are found unchanged, over spans of any length. A copy is made a moment after
+/// the sync that it belongs to. A write between the two is found by the next sync and is already in the copy. The
+/// shorter the span, the larger the part that this moment takes.
 pub(super) fn least_equal(spans: &[(Duration, DeltaSample)]) -> f64 {
     let share = |sample: &DeltaSample| {
         let compared = sample.equal + sample.overflows + sample.deltas;

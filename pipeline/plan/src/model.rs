@@ -1,13 +1,14 @@
 //! A trace as a guest of the [simulation](memferry::controller::simulation).
 //!
-//! It keeps the sets of pages that a migration keeps (dirty, sent in the last round, sent as a delta before) bit by bit, as unions
-//! of the intervals of the trace, and takes from the samples only what a page of such a set comes to.
+//! The model has the same sets of pages as a migration (dirty, sent in the last round, sent as a delta before), bit
+//! by bit, as unions of the intervals of the trace. From the samples it takes only the average cost of a page of such
+//! a set.
 //!
-//! - **Within a round.** Pages are sent in the order of their numbers. A page that was written before it was sent and not after
-//!   is found by the sync all the same (unless the log re-arms late), but the destination has it already: with its copy in
-//!   the cache it is unchanged.
-//! - **The cache** has a copy of a page with a likelihood that follows from its size: pages that were written last are
-//!   kept before others.
+//! - **Within a round.** Pages are sent in the order of their numbers. A page that was written before it was sent and
+//!   not after is still found by the sync (unless the log re-arms late), but the destination already has its content:
+//!   if its copy is in the cache, the page is unchanged.
+//! - **The cache** holds a copy of a page with a probability that follows from the cache's size: pages that were
+//!   written last are retained first.
 
 use std::time::Duration;
 
@@ -28,13 +29,13 @@ use memferry::settings::{OnMiss, SourceSettings, XbzrleSettings};
 
 /// Bytes of a page's descriptor in a frame.
 const DESCRIPTOR_BYTES: f64 = 4.0;
-/// Bytes that the cache keeps besides each page.
+/// Bytes that the cache stores in addition to each page.
 pub(super) const SLOT_BYTES: u64 = 16;
-/// The share of a cache that is filled before pages are turned away.
+/// The share of a cache that is filled before pages are rejected.
 const FILLED: f64 = 0.97;
-/// A round is looked at in so many parts, in each of which the same pages are sent already.
+/// The number of parts into which a round is divided; the set of pages that are already sent is constant within each.
 const PARTS: u32 = 8;
-/// Sampled pages from which a figure counts.
+/// The least number of sampled pages for a figure to count.
 const ENOUGH: u64 = 12;
 
 /// See the [module](self).
@@ -46,22 +47,23 @@ pub struct TracedGuest<'a> {
     /// Of the link.
     bandwidth: Bandwidth,
     round: u32,
-    /// The pages of the round that is being sent: in the first round all, for which no bits are kept.
+    /// The pages of the round that is being sent. Empty in the first round, which sends all.
     sent: Vec<u64>,
-    /// Those of them that were sent, up to each word; to find how far a round is.
+    /// The number of those pages up to each word, to find how far a round has come.
     sent_before: Vec<u64>,
-    /// What the sync after it found, and what of it the destination does not have.
+    /// The pages that the next sync finds, and those among them whose content the destination does not have.
     dirty: Vec<u64>,
     changed: Vec<u64>,
     /// Pages that were sent in a round of deltas.
     known: Vec<u64>,
-    /// Pages that are written about as often as a round is sent: those of the time that follows the first round.
+    /// Pages that are written about as often as a round is sent: those written in the time that follows the first
+    /// round.
     regular: Vec<u64>,
-    /// What was sent in the round before, if that had deltas.
+    /// The pages of the previous round, if it used deltas.
     before: Vec<u64>,
-    /// Guest's time of the last round.
+    /// The guest's time in the last round.
     window: Duration,
-    /// How far beyond its end the trace was asked for.
+    /// The latest moment of the trace that was asked for, repetitions included.
     reached: Duration,
 }
 
@@ -89,7 +91,7 @@ impl<'a> TracedGuest<'a> {
         }
     }
 
-    /// How much of its own time the guest was asked for: more than the trace has means that it was repeated.
+    /// The guest time that was asked for. More than the trace's length means that the trace was repeated.
     #[must_use]
     pub fn reached(&self) -> Duration {
         self.reached
@@ -119,7 +121,7 @@ impl<'a> TracedGuest<'a> {
         self.encoded(1, pages, self.trace.guest.words(), &sum)
     }
 
-    /// A round of what was written.
+    /// A round of dirty pages.
     fn later_round(&self, round: u32, pages: u64) -> Encoded {
         let extents = self.dirty.iter().filter(|&&word| word != 0).count() as u64;
         let sum = match &self.settings.encoder.xbzrle {
@@ -158,7 +160,7 @@ impl<'a> TracedGuest<'a> {
             let filled = written * (1.0 - sample.share_of_compared(|sample| sample.to_zero));
             let hits = filled * hit * (1.0 - was_zero);
             let misses = filled - hits;
-            // A page without a copy that was not written since it was sent is sent again all the same.
+            // A page without a copy in the cache is sent again even if it was not written since it was sent.
             let compared = if written > 0.0 { hits * kind.changed / written } else { 0.0 };
             let deltas = compared * sample.share_of_changes(|sample| sample.deltas);
             let overflows = compared * sample.share_of_changes(|sample| sample.overflows);
@@ -176,7 +178,7 @@ impl<'a> TracedGuest<'a> {
         sum
     }
 
-    /// What a page comes to that no delta helps, as the encoders decide.
+    /// The cost of a page for which a delta is not possible, as the encoders decide.
     fn missed(&self, on_miss: OnMiss) -> PageCost {
         let Some(codec) = self.settings.encoder.compress.filter(|_| on_miss != OnMiss::Raw) else { return self.raw() };
         let alone = self.coded(codec, &self.samples().alone);
@@ -191,12 +193,13 @@ impl<'a> TracedGuest<'a> {
         alone
     }
 
-    /// The pages of the round by what the cache may have of them, and how old that is.
+    /// The pages of the round, by whether the cache can have a copy and how old the copy is.
     fn kinds(&self) -> [PagesOfKind; 4] {
         let first = PagesOfKind { first: true, ..PagesOfKind::default() };
         let again = PagesOfKind { again: true, ..PagesOfKind::default() };
         let mut kinds = [again, PagesOfKind::default(), PagesOfKind { again: true, ..first }, first];
-        // All pages were sent in the first round: those that are written often are told by what follows.
+        // All pages were sent in the first round: those that are written often are recognized by the writes that
+        // follow.
         let is_second = self.round == 1;
         for (at, &dirty) in self.dirty.iter().enumerate().filter(|&(_, &dirty)| dirty != 0) {
             let (known, before) = (self.known[at], self.before.get(at).copied().unwrap_or(0));
@@ -211,7 +214,7 @@ impl<'a> TracedGuest<'a> {
         kinds
     }
 
-    /// For each kind: how likely is it that the cache has a page of it?
+    /// For each kind: the probability that the cache holds a page of it.
     fn cached(&self, xbzrle: &XbzrleSettings, kinds: &[PagesOfKind; 4]) -> [f64; 4] {
         let lanes = u64::from(self.settings.lanes);
         let slots = xbzrle.cache_bytes / lanes / (self.trace.guest.page_size.bytes() as u64 + SLOT_BYTES) * lanes;
@@ -225,7 +228,7 @@ impl<'a> TracedGuest<'a> {
         [share(before, slots), share(known - before, slots - before), first, first]
     }
 
-    /// What a page comes to with this codec. Where nothing was sampled, as a whole page.
+    /// The cost of a page with this codec. Without samples, that of an uncompressed page.
     fn coded(&self, codec: Codec, of: &[Coded; 3]) -> PageCost {
         let samples = [of, &self.samples().whole].map(|of| of[Samples::index(codec)]);
         let Some(found) = samples.into_iter().find(|coded| coded.pages >= ENOUGH) else { return self.raw() };
@@ -250,7 +253,7 @@ impl<'a> TracedGuest<'a> {
         Mix::of(all)
     }
 
-    /// Deltas of copies that are so old, by the spans that were sampled next to that.
+    /// Deltas against copies of this age, interpolated from the sampled spans nearest to it.
     fn deltas_over(&self, age: Duration, again: bool) -> Mix {
         let of_kind = |deltas: &Deltas, again: bool| if again { deltas.again } else { deltas.rested };
         for again in [again, !again] {
@@ -270,7 +273,7 @@ impl<'a> TracedGuest<'a> {
             };
             return mix.with_equal_at_most(least_equal(&spans));
         }
-        // Nothing was seen to be written: whole pages.
+        // No writes were sampled: whole pages.
         Mix { overflows: 1.0, ..Mix::default() }
     }
 
@@ -296,7 +299,7 @@ impl<'a> TracedGuest<'a> {
             bytes_in: pages * self.trace.guest.page_size.bytes() as u64,
             bytes_out: whole(sum.bytes + heads),
         };
-        // Every core is used by all lanes together; a lane is no faster than its slowest stage.
+        // All lanes together use every core; a lane is no faster than its slowest stage.
         let lanes = f64::from(self.settings.lanes);
         let by_cores = (sum.read_nanos + sum.encode_nanos) / f64::from(self.trace.guest.cores);
         let nanos = by_cores.max(sum.read_nanos.max(sum.encode_nanos) / lanes);
@@ -317,7 +320,7 @@ impl Guest for TracedGuest<'_> {
         let &Sending { round, pages, from, takes } = sending;
         let mut encoded = if round == 1 { self.first_round(pages) } else { self.later_round(round, pages) };
         if let (2.., Some(from)) = (round, from) {
-            // Some of what the destination has already is written again before it is its turn.
+            // Some pages that the destination already has are written again before their turn.
             self.write_before_sent(from, takes(&encoded));
             encoded = self.later_round(round, pages);
         }
@@ -362,12 +365,12 @@ impl TracedGuest<'_> {
         let Some(xbzrle) = &self.settings.encoder.xbzrle else { return Found { dirty, kept: 0 } };
         let known = self.dirty.iter().zip(&self.known).map(|(dirty, known)| u64::from((dirty & known).count_ones()));
         let known: u64 = known.sum();
-        // Of the first round the cache is given what is not zero, if anything.
+        // In the first round the cache receives the non-zero pages, if any.
         let filled = if xbzrle.cache_first_round { 1.0 - self.samples().first_written.share() } else { 0.0 };
         Found { dirty, kept: known + whole((dirty - known) as f64 * filled) }
     }
 
-    /// Notes which pages of a round that begins will be written before they are sent.
+    /// Marks which pages of a round that begins will be written before they are sent.
     fn write_before_sent(&mut self, from: Duration, time: Duration) {
         let (written, counts) = (self.written, counts(&self.dirty));
         let all = counts.last().copied().unwrap_or(0) as f64;
@@ -384,7 +387,7 @@ impl TracedGuest<'_> {
         }
     }
 
-    /// The words whose pages are sent when so much of the round is over.
+    /// The number of words whose pages are sent at this fraction of the round.
     fn words_sent(&self, how_far: f64) -> usize {
         match self.sent_before.last() {
             None => index(self.dirty.len() as f64 * how_far),
@@ -392,7 +395,7 @@ impl TracedGuest<'_> {
         }
     }
 
-    /// Adds what is written from one moment to another, while the pages of the words below `sent` are sent already.
+    /// Adds the writes from one moment to another; the pages of the words below `sent` are already sent.
     fn add(&mut self, from: Duration, to: Duration, sent: usize) {
         let written = self.written;
         written.between(from, to, |word, mask| self.add_word(word, mask, sent));
@@ -404,13 +407,13 @@ impl TracedGuest<'_> {
         } else {
             self.sent.get(word).copied().unwrap_or(if self.round <= 1 { u64::MAX } else { 0 })
         };
-        // What is written before it is sent is no news to the destination, and to some logs neither.
+        // A write before the page is sent does not make the destination's copy stale, and some logs do not report it.
         self.changed[word] |= mask & !to_be_sent;
         self.dirty[word] |= if self.trace.guest.rearms_late { mask & !to_be_sent } else { mask };
     }
 }
 
-/// Of each word the pages up to its end.
+/// For each word, the number of pages up to its end.
 fn counts(words: &[u64]) -> Vec<u64> {
     let sum = words.iter().scan(0, |sum, word| {
         *sum += u64::from(word.count_ones());
@@ -419,10 +422,10 @@ fn counts(words: &[u64]) -> Vec<u64> {
     sum.collect()
 }
 
-/// Pages of which the cache may have a copy for the same reason.
+/// Pages whose copies may be in the cache for the same reason.
 #[derive(Clone, Copy, Debug, Default)]
 struct PagesOfKind {
-    /// Were they written in the time before as well, as that of the round?
+    /// Were they written in the preceding round as well?
     again: bool,
     /// Were they sent in the first round only?
     first: bool,
@@ -430,7 +433,7 @@ struct PagesOfKind {
     unchanged: f64,
 }
 
-/// What a page comes to if it is sent whole.
+/// The cost of a page that is sent whole.
 #[derive(Clone, Copy, Debug)]
 struct PageCost {
     bytes: f64,
@@ -438,10 +441,10 @@ struct PageCost {
     nanos: f64,
 }
 
-/// What a round comes to.
+/// The totals of a round.
 #[derive(Clone, Copy, Debug, Default)]
 struct Sum {
-    /// Pages with bytes in their frames.
+    /// Pages with a payload in their frames.
     filled: f64,
     zero: f64,
     compressed: f64,

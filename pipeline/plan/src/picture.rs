@@ -10,12 +10,12 @@ use memferry::controller::forecast::{self, whole};
 use memferry::human;
 use memferry::units::Units;
 
-/// Columns of a bar.
+/// The width of a bar, in columns.
 const BAR: usize = 46;
-/// Rounds of a chart; of more, those in the middle are left out.
+/// The most rounds of a chart; of more, those in the middle are omitted.
 const ROUNDS: usize = 12;
 
-/// All of it.
+/// The complete picture.
 #[must_use]
 pub fn draw(answer: &Answer) -> String {
     let mut text = String::new();
@@ -113,7 +113,7 @@ fn outcome(figures: &Figures) -> String {
     outcome
 }
 
-/// What a switchover after each round would cost, beside the limit.
+/// The cost of a switchover after each round, beside the limit.
 fn chart(at: &AtBandwidth, limit: f64) -> String {
     let expected = &at.foreseen.expected_downtimes;
     let most = expected.iter().copied().fold(limit * 1.25, f64::max);
@@ -136,7 +136,7 @@ fn chart(at: &AtBandwidth, limit: f64) -> String {
     chart
 }
 
-/// A bar of so many columns and eighths of one, and the limit behind or in it.
+/// A bar of this many columns, drawn to an eighth of a column, and the limit behind or in it.
 fn bar(columns: f64, limit_at: usize) -> String {
     const EIGHTHS: [char; 8] = [' ', '▏', '▎', '▍', '▌', '▋', '▊', '▉'];
     let eighths = index((columns * 8.0).round());
@@ -168,7 +168,7 @@ fn advise(text: &mut String, at: &AtBandwidth, limit: &str) {
     at.advice.iter().for_each(|advice| line(text, &tell(advice)));
 }
 
-/// The settings meet the limit: by how much, and what does so for less.
+/// The settings meet the limit: by what margin, and cheaper settings that also meet it.
 fn advise_met(text: &mut String, at: &AtBandwidth, limit: &str) {
     let name = name(at);
     match at.margin.filter(|&margin| margin < MARGIN) {
@@ -203,12 +203,12 @@ fn tell(AdviceFigures { set, foreseen }: &AdviceFigures) -> String {
     words
 }
 
-/// All that is foreseen over one link: as things are, and what could be set.
+/// All forecasts over one link: with the settings as they are, and with each change.
 fn foreseen(at: &AtBandwidth) -> impl Iterator<Item = &Figures> {
     std::iter::once(&at.foreseen).chain(at.advice.iter().chain(&at.cheaper).map(|advice| &advice.foreseen))
 }
 
-/// With a mark where the trace was too short for it.
+/// Marked if the trace was too short for it.
 fn total(figures: &Figures) -> String {
     format!("{}{}", time(figures.total), if figures.repeats_trace { "*" } else { "" })
 }

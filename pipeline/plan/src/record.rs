@@ -1,12 +1,12 @@
-//! Follows the dirty pages of a guest without moving anything.
+//! Records the dirty pages of a guest without moving anything.
 //!
-//! Its logs are armed as for a migration. Then, interval by interval, each page that was found is taken from the bitmap, the logs are
-//! re-armed for it, and it is written down (law 2). A log that compares with copies (the hash log) is told of a copy of each page,
-//! which nobody else gets; all others read nothing. The guest is never paused, and its content never leaves this process: a trace
-//! holds page numbers, counts and times.
+//! The guest's logs are armed as for a migration. In each interval, every page that was found is taken from the
+//! bitmap, the logs are re-armed for it, and it is recorded (law 2). A log that compares with copies (the hash log)
+//! receives a copy of each page, which is not passed to anything else; for all other logs nothing is read. The guest
+//! is never paused, and its content never leaves this process: a trace contains page numbers, counts and times only.
 //!
-//! **What it costs the guest**: what its logs cost it in a migration (a write fault for the first write to each page in an interval,
-//! or for the hash log one read of all memory), and about a hundredth of a core for the samples.
+//! **What it costs the guest**: what its logs cost it in a migration (a write fault for the first write to each page
+//! in an interval, or for the hash log one read of all memory), and about a hundredth of a core for the samples.
 
 use std::ops::Range;
 use std::path::Path;
@@ -33,40 +33,41 @@ use memferry::migration::arming::{Armed, arm};
 use memferry::migration::digest_downtime;
 use memferry::migration::out_for_good::out_for_good;
 
-/// How a recording is to be made.
+/// The settings of a recording.
 #[derive(Clone, Debug)]
 pub struct RecordSettings {
-    /// From sync to sync.
+    /// The time from one sync to the next.
     pub interval: Duration,
-    /// How long; until it is cancelled if `None`.
+    /// The duration; `None`: until it is cancelled.
     pub length: Option<Duration>,
-    /// The level of the zstd whose figures are taken.
+    /// The level of zstd that is measured.
     pub zstd_level: i32,
-    /// The tables `encoder`, `pipeline`, `migration` and `convergence` of a configuration, as TOML: what a plan goes by.
+    /// The tables `encoder`, `pipeline`, `migration` and `convergence` of a configuration, as TOML: the settings that
+    /// a plan starts from.
     pub settings: String,
 }
 
-/// The interval where none is asked for.
+/// The default interval.
 pub const INTERVAL: Duration = Duration::from_millis(100);
 /// The shortest interval.
 pub const SHORTEST: Duration = Duration::from_millis(10);
 
-/// What was recorded, in short.
+/// Summary of a recording.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Recorded {
-    /// How long.
+    /// Its duration.
     pub length: Duration,
-    /// Intervals.
+    /// The number of intervals.
     pub intervals: u64,
-    /// Pages found, each interval's counted.
+    /// Pages found dirty, counted once in each interval.
     pub written: u64,
     /// Bytes of the file.
     pub bytes: u64,
-    /// The middle one of what the syncs took.
+    /// The median duration of a sync.
     pub sync: Duration,
 }
 
-/// Why there is no trace.
+/// Why no trace was recorded.
 #[derive(Debug, thiserror::Error)]
 pub enum RecordError {
     /// The guest or its logs cannot be followed.
@@ -95,11 +96,12 @@ impl From<GuestError> for RecordError {
     }
 }
 
-/// Records a guest until `cancel`, or for as long as the settings say, into a file that is written whole or not at all. Whatever
-/// happens, its logs are stopped when this returns. A cancel ends the recording, and is no failure.
+/// Records a guest until `cancel`, or for the duration in the settings, into a file that is written completely or not
+/// at all. The logs are stopped when this returns, also after an error. A cancel ends the recording and is not an
+/// error.
 ///
 /// # Errors
-/// [`RecordError`]; then there is no file.
+/// [`RecordError`]; then no file is written.
 pub async fn record(
     guest: Arc<dyn SourceGuest>,
     settings: RecordSettings,
@@ -109,8 +111,8 @@ pub async fn record(
     record_watched(guest, settings, file, cancel, |_| ()).await
 }
 
-/// As [`record`], and calls `watch` after each interval with what has been recorded so far, on the thread that records. From the
-/// first call on there is something to keep.
+/// As [`record`], and calls `watch` after each interval with a summary so far, on the recording thread. From the
+/// first call on there is a trace to write.
 ///
 /// # Errors
 /// As [`record`].
@@ -129,10 +131,10 @@ pub async fn record_watched(
         let recorded = begin(&*guest, &clearers, &mut told, &mut logs).and_then(|out| {
             Recorder::new(guest.memory(), &logs, out).run(&settings, &file, &handle, &cancel, &mut watch)
         });
-        // Each of them, whatever becomes of the others.
+        // Each log is stopped, whatever the others return.
         let stopped = logs.iter().fold(None, |failed, log| log.stop().err().or(failed));
         for clearer in &clearers[..told] {
-            // It was told that it is over; what it makes of that changes nothing here.
+            // The clearer is notified of the end; its answer changes nothing here.
             drop(clearer.reached(&Point::Cleanup));
         }
         match stopped {
@@ -146,7 +148,7 @@ pub async fn record_watched(
     }
 }
 
-/// Everything before the first page: what is unplugged stays so, and the logs are asked for, though not started.
+/// The setup before the first page: unplugged memory is fixed here, and the logs are requested but not started.
 fn begin(
     guest: &dyn SourceGuest,
     clearers: &[Arc<dyn Clearer>],
@@ -168,7 +170,7 @@ struct Recorder<'a> {
     memory: GuestMemory,
     logs: &'a [Arc<dyn DirtyLog>],
     out: Vec<(OutForGood, u32, Range<u64>)>,
-    /// Must copies be made, for a log that compares with them?
+    /// Are copies needed, for a log that compares with them?
     copies: bool,
     pool: BufferPool,
 }
@@ -195,13 +197,13 @@ impl<'a> Recorder<'a> {
         let (found, unread) = (DirtyBitmap::empty(self.memory.layout()), unread(&armed));
         sampler.first_look(&unread).map_err(RecordError::Memory)?;
         self.take(&armed, |at, mask| self.rearm(at, mask, unread.peek(at) & mask))?;
-        // Time counts from a sync on, as it will end with one.
+        // Time is counted from a sync, because it ends with one.
         let mut synced = Instant::now();
         self.sync(&armed, cancel)?;
         self.take(&armed, |at, mask| self.rearm_written(at, mask, &unread))?;
         let (mut syncs, mut recorded) = (Vec::new(), Recorded::nothing());
         let end = settings.length.map(|length| synced + length);
-        // One interval at least, however long it takes to come here.
+        // At least one interval, however long the setup took.
         let goes_on = |intervals| intervals == 0 || end.is_none_or(|end| Instant::now() < end);
         while !cancel.is_cancelled() && goes_on(recorded.intervals) {
             let until = synced + settings.interval;
@@ -255,7 +257,7 @@ impl<'a> Recorder<'a> {
         })
     }
 
-    /// Brings what the logs saw into the bitmap. False if a cancel came between.
+    /// Fetches the logs' dirty pages into the bitmap. Returns false if a cancel came first.
     fn sync(&self, armed: &Armed, cancel: &CancellationToken) -> Result<bool, RecordError> {
         for (block, extents) in ranges(self.memory.layout()) {
             if cancel.is_cancelled() {
@@ -272,7 +274,7 @@ impl<'a> Recorder<'a> {
         Ok(true)
     }
 
-    /// Takes every page from the bitmap, and has the logs re-armed for it: what was found.
+    /// Takes every page from the bitmap, has the logs re-armed for it, and returns what was found.
     fn take(
         &self,
         armed: &Armed,
@@ -299,7 +301,7 @@ impl<'a> Recorder<'a> {
         Ok(Runs::of(taken))
     }
 
-    /// Pages that a sync has found are not untouched any more.
+    /// Pages that a sync has found are no longer untouched.
     fn rearm_written(&self, at: ExtentAt, mask: u64, unread: &DirtyBitmap) -> Result<(), RecordError> {
         let _touched = unread.take_mask(at, mask);
         self.rearm(at, mask, 0)
@@ -315,7 +317,7 @@ impl<'a> Recorder<'a> {
         Ok(())
     }
 
-    /// Reads pages for a log that compares with what was read.
+    /// Reads pages for a log that compares with copies.
     fn tell_copies(&self, batch: Batch) -> std::io::Result<()> {
         let (mut pages, size) = (self.pool.try_take().expect("one is read at a time"), self.memory.page_size());
         let to_read = batch.mask & !batch.untouched;
@@ -327,7 +329,7 @@ impl<'a> Recorder<'a> {
     }
 }
 
-/// The pages that are not read: untouched ones, until they are found written, and those that never travel.
+/// The pages that are not read: untouched ones, until they are found dirty, and those that never travel.
 fn unread(armed: &Armed) -> DirtyBitmap {
     let unread = DirtyBitmap::empty(armed.untouched.layout());
     let out = armed.clears.as_ref().and_then(|clears| clears.out_for_good());

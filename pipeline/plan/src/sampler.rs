@@ -1,16 +1,17 @@
-//! Looks at what pages hold: how they compress, how large their deltas are, and what a page costs the stages of this host.
+//! Samples the content of pages: how they compress, how large their deltas are, and the processor time of each stage
+//! on this host.
 //!
-//! **Whole pages.** At the start extents all over the memory are read and coded by every codec, in groups as an encoder makes
-//! them; later now and then a few extents that were just written.
+//! **Whole pages.** At the start, extents from all over the memory are read and encoded by every codec, in groups as
+//! an encoder forms them. Later, a few extents that were just written are sampled from time to time.
 //!
-//! **Deltas.** How large a delta is depends on how long ago the copy was made: a page that is written all the time changes
-//! more in a second than in a tenth of it. So pages are followed over spans of several lengths at once, and in each span
-//! two kinds of them: those that were written in the span before (and would have been sent at its end), and any others,
-//! which had a rest. Of a set that is never at hand as a whole the pages written in a span are drawn evenly by keeping those
-//! with the least hashes.
+//! **Deltas.** The size of a delta depends on the age of the copy: a page that is written all the time changes more
+//! in a second than in a tenth of it. So pages are followed over spans of several lengths at once. In each span two
+//! kinds are followed: pages that were written in the span before (and would have been sent at its end), and any
+//! others, which were not. The set of pages written in a span is never in memory as a whole; a uniform sample of it
+//! is drawn by retaining the pages with the smallest hashes.
 //!
-//! It reads a few hundred pages an interval and keeps copies of 12 MiB at most; the copies are taken while the guest
-//! writes, as an encoder's are.
+//! The sampler reads a few hundred pages per interval and stores at most 12 MiB of copies. The copies are taken while
+//! the guest writes, as an encoder's are.
 
 use std::collections::BinaryHeap;
 use std::io;
@@ -27,17 +28,17 @@ use memferry_stages::xbzrle::{self, Encoded};
 
 use super::trace::{Coded, Cost, DeltaSample, Deltas, Samples};
 
-/// Intervals of the spans over which pages are followed.
+/// The lengths in intervals of the spans over which pages are followed.
 const SPANS: [u32; 6] = [1, 4, 16, 64, 256, 1024];
-/// The most bytes of copies that are kept.
+/// The most bytes of copies that are stored.
 const COPIED_BYTES: usize = 12 << 20;
 /// The most pages of each kind that are followed in a span.
 const FOLLOWED: usize = 192;
-/// Memory that is read at the start.
+/// The amount of memory that is read at the start.
 const FIRST_LOOK: usize = 128 << 20;
-/// Every so many intervals the content of pages that were just written is looked at.
+/// The number of intervals between samples of pages that were just written.
 const WRITTEN_EVERY: u32 = 8;
-/// Extents of them.
+/// The number of extents in such a sample.
 const WRITTEN_EXTENTS: usize = 4;
 
 /// See the [module](self).
@@ -49,7 +50,8 @@ pub struct Sampler {
     written: [Estimate; 3],
     alone: [Estimate; 3],
     spans: Vec<Span>,
-    /// The pages whose content at the start is known and that were not written since, and those of them that were zero.
+    /// The pages whose content at the start is known and that have not been written since, and those of them that
+    /// were zero.
     known: DirtyBitmap,
     zero: DirtyBitmap,
     random: Rng,
@@ -59,10 +61,10 @@ pub struct Sampler {
 }
 
 impl Sampler {
-    /// Of this memory, with zstd at this level.
+    /// A sampler of this memory, with zstd at this level.
     ///
     /// # Panics
-    /// If zstd has no such level.
+    /// If zstd does not support the level.
     #[must_use]
     pub fn new(memory: GuestMemory, zstd_level: i32) -> Self {
         let size = memory.page_size();
@@ -86,16 +88,16 @@ impl Sampler {
         }
     }
 
-    /// Looks at extents all over the memory, but not at pages of `unread`: never touched, or never to travel.
+    /// Samples extents all over the memory, except pages of `unread`: never touched, or never to travel.
     ///
     /// # Errors
-    /// When the memory cannot be read.
+    /// If the memory cannot be read.
     pub fn first_look(&mut self, unread: &DirtyBitmap) -> io::Result<()> {
         let layout = self.memory.layout().clone();
         let extents: u64 = (0..layout.block_count()).map(|block| u64::from(layout.block_extents(block))).sum();
         let looks = (FIRST_LOOK / layout.page_size().extent_bytes()) as u64;
         for look in 0..looks.min(extents) {
-            // One of each of as many parts of the memory, anywhere in it.
+            // One extent from each of equally many parts of the memory, at a random place in its part.
             let (start, end) = (extents * look / looks.min(extents), extents * (look + 1) / looks.min(extents));
             let at = extent_at(&layout, start + self.random.u64(..end - start));
             let mask = layout.valid_mask(at) & !unread.peek(at);
@@ -116,10 +118,10 @@ impl Sampler {
         Ok(())
     }
 
-    /// The interval of this number, from 0, has passed, and these pages were written in it.
+    /// Records that the interval with this number, from 0, has passed, and that these pages were written in it.
     ///
     /// # Errors
-    /// When the memory cannot be read.
+    /// If the memory cannot be read.
     pub fn interval(&mut self, number: u32, written: &DirtyBitmap, unread: &DirtyBitmap) -> io::Result<()> {
         for at in written.all_dirty_extents() {
             let mask = written.peek(at);
@@ -146,7 +148,7 @@ impl Sampler {
         Ok(())
     }
 
-    /// What was seen, where an interval took so long.
+    /// The samples, given the duration of an interval.
     #[must_use]
     pub fn finish(mut self, interval: Duration) -> Samples {
         let deltas = |span: &Span| Deltas { span: interval * span.intervals, again: span.again, rested: span.rested };
@@ -154,7 +156,7 @@ impl Sampler {
         self.samples
     }
 
-    /// A span is over: those of the pages that were followed and were written are compared, and others are followed.
+    /// Ends a span: the followed pages that were written are compared, and others are followed next.
     fn turn(&mut self, span: &mut Span, unread: &DirtyBitmap) -> io::Result<()> {
         for copy in std::mem::take(&mut span.copies).into_iter().filter(|copy| copy.written) {
             let found = self.compare(&copy)?;
@@ -173,7 +175,7 @@ impl Sampler {
         Ok(())
     }
 
-    /// A copy of a page; none if it is all zero.
+    /// A copy of a page; `None` if it is all zero.
     fn copy(&mut self, at: PageAt) -> io::Result<Option<Box<[u8]>>> {
         self.memory.block(at.block).memory.read_page(self.memory.page_size(), at.page, &mut self.page)?;
         Ok((!is_zero(&self.page)).then(|| self.page.as_slice().into()))
@@ -217,7 +219,7 @@ impl Sampler {
         Ok(())
     }
 
-    /// Reads pages of an extent into the buffer; the zero ones among them are left out and returned.
+    /// Reads pages of an extent into the buffer; omits the zero pages and returns them.
     fn read(&mut self, at: ExtentAt, mask: u64) -> io::Result<u64> {
         let began = Instant::now();
         let memory = &self.memory.block(at.block).memory;
@@ -254,7 +256,7 @@ fn is_zero(page: &[u8]) -> bool {
     page.iter().all(|&byte| byte == 0)
 }
 
-/// The extent of this number, over all blocks.
+/// The extent with this number, counted over all blocks.
 fn extent_at(layout: &Layout, mut number: u64) -> ExtentAt {
     for block in 0..layout.block_count() {
         let extents = layout.block_extents(block);
@@ -283,11 +285,11 @@ struct Span {
     intervals: u32,
     /// The most pages of each kind.
     followed: usize,
-    /// Those written so far in this span.
+    /// A sample of the pages written so far in this span.
     written: LeastHashes,
     /// Copies made when the span began.
     copies: Vec<Followed>,
-    /// Those that will be followed in the next span, if they rest in this one.
+    /// Pages to follow in the next span, if they are not written in this one.
     candidates: Vec<Followed>,
     again: DeltaSample,
     rested: DeltaSample,
@@ -313,12 +315,12 @@ struct Followed {
     copy: Option<Box<[u8]>>,
 }
 
-/// Of the pages that are offered, however often each, as many as there is room for, each as likely as any other.
+/// A uniform sample of the distinct pages that are offered, of at most `room` pages.
 #[derive(Debug)]
 struct LeastHashes {
     room: usize,
     seed: u64,
-    /// The largest on top.
+    /// The largest hash on top.
     kept: BinaryHeap<(u64, PageAt)>,
 }
 
@@ -342,7 +344,7 @@ impl LeastHashes {
         self.kept.iter().any(|&(kept, _)| kept == hash)
     }
 
-    /// Those that were kept; it begins anew.
+    /// Returns the sample, and starts a new one.
     fn take(&mut self) -> Vec<PageAt> {
         self.seed = Rng::with_seed(self.seed).u64(..);
         self.kept.drain().map(|(_, at)| at).collect()

@@ -1,4 +1,4 @@
-//! Plans of traces that are made up, of which is known what must come out.
+//! Plans of made-up traces with known results.
 
 use std::time::Duration;
 
@@ -18,12 +18,13 @@ use memferry::settings::{EncoderSettings, SourceSettings, StallStep, XbzrleSetti
 use memferry::units::Units;
 
 const PAGE: u64 = 4096;
-/// Of each trace: 64 MiB, of which a quarter is zero.
+/// Each trace has 64 MiB, a quarter of which is zero.
 const PAGES: u64 = 16_384;
 const FILLED: u64 = PAGES / 4 * 3;
 const TENTH: Duration = Duration::from_millis(100);
 
-/// A guest whose pages shrink to half, whose deltas have 100 bytes, and that writes these pages in turn, interval by interval.
+/// A guest whose pages compress to half, whose deltas have 100 bytes, and that writes these pages in turn, interval
+/// by interval.
 fn trace(turns: impl IntoIterator<Item = std::ops::Range<u64>>) -> Trace {
     let coded = Coded { pages: 1000, compressed: 1000, bytes: 1000 * PAGE / 2, nanos: 4_000_000 };
     let sample = DeltaSample { pages: 100, deltas: 100, delta_bytes: 10_000, ..DeltaSample::default() };
@@ -74,7 +75,7 @@ fn plan(trace: &Trace, settings: &SourceSettings, bandwidth: Bandwidth) -> Fores
     foresee(&Written::of(trace), settings, bandwidth)
 }
 
-/// The first round of deltas: a sample stands between it and the first.
+/// The first round of deltas: a sample round lies between it and the first round.
 fn behind_the_sample(run: &Run) -> RoundTally {
     run.sent[2].tally
 }
@@ -120,7 +121,7 @@ fn deltas_count_as_they_were_sampled_and_miss_where_the_cache_is_small() {
     assert!((1000..1800).contains(&missed.xbzrle_misses), "{missed:?}");
 }
 
-/// Written once, while all is sent, before or after its turn.
+/// Written once during the first round, before or after the page is sent.
 #[test]
 fn what_is_written_before_its_turn_is_unchanged_or_not_even_found() {
     // The last page is written first: it is sent last.
@@ -165,13 +166,13 @@ fn advice_is_what_the_guest_does_not_notice_where_that_suffices() {
     assert_eq!(sets, [["encoder.delta=xbzrle"]]);
     assert!(found[0].foreseen.meets);
 
-    // Whose pages change all over: neither deltas nor a compressor help.
+    // Pages that change completely: neither deltas nor a compressor help.
     let mut trace = trace.clone();
     let overflows = DeltaSample { pages: 100, overflows: 100, ..DeltaSample::default() };
     trace.samples.deltas = vec![Deltas { span: TENTH, again: overflows, rested: overflows }];
     let noise = Coded { pages: 1000, compressed: 0, bytes: 1000 * PAGE, nanos: 1_000_000 };
     (trace.samples.whole, trace.samples.written, trace.samples.alone) = ([noise; 3], [noise; 3], [noise; 3]);
-    // Of other pages in each interval a throttle leaves fewer.
+    // With different pages in each interval, a throttle leaves fewer of them.
     trace.intervals = (0..50)
         .map(|at: u64| {
             let start = 1000 + at % 10 * 1500;
@@ -198,7 +199,7 @@ fn a_limit_that_is_what_holds_is_raised_with_a_margin() {
     let needed = smallest_bandwidth(&written, &raw(), Units::Bits).unwrap();
     assert!(rate.bytes_per_second >= needed.bytes_per_second * 1.2, "{rate} and {needed}");
     assert!(found.iter().all(|advice| advice.foreseen.meets));
-    // The link carries no more than the limit: nothing is gained by a higher one.
+    // The link carries no more than the limit: a higher limit gains nothing.
     let found = gentlest(&written, &limited, mbyte(50.0));
     assert!(found.iter().all(|advice| advice.sets == ["encoder.delta=xbzrle"]), "{found:?}");
 }
@@ -214,7 +215,7 @@ fn a_plan_that_meets_its_limit_says_by_how_much_and_what_does_for_less() {
     let picture = draw(&answer);
     assert!(picture.contains("of the bandwidth to spare") && picture.contains("with a margin of 20 %"), "{picture}");
     assert!(answer.bandwidths.iter().all(|at| at.cheaper.is_none()), "nothing costs less than raw pages");
-    // 256 MiB of cache for a guest of which 8 MB are written.
+    // 256 MiB of cache for a guest that writes 8 MB.
     let at = &Answer::of(&written, &deltas(), &[mbyte(20.0)]).bandwidths[0];
     assert_eq!(at.cheaper.as_ref().unwrap().set, ["encoder.xbzrle_cache='32 MiB'"]);
 }
@@ -232,7 +233,7 @@ fn misses_are_compressed_over_a_link_that_is_slower_than_the_compressor() {
     let trace = steady();
     let mut small = settings(EncoderSettings { compress: Some(Codec::Lz4), xbzrle: Some(XbzrleSettings::default()) });
     small.encoder.xbzrle.as_mut().unwrap().cache_bytes = 8 << 20;
-    // A try takes 4 µs and saves half a page. Two lanes share the link: that pays up to 512 MB/s.
+    // An attempt takes 4 µs and saves half a page. Two lanes share the link: that pays up to 512 MB/s.
     let rest = |settings: &SourceSettings, megabytes| behind_the_sample(&plan(&trace, settings, mbyte(megabytes)).run);
     assert!(rest(&small, 50.0).compressed > 900);
     assert_eq!(rest(&small, 5000.0).compressed, 0);

@@ -1,10 +1,10 @@
 //! The pages that a guest wrote between any two moments of its trace.
 //!
-//! - **Part of an interval.** Of n pages written in an interval, n · f^α are taken to be written in a share f of it: α is 1 for
-//!   a guest that writes ever other pages, and near 0 for one that writes the same ones all the time. It is read off the
-//!   trace: two intervals together have 2^α times the pages of one. Which pages they are is drawn by hash, so that the parts
-//!   of an interval add up to it.
-//! - **When the trace is over** it begins again.
+//! - **Part of an interval.** Of n pages written in an interval, n · f^α are assumed to be written in a share f of
+//!   it. α is 1 for a guest that always writes different pages, and near 0 for one that writes the same pages all the
+//!   time. It is estimated from the trace: two intervals together have 2^α times the pages of one. The pages are
+//!   chosen by hash, so that the parts of an interval add up to it.
+//! - **At the end of the trace** the trace is repeated.
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -15,30 +15,30 @@ use memferry_stages::geometry::bits;
 
 use super::trace::{Interval, Trace};
 
-/// Memory that the intervals may take while they are at hand; of larger traces each is read again whenever it is asked for.
+/// The memory that decompressed intervals may take; a larger trace is decompressed at each access.
 const AT_HAND_BYTES: u64 = 1 << 30;
-/// The least growth: of a guest that writes the same pages all the time.
+/// The least α: a guest that writes the same pages all the time.
 const LEAST_GROWTH: f64 = 0.02;
 
-/// A word of the bitmap, by its number, and the bits of its pages.
+/// A word of the bitmap: its number and the bits of its pages.
 type Word = (u32, u64);
 
 /// See the [module](self).
 #[derive(Debug)]
 pub struct Written<'a> {
     trace: &'a Trace,
-    /// The end of each interval, from the begin of the first.
+    /// The end of each interval, from the start of the first.
     ends: Vec<Duration>,
-    /// α of each.
+    /// The α of each interval.
     growth: Vec<f64>,
-    /// Each one's words, if they are kept.
+    /// The words of each interval, if they are in memory.
     kept: Vec<Box<[Word]>>,
-    /// Those of all of them together.
+    /// The union of all intervals' words.
     all: Box<[Word]>,
 }
 
 impl<'a> Written<'a> {
-    /// Of a trace.
+    /// Prepares a trace.
     ///
     /// # Panics
     /// If the trace has no interval.
@@ -77,13 +77,14 @@ impl<'a> Written<'a> {
         self.trace
     }
 
-    /// Words of a bitmap of the guest.
+    /// The number of words of a bitmap of the guest.
     #[must_use]
     pub fn words(&self) -> usize {
         usize::try_from(self.trace.guest.words()).expect("a bitmap that fits into memory")
     }
 
-    /// Tells the pages that are written from one moment of the guest's time to another, word by word; some more than once.
+    /// Reports the pages that are written from one moment of the guest's time to another, word by word; some more
+    /// than once.
     pub fn between(&self, from: Duration, to: Duration, mut tell: impl FnMut(usize, u64)) {
         let whole = *self.ends.last().expect("a trace has intervals");
         if to.saturating_sub(from) >= whole {
@@ -126,7 +127,7 @@ impl<'a> Written<'a> {
     }
 }
 
-/// The page's place among those of the interval, from 0 to 1.
+/// The page's position among those of the interval, from 0 to 1.
 fn place(interval: usize, word: u32, bit: u32) -> f64 {
     let hash = Rng::with_seed((u64::from(word) * 64 + u64::from(bit)) ^ ((interval as u64) << 40)).u64(..);
     (hash >> 11) as f64 / (1_u64 << 53) as f64
@@ -148,19 +149,19 @@ fn read(interval: &Interval) -> Box<[Word]> {
     words.into()
 }
 
-/// How the pages that are written grow with the time, as a power of it, by two intervals that lie side by side.
+/// The exponent by which the number of written pages grows with time, from two adjacent intervals.
 fn grows(one: (&Interval, &[Word]), other: (&Interval, &[Word])) -> f64 {
     let [first, second] = [one.0, other.0].map(|interval| interval.written.pages() as f64);
     if first == 0.0 || second == 0.0 {
         return 1.0;
     }
-    // What the second brings that the first has not, for its length.
+    // The pages that the second adds to the first, relative to its length.
     let lengths = (one.0.length + other.0.length).as_secs_f64() / one.0.length.as_secs_f64();
     let both = first + second - common(one.1, other.1) as f64;
     ((both / first).ln() / lengths.ln()).clamp(LEAST_GROWTH, 1.0)
 }
 
-/// Pages that both have.
+/// The pages that both have.
 fn common(one: &[Word], other: &[Word]) -> u64 {
     let (mut left, mut right, mut common) = (one.iter().peekable(), other.iter().peekable(), 0);
     while let (Some(&&(a, mask)), Some(&&(b, bits))) = (left.peek(), right.peek()) {
@@ -232,7 +233,7 @@ mod tests {
             let (one, two) = (between(&written, Duration::ZERO, cut), between(&written, cut, TENTH));
             prop_assert!(one.is_subset(&set) && two.is_subset(&set));
             if salt > 0 && set.iter().all(|page| *page < salt * 1000) {
-                // Ever other pages: each in one of the parts.
+                // Always different pages: each in one of the parts.
                 prop_assert_eq!(one.len() + two.len(), set.len());
                 prop_assert!(one.union(&two).eq(&set));
             }

@@ -1,9 +1,9 @@
 //! `--events FILE`: every event as a line of JSON ([`event_json`](memferry_report::event_json)), as it happens.
 //!
-//! An observer must not block, and a disk or a pipe may: an [`Outlet`] writes. What finds it full, or the disk, is left out; a line
-//! at that place says how much that was, and so does the end. The migration continues.
+//! An observer must not block, and a disk or a pipe may: an [`Outlet`] writes. Events that find its queue, or the
+//! disk, full are skipped. A line at that place gives their number, and so does the end. The migration continues.
 //!
-//! A pipe that nobody reads yet is opened by the outlet's thread: the reader may come later.
+//! A pipe without a reader is opened by the outlet's thread: the reader may come later.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -19,23 +19,23 @@ use memferry::events::{Event, Observer, Role};
 use memferry::outlet::{Direct, Outlet, Sink};
 use memferry_report::event_json::EventLine;
 
-/// Lines that may wait: about a minute of a migration, some 2 MiB.
+/// The number of lines that may be queued: about a minute of a migration, some 2 MiB.
 const WAITING: usize = 1024;
-/// How long the last lines may take.
+/// The time limit for the last lines.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
 /// A file that is written while a migration runs.
 #[derive(Debug)]
 pub(crate) struct EventFile {
     name: PathBuf,
-    /// What is written to, where that can be looked at.
+    /// The open file, if its state can be inspected.
     file: Option<File>,
     began: Instant,
     lines: Outlet<EventLine>,
     missing: Missing,
 }
 
-/// What is missing so far: of the thread that writes, and whoever asks.
+/// The missing events so far, shared by the writing thread and its owner.
 #[derive(Clone, Debug, Default)]
 struct Missing(Arc<Mutex<Missed>>);
 
@@ -44,7 +44,7 @@ struct Missed {
     events: u64,
     /// The first failure.
     error: Option<io::Error>,
-    /// Is it a pipe that nobody has opened to read?
+    /// Is it a pipe without a reader?
     is_unread: bool,
 }
 
@@ -55,10 +55,10 @@ impl Missing {
 }
 
 impl EventFile {
-    /// A file for its owner only, or one that is there, emptied; `-` is standard output.
+    /// Creates a file that only its owner can read, or empties an existing one; `-` is standard output.
     ///
     /// # Errors
-    /// When it cannot be written, or is a disk.
+    /// If it cannot be written, or is a block device.
     pub(crate) fn create(file: &Path) -> io::Result<Self> {
         if is_stdout(file) {
             return Self::begin(file, Out::Open(Box::new(Direct(io::stdout()))));
@@ -82,13 +82,13 @@ impl EventFile {
         is_stdout(&self.name)
     }
 
-    /// Has it no name any more, so that nobody can read it? One that was renamed can be read.
+    /// Is the file unlinked, so that nothing can read it? A renamed file can still be read.
     fn was_removed(&self) -> bool {
         let found = self.file.as_ref().and_then(|file| file.metadata().ok());
         found.is_some_and(|found| found.nlink() == 0) && !self.name.exists()
     }
 
-    /// Writes what waits, and names what is missing, if anything is. Events after it are not written.
+    /// Writes the queued lines, and reports what is missing, if anything. Later events are not written.
     pub(crate) fn close(&self) -> Option<String> {
         let is_over = self.lines.close(LAST_WORDS);
         let (name, missing) = (self.name.display(), self.missing.so_far());
@@ -115,7 +115,7 @@ fn is_stdout(file: &Path) -> bool {
     file == Path::new("-")
 }
 
-/// Opens it, but not a pipe that nobody reads: that would wait for a reader.
+/// Opens the target, except a pipe without a reader: that would block.
 fn open(file: &Path) -> io::Result<Option<File>> {
     let is = |kind: fn(&std::fs::FileType) -> bool| file.metadata().is_ok_and(|found| kind(&found.file_type()));
     if is(FileTypeExt::is_block_device) {
@@ -129,21 +129,21 @@ fn open(file: &Path) -> io::Result<Option<File>> {
     }
 }
 
-/// What is written to.
+/// The target.
 enum Out {
     Open(Box<dyn Write + Send>),
-    /// A pipe that nobody read when it began.
+    /// A pipe that had no reader at the start.
     Unread(PathBuf),
 }
 
-/// What the outlet's thread does.
+/// The work of the outlet's thread.
 struct Writer {
     out: Out,
     name: PathBuf,
     began: Instant,
-    /// Is the last line cut off?
+    /// Is the last line incomplete?
     is_torn: bool,
-    /// Events that are missing and of which no line tells yet.
+    /// The number of missing events that no line has reported yet.
     untold: u64,
     missing: Missing,
 }
@@ -171,7 +171,7 @@ impl Sink<EventLine> for Writer {
 }
 
 impl Writer {
-    /// A line says how many events are missing at its place, as soon as it can be written.
+    /// Writes a line with the number of missing events at their place, as soon as that succeeds.
     fn tell_missing(&mut self) {
         if self.untold > 0
             && self.write(EventLine::lost(self.began.elapsed(), self.untold).to_json().as_bytes()).is_ok()
@@ -180,7 +180,7 @@ impl Writer {
         }
     }
 
-    /// The line reaches the file whole, or the next one begins a line of its own.
+    /// Writes a line. It reaches the file completely, or the next line begins after a newline.
     fn write(&mut self, line: &[u8]) -> io::Result<()> {
         let (is_torn, out) = (self.is_torn, self.opened()?);
         if is_torn {
@@ -216,7 +216,7 @@ mod tests {
     use std::sync::mpsc::{Receiver, sync_channel};
     use std::thread;
 
-    /// Longer than any of it takes.
+    /// Longer than any step takes.
     const LONG: Duration = Duration::from_secs(60);
 
     fn read(text: &[u8]) -> Vec<EventLine> {
@@ -265,7 +265,7 @@ mod tests {
         assert!(EventFile::create(folder.path()).is_err());
     }
 
-    /// Takes so many bytes, then none until `room` is made.
+    /// Accepts this many bytes, then none until `room` is made.
     #[derive(Clone)]
     struct Disk(Arc<Mutex<(Vec<u8>, usize)>>);
 
@@ -291,7 +291,7 @@ mod tests {
         let file = EventFile::begin(Path::new("x"), Out::Open(Box::new(disk.clone()))).unwrap();
         let tell = |times: usize| (0..times).for_each(|_| file.event(Role::Source, &Event::Paused));
         tell(20);
-        // Until the thread has met the end of the disk and given up on all of them.
+        // Wait until the thread has reached the end of the disk and given up on all of them.
         while file.missing.so_far().events + u64::try_from(read(&disk.0.lock().unwrap().0).len()).unwrap() < 21 {
             thread::yield_now();
         }
@@ -305,7 +305,7 @@ mod tests {
         assert_eq!(lines[lines.len() - 6].event, EventJson::Lost { events: missing });
     }
 
-    /// Takes nothing until it may.
+    /// Accepts nothing until it is released.
     struct Pipe(Receiver<()>, Disk);
 
     impl Write for Pipe {
@@ -324,7 +324,7 @@ mod tests {
         let disk = Disk(Arc::new(Mutex::new((Vec::new(), 10 << 20))));
         let (may, wait) = sync_channel(0);
         let file = EventFile::begin(Path::new("x"), Out::Open(Box::new(Pipe(wait, disk.clone())))).unwrap();
-        // The first line is in the writer's hands, or it is one of those that the queue takes.
+        // The first line is in the writer's hands, or it is one of those in the queue.
         (0..WAITING + 100).for_each(|_| file.event(Role::Source, &Event::Paused));
         drop(may);
         assert!(file.lines.flush(LONG));
@@ -356,7 +356,7 @@ mod tests {
         file.event(Role::Source, &Event::Paused);
         let said = file.close().unwrap();
         assert!(said.ends_with("pipe: nobody reads this pipe"), "{said}");
-        // Somebody has to let the thread go.
+        // Release the thread.
         drop(std::fs::read(name));
     }
 }

@@ -1,8 +1,9 @@
-//! HTTP as this program serves it, whatever it answers: the control API and the figures for Prometheus.
+//! The HTTP server of this program, for the control API and for the Prometheus metrics.
 //!
-//! A connection carries one request, which is answered once it has come whole. At most [`CONNECTIONS`] are open. When one more
-//! comes, the oldest of those that have not said all they want is closed for it: clients that connect and say nothing, or half of
-//! it, hold nobody up, however many they are. Heads, bodies and the time they may take are bounded.
+//! A connection carries one request, which is answered when it is complete. At most [`CONNECTIONS`] are open. When
+//! another client connects, the oldest connection whose request is incomplete is closed for it: clients that send
+//! nothing, or half a request, block no other client, however many they are. Heads, bodies and their duration are
+//! bounded.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -24,27 +25,27 @@ use memferry_transports::{Connection, Listener, is_shortage};
 use tokio::task::{AbortHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 
-/// Connections that are open at a time.
+/// The number of connections that may be open at a time.
 pub(crate) const CONNECTIONS: usize = 64;
-/// How long the head of a request may take.
+/// The time limit for the head of a request.
 const HEAD_TIME: Duration = Duration::from_secs(2);
 /// The most bytes of a head.
 const HEAD_BYTES: usize = 16 << 10;
-/// How long a body may take to come.
+/// The time limit for a body.
 const BODY_TIME: Duration = Duration::from_secs(5);
 /// The most bytes of a body.
 const BODY_BYTES: usize = 16 << 10;
-/// How long answers on their way may take when the server ends.
+/// The time limit for answers in progress when the server ends.
 const FAREWELL: Duration = Duration::from_millis(500);
 
-/// What is answered, at once or piece by piece.
+/// An answer, sent at once or in pieces.
 pub(crate) type Answer = Response<UnsyncBoxBody<Bytes, Infallible>>;
-/// What is asked, with its body.
+/// A request, with its body.
 pub(crate) type Asked = Request<Result<Bytes, BodyError>>;
 
-/// What answers. Clones are the same.
+/// Answers requests. Clones share state.
 pub(crate) trait Answerer: Clone + Send + Sync + 'static {
-    /// Answers a request that has come whole, or whose body has not.
+    /// Answers a request that is complete, or whose body failed.
     fn answer(&self, asked: Asked) -> impl Future<Output = Answer> + Send;
 }
 
@@ -69,7 +70,7 @@ impl BodyError {
     }
 }
 
-/// An answer of one piece, that nobody keeps.
+/// An answer in one piece, which may not be cached.
 pub(crate) fn whole(code: StatusCode, kind: &'static str, text: impl Into<Bytes>) -> Answer {
     let mut answer = Response::new(Full::new(text.into()).boxed_unsync());
     *answer.status_mut() = code;
@@ -78,7 +79,8 @@ pub(crate) fn whole(code: StatusCode, kind: &'static str, text: impl Into<Bytes>
     answer
 }
 
-/// Serves whoever connects until it is `closing` or the listener fails; answers that are on their way then have a moment to end.
+/// Serves clients until `closing` is cancelled or the listener fails; answers in progress then have a moment to
+/// complete.
 pub(crate) async fn serve(mut listener: Box<dyn Listener>, answerer: impl Answerer, closing: CancellationToken) {
     let mut clients = Clients::default();
     loop {
@@ -88,7 +90,7 @@ pub(crate) async fn serve(mut listener: Box<dyn Listener>, answerer: impl Answer
             Some(_) = clients.tasks.join_next() => {}
             accepted = listener.accept(), if clients.may_be_one_more() => match accepted {
                 Ok(connection) => clients.serve(connection, answerer.clone(), closing.clone()),
-                // Clients that are served end, and others of this process do.
+                // The shortage is temporary: clients that are served end, and so do others of this process.
                 Err(error) if is_shortage(&error) => {}
                 Err(error) => {
                     tracing::warn!(%error, "{} serves no more", listener.local_address());
@@ -102,7 +104,7 @@ pub(crate) async fn serve(mut listener: Box<dyn Listener>, answerer: impl Answer
     drop(tokio::time::timeout(FAREWELL, ending).await);
 }
 
-/// Whoever is connected.
+/// The connected clients.
 #[derive(Debug, Default)]
 struct Clients {
     tasks: JoinSet<()>,
@@ -113,7 +115,7 @@ struct Clients {
 #[derive(Debug)]
 struct Client {
     task: AbortHandle,
-    /// Has its request come whole?
+    /// Is its request complete?
     is_heard: Arc<AtomicBool>,
 }
 
@@ -161,7 +163,7 @@ async fn serve_one(
     let mut server = http1::Builder::new();
     server.timer(TokioTimer::new()).header_read_timeout(HEAD_TIME).max_buf_size(HEAD_BYTES).keep_alive(false);
     let mut served = pin!(server.serve_connection(TokioIo::new(tokio::io::join(reader, writer)), service));
-    // A client that breaks off or speaks something else is its own trouble.
+    // A client that disconnects or sends invalid HTTP affects only itself.
     tokio::select! {
         served = served.as_mut() => return drop(served),
         () = closing.cancelled() => {}
@@ -170,7 +172,7 @@ async fn serve_one(
     drop(served.await);
 }
 
-/// The whole body, if it is not too long and comes in time.
+/// The complete body, if it is not too long and arrives in time.
 async fn read(body: Incoming) -> Result<Bytes, BodyError> {
     match tokio::time::timeout(BODY_TIME, Limited::new(body, BODY_BYTES).collect()).await {
         Ok(Ok(collected)) => Ok(collected.to_bytes()),
@@ -216,7 +218,7 @@ mod tests {
             Self { folder, _serving: tokio_util::task::AbortOnDropHandle::new(serving) }
         }
 
-        /// A client that has said this.
+        /// A client that has sent this.
         async fn client(&self, says: &str) -> UnixStream {
             let mut client = UnixStream::connect(self.folder.path().join("s")).await.unwrap();
             client.write_all(says.as_bytes()).await.unwrap();
@@ -235,7 +237,7 @@ mod tests {
         matches!(client.try_read(&mut [0]), Err(error) if error.kind() == std::io::ErrorKind::WouldBlock)
     }
 
-    /// None of those that stay half open has run out of its time when the answer comes: the oldest ones were closed for it.
+    /// None of the half-open connections has timed out when the answer arrives: the oldest ones were closed for it.
     #[tokio::test]
     async fn whoever_says_half_of_it_is_closed_for_whoever_says_all() {
         let scene = Scene::begin().await;

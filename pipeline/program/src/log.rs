@@ -10,7 +10,8 @@ use tracing_subscriber::fmt::MakeWriter;
 use memferry::events::{Ended, Event, Observer, Role};
 use memferry::human;
 
-/// Writes every event as a log line: what an operator should act on as a warning, milestones as info, the rest as debug.
+/// Writes every event as a log line: warnings that need the operator's attention, milestones as info, the rest as
+/// debug.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct LogObserver;
 
@@ -43,7 +44,7 @@ impl Observer for LogObserver {
     }
 }
 
-/// Why it did not complete is the verdict, and said as such; the log keeps it beside the rest.
+/// The reason of a failure is part of the verdict and shown there; the log records it at info level.
 fn log_end(role: &str, ended: &Ended) {
     let total = human::time(ended.total);
     match &ended.error {
@@ -52,17 +53,17 @@ fn log_end(role: &str, ended: &Ended) {
     }
 }
 
-/// Sends log lines of a level ("warn", "memferry=debug,info") to a writer: each line in one piece. The writer must not block, for
-/// the stages log too.
+/// Sends log lines of a level ("warn", "memferry=debug,info") to a writer, each line in one write. The writer must
+/// not block, because the stages log too.
 ///
 /// # Errors
-/// When the level is none.
+/// If the level is invalid.
 ///
 /// # Panics
-/// If a log was started in this process before.
+/// If a log was already started in this process.
 pub fn start(level: &str, writer: impl for<'a> MakeWriter<'a> + Send + Sync + 'static) -> Result<(), String> {
     let refuse = || format!("--log {level:?} is not a level; write error, warn, info, debug or trace");
-    // The filter takes a word that is no level for the name of a module, and would log nothing.
+    // The filter takes an unknown level for the name of a module, and would log nothing.
     let is_level = |part: &str| part.contains('=') || part.trim().parse::<LevelFilter>().is_ok();
     if !level.split(',').all(is_level) {
         return Err(refuse());

@@ -1,8 +1,8 @@
-//! Shows a migration while it runs: a bar on a terminal, a line a second elsewhere.
+//! Shows a migration while it runs: a bar on a terminal, one line per second elsewhere.
 //!
 //! Both are observers of one end ([`Role`]) and show the same figures ([`figures`]). They write to standard error, so
-//! that standard output holds the verdict alone. Both write as they are called: where a writer or a terminal may block, they belong
-//! on a thread of their own, or in front of a writer that does not.
+//! that standard output contains only the verdict. Both write synchronously: where a writer or a terminal may block,
+//! they belong on a thread of their own, or need a writer that does not block.
 
 use std::fmt;
 use std::io::Write;
@@ -18,12 +18,12 @@ use memferry::human;
 use memferry::outlet::Direct;
 use memferry_report::event_json::ProgressJson;
 
-/// How often a line is written where there is no terminal.
+/// How often a line is written without a terminal.
 const LINE_EVERY: Duration = Duration::from_secs(1);
-/// The share from which a line says what holds it up.
+/// The share from which a line names the bottleneck.
 const HELD_UP: f64 = 0.5;
 
-/// What remains and how fast it goes, in one line: what matters most comes first. The screen of `watch` has the same words.
+/// What remains and at what rate, in one line, the most important first. The screen of `watch` uses the same words.
 #[must_use]
 pub fn figures(now: &ProgressJson) -> String {
     let mut text = format!("{}/s", human::bytes(now.wire_bytes_per_s));
@@ -44,7 +44,7 @@ pub fn figures(now: &ProgressJson) -> String {
     text
 }
 
-/// How long it takes until nothing remains, if that can be told.
+/// Time until nothing remains, if it is known.
 pub(crate) fn time_left(now: &ProgressJson) -> Option<TimeLeft> {
     #[expect(clippy::cast_precision_loss, reason = "for the eye")]
     let per_second = |bytes: u64| bytes as f64;
@@ -54,12 +54,12 @@ pub(crate) fn time_left(now: &ProgressJson) -> Option<TimeLeft> {
     (time != TimeLeft::Unknown).then_some(time)
 }
 
-/// As JSON has them, but for the part that is done: 99.97 % are not all.
+/// As in JSON, except for the completed share: 99.97 % must not be shown as 100 %.
 fn unrounded(progress: &Progress) -> ProgressJson {
     ProgressJson { done_percent: progress.done().map(|done| done * 100.0), ..progress.into() }
 }
 
-/// The figures of a line, with what holds it up most.
+/// The figures of a line, with the main bottleneck.
 fn line_of_figures(progress: &Progress) -> String {
     let text = format!("round {}: {}", progress.round, figures(&unrounded(progress)));
     match progress.bottleneck.greatest() {
@@ -70,7 +70,7 @@ fn line_of_figures(progress: &Progress) -> String {
     }
 }
 
-/// What is worth a line of its own besides the figures.
+/// Events with a line of their own.
 fn milestone(role: Role, event: &Event) -> Option<String> {
     match event {
         Event::Connected { peer } => Some(format!("connected to {peer}")),
@@ -84,13 +84,13 @@ fn milestone(role: Role, event: &Event) -> Option<String> {
             Decision::Throttle(_) | Decision::RaiseLimit(_) | Decision::SwitchOver => {
                 Some(format!("round {}: {decided}", decided.round))
             }
-            // That it gave up says the verdict.
+            // The verdict reports that it gave up.
             Decision::AnotherRound | Decision::Sample(_) | Decision::Drain | Decision::GiveUp => None,
         },
         Event::Changed(changed) => Some(changed.to_string()),
         Event::Paused => Some("the guest is paused at the source".into()),
         Event::Resumed => Some("the guest goes on at the source".into()),
-        // The source says why it switches over.
+        // The source reports why it switches over.
         Event::Phase(Phase::Switchover) if role == Role::Destination => Some("switching over".into()),
         _ => None,
     }
@@ -108,7 +108,7 @@ struct Rounds {
 }
 
 impl Rounds {
-    /// These, if there are any, and one more.
+    /// These rounds, if there are any, and one more.
     fn and(this: Option<Self>, tally: &RoundTally, took: Duration) -> Self {
         let before = this.unwrap_or(Self {
             first: tally.round,
@@ -142,17 +142,17 @@ impl fmt::Display for Rounds {
     }
 }
 
-/// What was shown and what is to be.
+/// What is shown, and what is yet to be shown.
 #[derive(Debug, Default)]
 struct Shown {
-    /// When the latest of the lines that come once a second was written.
+    /// The time of the latest of the lines that are written once a second.
     last: Option<Instant>,
     /// Short rounds share a line.
     rounds: Option<Rounds>,
 }
 
 impl Shown {
-    /// The lines that an event makes at this time.
+    /// The lines for an event at this time.
     fn lines(&mut self, role: Role, event: &Event, at: Instant) -> Vec<String> {
         let due = self.last.is_none_or(|last| at.duration_since(last) >= LINE_EVERY);
         let line = match event {
@@ -183,7 +183,8 @@ impl Shown {
     }
 }
 
-/// A line for each milestone and at most one a second in between, for logs and pipes. Short rounds share a line: none is left out.
+/// A line for each milestone and at most one per second in between, for logs and pipes. Short rounds share a line:
+/// none is skipped.
 pub struct ProgressLines<W> {
     role: Role,
     out: Mutex<(W, Shown)>,
@@ -204,7 +205,7 @@ impl<W: Write + Send> ProgressLines<W> {
     fn show(&self, event: &Event, at: Instant) {
         let mut out = self.out.lock().unwrap_or_else(PoisonError::into_inner);
         for line in out.1.lines(self.role, event, at) {
-            // Nobody may be reading; the migration continues.
+            // There may be no reader; the migration continues.
             drop(writeln!(out.0, "{line}"));
         }
     }
@@ -218,7 +219,7 @@ impl<W: Write + Send> Observer for ProgressLines<W> {
     }
 }
 
-/// The part of the terminal that the bar lives in; other lines go above it. Clones share it.
+/// The region of the terminal that contains the bar; other lines go above it. Clones share it.
 #[derive(Clone, Debug)]
 pub struct Screen(MultiProgress);
 
@@ -260,7 +261,7 @@ impl ProgressDisplay {
         Self { role, bar, round: Mutex::new(0) }
     }
 
-    /// The bar of a round is as long as what it began with.
+    /// The length of a round's bar is what the round began with.
     fn progress(&self, progress: &Progress) {
         let mut round = self.round.lock().unwrap_or_else(PoisonError::into_inner);
         if *round != progress.round {

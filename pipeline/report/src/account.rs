@@ -1,5 +1,5 @@
-//! Keeps what the events of a migration said, for the report, its page and the table at its end: its [`Status`], and what the status
-//! forgets.
+//! Accumulates the events of a migration for the report, its page and its final table: the latest [`Status`], and
+//! what the status does not retain.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -11,50 +11,50 @@ use memferry::control::{Changed, Status};
 use memferry::controller::Decided;
 use memferry::events::{Event, Observer, Role};
 
-/// The most notices that are kept: a stranger may knock for as long as the wait lasts.
+/// The most notices that are stored: peers may be refused for as long as the destination waits.
 const MOST_NOTICES: usize = 100;
 
-/// An observer that keeps what it hears from both ends.
+/// An observer that records the events of both ends.
 #[derive(Debug, Default)]
 pub struct Accountant {
     source: Mutex<Book>,
     destination: Mutex<Book>,
 }
 
-/// An account, and the moment from which its times are counted.
+/// An account, and the instant from which its times are counted.
 #[derive(Debug, Default)]
 struct Book {
     account: Account,
     began: Option<Instant>,
 }
 
-/// What one end said.
+/// The events of one end.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Account {
-    /// How it stood at the latest event.
+    /// The status at the latest event.
     pub status: Status,
-    /// The bound of the memory that the engine takes: the highest, where it was changed.
+    /// The engine's memory bound: the highest value, if it changed.
     pub memory_bound: u64,
     /// Rounds that are complete.
     pub rounds: Vec<Round>,
-    /// What the controller decided, in order.
+    /// The controller's decisions, in order.
     pub decided: Vec<Decided>,
-    /// Settings that were changed while it ran, in order.
+    /// Settings that were changed during the migration, in order.
     pub changed: Vec<Changed>,
-    /// What happened when, and the figures on the way.
+    /// Progress samples and marks over time.
     pub series: Series,
-    /// Warnings, and who was turned away; the first of them.
+    /// The first warnings and refused peers.
     pub notices: Vec<Notice>,
-    /// Notices that came after those.
+    /// The number of notices after those.
     pub more_notices: u64,
 }
 
 /// Something the operator should know.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Notice {
-    /// When it was told.
+    /// When it was reported.
     pub at: Duration,
-    /// What.
+    /// The message.
     pub text: String,
 }
 
@@ -65,14 +65,14 @@ pub struct Round {
     pub tally: RoundTally,
     /// How long it took.
     pub duration: Duration,
-    /// Was it only a sample of what was dirty, to see what deltas come to?
+    /// Was it a sample round, which sends a part of the dirty pages to measure their deltas?
     pub is_sample: bool,
     /// Dirty pages that the next sync found: `None` before it, 0 after the last round.
     pub dirty_after: Option<u64>,
 }
 
 impl Accountant {
-    /// What an end said up to here.
+    /// The record of one end so far.
     #[must_use]
     pub fn account(&self, role: Role) -> Account {
         self.of(role).lock().unwrap_or_else(PoisonError::into_inner).account.clone()
@@ -95,7 +95,7 @@ impl Observer for Accountant {
 }
 
 impl Account {
-    /// Takes what an event said, at this time since the first one.
+    /// Records an event at this time since the first one.
     pub(crate) fn enter(&mut self, event: &Event, at: Duration) {
         self.place(event, at);
         self.status.note(event);
@@ -116,7 +116,7 @@ impl Account {
         }
     }
 
-    /// Gives an event its place in time; before its figures are entered.
+    /// Adds an event to the series; called before its figures are entered.
     fn place(&mut self, event: &Event, at: Duration) {
         let what = match event {
             Event::Progress(progress) => return self.series.sample(progress, at),
@@ -141,7 +141,8 @@ impl Account {
         }
     }
 
-    /// The first sync after a round tells what it left dirty; the one in the switchover comes on top.
+    /// The first sync after a round reports the pages that the round left dirty; the sync in the switchover adds to
+    /// them.
     fn synced(&mut self, after_round: u32, dirty_pages: u64) {
         let round = self.rounds.iter_mut().find(|round| round.tally.round == after_round);
         if let Some(round) = round {

@@ -1,4 +1,5 @@
-//! The report of a migration: one JSON object for programs, one table and one page for people, all from what its events said.
+//! The report of a migration: one JSON object for programs, a table and a page for people, all derived from its
+//! events.
 
 pub mod account;
 pub mod event_json;
@@ -28,10 +29,10 @@ use memferry::controller::{Decided, Decision};
 use memferry::events::{BlockFacts, DowntimeParts, Ended, Phase};
 use memferry::values::ms;
 
-/// The version of the report's names.
+/// The version of the report's field names.
 pub const SCHEMA: u32 = 1;
 
-/// What `--report FILE` writes. Times are in milliseconds, sizes in bytes.
+/// The report, as `--report FILE` writes it. Times are in milliseconds, sizes in bytes.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Report {
     /// [`SCHEMA`].
@@ -40,11 +41,11 @@ pub struct Report {
     pub role: &'static str,
     /// "completed", "failed", "cancelled" or "unconfirmed".
     pub status: &'static str,
-    /// Why it is not completed.
+    /// Why it did not complete.
     pub error: Option<String>,
-    /// Were digests compared and equal; null if they were not compared.
+    /// Whether the digests of both ends are equal; null if they were not compared.
     pub verified: Option<bool>,
-    /// What was moved.
+    /// The guest that was moved.
     pub guest: GuestReport,
     /// From start to verdict.
     pub total_ms: f64,
@@ -52,27 +53,27 @@ pub struct Report {
     pub setup_ms: f64,
     /// From the guest's pause to its start; null if it was not paused.
     pub downtime_ms: Option<f64>,
-    /// Its parts, which add up to it at the source.
+    /// The parts of the downtime, which add up to it at the source.
     pub downtime: DowntimeParts,
-    /// What the controller expected of the downtime when it decided to switch over; null if it did not, or could not tell.
+    /// The controller's forecast when it decided to switch over; null if it did not decide so, or had no forecast.
     pub forecast: Option<ForecastReport>,
-    /// What it decided, in order.
+    /// The controller's decisions, in order.
     pub decisions: Vec<DecisionReport>,
-    /// Settings that were changed while it ran, in order.
+    /// Settings that were changed during the migration, in order.
     pub changes: Vec<ChangeReport>,
-    /// Bytes handed to the transport, or taken from it.
+    /// Bytes written to the transport, or read from it.
     pub wire_bytes: u64,
     /// Bytes on the wire for each second after the setup.
     pub throughput_bytes_per_s: f64,
-    /// Pages that were not sent for what the guest said of them, as the source counts them.
+    /// Pages that were not sent because of page hints, unplugged memory or ignored blocks, as the source counts them.
     pub spared: Spared,
-    /// The most memory that the engine takes for itself, known before it starts.
+    /// The bound of the engine's memory, known before the migration starts.
     pub memory_bound_bytes: u64,
-    /// The most it took.
+    /// The peak of the engine's memory.
     pub memory_peak_bytes: u64,
-    /// What held it up, in words.
+    /// The bottleneck, in words.
     pub bottleneck: String,
-    /// The same in figures.
+    /// The bottleneck, in figures.
     pub bottleneck_percent: Bottleneck,
     /// Processor time of the process from the first page to the verdict.
     pub cpu_ms: f64,
@@ -93,22 +94,23 @@ pub struct GuestReport {
     pub blocks: Vec<BlockFacts>,
 }
 
-/// The forecast that the switchover rests on, beside what came of it.
+/// The forecast that the switchover rests on, beside the actual result.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ForecastReport {
     /// The expected downtime.
     pub expected_ms: f64,
-    /// How far it was above (or, negative, below) the downtime, as a share of that; null if nothing came of it.
+    /// How far the forecast was above (or, negative, below) the downtime, as a share of the downtime; null if there
+    /// was no downtime.
     pub error_percent: Option<f64>,
-    /// Bytes after encoding that were expected to remain.
+    /// Bytes that were expected to remain, after encoding.
     pub remaining_bytes: u64,
-    /// Their part.
+    /// The expected time to send them.
     pub transfer_ms: f64,
-    /// The part of the last sync.
+    /// The expected time of the last sync.
     pub sync_ms: f64,
-    /// The part of the digests.
+    /// The expected time of the digests.
     pub verify_ms: f64,
-    /// The part of device state and last handshake.
+    /// The expected time of device state and the last handshake.
     pub handover_ms: f64,
 }
 
@@ -119,26 +121,26 @@ pub struct DecisionReport {
     pub round: u32,
     /// "another-round", "sample", "drain", "throttle", "raise-downtime-limit", "switch-over" or "give-up".
     pub decision: Untrusted,
-    /// The expected downtime; null if none could be told.
+    /// The expected downtime; null if it is unknown.
     pub expected_ms: Option<f64>,
-    /// Why, in words and figures.
+    /// The reason, in words and figures.
     pub why: Untrusted,
-    /// The name of the reason, as [`Reason::name`](memferry::controller::reason::Reason::name) gives it; empty where the writer
-    /// knows of none.
+    /// The name of the reason, as [`Reason::name`](memferry::controller::reason::Reason::name) returns it; empty if
+    /// the writer knows none.
     #[serde(default)]
     pub reason: Untrusted,
 }
 
-/// A setting that was changed while it ran.
+/// A setting that was changed during the migration.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ChangeReport {
-    /// The round in which it was.
+    /// The round in which it was changed.
     pub round: u32,
-    /// Which.
+    /// The name of the setting.
     pub key: Untrusted,
     /// Its value before, as the configuration writes it.
     pub from: Untrusted,
-    /// Its value from there on.
+    /// Its new value.
     pub to: Untrusted,
 }
 
@@ -149,16 +151,16 @@ pub struct RoundReport {
     pub round: u32,
     /// How long it took.
     pub ms: f64,
-    /// Was it only a sample of what was dirty, to see what deltas come to?
+    /// Was it a sample round, which sends a part of the dirty pages to measure their deltas?
     pub sample: bool,
-    /// What became of its pages.
+    /// Its pages by encoding.
     #[serde(flatten)]
     pub pages: PagesReport,
-    /// Dirty pages that the next sync found; null if none came.
+    /// Dirty pages that the next sync found; null if there was none.
     pub dirty_after: Option<u64>,
 }
 
-/// What became of a round's pages. `zero + raw + compressed + xbzrle + unchanged = pages`.
+/// The pages of a round by encoding. `zero + raw + compressed + xbzrle + unchanged = pages`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PagesReport {
     /// Pages scanned.
@@ -166,21 +168,21 @@ pub struct PagesReport {
     pub all: u64,
     /// Pages that were all zero.
     pub zero: u64,
-    /// Pages sent as they are.
+    /// Pages sent uncompressed.
     pub raw: u64,
     /// Pages sent compressed.
     pub compressed: u64,
     /// Pages sent as deltas.
     pub xbzrle: u64,
-    /// Pages that had not changed: not sent.
+    /// Pages that had not changed, and were not sent.
     pub unchanged: u64,
-    /// Pages that the XBZRLE cache did not hold.
+    /// Lookups that missed the XBZRLE cache.
     pub xbzrle_misses: u64,
-    /// Pages whose delta was not smaller than they are.
+    /// Pages whose delta was not smaller than the page.
     pub xbzrle_overflows: u64,
     /// Page bytes scanned.
     pub bytes_in: u64,
-    /// Frame bytes made of them.
+    /// Bytes of the frames made of them.
     pub bytes_out: u64,
 }
 
@@ -206,15 +208,15 @@ impl From<&RoundTally> for PagesReport {
 pub struct StageReport {
     /// Its name.
     pub name: Untrusted,
-    /// Its lane, or the number of its connection; null if there is one of it only.
+    /// Its lane, or the number of its connection; null if there is only one.
     pub lane: Option<u16>,
-    /// Time it worked.
+    /// Time spent working.
     pub busy_ms: f64,
-    /// Time it waited for input.
+    /// Time spent waiting for input.
     pub input_wait_ms: f64,
-    /// Time it waited for room behind it.
+    /// Time spent waiting for room in the output channel.
     pub output_wait_ms: f64,
-    /// Time it waited for `max_bandwidth`.
+    /// Time spent waiting for `max_bandwidth`.
     #[serde(default)]
     pub limit_wait_ms: f64,
     /// Batches that passed.
@@ -224,8 +226,9 @@ pub struct StageReport {
 }
 
 impl Report {
-    /// The report of a migration seen from one end, or, with `other`, from the source with what its destination said: the
-    /// stages are those of both, and the destination says whether it verified. `role` is "run", "send" or "recv".
+    /// The report of a migration from one end. With `other`, the report of the source supplemented by its
+    /// destination: the stages are those of both ends, and the destination determines whether the memory was
+    /// verified. `role` is "run", "send" or "recv".
     ///
     /// # Panics
     /// If `account` has not ended.
@@ -262,8 +265,8 @@ impl Report {
         }
     }
 
-    /// Writes it as JSON, whole or not at all. What is no plain file (`/dev/stdout`, a pipe, a link) is written into, never
-    /// replaced.
+    /// Writes the report as JSON, completely or not at all. A target that is not a regular file (`/dev/stdout`, a
+    /// pipe, a link) is written to directly, never replaced.
     ///
     /// # Errors
     /// When it cannot be written.
@@ -271,7 +274,7 @@ impl Report {
         write(file, &self.to_json())
     }
 
-    /// The JSON that [`write`](Self::write) puts into a file.
+    /// The JSON that [`write`](Self::write) writes.
     pub fn to_json(&self) -> Vec<u8> {
         let mut json = serde_json::to_vec_pretty(self).expect("plain values become JSON");
         json.push(b'\n');
@@ -279,20 +282,20 @@ impl Report {
     }
 }
 
-/// How the stages of both ends spent their time, as far as they have ended.
+/// How the stages of both ends spent their time, for each end that has ended.
 #[must_use]
 pub fn readings(account: &Account, other: Option<&Account>) -> Vec<Reading> {
     let ends = [Some(account), other].into_iter().flatten().filter_map(|account| account.status.ended.as_ref());
     ends.flat_map(|ended| ended.stages.iter().cloned()).collect()
 }
 
-/// What held a migration up: both ends are in one process where this one knows what the other came to.
+/// The bottleneck. If both ends are in this process, the figures of both are used.
 #[must_use]
 pub fn held_up(ended: &Ended, far: Option<&Ended>) -> Bottleneck {
     far.map_or(ended.bottleneck, |far| ended.bottleneck.beside(&far.bottleneck))
 }
 
-/// The stage that worked the greatest share of its time, and that share; none if no stage has run.
+/// The stage with the greatest share of working time, and that share; `None` if no stage has run.
 #[must_use]
 pub fn busiest(stages: &[Reading]) -> Option<(&Reading, f64)> {
     let share = |stage: &Reading| stage.busy.as_secs_f64() / stage.life().as_secs_f64().max(f64::MIN_POSITIVE);
@@ -300,7 +303,7 @@ pub fn busiest(stages: &[Reading]) -> Option<(&Reading, f64)> {
     shares.max_by(|a, b| a.1.total_cmp(&b.1))
 }
 
-/// What the end of a migration is called.
+/// The name of a migration's end.
 #[must_use]
 pub fn status(phase: Phase) -> &'static str {
     match phase {
@@ -336,7 +339,7 @@ fn forecast_report(forecast: &Forecast, downtime: Option<Duration>) -> ForecastR
     }
 }
 
-/// How far a forecast was above the downtime that came of it, in percent of that.
+/// How far a forecast was above the actual downtime, in percent of the downtime.
 #[must_use]
 pub fn error_percent(forecast: &Forecast, downtime: Duration) -> f64 {
     let (expected, took) = (forecast.expected().as_secs_f64(), downtime.as_secs_f64());
@@ -353,7 +356,7 @@ fn decision(decided: &Decided) -> DecisionReport {
     }
 }
 
-/// What a decision is called.
+/// The name of a decision.
 #[must_use]
 pub fn decision_name(decision: Decision) -> &'static str {
     match decision {
@@ -390,7 +393,7 @@ fn stage(reading: &Reading) -> StageReport {
     }
 }
 
-/// A share in percent, to the tenth.
+/// A share in percent, to one decimal.
 fn percent(share: f64) -> f64 {
     (share * 1e3).round() / 10.0
 }

@@ -1,14 +1,14 @@
-//! A migration over time: figures taken on the way, and what happened when. Times are counted from the first thing that an
-//! end told, by whoever keeps the series; here is no clock.
+//! A migration over time: progress samples and marks. The caller supplies the times, counted from the first event of
+//! an end; nothing here reads a clock.
 
 use std::time::Duration;
 
 use memferry::events::{Phase, Progress};
 
-/// The most samples that are kept. A picture on a screen shows no more.
+/// The most samples that are stored. A chart on a screen shows no more.
 pub const MOST_SAMPLES: usize = 600;
 
-/// Samples of a migration's progress, spread evenly over it however long it takes, and marks of what happened.
+/// Samples of a migration's progress, spaced evenly whatever its duration, and marks of its events.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Series {
     kept: Thinned<Sample>,
@@ -16,11 +16,12 @@ pub struct Series {
     marks: Vec<Mark>,
 }
 
-/// Samples from the beginning on, at even distances: when there are [`MOST_SAMPLES`], every other one goes and the distance doubles.
+/// Samples from the beginning on, evenly spaced. At [`MOST_SAMPLES`], every second one is dropped and the spacing
+/// doubles.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Thinned<T> {
     kept: Vec<T>,
-    /// Each sample that is a multiple of it is kept.
+    /// Only each sample whose number is a multiple of this is stored.
     every: usize,
     seen: usize,
 }
@@ -48,69 +49,69 @@ impl<T> Thinned<T> {
         self.seen += 1;
     }
 
-    /// Those that are kept, in order.
+    /// The stored samples, in order.
     #[must_use]
     pub fn kept(&self) -> &[T] {
         &self.kept
     }
 }
 
-/// What one [`Progress`] said.
+/// The figures of one [`Progress`] event.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Sample {
-    /// When.
+    /// The time of the sample.
     pub at: Duration,
-    /// Page bytes that are dirty or taken and not acknowledged, if this is known.
+    /// Bytes of pages that are dirty, or taken and not yet acknowledged, if known.
     pub remaining_bytes: Option<u64>,
-    /// Bytes handed to the transport so far.
+    /// Bytes written to the transport so far.
     pub wire_bytes: u64,
-    /// Page bytes a second that the guest dirtied between the last syncs.
+    /// Rate at which the guest dirtied page bytes between the last two syncs, per second.
     pub dirty_rate: Option<f64>,
-    /// What a switchover would have cost.
+    /// The expected cost of a switchover at this time.
     pub expected_downtime: Option<Duration>,
-    /// The downtime limit; nothing at the destination.
+    /// The downtime limit; `None` at the destination.
     pub downtime_limit: Duration,
-    /// Percent of its time that the guest is held back.
+    /// Percent of its time that the guest is throttled.
     pub throttle: u8,
 }
 
-/// Something that happened at one moment.
+/// An event at one moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mark {
-    /// When.
+    /// The time of the event.
     pub at: Duration,
-    /// What.
+    /// The event.
     pub what: Happened,
 }
 
-/// What a [`Mark`] marks.
+/// The event that a [`Mark`] marks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Happened {
     /// The phase changed.
     Phase(Phase),
-    /// A round was sent; it had begun so long before.
+    /// A round was sent.
     Round {
         /// Its number.
         round: u32,
-        /// How long it took.
+        /// How long before the mark it began.
         took: Duration,
     },
-    /// A sync found so many dirty pages.
+    /// A sync found this number of dirty pages.
     Synced(u64),
-    /// The controller decided: this one of its decisions, from 0.
+    /// The controller decided: the index of the decision.
     Decided(usize),
-    /// A setting was changed: this one of the changes, from 0.
+    /// A setting was changed: the index of the change.
     Changed(usize),
     /// The guest was paused at the source.
     Paused,
-    /// It goes on at the source.
+    /// The guest was resumed at the source.
     Resumed,
     /// The verdict.
     Ended,
 }
 
 impl Series {
-    /// Takes what a progress event said, at this time.
+    /// Adds the figures of a progress event at this time.
     pub(super) fn sample(&mut self, progress: &Progress, at: Duration) {
         let sample = Sample {
             at,
@@ -125,7 +126,7 @@ impl Series {
         self.latest = Some(sample);
     }
 
-    /// Marks what happened at this time.
+    /// Adds a mark at this time.
     pub(super) fn mark(&mut self, what: Happened, at: Duration) {
         self.marks.push(Mark { at, what });
     }
@@ -139,13 +140,13 @@ impl Series {
         kept.iter().copied().chain(latest).collect()
     }
 
-    /// What happened, in order.
+    /// The marks, in order.
     #[must_use]
     pub fn marks(&self) -> &[Mark] {
         &self.marks
     }
 
-    /// When something first happened.
+    /// The time of the first mark of this kind.
     #[must_use]
     pub fn first(&self, what: Happened) -> Option<Duration> {
         self.marks.iter().find(|mark| mark.what == what).map(|mark| mark.at)

@@ -1,6 +1,6 @@
-//! The status of a running migration as JSON: what `GET /migration` of the control API answers.
+//! The status of a running migration as JSON: the answer to `GET /migration` of the control API.
 //!
-//! Names and units are those of [`event_json`](super::event_json), whose types stand in it. What cannot be told is null.
+//! Names and units are those of [`event_json`](super::event_json), whose types it contains. An unknown value is null.
 
 use memferry_stages::untrusted::Untrusted;
 use serde::Serialize;
@@ -12,31 +12,31 @@ use memferry::control::{Change, Status};
 use memferry::events::{Phase, Role};
 use memferry::settings::{SourceSettings, SwitchoverBandwidth};
 
-/// The version of the names in it.
+/// The version of the field names.
 pub const SCHEMA: u32 = 1;
 
-/// What one end of a migration is doing.
+/// The status of one end of a migration.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct StatusJson {
     /// [`SCHEMA`].
     pub schema: u32,
-    /// Which end; null before it has begun.
+    /// The end; null before it has begun.
     pub role: Option<Role>,
-    /// Where it stands.
+    /// The phase.
     pub phase: Phase,
-    /// Since it began; once it has ended, how long it took.
+    /// Time since the begin; after the end, the total duration.
     pub elapsed_ms: f64,
-    /// Who is at the other end, or which file.
+    /// The peer's address or file.
     pub peer: Option<Untrusted>,
     /// Bytes of the guest; 0 before they are known.
     pub total_bytes: u64,
-    /// Bound of the memory that the engine takes for itself.
+    /// The bound of the engine's memory.
     pub memory_bound_bytes: u64,
     /// Rounds that are complete.
     pub rounds: u32,
-    /// Is a cancel too late?
+    /// Has the handover begun, so that a cancel is too late?
     pub handed_over: bool,
-    /// The settings that may be changed, as a PATCH takes them; null at the destination.
+    /// The settings that can be changed, in the form that a PATCH takes; null at the destination.
     pub settings: Option<Map<String, Value>>,
     /// The latest figures.
     pub progress: Option<ProgressJson>,
@@ -44,9 +44,9 @@ pub struct StatusJson {
     pub forecast: Option<ForecastReport>,
     /// The latest decision.
     pub decision: Option<DecidedJson>,
-    /// What the operator should know, the latest last.
+    /// Warnings for the operator, the latest last.
     pub warnings: Vec<String>,
-    /// How it ended; null while it goes on.
+    /// How it ended; null while it runs.
     pub ended: Option<EndedJson>,
 }
 
@@ -76,7 +76,7 @@ fn settings(settings: &SourceSettings) -> Map<String, Value> {
     Change::list(settings).iter().map(|setting| (setting.key().to_owned(), value(setting))).collect()
 }
 
-/// The value as a PATCH takes it.
+/// The value in the form that a PATCH takes.
 fn value(setting: &Change) -> Value {
     match setting {
         Change::ThrottleMost(percent) => (*percent).into(),

@@ -1,4 +1,4 @@
-//! The end of a migration as a person reads it: verdict, rounds, decisions, downtime, bottleneck. At most 100 columns.
+//! The final summary for people: verdict, rounds, decisions, downtime, bottleneck. At most 100 columns.
 
 use std::fmt::Write;
 use std::time::Duration;
@@ -15,10 +15,10 @@ use memferry::human;
 const HEADS: [&str; 11] =
     ["round", "time", "pages", "zero", "raw", "compressed", "xbzrle", "unchanged", "in", "out", "dirty after"];
 
-/// Rounds, and decisions, that are shown from the start and from the end.
+/// The number of rounds, or decisions, that are shown from the start and from the end.
 const FIRST: usize = 8;
 const LAST: usize = 4;
-/// The columns of a line, and of the name before it.
+/// The width of a line, and of the label before it.
 const WIDTH: usize = 100;
 const NAME: usize = 12;
 
@@ -44,7 +44,7 @@ pub fn verdict(verdict: &Ended, account: &Account) -> String {
     line
 }
 
-/// Everything under the verdict: the table of rounds, then the lines about the whole. Empty if no stage has run.
+/// Everything below the verdict: the table of rounds, then the summary lines. Empty if no stage has run.
 #[must_use]
 pub fn summary(account: &Account, other: Option<&Account>) -> String {
     let Some(ended) = account.status.ended.as_ref().filter(|ended| !ended.stages.is_empty()) else {
@@ -64,7 +64,7 @@ pub fn summary(account: &Account, other: Option<&Account>) -> String {
     text
 }
 
-/// All rounds, or the first and the last where they are many.
+/// All rounds, or the first and the last ones if there are many.
 fn rounds(rounds: &[Round]) -> String {
     let left_out = rounds.len().saturating_sub(FIRST + LAST);
     if left_out < 2 {
@@ -100,7 +100,7 @@ fn row(round: &Round) -> [String; 11] {
     ]
 }
 
-/// Rows under their heads, each column as wide as its widest cell.
+/// Rows under their headings, each column as wide as its widest cell.
 fn columns(rows: impl Iterator<Item = [String; 11]>) -> Vec<String> {
     let rows: Vec<_> = std::iter::once(HEADS.map(str::to_owned)).chain(rows).collect();
     let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
@@ -112,7 +112,7 @@ fn columns(rows: impl Iterator<Item = [String; 11]>) -> Vec<String> {
     rows.iter().map(line).collect()
 }
 
-/// What did not travel, and why; nothing if all did.
+/// Pages that were not sent, with the reasons; `None` if all were sent.
 fn spared(spared: &Spared) -> Option<String> {
     let whys = [(spared.hinted, "hinted free"), (spared.unplugged, "unplugged"), (spared.ignored, "of ignored blocks")];
     let parts: Vec<_> = whys
@@ -123,8 +123,8 @@ fn spared(spared: &Spared) -> Option<String> {
     (!parts.is_empty()).then(|| parts.join(", "))
 }
 
-/// What the controller did beside rounds, in words and figures: each decision once, or the first and the last where they are many.
-/// That it gave up says the verdict.
+/// The controller's decisions other than further rounds, in words and figures: all of them, or the first and the last ones
+/// if there are many. The decision to give up is left to the verdict.
 fn decisions(decided: &[Decided]) -> Vec<(&'static str, String)> {
     let shown = |decided: &&Decided| {
         matches!(decided.decision, Decision::Throttle(_) | Decision::RaiseLimit(_) | Decision::SwitchOver)
@@ -177,7 +177,7 @@ fn lines(ended: &Ended, account: &Account, other: Option<&Account>) -> Vec<(&'st
     lines
 }
 
-/// What was expected of the downtime, and how far off that was.
+/// The forecast of the downtime, and its error.
 fn forecast_line(forecast: &Forecast, downtime: Duration) -> String {
     let FixedCost { sync, verify, handover } = forecast.fixed;
     let [expected, transfer, sync, verify, handover] =

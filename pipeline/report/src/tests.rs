@@ -1,4 +1,4 @@
-//! What report and table make of a made-up migration.
+//! Report and table of a made-up migration.
 
 use std::time::Duration;
 
@@ -66,7 +66,7 @@ fn the_report_says_what_the_events_said() {
     let report = report();
     assert_eq!((report.schema, report.role, report.status, report.verified), (1, "run", "completed", Some(true)));
     assert_eq!((report.total_ms, report.setup_ms, report.downtime_ms), (2500.0, 100.0, Some(213.0)));
-    // 212 ms were expected, and it took 213.
+    // 212 ms were expected, 213 ms was the result.
     let forecast = report.forecast.unwrap();
     assert_eq!((forecast.expected_ms, forecast.error_percent), (212.0, Some(-0.5)));
     assert_eq!(report.decisions[0].decision, "switch-over");

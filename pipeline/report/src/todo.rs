@@ -1,4 +1,4 @@
-//! What the figures of a migration say should be set otherwise.
+//! Settings that the figures of a migration suggest to change.
 
 use memferry_stages::codec::Codec;
 use memferry_stages::tally::RoundTally;
@@ -10,19 +10,19 @@ use memferry::human;
 use memferry::settings::SourceSettings;
 use memferry::values::{Bandwidth, Size};
 
-/// The share of the time from which something is what held a migration up.
+/// The share of the time from which something counts as the bottleneck.
 const HELD: f64 = 0.8;
-/// The share of lookups from which misses of the cache are a matter of its size.
+/// The share of lookups that miss from which the cache is considered too small.
 const MISSED: f64 = 0.5;
-/// Fewer misses are no matter.
+/// Fewer misses than this are ignored.
 const WORTH: u64 = 1000;
-/// Bytes that the cache keeps besides each page.
+/// Bytes that the cache stores in addition to each page.
 const SLOT_BYTES: u64 = 16;
 
-/// Something that should be set otherwise, with the figures that show it.
+/// A suggested change, with the figures that justify it.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Conclusion {
-    /// Pages were written more often than the cache could keep them.
+    /// The cache was too small for the pages that were written repeatedly.
     CacheTooSmall {
         /// The share of lookups that missed.
         missed: f64,
@@ -31,29 +31,29 @@ pub enum Conclusion {
         /// A size that holds every page that was written.
         would_do: u64,
     },
-    /// The bandwidth limit held the migration up.
+    /// The bandwidth limit was the bottleneck.
     LimitHeld {
         /// The share of the time.
         share: f64,
-        /// In bytes a second.
+        /// The limit in bytes per second.
         limit: u64,
     },
     /// The processors were full, with more lanes than cores.
     TooManyLanes {
         /// The share of the cores' time.
         share: f64,
-        /// How many lanes.
+        /// The number of lanes.
         lanes: u16,
-        /// How many cores.
+        /// The number of cores.
         cores: usize,
     },
     /// The processors were full.
     ProcessorFull {
         /// The share of the cores' time.
         share: f64,
-        /// How many cores.
+        /// The number of cores.
         cores: usize,
-        /// Is the codec one that others need less of the processor than?
+        /// Is there a codec that takes less processor time than this one?
         has_lighter_codec: bool,
     },
 }
@@ -92,7 +92,7 @@ impl fmt::Display for Conclusion {
     }
 }
 
-/// What the figures say. Nothing where they show nothing that a setting would change.
+/// The suggestions. Empty if no setting would change the figures.
 #[must_use]
 pub fn conclusions(
     settings: &SourceSettings,
@@ -108,14 +108,14 @@ pub fn conclusions(
     [cache(settings, account), limit, processor].into_iter().flatten().collect()
 }
 
-/// The settings with what was changed while the migration ran.
+/// The settings, including the changes made during the migration.
 fn at_the_end(settings: &SourceSettings, account: &Account) -> SourceSettings {
     let mut settings = settings.clone();
     account.changed.iter().for_each(|changed| changed.to.put_into(&mut settings));
     settings
 }
 
-/// The share of something that held the migration up, if it did.
+/// The share of a cause, if it was the bottleneck.
 fn held(held_up: &Bottleneck, cause: Cause) -> Option<f64> {
     held_up.share(cause).filter(|share| *share >= HELD)
 }
@@ -137,10 +137,10 @@ fn cache(settings: &SourceSettings, account: &Account) -> Option<Conclusion> {
     let misses = sum(|tally| tally.xbzrle_misses);
     let lookups = misses + sum(|tally| tally.xbzrle + tally.unchanged + tally.xbzrle_overflows);
     let missed = misses as f64 / lookups.max(1) as f64;
-    // No more pages than these were written, and those of the first round are in the way of none.
+    // At most these pages were written; those of the first round do not displace others.
     let written = sum(|tally| tally.pages).min(account.status.pages);
     let needed = written * (block.page_size + SLOT_BYTES);
-    // A little more: not every slot of a cache is ever used.
+    // A little more than needed: a cache never uses every slot.
     let would_do = (needed + needed / 16).next_multiple_of(16 << 20);
     (missed >= MISSED && misses >= WORTH && needed > cache).then_some(Conclusion::CacheTooSmall {
         missed,
@@ -170,7 +170,7 @@ mod tests {
         }
     }
 
-    /// A GiB of which each later round has so many pages, with so many misses among them.
+    /// 1 GiB, of which each later round has this number of pages, with this number of misses among them.
     fn account(rounds: &[(u64, u64)]) -> Account {
         let tally = |(pages, misses)| RoundTally {
             pages,
@@ -199,7 +199,7 @@ mod tests {
         let expected = "99 % of the pages that were written again missed the XBZRLE cache of 64 MiB: xbzrle_cache = \"432 MiB\" would \
                         hold all that were written.";
         assert_eq!(missed, [expected]);
-        // A cache that holds all of them misses pages that it was never given, and another size changes nothing.
+        // A cache that holds all pages still misses those that were never inserted; another size changes nothing.
         assert_eq!(words(&settings(), &account(&[(10_000, 9_900)]), &Bottleneck::default()), [""; 0]);
         assert_eq!(words(&settings(), &account(&[(60_000, 20_000)]), &Bottleneck::default()), [""; 0]);
         let most = conclusions(&settings(), &account(&[(262_144, 262_144); 9]), &Bottleneck::default(), 4);

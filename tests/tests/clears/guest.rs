@@ -1,4 +1,4 @@
-//! A guest that notes what it is told and what its log is asked, with clearers of a test's own.
+//! A guest that records its calls and those to its log, with clearers of the test's own.
 
 use std::io;
 use std::ops::Range;
@@ -20,7 +20,7 @@ use memferry_tests::{TestGuest, migrate_watched};
 use memferry_transports::memory::MemoryTransport;
 use tokio_util::sync::CancellationToken;
 
-/// What happened, in order.
+/// The recorded calls, in order.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Notes(Arc<Mutex<Vec<String>>>);
 
@@ -29,7 +29,7 @@ impl Notes {
         self.0.lock().unwrap().push(what.into());
     }
 
-    /// Everything, where one thing that happened many times on end stands once.
+    /// All calls, with immediate repetitions of one call reduced to one.
     pub(crate) fn read(&self) -> Vec<String> {
         let mut notes = self.0.lock().unwrap().clone();
         notes.dedup();
@@ -37,17 +37,17 @@ impl Notes {
     }
 }
 
-/// A [`TestGuest`] with clearers, which notes syncs and the scanner's swaps.
+/// A [`TestGuest`] with clearers, which records syncs and the scanner's swaps.
 #[derive(Debug)]
 pub(crate) struct Noting {
     pub(crate) guest: Arc<TestGuest>,
     pub(crate) clearers: Vec<Arc<dyn Clearer>>,
     pub(crate) notes: Notes,
-    /// Pages of block 0 that nobody may touch.
+    /// Pages of block 0 that may not be accessed.
     pub(crate) forbidden: Range<u64>,
-    /// Does it follow its writes by hashes?
+    /// Does its log find writes by hashes?
     pub(crate) hashes: bool,
-    /// Does it say of no block that it is ignored?
+    /// Does the guest report no block as ignored?
     pub(crate) sends_all: bool,
 }
 
@@ -57,7 +57,7 @@ impl Noting {
     }
 }
 
-/// Memory in which some pages may not be touched.
+/// Memory in which some pages may not be accessed.
 #[derive(Debug)]
 struct Forbidding {
     memory: Arc<dyn Memory>,
@@ -104,7 +104,7 @@ impl Memory for Forbidding {
     }
 }
 
-/// A log that notes what it is asked. The scanner re-arms right after a swap, before it looks at the next word.
+/// A log that records its calls. The scanner re-arms directly after a swap, before the next word.
 #[derive(Debug)]
 struct NotingLog(Arc<dyn DirtyLog>, Notes);
 

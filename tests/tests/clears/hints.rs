@@ -1,4 +1,4 @@
-//! Hints of free pages: what is written afterwards arrives, what is late is dropped, the digests agree.
+//! Hints of free pages: later writes arrive, late hints are dropped, the digests agree.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -17,7 +17,7 @@ use crate::guest::{Notes, Noting, move_guest};
 const PAGE: usize = 4096;
 const PAGES: usize = 2048;
 
-/// Does something at each point; given how many syncs were before it, and the window.
+/// Runs a script at each point, with the number of syncs before it and the window.
 struct Script<F> {
     syncs: Mutex<u32>,
     act: F,
@@ -53,7 +53,7 @@ impl<F: Fn(At<'_>) + Send + Sync> Clearer for Script<F> {
     }
 }
 
-/// A guest without writers of its own, that counts as running: the script is what writes.
+/// A guest without writers of its own that counts as running: the script writes.
 fn guest() -> Arc<TestGuest> {
     TestGuest::incompressible(PageSize::DEFAULT, (PAGES * PAGE) as u64).running(0)
 }
@@ -97,12 +97,12 @@ fn hinted_pages_are_not_sent_and_those_that_are_written_afterwards_are() {
         At::After(0, Some(hints)) => {
             assert_eq!(hints.free(0, 100..1100), 1000);
             assert_eq!(hints.free(0, 100..1100), 0, "they are clear already");
-            // Taken into use at once, in the window; and one at the end of a word, one before the next.
+            // Reused at once, within the window; one at the end of a word, one before the next.
             for page in [100, 127, 128, 1099] {
                 writer.write(0, page * PAGE + 7, b"in use");
             }
         }
-        // Taken into use between two windows.
+        // Reused between two windows.
         At::Before(1) => writer.write(0, 500 * PAGE, b"later"),
         At::Complete => writer.write(0, 600 * PAGE, b"last"),
         _ => {}
@@ -113,7 +113,7 @@ fn hinted_pages_are_not_sent_and_those_that_are_written_afterwards_are() {
     }
     assert!((101..127).all(|at| page(&theirs, at).iter().all(|&byte| byte == 0)), "a free page travelled");
     assert_eq!(ends.source.spared.hinted, 1000);
-    // All others once, those that were taken once, and the page that saving writes.
+    // All others once, the reused ones once, and the page that the save writes.
     assert_eq!(sent(&ends), (PAGES - 1000 + 6 + 1) as u64);
 }
 
@@ -121,14 +121,14 @@ fn hinted_pages_are_not_sent_and_those_that_are_written_afterwards_are() {
 fn a_page_that_was_sent_then_hinted_then_written_comes_as_a_delta_to_what_the_destination_has() {
     let source = guest();
     let writer = source.clone();
-    // A limit that nothing meets: five rounds, whatever is dirty.
+    // A limit that is never met: five rounds, whatever is dirty.
     let settings = SourceSettings { max_rounds: 5, downtime_limit: Duration::from_nanos(1), ..settings() };
     let (ends, destination) = play(&source, false, settings, move |at| match at {
         At::Before(syncs) => {
             writer.write(0, 40 * PAGE + 100 * syncs as usize, b"changed");
             writer.write(0, 41 * PAGE + 100 * syncs as usize, b"changed");
         }
-        // Dirty, hinted, and in the next window written and sent.
+        // Dirty, hinted, and written and sent in the next window.
         At::After(2 | 4, Some(hints)) => assert_eq!(hints.free(0, 40..41), 1),
         _ => {}
     });
@@ -149,7 +149,7 @@ fn a_page_that_is_hinted_when_its_old_content_has_travelled_is_left_out_of_the_d
     let settings = SourceSettings { max_rounds: 3, downtime_limit: Duration::from_nanos(1), ..settings() };
     let (ends, destination) = play(&source, false, settings, move |at| match at {
         At::Before(1) => writer.write(0, 40 * PAGE, b"written, freed"),
-        // 41 has travelled as it is: the hint clears nothing, and it stays in the digests.
+        // 41 has travelled with its content: the hint clears nothing, and the page stays in the digests.
         At::After(1, Some(hints)) => assert_eq!(hints.free(0, 40..42), 1),
         _ => {}
     });
@@ -168,7 +168,7 @@ fn hints_outside_of_their_window_are_dropped() {
         match at {
             // The window of the first sync is open.
             At::After(0, Some(hints)) => keeps.lock().unwrap().push(hints.clone()),
-            // This one has windows of its own: a hint that was reported in the first comes too late.
+            // This sync has windows of its own: a hint that was reported in the first comes too late.
             At::After(1, Some(hints)) => {
                 assert!(hints.are_wanted());
                 assert_eq!(old(0..64), 0);
@@ -181,7 +181,7 @@ fn hints_outside_of_their_window_are_dropped() {
     assert_eq!(kept.lock().unwrap()[0].free(0, 0..1 << 40), 0, "the migration is over");
     assert!(!kept.lock().unwrap()[0].are_wanted());
     assert!(source.bytes() == destination.bytes());
-    // Those after the verdict are not in it.
+    // Hints after the verdict are not in it.
     assert_eq!((ends.source.spared.hinted, ends.source.spared.dropped), (0, 2 * 64));
 }
 

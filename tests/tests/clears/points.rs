@@ -1,4 +1,4 @@
-//! The points that clearers are told of: their order, against the syncs and the scanner's swaps, on every end.
+//! The points that clearers are notified of: their order relative to the syncs and the scanner's swaps, at both ends.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,7 +16,7 @@ use crate::guest::{Notes, Noting, move_guest};
 
 const LENGTHS: [u64; 2] = [(3 << 20) + 100, 4097];
 
-/// Notes what it is told, and fails where it shall.
+/// Records its notifications, and fails at one of them on request.
 #[derive(Debug)]
 struct Teller {
     name: &'static str,
@@ -59,10 +59,10 @@ fn source(paused: bool) -> TestGuest {
     if paused { guest } else { guest.paced(Duration::from_millis(1)) }
 }
 
-/// A point follows only what may stand before it; the scanner swaps only where it may.
+/// A point follows only valid predecessors; the scanner swaps only where it may.
 fn check_order(notes: &[String], completed: bool) {
     let follows: [(&str, &[&str]); 9] = [
-        // What is on its way may be let arrive first: then another sync follows a sync.
+        // The controller may let pages in flight arrive first: then a sync follows a sync.
         ("before sync", &["setup", "swap", "after sync, open", "after sync", "save"]),
         ("arm", &["setup", "sync"]),
         ("sync", &["before sync"]),
@@ -110,7 +110,8 @@ fn a_migration_that_completes_tells_of_all_points_around_its_syncs_and_swaps() {
     }
 }
 
-/// Where it is cancelled: what every migration says, before it is too late. (That a round is scanned may go unsaid.)
+/// The event at which it is cancelled: those of every migration, before it is too late. (The event that a round is
+/// scanned may be missing.)
 const POINTS: [fn(&Event) -> bool; 8] = [
     |event| matches!(event, Event::Guest { .. }),
     |event| *event == Event::Phase(Phase::Active),

@@ -1,4 +1,4 @@
-//! What never travels: unplugged memory is neither read nor written, ignored blocks are only compared.
+//! Memory that never travels: unplugged memory is neither read nor written, ignored blocks are only compared.
 
 use std::sync::Arc;
 
@@ -114,7 +114,7 @@ fn an_ignored_block_never_travels() {
 fn a_block_that_is_ignored_at_one_end_only_is_refused() {
     let notes = Notes::default();
     let (source, _) = ignoring(&notes);
-    // Its own memory, whatever the source says.
+    // Its own memory, whatever the source's content.
     let destination = Noting { sends_all: true, ..Noting::new(Arc::new(TestGuest::destination()), vec![], &notes) };
     let ends = run(source, destination, source_settings(2, 1));
     assert_eq!(ends.source.phase, Phase::Failed);

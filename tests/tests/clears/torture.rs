@@ -1,5 +1,5 @@
-//! A workload whose memory is mostly free: what is hinted is not sent, and whatever is taken, written and given back all the
-//! time arrives.
+//! A workload whose memory is mostly free: hinted pages are not sent, and pages that are continuously allocated,
+//! written and freed arrive.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::guest::move_guest;
 
-/// Runs of the torture in the suite; more with this in the environment.
+/// The number of runs in the suite; the environment may set more.
 const RUNS: usize = 3;
 const MORE: &str = "MEMFERRY_TORTURE_RUNS";
 
@@ -52,7 +52,7 @@ fn a_guest_with_80_percent_free_sends_about_20() {
         free: free(0.8, 0.0, 64),
         ..WorkloadSettings::default()
     };
-    // What is in use comes first, and takes long enough for the balloon's first walk on a busy machine.
+    // The memory in use comes first, and takes long enough for the balloon's first walk on a busy machine.
     let sending = SourceSettings {
         encoder: EncoderSettings { compress: None, xbzrle: None },
         max_bandwidth: Some(16 << 20),
@@ -68,8 +68,8 @@ fn a_guest_with_80_percent_free_sends_about_20() {
     assert_eq!(destination.check_all().first_stale, None);
 }
 
-/// One run: small ranges that are hinted, taken, written and given back as fast as threads can, in rounds that a cap on the
-/// wire makes long. Where the machine is too busy to hint much, they are made longer.
+/// One run: threads hint, allocate, write and free small ranges as fast as they can, in rounds that a bandwidth limit
+/// makes long. If the machine is too busy to hint much, the rounds are made longer.
 fn torture(seed: u64) {
     let mut cap = 60 << 20;
     while !torture_over(seed, cap) {
@@ -77,7 +77,7 @@ fn torture(seed: u64) {
     }
 }
 
-/// As [`torture`], over this many bytes a second; false if too little was hinted for a run that counts.
+/// As [`torture`], over this many bytes per second; false if too few pages were hinted for a valid run.
 fn torture_over(seed: u64, cap: u64) -> bool {
     let logs = [LogChoice::Software, LogChoice::Userfault];
     let dirty_log = logs[usize::try_from(seed).unwrap() % logs.len()];
@@ -110,7 +110,7 @@ fn torture_over(seed: u64, cap: u64) -> bool {
     };
     let (ends, destination) = move_workload(settings, sending, Recorder::default());
     let hinted = ends.source.spared.hinted;
-    // Goes on at the destination, finds what it wrote there, and looks at everything in the end.
+    // The guest continues at the destination, checks its own writes there, and checks all pages at the end.
     let arrived = destination.status().writes_since_start_here;
     while destination.status().writes_since_start_here < arrived + 2000 {
         std::thread::sleep(Duration::from_millis(1));
@@ -154,8 +154,8 @@ fn all_three_together_in_every_log() {
         }
         let folder = tempfile::tempdir().unwrap();
         let settings = WorkloadSettings { dirty_log, ..shared(folder.path()) };
-        // One lane's queues hold less than what stands before the free memory. Without a pace a busy host lets the scanner be through
-        // before the balloon says a word; a slower pace gives it more time.
+        // One lane's queues hold less than the memory before the free memory. Without a pace, the scanner on a busy
+        // host may reach the end before the balloon's first report; a slower pace gives it more time.
         let mut cap = 32 << 20;
         loop {
             let sending = SourceSettings { max_bandwidth: Some(cap), ..source_settings(1, 1) };
@@ -193,7 +193,7 @@ fn memory_is_plugged_before_or_after_a_migration_and_not_in_it() {
     let destination = built.get().unwrap().clone();
     destination.plug().unwrap();
 
-    // On from there, with all of it.
+    // Continues from there, with all of the memory.
     let next = Workload::destination_sharing(folder.path().join("shared"));
     let ends = move_guest(destination, next, source_settings(1, 1), CancellationToken::new(), Recorder::default());
     assert_eq!(ends.source.phase, Phase::Completed, "{:?}", ends.source.error);

@@ -1,4 +1,4 @@
-//! Cancel at the source at each point: it goes on at once, until Go may have left.
+//! Cancels at the source at each point: its guest continues at once, until Go may have left.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -65,7 +65,7 @@ fn cancel_while_the_guest_is_paused_and_nobody_reads() {
     let sent = send_to(settings(), async |mut hand, guest, cancel| {
         hand.agree().await;
         hand.hear_until(Kind::RoundComplete).await;
-        // Nothing is read on: the rest waits in the transport, and the source for room.
+        // Reading stops: the rest waits in the transport, and the source waits for room.
         while !guest.was_told(Told::Release) {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }

@@ -17,14 +17,14 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{LENGTH, block_on};
 
-/// How a destination ended.
+/// The outcome of a destination.
 pub(crate) struct Received {
     pub(crate) ended: Ended,
     guest: Arc<TestGuest>,
     events: Vec<(Role, Event)>,
 }
 
-/// Runs a destination against whatever `play` does with a recorded stream and a connection; it is cut when `play` returns.
+/// Runs a destination against `play`, with a recorded stream and a connection, which is cut when `play` returns.
 pub(crate) fn receive_from(
     guest: TestGuest,
     settings: DestinationSettings,
@@ -51,7 +51,7 @@ pub(crate) fn receive_from(
 }
 
 impl Received {
-    /// Nothing was started; the error says all of `words`.
+    /// Nothing was started; the error contains all of `words`.
     #[track_caller]
     pub(crate) fn stayed_off(&self, phase: Phase, words: &[&str]) {
         self.says(phase, words);
@@ -244,7 +244,7 @@ fn a_guest_that_is_built_otherwise_than_it_came_is_refused_before_any_page() {
         received.stayed_off(Phase::Failed, &["the guest was built otherwise than it came", words]);
         assert_eq!(received.guest.told(), [Told::Build]);
     }
-    // What backs it is its host's own affair.
+    // The kind of memory at the destination is the host's choice.
     let guest = TestGuest::destination().building(|blocks| blocks[0].backing_page_size = 2 << 20);
     let received = receive_from(guest, destination_settings(), async |mut hand, recording, _| {
         send_all(&mut hand, &recording).await;
@@ -281,7 +281,7 @@ fn cancel_at_the_destination_at_each_point() {
     received.stayed_off(Phase::Cancelled, &["cancelled"]);
 }
 
-/// With a slow prepare the source may wait, cancel, or lose patience: the destination runs nothing.
+/// With a slow prepare the source may wait, cancel, or time out: the destination runs no guest.
 #[test]
 fn a_source_that_loses_patience_with_a_slow_destination() {
     let guest = TestGuest::destination().preparing_for(Duration::from_millis(600));

@@ -1,5 +1,5 @@
-//! The last handshake against a peer played by hand: whatever it says or leaves out, the source guest survives, never two
-//! run, and when none runs somebody says so (law 7).
+//! The last handshake against a peer played by hand: whatever the peer sends or omits, the source guest survives,
+//! never two run, and if none runs an end reports it (law 7).
 
 mod cancel;
 mod destination;
@@ -13,7 +13,7 @@ use memferry_tests::source_settings;
 
 /// No test here takes this long unless something hangs.
 const HANG: Duration = Duration::from_secs(60);
-/// Bytes of the guest: more than one stretch, and no multiple of a page.
+/// Bytes of the guest: more than one stretch, and not a multiple of a page.
 const LENGTH: u64 = (3 << 20) + 5;
 
 fn settings() -> SourceSettings {

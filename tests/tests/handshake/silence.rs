@@ -1,4 +1,5 @@
-//! A peer that is silent while its connections stay open: stopped, hanging, or behind a network that carries nothing more.
+//! A peer that is silent while its connections stay open: stopped, hanging, or behind a network that delivers nothing
+//! more.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,7 +21,7 @@ use super::destination::{receive_from, send_all};
 use super::source::send_to;
 use crate::{LENGTH, block_on, settings};
 
-/// What is said of a silent peer.
+/// The words of the error about a silent peer.
 const WORDS: [&str; 2] = ["was silent for 2s (peer_timeout)", "look whether its program runs"];
 
 fn source_settings() -> SourceSettings {
@@ -31,7 +32,7 @@ fn watchful() -> DestinationSettings {
     DestinationSettings { peer_timeout: LEAST_PEER_TIMEOUT, ..destination_settings() }
 }
 
-/// Shows that it is alive for longer than it may be silent, and says nothing else.
+/// Sends heartbeats for longer than the timeout, and nothing else.
 async fn live_on(hand: &mut Hand) {
     for _ in 0..10 {
         hand.say(Message::Heartbeat(Vec::new())).await;
@@ -111,7 +112,7 @@ fn a_source_that_is_alive_is_waited_for() {
     assert_eq!(received.ended.phase, Phase::Completed, "{:?}", received.ended.error);
 }
 
-/// Two ends over memory, both with the least timeout.
+/// Two ends over memory, both with the shortest timeout.
 async fn both_ends(source: Arc<TestGuest>, settings: SourceSettings, stall: bool) -> [(Phase, String); 2] {
     let (transport, cancel) = (MemoryTransport::new(64 << 10), CancellationToken::new());
     let faults = transport.faults();
@@ -132,7 +133,7 @@ async fn both_ends(source: Arc<TestGuest>, settings: SourceSettings, stall: bool
     [sent, received].map(|ended| (ended.phase, ended.error.unwrap_or_default()))
 }
 
-/// As a network that carries nothing more, and closes nothing.
+/// Acts as a network that delivers nothing more, and closes nothing.
 #[test]
 fn both_ends_notice_a_way_that_carries_nothing_more() {
     let source = TestGuest::source(PageSize::DEFAULT, &[LENGTH]).running(1);
@@ -144,7 +145,7 @@ fn both_ends_notice_a_way_that_carries_nothing_more() {
     assert!(!source.was_told(Told::Committed));
 }
 
-/// A log that takes longer to start than a peer may be silent, as of a huge guest.
+/// A log that takes longer to start than the peer's timeout, as that of a huge guest does.
 #[test]
 fn an_end_that_blocks_is_not_silent() {
     let slow = TestGuest::source(PageSize::DEFAULT, &[LENGTH]).troubled(Trouble::LogStartTakes(LEAST_PEER_TIMEOUT * 2));
@@ -153,7 +154,7 @@ fn an_end_that_blocks_is_not_silent() {
     }
 }
 
-/// It reads what comes on one connection, and lives, but takes nothing from the other.
+/// A peer that reads one connection and sends heartbeats, but does not read the other.
 #[test]
 fn a_destination_that_takes_no_pages_is_not_waited_for_though_it_is_alive() {
     let guest = TestGuest::source(PageSize::DEFAULT, &[2 * LENGTH]).running(1);

@@ -19,19 +19,19 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{LENGTH, block_on, settings};
 
-/// What a source is told whose guest goes on after a pause.
+/// The calls that a source guest receives if it continues after a pause.
 pub(crate) const WENT_ON: [Told; 5] = [Told::Pause, Told::Save, Told::Release, Told::Reacquire, Told::Resume];
-/// What a source is told that has handed its guest over.
+/// The calls that a source guest receives if it is handed over.
 const HANDED_OVER: [Told; 4] = [Told::Pause, Told::Save, Told::Release, Told::Committed];
 
-/// How a source ended.
+/// The outcome of a source.
 pub(crate) struct Sent {
     ended: Ended,
     pub(crate) guest: Arc<TestGuest>,
     events: Vec<Event>,
 }
 
-/// Runs a source whose guest runs against whatever `play` does with the connection; it is cut when `play` returns.
+/// Runs a source with a running guest against `play` and its connection, which is cut when `play` returns.
 pub(crate) fn send_to(
     settings: SourceSettings,
     play: impl AsyncFnOnce(Hand, Arc<TestGuest>, CancellationToken),
@@ -39,7 +39,7 @@ pub(crate) fn send_to(
     send_watched(settings, Arc::default(), play)
 }
 
-/// As [`send_to`], with a recorder of the caller's.
+/// As [`send_to`], with the caller's recorder.
 pub(crate) fn send_watched(
     settings: SourceSettings,
     recorder: Arc<Recorder>,
@@ -48,7 +48,7 @@ pub(crate) fn send_watched(
     send_guest_to(settings, recorder, Fails::default(), play)
 }
 
-/// The same, of a guest that fails at something.
+/// The same, with a guest that fails a call.
 fn send_guest_to(
     settings: SourceSettings,
     recorder: Arc<Recorder>,
@@ -75,7 +75,7 @@ fn send_guest_to(
 }
 
 impl Sent {
-    /// The guest runs here and was never given away; the error says all of `words`.
+    /// The guest runs here and was never handed over; the error contains all of `words`.
     #[track_caller]
     pub(crate) fn stayed(&self, phase: Phase, words: &[&str]) {
         self.says(phase, words);
@@ -87,7 +87,7 @@ impl Sent {
         self.downtime_adds_up();
     }
 
-    /// The parts of the downtime add up to it, and those that the guest was paused for are there.
+    /// The parts of the downtime add up to it, and the parts within the pause are present.
     #[track_caller]
     fn downtime_adds_up(&self) {
         let Some(downtime) = self.ended.downtime else { return };
@@ -98,20 +98,20 @@ impl Sent {
         assert!(!parts.final_sync.is_zero() || !parts.final_transfer.is_zero(), "{parts:?}");
     }
 
-    /// The guest was handed over and stands still here.
+    /// The guest was handed over and is paused here.
     #[track_caller]
     pub(crate) fn gave_away(&self, phase: Phase, words: &[&str]) {
         self.says(phase, words);
         assert!(!self.guest.runs());
         let told = self.guest.told();
         assert_eq!(told[..HANDED_OVER.len()], HANDED_OVER);
-        // What watches over the guest is relieved only by the destination's word.
+        // Only the destination's answer releases the guard of the guest.
         let moved: &[Told] = if phase == Phase::Completed { &[Told::Moved] } else { &[] };
         assert_eq!(&told[HANDED_OVER.len()..], moved);
         self.downtime_adds_up();
     }
 
-    /// The guest was handed over and came back.
+    /// The guest was handed over and taken back.
     #[track_caller]
     fn came_back(&self, words: &[&str]) {
         self.says(Phase::Failed, words);
@@ -157,7 +157,7 @@ fn loaded_and_cut_before_go_is_read() {
         hand.take_all().await;
         hand.say(Message::Loaded { verified: true }).await;
     });
-    // Go may have left, or not: only before it was committed may the guest go on.
+    // Go may have left, or not: the guest may continue only if Go was not yet committed.
     match sent.ended.phase {
         Phase::Unconfirmed => sent.gave_away(Phase::Unconfirmed, &["look at the destination"]),
         _ => sent.stayed(Phase::Failed, &["lost"]),
@@ -179,10 +179,10 @@ fn cut_after_go() {
 /// The backlog is waited for before the guest is paused, and no longer than it lasts.
 #[test]
 fn the_guest_is_paused_as_soon_as_the_backlog_is_acknowledged() {
-    // How long a destination is waited for that acknowledges nothing.
+    // How long the source waits for a destination that acknowledges nothing.
     const PATIENCE: Duration = Duration::from_millis(500);
     assert!(decided_before_the_pause(false) >= PATIENCE, "nothing was acknowledged");
-    // A busy machine may take as long for other reasons, though not every time.
+    // On a busy machine it may take as long for other reasons, though not every time.
     let is_short = |_| {
         let time = decided_before_the_pause(true);
         println!("paused after {time:?}");
@@ -194,7 +194,7 @@ fn the_guest_is_paused_as_soon_as_the_backlog_is_acknowledged() {
 /// The time from the first decision to the pause of a guest whose backlog is acknowledged at once, or never.
 fn decided_before_the_pause(acknowledged: bool) -> Duration {
     let plain = EncoderSettings { compress: None, ..settings().encoder };
-    // So slow that a tenth of the limit does not carry the first round.
+    // So slow that the first round does not fit in a tenth of the limit.
     let limit = Duration::from_secs(6);
     let slow = SourceSettings { downtime_limit: limit, max_bandwidth: Some(2 << 20), encoder: plain, ..settings() };
     let (decided, paused) = (Arc::new(OnceLock::new()), Arc::new(OnceLock::new()));
@@ -231,7 +231,7 @@ fn running_completes_it() {
     assert_eq!(sent.ended.error, None);
 }
 
-/// Law 7: where it is not certain that nothing else resumes the guest, Go does not leave.
+/// Law 7: if it is not certain that nothing else resumes the guest, Go does not leave.
 #[test]
 fn a_guest_that_cannot_be_committed_stays_and_nothing_is_started() {
     let fails = Fails { commit: true, ..Fails::default() };
@@ -282,7 +282,7 @@ fn running_before_go_leaves_the_guest_paused() {
     }
 }
 
-/// Its word counts even if its connection breaks in the same moment, and the sender notices that first.
+/// Its answer counts even if its connection breaks at the same moment and the sender notices that first.
 #[test]
 fn running_said_in_the_pause_is_heard_though_the_connection_breaks() {
     let sent = send_to(settings(), async |mut hand, _, _| {
@@ -291,21 +291,21 @@ fn running_said_in_the_pause_is_heard_though_the_connection_breaks() {
         hand.say(Message::Loaded { verified: true }).await;
         hand.say(Message::Running).await;
     });
-    // Running after Loaded answers a Go that may be on its way.
+    // Running after Loaded answers a Go that may be in flight.
     sent.gave_away(Phase::Completed, &[]);
 }
 
 #[test]
 fn silence_before_loaded_and_after_go() {
-    // A machine that is too busy to say Loaded in time gets more of it.
+    // A machine that is too busy to send Loaded in time gets more time.
     let mut timeout = Duration::from_millis(400);
     while !is_silent(timeout) {
         timeout *= 2;
     }
 }
 
-/// Leaves a source without Loaded, and another without Running, until its handover times out; false if that was too short for what
-/// comes before.
+/// Leaves one source without Loaded, and another without Running, until its handover times out; false if the timeout
+/// was too short for the steps before.
 fn is_silent(handover_timeout: Duration) -> bool {
     let impatient = SourceSettings { handover_timeout, ..settings() };
     let mut heard = None;

@@ -1,10 +1,10 @@
-//! Numbers and texts of a section, written and read.
+//! Writing and reading of the numbers and texts of a section.
 
 use std::time::Duration;
 
 use memferry_stages::untrusted::Untrusted;
 
-/// Puts a number: 7 bits a byte, the lowest first, the highest bit of all but the last byte set.
+/// Writes a number as a varint: 7 bits per byte, the lowest first, the highest bit set in all bytes but the last.
 pub(super) fn put_varint(into: &mut Vec<u8>, mut value: u64) {
     while value >= 0x80 {
         into.push((value & 0x7f) as u8 | 0x80);
@@ -13,21 +13,21 @@ pub(super) fn put_varint(into: &mut Vec<u8>, mut value: u64) {
     into.push(u8::try_from(value).expect("7 bits"));
 }
 
-/// Puts a length of time, in nanoseconds.
+/// Writes a duration, in nanoseconds.
 pub(super) fn put_time(into: &mut Vec<u8>, time: Duration) {
     put_varint(into, u64::try_from(time.as_nanos()).unwrap_or(u64::MAX >> 1));
 }
 
-/// Puts bytes with their count in front.
+/// Writes bytes, preceded by their count.
 pub(super) fn put_bytes(into: &mut Vec<u8>, bytes: &[u8]) {
     put_varint(into, bytes.len() as u64);
     into.extend_from_slice(bytes);
 }
 
-/// What is wrong with a section.
+/// An error in a section.
 pub(super) type Wrong = &'static str;
 
-/// The fields of a section that are still to be read.
+/// The fields of a section that are yet to be read.
 #[derive(Debug)]
 pub(super) struct Fields<'a>(pub(super) &'a [u8]);
 
@@ -60,7 +60,7 @@ impl<'a> Fields<'a> {
         std::str::from_utf8(self.bytes()?).map(Untrusted::from).map_err(|_| "a text is no UTF-8")
     }
 
-    /// A count of things that take at least a byte each.
+    /// A count of items that take at least one byte each.
     pub(super) fn count(&mut self) -> Result<usize, Wrong> {
         let count = usize::try_from(self.varint()?).unwrap_or(usize::MAX);
         if count <= self.0.len() { Ok(count) } else { Err("it counts more than it can hold") }

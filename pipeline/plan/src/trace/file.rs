@@ -16,8 +16,9 @@
 //! End body      = count of the intervals
 //! ```
 //!
-//! A section is bound to its place by the seed, so none can be left out, doubled or moved without that being seen. What a
-//! file says is believed only after its checksum, and nothing is allocated that it does not hold. One version reads one version.
+//! The seed binds a section to its position, so that a section that is missing, duplicated or moved is detected. Data
+//! is used only after its checksum is verified, and nothing is allocated beyond what the file contains. A program
+//! reads one version only.
 
 use std::fmt;
 use std::fs::File;
@@ -38,45 +39,45 @@ const MAGIC: [u8; 8] = *b"mfytrace";
 const VERSION: u32 = 1;
 const HEAD_BYTES: usize = 16;
 const SECTION_BYTES: usize = 16;
-/// The largest file that is read: a day of a large and busy guest.
+/// The largest file that is read: one day of a large and busy guest.
 const MOST_BYTES: u64 = 4 << 30;
-/// The most pages of a guest: 1 PiB of small ones.
+/// The most pages of a guest: 1 PiB of small pages.
 const MOST_PAGES: u64 = 1 << 38;
 /// The most spans of deltas.
 const MOST_SPANS: usize = 64;
 
-/// Why a file is no trace.
+/// Why a file cannot be read as a trace.
 #[derive(Debug, thiserror::Error)]
 pub enum TraceError {
     /// It could not be read or written.
     #[error(transparent)]
     Io(#[from] io::Error),
-    /// It holds what a trace does not.
+    /// Its content is not a valid trace.
     #[error("byte {at}: {what}")]
     Damaged {
-        /// Where it stands.
+        /// Its offset in bytes.
         at: u64,
-        /// What is wrong.
+        /// The damage.
         what: Damage,
     },
 }
 
-/// What is wrong with a file.
+/// The damage to a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Damage {
-    /// It begins otherwise than a trace.
+    /// It does not begin as a trace does.
     NoTrace,
-    /// It is of another version.
+    /// It has another version.
     Version(u32),
-    /// It ends too early.
+    /// It is truncated.
     Truncated,
-    /// A checksum is not that of its bytes.
+    /// A checksum does not match.
     Checksum,
-    /// A section comes where another should.
+    /// A section is not of the expected kind.
     Order(u32),
-    /// A section holds what cannot be.
+    /// A section contains an invalid value.
     Section(&'static str, &'static str),
-    /// Something follows the end.
+    /// Data follows the end.
     Behind,
 }
 
@@ -114,8 +115,8 @@ impl Kind {
     }
 }
 
-/// Writes a trace as it is recorded: beside its place, for the owner only, and moved there when it is complete. If it is
-/// dropped before, nothing is left.
+/// Writes a trace while it is recorded, to a temporary file beside its path that only the owner can read. The file is
+/// renamed when it is complete. Dropped before that, it is removed.
 #[derive(Debug)]
 pub struct TraceWriter {
     out: BufWriter<File>,
@@ -125,10 +126,10 @@ pub struct TraceWriter {
 }
 
 impl TraceWriter {
-    /// Begins a trace that will be found at `path`.
+    /// Begins a trace at `path`.
     ///
     /// # Errors
-    /// When there can be no such file.
+    /// If no such file can be created.
     pub fn create(path: &Path, guest: &GuestFacts) -> io::Result<Self> {
         if path.is_dir() || path.file_name().is_none() {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is a folder: name a file in it"));
@@ -144,19 +145,19 @@ impl TraceWriter {
         Ok(writer)
     }
 
-    /// The next interval.
+    /// Appends an interval.
     ///
     /// # Errors
-    /// When it cannot be written.
+    /// If it cannot be written.
     pub fn interval(&mut self, interval: &Interval) -> io::Result<()> {
         self.intervals += 1;
         self.section(Kind::Interval, &interval_body(interval))
     }
 
-    /// Completes the trace. Returns its bytes.
+    /// Completes the trace. Returns its size in bytes.
     ///
     /// # Errors
-    /// When it cannot be written.
+    /// If it cannot be written.
     pub fn finish(mut self, samples: &Samples) -> io::Result<u64> {
         self.section(Kind::Samples, &samples_body(samples))?;
         let mut end = Vec::new();
@@ -183,16 +184,16 @@ impl TraceWriter {
 /// Reads a trace.
 ///
 /// # Errors
-/// When it cannot be read, or is none.
+/// If it cannot be read, or is not a trace.
 pub fn read(path: &Path) -> Result<Trace, TraceError> {
     let bytes = whole_file::read(path, MOST_BYTES)?;
     parse(&bytes)
 }
 
-/// A trace from its bytes.
+/// Parses a trace.
 ///
 /// # Errors
-/// [`TraceError::Damaged`], with the place.
+/// [`TraceError::Damaged`], with the position.
 pub fn parse(bytes: &[u8]) -> Result<Trace, TraceError> {
     let mut sections = Sections { bytes, at: 0 };
     sections.head()?;
@@ -248,7 +249,7 @@ impl<'a> Sections<'a> {
         Ok(())
     }
 
-    /// The next section, which must be of one of these kinds: its kind, its place and its body.
+    /// The next section, which must be of one of these kinds: its kind, its position and its body.
     fn next(&mut self, kinds: &[Kind]) -> Result<(Kind, usize, &'a [u8]), TraceError> {
         let at = self.at;
         let rest = &self.bytes[at..];
@@ -274,7 +275,7 @@ fn head() -> [u8; HEAD_BYTES] {
     head
 }
 
-/// What stands before a body.
+/// The header of a section, which precedes its body.
 fn section(at: u64, kind: Kind, body: &[u8]) -> io::Result<[u8; SECTION_BYTES]> {
     let length = u32::try_from(body.len())
         .map_err(|_| io::Error::new(io::ErrorKind::FileTooLarge, "an interval of 4 GiB and more"))?;

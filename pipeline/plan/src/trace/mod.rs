@@ -1,7 +1,7 @@
-//! What was recorded of a guest: which pages it wrote in each interval, and what pages come to.
+//! The recording of a guest: the pages that it wrote in each interval, and samples of their content.
 //!
-//! Pages are numbered over all blocks, one behind the other, each block from a multiple of 64 on: as the words of the dirty
-//! bitmap lie. What the file looks like says [`mod@file`].
+//! Pages are numbered over all blocks, one block after the other. Each block begins at a multiple of 64, like the
+//! words of the dirty bitmap. The file format is described in [`mod@file`].
 
 mod fields;
 pub mod file;
@@ -22,32 +22,32 @@ pub use runs::Runs;
 /// A trace.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Trace {
-    /// What was known before the first interval.
+    /// Facts known before the first interval.
     pub guest: GuestFacts,
-    /// What was written, interval by interval, without gaps.
+    /// The written pages, interval by interval, without gaps.
     pub intervals: Vec<Interval>,
-    /// What pages come to.
+    /// Samples of the pages' content.
     pub samples: Samples,
 }
 
-/// What is known of a guest before its writes are followed.
+/// Facts known about a guest before its writes are recorded.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GuestFacts {
     /// Size of every page.
     pub page_size: PageSize,
-    /// The blocks: id, and pages.
+    /// The blocks: id and number of pages.
     pub blocks: Vec<(Untrusted, u64)>,
     /// Pages that never travel: unplugged, or of ignored blocks.
     pub out_for_good: u64,
     /// Pages that were never touched, of those that travel.
     pub untouched: u64,
-    /// Is a page that waits to be sent found again only for what is written after it was taken, by any of the logs?
+    /// Does any log report a page that waits to be sent only for writes after the page was taken?
     pub rearms_late: bool,
     /// Cores of the host.
     pub cores: u32,
-    /// What it took to arm the logs.
+    /// The time it took to arm the logs.
     pub arming: Duration,
-    /// What digests of the whole guest would add to the downtime.
+    /// The time that digests of the whole guest would add to the downtime.
     pub digests: Duration,
     /// The tables `encoder`, `pipeline`, `migration` and `convergence` of the configuration, as TOML.
     pub settings: Untrusted,
@@ -55,7 +55,7 @@ pub struct GuestFacts {
 
 #[cfg(test)]
 impl GuestFacts {
-    /// Of a guest with these blocks, of whose settings and costs nothing is known.
+    /// The facts of a guest with these blocks; its settings and costs are unknown.
     pub(crate) fn of_blocks(blocks: Vec<(Untrusted, u64)>) -> Self {
         Self {
             page_size: PageSize::DEFAULT,
@@ -72,19 +72,19 @@ impl GuestFacts {
 }
 
 impl GuestFacts {
-    /// Words of a bitmap of all blocks.
+    /// The number of words of a bitmap of all blocks.
     #[must_use]
     pub fn words(&self) -> u64 {
         self.blocks.iter().map(|(_, pages)| pages.div_ceil(EXTENT_PAGES)).sum()
     }
 
-    /// Pages that travel.
+    /// The number of pages that travel.
     #[must_use]
     pub fn pages(&self) -> u64 {
         self.blocks.iter().map(|(_, pages)| pages).sum::<u64>() - self.out_for_good
     }
 
-    /// The numbers of the pages of each block.
+    /// The page numbers of each block.
     pub fn block_ranges(&self) -> impl Iterator<Item = Range<u64>> + '_ {
         self.blocks.iter().scan(0, |next, (_, pages)| {
             let start = *next;
@@ -93,7 +93,7 @@ impl GuestFacts {
         })
     }
 
-    /// Are all pages of a range there?
+    /// Do all pages of a range exist?
     fn has(&self, pages: &Range<u64>) -> bool {
         let holes = self.block_ranges().map(|block| block.end..block.end.next_multiple_of(EXTENT_PAGES));
         pages.end <= self.words() * EXTENT_PAGES
@@ -101,73 +101,75 @@ impl GuestFacts {
     }
 }
 
-/// What was written between two syncs.
+/// The writes between two syncs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Interval {
-    /// From the begin of the sync before (for the first one: from when the logs were armed) to the begin of this one.
+    /// From the start of the previous sync (for the first interval: from when the logs were armed) to the start of
+    /// this one.
     pub length: Duration,
-    /// What the sync took.
+    /// The duration of the sync.
     pub sync: Duration,
     /// The pages that it found.
     pub written: Runs,
 }
 
-/// What was seen of the content of pages.
+/// Samples of the content of pages.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Samples {
-    /// Level of the zstd in the figures.
+    /// The level of zstd that was measured.
     pub zstd_level: i32,
-    /// Pages that were read of those that had been touched when the recording began, and zero ones among them.
+    /// Sampled pages that had been touched when the recording began, and the zero pages among them.
     pub touched: Share,
-    /// Pages whose content at the start is known and that were written later, and those that were zero at the start.
+    /// Pages whose content at the start is known and that were written later, and those of them that were zero at the
+    /// start.
     pub first_written: Share,
-    /// Pages of all memory, sent whole, in groups as encoders make them: snap, lz4, zstd.
+    /// Pages from all memory, encoded whole, in groups as encoders form them: snap, lz4, zstd.
     pub whole: [Coded; 3],
-    /// The same of pages that had just been written.
+    /// The same for pages that had just been written.
     pub written: [Coded; 3],
-    /// The same, each page alone.
+    /// The same, each page by itself.
     pub alone: [Coded; 3],
-    /// What reading a page and testing it for zero takes.
+    /// The time to read a page and test it for zero.
     pub read: Cost,
-    /// What the checksum of a page takes.
+    /// The time to compute the checksum of a page.
     pub checksum: Cost,
-    /// What a delta of a page takes.
+    /// The time to encode a delta of a page.
     pub delta: Cost,
-    /// Deltas, by the time that lay between the copy and the page; short ones first.
+    /// Deltas, by the time between the copy and the page; shortest first.
     pub deltas: Vec<Deltas>,
 }
 
-/// So many of so many.
+/// A part of a total.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Share {
-    /// Of so many.
+    /// The total.
     pub of: u64,
-    /// So many.
+    /// The part.
     pub part: u64,
 }
 
 impl Share {
-    /// As a number from 0 to 1; 0 of none.
+    /// The part as a number from 0 to 1; 0 if the total is 0.
     #[must_use]
     pub fn share(self) -> f64 {
         if self.of == 0 { 0.0 } else { self.part as f64 / self.of as f64 }
     }
 }
 
-/// What compressed pages came to.
+/// The results of compressing pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Coded {
-    /// Pages, none of them zero.
+    /// The number of pages, none of them zero.
     pub pages: u64,
     /// Those that were sent compressed.
     pub compressed: u64,
-    /// Bytes of all of them.
+    /// Their total bytes.
     pub bytes: u64,
-    /// What it took, in ns of one core.
+    /// The time it took, in ns of one core.
     pub nanos: u64,
 }
 
-/// What something takes on one core.
+/// The time of an operation on one core.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Cost {
     /// Pages.
@@ -177,40 +179,40 @@ pub struct Cost {
 }
 
 impl Cost {
-    /// Nanoseconds of a page.
+    /// Nanoseconds per page.
     #[must_use]
     pub fn per_page(self) -> f64 {
         if self.pages == 0 { 0.0 } else { self.nanos as f64 / self.pages as f64 }
     }
 }
 
-/// Deltas of pages that were written between two looks at them, that far apart.
+/// Deltas of pages that were written between two samples of them, at this distance in time.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Deltas {
-    /// How far.
+    /// The time between the two.
     pub span: Duration,
-    /// Of pages that were written in the span before too.
+    /// Pages that were written in the preceding span too.
     pub again: DeltaSample,
-    /// Of pages that were not.
+    /// Pages that were not.
     pub rested: DeltaSample,
 }
 
-/// What deltas came to: `from_zero + to_zero + equal + overflows + deltas = pages`.
+/// The results of encoding deltas: `from_zero + to_zero + equal + overflows + deltas = pages`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DeltaSample {
     /// Pages that were written in the span.
     pub pages: u64,
-    /// Those whose copy was all zero.
+    /// Pages whose copy was all zero.
     pub from_zero: u64,
-    /// Those that are all zero now.
+    /// Pages that are all zero now.
     pub to_zero: u64,
-    /// Those that are as they were.
+    /// Pages that are unchanged.
     pub equal: u64,
-    /// Those whose delta is no smaller than the page.
+    /// Pages whose delta is no smaller than the page.
     pub overflows: u64,
-    /// All others.
+    /// All other pages, which are sent as deltas.
     pub deltas: u64,
-    /// Bytes of their deltas.
+    /// Bytes of these deltas.
     pub delta_bytes: u64,
 }
 
@@ -227,13 +229,13 @@ impl std::ops::AddAssign for DeltaSample {
 }
 
 impl Samples {
-    /// The codecs of the figures, in their order.
+    /// The codecs that are measured, in the order of the figures.
     #[must_use]
     pub fn codecs(&self) -> [Codec; 3] {
         [Codec::Snap, Codec::Lz4, Codec::Zstd { level: self.zstd_level }]
     }
 
-    /// Which of the figures are of this codec.
+    /// The index of this codec's figures.
     #[must_use]
     pub fn index(codec: Codec) -> usize {
         match codec {
@@ -245,13 +247,13 @@ impl Samples {
 }
 
 impl Trace {
-    /// How long was recorded.
+    /// The duration of the recording.
     #[must_use]
     pub fn length(&self) -> Duration {
         self.intervals.iter().map(|interval| interval.length).sum()
     }
 
-    /// The middle one of what the syncs took.
+    /// The median duration of a sync.
     #[must_use]
     pub fn sync(&self) -> Duration {
         let mut syncs: Vec<_> = self.intervals.iter().map(|interval| interval.sync).collect();
@@ -259,7 +261,7 @@ impl Trace {
         syncs.get(syncs.len() / 2).copied().unwrap_or_default()
     }
 
-    /// Pages that were found in a second, each interval's counted.
+    /// Pages found dirty per second, counted once in each interval.
     #[must_use]
     pub fn pages_per_second(&self) -> f64 {
         let pages: u64 = self.intervals.iter().map(|interval| interval.written.pages()).sum();

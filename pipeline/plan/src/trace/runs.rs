@@ -9,12 +9,12 @@ use std::ops::Range;
 
 use super::fields::put_varint;
 
-/// Level of zstd: more takes longer and gives little.
+/// Level of zstd: a higher one takes longer and gains little.
 const LEVEL: i32 = 3;
-/// Bytes of the largest window that is read: no more memory is taken for it, whatever a file says.
+/// The largest zstd window that is accepted, in bytes. It bounds the memory for a file with any content.
 const WINDOW_LOG: u32 = 23;
 
-/// Pages, ascending, compressed.
+/// Pages in ascending order, compressed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Runs {
     pages: u64,
@@ -22,10 +22,10 @@ pub struct Runs {
 }
 
 impl Runs {
-    /// Of runs that are not empty, ascend and do not touch.
+    /// Compresses runs that are not empty, ascend and do not touch.
     ///
     /// # Panics
-    /// If zstd gets no memory.
+    /// If zstd cannot allocate memory.
     #[must_use]
     pub fn of(runs: impl IntoIterator<Item = Range<u64>>) -> Self {
         let (mut text, mut next, mut pages) = (Vec::new(), 0, 0);
@@ -43,7 +43,8 @@ impl Runs {
         Self { pages, compressed: compressed.into() }
     }
 
-    /// Of bytes that somebody else made: so many pages, all of them below `end` and where `has` says so.
+    /// Checks bytes from an untrusted source: they must contain this number of pages, all in ranges that `has`
+    /// accepts.
     pub(super) fn check(
         compressed: &[u8],
         pages: u64,
@@ -64,18 +65,18 @@ impl Runs {
         }
     }
 
-    /// How many pages.
+    /// The number of pages.
     #[must_use]
     pub fn pages(&self) -> u64 {
         self.pages
     }
 
-    /// Their bytes.
+    /// The compressed bytes.
     pub(super) fn compressed(&self) -> &[u8] {
         &self.compressed
     }
 
-    /// The runs, ascending.
+    /// The runs, in ascending order.
     #[must_use]
     pub fn runs(&self) -> Vec<Range<u64>> {
         let mut runs = Vec::new();
@@ -87,7 +88,7 @@ impl Runs {
         runs
     }
 
-    /// Goes through the runs until `each` says no. None is empty, and none goes beyond the numbers of 63 bits.
+    /// Visits the runs until `each` returns false. No run is empty, and none exceeds the numbers of 63 bits.
     fn walk(&self, mut each: impl FnMut(Range<u64>) -> bool) -> io::Result<()> {
         if self.compressed.is_empty() {
             return Ok(());
@@ -106,7 +107,7 @@ impl Runs {
                 return Ok(());
             }
         }
-        // Nothing may stand behind the frame.
+        // No data may follow the frame.
         let rest = text.into_inner().finish();
         if rest.is_empty() { Ok(()) } else { Err(io::ErrorKind::InvalidData.into()) }
     }

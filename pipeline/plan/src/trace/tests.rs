@@ -1,4 +1,4 @@
-//! The file of a trace: it reads back as it was written, and nothing else reads at all.
+//! The file of a trace: it reads back as it was written, and any other content is refused.
 
 use std::os::unix::fs::PermissionsExt;
 
@@ -20,7 +20,7 @@ fn write(trace: &Trace) -> Vec<u8> {
     written
 }
 
-/// Runs of a guest with these blocks, from numbers of any size.
+/// Runs of a guest with these blocks, from arbitrary numbers.
 fn runs(guest: &GuestFacts, seeds: &[(u64, u64)]) -> Vec<Range<u64>> {
     let mut pages = std::collections::BTreeSet::new();
     let blocks: Vec<_> = guest.block_ranges().collect();
@@ -160,7 +160,7 @@ proptest! {
         prop_assert!(at <= place as u64, "byte {place} is told of as {at}");
     }
 
-    /// With right checksums around it: what a hostile writer would make.
+    /// With valid checksums: what a malicious writer would produce.
     #[test]
     fn whatever_a_section_says_it_is_read_or_refused(
         trace in traces(), which in any::<prop::sample::Index>(), place in any::<prop::sample::Index>(), bytes in prop::collection::vec(any::<u8>(), 1..12),
@@ -192,7 +192,7 @@ fn sections(bytes: &[u8]) -> Vec<(u32, Vec<u8>)> {
     sections
 }
 
-/// A file of these sections, each with the checksum of its place.
+/// A file of these sections, each with the checksum for its position.
 fn sealed(sections: &[(u32, Vec<u8>)]) -> Vec<u8> {
     let mut bytes = b"mfytrace".to_vec();
     bytes.extend(1_u32.to_le_bytes());
@@ -259,7 +259,7 @@ fn what_is_no_trace_or_of_another_version_is_said_to_be_that() {
     assert_eq!(say(&bytes), "byte 8: a trace of version 9, and this program reads version 1");
 }
 
-/// What inflates to far more than it says is not kept, and the walk ends where the pages do.
+/// Data that inflates to far more than it declares is not stored, and the walk ends where the pages end.
 #[test]
 fn a_bomb_does_not_go_off() {
     let mut sections = sections(&write(&small()));

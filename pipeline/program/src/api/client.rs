@@ -1,6 +1,7 @@
-//! The other side of the control API: what the program's `status`, `set`, `cancel`, `switch-over` and `watch` ask.
+//! The client side of the control API: the requests of the program's `status`, `set`, `cancel`, `switch-over` and
+//! `watch`.
 //!
-//! Each function takes the address that a migration listens at, opens a connection, and gives what it answers.
+//! Each function takes the address of a migration's control socket, opens a connection, and returns the answer.
 
 use std::io;
 use std::time::Duration;
@@ -18,59 +19,59 @@ use serde_json::{Map, Value};
 use tokio::net::UnixStream;
 use tokio_util::task::AbortOnDropHandle;
 
-/// How long an answer may take.
+/// The time limit for an answer.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// The longest line of events that is taken.
+/// The longest line of events that is accepted.
 const LONGEST_LINE: usize = 4 << 20;
 
-/// Why there is no answer, or not the one that was wanted.
+/// Why a request failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    /// Nobody answers at the address.
+    /// Nothing listens at the address.
     #[error("{0}")]
     Nobody(io::Error),
-    /// It does not answer as a control API does.
+    /// The answer is not one of a control API.
     #[error("what listens at {address} is no control API of a migration: {why}")]
     Strange {
         /// Where.
         address: Address,
-        /// What it did.
+        /// What is wrong with the answer.
         why: Untrusted,
     },
-    /// The migration says no, in its words.
+    /// The migration refuses the request; the text is its answer.
     #[error("{0}")]
     Refused(Untrusted),
 }
 
-/// What the migration is doing: the object of `GET /migration`.
+/// The status of the migration: the object of `GET /migration`.
 ///
 /// # Errors
-/// When nobody answers.
+/// If the connection or the request fails.
 pub async fn status(address: &Address) -> Result<Value, ClientError> {
     ask(address, Method::GET, "/migration", Bytes::new()).await
 }
 
-/// Changes settings, and gives the status after it.
+/// Changes settings, and returns the status after the change.
 ///
 /// # Errors
-/// When nobody answers, or the migration refuses: then nothing has changed.
+/// If the request fails, or the migration refuses it: then no setting is changed.
 pub async fn set(address: &Address, settings: &Map<String, Value>) -> Result<Value, ClientError> {
     let body = serde_json::to_vec(settings).expect("plain values become JSON");
     ask(address, Method::PATCH, "/migration", body.into()).await
 }
 
-/// Cancels the migration, and gives the status after it.
+/// Cancels the migration, and returns the status after the request.
 ///
 /// # Errors
-/// When nobody answers, or it is too late.
+/// If the request fails, or it is too late to cancel.
 pub async fn cancel(address: &Address) -> Result<Value, ClientError> {
     ask(address, Method::POST, "/migration/cancel", Bytes::new()).await
 }
 
-/// Has the migration switch over, and gives the status after it.
+/// Requests a switchover, and returns the status after the request.
 ///
 /// # Errors
-/// When nobody answers, or the migration refuses.
+/// If the request fails, or the migration refuses it.
 pub async fn switch_over(address: &Address) -> Result<Value, ClientError> {
     ask(address, Method::POST, "/migration/switch-over", Bytes::new()).await
 }
@@ -78,7 +79,7 @@ pub async fn switch_over(address: &Address) -> Result<Value, ClientError> {
 /// The events of the migration, from its beginning on.
 ///
 /// # Errors
-/// When nobody answers, or too many watch.
+/// If the request fails, or too many clients read events.
 pub async fn events(address: &Address) -> Result<Lines, ClientError> {
     let (answer, driver) = send(address, Method::GET, "/migration/events", Bytes::new()).await?;
     let address = address.clone();
@@ -88,21 +89,22 @@ pub async fn events(address: &Address) -> Result<Lines, ClientError> {
     Err(refusal(&address, read(&address, answer).await?))
 }
 
-/// Lines of JSON, as they come.
+/// Lines of JSON, in order of arrival.
 #[derive(Debug)]
 pub struct Lines {
     address: Address,
     body: Incoming,
-    /// What was read and not given.
+    /// Bytes that are read and not yet returned.
     read: BytesMut,
     _driver: AbortOnDropHandle<()>,
 }
 
 impl Lines {
-    /// The next line, without its end; `None` after the last. A stream that breaks off in a line has an error there.
+    /// The next line, without its newline; `None` after the last. A stream that breaks off within a line ends with an
+    /// error.
     ///
     /// # Errors
-    /// When the connection breaks: the program that migrates is gone. When a line does not end.
+    /// If the connection breaks, because the migrating program has ended, or if a line is too long.
     pub async fn next(&mut self) -> Result<Option<String>, ClientError> {
         loop {
             if let Some(end) = self.read.iter().position(|&byte| byte == b'\n') {
@@ -139,7 +141,7 @@ async fn ask(address: &Address, method: Method, path: &'static str, body: Bytes)
     tokio::time::timeout(PATIENCE, asking).await.unwrap_or_else(|_| Err(too_slow(address)))
 }
 
-/// A request over a connection of its own, and the task that drives it.
+/// Opens a connection for one request, and spawns the task that drives it.
 async fn send(
     address: &Address,
     method: Method,

@@ -1,4 +1,4 @@
-//! Settings as a client writes them: an object of JSON, with the values that the configuration has, or plain numbers.
+//! Settings as a client writes them: a JSON object with values in the configuration's format, or plain numbers.
 
 use std::collections::HashSet;
 use std::fmt::{self, Display};
@@ -20,7 +20,7 @@ const TIME_OR_NONE: &str = r#"a length of time such as "5m", a number of millise
 const SIZE: &str = r#"a size such as "512 MiB", or a number of bytes"#;
 const PERCENT: &str = "a whole number from 0 to 99";
 
-/// The changes that a body asks for, each one that can be; what is wrong with it otherwise, by the name of the setting.
+/// The changes that a body requests, if all are valid; otherwise an error that names the setting.
 pub(super) fn changes(body: &[u8]) -> Result<Vec<Change>, String> {
     let Entries(entries) = serde_json::from_slice(body)
         .map_err(|error| format!(r#"the body is no JSON object such as {{ "downtime_limit": "50ms" }}: {error}"#))?;
@@ -29,7 +29,7 @@ pub(super) fn changes(body: &[u8]) -> Result<Vec<Change>, String> {
     Ok(changes)
 }
 
-/// Refuses settings of which one is given twice: the two values contradict each other, and none may be lost without a word.
+/// Refuses a setting that is given twice: the two values contradict each other, and neither may be ignored silently.
 pub(crate) fn given_once(entries: &[(String, Value)]) -> Result<(), String> {
     let mut seen = HashSet::new();
     match entries.iter().find(|(key, _)| !seen.insert(key)) {
@@ -38,7 +38,7 @@ pub(crate) fn given_once(entries: &[(String, Value)]) -> Result<(), String> {
     }
 }
 
-/// The entries of an object, in order, with every key that is repeated: a map would keep only the last of these.
+/// The entries of an object, in order and with repeated keys: a map would retain only the last of these.
 struct Entries(Vec<(String, Value)>);
 
 impl<'de> Deserialize<'de> for Entries {
@@ -63,7 +63,7 @@ impl<'de> Deserialize<'de> for Entries {
     }
 }
 
-/// The change that a setting and its value ask for.
+/// The change for a setting and its value.
 pub(crate) fn change(key: &str, value: &Value) -> Result<Change, String> {
     let change = match key {
         "max_bandwidth" => rate(value).map(Change::MaxBandwidth),
@@ -98,7 +98,7 @@ fn rate(value: &Value) -> Result<Option<u64>, Expected> {
     }
 }
 
-/// Null is what the configuration says by leaving it out: as the rounds.
+/// Null corresponds to an omitted key in the configuration: the limit of the rounds applies.
 fn switchover_bandwidth(value: &Value) -> Result<SwitchoverBandwidth, Expected> {
     Ok(match rate(value)? {
         _ if value.is_null() => SwitchoverBandwidth::AsRounds,

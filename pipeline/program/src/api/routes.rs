@@ -1,4 +1,4 @@
-//! Requests of the control API, and their answers.
+//! The requests of the control API, and their answers.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -20,12 +20,12 @@ use memferry::control::{Control, ControlError, Events, Happened};
 use memferry_report::event_json::EventLine;
 use memferry_report::status_json::StatusJson;
 
-/// How long an answer is waited for: a guest's own part may hold it up.
+/// The time limit for an answer, which the guest's own part may delay.
 const ANSWER_TIME: Duration = Duration::from_secs(5);
-/// Who may read events at a time: others are served at any time.
+/// The number of clients that may read events at a time; other requests are always served.
 const WATCHERS: usize = 32;
 
-/// What answers. Clones are the same.
+/// Answers requests. Clones share state.
 #[derive(Clone)]
 pub(super) struct Routes {
     control: Control,
@@ -33,7 +33,7 @@ pub(super) struct Routes {
     closing: CancellationToken,
 }
 
-/// Why something is not done.
+/// Why a request is refused.
 struct Refusal(StatusCode, String);
 
 #[derive(Serialize)]
@@ -59,7 +59,7 @@ impl Answerer for Routes {
 }
 
 impl Routes {
-    /// Asks `control`. Streams of events end when it is `closing`.
+    /// Serves requests for `control`. Streams of events end when `closing` is cancelled.
     pub(super) fn new(control: Control, closing: CancellationToken) -> Self {
         Self { control, watchers: Arc::new(Semaphore::new(WATCHERS)), closing }
     }
@@ -107,7 +107,7 @@ impl Routes {
     }
 }
 
-/// Events that a client reads as they happen.
+/// Streams events to a client as they happen.
 struct Live {
     events: Events,
     began: Instant,
@@ -126,7 +126,7 @@ impl Live {
     }
 }
 
-/// The line of an event. One that says what was lost is of the time since its reader came.
+/// The line of an event. A line about lost events has the time since its reader connected.
 fn line(happened: &Happened, watched: Duration) -> String {
     match happened {
         Happened::Event { at, role, event } => EventLine::new(*at, *role, event),
@@ -135,7 +135,7 @@ fn line(happened: &Happened, watched: Duration) -> String {
     .to_json()
 }
 
-/// What is asked of the migration is answered in time; else it is taken back.
+/// Waits for the migration's answer for a limited time; after that the request is withdrawn.
 async fn in_time(asked: impl Future<Output = Result<(), ControlError>>) -> Result<(), Refusal> {
     let answered = tokio::time::timeout(ANSWER_TIME, asked).await.map_err(|_| {
         let why = "the migration waits for its guest and did not take this up; look at the status before you ask again";

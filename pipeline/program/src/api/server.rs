@@ -1,4 +1,4 @@
-//! The control API at its socket.
+//! The server of the control API on its socket.
 
 use std::io;
 use std::time::Duration;
@@ -11,7 +11,7 @@ use super::routes::Routes;
 use crate::http;
 use memferry::control::Control;
 
-/// A server of the control API. Dropped, it ends at once; the socket goes with it.
+/// A server of the control API. Dropped, it ends at once and removes the socket.
 #[derive(Debug)]
 pub struct Server {
     closing: CancellationToken,
@@ -19,11 +19,11 @@ pub struct Server {
 }
 
 impl Server {
-    /// Listens at a Unix socket, made for its owner only, and serves what is asked of `control`. A socket that a dead
-    /// program left is replaced.
+    /// Listens on a Unix socket that only its owner can open, and serves requests for `control`. A socket that a dead
+    /// program left behind is replaced.
     ///
     /// # Errors
-    /// When the address is no Unix socket's, somebody listens there, or the system refuses.
+    /// If the address is not a Unix socket, if another process listens there, or if the system refuses.
     pub async fn listen(address: &Address, control: Control) -> io::Result<Self> {
         if !matches!(address, Address::Unix(_)) {
             let what = format!("{address} is no Unix socket, which the control API needs; write unix:/PATH");
@@ -36,8 +36,8 @@ impl Server {
         Ok(Self { closing, serving: AbortOnDropHandle::new(serving) })
     }
 
-    /// Takes no more requests, and gives the answers that are on their way a moment: streams of events that have come to
-    /// their end are read to it.
+    /// Accepts no more requests, and gives answers in progress a moment to complete: streams of events that have
+    /// ended are read to their end.
     pub async fn close(self) {
         self.closing.cancel();
         drop(self.serving.await);

@@ -1,5 +1,5 @@
-//! `memferry check`: whether a configuration can start, how it takes effect, what it takes in memory, and what it cannot be faster
-//! than.
+//! `memferry check`: whether a configuration can start, its effective settings, its memory bound, and its lower
+//! bounds on time.
 
 use std::fmt::Write;
 use std::time::Duration;
@@ -22,10 +22,10 @@ use memferry_guests::SharedSettings;
 use memferry_guests::kvm::KvmLogChoice;
 use memferry_guests::workload::LogChoice;
 
-/// The configuration as TOML, with bounds and floors as comments behind it.
+/// The configuration as TOML, followed by its bounds and its lower limits as comments.
 ///
 /// # Errors
-/// What the command that it is for would refuse before anything begins, in that command's words.
+/// The errors with which the configuration's command would refuse it at the start, in the same words.
 pub(super) fn describe(config: &Config, purpose: Purpose) -> Result<String, String> {
     can_start(config, purpose)?;
     let mut text = written(config);
@@ -36,7 +36,7 @@ pub(super) fn describe(config: &Config, purpose: Purpose) -> Result<String, Stri
     Ok(text)
 }
 
-/// Could the guest be made, is there room to move it, and can a file hold the stream?
+/// Can the guest be created, is there room to move it, and can a file hold the stream?
 fn can_start(config: &Config, purpose: Purpose) -> Result<(), String> {
     let says_of_copies = match &config.guest {
         GuestTable::File(table) => table.images.iter().chain(&table.state_files).all(|file| file.copy.is_some()),
@@ -59,7 +59,7 @@ fn can_start(config: &Config, purpose: Purpose) -> Result<(), String> {
     can_be_used.map_err(|error| error.to_string())
 }
 
-/// The configuration as TOML, with every default filled in.
+/// The configuration as TOML, with every default written out.
 pub(super) fn written(config: &Config) -> String {
     let mut config = config.clone();
     if let Ok(layout) = layout(&config) {
@@ -98,7 +98,7 @@ fn facts(config: &Config) -> Vec<String> {
     facts
 }
 
-/// The guest's blocks as they will be.
+/// The guest's blocks.
 fn layout(config: &Config) -> Result<Layout, String> {
     let shared = |table: Option<&SharedSettings>| {
         table.map(|table| BlockInfo { ignored: true, ..BlockInfo::new("shared", table.bytes) })
@@ -127,7 +127,7 @@ fn layout(config: &Config) -> Result<Layout, String> {
     Layout::new(page_size, blocks).map_err(|error| error.to_string())
 }
 
-/// Has the guest pages that may not travel?
+/// Does the guest have pages that may not travel?
 fn may_leave_out(config: &Config) -> bool {
     match &config.guest {
         GuestTable::Workload(table) => table.free.is_some() || table.unplugged > 0.0 || table.shared.is_some(),
@@ -136,19 +136,19 @@ fn may_leave_out(config: &Config) -> bool {
     }
 }
 
-/// What the guest's dirty logs keep at the source.
+/// The memory of the guest's dirty logs at the source.
 fn logs_bytes(config: &Config, layout: &Layout) -> u64 {
-    // What the program itself writes or marks: a bit for each page.
+    // The program's own writes and marks: one bit for each page.
     let marks = DirtyBitmap::bytes_of(layout);
     match &config.guest {
         GuestTable::Workload(table) if table.dirty_log == LogChoice::Hash => HashLog::bytes_for(layout),
         GuestTable::Workload(_) => marks,
         GuestTable::File(_) => HashLog::bytes_for(layout),
-        // Beside each of them the machine's devices mark what they write.
+        // In addition, the machine's devices mark their writes in each of them.
         GuestTable::Kvm(table) => {
             marks
                 + match table.dirty_log {
-                    // A machine that gets no rings has KVM's dirty log instead.
+                    // A machine without rings uses KVM's dirty log instead.
                     KvmLogChoice::DirtyLog | KvmLogChoice::DirtyRing => KvmLog::bytes_for(layout),
                     KvmLogChoice::Userfault => marks,
                     KvmLogChoice::Hash => HashLog::bytes_for(layout),
@@ -165,7 +165,7 @@ fn hashes_for_log(config: &Config) -> bool {
     }
 }
 
-/// What hashing costs, where it is done.
+/// The cost of hashing, if anything is hashed.
 fn hashing(config: &Config, bytes: u64, settings: &SourceSettings) -> Vec<String> {
     let Ok(one_pass) = hashing_cost(bytes) else { return Vec::new() };
     let digests = one_pass.times(DIGEST_PASSES);
@@ -229,7 +229,8 @@ mod tests {
         parse("run.toml", &text, &[], Purpose::Check).unwrap()
     }
 
-    /// What is said before the run, and what the logs of the guest that runs keep. `None` where the host has no such log.
+    /// The log memory that is reported before the run, and the memory that the running guest's logs take. `None` if the
+    /// host has no such log.
     fn said_and_kept(config: &Config, guest: &dyn SourceGuest) -> Option<(u64, u64)> {
         let logs = guest.dirty_logs().inspect_err(|error| println!("skipped: {error}")).ok()?;
         Some((logs_bytes(config, guest.memory().layout()), logs.iter().map(|log| log.memory_bytes()).sum()))
@@ -263,7 +264,7 @@ mod tests {
             let GuestTable::Kvm(table) = &config.guest else { unreachable!("configured as one") };
             let guest = memferry_guests::kvm::KvmGuest::source(table.clone()).unwrap();
             let Some((said, kept)) = said_and_kept(&config, &*guest) else { continue };
-            // Rings keep no bits of slots, but whether there will be rings is not known before.
+            // Rings have no bitmaps of slots, but whether rings are available is not known in advance.
             let spared = if dirty_log == "dirty-ring" { (66 << 20) / 4096 / 8 } else { 0 };
             assert!(said == kept || said == kept + spared, "{dirty_log}: {said} said, {kept} kept");
         }

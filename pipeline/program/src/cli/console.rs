@@ -1,7 +1,8 @@
-//! What a command that migrates says: standard error and standard output, each behind an [`Outlet`], so that nobody who says
-//! something waits for whoever reads it. Standard error belongs to one thread: lines of the log, notices and progress, and the bar.
+//! The output of commands that migrate. Standard error and standard output each have an [`Outlet`], so that a writer
+//! never waits for the reader. One thread owns standard error: it writes log lines, notices and progress, and the
+//! bar.
 //!
-//! Commands that only ask say what they have to say themselves, and wait as programs do.
+//! Commands that only query write their output themselves, and block as usual.
 
 use std::backtrace::{Backtrace, BacktraceStatus};
 use std::fmt;
@@ -15,9 +16,9 @@ use crate::progress::{ProgressDisplay, ProgressLines, Screen};
 use memferry::events::{Event, Observer, Role};
 use memferry::outlet::{Direct, Outlet, Sink};
 
-/// Lines that may wait on each of the two.
+/// The number of lines that may be queued on each of the two.
 const WAITING: usize = 512;
-/// How long the last lines may take.
+/// The time limit for the last lines.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
 static CONSOLE: OnceLock<Console> = OnceLock::new();
@@ -27,19 +28,19 @@ struct Console {
     stdout: Outlet<String>,
 }
 
-/// What standard error shows.
+/// An item for standard error.
 enum Shown {
     Text(Vec<u8>),
-    /// Begin a bar about this end.
+    /// Start a progress bar for this end.
     Bar(Role),
-    /// What moves the bar.
+    /// An event that updates the bar.
     Event(Role, Box<Event>),
 }
 
-/// From here on nobody who says something waits.
+/// Starts the threads. From here on writers do not block.
 ///
 /// # Errors
-/// When the system gives no threads.
+/// If the system cannot create threads.
 pub(super) fn start() -> io::Result<()> {
     let stderr = Outlet::begin("memferry-stderr", WAITING, Terminal::default())?;
     let stdout = Outlet::begin("memferry-stdout", WAITING, Stdout)?;
@@ -54,13 +55,13 @@ pub(super) fn start() -> io::Result<()> {
     Ok(())
 }
 
-/// Says a line on standard error. Nobody may read it any more (a closed terminal, a full disk): that ends nothing, as the panic of
-/// `eprintln!` would.
+/// Writes a line to standard error. A write error (a closed terminal, a full disk) is ignored, where `eprintln!`
+/// would panic.
 pub(super) fn tell(line: fmt::Arguments<'_>) {
     tell_styled(&shown_lines(&line.to_string()));
 }
 
-/// Says lines that carry colours of their own, and nothing else that is unsafe to show.
+/// Writes lines that contain colour codes of their own and no other unsafe text.
 pub(super) fn tell_styled(lines: &str) {
     let line = format!("{lines}\n");
     match CONSOLE.get() {
@@ -69,7 +70,7 @@ pub(super) fn tell_styled(lines: &str) {
     }
 }
 
-/// Says text on standard output, after what was said on standard error before it. False if nobody takes it.
+/// Writes text to standard output, after the earlier output on standard error. Returns false if it cannot be written.
 pub(super) fn print(text: &str) -> bool {
     let text = format!("{}\n", shown_lines(text));
     match CONSOLE.get() {
@@ -82,7 +83,7 @@ pub(super) fn print(text: &str) -> bool {
     }
 }
 
-/// Waits until all is said, for a limited time: what has not been taken by then is lost.
+/// Waits until all output is written, for a limited time: the rest is lost.
 pub(super) fn flush(limit: Duration) {
     if let Some(console) = CONSOLE.get() {
         console.stderr.flush(limit);
@@ -90,7 +91,7 @@ pub(super) fn flush(limit: Duration) {
     }
 }
 
-/// Dropped as the program ends, it waits for what was said last.
+/// Dropped at the end of the program, it waits for the last output.
 pub(super) struct LastWords;
 
 impl Drop for LastWords {
@@ -99,7 +100,7 @@ impl Drop for LastWords {
     }
 }
 
-/// Standard error as a writer that never waits. What is written at a time stays together.
+/// Standard error as a writer that never blocks. The bytes of one write stay together.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Stderr;
 
@@ -117,7 +118,7 @@ impl Write for Stderr {
     }
 }
 
-/// Progress of an end: a bar on a terminal, lines elsewhere.
+/// Shows the progress of an end: a bar on a terminal, lines elsewhere.
 pub(super) fn progress(watched: Role) -> Arc<dyn Observer> {
     let Some(console) = CONSOLE.get().filter(|_| io::stderr().is_terminal()) else {
         return Arc::new(ProgressLines::new(watched, LineWriter::new(Stderr)));
@@ -126,14 +127,14 @@ pub(super) fn progress(watched: Role) -> Arc<dyn Observer> {
     Arc::new(move |role: Role, event: &Event| {
         match event {
             _ if role != watched => {}
-            // It takes the bar away.
+            // This event removes the bar.
             Event::Ended(_) => console.stderr.put(Shown::Event(role, Box::new(event.clone()))),
             _ => console.stderr.offer(Shown::Event(role, Box::new(event.clone()))),
         }
     })
 }
 
-/// What standard error's thread does.
+/// The work of standard error's thread.
 #[derive(Default)]
 struct Terminal {
     screen: Screen,
@@ -155,12 +156,12 @@ impl Sink<Shown> for Terminal {
     }
 }
 
-/// What standard output's thread does.
+/// The work of standard output's thread.
 struct Stdout;
 
 impl Sink<String> for Stdout {
     fn take(&mut self, text: String) {
-        // A reader that has seen enough closes the pipe.
+        // A reader that has read enough closes the pipe.
         drop(Direct(io::stdout()).write_all(text.as_bytes()));
     }
 

@@ -1,4 +1,5 @@
-//! The commands that ask a running migration through its control API: `status`, `set`, `cancel`, `switch-over`.
+//! The commands that query or change a running migration through its control API: `status`, `set`, `cancel`,
+//! `switch-over`.
 
 use std::io::ErrorKind;
 use std::time::Duration;
@@ -14,7 +15,7 @@ use memferry::events::{Phase, Role, TimeLeft};
 use memferry::human;
 use memferry_report::event_json::{EndedJson, EventJson, EventLine};
 
-/// How long a cancelled migration may take to end: a command of the guest's may have to come to its end first.
+/// The time limit for a cancelled migration to end: a command of the guest may have to finish first.
 const END_TIME: Duration = Duration::from_secs(30);
 
 /// The address of a control socket: `unix:/path`, or the path alone.
@@ -29,7 +30,7 @@ pub(super) fn socket(text: &str) -> Result<Address, String> {
     }
 }
 
-/// `key=value`, for a setting that there is; a value that is a number or null is one, all else is text.
+/// Parses `key=value` for a known setting. A number or null is taken as JSON, any other value as text.
 pub(super) fn setting(text: &str) -> Result<(String, Value), String> {
     let (key, value) =
         text.split_once('=').ok_or("there is no = in it; write a setting such as downtime_limit=50ms")?;
@@ -43,7 +44,7 @@ pub(super) fn setting(text: &str) -> Result<(String, Value), String> {
     Ok((key.to_owned(), value))
 }
 
-/// `memferry status`: lines for a person, or the object as it came.
+/// `memferry status`: lines for a person, or the JSON object as received.
 pub(super) async fn status(address: &Address, json: bool) -> Result<String, String> {
     let status = client::status(address).await.map_err(in_words)?;
     Ok(if json { shown_json(format!("{status:#}")) } else { describe(&status) })
@@ -57,20 +58,20 @@ pub(super) async fn set(address: &Address, settings: Vec<(String, Value)>) -> Re
     Ok(settings.keys().map(line).collect::<Vec<_>>().join("\n"))
 }
 
-/// `memferry cancel`: waits for the end, and says where the guest is.
+/// `memferry cancel`: waits for the end, and reports where the guest is.
 pub(super) async fn cancel(address: &Address) -> Result<String, String> {
     let watching = client::events(address).await;
     client::cancel(address).await.map_err(in_words)?;
     let mut seen = Seen::default();
     let ended = match watching {
         Ok(lines) => tokio::time::timeout(END_TIME, seen.read_on(lines)).await.is_ok(),
-        // Too many watch already.
+        // Too many clients already read events.
         Err(_) => false,
     };
     seen.verdict(ended, address)
 }
 
-/// What the events of a migration that is cancelled have said.
+/// The outcome of a cancelled migration, from its events.
 #[derive(Debug, Default)]
 struct Seen {
     role: Option<Role>,
@@ -79,10 +80,10 @@ struct Seen {
 }
 
 impl Seen {
-    /// Reads to the end of the migration, or of the lines.
+    /// Reads until the migration, or the stream, ends.
     async fn read_on(&mut self, mut lines: Lines) {
         while let Ok(Some(line)) = lines.next().await {
-            // Whatever is no event known here says nothing of the end.
+            // A line that is not a known event is ignored.
             if let Ok(line) = EventLine::from_json(&line) {
                 self.note(line);
             }
@@ -143,7 +144,7 @@ pub(super) async fn switch_over(address: &Address) -> Result<String, String> {
     Ok(text(&status["decision"]["why"]).map_or_else(|| "it switches over".into(), |why| why.to_string()))
 }
 
-/// What a tired operator can do about it.
+/// What the operator can do about it.
 pub(super) fn in_words(error: ClientError) -> String {
     match error {
         ClientError::Nobody(error) => {
@@ -204,14 +205,14 @@ fn describe(status: &Value) -> String {
     lines.join("\n")
 }
 
-/// How long it takes until nothing remains, if that can be told.
+/// Time until nothing remains, if it is known.
 fn time_left(progress: &Value) -> Option<TimeLeft> {
     let remaining = progress["remaining_bytes"].as_u64().filter(|bytes| *bytes > 0)?;
     let (sent, dirtied) = (progress["page_bytes_per_s"].as_f64()?, progress["dirty_bytes_per_s"].as_f64());
     Some(TimeLeft::at_rates(remaining, sent, dirtied)).filter(|time| *time != TimeLeft::Unknown)
 }
 
-/// What holds it up, the greatest share first.
+/// The causes that slow the migration down, the greatest share first.
 fn held_up(shares: &Value) -> Option<String> {
     let shares: Bottleneck = serde_json::from_value(shares.clone()).ok()?;
     Some(shares.to_string()).filter(|shares| !shares.is_empty())

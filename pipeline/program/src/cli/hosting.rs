@@ -1,4 +1,5 @@
-//! The guests of a program, and their life after the verdict: a guest that lives in this process is not ended by it.
+//! The guests of a program, and their life after the verdict: a guest that lives in this process outlives its
+//! migration.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -17,25 +18,25 @@ use memferry::memory::GuestMemory;
 use memferry_guests::file::FileGuest;
 use memferry_guests::workload::Workload;
 
-/// A guest to be sent, and its home.
+/// A guest to send, and its home.
 #[derive(Debug)]
 pub(super) struct Hosted {
     pub(super) guest: Arc<dyn SourceGuest>,
     pub(super) home: Home,
 }
 
-/// A guest that was built to be received, and its home.
+/// A guest that was built at the destination, and its home.
 #[derive(Debug)]
 pub(super) struct Arriving {
     guest: Arc<dyn DestinationGuest>,
     pub(super) home: Home,
 }
 
-/// What builds the guest to be received, whichever it is.
+/// Builds the guest at the destination, of any kind.
 pub(super) type Builder =
     Box<dyn FnOnce(PageSize, &[BlockInfo], &GuestState) -> Result<Arc<Arriving>, GuestError> + Send>;
 
-/// The guest itself, if it lives in this process.
+/// The resident guest, if it lives in this process.
 #[derive(Clone, Debug)]
 pub(super) struct Home(Option<Arc<dyn Resident>>);
 
@@ -44,21 +45,21 @@ trait Resident: Send + Sync + std::fmt::Debug {
     /// Does it run?
     fn runs(&self) -> bool;
 
-    /// Has it found what it wrote? May take as long as looking at all of its memory.
+    /// Checks the guest's memory against its own record of writes. May take as long as reading all of its memory.
     fn check(&self) -> Health;
 }
 
-/// How a guest fares.
+/// The result of a check.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Health {
-    /// Is every page that it looked at as it left it?
+    /// Does every checked page have the content that the guest wrote?
     pub(super) is_sound: bool,
-    /// In one line.
+    /// A one-line summary.
     pub(super) line: String,
 }
 
 impl Hosted {
-    /// The guest to be sent. May take seconds: a workload's memory is filled, until it is cancelled.
+    /// Creates the guest to send. May take seconds, because a workload's memory is filled; this can be cancelled.
     pub(super) async fn source(config: &Config, cancel: &CancellationToken) -> Result<Self, GuestError> {
         let (config, cancel) = (config.clone(), cancel.clone());
         blocking(move || {
@@ -79,7 +80,7 @@ impl Hosted {
     }
 }
 
-/// What builds the guest to be received. With `run` files become their copies.
+/// What builds the guest at the destination. With `run`, file guests are copied to new files.
 pub(super) async fn destination(config: &Config, run: bool) -> Result<Builder, GuestError> {
     let table = config.guest.clone();
     blocking(move || match table {
@@ -127,7 +128,7 @@ impl DestinationGuest for Arriving {
 }
 
 impl Home {
-    /// Does the guest live here, so that the end of this program is its end?
+    /// Does the guest live in this process, so that it ends with the program?
     pub(super) fn lives_here(&self) -> bool {
         self.0.is_some()
     }
@@ -137,7 +138,7 @@ impl Home {
         self.0.as_ref().is_some_and(|resident| resident.runs())
     }
 
-    /// Lets it live for `time`, or until `stop`; then asks whether it found what it wrote. `None` if it does not live here.
+    /// Lets the guest run for `time`, or until `stop`, then checks its memory. `None` if it does not live here.
     pub(super) async fn live(&self, time: Option<Duration>, stop: CancellationToken) -> Option<Health> {
         let resident = self.0.clone()?;
         match time {
@@ -148,7 +149,7 @@ impl Home {
     }
 }
 
-/// Could the guest to be sent be made? Makes none.
+/// Can the guest to send be created? Creates nothing.
 pub(super) fn check_source(config: &Config) -> Result<(), GuestError> {
     match &config.guest {
         GuestTable::Workload(table) => Workload::check(workload(table)),
@@ -157,7 +158,7 @@ pub(super) fn check_source(config: &Config) -> Result<(), GuestError> {
     }
 }
 
-/// Is there a place for the guest to be received? Makes nothing there.
+/// Is there a place for the guest at the destination? Creates nothing.
 pub(super) fn check_destination(config: &Config, run: bool) -> Result<(), GuestError> {
     match &config.guest {
         GuestTable::File(table) => FileGuest::check_destination(destination_files(table, run)),
@@ -200,7 +201,7 @@ mod machine {
         KvmGuest::check(table.clone())
     }
 
-    /// How its writes are found is for this end to choose: it may be sent on from here.
+    /// This end chooses its own dirty log, because the guest may be sent on from here.
     pub(super) fn destination(table: &KvmSettings) -> Result<Builder, GuestError> {
         let builder = match &table.shared {
             Some(shared) => KvmGuest::destination_sharing(table.dirty_log, shared.path.clone()),
@@ -214,7 +215,7 @@ mod machine {
             self.status().running
         }
 
-        /// The machine looks at its pages itself, all the time.
+        /// The machine checks its pages itself, continuously.
         fn check(&self) -> Health {
             let status = self.status();
             let state = match (&status.failed, status.running) {
@@ -243,7 +244,7 @@ mod machine {
     use super::{Builder, GuestError, Hosted};
     use memferry_guests::kvm::KvmSettings;
 
-    /// The rules have refused it before.
+    /// The configuration's rules already refuse it.
     pub(super) fn source(_: &KvmSettings) -> Result<Hosted, GuestError> {
         Err(GuestError("this program was built without KVM".into()))
     }
@@ -257,12 +258,12 @@ mod machine {
     }
 }
 
-/// This program, to be run as a guard.
+/// The command that runs this program as a guard.
 fn guard_program() -> Option<PathBuf> {
     std::env::current_exe().ok()
 }
 
-/// Runs what may take long where blocking is allowed.
+/// Runs a slow call where blocking is allowed.
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
 }

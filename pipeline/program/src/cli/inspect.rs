@@ -1,7 +1,8 @@
-//! `memferry inspect`: what a stream in a file holds, and where it is damaged first.
+//! `memferry inspect`: the contents of a stream in a file, and its first damage.
 //!
-//! Takes a stream from its first byte, checks every frame and every payload, and gives an [`Inspection`] that displays
-//! as a table. A stream is whole if its end mark stands behind the last frame and counts the Pages frames before it.
+//! Reads a stream from its first byte, checks every frame and every payload, and returns an [`Inspection`] that
+//! displays as a table. A stream is complete if its end mark follows the last frame and has the right count of Pages
+//! frames.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -17,7 +18,7 @@ use tokio::io::AsyncRead;
 
 use memferry::human;
 
-/// What a stream holds.
+/// The contents of a stream.
 #[derive(Debug, Default)]
 pub struct Inspection {
     hello: Option<Hello>,
@@ -50,13 +51,13 @@ struct Section {
 }
 
 impl Inspection {
-    /// Is the stream whole?
+    /// Is the stream complete?
     #[must_use]
     pub fn is_whole(&self) -> bool {
         self.damage.is_none()
     }
 
-    /// Reads a stream to its end or to its first damage. `name` is what messages call it.
+    /// Reads a stream to its end or to its first damage. `name` identifies it in messages.
     pub async fn of(stream: impl AsyncRead + Unpin, name: &str) -> Self {
         let mut reader = FrameReader::new(stream, name.to_owned(), PageSize::new(65536).expect("the largest"));
         let mut inspection = Self::default();

@@ -1,6 +1,6 @@
-//! The `memferry` program: what its command line says, and what it does.
+//! The `memferry` program: its command line and its commands.
 
-/// Says a line on standard error: see [`console::tell`].
+/// Writes a line to standard error: see [`console::tell`].
 macro_rules! tell {
     ($($text:tt)*) => {
         $crate::cli::console::tell(format_args!($($text)*))
@@ -48,10 +48,10 @@ use verdict::{BAD_USAGE, DONE, FAILED};
 
 /// Threads of the control plane: timers, signals, the handshakes. The data has a runtime of its own.
 const CONTROL_THREADS: usize = 2;
-/// How long what a command left behind may take to end with it: calls that still block, such as the building of a guest that
-/// was cancelled.
+/// The time limit at exit for calls that still block, such as the creation of a guest that was cancelled.
 const TIDY_UP: Duration = Duration::from_millis(100);
-/// Beside one for each core, which digests take: threads of the control plane for what blocks, such as calls of a guest.
+/// Blocking threads of the control plane, for calls such as those of a guest, in addition to one for each core, which
+/// digests use.
 const BLOCKING_THREADS: usize = 4;
 
 /// Runs the command that the command line names.
@@ -123,9 +123,9 @@ fn migrate(options: Migrate, role: &'static str, purpose: Purpose, watch: Role) 
     }
 }
 
-/// Asks a running migration, and prints what it says.
+/// Queries a running migration, and prints its answer.
 fn ask(asking: impl Future<Output = Result<String, String>>) -> ExitCode {
-    // Without threads: a cancel must be possible where there are no more of them.
+    // Without additional threads: a cancel must be possible even if no more threads are available.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     match runtime.map(|runtime| runtime.block_on(asking)) {
         Ok(Ok(said)) => print(&said, DONE),
@@ -134,7 +134,7 @@ fn ask(asking: impl Future<Output = Result<String, String>>) -> ExitCode {
     }
 }
 
-/// Why one of the files, or the socket, has no place, if that is plain before anything begins.
+/// Why one of the files, or the socket, cannot be created, if that is known before the start.
 fn nowhere(options: &Migrate) -> Option<String> {
     let events = options.events.as_deref().filter(|file| *file != Path::new("-"));
     let reports = options.report.iter().find_map(|report| unwritable("--report", report));
@@ -145,7 +145,7 @@ fn nowhere(options: &Migrate) -> Option<String> {
     reports.or_else(|| unwritable("--events", events?)).or(socket)
 }
 
-/// Why two of the files cannot be the same, if two are: what is written last would take the place of the other.
+/// Why two of the files are the same file, if they are: the one written last would replace the other.
 fn named_twice(options: &Migrate) -> Option<String> {
     let names = std::iter::once(&options.configured.config).chain(&options.report).chain(&options.events);
     let mut seen = Vec::new();
@@ -160,7 +160,7 @@ fn named_twice(options: &Migrate) -> Option<String> {
     None
 }
 
-/// Why the file of an option cannot be made there, if that is plain.
+/// Why the file of an option cannot be created there, if that is known before the start.
 fn unwritable(option: &str, file: &Path) -> Option<String> {
     let name = file.display();
     let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
@@ -224,7 +224,7 @@ fn probe() -> ExitCode {
     print(&memferry_stages::host::Probe::run().to_string(), DONE)
 }
 
-/// The configuration, or the exit code after its errors were shown.
+/// The configuration, or the exit code after its errors are shown.
 fn load(configured: &Configured, purpose: Purpose) -> Result<Config, ExitCode> {
     config::load(&configured.config, &configured.sets, purpose).map_err(|error| {
         console::tell_styled(&error.render(std::io::stderr().is_terminal()));
@@ -235,7 +235,7 @@ fn load(configured: &Configured, purpose: Purpose) -> Result<Config, ExitCode> {
 fn on_control_plane<T>(command: impl Future<Output = std::io::Result<T>>) -> std::io::Result<T> {
     let runtime = threads::runtime("memferry-control", CONTROL_THREADS, cores() + BLOCKING_THREADS)?;
     let done = runtime.block_on(command);
-    // A thread that blocks for ever must not keep the program from its end.
+    // A thread that blocks for ever must not prevent the program from ending.
     runtime.shutdown_timeout(TIDY_UP);
     done
 }
@@ -243,7 +243,7 @@ fn on_control_plane<T>(command: impl Future<Output = std::io::Result<T>>) -> std
 fn print(text: &str, code: u8) -> ExitCode {
     let mut stdout = std::io::stdout();
     match writeln!(stdout, "{}", shown_lines(text.trim_end())).and_then(|()| stdout.flush()) {
-        // A reader that has seen enough closes the pipe.
+        // A reader that has read enough closes the pipe.
         Err(error) if error.kind() != ErrorKind::BrokenPipe => {
             complain(&format!("standard output cannot be written: {error}"), FAILED)
         }

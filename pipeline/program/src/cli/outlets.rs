@@ -1,5 +1,5 @@
-//! Where a migration's events go besides the screen: a file of lines (`--events`), Prometheus (`--metrics`). They are opened
-//! before anything begins, so that what cannot be opened costs nothing.
+//! Where a migration's events go besides the screen: a file of lines (`--events`), Prometheus (`--metrics`). They are
+//! opened before the migration begins, so that an error there costs nothing.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -9,18 +9,18 @@ use crate::event_file::EventFile;
 use crate::metrics::prometheus;
 use memferry::events::Observer;
 
-/// What is open. The figures are served for as long as the program lives.
+/// The open outlets. Metrics are served for as long as the program lives.
 #[derive(Debug, Default)]
 pub(super) struct Outlets {
     events: Option<Arc<EventFile>>,
 }
 
 impl Outlets {
-    /// Serves figures if the options say so, on the runtime of the caller; before there are any. Says where, which a quiet
-    /// program does only where nobody could know it: at a port that the system chose.
+    /// Serves metrics if the options request it, on the caller's runtime, before there are any figures. Prints the
+    /// address; a quiet program prints it only if the system chose the port, because it cannot be known otherwise.
     ///
     /// # Errors
-    /// Why they cannot be served.
+    /// Why the metrics cannot be served.
     pub(super) async fn open(options: &Migrate) -> Result<Self, String> {
         if let Some(address) = &options.metrics {
             let url = prometheus::serve(address).await?;
@@ -31,10 +31,11 @@ impl Outlets {
         Ok(Self::default())
     }
 
-    /// Opens the file of events, if the options name one. Last of all that may be refused, since it empties the file.
+    /// Opens the file of events, if the options name one. This is the last check that may fail, since it empties the
+    /// file.
     ///
     /// # Errors
-    /// Why it cannot be opened.
+    /// Why the file cannot be opened.
     pub(super) fn open_events(&mut self, options: &Migrate) -> Result<(), String> {
         let create = |file: &Path| {
             EventFile::create(file)
@@ -49,12 +50,12 @@ impl Outlets {
         self.events.clone().map(|events| events as Arc<dyn Observer>)
     }
 
-    /// Are lines of events all that standard output is to hold?
+    /// Is standard output reserved for lines of events?
     pub(super) fn have_stdout(&self) -> bool {
         self.events.as_ref().is_some_and(|events| events.is_stdout())
     }
 
-    /// Nothing happens any more: the last line is written. What is missing, if anything is.
+    /// Writes the last line after the final event. Reports missing events, if there are any.
     pub(super) fn close(&self) -> Option<String> {
         self.events.as_ref()?.close()
     }

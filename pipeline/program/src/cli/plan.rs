@@ -1,4 +1,4 @@
-//! `memferry plan`: what a migration of a recorded guest would come to, and what would help.
+//! `memferry plan`: the forecast for a recorded guest, and changes that would improve it.
 
 use std::io::IsTerminal;
 use std::path::Path;
@@ -16,10 +16,10 @@ use memferry_plan::picture::draw;
 use memferry_plan::trace::{GuestFacts, read};
 use memferry_plan::written::Written;
 
-/// Bits that a plan keeps for each page of the guest.
+/// Bits of memory that a plan uses for each page of the guest.
 const BITMAPS: u64 = 12;
 
-/// Plans: the exit code.
+/// Runs the plan, and returns the exit code.
 pub(super) fn run(options: &Plan) -> ExitCode {
     let name = options.trace.display();
     let trace = match read(&options.trace) {
@@ -50,7 +50,8 @@ pub(super) fn run(options: &Plan) -> ExitCode {
     }
 }
 
-/// The settings of the recording, changed as the `--set`s say. Of guest and address a trace knows nothing, and they do not matter.
+/// The settings of the recording, changed by the `--set`s. A trace does not contain guest and address, and they do
+/// not matter.
 fn recorded(trace: &Path, guest: &GuestFacts, sets: &[String]) -> Result<Config, ConfigError> {
     let is_stored = guest.settings.raw().lines().any(|line| line.starts_with("after = "));
     let address = if is_stored { "file:/recorded" } else { "tcp:recorded:1" };

@@ -1,4 +1,4 @@
-//! `memferry record`: follows a guest's dirty pages and moves nothing.
+//! `memferry record`: records a guest's dirty pages without moving anything.
 
 use serde::Serialize;
 
@@ -13,10 +13,10 @@ use memferry::human;
 use memferry::settings::ConvergenceSettings;
 use memferry_plan::record::{INTERVAL, RecordError, RecordSettings, Recorded, record_watched};
 
-/// The level of zstd whose figures are taken where none is configured.
+/// The level of zstd that is measured if none is configured.
 const ZSTD_LEVEL: i32 = 1;
 
-/// What a plan goes by, of a configuration: neither guest nor address.
+/// The part of a configuration that a plan uses: neither guest nor address.
 #[derive(Serialize)]
 struct Planned<'a> {
     encoder: &'a EncoderTable,
@@ -25,7 +25,7 @@ struct Planned<'a> {
     convergence: &'a ConvergenceSettings,
 }
 
-/// Records, and hosts a guest that lives here until it is over: the exit code.
+/// Records, then hosts a guest that lives here until its end; returns the exit code.
 pub(super) async fn run(config: Config, options: Record) -> std::io::Result<u8> {
     let (signals, cancel) = Signals::listen("ending the recording")?;
     let guest = tokio::select! {
@@ -82,7 +82,7 @@ fn planned(config: &Config) -> String {
     toml::to_string(&Planned { encoder, pipeline, migration, convergence }).expect("what was read can be written")
 }
 
-/// A recording in one line.
+/// A one-line summary of a recording.
 fn tell(recorded: &Recorded, interval: std::time::Duration) -> String {
     let seconds = recorded.length.as_secs_f64();
     #[expect(clippy::cast_precision_loss, reason = "rates to be shown")]
@@ -106,7 +106,7 @@ fn failed(why: &str) -> u8 {
     FAILED
 }
 
-/// Says it on standard output; beside it, if nobody takes it there.
+/// Writes to standard output, or to standard error if that fails.
 fn say(text: &str) {
     if !console::print(text) {
         tell!("{text}");

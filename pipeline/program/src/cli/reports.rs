@@ -1,5 +1,5 @@
-//! `--report FILE`: what is written once a migration has ended, each report through an outlet of its own. A disk or a pipe that
-//! takes nothing costs the report, and holds the end up for a limited time.
+//! `--report FILE`: the reports that are written after a migration, each through an outlet of its own. If a disk or a
+//! pipe blocks, the report is lost, and the end of the program is delayed for a limited time only.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -15,33 +15,33 @@ use memferry_report::html::Page;
 use memferry_report::todo::Conclusion;
 use memferry_report::{Report, write};
 
-/// How long all of them may take.
+/// The time limit for all of them.
 const TIME: Duration = Duration::from_secs(10);
 
-/// What a report is made of.
+/// The data of a report.
 #[derive(Clone, Copy)]
 pub(super) struct Ending<'a> {
     /// "run", "send" or "recv".
     pub(super) role: &'static str,
     pub(super) verdict: &'a Ended,
     pub(super) account: &'a Account,
-    /// The other end, where it was in this process.
+    /// The account of the other end, if it was in this process.
     pub(super) far: Option<&'a Account>,
     pub(super) conclusions: &'a [Conclusion],
 }
 
-/// The reports that are being written.
+/// The reports in progress.
 pub(super) struct Reports(Vec<Writing>);
 
-/// One of them.
+/// One report in progress.
 struct Writing {
     file: PathBuf,
     outcome: Outcome,
-    /// Nothing if it could not even begin.
+    /// `None` if it could not begin.
     outlet: Option<Outlet<Vec<u8>>>,
 }
 
-/// Why it is not written, if it is not.
+/// The error, if it could not be written.
 #[derive(Clone, Default)]
 struct Outcome(Arc<Mutex<Option<io::Error>>>);
 
@@ -56,7 +56,7 @@ impl Outcome {
 }
 
 impl Reports {
-    /// Begins to write all that the options name.
+    /// Begins to write all reports that the options name.
     pub(super) fn begin(files: &[PathBuf], config: &Config, ending: &Ending<'_>) -> Self {
         if files.is_empty() {
             return Self(Vec::new());
@@ -75,7 +75,7 @@ impl Reports {
         Self(files.iter().map(|file| Writing::begin(file.clone(), text(file))).collect())
     }
 
-    /// Waits for them: those that are lost, and why.
+    /// Waits for the reports; returns those that are lost, with the reasons.
     pub(super) fn finish(self) -> Vec<String> {
         let end = Instant::now() + TIME;
         self.0.iter().filter_map(|writing| writing.finish(end)).collect()
@@ -109,7 +109,7 @@ impl Writing {
     }
 }
 
-/// What the outlet's thread does.
+/// The work of the outlet's thread.
 struct Writer {
     file: PathBuf,
     outcome: Outcome,

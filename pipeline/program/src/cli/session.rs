@@ -1,6 +1,7 @@
 //! The three commands that migrate: `run`, `send`, `recv`.
 //!
-//! Each is the same list of steps: make the guest, migrate it, say how it ended, write the report, host what lives here.
+//! Each follows the same steps: create the guest, migrate it, report the outcome, write the report files, host what
+//! lives here.
 
 use std::fmt::Display;
 use std::future::Future;
@@ -29,15 +30,15 @@ use memferry_report::account::{Account, Accountant};
 use memferry_report::todo::{Conclusion, conclusions};
 use memferry_report::{held_up, status, table};
 
-/// How long one end may take to find out that the other has ended, before it is told.
+/// How long one end may take to detect that the other has ended, before it is cancelled.
 const FIND_OUT: Duration = Duration::from_secs(2);
-/// How long `run` shows the guest alive at its destination, unless told.
+/// How long `run` hosts the guest at its destination, unless an option says otherwise.
 const SHOW_ALIVE: Duration = Duration::from_secs(1);
 
 const CANCELLING: &str = "cancelling; once more to end at once";
 const ENDING: &str = "ending";
 
-/// One command on its way.
+/// A command in progress.
 pub(super) struct Session {
     config: Config,
     options: Migrate,
@@ -74,14 +75,14 @@ impl Session {
         Ok(Self { config, options, role, accountant, observers, signals, control, plane, outlets })
     }
 
-    /// Opens the file of events where the options name one.
+    /// Opens the file of events if the options name one.
     pub(super) fn open_events(&mut self) -> Result<(), String> {
         self.outlets.open_events(&self.options)?;
         self.observers.extend(self.outlets.observers());
         Ok(())
     }
 
-    /// Serves the control API where the options say so.
+    /// Serves the control API if the options request it.
     pub(super) async fn serve_control(&self) -> std::io::Result<Option<Server>> {
         match &self.options.control {
             Some(address) => Server::listen(address, self.control.clone()).await.map(Some),
@@ -148,7 +149,7 @@ impl Session {
         }
     }
 
-    /// What comes before the migration, until it is cancelled: then nobody waits for the rest of it.
+    /// Runs a step before the migration until it is cancelled; the rest of the step is not waited for.
     async fn unless_cancelled<T, E: Display>(&self, begin: impl Future<Output = Result<T, E>>) -> Result<T, Ended> {
         let cancel = self.control.token();
         tokio::select! {
@@ -190,7 +191,7 @@ impl Session {
         (sent, Some(received))
     }
 
-    /// Over a transport that carries: both at the same time, to the address that the listener really got.
+    /// Over a connection: both ends at the same time, to the address that the listener is bound to.
     async fn side_by_side(
         &self,
         source: &Hosted,
@@ -211,7 +212,7 @@ impl Session {
         );
         let receive = self.receive_from(destination, listener, destination_cancel.clone(), arrived);
         let (sent, received) = both(send, source_cancel.clone(), receive, destination_cancel).await;
-        // A source that nobody cancelled gave up at its limits: the destination only tells that it did.
+        // A source that was not cancelled gave up at its limits: the destination only reports that.
         let gave_up = sent.phase == Phase::Cancelled && !source_cancel.is_cancelled();
         (sent, (!gave_up).then_some(received))
     }
@@ -227,7 +228,7 @@ impl Session {
         self.settle(Role::Source, ended)
     }
 
-    /// The guest is left in `arrived`, if it arrives.
+    /// Stores the guest in `arrived`, if it arrives.
     async fn receive_from(
         &self,
         builder: Builder,
@@ -251,7 +252,7 @@ impl Session {
         Observers::new(role, self.observers.clone())
     }
 
-    /// Makes sure that every observer knows how an end ended.
+    /// Ensures that every observer receives the end of the migration.
     fn settle(&self, role: Role, ended: Ended) -> Ended {
         if self.accountant.account(role).status.ended.is_none() {
             self.observers(role).tell(&Event::Ended(ended.clone()));
@@ -265,8 +266,8 @@ impl Session {
         exit_code(&ended)
     }
 
-    /// Says how it ended and writes the reports. What is lost of them is said last, and changes no exit code: a guest that
-    /// has moved must not look to a script as if it had not.
+    /// Reports the outcome and writes the report files. Lost reports are named last and do not change the exit code:
+    /// a guest that has moved must not look to a script as if it had not.
     fn conclude(&self, verdict: &Ended, account: &Account, far: Option<&Account>) {
         let conclusions = self.conclusions(account, far);
         let ending = Ending { role: self.role, verdict, account, far, conclusions: &conclusions };
@@ -284,7 +285,7 @@ impl Session {
         }
     }
 
-    /// What a source's figures say should be set otherwise.
+    /// Suggestions from a source's figures.
     fn conclusions(&self, account: &Account, far: Option<&Account>) -> Vec<Conclusion> {
         let Some(ended) = account.status.ended.as_ref().filter(|_| !account.decided.is_empty()) else {
             return Vec::new();
@@ -294,7 +295,7 @@ impl Session {
         conclusions(&self.config.source(), account, &held_up(ended, far), cores)
     }
 
-    /// Hosts a guest that lives in this program, for as long as the options say; else until a signal.
+    /// Hosts a guest that lives in this program, for the time in the options, or else until a signal.
     async fn host_if(&self, stays: bool, home: &Home, stop: CancellationToken, code: u8) -> u8 {
         if !stays || !home.lives_here() {
             return code;
@@ -305,8 +306,8 @@ impl Session {
         self.host(home, self.options.host_for, stop, code).await
     }
 
-    /// Until its time is over or it is to `stop`, which a signal may have said since the migration ended. A page that is not as
-    /// the guest left it turns any code into a failure.
+    /// Until the time is over or `stop` is cancelled, possibly by a signal since the end of the migration. A page
+    /// that differs from what the guest wrote turns any exit code into a failure.
     async fn host(&self, home: &Home, time: Option<Duration>, stop: CancellationToken, code: u8) -> u8 {
         let Some(health) = home.live(time, stop).await else { return code };
         if !self.options.quiet || !health.is_sound {
@@ -315,7 +316,7 @@ impl Session {
         if health.is_sound { code } else { FAILED }
     }
 
-    /// Says it on standard output; beside it, where events are written there or nobody takes it.
+    /// Writes to standard output, or to standard error if events are written there or the write fails.
     fn say(&self, text: &str) {
         if self.outlets.have_stdout() || !console::print(text) {
             tell!("{text}");
@@ -329,7 +330,7 @@ impl Session {
     }
 }
 
-/// Both ends at once. When one ends without success the other soon knows; if it does not, it is cancelled.
+/// Runs both ends at once. When one ends without success, the other detects it soon; if it does not, it is cancelled.
 async fn both(
     send: impl Future<Output = Ended>,
     cancel_send: CancellationToken,

@@ -1,7 +1,9 @@
-//! Signals. Ctrl-C, SIGTERM and SIGHUP: the first ends what runs in good order, the next one ends the program at once. Ctrl-Z waits
-//! while the guest is paused. A thread of its own takes them, so that nothing else that waits keeps a signal waiting.
+//! Signals. The first Ctrl-C, SIGTERM or SIGHUP cancels the current operation, the next one ends the program at once.
+//! Ctrl-Z is deferred while the guest is paused. A thread of its own receives them, so that no other wait delays a
+//! signal.
 //!
-//! What this program does on a signal is a handler, never "ignore": the commands that it runs have the default for all of them.
+//! This program installs handlers and never ignores a signal: so the commands that it runs have the default action
+//! for all of them.
 
 use std::io;
 use std::sync::atomic::AtomicBool;
@@ -19,17 +21,17 @@ use super::verdict::CANCELLED;
 use memferry::events::{Event, Observer, Phase, Role};
 use memferry::threads::explained;
 
-/// How long the last line of a program that ends at once may take.
+/// The time limit for the last line of a program that ends at once.
 const LAST_LINE: Duration = Duration::from_millis(200);
 
-/// A file that may not grow any more (`ulimit -f`) fails to be written, instead of ending the program by SIGXFSZ; Rust's own start
-/// does the same for SIGPIPE.
+/// Makes a write to a file at its size limit (`ulimit -f`) fail, instead of SIGXFSZ ending the program; Rust's own
+/// startup does the same for SIGPIPE.
 pub(super) fn outlive_full_files() {
-    // Where the system refuses, the default stays.
+    // If the system refuses, the default stays.
     drop(signal_hook::flag::register(SIGXFSZ, Arc::<AtomicBool>::default()));
 }
 
-/// Those of the signals that whoever started this program does not have ignored, as `nohup` does with SIGHUP.
+/// The signals that the parent process does not have ignored for this program, as `nohup` does with SIGHUP.
 pub(super) fn heeded(signals: &[i32]) -> Vec<i32> {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
@@ -37,34 +39,34 @@ pub(super) fn heeded(signals: &[i32]) -> Vec<i32> {
     signals.iter().copied().filter(|signal| ignored >> (signal - 1) & 1 == 0).collect()
 }
 
-/// Cancels whatever runs when a signal comes. Clones share it.
+/// Cancels the current operation when a signal arrives. Clones share it.
 #[derive(Clone, Debug)]
 pub(super) struct Signals(Arc<Mutex<Armed>>);
 
 #[derive(Debug)]
 struct Armed {
     token: CancellationToken,
-    /// What is said when the signal comes.
+    /// The message to print when the signal arrives.
     notice: &'static str,
     stop: Stop,
 }
 
-/// What Ctrl-Z (SIGTSTP) does.
+/// The action of Ctrl-Z (SIGTSTP).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stop {
     /// Stops the program.
     AtOnce,
-    /// Waits until the migration has ended: a guest is paused for it.
+    /// Is deferred until the migration has ended, because a guest is paused for it.
     Later,
-    /// Has come, and waits.
+    /// Has arrived, and is deferred.
     Waits,
 }
 
 impl Signals {
-    /// Starts to listen. Whatever comes first cancels what is armed first.
+    /// Starts to listen. A signal that arrives early cancels the first armed operation.
     ///
     /// # Errors
-    /// When the system refuses.
+    /// If the system refuses.
     pub(super) fn listen(notice: &'static str) -> io::Result<(Self, CancellationToken)> {
         let token = CancellationToken::new();
         let signals = Self(Arc::new(Mutex::new(Armed { token: token.clone(), notice, stop: Stop::AtOnce })));
@@ -82,7 +84,8 @@ impl Signals {
         Ok((signals, token))
     }
 
-    /// What runs from here on: a signal cancels the token that is returned, and says `notice`. No guest is paused any more.
+    /// Arms the next operation: a signal cancels the token that is returned, and prints `notice`. No guest is paused
+    /// any more.
     pub(super) fn arm(&self, notice: &'static str) -> CancellationToken {
         let (token, mut armed) = (CancellationToken::new(), self.armed());
         (armed.token, armed.notice) = (token.clone(), notice);
@@ -97,7 +100,8 @@ impl Signals {
     }
 }
 
-/// From just before the guest is paused, Ctrl-Z waits for the next [`Signals::arm`]. The lock keeps a stop from coming between.
+/// From just before the guest is paused, Ctrl-Z is deferred to the next [`Signals::arm`]. The lock prevents a stop in
+/// between.
 impl Observer for Signals {
     fn event(&self, _: Role, event: &Event) {
         if *event == Event::Phase(Phase::Switchover) {
@@ -114,7 +118,7 @@ impl Armed {
         if self.token.is_cancelled() {
             tell!("memferry: second signal, ending at once");
             console::flush(LAST_LINE);
-            // Nothing that is left to be tidied up may hold this up.
+            // No cleanup may delay this.
             low_level::exit(i32::from(CANCELLED));
         }
         self.token.cancel();
@@ -134,7 +138,7 @@ impl Armed {
 
 /// Stops this process until it is continued.
 fn stop() {
-    // It cannot fail for the signal that cannot be caught.
+    // The signal cannot be caught, so the call cannot fail.
     drop(low_level::emulate_default_handler(SIGTSTP));
 }
 
@@ -153,7 +157,7 @@ mod tests {
         signals.event(Role::Source, &Event::Phase(Phase::Switchover));
         assert_eq!(signals.armed().stop, Stop::Later);
         signals.armed().stop_asked();
-        // The other end of the same program.
+        // The other end in the same program.
         signals.event(Role::Destination, &Event::Phase(Phase::Switchover));
         assert_eq!(signals.armed().stop, Stop::Waits);
     }

@@ -1,4 +1,4 @@
-//! How a migration ended, in a word for the shell.
+//! The outcome of a migration as an exit code.
 
 use memferry::events::{Ended, Phase};
 
@@ -9,7 +9,7 @@ pub(super) const UNCONFIRMED: u8 = 3;
 pub(super) const NOT_RESUMED: u8 = 4;
 pub(super) const CANCELLED: u8 = 130;
 
-/// The exit code of an end.
+/// The exit code for an end.
 pub(super) fn exit_code(ended: &Ended) -> u8 {
     match ended.phase {
         _ if ended.resume_failed => NOT_RESUMED,
@@ -20,10 +20,10 @@ pub(super) fn exit_code(ended: &Ended) -> u8 {
     }
 }
 
-/// The end of a migration whose ends are both here: the worse of the two, with the source's figures.
+/// The outcome of a migration with both ends in this process: the worse of the two, with the source's figures.
 ///
-/// A cancel that an operator asked for explains a failure at the other end; one that nobody asked for only follows from
-/// it.
+/// A cancel by the operator explains a failure at the other end; a cancel without a request is a consequence of that
+/// failure.
 pub(super) fn joint(source: &Ended, destination: &Ended, asked_to_cancel: bool) -> Ended {
     let rank = |ended: &Ended| match exit_code(ended) {
         DONE => 0,
@@ -37,7 +37,7 @@ pub(super) fn joint(source: &Ended, destination: &Ended, asked_to_cancel: bool) 
     Ended { phase: worse.phase, error: worse.error.clone(), verified: destination.verified, ..source.clone() }
 }
 
-/// The end of a migration that could not even begin.
+/// The end of a migration that could not begin.
 pub(super) fn never_begun(error: String) -> Ended {
     Ended {
         phase: Phase::Failed,
@@ -58,7 +58,7 @@ pub(super) fn never_begun(error: String) -> Ended {
     }
 }
 
-/// The end of a migration that was cancelled while its guest was made.
+/// The end of a migration that was cancelled while its guest was created.
 pub(super) fn cancelled_before_it_began() -> Ended {
     Ended { phase: Phase::Cancelled, ..never_begun("before the guest was ready".into()) }
 }

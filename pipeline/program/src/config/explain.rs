@@ -1,8 +1,8 @@
-//! Turns what the TOML reader says about a value into what is wrong and what to write.
+//! Turns the TOML reader's message about a value into the fault and its remedy.
 
 use super::fault::Fault;
 
-/// The fault of a reader's `message` about the key at `path`.
+/// The fault for a reader's `message` about the key at `path`.
 pub(super) fn explain(message: &str, path: String) -> Fault {
     let words = quoted(message);
     if message.starts_with("unknown field") {
@@ -48,7 +48,7 @@ fn unknown(path: String, words: &[&str], what: &str, list: &str) -> Fault {
     Fault { names_key, ..Fault::new(path, format!("{what} `{word}`"), help) }
 }
 
-/// What stands between backticks.
+/// The text between backticks.
 fn quoted(message: &str) -> Vec<&str> {
     message.split('`').skip(1).step_by(2).collect()
 }
@@ -69,7 +69,7 @@ fn plain(expected: &str) -> &str {
     }
 }
 
-/// How a key that has to be there is written.
+/// An example of a required key.
 fn example(field: &str) -> Option<&'static str> {
     Some(match field {
         "guest" => "a table [guest.workload], [guest.file] or [guest.kvm]",
@@ -90,14 +90,14 @@ fn example(field: &str) -> Option<&'static str> {
     })
 }
 
-/// The known word that a mistyped one most likely stands for.
+/// The known word that is nearest to a mistyped one.
 fn nearest<'a>(word: &str, known: &[&'a str]) -> Option<&'a str> {
     let (distance, near) = known.iter().map(|candidate| (distance(word, candidate), *candidate)).min()?;
     let close = distance <= 1 + word.len() / 4;
     (close || near.starts_with(word) || word.starts_with(near)).then_some(near)
 }
 
-/// Letters to insert, delete or replace to get from one word to the other.
+/// The number of letters to insert, delete or replace to turn one word into the other.
 fn distance(from: &str, to: &str) -> usize {
     let mut row: Vec<usize> = (0..=to.len()).collect();
     for (i, a) in from.bytes().enumerate() {

@@ -1,7 +1,7 @@
-//! What is wrong in a configuration, shown where it is wrong.
+//! Faults in a configuration, shown at their place in the text.
 //!
-//! A [`Fault`] names a key by its dotted path. Where that key stands, in the file or in a `--set`, is looked up when the
-//! fault is shown, so the tables need no memory of where they came from.
+//! A [`Fault`] names a key by its dotted path. The key's place, in the file or in a `--set`, is looked up when the
+//! fault is shown, so the tables do not have to store their origin.
 
 use std::fmt;
 use std::ops::Range;
@@ -9,16 +9,16 @@ use std::ops::Range;
 use annotate_snippets::{AnnotationKind, Level, Origin, Renderer, Snippet};
 use memferry_stages::untrusted::shown_lines;
 
-/// One thing that is wrong.
+/// One fault.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Fault {
-    /// The key that it is about: `pipeline.connections`, `guest.workload.writers.0.bytes`.
+    /// The key with the fault: `pipeline.connections`, `guest.workload.writers.0.bytes`.
     pub path: String,
     /// What is wrong.
     pub what: String,
     /// What to write instead.
     pub help: Option<String>,
-    /// Is it the key's name that is wrong, and not its value?
+    /// Is the key's name wrong, rather than its value?
     pub names_key: bool,
 }
 
@@ -34,14 +34,14 @@ impl Fault {
     }
 }
 
-/// A fault with the text it stands in.
+/// A fault with the text that contains it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Shown {
     pub(super) fault: Fault,
     /// A file's name, or "--set".
     pub(super) origin: String,
     pub(super) text: String,
-    /// The bytes of `text` that are meant; `None` if no place can be named.
+    /// The byte range in `text`; `None` if there is no such place.
     pub(super) span: Option<Range<usize>>,
 }
 
@@ -65,12 +65,12 @@ impl Shown {
     }
 }
 
-/// Everything that is wrong with a configuration. It displays as the lines in question with what to write.
+/// All faults of a configuration. It displays the lines in question with the remedies.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ConfigError(pub(super) Vec<Shown>);
 
 impl ConfigError {
-    /// Something is wrong that has no line: a file that cannot be read.
+    /// A fault without a line: a file that cannot be read.
     pub(super) fn without_place(origin: &str, what: String, help: Option<String>) -> Self {
         let fault = Fault { help, ..Fault::bare("", what) };
         Self(vec![Shown { fault, origin: origin.to_owned(), text: String::new(), span: None }])
@@ -83,7 +83,7 @@ impl ConfigError {
         self.0.iter().map(|shown| shown.render(&renderer)).collect::<Vec<_>>().join("\n\n")
     }
 
-    /// The faults alone.
+    /// The faults without their places.
     pub fn faults(&self) -> impl Iterator<Item = &Fault> {
         self.0.iter().map(|shown| &shown.fault)
     }

@@ -1,8 +1,8 @@
 //! Configuration: one TOML file that describes a run.
 //!
-//! [`load`] takes a file and the `--set`s of a command line, and gives a [`Config`] that keeps to every rule, or a
-//! [`ConfigError`] that shows each line in question with what to write. [`settings`] makes of it the plain values that a
-//! migration and its guests take.
+//! [`load`] reads a file and the `--set`s of a command line. It returns a [`Config`] that satisfies every rule, or a
+//! [`ConfigError`] that shows each line in question with the remedy. [`settings`] converts a configuration to the
+//! plain values that a migration and its guests take.
 
 mod explain;
 mod fault;
@@ -24,10 +24,10 @@ pub use tables::Config;
 
 use memferry_transports::whole_file;
 
-/// The longest configuration.
+/// The longest configuration, in bytes.
 const MOST_BYTES: u64 = 1 << 20;
 
-/// What a configuration is read for: some rules hold at one end only.
+/// The purpose for which a configuration is read: some rules apply at one end only.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Purpose {
     /// Both ends in one process.
@@ -36,14 +36,14 @@ pub enum Purpose {
     Send,
     /// The destination.
     Receive,
-    /// To be looked at.
+    /// For inspection only.
     Check,
 }
 
-/// Reads a configuration file, changes it as the `--set`s say, and checks it.
+/// Reads a configuration file, applies the `--set`s, and checks the result.
 ///
 /// # Errors
-/// [`ConfigError`] with everything that is wrong.
+/// [`ConfigError`] with all faults.
 pub fn load(file: &Path, sets: &[String], purpose: Purpose) -> Result<Config, ConfigError> {
     let name = file.display().to_string();
     let help = "name a TOML file: configs/quickstart.toml is one to begin with";
@@ -55,10 +55,10 @@ pub fn load(file: &Path, sets: &[String], purpose: Purpose) -> Result<Config, Co
     parse(&name, &text, sets, purpose)
 }
 
-/// Does a configuration fit a guest whose memory it does not tell, such as one of files? These have so many bytes.
+/// Checks a configuration against the size of a guest that it does not specify, such as one of files.
 ///
 /// # Errors
-/// What does not, and what to write.
+/// What does not fit, and what to write.
 pub(crate) fn fits(config: &Config, guest_bytes: u64) -> Result<(), String> {
     match rules::cache_beyond(config, guest_bytes) {
         None => Ok(()),
@@ -66,7 +66,7 @@ pub(crate) fn fits(config: &Config, guest_bytes: u64) -> Result<(), String> {
     }
 }
 
-/// As [`load`], for a text that is there already; `name` is what messages call it.
+/// As [`load`], for a text in memory; `name` identifies it in messages.
 ///
 /// # Errors
 /// As [`load`].
@@ -83,7 +83,7 @@ pub fn parse(name: &str, text: &str, sets: &[String], purpose: Purpose) -> Resul
     if faults.is_empty() { Ok(config) } else { Err(source.show(faults)) }
 }
 
-/// The text with the `--set`s in it.
+/// The text with the `--set`s applied.
 fn with_sets(text: &str, sets: &[Override]) -> Result<String, ConfigError> {
     if sets.is_empty() {
         return Ok(text.to_owned());
@@ -105,7 +105,7 @@ fn bad_set(set: &str, what: String) -> ConfigError {
     ConfigError(vec![Shown { fault, origin: "--set".into(), text: set.into(), span: Some(0..set.len()) }])
 }
 
-/// What the reader did not like, as a fault of the key where it stopped.
+/// The reader's error, as a fault of the key at which it stopped.
 fn misread(effective: &str, error: &toml::de::Error) -> Fault {
     let document = Document::parse(effective).expect("it was written by toml_edit");
     let whole = |span: &std::ops::Range<usize>| span.start == 0 && span.end >= effective.trim_end().len();
@@ -116,7 +116,7 @@ fn misread(effective: &str, error: &toml::de::Error) -> Fault {
     explain::explain(error.message(), path)
 }
 
-/// What was read: where faults are looked up.
+/// The texts in which faults are located.
 struct Source<'a> {
     name: &'a str,
     text: &'a str,
@@ -129,7 +129,7 @@ impl Source<'_> {
         ConfigError(faults.into_iter().map(|fault| self.locate(fault)).collect())
     }
 
-    /// The last `--set` of the key is where its value comes from; else the file.
+    /// The value comes from the last `--set` of the key, else from the file.
     fn locate(&self, fault: Fault) -> Shown {
         let only_set = !place::exists(self.original.as_item(), &fault.path);
         let comes_from = |set: &&Override| set.gives(&fault.path) || (only_set && set.lies_in(&fault.path));

@@ -2,19 +2,19 @@
 
 use toml_edit::{DocumentMut, Item, Value};
 
-/// One `--set`, taken apart.
+/// One `--set`, parsed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Override {
     /// As it was given.
     pub(super) text: String,
-    /// The dotted path in front of the sign.
+    /// The dotted path before the `=`.
     pub(super) path: String,
-    /// Where the value begins in `text`.
+    /// The offset of the value in `text`.
     pub(super) value_start: usize,
 }
 
 impl Override {
-    /// Takes `key=value` apart; what is wrong with it otherwise.
+    /// Parses `key=value`, or returns the error.
     pub(super) fn parse(text: &str) -> Result<Self, String> {
         let (path, _) = text.split_once('=').ok_or("there is no = in it")?;
         let steps = path.trim().split('.').map(str::trim).collect::<Vec<_>>();
@@ -24,13 +24,13 @@ impl Override {
         Ok(Self { text: text.to_owned(), path: steps.join("."), value_start: path.len() + 1 })
     }
 
-    /// The value as TOML; as a string if it is none, so that `compress=none` needs no quotes.
+    /// The value as TOML; as a string if it is not valid TOML, so that `compress=none` needs no quotes.
     fn value(&self) -> Value {
         let text = self.text[self.value_start..].trim();
         text.parse().unwrap_or_else(|_| Value::from(text))
     }
 
-    /// Puts the value into the document, making the tables on the way.
+    /// Puts the value into the document, and creates the tables on the way.
     pub(super) fn apply(&self, document: &mut DocumentMut) -> Result<(), String> {
         let mut item = document.as_item_mut();
         for step in self.path.split('.') {

@@ -1,10 +1,11 @@
-//! Where a key stands in a TOML text, and which key stands at a place.
+//! The place of a key in a TOML text, and the key at a place.
 
 use std::ops::Range;
 
 use toml_edit::{Item, TableLike, Value};
 
-/// The bytes of the value at a dotted path, or of its key; of the nearest table around it if the key is not there.
+/// The byte range of the value at a dotted path, or of its key; if the key does not exist, of the nearest table
+/// around it.
 pub(super) fn span_of(root: &Item, path: &str, of_key: bool) -> Option<Range<usize>> {
     let mut node = Node::Item(root);
     let mut span = None;
@@ -17,7 +18,7 @@ pub(super) fn span_of(root: &Item, path: &str, of_key: bool) -> Option<Range<usi
     span
 }
 
-/// Is there something at this dotted path?
+/// Does this dotted path exist?
 pub(super) fn exists(root: &Item, path: &str) -> bool {
     path.split('.').try_fold(Node::Item(root), |node, step| node.child(step).map(|(child, _)| child)).is_some()
 }
@@ -67,7 +68,7 @@ impl<'a> Node<'a> {
         }
     }
 
-    /// What it holds: each with its name or number, and the place of its key.
+    /// Its entries: each with its name or index, and the place of its key.
     fn children(self) -> Vec<(String, Option<Range<usize>>, Node<'a>)> {
         if let Some(table) = self.table() {
             let entry = |(name, item): (&str, &'a Item)| {

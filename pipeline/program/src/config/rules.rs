@@ -1,4 +1,4 @@
-//! What the tables must keep to together: each rule names the key it is about, what is wrong and what to write.
+//! Rules across the tables: each names the key, the fault and the remedy.
 
 use std::collections::HashSet;
 use std::time::Duration;
@@ -20,7 +20,7 @@ use memferry_guests::kvm::settings::{MEMORY_UNIT, MOST_MEMORY, MOST_VCPUS, OWN_B
 use memferry_guests::kvm::{IS_BUILT_IN, KvmSettings};
 use memferry_guests::workload::{Fill, Pattern};
 
-/// Everything that is wrong.
+/// All faults.
 pub(super) fn check(config: &Config, purpose: Purpose) -> Vec<Fault> {
     let mut faults = Vec::new();
     transport(config, purpose, &mut faults);
@@ -84,7 +84,7 @@ fn capabilities(config: &Config, can: Capabilities, purpose: Purpose, faults: &m
     );
 }
 
-/// The rules that the library has for settings, wherever they come from: each once, though it may hold at both ends.
+/// The library's rules for settings from any origin: each once, even if it applies at both ends.
 fn library(config: &Config, faults: &mut Vec<Fault>) {
     let mut broken = config.source().broken_rules(page_size(config).0);
     for more in config.destination().broken_rules() {
@@ -92,7 +92,7 @@ fn library(config: &Config, faults: &mut Vec<Fault>) {
             broken.push(more);
         }
     }
-    // No bandwidth at all is less than the least that a configuration takes.
+    // The bandwidth zero is below the configuration's own minimum.
     broken.retain(|error| error.broken != Rule::Bandwidth);
     faults.extend(broken.iter().map(|error| Fault::new(error.setting.key(), error.broken.to_string(), error.help())));
 }
@@ -109,7 +109,7 @@ fn encoder(config: &Config, faults: &mut Vec<Fault>) {
     );
 }
 
-/// A cache that is written, and larger than the guest's memory.
+/// A configured cache that is larger than the guest's memory.
 pub(super) fn cache_beyond(config: &Config, guest_bytes: u64) -> Option<Fault> {
     let EncoderTable { delta: DeltaChoice::Xbzrle, xbzrle_cache: Some(cache), .. } = &config.encoder else {
         return None;
@@ -118,7 +118,7 @@ pub(super) fn cache_beyond(config: &Config, guest_bytes: u64) -> Option<Fault> {
     Some(Fault::new("encoder.xbzrle_cache", what, help))
 }
 
-/// The guest's memory, where the configuration says how much it is.
+/// The size of the guest's memory, if the configuration specifies it.
 fn guest_bytes(config: &Config) -> Option<u64> {
     match &config.guest {
         GuestTable::Workload(workload) => Some(workload.memory.0),
@@ -145,7 +145,7 @@ fn check_bandwidth(path: &str, bandwidth: Bandwidth, faults: &mut Vec<Fault>) {
     faults.extend(bandwidth.too_slow().map(|(what, write)| Fault::new(path, what, format!("write {write}"))));
 }
 
-/// The page size of whichever guest it is.
+/// The page size of the configured guest.
 fn page_size(config: &Config) -> Size {
     match &config.guest {
         GuestTable::Workload(workload) => workload.page_size,
@@ -241,7 +241,7 @@ fn check_shared(table: Option<&SharedSettings>, page: Size, path: &str, faults: 
     need(faults, right, path, format!("a shared block of {}", Size(*bytes)), help);
 }
 
-/// A snapshot does not hold what is shared, and its guest goes on writing it.
+/// A snapshot does not contain shared memory, and its guest continues to write it.
 fn check_snapshot(config: &Config, faults: &mut Vec<Fault>) {
     let shares = match &config.guest {
         GuestTable::Workload(table) => table.shared.is_some(),
@@ -271,7 +271,7 @@ fn check_fill(fill: &Fill, faults: &mut Vec<Fault>) {
     }
     let sum: f64 = shares.iter().map(|(_, share)| share).sum();
     let what = format!("the shares add up to {sum}");
-    // Shares such as 0.1 have no exact sum.
+    // Shares such as 0.1 do not have an exact sum.
     need(
         faults,
         sum <= 1.0 + 1e-9,
@@ -394,7 +394,7 @@ fn check_file(table: &FileTable, purpose: Purpose, faults: &mut Vec<Fault>) {
     check_commands(table, faults);
 }
 
-/// A stream that takes the name of a file of the guest would be the end of that file.
+/// A stream must not have the name of one of the guest's files: it would overwrite that file.
 fn check_stream_is_no_image(config: &Config, table: &FileTable, faults: &mut Vec<Fault>) {
     let Ok(Address::File(stream)) = config.transport.address.parse::<Address>() else { return };
     let place = |path: &std::path::Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
@@ -406,7 +406,7 @@ fn check_stream_is_no_image(config: &Config, table: &FileTable, faults: &mut Vec
     need(faults, !taken, "transport.address", what, "name another file");
 }
 
-/// Images and state files: each has an id and a place of its own.
+/// Images and state files: each has a unique id and a unique path.
 fn check_files(table: &FileTable, purpose: Purpose, faults: &mut Vec<Fault>) {
     let (mut ids, mut files) = (HashSet::new(), HashSet::new());
     let lists = [("images", &table.images), ("state_files", &table.state_files)];

@@ -1,6 +1,6 @@
-//! From a checked configuration to the plain values that migrations and guests take.
+//! Conversion of a checked configuration to the plain values that migrations and guests take.
 //!
-//! Every function here takes a [`Config`] that [`super::load`] gave: what the rules have refused cannot occur.
+//! Every function here takes a [`Config`] that [`super::load`] returned: values that the rules refuse cannot occur.
 
 use std::path::PathBuf;
 
@@ -15,7 +15,7 @@ use memferry::values::Size;
 use memferry_guests::file::{FileGuestSettings, Image};
 use memferry_guests::workload::{FreeSettings, Region, WorkloadSettings, WriterSettings};
 
-/// The level of zstd where none is given: as fast as lz4's neighbours, denser than them.
+/// The default level of zstd: about as fast as the codecs near lz4, with a better ratio.
 const ZSTD_LEVEL: i32 = 1;
 
 impl Config {
@@ -26,7 +26,7 @@ impl Config {
         SourceSettings { encoder, convergence, ..self.ends().source }
     }
 
-    /// Settings of the destination. It takes the page size that comes.
+    /// Settings of the destination. It accepts any page size.
     #[must_use]
     pub fn destination(&self) -> DestinationSettings {
         self.ends().destination
@@ -48,7 +48,7 @@ impl Config {
         self.transport.address.parse().expect("the rules have checked it")
     }
 
-    /// The transport to this address: the configuration's own, or the one that a listener got.
+    /// The transport to this address: the configured one, or the one that a listener is bound to.
     #[must_use]
     pub fn transport_to(&self, address: &Address) -> Box<dyn Transport> {
         let [connect, peer] = [self.transport.connect_timeout, self.migration.peer_timeout].map(|timeout| timeout.0);
@@ -76,7 +76,7 @@ fn encoder(table: &EncoderTable) -> EncoderSettings {
     }
 }
 
-/// What a workload is.
+/// The settings of a workload.
 ///
 /// # Panics
 /// If the table was not checked.
@@ -93,7 +93,7 @@ pub fn workload(table: &WorkloadTable) -> WorkloadSettings {
         free: table.free.as_ref().map(|free| FreeSettings {
             share: free.share,
             turns_per_second: free.turns_per_second,
-            // What does not fit is more than the most, and refused as that.
+            // A value that does not fit is above the maximum, and is refused as such.
             range_pages: u32::try_from(free.range.0 / table.page_size.0).unwrap_or(u32::MAX),
         }),
         unplugged: table.unplugged,
@@ -112,7 +112,7 @@ fn writer(table: &WriterTable) -> WriterSettings {
     }
 }
 
-/// What a file guest is at the source.
+/// The settings of a file guest at the source.
 ///
 /// # Panics
 /// If the table was not checked.
@@ -121,7 +121,7 @@ pub fn source_files(table: &FileTable) -> FileGuestSettings {
     files(table, |image| image.path.clone())
 }
 
-/// What a file guest is at the destination: with `run` it makes the copies, else the images themselves.
+/// The settings of a file guest at the destination: with `run` the copies, else the images themselves.
 ///
 /// # Panics
 /// If the table was not checked.

@@ -1,4 +1,4 @@
-//! What an operator sees when a configuration is wrong.
+//! The messages for a faulty configuration.
 
 use super::*;
 use insta::assert_snapshot;

@@ -1,10 +1,10 @@
-//! Statistics through the `metrics` crate: whoever embeds memferry installs a recorder and sees every migration; the program
-//! serves them to Prometheus ([`prometheus`]).
+//! Statistics through the `metrics` crate. An embedding program that installs a recorder receives those of every
+//! migration; the `memferry` program serves them to Prometheus ([`prometheus`]).
 //!
-//! Takes events, owns nothing but what it needs to count rises once. Names and units are those of Prometheus: seconds and
-//! bytes, `_total` for what only rises. Counters and histograms add up over the migrations of a process and
-//! survive every end; a gauge says how it was last. After an end rates and throttle are 0, and of a migration that completed
-//! nothing remains. What cannot be told is NaN.
+//! Takes events, and stores only what it needs to count increases once. Names and units follow Prometheus: seconds
+//! and bytes, `_total` for counters. Counters and histograms accumulate over the migrations of a process; a gauge has
+//! its last value. After an end rates and throttle are 0, and the remaining bytes of a completed migration are 0. An
+//! unknown value is NaN.
 //!
 //! | metric | kind | labels | meaning |
 //! |---|---|---|---|
@@ -28,21 +28,21 @@
 //! | `memferry_page_bytes_per_second` | gauge | role | page bytes that are read, or loaded, lately |
 //! | `memferry_dirty_bytes_per_second` | gauge | role | page bytes that the guest dirtied, lately |
 //! | `memferry_expected_downtime_seconds` | gauge | role | what a switchover would cost |
-//! | `memferry_downtime_limit_seconds` | gauge | role | what it may cost, as far as the limit is raised; the source's alone |
+//! | `memferry_downtime_limit_seconds` | gauge | role | the downtime limit, including raises; at the source only |
 //! | `memferry_throttle_ratio` | gauge | role | share of its time that the guest is throttled |
-//! | `memferry_bottleneck_ratio` | gauge | role, cause | what holds it up, over the latest seconds, from 0 to 1: processor, limit, destination, wire, guest, source; after an end, over all of it |
+//! | `memferry_bottleneck_ratio` | gauge | role, cause | the bottleneck over the latest seconds, from 0 to 1: processor, limit, destination, wire, guest, source; after an end, over all of it |
 //! | `memferry_decisions_total` | counter | role, decision | what the controller decided |
 //! | `memferry_downtime_seconds` | histogram | role | how long the guest was paused: until it ran at the destination or was resumed at the source |
-//! | `memferry_downtime_part_seconds` | histogram | role, part | where that time went |
+//! | `memferry_downtime_part_seconds` | histogram | role, part | the parts of that time |
 //! | `memferry_memory_bound_bytes` | gauge | role | the most memory that the engine takes |
-//! | `memferry_memory_peak_bytes` | gauge | role | the most it took |
-//! | `memferry_stage_seconds_total` | counter | role, stage, lane, state | time of a stage: busy, input_wait, output_wait, limit_wait; no lane where there is one of it only |
-//! | `memferry_turned_away_total` | counter | role | strangers and broken peers that were turned away |
-//! | `memferry_warnings_total` | counter | role | warnings that the operator was given |
+//! | `memferry_memory_peak_bytes` | gauge | role | the peak of the engine's memory |
+//! | `memferry_stage_seconds_total` | counter | role, stage, lane, state | time of a stage: busy, input_wait, output_wait, limit_wait; no lane if there is only one |
+//! | `memferry_turned_away_total` | counter | role | peers that were refused |
+//! | `memferry_warnings_total` | counter | role | warnings for the operator |
 //! | `memferry_build_info` | gauge | version | always 1 |
 //!
-//! The counters of the `metrics` crate are whole numbers, and seconds are not: `memferry_stage_seconds_total` is recorded as a
-//! gauge that is only added to. The program announces it to Prometheus as the counter that it is.
+//! The counters of the `metrics` crate are integers, and seconds are not: `memferry_stage_seconds_total` is recorded
+//! as a gauge that only increases. The program exposes it to Prometheus as a counter.
 
 pub mod process;
 pub mod prometheus;
@@ -72,23 +72,23 @@ pub const BUCKETS: [(&str, &[f64]); 4] = [
     ("memferry_downtime_part_seconds", &[0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0]),
 ];
 
-/// Records the events of one migration after the other in the recorder that is installed; nothing if there is none.
+/// Records the events of consecutive migrations in the installed recorder; records nothing if there is none.
 #[derive(Debug, Default)]
 pub struct MetricsObserver {
-    /// What is counted already, of source and destination.
+    /// The amounts already counted, of source and destination.
     counted: Mutex<[Counted; 2]>,
 }
 
-/// What the events of a running migration said in all, so that only what came on top is added.
+/// The totals of a running migration's events so far, so that only increases are added.
 #[derive(Debug, Default)]
 struct Counted {
     wire_bytes: u64,
-    /// Seconds of a stage in its states.
+    /// Seconds of a stage in each of its states.
     stages: HashMap<StageId, [f64; 4]>,
 }
 
 impl MetricsObserver {
-    /// An observer; the metrics are described to the recorder.
+    /// Creates an observer, and describes the metrics to the recorder.
     #[must_use]
     pub fn new() -> Self {
         describe();
@@ -104,7 +104,7 @@ impl MetricsObserver {
     fn ended(&self, role: Role, ended: &Ended) {
         self.counted(role, |counted| {
             counted.rise(role.name(), ended.wire_bytes, &ended.stages);
-            // The next migration counts from nothing.
+            // The next migration counts from zero.
             *counted = Counted::default();
         });
         let role = role.name();
@@ -131,7 +131,7 @@ impl MetricsObserver {
 }
 
 impl Counted {
-    /// Adds what rose since the last time.
+    /// Adds the increase since the last time.
     fn rise(&mut self, role: &'static str, wire_bytes: u64, stages: &[Reading]) {
         counter!("memferry_wire_bytes_total", "role" => role).increment(wire_bytes.saturating_sub(self.wire_bytes));
         self.wire_bytes = wire_bytes.max(self.wire_bytes);

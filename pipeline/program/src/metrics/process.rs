@@ -1,4 +1,4 @@
-//! Figures of the process, by the names that Prometheus's own clients give them.
+//! Metrics of the process, with the names of Prometheus's own client libraries.
 //!
 //! | metric | kind | meaning |
 //! |---|---|---|
@@ -17,7 +17,7 @@ use procfs::{ProcResult, WithCurrentSystemInfo, boot_time_secs, ticks_per_second
 use super::float;
 use memferry::bottleneck::process_time;
 
-/// Describes the figures to the recorder.
+/// Describes the metrics to the recorder.
 pub(super) fn describe() {
     describe_gauge!("process_cpu_seconds_total", Unit::Seconds, "Processor time of the process");
     describe_gauge!("process_open_fds", "Open file descriptors");
@@ -28,10 +28,10 @@ pub(super) fn describe() {
     describe_gauge!("process_threads", "Threads of the process");
 }
 
-/// Takes the figures of the moment; one that cannot be had stays as it was.
+/// Records the current figures; a figure that cannot be read is left unchanged.
 pub(super) fn collect() {
     gauge!("process_cpu_seconds_total").set(process_time().as_secs_f64());
-    // Without a /proc there is nothing else to take.
+    // Without /proc there is nothing else to record.
     drop(collect_from_proc());
 }
 

@@ -1,5 +1,5 @@
-//! The metrics as Prometheus reads them: `http://ADDRESS/metrics`, for as long as the program lives.
-//! Those of [`MetricsObserver`](super::MetricsObserver), and the process's own ([`process`]).
+//! The metrics in Prometheus's format: `http://ADDRESS/metrics`, for as long as the program lives.
+//! They are those of [`MetricsObserver`](super::MetricsObserver), and the process's own ([`process`]).
 
 use std::time::Duration;
 
@@ -12,21 +12,21 @@ use tokio_util::sync::CancellationToken;
 use super::{BUCKETS, process};
 use crate::http::{self, Answer, Answerer, Asked, whole};
 
-/// Where the figures are.
+/// The path of the metrics.
 const PATH: &str = "/metrics";
 /// The text format of Prometheus.
 const FIGURES: &str = "text/plain; version=0.0.4";
 const WORDS: &str = "text/plain";
-/// How long a name may take to resolve.
+/// The time limit for resolving a name.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// How often the values of histograms are put together, whether anybody reads them or not.
+/// How often the values of histograms are merged, whether or not they are read.
 const UPKEEP: Duration = Duration::from_secs(5);
 
-/// Makes the recorder of this process one that Prometheus can read at `address` (`127.0.0.1:9464`; with port 0 at a port that is
-/// free), from here on, and gives the URL. On the control plane's runtime, so that no stage delays a scrape.
+/// Installs a recorder in this process that Prometheus can scrape at `address` (`127.0.0.1:9464`; port 0 chooses a
+/// free port), and returns the URL. It runs on the control plane's runtime, so that no stage delays a scrape.
 ///
 /// # Errors
-/// When the address is none, is in use or may not be had, or when this process has a recorder.
+/// If the address is invalid, in use or not permitted, or if this process already has a recorder.
 ///
 /// # Panics
 /// Outside a runtime.
@@ -63,19 +63,20 @@ async fn keep_up(handle: PrometheusHandle) {
     }
 }
 
-/// The page of figures.
+/// The page of metrics.
 #[derive(Clone)]
 struct Figures(PrometheusHandle);
 
 impl Figures {
-    /// The page as it is at this moment.
+    /// The current page.
     fn render(&self) -> String {
         process::collect();
         with_counters(&self.0.render())
     }
 }
 
-/// Seconds that only rise are recorded as gauges, for counters are whole numbers there: here each is announced as a counter.
+/// Seconds that only increase are recorded as gauges, because counters are integers: here each is declared as a
+/// counter.
 fn with_counters(page: &str) -> String {
     let line = |line: &str| match line.strip_suffix("_total gauge").filter(|line| line.starts_with("# TYPE ")) {
         Some(name) => format!("{name}_total counter\n"),

@@ -5,7 +5,7 @@ use metrics_util::MetricKind;
 use metrics_util::debugging::{DebugValue, DebuggingRecorder, Snapshotter};
 use std::collections::BTreeSet;
 
-/// What is recorded while `run` runs.
+/// The metrics recorded while `run` runs.
 fn recorded(run: impl FnOnce(&MetricsObserver)) -> Snapshotter {
     let recorder = DebuggingRecorder::new();
     let snapshotter = recorder.snapshotter();
@@ -13,7 +13,7 @@ fn recorded(run: impl FnOnce(&MetricsObserver)) -> Snapshotter {
     snapshotter
 }
 
-/// Every metric that was left, by name and labels without the role.
+/// Every recorded metric, by name and labels without the role.
 fn figures(run: impl FnOnce(&MetricsObserver)) -> HashMap<String, DebugValue> {
     let entry = |(key, _, _, value): (metrics_util::CompositeKey, _, _, _)| {
         let labels = key.key().labels().filter(|label| label.key() != "role").map(|label| label.value().to_owned());

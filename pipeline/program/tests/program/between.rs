@@ -1,7 +1,8 @@
-//! A stand-in for the wire between two programs: it passes frames on, and what a test waits for is that a frame is there.
+//! A proxy between two programs, which forwards frames and lets a test wait for a frame.
 //!
-//! A source connects to it as to its destination. Each frame is asked about before it is passed on: the answer may take as long as
-//! a test likes, and neither end gets further meanwhile. So a moment of a migration is a frame, at whatever speed it comes.
+//! A source connects to the proxy as to its destination. The test is asked about each frame before it is forwarded.
+//! It may take any time to answer, and neither end makes progress meanwhile. So a frame marks a moment of a
+//! migration, whatever the speed of the machine.
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -11,19 +12,20 @@ use std::thread;
 use memferry_stages::geometry::PageSize;
 use memferry_stages::wire::{FrameHead, HEAD_BYTES, Kind};
 
-/// What becomes of a frame.
+/// What happens to a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Pass {
-    /// It is passed on.
+    /// It is forwarded.
     On,
-    /// The connection is cut, and it is lost.
+    /// The connection is cut, and the frame is lost.
     Cut,
 }
 
-/// Asked about each frame, in either direction.
+/// Called for each frame, in either direction.
 type Ask = dyn FnMut(Kind) -> Pass + Send;
 
-/// Listens in front of a destination, and gives the setting with which a source finds it. Of one migration over one connection.
+/// Listens in front of a destination, and returns the setting for the source to connect here. Serves one migration
+/// over one connection.
 pub(crate) fn between(destination: &str, ask: impl FnMut(Kind) -> Pass + Send + 'static) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let setting = format!("transport.address=tcp:{}", listener.local_addr().unwrap());
@@ -43,15 +45,15 @@ pub(crate) fn between(destination: &str, ask: impl FnMut(Kind) -> Pass + Send + 
     setting
 }
 
-/// Passes frames on until an end closes, or is to be cut off.
+/// Forwards frames until an end closes, or until the connection is to be cut.
 fn pass(mut from: TcpStream, mut to: TcpStream, ask: &Mutex<Ask>) {
     if matches!(pass_frames(&mut from, &mut to, ask), Ok(Pass::Cut)) {
-        // Nothing goes either way.
+        // Both directions are cut.
         for end in [&from, &to] {
             drop(end.shutdown(Shutdown::Both));
         }
     } else {
-        // What the other direction still has to say is heard.
+        // The other direction may still deliver its frames.
         drop(to.shutdown(Shutdown::Write));
         drop(from.shutdown(Shutdown::Read));
     }
@@ -68,7 +70,7 @@ fn pass_frames(from: &mut TcpStream, to: &mut TcpStream, ask: &Mutex<Ask>) -> io
         frame.resize(HEAD_BYTES + usize::try_from(head.length).unwrap(), 0);
         from.read_exact(&mut frame[HEAD_BYTES..])?;
         let kind = Kind::from_u8(frame[0]).unwrap();
-        // Whoever holds a frame back holds back the other direction, too.
+        // A frame that is delayed here delays the other direction, too.
         if (ask.lock().unwrap())(kind) == Pass::Cut {
             return Ok(Pass::Cut);
         }

@@ -1,4 +1,4 @@
-//! Files that do not stay what they were, and files that do not fit in memory.
+//! Files that change during a migration, and files that do not fit in memory.
 
 use std::fs;
 use std::io::Write;
@@ -28,8 +28,8 @@ fn replace(image: &Path) {
     fs::rename(other, image).unwrap();
 }
 
-/// One of two images changes in the middle of the first round: both ends say which and how, and the writer of the other one
-/// was never held.
+/// One of two images changes in the middle of the first round: both ends report which one and how, and the writer of
+/// the other image was never paused.
 #[test]
 fn an_image_that_changes_while_it_is_sent_is_named_at_both_ends_and_nobody_is_paused_for_it() {
     type Change = fn(&Path);
@@ -46,7 +46,7 @@ fn an_image_that_changes_while_it_is_sent_is_named_at_both_ends_and_nobody_is_pa
         scene.write("from/rest", noise(4 << 20, 2));
         let writer = Writer::begin(&scene, "from/ram", Duration::from_micros(100));
         let (destination, address) = scene.listening(&["guest.file.start=[\"touch\", \"started\"]"]);
-        // A limit that nothing meets: the rounds go on until the image changes.
+        // A limit that is never met: rounds continue until the image changes.
         let rounds =
             ["migration.downtime_limit=1ns", "migration.max_downtime=1ns", "migration.max_rounds=1_000_000_000"];
         let ends = [address.as_str(), COMMANDS[0], COMMANDS[1], "migration.max_bandwidth=6 MiB/s"];
@@ -63,7 +63,7 @@ fn an_image_that_changes_while_it_is_sent_is_named_at_both_ends_and_nobody_is_pa
     }
 }
 
-/// Both ends may have 128 MiB of memory for themselves; the image has 192 MiB of noise, and is 4 GiB long.
+/// Both ends may use 128 MiB of private memory; the image has 192 MiB of noise, and is 4 GiB long.
 #[test]
 fn a_file_larger_than_memory_is_moved_in_bounded_memory() {
     const LIMIT: u64 = 128 << 20;

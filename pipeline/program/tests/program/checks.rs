@@ -1,4 +1,4 @@
-//! What `check` accepts starts, and what it refuses the commands refuse in the same words.
+//! A configuration that `check` accepts starts, and one that it refuses is refused by the commands in the same words.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -9,7 +9,7 @@ use crate::harness::{Scene, noise};
 
 const WORKLOAD: &str = "[guest.workload]\nmemory = \"4 MiB\"\n[transport]\naddress = \"tcp:127.0.0.1:0\"\n";
 
-/// An image on its way, with both configurations written.
+/// An image to migrate, with both configurations written.
 fn scene() -> Scene {
     let scene = Scene::new();
     scene.configure(&["ram"]);
@@ -18,7 +18,7 @@ fn scene() -> Scene {
     scene
 }
 
-/// `check` and the command itself end with this code and these words.
+/// `check` and the command itself end with this code and print these words.
 #[track_caller]
 fn both_refuse(scene: &Scene, check: &[&str], command: &[&str], sets: &[&str], code: i32, words: &str) {
     for arguments in [check, command] {
@@ -60,7 +60,7 @@ fn what_check_refuses_of_a_configuration_has_its_line_everywhere() {
         &["--set:1:", "the shares add up to 1.1", "at most 1.0"],
     );
     both(&["guest.workload.fill.zero=-1"], &["a share of -1"]);
-    // What is not written fits every guest.
+    // A size that is not specified fits every guest.
     scene.run(&["check", "workload.toml"]).expect(0).says(&["xbzrle_cache = \"4 MiB\""]);
     scene.start_with(&["check", "workload.toml"], &["encoder.xbzrle_cache=4 MiB"]).end().expect(0);
     let shared = "guest.workload.shared={ path = \"no/shared\", size = \"1 MiB\" }";
@@ -85,7 +85,7 @@ fn a_configuration_of_a_destination_is_checked_as_one() {
     assert_eq!(scene.read("to/ram"), b"mine");
 }
 
-/// Nothing that is named in the place of a configuration keeps the program waiting, or fills its memory.
+/// No file in the place of a configuration can block the program or fill its memory.
 #[test]
 fn a_configuration_is_a_file_of_bounded_length() {
     let scene = scene();

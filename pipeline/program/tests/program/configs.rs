@@ -1,5 +1,5 @@
-//! Every configuration that ships runs as it is, in a folder that looks like the project's after a build. Only sizes and
-//! times are made small.
+//! Every configuration that ships runs as it is, in a folder that looks like the project's after a build. Only sizes
+//! and times are reduced.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -10,16 +10,16 @@ use serde_json::Value;
 use crate::harness::{Ended, Scene, free_port};
 use crate::reports::Report;
 
-/// A limit that nothing meets, however fast or busy the machine is: all rounds are run, and each brings a stall nearer.
+/// A limit that is never met on any machine: all rounds are run, and each brings a stall nearer.
 const NEVER: &str = "migration.downtime_limit=1us";
-/// How each configuration is made small. One that is missing here, with a table for workloads, gets the default.
+/// How each configuration is reduced. One that is missing here, and has a table for workloads, gets the default.
 const SMALL: [(&str, &[&str]); 5] = [
     (
         "quickstart",
         &["guest.workload.memory=32 MiB", "migration.max_bandwidth=20 MiB/s", NEVER, "migration.max_rounds=3"],
     ),
     ("hot", &["guest.workload.memory=64 MiB", "migration.deadline=2s", NEVER]),
-    // In this time the balloon says what is free, before the scanner comes to it.
+    // In this time the balloon reports free pages before the scanner reaches them.
     ("hints", &["guest.workload.memory=48 MiB", "migration.max_bandwidth=20 MiB/s", FEW]),
     (
         "throttle",
@@ -44,9 +44,9 @@ const SMALL: [(&str, &[&str]); 5] = [
     ),
 ];
 const DEFAULT: &[&str] = &["guest.workload.memory=48 MiB", FEW];
-/// A busy machine that does not converge is through with these in less than a minute.
+/// A busy machine that does not converge completes with these in less than a minute.
 const FEW: &str = "migration.max_rounds=5";
-/// Where rounds are used up, the guest is moved all the same.
+/// When the rounds are used up, the guest is moved all the same.
 const MOVED: &str = "migration.on_deadline=switch-over";
 
 fn project() -> PathBuf {
@@ -67,7 +67,7 @@ fn file(name: &str) -> String {
     project().join(format!("configs/{name}.toml")).display().to_string()
 }
 
-/// A folder with what the configurations expect of a build.
+/// A folder with the files that the configurations expect of a build.
 fn built() -> Scene {
     let scene = Scene::new();
     fs::create_dir_all(scene.path("target/release")).unwrap();
@@ -90,9 +90,9 @@ fn each_says_what_it_shows_and_is_accepted() {
         assert!(text.lines().take(2).all(|line| line.starts_with("# ") && line.len() > 20), "{name}");
         let check = |more: &[&str]| scene.run(&[&["check", &file(&name)], more].concat());
         match name.as_str() {
-            // What is to be received is not there yet.
+            // The files to receive do not exist yet.
             "image-recv" => drop(check(&["--for", "recv"]).expect(0).says(&["# no figures, "])),
-            // Nor is the memory of what does not run.
+            // Nor does the memory of a guest that does not run.
             "memcached" => drop(check(&[]).expect(1).says(&["target/memcached/from", "No such file"])),
             "kvm" if memferry_stages::host::kvm().is_err() => drop(check(&[]).expect(1).says(&["KVM"])),
             _ => drop(check(&[]).expect(0).says(&["# memory at the source: at most "])),
@@ -100,7 +100,7 @@ fn each_says_what_it_shows_and_is_accepted() {
     }
 }
 
-/// Each of them but those that have a test of their own, here or beside.
+/// Each configuration except those that have a test of their own, here or in another module.
 #[test]
 fn each_runs_as_it_is() {
     let others = ["quickstart", "hot", "image-send", "image-recv", "kvm", "memcached"];
@@ -149,7 +149,7 @@ fn the_quickstart_compresses_in_round_1_and_sends_deltas_after_it() {
     let (first, rest) = report.rounds().split_first().unwrap();
     assert!(rest.len() >= 2, "{rest:#?}");
     assert!(of(first, "compressed") > 0 && of(first, "xbzrle") == 0, "{first:#}");
-    // After round 1 only what no delta helps is compressed.
+    // After round 1 only pages for which a delta is not possible are compressed.
     let helpless = |round: &Value| of(round, "xbzrle_misses") + of(round, "xbzrle_overflows");
     assert!(rest.iter().all(|round| of(round, "compressed") <= helpless(round)), "{rest:#?}");
     assert!(rest.iter().any(|round| of(round, "xbzrle") > 0), "{rest:#?}");
@@ -172,7 +172,7 @@ fn the_machine_lives_through_its_move() {
     let scene = built();
     let small = ["guest.kvm.memory=32 MiB", "guest.kvm.region=4 MiB", NEVER, "migration.max_rounds=4"];
     let sets = [&small[..], &[MOVED]].concat();
-    // For longer where the host is too busy for the machine to come anywhere.
+    // Longer if the host is too busy for the machine to make progress.
     let is_alive = |seconds: u32| {
         let host_for = format!("{seconds}s");
         let options = ["run", &file("kvm"), "--report", "report.json", "--host-for", &host_for];

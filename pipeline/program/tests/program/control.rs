@@ -1,4 +1,5 @@
-//! A migration that is asked over its control socket: by the program's own commands, and by who means no good.
+//! A migration that receives requests over its control socket: from the program's own commands, and from malicious
+//! clients.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -15,7 +16,8 @@ use serde_json::Value;
 use crate::harness::{Ended, Running, Scene, until};
 use crate::openapi::OpenApi;
 
-/// 2 MiB of noise that is written twenty times faster than it is sent, with a limit that nothing meets: it ends when it is told to.
+/// 2 MiB of noise that is written twenty times faster than it is sent, with a limit that is never met: the migration
+/// ends on request only.
 const ENDLESS: &str = r#"
 [guest.workload]
 memory = "2 MiB"
@@ -42,7 +44,7 @@ verify = false
 
 const SOCKET: &str = "control.sock";
 
-/// A migration into itself that is asked.
+/// A migration within one process that receives requests.
 struct Asked {
     scene: Scene,
     program: Running,
@@ -56,7 +58,7 @@ impl Asked {
         Self { scene, program }
     }
 
-    /// Starts it and waits until it is asked with success.
+    /// Starts it and waits until a request succeeds.
     fn start(scene: &Scene, options: &[&str]) -> Running {
         let arguments = ["run", "endless.toml", "--control", SOCKET, "--report", "run.json"];
         let program = scene.start(&[&arguments, options].concat());
@@ -78,11 +80,11 @@ impl Asked {
         Address::Unix(self.scene.path(SOCKET))
     }
 
-    /// Sends bytes as they are and returns all that comes back.
+    /// Sends raw bytes and returns everything that is received.
     fn say(&self, bytes: &[u8]) -> String {
         let mut stream = UnixStream::connect(self.scene.path(SOCKET)).unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
-        // It may answer and hang up before all of it is taken.
+        // The server may answer and disconnect before it has read all of the request.
         drop(stream.write_all(bytes));
         let mut answer = Vec::new();
         drop(stream.read_to_end(&mut answer));
@@ -170,7 +172,7 @@ fn every_answer_is_as_the_openapi_file_has_it() {
         let status = client::status(&address).await.unwrap();
         assert!(status["progress"].is_object() && status["decision"].is_object(), "{status:#}");
         api.check("Status", &status);
-        // What is in force can be sent back, and changes nothing.
+        // The current settings can be sent back, and change nothing.
         let settings = status["settings"].as_object().unwrap();
         api.check("Status", &client::set(&address, settings).await.unwrap());
         let limit = serde_json::json!({ "downtime_limit": 20_000, "xbzrle_cache": "1 MiB" });
@@ -192,7 +194,7 @@ fn every_answer_is_as_the_openapi_file_has_it() {
         let status = client::status(&address).await.unwrap();
         assert_eq!(status["phase"], "completed");
         api.check("Status", &status);
-        // Who comes later reads the same, and its end.
+        // A later reader receives the same events, up to the end.
         let mut late = client::events(&address).await.unwrap();
         let mut last = None;
         while let Some(line) = late.next().await.unwrap() {
@@ -218,7 +220,7 @@ fn every_answer_is_as_the_openapi_file_has_it() {
 fn whoever_means_no_good_gets_an_answer_and_holds_nothing_up() {
     let asked = Asked::begin(&[]);
     let silent: Vec<_> = (0..20).map(|_| UnixStream::connect(asked.scene.path(SOCKET)).unwrap()).collect();
-    // One that asks for events and never reads them.
+    // A client that requests events and never reads them.
     let mut deaf = UnixStream::connect(asked.scene.path(SOCKET)).unwrap();
     deaf.write_all(b"GET /migration/events HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
 
@@ -249,7 +251,7 @@ fn whoever_means_no_good_gets_an_answer_and_holds_nothing_up() {
     assert_eq!(code(&asked.request("POST", "/migration", "")), "405");
     assert_eq!(code(&asked.request("GET", "/migration/cancel", "")), "405");
     assert_eq!(code(&asked.request("GET", "/migration/../../etc/passwd", "")), "404");
-    // A body that never comes.
+    // A body that never arrives.
     let slow = asked.say(b"PATCH /migration HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: 100\r\n\r\n{");
     assert_eq!(code(&slow), "408", "{slow}");
 
@@ -277,7 +279,7 @@ fn the_socket_is_its_owners_a_dead_one_is_replaced_and_a_living_one_is_left_alon
     scene.run(&["cancel", SOCKET]).expect(0);
     first.end().expect(130);
     assert!(!path.exists());
-    // One that is killed leaves its socket, which the next one takes over.
+    // A killed program leaves its socket behind, which the next one replaces.
     let killed = Asked::start(&scene, &[]);
     killed.signal(Signal::KILL);
     killed.end();

@@ -1,10 +1,10 @@
-//! A strict reader of what Prometheus scrapes: the text format, and the habits that its linter asks for.
+//! A strict parser of Prometheus's text format, with the conventions that its linter checks.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io::{Read, Write};
 use std::net::TcpStream;
 
-/// One page of metrics, that holds together.
+/// A consistent page of metrics.
 #[derive(Debug)]
 pub(crate) struct Exposition {
     samples: HashMap<String, f64>,
@@ -12,7 +12,7 @@ pub(crate) struct Exposition {
 }
 
 impl Exposition {
-    /// What an address serves; nothing if nobody answers.
+    /// The page that an address serves; `None` if there is no answer.
     pub(crate) fn scrape(address: &str) -> Option<Self> {
         let mut connection = TcpStream::connect(address).ok()?;
         write!(connection, "GET /metrics HTTP/1.0\r\nHost: {address}\r\n\r\n").ok()?;
@@ -25,7 +25,7 @@ impl Exposition {
     }
 
     /// # Panics
-    /// Where the text is not as it must be.
+    /// If the text is malformed.
     pub(crate) fn parse(text: &str) -> Self {
         let mut page = Self { samples: HashMap::new(), kinds: HashMap::new() };
         let mut helped = HashSet::new();
@@ -60,7 +60,7 @@ impl Exposition {
         page
     }
 
-    /// The series is of a family that was announced, and its labels are labels.
+    /// The series belongs to a declared family, and its labels are well-formed.
     fn is_right(&self, series: &str) {
         let (name, labels) = series.split_once('{').unwrap_or((series, "}"));
         let is_name = |text: &str| {
@@ -81,12 +81,12 @@ impl Exposition {
         }
     }
 
-    /// The value of a series, written as the page has it, labels in its order.
+    /// The value of a series, which is written as on the page, labels in the same order.
     pub(crate) fn value(&self, series: &str) -> Option<f64> {
         self.samples.get(series).copied()
     }
 
-    /// The sum over the series of a name that have all the labels.
+    /// The sum over the series of a name that have all these labels.
     pub(crate) fn sum(&self, name: &str, labels: &[&str]) -> f64 {
         let of = |series: &&String| {
             series.split('{').next() == Some(name) && labels.iter().all(|label| series.contains(label))

@@ -1,4 +1,5 @@
-//! Bytes of a peer or a file on a terminal: nothing of them moves the cursor, rings, begins a line or turns one around.
+//! Text from a peer or a file on a terminal: it cannot move the cursor, ring the bell, begin a line or change its
+//! direction.
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -12,7 +13,7 @@ use memferry_stages::wire::{Hello, Message, PROTOCOL_VERSION, SessionId};
 use crate::harness::{Scene, noise};
 
 const EVIL: &str = "evil\n\u{1b}[2K\u{7}\u{9b}31m\u{202e}\r\nmemferry: completed, verified";
-/// How it is shown.
+/// The same text as it is shown.
 const SHOWN: &str = r"evil\n\u{1b}[2K\u{7}\u{9b}31m\u{202e}\r\nmemferry: completed, verified";
 
 #[track_caller]
@@ -34,7 +35,8 @@ fn hello(features: Vec<Untrusted>) -> Message {
     })
 }
 
-/// A destination that answers a source's Hello with this and then waits for its end. The setting with which a source finds it.
+/// A destination that answers a source's Hello with these bytes and then waits for its end. Returns the setting for
+/// the source to connect to it.
 fn destination_that_says(answer: Message) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
@@ -114,7 +116,7 @@ fn the_names_in_a_stored_stream_show_nothing_but_text() {
     assert_eq!(inspected.stdout.matches(SHOWN).count(), 3, "feature, block, section: {inspected}");
 }
 
-/// A command's output is text from outside as well.
+/// A command's output is text from outside, too.
 #[test]
 fn the_output_of_a_command_shows_nothing_but_text() {
     let scene = Scene::new();

@@ -1,7 +1,7 @@
-//! A source that is killed around Go. Never do two guests run, and where none may run somebody says so.
+//! A source that is killed around Go. Never do two guests run, and if none may run, a program reports that.
 //!
-//! The moments are frames on the wire, and what is drawn besides comes from a seed that is printed: `MEMFERRY_SEED` sets it, and
-//! `MEMFERRY_KILLS` the number of kills.
+//! The moments are frames on the wire. All random choices come from a seed that is printed: `MEMFERRY_SEED` sets it,
+//! and `MEMFERRY_KILLS` sets the number of kills.
 
 use std::env;
 use std::sync::mpsc::{Sender, channel};
@@ -14,18 +14,18 @@ use crate::between::{Pass, between};
 use crate::harness::{Ended, Running, Scene, noise, random, seed};
 use crate::writer::{COMMANDS, Writer};
 
-/// When a source is killed.
+/// The moment at which a source is killed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Moment {
-    /// The destination has said that everything is loaded, and the source has not heard it.
+    /// The destination has sent Loaded, and the source has not received it.
     BeforeLoaded,
-    /// The source hears that everything is loaded: the guard is about to be told, or has been, or Go leaves.
+    /// The source receives Loaded: the guard is about to be notified, or has been, or Go leaves.
     AtLoaded,
     /// Go has left the source and is lost.
     GoLost,
     /// Go has left the source and arrives.
     GoArrives,
-    /// The destination has said that the guest runs, and the source has not heard it.
+    /// The destination has sent Running, and the source has not received it.
     BeforeRunning,
 }
 
@@ -42,7 +42,7 @@ impl Moment {
     }
 }
 
-/// What was seen of a guest whose source was killed.
+/// The observed state of a guest whose source was killed.
 struct Seen {
     source: Ended,
     destination: Ended,
@@ -50,7 +50,7 @@ struct Seen {
     started_there: bool,
 }
 
-/// Kills a source at a moment. `spins` draws the moment out where the source races.
+/// Kills a source at a moment. `spins` delays the kill where it races with the source.
 fn killed(moment: Moment, spins: u64) -> Seen {
     let scene = Scene::new();
     scene.configure(&["ram"]);
@@ -69,7 +69,7 @@ fn killed(moment: Moment, spins: u64) -> Seen {
     });
     let sets = [&[address.as_str(), "migration.max_rounds=1", "migration.on_deadline=switch-over"], &COMMANDS[..]];
     give.send(scene.start_with(&["send", "send.toml"], &sets.concat())).unwrap();
-    // Its standard error ends when its guard has ended, too.
+    // Its standard error is closed when its guard has ended, too.
     let source = source.recv_timeout(Duration::from_secs(60)).expect("the moment comes").end();
     let destination = destination.end();
     let started_there = scene.path("started").exists();
@@ -80,10 +80,10 @@ fn killed(moment: Moment, spins: u64) -> Seen {
     Seen { source, destination, goes_on_here, started_there }
 }
 
-/// The frame of the moment is here, and the source runs.
+/// The frame of the moment has arrived, and the source runs.
 fn kill(moment: Moment, spins: u64, running: Running, tell: &Sender<Running>) -> Pass {
     if moment == Moment::AtLoaded {
-        // The frame is passed on when this returns, so the kill comes from a thread of its own.
+        // The frame is forwarded when this returns, so the kill comes from a separate thread.
         let tell = tell.clone();
         std::thread::spawn(move || {
             let begun = Instant::now();
@@ -96,7 +96,7 @@ fn kill(moment: Moment, spins: u64, running: Running, tell: &Sender<Running>) ->
         return Pass::On;
     }
     running.signal(Signal::KILL);
-    // It is dead before the frame goes on.
+    // The source is dead before the frame is forwarded.
     running.until_it_is_dead();
     tell.send(running).unwrap();
     if moment == Moment::GoArrives || moment == Moment::BeforeRunning { Pass::On } else { Pass::Cut }
@@ -115,7 +115,7 @@ fn a_source_killed_around_go_leaves_one_guest_or_words_that_say_where_to_look() 
             "kill {kill}, {moment:?}, {spins} µs: goes on here {goes_on_here}, started there {started_there}\n{source}\n{destination}"
         );
         eprintln!("kill {kill}, {moment:?}, {spins} µs: goes on here {goes_on_here}, started there {started_there}");
-        // One that is killed late enough has ended on its own.
+        // A source that is killed late enough has already ended.
         assert!(source.code == 128 + 9 || moment == Moment::AtLoaded && source.code == 0, "{what}");
         let says = |words: &str| source.stderr.contains("memferry guard: ") && source.stderr.contains(words);
         assert!(!(*goes_on_here && *started_there), "two run: {what}");

@@ -1,4 +1,4 @@
-//! A folder for each test, and the program run in it: every wait is bounded, every process is ended by its own number.
+//! A folder for each test, and the program run in it: every wait is bounded, every process is ended by its own pid.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -13,10 +13,10 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
-/// How long anything may take on a machine that is busy with something else.
+/// The time limit for anything on a busy machine.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Waits until something holds.
+/// Waits until a condition holds.
 #[track_caller]
 pub(crate) fn until(what: &str, holds: impl Fn() -> bool) {
     let begun = Instant::now();
@@ -26,15 +26,15 @@ pub(crate) fn until(what: &str, holds: impl Fn() -> bool) {
     }
 }
 
-/// A port of this host that nobody listens on.
+/// A port of this host on which nothing listens.
 pub(crate) fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
-/// A folder in which the program runs. Relative paths in its configurations begin here.
+/// A folder in which the program runs. Relative paths in its configurations start here.
 pub(crate) struct Scene {
     folder: TempDir,
-    /// Bytes of memory that a program started here may have for itself.
+    /// Bytes of private memory that a program started here may have.
     limit: Option<u64>,
 }
 
@@ -43,8 +43,8 @@ impl Scene {
         Self { folder: tempfile::tempdir().unwrap(), limit: None }
     }
 
-    /// The same scene, in which what is started from here on has this many bytes of memory for itself (its heap and
-    /// stacks, and whatever else it maps for nobody but itself).
+    /// The same scene, in which programs started from here on may have this many bytes of private memory (heap,
+    /// stacks, and all other private mappings).
     pub(crate) fn limited(self, bytes: u64) -> Self {
         Self { limit: Some(bytes), ..self }
     }
@@ -63,13 +63,13 @@ impl Scene {
         fs::read(self.path(name)).unwrap_or_else(|error| panic!("{name}: {error}"))
     }
 
-    /// Names of what is in a folder; none if it is not there.
+    /// The names of a folder's entries; none if the folder does not exist.
     pub(crate) fn names(&self, folder: &str) -> Vec<String> {
         let entries = fs::read_dir(self.path(folder)).into_iter().flatten();
         entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
     }
 
-    /// Writes `send.toml` for images in the folder `from`, and `recv.toml` that puts them into the folder `to`.
+    /// Writes `send.toml` for images in the folder `from`, and `recv.toml` that writes them to the folder `to`.
     pub(crate) fn configure(&self, images: &[&str]) {
         for (config, folder) in [("send.toml", "from"), ("recv.toml", "to")] {
             let image = |name: &&str| format!("    {{ id = \"{name}\", path = \"{folder}/{name}\" }},\n");
@@ -85,19 +85,19 @@ impl Scene {
         Running::start(self.folder.path(), self.limit, arguments)
     }
 
-    /// Starts the program with these as its standard output and standard error. What is piped is read.
+    /// Starts the program with these as its standard output and standard error. Pipes are read.
     pub(crate) fn start_into(&self, arguments: &[&str], stdout: Stdio, stderr: Stdio) -> Running {
         self.start_on(arguments, Stdio::null(), stdout, stderr)
     }
 
-    /// And with this as its standard input.
+    /// The same, and with this as its standard input.
     pub(crate) fn start_on(&self, arguments: &[&str], stdin: Stdio, stdout: Stdio, stderr: Stdio) -> Running {
         let mut command = Command::new(env!("CARGO_BIN_EXE_memferry"));
         command.args(arguments).current_dir(self.folder.path()).stdin(stdin).stdout(stdout).stderr(stderr);
         Running::spawn(command, arguments.join(" "))
     }
 
-    /// Starts the program by a script of the shell, which has it as `$0` and its arguments as `$@`.
+    /// Starts the program through a shell script, in which `$0` is the program and `$@` its arguments.
     pub(crate) fn start_by(&self, script: &str, arguments: &[&str]) -> Running {
         let mut command = Command::new("sh");
         command.args(["-c", script, env!("CARGO_BIN_EXE_memferry")]).args(arguments).current_dir(self.folder.path());
@@ -116,7 +116,7 @@ impl Scene {
         self.start(arguments).end()
     }
 
-    /// Starts a destination and returns it with the address it waits at, as a setting.
+    /// Starts a destination, and returns it with its address as a setting.
     pub(crate) fn listening(&self, sets: &[&str]) -> (Running, String) {
         let destination = self.start_with(&["recv", "recv.toml", "--report", "recv.json"], sets);
         let line = destination.until_it_says("waiting at ");
@@ -133,10 +133,10 @@ pub(crate) struct Running {
     what: String,
 }
 
-/// How the program ended and what it said.
+/// The outcome of the program, and its output.
 #[derive(Debug)]
 pub(crate) struct Ended {
-    /// Its exit code; that of a shell, 128 and the signal's number, if a signal ended it.
+    /// Its exit code; if a signal ended it, 128 and the signal's number, as in a shell.
     pub(crate) code: i32,
     pub(crate) stdout: String,
     pub(crate) stderr: String,
@@ -149,7 +149,7 @@ impl Ended {
         self
     }
 
-    /// Every one of the words was said.
+    /// Asserts that the output contains each of the words.
     #[track_caller]
     pub(crate) fn says(self, words: &[&str]) -> Self {
         for word in words {
@@ -176,7 +176,7 @@ impl Running {
         Self::of(command, arguments.join(" "))
     }
 
-    /// The program, or one that becomes it.
+    /// Starts the program, or a command that becomes it by `exec`.
     pub(crate) fn of(mut command: Command, what: String) -> Self {
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         Self::spawn(command, what)
@@ -192,20 +192,20 @@ impl Running {
         self.child.id()
     }
 
-    /// Does the process take the signal itself?
+    /// Does the process handle the signal itself?
     pub(crate) fn takes(&self, signal: Signal) -> bool {
         let status = fs::read_to_string(format!("/proc/{}/status", self.id())).unwrap();
         let mask = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).unwrap();
         u64::from_str_radix(mask.trim(), 16).unwrap() & 1 << (signal.as_raw() - 1) != 0
     }
 
-    /// Waits until it has said the words, and returns the line with them.
+    /// Waits until the output contains the words, and returns that line.
     #[track_caller]
     pub(crate) fn until_it_says(&self, words: &str) -> String {
         let begun = Instant::now();
         loop {
             let said = self.stderr.so_far();
-            // A line counts when it is whole.
+            // Only a complete line counts.
             let whole = said.rfind('\n').map_or("", |end| &said[..end]);
             if let Some(line) = whole.lines().find(|line| line.contains(words)) {
                 return line.to_owned();
@@ -215,7 +215,7 @@ impl Running {
         }
     }
 
-    /// The most of its memory that was resident at once, in bytes, by the kernel.
+    /// The peak of its resident memory, in bytes, as the kernel reports it.
     #[track_caller]
     pub(crate) fn peak_memory(&self) -> u64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
@@ -223,7 +223,7 @@ impl Running {
         peak.trim().strip_suffix(" kB").unwrap().parse::<u64>().unwrap() * 1024
     }
 
-    /// What was resident before does not count in [`Running::peak_memory`].
+    /// Resets [`Running::peak_memory`], so that earlier memory does not count.
     #[track_caller]
     pub(crate) fn forget_peak_memory(&self) {
         fs::write(format!("/proc/{}/clear_refs", self.child.id()), "5").unwrap();
@@ -233,7 +233,7 @@ impl Running {
         kill_process(Pid::from_child(&self.child), signal).unwrap();
     }
 
-    /// Waits until it runs no more, whoever collects it.
+    /// Waits until it no longer runs, whichever process reaps it.
     #[track_caller]
     pub(crate) fn until_it_is_dead(&self) {
         let stat = format!("/proc/{}/stat", self.child.id());
@@ -264,14 +264,14 @@ impl Drop for Running {
     }
 }
 
-/// What comes out of a process, read by a thread.
+/// The output of a process, read by a thread.
 struct Text {
     said: Arc<Mutex<String>>,
     reader: JoinHandle<()>,
 }
 
 impl Text {
-    /// Nothing comes where there is no pipe.
+    /// Without a pipe there is no output.
     fn of(pipe: Option<impl Read + Send + 'static>) -> Self {
         let said = Arc::new(Mutex::new(String::new()));
         let shared = said.clone();
@@ -293,7 +293,7 @@ impl Text {
         self.reader.is_finished()
     }
 
-    /// All of it: the last process that can write to it has ended.
+    /// All output: the last process that can write to it has ended.
     #[track_caller]
     fn whole(&self) -> String {
         until("the output ends", || self.is_over());
@@ -301,12 +301,12 @@ impl Text {
     }
 }
 
-/// A number drawn from a seed, another one for each `draw`.
+/// A number derived from a seed, different for each `draw`.
 pub(crate) fn random(seed: u64, draw: u64) -> u64 {
     fastrand::Rng::with_seed(seed.wrapping_add(draw)).u64(..)
 }
 
-/// A seed: that of the environment, or another one each time. It is printed, so that what was drawn can be drawn again.
+/// A seed from the environment, or else a random one. It is printed, so that a run can be repeated.
 pub(crate) fn seed() -> u64 {
     let chosen = std::env::var("MEMFERRY_SEED").ok().map(|seed| seed.parse().expect("MEMFERRY_SEED is a number"));
     let seed = chosen.unwrap_or_else(|| fastrand::u64(..));
@@ -314,7 +314,7 @@ pub(crate) fn seed() -> u64 {
     seed
 }
 
-/// Bytes that look like nothing, the same for the same seed.
+/// Bytes without a pattern, the same for the same seed.
 pub(crate) fn noise(bytes: usize, seed: u64) -> Vec<u8> {
     let mut state = seed | 1;
     let mut noise = vec![0; bytes.next_multiple_of(8)];

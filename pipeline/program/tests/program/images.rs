@@ -1,4 +1,4 @@
-//! Real files moved by two programs: what arrives is what was there, to the last byte and the last hole.
+//! Real files moved by two programs: they arrive unchanged, to the last byte and the last hole.
 
 use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
@@ -17,7 +17,7 @@ const HOLES: u64 = 64 << 20;
 fn scene() -> Scene {
     let scene = Scene::new();
     scene.configure(&IMAGES);
-    // Its first megabytes: all of it, with its debug information, takes longer than it teaches.
+    // Its first megabytes: the complete file, with its debug information, would only take longer.
     let mut program = fs::read(env!("CARGO_BIN_EXE_memferry")).unwrap();
     program.truncate((6 << 20) + 777);
     scene.write("from/program", program);
@@ -32,7 +32,7 @@ fn scene() -> Scene {
     scene
 }
 
-/// What this process has in its memory.
+/// The memory of this process.
 fn process_memory(bytes: usize) -> Vec<u8> {
     let memory = fs::File::open("/proc/self/mem").unwrap();
     let mut kept = Vec::new();
@@ -54,7 +54,7 @@ fn blocks(file: &Path) -> u64 {
     fs::metadata(file).unwrap().blocks()
 }
 
-/// Every image arrived as it is, sparse, for its owner only, and nothing else.
+/// Every image arrived unchanged, sparse, accessible by its owner only, and nothing else arrived.
 #[track_caller]
 fn arrived(scene: &Scene, page: u64) {
     for image in IMAGES {
@@ -65,13 +65,13 @@ fn arrived(scene: &Scene, page: u64) {
         assert_eq!(before.len(), after.len());
         assert_eq!(after.permissions().mode() & 0o777, 0o600, "{image}");
     }
-    // 4 pieces, of which 2 lie in two pages each; what the file system adds is less than a page each.
+    // 4 pieces, of which 2 span two pages each; the file system's overhead is less than a page each.
     assert!(blocks(&scene.path("to/holes")) <= 2 * 6 * page / 512, "{} blocks", blocks(&scene.path("to/holes")));
     assert_eq!(blocks(&scene.path("to/zeros")), 0, "zeros take no room");
     assert_eq!(scene.names("to").len(), IMAGES.len(), "{:?}", scene.names("to"));
 }
 
-/// Both programs are content, and their reports agree.
+/// Both programs succeeded, and their reports agree.
 #[track_caller]
 fn completed(scene: &Scene, source: Ended, destination: Ended) {
     source.expect(0).says(&["completed after", "bottleneck"]);
@@ -83,11 +83,11 @@ fn completed(scene: &Scene, source: Ended, destination: Ended) {
         assert_eq!(report.at("/guest"), sent.at("/guest"));
     }
     assert_eq!(received.verified(), Some(true));
-    // Nobody answers out of a file: its digests are compared when it is read.
+    // A file cannot answer: its digests are compared when it is read.
     assert_eq!(sent.verified(), (!scene.path("stream").exists()).then_some(true));
     let ids = sent.at("/guest/blocks").as_array().unwrap().iter().map(|block| block["id"].as_str().unwrap());
     assert!(ids.eq(IMAGES));
-    // The destination's receivers begin behind Hello and the blocks.
+    // The destination's receivers start after Hello and the blocks.
     let (out, taken, wire) = (sent.in_rounds("bytes_out"), received.number("wire_bytes"), sent.number("wire_bytes"));
     assert!(taken.abs_diff(wire) <= 64 << 10 && out <= wire, "{out} in rounds, {wire} sent, {taken} received");
 }
@@ -154,7 +154,7 @@ fn a_file_in_between() {
     let (destination, _) = scene.listening(&[sets[0]]);
     completed(&scene, source, destination.end());
     arrived(&scene, 4096);
-    // It can be read again; what is there is not replaced unless that is allowed.
+    // It can be read again; existing files are not replaced unless that is allowed.
     scene.start_with(&["recv", "recv.toml"], &[sets[0]]).end().expect(1).says(&["exists", "overwrite = true"]);
     scene.start_with(&["recv", "recv.toml"], &[sets[0], "guest.file.overwrite=true"]).end().expect(0);
     arrived(&scene, 4096);
@@ -176,7 +176,7 @@ fn run_copies_images_beside_their_place() {
     assert_eq!((report.text("role"), report.verified()), ("run", Some(true)));
 }
 
-/// An image that a process never stops writing to, until `pause` stops it for good.
+/// An image that a process writes to continuously, until `pause` stops the process permanently.
 #[test]
 fn an_image_that_is_written_meanwhile_arrives_as_it_was_at_the_pause() {
     let scene = Scene::new();
@@ -204,7 +204,7 @@ fn an_image_that_is_written_meanwhile_arrives_as_it_was_at_the_pause() {
     assert!(report.at("/rounds/0/dirty_after").as_u64().unwrap() > 0);
 }
 
-/// A snapshot into a file is of one moment, and the writer goes on.
+/// A snapshot to a file is of one moment, and the writer continues.
 #[test]
 fn a_snapshot_of_an_image_that_is_written_meanwhile_is_of_one_moment() {
     let scene = Scene::new();

@@ -1,5 +1,5 @@
-//! Programs that are killed, starved of disk and interrupted: the source is as it was, and nothing looks complete that is
-//! not.
+//! Programs that are killed, interrupted, or run out of disk space: the source is as it was, and nothing incomplete
+//! looks complete.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -19,19 +19,21 @@ use crate::writer::{COMMANDS, Writer};
 
 /// How often each end is killed.
 const KILLS: u64 = 8;
-/// After the first round the writer is paused, and all that it wrote is sent as it is.
+/// After the first round the writer is paused, and all that it wrote is sent uncompressed.
 const TWICE: [&str; 4] =
     ["migration.max_rounds=1", "migration.on_deadline=switch-over", "encoder.compress=none", "encoder.delta=none"];
-/// Frames of pages that cross in one pass over the image: a moment that is drawn lies among those of both.
+/// Frames of pages in one pass over the image: a random moment is at one of these frames, of either pass.
 const FRAMES: u64 = IMAGE / (64 << 12);
 const IMAGE: u64 = 6 << 20;
 /// 6 MiB at this rate: about a second of rounds.
 const SLOWLY: &str = "migration.max_bandwidth=6 MiB/s";
 
-/// A moment of a crossing: a frame of pages is on its way, of the first round or of the last, in which the guest is paused.
+/// A moment of a migration: a frame of pages is in flight, of the first round or of the last, in which the guest is
+/// paused.
 ///
-/// While a frame of the first round is held, the rest of the round may fit in the sockets' buffers, and the source may pause the
-/// guest. So a moment of the last round implies that the guest is paused, and one of the first round implies nothing.
+/// While a frame of the first round is delayed, the rest of the round may fit in the sockets' buffers, and the source
+/// may pause the guest. So a moment of the last round implies that the guest is paused, and one of the first round
+/// implies nothing.
 #[derive(Clone, Copy, Debug)]
 struct Moment {
     paused: bool,
@@ -39,7 +41,7 @@ struct Moment {
 }
 
 impl Moment {
-    /// One that is drawn: of the first round every frame comes, of the last one as many as the writer was fast.
+    /// A random moment. The first round has all frames; the last one has as many as the writer's speed allows.
     fn drawn(seed: u64, step: u64) -> Self {
         let moment = Self { paused: step % 2 == 1, frame: 1 + random(seed, step) % FRAMES };
         eprintln!("step {step}: {moment:?}");
@@ -47,7 +49,7 @@ impl Moment {
     }
 }
 
-/// An image with a writer, on its way between two programs.
+/// An image with a writer, being moved between two programs.
 struct Crossing {
     scene: Scene,
     writer: Writer,
@@ -58,7 +60,7 @@ struct Crossing {
 }
 
 impl Crossing {
-    /// Begins a crossing that is held when the moment comes, until it is let go.
+    /// Begins a migration that is delayed at the moment until it is released.
     fn begin(moment: Option<Moment>) -> Self {
         let scene = Scene::new();
         scene.configure(&["ram"]);
@@ -73,7 +75,7 @@ impl Crossing {
             let is_now = |at: Moment| paused == at.paused && (frames == at.frame || kind == Kind::End);
             if moment.take_if(|at| is_now(*at)).is_some() {
                 reach.send(()).unwrap();
-                // A test that has failed lets go as well.
+                // A test that has failed releases it as well.
                 gone_on.recv().unwrap_or_default();
             }
             if kind == Kind::RoundComplete {
@@ -86,18 +88,18 @@ impl Crossing {
         Self { scene, writer, source, destination, reached, go_on }
     }
 
-    /// The moment is here.
+    /// Waits for the moment.
     #[track_caller]
     fn until_the_moment(&self) {
         self.reached.recv_timeout(Duration::from_secs(60)).expect("the moment comes");
     }
 
-    /// What was held goes on.
+    /// Releases the frame.
     fn let_go(&self) {
         self.go_on.send(()).unwrap();
     }
 
-    /// Both ends to their end.
+    /// Waits for the end of both programs.
     fn end(self) -> (Scene, Writer, Ended, Ended) {
         (self.scene, self.writer, self.source.end(), self.destination.end())
     }
@@ -136,7 +138,8 @@ fn a_source_survives_its_destination() {
     }
 }
 
-/// What a killed program left in a folder is removed, and named, by the next one that writes to the same place.
+/// Files that a killed program left in a folder are removed, and reported, by the next one that writes to the same
+/// place.
 #[track_caller]
 fn the_next_one_removes(scene: &Scene, folder: &str, command: &[&str]) {
     let left = scene.names(folder);
@@ -192,8 +195,8 @@ fn interrupted_either_end_leaves_the_source_as_it_was() {
     }
 }
 
-/// A pause that hangs cannot be called off in good order; the second signal does not wait for it, and the guard lets the
-/// writer go on when the pause has ended, and not before.
+/// A pause command that hangs cannot be cancelled cleanly. The second signal does not wait for it, and the guard
+/// resumes the writer when the pause has ended, and not before.
 #[test]
 fn a_second_interrupt_ends_at_once() {
     let scene = Scene::new();
@@ -234,11 +237,11 @@ fn waiting_for_the_other_end_can_be_interrupted() {
     assert_eq!(Report::read(&scene.path("send.json")).text("status"), "cancelled");
 }
 
-/// A small file system of its own. Dropped, it is unmounted.
+/// A small file system. Dropped, it is unmounted.
 struct SmallDisk(PathBuf);
 
 impl SmallDisk {
-    /// `None`, and it is said why, where this process may not mount.
+    /// `None`, with a message, if this process may not mount.
     fn mount(at: &Path) -> Option<Self> {
         fs::create_dir_all(at).unwrap();
         let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", "size=2m", "tmpfs"]).arg(at).output();
@@ -307,7 +310,7 @@ fn stored() -> Scene {
     scene
 }
 
-/// Neither `recv` nor `inspect` takes the stream, and both say where.
+/// Neither `recv` nor `inspect` accepts the stream, and both report the offset.
 #[track_caller]
 fn is_refused(scene: &Scene, what: &str) {
     let received = scene.start_with(&["recv", "recv.toml"], &["transport.address=file:damaged"]).end();
@@ -342,7 +345,8 @@ fn a_stored_stream_with_one_bit_flipped_is_refused() {
     }
 }
 
-/// A partial stream is not left behind by a source that is interrupted, nor taken for a whole one if it is killed.
+/// A source that is interrupted leaves no partial stream behind, and one that is killed leaves none that is taken for
+/// complete.
 #[test]
 fn a_stream_that_was_not_completed_is_absent() {
     for signal in [Signal::INT, Signal::KILL] {
@@ -371,7 +375,7 @@ fn grown(file: &Path) -> bool {
     fs::metadata(file).is_ok_and(|file| file.size() > 100_000)
 }
 
-/// What all the kills above interrupt comes to a good end when nobody interrupts it.
+/// The migration that all the kills above interrupt completes when it is not interrupted.
 #[test]
 fn uninterrupted_the_same_crossing_completes() {
     let (scene, writer, source, destination) = Crossing::begin(None).end();

@@ -1,4 +1,4 @@
-//! A host that gives no more threads, and an operator who does not wait for a guest to be made.
+//! A host without further threads, and an operator who does not wait until a guest is created.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
@@ -12,11 +12,11 @@ use crate::reports::Report;
 
 const NOBODY: u32 = 65534;
 
-/// The program of a user who may have so many processes and threads. Root may have any number.
+/// The program, run by a user who may have this many processes and threads. The limit does not apply to root.
 struct Limited(Scene);
 
 impl Limited {
-    /// Nothing where it cannot be done, with the reason.
+    /// `None`, with the reason printed, if that is not possible.
     fn new() -> Option<Self> {
         let scene = Scene::new();
         fs::set_permissions(scene.path("."), Permissions::from_mode(0o755)).unwrap();
@@ -71,7 +71,7 @@ fn too_few_threads_are_an_error_that_says_what_to_raise() {
         }
     }
     assert!(refused > 0 && done > 0, "{refused} refused, {done} done");
-    // To ask a migration takes no thread.
+    // A request to a migration needs no thread.
     limited.start(1, &["cancel", "nowhere"]).expect(1).says(&["there is no such socket"]);
 }
 
@@ -82,7 +82,7 @@ fn resident(program: u32) -> u64 {
     line.trim().trim_end_matches(" kB").parse().unwrap_or(0)
 }
 
-/// A signal that comes while the guest's memory is filled ends the program before that is done.
+/// A signal during the fill of the guest's memory ends the program before the fill is complete.
 #[test]
 fn a_cancel_does_not_wait_for_the_guest() {
     const MEMORY: u64 = 2 << 20;
@@ -98,7 +98,7 @@ fn a_cancel_does_not_wait_for_the_guest() {
         loop {
             let program = scene.start(command);
             until("memory is filled", || resident(program.id()) > MEMORY / 32);
-            // It stands still, so what is seen of it stays true until it goes on, with the signal.
+            // The program is stopped, so what is observed stays true until it continues and receives the signal.
             program.signal(Signal::STOP);
             until("it stands still", || {
                 let stat = fs::read_to_string(format!("/proc/{}/stat", program.id())).unwrap();

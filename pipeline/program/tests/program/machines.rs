@@ -1,4 +1,4 @@
-//! A virtual machine between two programs. Skipped where there is no KVM.
+//! A virtual machine moved between two programs. Skipped without KVM.
 
 use std::thread;
 use std::time::Duration;
@@ -19,11 +19,11 @@ dirty_log = \"dirty-log\"
 address = \"tcp:127.0.0.1:0\"
 connect_timeout = \"1m\"
 ";
-/// Two rounds, the second of which is the last and takes long enough to be met.
+/// Two rounds; the second is the last, and takes long enough to be observed.
 const TWICE: [&str; 4] =
     ["migration.max_rounds=1", "migration.on_deadline=switch-over", "encoder.compress=none", "encoder.delta=none"];
 
-/// A destination that waits, and its address as a setting; `None`, and said so, where there is no KVM.
+/// A destination that waits, and its address as a setting; `None`, with a message, without KVM.
 fn scene() -> Option<Scene> {
     if let Err(why) = memferry_stages::host::kvm() {
         println!("skipped: {why}");
@@ -47,7 +47,8 @@ fn figure(text: &str, before: &str, behind: &str) -> u64 {
     number.replace(',', "").parse().unwrap_or_else(|_| panic!("{number:?} in {text}"))
 }
 
-/// Hosts a guest for a while, and another for longer where the host is too busy for it to come anywhere: it lives on.
+/// Hosts a guest for a while, or longer if the host is too busy for the guest to make progress: the guest continues
+/// to run.
 #[track_caller]
 fn lives_on(code: i32, hosts: impl Fn() -> Running) -> Ended {
     let mut time = Duration::from_millis(200);

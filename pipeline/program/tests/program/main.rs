@@ -1,4 +1,5 @@
-//! The program, run as operators run it: its ends as processes, on real files, killed, starved of disk, misconfigured.
+//! The program, run as operators run it: its ends as processes, on real files, killed, out of disk space,
+//! misconfigured.
 
 mod between;
 mod changing;

@@ -1,5 +1,5 @@
-//! Debian's memcached, with its memory in a file that it maps, moved while a client writes to it all the time: by
-//! `configs/memcached.toml` as it is, but for its ports. Skipped where there is no memcached.
+//! Debian's memcached, with its memory in a mapped file, moved while a client writes continuously: with
+//! `configs/memcached.toml` as it is, except for the ports. Skipped without memcached.
 
 use std::collections::HashMap;
 use std::fs;
@@ -17,7 +17,7 @@ use crate::harness::{Running, Scene, free_port, noise, until};
 use crate::reports::Report;
 
 const KEYS: u64 = 20_000;
-/// Bytes of a value, behind its version.
+/// Bytes of a value, after its version.
 const FILLER: usize = 500;
 const CONFIG: &str = "configs/memcached.toml";
 
@@ -38,7 +38,7 @@ impl Client {
         Ok(Self { stream: BufReader::new(stream), request: Vec::new(), filler: noise(FILLER, 9) })
     }
 
-    /// Returns when it is acknowledged.
+    /// Returns when the store is acknowledged.
     fn set(&mut self, key: u64, version: u64) -> io::Result<()> {
         self.request.clear();
         write!(self.request, "set key:{key} 0 0 {}\r\n", 8 + FILLER)?;
@@ -53,7 +53,7 @@ impl Client {
         }
     }
 
-    /// The version of a key, if it has the key.
+    /// The version of a key, if the key exists.
     fn get(&mut self, key: u64) -> io::Result<Option<u64>> {
         write!(self.stream.get_mut(), "get key:{key}\r\n")?;
         if self.line()? == "END" {
@@ -74,7 +74,8 @@ impl Client {
     }
 }
 
-/// A client that stores key after key until it is cut off. It gives what was acknowledged, and the key that was not.
+/// A client that stores key after key until its connection is cut. It returns the acknowledged keys, and the one that
+/// was not acknowledged.
 fn hammer(port: u16, mut acknowledged: Acknowledged) -> JoinHandle<(Acknowledged, u64)> {
     let mut client = Client::connect(port).unwrap();
     thread::spawn(move || {
@@ -90,7 +91,7 @@ fn hammer(port: u16, mut acknowledged: Acknowledged) -> JoinHandle<(Acknowledged
     })
 }
 
-/// Every key is there as it was acknowledged; the one that was not may have been stored all the same.
+/// Every acknowledged key has its version; the one that was not acknowledged may have been stored all the same.
 #[track_caller]
 fn has_every_key(port: u16, acknowledged: &Acknowledged, unanswered: u64) {
     let mut client = Client::connect(port).unwrap();
@@ -104,7 +105,7 @@ fn has_every_key(port: u16, acknowledged: &Acknowledged, unanswered: u64) {
     }
 }
 
-/// A folder that looks like the project's after a build, with a memcached in it whose memory is on a tmpfs.
+/// A folder that looks like the project's after a build, with a memcached whose memory is on a tmpfs.
 struct Cache {
     scene: Scene,
     memory: TempDir,
@@ -113,7 +114,7 @@ struct Cache {
 }
 
 impl Cache {
-    /// `None`, and it is said why, where there is no memcached or no tmpfs.
+    /// `None`, with a message, without memcached or a tmpfs.
     fn begin() -> Option<Self> {
         let found = Command::new("memcached").arg("-V").output();
         if let Err(error) = found {
@@ -149,7 +150,7 @@ impl Cache {
         (0..KEYS).map(|key| (key, 0)).collect()
     }
 
-    /// Begins to move it, slowly enough that the rounds and the switchover take a moment each.
+    /// Begins to move it, slowly enough that the rounds and the switchover take some time each.
     fn moving(&self, rounds: u32) -> Running {
         let [from, to] = self.ports;
         let begin = |command: &str, end: &str, port: u16| {
@@ -177,7 +178,7 @@ impl Cache {
 impl Drop for Cache {
     fn drop(&mut self) {
         for pid in ["from", "to"].iter().filter_map(|end| self.pid(end)) {
-            // Whichever runs is this test's own; the other's file is gone with it.
+            // The one that runs belongs to this test; the other's file is gone with it.
             kill_process(Pid::from_raw(pid).unwrap(), Signal::KILL).unwrap_or_default();
         }
     }
@@ -189,7 +190,7 @@ fn a_memcached_is_moved_with_every_key_that_it_acknowledged_and_survives_what_en
     let [from, to] = cache.ports;
     let mut acknowledged = cache.fill();
 
-    // Called off while it is ended, and memferry killed then: it begins again where it was.
+    // Cancelled, then killed, while memcached is stopped: memcached restarts at the source.
     for (signal, code) in [(Signal::INT, 130), (Signal::KILL, 128 + 9)] {
         let writer = hammer(from, acknowledged);
         let moving = cache.moving(1);
@@ -203,12 +204,12 @@ fn a_memcached_is_moved_with_every_key_that_it_acknowledged_and_survives_what_en
         has_every_key(from, &acknowledged, unanswered);
         assert_eq!(cache.pid("to"), None);
         assert!(!cache.memory.path().join("to/ram").exists() && !cache.memory.path().join("to/ram.meta").exists());
-        // What a killed memferry could not remove says what it is.
+        // The name of a file that a killed memferry could not remove shows that it is partial.
         for name in cache.scene.names("target/memcached/to") {
             assert!(name.ends_with(".partial"), "{name}");
             fs::remove_file(cache.memory.path().join("to").join(name)).unwrap();
         }
-        // The guard of a killed memferry ends behind the resume command, which waits until the number is written.
+        // The guard of a killed memferry ends after the resume command, which waits until the pid is written.
         until("memcached tells its number", || cache.pid("from").is_some());
     }
 

@@ -23,7 +23,7 @@ max_rounds = 5
 on_deadline = \"switch-over\"
 ";
 
-/// Settings under which memory is taken for different things: buffers, compressors, a cache, digests, large pages.
+/// Settings under which memory is used for different things: buffers, compressors, a cache, digests, large pages.
 const CASES: [&[&str]; 6] = [
     &["encoder.compress=none", "encoder.delta=none", "pipeline.lanes=1", "migration.verify=false"],
     &["encoder.xbzrle_cache=32 MiB", "pipeline.lanes=2", "pipeline.connections=2"],
@@ -38,10 +38,10 @@ const CASES: [&[&str]; 6] = [
     &["guest.workload.dirty_log=hash", "encoder.xbzrle_cache=8 MiB", "pipeline.checksum=false"],
 ];
 
-/// No room for guest state that these guests do not have.
+/// No room for guest state, which these guests do not have.
 const LITTLE_STATE: &str = "migration.max_state=64 KiB";
 
-/// Asserts that what was taken beside the guests is within the bound that is reported.
+/// Asserts that the memory besides the guests' is within the reported bound.
 #[track_caller]
 fn check(scene: &Scene, report: &str, taken: u64, sets: &[&str]) {
     let report: serde_json::Value = serde_json::from_slice(&scene.read(report)).unwrap();
@@ -50,8 +50,8 @@ fn check(scene: &Scene, report: &str, taken: u64, sets: &[&str]) {
     assert!(taken <= bound && peak <= bound, "{sets:?}: {taken} taken, {peak} counted, {bound} allowed");
 }
 
-/// The most that the kernel has seen resident since the migration began, less the memory of both guests. To fill the first takes more
-/// than it has, which is not the migration's.
+/// The peak of resident memory since the migration began, less the memory of both guests. The fill of the first guest
+/// uses memory of its own, which is not the migration's.
 #[test]
 fn a_process_takes_no_more_than_the_bound_beside_its_guests() {
     for sets in CASES {
@@ -69,7 +69,7 @@ fn a_process_takes_no_more_than_the_bound_beside_its_guests() {
     }
 }
 
-/// The same of a process with one end. Its guest is filled by what comes.
+/// The same for a process with one end. Its guest is filled by what arrives.
 #[test]
 fn a_destination_takes_no_more_than_its_bound_beside_its_guest() {
     for sets in CASES {

@@ -1,11 +1,11 @@
-//! What an operator is told: exit codes, and messages that say where and what to do.
+//! The program's exit codes, and its messages: they state the place and the remedy.
 
 use std::os::unix::net::UnixListener;
 
 use crate::harness::{Ended, Scene, noise};
 use crate::reports::Report;
 
-/// A configuration that is right; each test spoils it.
+/// A valid configuration; each test makes one change that is wrong.
 const RIGHT: &str = "\
 [guest.workload]
 memory = \"4 MiB\"
@@ -110,7 +110,7 @@ fn the_help_of_each_command_has_an_example() {
     scene.run(&["probe"]).expect(0).says(&["PAGEMAP_SCAN"]);
 }
 
-/// An image on its way, with both configurations written.
+/// An image to migrate, with both configurations written.
 fn scene() -> Scene {
     let scene = Scene::new();
     scene.configure(&["ram"]);
@@ -144,7 +144,7 @@ fn an_end_that_cannot_begin_says_why() {
     send(&scene, &nowhere).expect(1).says(&["no/stream", "No such file"]);
 }
 
-/// A source that is turned away is told why; the destination waits on for one that it can take.
+/// A source that is refused receives the reason; the destination continues to wait for one that it can accept.
 #[test]
 fn a_source_that_is_refused_is_told_why_and_the_wait_goes_on() {
     let scene = scene();
@@ -175,7 +175,8 @@ fn images_that_do_not_fit_are_refused_at_both_ends() {
     refuse(&[nowhere], &["no/ram", "No such file"]);
 }
 
-/// A destination that dies between Go and Running: nobody knows whether it started, and the source says so.
+/// A destination that dies between Go and Running: it is unknown whether the guest started, and the source reports
+/// that.
 #[test]
 fn a_hand_over_that_nobody_confirms_is_exit_code_3() {
     let scene = scene();
@@ -188,7 +189,7 @@ fn a_hand_over_that_nobody_confirms_is_exit_code_3() {
     assert_eq!(Report::read(&scene.path("send.json")).text("status"), "unconfirmed");
 }
 
-/// A start that fails after Go: the destination says so, and both operators learn of it.
+/// A start that fails after Go: the destination reports it, and both operators learn of it.
 #[test]
 fn a_start_that_fails_is_told_at_both_ends() {
     let scene = scene();
@@ -212,7 +213,7 @@ fn a_source_that_cannot_resume_is_exit_code_4() {
     assert_eq!(scene.names("to"), [""; 0]);
 }
 
-/// A guest that lives in the program goes on being hosted after a failure, for as long as it was told.
+/// A guest that lives in the program continues to be hosted after a failure, for the configured time.
 #[test]
 fn a_hosted_guest_outlives_a_failure() {
     let scene = Scene::new();

@@ -1,5 +1,5 @@
-//! The control API's description, and answers held against it: names, types, and what is required. Enough of JSON Schema for
-//! it.
+//! Checks answers against the description of the control API: names, types, and required fields. Implements the
+//! necessary part of JSON Schema.
 
 use serde_json::Value;
 
@@ -12,14 +12,14 @@ impl OpenApi {
         Self(serde_yaml_ng::from_str(FILE).expect("YAML"))
     }
 
-    /// Is the value as the schema of this name says, and nothing in it undescribed?
+    /// Does the value match the schema of this name, with no fields that are not described?
     #[track_caller]
     pub(crate) fn check(&self, name: &str, value: &Value) {
         let wrong = self.wrong(&self.0["components"]["schemas"][name], value, name);
         assert!(wrong.is_none(), "{} in {value:#}", wrong.unwrap_or_default());
     }
 
-    /// What is wrong with a value, and where.
+    /// The mismatch between a value and its schema, with its place.
     fn wrong(&self, schema: &Value, value: &Value, at: &str) -> Option<String> {
         if let Some(reference) = schema["$ref"].as_str() {
             let target = self.0.pointer(reference.strip_prefix('#').expect("a reference in the file"));
@@ -53,7 +53,7 @@ impl OpenApi {
         }
         fields.iter().find_map(|(name, value)| match known.get(name) {
             Some(schema) => self.wrong(schema, value, &format!("{at}.{name}")),
-            // Events have more, by their kind.
+            // Events have further fields, depending on their kind.
             None => (at != "EventLine").then(|| format!("{at}.{name} is not described")),
         })
     }

@@ -1,4 +1,4 @@
-//! What a migration tells others while it runs: lines of events, figures for Prometheus.
+//! The outputs of a running migration: lines of events, metrics for Prometheus.
 
 use std::io::{Read, Write};
 
@@ -9,7 +9,7 @@ use rustix::process::Signal;
 use crate::exposition::Exposition;
 use crate::harness::{Scene, free_port, until};
 
-/// Almost a second of a guest, in one process, with a limit that a busy machine meets.
+/// A migration of almost a second in one process, with a limit that a busy machine meets.
 const GUEST: &str = r#"
 [guest.workload]
 memory = "32 MiB"
@@ -37,7 +37,7 @@ fn scene() -> Scene {
 /// A migration that takes half a minute, until [`hurry`] ends it.
 const SLOWLY: [&str; 4] = ["--set", "migration.max_bandwidth=1 MiB/s", "--control", "control.sock"];
 
-/// Lets a slow migration come to its end.
+/// Lets a slow migration complete.
 fn hurry(scene: &Scene) {
     scene.run(&["set", "control.sock", "max_bandwidth=unlimited"]).expect(0);
 }
@@ -47,7 +47,7 @@ fn lines(text: &[u8]) -> Vec<EventLine> {
     text.lines().map(|line| EventLine::from_json(line).unwrap_or_else(|error| panic!("{line}: {error}"))).collect()
 }
 
-/// A migration that completed: all that must be said is said, in an order that can be.
+/// A migration that completed: all required events are present, in a valid order.
 #[track_caller]
 fn are_of_a_whole_migration(lines: &[EventLine]) {
     assert!(matches!(lines[0], EventLine { role: None, event: EventJson::Started { schema: 1, .. }, .. }));
@@ -86,7 +86,7 @@ fn a_running_migration_is_watched_to_its_end() {
     until("it can be asked", || scene.path("control.sock").exists());
     let watched = scene.run(&["watch", "unix:control.sock"]).expect(0);
     watched.says(&["source: active", "source: round 1 done in ", "source: completed after "]);
-    // What is past is told to whoever comes late; the path alone will do.
+    // A late reader receives the past events, too; the path alone is a valid address.
     scene.run(&["watch", "control.sock"]).expect(0).says(&["source: completed after "]);
     drop(running);
 }
@@ -115,7 +115,7 @@ fn a_full_disk_costs_the_events_and_not_the_migration() {
     ended.says(&["completed after", "the migration continues", "LOST: the events in /dev/full, of which "]);
 }
 
-/// Whoever resumes the source where a migration failed must not do so for want of a report.
+/// A script that resumes the source after a failed migration must not do so because a report is missing.
 #[test]
 fn a_report_that_is_lost_is_told_of_last_and_changes_no_exit_code() {
     let scene = scene();
@@ -207,7 +207,7 @@ fn prometheus_reads_the_figures_while_it_runs_and_after_it() {
         (pages * 4096.0 - page.sum("memferry_page_bytes_total", &["role=\"source\""])).abs() < 1.0,
         "{pages} pages"
     );
-    // It would go on hosting its guest, and serving.
+    // Otherwise it would continue to host its guest, and to serve.
     drop(running);
 }
 
@@ -274,7 +274,7 @@ fn a_program_whose_words_nobody_reads_still_heeds_a_signal() {
     assert_eq!(program.wait().unwrap().code(), Some(130));
 }
 
-/// A pipe that nobody reads holds the report up, and the hosting with it.
+/// A pipe without a reader delays the report, and the hosting with it.
 #[test]
 fn a_signal_between_the_verdict_and_the_hosting_ends_the_hosting() {
     let scene = scene();

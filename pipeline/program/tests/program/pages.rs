@@ -1,9 +1,9 @@
-//! Reports as people read them: a page beside the figures, of both ends and of every ending.
+//! Reports as people read them: a page beside the figures, for both ends and every outcome.
 
 use crate::harness::{Scene, free_port};
 use crate::reports::Report;
 
-/// A page, of which the least is true that a browser and a reader need.
+/// A page, with the least that a browser and a reader need.
 #[track_caller]
 fn page(scene: &Scene, name: &str) -> String {
     let text = String::from_utf8(scene.read(name)).unwrap();

@@ -83,7 +83,7 @@ fn a_signal_ends_a_recording_that_is_kept_and_the_next_one_the_guest() {
     scene.run(&["plan", "guest.trace"]).expect(0);
 }
 
-/// By hashes: a log that compares with copies. Nobody writes this one.
+/// By hashes: a log that compares with copies. Nothing writes to this guest.
 #[test]
 fn a_file_is_followed_and_left_alone() {
     let scene = Scene::new();

@@ -1,4 +1,4 @@
-//! Reports as other programs read them: the names that were promised are there, and the figures add up.
+//! Reports as other programs read them: the documented names are present, and the figures add up.
 
 use std::fs;
 use std::path::Path;
@@ -15,7 +15,7 @@ const ROUND: &str = "round ms pages zero raw compressed xbzrle unchanged xbzrle_
                      dirty_after";
 const STAGE: &str = "name lane busy_ms input_wait_ms output_wait_ms limit_wait_ms batches pages";
 
-/// A report that was read, and is right in itself.
+/// A report that was read and is consistent.
 pub(crate) struct Report(Value);
 
 impl Report {
@@ -49,7 +49,7 @@ impl Report {
         self.rounds().iter().map(|round| number(round, name)).sum()
     }
 
-    /// Did the controller decide for this at any time?
+    /// Did the controller make this decision at any time?
     pub(crate) fn decided(&self, what: &str) -> bool {
         self.at("/decisions").as_array().unwrap().iter().any(|decided| decided["decision"] == what)
     }
@@ -95,19 +95,19 @@ impl Report {
         }
     }
 
-    /// A source's report of a migration that completed: the rounds scanned what they say.
+    /// A source's report of a completed migration: the rounds scanned the pages that they report.
     #[track_caller]
     pub(crate) fn is_of_a_whole_migration(&self) {
         assert_eq!(self.text("status"), "completed");
         let rounds = self.rounds();
         assert!(rounds.len() >= 2, "{rounds:#?}");
-        // What was hinted may have been spared in any round.
+        // Hinted pages may have been skipped in any round.
         let spared = |why: &str| number(&self.0["spared"], why);
         let (hinted, out) = (spared("hinted"), spared("unplugged") + spared("ignored"));
         let (first, all) = (number(&rounds[0], "pages"), number(&self.0["guest"], "pages"));
         assert!((first + out..=first + out + hinted).contains(&all), "{first} of {all} pages: {rounds:#?}");
         for (round, next) in rounds.iter().zip(&rounds[1..]) {
-            // The last round has what the sync in the switchover found as well; a sample has a part.
+            // The last round also has the pages that the sync in the switchover found; a sample round has a part.
             assert!(
                 next["sample"] == true || number(next, "pages") + hinted >= number(round, "dirty_after"),
                 "{rounds:#?}"
@@ -125,7 +125,7 @@ fn number(value: &Value, name: &str) -> u64 {
     value[name].as_u64().unwrap_or_else(|| panic!("{name} is {}", value[name]))
 }
 
-/// Every name is there; there may be others.
+/// Every name is present; there may be others.
 #[track_caller]
 fn names(value: &Value, names: &str) {
     let object = value.as_object().unwrap();

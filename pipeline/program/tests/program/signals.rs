@@ -1,4 +1,4 @@
-//! Signals: they end the program whatever else does not, and leave no guest paused.
+//! Signals: they end the program even if something else hangs, and leave no guest paused.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -9,7 +9,7 @@ use rustix::process::Signal;
 use crate::harness::{Running, Scene, until};
 use crate::stuck::{full_pipe, image_scene, notes, terminal};
 
-/// A guest that is written faster than it is sent: its migration ends when it is told to.
+/// A guest that is written faster than it is sent: its migration ends on request only.
 pub(crate) const ENDLESS: &str = r#"
 [guest.workload]
 memory = "8 MiB"
@@ -42,16 +42,16 @@ fn begun(scene: &Scene) {
     until("a round runs", || scene.path("events.jsonl").exists() && scene.read("events.jsonl").len() > 1000);
 }
 
-/// The letter of a process's state.
+/// The state letter of a process.
 fn state(running: &Running) -> char {
     let stat = fs::read_to_string(format!("/proc/{}/stat", running.id())).unwrap();
     stat.rsplit(") ").next().unwrap().chars().next().unwrap()
 }
 
-/// A pause command that does not end before the file `go` is there. It ends with its folder, too.
+/// A pause command that does not end before the file `go` exists. It ends with its folder, too.
 const HELD_PAUSE: &str = r#"guest.file.pause=["sh", "-c", "touch pausing; until test -e go || ! test -e pausing; do sleep 0.01; done; touch paused"]"#;
 
-/// A send whose pause command does not end before the file `go` is there, to a file.
+/// A send to a file, with a pause command that does not end before the file `go` exists.
 fn held_at_its_pause(scene: &Scene, stdout: Stdio, stderr: Stdio) -> Running {
     let resume = notes("resume");
     let arguments = ["send", "file.toml", "--set", HELD_PAUSE, "--set", &resume];
@@ -66,7 +66,7 @@ fn the_second_signal_ends_the_program_though_nothing_takes_what_it_says() {
     let (pipe, stuck) = full_pipe();
     let held = || Stdio::from(stuck.try_clone().unwrap());
     let running = held_at_its_pause(&scene, held(), held());
-    // The first one waits for the pause command, which does not end.
+    // The first signal waits for the pause command, which does not end.
     running.signal(Signal::TERM);
     running.signal(Signal::INT);
     running.end().expect(130);
@@ -94,7 +94,7 @@ fn a_hang_up_cancels_unless_it_was_ignored_at_the_start() {
 #[test]
 fn a_file_that_may_not_grow_costs_the_file() {
     let scene = endless();
-    // One block: less than the events of a second.
+    // One block: less than the events of one second.
     let limited = "ulimit -f 1; exec \"$0\" \"$@\"";
     let running = scene.start_by(limited, &[&RUN[..], &["--report", "run.json"]].concat());
     running.until_it_says("events cannot be written to events.jsonl: File too large");
@@ -132,25 +132,25 @@ fn ctrl_z_waits_while_the_guest_is_paused() {
     running.end().expect(0).says(&["completed after"]);
 }
 
-/// What this program does on signals is nothing that a program which it starts inherits.
+/// A program that this program starts inherits no signal dispositions from it.
 #[test]
 fn commands_of_an_operator_have_default_dispositions() {
     let scene = image_scene();
     let pause = r#"guest.file.pause=["sh", "-c", "grep Sig /proc/self/status > dispositions"]"#;
     scene.run(&["send", "file.toml", "--set", pause, "--set", &notes("resume")]).expect(0);
     let text = String::from_utf8(scene.read("dispositions")).unwrap();
-    // The C library keeps signals from 32 on for itself.
+    // The C library reserves signals from 32 on for itself.
     let mask = |text: &str, name: &str| {
         let line = text.lines().find(|line| line.starts_with(name)).unwrap();
         u64::from_str_radix(line.rsplit('\t').next().unwrap(), 16).unwrap() & 0x7fff_ffff
     };
     let ours = fs::read_to_string("/proc/self/status").unwrap();
-    // This test, a program of Rust, ignores SIGPIPE; its children do not.
+    // This test, a Rust program, ignores SIGPIPE; its children do not.
     let inherited = mask(&ours, "SigIgn:") & !(1 << (Signal::PIPE.as_raw() - 1));
     assert_eq!((mask(&text, "SigIgn:"), mask(&text, "SigBlk:")), (inherited, 0), "{text}");
 }
 
-/// Lines of a migration that lasts for a minute, of which the last has not come.
+/// Lines of a migration of one minute, without the last line.
 fn recorded(scene: &Scene) {
     let progress =
         (0..600).map(|tenth| format!("{{\"ms\":{}.0,\"role\":\"source\",\"event\":\"paused\"}}\n", tenth * 100));
@@ -183,7 +183,7 @@ fn watch_ends_by_a_signal_and_leaves_the_terminal_as_it_was() {
             rustix::termios::tcgetattr(&program).unwrap().local_modes != before.local_modes
         });
         running.signal(signal);
-        // Nobody reads what it draws: it may find no room.
+        // Nothing reads its drawing: writes may block.
         running.end().expect(0);
         assert_eq!(rustix::termios::tcgetattr(&program).unwrap().local_modes, before.local_modes);
     }
@@ -199,7 +199,7 @@ fn watch_ends_when_its_reader_goes_and_by_a_signal_when_that_takes_nothing() {
     running.signal(Signal::TERM);
     running.end().expect(0);
     drop(pipe);
-    // One that has nothing to say notices it too.
+    // A program with no output notices it too.
     let (reader, writer) = std::io::pipe().unwrap();
     let (_silent, lines) = std::io::pipe().map(|(reader, writer)| (writer, reader)).unwrap();
     let running = scene.start_on(&["watch", "-"], lines.into(), writer.into(), Stdio::piped());
@@ -207,7 +207,7 @@ fn watch_ends_when_its_reader_goes_and_by_a_signal_when_that_takes_nothing() {
     running.end().expect(0);
 }
 
-/// A source with its guest paused, and a destination that does nothing more before it is continued.
+/// A source with its guest paused, and a destination that is stopped until it is continued.
 fn held_at_its_handover(scene: &Scene, resume: &str) -> (Running, Running) {
     let socket = format!("transport.address=unix:{}", scene.path("socket").display());
     let destination = scene.start(&["recv", "recv.toml", "--set", &socket]);
@@ -223,7 +223,7 @@ fn held_at_its_handover(scene: &Scene, resume: &str) -> (Running, Running) {
     (source, destination)
 }
 
-/// Lets the destination find out that it is over.
+/// Lets the destination detect the end.
 fn let_go(destination: Running) {
     destination.signal(Signal::CONT);
     destination.end().expect(1);
@@ -250,7 +250,7 @@ fn a_cancel_does_not_say_that_a_guest_continues_which_does_not() {
     let_go(destination);
 }
 
-/// Though nobody reads what it says of itself.
+/// Even if nothing reads its own messages.
 #[test]
 fn a_cancel_is_answered_by_a_program_that_nobody_hears() {
     let scene = endless();

@@ -1,4 +1,4 @@
-//! Outlets that take nothing: a pipe that nobody reads, a terminal on hold. A migration runs as if they were not there.
+//! Outlets that block: a pipe without a reader, a terminal on hold. A migration runs as if they were not there.
 
 use std::fs::File;
 use std::io::{self, PipeReader, PipeWriter, Read, Write};
@@ -13,7 +13,7 @@ use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use crate::harness::{Scene, noise, until};
 use crate::signals::ENDLESS;
 
-/// A pipe that has no room any more, and stays so as long as its reader lives.
+/// A pipe without room, which stays full as long as its reader lives.
 pub(crate) fn full_pipe() -> (PipeReader, PipeWriter) {
     let (reader, mut writer) = io::pipe().unwrap();
     rustix::io::ioctl_fionbio(&writer, true).unwrap();
@@ -23,7 +23,7 @@ pub(crate) fn full_pipe() -> (PipeReader, PipeWriter) {
     (reader, writer)
 }
 
-/// A terminal: what a person has, and what a program has of it.
+/// A terminal: the user's side, and the program's.
 pub(crate) fn terminal() -> (File, File) {
     let person = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
     grantpt(&person).unwrap();
@@ -34,7 +34,7 @@ pub(crate) fn terminal() -> (File, File) {
     (person.into(), program.into())
 }
 
-/// A guest that is one image: `send.toml`, `recv.toml`, and `file.toml` which sends it to a file.
+/// A guest of one image: `send.toml`, `recv.toml`, and `file.toml` which sends it to a file.
 pub(crate) fn image_scene() -> Scene {
     let scene = Scene::new();
     scene.configure(&["ram"]);
@@ -45,7 +45,7 @@ pub(crate) fn image_scene() -> Scene {
     scene
 }
 
-/// What a command of the guest's is: it leaves a file of its name.
+/// A command of the guest: it creates a file of the command's name.
 pub(crate) fn notes(command: &str) -> String {
     format!("guest.file.{command}=[\"touch\", \"{command}d\"]")
 }
@@ -75,14 +75,14 @@ fn a_standard_output_that_takes_nothing_costs_neither_the_verdict_nor_its_code()
     let (pipe, stuck) = full_pipe();
     let send = |stdout: PipeWriter| scene.start_into(&["send", "file.toml"], stdout.into(), Stdio::piped()).end();
     send(stuck).expect(0).says(&["completed after"]);
-    // Neither does one that nobody can read any more.
+    // Neither does a pipe whose reader is gone.
     let (reader, closed) = io::pipe().unwrap();
     drop(reader);
     send(closed).expect(0);
     drop(pipe);
 }
 
-/// With Ctrl-S before it begins, the terminal takes nothing from the first line on.
+/// With Ctrl-S before the start, the terminal accepts no output from the first line on.
 #[test]
 fn a_terminal_on_hold_does_not_hold_up_the_migration() {
     let scene = image_scene();
@@ -92,7 +92,7 @@ fn a_terminal_on_hold_does_not_hold_up_the_migration() {
     let running = scene.start_into(&["send", "file.toml", "--log", "info"], held(), held());
     running.end().expect(0);
     assert!(scene.path("stream").exists());
-    // It was on hold, or this says nothing: what was written comes only when it is let go.
+    // Confirms that the terminal was on hold: the output arrives only when it is released.
     person.write_all(b"\x11").unwrap();
     drop(program);
 }
@@ -115,7 +115,7 @@ fn events_wait_for_the_reader_of_a_pipe_and_the_migration_does_not() {
     assert!(text.lines().last().unwrap().contains(r#""event":"ended""#), "{text}");
 }
 
-/// Far more lines than may wait: each change of a setting is one.
+/// Far more lines than can be queued: each change of a setting is one.
 #[test]
 fn what_was_dropped_is_said_once_there_is_room() {
     let scene = Scene::new();

@@ -1,4 +1,5 @@
-//! A process that never stops writing to a file, and the commands that hold it: `sh pause` and `sh resume`.
+//! A process that writes to a file continuously, and the commands that pause and resume it: `sh pause` and `sh
+//! resume`.
 
 use std::env;
 use std::fs;
@@ -12,23 +13,24 @@ use rustix::process::{Pid, Signal, kill_process, set_parent_process_death_signal
 
 use crate::harness::{Scene, until};
 
-/// The settings that hold a writer.
+/// The settings that pause a writer.
 pub(crate) const COMMANDS: [&str; 2] =
     ["guest.file.pause=[\"sh\", \"pause\"]", "guest.file.resume=[\"sh\", \"resume\"]"];
 
-/// A page of the file, and how far its first words lie apart.
+/// The page size of the file, and the distance between the first words of its pages.
 const PAGE: u64 = 4096;
-/// The longest that a writer lives, whoever forgets it.
+/// The longest that a writer lives, even if it is not killed.
 const LIFE: Duration = Duration::from_secs(180);
 
-/// A process that numbers the pages of a file, one after another, round and round: at every moment a page's number is
-/// that of the page before it, or one less. Dropped, it is killed.
+/// A process that numbers the pages of a file, one after another, in a cycle: at every moment a page's number is that
+/// of the page before it, or one less. Dropped, it is killed.
 pub(crate) struct Writer {
     child: Child,
 }
 
 impl Writer {
-    /// Begins to write to the image `name`, resting for a while after each page, and leaves the scripts that hold it.
+    /// Begins to write to the image `name`, with a rest after each page, and creates the scripts that pause and
+    /// resume it.
     pub(crate) fn begin(scene: &Scene, name: &str, rest: Duration) -> Self {
         let image = fs::File::options().write(true).open(scene.path(name)).unwrap();
         let pages = image.metadata().unwrap().len() / PAGE;
@@ -42,7 +44,7 @@ impl Writer {
             .unwrap();
         let writer = Self { child };
         let pid = writer.child.id();
-        // A stopped process may still be at its last write until its state says otherwise.
+        // A stopped process may still complete its last write until its state says otherwise.
         let stopped = format!("until grep -q '^State:.T' /proc/{pid}/status; do :; done");
         scene.write("pause", format!("echo pause >> log; kill -STOP {pid}; {stopped}"));
         scene.write("resume", format!("echo resume >> log; kill -CONT {pid}"));
@@ -50,13 +52,13 @@ impl Writer {
         writer
     }
 
-    /// Does it stand still?
+    /// Is it stopped?
     pub(crate) fn is_stopped(&self) -> bool {
         let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
         status.lines().any(|line| line.starts_with("State:\tT"))
     }
 
-    /// Sees that it is not held, and writes.
+    /// Asserts that it is not stopped, and writes.
     #[track_caller]
     pub(crate) fn goes_on(&self, image: &Path) {
         until("the writer runs", || !self.is_stopped());
@@ -79,7 +81,7 @@ pub(crate) fn number(image: &Path, page: u64) -> u64 {
     u64::from_le_bytes(word)
 }
 
-/// Is this what the file was like at one moment?
+/// Is this the content of the file at one moment?
 #[track_caller]
 pub(crate) fn is_of_one_moment(image: &Path) {
     let pages = fs::metadata(image).unwrap().len() / PAGE;

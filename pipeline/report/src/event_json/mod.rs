@@ -1,32 +1,32 @@
 //! An event of a migration as JSON, one line each: what `--events FILE` writes and the control API streams.
 //!
-//! Takes events as they happen and gives [`EventLine`], which becomes a line of JSON and is read back from one. The types
-//! are of this format, where the engine's have other units or more in them; what is alike is the engine's own. The names here stay.
-//! What may come are kinds and fields that a reader does not know, to be passed over.
+//! Events become [`EventLine`]s, and a line can be read back into one. The types here belong to the format and are
+//! separate from the engine's where units or contents differ; otherwise the engine's types are used. The names in
+//! this format are stable. New kinds and fields may be added: a reader must ignore those it does not know.
 //!
-//! Every line is one object with `ms`, the milliseconds since whoever writes began to watch, `role`, the end that it is of
-//! ("source" or "destination"), and `event`, its kind. Names are in snake_case, times in milliseconds (`…_ms`), sizes in
-//! bytes (`…_bytes`), rates in bytes a second (`…_bytes_per_s`), parts in percent (`…_percent`). What cannot be told is null.
+//! Every line is one object with `ms`, the milliseconds since the writer began to watch, `role`, the end that it
+//! belongs to ("source" or "destination"), and `event`, its kind. Names are in snake_case, times in milliseconds (`…_ms`), sizes in
+//! bytes (`…_bytes`), rates in bytes a second (`…_bytes_per_s`), parts in percent (`…_percent`). An unknown value is null.
 //!
 //! | event | when | fields |
 //! |---|---|---|
 //! | `started` | first in a file of events; has no role | `schema`: 1; `unix_ms`: the time of day at `ms` 0 |
 //! | `phase` | the phase changed | `phase`: "setup", "active", "switchover", "completed", "failed", "cancelled", "unconfirmed" |
-//! | `connected` | the peer is there and agreed | `peer`: who, or which file |
-//! | `guest` | the guest's memory is known | `bytes`, `pages`, `blocks` (`id`, `bytes`, `page_size`), `memory_bound_bytes`: what the engine may take for itself |
+//! | `connected` | the peer is connected and the handshake succeeded | `peer`: its address or file |
+//! | `guest` | the guest's memory is known | `bytes`, `pages`, `blocks` (`id`, `bytes`, `page_size`), `memory_bound_bytes`: the bound of the engine's memory |
 //! | `round_scanned` | the scanner reached the bitmap's end | `round`: from 1 |
 //! | `round_sent` | a round is sent; at the destination: loaded | `round`, `last`, `duration_ms`, `pages` (= `zero` + `raw` + `compressed` + `xbzrle` + `unchanged`), `xbzrle_misses`, `xbzrle_overflows`, `bytes_in` of the pages, `bytes_out` of the frames |
 //! | `synced` | a bitmap sync is done | `after_round`, `dirty_pages`, `duration_ms` |
 //! | `spared` | pages need not travel | so far: `hinted`, `hints_dropped`, `unplugged`, `ignored` |
-//! | `decided` | the controller decided | `round`, `decision`: "another-round", "sample" (a part of what is dirty is sent, to see what deltas come to), "drain" (what is on its way shall arrive first), "throttle", "raise-downtime-limit", "switch-over", "give-up"; `expected_ms`, `why`: in words; `reason`: "already-paused", "deltas-unknown", "within-limit", "nothing-dirty", "backlog", "above-limit", "stall", "limit-raised", "stall-minimum", "budget-used-up", "operator"; `throttle_percent` or `downtime_limit_ms` where that is decided; `forecast`: as in the report |
-//! | `changed` | a setting was changed while it ran | `round`, `key`, `from` and `to`: as the configuration writes them; `memory_bound_bytes`: from here on |
+//! | `decided` | the controller decided | `round`, `decision`: "another-round", "sample" (a part of the dirty pages is sent, to measure their deltas), "drain" (pages in flight are to arrive first), "throttle", "raise-downtime-limit", "switch-over", "give-up"; `expected_ms`, `why`: in words; `reason`: "already-paused", "deltas-unknown", "within-limit", "nothing-dirty", "backlog", "above-limit", "stall", "limit-raised", "stall-minimum", "budget-used-up", "operator"; `throttle_percent` or `downtime_limit_ms` where that is decided; `forecast`: as in the report |
+//! | `changed` | a setting was changed during the migration | `round`, `key`, `from` and `to`: as the configuration writes them; `memory_bound_bytes`: from here on |
 //! | `progress` | ten times a second | `round`, `remaining_bytes`, `total_bytes`, `wire_bytes`, `wire_bytes_per_s`, `page_bytes_per_s`, `dirty_bytes_per_s`, `expected_downtime_ms`, `downtime_limit_ms` (null at the destination, as `remaining_bytes` and `done_percent` are there after the first round), `throttle_percent`, `done_percent` of the guest's memory, `time_left_ms` (null if nothing is measured, or it does not converge), `bottleneck_percent` (over the latest seconds: `processor`, `limit`, `destination`, `wire`, `guest`, `source`; null where this end cannot know), `cpu_ms` of the process since the first page, `stages` (`name`, `lane`, `busy_ms`, `input_wait_ms`, `output_wait_ms`, `limit_wait_ms`, `batches`, `pages`: from its start on). The last one, before the end, has rates of 0, and 0 remaining after completion |
-//! | `turned_away` | strangers or broken peers of a kind were refused: the first at once, then counts | `kind`, `peer`, `why`, `count` |
-//! | `warning` | the operator should know, and it goes on | `what` |
-//! | `paused` | the guest stands still at the source | |
+//! | `turned_away` | peers were refused for a reason of this kind: the first is reported at once, later ones are counted | `kind`, `peer`, `why`, `count` |
+//! | `warning` | a problem that does not end the migration | `what` |
+//! | `paused` | the guest is paused at the source | |
 //! | `handed_over` | a cancel is too late: the destination may run the guest | |
-//! | `resumed` | the guest goes on at the source | |
-//! | `ended` | the last of its end | `phase`, `error`, `verified`, `total_ms`, `setup_ms`, `downtime_ms`, `downtime` (its parts), `forecast`, `wire_bytes`, `spared`, `memory_peak_bytes`, `bottleneck_percent`, `cpu_ms`, `stages`: as in the report; `resume_failed`: the source guest stands still and nobody runs it |
+//! | `resumed` | the guest is resumed at the source | |
+//! | `ended` | the last event of its end | `phase`, `error`, `verified`, `total_ms`, `setup_ms`, `downtime_ms`, `downtime` (its parts), `forecast`, `wire_bytes`, `spared`, `memory_peak_bytes`, `bottleneck_percent`, `cpu_ms`, `stages`: as in the report; `resume_failed`: the source guest is still paused and runs nowhere |
 //! | `lost` | the reader was too slow; has no role | `events`: how many are missing before this line |
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -51,9 +51,9 @@ pub const SCHEMA: u32 = 1;
 /// One line. See the [module](self).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct EventLine {
-    /// Milliseconds since whoever writes began to watch.
+    /// Milliseconds since the writer began to watch.
     pub ms: f64,
-    /// Which end it is of; none for what the writer says of itself.
+    /// The end that it belongs to; none for lines about the writer itself.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub role: Option<Role>,
     /// What happened.
@@ -74,12 +74,12 @@ pub enum EventJson {
     },
     /// The phase changed.
     Phase {
-        /// To this.
+        /// The new phase.
         phase: Phase,
     },
-    /// The peer is there and agreed.
+    /// The peer is connected and the handshake succeeded.
     Connected {
-        /// Who, or which file.
+        /// Its address or file.
         peer: Untrusted,
     },
     /// The guest's memory is known.
@@ -93,48 +93,48 @@ pub enum EventJson {
     RoundSent(RoundJson),
     /// A bitmap sync is done.
     Synced {
-        /// The round before it.
+        /// The round before the sync.
         after_round: u32,
-        /// Pages that are dirty.
+        /// Dirty pages.
         dirty_pages: u64,
         /// How long it took.
         duration_ms: f64,
     },
-    /// Pages need not travel: so many so far.
+    /// Pages are skipped; the figures are totals so far.
     Spared(Spared),
     /// The controller decided.
     Decided(DecidedJson),
-    /// A setting was changed while it ran.
+    /// A setting was changed during the migration.
     Changed(ChangedJson),
-    /// Figures on the way.
+    /// Progress figures.
     Progress(ProgressJson),
-    /// Strangers or broken peers of a kind were turned away.
+    /// Peers were refused for a reason of this kind.
     TurnedAway {
-        /// What kind of reason there was.
+        /// The kind of reason.
         kind: String,
-        /// Who; of several the last.
+        /// The peer; of several, the last one.
         peer: Untrusted,
-        /// Why; of several the last.
+        /// The reason; of several, the last one.
         why: Untrusted,
-        /// How many, since the event before this one of the kind.
+        /// How many were refused since the previous event of this kind.
         count: u64,
     },
-    /// Something the operator should know.
+    /// A problem that the operator should know of.
     Warning {
-        /// What.
+        /// The message.
         what: Untrusted,
     },
-    /// The guest stands still at the source.
+    /// The guest is paused at the source.
     Paused,
-    /// A cancel is too late.
+    /// The handover has begun: a cancel is too late.
     HandedOver,
-    /// The guest goes on at the source.
+    /// The guest is resumed at the source.
     Resumed,
-    /// It ended.
+    /// The migration ended.
     Ended(EndedJson),
     /// The reader was too slow for the events before this line.
     Lost {
-        /// How many are missing.
+        /// The number of missing events.
         events: u64,
     },
 }
@@ -145,7 +145,7 @@ pub struct GuestJson {
     /// Its bytes, pages and blocks.
     #[serde(flatten)]
     pub guest: GuestReport,
-    /// What the engine may take for itself.
+    /// The bound of the engine's memory.
     pub memory_bound_bytes: u64,
 }
 
@@ -158,7 +158,7 @@ pub struct RoundJson {
     pub last: bool,
     /// From its first batch to its last byte sent, or loaded.
     pub duration_ms: f64,
-    /// What became of its pages.
+    /// Its pages by encoding.
     #[serde(flatten)]
     pub pages: PagesReport,
 }
@@ -166,60 +166,62 @@ pub struct RoundJson {
 /// A decision.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DecidedJson {
-    /// Which, when and why.
+    /// Which decision, when and why.
     #[serde(flatten)]
     pub decision: DecisionReport,
-    /// Percent of its time that the guest is to be held back, where that is decided.
+    /// Percent of its time that the guest is to be throttled, for a decision to throttle.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub throttle_percent: Option<u8>,
-    /// The limit that is raised, where that is decided.
+    /// The new downtime limit, for a decision to raise it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub downtime_limit_ms: Option<f64>,
-    /// The forecast that it rests on; null if none could be made.
+    /// The forecast that the decision rests on; null if none could be made.
     pub forecast: Option<ForecastReport>,
 }
 
 /// A setting that was changed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ChangedJson {
-    /// Which, when, and to what.
+    /// Which setting, when, and its new value.
     #[serde(flatten)]
     pub change: ChangeReport,
-    /// What the engine may take for itself from here on.
+    /// The bound of the engine's memory from here on.
     pub memory_bound_bytes: u64,
 }
 
-/// Figures on the way.
+/// Progress figures.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ProgressJson {
     /// The current round, from 1.
     pub round: u32,
-    /// Page bytes that are dirty or taken and not acknowledged; at the destination those of the first round that are not loaded, null
-    /// after it.
+    /// Bytes of pages that are dirty, or taken and not yet acknowledged. At the destination: bytes of the first
+    /// round's pages that are not loaded, null after that round.
     pub remaining_bytes: Option<u64>,
     /// Bytes of the guest.
     pub total_bytes: u64,
-    /// Bytes handed to the transport so far, or taken from it.
+    /// Bytes written to the transport so far, or read from it.
     pub wire_bytes: u64,
-    /// Bytes to the wire, or from it, a second, lately.
+    /// Recent rate of bytes written to the wire, or read from it, per second.
     pub wire_bytes_per_s: u64,
-    /// Page bytes that get done a second, lately.
+    /// Recent rate of completed page bytes, per second.
     pub page_bytes_per_s: u64,
-    /// Page bytes that the guest dirtied a second between the last syncs; null if there were not two.
+    /// Rate at which the guest dirtied page bytes between the last two syncs, per second; null before the second
+    /// sync.
     pub dirty_bytes_per_s: Option<u64>,
-    /// What a switchover at this moment would cost; null if it cannot be told.
+    /// The expected cost of a switchover at this moment; null if it is unknown.
     pub expected_downtime_ms: Option<f64>,
-    /// The downtime limit as far as it is raised; null at the destination.
+    /// The downtime limit, including raises; null at the destination.
     pub downtime_limit_ms: Option<f64>,
     /// Percent of its time that the guest is throttled.
     pub throttle_percent: u8,
-    /// The part of the guest's memory that does not remain; null where it is not known what does.
+    /// The part of the guest's memory that does not remain to be sent; null if the remainder is unknown.
     #[serde(default)]
     pub done_percent: Option<f64>,
-    /// How long it takes until nothing remains, at the rates of the moment; null if nothing is measured, or it does not converge.
+    /// Time until nothing remains, at the current rates; null if nothing is measured or the migration does not
+    /// converge.
     #[serde(default)]
     pub time_left_ms: Option<f64>,
-    /// What holds it up, over the latest seconds; once it has ended, from its start.
+    /// The bottleneck over the latest seconds; after the end, over the whole migration.
     #[serde(default)]
     pub bottleneck_percent: Bottleneck,
     /// Processor time of the process since the first page.
@@ -229,32 +231,33 @@ pub struct ProgressJson {
     pub stages: Vec<StageReport>,
 }
 
-/// How it ended.
+/// How the migration ended.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct EndedJson {
     /// Completed, failed, cancelled or unconfirmed.
     pub phase: Phase,
-    /// Why it is not completed.
+    /// Why it did not complete.
     pub error: Option<Untrusted>,
-    /// Were digests compared and equal; null if they were not compared.
+    /// Whether the digests of both ends are equal; null if they were not compared.
     pub verified: Option<bool>,
     /// From start to verdict.
     pub total_ms: f64,
     /// From start to the first page.
     pub setup_ms: f64,
-    /// How long the guest was paused: until its start, or until it was resumed at the source; null if it was not paused, or still is.
+    /// How long the guest was paused: until its start at the destination, or until it was resumed at the source. Null
+    /// if it was not paused, or still is.
     pub downtime_ms: Option<f64>,
-    /// Its parts.
+    /// The parts of the downtime.
     pub downtime: DowntimeParts,
-    /// What was expected of the downtime; null if the controller did not decide to switch over, or could not tell.
+    /// The expected downtime; null if the controller did not decide to switch over, or had no forecast.
     pub forecast: Option<ForecastReport>,
-    /// Bytes handed to the transport, or taken from it.
+    /// Bytes written to the transport, or read from it.
     pub wire_bytes: u64,
-    /// Pages that were not sent for what the guest said of them.
+    /// Pages that were not sent because of the guest's page hints, unplugged memory or ignored blocks.
     pub spared: Spared,
-    /// The most memory that the engine took.
+    /// The peak of the engine's memory.
     pub memory_peak_bytes: u64,
-    /// What held it up.
+    /// The bottleneck.
     #[serde(default)]
     pub bottleneck_percent: Bottleneck,
     /// Processor time of the process from the first page to the verdict.
@@ -267,13 +270,13 @@ pub struct EndedJson {
 }
 
 impl EventLine {
-    /// What happened at one end, so long after the watch began.
+    /// An event at one end, at this time since the watch began.
     #[must_use]
     pub fn new(since: Duration, role: Role, event: &Event) -> Self {
         Self { ms: ms(since), role: Some(role), event: event.into() }
     }
 
-    /// The first line of a file, at a time of day.
+    /// The first line of a file, with the time of day at which it begins.
     #[must_use]
     pub fn started(now: SystemTime) -> Self {
         let unix = now.duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -281,7 +284,7 @@ impl EventLine {
         Self { ms: 0.0, role: None, event: EventJson::Started { schema: SCHEMA, unix_ms } }
     }
 
-    /// So many events are missing before this line.
+    /// This number of events is missing before this line.
     #[must_use]
     pub fn lost(since: Duration, events: u64) -> Self {
         Self { ms: ms(since), role: None, event: EventJson::Lost { events } }
@@ -301,7 +304,7 @@ impl EventLine {
     /// Reads a line.
     ///
     /// # Errors
-    /// When it is no JSON, or of a kind that is not known here, which a reader should pass over.
+    /// If it is not JSON, or its kind is unknown here. A reader should ignore an unknown kind.
     pub fn from_json(line: &str) -> Result<Self, serde_json::Error> {
         serde_json::from_str(line)
     }
@@ -405,7 +408,7 @@ impl From<&Ended> for EndedJson {
     }
 }
 
-/// Whole bytes a second; no rate that is none.
+/// Whole bytes per second; 0 for a value that is not a rate.
 fn rate(rate: f64) -> u64 {
     whole(rate.round())
 }

@@ -1,4 +1,4 @@
-//! Lines that are written and read back, and the names in them.
+//! Lines that are written and read back, and their names.
 
 use super::*;
 use memferry::samples::{every_event, script};

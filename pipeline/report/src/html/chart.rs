@@ -1,7 +1,8 @@
-//! What pictures are made of: scales, ticks, paths, and panels over one axis of time.
+//! Building blocks of charts: scales, ticks, paths, and panels over one time axis.
 //!
-//! A panel is an SVG of a fixed height and any width. Its curves lie in an SVG within, which is stretched to that width; its
-//! letters, dots and lines across stand outside of that and are placed in percent, so that they keep their shape.
+//! A panel is an SVG of fixed height and any width. Its curves lie in an inner SVG, which is stretched to that width.
+//! Its text, dots and horizontal lines lie outside the inner SVG and are placed in percent, so that they are not
+//! distorted.
 
 use std::fmt::Write;
 use std::time::Duration;
@@ -10,15 +11,15 @@ use maud::{Markup, html};
 
 use memferry::human;
 
-/// The width of the stretched part, in units of its own; its height is 100.
+/// The width of the stretched part, in its own units; its height is 100.
 const WIDE: f64 = 1000.0;
-/// Pixels above a panel's plot, for the letters of its topmost line.
+/// Pixels above a panel's plot, for the text of its topmost line.
 const ABOVE: u32 = 14;
 
-/// Steps of an axis of minutes and hours, in seconds.
+/// Steps of a time axis of minutes and hours, in seconds.
 const MINUTES: [f64; 10] = [30.0, 60.0, 120.0, 300.0, 600.0, 1200.0, 1800.0, 3600.0, 7200.0, 14_400.0];
 
-/// A stretch of time, as wide as a picture.
+/// A range of time, as wide as a chart.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Time {
     /// Its left edge.
@@ -28,7 +29,7 @@ pub(super) struct Time {
 }
 
 impl Time {
-    /// Where a moment lies, 0 to 1.
+    /// The position of a moment, from 0 to 1.
     pub(super) fn share(&self, at: Duration) -> f64 {
         let width = self.to.saturating_sub(self.from).as_secs_f64();
         if width > 0.0 { (at.saturating_sub(self.from).as_secs_f64() / width).min(1.0) } else { 0.0 }
@@ -37,7 +38,7 @@ impl Time {
     fn ticks(&self) -> Vec<(f64, String)> {
         let width = self.to.saturating_sub(self.from).as_secs_f64();
         let round = round_step(width, 5.0);
-        // From minutes on, tens and hundreds of seconds are no round figures.
+        // From minutes on, tens and hundreds of seconds are not round figures.
         let step = MINUTES.into_iter().find(|step| round > 20.0 && step * 5.0 >= width).unwrap_or(round);
         let label = |seconds: f64| match seconds {
             0.0 => "0".to_owned(),
@@ -51,17 +52,17 @@ impl Time {
     }
 }
 
-/// How high a value stands.
+/// A vertical scale.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Scale {
-    /// From nothing to this.
+    /// Linear, from 0 to this value.
     Linear(f64),
-    /// From one to the other by decades; nothing lies below the first.
+    /// Logarithmic, by decades, from one value to the other; smaller values are drawn at the bottom.
     Decades(f64, f64),
 }
 
 impl Scale {
-    /// 0 to 1 from below.
+    /// The height of a value, from 0 at the bottom to 1.
     pub(super) fn height(self, value: f64) -> f64 {
         let share = match self {
             Self::Linear(top) => value / top,
@@ -71,7 +72,7 @@ impl Scale {
     }
 }
 
-/// A scale of bytes, or bytes a second, from nothing to `most`, with lines at halves and quarters of a power of two.
+/// A scale of bytes, or bytes per second, from 0 to `most`, with lines at halves and quarters of a power of two.
 pub(super) fn bytes_scale(most: f64, label: impl Fn(f64) -> String) -> (Scale, Vec<(f64, String)>) {
     let top = most.max(1.0) * 1.05;
     let step = (top / 2.0).log2().floor().exp2().max(1.0);
@@ -79,7 +80,7 @@ pub(super) fn bytes_scale(most: f64, label: impl Fn(f64) -> String) -> (Scale, V
     (Scale::Linear(top), ticks.map(|value| (value, label(value))).collect())
 }
 
-/// A scale of times by decades, that holds all of them.
+/// A logarithmic scale of times that includes all of them.
 pub(super) fn decades(times: impl Iterator<Item = Duration>) -> (Scale, Vec<(f64, String)>) {
     let seconds = times.map(|time| time.as_secs_f64().max(1e-3));
     let (least, most) = seconds.fold((f64::MAX, 1e-3_f64), |(least, most), s| (least.min(s), most.max(s)));
@@ -93,7 +94,7 @@ pub(super) fn decades(times: impl Iterator<Item = Duration>) -> (Scale, Vec<(f64
     (Scale::Decades(10_f64.powf(low), 10_f64.powf(high)), ticks)
 }
 
-/// The step of 1, 2 or 5 and zeros that divides `width` into at most so many parts, or one more.
+/// The step (1, 2 or 5 times a power of ten) that divides `width` into at most `parts` parts, or one more.
 fn round_step(width: f64, parts: f64) -> f64 {
     let least = width / parts;
     if least <= 0.0 {
@@ -107,7 +108,7 @@ fn round_step(width: f64, parts: f64) -> f64 {
         .unwrap_or(power * 10.0)
 }
 
-/// A point of a curve: where across and how high, 0 to 1 each.
+/// A point of a curve: horizontal and vertical position, each from 0 to 1.
 pub(super) type Point = (f64, f64);
 
 /// A line from point to point, as a path.
@@ -128,7 +129,7 @@ fn path(points: &[Point], mut to: impl FnMut(&mut String, Point) -> std::fmt::Re
     text
 }
 
-/// Levels that are held from one place to another, with nothing between some of them.
+/// Levels that are constant over ranges, with gaps where there is none.
 pub(super) fn levels(levels: &[(f64, f64, f64)]) -> String {
     let mut text = String::new();
     let mut end = None;
@@ -142,7 +143,7 @@ pub(super) fn levels(levels: &[(f64, f64, f64)]) -> String {
     text
 }
 
-/// Those of these that lie as far from each other as this, and the last.
+/// The marks that are at least this far apart, and the last one.
 pub(super) fn apart<T>(least: f64, all: impl IntoIterator<Item = T>, share: impl Fn(&T) -> f64) -> Vec<T> {
     let mut kept: Vec<T> = Vec::new();
     let mut passed = None;
@@ -161,7 +162,7 @@ pub(super) fn apart<T>(least: f64, all: impl IntoIterator<Item = T>, share: impl
     kept
 }
 
-/// The area under a path that goes from left to right over these points.
+/// The area under a path through these points, from left to right.
 pub(super) fn area(path: &str, points: &[Point]) -> String {
     match points {
         [(first, _), .., (last, _)] => format!("{path}L{:.1} 100L{:.1} 100Z", last * WIDE, first * WIDE),
@@ -169,21 +170,21 @@ pub(super) fn area(path: &str, points: &[Point]) -> String {
     }
 }
 
-/// A place across, for an attribute.
+/// A horizontal position, as an attribute.
 pub(super) fn percent(share: f64) -> String {
     format!("{:.2}%", share * 100.0)
 }
 
-/// What all panels of one picture show behind their curves.
+/// The background that all panels of one chart share.
 #[derive(Debug)]
 pub(super) struct Backdrop {
     /// The axis.
     pub(super) time: Time,
-    /// Where rounds end.
+    /// The ends of rounds.
     pub(super) rounds: Vec<Duration>,
-    /// Where decisions fall, and the class of each.
+    /// The decisions, with the class of each.
     pub(super) flags: Vec<(Duration, &'static str)>,
-    /// When the guest stood still.
+    /// The interval in which the guest was paused.
     pub(super) paused: Option<(Duration, Duration)>,
 }
 
@@ -208,13 +209,13 @@ fn upright(class: &str, share: f64, height: u32) -> Markup {
 /// One quantity over time.
 #[derive(Debug)]
 pub(super) struct Panel {
-    /// The picture in words.
+    /// A description of the chart in words.
     pub(super) summary: String,
-    /// Pixels.
+    /// The height in pixels.
     pub(super) height: u32,
-    /// Of its axis.
+    /// The scale of its axis.
     pub(super) scale: Scale,
-    /// Values of its axis, with what is written at them.
+    /// The tick values of its axis, with their labels.
     pub(super) ticks: Vec<(f64, String)>,
     /// Paths with their classes, in the order of drawing.
     pub(super) paths: Vec<(&'static str, String)>,
@@ -223,7 +224,7 @@ pub(super) struct Panel {
 }
 
 impl Panel {
-    /// The picture.
+    /// The panel as markup.
     pub(super) fn svg(&self, backdrop: &Backdrop) -> Markup {
         let plot = self.height - ABOVE;
         let down = |share: f64| f64::from(ABOVE) + (1.0 - share) * f64::from(plot);
@@ -262,7 +263,7 @@ pub(super) fn time_axis(time: Time) -> Markup {
     }
 }
 
-/// Shares of a whole beside each other, each with its class and what it is; from left to right.
+/// Parts of a whole, side by side from left to right, each with its class and its description.
 pub(super) fn bar(summary: &str, parts: &[(&'static str, f64, String)], height: u32, limit: Option<f64>) -> Markup {
     let lefts = parts.iter().scan(0.0, |left, part| {
         let here = *left;
@@ -281,20 +282,20 @@ pub(super) fn bar(summary: &str, parts: &[(&'static str, f64, String)], height: 
     }
 }
 
-/// A count or an amount, as it is drawn.
+/// Formats a count or an amount as a chart shows it.
 #[expect(clippy::cast_precision_loss, reason = "it is drawn")]
 pub(super) fn as_f64(number: u64) -> f64 {
     number as f64
 }
 
-/// The name of a colour, beside it.
+/// A legend entry for a colour.
 pub(super) fn key(class: &str, name: &str) -> Markup {
     html! {
         span.key { svg.swatch aria-hidden="true" width="14" height="10" { rect class=(class) width="14" height="10" {} } (name) }
     }
 }
 
-/// The name of a line, beside it.
+/// A legend entry for a line.
 pub(super) fn line_key(class: &str, name: &str) -> Markup {
     html! {
         span.key {
@@ -304,14 +305,14 @@ pub(super) fn line_key(class: &str, name: &str) -> Markup {
     }
 }
 
-/// The name of a line across, beside it.
+/// A legend entry for a horizontal line.
 pub(super) fn upright_key(class: &str, name: &str) -> Markup {
     html! {
         span.key { svg.swatch aria-hidden="true" width="8" height="12" { (upright(class, 0.5, 12)) } (name) }
     }
 }
 
-/// The name of a dot, beside it.
+/// A legend entry for a dot.
 pub(super) fn dot_key(class: &str, name: &str) -> Markup {
     html! {
         span.key {
@@ -321,7 +322,7 @@ pub(super) fn dot_key(class: &str, name: &str) -> Markup {
     }
 }
 
-/// Fillings that the style sheet names.
+/// Fill classes that the style sheet defines.
 pub(super) fn patterns() -> Markup {
     html! {
         svg.patterns aria-hidden="true" width="0" height="0" {

@@ -1,4 +1,4 @@
-//! What the controller decided and why, and what the operator was warned of.
+//! The controller's decisions with their reasons, and the warnings for the operator.
 
 use maud::{Markup, html};
 
@@ -6,7 +6,7 @@ use super::{Page, clean, long};
 use memferry::controller::Decision;
 use memferry::human;
 
-/// How a decision is coloured.
+/// The colour class of a decision.
 pub(super) fn class(decision: Decision) -> &'static str {
     match decision {
         Decision::AnotherRound | Decision::Sample(_) | Decision::Drain => "flag-round",
@@ -17,7 +17,7 @@ pub(super) fn class(decision: Decision) -> &'static str {
     }
 }
 
-/// What a decision is called.
+/// The name of a decision.
 pub(super) fn name(decision: Decision) -> String {
     match decision {
         Decision::AnotherRound => "another round".into(),
@@ -59,13 +59,13 @@ pub(super) fn section(page: &Page<'_>) -> Markup {
     }
 }
 
-/// What a change is called: a, b, … z, aa, ab, …
+/// The label of a change: a, b, … z, aa, ab, …
 pub(super) fn letter(index: usize) -> String {
     let last = char::from(b'a' + u8::try_from(index % 26).expect("a letter"));
     if index < 26 { last.into() } else { format!("{}{last}", letter(index / 26 - 1)) }
 }
 
-/// Settings that the operator changed on the way.
+/// Settings that the operator changed during the migration.
 pub(super) fn changes(page: &Page<'_>) -> Markup {
     if page.account.changed.is_empty() {
         return html! {};
@@ -95,7 +95,7 @@ pub(super) fn changes(page: &Page<'_>) -> Markup {
     }
 }
 
-/// Warnings, and who was turned away.
+/// Warnings and refused peers.
 pub(super) fn notices(page: &Page<'_>) -> Markup {
     let account = page.account;
     html! {

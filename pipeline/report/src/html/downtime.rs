@@ -1,4 +1,4 @@
-//! Where the downtime went, beside what the controller had expected of it.
+//! The parts of the downtime, beside the controller's forecast of them.
 
 use std::time::Duration;
 
@@ -17,16 +17,16 @@ struct Part {
     class: &'static str,
     name: &'static str,
     happened_ms: f64,
-    /// Nothing where the forecast has no such part.
+    /// `None` if the forecast has no such part.
     expected_ms: Option<f64>,
 }
 
-/// The downtime limit that was in force at the end; nothing at a destination.
+/// The downtime limit in force at the end; `None` at a destination.
 pub(super) fn limit(page: &Page<'_>) -> Option<Duration> {
     limits(page).last().map(|limit| limit.1)
 }
 
-/// The downtime limit from each time on, as it was told; nothing at a destination.
+/// The downtime limit over time, as the progress events report it; empty at a destination.
 pub(super) fn limits(page: &Page<'_>) -> Vec<(Duration, Duration)> {
     if page.is_destination() {
         return Vec::new();
@@ -48,7 +48,7 @@ pub(super) fn section(page: &Page<'_>) -> Markup {
     let parts = parts(report);
     let limit = limit(page).map(|limit| limit.as_secs_f64() * 1e3);
     let expected = report.forecast.map_or(0.0, |forecast| forecast.expected_ms);
-    // A limit that is far off would leave no room for the parts.
+    // A distant limit would leave no room for the parts.
     let limit = limit.filter(|limit| *limit < 4.0 * downtime.max(expected));
     let whole = downtime.max(expected).max(limit.unwrap_or(0.0)) * 1.02;
     html! {

@@ -1,10 +1,10 @@
-//! The report as a page for a person: one HTML file that needs nothing beside it and no script.
+//! The report as a page for people: one self-contained HTML file without scripts.
 //!
-//! A [`Page`] (the report, the account it was made of, settings and configuration) is rendered to a text without a look at
-//! a file or a clock. Each section is a module. What comes from outside (errors, addresses, ids, the configuration) is
-//! escaped by the templates, and cleaned of what would change how the text around it reads.
+//! A [`Page`] (the report, the account behind it, settings and configuration) is rendered to text without access to
+//! files or clocks. Each section is a module. Text from outside (errors, addresses, ids, the configuration) is
+//! escaped by the templates, and control and direction characters in it are escaped too.
 //!
-//! Pictures are inline SVG that fits any width: places across are in percent, letters keep their size.
+//! Charts are inline SVG that fits any width: horizontal positions are in percent, text keeps its size.
 
 mod chart;
 mod decisions;
@@ -32,25 +32,25 @@ use memferry::human;
 use memferry::settings::SourceSettings;
 
 const STYLE: &str = include_str!("style.css");
-/// A table of more rows than this is folded away.
+/// A table with more rows than this is collapsed.
 const FOLDED: usize = 40;
 
-/// What a page shows.
+/// The contents of a page.
 #[derive(Clone, Copy, Debug)]
 pub struct Page<'a> {
     /// The figures.
     pub report: &'a Report,
-    /// What they were made of: the account of the same end.
+    /// The account of the same end, from which the figures are computed.
     pub account: &'a Account,
-    /// The account of the other end, if the report has its stages too.
+    /// The account of the other end, if the report includes its stages.
     pub other: Option<&'a Account>,
-    /// How the migration was to run.
+    /// The migration's settings.
     pub settings: &'a SourceSettings,
-    /// The same as the operator writes it.
+    /// The configuration, as the operator writes it.
     pub configuration: &'a str,
-    /// What the figures say should be set otherwise.
+    /// Settings that the figures suggest to change.
     pub conclusions: &'a [Conclusion],
-    /// When it is written.
+    /// The time of writing.
     pub written: SystemTime,
 }
 
@@ -90,7 +90,8 @@ impl Page<'_> {
         .into_string()
     }
 
-    /// Writes it, whole or not at all. What is no plain file (`/dev/stdout`, a pipe, a link) is written into, never replaced.
+    /// Writes the page, completely or not at all. A target that is not a regular file (`/dev/stdout`, a pipe, a link)
+    /// is written to directly, never replaced.
     ///
     /// # Errors
     /// When it cannot be written.
@@ -114,12 +115,12 @@ impl Page<'_> {
         self.report.role == "recv"
     }
 
-    /// The moment from which the page counts time: when pages began to move.
+    /// The origin of the page's time axis: when pages began to move.
     fn zero(&self) -> Duration {
         self.account.series.first(Happened::Phase(Phase::Active)).unwrap_or_default()
     }
 
-    /// What the controller decided, and when.
+    /// The controller's decisions, with their times.
     fn decisions(&self) -> impl Iterator<Item = (Duration, &Decided)> {
         let account = self.account;
         account.series.marks().iter().filter_map(|mark| match mark.what {
@@ -128,7 +129,7 @@ impl Page<'_> {
         })
     }
 
-    /// The settings that were changed, and when.
+    /// The changed settings, with their times.
     fn changes(&self) -> impl Iterator<Item = (Duration, &Changed)> {
         let account = self.account;
         account.series.marks().iter().filter_map(|mark| match mark.what {
@@ -137,7 +138,7 @@ impl Page<'_> {
         })
     }
 
-    /// What the syncs found dirty, in bytes, and when.
+    /// Dirty bytes that the syncs found, with their times.
     fn found(&self) -> impl Iterator<Item = (Duration, u64)> {
         let page_bytes = self.account.status.total_bytes().checked_div(self.account.status.pages).unwrap_or(0);
         self.account.series.marks().iter().filter_map(move |mark| match mark.what {
@@ -146,7 +147,7 @@ impl Page<'_> {
         })
     }
 
-    /// The bytes that remained, as samples and syncs say, in order.
+    /// The remaining bytes, from samples and syncs, in order.
     fn remaining(&self) -> Vec<(Duration, u64)> {
         let samples = self.account.series.samples().into_iter();
         let sampled = samples.filter_map(|sample| Some((sample.at, sample.remaining_bytes?)));
@@ -155,7 +156,7 @@ impl Page<'_> {
         knots
     }
 
-    /// A moment as the page counts it.
+    /// A time on the page's time axis.
     fn clock(&self, at: Duration) -> String {
         human::time(at.saturating_sub(self.zero()))
     }
@@ -196,12 +197,12 @@ fn configuration(text: &str) -> Markup {
     }
 }
 
-/// What may be wider than a phone scrolls in a box of its own.
+/// Wraps content that may be wider than a phone in a box that scrolls.
 fn wide(label: &str, content: &Markup) -> Markup {
     html! { div.wide role="region" aria-label=(label) tabindex="0" { (content) } }
 }
 
-/// A table of so many rows. One that is long is folded away, for who wants to read it.
+/// A table of `rows` rows. A long one is collapsed.
 fn long(label: &str, rows: usize, table: &Markup) -> Markup {
     if rows <= FOLDED {
         return wide(label, table);
@@ -209,7 +210,7 @@ fn long(label: &str, rows: usize, table: &Markup) -> Markup {
     html! { details { summary { (label) ", " (human::exact(rows as u64)) " lines" } (wide(label, table)) } }
 }
 
-/// A text from outside in which nothing hides or changes how its neighbours read: control characters and marks that turn the
+/// Makes text from outside harmless to the text around it: control characters and characters that change the
 /// direction of writing are escaped.
 fn clean(text: &str) -> String {
     let mut clean = String::with_capacity(text.len());
@@ -223,7 +224,7 @@ fn clean(text: &str) -> String {
     clean
 }
 
-/// A time of the report.
+/// Formats a time of the report.
 fn ms(ms: f64) -> String {
     human::time(duration(ms))
 }

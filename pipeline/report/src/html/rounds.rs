@@ -1,4 +1,4 @@
-//! What the pages of each round became: as they are, in shares, and in figures.
+//! The pages of each round by encoding: as counts, as shares, and as figures.
 
 use maud::{Markup, html};
 
@@ -8,10 +8,10 @@ use crate::{PagesReport, RoundReport};
 use memferry::controller::forecast::whole;
 use memferry::human;
 
-/// A way for a page to travel: its class, its name, and how many of a round's pages went it.
+/// One encoding: its class, its name, and the number of a round's pages that used it.
 type Encoding = (&'static str, &'static str, fn(&PagesReport) -> u64);
 
-/// From the axis up.
+/// From the bottom of a column to its top.
 const ENCODINGS: [Encoding; 5] = [
     ("raw", "raw", |pages| pages.raw),
     ("compressed", "compressed", |pages| pages.compressed),
@@ -22,9 +22,9 @@ const ENCODINGS: [Encoding; 5] = [
 
 /// Fewer rounds than this do not fill the width.
 const FULL: usize = 6;
-/// The most rounds that have their number below them.
+/// The most rounds that are labelled with their number.
 const NUMBERED: usize = 14;
-/// The most columns that can be told apart on a phone.
+/// The most columns that are distinguishable on a phone.
 const COLUMNS: usize = 60;
 /// Pixels.
 const HEIGHT: u32 = 140;
@@ -71,11 +71,11 @@ fn share(pages: u64, of: u64) -> f64 {
     as_f64(pages) / as_f64(of.max(1))
 }
 
-/// Rounds that stand in one column.
+/// Consecutive rounds that share one column.
 struct Column {
     first: u32,
     last: u32,
-    /// Of the mean round among them.
+    /// The mean of these rounds.
     pages: PagesReport,
 }
 
@@ -103,8 +103,8 @@ impl Column {
     }
 }
 
-/// A column of stacked encodings for each; `height` says how much of the picture so many pages of so many are, and the
-/// ticks stand at heights.
+/// A column of stacked encodings for each group of rounds. `height` maps a number of pages and the column's total to
+/// a share of the chart's height, and each tick is at such a share.
 fn columns(
     summary: &str,
     shown: &[Column],
@@ -140,7 +140,7 @@ fn columns(
     }
 }
 
-/// The parts of a column from below: class, pages under it, its pages, and what it is in words.
+/// The parts of a column from the bottom: class, pages below it, its pages, and its description.
 fn stack(pages: &PagesReport, encodings: &[Encoding]) -> Vec<(&'static str, u64, u64, String)> {
     let mut low = 0;
     let mut parts = Vec::new();

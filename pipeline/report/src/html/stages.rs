@@ -1,4 +1,4 @@
-//! What held it up, and how every stage spent its time in every lane.
+//! The bottleneck, and how every stage in every lane spent its time.
 
 use maud::{Markup, html};
 
@@ -9,7 +9,7 @@ use memferry::human;
 use memferry::meter::Reading;
 use memferry::stage_id::{StageAt, StageId};
 
-/// The share of its time from which a stage that works is marked.
+/// A stage that works at least this share of its time is highlighted.
 const MARKED: f64 = 0.5;
 
 pub(super) fn section(page: &Page<'_>) -> Markup {
@@ -18,7 +18,7 @@ pub(super) fn section(page: &Page<'_>) -> Markup {
     if readings.is_empty() {
         return html! {};
     }
-    // Kinds are ordered by the way of a page.
+    // Kinds are ordered as a page passes them.
     readings.sort_by_key(|reading| reading.stage);
     let blamed = busiest(&readings).filter(|(_, share)| *share >= MARKED).map(|(reading, _)| reading.stage);
     html! {
@@ -49,7 +49,7 @@ pub(super) fn section(page: &Page<'_>) -> Markup {
     }
 }
 
-/// Each stage with all its lanes together, and the one that is blamed by itself.
+/// Each stage with all its lanes combined; the bottleneck stage is also shown separately.
 fn joined(readings: &[Reading], blamed: Option<StageId>) -> Vec<Reading> {
     let mut joined: Vec<Reading> = Vec::new();
     for reading in readings {

@@ -1,4 +1,4 @@
-//! Pages of scripted migrations: whole, true to their figures, and safe whatever is written in them.
+//! Pages of scripted migrations: complete, consistent with their figures, and safe for any text in them.
 
 use memferry_stages::meter::Reading;
 use proptest::prelude::*;
@@ -16,7 +16,7 @@ use memferry::samples::{ended, script};
 use memferry::settings::After;
 use memferry::stage_id::StageId;
 
-/// What a page is made of.
+/// The inputs of a page.
 struct Scene {
     role: &'static str,
     account: Account,
@@ -25,7 +25,7 @@ struct Scene {
 }
 
 impl Scene {
-    /// The scripted migration, an event each 100 ms, with figures on the way.
+    /// The scripted migration: one event every 100 ms, with progress figures.
     fn new(role: &'static str) -> Self {
         let end = if role == "recv" { Role::Destination } else { Role::Source };
         let mut scene = Self::empty(role);
@@ -45,13 +45,13 @@ impl Scene {
         Self { role, account: Account::default(), settings: SourceSettings::default(), configuration }
     }
 
-    /// The same, but for how it ended.
+    /// The same migration with a different end.
     fn ending(mut self, change: impl FnOnce(&mut Ended)) -> Self {
         change(self.account.status.ended.get_or_insert_with(|| ended(Role::Source)));
         self
     }
 
-    /// The limit is what the settings say.
+    /// The downtime limit comes from the settings.
     fn without_samples(mut self) -> Self {
         self.account.series = Series::default();
         self
@@ -100,7 +100,7 @@ fn failed(ended: &mut Ended, phase: Phase, error: &str) {
     (ended.phase, ended.error, ended.verified, ended.downtime) = (phase, Some(error.into()), None, None);
 }
 
-/// The page as XML: of HTML's liberties it takes only the document type and elements that are never closed.
+/// The page as XML. Of HTML's deviations it uses only the document type and void elements.
 fn parsed<T>(page: &str, look: impl FnOnce(&Document<'_>) -> T) -> T {
     let body = page.strip_prefix("<!DOCTYPE html>").expect("a document type");
     let mut xml = String::new();
@@ -121,7 +121,7 @@ fn words(node: Node<'_, '_>) -> String {
     node.descendants().filter(Node::is_text).filter_map(|text| text.text()).collect::<Vec<_>>().join(" ")
 }
 
-/// What holds of every page.
+/// Properties that every page has.
 fn is_sound(page: &str) {
     parsed(page, |document| {
         assert_eq!(elements(document, "h1").len(), 1);
@@ -253,7 +253,7 @@ fn max_bandwidth_is_drawn_as_it_was_at_each_time() {
     });
 }
 
-/// 300 rounds and 16 lanes: figures for whoever wants all of them, and pictures of no more than can be told apart.
+/// 300 rounds and 16 lanes: the tables have all figures, and the charts show no more than is distinguishable.
 #[test]
 fn a_long_page_of_many_lanes_stays_readable() {
     const ROUNDS: u32 = 300;

@@ -1,4 +1,4 @@
-//! The course of a migration: remaining, rates, forecast and throttle over one axis of time, with what happened marked.
+//! A migration over time: remaining bytes, rates, forecast and throttle over one time axis, with events marked.
 
 mod panels;
 
@@ -15,10 +15,10 @@ use memferry::controller::{Decided, Decision};
 use memferry::events::Phase;
 use memferry::human;
 
-/// How far two flags, or two numbers of rounds, must be from each other to stand in one row, as a share of the width.
+/// The least distance between two flags, or two round numbers, in one row, as a share of the width.
 const APART: f64 = 0.065;
 const FLAG_ROWS: usize = 3;
-/// How far two lines of rounds, or two dots, must be from each other to be told apart on a phone.
+/// The least distance at which two round lines, or two dots, are distinguishable on a phone.
 const BESIDE: f64 = 0.012;
 /// The most flags that the legend explains; the tables have all of them.
 const EXPLAINED: usize = 24;
@@ -44,7 +44,7 @@ pub(super) fn section(page: &Page<'_>) -> Markup {
     }
 }
 
-/// What the pictures are drawn of.
+/// The data of the charts.
 struct Course<'a> {
     page: &'a Page<'a>,
     account: &'a Account,
@@ -52,18 +52,18 @@ struct Course<'a> {
     time: Time,
 }
 
-/// Something that happened and has a flag.
+/// An event with a flag.
 struct Flag {
     at: Duration,
-    /// What is on it: a decision's number, a change's letter.
+    /// The flag's label: a decision's number or a change's letter.
     name: String,
     class: &'static str,
-    /// What happened, in words.
+    /// A description of the event.
     what: String,
 }
 
 impl<'a> Course<'a> {
-    /// Nothing, if no page ever moved.
+    /// `None` if no page ever moved.
     fn of(page: &'a Page<'a>) -> Option<Self> {
         let (account, series) = (page.account, &page.account.series);
         let samples = series.samples();
@@ -81,7 +81,7 @@ impl<'a> Course<'a> {
         Backdrop { time: self.time, rounds, flags, paused: self.paused() }
     }
 
-    /// Decisions that did something, and changed settings, in the order in which they fell.
+    /// Decisions with an effect, and changed settings, in order of time.
     fn flags(&self) -> Vec<Flag> {
         let decided = self.page.decisions().enumerate().filter(|(_, (_, it))| it.decision != Decision::AnotherRound);
         let decided = decided.map(|(index, (at, Decided { decision, .. }))| Flag {
@@ -107,7 +107,7 @@ impl<'a> Course<'a> {
         Some((paused, series.first(Happened::Resumed).unwrap_or(self.time.to)))
     }
 
-    /// What was sampled while the guest was not paused.
+    /// The samples taken while the guest was not paused.
     fn running(&self) -> impl Iterator<Item = &Sample> {
         let paused = self.paused();
         let is_paused = move |at| paused.is_some_and(|(from, to)| at >= from && at <= to);
@@ -132,7 +132,7 @@ impl<'a> Course<'a> {
     }
 }
 
-/// The names of flags, above where they fell. Where they are too many for their rows some have their line only.
+/// The flags' labels, above the flags. If the rows have no room for all labels, some flags have a line only.
 fn flags(course: &Course<'_>) -> Markup {
     let mut ends = [f64::NEG_INFINITY; FLAG_ROWS];
     let mut placed = Vec::new();
@@ -157,7 +157,7 @@ fn flags(course: &Course<'_>) -> Markup {
     }
 }
 
-/// The rounds as stretches of time, numbered where there is room.
+/// The rounds as ranges of time, numbered where there is room.
 fn rounds(course: &Course<'_>) -> Markup {
     let mut last = f64::NEG_INFINITY;
     let mut spans = Vec::new();

@@ -1,4 +1,4 @@
-//! What happened, where the guest is, what to do: first, in sentences that a tired operator understands. Then the figures.
+//! The verdict in sentences (what happened, where the guest is, what to do), then the main figures.
 
 use maud::{Markup, html};
 
@@ -10,7 +10,7 @@ use memferry::settings::After;
 
 const NOTHING: &str = "Nothing.";
 
-/// How bad it is.
+/// The severity.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Tone {
     Good,
@@ -36,7 +36,7 @@ pub(super) struct Story {
     pub(super) headline: String,
     /// Where the guest is.
     pub(super) guest: String,
-    /// What to do.
+    /// What the operator should do.
     pub(super) todo: String,
 }
 
@@ -124,7 +124,7 @@ fn arrived(page: &Page<'_>) -> Story {
     }
 }
 
-/// What the figures say should be set otherwise, for the next time.
+/// Settings that the figures suggest to change before the next migration.
 fn with_conclusions(story: Story, page: &Page<'_>) -> Story {
     let conclusions = page.conclusions.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
     let todo = match story.todo.as_str() {
@@ -135,7 +135,7 @@ fn with_conclusions(story: Story, page: &Page<'_>) -> Story {
     Story { todo, ..story }
 }
 
-/// Nobody reads on below a good end, unless told to.
+/// Points to the warnings: without a pointer nobody reads on below a good end.
 fn with_warnings(story: Story, page: &Page<'_>) -> Story {
     let has_some = !page.account.notices.is_empty();
     Story { todo: if has_some { format!("{} Read the warnings below.", story.todo) } else { story.todo }, ..story }
@@ -217,7 +217,7 @@ fn at_source(page: &Page<'_>) -> String {
     format!("It is at its source, whole, in the state that it had.{}", stood_still(page))
 }
 
-/// How long it was paused for nothing, if it was.
+/// How long the guest was paused before it was resumed at the source, if it was.
 fn stood_still(page: &Page<'_>) -> String {
     let series = &page.account.series;
     match (series.first(Happened::Paused), series.first(Happened::Resumed)) {
@@ -228,7 +228,7 @@ fn stood_still(page: &Page<'_>) -> String {
     }
 }
 
-/// How much in what time; figures keep their units in the same line.
+/// An amount and its duration; numbers and their units are not broken across lines.
 fn moved(page: &Page<'_>) -> String {
     let report = page.report;
     let figure = |text: String| text.replace(' ', "\u{a0}");
@@ -302,7 +302,7 @@ fn figures(page: &Page<'_>) -> Vec<Figure> {
     figures
 }
 
-/// How far a migration had come that did not come to its end.
+/// The progress of a migration that did not complete.
 fn left_over(page: &Page<'_>) -> Option<Figure> {
     let (_, left) = *page.remaining().last().filter(|_| page.report.status != "completed")?;
     Some(Figure {

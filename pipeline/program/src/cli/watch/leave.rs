@@ -1,7 +1,7 @@
-//! When watching is over before the migration is: a signal comes, the terminal is gone, or nobody reads any more.
+//! Ends watching before the migration ends: on a signal, or when the terminal or the reader of the output is gone.
 //!
-//! A thread waits for that. What shows the migration is asked to end, and left behind if it does not: it may wait for room on a
-//! terminal that takes nothing, or ask a terminal for keys that is not there any more.
+//! A thread waits for that. The display is asked to end. If it does not end soon, the program exits without it: the
+//! display may block on a terminal that accepts no output, or poll for keys on a terminal that is gone.
 
 use std::fs::File;
 use std::io::{self, IsTerminal};
@@ -20,13 +20,14 @@ use signal_hook::low_level;
 use crate::cli::signals::heeded;
 use crate::cli::verdict::DONE;
 
-/// How long what shows the migration may take to end.
+/// How long the display may take to end.
 const GRACE: Duration = Duration::from_millis(500);
 
-/// True from the moment on when it is to end. Whoever has not ended soon after it is left behind: the program ends.
+/// A flag that becomes true when watching is to end. If the display does not end soon after, the program exits
+/// without it.
 ///
 /// # Errors
-/// When the system refuses.
+/// If the system refuses.
 pub(super) fn when_over() -> io::Result<Arc<AtomicBool>> {
     let (signalled, signal) = UnixStream::pair()?;
     for number in [&[SIGINT, SIGTERM][..], &heeded(&[SIGHUP])].concat() {
@@ -38,7 +39,7 @@ pub(super) fn when_over() -> io::Result<Arc<AtomicBool>> {
         wait(&signalled);
         tell.store(true, Ordering::Relaxed);
         thread::sleep(GRACE);
-        // The terminal may take nothing: only what needs no room on it is undone. It fails where there is none.
+        // The terminal may accept no output: only what needs none is restored. Without a terminal this fails.
         drop(crossterm::terminal::disable_raw_mode());
         low_level::exit(i32::from(DONE));
     };
@@ -49,13 +50,13 @@ pub(super) fn when_over() -> io::Result<Arc<AtomicBool>> {
 /// Waits for a signal, or until the terminal or the reader is gone.
 fn wait(signalled: &UnixStream) {
     let (stdin, stdout) = (io::stdin(), io::stdout());
-    // Keys come from standard input where that is a terminal, else from the terminal that controls this process.
+    // Keys are read from standard input if that is a terminal, else from the controlling terminal.
     let terminal = (!stdin.is_terminal() && stdout.is_terminal()).then(|| File::open("/dev/tty").ok()).flatten();
     let mut ends: Vec<BorrowedFd<'_>> = vec![stdout.as_fd()];
     ends.extend(stdin.is_terminal().then_some(stdin.as_fd()));
     ends.extend(terminal.as_ref().map(AsFd::as_fd));
     let mut watched = vec![PollFd::new(signalled, PollFlags::IN)];
-    // Asked for nothing, they tell of their end only.
+    // With no events requested, poll reports only hang-ups and errors.
     watched.extend(ends.iter().map(|end| PollFd::new(end, PollFlags::empty())));
     while poll(&mut watched, None) == Err(Errno::INTR) {}
 }

@@ -1,8 +1,8 @@
-//! `memferry watch`: a live view of a running migration, or of one that was recorded.
+//! `memferry watch`: a live view of a running or recorded migration.
 //!
-//! Takes lines of events ([`source`]), folds them into a [`model`], and shows that on the terminal ([`view`]); where standard
-//! output is no terminal it writes a line for each thing that happens ([`words`]). The terminal is left as it was found, however
-//! it ends.
+//! Reads lines of events ([`source`]), folds them into a [`model`], and draws that on the terminal ([`view`]). If
+//! standard output is not a terminal, it writes a line for each event ([`words`]). The terminal is restored on every
+//! exit.
 
 mod leave;
 mod model;
@@ -26,26 +26,26 @@ use source::{Broken, Heard};
 use view::Theme;
 use words::Teller;
 
-/// How often the screen is drawn.
+/// The time between two frames.
 const FRAME: Duration = Duration::from_millis(100);
-/// Lines that are entered between two looks at the keys.
+/// The most lines that are entered between two polls for keys.
 const LINES: usize = 1000;
 
 /// How watching ended.
 #[derive(Debug)]
 enum Outcome {
-    /// The migration is over, or the lines are.
+    /// The migration has ended, or the lines have.
     Over,
-    /// The person has seen enough.
+    /// The user quit.
     Quit,
-    /// The lines broke.
+    /// The source of lines failed.
     Broke(Broken),
 }
 
-/// Watches what a source says until it ends or nobody wants to see more, and gives the exit code.
+/// Watches a source until it ends or the user quits, and returns the exit code.
 ///
 /// # Errors
-/// When the terminal or the system refuses.
+/// If the terminal or the system fails.
 pub(super) async fn watch(name: &str, speed: Option<f64>) -> io::Result<u8> {
     let stop = leave::when_over()?;
     let on_screen = io::stdout().is_terminal() && std::env::var_os("TERM").is_some_and(|term| term != "dumb");
@@ -61,13 +61,13 @@ pub(super) async fn watch(name: &str, speed: Option<f64>) -> io::Result<u8> {
     tokio::task::spawn_blocking(show).await.map_err(io::Error::other)?
 }
 
-/// On a terminal.
+/// Watches on a terminal.
 fn show(name: &str, heard: &Receiver<Heard>, stop: &AtomicBool) -> io::Result<u8> {
     let mut model = Model::default();
     let outcome = {
         let mut screen = Screen::open()?;
         match until_the_end(&mut screen, &mut model, heard, stop) {
-            // A terminal that is gone can be neither drawn on nor asked.
+            // A terminal that is gone can neither be drawn on nor polled.
             Err(_) if stop.load(Ordering::Relaxed) => Outcome::Quit,
             outcome => outcome?,
         }
@@ -93,7 +93,7 @@ fn until_the_end(
     }
 }
 
-/// Enters what has come; something once there is nothing to come.
+/// Enters the queued lines; returns a result once there are no more to come.
 fn enter(model: &mut Model, heard: &Receiver<Heard>) -> Option<Outcome> {
     for _ in 0..LINES {
         match heard.try_recv() {
@@ -107,7 +107,7 @@ fn enter(model: &mut Model, heard: &Receiver<Heard>) -> Option<Outcome> {
     model.is_over().then_some(Outcome::Over)
 }
 
-/// Waits for the next frame, or for a key before it. A new size is drawn at once.
+/// Waits for the next frame, or for a key before it. A resize is drawn at once.
 fn wants_to_quit() -> io::Result<bool> {
     if !event::poll(FRAME)? {
         return Ok(false);
@@ -117,7 +117,7 @@ fn wants_to_quit() -> io::Result<bool> {
     Ok(key.kind == KeyEventKind::Press && (control_c || matches!(key.code, KeyCode::Char('q') | KeyCode::Esc)))
 }
 
-/// The terminal while it is ours. Dropped, it is as it was; a panic restores it before it is told.
+/// The terminal in raw mode. Dropped, it is restored; on a panic it is restored before the message is printed.
 struct Screen {
     terminal: DefaultTerminal,
     theme: Theme,
@@ -141,14 +141,14 @@ impl Drop for Screen {
     }
 }
 
-/// Elsewhere: a line for each thing that happens.
+/// Watches without a terminal: a line for each event.
 fn tell(name: &str, heard: &Receiver<Heard>, stop: &AtomicBool) -> io::Result<u8> {
     let (mut model, mut teller) = (Model::default(), Teller::default());
     loop {
         let outcome = match heard.recv_timeout(FRAME) {
             Ok(Heard::Line(line)) => {
                 model.take(&line);
-                // A reader that has seen enough closes the pipe.
+                // A reader that has read enough closes the pipe.
                 let told = teller.line(&line).map_or(Ok(()), |text| writeln!(io::stdout(), "{text}"));
                 match told {
                     Ok(()) if model.is_over() => Outcome::Over,
@@ -168,7 +168,7 @@ fn tell(name: &str, heard: &Receiver<Heard>, stop: &AtomicBool) -> io::Result<u8
     }
 }
 
-/// What stays on the terminal.
+/// The summary that stays on the terminal.
 fn conclude(name: &str, model: &Model, outcome: Outcome) -> u8 {
     if let Some(ended) = &model.shown().1.ended {
         drop(writeln!(io::stdout(), "{}", words::printable(&words::verdict(ended))));

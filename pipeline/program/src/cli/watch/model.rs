@@ -1,6 +1,6 @@
-//! What the lines of a migration's events come to: the state that is shown. Lines in, figures out; no clock, no terminal.
+//! The state of a migration, folded from the lines of its events. Lines in, figures out; no clock, no terminal.
 //!
-//! It is bounded whatever the lines say: histories keep a fixed number of entries, the newest or evenly thinned ones.
+//! It is bounded for any input: histories have a fixed number of entries, the newest or evenly thinned ones.
 
 use std::collections::VecDeque;
 
@@ -13,11 +13,11 @@ use memferry_report::event_json::{ChangedJson, EndedJson, EventJson, EventLine, 
 use memferry_report::series::Thinned;
 use memferry_report::{DecisionReport, StageReport};
 
-/// Rounds, remarks and readings that are kept.
+/// The most rounds, remarks and readings that are stored.
 const ROUNDS: usize = 64;
 const REMARKS: usize = 32;
 const READINGS: usize = 64;
-/// The stages in the order that pages pass them; all others come behind.
+/// The stages in the order in which pages pass them; all others follow.
 const FLOW: [StageKind; 6] = [
     StageKind::Scanner,
     StageKind::ZeroDetector,
@@ -26,7 +26,7 @@ const FLOW: [StageKind; 6] = [
     StageKind::Receiver,
     StageKind::Loader,
 ];
-/// Over how long stages are looked at, in milliseconds.
+/// The window over which stages are measured, in milliseconds.
 const LATELY_MS: f64 = 1000.0;
 
 /// Both ends, as far as their lines are read.
@@ -38,7 +38,7 @@ pub(super) struct Model {
     pub(super) ms: f64,
     /// Events that the writer lost.
     pub(super) lost: u64,
-    /// Lines that are no events known here.
+    /// Lines that are not known events.
     pub(super) strange: u64,
 }
 
@@ -67,16 +67,16 @@ pub(super) struct Remark {
     pub(super) text: String,
 }
 
-/// What a remark is.
+/// The kind of a remark.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum RemarkKind {
-    /// Go on as before: only the latest is of interest.
+    /// The decision for another round: only the latest is of interest.
     AnotherRound,
     Decision,
     Warning,
 }
 
-/// How a stage spent its time lately, as shares of it that add up to 1, or to 0 where it does not run.
+/// How a stage spent its recent time, as shares that add up to 1, or to 0 if it does not run.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Shares {
     pub(super) name: Untrusted,
@@ -108,7 +108,7 @@ impl Model {
         }
     }
 
-    /// The end that is shown: the source where it is heard, for it decides.
+    /// The end that is shown: the source if it is present, because it decides.
     pub(super) fn shown(&self) -> (Role, &End) {
         if self.source.heard || !self.destination.heard {
             (Role::Source, &self.source)
@@ -117,13 +117,13 @@ impl Model {
         }
     }
 
-    /// Has every end that was heard of ended?
+    /// Have all ends that reported ended?
     pub(super) fn is_over(&self) -> bool {
         let ends = || [&self.source, &self.destination].into_iter().filter(|end| end.heard);
         ends().count() > 0 && ends().all(|end| end.ended.is_some())
     }
 
-    /// How the stages of both ends spent their time lately, in the order that pages pass them.
+    /// How the stages of both ends spent their recent time, in the order in which pages pass them.
     pub(super) fn stages(&self) -> Vec<Shares> {
         let mut stages: Vec<_> = self.source.stages().chain(self.destination.stages()).collect();
         let place = |stage: &Shares| {
@@ -155,7 +155,7 @@ impl End {
         }
     }
 
-    /// A setup after an end is another migration.
+    /// A setup after an end begins another migration.
     fn phase(&mut self, phase: Phase) {
         if phase == Phase::Setup && self.ended.is_some() {
             *self = Self { heard: true, ..Self::default() };
@@ -197,7 +197,7 @@ impl End {
         self.now = Some(now.clone());
     }
 
-    /// The last reading less the one of a second before it, or the oldest there is.
+    /// The last reading minus the one of a second before it, or minus the oldest.
     fn stages(&self) -> impl Iterator<Item = Shares> {
         let (at, last) = self.readings.back().map_or((0.0, &[][..]), |(at, stages)| (*at, stages));
         let before = self.readings.iter().rev().find(|(then, _)| *then <= at - LATELY_MS).or(self.readings.front());
@@ -221,7 +221,7 @@ fn shares(stage: &StageReport, before: Option<&StageReport>) -> Shares {
     Shares { name: stage.name.clone(), lane: stage.lane, busy, input_wait, output_wait }
 }
 
-/// The lanes of each stage as one, in the order of their first.
+/// The lanes of each stage combined, in the order of their first.
 pub(super) fn without_lanes(stages: &[Shares]) -> Vec<Shares> {
     let mut names: Vec<&Untrusted> = Vec::new();
     stages.iter().for_each(|stage| {
@@ -252,7 +252,7 @@ fn keep<T>(list: &mut VecDeque<T>, item: T, most: usize) {
     list.push_back(item);
 }
 
-/// One figure over time in at most `width` columns, each the greatest of its samples.
+/// One figure over time in at most `width` columns, each the maximum of its samples.
 pub(super) fn greatest(samples: &[Sample], width: usize, figure: fn(&Sample) -> u64) -> Vec<u64> {
     let count = samples.len();
     if count <= width {

@@ -1,5 +1,5 @@
-//! Where lines of events come from: a migration that is asked over its control API, standard input, or a file that is replayed.
-//! A thread of its own reads them into a bounded queue.
+//! Sources of event lines: a running migration over its control API, standard input, or a replayed file. A thread
+//! reads them into a bounded queue.
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
@@ -16,20 +16,20 @@ use crate::api::client::{self, ClientError};
 use memferry::threads::explained;
 use memferry_report::event_json::EventLine;
 
-/// Lines that may wait to be shown.
+/// The number of lines that may be queued for display.
 const WAITING: usize = 256;
-/// The longest line that an event can be, in bytes.
+/// The longest line that an event can have, in bytes.
 const LONGEST: usize = 1 << 20;
-/// How long an answer may take to begin.
+/// The time limit for an answer to begin.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// What is heard.
+/// An item from a source.
 #[derive(Debug)]
 pub(super) enum Heard {
     Line(Box<EventLine>),
-    /// A line that is no event known here.
+    /// A line that is not a known event.
     Strange,
-    /// The source ended, or broke.
+    /// The source ended or failed.
     End(Result<(), Broken>),
 }
 
@@ -44,10 +44,11 @@ pub(super) enum Broken {
     Asked(#[from] ClientError),
 }
 
-/// Opens a source by its name and begins to read. A file is replayed so many times faster than it happened, or at once.
+/// Opens a source by its name and begins to read. A file is replayed at this multiple of its original speed, or at
+/// once.
 ///
 /// # Errors
-/// When it cannot be opened, in words.
+/// If it cannot be opened, in words.
 pub(super) async fn open(name: &str, speed: Option<f64>) -> Result<Receiver<Heard>, String> {
     let is_socket = Path::new(name).metadata().is_ok_and(|found| found.file_type().is_socket());
     if name == "-" {
@@ -63,7 +64,7 @@ pub(super) async fn open(name: &str, speed: Option<f64>) -> Result<Receiver<Hear
     }
 }
 
-/// Asks a running migration for its events.
+/// Requests the events of a running migration.
 async fn follow(name: &str) -> Result<Receiver<Heard>, String> {
     let address = socket(name)?;
     let asked = tokio::time::timeout(PATIENCE, client::events(&address)).await;
@@ -74,7 +75,7 @@ async fn follow(name: &str) -> Result<Receiver<Heard>, String> {
         let end = loop {
             match runtime.block_on(lines.next()) {
                 Ok(Some(line)) if tell.send(parse(line.as_bytes())).is_ok() => {}
-                // Nobody listens any more.
+                // The receiver is gone.
                 Ok(Some(_)) => return,
                 Ok(None) => break Ok(()),
                 Err(error) => break Err(error.into()),
@@ -85,7 +86,7 @@ async fn follow(name: &str) -> Result<Receiver<Heard>, String> {
     Ok(heard)
 }
 
-/// Runs what reads on a thread of its own, which ends with the program: whoever shows what it reads may have gone.
+/// Runs a reader on a thread of its own, which ends with the program: the receiver of its lines may be gone.
 fn in_background(read: impl FnOnce() + Send + 'static) -> Result<(), String> {
     let started = thread::Builder::new().name("memferry-lines".into()).spawn(read);
     started.map(drop).map_err(|error| explained(error).to_string())
@@ -135,7 +136,7 @@ struct Pace {
 }
 
 impl Pace {
-    /// So many times faster than it happened; 0 or nothing: at once.
+    /// The multiple of the original speed; 0 or `None`: at once.
     fn new(speed: Option<f64>) -> Self {
         Self { began: Instant::now(), speed: speed.filter(|speed| *speed > 0.0) }
     }

@@ -1,5 +1,5 @@
-//! The screen as it looks, drawn from the events of a real migration (`tests/recorded.jsonl`: a guest that is written to faster
-//! than its wire carries, throttled until it is not; thinned out).
+//! Screens drawn from the events of a real migration (`tests/recorded.jsonl`: a guest whose dirty rate is above the
+//! bandwidth, throttled until the migration converges; thinned out).
 
 use ratatui::Terminal;
 use ratatui::backend::TestBackend;
@@ -15,7 +15,7 @@ fn recorded() -> Vec<EventLine> {
     include_str!("tests/recorded.jsonl").lines().map(|line| EventLine::from_json(line).unwrap()).collect()
 }
 
-/// The state after so many milliseconds of the recorded migration.
+/// The state after this many milliseconds of the recorded migration.
 fn after(ms: f64) -> Model {
     let mut model = Model::default();
     recorded().iter().filter(|line| line.ms <= ms).for_each(|line| model.take(line));

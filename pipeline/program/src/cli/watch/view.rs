@@ -1,4 +1,5 @@
-//! The screen: a pure function of the [`Model`]. What matters most comes first and stays longest where there is little room.
+//! The screen: a pure function of the [`Model`]. The most important parts come first and are dropped last when space
+//! is short.
 //!
 //! ```text
 //!  state, round, time          always
@@ -24,18 +25,18 @@ use memferry::events::Phase;
 use memferry::human;
 use memferry_report::event_json::{ProgressJson, RoundJson};
 
-/// A bar of a stage has its name before and a percentage behind it.
+/// The bar of a stage has its name before it and a percentage after it.
 const STAGE_NAME: usize = 16;
 const STAGE_PERCENT: usize = 6;
-/// Below this a row has one stage, above it two.
+/// Below this width a row has one stage, from it on two.
 const TWO_STAGES: u16 = 76;
-/// Below this a total is left out.
+/// Below this width the total is omitted.
 const NARROW: usize = 60;
-/// Columns of a label before a figure.
+/// The width of a label before a figure.
 const LABEL: usize = 11;
 const FIGURE: usize = 14;
 
-/// How things look: in colours, or without.
+/// The style: with colours, or without.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Theme {
     pub(super) colours: bool,
@@ -55,7 +56,7 @@ impl Theme {
     }
 }
 
-/// Draws all of it, in whatever room there is.
+/// Draws the screen in the available space.
 pub(super) fn draw(frame: &mut Frame<'_>, model: &Model, theme: Theme) {
     let area = frame.area();
     let mut page = Page { frame, theme, width: usize::from(area.width), left: area };
@@ -69,7 +70,7 @@ pub(super) fn draw(frame: &mut Frame<'_>, model: &Model, theme: Theme) {
     page.rounds_and_remarks(model, end);
 }
 
-/// A screen that is filled from above.
+/// A screen that is filled from the top.
 struct Page<'a, 'b> {
     frame: &'a mut Frame<'b>,
     theme: Theme,
@@ -78,7 +79,7 @@ struct Page<'a, 'b> {
 }
 
 impl Page<'_, '_> {
-    /// The next row; nothing where there is no more.
+    /// The next row; `None` if there is no more space.
     fn row(&mut self) -> Option<Rect> {
         let row = Rect { height: 1, ..self.left };
         if self.left.height == 0 || self.left.width == 0 {
@@ -105,7 +106,7 @@ impl Page<'_, '_> {
         usize::from(self.left.height)
     }
 
-    /// State and phase, and what they mean for the guest; the time at the right.
+    /// State and phase, and what they mean for the guest; the time is at the right.
     fn state(&mut self, model: &Model) {
         let (role, end) = model.shown();
         let (name, meaning) = words::phase(end.phase);
@@ -126,7 +127,7 @@ impl Page<'_, '_> {
         self.line(Line::from(spans));
     }
 
-    /// The share of the guest that is done, what is left, and how long that takes.
+    /// The completed share of the guest, what remains, and the time left.
     fn done(&mut self, end: &End) {
         let Some(now) = &end.now else { return };
         let (Some(done), Some(left)) = (now.done_percent, now.remaining_bytes.map(human::bytes)) else {
@@ -148,7 +149,7 @@ impl Page<'_, '_> {
         ]));
     }
 
-    /// Three small pictures, from the migration's beginning to this moment.
+    /// Three small charts, from the migration's beginning to this moment.
     fn over_time(&mut self, end: &End) {
         let Some(now) = &end.now else { return };
         let rate = |rate: u64| format!("{}/s", human::bytes(rate));
@@ -169,7 +170,7 @@ impl Page<'_, '_> {
         self.frame.render_widget(Sparkline::default().data(columns).style(self.theme.of(colour)), rest);
     }
 
-    /// The forecast against the limit, how far the guest is held back, and the memory.
+    /// The forecast against the limit, the throttle of the guest, and the memory.
     fn limits(&mut self, end: &End) {
         let Some(now) = &end.now else { return };
         let mut spans = vec![Span::raw(format!("{:<LABEL$}", "downtime"))];
@@ -189,7 +190,7 @@ impl Page<'_, '_> {
         self.line(Line::from(spans));
     }
 
-    /// The shares of the time, the greatest first, as far as they fit.
+    /// The shares of the time, the greatest first, as many as fit.
     fn bottleneck(&mut self, end: &End) {
         let Some(now) = &end.now else { return };
         let shares = now.bottleneck_percent.to_string();
@@ -221,14 +222,14 @@ impl Page<'_, '_> {
         vec![Span::styled(format!("{} expected", words::time(expected)), style), Span::raw(format!("{limit}{verdict}"))]
     }
 
-    /// A bar for each stage: what it did of the last second.
+    /// A bar for each stage: how it spent the last second.
     fn stages(&mut self, stages: &[Shares]) {
         if stages.is_empty() || self.rows_left() < 2 {
             return;
         }
         let columns = if self.left.width >= TWO_STAGES { 2 } else { 1 };
         let rest = self.rows_left() - 1;
-        // At least half of what is left is for rounds and decisions, unless that is too little for anything.
+        // At least half of the remaining space is for rounds and decisions, unless that is too little for anything.
         let room = if rest >= 8 { rest / 2 } else { rest };
         let joined;
         let shown = if stages.len().div_ceil(columns) <= room {
@@ -267,7 +268,7 @@ impl Page<'_, '_> {
         ]
     }
 
-    /// The latest remark is worth more than the table; beyond that they share.
+    /// The latest remark has priority over the table; beyond that they share the space.
     fn rounds_and_remarks(&mut self, model: &Model, end: &End) {
         let room = self.rows_left();
         let table = (end.rounds.len() + 1).min(room / 2);
@@ -305,7 +306,7 @@ impl Page<'_, '_> {
         )));
     }
 
-    /// The latest remarks that fit whole, and what is to be known of the stream itself.
+    /// The latest remarks that fit completely, and notes about the stream itself.
     fn remarks(&self, model: &Model, end: &End, rows: usize) -> Vec<Line<'static>> {
         let mut lines = Vec::new();
         if model.lost > 0 {
@@ -350,13 +351,13 @@ fn phase_colour(phase: Option<Phase>) -> Color {
     }
 }
 
-/// A bar of `width` columns that is full to a share.
+/// A bar of `width` columns that is filled to a share.
 fn filled(share: f64, width: usize) -> String {
     let [full, ..] = split([share, 0.0, 0.0], width);
     format!("{}{}", "█".repeat(full), "░".repeat(width - full))
 }
 
-/// Shares as columns of `width`: they never add up to more, and a share that is there is rounded, not cut.
+/// Splits `width` columns by shares. The sum never exceeds `width`, and a non-zero share is rounded, not truncated.
 fn split(shares: [f64; 3], width: usize) -> [usize; 3] {
     let mut before = 0;
     let mut sum = 0.0;

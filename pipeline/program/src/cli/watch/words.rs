@@ -1,4 +1,4 @@
-//! What is said of a migration: words for its states, and a line for each event where there is no screen.
+//! Descriptions of a migration: words for its states, and a line for each event if there is no screen.
 
 use std::time::Duration;
 
@@ -9,18 +9,18 @@ use memferry::events::{Phase, Role};
 use memferry::human;
 use memferry_report::event_json::{ChangedJson, EndedJson, EventJson, EventLine};
 
-/// A time of the format, for people; nonsense is no time.
+/// A time of the format, for people; an invalid value becomes zero.
 pub(super) fn time(ms: f64) -> String {
     human::time(Duration::try_from_secs_f64(ms / 1e3).unwrap_or_default())
 }
 
-/// A time of the migration: `12.3 s`, tenths to the end, so that it does not jump about.
+/// A time of the migration: `12.3 s`, always with tenths, so that its width does not change.
 pub(super) fn clock(ms: f64) -> String {
     let seconds = if ms.is_finite() { ms.max(0.0) / 1e3 } else { 0.0 };
     format!("{seconds:.1} s")
 }
 
-/// Where it stands, and what that means for the guest.
+/// The state, and what it means for the guest.
 pub(super) fn phase(phase: Option<Phase>) -> (&'static str, &'static str) {
     match phase {
         None => ("waiting", "nothing heard yet"),
@@ -34,7 +34,7 @@ pub(super) fn phase(phase: Option<Phase>) -> (&'static str, &'static str) {
     }
 }
 
-/// How it ended, in one line.
+/// The outcome, in one line.
 pub(super) fn verdict(ended: &EndedJson) -> String {
     let (name, meaning) = phase(Some(ended.phase));
     let mut line = format!("{name} after {}", time(ended.total_ms));
@@ -52,7 +52,7 @@ pub(super) fn verdict(ended: &EndedJson) -> String {
     format!("{line}; {meaning}")
 }
 
-/// What the line of an event says, if it is worth one; figures on the way at most once a second.
+/// The line for an event, if it has one; progress figures at most once a second.
 #[derive(Debug, Default)]
 pub(super) struct Teller {
     figures_ms: Option<f64>,
@@ -70,7 +70,7 @@ impl Teller {
         Some(printable(&format!("{:>8}  {who}{text}", clock(line.ms))))
     }
 
-    /// Where both ends are heard, the source's are enough.
+    /// If both ends report, the source's are enough.
     fn are_due(&mut self, line: &EventLine) -> bool {
         let wanted = !self.source_heard || line.role == Some(Role::Source);
         let due = wanted && self.figures_ms.is_none_or(|last| line.ms - last >= 1000.0);
@@ -109,7 +109,7 @@ fn milestone(event: &EventJson) -> Option<String> {
     })
 }
 
-/// Strangers or broken peers, that were refused.
+/// Refused peers.
 pub(super) fn turned_away(peer: &Untrusted, why: &Untrusted, count: u64) -> String {
     match count {
         1 => format!("turned {peer} away: {why}"),
@@ -117,13 +117,13 @@ pub(super) fn turned_away(peer: &Untrusted, why: &Untrusted, count: u64) -> Stri
     }
 }
 
-/// A setting that was changed, by whoever controls the migration.
+/// A setting that was changed through the control API.
 pub(super) fn change(changed: &ChangedJson) -> String {
     let change = &changed.change;
     format!("round {}: {} changed from {} to {}", change.round, change.key, change.from, change.to)
 }
 
-/// What comes from outside must not move the cursor.
+/// Text from outside must not move the cursor.
 pub(super) fn printable(text: &str) -> String {
     shown(text).into_owned()
 }

@@ -1,4 +1,4 @@
-//! `[guest.…]`: what is moved.
+//! `[guest.…]`: the guest to move.
 
 use std::path::PathBuf;
 
@@ -15,27 +15,27 @@ use memferry_guests::workload::{Backing, Fill, LogChoice, Pattern};
 pub struct WorkloadTable {
     /// Bytes of memory.
     pub memory: Size,
-    /// RAM blocks it is cut into.
+    /// RAM blocks into which it is divided.
     pub blocks: u32,
     /// Unit of the dirty bitmap.
     pub page_size: Size,
-    /// Where the memory comes from.
+    /// How the memory is allocated.
     pub backing: Backing,
-    /// How writes are found.
+    /// How writes are detected.
     pub dirty_log: LogChoice,
-    /// Start of every random sequence.
+    /// Seed of every random sequence.
     pub seed: u64,
-    /// What the memory holds at the start.
+    /// The content of the memory at the start.
     pub fill: Fill,
-    /// The share of the memory that is unplugged: its end. It never travels.
+    /// The share of the memory that is unplugged, at its end. It never travels.
     pub unplugged: f64,
-    /// Memory that is free, and hinted so while it is migrated.
+    /// Memory that is free, and hinted as free during the migration.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub free: Option<FreeTable>,
-    /// A block more, in a file that both ends have. It never travels.
+    /// An additional block, in a file that both ends have. It never travels.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub shared: Option<SharedSettings>,
-    /// Who writes to it.
+    /// The writers of the memory.
     pub writers: Vec<WriterTable>,
 }
 
@@ -43,12 +43,12 @@ pub struct WorkloadTable {
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct FreeTable {
-    /// The share of the memory that is free, behind what is in use and before what is unplugged.
+    /// The share of the memory that is free: it follows the memory in use and precedes the unplugged memory.
     pub share: f64,
-    /// How often a second a range of it is taken and written, or given back; 0 is never.
+    /// How many times per second a range of it is allocated and written, or freed; 0 is never.
     #[serde(default)]
     pub turns_per_second: f64,
-    /// What is taken at a time.
+    /// The size of such a range.
     #[serde(default = "FreeTable::default_range")]
     pub range: Size,
 }
@@ -63,15 +63,15 @@ impl FreeTable {
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct WriterTable {
-    /// Which pages come next.
+    /// The order in which pages are written.
     pub pattern: Pattern,
-    /// How many a second; 0 is as many as it can.
+    /// Writes per second; 0 is unlimited.
     #[serde(default = "WriterTable::default_pages_per_second")]
     pub pages_per_second: f64,
     /// Bytes changed in a page by one write.
     #[serde(default = "WriterTable::default_bytes")]
     pub bytes: Size,
-    /// The part of memory it writes to: from and to, as shares.
+    /// The part of the memory that it writes: from and to, as shares.
     #[serde(default = "WriterTable::default_region")]
     pub region: [f64; 2],
 }
@@ -102,19 +102,19 @@ pub struct FileTable {
     /// Unit of the dirty bitmap.
     #[serde(default = "default_page_size")]
     pub page_size: Size,
-    /// Source: a command that pauses whoever writes the images.
+    /// Source: a command that pauses the process that writes the images.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pause: Option<Vec<String>>,
-    /// Source: a command that lets it go on.
+    /// Source: a command that resumes it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resume: Option<Vec<String>>,
-    /// Destination: a command that starts what lives on the images.
+    /// Destination: a command that starts the process that uses the images.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub start: Option<Vec<String>>,
-    /// How long a command may take.
+    /// The time limit for a command.
     #[serde(default = "FileTable::default_command_timeout")]
     pub command_timeout: Time,
-    /// Destination: may images that exist be replaced?
+    /// Destination: may existing images be replaced?
     #[serde(default)]
     pub overwrite: bool,
 }
@@ -129,11 +129,11 @@ impl FileTable {
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct ImageTable {
-    /// Name of its RAM block, or of its part of the state: the same at both ends.
+    /// The name of its RAM block, or of its part of the state: the same at both ends.
     pub id: String,
     /// The file.
     pub path: PathBuf,
-    /// With `run`: the file that the destination makes.
+    /// With `run`: the file that the destination creates.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub copy: Option<PathBuf>,
 }

@@ -1,4 +1,4 @@
-//! The tables of a configuration file, as they are written. What they mean together is checked in `rules`.
+//! The tables of a configuration file, as they are written. Rules across tables are in `rules`.
 
 mod guest;
 
@@ -19,20 +19,20 @@ use memferry_guests::kvm::KvmSettings;
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
-    /// What is moved.
+    /// The guest to move.
     pub guest: GuestTable,
     /// How pages are encoded.
     #[serde(default)]
     pub encoder: EncoderTable,
-    /// How many stages work side by side.
+    /// How many stages work in parallel.
     #[serde(default)]
     pub pipeline: PipelineTable,
     /// How the bytes travel.
     pub transport: TransportTable,
-    /// When to switch over, and what to do if that moment does not come.
+    /// When to switch over, and what to do if the migration does not converge.
     #[serde(default)]
     pub migration: MigrationTable,
-    /// What to do about a guest that outruns the wire.
+    /// How to throttle a guest whose dirty rate is above the bandwidth.
     #[serde(default)]
     pub convergence: ConvergenceSettings,
 }
@@ -58,18 +58,18 @@ pub struct EncoderTable {
     /// Level of zstd, -7 (fast) to 19 (dense).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub compress_level: Option<i32>,
-    /// What follows the first round.
+    /// The encoding after the first round.
     pub delta: DeltaChoice,
-    /// What becomes of a page that the cache does not hold or whose delta is not smaller: by default it is compressed where the wire is
-    /// slower than the compressor. Where `compress` is none it always goes as it is.
+    /// The encoding of a page that the cache does not hold or whose delta is not smaller. By default it is compressed
+    /// if the wire is slower than the compressor. If `compress` is none, it is always sent raw.
     pub on_miss: OnMiss,
-    /// Bytes of the XBZRLE cache, all lanes together, at most the guest's memory. By default 256 MiB, or all of the guest's memory if
-    /// that is less.
+    /// Bytes of the XBZRLE cache, all lanes together, at most the guest's memory. By default 256 MiB, or all of the
+    /// guest's memory if that is less.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub xbzrle_cache: Option<Size>,
-    /// Do pages enter the cache in the first round already? By default they do: the second round then sends deltas where it
-    /// would only miss. On 512 MiB with 8-byte writes all over, in lz4, that was 40 % fewer bytes and 20 % less time than
-    /// without; on the quickstart, whose cache holds a quarter of the guest, 6 % and 12 %.
+    /// Do pages enter the cache in the first round? By default they do: the second round then sends deltas where it
+    /// would otherwise only miss. On 512 MiB with 8-byte writes all over, in lz4, that was 40 % fewer bytes and 20 %
+    /// less time than without; on the quickstart, whose cache holds a quarter of the guest, 6 % and 12 %.
     pub cache_first_round: bool,
 }
 
@@ -77,7 +77,7 @@ pub struct EncoderTable {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Compress {
-    /// Pages go as they are.
+    /// Pages are sent raw.
     None,
     /// Snappy.
     Snap,
@@ -103,7 +103,7 @@ pub enum DeltaChoice {
 pub struct TransportTable {
     /// `tcp:host:port`, `unix:/path` or `file:/path`.
     pub address: String,
-    /// How long a source keeps trying while nobody listens.
+    /// How long a source retries while nothing listens.
     #[serde(default = "TransportTable::default_connect_timeout")]
     pub connect_timeout: Time,
 }
@@ -114,15 +114,15 @@ impl TransportTable {
     }
 }
 
-/// Settings of both ends, at which a table's keys point.
+/// The settings of both ends, which a table's keys refer to.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Ends {
     pub(super) source: SourceSettings,
     pub(super) destination: DestinationSettings,
 }
 
-/// A table whose keys are settings: each with its type as it is written, and the setting that it is, or several. What a key means
-/// and its default are found there.
+/// A table whose keys are settings: each with its type in the file, and the setting or settings that it stands for.
+/// The meaning and default of a key are documented at its setting.
 macro_rules! table {
     ($(#[$about:meta])* $table:ident {
         $($(#[$how:meta])* $key:ident: $written:ty = $end:ident.$setting:ident $(, $other:ident.$same:ident)*;)*

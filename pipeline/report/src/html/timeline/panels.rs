@@ -1,4 +1,4 @@
-//! One panel for each quantity of a migration's course, over the same axis of time.
+//! One panel for each quantity, over a common time axis.
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use memferry::controller::Decision;
 use memferry::controller::forecast::whole;
 use memferry::human;
 
-/// Two figures closer than this make no rate.
+/// Two figures closer than this do not give a rate.
 const LEAST_SPAN: Duration = Duration::from_millis(30);
 
 impl Course<'_> {
@@ -20,7 +20,7 @@ impl Course<'_> {
         (self.time.share(at), scale.height(value))
     }
 
-    /// What remained, as samples and syncs found it.
+    /// The remaining bytes, from samples and syncs.
     pub(super) fn remaining(&self, backdrop: &Backdrop) -> Markup {
         let found: Vec<_> = self.page.found().map(|(at, bytes)| (at, as_f64(bytes))).collect();
         let mut knots = vec![(self.time.from, as_f64(self.account.status.total_bytes()))];
@@ -54,7 +54,7 @@ impl Course<'_> {
         }
     }
 
-    /// What went over the wire, and what the guest dirtied.
+    /// The wire rate and the guest's dirty rate.
     pub(super) fn rates(&self, backdrop: &Backdrop) -> Markup {
         let wire = self.wire_rates();
         let mut dirty: Vec<_> = self.running().filter_map(|sample| Some((sample.at, sample.dirty_rate?))).collect();
@@ -105,7 +105,7 @@ impl Course<'_> {
         }
     }
 
-    /// What `max_bandwidth` was, from when to when, in bytes a second; nothing while there was none.
+    /// The values of `max_bandwidth` over time, in bytes per second; empty while there is no limit.
     fn caps(&self) -> Vec<(Duration, Duration, f64)> {
         if self.page.is_destination() {
             return Vec::new();
@@ -125,7 +125,7 @@ impl Course<'_> {
             .collect()
     }
 
-    /// Bytes a second between one figure and the next, to be drawn from each knot to the one after it.
+    /// Bytes per second between consecutive figures, drawn from each point to the next.
     fn wire_rates(&self) -> Vec<(Duration, f64)> {
         let end = self.account.status.ended.as_ref().map(|ended| (self.time.to, ended.wire_bytes));
         let mut knots = vec![(self.time.from, 0)];
@@ -195,7 +195,7 @@ impl Course<'_> {
         }
     }
 
-    /// How far the guest was held back; nothing if it never was.
+    /// The throttle of the guest over time; empty if it was never throttled.
     pub(super) fn throttle(&self, backdrop: &Backdrop) -> Markup {
         let mut levels: Vec<_> = self.samples.iter().map(|sample| (sample.at, f64::from(sample.throttle))).collect();
         levels.extend(self.page.decisions().filter_map(|(at, decided)| match decided.decision {
@@ -227,7 +227,7 @@ impl Course<'_> {
     }
 }
 
-/// As many dots as can be told apart.
+/// At most as many dots as are distinguishable.
 fn dots(class: &'static str, points: impl IntoIterator<Item = Point>) -> Vec<(&'static str, Point)> {
     chart::apart(BESIDE, points, |point| point.0).into_iter().map(|point| (class, point)).collect()
 }
