@@ -322,7 +322,7 @@ mod tests {
         let inspection = inspect(&stream());
         assert!(inspection.is_whole(), "{inspection}");
         insta::assert_snapshot!(inspection, @r"
-        protocol    1
+        protocol    2
         session     07070707070707070707070707070707
         lanes       1 on 1 connections
         page size   4.00 KiB
