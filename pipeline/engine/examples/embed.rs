@@ -134,8 +134,10 @@ async fn destination() -> Result<(), Box<dyn Error>> {
     println!("{}", listener.local_address());
     let unwatched = Observers::none(Role::Destination);
     let (settings, never) = (DestinationSettings::default(), CancellationToken::new());
-    let received = receive(Vmm::build, listener, settings, &DataPlane::new()?, unwatched, never).await?;
-    eprintln!("destination: the guest arrived, and is {:?}", received.guest.run_state());
+    match receive(Vmm::build, listener, settings, &DataPlane::new()?, unwatched, never).await {
+        Ok(received) => eprintln!("destination: the guest arrived, and is {:?}", received.guest.run_state()),
+        Err(error) => eprintln!("destination: {error}"),
+    }
     Ok(())
 }
 
