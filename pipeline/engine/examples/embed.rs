@@ -162,7 +162,7 @@ async fn source(max_bandwidth: Option<u64>) -> Result<(), Box<dyn Error>> {
     let settings = SourceSettings { max_bandwidth, on_deadline: OnDeadline::SwitchOver, ..SourceSettings::default() };
     let sent = send(guest.clone(), transport.into(), settings, &DataPlane::new()?, observers, cancel).await;
     progress.flush(Duration::from_secs(1));
-    let (state, steps) = (guest.cpu().state, guest.cpu().steps);
+    let Cpu { state, steps } = *guest.cpu();
     match sent {
         Ok(sent) => {
             println!("moved: it runs there; here it made {steps} steps, and was paused {:?}", sent.ended.downtime)
