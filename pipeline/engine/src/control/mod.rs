@@ -18,9 +18,9 @@
 //! use std::time::Duration;
 //! use memferry::control::{Change, Control, Happened};
 //! use memferry::events::{Event, Observers, Phase, Role};
-//! use memferry::region::Region;
 //! use memferry::settings::{DestinationSettings, SourceSettings};
 //! use memferry::transports::{Transport, memory::MemoryTransport};
+//! use memferry_guests::region::Region;
 //!
 //! # tokio::runtime::Runtime::new()?.block_on(async {
 //! let region = Region::new(1 << 20)?;
@@ -47,7 +47,7 @@
 //! };
 //! let (sent, received, sped_up) = tokio::join!(sending, receiving, speeding_up);
 //! sped_up?;
-//! assert_eq!(sent?.phase, Phase::Completed);
+//! assert_eq!(sent?.ended.phase, Phase::Completed);
 //! assert!(received.is_ok() && control.status().ended.is_some());
 //! # Ok::<(), Box<dyn std::error::Error>>(()) })?;
 //! # Ok::<(), Box<dyn std::error::Error>>(())
