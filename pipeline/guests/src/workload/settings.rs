@@ -6,8 +6,10 @@ use memferry_stages::geometry::{MAX_BLOCKS, PageSize};
 use serde::{Deserialize, Serialize};
 
 use crate::shared::SharedSettings;
-use crate::workload::stamp::STAMP_BYTES;
 use memferry::guest::GuestError;
+
+/// Bytes of a stamp, at the start of a page.
+pub(super) const STAMP_BYTES: usize = 16;
 
 /// The most pages a workload may have: their sequences travel as device state, which is bounded.
 pub const MAX_PAGES: u64 = 48 << 20;

@@ -15,9 +15,7 @@ use fastrand::Rng;
 
 use super::machine::Machine;
 use super::random::generator;
-/// Bytes of a stamp, at the start of a page.
-pub(super) const STAMP_BYTES: usize = 16;
-
+use super::settings::STAMP_BYTES;
 /// One write of one page, as the mark it leaves there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Mark {

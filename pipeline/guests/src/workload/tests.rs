@@ -12,7 +12,7 @@ use memferry_stages::geometry::bits;
 use memferry_stages::pool::BufferPool;
 use proptest::prelude::*;
 
-use super::stamp::STAMP_BYTES;
+use super::settings::STAMP_BYTES;
 use super::*;
 
 const PAGE: usize = 4096;

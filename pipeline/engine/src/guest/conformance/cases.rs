@@ -184,7 +184,7 @@ pub(super) fn strange_peers<S: Subject>(subject: &S) -> Result<(), Breach> {
         let built = source.try_call("build", move |_| builder.build(page_size, &came, &setup))?;
         let Ok(guest) = built else { continue };
         if let Some(wrong) = what_is_wrong(&guest.memory(), page_size, &blocks) {
-            return Err(source.breach(super::moving::BUILT, wrong));
+            return Err(source.breach(super::BUILT, wrong));
         }
         if let Some(claimed) = claims(&guest.memory(), right) {
             return Err(source.breach(IGNORED, claimed));

@@ -52,6 +52,8 @@ use std::sync::Arc;
 
 use super::{DestinationGuest, Guest, GuestBuilder, GuestState, SourceGuest};
 
+const BUILT: &str = "what build has built is what came, zero wherever it is said to be fresh";
+
 /// The guests under test. They should have some MiB of memory: all of it is read often.
 pub trait Subject {
     /// The guest type: what arrives can be sent again.

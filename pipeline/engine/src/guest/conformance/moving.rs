@@ -11,13 +11,12 @@ use tokio_util::sync::CancellationToken;
 use super::cases::Trial;
 use super::image::Image;
 use super::witness::{Arrived, Expecting, Leaving, held};
-use super::{Breach, GuestBuilder, SourceGuest, Subject, contract};
+use super::{BUILT, Breach, GuestBuilder, SourceGuest, Subject, contract};
 use crate::events::{Ended, Event, Observer, Observers, Phase, Role};
 use crate::guest::RunState;
 use crate::migration::{DataPlane, ReceiveError, SendError, Sent, receive, send};
 use crate::settings::{DestinationSettings, OnDeadline, SourceSettings, XbzrleSettings};
 
-pub(super) const BUILT: &str = "what build has built is what came, zero wherever it is said to be fresh";
 const LOGS: &str = "the dirty logs see every write, before the pause";
 const LOGS_SAVE: &str = "the dirty logs see what save writes";
 const MOVES: &str = "a guest with a right peer is moved";

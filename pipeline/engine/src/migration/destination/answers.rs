@@ -10,9 +10,10 @@ use memferry_stages::silence::Ear;
 use memferry_stages::stage_id::StageId;
 use memferry_stages::untrusted::Untrusted;
 use memferry_stages::wire::Message;
+use memferry_stages::wire::messages::Figure;
 use tokio::runtime::Handle;
 
-use super::flow::finish;
+use crate::bottleneck;
 use crate::events::Role;
 use crate::migration::alive::Alive;
 use crate::migration::connection::Writer;
@@ -65,4 +66,16 @@ pub(super) async fn say(answers: Option<&Answers>, message: &Message) -> Result<
     let Some(answers) = answers else { return Ok(()) };
     let said = answers.outlet.put(Control::Frame(message.encode(0))).await;
     said.map_err(|_| MigrationError::Lost("the return path is closed".into()))
+}
+
+/// Ends the return path once all queued answers are sent.
+pub(super) async fn finish(answer: &Outlet<Control>, stages: &mut StageSet) {
+    answer.put(Control::Finish).await.ok();
+    while stages.next_end().await.stage != StageId::ANSWERS {}
+}
+
+/// The figures that this end reports to the source with each heartbeat, once the stages run.
+pub(super) fn figures(receivers: &[Arc<Meter>]) -> Vec<Figure> {
+    let receivers: Vec<_> = receivers.iter().map(|meter| meter.read()).collect();
+    vec![bottleneck::figure_of(&receivers)]
 }

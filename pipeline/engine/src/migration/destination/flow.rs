@@ -4,7 +4,6 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use memferry_stages::loader::Loaded;
-use memferry_stages::queue::Outlet;
 use memferry_stages::sender::Control;
 use memferry_stages::stage_id::StageId;
 use memferry_stages::wire::Message;
@@ -12,7 +11,7 @@ use memferry_stages::wire::messages::Progress as Acknowledged;
 use tokio::time::Interval;
 use tokio_util::sync::CancellationToken;
 
-use super::setup::figures;
+use super::answers::{figures, finish};
 use crate::bottleneck::Watch;
 use crate::migration::FAREWELL;
 use crate::migration::alive::{Alive, silenced};
@@ -20,7 +19,6 @@ use crate::migration::destination_graph::DestinationGraph;
 use crate::migration::digests::LeftOut;
 use crate::migration::error::MigrationError;
 use crate::migration::speed::Speed;
-use crate::migration::stage_set::StageSet;
 
 /// The running destination, as its controller sees it.
 pub(super) struct Flow {
@@ -129,12 +127,6 @@ impl Flow {
     pub(super) fn wire_bytes(&self) -> u64 {
         self.graph.receiver_meters.iter().map(|meter| meter.bytes()).sum()
     }
-}
-
-/// Ends the return path once all queued answers are sent.
-pub(super) async fn finish(answer: &Outlet<Control>, stages: &mut StageSet) {
-    answer.put(Control::Finish).await.ok();
-    while stages.next_end().await.stage != StageId::ANSWERS {}
 }
 
 pub(super) fn ended_early() -> MigrationError {

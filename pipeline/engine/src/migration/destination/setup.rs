@@ -6,17 +6,16 @@ use std::time::{Duration, Instant};
 use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::geometry::{BlockInfo, Layout};
 use memferry_stages::memory::GuestMemory;
-use memferry_stages::meter::Meter;
 use memferry_stages::wire::Message;
-use memferry_stages::wire::messages::{Figure, StatePhase};
+use memferry_stages::wire::messages::StatePhase;
 use memferry_stages::wire::reader::Incoming;
 use memferry_transports::Listener;
 use tokio::time::MissedTickBehavior;
 
-use super::answers::{Answers, say};
+use super::answers::{Answers, figures, say};
 use super::flow::{Flow, ended_early};
 use super::{Build, Built, Destination};
-use crate::bottleneck::{self, Watch};
+use crate::bottleneck::Watch;
 use crate::events::{Event, Phase, Role};
 use crate::guest::{GuestError, GuestState};
 use crate::migration::alive::silenced;
@@ -165,10 +164,4 @@ fn check_ignored(came: &[BlockInfo], own: &Layout) -> Result<(), GuestError> {
     let (there, here) =
         if came.ignored { ("ignored, and so not sent", "does not share it") } else { ("sent", "shares it already") };
     Err(GuestError(format!("block {:?} is {there}, and the guest here {here}", came.id)))
-}
-
-/// The figures that this end reports to the source with each heartbeat, once the stages run.
-pub(super) fn figures(receivers: &[Arc<Meter>]) -> Vec<Figure> {
-    let receivers: Vec<_> = receivers.iter().map(|meter| meter.read()).collect();
-    vec![bottleneck::figure_of(&receivers)]
 }
