@@ -164,21 +164,23 @@ fn turned_away(recorder: &Recorder) -> Vec<(String, u64)> {
 #[test]
 fn a_peer_that_cannot_be_taken_hears_why_and_the_wait_goes_on() {
     let lanes = |lanes: u16| {
-        resealed(&hello(1, SessionId([1; 16]), 0, 1, 1), |fields| fields[30..32].copy_from_slice(&lanes.to_le_bytes()))
+        resealed(&hello(PROTOCOL_VERSION, SessionId([1; 16]), 0, 1, 1), |fields| {
+            fields[30..32].copy_from_slice(&lanes.to_le_bytes())
+        })
     };
     let mine = SessionId([9; 16]);
     let cases: [(Vec<u8>, &[&str]); 9] = [
         (hello(PROTOCOL_VERSION + 1, mine, 0, 1, 1).to_vec(), &["protocol version 3", "version 2", "same release"]),
         (lanes(0), &["number of lanes is 0"]),
         (lanes(u16::MAX), &["number of lanes is 65535"]),
-        (hello(1, mine, 0, 1, 64).to_vec(), &["64 lanes", "at most 8"]),
+        (hello(PROTOCOL_VERSION, mine, 0, 1, 64).to_vec(), &["64 lanes", "at most 8"]),
         (Message::Ready.encode(0).to_vec(), &["not Hello"]),
         // The first connection of a migration of two is accepted, then one that contradicts it, then the same again.
         // One that is refused between them leaves the first time to be counted.
-        (hello(1, mine, 0, 2, 2).to_vec(), &[]),
+        (hello(PROTOCOL_VERSION, mine, 0, 2, 2).to_vec(), &[]),
         (Message::Ready.encode(0).to_vec(), &["not Hello"]),
-        (hello(1, mine, 1, 3, 3).to_vec(), &["contradicts"]),
-        (hello(1, mine, 0, 2, 2).to_vec(), &["connection 0", "there already"]),
+        (hello(PROTOCOL_VERSION, mine, 1, 3, 3).to_vec(), &["contradicts"]),
+        (hello(PROTOCOL_VERSION, mine, 0, 2, 2).to_vec(), &["connection 0", "there already"]),
     ];
     let source = TestGuest::source(PageSize::DEFAULT, &[LENGTH]).running(1);
     let destination = Arc::new(TestGuest::destination());
@@ -217,7 +219,7 @@ fn a_peer_that_cannot_be_taken_hears_why_and_the_wait_goes_on() {
     // The first of each kind is reported at once, and the others are counted.
     let told = turned_away(&recorder);
     assert_eq!(told.iter().map(|(_, count)| count).sum::<u64>(), 8, "{told:?}");
-    for word in ["protocol version 2", "number of lanes is 0", "at most 8", "contradicts", "not Hello", "there already"]
+    for word in ["protocol version 3", "number of lanes is 0", "at most 8", "contradicts", "not Hello", "there already"]
     {
         assert!(told.iter().any(|(why, _)| why.contains(word)), "{word}: {told:?}");
     }
