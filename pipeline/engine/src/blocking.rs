@@ -1,8 +1,8 @@
 //! Migrations for VMMs that use threads and have no async runtime.
 //!
-//! A [`Runtime`] owns the threads that a migration needs. Its calls are those of [`migration`](crate::migration), and
+//! A [`Runtime`] owns the threads that a migration needs. Its calls are those of [`migration`], and
 //! return when it is decided where the guest is. Each blocks the calling thread, so a VMM dedicates a thread to it. A
-//! clone of the [`Control`](crate::control::Control) passed to a call controls it from any other thread.
+//! clone of the [`Control`] passed to a call controls it from any other thread.
 //!
 //! # Example
 //! ```no_run

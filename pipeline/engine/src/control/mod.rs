@@ -1,7 +1,7 @@
 //! Control of one end of a migration while it runs: read its status, change its settings, or cancel it.
 //!
 //! A [`Control`] is a handle, cheap to clone, that is passed to [`send`](crate::migration::send) or
-//! [`receive`](crate::migration::receive). Every clone can make requests. The HTTP API ([`crate::api`]) holds one.
+//! [`receive`](crate::migration::receive). Every clone can make requests. The program's HTTP API holds one.
 //!
 //! ```text
 //!  set, switch_over ──▶ requests ──▶ the source's flow: a signal among its others, acted on and answered there

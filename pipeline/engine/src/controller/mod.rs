@@ -16,7 +16,7 @@
 //! 3. Are the rounds used up, or is there no other way to meet the deadline? Then `on_deadline` applies.
 //! 4. Have `stall_rounds` rounds brought no new minimum of what remains, or is it certain that the rounds left will not
 //!    reach the limit at their pace? That is a stall: the next of the operator's steps is taken, if the step before has
-//!    had its rounds to show its effect ([`steps`]).
+//!    had its rounds to show its effect (`steps`).
 //!
 //! `max_downtime` overrides all of them: no decision here switches over with a forecast above it, or without a
 //! forecast. Within a round only the deadline and the operator decide, since the dirty pages are unknown between syncs.
