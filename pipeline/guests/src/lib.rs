@@ -3,7 +3,7 @@
 //! | guest | what it is |
 //! |---|---|
 //! | [`workload`] | memory that threads never stop writing to, with stamps to check each page: for trials and tests |
-//! | [`file`] | files or shared memory that another program writes, with commands that pause and resume it |
+//! | [`mod@file`] | files or shared memory that another program writes, with commands that pause and resume it |
 //! | [`kvm`] | a small virtual machine under KVM whose own program stamps and checks its pages |
 //! | [`region`] | memory of a program without a VM |
 
