@@ -99,6 +99,16 @@ impl Crossing {
         self.go_on.send(()).unwrap();
     }
 
+    /// Begins a crossing, and waits until it is held at a moment that is drawn.
+    #[track_caller]
+    fn held_at_random(seed: u64, step: u64) -> (Moment, Self) {
+        let moment = Moment::drawn(seed, step);
+        let crossing = Self::begin(Some(moment));
+        crossing.until_the_moment();
+        assert!(crossing.writer.is_stopped() || !moment.paused);
+        (moment, crossing)
+    }
+
     /// Waits for the end of both programs.
     fn end(self) -> (Scene, Writer, Ended, Ended) {
         (self.scene, self.writer, self.source.end(), self.destination.end())
@@ -115,10 +125,7 @@ fn nothing_complete(scene: &Scene, folder: &str) {
 fn a_source_survives_its_destination() {
     let seed = seed();
     for step in 0..KILLS {
-        let moment = Moment::drawn(seed, step);
-        let crossing = Crossing::begin(Some(moment));
-        crossing.until_the_moment();
-        assert!(crossing.writer.is_stopped() || !moment.paused);
+        let (moment, crossing) = Crossing::held_at_random(seed, step);
         crossing.destination.signal(Signal::KILL);
         crossing.destination.until_it_is_dead();
         crossing.let_go();
@@ -155,10 +162,7 @@ fn the_next_one_removes(scene: &Scene, folder: &str, command: &[&str]) {
 fn a_destination_starts_nothing_when_its_source_is_killed() {
     let seed = seed();
     for step in 0..KILLS {
-        let moment = Moment::drawn(seed, step);
-        let crossing = Crossing::begin(Some(moment));
-        crossing.until_the_moment();
-        assert!(crossing.writer.is_stopped() || !moment.paused);
+        let (moment, crossing) = Crossing::held_at_random(seed, step);
         crossing.source.signal(Signal::KILL);
         crossing.writer.goes_on(&crossing.scene.path("from/ram"));
         crossing.let_go();
