@@ -105,10 +105,15 @@ impl Session {
         } else {
             self.side_by_side(&source, destination, &mut arrived, &cancel).await
         };
-        let stop = self.signals.arm(ENDING);
         let verdict = match &received {
             Some(received) => joint(&sent, received, cancel.is_cancelled()),
             None => sent,
+        };
+        // Whoever asks for the end of a run that has moved its guest is done with the guest as well. This does not hold
+        // for `recv`, where the guest is the only copy of one that others use.
+        let stop = match verdict.phase {
+            Phase::Completed => self.signals.arm_after_success(ENDING),
+            _ => self.signals.arm(ENDING),
         };
         let account = self.accountant.account(Role::Source);
         let far = self.accountant.account(Role::Destination);

@@ -46,6 +46,8 @@ pub(super) struct Signals(Arc<Mutex<Armed>>);
 #[derive(Debug)]
 struct Armed {
     token: CancellationToken,
+    /// Has a signal arrived for the current operation?
+    arrived: bool,
     /// The message to print when the signal arrives.
     notice: &'static str,
     stop: Stop,
@@ -69,7 +71,7 @@ impl Signals {
     /// If the system refuses.
     pub(super) fn listen(notice: &'static str) -> io::Result<(Self, CancellationToken)> {
         let token = CancellationToken::new();
-        let signals = Self(Arc::new(Mutex::new(Armed { token: token.clone(), notice, stop: Stop::AtOnce })));
+        let signals = Self(Arc::new(Mutex::new(Armed::new(token.clone(), notice))));
         let mut taken = Taken::new([&[SIGINT, SIGTERM][..], &heeded(&[SIGHUP, SIGTSTP])].concat())?;
         let shared = signals.clone();
         let take = move || {
@@ -87,10 +89,17 @@ impl Signals {
     /// Arms the next operation: a signal cancels the token that is returned, and prints `notice`. No guest is paused
     /// any more.
     pub(super) fn arm(&self, notice: &'static str) -> CancellationToken {
-        let (token, mut armed) = (CancellationToken::new(), self.armed());
-        (armed.token, armed.notice) = (token.clone(), notice);
-        if std::mem::replace(&mut armed.stop, Stop::AtOnce) == Stop::Waits {
-            stop();
+        self.armed().next(notice)
+    }
+
+    /// Like [`Signals::arm`], but a signal for the operation before counts for this one as well: it came too late for
+    /// that one.
+    pub(super) fn arm_after_success(&self, notice: &'static str) -> CancellationToken {
+        let mut armed = self.armed();
+        let arrived = armed.arrived;
+        let token = armed.next(notice);
+        if arrived {
+            armed.end_asked();
         }
         token
     }
@@ -114,13 +123,26 @@ impl Observer for Signals {
 }
 
 impl Armed {
-    fn end_asked(&self) {
+    fn new(token: CancellationToken, notice: &'static str) -> Self {
+        Self { token, arrived: false, notice, stop: Stop::AtOnce }
+    }
+
+    fn next(&mut self, notice: &'static str) -> CancellationToken {
+        let before = std::mem::replace(self, Self::new(CancellationToken::new(), notice));
+        if before.stop == Stop::Waits {
+            stop();
+        }
+        self.token.clone()
+    }
+
+    fn end_asked(&mut self) {
         if self.token.is_cancelled() {
             tell!("memferry: second signal, ending at once");
             console::flush(LAST_LINE);
             // No cleanup may delay this.
             low_level::exit(i32::from(CANCELLED));
         }
+        self.arrived = true;
         self.token.cancel();
         tell!("memferry: {}", self.notice);
     }
@@ -148,8 +170,7 @@ mod tests {
 
     #[test]
     fn the_stop_waits_from_the_switchover_on() {
-        let (token, notice) = (CancellationToken::new(), "");
-        let signals = Signals(Arc::new(Mutex::new(Armed { token, notice, stop: Stop::AtOnce })));
+        let signals = Signals(Arc::new(Mutex::new(Armed::new(CancellationToken::new(), ""))));
         for event in [Event::Phase(Phase::Active), Event::Paused] {
             signals.event(Role::Source, &event);
             assert_eq!(signals.armed().stop, Stop::AtOnce);
@@ -160,5 +181,19 @@ mod tests {
         // The other end in the same program.
         signals.event(Role::Destination, &Event::Phase(Phase::Switchover));
         assert_eq!(signals.armed().stop, Stop::Waits);
+    }
+
+    #[test]
+    fn a_signal_too_late_for_one_operation_ends_the_next() {
+        let begun = || Signals(Arc::new(Mutex::new(Armed::new(CancellationToken::new(), ""))));
+        let signals = begun();
+        signals.armed().end_asked();
+        assert!(!signals.arm("").is_cancelled(), "a cancelled operation has had its signal");
+        assert!(!signals.arm_after_success("").is_cancelled(), "the signal is of the operation before the last");
+        signals.armed().end_asked();
+        assert!(signals.arm_after_success("").is_cancelled());
+        let signals = begun();
+        signals.armed().token.cancel();
+        assert!(!signals.arm_after_success("").is_cancelled(), "that was no signal");
     }
 }
