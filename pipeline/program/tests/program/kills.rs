@@ -235,7 +235,7 @@ fn waiting_for_the_other_end_can_be_interrupted() {
     destination.signal(Signal::INT);
     destination.end().expect(130);
     let source = scene.start_with(&["send", "send.toml", "--report", "send.json"], &[&address]);
-    thread::sleep(Duration::from_millis(200));
+    until("it takes signals", || source.takes(Signal::TERM));
     source.signal(Signal::TERM);
     source.end().expect(130);
     assert_eq!(Report::read(&scene.path("send.json")).text("status"), "cancelled");
