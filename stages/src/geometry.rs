@@ -12,6 +12,9 @@
 
 use std::fmt;
 
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
 use crate::untrusted::Untrusted;
 
 /// Pages of one extent: the bits of one bitmap word.
@@ -62,6 +65,20 @@ impl PageSize {
     #[must_use]
     pub fn stretch_bytes(self) -> u64 {
         self.stretch_extents() * self.extent_bytes() as u64
+    }
+}
+
+/// As the number of its bytes.
+impl Serialize for PageSize {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_u32(self.0)
+    }
+}
+
+impl<'de> Deserialize<'de> for PageSize {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let bytes = u32::deserialize(deserializer)?;
+        Self::new(bytes.into()).ok_or_else(|| D::Error::custom(format_args!("there are no pages of {bytes} bytes")))
     }
 }
 

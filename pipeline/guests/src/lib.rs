@@ -13,6 +13,7 @@ mod free;
 pub mod kvm;
 pub mod region;
 mod shared;
+mod state;
 pub mod workload;
 
 pub use region::Region;

@@ -1,5 +1,5 @@
 //! State files as sections of guest state: one each, named by its id. In the setup part the sections are empty and only
-//! announce the files to come.
+//! announce the files to come. A section is the file's bytes as they are: there is nothing to encode.
 
 use memferry_stages::untrusted::listed;
 

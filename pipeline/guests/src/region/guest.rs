@@ -1,7 +1,8 @@
 //! A region as a guest, as the engine sees it.
 //!
 //! Its setup state is the section `"region"`, version 1, without bytes: a destination that expects a region refuses any
-//! other. Its device state is its named state, one section for each name, all of version 0.
+//! other. Its device state is its named state, one section for each name, all of version 0. The
+//! bytes are the program's own: there is nothing to encode.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

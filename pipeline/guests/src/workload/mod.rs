@@ -263,7 +263,8 @@ impl DestinationGuest for Workload {
         let Life::Built { writers } = &mut *life else {
             return Err(GuestError("the workload is prepared already".into()));
         };
-        let came = DeviceState::load(state, writers.len(), self.machine.pages())?;
+        let count = u32::try_from(writers.len()).expect("at most MAX_WRITERS, and one");
+        let came = DeviceState::load(state, count, self.machine.pages())?;
         let written = came.written;
         restore(&self.machine, writers, came)?;
         let mut crew = Crew::new(self.machine.clone(), std::mem::take(writers));

@@ -16,8 +16,8 @@ pub const MAX_PAGES: u64 = 48 << 20;
 /// The most writers, each one a thread.
 pub const MAX_WRITERS: usize = 64;
 
-/// The settings of a workload. They travel as setup state, so a destination needs none of its own.
-#[derive(Clone, Debug, PartialEq)]
+/// The settings of a workload. They travel as setup state, as serde encodes them, so a destination needs none of its own.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 pub struct WorkloadSettings {
     /// Bytes of memory, all blocks together: a multiple of `blocks` pages.
     pub memory: u64,
@@ -37,7 +37,8 @@ pub struct WorkloadSettings {
     pub free: Option<FreeSettings>,
     /// The share of the memory that is unplugged, at its end; 0 to less than 1.
     pub unplugged: f64,
-    /// An additional block, whose memory is in a file that both ends have: it never travels.
+    /// An additional block, whose memory is in a file that both ends have: it never travels, and serde leaves it out.
+    #[serde(skip)]
     pub shared: Option<SharedSettings>,
     /// The seed of all random choices: the same seed gives the same content and the same choice of pages.
     pub seed: u64,
@@ -101,7 +102,7 @@ pub struct Fill {
 /// Memory that is free at the start. It is filled like the rest, as memory that was used before, and hinted while a
 /// migration runs. A thread takes ranges of it, writes all of their pages, and later checks them and gives them back;
 /// at most an eighth is taken at a time.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Deserialize, Serialize)]
 pub struct FreeSettings {
     /// The share of the memory; more than 0.
     pub share: f64,
@@ -112,7 +113,7 @@ pub struct FreeSettings {
 }
 
 /// One writer: a thread.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Deserialize, Serialize)]
 pub struct WriterSettings {
     /// Which of its pages it writes next.
     pub pattern: Pattern,
@@ -126,7 +127,7 @@ pub struct WriterSettings {
 
 /// A part of the memory in use (neither free nor unplugged), with all blocks as one sequence: from share `from` to
 /// share `to` of its pages, each 0 to 1.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Deserialize, Serialize)]
 pub struct Region {
     /// Where it begins.
     pub from: f64,

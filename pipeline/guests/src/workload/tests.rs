@@ -5,6 +5,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use fastrand::Rng;
+use memferry::guest::StateSection;
 use memferry_stages::batch::{Batch, CopiedBatch};
 use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::dirty_log::UserfaultLog;
@@ -372,6 +373,59 @@ fn a_destination_refuses_what_is_not_its_own() {
     newer.sections[0].version = 9;
     assert!(build(PageSize::DEFAULT, layout.blocks(), &newer).contains("version 9"));
     assert!(moved(&source, &[]).start(RunState::Running).is_err(), "it is not prepared");
+}
+
+/// The bytes of both sections. If they change, the format has another version.
+#[test]
+fn the_format_is_that_of_its_versions() {
+    let mut all = settings();
+    all.writers.push(writer(Pattern::HotSpot { pages: 0.5, writes: 0.25 }, 9));
+    all.free = Some(FreeSettings { share: 0.5, turns_per_second: 2.0, range_pages: 9 });
+    all.shared = Some(SharedSettings { path: "/there".into(), bytes: 8192 });
+    let [setup] = &state::save_settings(&all, true).sections[..] else { panic!("one section") };
+    let cursors = vec![pattern::Cursor { random: Rng::with_seed(300), next: 2 }];
+    let device = DeviceState { written: 40, cursors, sequences: vec![0, 0, 0, 7, 200, 0, 1, 0] };
+    let [device] = &device.save().sections[..] else { panic!("one section") };
+    assert_eq!((setup.name.raw(), setup.version, device.name.raw(), device.version), ("workload", 3, "workload", 3));
+    let share = |share: f64| share.to_le_bytes().to_vec();
+    let expected = [
+        // Memory, blocks, page size, backing, log, fill.
+        &[vec![0x80, 0x80, 0x40, 2, 0x80, 0x20, 0, 1], share(0.25).repeat(4)].concat()[..],
+        // Writers: pattern, pages a second, bytes, region.
+        &[vec![3, 1], share(0.0), vec![40], share(0.0), share(1.0)].concat(),
+        &[vec![0], share(0.0), vec![0x80, 0x20], share(0.0), share(1.0)].concat(),
+        &[vec![3], share(0.5), share(0.25), share(0.0), vec![9], share(0.0), share(1.0)].concat(),
+        // Free, unplugged, seed; plugged, shared block.
+        &[vec![1], share(0.5), share(2.0), vec![9], share(0.0), vec![1], vec![1, 0x80, 0x40]].concat(),
+    ];
+    assert_eq!(setup.bytes, expected.concat());
+    // Written, writers, pages, written pages, and these.
+    assert_eq!(device.bytes, [40, 1, 0xac, 2, 2, 8, 3, 3, 7, 0, 0xc8, 1, 1, 1]);
+}
+
+#[test]
+fn counts_and_places_beyond_those_here_are_refused() {
+    let device = |bytes: &[u8]| {
+        let section = StateSection { name: "workload".into(), version: 3, bytes: bytes.to_vec() };
+        DeviceState::load(&GuestState { sections: vec![section] }, 1, 8).map_err(|error| error.to_string())
+    };
+    let fine = device(&[40, 1, 9, 2, 8, 2, 3, 7, 3, 1]).unwrap();
+    assert_eq!((fine.written, fine.sequences), (40, vec![0, 0, 0, 7, 0, 0, 0, 1]));
+    for (bytes, why) in [
+        (&[40, 0xff, 0xff, 0xff, 0xff, 0xf][..], "at byte 6: 4294967295 writers came, 1 belong here"),
+        (&[40, 1, 9, 2, 9], "at byte 5: 9 pages came, 8 belong here"),
+        (&[40, 1, 9, 2, 8, 2, 3, 7, 4, 1], "at byte 10: a page behind the last one"),
+        (&[40, 1, 9, 2, 8, 0xff, 0xff, 0xff, 0xff, 0xf], "at byte 10: it ends within a value"),
+        (&[40, 1, 9, 2, 8, 0xff, 0xff, 0xff, 0xff, 0x1f], "at byte 10: a value cannot be decoded"),
+        (&[40, 1, 9, 2, 8, 0, 0], "at byte 6: 1 bytes are left"),
+    ] {
+        assert_eq!(device(bytes).unwrap_err(), format!("the state \"workload\" does not fit, {why}"));
+    }
+    let setup = |bytes| {
+        let section = StateSection { name: "workload".into(), version: 3, bytes };
+        state::load_settings(&GuestState { sections: vec![section] }, None).unwrap_err().to_string()
+    };
+    assert!(setup(vec![1; (16 << 10) + 1]).ends_with("16385 bytes came, at most 16384 can be"));
 }
 
 /// A state with one error: cut to a length, or longer, or one bit flipped.

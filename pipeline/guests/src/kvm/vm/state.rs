@@ -1,31 +1,11 @@
-//! The state of a machine that travels besides its memory, as sections of guest state, little-endian. The structs are
-//! the kernel's own (linux/kvm.h, x86-64), whose layout never changes.
-//!
-//! ```text
-//! "machine" in setup, version 2
-//! ┌────────┬───────┬────────┬───────────┬───────┬────────────────┬──────┬───────────┬────────┬─────────┬──────────────────┐
-//! │ memory │ vCPUs │ region │ region at │ bytes │ pages a second │ free │ unplugged │ shared │ entries │ kvm_cpuid_entry2 │
-//! │ u64    │ u32   │ u64    │ u64       │ u32   │ f64            │ u64  │ u64       │ u64    │ u32     │ of each          │
-//! └────────┴───────┴────────┴───────────┴───────┴────────────────┴──────┴───────────┴────────┴─────────┴──────────────────┘
-//!   shared: bytes of the shared block, 0 if there is none
-//! "vcpu 0", "vcpu 1", … of the devices, version 2
-//! ┌──────┬───────┬───────┬──────┬───────────┬───────┬────────┬──────────┬─────────┬──────┬───────────────┐
-//! │ regs │ sregs │ xsave │ xcrs │ debugregs │ lapic │ events │ mp_state │ TSC kHz │ MSRs │ kvm_msr_entry │
-//! │      │       │       │      │           │       │        │          │ u32     │ u32  │ of each       │
-//! └──────┴───────┴───────┴──────┴───────────┴───────┴────────┴──────────┴─────────┴──────┴───────────────┘
-//! "board" of the devices, version 2; after the fields in the drawing: words u32, the pages of free memory in use, u64
-//! each
-//! ┌──────────────┬────────────┬───────┬──────────────────┬──────────┬────────────┬──────────┬────────┬───────┬──────┐
-//! │ irqchip      │ pit_state2 │ clock │ serial registers │ line     │ heartbeats │ troubles │ ticks  │ vCPUs │ pass │
-//! │ PIC, PIC, IO │            │       │ 8 bytes          │ u32, it  │ u64        │ u64      │ u32    │ u32   │ u32  │
-//! └──────────────┴────────────┴───────┴──────────────────┴──────────┴────────────┴──────────┴────────┴───────┴──────┘
-//! ```
+//! The state of a machine that travels besides its memory, as sections of guest state: "machine" in setup, and "vcpu 0",
+//! "vcpu 1", … and "board" of the devices, all of one version. The kernel's structs in them (linux/kvm.h, x86-64) travel
+//! as their bytes, which kvm-bindings makes of them: their layout never changes.
 //!
 //! A peer may have made these bytes up: lengths are checked before anything is built from them, values are checked by
 //! the kernel when they are set, and invalid bytes are an error. They can put a vCPU into any state, in which it
 //! reaches nothing but its own machine.
 
-mod bytes;
 mod vcpu;
 
 use std::path::Path;
@@ -35,36 +15,66 @@ use kvm_bindings::{
     kvm_cpuid_entry2, kvm_irqchip, kvm_pit_state2,
 };
 use kvm_ioctls::Kvm;
+use serde::{Deserialize, Serialize};
 
-use self::bytes::{Input, Output};
+use self::vcpu::VcpuState;
 use super::console::{Console, MOST_LINE};
 use super::devices::Log;
 use super::machine::{Machine, refused};
 use crate::kvm::settings::{KvmLogChoice, KvmSettings};
 use crate::shared::SharedSettings;
+use crate::state::{encoded, only_section, section, value_of};
 use memferry::guest::{GuestError, GuestState, StateSection};
 
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 const CHIPS: [u32; 3] = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC];
-/// The flags of a restored clock. Flags of measurements against the host's clock are meaningless on another host.
-const CLOCK_FLAGS: u32 = 0;
+/// The most bytes of a section, without the pages of free memory in use.
+const MOST_BYTES: usize = 32 << 10;
+
+/// The settings of a machine, and its processors: what a destination needs to build it.
+#[derive(Deserialize, Serialize)]
+struct Setup {
+    memory: u64,
+    vcpus: u32,
+    region: u64,
+    region_at: u64,
+    bytes: u64,
+    pages_per_second: f64,
+    free: u64,
+    unplugged: u64,
+    /// 0 if there is no shared block.
+    shared_bytes: u64,
+    cpuid: Vec<kvm_cpuid_entry2>,
+}
+
+/// The devices outside the vCPUs, and what the guest has reported.
+#[derive(Deserialize, Serialize)]
+struct Board {
+    /// Those of [`CHIPS`].
+    chips: [kvm_irqchip; 3],
+    timer: kvm_pit_state2,
+    /// In ns. The flags of the clock are those of measurements against the host's, which mean nothing on another host.
+    clock: u64,
+    registers: [u8; 8],
+    line: Vec<u8>,
+    heartbeats: u64,
+    troubles: u64,
+    ticks: u32,
+    /// One for each vCPU.
+    passes: Vec<u32>,
+    /// The pages of free memory in use, as words of a bitmap.
+    in_use: Vec<u64>,
+}
 
 /// The state that a destination needs to build the machine.
 pub(super) fn save_setup(machine: &Machine) -> GuestState {
     let KvmSettings { memory, vcpus, region, region_at, pages_per_second, bytes, free, unplugged, .. } =
         machine.settings;
-    let mut output = Output::default();
-    output.u64(memory);
-    output.u32(vcpus);
-    output.u64(region);
-    output.u64(region_at);
-    output.u32(u32::try_from(bytes).expect("at most a page"));
-    output.u64(pages_per_second.to_bits());
-    output.u64(free);
-    output.u64(unplugged);
-    output.u64(SharedSettings::bytes_of(machine.settings.shared.as_ref()));
-    output.list(machine.cpuid.as_slice());
-    GuestState { sections: vec![output.section("machine", VERSION)] }
+    let shared_bytes = SharedSettings::bytes_of(machine.settings.shared.as_ref());
+    let cpuid = machine.cpuid.as_slice().to_vec();
+    let setup =
+        Setup { memory, vcpus, region, region_at, bytes, pages_per_second, free, unplugged, shared_bytes, cpuid };
+    GuestState { sections: vec![section("machine", VERSION, encoded(&setup))] }
 }
 
 /// The settings of the machine that arrives, checked. The destination chooses how its writes are found at this end, and
@@ -74,21 +84,13 @@ pub(super) fn load_setup(
     dirty_log: KvmLogChoice,
     shared: Option<&Path>,
 ) -> Result<(KvmSettings, CpuId), GuestError> {
-    let [section] = &state.sections[..] else {
-        return Err(GuestError(format!("{} sections of setup came, a KVM machine has one", state.sections.len())));
-    };
-    let mut input = Input::of(section, "machine", VERSION)?;
-    let (memory, vcpus, region, region_at) = (input.u64()?, input.u32()?, input.u64()?, input.u64()?);
-    let bytes = input.u32()?.into();
-    let pages_per_second = f64::from_bits(input.u64()?);
-    let (free, unplugged, shared_bytes) = (input.u64()?, input.u64()?, input.u64()?);
-    let shared = SharedSettings::that_came(shared_bytes, shared).map_err(|why| input.refuse(why))?;
-    let entries = input.list::<kvm_cpuid_entry2>("entries of its processors", KVM_MAX_CPUID_ENTRIES)?;
-    input.end()?;
+    let Setup { memory, vcpus, region, region_at, bytes, pages_per_second, free, unplugged, shared_bytes, cpuid } =
+        value_of(only_section(state, "a KVM machine")?, "machine", VERSION, MOST_BYTES)?;
+    let shared = SharedSettings::that_came(shared_bytes, shared).map_err(GuestError)?;
     let settings =
         KvmSettings { memory, vcpus, region, region_at, pages_per_second, bytes, free, unplugged, shared, dirty_log };
     settings.validate().map_err(|error| GuestError::caused("the machine that came cannot be", error))?;
-    let cpuid = CpuId::from_entries(&entries).map_err(|_| GuestError("too many entries of its processors".into()))?;
+    let cpuid = CpuId::from_entries(&cpuid).map_err(|_| GuestError("too many entries of its processors".into()))?;
     Ok((settings, cpuid))
 }
 
@@ -127,12 +129,11 @@ pub(super) fn compare_processors(came: &CpuId) -> Result<(), GuestError> {
 /// The device state of a paused machine.
 pub(super) fn save(machine: &Machine) -> Result<GuestState, GuestError> {
     let mut sections = machine.crew.visit(|index, vcpu| {
-        let mut output = Output::default();
-        vcpu::save(vcpu, &machine.kvm, &mut output)
-            .map_err(|error| refused(&format!("the state of vCPU {index}"), error))?;
-        Ok(output.section(&format!("vcpu {index}"), VERSION))
+        let state =
+            VcpuState::of(vcpu, &machine.kvm).map_err(|error| refused(&format!("the state of vCPU {index}"), error))?;
+        Ok(section(&vcpu_name(index), VERSION, encoded(&state)))
     })?;
-    sections.push(save_board(machine)?);
+    sections.push(section("board", VERSION, encoded(&Board::of(machine)?)));
     Ok(GuestState { sections })
 }
 
@@ -146,66 +147,69 @@ pub(super) fn load(machine: &Machine, state: &GuestState) -> Result<(), GuestErr
         return Err(GuestError(format!("the state of {came} vCPUs came, the machine has {here}")));
     }
     // The controllers come first: a vCPU's local controller finds the ones it is connected to.
-    load_board(machine, board)?;
+    Board::came(board, machine)?.set(machine)?;
     machine.crew.visit(|index, vcpu| {
-        let mut input = Input::of(&vcpus[index as usize], &format!("vcpu {index}"), VERSION)?;
-        vcpu::load(vcpu, &mut input).and_then(|()| input.end())
+        let state: VcpuState = value_of(&vcpus[index as usize], &vcpu_name(index), VERSION, MOST_BYTES)?;
+        state.set(vcpu)
     })?;
     Ok(())
 }
 
-fn save_board(machine: &Machine) -> Result<StateSection, GuestError> {
-    let mut output = Output::default();
-    for chip_id in CHIPS {
-        let mut chip = kvm_irqchip { chip_id, ..Default::default() };
-        machine.vm.get_irqchip(&mut chip).map_err(|error| refused("the interrupt controller's state", error))?;
-        output.put(&chip);
-    }
-    output.put(&machine.vm.get_pit2().map_err(|error| refused("the timer's state", error))?);
-    let clock = machine.vm.get_clock().map_err(|error| refused("the clock's state", error))?;
-    output.put(&kvm_clock_data { clock: clock.clock, flags: CLOCK_FLAGS, ..Default::default() });
-    let (console, log) = (machine.devices.console().clone(), machine.devices.log().clone());
-    output.bytes(&console.registers);
-    output.list(&console.line);
-    output.u64(log.heartbeats);
-    output.u64(log.troubles);
-    output.u32(log.ticks);
-    output.list(&log.passes);
-    output.list(&machine.ram.pages_in_use());
-    Ok(output.section("board", VERSION))
+fn vcpu_name(index: u32) -> String {
+    format!("vcpu {index}")
 }
 
-fn load_board(machine: &Machine, section: &StateSection) -> Result<(), GuestError> {
-    let mut input = Input::of(section, "board", VERSION)?;
-    for chip_id in CHIPS {
-        let chip: kvm_irqchip = input.take()?;
-        if chip.chip_id != chip_id {
-            return Err(input.refuse(format_args!("interrupt controller {} in the place of {chip_id}", chip.chip_id)));
+impl Board {
+    fn of(machine: &Machine) -> Result<Self, GuestError> {
+        let mut chips = CHIPS.map(|chip_id| kvm_irqchip { chip_id, ..Default::default() });
+        for chip in &mut chips {
+            machine.vm.get_irqchip(chip).map_err(|error| refused("the interrupt controller's state", error))?;
         }
-        machine.vm.set_irqchip(&chip).map_err(|error| refused("the interrupt controller's state", error))?;
+        let timer = machine.vm.get_pit2().map_err(|error| refused("the timer's state", error))?;
+        let clock = machine.vm.get_clock().map_err(|error| refused("the clock's state", error))?.clock;
+        let Console { registers, line } = machine.devices.console().clone();
+        let Log { heartbeats, troubles, ticks, passes, .. } = machine.devices.log().clone();
+        let in_use = machine.ram.pages_in_use();
+        Ok(Self { chips, timer, clock, registers, line, heartbeats, troubles, ticks, passes, in_use })
     }
-    let timer: kvm_pit_state2 = input.take()?;
-    machine.vm.set_pit2(&timer).map_err(|error| refused("the timer's state", error))?;
-    let clock: kvm_clock_data = input.take()?;
-    let clock = kvm_clock_data { clock: clock.clock, flags: CLOCK_FLAGS, ..Default::default() };
-    machine.vm.set_clock(&clock).map_err(|error| refused("the clock's state", error))?;
-    let registers = input.take()?;
-    let line = input.list("bytes of a line", MOST_LINE)?;
-    let (heartbeats, troubles, ticks) = (input.u64()?, input.u64()?, input.u32()?);
-    let vcpus = machine.settings.vcpus as usize;
-    let passes = input.list("passes", vcpus)?;
-    if passes.len() != vcpus {
-        return Err(input.refuse(format_args!("{} passes of {vcpus} vCPUs", passes.len())));
+
+    /// Decodes it from a section, for this machine.
+    fn came(section: &StateSection, machine: &Machine) -> Result<Self, GuestError> {
+        /// The most bytes of a word.
+        const WORD_BYTES: usize = 10;
+        let (vcpus, words) = (machine.settings.vcpus as usize, machine.ram.pages_in_use().len());
+        let board: Self = value_of(section, "board", VERSION, MOST_BYTES + words * WORD_BYTES)?;
+        let refuse = |why: String| Err(GuestError(format!("the state \"board\" does not fit: {why}")));
+        let chips = board.chips.each_ref().map(|chip| chip.chip_id);
+        if chips != CHIPS {
+            return refuse(format!("the interrupt controllers {chips:?} came, {CHIPS:?} belong here"));
+        }
+        for (what, came, here) in [("passes", board.passes.len(), vcpus), ("words", board.in_use.len(), words)] {
+            if came != here {
+                return refuse(format!("{came} {what} came, {here} belong here"));
+            }
+        }
+        if board.line.len() > MOST_LINE {
+            return refuse(format!("a line of {} bytes came, at most {MOST_LINE} can be", board.line.len()));
+        }
+        Ok(board)
     }
-    let words = machine.ram.pages_in_use().len();
-    let in_use = input.list::<u64>("words of pages in use", words)?;
-    if in_use.len() != words {
-        return Err(input.refuse(format_args!("{} words of pages in use, {words} belong here", in_use.len())));
+
+    fn set(self, machine: &Machine) -> Result<(), GuestError> {
+        for chip in &self.chips {
+            machine.vm.set_irqchip(chip).map_err(|error| refused("the interrupt controller's state", error))?;
+        }
+        machine.vm.set_pit2(&self.timer).map_err(|error| refused("the timer's state", error))?;
+        let clock = kvm_clock_data { clock: self.clock, ..Default::default() };
+        machine.vm.set_clock(&clock).map_err(|error| refused("the clock's state", error))?;
+        machine.ram.set_pages_in_use(&self.in_use);
+        let Self { registers, line, heartbeats, troubles, ticks, passes, .. } = self;
+        *machine.devices.console() = Console { registers, line };
+        let first_trouble = (troubles > 0).then(|| "before it came here".into());
+        *machine.devices.log() = Log { heartbeats, passes, ticks, troubles, first_trouble };
+        Ok(())
     }
-    input.end()?;
-    machine.ram.set_pages_in_use(&in_use);
-    *machine.devices.console() = Console { registers, line };
-    let first_trouble = (troubles > 0).then(|| "before it came here".into());
-    *machine.devices.log() = Log { heartbeats, passes, ticks, troubles, first_trouble };
-    Ok(())
 }
+
+#[cfg(test)]
+mod tests;

@@ -6,54 +6,66 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Error, Kvm, VcpuFd};
 
+use serde::{Deserialize, Serialize};
+
 use super::super::descriptor::set_xsave;
 use super::super::machine::refused;
-use super::bytes::{Input, Output};
 use memferry::guest::GuestError;
 
-/// Saves it. The vCPU is paused, and none of its device accesses is incomplete.
-pub(super) fn save(vcpu: &VcpuFd, kvm: &Kvm, output: &mut Output) -> Result<(), Error> {
-    // This comes first: it lets KVM complete pending work of the local interrupt controller.
-    let mp_state = vcpu.get_mp_state()?;
-    output.put(&vcpu.get_regs()?);
-    output.put(&vcpu.get_sregs()?);
-    output.put(&vcpu.get_xsave()?);
-    output.put(&vcpu.get_xcrs()?);
-    output.put(&vcpu.get_debug_regs()?);
-    output.put(&vcpu.get_lapic()?);
-    output.put(&vcpu.get_vcpu_events()?);
-    output.put(&mp_state);
-    // 0: this host cannot report it, and its machines' clocks run at one rate.
-    output.u32(vcpu.get_tsc_khz().unwrap_or(0));
-    output.list(&read_msrs(vcpu, kvm)?);
-    Ok(())
+/// The kernel's structs of a vCPU.
+#[derive(Default, Deserialize, Serialize)]
+pub(super) struct VcpuState {
+    regs: kvm_regs,
+    sregs: kvm_sregs,
+    xsave: kvm_xsave,
+    xcrs: kvm_xcrs,
+    debug: kvm_debugregs,
+    lapic: kvm_lapic_state,
+    events: kvm_vcpu_events,
+    mp_state: kvm_mp_state,
+    /// The rate of the TSC. 0: the source's host cannot report it, and its machines' clocks run at one rate.
+    khz: u32,
+    msrs: Vec<kvm_msr_entry>,
 }
 
-/// Sets it to a saved state, in the order that the kernel requires.
-pub(super) fn load(vcpu: &VcpuFd, input: &mut Input<'_>) -> Result<(), GuestError> {
-    let regs: kvm_regs = input.take()?;
-    let sregs: kvm_sregs = input.take()?;
-    let xsave: kvm_xsave = input.take()?;
-    let xcrs: kvm_xcrs = input.take()?;
-    let debug: kvm_debugregs = input.take()?;
-    let lapic: kvm_lapic_state = input.take()?;
-    let events: kvm_vcpu_events = input.take()?;
-    let mp_state: kvm_mp_state = input.take()?;
-    let khz = input.u32()?;
-    let msrs: Vec<kvm_msr_entry> = input.list("MSRs", KVM_MAX_MSR_ENTRIES)?;
-    let set = |what: &'static str, set: Result<(), Error>| set.map_err(|error| refused(what, error));
-    if khz != 0 && vcpu.get_tsc_khz().is_ok_and(|own| own != khz) {
-        set("the vCPU's clock rate", vcpu.set_tsc_khz(khz))?;
+impl VcpuState {
+    /// The state of a vCPU that is paused, and none of whose device accesses is incomplete.
+    pub(super) fn of(vcpu: &VcpuFd, kvm: &Kvm) -> Result<Self, Error> {
+        // This comes first: it lets KVM complete pending work of the local interrupt controller.
+        let mp_state = vcpu.get_mp_state()?;
+        Ok(Self {
+            regs: vcpu.get_regs()?,
+            sregs: vcpu.get_sregs()?,
+            xsave: vcpu.get_xsave()?,
+            xcrs: vcpu.get_xcrs()?,
+            debug: vcpu.get_debug_regs()?,
+            lapic: vcpu.get_lapic()?,
+            events: vcpu.get_vcpu_events()?,
+            mp_state,
+            khz: vcpu.get_tsc_khz().unwrap_or(0),
+            msrs: read_msrs(vcpu, kvm)?,
+        })
     }
-    set("the vCPU's run state", vcpu.set_mp_state(mp_state))?;
-    set("the vCPU's registers", vcpu.set_regs(&regs))?;
-    set("the vCPU's special registers", vcpu.set_sregs(&sregs))?;
-    set("the vCPU's extended control registers", vcpu.set_xcrs(&xcrs))?;
-    set("the vCPU's FPU and vector state", set_xsave(vcpu, &xsave))?;
-    set("the vCPU's debug registers", vcpu.set_debug_regs(&debug))?;
-    set("the vCPU's interrupt controller", vcpu.set_lapic(&lapic))?;
-    write_msrs(vcpu, &msrs)?;
-    set("the vCPU's pending events", vcpu.set_vcpu_events(&events))
+
+    /// Sets a vCPU to it, in the order that the kernel requires.
+    pub(super) fn set(&self, vcpu: &VcpuFd) -> Result<(), GuestError> {
+        if self.msrs.len() > KVM_MAX_MSR_ENTRIES {
+            return Err(GuestError(format!("{} MSRs came, at most {KVM_MAX_MSR_ENTRIES} can be", self.msrs.len())));
+        }
+        let set = |what: &'static str, set: Result<(), Error>| set.map_err(|error| refused(what, error));
+        if self.khz != 0 && vcpu.get_tsc_khz().is_ok_and(|own| own != self.khz) {
+            set("the vCPU's clock rate", vcpu.set_tsc_khz(self.khz))?;
+        }
+        set("the vCPU's run state", vcpu.set_mp_state(self.mp_state))?;
+        set("the vCPU's registers", vcpu.set_regs(&self.regs))?;
+        set("the vCPU's special registers", vcpu.set_sregs(&self.sregs))?;
+        set("the vCPU's extended control registers", vcpu.set_xcrs(&self.xcrs))?;
+        set("the vCPU's FPU and vector state", set_xsave(vcpu, &self.xsave))?;
+        set("the vCPU's debug registers", vcpu.set_debug_regs(&self.debug))?;
+        set("the vCPU's interrupt controller", vcpu.set_lapic(&self.lapic))?;
+        write_msrs(vcpu, &self.msrs)?;
+        set("the vCPU's pending events", vcpu.set_vcpu_events(&self.events))
+    }
 }
 
 /// The MSRs that the kernel lists, except those that cannot be read.
@@ -88,4 +100,30 @@ fn write_msrs(vcpu: &VcpuFd, mut wanted: &[kvm_msr_entry]) -> Result<(), GuestEr
         wanted = &wanted[count + 1..];
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The fields with their lengths. If they change, the format has another version.
+    #[test]
+    fn the_format_is_that_of_its_version() {
+        let msrs = vec![kvm_msr_entry { index: 0x10, data: 300, ..Default::default() }];
+        let state = VcpuState { regs: kvm_regs { rax: 1, ..Default::default() }, khz: 300, msrs, ..Default::default() };
+        let structs: [(&[u8], usize); 8] = [
+            (&[0x90, 1], 144),
+            (&[0xb8, 2], 312),
+            (&[0x80, 0x20], 4096),
+            (&[0x88, 3], 392),
+            (&[0x80, 1], 128),
+            (&[0x80, 8], 1024),
+            (&[64], 64),
+            (&[4], 4),
+        ];
+        let mut expected = structs.map(|(length, bytes)| [length, &vec![0; bytes]].concat()).concat();
+        expected[2] = 1;
+        expected.extend([0xac, 2, 1, 16, 0x10, 0, 0, 0, 0, 0, 0, 0, 0x2c, 1, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(crate::state::encoded(&state), expected);
+    }
 }
