@@ -10,15 +10,19 @@
 //! ┌────────┬──────────────┬───────────────────────────────────────────────────────────────────────────┬──────┐
 //! │ kind 4 │ body bytes 4 │ xxh3-64 of the 8 before it and the body, seeded with the section's place 8 │ body │
 //! └────────┴──────────────┴───────────────────────────────────────────────────────────────────────────┴──────┘
-//! kind: 1 Guest, 2 Interval, 3 Samples, 4 End. A body is varints, times in ns, and texts with their length in front, in
-//! the order of the fields of GuestFacts, Interval and Samples.
+//! kind: 1 Guest, 2 Interval, 3 Samples, 4 End. A body is a value in the format of postcard.
+//! Guest body    = GuestFacts
 //! Interval body = length, sync, pages, then what `runs` makes of them, to the body's end
-//! End body      = count of the intervals
+//! Samples body  = Samples
+//! End body      = count of the intervals, u64
 //! ```
 //!
+//! The fields of a value follow one another in the order of its type, numbers as varints. So a change of one of these
+//! types is a change of the format, and of its version. A program reads one version only.
+//!
 //! The seed binds a section to its position, so that a section that is missing, duplicated or moved is detected. Data
-//! is used only after its checksum is verified, and nothing is allocated beyond what the file contains. A program
-//! reads one version only.
+//! is used only after its checksum is verified. A list in it grows with the bytes that were read for it, and the size of
+//! its section is bounded before it is decoded.
 
 use std::fmt;
 use std::fs::File;
@@ -26,17 +30,19 @@ use std::io::{self, BufWriter, Write};
 use std::path::Path;
 use std::time::Duration;
 
-use memferry_stages::geometry::{MAX_BLOCK_ID, MAX_BLOCKS, PageSize};
+use memferry::values::Time;
+use memferry_stages::geometry::{MAX_BLOCK_ID, MAX_BLOCKS};
 use memferry_transports::temporary::Temporary;
+use postcard::Deserializer;
+use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
-use super::fields::{Fields, Wrong, put_bytes, put_time, put_varint};
-use super::{Coded, Cost, DeltaSample, Deltas, GuestFacts, Interval, Runs, Samples, Share, Trace};
+use super::{DeltaSample, GuestFacts, Interval, Runs, Samples, Trace};
 use memferry_transports::temporary::is_no_plain_file;
 use memferry_transports::whole_file;
 
 const MAGIC: [u8; 8] = *b"mfytrace";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const HEAD_BYTES: usize = 16;
 const SECTION_BYTES: usize = 16;
 /// The largest file that is read: one day of a large and busy guest.
@@ -45,6 +51,15 @@ const MOST_BYTES: u64 = 4 << 30;
 const MOST_PAGES: u64 = 1 << 38;
 /// The most spans of deltas.
 const MOST_SPANS: usize = 64;
+/// The largest body that holds one value only: the most blocks with the longest ids, and settings.
+const MOST_VALUE_BYTES: usize = 1 << 20;
+/// The longest interval.
+const LONGEST_INTERVAL: Duration = Duration::from_secs(86_400);
+/// The longest of the other times.
+const LONGEST: Duration = Time::LONGEST.0;
+
+/// An error in a section.
+type Wrong = &'static str;
 
 /// Why a file cannot be read as a trace.
 #[derive(Debug, thiserror::Error)]
@@ -141,7 +156,7 @@ impl TraceWriter {
         let (file, temporary) = Temporary::create(path)?;
         let mut writer = Self { out: BufWriter::new(file), temporary, written: 0, intervals: 0 };
         writer.put(&head())?;
-        writer.section(Kind::Guest, &guest_body(guest))?;
+        writer.section(Kind::Guest, &encoded(guest))?;
         Ok(writer)
     }
 
@@ -151,7 +166,10 @@ impl TraceWriter {
     /// If it cannot be written.
     pub fn interval(&mut self, interval: &Interval) -> io::Result<()> {
         self.intervals += 1;
-        self.section(Kind::Interval, &interval_body(interval))
+        let Interval { length, sync, written } = interval;
+        let mut body = encoded(&(length, sync, written.pages()));
+        body.extend_from_slice(written.compressed());
+        self.section(Kind::Interval, &body)
     }
 
     /// Completes the trace. Returns its size in bytes.
@@ -159,10 +177,8 @@ impl TraceWriter {
     /// # Errors
     /// If it cannot be written.
     pub fn finish(mut self, samples: &Samples) -> io::Result<u64> {
-        self.section(Kind::Samples, &samples_body(samples))?;
-        let mut end = Vec::new();
-        put_varint(&mut end, self.intervals);
-        self.section(Kind::End, &end)?;
+        self.section(Kind::Samples, &encoded(samples))?;
+        self.section(Kind::End, &encoded(&self.intervals))?;
         self.out.flush()?;
         self.out.get_ref().sync_all()?;
         self.temporary.replace()?;
@@ -197,34 +213,28 @@ pub fn read(path: &Path) -> Result<Trace, TraceError> {
 pub fn parse(bytes: &[u8]) -> Result<Trace, TraceError> {
     let mut sections = Sections { bytes, at: 0 };
     sections.head()?;
-    let (_, at, body) = sections.next(&[Kind::Guest])?;
-    let guest = guest(body).map_err(|what| wrong(at, Kind::Guest, what))?;
+    let guest = sections.next(&[Kind::Guest])?.value(check_guest)?;
     let mut intervals = Vec::new();
     let samples = loop {
-        let (kind, at, body) = sections.next(&[Kind::Interval, Kind::Samples])?;
-        if kind == Kind::Samples {
-            break samples(body).map_err(|what| wrong(at, kind, what))?;
+        let section = sections.next(&[Kind::Interval, Kind::Samples])?;
+        if section.kind == Kind::Samples {
+            break section.value(check_samples)?;
         }
-        intervals.push(interval(body, &guest).map_err(|what| wrong(at, kind, what))?);
+        intervals.push(section.interval(&guest)?);
     };
-    let (_, at, body) = sections.next(&[Kind::End])?;
-    let mut fields = Fields(body);
-    let counted = fields.varint().and_then(|counted| fields.end().map(|()| counted));
-    match counted {
-        Err(what) => Err(wrong(at, Kind::End, what)),
-        Ok(counted) if counted != intervals.len() as u64 => Err(wrong(at, Kind::End, "it counts other intervals")),
-        Ok(_) if intervals.is_empty() => Err(wrong(at, Kind::End, "nothing was recorded")),
-        Ok(_) if sections.at < bytes.len() => Err(damaged(sections.at, Damage::Behind)),
-        Ok(_) => Ok(Trace { guest, intervals, samples }),
+    sections.next(&[Kind::End])?.value(|&counted: &u64| match intervals.len() {
+        0 => Err("nothing was recorded"),
+        recorded if recorded as u64 != counted => Err("it counts other intervals"),
+        _ => Ok(()),
+    })?;
+    if sections.at < bytes.len() {
+        return Err(damaged(sections.at, Damage::Behind));
     }
+    Ok(Trace { guest, intervals, samples })
 }
 
 fn damaged(at: usize, what: Damage) -> TraceError {
     TraceError::Damaged { at: at as u64, what }
-}
-
-fn wrong(at: usize, kind: Kind, what: Wrong) -> TraceError {
-    damaged(at, Damage::Section(kind.name(), what))
 }
 
 struct Sections<'a> {
@@ -249,8 +259,8 @@ impl<'a> Sections<'a> {
         Ok(())
     }
 
-    /// The next section, which must be of one of these kinds: its kind, its position and its body.
-    fn next(&mut self, kinds: &[Kind]) -> Result<(Kind, usize, &'a [u8]), TraceError> {
+    /// The next section, which must be of one of these kinds.
+    fn next(&mut self, kinds: &[Kind]) -> Result<Section<'a>, TraceError> {
         let at = self.at;
         let rest = &self.bytes[at..];
         let (head, rest) = rest.split_at_checked(SECTION_BYTES).ok_or(damaged(at, Damage::Truncated))?;
@@ -262,8 +272,68 @@ impl<'a> Sections<'a> {
         }
         let kind = kinds.iter().find(|&&kind| kind as u32 == found).ok_or(damaged(at, Damage::Order(found)))?;
         self.at = at + SECTION_BYTES + length;
-        Ok((*kind, at, body))
+        Ok(Section { kind: *kind, at, body })
     }
+}
+
+/// A section whose checksum was verified.
+struct Section<'a> {
+    kind: Kind,
+    at: usize,
+    body: &'a [u8],
+}
+
+impl<'a> Section<'a> {
+    /// The value that the body holds, checked.
+    fn value<T: Deserialize<'a>>(&self, check: impl FnOnce(&T) -> Result<(), Wrong>) -> Result<T, TraceError> {
+        if self.body.len() > MOST_VALUE_BYTES {
+            return Err(self.wrong("it is longer than any such section"));
+        }
+        let (value, rest) = self.start()?;
+        if !rest.is_empty() {
+            return Err(self.wrong_before(rest, "something stands behind its end"));
+        }
+        check(&value).map_err(|what| self.wrong(what))?;
+        Ok(value)
+    }
+
+    fn interval(&self, guest: &GuestFacts) -> Result<Interval, TraceError> {
+        let ((length, sync, pages), compressed) = self.start::<(Duration, Duration, u64)>()?;
+        if length.is_zero() || length > LONGEST_INTERVAL {
+            return Err(self.wrong("an interval is longer than nothing, and no longer than a day"));
+        }
+        if sync > LONGEST {
+            return Err(self.wrong("no sync takes so long"));
+        }
+        let written = Runs::check(compressed, pages, |run| guest.has(run)).map_err(|what| self.wrong(what))?;
+        Ok(Interval { length, sync, written })
+    }
+
+    /// The value at the start of the body, and the bytes after it.
+    fn start<T: Deserialize<'a>>(&self) -> Result<(T, &'a [u8]), TraceError> {
+        let mut decoder = Deserializer::from_bytes(self.body);
+        let value = T::deserialize(&mut decoder);
+        let rest = decoder.finalize().expect("the rest of a slice");
+        match value {
+            Ok(value) => Ok((value, rest)),
+            Err(postcard::Error::DeserializeUnexpectedEnd) => Err(self.wrong_before(rest, "it ends within a value")),
+            Err(_) => Err(self.wrong_before(rest, "a value cannot be decoded")),
+        }
+    }
+
+    fn wrong(&self, what: Wrong) -> TraceError {
+        damaged(self.at, Damage::Section(self.kind.name(), what))
+    }
+
+    /// As [`Section::wrong`], where the rest of the body begins.
+    fn wrong_before(&self, rest: &[u8], what: Wrong) -> TraceError {
+        let at = self.at + SECTION_BYTES + self.body.len() - rest.len();
+        damaged(at, Damage::Section(self.kind.name(), what))
+    }
+}
+
+fn encoded(value: &impl Serialize) -> Vec<u8> {
+    postcard::to_allocvec(value).expect("its lists know their lengths, and a vector takes everything")
 }
 
 fn head() -> [u8; HEAD_BYTES] {
@@ -294,163 +364,57 @@ fn checksum(at: u64, head: &[u8], body: &[u8]) -> u64 {
     hasher.digest()
 }
 
-fn guest_body(guest: &GuestFacts) -> Vec<u8> {
-    let mut body = Vec::new();
-    put_varint(&mut body, guest.page_size.bytes() as u64);
-    put_varint(&mut body, guest.blocks.len() as u64);
-    for (id, pages) in &guest.blocks {
-        put_bytes(&mut body, id.raw().as_bytes());
-        put_varint(&mut body, *pages);
-    }
-    for number in [guest.out_for_good, guest.untouched, guest.rearms_late.into(), guest.cores.into()] {
-        put_varint(&mut body, number);
-    }
-    put_time(&mut body, guest.arming);
-    put_time(&mut body, guest.digests);
-    put_bytes(&mut body, guest.settings.raw().as_bytes());
-    body
-}
-
-fn guest(body: &[u8]) -> Result<GuestFacts, Wrong> {
-    let mut fields = Fields(body);
-    let page_size = PageSize::new(fields.varint()?).ok_or("there is no such page size")?;
-    let count = fields.count()?;
-    if !(1..=MAX_BLOCKS).contains(&count) {
+fn check_guest(guest: &GuestFacts) -> Result<(), Wrong> {
+    if !(1..=MAX_BLOCKS).contains(&guest.blocks.len()) {
         return Err("a guest has 1 to 1024 blocks");
     }
-    let (mut blocks, mut all) = (Vec::with_capacity(count), 0_u64);
-    for _ in 0..count {
-        let (id, pages) = (fields.text()?, fields.varint()?);
-        all = all.checked_add(pages).filter(|&all| all <= MOST_PAGES).ok_or("no guest has so many pages")?;
-        if pages == 0 || id.is_empty() || id.len() > MAX_BLOCK_ID {
+    let mut all = 0_u64;
+    for (id, pages) in &guest.blocks {
+        all = all.checked_add(*pages).filter(|&all| all <= MOST_PAGES).ok_or("no guest has so many pages")?;
+        if *pages == 0 || !(1..=MAX_BLOCK_ID).contains(&id.len()) {
             return Err("a block has a name and pages");
         }
-        blocks.push((id, pages));
     }
-    let (out_for_good, untouched) = (fields.varint()?, fields.varint()?);
-    if out_for_good.checked_add(untouched).is_none_or(|both| both > all) || out_for_good == all {
+    let left_out = guest.out_for_good.checked_add(guest.untouched);
+    if left_out.is_none_or(|both| both > all) || guest.out_for_good == all {
         return Err("it leaves out more pages than there are");
     }
-    let rearms_late = match fields.varint()? {
-        0 => false,
-        1 => true,
-        _ => return Err("a yes or no is neither"),
-    };
-    let cores = u32::try_from(fields.varint()?).ok().filter(|&cores| cores > 0).ok_or("no host has so many cores")?;
-    let (arming, digests, settings) = (fields.time()?, fields.time()?, fields.text()?);
-    fields.end()?;
-    Ok(GuestFacts { page_size, blocks, out_for_good, untouched, rearms_late, cores, arming, digests, settings })
+    if guest.cores == 0 {
+        return Err("a host has a core");
+    }
+    if guest.arming.max(guest.digests) > LONGEST { Err("nothing takes so long") } else { Ok(()) }
 }
 
-fn interval_body(interval: &Interval) -> Vec<u8> {
-    let mut body = Vec::new();
-    put_time(&mut body, interval.length);
-    put_time(&mut body, interval.sync);
-    put_varint(&mut body, interval.written.pages());
-    body.extend_from_slice(interval.written.compressed());
-    body
-}
-
-fn interval(body: &[u8], guest: &GuestFacts) -> Result<Interval, Wrong> {
-    let mut fields = Fields(body);
-    let (length, sync, pages) = (fields.time()?, fields.time()?, fields.varint()?);
-    if length.is_zero() || length > Duration::from_secs(86_400) {
-        return Err("an interval is longer than nothing, and no longer than a day");
-    }
-    let written = Runs::check(fields.0, pages, |run| guest.has(run))?;
-    Ok(Interval { length, sync, written })
-}
-
-fn samples_body(samples: &Samples) -> Vec<u8> {
-    let mut body = Vec::new();
-    put_varint(&mut body, u64::from(samples.zstd_level.cast_unsigned()));
-    let mut put = |number: u64| put_varint(&mut body, number);
-    [samples.touched, samples.first_written].into_iter().flat_map(|share| [share.of, share.part]).for_each(&mut put);
-    for coded in samples.whole.iter().chain(&samples.written).chain(&samples.alone) {
-        [coded.pages, coded.compressed, coded.bytes, coded.nanos].into_iter().for_each(&mut put);
-    }
-    for cost in [samples.read, samples.checksum, samples.delta] {
-        [cost.pages, cost.nanos].into_iter().for_each(&mut put);
-    }
-    put(samples.deltas.len() as u64);
-    for deltas in &samples.deltas {
-        put_time(&mut body, deltas.span);
-        for sample in [deltas.again, deltas.rested] {
-            let DeltaSample { pages, from_zero, to_zero, equal, overflows, deltas, delta_bytes } = sample;
-            for number in [pages, from_zero, to_zero, equal, overflows, deltas, delta_bytes] {
-                put_varint(&mut body, number);
-            }
-        }
-    }
-    body
-}
-
-fn samples(body: &[u8]) -> Result<Samples, Wrong> {
-    let mut fields = Fields(body);
-    let zstd_level = u32::try_from(fields.varint()?).map_err(|_| "there is no such level of zstd")?.cast_signed();
-    if !memferry_stages::codec::ZSTD_LEVELS.contains(&zstd_level) {
+fn check_samples(samples: &Samples) -> Result<(), Wrong> {
+    if !memferry_stages::codec::ZSTD_LEVELS.contains(&samples.zstd_level) {
         return Err("there is no such level of zstd");
     }
-    let [touched, first_written] = [share(&mut fields)?, share(&mut fields)?];
-    let [whole, written, alone] = [codeds(&mut fields)?, codeds(&mut fields)?, codeds(&mut fields)?];
-    let [read, checksum, delta] = [cost(&mut fields)?, cost(&mut fields)?, cost(&mut fields)?];
-    let count = fields.count()?;
-    if count > MOST_SPANS {
+    let shares = [samples.touched, samples.first_written];
+    let mut coded = samples.whole.iter().chain(&samples.written).chain(&samples.alone);
+    if shares.iter().any(|share| share.part > share.of) || coded.any(|coded| coded.compressed > coded.pages) {
+        return Err("a part is more than the whole");
+    }
+    let deltas = &samples.deltas;
+    if deltas.len() > MOST_SPANS {
         return Err("deltas of more spans than any trace has");
     }
-    let mut deltas = Vec::with_capacity(count);
-    for _ in 0..count {
-        let span = fields.time()?;
-        deltas.push(Deltas { span, again: delta_sample(&mut fields)?, rested: delta_sample(&mut fields)? });
-    }
-    fields.end()?;
-    if !deltas.is_sorted_by(|one: &Deltas, two| one.span < two.span)
-        || deltas.first().is_some_and(|one| one.span.is_zero())
-    {
+    if !deltas.is_sorted_by(|one, two| one.span < two.span) || deltas.first().is_some_and(|one| one.span.is_zero()) {
         return Err("the spans of the deltas do not ascend");
     }
-    Ok(Samples { zstd_level, touched, first_written, whole, written, alone, read, checksum, delta, deltas })
-}
-
-fn share(fields: &mut Fields<'_>) -> Result<Share, Wrong> {
-    let share = Share { of: fields.varint()?, part: fields.varint()? };
-    if share.part <= share.of { Ok(share) } else { Err("a part is more than the whole") }
-}
-
-fn codeds(fields: &mut Fields<'_>) -> Result<[Coded; 3], Wrong> {
-    let mut codeds = [Coded::default(); 3];
-    for coded in &mut codeds {
-        *coded = Coded {
-            pages: fields.varint()?,
-            compressed: fields.varint()?,
-            bytes: fields.varint()?,
-            nanos: fields.varint()?,
-        };
-        if coded.compressed > coded.pages {
-            return Err("a part is more than the whole");
-        }
+    if deltas.last().is_some_and(|one| one.span > LONGEST) {
+        return Err("no span is so long");
     }
-    Ok(codeds)
+    deltas.iter().flat_map(|one| [&one.again, &one.rested]).try_for_each(check_deltas)
 }
 
-fn cost(fields: &mut Fields<'_>) -> Result<Cost, Wrong> {
-    Ok(Cost { pages: fields.varint()?, nanos: fields.varint()? })
-}
-
-fn delta_sample(fields: &mut Fields<'_>) -> Result<DeltaSample, Wrong> {
-    let sample = DeltaSample {
-        pages: fields.varint()?,
-        from_zero: fields.varint()?,
-        to_zero: fields.varint()?,
-        equal: fields.varint()?,
-        overflows: fields.varint()?,
-        deltas: fields.varint()?,
-        delta_bytes: fields.varint()?,
-    };
+/// The sums over all spans fit their types: page counts and bytes are bounded.
+fn check_deltas(sample: &DeltaSample) -> Result<(), Wrong> {
     let parts = [sample.from_zero, sample.to_zero, sample.equal, sample.overflows, sample.deltas];
     let sum = parts.iter().try_fold(0_u64, |sum, &part| sum.checked_add(part));
     if sum != Some(sample.pages) {
         return Err("what became of the deltas does not add up");
     }
-    Ok(sample)
+    // In pages of the largest size, 64 KiB.
+    let full_pages = sample.delta_bytes >> 16;
+    if sample.pages.max(full_pages) > MOST_PAGES { Err("no guest has so many pages") } else { Ok(()) }
 }

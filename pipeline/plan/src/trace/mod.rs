@@ -3,7 +3,6 @@
 //! Pages are numbered over all blocks, one block after the other. Each block begins at a multiple of 64, like the
 //! words of the dirty bitmap. The file format is described in [`mod@file`].
 
-mod fields;
 pub mod file;
 mod runs;
 #[cfg(test)]
@@ -15,6 +14,7 @@ use std::time::Duration;
 use memferry_stages::codec::Codec;
 use memferry_stages::geometry::{EXTENT_PAGES, PageSize};
 use memferry_stages::untrusted::Untrusted;
+use serde::{Deserialize, Serialize};
 
 pub use file::{TraceError, TraceWriter, read};
 pub use runs::Runs;
@@ -31,7 +31,7 @@ pub struct Trace {
 }
 
 /// Facts known about a guest before its writes are recorded.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 pub struct GuestFacts {
     /// Size of every page.
     pub page_size: PageSize,
@@ -114,7 +114,7 @@ pub struct Interval {
 }
 
 /// Samples of the content of pages.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 pub struct Samples {
     /// The level of zstd that was measured.
     pub zstd_level: i32,
@@ -140,7 +140,7 @@ pub struct Samples {
 }
 
 /// A part of a total.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 pub struct Share {
     /// The total.
     pub of: u64,
@@ -157,7 +157,7 @@ impl Share {
 }
 
 /// The results of compressing pages.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 pub struct Coded {
     /// The number of pages, none of them zero.
     pub pages: u64,
@@ -170,7 +170,7 @@ pub struct Coded {
 }
 
 /// The time of an operation on one core.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 pub struct Cost {
     /// Pages.
     pub pages: u64,
@@ -187,7 +187,7 @@ impl Cost {
 }
 
 /// Deltas of pages that were written between two samples of them, at this distance in time.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 pub struct Deltas {
     /// The time between the two.
     pub span: Duration,
@@ -198,7 +198,7 @@ pub struct Deltas {
 }
 
 /// The results of encoding deltas: `from_zero + to_zero + equal + overflows + deltas = pages`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 pub struct DeltaSample {
     /// Pages that were written in the span.
     pub pages: u64,

@@ -1,13 +1,12 @@
 //! A set of pages as compressed runs.
 //!
 //! ```text
-//! runs = ( varint: pages left out, varint: pages of the run )*     as many as fill the text, which zstd compresses
+//! runs = ( pages left out, pages of the run )*     two u64 in the format of postcard, as many as fill the text, which
+//!                                                  zstd compresses
 //! ```
 
-use std::io::{self, BufRead, BufReader, Read};
+use std::io::{self, BufRead, BufReader};
 use std::ops::Range;
-
-use super::fields::put_varint;
 
 /// Level of zstd: a higher one takes longer and gains little.
 const LEVEL: i32 = 3;
@@ -30,8 +29,8 @@ impl Runs {
     pub fn of(runs: impl IntoIterator<Item = Range<u64>>) -> Self {
         let (mut text, mut next, mut pages) = (Vec::new(), 0, 0);
         for run in runs {
-            put_varint(&mut text, run.start - next);
-            put_varint(&mut text, run.end - run.start);
+            let lengths = (run.start - next, run.end - run.start);
+            text = postcard::to_extend(&lengths, text).expect("a vector takes everything");
             pages += run.end - run.start;
             next = run.end;
         }
@@ -98,7 +97,9 @@ impl Runs {
         let mut text = BufReader::new(decoder);
         let mut next = 0_u64;
         while !text.fill_buf()?.is_empty() {
-            let (gap, length) = (varint(&mut text)?, varint(&mut text)?);
+            // They need no buffer of their own.
+            let lengths = postcard::from_io::<(u64, u64), _>((&mut text, &mut []));
+            let ((gap, length), _) = lengths.map_err(|_| io::ErrorKind::InvalidData)?;
             let start = next.checked_add(gap).filter(|_| length > 0 && (gap > 0 || next == 0));
             let end = start.and_then(|start| start.checked_add(length)).filter(|&end| end < 1 << 63);
             let (Some(start), Some(end)) = (start, end) else { return Err(io::ErrorKind::InvalidData.into()) };
@@ -111,17 +112,4 @@ impl Runs {
         let rest = text.into_inner().finish();
         if rest.is_empty() { Ok(()) } else { Err(io::ErrorKind::InvalidData.into()) }
     }
-}
-
-fn varint(text: &mut impl Read) -> io::Result<u64> {
-    let mut value = 0_u64;
-    for shift in (0..63).step_by(7) {
-        let mut byte = [0];
-        text.read_exact(&mut byte)?;
-        value |= u64::from(byte[0] & 0x7f) << shift;
-        if byte[0] < 0x80 {
-            return Ok(value);
-        }
-    }
-    Err(io::ErrorKind::InvalidData.into())
 }

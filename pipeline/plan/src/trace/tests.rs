@@ -195,7 +195,7 @@ fn sections(bytes: &[u8]) -> Vec<(u32, Vec<u8>)> {
 /// A file of these sections, each with the checksum for its position.
 fn sealed(sections: &[(u32, Vec<u8>)]) -> Vec<u8> {
     let mut bytes = b"mfytrace".to_vec();
-    bytes.extend(1_u32.to_le_bytes());
+    bytes.extend(2_u32.to_le_bytes());
     let sum = xxhash_rust::xxh3::xxh3_64(&bytes).to_le_bytes();
     bytes.extend(&sum[..4]);
     for (kind, body) in sections {
@@ -252,18 +252,121 @@ fn a_section_that_is_missing_doubled_or_out_of_place_is_noticed() {
 fn what_is_no_trace_or_of_another_version_is_said_to_be_that() {
     let say = |bytes: &[u8]| parse(bytes).unwrap_err().to_string();
     assert_eq!(say(b"[guest.workload]\nmemory = \"1 GiB\""), "byte 0: this is no trace of memferry record");
-    let mut bytes = write(&small());
-    bytes[8] = 9;
-    let sum = xxhash_rust::xxh3::xxh3_64(&bytes[..12]).to_le_bytes();
-    bytes[12..16].copy_from_slice(&sum[..4]);
-    assert_eq!(say(&bytes), "byte 8: a trace of version 9, and this program reads version 1");
+    for version in [1, 9] {
+        let mut bytes = write(&small());
+        bytes[8] = version;
+        let sum = xxhash_rust::xxh3::xxh3_64(&bytes[..12]).to_le_bytes();
+        bytes[12..16].copy_from_slice(&sum[..4]);
+        assert_eq!(say(&bytes), format!("byte 8: a trace of version {version}, and this program reads version 2"));
+    }
+}
+
+/// The bytes of a small trace. If they change, the format has another version.
+#[test]
+fn the_format_is_that_of_its_version() {
+    let mut trace = small();
+    trace.guest.settings = "[migration]".into();
+    trace.guest.arming = Duration::from_millis(1500);
+    trace.samples.zstd_level = -3;
+    trace.samples.touched = Share { of: 300, part: 20 };
+    trace.samples.alone[2] = Coded { pages: 1, compressed: 1, bytes: 2, nanos: 3 };
+    trace.samples.delta = Cost { pages: 4, nanos: 5 };
+    let again = DeltaSample { pages: 15, from_zero: 1, to_zero: 2, equal: 3, overflows: 4, deltas: 5, delta_bytes: 6 };
+    trace.samples.deltas = vec![Deltas { span: Duration::new(7, 8), again, rested: DeltaSample::default() }];
+    let bytes = write(&trace);
+    assert_eq!(bytes[..12], *b"mfytrace\x02\0\0\0");
+    let none = r"\x00";
+    // Level, shares; the codecs; costs; deltas.
+    let samples = [
+        r"\x05\xac\x02\x14\x00\x00".into(),
+        none.repeat(8 * 4) + r"\x01\x01\x02\x03",
+        none.repeat(2 * 2) + r"\x04\x05",
+        r"\x01\x07\x08\x0f\x01\x02\x03\x04\x05\x06".to_owned() + &none.repeat(7),
+    ]
+    .concat();
+    let bodies = sections(&bytes).into_iter().map(|(kind, body)| (kind, body.escape_ascii().to_string()));
+    let expected = [
+        // Page size, blocks, pages without travel, untouched, re-arms late, cores, arming, digests, settings.
+        (1, r"\x80 \x02\x03ramd\x03rom\n\x00\x00\x00\x02\x01\x80\xca\xb5\xee\x01\x00\x00\x0b[migration]"),
+        // Length, sync, pages; a frame of zstd.
+        (2, r"\x00\x80\xc2\xd7/\x00\xc0\x84=\r(\xb5/\xfd \x061\x00\x00\x00\x01a\x02\x1c\n"),
+        (2, r"\x00\x80\xc2\xd7/\x00\xc0\x84=\x00"),
+        (3, &samples),
+        (4, r"\x02"),
+    ];
+    assert_eq!(bodies.collect::<Vec<_>>(), expected.map(|(kind, body)| (kind, body.to_owned())));
+    assert_eq!(parse(&bytes).unwrap(), trace);
+}
+
+/// Each field that counts or measures a length says more than the file has.
+#[test]
+fn hostile_lengths_are_refused_where_they_are() {
+    let sections = sections(&write(&small()));
+    let at = |section: usize| 16 + sections[..section].iter().map(|(_, body)| 16 + body.len()).sum::<usize>() + 16;
+    let refusal = |section: usize, from: usize, number: u64| {
+        let mut sections = sections.clone();
+        let body = &mut sections[section].1;
+        body.truncate(from);
+        body.extend(postcard::to_allocvec(&number).unwrap());
+        place_and_damage(parse(&sealed(&sections)).unwrap_err())
+    };
+    let ends = |name| Damage::Section(name, "it ends within a value");
+    for number in [100, 1 << 32, u64::MAX] {
+        let length = postcard::to_allocvec(&number).unwrap().len();
+        // Blocks, the name of the first one, the settings.
+        for from in [2, 3, 21] {
+            assert_eq!(refusal(0, from, number), ((at(0) + from + length) as u64, ends("Guest")), "byte {from}");
+        }
+        // Spans of deltas.
+        let from = sections[3].1.len() - 1;
+        assert_eq!(refusal(3, from, number), ((at(3) + from + length) as u64, ends("Samples")));
+    }
+    let long = sealed(&[(1, vec![1; (1 << 20) + 1])]);
+    let (_, damage) = place_and_damage(parse(&long).unwrap_err());
+    assert_eq!(damage, Damage::Section("Guest", "it is longer than any such section"));
+}
+
+#[test]
+fn values_out_of_their_limits_are_refused() {
+    let refused = |change: fn(&mut Trace), name, what| {
+        let mut trace = small();
+        change(&mut trace);
+        assert_eq!(place_and_damage(parse(&write(&trace)).unwrap_err()).1, Damage::Section(name, what));
+    };
+    let long = Duration::from_secs(u64::MAX);
+    refused(|trace| trace.guest.blocks.clear(), "Guest", "a guest has 1 to 1024 blocks");
+    refused(|trace| trace.guest.blocks[0].0 = "x".repeat(256).into(), "Guest", "a block has a name and pages");
+    refused(|trace| trace.guest.blocks[1].1 = u64::MAX, "Guest", "no guest has so many pages");
+    refused(|trace| trace.guest.untouched = u64::MAX, "Guest", "it leaves out more pages than there are");
+    refused(|trace| trace.guest.cores = 0, "Guest", "a host has a core");
+    refused(|trace| trace.guest.digests = Duration::MAX, "Guest", "nothing takes so long");
+    refused(|trace| trace.intervals[0].sync = Duration::MAX, "Interval", "no sync takes so long");
+    refused(|trace| trace.samples.zstd_level = 99, "Samples", "there is no such level of zstd");
+    refused(|trace| trace.samples.touched.part = 1, "Samples", "a part is more than the whole");
+    let spans =
+        |spans: std::ops::Range<u64>| spans.map(|span| Deltas { span: Duration::from_secs(span), ..Deltas::default() });
+    let with_deltas = |deltas: Vec<Deltas>| Trace { samples: Samples { deltas, ..Samples::default() }, ..small() };
+    let vast = DeltaSample { pages: u64::MAX, equal: u64::MAX, ..DeltaSample::default() };
+    for (deltas, what) in [
+        (spans(1..66).collect(), "deltas of more spans than any trace has"),
+        (spans(0..2).collect(), "the spans of the deltas do not ascend"),
+        (vec![Deltas { span: long, ..Deltas::default() }], "no span is so long"),
+        (vec![Deltas { span: Duration::from_secs(1), again: vast, ..Deltas::default() }], "no guest has so many pages"),
+    ] {
+        let (_, damage) = place_and_damage(parse(&write(&with_deltas(deltas))).unwrap_err());
+        assert_eq!(damage, Damage::Section("Samples", what));
+    }
+    let mut sections = sections(&write(&small()));
+    sections[0].1[0] = 0x81;
+    let (at, damage) = place_and_damage(parse(&sealed(&sections)).unwrap_err());
+    assert_eq!((at, damage), (34, Damage::Section("Guest", "a value cannot be decoded")));
 }
 
 /// Data that inflates to far more than it declares is not stored, and the walk ends where the pages end.
 #[test]
 fn a_bomb_does_not_go_off() {
     let mut sections = sections(&write(&small()));
-    let mut body = vec![1, 1, 100];
+    let mut body = postcard::to_allocvec(&(Duration::from_secs(1), Duration::ZERO, 100_u64)).unwrap();
     body.extend(zstd::bulk::compress(&vec![1; 64 << 20], 19).unwrap());
     sections[1].1 = body;
     let (_, damage) = place_and_damage(parse(&sealed(&sections)).unwrap_err());
