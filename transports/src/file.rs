@@ -34,8 +34,9 @@ use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio::task::coop::poll_proceed;
 use tokio::task::{JoinHandle, block_in_place, spawn_blocking};
 
+use crate::regular;
 use crate::retry::in_context;
-use crate::temporary::{Temporary, open_regular, target_of};
+use crate::temporary::{Temporary, target_of};
 use crate::{Capabilities, Connection, Listener, Transport};
 
 /// A stream in a file.
@@ -131,7 +132,7 @@ struct FileReader {
 
 impl FileReader {
     fn open(path: &Path) -> io::Result<Self> {
-        let file = open_regular(path)?;
+        let file = regular::open(path)?;
         if let Err(error) = rustix::fs::fadvise(&file, 0, None, Advice::Sequential) {
             tracing::debug!(%error, "no read-ahead could be asked for");
         }

@@ -20,6 +20,7 @@
 pub mod address;
 pub mod file;
 pub mod memory;
+pub mod regular;
 mod retry;
 pub mod tcp;
 pub mod temporary;

@@ -17,6 +17,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{CWD, OFlags, RenameFlags, renameat_with};
 use rustix::io::Errno;
 
+use crate::regular;
 use crate::retry::in_context;
 
 /// The text between the name of a file and the digits of its temporary name.
@@ -179,7 +180,7 @@ pub fn target_of(path: &Path) -> io::Result<PathBuf> {
             ),
             target => {
                 let target = target?;
-                require_regular(&fs::metadata(&target)?)?;
+                regular::require(&fs::metadata(&target)?)?;
                 Ok(target)
             }
         },
@@ -193,25 +194,6 @@ pub fn target_of(path: &Path) -> io::Result<PathBuf> {
         }
         Err(error) => Err(error),
     }
-}
-
-/// Checks that it is a regular file. Devices and pipes are neither read nor replaced.
-pub(crate) fn require_regular(found: &fs::Metadata) -> io::Result<()> {
-    let what = if found.is_dir() { "it is a directory" } else { "it is no regular file" };
-    if found.is_file() { Ok(()) } else { Err(io::Error::new(ErrorKind::InvalidInput, what)) }
-}
-
-/// Opens a file for reading, without a wait: to open a pipe waits for its writer, and to open a device may do something to it.
-///
-/// # Errors
-/// When it cannot be opened, or is no regular file.
-pub fn open_regular(path: &Path) -> io::Result<File> {
-    require_regular(&fs::metadata(path)?)?;
-    // It may be another by now.
-    let flags = i32::try_from(OFlags::NONBLOCK.bits()).expect("a flag of one word");
-    let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
-    require_regular(&file.metadata()?)?;
-    Ok(file)
 }
 
 /// A name in the same directory that nobody has.

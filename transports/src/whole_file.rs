@@ -3,14 +3,14 @@
 use std::io::{self, ErrorKind, Read};
 use std::path::Path;
 
-use crate::temporary::open_regular;
+use crate::regular;
 
 /// The bytes of a regular file, at most `most`.
 ///
 /// # Errors
 /// When it cannot be read, is no regular file, or is longer ([`ErrorKind::FileTooLarge`]).
 pub fn read(path: &Path, most: u64) -> io::Result<Vec<u8>> {
-    let file = open_regular(path)?;
+    let file = regular::open(path)?;
     let too_long = || io::Error::new(ErrorKind::FileTooLarge, format!("it has more than {}", size(most)));
     if file.metadata()?.len() > most {
         return Err(too_long());

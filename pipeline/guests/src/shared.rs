@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use memferry_stages::geometry::BlockInfo;
 use memferry_stages::memory::MappedMemory;
-use rustix::fs::OFlags;
+use memferry_transports::regular;
 use serde::{Deserialize, Serialize};
 
 use memferry::guest::GuestError;
@@ -72,14 +72,11 @@ impl SharedSettings {
     pub(super) fn map(&self, is_destination: bool) -> Result<Arc<MappedMemory>, GuestError> {
         let Self { path, bytes } = self;
         let failed = |error| self.failed(error);
-        let flags = i32::try_from(OFlags::NONBLOCK.bits()).expect("a flag of one word");
-        let options = || OpenOptions::new().read(true).write(true).custom_flags(flags).clone();
-        if path.metadata().is_ok_and(|found| !found.is_file()) {
-            return Err(failed(std::io::Error::new(ErrorKind::InvalidInput, "it is no regular file")));
-        }
-        let file = match options().open(path) {
+        let mut options = OpenOptions::new();
+        options.read(true).write(true);
+        let file = match regular::open_with(&mut options, path) {
             Err(error) if error.kind() == ErrorKind::NotFound && !is_destination => {
-                let file = options().create_new(true).mode(0o600).open(path).map_err(failed)?;
+                let file = regular::open_with(options.create_new(true).mode(0o600), path).map_err(failed)?;
                 file.set_len(*bytes).map_err(failed)?;
                 file
             }

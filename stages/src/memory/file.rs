@@ -5,13 +5,13 @@
 //! removed: it is then no longer the memory of its writer. The file's true length is preserved, whatever the page size;
 //! pages of zeros become holes where the file system has them.
 
-use std::fs::{File, Metadata, OpenOptions};
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FallocateFlags, OFlags};
+use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 
 use super::{Memory, ZEROS, holes, is_zero, with_scratch};
@@ -30,27 +30,16 @@ pub struct FileMemory {
 }
 
 impl FileMemory {
-    /// Opens an existing file for reading. Its length now is the block's length.
+    /// Memory that is only read, of a regular file that is open for reading. Its length now is the block's length. `path` is its
+    /// name in messages.
     ///
     /// # Errors
-    /// If it cannot be opened, is empty, or is no regular file; the message names it.
-    pub fn open_source(path: &Path) -> io::Result<Self> {
-        let named = |error| about(path, "cannot be opened", error);
-        let regular = |found: Metadata| {
-            let refused = || io::Error::new(io::ErrorKind::InvalidInput, "it is no regular file");
-            if found.is_file() { Ok(found) } else { Err(refused()) }
-        };
-        // To open a pipe waits for its writer, so what it is is asked before; it may be another behind that.
-        std::fs::metadata(path).and_then(regular).map_err(named)?;
-        let flags = i32::try_from(OFlags::NONBLOCK.bits()).expect("a flag of one word");
-        let file = OpenOptions::new().read(true).custom_flags(flags).open(path).map_err(named)?;
-        let metadata = file.metadata().and_then(regular).map_err(named)?;
+    /// If it is empty, or its length cannot be read.
+    pub fn of_source(file: File, path: &Path) -> io::Result<Self> {
+        let metadata = file.metadata()?;
         let length = metadata.len();
         if length == 0 {
-            return Err(named(io::Error::new(
-                io::ErrorKind::InvalidInput,
-                "it is empty, memory has at least one byte",
-            )));
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is empty, memory has at least one byte"));
         }
         Ok(Self { file, path: path.into(), length, had_name: metadata.nlink() > 0 })
     }
@@ -267,13 +256,9 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_image_is_refused_by_name() {
-        let folder = tempfile::tempdir().unwrap();
-        let refuse = |path: &Path| FileMemory::open_source(path).unwrap_err().to_string();
-        assert!(refuse(folder.path()).contains("no regular file"));
-        assert!(refuse(&folder.path().join("absent")).contains("absent: cannot be opened"));
-        File::create(folder.path().join("empty")).unwrap();
-        assert!(refuse(&folder.path().join("empty")).contains("it is empty"));
+    fn an_empty_file_is_no_memory() {
+        let empty = FileMemory::of_source(tempfile::tempfile().unwrap(), Path::new("empty")).unwrap_err();
+        assert_eq!(empty.kind(), io::ErrorKind::InvalidInput);
     }
 
     #[test]
@@ -308,7 +293,7 @@ mod tests {
         let memfd = File::from(rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
         memfd.write_all_at(&[1; 3 * 4096], 0).unwrap();
         let path = format!("/proc/self/fd/{}", memfd.as_raw_fd());
-        let memory = FileMemory::open_source(Path::new(&path)).unwrap();
+        let memory = FileMemory::of_source(File::open(&path).unwrap(), Path::new(&path)).unwrap();
         assert_eq!(memory.untouched(PAGE).unwrap(), []);
         memfd.set_len(4096).unwrap();
         assert!(memory.untouched(PAGE).unwrap_err().to_string().contains("cut short, from 12288 bytes to 4096"));

@@ -18,7 +18,7 @@ use super::settings::{FileGuestSettings, Image};
 use super::state::{self, MAX_STATE_FILE_BYTES};
 use memferry::guest::{Guest, GuestError, GuestState, RunState, SourceGuest};
 use memferry::host;
-use memferry_transports::whole_file;
+use memferry_transports::{regular, whole_file};
 
 /// A guest whose memory is in existing files. See the [module](super).
 #[derive(Debug)]
@@ -246,11 +246,13 @@ impl SourceGuest for FileGuest {
 }
 
 fn open(image: &Image) -> Result<RamBlock, GuestError> {
-    let memory = FileMemory::open_source(&image.path);
-    let memory = memory.map_err(|error| GuestError::caused(format_args!("image {}", image.id), error))?;
+    let Image { id, path, .. } = image;
+    let memory = regular::open(path)
+        .and_then(|file| FileMemory::of_source(file, path))
+        .map_err(|error| GuestError::caused(format_args!("image {id}: {}: cannot be opened", path.display()), error))?;
     let info = BlockInfo {
         backing_page_size: rustix::param::page_size() as u64,
-        ..BlockInfo::new(image.id.clone(), memory.length())
+        ..BlockInfo::new(id.clone(), memory.length())
     };
     Ok(RamBlock { info, memory: Arc::new(memory), fresh: false })
 }

@@ -199,6 +199,17 @@ fn a_file_that_exists_is_replaced_only_when_asked_and_only_at_the_start() {
 }
 
 #[test]
+fn what_is_no_image_is_refused_by_name() {
+    let folder = TempDir::new().unwrap();
+    fs::write(folder.path().join("empty"), "").unwrap();
+    for name in ["", "absent", "empty"] {
+        let path = folder.path().join(name);
+        let words = FileGuest::source(settings(&[("ram", &path)]), None).unwrap_err().to_string();
+        assert!(words.starts_with(&format!("image ram: {}: cannot be opened: ", path.display())), "{words}");
+    }
+}
+
+#[test]
 fn what_is_no_regular_file_is_never_replaced() {
     let (here, there) = (TempDir::new().unwrap(), TempDir::new().unwrap());
     let source = FileGuest::source(one_image(here.path()), None).unwrap();

@@ -31,8 +31,7 @@ use std::time::Duration;
 use clap::Parser;
 use memferry_stages::host::cores;
 use memferry_stages::untrusted::shown_lines;
-use memferry_transports::Address;
-use memferry_transports::temporary::open_regular;
+use memferry_transports::{Address, regular};
 
 use crate::api::patch;
 use crate::config::{self, Config, Purpose};
@@ -204,7 +203,7 @@ fn record(options: Record) -> ExitCode {
 fn inspect(file: &Path) -> ExitCode {
     let name = file.display().to_string();
     let inspected = on_control_plane(async {
-        let stream = open_regular(file)?;
+        let stream = regular::open(file)?;
         Ok(Inspection::of(tokio::fs::File::from_std(stream), &name).await)
     });
     match inspected {

@@ -136,7 +136,10 @@ fn hash_of_files() -> Subject {
         file.as_file().set_len(length as u64).unwrap();
         file
     });
-    let open = |file: &NamedTempFile| Arc::new(FileMemory::open_source(file.path()).unwrap()) as Arc<dyn Memory>;
+    let open = |file: &NamedTempFile| {
+        let memory = FileMemory::of_source(file.reopen().unwrap(), file.path());
+        Arc::new(memory.unwrap()) as Arc<dyn Memory>
+    };
     let memory = guest(files.iter().map(open).collect(), PageSize::DEFAULT);
     let log: Arc<dyn DirtyLog> = Arc::new(HashLog::new(memory.clone()));
     Subject { memory, logs: vec![log], writer: Arc::new(FileGuest(files.into())) }
