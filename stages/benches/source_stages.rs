@@ -29,7 +29,7 @@ use memferry_stages::pool::{BufferPool, PooledBuffer};
 use memferry_stages::queue::{Inlet, bounded};
 use memferry_stages::scanner::{ScanOrder, Scanner};
 use memferry_stages::stage_id::StageId;
-use memferry_stages::tally::RoundTally;
+use memferry_stages::tally::{PageTally, RoundTally};
 use memferry_stages::zero_detector::ZeroDetector;
 
 /// Where the pages of a round lie, and how many extents it has.
@@ -133,7 +133,7 @@ fn detect(suite: &mut Suite, group: &str, memory: &Arc<MappedMemory>, zero: u32)
         let consumer = async {
             while let Some(item) = copies.next().await {
                 if let Item::RoundComplete(tally) = item {
-                    found.set(tally.zero);
+                    found.set(tally.pages.zero);
                 }
             }
         };
@@ -169,7 +169,8 @@ impl Copies {
         let pages = (self.bytes() / PAGE) as u64;
         let copied =
             |(extent, pages)| Item::Batch(CopiedBatch { batch: batch(extent, round), zero: 0, pages: Some(pages) });
-        let tally = RoundTally { pages, ..RoundTally::new(round, false) };
+        let tally =
+            RoundTally { pages: PageTally { all: pages, ..PageTally::default() }, ..RoundTally::new(round, false) };
         (0..).zip(self.buffers.drain(..)).map(copied).chain([Item::RoundComplete(tally)]).collect()
     }
 
@@ -258,8 +259,11 @@ fn deltas(suite: &mut Suite, place: &str, extents: u32) {
                     ended = &mut stage => panic!("it ended: {ended:?}"),
                 }
             });
-            let whole = if round == 1 { tally.pages } else { tally.xbzrle_overflows };
-            assert!(tally.raw == whole && tally.xbzrle_misses == 0 && tally.pages > 0, "{name}: {tally:?}");
+            let whole = if round == 1 { tally.pages.all } else { tally.pages.xbzrle_overflows };
+            assert!(
+                tally.pages.raw == whole && tally.pages.xbzrle_misses == 0 && tally.pages.all > 0,
+                "{name}: {tally:?}"
+            );
             copies.take_back();
             took
         };

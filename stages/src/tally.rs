@@ -2,9 +2,9 @@
 
 use std::ops::AddAssign;
 
+use serde::{Deserialize, Serialize};
+
 /// Figures of one round. Travels with RoundComplete: each stage adds its part.
-///
-/// `zero + raw + compressed + xbzrle + unchanged = pages`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RoundTally {
     /// The round, from 1.
@@ -13,8 +13,18 @@ pub struct RoundTally {
     pub last: bool,
     /// Batches scanned.
     pub batches: u64,
+    /// Its pages.
+    pub pages: PageTally,
+}
+
+/// Pages by encoding, as counted and as in reports.
+///
+/// `zero + raw + compressed + xbzrle + unchanged = all`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PageTally {
     /// Pages scanned.
-    pub pages: u64,
+    #[serde(rename = "pages")]
+    pub all: u64,
     /// Pages that were all zero.
     pub zero: u64,
     /// Pages sent raw.
@@ -49,6 +59,12 @@ impl AddAssign for RoundTally {
         debug_assert_eq!(self.round, other.round, "tallies of two rounds");
         self.batches += other.batches;
         self.pages += other.pages;
+    }
+}
+
+impl AddAssign for PageTally {
+    fn add_assign(&mut self, other: Self) {
+        self.all += other.all;
         self.zero += other.zero;
         self.raw += other.raw;
         self.compressed += other.compressed;

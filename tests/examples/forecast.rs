@@ -91,7 +91,7 @@ fn run(plan: Plan, (link, bandwidth): (&str, Option<u64>)) -> Result<Option<f64>
     let (mut rounds, mut sent, mut throttled) = (0, 0, 0);
     for (_, event) in &ends.events {
         match event {
-            Event::RoundSent { tally, .. } => (rounds, sent) = (tally.round, sent + tally.bytes_out),
+            Event::RoundSent { tally, .. } => (rounds, sent) = (tally.round, sent + tally.pages.bytes_out),
             Event::Decided(Decided { decision: Decision::Throttle(percent), .. }) => throttled = *percent,
             _ => {}
         }

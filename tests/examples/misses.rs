@@ -106,7 +106,7 @@ fn run(mib: u64, fill: Fill, limit: Option<u64>, on_miss: OnMiss) -> Result<Went
         return Err(format!("{:?}: {:?}", ends.source.phase, ends.source.error).into());
     }
     let misses = ends.events.iter().map(|(_, event)| match event {
-        Event::RoundSent { tally, .. } => tally.xbzrle_misses,
+        Event::RoundSent { tally, .. } => tally.pages.xbzrle_misses,
         _ => 0,
     });
     let downtime = ends.source.downtime.unwrap_or_default();

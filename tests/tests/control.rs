@@ -111,7 +111,7 @@ fn a_migration_gets_a_cap_another_one_and_none_again() {
     let least = Duration::from_nanos(1);
     let uncapped =
         SourceSettings { max_bandwidth: None, downtime_limit: least, max_downtime: Some(least), ..endless() };
-    let (recorder, rounds) = of_rounds(|tally, time| (tally.bytes_out, time));
+    let (recorder, rounds) = of_rounds(|tally, time| (tally.pages.bytes_out, time));
     let ends = asked(Arc::new(Hot::new()), uncapped, recorder, |control| async move {
         rounds_run(&control).await;
         let mut before = None;
@@ -260,7 +260,7 @@ fn a_cache_grows_and_shrinks_and_the_destination_stays_exact() {
         verify: true,
         ..endless()
     };
-    let (recorder, rounds) = of_rounds(|tally, _| (tally.xbzrle_misses, tally.pages));
+    let (recorder, rounds) = of_rounds(|tally, _| (tally.pages.xbzrle_misses, tally.pages.all));
     let ends = asked(warm(), settings, recorder, |control| async move {
         // The share of misses among the latest 1000 pages, in percent. The rounds after a change fill the cache over
         // time.

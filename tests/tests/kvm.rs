@@ -137,11 +137,11 @@ fn a_machine_moves_with_each_dirty_log_while_it_outruns_the_wire() {
         until(&source, |status| status.pass >= 2);
         let (destination, ends) = moves_whole_watched(&source, dirty_log, settings(), outruns_the_first_round(&source));
         let (rounds, status) = (rounds(&ends), destination.status());
-        let (pages, downtime) = (rounds.iter().map(|round| round.pages).collect::<Vec<_>>(), ends.source.downtime);
+        let (pages, downtime) = (rounds.iter().map(|round| round.pages.all).collect::<Vec<_>>(), ends.source.downtime);
         println!("{dirty_log:?}: rounds of {pages:?} pages, downtime {downtime:?}, then {status:?}");
-        assert!(rounds.len() >= 3 && rounds[0].compressed > 500 && rounds[0].xbzrle == 0, "{rounds:#?}");
-        assert!(rounds[1..].iter().map(|round| round.xbzrle).sum::<u64>() > 500, "{rounds:#?}");
-        let sampled_and_rest = rounds[1].pages + rounds[2].pages;
+        assert!(rounds.len() >= 3 && rounds[0].pages.compressed > 500 && rounds[0].pages.xbzrle == 0, "{rounds:#?}");
+        assert!(rounds[1..].iter().map(|round| round.pages.xbzrle).sum::<u64>() > 500, "{rounds:#?}");
+        let sampled_and_rest = rounds[1].pages.all + rounds[2].pages.all;
         assert!(sampled_and_rest > 900, "the guest wrote nearly all of its region meanwhile: {rounds:#?}");
     }
 }
@@ -167,7 +167,8 @@ fn a_region_that_reaches_over_the_hole_below_4_gib_moves_with_each_dirty_log() {
         assert!(places.eq([("ram-low", 0, 3 << 30), ("ram-high", 4 << 30, 3 << 29)]));
         until(&source, |status| status.pass >= 2);
         let (destination, ends) = moves_whole(&source, dirty_log, settings_without_cap());
-        let sent: u64 = rounds(&ends).iter().map(|round| round.raw + round.compressed + round.xbzrle).sum();
+        let sent: u64 =
+            rounds(&ends).iter().map(|round| round.pages.raw + round.pages.compressed + round.pages.xbzrle).sum();
         assert!((2 * PAGES..20 * PAGES).contains(&sent), "{dirty_log:?}: {sent} pages that are not zero");
         // The last page of the region and the first after the hole contain the number of a pass.
         for page in [0, PAGES - 1] {

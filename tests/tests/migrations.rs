@@ -63,8 +63,12 @@ impl Moved {
         let rounds = self.rounds();
         assert!(rounds.len() >= 2, "{rounds:?}");
         for round in &rounds {
-            let kinds = round.zero + round.raw + round.compressed + round.xbzrle + round.unchanged;
-            assert_eq!(kinds, round.pages, "{round:?}");
+            let kinds = round.pages.zero
+                + round.pages.raw
+                + round.pages.compressed
+                + round.pages.xbzrle
+                + round.pages.unchanged;
+            assert_eq!(kinds, round.pages.all, "{round:?}");
         }
         for end in [&ends.source, &ends.destination] {
             assert!(end.memory_peak <= self.bound(), "{} bytes held, bound {}", end.memory_peak, self.bound());
@@ -160,11 +164,11 @@ fn compression_in_the_first_round_and_deltas_after_it() {
             for round in moved.rounds() {
                 let what = format!("{compress:?}, {delta:?}: {round:?}");
                 let may_compress = compress.is_some() && (round.round == 1 || delta.is_none());
-                assert!(may_compress || round.compressed == 0, "{what}");
+                assert!(may_compress || round.pages.compressed == 0, "{what}");
                 let may_delta = delta.is_some() && round.round > 1;
-                assert!(may_delta || round.xbzrle + round.unchanged == 0, "{what}");
-                assert!(round.round > 1 || round.pages >= (29 << 20) / 4096, "{what}");
-                assert!(!may_delta || round.xbzrle > 0 || round.pages < 64, "{what}");
+                assert!(may_delta || round.pages.xbzrle + round.pages.unchanged == 0, "{what}");
+                assert!(round.round > 1 || round.pages.all >= (29 << 20) / 4096, "{what}");
+                assert!(!may_delta || round.pages.xbzrle > 0 || round.pages.all < 64, "{what}");
             }
         }
     }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use memferry_stages::clears::Spared;
 use memferry_stages::meter::Reading;
 use memferry_stages::stage_id::StageId;
-use memferry_stages::tally::RoundTally;
+use memferry_stages::tally::{PageTally, RoundTally};
 
 use crate::bottleneck::{Bottleneck, Cause};
 use crate::control::{Change, Changed};
@@ -79,27 +79,32 @@ pub fn script(role: Role) -> Vec<Event> {
     let first = RoundTally {
         round: 1,
         batches: 4096,
-        pages: 262_144,
-        zero: 100_000,
-        raw: 12_144,
-        compressed: 150_000,
-        bytes_in: 1 << 30,
-        bytes_out: 512 << 20,
+        pages: PageTally {
+            all: 262_144,
+            zero: 100_000,
+            raw: 12_144,
+            compressed: 150_000,
+            bytes_in: 1 << 30,
+            bytes_out: 512 << 20,
+            ..PageTally::default()
+        },
         ..RoundTally::default()
     };
     let last = RoundTally {
         round: 2,
         last: true,
         batches: 20,
-        pages: 1000,
-        raw: 10,
-        xbzrle: 890,
-        unchanged: 100,
-        xbzrle_misses: 7,
-        xbzrle_overflows: 3,
-        bytes_in: 4_096_000,
-        bytes_out: 68_000,
-        ..RoundTally::default()
+        pages: PageTally {
+            all: 1000,
+            raw: 10,
+            xbzrle: 890,
+            unchanged: 100,
+            xbzrle_misses: 7,
+            xbzrle_overflows: 3,
+            bytes_in: 4_096_000,
+            bytes_out: 68_000,
+            ..PageTally::default()
+        },
     };
     let blocks = vec![BlockFacts { id: "ram".into(), bytes: 1 << 30, page_size: 4096 }];
     let sync = |dirty_pages| Event::Synced { after_round: 1, dirty_pages, duration: Duration::from_millis(2) };

@@ -186,6 +186,6 @@ fn figures(foreseen: &Foreseen, limit: Duration) -> Figures {
         repeats_trace: foreseen.repeated,
         why: run.decided.last().map(|decided| decided.to_string()).unwrap_or_default(),
         expected_downtimes: expected.map(|forecast| forecast.expected().as_secs_f64()).collect(),
-        round_bytes: run.sent.iter().map(|round| round.tally.bytes_out).collect(),
+        round_bytes: run.sent.iter().map(|round| round.tally.pages.bytes_out).collect(),
     }
 }

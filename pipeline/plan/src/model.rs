@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use memferry_stages::codec::Codec;
 use memferry_stages::encoder::misses;
-use memferry_stages::tally::RoundTally;
+use memferry_stages::tally::{PageTally, RoundTally};
 use memferry_stages::wire::frame::HEAD_BYTES;
 use memferry_stages::wire::pages::MIN_HEAD_BYTES;
 
@@ -288,16 +288,18 @@ impl<'a> TracedGuest<'a> {
             round,
             last: false,
             batches: extents,
-            pages,
-            zero,
-            raw: pages - zero - unchanged - xbzrle - compressed,
-            compressed,
-            xbzrle,
-            unchanged,
-            xbzrle_misses: whole(sum.misses),
-            xbzrle_overflows: whole(sum.overflows),
-            bytes_in: pages * self.trace.guest.page_size.bytes() as u64,
-            bytes_out: whole(sum.bytes + heads),
+            pages: PageTally {
+                all: pages,
+                zero,
+                raw: pages - zero - unchanged - xbzrle - compressed,
+                compressed,
+                xbzrle,
+                unchanged,
+                xbzrle_misses: whole(sum.misses),
+                xbzrle_overflows: whole(sum.overflows),
+                bytes_in: pages * self.trace.guest.page_size.bytes() as u64,
+                bytes_out: whole(sum.bytes + heads),
+            },
         };
         // All lanes together use every core; a lane is no faster than its slowest stage.
         let lanes = f64::from(self.settings.lanes);

@@ -89,11 +89,11 @@ fn the_first_round_sends_what_is_not_zero_as_it_is_encoded() {
     let idle = trace(std::iter::once(0..1));
     let first = |settings: &SourceSettings| plan(&idle, settings, mbyte(100.0)).run.sent[0].tally;
     let tally = first(&raw());
-    assert_eq!((tally.pages, tally.zero, tally.raw), (PAGES, PAGES / 4, FILLED));
-    assert!(about(tally.bytes_out as f64, (FILLED * PAGE) as f64), "{tally:?}");
+    assert_eq!((tally.pages.all, tally.pages.zero, tally.pages.raw), (PAGES, PAGES / 4, FILLED));
+    assert!(about(tally.pages.bytes_out as f64, (FILLED * PAGE) as f64), "{tally:?}");
     let lz4 = first(&settings(EncoderSettings { compress: Some(Codec::Lz4), xbzrle: None }));
-    assert_eq!((lz4.raw, lz4.compressed), (0, FILLED));
-    assert!(about(lz4.bytes_out as f64, (FILLED * PAGE / 2) as f64), "{lz4:?}");
+    assert_eq!((lz4.pages.raw, lz4.pages.compressed), (0, FILLED));
+    assert!(about(lz4.pages.bytes_out as f64, (FILLED * PAGE / 2) as f64), "{lz4:?}");
 }
 
 #[test]
@@ -101,7 +101,7 @@ fn pages_that_are_written_all_the_time_are_left_in_every_round() {
     let trace = steady();
     let run = plan(&trace, &raw(), mbyte(50.0)).run;
     assert_eq!((run.end, run.rounds), (Decision::GiveUp, 30));
-    assert!(run.sent[1..].iter().all(|round| about(round.tally.pages as f64, 2000.0)), "{run:?}");
+    assert!(run.sent[1..].iter().all(|round| about(round.tally.pages.all as f64, 2000.0)), "{run:?}");
     let faster = plan(&trace, &raw(), mbyte(150.0));
     assert!(faster.meets && about(faster.run.downtime.as_secs_f64(), 0.058), "{faster:?}");
 }
@@ -112,13 +112,16 @@ fn deltas_count_as_they_were_sampled_and_miss_where_the_cache_is_small() {
     let run = plan(&trace, &deltas(), mbyte(50.0)).run;
     let [sample, rest] = [run.sent[1].tally, behind_the_sample(&run)];
     assert_eq!(run.sent.len(), 3);
-    assert!(rest.xbzrle > 1900 && rest.xbzrle_misses < 20, "{rest:?}");
-    assert!(about(rest.bytes_out as f64, 2000.0 * 104.0), "{rest:?}");
-    assert!(about(sample.bytes_out as f64, sample.pages as f64 * 104.0) && sample.pages <= 512, "{sample:?}");
+    assert!(rest.pages.xbzrle > 1900 && rest.pages.xbzrle_misses < 20, "{rest:?}");
+    assert!(about(rest.pages.bytes_out as f64, 2000.0 * 104.0), "{rest:?}");
+    assert!(
+        about(sample.pages.bytes_out as f64, sample.pages.all as f64 * 104.0) && sample.pages.all <= 512,
+        "{sample:?}"
+    );
     let mut small = deltas();
     small.encoder.xbzrle.as_mut().unwrap().cache_bytes = 8 << 20;
     let missed = behind_the_sample(&plan(&trace, &small, mbyte(50.0)).run);
-    assert!((1000..1800).contains(&missed.xbzrle_misses), "{missed:?}");
+    assert!((1000..1800).contains(&missed.pages.xbzrle_misses), "{missed:?}");
 }
 
 /// Written once during the first round, before or after the page is sent.
@@ -128,10 +131,10 @@ fn what_is_written_before_its_turn_is_unchanged_or_not_even_found() {
     let mut trace = trace([PAGES - 64..PAGES, 0..64, 2000..2000, 2000..2000, 2000..2000, 2000..2000, 2000..2000]);
     let rest = |trace: &Trace| behind_the_sample(&plan(trace, &deltas(), mbyte(100.0)).run);
     let both = rest(&trace);
-    assert_eq!((both.pages, both.unchanged), (128, 64), "{both:?}");
+    assert_eq!((both.pages.all, both.pages.unchanged), (128, 64), "{both:?}");
     trace.guest.rearms_late = true;
     let late = rest(&trace);
-    assert_eq!((late.pages, late.unchanged), (64, 0), "{late:?}");
+    assert_eq!((late.pages.all, late.pages.unchanged), (64, 0), "{late:?}");
 }
 
 #[test]
@@ -235,10 +238,10 @@ fn misses_are_compressed_over_a_link_that_is_slower_than_the_compressor() {
     small.encoder.xbzrle.as_mut().unwrap().cache_bytes = 8 << 20;
     // An attempt takes 4 µs and saves half a page. Two lanes share the link: that pays up to 512 MB/s.
     let rest = |settings: &SourceSettings, megabytes| behind_the_sample(&plan(&trace, settings, mbyte(megabytes)).run);
-    assert!(rest(&small, 50.0).compressed > 900);
-    assert_eq!(rest(&small, 5000.0).compressed, 0);
+    assert!(rest(&small, 50.0).pages.compressed > 900);
+    assert_eq!(rest(&small, 5000.0).pages.compressed, 0);
     let limited = SourceSettings { max_bandwidth: Some(50_000_000), ..small };
-    assert!(rest(&limited, 5000.0).compressed > 900);
+    assert!(rest(&limited, 5000.0).pages.compressed > 900);
 }
 
 #[test]

@@ -122,9 +122,9 @@ impl Rounds {
             first: before.first,
             last: tally.round,
             took: before.took + took,
-            pages: before.pages + tally.pages,
-            bytes_in: before.bytes_in + tally.bytes_in,
-            bytes_out: before.bytes_out + tally.bytes_out,
+            pages: before.pages + tally.pages.all,
+            bytes_in: before.bytes_in + tally.pages.bytes_in,
+            bytes_out: before.bytes_out + tally.pages.bytes_out,
         }
     }
 }
@@ -295,6 +295,8 @@ impl Observer for ProgressDisplay {
 
 #[cfg(test)]
 mod tests {
+    use memferry_stages::tally::PageTally;
+
     use super::*;
     use memferry::bottleneck::{Bottleneck, Cause};
     use memferry::controller::Decided;
@@ -340,7 +342,11 @@ mod tests {
         let lines = ProgressLines::new(Role::Source, Vec::new());
         let start = Instant::now();
         let sent = |round| {
-            let tally = RoundTally { round, pages: 10, bytes_in: 40_960, bytes_out: 4096, ..RoundTally::default() };
+            let tally = RoundTally {
+                round,
+                pages: PageTally { all: 10, bytes_in: 40_960, bytes_out: 4096, ..PageTally::default() },
+                ..RoundTally::default()
+            };
             Event::RoundSent { tally, duration: Duration::from_millis(200) }
         };
         let throttle = Event::Decided(Decided {

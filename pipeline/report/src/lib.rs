@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use memferry_stages::clears::Spared;
 use memferry_stages::meter::Reading;
-use memferry_stages::tally::RoundTally;
+use memferry_stages::tally::PageTally;
 use memferry_stages::untrusted::Untrusted;
 use serde::{Deserialize, Serialize};
 
@@ -155,52 +155,9 @@ pub struct RoundReport {
     pub sample: bool,
     /// Its pages by encoding.
     #[serde(flatten)]
-    pub pages: PagesReport,
+    pub pages: PageTally,
     /// Dirty pages that the next sync found; null if there was none.
     pub dirty_after: Option<u64>,
-}
-
-/// The pages of a round by encoding. `zero + raw + compressed + xbzrle + unchanged = pages`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PagesReport {
-    /// Pages scanned.
-    #[serde(rename = "pages")]
-    pub all: u64,
-    /// Pages that were all zero.
-    pub zero: u64,
-    /// Pages sent uncompressed.
-    pub raw: u64,
-    /// Pages sent compressed.
-    pub compressed: u64,
-    /// Pages sent as deltas.
-    pub xbzrle: u64,
-    /// Pages that had not changed, and were not sent.
-    pub unchanged: u64,
-    /// Lookups that missed the XBZRLE cache.
-    pub xbzrle_misses: u64,
-    /// Pages whose delta was not smaller than the page.
-    pub xbzrle_overflows: u64,
-    /// Page bytes scanned.
-    pub bytes_in: u64,
-    /// Bytes of the frames made of them.
-    pub bytes_out: u64,
-}
-
-impl From<&RoundTally> for PagesReport {
-    fn from(tally: &RoundTally) -> Self {
-        Self {
-            all: tally.pages,
-            zero: tally.zero,
-            raw: tally.raw,
-            compressed: tally.compressed,
-            xbzrle: tally.xbzrle,
-            unchanged: tally.unchanged,
-            xbzrle_misses: tally.xbzrle_misses,
-            xbzrle_overflows: tally.xbzrle_overflows,
-            bytes_in: tally.bytes_in,
-            bytes_out: tally.bytes_out,
-        }
-    }
 }
 
 /// One stage in one lane.
@@ -377,7 +334,7 @@ fn change(changed: &Changed) -> ChangeReport {
 
 fn round(round: &Round) -> RoundReport {
     let &Round { tally, duration, is_sample, dirty_after } = round;
-    RoundReport { round: tally.round, ms: ms(duration), sample: is_sample, pages: (&tally).into(), dirty_after }
+    RoundReport { round: tally.round, ms: ms(duration), sample: is_sample, pages: tally.pages, dirty_after }
 }
 
 fn stage(reading: &Reading) -> StageReport {

@@ -88,14 +88,14 @@ fn row(round: &Round) -> [String; 11] {
     [
         number,
         human::time(round.duration),
-        human::count(tally.pages),
-        human::count(tally.zero),
-        human::count(tally.raw),
-        human::count(tally.compressed),
-        human::count(tally.xbzrle),
-        human::count(tally.unchanged),
-        human::bytes(tally.bytes_in),
-        human::bytes(tally.bytes_out),
+        human::count(tally.pages.all),
+        human::count(tally.pages.zero),
+        human::count(tally.pages.raw),
+        human::count(tally.pages.compressed),
+        human::count(tally.pages.xbzrle),
+        human::count(tally.pages.unchanged),
+        human::bytes(tally.pages.bytes_in),
+        human::bytes(tally.pages.bytes_out),
         dirty,
     ]
 }

@@ -134,11 +134,11 @@ fn cache(settings: &SourceSettings, account: &Account) -> Option<Conclusion> {
     let block = account.status.blocks.first()?;
     let later = || account.rounds.iter().skip(1).map(|round: &Round| &round.tally);
     let sum = |of: fn(&RoundTally) -> u64| later().map(of).sum::<u64>();
-    let misses = sum(|tally| tally.xbzrle_misses);
-    let lookups = misses + sum(|tally| tally.xbzrle + tally.unchanged + tally.xbzrle_overflows);
+    let misses = sum(|tally| tally.pages.xbzrle_misses);
+    let lookups = misses + sum(|tally| tally.pages.xbzrle + tally.pages.unchanged + tally.pages.xbzrle_overflows);
     let missed = misses as f64 / lookups.max(1) as f64;
     // At most these pages were written; those of the first round do not displace others.
-    let written = sum(|tally| tally.pages).min(account.status.pages);
+    let written = sum(|tally| tally.pages.all).min(account.status.pages);
     let needed = written * (block.page_size + SLOT_BYTES);
     // A little more than needed: a cache never uses every slot.
     let would_do = (needed + needed / 16).next_multiple_of(16 << 20);
@@ -157,6 +157,8 @@ fn percent(share: f64) -> String {
 mod tests {
     use std::time::Duration;
 
+    use memferry_stages::tally::PageTally;
+
     use super::*;
     use memferry::control::Status;
     use memferry::events::BlockFacts;
@@ -173,12 +175,13 @@ mod tests {
     /// 1 GiB, of which each later round has this number of pages, with this number of misses among them.
     fn account(rounds: &[(u64, u64)]) -> Account {
         let tally = |(pages, misses)| RoundTally {
-            pages,
-            xbzrle_misses: misses,
-            xbzrle: pages - misses,
+            pages: PageTally { all: pages, xbzrle_misses: misses, xbzrle: pages - misses, ..PageTally::default() },
             ..RoundTally::default()
         };
-        let first = RoundTally { pages: 262_144, raw: 262_144, ..RoundTally::default() };
+        let first = RoundTally {
+            pages: PageTally { all: 262_144, raw: 262_144, ..PageTally::default() },
+            ..RoundTally::default()
+        };
         let rounds = std::iter::once(first).chain(rounds.iter().copied().map(tally));
         let round = |tally| Round { tally, duration: Duration::ZERO, is_sample: false, dirty_after: None };
         let blocks = vec![BlockFacts { id: "ram".into(), bytes: 1 << 30, page_size: 4096 }];

@@ -41,7 +41,7 @@ use crate::pool::{BufferPool, PooledBuffer};
 use crate::queue::{Inlet, Outlet};
 use crate::stage::Stage;
 use crate::stage_id::StageId;
-use crate::tally::RoundTally;
+use crate::tally::{PageTally, RoundTally};
 use crate::wire::pages::payload_hash;
 use crate::wire::{Message, PageEncoding, PagesHead};
 use misses::{OnMiss, Wire};
@@ -135,7 +135,7 @@ pub struct Encoder {
     cache_share: CacheShare,
     pool: BufferPool,
     /// What was counted since the last RoundComplete.
-    counted: RoundTally,
+    counted: PageTally,
     /// The bitmap of pages of which a delta may be made when they come again, if it was requested.
     kept: Option<Arc<DirtyBitmap>>,
     /// The head of the frame in progress; its list of pages is reused.
@@ -156,7 +156,7 @@ impl Encoder {
             coder: PageCoder::new(page_size, &plan),
             cache_share: CacheShare::new(plan.delta.map_or(0, |delta| delta.cache_bytes)),
             pool,
-            counted: RoundTally::default(),
+            counted: PageTally::default(),
             kept: None,
             head: PagesHead { at, round: 0, mask: 0, zero: 0, payload_hash: 0, pages: Vec::with_capacity(64) },
             stage: Stage::new(StageId::encoder(lane), meter),
@@ -323,10 +323,10 @@ impl Encoder {
 
     /// The round's figures are complete here, and the choice of encoding may change.
     fn round_complete(&mut self, mut tally: RoundTally) -> Outgoing {
-        tally += RoundTally { round: tally.round, ..std::mem::take(&mut self.counted) };
+        tally.pages += std::mem::take(&mut self.counted);
         debug_assert_eq!(
-            tally.zero + tally.raw + tally.compressed + tally.xbzrle + tally.unchanged,
-            tally.pages,
+            tally.pages.zero + tally.pages.raw + tally.pages.compressed + tally.pages.xbzrle + tally.pages.unchanged,
+            tally.pages.all,
             "the encodings add up: {tally:?}"
         );
         self.coder.round_complete();

@@ -15,7 +15,7 @@ use super::whole_coder::{Looks, WholeCoder};
 use super::{DeltaPlan, EncoderPlan};
 use crate::batch::Batch;
 use crate::geometry::{PageAt, PageSize};
-use crate::tally::RoundTally;
+use crate::tally::PageTally;
 use crate::wire::PageEncoding;
 
 /// How a page travels.
@@ -142,7 +142,7 @@ impl PageCoder {
         page: &[u8],
         batch: &Batch,
         out: &mut [u8],
-        counted: &mut RoundTally,
+        counted: &mut PageTally,
     ) -> Coded {
         let coded = match self.compare(at, page, batch, out, counted) {
             Compared::Equal => Coded::Unchanged,
@@ -178,14 +178,7 @@ impl PageCoder {
     }
 
     /// Compares a page with what the destination holds.
-    fn compare(
-        &mut self,
-        at: PageAt,
-        page: &[u8],
-        batch: &Batch,
-        out: &mut [u8],
-        counted: &mut RoundTally,
-    ) -> Compared {
+    fn compare(&mut self, at: PageAt, page: &[u8], batch: &Batch, out: &mut [u8], counted: &mut PageTally) -> Compared {
         let deltas = self.deltas.as_mut().expect("deltas have begun");
         let compared = deltas.reference.compare(at, page, batch, out);
         counted.xbzrle_misses += u64::from(compared == Compared::Miss);

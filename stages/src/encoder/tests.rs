@@ -152,10 +152,10 @@ impl Source {
 fn tally(copies: &[CopiedBatch], page_size: PageSize, round: u32, last: bool) -> RoundTally {
     let mut tally = RoundTally { batches: copies.len() as u64, ..RoundTally::new(round, last) };
     for copied in copies {
-        tally.pages += u64::from(copied.batch.mask.count_ones());
-        tally.zero += u64::from(copied.zero.count_ones());
+        tally.pages.all += u64::from(copied.batch.mask.count_ones());
+        tally.pages.zero += u64::from(copied.zero.count_ones());
     }
-    tally.bytes_in = tally.pages * page_size.bytes() as u64;
+    tally.pages.bytes_in = tally.pages.all * page_size.bytes() as u64;
     tally
 }
 
@@ -196,7 +196,7 @@ fn deltas(cache_pages: u64, on_miss: OnMiss, cache_first_round: bool) -> Option<
 
 /// zero, raw, compressed, xbzrle, unchanged
 fn encodings(tally: &RoundTally) -> [u64; 5] {
-    [tally.zero, tally.raw, tally.compressed, tally.xbzrle, tally.unchanged]
+    [tally.pages.zero, tally.pages.raw, tally.pages.compressed, tally.pages.xbzrle, tally.pages.unchanged]
 }
 
 /// How many pages came in an encoding, in these frames.
@@ -268,23 +268,23 @@ proptest! {
             prop_assert!(destination.memory == bench.source.memory, "round {round}");
 
             let bytes = |frame: &Outgoing| frame.head.len() + frame.payload.as_ref().map_or(0, |payload| payload.len());
-            prop_assert_eq!(tally.bytes_out, frames.iter().map(bytes).sum::<usize>() as u64);
+            prop_assert_eq!(tally.pages.bytes_out, frames.iter().map(bytes).sum::<usize>() as u64);
             prop_assert_eq!(tally.batches, frames.len() as u64, "a frame for each batch");
             prop_assert!(heads.iter().all(|head| head.round == round));
             let sent: u32 = heads.iter().map(|head| head.mask.count_ones()).sum();
             let zero: u32 = heads.iter().map(|head| head.zero.count_ones()).sum();
             let [raw, xbzrle] = [PageEncoding::Raw, PageEncoding::Xbzrle].map(|which| count(&heads, |it| it == which));
-            let counted = [zero.into(), raw, count(&heads, is_compressed), xbzrle, tally.pages - u64::from(sent)];
+            let counted = [zero.into(), raw, count(&heads, is_compressed), xbzrle, tally.pages.all - u64::from(sent)];
             prop_assert_eq!(encodings(&tally), counted);
-            prop_assert_eq!(counted.iter().sum::<u64>(), tally.pages, "the encodings add up");
+            prop_assert_eq!(counted.iter().sum::<u64>(), tally.pages.all, "the encodings add up");
 
             let compressor = match plan.delta {
                 Some(delta) if round > 1 => {
-                    prop_assert_eq!(raw + tally.compressed, tally.xbzrle_misses + tally.xbzrle_overflows);
+                    prop_assert_eq!(raw + tally.pages.compressed, tally.pages.xbzrle_misses + tally.pages.xbzrle_overflows);
                     delta.on_miss.codec()
                 }
                 _ => {
-                    prop_assert_eq!(xbzrle + tally.unchanged + tally.xbzrle_misses + tally.xbzrle_overflows, 0);
+                    prop_assert_eq!(xbzrle + tally.pages.unchanged + tally.pages.xbzrle_misses + tally.pages.xbzrle_overflows, 0);
                     plan.compress
                 }
             };
@@ -319,7 +319,7 @@ fn a_delta_is_made_of_what_is_marked_as_kept_and_of_nothing_else() {
         let writes: Vec<_> = (0..4).map(|page| (page, Write::Sparse, 2)).collect();
         for round in [2, 3] {
             let (dirty, before) = (4, kept.count());
-            assert_eq!(bench.round(round, false, &writes).1.xbzrle_misses, dirty - before, "round {round}");
+            assert_eq!(bench.round(round, false, &writes).1.pages.xbzrle_misses, dirty - before, "round {round}");
             assert_eq!(kept.count(), dirty);
         }
     }
@@ -332,7 +332,7 @@ fn compression_in_round_one_only_and_deltas_only_after_it() {
     assert_eq!(encodings(&bench.figures(1, 0..100, Write::Text)), [0, 0, 100, 0, 0]);
     assert_eq!(encodings(&bench.figures(2, 0..100, Write::Sparse)), [0, 0, 0, 100, 0]);
     let third = bench.figures(3, 0..100, Write::Dense);
-    assert_eq!((encodings(&third), third.xbzrle_overflows), ([0, 100, 0, 0, 0], 100));
+    assert_eq!((encodings(&third), third.pages.xbzrle_overflows), ([0, 100, 0, 0, 0], 100));
 }
 
 #[test]
@@ -362,7 +362,7 @@ fn together_they_are_fewer_bytes_than_alone() {
         assert_eq!(encodings(&together), [0, 0, 64, 0, 0]);
         let (mut compressor, mut out) = (Compressor::new(codec), vec![0; 4095]);
         let alone: usize = (0..64).map(|page| compressor.compress(bench.source.page(page), &mut out).unwrap()).sum();
-        assert!(together.bytes_out < alone as u64, "{codec}: {} and {alone}", together.bytes_out);
+        assert!(together.pages.bytes_out < alone as u64, "{codec}: {} and {alone}", together.pages.bytes_out);
     }
 }
 
@@ -406,9 +406,9 @@ fn misses_and_overflows_are_compressed_where_that_is_planned() {
     let mut bench = Bench::new(page_size(4), plan);
     assert_eq!(encodings(&bench.figures(1, 0..10, Write::Text)), [0, 10, 0, 0, 0]);
     let misses = bench.figures(2, 0..10, Write::Sparse);
-    assert_eq!((encodings(&misses), misses.xbzrle_misses), ([0, 0, 10, 0, 0], 10));
+    assert_eq!((encodings(&misses), misses.pages.xbzrle_misses), ([0, 0, 10, 0, 0], 10));
     let overflows = bench.figures(3, 0..10, Write::Dense);
-    assert_eq!((encodings(&overflows), overflows.xbzrle_overflows), ([0, 0, 10, 0, 0], 10));
+    assert_eq!((encodings(&overflows), overflows.pages.xbzrle_overflows), ([0, 0, 10, 0, 0], 10));
 }
 
 #[test]
@@ -419,8 +419,8 @@ fn pages_enter_the_cache_in_the_first_round_if_asked_for() {
         bench.figures(1, 0..10, Write::Random);
         let second = bench.figures(2, 0..10, Write::Sparse);
         let third = bench.figures(3, 0..10, Write::Sparse);
-        assert_eq!((third.xbzrle, third.xbzrle_misses), (10, 0));
-        (second.xbzrle, second.xbzrle_misses)
+        assert_eq!((third.pages.xbzrle, third.pages.xbzrle_misses), (10, 0));
+        (second.pages.xbzrle, second.pages.xbzrle_misses)
     };
     assert_eq!((second_round(true), second_round(false)), ((10, 0), (0, 10)));
 }
@@ -448,7 +448,7 @@ fn the_last_round_makes_deltas_and_drops_what_it_used() {
     let (_, last) = bench.round(2, true, &[(0, Write::Sparse, 1), (1, Write::Zeros, 2), (2, Write::Dense, 3)]);
     assert_eq!(encodings(&last), [1, 1, 0, 1, 0]);
     let after = bench.figures(3, 0..4, Write::Sparse);
-    assert_eq!((after.xbzrle_misses, after.xbzrle), (3, 1), "page 3 was not in the last round");
+    assert_eq!((after.pages.xbzrle_misses, after.pages.xbzrle), (3, 1), "page 3 was not in the last round");
 }
 
 #[test]
@@ -478,7 +478,7 @@ fn marks_travel_in_band_as_frames_and_it_ends_with_the_switchover() {
     let frames = drain(&got);
     let marks: Vec<_> = frames.iter().map(|frame| frame.mark).collect();
     let bytes_out = (frames[0].head.len() + frames[1].head.len()) as u64;
-    let complete = RoundTally { bytes_out, ..tally };
+    let complete = RoundTally { pages: PageTally { bytes_out, ..tally.pages }, ..tally };
     assert_eq!(marks, [None, None, Some(Mark::RoundComplete(complete)), Some(Mark::Switchover)]);
     assert_eq!(frames[2].head, Message::RoundComplete(complete).encode(LANE));
     assert_eq!(frames[3].head, Message::Switchover.encode(LANE));

@@ -142,7 +142,7 @@ impl Scanner {
         for (lane, &tally) in lanes.iter().zip(&tallies) {
             self.put(lane, Item::RoundComplete(tally)).await?;
         }
-        Ok(tallies.iter().map(|tally| tally.pages).sum())
+        Ok(tallies.iter().map(|tally| tally.pages.all).sum())
     }
 
     /// The step N of a sample, which takes each N-th extent with dirty pages.
@@ -180,8 +180,8 @@ impl Scanner {
         let pages = u64::from(batch.mask.count_ones());
         let bytes = pages * self.bitmap.layout().page_size().bytes() as u64;
         tally.batches += 1;
-        tally.pages += pages;
-        tally.bytes_in += bytes;
+        tally.pages.all += pages;
+        tally.pages.bytes_in += bytes;
         self.stage.meter.count(pages, bytes);
     }
 

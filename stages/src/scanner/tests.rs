@@ -151,8 +151,8 @@ proptest! {
                 prop_assert!(of_round.iter().all(|batch| batch.round == round && !batch.last && batch.untouched == 0));
                 prop_assert!(of_round.is_sorted_by(|one, next| one.at < next.at), "one batch for each extent");
                 let mut figures = RoundTally::new(round, false);
-                (figures.batches, figures.pages) = (of_round.len() as u64, wanted.len() as u64);
-                figures.bytes_in = figures.pages * page_bytes;
+                (figures.batches, figures.pages.all) = (of_round.len() as u64, wanted.len() as u64);
+                figures.pages.bytes_in = figures.pages.all * page_bytes;
                 prop_assert_eq!(tally, figures);
             }
             let total = naive.iter().map(Vec::len).sum::<usize>() as u64;

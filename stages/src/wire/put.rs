@@ -81,16 +81,16 @@ fn put_tally(out: &mut Vec<u8>, tally: &RoundTally) {
     out.push(u8::from(tally.last));
     let counts = [
         tally.batches,
-        tally.pages,
-        tally.zero,
-        tally.raw,
-        tally.compressed,
-        tally.xbzrle,
-        tally.unchanged,
-        tally.xbzrle_misses,
-        tally.xbzrle_overflows,
-        tally.bytes_in,
-        tally.bytes_out,
+        tally.pages.all,
+        tally.pages.zero,
+        tally.pages.raw,
+        tally.pages.compressed,
+        tally.pages.xbzrle,
+        tally.pages.unchanged,
+        tally.pages.xbzrle_misses,
+        tally.pages.xbzrle_overflows,
+        tally.pages.bytes_in,
+        tally.pages.bytes_out,
     ];
     for count in counts {
         out.extend(count.to_le_bytes());

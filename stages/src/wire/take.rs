@@ -14,7 +14,7 @@ use super::messages::{
     MAX_STRETCH_EXTENTS, MAX_STRETCH_PAGES, Message, Progress, RunState, StateChunk, StatePhase, StretchDigest,
 };
 use crate::geometry::{BlockInfo, EXTENT_PAGES, MAX_BLOCK_ID, MAX_BLOCKS, MAX_LANES, PageAt};
-use crate::tally::RoundTally;
+use crate::tally::{PageTally, RoundTally};
 use crate::untrusted::Untrusted;
 
 /// The most extents, and so stretches, of a block.
@@ -113,16 +113,18 @@ fn take_tally(fields: &mut Fields<'_>) -> Result<RoundTally, WireError> {
         round,
         last,
         batches: count("count of batches")?,
-        pages: count("count of pages")?,
-        zero: count("count of zero pages")?,
-        raw: count("count of raw pages")?,
-        compressed: count("count of compressed pages")?,
-        xbzrle: count("count of xbzrle pages")?,
-        unchanged: count("count of unchanged pages")?,
-        xbzrle_misses: count("count of xbzrle misses")?,
-        xbzrle_overflows: count("count of xbzrle overflows")?,
-        bytes_in: count("count of bytes in")?,
-        bytes_out: count("count of bytes out")?,
+        pages: PageTally {
+            all: count("count of pages")?,
+            zero: count("count of zero pages")?,
+            raw: count("count of raw pages")?,
+            compressed: count("count of compressed pages")?,
+            xbzrle: count("count of xbzrle pages")?,
+            unchanged: count("count of unchanged pages")?,
+            xbzrle_misses: count("count of xbzrle misses")?,
+            xbzrle_overflows: count("count of xbzrle overflows")?,
+            bytes_in: count("count of bytes in")?,
+            bytes_out: count("count of bytes out")?,
+        },
     })
 }
 

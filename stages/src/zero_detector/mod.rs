@@ -58,7 +58,7 @@ impl ZeroDetector {
                     Item::Batch(copied)
                 }
                 Item::RoundComplete(mut tally) => {
-                    tally.zero += std::mem::take(&mut zero_pages);
+                    tally.pages.zero += std::mem::take(&mut zero_pages);
                     Item::RoundComplete(tally)
                 }
                 Item::Switchover => Item::Switchover,

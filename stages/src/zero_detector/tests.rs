@@ -13,7 +13,7 @@ use crate::memory::{MappedMemory, Memory};
 use crate::pool::PooledBuffer;
 use crate::queue::bounded;
 use crate::stage::testing::{batch, batches, block_on, drain, guest, mapped, meter, page_size};
-use crate::tally::RoundTally;
+use crate::tally::{PageTally, RoundTally};
 use crate::xbzrle::Delta;
 
 /// The calls to memory and log, in order.
@@ -175,11 +175,16 @@ proptest! {
 fn zero_pages_are_counted_round_by_round() {
     let bench = Bench::new(4, 1, 4);
     bench.store(3, 4095, 1);
-    let complete = |round| Item::RoundComplete(RoundTally { pages: 9, ..RoundTally::new(round, false) });
+    let complete = |round| {
+        Item::RoundComplete(RoundTally {
+            pages: PageTally { all: 9, ..PageTally::default() },
+            ..RoundTally::new(round, false)
+        })
+    };
     let one = Batch { untouched: 0b1, ..batch(0, 0b1111, 1) };
     let items = vec![Item::Batch(one), Item::Batch(one), complete(1), Item::Batch(one), complete(2), complete(3)];
     let tallies = bench.detect(items).unwrap().into_iter().filter_map(|item| match item {
-        Item::RoundComplete(tally) => Some((tally.round, tally.pages, tally.zero)),
+        Item::RoundComplete(tally) => Some((tally.round, tally.pages.all, tally.pages.zero)),
         _ => None,
     });
     assert_eq!(tallies.collect::<Vec<_>>(), [(1, 9, 6), (2, 9, 3), (3, 9, 0)]);

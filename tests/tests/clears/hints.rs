@@ -83,7 +83,7 @@ fn page(bytes: &[Vec<u8>], page: usize) -> &[u8] {
 
 fn sent(ends: &Ends) -> u64 {
     let pages = |(role, event): &(Role, Event)| match event {
-        Event::RoundSent { tally, .. } if *role == Role::Source => tally.pages,
+        Event::RoundSent { tally, .. } if *role == Role::Source => tally.pages.all,
         _ => 0,
     };
     ends.events.iter().map(pages).sum()
@@ -136,7 +136,7 @@ fn a_page_that_was_sent_then_hinted_then_written_comes_as_a_delta_to_what_the_de
     assert!([40, 41].iter().all(|&at| page(&ours, at) == page(&theirs, at)));
     assert_eq!(ends.source.spared.hinted, 2);
     let deltas = ends.events.iter().map(|(_, event)| match event {
-        Event::RoundSent { tally, .. } => tally.xbzrle,
+        Event::RoundSent { tally, .. } => tally.pages.xbzrle,
         _ => 0,
     });
     assert!(deltas.sum::<u64>() > 0);

@@ -68,7 +68,7 @@ impl Controller {
 
 #[cfg(test)]
 mod tests {
-    use memferry_stages::tally::RoundTally;
+    use memferry_stages::tally::{PageTally, RoundTally};
 
     use super::*;
     use crate::settings::{
@@ -93,7 +93,10 @@ mod tests {
     }
 
     fn round(round: u32, pages: u64) -> RoundTally {
-        RoundTally { pages, bytes_in: pages * 4096, bytes_out: pages * 4096, ..RoundTally::new(round, false) }
+        RoundTally {
+            pages: PageTally { all: pages, bytes_in: pages * 4096, bytes_out: pages * 4096, ..PageTally::default() },
+            ..RoundTally::new(round, false)
+        }
     }
 
     /// After the given milliseconds the given thousands of pages are dirty: ten milliseconds' worth each.

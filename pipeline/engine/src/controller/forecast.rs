@@ -201,9 +201,9 @@ impl Forecaster {
     /// A round was sent, from its first batch to its last byte, in `time`; its busiest stage worked for `work`.
     pub fn round(&mut self, tally: &RoundTally, time: Duration, work: Duration) {
         let round = self.achieved(tally, time, work);
-        self.latest_seconds_per_page = round.time.as_secs_f64() / tally.pages.max(1) as f64;
+        self.latest_seconds_per_page = round.time.as_secs_f64() / tally.pages.all.max(1) as f64;
         if self.first.is_none() {
-            self.first = Some(Achieved { pages: tally.pages - tally.zero, ..round });
+            self.first = Some(Achieved { pages: tally.pages.all - tally.pages.zero, ..round });
             return;
         }
         self.later.push_front(round);
@@ -213,7 +213,7 @@ impl Forecaster {
     /// The same for a sample of the pages that the last sync found.
     pub fn sample(&mut self, tally: &RoundTally, time: Duration, work: Duration) {
         self.sample = Some(self.achieved(tally, time, work));
-        self.sent_of_it = Some(tally.pages);
+        self.sent_of_it = Some(tally.pages.all);
     }
 
     /// Time has passed in which none of the pages that the last sync found was sent.
@@ -224,15 +224,15 @@ impl Forecaster {
     fn achieved(&self, tally: &RoundTally, time: Duration, work: Duration) -> Achieved {
         let (found, kept) = self.found;
         Achieved {
-            pages: tally.pages,
-            page_bytes: tally.bytes_in,
-            wire_bytes: tally.bytes_out,
+            pages: tally.pages.all,
+            page_bytes: tally.pages.bytes_in,
+            wire_bytes: tally.pages.bytes_out,
             time: time.max(Duration::from_nanos(1)),
             work,
-            whole: tally.raw + tally.compressed,
-            compressed: tally.compressed,
-            misses: tally.xbzrle_misses,
-            kept: kept as f64 * tally.pages as f64 / found.max(1) as f64,
+            whole: tally.pages.raw + tally.pages.compressed,
+            compressed: tally.pages.compressed,
+            misses: tally.pages.xbzrle_misses,
+            kept: kept as f64 * tally.pages.all as f64 / found.max(1) as f64,
             dirty_rate: self.dirty_rate,
         }
     }
@@ -474,6 +474,8 @@ pub fn whole(figure: f64) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use memferry_stages::tally::PageTally;
+
     use super::*;
     use crate::settings::{EncoderSettings, XbzrleSettings};
 
@@ -487,8 +489,16 @@ mod tests {
         Forecaster::new(&SourceSettings { encoder, ..SourceSettings::default() }, 4096)
     }
 
-    fn round(pages: u64, zero: u64, bytes_out: u64) -> RoundTally {
-        RoundTally { pages, zero, bytes_in: pages * 4096, bytes_out, ..RoundTally::default() }
+    fn pages(all: u64, zero: u64, bytes_out: u64) -> PageTally {
+        PageTally { all, zero, bytes_in: all * 4096, bytes_out, ..PageTally::default() }
+    }
+
+    fn of(pages: PageTally) -> RoundTally {
+        RoundTally { pages, ..RoundTally::default() }
+    }
+
+    fn round(all: u64, zero: u64, bytes_out: u64) -> RoundTally {
+        of(pages(all, zero, bytes_out))
     }
 
     fn dirty(dirty_pages: u64) -> Standing {
@@ -589,7 +599,7 @@ mod tests {
             forecaster.forecast(&dirty(1000), LIMIT).unwrap().remaining_bytes
         };
         // Half of the pages shrink in the first round, to a quarter; so a page takes 2,560 bytes.
-        let first = RoundTally { raw: 5000, compressed: 5000, ..round(10_000, 0, 25_600_000) };
+        let first = of(PageTally { raw: 5000, compressed: 5000, ..pages(10_000, 0, 25_600_000) });
         for (limit, work, bytes) in
             [(None, 1000, 4_096_000.0), (None, 100, 2_560_000.0), (Some(50 << 20), 1000, 2_560_000.0)]
         {
@@ -597,7 +607,7 @@ mod tests {
             forecaster.round(&first, 1000 * MS, work * MS);
             assert!((remaining(&forecaster) - bytes).abs() < 1.0, "{limit:?}, {work} ms");
             // A quarter of the misses was compressed: half of those that shrink.
-            let missed = RoundTally { raw: 750, compressed: 250, xbzrle_misses: 1000, ..round(1000, 0, 3_328_000) };
+            let missed = of(PageTally { raw: 750, compressed: 250, xbzrle_misses: 1000, ..pages(1000, 0, 3_328_000) });
             forecaster.round(&missed, 100 * MS, 50 * MS);
             assert!((remaining(&forecaster) - 3_328_000.0).abs() < 1.0, "{limit:?}, {work} ms");
         }
@@ -665,7 +675,7 @@ mod tests {
         forecaster.round(&round(100_000, 90_000, 40_960_000), 1000 * MS, NONE);
         forecaster.synced(&Standing { kept_pages: 100, ..dirty(1000) });
         // 900 misses of a page each, and 100 deltas of 40 bytes.
-        let mixed = RoundTally { xbzrle_misses: 900, ..round(1000, 0, 900 * 4096 + 100 * 40) };
+        let mixed = of(PageTally { xbzrle_misses: 900, ..pages(1000, 0, 900 * 4096 + 100 * 40) });
         forecaster.round(&mixed, 90 * MS, NONE);
         let whole = 4096.0 / 40_960_000.0;
         let delta = whole * 40.0 / 4096.0;
@@ -700,7 +710,7 @@ mod tests {
         let mut forecaster = forecaster(Some(XbzrleSettings::default()));
         forecaster.round(&round(100_000, 0, 409_600_000), 1000 * MS, NONE);
         forecaster.synced(&Standing { kept_pages: 1000, ..dirty(1000) });
-        let half = RoundTally { xbzrle_misses: 500, ..round(1000, 0, 500 * 4096) };
+        let half = of(PageTally { xbzrle_misses: 500, ..pages(1000, 0, 500 * 4096) });
         forecaster.round(&half, 5 * MS, NONE);
         assert!((transfer(&forecaster, 1000) - 0.005).abs() < 1e-4);
     }
@@ -710,7 +720,7 @@ mod tests {
         let mut forecaster = forecaster(Some(XbzrleSettings::default()));
         forecaster.round(&round(100_000, 0, 409_600_000), 1000 * MS, 500 * MS);
         forecaster.synced(&Standing { kept_pages: 0, ..dirty(10_000) });
-        let deltas = RoundTally { xbzrle_misses: 0, ..round(10_000, 0, 100_000) };
+        let deltas = of(PageTally { xbzrle_misses: 0, ..pages(10_000, 0, 100_000) });
         forecaster.round(&deltas, 20 * MS, 20 * MS);
         // A page that is sent whole takes 10 µs on the wire of the first round, not the 10 bytes in 2 µs of a delta.
         assert!((transfer_of(&forecaster, 1000, 0) - 0.01).abs() < 1e-4);

@@ -7,7 +7,7 @@
 use std::num::NonZeroU32;
 use std::time::Duration;
 
-use memferry_stages::tally::RoundTally;
+use memferry_stages::tally::{PageTally, RoundTally};
 use memferry_stages::token_bucket::BURST;
 
 use super::forecast::{FixedCost, Forecast, Standing, seconds, whole};
@@ -87,25 +87,27 @@ pub struct Encoded {
 impl Encoded {
     /// The same for the given number of its pages.
     fn sample(&self, pages: NonZeroU32) -> Self {
-        let all = &self.tally;
-        let share = f64::from(pages.get()) / all.pages.max(1) as f64;
+        let all = &self.tally.pages;
+        let share = f64::from(pages.get()) / all.all.max(1) as f64;
         let of = |all: u64| whole((all as f64 * share).round());
         let [zero, raw, compressed, xbzrle, unchanged] =
             [all.zero, all.raw, all.compressed, all.xbzrle, all.unchanged].map(of);
         let tally = RoundTally {
-            round: all.round,
+            round: self.tally.round,
             last: false,
-            batches: of(all.batches),
-            pages: zero + raw + compressed + xbzrle + unchanged,
-            zero,
-            raw,
-            compressed,
-            xbzrle,
-            unchanged,
-            xbzrle_misses: of(all.xbzrle_misses),
-            xbzrle_overflows: of(all.xbzrle_overflows),
-            bytes_in: of(all.bytes_in),
-            bytes_out: of(all.bytes_out),
+            batches: of(self.tally.batches),
+            pages: PageTally {
+                all: zero + raw + compressed + xbzrle + unchanged,
+                zero,
+                raw,
+                compressed,
+                xbzrle,
+                unchanged,
+                xbzrle_misses: of(all.xbzrle_misses),
+                xbzrle_overflows: of(all.xbzrle_overflows),
+                bytes_in: of(all.bytes_in),
+                bytes_out: of(all.bytes_out),
+            },
         };
         Self { tally, stages: self.stages.mul_f64(share) }
     }
@@ -134,11 +136,14 @@ impl Costs {
         let zero = whole((pages as f64 * zero).round());
         let tally = RoundTally {
             round,
-            pages,
-            zero,
-            raw: pages - zero,
-            bytes_in: pages * self.page_bytes,
-            bytes_out: whole(((pages - zero) as f64 * each).round()),
+            pages: PageTally {
+                all: pages,
+                zero,
+                raw: pages - zero,
+                bytes_in: pages * self.page_bytes,
+                bytes_out: whole(((pages - zero) as f64 * each).round()),
+                ..PageTally::default()
+            },
             ..RoundTally::default()
         };
         Encoded { tally, stages: seconds(pages as f64 * self.per_page.as_secs_f64()) }
@@ -309,7 +314,7 @@ impl<'a> Simulation<'a> {
             self.run.decided.push(decided);
             match decision {
                 Decision::GiveUp => {
-                    self.run.bytes += whole(encoded.tally.bytes_out as f64 * (1.0 - share_left));
+                    self.run.bytes += whole(encoded.tally.pages.bytes_out as f64 * (1.0 - share_left));
                     return decision;
                 }
                 _ => self.paused = Some(self.now),
@@ -408,7 +413,7 @@ impl<'a> Simulation<'a> {
     }
 
     fn count(&mut self, encoded: &Encoded, time: Duration) {
-        self.run.bytes += encoded.tally.bytes_out;
+        self.run.bytes += encoded.tally.pages.bytes_out;
         self.run.sent.push(Round { tally: encoded.tally, time });
         self.idle = self.now;
     }
@@ -416,6 +421,6 @@ impl<'a> Simulation<'a> {
 
 /// The time of the wire after a pause that saved this credit, or of the stages if that is longer.
 fn round_time(encoded: &Encoded, rate: f64, saved: Duration) -> Duration {
-    let wire = seconds(encoded.tally.bytes_out as f64 / rate).saturating_sub(saved);
+    let wire = seconds(encoded.tally.pages.bytes_out as f64 / rate).saturating_sub(saved);
     wire.max(encoded.stages).max(ROUND_LATENCY)
 }

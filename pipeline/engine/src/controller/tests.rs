@@ -1,11 +1,17 @@
 //! The controller with simulated guests and links.
 
+use memferry_stages::tally::PageTally;
 use proptest::prelude::*;
 
 use super::reason::Stalled;
 use super::simulation::{Costs, Encoded, Found, Guest, Link, Run, Sending, simulate};
 use super::*;
 use crate::settings::{ConvergenceSettings, EncoderSettings, RaiseSettings, StallStep, ThrottleSettings};
+
+/// Pages that were sent, whatever their encoding.
+fn sent(all: u64, bytes_in: u64, bytes_out: u64) -> PageTally {
+    PageTally { all, bytes_in, bytes_out, ..PageTally::default() }
+}
 
 /// A guest that writes to some of its pages at random, every page of a set equally often.
 #[derive(Clone, Debug)]
@@ -134,7 +140,7 @@ fn deltas_are_sampled_before_anything_is_decided_by_them() {
     let decisions: Vec<_> = sampled.decided.iter().map(|decided| decided.decision).collect();
     assert!(matches!(decisions[..], [Decision::Sample(_), Decision::SwitchOver]), "{decisions:?}");
     let sample = sampled.sent[1].tally;
-    assert!((256..1024).contains(&sample.pages), "{sample:?}");
+    assert!((256..1024).contains(&sample.pages.all), "{sample:?}");
     let expected = sampled.forecast().unwrap().expected().as_secs_f64();
     assert!((expected / sampled.downtime.as_secs_f64() - 1.0).abs() < 0.05, "{sampled:#?}");
     // A sample is sent only if the budgets leave room to act on its result.
@@ -146,7 +152,7 @@ fn deltas_are_sampled_before_anything_is_decided_by_them() {
 #[test]
 fn what_is_on_its_way_arrives_before_the_guest_is_paused_and_is_not_taken_for_a_guest_that_writes_faster() {
     let mut controller = Controller::new(&settings(), 4096);
-    let all = RoundTally { pages: 65_536, bytes_in: 256 << 20, bytes_out: 256 << 20, ..RoundTally::new(1, false) };
+    let all = RoundTally { pages: sent(65_536, 256 << 20, 256 << 20), ..RoundTally::new(1, false) };
     controller.armed(Duration::ZERO);
     controller.round(&all, 1000 * MS, MS);
     let found = |elapsed, dirty_pages, in_flight_pages| Standing {
@@ -223,8 +229,7 @@ fn a_switchover_waits_until_no_more_remains_than_before() {
     let mut elapsed = Duration::ZERO;
     let mut decisions = Vec::new();
     for (round, dirty_pages) in (1..).zip([9_000, 9_100, 9_200, 9_300, 9_400, 9_350]) {
-        let tally =
-            RoundTally { round, pages: 10_000, bytes_in: 40_960_000, bytes_out: 41_000_000, ..RoundTally::default() };
+        let tally = RoundTally { round, pages: sent(10_000, 40_960_000, 41_000_000), ..RoundTally::default() };
         controller.round(&tally, 400 * MS, Duration::ZERO);
         elapsed += 400 * MS;
         decisions.push(controller.synced(&Standing { elapsed, dirty_pages, ..Standing::default() }).decision);
@@ -239,8 +244,7 @@ fn a_guest_that_cannot_be_throttled_gets_the_next_step() {
     let mut controller = Controller::new(&steps, 4096);
     let mut last = Decision::AnotherRound;
     for round in 1..20 {
-        let tally =
-            RoundTally { round, pages: 10_000, bytes_in: 40_960_000, bytes_out: 41_000_000, ..RoundTally::default() };
+        let tally = RoundTally { round, pages: sent(10_000, 40_960_000, 41_000_000), ..RoundTally::default() };
         controller.round(&tally, 400 * MS, Duration::ZERO);
         let now = Standing { elapsed: round * 400 * MS, dirty_pages: 10_000, ..Standing::default() };
         last = controller.synced(&now).decision;
@@ -259,8 +263,7 @@ fn equality_with_the_limit_counts_and_the_least_more_does_not() {
     let decided = |dirty_pages| {
         let mut controller = Controller::new(&limits, 1000);
         controller.fixed().sync = 10 * MS;
-        let tally =
-            RoundTally { round: 1, pages: 1000, bytes_in: 1_000_000, bytes_out: 1_000_000, ..RoundTally::default() };
+        let tally = RoundTally { round: 1, pages: sent(1000, 1_000_000, 1_000_000), ..RoundTally::default() };
         controller.round(&tally, Duration::from_secs(1), Duration::ZERO);
         let now = Standing { elapsed: Duration::from_secs(1), dirty_pages, ..Standing::default() };
         controller.synced(&now)

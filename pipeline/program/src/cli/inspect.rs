@@ -143,7 +143,7 @@ impl Inspection {
             }
             Message::State(chunk) => self.state(chunk),
             Message::RoundComplete(tally) => {
-                self.rounds.entry(tally.round).or_default().unchanged += tally.unchanged;
+                self.rounds.entry(tally.round).or_default().unchanged += tally.pages.unchanged;
             }
             Message::End { frames, .. } if frames != self.pages_frames() => {
                 return misplaced(Kind::End, "it counts another number of Pages frames before it");
@@ -263,7 +263,7 @@ impl Inspection {
 mod tests {
     use super::*;
     use memferry_stages::geometry::{BlockInfo, ExtentAt};
-    use memferry_stages::tally::RoundTally;
+    use memferry_stages::tally::{PageTally, RoundTally};
     use memferry_stages::wire::messages::StateChunk;
     use memferry_stages::wire::pages::payload_hash;
     use memferry_stages::wire::{PROTOCOL_VERSION, PagesHead, SessionId};
@@ -303,7 +303,11 @@ mod tests {
         let head: [&[u8]; 4] =
             [&Message::Hello(hello).encode(0), &Message::Blocks(vec![block]).encode(0), &pages.to_bytes(0), payload];
         let tail: [&[u8]; 5] = [
-            &Message::RoundComplete(RoundTally { unchanged: 5, ..RoundTally::new(1, true) }).encode(0),
+            &Message::RoundComplete(RoundTally {
+                pages: PageTally { unchanged: 5, ..PageTally::default() },
+                ..RoundTally::new(1, true)
+            })
+            .encode(0),
             &Message::Switchover.encode(0),
             &Message::State(section(false)).encode(0),
             &Message::State(section(true)).encode(0),

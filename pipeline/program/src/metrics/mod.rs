@@ -207,19 +207,19 @@ fn round(role: &'static str, tally: &RoundTally, duration: Duration) {
     counter!("memferry_rounds_total", "role" => role).increment(1);
     histogram!("memferry_round_seconds", "role" => role).record(duration);
     let encodings = [
-        ("zero", tally.zero),
-        ("raw", tally.raw),
-        ("compressed", tally.compressed),
-        ("xbzrle", tally.xbzrle),
-        ("unchanged", tally.unchanged),
+        ("zero", tally.pages.zero),
+        ("raw", tally.pages.raw),
+        ("compressed", tally.pages.compressed),
+        ("xbzrle", tally.pages.xbzrle),
+        ("unchanged", tally.pages.unchanged),
     ];
     for (encoding, pages) in encodings {
         counter!("memferry_pages_total", "role" => role, "encoding" => encoding).increment(pages);
     }
-    counter!("memferry_page_bytes_total", "role" => role).increment(tally.bytes_in);
-    counter!("memferry_frame_bytes_total", "role" => role).increment(tally.bytes_out);
-    counter!("memferry_xbzrle_misses_total", "role" => role).increment(tally.xbzrle_misses);
-    counter!("memferry_xbzrle_overflows_total", "role" => role).increment(tally.xbzrle_overflows);
+    counter!("memferry_page_bytes_total", "role" => role).increment(tally.pages.bytes_in);
+    counter!("memferry_frame_bytes_total", "role" => role).increment(tally.pages.bytes_out);
+    counter!("memferry_xbzrle_misses_total", "role" => role).increment(tally.pages.xbzrle_misses);
+    counter!("memferry_xbzrle_overflows_total", "role" => role).increment(tally.pages.xbzrle_overflows);
 }
 
 fn progress(role: &'static str, now: &Progress) {

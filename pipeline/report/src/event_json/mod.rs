@@ -32,13 +32,13 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use memferry_stages::clears::Spared;
-use memferry_stages::tally::RoundTally;
+use memferry_stages::tally::{PageTally, RoundTally};
 use memferry_stages::untrusted::{Untrusted, shown_json};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    ChangeReport, DecisionReport, ForecastReport, GuestReport, PagesReport, StageReport, change, decision,
-    forecast_report, guest, ms, percent, stage,
+    ChangeReport, DecisionReport, ForecastReport, GuestReport, StageReport, change, decision, forecast_report, guest,
+    ms, percent, stage,
 };
 use memferry::bottleneck::Bottleneck;
 use memferry::controller::forecast::whole;
@@ -160,7 +160,7 @@ pub struct RoundJson {
     pub duration_ms: f64,
     /// Its pages by encoding.
     #[serde(flatten)]
-    pub pages: PagesReport,
+    pub pages: PageTally,
 }
 
 /// A decision.
@@ -414,7 +414,7 @@ fn rate(rate: f64) -> u64 {
 }
 
 fn round(tally: &RoundTally, duration: Duration) -> RoundJson {
-    RoundJson { round: tally.round, last: tally.last, duration_ms: ms(duration), pages: tally.into() }
+    RoundJson { round: tally.round, last: tally.last, duration_ms: ms(duration), pages: tally.pages }
 }
 
 #[cfg(test)]

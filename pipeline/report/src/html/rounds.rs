@@ -1,15 +1,16 @@
 //! The pages of each round by encoding: as counts, as shares, and as figures.
 
 use maud::{Markup, html};
+use memferry_stages::tally::PageTally;
 
 use super::chart::{self, as_f64, percent};
 use super::{Page, long, ms};
-use crate::{PagesReport, RoundReport};
+use crate::RoundReport;
 use memferry::controller::forecast::whole;
 use memferry::human;
 
 /// One encoding: its class, its name, and the number of a round's pages that used it.
-type Encoding = (&'static str, &'static str, fn(&PagesReport) -> u64);
+type Encoding = (&'static str, &'static str, fn(&PageTally) -> u64);
 
 /// From the bottom of a column to its top.
 const ENCODINGS: [Encoding; 5] = [
@@ -76,21 +77,20 @@ struct Column {
     first: u32,
     last: u32,
     /// The mean of these rounds.
-    pages: PagesReport,
+    pages: PageTally,
 }
 
 impl Column {
     fn of(rounds: &[RoundReport]) -> Self {
-        let mean = |of: fn(&PagesReport) -> u64| {
-            rounds.iter().map(|round| of(&round.pages)).sum::<u64>() / rounds.len() as u64
-        };
+        let mean =
+            |of: fn(&PageTally) -> u64| rounds.iter().map(|round| of(&round.pages)).sum::<u64>() / rounds.len() as u64;
         let [first, .., last] = rounds else {
             return Self { first: rounds[0].round, last: rounds[0].round, pages: rounds[0].pages };
         };
         let (zero, raw, compressed) = (mean(|of| of.zero), mean(|of| of.raw), mean(|of| of.compressed));
         let (xbzrle, unchanged) = (mean(|of| of.xbzrle), mean(|of| of.unchanged));
         let all = zero + raw + compressed + xbzrle + unchanged;
-        let pages = PagesReport { all, zero, raw, compressed, xbzrle, unchanged, ..first.pages };
+        let pages = PageTally { all, zero, raw, compressed, xbzrle, unchanged, ..first.pages };
         Self { first: first.round, last: last.round, pages }
     }
 
@@ -141,7 +141,7 @@ fn columns(
 }
 
 /// The parts of a column from the bottom: class, pages below it, its pages, and its description.
-fn stack(pages: &PagesReport, encodings: &[Encoding]) -> Vec<(&'static str, u64, u64, String)> {
+fn stack(pages: &PageTally, encodings: &[Encoding]) -> Vec<(&'static str, u64, u64, String)> {
     let mut low = 0;
     let mut parts = Vec::new();
     for (class, name, of) in encodings {

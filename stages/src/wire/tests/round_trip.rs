@@ -7,7 +7,7 @@ use proptest::prelude::*;
 
 use super::samples;
 use crate::geometry::{BlockInfo, ExtentAt, Layout, MAX_LANES, PageAt, PageSize};
-use crate::tally::RoundTally;
+use crate::tally::{PageTally, RoundTally};
 use crate::wire::messages::{Figure, MAX_COUNT, Progress, RunState, StateChunk, StatePhase, StretchDigest};
 use crate::wire::pages::group_pages;
 use crate::wire::{
@@ -64,16 +64,18 @@ fn tally() -> impl Strategy<Value = Message> {
             round,
             last,
             batches,
-            pages,
-            zero,
-            raw,
-            compressed,
-            xbzrle,
-            unchanged,
-            xbzrle_misses: misses,
-            xbzrle_overflows: overflows,
-            bytes_in,
-            bytes_out,
+            pages: PageTally {
+                all: pages,
+                zero,
+                raw,
+                compressed,
+                xbzrle,
+                unchanged,
+                xbzrle_misses: misses,
+                xbzrle_overflows: overflows,
+                bytes_in,
+                bytes_out,
+            },
         })
     })
 }

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 
 use crate::geometry::{BlockInfo, ExtentAt, Layout, PageAt, PageSize};
-use crate::tally::RoundTally;
+use crate::tally::{PageTally, RoundTally};
 use crate::wire::messages::{Figure, Progress, RunState, StateChunk, StatePhase, StretchDigest};
 use crate::wire::pages::payload_hash;
 use crate::wire::{Features, Hello, Message, PROTOCOL_VERSION, PageEncoding, PagesHead, SessionId};
@@ -31,16 +31,18 @@ pub(super) fn tally() -> RoundTally {
         round: 2,
         last: true,
         batches: 3,
-        pages: 15,
-        zero: 1,
-        raw: 2,
-        compressed: 3,
-        xbzrle: 4,
-        unchanged: 5,
-        xbzrle_misses: 6,
-        xbzrle_overflows: 7,
-        bytes_in: 61440,
-        bytes_out: 9000,
+        pages: PageTally {
+            all: 15,
+            zero: 1,
+            raw: 2,
+            compressed: 3,
+            xbzrle: 4,
+            unchanged: 5,
+            xbzrle_misses: 6,
+            xbzrle_overflows: 7,
+            bytes_in: 61440,
+            bytes_out: 9000,
+        },
     }
 }
 
