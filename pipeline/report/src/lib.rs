@@ -10,6 +10,7 @@ pub mod status_json;
 pub mod table;
 pub mod todo;
 
+use std::fmt;
 use std::io;
 use std::path::Path;
 use std::time::Duration;
@@ -37,10 +38,10 @@ pub const SCHEMA: u32 = 1;
 pub struct Report {
     /// [`SCHEMA`].
     pub schema: u32,
-    /// "run", "send" or "recv".
-    pub role: &'static str,
-    /// "completed", "failed", "cancelled" or "unconfirmed".
-    pub status: &'static str,
+    /// The ends that it is about.
+    pub role: Ends,
+    /// How it ended: completed, failed, cancelled or unconfirmed.
+    pub status: Phase,
     /// Why it did not complete.
     pub error: Option<String>,
     /// Whether the digests of both ends are equal; null if they were not compared.
@@ -81,6 +82,38 @@ pub struct Report {
     pub rounds: Vec<RoundReport>,
     /// How each stage spent its time.
     pub stages: Vec<StageReport>,
+}
+
+/// The ends of a migration that a report is about, named after the command that hosts them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub enum Ends {
+    /// Both, in one process.
+    #[serde(rename = "run")]
+    Both,
+    /// The source.
+    #[serde(rename = "send")]
+    Source,
+    /// The destination.
+    #[serde(rename = "recv")]
+    Destination,
+}
+
+impl Ends {
+    /// The name in JSON, which is that of the command.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Both => "run",
+            Self::Source => "send",
+            Self::Destination => "recv",
+        }
+    }
+}
+
+impl fmt::Display for Ends {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
 }
 
 /// The guest.
@@ -185,12 +218,12 @@ pub struct StageReport {
 impl Report {
     /// The report of a migration from one end. With `other`, the report of the source supplemented by its
     /// destination: the stages are those of both ends, and the destination determines whether the memory was
-    /// verified. `role` is "run", "send" or "recv".
+    /// verified.
     ///
     /// # Panics
     /// If `account` has not ended.
     #[must_use]
-    pub fn new(role: &'static str, verdict: &Ended, account: &Account, other: Option<&Account>) -> Self {
+    pub fn new(role: Ends, verdict: &Ended, account: &Account, other: Option<&Account>) -> Self {
         let ended = account.status.ended.as_ref().expect("an account that ended");
         let far = other.and_then(|account| account.status.ended.as_ref());
         let stages = readings(account, other);
@@ -198,7 +231,7 @@ impl Report {
         Self {
             schema: SCHEMA,
             role,
-            status: status(verdict.phase),
+            status: outcome(verdict.phase),
             error: verdict.error.clone(),
             verified: far.map_or(ended.verified, |far| far.verified),
             guest: guest(&account.status.blocks, account.status.pages),
@@ -260,12 +293,12 @@ pub fn busiest(stages: &[Reading]) -> Option<(&Reading, f64)> {
     shares.max_by(|a, b| a.1.total_cmp(&b.1))
 }
 
-/// The name of a migration's end.
+/// How a migration ended whose last phase is this one.
 #[must_use]
-pub fn status(phase: Phase) -> &'static str {
+pub fn outcome(phase: Phase) -> Phase {
     match phase {
-        Phase::Setup | Phase::Active | Phase::Switchover => Phase::Failed.name(),
-        end => end.name(),
+        Phase::Setup | Phase::Active | Phase::Switchover => Phase::Failed,
+        end => end,
     }
 }
 

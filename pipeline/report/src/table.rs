@@ -6,7 +6,7 @@ use std::time::Duration;
 use memferry_stages::clears::Spared;
 
 use super::account::{Account, Round};
-use super::{busiest, error_percent, held_up, readings, status, throughput};
+use super::{busiest, error_percent, held_up, outcome, readings, throughput};
 use memferry::controller::forecast::{FixedCost, Forecast};
 use memferry::controller::{Decided, Decision};
 use memferry::events::{Ended, Phase};
@@ -25,11 +25,12 @@ const NAME: usize = 12;
 /// The verdict in one line.
 #[must_use]
 pub fn verdict(verdict: &Ended, account: &Account) -> String {
-    let mut line = status(verdict.phase).to_owned();
+    let outcome = outcome(verdict.phase);
+    let mut line = outcome.to_string();
     if !verdict.total.is_zero() {
         write!(line, " after {}", human::time(verdict.total)).expect("a string takes it");
     }
-    if let Some(error) = verdict.error.as_ref().filter(|error| *error != status(verdict.phase)) {
+    if let Some(error) = verdict.error.as_ref().filter(|error| *error != outcome.name()) {
         write!(line, ": {error}").expect("a string takes it");
     }
     if verdict.phase == Phase::Completed {

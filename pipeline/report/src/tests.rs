@@ -21,7 +21,7 @@ fn accountant() -> Accountant {
 fn report() -> Report {
     let accountant = accountant();
     let (source, destination) = (accountant.account(Role::Source), accountant.account(Role::Destination));
-    Report::new("run", &ended(Role::Source), &source, Some(&destination))
+    Report::new(Ends::Both, &ended(Role::Source), &source, Some(&destination))
 }
 
 fn names(value: &serde_json::Value) -> String {
@@ -64,7 +64,10 @@ fn the_report_has_exactly_the_names_that_were_agreed() {
 #[test]
 fn the_report_says_what_the_events_said() {
     let report = report();
-    assert_eq!((report.schema, report.role, report.status, report.verified), (1, "run", "completed", Some(true)));
+    assert_eq!((report.schema, report.role, report.status), (1, Ends::Both, Phase::Completed));
+    assert_eq!(report.verified, Some(true));
+    let json = serde_json::to_value(&report).unwrap();
+    assert_eq!((&json["role"], &json["status"]), (&"run".into(), &"completed".into()));
     assert_eq!((report.total_ms, report.setup_ms, report.downtime_ms), (2500.0, 100.0, Some(213.0)));
     // 212 ms were expected, 213 ms was the result.
     let forecast = report.forecast.unwrap();

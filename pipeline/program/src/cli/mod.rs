@@ -41,6 +41,7 @@ use inspect::Inspection;
 use memferry::events::Role;
 use memferry::threads;
 use memferry_guests::file::guard;
+use memferry_report::Ends;
 use outlets::Outlets;
 use session::Session;
 use verdict::{BAD_USAGE, DONE, FAILED};
@@ -59,9 +60,9 @@ pub fn main() -> ExitCode {
     signals::outlive_full_files();
     let _last_words = console::LastWords;
     match CommandLine::parse().command {
-        Command::Run(options) => migrate(options, "run", Purpose::Run, Role::Source),
-        Command::Send(options) => migrate(options, "send", Purpose::Send, Role::Source),
-        Command::Recv(options) => migrate(options, "recv", Purpose::Receive, Role::Destination),
+        Command::Run(options) => migrate(options, Ends::Both, Purpose::Run, Role::Source),
+        Command::Send(options) => migrate(options, Ends::Source, Purpose::Send, Role::Source),
+        Command::Recv(options) => migrate(options, Ends::Destination, Purpose::Receive, Role::Destination),
         Command::Check(options) => check(&options),
         Command::Record(options) => record(options),
         Command::Plan(options) => plan::run(&options),
@@ -79,7 +80,7 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn migrate(options: Migrate, role: &'static str, purpose: Purpose, watch: Role) -> ExitCode {
+fn migrate(options: Migrate, role: Ends, purpose: Purpose, watch: Role) -> ExitCode {
     let config = match load(&options.configured, purpose) {
         Ok(config) => config,
         Err(code) => return code,

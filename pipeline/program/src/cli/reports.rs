@@ -13,7 +13,7 @@ use memferry::outlet::{Outlet, Sink};
 use memferry_report::account::Account;
 use memferry_report::html::Page;
 use memferry_report::todo::Conclusion;
-use memferry_report::{Report, write};
+use memferry_report::{Ends, Report, write};
 
 /// The time limit for all of them.
 const TIME: Duration = Duration::from_secs(10);
@@ -21,8 +21,8 @@ const TIME: Duration = Duration::from_secs(10);
 /// The data of a report.
 #[derive(Clone, Copy)]
 pub(super) struct Ending<'a> {
-    /// "run", "send" or "recv".
-    pub(super) role: &'static str,
+    /// The ends that this process hosts.
+    pub(super) role: Ends,
     pub(super) verdict: &'a Ended,
     pub(super) account: &'a Account,
     /// The account of the other end, if it was in this process.

@@ -28,7 +28,7 @@ use memferry::guest::GuestError;
 use memferry::migration::{self, DataPlane};
 use memferry_report::account::{Account, Accountant};
 use memferry_report::todo::{Conclusion, conclusions};
-use memferry_report::{held_up, status, table};
+use memferry_report::{Ends, held_up, outcome, table};
 
 /// How long one end may take to detect that the other has ended, before it is cancelled.
 const FIND_OUT: Duration = Duration::from_secs(2);
@@ -42,7 +42,7 @@ const ENDING: &str = "ending";
 pub(super) struct Session {
     config: Config,
     options: Migrate,
-    role: &'static str,
+    role: Ends,
     accountant: Arc<Accountant>,
     observers: Vec<Arc<dyn Observer>>,
     signals: Signals,
@@ -52,11 +52,11 @@ pub(super) struct Session {
 }
 
 impl Session {
-    /// Prepares a command: `role` is its name, `watch` the end whose progress is shown.
+    /// Prepares a command: `role` is the ends that it hosts, `watch` the end whose progress is shown.
     pub(super) fn new(
         config: Config,
         options: Migrate,
-        role: &'static str,
+        role: Ends,
         watch: Role,
         outlets: Outlets,
     ) -> std::io::Result<Self> {
@@ -286,7 +286,7 @@ impl Session {
         let mut lost = reports.finish();
         lost.extend(self.outlets.close());
         if !lost.is_empty() {
-            tell!("memferry: LOST: {}; the verdict stands: {}", lost.join("; "), status(verdict.phase));
+            tell!("memferry: LOST: {}; the verdict stands: {}", lost.join("; "), outcome(verdict.phase));
         }
     }
 

@@ -62,7 +62,7 @@ use metrics::{Label, Unit, counter, describe_counter, describe_gauge, describe_h
 use memferry::bottleneck::Cause;
 use memferry::controller::Decided;
 use memferry::events::{BlockFacts, DowntimeParts, Ended, Event, Observer, Phase, Progress, Role};
-use memferry_report::{decision_name, status};
+use memferry_report::{decision_name, outcome};
 
 /// Upper bounds in seconds of the buckets of each histogram.
 pub const BUCKETS: [(&str, &[f64]); 4] = [
@@ -111,7 +111,7 @@ impl MetricsObserver {
         if ended.phase == Phase::Completed {
             gauge!("memferry_dirty_pages", "role" => role).set(0.0);
         }
-        counter!("memferry_migrations_total", "role" => role, "status" => status(ended.phase)).increment(1);
+        counter!("memferry_migrations_total", "role" => role, "status" => outcome(ended.phase).name()).increment(1);
         gauge!("memferry_memory_peak_bytes", "role" => role).set(float(ended.memory_peak));
         let Spared { hinted, unplugged, ignored, .. } = ended.spared;
         for (why, pages) in [("hinted", hinted), ("unplugged", unplugged), ("ignored", ignored)] {

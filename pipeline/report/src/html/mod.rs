@@ -24,7 +24,7 @@ use memferry_stages::untrusted::is_unsafe;
 use super::account::Account;
 use super::series::Happened;
 use super::todo::Conclusion;
-use super::{GuestReport, Report, file};
+use super::{Ends, GuestReport, Report, file};
 use memferry::control::Changed;
 use memferry::controller::Decided;
 use memferry::events::Phase;
@@ -112,7 +112,7 @@ impl Page<'_> {
     }
 
     fn is_destination(&self) -> bool {
-        self.report.role == "recv"
+        self.report.role == Ends::Destination
     }
 
     /// The origin of the page's time axis: when pages began to move.

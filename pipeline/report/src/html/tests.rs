@@ -18,7 +18,7 @@ use memferry::stage_id::StageId;
 
 /// The inputs of a page.
 struct Scene {
-    role: &'static str,
+    role: Ends,
     account: Account,
     settings: SourceSettings,
     configuration: String,
@@ -26,8 +26,8 @@ struct Scene {
 
 impl Scene {
     /// The scripted migration: one event every 100 ms, with progress figures.
-    fn new(role: &'static str) -> Self {
-        let end = if role == "recv" { Role::Destination } else { Role::Source };
+    fn new(role: Ends) -> Self {
+        let end = if role == Ends::Destination { Role::Destination } else { Role::Source };
         let mut scene = Self::empty(role);
         let mut at = 0;
         for event in script(end) {
@@ -40,7 +40,7 @@ impl Scene {
         scene
     }
 
-    fn empty(role: &'static str) -> Self {
+    fn empty(role: Ends) -> Self {
         let configuration = "[guest.workload]\nmemory = \"1 GiB\"\n".to_owned();
         Self { role, account: Account::default(), settings: SourceSettings::default(), configuration }
     }
@@ -60,7 +60,7 @@ impl Scene {
     fn on<T>(&self, look: impl FnOnce(&Page<'_>) -> T) -> T {
         let Self { role, account, settings, configuration } = self;
         let verdict = account.status.ended.as_ref().unwrap();
-        let report = &Report::new(role, verdict, account, None);
+        let report = &Report::new(*role, verdict, account, None);
         let conclusions = &todo::conclusions(settings, account, &Bottleneck::default(), 2);
         look(&Page {
             report,
@@ -159,7 +159,7 @@ fn is_sound(page: &str) {
 
 #[test]
 fn pages_of_both_ends_and_of_every_ending_are_whole() {
-    for role in ["run", "send", "recv"] {
+    for role in [Ends::Both, Ends::Source, Ends::Destination] {
         is_sound(&Scene::new(role).page());
         for phase in [Phase::Failed, Phase::Cancelled, Phase::Unconfirmed] {
             is_sound(&Scene::new(role).ending(|ended| failed(ended, phase, "disk full")).page());
@@ -171,7 +171,7 @@ fn pages_of_both_ends_and_of_every_ending_are_whole() {
 
 #[test]
 fn every_figure_of_the_rounds_and_stages_is_there() {
-    let scene = Scene::new("send");
+    let scene = Scene::new(Ends::Source);
     let report = scene.on(|page| serde_json::to_value(page.report).unwrap());
     let figures = |list: &str, skip: &[&str]| {
         let rows = report[list].as_array().unwrap().iter().map(|row| row.as_object().unwrap().clone());
@@ -203,7 +203,7 @@ fn every_figure_of_the_rounds_and_stages_is_there() {
 
 #[test]
 fn settings_that_were_changed_are_listed() {
-    let mut scene = Scene::new("send");
+    let mut scene = Scene::new(Ends::Source);
     let limit = |ms| Change::DowntimeLimit(Duration::from_millis(ms));
     let changed = Changed { round: 2, from: limit(300), to: limit(50), memory_bound: 0 };
     scene.account.enter(&Event::Changed(changed), Duration::from_secs(1));
@@ -216,7 +216,7 @@ fn settings_that_were_changed_are_listed() {
 #[test]
 fn max_bandwidth_is_drawn_as_it_was_at_each_time() {
     const MIB: u64 = 1 << 20;
-    let mut scene = Scene::new("send");
+    let mut scene = Scene::new(Ends::Source);
     scene.settings.max_bandwidth = Some(64 * MIB);
     let changes = [(600, Some(64), Some(32)), (900, Some(32), None), (1200, None, Some(16))];
     for (at, from, to) in changes {
@@ -257,7 +257,7 @@ fn max_bandwidth_is_drawn_as_it_was_at_each_time() {
 #[test]
 fn a_long_page_of_many_lanes_stays_readable() {
     const ROUNDS: u32 = 300;
-    let mut scene = Scene::empty("send");
+    let mut scene = Scene::empty(Ends::Source);
     let [setup, middle, ended] = [0..4, 4..7, 7..14].map(|part| script(Role::Source)[part].to_vec());
     let mut at = 0;
     let mut enter = |event: &Event| {
@@ -320,13 +320,13 @@ fn a_long_page_of_many_lanes_stays_readable() {
 
 #[test]
 fn the_bottleneck_is_named_and_marked() {
-    parsed(&Scene::new("send").page(), |document| {
+    parsed(&Scene::new(Ends::Source).page(), |document| {
         let marked: Vec<_> =
             elements(document, "tr").into_iter().filter(|row| row.attribute("class") == Some("blamed")).collect();
         assert_eq!(marked.len(), 1);
         assert!(words(marked[0]).starts_with("encoder"), "{}", words(marked[0]));
     });
-    assert!(Scene::new("send").page().contains("processor 96 %, wire 25 %, destination 12 %, max_bandwidth 0 %"));
+    assert!(Scene::new(Ends::Source).page().contains("processor 96 %, wire 25 %, destination 12 %, max_bandwidth 0 %"));
 }
 
 #[test]
@@ -335,24 +335,24 @@ fn stories_say_what_happened_where_the_guest_is_and_what_to_do() {
         scene.account.decided.last_mut().unwrap().decision = Decision::GiveUp;
         scene
     };
-    let with = |settings: SourceSettings| Scene { settings, ..Scene::new("send") };
+    let with = |settings: SourceSettings| Scene { settings, ..Scene::new(Ends::Source) };
     let stories = [
-        Scene::new("run"),
-        Scene::new("send"),
-        Scene::new("recv"),
+        Scene::new(Ends::Both),
+        Scene::new(Ends::Source),
+        Scene::new(Ends::Destination),
         with(SourceSettings { after: Some(After::Resume), ..SourceSettings::default() }),
         with(SourceSettings { after: Some(After::Pause), ..SourceSettings::default() }),
-        Scene::new("send").ending(|ended| ended.downtime = Some(Duration::from_millis(301))),
+        Scene::new(Ends::Source).ending(|ended| ended.downtime = Some(Duration::from_millis(301))),
         with(SourceSettings { after: Some(After::Pause), downtime_limit: Duration::ZERO, ..SourceSettings::default() })
             .without_samples(),
-        Scene::new("send").ending(|ended| failed(ended, Phase::Failed, "disk full")),
-        Scene::empty("send").ending(|ended| failed(ended, Phase::Failed, "nobody listens")),
-        Scene::new("send").ending(|ended| failed(ended, Phase::Cancelled, "cancelled at the source")),
-        gave_up(Scene::new("send").ending(|ended| failed(ended, Phase::Cancelled, "gave up"))),
-        Scene::new("send").ending(|ended| failed(ended, Phase::Unconfirmed, "lost")),
-        Scene::new("send").ending(|ended| ended.resume_failed = true),
-        Scene::new("recv").ending(|ended| failed(ended, Phase::Failed, "lost")),
-        Scene::new("recv").ending(|ended| failed(ended, Phase::Cancelled, "cancelled")),
+        Scene::new(Ends::Source).ending(|ended| failed(ended, Phase::Failed, "disk full")),
+        Scene::empty(Ends::Source).ending(|ended| failed(ended, Phase::Failed, "nobody listens")),
+        Scene::new(Ends::Source).ending(|ended| failed(ended, Phase::Cancelled, "cancelled at the source")),
+        gave_up(Scene::new(Ends::Source).ending(|ended| failed(ended, Phase::Cancelled, "gave up"))),
+        Scene::new(Ends::Source).ending(|ended| failed(ended, Phase::Unconfirmed, "lost")),
+        Scene::new(Ends::Source).ending(|ended| ended.resume_failed = true),
+        Scene::new(Ends::Destination).ending(|ended| failed(ended, Phase::Failed, "lost")),
+        Scene::new(Ends::Destination).ending(|ended| failed(ended, Phase::Cancelled, "cancelled")),
     ];
     let stories: Vec<_> = stories.iter().map(Scene::story).collect();
     insta::assert_snapshot!(stories.join("\n"), @r#"
@@ -406,7 +406,7 @@ fn stories_say_what_happened_where_the_guest_is_and_what_to_do() {
 
 #[test]
 fn a_guest_that_was_paused_for_nothing_stood_still_for_so_long() {
-    let mut scene = Scene::new("send").ending(|ended| failed(ended, Phase::Failed, "disk full"));
+    let mut scene = Scene::new(Ends::Source).ending(|ended| failed(ended, Phase::Failed, "disk full"));
     let paused = scene.account.series.first(Happened::Paused).unwrap();
     scene.account.enter(&Event::Resumed, paused + Duration::from_millis(420));
     assert!(scene.story().contains("It stood still for 420 ms meanwhile."), "{}", scene.story());
@@ -415,7 +415,7 @@ fn a_guest_that_was_paused_for_nothing_stood_still_for_so_long() {
 
 #[test]
 fn what_was_left_is_what_the_last_look_found() {
-    let mut scene = Scene::new("send").ending(|ended| failed(ended, Phase::Failed, "disk full"));
+    let mut scene = Scene::new(Ends::Source).ending(|ended| failed(ended, Phase::Failed, "disk full"));
     let left = |scene: &Scene| scene.on(|page| page.remaining().last().unwrap().1);
     let at = Duration::from_secs(9);
     scene.account.enter(&progress(1), at);
@@ -428,7 +428,7 @@ fn what_was_left_is_what_the_last_look_found() {
 #[test]
 fn what_comes_from_outside_stays_text() {
     let evil = "\"'><script>alert(1)</script><img src=x onerror=alert(1)>&amp;</code>\u{202e}\u{7}\u{0}";
-    let mut scene = Scene::new("send").ending(|ended| failed(ended, Phase::Failed, evil));
+    let mut scene = Scene::new(Ends::Source).ending(|ended| failed(ended, Phase::Failed, evil));
     let account = &mut scene.account;
     account.status.peer = Some(evil.into());
     account.status.blocks.push(BlockFacts { id: evil.into(), bytes: 4096, page_size: 4096 });
@@ -449,7 +449,7 @@ fn what_comes_from_outside_stays_text() {
 
 #[test]
 fn notices_are_bounded() {
-    let mut scene = Scene::new("recv");
+    let mut scene = Scene::new(Ends::Destination);
     for _ in 0..250 {
         let (kind, peer, why) = (TurnedAwayKind::Stranger, "stranger".into(), "no Hello".into());
         scene.account.enter(&Event::TurnedAway { kind, peer, why, count: 1 }, Duration::ZERO);
@@ -461,7 +461,7 @@ fn notices_are_bounded() {
 
 #[test]
 fn a_migration_of_a_moment_has_its_picture() {
-    let mut scene = Scene::empty("send");
+    let mut scene = Scene::empty(Ends::Source);
     for (at, event) in script(Role::Source).into_iter().enumerate() {
         scene.account.enter(&event, Duration::from_micros(at as u64 * 2500));
     }
@@ -498,7 +498,7 @@ proptest! {
     #[test]
     fn a_page_can_be_made_of_anything_that_is_told(
         events in proptest::collection::vec((an_event(), 0_u64..5_000_000), 0..60),
-        role in proptest::sample::select(vec!["run", "send", "recv"]),
+        role in proptest::sample::select(vec![Ends::Both, Ends::Source, Ends::Destination]),
     ) {
         let mut scene = Scene::empty(role);
         let mut at = Duration::ZERO;

@@ -3,8 +3,10 @@
 use maud::{Markup, html};
 
 use super::{Page, clean, ms};
+use crate::Ends;
 use crate::series::Happened;
 use memferry::controller::Decision;
+use memferry::events::Phase;
 use memferry::human;
 use memferry::settings::After;
 
@@ -51,7 +53,7 @@ pub(super) fn section(page: &Page<'_>) -> Markup {
                 @if let Some(peer) = &page.account.status.peer { " · " (if page.is_destination() { "from" } else { "to" }) " " (peer) }
             }
             h1 { (story.headline) }
-            @if let Some(error) = report.error.as_ref().filter(|error| *error != report.status) { p.error { strong { "Why: " } (clean(error)) } }
+            @if let Some(error) = report.error.as_ref().filter(|error| *error != report.status.name()) { p.error { strong { "Why: " } (clean(error)) } }
             p { strong { "The guest: " } (story.guest) }
             p { strong { "To do: " } (story.todo) }
         }
@@ -71,11 +73,11 @@ pub(super) fn story(page: &Page<'_>) -> Story {
         };
     }
     match (page.report.status, page.is_destination()) {
-        ("completed", false) => with_warnings(with_conclusions(sent(page), page), page),
-        ("completed", true) => with_warnings(arrived(page), page),
-        ("unconfirmed", _) => unconfirmed(page),
+        (Phase::Completed, false) => with_warnings(with_conclusions(sent(page), page), page),
+        (Phase::Completed, true) => with_warnings(arrived(page), page),
+        (Phase::Unconfirmed, _) => unconfirmed(page),
         (status, true) => did_not_arrive(status),
-        ("cancelled", false) => with_conclusions(cancelled(page), page),
+        (Phase::Cancelled, false) => with_conclusions(cancelled(page), page),
         (_, false) => failed(page),
     }
 }
@@ -83,7 +85,7 @@ pub(super) fn story(page: &Page<'_>) -> Story {
 fn sent(page: &Page<'_>) -> Story {
     let what = moved(page);
     let (headline, guest, todo) = match (page.report.role, page.settings.after) {
-        ("run", Some(_)) => {
+        (Ends::Both, Some(_)) => {
             (format!("The stream was written and read back: {what}."), "It was started here from the file.", NOTHING)
         }
         (_, Some(After::Resume)) => {
@@ -94,7 +96,7 @@ fn sent(page: &Page<'_>) -> Story {
             "It is paused here, and all of it is in the file.",
             "Start it from the file where it is to run (memferry recv). Resume it here only if it will run nowhere else.",
         ),
-        ("run", None) => (
+        (Ends::Both, None) => (
             format!("The guest has moved: {what}."),
             "It is at its destination, which is in this program too, and goes on there as it was.",
             NOTHING,
@@ -141,9 +143,9 @@ fn with_warnings(story: Story, page: &Page<'_>) -> Story {
     Story { todo: if has_some { format!("{} Read the warnings below.", story.todo) } else { story.todo }, ..story }
 }
 
-fn did_not_arrive(status: &str) -> Story {
+fn did_not_arrive(status: Phase) -> Story {
     let (tone, headline, todo) = match status {
-        "cancelled" => (
+        Phase::Cancelled => (
             Tone::Warn,
             "The migration was cancelled before the guest was here.",
             "Nothing, if that was meant. Both ends can be started again at any time.",
@@ -190,8 +192,7 @@ fn cancelled(page: &Page<'_>) -> Story {
 }
 
 fn failed(page: &Page<'_>) -> Story {
-    let done_here =
-        page.account.status.ended.as_ref().is_some_and(|ended| ended.phase == memferry::events::Phase::Completed);
+    let done_here = page.account.status.ended.as_ref().is_some_and(|ended| ended.phase == Phase::Completed);
     if done_here {
         return Story {
             tone: Tone::Bad,
@@ -270,7 +271,7 @@ fn figures(page: &Page<'_>) -> Vec<Figure> {
     if let Some(downtime) = report.downtime_ms {
         let limit = || super::downtime::limit(page).map(|limit| format!("limit {}", human::time(limit)));
         let tone = if over_limit(page).is_some() { Tone::Warn } else { Tone::Good };
-        figures.push(if report.status == "completed" {
+        figures.push(if report.status == Phase::Completed {
             Figure { name: "Downtime", value: ms(downtime), note: limit().unwrap_or_default(), tone: Some(tone) }
         } else {
             plain("Paused", ms(downtime), "until it was resumed at its source".into())
@@ -304,7 +305,7 @@ fn figures(page: &Page<'_>) -> Vec<Figure> {
 
 /// The progress of a migration that did not complete.
 fn left_over(page: &Page<'_>) -> Option<Figure> {
-    let (_, left) = *page.remaining().last().filter(|_| page.report.status != "completed")?;
+    let (_, left) = *page.remaining().last().filter(|_| page.report.status != Phase::Completed)?;
     Some(Figure {
         name: "Left to send",
         value: human::bytes(left),
