@@ -15,7 +15,7 @@ use memferry_stages::untrusted::Untrusted;
 use memferry_stages::wire::WireError;
 use memferry_stages::wire::reader::ReadError;
 
-use super::handshake::HandoverError;
+use super::handshake::{HandoverError, NotStarted};
 use crate::controller::Decided;
 use crate::events::Role;
 use crate::guest::GuestError;
@@ -91,7 +91,10 @@ pub enum MigrationError {
     Protocol(String),
     /// The connection ended.
     #[error("the connection was lost: {0}")]
-    Lost(String),
+    Lost(#[source] Loss),
+    /// The destination does not start the guest.
+    #[error("the connection was lost: {0}")]
+    NotStarted(#[source] NotStarted),
     /// The peer was silent for too long.
     #[error("{0}")]
     Silent(Silence),
@@ -115,6 +118,42 @@ pub enum MigrationError {
     /// The digests of the two memories differ.
     #[error("verification failed: {0}")]
     Differs(String),
+}
+
+/// How a connection was lost.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Loss {
+    /// The peer closed it.
+    #[error("the {0} closed it")]
+    Closed(Role),
+    /// The peer was silent for too long.
+    #[error("{0}")]
+    Silent(Silence),
+    /// It could not be read, with the error's text.
+    #[error("{0}")]
+    Unreadable(String),
+    /// The peer sent pages on the return path.
+    #[error("pages came on the return path")]
+    PagesReturned,
+    /// The task that reads the return path ended.
+    #[error("its reader ended")]
+    ReaderEnded,
+    /// The return path is closed.
+    #[error("the return path is closed")]
+    ReturnPathClosed,
+    /// The stream ended before its end mark.
+    #[error("the stream ends before its end mark, so it is not complete")]
+    Incomplete,
+    /// A sender ended before its stream did.
+    #[error("a sender ended before its stream did")]
+    SenderEnded,
+    /// A stage ended and its failure is not known.
+    #[error("a stage ended without saying why")]
+    StageEnded,
+    /// It was lost before the stages ran.
+    #[error("while the migration was being agreed: {0}")]
+    NotAgreed(#[source] Box<Self>),
 }
 
 /// A peer that sent nothing for the longest time allowed.

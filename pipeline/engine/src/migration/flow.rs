@@ -13,7 +13,7 @@ use tokio::time::{Interval, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
 use super::alive::{Alive, silenced};
-use super::error::{Failure, MigrationError, Silence};
+use super::error::{Failure, Loss, MigrationError, Silence};
 use super::link::Said;
 use super::senders;
 use super::source_graph::SourceGraph;
@@ -37,7 +37,7 @@ pub(super) enum Signal {
     /// The destination sent a message.
     Said(Message),
     /// The return path ended.
-    Lost(String),
+    Lost(Loss),
     /// The destination was silent for too long.
     Silent(Silence),
     /// A stage ended without error.
@@ -165,7 +165,7 @@ pub(super) async fn asked(requests: &mut Option<Requests>) -> Request {
 }
 
 /// The next message of the return path, if there is one.
-async fn heard(said: &mut Option<Said>) -> Result<Message, String> {
+async fn heard(said: &mut Option<Said>) -> Result<Message, Loss> {
     match said {
         Some(said) => said.next().await,
         None => std::future::pending().await,

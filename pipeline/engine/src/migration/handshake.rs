@@ -15,8 +15,10 @@
 //! source resumes). Anything else, silence included, leaves the source paused, because it cannot know.
 
 use memferry_stages::untrusted::Untrusted;
-use memferry_stages::wire::Message;
 use memferry_stages::wire::messages::RunState;
+use memferry_stages::wire::{Kind, Message};
+
+use super::error::Loss;
 
 /// The result at the source.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -55,16 +57,16 @@ pub enum HandoverError {
     StartedBeforeGo,
     /// It sent this message, which is unexpected here.
     #[error("the destination sent {0} out of turn")]
-    OutOfTurn(&'static str),
+    OutOfTurn(Kind),
     /// It sent this message where only Running, or a reason, can follow.
     #[error("the destination sent {0} instead of Running")]
-    NotRunning(&'static str),
+    NotRunning(Kind),
     /// The connection was lost before Go.
     #[error("the connection was lost before the hand-over: {0}")]
-    LostBeforeGo(String),
+    LostBeforeGo(#[source] Loss),
     /// The connection was lost after Go.
     #[error("the connection was lost after Go: {0}")]
-    LostAfterGo(String),
+    LostAfterGo(#[source] Loss),
     /// The destination did not load in time.
     #[error("the destination did not report that everything is loaded in time")]
     NotLoadedInTime,
@@ -82,7 +84,7 @@ pub enum Happening {
     /// The peer sent a message.
     Said(Message),
     /// The connection is lost.
-    Lost(String),
+    Lost(Loss),
     /// The operator cancelled.
     Cancel,
     /// The time limit of this handshake has passed.
@@ -147,8 +149,8 @@ fn before_go(verify: bool, happening: Happening) -> SourceStep {
         Happening::Said(Message::Running | Message::StartFailed(_)) => {
             SourceStep::End(Verdict::Unconfirmed(HandoverError::StartedBeforeGo))
         }
-        Happening::Said(other) => failed(HandoverError::OutOfTurn(name(&other))),
-        Happening::Lost(why) => failed(HandoverError::LostBeforeGo(why)),
+        Happening::Said(other) => failed(HandoverError::OutOfTurn(other.kind())),
+        Happening::Lost(loss) => failed(HandoverError::LostBeforeGo(loss)),
         Happening::TimedOut => failed(HandoverError::NotLoadedInTime),
         Happening::Broke(why) => failed(HandoverError::Broke(why)),
         Happening::Cancel => SourceStep::End(Verdict::Cancelled),
@@ -164,8 +166,8 @@ fn after_go(happening: Happening) -> SourceStep {
         }
         Happening::Said(Message::StartFailed(why)) => unknown(HandoverError::StartFailed(why)),
         Happening::Said(Message::Progress(_) | Message::Heartbeat(_)) => SourceStep::Wait,
-        Happening::Said(other) => unknown(HandoverError::NotRunning(name(&other))),
-        Happening::Lost(why) => unknown(HandoverError::LostAfterGo(why)),
+        Happening::Said(other) => unknown(HandoverError::NotRunning(other.kind())),
+        Happening::Lost(loss) => unknown(HandoverError::LostAfterGo(loss)),
         Happening::TimedOut => unknown(HandoverError::NotConfirmedInTime),
         Happening::Broke(why) => unknown(HandoverError::Broke(why)),
         Happening::Cancel => SourceStep::TooLate,
@@ -180,36 +182,47 @@ pub enum DestinationStep {
     /// Start the guest, and answer Running or StartFailed.
     Start(RunState),
     /// The handshake is over, nothing was started and nothing will be: report it to the source.
-    End {
-        /// Did the operator of this end cancel?
-        cancelled: bool,
-        /// The reason.
-        why: String,
-    },
+    End(NotStarted),
+}
+
+/// Why the destination does not start the guest, after it has sent Loaded.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum NotStarted {
+    /// The operator of this end cancelled.
+    #[error("cancelled at the destination")]
+    Cancelled,
+    /// The source gave up, with its reason.
+    #[error("the source gave up: {0}")]
+    GivenUp(Untrusted),
+    /// The source sent this message where only Go can follow.
+    #[error("the source sent {0} instead of Go")]
+    NotGo(Kind),
+    /// The connection was lost before Go.
+    #[error("the connection was lost before Go, so the guest is not started here: {0}")]
+    LostBeforeGo(#[source] Loss),
+    /// Go did not come in time.
+    #[error("Go did not come in time, so the guest is not started here")]
+    TimedOut,
+    /// A part of this end failed.
+    #[error("{0}")]
+    Broke(String),
 }
 
 /// The destination's side, after it has sent Loaded: handles one event.
 #[must_use]
 pub fn awaiting_go(happening: Happening) -> DestinationStep {
-    let end = |why: String| DestinationStep::End { cancelled: false, why };
+    let end = DestinationStep::End;
     match happening {
         Happening::Said(Message::Go(run_state)) => DestinationStep::Start(run_state),
         Happening::Said(Message::Heartbeat(_)) => DestinationStep::Wait,
-        Happening::Said(Message::Abort(why)) => end(format!("the source gave up: {why}")),
-        Happening::Said(other) => end(format!("the source sent {} instead of Go", name(&other))),
-        Happening::Lost(why) => {
-            end(format!("the connection was lost before Go, so the guest is not started here: {why}"))
-        }
-        Happening::TimedOut => end("Go did not come in time, so the guest is not started here".into()),
-        Happening::Broke(why) => end(why),
-        Happening::Cancel => DestinationStep::End { cancelled: true, why: "cancelled at the destination".into() },
+        Happening::Said(Message::Abort(why)) => end(NotStarted::GivenUp(why)),
+        Happening::Said(other) => end(NotStarted::NotGo(other.kind())),
+        Happening::Lost(loss) => end(NotStarted::LostBeforeGo(loss)),
+        Happening::TimedOut => end(NotStarted::TimedOut),
+        Happening::Broke(why) => end(NotStarted::Broke(why)),
+        Happening::Cancel => end(NotStarted::Cancelled),
     }
-}
-
-/// The name of a message, for errors.
-#[must_use]
-pub fn name(message: &Message) -> &'static str {
-    message.kind().name()
 }
 
 #[cfg(test)]
@@ -229,7 +242,7 @@ mod tests {
         ];
         let mut all: Vec<_> = said.into_iter().map(Happening::Said).collect();
         all.extend([
-            Happening::Lost("gone".into()),
+            Happening::Lost(Loss::ReaderEnded),
             Happening::Cancel,
             Happening::TimedOut,
             Happening::Broke("disk".into()),
@@ -285,9 +298,9 @@ mod tests {
                     let answer = if start_fails { Message::StartFailed("x".into()) } else { Message::Running };
                     world.to_source.push(answer);
                 }
-                DestinationStep::End { why, .. } => {
+                DestinationStep::End(why) => {
                     world.destination_over = true;
-                    world.to_source.push(Message::Abort(why.into()));
+                    world.to_source.push(Message::Abort(why.to_string().into()));
                 }
             }
         }
@@ -311,15 +324,15 @@ mod tests {
                     }
                     3 => source_step(&mut next, Happening::Cancel),
                     4 => source_step(&mut next, Happening::TimedOut),
-                    5 => source_step(&mut next, Happening::Lost("cut".into())),
+                    5 => source_step(&mut next, Happening::Lost(Loss::ReaderEnded)),
                     6 => destination_step(&mut next, Happening::Cancel, false),
                     7 => destination_step(&mut next, Happening::TimedOut, false),
                     8 => {
                         next.to_source.clear();
                         next.to_destination.clear();
-                        source_step(&mut next, Happening::Lost("cut".into()));
+                        source_step(&mut next, Happening::Lost(Loss::ReaderEnded));
                     }
-                    9 => destination_step(&mut next, Happening::Lost("cut".into()), false),
+                    9 => destination_step(&mut next, Happening::Lost(Loss::ReaderEnded), false),
                     _ => continue,
                 }
                 explore(&next, depth - 1, seen);

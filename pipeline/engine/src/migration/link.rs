@@ -18,7 +18,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::alive::{Alive, silenced};
 use super::connection::{Reader, Writer};
-use super::error::{MigrationError, Silence};
+use super::error::{Loss, MigrationError, Silence};
 use super::senders::{Senders, close};
 use crate::events::Role;
 use crate::settings::SourceSettings;
@@ -136,7 +136,7 @@ impl Link {
                 Ok(Message::Refused(why)) => Err(MigrationError::Refused { peer: Role::Destination, why }),
                 Ok(Message::Abort(why)) => Err(MigrationError::GivenUp { peer: Role::Destination, why }),
                 Ok(other) => Err(MigrationError::Protocol(format!("{} came out of turn", other.kind().name()))),
-                Err(why) => Err(MigrationError::Lost(format!("while the migration was being agreed: {why}"))),
+                Err(loss) => Err(MigrationError::Lost(Loss::NotAgreed(Box::new(loss)))),
             };
         }
     }
@@ -149,7 +149,7 @@ impl Link {
 
 /// Messages from the destination: read by a task, because reading a frame must not be interrupted.
 pub(super) struct Said {
-    messages: Inlet<Result<Message, String>>,
+    messages: Inlet<Result<Message, Loss>>,
     is_over: bool,
     _listening: AbortOnDropHandle<()>,
 }
@@ -162,9 +162,9 @@ impl Said {
             loop {
                 let item = match reader.next().await {
                     Ok(Some(Incoming::Message { message, .. })) => Ok(message),
-                    Ok(Some(Incoming::Pages(_))) => Err("pages came on the return path".to_owned()),
-                    Ok(None) => Err("the destination closed it".to_owned()),
-                    Err(error) => Err(error.to_string()),
+                    Ok(Some(Incoming::Pages(_))) => Err(Loss::PagesReturned),
+                    Ok(None) => Err(Loss::Closed(Role::Destination)),
+                    Err(error) => Err(Loss::Unreadable(error.to_string())),
                 };
                 let over = item.is_err();
                 if heard.put(item).await.is_err() || over {
@@ -176,11 +176,11 @@ impl Said {
     }
 
     /// The next message. The end of the return path is an error, reported once. Safe to race in a `select!`.
-    pub(super) async fn next(&mut self) -> Result<Message, String> {
+    pub(super) async fn next(&mut self) -> Result<Message, Loss> {
         if self.is_over {
             return std::future::pending().await;
         }
-        let message = self.messages.next().await.unwrap_or_else(|| Err("its reader ended".into()));
+        let message = self.messages.next().await.unwrap_or_else(|| Err(Loss::ReaderEnded));
         self.is_over = message.is_err();
         message
     }

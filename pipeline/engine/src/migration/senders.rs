@@ -14,7 +14,7 @@ use tokio::runtime::Handle;
 
 use super::bounds;
 use super::connection::Writer;
-use super::error::MigrationError;
+use super::error::{Loss, MigrationError};
 use super::stage_set::StageSet;
 use crate::settings::SourceSettings;
 
@@ -67,7 +67,7 @@ impl Senders {
         }
         match self.stages.next_end().await.result {
             Err(failure) => Err(MigrationError::Stage(failure)),
-            Ok(()) => Err(MigrationError::Lost("a sender ended before its stream did".into())),
+            Ok(()) => Err(MigrationError::Lost(Loss::SenderEnded)),
         }
     }
 }

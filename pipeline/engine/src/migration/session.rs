@@ -5,6 +5,8 @@
 //! in a task of its own, within a time limit, and only a few are greeted at once. An incomplete migration is refused
 //! after that time, or at once if one of its connections ends or no further one can be accepted.
 
+mod refusal;
+
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::sync::Arc;
@@ -16,8 +18,8 @@ use memferry_stages::geometry::PageSize;
 use memferry_stages::silence::{Attentive, Ear};
 use memferry_stages::untrusted::Untrusted;
 use memferry_stages::wire::hello::{Features, Hello, SessionId};
-use memferry_stages::wire::reader::{FrameReader, Incoming, ReadError};
-use memferry_stages::wire::{FrameError, Message, PROTOCOL_VERSION, WireError};
+use memferry_stages::wire::reader::{FrameReader, Incoming};
+use memferry_stages::wire::{Message, PROTOCOL_VERSION};
 use memferry_transports::{Connection, Listener, is_shortage};
 use tokio::io::AsyncWriteExt;
 use tokio::task::{AbortHandle, JoinSet};
@@ -27,9 +29,8 @@ use super::FAREWELL;
 use super::connection::{Reader, Writer};
 use super::error::MigrationError;
 use super::turned_away::TurnedAways;
-use crate::events::TurnedAwayKind;
 use crate::settings::DestinationSettings;
-use crate::values::Time;
+use refusal::{Incomplete, Refusal, Shortage};
 
 /// The most connections that are greeted at once.
 const MAX_GREETED: usize = 64;
@@ -95,15 +96,11 @@ async fn a_connection_ended(groups: &mut HashMap<SessionId, Group>) -> SessionId
 
 /// A connection that is refused.
 struct TurnedAway {
-    kind: TurnedAwayKind,
     peer: Untrusted,
-    why: String,
+    why: Refusal,
     /// Was it a stored stream? Then no other connection will follow.
     stored: bool,
 }
-
-/// Why a connection cannot be accepted.
-type Refusal = (TurnedAwayKind, String);
 
 /// The clients so far, until the connections of one migration are complete.
 struct Reception {
@@ -134,7 +131,7 @@ impl Session {
                 () = reception.waiting.oldest_had_its_time(), if is_full => reception.waiting.drop_oldest(),
                 () = reception.a_group_had_its_time() => reception.refuse_late_groups(),
                 id = a_connection_ended(&mut reception.groups) => {
-                    reception.refuse_group(id, TurnedAwayKind::Incomplete, "one of them has ended");
+                    reception.refuse_group(id, Incomplete::OneEnded);
                 }
                 () = turned_away.report_next() => {}
                 Some(_) = reception.farewells.join_next() => {}
@@ -169,7 +166,7 @@ impl Reception {
     fn accepted(&mut self, accepted: io::Result<Connection>) -> Result<(), MigrationError> {
         match accepted {
             Ok(connection) => self.waiting.add(self.greetings.spawn(greet(connection, self.settings.clone()))),
-            Err(error) if is_shortage(&error) => self.make_room(&error),
+            Err(error) if is_shortage(&error) => self.make_room(Shortage(Arc::new(error))),
             Err(error) => return Err(error.into()),
         }
         Ok(())
@@ -177,17 +174,13 @@ impl Reception {
 
     /// No connection can be accepted, so a migration that waits for more of them cannot become complete. The one that
     /// has waited longest is refused, after connections that sent nothing in their time.
-    fn make_room(&mut self, shortage: &io::Error) {
+    fn make_room(&mut self, shortage: Shortage) {
         if self.waiting.oldest_is_late() {
             return self.waiting.drop_oldest();
         }
-        let why = format!("this destination cannot accept a connection ({shortage})");
         match self.oldest_group() {
-            Some(id) => self.refuse_group(id, TurnedAwayKind::Shortage, &why),
-            None => {
-                let why = format!("{why}: raise its limit of open files (ulimit -n), or end what holds them");
-                self.turned_away.note(TurnedAwayKind::Shortage, "whoever connects".into(), why);
-            }
+            Some(id) => self.refuse_group(id, Incomplete::Shortage(shortage)),
+            None => self.note("whoever connects".into(), &Refusal::Shortage(shortage)),
         }
     }
 
@@ -197,8 +190,8 @@ impl Reception {
             Ok(greeted) => match self.place(greeted) {
                 Ok(complete) => return Ok(complete),
                 Err(refused) => {
-                    let (Greeted { peer, writer, .. }, (kind, why)) = *refused;
-                    self.turned_away.note(kind, peer, why.clone());
+                    let (Greeted { peer, writer, .. }, why) = *refused;
+                    self.note(peer, &why);
                     self.say_farewell(writer, why);
                 }
             },
@@ -206,7 +199,7 @@ impl Reception {
             Err(TurnedAway { peer, why, stored: true, .. }) => {
                 return Err(MigrationError::Protocol(format!("{peer}: {why}")));
             }
-            Err(TurnedAway { kind, peer, why, stored: false }) => self.turned_away.note(kind, peer, why),
+            Err(TurnedAway { peer, why, stored: false }) => self.note(peer, &why),
         }
         Ok(None)
     }
@@ -222,7 +215,7 @@ impl Reception {
         if !self.groups.contains_key(&id) && self.groups.len() == MAX_GATHERED {
             // Incomplete migrations must not keep the real one out: the one that has waited longest is dropped.
             let oldest = self.oldest_group().expect("there are some");
-            self.refuse_group(oldest, TurnedAwayKind::Incomplete, "others came after it");
+            self.refuse_group(oldest, Incomplete::Overtaken);
         }
         let group = self.groups.entry(id).or_insert_with(|| Group {
             since: Instant::now(),
@@ -231,16 +224,12 @@ impl Reception {
         let same =
             |other: &Greeted| Hello { connection: greeted.hello.connection, ..other.hello.clone() } == greeted.hello;
         if !group.connections.iter().flatten().all(same) {
-            let why = "it contradicts another connection of the same migration".into();
-            return away(greeted, (TurnedAwayKind::Contradicts, why));
+            return away(greeted, Refusal::Contradicts);
         }
         let number = usize::from(greeted.hello.connection);
         match group.connections.get_mut(number) {
             Some(place @ None) => *place = Some(greeted),
-            _ => {
-                let why = format!("connection {number} of its migration is there already");
-                return away(greeted, (TurnedAwayKind::Contradicts, why));
-            }
+            _ => return away(greeted, Refusal::Occupied(number)),
         }
         if group.connections.iter().any(Option::is_none) {
             return Ok(None);
@@ -267,30 +256,34 @@ impl Reception {
 
     fn refuse_late_groups(&mut self) {
         let timeout = self.settings.hello_timeout;
-        let why = format!("no more came in time (hello_timeout = {})", Time(timeout));
         while let Some(id) = self.oldest_group().filter(|id| self.groups[id].since.elapsed() >= timeout) {
-            self.refuse_group(id, TurnedAwayKind::Incomplete, &why);
+            self.refuse_group(id, Incomplete::Late(timeout));
         }
     }
 
     /// Refuses a migration as a whole: each connection is sent the reason, and one event reports it here.
-    fn refuse_group(&mut self, id: SessionId, kind: TurnedAwayKind, cause: &str) {
+    fn refuse_group(&mut self, id: SessionId, why: Incomplete) {
         let Some(group) = self.groups.remove(&id) else { return };
         let of = group.connections.len();
         let connections: Vec<_> = group.connections.into_iter().flatten().collect();
-        let why = format!("{} of the {of} connections of its migration came, and {cause}", connections.len());
+        let why = Refusal::Incomplete { came: connections.len(), of, why };
         let peer = connections.first().map_or_else(Untrusted::default, |first| first.peer.clone());
-        self.turned_away.note(kind, peer, why.clone());
+        self.note(peer, &why);
         if self.refused.len() == MAX_GATHERED {
             self.refused.pop_front();
         }
-        self.refused.push_back((id, (kind, why.clone())));
+        self.refused.push_back((id, why.clone()));
         for Greeted { writer, .. } in connections {
             self.say_farewell(writer, why.clone());
         }
     }
 
-    fn say_farewell(&mut self, writer: Option<Writer>, why: String) {
+    /// Counts a refused peer, for observers.
+    fn note(&self, peer: Untrusted, why: &Refusal) {
+        self.turned_away.note(why.kind(), peer, why.to_string());
+    }
+
+    fn say_farewell(&mut self, writer: Option<Writer>, why: Refusal) {
         if let Some(mut writer) = writer {
             self.farewells.spawn(async move { refuse(&mut writer, &why).await });
         }
@@ -341,7 +334,7 @@ async fn greet(connection: Connection, settings: DestinationSettings) -> Result<
     let mut reader = FrameReader::new(reader, format!("the stream from {peer}"), PageSize::DEFAULT);
     let hello = match tokio::time::timeout(settings.hello_timeout, read_hello(&mut reader)).await {
         Ok(hello) => hello,
-        Err(_) => Err((TurnedAwayKind::Silent, format!("it said nothing for {:.1?}", settings.hello_timeout))),
+        Err(_) => Err(Refusal::Silent(settings.hello_timeout)),
     };
     match hello.and_then(|hello| acceptable(&hello, &settings).map(|features| (hello, features))) {
         Ok((hello, features)) => {
@@ -355,54 +348,47 @@ async fn greet(connection: Connection, settings: DestinationSettings) -> Result<
 }
 
 /// Answers an unacceptable connection, if it can be answered.
-async fn turn_away(peer: Untrusted, mut writer: Option<Writer>, (kind, why): Refusal) -> TurnedAway {
+async fn turn_away(peer: Untrusted, mut writer: Option<Writer>, why: Refusal) -> TurnedAway {
     if let Some(writer) = &mut writer {
         refuse(writer, &why).await;
     }
-    TurnedAway { kind, peer, why, stored: writer.is_none() }
+    TurnedAway { peer, why, stored: writer.is_none() }
 }
 
 async fn read_hello(reader: &mut Reader) -> Result<Hello, Refusal> {
-    let stranger = |why: String| Err((TurnedAwayKind::Stranger, why));
     match reader.next().await {
         Ok(Some(Incoming::Message { message: Message::Hello(hello), .. })) => Ok(hello),
-        Ok(Some(_)) => stranger("its first frame is not Hello".into()),
-        Ok(None) => Err((TurnedAwayKind::Silent, "it ended at byte 0, without a word".into())),
-        Err(error) => {
-            let is_version = matches!(&error, ReadError::Frame(FrameError { error: WireError::Version { .. }, .. }));
-            let kind = if is_version { TurnedAwayKind::Version } else { TurnedAwayKind::Stranger };
-            Err((kind, error.to_string()))
-        }
+        Ok(Some(_)) => Err(Refusal::NoHello),
+        Ok(None) => Err(Refusal::Ended),
+        Err(error) => Err(Refusal::Unreadable(Arc::new(error))),
     }
 }
 
 /// Can this destination accept such a stream? Returns the features it uses, if so.
 fn acceptable(hello: &Hello, settings: &DestinationSettings) -> Result<Features, Refusal> {
-    let unfit = |why: String| Err((TurnedAwayKind::Unfit, why));
     if hello.version != PROTOCOL_VERSION {
-        let why = format!("it speaks protocol version {}, this is version {PROTOCOL_VERSION}", hello.version);
-        return Err((TurnedAwayKind::Version, why));
+        return Err(Refusal::Version(hello.version));
     }
-    let features = Features::from_list(&hello.features).map_err(|error| (TurnedAwayKind::Unfit, error.to_string()))?;
+    let features = Features::from_list(&hello.features).map_err(Refusal::Features)?;
     if hello.lanes > settings.max_lanes {
-        return unfit(format!("it has {} lanes, at most {} are accepted here", hello.lanes, settings.max_lanes));
+        return Err(Refusal::Lanes { lanes: hello.lanes, most: settings.max_lanes });
     }
     match settings.page_size {
         Some(ours) if ours != hello.page_size => {
-            return unfit(format!("its pages have {} bytes, ours {}", hello.page_size.bytes(), ours.bytes()));
+            return Err(Refusal::PageSize { theirs: hello.page_size.bytes(), ours: ours.bytes() });
         }
         _ => {}
     }
     if settings.require_verify && !features.verify {
-        return unfit("it sends no digests, and this destination requires them (require_verify)".into());
+        return Err(Refusal::NoDigests);
     }
     Ok(features)
 }
 
 /// Sends a refusal. Does not wait for a client that does not read.
-async fn refuse(writer: &mut Writer, why: &str) {
+async fn refuse(writer: &mut Writer, why: &Refusal) {
     let farewell = async {
-        writer.write_all(&Message::Refused(why.into()).encode(0)).await?;
+        writer.write_all(&Message::Refused(why.to_string().into()).encode(0)).await?;
         writer.shutdown().await
     };
     drop(tokio::time::timeout(FAREWELL, farewell).await);

@@ -17,7 +17,7 @@ use crate::bottleneck;
 use crate::events::Role;
 use crate::migration::alive::Alive;
 use crate::migration::connection::Writer;
-use crate::migration::error::{MigrationError, Silence};
+use crate::migration::error::{Loss, MigrationError, Silence};
 use crate::migration::stage_set::StageSet;
 use crate::migration::{FAREWELL, bounds};
 
@@ -65,7 +65,7 @@ impl Answers {
 pub(super) async fn say(answers: Option<&Answers>, message: &Message) -> Result<(), MigrationError> {
     let Some(answers) = answers else { return Ok(()) };
     let said = answers.outlet.put(Control::Frame(message.encode(0))).await;
-    said.map_err(|_| MigrationError::Lost("the return path is closed".into()))
+    said.map_err(|_| MigrationError::Lost(Loss::ReturnPathClosed))
 }
 
 /// Ends the return path once all queued answers are sent.

@@ -17,7 +17,7 @@ use crate::migration::FAREWELL;
 use crate::migration::alive::{Alive, silenced};
 use crate::migration::destination_graph::DestinationGraph;
 use crate::migration::digests::LeftOut;
-use crate::migration::error::MigrationError;
+use crate::migration::error::{Loss, MigrationError};
 use crate::migration::speed::Speed;
 
 /// The running destination, as its controller sees it.
@@ -80,7 +80,7 @@ impl Flow {
     pub(super) async fn say(&self, message: &Message) -> Result<(), MigrationError> {
         let Some(answer) = &self.graph.answer else { return Ok(()) };
         let said = answer.put(Control::Frame(message.encode(0))).await;
-        said.map_err(|_| MigrationError::Lost("the return path is closed".into()))
+        said.map_err(|_| MigrationError::Lost(Loss::ReturnPathClosed))
     }
 
     /// Reports to the source what is loaded.
@@ -91,7 +91,7 @@ impl Flow {
         let Some(answer) = &self.graph.answer else { return Ok(()) };
         // If the previous figures are still queued, these are dropped: later figures replace them.
         let offered = answer.offer(Control::Frame(Message::Progress(Acknowledged { bytes, frames }).encode(0)));
-        offered.map_err(|_| MigrationError::Lost("the return path is closed".into()))
+        offered.map_err(|_| MigrationError::Lost(Loss::ReturnPathClosed))
     }
 
     /// Sends the last message and ends the connections, within [`FAREWELL`].
@@ -115,7 +115,7 @@ impl Flow {
         let Some(answer) = &self.graph.answer else { return Ok(()) };
         let figures = Message::Heartbeat(figures(&self.graph.receiver_meters));
         let offered = answer.offer(Control::Frame(figures.encode(0)));
-        offered.map_err(|_| MigrationError::Lost("the return path is closed".into()))
+        offered.map_err(|_| MigrationError::Lost(Loss::ReturnPathClosed))
     }
 
     /// Page bytes that are loaded.
@@ -130,5 +130,5 @@ impl Flow {
 }
 
 pub(super) fn ended_early() -> MigrationError {
-    MigrationError::Lost("the stream ends before its end mark, so it is not complete".into())
+    MigrationError::Lost(Loss::Incomplete)
 }

@@ -9,12 +9,12 @@ use memferry_stages::wire::messages::RunState;
 
 use super::Destination;
 use super::flow::{Flow, Signal};
-use crate::events::Event;
+use crate::events::{Event, Role};
 use crate::guest::{DestinationGuest, GuestState};
 use crate::migration::alive::silenced;
 use crate::migration::digests::{Digests, Pending};
-use crate::migration::error::MigrationError;
-use crate::migration::handshake::{DestinationStep, Happening, awaiting_go};
+use crate::migration::error::{Loss, MigrationError};
+use crate::migration::handshake::{DestinationStep, Happening, NotStarted, awaiting_go};
 use crate::migration::{blocking, digests};
 
 impl Destination {
@@ -72,21 +72,21 @@ impl Destination {
             let happening = match tokio::time::timeout_at(give_up, flow.next()).await {
                 Err(_) => Happening::TimedOut,
                 Ok(Ok(Signal::Said(message))) => Happening::Said(message),
-                Ok(Ok(Signal::StreamEnded)) => Happening::Lost("the source closed it".into()),
+                Ok(Ok(Signal::StreamEnded)) => Happening::Lost(Loss::Closed(Role::Source)),
                 Ok(Ok(Signal::Tick)) => {
                     self.watch_progress(flow);
                     continue;
                 }
                 Ok(Ok(Signal::Loaded(_))) => continue,
                 Ok(Err(MigrationError::Cancelled)) => Happening::Cancel,
-                Ok(Err(MigrationError::Silent(silence))) => Happening::Lost(silence.to_string()),
+                Ok(Err(MigrationError::Silent(silence))) => Happening::Lost(Loss::Silent(silence)),
                 Ok(Err(error)) => Happening::Broke(error.to_string()),
             };
             match awaiting_go(happening) {
                 DestinationStep::Wait => {}
                 DestinationStep::Start(run_state) => break run_state,
-                DestinationStep::End { cancelled: true, .. } => return Err(MigrationError::Cancelled),
-                DestinationStep::End { why, .. } => return Err(MigrationError::Lost(why)),
+                DestinationStep::End(NotStarted::Cancelled) => return Err(MigrationError::Cancelled),
+                DestinationStep::End(why) => return Err(MigrationError::NotStarted(why)),
             }
         };
         let began = Instant::now();

@@ -10,7 +10,7 @@ use tokio::io::AsyncRead;
 use tokio::task::JoinHandle;
 
 use super::*;
-use crate::events::{Event, Observer, Observers, Role};
+use crate::events::{Event, Observer, Observers, Role, TurnedAwayKind};
 
 /// No test here takes this long unless it hangs.
 const HANG: Duration = Duration::from_secs(60);

@@ -8,7 +8,7 @@ use memferry_stages::wire::Message;
 use super::Source;
 use super::spent::Part;
 use crate::events::Event;
-use crate::migration::error::MigrationError;
+use crate::migration::error::{Loss, MigrationError};
 use crate::migration::flow::{Flow, Signal};
 use crate::migration::handshake::{Happening, SourceHandshake, SourceStep, Verdict};
 use crate::migration::{blocking, digests};
@@ -69,8 +69,8 @@ impl Source {
                 None
             }
             Signal::Said(message) => Some(Happening::Said(message)),
-            Signal::Lost(why) => Some(Happening::Lost(why)),
-            Signal::Silent(silence) => Some(Happening::Lost(silence.to_string())),
+            Signal::Lost(loss) => Some(Happening::Lost(loss)),
+            Signal::Silent(silence) => Some(Happening::Lost(Loss::Silent(silence))),
             Signal::Broke(failure) => Some(match flow.last_words(failure).await {
                 Ok(words) => Happening::Said(words),
                 Err(cause) => Happening::Broke(cause.to_string()),

@@ -15,7 +15,7 @@ use crate::controller::forecast::{Standing, whole};
 use crate::controller::{Decided, Decision};
 use crate::events::{Event, Role};
 use crate::migration::asked;
-use crate::migration::error::MigrationError;
+use crate::migration::error::{Loss, MigrationError};
 use crate::migration::flow::{Flow, Signal};
 
 impl Source {
@@ -183,7 +183,7 @@ impl Source {
             Signal::Said(Message::Refused(why)) => Err(MigrationError::Refused { peer: Role::Destination, why }),
             Signal::Said(Message::Abort(why)) => Err(MigrationError::GivenUp { peer: Role::Destination, why }),
             Signal::Said(other) => Err(MigrationError::Protocol(format!("{} came out of turn", other.kind().name()))),
-            Signal::Lost(why) => Err(MigrationError::Lost(why)),
+            Signal::Lost(loss) => Err(MigrationError::Lost(loss)),
             Signal::Silent(silence) => Err(MigrationError::Silent(silence)),
             Signal::Broke(failure) => Err(flow.explain(failure).await),
             Signal::StageDone(_) => Ok(None),
@@ -212,7 +212,7 @@ impl Source {
             }
         };
         let failure = tokio::time::timeout(Duration::from_secs(1), failure).await;
-        failure.unwrap_or_else(|_| MigrationError::Lost("a stage ended without saying why".into()))
+        failure.unwrap_or(MigrationError::Lost(Loss::StageEnded))
     }
 
     /// Figures for observers, and the check of the deadline.

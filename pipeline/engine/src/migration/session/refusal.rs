@@ -1,0 +1,80 @@
+//! Why a connection is refused.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use memferry_stages::wire::reader::ReadError;
+use memferry_stages::wire::{FrameError, PROTOCOL_VERSION, WireError};
+
+use crate::events::TurnedAwayKind;
+use crate::values::Time;
+
+/// The reason, for the client and for observers.
+#[derive(Clone, Debug, thiserror::Error)]
+pub(super) enum Refusal {
+    #[error("it said nothing for {0:.1?}")]
+    Silent(Duration),
+    #[error("it ended at byte 0, without a word")]
+    Ended,
+    #[error("its first frame is not Hello")]
+    NoHello,
+    #[error("{0}")]
+    Unreadable(Arc<ReadError>),
+    #[error("it speaks protocol version {0}, this is version {PROTOCOL_VERSION}")]
+    Version(u16),
+    #[error("{0}")]
+    Features(WireError),
+    #[error("it has {lanes} lanes, at most {most} are accepted here")]
+    Lanes { lanes: u16, most: u16 },
+    #[error("its pages have {theirs} bytes, ours {ours}")]
+    PageSize { theirs: usize, ours: usize },
+    #[error("it sends no digests, and this destination requires them (require_verify)")]
+    NoDigests,
+    #[error("it contradicts another connection of the same migration")]
+    Contradicts,
+    #[error("connection {0} of its migration is there already")]
+    Occupied(usize),
+    #[error("{came} of the {of} connections of its migration came, and {why}")]
+    Incomplete { came: usize, of: usize, why: Incomplete },
+    #[error("{0}: raise its limit of open files (ulimit -n), or end what holds them")]
+    Shortage(Shortage),
+}
+
+/// Why no more connections of a migration are waited for.
+#[derive(Clone, Debug, thiserror::Error)]
+pub(super) enum Incomplete {
+    #[error("one of them has ended")]
+    OneEnded,
+    #[error("others came after it")]
+    Overtaken,
+    #[error("no more came in time (hello_timeout = {})", Time(*.0))]
+    Late(Duration),
+    #[error("{0}")]
+    Shortage(Shortage),
+}
+
+/// No connection can be accepted.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("this destination cannot accept a connection ({0})")]
+pub(super) struct Shortage(pub(super) Arc<io::Error>);
+
+impl Refusal {
+    /// The category that matters to an observer.
+    pub(super) fn kind(&self) -> TurnedAwayKind {
+        match self {
+            Self::Silent(_) | Self::Ended => TurnedAwayKind::Silent,
+            Self::Unreadable(error) if is_version(error) => TurnedAwayKind::Version,
+            Self::NoHello | Self::Unreadable(_) => TurnedAwayKind::Stranger,
+            Self::Version(_) => TurnedAwayKind::Version,
+            Self::Features(_) | Self::Lanes { .. } | Self::PageSize { .. } | Self::NoDigests => TurnedAwayKind::Unfit,
+            Self::Contradicts | Self::Occupied(_) => TurnedAwayKind::Contradicts,
+            Self::Incomplete { why: Incomplete::Shortage(_), .. } | Self::Shortage(_) => TurnedAwayKind::Shortage,
+            Self::Incomplete { .. } => TurnedAwayKind::Incomplete,
+        }
+    }
+}
+
+fn is_version(error: &ReadError) -> bool {
+    matches!(error, ReadError::Frame(FrameError { error: WireError::Version { .. }, .. }))
+}
