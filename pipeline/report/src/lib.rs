@@ -42,46 +42,77 @@ pub struct Report {
     pub role: Ends,
     /// How it ended: completed, failed, cancelled or unconfirmed.
     pub status: Phase,
-    /// Why it did not complete.
-    pub error: Option<String>,
-    /// Whether the digests of both ends are equal; null if they were not compared.
-    pub verified: Option<bool>,
+    /// Its figures. With both ends, those of the source, supplemented by its destination's.
+    #[serde(flatten)]
+    pub end: EndReport,
     /// The guest that was moved.
     pub guest: GuestReport,
+    /// The controller's decisions, in order.
+    pub decisions: Vec<DecisionReport>,
+    /// Settings that were changed during the migration, in order.
+    pub changes: Vec<ChangeReport>,
+    /// Bytes on the wire for each second after the setup.
+    pub throughput_bytes_per_s: f64,
+    /// The bound of the engine's memory, known before the migration starts.
+    pub memory_bound_bytes: u64,
+    /// The bottleneck, in words.
+    pub bottleneck: String,
+    /// Round by round.
+    pub rounds: Vec<RoundReport>,
+}
+
+/// How one end of a migration ended, in figures.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct EndReport {
+    /// Why it did not complete.
+    pub error: Option<Untrusted>,
+    /// Whether the digests of both ends are equal; null if they were not compared.
+    pub verified: Option<bool>,
     /// From start to verdict.
     pub total_ms: f64,
     /// From start to the first page.
     pub setup_ms: f64,
-    /// From the guest's pause to its start; null if it was not paused.
+    /// How long the guest was paused: until its start at the destination, or until it was resumed at the source. Null
+    /// if it was not paused, or still is.
     pub downtime_ms: Option<f64>,
     /// The parts of the downtime, which add up to it at the source.
     pub downtime: DowntimeParts,
     /// The controller's forecast when it decided to switch over; null if it did not decide so, or had no forecast.
     pub forecast: Option<ForecastReport>,
-    /// The controller's decisions, in order.
-    pub decisions: Vec<DecisionReport>,
-    /// Settings that were changed during the migration, in order.
-    pub changes: Vec<ChangeReport>,
     /// Bytes written to the transport, or read from it.
     pub wire_bytes: u64,
-    /// Bytes on the wire for each second after the setup.
-    pub throughput_bytes_per_s: f64,
     /// Pages that were not sent because of page hints, unplugged memory or ignored blocks, as the source counts them.
     pub spared: Spared,
-    /// The bound of the engine's memory, known before the migration starts.
-    pub memory_bound_bytes: u64,
     /// The peak of the engine's memory.
     pub memory_peak_bytes: u64,
-    /// The bottleneck, in words.
-    pub bottleneck: String,
-    /// The bottleneck, in figures.
+    /// The bottleneck.
+    #[serde(default)]
     pub bottleneck_percent: Bottleneck,
     /// Processor time of the process from the first page to the verdict.
+    #[serde(default)]
     pub cpu_ms: f64,
-    /// Round by round.
-    pub rounds: Vec<RoundReport>,
     /// How each stage spent its time.
     pub stages: Vec<StageReport>,
+}
+
+impl From<&Ended> for EndReport {
+    fn from(ended: &Ended) -> Self {
+        Self {
+            error: ended.error.as_deref().map(Untrusted::from),
+            verified: ended.verified,
+            total_ms: ms(ended.total),
+            setup_ms: ms(ended.setup),
+            downtime_ms: ended.downtime.map(ms),
+            downtime: ended.parts,
+            forecast: ended.forecast.map(|forecast| forecast_report(&forecast, ended.switchover())),
+            wire_bytes: ended.wire_bytes,
+            spared: ended.spared,
+            memory_peak_bytes: ended.memory_peak,
+            bottleneck_percent: ended.bottleneck,
+            cpu_ms: ms(ended.cpu),
+            stages: ended.stages.iter().map(stage).collect(),
+        }
+    }
 }
 
 /// The ends of a migration that a report is about, named after the command that hosts them.
@@ -228,30 +259,26 @@ impl Report {
         let far = other.and_then(|account| account.status.ended.as_ref());
         let stages = readings(account, other);
         let held_up = held_up(ended, far);
+        let end = EndReport {
+            error: verdict.error.as_deref().map(Untrusted::from),
+            verified: far.map_or(ended.verified, |far| far.verified),
+            memory_peak_bytes: ended.memory_peak + far.map_or(0, |far| far.memory_peak),
+            bottleneck_percent: held_up,
+            stages: stages.iter().map(stage).collect(),
+            ..ended.into()
+        };
         Self {
             schema: SCHEMA,
             role,
             status: outcome(verdict.phase),
-            error: verdict.error.clone(),
-            verified: far.map_or(ended.verified, |far| far.verified),
+            end,
             guest: guest(&account.status.blocks, account.status.pages),
-            total_ms: ms(ended.total),
-            setup_ms: ms(ended.setup),
-            downtime_ms: ended.downtime.map(ms),
-            downtime: ended.parts,
-            forecast: ended.forecast.map(|forecast| forecast_report(&forecast, ended.switchover())),
             decisions: account.decided.iter().map(decision).collect(),
             changes: account.changed.iter().map(change).collect(),
-            wire_bytes: ended.wire_bytes,
             throughput_bytes_per_s: throughput(ended).round(),
-            spared: ended.spared,
             memory_bound_bytes: account.memory_bound + other.map_or(0, |other| other.memory_bound),
-            memory_peak_bytes: ended.memory_peak + far.map_or(0, |far| far.memory_peak),
             bottleneck: held_up.to_string(),
-            bottleneck_percent: held_up,
-            cpu_ms: ms(ended.cpu),
             rounds: account.rounds.iter().map(round).collect(),
-            stages: stages.iter().map(stage).collect(),
         }
     }
 

@@ -65,16 +65,16 @@ fn the_report_has_exactly_the_names_that_were_agreed() {
 fn the_report_says_what_the_events_said() {
     let report = report();
     assert_eq!((report.schema, report.role, report.status), (1, Ends::Both, Phase::Completed));
-    assert_eq!(report.verified, Some(true));
+    assert_eq!(report.end.verified, Some(true));
     let json = serde_json::to_value(&report).unwrap();
     assert_eq!((&json["role"], &json["status"]), (&"run".into(), &"completed".into()));
-    assert_eq!((report.total_ms, report.setup_ms, report.downtime_ms), (2500.0, 100.0, Some(213.0)));
+    assert_eq!((report.end.total_ms, report.end.setup_ms, report.end.downtime_ms), (2500.0, 100.0, Some(213.0)));
     // 212 ms were expected, 213 ms was the result.
-    let forecast = report.forecast.unwrap();
+    let forecast = report.end.forecast.unwrap();
     assert_eq!((forecast.expected_ms, forecast.error_percent), (212.0, Some(-0.5)));
     assert_eq!(report.decisions[0].decision, "switch-over");
     assert_eq!(report.guest.bytes, 1 << 30);
-    let Spared { hinted, dropped, unplugged, ignored } = report.spared;
+    let Spared { hinted, dropped, unplugged, ignored } = report.end.spared;
     assert_eq!((hinted, dropped, unplugged, ignored), (5000, 3, 2048, 0));
     assert_eq!(report.rounds.iter().map(|round| round.dirty_after).collect::<Vec<_>>(), [Some(900), Some(0)]);
     for round in &report.rounds {
@@ -84,16 +84,16 @@ fn the_report_says_what_the_events_said() {
         );
     }
     assert_eq!(
-        report.stages.iter().map(|stage| stage.name.raw()).collect::<Vec<_>>(),
+        report.end.stages.iter().map(|stage| stage.name.raw()).collect::<Vec<_>>(),
         ["scanner", "encoder", "loader"]
     );
-    assert_eq!((report.memory_bound_bytes, report.memory_peak_bytes), (128 << 20, 20 << 20));
+    assert_eq!((report.memory_bound_bytes, report.end.memory_peak_bytes), (128 << 20, 20 << 20));
     assert_eq!(report.bottleneck, "processor 96 %, wire 25 %, destination 12 %, max_bandwidth 0 %");
     assert_eq!(
-        (report.bottleneck_percent.share(Cause::Destination), report.bottleneck_percent.share(Cause::Guest)),
+        (report.end.bottleneck_percent.share(Cause::Destination), report.end.bottleneck_percent.share(Cause::Guest)),
         (Some(0.125), None)
     );
-    assert_eq!(report.cpu_ms, 4600.0);
+    assert_eq!(report.end.cpu_ms, 4600.0);
     assert!((report.throughput_bytes_per_s - f64::from(512 << 20) / 2.4).abs() < 1.0);
 }
 

@@ -116,7 +116,7 @@ impl Seen {
                 )),
             };
         };
-        let why = ended.error.map(|why| format!(": {why}")).unwrap_or_default();
+        let why = ended.end.error.map(|why| format!(": {why}")).unwrap_or_default();
         match (ended.phase, self.role) {
             _ if ended.resume_failed => Err(format!("the migration ended, and the guest is paused at the source{why}")),
             (Phase::Cancelled | Phase::Failed, Some(Role::Destination)) => {

@@ -37,13 +37,13 @@ use memferry_stages::untrusted::{Untrusted, shown_json};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    ChangeReport, DecisionReport, ForecastReport, GuestReport, StageReport, change, decision, forecast_report, guest,
-    ms, percent, stage,
+    ChangeReport, DecisionReport, EndReport, ForecastReport, GuestReport, StageReport, change, decision,
+    forecast_report, guest, ms, percent, stage,
 };
 use memferry::bottleneck::Bottleneck;
 use memferry::controller::forecast::whole;
 use memferry::controller::{Decided, Decision};
-use memferry::events::{DowntimeParts, Ended, Event, Phase, Progress, Role, TimeLeft};
+use memferry::events::{Ended, Event, Phase, Progress, Role, TimeLeft};
 
 /// The version of the names in a line.
 pub const SCHEMA: u32 = 1;
@@ -236,35 +236,9 @@ pub struct ProgressJson {
 pub struct EndedJson {
     /// Completed, failed, cancelled or unconfirmed.
     pub phase: Phase,
-    /// Why it did not complete.
-    pub error: Option<Untrusted>,
-    /// Whether the digests of both ends are equal; null if they were not compared.
-    pub verified: Option<bool>,
-    /// From start to verdict.
-    pub total_ms: f64,
-    /// From start to the first page.
-    pub setup_ms: f64,
-    /// How long the guest was paused: until its start at the destination, or until it was resumed at the source. Null
-    /// if it was not paused, or still is.
-    pub downtime_ms: Option<f64>,
-    /// The parts of the downtime.
-    pub downtime: DowntimeParts,
-    /// The expected downtime; null if the controller did not decide to switch over, or had no forecast.
-    pub forecast: Option<ForecastReport>,
-    /// Bytes written to the transport, or read from it.
-    pub wire_bytes: u64,
-    /// Pages that were not sent because of the guest's page hints, unplugged memory or ignored blocks.
-    pub spared: Spared,
-    /// The peak of the engine's memory.
-    pub memory_peak_bytes: u64,
-    /// The bottleneck.
-    #[serde(default)]
-    pub bottleneck_percent: Bottleneck,
-    /// Processor time of the process from the first page to the verdict.
-    #[serde(default)]
-    pub cpu_ms: f64,
-    /// How each stage spent its time.
-    pub stages: Vec<StageReport>,
+    /// Its figures.
+    #[serde(flatten)]
+    pub end: EndReport,
     /// The source guest was paused and could not be resumed.
     pub resume_failed: bool,
 }
@@ -388,23 +362,7 @@ impl From<&Progress> for ProgressJson {
 
 impl From<&Ended> for EndedJson {
     fn from(ended: &Ended) -> Self {
-        Self {
-            phase: ended.phase,
-            error: ended.error.as_deref().map(Untrusted::from),
-            verified: ended.verified,
-            total_ms: ms(ended.total),
-            setup_ms: ms(ended.setup),
-            downtime_ms: ended.downtime.map(ms),
-            downtime: ended.parts,
-            forecast: ended.forecast.map(|forecast| forecast_report(&forecast, ended.switchover())),
-            wire_bytes: ended.wire_bytes,
-            spared: ended.spared,
-            memory_peak_bytes: ended.memory_peak,
-            bottleneck_percent: ended.bottleneck,
-            cpu_ms: ms(ended.cpu),
-            stages: ended.stages.iter().map(stage).collect(),
-            resume_failed: ended.resume_failed,
-        }
+        Self { phase: ended.phase, end: ended.into(), resume_failed: ended.resume_failed }
     }
 }
 

@@ -44,10 +44,10 @@ pub(super) fn limits(page: &Page<'_>) -> Vec<(Duration, Duration)> {
 
 pub(super) fn section(page: &Page<'_>) -> Markup {
     let report = page.report;
-    let Some(downtime) = report.downtime_ms else { return html! {} };
+    let Some(downtime) = report.end.downtime_ms else { return html! {} };
     let parts = parts(report);
     let limit = limit(page).map(|limit| limit.as_secs_f64() * 1e3);
-    let expected = report.forecast.map_or(0.0, |forecast| forecast.expected_ms);
+    let expected = report.end.forecast.map_or(0.0, |forecast| forecast.expected_ms);
     // A distant limit would leave no room for the parts.
     let limit = limit.filter(|limit| *limit < 4.0 * downtime.max(expected));
     let whole = downtime.max(expected).max(limit.unwrap_or(0.0)) * 1.02;
@@ -64,12 +64,12 @@ pub(super) fn section(page: &Page<'_>) -> Markup {
                     @if report.status != Phase::Completed { ", until the guest was resumed at its source" }
                 }
                 (bar("The downtime's parts", &parts, whole, limit, |part| Some(part.happened_ms)))
-                @if let Some(forecast) = &report.forecast {
+                @if let Some(forecast) = &report.end.forecast {
                     p.caption { b { "The forecast was " (ms(forecast.expected_ms)) } (off(forecast)) }
                     (bar("The forecast's parts", &parts, whole, limit, |part| part.expected_ms))
                 }
             }
-            (wide("The downtime's parts", &table(&parts, downtime, report.forecast.as_ref())))
+            (wide("The downtime's parts", &table(&parts, downtime, report.end.forecast.as_ref())))
         }
     }
 }
@@ -81,9 +81,9 @@ fn off(forecast: &ForecastReport) -> String {
 }
 
 fn parts(report: &Report) -> Vec<Part> {
-    let forecast = report.forecast.as_ref();
+    let forecast = report.end.forecast.as_ref();
     let part = |class, name, happened_ms, expected_ms| Part { class, name, happened_ms, expected_ms };
-    let DowntimeParts { final_sync, final_transfer, state, verify, handover, resume } = report.downtime;
+    let DowntimeParts { final_sync, final_transfer, state, verify, handover, resume } = report.end.downtime;
     let [final_sync, final_transfer, state, verify, handover, resume] =
         [final_sync, final_transfer, state, verify, handover, resume].map(values::ms);
     let mut parts = vec![

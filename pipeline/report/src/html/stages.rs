@@ -27,7 +27,7 @@ pub(super) fn section(page: &Page<'_>) -> Markup {
             p.finding { strong { "Bottleneck: " } (report.bottleneck) "." }
             p.note {
                 "Shares of the time. Those of max_bandwidth, destination, wire and guest (nothing to send) are parts of the senders' time; \
-                 the processor's is what the stages used of all cores. Processor time of the whole process: " (ms(report.cpu_ms)) "."
+                 the processor's is what the stages used of all cores. Processor time of the whole process: " (ms(report.end.cpu_ms)) "."
             }
             p.note {
                 "The stages stand in the order in which a page passes them. One that holds up the others works nearly all the time: those \

@@ -53,7 +53,7 @@ pub(super) fn section(page: &Page<'_>) -> Markup {
                 @if let Some(peer) = &page.account.status.peer { " · " (if page.is_destination() { "from" } else { "to" }) " " (peer) }
             }
             h1 { (story.headline) }
-            @if let Some(error) = report.error.as_ref().filter(|error| *error != report.status.name()) { p.error { strong { "Why: " } (clean(error)) } }
+            @if let Some(error) = report.end.error.as_ref().filter(|error| **error != report.status.name()) { p.error { strong { "Why: " } (clean(error.raw())) } }
             p { strong { "The guest: " } (story.guest) }
             p { strong { "To do: " } (story.todo) }
         }
@@ -233,15 +233,16 @@ fn stood_still(page: &Page<'_>) -> String {
 fn moved(page: &Page<'_>) -> String {
     let report = page.report;
     let figure = |text: String| text.replace(' ', "\u{a0}");
-    let [bytes, total] = [human::bytes(report.guest.bytes), ms(report.total_ms)].map(figure);
-    let still = report.downtime_ms.map(|downtime| format!(", of which it stood still for {}", figure(ms(downtime))));
+    let [bytes, total] = [human::bytes(report.guest.bytes), ms(report.end.total_ms)].map(figure);
+    let still =
+        report.end.downtime_ms.map(|downtime| format!(", of which it stood still for {}", figure(ms(downtime))));
     format!("{bytes} in {total}{}", still.unwrap_or_default())
 }
 
 /// The downtime limit, if the downtime was above it.
 fn over_limit(page: &Page<'_>) -> Option<String> {
     let limit = super::downtime::limit(page)?;
-    let downtime = super::duration(page.report.downtime_ms?);
+    let downtime = super::duration(page.report.end.downtime_ms?);
     (downtime > limit).then(|| human::time(limit))
 }
 
@@ -267,8 +268,8 @@ impl Figure {
 fn figures(page: &Page<'_>) -> Vec<Figure> {
     let report = page.report;
     let plain = |name, value: String, note: String| Figure { name, value, note, tone: None };
-    let mut figures = vec![plain("Total time", ms(report.total_ms), format!("setup {}", ms(report.setup_ms)))];
-    if let Some(downtime) = report.downtime_ms {
+    let mut figures = vec![plain("Total time", ms(report.end.total_ms), format!("setup {}", ms(report.end.setup_ms)))];
+    if let Some(downtime) = report.end.downtime_ms {
         let limit = || super::downtime::limit(page).map(|limit| format!("limit {}", human::time(limit)));
         let tone = if over_limit(page).is_some() { Tone::Warn } else { Tone::Good };
         figures.push(if report.status == Phase::Completed {
@@ -277,7 +278,7 @@ fn figures(page: &Page<'_>) -> Vec<Figure> {
             plain("Paused", ms(downtime), "until it was resumed at its source".into())
         });
     }
-    if let Some(forecast) = &report.forecast {
+    if let Some(forecast) = &report.end.forecast {
         let note = forecast.error_percent.map(|error| format!("{error:+.0} % off")).unwrap_or_default();
         figures.push(plain("Forecast of it", ms(forecast.expected_ms), note));
     }
@@ -287,13 +288,13 @@ fn figures(page: &Page<'_>) -> Vec<Figure> {
     let of_guest = format!("{} pages, {blocks} RAM block{plural}", human::count(report.guest.pages));
     figures.push(plain("Guest", human::bytes(report.guest.bytes), of_guest));
     let rate = human::rate(report.throughput_bytes_per_s);
-    figures.push(plain("On the wire", human::bytes(report.wire_bytes), format!("{rate} on average")));
+    figures.push(plain("On the wire", human::bytes(report.end.wire_bytes), format!("{rate} on average")));
     let pages = report.rounds.iter().map(|round| round.pages.all).sum();
     figures.push(plain("Rounds", report.rounds.len().to_string(), format!("{} pages scanned", human::count(pages))));
     figures.push(verified(page));
     let bound = human::bytes(report.memory_bound_bytes);
-    figures.push(plain("Engine's memory", human::bytes(report.memory_peak_bytes), format!("{bound} allowed")));
-    let spared = report.spared;
+    figures.push(plain("Engine's memory", human::bytes(report.end.memory_peak_bytes), format!("{bound} allowed")));
+    let spared = report.end.spared;
     let spared_pages = spared.hinted + spared.unplugged + spared.ignored;
     if spared_pages > 0 {
         let [hinted, unplugged, ignored] = [spared.hinted, spared.unplugged, spared.ignored].map(human::count);
@@ -315,7 +316,7 @@ fn left_over(page: &Page<'_>) -> Option<Figure> {
 }
 
 fn verified(page: &Page<'_>) -> Figure {
-    let (value, note, tone) = match page.report.verified {
+    let (value, note, tone) = match page.report.end.verified {
         Some(true) => ("yes", "every page compared by digest", Some(Tone::Good)),
         Some(false) => ("differs", "a digest did not match", Some(Tone::Bad)),
         None => ("no", "pages were not compared", None),

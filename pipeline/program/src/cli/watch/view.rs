@@ -203,7 +203,7 @@ impl Page<'_, '_> {
     }
 
     fn downtime(&self, end: &End, now: &ProgressJson) -> Vec<Span<'static>> {
-        if let Some(downtime) = end.ended.as_ref().and_then(|ended| ended.downtime_ms) {
+        if let Some(downtime) = end.ended.as_ref().and_then(|ended| ended.end.downtime_ms) {
             return vec![Span::raw(format!("{} in all", words::time(downtime)))];
         }
         let limit = now.downtime_limit_ms.map(words::time).map_or(String::new(), |limit| format!(", limit {limit}"));

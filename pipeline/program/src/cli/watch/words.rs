@@ -37,16 +37,16 @@ pub(super) fn phase(phase: Option<Phase>) -> (&'static str, &'static str) {
 /// The outcome, in one line.
 pub(super) fn verdict(ended: &EndedJson) -> String {
     let (name, meaning) = phase(Some(ended.phase));
-    let mut line = format!("{name} after {}", time(ended.total_ms));
-    if let Some(error) = &ended.error {
+    let mut line = format!("{name} after {}", time(ended.end.total_ms));
+    if let Some(error) = &ended.end.error {
         line.push_str(&format!(": {error}"));
     }
-    if let Some(downtime) = ended.downtime_ms {
+    if let Some(downtime) = ended.end.downtime_ms {
         let word = if ended.phase == Phase::Completed { "downtime" } else { "the guest was paused for" };
         line.push_str(&format!(", {word} {}", time(downtime)));
     }
     if ended.phase == Phase::Completed {
-        line.push_str(if ended.verified == Some(true) { ", verified" } else { ", not verified" });
+        line.push_str(if ended.end.verified == Some(true) { ", verified" } else { ", not verified" });
     }
     let meaning = if ended.resume_failed { "the source guest could not be resumed and stands still" } else { meaning };
     format!("{line}; {meaning}")

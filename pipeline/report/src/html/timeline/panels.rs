@@ -165,7 +165,7 @@ impl Course<'_> {
         }
         let mut limits = downtime::limits(self.page);
         limits.extend(limits.last().map(|limit| (self.time.to, limit.1)));
-        let was = self.page.report.downtime_ms.map(duration).zip(self.paused().map(|paused| paused.0));
+        let was = self.page.report.end.downtime_ms.map(duration).zip(self.paused().map(|paused| paused.0));
         let all = expected.iter().chain(&decided).chain(&limits).map(|knot| knot.1);
         let (scale, ticks) = chart::decades(all.chain(was.map(|was| was.0)));
         let points = |knots: &[(Duration, Duration)]| {
