@@ -15,7 +15,7 @@ use memferry_stages::untrusted::Untrusted;
 use memferry_stages::wire::WireError;
 use memferry_stages::wire::reader::ReadError;
 
-use super::handshake::{HandoverError, NotStarted};
+use super::course::handshake::{HandoverError, NotStarted};
 use crate::controller::Decided;
 use crate::events::Role;
 use crate::guest::GuestError;

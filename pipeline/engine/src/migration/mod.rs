@@ -3,8 +3,9 @@
 //!
 //! | | |
 //! |---|---|
-//! | `source`, `destination` | the phases of each end, as a list |
-//! | [`handshake`] | where the guest is, as pure state: messages in, decisions out |
+//! | [`course`] | what each end does and when, as a value: inputs and the time in, actions out |
+//! | `driver` | delivers inputs to a course and performs its actions |
+//! | `source`, `destination` | the worlds of the two courses: stages, peer, guest, operator, clock |
 //! | `source_graph`, `destination_graph` | the stages, joined |
 //! | `outcome` | the result for the caller: where the guest is, and why |
 //! | `link`, `session` | connections opened, greeted and gathered |
@@ -20,13 +21,13 @@ mod alive;
 pub mod arming;
 mod bounds;
 mod connection;
+#[doc(hidden)]
+pub mod course;
 mod destination;
 mod destination_graph;
 mod digests;
+mod driver;
 mod error;
-mod flow;
-#[doc(hidden)]
-pub mod handshake;
 mod link;
 #[doc(hidden)]
 pub mod out_for_good;
@@ -57,7 +58,7 @@ pub use error::Failure as StageFailure;
 pub use error::Loss;
 pub use error::MigrationError;
 pub use error::Silence;
-pub use handshake::{HandoverError, NotStarted};
+pub use course::handshake::{HandoverError, NotStarted};
 pub use memferry_stages::wire::WireError;
 pub use memferry_stages::wire::reader::ReadError;
 pub use outcome::{ReceiveError, Received, RunsHere, SendError, Sent};

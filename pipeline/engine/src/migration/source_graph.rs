@@ -135,6 +135,10 @@ impl SourceGraph {
         self.caches.iter().for_each(|cache| cache.set(bytes / self.caches.len() as u64));
     }
 
+    pub(super) fn lanes(&self) -> usize {
+        self.caches.len()
+    }
+
     /// How long the busiest stage has worked since then.
     pub(super) fn busiest_since(&self, before: &[Reading]) -> Duration {
         let worked =

@@ -52,7 +52,7 @@ impl Answers {
     pub(super) async fn close(mut self, last_word: Option<Message>) {
         let Some(message) = last_word else { return };
         let closing = async {
-            say(Some(&self), &message).await?;
+            say(Some(&self.outlet), &message).await?;
             finish(&self.outlet, &mut self.stages).await;
             Ok::<(), MigrationError>(())
         };
@@ -62,9 +62,9 @@ impl Answers {
 }
 
 /// Sends a message to the source, if there is a return path.
-pub(super) async fn say(answers: Option<&Answers>, message: &Message) -> Result<(), MigrationError> {
+pub(super) async fn say(answers: Option<&Outlet<Control>>, message: &Message) -> Result<(), MigrationError> {
     let Some(answers) = answers else { return Ok(()) };
-    let said = answers.outlet.put(Control::Frame(message.encode(0))).await;
+    let said = answers.put(Control::Frame(message.encode(0))).await;
     said.map_err(|_| MigrationError::Lost(Loss::ReturnPathClosed))
 }
 

@@ -1,97 +1,114 @@
-//! The running destination, as its controller sees it: the stages joined, and the next event for the controller.
+//! The running stages of a destination: what they report, and what has arrived besides the pages.
 
 use std::sync::atomic::Ordering;
-use std::time::Instant;
 
+use memferry_stages::geometry::Layout;
 use memferry_stages::loader::Loaded;
 use memferry_stages::sender::Control;
 use memferry_stages::stage_id::StageId;
 use memferry_stages::wire::Message;
-use memferry_stages::wire::messages::Progress as Acknowledged;
+use memferry_stages::wire::hello::Features;
+use memferry_stages::wire::messages::{Progress as Acknowledged, StatePhase};
 use tokio::time::Interval;
-use tokio_util::sync::CancellationToken;
 
-use super::answers::{figures, finish};
-use crate::bottleneck::Watch;
+use super::answers::{figures, finish, say};
+use super::rounds::Rates;
 use crate::migration::FAREWELL;
 use crate::migration::alive::{Alive, silenced};
 use crate::migration::destination_graph::DestinationGraph;
-use crate::migration::digests::LeftOut;
-use crate::migration::error::{Loss, MigrationError};
-use crate::migration::speed::Speed;
+use crate::migration::digests::Digests;
+use crate::migration::error::{Failure, Loss, MigrationError, Silence};
+use crate::migration::state::{Assembly, Room};
 
-/// The running destination, as its controller sees it.
+/// See the [module](self).
 pub(super) struct Flow {
     /// Set if there is a return path.
     pub(super) alive: Option<Alive>,
     pub(super) graph: DestinationGraph,
-    pub(super) cancel: CancellationToken,
+    pub(super) arrived: Arrived,
     pub(super) ticks: Interval,
     /// Receivers and loaders that have not ended.
     pub(super) stages_left: usize,
-    /// Bytes received from the wire.
-    pub(super) wire_speed: Speed,
-    /// Page bytes that are loaded.
-    pub(super) page_speed: Speed,
-    pub(super) watch: Watch,
-    pub(super) tick: u32,
-    pub(super) round: u32,
-    pub(super) round_began: Instant,
-    /// Does the stream carry digests?
-    pub(super) verify: bool,
-    /// May the digests leave pages out?
-    pub(super) may_leave_out: bool,
-    /// Pages that never travel, as this end knows them.
-    pub(super) out_for_good: LeftOut,
+    pub(super) rates: Rates,
 }
 
-/// An event for the controller.
+/// Messages that arrive besides the pages.
+pub(super) struct Arrived {
+    /// The device state, until the guest is prepared.
+    pub(super) device: Option<Assembly>,
+    pub(super) digests: Digests,
+    /// May the digests leave pages out?
+    pub(super) may_leave_out: bool,
+}
+
+impl Arrived {
+    pub(super) fn new(layout: &Layout, room: Room, features: Features) -> Self {
+        Self {
+            device: Some(Assembly::new(StatePhase::Device, room)),
+            digests: Digests::none(layout, features.left_out),
+            may_leave_out: features.left_out,
+        }
+    }
+}
+
+/// What the stages, or the source, report.
 pub(super) enum Signal {
     Said(Message),
     Loaded(Loaded),
     /// Every connection has ended at a frame boundary, and everything received is loaded.
     StreamEnded,
+    /// A stage failed.
+    Broke(Failure),
+    /// The source was silent for too long.
+    Silent(Silence),
     Tick,
 }
 
 impl Flow {
-    /// Waits for the next event. A cancel comes first.
-    pub(super) async fn next(&mut self) -> Result<Signal, MigrationError> {
+    /// Waits for the next signal. Safe to race in a `select!`.
+    pub(super) async fn next(&mut self) -> Signal {
         loop {
             tokio::select! {
                 biased;
-                () = self.cancel.cancelled() => return Err(MigrationError::Cancelled),
-                Some(message) = self.graph.said.next() => return Ok(Signal::Said(message)),
-                Some(loaded) = self.graph.loaded.next() => return Ok(Signal::Loaded(loaded)),
+                Some(message) = self.graph.said.next() => return Signal::Said(message),
+                Some(loaded) = self.graph.loaded.next() => return Signal::Loaded(loaded),
                 end = self.graph.stages.next_end() => {
-                    end.result?;
+                    if let Err(failure) = end.result {
+                        return Signal::Broke(failure);
+                    }
                     self.stages_left -= usize::from(end.stage != StageId::ANSWERS);
                     if self.stages_left == 0 {
-                        return Ok(Signal::StreamEnded);
+                        return Signal::StreamEnded;
                     }
                 }
-                silence = silenced(self.alive.as_ref()) => return Err(MigrationError::Silent(silence)),
-                _ = self.ticks.tick() => return Ok(Signal::Tick),
+                silence = silenced(self.alive.as_ref()) => return Signal::Silent(silence),
+                _ = self.ticks.tick() => return Signal::Tick,
             }
         }
     }
 
     /// Hands an answer to the return path, if there is one.
     pub(super) async fn say(&self, message: &Message) -> Result<(), MigrationError> {
-        let Some(answer) = &self.graph.answer else { return Ok(()) };
-        let said = answer.put(Control::Frame(message.encode(0))).await;
-        said.map_err(|_| MigrationError::Lost(Loss::ReturnPathClosed))
+        say(self.graph.answer.as_ref(), message).await
     }
 
     /// Reports to the source what is loaded.
     pub(super) fn acknowledge(&self) -> Result<(), MigrationError> {
-        let progress = &self.graph.progress;
-        let frames: Vec<u64> = progress.iter().map(|lane| lane.frames.load(Ordering::Acquire)).collect();
-        let bytes = self.loaded_bytes();
-        let Some(answer) = &self.graph.answer else { return Ok(()) };
+        let frames = self.graph.progress.iter().map(|lane| lane.frames.load(Ordering::Acquire)).collect();
         // If the previous figures are still queued, these are dropped: later figures replace them.
-        let offered = answer.offer(Control::Frame(Message::Progress(Acknowledged { bytes, frames }).encode(0)));
-        offered.map_err(|_| MigrationError::Lost(Loss::ReturnPathClosed))
+        self.offer(&Message::Progress(Acknowledged { bytes: self.loaded_bytes(), frames }))
+    }
+
+    /// Sends the source this end's figures at once, without waiting for the next heartbeat, and what is loaded.
+    pub(super) fn report(&self) -> Result<(), MigrationError> {
+        self.offer(&Message::Heartbeat(figures(&self.graph.receiver_meters)))?;
+        self.acknowledge()
+    }
+
+    fn offer(&self, message: &Message) -> Result<(), MigrationError> {
+        let Some(answer) = &self.graph.answer else { return Ok(()) };
+        let offered = answer.offer(Control::Frame(message.encode(0)));
+        offered.map(drop).map_err(|_| MigrationError::Lost(Loss::ReturnPathClosed))
     }
 
     /// Sends the last message and ends the connections, within [`FAREWELL`].
@@ -110,25 +127,18 @@ impl Flow {
         self.graph.stages.end().await;
     }
 
-    /// Sends the source this end's figures at once, without waiting for the next heartbeat.
-    pub(super) fn report(&self) -> Result<(), MigrationError> {
-        let Some(answer) = &self.graph.answer else { return Ok(()) };
-        let figures = Message::Heartbeat(figures(&self.graph.receiver_meters));
-        let offered = answer.offer(Control::Frame(figures.encode(0)));
-        offered.map_err(|_| MigrationError::Lost(Loss::ReturnPathClosed))
-    }
-
     /// Page bytes that are loaded.
     pub(super) fn loaded_bytes(&self) -> u64 {
         self.graph.progress.iter().map(|lane| lane.bytes.load(Ordering::Acquire)).sum()
+    }
+
+    /// Frames of pages that are loaded.
+    pub(super) fn loaded_frames(&self) -> u64 {
+        self.graph.progress.iter().map(|lane| lane.frames.load(Ordering::Acquire)).sum()
     }
 
     /// Bytes received from the wire.
     pub(super) fn wire_bytes(&self) -> u64 {
         self.graph.receiver_meters.iter().map(|meter| meter.bytes()).sum()
     }
-}
-
-pub(super) fn ended_early() -> MigrationError {
-    MigrationError::Lost(Loss::Incomplete)
 }

@@ -1,17 +1,22 @@
-//! The destination of a migration: its phases, one after another.
+//! The destination of a migration, as the world that its [course](super::course::destination) acts on.
 //!
-//! ```text
-//!  gather connections ─▶ accept ─▶ build the machine, Ready ─▶ load ─▶ verify ─▶ prepare, Loaded ─▶ Go ─▶ start, Running
-//!          └─────────────────┴──────────────────┴────────────────┴─────────┴───────────┴──▶ any failure before Go: nothing
-//!                                                                              runs here, the source gets the reason
-//! ```
+//! | | |
+//! |---|---|
+//! | `world` | inputs are awaited, actions performed |
+//! | `setup` | connections are gathered, and the guest is built |
+//! | `answers` | the return path |
+//! | `flow` | the stages, and what they report |
+//! | `rounds` | the rounds that have arrived, and figures for observers |
+//! | `verify` | digests are compared |
+//! | `end` | the source is notified of the outcome, and everything is closed |
 
 mod answers;
 mod end;
 mod flow;
-mod handover;
-mod loading;
+mod rounds;
 mod setup;
+mod verify;
+mod world;
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -20,22 +25,24 @@ use futures::future::BoxFuture;
 use memferry_stages::geometry::{BlockInfo, Layout, PageSize};
 use memferry_stages::memory::GuestMemory;
 use memferry_transports::Listener;
-use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
+use super::course::destination::DestinationCourse;
 use super::digests::LeftOut;
-use super::error::{MigrationError, guarded};
+use super::driver::drive;
+use super::error::MigrationError;
 use super::outcome::{ReceiveError, Received};
 use super::plane::DataPlane;
+use super::session::Session;
 use super::state::Room;
 use super::turned_away::TurnedAways;
 use crate::control::Control;
-use crate::events::{DowntimeParts, Ended, Event, Observers, Phase};
+use crate::events::{Ended, Observers};
 use crate::guest::{DestinationGuest, GuestBuilder, GuestError, GuestState};
 use crate::settings::DestinationSettings;
 use answers::Answers;
 use flow::Flow;
-use handover::prepare;
+use verify::Comparison;
 
 /// Receives a guest from the first valid source that connects to `listener`: `builder` builds it for the blocks that
 /// arrive. Returns the guest when it is decided that it runs here, or is paused here as it was at its source.
@@ -59,8 +66,9 @@ pub fn receive<B: GuestBuilder>(
     async move {
         settings.check()?;
         let observers = control.destination_begins(&observers);
-        let destination = Destination::new(settings, plane.handle().clone(), observers, control.token());
-        let ended = boxed(destination, plane, listener, build).await?;
+        let course = DestinationCourse::new(settings.handover_timeout);
+        let destination = Destination::new(settings, plane, listener, build, observers, control.token());
+        let ended = boxed(destination, course).await?;
         let guest = built.lock().unwrap_or_else(PoisonError::into_inner).take();
         Ok(Received { guest: guest.expect("what was started was built"), ended })
     }
@@ -85,27 +93,15 @@ fn erased<B: GuestBuilder>(builder: B) -> (Build, Place<B::Built>) {
     (Box::new(build), built)
 }
 
-/// Boxed in a function that is not async, so that the phases are compiled once: the body of an async function is compiled in each
-/// program that awaits it.
-fn boxed(
-    destination: Destination,
-    plane: &DataPlane,
-    listener: Box<dyn Listener>,
-    build: Build,
-) -> BoxFuture<'_, Result<Ended, ReceiveError>> {
-    Box::pin(run(destination, plane, listener, build))
+/// Boxed in a function that is not async, so that the migration is compiled once: the body of an async function is
+/// compiled in each program that awaits it.
+fn boxed(destination: Destination<'_>, course: DestinationCourse) -> BoxFuture<'_, Result<Ended, ReceiveError>> {
+    Box::pin(run(destination, course))
 }
 
-async fn run(
-    mut destination: Destination,
-    plane: &DataPlane,
-    listener: Box<dyn Listener>,
-    build: Build,
-) -> Result<Ended, ReceiveError> {
-    destination.observers.tell(&Event::Phase(Phase::Setup));
-    let (mut answers, mut flow) = (None, None);
-    let result = guarded(destination.migrate(plane, listener, build, &mut answers, &mut flow)).await;
-    destination.conclude(result, answers, flow).await
+async fn run(mut destination: Destination<'_>, mut course: DestinationCourse) -> Result<Ended, ReceiveError> {
+    let mistake = drive(&mut course, &mut destination).await.err();
+    destination.conclude(course, mistake).await
 }
 
 /// A built guest, and the answers that the engine got from it.
@@ -116,27 +112,63 @@ struct Built {
     out_for_good: LeftOut,
 }
 
-struct Destination {
+/// See the [module](self).
+struct Destination<'a> {
     settings: DestinationSettings,
-    plane: Handle,
+    plane: &'a DataPlane,
     observers: Observers,
     cancel: CancellationToken,
     started: Instant,
+    /// The time before the first page.
     setup: Duration,
-    layout: Option<Layout>,
     /// The limit for guest state, and how much of it is used.
     state_room: Room,
-    parts: DowntimeParts,
-    verified: Option<bool>,
     turned_away: Arc<TurnedAways>,
-    /// Was the start begun? After that nothing can be refused.
-    start_begun: bool,
+    /// Until connections are gathered.
+    listener: Option<Box<dyn Listener>>,
+    /// Until the guest is built.
+    build: Option<Build>,
+    built: Option<Built>,
+    attempt: Attempt<'a>,
+    comparison: Comparison,
 }
 
-impl Destination {
-    fn new(settings: DestinationSettings, plane: Handle, observers: Observers, cancel: CancellationToken) -> Self {
-        let state_room = Room::new(settings.max_state_bytes);
+/// What dies with a connection.
+enum Attempt<'a> {
+    None,
+    /// The connections are gathered.
+    Gathering(BoxFuture<'a, Result<Session, MigrationError>>),
+    Gathered(Box<Session>),
+    /// The guest is described and built. The return path is here, so that a failure can be reported.
+    Agreeing(BoxFuture<'a, Result<setup::Ready, MigrationError>>, Option<Answers>),
+    Ready(Box<setup::Ready>, Option<Answers>),
+    Running(Box<Flow>),
+}
+
+impl Attempt<'_> {
+    /// The stages.
+    ///
+    /// # Errors
+    /// If they do not run: a mistake of this end.
+    fn running(&mut self) -> Result<&mut Flow, MigrationError> {
+        match self {
+            Self::Running(flow) => Ok(flow),
+            _ => Err(MigrationError::Mistake("the stages of the destination do not run".into())),
+        }
+    }
+}
+
+impl<'a> Destination<'a> {
+    fn new(
+        settings: DestinationSettings,
+        plane: &'a DataPlane,
+        listener: Box<dyn Listener>,
+        build: Build,
+        observers: Observers,
+        cancel: CancellationToken,
+    ) -> Self {
         Self {
+            state_room: Room::new(settings.max_state_bytes),
             settings,
             plane,
             turned_away: Arc::new(TurnedAways::new(observers.clone())),
@@ -144,52 +176,16 @@ impl Destination {
             cancel,
             started: Instant::now(),
             setup: Duration::ZERO,
-            layout: None,
-            state_room,
-            parts: DowntimeParts::default(),
-            verified: None,
-            start_begun: false,
+            listener: Some(listener),
+            build: Some(build),
+            built: None,
+            attempt: Attempt::None,
+            comparison: Comparison::None,
         }
     }
 
-    /// The migration as the list of its phases.
-    async fn migrate(
-        &mut self,
-        plane: &DataPlane,
-        listener: Box<dyn Listener>,
-        build: Build,
-        answers: &mut Option<Answers>,
-        running: &mut Option<Flow>,
-    ) -> Result<(), MigrationError> {
-        let cancel = self.cancel.clone();
-        let setup = async {
-            let mut session = self.gather(plane, listener).await?;
-            self.turned_away.finish();
-            *answers = session.answer.take().map(|writer| {
-                let (peer, ears) = (session.peer.clone(), session.ears.clone());
-                Answers::start(writer, peer, ears, self.settings.peer_timeout, &self.plane)
-            });
-            let built = self.agree(&mut session, build, answers.as_ref()).await?;
-            Ok::<_, MigrationError>((session, built))
-        };
-        let (session, built) = tokio::select! {
-            biased;
-            () = cancel.cancelled() => return Err(MigrationError::Cancelled),
-            ready = setup => ready?,
-        };
-        let stored = answers.is_none();
-        let Built { guest, memory, out_for_good } = built;
-        let flow = running.insert(self.start_stages(session, &memory, out_for_good, answers.take()));
-
-        let arrival = self.load(flow, &memory).await?;
-        let run_state = arrival.end.expect("loading ends with it").0;
-        if stored {
-            self.reach_end(flow).await?;
-        }
-        if let Some(ours) = arrival.ours {
-            self.verify(flow, &memory, ours, &arrival.digests).await?;
-        }
-        prepare(&guest, arrival.device.finish()?).await?;
-        if stored { self.start(&guest, run_state).await } else { self.take_over(flow, &guest).await }
+    /// The layout of the guest, once it is built.
+    fn layout(&self) -> Option<&Layout> {
+        self.built.as_ref().map(|built| built.memory.layout())
     }
 }

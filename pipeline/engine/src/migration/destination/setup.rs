@@ -1,11 +1,13 @@
 //! Setup: connections are gathered, the stream is accepted, the machine is built, and the stages start.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use futures::future::BoxFuture;
 use memferry_stages::bitmap::DirtyBitmap;
-use memferry_stages::geometry::{BlockInfo, Layout};
-use memferry_stages::memory::GuestMemory;
+use memferry_stages::geometry::{BlockInfo, Layout, PageSize};
+use memferry_stages::queue::Outlet;
+use memferry_stages::sender::Control;
 use memferry_stages::wire::Message;
 use memferry_stages::wire::messages::StatePhase;
 use memferry_stages::wire::reader::Incoming;
@@ -13,124 +15,143 @@ use memferry_transports::Listener;
 use tokio::time::MissedTickBehavior;
 
 use super::answers::{Answers, figures, say};
-use super::flow::{Flow, ended_early};
-use super::{Build, Built, Destination};
-use crate::bottleneck::Watch;
-use crate::events::{Event, Phase, Role};
+use super::flow::{Arrived, Flow};
+use super::rounds::Rates;
+use super::{Attempt, Build, Built, Destination};
+use crate::events::{Event, Observers, Role};
 use crate::guest::{GuestError, GuestState};
-use crate::migration::alive::silenced;
+use crate::migration::course::destination::ended_early;
 use crate::migration::destination_graph::DestinationGraph;
-use crate::migration::digests::LeftOut;
 use crate::migration::error::MigrationError;
 use crate::migration::out_for_good::out_for_good;
-use crate::migration::plane::DataPlane;
 use crate::migration::session::Session;
-use crate::migration::speed::Speed;
 use crate::migration::stage_set::StageSet;
 use crate::migration::state::{Assembly, Room};
 use crate::migration::{block_facts, blocking, bounds, built_otherwise};
+use crate::settings::DestinationSettings;
 
 /// How often the source is notified of what is loaded.
 const TICK: Duration = Duration::from_millis(20);
 
-impl Destination {
-    pub(super) async fn gather(
-        &self,
-        plane: &DataPlane,
-        listener: Box<dyn Listener>,
-    ) -> Result<Session, MigrationError> {
-        plane.run(Session::gather(listener, self.settings.clone(), self.turned_away.clone())).await
+/// A destination that is ready for pages.
+pub(super) struct Ready {
+    pub(super) session: Session,
+    pub(super) built: Built,
+    /// What guest state may still take.
+    pub(super) room: Room,
+}
+
+/// The values needed to accept a stream, separate from the destination, which waits for other things meanwhile.
+struct Acceptance {
+    session: Session,
+    build: Build,
+    settings: DestinationSettings,
+    observers: Observers,
+    room: Room,
+    answers: Option<Outlet<Control>>,
+}
+
+impl<'a> Destination<'a> {
+    /// Begins to gather connections.
+    pub(super) fn gather(&self, listener: Box<dyn Listener>) -> BoxFuture<'a, Result<Session, MigrationError>> {
+        let gathering = Session::gather(listener, self.settings.clone(), self.turned_away.clone());
+        Box::pin(self.plane.run(gathering))
     }
 
-    /// Accepts the stream, reads the guest's description and builds the machine for it.
-    pub(super) async fn agree(
-        &mut self,
-        session: &mut Session,
-        build: Build,
-        answers: Option<&Answers>,
-    ) -> Result<Built, MigrationError> {
+    /// The connections have arrived: starts the return path, and begins to accept.
+    pub(super) fn agree(&mut self, mut session: Session, build: Build) {
+        self.turned_away.finish();
         self.observers.tell(&Event::Connected { peer: session.peer.clone() });
-        say(answers, &Message::Accept).await?;
-        let reading = read_setup(session, &mut self.state_room);
-        let described = tokio::select! {
-            described = tokio::time::timeout(self.settings.handover_timeout, reading) => described,
-            silence = silenced(answers.map(|answers| &answers.alive)) => return Err(MigrationError::Silent(silence)),
-        };
-        let (blocks, setup) = described
-            .map_err(|_| MigrationError::TimedOut("the source did not describe its guest in time".into()))??;
-        if !session.features.ignored_blocks && blocks.iter().any(|block| block.ignored) {
-            return Err(MigrationError::Protocol("blocks are ignored, and that was not agreed".into()));
-        }
-        let page_size = session.hello.page_size;
-        let layout = Layout::new(page_size, blocks.clone())?;
-        bounds::check_host(bounds::destination_bound(&layout, session.hello.lanes, self.settings.max_state_bytes))?;
-        let built = blocking(move || {
-            let guest = build(page_size, &blocks, &setup)?;
-            let memory = guest.memory();
-            if let Some(what) = built_otherwise(&memory, page_size, &blocks) {
-                return Err(MigrationError::BuiltOtherwise(what));
-            }
-            check_ignored(&blocks, memory.layout())?;
-            let unplugged = guest.clearers().iter().flat_map(|clearer| clearer.unplugged()).collect();
-            let ranges = out_for_good(memory.layout(), unplugged)?;
-            let out_for_good = (!ranges.is_empty()).then(|| {
-                let out = DirtyBitmap::empty(memory.layout());
-                ranges.into_iter().for_each(|(_, block, pages)| out.set_range(block, pages));
-                Arc::new(out)
-            });
-            Ok(Built { guest, memory, out_for_good })
-        })
-        .await?;
-        let layout = built.memory.layout();
-        self.layout = Some(layout.clone());
-        self.observers.tell(&Event::Guest {
-            blocks: block_facts(layout),
-            pages: layout.pages(),
-            memory_bound: bounds::destination_bound(layout, session.hello.lanes, self.settings.max_state_bytes),
+        let answers = session.answer.take().map(|writer| {
+            let (peer, ears) = (session.peer.clone(), session.ears.clone());
+            Answers::start(writer, peer, ears, self.settings.peer_timeout, self.plane.handle())
         });
-        say(answers, &Message::Ready).await?;
-        Ok(built)
+        let acceptance = Acceptance {
+            session,
+            build,
+            settings: self.settings.clone(),
+            observers: self.observers.clone(),
+            room: self.state_room,
+            answers: answers.as_ref().map(|answers| answers.outlet.clone()),
+        };
+        self.attempt = Attempt::Agreeing(Box::pin(acceptance.make()), answers);
     }
 
-    pub(super) fn start_stages(
-        &mut self,
-        session: Session,
-        memory: &GuestMemory,
-        out_for_good: LeftOut,
-        answers: Option<Answers>,
-    ) -> Flow {
-        let Session { hello, features, readers, .. } = session;
+    pub(super) fn start_stages(&mut self, ready: Ready, answers: Option<Answers>) {
+        let Ready { session: Session { hello, features, readers, .. }, built, .. } = ready;
         let mut ticks = tokio::time::interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let stages_left = readers.len() + usize::from(hello.lanes);
         let (stages, answer, mut alive) = match answers {
             Some(Answers { stages, outlet, alive }) => (stages, Some(outlet), Some(alive)),
-            None => (StageSet::new(&self.plane), None, None),
+            None => (StageSet::new(self.plane.handle()), None, None),
         };
-        let graph = DestinationGraph::start(memory, &hello, features, readers, stages, answer);
+        let graph = DestinationGraph::start(&built.memory, &hello, features, readers, stages, answer);
         if let (Some(alive), Some(answer)) = (&mut alive, &graph.answer) {
             let meters = graph.receiver_meters.clone();
             alive.report(answer.clone(), move || figures(&meters));
         }
         self.setup = self.started.elapsed();
-        self.observers.tell(&Event::Phase(Phase::Active));
-        Flow {
+        self.attempt = Attempt::Running(Box::new(Flow {
             alive,
+            arrived: Arrived::new(built.memory.layout(), self.state_room, features),
             graph,
-            cancel: self.cancel.clone(),
             ticks,
             stages_left,
-            wire_speed: Speed::default(),
-            page_speed: Speed::default(),
-            watch: Watch::begin(false),
-            tick: 0,
-            round: 1,
-            round_began: Instant::now(),
-            verify: features.verify,
-            may_leave_out: features.left_out,
-            out_for_good,
-        }
+            rates: Rates::begin(),
+        }));
+        self.built = Some(built);
     }
+}
+
+impl Acceptance {
+    /// Accepts the stream, reads the guest's description and builds the machine for it.
+    async fn make(mut self) -> Result<Ready, MigrationError> {
+        say(self.answers.as_ref(), &Message::Accept).await?;
+        let reading = read_setup(&mut self.session, &mut self.room);
+        let described = tokio::time::timeout(self.settings.handover_timeout, reading).await;
+        let (blocks, setup) = described
+            .map_err(|_| MigrationError::TimedOut("the source did not describe its guest in time".into()))??;
+        if !self.session.features.ignored_blocks && blocks.iter().any(|block| block.ignored) {
+            return Err(MigrationError::Protocol("blocks are ignored, and that was not agreed".into()));
+        }
+        let (page_size, lanes) = (self.session.hello.page_size, self.session.hello.lanes);
+        let bound = |layout: &Layout| bounds::destination_bound(layout, lanes, self.settings.max_state_bytes);
+        bounds::check_host(bound(&Layout::new(page_size, blocks.clone())?))?;
+        let build = self.build;
+        let built = blocking(move || built(build, page_size, &blocks, &setup)).await?;
+        let layout = built.memory.layout();
+        self.observers.tell(&Event::Guest {
+            blocks: block_facts(layout),
+            pages: layout.pages(),
+            memory_bound: bound(layout),
+        });
+        say(self.answers.as_ref(), &Message::Ready).await?;
+        Ok(Ready { session: self.session, built, room: self.room })
+    }
+}
+
+/// Builds the guest, and checks that it is the one that was described. May block.
+fn built(
+    build: Build,
+    page_size: PageSize,
+    blocks: &[BlockInfo],
+    setup: &GuestState,
+) -> Result<Built, MigrationError> {
+    let guest = build(page_size, blocks, setup)?;
+    let memory = guest.memory();
+    if let Some(what) = built_otherwise(&memory, page_size, blocks) {
+        return Err(MigrationError::BuiltOtherwise(what));
+    }
+    check_ignored(blocks, memory.layout())?;
+    let unplugged = guest.clearers().iter().flat_map(|clearer| clearer.unplugged()).collect();
+    let ranges = out_for_good(memory.layout(), unplugged)?;
+    let out_for_good = (!ranges.is_empty()).then(|| {
+        let out = DirtyBitmap::empty(memory.layout());
+        ranges.into_iter().for_each(|(_, block, pages)| out.set_range(block, pages));
+        Arc::new(out)
+    });
+    Ok(Built { guest, memory, out_for_good })
 }
 
 /// Reads the state's setup part and the blocks, before the stages run.

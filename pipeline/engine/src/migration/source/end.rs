@@ -1,154 +1,94 @@
-//! The end, in every case: the guest is where the verdict says, and all parties are notified.
+//! The end, in every case: everybody is notified of the outcome, and everything is closed.
 
-use memferry_stages::dirty_log::LogCall;
 use memferry_stages::wire::Message;
 
 use super::figures::Figures;
-use super::spent::Part;
-use super::{End, Source};
+use super::{Attempt, Source};
 use crate::events::{Ended, Event, Phase};
-use crate::guest::RunState;
-use crate::migration::error::{MigrationError, guarded};
-use crate::migration::flow::Flow;
+use crate::guest::clearer::Point;
+use crate::migration::FAREWELL;
+use crate::migration::course::source::{End, Outcome, SourceCourse};
+use crate::migration::error::MigrationError;
 use crate::migration::outcome::{LOOK, SendError, Sent};
-use crate::migration::{FAREWELL, asked, blocking};
-use crate::settings::After;
 
-impl Source {
-    /// In every case: puts the guest where the result says, stops the logs, notifies the peer, and reports the outcome.
-    pub(super) async fn conclude(mut self, end: End, mut flow: Option<Flow>) -> Result<Sent, SendError> {
-        self.requests = None;
-        flow.iter_mut().for_each(Flow::close_requests);
-        self.close_window().await;
-        let completed = matches!(end, End::Completed);
-        let stays_paused = match end {
-            End::Completed => self.settings.after != Some(After::Resume),
-            End::Unconfirmed(_) => true,
-            End::Failed(_) | End::Cancelled(_) => false,
-        };
-        self.spent.on(Part::Resume);
-        self.downtime = self.spent.total().filter(|_| completed);
-        let is_throttled = !self.lift_throttle().await;
-        let resume_error = if stays_paused { None } else { self.let_go_on().await };
-        if completed && stays_paused {
-            self.moved().await;
-        }
-        let end = self.with_page(end);
-        let farewell = farewell(&end);
-        if let Some(flow) = &flow {
-            self.report_last_progress(flow, completed, is_throttled);
-        }
-        let ended = self.ended(&end, resume_error.as_ref(), self.figures(flow.as_ref()));
+impl Source<'_> {
+    /// The course is over: reports the outcome, notifies the peer, and stops stages and logs. `mistake` is why the course
+    /// did not end by itself, if it did not.
+    pub(super) async fn conclude(
+        mut self,
+        course: SourceCourse,
+        mistake: Option<MigrationError>,
+    ) -> Result<Sent, SendError> {
+        self.operator.requests.close();
+        let completed = course.outcome().is_some_and(|outcome| matches!(outcome.end, End::Completed));
+        self.report_last_progress(&course, completed);
+        let ended = self.ended(&course);
+        let outcome = course.into_outcome(mistake);
+        let ended = self.report_end(&outcome, ended);
         // The verdict is final; only cleanup remains.
-        if let Some(mut flow) = flow {
-            if self.transport.capabilities().return_path {
-                flow.close(farewell, FAREWELL).await;
-            }
-            flow.graph.end().await;
-        }
+        self.take_leave(farewell(&outcome.end)).await;
         // No stage runs any more: nothing is scanned or synced after this.
-        self.reach_cleanup().await;
-        self.stop_logs().await;
-        result(end, resume_error, stays_paused, ended)
+        self.transfer.hints.reach(Point::Cleanup, &self.observers).await;
+        for failure in self.transfer.stop_logs().await {
+            self.observers.tell(&Event::Warning(failure.to_string()));
+        }
+        result(outcome, ended)
     }
 
-    /// The failure with the page that differs, if one was named.
-    fn with_page(&mut self, end: End) -> End {
-        match (end, self.differing_page.take()) {
-            (End::Failed(MigrationError::Handover(source)), Some(page)) => {
-                self.verified = Some(false);
-                End::Failed(MigrationError::PageDiffers { source, page })
-            }
-            (end, _) => end,
-        }
-    }
-
-    /// Wherever the guest is, a migration that is over does not throttle it. Returns whether it runs at full speed.
-    async fn lift_throttle(&self) -> bool {
-        if !self.throttled {
-            return true;
-        }
-        let guest = self.guest.clone();
-        let lifted = asked(move || guest.throttle(0)).await;
-        if let Err(error) = &lifted {
-            self.observers.tell(&Event::Warning(format!("the guest may still be throttled: {error}")));
-        }
-        lifted.is_ok()
-    }
-
-    /// Resumes the guest if the engine paused it. Returns the error if it cannot be resumed.
-    async fn let_go_on(&mut self) -> Option<MigrationError> {
-        self.paused?;
-        let (guest, released, run) = (self.guest.clone(), self.released, self.was == RunState::Running);
-        let go_on = move || {
-            if released {
-                guest.reacquire()?;
-            }
-            if run { guest.resume() } else { Ok(()) }
-        };
-        match asked(go_on).await {
-            Ok(()) => {
-                if run {
-                    self.spent.on(Part::Resume);
-                    self.downtime = self.spent.total();
-                    self.observers.tell(&Event::Resumed);
+    /// Sends the last message and ends the connections and stages.
+    async fn take_leave(&mut self, farewell: Option<Message>) {
+        let return_path = self.transport.capabilities().return_path;
+        match std::mem::replace(&mut self.attempt, Attempt::None) {
+            Attempt::Linked(link) if return_path => {
+                if let Some(farewell) = farewell {
+                    link.close(farewell, FAREWELL).await;
                 }
-                None
             }
-            Err(error) => Some(error),
+            Attempt::Running(mut flow) => {
+                if return_path {
+                    flow.close(farewell, FAREWELL).await;
+                }
+                flow.graph.end().await;
+            }
+            Attempt::None | Attempt::Reaching(_) | Attempt::Linked(_) => {}
         }
     }
 
-    /// The guest may run elsewhere: nothing here needs to guard it.
-    async fn moved(&self) {
-        let guest = self.guest.clone();
-        let moved = move || {
-            guest.moved();
-            Ok(())
-        };
-        if let Err(error) = asked(moved).await {
-            self.observers.tell(&Event::Warning(error.to_string()));
-        }
-    }
-
-    async fn stop_logs(&self) {
-        // Stops every log, even if one of them fails.
-        for log in self.logs.clone() {
-            let stop = move || log.stop().map_err(|error| MigrationError::Log { doing: LogCall::Stop, error });
-            if let Err(error) = guarded(blocking(stop)).await {
-                self.observers.tell(&Event::Warning(error.to_string()));
-            }
+    /// The figures of the outcome.
+    fn ended(&self, course: &SourceCourse) -> Ended {
+        let Figures { wire_bytes, memory_peak, stages } = self.figures(course.verified());
+        Ended {
+            phase: Phase::Failed,
+            error: None,
+            verified: course.verified(),
+            total: self.started.elapsed(),
+            setup: self.setup,
+            downtime: course.downtime(),
+            parts: course.parts(),
+            forecast: course.forecast(),
+            wire_bytes,
+            spared: self.transfer.hints.spared(),
+            memory_peak,
+            bottleneck: self.rates.bottleneck(&stages),
+            cpu: self.rates.cpu(),
+            stages,
+            resume_failed: false,
         }
     }
 
     /// Reports the verdict to observers.
-    fn ended(&self, end: &End, resume_error: Option<&MigrationError>, figures: Figures) -> Ended {
-        let (phase, error) = match end {
+    fn report_end(&self, outcome: &Outcome, figures: Ended) -> Ended {
+        let (phase, error) = match &outcome.end {
             End::Completed => (Phase::Completed, None),
             End::Failed(why) => (Phase::Failed, Some(why.to_string())),
             End::Cancelled(why) => (Phase::Cancelled, Some(why_cancelled(why))),
             End::Unconfirmed(why) => (Phase::Unconfirmed, Some(format!("{why}; {LOOK}"))),
         };
+        let resume_error = outcome.resume_error.as_ref();
         let resume = resume_error.map(|why| format!("the guest could not be resumed here and stays paused: {why}"));
         let error = [error, resume].into_iter().flatten().reduce(|all, more| format!("{all}; {more}"));
-        self.tell_phase(phase);
-        let ended = Ended {
-            phase,
-            error,
-            verified: self.verified,
-            total: self.started.elapsed(),
-            setup: self.setup,
-            downtime: self.downtime,
-            parts: self.spent.parts(),
-            forecast: self.forecast,
-            wire_bytes: figures.wire_bytes,
-            spared: self.spared(),
-            memory_peak: figures.memory_peak,
-            bottleneck: self.watch.as_ref().map(|watch| watch.all(&figures.stages)).unwrap_or_default(),
-            cpu: self.cpu(),
-            stages: figures.stages,
-            resume_failed: resume_error.is_some(),
-        };
+        self.observers.tell(&Event::Phase(phase));
+        let ended = Ended { phase, error, resume_failed: resume_error.is_some(), ..figures };
         self.observers.tell(&Event::Ended(ended.clone()));
         ended
     }
@@ -171,7 +111,8 @@ fn why_cancelled(why: &MigrationError) -> String {
 }
 
 /// The result for the caller.
-fn result(end: End, resume_error: Option<MigrationError>, stays_paused: bool, ended: Ended) -> Result<Sent, SendError> {
+fn result(outcome: Outcome, ended: Ended) -> Result<Sent, SendError> {
+    let Outcome { end, resume_error, stays_paused } = outcome;
     let boxed = Box::new;
     match (end, resume_error) {
         (End::Completed, None) => Ok(Sent { resumed: !stays_paused, ended }),

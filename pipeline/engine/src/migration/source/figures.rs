@@ -6,68 +6,30 @@ use memferry_stages::meter::Reading;
 use memferry_stages::stage_id::StageKind;
 use memferry_stages::wire::messages::Figure;
 
-use super::{Source, wire_bytes};
+use super::Source;
+use super::flow::Flow;
+use crate::bottleneck::{Bottleneck, Watch};
 use crate::controller::forecast::Standing;
 use crate::events::{Event, Progress};
 use crate::migration::bounds;
-use crate::migration::flow::Flow;
+use crate::migration::course::source::SourceCourse;
+use crate::migration::speed::Speed;
 
-/// Figures that only running stages can provide, taken at the end.
+/// The recent rates, and what limits them.
 #[derive(Default)]
-pub(super) struct Figures {
-    pub(super) wire_bytes: u64,
-    pub(super) memory_peak: u64,
-    pub(super) stages: Vec<Reading>,
+pub(super) struct Rates {
+    /// Bytes on the wire.
+    wire: Speed,
+    /// Page bytes that were read.
+    pages: Speed,
+    /// Set once the stages run.
+    watch: Option<Watch>,
 }
 
-impl Source {
-    /// Reports the current figures, with the given remaining work.
-    pub(super) fn report_progress(&mut self, flow: &Flow, now: &Standing) {
-        let (wire_bytes, stages) = (wire_bytes(flow), flow.graph.readings());
-        let expected = match self.paused {
-            Some(_) => self.controller.forecast(now),
-            None => self.controller.forecast_within(now),
-        };
-        let dirty_rate = self.controller.forecaster().dirty_bytes_per_second();
-        let progress = Progress {
-            wire_rate: self.wire_speed.tick(wire_bytes),
-            page_rate: self.page_speed.tick(self.page_bytes(read_pages(&stages))),
-            dirty_rate: if self.paused.is_some() { Some(0.0) } else { dirty_rate },
-            expected_downtime: expected.map(|forecast| forecast.expected()),
-            throttle: self.controller.throttle(),
-            bottleneck: self.watch.as_mut().map(|watch| watch.latest(&stages)).unwrap_or_default(),
-            stages,
-            ..self.still(flow, now)
-        };
-        self.observers.tell(&Event::Progress(progress));
-    }
-
-    /// The final figures: no data moves any more, and after a completed migration nothing remains. A guest whose
-    /// throttle could not be lifted counts as throttled.
-    pub(super) fn report_last_progress(&self, flow: &Flow, completed: bool, is_throttled: bool) {
-        let progress = self.still(flow, &self.standing_now(flow));
-        self.observers.tell(&Event::Progress(Progress {
-            remaining_bytes: if completed { Some(0) } else { progress.remaining_bytes },
-            dirty_rate: Some(0.0),
-            throttle: if is_throttled { self.controller.throttle() } else { 0 },
-            bottleneck: self.watch.as_ref().map(|watch| watch.all(&progress.stages)).unwrap_or_default(),
-            ..progress
-        }));
-    }
-
-    /// The figures that are not rates.
-    fn still(&self, flow: &Flow, now: &Standing) -> Progress {
-        Progress {
-            // Before the first round its order is still queued.
-            round: self.round.max(1),
-            remaining_bytes: Some(self.page_bytes(now.dirty_pages + now.in_flight_pages)),
-            total_bytes: self.layout().bytes(),
-            wire_bytes: wire_bytes(flow),
-            downtime_limit: self.controller.downtime_limit(),
-            stages: flow.graph.readings(),
-            cpu: self.cpu(),
-            ..Progress::default()
-        }
+impl Rates {
+    /// The stages run from here on.
+    pub(super) fn begin(&mut self, watch: Watch) {
+        self.watch = Some(watch);
     }
 
     /// The destination sent a message, which may carry its figures.
@@ -77,25 +39,96 @@ impl Source {
         }
     }
 
-    /// Processor time of the process since the stages began.
-    pub(super) fn cpu(&self) -> Duration {
-        self.watch.as_ref().map_or(Duration::ZERO, |watch| watch.cpu())
+    /// Page bytes a second that were read lately.
+    pub(super) fn pages_latest(&self) -> f64 {
+        self.pages.latest()
     }
 
-    pub(super) fn figures(&self, flow: Option<&Flow>) -> Figures {
-        let Some(flow) = flow else { return Figures::default() };
-        let graph = &flow.graph;
+    /// Processor time of the process since the stages began.
+    pub(super) fn cpu(&self) -> Duration {
+        self.watch.as_ref().map_or(Duration::ZERO, Watch::cpu)
+    }
+
+    /// What limited the speed since the stages began.
+    pub(super) fn bottleneck(&self, stages: &[Reading]) -> Bottleneck {
+        self.watch.as_ref().map(|watch| watch.all(stages)).unwrap_or_default()
+    }
+}
+
+/// Figures that only running stages can provide, taken at the end.
+#[derive(Default)]
+pub(super) struct Figures {
+    pub(super) wire_bytes: u64,
+    pub(super) memory_peak: u64,
+    pub(super) stages: Vec<Reading>,
+}
+
+impl Source<'_> {
+    /// Reports the current figures, with the given remaining work.
+    pub(super) fn report_progress(&mut self, course: &SourceCourse, now: &Standing) {
+        let Some(still) = self.still(course, now) else { return };
+        let (controller, is_paused) = (course.controller(), course.is_paused());
+        let expected = if is_paused { controller.forecast(now) } else { controller.forecast_within(now) };
+        let dirty_rate = controller.forecaster().dirty_bytes_per_second();
+        let read_bytes = self.transfer.page_bytes(read_pages(&still.stages));
+        let progress = Progress {
+            wire_rate: self.rates.wire.tick(still.wire_bytes),
+            page_rate: self.rates.pages.tick(read_bytes),
+            dirty_rate: if is_paused { Some(0.0) } else { dirty_rate },
+            expected_downtime: expected.map(|forecast| forecast.expected()),
+            throttle: controller.throttle(),
+            bottleneck: self.rates.watch.as_mut().map(|watch| watch.latest(&still.stages)).unwrap_or_default(),
+            ..still
+        };
+        self.observers.tell(&Event::Progress(progress));
+    }
+
+    /// The final figures: no data moves any more, and after a completed migration nothing remains. A guest whose
+    /// throttle could not be lifted counts as throttled.
+    pub(super) fn report_last_progress(&self, course: &SourceCourse, completed: bool) {
+        let Some(progress) = self.still(course, &self.standing()) else { return };
+        self.observers.tell(&Event::Progress(Progress {
+            remaining_bytes: if completed { Some(0) } else { progress.remaining_bytes },
+            dirty_rate: Some(0.0),
+            throttle: if self.is_throttled { course.controller().throttle() } else { 0 },
+            bottleneck: self.rates.bottleneck(&progress.stages),
+            ..progress
+        }));
+    }
+
+    /// The figures that are not rates; `None` if the stages do not run.
+    fn still(&self, course: &SourceCourse, now: &Standing) -> Option<Progress> {
+        let flow = self.attempt.flow()?;
+        Some(Progress {
+            // Before the first round its order is still queued.
+            round: course.round().max(1),
+            remaining_bytes: Some(self.transfer.page_bytes(now.dirty_pages + now.in_flight_pages)),
+            total_bytes: self.transfer.layout().bytes(),
+            wire_bytes: flow.wire_bytes(),
+            downtime_limit: course.controller().downtime_limit(),
+            stages: flow.graph.readings(),
+            cpu: self.rates.cpu(),
+            ..Progress::default()
+        })
+    }
+
+    pub(super) fn figures(&self, verified: Option<bool>) -> Figures {
+        self.attempt.flow().map(|flow| self.figures_of(flow, verified)).unwrap_or_default()
+    }
+
+    fn figures_of(&self, flow: &Flow, verified: Option<bool>) -> Figures {
+        let (graph, transfer) = (&flow.graph, &self.transfer);
         let keeps = bounds::source_keeps(
-            self.layout(),
+            transfer.layout(),
             graph.in_flight.memory_bytes(),
-            self.verified.is_some(),
-            self.clears.is_some(),
+            verified.is_some(),
+            transfer.hints.clears().is_some(),
         );
         Figures {
-            wire_bytes: wire_bytes(flow),
+            wire_bytes: flow.wire_bytes(),
             memory_peak: bounds::peak(&graph.pools, &graph.meters, keeps)
-                + bounds::logs_bytes(&self.logs)
-                + bounds::state_bytes(self.state_room.taken(), bounds::STATE_FRAMES),
+                + bounds::logs_bytes(&transfer.logs)
+                + bounds::state_bytes(transfer.state_room.taken(), bounds::STATE_FRAMES),
             stages: graph.readings(),
         }
     }

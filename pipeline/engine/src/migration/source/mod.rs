@@ -1,56 +1,53 @@
-//! The source of a migration: its phases, one after another.
+//! The source of a migration, as the world that its [course](super::course::source) acts on.
 //!
 //! ```text
-//!  setup: connect, agree, arm the logs, start the stages ─▶ rounds ─▶ switchover: pause, send the rest ─▶ hand over
-//!     └───────────────────────────────────────────────────────┴──────────────┴──▶ any failure: the guest runs on as it
-//!                                                                                 was, logs stopped, the error says why
+//!              ┌ transfer ─ guest, memory, logs, bitmap, hints: what survives a lost connection
+//!  driver ─▶ source ┤
+//!              ├ attempt ── link, then stages and queues: what dies with a connection
+//!              └ operator ─ cancel and requests
 //! ```
+//!
+//! | | |
+//! |---|---|
+//! | `world` | inputs are awaited, actions performed |
+//! | `reach` | the destination is reached and accepts |
+//! | `transfer`, `hints` | calls into the guest, its logs and its clearers |
+//! | `flow` | the stages, and what they report |
+//! | `figures` | figures for observers |
+//! | `end` | everybody is notified of the outcome, and everything is closed |
 
-mod clears;
-mod control;
 mod end;
 mod figures;
-mod handover;
-mod rounds;
-mod setup;
-mod spent;
-mod switchover;
+mod flow;
+mod hints;
+mod operator;
+mod reach;
+mod transfer;
+mod world;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::future::BoxFuture;
-use memferry_stages::bitmap::DirtyBitmap;
-use memferry_stages::clears::Clears;
-use memferry_stages::dirty_log::DirtyLog;
-use memferry_stages::geometry::Layout;
-use memferry_stages::memory::GuestMemory;
 use memferry_transports::Transport;
-use tokio_util::sync::CancellationToken;
 
 use super::bounds;
-use super::digests::LeftOut;
-use super::error::{MigrationError, guarded};
-use super::flow::Flow;
-use super::handshake::Verdict;
+use super::course::source::{Facts, SourceCourse};
+use super::digests::{self, Pending};
+use super::driver::drive;
+use super::error::MigrationError;
+use super::link::Link;
 use super::outcome::{SendError, Sent};
 use super::plane::DataPlane;
-use super::speed::Speed;
-use super::state::Room;
-use crate::bottleneck::Watch;
-use crate::control::{Control, Requests};
-use crate::controller::Controller;
-use crate::controller::forecast::Forecast;
-use crate::events::{Event, Observers, Phase};
-use crate::guest::clearer::Clearer;
-use crate::guest::{RunState, SourceGuest};
+use crate::control::{Control, Request};
+use crate::events::Observers;
+use crate::guest::SourceGuest;
 use crate::settings::SourceSettings;
-use spent::Spent;
-
-/// The cost of device state and handshake that the forecast assumes until they have been measured.
-const HANDOVER_GUESS: Duration = Duration::from_millis(1);
-/// The most that one request and its answer may count as: building a large machine is not part of a handover.
-const HANDOVER_MOST: Duration = Duration::from_millis(50);
+use figures::Rates;
+use flow::{Flow, Signal};
+use operator::Operator;
+use reach::Reached;
+use transfer::Transfer;
 
 /// Moves a guest to the other end of `transport`, and returns when it is decided where the guest is.
 ///
@@ -63,185 +60,120 @@ const HANDOVER_MOST: Duration = Duration::from_millis(50);
 pub async fn send(
     guest: Arc<dyn SourceGuest>,
     transport: Arc<dyn Transport>,
-    settings: SourceSettings,
+    mut settings: SourceSettings,
     plane: &DataPlane,
     observers: Observers,
     control: impl Into<Control>,
 ) -> Result<Sent, SendError> {
-    let memory = guest.memory();
-    settings.check(memory.page_size().bytes() as u64)?;
-    let source = Source::new(guest, memory, transport, settings, &observers, &control.into());
-    boxed(source, plane).await
-}
-
-/// Boxed in a function that is not async, so that the phases are compiled once: the body of an async function is compiled in each
-/// program that awaits it.
-fn boxed(source: Source, plane: &DataPlane) -> BoxFuture<'_, Result<Sent, SendError>> {
-    Box::pin(run(source, plane))
-}
-
-/// The result, and the reason if it is not success.
-#[derive(Debug)]
-enum End {
-    Completed,
-    Failed(MigrationError),
-    Cancelled(MigrationError),
-    Unconfirmed(MigrationError),
-}
-
-async fn run(mut source: Source, plane: &DataPlane) -> Result<Sent, SendError> {
-    let mut flow = None;
-    source.tell_phase(Phase::Setup);
-    let end = match guarded(source.migrate(plane, &mut flow)).await {
-        Ok(Verdict::Completed) => End::Completed,
-        Ok(Verdict::Cancelled) => End::Cancelled(MigrationError::Cancelled),
-        Ok(Verdict::Failed(why)) => End::Failed(why.into()),
-        Ok(Verdict::Unconfirmed(why)) => End::Unconfirmed(why.into()),
-        Err(error) if source.go_said => End::Unconfirmed(error),
-        Err(error @ (MigrationError::Cancelled | MigrationError::GaveUp(_))) => End::Cancelled(error),
-        Err(error) => End::Failed(error),
+    let transfer = Transfer::new(guest, settings.max_state_bytes);
+    let layout = transfer.layout();
+    settings.check(layout.page_size().bytes() as u64)?;
+    let cache_bytes = bounds::cache_bytes(layout, &settings);
+    settings.encoder.xbzrle.iter_mut().for_each(|xbzrle| xbzrle.cache_bytes = cache_bytes);
+    let facts = Facts {
+        was: transfer.was,
+        return_path: transport.capabilities().return_path,
+        hints: transfer.hints.may_come(),
+        page_bytes: layout.page_size().bytes() as u64,
     };
-    source.conclude(end, flow).await
+    let control = control.into();
+    let (observers, requests) = control.source_begins(&settings, &observers);
+    let source = Source {
+        transfer,
+        transport,
+        plane,
+        observers,
+        operator: Operator::new(control.token(), requests),
+        started: Instant::now(),
+        setup: Duration::ZERO,
+        attempt: Attempt::None,
+        rates: Rates::default(),
+        digests: Digests::None,
+        is_throttled: false,
+    };
+    boxed(source, SourceCourse::new(settings, facts)).await
 }
 
-struct Source {
-    guest: Arc<dyn SourceGuest>,
-    memory: GuestMemory,
-    was: RunState,
+/// Boxed in a function that is not async, so that the migration is compiled once: the body of an async function is
+/// compiled in each program that awaits it.
+fn boxed(source: Source<'_>, course: SourceCourse) -> BoxFuture<'_, Result<Sent, SendError>> {
+    Box::pin(run(source, course))
+}
+
+async fn run(mut source: Source<'_>, mut course: SourceCourse) -> Result<Sent, SendError> {
+    let mistake = drive(&mut course, &mut source).await.err();
+    source.conclude(course, mistake).await
+}
+
+/// See the [module](self).
+struct Source<'a> {
+    transfer: Transfer,
     transport: Arc<dyn Transport>,
-    settings: SourceSettings,
+    plane: &'a DataPlane,
     observers: Observers,
-    cancel: CancellationToken,
-    /// Set until the stages run; then the flow has them.
-    requests: Option<Requests>,
+    operator: Operator,
     started: Instant,
+    /// The time before the first round.
     setup: Duration,
-    logs: Vec<Arc<dyn DirtyLog>>,
-    bitmap: Option<Arc<DirtyBitmap>>,
-    clearers: Vec<Arc<dyn Clearer>>,
-    /// How many of them were notified of Setup.
-    set_up: usize,
-    /// Set once the logs are armed, if there can be pages that do not travel.
-    clears: Option<Arc<Clears>>,
-    /// The pages that the digests leave out, once the digests are computed.
-    left_out: LeftOut,
-    /// The limit for guest state, and how much of it is used.
-    state_room: Room,
-    paused: Option<Instant>,
-    released: bool,
-    /// May Go have left?
-    go_said: bool,
-    downtime: Option<Duration>,
-    spent: Spent,
-    controller: Controller,
-    /// The forecast on which the controller decided to switch over.
-    forecast: Option<Forecast>,
-    /// Is the guest throttled?
-    throttled: bool,
-    /// Bytes on the wire.
-    wire_speed: Speed,
-    /// Page bytes that were read.
-    page_speed: Speed,
-    /// Set once the stages run.
-    watch: Option<Watch>,
-    /// While a round is sent: the time since which none of it was sent on the wire.
-    quiet_since: Option<Instant>,
-    last_bulk_bytes: u64,
-    round: u32,
-    pages_frames: u64,
-    verified: Option<bool>,
-    differing_page: Option<String>,
+    attempt: Attempt<'a>,
+    rates: Rates,
+    digests: Digests,
+    /// Could the throttle not be lifted?
+    is_throttled: bool,
 }
 
-impl Source {
-    fn new(
-        guest: Arc<dyn SourceGuest>,
-        memory: GuestMemory,
-        transport: Arc<dyn Transport>,
-        mut settings: SourceSettings,
-        observers: &Observers,
-        control: &Control,
-    ) -> Self {
-        let cache_bytes = bounds::cache_bytes(memory.layout(), &settings);
-        settings.encoder.xbzrle.iter_mut().for_each(|xbzrle| xbzrle.cache_bytes = cache_bytes);
-        let (observers, requests) = control.source_begins(&settings, observers);
-        let mut controller = Controller::new(&settings, memory.page_size().bytes() as u64);
-        controller.fixed().handover = HANDOVER_GUESS;
-        let state_room = Room::new(settings.max_state_bytes);
-        Self {
-            was: guest.run_state(),
-            clearers: guest.clearers(),
-            controller,
-            forecast: None,
-            throttled: false,
-            guest,
-            memory,
-            transport,
-            settings,
-            observers,
-            cancel: control.token(),
-            requests: Some(requests),
-            started: Instant::now(),
-            setup: Duration::ZERO,
-            logs: Vec::new(),
-            bitmap: None,
-            set_up: 0,
-            clears: None,
-            left_out: None,
-            state_room,
-            paused: None,
-            released: false,
-            go_said: false,
-            downtime: None,
-            spent: Spent::default(),
-            wire_speed: Speed::default(),
-            page_speed: Speed::default(),
-            watch: None,
-            quiet_since: None,
-            last_bulk_bytes: 0,
-            round: 0,
-            pages_frames: 0,
-            verified: None,
-            differing_page: None,
+/// What dies with a connection.
+enum Attempt<'a> {
+    None,
+    /// The destination is being reached.
+    Reaching(BoxFuture<'a, Result<Reached, MigrationError>>),
+    /// It is ready, and the stages do not run yet.
+    Linked(Link),
+    Running(Box<Flow>),
+}
+
+/// What happens at a source.
+enum Happened {
+    Reached(Result<Reached, MigrationError>),
+    Signal(Signal),
+    Asked(Request),
+}
+
+impl Attempt<'_> {
+    /// Safe to race in a `select!`.
+    async fn next(&mut self) -> Happened {
+        match self {
+            Self::Reaching(reaching) => Happened::Reached(reaching.await),
+            Self::Running(flow) => Happened::Signal(flow.next().await),
+            Self::None | Self::Linked(_) => std::future::pending().await,
         }
     }
 
-    /// The migration as the list of its phases.
-    async fn migrate(&mut self, plane: &DataPlane, running: &mut Option<Flow>) -> Result<Verdict, MigrationError> {
-        bounds::check_source(self.bound(), self.layout(), &self.settings)?;
-        let link = self.reach(plane).await?;
-        // A cancel waits for this: a log that is being started cannot be interrupted.
-        let (bitmap, untouched) = match self.make_ready().await {
-            Ok(ready) => ready,
-            Err(error) => {
-                self.take_leave(link, &error).await;
-                return Err(error);
-            }
-        };
-        let flow = running.insert(self.start_stages(link, bitmap, untouched));
-        self.rounds(flow).await?;
-        self.send_the_rest(flow).await?;
-        if self.transport.capabilities().return_path {
-            self.hand_over(flow).await
-        } else {
-            self.complete_file(flow).await
+    fn flow(&self) -> Option<&Flow> {
+        match self {
+            Self::Running(flow) => Some(flow),
+            _ => None,
         }
-    }
-
-    /// The most memory that the source takes for itself, without the dirty logs.
-    fn bound(&self) -> u64 {
-        bounds::source_bound(self.layout(), &self.settings, self.may_leave_out())
-    }
-
-    fn layout(&self) -> &Layout {
-        self.memory.layout()
-    }
-
-    fn tell_phase(&self, phase: Phase) {
-        self.observers.tell(&Event::Phase(phase));
     }
 }
 
-fn wire_bytes(flow: &Flow) -> u64 {
-    flow.graph.sender_meters.iter().map(|meter| meter.bytes()).sum()
+/// The digests of the paused guest.
+enum Digests {
+    None,
+    /// They are computed while the last round is sent.
+    Started(Pending),
+    /// They are waited for.
+    Awaited(BoxFuture<'static, std::io::Result<digests::Digests>>),
+    Done(digests::Digests),
+}
+
+impl Digests {
+    /// Waits for awaited digests. Safe to race in a `select!`.
+    async fn next(&mut self) -> std::io::Result<()> {
+        let Self::Awaited(digests) = self else { return std::future::pending().await };
+        let digests = digests.await;
+        *self = Self::None;
+        *self = Self::Done(digests?);
+        Ok(())
+    }
 }

@@ -18,7 +18,7 @@ use memferry_stages::untrusted::Untrusted;
 use memferry_stages::wire::messages::RunState;
 use memferry_stages::wire::{Kind, Message};
 
-use super::error::Loss;
+use crate::migration::error::Loss;
 
 /// The result at the source.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -1,6 +1,6 @@
 //! How the time is spent in which the guest is paused. Each moment counts for one part, so that the parts add up.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::events::DowntimeParts;
 
@@ -22,22 +22,21 @@ pub(super) struct Spent {
     parts: DowntimeParts,
     part: Part,
     /// The moment up to which time is counted, once the guest is paused.
-    counted: Option<Instant>,
+    counted: Option<Duration>,
 }
 
 impl Spent {
     /// The guest is paused from here on.
-    pub(super) fn paused(&mut self, now: Instant) {
+    pub(super) fn paused(&mut self, now: Duration) {
         self.counted = Some(now);
     }
 
     /// The current work from here on. It may begin while the guest runs, and the guest may be paused in the middle of
     /// it.
-    pub(super) fn on(&mut self, part: Part) {
+    pub(super) fn on(&mut self, part: Part, now: Duration) {
         let before = std::mem::replace(&mut self.part, part);
         let Some(counted) = &mut self.counted else { return };
-        let now = Instant::now();
-        let time = now - std::mem::replace(counted, now);
+        let time = now.saturating_sub(std::mem::replace(counted, now));
         *match before {
             Part::Sync => &mut self.parts.final_sync,
             Part::Transfer => &mut self.parts.final_transfer,

@@ -1,31 +1,29 @@
-//! The signals that reach the source's controller while the stages run. Every wait of the controller is a wait for the
-//! next signal.
+//! The signals of the source's stages and of the destination while the stages run.
 
 use std::time::Duration;
 
 use memferry_stages::bitmap_sync::Synced;
+use memferry_stages::meter::Reading;
 use memferry_stages::queue::{Closed, Inlet};
 use memferry_stages::scanner::RoundScanned;
 use memferry_stages::sender::{Control, Sent};
 use memferry_stages::stage_id::StageId;
 use memferry_stages::wire::Message;
+use memferry_stages::wire::messages::Progress as Acknowledged;
 use tokio::time::{Interval, MissedTickBehavior};
-use tokio_util::sync::CancellationToken;
 
-use super::alive::{Alive, silenced};
-use super::error::{Failure, Loss, MigrationError, Silence};
-use super::link::Said;
-use super::senders;
-use super::source_graph::SourceGraph;
-use crate::control::{Request, Requests};
-use crate::events::Role;
+use crate::migration::alive::{Alive, silenced};
+use crate::migration::error::{Failure, Loss, MigrationError, Silence};
+use crate::migration::link::Said;
+use crate::migration::senders;
+use crate::migration::source_graph::SourceGraph;
 
 /// How often figures are taken and the deadline is checked.
 const TICK: Duration = Duration::from_millis(100);
 /// How long the engine waits for the peer's reason after a connection has failed.
 const PATIENCE: Duration = Duration::from_millis(500);
 
-/// An event for the controller.
+/// What the stages, or the destination, report.
 #[derive(Debug)]
 pub(super) enum Signal {
     /// The scanner reached the end of the bitmap.
@@ -44,54 +42,36 @@ pub(super) enum Signal {
     StageDone(StageId),
     /// A stage failed.
     Broke(Failure),
-    /// The operator cancelled.
-    Cancel,
-    /// The operator sent a request.
-    Asked(Request),
     /// The tick interval has passed.
     Tick,
 }
 
-/// The running source, as its controller sees it.
+/// The running stages of a source, as its course sees them.
 pub(super) struct Flow {
     pub(super) graph: SourceGraph,
     said: Option<Said>,
     /// Set if there is a return path.
     pub(super) alive: Option<Alive>,
-    cancel: CancellationToken,
-    cancel_told: bool,
-    /// The request queue, while requests are accepted.
-    requests: Option<Requests>,
     ticks: Interval,
+    /// How every stage had spent its time when the round began.
+    round_began: Vec<Reading>,
 }
 
 impl Flow {
-    pub(super) fn new(
-        graph: SourceGraph,
-        said: Option<Said>,
-        alive: Option<Alive>,
-        cancel: CancellationToken,
-        requests: Option<Requests>,
-    ) -> Self {
+    pub(super) fn new(graph: SourceGraph, said: Option<Said>, alive: Option<Alive>) -> Self {
         let mut ticks = tokio::time::interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        Self { graph, said, alive, cancel, cancel_told: false, requests, ticks }
+        Self { graph, said, alive, ticks, round_began: Vec::new() }
     }
 
-    /// Waits for the next event. A cancel comes first and is reported once.
+    /// Waits for the next signal. Safe to race in a `select!`.
     pub(super) async fn next(&mut self) -> Signal {
-        let cancel_told = self.cancel_told;
         tokio::select! {
             biased;
-            () = self.cancel.cancelled(), if !cancel_told => {
-                self.cancel_told = true;
-                Signal::Cancel
-            }
             said = heard(&mut self.said) => said.map_or_else(Signal::Lost, Signal::Said),
             sent = item(&self.graph.sent) => Signal::Sent(sent),
             scanned = item(&self.graph.scanned) => Signal::Scanned(scanned),
             synced = item(&self.graph.synced) => Signal::Synced(synced),
-            request = asked(&mut self.requests) => Signal::Asked(request),
             end = self.graph.stages.next_end() => match end.result {
                 Ok(()) => Signal::StageDone(end.stage),
                 Err(failure) => Signal::Broke(failure),
@@ -101,24 +81,43 @@ impl Flow {
         }
     }
 
-    /// From here on, requests are answered with an error: the migration is over.
-    pub(super) fn close_requests(&mut self) {
-        self.requests = None;
+    /// A round is about to be scanned.
+    pub(super) fn round_begins(&mut self) {
+        self.round_began = self.graph.readings();
+    }
+
+    /// How long the busiest stage has worked since the round began.
+    pub(super) fn busiest(&self) -> Duration {
+        self.graph.busiest_since(&self.round_began)
+    }
+
+    /// The destination has loaded this. Returns the number of pages that are still in flight.
+    ///
+    /// # Errors
+    /// When it cannot be true.
+    pub(super) fn acknowledge(&self, acknowledged: &Acknowledged) -> Result<u64, MigrationError> {
+        let in_flight = &self.graph.in_flight;
+        for (lane, &frames) in (0..).zip(&acknowledged.frames).take(self.graph.lanes()) {
+            in_flight.acknowledge(lane, frames).map_err(|sent| {
+                MigrationError::Protocol(format!("lane {lane}: {frames} frames acknowledged of {sent} sent"))
+            })?;
+        }
+        Ok(in_flight.pages())
+    }
+
+    /// Bytes handed to the transport so far.
+    pub(super) fn wire_bytes(&self) -> u64 {
+        self.graph.sender_meters.iter().map(|meter| meter.bytes()).sum()
+    }
+
+    /// Bytes of frames of pages among them.
+    pub(super) fn bulk_bytes(&self) -> u64 {
+        self.graph.sender_meters.iter().map(|meter| meter.bulk_bytes()).sum()
     }
 
     /// Queues a message on connection 0, ahead of queued pages.
     pub(super) async fn say(&self, message: &Message) -> Result<(), Closed> {
         self.graph.control[0].put(Control::Frame(message.encode(0))).await
-    }
-
-    /// Why a stage failed: the destination's reason if it gave one, else the first failure in order of time.
-    pub(super) async fn explain(&mut self, failure: Failure) -> MigrationError {
-        match self.last_words(failure).await {
-            Ok(Message::Refused(why)) => MigrationError::Refused { peer: Role::Destination, why },
-            Ok(Message::Abort(why)) => MigrationError::GivenUp { peer: Role::Destination, why },
-            Ok(other) => MigrationError::Protocol(format!("{} came out of turn", other.kind().name())),
-            Err(cause) => MigrationError::Stage(cause),
-        }
     }
 
     /// The destination's message that decides where the guest is; else the first failure in order of time.
@@ -130,9 +129,7 @@ impl Flow {
         let last_words = async {
             loop {
                 match heard(&mut self.said).await {
-                    Ok(
-                        words @ (Message::Refused(_) | Message::Abort(_) | Message::Running | Message::StartFailed(_)),
-                    ) => break Some(words),
+                    Ok(words) if decides(&words) => break Some(words),
                     Ok(_) => {}
                     Err(_) => break None,
                 }
@@ -156,18 +153,15 @@ async fn item<T>(inlet: &Inlet<T>) -> T {
     }
 }
 
-/// The next request.
-pub(super) async fn asked(requests: &mut Option<Requests>) -> Request {
-    match requests {
-        Some(requests) => requests.next().await,
-        None => std::future::pending().await,
-    }
-}
-
 /// The next message of the return path, if there is one.
 async fn heard(said: &mut Option<Said>) -> Result<Message, Loss> {
     match said {
         Some(said) => said.next().await,
         None => std::future::pending().await,
     }
+}
+
+/// Does the message decide where the guest is?
+pub(super) fn decides(message: &Message) -> bool {
+    matches!(message, Message::Refused(_) | Message::Abort(_) | Message::Running | Message::StartFailed(_))
 }

@@ -1,0 +1,99 @@
+//! The handover: the last handshake with a destination, or the end of a file.
+
+use std::time::Duration;
+
+use super::{Action, End, Input, Part, SourceCourse, State};
+use crate::control::ControlError;
+use crate::events::Event;
+use crate::migration::course::handshake::{Happening, SourceHandshake, SourceStep, Verdict};
+use crate::migration::error::{Loss, MigrationError};
+use crate::settings::After;
+
+impl SourceCourse {
+    /// The guest is being handed over: only what the handshake waits for has an effect.
+    pub(super) fn handing_over(&mut self, input: Input, now: Duration) -> Vec<Action> {
+        match (input, &self.state) {
+            (Input::Asked { request, .. }, _) => {
+                let why = "the guest is being handed over to the destination".into();
+                vec![Action::Answer(request.answer, Err(ControlError::TooLate(why)))]
+            }
+            (Input::PageNamed(page), _) => {
+                self.differing_page = Some(page);
+                Vec::new()
+            }
+            (Input::Committed, State::Committing) => self.go(now),
+            (Input::Failed(error), State::Committing) => self.fail(error, now),
+            (Input::Committed, State::Completing) => vec![Action::Finish],
+            (Input::FileComplete, State::Completing) => self.end(End::Completed, now),
+            (Input::Failed(error), State::Completing) => self.fail(error, now),
+            (Input::Cancel, State::Completing) => {
+                vec![warning("cancel comes too late: the file is being completed")]
+            }
+            (Input::Said(message), State::HandingOver { .. }) => self.happened(Happening::Said(message), now),
+            (Input::Cancel, State::HandingOver { .. }) => self.happened(Happening::Cancel, now),
+            (Input::Failed(error), State::HandingOver { .. }) => self.happened(happening(error), now),
+            _ => Vec::new(),
+        }
+    }
+
+    pub(super) fn handover_timed_out(&mut self, now: Duration) -> Vec<Action> {
+        self.happened(Happening::TimedOut, now)
+    }
+
+    /// One step of the last handshake: see [`handshake`](crate::migration::course::handshake).
+    fn happened(&mut self, happening: Happening, now: Duration) -> Vec<Action> {
+        let State::HandingOver { handshake, .. } = &mut self.state else { return Vec::new() };
+        match handshake.step(happening) {
+            SourceStep::Wait => Vec::new(),
+            SourceStep::NamePage(message) => vec![Action::NamePage(message)],
+            SourceStep::HandOver => {
+                self.spent.on(Part::Handover, now);
+                self.verified = self.settings.verify.then_some(true);
+                self.state = State::Committing;
+                vec![Action::Commit]
+            }
+            SourceStep::TooLate => {
+                vec![warning("cancel comes too late: the destination may run the guest already")]
+            }
+            SourceStep::End(verdict) => self.end(verdict.into(), now),
+        }
+    }
+
+    /// Nothing here resumes the guest on its own any more. No part of Go leaves before this.
+    fn go(&mut self, now: Duration) -> Vec<Action> {
+        let give_up = now + self.settings.handover_timeout;
+        self.state = State::HandingOver { handshake: SourceHandshake::AwaitingRunning, give_up };
+        vec![Action::Notify(Event::HandedOver), Action::Go(self.facts.was)]
+    }
+
+    /// A file has no return path: syncing its end mark to disk and renaming the file take the place of Go.
+    pub(super) fn complete_file(&mut self, now: Duration) -> Vec<Action> {
+        self.spent.on(Part::Handover, now);
+        self.state = State::Completing;
+        if self.settings.after == Some(After::Pause) { vec![Action::Commit] } else { vec![Action::Finish] }
+    }
+}
+
+fn warning(what: &str) -> Action {
+    Action::Notify(Event::Warning(what.into()))
+}
+
+/// The meaning of a failure for the last handshake.
+fn happening(error: MigrationError) -> Happening {
+    match error {
+        MigrationError::Lost(loss) => Happening::Lost(loss),
+        MigrationError::Silent(silence) => Happening::Lost(Loss::Silent(silence)),
+        other => Happening::Broke(other.to_string()),
+    }
+}
+
+impl From<Verdict> for End {
+    fn from(verdict: Verdict) -> Self {
+        match verdict {
+            Verdict::Completed => Self::Completed,
+            Verdict::Cancelled => Self::Cancelled(MigrationError::Cancelled),
+            Verdict::Failed(why) => Self::Failed(why.into()),
+            Verdict::Unconfirmed(why) => Self::Unconfirmed(why.into()),
+        }
+    }
+}

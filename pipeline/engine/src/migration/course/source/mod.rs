@@ -1,0 +1,437 @@
+//! The course of the source in precopy.
+//!
+//! ```text
+//!  Connecting ─▶ Arming ─▶ Measuring ─▶ Sending ─▶ Measuring ─▶ Syncing ─┬─▶ Sending (another round, a sample)
+//!                              │           ▲                             ├─▶ Draining ─▶ Syncing
+//!                              └─▶ Syncing ┘ (if hints may come)         ├─▶ Throttling ─▶ Sending
+//!                                                                        └─▶ Draining ─▶ Pausing
+//!  Pausing ─▶ Saving ─▶ Releasing ─▶ Syncing ─▶ Sending (the last round) ─▶ Digesting ─▶ Ending
+//!                                                         Ending ─┬─▶ HandingOver ─▶ Committing ─▶ HandingOver ─▶ Over
+//!                                                                 └─▶ Completing (a file) ─────────────────────▶ Over
+//! ```
+//!
+//! A deadline or the operator may pause the guest in any state before Pausing: the state completes its work, and Saving
+//! follows. Any failure, and a cancel before Go, leads to Resuming if the guest was paused, and to Over.
+//!
+//! | | |
+//! |---|---|
+//! | `rounds` | rounds while the guest runs, and what is decided between them |
+//! | `switchover` | the pause, and what the paused guest waits for |
+//! | `handover` | the last handshake, or the end of a file |
+//! | `end` | the guest is put where the result says |
+//! | `requests` | the operator changes a setting or requests the switchover |
+//! | `spent` | the parts of the downtime |
+
+mod end;
+mod handover;
+mod requests;
+mod rounds;
+mod spent;
+mod switchover;
+
+use std::time::Duration;
+
+use memferry_stages::bitmap_sync::Synced;
+use memferry_stages::scanner::{RoundScanned, ScanOrder};
+use memferry_stages::sender::Sent;
+use memferry_stages::wire::Message;
+use memferry_stages::wire::messages::RunState;
+use tokio::sync::oneshot;
+
+use super::handshake::SourceHandshake;
+use crate::change::Change;
+use crate::control::{ControlError, Request};
+use crate::controller::Controller;
+use crate::controller::forecast::{Forecast, Standing};
+use crate::events::{DowntimeParts, Event, Phase, Role};
+use crate::migration::driver::Course;
+use crate::migration::error::{Failure, MigrationError};
+use crate::settings::SourceSettings;
+pub(in crate::migration) use end::{End, Outcome};
+use rounds::{AfterSync, Drain, Next, Round};
+use spent::{Part, Spent};
+
+/// The cost of device state and handshake that the forecast assumes until they have been measured.
+const HANDOVER_GUESS: Duration = Duration::from_millis(1);
+/// The most that one request and its answer may count as: building a large machine is not part of a handover.
+const HANDOVER_MOST: Duration = Duration::from_millis(50);
+
+/// What happened at the source.
+#[derive(Debug)]
+pub(in crate::migration) enum Input {
+    /// The destination is reached and ready for pages. One request and its answer took this time.
+    Connected(Duration),
+    /// The logs are started, and the bitmap is filled.
+    Armed,
+    /// The digests of both ends would take this time.
+    Measured(Duration),
+    /// The scanner reached the end of the bitmap.
+    Scanned(RoundScanned),
+    /// A lane's mark was sent. The busiest stage has worked this long since the round began.
+    Sent(Sent, Duration),
+    /// A sync is complete. `standing` is the state after it.
+    Synced { found: Synced, standing: Standing },
+    /// This number of pages is in flight: the destination acknowledged others.
+    Acknowledged(u64),
+    /// The guest is paused.
+    Paused,
+    /// The guest is throttled as ordered, or cannot be.
+    Throttled(Result<(), MigrationError>),
+    /// The guest's device state is saved.
+    Saved,
+    /// What only one side may hold is released.
+    Released,
+    /// This end's digests are computed.
+    Digested,
+    /// The end mark is queued, and everything before it.
+    EndSent,
+    /// The page that differs, in words.
+    PageNamed(String),
+    /// Nothing here resumes the guest on its own any more.
+    Committed,
+    /// The file is complete and durable.
+    FileComplete,
+    /// The guest is where it was, or cannot be resumed.
+    Resumed(Result<(), MigrationError>),
+    /// The destination sent a message that decides something.
+    Said(Message),
+    /// A stage ended with an error, possibly the consequence of another's.
+    Broke(Failure),
+    /// The connection or a call failed, or a stage whose failure is explained.
+    Failed(MigrationError),
+    /// The operator cancelled.
+    Cancel,
+    /// The operator sent a request.
+    Asked { request: Request, standing: Standing },
+    /// An interval of time has passed. `bulk_bytes` of pages were sent so far.
+    Tick { standing: Standing, bulk_bytes: u64 },
+}
+
+/// The channel for the answer to a request.
+pub(in crate::migration) type Answer = oneshot::Sender<Result<(), ControlError>>;
+
+/// What is to be done at the source. Those with an answer are questions: see [`Course::step`].
+#[derive(Debug)]
+pub(in crate::migration) enum Action {
+    /// Report an event.
+    Notify(Event),
+    /// Find out why a stage failed: the destination's last message if it sent one, else the first failure. Answer:
+    /// [`Input::Said`] or [`Input::Failed`].
+    Explain(Failure),
+    /// Reach the destination and agree, in the background. Then: [`Input::Connected`].
+    Connect,
+    /// Start the logs and fill the bitmap. Answer: [`Input::Armed`].
+    Arm,
+    /// Measure the cost of digests. Answer: [`Input::Measured`].
+    Measure,
+    /// Start the stages, at this bandwidth.
+    StartStages(Option<u64>),
+    /// Scan. Then: [`Input::Scanned`], and [`Input::Sent`] for each lane.
+    Scan(ScanOrder),
+    /// Everything sent is stored: nothing is in flight.
+    AcknowledgeAll,
+    /// Close the window for hints, and sync. Then: [`Input::Synced`].
+    Sync { after_round: u32 },
+    /// Open the window for hints, if hints can be valid.
+    OpenHints,
+    /// Throttle the guest, and then answer the request for it. Answer: [`Input::Throttled`].
+    Throttle(u8, Option<Answer>),
+    /// Limit the bandwidth from here on.
+    SetBandwidth(Option<u64>),
+    /// Give the XBZRLE cache this number of bytes.
+    SetCache(u64),
+    /// Report a changed setting.
+    ReportChange { round: u32, from: Change, to: Change },
+    /// Answer a request.
+    Answer(Answer, Result<(), ControlError>),
+    /// Pause the guest. Answer: [`Input::Paused`].
+    Pause,
+    /// Save the device state of the paused guest. Answer: [`Input::Saved`].
+    Save,
+    /// Release what only one side may hold. Answer: [`Input::Released`].
+    Release,
+    /// Begin to compute digests. The bitmap leaves out no more pages from here on.
+    StartDigests,
+    /// Send the saved state.
+    SendState,
+    /// Wait for the digests, in the background. Then: [`Input::Digested`].
+    AwaitDigests,
+    /// Send the digests.
+    SendDigests,
+    /// Send the end mark. Answer: [`Input::EndSent`].
+    SendEnd { run_state: RunState, frames: u64 },
+    /// Find the page that differs. Answer: [`Input::PageNamed`].
+    NamePage(Message),
+    /// Make sure that nothing here resumes the guest on its own. Answer: [`Input::Committed`].
+    Commit,
+    /// Hand Go to the transport.
+    Go(RunState),
+    /// Complete the file. Then: [`Input::FileComplete`].
+    Finish,
+    /// No hint counts from here on.
+    CloseHints,
+    /// The guest is not throttled any more.
+    LiftThrottle,
+    /// Put the guest where it was. Answer: [`Input::Resumed`].
+    Resume { reacquire: bool, run: bool },
+    /// The guest may run elsewhere: nothing here needs to guard it.
+    Moved,
+}
+
+/// The facts of a migration that do not change.
+#[derive(Clone, Copy, Debug)]
+pub(in crate::migration) struct Facts {
+    /// Did the guest run before the migration?
+    pub(in crate::migration) was: RunState,
+    /// Does the transport carry the destination's answers? Where it does not, it stores the stream.
+    pub(in crate::migration) return_path: bool,
+    /// May the guest give hints?
+    pub(in crate::migration) hints: bool,
+    /// Bytes of a page.
+    pub(in crate::migration) page_bytes: u64,
+}
+
+/// The state, with its data.
+#[derive(Debug)]
+enum State {
+    Connecting,
+    Arming,
+    Measuring(Next),
+    Sending(Round),
+    Syncing(AfterSync),
+    Draining(Drain),
+    Throttling,
+    Pausing,
+    Saving,
+    Releasing,
+    Digesting,
+    Ending,
+    HandingOver { handshake: SourceHandshake, give_up: Duration },
+    Committing,
+    Completing,
+    Resuming(End),
+    Over(Box<Outcome>),
+}
+
+/// What the migration has done to the guest.
+#[derive(Clone, Copy, Debug, Default)]
+struct Done {
+    paused: bool,
+    released: bool,
+    throttled: bool,
+}
+
+/// See the [module](self).
+#[derive(Debug)]
+pub(in crate::migration) struct SourceCourse {
+    settings: SourceSettings,
+    facts: Facts,
+    controller: Controller,
+    state: State,
+    done: Done,
+    spent: Spent,
+    downtime: Option<Duration>,
+    /// The forecast on which the controller decided to switch over.
+    forecast: Option<Forecast>,
+    round: u32,
+    /// Frames of pages sent in complete rounds.
+    frames: u64,
+    verified: Option<bool>,
+    differing_page: Option<String>,
+}
+
+impl SourceCourse {
+    pub(in crate::migration) fn new(settings: SourceSettings, facts: Facts) -> Self {
+        let mut controller = Controller::new(&settings, facts.page_bytes);
+        controller.fixed().handover = HANDOVER_GUESS;
+        Self {
+            settings,
+            facts,
+            controller,
+            state: State::Connecting,
+            done: Done::default(),
+            spent: Spent::default(),
+            downtime: None,
+            forecast: None,
+            round: 0,
+            frames: 0,
+            verified: None,
+            differing_page: None,
+        }
+    }
+
+    /// The settings in force.
+    pub(in crate::migration) fn settings(&self) -> &SourceSettings {
+        &self.settings
+    }
+
+    pub(in crate::migration) fn controller(&self) -> &Controller {
+        &self.controller
+    }
+
+    /// Is the guest paused by the migration?
+    pub(in crate::migration) fn is_paused(&self) -> bool {
+        self.done.paused
+    }
+
+    /// The round that is sent, or was sent last; 0 before the first.
+    pub(in crate::migration) fn round(&self) -> u32 {
+        self.round
+    }
+
+    /// Were the digests found equal? `None` if they were not compared.
+    pub(in crate::migration) fn verified(&self) -> Option<bool> {
+        self.verified
+    }
+
+    pub(in crate::migration) fn forecast(&self) -> Option<Forecast> {
+        self.forecast
+    }
+
+    /// The downtime, once it is over.
+    pub(in crate::migration) fn downtime(&self) -> Option<Duration> {
+        self.downtime
+    }
+
+    pub(in crate::migration) fn parts(&self) -> DowntimeParts {
+        self.spent.parts()
+    }
+
+    /// The outcome, once the course is over.
+    pub(in crate::migration) fn outcome(&self) -> Option<&Outcome> {
+        match &self.state {
+            State::Over(outcome) => Some(outcome),
+            _ => None,
+        }
+    }
+
+    /// The outcome. With a mistake the course did not end by itself: what was done to the guest is not undone then.
+    pub(in crate::migration) fn into_outcome(self, mistake: Option<MigrationError>) -> Outcome {
+        match (self.state, mistake) {
+            (State::Over(outcome), _) => *outcome,
+            (State::HandingOver { handshake: SourceHandshake::AwaitingRunning, .. }, Some(mistake)) => {
+                Outcome { end: End::Unconfirmed(mistake), resume_error: None, stays_paused: true }
+            }
+            (state, mistake) => {
+                let what = format!("the course ended as {state:?}");
+                let cause = MigrationError::Mistake(what);
+                Outcome { end: End::Failed(cause), resume_error: mistake.filter(|_| self.done.paused), stays_paused: false }
+            }
+        }
+    }
+}
+
+impl Course for SourceCourse {
+    type Input = Input;
+    type Action = Action;
+
+    fn begin(&mut self) -> Vec<Action> {
+        vec![Action::Notify(Event::Phase(Phase::Setup)), Action::Connect]
+    }
+
+    fn failed(error: MigrationError) -> Input {
+        Input::Failed(error)
+    }
+
+    fn step(&mut self, input: Input, now: Duration) -> Vec<Action> {
+        if let Input::Broke(failure) = input {
+            return vec![Action::Explain(failure)];
+        }
+        if matches!(self.state, State::HandingOver { .. } | State::Committing | State::Completing) {
+            return self.handing_over(input, now);
+        }
+        match (input, &mut self.state) {
+            (_, State::Over(_)) => Vec::new(),
+            (Input::Failed(error), State::Resuming(_)) => self.resumed(Err(error), now),
+            (Input::Cancel, _) => self.end(End::Cancelled(MigrationError::Cancelled), now),
+            (Input::Failed(error), _) => self.fail(error, now),
+            (Input::Said(message), _) => self.fail(unwelcome(message), now),
+            (Input::Asked { request, standing }, _) => self.asked(request, standing, now),
+            (Input::Tick { standing, bulk_bytes }, _) => self.tick(standing, bulk_bytes, now),
+            (Input::Paused, _) => self.paused(now),
+            (Input::Throttled(result), _) => self.throttled(result, now),
+            (Input::Acknowledged(in_flight), State::Draining(_)) => self.drained(in_flight, now),
+            (Input::Acknowledged(_), _) => Vec::new(),
+            (Input::Connected(answered_in), State::Connecting) => self.connected(answered_in),
+            (Input::Armed, State::Arming) => self.armed(now),
+            (Input::Measured(time), State::Measuring(next)) => {
+                self.controller.fixed().verify = time;
+                let next = *next;
+                self.proceed(next, now)
+            }
+            (Input::Scanned(scanned), State::Sending(round)) => {
+                round.is_scanned = true;
+                let mut actions = vec![Action::Notify(Event::RoundScanned { round: scanned.round })];
+                actions.extend(self.round_complete(Duration::ZERO, now));
+                actions
+            }
+            (Input::Sent(sent, work), State::Sending(round)) => {
+                round.note(sent);
+                self.round_complete(work, now)
+            }
+            (Input::Synced { found, standing }, State::Syncing(then)) => {
+                let then = *then;
+                self.synced(found, standing, then, now)
+            }
+            (Input::Saved, State::Saving) => self.saved(),
+            (Input::Released, State::Releasing) => self.sync(AfterSync::LastRound, now),
+            (Input::Digested, State::Digesting) => self.digested(),
+            (Input::EndSent, State::Ending) => self.end_sent(now),
+            (Input::Resumed(result), State::Resuming(_)) => self.resumed(result, now),
+            (input, state) => {
+                let what = format!("{input:?} where the source is {state:?}");
+                self.fail(MigrationError::Mistake(what), now)
+            }
+        }
+    }
+
+    fn wake(&mut self, now: Duration) -> Vec<Action> {
+        match self.state {
+            State::Draining(drain) => self.proceed(drain.next, now),
+            State::HandingOver { .. } => self.handover_timed_out(now),
+            _ => Vec::new(),
+        }
+    }
+
+    fn wakes_at(&self) -> Option<Duration> {
+        match &self.state {
+            State::Draining(drain) => Some(drain.give_up),
+            State::HandingOver { give_up, .. } => Some(*give_up),
+            _ => None,
+        }
+    }
+
+    fn is_over(&self) -> bool {
+        matches!(self.state, State::Over(_))
+    }
+}
+
+impl SourceCourse {
+    fn connected(&mut self, answered_in: Duration) -> Vec<Action> {
+        // The handover takes two one-way trips, as this request and its answer do.
+        let fixed = self.controller.fixed();
+        fixed.handover = fixed.handover.max(answered_in.min(HANDOVER_MOST));
+        self.state = State::Arming;
+        vec![Action::Arm]
+    }
+
+    fn armed(&mut self, now: Duration) -> Vec<Action> {
+        self.controller.armed(now);
+        self.measure(Next::FirstRound, now)
+    }
+
+    /// Reports a phase.
+    fn phase(phase: Phase) -> Action {
+        Action::Notify(Event::Phase(phase))
+    }
+}
+
+/// Why a message of the destination that is expected only in the last handshake ends the migration.
+fn unwelcome(message: Message) -> MigrationError {
+    let peer = Role::Destination;
+    match message {
+        Message::Refused(why) => MigrationError::Refused { peer, why },
+        Message::Abort(why) => MigrationError::GivenUp { peer, why },
+        other => MigrationError::Protocol(format!("{} came out of turn", other.kind().name())),
+    }
+}

@@ -1,0 +1,286 @@
+//! Rounds while the guest runs: scan, measure, sync, decide.
+
+use std::time::Duration;
+
+use memferry_stages::bitmap_sync::Synced;
+use memferry_stages::scanner::ScanOrder;
+use memferry_stages::sender::Sent;
+use memferry_stages::tally::RoundTally;
+
+use super::{Action, Answer, End, Part, SourceCourse, State};
+use crate::controller::forecast::Standing;
+use crate::controller::{Decided, Decision};
+use crate::events::{Event, Phase};
+use crate::migration::error::MigrationError;
+
+/// A destination that has acknowledged nothing for this time is not waited for: it may acknowledge only at the end.
+const PATIENCE: Duration = Duration::from_millis(500);
+
+/// What follows a measurement or a drain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Next {
+    /// The stages are started, and the first round is sent.
+    FirstRound,
+    /// A sync, and a decision.
+    Decide,
+    /// The guest is paused.
+    Pause,
+}
+
+/// What follows a sync.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum AfterSync {
+    /// The first round, which hints may make smaller.
+    FirstRound,
+    /// A decision.
+    Decide,
+    /// The last round, of a paused guest.
+    LastRound,
+}
+
+/// A round that is sent.
+#[derive(Debug)]
+pub(super) struct Round {
+    began: Duration,
+    pub(super) is_scanned: bool,
+    lanes_left: u16,
+    tally: RoundTally,
+    /// How long the busiest stage has worked on it.
+    work: Duration,
+    /// Since when none of it was sent on the wire, and the bytes sent by then.
+    quiet_since: Duration,
+    bulk_bytes: u64,
+}
+
+impl Round {
+    /// Counts a lane's mark. The lanes may complete a small round before the scanner reports its end.
+    pub(super) fn note(&mut self, sent: Sent) {
+        match sent {
+            Sent::RoundComplete { tally, .. } => {
+                self.tally += tally;
+                self.lanes_left -= u16::from(!self.tally.last);
+            }
+            Sent::Switchover { .. } => self.lanes_left -= 1,
+        }
+    }
+}
+
+/// Pages in flight are waited for while the guest runs.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Drain {
+    /// The fewest pages that were in flight.
+    left: u64,
+    /// The wait ends here if nothing arrives before.
+    pub(super) give_up: Duration,
+    /// The wait ends here in any case.
+    end: Option<Duration>,
+    pub(super) next: Next,
+}
+
+impl SourceCourse {
+    pub(super) fn proceed(&mut self, next: Next, now: Duration) -> Vec<Action> {
+        match next {
+            Next::FirstRound => self.first_round(now),
+            Next::Decide => self.sync(AfterSync::Decide, now),
+            Next::Pause => self.pause(now),
+        }
+    }
+
+    /// Measures the cost of digests before each decision, because other load on the machine varies. A paused guest has
+    /// no decision to wait for.
+    pub(super) fn measure(&mut self, next: Next, now: Duration) -> Vec<Action> {
+        if !self.settings.verify {
+            return self.proceed(next, now);
+        }
+        self.state = State::Measuring(next);
+        vec![Action::Measure]
+    }
+
+    fn first_round(&mut self, now: Duration) -> Vec<Action> {
+        let mut actions = vec![Action::StartStages(self.bandwidth()), Self::phase(Phase::Active)];
+        // Hints may arrive in the first round already; after it they follow a sync.
+        actions.extend(if self.facts.hints {
+            self.sync(AfterSync::FirstRound, now)
+        } else {
+            self.scan(ScanOrder::all(1, false), now)
+        });
+        actions
+    }
+
+    /// One round: all dirty pages, or a sample of them, until the last byte is handed to the transport.
+    pub(super) fn scan(&mut self, order: ScanOrder, now: Duration) -> Vec<Action> {
+        self.round = order.round;
+        self.spent.on(Part::Transfer, now);
+        self.state = State::Sending(Round {
+            began: now,
+            is_scanned: false,
+            lanes_left: self.settings.lanes,
+            tally: RoundTally::new(order.round, order.last),
+            work: Duration::ZERO,
+            quiet_since: now,
+            bulk_bytes: 0,
+        });
+        vec![Action::Scan(order)]
+    }
+
+    /// Ends the round once it is scanned and every lane has sent it.
+    pub(super) fn round_complete(&mut self, work: Duration, now: Duration) -> Vec<Action> {
+        let State::Sending(round) = &mut self.state else { return Vec::new() };
+        round.work = round.work.max(work);
+        if !round.is_scanned || round.lanes_left > 0 {
+            return Vec::new();
+        }
+        let (tally, duration) = (round.tally, now.saturating_sub(round.began));
+        self.frames += tally.batches;
+        self.controller.round(&tally, duration, round.work);
+        let mut actions = Vec::new();
+        if !self.facts.return_path {
+            // Written and flushed: without a return path this is the only acknowledgement.
+            actions.push(Action::AcknowledgeAll);
+        }
+        actions.push(Action::Notify(Event::RoundSent { tally, duration }));
+        actions.extend(match (tally.last, self.done.paused) {
+            (true, _) => self.last_round_sent(now),
+            (false, true) => self.save(now),
+            (false, false) => self.measure(Next::Decide, now),
+        });
+        actions
+    }
+
+    pub(super) fn sync(&mut self, then: AfterSync, now: Duration) -> Vec<Action> {
+        self.spent.on(Part::Sync, now);
+        self.state = State::Syncing(then);
+        vec![Action::Sync { after_round: self.round }]
+    }
+
+    pub(super) fn synced(&mut self, found: Synced, standing: Standing, then: AfterSync, now: Duration) -> Vec<Action> {
+        let Synced { after_round, dirty_pages, duration } = found;
+        self.controller.fixed().sync = duration;
+        let mut actions = vec![Action::Notify(Event::Synced { after_round, dirty_pages, duration })];
+        if self.facts.hints {
+            actions.push(Action::OpenHints);
+        }
+        actions.extend(match then {
+            AfterSync::LastRound => self.last_round(now),
+            _ if self.done.paused => self.save(now),
+            AfterSync::FirstRound => {
+                self.controller.armed(now);
+                self.scan(ScanOrder::all(1, false), now)
+            }
+            AfterSync::Decide => self.decide(&standing, now),
+        });
+        actions
+    }
+
+    fn decide(&mut self, standing: &Standing, now: Duration) -> Vec<Action> {
+        let decided = self.controller.synced(&Standing { elapsed: now, ..*standing });
+        let mut actions = self.report(&decided);
+        let round = self.round + 1;
+        actions.extend(match decided.decision {
+            Decision::AnotherRound | Decision::RaiseLimit(_) => self.scan(ScanOrder::all(round, false), now),
+            Decision::Sample(pages) => self.scan(ScanOrder::sample(round, pages), now),
+            Decision::Drain => self.drain(None, Next::Decide, standing.in_flight_pages, now),
+            Decision::Throttle(percent) => {
+                self.state = State::Throttling;
+                vec![self.throttle(percent, None)]
+            }
+            // If another reason than the limit decided, the backlog has not been waited for yet, and the switchover may
+            // be urgent.
+            Decision::SwitchOver => {
+                self.drain(Some(self.controller.downtime_limit()), Next::Pause, standing.in_flight_pages, now)
+            }
+            Decision::GiveUp => self.end(End::Cancelled(MigrationError::GaveUp(Box::new(decided))), now),
+        });
+        actions
+    }
+
+    /// Reports a decision, and stores the forecast that a switchover rests on.
+    pub(super) fn report(&mut self, decided: &Decided) -> Vec<Action> {
+        if decided.decision == Decision::SwitchOver {
+            self.forecast = decided.forecast;
+        }
+        vec![Action::Notify(Event::Decided(decided.clone()))]
+    }
+
+    pub(super) fn throttle(&mut self, percent: u8, request: Option<Answer>) -> Action {
+        self.done.throttled = true;
+        Action::Throttle(percent, request)
+    }
+
+    /// If the guest cannot be throttled, it runs at full speed, and the controller continues without this step.
+    pub(super) fn throttled(&mut self, result: Result<(), MigrationError>, now: Duration) -> Vec<Action> {
+        let mut actions = Vec::new();
+        if let Err(error) = result {
+            self.controller.cannot_throttle();
+            actions.push(Action::Notify(Event::Warning(error.to_string())));
+        }
+        if matches!(self.state, State::Throttling) {
+            actions.extend(self.scan(ScanOrder::all(self.round + 1, false), now));
+        }
+        actions
+    }
+
+    /// Waits until the backlog is down to a small share of the downtime limit, before the guest is paused. It waits
+    /// while anything arrives, and no longer than `at_most`.
+    fn drain(&mut self, at_most: Option<Duration>, next: Next, in_flight: u64, now: Duration) -> Vec<Action> {
+        if !self.facts.return_path {
+            return self.proceed(next, now);
+        }
+        let end = at_most.and_then(|most| now.checked_add(most));
+        self.state = State::Draining(Drain { left: u64::MAX, give_up: now, end, next });
+        self.drained(in_flight, now)
+    }
+
+    /// This number of pages is still in flight.
+    pub(super) fn drained(&mut self, in_flight: u64, now: Duration) -> Vec<Action> {
+        let enough = self.controller.backlog_pages();
+        let State::Draining(drain) = &mut self.state else { return Vec::new() };
+        if in_flight <= enough {
+            let next = drain.next;
+            return self.proceed(next, now);
+        }
+        if in_flight < drain.left {
+            let patience = now + PATIENCE;
+            drain.left = in_flight;
+            drain.give_up = drain.end.map_or(patience, |end| patience.min(end));
+        }
+        Vec::new()
+    }
+
+    pub(super) fn tick(&mut self, standing: Standing, bulk_bytes: u64, now: Duration) -> Vec<Action> {
+        if let Some(why) = self.stands_still(bulk_bytes, now) {
+            return self.fail(MigrationError::TimedOut(why), now);
+        }
+        let within_deadline = self.check_deadline(&Standing { elapsed: now, ..standing }, now);
+        if within_deadline.is_empty() { self.drained(standing.in_flight_pages, now) } else { within_deadline }
+    }
+
+    /// A destination that accepts no more data would block a round, and perhaps a paused guest, forever. Heartbeats may
+    /// continue meanwhile, on another connection.
+    fn stands_still(&mut self, bulk_bytes: u64, now: Duration) -> Option<String> {
+        let State::Sending(round) = &mut self.state else { return None };
+        if round.bulk_bytes != bulk_bytes {
+            round.bulk_bytes = bulk_bytes;
+            round.quiet_since = now;
+        }
+        let limit = self.settings.handover_timeout;
+        (now.saturating_sub(round.quiet_since) >= limit)
+            .then(|| format!("the destination has taken nothing for {limit:.1?}"))
+    }
+
+    /// The deadline may end the rounds in the middle of one. Then the migration ends at once, or the guest is paused at
+    /// once and the rest of the round is sent without it.
+    fn check_deadline(&mut self, standing: &Standing, now: Duration) -> Vec<Action> {
+        let is_set_up = !matches!(self.state, State::Connecting | State::Arming);
+        if self.done.paused || !is_set_up {
+            return Vec::new();
+        }
+        let Some(decided) = self.controller.tick(standing) else { return Vec::new() };
+        let mut actions = self.report(&decided);
+        actions.extend(match decided.decision {
+            Decision::GiveUp => self.end(End::Cancelled(MigrationError::GaveUp(Box::new(decided))), now),
+            _ => self.pause_at_once(now),
+        });
+        actions
+    }
+}

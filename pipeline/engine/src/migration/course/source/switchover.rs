@@ -1,0 +1,109 @@
+//! Switchover: the guest is paused, and the rest is sent.
+
+use std::time::Duration;
+
+use memferry_stages::scanner::ScanOrder;
+use memferry_stages::wire::messages::RunState;
+
+use super::{Action, Part, SourceCourse, State};
+use crate::events::{Event, Phase};
+use crate::migration::course::handshake::SourceHandshake;
+use crate::settings::SwitchoverBandwidth;
+
+impl SourceCourse {
+    /// The rounds are over: the guest is paused.
+    pub(super) fn pause(&mut self, now: Duration) -> Vec<Action> {
+        self.state = State::Pausing;
+        self.pause_at_once(now)
+    }
+
+    /// The guest is paused whatever the state is, which then completes its work. From here on it counts as paused: a
+    /// pause that fails is followed by a resume.
+    pub(super) fn pause_at_once(&mut self, now: Duration) -> Vec<Action> {
+        self.done.paused = true;
+        self.spent.paused(now);
+        let mut actions = vec![Self::phase(Phase::Switchover)];
+        match self.facts.was {
+            RunState::Running => actions.push(Action::Pause),
+            // Its operator has paused it.
+            RunState::Paused => actions.extend(self.paused(now)),
+        }
+        actions
+    }
+
+    /// The guest is paused, and the pages it waits for have a bandwidth limit of their own.
+    pub(super) fn paused(&mut self, now: Duration) -> Vec<Action> {
+        let mut actions = vec![Action::SetBandwidth(self.bandwidth()), Action::Notify(Event::Paused)];
+        if matches!(self.state, State::Pausing | State::Draining(_)) {
+            actions.extend(self.save(now));
+        }
+        actions
+    }
+
+    /// The limit in force at this moment, in bytes a second on the wire.
+    pub(super) fn bandwidth(&self) -> Option<u64> {
+        match self.settings.switchover_bandwidth {
+            _ if !self.done.paused => self.settings.max_bandwidth,
+            SwitchoverBandwidth::AsRounds => self.settings.max_bandwidth,
+            SwitchoverBandwidth::Unlimited => None,
+            SwitchoverBandwidth::AtMost(most) => Some(most),
+        }
+    }
+
+    pub(super) fn save(&mut self, now: Duration) -> Vec<Action> {
+        self.spent.on(Part::State, now);
+        self.state = State::Saving;
+        vec![Action::Save]
+    }
+
+    /// From here on the guest may have released what only one side may hold.
+    pub(super) fn saved(&mut self) -> Vec<Action> {
+        self.done.released = true;
+        self.state = State::Releasing;
+        vec![Action::Release]
+    }
+
+    /// The last sync is complete: from here on bits leave the bitmap only when pages are sent.
+    pub(super) fn last_round(&mut self, now: Duration) -> Vec<Action> {
+        let mut actions = Vec::new();
+        if self.settings.verify {
+            actions.push(Action::StartDigests);
+        }
+        self.spent.on(Part::State, now);
+        actions.push(Action::SendState);
+        actions.extend(self.scan(ScanOrder::all(self.round + 1, true), now));
+        actions
+    }
+
+    pub(super) fn last_round_sent(&mut self, now: Duration) -> Vec<Action> {
+        if !self.settings.verify {
+            return self.send_end();
+        }
+        self.spent.on(Part::Verify, now);
+        self.state = State::Digesting;
+        vec![Action::AwaitDigests]
+    }
+
+    pub(super) fn digested(&mut self) -> Vec<Action> {
+        let mut actions = vec![Action::SendDigests];
+        actions.extend(self.send_end());
+        actions
+    }
+
+    fn send_end(&mut self) -> Vec<Action> {
+        self.state = State::Ending;
+        vec![Action::SendEnd { run_state: self.facts.was, frames: self.frames }]
+    }
+
+    pub(super) fn end_sent(&mut self, now: Duration) -> Vec<Action> {
+        if !self.facts.return_path {
+            return self.complete_file(now);
+        }
+        // The destination's work since the last byte was sent: load it, and compare digests if they are required.
+        self.spent.on(if self.settings.verify { Part::Verify } else { Part::Transfer }, now);
+        let handshake = SourceHandshake::AwaitingLoaded { verify: self.settings.verify };
+        self.state = State::HandingOver { handshake, give_up: now + self.settings.handover_timeout };
+        Vec::new()
+    }
+}
+

@@ -1,0 +1,244 @@
+//! The destination's world: inputs are awaited, actions performed.
+
+use std::time::Duration;
+
+use memferry_stages::loader::Loaded;
+use memferry_stages::wire::Message;
+use memferry_stages::wire::messages::RunState;
+
+use super::flow::Signal;
+use super::setup::Ready;
+use super::verify::{Comparison, describe, page_hashes};
+use super::{Attempt, Destination};
+use crate::events::Event;
+use crate::guest::GuestState;
+use crate::migration::alive::silenced;
+use crate::migration::course::destination::{Action, Agreed, DestinationCourse, Input};
+use crate::migration::driver::World;
+use crate::migration::error::{Failure, MigrationError, guarded};
+use crate::migration::session::Session;
+use crate::migration::state::Assembly;
+use crate::migration::{asked, blocking, digests};
+
+/// What an attempt reports.
+enum Happened {
+    Gathered(Result<Session, MigrationError>),
+    Ready(Result<Ready, MigrationError>),
+    Failed(MigrationError),
+    Signal(Signal),
+}
+
+impl Attempt<'_> {
+    /// Safe to race in a `select!`.
+    async fn next(&mut self) -> Happened {
+        match self {
+            Self::Gathering(gathering) => Happened::Gathered(gathering.await),
+            Self::Agreeing(agreeing, answers) => tokio::select! {
+                biased;
+                ready = agreeing => Happened::Ready(ready),
+                silence = silenced(answers.as_ref().map(|answers| &answers.alive)) => {
+                    Happened::Failed(MigrationError::Silent(silence))
+                }
+            },
+            Self::Running(flow) => Happened::Signal(flow.next().await),
+            Self::None | Self::Gathered(_) | Self::Ready(..) => std::future::pending().await,
+        }
+    }
+}
+
+impl World<DestinationCourse> for Destination<'_> {
+    fn now(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    async fn next(&mut self, course: &DestinationCourse) -> Input {
+        loop {
+            let Self { cancel, attempt, comparison, .. } = self;
+            let happened = tokio::select! {
+                biased;
+                () = cancel.cancelled() => return Input::Cancel,
+                happened = attempt.next() => happened,
+                equal = comparison.next() => {
+                    return equal.map_or_else(Input::Failed, |equal| Input::Compared { equal });
+                }
+            };
+            let input = match happened {
+                Happened::Gathered(Ok(session)) => {
+                    self.attempt = Attempt::Gathered(Box::new(session));
+                    Some(Input::Gathered)
+                }
+                Happened::Ready(Ok(ready)) => Some(self.ready(ready)),
+                Happened::Gathered(Err(error)) | Happened::Ready(Err(error)) => Some(self.not_ready(error)),
+                Happened::Failed(error) => Some(Input::Failed(error)),
+                Happened::Signal(signal) => self.input(signal, course).unwrap_or_else(|error| Some(Input::Failed(error))),
+            };
+            if let Some(input) = input {
+                return input;
+            }
+        }
+    }
+
+    async fn perform(&mut self, action: Action, course: &DestinationCourse) -> Option<Input> {
+        // A panic in the guest's code is a failure like any other.
+        guarded(self.act(action, course)).await.unwrap_or_else(|error| Some(Input::Failed(error)))
+    }
+}
+
+impl Destination<'_> {
+    fn ready(&mut self, ready: Ready) -> Input {
+        let Attempt::Agreeing(_, answers) = std::mem::replace(&mut self.attempt, Attempt::None) else {
+            unreachable!("only an agreement makes it ready");
+        };
+        self.state_room = ready.room;
+        let agreed = Agreed {
+            lanes: ready.session.hello.lanes,
+            verify: ready.session.features.verify,
+            return_path: answers.is_some(),
+        };
+        self.attempt = Attempt::Ready(Box::new(ready), answers);
+        Input::Agreed(agreed)
+    }
+
+    /// The return path stays: the source is notified.
+    fn not_ready(&mut self, error: MigrationError) -> Input {
+        self.attempt = match std::mem::replace(&mut self.attempt, Attempt::None) {
+            Attempt::Agreeing(_, answers) => Attempt::Agreeing(Box::pin(std::future::pending()), answers),
+            _ => Attempt::None,
+        };
+        Input::Failed(error)
+    }
+
+    /// The input for a signal, if the course needs it.
+    fn input(&mut self, signal: Signal, course: &DestinationCourse) -> Result<Option<Input>, MigrationError> {
+        let Attempt::Running(flow) = &mut self.attempt else { return Ok(None) };
+        Ok(match signal {
+            Signal::Said(Message::State(chunk)) if course.is_loading() => {
+                if let Some(device) = &mut flow.arrived.device {
+                    device.add(chunk)?;
+                    self.state_room = device.room();
+                }
+                None
+            }
+            Signal::Said(Message::Digests { block, first, stretches }) if course.is_loading() => {
+                flow.arrived.digests.add(block, first, stretches)?;
+                None
+            }
+            Signal::Said(message) => Some(Input::Said(message)),
+            Signal::Loaded(Loaded::RoundComplete { tally, .. }) => {
+                if let Some(event) = flow.rates.loaded(tally, flow.graph.progress.len()) {
+                    self.observers.tell(&event);
+                    // The source is about to decide, and counts on what it believes to be in flight.
+                    flow.report()?;
+                }
+                None
+            }
+            Signal::Loaded(Loaded::Switchover { .. }) => Some(Input::LaneOver { frames: flow.loaded_frames() }),
+            Signal::StreamEnded => Some(Input::StreamEnded),
+            Signal::Broke(failure) => Some(Input::Broke(failure)),
+            Signal::Silent(silence) => Some(Input::Failed(MigrationError::Silent(silence))),
+            Signal::Tick => {
+                if course.is_loading() {
+                    flow.acknowledge()?;
+                }
+                self.watch_progress();
+                None
+            }
+        })
+    }
+
+    async fn act(&mut self, action: Action, course: &DestinationCourse) -> Result<Option<Input>, MigrationError> {
+        Ok(match action {
+            Action::Notify(event) => {
+                self.observers.tell(&event);
+                None
+            }
+            Action::Gather => {
+                let listener = self.listener.take().expect("connections are gathered once");
+                self.attempt = Attempt::Gathering(self.gather(listener));
+                None
+            }
+            Action::Agree => {
+                let (Attempt::Gathered(session), Some(build)) =
+                    (std::mem::replace(&mut self.attempt, Attempt::None), self.build.take())
+                else {
+                    unreachable!("what is gathered is agreed on, once");
+                };
+                self.agree(*session, build);
+                None
+            }
+            Action::StartStages => {
+                match std::mem::replace(&mut self.attempt, Attempt::None) {
+                    Attempt::Ready(ready, answers) => self.start_stages(*ready, answers),
+                    _ => unreachable!("stages start when both ends have agreed"),
+                }
+                None
+            }
+            Action::Prepare => {
+                self.prepare().await?;
+                Some(Input::Prepared)
+            }
+            Action::Start(run_state) => Some(Input::Started(self.start(run_state).await)),
+            Action::Explain(failure) => Some(Input::Failed(self.explain(failure).await)),
+            Action::StartDigests => {
+                let built = self.built.as_ref().expect("what is loaded was built");
+                self.comparison = Comparison::Started(digests::start(&built.memory, built.out_for_good.clone()));
+                None
+            }
+            Action::Compare => {
+                let built = self.built.as_ref().expect("what is loaded was built");
+                let theirs = self.attempt.running()?.arrived.digests.clone();
+                self.comparison.compare(&built.memory, theirs);
+                None
+            }
+            Action::NameStretch => return Err(self.name_stretch().await?),
+            Action::Report => {
+                self.attempt.running()?.report()?;
+                None
+            }
+            Action::Say(message) => {
+                let said = self.attempt.running()?.say(&message).await;
+                if course.start_begun() && said.is_err() {
+                    let what = "the source could not be told that the guest was started here";
+                    self.observers.tell(&Event::Warning(what.into()));
+                    return Ok(None);
+                }
+                said?;
+                None
+            }
+        })
+    }
+
+    /// Sends the page hashes of the stretch that differs. Returns the error that names the stretch.
+    async fn name_stretch(&mut self) -> Result<MigrationError, MigrationError> {
+        let (Some(built), &Comparison::Differs(stretch)) = (&self.built, &self.comparison) else {
+            return Ok(MigrationError::Differs("a stretch".into()));
+        };
+        let flow = self.attempt.running()?;
+        if flow.graph.answer.is_some() {
+            let hashes = page_hashes(&built.memory, flow.arrived.digests.left_out().clone(), stretch).await?;
+            flow.say(&hashes).await?;
+        }
+        Ok(describe(&built.memory, stretch))
+    }
+
+    /// Everything is loaded: applies the device state to the guest.
+    async fn prepare(&mut self) -> Result<(), MigrationError> {
+        let guest = self.built.as_ref().expect("what is loaded was built").guest.clone();
+        let device = self.attempt.running()?.arrived.device.take();
+        let device = device.map_or_else(|| Ok(GuestState::default()), Assembly::finish)?;
+        Ok(blocking(move || guest.prepare(&device)).await?)
+    }
+
+    async fn start(&mut self, run_state: RunState) -> Result<(), MigrationError> {
+        let guest = self.built.as_ref().expect("what is prepared was built").guest.clone();
+        asked(move || guest.start(run_state)).await
+    }
+
+    /// The failure that came first in time.
+    async fn explain(&mut self, failure: Failure) -> MigrationError {
+        match &mut self.attempt {
+            Attempt::Running(flow) => MigrationError::Stage(flow.graph.stages.root_cause(failure).await),
+            _ => MigrationError::Stage(failure),
+        }
+    }
+}

@@ -1,0 +1,173 @@
+//! Pages that do not travel: the order in which clearers are notified, and when their hints count.
+//!
+//! Only this module notifies [clearers](crate::guest::clearer), and opens and closes the window for hints.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use memferry_stages::bitmap::DirtyBitmap;
+use memferry_stages::clears::{Clears, OutForGood, Spared};
+use memferry_stages::dirty_log::{DirtyLog, LogCall};
+use memferry_stages::geometry::Layout;
+use memferry_stages::memory::GuestMemory;
+
+use crate::events::{Event, Observers};
+use crate::guest::GuestError;
+use crate::guest::clearer::{Clearer, Point};
+use crate::migration::error::MigrationError;
+use crate::migration::out_for_good::out_for_good;
+use crate::migration::{asked, blocking};
+use crate::settings::After;
+
+/// The clearers of a guest, and what they have cleared.
+pub(super) struct Hints {
+    clearers: Vec<Arc<dyn Clearer>>,
+    /// How many of them were notified of Setup.
+    set_up: usize,
+    /// Are there blocks that are never sent?
+    has_ignored: bool,
+    /// Pages that never travel, once the clearers have been asked.
+    excluded: Vec<(OutForGood, u32, Range<u64>)>,
+    /// Set once the logs are armed, if there can be pages that do not travel.
+    clears: Option<Arc<Clears>>,
+}
+
+impl Hints {
+    pub(super) fn new(clearers: Vec<Arc<dyn Clearer>>, memory: &GuestMemory) -> Self {
+        let has_ignored = memory.layout().blocks().iter().any(|block| block.ignored);
+        Self { clearers, set_up: 0, has_ignored, excluded: Vec::new(), clears: None }
+    }
+
+    /// Is anybody to be notified?
+    pub(super) fn may_come(&self) -> bool {
+        !self.clearers.is_empty()
+    }
+
+    /// Can there be pages that do not travel?
+    pub(super) fn may_leave_out(&self) -> bool {
+        self.may_come() || self.has_ignored
+    }
+
+    /// Pages that never travel.
+    pub(super) fn excluded(&self) -> Vec<(OutForGood, u32, Range<u64>)> {
+        self.excluded.clone()
+    }
+
+    pub(super) fn clears(&self) -> Option<Arc<Clears>> {
+        self.clears.clone()
+    }
+
+    /// Notified before the logs are armed: unplugged pages stay unplugged from here on.
+    pub(super) async fn set_up(&mut self, layout: &Layout, after: Option<After>) -> Result<(), MigrationError> {
+        refuse_torn_snapshot(layout, after)?;
+        let mut unplugged = Vec::new();
+        for clearer in self.clearers.clone() {
+            // A clearer that fails here is notified of the end too.
+            self.set_up += 1;
+            unplugged.extend(blocking(move || clearer.reached(&Point::Setup).map(|()| clearer.unplugged())).await?);
+        }
+        self.excluded = out_for_good(layout, unplugged)?;
+        Ok(())
+    }
+
+    pub(super) fn armed(&mut self, clears: Option<Arc<Clears>>) {
+        self.clears = clears;
+    }
+
+    /// Pages that were not sent, by reason.
+    pub(super) fn spared(&self) -> Spared {
+        self.clears.as_ref().map_or_else(Spared::default, |clears| clears.spared())
+    }
+
+    /// Reports the pages that were not sent, if there are any.
+    pub(super) fn report(&self, observers: &Observers) {
+        let spared = self.spared();
+        if spared != Spared::default() {
+            observers.tell(&Event::Spared(spared));
+        }
+    }
+
+    /// Notifies every clearer that was notified of Setup. A failure is a warning: nothing depends on a hint.
+    pub(super) async fn reach(&self, point: Point, observers: &Observers) {
+        for clearer in &self.clearers[..self.set_up] {
+            let (clearer, point) = (clearer.clone(), point.clone());
+            if let Err(error) = asked(move || clearer.reached(&point)).await {
+                observers.tell(&Event::Warning(error.to_string()));
+            }
+        }
+    }
+
+    /// A sync is next: no hint counts once this returns.
+    pub(super) async fn before_sync(&self, observers: &Observers) {
+        if self.may_come() {
+            self.reach(Point::BeforeSync, observers).await;
+            self.close().await;
+            self.report(observers);
+        }
+    }
+
+    /// Closes the window, if there is one: waits for hints in progress.
+    pub(super) async fn close(&self) {
+        if let Some(clears) = self.clears.clone() {
+            blocking(move || clears.close()).await;
+        }
+    }
+
+    /// A sync is complete: hints count from here on, if they can be valid. Not of a guest that `is_still`, as it is
+    /// paused.
+    pub(super) async fn open(
+        &self,
+        is_still: bool,
+        bitmap: &Arc<DirtyBitmap>,
+        logs: &[Arc<dyn DirtyLog>],
+        observers: &Observers,
+    ) -> Result<(), MigrationError> {
+        let hints = match &self.clears {
+            Some(clears) if !is_still && self.are_given() && all_see_stores(logs) => {
+                arm_unread(bitmap, logs).await?;
+                Some(clears.open())
+            }
+            _ => None,
+        };
+        self.reach(Point::AfterSync { hints }, observers).await;
+        Ok(())
+    }
+
+    fn are_given(&self) -> bool {
+        self.clearers.iter().any(|clearer| clearer.gives_hints())
+    }
+
+    /// Warns if hints will not be accepted.
+    pub(super) fn warn_if_lost(&self, logs: &[Arc<dyn DirtyLog>], observers: &Observers) {
+        if self.are_given() && !all_see_stores(logs) {
+            let what = "free-page hints are not taken: the guest's dirty log compares pages, and cannot see a store that \
+                        changes nothing";
+            observers.tell(&Event::Warning(what.into()));
+        }
+    }
+}
+
+fn all_see_stores(logs: &[Arc<dyn DirtyLog>]) -> bool {
+    logs.iter().all(|log| log.sees_stores())
+}
+
+/// Arms the whole log before hints count: a page that was fetched and waits to be re-armed could be hinted, taken and
+/// written without a trace. A page that waits has its bit in the bitmap.
+async fn arm_unread(bitmap: &Arc<DirtyBitmap>, logs: &[Arc<dyn DirtyLog>]) -> Result<(), MigrationError> {
+    let (logs, bitmap) = (logs.to_vec(), bitmap.clone());
+    let arm = move || logs.iter().try_for_each(|log| log.arm_unread(&bitmap).map(drop));
+    blocking(arm).await.map_err(|error| MigrationError::Log { doing: LogCall::Arm, error })
+}
+
+/// A stream in a file lacks the ignored blocks. A guest that continues to run would change them under the snapshot.
+fn refuse_torn_snapshot(layout: &Layout, after: Option<After>) -> Result<(), MigrationError> {
+    let ignored = layout.blocks().iter().find(|block| block.ignored);
+    match ignored.filter(|_| after == Some(After::Resume)) {
+        None => Ok(()),
+        Some(block) => Err(MigrationError::Guest(GuestError(format!(
+            "block {:?} is ignored, so a snapshot does not hold it, and the guest goes on writing it; let it stay paused \
+             (after = \"pause\"), or do not ignore the block",
+            block.id
+        )))),
+    }
+}

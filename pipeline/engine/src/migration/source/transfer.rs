@@ -1,0 +1,183 @@
+//! What survives a lost connection: the guest, its memory and its logs. Every call into the guest is here, besides those
+//! to its clearers.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use memferry_stages::bitmap::DirtyBitmap;
+use memferry_stages::dirty_log::{DirtyLog, LogCall};
+use memferry_stages::geometry::{Layout, PageAt};
+use memferry_stages::memory::GuestMemory;
+use memferry_stages::wire::Message;
+use memferry_stages::wire::messages::{StateChunk, StatePhase};
+
+use super::hints::Hints;
+use crate::guest::{GuestError, GuestState, RunState, SourceGuest};
+use crate::migration::arming::{Armed, arm};
+use crate::migration::digests::{self, LeftOut, Pending};
+use crate::migration::error::{MigrationError, guarded};
+use crate::migration::state::{self, Room};
+use crate::migration::{asked, blocking};
+
+/// See the [module](self).
+pub(super) struct Transfer {
+    pub(super) guest: Arc<dyn SourceGuest>,
+    pub(super) memory: GuestMemory,
+    /// Did the guest run before the migration?
+    pub(super) was: RunState,
+    pub(super) hints: Hints,
+    pub(super) logs: Vec<Arc<dyn DirtyLog>>,
+    /// Set once the logs are armed.
+    pub(super) bitmap: Option<Arc<DirtyBitmap>>,
+    /// The pages that were untouched when the logs had been armed.
+    pub(super) untouched: Option<Arc<DirtyBitmap>>,
+    /// The limit for guest state, and how much of it is used.
+    pub(super) state_room: Room,
+    /// The saved device state, until it is sent.
+    device: Option<GuestState>,
+    /// The pages that the digests leave out, once the digests are begun.
+    left_out: LeftOut,
+}
+
+impl Transfer {
+    pub(super) fn new(guest: Arc<dyn SourceGuest>, max_state_bytes: u64) -> Self {
+        let memory = guest.memory();
+        Self {
+            was: guest.run_state(),
+            hints: Hints::new(guest.clearers(), &memory),
+            guest,
+            memory,
+            logs: Vec::new(),
+            bitmap: None,
+            untouched: None,
+            state_room: Room::new(max_state_bytes),
+            device: None,
+            left_out: None,
+        }
+    }
+
+    pub(super) fn layout(&self) -> &Layout {
+        self.memory.layout()
+    }
+
+    pub(super) fn page_bytes(&self, pages: u64) -> u64 {
+        pages * self.memory.page_size().bytes() as u64
+    }
+
+    /// Asks for the logs that see every write.
+    pub(super) async fn ask_for_logs(&mut self) -> Result<(), MigrationError> {
+        let guest = self.guest.clone();
+        self.logs = blocking(move || guest.dirty_logs()).await?;
+        Ok(())
+    }
+
+    /// Starts the logs, and only then asks which pages are untouched, so that a log sees every later write. All bits
+    /// are set but those of pages that never travel: the bitmap is the truth from here on (law 1).
+    pub(super) async fn arm(&mut self) -> Result<(), MigrationError> {
+        let (memory, logs) = (self.memory.clone(), self.logs.clone());
+        let (excluded, may_leave_out) = (self.hints.excluded(), self.hints.may_leave_out());
+        let Armed { bitmap, clears, untouched } =
+            blocking(move || arm(&memory, &logs, &excluded, may_leave_out)).await?;
+        self.bitmap = Some(bitmap);
+        self.untouched = Some(untouched);
+        self.hints.armed(clears);
+        Ok(())
+    }
+
+    /// The time of the digests: measured on a sample, and counted for both ends, which may run on one machine.
+    pub(super) async fn digest_time(&self) -> Result<Duration, MigrationError> {
+        let (memory, clears) = (self.memory.clone(), self.hints.clears());
+        let left_out = move || clears.map(|clears| clears.left_out());
+        blocking(move || digests::downtime(&memory, left_out().as_ref())).await.map_err(MigrationError::Digest)
+    }
+
+    pub(super) async fn throttle(&self, percent: u8) -> Result<(), MigrationError> {
+        let guest = self.guest.clone();
+        asked(move || guest.throttle(percent)).await
+    }
+
+    pub(super) async fn pause(&self) -> Result<(), MigrationError> {
+        let guest = self.guest.clone();
+        Ok(blocking(move || guest.pause()).await?)
+    }
+
+    /// The guest is paused: saves its device state, and keeps it until it is sent.
+    pub(super) async fn save(&mut self) -> Result<(), MigrationError> {
+        let guest = self.guest.clone();
+        self.device = Some(blocking(move || guest.save()).await?);
+        Ok(())
+    }
+
+    pub(super) async fn release(&self) -> Result<(), MigrationError> {
+        let guest = self.guest.clone();
+        Ok(blocking(move || guest.release()).await?)
+    }
+
+    /// The saved device state, in chunks.
+    pub(super) fn take_state(&mut self) -> Result<Vec<StateChunk>, MigrationError> {
+        let device = self.device.take().unwrap_or_default();
+        Ok(state::chunks(StatePhase::Device, device, &mut self.state_room)?.into_iter().collect())
+    }
+
+    /// From here on bits leave the bitmap only when pages are sent. Pages left out so far are left out of the digests.
+    pub(super) fn start_digests(&mut self) -> Pending {
+        self.left_out = self.hints.clears().map(|clears| Arc::new(clears.left_out()));
+        digests::start(&self.memory, self.left_out.clone())
+    }
+
+    /// The destination sent its hashes of a stretch that differs: finds the first page that differs.
+    pub(super) async fn name_page(&self, message: &Message) -> String {
+        let Message::PageHashes { first, hashes } = message else { return "no page was named".into() };
+        let (memory, first, hashes) = (self.memory.clone(), *first, hashes.clone());
+        let left_out = self.left_out.clone();
+        match blocking(move || digests::first_differing_page(&memory, &left_out, first, &hashes)).await {
+            Ok(Some(at)) => describe_page(self.layout(), at),
+            Ok(None) => "no page differs any more: the memory of one side changes while it is paused".into(),
+            Err(error) => format!("the differing page cannot be named: {error}"),
+        }
+    }
+
+    /// From here on nothing here resumes the guest on its own. Until this has succeeded no part of Go leaves.
+    pub(super) async fn commit(&self, destination: String) -> Result<(), MigrationError> {
+        let guest = self.guest.clone();
+        Ok(blocking(move || guest.committed(&destination)).await?)
+    }
+
+    /// Puts the guest where it was before it was paused.
+    pub(super) async fn resume(&self, reacquire: bool, run: bool) -> Result<(), MigrationError> {
+        let guest = self.guest.clone();
+        asked(move || {
+            if reacquire {
+                guest.reacquire()?;
+            }
+            if run { guest.resume() } else { Ok(()) }
+        })
+        .await
+    }
+
+    /// The guest may run elsewhere: nothing here needs to guard it.
+    pub(super) async fn moved(&self) -> Result<(), MigrationError> {
+        let guest = self.guest.clone();
+        let moved = move || {
+            guest.moved();
+            Ok::<_, GuestError>(())
+        };
+        asked(moved).await
+    }
+
+    /// Stops every log, even if one of them fails. Returns the failures.
+    pub(super) async fn stop_logs(&self) -> Vec<MigrationError> {
+        let mut failures = Vec::new();
+        for log in self.logs.clone() {
+            let stop = move || log.stop().map_err(|error| MigrationError::Log { doing: LogCall::Stop, error });
+            failures.extend(guarded(blocking(stop)).await.err());
+        }
+        failures
+    }
+}
+
+fn describe_page(layout: &Layout, at: PageAt) -> String {
+    let block = &layout.blocks()[at.block as usize];
+    let offset = at.page * layout.page_size().bytes() as u64;
+    format!("the first page that differs is page {} of block {:?}, at byte {offset:#x}", at.page, block.id)
+}

@@ -1,0 +1,413 @@
+//! The source's world: inputs are awaited, actions performed.
+
+use std::time::Duration;
+
+use memferry_stages::bitmap_sync::SyncOrder;
+use memferry_stages::sender::Control;
+use memferry_stages::stage_id::StageKind;
+use memferry_stages::wire::Message;
+
+use super::flow::{Flow, Signal, decides};
+use super::reach::Reached;
+use super::{Attempt, Digests, Happened, Source};
+use crate::bottleneck::Watch;
+use crate::change::Changed;
+use crate::control::{Ask, Change, ControlError, Request, with_all};
+use crate::controller::forecast::{Standing, whole};
+use crate::events::Event;
+use crate::guest::RunState;
+use crate::guest::clearer::Point;
+use crate::migration::alive::silenced;
+use crate::migration::course::source::{Action, Input, SourceCourse};
+use crate::migration::driver::World;
+use crate::migration::error::{Failure, Loss, MigrationError, guarded};
+use crate::migration::source_graph::{SourceGraph, SourceParts};
+use crate::migration::{block_facts, bounds};
+use crate::settings::SourceSettings;
+use crate::values::Size;
+
+/// How long a stage that ended may take to report why.
+const EXPLANATION: Duration = Duration::from_secs(1);
+
+/// The answer to an action, if it has one.
+type Answer = Result<Option<Input>, MigrationError>;
+
+impl World<SourceCourse> for Source<'_> {
+    fn now(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    async fn next(&mut self, course: &SourceCourse) -> Input {
+        loop {
+            let Self { operator, attempt, digests, .. } = self;
+            let happened = tokio::select! {
+                biased;
+                () = operator.cancel.next() => return Input::Cancel,
+                happened = attempt.next() => happened,
+                digested = digests.next() => {
+                    return digested.map_or_else(|error| Input::Failed(MigrationError::Digest(error)), |()| Input::Digested);
+                }
+                request = operator.requests.next() => Happened::Asked(request),
+            };
+            let input = match happened {
+                Happened::Reached(Ok(reached)) => Some(self.reached(reached)),
+                Happened::Reached(Err(error)) => Some(self.not_reached(error)),
+                Happened::Signal(signal) => self.input(signal, course),
+                Happened::Asked(request) => self.asked(request, course),
+            };
+            if let Some(input) = input {
+                return input;
+            }
+        }
+    }
+
+    async fn perform(&mut self, action: Action, course: &SourceCourse) -> Option<Input> {
+        // A panic in the guest's code is a failure like any other.
+        match guarded(self.act(action, course)).await {
+            Ok(answer) => answer,
+            Err(MigrationError::Cancelled) => Some(Input::Cancel),
+            Err(error) => Some(Input::Failed(error)),
+        }
+    }
+}
+
+impl Source<'_> {
+    fn reached(&mut self, reached: Reached) -> Input {
+        let Reached { link, answered_in, room } = reached;
+        self.transfer.state_room = room;
+        self.observers.tell(&Event::Connected { peer: link.peer.clone() });
+        self.attempt = Attempt::Linked(link);
+        Input::Connected(answered_in)
+    }
+
+    fn not_reached(&mut self, error: MigrationError) -> Input {
+        self.attempt = Attempt::None;
+        Input::Failed(error)
+    }
+
+    /// A request, unless this host refuses it.
+    fn asked(&self, request: Request, course: &SourceCourse) -> Option<Input> {
+        match self.check_request(&request.ask, course.settings()) {
+            Ok(()) => Some(Input::Asked { request, standing: self.standing() }),
+            Err(why) => {
+                // The requester may be gone.
+                drop(request.answer.send(Err(why)));
+                None
+            }
+        }
+    }
+
+    fn check_request(&self, ask: &Ask, settings: &SourceSettings) -> Result<(), ControlError> {
+        let Ask::Set(changes) = ask else { return Ok(()) };
+        let cache = changes.iter().find(|change| matches!(change, Change::XbzrleCache(_)));
+        let Some(to @ &Change::XbzrleCache(bytes)) = cache else { return Ok(()) };
+        let settings = with_all(settings, &[*to])?;
+        self.check_cache(to, bytes, &settings)
+    }
+
+    /// The checks of the start: the cache holds pages, is no larger than the guest, and this host has the memory.
+    fn check_cache(&self, to: &Change, bytes: u64, settings: &SourceSettings) -> Result<(), ControlError> {
+        let (page, layout) = (self.transfer.page_bytes(1), self.transfer.layout());
+        let least = bounds::least_cache(page, settings.lanes);
+        if bytes < least {
+            let what = format!("a cache of {} holds no pages; write {} or more", Size(bytes), Size(least));
+            return Err(to.wrong(what).into());
+        }
+        if let Some((what, write)) = bounds::cache_beyond_guest(bytes, layout.bytes(), page, settings.lanes) {
+            return Err(to.wrong(format!("{what}; {write}")).into());
+        }
+        bounds::check_cache(self.bound(settings), bytes).map_err(|why| to.wrong(why).into())
+    }
+
+    /// The most memory that the source takes for itself, without the dirty logs.
+    pub(super) fn bound(&self, settings: &SourceSettings) -> u64 {
+        bounds::source_bound(self.transfer.layout(), settings, self.transfer.hints.may_leave_out())
+    }
+
+    /// The input for a signal, if the course needs it.
+    fn input(&mut self, signal: Signal, course: &SourceCourse) -> Option<Input> {
+        let Attempt::Running(flow) = &mut self.attempt else { return None };
+        match signal {
+            Signal::Scanned(scanned) => Some(Input::Scanned(scanned)),
+            Signal::Sent(sent) => Some(Input::Sent(sent, flow.busiest())),
+            Signal::Synced(found) => {
+                let standing = Standing { kept_pages: self.kept_pages(), ..self.standing_with(found.dirty_pages) };
+                Some(Input::Synced { found, standing })
+            }
+            Signal::Said(Message::Progress(acknowledged)) => {
+                self.rates.hear(&[]);
+                Some(flow.acknowledge(&acknowledged).map_or_else(Input::Failed, Input::Acknowledged))
+            }
+            Signal::Said(Message::Heartbeat(figures)) => {
+                self.rates.hear(&figures);
+                None
+            }
+            Signal::Said(message) => Some(Input::Said(message)),
+            Signal::Lost(why) => Some(Input::Failed(MigrationError::Lost(why))),
+            Signal::Silent(silence) => Some(Input::Failed(MigrationError::Silent(silence))),
+            Signal::StageDone(stage) if stage.kind == StageKind::Sender => Some(Input::FileComplete),
+            Signal::StageDone(_) => None,
+            Signal::Broke(failure) => Some(Input::Broke(failure)),
+            Signal::Tick => {
+                let standing = self.standing();
+                self.report_progress(course, &standing);
+                let bulk_bytes = self.attempt.flow().map_or(0, Flow::bulk_bytes);
+                Some(Input::Tick { standing, bulk_bytes })
+            }
+        }
+    }
+
+    /// The state of the migration, by the bitmap alone.
+    pub(super) fn standing(&self) -> Standing {
+        self.standing_with(self.transfer.bitmap.as_ref().map_or(0, |bitmap| bitmap.count()))
+    }
+
+    /// The state of the migration with the given number of dirty pages.
+    fn standing_with(&self, dirty_pages: u64) -> Standing {
+        let in_flight_pages = self.attempt.flow().map_or(0, |flow| flow.graph.in_flight.pages());
+        let page_rate = whole(self.rates.pages_latest());
+        Standing { elapsed: self.now(), dirty_pages, in_flight_pages, page_rate, ..Standing::default() }
+    }
+
+    /// Dirty pages that can be sent as deltas. It takes a sweep over the bitmap.
+    fn kept_pages(&self) -> u64 {
+        let kept = self.attempt.flow().and_then(|flow| flow.graph.kept.as_ref());
+        self.transfer.bitmap.as_ref().zip(kept).map_or(0, |(bitmap, kept)| bitmap.count_common(kept))
+    }
+
+    async fn act(&mut self, action: Action, course: &SourceCourse) -> Answer {
+        let guest = &mut self.transfer;
+        Ok(match action {
+            Action::Notify(event) => {
+                self.observers.tell(&event);
+                None
+            }
+            Action::ReportChange { round, from, to } => {
+                let memory_bound = self.bound(course.settings()) + bounds::logs_bytes(&self.transfer.logs);
+                self.observers.tell(&Event::Changed(Changed { round, from, to, memory_bound }));
+                None
+            }
+            Action::Answer(answer, result) => {
+                // The requester may be gone.
+                drop(answer.send(result));
+                None
+            }
+            Action::Connect => {
+                self.attempt = Attempt::Reaching(self.reach(course.settings())?);
+                None
+            }
+            Action::Arm => {
+                self.arm(course).await?;
+                Some(Input::Armed)
+            }
+            Action::Measure => Some(Input::Measured(guest.digest_time().await?)),
+            Action::StartStages(bandwidth) => {
+                self.start_stages(course.settings(), bandwidth);
+                None
+            }
+            Action::Throttle(percent, request) => {
+                let throttled = guest.throttle(percent).await;
+                request.map(|answer| answer.send(Ok(())));
+                Some(Input::Throttled(throttled))
+            }
+            Action::Pause => {
+                guest.pause().await?;
+                Some(Input::Paused)
+            }
+            Action::Save => {
+                guest.hints.reach(Point::Complete, &self.observers).await;
+                guest.save().await?;
+                Some(Input::Saved)
+            }
+            Action::Release => {
+                guest.release().await?;
+                Some(Input::Released)
+            }
+            Action::StartDigests => {
+                self.digests = Digests::Started(guest.start_digests());
+                None
+            }
+            Action::AwaitDigests => {
+                if let Digests::Started(digests) = std::mem::replace(&mut self.digests, Digests::None) {
+                    self.digests = Digests::Awaited(Box::pin(digests.finish()));
+                }
+                None
+            }
+            Action::NamePage(message) => Some(Input::PageNamed(guest.name_page(&message).await)),
+            Action::Commit => {
+                guest.commit(self.transport.address()).await?;
+                Some(Input::Committed)
+            }
+            Action::OpenHints => {
+                if let Some(bitmap) = &guest.bitmap {
+                    let is_still = guest.was == RunState::Paused || course.is_paused();
+                    guest.hints.open(is_still, bitmap, &guest.logs, &self.observers).await?;
+                }
+                None
+            }
+            Action::CloseHints => {
+                let closed = guarded(async { Ok(guest.hints.close().await) }).await;
+                self.warn_of(closed);
+                None
+            }
+            Action::LiftThrottle => {
+                self.lift_throttle().await;
+                None
+            }
+            Action::Moved => {
+                let moved = guest.moved().await;
+                self.warn_of(moved);
+                None
+            }
+            Action::Resume { reacquire, run } => Some(Input::Resumed(guest.resume(reacquire, run).await)),
+            order => self.order(order, course).await?,
+        })
+    }
+
+    /// Orders to the stages, and messages to the destination.
+    async fn order(&mut self, action: Action, course: &SourceCourse) -> Answer {
+        let Attempt::Running(flow) = &mut self.attempt else {
+            return Err(MigrationError::Mistake(format!("{action:?} without stages")));
+        };
+        match action {
+            Action::Scan(order) => {
+                flow.round_begins();
+                if flow.graph.scan.put(order).await.is_err() {
+                    return self.broken().await;
+                }
+            }
+            Action::Sync { after_round } => {
+                self.transfer.hints.before_sync(&self.observers).await;
+                if flow.graph.sync.put(SyncOrder { after_round }).await.is_err() {
+                    return self.broken().await;
+                }
+            }
+            Action::AcknowledgeAll => flow.graph.in_flight.acknowledge_all(),
+            Action::SetBandwidth(bandwidth) => flow.graph.set_bandwidth(bandwidth),
+            Action::SetCache(bytes) => flow.graph.set_cache(bytes),
+            Action::SendState => {
+                for chunk in self.transfer.take_state()? {
+                    if let Some(failed) = self.say(&Message::State(chunk), course).await? {
+                        return Ok(Some(failed));
+                    }
+                }
+            }
+            Action::SendDigests => {
+                let Digests::Done(digests) = std::mem::replace(&mut self.digests, Digests::None) else { return Ok(None) };
+                for message in digests.messages() {
+                    if let Some(failed) = self.say(&message, course).await? {
+                        return Ok(Some(failed));
+                    }
+                }
+            }
+            Action::SendEnd { run_state, frames } => {
+                let failed = self.say(&Message::End { run_state, frames }, course).await?;
+                return Ok(failed.or(Some(Input::EndSent)));
+            }
+            // A closed queue needs no handling here: the sender's failure follows, and counts as after Go.
+            Action::Go(run_state) => _ = flow.say(&Message::Go(run_state)).await,
+            Action::Finish => {
+                if flow.graph.control[0].put(Control::Finish).await.is_err() {
+                    return self.broken().await;
+                }
+            }
+            Action::Explain(failure) => return Ok(Some(self.explain(failure).await)),
+            other => unreachable!("{other:?} is no order"),
+        }
+        Ok(None)
+    }
+
+    /// Why a stage failed: the destination's message that decides where the guest is; else the first failure in time.
+    async fn explain(&mut self, failure: Failure) -> Input {
+        let Attempt::Running(flow) = &mut self.attempt else { return Input::Failed(MigrationError::Stage(failure)) };
+        match flow.last_words(failure).await {
+            Ok(words) => Input::Said(words),
+            Err(cause) => Input::Failed(MigrationError::Stage(cause)),
+        }
+    }
+
+    /// A queue was found closed: a stage has failed, and its failure is reported shortly.
+    async fn broken(&mut self) -> Answer {
+        let Attempt::Running(flow) = &mut self.attempt else { return Ok(None) };
+        let failure = async {
+            loop {
+                match flow.next().await {
+                    Signal::Broke(failure) => break Input::Broke(failure),
+                    Signal::Said(message) if decides(&message) => break Input::Said(message),
+                    Signal::Lost(why) => break Input::Failed(MigrationError::Lost(why)),
+                    _ => {}
+                }
+            }
+        };
+        let failed = tokio::time::timeout(EXPLANATION, failure).await;
+        Ok(Some(failed.unwrap_or_else(|_| {
+            Input::Failed(MigrationError::Lost(Loss::StageEnded))
+        })))
+    }
+
+    /// Sends a control message. A destination that does not read delays neither a cancel nor, forever, a paused guest.
+    async fn say(&mut self, message: &Message, course: &SourceCourse) -> Answer {
+        let Self { attempt: Attempt::Running(flow), operator, .. } = self else { return Ok(None) };
+        let said = tokio::select! {
+            biased;
+            () = operator.cancel.token.cancelled() => return Err(MigrationError::Cancelled),
+            silence = silenced(flow.alive.as_ref()) => return Err(MigrationError::Silent(silence)),
+            said = tokio::time::timeout(course.settings().handover_timeout, flow.say(message)) => said,
+        };
+        match said {
+            Ok(Ok(())) => Ok(None),
+            Ok(Err(_)) => self.broken().await,
+            Err(_) => Err(MigrationError::TimedOut("the destination does not read what it is sent".into())),
+        }
+    }
+
+    async fn arm(&mut self, course: &SourceCourse) -> Result<(), MigrationError> {
+        let layout = self.transfer.layout().clone();
+        self.transfer.hints.set_up(&layout, course.settings().after).await?;
+        self.transfer.ask_for_logs().await?;
+        self.observers.tell(&Event::Guest {
+            blocks: block_facts(&layout),
+            pages: layout.pages(),
+            memory_bound: self.bound(course.settings()) + bounds::logs_bytes(&self.transfer.logs),
+        });
+        self.transfer.arm().await?;
+        self.transfer.hints.report(&self.observers);
+        self.transfer.hints.warn_if_lost(&self.transfer.logs, &self.observers);
+        Ok(())
+    }
+
+    fn start_stages(&mut self, settings: &SourceSettings, bandwidth: Option<u64>) {
+        let transfer = &self.transfer;
+        let link = match std::mem::replace(&mut self.attempt, Attempt::None) {
+            Attempt::Linked(link) => link,
+            other => return self.attempt = other,
+        };
+        let (Some(bitmap), Some(untouched)) = (transfer.bitmap.clone(), transfer.untouched.clone()) else { return };
+        let parts = SourceParts {
+            memory: transfer.memory.clone(),
+            logs: transfer.logs.clone(),
+            bitmap,
+            clears: transfer.hints.clears(),
+            untouched,
+            senders: link.senders,
+        };
+        let graph = SourceGraph::start(parts, settings);
+        graph.set_bandwidth(bandwidth);
+        self.rates.begin(Watch::begin(self.transport.capabilities().return_path));
+        self.setup = self.started.elapsed();
+        self.attempt = Attempt::Running(Box::new(Flow::new(graph, link.said, link.alive)));
+    }
+
+    async fn lift_throttle(&mut self) {
+        if let Err(error) = self.transfer.throttle(0).await {
+            self.is_throttled = true;
+            self.observers.tell(&Event::Warning(format!("the guest may still be throttled: {error}")));
+        }
+    }
+
+    pub(super) fn warn_of(&self, result: Result<(), MigrationError>) {
+        if let Err(error) = result {
+            self.observers.tell(&Event::Warning(error.to_string()));
+        }
+    }
+}
