@@ -32,6 +32,8 @@ mod link;
 #[doc(hidden)]
 pub mod out_for_good;
 mod outcome;
+#[cfg(test)]
+mod pair;
 mod plane;
 mod senders;
 mod session;

@@ -1,0 +1,138 @@
+//! The link between two ends: a delay and a bandwidth, in order on each connection.
+
+use std::time::Duration;
+
+use memferry_stages::wire::Message;
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+
+use super::memory::Frame;
+
+/// What travels.
+#[derive(Clone, Debug)]
+pub(super) enum Packet {
+    Hello,
+    Message(Message),
+    /// Pages of a lane.
+    Pages(Vec<Frame>),
+    /// A lane's round is complete.
+    RoundComplete,
+    /// The lane's last frame was sent.
+    LaneOver,
+    /// The versions of all pages, in place of their digests.
+    Digests(Vec<u32>),
+}
+
+/// What an end finds at its side of the link.
+#[derive(Debug)]
+pub(super) enum Found {
+    Packet(Packet),
+    /// The link is cut.
+    Lost,
+    /// Nothing has come for too long.
+    Silent,
+}
+
+/// One end's side.
+#[derive(Debug)]
+pub(super) struct Port {
+    out: mpsc::UnboundedSender<(Instant, Found)>,
+    incoming: mpsc::UnboundedReceiver<(Instant, Found)>,
+    /// What has come, and is on its way until then.
+    next: Option<(Instant, Found)>,
+    /// When the connections are free to carry more.
+    busy: [Instant; 2],
+    delay: Duration,
+    bytes_per_second: f64,
+    peer_timeout: Duration,
+    is_cut: bool,
+    is_muted: bool,
+    /// Was the end of the link reported?
+    is_over: bool,
+}
+
+/// Both sides of a link.
+pub(super) fn link(delay: Duration, bytes_per_second: f64, peer_timeout: Duration) -> [Port; 2] {
+    let (there, here) = (mpsc::unbounded_channel(), mpsc::unbounded_channel());
+    let port = |out, incoming| Port {
+        out,
+        incoming,
+        next: None,
+        busy: [Instant::now(); 2],
+        delay,
+        bytes_per_second,
+        peer_timeout,
+        is_cut: false,
+        is_muted: false,
+        is_over: false,
+    };
+    [port(there.0, here.1), port(here.0, there.1)]
+}
+
+impl Port {
+    /// Sends a packet of this size over a connection. Returns when it has left this end.
+    pub(super) fn send(&mut self, connection: usize, packet: Packet, bytes: u64) -> Instant {
+        let takes = Duration::from_secs_f64(bytes as f64 / self.bytes_per_second);
+        let left = self.busy[connection].max(Instant::now()) + takes;
+        self.busy[connection] = left;
+        if !self.is_cut && !self.is_muted {
+            // The peer may be gone.
+            drop(self.out.send((left + self.delay, Found::Packet(packet))));
+        }
+        left
+    }
+
+    /// The link is cut: what is on its way to the peer still arrives, and nothing after it. Each end notices.
+    pub(super) fn cut(&mut self) {
+        if !self.is_cut {
+            self.is_cut = true;
+            let at = *self.busy.iter().max().unwrap() + self.delay;
+            drop(self.out.send((at.max(Instant::now()), Found::Lost)));
+            self.next = Some((Instant::now(), Found::Lost));
+        }
+    }
+
+    /// From here on nothing this end sends arrives, and neither end is told.
+    pub(super) fn mute(&mut self) {
+        if !self.is_muted {
+            self.is_muted = true;
+            drop(self.out.send((Instant::now() + self.peer_timeout, Found::Silent)));
+        }
+    }
+
+    /// This end is over: it sends its last message, and closes its side.
+    pub(super) fn close(&mut self, farewell: Option<Message>) {
+        if let Some(message) = farewell {
+            self.send(0, Packet::Message(message), 20);
+        }
+        let at = *self.busy.iter().max().expect("two connections") + self.delay;
+        if !self.is_cut && !self.is_muted {
+            drop(self.out.send((at.max(Instant::now()), Found::Lost)));
+        }
+    }
+
+    /// This end stands still for this time, and the peer hears nothing of it.
+    pub(super) fn stands_still(&self, time: Duration) {
+        if time >= self.peer_timeout && !self.is_cut && !self.is_muted {
+            drop(self.out.send((Instant::now() + self.peer_timeout, Found::Silent)));
+        }
+    }
+
+    /// What comes next; the end of the link once. Safe to race in a `select!`.
+    pub(super) async fn next(&mut self) -> Found {
+        if self.is_over {
+            return std::future::pending().await;
+        }
+        if self.next.is_none() {
+            // The peer closes its side with everything it sent before.
+            let at = Instant::now() + self.delay;
+            self.next = Some(self.incoming.recv().await.unwrap_or((at, Found::Lost)));
+        }
+        if let Some((at, _)) = &self.next {
+            tokio::time::sleep_until(*at).await;
+        }
+        let found = self.next.take().map_or(Found::Lost, |(_, found)| found);
+        self.is_over = !matches!(found, Found::Packet(_));
+        found
+    }
+}

@@ -1,0 +1,136 @@
+//! Scripts: what happens in a run.
+
+use memferry_stages::wire::messages::RunState;
+
+/// An end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Side {
+    Source,
+    Destination,
+}
+
+/// What a run begins with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Scene {
+    pub(super) verify: bool,
+    pub(super) hints: bool,
+    pub(super) was_running: bool,
+    pub(super) lanes: u16,
+    /// Pages a second that the guest writes.
+    pub(super) writes: u32,
+    /// The downtime limit, in milliseconds.
+    pub(super) limit: u32,
+    /// A guest that does not converge is throttled.
+    pub(super) throttles: bool,
+    /// In milliseconds; what happens at the deadline is `switches_at_deadline`.
+    pub(super) deadline: Option<u32>,
+    pub(super) switches_at_deadline: bool,
+}
+
+/// A fault, or what an operator does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Fault {
+    /// The link is cut. Both ends notice.
+    Cut,
+    /// What this end sends is lost from here on.
+    Mute,
+    /// This end is cancelled.
+    Cancel,
+    /// The operator requests the switchover. At the source.
+    SwitchOver,
+    /// This end stands still for this number of seconds, as a stopped process does.
+    Stop(u16),
+    /// The next call into the guest fails.
+    CallFails,
+    /// The next call into the guest panics.
+    CallPanics,
+    /// A stage fails.
+    StageFails,
+    /// The course itself panics, as a bug in it would.
+    Mistake,
+    /// This end takes no pages for this number of seconds.
+    Stall(u16),
+    /// The next message that this end receives is another one, of this number.
+    Lie(u8),
+}
+
+/// A run: what it begins with, and what happens at which step of which end. A step is an input or an action.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Script {
+    pub(super) scene: Scene,
+    pub(super) faults: Vec<(Side, u32, Fault)>,
+}
+
+impl Scene {
+    pub(super) const PLAIN: Self = Self {
+        verify: true,
+        hints: false,
+        was_running: true,
+        lanes: 2,
+        writes: 40,
+        limit: 30,
+        throttles: false,
+        deadline: None,
+        switches_at_deadline: true,
+    };
+
+    pub(super) fn was(&self) -> RunState {
+        if self.was_running { RunState::Running } else { RunState::Paused }
+    }
+}
+
+/// The faults of one end, in order.
+#[derive(Debug)]
+pub(super) struct Faults {
+    left: Vec<(u32, Fault)>,
+    step: u32,
+    /// The next call fails, or panics.
+    pub(super) call: Option<Fault>,
+    /// The next message is this one.
+    pub(super) lie: Option<u8>,
+}
+
+impl Faults {
+    pub(super) fn of(script: &Script, side: Side) -> Self {
+        let mut left: Vec<_> =
+            script.faults.iter().filter(|fault| fault.0 == side).map(|&(_, step, fault)| (step, fault)).collect();
+        left.sort_unstable();
+        left.reverse();
+        Self { left, step: 0, call: None, lie: None }
+    }
+
+    /// Steps so far.
+    pub(super) fn steps(&self) -> u32 {
+        self.step
+    }
+
+    /// An input was delivered, or an action performed.
+    pub(super) fn stepped(&mut self) {
+        self.step += 1;
+    }
+
+    /// The next fault that is due by now. Faults of calls and messages are kept until there is one.
+    pub(super) fn due(&mut self) -> Option<Fault> {
+        self.next(|_| true)
+    }
+
+    /// The next fault that is due by now and is no input: an input waits until the action is performed.
+    pub(super) fn due_in_action(&mut self) -> Option<Fault> {
+        self.next(|fault| !matches!(fault, Fault::Cancel | Fault::SwitchOver | Fault::StageFails))
+    }
+
+    fn next(&mut self, may_be: fn(Fault) -> bool) -> Option<Fault> {
+        while let Some(&(step, fault)) = self.left.last() {
+            if step > self.step || !may_be(fault) {
+                return None;
+            }
+            self.left.pop();
+            match fault {
+                Fault::CallFails | Fault::CallPanics => self.call = Some(fault),
+                Fault::Lie(message) => self.lie = Some(message),
+                other => return Some(other),
+            }
+        }
+        None
+    }
+}
