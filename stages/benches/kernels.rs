@@ -161,8 +161,8 @@ fn cache(suite: &mut Suite, place: &str, set: &[u8]) {
     let (mut cache, mut walk) = (empty(), Walk::over(set.len()));
     let mut insert = |at: usize| assert!(cache.insert(page_at(at), &set[at..at + PAGE], 1), "there is room for all");
     (0..set.len()).step_by(PAGE).for_each(&mut insert);
-    suite.measure(group, "insert, kept before", TURN, &control, || timed(|| walk.turn().for_each(&mut insert)));
-    assert_eq!(*cache.get(page_at(5 * PAGE), 2).expect("kept"), set[5 * PAGE..6 * PAGE]);
+    suite.measure(group, "insert, cached before", TURN, &control, || timed(|| walk.turn().for_each(&mut insert)));
+    assert_eq!(*cache.get(page_at(5 * PAGE), 2).expect("cached"), set[5 * PAGE..6 * PAGE]);
     if set.len() > TURN {
         let (mut cache, mut walk) = (empty(), Walk::over(set.len()));
         suite.measure(group, "insert, the first time", TURN, &control, || {

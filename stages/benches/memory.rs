@@ -96,7 +96,7 @@ fn hash(suite: &mut Suite, content: &[u8], memory: &Arc<MappedMemory>) {
     });
     let log = HashLog::new(guest.clone());
     let dirty = DirtyBitmap::empty(guest.layout());
-    settle(&log, &guest);
+    report_all(&log, &guest);
     suite.measure(group, "hash log, clean sync", content.len(), &CONTROLS, || {
         timed(|| log.sync(0, 0..guest.layout().block_extents(0), &dirty).expect("syncs"))
     });
@@ -111,7 +111,7 @@ fn hash(suite: &mut Suite, content: &[u8], memory: &Arc<MappedMemory>) {
 }
 
 /// Reports a copy of everything to a log.
-fn settle(log: &dyn DirtyLog, memory: &GuestMemory) {
+fn report_all(log: &dyn DirtyLog, memory: &GuestMemory) {
     log.start().expect("starts");
     for at in DirtyBitmap::empty(memory.layout()).extents() {
         log.rearm(at, u64::MAX).expect("re-arms");

@@ -264,10 +264,10 @@ fn loads(suite: &mut Suite, name: &str, memory: &MappedMemory, guest: &GuestMemo
 }
 
 async fn load(guest: GuestMemory, heads: Vec<PagesHead>, payload: &[u8], pool: BufferPool, checksum: bool) {
-    let held = Arc::new(DirtyBitmap::filled(guest.layout()));
+    let received = Arc::new(DirtyBitmap::filled(guest.layout()));
     let allowed = Features { snap: true, lz4: true, zstd: true, xbzrle: true, ..Features::default() };
     let (progress, meter) = (Arc::new(LaneProgress::default()), Meter::start(StageId::loader(0)));
-    let loader = Loader::new(0, guest, held, checksum, allowed, progress.clone(), meter);
+    let loader = Loader::new(0, guest, received, checksum, allowed, progress.clone(), meter);
     let ((outlet, input), (output, _reports)) = (bounded(WARM), bounded(1));
     let feed = async {
         for head in heads {

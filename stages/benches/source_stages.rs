@@ -211,7 +211,7 @@ fn first_round(suite: &mut Suite, place: &str, extents: u32) {
                 DeltaPlan { cache_bytes: 2 * content.len() as u64, on_miss: OnMiss::Raw, cache_first_round: true };
             measure(suite, "raw", &MEMCPY, EncoderPlan::default());
             measure(suite, "raw with checksum", &MEMCPY, checked);
-            measure(suite, "raw, kept in a new cache", &MEMCPY, EncoderPlan { delta: Some(delta), ..checked });
+            measure(suite, "raw, cached in a new cache", &MEMCPY, EncoderPlan { delta: Some(delta), ..checked });
         }
         let mut out = vec![0; 2 * PAGE];
         suite.measure(&group, "lz4, library", content.len(), &[], || {

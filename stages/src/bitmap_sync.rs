@@ -3,7 +3,7 @@
 //! - **Takes** a [`SyncOrder`] from the controller.
 //! - **Gives** a [`Synced`]: how many pages are dirty, and how long the sync took.
 //! - **Owns** nothing: logs and bitmaps are shared.
-//! - **Promises** that every log is queried for every extent, that no [excluded](Clears) page has its bit set
+//! - **Promises** that every log is queried for every extent, that no [excluded](Exclusions) page has its bit set
 //!   afterwards, that syncs never overlap, and that the sync of a dropped task ends at the next range of [`RANGE_BYTES`].
 //!
 //! The logs are queried on a thread where blocking is allowed.
@@ -14,9 +14,9 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use crate::bitmap::DirtyBitmap;
-use crate::clears::Clears;
 use crate::dirty_log::{DirtyLog, LogCall};
 use crate::error::{Cause, StageError};
+use crate::exclusions::Exclusions;
 use crate::geometry::Layout;
 use crate::meter::Meter;
 use crate::queue::{Closed, Inlet, Outlet};
@@ -55,7 +55,7 @@ impl BitmapSync {
     /// A sync of all `logs` into `bitmap`. The meter counts a sync as a batch, and the pages that are dirty after it.
     #[must_use]
     pub fn new(logs: Vec<Arc<dyn DirtyLog>>, bitmap: Arc<DirtyBitmap>, meter: Arc<Meter>) -> Self {
-        let work = Work { logs, bitmap, clears: None, untouched: Mutex::default(), at_work: Arc::default() };
+        let work = Work { logs, bitmap, exclusions: None, untouched: Mutex::default(), at_work: Arc::default() };
         Self { work, stage: Stage::new(StageId::BITMAP_SYNC, meter) }
     }
 
@@ -69,10 +69,10 @@ impl BitmapSync {
         self
     }
 
-    /// After the logs were queried for a range, `clears` removes excluded pages from it, and notes which pages are sent again.
+    /// After the logs were queried for a range, `exclusions` removes excluded pages from it, and notes which pages are sent again.
     #[must_use]
-    pub fn with_clears(mut self, clears: Arc<Clears>) -> Self {
-        self.work.clears = Some(clears);
+    pub fn with_exclusions(mut self, exclusions: Arc<Exclusions>) -> Self {
+        self.work.exclusions = Some(exclusions);
         self
     }
 
@@ -109,7 +109,7 @@ impl BitmapSync {
 struct Work {
     logs: Vec<Arc<dyn DirtyLog>>,
     bitmap: Arc<DirtyBitmap>,
-    clears: Option<Arc<Clears>>,
+    exclusions: Option<Arc<Exclusions>>,
     /// The untouched pages, while there are any.
     untouched: Mutex<Option<Arc<DirtyBitmap>>>,
     at_work: Arc<Mutex<()>>,
@@ -149,8 +149,8 @@ impl Work {
                     self.bring_in(block, extents.clone(), found, untouched);
                 }
             }
-            if let Some(clears) = &self.clears {
-                clears.synced(block, extents.clone());
+            if let Some(exclusions) = &self.exclusions {
+                exclusions.synced(block, extents.clone());
             }
             // While its words are still in the cache.
             dirty_pages += self.bitmap.count_in(block, extents);
@@ -202,24 +202,24 @@ mod tests {
     use crate::stage::testing::{block_on, layout, meter, page_size, words};
 
     /// A log whose syncs follow a script, and that records its queries.
-    struct Told<F> {
+    struct ScriptedLog<F> {
         asked: Mutex<Vec<(u32, Range<u32>)>>,
         does: F,
     }
 
-    impl<F> Told<F> {
+    impl<F> ScriptedLog<F> {
         fn new(does: F) -> Arc<Self> {
             Arc::new(Self { asked: Mutex::default(), does })
         }
     }
 
-    impl<F> std::fmt::Debug for Told<F> {
+    impl<F> std::fmt::Debug for ScriptedLog<F> {
         fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
             write!(f, "{:?}", self.asked)
         }
     }
 
-    impl<F: Fn() -> io::Result<()> + Send + Sync> DirtyLog for Told<F> {
+    impl<F: Fn() -> io::Result<()> + Send + Sync> DirtyLog for ScriptedLog<F> {
         fn start(&self) -> io::Result<()> {
             Ok(())
         }
@@ -267,7 +267,7 @@ mod tests {
     #[test]
     fn every_log_is_asked_for_every_extent_in_ranges_of_64_mib() {
         let ask = |page_kib, lengths: &[u64]| {
-            let logs = [(); 2].map(|()| Told::new(|| Ok(())));
+            let logs = [(); 2].map(|()| ScriptedLog::new(|| Ok(())));
             let bitmap = Arc::new(DirtyBitmap::empty(&layout(page_size(page_kib), lengths)));
             orders(BitmapSync::new(vec![logs[0].clone(), logs[1].clone()], bitmap, meter()), &[0]).unwrap();
             let [one, two] = logs.map(|log| std::mem::take(&mut *log.asked.lock().unwrap()));
@@ -281,7 +281,7 @@ mod tests {
     #[test]
     fn the_time_the_logs_take_is_measured() {
         let pause = Duration::from_millis(15);
-        let slow = Told::new(move || {
+        let slow = ScriptedLog::new(move || {
             std::thread::sleep(pause);
             Ok(())
         });
@@ -292,7 +292,7 @@ mod tests {
 
     #[test]
     fn a_log_that_fails_ends_the_stage() {
-        let broken = Told::new(|| Err(io::Error::other("no more")));
+        let broken = ScriptedLog::new(|| Err(io::Error::other("no more")));
         let bitmap = Arc::new(DirtyBitmap::empty(&layout(page_size(4), &[4096])));
         let error = orders(BitmapSync::new(vec![broken], bitmap, meter()), &[0]).unwrap_err();
         assert_eq!(error.to_string(), "bitmap sync: the dirty log cannot sync: no more");
@@ -301,11 +301,11 @@ mod tests {
     #[test]
     fn the_sync_of_a_dropped_task_ends_at_the_next_range() {
         let (begun, has_begun) = mpsc::channel();
-        let (go_on, may_go_on) = mpsc::channel::<()>();
-        let may_go_on = Mutex::new(may_go_on);
-        let log = Told::new(move || {
+        let (proceed, may_proceed) = mpsc::channel::<()>();
+        let may_proceed = Mutex::new(may_proceed);
+        let log = ScriptedLog::new(move || {
             begun.send(()).unwrap();
-            may_go_on.lock().unwrap().recv().map_err(|_| io::Error::other("asked again"))
+            may_proceed.lock().unwrap().recv().map_err(|_| io::Error::other("asked again"))
         });
         let bitmap = Arc::new(DirtyBitmap::empty(&layout(page_size(4), &[64 << 20, 4096, 4096])));
         let sync = BitmapSync::new(vec![log.clone()], bitmap, meter());
@@ -318,7 +318,7 @@ mod tests {
             task.abort();
             assert!(task.await.unwrap_err().is_cancelled());
             assert!(at_work.try_lock().is_err(), "the log is still asked");
-            go_on.send(()).unwrap();
+            proceed.send(()).unwrap();
             tokio::task::spawn_blocking(move || drop(at_work.lock().unwrap())).await.unwrap();
         });
         // The runtime has ended, and with it the thread of the sync: no more queries follow.
@@ -356,15 +356,18 @@ mod tests {
     }
 
     #[test]
-    fn what_is_out_for_good_leaves_the_bitmap_again_before_it_is_counted() {
+    fn what_is_excluded_leaves_the_bitmap_again_before_it_is_counted() {
         let layout = layout(page_size(4), &[130 * 4096, 64 * 4096]);
         let log = Arc::new(SoftwareLog::new(&layout));
         let bitmap = Arc::new(DirtyBitmap::empty(&layout));
-        let out = [(crate::clears::OutForGood::Unplugged, 0, 60..129), (crate::clears::OutForGood::Ignored, 1, 0..64)];
-        let clears = Arc::new(Clears::new(bitmap.clone(), &out));
+        let out = [
+            (crate::exclusions::ExclusionReason::Unplugged, 0, 60..129),
+            (crate::exclusions::ExclusionReason::Ignored, 1, 0..64),
+        ];
+        let exclusions = Arc::new(Exclusions::new(bitmap.clone(), &out));
         log.mark(0, 0..130);
         log.mark(1, 3..9);
-        let sync = BitmapSync::new(vec![log], bitmap.clone(), meter()).with_clears(clears);
+        let sync = BitmapSync::new(vec![log], bitmap.clone(), meter()).with_exclusions(exclusions);
         let ((orders, input), (output, synced)) = (bounded(1), bounded(1));
         block_on(async {
             orders.put(SyncOrder { after_round: 1 }).await.unwrap();

@@ -340,7 +340,7 @@ mod tests {
             assert_eq!(compressor.compress(&page, &mut out[..bytes]), None, "not below the room given");
             assert_eq!(compressor.compress(&page, &mut out[..bytes / 2]), None);
             assert_eq!(compressor.compress(&page, &mut []), None);
-            assert_eq!(compressor.compress(&page, &mut out), Some(bytes), "{codec} goes on");
+            assert_eq!(compressor.compress(&page, &mut out), Some(bytes), "{codec} continues");
         }
     }
 

@@ -327,7 +327,7 @@ mod tests {
     }
 
     #[test]
-    fn acknowledging_all_empties_every_lane_and_counting_goes_on() {
+    fn acknowledging_all_empties_every_lane_and_counting_continues() {
         let in_flight = in_flight(1);
         [0, 8, 9].into_iter().for_each(|extent| in_flight.record(lane(extent), &batch(extent, 7, 1)));
         in_flight.acknowledge_all();

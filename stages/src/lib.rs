@@ -13,12 +13,12 @@
 pub mod batch;
 pub mod bitmap;
 pub mod bitmap_sync;
-pub mod clears;
 pub mod codec;
 pub mod digest;
 pub mod dirty_log;
 pub mod encoder;
 pub mod error;
+pub mod exclusions;
 pub mod geometry;
 mod hash;
 pub mod heartbeat;

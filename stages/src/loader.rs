@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! receiver ── Arrived ──▶ ┌────────┐ ──▶ guest memory
-//!                         │ loader │ ──▶ held: the received pages
+//!                         │ loader │ ──▶ received bitmap
 //!                         └────────┘ ── RoundComplete, Switchover ──▶ controller
 //! ```
 //!
@@ -13,7 +13,7 @@
 //! - A page is written only once it is decoded completely: a compressed page is decompressed into a buffer, with all of its
 //!   group; a delta is checked to its last byte, and needs a received page to patch. Damage never leaves a wrong page; an error
 //!   names the frame's offset and the page.
-//! - A page's bit in `held`, the received bitmap, is cleared before the page is written, and set once it is complete.
+//! - A page's bit in the received bitmap is cleared before the page is written, and set once it is complete.
 //! - A zero page of a fresh block that was never loaded is not touched: it is zero already. In any other block it is
 //!   written, since its content is unknown. Adjacent pages are written in one call, if they are raw, zero or of one group.
 //! - Memory is populated ahead of its first write (`first_touch`).
@@ -75,7 +75,7 @@ pub enum Loaded {
 pub struct Loader {
     lane: u16,
     memory: GuestMemory,
-    held: Arc<DirtyBitmap>,
+    received: Arc<DirtyBitmap>,
     checksum: bool,
     allowed: Features,
     progress: Arc<LaneProgress>,
@@ -101,13 +101,13 @@ impl From<WireError> for Fault {
 }
 
 impl Loader {
-    /// The loader of one lane. `held`, the received bitmap, starts empty and is shared by all lanes. `checksum` says whether
+    /// The loader of one lane. The bitmap `received` starts empty and is shared by all lanes. `checksum` says whether
     /// payloads carry their hash, `allowed` which encodings were agreed on.
     #[must_use]
     pub fn new(
         lane: u16,
         memory: GuestMemory,
-        held: Arc<DirtyBitmap>,
+        received: Arc<DirtyBitmap>,
         checksum: bool,
         allowed: Features,
         progress: Arc<LaneProgress>,
@@ -116,7 +116,7 @@ impl Loader {
         let group = vec![0; memory.page_size().bytes() * group_pages(memory.page_size())];
         let (decompressor, stage) = (Decompressor::default(), Stage::new(StageId::loader(lane), meter));
         let first_touch = FirstTouch::default();
-        Self { lane, memory, held, checksum, allowed, progress, first_touch, decompressor, group, stage }
+        Self { lane, memory, received, checksum, allowed, progress, first_touch, decompressor, group, stage }
     }
 
     /// Runs until the lane's Switchover, or until there is no more input.
@@ -161,7 +161,7 @@ impl Loader {
         }
         self.check_agreed(head)?;
         self.clear(head.at, head.zero)?;
-        self.first_touch.prepare(&self.memory, &self.held, head.at, head.mask & !head.zero);
+        self.first_touch.prepare(&self.memory, &self.received, head.at, head.mask & !head.zero);
         pieces(head, payload).try_for_each(|piece| self.place(head.at, &piece))
     }
 
@@ -184,7 +184,7 @@ impl Loader {
 
     /// Makes pages zero. Pages of a fresh block that were not received were never written: a write that fails ends the loader.
     fn clear(&self, at: ExtentAt, zero: u64) -> Result<(), Fault> {
-        let touched = if self.memory.block(at.block).fresh { self.held.peek(at) } else { u64::MAX };
+        let touched = if self.memory.block(at.block).fresh { self.received.peek(at) } else { u64::MAX };
         for (first, count) in runs(zero & touched) {
             let start = at.page(first);
             self.replace(at, run_mask(first, count), || {
@@ -192,7 +192,7 @@ impl Loader {
                 self.memory.block(at.block).memory.write_zeros(self.memory.page_size(), pages)
             })?;
         }
-        self.held.set_mask(at, zero & !touched);
+        self.received.set_mask(at, zero & !touched);
         Ok(())
     }
 
@@ -229,7 +229,7 @@ impl Loader {
 
     fn patch(&self, at: ExtentAt, piece: &Piece<'_>) -> Result<(), Fault> {
         let page = piece.page(at);
-        if !self.held.is_set(page) {
+        if !self.received.is_set(page) {
             return Err(WireError::NotHeld { page }.into());
         }
         let delta = Delta::parse(piece.bytes, self.memory.page_size().bytes())
@@ -241,9 +241,9 @@ impl Loader {
 
     /// Runs a write of pages, whose received bits are clear meanwhile.
     fn replace(&self, at: ExtentAt, mask: u64, write: impl FnOnce() -> io::Result<()>) -> Result<(), Fault> {
-        let _before = self.held.take_mask(at, mask);
+        let _before = self.received.take_mask(at, mask);
         write().map_err(|error| Fault::Memory(at.page(mask.trailing_zeros()), error))?;
-        self.held.set_mask(at, mask);
+        self.received.set_mask(at, mask);
         Ok(())
     }
 }

@@ -201,7 +201,7 @@ impl Meter {
         if waits & 1 == Wait::Input as u64 { (time, Duration::ZERO) } else { (Duration::ZERO, time) }
     }
 
-    /// How long the limit was waited for, and how long it was no longer, with the wait that goes on.
+    /// How long the limit was waited for, and how long it was no longer, with the current wait.
     fn limit_waits(&self, life: Duration) -> (Duration, Duration) {
         let load = |cell: &AtomicU64| Duration::from_nanos(cell.load(Ordering::Relaxed));
         let (waited, late, since) = (load(&self.limit_wait_ns), load(&self.late_ns), load(&self.limited));

@@ -89,7 +89,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wait_counts_while_it_goes_on_and_when_it_is_given_up() {
+    fn a_wait_counts_while_it_continues_and_when_it_is_given_up() {
         let meter = meter();
         let mut waits = Box::pin(pending(std::future::pending::<()>(), &meter, Wait::Output));
         assert_eq!(waits.as_mut().now_or_never(), None);

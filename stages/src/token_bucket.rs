@@ -54,7 +54,7 @@ impl TokenBucket {
     pub fn unlimited() -> Self {
         Self {
             turn: tokio::sync::Mutex::new(()),
-            account: Mutex::new(Account { rate: None, credit: 0, settled: Instant::now(), filling: Duration::ZERO }),
+            account: Mutex::new(Account { rate: None, credit: 0, refilled: Instant::now(), filling: Duration::ZERO }),
             rate_changed: Notify::new(),
         }
     }
@@ -78,7 +78,7 @@ impl TokenBucket {
     #[must_use]
     pub fn filling(&self) -> Duration {
         let mut account = self.account();
-        account.settle(Instant::now());
+        account.refill(Instant::now());
         account.filling
     }
 
@@ -103,7 +103,7 @@ impl TokenBucket {
     /// paid.
     pub fn charge(&self, bytes: usize) {
         let mut account = self.account();
-        account.settle(Instant::now());
+        account.refill(Instant::now());
         if account.rate.is_some() {
             account.credit -= cost(bytes);
         }
@@ -117,7 +117,7 @@ impl TokenBucket {
     pub fn set_rate(&self, rate: Option<u64>) {
         assert!(rate != Some(0), "a bandwidth of 0");
         let mut account = self.account();
-        account.settle(Instant::now());
+        account.refill(Instant::now());
         account.rate = rate;
         account.credit = rate.map_or(0, |rate| account.credit.min(most(rate)));
         drop(account);
@@ -160,7 +160,7 @@ struct Account {
     /// In units of 1 / [`BYTE`] bytes; negative is debt.
     credit: i128,
     /// When the credit was last computed.
-    settled: Instant,
+    refilled: Instant,
     /// Time in which it grew, up to then.
     filling: Duration,
 }
@@ -168,7 +168,7 @@ struct Account {
 impl Account {
     /// Returns the grant of a [`TokenBucket::take`], or how long to wait until there is enough credit.
     fn ask(&mut self, want: usize, share: Share, now: Instant) -> Result<usize, Duration> {
-        self.settle(now);
+        self.refill(now);
         let Some(rate) = self.rate else { return Ok(want) };
         let grant = want.min(quantum(rate, share));
         let missing = cost(grant) - self.credit;
@@ -179,13 +179,13 @@ impl Account {
         Ok(grant)
     }
 
-    fn settle(&mut self, now: Instant) {
+    fn refill(&mut self, now: Instant) {
         if let Some(rate) = self.rate {
-            let elapsed = now - self.settled;
+            let elapsed = now - self.refilled;
             self.filling += elapsed.min(time_for(rate, most(rate) - self.credit));
             self.credit = (self.credit + worth(rate, elapsed)).min(most(rate));
         }
-        self.settled = now;
+        self.refilled = now;
     }
 }
 

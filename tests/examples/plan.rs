@@ -87,7 +87,7 @@ fn cases() -> Vec<Case> {
         case("log-deltas", 128, one(Pattern::Sequential, 9_000.0, 1024), 30, 60, Deltas, false),
         case("zipf-lz4", 128, one(ZIPF, 10_000.0, 64), 40, 200, Whole(Codec::Lz4), false),
         case("uniform-raw", 128, one(Pattern::Uniform, 4_000.0, 4096), 60, 200, Raw, false),
-        case("outruns-raw", 64, one(Pattern::Uniform, 40_000.0, 4096), 60, 200, Raw, false),
+        case("diverges-raw", 64, one(Pattern::Uniform, 40_000.0, 4096), 60, 200, Raw, false),
         // For validation: not used to develop the model.
         case("idle-verified", 192, one(Pattern::Uniform, 10.0, 64), 80, 300, Deltas, true),
         case(

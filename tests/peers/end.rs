@@ -129,7 +129,7 @@ pub(crate) enum Compress {
 
 /// A message of an end.
 #[derive(Debug, Serialize, Deserialize)]
-pub(crate) enum Said {
+pub(crate) enum Reply {
     /// Its guest is ready; a destination adds the address on which it listens.
     Ready(String),
     /// The migration is over.
@@ -189,7 +189,7 @@ async fn send_guest(address: &str, what: What, how: How) -> Fallible<()> {
 async fn send_from(guest: Arc<dyn SourceGuest>, writes: impl Fn() -> u64, address: &str, how: How) -> Fallible<()> {
     let (transport, plane, rounds) = (transport(address)?, DataPlane::new()?, Arc::new(Rounds::default()));
     let observers = Observers::new(Role::Source, vec![rounds.clone() as Arc<dyn Observer>]);
-    say(&Said::Ready(address.to_owned()))?;
+    reply(&Reply::Ready(address.to_owned()))?;
     wait_for_line()?;
     let before = writes();
     // The memory is unmapped after the measurement.
@@ -198,7 +198,7 @@ async fn send_from(guest: Arc<dyn SourceGuest>, writes: impl Fn() -> u64, addres
         Ok(sent) => &sent.ended,
         Err(error) => error.ended().ok_or("the settings cannot be")?,
     };
-    say(&Said::Done(verdict(ended, &rounds, writes() - before)))?;
+    reply(&Reply::Done(verdict(ended, &rounds, writes() - before)))?;
     wait_for_line()
 }
 
@@ -207,11 +207,11 @@ async fn receive_guest(address: &str, what: Expected) -> Fallible<()> {
     match what {
         Expected::Image => {
             let guest = receive_into(StillGuest::build, listener).await?;
-            say(&Said::Hash(guest.hash()))?;
+            reply(&Reply::Hash(guest.hash()))?;
         }
         Expected::Workload => {
             let guest = receive_into(Workload::destination(), listener).await?;
-            say(&Said::StalePages(guest.check_all().stale_pages))?;
+            reply(&Reply::StalePages(guest.check_all().stale_pages))?;
         }
     }
     wait_for_line()
@@ -220,11 +220,11 @@ async fn receive_guest(address: &str, what: Expected) -> Fallible<()> {
 async fn receive_into<B: GuestBuilder>(builder: B, listener: Box<dyn Listener>) -> Fallible<Arc<B::Built>> {
     let (plane, rounds) = (DataPlane::new()?, Arc::new(Rounds::default()));
     let observers = Observers::new(Role::Destination, vec![rounds.clone() as Arc<dyn Observer>]);
-    say(&Said::Ready(listener.local_address()))?;
+    reply(&Reply::Ready(listener.local_address()))?;
     wait_for_line()?;
     let received =
         receive(builder, listener, destination_settings(), &plane, observers, CancellationToken::new()).await?;
-    say(&Said::Done(verdict(&received.ended, &rounds, 0)))?;
+    reply(&Reply::Done(verdict(&received.ended, &rounds, 0)))?;
     wait_for_line()?;
     Ok(received.guest)
 }
@@ -320,7 +320,7 @@ impl Observer for Rounds {
 }
 
 /// Sends a message to the bench.
-pub(crate) fn say(what: &Said) -> Fallible<()> {
+pub(crate) fn reply(what: &Reply) -> Fallible<()> {
     let mut out = std::io::stdout().lock();
     writeln!(out, "{}", serde_json::to_string(what)?)?;
     Ok(out.flush()?)

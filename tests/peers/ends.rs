@@ -7,7 +7,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use crate::Fallible;
-use crate::end::{COMMAND, Expected, How, Order, Said, Verdict, What};
+use crate::end::{COMMAND, Expected, How, Order, Reply, Verdict, What};
 use crate::floor::Sockets;
 use crate::image::Image;
 use crate::moved::{Moved, Spent};
@@ -46,9 +46,9 @@ pub(crate) fn move_bare(image: &Image, address: &str, sockets: Sockets) -> Falli
 }
 
 /// Checks that this image arrived.
-fn whole(image: &Image, (moved, arrived): (Moved, Option<Said>)) -> Fallible<Moved> {
+fn whole(image: &Image, (moved, arrived): (Moved, Option<Reply>)) -> Fallible<Moved> {
     match arrived {
-        Some(Said::Hash(hash)) => image.check(hash)?,
+        Some(Reply::Hash(hash)) => image.check(hash)?,
         other => return Err(format!("the destination says {other:?}, not a hash").into()),
     }
     Ok(moved)
@@ -60,7 +60,7 @@ pub(crate) fn move_workload(pace: crate::boot::Pace, address: &str, how: How) ->
     let send = |address| Order::Send { address, what: What::Workload(pace), how };
     let (moved, arrived) = migrate(&receive, send, WARM_UP, how.deadline)?;
     match arrived {
-        None | Some(Said::StalePages(0)) => Ok(moved),
+        None | Some(Reply::StalePages(0)) => Ok(moved),
         other => Err(format!("the destination says {other:?}, not that no page is stale").into()),
     }
 }
@@ -72,15 +72,15 @@ fn migrate(
     send: impl FnOnce(String) -> Order,
     warm_up: Duration,
     deadline: Option<Duration>,
-) -> Fallible<(Moved, Option<Said>)> {
+) -> Fallible<(Moved, Option<Reply>)> {
     let mut destination = End::start(receive)?;
     let mut source = End::start(&send(destination.ready()?))?;
     source.ready()?;
     sleep(warm_up);
     let before = (source.usage()?, destination.usage()?);
     let began = Instant::now();
-    destination.go_on()?;
-    source.go_on()?;
+    destination.proceed()?;
+    source.proceed()?;
     let sent = source.verdict()?;
     let moved = |sent: &Verdict, clock, source, destination: Spent| Moved {
         completed: sent.completed,
@@ -112,7 +112,7 @@ fn migrate(
     if env::var_os("STAGES").is_some() {
         sent.stages.iter().chain(&received.stages).for_each(|stage| eprintln!("    {stage}"));
     }
-    destination.go_on()?;
+    destination.proceed()?;
     Ok((moved(&sent, clock, source_spent, destination_spent), Some(destination.hear()?)))
 }
 
@@ -137,11 +137,11 @@ impl End {
         self.process.usage()
     }
 
-    fn go_on(&mut self) -> Fallible<()> {
+    fn proceed(&mut self) -> Fallible<()> {
         Ok(self.input.write_all(b"\n")?)
     }
 
-    fn hear(&mut self) -> Fallible<Said> {
+    fn hear(&mut self) -> Fallible<Reply> {
         let mut line = String::new();
         match self.output.read_line(&mut line)? {
             0 => Err("an end ended before its time".into()),
@@ -151,14 +151,14 @@ impl End {
 
     fn ready(&mut self) -> Fallible<String> {
         match self.hear()? {
-            Said::Ready(address) => Ok(address),
+            Reply::Ready(address) => Ok(address),
             other => Err(format!("an end says {other:?}, not that it is ready").into()),
         }
     }
 
     fn verdict(&mut self) -> Fallible<Verdict> {
         match self.hear()? {
-            Said::Done(verdict) => Ok(verdict),
+            Reply::Done(verdict) => Ok(verdict),
             other => Err(format!("an end says {other:?}, not that it is done").into()),
         }
     }

@@ -20,7 +20,7 @@ use socket2::SockRef;
 use xxhash_rust::xxh3::xxh3_128;
 
 use crate::Fallible;
-use crate::end::{Said, Verdict, say, wait_for_line};
+use crate::end::{Reply, Verdict, reply, wait_for_line};
 
 /// The kind of sockets.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
@@ -37,13 +37,13 @@ pub(crate) fn send(address: &str, image: &Path, sockets: Sockets) -> Fallible<()
     let memory = MappedMemory::file(OpenOptions::new().read(true).write(true).open(image)?)?;
     // SAFETY: the image does not change while it is sent, and is mapped until the end of this function.
     let bytes = unsafe { slice::from_raw_parts(memory.as_ptr(), memory.len()) };
-    say(&Said::Ready(address.to_owned()))?;
+    reply(&Reply::Ready(address.to_owned()))?;
     wait_for_line()?;
     let began = Instant::now();
     let mut sockets = connect(&address.parse()?, sockets)?;
     bare::send(bytes, &mut sockets)?;
     sockets[0].read_exact(&mut [0])?;
-    say(&Said::Done(verdict(began.elapsed(), bytes.len())))?;
+    reply(&Reply::Done(verdict(began.elapsed(), bytes.len())))?;
     wait_for_line()
 }
 
@@ -55,15 +55,15 @@ pub(crate) fn receive(address: &str, bytes: usize, connections: u8) -> Fallible<
     // SAFETY: the memory is not accessed elsewhere, and is mapped until the end of this function.
     let into = unsafe { slice::from_raw_parts_mut(memory.as_ptr(), memory.len()) };
     let listening = Listening::at(&address.parse()?)?;
-    say(&Said::Ready(listening.address()?))?;
+    reply(&Reply::Ready(listening.address()?))?;
     wait_for_line()?;
     let began = Instant::now();
     let mut sockets = listening.accept(connections)?;
     bare::receive(&mut sockets, into)?;
     sockets[0].write_all(&[0])?;
-    say(&Said::Done(verdict(began.elapsed(), bytes)))?;
+    reply(&Reply::Done(verdict(began.elapsed(), bytes)))?;
     wait_for_line()?;
-    say(&Said::Hash(xxh3_128(into)))?;
+    reply(&Reply::Hash(xxh3_128(into)))?;
     wait_for_line()
 }
 

@@ -35,10 +35,10 @@ impl Busy {
             ..source_settings(4, 4)
         };
         let cancelled = Arc::new(OnceLock::new());
-        let told = cancelled.clone();
+        let at = cancelled.clone();
         let recorder = Recorder::calling(move |role, event| {
             if role == Role::Source && matches!(event, Event::Phase(Phase::Cancelled)) {
-                told.get_or_init(Instant::now);
+                at.get_or_init(Instant::now);
             }
         });
         let migration = tokio::spawn(migrate_watched(
@@ -60,7 +60,7 @@ impl Busy {
     pub async fn verdict(self) -> Instant {
         let ends = self.migration.await.expect("a migration does not panic");
         assert_eq!(ends.source.phase, Phase::Cancelled, "{:?}", ends.source.error);
-        assert!(self.source.runs(), "the source guest goes on");
-        *self.cancelled.get().expect("it was told")
+        assert!(self.source.runs(), "the source guest continues");
+        *self.cancelled.get().expect("it was cancelled")
     }
 }

@@ -16,7 +16,7 @@ use crate::trouble::{Trouble, TroubledMemory, Troubles, WatchedLog};
 
 /// A call that the guest received.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Told {
+pub enum GuestCall {
     /// See [`SourceGuest`].
     Pause,
     /// See [`SourceGuest`].
@@ -66,7 +66,7 @@ pub struct TestGuest {
     memory: Mutex<Option<GuestMemory>>,
     blocks: Mutex<Vec<Arc<MappedMemory>>>,
     log: Mutex<Option<Arc<WatchedLog>>>,
-    told: Mutex<Vec<Told>>,
+    calls: Mutex<Vec<GuestCall>>,
     running: Arc<AtomicBool>,
     writers: Mutex<Vec<JoinHandle<()>>>,
     /// The number of writers while the guest runs.
@@ -76,7 +76,7 @@ pub struct TestGuest {
     fails: Fails,
     troubles: Troubles,
     /// The trouble that begins at this call.
-    trouble_from: Mutex<Option<(Told, Trouble)>>,
+    trouble_from: Mutex<Option<(GuestCall, Trouble)>>,
     state: GuestState,
     state_here: Mutex<GuestState>,
     resumed_with: Mutex<Vec<Vec<u8>>>,
@@ -137,7 +137,7 @@ impl TestGuest {
             memory: Mutex::default(),
             blocks: Mutex::default(),
             log: Mutex::default(),
-            told: Mutex::default(),
+            calls: Mutex::default(),
             running: Arc::new(AtomicBool::new(false)),
             writers: Mutex::default(),
             crew: AtomicU64::new(0),
@@ -170,8 +170,8 @@ impl TestGuest {
 
     /// The same guest, with trouble that begins at this call.
     #[must_use]
-    pub fn troubled_from(self, told: Told, trouble: Trouble) -> Self {
-        *self.trouble_from.lock().unwrap() = Some((told, trouble));
+    pub fn troubled_from(self, call: GuestCall, trouble: Trouble) -> Self {
+        *self.trouble_from.lock().unwrap() = Some((call, trouble));
         self
     }
 
@@ -274,14 +274,14 @@ impl TestGuest {
 
     /// The calls that it received so far, in order.
     #[must_use]
-    pub fn told(&self) -> Vec<Told> {
-        self.told.lock().unwrap().clone()
+    pub fn calls(&self) -> Vec<GuestCall> {
+        self.calls.lock().unwrap().clone()
     }
 
     /// Did it receive this call?
     #[must_use]
-    pub fn was_told(&self, what: Told) -> bool {
-        self.told().contains(&what)
+    pub fn was_called(&self, what: GuestCall) -> bool {
+        self.calls().contains(&what)
     }
 
     /// Do its writers run?
@@ -353,10 +353,10 @@ impl TestGuest {
         self.log.lock().unwrap().clone().expect("built")
     }
 
-    /// The calls that it received since the previous `take_told`.
+    /// The calls that it received since the previous `take_calls`.
     #[must_use]
-    pub fn take_told(&self) -> Vec<Told> {
-        std::mem::take(&mut *self.told.lock().unwrap())
+    pub fn take_calls(&self) -> Vec<GuestCall> {
+        std::mem::take(&mut *self.calls.lock().unwrap())
     }
 
     /// Waits until its writers have written again, which proves that it runs.
@@ -372,8 +372,8 @@ impl TestGuest {
         }
     }
 
-    fn note(&self, what: Told) {
-        self.told.lock().unwrap().push(what);
+    fn note(&self, what: GuestCall) {
+        self.calls.lock().unwrap().push(what);
         if let Some((_, trouble)) = self.trouble_from.lock().unwrap().filter(|&(from, _)| from == what) {
             self.troubles.set(Some(trouble));
         }
@@ -457,18 +457,18 @@ impl SourceGuest for TestGuest {
     }
 
     fn pause(&self) -> Result<(), GuestError> {
-        self.note(Told::Pause);
+        self.note(GuestCall::Pause);
         if self.fails.pause {
-            return Err(GuestError("told to fail at pause".into()));
+            return Err(GuestError("made to fail at pause".into()));
         }
         self.stop_writers();
         Ok(())
     }
 
     fn resume(&self) -> Result<(), GuestError> {
-        self.note(Told::Resume);
+        self.note(GuestCall::Resume);
         if self.fails.resume {
-            return Err(GuestError("told to fail at resume".into()));
+            return Err(GuestError("made to fail at resume".into()));
         }
         if !self.runs() {
             *self.resumed_with.lock().unwrap() = self.bytes();
@@ -478,9 +478,9 @@ impl SourceGuest for TestGuest {
     }
 
     fn save(&self) -> Result<GuestState, GuestError> {
-        self.note(Told::Save);
+        self.note(GuestCall::Save);
         if self.fails.save {
-            return Err(GuestError("told to fail at save".into()));
+            return Err(GuestError("made to fail at save".into()));
         }
         // Saving may write memory, and marks what it writes.
         self.blocks.lock().unwrap()[0].store(0, b"saved!");
@@ -489,22 +489,22 @@ impl SourceGuest for TestGuest {
     }
 
     fn release(&self) -> Result<(), GuestError> {
-        self.note(Told::Release);
-        if self.fails.release { Err(GuestError("told to fail at release".into())) } else { Ok(()) }
+        self.note(GuestCall::Release);
+        if self.fails.release { Err(GuestError("made to fail at release".into())) } else { Ok(()) }
     }
 
     fn reacquire(&self) -> Result<(), GuestError> {
-        self.note(Told::Reacquire);
-        if self.fails.reacquire { Err(GuestError("told to fail at reacquire".into())) } else { Ok(()) }
+        self.note(GuestCall::Reacquire);
+        if self.fails.reacquire { Err(GuestError("made to fail at reacquire".into())) } else { Ok(()) }
     }
 
     fn committed(&self, _: &str) -> Result<(), GuestError> {
-        self.note(Told::Committed);
-        if self.fails.commit { Err(GuestError("told to fail at commit".into())) } else { Ok(()) }
+        self.note(GuestCall::Committed);
+        if self.fails.commit { Err(GuestError("made to fail at commit".into())) } else { Ok(()) }
     }
 
     fn moved(&self) {
-        self.note(Told::Moved);
+        self.note(GuestCall::Moved);
     }
 
     fn setup_state(&self) -> Result<GuestState, GuestError> {
@@ -515,19 +515,19 @@ impl SourceGuest for TestGuest {
 
 impl DestinationGuest for TestGuest {
     fn prepare(&self, state: &GuestState) -> Result<(), GuestError> {
-        self.note(Told::Prepare);
+        self.note(GuestCall::Prepare);
         std::thread::sleep(self.prepare_takes);
         if self.fails.prepare {
-            return Err(GuestError("told to fail at prepare".into()));
+            return Err(GuestError("made to fail at prepare".into()));
         }
         *self.state_here.lock().unwrap() = state.clone();
         Ok(())
     }
 
     fn start(&self, run_state: RunState) -> Result<(), GuestError> {
-        self.note(Told::Start);
+        self.note(GuestCall::Start);
         if self.fails.start {
-            return Err(GuestError("told to fail at start".into()));
+            return Err(GuestError("made to fail at start".into()));
         }
         self.running.store(run_state == RunState::Running, Ordering::SeqCst);
         Ok(())
@@ -536,7 +536,7 @@ impl DestinationGuest for TestGuest {
 
 impl Arrives for TestGuest {
     fn build(&self, page_size: PageSize, blocks: &[BlockInfo], setup: &GuestState) -> Result<(), GuestError> {
-        self.note(Told::Build);
+        self.note(GuestCall::Build);
         if setup.sections.first().is_none_or(|section| section.bytes != b"two fans") {
             return Err(GuestError(format!("the board has two fans here, there it has {:?}", setup.sections)));
         }

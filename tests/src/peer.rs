@@ -50,7 +50,7 @@ impl Hand {
     }
 
     /// Sends a message; a peer that is gone does not receive it.
-    pub async fn say(&mut self, message: Message) {
+    pub async fn send_message(&mut self, message: Message) {
         self.send(&message.encode(0)).await;
     }
 
@@ -92,10 +92,10 @@ impl Hand {
     /// # Panics
     /// If the source does not follow the protocol.
     pub async fn agree(&mut self) {
-        self.hear_until(Kind::Hello).await.expect("a source says Hello");
-        self.say(Message::Accept).await;
-        self.hear_until(Kind::Blocks).await.expect("a source says what it has");
-        self.say(Message::Ready).await;
+        self.hear_until(Kind::Hello).await.expect("a source sends Hello");
+        self.send_message(Message::Accept).await;
+        self.hear_until(Kind::Blocks).await.expect("a source sends what it has");
+        self.send_message(Message::Ready).await;
     }
 
     /// Plays the destination up to its Loaded, which is not sent.

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use memferry::control::Control;
 use memferry::events::{Ended, Event, Observer, Observers, Phase, Role};
-use memferry::guest::clearer::Clearer;
+use memferry::guest::hints::PageHinter;
 use memferry::guest::{DestinationGuest, Guest, GuestBuilder, GuestError, GuestState, RunState, SourceGuest};
 use memferry::migration::{DataPlane, ReceiveError, Received, RunsHere, SendError, Sent, receive, send};
 use memferry::settings::{
@@ -20,7 +20,7 @@ use memferry_stages::memory::GuestMemory;
 use memferry_transports::{Address, Listener, Transport, open};
 use tokio_util::sync::CancellationToken;
 
-use crate::guest::{TestGuest, Told};
+use crate::guest::{GuestCall, TestGuest};
 
 /// The outcome at both ends of a migration, and the events on the way.
 #[derive(Debug)]
@@ -41,28 +41,28 @@ impl Ends {
     /// If the law was violated.
     #[track_caller]
     pub fn check_law_seven(&self, source: &TestGuest, destination: &TestGuest) {
-        let (told, phase) = (source.told(), self.source.phase);
-        let context = format!("{:?}, {:?}, told {told:?}", self.source.error, self.destination.error);
-        let starts = destination.told().iter().filter(|&&told| told == Told::Start).count();
+        let (calls, phase) = (source.calls(), self.source.phase);
+        let context = format!("{:?}, {:?}, calls {calls:?}", self.source.error, self.destination.error);
+        let starts = destination.calls().iter().filter(|&&call| call == GuestCall::Start).count();
         assert!(!(source.runs() && destination.runs()), "two run: {context}");
         assert!(starts <= 1, "started twice: {context}");
-        assert!(starts == 0 || told.contains(&Told::Committed), "started before Go: {context}");
+        assert!(starts == 0 || calls.contains(&GuestCall::Committed), "started before Go: {context}");
         assert!(!source.log().is_armed(), "the log was not stopped: {context}");
         assert_eq!(source.log().misused(), None, "{context}");
         match phase {
             Phase::Completed => assert!(starts == 1 && !source.runs(), "{context}"),
             Phase::Unconfirmed => {
-                assert!(!source.runs() && told.contains(&Told::Committed), "{context}");
+                assert!(!source.runs() && calls.contains(&GuestCall::Committed), "{context}");
                 assert!(context.contains("look at the destination"), "{context}");
             }
             _ => {
                 assert!(starts == 0 && self.destination.phase != Phase::Completed, "{phase:?}: {context}");
                 assert!(self.source.error.is_some() && self.destination.error.is_some(), "{context}");
-                let was = |what| told.contains(&what);
-                assert_eq!(was(Told::Pause), was(Told::Resume), "{context}");
-                assert_eq!(was(Told::Resume), self.source.downtime.is_some(), "{context}");
-                assert!(!was(Told::Moved), "{context}");
-                assert_eq!(was(Told::Release), was(Told::Reacquire), "{context}");
+                let was = |what| calls.contains(&what);
+                assert_eq!(was(GuestCall::Pause), was(GuestCall::Resume), "{context}");
+                assert_eq!(was(GuestCall::Resume), self.source.downtime.is_some(), "{context}");
+                assert!(!was(GuestCall::Moved), "{context}");
+                assert_eq!(was(GuestCall::Release), was(GuestCall::Reacquire), "{context}");
                 source.wait_for_writes();
             }
         }
@@ -177,8 +177,8 @@ impl Guest for AnyGuest {
         self.0.memory()
     }
 
-    fn clearers(&self) -> Vec<Arc<dyn Clearer>> {
-        self.0.clearers()
+    fn page_hinters(&self) -> Vec<Arc<dyn PageHinter>> {
+        self.0.page_hinters()
     }
 }
 

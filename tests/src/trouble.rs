@@ -112,8 +112,8 @@ impl TroubledMemory {
 
     fn before_reading(&self, holds: impl Fn(u64) -> bool) -> io::Result<()> {
         match self.troubles.get() {
-            Some(Trouble::ReadPanics(page)) if holds(page) => panic!("told to panic when page {page} is read"),
-            Some(Trouble::ReadFails(page)) if holds(page) => Err(io::Error::other("told to fail at reading")),
+            Some(Trouble::ReadPanics(page)) if holds(page) => panic!("made to panic when page {page} is read"),
+            Some(Trouble::ReadFails(page)) if holds(page) => Err(io::Error::other("made to fail at reading")),
             _ => Ok(()),
         }
     }
@@ -220,7 +220,7 @@ impl DirtyLog for WatchedLog {
     fn start(&self) -> io::Result<()> {
         self.demand(!self.armed.swap(true, Ordering::SeqCst), "it was started twice");
         match self.troubles.get() {
-            Some(Trouble::LogStartFails) => Err(io::Error::other("told to fail at start")),
+            Some(Trouble::LogStartFails) => Err(io::Error::other("made to fail at start")),
             Some(Trouble::LogStartTakes(time)) => {
                 std::thread::sleep(time);
                 self.log.start()
@@ -238,10 +238,10 @@ impl DirtyLog for WatchedLog {
         self.demand(!self.asked.swap(true, Ordering::SeqCst), "two syncs overlap");
         self.demand(self.is_armed(), "it was synced while it was not started");
         let synced = match self.troubles.get() {
-            Some(Trouble::SyncFails) => Err(io::Error::other("told to fail at sync")),
+            Some(Trouble::SyncFails) => Err(io::Error::other("made to fail at sync")),
             Some(Trouble::SyncPanics) => {
                 self.asked.store(false, Ordering::SeqCst);
-                panic!("told to panic at sync")
+                panic!("made to panic at sync")
             }
             Some(Trouble::SyncTakes(time)) => {
                 std::thread::sleep(time);

@@ -9,7 +9,7 @@ use std::time::Duration;
 use memferry::events::{Event, Phase, Role};
 use memferry::settings::{After, SourceSettings};
 use memferry_stages::geometry::PageSize;
-use memferry_tests::guest::Told;
+use memferry_tests::guest::GuestCall;
 use memferry_tests::leftovers::Census;
 use memferry_tests::{Recorder, TestGuest, Trouble, migrate_watched, run, source_settings};
 use memferry_transports::memory::MemoryTransport;
@@ -77,7 +77,7 @@ fn cancelled_while_the_log_waits(source: &Arc<TestGuest>, trouble: Trouble) {
 
 /// Migrates until `cancel`; the guest continues.
 fn cancelled(source: &Arc<TestGuest>, address: &str, cancel: CancellationToken, recorder: Recorder) {
-    let (told_before, settings) = (source.take_told(), settings(address));
+    let (calls_before, settings) = (source.take_calls(), settings(address));
     let destination = Arc::new(TestGuest::destination());
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let moving = async {
@@ -90,12 +90,12 @@ fn cancelled(source: &Arc<TestGuest>, address: &str, cancel: CancellationToken, 
         ends.source
     };
     let ended = runtime.block_on(async { tokio::time::timeout(HANG, moving).await.expect("it hangs") });
-    assert_eq!(ended.phase, Phase::Cancelled, "{address}: {:?}, before it {told_before:?}", ended.error);
-    assert_eq!(source.was_told(Told::Pause), source.was_told(Told::Resume));
-    assert_eq!(source.was_told(Told::Pause), ended.downtime.is_some());
+    assert_eq!(ended.phase, Phase::Cancelled, "{address}: {:?}, before it {calls_before:?}", ended.error);
+    assert_eq!(source.was_called(GuestCall::Pause), source.was_called(GuestCall::Resume));
+    assert_eq!(source.was_called(GuestCall::Pause), ended.downtime.is_some());
     assert_eq!(ended.downtime.unwrap_or_default(), ended.parts.total(), "{:?}", ended.parts);
-    assert_eq!(source.was_told(Told::Release), source.was_told(Told::Reacquire));
-    assert!(!source.was_told(Told::Committed) && !destination.was_told(Told::Start));
+    assert_eq!(source.was_called(GuestCall::Release), source.was_called(GuestCall::Reacquire));
+    assert!(!source.was_called(GuestCall::Committed) && !destination.was_called(GuestCall::Start));
     assert!(!source.log().is_armed(), "{address}: the log was not stopped");
     assert_eq!(source.log().misused(), None, "{address}");
     source.wait_for_writes();
@@ -123,7 +123,7 @@ fn cancelled_thirty_times_in_a_row_it_leaves_nothing_behind() {
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "a file was left behind");
     before.wait_until_as_before();
 
-    drop(source.take_told());
+    drop(source.take_calls());
     let destination = Arc::new(TestGuest::destination());
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let way = transport("memory");

@@ -130,9 +130,9 @@ fn a_migration_gets_a_cap_another_one_and_none_again() {
         control.cancel();
     });
     assert_eq!(ends.source.phase, Phase::Cancelled, "{:?}", ends.source.error);
-    let told = changes(&ends);
-    assert_eq!(told[0], "max_bandwidth is changed from unlimited to 2 MiB/s");
-    assert_eq!(told.len(), 3, "{told:?}");
+    let reported = changes(&ends);
+    assert_eq!(reported[0], "max_bandwidth is changed from unlimited to 2 MiB/s");
+    assert_eq!(reported.len(), 3, "{reported:?}");
 }
 
 #[test]
@@ -216,8 +216,8 @@ fn a_throttle_above_its_ceiling_is_lowered_at_once() {
         };
         until(&control, "it throttles", throttled).await;
         control.set([Change::ThrottleMost(10)]).await.unwrap();
-        let told = |status: &Status| status.progress.as_ref().is_some_and(|progress| progress.throttle == 10);
-        until(&control, "it is told", told).await;
+        let reported = |status: &Status| status.progress.as_ref().is_some_and(|progress| progress.throttle == 10);
+        until(&control, "it is reported", reported).await;
         control.cancel();
     });
     assert_eq!(ends.source.phase, Phase::Cancelled);
@@ -305,7 +305,7 @@ fn a_cache_grows_and_shrinks_and_the_destination_stays_exact() {
 }
 
 #[test]
-fn it_switches_over_when_told_to() {
+fn it_switches_over_on_request() {
     let (_, ends) = asked_hot(endless(), |control| async move {
         rounds_run(&control).await;
         control.switch_over().await.unwrap();
@@ -322,7 +322,7 @@ fn it_switches_over_when_told_to() {
 }
 
 #[test]
-fn in_the_first_round_it_switches_over_at_once_and_sends_the_round_as_fast_as_it_is_told() {
+fn in_the_first_round_it_switches_over_at_once_and_sends_the_round_at_the_bandwidth_of_the_switchover() {
     let settings = SourceSettings { max_bandwidth: Some(64 << 10), ..endless() };
     let (_, ends) = asked_hot(settings, |control| async move {
         until(&control, "it is active", |status| status.phase == Phase::Active).await;
@@ -346,11 +346,11 @@ fn it_does_not_switch_over_above_max_downtime() {
         rounds_run(&control).await;
         until(&control, "a decision", |status| status.decision.is_some()).await;
         let refused = control.switch_over().await.unwrap_err();
-        let is_told = matches!(
+        let is_expected = matches!(
             &refused,
             ControlError::AboveMaxDowntime(above) if above.max_downtime == 2 * MS && above.forecast.is_some()
         );
-        assert!(is_told, "{refused}");
+        assert!(is_expected, "{refused}");
         let refused = control.set([Change::DowntimeLimit(3 * MS)]).await.unwrap_err();
         assert_eq!(refused.to_string(), "max_downtime: a downtime_limit of 3ms above a max_downtime of 2ms");
         control.set([Change::MaxDowntime(None)]).await.unwrap();

@@ -116,7 +116,7 @@ fn it_is_switched_over_above_its_limit_and_under_the_ceiling() {
 }
 
 #[test]
-fn it_is_cancelled_and_goes_on() {
+fn it_is_cancelled_and_continues() {
     let (guest, ends) = ended_by(&[StallStep::Cancel]);
     assert_eq!(ends.source.phase, Phase::Cancelled, "{:?}", ends.source.error);
     let why = ends.source.error.clone().unwrap();

@@ -38,7 +38,7 @@ fn embed_moves_its_guest() {
 }
 
 #[test]
-fn embed_goes_on_after_ctrl_c() {
+fn embed_continues_after_ctrl_c() {
     let mut embed = Command::new(example("embed")).arg("2000").stdout(Stdio::piped()).spawn().unwrap();
     let mut lines = BufReader::new(embed.stdout.take().unwrap()).lines().map(Result::unwrap);
     assert!(lines.any(|line| line.contains("left")));

@@ -8,7 +8,7 @@ use std::time::Duration;
 use memferry::events::{Event, Phase, Role};
 use memferry::settings::SourceSettings;
 use memferry_stages::geometry::PageSize;
-use memferry_tests::guest::{Fails, Told};
+use memferry_tests::guest::{Fails, GuestCall};
 use memferry_tests::{Ends, Recorder, TestGuest, Trouble, migrate_watched, source_settings};
 use memferry_transports::memory::{Direction, Faults, MemoryTransport};
 use tokio_util::sync::CancellationToken;
@@ -54,7 +54,7 @@ impl Trial {
     #[track_caller]
     fn run(self, source: &Arc<TestGuest>, destination: &Arc<TestGuest>) -> Ends {
         let Self { transport, settings, cancel, recorder } = self;
-        drop(source.take_told());
+        drop(source.take_calls());
         let runtime = tokio::runtime::Runtime::new().unwrap();
         let moving =
             migrate_watched(source.clone(), destination.clone(), Arc::new(transport), settings, cancel, recorder);
@@ -214,7 +214,7 @@ fn a_stall_does_not_hold_up_a_cancel() {
 // ---- the guests ----
 
 #[test]
-fn a_guest_that_fails_at_any_call_goes_on_at_the_source() {
+fn a_guest_that_fails_at_any_call_continues_at_the_source() {
     let source_fails = [
         (Fails { pause: true, ..Fails::default() }, "at pause"),
         (Fails { save: true, ..Fails::default() }, "at save"),
@@ -252,7 +252,7 @@ fn a_start_that_fails_leaves_both_paused_and_both_say_so() {
 }
 
 #[test]
-fn a_source_that_cannot_go_on_says_so() {
+fn a_source_that_cannot_continue_says_so() {
     for fails in [Fails { resume: true, ..Fails::default() }, Fails { reacquire: true, ..Fails::default() }] {
         let source = source().failing(fails).running(2);
         let fails = Fails { prepare: true, ..Fails::default() };
@@ -301,8 +301,8 @@ fn a_page_that_is_damaged_at_the_destination_is_found_and_named() {
 #[test]
 fn memory_that_fails_or_panics_at_the_source_is_named() {
     let words: [(Trouble, &[&str]); 2] = [
-        (Trouble::ReadFails(70), &["zero detector", "page", "told to fail at reading"]),
-        (Trouble::ReadPanics(70), &["mistake in memferry", "told to panic when page 70 is read"]),
+        (Trouble::ReadFails(70), &["zero detector", "page", "made to fail at reading"]),
+        (Trouble::ReadPanics(70), &["mistake in memferry", "made to panic when page 70 is read"]),
     ];
     for (trouble, words) in words {
         let no_verify = |mut trial: Trial| {
@@ -322,16 +322,16 @@ fn memory_that_fails_or_panics_at_the_source_is_named() {
 fn memory_that_panics_under_the_digests_is_survived_at_both_ends() {
     // Before the first page, and in the pause: there are no writes then, so that only the digests read the page.
     let troubled =
-        [source().troubled(Trouble::ReadPanics(70)), source().troubled_from(Told::Save, Trouble::ReadPanics(70))];
+        [source().troubled(Trouble::ReadPanics(70)), source().troubled_from(GuestCall::Save, Trouble::ReadPanics(70))];
     for source in troubled {
         let source = source.running(0);
         let destination = Arc::new(TestGuest::destination());
         let ends = migrate_once(&source, &destination);
         assert_eq!(ends.source.phase, Phase::Failed);
         assert!(source.runs() && !source.log().is_armed());
-        assert_eq!(source.was_told(Told::Pause), source.was_told(Told::Resume));
+        assert_eq!(source.was_called(GuestCall::Pause), source.was_called(GuestCall::Resume));
         says(ends.source.error.as_ref(), &["page 70 is read"]);
-        assert!(!destination.was_told(Told::Start));
+        assert!(!destination.was_called(GuestCall::Start));
     }
     let source = source().running(0);
     let destination = Arc::new(TestGuest::destination().troubled(Trouble::ReadPanics(70)));
@@ -339,7 +339,7 @@ fn memory_that_panics_under_the_digests_is_survived_at_both_ends() {
     assert!(ends.source.phase == Phase::Failed && ends.destination.phase == Phase::Failed);
     says(ends.destination.error.as_ref(), &["page 70 is read"]);
     says(ends.source.error.as_ref(), &["page 70 is read"]);
-    assert!(source.runs() && !destination.was_told(Told::Start));
+    assert!(source.runs() && !destination.was_called(GuestCall::Start));
 }
 
 /// A guest without writers to wait for.
@@ -367,9 +367,9 @@ fn a_full_disk_at_the_destination_is_named_at_both_ends() {
 #[test]
 fn a_log_that_fails_is_named() {
     let words: [(Trouble, &[&str]); 3] = [
-        (Trouble::LogStartFails, &["the dirty log cannot start", "told to fail at start"]),
-        (Trouble::SyncFails, &["bitmap sync", "the dirty log cannot sync", "told to fail at sync"]),
-        (Trouble::SyncPanics, &["bitmap sync", "mistake in memferry", "told to panic at sync"]),
+        (Trouble::LogStartFails, &["the dirty log cannot start", "made to fail at start"]),
+        (Trouble::SyncFails, &["bitmap sync", "the dirty log cannot sync", "made to fail at sync"]),
+        (Trouble::SyncPanics, &["bitmap sync", "mistake in memferry", "made to panic at sync"]),
     ];
     for (trouble, words) in words {
         let source = source().troubled(trouble).running(2);
@@ -380,10 +380,10 @@ fn a_log_that_fails_is_named() {
         moves_now(&source, 1);
     }
     // In the pause.
-    let source = source().troubled_from(Told::Save, Trouble::SyncFails).running(2);
+    let source = source().troubled_from(GuestCall::Save, Trouble::SyncFails).running(2);
     let ends = Trial::new(1).run(&source, &Arc::new(TestGuest::destination()));
-    says(ends.source.error.as_ref(), &["told to fail at sync"]);
-    assert!(source.was_told(Told::Resume));
+    says(ends.source.error.as_ref(), &["made to fail at sync"]);
+    assert!(source.was_called(GuestCall::Resume));
     source.repair();
     moves_now(&source, 1);
 }

@@ -24,7 +24,7 @@ use memferry_stages::wire::frame::{FrameHead, HEAD_BYTES};
 use memferry_stages::wire::pages::{FIXED_BYTES, MIN_HEAD_BYTES, head_bytes, payload_hash};
 use memferry_stages::wire::reader::FrameReader;
 use memferry_stages::wire::{Features, Hello, Kind, Message, PROTOCOL_VERSION, SessionId};
-use memferry_tests::guest::Told;
+use memferry_tests::guest::GuestCall;
 use memferry_tests::run::{self, destination_settings};
 use memferry_tests::{Hand, Recorder, Recording, TestGuest, migrate, source_settings};
 use memferry_transports::Transport;
@@ -62,7 +62,7 @@ async fn recording() -> Recording {
 /// The behaviour of unexpected clients on a port. Some stay connected and send nothing.
 fn knock(number: usize, address: &str, dice: &mut Rng) -> Option<TcpStream> {
     // Once the real peer is connected, nothing listens any more.
-    let mut stranger = TcpStream::connect(address).ok()?;
+    let mut client = TcpStream::connect(address).ok()?;
     let hello = hello(PROTOCOL_VERSION, SessionId([7; 16]), 0, 1, 1);
     let said = match number % 6 {
         0 => noise(dice, 64),
@@ -70,14 +70,14 @@ fn knock(number: usize, address: &str, dice: &mut Rng) -> Option<TcpStream> {
         2 => Vec::new(),
         3 => hello[..hello.len() / 2].to_vec(),
         4 => hello[..HEAD_BYTES + 1].to_vec(),
-        _ => return Some(stranger),
+        _ => return Some(client),
     };
     // It may already have been refused.
-    drop(stranger.write_all(&said));
+    drop(client.write_all(&said));
     if number % 6 == 3 {
-        return Some(stranger);
+        return Some(client);
     }
-    drop(stranger.shutdown(Shutdown::Write));
+    drop(client.shutdown(Shutdown::Write));
     None
 }
 
@@ -88,7 +88,7 @@ fn hello(version: u16, session: SessionId, connection: u16, connections: u16, la
 }
 
 #[test]
-fn two_hundred_strangers_do_not_keep_the_real_peer_out() {
+fn two_hundred_unexpected_clients_do_not_keep_the_real_peer_out() {
     let source = TestGuest::source(PageSize::DEFAULT, &[LENGTH]).paced(Duration::from_micros(200)).running(1);
     let destination = Arc::new(TestGuest::destination());
     let recorder = Arc::new(Recorder::default());
@@ -101,20 +101,20 @@ fn two_hundred_strangers_do_not_keep_the_real_peer_out() {
         let cancel = CancellationToken::new();
         let receiving =
             tokio::spawn(run::destination(destination.clone(), listener, settings, recorder.clone(), cancel.clone()));
-        let strangers = |numbers: std::ops::Range<usize>| {
+        let clients = |numbers: std::ops::Range<usize>| {
             let (address, mut dice) = (address.clone(), Rng::with_seed(0x1234_5678_9abc_def1));
             let knock = move |number| knock(number, &address, &mut dice);
             tokio::task::spawn_blocking(move || numbers.filter_map(knock).collect::<Vec<_>>())
         };
         // Half of them connect before the source, the others at the same time.
-        let early = strangers(0..100).await.unwrap();
+        let early = clients(0..100).await.unwrap();
         let words = ["not a memferry stream", "without a word"];
         let are_said =
             |reasons: &[(String, u64)]| words.iter().all(|word| reasons.iter().any(|(why, _)| why.contains(word)));
         while !are_said(&turned_away(&recorder)) {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
-        let late = strangers(100..200);
+        let late = clients(100..200);
         let way = Arc::new(TcpTransport::new("127.0.0.1", port, Duration::from_secs(10)));
         let sent = run::source(source.clone(), way, source_settings(2, 2), Arc::default(), cancel).await;
         assert_eq!(sent.phase, Phase::Completed, "{:?}", sent.error);
@@ -124,8 +124,8 @@ fn two_hundred_strangers_do_not_keep_the_real_peer_out() {
     assert_eq!(ended.phase, Phase::Completed, "{:?}", ended.error);
     assert!(source.bytes() == destination.bytes(), "the two memories differ");
     let reasons = turned_away(&recorder);
-    let (lines, strangers) = (reasons.len(), reasons.iter().map(|(_, count)| count).sum::<u64>());
-    assert!(strangers > 20 && lines < 20, "{strangers} were turned away in {lines} events");
+    let (lines, clients) = (reasons.len(), reasons.iter().map(|(_, count)| count).sum::<u64>());
+    assert!(clients > 20 && lines < 20, "{clients} were turned away in {lines} events");
     let says = |word| reasons.iter().any(|(why, _)| why.contains(word));
     assert!(says("not a memferry stream") && says("without a word"), "{reasons:?}");
 }
@@ -162,7 +162,7 @@ fn turned_away(recorder: &Recorder) -> Vec<(String, u64)> {
 }
 
 #[test]
-fn a_peer_that_cannot_be_taken_hears_why_and_the_wait_goes_on() {
+fn a_peer_that_cannot_be_taken_hears_why_and_the_wait_continues() {
     let lanes = |lanes: u16| {
         resealed(&hello(PROTOCOL_VERSION, SessionId([1; 16]), 0, 1, 1), |fields| {
             fields[30..32].copy_from_slice(&lanes.to_le_bytes())
@@ -217,11 +217,11 @@ fn a_peer_that_cannot_be_taken_hears_why_and_the_wait_goes_on() {
     });
     assert!(source.bytes() == destination.bytes(), "the two memories differ");
     // The first of each kind is reported at once, and the others are counted.
-    let told = turned_away(&recorder);
-    assert_eq!(told.iter().map(|(_, count)| count).sum::<u64>(), 8, "{told:?}");
+    let turned_away = turned_away(&recorder);
+    assert_eq!(turned_away.iter().map(|(_, count)| count).sum::<u64>(), 8, "{turned_away:?}");
     for word in ["protocol version 3", "number of lanes is 0", "at most 8", "contradicts", "not Hello", "there already"]
     {
-        assert!(told.iter().any(|(why, _)| why.contains(word)), "{word}: {told:?}");
+        assert!(turned_away.iter().any(|(why, _)| why.contains(word)), "{word}: {turned_away:?}");
     }
 }
 
@@ -243,14 +243,14 @@ fn a_guest_that_is_larger_than_the_host_is_refused_before_anything_is_allocated(
             let mut hand = Hand::connect(&transport).await;
             hand.send(&hello(PROTOCOL_VERSION, SessionId([5; 16]), 0, 1, 1)).await;
             hand.hear_until(Kind::Accept).await.expect("it accepts the stream");
-            hand.say(Message::Blocks((0..1000).map(huge).collect())).await;
+            hand.send_message(Message::Blocks((0..1000).map(huge).collect())).await;
             let Some(Message::Refused(why)) = hand.hear().await else { panic!("not refused") };
             assert!(why.contains("the guest is too large"), "{why}");
         };
         tokio::join!(receiving, source).0
     });
     assert_eq!(ended.phase, Phase::Failed);
-    assert!(destination.told().is_empty(), "{:?}", destination.told());
+    assert!(destination.calls().is_empty(), "{:?}", destination.calls());
 }
 
 // ---- invalid frames ----
@@ -355,8 +355,9 @@ async fn read(memory: &GuestMemory, stream: &[u8], pool: &BufferPool) -> Result<
     let (receiver_meter, loader_meter) = (Meter::start(StageId::receiver(0)), Meter::start(StageId::loader(0)));
     let receiver = Receiver::new(0, 1, reader, memory.layout().clone(), lanes, pool.clone(), receiver_meter);
     let features = Features { ignored_blocks: false, ..Features::ALL };
-    let held = Arc::new(DirtyBitmap::filled(memory.layout()));
-    let loader = Loader::new(0, memory.clone(), held, true, features, Arc::new(LaneProgress::default()), loader_meter);
+    let received = Arc::new(DirtyBitmap::filled(memory.layout()));
+    let loader =
+        Loader::new(0, memory.clone(), received, true, features, Arc::new(LaneProgress::default()), loader_meter);
     let ((frames, arrived), (control, said), (loaded_out, loaded)) = (bounded(4), bounded(64), bounded(64));
     let (received, loading) = tokio::join!(receiver.run(vec![Some(frames)], control), loader.run(arrived, loaded_out));
     drop((said, loaded));
@@ -431,7 +432,7 @@ fn a_destination_survives_three_hundred_hostile_streams() {
             let (ended, guest, bound) = receive(&stream).await;
             let error = ended.error.unwrap_or_default();
             assert_eq!(ended.phase, Phase::Failed, "stream {number}: {error}");
-            assert!(!guest.was_told(Told::Start), "stream {number}: {error}");
+            assert!(!guest.was_called(GuestCall::Start), "stream {number}: {error}");
             assert!(!must_fail || error.contains("byte"), "stream {number}: {error}");
             assert!(ended.memory_peak <= bound, "stream {number}: {} of {bound} bytes", ended.memory_peak);
         }
@@ -455,7 +456,7 @@ fn refused((ended, guest): (Ended, Arc<TestGuest>), what: &str, words: &[&str]) 
     let error = ended.error.unwrap_or_default();
     assert_eq!(ended.phase, Phase::Failed, "{what}: {error}");
     assert!(words.iter().any(|word| error.contains(word)), "{what}: {error}");
-    assert!(!guest.was_told(Told::Start) && !guest.runs(), "{what}: {error}");
+    assert!(!guest.was_called(GuestCall::Start) && !guest.runs(), "{what}: {error}");
 }
 
 #[test]
@@ -517,7 +518,7 @@ fn a_file_with_one_bit_flipped_anywhere_starts_nothing() {
 }
 
 #[test]
-fn a_file_that_goes_on_behind_its_end_mark_starts_nothing() {
+fn a_file_that_continues_behind_its_end_mark_starts_nothing() {
     block_on(async {
         let (recording, dir) = (recording().await, tempfile::tempdir().unwrap());
         let behind = [vec![0], recording.frames[recording.first(Kind::State)].to_vec(), recording.bytes()];
@@ -526,7 +527,7 @@ fn a_file_that_goes_on_behind_its_end_mark_starts_nothing() {
             refused(
                 receive_file(&stream, dir.path()).await,
                 "something behind the end mark",
-                &["byte", "out of turn", "behind", "part"],
+                &["byte", "unexpected message", "behind", "part"],
             );
         }
     });
@@ -555,7 +556,7 @@ fn another_page_size_is_refused_with_both_figures() {
     });
     let error = ends.0.error.unwrap();
     assert!(error.contains("8192") && error.contains("4096"), "{error}");
-    assert_eq!(ends.1.phase, Phase::Cancelled, "the wait went on");
+    assert_eq!(ends.1.phase, Phase::Cancelled, "the wait continued");
     source.wait_for_writes();
     // A destination without a fixed page size accepts it.
     let ends = block_on(migrate(

@@ -69,7 +69,7 @@ fn until(guest: &KvmGuest, holds: impl Fn(&KvmStatus) -> bool) -> KvmStatus {
 
 /// The machine continues from where it was, and its check finds no fault.
 #[track_caller]
-fn goes_on(guest: &KvmGuest, from: &KvmStatus) -> KvmStatus {
+fn continues(guest: &KvmGuest, from: &KvmStatus) -> KvmStatus {
     until(guest, |status| status.running && status.pass >= from.pass + 3 && status.ticks > from.ticks)
 }
 
@@ -96,7 +96,7 @@ fn rounds(ends: &Ends) -> Vec<RoundTally> {
 
 /// A recorder that delays the source after the first round, until the machine has written all of its region once
 /// more.
-fn outruns_the_first_round(source: &Arc<KvmGuest>) -> Recorder {
+fn delays_the_second_round(source: &Arc<KvmGuest>) -> Recorder {
     let source = source.clone();
     Recorder::calling(move |role, event| {
         if role == Role::Source && matches!(event, Event::RoundSent { tally, .. } if tally.round == 1) {
@@ -125,17 +125,17 @@ fn moves_whole_watched(
     let left = source.status();
     assert!(!left.running, "two run: {left:?}");
     let destination = built.get().expect("it has arrived").clone();
-    goes_on(&destination, &left);
+    continues(&destination, &left);
     assert_eq!(source.status(), left, "it was left paused");
     (destination, ends)
 }
 
 #[test]
-fn a_machine_moves_with_each_dirty_log_while_it_outruns_the_wire() {
+fn a_machine_moves_with_each_dirty_log_while_it_rewrites_all_of_its_memory() {
     for dirty_log in LOGS {
         let Some(source) = machine(dirty_log) else { return };
         until(&source, |status| status.pass >= 2);
-        let (destination, ends) = moves_whole_watched(&source, dirty_log, settings(), outruns_the_first_round(&source));
+        let (destination, ends) = moves_whole_watched(&source, dirty_log, settings(), delays_the_second_round(&source));
         let (rounds, status) = (rounds(&ends), destination.status());
         let (pages, downtime) = (rounds.iter().map(|round| round.pages.all).collect::<Vec<_>>(), ends.source.downtime);
         println!("{dirty_log:?}: rounds of {pages:?} pages, downtime {downtime:?}, then {status:?}");
@@ -197,7 +197,7 @@ fn a_machine_moves_on_and_on() {
 }
 
 #[test]
-fn a_machine_goes_on_at_its_source_when_the_connection_breaks() {
+fn a_machine_continues_at_its_source_when_the_connection_breaks() {
     for dirty_log in LOGS {
         let Some(source) = machine(dirty_log) else { return };
         until(&source, |status| status.pass >= 1);
@@ -214,7 +214,7 @@ fn a_machine_goes_on_at_its_source_when_the_connection_breaks() {
         let ends = moved(&source, builder, transport, quick.clone(), recorder);
         assert_eq!(ends.source.phase, Phase::Failed, "{:?}", ends.source.error);
         assert!(built.get().is_none_or(|destination| !destination.status().running));
-        goes_on(&source, &source.status());
+        continues(&source, &source.status());
         moves_whole(&source, dirty_log, quick);
     }
 }
@@ -233,7 +233,7 @@ fn a_machine_that_was_paused_by_its_operator_arrives_paused() {
     let arrived = destination.status();
     assert_eq!((arrived.running, arrived.pass, arrived.heartbeats), (false, paused.pass, 0));
     destination.resume().unwrap();
-    goes_on(destination, &paused);
+    continues(destination, &paused);
 }
 
 /// Its program continuously allocates, checks and frees pages of its free memory; free pages are hinted.
@@ -262,12 +262,12 @@ fn free_unplugged_and_shared_memory_of_a_machine_does_not_travel_and_what_it_use
             let ends = moved(&source, builder, transport, faster, Recorder::default());
             assert_eq!(ends.source.phase, Phase::Completed, "{:?}, {:?}", ends.source.error, ends.destination.error);
             assert_eq!(ends.destination.verified, Some(true));
-            let spared = ends.source.spared;
-            println!("{dirty_log:?}: {spared:?}");
-            assert_eq!((spared.unplugged, spared.ignored), (256, 256), "{dirty_log:?}");
-            hinted += spared.hinted;
+            let excluded = ends.source.excluded;
+            println!("{dirty_log:?}: {excluded:?}");
+            assert_eq!((excluded.unplugged, excluded.ignored), (256, 256), "{dirty_log:?}");
+            hinted += excluded.hinted;
             let destination = built.get().expect("it has arrived").clone();
-            goes_on(&destination, &source.status());
+            continues(&destination, &source.status());
             source = destination;
         }
         assert_eq!(hinted > 0, dirty_log != KvmLogChoice::Hash, "{dirty_log:?}");

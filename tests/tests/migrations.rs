@@ -12,7 +12,7 @@ use memferry_guests::workload::{Pattern, Region, Workload, WorkloadSettings, Wri
 use memferry_stages::codec::Codec;
 use memferry_stages::geometry::PageSize;
 use memferry_stages::tally::RoundTally;
-use memferry_tests::guest::Told;
+use memferry_tests::guest::GuestCall;
 use memferry_tests::run::destination_settings;
 use memferry_tests::{Ends, TestGuest, migrate, source_settings};
 use memferry_transports::memory::MemoryTransport;
@@ -90,9 +90,9 @@ fn tcp_with_as_many_connections_as_lanes() {
     moved.check();
     assert_eq!(moved.ends.source.verified, Some(true));
     assert_eq!(moved.ends.destination.verified, Some(true));
-    let told = moved.source.told();
-    assert_eq!(told, [Told::Pause, Told::Save, Told::Release, Told::Committed, Told::Moved]);
-    assert_eq!(moved.destination.told(), [Told::Build, Told::Prepare, Told::Start]);
+    let calls = moved.source.calls();
+    assert_eq!(calls, [GuestCall::Pause, GuestCall::Save, GuestCall::Release, GuestCall::Committed, GuestCall::Moved]);
+    assert_eq!(moved.destination.calls(), [GuestCall::Build, GuestCall::Prepare, GuestCall::Start]);
 }
 
 #[test]
@@ -124,22 +124,22 @@ fn file_moves_the_guest_and_leaves_the_source_paused() {
     let settings = SourceSettings { after: Some(After::Pause), ..source_settings(3, 1) };
     let moved = move_guest(transport(&address), settings, PageSize::DEFAULT);
     moved.check();
-    assert!(moved.source.was_told(Told::Committed) && moved.source.was_told(Told::Moved));
+    assert!(moved.source.was_called(GuestCall::Committed) && moved.source.was_called(GuestCall::Moved));
     assert_eq!(moved.ends.destination.verified, Some(true));
 }
 
 #[test]
-fn a_snapshot_to_a_file_lets_the_source_go_on() {
+fn a_snapshot_to_a_file_lets_the_source_continue() {
     let dir = tempfile::tempdir().unwrap();
     let address = format!("file:{}", dir.path().join("guest.mf").display());
     let settings = SourceSettings { after: Some(After::Resume), ..source_settings(2, 1) };
     let moved = move_guest(transport(&address), settings, PageSize::DEFAULT);
     assert_eq!(moved.ends.source.phase, Phase::Completed, "{:?}", moved.ends.source.error);
     assert_eq!(moved.ends.destination.phase, Phase::Completed, "{:?}", moved.ends.destination.error);
-    assert!(moved.source.was_told(Told::Resume));
+    assert!(moved.source.was_called(GuestCall::Resume));
     moved.source.wait_for_writes();
     assert!(moved.source.resumed_with() == moved.destination.bytes());
-    assert!(!moved.source.was_told(Told::Committed) && !moved.source.was_told(Told::Moved));
+    assert!(!moved.source.was_called(GuestCall::Committed) && !moved.source.was_called(GuestCall::Moved));
     assert!(moved.ends.source.downtime.is_some());
 }
 
@@ -192,7 +192,7 @@ fn a_guest_that_was_paused_by_its_operator_is_not_started() {
         migrate(source.clone(), destination.clone(), transport, source_settings(2, 1), CancellationToken::new());
     let ends = runtime.block_on(moving);
     assert_eq!(ends.destination.phase, Phase::Completed, "{:?}", ends.destination.error);
-    assert!(!destination.runs() && !source.was_told(Told::Pause));
+    assert!(!destination.runs() && !source.was_called(GuestCall::Pause));
     assert!(source.bytes() == destination.bytes());
 }
 
@@ -241,5 +241,5 @@ fn settings_that_cannot_be_are_refused_before_anything_begins() {
     );
     let Err(SendError::Settings { source: why, .. }) = refused else { panic!("{refused:?}") };
     assert_eq!((why.setting, why.broken), (Setting::Lanes, Rule::Lanes(0)));
-    assert!(source.told().is_empty() && source.runs());
+    assert!(source.calls().is_empty() && source.runs());
 }

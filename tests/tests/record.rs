@@ -110,7 +110,7 @@ async fn what_is_unplugged_is_no_part_of_it_and_the_balloon_is_given_back() {
     for _ in 0..2 {
         record(guest.clone(), settings(length), &file, CancellationToken::new()).await.unwrap();
         let trace = read(&file).unwrap();
-        assert_eq!((trace.guest.pages(), trace.guest.out_for_good), (PAGES / 4 * 3, PAGES / 4));
+        assert_eq!((trace.guest.pages(), trace.guest.excluded), (PAGES / 4 * 3, PAGES / 4));
         assert!(written(&trace).iter().all(|&page| page < PAGES / 4 * 3));
     }
     assert_eq!(guest.check_all().stale_pages, 0);

@@ -71,7 +71,7 @@ impl fmt::Display for Address {
 
 fn unknown_scheme(text: &str, scheme: Option<&str>) -> Complaint {
     if text.starts_with(['/', '.']) {
-        return ("it does not say which transport".into(), format!("file:{text} or unix:{text}"));
+        return ("it does not name a transport".into(), format!("file:{text} or unix:{text}"));
     }
     let write = "tcp:HOST:PORT, unix:/PATH or file:/PATH".to_owned();
     match scheme {

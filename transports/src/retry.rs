@@ -133,7 +133,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_broken_connection_passes_and_a_shortage_is_told_from_an_unusable_listener() {
+    async fn a_broken_connection_passes_and_a_shortage_is_distinguished_from_an_unusable_listener() {
         for shortage in SHORTAGES {
             let error = after_failed_accept("tcp:a:1", &shortage.into()).await.expect_err("short");
             assert!(is_shortage(&error), "{error}");

@@ -332,7 +332,7 @@ mod tests {
     }
 
     #[test]
-    fn the_most_hopeful_address_tells_the_kind() {
+    fn the_most_hopeful_address_decides_the_kind() {
         let (six, four) = ("[::1]:7".parse().expect("an address"), "127.0.0.1:7".parse().expect("an address"));
         let mut causes = Causes::default();
         causes.add(six, &ErrorKind::PermissionDenied.into());

@@ -211,7 +211,7 @@ fn remove_stale(path: &Path) -> io::Result<()> {
     match probe(path) {
         Err(error) if error.kind() == ErrorKind::ConnectionRefused => {}
         Err(error) if error.kind() != ErrorKind::WouldBlock => {
-            return Err(in_context(&error, "a socket is there, and it cannot be told whether it is in use"));
+            return Err(in_context(&error, "a socket is there, and it is not known whether it is in use"));
         }
         Ok(()) | Err(_) => {
             let message = "a program is already listening there; end it or choose another path";

@@ -7,7 +7,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use memferry_stages::clears::Spared;
+use memferry_stages::exclusions::ExcludedPages;
 use memferry_stages::meter::Reading;
 use memferry_stages::tally::RoundTally;
 use memferry_stages::untrusted::Untrusted;
@@ -248,7 +248,7 @@ pub enum TurnedAwayKind {
     /// It sent nothing in time, or ended without a message.
     Silent,
     /// It does not speak memferry's protocol, or violates it.
-    Stranger,
+    Protocol,
     /// It speaks another version of the protocol.
     Version,
     /// Its stream is one that this destination cannot or may not accept.
@@ -264,14 +264,14 @@ pub enum TurnedAwayKind {
 impl TurnedAwayKind {
     /// Every kind.
     pub const ALL: [Self; 7] =
-        [Self::Silent, Self::Stranger, Self::Version, Self::Unfit, Self::Contradicts, Self::Incomplete, Self::Shortage];
+        [Self::Silent, Self::Protocol, Self::Version, Self::Unfit, Self::Contradicts, Self::Incomplete, Self::Shortage];
 
     /// Its name in JSON.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
             Self::Silent => "silent",
-            Self::Stranger => "stranger",
+            Self::Protocol => "protocol",
             Self::Version => "version",
             Self::Unfit => "unfit",
             Self::Contradicts => "contradicts",
@@ -323,7 +323,7 @@ pub enum Event {
     },
     /// The number of pages skipped so far, by reason. Sent when the window for hints is closed, and where pages are
     /// excluded.
-    Spared(Spared),
+    Excluded(ExcludedPages),
     /// The controller's decision after a sync or within a round, with its reason, in words and figures.
     Decided(Decided),
     /// A setting of the source was changed while it ran.
@@ -393,7 +393,7 @@ pub struct Ended {
     /// Bytes handed to the transport (source) or taken from it (destination).
     pub wire_bytes: u64,
     /// Pages that were not sent because of the guest's information about them (source).
-    pub spared: Spared,
+    pub excluded: ExcludedPages,
     /// The most memory that the engine used.
     pub memory_peak: u64,
     /// How every stage spent its time.
@@ -466,7 +466,7 @@ impl Observers {
     }
 
     /// Notifies every observer.
-    pub fn tell(&self, event: &Event) {
+    pub fn notify(&self, event: &Event) {
         for observer in self.list.iter() {
             observer.event(self.role, event);
         }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use memferry_stages::clears::Spared;
+use memferry_stages::exclusions::ExcludedPages;
 use memferry_stages::meter::Reading;
 use memferry_stages::stage_id::StageId;
 use memferry_stages::tally::{PageTally, RoundTally};
@@ -53,9 +53,9 @@ pub fn ended(role: Role) -> Ended {
             fixed: FixedCost { sync: ms(2), verify: ms(110), handover: ms(5) },
         }),
         wire_bytes: 512 << 20,
-        spared: match role {
-            Role::Source => Spared { hinted: 5000, dropped: 3, unplugged: 2048, ignored: 0 },
-            Role::Destination => Spared::default(),
+        excluded: match role {
+            Role::Source => ExcludedPages { hinted: 5000, dropped: 3, unplugged: 2048, ignored: 0 },
+            Role::Destination => ExcludedPages::default(),
         },
         memory_peak: 10 << 20,
         stages: match role {
@@ -168,11 +168,11 @@ pub fn every_event() -> Vec<Event> {
         (Decision::GiveUp, stall),
     ];
     events.extend(decisions.map(decided));
-    events.push(Event::Spared(ended(Role::Source).spared));
+    events.push(Event::Excluded(ended(Role::Source).excluded));
     events.push(Event::Progress(progress));
     events.push(Event::Progress(Progress { round: 1, stages: Vec::new(), ..Progress::default() }));
     events.push(Event::TurnedAway {
-        kind: TurnedAwayKind::Stranger,
+        kind: TurnedAwayKind::Protocol,
         peer: "10.0.0.9:1".into(),
         why: "no Hello\n".into(),
         count: 1,

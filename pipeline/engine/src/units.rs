@@ -76,7 +76,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn bits_and_bytes_are_told_apart() {
+    fn bits_and_bytes_are_distinguished() {
         let bytes = |text: &str| rate(text).unwrap();
         assert_eq!(bytes("1Gbit/s"), (125_000_000, Units::Bits));
         assert_eq!(bytes("2.5 Gbit/s"), (312_500_000, Units::Bits));

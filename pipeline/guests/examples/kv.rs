@@ -3,7 +3,7 @@
 //! ```text
 //! kv                          the whole demo: starts both processes below, and clients that never stop writing
 //! kv serve SOCKET             serves an empty store; "move SOCKET" on a client's line sends it away
-//! kv take-over FROM SOCKET    waits for a store at FROM, and serves it at SOCKET
+//! kv receive FROM SOCKET      waits for a store at FROM, and serves it at SOCKET
 //! ```
 //! A client's lines are `set KEY VALUE`, `get KEY` and `count`.
 use std::collections::HashMap;
@@ -134,7 +134,7 @@ fn serve(region: Region, at: &Path) -> Fallible<()> {
     Ok(())
 }
 
-async fn take_over(from: &Path, at: &Path) -> Fallible<()> {
+async fn receive_store(from: &Path, at: &Path) -> Fallible<()> {
     let listener = UnixTransport::new(from, PATIENCE).listen().await?;
     println!("waiting");
     let watched = Observers::none(Role::Destination);
@@ -232,8 +232,8 @@ fn story() -> Fallible<()> {
         })
         .collect();
     wait_for_writes(&shared, 0, 1000)?;
-    let (second, _waiting) = start(&["take-over".as_ref(), &between, &there])?;
-    println!("process {} waits to take over, while 4 clients write", second.id());
+    let (second, _waiting) = start(&["receive".as_ref(), &between, &there])?;
+    println!("process {} waits for the store, while 4 clients write", second.id());
     println!("{}", Client::connect(&here)?.ask(&format!("move {}", between.display()))?);
     wait_for_writes(&shared, 1, 1000)?;
     shared.stop.store(true, Ordering::Relaxed);
@@ -264,7 +264,7 @@ async fn main() -> Fallible<()> {
     match words[..] {
         [] => story(),
         ["serve", at] => serve(Region::new(REGION_BYTES)?, at.as_ref()),
-        ["take-over", from, at] => take_over(from.as_ref(), at.as_ref()).await,
-        _ => Err("usage: kv, kv serve SOCKET, kv take-over FROM SOCKET".into()),
+        ["receive", from, at] => receive_store(from.as_ref(), at.as_ref()).await,
+        _ => Err("usage: kv, kv serve SOCKET, kv receive FROM SOCKET".into()),
     }
 }

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use super::free::FreeRanges;
 use memferry::guest::GuestError;
-use memferry::guest::clearer::{BlockPages, Clearer, Hints, Point};
+use memferry::guest::hints::{BlockPages, Hints, PageHinter, Point};
 use memferry::threads::explained;
 
 /// The most ranges that are hinted together.
@@ -53,7 +53,7 @@ struct Reporter {
 
 impl Balloon {
     /// The balloon of a guest, if any of its memory is free or unplugged.
-    pub(super) fn of(machine: Arc<dyn Ballooned>) -> Vec<Arc<dyn Clearer>> {
+    pub(super) fn of(machine: Arc<dyn Ballooned>) -> Vec<Arc<dyn PageHinter>> {
         if machine.free().is_none() && machine.unplugged().is_empty() {
             return Vec::new();
         }
@@ -65,7 +65,7 @@ impl Balloon {
     }
 }
 
-impl Clearer for Balloon {
+impl PageHinter for Balloon {
     fn reached(&self, point: &Point) -> Result<(), GuestError> {
         match point {
             Point::Setup => self.machine.set_migrating(true),

@@ -8,7 +8,7 @@
 //! ```
 //!
 //! A range is taken only while it is free, so none is written while a hint for it is in progress. This is how these
-//! guests meet the contract of [`Hints::free`](memferry::guest::clearer::Hints::free).
+//! guests meet the contract of [`Hints::free`](memferry::guest::hints::Hints::free).
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -78,7 +78,7 @@ impl FreeRanges {
     pub(super) fn hold(&self, from: u32, most: u32) -> Range<u32> {
         let end = self.count().min(from.saturating_add(most));
         let held = (from..end).take_while(|&range| self.change(range, HELD).is_ok()).count();
-        from..from + u32::try_from(held).expect("at most so many")
+        from..from + u32::try_from(held).expect("at most `most`")
     }
 
     /// Frees ranges that were held.

@@ -338,20 +338,20 @@ fn a_guest_that_writes_while_it_is_paused_is_caught() {
 }
 
 #[test]
-fn a_guest_that_does_not_go_on_is_caught() {
-    is_caught(Mistake::LiesAboutRunning, "pausing", "run_state says whether the guest runs");
-    is_caught(Mistake::ForgetsToResume, "pausing", "a guest that was resumed goes on");
+fn a_guest_that_does_not_continue_is_caught() {
+    is_caught(Mistake::LiesAboutRunning, "pausing", "run_state reports whether the guest runs");
+    is_caught(Mistake::ForgetsToResume, "pausing", "a guest that was resumed continues");
     is_caught(Mistake::FailsToResumeTwice, "pausing", "a call returns, without an error");
-    is_caught(Mistake::StopsWhenThrottled, "throttling", "is held back and goes on");
+    is_caught(Mistake::StopsWhenThrottled, "throttling", "slows down and continues");
     is_caught(Mistake::IsChoosyAboutThrottle, "throttling", "a call returns");
-    is_caught(Mistake::ForgetsToReacquire, "failures", "a source goes on as it was");
+    is_caught(Mistake::ForgetsToReacquire, "failures", "a source continues as it was");
 }
 
 #[test]
 fn a_guest_that_forgets_state_is_caught() {
-    is_caught(Mistake::ForgetsState, "paused", "saving says all that a guest is");
-    is_caught(Mistake::SavesOnce, "pausing", "says it again when asked again");
-    is_caught(Mistake::NamesNothing, "pausing", "saving says all");
+    is_caught(Mistake::ForgetsState, "paused", "saving reports all that a guest is");
+    is_caught(Mistake::SavesOnce, "pausing", "reports it again when asked again");
+    is_caught(Mistake::NamesNothing, "pausing", "saving reports all");
 }
 
 #[test]
@@ -369,6 +369,6 @@ fn a_guest_that_starts_when_it_should_not_is_caught() {
 #[test]
 fn a_guest_that_does_not_build_what_came_is_caught() {
     is_caught(Mistake::BuildsItsOwn, "strange peers", "what build has built is what came");
-    is_caught(Mistake::IsNotFresh, "moving", "zero wherever it is said to be fresh");
+    is_caught(Mistake::IsNotFresh, "moving", "zero wherever it is reported as fresh");
     is_caught(Mistake::PanicsAtState, "strange peers", "a call returns");
 }

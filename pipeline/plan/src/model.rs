@@ -364,12 +364,12 @@ impl Guest for TracedGuest<'_> {
 impl TracedGuest<'_> {
     fn found(&self) -> Found {
         let dirty = self.dirty.iter().map(|word| u64::from(word.count_ones())).sum();
-        let Some(xbzrle) = &self.settings.encoder.xbzrle else { return Found { dirty, kept: 0 } };
+        let Some(xbzrle) = &self.settings.encoder.xbzrle else { return Found { dirty, cached: 0 } };
         let known = self.dirty.iter().zip(&self.known).map(|(dirty, known)| u64::from((dirty & known).count_ones()));
         let known: u64 = known.sum();
         // In the first round the cache receives the non-zero pages, if any.
         let filled = if xbzrle.cache_first_round { 1.0 - self.samples().first_written.share() } else { 0.0 };
-        Found { dirty, kept: known + whole((dirty - known) as f64 * filled) }
+        Found { dirty, cached: known + whole((dirty - known) as f64 * filled) }
     }
 
     /// Marks which pages of a round that begins will be written before they are sent.

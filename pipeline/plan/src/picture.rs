@@ -165,7 +165,7 @@ fn advise(text: &mut String, at: &AtBandwidth, limit: &str) {
     let how =
         if meets { "the guest is throttled; this would do without" } else { "the settings do not meet it; this would" };
     line(text, &format!("At {name} {how}:"));
-    at.advice.iter().for_each(|advice| line(text, &tell(advice)));
+    at.advice.iter().for_each(|advice| line(text, &sentence(advice)));
 }
 
 /// The settings meet the limit: by what margin, and cheaper settings that also meet it.
@@ -183,11 +183,11 @@ fn advise_met(text: &mut String, at: &AtBandwidth, limit: &str) {
     }
     if let Some(cheaper) = &at.cheaper {
         line(text, "  These meet it too, and take less memory or processor time:");
-        line(text, &tell(cheaper));
+        line(text, &sentence(cheaper));
     }
 }
 
-fn tell(AdviceFigures { set, foreseen }: &AdviceFigures) -> String {
+fn sentence(AdviceFigures { set, foreseen }: &AdviceFigures) -> String {
     let sets: Vec<_> = set.iter().map(|set| format!("--set {set}")).collect();
     let mut words = format!(
         "  {}\n      downtime {}, total {}, {}, {} sent",

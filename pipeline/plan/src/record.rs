@@ -16,8 +16,8 @@ use std::time::{Duration, Instant};
 use memferry_stages::batch::{Batch, CopiedBatch};
 use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::bitmap_sync::ranges;
-use memferry_stages::clears::OutForGood;
 use memferry_stages::dirty_log::{DirtyLog, LogCall};
+use memferry_stages::exclusions::ExclusionReason;
 use memferry_stages::geometry::{EXTENT_PAGES, ExtentAt, runs};
 use memferry_stages::host::cores;
 use memferry_stages::memory::GuestMemory;
@@ -26,12 +26,12 @@ use tokio_util::sync::CancellationToken;
 
 use super::sampler::Sampler;
 use super::trace::{GuestFacts, Interval, Runs, TraceWriter};
-use memferry::guest::clearer::{Clearer, Point};
+use memferry::guest::hints::{PageHinter, Point};
 use memferry::guest::{GuestError, SourceGuest};
 use memferry::migration::MigrationError;
 use memferry::migration::arming::{Armed, arm};
 use memferry::migration::digest_downtime;
-use memferry::migration::out_for_good::out_for_good;
+use memferry::migration::excluded::excluded_ranges;
 
 /// The settings of a recording.
 #[derive(Clone, Debug)]
@@ -123,19 +123,19 @@ pub async fn record_watched(
     cancel: CancellationToken,
     mut watch: impl FnMut(&Recorded) + Send + 'static,
 ) -> Result<Recorded, RecordError> {
-    let (clearers, file) = (guest.clearers(), file.to_owned());
+    let (hinters, file) = (guest.page_hinters(), file.to_owned());
     let handle = tokio::runtime::Handle::current();
     let work = move || {
-        let mut told = 0;
+        let mut set_up = 0;
         let mut logs = Vec::new();
-        let recorded = begin(&*guest, &clearers, &mut told, &mut logs).and_then(|out| {
+        let recorded = begin(&*guest, &hinters, &mut set_up, &mut logs).and_then(|out| {
             Recorder::new(guest.memory(), &logs, out).run(&settings, &file, &handle, &cancel, &mut watch)
         });
         // Each log is stopped, whatever the others return.
         let stopped = logs.iter().fold(None, |failed, log| log.stop().err().or(failed));
-        for clearer in &clearers[..told] {
-            // The clearer is notified of the end; its answer changes nothing here.
-            drop(clearer.reached(&Point::Cleanup));
+        for hinter in &hinters[..set_up] {
+            // The page hinter is notified of the end; its answer changes nothing here.
+            drop(hinter.reached(&Point::Cleanup));
         }
         match stopped {
             Some(error) => recorded.and(Err(MigrationError::Log { doing: LogCall::Stop, error }.into())),
@@ -151,17 +151,17 @@ pub async fn record_watched(
 /// The setup before the first page: unplugged memory is fixed here, and the logs are requested but not started.
 fn begin(
     guest: &dyn SourceGuest,
-    clearers: &[Arc<dyn Clearer>],
-    told: &mut usize,
+    hinters: &[Arc<dyn PageHinter>],
+    set_up: &mut usize,
     logs: &mut Vec<Arc<dyn DirtyLog>>,
-) -> Result<Vec<(OutForGood, u32, Range<u64>)>, RecordError> {
+) -> Result<Vec<(ExclusionReason, u32, Range<u64>)>, RecordError> {
     let mut unplugged = Vec::new();
-    for clearer in clearers {
-        *told += 1;
-        clearer.reached(&Point::Setup)?;
-        unplugged.extend(clearer.unplugged());
+    for hinter in hinters {
+        *set_up += 1;
+        hinter.reached(&Point::Setup)?;
+        unplugged.extend(hinter.unplugged());
     }
-    let out = out_for_good(guest.memory().layout(), unplugged)?;
+    let out = excluded_ranges(guest.memory().layout(), unplugged)?;
     *logs = guest.dirty_logs()?;
     Ok(out)
 }
@@ -169,14 +169,14 @@ fn begin(
 struct Recorder<'a> {
     memory: GuestMemory,
     logs: &'a [Arc<dyn DirtyLog>],
-    out: Vec<(OutForGood, u32, Range<u64>)>,
+    out: Vec<(ExclusionReason, u32, Range<u64>)>,
     /// Are copies needed, for a log that compares with them?
     copies: bool,
     pool: BufferPool,
 }
 
 impl<'a> Recorder<'a> {
-    fn new(memory: GuestMemory, logs: &'a [Arc<dyn DirtyLog>], out: Vec<(OutForGood, u32, Range<u64>)>) -> Self {
+    fn new(memory: GuestMemory, logs: &'a [Arc<dyn DirtyLog>], out: Vec<(ExclusionReason, u32, Range<u64>)>) -> Self {
         let pool = BufferPool::new(1, memory.page_size().extent_bytes());
         Self { copies: logs.iter().any(|log| !log.sees_stores()), memory, logs, out, pool }
     }
@@ -204,8 +204,8 @@ impl<'a> Recorder<'a> {
         let (mut syncs, mut recorded) = (Vec::new(), Recorded::nothing());
         let end = settings.length.map(|length| synced + length);
         // At least one interval, however long the setup took.
-        let goes_on = |intervals| intervals == 0 || end.is_none_or(|end| Instant::now() < end);
-        while !cancel.is_cancelled() && goes_on(recorded.intervals) {
+        let continues = |intervals| intervals == 0 || end.is_none_or(|end| Instant::now() < end);
+        while !cancel.is_cancelled() && continues(recorded.intervals) {
             let until = synced + settings.interval;
             let until = end.map_or(until, |end| until.min(end));
             drop(handle.block_on(async { tokio::time::timeout_at(until.into(), cancel.cancelled()).await }));
@@ -242,12 +242,12 @@ impl<'a> Recorder<'a> {
 
     fn facts(&self, armed: &Armed, arming: Duration, settings: &RecordSettings) -> Result<GuestFacts, RecordError> {
         let layout = self.memory.layout();
-        let left_out = armed.clears.as_ref().map(|clears| clears.left_out());
+        let left_out = armed.exclusions.as_ref().map(|exclusions| exclusions.left_out());
         let digests = digest_downtime(&self.memory, left_out.as_ref()).map_err(RecordError::Memory)?;
         Ok(GuestFacts {
             page_size: layout.page_size(),
             blocks: (0..).zip(layout.blocks()).map(|(at, block)| (block.id.clone(), layout.block_pages(at))).collect(),
-            out_for_good: layout.pages() - armed.bitmap.count(),
+            excluded: layout.pages() - armed.bitmap.count(),
             untouched: armed.untouched.count(),
             rearms_late: self.logs.iter().any(|log| log.rearms_late()),
             cores: u32::try_from(cores()).unwrap_or(u32::MAX),
@@ -267,8 +267,8 @@ impl<'a> Recorder<'a> {
                 let synced = log.sync(block, extents.clone(), &armed.bitmap);
                 synced.map_err(|error| MigrationError::Log { doing: LogCall::Sync, error })?;
             }
-            if let Some(clears) = &armed.clears {
-                clears.synced(block, extents);
+            if let Some(exclusions) = &armed.exclusions {
+                exclusions.synced(block, extents);
             }
         }
         Ok(true)
@@ -312,13 +312,13 @@ impl<'a> Recorder<'a> {
             log.rearm(at, mask).map_err(|error| MigrationError::Log { doing: LogCall::Rearm, error })?;
         }
         if self.copies {
-            self.tell_copies(Batch { at, mask, untouched, round: 1, last: false }).map_err(RecordError::Memory)?;
+            self.report_copies(Batch { at, mask, untouched, round: 1, last: false }).map_err(RecordError::Memory)?;
         }
         Ok(())
     }
 
     /// Reads pages for a log that compares with copies.
-    fn tell_copies(&self, batch: Batch) -> std::io::Result<()> {
+    fn report_copies(&self, batch: Batch) -> std::io::Result<()> {
         let (mut pages, size) = (self.pool.try_take().expect("one is read at a time"), self.memory.page_size());
         let to_read = batch.mask & !batch.untouched;
         let memory = &self.memory.block(batch.at.block).memory;
@@ -332,7 +332,7 @@ impl<'a> Recorder<'a> {
 /// The pages that are not read: untouched ones, until they are found dirty, and those that never travel.
 fn unread(armed: &Armed) -> DirtyBitmap {
     let unread = DirtyBitmap::empty(armed.untouched.layout());
-    let out = armed.clears.as_ref().and_then(|clears| clears.out_for_good());
+    let out = armed.exclusions.as_ref().and_then(|exclusions| exclusions.permanent());
     for pages in std::iter::once(&*armed.untouched).chain(out) {
         pages.all_dirty_extents().for_each(|at| _ = unread.set_mask(at, pages.peek(at)));
     }

@@ -321,32 +321,32 @@ struct LeastHashes {
     room: usize,
     seed: u64,
     /// The largest hash on top.
-    kept: BinaryHeap<(u64, PageAt)>,
+    sample: BinaryHeap<(u64, PageAt)>,
 }
 
 impl LeastHashes {
     fn new(room: usize, seed: u64) -> Self {
-        Self { room, seed, kept: BinaryHeap::with_capacity(room + 1) }
+        Self { room, seed, sample: BinaryHeap::with_capacity(room + 1) }
     }
 
     fn offer(&mut self, at: PageAt) {
         let hash = Rng::with_seed(self.seed ^ (u64::from(at.block) << 40) ^ at.page).u64(..);
-        let most = self.kept.peek().filter(|_| self.kept.len() == self.room).map_or(u64::MAX, |&(most, _)| most);
+        let most = self.sample.peek().filter(|_| self.sample.len() == self.room).map_or(u64::MAX, |&(most, _)| most);
         if hash < most && !self.holds(hash) {
-            self.kept.push((hash, at));
-            if self.kept.len() > self.room {
-                self.kept.pop();
+            self.sample.push((hash, at));
+            if self.sample.len() > self.room {
+                self.sample.pop();
             }
         }
     }
 
     fn holds(&self, hash: u64) -> bool {
-        self.kept.iter().any(|&(kept, _)| kept == hash)
+        self.sample.iter().any(|&(sample, _)| sample == hash)
     }
 
     /// Returns the sample, and starts a new one.
     fn take(&mut self) -> Vec<PageAt> {
         self.seed = Rng::with_seed(self.seed).u64(..);
-        self.kept.drain().map(|(_, at)| at).collect()
+        self.sample.drain().map(|(_, at)| at).collect()
     }
 }

@@ -138,7 +138,7 @@ fn what_is_written_before_its_turn_is_unchanged_or_not_even_found() {
 }
 
 #[test]
-fn a_migration_that_takes_longer_than_the_recording_is_told_so() {
+fn a_migration_that_takes_longer_than_the_recording_is_reported_so() {
     let trace = steady();
     assert!(plan(&trace, &raw(), mbyte(5.0)).repeated);
     assert!(!plan(&trace, &raw(), mbyte(150.0)).repeated);

@@ -32,7 +32,7 @@ pub struct Written<'a> {
     /// The α of each interval.
     growth: Vec<f64>,
     /// The words of each interval, if they are in memory.
-    kept: Vec<Box<[Word]>>,
+    stored: Vec<Box<[Word]>>,
     /// The union of all intervals' words.
     all: Box<[Word]>,
 }
@@ -54,21 +54,21 @@ impl<'a> Written<'a> {
         let bytes = |interval: &Interval| interval.written.pages().min(words) * size_of::<Word>() as u64;
         let keeps = trace.intervals.iter().map(bytes).sum::<u64>() <= AT_HAND_BYTES;
         let mut all = vec![0; usize::try_from(words).expect("a bitmap that fits into memory")];
-        let (mut kept, mut growth) = (Vec::new(), Vec::new());
+        let (mut stored, mut growth) = (Vec::new(), Vec::new());
         let mut before: Option<(&Interval, Box<[Word]>)> = None;
         for interval in &trace.intervals {
             let here = read(interval);
             here.iter().for_each(|&(word, mask)| all[word as usize] |= mask);
             if let Some((interval_before, before)) = before.take() {
                 growth.push(grows((interval_before, &before), (interval, &here)));
-                kept.extend(keeps.then_some(before));
+                stored.extend(keeps.then_some(before));
             }
             before = Some((interval, here));
         }
         growth.push(growth.last().copied().unwrap_or(1.0));
-        kept.extend(before.map(|(_, last)| last).filter(|_| keeps));
+        stored.extend(before.map(|(_, last)| last).filter(|_| keeps));
         let all = (0..).zip(all).filter(|&(_, mask)| mask != 0).collect();
-        Self { trace, ends, growth, kept, all }
+        Self { trace, ends, growth, stored, all }
     }
 
     /// The trace.
@@ -85,10 +85,10 @@ impl<'a> Written<'a> {
 
     /// Reports the pages that are written from one moment of the guest's time to another, word by word; some more
     /// than once.
-    pub fn between(&self, from: Duration, to: Duration, mut tell: impl FnMut(usize, u64)) {
+    pub fn between(&self, from: Duration, to: Duration, mut report: impl FnMut(usize, u64)) {
         let whole = *self.ends.last().expect("a trace has intervals");
         if to.saturating_sub(from) >= whole {
-            return self.all.iter().for_each(|&(word, mask)| tell(word as usize, mask));
+            return self.all.iter().for_each(|&(word, mask)| report(word as usize, mask));
         }
         let mut from = from;
         while from < to {
@@ -99,12 +99,12 @@ impl<'a> Written<'a> {
             let end = turn + self.ends[interval];
             let share = |time: Duration| 1.0 - (end.saturating_sub(time)).as_secs_f64() / length.as_secs_f64();
             let until = end.min(to);
-            self.part(interval, share(from)..share(until), &mut tell);
+            self.part(interval, share(from)..share(until), &mut report);
             from = until;
         }
     }
 
-    fn part(&self, interval: usize, part: Range<f64>, tell: &mut impl FnMut(usize, u64)) {
+    fn part(&self, interval: usize, part: Range<f64>, report: &mut impl FnMut(usize, u64)) {
         let length = part.end - part.start;
         let is_all = length >= 1.0 - 1e-9;
         let drawn = length.powf(self.growth[interval]);
@@ -114,14 +114,14 @@ impl<'a> Written<'a> {
             let is_drawn = |&bit: &u32| range.contains(&place(interval, word, bit));
             let mask = if is_all { mask } else { bits(mask).filter(is_drawn).fold(0, |drawn, bit| drawn | 1 << bit) };
             if mask != 0 {
-                tell(word as usize, mask);
+                report(word as usize, mask);
             }
         }
     }
 
     fn interval(&self, interval: usize) -> Cow<'_, [Word]> {
-        match self.kept.get(interval) {
-            Some(kept) => Cow::Borrowed(kept),
+        match self.stored.get(interval) {
+            Some(stored) => Cow::Borrowed(stored),
             None => Cow::Owned(read(&self.trace.intervals[interval]).into()),
         }
     }

@@ -72,7 +72,7 @@ impl EventFile {
         let (began, missing) = (Instant::now(), Missing::default());
         missing.so_far().is_unread = matches!(out, Out::Unread(_));
         let name = file.to_owned();
-        let writer = Writer { out, name: name.clone(), began, is_torn: false, untold: 0, missing: missing.clone() };
+        let writer = Writer { out, name: name.clone(), began, is_torn: false, unreported: 0, missing: missing.clone() };
         let lines = Outlet::begin("memferry-events", WAITING, writer)?;
         lines.put(EventLine::started(SystemTime::now()));
         Ok(Self { name, file: None, began, lines, missing })
@@ -144,13 +144,13 @@ struct Writer {
     /// Is the last line incomplete?
     is_torn: bool,
     /// The number of missing events that no line has reported yet.
-    untold: u64,
+    unreported: u64,
     missing: Missing,
 }
 
 impl Sink<EventLine> for Writer {
     fn take(&mut self, line: EventLine) {
-        self.tell_missing();
+        self.report_missing();
         let Err(error) = self.write(line.to_json().as_bytes()) else { return };
         self.dropped(1);
         let mut missing = self.missing.so_far();
@@ -161,22 +161,22 @@ impl Sink<EventLine> for Writer {
     }
 
     fn dropped(&mut self, count: u64) {
-        self.untold += count;
+        self.unreported += count;
         self.missing.so_far().events += count;
     }
 
     fn end(&mut self) {
-        self.tell_missing();
+        self.report_missing();
     }
 }
 
 impl Writer {
     /// Writes a line with the number of missing events at their place, as soon as that succeeds.
-    fn tell_missing(&mut self) {
-        if self.untold > 0
-            && self.write(EventLine::lost(self.began.elapsed(), self.untold).to_json().as_bytes()).is_ok()
+    fn report_missing(&mut self) {
+        if self.unreported > 0
+            && self.write(EventLine::lost(self.began.elapsed(), self.unreported).to_json().as_bytes()).is_ok()
         {
-            self.untold = 0;
+            self.unreported = 0;
         }
     }
 
@@ -289,15 +289,15 @@ mod tests {
     fn a_full_disk_costs_lines_and_a_line_at_their_place_says_how_many() {
         let disk = Disk(Arc::new(Mutex::new((Vec::new(), 300))));
         let file = EventFile::begin(Path::new("x"), Out::Open(Box::new(disk.clone()))).unwrap();
-        let tell = |times: usize| (0..times).for_each(|_| file.event(Role::Source, &Event::Paused));
-        tell(20);
+        let send = |times: usize| (0..times).for_each(|_| file.event(Role::Source, &Event::Paused));
+        send(20);
         // Wait until the thread has reached the end of the disk and given up on all of them.
         while file.missing.so_far().events + u64::try_from(read(&disk.0.lock().unwrap().0).len()).unwrap() < 21 {
             thread::yield_now();
         }
         let missing = file.missing.so_far().events;
         disk.0.lock().unwrap().1 = 10_000;
-        tell(5);
+        send(5);
         let said = file.close().unwrap();
         assert!(said.starts_with(&format!("the events in x, of which {missing} are missing: ")), "{said}");
         let lines = read(&disk.0.lock().unwrap().0);

@@ -239,7 +239,7 @@ mod tests {
 
     /// None of the half-open connections has timed out when the answer arrives: the oldest ones were closed for it.
     #[tokio::test]
-    async fn whoever_says_half_of_it_is_closed_for_whoever_says_all() {
+    async fn a_client_that_sent_half_of_it_is_closed_for_one_that_sent_all() {
         let scene = Scene::begin().await;
         let halves = ["", "GET / HT", "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\nhello"];
         let mut silent = VecDeque::new();
@@ -255,7 +255,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn whoever_has_said_all_is_not_closed_for_another() {
+    async fn a_client_that_has_sent_all_is_not_closed_for_another() {
         let scene = Scene::begin().await;
         let mut heard = Vec::new();
         for _ in 0..CONNECTIONS - 1 {

@@ -37,7 +37,7 @@ impl Observer for LogObserver {
             Event::Warning(what) => warn!(role, "{what}"),
             Event::Paused => info!(role, "the guest is paused"),
             Event::HandedOver => info!(role, "the guest is handed over"),
-            Event::Resumed => info!(role, "the guest goes on"),
+            Event::Resumed => info!(role, "the guest continues"),
             Event::Ended(ended) => log_end(role, ended),
             other => debug!(role, "{other:?}"),
         }
@@ -102,7 +102,7 @@ mod tests {
         let subscriber = subscriber.with_writer(move || writer.clone()).finish();
         tracing::subscriber::with_default(subscriber, || {
             let away = |count| Event::TurnedAway {
-                kind: TurnedAwayKind::Stranger,
+                kind: TurnedAwayKind::Protocol,
                 peer: "10.0.0.9".into(),
                 why: "no Hello".into(),
                 count,
@@ -113,7 +113,7 @@ mod tests {
         let text = String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();
         assert!(text.contains(r#"WARN turned away: no Hello role="destination" peer="10.0.0.9""#), "{text}");
         let more =
-            r#"WARN more were turned away, the last of them: no Hello role="destination" count=7 kind="stranger""#;
+            r#"WARN more were turned away, the last of them: no Hello role="destination" count=7 kind="protocol""#;
         assert!(text.contains(more), "{text}");
         assert!(text.contains(r#"INFO bitmap sync role="source" after_round=1 dirty_pages=900"#), "{text}");
         assert!(text.contains(r#"INFO ended role="source" total="2.50 s" phase=Completed"#), "{text}");

@@ -89,7 +89,7 @@ fn milestone(role: Role, event: &Event) -> Option<String> {
         },
         Event::Changed(changed) => Some(changed.to_string()),
         Event::Paused => Some("the guest is paused at the source".into()),
-        Event::Resumed => Some("the guest goes on at the source".into()),
+        Event::Resumed => Some("the guest continues at the source".into()),
         // The source reports why it switches over.
         Event::Phase(Phase::Switchover) if role == Role::Destination => Some("switching over".into()),
         _ => None,

@@ -15,7 +15,7 @@ use std::io;
 use std::path::Path;
 use std::time::Duration;
 
-use memferry_stages::clears::Spared;
+use memferry_stages::exclusions::ExcludedPages;
 use memferry_stages::meter::Reading;
 use memferry_stages::tally::PageTally;
 use memferry_stages::untrusted::Untrusted;
@@ -82,7 +82,7 @@ pub struct EndReport {
     /// Bytes written to the transport, or read from it.
     pub wire_bytes: u64,
     /// Pages that were not sent because of page hints, unplugged memory or ignored blocks, as the source counts them.
-    pub spared: Spared,
+    pub excluded: ExcludedPages,
     /// The peak of the engine's memory.
     pub memory_peak_bytes: u64,
     /// The bottleneck.
@@ -106,7 +106,7 @@ impl From<&Ended> for EndReport {
             downtime: ended.parts,
             forecast: ended.forecast.map(|forecast| forecast_report(&forecast, ended.switchover())),
             wire_bytes: ended.wire_bytes,
-            spared: ended.spared,
+            excluded: ended.excluded,
             memory_peak_bytes: ended.memory_peak,
             bottleneck_percent: ended.bottleneck,
             cpu_ms: ms(ended.cpu),

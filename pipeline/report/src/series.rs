@@ -11,7 +11,7 @@ pub const MOST_SAMPLES: usize = 600;
 /// Samples of a migration's progress, spaced evenly whatever its duration, and marks of its events.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Series {
-    kept: Thinned<Sample>,
+    samples: Thinned<Sample>,
     latest: Option<Sample>,
     marks: Vec<Mark>,
 }
@@ -20,7 +20,7 @@ pub struct Series {
 /// doubles.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Thinned<T> {
-    kept: Vec<T>,
+    samples: Vec<T>,
     /// Only each sample whose number is a multiple of this is stored.
     every: usize,
     seen: usize,
@@ -28,31 +28,31 @@ pub struct Thinned<T> {
 
 impl<T> Default for Thinned<T> {
     fn default() -> Self {
-        Self { kept: Vec::new(), every: 1, seen: 0 }
+        Self { samples: Vec::new(), every: 1, seen: 0 }
     }
 }
 
 impl<T> Thinned<T> {
     /// Takes the next sample.
     pub fn push(&mut self, sample: T) {
-        if self.seen.is_multiple_of(self.every) && self.kept.len() == MOST_SAMPLES {
+        if self.seen.is_multiple_of(self.every) && self.samples.len() == MOST_SAMPLES {
             let mut index = 0_usize;
-            self.kept.retain(|_| {
+            self.samples.retain(|_| {
                 index += 1;
                 index % 2 == 1
             });
             self.every *= 2;
         }
         if self.seen.is_multiple_of(self.every) {
-            self.kept.push(sample);
+            self.samples.push(sample);
         }
         self.seen += 1;
     }
 
     /// The stored samples, in order.
     #[must_use]
-    pub fn kept(&self) -> &[T] {
-        &self.kept
+    pub fn samples(&self) -> &[T] {
+        &self.samples
     }
 }
 
@@ -122,7 +122,7 @@ impl Series {
             downtime_limit: progress.downtime_limit,
             throttle: progress.throttle,
         };
-        self.kept.push(sample);
+        self.samples.push(sample);
         self.latest = Some(sample);
     }
 
@@ -134,10 +134,10 @@ impl Series {
     /// The samples, in order; the latest one is always the last.
     #[must_use]
     pub fn samples(&self) -> Vec<Sample> {
-        let kept = self.kept.kept();
-        let kept_last = kept.last().map(|sample| sample.at);
-        let latest = self.latest.filter(|latest| Some(latest.at) != kept_last);
-        kept.iter().copied().chain(latest).collect()
+        let samples = self.samples.samples();
+        let last_sample = samples.last().map(|sample| sample.at);
+        let latest = self.latest.filter(|latest| Some(latest.at) != last_sample);
+        samples.iter().copied().chain(latest).collect()
     }
 
     /// The marks, in order.
@@ -167,19 +167,21 @@ mod tests {
 
     #[test]
     fn few_samples_are_all_kept() {
-        let kept: Vec<_> = series(599).samples().iter().map(|sample| sample.wire_bytes).collect();
-        assert_eq!(kept, (0..599).collect::<Vec<_>>());
+        let samples: Vec<_> = series(599).samples().iter().map(|sample| sample.wire_bytes).collect();
+        assert_eq!(samples, (0..599).collect::<Vec<_>>());
         assert!(series(0).samples().is_empty());
     }
 
     #[test]
     fn many_samples_are_thinned_evenly_and_the_latest_is_among_them() {
         for count in [600, 601, 602, 1200, 1201, 5000, 123_456] {
-            let kept: Vec<_> = series(count).samples().iter().map(|sample| sample.wire_bytes).collect();
-            assert!((MOST_SAMPLES / 2..=MOST_SAMPLES + 1).contains(&kept.len()), "{} of {count}", kept.len());
-            assert_eq!((kept[0], *kept.last().unwrap()), (0, count - 1));
-            let even = kept[1] - kept[0];
-            assert!(even.is_power_of_two() && kept[..kept.len() - 1].windows(2).all(|two| two[1] - two[0] == even));
+            let samples: Vec<_> = series(count).samples().iter().map(|sample| sample.wire_bytes).collect();
+            assert!((MOST_SAMPLES / 2..=MOST_SAMPLES + 1).contains(&samples.len()), "{} of {count}", samples.len());
+            assert_eq!((samples[0], *samples.last().unwrap()), (0, count - 1));
+            let even = samples[1] - samples[0];
+            assert!(
+                even.is_power_of_two() && samples[..samples.len() - 1].windows(2).all(|two| two[1] - two[0] == even)
+            );
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 use std::time::Duration;
 
-use memferry_stages::clears::Spared;
+use memferry_stages::exclusions::ExcludedPages;
 
 use super::account::{Account, Round};
 use super::{busiest, error_percent, held_up, outcome, readings, throughput};
@@ -114,8 +114,9 @@ fn columns(rows: impl Iterator<Item = [String; 11]>) -> Vec<String> {
 }
 
 /// Pages that were not sent, with the reasons; `None` if all were sent.
-fn spared(spared: &Spared) -> Option<String> {
-    let whys = [(spared.hinted, "hinted free"), (spared.unplugged, "unplugged"), (spared.ignored, "of ignored blocks")];
+fn excluded(excluded: &ExcludedPages) -> Option<String> {
+    let whys =
+        [(excluded.hinted, "hinted free"), (excluded.unplugged, "unplugged"), (excluded.ignored, "of ignored blocks")];
     let parts: Vec<_> = whys
         .into_iter()
         .filter(|(pages, _)| *pages > 0)
@@ -164,7 +165,7 @@ fn lines(ended: &Ended, account: &Account, other: Option<&Account>) -> Vec<(&'st
     }
     let rate = human::rate(throughput(ended));
     lines.push(("wire", format!("{} at {rate}, setup {}", human::bytes(ended.wire_bytes), human::time(ended.setup))));
-    lines.extend(spared(&ended.spared).map(|line| ("spared", line)));
+    lines.extend(excluded(&ended.excluded).map(|line| ("excluded", line)));
     let peak = ended.memory_peak + far.map_or(0, |far| far.memory_peak);
     let bound = account.memory_bound + other.map_or(0, |other| other.memory_bound);
     lines.push(("memory", format!("{} at most, {} allowed", human::bytes(peak), human::bytes(bound))));

@@ -37,7 +37,7 @@ fn the_report_has_exactly_the_names_that_were_agreed() {
         words.join(" ")
     };
     let top = "schema role status error verified guest total_ms setup_ms downtime_ms downtime forecast decisions changes \
-               wire_bytes spared throughput_bytes_per_s memory_bound_bytes memory_peak_bytes bottleneck \
+               wire_bytes excluded throughput_bytes_per_s memory_bound_bytes memory_peak_bytes bottleneck \
                bottleneck_percent cpu_ms rounds stages";
     let round = "round ms sample pages zero raw compressed xbzrle unchanged xbzrle_misses xbzrle_overflows bytes_in bytes_out \
                  dirty_after";
@@ -49,7 +49,7 @@ fn the_report_has_exactly_the_names_that_were_agreed() {
         sorted(&names(&json["downtime"])),
         "final_sync_ms final_transfer_ms handover_ms resume_ms state_ms verify_ms"
     );
-    assert_eq!(sorted(&names(&json["spared"])), "hinted hints_dropped ignored unplugged");
+    assert_eq!(sorted(&names(&json["excluded"])), "hinted hints_dropped ignored unplugged");
     assert_eq!(
         sorted(&names(&json["forecast"])),
         "error_percent expected_ms handover_ms remaining_bytes sync_ms transfer_ms verify_ms"
@@ -74,7 +74,7 @@ fn the_report_says_what_the_events_said() {
     assert_eq!((forecast.expected_ms, forecast.error_percent), (212.0, Some(-0.5)));
     assert_eq!(report.decisions[0].decision, "switch-over");
     assert_eq!(report.guest.bytes, 1 << 30);
-    let Spared { hinted, dropped, unplugged, ignored } = report.end.spared;
+    let ExcludedPages { hinted, dropped, unplugged, ignored } = report.end.excluded;
     assert_eq!((hinted, dropped, unplugged, ignored), (5000, 3, 2048, 0));
     assert_eq!(report.rounds.iter().map(|round| round.dirty_after).collect::<Vec<_>>(), [Some(900), Some(0)]);
     for round in &report.rounds {
@@ -137,7 +137,7 @@ fn the_table_fits_a_terminal() {
     downtime    213 ms: sync 3.00 ms, transfer 90.0 ms, state 10.0 ms, verify 100 ms, handover 10.0 ms
     forecast    212 ms (-0 %): sync 2.00 ms, transfer 95.0 ms, verify 110 ms, handover 5.00 ms
     wire        512 MiB at 213 MiB/s, setup 100 ms
-    spared      5,000 pages hinted free, 2,048 pages unplugged
+    excluded    5,000 pages hinted free, 2,048 pages unplugged
     memory      20.0 MiB at most, 128 MiB allowed
     bottleneck  processor 96 %, wire 25 %, destination 12 %, max_bandwidth 0 %
     busiest     the encoder of lane 0: 96 % of the time
@@ -159,7 +159,7 @@ fn of_many_rounds_the_first_and_the_last_are_shown() {
 }
 
 #[test]
-fn each_decision_is_told_once_with_its_figures() {
+fn each_decision_is_reported_once_with_its_figures() {
     let mut account = accountant().account(Role::Source);
     let decided = |round, decision| {
         let reason = Reason::Stall(Stalled::NoNewLeast { rounds: 2 });

@@ -211,6 +211,6 @@ mod tests {
         log.rearm(at, u64::MAX).unwrap();
         write();
         hypervisor.rearm(at, u64::MAX);
-        assert_eq!((found(), hypervisor.lost()), (0, 1), "a hypervisor told to re-arm more forgets");
+        assert_eq!((found(), hypervisor.lost()), (0, 1), "a hypervisor that re-arms more forgets");
     }
 }

@@ -137,7 +137,7 @@ pub struct Encoder {
     /// What was counted since the last RoundComplete.
     counted: PageTally,
     /// The bitmap of pages of which a delta may be made when they come again, if it was requested.
-    kept: Option<Arc<DirtyBitmap>>,
+    cached: Option<Arc<DirtyBitmap>>,
     /// The head of the frame in progress; its list of pages is reused.
     head: PagesHead,
     stage: Stage,
@@ -157,17 +157,17 @@ impl Encoder {
             cache_share: CacheShare::new(plan.delta.map_or(0, |delta| delta.cache_bytes)),
             pool,
             counted: PageTally::default(),
-            kept: None,
+            cached: None,
             head: PagesHead { at, round: 0, mask: 0, zero: 0, payload_hash: 0, pages: Vec::with_capacity(64) },
             stage: Stage::new(StageId::encoder(lane), meter),
         }
     }
 
-    /// Marks in `kept` each page that was cached: a delta can be made when it comes again, unless others have taken its place.
+    /// Marks in `cached` each page that was cached: a delta can be made when it comes again, unless others have taken its place.
     /// Bits are only ever set.
     #[must_use]
-    pub fn with_kept(mut self, kept: Arc<DirtyBitmap>) -> Self {
-        self.kept = Some(kept);
+    pub fn with_cached(mut self, cached: Arc<DirtyBitmap>) -> Self {
+        self.cached = Some(cached);
         self
     }
 
@@ -227,8 +227,8 @@ impl Encoder {
             }
             None => (0, None),
         };
-        if let Some(kept) = &self.kept {
-            kept.set_mask(batch.at, self.coder.keeps(batch.mask, zero));
+        if let Some(cached) = &self.cached {
+            cached.set_mask(batch.at, self.coder.caches(batch.mask, zero));
         }
         self.head.at = batch.at;
         self.head.round = batch.round;

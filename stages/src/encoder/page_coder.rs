@@ -169,7 +169,7 @@ impl PageCoder {
     }
 
     /// The pages of a batch that are cached; `zero` are the zero pages among them.
-    pub(super) fn keeps(&self, mask: u64, zero: u64) -> u64 {
+    pub(super) fn caches(&self, mask: u64, zero: u64) -> u64 {
         match &self.deltas {
             Some(deltas) if deltas.begun => mask,
             Some(deltas) if deltas.plan.cache_first_round => mask & !zero,

@@ -308,19 +308,19 @@ fn misses_are_compressed_where_a_limit_holds_and_raw_where_nothing_does() {
 }
 
 #[test]
-fn a_delta_is_made_of_what_is_marked_as_kept_and_of_nothing_else() {
+fn a_delta_is_made_of_what_is_marked_as_cached_and_of_nothing_else() {
     for first_round in [false, true] {
         let plan = EncoderPlan { delta: deltas(1000, OnMiss::Raw, first_round), ..EncoderPlan::default() };
         let mut bench = Bench::new(page_size(4), plan);
-        let kept = Arc::new(DirtyBitmap::empty(&bench.source.layout()));
-        bench.encoder = bench.encoder.with_kept(kept.clone());
+        let cached = Arc::new(DirtyBitmap::empty(&bench.source.layout()));
+        bench.encoder = bench.encoder.with_cached(cached.clone());
         bench.round(1, false, &[(0, Write::Zeros, 1), (1, Write::Random, 1)]);
-        assert_eq!(kept.count(), u64::from(first_round));
+        assert_eq!(cached.count(), u64::from(first_round));
         let writes: Vec<_> = (0..4).map(|page| (page, Write::Sparse, 2)).collect();
         for round in [2, 3] {
-            let (dirty, before) = (4, kept.count());
+            let (dirty, before) = (4, cached.count());
             assert_eq!(bench.round(round, false, &writes).1.pages.xbzrle_misses, dirty - before, "round {round}");
-            assert_eq!(kept.count(), dirty);
+            assert_eq!(cached.count(), dirty);
         }
     }
 }
@@ -392,7 +392,7 @@ fn its_working_memory_never_grows() {
 }
 
 #[test]
-fn without_deltas_compression_goes_on_and_what_does_not_shrink_goes_raw() {
+fn without_deltas_compression_continues_and_what_does_not_shrink_goes_raw() {
     let mut bench = Bench::new(page_size(4), EncoderPlan { compress: Some(Codec::Snap), ..EncoderPlan::default() });
     for round in 1..4 {
         assert_eq!(encodings(&bench.figures(round, 0..10, Write::Text)), [0, 0, 10, 0, 0]);

@@ -250,11 +250,11 @@ mod tests {
         }
 
         /// The vCPU is stopped: its ring is emptied until the kernel would let it continue.
-        fn settle(&mut self) {
+        fn empty(&mut self) {
             for _ in 0..100 {
                 self.harvest(self.kernel.is_full(), 0, usize::MAX);
             }
-            assert!(!self.kernel.is_full(), "the guest goes on");
+            assert!(!self.kernel.is_full(), "the guest continues");
             assert_eq!(self.owed, [0; 0], "every write is found, or all are declared lost");
         }
     }
@@ -285,11 +285,11 @@ mod tests {
             bench.harvest(false, 0, usize::MAX);
             bench.write(count);
             assert!(bench.harvest(true, 0, usize::MAX), "{count}");
-            bench.settle();
+            bench.empty();
             // With a large gap a few entries may overrun the ring once more.
             for _ in 0..2 {
                 bench.write(ENTRIES / 4);
-                bench.settle();
+                bench.empty();
             }
             bench.write(ENTRIES / 2);
             assert!(!bench.harvest(false, 0, usize::MAX), "{count}: it is in step");
@@ -302,7 +302,7 @@ mod tests {
         let mut bench = Bench::new();
         bench.write(20);
         assert!(bench.harvest(false, ENTRIES, usize::MAX));
-        bench.settle();
+        bench.empty();
     }
 
     #[test]
@@ -330,10 +330,10 @@ mod tests {
                 let between = if kind == 0 { between } else { 0 };
                 bench.harvest(bench.kernel.is_full(), between, most);
                 if kind == 4 {
-                    bench.settle();
+                    bench.empty();
                 }
             }
-            bench.settle();
+            bench.empty();
         }
     }
 }

@@ -50,8 +50,8 @@ struct Stretch {
 
 impl FirstTouch {
     /// Populates memory for the pages of `mask`, which are about to be written. They may be written even if this fails.
-    pub(super) fn prepare(&mut self, memory: &GuestMemory, held: &DirtyBitmap, at: ExtentAt, mask: u64) {
-        let pages = mask & !held.peek(at);
+    pub(super) fn prepare(&mut self, memory: &GuestMemory, received: &DirtyBitmap, at: ExtentAt, mask: u64) {
+        let pages = mask & !received.peek(at);
         if pages == 0 || self.refused {
             return;
         }
@@ -60,7 +60,7 @@ impl FirstTouch {
         let mut stretch = self.enter(memory, at);
         if stretch.asked {
             self.ahead = self.ahead.saturating_sub(count);
-        } else if self.ask_for_stretch(memory, held, at, pages, &stretch) {
+        } else if self.ask_for_stretch(memory, received, at, pages, &stretch) {
             stretch.asked = true;
         } else {
             self.ask_for_pages(memory, at, pages);
@@ -85,14 +85,14 @@ impl FirstTouch {
     fn ask_for_stretch(
         &mut self,
         memory: &GuestMemory,
-        held: &DirtyBitmap,
+        received: &DirtyBitmap,
         at: ExtentAt,
         pages: u64,
         stretch: &Stretch,
     ) -> bool {
         let layout = memory.layout();
         let is_likely = self.full_before && pages.count_ones() >= DENSE_PAGES;
-        let is_whole = || stretch.parts().all(|part| layout.valid_mask(part) == u64::MAX && held.peek(part) == 0);
+        let is_whole = || stretch.parts().all(|part| layout.valid_mask(part) == u64::MAX && received.peek(part) == 0);
         if !(is_likely && self.ahead * IN_VAIN <= self.written && is_whole()) {
             return false;
         }

@@ -23,7 +23,7 @@ pub(crate) enum Deed {
 pub(crate) struct Recorder {
     bytes: Mutex<Vec<u8>>,
     deeds: Mutex<Vec<Deed>>,
-    held: OnceLock<Arc<DirtyBitmap>>,
+    received: OnceLock<Arc<DirtyBitmap>>,
     /// Writes fail from now on.
     pub(crate) full: Mutex<bool>,
 }
@@ -36,14 +36,14 @@ impl Recorder {
         let recorder = Arc::new(Self {
             bytes: Mutex::new(bytes),
             deeds: Mutex::default(),
-            held: OnceLock::new(),
+            received: OnceLock::new(),
             full: Mutex::new(false),
         });
         let memory = recorder.clone();
         let guest = GuestMemory::new(PageSize::DEFAULT, vec![RamBlock { info, memory, fresh }]).unwrap();
-        let held = Arc::new(DirtyBitmap::empty(guest.layout()));
-        recorder.held.set(held.clone()).unwrap();
-        (guest, recorder, held)
+        let received = Arc::new(DirtyBitmap::empty(guest.layout()));
+        recorder.received.set(received.clone()).unwrap();
+        (guest, recorder, received)
     }
 
     pub(crate) fn bytes(&self) -> Vec<u8> {
@@ -56,9 +56,9 @@ impl Recorder {
     }
 
     fn change(&self, pages: Range<u64>, deed: Deed, change: impl FnOnce(&mut [u8])) -> io::Result<()> {
-        let held = self.held.get().unwrap();
+        let received = self.received.get().unwrap();
         for page in pages.clone() {
-            assert!(!held.is_set(PageAt { block: 0, page }), "page {page} is held while it is written");
+            assert!(!received.is_set(PageAt { block: 0, page }), "page {page} counts as received while it is written");
         }
         if *self.full.lock().unwrap() {
             return Err(io::ErrorKind::StorageFull.into());

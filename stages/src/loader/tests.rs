@@ -15,7 +15,7 @@ const CODECS: [Codec; 3] = [Codec::Snap, Codec::Lz4, Codec::Zstd { level: 1 }];
 struct Bed {
     loader: Loader,
     memory: Arc<Recorder>,
-    held: Arc<DirtyBitmap>,
+    received: Arc<DirtyBitmap>,
     progress: Arc<LaneProgress>,
 }
 
@@ -25,11 +25,11 @@ fn bed(fresh: bool) -> Bed {
 }
 
 fn bed_with(fresh: bool, checksum: bool, allowed: Features) -> Bed {
-    let (guest, memory, held) = Recorder::guest(vec![if fresh { 0 } else { 0xee }; PAGES * PAGE], fresh);
+    let (guest, memory, received) = Recorder::guest(vec![if fresh { 0 } else { 0xee }; PAGES * PAGE], fresh);
     let progress = Arc::new(LaneProgress::default());
     let meter = Meter::start(StageId::loader(3));
-    let loader = Loader::new(3, guest, held.clone(), checksum, allowed, progress.clone(), meter);
-    Bed { loader, memory, held, progress }
+    let loader = Loader::new(3, guest, received.clone(), checksum, allowed, progress.clone(), meter);
+    Bed { loader, memory, received, progress }
 }
 
 impl Bed {
@@ -48,8 +48,8 @@ impl Bed {
         }
     }
 
-    fn held(&self) -> [u64; 2] {
-        [0, 1].map(|extent| self.held.peek(ExtentAt { block: 0, extent }))
+    fn received(&self) -> [u64; 2] {
+        [0, 1].map(|extent| self.received.peek(ExtentAt { block: 0, extent }))
     }
 
     fn page(&self, page: usize) -> Vec<u8> {
@@ -70,13 +70,13 @@ fn at(page: u64) -> PageAt {
 fn zero_pages_of_a_fresh_block_are_not_touched_until_something_was_loaded_there() {
     let mut bed = bed(true);
     bed.load(&Frame::new(0, 1).zero(0).zero(1).zero(5)).unwrap();
-    assert_eq!((bed.memory.deeds(), bed.held()), (vec![], [0b10_0011, 0]));
+    assert_eq!((bed.memory.deeds(), bed.received()), (vec![], [0b10_0011, 0]));
     bed.load(&Frame::new(0, 1).raw(7, &text(1))).unwrap();
     assert_eq!(bed.memory.deeds(), [Deed::Wrote(7..8)]);
     // Received pages are made zero: 0, 1, 5 and 7 may hold any content; 6 was never received.
     bed.load(&Frame::new(0, 2).zero(0).zero(1).zero(5).zero(6).zero(7)).unwrap();
     assert_eq!(bed.memory.deeds(), [Deed::Zeroed(0..2), Deed::Zeroed(5..6), Deed::Zeroed(7..8)]);
-    assert_eq!((bed.page(7), bed.held()), (vec![0; PAGE], [0b1110_0011, 0]));
+    assert_eq!((bed.page(7), bed.received()), (vec![0; PAGE], [0b1110_0011, 0]));
 }
 
 #[test]
@@ -84,7 +84,7 @@ fn zero_pages_of_any_other_block_are_written() {
     let mut bed = bed(false);
     bed.load(&Frame::new(1, 1).zero(0).zero(1).zero(2).zero(16)).unwrap();
     assert_eq!(bed.memory.deeds(), [Deed::Zeroed(64..67), Deed::Zeroed(80..81)]);
-    assert_eq!(bed.held(), [0, 0b1_0000_0000_0000_0111]);
+    assert_eq!(bed.received(), [0, 0b1_0000_0000_0000_0111]);
 }
 
 #[test]
@@ -104,9 +104,9 @@ fn a_damaged_payload_writes_nothing_of_its_frame() {
     let mut bed = bed(false);
     let mut frame = Frame::new(0, 1).zero(0).raw(2, &text(2)).compressed(3, Codec::Snap, &text(3));
     frame.payload[4000] ^= 1;
-    let said = frame.head.payload_hash;
-    assert!(matches!(bed.refuses(&frame), WireError::PayloadHash { said: hash, .. } if hash == said));
-    assert_eq!((bed.memory.deeds(), bed.held()), (vec![], [0, 0]));
+    let expected = frame.head.payload_hash;
+    assert!(matches!(bed.refuses(&frame), WireError::PayloadHash { expected: hash, .. } if hash == expected));
+    assert_eq!((bed.memory.deeds(), bed.received()), (vec![], [0, 0]));
     assert_eq!(bed.progress.frames.load(Ordering::Acquire), 0);
 }
 
@@ -131,7 +131,7 @@ fn a_page_that_cannot_be_decompressed_stays_as_it_was() {
         for bad in [cut, &longer, &[0xff; 100], &[0]] {
             let error = bed.refuses(&Frame::new(0, 2).coded(9, codec.encoding(), bad));
             assert!(matches!(error, WireError::PageData { page, .. } if page == at(9)), "{codec:?}: {error}");
-            assert_eq!((bed.page(9), bed.held()), (text(9), [1 << 9, 0]), "{codec:?}");
+            assert_eq!((bed.page(9), bed.received()), (text(9), [1 << 9, 0]), "{codec:?}");
         }
         bed.load(&whole).unwrap();
         assert_eq!(bed.page(9), text(1));
@@ -159,7 +159,7 @@ fn the_pages_of_a_group_are_written_in_runs_wherever_they_lie() {
         for page in [2, 3, 4, 5, 7, 8, 9, 10, 11, 12] {
             assert_eq!(bed.page(usize::from(page)), text(page), "{codec}, page {page}");
         }
-        assert_eq!(bed.held(), [0b1_1111_1111_1110, 0]);
+        assert_eq!(bed.received(), [0b1_1111_1111_1110, 0]);
     }
 }
 
@@ -179,7 +179,7 @@ fn a_group_that_is_not_exactly_its_pages_leaves_all_of_them_as_they_were() {
             let error = bed.refuses(&bad);
             assert!(matches!(error, WireError::PageData { page, .. } if page == at(8)), "{codec:?}: {error}");
             assert_eq!([8, 9, 10].map(|page| bed.page(page)), [8, 9, 10].map(text), "{codec:?}");
-            assert_eq!(bed.held(), [0b111 << 8, 0]);
+            assert_eq!(bed.received(), [0b111 << 8, 0]);
         }
         bed.load(&group(&three, 3)).unwrap();
         assert_eq!([8, 9, 10].map(|page| bed.page(page)), [1, 2, 3].map(text));
@@ -191,7 +191,7 @@ fn groups_must_be_agreed_on() {
     let mut bed = bed_with(false, true, Features { lz4: true, ..Features::default() });
     let frame = Frame::new(0, 1).group(Codec::Lz4, &[(1, text(1)), (2, text(2))]);
     assert_eq!(bed.refuses(&frame), WireError::NotAgreed { page: at(2), encoding: PageEncoding::Grouped });
-    assert_eq!((bed.memory.deeds(), bed.held()), (vec![], [0, 0]));
+    assert_eq!((bed.memory.deeds(), bed.received()), (vec![], [0, 0]));
 }
 
 #[test]
@@ -208,7 +208,7 @@ fn a_delta_is_checked_whole_before_its_page_is_touched() {
         // A delta that ends after its first run is whole, and another one.
         if let Err(error) = error {
             assert!(error.to_string().contains("page 9 of block 0"), "{error}");
-            assert_eq!((bed.page(9), bed.held()), (text(1), [1 << 9, 0]));
+            assert_eq!((bed.page(9), bed.received()), (text(1), [1 << 9, 0]));
         } else {
             bed.load(&Frame::new(0, 1).raw(9, &text(1))).unwrap();
         }
@@ -239,7 +239,7 @@ fn an_encoding_that_was_not_agreed_on_writes_nothing_of_its_frame() {
         let mut bed = bed_with(false, true, none());
         let frame = Frame::new(0, 1).zero(0).raw(1, &text(1)).coded(2, encoding, &[0xff; 7]);
         assert_eq!(bed.refuses(&frame), WireError::NotAgreed { page: at(2), encoding });
-        assert_eq!((bed.memory.deeds(), bed.held()), (vec![], [0, 0]));
+        assert_eq!((bed.memory.deeds(), bed.received()), (vec![], [0, 0]));
 
         let error = bed_with(false, true, agreed).refuses(&frame);
         assert!(!matches!(error, WireError::NotAgreed { .. }), "{error}");
@@ -253,7 +253,7 @@ fn a_page_whose_write_failed_is_not_held() {
     *bed.memory.full.lock().unwrap() = true;
     let error = bed.load(&Frame::new(0, 2).raw(1, &text(4)).raw(2, &text(4)).raw(40, &text(4))).unwrap_err();
     assert_eq!(error.to_string(), "loader of lane 3: cannot write page 1 of block 0: no storage space");
-    assert_eq!(bed.held(), [1 << 40, 0]);
+    assert_eq!(bed.received(), [1 << 40, 0]);
 }
 
 #[tokio::test]
@@ -355,7 +355,7 @@ proptest! {
             for (number, (page, expected)) in memory.chunks_exact(PAGE).zip(&model).enumerate() {
                 let untouched = vec![if fresh { 0 } else { 0xee }; PAGE];
                 prop_assert!(page == expected.as_ref().unwrap_or(&untouched).as_slice(), "page {}", number);
-                prop_assert_eq!(bed.held.is_set(at(number as u64)), expected.is_some());
+                prop_assert_eq!(bed.received.is_set(at(number as u64)), expected.is_some());
             }
         }
     }

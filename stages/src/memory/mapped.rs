@@ -460,7 +460,7 @@ mod tests {
     fn memory_made_ready_is_there_and_no_other() {
         let memory = MappedMemory::anonymous(16 << 20).unwrap();
         if memory.untouched(PAGE).unwrap().is_empty() {
-            println!("skipped: this kernel cannot tell what was never touched");
+            println!("skipped: this kernel does not report untouched pages");
             return;
         }
         memory.populate(PAGE, 3..5).unwrap();
@@ -513,7 +513,7 @@ mod tests {
         for memory in all_kinds(100 * 4096 + 1) {
             let whole = memory.untouched(PAGE).unwrap();
             if whole.is_empty() {
-                println!("skipped: {memory:?} cannot tell what was touched");
+                println!("skipped: {memory:?} does not know what was touched");
                 continue;
             }
             assert_eq!(whole, vec![0..101], "{memory:?}");

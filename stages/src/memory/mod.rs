@@ -213,7 +213,7 @@ mod tests {
     }
 
     #[test]
-    fn zeros_are_told_from_others_wherever_the_other_stands() {
+    fn zeros_are_distinguished_from_others_wherever_the_other_stands() {
         for length in [0, 1, 255, 256, 257, 1000] {
             let mut bytes = vec![0; length];
             assert!(is_zero(&bytes));

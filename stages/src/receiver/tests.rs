@@ -259,7 +259,7 @@ struct Landed {
 
 /// Runs a stream through receiver and loader.
 async fn land(stream: &[u8], checksum: bool) -> Landed {
-    let (guest, memory, held) = Recorder::guest(vec![0xee; PAGES * PAGE], false);
+    let (guest, memory, received) = Recorder::guest(vec![0xee; PAGES * PAGE], false);
     let lane_map = LaneMap::new(1, PageSize::DEFAULT);
     let reader = FrameReader::new(stream, "connection 0".into(), PageSize::DEFAULT);
     let pool = BufferPool::new(2, PageSize::DEFAULT.extent_bytes());
@@ -267,7 +267,7 @@ async fn land(stream: &[u8], checksum: bool) -> Landed {
     let receiver = Receiver::new(0, 1, reader, layout, lane_map, pool, Meter::start(StageId::receiver(0)));
     let allowed = Features { snap: true, lz4: true, zstd: true, groups: true, xbzrle: true, ..Features::default() };
     let progress = Arc::new(LaneProgress::default());
-    let loader = Loader::new(0, guest, held, checksum, allowed, progress, Meter::start(StageId::loader(0)));
+    let loader = Loader::new(0, guest, received, checksum, allowed, progress, Meter::start(StageId::loader(0)));
     let ((outlet, inlet), (control, _messages), (loaded, reports)) = (bounded(4), bounded(8), bounded(8));
     let (receiver, loader) = join!(receiver.run(vec![Some(outlet)], control), loader.run(inlet, loaded));
     Landed { receiver, loader, reports, memory: memory.bytes() }

@@ -216,15 +216,15 @@ fn a_sample_is_of_all_lanes_and_what_it_leaves_out_stays_dirty() {
 }
 
 #[test]
-fn untouched_pages_are_told_once() {
+fn untouched_pages_are_reported_once() {
     let layout = layout(page_size(4), &[1 << 20]);
     let untouched = Arc::new(DirtyBitmap::empty(&layout));
     untouched.set_range(0, 2..66);
     let bench = Bench { untouched: Some(untouched.clone()), ..Bench::new(&layout, 1) };
     let dirty: Vec<_> = [0, 2, 3, 64, 70].map(|page| (0, page)).to_vec();
     let (lanes, _) = bench.scan(&[(order(1), dirty.clone()), (order(2), dirty)]);
-    let told: Vec<_> = batches(lanes.into_iter().next().unwrap()).iter().map(|batch| batch.untouched).collect();
-    assert_eq!(told, [0b1100, 1, 0, 0]);
+    let reported: Vec<_> = batches(lanes.into_iter().next().unwrap()).iter().map(|batch| batch.untouched).collect();
+    assert_eq!(reported, [0b1100, 1, 0, 0]);
     assert_eq!(words(&untouched)[..2], [!0b1111, 0b10], "those that were not sent are kept");
 }
 

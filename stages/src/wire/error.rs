@@ -207,7 +207,7 @@ pub enum WireError {
         most: u32,
     },
     /// A page of a group without a first page.
-    #[error("{page} is said to be in a group, and no compressed page came before it")]
+    #[error("{page} is marked as part of a group, and no compressed page came before it")]
     NoGroup {
         /// The page.
         page: PageAt,
@@ -239,10 +239,10 @@ pub enum WireError {
         parts: u64,
     },
     /// The payload is damaged.
-    #[error("the payload is damaged (xxh3 {found:016x} instead of {said:016x})")]
+    #[error("the payload is damaged (xxh3 {found:016x} instead of {expected:016x})")]
     PayloadHash {
         /// The hash in the frame.
-        said: u64,
+        expected: u64,
         /// The hash of the payload.
         found: u64,
     },

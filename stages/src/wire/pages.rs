@@ -156,7 +156,7 @@ impl PagesHead {
         if payload.is_empty() || found == self.payload_hash {
             Ok(())
         } else {
-            Err(WireError::PayloadHash { said: self.payload_hash, found })
+            Err(WireError::PayloadHash { expected: self.payload_hash, found })
         }
     }
 

@@ -6,12 +6,12 @@ use std::time::Duration;
 use memferry::events::{Event, Phase, Role};
 use memferry_stages::geometry::PageSize;
 use memferry_stages::wire::{Kind, Message};
-use memferry_tests::guest::Told;
+use memferry_tests::guest::GuestCall;
 use memferry_tests::{Recorder, TestGuest, run};
 use memferry_transports::memory::MemoryTransport;
 use tokio_util::sync::CancellationToken;
 
-use crate::source::{WENT_ON, send_to, send_watched};
+use crate::source::{RESUMED, send_to, send_watched};
 use crate::{HANG, LENGTH, block_on, settings};
 
 #[test]
@@ -29,7 +29,7 @@ fn cancel_before_anyone_listens() {
     });
     assert_eq!(ended.phase, Phase::Cancelled);
     guest.wait_for_writes();
-    assert_eq!(guest.told(), []);
+    assert_eq!(guest.calls(), []);
 }
 
 #[test]
@@ -38,7 +38,7 @@ fn cancel_while_it_is_agreed() {
         let sent = send_to(settings(), async |mut hand, _, cancel| {
             hand.hear_until(Kind::Hello).await;
             if point == Kind::Blocks {
-                hand.say(Message::Accept).await;
+                hand.send_message(Message::Accept).await;
                 hand.hear_until(Kind::Blocks).await;
             }
             cancel.cancel();
@@ -54,10 +54,10 @@ fn cancel_in_the_first_round() {
         hand.agree().await;
         cancel.cancel();
         assert_eq!(hand.hear_until(Kind::Abort).await, Some(Message::Abort("cancelled at the source".into())));
-        assert!(guest.runs(), "the guest goes on before anything else");
+        assert!(guest.runs(), "the guest continues before anything else");
     });
     sent.stayed(Phase::Cancelled, &["cancelled"]);
-    assert_eq!(sent.guest.told(), [], "it was never paused");
+    assert_eq!(sent.guest.calls(), [], "it was never paused");
 }
 
 #[test]
@@ -66,14 +66,14 @@ fn cancel_while_the_guest_is_paused_and_nobody_reads() {
         hand.agree().await;
         hand.hear_until(Kind::RoundComplete).await;
         // Reading stops: the rest waits in the transport, and the source waits for room.
-        while !guest.was_told(Told::Release) {
+        while !guest.was_called(GuestCall::Release) {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
         cancel.cancel();
         tokio::time::sleep(HANG).await;
     });
     sent.stayed(Phase::Cancelled, &["cancelled"]);
-    assert_eq!(sent.guest.told(), WENT_ON);
+    assert_eq!(sent.guest.calls(), RESUMED);
 }
 
 #[test]
@@ -93,7 +93,7 @@ fn cancel_after_go_is_too_late() {
         let heard = recorder.clone();
         let sent = send_watched(settings(), recorder, async |mut hand, _, cancel| {
             hand.take_all().await;
-            hand.say(Message::Loaded { verified: true }).await;
+            hand.send_message(Message::Loaded { verified: true }).await;
             hand.hear_until(Kind::Go).await;
             cancel.cancel();
             let too_late =
@@ -102,7 +102,7 @@ fn cancel_after_go_is_too_late() {
                 tokio::time::sleep(Duration::from_millis(1)).await;
             }
             if runs {
-                hand.say(Message::Running).await;
+                hand.send_message(Message::Running).await;
                 hand.hear().await;
             }
         });

@@ -8,7 +8,7 @@ use memferry::settings::DestinationSettings;
 use memferry_stages::geometry::{BlockInfo, PageSize};
 use memferry_stages::wire::messages::RunState;
 use memferry_stages::wire::{Kind, Message};
-use memferry_tests::guest::{Fails, Told};
+use memferry_tests::guest::{Fails, GuestCall};
 use memferry_tests::run::{self, destination_settings};
 use memferry_tests::{Hand, Recorder, Recording, TestGuest};
 use memferry_transports::Transport;
@@ -55,7 +55,7 @@ impl Received {
     #[track_caller]
     pub(crate) fn stayed_off(&self, phase: Phase, words: &[&str]) {
         self.says(phase, words);
-        assert!(!self.guest.was_told(Told::Start) && !self.guest.runs());
+        assert!(!self.guest.was_called(GuestCall::Start) && !self.guest.runs());
     }
 
     #[track_caller]
@@ -69,7 +69,7 @@ impl Received {
     }
 
     fn starts(&self) -> usize {
-        self.guest.told().iter().filter(|&&told| told == Told::Start).count()
+        self.guest.calls().iter().filter(|&&call| call == GuestCall::Start).count()
     }
 }
 
@@ -86,13 +86,13 @@ fn go_starts_the_guest_once_and_running_follows() {
     let received = receive_from(TestGuest::destination(), destination_settings(), async |mut hand, recording, _| {
         send_all(&mut hand, &recording).await;
         assert_eq!(hand.hear().await, LOADED);
-        hand.say(Message::Go(RunState::Running)).await;
-        hand.say(Message::Go(RunState::Running)).await;
+        hand.send_message(Message::Go(RunState::Running)).await;
+        hand.send_message(Message::Go(RunState::Running)).await;
         assert_eq!(hand.hear().await, Some(Message::Running));
         assert_eq!(hand.hear().await, None);
     });
     received.says(Phase::Completed, &[]);
-    assert_eq!(received.guest.told(), [Told::Build, Told::Prepare, Told::Start]);
+    assert_eq!(received.guest.calls(), [GuestCall::Build, GuestCall::Prepare, GuestCall::Start]);
 }
 
 #[test]
@@ -100,7 +100,7 @@ fn go_may_say_that_the_guest_stays_paused() {
     let received = receive_from(TestGuest::destination(), destination_settings(), async |mut hand, recording, _| {
         send_all(&mut hand, &recording).await;
         hand.hear().await;
-        hand.say(Message::Go(RunState::Paused)).await;
+        hand.send_message(Message::Go(RunState::Paused)).await;
         hand.hear().await;
     });
     received.says(Phase::Completed, &[]);
@@ -117,11 +117,11 @@ fn the_source_cut_before_go() {
 }
 
 #[test]
-fn the_source_gone_right_after_go_is_told_nothing_and_the_guest_runs() {
+fn the_source_gone_right_after_go_is_sent_nothing_and_the_guest_runs() {
     let received = receive_from(TestGuest::destination(), destination_settings(), async |mut hand, recording, _| {
         send_all(&mut hand, &recording).await;
         assert_eq!(hand.hear().await, LOADED);
-        hand.say(Message::Go(RunState::Running)).await;
+        hand.send_message(Message::Go(RunState::Running)).await;
     });
     received.says(Phase::Completed, &[]);
     assert!(received.starts() == 1 && received.guest.runs());
@@ -132,8 +132,8 @@ fn abort_instead_of_go() {
     let received = receive_from(TestGuest::destination(), destination_settings(), async |mut hand, recording, _| {
         send_all(&mut hand, &recording).await;
         hand.hear().await;
-        hand.say(Message::Abort("second thoughts".into())).await;
-        hand.say(Message::Go(RunState::Running)).await;
+        hand.send_message(Message::Abort("second thoughts".into())).await;
+        hand.send_message(Message::Go(RunState::Running)).await;
         assert!(matches!(hand.hear().await, Some(Message::Abort(_))));
     });
     received.stayed_off(Phase::Failed, &["the source gave up: second thoughts"]);
@@ -145,10 +145,10 @@ fn go_before_the_end() {
         let received =
             receive_from(TestGuest::destination(), destination_settings(), async |mut hand, recording, _| {
                 hand.send(&recording.frames[..recording.first(before)].concat()).await;
-                hand.say(Message::Go(RunState::Running)).await;
+                hand.send_message(Message::Go(RunState::Running)).await;
                 assert!(matches!(hand.hear_until(Kind::Abort).await, Some(Message::Abort(why)) if why.contains("Go")));
             });
-        received.stayed_off(Phase::Failed, &["Go came out of turn"]);
+        received.stayed_off(Phase::Failed, &["unexpected message: Go"]);
     }
 }
 
@@ -159,7 +159,7 @@ fn no_go_in_time() {
         send_all(&mut hand, &recording).await;
         assert_eq!(hand.hear().await, LOADED);
         assert!(matches!(hand.hear().await, Some(Message::Abort(why)) if why.contains("in time")));
-        hand.say(Message::Go(RunState::Running)).await;
+        hand.send_message(Message::Go(RunState::Running)).await;
     });
     received.stayed_off(Phase::Failed, &["Go did not come in time"]);
 }
@@ -170,7 +170,7 @@ fn something_else_instead_of_go() {
         send_all(&mut hand, &recording).await;
         hand.hear().await;
         hand.send(&[0xa5; 40]).await;
-        hand.say(Message::Go(RunState::Running)).await;
+        hand.send_message(Message::Go(RunState::Running)).await;
         hand.hear_until(Kind::Abort).await;
     });
     received.stayed_off(Phase::Failed, &["frame at byte"]);
@@ -183,7 +183,7 @@ fn a_destination_that_fails_to_prepare_or_to_start() {
     let received = receive_from(guest, destination_settings(), async |mut hand, recording, _| {
         send_all(&mut hand, &recording).await;
         assert!(matches!(hand.hear().await, Some(Message::Refused(why)) if why.contains("at prepare")));
-        hand.say(Message::Go(RunState::Running)).await;
+        hand.send_message(Message::Go(RunState::Running)).await;
     });
     received.stayed_off(Phase::Failed, &["at prepare"]);
 
@@ -191,7 +191,7 @@ fn a_destination_that_fails_to_prepare_or_to_start() {
     let received = receive_from(guest, destination_settings(), async |mut hand, recording, _| {
         send_all(&mut hand, &recording).await;
         hand.hear().await;
-        hand.say(Message::Go(RunState::Running)).await;
+        hand.send_message(Message::Go(RunState::Running)).await;
         assert!(matches!(hand.hear().await, Some(Message::StartFailed(why)) if why.contains("at start")));
         assert_eq!(hand.hear().await, None, "a destination that began its start takes nothing back");
     });
@@ -204,10 +204,10 @@ fn a_source_that_does_not_say_what_it_sent() {
     let received = receive_from(TestGuest::destination(), destination_settings(), async |mut hand, recording, _| {
         let end = recording.first(Kind::End);
         hand.send(&recording.frames[..end].concat()).await;
-        hand.say(Message::End { run_state: RunState::Running, frames: 3 }).await;
+        hand.send_message(Message::End { run_state: RunState::Running, frames: 3 }).await;
         hand.hear_until(Kind::Abort).await;
     });
-    received.stayed_off(Phase::Failed, &["the end mark says 3"]);
+    received.stayed_off(Phase::Failed, &["the end mark has 3"]);
 }
 
 #[test]
@@ -242,7 +242,7 @@ fn a_guest_that_is_built_otherwise_than_it_came_is_refused_before_any_page() {
             assert!(matches!(&said, Some(Message::Refused(why)) if why.contains(words)), "{words:?}: {said:?}");
         });
         received.stayed_off(Phase::Failed, &["the guest was built otherwise than it came", words]);
-        assert_eq!(received.guest.told(), [Told::Build]);
+        assert_eq!(received.guest.calls(), [GuestCall::Build]);
     }
     // The kind of memory at the destination is the host's choice.
     let guest = TestGuest::destination().building(|blocks| blocks[0].backing_page_size = 2 << 20);
@@ -275,7 +275,7 @@ fn cancel_at_the_destination_at_each_point() {
         assert_eq!(hand.hear().await, LOADED);
         cancel.cancel();
         assert_eq!(hand.hear().await, Some(Message::Abort("cancelled at the destination".into())));
-        hand.say(Message::Go(RunState::Running)).await;
+        hand.send_message(Message::Go(RunState::Running)).await;
         std::future::pending().await
     });
     received.stayed_off(Phase::Cancelled, &["cancelled"]);
@@ -287,7 +287,7 @@ fn a_source_that_loses_patience_with_a_slow_destination() {
     let guest = TestGuest::destination().preparing_for(Duration::from_millis(600));
     let received = receive_from(guest, destination_settings(), async |mut hand, recording, _| {
         send_all(&mut hand, &recording).await;
-        hand.say(Message::Abort("too slow".into())).await;
+        hand.send_message(Message::Abort("too slow".into())).await;
         hand.hear_until(Kind::Abort).await;
     });
     received.stayed_off(Phase::Failed, &["the source gave up: too slow"]);

@@ -9,7 +9,7 @@ use memferry::settings::{DestinationSettings, LEAST_PEER_TIMEOUT, SourceSettings
 use memferry_stages::geometry::PageSize;
 use memferry_stages::wire::messages::RunState;
 use memferry_stages::wire::{Kind, Message};
-use memferry_tests::guest::Told;
+use memferry_tests::guest::GuestCall;
 use memferry_tests::run::{self, destination_settings};
 use memferry_tests::{Hand, TestGuest, Trouble};
 use memferry_transports::Transport;
@@ -35,13 +35,13 @@ fn watchful() -> DestinationSettings {
 /// Sends heartbeats for longer than the timeout, and nothing else.
 async fn live_on(hand: &mut Hand) {
     for _ in 0..10 {
-        hand.say(Message::Heartbeat(Vec::new())).await;
+        hand.send_message(Message::Heartbeat(Vec::new())).await;
         tokio::time::sleep(LEAST_PEER_TIMEOUT / 4).await;
     }
 }
 
 #[test]
-fn before_go_the_source_guest_goes_on() {
+fn before_go_the_source_guest_continues() {
     let sent = send_to(source_settings(), async |mut hand, _, _| {
         hand.hear_until(Kind::Hello).await;
         std::future::pending().await
@@ -64,7 +64,7 @@ fn before_go_the_source_guest_goes_on() {
 fn after_go_the_source_guest_stays_paused() {
     let sent = send_to(source_settings(), async |mut hand, _, _| {
         hand.take_all().await;
-        hand.say(Message::Loaded { verified: true }).await;
+        hand.send_message(Message::Loaded { verified: true }).await;
         hand.hear_until(Kind::Go).await;
         std::future::pending().await
     });
@@ -76,7 +76,7 @@ fn a_destination_that_is_alive_is_waited_for() {
     let sent = send_to(source_settings(), async |mut hand, _, _| {
         hand.take_all().await;
         live_on(&mut hand).await;
-        hand.say(Message::Refused("the disk is full".into())).await;
+        hand.send_message(Message::Refused("the disk is full".into())).await;
     });
     sent.stayed(Phase::Failed, &["the disk is full"]);
 }
@@ -106,7 +106,7 @@ fn a_source_that_is_alive_is_waited_for() {
         hand.send(&recording.frames[recording.first(Kind::Blocks)..].concat()).await;
         hand.hear_until(Kind::Loaded).await.expect("it loads everything");
         live_on(&mut hand).await;
-        hand.say(Message::Go(RunState::Running)).await;
+        hand.send_message(Message::Go(RunState::Running)).await;
         assert_eq!(hand.hear().await, Some(Message::Running));
     });
     assert_eq!(received.ended.phase, Phase::Completed, "{:?}", received.ended.error);
@@ -142,7 +142,7 @@ fn both_ends_notice_a_way_that_carries_nothing_more() {
         assert!(phase == Phase::Failed && WORDS.iter().all(|word| error.contains(word)), "{phase:?}: {error}");
     }
     source.wait_for_writes();
-    assert!(!source.was_told(Told::Committed));
+    assert!(!source.was_called(GuestCall::Committed));
 }
 
 /// A log that takes longer to start than the peer's timeout, as that of a huge guest does.

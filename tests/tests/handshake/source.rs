@@ -11,7 +11,7 @@ use memferry_stages::geometry::{PageAt, PageSize};
 use memferry_stages::pool::BufferPool;
 use memferry_stages::wire::messages::{Progress, RunState};
 use memferry_stages::wire::{Kind, Message};
-use memferry_tests::guest::{Fails, Told};
+use memferry_tests::guest::{Fails, GuestCall};
 use memferry_tests::{Hand, Recorder, TestGuest, run};
 use memferry_transports::Transport;
 use memferry_transports::memory::MemoryTransport;
@@ -20,9 +20,10 @@ use tokio_util::sync::CancellationToken;
 use crate::{LENGTH, block_on, settings};
 
 /// The calls that a source guest receives if it continues after a pause.
-pub(crate) const WENT_ON: [Told; 5] = [Told::Pause, Told::Save, Told::Release, Told::Reacquire, Told::Resume];
+pub(crate) const RESUMED: [GuestCall; 5] =
+    [GuestCall::Pause, GuestCall::Save, GuestCall::Release, GuestCall::Reacquire, GuestCall::Resume];
 /// The calls that a source guest receives if it is handed over.
-const HANDED_OVER: [Told; 4] = [Told::Pause, Told::Save, Told::Release, Told::Committed];
+const HANDED_OVER: [GuestCall; 4] = [GuestCall::Pause, GuestCall::Save, GuestCall::Release, GuestCall::Committed];
 
 /// The outcome of a source.
 pub(crate) struct Sent {
@@ -80,10 +81,10 @@ impl Sent {
     pub(crate) fn stayed(&self, phase: Phase, words: &[&str]) {
         self.says(phase, words);
         self.guest.wait_for_writes();
-        assert!(!self.guest.was_told(Told::Committed));
-        let told = self.guest.told();
-        assert!(told.is_empty() || told == WENT_ON, "{told:?}");
-        assert_eq!(self.ended.downtime.is_some(), !told.is_empty(), "it says how long the guest was paused");
+        assert!(!self.guest.was_called(GuestCall::Committed));
+        let calls = self.guest.calls();
+        assert!(calls.is_empty() || calls == RESUMED, "{calls:?}");
+        assert_eq!(self.ended.downtime.is_some(), !calls.is_empty(), "it says how long the guest was paused");
         self.downtime_adds_up();
     }
 
@@ -93,7 +94,7 @@ impl Sent {
         let Some(downtime) = self.ended.downtime else { return };
         let parts = &self.ended.parts;
         assert_eq!(parts.total(), downtime, "{parts:?}");
-        let is_resumed = self.guest.was_told(Told::Resume);
+        let is_resumed = self.guest.was_called(GuestCall::Resume);
         assert_eq!(!parts.resume.is_zero(), is_resumed, "{parts:?}");
         assert!(!parts.final_sync.is_zero() || !parts.final_transfer.is_zero(), "{parts:?}");
     }
@@ -103,11 +104,11 @@ impl Sent {
     pub(crate) fn gave_away(&self, phase: Phase, words: &[&str]) {
         self.says(phase, words);
         assert!(!self.guest.runs());
-        let told = self.guest.told();
-        assert_eq!(told[..HANDED_OVER.len()], HANDED_OVER);
+        let calls = self.guest.calls();
+        assert_eq!(calls[..HANDED_OVER.len()], HANDED_OVER);
         // Only the destination's answer releases the guard of the guest.
-        let moved: &[Told] = if phase == Phase::Completed { &[Told::Moved] } else { &[] };
-        assert_eq!(&told[HANDED_OVER.len()..], moved);
+        let moved: &[GuestCall] = if phase == Phase::Completed { &[GuestCall::Moved] } else { &[] };
+        assert_eq!(&calls[HANDED_OVER.len()..], moved);
         self.downtime_adds_up();
     }
 
@@ -116,8 +117,15 @@ impl Sent {
     fn came_back(&self, words: &[&str]) {
         self.says(Phase::Failed, words);
         self.guest.wait_for_writes();
-        let told = [Told::Pause, Told::Save, Told::Release, Told::Committed, Told::Reacquire, Told::Resume];
-        assert_eq!(self.guest.told(), told);
+        let calls = [
+            GuestCall::Pause,
+            GuestCall::Save,
+            GuestCall::Release,
+            GuestCall::Committed,
+            GuestCall::Reacquire,
+            GuestCall::Resume,
+        ];
+        assert_eq!(self.guest.calls(), calls);
         assert!(self.ended.downtime.is_some(), "it says how long the guest was paused");
         self.downtime_adds_up();
     }
@@ -139,14 +147,14 @@ impl Sent {
 #[test]
 fn cut_before_loaded() {
     let sent = send_to(settings(), async |mut hand, _, _| hand.take_all().await);
-    sent.stayed(Phase::Failed, &["lost before the hand-over"]);
+    sent.stayed(Phase::Failed, &["lost before the handover"]);
 }
 
 #[test]
 fn refused_after_everything_was_sent() {
     let sent = send_to(settings(), async |mut hand, _, _| {
         hand.take_all().await;
-        hand.say(Message::Refused("the disk is full".into())).await;
+        hand.send_message(Message::Refused("the disk is full".into())).await;
     });
     sent.stayed(Phase::Failed, &["the destination refused: the disk is full"]);
 }
@@ -155,7 +163,7 @@ fn refused_after_everything_was_sent() {
 fn loaded_and_cut_before_go_is_read() {
     let sent = send_to(settings(), async |mut hand, _, _| {
         hand.take_all().await;
-        hand.say(Message::Loaded { verified: true }).await;
+        hand.send_message(Message::Loaded { verified: true }).await;
     });
     // Go may have left, or not: the guest may continue only if Go was not yet committed.
     match sent.ended.phase {
@@ -168,7 +176,7 @@ fn loaded_and_cut_before_go_is_read() {
 fn cut_after_go() {
     let sent = send_to(settings(), async |mut hand, _, _| {
         hand.take_all().await;
-        hand.say(Message::Loaded { verified: true }).await;
+        hand.send_message(Message::Loaded { verified: true }).await;
         assert_eq!(hand.hear().await, Some(Message::Go(RunState::Running)));
     });
     let words = ["lost after Go", "stays paused here", "look at the destination", "only if it does not run there"];
@@ -208,11 +216,11 @@ fn decided_before_the_pause(acknowledged: bool) -> Duration {
         hand.agree().await;
         let Some(Message::RoundComplete(tally)) = hand.hear_until(Kind::RoundComplete).await else { panic!("a round") };
         if acknowledged {
-            hand.say(Message::Progress(Progress { bytes: LENGTH, frames: vec![tally.batches] })).await;
+            hand.send_message(Message::Progress(Progress { bytes: LENGTH, frames: vec![tally.batches] })).await;
         }
         hand.hear_until(Kind::End).await.expect("the rest follows");
     });
-    sent.stayed(Phase::Failed, &["lost before the hand-over"]);
+    sent.stayed(Phase::Failed, &["lost before the handover"]);
     paused.get().unwrap().duration_since(*decided.get().unwrap())
 }
 
@@ -220,11 +228,11 @@ fn decided_before_the_pause(acknowledged: bool) -> Duration {
 fn running_completes_it() {
     let sent = send_to(settings(), async |mut hand, guest, _| {
         hand.take_all().await;
-        assert!(!guest.runs() && !guest.was_told(Told::Committed));
-        hand.say(Message::Loaded { verified: true }).await;
+        assert!(!guest.runs() && !guest.was_called(GuestCall::Committed));
+        hand.send_message(Message::Loaded { verified: true }).await;
         assert_eq!(hand.hear().await, Some(Message::Go(RunState::Running)));
-        assert!(guest.was_told(Told::Committed));
-        hand.say(Message::Running).await;
+        assert!(guest.was_called(GuestCall::Committed));
+        hand.send_message(Message::Running).await;
         assert_eq!(hand.hear().await, None, "nothing follows Go");
     });
     sent.gave_away(Phase::Completed, &[]);
@@ -237,18 +245,18 @@ fn a_guest_that_cannot_be_committed_stays_and_nothing_is_started() {
     let fails = Fails { commit: true, ..Fails::default() };
     let sent = send_guest_to(settings(), Arc::default(), fails, async |mut hand, _, _| {
         hand.take_all().await;
-        hand.say(Message::Loaded { verified: true }).await;
+        hand.send_message(Message::Loaded { verified: true }).await;
         assert!(matches!(hand.hear().await, Some(Message::Abort(why)) if why.contains("at commit")), "no Go");
     });
-    sent.came_back(&["told to fail at commit"]);
+    sent.came_back(&["made to fail at commit"]);
 }
 
 #[test]
 fn an_abort_that_crosses_go_brings_the_guest_back() {
     let sent = send_to(settings(), async |mut hand, _, _| {
         hand.take_all().await;
-        hand.say(Message::Loaded { verified: true }).await;
-        hand.say(Message::Abort("its operator cancelled".into())).await;
+        hand.send_message(Message::Loaded { verified: true }).await;
+        hand.send_message(Message::Abort("its operator cancelled".into())).await;
         hand.hear_until(Kind::Abort).await;
     });
     sent.came_back(&["before it began to start the guest", "its operator cancelled"]);
@@ -258,9 +266,9 @@ fn an_abort_that_crosses_go_brings_the_guest_back() {
 fn a_start_that_fails_leaves_the_guest_paused() {
     let sent = send_to(settings(), async |mut hand, _, _| {
         hand.take_all().await;
-        hand.say(Message::Loaded { verified: true }).await;
+        hand.send_message(Message::Loaded { verified: true }).await;
         hand.hear_until(Kind::Go).await;
-        hand.say(Message::StartFailed("no such device".into())).await;
+        hand.send_message(Message::StartFailed("no such device".into())).await;
         hand.hear().await;
     });
     sent.gave_away(
@@ -274,11 +282,11 @@ fn running_before_go_leaves_the_guest_paused() {
     for early in [Message::Running, Message::StartFailed("oh".into())] {
         let sent = send_to(settings(), async |mut hand, _, _| {
             hand.take_all().await;
-            hand.say(early).await;
-            assert_eq!(hand.hear_until(Kind::Go).await, None, "it is not told to run");
+            hand.send_message(early).await;
+            assert_eq!(hand.hear_until(Kind::Go).await, None, "no Go is sent");
         });
-        sent.says(Phase::Unconfirmed, &["before it was told to", "look at the destination"]);
-        assert!(!sent.guest.runs() && !sent.guest.was_told(Told::Resume));
+        sent.says(Phase::Unconfirmed, &["before Go", "look at the destination"]);
+        assert!(!sent.guest.runs() && !sent.guest.was_called(GuestCall::Resume));
     }
 }
 
@@ -288,8 +296,8 @@ fn running_said_in_the_pause_is_heard_though_the_connection_breaks() {
     let sent = send_to(settings(), async |mut hand, _, _| {
         hand.agree().await;
         hand.hear_until(Kind::End).await;
-        hand.say(Message::Loaded { verified: true }).await;
-        hand.say(Message::Running).await;
+        hand.send_message(Message::Loaded { verified: true }).await;
+        hand.send_message(Message::Running).await;
     });
     // Running after Loaded answers a Go that may be in flight.
     sent.gave_away(Phase::Completed, &[]);
@@ -323,7 +331,7 @@ fn is_silent(handover_timeout: Duration) -> bool {
     let sent = send_to(impatient, async |mut hand, _, _| {
         hand.agree().await;
         hand.hear_until(Kind::End).await;
-        hand.say(Message::Loaded { verified: true }).await;
+        hand.send_message(Message::Loaded { verified: true }).await;
         went = hand.hear_until(Kind::Go).await.is_some();
         std::future::pending().await
     });
@@ -338,7 +346,7 @@ fn is_silent(handover_timeout: Duration) -> bool {
 fn loaded_without_the_comparison_that_was_asked_for() {
     let sent = send_to(settings(), async |mut hand, _, _| {
         hand.take_all().await;
-        hand.say(Message::Loaded { verified: false }).await;
+        hand.send_message(Message::Loaded { verified: false }).await;
         assert!(matches!(hand.hear().await, Some(Message::Abort(_))), "no Go");
     });
     sent.stayed(Phase::Failed, &["did not compare digests"]);
@@ -354,8 +362,8 @@ fn page_hashes_make_the_source_name_the_page() {
         let mut hashes = digest::page_hashes(&memory, 0, 1, &digest::Known::default(), &mut scratch).unwrap();
         hashes[77] ^= 1;
         hashes[78] ^= 1;
-        hand.say(Message::PageHashes { first: PageAt { block: 0, page: 512 }, hashes }).await;
-        hand.say(Message::Refused("block \"ram0\" differs".into())).await;
+        hand.send_message(Message::PageHashes { first: PageAt { block: 0, page: 512 }, hashes }).await;
+        hand.send_message(Message::Refused("block \"ram0\" differs".into())).await;
         hand.hear_until(Kind::Abort).await;
     });
     sent.stayed(Phase::Failed, &["block \"ram0\" differs", "page 589 of block \"ram0\"", "0x24d000"]);
@@ -373,8 +381,8 @@ fn page_hashes_of_pages_that_are_not_there_are_survived() {
     for (first, word) in cases {
         let sent = send_to(settings(), async |mut hand, _, _| {
             hand.take_all().await;
-            hand.say(Message::PageHashes { first, hashes: vec![1; 512] }).await;
-            hand.say(Message::Refused("it differs".into())).await;
+            hand.send_message(Message::PageHashes { first, hashes: vec![1; 512] }).await;
+            hand.send_message(Message::Refused("it differs".into())).await;
             hand.hear_until(Kind::Abort).await;
         });
         sent.stayed(Phase::Failed, &[word]);
@@ -392,10 +400,10 @@ fn messages_that_make_no_sense_leave_the_guest_here() {
     for strange in strange {
         let sent = send_to(settings(), async |mut hand, _, _| {
             hand.take_all().await;
-            hand.say(strange()).await;
+            hand.send_message(strange()).await;
             hand.hear_until(Kind::Abort).await;
         });
-        sent.stayed(Phase::Failed, &[strange().kind().name(), "out of turn"]);
+        sent.stayed(Phase::Failed, &[strange().kind().name(), "unexpected message"]);
     }
 }
 
@@ -409,7 +417,7 @@ fn garbage_on_the_return_path_leaves_the_guest_here_before_go_and_paused_after_i
     sent.stayed(Phase::Failed, &["frame at byte", "damaged"]);
     let sent = send_to(settings(), async |mut hand, _, _| {
         hand.take_all().await;
-        hand.say(Message::Loaded { verified: true }).await;
+        hand.send_message(Message::Loaded { verified: true }).await;
         hand.hear_until(Kind::Go).await;
         hand.send(&[0x5a; 64]).await;
         hand.hear().await;
@@ -422,7 +430,7 @@ fn more_acknowledged_than_was_sent() {
     let sent = send_to(settings(), async |mut hand, _, _| {
         hand.agree().await;
         let frames = vec![1 << 40];
-        hand.say(Message::Progress(Progress { bytes: 1, frames })).await;
+        hand.send_message(Message::Progress(Progress { bytes: 1, frames })).await;
         hand.hear_until(Kind::Abort).await;
     });
     sent.stayed(Phase::Failed, &["lane 0", "acknowledged"]);

@@ -10,7 +10,7 @@ use tokio::sync::broadcast::error::RecvError;
 use crate::events::{Event, Role};
 
 /// Past events that are stored, not counting progress figures.
-const KEPT: usize = 512;
+const CAPACITY: usize = 512;
 
 /// An item of the event stream.
 #[derive(Clone, Debug, PartialEq)]
@@ -62,7 +62,7 @@ impl Past {
         let is_progress = |event: &Event| matches!(event, Event::Progress(_));
         if is_of(&happened, is_progress) {
             self.forget_first(is_progress);
-        } else if self.0.len() >= KEPT {
+        } else if self.0.len() >= CAPACITY {
             // The peer and the guest are reported once, and early.
             self.forget_first(|event| {
                 !matches!(event, Event::Phase(_) | Event::Connected { .. } | Event::Guest { .. })
@@ -96,7 +96,7 @@ mod tests {
     }
 
     #[test]
-    fn the_past_is_bounded_and_keeps_what_is_told_once_and_the_latest_figures() {
+    fn the_past_is_bounded_and_keeps_what_is_reported_once_and_the_latest_figures() {
         let mut past = Past::default();
         past.note(happened(Event::Connected { peer: "there".into() }));
         for round in 1..=1000 {
@@ -104,7 +104,7 @@ mod tests {
             past.note(happened(Event::Progress(Progress { round, ..Progress::default() })));
         }
         let list = past.list();
-        assert!(list.len() <= KEPT + 1, "{}", list.len());
+        assert!(list.len() <= CAPACITY + 1, "{}", list.len());
         assert_eq!(list[0], happened(Event::Connected { peer: "there".into() }));
         assert_eq!(list.last(), Some(&happened(Event::Progress(Progress { round: 1000, ..Progress::default() }))));
         assert_eq!(list.iter().filter(|past| is_of(past, |event| matches!(event, Event::Progress(_)))).count(), 1);

@@ -20,7 +20,7 @@ async fn what_is_asked_too_early_too_late_or_at_the_wrong_end_is_refused() {
     let (observers, requests) = observed(&control);
     drop(requests);
     assert_eq!(control.switch_over().await, Err(ControlError::Over));
-    script(Role::Source).iter().for_each(|event| observers.tell(event));
+    script(Role::Source).iter().for_each(|event| observers.notify(event));
     assert_eq!(control.set([Change::MaxBandwidth(None)]).await, Err(ControlError::Over));
     control.destination_begins(&Observers::none(Role::Destination));
     assert_eq!(control.switch_over().await, Err(ControlError::WrongEnd));
@@ -47,12 +47,12 @@ fn the_status_is_what_the_events_said() {
     let (observers, _requests) = observed(&control);
     assert_eq!((control.status().role, control.status().phase), (Some(Role::Source), Phase::Setup));
     let (from, to) = (Change::DowntimeLimit(Duration::ZERO), Change::DowntimeLimit(Duration::MAX));
-    observers.tell(&Event::Changed(Changed { round: 1, from, to, memory_bound: 77 }));
-    (0..20).for_each(|number| observers.tell(&Event::Warning(format!("warning {number}"))));
+    observers.notify(&Event::Changed(Changed { round: 1, from, to, memory_bound: 77 }));
+    (0..20).for_each(|number| observers.notify(&Event::Warning(format!("warning {number}"))));
     let status = control.status();
     assert_eq!((status.settings.unwrap().downtime_limit, status.memory_bound), (Duration::MAX, 77));
     assert_eq!((status.warnings.len(), &*status.warnings[15]), (16, "warning 19"));
-    script(Role::Source).iter().for_each(|event| observers.tell(event));
+    script(Role::Source).iter().for_each(|event| observers.notify(event));
     let status = control.status();
     assert_eq!((status.phase, status.rounds), (Phase::Completed, 2));
     assert!(status.peer.is_some() && status.total_bytes() > 0 && status.decision.is_some());
@@ -61,16 +61,16 @@ fn the_status_is_what_the_events_said() {
 }
 
 #[tokio::test]
-async fn events_end_with_the_end_and_a_slow_reader_is_told_what_it_lost() {
+async fn events_end_with_the_end_and_a_slow_reader_is_notified_of_what_it_lost() {
     let control = Control::new();
     let (observers, _requests) = observed(&control);
     let (mut events, mut slow) = (control.events(), control.events());
-    observers.tell(&Event::Paused);
+    observers.notify(&Event::Paused);
     assert_eq!(events.next().await.map(event), Some(Event::Paused));
-    (0..300).for_each(|round| observers.tell(&Event::RoundScanned { round }));
+    (0..300).for_each(|round| observers.notify(&Event::RoundScanned { round }));
     assert_eq!(slow.next().await, Some(Happened::Lost(301 - 256)));
     assert_eq!(slow.next().await.map(event), Some(Event::RoundScanned { round: 44 }));
-    script(Role::Source).iter().for_each(|event| observers.tell(event));
+    script(Role::Source).iter().for_each(|event| observers.notify(event));
     let mut last = None;
     while let Some(happened) = slow.next().await {
         last = Some(happened);

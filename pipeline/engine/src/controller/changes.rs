@@ -187,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn it_switches_over_when_told_to_but_not_above_max_downtime() {
+    fn it_switches_over_on_request_but_not_above_max_downtime() {
         let mut controller = after_a_round(|settings| settings.max_downtime = Some(500 * MS));
         controller.synced(&standing(1000, 100));
         // 10,000 pages are left of the round, and in 0.3 s another 30,000 were written.
@@ -206,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn in_the_first_round_nobody_can_tell_what_a_switchover_costs() {
+    fn in_the_first_round_the_cost_of_a_switchover_is_not_known() {
         let limited = SourceSettings { max_downtime: Some(500 * MS), ..SourceSettings::default() };
         let now = standing(500, 100);
         let refusal = |now| Controller::new(&limited, 4096).switch_over(now).unwrap_err();

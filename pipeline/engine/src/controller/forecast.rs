@@ -39,11 +39,11 @@ const SAMPLE_PAGES: u64 = 512;
 /// A sample is at most one in this number of dirty pages: a small part of what remains.
 const SAMPLE_SHARE: u64 = 4;
 /// How many of those rounds may show the least that the wire carries.
-const TELLING_ROUNDS: usize = 4;
+const REPRESENTATIVE_ROUNDS: usize = 4;
 /// Rounds that are stored: a window never needs more.
-const ROUNDS_KEPT: usize = 64;
+const MOST_ROUNDS: usize = 64;
 /// From this share of `max_bandwidth` on, the cap limits the rounds, and not the link or the host.
-const HELD_BACK: f64 = 0.9;
+const AT_CAP: f64 = 0.9;
 /// The share of the downtime limit that the backlog may still need when the guest is paused.
 const BACKLOG_SHARE: f64 = 0.05;
 
@@ -74,7 +74,7 @@ pub struct Standing {
     /// Pages that are known to be dirty and that the scanner has not taken.
     pub dirty_pages: u64,
     /// The part of them that can be sent as deltas: set only after a sync.
-    pub kept_pages: u64,
+    pub cached_pages: u64,
     /// Pages that the scanner took and the destination has not acknowledged.
     pub in_flight_pages: u64,
     /// Page bytes a second that are read lately, as the status shows them: 0 until it is measured.
@@ -116,7 +116,7 @@ struct Achieved {
     /// Pages that were to be sent as deltas, and missed the cache.
     misses: u64,
     /// Pages that could have been sent as deltas, as known before the round.
-    kept: f64,
+    cached: f64,
     /// Pages a second that the guest dirtied before it.
     dirty_rate: Option<f64>,
 }
@@ -207,7 +207,7 @@ impl Forecaster {
             return;
         }
         self.later.push_front(round);
-        self.later.truncate(ROUNDS_KEPT);
+        self.later.truncate(MOST_ROUNDS);
     }
 
     /// The same for a sample of the pages that the last sync found.
@@ -222,7 +222,7 @@ impl Forecaster {
     }
 
     fn achieved(&self, tally: &RoundTally, time: Duration, work: Duration) -> Achieved {
-        let (found, kept) = self.found;
+        let (found, cached) = self.found;
         Achieved {
             pages: tally.pages.all,
             page_bytes: tally.pages.bytes_in,
@@ -232,7 +232,7 @@ impl Forecaster {
             whole: tally.pages.raw + tally.pages.compressed,
             compressed: tally.pages.compressed,
             misses: tally.pages.xbzrle_misses,
-            kept: kept as f64 * tally.pages.all as f64 / found.max(1) as f64,
+            cached: cached as f64 * tally.pages.all as f64 / found.max(1) as f64,
             dirty_rate: self.dirty_rate,
         }
     }
@@ -254,7 +254,7 @@ impl Forecaster {
         if since > 0.0 {
             self.dirty_rate = Some(dirty as f64 / since);
         }
-        self.found = (now.dirty_pages, now.kept_pages);
+        self.found = (now.dirty_pages, now.cached_pages);
         self.last_sync = now.elapsed;
     }
 
@@ -307,7 +307,7 @@ impl Forecaster {
     #[must_use]
     pub fn sample_wanted(&self, now: &Standing) -> Option<NonZeroU32> {
         let is_shown = self.sample.is_some() || self.later.iter().any(|round| round.hits() > 0.0);
-        if !self.deltas || self.first.is_none() || is_shown || now.kept_pages < WORTH_A_SAMPLE {
+        if !self.deltas || self.first.is_none() || is_shown || now.cached_pages < WORTH_A_SAMPLE {
             return None;
         }
         u32::try_from((now.dirty_pages / SAMPLE_SHARE).min(SAMPLE_PAGES)).ok().and_then(NonZeroU32::new)
@@ -321,7 +321,7 @@ impl Forecaster {
 
     /// Pages that the guest dirties in the time in which a round sends one: at 1 or above, rounds do not get smaller.
     #[must_use]
-    pub fn outrun(&self) -> Option<f64> {
+    pub fn dirty_ratio(&self) -> Option<f64> {
         Some(self.dirty_rate? * self.round_seconds_per_page()?)
     }
 
@@ -338,11 +338,11 @@ impl Forecaster {
         if !self.deltas {
             return Some(whole);
         }
-        let shown = self.telling().next().or(self.later.iter().find(|round| round.pages > 0));
+        let shown = self.representative().next().or(self.later.iter().find(|round| round.pages > 0));
         let Some(round) = shown.or(self.sample.as_ref()) else { return Some(whole) };
-        let (dirty, kept) = (self.found.0.max(1) as f64, self.found.1 as f64);
-        let still_cached = if round.kept == 0.0 { 1.0 } else { (round.hits() / round.kept).min(1.0) };
-        let hits = (kept / dirty * still_cached).min(1.0);
+        let (dirty, cached) = (self.found.0.max(1) as f64, self.found.1 as f64);
+        let still_cached = if round.cached == 0.0 { 1.0 } else { (round.hits() / round.cached).min(1.0) };
+        let hits = (cached / dirty * still_cached).min(1.0);
         // Without a hit the size of a delta is unknown.
         let hit = if round.hits() == 0.0 {
             whole
@@ -363,7 +363,7 @@ impl Forecaster {
     fn wire_bytes_of_a_whole_page(&self) -> f64 {
         let of = |achieved: Achieved| achieved.wire_bytes as f64 / achieved.pages as f64;
         if !self.deltas {
-            let later = self.telling().next().copied().unwrap_or_else(|| lately(self.later.iter()));
+            let later = self.representative().next().copied().unwrap_or_else(|| lately(self.later.iter()));
             if later.pages > 0 {
                 return of(later);
             }
@@ -399,11 +399,11 @@ impl Forecaster {
     /// Bytes a second on the wire, by the rounds that the wire limited. If it limited none, by the round that shows
     /// most, as a lower bound of what the link carries; but no more than the cap allows.
     fn wire_rate(&self) -> Option<f64> {
-        let held_up = lately(self.telling().filter(|round| round.is_held_up_by_the_wire()));
+        let held_up = lately(self.representative().filter(|round| round.is_held_up_by_the_wire()));
         let rate = if held_up.pages > 0 {
             held_up.rate()
         } else {
-            let shown = self.telling().take(TELLING_ROUNDS).chain(&self.first).map(Achieved::rate);
+            let shown = self.representative().take(REPRESENTATIVE_ROUNDS).chain(&self.first).map(Achieved::rate);
             shown.chain([lately(self.later.iter()).rate()]).filter(|rate| rate.is_finite()).fold(0.0, f64::max)
         };
         let rate = self.max_bandwidth.map_or(rate, |cap| rate.min(cap as f64));
@@ -411,14 +411,14 @@ impl Forecaster {
     }
 
     /// The rounds after the first that were large enough for an estimate, the latest in front.
-    fn telling(&self) -> impl Iterator<Item = &Achieved> {
+    fn representative(&self) -> impl Iterator<Item = &Achieved> {
         self.later.iter().filter(|round| round.page_bytes >= TELLING_BYTES)
     }
 
     /// Time that the busiest stage needs for a page, by the latest round that was large enough for an estimate, or by
     /// the sample.
     fn stage_seconds_per_page(&self) -> f64 {
-        let latest = self.telling().next().or(self.sample.as_ref().filter(|sample| sample.pages > 0));
+        let latest = self.representative().next().or(self.sample.as_ref().filter(|sample| sample.pages > 0));
         latest.map_or(0.0, |latest| latest.work.as_secs_f64() / latest.pages as f64)
     }
 
@@ -431,10 +431,10 @@ impl Forecaster {
     /// In the switchover, which may have a bandwidth limit of its own.
     fn switchover_seconds_per_page(&self) -> Option<f64> {
         let rate = self.wire_rate()?;
-        let held_back = self.max_bandwidth.is_some_and(|cap| rate >= HELD_BACK * cap as f64);
+        let at_cap = self.max_bandwidth.is_some_and(|cap| rate >= AT_CAP * cap as f64);
         match self.switchover_bandwidth {
             // The rounds waited for their cap: their duration does not measure the stages.
-            SwitchoverBandwidth::AtMost(most) if held_back => Some(self.wire_bytes_per_page()? / most as f64),
+            SwitchoverBandwidth::AtMost(most) if at_cap => Some(self.wire_bytes_per_page()? / most as f64),
             SwitchoverBandwidth::AtMost(most) => {
                 let wire = self.wire_bytes_per_page()? / rate.min(most as f64);
                 Some(wire.max(self.stage_seconds_per_page()))
@@ -510,8 +510,8 @@ mod tests {
         transfer_of(forecaster, pages, pages)
     }
 
-    fn transfer_of(forecaster: &Forecaster, dirty_pages: u64, kept_pages: u64) -> f64 {
-        let now = Standing { dirty_pages, kept_pages, ..Standing::default() };
+    fn transfer_of(forecaster: &Forecaster, dirty_pages: u64, cached_pages: u64) -> f64 {
+        let now = Standing { dirty_pages, cached_pages, ..Standing::default() };
         let mut forecaster = forecaster.clone();
         forecaster.synced(&now);
         forecaster.forecast(&now, LIMIT).unwrap().transfer.as_secs_f64()
@@ -561,7 +561,7 @@ mod tests {
         let found = |dirty_pages, ms| Standing {
             elapsed: ms * MS,
             dirty_pages,
-            kept_pages: dirty_pages,
+            cached_pages: dirty_pages,
             ..Standing::default()
         };
         assert_eq!(forecaster.sample_wanted(&found(10_000, 1000)), None, "nothing was sent yet");
@@ -673,7 +673,7 @@ mod tests {
     fn pages_that_were_never_sent_count_in_full_beside_deltas() {
         let mut forecaster = forecaster(Some(XbzrleSettings::default()));
         forecaster.round(&round(100_000, 90_000, 40_960_000), 1000 * MS, NONE);
-        forecaster.synced(&Standing { kept_pages: 100, ..dirty(1000) });
+        forecaster.synced(&Standing { cached_pages: 100, ..dirty(1000) });
         // 900 misses of a page each, and 100 deltas of 40 bytes.
         let mixed = of(PageTally { xbzrle_misses: 900, ..pages(1000, 0, 900 * 4096 + 100 * 40) });
         forecaster.round(&mixed, 90 * MS, NONE);
@@ -690,7 +690,7 @@ mod tests {
         let found = |dirty_pages, ms| Standing {
             elapsed: ms * MS,
             dirty_pages,
-            kept_pages: dirty_pages,
+            cached_pages: dirty_pages,
             ..Standing::default()
         };
         // The same 1,000 pages in a second, and in half a second.
@@ -706,10 +706,10 @@ mod tests {
     }
 
     #[test]
-    fn a_cache_that_has_lost_half_of_what_it_was_given_is_taken_to_go_on_so() {
+    fn a_cache_that_has_lost_half_of_what_it_was_given_is_taken_to_lose_as_much_again() {
         let mut forecaster = forecaster(Some(XbzrleSettings::default()));
         forecaster.round(&round(100_000, 0, 409_600_000), 1000 * MS, NONE);
-        forecaster.synced(&Standing { kept_pages: 1000, ..dirty(1000) });
+        forecaster.synced(&Standing { cached_pages: 1000, ..dirty(1000) });
         let half = of(PageTally { xbzrle_misses: 500, ..pages(1000, 0, 500 * 4096) });
         forecaster.round(&half, 5 * MS, NONE);
         assert!((transfer(&forecaster, 1000) - 0.005).abs() < 1e-4);
@@ -719,7 +719,7 @@ mod tests {
     fn rounds_that_the_stages_held_up_say_what_the_wire_carries_at_least() {
         let mut forecaster = forecaster(Some(XbzrleSettings::default()));
         forecaster.round(&round(100_000, 0, 409_600_000), 1000 * MS, 500 * MS);
-        forecaster.synced(&Standing { kept_pages: 0, ..dirty(10_000) });
+        forecaster.synced(&Standing { cached_pages: 0, ..dirty(10_000) });
         let deltas = of(PageTally { xbzrle_misses: 0, ..pages(10_000, 0, 100_000) });
         forecaster.round(&deltas, 20 * MS, 20 * MS);
         // A page that is sent whole takes 10 µs on the wire of the first round, not the 10 bytes in 2 µs of a delta.

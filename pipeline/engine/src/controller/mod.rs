@@ -232,7 +232,7 @@ impl Controller {
             stalled,
             forecast,
             may_switch: self.is_allowed(forecast),
-            outrun: self.forecaster.outrun(),
+            dirty_ratio: self.forecaster.dirty_ratio(),
             limit: self.downtime_limit(),
             highest: self.limits.max_downtime.unwrap_or(Duration::MAX),
         };

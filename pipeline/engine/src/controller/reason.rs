@@ -155,7 +155,7 @@ impl fmt::Display for Decided {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.write_decision(f)?;
         if self.reason == Reason::AlreadyPaused {
-            return f.write_str("the guest stands still already");
+            return f.write_str("the guest is paused already");
         }
         self.write_reason(f)?;
         Outlook { forecast: self.forecast.as_ref(), limit: self.limit }.fmt(f)
@@ -202,7 +202,7 @@ impl Decided {
             Reason::UsedUp { budget, forbidden_by: Some(most) } => {
                 write!(f, "{budget}, and max_downtime is {}; ", human::time(most))
             }
-            Reason::Operator => f.write_str("the operator says so; "),
+            Reason::Operator => f.write_str("the operator asked for it; "),
         }
     }
 }
@@ -316,7 +316,7 @@ impl fmt::Display for UsedUp {
                 write!(f, "the deadline of {} ", human::time(deadline))?;
                 match late {
                     Some(late) => write!(f, "will be missed by {} at best", human::time(late)),
-                    None => f.write_str("can be kept only from here"),
+                    None => f.write_str("can be met only from here"),
                 }
             }
             Self::RoundTooLong { round, elapsed, deadline } => {
@@ -352,7 +352,7 @@ mod tests {
              0 µs), limit 300 ms"
         );
         let paused = words(Decision::SwitchOver, Reason::AlreadyPaused);
-        assert_eq!(paused, "switch over: the guest stands still already");
+        assert_eq!(paused, "switch over: the guest is paused already");
         let unknown = Decided {
             round: 0,
             decision: Decision::AnotherRound,
@@ -414,7 +414,7 @@ mod tests {
                 Reason::UsedUp { budget, forbidden_by: Some(500 * MS) },
                 "gave up: 60 rounds are used up, and max_downtime is 500 ms; ".into(),
             ),
-            (SwitchOver, Reason::Operator, "switch over: the operator says so; ".into()),
+            (SwitchOver, Reason::Operator, "switch over: the operator asked for it; ".into()),
         ];
         for (decision, reason, expected) in lines {
             assert_eq!(before_outlook(decision, reason), expected);
@@ -454,7 +454,7 @@ mod tests {
                 "the one round is used up",
                 "the deadline of 9.00 s has passed",
                 "the deadline of 9.00 s has passed in round 2",
-                "the deadline of 9.00 s can be kept only from here",
+                "the deadline of 9.00 s can be met only from here",
                 "after 8.00 s the deadline of 9.00 s will be missed by 1.00 s at best",
                 "another round takes 2.00 s, and 8.00 s of the deadline of 9.00 s are gone",
             ]

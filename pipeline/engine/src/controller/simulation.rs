@@ -48,7 +48,7 @@ pub struct Found {
     /// All of them.
     pub dirty: u64,
     /// The pages that can be sent as deltas.
-    pub kept: u64,
+    pub cached: u64,
 }
 
 /// A round that begins.
@@ -224,7 +224,7 @@ struct Simulation<'a> {
     throttle: u8,
     round: u32,
     dirty: u64,
-    kept: u64,
+    cached: u64,
     /// The time since which nothing is sent.
     idle: Duration,
     run: Run,
@@ -247,7 +247,7 @@ impl<'a> Simulation<'a> {
             throttle: 0,
             round: 0,
             dirty: guest.pages(),
-            kept: 0,
+            cached: 0,
             idle: link.setup,
             guest,
             run: Run {
@@ -351,7 +351,8 @@ impl<'a> Simulation<'a> {
         self.find(from);
         self.guest_synced = self.guest_now;
         self.advance(self.link.decision);
-        let now = Standing { elapsed: self.now, dirty_pages: self.dirty, kept_pages: self.kept, ..Standing::default() };
+        let now =
+            Standing { elapsed: self.now, dirty_pages: self.dirty, cached_pages: self.cached, ..Standing::default() };
         let decided = self.controller.synced(&now);
         let decision = decided.decision;
         if self.paused.is_none() || decision != Decision::SwitchOver {
@@ -362,8 +363,8 @@ impl<'a> Simulation<'a> {
 
     /// Adds the pages written from a moment of the guest's time to this one to the dirty pages.
     fn find(&mut self, from: Duration) {
-        let Found { dirty, kept } = self.guest.written(from, self.guest_now);
-        (self.dirty, self.kept) = (dirty, kept);
+        let Found { dirty, cached } = self.guest.written(from, self.guest_now);
+        (self.dirty, self.cached) = (dirty, cached);
     }
 
     /// Pauses the guest, syncs once more, and sends the rest.

@@ -86,7 +86,7 @@ mod tests {
     const LIMIT: Duration = Duration::from_millis(100);
 
     /// The result after each round, for the given rests: each is a number of bytes that takes as many milliseconds.
-    fn said(stall: &mut Stall, rest: &[u32], rounds_left: u32) -> Vec<bool> {
+    fn stalls(stall: &mut Stall, rest: &[u32], rounds_left: u32) -> Vec<bool> {
         let mut note = |&rest: &u32| {
             let transfer = Duration::from_millis(u64::from(rest));
             let forecast = Forecast { remaining_bytes: f64::from(rest), transfer, fixed: FixedCost::default() };
@@ -98,27 +98,27 @@ mod tests {
     #[test]
     fn rounds_count_from_the_last_least_whatever_dips_between() {
         let mut stall = Stall::new(3);
-        assert_eq!(said(&mut stall, &[900, 800, 850, 810, 800], u32::MAX), [false, false, false, false, true]);
-        assert_eq!(said(&mut stall, &[700, 900, 800], u32::MAX), [false; 3], "a new least begins anew");
-        assert_eq!(said(&mut stall, &[850], u32::MAX), [true]);
+        assert_eq!(stalls(&mut stall, &[900, 800, 850, 810, 800], u32::MAX), [false, false, false, false, true]);
+        assert_eq!(stalls(&mut stall, &[700, 900, 800], u32::MAX), [false; 3], "a new least begins anew");
+        assert_eq!(stalls(&mut stall, &[850], u32::MAX), [true]);
     }
 
     #[test]
     fn a_pace_that_is_too_slow_for_the_rounds_that_are_left_is_a_stall_too() {
         // A tenth less each round: 16 rounds on the way from 525 to 100.
         let rest = [800, 720, 648, 583, 525];
-        assert_eq!(said(&mut Stall::new(4), &rest, 17), [false; 5]);
-        assert_eq!(said(&mut Stall::new(4), &rest, 15), [false, false, false, false, true]);
+        assert_eq!(stalls(&mut Stall::new(4), &rest, 17), [false; 5]);
+        assert_eq!(stalls(&mut Stall::new(4), &rest, 15), [false, false, false, false, true]);
         let mut stall = Stall::new(4);
-        said(&mut stall, &rest[..4], 15);
+        stalls(&mut stall, &rest[..4], 15);
         stall.forget_pace();
-        assert_eq!(said(&mut stall, &rest[4..], 15), [false]);
+        assert_eq!(stalls(&mut stall, &rest[4..], 15), [false]);
     }
 
     #[test]
     fn so_is_one_that_is_too_slow_for_the_time_that_is_left() {
         // Half of it each round: 800, 400 and 200 ms are on the way to 100.
-        let said = |ms| {
+        let stalls = |ms| {
             let left = Left { rounds: u32::MAX, time: Some(Duration::from_millis(ms)) };
             let (fixed, mut stall) = (FixedCost::default(), Stall::new(1));
             let mut note = |ms| {
@@ -127,8 +127,8 @@ mod tests {
             };
             [note(1600), note(800)]
         };
-        assert_eq!(said(1450), [None, None]);
-        let [first, second] = said(1350);
+        assert_eq!(stalls(1450), [None, None]);
+        let [first, second] = stalls(1350);
         assert_eq!(first, None);
         let Some(Stalled::TooLittleTime { shown_by: 1, needed, left }) = second else { panic!("{second:?}") };
         assert_eq!((needed.as_millis(), left.as_millis()), (1400, 1350));

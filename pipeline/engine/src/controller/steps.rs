@@ -43,7 +43,7 @@ pub(super) struct Situation<'a> {
     /// Does `max_downtime` allow a switchover?
     pub(super) may_switch: bool,
     /// Pages that the guest dirties in the time in which one is sent.
-    pub(super) outrun: Option<f64>,
+    pub(super) dirty_ratio: Option<f64>,
     /// The downtime limit.
     pub(super) limit: Duration,
     /// The ceiling for the raised limit.
@@ -134,7 +134,9 @@ impl Steps {
         };
         loop {
             let taken = match self.settings.on_stall.get(self.at)? {
-                StallStep::Throttle => self.throttle(now.outrun).map(|percent| Taken::Throttle { percent, stalled }),
+                StallStep::Throttle => {
+                    self.throttle(now.dirty_ratio).map(|percent| Taken::Throttle { percent, stalled })
+                }
                 StallStep::RaiseDowntimeLimit => {
                     self.raise(now.limit, now.highest).map(|limit| Taken::Raise { limit, stalled })
                 }
@@ -154,14 +156,14 @@ impl Steps {
     }
 
     /// The next level, if there is a higher one.
-    fn throttle(&mut self, outrun: Option<f64>) -> Option<u8> {
+    fn throttle(&mut self, dirty_ratio: Option<f64>) -> Option<u8> {
         let settings = self.settings.throttle;
         if !self.can_throttle || self.throttle >= settings.most {
             return None;
         }
         let full = if self.throttle == 0 { settings.start } else { self.throttle.saturating_add(settings.step) };
         let full = full.min(settings.most);
-        let enough = outrun.map_or(full, |outrun| suffices(self.throttle, outrun));
+        let enough = dirty_ratio.map_or(full, |dirty_ratio| suffices(self.throttle, dirty_ratio));
         // If a smaller step was expected to suffice and did not, the estimate is not used again.
         if self.throttle > 0 && !self.was_smaller && (self.throttle + 1..full).contains(&enough) {
             self.was_smaller = true;
@@ -209,9 +211,9 @@ enum Wait {
 }
 
 /// The least throttle at which a guest with this dirty rate at this throttle would be expected not to converge.
-fn suffices(throttle: u8, outrun: f64) -> u8 {
+fn suffices(throttle: u8, dirty_ratio: f64) -> u8 {
     let runs = 1.0 - f64::from(throttle) / 100.0;
-    let percent = (1.0 - ENOUGH * runs / outrun) * 100.0;
+    let percent = (1.0 - ENOUGH * runs / dirty_ratio) * 100.0;
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "it saturates")]
     let percent = percent.ceil() as u8;
     percent

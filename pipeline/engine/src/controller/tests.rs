@@ -34,7 +34,7 @@ impl Guest for Writers {
         let of_set = |&(pages, rate): &(f64, f64)| pages * -f64::exp_m1(-rate * time / pages);
         #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "pages")]
         let written = self.sets.iter().map(of_set).sum::<f64>().round() as u64;
-        Found { dirty: written, kept: written }
+        Found { dirty: written, cached: written }
     }
 
     fn page_bytes(&self) -> u64 {
@@ -116,7 +116,7 @@ fn an_idle_guest_takes_one_round() {
 }
 
 #[test]
-fn a_guest_that_the_wire_outruns_meets_the_limit_by_itself() {
+fn a_guest_that_converges_meets_the_limit_by_itself() {
     let run = run(&uniform(5_000.0), &link(100.0), &settings());
     assert_eq!(run.end, Decision::SwitchOver);
     assert!(run.rounds == 2 && run.downtime <= 100 * MS, "{run:#?}");
@@ -125,7 +125,7 @@ fn a_guest_that_the_wire_outruns_meets_the_limit_by_itself() {
 }
 
 #[test]
-fn a_guest_that_outruns_the_wire_goes_on_until_the_rounds_are_used_up() {
+fn a_guest_that_does_not_converge_continues_until_the_rounds_are_used_up() {
     let run = run(&uniform(100_000.0), &link(100.0), &settings());
     assert_eq!((run.end, run.rounds), (Decision::GiveUp, 60));
     assert_eq!(last_reason(&run), Reason::UsedUp { budget: UsedUp::Rounds(60), forbidden_by: None });
@@ -178,7 +178,7 @@ fn what_is_on_its_way_arrives_before_the_guest_is_paused_and_is_not_taken_for_a_
 }
 
 #[test]
-fn a_throttle_rises_until_the_wire_outruns_the_guest() {
+fn a_throttle_rises_until_the_guest_converges() {
     let run = run(&uniform(100_000.0), &link(100.0), &on_stall(&[StallStep::Throttle, StallStep::Cancel]));
     assert_eq!(run.end, Decision::SwitchOver, "{run:#?}");
     let levels = levels(&run);
@@ -283,7 +283,7 @@ fn without_a_figure_there_is_another_round() {
 }
 
 #[test]
-fn a_deadline_is_kept_by_pausing_as_late_as_it_can() {
+fn a_deadline_is_met_by_pausing_as_late_as_it_can() {
     let deadline = Duration::from_secs(8);
     let limits = SourceSettings { deadline: Some(deadline), on_deadline: OnDeadline::SwitchOver, ..settings() };
     let run = run(&uniform(100_000.0), &link(100.0), &limits);
@@ -295,7 +295,7 @@ fn a_deadline_is_kept_by_pausing_as_late_as_it_can() {
 }
 
 #[test]
-fn a_deadline_that_cannot_be_kept_cancels_before_it_passes() {
+fn a_deadline_that_cannot_be_met_cancels_before_it_passes() {
     let limits = SourceSettings { deadline: Some(Duration::from_secs(6)), ..settings() };
     let run = run(&uniform(100_000.0), &link(100.0), &limits);
     assert_eq!(run.end, Decision::GiveUp);

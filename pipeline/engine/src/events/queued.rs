@@ -83,8 +83,8 @@ mod tests {
             counts.fetch_add(1, Ordering::Relaxed);
         });
         let queued = queued.unwrap();
-        let told = EVENTS as u64 + 100;
-        (0..told).for_each(|_| queued.event(Role::Source, &Event::Paused));
+        let sent = EVENTS as u64 + 100;
+        (0..sent).for_each(|_| queued.event(Role::Source, &Event::Paused));
         assert!(!queued.flush(Duration::from_millis(1)));
         drop(leave);
         // It was blocked until the thread made progress.
@@ -93,6 +93,6 @@ mod tests {
         }
         // The thread may have held one when the queue was full.
         assert!((99..=100).contains(&queued.dropped()), "{}", queued.dropped());
-        assert_eq!(seen.load(Ordering::Relaxed) + queued.dropped(), told);
+        assert_eq!(seen.load(Ordering::Relaxed) + queued.dropped(), sent);
     }
 }

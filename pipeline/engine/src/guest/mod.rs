@@ -12,9 +12,9 @@
 //! ```text
 //!  SOURCE: send(guest, …)                                     DESTINATION: receive(builder, …)
 //!
-//!  memory, run_state, clearers
+//!  memory, run_state, page_hinters
 //!  setup_state ───────────── setup state, blocks ──────────▶  build
-//!  dirty_logs; each log: start                                memory, clearers, of what was built
+//!  dirty_logs; each log: start                                memory, page_hinters, of what was built
 //!  rounds; each log: sync, rearm, copied ═════ pages ═══════▶    ┊ the loaders write its memory,
 //!     (throttle, where it does not converge)                     ┊ and nothing else does
 //!  pause            (only if it ran)                             ┊
@@ -38,7 +38,7 @@
 //! knows, without a downcast. A function `fn(PageSize, &[BlockInfo], &GuestState) -> Result<Arc<Vmm>, GuestError>` or a closure is
 //! a builder, so most VMMs write no type for it. A program with several kinds of guests builds one type that delegates.
 //!
-//! **Threads.** Every method but [`Guest::memory`], [`Guest::clearers`] and [`SourceGuest::run_state`] at the source is
+//! **Threads.** Every method but [`Guest::memory`], [`Guest::page_hinters`] and [`SourceGuest::run_state`] at the source is
 //! called from a thread where blocking is allowed. The calls come one after another, and the next step waits until a
 //! call returns: the time of [`SourceGuest::pause`], `save`, `release`, [`DestinationGuest::prepare`] and `start` is
 //! downtime. The calls come from different threads. A cancel takes effect after such a call, not in it; only
@@ -49,7 +49,7 @@
 //! runs. At the destination it writes them between `build` and `prepare`. No Rust reference to that memory may exist: it is
 //! [`MappedMemory`](crate::memory::MappedMemory) that a VMM lends, or its own [`Memory`](crate::memory::Memory).
 //!
-//! **Pages that need not travel.** A guest with free or unplugged pages returns [clearers](Guest::clearers). A block
+//! **Pages that need not travel.** A guest with free or unplugged pages returns [page hinters](Guest::page_hinters). A block
 //! whose memory the destination has already is marked by [`BlockInfo::ignored`], at both ends.
 //!
 //! [`conformance`] tests a guest for all of this.
@@ -64,10 +64,10 @@ use memferry_stages::memory::GuestMemory;
 use memferry_stages::untrusted::Untrusted;
 pub use memferry_stages::wire::messages::RunState;
 
-use clearer::{BlockPages, Clearer};
+use hints::{BlockPages, PageHinter};
 
-pub mod clearer;
 pub mod conformance;
+pub mod hints;
 
 /// An error of a guest: a sentence for the operator that includes the cause.
 #[derive(Debug, thiserror::Error)]
@@ -120,7 +120,7 @@ pub trait Guest: Send + Sync + fmt::Debug {
     /// The parts of the guest that know which pages need not be sent. At the source it is called once, where blocking
     /// is not allowed, before anything else. At the destination it is called once the guest is built, for its unplugged
     /// memory. None by default.
-    fn clearers(&self) -> Vec<Arc<dyn Clearer>> {
+    fn page_hinters(&self) -> Vec<Arc<dyn PageHinter>> {
         Vec::new()
     }
 
@@ -132,7 +132,7 @@ pub trait Guest: Send + Sync + fmt::Debug {
     /// # Errors
     /// Why not. By default: it is unknown.
     fn can_be_userfaulted(&self) -> Result<(), GuestError> {
-        Err(GuestError("this guest does not say that its memory can be userfaulted".into()))
+        Err(GuestError("this guest does not report that its memory can be userfaulted".into()))
     }
 
     /// Reserved: is the mapping that it lends the only one, with none of it pinned or locked (VFIO, vhost-user, mlock)?
@@ -141,7 +141,7 @@ pub trait Guest: Send + Sync + fmt::Debug {
     /// # Errors
     /// What else maps or pins it. By default: it is unknown.
     fn mapping_is_exclusive(&self) -> Result<(), GuestError> {
-        Err(GuestError("this guest does not say that its memory is mapped once and not pinned".into()))
+        Err(GuestError("this guest does not report that its memory is mapped once and not pinned".into()))
     }
 }
 
@@ -276,7 +276,7 @@ pub trait SourceGuest: Guest {
     /// # Errors
     /// If its outputs cannot be buffered: the default.
     fn hold_outputs(&self) -> Result<(), GuestError> {
-        Err(GuestError("the outputs of this guest cannot be held back".into()))
+        Err(GuestError("the outputs of this guest cannot be buffered".into()))
     }
 
     /// Reserved for replication: the outputs buffered up to checkpoint `epoch` may leave, because it is acknowledged.
@@ -285,7 +285,7 @@ pub trait SourceGuest: Guest {
     /// If its outputs cannot be buffered: the default.
     fn release_outputs(&self, epoch: u64) -> Result<(), GuestError> {
         let _ = epoch;
-        Err(GuestError("the outputs of this guest cannot be held back".into()))
+        Err(GuestError("the outputs of this guest cannot be buffered".into()))
     }
 }
 

@@ -4,8 +4,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use memferry_stages::bitmap::DirtyBitmap;
-use memferry_stages::clears::{Clears, OutForGood};
 use memferry_stages::dirty_log::{DirtyLog, LogCall};
+use memferry_stages::exclusions::{ExclusionReason, Exclusions};
 use memferry_stages::memory::GuestMemory;
 
 use super::error::MigrationError;
@@ -17,7 +17,7 @@ pub struct Armed {
     /// All bits are set but those of pages that never travel: the bitmap is the truth from here on (law 1).
     pub bitmap: Arc<DirtyBitmap>,
     /// Set if there can be pages that do not travel.
-    pub clears: Option<Arc<Clears>>,
+    pub exclusions: Option<Arc<Exclusions>>,
     /// The pages that were untouched when the logs had been armed.
     pub untouched: Arc<DirtyBitmap>,
 }
@@ -29,28 +29,32 @@ pub struct Armed {
 pub fn arm(
     memory: &GuestMemory,
     logs: &[Arc<dyn DirtyLog>],
-    out: &[(OutForGood, u32, Range<u64>)],
+    excluded: &[(ExclusionReason, u32, Range<u64>)],
     may_leave_out: bool,
 ) -> Result<Armed, MigrationError> {
     for log in logs {
         log.start().map_err(|error| MigrationError::Log { doing: LogCall::Start, error })?;
     }
     let bitmap = Arc::new(DirtyBitmap::filled(memory.layout()));
-    let clears = may_leave_out.then(|| Arc::new(Clears::new(bitmap.clone(), out)));
+    let exclusions = may_leave_out.then(|| Arc::new(Exclusions::new(bitmap.clone(), excluded)));
     let untouched = untouched_pages(memory);
-    if let Some(out) = clears.as_ref().and_then(|clears| clears.out_for_good()) {
-        leave_out(logs, out, &untouched)?;
+    if let Some(excluded) = exclusions.as_ref().and_then(|exclusions| exclusions.permanent()) {
+        leave_out(logs, excluded, &untouched)?;
     }
     arm_untouched(logs, memory, &untouched)?;
-    Ok(Armed { bitmap, clears, untouched: Arc::new(untouched) })
+    Ok(Armed { bitmap, exclusions, untouched: Arc::new(untouched) })
 }
 
 /// Pages that never travel do not concern the logs, and are not reported to them as untouched.
-fn leave_out(logs: &[Arc<dyn DirtyLog>], out: &DirtyBitmap, untouched: &DirtyBitmap) -> Result<(), MigrationError> {
+fn leave_out(
+    logs: &[Arc<dyn DirtyLog>],
+    excluded: &DirtyBitmap,
+    untouched: &DirtyBitmap,
+) -> Result<(), MigrationError> {
     for log in logs {
-        log.leave_out(out).map_err(|error| MigrationError::Log { doing: LogCall::LeaveOut, error })?;
+        log.leave_out(excluded).map_err(|error| MigrationError::Log { doing: LogCall::LeaveOut, error })?;
     }
-    out.all_dirty_extents().for_each(|at| _ = untouched.take_mask(at, out.peek(at)));
+    excluded.all_dirty_extents().for_each(|at| _ = untouched.take_mask(at, excluded.peek(at)));
     Ok(())
 }
 

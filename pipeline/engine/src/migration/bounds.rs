@@ -9,9 +9,9 @@
 use std::sync::Arc;
 
 use memferry_stages::bitmap::DirtyBitmap;
-use memferry_stages::clears::Clears;
 use memferry_stages::codec::{Compressor, Decompressor};
 use memferry_stages::dirty_log::DirtyLog;
+use memferry_stages::exclusions::Exclusions;
 use memferry_stages::geometry::{Layout, PageSize};
 use memferry_stages::in_flight::InFlight;
 use memferry_stages::meter::Meter;
@@ -109,8 +109,8 @@ pub fn cache_beyond_guest(cache: u64, guest_bytes: u64, page_bytes: u64, lanes: 
 /// pages that do not travel, pages in flight, and digests.
 pub(super) fn source_keeps(layout: &Layout, in_flight: u64, verify: bool, may_leave_out: bool) -> u64 {
     let digests = if verify { digests::bound_bytes(layout, may_leave_out) } else { 0 };
-    let clears = if may_leave_out { Clears::bytes_of(layout) } else { 0 };
-    3 * DirtyBitmap::bytes_of(layout) + clears + in_flight + digests
+    let exclusions = if may_leave_out { Exclusions::bytes_of(layout) } else { 0 };
+    3 * DirtyBitmap::bytes_of(layout) + exclusions + in_flight + digests
 }
 
 /// The per-page state of a destination: received pages, pages that never come, and digests.

@@ -32,7 +32,7 @@ pub(super) struct DestinationGraph {
     pub(super) stages: StageSet,
     /// Answers to the source, if there is a return path.
     pub(super) answer: Option<Outlet<Control>>,
-    pub(super) said: Inlet<Message>,
+    pub(super) messages: Inlet<Message>,
     pub(super) loaded: Inlet<Loaded>,
     pub(super) progress: Vec<Arc<LaneProgress>>,
     pub(super) meters: Vec<Arc<Meter>>,
@@ -40,7 +40,7 @@ pub(super) struct DestinationGraph {
     pub(super) receiver_meters: Vec<Arc<Meter>>,
     pub(super) pools: Vec<BufferPool>,
     /// The received bitmap.
-    pub(super) held: Arc<DirtyBitmap>,
+    pub(super) received: Arc<DirtyBitmap>,
 }
 
 impl DestinationGraph {
@@ -54,23 +54,23 @@ impl DestinationGraph {
         answer: Option<Outlet<Control>>,
     ) -> Self {
         let (loaded_out, loaded) = bounded(usize::from(hello.lanes) * 2);
-        let (said_out, said) = bounded(bounds::CONTROL);
+        let (messages_out, messages) = bounded(bounds::CONTROL);
         let mut graph = Self {
             stages,
             answer,
-            said,
+            messages,
             loaded,
             progress: Vec::new(),
             meters: Vec::new(),
             receiver_meters: Vec::new(),
             pools: Vec::new(),
-            held: Arc::new(DirtyBitmap::empty(memory.layout())),
+            received: Arc::new(DirtyBitmap::empty(memory.layout())),
         };
         let mut lanes = graph.start_loaders(memory, hello.lanes, features, &loaded_out);
         for (connection, reader) in (0..).zip(readers) {
             let of_connection = |lane: usize| lane % usize::from(hello.connections) == usize::from(connection);
             let here = (0..lanes.len()).map(|lane| lanes[lane].take_if(|_| of_connection(lane))).collect();
-            graph.start_receiver(connection, hello, reader, memory, here, said_out.clone());
+            graph.start_receiver(connection, hello, reader, memory, here, messages_out.clone());
         }
         graph
     }
@@ -102,7 +102,7 @@ impl DestinationGraph {
                 let loader = Loader::new(
                     lane,
                     memory.clone(),
-                    self.held.clone(),
+                    self.received.clone(),
                     features.checksum,
                     features,
                     progress,
@@ -122,7 +122,7 @@ impl DestinationGraph {
         reader: Reader,
         memory: &GuestMemory,
         lanes: Vec<Option<Outlet<Item<Arrived>>>>,
-        said: Outlet<Message>,
+        messages: Outlet<Message>,
     ) {
         let lanes_here = lanes.iter().flatten().count();
         let pool = bounds::load_pool(memory.page_size(), lanes_here);
@@ -132,6 +132,6 @@ impl DestinationGraph {
         let lane_map = LaneMap::new(hello.lanes, memory.page_size());
         let receiver =
             Receiver::new(connection, hello.connections, reader, memory.layout().clone(), lane_map, pool, meter);
-        self.stages.spawn(StageId::receiver(connection), receiver.run(lanes, said));
+        self.stages.spawn(StageId::receiver(connection), receiver.run(lanes, messages));
     }
 }

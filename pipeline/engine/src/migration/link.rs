@@ -39,7 +39,7 @@ pub(super) struct Link {
     pub(super) peer: Untrusted,
     pub(super) senders: Senders,
     /// Messages from the destination, if the transport has a return path.
-    pub(super) said: Option<Said>,
+    pub(super) return_path: Option<ReturnPath>,
     /// Set if there is a return path.
     pub(super) alive: Option<Alive>,
 }
@@ -103,31 +103,31 @@ impl Link {
     pub(super) fn start(greeted: Greeted, settings: &SourceSettings, durable_rounds: bool, plane: &Handle) -> Self {
         let Greeted { peer, writers, reader } = greeted;
         let senders = Senders::start(writers, settings, durable_rounds, plane);
-        let (said, alive) = reader
+        let (return_path, alive) = reader
             .map(|(reader, ear)| {
                 let silence = Silence { role: Role::Destination, peer: peer.clone(), limit: settings.peer_timeout };
                 let alive = Alive::start(senders.control[0].clone(), vec![ear], silence);
-                (Said::listen(reader), alive)
+                (ReturnPath::listen(reader), alive)
             })
             .unzip();
-        Self { peer, senders, said, alive }
+        Self { peer, senders, return_path, alive }
     }
 
     /// Sends a message before the stages run.
-    pub(super) async fn say(&mut self, message: &Message) -> Result<(), MigrationError> {
+    pub(super) async fn send(&mut self, message: &Message) -> Result<(), MigrationError> {
         tokio::select! {
-            said = self.senders.say(message) => said,
+            sent = self.senders.send(message) => sent,
             silence = silenced(self.alive.as_ref()) => Err(MigrationError::Silent(silence)),
         }
     }
 
     /// Waits for one message and requires it to be the expected one. A stream without a return path is not answered.
     pub(super) async fn expect(&mut self, expected: fn(&Message) -> bool) -> Result<(), MigrationError> {
-        let Some(said) = &mut self.said else { return Ok(()) };
+        let Some(return_path) = &mut self.return_path else { return Ok(()) };
         loop {
             let message = tokio::select! {
                 biased;
-                message = said.next() => message,
+                message = return_path.next() => message,
                 silence = silenced(self.alive.as_ref()) => return Err(MigrationError::Silent(silence)),
             };
             return match message {
@@ -135,7 +135,7 @@ impl Link {
                 Ok(message) if expected(&message) => Ok(()),
                 Ok(Message::Refused(why)) => Err(MigrationError::Refused { peer: Role::Destination, why }),
                 Ok(Message::Abort(why)) => Err(MigrationError::GivenUp { peer: Role::Destination, why }),
-                Ok(other) => Err(MigrationError::Protocol(format!("{} came out of turn", other.kind().name()))),
+                Ok(other) => Err(MigrationError::Protocol(format!("unexpected message: {}", other.kind().name()))),
                 Err(loss) => Err(MigrationError::Lost(Loss::NotAgreed(Box::new(loss)))),
             };
         }
@@ -148,13 +148,13 @@ impl Link {
 }
 
 /// Messages from the destination: read by a task, because reading a frame must not be interrupted.
-pub(super) struct Said {
+pub(super) struct ReturnPath {
     messages: Inlet<Result<Message, Loss>>,
     is_over: bool,
     _listening: AbortOnDropHandle<()>,
 }
 
-impl Said {
+impl ReturnPath {
     /// Reads the return path until it ends.
     fn listen(mut reader: Reader) -> Self {
         let (heard, messages) = bounded(16);

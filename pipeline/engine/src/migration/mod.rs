@@ -14,7 +14,7 @@
 //! | `alive` | heartbeats, and the watch for a silent peer |
 //! | `arming` | starting the dirty logs, for a migration and for a program that only observes |
 //! | `bounds` | the memory that a migration needs |
-//! | `out_for_good` | the pages that never travel, for both ends |
+//! | `excluded` | the pages that never travel, for both ends |
 
 mod alive;
 #[doc(hidden)]
@@ -28,9 +28,9 @@ mod destination_graph;
 mod digests;
 mod driver;
 mod error;
-mod link;
 #[doc(hidden)]
-pub mod out_for_good;
+pub mod excluded;
+mod link;
 mod outcome;
 #[cfg(test)]
 mod pair;
@@ -53,6 +53,7 @@ use memferry_stages::memory::GuestMemory;
 
 pub use bounds::{cache_beyond_guest, cache_bytes, check_source, least_cache};
 pub use bounds::{destination_bound, source_bound};
+pub use course::handshake::{HandoverError, NotStarted};
 pub use destination::receive;
 pub use digests::downtime as digest_downtime;
 pub use digests::{DIGEST_PASSES, HashingCost, hashing_cost};
@@ -60,7 +61,6 @@ pub use error::Failure as StageFailure;
 pub use error::Loss;
 pub use error::MigrationError;
 pub use error::Silence;
-pub use course::handshake::{HandoverError, NotStarted};
 pub use memferry_stages::wire::WireError;
 pub use memferry_stages::wire::reader::ReadError;
 pub use outcome::{ReceiveError, Received, RunsHere, SendError, Sent};
@@ -108,12 +108,13 @@ pub(crate) fn built_otherwise(memory: &GuestMemory, page_size: PageSize, came: &
     if built.len() != came.len() {
         return Some(format!("{} RAM blocks came and {} were built", came.len(), built.len()));
     }
-    let told = |block: &BlockInfo| format!("{:?} of {} bytes at {:#x}", block.id, block.length, block.guest_address);
+    let described =
+        |block: &BlockInfo| format!("{:?} of {} bytes at {:#x}", block.id, block.length, block.guest_address);
     let is_other = |(came, built): &(&BlockInfo, &BlockInfo)| {
         (&came.id, came.length, came.guest_address) != (&built.id, built.length, built.guest_address)
     };
     let (came, built) = came.iter().zip(built).find(is_other)?;
-    Some(format!("RAM block {} came and {} was built", told(came), told(built)))
+    Some(format!("RAM block {} came and {} was built", described(came), described(built)))
 }
 
 /// Pages for which one query asks what is untouched. A fragmented guest answers with a range for every other page.

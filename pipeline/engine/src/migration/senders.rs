@@ -61,7 +61,7 @@ impl Senders {
     }
 
     /// Queues a message on connection 0.
-    pub(super) async fn say(&mut self, message: &Message) -> Result<(), MigrationError> {
+    pub(super) async fn send(&mut self, message: &Message) -> Result<(), MigrationError> {
         if self.control[0].put(Control::Frame(message.encode(0))).await.is_ok() {
             return Ok(());
         }

@@ -180,7 +180,7 @@ impl Reception {
         }
         match self.oldest_group() {
             Some(id) => self.refuse_group(id, Incomplete::Shortage(shortage)),
-            None => self.note("whoever connects".into(), &Refusal::Shortage(shortage)),
+            None => self.note("any peer".into(), &Refusal::Shortage(shortage)),
         }
     }
 
@@ -192,7 +192,7 @@ impl Reception {
                 Err(refused) => {
                     let (Greeted { peer, writer, .. }, why) = *refused;
                     self.note(peer, &why);
-                    self.say_farewell(writer, why);
+                    self.send_farewell(writer, why);
                 }
             },
             // There is no second reader of a file to wait for.
@@ -274,7 +274,7 @@ impl Reception {
         }
         self.refused.push_back((id, why.clone()));
         for Greeted { writer, .. } in connections {
-            self.say_farewell(writer, why.clone());
+            self.send_farewell(writer, why.clone());
         }
     }
 
@@ -283,7 +283,7 @@ impl Reception {
         self.turned_away.note(why.kind(), peer, why.to_string());
     }
 
-    fn say_farewell(&mut self, writer: Option<Writer>, why: Refusal) {
+    fn send_farewell(&mut self, writer: Option<Writer>, why: Refusal) {
         if let Some(mut writer) = writer {
             self.farewells.spawn(async move { refuse(&mut writer, &why).await });
         }

@@ -12,11 +12,11 @@ use std::time::Duration;
 use memferry_stages::batch::{Batch, Item};
 use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::bitmap_sync::{BitmapSync, SyncOrder, Synced};
-use memferry_stages::clears::Clears;
 use memferry_stages::codec::Codec;
 use memferry_stages::dirty_log::DirtyLog;
 use memferry_stages::encoder::misses::{self, Wire};
 use memferry_stages::encoder::{CacheShare, DeltaPlan, Encoder, EncoderPlan, Outgoing};
+use memferry_stages::exclusions::Exclusions;
 use memferry_stages::geometry::LaneMap;
 use memferry_stages::in_flight::InFlight;
 use memferry_stages::memory::GuestMemory;
@@ -40,7 +40,7 @@ pub(super) struct SourceParts {
     pub(super) logs: Vec<Arc<dyn DirtyLog>>,
     pub(super) bitmap: Arc<DirtyBitmap>,
     /// Set if there can be pages that do not travel.
-    pub(super) clears: Option<Arc<Clears>>,
+    pub(super) exclusions: Option<Arc<Exclusions>>,
     pub(super) untouched: Arc<DirtyBitmap>,
     pub(super) senders: Senders,
 }
@@ -57,7 +57,7 @@ pub(super) struct SourceGraph {
     pub(super) sent: Inlet<Sent>,
     pub(super) in_flight: Arc<InFlight>,
     /// Pages that can be sent as deltas, if deltas are enabled.
-    pub(super) kept: Option<Arc<DirtyBitmap>>,
+    pub(super) cached: Option<Arc<DirtyBitmap>>,
     pub(super) meters: Vec<Arc<Meter>>,
     /// The senders' counters among them: they count the bytes that went to the wire.
     pub(super) sender_meters: Vec<Arc<Meter>>,
@@ -87,7 +87,7 @@ impl SourceGraph {
             control,
             sent,
             in_flight: Arc::new(InFlight::new(parts.memory.layout(), lane_map)),
-            kept: settings.encoder.xbzrle.as_ref().map(|_| Arc::new(DirtyBitmap::empty(parts.memory.layout()))),
+            cached: settings.encoder.xbzrle.as_ref().map(|_| Arc::new(DirtyBitmap::empty(parts.memory.layout()))),
             meters: meters.clone(),
             sender_meters: meters,
             pools: Vec::new(),
@@ -110,8 +110,8 @@ impl SourceGraph {
 
         let meter = graph.meter(StageId::BITMAP_SYNC);
         let mut bitmap_sync = BitmapSync::new(parts.logs, parts.bitmap, meter).with_untouched(parts.untouched);
-        if let Some(clears) = parts.clears {
-            bitmap_sync = bitmap_sync.with_clears(clears);
+        if let Some(exclusions) = parts.exclusions {
+            bitmap_sync = bitmap_sync.with_exclusions(exclusions);
         }
         graph.sync_at_work = bitmap_sync.at_work();
         graph.stages.spawn(StageId::BITMAP_SYNC, bitmap_sync.run(sync_orders, synced_out));
@@ -187,8 +187,8 @@ impl SourceGraph {
 
                 let meter = self.meter(StageId::encoder(lane));
                 let mut encoder = Encoder::new(lane, page_size, plan(settings), code_pool, meter.clone());
-                if let Some(kept) = &self.kept {
-                    encoder = encoder.with_kept(kept.clone());
+                if let Some(cached) = &self.cached {
+                    encoder = encoder.with_cached(cached.clone());
                 }
                 encoder = encoder.with_wire(self.wire(lane, settings));
                 self.caches.push(encoder.cache_share());

@@ -162,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn chunks_out_of_turn_are_refused() {
+    fn chunks_out_of_order_are_refused() {
         let state = GuestState { sections: vec![section("a", MAX_STATE_CHUNK + 1), section("b", 1)] };
         let sent = chunks(StatePhase::Device, state, &mut ROOM.clone()).unwrap();
         let mut assembly = Assembly::new(StatePhase::Device, ROOM);
@@ -215,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_with_too_much_state_is_told_before_anything_is_sent() {
+    fn a_guest_with_too_much_state_is_refused_before_anything_is_sent() {
         let state = GuestState { sections: vec![section("", 1)] };
         assert!(chunks(StatePhase::Device, state, &mut ROOM.clone()).is_err());
     }

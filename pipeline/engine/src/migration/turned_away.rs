@@ -64,7 +64,7 @@ impl TurnedAways {
             tally.last = (peer, why);
             tally.take(kind, Instant::now())
         };
-        event.iter().for_each(|event| self.observers.tell(event));
+        event.iter().for_each(|event| self.observers.notify(event));
     }
 
     /// Waits until a count is due, and reports it. Safe to race in a `select!`.
@@ -89,7 +89,7 @@ impl TurnedAways {
             .zip(self.tallies().iter_mut())
             .filter_map(|(kind, tally)| tally.take(kind, now))
             .collect();
-        events.iter().for_each(|event| self.observers.tell(event));
+        events.iter().for_each(|event| self.observers.notify(event));
     }
 
     /// Plain figures that are consistent after every step.
@@ -106,12 +106,12 @@ mod tests {
     fn comes(tally: &mut Tally, at: Instant) -> Option<u64> {
         tally.count += 1;
         tally.last = ("peer".into(), "why".into());
-        count(tally.take(TurnedAwayKind::Stranger, at))
+        count(tally.take(TurnedAwayKind::Protocol, at))
     }
 
     fn count(event: Option<Event>) -> Option<u64> {
         event.map(|event| match event {
-            Event::TurnedAway { kind: TurnedAwayKind::Stranger, peer, why, count } => {
+            Event::TurnedAway { kind: TurnedAwayKind::Protocol, peer, why, count } => {
                 assert_eq!((peer.raw(), &why[..]), ("peer", "why"));
                 count
             }
@@ -135,7 +135,7 @@ mod tests {
         assert_eq!((tally.due(), comes(&mut tally, began), tally.due()), (None, Some(1), None));
         assert_eq!(comes(&mut tally, began + Duration::from_secs(1)), None);
         assert_eq!(tally.due(), Some(began + FIRST_WAIT));
-        assert_eq!(count(tally.take(TurnedAwayKind::Stranger, began + FIRST_WAIT)), Some(1));
+        assert_eq!(count(tally.take(TurnedAwayKind::Protocol, began + FIRST_WAIT)), Some(1));
         assert_eq!(tally.due(), None);
     }
 
@@ -152,8 +152,8 @@ mod tests {
 
         use crate::events::{Observer, Role};
 
-        let told: Arc<Mutex<Vec<(TurnedAwayKind, u64)>>> = Arc::default();
-        let listening = told.clone();
+        let reported: Arc<Mutex<Vec<(TurnedAwayKind, u64)>>> = Arc::default();
+        let listening = reported.clone();
         let observer = move |_: Role, event: &Event| {
             let Event::TurnedAway { kind, count, .. } = event else { panic!("{event:?}") };
             listening.lock().unwrap().push((*kind, *count));
@@ -161,12 +161,12 @@ mod tests {
         let observer: Arc<dyn Observer> = Arc::new(observer);
         let away = TurnedAways::new(Observers::new(Role::Destination, vec![observer]));
         for _ in 0..1000 {
-            away.note(TurnedAwayKind::Stranger, "a".into(), "b".into());
+            away.note(TurnedAwayKind::Protocol, "a".into(), "b".into());
         }
         away.note(TurnedAwayKind::Version, "a".into(), "b".into());
         away.finish();
         away.finish();
-        let (stranger, version) = (TurnedAwayKind::Stranger, TurnedAwayKind::Version);
-        assert_eq!(*told.lock().unwrap(), [(stranger, 1), (version, 1), (stranger, 999)]);
+        let (protocol, version) = (TurnedAwayKind::Protocol, TurnedAwayKind::Version);
+        assert_eq!(*reported.lock().unwrap(), [(protocol, 1), (version, 1), (protocol, 999)]);
     }
 }

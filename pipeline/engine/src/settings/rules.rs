@@ -275,8 +275,8 @@ impl SourceSettings {
         rules.timeouts(self.handover_timeout, self.peer_timeout);
         self.deadline.iter().for_each(|&deadline| rules.time(Setting::Deadline, deadline));
         rules.need(self.max_bandwidth != Some(0), Setting::MaxBandwidth, Rule::Bandwidth);
-        let stands_still = self.switchover_bandwidth == SwitchoverBandwidth::AtMost(0);
-        rules.need(!stands_still, Setting::SwitchoverBandwidth, Rule::Bandwidth);
+        let is_zero = self.switchover_bandwidth == SwitchoverBandwidth::AtMost(0);
+        rules.need(!is_zero, Setting::SwitchoverBandwidth, Rule::Bandwidth);
         rules.need(self.max_rounds > 0, Setting::MaxRounds, Rule::Rounds);
         rules.convergence(&self.convergence, self.downtime_limit);
         if let Some(most) = self.max_downtime {

@@ -19,7 +19,7 @@ use memferry::guest::GuestError;
 use memferry::threads::explained;
 
 /// How much of a command's output is stored: its end.
-const KEPT_BYTES: usize = 4096;
+const TAIL_BYTES: usize = 4096;
 /// How many lines of it are shown.
 const SHOWN_LINES: usize = 5;
 /// How long to wait for the output of a failed command, in case a process that it left behind holds it open.
@@ -151,48 +151,48 @@ fn spawn(argv: &[String]) -> io::Result<(Child, Output)> {
 /// The end of a command's output, read by a separate thread, so that a command never waits for its reader.
 #[derive(Debug)]
 struct Output {
-    kept: Arc<Mutex<VecDeque<u8>>>,
+    tail: Arc<Mutex<VecDeque<u8>>>,
     closed: Receiver<()>,
 }
 
 impl Output {
     fn keep(pipe: PipeReader) -> io::Result<Self> {
-        let kept = Arc::new(Mutex::new(VecDeque::new()));
+        let tail = Arc::new(Mutex::new(VecDeque::new()));
         let (open, closed) = sync_channel(0);
-        let output = Self { kept: kept.clone(), closed };
+        let output = Self { tail: tail.clone(), closed };
         let read = move || {
-            read_end(pipe, &kept);
+            read_end(pipe, &tail);
             drop(open);
         };
         thread::Builder::new().name("command-output".into()).spawn(read)?;
         Ok(output)
     }
 
-    /// `; it said: …`, or nothing if there was no output.
+    /// `; output: …`, or nothing if there was no output.
     fn last_lines(self) -> String {
         // The channel carries no items: it closes with the output, or the wait times out.
         self.closed.recv_timeout(OUTPUT_WAIT).unwrap_or_default();
-        let kept: Vec<u8> = locked(&self.kept).iter().copied().collect();
-        let text = String::from_utf8_lossy(&kept);
+        let tail: Vec<u8> = locked(&self.tail).iter().copied().collect();
+        let text = String::from_utf8_lossy(&tail);
         let lines: Vec<_> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
         let last = Untrusted::from(lines[lines.len().saturating_sub(SHOWN_LINES)..].join(" | "));
-        if last.is_empty() { String::new() } else { format!("; it said: {last}") }
+        if last.is_empty() { String::new() } else { format!("; output: {last}") }
     }
 }
 
 /// Reads until the other end is closed, and stores the last bytes.
-fn read_end(mut pipe: PipeReader, kept: &Mutex<VecDeque<u8>>) {
-    let mut piece = [0; KEPT_BYTES];
+fn read_end(mut pipe: PipeReader, tail: &Mutex<VecDeque<u8>>) {
+    let mut piece = [0; TAIL_BYTES];
     while let Ok(bytes @ 1..) = pipe.read(&mut piece) {
-        let mut kept = locked(kept);
-        kept.extend(&piece[..bytes]);
-        let excess = kept.len().saturating_sub(KEPT_BYTES);
-        kept.drain(..excess);
+        let mut tail = locked(tail);
+        tail.extend(&piece[..bytes]);
+        let excess = tail.len().saturating_sub(TAIL_BYTES);
+        tail.drain(..excess);
     }
 }
 
-fn locked(kept: &Mutex<VecDeque<u8>>) -> MutexGuard<'_, VecDeque<u8>> {
-    kept.lock().expect("appending does not panic")
+fn locked(tail: &Mutex<VecDeque<u8>>) -> MutexGuard<'_, VecDeque<u8>> {
+    tail.lock().expect("appending does not panic")
 }
 
 #[cfg(test)]
@@ -216,7 +216,7 @@ mod tests {
             sh("for n in 1 2 3 4 5 6 7; do echo line $n; done; printf '\\033[1mbold' >&2; exit 3", LONG).unwrap_err();
         assert!(words.starts_with("the pause command [\"sh\", \"-c\", "), "{words}");
         assert!(
-            words.ends_with("exit status: 3; it said: line 4 | line 5 | line 6 | line 7 | \\u{1b}[1mbold"),
+            words.ends_with("exit status: 3; output: line 4 | line 5 | line 6 | line 7 | \\u{1b}[1mbold"),
             "{words}"
         );
         assert!(sh("kill -9 $$", LONG).unwrap_err().ends_with("signal: 9 (SIGKILL)"));
@@ -238,7 +238,7 @@ mod tests {
                 _ => limit *= 2,
             }
         };
-        assert!(words.contains("killed, for it took longer than ") && words.ends_with("; it said: waiting"), "{words}");
+        assert!(words.contains("killed, for it took longer than ") && words.ends_with("; output: waiting"), "{words}");
         // The sleeper is not a child of this process: it vanishes, or is a zombie.
         let is_dead = || match std::fs::read_to_string(format!("/proc/{}/stat", sleeper.trim())) {
             Ok(stat) => stat.contains(") Z ") || stat.contains(") X "),
@@ -265,6 +265,6 @@ mod tests {
         ends();
         let words = sh(&format!("{sleeper}; echo no; exit 1"), LONG).unwrap_err();
         ends();
-        assert!(words.ends_with("; it said: no"), "{words}");
+        assert!(words.ends_with("; output: no"), "{words}");
     }
 }

@@ -242,7 +242,7 @@ fn a_place_taken_meanwhile_is_left_alone_and_no_image_looks_complete() {
 }
 
 #[test]
-fn a_start_command_that_fails_is_told_with_what_is_in_place() {
+fn a_start_command_that_fails_is_reported_with_what_is_in_place() {
     let (here, there) = (TempDir::new().unwrap(), TempDir::new().unwrap());
     let source = FileGuest::source(one_image(here.path()), None).unwrap();
     let images = settings(&[("ram", &there.path().join("image"))]);
@@ -253,7 +253,7 @@ fn a_start_command_that_fails_is_told_with_what_is_in_place() {
     destination.prepare(&GuestState::default()).unwrap();
     let words = destination.start(RunState::Running).unwrap_err().to_string();
     assert!(words.starts_with("the images are complete and in place, but the start command"), "{words}");
-    assert!(words.ends_with("exit status: 9; it said: no room"), "{words}");
+    assert!(words.ends_with("exit status: 9; output: no room"), "{words}");
 }
 
 #[test]
@@ -383,7 +383,7 @@ fn a_pause_that_fails_or_takes_too_long_is_undone() {
         (error, log(folder.path()))
     };
     let (error, said) = pauses_for(Duration::from_secs(60), "echo busy; exit 1");
-    assert!(error.contains("exit status: 1; it said: busy"), "{error}");
+    assert!(error.contains("exit status: 1; output: busy"), "{error}");
     assert_eq!(said, "pause resume");
     // The loop gives a busy machine time to write both words.
     let mut timeout = Duration::from_millis(300);
@@ -398,7 +398,7 @@ fn a_pause_that_fails_or_takes_too_long_is_undone() {
 }
 
 #[test]
-fn a_resume_that_fails_is_told_and_tried_again() {
+fn a_resume_that_fails_is_reported_and_tried_again() {
     let folder = TempDir::new().unwrap();
     let mut settings = logged(folder.path(), "exit 1");
     let allowed = folder.path().join("allowed");

@@ -92,7 +92,7 @@ fn every_acknowledged_write_is_there_after_a_move() {
 }
 
 #[test]
-fn after_a_cancel_the_writers_go_on() {
+fn after_a_cancel_the_writers_continue() {
     let (region, stop) = (Region::new(BYTES).unwrap(), Arc::new(AtomicBool::new(false)));
     let writer = count_in(region.clone(), stop.clone());
     for at in [Event::Phase(Phase::Active), Event::Phase(Phase::Switchover), Event::Paused] {
@@ -129,7 +129,7 @@ fn after_a_cancel_the_writers_go_on() {
 }
 
 #[test]
-fn a_hand_over_that_nobody_confirms_is_opened_by_hand_only() {
+fn a_handover_that_nobody_confirms_is_opened_by_hand_only() {
     let store = Store::new(4096, PageSize::DEFAULT, RunState::Running).unwrap();
     store.pause();
     store.conclude(Gone::Unconfirmed);

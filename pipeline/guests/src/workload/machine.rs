@@ -11,7 +11,7 @@ use super::settings::{Backing, LogChoice, WorkloadSettings};
 use crate::balloon::Ballooned;
 use crate::free::FreeRanges;
 use memferry::guest::GuestError;
-use memferry::guest::clearer::BlockPages;
+use memferry::guest::hints::BlockPages;
 
 /// Memory and log. Pages are numbered from 0 over all blocks.
 #[derive(Debug)]

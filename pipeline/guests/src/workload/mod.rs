@@ -38,7 +38,7 @@ use self::machine::Machine;
 use self::state::DeviceState;
 use self::writer::Writer;
 use super::balloon::Balloon;
-use memferry::guest::clearer::Clearer;
+use memferry::guest::hints::PageHinter;
 use memferry::guest::{DestinationGuest, Guest, GuestBuilder, GuestError, GuestState, RunState, SourceGuest};
 
 pub use super::shared::SharedSettings;
@@ -201,7 +201,7 @@ impl Guest for Workload {
     }
 
     /// A balloon, if it has memory that is free or unplugged.
-    fn clearers(&self) -> Vec<Arc<dyn Clearer>> {
+    fn page_hinters(&self) -> Vec<Arc<dyn PageHinter>> {
         Balloon::of(self.machine.clone())
     }
 }

@@ -56,7 +56,7 @@ impl Stamper {
             return Err(format!(
                 "{}: {}, expected sequence {}",
                 machine.place(mark.page),
-                self.tell(found),
+                self.describe(found),
                 mark.sequence
             ));
         }
@@ -86,7 +86,7 @@ impl Stamper {
     }
 
     /// Describes a stamp, if the bytes are one.
-    fn tell(&self, stamp: [u8; STAMP_BYTES]) -> String {
+    fn describe(&self, stamp: [u8; STAMP_BYTES]) -> String {
         let [page, sequence, low, high] =
             [0, 4, 8, 12].map(|at| u32::from_le_bytes([stamp[at], stamp[at + 1], stamp[at + 2], stamp[at + 3]]));
         let check = u64::from(high) << 32 | u64::from(low);

@@ -75,7 +75,7 @@ fn moved(source: &Workload, lost: &[u32]) -> Arc<Workload> {
 }
 
 #[test]
-fn pausing_stops_every_write_and_resuming_goes_on() {
+fn pausing_stops_every_write_and_resuming_continues() {
     let guest = Workload::source(settings()).unwrap();
     assert_eq!(guest.run_state(), RunState::Running);
     for _ in 0..20 {
@@ -141,7 +141,7 @@ fn bytes_that_are_not_those_of_the_stamp_and_stamps_that_are_none_are_found() {
 }
 
 #[test]
-fn what_was_saved_goes_on_at_the_destination() {
+fn what_was_saved_continues_at_the_destination() {
     let source = Workload::source(settings()).unwrap();
     run_for(&source, 5_000);
     source.pause().unwrap();
@@ -164,7 +164,7 @@ fn what_was_saved_goes_on_at_the_destination() {
 }
 
 #[test]
-fn a_page_lost_on_the_way_is_found_by_the_writers_that_go_on() {
+fn a_page_lost_on_the_way_is_found_by_the_writers_that_continue() {
     let source = Workload::source(solo()).unwrap();
     run_for(&source, 5_000);
     source.pause().unwrap();
@@ -243,7 +243,7 @@ fn every_log_on_every_memory_lets_a_running_workload_arrive_whole() {
 }
 
 #[test]
-fn a_log_that_is_not_told_shows() {
+fn a_log_that_is_not_notified_shows() {
     // The rounds above find a missed page: with a log that misses writes, memory differs.
     let source = Workload::source(settings()).unwrap();
     let layout = source.memory().layout().clone();
@@ -292,7 +292,7 @@ fn a_fill_that_is_cancelled_ends_before_its_first_run() {
 }
 
 #[test]
-fn what_can_be_made_is_told_without_making_it() {
+fn what_can_be_made_is_reported_without_making_it() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("shared");
     let shared = |path: PathBuf, bytes| WorkloadSettings { shared: Some(SharedSettings { path, bytes }), ..settings() };

@@ -370,13 +370,13 @@ fn check_guest(guest: &GuestFacts) -> Result<(), Wrong> {
     }
     let mut all = 0_u64;
     for (id, pages) in &guest.blocks {
-        all = all.checked_add(*pages).filter(|&all| all <= MOST_PAGES).ok_or("no guest has so many pages")?;
+        all = all.checked_add(*pages).filter(|&all| all <= MOST_PAGES).ok_or("more pages than a guest can have")?;
         if *pages == 0 || !(1..=MAX_BLOCK_ID).contains(&id.len()) {
             return Err("a block has a name and pages");
         }
     }
-    let left_out = guest.out_for_good.checked_add(guest.untouched);
-    if left_out.is_none_or(|both| both > all) || guest.out_for_good == all {
+    let left_out = guest.excluded.checked_add(guest.untouched);
+    if left_out.is_none_or(|both| both > all) || guest.excluded == all {
         return Err("it leaves out more pages than there are");
     }
     if guest.cores == 0 {
@@ -416,5 +416,5 @@ fn check_deltas(sample: &DeltaSample) -> Result<(), Wrong> {
     }
     // In pages of the largest size, 64 KiB.
     let full_pages = sample.delta_bytes >> 16;
-    if sample.pages.max(full_pages) > MOST_PAGES { Err("no guest has so many pages") } else { Ok(()) }
+    if sample.pages.max(full_pages) > MOST_PAGES { Err("more pages than a guest can have") } else { Ok(()) }
 }

@@ -38,7 +38,7 @@ pub struct GuestFacts {
     /// The blocks: id and number of pages.
     pub blocks: Vec<(Untrusted, u64)>,
     /// Pages that never travel: unplugged, or of ignored blocks.
-    pub out_for_good: u64,
+    pub excluded: u64,
     /// Pages that were never touched, of those that travel.
     pub untouched: u64,
     /// Does any log report a page that waits to be sent only for writes after the page was taken?
@@ -60,7 +60,7 @@ impl GuestFacts {
         Self {
             page_size: PageSize::DEFAULT,
             blocks,
-            out_for_good: 0,
+            excluded: 0,
             untouched: 0,
             rearms_late: false,
             cores: 2,
@@ -81,7 +81,7 @@ impl GuestFacts {
     /// The number of pages that travel.
     #[must_use]
     pub fn pages(&self) -> u64 {
-        self.blocks.iter().map(|(_, pages)| pages).sum::<u64>() - self.out_for_good
+        self.blocks.iter().map(|(_, pages)| pages).sum::<u64>() - self.excluded
     }
 
     /// The page numbers of each block.

@@ -59,7 +59,7 @@ impl Runs {
         match walked {
             Err(_) => Err("its pages cannot be read"),
             Ok(()) if !fits => Err("it names pages that the guest has not"),
-            Ok(()) if found != pages => Err("it does not name as many pages as it says"),
+            Ok(()) if found != pages => Err("it does not name as many pages as it counts"),
             Ok(()) => Ok(runs),
         }
     }

@@ -47,7 +47,7 @@ prop_compose! {
         GuestFacts {
             page_size: PageSize::new(4096 << page).unwrap(),
             blocks: blocks.into_iter().map(|(id, pages): (String, u64)| (id.into(), pages)).collect(),
-            out_for_good: 0,
+            excluded: 0,
             untouched: 1,
             rearms_late: late,
             cores,
@@ -157,7 +157,7 @@ proptest! {
         let place = place.index(bytes.len());
         bytes[place] ^= 1_u8 << bit;
         let (at, _) = place_and_damage(parse(&bytes).unwrap_err());
-        prop_assert!(at <= place as u64, "byte {place} is told of as {at}");
+        prop_assert!(at <= place as u64, "byte {place} is reported as {at}");
     }
 
     /// With valid checksums: what a malicious writer would produce.
@@ -336,7 +336,7 @@ fn values_out_of_their_limits_are_refused() {
     let long = Duration::from_secs(u64::MAX);
     refused(|trace| trace.guest.blocks.clear(), "Guest", "a guest has 1 to 1024 blocks");
     refused(|trace| trace.guest.blocks[0].0 = "x".repeat(256).into(), "Guest", "a block has a name and pages");
-    refused(|trace| trace.guest.blocks[1].1 = u64::MAX, "Guest", "no guest has so many pages");
+    refused(|trace| trace.guest.blocks[1].1 = u64::MAX, "Guest", "more pages than a guest can have");
     refused(|trace| trace.guest.untouched = u64::MAX, "Guest", "it leaves out more pages than there are");
     refused(|trace| trace.guest.cores = 0, "Guest", "a host has a core");
     refused(|trace| trace.guest.digests = Duration::MAX, "Guest", "nothing takes so long");
@@ -351,7 +351,10 @@ fn values_out_of_their_limits_are_refused() {
         (spans(1..66).collect(), "deltas of more spans than any trace has"),
         (spans(0..2).collect(), "the spans of the deltas do not ascend"),
         (vec![Deltas { span: long, ..Deltas::default() }], "no span is so long"),
-        (vec![Deltas { span: Duration::from_secs(1), again: vast, ..Deltas::default() }], "no guest has so many pages"),
+        (
+            vec![Deltas { span: Duration::from_secs(1), again: vast, ..Deltas::default() }],
+            "more pages than a guest can have",
+        ),
     ] {
         let (_, damage) = place_and_damage(parse(&write(&with_deltas(deltas))).unwrap_err());
         assert_eq!(damage, Damage::Section("Samples", what));

@@ -173,7 +173,7 @@ async fn read(address: &Address, answer: Response<Incoming>) -> Result<Value, Cl
 fn refusal(address: &Address, value: Value) -> ClientError {
     match value.get("error").and_then(Value::as_str) {
         Some(why) => ClientError::Refused(why.into()),
-        None => ClientError::Strange { address: address.clone(), why: "it refuses and does not say why".into() },
+        None => ClientError::Strange { address: address.clone(), why: "it refuses without a reason".into() },
     }
 }
 

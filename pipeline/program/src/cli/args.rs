@@ -38,7 +38,7 @@ Examples:
   memferry run configs/file.toml --host-for 10s
 
 Both ends in one process: what is sent over the transport comes back in. At the end the guest runs at its destination for
-a moment (--host-for, 1s unless told) and its writers check every page they find. Exit code 1 if one of them is stale.";
+a moment (--host-for, 1s by default) and its writers check every page they find. Exit code 1 if one of them is stale.";
 
 const SEND_EXAMPLES: &str = "\
 Examples:
@@ -59,7 +59,7 @@ Examples:
   memferry recv destination.toml --set transport.address=tcp:0.0.0.0:7777 --host-for 1h
   memferry recv configs/image-recv.toml --report recv.html
 
-Waits for one source and takes its guest; strangers on the address are turned away. A guest that lives in this program is
+Waits for one source and takes its guest; other clients on the address are turned away. A guest that lives in this program is
 hosted until a signal, or for --host-for; the exit code is the migration's.";
 
 const CHECK_EXAMPLES: &str = "\
@@ -79,7 +79,7 @@ Examples:
   memferry record configs/hot.toml -o hot.trace --for 20s --host-for 0s
 
 Follows the pages that a guest writes, by the dirty log that `send` would use, and moves nothing. The trace holds page
-numbers, counts and times, none of the guest's content; `memferry plan` tells from it how a migration would go. It costs
+numbers, counts and times, none of the guest's content; `memferry plan` predicts from it how a migration would go. It costs
 the guest what its dirty log costs it in a migration. A guest that lives in this program is hosted until the next signal,
 or for --host-for.";
 
@@ -91,7 +91,7 @@ Examples:
   memferry plan guest.trace other.toml
 
 Runs the migration's own controller against a trace of `memferry record` in simulated time: does it converge, in how many
-rounds, how long does it take, how long does the guest stand still, how much is sent. Then says which bandwidth is
+rounds, how long does it take, how long is the guest paused, how much is sent. Then says which bandwidth is
 the smallest that meets the downtime limit, and what would have to be set where the given ones do not. The settings are
 those of the recording, or of a second file. A total with a * is longer than the recording: the trace was begun again for it.";
 
@@ -261,17 +261,17 @@ pub(super) struct Controlled {
     pub(super) address: Address,
 }
 
-/// What every migration can be told.
+/// Options of every migration.
 #[derive(Args, Debug)]
 pub(super) struct Migrate {
     #[command(flatten)]
     pub(super) configured: Configured,
     /// Writes a report, whole or not at all: a page for a person if FILE ends in .html, else JSON; may be given once for each.
-    /// One that is lost (a full disk, a pipe that nobody reads for 10 s) is told of at the end, and does not change the exit code
+    /// One that is lost (a full disk, a pipe that nobody reads for 10 s) is reported at the end, and does not change the exit code
     #[arg(long, value_name = "FILE", value_parser = file)]
     pub(super) report: Vec<PathBuf>,
     /// Writes every event as a line of JSON as it happens, for its owner only; - is standard output. The reader of a pipe may come
-    /// later. What is lost of it is told at the end, and does not change the exit code
+    /// later. What is lost of it is reported at the end, and does not change the exit code
     #[arg(long, value_name = "FILE", value_parser = file)]
     pub(super) events: Option<PathBuf>,
     /// Serves figures to Prometheus at http://ADDRESS/metrics for as long as the program lives, as in 127.0.0.1:9464; with port 0
@@ -292,7 +292,7 @@ pub(super) struct Migrate {
     pub(super) host_for: Option<Duration>,
 }
 
-/// What a recording can be told.
+/// Options of a recording.
 #[derive(Args, Debug)]
 pub(super) struct Record {
     #[command(flatten)]
@@ -300,7 +300,7 @@ pub(super) struct Record {
     /// The trace, written whole or not at all
     #[arg(short, long, value_name = "TRACE")]
     pub(super) output: PathBuf,
-    /// How long, as in 60s; until Ctrl-C unless told
+    /// How long, as in 60s; until Ctrl-C by default
     #[arg(long = "for", value_name = "DURATION", value_parser = some_time, allow_hyphen_values = true)]
     pub(super) length: Option<Duration>,
     /// From one look at the dirty log to the next, at least 10ms [default: 100ms]
@@ -314,7 +314,7 @@ pub(super) struct Record {
     pub(super) host_for: Option<Duration>,
 }
 
-/// What a plan can be told.
+/// Options of a plan.
 #[derive(Args, Debug)]
 pub(super) struct Plan {
     /// A trace of `memferry record`
@@ -432,7 +432,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_less_than_nothing_or_no_name_is_told_plainly() {
+    fn what_is_less_than_nothing_or_no_name_is_refused_plainly() {
         for (line, words) in [
             ("send a.toml --host-for -1", "'--host-for <DURATION>': this is no length of time; write a length of time"),
             ("record a.toml -o b --for -1s", "write a length of time such as 10s"),

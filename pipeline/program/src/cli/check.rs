@@ -231,13 +231,13 @@ mod tests {
 
     /// The log memory that is reported before the run, and the memory that the running guest's logs take. `None` if the
     /// host has no such log.
-    fn said_and_kept(config: &Config, guest: &dyn SourceGuest) -> Option<(u64, u64)> {
+    fn reported_and_allocated(config: &Config, guest: &dyn SourceGuest) -> Option<(u64, u64)> {
         let logs = guest.dirty_logs().inspect_err(|error| println!("skipped: {error}")).ok()?;
         Some((logs_bytes(config, guest.memory().layout()), logs.iter().map(|log| log.memory_bytes()).sum()))
     }
 
     #[test]
-    fn what_is_said_of_a_workloads_log_is_what_it_keeps() {
+    fn the_memory_that_is_reported_for_a_workloads_log_is_what_it_takes() {
         for dirty_log in ["auto", "software", "userfault", "hash"] {
             let config = configured("workload", dirty_log);
             let GuestTable::Workload(table) = &config.guest else { unreachable!("configured as one") };
@@ -248,14 +248,14 @@ mod tests {
                     continue;
                 }
             };
-            let Some((said, kept)) = said_and_kept(&config, &*guest) else { continue };
-            assert_eq!(said, kept, "{dirty_log}");
+            let Some((reported, allocated)) = reported_and_allocated(&config, &*guest) else { continue };
+            assert_eq!(reported, allocated, "{dirty_log}");
         }
     }
 
     #[test]
     #[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
-    fn what_is_said_of_a_machines_logs_is_what_they_keep() {
+    fn the_memory_that_is_reported_for_a_machines_logs_is_what_they_take() {
         if let Err(why) = memferry_stages::host::kvm() {
             return println!("skipped: {why}");
         }
@@ -263,10 +263,13 @@ mod tests {
             let config = configured("kvm", dirty_log);
             let GuestTable::Kvm(table) = &config.guest else { unreachable!("configured as one") };
             let guest = memferry_guests::kvm::KvmGuest::source(table.clone()).unwrap();
-            let Some((said, kept)) = said_and_kept(&config, &*guest) else { continue };
+            let Some((reported, allocated)) = reported_and_allocated(&config, &*guest) else { continue };
             // Rings have no bitmaps of slots, but whether rings are available is not known in advance.
-            let spared = if dirty_log == "dirty-ring" { (66 << 20) / 4096 / 8 } else { 0 };
-            assert!(said == kept || said == kept + spared, "{dirty_log}: {said} said, {kept} kept");
+            let slots = if dirty_log == "dirty-ring" { (66 << 20) / 4096 / 8 } else { 0 };
+            assert!(
+                reported == allocated || reported == allocated + slots,
+                "{dirty_log}: {reported} reported, {allocated} allocated"
+            );
         }
     }
 }

@@ -48,8 +48,8 @@ pub(super) fn start() -> io::Result<()> {
     std::panic::set_hook(Box::new(|panic| {
         let trace = Backtrace::capture();
         match trace.status() {
-            BacktraceStatus::Captured => tell!("memferry: {panic}\n{trace}"),
-            _ => tell!("memferry: {panic}"),
+            BacktraceStatus::Captured => message!("memferry: {panic}\n{trace}"),
+            _ => message!("memferry: {panic}"),
         }
     }));
     Ok(())
@@ -57,12 +57,12 @@ pub(super) fn start() -> io::Result<()> {
 
 /// Writes a line to standard error. A write error (a closed terminal, a full disk) is ignored, where `eprintln!`
 /// would panic.
-pub(super) fn tell(line: fmt::Arguments<'_>) {
-    tell_styled(&shown_lines(&line.to_string()));
+pub(super) fn message(line: fmt::Arguments<'_>) {
+    styled_message(&shown_lines(&line.to_string()));
 }
 
 /// Writes lines that contain colour codes of their own and no other unsafe text.
-pub(super) fn tell_styled(lines: &str) {
+pub(super) fn styled_message(lines: &str) {
     let line = format!("{lines}\n");
     match CONSOLE.get() {
         Some(console) => console.stderr.put(Shown::Text(line.into_bytes())),
@@ -166,6 +166,6 @@ impl Sink<String> for Stdout {
     }
 
     fn dropped(&mut self, count: u64) {
-        tell!("memferry: {count} lines were dropped: standard output takes them too slowly");
+        message!("memferry: {count} lines were dropped: standard output takes them too slowly");
     }
 }

@@ -120,7 +120,7 @@ impl Seen {
         match (ended.phase, self.role) {
             _ if ended.resume_failed => Err(format!("the migration ended, and the guest is paused at the source{why}")),
             (Phase::Cancelled | Phase::Failed, Some(Role::Destination)) => {
-                Ok("cancelled here, at the destination: the source is told so and decides about the guest".into())
+                Ok("cancelled here, at the destination: the source is notified and decides about the guest".into())
             }
             (Phase::Cancelled, _) => Ok("cancelled: the guest continues at the source".into()),
             (Phase::Failed, _) => Ok(format!("the migration failed, and the guest continues at the source{why}")),

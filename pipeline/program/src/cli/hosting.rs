@@ -11,7 +11,7 @@ use crate::config;
 use crate::config::settings::{destination_files, source_files, workload};
 use crate::config::tables::{Config, GuestTable, WorkloadTable};
 use memferry::geometry::{BlockInfo, PageSize};
-use memferry::guest::clearer::Clearer;
+use memferry::guest::hints::PageHinter;
 use memferry::guest::{DestinationGuest, Guest, GuestBuilder, GuestError, GuestState, RunState, SourceGuest};
 use memferry::human;
 use memferry::memory::GuestMemory;
@@ -112,8 +112,8 @@ impl Guest for Arriving {
         self.guest.memory()
     }
 
-    fn clearers(&self) -> Vec<Arc<dyn Clearer>> {
-        self.guest.clearers()
+    fn page_hinters(&self) -> Vec<Arc<dyn PageHinter>> {
+        self.guest.page_hinters()
     }
 }
 

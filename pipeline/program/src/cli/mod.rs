@@ -1,9 +1,9 @@
 //! The `memferry` program: its command line and its commands.
 
-/// Writes a line to standard error: see [`console::tell`].
-macro_rules! tell {
+/// Writes a line to standard error: see [`console::message`].
+macro_rules! message {
     ($($text:tt)*) => {
-        $crate::cli::console::tell(format_args!($($text)*))
+        $crate::cli::console::message(format_args!($($text)*))
     };
 }
 
@@ -227,7 +227,7 @@ fn probe() -> ExitCode {
 /// The configuration, or the exit code after its errors are shown.
 fn load(configured: &Configured, purpose: Purpose) -> Result<Config, ExitCode> {
     config::load(&configured.config, &configured.sets, purpose).map_err(|error| {
-        console::tell_styled(&error.render(std::io::stderr().is_terminal()));
+        console::styled_message(&error.render(std::io::stderr().is_terminal()));
         ExitCode::from(BAD_USAGE)
     })
 }
@@ -256,6 +256,6 @@ fn refused(error: &std::io::Error) -> ExitCode {
 }
 
 fn complain(what: &str, code: u8) -> ExitCode {
-    tell!("memferry: {what}");
+    message!("memferry: {what}");
     code.into()
 }

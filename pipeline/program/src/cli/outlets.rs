@@ -25,7 +25,7 @@ impl Outlets {
         if let Some(address) = &options.metrics {
             let url = prometheus::serve(address).await?;
             if !options.quiet || address.ends_with(":0") {
-                tell!("memferry: figures for Prometheus at {url}");
+                message!("memferry: figures for Prometheus at {url}");
             }
         }
         Ok(Self::default())

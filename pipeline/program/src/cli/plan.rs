@@ -38,7 +38,7 @@ pub(super) fn run(options: &Plan) -> ExitCode {
     let settings = match config {
         Ok(config) => config.source(),
         Err(error) => {
-            tell!("{}", error.render(std::io::stderr().is_terminal()));
+            message!("{}", error.render(std::io::stderr().is_terminal()));
             return BAD_USAGE.into();
         }
     };

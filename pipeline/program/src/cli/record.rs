@@ -31,7 +31,7 @@ pub(super) async fn run(config: Config, options: Record) -> std::io::Result<u8> 
     let guest = tokio::select! {
         biased;
         () = cancel.cancelled() => {
-            tell!("memferry: not recorded: cancelled before the guest was ready");
+            message!("memferry: not recorded: cancelled before the guest was ready");
             return Ok(CANCELLED);
         }
         guest = Hosted::source(&config, &cancel) => guest,
@@ -51,14 +51,14 @@ pub(super) async fn run(config: Config, options: Record) -> std::io::Result<u8> 
     let says = !options.quiet && options.length.is_none();
     let watch = move |recorded: &Recorded| {
         if says && recorded.intervals == 1 {
-            tell!("memferry: recording; Ctrl-C ends it and writes the trace");
+            message!("memferry: recording; Ctrl-C ends it and writes the trace");
         }
     };
     let recorded = record_watched(guest.guest.clone(), settings, &options.output, cancel, watch).await;
     let stop = signals.arm("ending");
     let code = match recorded {
         Ok(recorded) => {
-            say(&format!("{} recorded: {}", options.output.display(), tell(&recorded, interval)));
+            print(&format!("{} recorded: {}", options.output.display(), summary(&recorded, interval)));
             DONE
         }
         Err(error @ RecordError::Write(_)) => failed(&format!("{}: {error}", options.output.display())),
@@ -68,11 +68,11 @@ pub(super) async fn run(config: Config, options: Record) -> std::io::Result<u8> 
         return Ok(code);
     }
     if options.host_for.is_none() && !options.quiet && !stop.is_cancelled() {
-        tell!("memferry: the guest is hosted here: Ctrl-C ends it");
+        message!("memferry: the guest is hosted here: Ctrl-C ends it");
     }
     let Some(health) = guest.home.live(options.host_for, stop).await else { return Ok(code) };
     if !options.quiet || !health.is_sound {
-        say(&health.line);
+        print(&health.line);
     }
     Ok(if health.is_sound { code } else { FAILED })
 }
@@ -83,7 +83,7 @@ fn planned(config: &Config) -> String {
 }
 
 /// A one-line summary of a recording.
-fn tell(recorded: &Recorded, interval: std::time::Duration) -> String {
+fn summary(recorded: &Recorded, interval: std::time::Duration) -> String {
     let seconds = recorded.length.as_secs_f64();
     #[expect(clippy::cast_precision_loss, reason = "rates to be shown")]
     let [pages, bytes] = [recorded.written, recorded.bytes].map(|amount| amount as f64 / seconds);
@@ -102,13 +102,13 @@ fn tell(recorded: &Recorded, interval: std::time::Duration) -> String {
 }
 
 fn failed(why: &str) -> u8 {
-    tell!("memferry: not recorded: {why}");
+    message!("memferry: not recorded: {why}");
     FAILED
 }
 
 /// Writes to standard output, or to standard error if that fails.
-fn say(text: &str) {
+fn print(text: &str) {
     if !console::print(text) {
-        tell!("{text}");
+        message!("{text}");
     }
 }

@@ -109,7 +109,7 @@ impl Session {
             Some(received) => joint(&sent, received, cancel.is_cancelled()),
             None => sent,
         };
-        // Whoever asks for the end of a run that has moved its guest is done with the guest as well. This does not hold
+        // A user who ends a run that has moved its guest is done with the guest as well. This does not hold
         // for `recv`, where the guest is the only copy of one that others use.
         let stop = match verdict.phase {
             Phase::Completed => self.signals.arm_after_success(ENDING),
@@ -191,7 +191,7 @@ impl Session {
         let transport = self.config.transport_to(&self.config.address());
         let received = match transport.listen().await {
             Ok(listener) => self.receive_from(destination, listener, cancel.clone(), arrived).await,
-            Err(error) => self.settle(Role::Destination, never_begun(error.to_string())),
+            Err(error) => self.end(Role::Destination, never_begun(error.to_string())),
         };
         (sent, Some(received))
     }
@@ -206,7 +206,7 @@ impl Session {
     ) -> (Ended, Option<Ended>) {
         let listener = match self.config.transport_to(&self.config.address()).listen().await {
             Ok(listener) => listener,
-            Err(error) => return (self.settle(Role::Source, never_begun(error.to_string())), None),
+            Err(error) => return (self.end(Role::Source, never_begun(error.to_string())), None),
         };
         let address: Address = listener.local_address().parse().expect("a listener knows its address");
         let (source_cancel, destination_cancel) = (cancel.child_token(), cancel.child_token());
@@ -230,7 +230,7 @@ impl Session {
             Ok(sent) => sent.ended,
             Err(error) => error.ended().cloned().unwrap_or_else(|| never_begun(error.to_string())),
         };
-        self.settle(Role::Source, ended)
+        self.end(Role::Source, ended)
     }
 
     /// Stores the guest in `arrived`, if it arrives.
@@ -250,7 +250,7 @@ impl Session {
             }
             Err(error) => error.ended().cloned().unwrap_or_else(|| never_begun(error.to_string())),
         };
-        self.settle(Role::Destination, ended)
+        self.end(Role::Destination, ended)
     }
 
     fn observers(&self, role: Role) -> Observers {
@@ -258,15 +258,15 @@ impl Session {
     }
 
     /// Ensures that every observer receives the end of the migration.
-    fn settle(&self, role: Role, ended: Ended) -> Ended {
+    fn end(&self, role: Role, ended: Ended) -> Ended {
         if self.accountant.account(role).status.ended.is_none() {
-            self.observers(role).tell(&Event::Ended(ended.clone()));
+            self.observers(role).notify(&Event::Ended(ended.clone()));
         }
         ended
     }
 
     fn could_not_begin(&self, role: Role, ended: Ended) -> u8 {
-        let ended = self.settle(role, ended);
+        let ended = self.end(role, ended);
         self.conclude(&ended, &self.accountant.account(role), None);
         exit_code(&ended)
     }
@@ -277,16 +277,16 @@ impl Session {
         let conclusions = self.conclusions(account, far);
         let ending = Ending { role: self.role, verdict, account, far, conclusions: &conclusions };
         let reports = Reports::begin(&self.options.report, &self.config, &ending);
-        self.say(&table::verdict(verdict, account));
+        self.print(&table::verdict(verdict, account));
         let summary = table::summary(account, far);
         if !self.options.quiet && !summary.is_empty() {
-            self.say(&format!("\n{}", summary.trim_end()));
-            conclusions.iter().for_each(|conclusion| self.say(&format!("{:<11} {conclusion}", "to do")));
+            self.print(&format!("\n{}", summary.trim_end()));
+            conclusions.iter().for_each(|conclusion| self.print(&format!("{:<11} {conclusion}", "to do")));
         }
         let mut lost = reports.finish();
         lost.extend(self.outlets.close());
         if !lost.is_empty() {
-            tell!("memferry: LOST: {}; the verdict stands: {}", lost.join("; "), outcome(verdict.phase));
+            message!("memferry: LOST: {}; the verdict stands: {}", lost.join("; "), outcome(verdict.phase));
         }
     }
 
@@ -316,21 +316,21 @@ impl Session {
     async fn host(&self, home: &Home, time: Option<Duration>, stop: CancellationToken, code: u8) -> u8 {
         let Some(health) = home.live(time, stop).await else { return code };
         if !self.options.quiet || !health.is_sound {
-            self.say(&health.line);
+            self.print(&health.line);
         }
         if health.is_sound { code } else { FAILED }
     }
 
     /// Writes to standard output, or to standard error if events are written there or the write fails.
-    fn say(&self, text: &str) {
+    fn print(&self, text: &str) {
         if self.outlets.have_stdout() || !console::print(text) {
-            tell!("{text}");
+            message!("{text}");
         }
     }
 
     fn note(&self, line: &str) {
         if !self.options.quiet {
-            tell!("memferry: {line}");
+            message!("memferry: {line}");
         }
     }
 }

@@ -137,21 +137,23 @@ impl Armed {
 
     fn end_asked(&mut self) {
         if self.token.is_cancelled() {
-            tell!("memferry: second signal, ending at once");
+            message!("memferry: second signal, ending at once");
             console::flush(LAST_LINE);
             // No cleanup may delay this.
             low_level::exit(i32::from(CANCELLED));
         }
         self.arrived = true;
         self.token.cancel();
-        tell!("memferry: {}", self.notice);
+        message!("memferry: {}", self.notice);
     }
 
     fn stop_asked(&mut self) {
         match self.stop {
             Stop::AtOnce => stop(),
             Stop::Later | Stop::Waits => {
-                tell!("memferry: the guest is paused for the handover: the program stops when the migration has ended");
+                message!(
+                    "memferry: the guest is paused for the handover: the program stops when the migration has ended"
+                );
                 self.stop = Stop::Waits;
             }
         }

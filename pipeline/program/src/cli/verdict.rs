@@ -49,7 +49,7 @@ pub(super) fn never_begun(error: String) -> Ended {
         forecast: None,
         parts: memferry::events::DowntimeParts::default(),
         wire_bytes: 0,
-        spared: memferry_stages::clears::Spared::default(),
+        excluded: memferry_stages::exclusions::ExcludedPages::default(),
         memory_peak: 0,
         stages: Vec::new(),
         bottleneck: memferry::bottleneck::Bottleneck::default(),

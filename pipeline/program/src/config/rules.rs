@@ -79,7 +79,7 @@ fn capabilities(config: &Config, can: Capabilities, purpose: Purpose, faults: &m
         faults,
         !can.stored || after || purpose == Purpose::Receive,
         "transport.address",
-        "a file moves no guest by itself, and `after` does not say what becomes of the source",
+        "a file moves no guest by itself, and `after` does not define what becomes of the source",
         "write after = \"resume\" (a snapshot) or after = \"pause\" (a move) in [migration]",
     );
 }
@@ -252,7 +252,7 @@ fn check_snapshot(config: &Config, faults: &mut Vec<Fault>) {
         faults,
         !(shares && config.migration.after == Some(After::Resume)),
         "migration.after",
-        "a snapshot would lack the shared block, which its guest goes on writing",
+        "a snapshot would lack the shared block, which its guest continues to write",
         "write after = \"pause\", or delete the table `shared`",
     );
 }
@@ -436,7 +436,7 @@ fn check_files(table: &FileTable, purpose: Purpose, faults: &mut Vec<Fault>) {
                 faults,
                 purpose != Purpose::Run,
                 &path("path"),
-                "`run` makes a copy of each file, and this one does not say where",
+                "`run` makes a copy of each file, and this one names no place for it",
                 format!("write copy = \"{}.copy\" beside its path", image.path.display()),
             ),
         }
@@ -451,7 +451,7 @@ fn check_commands(table: &FileTable, faults: &mut Vec<Fault>) {
         need(faults, right, &format!("guest.file.{name}"), "a command of no words", help);
     }
     let (paused, resumed) = (table.pause.is_some(), table.resume.is_some());
-    let help = "write both, or neither: whoever is paused must be able to go on";
+    let help = "write both, or neither: a guest that is paused needs a command that resumes it";
     need(faults, !paused || resumed, "guest.file.pause", "`pause` without `resume`", help);
     need(faults, !resumed || paused, "guest.file.resume", "`resume` without `pause`", help);
 }

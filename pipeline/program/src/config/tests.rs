@@ -275,7 +275,7 @@ fn a_file_has_one_connection_and_says_what_follows() {
       |
       = help: write connections = 1; all lanes share it
 
-    error: a file moves no guest by itself, and `after` does not say what becomes of the source
+    error: a file moves no guest by itself, and `after` does not define what becomes of the source
      --> run.toml:5:11
       |
     5 | address = "file:/var/tmp/guest.memferry"
@@ -286,7 +286,7 @@ fn a_file_has_one_connection_and_says_what_follows() {
 }
 
 #[test]
-fn images_are_told_apart() {
+fn images_are_distinguished() {
     assert_snapshot!(refused("[guest.file]\npage_size = 5000\npause = [\"true\"]\nimages = [{ id = \"a\", path = \"x\" }, { id = \"a\", path = \"y\", copy = \"x\" }]\n[transport]\naddress = \"tcp:localhost:7777\""), @r#"
     error: a page of 5000 B cannot be
      --> run.toml:2:13
@@ -296,7 +296,7 @@ fn images_are_told_apart() {
       |
       = help: write "4 KiB", "8 KiB", "16 KiB", "32 KiB" or "64 KiB"
 
-    error: `run` makes a copy of each file, and this one does not say where
+    error: `run` makes a copy of each file, and this one names no place for it
      --> run.toml:4:30
       |
     4 | images = [{ id = "a", path = "x" }, { id = "a", path = "y", copy = "x" }]
@@ -326,7 +326,7 @@ fn images_are_told_apart() {
     3 | pause = ["true"]
       |         ^^^^^^^^
       |
-      = help: write both, or neither: whoever is paused must be able to go on
+      = help: write both, or neither: a guest that is paused needs a command that resumes it
     "#);
 }
 

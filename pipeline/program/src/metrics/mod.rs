@@ -19,7 +19,7 @@
 //! | `memferry_wire_bytes_total` | counter | role | bytes handed to the transport or taken from it |
 //! | `memferry_xbzrle_misses_total` | counter | role | pages that the XBZRLE cache did not hold |
 //! | `memferry_xbzrle_overflows_total` | counter | role | pages whose delta was not smaller |
-//! | `memferry_spared_pages_total` | counter | role, why | pages that were not sent: hinted, unplugged, ignored |
+//! | `memferry_excluded_pages_total` | counter | role, why | pages that were not sent: hinted, unplugged, ignored |
 //! | `memferry_sync_seconds` | histogram | role | how long a bitmap sync took |
 //! | `memferry_dirty_pages` | gauge | role | dirty pages at the last sync; 0 after completion |
 //! | `memferry_guest_bytes` | gauge | role | bytes of the guest's memory |
@@ -53,7 +53,7 @@ use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use memferry_stages::clears::Spared;
+use memferry_stages::exclusions::ExcludedPages;
 use memferry_stages::meter::Reading;
 use memferry_stages::stage_id::StageId;
 use memferry_stages::tally::RoundTally;
@@ -113,9 +113,9 @@ impl MetricsObserver {
         }
         counter!("memferry_migrations_total", "role" => role, "status" => outcome(ended.phase).name()).increment(1);
         gauge!("memferry_memory_peak_bytes", "role" => role).set(float(ended.memory_peak));
-        let Spared { hinted, unplugged, ignored, .. } = ended.spared;
+        let ExcludedPages { hinted, unplugged, ignored, .. } = ended.excluded;
         for (why, pages) in [("hinted", hinted), ("unplugged", unplugged), ("ignored", ignored)] {
-            counter!("memferry_spared_pages_total", "role" => role, "why" => why).increment(pages);
+            counter!("memferry_excluded_pages_total", "role" => role, "why" => why).increment(pages);
         }
         if let Some(downtime) = ended.downtime {
             histogram!("memferry_downtime_seconds", "role" => role).record(downtime);
@@ -291,9 +291,9 @@ fn describe() {
     describe_histogram!("memferry_downtime_part_seconds", Unit::Seconds, "Where the downtime went");
     describe_gauge!("memferry_memory_bound_bytes", Unit::Bytes, "The most memory that the engine takes");
     describe_gauge!("memferry_memory_peak_bytes", Unit::Bytes, "The most memory that the engine took");
-    describe_counter!("memferry_spared_pages_total", "Pages that were not sent for what the guest said of them");
+    describe_counter!("memferry_excluded_pages_total", "Pages that were not sent: hinted as free, unplugged, ignored");
     describe_gauge!("memferry_stage_seconds_total", Unit::Seconds, "How a stage spent its time");
     describe_gauge!("memferry_build_info", "The version of memferry, always 1");
     describe_counter!("memferry_warnings_total", "Warnings that the operator was given");
-    describe_counter!("memferry_turned_away_total", "Strangers and broken peers that were turned away");
+    describe_counter!("memferry_turned_away_total", "Connections that were turned away");
 }

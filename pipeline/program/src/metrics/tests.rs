@@ -47,7 +47,7 @@ fn a_migration_leaves_its_figures() {
     assert_eq!(counter(&recorded, "memferry_pages_total compressed"), 150_000);
     assert_eq!(counter(&recorded, "memferry_pages_total xbzrle"), 890);
     assert_eq!(counter(&recorded, "memferry_wire_bytes_total"), 512 << 20);
-    assert_eq!(counter(&recorded, "memferry_spared_pages_total hinted"), 5000);
+    assert_eq!(counter(&recorded, "memferry_excluded_pages_total hinted"), 5000);
     assert_eq!(counter(&recorded, "memferry_migrations_total completed"), 1);
     assert_eq!(counter(&recorded, "memferry_decisions_total switch-over"), 1);
     assert!((gauge(&recorded, "memferry_stage_seconds_total encoder 0 busy") - 2.2).abs() < 1e-9);

@@ -57,7 +57,7 @@ fn an_image_that_changes_while_it_is_sent_is_named_at_both_ends_and_nobody_is_pa
         source.end().expect(1).says(&[words]);
         destination.end().expect(1).says(&[words]);
         assert!(!scene.path("log").exists(), "the writer was paused in vain");
-        writer.goes_on(&scene.path("from/ram"));
+        writer.continues(&scene.path("from/ram"));
         assert_eq!(scene.names("to"), [""; 0]);
         assert!(!scene.path("started").exists());
     }

@@ -124,18 +124,18 @@ fn shows_what_it_says(name: &str, report: &Report, scene: &Scene) {
         "throttle" => assert!(report.decided("throttle"), "{}", report.at("/decisions")),
         "unix" => assert!(!scene.path("target/memferry.sock").exists(), "the socket is removed"),
         "file" => drop(scene.run(&["inspect", "target/guest.memferry"]).expect(0)),
-        "hints" => shows_what_was_spared(report),
+        "hints" => shows_what_was_excluded(report),
         other => panic!("{other} is new: say here what it shows"),
     }
 }
 
-fn shows_what_was_spared(report: &Report) {
-    let spared = |why: &str| report.at(&format!("/spared/{why}")).as_u64().unwrap();
+fn shows_what_was_excluded(report: &Report) {
+    let excluded = |why: &str| report.at(&format!("/excluded/{why}")).as_u64().unwrap();
     let pages = report.at("/guest/pages").as_u64().unwrap();
-    let in_all = pages - spared("ignored");
-    assert_eq!(spared("ignored"), 8192, "32 MiB");
-    assert!(spared("unplugged").abs_diff(in_all / 10) <= 1, "a tenth of {in_all} pages");
-    assert!(spared("hinted") > in_all / 4, "half of {in_all} pages is free: {}", spared("hinted"));
+    let in_all = pages - excluded("ignored");
+    assert_eq!(excluded("ignored"), 8192, "32 MiB");
+    assert!(excluded("unplugged").abs_diff(in_all / 10) <= 1, "a tenth of {in_all} pages");
+    assert!(excluded("hinted") > in_all / 4, "half of {in_all} pages is free: {}", excluded("hinted"));
 }
 
 #[test]

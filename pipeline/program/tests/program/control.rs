@@ -140,7 +140,7 @@ fn an_operator_looks_changes_and_has_it_finish() {
         .expect(1)
         .says(&["it does not switch over", "max_downtime is 2.00 ms: expected downtime"]);
     asked.ask(&["set", "max_downtime=none"]).expect(0).says(&["max_downtime = none"]);
-    asked.ask(&["switch-over"]).expect(0).says(&["switch over: the operator says so; expected downtime "]);
+    asked.ask(&["switch-over"]).expect(0).says(&["switch over: the operator asked for it; expected downtime "]);
     let Asked { scene, program } = asked;
     program.end().expect(0).says(&["max_bandwidth is changed from 4 MiB/s to 6 MiB/s"]);
     let report: Value = serde_json::from_slice(&scene.read("run.json")).unwrap();
@@ -217,7 +217,7 @@ fn every_answer_is_as_the_openapi_file_has_it() {
 }
 
 #[test]
-fn whoever_means_no_good_gets_an_answer_and_holds_nothing_up() {
+fn a_hostile_client_gets_an_answer_and_holds_nothing_up() {
     let asked = Asked::begin(&[]);
     let silent: Vec<_> = (0..20).map(|_| UnixStream::connect(asked.scene.path(SOCKET)).unwrap()).collect();
     // A client that requests events and never reads them.
@@ -290,7 +290,7 @@ fn the_socket_is_its_owners_a_dead_one_is_replaced_and_a_living_one_is_left_alon
 }
 
 #[test]
-fn a_destination_is_watched_and_cancelled_but_told_nothing_else() {
+fn a_destination_is_watched_and_cancelled_but_not_changed() {
     let scene = Scene::new();
     scene.configure(&["ram"]);
     let destination = scene.start(&["recv", "recv.toml", "--control", SOCKET]);

@@ -126,7 +126,7 @@ fn the_output_of_a_command_shows_nothing_but_text() {
     let (destination, address) = scene.listening(&[]);
     let sets = [&address, "guest.file.pause=[\"sh\", \"pause\"]", "guest.file.resume=[\"true\"]"];
     let ended = scene.start_with(&["send", "send.toml"], &sets).end().expect(1);
-    let shown = r"it said: evil | \u{1b}[2K\u{7}memferry: completed";
+    let shown = r"output: evil | \u{1b}[2K\u{7}memferry: completed";
     for ended in [ended, destination.end()] {
         is_harmless("stdout", &ended.stdout);
         is_harmless("stderr", &ended.stderr);

@@ -46,7 +46,7 @@ impl Moment {
 struct Seen {
     source: Ended,
     destination: Ended,
-    goes_on_here: bool,
+    runs_here: bool,
     started_there: bool,
 }
 
@@ -58,14 +58,14 @@ fn killed(moment: Moment, spins: u64) -> Seen {
     let writer = Writer::begin(&scene, "from/ram", Duration::from_micros(100));
     let (destination, address) = scene.listening(&["guest.file.start=[\"touch\", \"started\"]"]);
     let (give, running) = channel::<Running>();
-    let (tell, source) = channel();
+    let (sender, source) = channel();
     let mut running = Some(running);
     let address = between(&address, move |kind| {
         if kind != moment.frame() {
             return Pass::On;
         }
         let Some(running) = running.take().map(|running| running.recv().unwrap()) else { return Pass::On };
-        kill(moment, spins, running, &tell)
+        kill(moment, spins, running, &sender)
     });
     let sets = [&[address.as_str(), "migration.max_rounds=1", "migration.on_deadline=switch-over"], &COMMANDS[..]];
     give.send(scene.start_with(&["send", "send.toml"], &sets.concat())).unwrap();
@@ -73,32 +73,32 @@ fn killed(moment: Moment, spins: u64) -> Seen {
     let source = source.recv_timeout(Duration::from_secs(60)).expect("the moment comes").end();
     let destination = destination.end();
     let started_there = scene.path("started").exists();
-    let goes_on_here = !writer.is_stopped();
-    if goes_on_here {
-        writer.goes_on(&scene.path("from/ram"));
+    let runs_here = !writer.is_stopped();
+    if runs_here {
+        writer.continues(&scene.path("from/ram"));
     }
-    Seen { source, destination, goes_on_here, started_there }
+    Seen { source, destination, runs_here, started_there }
 }
 
 /// The frame of the moment has arrived, and the source runs.
-fn kill(moment: Moment, spins: u64, running: Running, tell: &Sender<Running>) -> Pass {
+fn kill(moment: Moment, spins: u64, running: Running, sender: &Sender<Running>) -> Pass {
     if moment == Moment::AtLoaded {
         // The frame is forwarded when this returns, so the kill comes from a separate thread.
-        let tell = tell.clone();
+        let sender = sender.clone();
         std::thread::spawn(move || {
             let begun = Instant::now();
             while begun.elapsed() < Duration::from_micros(spins) {
                 std::hint::spin_loop();
             }
             running.signal(Signal::KILL);
-            tell.send(running).unwrap();
+            sender.send(running).unwrap();
         });
         return Pass::On;
     }
     running.signal(Signal::KILL);
     // The source is dead before the frame is forwarded.
     running.until_it_is_dead();
-    tell.send(running).unwrap();
+    sender.send(running).unwrap();
     if moment == Moment::GoArrives || moment == Moment::BeforeRunning { Pass::On } else { Pass::Cut }
 }
 
@@ -110,25 +110,25 @@ fn a_source_killed_around_go_leaves_one_guest_or_words_that_say_where_to_look() 
         let moment = MOMENTS[usize::try_from(kill).unwrap() % MOMENTS.len()];
         let spins = random(seed, kill) % 4000;
         let seen = killed(moment, spins);
-        let Seen { source, destination, goes_on_here, started_there } = &seen;
+        let Seen { source, destination, runs_here, started_there } = &seen;
         let what = format!(
-            "kill {kill}, {moment:?}, {spins} µs: goes on here {goes_on_here}, started there {started_there}\n{source}\n{destination}"
+            "kill {kill}, {moment:?}, {spins} µs: runs here {runs_here}, started there {started_there}\n{source}\n{destination}"
         );
-        eprintln!("kill {kill}, {moment:?}, {spins} µs: goes on here {goes_on_here}, started there {started_there}");
+        eprintln!("kill {kill}, {moment:?}, {spins} µs: runs here {runs_here}, started there {started_there}");
         // A source that is killed late enough has already ended.
         assert!(source.code == 128 + 9 || moment == Moment::AtLoaded && source.code == 0, "{what}");
         let says = |words: &str| source.stderr.contains("memferry guard: ") && source.stderr.contains(words);
-        assert!(!(*goes_on_here && *started_there), "two run: {what}");
-        if *goes_on_here {
+        assert!(!(*runs_here && *started_there), "two run: {what}");
+        if *runs_here {
             assert!(says("the guest was resumed"), "{what}");
         } else if moment != Moment::AtLoaded || !*started_there {
             assert!(says("Look whether it runs at tcp:127.0.0.1:") && says("resume it here: [\"sh\", "), "{what}");
         }
         match moment {
-            Moment::BeforeLoaded => assert!(*goes_on_here, "{what}"),
+            Moment::BeforeLoaded => assert!(*runs_here, "{what}"),
             Moment::AtLoaded => {}
-            Moment::GoLost => assert!(!*goes_on_here && !*started_there, "{what}"),
-            Moment::GoArrives | Moment::BeforeRunning => assert!(!*goes_on_here && *started_there, "{what}"),
+            Moment::GoLost => assert!(!*runs_here && !*started_there, "{what}"),
+            Moment::GoArrives | Moment::BeforeRunning => assert!(!*runs_here && *started_there, "{what}"),
         }
     }
 }

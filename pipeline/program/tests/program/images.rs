@@ -215,7 +215,7 @@ fn a_snapshot_of_an_image_that_is_written_meanwhile_is_of_one_moment() {
     let rounds = ["migration.max_rounds=3", "migration.on_deadline=switch-over"];
     scene.start_with(&["send", "send.toml"], &[&sets[..], &rounds].concat()).end().expect(0);
     assert_eq!(String::from_utf8(scene.read("log")).unwrap(), "pause\nresume\n");
-    writer.goes_on(&scene.path("from/ram"));
+    writer.continues(&scene.path("from/ram"));
     scene.start_with(&["recv", "recv.toml"], &[sets[2]]).end().expect(0).says(&["verified"]);
     is_of_one_moment(&scene.path("to/ram"));
 }

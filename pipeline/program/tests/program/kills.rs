@@ -56,7 +56,7 @@ struct Crossing {
     source: Running,
     destination: Running,
     reached: Receiver<()>,
-    go_on: Sender<()>,
+    proceed: Sender<()>,
 }
 
 impl Crossing {
@@ -68,7 +68,7 @@ impl Crossing {
         let writer = Writer::begin(&scene, "from/ram", Duration::ZERO);
         let start = "guest.file.start=[\"touch\", \"started\"]";
         let (destination, address) = scene.listening(&[start]);
-        let ((reach, reached), (go_on, gone_on)) = (channel(), channel());
+        let ((reach, reached), (proceed, proceeded)) = (channel(), channel());
         let (mut paused, mut frames, mut moment) = (false, 0, moment);
         let address = between(&address, move |kind| {
             frames += u64::from(kind == Kind::Pages);
@@ -76,7 +76,7 @@ impl Crossing {
             if moment.take_if(|at| is_now(*at)).is_some() {
                 reach.send(()).unwrap();
                 // A test that has failed releases it as well.
-                gone_on.recv().unwrap_or_default();
+                proceeded.recv().unwrap_or_default();
             }
             if kind == Kind::RoundComplete {
                 (paused, frames) = (true, 0);
@@ -85,7 +85,7 @@ impl Crossing {
         });
         let sets: Vec<_> = [&[address.as_str(), "pipeline.lanes=1"], &COMMANDS[..], &TWICE].concat();
         let source = scene.start_with(&["send", "send.toml", "--report", "send.json"], &sets);
-        Self { scene, writer, source, destination, reached, go_on }
+        Self { scene, writer, source, destination, reached, proceed }
     }
 
     /// Waits for the moment.
@@ -96,7 +96,7 @@ impl Crossing {
 
     /// Releases the frame.
     fn let_go(&self) {
-        self.go_on.send(()).unwrap();
+        self.proceed.send(()).unwrap();
     }
 
     /// Begins a crossing, and waits until it is held at a moment that is drawn.
@@ -137,7 +137,7 @@ fn a_source_survives_its_destination() {
         let was_paused = source.stdout.contains("the guest was paused for ");
         assert!(was_paused || !moment.paused, "{source}");
         assert_eq!(report.at("/downtime_ms").is_null(), !was_paused);
-        writer.goes_on(&scene.path("from/ram"));
+        writer.continues(&scene.path("from/ram"));
         assert_eq!(fs::metadata(scene.path("from/ram")).unwrap().len(), IMAGE);
         nothing_complete(&scene, "to");
         assert!(!scene.path("started").exists());
@@ -164,7 +164,7 @@ fn a_destination_starts_nothing_when_its_source_is_killed() {
     for step in 0..KILLS {
         let (moment, crossing) = Crossing::held_at_random(seed, step);
         crossing.source.signal(Signal::KILL);
-        crossing.writer.goes_on(&crossing.scene.path("from/ram"));
+        crossing.writer.continues(&crossing.scene.path("from/ram"));
         crossing.let_go();
         let (scene, writer, source, destination) = crossing.end();
         assert_eq!(source.code, 128 + 9);
@@ -173,7 +173,7 @@ fn a_destination_starts_nothing_when_its_source_is_killed() {
         assert_eq!(Report::read(&scene.path("recv.json")).text("status"), "failed");
         assert_eq!(scene.names("to"), [""; 0]);
         assert!(!scene.path("started").exists());
-        writer.goes_on(&scene.path("from/ram"));
+        writer.continues(&scene.path("from/ram"));
     }
 }
 
@@ -189,10 +189,10 @@ fn interrupted_either_end_leaves_the_source_as_it_was() {
             crossing.let_go();
             let (scene, writer, source, destination) = crossing.end();
             assert!(!Report::read(&scene.path("send.json")).at("/downtime_ms").is_null() || !paused);
-            let (cancelled, told) = if at_source { (source, destination) } else { (destination, source) };
+            let (cancelled, notified) = if at_source { (source, destination) } else { (destination, source) };
             cancelled.expect(130).says(&["cancelled after"]);
-            told.expect(1).says(&["failed after", "cancelled at the"]);
-            writer.goes_on(&scene.path("from/ram"));
+            notified.expect(1).says(&["failed after", "cancelled at the"]);
+            writer.continues(&scene.path("from/ram"));
             assert_eq!(scene.names("to"), [""; 0]);
             assert!(!scene.path("started").exists());
         }
@@ -221,7 +221,7 @@ fn a_second_interrupt_ends_at_once() {
     scene.write("let-go", "");
     source.end().expect(130).says(&["second signal, ending at once", "memferry guard: "]);
     assert_eq!(scene.read("log"), b"begins\npause\nresume\n");
-    writer.goes_on(&scene.path("from/ram"));
+    writer.continues(&scene.path("from/ram"));
     destination.end().expect(1);
     assert_eq!(scene.names("to"), [""; 0]);
 }
@@ -282,7 +282,7 @@ fn a_full_disk_at_the_destination_is_named_at_both_ends() {
     for end in [source, destination.end()] {
         end.expect(1).says(&["to/ram", "No space left"]);
     }
-    writer.goes_on(&scene.path("from/ram"));
+    writer.continues(&scene.path("from/ram"));
     assert_eq!(scene.names("to"), [""; 0]);
     assert!(!scene.path("started").exists());
     drop(disk);
@@ -297,7 +297,7 @@ fn a_full_disk_under_a_stream_leaves_no_file() {
     let writer = Writer::begin(&scene, "from/ram", Duration::from_micros(100));
     let sets = ["transport.address=file:disk/stream", "migration.after=pause", COMMANDS[0], COMMANDS[1]];
     scene.start_with(&["send", "send.toml"], &sets).end().expect(1).says(&["disk/stream", "No space left"]);
-    writer.goes_on(&scene.path("from/ram"));
+    writer.continues(&scene.path("from/ram"));
     assert_eq!(scene.names("disk"), [""; 0]);
     drop(disk);
 }

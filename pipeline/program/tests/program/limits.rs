@@ -100,7 +100,7 @@ fn a_cancel_does_not_wait_for_the_guest() {
             until("memory is filled", || resident(program.id()) > MEMORY / 32);
             // The program is stopped, so what is observed stays true until it continues and receives the signal.
             program.signal(Signal::STOP);
-            until("it stands still", || {
+            until("it is stopped", || {
                 let stat = fs::read_to_string(format!("/proc/{}/stat", program.id())).unwrap();
                 stat.contains(") T ")
             });

@@ -210,7 +210,7 @@ fn a_memcached_is_moved_with_every_key_that_it_acknowledged_and_survives_what_en
             fs::remove_file(cache.memory.path().join("to").join(name)).unwrap();
         }
         // The guard of a killed memferry ends after the resume command, which waits until the pid is written.
-        until("memcached tells its number", || cache.pid("from").is_some());
+        until("memcached reports its number", || cache.pid("from").is_some());
     }
 
     let writer = hammer(from, acknowledged);

@@ -146,7 +146,7 @@ fn an_end_that_cannot_begin_says_why() {
 
 /// A source that is refused receives the reason; the destination continues to wait for one that it can accept.
 #[test]
-fn a_source_that_is_refused_is_told_why_and_the_wait_goes_on() {
+fn a_source_that_is_refused_is_sent_the_reason_and_the_wait_continues() {
     let scene = scene();
     let (destination, address) = scene.listening(&["migration.require_verify=true", "pipeline.max_lanes=2"]);
     let refused = send(&scene, &[&address, "migration.verify=false"]).expect(1);
@@ -178,7 +178,7 @@ fn images_that_do_not_fit_are_refused_at_both_ends() {
 /// A destination that dies between Go and Running: it is unknown whether the guest started, and the source reports
 /// that.
 #[test]
-fn a_hand_over_that_nobody_confirms_is_exit_code_3() {
+fn a_handover_that_nobody_confirms_is_exit_code_3() {
     let scene = scene();
     let (destination, address) = scene.listening(&["guest.file.start=[\"sh\", \"-c\", \"kill -KILL $PPID\"]"]);
     let commands = ["guest.file.pause=[\"touch\", \"paused\"]", "guest.file.resume=[\"touch\", \"resumed\"]"];
@@ -191,7 +191,7 @@ fn a_hand_over_that_nobody_confirms_is_exit_code_3() {
 
 /// A start that fails after Go: the destination reports it, and both operators learn of it.
 #[test]
-fn a_start_that_fails_is_told_at_both_ends() {
+fn a_start_that_fails_is_reported_at_both_ends() {
     let scene = scene();
     let (destination, address) = scene.listening(&["guest.file.start=[\"sh\", \"-c\", \"echo no licence; exit 7\"]"]);
     let source = send(&scene, &[&address]);

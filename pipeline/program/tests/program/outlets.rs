@@ -92,7 +92,7 @@ fn a_running_migration_is_watched_to_its_end() {
 }
 
 #[test]
-fn who_watches_nothing_is_told() {
+fn a_watch_without_a_target_is_an_error() {
     let scene = Scene::new();
     scene.run(&["watch", "unix:absent.sock"]).expect(1).says(&["absent.sock", "--control"]);
     scene.run(&["watch", "-"]).expect(1).says(&["the events of standard input ended before the migration did"]);
@@ -117,7 +117,7 @@ fn a_full_disk_costs_the_events_and_not_the_migration() {
 
 /// A script that resumes the source after a failed migration must not do so because a report is missing.
 #[test]
-fn a_report_that_is_lost_is_told_of_last_and_changes_no_exit_code() {
+fn a_report_that_is_lost_is_reported_last_and_changes_no_exit_code() {
     let scene = scene();
     let options = ["--report", "/dev/full", "--report", "gone/run.html", "--events", "gone/events.jsonl"];
     std::fs::create_dir(scene.path("gone")).unwrap();
@@ -212,11 +212,11 @@ fn prometheus_reads_the_figures_while_it_runs_and_after_it() {
 }
 
 #[test]
-fn figures_are_at_their_place_only_and_a_port_that_was_chosen_is_told() {
+fn figures_are_at_their_place_only_and_a_port_that_was_chosen_is_reported() {
     let scene = scene();
     let running = scene.start(&["run", "run.toml", "--host-for", "10m", "--metrics", "127.0.0.1:0", "--quiet"]);
-    let told = running.until_it_says("figures for Prometheus at http://127.0.0.1:");
-    let address = told.split("http://").nth(1).unwrap().strip_suffix("/metrics").unwrap();
+    let line = running.until_it_says("figures for Prometheus at http://127.0.0.1:");
+    let address = line.split("http://").nth(1).unwrap().strip_suffix("/metrics").unwrap();
     assert!(Exposition::scrape(address).is_some());
     let ask = |request: &str| {
         let mut connection = std::net::TcpStream::connect(address).unwrap();

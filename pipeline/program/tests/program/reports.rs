@@ -102,8 +102,8 @@ impl Report {
         let rounds = self.rounds();
         assert!(rounds.len() >= 2, "{rounds:#?}");
         // Hinted pages may have been skipped in any round.
-        let spared = |why: &str| number(&self.0["spared"], why);
-        let (hinted, out) = (spared("hinted"), spared("unplugged") + spared("ignored"));
+        let excluded = |why: &str| number(&self.0["excluded"], why);
+        let (hinted, out) = (excluded("hinted"), excluded("unplugged") + excluded("ignored"));
         let (first, all) = (number(&rounds[0], "pages"), number(&self.0["guest"], "pages"));
         assert!((first + out..=first + out + hinted).contains(&all), "{first} of {all} pages: {rounds:#?}");
         for (round, next) in rounds.iter().zip(&rounds[1..]) {

@@ -60,7 +60,7 @@ impl Writer {
 
     /// Asserts that it is not stopped, and writes.
     #[track_caller]
-    pub(crate) fn goes_on(&self, image: &Path) {
+    pub(crate) fn continues(&self, image: &Path) {
         until("the writer runs", || !self.is_stopped());
         let before = number(image, 0);
         until("the writer writes", || number(image, 0) > before);

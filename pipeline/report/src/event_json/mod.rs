@@ -17,7 +17,7 @@
 //! | `round_scanned` | the scanner reached the bitmap's end | `round`: from 1 |
 //! | `round_sent` | a round is sent; at the destination: loaded | `round`, `last`, `duration_ms`, `pages` (= `zero` + `raw` + `compressed` + `xbzrle` + `unchanged`), `xbzrle_misses`, `xbzrle_overflows`, `bytes_in` of the pages, `bytes_out` of the frames |
 //! | `synced` | a bitmap sync is done | `after_round`, `dirty_pages`, `duration_ms` |
-//! | `spared` | pages need not travel | so far: `hinted`, `hints_dropped`, `unplugged`, `ignored` |
+//! | `excluded` | pages need not travel | so far: `hinted`, `hints_dropped`, `unplugged`, `ignored` |
 //! | `decided` | the controller decided | `round`, `decision`: "another-round", "sample" (a part of the dirty pages is sent, to measure their deltas), "drain" (pages in flight are to arrive first), "throttle", "raise-downtime-limit", "switch-over", "give-up"; `expected_ms`, `why`: in words; `reason`: "already-paused", "deltas-unknown", "within-limit", "nothing-dirty", "backlog", "above-limit", "stall", "limit-raised", "stall-minimum", "budget-used-up", "operator"; `throttle_percent` or `downtime_limit_ms` where that is decided; `forecast`: as in the report |
 //! | `changed` | a setting was changed during the migration | `round`, `key`, `from` and `to`: as the configuration writes them; `memory_bound_bytes`: from here on |
 //! | `progress` | ten times a second | `round`, `remaining_bytes`, `total_bytes`, `wire_bytes`, `wire_bytes_per_s`, `page_bytes_per_s`, `dirty_bytes_per_s`, `expected_downtime_ms`, `downtime_limit_ms` (null at the destination, as `remaining_bytes` and `done_percent` are there after the first round), `throttle_percent`, `done_percent` of the guest's memory, `time_left_ms` (null if nothing is measured, or it does not converge), `bottleneck_percent` (over the latest seconds: `processor`, `limit`, `destination`, `wire`, `guest`, `source`; null where this end cannot know), `cpu_ms` of the process since the first page, `stages` (`name`, `lane`, `busy_ms`, `input_wait_ms`, `output_wait_ms`, `limit_wait_ms`, `batches`, `pages`: from its start on). The last one, before the end, has rates of 0, and 0 remaining after completion |
@@ -26,12 +26,12 @@
 //! | `paused` | the guest is paused at the source | |
 //! | `handed_over` | a cancel is too late: the destination may run the guest | |
 //! | `resumed` | the guest is resumed at the source | |
-//! | `ended` | the last event of its end | `phase`, `error`, `verified`, `total_ms`, `setup_ms`, `downtime_ms`, `downtime` (its parts), `forecast`, `wire_bytes`, `spared`, `memory_peak_bytes`, `bottleneck_percent`, `cpu_ms`, `stages`: as in the report; `resume_failed`: the source guest is still paused and runs nowhere |
+//! | `ended` | the last event of its end | `phase`, `error`, `verified`, `total_ms`, `setup_ms`, `downtime_ms`, `downtime` (its parts), `forecast`, `wire_bytes`, `excluded`, `memory_peak_bytes`, `bottleneck_percent`, `cpu_ms`, `stages`: as in the report; `resume_failed`: the source guest is still paused and runs nowhere |
 //! | `lost` | the reader was too slow; has no role | `events`: how many are missing before this line |
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use memferry_stages::clears::Spared;
+use memferry_stages::exclusions::ExcludedPages;
 use memferry_stages::tally::{PageTally, RoundTally};
 use memferry_stages::untrusted::{Untrusted, shown_json};
 use serde::{Deserialize, Serialize};
@@ -101,7 +101,7 @@ pub enum EventJson {
         duration_ms: f64,
     },
     /// Pages are skipped; the figures are totals so far.
-    Spared(Spared),
+    Excluded(ExcludedPages),
     /// The controller decided.
     Decided(DecidedJson),
     /// A setting was changed during the migration.
@@ -297,7 +297,7 @@ impl From<&Event> for EventJson {
             Event::Synced { after_round, dirty_pages, duration } => {
                 Self::Synced { after_round: *after_round, dirty_pages: *dirty_pages, duration_ms: ms(*duration) }
             }
-            Event::Spared(so_far) => Self::Spared(*so_far),
+            Event::Excluded(so_far) => Self::Excluded(*so_far),
             Event::Decided(decided) => Self::Decided(decided.into()),
             Event::Progress(progress) => Self::Progress(progress.into()),
             Event::TurnedAway { kind, peer, why, count } => Self::TurnedAway {

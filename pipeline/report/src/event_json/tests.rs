@@ -48,7 +48,7 @@ fn each_kind_stands_in_the_table() {
 }
 
 #[test]
-fn what_a_reader_does_not_know_is_told_apart() {
+fn what_a_reader_does_not_know_is_distinguished() {
     let more = r#"{"ms":1.0,"role":"source","event":"paused","since":"later"}"#;
     assert_eq!(EventLine::from_json(more).unwrap().event, EventJson::Paused);
     assert!(EventLine::from_json(r#"{"ms":1.0,"role":"source","event":"to_come"}"#).is_err());

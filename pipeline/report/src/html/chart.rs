@@ -145,21 +145,21 @@ pub(super) fn levels(levels: &[(f64, f64, f64)]) -> String {
 
 /// The marks that are at least this far apart, and the last one.
 pub(super) fn apart<T>(least: f64, all: impl IntoIterator<Item = T>, share: impl Fn(&T) -> f64) -> Vec<T> {
-    let mut kept: Vec<T> = Vec::new();
+    let mut chosen: Vec<T> = Vec::new();
     let mut passed = None;
     for item in all {
-        if kept.last().is_some_and(|kept| share(&item) - share(kept) < least) {
+        if chosen.last().is_some_and(|chosen| share(&item) - share(chosen) < least) {
             passed = Some(item);
         } else {
             passed = None;
-            kept.push(item);
+            chosen.push(item);
         }
     }
     if let Some(last) = passed {
-        kept.truncate(kept.len().max(2) - 1);
-        kept.push(last);
+        chosen.truncate(chosen.len().max(2) - 1);
+        chosen.push(last);
     }
-    kept
+    chosen
 }
 
 /// The area under a path through these points, from left to right.
@@ -399,10 +399,10 @@ mod tests {
 
     #[test]
     fn what_lies_too_close_is_left_out_but_not_the_last() {
-        let kept = |all: &[f64]| apart(0.1, all.iter().copied(), |share| *share);
-        assert_eq!(kept(&[0.0, 0.05, 0.1, 0.25, 0.3]), [0.0, 0.1, 0.3]);
-        assert_eq!(kept(&[0.0, 0.01]), [0.0, 0.01]);
-        assert_eq!(kept(&[0.5]), [0.5]);
+        let chosen = |all: &[f64]| apart(0.1, all.iter().copied(), |share| *share);
+        assert_eq!(chosen(&[0.0, 0.05, 0.1, 0.25, 0.3]), [0.0, 0.1, 0.3]);
+        assert_eq!(chosen(&[0.0, 0.01]), [0.0, 0.01]);
+        assert_eq!(chosen(&[0.5]), [0.5]);
         assert_eq!(apart(0.012, (0..=300).map(|n| f64::from(n) / 300.0), |share| *share).len(), 76);
     }
 }

@@ -114,7 +114,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn letters_go_on_behind_z() {
+    fn letters_continue_behind_z() {
         assert_eq!(
             [0, 1, 25, 26, 27, 51, 52, 701, 702].map(letter),
             ["a", "b", "z", "aa", "ab", "az", "ba", "zz", "aaa"]

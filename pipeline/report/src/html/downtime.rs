@@ -31,12 +31,12 @@ pub(super) fn limits(page: &Page<'_>) -> Vec<(Duration, Duration)> {
     if page.is_destination() {
         return Vec::new();
     }
-    let told = page.account.series.samples().into_iter().map(|sample| (sample.at, sample.downtime_limit));
+    let reported = page.account.series.samples().into_iter().map(|sample| (sample.at, sample.downtime_limit));
     let raised = page.decisions().filter_map(|(at, decided)| match decided.decision {
         Decision::RaiseLimit(limit) => Some((at, limit)),
         _ => None,
     });
-    let mut limits: Vec<_> = told.filter(|limit| !limit.1.is_zero()).chain(raised).collect();
+    let mut limits: Vec<_> = reported.filter(|limit| !limit.1.is_zero()).chain(raised).collect();
     limits.sort_by_key(|limit| limit.0);
     limits.insert(0, (page.zero(), page.settings.downtime_limit));
     limits

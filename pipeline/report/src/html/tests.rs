@@ -356,46 +356,46 @@ fn stories_say_what_happened_where_the_guest_is_and_what_to_do() {
     ];
     let stories: Vec<_> = stories.iter().map(Scene::story).collect();
     insta::assert_snapshot!(stories.join("\n"), @r#"
-    Good: The guest has moved: 1.00 GiB in 2.50 s, of which it stood still for 213 ms.
-      It is at its destination, which is in this program too, and goes on there as it was.
+    Good: The guest has moved: 1.00 GiB in 2.50 s, of which it was paused for 213 ms.
+      It is at its destination, which is in this program too, and continues there as it was.
       Nothing.
-    Good: The guest has moved: 1.00 GiB in 2.50 s, of which it stood still for 213 ms.
-      It is at the destination and goes on there as it was. Here it is over.
+    Good: The guest has moved: 1.00 GiB in 2.50 s, of which it was paused for 213 ms.
+      It is at the destination and continues there as it was. Here it is over.
       Nothing.
-    Good: The guest has arrived: 1.00 GiB in 2.50 s, of which it stood still for 213 ms.
-      It is here and goes on as it was at its source.
+    Good: The guest has arrived: 1.00 GiB in 2.50 s, of which it was paused for 213 ms.
+      It is here and continues as it was at its source.
       Nothing.
-    Good: The snapshot is complete: 1.00 GiB in 2.50 s, of which it stood still for 213 ms.
-      It goes on here, at its source.
+    Good: The snapshot is complete: 1.00 GiB in 2.50 s, of which it was paused for 213 ms.
+      It continues here, at its source.
       Nothing.
-    Good: The stream is complete: 1.00 GiB in 2.50 s, of which it stood still for 213 ms.
+    Good: The stream is complete: 1.00 GiB in 2.50 s, of which it was paused for 213 ms.
       It is paused here, and all of it is in the file.
       Start it from the file where it is to run (memferry recv). Resume it here only if it will run nowhere else.
-    Warn: The guest has moved: 1.00 GiB in 2.50 s, of which it stood still for 301 ms.
-      It is at the destination and goes on there as it was. Here it is over.
-      Nothing at once. It stood still for longer than the 300 ms allowed: below is what that time went to.
-    Warn: The stream is complete: 1.00 GiB in 2.50 s, of which it stood still for 213 ms.
+    Warn: The guest has moved: 1.00 GiB in 2.50 s, of which it was paused for 301 ms.
+      It is at the destination and continues there as it was. Here it is over.
+      Nothing at once. It was paused for longer than the 300 ms allowed: below is what that time went to.
+    Warn: The stream is complete: 1.00 GiB in 2.50 s, of which it was paused for 213 ms.
       It is paused here, and all of it is in the file.
-      Start it from the file where it is to run (memferry recv). Resume it here only if it will run nowhere else. It stood still for longer than the 0 µs allowed: below is what that time went to.
+      Start it from the file where it is to run (memferry recv). Resume it here only if it will run nowhere else. It was paused for longer than the 0 µs allowed: below is what that time went to.
     Bad: The migration failed; the guest is at its source.
       It is at its source, whole, in the state that it had.
       Put right what is named above, then start it again. Nothing has to be cleaned up.
     Bad: The migration did not begin; the guest is at its source.
       It is at its source, whole, in the state that it had.
       Put right what is named above, then start it again. Nothing has to be cleaned up.
-    Warn: The migration was cancelled, and the guest goes on at its source.
+    Warn: The migration was cancelled, and the guest continues at its source.
       It is at its source, whole, in the state that it had.
       Nothing. It can be started again at any time.
-    Warn: The guest outran its limits: the migration gave up, and the guest goes on at its source.
+    Warn: The guest did not converge within its limits: the migration gave up, and the guest continues at its source.
       It is at its source, whole, in the state that it had.
       To move it all the same, allow more: a higher downtime_limit or max_bandwidth, a later deadline, steps in [convergence] on_stall, or on_deadline = "switch-over". Nothing has to be cleaned up.
     Bad: The guest was handed over, and nobody confirmed that it runs.
       It is paused here. It may run at the destination, 127.0.0.1:41234.
       Look at the destination. If the guest runs there, all is done: end it here. Only if it does not run there, and cannot start any more, resume it here.
-    Bad: The guest stands still at its source, and nobody runs it.
+    Bad: The guest is paused at its source, and nobody runs it.
       It is here, whole, and could not be resumed.
       Resume it here by its own means; then see why that failed.
-    Bad: The guest was not taken over.
+    Bad: The guest did not arrive.
       It does not run here. Its source has it: the report there says in what state.
       Put right what is named here, or at the source, then start both ends again.
     Warn: The migration was cancelled before the guest was here.
@@ -405,12 +405,12 @@ fn stories_say_what_happened_where_the_guest_is_and_what_to_do() {
 }
 
 #[test]
-fn a_guest_that_was_paused_for_nothing_stood_still_for_so_long() {
+fn a_guest_that_was_paused_for_nothing_says_for_how_long() {
     let mut scene = Scene::new(Ends::Source).ending(|ended| failed(ended, Phase::Failed, "disk full"));
     let paused = scene.account.series.first(Happened::Paused).unwrap();
     scene.account.enter(&Event::Resumed, paused + Duration::from_millis(420));
-    assert!(scene.story().contains("It stood still for 420 ms meanwhile."), "{}", scene.story());
-    assert!(scene.page().contains("the guest stood still"));
+    assert!(scene.story().contains("It was paused for 420 ms meanwhile."), "{}", scene.story());
+    assert!(scene.page().contains("the guest was paused"));
 }
 
 #[test]
@@ -433,7 +433,7 @@ fn what_comes_from_outside_stays_text() {
     account.status.peer = Some(evil.into());
     account.status.blocks.push(BlockFacts { id: evil.into(), bytes: 4096, page_size: 4096 });
     account.enter(&Event::Warning(evil.into()), Duration::from_secs(1));
-    let kind = TurnedAwayKind::Stranger;
+    let kind = TurnedAwayKind::Protocol;
     let away = Event::TurnedAway { kind, peer: evil.into(), why: evil.into(), count: 1 };
     account.enter(&away, Duration::from_secs(1));
     scene.configuration = evil.into();
@@ -443,7 +443,7 @@ fn what_comes_from_outside_stays_text() {
     assert!(shown.ends_with(r"</code>\u{202e}\u{7}\u{0}") && !page.contains('\u{202e}'));
     parsed(&page, |document| {
         let times = words(document.root_element()).matches(&shown).count();
-        assert_eq!(times, 7, "peer, error, block, warning, stranger twice, configuration");
+        assert_eq!(times, 7, "peer, error, block, warning, connection twice, configuration");
     });
 }
 
@@ -451,11 +451,11 @@ fn what_comes_from_outside_stays_text() {
 fn notices_are_bounded() {
     let mut scene = Scene::new(Ends::Destination);
     for _ in 0..250 {
-        let (kind, peer, why) = (TurnedAwayKind::Stranger, "stranger".into(), "no Hello".into());
+        let (kind, peer, why) = (TurnedAwayKind::Protocol, "a client".into(), "no Hello".into());
         scene.account.enter(&Event::TurnedAway { kind, peer, why, count: 1 }, Duration::ZERO);
     }
     let page = scene.page();
-    assert_eq!(page.matches("stranger was turned away: no Hello").count(), 100);
+    assert_eq!(page.matches("a client was turned away: no Hello").count(), 100);
     assert!(page.contains("And 150 more.") && page.contains("Nothing. Read the warnings below."));
 }
 
@@ -496,7 +496,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
     #[test]
-    fn a_page_can_be_made_of_anything_that_is_told(
+    fn a_page_can_be_made_of_anything_that_is_reported(
         events in proptest::collection::vec((an_event(), 0_u64..5_000_000), 0..60),
         role in proptest::sample::select(vec![Ends::Both, Ends::Source, Ends::Destination]),
     ) {

@@ -120,7 +120,7 @@ impl<'a> Course<'a> {
         flags.truncate(EXPLAINED);
         html! {
             @if !self.account.rounds.is_empty() { (chart::upright_key("round", "a round was sent")) }
-            @if self.paused().is_some() { (chart::key("paused", "the guest stood still")) }
+            @if self.paused().is_some() { (chart::key("paused", "the guest was paused")) }
             @for flag in flags {
                 span.key {
                     span class=(format!("number {}", flag.class)) { (flag.name) }

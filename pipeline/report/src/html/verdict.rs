@@ -67,8 +67,8 @@ pub(super) fn story(page: &Page<'_>) -> Story {
     if ended.is_some_and(|ended| ended.resume_failed) {
         return Story {
             tone: Tone::Bad,
-            headline: "The guest stands still at its source, and nobody runs it.".into(),
-            guest: format!("It is here, whole, and could not be resumed.{}", stood_still(page)),
+            headline: "The guest is paused at its source, and nobody runs it.".into(),
+            guest: format!("It is here, whole, and could not be resumed.{}", paused_meanwhile(page)),
             todo: "Resume it here by its own means; then see why that failed.".into(),
         };
     }
@@ -89,7 +89,7 @@ fn sent(page: &Page<'_>) -> Story {
             (format!("The stream was written and read back: {what}."), "It was started here from the file.", NOTHING)
         }
         (_, Some(After::Resume)) => {
-            (format!("The snapshot is complete: {what}."), "It goes on here, at its source.", NOTHING)
+            (format!("The snapshot is complete: {what}."), "It continues here, at its source.", NOTHING)
         }
         (_, Some(After::Pause)) => (
             format!("The stream is complete: {what}."),
@@ -98,18 +98,18 @@ fn sent(page: &Page<'_>) -> Story {
         ),
         (Ends::Both, None) => (
             format!("The guest has moved: {what}."),
-            "It is at its destination, which is in this program too, and goes on there as it was.",
+            "It is at its destination, which is in this program too, and continues there as it was.",
             NOTHING,
         ),
         (_, None) => (
             format!("The guest has moved: {what}."),
-            "It is at the destination and goes on there as it was. Here it is over.",
+            "It is at the destination and continues there as it was. Here it is over.",
             NOTHING,
         ),
     };
     let (tone, todo) = match over_limit(page) {
         Some(limit) => {
-            let slow = format!("It stood still for longer than the {limit} allowed: below is what that time went to.");
+            let slow = format!("It was paused for longer than the {limit} allowed: below is what that time went to.");
             (Tone::Warn, if todo == NOTHING { format!("Nothing at once. {slow}") } else { format!("{todo} {slow}") })
         }
         None => (Tone::Good, todo.to_owned()),
@@ -121,7 +121,7 @@ fn arrived(page: &Page<'_>) -> Story {
     Story {
         tone: Tone::Good,
         headline: format!("The guest has arrived: {}.", moved(page)),
-        guest: "It is here and goes on as it was at its source.".into(),
+        guest: "It is here and continues as it was at its source.".into(),
         todo: NOTHING.into(),
     }
 }
@@ -152,7 +152,7 @@ fn did_not_arrive(status: Phase) -> Story {
         ),
         _ => (
             Tone::Bad,
-            "The guest was not taken over.",
+            "The guest did not arrive.",
             "Put right what is named here, or at the source, then start both ends again.",
         ),
     };
@@ -178,13 +178,13 @@ fn cancelled(page: &Page<'_>) -> Story {
     let gave_up = page.account.decided.last().is_some_and(|decided| decided.decision == Decision::GiveUp);
     let (headline, todo) = if gave_up {
         (
-            "The guest outran its limits: the migration gave up, and the guest goes on at its source.",
+            "The guest did not converge within its limits: the migration gave up, and the guest continues at its source.",
             "To move it all the same, allow more: a higher downtime_limit or max_bandwidth, a later deadline, steps in \
              [convergence] on_stall, or on_deadline = \"switch-over\". Nothing has to be cleaned up.",
         )
     } else {
         (
-            "The migration was cancelled, and the guest goes on at its source.",
+            "The migration was cancelled, and the guest continues at its source.",
             "Nothing. It can be started again at any time.",
         )
     };
@@ -197,7 +197,7 @@ fn failed(page: &Page<'_>) -> Story {
         return Story {
             tone: Tone::Bad,
             headline: "The source was done, and the destination failed.".into(),
-            guest: "The source's part was complete; what was to go on at the destination does not.".into(),
+            guest: "The source's part was complete; what was to continue at the destination does not.".into(),
             todo: "See what the destination says went wrong. A file that was written is still there.".into(),
         };
     }
@@ -215,15 +215,15 @@ fn failed(page: &Page<'_>) -> Story {
 }
 
 fn at_source(page: &Page<'_>) -> String {
-    format!("It is at its source, whole, in the state that it had.{}", stood_still(page))
+    format!("It is at its source, whole, in the state that it had.{}", paused_meanwhile(page))
 }
 
 /// How long the guest was paused before it was resumed at the source, if it was.
-fn stood_still(page: &Page<'_>) -> String {
+fn paused_meanwhile(page: &Page<'_>) -> String {
     let series = &page.account.series;
     match (series.first(Happened::Paused), series.first(Happened::Resumed)) {
         (Some(paused), Some(resumed)) => {
-            format!(" It stood still for {} meanwhile.", human::time(resumed.saturating_sub(paused)))
+            format!(" It was paused for {} meanwhile.", human::time(resumed.saturating_sub(paused)))
         }
         _ => String::new(),
     }
@@ -234,9 +234,8 @@ fn moved(page: &Page<'_>) -> String {
     let report = page.report;
     let figure = |text: String| text.replace(' ', "\u{a0}");
     let [bytes, total] = [human::bytes(report.guest.bytes), ms(report.end.total_ms)].map(figure);
-    let still =
-        report.end.downtime_ms.map(|downtime| format!(", of which it stood still for {}", figure(ms(downtime))));
-    format!("{bytes} in {total}{}", still.unwrap_or_default())
+    let paused = report.end.downtime_ms.map(|downtime| format!(", of which it was paused for {}", figure(ms(downtime))));
+    format!("{bytes} in {total}{}", paused.unwrap_or_default())
 }
 
 /// The downtime limit, if the downtime was above it.
@@ -294,12 +293,12 @@ fn figures(page: &Page<'_>) -> Vec<Figure> {
     figures.push(verified(page));
     let bound = human::bytes(report.memory_bound_bytes);
     figures.push(plain("Engine's memory", human::bytes(report.end.memory_peak_bytes), format!("{bound} allowed")));
-    let spared = report.end.spared;
-    let spared_pages = spared.hinted + spared.unplugged + spared.ignored;
-    if spared_pages > 0 {
-        let [hinted, unplugged, ignored] = [spared.hinted, spared.unplugged, spared.ignored].map(human::count);
+    let excluded = report.end.excluded;
+    let excluded_pages = excluded.hinted + excluded.unplugged + excluded.ignored;
+    if excluded_pages > 0 {
+        let [hinted, unplugged, ignored] = [excluded.hinted, excluded.unplugged, excluded.ignored].map(human::count);
         let note = format!("pages: {hinted} hinted free, {unplugged} unplugged, {ignored} of ignored blocks");
-        figures.push(plain("Spared", human::count(spared_pages), note));
+        figures.push(plain("Excluded", human::count(excluded_pages), note));
     }
     figures
 }

@@ -55,7 +55,7 @@ fn scan(scanner: &Scanner, mirror: Mirror, syncs: u32) -> io::Result<Mirror> {
             if sync > 0 {
                 scanner.sync()?;
             }
-            hand_over(scanner, &to_lane)
+            scan_into(scanner, &to_lane)
         });
         drop(to_lane);
         let mirror = lane.join().expect("the lane does not panic");
@@ -63,7 +63,7 @@ fn scan(scanner: &Scanner, mirror: Mirror, syncs: u32) -> io::Result<Mirror> {
     })
 }
 
-fn hand_over(scanner: &Scanner, to_lane: &SyncSender<Taken>) -> io::Result<()> {
+fn scan_into(scanner: &Scanner, to_lane: &SyncSender<Taken>) -> io::Result<()> {
     for at in scanner.dirty.extents() {
         if let Some(taken) = scanner.take(at)? {
             to_lane.send(taken).map_err(|_| io::Error::other("the lane has failed"))?;

@@ -54,20 +54,20 @@ fn punch_file(file: &File, bytes: Range<u64>) {
 struct MappedGuest {
     blocks: Vec<Arc<MappedMemory>>,
     files: Vec<File>,
-    tell: Option<Arc<dyn DirtyLog>>,
-    tell_of_holes: Vec<Arc<dyn DirtyLog>>,
+    notify: Option<Arc<dyn DirtyLog>>,
+    notify_of_holes: Vec<Arc<dyn DirtyLog>>,
 }
 
 impl Writer for MappedGuest {
     fn store(&self, block: u32, offset: usize, bytes: &[u8]) {
         self.blocks[block as usize].store(offset, bytes);
         let page = offset as u64 / 4096;
-        self.tell.iter().for_each(|log| log.mark(block, page..page + 1));
+        self.notify.iter().for_each(|log| log.mark(block, page..page + 1));
     }
 
     fn punch(&self, block: u32, pages: Range<u64>) -> bool {
         discard(&self.blocks[block as usize], self.files.get(block as usize), pages.clone());
-        self.tell_of_holes.iter().for_each(|log| log.mark(block, pages.clone()));
+        self.notify_of_holes.iter().for_each(|log| log.mark(block, pages.clone()));
         true
     }
 
@@ -76,7 +76,7 @@ impl Writer for MappedGuest {
             Some(file) => file.write_all_at(bytes, offset as u64).is_ok(),
             None => {
                 self.blocks[block as usize].store(offset, bytes);
-                self.tell.is_some()
+                self.notify.is_some()
             }
         }
     }
@@ -86,8 +86,12 @@ fn software() -> Subject {
     let blocks = anonymous();
     let memory = mapped(&blocks, PageSize::DEFAULT);
     let log: Arc<dyn DirtyLog> = Arc::new(SoftwareLog::new(memory.layout()));
-    let (tell, tell_of_holes) = (Some(log.clone()), vec![log.clone()]);
-    Subject { memory, logs: vec![log], writer: Arc::new(MappedGuest { blocks, files: vec![], tell, tell_of_holes }) }
+    let (notify, notify_of_holes) = (Some(log.clone()), vec![log.clone()]);
+    Subject {
+        memory,
+        logs: vec![log],
+        writer: Arc::new(MappedGuest { blocks, files: vec![], notify, notify_of_holes }),
+    }
 }
 
 fn userfault(shared: bool) -> Subject {
@@ -95,8 +99,8 @@ fn userfault(shared: bool) -> Subject {
     let memory = mapped(&blocks, PageSize::DEFAULT);
     let followed = blocks.iter().cloned().enumerate().map(|(index, block)| (u32::try_from(index).unwrap(), block));
     let log: Arc<dyn DirtyLog> = Arc::new(UserfaultLog::new(memory.layout(), followed.collect()));
-    let tell_of_holes = vec![log.clone()];
-    Subject { memory, logs: vec![log], writer: Arc::new(MappedGuest { blocks, files, tell: None, tell_of_holes }) }
+    let notify_of_holes = vec![log.clone()];
+    Subject { memory, logs: vec![log], writer: Arc::new(MappedGuest { blocks, files, notify: None, notify_of_holes }) }
 }
 
 fn memfds() -> (Vec<Arc<MappedMemory>>, Vec<File>) {
@@ -112,7 +116,7 @@ fn hash(page_size: u64) -> Subject {
     let blocks = anonymous();
     let memory = mapped(&blocks, PageSize::new(page_size).unwrap());
     let log: Arc<dyn DirtyLog> = Arc::new(HashLog::new(memory.clone()));
-    let writer = MappedGuest { blocks, files: vec![], tell: None, tell_of_holes: vec![] };
+    let writer = MappedGuest { blocks, files: vec![], notify: None, notify_of_holes: vec![] };
     Subject { memory, logs: vec![log], writer: Arc::new(writer) }
 }
 

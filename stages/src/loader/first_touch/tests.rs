@@ -72,7 +72,7 @@ impl Memory for Touched {
 struct Bed {
     memory: GuestMemory,
     touched: Arc<Touched>,
-    held: DirtyBitmap,
+    received: DirtyBitmap,
     first_touch: FirstTouch,
 }
 
@@ -82,15 +82,15 @@ impl Bed {
         let info = BlockInfo::new("ram", pages * 4096);
         let block = RamBlock { info, memory: touched.clone(), fresh: true };
         let memory = GuestMemory::new(PageSize::DEFAULT, vec![block]).unwrap();
-        let held = DirtyBitmap::empty(memory.layout());
-        Self { memory, touched, held, first_touch: FirstTouch::default() }
+        let received = DirtyBitmap::empty(memory.layout());
+        Self { memory, touched, received, first_touch: FirstTouch::default() }
     }
 
     /// Pages of an extent come and are written. Returns the calls.
     fn come(&mut self, extent: u32, mask: u64) -> Vec<Asked> {
         let at = ExtentAt { block: 0, extent };
-        self.first_touch.prepare(&self.memory, &self.held, at, mask);
-        self.held.set_mask(at, mask);
+        self.first_touch.prepare(&self.memory, &self.received, at, mask);
+        self.received.set_mask(at, mask);
         std::mem::take(&mut self.touched.asked.lock().unwrap())
     }
 }

@@ -56,7 +56,7 @@ impl Running {
 }
 
 /// Lets every task run until none can continue.
-async fn settle() {
+async fn run_all() {
     for _ in 0..200 {
         yield_now().await;
     }
@@ -125,7 +125,7 @@ async fn a_stalled_writer_holds_exactly_a_gathering_and_a_full_queue() {
             }
         }
     });
-    settle().await;
+    run_all().await;
     producer.abort();
     assert!(producer.await.unwrap_err().is_cancelled());
     wire.set_room(usize::MAX);
@@ -140,10 +140,10 @@ async fn a_stalled_writer_holds_exactly_a_gathering_and_a_full_queue() {
 async fn control_comes_behind_the_frame_that_was_begun_and_before_all_others() {
     let wire = Wire::stalling(10);
     let running = start(&wire, 4, vec![frame(b'a', 64), frame(b'b', 64), frame(b'c', 64), switchover(0)]).await;
-    settle().await;
+    run_all().await;
     running.control.put(Control::Frame(Bytes::from_static(&[b'!'; 16]))).await.unwrap();
     running.control.put(Control::Frame(Bytes::from_static(&[b'?'; 16]))).await.unwrap();
-    settle().await;
+    run_all().await;
     assert_eq!(written(&wire), [(b'a', 10)]);
     wire.set_room(usize::MAX);
     assert_eq!(running.sent.next().await, Some(Sent::Switchover { lane: 0 }));
@@ -156,9 +156,9 @@ async fn control_needs_no_bulk_and_outlives_it() {
     let wire = Wire::open();
     let Running { control, bulk, sent: _sent, task, .. } = start(&wire, 4, vec![frame(b'a', 8)]).await;
     drop(bulk);
-    settle().await;
+    run_all().await;
     control.put(Control::Frame(Bytes::from_static(b"!!"))).await.unwrap();
-    settle().await;
+    run_all().await;
     assert_eq!(written(&wire), [(b'a', 8), (b'!', 2)]);
     assert!(!wire.look().shut_down);
     control.put(Control::Finish).await.unwrap();
@@ -170,7 +170,7 @@ async fn control_needs_no_bulk_and_outlives_it() {
 async fn finish_ends_the_frame_that_was_begun_and_drops_what_is_queued() {
     let wire = Wire::stalling(10);
     let running = start(&wire, 4, vec![frame(b'a', 64), frame(b'b', 64), switchover(0)]).await;
-    settle().await;
+    run_all().await;
     running.control.put(Control::Frame(Bytes::from_static(b"!"))).await.unwrap();
     wire.set_room(usize::MAX);
     running.finish().await.unwrap();
@@ -209,10 +209,10 @@ async fn a_sender_that_nobody_listens_to_still_says_its_last_word() {
 async fn a_mark_is_reported_when_the_last_byte_of_its_frame_is_written() {
     let wire = Wire::stalling(8 + 15);
     let running = start(&wire, 4, vec![frame(b'a', 8), round_complete(0, 1, 16)]).await;
-    settle().await;
+    run_all().await;
     assert_eq!(running.sent.try_next(), None);
     wire.set_room(1);
-    settle().await;
+    run_all().await;
     assert_eq!(running.sent.try_next(), completed(0, 1));
     assert!(wire.look().flushes.is_empty(), "a socket needs no flush");
     running.finish().await.unwrap();
@@ -222,13 +222,13 @@ async fn a_mark_is_reported_when_the_last_byte_of_its_frame_is_written() {
 async fn durable_rounds_are_flushed_once_and_reported_after_it() {
     let wire = Wire::open();
     let running = start_with(&wire, 8, vec![round_complete(0, 1, 4)], None, Some(2)).await;
-    settle().await;
+    run_all().await;
     assert_eq!((running.sent.try_next(), wire.look().flushes.len()), (None, 0));
     // Lane 0 runs ahead by a round; lane 1 then ends the first.
     running.bulk.put(round_complete(0, 2, 4)).await.unwrap();
     running.bulk.put(switchover(0)).await.unwrap();
     running.bulk.put(round_complete(1, 1, 4)).await.unwrap();
-    settle().await;
+    run_all().await;
     assert_eq!(wire.look().flushes, [13]);
     let reports = || running.sent.try_next();
     assert_eq!(
@@ -238,7 +238,7 @@ async fn durable_rounds_are_flushed_once_and_reported_after_it() {
     assert_eq!([reports(), reports()], [completed(1, 1), None]);
     running.bulk.put(round_complete(1, 2, 4)).await.unwrap();
     running.bulk.put(switchover(1)).await.unwrap();
-    settle().await;
+    run_all().await;
     assert_eq!(wire.look().flushes, [13, 18]);
     assert_eq!([reports(), reports()], [completed(1, 2), Some(Sent::Switchover { lane: 1 })]);
     running.finish().await.unwrap();
@@ -256,7 +256,7 @@ async fn bulk_is_held_to_the_cap_and_control_is_not() {
     // Control does not wait a minute for the rest of the frame: that goes at once, and what follows pays for it.
     let start = tokio::time::Instant::now();
     running.control.put(Control::Frame(Bytes::from_static(b"!"))).await.unwrap();
-    settle().await;
+    run_all().await;
     assert!(start.elapsed().is_zero());
     assert_eq!(written(&wire), [(b'a', (256 << 10) + 16), (b'!', 1)]);
     let debt = Duration::from_secs((256 << 10) / 4096 - 10);
@@ -272,7 +272,7 @@ async fn control_is_charged_to_the_cap() {
     let wire = Wire::open();
     let running = start_with(&wire, 4, Vec::new(), Some(Arc::new(TokenBucket::new(4096))), None).await;
     running.control.put(Control::Frame(vec![b'!'; 8192].into())).await.unwrap();
-    settle().await;
+    run_all().await;
     running.bulk.put(frame(b'a', 4096)).await.unwrap();
     tokio::time::sleep(Duration::from_millis(1900)).await;
     assert_eq!(written(&wire), [(b'!', 8192)]);
@@ -288,19 +288,19 @@ async fn a_cap_that_is_set_in_the_middle_holds_from_the_next_write_on() {
     let wire = Wire::stalling(1000);
     let frames = vec![large_frame(b'a', 256 << 10), large_frame(b'b', 256 << 10)];
     let _running = start_with(&wire, 4, frames, Some(bucket.clone()), None).await;
-    settle().await;
+    run_all().await;
     assert_eq!(wire.look().bytes.len(), 1000);
     bucket.set_rate(Some(4096));
     // The write that was begun without a cap is of as much as the wire takes.
     wire.set_room(500);
-    settle().await;
+    run_all().await;
     assert_eq!(wire.look().bytes.len(), 1500);
     wire.set_room(usize::MAX);
     tokio::time::sleep(Duration::from_secs(10)).await;
     let bytes = wire.look().bytes.len() - 1500;
     assert!(bytes.abs_diff(40960) <= 100, "{bytes} bytes in 10 s at 4096 B/s");
     bucket.set_rate(None);
-    settle().await;
+    run_all().await;
     assert_eq!(wire.look().bytes.len(), 2 * ((256 << 10) + 16));
 }
 

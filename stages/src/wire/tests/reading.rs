@@ -120,7 +120,7 @@ fn an_error_of_the_transport_says_where() {
 }
 
 #[test]
-fn the_page_size_that_hello_told_bounds_what_follows() {
+fn the_page_size_of_hello_bounds_what_follows() {
     let big = PageSize::new(65536).unwrap();
     let head = FrameHead { kind: 4, must_understand: true, lane: 0, length: 1 << 20 }.to_bytes();
     let read = |page_size| {

@@ -199,7 +199,7 @@ fn groups() {
     };
     let (raw, grouped) = ((PageEncoding::Raw, 4096), (PageEncoding::Grouped, 0));
     let first = |bytes| (PageEncoding::Lz4, bytes);
-    let alone = "page 64 of block 0 is said to be in a group, and no compressed page came before it";
+    let alone = "page 64 of block 0 is marked as part of a group, and no compressed page came before it";
     assert_eq!(refusal(&[grouped]), Err(alone.into()));
     assert_eq!(refusal(&[raw, grouped]), Err(alone.replace("64", "65")));
     assert_eq!(refusal(&[(PageEncoding::Xbzrle, 9), grouped]), Err(alone.replace("64", "65")));

@@ -9,7 +9,7 @@ use std::time::Duration;
 use memferry_stages::geometry::BlockInfo;
 use memferry_stages::memory::GuestMemory;
 
-use super::image::{change_while_still, changes};
+use super::image::{change_while_paused, changes};
 use super::witness::what_is_wrong;
 use super::{Breach, Guest, GuestBuilder, SourceGuest, Subject, contract};
 use crate::guest::{DestinationGuest, GuestError, GuestState, RunState, StateSection};
@@ -17,8 +17,8 @@ use crate::guest::{DestinationGuest, GuestError, GuestState, RunState, StateSect
 /// How long a call may take before it counts as one that never returns.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-const IGNORED: &str = "a block is ignored where both ends have its memory, whatever a peer says";
-const THROTTLED: &str = "a guest that is throttled is held back and goes on";
+const IGNORED: &str = "a block is ignored where both ends have its memory, whatever a peer sends";
+const THROTTLED: &str = "a guest that is throttled slows down and continues";
 
 /// A guest under test.
 pub(super) struct Trial<G: ?Sized> {
@@ -94,7 +94,9 @@ impl<G: SourceGuest + 'static> Trial<G> {
     pub(super) fn is(&self, expected: RunState) -> Result<(), Breach> {
         match self.guest.run_state() {
             state if state == expected => Ok(()),
-            state => Err(self.breach(contract::RUN_STATE, format_args!("it says {state:?} where it is {expected:?}"))),
+            state => {
+                Err(self.breach(contract::RUN_STATE, format_args!("it reports {state:?} where it is {expected:?}")))
+            }
         }
     }
 
@@ -108,8 +110,8 @@ impl<G: SourceGuest + 'static> Trial<G> {
     }
 
     /// It does not run: memory does not change.
-    pub(super) fn stands_still(&self, contract: &'static str) -> Result<(), Breach> {
-        match change_while_still(&self.guest.memory()) {
+    pub(super) fn stays_paused(&self, contract: &'static str) -> Result<(), Breach> {
+        match change_while_paused(&self.guest.memory()) {
             Ok(None) => Ok(()),
             Ok(Some(change)) => Err(self.breach(contract, change.words("at first", "a little later"))),
             Err(error) => Err(self.breach(contract::RETURNS, format_args!("its memory cannot be read: {error}"))),
@@ -118,7 +120,7 @@ impl<G: SourceGuest + 'static> Trial<G> {
 
     /// Its own check finds no error.
     pub(super) fn examine<S: Subject<Guest = G>>(&self, subject: &S) -> Result<(), Breach> {
-        subject.examine(&self.guest).map_err(|why| self.breach(contract::ITSELF, format_args!("it says: {why}")))
+        subject.examine(&self.guest).map_err(|why| self.breach(contract::ITSELF, format_args!("it reports: {why}")))
     }
 }
 
@@ -126,23 +128,23 @@ impl<G: SourceGuest + 'static> Trial<G> {
 pub(super) fn pausing<S: Subject>(subject: &S) -> Result<(), Breach> {
     let trial = Trial::source("pausing", subject)?;
     trial.pause()?;
-    trial.stands_still(contract::STILL)?;
+    trial.stays_paused(contract::PAUSED)?;
     let saved = trial.save()?;
-    trial.stands_still(contract::STILL_AFTER_SAVE)?;
+    trial.stays_paused(contract::PAUSED_AFTER_SAVE)?;
     let again = trial.save()?;
     let differs = |why| trial.breach(contract::STATE, format_args!("the second time, {why}"));
     subject.same_state(&saved, &again).map_err(differs)?;
     trial.resume()?;
-    trial.writes(contract::GOES_ON)?;
+    trial.writes(contract::CONTINUES)?;
     // The calls that follow a pause that failed before it had paused anything.
     trial.resume()?;
-    trial.writes(contract::GOES_ON)?;
+    trial.writes(contract::CONTINUES)?;
     for _ in 0..5 {
         trial.pause()?;
-        trial.stands_still(contract::STILL)?;
+        trial.stays_paused(contract::PAUSED)?;
         trial.resume()?;
     }
-    trial.writes(contract::GOES_ON)?;
+    trial.writes(contract::CONTINUES)?;
     trial.examine(subject)
 }
 
@@ -157,7 +159,7 @@ pub(super) fn throttling<S: Subject>(subject: &S) -> Result<(), Breach> {
         let guest = trial.guest.clone();
         let beside = thread::spawn(move || guest.throttle(percent));
         trial.pause()?;
-        trial.stands_still(contract::STILL)?;
+        trial.stays_paused(contract::PAUSED)?;
         trial.resume()?;
         if !matches!(beside.join(), Ok(Ok(()))) {
             let seen = format_args!("throttle({percent}) beside pause failed, though throttle(80) had not");
@@ -195,7 +197,7 @@ pub(super) fn strange_peers<S: Subject>(subject: &S) -> Result<(), Breach> {
         let guest = source.call("build", move |_| builder.build(page_size, &blocks, &setup))?;
         let destination = Trial { case: source.case, guest };
         let _either_way = destination.try_call("prepare", move |guest| guest.prepare(&state))?;
-        destination.stands_still(contract::NOT_STARTED)?;
+        destination.stays_paused(contract::NOT_STARTED)?;
     }
     Ok(())
 }

@@ -74,7 +74,7 @@ impl Difference {
 }
 
 /// Watches memory in which nothing may change. Returns the first page that changes.
-pub(super) fn change_while_still(memory: &GuestMemory) -> io::Result<Option<Difference>> {
+pub(super) fn change_while_paused(memory: &GuestMemory) -> io::Result<Option<Difference>> {
     let before = Image::of(memory)?;
     thread::sleep(WATCHED);
     Ok(before.first_difference(&Image::of(memory)?))

@@ -52,7 +52,7 @@ use std::sync::Arc;
 
 use super::{DestinationGuest, Guest, GuestBuilder, GuestState, SourceGuest};
 
-const BUILT: &str = "what build has built is what came, zero wherever it is said to be fresh";
+const BUILT: &str = "what build has built is what came, zero wherever it is reported as fresh";
 
 /// The guests under test. They should have some MiB of memory: all of it is read often.
 pub trait Subject {
@@ -115,13 +115,13 @@ pub fn check<S: Subject>(subject: &S) -> Result<(), Breach> {
 /// The contracts that several cases check.
 mod contract {
     pub(super) const BUSY: &str = "the source of the subject runs and never stops writing memory";
-    pub(super) const STILL: &str = "once pause has returned, nothing writes guest memory until resume";
-    pub(super) const STILL_AFTER_SAVE: &str = "once save has returned, nothing writes guest memory until resume";
-    pub(super) const GOES_ON: &str = "a guest that was resumed goes on where it stood";
-    pub(super) const RUN_STATE: &str = "run_state says whether the guest runs";
+    pub(super) const PAUSED: &str = "once pause has returned, nothing writes guest memory until resume";
+    pub(super) const PAUSED_AFTER_SAVE: &str = "once save has returned, nothing writes guest memory until resume";
+    pub(super) const CONTINUES: &str = "a guest that was resumed continues where it was";
+    pub(super) const RUN_STATE: &str = "run_state reports whether the guest runs";
     pub(super) const RETURNS: &str = "a call returns, without an error where there is no cause for one";
     pub(super) const STATE: &str =
-        "saving says all that a guest is besides its memory, and says it again when asked again";
+        "saving reports all that a guest is besides its memory, and reports it again when asked again";
     pub(super) const NOT_STARTED: &str = "nothing runs at a destination before start";
     pub(super) const ITSELF: &str = "a guest finds nothing wrong with itself";
 }

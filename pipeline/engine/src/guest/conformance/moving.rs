@@ -22,7 +22,7 @@ const LOGS_SAVE: &str = "the dirty logs see what save writes";
 const MOVES: &str = "a guest with a right peer is moved";
 const NO_LONGER_HERE: &str = "a guest that was handed over stays paused at its source";
 const STARTS_AS_IT_WAS: &str = "start runs the guest if it ran, and leaves it paused if it was";
-const SURVIVES: &str = "a source goes on as it was when a migration ends before Go";
+const SURVIVES: &str = "a source continues as it was when a migration ends before Go";
 
 /// The failure that is provoked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,11 +55,11 @@ pub(super) fn paused<S: Subject>(subject: &S) -> Result<(), Breach> {
     if destination.guest.run_state() == RunState::Running {
         return Err(destination.breach(STARTS_AS_IT_WAS, "it runs, though it was paused at its source"));
     }
-    destination.stands_still(STARTS_AS_IT_WAS)?;
+    destination.stays_paused(STARTS_AS_IT_WAS)?;
     let (left, arrived) = (moved.left.seen().state.take().unwrap_or_default(), destination.save()?);
     subject.same_state(&left, &arrived).map_err(|why| destination.breach(contract::STATE, why))?;
     destination.resume()?;
-    destination.writes(contract::GOES_ON)?;
+    destination.writes(contract::CONTINUES)?;
     destination.examine(subject)
 }
 
@@ -85,7 +85,7 @@ fn move_running<S: Subject>(subject: &S, source: &Trial<S::Guest>) -> Result<(),
     let moved = migrate(source.guest.clone(), subject.destination(), Trouble::Nothing);
     let destination = arrives(source.case, &moved)?;
     source.is(RunState::Paused)?;
-    source.stands_still(NO_LONGER_HERE)?;
+    source.stays_paused(NO_LONGER_HERE)?;
     destination.is(RunState::Running)?;
     destination.writes(STARTS_AS_IT_WAS)?;
     destination.examine(subject)
@@ -106,7 +106,7 @@ fn arrives<G: SourceGuest + 'static>(case: &'static str, moved: &Moved<G>) -> Re
     }
     let differs = |one: &Option<Image>, other: &Option<Image>| one.as_ref()?.first_difference(other.as_ref()?);
     if let Some(change) = differs(&left.saved, &left.committed) {
-        return breach(contract::STILL_AFTER_SAVE, change.words("when save returned", "before the hand-over"));
+        return breach(contract::PAUSED_AFTER_SAVE, change.words("when save returned", "before the handover"));
     }
     let Some(lost) = differs(&left.committed, &arrived.loaded) else {
         return Ok(Trial { case, guest: guest.clone() });
@@ -147,7 +147,7 @@ fn stays_down<G: SourceGuest + 'static>(case: &'static str, seen: &Arrived<G>) -
         return Ok(());
     }
     destination.is(RunState::Paused)?;
-    destination.stands_still(contract::NOT_STARTED)
+    destination.stays_paused(contract::NOT_STARTED)
 }
 
 fn failure<G>(moved: &Moved<G>) -> String {

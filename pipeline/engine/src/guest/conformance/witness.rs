@@ -176,7 +176,7 @@ impl<G: DestinationGuest + SourceGuest> DestinationGuest for Arriving<G> {
         held(&self.seen).loaded = Image::of(&self.guest.memory()).ok();
         self.guest.prepare(state)?;
         held(&self.seen).prepared = Some(self.guest.run_state());
-        if self.refuses { Err(GuestError("told by the conformance kit to refuse".into())) } else { Ok(()) }
+        if self.refuses { Err(GuestError("the conformance kit makes this call fail".into())) } else { Ok(()) }
     }
 
     fn start(&self, run_state: RunState) -> Result<(), GuestError> {
@@ -197,5 +197,5 @@ pub(super) fn what_is_wrong(memory: &GuestMemory, page_size: PageSize, blocks: &
     let image = Image::of(memory).ok()?;
     let fresh = (0..).zip(memory.blocks()).filter(|(_, block)| block.fresh);
     let not_zero = fresh.filter_map(|(index, _)| image.first_not_zero(index)).next()?;
-    Some(format!("{not_zero} is not zero, though its block says that it is fresh"))
+    Some(format!("{not_zero} is not zero, though its block is reported as fresh"))
 }

@@ -27,7 +27,7 @@ pub(in crate::migration) enum Input {
     /// A lane has loaded its last frame. This number of frames is loaded by now, in all lanes.
     LaneOver { frames: u64 },
     /// The source sent a message besides state and digests.
-    Said(Message),
+    Received(Message),
     /// Every connection has ended at a frame boundary, and everything received is loaded.
     StreamEnded,
     /// The digests are compared.
@@ -77,7 +77,7 @@ pub(in crate::migration) enum Action {
     /// Apply the device state to the guest. Answer: [`Input::Prepared`].
     Prepare,
     /// Send a message.
-    Say(Message),
+    Send(Message),
     /// Start the guest. Answer: [`Input::Started`].
     Start(RunState),
     /// Find out why a stage failed. Answer: [`Input::Failed`].
@@ -195,21 +195,25 @@ impl Course for DestinationCourse {
                 arrival.lanes_left -= 1;
                 self.lane_over(now)
             }
-            (Input::Said(Message::End { run_state, frames }), State::Loading(arrival)) if arrival.end.is_none() => {
+            (Input::Received(Message::End { run_state, frames }), State::Loading(arrival)) if arrival.end.is_none() => {
                 arrival.end = Some((run_state, frames));
                 self.loaded(now)
             }
             (Input::StreamEnded, &mut State::ReachingEnd(arrival, run_state)) => self.compare(arrival, run_state, now),
             (Input::StreamEnded, _) => self.over(Err(ended_early())),
-            (Input::Said(message), State::ReachingEnd(..)) => self.over(Err(behind_the_end(&message))),
-            (Input::Said(message), _) => self.over(Err(unwelcome(message))),
+            (Input::Received(message), State::ReachingEnd(..)) => self.over(Err(behind_the_end(&message))),
+            (Input::Received(message), _) => self.over(Err(unwelcome(message))),
             (Input::Compared { equal }, &mut State::Comparing { return_path, run_state, began }) => {
                 self.parts.verify = now.saturating_sub(began);
                 self.verified = Some(equal);
                 if equal { self.prepare(return_path, run_state) } else { vec![Action::NameStretch] }
             }
             (Input::Prepared, &mut State::Preparing { return_path, run_state }) => {
-                if return_path { self.report_loaded(now) } else { self.start(run_state, false, now) }
+                if return_path {
+                    self.report_loaded(now)
+                } else {
+                    self.start(run_state, false, now)
+                }
             }
             (input, state) => {
                 let what = format!("{input:?} where the destination is {state:?}");
@@ -260,7 +264,8 @@ impl DestinationCourse {
 
     /// Goes on once the end mark and every lane's last frame have arrived.
     fn loaded(&mut self, now: Duration) -> Vec<Action> {
-        let State::Loading(arrival @ Arrival { lanes_left: 0, end: Some((run_state, expected)), .. }) = self.state else {
+        let State::Loading(arrival @ Arrival { lanes_left: 0, end: Some((run_state, expected)), .. }) = self.state
+        else {
             return Vec::new();
         };
         if arrival.frames != expected {
@@ -294,12 +299,12 @@ impl DestinationCourse {
     /// From here on this end waits for Go or the end.
     fn report_loaded(&mut self, now: Duration) -> Vec<Action> {
         self.state = State::AwaitingGo { give_up: now + self.handover_timeout };
-        vec![Action::Say(Message::Loaded { verified: self.verified == Some(true) })]
+        vec![Action::Send(Message::Loaded { verified: self.verified == Some(true) })]
     }
 
     fn awaiting_go(&mut self, input: Input, now: Duration) -> Vec<Action> {
         let happening = match input {
-            Input::Said(message) => Happening::Said(message),
+            Input::Received(message) => Happening::Received(message),
             Input::StreamEnded => Happening::Lost(Loss::Closed(Role::Source)),
             Input::Cancel => Happening::Cancel,
             Input::Failed(MigrationError::Silent(silence)) => Happening::Lost(Loss::Silent(silence)),
@@ -335,7 +340,7 @@ impl DestinationCourse {
             Err(error) => Message::StartFailed(error.to_string().into()),
         };
         self.over(result);
-        vec![Action::Say(answer)]
+        vec![Action::Send(answer)]
     }
 }
 
@@ -351,6 +356,6 @@ fn behind_the_end(message: &Message) -> MigrationError {
 fn unwelcome(message: Message) -> MigrationError {
     match message {
         Message::Abort(why) => MigrationError::GivenUp { peer: Role::Source, why },
-        other => MigrationError::Protocol(format!("{} came out of turn", other.kind().name())),
+        other => MigrationError::Protocol(format!("unexpected message: {}", other.kind().name())),
     }
 }

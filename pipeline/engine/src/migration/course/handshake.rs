@@ -56,8 +56,8 @@ pub enum HandoverError {
     #[error("the destination says that it started the guest before it was told to")]
     StartedBeforeGo,
     /// It sent this message, which is unexpected here.
-    #[error("the destination sent {0} out of turn")]
-    OutOfTurn(Kind),
+    #[error("the destination sent an unexpected message: {0}")]
+    UnexpectedMessage(Kind),
     /// It sent this message where only Running, or a reason, can follow.
     #[error("the destination sent {0} instead of Running")]
     NotRunning(Kind),
@@ -82,7 +82,7 @@ pub enum HandoverError {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Happening {
     /// The peer sent a message.
-    Said(Message),
+    Received(Message),
     /// The connection is lost.
     Lost(Loss),
     /// The operator cancelled.
@@ -139,17 +139,17 @@ impl SourceHandshake {
 fn before_go(verify: bool, happening: Happening) -> SourceStep {
     let failed = |why| SourceStep::End(Verdict::Failed(why));
     match happening {
-        Happening::Said(Message::Loaded { verified }) if verified || !verify => SourceStep::HandOver,
-        Happening::Said(Message::Loaded { .. }) => failed(HandoverError::NotVerified),
-        Happening::Said(Message::Progress(_) | Message::Heartbeat(_)) => SourceStep::Wait,
-        Happening::Said(hashes @ Message::PageHashes { .. }) => SourceStep::NamePage(hashes),
-        Happening::Said(Message::Refused(why)) => failed(HandoverError::Refused(why)),
-        Happening::Said(Message::Abort(why)) => failed(HandoverError::GivenUp(why)),
+        Happening::Received(Message::Loaded { verified }) if verified || !verify => SourceStep::HandOver,
+        Happening::Received(Message::Loaded { .. }) => failed(HandoverError::NotVerified),
+        Happening::Received(Message::Progress(_) | Message::Heartbeat(_)) => SourceStep::Wait,
+        Happening::Received(hashes @ Message::PageHashes { .. }) => SourceStep::NamePage(hashes),
+        Happening::Received(Message::Refused(why)) => failed(HandoverError::Refused(why)),
+        Happening::Received(Message::Abort(why)) => failed(HandoverError::GivenUp(why)),
         // It runs without Go: resuming here could make two guests run.
-        Happening::Said(Message::Running | Message::StartFailed(_)) => {
+        Happening::Received(Message::Running | Message::StartFailed(_)) => {
             SourceStep::End(Verdict::Unconfirmed(HandoverError::StartedBeforeGo))
         }
-        Happening::Said(other) => failed(HandoverError::OutOfTurn(other.kind())),
+        Happening::Received(other) => failed(HandoverError::UnexpectedMessage(other.kind())),
         Happening::Lost(loss) => failed(HandoverError::LostBeforeGo(loss)),
         Happening::TimedOut => failed(HandoverError::NotLoadedInTime),
         Happening::Broke(why) => failed(HandoverError::Broke(why)),
@@ -160,13 +160,13 @@ fn before_go(verify: bool, happening: Happening) -> SourceStep {
 fn after_go(happening: Happening) -> SourceStep {
     let unknown = |why| SourceStep::End(Verdict::Unconfirmed(why));
     match happening {
-        Happening::Said(Message::Running) => SourceStep::End(Verdict::Completed),
-        Happening::Said(Message::Refused(why) | Message::Abort(why)) => {
+        Happening::Received(Message::Running) => SourceStep::End(Verdict::Completed),
+        Happening::Received(Message::Refused(why) | Message::Abort(why)) => {
             SourceStep::End(Verdict::Failed(HandoverError::NotStarted(why)))
         }
-        Happening::Said(Message::StartFailed(why)) => unknown(HandoverError::StartFailed(why)),
-        Happening::Said(Message::Progress(_) | Message::Heartbeat(_)) => SourceStep::Wait,
-        Happening::Said(other) => unknown(HandoverError::NotRunning(other.kind())),
+        Happening::Received(Message::StartFailed(why)) => unknown(HandoverError::StartFailed(why)),
+        Happening::Received(Message::Progress(_) | Message::Heartbeat(_)) => SourceStep::Wait,
+        Happening::Received(other) => unknown(HandoverError::NotRunning(other.kind())),
         Happening::Lost(loss) => unknown(HandoverError::LostAfterGo(loss)),
         Happening::TimedOut => unknown(HandoverError::NotConfirmedInTime),
         Happening::Broke(why) => unknown(HandoverError::Broke(why)),
@@ -214,10 +214,10 @@ pub enum NotStarted {
 pub fn awaiting_go(happening: Happening) -> DestinationStep {
     let end = DestinationStep::End;
     match happening {
-        Happening::Said(Message::Go(run_state)) => DestinationStep::Start(run_state),
-        Happening::Said(Message::Heartbeat(_)) => DestinationStep::Wait,
-        Happening::Said(Message::Abort(why)) => end(NotStarted::GivenUp(why)),
-        Happening::Said(other) => end(NotStarted::NotGo(other.kind())),
+        Happening::Received(Message::Go(run_state)) => DestinationStep::Start(run_state),
+        Happening::Received(Message::Heartbeat(_)) => DestinationStep::Wait,
+        Happening::Received(Message::Abort(why)) => end(NotStarted::GivenUp(why)),
+        Happening::Received(other) => end(NotStarted::NotGo(other.kind())),
         Happening::Lost(loss) => end(NotStarted::LostBeforeGo(loss)),
         Happening::TimedOut => end(NotStarted::TimedOut),
         Happening::Broke(why) => end(NotStarted::Broke(why)),
@@ -240,7 +240,7 @@ mod tests {
             Message::StartFailed("broken".into()),
             Message::Go(RunState::Running),
         ];
-        let mut all: Vec<_> = said.into_iter().map(Happening::Said).collect();
+        let mut all: Vec<_> = said.into_iter().map(Happening::Received).collect();
         all.extend([
             Happening::Lost(Loss::ReaderEnded),
             Happening::Cancel,
@@ -316,11 +316,11 @@ mod tests {
                 match action {
                     0 if !next.to_source.is_empty() => {
                         let message = next.to_source.remove(0);
-                        source_step(&mut next, Happening::Said(message));
+                        source_step(&mut next, Happening::Received(message));
                     }
                     1 | 2 if !next.to_destination.is_empty() => {
                         let message = next.to_destination.remove(0);
-                        destination_step(&mut next, Happening::Said(message), action == 2);
+                        destination_step(&mut next, Happening::Received(message), action == 2);
                     }
                     3 => source_step(&mut next, Happening::Cancel),
                     4 => source_step(&mut next, Happening::TimedOut),
@@ -357,8 +357,8 @@ mod tests {
             let mut source = SourceHandshake::AwaitingLoaded { verify: true };
             let step = source.step(happening.clone());
             let expected = match happening {
-                Happening::Said(Message::Loaded { verified: true }) => step == SourceStep::HandOver,
-                Happening::Said(Message::Running | Message::StartFailed(_)) => {
+                Happening::Received(Message::Loaded { verified: true }) => step == SourceStep::HandOver,
+                Happening::Received(Message::Running | Message::StartFailed(_)) => {
                     matches!(step, SourceStep::End(Verdict::Unconfirmed(_)))
                 }
                 Happening::Cancel => step == SourceStep::End(Verdict::Cancelled),
@@ -373,8 +373,8 @@ mod tests {
         for happening in all_happenings() {
             let step = SourceHandshake::AwaitingRunning.step(happening.clone());
             let expected = match happening {
-                Happening::Said(Message::Running) => step == SourceStep::End(Verdict::Completed),
-                Happening::Said(Message::Refused(_) | Message::Abort(_)) => {
+                Happening::Received(Message::Running) => step == SourceStep::End(Verdict::Completed),
+                Happening::Received(Message::Refused(_) | Message::Abort(_)) => {
                     matches!(step, SourceStep::End(Verdict::Failed(_)))
                 }
                 Happening::Cancel => step == SourceStep::TooLate,
@@ -386,7 +386,7 @@ mod tests {
 
     #[test]
     fn a_heartbeat_decides_nothing() {
-        let heartbeat = || Happening::Said(Message::Heartbeat(Vec::new()));
+        let heartbeat = || Happening::Received(Message::Heartbeat(Vec::new()));
         for state in [SourceHandshake::AwaitingLoaded { verify: true }, SourceHandshake::AwaitingRunning] {
             let mut source = state.clone();
             assert_eq!((source.step(heartbeat()), source), (SourceStep::Wait, state));
@@ -397,14 +397,14 @@ mod tests {
     #[test]
     fn without_verify_an_unverified_load_is_enough() {
         let mut source = SourceHandshake::AwaitingLoaded { verify: false };
-        assert_eq!(source.step(Happening::Said(Message::Loaded { verified: false })), SourceStep::HandOver);
+        assert_eq!(source.step(Happening::Received(Message::Loaded { verified: false })), SourceStep::HandOver);
     }
 
     #[test]
     fn the_destination_starts_on_go_and_on_nothing_else() {
         for happening in all_happenings() {
             let starts = matches!(awaiting_go(happening.clone()), DestinationStep::Start(_));
-            assert_eq!(starts, matches!(happening, Happening::Said(Message::Go(_))), "{happening:?}");
+            assert_eq!(starts, matches!(happening, Happening::Received(Message::Go(_))), "{happening:?}");
         }
     }
 }

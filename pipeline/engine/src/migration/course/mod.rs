@@ -9,6 +9,6 @@
 //! | [`destination`] | setup, loading, verification, handover |
 //! | [`handshake`] | the last handshake of both ends: where the guest is (law 7) |
 
-pub mod handshake;
 pub(super) mod destination;
+pub mod handshake;
 pub(super) mod source;

@@ -52,7 +52,7 @@ impl Answers {
     pub(super) async fn close(mut self, last_word: Option<Message>) {
         let Some(message) = last_word else { return };
         let closing = async {
-            say(Some(&self.outlet), &message).await?;
+            send_answer(Some(&self.outlet), &message).await?;
             finish(&self.outlet, &mut self.stages).await;
             Ok::<(), MigrationError>(())
         };
@@ -62,10 +62,10 @@ impl Answers {
 }
 
 /// Sends a message to the source, if there is a return path.
-pub(super) async fn say(answers: Option<&Outlet<Control>>, message: &Message) -> Result<(), MigrationError> {
+pub(super) async fn send_answer(answers: Option<&Outlet<Control>>, message: &Message) -> Result<(), MigrationError> {
     let Some(answers) = answers else { return Ok(()) };
-    let said = answers.put(Control::Frame(message.encode(0))).await;
-    said.map_err(|_| MigrationError::Lost(Loss::ReturnPathClosed))
+    let sent = answers.put(Control::Frame(message.encode(0))).await;
+    sent.map_err(|_| MigrationError::Lost(Loss::ReturnPathClosed))
 }
 
 /// Ends the return path once all queued answers are sent.

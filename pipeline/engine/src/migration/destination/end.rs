@@ -1,6 +1,6 @@
 //! The end, in every case: the source is notified of the outcome, and everything is closed.
 
-use memferry_stages::clears::Spared;
+use memferry_stages::exclusions::ExcludedPages;
 use memferry_stages::wire::Message;
 
 use super::{Attempt, Destination};
@@ -62,7 +62,7 @@ impl Destination<'_> {
             forecast: None,
             parts: course.parts(),
             wire_bytes,
-            spared: Spared::default(),
+            excluded: ExcludedPages::default(),
             memory_peak,
             bottleneck: watch.map(|watch| watch.all(&stages)).unwrap_or_default(),
             cpu: watch.map(Watch::cpu).unwrap_or_default(),
@@ -77,9 +77,9 @@ impl Destination<'_> {
             Err(error @ MigrationError::Cancelled) => (Phase::Cancelled, Some(error.to_string())),
             Err(error) => (Phase::Failed, Some(error.to_string())),
         };
-        self.observers.tell(&Event::Phase(phase));
+        self.observers.notify(&Event::Phase(phase));
         let ended = Ended { phase, error, total: self.started.elapsed(), ..figures };
-        self.observers.tell(&Event::Ended(ended.clone()));
+        self.observers.notify(&Event::Ended(ended.clone()));
         ended
     }
 }

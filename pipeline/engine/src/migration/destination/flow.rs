@@ -11,7 +11,7 @@ use memferry_stages::wire::hello::Features;
 use memferry_stages::wire::messages::{Progress as Acknowledged, StatePhase};
 use tokio::time::Interval;
 
-use super::answers::{figures, finish, say};
+use super::answers::{figures, finish, send_answer};
 use super::rounds::Rates;
 use crate::migration::FAREWELL;
 use crate::migration::alive::{Alive, silenced};
@@ -53,7 +53,7 @@ impl Arrived {
 
 /// What the stages, or the source, report.
 pub(super) enum Signal {
-    Said(Message),
+    Received(Message),
     Loaded(Loaded),
     /// Every connection has ended at a frame boundary, and everything received is loaded.
     StreamEnded,
@@ -70,7 +70,7 @@ impl Flow {
         loop {
             tokio::select! {
                 biased;
-                Some(message) = self.graph.said.next() => return Signal::Said(message),
+                Some(message) = self.graph.messages.next() => return Signal::Received(message),
                 Some(loaded) = self.graph.loaded.next() => return Signal::Loaded(loaded),
                 end = self.graph.stages.next_end() => {
                     if let Err(failure) = end.result {
@@ -88,8 +88,8 @@ impl Flow {
     }
 
     /// Hands an answer to the return path, if there is one.
-    pub(super) async fn say(&self, message: &Message) -> Result<(), MigrationError> {
-        say(self.graph.answer.as_ref(), message).await
+    pub(super) async fn send(&self, message: &Message) -> Result<(), MigrationError> {
+        send_answer(self.graph.answer.as_ref(), message).await
     }
 
     /// Reports to the source what is loaded.
@@ -115,7 +115,7 @@ impl Flow {
     pub(super) async fn close(mut self, last_word: Option<Message>) {
         let closing = async {
             if let Some(message) = last_word {
-                self.say(&message).await?;
+                self.send(&message).await?;
             }
             if let Some(answer) = self.graph.answer.take() {
                 finish(&answer, &mut self.graph.stages).await;

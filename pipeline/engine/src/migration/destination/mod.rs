@@ -109,7 +109,7 @@ struct Built {
     guest: Arc<dyn DestinationGuest>,
     memory: GuestMemory,
     /// Pages that never travel, as this end knows them.
-    out_for_good: LeftOut,
+    excluded: LeftOut,
 }
 
 /// See the [module](self).

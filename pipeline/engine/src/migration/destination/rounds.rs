@@ -83,14 +83,14 @@ impl Destination<'_> {
             bottleneck: flow.rates.watch.latest(&still.stages),
             ..still
         };
-        self.observers.tell(&Event::Progress(progress));
+        self.observers.notify(&Event::Progress(progress));
     }
 
     /// The final figures: no data moves any more, and after a completed migration nothing remains.
     pub(super) fn report_last_progress(&self, completed: bool) {
         let Attempt::Running(flow) = &self.attempt else { return };
         let still = still(flow, self.total_bytes());
-        self.observers.tell(&Event::Progress(Progress {
+        self.observers.notify(&Event::Progress(Progress {
             remaining_bytes: if completed { Some(0) } else { still.remaining_bytes },
             bottleneck: flow.rates.watch.all(&still.stages),
             ..still

@@ -14,7 +14,7 @@ use memferry_stages::wire::reader::Incoming;
 use memferry_transports::Listener;
 use tokio::time::MissedTickBehavior;
 
-use super::answers::{Answers, figures, say};
+use super::answers::{Answers, figures, send_answer};
 use super::flow::{Arrived, Flow};
 use super::rounds::Rates;
 use super::{Attempt, Build, Built, Destination};
@@ -23,7 +23,7 @@ use crate::guest::{GuestError, GuestState};
 use crate::migration::course::destination::ended_early;
 use crate::migration::destination_graph::DestinationGraph;
 use crate::migration::error::MigrationError;
-use crate::migration::out_for_good::out_for_good;
+use crate::migration::excluded::excluded_ranges;
 use crate::migration::session::Session;
 use crate::migration::stage_set::StageSet;
 use crate::migration::state::{Assembly, Room};
@@ -61,7 +61,7 @@ impl<'a> Destination<'a> {
     /// The connections have arrived: starts the return path, and begins to accept.
     pub(super) fn agree(&mut self, mut session: Session, build: Build) {
         self.turned_away.finish();
-        self.observers.tell(&Event::Connected { peer: session.peer.clone() });
+        self.observers.notify(&Event::Connected { peer: session.peer.clone() });
         let answers = session.answer.take().map(|writer| {
             let (peer, ears) = (session.peer.clone(), session.ears.clone());
             Answers::start(writer, peer, ears, self.settings.peer_timeout, self.plane.handle())
@@ -107,7 +107,7 @@ impl<'a> Destination<'a> {
 impl Acceptance {
     /// Accepts the stream, reads the guest's description and builds the machine for it.
     async fn make(mut self) -> Result<Ready, MigrationError> {
-        say(self.answers.as_ref(), &Message::Accept).await?;
+        send_answer(self.answers.as_ref(), &Message::Accept).await?;
         let reading = read_setup(&mut self.session, &mut self.room);
         let described = tokio::time::timeout(self.settings.handover_timeout, reading).await;
         let (blocks, setup) = described
@@ -121,37 +121,32 @@ impl Acceptance {
         let build = self.build;
         let built = blocking(move || built(build, page_size, &blocks, &setup)).await?;
         let layout = built.memory.layout();
-        self.observers.tell(&Event::Guest {
+        self.observers.notify(&Event::Guest {
             blocks: block_facts(layout),
             pages: layout.pages(),
             memory_bound: bound(layout),
         });
-        say(self.answers.as_ref(), &Message::Ready).await?;
+        send_answer(self.answers.as_ref(), &Message::Ready).await?;
         Ok(Ready { session: self.session, built, room: self.room })
     }
 }
 
 /// Builds the guest, and checks that it is the one that was described. May block.
-fn built(
-    build: Build,
-    page_size: PageSize,
-    blocks: &[BlockInfo],
-    setup: &GuestState,
-) -> Result<Built, MigrationError> {
+fn built(build: Build, page_size: PageSize, blocks: &[BlockInfo], setup: &GuestState) -> Result<Built, MigrationError> {
     let guest = build(page_size, blocks, setup)?;
     let memory = guest.memory();
     if let Some(what) = built_otherwise(&memory, page_size, blocks) {
         return Err(MigrationError::BuiltOtherwise(what));
     }
     check_ignored(blocks, memory.layout())?;
-    let unplugged = guest.clearers().iter().flat_map(|clearer| clearer.unplugged()).collect();
-    let ranges = out_for_good(memory.layout(), unplugged)?;
-    let out_for_good = (!ranges.is_empty()).then(|| {
+    let unplugged = guest.page_hinters().iter().flat_map(|hinter| hinter.unplugged()).collect();
+    let ranges = excluded_ranges(memory.layout(), unplugged)?;
+    let excluded = (!ranges.is_empty()).then(|| {
         let out = DirtyBitmap::empty(memory.layout());
         ranges.into_iter().for_each(|(_, block, pages)| out.set_range(block, pages));
         Arc::new(out)
     });
-    Ok(Built { guest, memory, out_for_good })
+    Ok(Built { guest, memory, excluded })
 }
 
 /// Reads the state's setup part and the blocks, before the stages run.

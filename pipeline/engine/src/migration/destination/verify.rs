@@ -4,8 +4,8 @@ use futures::future::BoxFuture;
 use memferry_stages::memory::GuestMemory;
 use memferry_stages::wire::Message;
 
-use crate::migration::digests::{self, Digests, LeftOut, Pending, StretchAt};
 use crate::migration::blocking;
+use crate::migration::digests::{self, Digests, LeftOut, Pending, StretchAt};
 use crate::migration::error::MigrationError;
 
 /// This end's digests, and their comparison.

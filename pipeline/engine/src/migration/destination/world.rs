@@ -70,7 +70,9 @@ impl World<DestinationCourse> for Destination<'_> {
                 Happened::Ready(Ok(ready)) => Some(self.ready(ready)),
                 Happened::Gathered(Err(error)) | Happened::Ready(Err(error)) => Some(self.not_ready(error)),
                 Happened::Failed(error) => Some(Input::Failed(error)),
-                Happened::Signal(signal) => self.input(signal, course).unwrap_or_else(|error| Some(Input::Failed(error))),
+                Happened::Signal(signal) => {
+                    self.input(signal, course).unwrap_or_else(|error| Some(Input::Failed(error)))
+                }
             };
             if let Some(input) = input {
                 return input;
@@ -112,21 +114,21 @@ impl Destination<'_> {
     fn input(&mut self, signal: Signal, course: &DestinationCourse) -> Result<Option<Input>, MigrationError> {
         let Attempt::Running(flow) = &mut self.attempt else { return Ok(None) };
         Ok(match signal {
-            Signal::Said(Message::State(chunk)) if course.is_loading() => {
+            Signal::Received(Message::State(chunk)) if course.is_loading() => {
                 if let Some(device) = &mut flow.arrived.device {
                     device.add(chunk)?;
                     self.state_room = device.room();
                 }
                 None
             }
-            Signal::Said(Message::Digests { block, first, stretches }) if course.is_loading() => {
+            Signal::Received(Message::Digests { block, first, stretches }) if course.is_loading() => {
                 flow.arrived.digests.add(block, first, stretches)?;
                 None
             }
-            Signal::Said(message) => Some(Input::Said(message)),
+            Signal::Received(message) => Some(Input::Received(message)),
             Signal::Loaded(Loaded::RoundComplete { tally, .. }) => {
                 if let Some(event) = flow.rates.loaded(tally, flow.graph.progress.len()) {
-                    self.observers.tell(&event);
+                    self.observers.notify(&event);
                     // The source is about to decide, and counts on what it believes to be in flight.
                     flow.report()?;
                 }
@@ -149,7 +151,7 @@ impl Destination<'_> {
     async fn act(&mut self, action: Action, course: &DestinationCourse) -> Result<Option<Input>, MigrationError> {
         Ok(match action {
             Action::Notify(event) => {
-                self.observers.tell(&event);
+                self.observers.notify(&event);
                 None
             }
             Action::Gather => {
@@ -181,7 +183,7 @@ impl Destination<'_> {
             Action::Explain(failure) => Some(Input::Failed(self.explain(failure).await)),
             Action::StartDigests => {
                 let built = self.built.as_ref().expect("what is loaded was built");
-                self.comparison = Comparison::Started(digests::start(&built.memory, built.out_for_good.clone()));
+                self.comparison = Comparison::Started(digests::start(&built.memory, built.excluded.clone()));
                 None
             }
             Action::Compare => {
@@ -195,14 +197,14 @@ impl Destination<'_> {
                 self.attempt.running()?.report()?;
                 None
             }
-            Action::Say(message) => {
-                let said = self.attempt.running()?.say(&message).await;
-                if course.start_begun() && said.is_err() {
+            Action::Send(message) => {
+                let sent = self.attempt.running()?.send(&message).await;
+                if course.start_begun() && sent.is_err() {
                     let what = "the source could not be told that the guest was started here";
-                    self.observers.tell(&Event::Warning(what.into()));
+                    self.observers.notify(&Event::Warning(what.into()));
                     return Ok(None);
                 }
-                said?;
+                sent?;
                 None
             }
         })
@@ -216,7 +218,7 @@ impl Destination<'_> {
         let flow = self.attempt.running()?;
         if flow.graph.answer.is_some() {
             let hashes = page_hashes(&built.memory, flow.arrived.digests.left_out().clone(), stretch).await?;
-            flow.say(&hashes).await?;
+            flow.send(&hashes).await?;
         }
         Ok(describe(&built.memory, stretch))
     }

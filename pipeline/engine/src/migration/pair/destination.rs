@@ -108,11 +108,11 @@ impl DestinationModel {
                 self.digests = Some(versions);
                 None
             }
-            Packet::Message(message) => self.said(message),
+            Packet::Message(message) => self.received(message),
         }
     }
 
-    fn said(&mut self, message: Message) -> Option<Input> {
+    fn received(&mut self, message: Message) -> Option<Input> {
         let message = match self.faults.lie.take() {
             Some(number) => lie(number),
             None => message,
@@ -127,7 +127,7 @@ impl DestinationModel {
                 Some(Input::Failed(MigrationError::GivenUp { peer: Role::Source, why }))
             }
             other if !self.is_running => Some(Input::Failed(MigrationError::Protocol(format!("{other:?}")))),
-            other => Some(Input::Said(other)),
+            other => Some(Input::Received(other)),
         }
     }
 
@@ -142,7 +142,11 @@ impl DestinationModel {
             }
             Timed::Built => {
                 if let Some(fault) = self.faults.call.take() {
-                    let error = if fault == Fault::CallPanics { MigrationError::Mistake("a panic".into()) } else { guest_error() };
+                    let error = if fault == Fault::CallPanics {
+                        MigrationError::Mistake("a panic".into())
+                    } else {
+                        guest_error()
+                    };
                     return Some(Input::Failed(error));
                 }
                 self.port.send(0, Packet::Message(Message::Ready), 20);
@@ -206,7 +210,10 @@ impl DestinationModel {
                 None
             }
             Action::NameStretch => {
-                let hashes = Message::PageHashes { first: memferry_stages::geometry::PageAt { block: 0, page: 0 }, hashes: Vec::new() };
+                let hashes = Message::PageHashes {
+                    first: memferry_stages::geometry::PageAt { block: 0, page: 0 },
+                    hashes: Vec::new(),
+                };
                 self.port.send(0, Packet::Message(hashes), 100);
                 return Err(MigrationError::Differs("a stretch".into()));
             }
@@ -215,7 +222,7 @@ impl DestinationModel {
                 self.truth.lock().unwrap().prepared = true;
                 Some(Input::Prepared)
             }
-            Action::Say(message) => {
+            Action::Send(message) => {
                 self.port.send(0, Packet::Message(message), 20);
                 None
             }

@@ -85,7 +85,7 @@ impl SourceMemory {
     }
 
     /// Dirty pages that can travel as deltas.
-    pub(super) fn kept_pages(&self) -> u64 {
+    pub(super) fn cached_pages(&self) -> u64 {
         (0..PAGES).filter(|&page| self.dirty[page] && self.cache[page].is_some()).count() as u64
     }
 

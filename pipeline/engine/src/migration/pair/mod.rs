@@ -175,18 +175,18 @@ async fn run_both(script: &Script) -> Ran {
     let mut destination = DestinationModel::new(truth.clone(), Faults::of(script, Side::Destination), there, scene);
     let facts = Facts { was: scene.was(), return_path: true, hints: scene.hints, page_bytes: memory::PAGE_BYTES };
     let handover_timeout = settings.handover_timeout;
-    let mut source_course = Checked {
-        course: SourceCourse::new(settings, facts),
-        is_question: source::is_question,
-        truth: truth.clone(),
-    };
+    let mut source_course =
+        Checked { course: SourceCourse::new(settings, facts), is_question: source::is_question, truth: truth.clone() };
     let mut destination_course = Checked {
         course: DestinationCourse::new(handover_timeout),
         is_question: destination::is_question,
         truth: truth.clone(),
     };
     let both = async {
-        tokio::join!(source_ends(&mut source_course, &mut source), destination_ends(&mut destination_course, &mut destination))
+        tokio::join!(
+            source_ends(&mut source_course, &mut source),
+            destination_ends(&mut destination_course, &mut destination)
+        )
     };
     let (source_mistake, destination_mistake) =
         tokio::time::timeout(HANG, both).await.map_or((None, None), |mistakes| mistakes);
@@ -208,7 +208,10 @@ async fn source_ends(course: &mut Checked<SourceCourse>, world: &mut SourceModel
 }
 
 /// Drives the destination to its end, says farewell and closes its side.
-async fn destination_ends(course: &mut Checked<DestinationCourse>, world: &mut DestinationModel) -> Option<MigrationError> {
+async fn destination_ends(
+    course: &mut Checked<DestinationCourse>,
+    world: &mut DestinationModel,
+) -> Option<MigrationError> {
     let mistake = drive(course, world).await.err();
     let farewell = (!course.course.start_begun()).then(|| Message::Abort("over".into()));
     world.port.close(farewell);
@@ -235,7 +238,10 @@ fn judge(scene: &Scene, shared: &Shared, source: Ended, destination: Ended, equa
         }
         Ended::Failed | Ended::Cancelled => {
             require(as_it_was, "law 7: the source guest is not as it was");
-            require(shared.lies || !shared.start_begun, "law 7: the source guest continues beside one that was started");
+            require(
+                shared.lies || !shared.start_begun,
+                "law 7: the source guest continues beside one that was started",
+            );
         }
         Ended::Unconfirmed => {
             require(!shared.source_runs, "law 7: unconfirmed, and the source guest runs");

@@ -115,14 +115,14 @@ impl SourceModel {
         Standing {
             elapsed: self.begun.elapsed(),
             dirty_pages: self.memory.dirty_pages(),
-            kept_pages: self.memory.kept_pages(),
+            cached_pages: self.memory.cached_pages(),
             in_flight_pages: self.sent.saturating_sub(self.loaded),
             page_rate: 1 << 20,
         }
     }
 
     /// A message from the destination.
-    fn said(&mut self, message: Message) -> Option<Input> {
+    fn received(&mut self, message: Message) -> Option<Input> {
         let message = match self.faults.lie.take() {
             Some(number) => lie(number),
             None => message,
@@ -142,7 +142,7 @@ impl SourceModel {
                 self.loaded = progress.bytes.min(self.sent);
                 Some(Input::Acknowledged(self.sent - self.loaded))
             }
-            (Reach::Reached, message) => Some(Input::Said(message)),
+            (Reach::Reached, message) => Some(Input::Received(message)),
             (_, Message::Refused(why)) => Some(Input::Failed(MigrationError::Refused { peer: Role::Destination, why })),
             (_, Message::Abort(why)) => Some(Input::Failed(MigrationError::GivenUp { peer: Role::Destination, why })),
             (_, other) => Some(Input::Failed(MigrationError::Protocol(format!("{other:?}")))),
@@ -151,7 +151,7 @@ impl SourceModel {
 
     fn found(&mut self, found: Found) -> Option<Input> {
         match found {
-            Found::Packet(Packet::Message(message)) => self.said(message),
+            Found::Packet(Packet::Message(message)) => self.received(message),
             Found::Packet(_) => None,
             Found::Lost => Some(Input::Failed(MigrationError::Lost(Loss::ReaderEnded))),
             Found::Silent => Some(Input::Failed(MigrationError::Silent(silence(Role::Destination)))),

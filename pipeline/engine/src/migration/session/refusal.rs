@@ -13,7 +13,7 @@ use crate::values::Time;
 /// The reason, for the client and for observers.
 #[derive(Clone, Debug, thiserror::Error)]
 pub(super) enum Refusal {
-    #[error("it said nothing for {0:.1?}")]
+    #[error("it sent nothing for {0:.1?}")]
     Silent(Duration),
     #[error("it ended at byte 0, without a word")]
     Ended,
@@ -65,7 +65,7 @@ impl Refusal {
         match self {
             Self::Silent(_) | Self::Ended => TurnedAwayKind::Silent,
             Self::Unreadable(error) if is_version(error) => TurnedAwayKind::Version,
-            Self::NoHello | Self::Unreadable(_) => TurnedAwayKind::Stranger,
+            Self::NoHello | Self::Unreadable(_) => TurnedAwayKind::Protocol,
             Self::Version(_) => TurnedAwayKind::Version,
             Self::Features(_) | Self::Lanes { .. } | Self::PageSize { .. } | Self::NoDigests => TurnedAwayKind::Unfit,
             Self::Contradicts | Self::Occupied(_) => TurnedAwayKind::Contradicts,

@@ -45,26 +45,26 @@ impl Listener for Starved {
     }
 }
 
-type Told = Arc<Mutex<Vec<(TurnedAwayKind, u64, String)>>>;
+type TurnedAwayEvents = Arc<Mutex<Vec<(TurnedAwayKind, u64, String)>>>;
 
 /// A destination that gathers connections, and its reported events.
 struct Gathering {
     transport: MemoryTransport,
     is_short: Arc<AtomicBool>,
     accepted: Arc<AtomicUsize>,
-    told: Told,
+    turned_away_events: TurnedAwayEvents,
     turned_away: Arc<TurnedAways>,
     task: JoinHandle<Result<Session, MigrationError>>,
 }
 
 impl Gathering {
     async fn start(hello_timeout: Duration) -> Self {
-        let (transport, is_short, told) =
-            (MemoryTransport::new(4096), Arc::new(AtomicBool::new(false)), Told::default());
+        let (transport, is_short, turned_away_events) =
+            (MemoryTransport::new(4096), Arc::new(AtomicBool::new(false)), TurnedAwayEvents::default());
         let accepted = Arc::new(AtomicUsize::new(0));
         let listener = transport.listen().await.unwrap();
         let listener = Box::new(Starved { listener, is_short: is_short.clone(), accepted: accepted.clone() });
-        let listening = told.clone();
+        let listening = turned_away_events.clone();
         let observer: Arc<dyn Observer> = Arc::new(move |_: Role, event: &Event| {
             if let Event::TurnedAway { kind, why, count, .. } = event {
                 listening.lock().unwrap().push((*kind, *count, why.clone()));
@@ -73,7 +73,7 @@ impl Gathering {
         let turned_away = Arc::new(TurnedAways::new(Observers::new(Role::Destination, vec![observer])));
         let settings = DestinationSettings { hello_timeout, ..DestinationSettings::default() };
         let task = tokio::spawn(Session::gather(listener, settings, turned_away.clone()));
-        Self { transport, is_short, accepted, told, turned_away, task }
+        Self { transport, is_short, accepted, turned_away_events, turned_away, task }
     }
 
     /// A connection that has sent Hello.
@@ -99,7 +99,7 @@ impl Gathering {
         let session = tokio::time::timeout(HANG, self.task).await.expect("it hangs").unwrap();
         assert_eq!(session.unwrap_or_else(|_| panic!("no session")).hello.session, SessionId([99; 16]));
         self.turned_away.finish();
-        self.told.lock().unwrap().clone()
+        self.turned_away_events.lock().unwrap().clone()
     }
 }
 
@@ -124,9 +124,9 @@ async fn a_migration_whose_connections_do_not_all_come_is_refused_with_the_reaso
         let why = source.refused().await;
         assert!(why.contains("of the 3 connections of its migration came") && why.contains("hello_timeout"), "{why}");
     }
-    let told = gathering.ends_well().await;
-    assert!(told.iter().all(|(kind, ..)| *kind == TurnedAwayKind::Incomplete), "{told:?}");
-    assert!(told[0].2.contains("of the 3 connections"), "{told:?}");
+    let turned_away_events = gathering.ends_well().await;
+    assert!(turned_away_events.iter().all(|(kind, ..)| *kind == TurnedAwayKind::Incomplete), "{turned_away_events:?}");
+    assert!(turned_away_events[0].2.contains("of the 3 connections"), "{turned_away_events:?}");
 }
 
 #[tokio::test]
@@ -143,8 +143,8 @@ async fn a_migration_of_which_a_connection_ends_is_refused_at_once() {
     let why = early.refused().await;
     assert!(why.contains("of the 3 connections of its migration came, and one of them has ended"), "{why}");
     assert!(gathering.knock(1, 1, 3).await.refused().await.contains("has ended"));
-    let told = gathering.ends_well().await;
-    assert!(told.iter().all(|(kind, ..)| *kind == TurnedAwayKind::Incomplete), "{told:?}");
+    let turned_away_events = gathering.ends_well().await;
+    assert!(turned_away_events.iter().all(|(kind, ..)| *kind == TurnedAwayKind::Incomplete), "{turned_away_events:?}");
 }
 
 #[tokio::test]
@@ -176,22 +176,28 @@ async fn a_migration_that_cannot_become_complete_for_want_of_descriptors_is_refu
     assert!(sources[1].refused().await.contains("cannot accept a connection"));
     // The third was still in flight.
     assert!(gathering.knock(1, 2, 3).await.refused().await.contains("of the 3 connections"));
-    let told = gathering.ends_well().await;
-    assert!(told.len() <= 2 && told.iter().all(|(kind, ..)| *kind == TurnedAwayKind::Shortage), "{told:?}");
+    let turned_away_events = gathering.ends_well().await;
+    assert!(
+        turned_away_events.len() <= 2 && turned_away_events.iter().all(|(kind, ..)| *kind == TurnedAwayKind::Shortage),
+        "{turned_away_events:?}"
+    );
 }
 
 #[tokio::test]
-async fn a_want_of_descriptors_is_told_once() {
+async fn a_want_of_descriptors_is_reported_once() {
     let gathering = Gathering::start(HANG).await;
     gathering.is_short.store(true, Ordering::Relaxed);
-    while gathering.told.lock().unwrap().is_empty() {
+    while gathering.turned_away_events.lock().unwrap().is_empty() {
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
     tokio::time::sleep(Duration::from_millis(100)).await;
-    assert_eq!(gathering.told.lock().unwrap().len(), 1);
+    assert_eq!(gathering.turned_away_events.lock().unwrap().len(), 1);
     gathering.is_short.store(false, Ordering::Relaxed);
-    let told = gathering.ends_well().await;
-    let (first, left) = (&told[0], &told[1]);
-    assert!((first.0, first.1, told.len()) == (TurnedAwayKind::Shortage, 1, 2) && left.1 > 1, "{told:?}");
-    assert!(first.2.contains("ulimit -n"), "{told:?}");
+    let turned_away_events = gathering.ends_well().await;
+    let (first, left) = (&turned_away_events[0], &turned_away_events[1]);
+    assert!(
+        (first.0, first.1, turned_away_events.len()) == (TurnedAwayKind::Shortage, 1, 2) && left.1 > 1,
+        "{turned_away_events:?}"
+    );
+    assert!(first.2.contains("ulimit -n"), "{turned_away_events:?}");
 }

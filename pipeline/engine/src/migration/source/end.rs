@@ -5,7 +5,7 @@ use memferry_stages::wire::Message;
 use super::figures::Figures;
 use super::{Attempt, Source};
 use crate::events::{Ended, Event, Phase};
-use crate::guest::clearer::Point;
+use crate::guest::hints::Point;
 use crate::migration::FAREWELL;
 use crate::migration::course::source::{End, Outcome, SourceCourse};
 use crate::migration::error::MigrationError;
@@ -30,7 +30,7 @@ impl Source<'_> {
         // No stage runs any more: nothing is scanned or synced after this.
         self.transfer.hints.reach(Point::Cleanup, &self.observers).await;
         for failure in self.transfer.stop_logs().await {
-            self.observers.tell(&Event::Warning(failure.to_string()));
+            self.observers.notify(&Event::Warning(failure.to_string()));
         }
         result(outcome, ended)
     }
@@ -67,7 +67,7 @@ impl Source<'_> {
             parts: course.parts(),
             forecast: course.forecast(),
             wire_bytes,
-            spared: self.transfer.hints.spared(),
+            excluded: self.transfer.hints.excluded(),
             memory_peak,
             bottleneck: self.rates.bottleneck(&stages),
             cpu: self.rates.cpu(),
@@ -87,9 +87,9 @@ impl Source<'_> {
         let resume_error = outcome.resume_error.as_ref();
         let resume = resume_error.map(|why| format!("the guest could not be resumed here and stays paused: {why}"));
         let error = [error, resume].into_iter().flatten().reduce(|all, more| format!("{all}; {more}"));
-        self.observers.tell(&Event::Phase(phase));
+        self.observers.notify(&Event::Phase(phase));
         let ended = Ended { phase, error, resume_failed: resume_error.is_some(), ..figures };
-        self.observers.tell(&Event::Ended(ended.clone()));
+        self.observers.notify(&Event::Ended(ended.clone()));
         ended
     }
 }

@@ -80,14 +80,14 @@ impl Source<'_> {
             bottleneck: self.rates.watch.as_mut().map(|watch| watch.latest(&still.stages)).unwrap_or_default(),
             ..still
         };
-        self.observers.tell(&Event::Progress(progress));
+        self.observers.notify(&Event::Progress(progress));
     }
 
     /// The final figures: no data moves any more, and after a completed migration nothing remains. A guest whose
     /// throttle could not be lifted counts as throttled.
     pub(super) fn report_last_progress(&self, course: &SourceCourse, completed: bool) {
         let Some(progress) = self.still(course, &self.standing()) else { return };
-        self.observers.tell(&Event::Progress(Progress {
+        self.observers.notify(&Event::Progress(Progress {
             remaining_bytes: if completed { Some(0) } else { progress.remaining_bytes },
             dirty_rate: Some(0.0),
             throttle: if self.is_throttled { course.controller().throttle() } else { 0 },
@@ -122,7 +122,7 @@ impl Source<'_> {
             transfer.layout(),
             graph.in_flight.memory_bytes(),
             verified.is_some(),
-            transfer.hints.clears().is_some(),
+            transfer.hints.exclusions().is_some(),
         );
         Figures {
             wire_bytes: flow.wire_bytes(),

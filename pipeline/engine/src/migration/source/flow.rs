@@ -14,7 +14,7 @@ use tokio::time::{Interval, MissedTickBehavior};
 
 use crate::migration::alive::{Alive, silenced};
 use crate::migration::error::{Failure, Loss, MigrationError, Silence};
-use crate::migration::link::Said;
+use crate::migration::link::ReturnPath;
 use crate::migration::senders;
 use crate::migration::source_graph::SourceGraph;
 
@@ -33,7 +33,7 @@ pub(super) enum Signal {
     /// A mark was sent over a connection.
     Sent(Sent),
     /// The destination sent a message.
-    Said(Message),
+    Received(Message),
     /// The return path ended.
     Lost(Loss),
     /// The destination was silent for too long.
@@ -49,7 +49,7 @@ pub(super) enum Signal {
 /// The running stages of a source, as its course sees them.
 pub(super) struct Flow {
     pub(super) graph: SourceGraph,
-    said: Option<Said>,
+    said: Option<ReturnPath>,
     /// Set if there is a return path.
     pub(super) alive: Option<Alive>,
     ticks: Interval,
@@ -58,7 +58,7 @@ pub(super) struct Flow {
 }
 
 impl Flow {
-    pub(super) fn new(graph: SourceGraph, said: Option<Said>, alive: Option<Alive>) -> Self {
+    pub(super) fn new(graph: SourceGraph, said: Option<ReturnPath>, alive: Option<Alive>) -> Self {
         let mut ticks = tokio::time::interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         Self { graph, said, alive, ticks, round_began: Vec::new() }
@@ -68,7 +68,7 @@ impl Flow {
     pub(super) async fn next(&mut self) -> Signal {
         tokio::select! {
             biased;
-            said = heard(&mut self.said) => said.map_or_else(Signal::Lost, Signal::Said),
+            said = heard(&mut self.said) => said.map_or_else(Signal::Lost, Signal::Received),
             sent = item(&self.graph.sent) => Signal::Sent(sent),
             scanned = item(&self.graph.scanned) => Signal::Scanned(scanned),
             synced = item(&self.graph.synced) => Signal::Synced(synced),
@@ -116,7 +116,7 @@ impl Flow {
     }
 
     /// Queues a message on connection 0, ahead of queued pages.
-    pub(super) async fn say(&self, message: &Message) -> Result<(), Closed> {
+    pub(super) async fn send(&self, message: &Message) -> Result<(), Closed> {
         self.graph.control[0].put(Control::Frame(message.encode(0))).await
     }
 
@@ -154,7 +154,7 @@ async fn item<T>(inlet: &Inlet<T>) -> T {
 }
 
 /// The next message of the return path, if there is one.
-async fn heard(said: &mut Option<Said>) -> Result<Message, Loss> {
+async fn heard(said: &mut Option<ReturnPath>) -> Result<Message, Loss> {
     match said {
         Some(said) => said.next().await,
         None => std::future::pending().await,

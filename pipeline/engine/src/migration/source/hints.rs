@@ -1,46 +1,46 @@
-//! Pages that do not travel: the order in which clearers are notified, and when their hints count.
+//! Pages that do not travel: the order in which page hinters are notified, and when their hints count.
 //!
-//! Only this module notifies [clearers](crate::guest::clearer), and opens and closes the window for hints.
+//! Only this module notifies [page hinters](crate::guest::hints), and opens and closes the window for hints.
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use memferry_stages::bitmap::DirtyBitmap;
-use memferry_stages::clears::{Clears, OutForGood, Spared};
 use memferry_stages::dirty_log::{DirtyLog, LogCall};
+use memferry_stages::exclusions::{ExcludedPages, ExclusionReason, Exclusions};
 use memferry_stages::geometry::Layout;
 use memferry_stages::memory::GuestMemory;
 
 use crate::events::{Event, Observers};
 use crate::guest::GuestError;
-use crate::guest::clearer::{Clearer, Point};
+use crate::guest::hints::{PageHinter, Point};
 use crate::migration::error::MigrationError;
-use crate::migration::out_for_good::out_for_good;
+use crate::migration::excluded::excluded_ranges;
 use crate::migration::{asked, blocking};
 use crate::settings::After;
 
-/// The clearers of a guest, and what they have cleared.
+/// The page hinters of a guest, and what they have cleared.
 pub(super) struct Hints {
-    clearers: Vec<Arc<dyn Clearer>>,
+    hinters: Vec<Arc<dyn PageHinter>>,
     /// How many of them were notified of Setup.
     set_up: usize,
     /// Are there blocks that are never sent?
     has_ignored: bool,
-    /// Pages that never travel, once the clearers have been asked.
-    excluded: Vec<(OutForGood, u32, Range<u64>)>,
+    /// Pages that never travel, once the page hinters have been asked.
+    ranges: Vec<(ExclusionReason, u32, Range<u64>)>,
     /// Set once the logs are armed, if there can be pages that do not travel.
-    clears: Option<Arc<Clears>>,
+    exclusions: Option<Arc<Exclusions>>,
 }
 
 impl Hints {
-    pub(super) fn new(clearers: Vec<Arc<dyn Clearer>>, memory: &GuestMemory) -> Self {
+    pub(super) fn new(hinters: Vec<Arc<dyn PageHinter>>, memory: &GuestMemory) -> Self {
         let has_ignored = memory.layout().blocks().iter().any(|block| block.ignored);
-        Self { clearers, set_up: 0, has_ignored, excluded: Vec::new(), clears: None }
+        Self { hinters, set_up: 0, has_ignored, ranges: Vec::new(), exclusions: None }
     }
 
     /// Is anybody to be notified?
     pub(super) fn may_come(&self) -> bool {
-        !self.clearers.is_empty()
+        !self.hinters.is_empty()
     }
 
     /// Can there be pages that do not travel?
@@ -49,50 +49,50 @@ impl Hints {
     }
 
     /// Pages that never travel.
-    pub(super) fn excluded(&self) -> Vec<(OutForGood, u32, Range<u64>)> {
-        self.excluded.clone()
+    pub(super) fn excluded_ranges(&self) -> Vec<(ExclusionReason, u32, Range<u64>)> {
+        self.ranges.clone()
     }
 
-    pub(super) fn clears(&self) -> Option<Arc<Clears>> {
-        self.clears.clone()
+    pub(super) fn exclusions(&self) -> Option<Arc<Exclusions>> {
+        self.exclusions.clone()
     }
 
     /// Notified before the logs are armed: unplugged pages stay unplugged from here on.
     pub(super) async fn set_up(&mut self, layout: &Layout, after: Option<After>) -> Result<(), MigrationError> {
         refuse_torn_snapshot(layout, after)?;
         let mut unplugged = Vec::new();
-        for clearer in self.clearers.clone() {
-            // A clearer that fails here is notified of the end too.
+        for hinter in self.hinters.clone() {
+            // A page hinter that fails here is notified of the end too.
             self.set_up += 1;
-            unplugged.extend(blocking(move || clearer.reached(&Point::Setup).map(|()| clearer.unplugged())).await?);
+            unplugged.extend(blocking(move || hinter.reached(&Point::Setup).map(|()| hinter.unplugged())).await?);
         }
-        self.excluded = out_for_good(layout, unplugged)?;
+        self.ranges = excluded_ranges(layout, unplugged)?;
         Ok(())
     }
 
-    pub(super) fn armed(&mut self, clears: Option<Arc<Clears>>) {
-        self.clears = clears;
+    pub(super) fn armed(&mut self, exclusions: Option<Arc<Exclusions>>) {
+        self.exclusions = exclusions;
     }
 
     /// Pages that were not sent, by reason.
-    pub(super) fn spared(&self) -> Spared {
-        self.clears.as_ref().map_or_else(Spared::default, |clears| clears.spared())
+    pub(super) fn excluded(&self) -> ExcludedPages {
+        self.exclusions.as_ref().map_or_else(ExcludedPages::default, |exclusions| exclusions.excluded())
     }
 
     /// Reports the pages that were not sent, if there are any.
     pub(super) fn report(&self, observers: &Observers) {
-        let spared = self.spared();
-        if spared != Spared::default() {
-            observers.tell(&Event::Spared(spared));
+        let excluded = self.excluded();
+        if excluded != ExcludedPages::default() {
+            observers.notify(&Event::Excluded(excluded));
         }
     }
 
-    /// Notifies every clearer that was notified of Setup. A failure is a warning: nothing depends on a hint.
+    /// Notifies every page hinter that was notified of Setup. A failure is a warning: nothing depends on a hint.
     pub(super) async fn reach(&self, point: Point, observers: &Observers) {
-        for clearer in &self.clearers[..self.set_up] {
-            let (clearer, point) = (clearer.clone(), point.clone());
-            if let Err(error) = asked(move || clearer.reached(&point)).await {
-                observers.tell(&Event::Warning(error.to_string()));
+        for hinter in &self.hinters[..self.set_up] {
+            let (hinter, point) = (hinter.clone(), point.clone());
+            if let Err(error) = asked(move || hinter.reached(&point)).await {
+                observers.notify(&Event::Warning(error.to_string()));
             }
         }
     }
@@ -108,8 +108,8 @@ impl Hints {
 
     /// Closes the window, if there is one: waits for hints in progress.
     pub(super) async fn close(&self) {
-        if let Some(clears) = self.clears.clone() {
-            blocking(move || clears.close()).await;
+        if let Some(exclusions) = self.exclusions.clone() {
+            blocking(move || exclusions.close()).await;
         }
     }
 
@@ -122,10 +122,10 @@ impl Hints {
         logs: &[Arc<dyn DirtyLog>],
         observers: &Observers,
     ) -> Result<(), MigrationError> {
-        let hints = match &self.clears {
-            Some(clears) if !is_still && self.are_given() && all_see_stores(logs) => {
+        let hints = match &self.exclusions {
+            Some(exclusions) if !is_still && self.are_given() && all_see_stores(logs) => {
                 arm_unread(bitmap, logs).await?;
-                Some(clears.open())
+                Some(exclusions.open())
             }
             _ => None,
         };
@@ -134,7 +134,7 @@ impl Hints {
     }
 
     fn are_given(&self) -> bool {
-        self.clearers.iter().any(|clearer| clearer.gives_hints())
+        self.hinters.iter().any(|hinter| hinter.gives_hints())
     }
 
     /// Warns if hints will not be accepted.
@@ -142,7 +142,7 @@ impl Hints {
         if self.are_given() && !all_see_stores(logs) {
             let what = "free-page hints are not taken: the guest's dirty log compares pages, and cannot see a store that \
                         changes nothing";
-            observers.tell(&Event::Warning(what.into()));
+            observers.notify(&Event::Warning(what.into()));
         }
     }
 }

@@ -11,7 +11,7 @@
 //! |---|---|
 //! | `world` | inputs are awaited, actions performed |
 //! | `reach` | the destination is reached and accepts |
-//! | `transfer`, `hints` | calls into the guest, its logs and its clearers |
+//! | `transfer`, `hints` | calls into the guest, its logs and its page hinters |
 //! | `flow` | the stages, and what they report |
 //! | `figures` | figures for observers |
 //! | `end` | everybody is notified of the outcome, and everything is closed |

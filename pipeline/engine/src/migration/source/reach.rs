@@ -40,7 +40,10 @@ struct Introduction {
 
 impl<'a> Source<'a> {
     /// Begins to reach the destination.
-    pub(super) fn reach(&self, settings: &SourceSettings) -> Result<BoxFuture<'a, Result<Reached, MigrationError>>, MigrationError> {
+    pub(super) fn reach(
+        &self,
+        settings: &SourceSettings,
+    ) -> Result<BoxFuture<'a, Result<Reached, MigrationError>>, MigrationError> {
         let transfer = &self.transfer;
         let may_leave_out = transfer.hints.may_leave_out();
         bounds::check_source(
@@ -88,9 +91,9 @@ impl Introduction {
         let guest = self.guest.clone();
         let setup = blocking(move || guest.setup_state()).await?;
         for chunk in state::chunks(StatePhase::Setup, setup, &mut self.room)? {
-            link.say(&Message::State(chunk)).await?;
+            link.send(&Message::State(chunk)).await?;
         }
-        link.say(&Message::Blocks(self.memory.layout().blocks().to_vec())).await?;
+        link.send(&Message::Blocks(self.memory.layout().blocks().to_vec())).await?;
         let asked = Instant::now();
         self.answer(link, "Ready", |message| *message == Message::Ready).await?;
         Ok(asked.elapsed())

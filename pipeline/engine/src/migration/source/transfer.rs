@@ -1,5 +1,5 @@
 //! What survives a lost connection: the guest, its memory and its logs. Every call into the guest is here, besides those
-//! to its clearers.
+//! to its page hinters.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -44,7 +44,7 @@ impl Transfer {
         let memory = guest.memory();
         Self {
             was: guest.run_state(),
-            hints: Hints::new(guest.clearers(), &memory),
+            hints: Hints::new(guest.page_hinters(), &memory),
             guest,
             memory,
             logs: Vec::new(),
@@ -75,19 +75,19 @@ impl Transfer {
     /// are set but those of pages that never travel: the bitmap is the truth from here on (law 1).
     pub(super) async fn arm(&mut self) -> Result<(), MigrationError> {
         let (memory, logs) = (self.memory.clone(), self.logs.clone());
-        let (excluded, may_leave_out) = (self.hints.excluded(), self.hints.may_leave_out());
-        let Armed { bitmap, clears, untouched } =
+        let (excluded, may_leave_out) = (self.hints.excluded_ranges(), self.hints.may_leave_out());
+        let Armed { bitmap, exclusions, untouched } =
             blocking(move || arm(&memory, &logs, &excluded, may_leave_out)).await?;
         self.bitmap = Some(bitmap);
         self.untouched = Some(untouched);
-        self.hints.armed(clears);
+        self.hints.armed(exclusions);
         Ok(())
     }
 
     /// The time of the digests: measured on a sample, and counted for both ends, which may run on one machine.
     pub(super) async fn digest_time(&self) -> Result<Duration, MigrationError> {
-        let (memory, clears) = (self.memory.clone(), self.hints.clears());
-        let left_out = move || clears.map(|clears| clears.left_out());
+        let (memory, exclusions) = (self.memory.clone(), self.hints.exclusions());
+        let left_out = move || exclusions.map(|exclusions| exclusions.left_out());
         blocking(move || digests::downtime(&memory, left_out().as_ref())).await.map_err(MigrationError::Digest)
     }
 
@@ -121,7 +121,7 @@ impl Transfer {
 
     /// From here on bits leave the bitmap only when pages are sent. Pages left out so far are left out of the digests.
     pub(super) fn start_digests(&mut self) -> Pending {
-        self.left_out = self.hints.clears().map(|clears| Arc::new(clears.left_out()));
+        self.left_out = self.hints.exclusions().map(|exclusions| Arc::new(exclusions.left_out()));
         digests::start(&self.memory, self.left_out.clone())
     }
 

@@ -16,7 +16,7 @@ use crate::control::{Ask, Change, ControlError, Request, with_all};
 use crate::controller::forecast::{Standing, whole};
 use crate::events::Event;
 use crate::guest::RunState;
-use crate::guest::clearer::Point;
+use crate::guest::hints::Point;
 use crate::migration::alive::silenced;
 use crate::migration::course::source::{Action, Input, SourceCourse};
 use crate::migration::driver::World;
@@ -75,7 +75,7 @@ impl Source<'_> {
     fn reached(&mut self, reached: Reached) -> Input {
         let Reached { link, answered_in, room } = reached;
         self.transfer.state_room = room;
-        self.observers.tell(&Event::Connected { peer: link.peer.clone() });
+        self.observers.notify(&Event::Connected { peer: link.peer.clone() });
         self.attempt = Attempt::Linked(link);
         Input::Connected(answered_in)
     }
@@ -131,18 +131,18 @@ impl Source<'_> {
             Signal::Scanned(scanned) => Some(Input::Scanned(scanned)),
             Signal::Sent(sent) => Some(Input::Sent(sent, flow.busiest())),
             Signal::Synced(found) => {
-                let standing = Standing { kept_pages: self.kept_pages(), ..self.standing_with(found.dirty_pages) };
+                let standing = Standing { cached_pages: self.cached_pages(), ..self.standing_with(found.dirty_pages) };
                 Some(Input::Synced { found, standing })
             }
-            Signal::Said(Message::Progress(acknowledged)) => {
+            Signal::Received(Message::Progress(acknowledged)) => {
                 self.rates.hear(&[]);
                 Some(flow.acknowledge(&acknowledged).map_or_else(Input::Failed, Input::Acknowledged))
             }
-            Signal::Said(Message::Heartbeat(figures)) => {
+            Signal::Received(Message::Heartbeat(figures)) => {
                 self.rates.hear(&figures);
                 None
             }
-            Signal::Said(message) => Some(Input::Said(message)),
+            Signal::Received(message) => Some(Input::Received(message)),
             Signal::Lost(why) => Some(Input::Failed(MigrationError::Lost(why))),
             Signal::Silent(silence) => Some(Input::Failed(MigrationError::Silent(silence))),
             Signal::StageDone(stage) if stage.kind == StageKind::Sender => Some(Input::FileComplete),
@@ -170,21 +170,21 @@ impl Source<'_> {
     }
 
     /// Dirty pages that can be sent as deltas. It takes a sweep over the bitmap.
-    fn kept_pages(&self) -> u64 {
-        let kept = self.attempt.flow().and_then(|flow| flow.graph.kept.as_ref());
-        self.transfer.bitmap.as_ref().zip(kept).map_or(0, |(bitmap, kept)| bitmap.count_common(kept))
+    fn cached_pages(&self) -> u64 {
+        let cached = self.attempt.flow().and_then(|flow| flow.graph.cached.as_ref());
+        self.transfer.bitmap.as_ref().zip(cached).map_or(0, |(bitmap, cached)| bitmap.count_common(cached))
     }
 
     async fn act(&mut self, action: Action, course: &SourceCourse) -> Answer {
         let guest = &mut self.transfer;
         Ok(match action {
             Action::Notify(event) => {
-                self.observers.tell(&event);
+                self.observers.notify(&event);
                 None
             }
             Action::ReportChange { round, from, to } => {
                 let memory_bound = self.bound(course.settings()) + bounds::logs_bytes(&self.transfer.logs);
-                self.observers.tell(&Event::Changed(Changed { round, from, to, memory_bound }));
+                self.observers.notify(&Event::Changed(Changed { round, from, to, memory_bound }));
                 None
             }
             Action::Answer(answer, result) => {
@@ -287,25 +287,27 @@ impl Source<'_> {
             Action::SetCache(bytes) => flow.graph.set_cache(bytes),
             Action::SendState => {
                 for chunk in self.transfer.take_state()? {
-                    if let Some(failed) = self.say(&Message::State(chunk), course).await? {
+                    if let Some(failed) = self.send(&Message::State(chunk), course).await? {
                         return Ok(Some(failed));
                     }
                 }
             }
             Action::SendDigests => {
-                let Digests::Done(digests) = std::mem::replace(&mut self.digests, Digests::None) else { return Ok(None) };
+                let Digests::Done(digests) = std::mem::replace(&mut self.digests, Digests::None) else {
+                    return Ok(None);
+                };
                 for message in digests.messages() {
-                    if let Some(failed) = self.say(&message, course).await? {
+                    if let Some(failed) = self.send(&message, course).await? {
                         return Ok(Some(failed));
                     }
                 }
             }
             Action::SendEnd { run_state, frames } => {
-                let failed = self.say(&Message::End { run_state, frames }, course).await?;
+                let failed = self.send(&Message::End { run_state, frames }, course).await?;
                 return Ok(failed.or(Some(Input::EndSent)));
             }
             // A closed queue needs no handling here: the sender's failure follows, and counts as after Go.
-            Action::Go(run_state) => _ = flow.say(&Message::Go(run_state)).await,
+            Action::Go(run_state) => _ = flow.send(&Message::Go(run_state)).await,
             Action::Finish => {
                 if flow.graph.control[0].put(Control::Finish).await.is_err() {
                     return self.broken().await;
@@ -321,7 +323,7 @@ impl Source<'_> {
     async fn explain(&mut self, failure: Failure) -> Input {
         let Attempt::Running(flow) = &mut self.attempt else { return Input::Failed(MigrationError::Stage(failure)) };
         match flow.last_words(failure).await {
-            Ok(words) => Input::Said(words),
+            Ok(words) => Input::Received(words),
             Err(cause) => Input::Failed(MigrationError::Stage(cause)),
         }
     }
@@ -333,28 +335,26 @@ impl Source<'_> {
             loop {
                 match flow.next().await {
                     Signal::Broke(failure) => break Input::Broke(failure),
-                    Signal::Said(message) if decides(&message) => break Input::Said(message),
+                    Signal::Received(message) if decides(&message) => break Input::Received(message),
                     Signal::Lost(why) => break Input::Failed(MigrationError::Lost(why)),
                     _ => {}
                 }
             }
         };
         let failed = tokio::time::timeout(EXPLANATION, failure).await;
-        Ok(Some(failed.unwrap_or_else(|_| {
-            Input::Failed(MigrationError::Lost(Loss::StageEnded))
-        })))
+        Ok(Some(failed.unwrap_or_else(|_| Input::Failed(MigrationError::Lost(Loss::StageEnded)))))
     }
 
     /// Sends a control message. A destination that does not read delays neither a cancel nor, forever, a paused guest.
-    async fn say(&mut self, message: &Message, course: &SourceCourse) -> Answer {
+    async fn send(&mut self, message: &Message, course: &SourceCourse) -> Answer {
         let Self { attempt: Attempt::Running(flow), operator, .. } = self else { return Ok(None) };
-        let said = tokio::select! {
+        let sent = tokio::select! {
             biased;
             () = operator.cancel.token.cancelled() => return Err(MigrationError::Cancelled),
             silence = silenced(flow.alive.as_ref()) => return Err(MigrationError::Silent(silence)),
-            said = tokio::time::timeout(course.settings().handover_timeout, flow.say(message)) => said,
+            sent = tokio::time::timeout(course.settings().handover_timeout, flow.send(message)) => sent,
         };
-        match said {
+        match sent {
             Ok(Ok(())) => Ok(None),
             Ok(Err(_)) => self.broken().await,
             Err(_) => Err(MigrationError::TimedOut("the destination does not read what it is sent".into())),
@@ -365,7 +365,7 @@ impl Source<'_> {
         let layout = self.transfer.layout().clone();
         self.transfer.hints.set_up(&layout, course.settings().after).await?;
         self.transfer.ask_for_logs().await?;
-        self.observers.tell(&Event::Guest {
+        self.observers.notify(&Event::Guest {
             blocks: block_facts(&layout),
             pages: layout.pages(),
             memory_bound: self.bound(course.settings()) + bounds::logs_bytes(&self.transfer.logs),
@@ -387,7 +387,7 @@ impl Source<'_> {
             memory: transfer.memory.clone(),
             logs: transfer.logs.clone(),
             bitmap,
-            clears: transfer.hints.clears(),
+            exclusions: transfer.hints.exclusions(),
             untouched,
             senders: link.senders,
         };
@@ -395,19 +395,19 @@ impl Source<'_> {
         graph.set_bandwidth(bandwidth);
         self.rates.begin(Watch::begin(self.transport.capabilities().return_path));
         self.setup = self.started.elapsed();
-        self.attempt = Attempt::Running(Box::new(Flow::new(graph, link.said, link.alive)));
+        self.attempt = Attempt::Running(Box::new(Flow::new(graph, link.return_path, link.alive)));
     }
 
     async fn lift_throttle(&mut self) {
         if let Err(error) = self.transfer.throttle(0).await {
             self.is_throttled = true;
-            self.observers.tell(&Event::Warning(format!("the guest may still be throttled: {error}")));
+            self.observers.notify(&Event::Warning(format!("the guest may still be throttled: {error}")));
         }
     }
 
     pub(super) fn warn_of(&self, result: Result<(), MigrationError>) {
         if let Err(error) = result {
-            self.observers.tell(&Event::Warning(error.to_string()));
+            self.observers.notify(&Event::Warning(error.to_string()));
         }
     }
 }

@@ -52,7 +52,7 @@ fn watch() -> Result<Option<Left>, GuestError> {
         }
         // Memferry died before it paused anything.
         None => Ok(None),
-        Some(_) => Err(failed(io::Error::other("it was not said what to watch over"))),
+        Some(_) => Err(failed(io::Error::other("the message does not name what to watch over"))),
     }
 }
 
@@ -164,8 +164,8 @@ impl Watch {
 fn report(destination: &Untrusted, resume: &[String]) -> Left {
     let resume = format!("{resume:?}");
     let words = format!(
-        "memferry ended when it had told {destination} to run the guest, or was about to. The guest is paused here. Look whether \
-         it runs at {destination}. If it does not, and memferry has ended there, resume it here: {}",
+        "memferry ended after it sent Go to {destination}, or was about to. The guest is paused here. Look whether it runs at \
+         {destination}. If it does not, and memferry has ended there, resume it here: {}",
         shown(&resume)
     );
     Left { words, succeeded: true }

@@ -15,7 +15,7 @@ const DIVISOR: u8 = 0x80;
 
 /// A line that the program printed.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Said {
+pub(super) enum ConsoleLine {
     /// A vCPU has completed a pass.
     Pass { vcpu: u32, pass: u32, ticks: u32 },
     /// Any other line reports an error.
@@ -33,7 +33,7 @@ pub(super) struct Console {
 
 impl Console {
     /// A byte written to one of its ports.
-    pub(super) fn write(&mut self, port: u16, byte: u8) -> Option<Said> {
+    pub(super) fn write(&mut self, port: u16, byte: u8) -> Option<ConsoleLine> {
         let register = usize::from(port - PORTS.start);
         if register > 0 || self.registers[3] & DIVISOR != 0 {
             self.registers[register] = byte;
@@ -46,7 +46,7 @@ impl Console {
             return None;
         }
         let line = String::from_utf8_lossy(&std::mem::take(&mut self.line)).into_owned();
-        Some(understand(&line).unwrap_or(Said::Trouble(line)))
+        Some(understand(&line).unwrap_or(ConsoleLine::Trouble(line)))
     }
 
     /// A byte read from one of its ports.
@@ -60,32 +60,32 @@ impl Console {
 }
 
 /// `v0 pass 0000002a ticks 000001f3`
-fn understand(line: &str) -> Option<Said> {
+fn understand(line: &str) -> Option<ConsoleLine> {
     let number = |digits: &str| u32::from_str_radix(digits, 16).ok();
     let mut words = line.split(' ');
     let vcpu = number(words.next()?.strip_prefix('v')?)?;
     let mut named = |name: &str| (words.next()? == name).then(|| number(words.next()?)).flatten();
     let (pass, ticks) = (named("pass")?, named("ticks")?);
-    words.next().is_none().then_some(Said::Pass { vcpu, pass, ticks })
+    words.next().is_none().then_some(ConsoleLine::Pass { vcpu, pass, ticks })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn say(console: &mut Console, text: &str) -> Option<Said> {
+    fn feed(console: &mut Console, text: &str) -> Option<ConsoleLine> {
         text.bytes().filter_map(|byte| console.write(SERIAL, byte)).last()
     }
 
     #[test]
     fn lines_are_understood_or_are_trouble() {
         let mut console = Console::default();
-        let pass = say(&mut console, "v1 pass 0000002a ticks 000001f3\n");
-        assert_eq!(pass, Some(Said::Pass { vcpu: 1, pass: 42, ticks: 499 }));
+        let pass = feed(&mut console, "v1 pass 0000002a ticks 000001f3\n");
+        assert_eq!(pass, Some(ConsoleLine::Pass { vcpu: 1, pass: 42, ticks: 499 }));
         for line in ["v0 wrong page 00000107 pass 0000002b", "", "v0 pass 1", "v0 pass 1 ticks 2 more", "x"] {
-            assert_eq!(say(&mut console, &format!("{line}\n")), Some(Said::Trouble(line.into())));
+            assert_eq!(feed(&mut console, &format!("{line}\n")), Some(ConsoleLine::Trouble(line.into())));
         }
-        assert_eq!(say(&mut console, &"x".repeat(1000)), None);
+        assert_eq!(feed(&mut console, &"x".repeat(1000)), None);
         assert_eq!(console.line.len(), MOST_LINE);
     }
 

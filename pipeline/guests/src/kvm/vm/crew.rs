@@ -140,7 +140,7 @@ impl Crew {
         &self,
         mut look: impl FnMut(u32, &VcpuFd) -> Result<T, GuestError>,
     ) -> Result<Vec<T>, GuestError> {
-        assert!(self.is_paused(), "vCPUs are looked at while they stand still");
+        assert!(self.is_paused(), "vCPUs are looked at while they are paused");
         (0..).zip(&self.shared.vcpus).map(|(index, vcpu)| look(index, held(vcpu).descriptor())).collect()
     }
 
@@ -192,7 +192,7 @@ impl Shared {
         }
         // A device access is complete only once the vCPU enters the guest again, which it must not do while paused. It
         // is completed here, because the saved state does not record an incomplete access.
-        vcpu.settle()
+        vcpu.complete_access()
     }
 
     fn make_room(&self, index: usize, vcpu: &mut Vcpu) -> Result<(), String> {

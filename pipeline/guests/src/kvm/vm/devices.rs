@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::console::{Console, PORTS, Said};
+use super::console::{Console, ConsoleLine, PORTS};
 use super::program::{ANSWERS, PAGE_DONE, PAGE_FREED, PAGE_TAKEN};
 use super::ram::Ram;
 
@@ -11,7 +11,7 @@ use super::ram::Ram;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Ask {
     /// Nothing.
-    GoOn,
+    Continue,
     /// A page is written: the vCPU waits according to its pace.
     Pace,
 }
@@ -57,11 +57,11 @@ impl Devices {
             self.ram.turn_page(u32::from_le_bytes([a, b, c, d]), port == PAGE_TAKEN);
         } else if PORTS.contains(&port) {
             for &byte in bytes {
-                let said = self.console().write(port, byte);
-                said.into_iter().for_each(|said| self.hear(said));
+                let line = self.console().write(port, byte);
+                line.into_iter().for_each(|line| self.hear(line));
             }
         }
-        Ask::GoOn
+        Ask::Continue
     }
 
     /// Bytes read from a port: ones where there is no device.
@@ -82,20 +82,20 @@ impl Devices {
         self.log.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn hear(&self, said: Said) {
+    fn hear(&self, line: ConsoleLine) {
         let mut log = self.log();
-        match said {
-            Said::Pass { vcpu, pass, ticks } if (vcpu as usize) < log.passes.len() => {
+        match line {
+            ConsoleLine::Pass { vcpu, pass, ticks } if (vcpu as usize) < log.passes.len() => {
                 log.heartbeats += 1;
                 log.passes[vcpu as usize] = pass;
                 log.ticks = log.ticks.max(ticks);
                 self.ram.write(ANSWERS + u64::from(vcpu) * 8, &u64::from(pass).to_le_bytes());
             }
-            said => {
+            line => {
                 log.troubles += 1;
-                let line = match said {
-                    Said::Trouble(line) => line,
-                    Said::Pass { vcpu, .. } => format!("there is no vCPU {vcpu}"),
+                let line = match line {
+                    ConsoleLine::Trouble(line) => line,
+                    ConsoleLine::Pass { vcpu, .. } => format!("there is no vCPU {vcpu}"),
                 };
                 log.first_trouble.get_or_insert(line);
             }

@@ -30,7 +30,7 @@ use memferry_stages::memory::GuestMemory;
 use self::machine::Machine;
 use super::settings::{KvmLogChoice, KvmSettings};
 use crate::balloon::Balloon;
-use memferry::guest::clearer::Clearer;
+use memferry::guest::hints::PageHinter;
 use memferry::guest::{DestinationGuest, Guest, GuestBuilder, GuestError, GuestState, RunState, SourceGuest};
 
 /// A virtual machine under KVM. See the [module](super).
@@ -164,7 +164,7 @@ impl Guest for KvmGuest {
     }
 
     /// A balloon, if it has memory that is free or unplugged.
-    fn clearers(&self) -> Vec<Arc<dyn Clearer>> {
+    fn page_hinters(&self) -> Vec<Arc<dyn PageHinter>> {
         Balloon::of(self.life().machine.ram.clone())
     }
 }

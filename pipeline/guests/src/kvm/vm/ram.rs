@@ -21,7 +21,7 @@ use crate::balloon::Ballooned;
 use crate::free::FreeRanges;
 use crate::kvm::settings::{KvmSettings, MEMORY_UNIT, PAGE_BYTES};
 use memferry::guest::GuestError;
-use memferry::guest::clearer::BlockPages;
+use memferry::guest::hints::BlockPages;
 
 /// Where the hole begins and ends, in the guest's physical memory.
 const HOLE: Range<u64> = 3 << 30..4 << 30;

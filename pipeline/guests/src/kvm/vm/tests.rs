@@ -60,7 +60,7 @@ fn a_machine_runs_and_its_timer_ticks() {
 }
 
 #[test]
-fn a_paused_machine_writes_nothing_and_goes_on_where_it_was() {
+fn a_paused_machine_writes_nothing_and_continues_where_it_was() {
     let Some(settings) = small() else { return };
     let guest = KvmGuest::source(KvmSettings { vcpus: 2, pages_per_second: 0.0, ..settings }).unwrap();
     let logs = guest.dirty_logs().unwrap();

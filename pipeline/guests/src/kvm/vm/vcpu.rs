@@ -43,7 +43,7 @@ impl Vcpu {
         let left = match self.vcpu.run() {
             Ok(VcpuExit::IoOut(port, bytes)) => match devices.write(port, bytes) {
                 Ask::Pace => Left::PageDone,
-                Ask::GoOn => Left::Kicked,
+                Ask::Continue => Left::Kicked,
             },
             Ok(VcpuExit::IoIn(port, bytes)) => {
                 devices.read(port, bytes);
@@ -51,9 +51,9 @@ impl Vcpu {
             }
             Ok(VcpuExit::Intr) => Left::Kicked,
             Ok(VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL)) => return Ok(Left::RingFull),
-            Ok(exit) => return Err(format!("cannot go on: {exit:?}")),
+            Ok(exit) => return Err(format!("cannot continue: {exit:?}")),
             Err(error) if is_interruption(error) => Left::Kicked,
-            Err(error) => return Err(format!("cannot go on: {error}")),
+            Err(error) => return Err(format!("cannot continue: {error}")),
         };
         self.in_vain = 0;
         Ok(left)
@@ -66,16 +66,16 @@ impl Vcpu {
     }
 
     /// Completes the guest's device access, without entering it.
-    pub(super) fn settle(&mut self) -> Result<(), String> {
+    pub(super) fn complete_access(&mut self) -> Result<(), String> {
         self.vcpu.set_kvm_immediate_exit(1);
-        let settled = match self.vcpu.run() {
+        let completed = match self.vcpu.run() {
             Err(error) if is_interruption(error) => Ok(()),
             Ok(VcpuExit::Intr) => Ok(()),
             Ok(exit) => Err(format!("cannot be stopped: {exit:?}")),
             Err(error) => Err(format!("cannot be stopped: {error}")),
         };
         self.vcpu.set_kvm_immediate_exit(0);
-        settled
+        completed
     }
 }
 

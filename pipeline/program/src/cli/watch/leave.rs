@@ -34,10 +34,10 @@ pub(super) fn when_over() -> io::Result<Arc<AtomicBool>> {
         low_level::pipe::register(number, signal.try_clone()?)?;
     }
     let is_over = Arc::<AtomicBool>::default();
-    let tell = is_over.clone();
+    let flag = is_over.clone();
     let wait = move || {
         wait(&signalled);
-        tell.store(true, Ordering::Relaxed);
+        flag.store(true, Ordering::Relaxed);
         thread::sleep(GRACE);
         // The terminal may accept no output: only what needs none is restored. Without a terminal this fails.
         drop(crossterm::terminal::disable_raw_mode());

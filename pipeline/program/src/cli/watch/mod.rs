@@ -24,7 +24,7 @@ use super::verdict::{DONE, FAILED};
 use model::Model;
 use source::{Broken, Heard};
 use view::Theme;
-use words::Teller;
+use words::EventLines;
 
 /// The time between two frames.
 const FRAME: Duration = Duration::from_millis(100);
@@ -52,12 +52,12 @@ pub(super) async fn watch(name: &str, speed: Option<f64>) -> io::Result<u8> {
     let heard = match source::open(name, speed.or(on_screen.then_some(1.0))).await {
         Ok(heard) => heard,
         Err(why) => {
-            tell!("memferry: {why}");
+            message!("memferry: {why}");
             return Ok(FAILED);
         }
     };
     let name = if name == "-" { "standard input" } else { name }.to_owned();
-    let show = move || if on_screen { show(&name, &heard, &stop) } else { tell(&name, &heard, &stop) };
+    let show = move || if on_screen { show(&name, &heard, &stop) } else { print(&name, &heard, &stop) };
     tokio::task::spawn_blocking(show).await.map_err(io::Error::other)?
 }
 
@@ -142,15 +142,15 @@ impl Drop for Screen {
 }
 
 /// Watches without a terminal: a line for each event.
-fn tell(name: &str, heard: &Receiver<Heard>, stop: &AtomicBool) -> io::Result<u8> {
-    let (mut model, mut teller) = (Model::default(), Teller::default());
+fn print(name: &str, heard: &Receiver<Heard>, stop: &AtomicBool) -> io::Result<u8> {
+    let (mut model, mut lines) = (Model::default(), EventLines::default());
     loop {
         let outcome = match heard.recv_timeout(FRAME) {
             Ok(Heard::Line(line)) => {
                 model.take(&line);
                 // A reader that has read enough closes the pipe.
-                let told = teller.line(&line).map_or(Ok(()), |text| writeln!(io::stdout(), "{text}"));
-                match told {
+                let written = lines.line(&line).map_or(Ok(()), |text| writeln!(io::stdout(), "{text}"));
+                match written {
                     Ok(()) if model.is_over() => Outcome::Over,
                     Ok(()) => continue,
                     Err(_) => Outcome::Quit,
@@ -181,17 +181,17 @@ fn code(name: &str, model: &Model, outcome: &Outcome) -> u8 {
         Outcome::Quit => DONE,
         Outcome::Over if model.shown().1.ended.is_some() => DONE,
         Outcome::Over if model.ms == 0.0 && model.strange > 0 => {
-            tell!("memferry: {name} holds no events of a migration");
+            message!("memferry: {name} holds no events of a migration");
             FAILED
         }
         Outcome::Over => {
-            tell!(
+            message!(
                 "memferry: the events of {name} ended before the migration did: the program that wrote them may be gone"
             );
             FAILED
         }
         Outcome::Broke(broken) => {
-            tell!("memferry: {broken}");
+            message!("memferry: {broken}");
             FAILED
         }
     }

@@ -69,19 +69,19 @@ async fn follow(name: &str) -> Result<Receiver<Heard>, String> {
     let address = socket(name)?;
     let asked = tokio::time::timeout(PATIENCE, client::events(&address)).await;
     let mut lines = asked.map_err(|_| format!("{address} does not answer"))?.map_err(in_words)?;
-    let (tell, heard) = sync_channel(WAITING);
+    let (sender, heard) = sync_channel(WAITING);
     let runtime = Handle::current();
     in_background(move || {
         let end = loop {
             match runtime.block_on(lines.next()) {
-                Ok(Some(line)) if tell.send(parse(line.as_bytes())).is_ok() => {}
+                Ok(Some(line)) if sender.send(parse(line.as_bytes())).is_ok() => {}
                 // The receiver is gone.
                 Ok(Some(_)) => return,
                 Ok(None) => break Ok(()),
                 Err(error) => break Err(error.into()),
             }
         };
-        drop(tell.send(Heard::End(end)));
+        drop(sender.send(Heard::End(end)));
     })?;
     Ok(heard)
 }
@@ -98,16 +98,16 @@ fn parse(line: &[u8]) -> Heard {
 }
 
 fn listen(name: &str, input: Box<dyn Read + Send>, speed: Option<f64>) -> Result<Receiver<Heard>, String> {
-    let (tell, heard) = sync_channel(WAITING);
+    let (sender, heard) = sync_channel(WAITING);
     let name = name.to_owned();
     in_background(move || {
-        let end = read(name, BufReader::new(input), &tell, &Pace::new(speed));
-        drop(tell.send(Heard::End(end)));
+        let end = read(name, BufReader::new(input), &sender, &Pace::new(speed));
+        drop(sender.send(Heard::End(end)));
     })?;
     Ok(heard)
 }
 
-fn read(name: String, mut input: impl BufRead, tell: &SyncSender<Heard>, pace: &Pace) -> Result<(), Broken> {
+fn read(name: String, mut input: impl BufRead, sender: &SyncSender<Heard>, pace: &Pace) -> Result<(), Broken> {
     let (mut line, mut offset) = (Vec::new(), 0);
     loop {
         line.clear();
@@ -122,7 +122,7 @@ fn read(name: String, mut input: impl BufRead, tell: &SyncSender<Heard>, pace: &
         if let Heard::Line(line) = &heard {
             pace.wait_for(line.ms);
         }
-        if tell.send(heard).is_err() {
+        if sender.send(heard).is_err() {
             return Ok(());
         }
     }
@@ -170,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_are_told_apart_whatever_comes() {
+    fn lines_are_distinguished_whatever_comes() {
         let (paused, long) = (line(&Event::Paused), "x".repeat(LONGEST - 1));
         let last = paused.trim_end();
         let text = format!("{paused}nonsense\n{long}\n\n{paused}{{\"event\":\n{last}");
@@ -182,19 +182,19 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_line_without_an_end_is_told_with_its_place() {
+    async fn a_line_without_an_end_is_reported_with_its_place() {
         let broken = |heard: Receiver<Heard>| match heard.iter().last() {
             Some(Heard::End(Err(broken))) => broken.to_string(),
             other => panic!("{other:?}"),
         };
         let paused = line(&Event::Paused);
         let text = io::Cursor::new(paused.clone()).chain(io::repeat(b'x'));
-        let told = format!("x holds no lines of events: the one that begins at byte {} is longer", paused.len());
-        assert!(broken(listen("x", Box::new(text), None).unwrap()).starts_with(&told));
-        let told = broken(open("/dev/zero", None).await.unwrap());
-        assert!(told.starts_with("/dev/zero holds no lines of events: the one that begins at byte 0 "), "{told}");
-        let told = broken(open("/", None).await.unwrap());
-        assert!(told.starts_with("the events in / broke off at byte 0: "), "{told}");
+        let error = format!("x holds no lines of events: the one that begins at byte {} is longer", paused.len());
+        assert!(broken(listen("x", Box::new(text), None).unwrap()).starts_with(&error));
+        let error = broken(open("/dev/zero", None).await.unwrap());
+        assert!(error.starts_with("/dev/zero holds no lines of events: the one that begins at byte 0 "), "{error}");
+        let error = broken(open("/", None).await.unwrap());
+        assert!(error.starts_with("the events in / broke off at byte 0: "), "{error}");
     }
 
     #[tokio::test]

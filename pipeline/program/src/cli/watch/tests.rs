@@ -6,7 +6,7 @@ use ratatui::backend::TestBackend;
 
 use super::model::{Model, greatest};
 use super::view::{self, Theme};
-use super::words::Teller;
+use super::words::EventLines;
 use memferry::events::Phase;
 use memferry_report::event_json::{EventJson, EventLine};
 use memferry_report::series::MOST_SAMPLES;
@@ -67,8 +67,8 @@ fn the_screen_before_anything() {
 
 #[test]
 fn the_lines_where_there_is_no_screen() {
-    let mut teller = Teller::default();
-    let lines: Vec<_> = recorded().iter().filter_map(|line| teller.line(line)).collect();
+    let mut view = EventLines::default();
+    let lines: Vec<_> = recorded().iter().filter_map(|line| view.line(line)).collect();
     insta::assert_snapshot!(lines.join("\n"));
 }
 
@@ -135,8 +135,8 @@ fn what_comes_from_outside_does_not_move_the_cursor() {
     last.event = EventJson::Warning { what: hostile.into() };
     model.take(&last);
     assert!(!screen(&model, 80, 24).contains('\u{1b}'));
-    let told = Teller::default().line(&last).unwrap();
-    assert!(told.contains("gone") && !told.chars().any(char::is_control), "{told:?}");
+    let line = EventLines::default().line(&last).unwrap();
+    assert!(line.contains("gone") && !line.chars().any(char::is_control), "{line:?}");
 }
 
 #[test]
@@ -146,9 +146,9 @@ fn histories_are_bounded() {
     for line in progress.iter().cycle().take(5000) {
         model.take(line);
     }
-    let all = greatest(model.shown().1.history.kept(), 10_000, |sample| sample.remaining);
+    let all = greatest(model.shown().1.history.samples(), 10_000, |sample| sample.remaining);
     assert!((MOST_SAMPLES / 2..=MOST_SAMPLES).contains(&all.len()), "{} samples", all.len());
-    assert_eq!(greatest(model.shown().1.history.kept(), 50, |sample| sample.remaining).len(), 50);
+    assert_eq!(greatest(model.shown().1.history.samples(), 50, |sample| sample.remaining).len(), 50);
 }
 
 #[test]

@@ -166,7 +166,7 @@ impl Page<'_, '_> {
         self.frame.render_widget(Paragraph::new(text), row);
         let taken = u16::try_from(LABEL + FIGURE).unwrap_or(u16::MAX).min(row.width);
         let rest = Rect { x: row.x + taken, width: row.width - taken, ..row };
-        let columns = greatest(end.history.kept(), usize::from(rest.width), of);
+        let columns = greatest(end.history.samples(), usize::from(rest.width), of);
         self.frame.render_widget(Sparkline::default().data(columns).style(self.theme.of(colour)), rest);
     }
 
@@ -208,7 +208,7 @@ impl Page<'_, '_> {
         }
         let limit = now.downtime_limit_ms.map(words::time).map_or(String::new(), |limit| format!(", limit {limit}"));
         let Some(expected) = now.expected_downtime_ms else {
-            return vec![Span::raw(format!("cannot be told yet{limit}"))];
+            return vec![Span::raw(format!("not known yet{limit}"))];
         };
         let fits = now.downtime_limit_ms.is_none_or(|limit| expected <= limit);
         let style = self.theme.of(if fits { Color::Green } else { Color::Red });

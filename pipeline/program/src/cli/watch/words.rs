@@ -26,7 +26,7 @@ pub(super) fn phase(phase: Option<Phase>) -> (&'static str, &'static str) {
         None => ("waiting", "nothing heard yet"),
         Some(Phase::Setup) => ("setup", "the guest runs at the source"),
         Some(Phase::Active) => ("active", "the guest runs at the source"),
-        Some(Phase::Switchover) => ("switchover", "the guest stands still"),
+        Some(Phase::Switchover) => ("switchover", "the guest is paused"),
         Some(Phase::Completed) => ("completed", "the guest is at the destination"),
         Some(Phase::Failed) => ("failed", "the source is as it was"),
         Some(Phase::Cancelled) => ("cancelled", "the source is as it was"),
@@ -48,18 +48,18 @@ pub(super) fn verdict(ended: &EndedJson) -> String {
     if ended.phase == Phase::Completed {
         line.push_str(if ended.end.verified == Some(true) { ", verified" } else { ", not verified" });
     }
-    let meaning = if ended.resume_failed { "the source guest could not be resumed and stands still" } else { meaning };
+    let meaning = if ended.resume_failed { "the source guest could not be resumed and stays paused" } else { meaning };
     format!("{line}; {meaning}")
 }
 
 /// The line for an event, if it has one; progress figures at most once a second.
 #[derive(Debug, Default)]
-pub(super) struct Teller {
+pub(super) struct EventLines {
     figures_ms: Option<f64>,
     source_heard: bool,
 }
 
-impl Teller {
+impl EventLines {
     pub(super) fn line(&mut self, line: &EventLine) -> Option<String> {
         self.source_heard |= line.role == Some(Role::Source);
         let text = match &line.event {
@@ -102,7 +102,7 @@ fn milestone(event: &EventJson) -> Option<String> {
         EventJson::TurnedAway { peer, why, count, .. } => turned_away(peer, why, *count),
         EventJson::Warning { what } => format!("warning: {what}"),
         EventJson::Paused => "the guest is paused at the source".into(),
-        EventJson::Resumed => "the guest goes on at the source".into(),
+        EventJson::Resumed => "the guest continues at the source".into(),
         EventJson::Ended(ended) => verdict(ended),
         EventJson::Lost { events } => format!("{events} events were lost before this line"),
         _ => return None,

@@ -215,7 +215,7 @@ impl Course<'_> {
         let points: Vec<_> = levels.iter().map(|(at, level)| self.point(scale, *at, *level)).collect();
         let line = chart::steps(&points);
         let panel = Panel {
-            summary: format!("How far the guest was held back over time: at most {most:.0} percent of its time."),
+            summary: format!("How far the guest was throttled over time: at most {most:.0} percent of its time."),
             height: 80,
             scale,
             ticks: vec![(50.0, "50 %".into()), (100.0, "100 %".into())],
@@ -223,7 +223,7 @@ impl Course<'_> {
             dots: Vec::new(),
         };
         html! {
-            p.caption { b { "Throttle" } " percent of its time that the guest was held back" }
+            p.caption { b { "Throttle" } " percent of its time for which the guest was throttled" }
             (panel.svg(backdrop))
         }
     }

@@ -29,7 +29,7 @@ impl SourceCourse {
             (Input::Cancel, State::Completing) => {
                 vec![warning("cancel comes too late: the file is being completed")]
             }
-            (Input::Said(message), State::HandingOver { .. }) => self.happened(Happening::Said(message), now),
+            (Input::Received(message), State::HandingOver { .. }) => self.happened(Happening::Received(message), now),
             (Input::Cancel, State::HandingOver { .. }) => self.happened(Happening::Cancel, now),
             (Input::Failed(error), State::HandingOver { .. }) => self.happened(happening(error), now),
             _ => Vec::new(),

@@ -94,7 +94,7 @@ pub(in crate::migration) enum Input {
     /// The guest is where it was, or cannot be resumed.
     Resumed(Result<(), MigrationError>),
     /// The destination sent a message that decides something.
-    Said(Message),
+    Received(Message),
     /// A stage ended with an error, possibly the consequence of another's.
     Broke(Failure),
     /// The connection or a call failed, or a stage whose failure is explained.
@@ -116,7 +116,7 @@ pub(in crate::migration) enum Action {
     /// Report an event.
     Notify(Event),
     /// Find out why a stage failed: the destination's last message if it sent one, else the first failure. Answer:
-    /// [`Input::Said`] or [`Input::Failed`].
+    /// [`Input::Received`] or [`Input::Failed`].
     Explain(Failure),
     /// Reach the destination and agree, in the background. Then: [`Input::Connected`].
     Connect,
@@ -315,7 +315,11 @@ impl SourceCourse {
             (state, mistake) => {
                 let what = format!("the course ended as {state:?}");
                 let cause = MigrationError::Mistake(what);
-                Outcome { end: End::Failed(cause), resume_error: mistake.filter(|_| self.done.paused), stays_paused: false }
+                Outcome {
+                    end: End::Failed(cause),
+                    resume_error: mistake.filter(|_| self.done.paused),
+                    stays_paused: false,
+                }
             }
         }
     }
@@ -345,7 +349,7 @@ impl Course for SourceCourse {
             (Input::Failed(error), State::Resuming(_)) => self.resumed(Err(error), now),
             (Input::Cancel, _) => self.end(End::Cancelled(MigrationError::Cancelled), now),
             (Input::Failed(error), _) => self.fail(error, now),
-            (Input::Said(message), _) => self.fail(unwelcome(message), now),
+            (Input::Received(message), _) => self.fail(unwelcome(message), now),
             (Input::Asked { request, standing }, _) => self.asked(request, standing, now),
             (Input::Tick { standing, bulk_bytes }, _) => self.tick(standing, bulk_bytes, now),
             (Input::Paused, _) => self.paused(now),
@@ -432,6 +436,6 @@ fn unwelcome(message: Message) -> MigrationError {
     match message {
         Message::Refused(why) => MigrationError::Refused { peer, why },
         Message::Abort(why) => MigrationError::GivenUp { peer, why },
-        other => MigrationError::Protocol(format!("{} came out of turn", other.kind().name())),
+        other => MigrationError::Protocol(format!("unexpected message: {}", other.kind().name())),
     }
 }

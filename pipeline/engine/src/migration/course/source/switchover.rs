@@ -106,4 +106,3 @@ impl SourceCourse {
         Vec::new()
     }
 }
-

@@ -1,7 +1,7 @@
 //! Parts of a guest that know which pages need not be sent: a balloon that hints free pages, a device that unplugs
 //! memory.
 //!
-//! A [`Clearer`] is notified of five points of a migration at its source, and of nothing else:
+//! A [`PageHinter`] is notified of five points of a migration at its source, and of nothing else:
 //!
 //! ```text
 //!  Setup ─▶ BeforeSync ─ sync ─ AfterSync ─▶ ( scan ─▶ BeforeSync ─ sync ─ AfterSync )* ─▶ Complete ─▶ BeforeSync ─ sync ─ AfterSync
@@ -11,19 +11,19 @@
 //!
 //! - The scanner swaps words of the bitmap between an `AfterSync` and the next `BeforeSync` or `Complete`, and at no
 //!   other time: it is at rest during a notification. The last round is scanned after the last `AfterSync`.
-//! - A point is notified when the notification before it has returned: to all clearers of the guest, one after another,
+//! - A point is notified when the notification before it has returned: to all page hinters of the guest, one after another,
 //!   in the order in which the guest listed them.
-//! - `Cleanup` is notified on every end (success, failure and cancel), once, to each clearer that was notified of
+//! - `Cleanup` is notified on every end (success, failure and cancel), once, to each page hinter that was notified of
 //!   `Setup`, also if that failed. The guest may run again by then, or run at the destination.
 //!
-//! Hints that arrive outside the window that they were given for are dropped by [`Hints`] itself, so a late clearer or
-//! guest does no harm. The clearer is responsible for the contract of [`Hints::free`]: pages stay free until the hint
+//! Hints that arrive outside the window that they were given for are dropped by [`Hints`] itself, so a late page hinter or
+//! guest does no harm. The page hinter is responsible for the contract of [`Hints::free`]: pages stay free until the hint
 //! for them has returned.
 
 use std::fmt;
 use std::ops::Range;
 
-pub use memferry_stages::clears::{Hints, Spared};
+pub use memferry_stages::exclusions::{ExcludedPages, Hints};
 
 use super::GuestError;
 
@@ -59,7 +59,7 @@ pub type BlockPages = (u32, Range<u64>);
 /// ```
 /// use std::sync::Mutex;
 /// use memferry::guest::GuestError;
-/// use memferry::guest::clearer::{BlockPages, Clearer, Hints, Point};
+/// use memferry::guest::hints::{BlockPages, PageHinter, Hints, Point};
 ///
 /// /// A balloon whose guest reports free pages through `report`, from a thread of the VMM's.
 /// #[derive(Debug, Default)]
@@ -76,7 +76,7 @@ pub type BlockPages = (u32, Range<u64>);
 ///     }
 /// }
 ///
-/// impl Clearer for Balloon {
+/// impl PageHinter for Balloon {
 ///     fn reached(&self, point: &Point) -> Result<(), GuestError> {
 ///         match point {
 ///             Point::AfterSync { hints } => *self.hints.lock().unwrap() = hints.clone(),
@@ -87,7 +87,7 @@ pub type BlockPages = (u32, Range<u64>);
 ///     }
 /// }
 /// ```
-pub trait Clearer: Send + Sync + fmt::Debug {
+pub trait PageHinter: Send + Sync + fmt::Debug {
     /// The migration has reached this point. Called where blocking is allowed; the migration waits until it returns,
     /// and near its end that is downtime.
     ///
@@ -96,7 +96,7 @@ pub trait Clearer: Send + Sync + fmt::Debug {
     /// operator is warned and the migration continues, because nothing depends on a hint.
     fn reached(&self, point: &Point) -> Result<(), GuestError>;
 
-    /// Can it give hints? If no clearer of the guest can, no window is opened: a window requires that the whole log is
+    /// Can it give hints? If no page hinter of the guest can, no window is opened: a window requires that the whole log is
     /// armed.
     fn gives_hints(&self) -> bool {
         true

@@ -63,7 +63,7 @@ fn a_guest_with_80_percent_free_sends_about_20() {
     let share = ends.source.wire_bytes as f64 / memory as f64;
     println!("{:.1} % of the memory went over the wire", share * 100.0);
     assert!((0.2..0.25).contains(&share), "{share} of the memory was sent");
-    assert!(ends.source.spared.hinted > 75 * memory / 4096 / 100, "{:?}", ends.source.spared);
+    assert!(ends.source.excluded.hinted > 75 * memory / 4096 / 100, "{:?}", ends.source.excluded);
     destination.pause().unwrap();
     assert_eq!(destination.check_all().first_stale, None);
 }
@@ -109,7 +109,7 @@ fn torture_over(seed: u64, cap: u64) -> bool {
         ..source_settings(2, 2)
     };
     let (ends, destination) = move_workload(settings, sending, Recorder::default());
-    let hinted = ends.source.spared.hinted;
+    let hinted = ends.source.excluded.hinted;
     // The guest continues at the destination, checks its own writes there, and checks all pages at the end.
     let arrived = destination.status().writes_since_start_here;
     while destination.status().writes_since_start_here < arrived + 2000 {
@@ -160,15 +160,15 @@ fn all_three_together_in_every_log() {
         loop {
             let sending = SourceSettings { max_bandwidth: Some(cap), ..source_settings(1, 1) };
             let (ends, destination) = move_workload(settings.clone(), sending, Recorder::default());
-            let spared = ends.source.spared;
-            assert_eq!((spared.unplugged, spared.ignored), (1024, 256), "{dirty_log:?}");
+            let excluded = ends.source.excluded;
+            assert_eq!((excluded.unplugged, excluded.ignored), (1024, 256), "{dirty_log:?}");
             destination.pause().unwrap();
             let status = destination.check_all();
             assert_eq!((status.first_stale, status.pages_checked >= 256), (None, true));
-            if (spared.hinted > 0) == (dirty_log != LogChoice::Hash) {
+            if (excluded.hinted > 0) == (dirty_log != LogChoice::Hash) {
                 break;
             }
-            assert!(dirty_log != LogChoice::Hash && cap > 1 << 20, "{dirty_log:?}: {spared:?}");
+            assert!(dirty_log != LogChoice::Hash && cap > 1 << 20, "{dirty_log:?}: {excluded:?}");
             cap /= 2;
         }
     }
@@ -197,7 +197,7 @@ fn memory_is_plugged_before_or_after_a_migration_and_not_in_it() {
     let next = Workload::destination_sharing(folder.path().join("shared"));
     let ends = move_guest(destination, next, source_settings(1, 1), CancellationToken::new(), Recorder::default());
     assert_eq!(ends.source.phase, Phase::Completed, "{:?}", ends.source.error);
-    assert_eq!((ends.source.spared.unplugged, ends.source.spared.ignored), (0, 256));
+    assert_eq!((ends.source.excluded.unplugged, ends.source.excluded.ignored), (0, 256));
 }
 
 #[test]

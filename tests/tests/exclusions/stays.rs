@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use memferry::events::Phase;
 use memferry::guest::GuestError;
-use memferry::guest::clearer::{BlockPages, Clearer, Point};
+use memferry::guest::hints::{BlockPages, PageHinter, Point};
 use memferry::settings::{After, SourceSettings};
 use memferry_stages::geometry::PageSize;
 use memferry_tests::run::Ends;
@@ -19,7 +19,7 @@ const UNPLUGGED: std::ops::Range<u64> = 300..1000;
 #[derive(Debug)]
 struct Unplugs(Vec<BlockPages>);
 
-impl Clearer for Unplugs {
+impl PageHinter for Unplugs {
     fn reached(&self, _point: &Point) -> Result<(), GuestError> {
         Ok(())
     }
@@ -43,9 +43,9 @@ fn unplugged(hashes: bool, ranges: [Vec<BlockPages>; 2], notes: &Notes) -> [(Not
     let guests = [source, Arc::new(TestGuest::destination())];
     let mut ends = guests.into_iter().zip(ranges).map(|(guest, ranges)| {
         let forbidden = if ranges.is_empty() { 0..0 } else { UNPLUGGED };
-        let clearers: Vec<Arc<dyn Clearer>> =
+        let hinters: Vec<Arc<dyn PageHinter>> =
             if ranges.is_empty() { Vec::new() } else { vec![Arc::new(Unplugs(ranges))] };
-        (Noting { hashes, forbidden, ..Noting::new(guest.clone(), clearers, notes) }, guest)
+        (Noting { hashes, forbidden, ..Noting::new(guest.clone(), hinters, notes) }, guest)
     });
     [ends.next().unwrap(), ends.next().unwrap()]
 }
@@ -60,7 +60,7 @@ fn unplugged_memory_is_touched_at_neither_end() {
         assert_eq!(ends.source.phase, Phase::Completed, "{:?}", ends.source.error);
         assert_eq!(ends.destination.verified, Some(true));
         assert!(!notes.read().contains(&"TOUCHED".to_owned()), "hashes: {hashes}, {:?}", notes.read());
-        assert_eq!(ends.source.spared.unplugged, UNPLUGGED.end - UNPLUGGED.start);
+        assert_eq!(ends.source.excluded.unplugged, UNPLUGGED.end - UNPLUGGED.start);
         let (ours, theirs) = (from.bytes(), to.bytes());
         let at = |page: u64| usize::try_from(page).unwrap() * PAGE;
         let (start, end) = (at(UNPLUGGED.start), at(UNPLUGGED.end));
@@ -107,7 +107,7 @@ fn an_ignored_block_never_travels() {
     assert_eq!(ends.destination.verified, Some(true));
     assert!(from.bytes()[0] == to.bytes()[0]);
     assert!(to.bytes()[1].iter().all(|&byte| byte == 0), "the ignored block was written");
-    assert_eq!(ends.source.spared.ignored, 513);
+    assert_eq!(ends.source.excluded.ignored, 513);
 }
 
 #[test]
@@ -124,7 +124,7 @@ fn a_block_that_is_ignored_at_one_end_only_is_refused() {
 }
 
 #[test]
-fn a_snapshot_of_a_guest_that_goes_on_must_hold_all_of_it() {
+fn a_snapshot_of_a_guest_that_continues_must_hold_all_of_it() {
     let notes = Notes::default();
     let ((source, from), destination) = (ignoring(&notes), Arc::new(TestGuest::destination()));
     let settings = SourceSettings { after: Some(After::Resume), ..source_settings(2, 1) };

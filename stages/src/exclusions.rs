@@ -21,7 +21,7 @@
 //! may race for the same bit, and one of them gets it. If the scanner does, a free page is sent, which is harmless.
 //!
 //! **What the destination holds.** A page that was hinted while its bit was set has stale content at the destination, until it is
-//! written and sent. [`Clears::left_out`] returns these pages: digests must leave them out. A delta refers to what the
+//! written and sent. [`Exclusions::left_out`] returns these pages: digests must leave them out. A delta refers to what the
 //! destination holds, and a hint does not change that.
 
 use std::ops::Range;
@@ -34,7 +34,7 @@ use crate::bitmap::{DirtyBitmap, words_of};
 
 /// Why pages are excluded for the whole migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum OutForGood {
+pub enum ExclusionReason {
     /// No memory backs them.
     Unplugged,
     /// The destination has the block's memory already.
@@ -43,7 +43,7 @@ pub enum OutForGood {
 
 /// How many pages were excluded, by reason.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
-pub struct Spared {
+pub struct ExcludedPages {
     /// Bits that hints cleared: the page was dirty, and was not sent in that round.
     pub hinted: u64,
     /// Pages of hints that came while their window was not open.
@@ -57,10 +57,10 @@ pub struct Spared {
 
 /// The clearing of bits in one migration's bitmap. See the [module](self).
 #[derive(Debug)]
-pub struct Clears {
+pub struct Exclusions {
     bitmap: Arc<DirtyBitmap>,
     /// `None`: no page.
-    out_for_good: Option<DirtyBitmap>,
+    permanent: Option<DirtyBitmap>,
     /// Pages that were hinted while their bit was set, and that no sync has set since.
     hinted: DirtyBitmap,
     /// Locked for reading by each hint in progress.
@@ -78,18 +78,18 @@ struct Window {
     is_open: bool,
 }
 
-impl Clears {
+impl Exclusions {
     /// Clears the bits of excluded pages in a bitmap that is not scanned yet. No window is open.
     ///
     /// # Panics
     /// If a range reaches beyond its block.
-    pub fn new(bitmap: Arc<DirtyBitmap>, out_for_good: &[(OutForGood, u32, Range<u64>)]) -> Self {
+    pub fn new(bitmap: Arc<DirtyBitmap>, permanent: &[(ExclusionReason, u32, Range<u64>)]) -> Self {
         let out = DirtyBitmap::empty(bitmap.layout());
         let (mut unplugged, mut ignored) = (0, 0);
-        for (why, block, pages) in out_for_good {
+        for (why, block, pages) in permanent {
             let count = match why {
-                OutForGood::Unplugged => &mut unplugged,
-                OutForGood::Ignored => &mut ignored,
+                ExclusionReason::Unplugged => &mut unplugged,
+                ExclusionReason::Ignored => &mut ignored,
             };
             // A page that is named twice counts once.
             let added =
@@ -100,7 +100,7 @@ impl Clears {
         Self {
             hinted: DirtyBitmap::empty(bitmap.layout()),
             bitmap,
-            out_for_good: (unplugged + ignored > 0).then_some(out),
+            permanent: (unplugged + ignored > 0).then_some(out),
             window: RwLock::default(),
             unplugged,
             ignored,
@@ -111,8 +111,8 @@ impl Clears {
 
     /// The pages that are excluded for the whole migration, if there are any.
     #[must_use]
-    pub fn out_for_good(&self) -> Option<&DirtyBitmap> {
-        self.out_for_good.as_ref()
+    pub fn permanent(&self) -> Option<&DirtyBitmap> {
+        self.permanent.as_ref()
     }
 
     /// Opens the next window: hints through the returned value clear bits until it is closed. The caller must ensure that no sync
@@ -122,7 +122,7 @@ impl Clears {
         let mut window = self.window.write().unwrap_or_else(PoisonError::into_inner);
         window.number += 1;
         window.is_open = true;
-        Hints { clears: self.clone(), window: window.number }
+        Hints { exclusions: self.clone(), window: window.number }
     }
 
     /// Closes the window, if one is open. Once this returns, no hint clears a bit, not even one that came in time and was in
@@ -137,7 +137,7 @@ impl Clears {
     /// # Panics
     /// If the extents reach beyond the block.
     pub fn synced(&self, block: u32, extents: Range<u32>) {
-        if let Some(out) = &self.out_for_good {
+        if let Some(out) = &self.permanent {
             for at in out.dirty_extents(block, extents.clone()) {
                 let _never_sent = self.bitmap.take_mask(at, out.peek(at));
             }
@@ -151,7 +151,7 @@ impl Clears {
     #[must_use]
     pub fn left_out(&self) -> DirtyBitmap {
         let all = DirtyBitmap::empty(self.bitmap.layout());
-        for some in self.out_for_good.iter().chain([&self.hinted]) {
+        for some in self.permanent.iter().chain([&self.hinted]) {
             some.all_dirty_extents().for_each(|at| _ = all.set_mask(at, some.peek(at)));
         }
         all
@@ -159,8 +159,8 @@ impl Clears {
 
     /// What was excluded so far.
     #[must_use]
-    pub fn spared(&self) -> Spared {
-        Spared {
+    pub fn excluded(&self) -> ExcludedPages {
+        ExcludedPages {
             hinted: self.cleared.load(Ordering::Relaxed),
             dropped: self.dropped.load(Ordering::Relaxed),
             unplugged: self.unplugged,
@@ -178,7 +178,7 @@ impl Clears {
 /// A guest reports its free pages through this while one window is open. Cheap to clone; any thread may use it.
 #[derive(Clone, Debug)]
 pub struct Hints {
-    clears: Arc<Clears>,
+    exclusions: Arc<Exclusions>,
     window: u64,
 }
 
@@ -193,30 +193,30 @@ impl Hints {
     ///
     /// Pages beyond the block are ignored: the ranges come from a guest, which is not trusted.
     pub fn free(&self, block: u32, pages: Range<u64>) -> u64 {
-        let clears = &*self.clears;
-        let layout = clears.bitmap.layout();
+        let exclusions = &*self.exclusions;
+        let layout = exclusions.bitmap.layout();
         let end = if block < layout.block_count() { layout.block_pages(block) } else { 0 };
         let pages = pages.start..pages.end.min(end);
-        let window = clears.window.read().unwrap_or_else(PoisonError::into_inner);
+        let window = exclusions.window.read().unwrap_or_else(PoisonError::into_inner);
         if !window.is_open || window.number != self.window {
-            clears.dropped.fetch_add(pages.end.saturating_sub(pages.start), Ordering::Relaxed);
+            exclusions.dropped.fetch_add(pages.end.saturating_sub(pages.start), Ordering::Relaxed);
             return 0;
         }
         let mut cleared = 0;
         for (at, mask) in words_of(block, pages) {
-            let mask = clears.bitmap.take_mask(at, mask);
+            let mask = exclusions.bitmap.take_mask(at, mask);
             // These are read only after the window is closed.
-            clears.hinted.set_mask(at, mask);
+            exclusions.hinted.set_mask(at, mask);
             cleared += u64::from(mask.count_ones());
         }
-        clears.cleared.fetch_add(cleared, Ordering::Relaxed);
+        exclusions.cleared.fetch_add(cleared, Ordering::Relaxed);
         cleared
     }
 
     /// Whether its window is still open. Only an optimization: a late hint is dropped anyway.
     #[must_use]
     pub fn are_wanted(&self) -> bool {
-        let window = self.clears.window.read().unwrap_or_else(PoisonError::into_inner);
+        let window = self.exclusions.window.read().unwrap_or_else(PoisonError::into_inner);
         window.is_open && window.number == self.window
     }
 }
@@ -296,12 +296,12 @@ mod tests {
             out in prop::collection::vec((0..2u32, 0..70u64, 0..70u64), 0..3), steps in prop::collection::vec(step(), 0..80),
         ) {
             let bitmap = Arc::new(DirtyBitmap::filled(&layout()));
-            let why = [OutForGood::Unplugged, OutForGood::Ignored];
+            let why = [ExclusionReason::Unplugged, ExclusionReason::Ignored];
             let out: Vec<_> = (0..).zip(out).map(|(index, (block, one, two))| {
-                let why: OutForGood = why[index % 2];
+                let why: ExclusionReason = why[index % 2];
                 (why, block, one.min(two)..one.max(two))
             }).collect();
-            let clears = Arc::new(Clears::new(bitmap.clone(), &out));
+            let exclusions = Arc::new(Exclusions::new(bitmap.clone(), &out));
             let mut naive: std::collections::BTreeMap<_, _> = (0..2u32)
                 .flat_map(|block| (0..PAGES[block as usize]).map(move |page| (PageAt { block, page }, Naive::Dirty)))
                 .collect();
@@ -312,11 +312,11 @@ mod tests {
             for step in steps {
                 match step {
                     Step::Open => {
-                        windows.push(clears.open());
+                        windows.push(exclusions.open());
                         is_open = true;
                     }
                     Step::Close => {
-                        clears.close();
+                        exclusions.close();
                         is_open = false;
                     }
                     Step::Hint { old, block, pages } => {
@@ -325,10 +325,10 @@ mod tests {
                         prop_assert_eq!(hints.are_wanted(), is_open && !old);
                         let counted = hints.free(block, pages.clone());
                         if is_open && !old {
-                            let spared = naive.iter_mut().filter(|(at, state)| here(at) && **state == Naive::Dirty);
-                            let spared = spared.map(|(_, state)| *state = Naive::Anything).count() as u64;
-                            prop_assert_eq!(counted, spared);
-                            cleared += spared;
+                            let excluded = naive.iter_mut().filter(|(at, state)| here(at) && **state == Naive::Dirty);
+                            let excluded = excluded.map(|(_, state)| *state = Naive::Anything).count() as u64;
+                            prop_assert_eq!(counted, excluded);
+                            cleared += excluded;
                         } else {
                             prop_assert_eq!(counted, 0);
                             dropped += naive.keys().filter(|at| here(at)).count() as u64;
@@ -336,16 +336,16 @@ mod tests {
                     }
                     Step::Sync { written } => {
                         // No sync comes while a window is open.
-                        clears.close();
+                        exclusions.close();
                         is_open = false;
                         for at in written {
                             bitmap.set(at);
                             naive.entry(at).and_modify(|state| if *state != Naive::Out { *state = Naive::Dirty });
                         }
-                        clears.synced(0, 0..3);
-                        clears.synced(1, 0..2);
+                        exclusions.synced(0, 0..3);
+                        exclusions.synced(1, 0..2);
                         let left_out = naive.iter().filter(|(_, state)| matches!(state, Naive::Anything | Naive::Out));
-                        prop_assert_eq!(set(&clears.left_out()), left_out.map(|(at, _)| *at).collect());
+                        prop_assert_eq!(set(&exclusions.left_out()), left_out.map(|(at, _)| *at).collect());
                     }
                     Step::Scan(extent) => {
                         for bit in bits(bitmap.take(extent)) {
@@ -356,20 +356,20 @@ mod tests {
                 let dirty = naive.iter().filter(|(_, state)| **state == Naive::Dirty).map(|(at, _)| *at).collect();
                 prop_assert_eq!(set(&bitmap), dirty);
             }
-            let spared = clears.spared();
-            prop_assert_eq!((spared.hinted, spared.dropped), (cleared, dropped));
+            let excluded = exclusions.excluded();
+            prop_assert_eq!((excluded.hinted, excluded.dropped), (cleared, dropped));
             let out = naive.values().filter(|state| **state == Naive::Out).count() as u64;
-            prop_assert_eq!(spared.unplugged + spared.ignored, out);
+            prop_assert_eq!(excluded.unplugged + excluded.ignored, out);
         }
     }
 
     #[test]
     fn once_a_window_is_closed_no_hint_is_at_work() {
         let bitmap = Arc::new(DirtyBitmap::empty(&layout_of(page_size(4), &[64 * 64 * 4096])));
-        let clears = Arc::new(Clears::new(bitmap.clone(), &[]));
+        let exclusions = Arc::new(Exclusions::new(bitmap.clone(), &[]));
         for _ in 0..200 {
             bitmap.set_range(0, 0..4096);
-            let (before, hints, stop) = (clears.spared(), clears.open(), AtomicBool::new(false));
+            let (before, hints, stop) = (exclusions.excluded(), exclusions.open(), AtomicBool::new(false));
             thread::scope(|scope| {
                 for start in [0, 2048] {
                     let (hints, stop) = (hints.clone(), &stop);
@@ -379,12 +379,12 @@ mod tests {
                         }
                     });
                 }
-                while clears.spared().hinted == before.hinted {
+                while exclusions.excluded().hinted == before.hinted {
                     thread::yield_now();
                 }
-                clears.close();
+                exclusions.close();
                 bitmap.set_range(0, 0..4096);
-                while clears.spared().dropped == before.dropped {
+                while exclusions.excluded().dropped == before.dropped {
                     thread::yield_now();
                 }
                 let set = bitmap.count();

@@ -1,10 +1,10 @@
-//! A guest that records its calls and those to its log, with clearers of the test's own.
+//! A guest that records its calls and those to its log, with page hinters of the test's own.
 
 use std::io;
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
-use memferry::guest::clearer::Clearer;
+use memferry::guest::hints::PageHinter;
 use memferry::guest::{DestinationGuest, Guest, GuestError, GuestState, RunState, SourceGuest};
 use memferry::memory::GuestMemory;
 use memferry::settings::SourceSettings;
@@ -37,11 +37,11 @@ impl Notes {
     }
 }
 
-/// A [`TestGuest`] with clearers, which records syncs and the scanner's swaps.
+/// A [`TestGuest`] with page hinters, which records syncs and the scanner's swaps.
 #[derive(Debug)]
 pub(crate) struct Noting {
     pub(crate) guest: Arc<TestGuest>,
-    pub(crate) clearers: Vec<Arc<dyn Clearer>>,
+    pub(crate) hinters: Vec<Arc<dyn PageHinter>>,
     pub(crate) notes: Notes,
     /// Pages of block 0 that may not be accessed.
     pub(crate) forbidden: Range<u64>,
@@ -52,8 +52,8 @@ pub(crate) struct Noting {
 }
 
 impl Noting {
-    pub(crate) fn new(guest: Arc<TestGuest>, clearers: Vec<Arc<dyn Clearer>>, notes: &Notes) -> Self {
-        Self { guest, clearers, notes: notes.clone(), forbidden: 0..0, hashes: false, sends_all: false }
+    pub(crate) fn new(guest: Arc<TestGuest>, hinters: Vec<Arc<dyn PageHinter>>, notes: &Notes) -> Self {
+        Self { guest, hinters, notes: notes.clone(), forbidden: 0..0, hashes: false, sends_all: false }
     }
 }
 
@@ -164,8 +164,8 @@ impl Guest for Noting {
         GuestMemory::new(memory.page_size(), blocks).unwrap()
     }
 
-    fn clearers(&self) -> Vec<Arc<dyn Clearer>> {
-        self.clearers.clone()
+    fn page_hinters(&self) -> Vec<Arc<dyn PageHinter>> {
+        self.hinters.clone()
     }
 }
 

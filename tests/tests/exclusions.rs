@@ -1,12 +1,12 @@
 //! Operations that clear bits: the order of their points, hints of free pages, unplugged memory, ignored blocks.
 
-#[path = "clears/guest.rs"]
+#[path = "exclusions/guest.rs"]
 mod guest;
-#[path = "clears/hints.rs"]
+#[path = "exclusions/hints.rs"]
 mod hints;
-#[path = "clears/points.rs"]
+#[path = "exclusions/points.rs"]
 mod points;
-#[path = "clears/stays.rs"]
+#[path = "exclusions/stays.rs"]
 mod stays;
-#[path = "clears/torture.rs"]
+#[path = "exclusions/torture.rs"]
 mod torture;

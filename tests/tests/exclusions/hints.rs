@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use memferry::events::{Event, Phase, Role};
-use memferry::guest::clearer::{Clearer, Hints, Point};
+use memferry::guest::hints::{Hints, PageHinter, Point};
 use memferry::guest::{Guest, GuestError};
 use memferry::settings::SourceSettings;
 use memferry_stages::geometry::PageSize;
@@ -36,7 +36,7 @@ enum At<'a> {
     Cleanup,
 }
 
-impl<F: Fn(At<'_>) + Send + Sync> Clearer for Script<F> {
+impl<F: Fn(At<'_>) + Send + Sync> PageHinter for Script<F> {
     fn reached(&self, point: &Point) -> Result<(), GuestError> {
         let mut syncs = self.syncs.lock().unwrap();
         match point {
@@ -68,8 +68,8 @@ fn play(
     settings: SourceSettings,
     act: impl Fn(At<'_>) + Send + Sync + 'static,
 ) -> (Ends, Arc<TestGuest>) {
-    let clearer = Arc::new(Script { syncs: Mutex::new(0), act });
-    let source = Arc::new(Noting { hashes, ..Noting::new(guest.clone(), vec![clearer], &Notes::default()) });
+    let hinter = Arc::new(Script { syncs: Mutex::new(0), act });
+    let source = Arc::new(Noting { hashes, ..Noting::new(guest.clone(), vec![hinter], &Notes::default()) });
     let destination = Arc::new(TestGuest::destination());
     let ends = move_guest(source, destination.clone(), settings, CancellationToken::new(), Recorder::default());
     assert_eq!(ends.source.phase, Phase::Completed, "{:?}, {:?}", ends.source.error, ends.destination.error);
@@ -112,7 +112,7 @@ fn hinted_pages_are_not_sent_and_those_that_are_written_afterwards_are() {
         assert!(page(&ours, at) == page(&theirs, at), "page {at} was lost");
     }
     assert!((101..127).all(|at| page(&theirs, at).iter().all(|&byte| byte == 0)), "a free page travelled");
-    assert_eq!(ends.source.spared.hinted, 1000);
+    assert_eq!(ends.source.excluded.hinted, 1000);
     // All others once, the reused ones once, and the page that the save writes.
     assert_eq!(sent(&ends), (PAGES - 1000 + 6 + 1) as u64);
 }
@@ -134,7 +134,7 @@ fn a_page_that_was_sent_then_hinted_then_written_comes_as_a_delta_to_what_the_de
     });
     let (ours, theirs) = (source.bytes(), destination.bytes());
     assert!([40, 41].iter().all(|&at| page(&ours, at) == page(&theirs, at)));
-    assert_eq!(ends.source.spared.hinted, 2);
+    assert_eq!(ends.source.excluded.hinted, 2);
     let deltas = ends.events.iter().map(|(_, event)| match event {
         Event::RoundSent { tally, .. } => tally.pages.xbzrle,
         _ => 0,
@@ -155,7 +155,7 @@ fn a_page_that_is_hinted_when_its_old_content_has_travelled_is_left_out_of_the_d
     });
     let (ours, theirs) = (source.bytes(), destination.bytes());
     assert!(page(&ours, 40) != page(&theirs, 40) && page(&ours, 41) == page(&theirs, 41));
-    assert_eq!(ends.source.spared.hinted, 1);
+    assert_eq!(ends.source.excluded.hinted, 1);
 }
 
 #[test]
@@ -182,7 +182,7 @@ fn hints_outside_of_their_window_are_dropped() {
     assert!(!kept.lock().unwrap()[0].are_wanted());
     assert!(source.bytes() == destination.bytes());
     // Hints after the verdict are not in it.
-    assert_eq!((ends.source.spared.hinted, ends.source.spared.dropped), (0, 2 * 64));
+    assert_eq!((ends.source.excluded.hinted, ends.source.excluded.dropped), (0, 2 * 64));
 }
 
 #[test]
@@ -198,7 +198,7 @@ fn ranges_that_a_guest_makes_up_do_no_harm() {
     });
     let (ours, theirs) = (source.bytes(), destination.bytes());
     assert!((0..PAGES - 1).all(|at| page(&ours, at) == page(&theirs, at)));
-    assert_eq!(ends.source.spared.hinted, 1);
+    assert_eq!(ends.source.excluded.hinted, 1);
 }
 
 #[test]

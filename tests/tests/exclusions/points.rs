@@ -1,14 +1,14 @@
-//! The points that clearers are notified of: their order relative to the syncs and the scanner's swaps, at both ends.
+//! The points that page hinters are notified of: their order relative to the syncs and the scanner's swaps, at both ends.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use memferry::events::{Event, Phase, Role};
 use memferry::guest::GuestError;
-use memferry::guest::clearer::{Clearer, Point};
+use memferry::guest::hints::{PageHinter, Point};
 use memferry::settings::SourceSettings;
 use memferry_stages::geometry::PageSize;
-use memferry_tests::guest::{Fails, Told};
+use memferry_tests::guest::{Fails, GuestCall};
 use memferry_tests::{Recorder, TestGuest, Trouble, source_settings};
 use tokio_util::sync::CancellationToken;
 
@@ -18,7 +18,7 @@ const LENGTHS: [u64; 2] = [(3 << 20) + 100, 4097];
 
 /// Records its notifications, and fails at one of them on request.
 #[derive(Debug)]
-struct Teller {
+struct Notified {
     name: &'static str,
     notes: Notes,
     fails_at: Option<&'static str>,
@@ -37,17 +37,17 @@ fn name(point: &Point) -> &'static str {
     }
 }
 
-impl Clearer for Teller {
+impl PageHinter for Notified {
     fn reached(&self, point: &Point) -> Result<(), GuestError> {
         self.notes.add(format!("{}{}", self.name, name(point)));
         let fails = self.fails_at == Some(name(point));
-        assert!(!(fails && self.panics), "told to panic");
-        if fails { Err(GuestError("told to fail".into())) } else { Ok(()) }
+        assert!(!(fails && self.panics), "made to panic");
+        if fails { Err(GuestError("made to fail".into())) } else { Ok(()) }
     }
 }
 
-fn clearer(notes: &Notes) -> Arc<dyn Clearer> {
-    Arc::new(Teller { name: "", notes: notes.clone(), fails_at: None, panics: false })
+fn hinter(notes: &Notes) -> Arc<dyn PageHinter> {
+    Arc::new(Notified { name: "", notes: notes.clone(), fails_at: None, panics: false })
 }
 
 fn settings() -> SourceSettings {
@@ -88,18 +88,18 @@ fn check_order(notes: &[String], completed: bool) {
     assert_eq!(notes.iter().filter(|note| *note == "cleanup").count(), 1, "{notes:?}");
     assert_eq!(notes.last().unwrap(), "cleanup", "{notes:?}");
     if completed {
-        let at = notes.iter().position(|note| note == "complete").expect("complete is told of");
+        let at = notes.iter().position(|note| note == "complete").expect("complete is notified");
         let rest: Vec<_> = notes[at..].iter().map(String::as_str).collect();
         assert_eq!(rest, ["complete", "save", "before sync", "sync", "after sync", "swap", "cleanup"]);
     }
 }
 
 #[test]
-fn a_migration_that_completes_tells_of_all_points_around_its_syncs_and_swaps() {
+fn a_migration_that_completes_notifies_of_all_points_around_its_syncs_and_swaps() {
     for paused in [false, true] {
         let notes = Notes::default();
         let guest = if paused { Arc::new(source(true)) } else { source(false).running(1) };
-        let source = Arc::new(Noting::new(guest, vec![clearer(&notes)], &notes));
+        let source = Arc::new(Noting::new(guest, vec![hinter(&notes)], &notes));
         let destination = Arc::new(TestGuest::destination());
         let ends = move_guest(source, destination, settings(), CancellationToken::new(), Recorder::default());
         assert_eq!(ends.source.phase, Phase::Completed, "{:?}", ends.source.error);
@@ -128,7 +128,7 @@ fn a_cancelled_migration_cleans_up_once_wherever_it_was() {
     for when in POINTS {
         let (notes, cancel) = (Notes::default(), CancellationToken::new());
         let guest = source(false).running(1);
-        let source = Arc::new(Noting::new(guest.clone(), vec![clearer(&notes)], &notes));
+        let source = Arc::new(Noting::new(guest.clone(), vec![hinter(&notes)], &notes));
         let token = cancel.clone();
         let recorder = Recorder::calling(move |role, event| {
             if role == Role::Source && when(event) {
@@ -152,7 +152,7 @@ fn a_failed_migration_cleans_up_once() {
     for guest in troubled.into_iter().chain(failing) {
         let notes = Notes::default();
         let (guest, destination) = (guest.running(1), Arc::new(TestGuest::destination()));
-        let source = Arc::new(Noting::new(guest.clone(), vec![clearer(&notes)], &notes));
+        let source = Arc::new(Noting::new(guest.clone(), vec![hinter(&notes)], &notes));
         let ends = move_guest(source, destination.clone(), settings(), CancellationToken::new(), Recorder::default());
         assert_eq!(ends.source.phase, Phase::Failed);
         check_order(&notes.read(), false);
@@ -160,39 +160,40 @@ fn a_failed_migration_cleans_up_once() {
     }
     let destination = TestGuest::destination().failing(Fails { prepare: true, ..Fails::default() });
     let notes = Notes::default();
-    let source = Arc::new(Noting::new(source(false).running(1), vec![clearer(&notes)], &notes));
+    let source = Arc::new(Noting::new(source(false).running(1), vec![hinter(&notes)], &notes));
     let ends = move_guest(source, Arc::new(destination), settings(), CancellationToken::new(), Recorder::default());
     assert_eq!(ends.source.phase, Phase::Failed);
     check_order(&notes.read(), true);
 }
 
 #[test]
-fn a_clearer_that_fails_at_setup_ends_it_and_later_only_warns() {
+fn a_page_hinter_that_fails_at_setup_ends_it_and_later_only_warns() {
     for panics in [false, true] {
         let notes = Notes::default();
-        let named =
-            |name, fails_at| -> Arc<dyn Clearer> { Arc::new(Teller { name, notes: notes.clone(), fails_at, panics }) };
-        let clearers = vec![named("a ", None), named("b ", Some("setup")), named("c ", None)];
+        let named = |name, fails_at| -> Arc<dyn PageHinter> {
+            Arc::new(Notified { name, notes: notes.clone(), fails_at, panics })
+        };
+        let hinters = vec![named("a ", None), named("b ", Some("setup")), named("c ", None)];
         let guest = source(false).running(1);
         let destination = Arc::new(TestGuest::destination());
-        let source = Arc::new(Noting::new(guest.clone(), clearers, &Notes::default()));
+        let source = Arc::new(Noting::new(guest.clone(), hinters, &Notes::default()));
         let ends = move_guest(source, destination.clone(), settings(), CancellationToken::new(), Recorder::default());
         assert_eq!(ends.source.phase, Phase::Failed);
-        assert!(ends.source.error.as_ref().unwrap().contains("told to"), "{:?}", ends.source.error);
+        assert!(ends.source.error.as_ref().unwrap().contains("made to"), "{:?}", ends.source.error);
         assert_eq!(notes.read(), ["a setup", "b setup", "a cleanup", "b cleanup"]);
         ends.check_law_seven(&guest, &destination);
-        assert!(!guest.was_told(Told::Pause));
+        assert!(!guest.was_called(GuestCall::Pause));
     }
     for fails_at in ["before sync", "after sync, open", "after sync", "complete", "cleanup"] {
         for panics in [false, true] {
             let notes = Notes::default();
-            let clearer = Teller { name: "", notes: notes.clone(), fails_at: Some(fails_at), panics };
-            let source = Arc::new(Noting::new(source(false).running(1), vec![Arc::new(clearer)], &notes));
+            let hinter = Notified { name: "", notes: notes.clone(), fails_at: Some(fails_at), panics };
+            let source = Arc::new(Noting::new(source(false).running(1), vec![Arc::new(hinter)], &notes));
             let destination = Arc::new(TestGuest::destination());
             let ends = move_guest(source, destination, settings(), CancellationToken::new(), Recorder::default());
             assert_eq!(ends.source.phase, Phase::Completed, "{:?}", ends.source.error);
             check_order(&notes.read(), true);
-            let warned = |(_, event): &(Role, Event)| matches!(event, Event::Warning(what) if what.contains("told to"));
+            let warned = |(_, event): &(Role, Event)| matches!(event, Event::Warning(what) if what.contains("made to"));
             assert!(ends.events.iter().any(warned), "{fails_at}: nobody was warned");
         }
     }
