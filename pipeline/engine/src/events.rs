@@ -259,12 +259,22 @@ pub enum TurnedAwayKind {
     Incomplete,
     /// This end is short of descriptors or memory.
     Shortage,
+    /// A guest is being received from another source.
+    Busy,
 }
 
 impl TurnedAwayKind {
     /// Every kind.
-    pub const ALL: [Self; 7] =
-        [Self::Silent, Self::Protocol, Self::Version, Self::Unfit, Self::Contradicts, Self::Incomplete, Self::Shortage];
+    pub const ALL: [Self; 8] = [
+        Self::Silent,
+        Self::Protocol,
+        Self::Version,
+        Self::Unfit,
+        Self::Contradicts,
+        Self::Incomplete,
+        Self::Shortage,
+        Self::Busy,
+    ];
 
     /// Its name in JSON.
     #[must_use]
@@ -277,6 +287,7 @@ impl TurnedAwayKind {
             Self::Contradicts => "contradicts",
             Self::Incomplete => "incomplete",
             Self::Shortage => "shortage",
+            Self::Busy => "busy",
         }
     }
 }

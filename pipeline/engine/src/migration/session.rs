@@ -4,6 +4,8 @@
 //! None of them may end the wait for the real peer, delay it, or make it use more memory. So each connection is greeted
 //! in a task of its own, within a time limit, and only a few are greeted at once. An incomplete migration is refused
 //! after that time, or at once if one of its connections ends or no further one can be accepted.
+//!
+//! The listener stays open while the guest is received: a second source is told that this destination is busy.
 
 mod refusal;
 
@@ -113,39 +115,59 @@ struct Reception {
     groups: HashMap<SessionId, Group>,
     /// The latest migrations that were refused as a whole: more connections of each may arrive.
     refused: VecDeque<(SessionId, Refusal)>,
+    /// The source whose guest is received, once there is one.
+    received: Option<Untrusted>,
 }
 
-impl Session {
-    /// Waits until all connections of one migration have arrived. Runs on the data plane, where its sockets belong.
-    pub(super) async fn gather(
-        mut listener: Box<dyn Listener>,
+/// The listener, and whoever has come to it. Runs on the data plane, where its sockets belong.
+pub(super) struct Door {
+    listener: Box<dyn Listener>,
+    reception: Reception,
+}
+
+impl Door {
+    pub(super) fn open(
+        listener: Box<dyn Listener>,
         settings: DestinationSettings,
         turned_away: Arc<TurnedAways>,
-    ) -> Result<Self, MigrationError> {
-        let mut reception = Reception::new(settings, turned_away.clone());
+    ) -> Self {
+        Self { listener, reception: Reception::new(settings, turned_away) }
+    }
+
+    /// Waits until all connections of one migration have arrived.
+    pub(super) async fn gather(mut self) -> Result<(Session, Self), MigrationError> {
         loop {
-            reception.waiting.forget_finished();
-            let is_full = reception.waiting.is_full();
-            tokio::select! {
-                accepted = listener.accept(), if !is_full => reception.accepted(accepted)?,
-                () = reception.waiting.oldest_had_its_time(), if is_full => reception.waiting.drop_oldest(),
-                () = reception.a_group_had_its_time() => reception.refuse_late_groups(),
-                id = a_connection_ended(&mut reception.groups) => {
-                    reception.refuse_group(id, Incomplete::OneEnded);
-                }
-                () = turned_away.report_next() => {}
-                Some(_) = reception.farewells.join_next() => {}
-                Some(greeting) = reception.greetings.join_next() => {
-                    let greeting = match greeting {
-                        Err(error) if error.is_cancelled() => continue,
-                        greeting => greeting.expect("greeting does not panic"),
-                    };
-                    if let Some(session) = reception.greeted(greeting)? {
-                        return Ok(session);
-                    }
-                }
+            if let Some(session) = self.next().await? {
+                self.reception.receives(&session.peer);
+                return Ok((session, self));
             }
         }
+    }
+
+    /// Refuses whoever comes, for a guest is received. Returns only if the listener fails, which then matters to nobody.
+    pub(super) async fn refuse_everybody(mut self) {
+        while let Ok(None) = self.next().await {}
+    }
+
+    /// Waits for one thing to happen, and handles it. Returns the session if one is complete.
+    async fn next(&mut self) -> Result<Option<Session>, MigrationError> {
+        let Self { listener, reception } = self;
+        reception.waiting.forget_finished();
+        let is_full = reception.waiting.is_full();
+        let turned_away = reception.turned_away.clone();
+        tokio::select! {
+            accepted = listener.accept(), if !is_full => reception.accepted(accepted)?,
+            () = reception.waiting.oldest_had_its_time(), if is_full => reception.waiting.drop_oldest(),
+            () = reception.a_group_had_its_time() => reception.refuse_late_groups(),
+            id = a_connection_ended(&mut reception.groups) => reception.refuse_group(id, Incomplete::OneEnded),
+            () = turned_away.report_next() => {}
+            Some(_) = reception.farewells.join_next() => {}
+            Some(greeting) = reception.greetings.join_next() => match greeting {
+                Err(error) if error.is_cancelled() => {}
+                greeting => return reception.greeted(greeting.expect("greeting does not panic")),
+            },
+        }
+        Ok(None)
     }
 }
 
@@ -159,7 +181,22 @@ impl Reception {
             waiting: Waiting::default(),
             groups: HashMap::new(),
             refused: VecDeque::new(),
+            received: None,
         }
+    }
+
+    /// The guest of this source is received: no other migration is waited for.
+    fn receives(&mut self, source: &Untrusted) {
+        self.received = Some(source.clone());
+        for greeted in self.groups.drain().flat_map(|(_, group)| group.connections).flatten().collect::<Vec<_>>() {
+            self.refuse(greeted, Refusal::Busy(source.clone()));
+        }
+    }
+
+    fn refuse(&mut self, greeted: Greeted, why: Refusal) {
+        let Greeted { peer, writer, .. } = greeted;
+        self.note(peer, &why);
+        self.send_farewell(writer, why);
     }
 
     /// Greets a connection. If none can be accepted, room is made.
@@ -190,9 +227,8 @@ impl Reception {
             Ok(greeted) => match self.place(greeted) {
                 Ok(complete) => return Ok(complete),
                 Err(refused) => {
-                    let (Greeted { peer, writer, .. }, why) = *refused;
-                    self.note(peer, &why);
-                    self.send_farewell(writer, why);
+                    let (greeted, why) = *refused;
+                    self.refuse(greeted, why);
                 }
             },
             // There is no second reader of a file to wait for.
@@ -208,6 +244,9 @@ impl Reception {
     /// reason for refusing it.
     fn place(&mut self, greeted: Greeted) -> Result<Option<Session>, Box<(Greeted, Refusal)>> {
         let away = |greeted: Greeted, refusal: Refusal| Err(Box::new((greeted, refusal)));
+        if let Some(source) = &self.received {
+            return away(greeted, Refusal::Busy(source.clone()));
+        }
         let id = greeted.hello.session;
         if let Some((_, refusal)) = self.refused.iter().find(|(refused, _)| *refused == id) {
             return away(greeted, refusal.clone());

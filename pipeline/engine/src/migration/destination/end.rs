@@ -18,6 +18,11 @@ impl Destination<'_> {
         course: DestinationCourse,
         mistake: Option<MigrationError>,
     ) -> Result<Ended, ReceiveError> {
+        if let Some(door) = self.door.take() {
+            // The listener is closed when this returns.
+            door.abort();
+            drop(door.await);
+        }
         self.turned_away.finish();
         let start_begun = course.start_begun();
         let figures = self.ended(&course);

@@ -26,6 +26,7 @@ use memferry_stages::geometry::{BlockInfo, Layout, PageSize};
 use memferry_stages::memory::GuestMemory;
 use memferry_transports::Listener;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 
 use super::course::destination::DestinationCourse;
 use super::digests::LeftOut;
@@ -33,7 +34,7 @@ use super::driver::drive;
 use super::error::MigrationError;
 use super::outcome::{ReceiveError, Received};
 use super::plane::DataPlane;
-use super::session::Session;
+use super::session::{Door, Session};
 use super::state::Room;
 use super::turned_away::TurnedAways;
 use crate::control::Control;
@@ -126,6 +127,8 @@ struct Destination<'a> {
     turned_away: Arc<TurnedAways>,
     /// Until connections are gathered.
     listener: Option<Box<dyn Listener>>,
+    /// Refuses other sources, once connections are gathered.
+    door: Option<AbortOnDropHandle<()>>,
     /// Until the guest is built.
     build: Option<Build>,
     built: Option<Built>,
@@ -137,7 +140,7 @@ struct Destination<'a> {
 enum Attempt<'a> {
     None,
     /// The connections are gathered.
-    Gathering(BoxFuture<'a, Result<Session, MigrationError>>),
+    Gathering(BoxFuture<'a, Result<(Session, Door), MigrationError>>),
     Gathered(Box<Session>),
     /// The guest is described and built. The return path is here, so that a failure can be reported.
     Agreeing(BoxFuture<'a, Result<setup::Ready, MigrationError>>, Option<Answers>),
@@ -177,6 +180,7 @@ impl<'a> Destination<'a> {
             started: Instant::now(),
             setup: Duration::ZERO,
             listener: Some(listener),
+            door: None,
             build: Some(build),
             built: None,
             attempt: Attempt::None,

@@ -13,6 +13,7 @@ use memferry_stages::wire::messages::StatePhase;
 use memferry_stages::wire::reader::Incoming;
 use memferry_transports::Listener;
 use tokio::time::MissedTickBehavior;
+use tokio_util::task::AbortOnDropHandle;
 
 use super::answers::{Answers, figures, send_answer};
 use super::flow::{Arrived, Flow};
@@ -24,7 +25,7 @@ use crate::migration::course::destination::ended_early;
 use crate::migration::destination_graph::DestinationGraph;
 use crate::migration::error::MigrationError;
 use crate::migration::excluded::excluded_ranges;
-use crate::migration::session::Session;
+use crate::migration::session::{Door, Session};
 use crate::migration::stage_set::StageSet;
 use crate::migration::state::{Assembly, Room};
 use crate::migration::{block_facts, blocking, bounds, built_otherwise};
@@ -53,9 +54,18 @@ struct Acceptance {
 
 impl<'a> Destination<'a> {
     /// Begins to gather connections.
-    pub(super) fn gather(&self, listener: Box<dyn Listener>) -> BoxFuture<'a, Result<Session, MigrationError>> {
-        let gathering = Session::gather(listener, self.settings.clone(), self.turned_away.clone());
-        Box::pin(self.plane.run(gathering))
+    pub(super) fn gather(&self, listener: Box<dyn Listener>) -> BoxFuture<'a, Result<(Session, Door), MigrationError>> {
+        let door = Door::open(listener, self.settings.clone(), self.turned_away.clone());
+        Box::pin(self.plane.run(door.gather()))
+    }
+
+    /// The connections have arrived: whoever comes from here on is told that this destination is busy. A file has no
+    /// second reader.
+    pub(super) fn gathered(&mut self, session: Session, door: Door) {
+        if session.answer.is_some() {
+            self.door = Some(AbortOnDropHandle::new(self.plane.handle().spawn(door.refuse_everybody())));
+        }
+        self.attempt = Attempt::Gathered(Box::new(session));
     }
 
     /// The connections have arrived: starts the return path, and begins to accept.

@@ -16,13 +16,13 @@ use crate::migration::alive::silenced;
 use crate::migration::course::destination::{Action, Agreed, DestinationCourse, Input};
 use crate::migration::driver::World;
 use crate::migration::error::{Failure, MigrationError, guarded};
-use crate::migration::session::Session;
+use crate::migration::session::{Door, Session};
 use crate::migration::state::Assembly;
 use crate::migration::{asked, blocking, digests};
 
 /// What an attempt reports.
 enum Happened {
-    Gathered(Result<Session, MigrationError>),
+    Gathered(Result<(Session, Door), MigrationError>),
     Ready(Result<Ready, MigrationError>),
     Failed(MigrationError),
     Signal(Signal),
@@ -63,8 +63,8 @@ impl World<DestinationCourse> for Destination<'_> {
                 }
             };
             let input = match happened {
-                Happened::Gathered(Ok(session)) => {
-                    self.attempt = Attempt::Gathered(Box::new(session));
+                Happened::Gathered(Ok((session, door))) => {
+                    self.gathered(session, door);
                     Some(Input::Gathered)
                 }
                 Happened::Ready(Ok(ready)) => Some(self.ready(ready)),

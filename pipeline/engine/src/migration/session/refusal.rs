@@ -4,6 +4,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
+use memferry_stages::untrusted::Untrusted;
 use memferry_stages::wire::reader::ReadError;
 use memferry_stages::wire::{FrameError, PROTOCOL_VERSION, WireError};
 
@@ -37,6 +38,8 @@ pub(super) enum Refusal {
     Occupied(usize),
     #[error("{came} of the {of} connections of its migration came, and {why}")]
     Incomplete { came: usize, of: usize, why: Incomplete },
+    #[error("a guest is received from {0} here: try again when it has arrived, or another address")]
+    Busy(Untrusted),
     #[error("{0}: raise its limit of open files (ulimit -n), or end what holds them")]
     Shortage(Shortage),
 }
@@ -68,6 +71,7 @@ impl Refusal {
             Self::NoHello | Self::Unreadable(_) => TurnedAwayKind::Protocol,
             Self::Version(_) => TurnedAwayKind::Version,
             Self::Features(_) | Self::Lanes { .. } | Self::PageSize { .. } | Self::NoDigests => TurnedAwayKind::Unfit,
+            Self::Busy(_) => TurnedAwayKind::Busy,
             Self::Contradicts | Self::Occupied(_) => TurnedAwayKind::Contradicts,
             Self::Incomplete { why: Incomplete::Shortage(_), .. } | Self::Shortage(_) => TurnedAwayKind::Shortage,
             Self::Incomplete { .. } => TurnedAwayKind::Incomplete,

@@ -54,7 +54,7 @@ struct Gathering {
     accepted: Arc<AtomicUsize>,
     turned_away_events: TurnedAwayEvents,
     turned_away: Arc<TurnedAways>,
-    task: JoinHandle<Result<Session, MigrationError>>,
+    task: JoinHandle<Result<(Session, Door), MigrationError>>,
 }
 
 impl Gathering {
@@ -72,13 +72,29 @@ impl Gathering {
         });
         let turned_away = Arc::new(TurnedAways::new(Observers::new(Role::Destination, vec![observer])));
         let settings = DestinationSettings { hello_timeout, ..DestinationSettings::default() };
-        let task = tokio::spawn(Session::gather(listener, settings, turned_away.clone()));
+        let door = Door::open(listener, settings, turned_away.clone());
+        let task = tokio::spawn(door.gather());
         Self { transport, is_short, accepted, turned_away_events, turned_away, task }
     }
 
     /// A connection that has sent Hello.
     async fn knock(&self, session: u8, connection: u16, connections: u16) -> Source {
-        let opened = self.transport.connect().await.unwrap();
+        knock(&self.transport, session, connection, connections).await
+    }
+
+    /// A whole migration arrives and is accepted; returns the events until then, with the remaining counts.
+    async fn ends_well(self) -> Vec<(TurnedAwayKind, u64, String)> {
+        let _source = self.knock(99, 0, 1).await;
+        let gathered = tokio::time::timeout(HANG, self.task).await.expect("it hangs").unwrap();
+        assert_eq!(gathered.unwrap_or_else(|_| panic!("no session")).0.hello.session, SessionId([99; 16]));
+        self.turned_away.finish();
+        self.turned_away_events.lock().unwrap().clone()
+    }
+}
+
+/// A connection that has sent Hello.
+async fn knock(transport: &MemoryTransport, session: u8, connection: u16, connections: u16) -> Source {
+    let opened = transport.connect().await.unwrap();
         let (mut writer, reader) = (opened.writer.unwrap(), opened.reader.unwrap());
         let hello = Hello {
             version: PROTOCOL_VERSION,
@@ -91,16 +107,6 @@ impl Gathering {
         };
         writer.write_all(&Message::Hello(hello).encode(0)).await.unwrap();
         Source { reader: FrameReader::new(reader, "test".into(), PageSize::DEFAULT), writer }
-    }
-
-    /// A whole migration arrives and is accepted; returns the events until then, with the remaining counts.
-    async fn ends_well(self) -> Vec<(TurnedAwayKind, u64, String)> {
-        let _source = self.knock(99, 0, 1).await;
-        let session = tokio::time::timeout(HANG, self.task).await.expect("it hangs").unwrap();
-        assert_eq!(session.unwrap_or_else(|_| panic!("no session")).hello.session, SessionId([99; 16]));
-        self.turned_away.finish();
-        self.turned_away_events.lock().unwrap().clone()
-    }
 }
 
 struct Source {
@@ -200,4 +206,25 @@ async fn a_want_of_descriptors_is_reported_once() {
         "{turned_away_events:?}"
     );
     assert!(first.2.contains("ulimit -n"), "{turned_away_events:?}");
+}
+
+#[tokio::test]
+async fn while_a_guest_is_received_another_source_is_told_so_and_the_listener_stays() {
+    let gathering = Gathering::start(HANG).await;
+    let mut incomplete = gathering.knock(1, 0, 2).await;
+    let _first = gathering.knock(2, 0, 1).await;
+    let Gathering { transport, task, turned_away_events, turned_away, .. } = gathering;
+    let (session, door) = tokio::time::timeout(HANG, task).await.expect("it hangs").unwrap().unwrap();
+    assert_eq!(session.hello.session, SessionId([2; 16]));
+    assert!(incomplete.refused().await.contains("a guest is received from"));
+    let refusing = tokio::spawn(door.refuse_everybody());
+    for number in 3..6 {
+        let mut late = knock(&transport, number, 0, 1).await;
+        assert!(late.refused().await.contains("try again when it has arrived"));
+    }
+    refusing.abort();
+    assert!(refusing.await.unwrap_err().is_cancelled());
+    turned_away.finish();
+    let kinds: Vec<_> = turned_away_events.lock().unwrap().iter().map(|(kind, count, _)| (*kind, *count)).collect();
+    assert_eq!(kinds, [(TurnedAwayKind::Busy, 1), (TurnedAwayKind::Busy, 3)]);
 }
