@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::destination::{receive_from, send_all};
 use super::source::send_to;
-use crate::{LENGTH, block_on, settings};
+use crate::{HANG, LENGTH, block_on, settings};
 
 /// The words of the error about a silent peer.
 const WORDS: [&str; 2] = ["was silent for 2s (peer_timeout)", "look whether its program runs"];
@@ -112,13 +112,18 @@ fn a_source_that_is_alive_is_waited_for() {
     assert_eq!(received.ended.phase, Phase::Completed, "{:?}", received.ended.error);
 }
 
-/// Two ends over memory, both with the shortest timeout.
-async fn both_ends(source: Arc<TestGuest>, settings: SourceSettings, stall: bool) -> [(Phase, String); 2] {
+/// Two ends over memory.
+async fn both_ends(
+    source: Arc<TestGuest>,
+    settings: SourceSettings,
+    destination: DestinationSettings,
+    stall: bool,
+) -> [(Phase, String); 2] {
     let (transport, cancel) = (MemoryTransport::new(64 << 10), CancellationToken::new());
     let faults = transport.faults();
     let listener = transport.listen().await.unwrap();
     let receiving =
-        run::destination(Arc::new(TestGuest::destination()), listener, watchful(), Arc::default(), cancel.clone());
+        run::destination(Arc::new(TestGuest::destination()), listener, destination, Arc::default(), cancel.clone());
     let sending = run::source(source, Arc::new(transport), settings, Arc::default(), cancel);
     let stalling = async {
         while stall && faults.delivered(Direction::ToDestination) < 100_000 {
@@ -133,12 +138,17 @@ async fn both_ends(source: Arc<TestGuest>, settings: SourceSettings, stall: bool
     [sent, received].map(|ended| (ended.phase, ended.error.unwrap_or_default()))
 }
 
-/// Acts as a network that delivers nothing more, and closes nothing.
+/// Acts as a network that delivers nothing more, and closes nothing. Each end is tried with a patient peer, for what the
+/// other finds depends on which of them is the first to end.
 #[test]
 fn both_ends_notice_a_way_that_carries_nothing_more() {
     let source = TestGuest::source(PageSize::DEFAULT, &[LENGTH]).running(1);
     let slow = SourceSettings { max_bandwidth: Some(256 << 10), ..source_settings() };
-    for (phase, error) in block_on(both_ends(source.clone(), slow, true)) {
+    let patient = SourceSettings { peer_timeout: HANG, ..slow.clone() };
+    let patient_destination = DestinationSettings { peer_timeout: HANG, ..watchful() };
+    let [noticed, _] = block_on(both_ends(source.clone(), slow, patient_destination, true));
+    let [_, noticed_too] = block_on(both_ends(source.clone(), patient, watchful(), true));
+    for (phase, error) in [noticed, noticed_too] {
         assert!(phase == Phase::Failed && WORDS.iter().all(|word| error.contains(word)), "{phase:?}: {error}");
     }
     source.wait_for_writes();
@@ -149,7 +159,7 @@ fn both_ends_notice_a_way_that_carries_nothing_more() {
 #[test]
 fn an_end_that_blocks_is_not_silent() {
     let slow = TestGuest::source(PageSize::DEFAULT, &[LENGTH]).troubled(Trouble::LogStartTakes(LEAST_PEER_TIMEOUT * 2));
-    for (phase, error) in block_on(both_ends(Arc::new(slow), source_settings(), false)) {
+    for (phase, error) in block_on(both_ends(Arc::new(slow), source_settings(), watchful(), false)) {
         assert_eq!(phase, Phase::Completed, "{error}");
     }
 }

@@ -135,11 +135,11 @@ impl Door {
     }
 
     /// Waits until all connections of one migration have arrived.
-    pub(super) async fn gather(mut self) -> Result<(Session, Self), MigrationError> {
+    pub(super) async fn gather(mut self) -> Result<Box<(Session, Self)>, MigrationError> {
         loop {
             if let Some(session) = self.next().await? {
                 self.reception.receives(&session.peer);
-                return Ok((session, self));
+                return Ok(Box::new((session, self)));
             }
         }
     }

@@ -234,7 +234,8 @@ fn moved(page: &Page<'_>) -> String {
     let report = page.report;
     let figure = |text: String| text.replace(' ', "\u{a0}");
     let [bytes, total] = [human::bytes(report.guest.bytes), ms(report.end.total_ms)].map(figure);
-    let paused = report.end.downtime_ms.map(|downtime| format!(", of which it was paused for {}", figure(ms(downtime))));
+    let paused =
+        report.end.downtime_ms.map(|downtime| format!(", of which it was paused for {}", figure(ms(downtime))));
     format!("{bytes} in {total}{}", paused.unwrap_or_default())
 }
 

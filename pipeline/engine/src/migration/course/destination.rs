@@ -22,7 +22,7 @@ use crate::migration::error::{Failure, Loss, MigrationError};
 pub(in crate::migration) enum Input {
     /// All connections of one migration have arrived.
     Gathered,
-    /// The guest is built, and the source was told Ready.
+    /// The guest is built, and the source was sent Ready.
     Agreed(Agreed),
     /// A lane has loaded its last frame. This number of frames is loaded by now, in all lanes.
     LaneOver { frames: u64 },
@@ -59,7 +59,7 @@ pub(in crate::migration) struct Agreed {
 #[derive(Debug)]
 pub(in crate::migration) enum Action {
     /// Report an event.
-    Notify(Event),
+    Notify(Box<Event>),
     /// Gather the connections of one migration, in the background. Then: [`Input::Gathered`].
     Gather,
     /// Accept the stream and build the guest, in the background. Then: [`Input::Agreed`].
@@ -82,6 +82,12 @@ pub(in crate::migration) enum Action {
     Start(RunState),
     /// Find out why a stage failed. Answer: [`Input::Failed`].
     Explain(Failure),
+}
+
+impl Action {
+    fn notify(event: Event) -> Self {
+        Self::Notify(Box::new(event))
+    }
 }
 
 /// What has arrived.
@@ -165,7 +171,7 @@ impl Course for DestinationCourse {
     type Action = Action;
 
     fn begin(&mut self) -> Vec<Action> {
-        vec![Action::Notify(Event::Phase(Phase::Setup)), Action::Gather]
+        vec![Action::notify(Event::Phase(Phase::Setup)), Action::Gather]
     }
 
     fn failed(error: MigrationError) -> Input {
@@ -246,14 +252,14 @@ impl DestinationCourse {
 
     fn agreed(&mut self, agreed: Agreed) -> Vec<Action> {
         self.state = State::Loading(Arrival { agreed, lanes_left: agreed.lanes, frames: 0, end: None });
-        vec![Action::StartStages, Action::Notify(Event::Phase(Phase::Active))]
+        vec![Action::StartStages, Action::notify(Event::Phase(Phase::Active))]
     }
 
     fn lane_over(&mut self, now: Duration) -> Vec<Action> {
         let State::Loading(arrival) = self.state else { return Vec::new() };
         let mut actions = Vec::new();
         if arrival.lanes_left + 1 == arrival.agreed.lanes {
-            actions.push(Action::Notify(Event::Phase(Phase::Switchover)));
+            actions.push(Action::notify(Event::Phase(Phase::Switchover)));
         }
         if arrival.lanes_left == 0 && arrival.agreed.verify {
             actions.push(Action::StartDigests);
@@ -269,7 +275,7 @@ impl DestinationCourse {
             return Vec::new();
         };
         if arrival.frames != expected {
-            let what = format!("{} Pages frames came, the end mark says {expected}", arrival.frames);
+            let what = format!("{} Pages frames came, the end mark has {expected}", arrival.frames);
             return self.over(Err(MigrationError::Protocol(what)));
         }
         let mut actions = vec![Action::Report];
@@ -327,7 +333,7 @@ impl DestinationCourse {
     fn start(&mut self, run_state: RunState, return_path: bool, now: Duration) -> Vec<Action> {
         self.start_begun = true;
         self.state = State::Starting { began: now, return_path };
-        vec![Action::Notify(Event::HandedOver), Action::Start(run_state)]
+        vec![Action::notify(Event::HandedOver), Action::Start(run_state)]
     }
 
     fn started(&mut self, result: Result<(), MigrationError>, return_path: bool, took: Duration) -> Vec<Action> {

@@ -53,7 +53,7 @@ pub enum HandoverError {
     #[error("the destination began to start the guest and failed: {0}")]
     StartFailed(Untrusted),
     /// It reports that it started the guest before Go.
-    #[error("the destination says that it started the guest before it was told to")]
+    #[error("the destination started the guest before Go")]
     StartedBeforeGo,
     /// It sent this message, which is unexpected here.
     #[error("the destination sent an unexpected message: {0}")]
@@ -62,7 +62,7 @@ pub enum HandoverError {
     #[error("the destination sent {0} instead of Running")]
     NotRunning(Kind),
     /// The connection was lost before Go.
-    #[error("the connection was lost before the hand-over: {0}")]
+    #[error("the connection was lost before the handover: {0}")]
     LostBeforeGo(#[source] Loss),
     /// The connection was lost after Go.
     #[error("the connection was lost after Go: {0}")]

@@ -140,7 +140,7 @@ struct Destination<'a> {
 enum Attempt<'a> {
     None,
     /// The connections are gathered.
-    Gathering(BoxFuture<'a, Result<(Session, Door), MigrationError>>),
+    Gathering(BoxFuture<'a, Result<Box<(Session, Door)>, MigrationError>>),
     Gathered(Box<Session>),
     /// The guest is described and built. The return path is here, so that a failure can be reported.
     Agreeing(BoxFuture<'a, Result<setup::Ready, MigrationError>>, Option<Answers>),

@@ -54,7 +54,10 @@ struct Acceptance {
 
 impl<'a> Destination<'a> {
     /// Begins to gather connections.
-    pub(super) fn gather(&self, listener: Box<dyn Listener>) -> BoxFuture<'a, Result<(Session, Door), MigrationError>> {
+    pub(super) fn gather(
+        &self,
+        listener: Box<dyn Listener>,
+    ) -> BoxFuture<'a, Result<Box<(Session, Door)>, MigrationError>> {
         let door = Door::open(listener, self.settings.clone(), self.turned_away.clone());
         Box::pin(self.plane.run(door.gather()))
     }

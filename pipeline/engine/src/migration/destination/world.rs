@@ -22,7 +22,7 @@ use crate::migration::{asked, blocking, digests};
 
 /// What an attempt reports.
 enum Happened {
-    Gathered(Result<(Session, Door), MigrationError>),
+    Gathered(Result<Box<(Session, Door)>, MigrationError>),
     Ready(Result<Ready, MigrationError>),
     Failed(MigrationError),
     Signal(Signal),
@@ -63,7 +63,8 @@ impl World<DestinationCourse> for Destination<'_> {
                 }
             };
             let input = match happened {
-                Happened::Gathered(Ok((session, door))) => {
+                Happened::Gathered(Ok(gathered)) => {
+                    let (session, door) = *gathered;
                     self.gathered(session, door);
                     Some(Input::Gathered)
                 }
@@ -200,7 +201,7 @@ impl Destination<'_> {
             Action::Send(message) => {
                 let sent = self.attempt.running()?.send(&message).await;
                 if course.start_begun() && sent.is_err() {
-                    let what = "the source could not be told that the guest was started here";
+                    let what = "the source could not be notified that the guest was started here";
                     self.observers.notify(&Event::Warning(what.into()));
                     return Ok(None);
                 }

@@ -73,6 +73,9 @@ pub(super) struct SourceModel {
     loaded: u64,
     bulk_bytes: u64,
     stop: Option<Duration>,
+    paused: bool,
+    /// What a paused guest has waited for.
+    waited_for: Vec<String>,
 }
 
 impl SourceModel {
@@ -91,6 +94,8 @@ impl SourceModel {
             loaded: 0,
             bulk_bytes: 0,
             stop: None,
+            paused: false,
+            waited_for: Vec::new(),
         }
     }
 
@@ -249,6 +254,18 @@ impl SourceModel {
         None
     }
 
+    /// A paused guest waits for one sync, and for no measurement.
+    fn note_waste(&mut self, what: &str) {
+        if !self.paused {
+            return;
+        }
+        self.waited_for.push(what.to_owned());
+        if self.waited_for != ["syncs"] {
+            let what = format!("the paused guest waits while the source {:?}", self.waited_for);
+            self.truth.lock().unwrap().violations.push(what);
+        }
+    }
+
     /// The guest is called: it takes a while, or fails.
     async fn call(&mut self, takes: Duration) -> Result<(), MigrationError> {
         tokio::time::sleep(takes).await;
@@ -276,6 +293,7 @@ impl SourceModel {
                 Some(Input::Armed)
             }
             Action::Measure => {
+                self.note_waste("measures digests");
                 tokio::time::sleep(MS).await;
                 Some(Input::Measured(MS))
             }
@@ -290,6 +308,7 @@ impl SourceModel {
                 None
             }
             Action::Sync { after_round } => {
+                self.note_waste("syncs");
                 let found = Synced { after_round, dirty_pages: 0, duration: MS };
                 self.after(MS, Timed::Synced(found));
                 None
@@ -307,6 +326,7 @@ impl SourceModel {
                 self.call(2 * MS).await?;
                 self.write();
                 change(&self.truth, |shared| shared.source_runs = false);
+                self.paused = true;
                 Some(Input::Paused)
             }
             Action::Save => {
@@ -356,7 +376,7 @@ impl SourceModel {
             Action::AcknowledgeAll
             | Action::SendState
             | Action::StartDigests
-            | Action::OpenHints
+            | Action::OpenHints { .. }
             | Action::CloseHints
             | Action::SetBandwidth(_)
             | Action::SetCache(_)

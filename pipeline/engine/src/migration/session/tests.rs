@@ -54,7 +54,7 @@ struct Gathering {
     accepted: Arc<AtomicUsize>,
     turned_away_events: TurnedAwayEvents,
     turned_away: Arc<TurnedAways>,
-    task: JoinHandle<Result<(Session, Door), MigrationError>>,
+    task: JoinHandle<Result<Box<(Session, Door)>, MigrationError>>,
 }
 
 impl Gathering {
@@ -95,18 +95,18 @@ impl Gathering {
 /// A connection that has sent Hello.
 async fn knock(transport: &MemoryTransport, session: u8, connection: u16, connections: u16) -> Source {
     let opened = transport.connect().await.unwrap();
-        let (mut writer, reader) = (opened.writer.unwrap(), opened.reader.unwrap());
-        let hello = Hello {
-            version: PROTOCOL_VERSION,
-            session: SessionId([session; 16]),
-            connection,
-            connections,
-            lanes: connections,
-            page_size: PageSize::DEFAULT,
-            features: Vec::new(),
-        };
-        writer.write_all(&Message::Hello(hello).encode(0)).await.unwrap();
-        Source { reader: FrameReader::new(reader, "test".into(), PageSize::DEFAULT), writer }
+    let (mut writer, reader) = (opened.writer.unwrap(), opened.reader.unwrap());
+    let hello = Hello {
+        version: PROTOCOL_VERSION,
+        session: SessionId([session; 16]),
+        connection,
+        connections,
+        lanes: connections,
+        page_size: PageSize::DEFAULT,
+        features: Vec::new(),
+    };
+    writer.write_all(&Message::Hello(hello).encode(0)).await.unwrap();
+    Source { reader: FrameReader::new(reader, "test".into(), PageSize::DEFAULT), writer }
 }
 
 struct Source {
@@ -163,8 +163,8 @@ async fn what_comes_before_a_migration_is_complete_is_not_lost() {
     }
     let _other = gathering.knock(1, 1, 2).await;
     let session = tokio::time::timeout(HANG, gathering.task).await.expect("it hangs").unwrap();
-    let mut session = session.unwrap_or_else(|_| panic!("no session"));
-    let heard = session.readers[0].next().await.unwrap();
+    let mut gathered = session.unwrap_or_else(|_| panic!("no session"));
+    let heard = gathered.0.readers[0].next().await.unwrap();
     assert!(matches!(heard, Some(Incoming::Message { message: Message::Ready, .. })), "{heard:?}");
 }
 
@@ -214,7 +214,7 @@ async fn while_a_guest_is_received_another_source_is_told_so_and_the_listener_st
     let mut incomplete = gathering.knock(1, 0, 2).await;
     let _first = gathering.knock(2, 0, 1).await;
     let Gathering { transport, task, turned_away_events, turned_away, .. } = gathering;
-    let (session, door) = tokio::time::timeout(HANG, task).await.expect("it hangs").unwrap().unwrap();
+    let (session, door) = *tokio::time::timeout(HANG, task).await.expect("it hangs").unwrap().unwrap();
     assert_eq!(session.hello.session, SessionId([2; 16]));
     assert!(incomplete.refused().await.contains("a guest is received from"));
     let refusing = tokio::spawn(door.refuse_everybody());

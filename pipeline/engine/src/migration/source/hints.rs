@@ -113,17 +113,16 @@ impl Hints {
         }
     }
 
-    /// A sync is complete: hints count from here on, if they can be valid. Not of a guest that `is_still`, as it is
-    /// paused.
+    /// A sync is complete: hints of a guest that `runs` count from here on, if they can be valid.
     pub(super) async fn open(
         &self,
-        is_still: bool,
+        runs: bool,
         bitmap: &Arc<DirtyBitmap>,
         logs: &[Arc<dyn DirtyLog>],
         observers: &Observers,
     ) -> Result<(), MigrationError> {
         let hints = match &self.exclusions {
-            Some(exclusions) if !is_still && self.are_given() && all_see_stores(logs) => {
+            Some(exclusions) if runs && self.are_given() && all_see_stores(logs) => {
                 arm_unread(bitmap, logs).await?;
                 Some(exclusions.open())
             }
@@ -165,7 +164,7 @@ fn refuse_torn_snapshot(layout: &Layout, after: Option<After>) -> Result<(), Mig
     match ignored.filter(|_| after == Some(After::Resume)) {
         None => Ok(()),
         Some(block) => Err(MigrationError::Guest(GuestError(format!(
-            "block {:?} is ignored, so a snapshot does not hold it, and the guest goes on writing it; let it stay paused \
+            "block {:?} is ignored, so a snapshot does not hold it, and the guest continues to write it; let it stay paused \
              (after = \"pause\"), or do not ignore the block",
             block.id
         )))),

@@ -126,15 +126,15 @@ struct Source<'a> {
 enum Attempt<'a> {
     None,
     /// The destination is being reached.
-    Reaching(BoxFuture<'a, Result<Reached, MigrationError>>),
+    Reaching(BoxFuture<'a, Result<Box<Reached>, MigrationError>>),
     /// It is ready, and the stages do not run yet.
-    Linked(Link),
+    Linked(Box<Link>),
     Running(Box<Flow>),
 }
 
 /// What happens at a source.
 enum Happened {
-    Reached(Result<Reached, MigrationError>),
+    Reached(Result<Box<Reached>, MigrationError>),
     Signal(Signal),
     Asked(Request),
 }

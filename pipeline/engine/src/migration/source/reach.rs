@@ -43,7 +43,7 @@ impl<'a> Source<'a> {
     pub(super) fn reach(
         &self,
         settings: &SourceSettings,
-    ) -> Result<BoxFuture<'a, Result<Reached, MigrationError>>, MigrationError> {
+    ) -> Result<BoxFuture<'a, Result<Box<Reached>, MigrationError>>, MigrationError> {
         let transfer = &self.transfer;
         let may_leave_out = transfer.hints.may_leave_out();
         bounds::check_source(
@@ -69,10 +69,10 @@ impl<'a> Source<'a> {
 }
 
 impl Introduction {
-    async fn make(mut self, plane: &DataPlane) -> Result<Reached, MigrationError> {
+    async fn make(mut self, plane: &DataPlane) -> Result<Box<Reached>, MigrationError> {
         let mut link = self.connect(plane).await?;
         let answered_in = self.agree(&mut link).await?;
-        Ok(Reached { link, answered_in, room: self.room })
+        Ok(Box::new(Reached { link, answered_in, room: self.room }))
     }
 
     async fn connect(&self, plane: &DataPlane) -> Result<Link, MigrationError> {

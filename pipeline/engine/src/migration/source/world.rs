@@ -15,7 +15,6 @@ use crate::change::Changed;
 use crate::control::{Ask, Change, ControlError, Request, with_all};
 use crate::controller::forecast::{Standing, whole};
 use crate::events::Event;
-use crate::guest::RunState;
 use crate::guest::hints::Point;
 use crate::migration::alive::silenced;
 use crate::migration::course::source::{Action, Input, SourceCourse};
@@ -50,7 +49,7 @@ impl World<SourceCourse> for Source<'_> {
                 request = operator.requests.next() => Happened::Asked(request),
             };
             let input = match happened {
-                Happened::Reached(Ok(reached)) => Some(self.reached(reached)),
+                Happened::Reached(Ok(reached)) => Some(self.reached(*reached)),
                 Happened::Reached(Err(error)) => Some(self.not_reached(error)),
                 Happened::Signal(signal) => self.input(signal, course),
                 Happened::Asked(request) => self.asked(request, course),
@@ -76,7 +75,7 @@ impl Source<'_> {
         let Reached { link, answered_in, room } = reached;
         self.transfer.state_room = room;
         self.observers.notify(&Event::Connected { peer: link.peer.clone() });
-        self.attempt = Attempt::Linked(link);
+        self.attempt = Attempt::Linked(Box::new(link));
         Input::Connected(answered_in)
     }
 
@@ -238,15 +237,27 @@ impl Source<'_> {
                 guest.commit(self.transport.address()).await?;
                 Some(Input::Committed)
             }
-            Action::OpenHints => {
+            Action::OpenHints { runs } => {
                 if let Some(bitmap) = &guest.bitmap {
-                    let is_still = guest.was == RunState::Paused || course.is_paused();
-                    guest.hints.open(is_still, bitmap, &guest.logs, &self.observers).await?;
+                    guest.hints.open(runs, bitmap, &guest.logs, &self.observers).await?;
                 }
                 None
             }
+            // Before the stages run they are settings like others.
+            Action::SetBandwidth(bandwidth) => {
+                self.attempt.flow().iter().for_each(|flow| flow.graph.set_bandwidth(bandwidth));
+                None
+            }
+            Action::SetCache(bytes) => {
+                self.attempt.flow().iter().for_each(|flow| flow.graph.set_cache(bytes));
+                None
+            }
             Action::CloseHints => {
-                let closed = guarded(async { Ok(guest.hints.close().await) }).await;
+                let closing = async {
+                    guest.hints.close().await;
+                    Ok(())
+                };
+                let closed = guarded(closing).await;
                 self.warn_of(closed);
                 None
             }
@@ -283,8 +294,6 @@ impl Source<'_> {
                 }
             }
             Action::AcknowledgeAll => flow.graph.in_flight.acknowledge_all(),
-            Action::SetBandwidth(bandwidth) => flow.graph.set_bandwidth(bandwidth),
-            Action::SetCache(bytes) => flow.graph.set_cache(bytes),
             Action::SendState => {
                 for chunk in self.transfer.take_state()? {
                     if let Some(failed) = self.send(&Message::State(chunk), course).await? {

@@ -81,7 +81,7 @@ impl SourceCourse {
         }
         self.spent.on(Part::Resume, now);
         self.downtime = self.spent.total();
-        vec![Action::Notify(Event::Resumed)]
+        vec![Action::notify(Event::Resumed)]
     }
 
     fn over(&mut self, end: End, resume_error: Option<MigrationError>, stays_paused: bool) {

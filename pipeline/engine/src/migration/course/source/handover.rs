@@ -63,7 +63,7 @@ impl SourceCourse {
     fn go(&mut self, now: Duration) -> Vec<Action> {
         let give_up = now + self.settings.handover_timeout;
         self.state = State::HandingOver { handshake: SourceHandshake::AwaitingRunning, give_up };
-        vec![Action::Notify(Event::HandedOver), Action::Go(self.facts.was)]
+        vec![Action::notify(Event::HandedOver), Action::Go(self.facts.was)]
     }
 
     /// A file has no return path: syncing its end mark to disk and renaming the file take the place of Go.
@@ -75,7 +75,7 @@ impl SourceCourse {
 }
 
 fn warning(what: &str) -> Action {
-    Action::Notify(Event::Warning(what.into()))
+    Action::notify(Event::Warning(what.into()))
 }
 
 /// The meaning of a failure for the last handshake.

@@ -114,7 +114,7 @@ pub(in crate::migration) type Answer = oneshot::Sender<Result<(), ControlError>>
 #[derive(Debug)]
 pub(in crate::migration) enum Action {
     /// Report an event.
-    Notify(Event),
+    Notify(Box<Event>),
     /// Find out why a stage failed: the destination's last message if it sent one, else the first failure. Answer:
     /// [`Input::Received`] or [`Input::Failed`].
     Explain(Failure),
@@ -132,8 +132,8 @@ pub(in crate::migration) enum Action {
     AcknowledgeAll,
     /// Close the window for hints, and sync. Then: [`Input::Synced`].
     Sync { after_round: u32 },
-    /// Open the window for hints, if hints can be valid.
-    OpenHints,
+    /// Notify page hinters of the sync; of a running guest, open the window for hints, if hints can be valid.
+    OpenHints { runs: bool },
     /// Throttle the guest, and then answer the request for it. Answer: [`Input::Throttled`].
     Throttle(u8, Option<Answer>),
     /// Limit the bandwidth from here on.
@@ -176,6 +176,12 @@ pub(in crate::migration) enum Action {
     Resume { reacquire: bool, run: bool },
     /// The guest may run elsewhere: nothing here needs to guard it.
     Moved,
+}
+
+impl Action {
+    fn notify(event: Event) -> Self {
+        Self::Notify(Box::new(event))
+    }
 }
 
 /// The facts of a migration that do not change.
@@ -330,7 +336,7 @@ impl Course for SourceCourse {
     type Action = Action;
 
     fn begin(&mut self) -> Vec<Action> {
-        vec![Action::Notify(Event::Phase(Phase::Setup)), Action::Connect]
+        vec![Action::notify(Event::Phase(Phase::Setup)), Action::Connect]
     }
 
     fn failed(error: MigrationError) -> Input {
@@ -365,7 +371,7 @@ impl Course for SourceCourse {
             }
             (Input::Scanned(scanned), State::Sending(round)) => {
                 round.is_scanned = true;
-                let mut actions = vec![Action::Notify(Event::RoundScanned { round: scanned.round })];
+                let mut actions = vec![Action::notify(Event::RoundScanned { round: scanned.round })];
                 actions.extend(self.round_complete(Duration::ZERO, now));
                 actions
             }
@@ -426,7 +432,7 @@ impl SourceCourse {
 
     /// Reports a phase.
     fn phase(phase: Phase) -> Action {
-        Action::Notify(Event::Phase(phase))
+        Action::notify(Event::Phase(phase))
     }
 }
 

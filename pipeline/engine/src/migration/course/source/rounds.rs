@@ -6,6 +6,7 @@ use memferry_stages::bitmap_sync::Synced;
 use memferry_stages::scanner::ScanOrder;
 use memferry_stages::sender::Sent;
 use memferry_stages::tally::RoundTally;
+use memferry_stages::wire::messages::RunState;
 
 use super::{Action, Answer, End, Part, SourceCourse, State};
 use crate::controller::forecast::Standing;
@@ -138,7 +139,7 @@ impl SourceCourse {
             // Written and flushed: without a return path this is the only acknowledgement.
             actions.push(Action::AcknowledgeAll);
         }
-        actions.push(Action::Notify(Event::RoundSent { tally, duration }));
+        actions.push(Action::notify(Event::RoundSent { tally, duration }));
         actions.extend(match (tally.last, self.done.paused) {
             (true, _) => self.last_round_sent(now),
             (false, true) => self.save(now),
@@ -156,9 +157,9 @@ impl SourceCourse {
     pub(super) fn synced(&mut self, found: Synced, standing: Standing, then: AfterSync, now: Duration) -> Vec<Action> {
         let Synced { after_round, dirty_pages, duration } = found;
         self.controller.fixed().sync = duration;
-        let mut actions = vec![Action::Notify(Event::Synced { after_round, dirty_pages, duration })];
+        let mut actions = vec![Action::notify(Event::Synced { after_round, dirty_pages, duration })];
         if self.facts.hints {
-            actions.push(Action::OpenHints);
+            actions.push(Action::OpenHints { runs: self.facts.was == RunState::Running && !self.done.paused });
         }
         actions.extend(match then {
             AfterSync::LastRound => self.last_round(now),
@@ -199,7 +200,7 @@ impl SourceCourse {
         if decided.decision == Decision::SwitchOver {
             self.forecast = decided.forecast;
         }
-        vec![Action::Notify(Event::Decided(decided.clone()))]
+        vec![Action::notify(Event::Decided(decided.clone()))]
     }
 
     pub(super) fn throttle(&mut self, percent: u8, request: Option<Answer>) -> Action {
@@ -212,7 +213,7 @@ impl SourceCourse {
         let mut actions = Vec::new();
         if let Err(error) = result {
             self.controller.cannot_throttle();
-            actions.push(Action::Notify(Event::Warning(error.to_string())));
+            actions.push(Action::notify(Event::Warning(error.to_string())));
         }
         if matches!(self.state, State::Throttling) {
             actions.extend(self.scan(ScanOrder::all(self.round + 1, false), now));

@@ -33,7 +33,7 @@ impl SourceCourse {
 
     /// The guest is paused, and the pages it waits for have a bandwidth limit of their own.
     pub(super) fn paused(&mut self, now: Duration) -> Vec<Action> {
-        let mut actions = vec![Action::SetBandwidth(self.bandwidth()), Action::Notify(Event::Paused)];
+        let mut actions = vec![Action::SetBandwidth(self.bandwidth()), Action::notify(Event::Paused)];
         if matches!(self.state, State::Pausing | State::Draining(_)) {
             actions.extend(self.save(now));
         }
