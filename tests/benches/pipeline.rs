@@ -25,7 +25,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use memferry::events::Phase;
+use memferry::events::Outcome;
 use memferry::settings::{EncoderSettings, SourceSettings};
 use memferry_stages::codec::{Codec, ZSTD_DEFAULT_LEVEL};
 use memferry_stages::geometry::PageSize;
@@ -194,7 +194,7 @@ fn memferry(bytes: usize, source: TestGuest, address: &str, settings: &SourceSet
     let moving = migrate(source, destination, transport.into(), settings.clone(), CancellationToken::new());
     let ends = runtime.block_on(moving);
     let time = began.elapsed();
-    assert_eq!(ends.destination.phase, Phase::Completed, "{:?}", ends.destination.error);
+    assert_eq!(ends.destination.outcome, Outcome::Completed, "{:?}", ends.destination.error);
     (time, ends)
 }
 

@@ -97,7 +97,7 @@ fn run(plan: Plan, (link, bandwidth): (&str, Option<u64>)) -> Result<Option<f64>
         }
     }
     let seconds = ended.total.as_secs_f64();
-    let outcome = format!("{:?}", ended.phase).to_lowercase();
+    let outcome = format!("{:?}", ended.outcome).to_lowercase();
     let sent = sent as f64 / f64::from(1 << 20);
     print!("| {name}, {link} | {outcome} | {rounds} | {seconds:.1} | {sent:.1} | {throttled} | {limit} |");
     let (Some(forecast), Some(downtime)) = (ended.forecast, ended.downtime) else {

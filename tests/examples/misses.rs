@@ -13,7 +13,7 @@ use std::error::Error;
 use std::sync::Arc;
 use std::time::Duration;
 
-use memferry::events::{Event, Phase};
+use memferry::events::{Event, Outcome};
 use memferry::settings::{ConvergenceSettings, EncoderSettings, OnMiss, SourceSettings, StallStep, XbzrleSettings};
 use memferry_guests::workload::{Fill, Pattern, Workload, WorkloadSettings};
 use memferry_tests::foreseen::{settings, workload, writer};
@@ -102,8 +102,8 @@ fn run(mib: u64, fill: Fill, limit: Option<u64>, on_miss: OnMiss) -> Result<Went
         moved(limit, on_miss),
         CancellationToken::new(),
     ));
-    if ends.source.phase != Phase::Completed {
-        return Err(format!("{:?}: {:?}", ends.source.phase, ends.source.error).into());
+    if ends.source.outcome != Outcome::Completed {
+        return Err(format!("{:?}: {:?}", ends.source.outcome, ends.source.error).into());
     }
     let misses = ends.events.iter().map(|(_, event)| match event {
         Event::RoundSent { tally, .. } => tally.pages.xbzrle_misses,

@@ -10,7 +10,7 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
-use memferry::events::{Ended, Event, Phase};
+use memferry::events::{Ended, Event, Outcome};
 use memferry::settings::{EncoderSettings, SourceSettings};
 use memferry_stages::dirty_log::UserfaultLog;
 use memferry_tests::run::{self, Running, destination_settings};
@@ -88,7 +88,7 @@ fn one_end(end: &str, backing: &str, log: &str, length: u64, pages: u64, socket:
     let recorder = Arc::new(Recorder::default());
     let ended = runtime.block_on(run(guest.clone(), is_source, socket, recorder.clone()));
     let after = Held::here().unwrap_or_default();
-    assert_eq!(ended.phase, Phase::Completed, "{end}: {:?}", ended.error);
+    assert_eq!(ended.outcome, Outcome::Completed, "{end}: {:?}", ended.error);
     assert_eq!(ended.verified, Some(true), "{end}");
     let bound = recorder.events().iter().find_map(|(_, event)| match event {
         Event::Guest { memory_bound, .. } => Some(*memory_bound),

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use memferry::events::{Ended, Event, Observer, Observers, Phase, Role};
+use memferry::events::{Ended, Event, Observer, Observers, Outcome, Role};
 use memferry::guest::{GuestBuilder, SourceGuest};
 use memferry::migration::{DataPlane, receive, send};
 use memferry::settings::{
@@ -290,7 +290,7 @@ fn verdict(ended: &Ended, rounds: &Rounds, written: u64) -> Verdict {
         )
     };
     Verdict {
-        completed: ended.phase == Phase::Completed,
+        completed: ended.outcome == Outcome::Completed,
         error: ended.error.clone(),
         total: ended.total,
         downtime: ended.downtime.unwrap_or_default(),

@@ -5,7 +5,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use memferry::control::Control;
-use memferry::events::{Event, Phase, Role};
+use memferry::events::{Event, Outcome, Phase, Role};
 use memferry::settings::{EncoderSettings, SourceSettings};
 use memferry_stages::codec::Codec;
 use memferry_stages::geometry::PageSize;
@@ -59,7 +59,7 @@ impl Busy {
     /// If it ended otherwise, or the source guest does not continue.
     pub async fn verdict(self) -> Instant {
         let ends = self.migration.await.expect("a migration does not panic");
-        assert_eq!(ends.source.phase, Phase::Cancelled, "{:?}", ends.source.error);
+        assert_eq!(ends.source.outcome, Outcome::Cancelled, "{:?}", ends.source.error);
         assert!(self.source.runs(), "the source guest continues");
         *self.cancelled.get().expect("it was cancelled")
     }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use memferry::events::{Event, Phase, Role};
+use memferry::events::{Event, Outcome, Role};
 use memferry::settings::{ConvergenceSettings, EncoderSettings, SourceSettings, StallStep};
 use memferry::units::Units;
 use memferry_guests::workload::{Fill, Pattern, Region, Workload, WorkloadSettings, WriterSettings};
@@ -125,7 +125,7 @@ impl Case {
         let (source, destination) = (Workload::source(self.workload()).expect("a workload"), Workload::destination());
         let ends = migrate(source, destination, transport, self.settings.clone(), CancellationToken::new()).await;
         let ended = &ends.source;
-        assert!(matches!(ended.phase, Phase::Completed | Phase::Cancelled), "{:?}", ended.error);
+        assert!(matches!(ended.outcome, Outcome::Completed | Outcome::Cancelled), "{:?}", ended.error);
         let decided = |(role, event): &&(Role, Event)| *role == Role::Source && matches!(event, Event::Decided(_));
         if std::env::var_os("ROUNDS").is_some() {
             for (_, event) in &ends.events {
@@ -136,7 +136,7 @@ impl Case {
             println!("    {:?} setup {:?}", ended.parts, ended.setup);
         }
         Went {
-            moved: ended.phase == Phase::Completed,
+            moved: ended.outcome == Outcome::Completed,
             rounds: u32::try_from(ends.events.iter().filter(decided).count()).expect("few"),
             total: ended.total.as_secs_f64(),
             downtime: ended.downtime.unwrap_or_default().as_secs_f64(),

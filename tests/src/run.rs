@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use memferry::control::Control;
-use memferry::events::{Ended, Event, Observer, Observers, Phase, Role};
+use memferry::events::{Ended, Event, Observer, Observers, Outcome, Role};
 use memferry::guest::hints::PageHinter;
 use memferry::guest::{DestinationGuest, Guest, GuestBuilder, GuestError, GuestState, RunState, SourceGuest};
 use memferry::migration::{DataPlane, ReceiveError, Received, RunsHere, SendError, Sent, receive, send};
@@ -41,7 +41,7 @@ impl Ends {
     /// If the law was violated.
     #[track_caller]
     pub fn check_law_seven(&self, source: &TestGuest, destination: &TestGuest) {
-        let (calls, phase) = (source.calls(), self.source.phase);
+        let (calls, phase) = (source.calls(), self.source.outcome);
         let context = format!("{:?}, {:?}, calls {calls:?}", self.source.error, self.destination.error);
         let starts = destination.calls().iter().filter(|&&call| call == GuestCall::Start).count();
         assert!(!(source.runs() && destination.runs()), "two run: {context}");
@@ -50,13 +50,13 @@ impl Ends {
         assert!(!source.log().is_armed(), "the log was not stopped: {context}");
         assert_eq!(source.log().misused(), None, "{context}");
         match phase {
-            Phase::Completed => assert!(starts == 1 && !source.runs(), "{context}"),
-            Phase::Unconfirmed => {
+            Outcome::Completed => assert!(starts == 1 && !source.runs(), "{context}"),
+            Outcome::Unconfirmed => {
                 assert!(!source.runs() && calls.contains(&GuestCall::Committed), "{context}");
                 assert!(context.contains("look at the destination"), "{context}");
             }
             _ => {
-                assert!(starts == 0 && self.destination.phase != Phase::Completed, "{phase:?}: {context}");
+                assert!(starts == 0 && self.destination.outcome != Outcome::Completed, "{phase:?}: {context}");
                 assert!(self.source.error.is_some() && self.destination.error.is_some(), "{context}");
                 let was = |what| calls.contains(&what);
                 assert_eq!(was(GuestCall::Pause), was(GuestCall::Resume), "{context}");
@@ -234,27 +234,27 @@ fn sent(result: Result<Sent, SendError>) -> Ended {
     };
     let context = format!("{result:?}");
     match &result {
-        Ok(_) => assert_eq!((ended.phase, ended.resume_failed), (Phase::Completed, false), "{context}"),
-        Err(SendError::Failed { .. }) => assert_eq!(ended.phase, Phase::Failed, "{context}"),
-        Err(SendError::Cancelled { .. }) => assert_eq!(ended.phase, Phase::Cancelled, "{context}"),
-        Err(SendError::Unconfirmed { .. }) => assert_eq!(ended.phase, Phase::Unconfirmed, "{context}"),
+        Ok(_) => assert_eq!((ended.outcome, ended.resume_failed), (Outcome::Completed, false), "{context}"),
+        Err(SendError::Failed { .. }) => assert_eq!(ended.outcome, Outcome::Failed, "{context}"),
+        Err(SendError::Cancelled { .. }) => assert_eq!(ended.outcome, Outcome::Cancelled, "{context}"),
+        Err(SendError::Unconfirmed { .. }) => assert_eq!(ended.outcome, Outcome::Unconfirmed, "{context}"),
         Err(SendError::ResumeFailed { .. }) => assert!(ended.resume_failed, "{context}"),
         Err(other) => panic!("{other:?}"),
     }
     assert_eq!(here == RunsHere::ResumeFailed, ended.resume_failed, "{context}");
-    assert_eq!(here == RunsHere::Unknown, ended.phase == Phase::Unconfirmed, "{context}");
+    assert_eq!(here == RunsHere::Unknown, ended.outcome == Outcome::Unconfirmed, "{context}");
     ended
 }
 
 /// The figures, after the result is compared with them.
 fn received<G: std::fmt::Debug>(result: Result<Received<G>, ReceiveError>) -> Ended {
     let (expected, ended) = match &result {
-        Ok(received) => (Phase::Completed, Some(&received.ended)),
-        Err(error @ ReceiveError::Cancelled { .. }) => (Phase::Cancelled, error.ended()),
-        Err(error) => (Phase::Failed, error.ended()),
+        Ok(received) => (Outcome::Completed, Some(&received.ended)),
+        Err(error @ ReceiveError::Cancelled { .. }) => (Outcome::Cancelled, error.ended()),
+        Err(error) => (Outcome::Failed, error.ended()),
     };
     let ended = ended.expect("settings of a test can be").clone();
-    assert_eq!(ended.phase, expected, "{result:?}");
+    assert_eq!(ended.outcome, expected, "{result:?}");
     ended
 }
 
@@ -339,7 +339,7 @@ async fn both_ends(
             let ended = sending(way).await;
             let waits =
                 |(role, event): &(Role, Event)| *role == Role::Destination && matches!(event, Event::Connected { .. });
-            if ended.phase != Phase::Completed && !recorder.events().iter().any(waits) {
+            if ended.outcome != Outcome::Completed && !recorder.events().iter().any(waits) {
                 over.cancel();
             }
             ended

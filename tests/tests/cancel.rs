@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use memferry::events::{Event, Phase, Role};
+use memferry::events::{Event, Outcome, Phase, Role};
 use memferry::settings::{After, SourceSettings};
 use memferry_stages::geometry::PageSize;
 use memferry_tests::guest::GuestCall;
@@ -90,7 +90,7 @@ fn cancelled(source: &Arc<TestGuest>, address: &str, cancel: CancellationToken, 
         ends.source
     };
     let ended = runtime.block_on(async { tokio::time::timeout(HANG, moving).await.expect("it hangs") });
-    assert_eq!(ended.phase, Phase::Cancelled, "{address}: {:?}, before it {calls_before:?}", ended.error);
+    assert_eq!(ended.outcome, Outcome::Cancelled, "{address}: {:?}, before it {calls_before:?}", ended.error);
     assert_eq!(source.was_called(GuestCall::Pause), source.was_called(GuestCall::Resume));
     assert_eq!(source.was_called(GuestCall::Pause), ended.downtime.is_some());
     assert_eq!(ended.downtime.unwrap_or_default(), ended.parts.total(), "{:?}", ended.parts);
@@ -130,6 +130,6 @@ fn cancelled_thirty_times_in_a_row_it_leaves_nothing_behind() {
     let (cancel, recorder) = (CancellationToken::new(), Recorder::default());
     let moving = migrate_watched(source.clone(), destination.clone(), way, settings("memory"), cancel, recorder);
     let ends = runtime.block_on(moving);
-    assert_eq!(ends.source.phase, Phase::Completed, "{:?}", ends.source.error);
+    assert_eq!(ends.source.outcome, Outcome::Completed, "{:?}", ends.source.error);
     assert!(source.bytes() == destination.bytes(), "the two memories differ");
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use memferry::control::Control;
-use memferry::events::Phase;
+use memferry::events::Outcome;
 use memferry::guest::{RunState, SourceGuest};
 use memferry::settings::{ConvergenceSettings, EncoderSettings, SourceSettings, StallStep};
 use memferry_cli::api::{Server, client};
@@ -71,7 +71,7 @@ fn cancelled(guest: &Arc<Hot>, socket: &Address, when: When) {
         };
         let both = async { tokio::join!(moving, cancelling).0 };
         let ends = tokio::time::timeout(Duration::from_secs(60), both).await.expect("it hangs");
-        assert_eq!(ends.source.phase, Phase::Cancelled, "{:?}", ends.source.error);
+        assert_eq!(ends.source.outcome, Outcome::Cancelled, "{:?}", ends.source.error);
         let status = client::status(socket).await.unwrap();
         assert_eq!(status["ended"]["phase"], "cancelled");
         assert!(client::cancel(socket).await.unwrap_err().to_string().contains("over"));

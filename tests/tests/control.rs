@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use memferry::control::{Change, Control, ControlError, Status};
 use memferry::controller::Decision;
 use memferry::controller::reason::Reason;
-use memferry::events::{Event, Phase, Progress, Role};
+use memferry::events::{Event, Outcome, Phase, Progress, Role};
 use memferry::guest::{RunState, SourceGuest};
 use memferry::settings::{
     ConvergenceSettings, EncoderSettings, OnDeadline, OnMiss, SourceSettings, StallStep, SwitchoverBandwidth,
@@ -93,8 +93,8 @@ fn most(cap: u64, time: Duration) -> u64 {
 
 #[track_caller]
 fn completed(ends: &Ends) {
-    assert_eq!(ends.source.phase, Phase::Completed, "{:?}", ends.source.error);
-    assert_eq!(ends.destination.phase, Phase::Completed, "{:?}", ends.destination.error);
+    assert_eq!(ends.source.outcome, Outcome::Completed, "{:?}", ends.source.error);
+    assert_eq!(ends.destination.outcome, Outcome::Completed, "{:?}", ends.destination.error);
 }
 
 fn changes(ends: &Ends) -> Vec<String> {
@@ -129,7 +129,7 @@ fn a_migration_gets_a_cap_another_one_and_none_again() {
         }
         control.cancel();
     });
-    assert_eq!(ends.source.phase, Phase::Cancelled, "{:?}", ends.source.error);
+    assert_eq!(ends.source.outcome, Outcome::Cancelled, "{:?}", ends.source.error);
     let reported = changes(&ends);
     assert_eq!(reported[0], "max_bandwidth is changed from unlimited to 2 MiB/s");
     assert_eq!(reported.len(), 3, "{reported:?}");
@@ -220,7 +220,7 @@ fn a_throttle_above_its_ceiling_is_lowered_at_once() {
         until(&control, "it is reported", reported).await;
         control.cancel();
     });
-    assert_eq!(ends.source.phase, Phase::Cancelled);
+    assert_eq!(ends.source.outcome, Outcome::Cancelled);
     let last = last_progress(&ends, Role::Source);
     assert_eq!((last.throttle, last.wire_rate, last.page_rate, last.dirty_rate), (0, 0.0, 0.0, Some(0.0)));
     assert!(last.expected_downtime.is_none() && last.remaining_bytes > Some(0));
@@ -370,7 +370,7 @@ fn in_the_first_round_a_refusal_names_the_rate_that_is_shown() {
         assert!(refused.to_string().contains("are left, which take "), "{refused}");
         control.cancel();
     });
-    assert_eq!(ends.source.phase, Phase::Cancelled, "{:?}", ends.source.error);
+    assert_eq!(ends.source.outcome, Outcome::Cancelled, "{:?}", ends.source.error);
 }
 
 #[test]
@@ -409,5 +409,5 @@ fn before_the_destination_is_there_settings_can_be_changed_already() {
     };
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let (ended, ()) = runtime.block_on(async { tokio::join!(sending, asking) });
-    assert_eq!(ended.phase, Phase::Cancelled);
+    assert_eq!(ended.outcome, Outcome::Cancelled);
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use memferry::controller::reason::Reason;
 use memferry::controller::{Decided, Decision};
-use memferry::events::{Event, Phase, Role};
+use memferry::events::{Event, Outcome, Role};
 use memferry::guest::{RunState, SourceGuest};
 use memferry::settings::{
     ConvergenceSettings, EncoderSettings, RaiseSettings, SourceSettings, StallStep, ThrottleSettings,
@@ -79,8 +79,8 @@ fn at_the_throttle(act: impl Fn() + Send + Sync + 'static) -> Recorder {
 
 #[track_caller]
 fn completed(ends: &Ends) -> Vec<Decided> {
-    assert_eq!(ends.source.phase, Phase::Completed, "{:?}: {:#?}", ends.source.error, decided(ends));
-    assert_eq!(ends.destination.phase, Phase::Completed, "{:?}", ends.destination.error);
+    assert_eq!(ends.source.outcome, Outcome::Completed, "{:?}: {:#?}", ends.source.error, decided(ends));
+    assert_eq!(ends.destination.outcome, Outcome::Completed, "{:?}", ends.destination.error);
     decided(ends)
 }
 
@@ -118,7 +118,7 @@ fn it_is_switched_over_above_its_limit_and_under_the_ceiling() {
 #[test]
 fn it_is_cancelled_and_continues() {
     let (guest, ends) = ended_by(&[StallStep::Cancel]);
-    assert_eq!(ends.source.phase, Phase::Cancelled, "{:?}", ends.source.error);
+    assert_eq!(ends.source.outcome, Outcome::Cancelled, "{:?}", ends.source.error);
     let why = ends.source.error.clone().unwrap();
     // Where all pages are dirty, it is random whether a round leaves one page fewer than the round before.
     let stall =
@@ -136,7 +136,7 @@ fn under_a_ceiling_that_it_cannot_keep_nothing_moves_it() {
         ..settings(&[StallStep::RaiseDowntimeLimit, StallStep::SwitchOver, StallStep::Cancel])
     };
     let ends = moved(&guest, ceiling, Recorder::default(), CancellationToken::new());
-    assert_eq!(ends.source.phase, Phase::Cancelled, "{:?}", decided(&ends));
+    assert_eq!(ends.source.outcome, Outcome::Cancelled, "{:?}", decided(&ends));
     assert_eq!(guest.run_state(), RunState::Running);
 }
 
@@ -145,7 +145,7 @@ fn a_guest_that_cannot_be_throttled_gets_the_next_step() {
     let guest = Arc::new(Hot::refusing());
     let steps = settings(&[StallStep::Throttle, StallStep::Cancel]);
     let ends = moved(&guest, steps, Recorder::default(), CancellationToken::new());
-    assert_eq!(ends.source.phase, Phase::Cancelled, "{:?}", ends.source.error);
+    assert_eq!(ends.source.outcome, Outcome::Cancelled, "{:?}", ends.source.error);
     assert_eq!(guest.throttled(), [60, 0]);
     let warned = |(_, event): &(Role, Event)| matches!(event, Event::Warning(what) if what.contains("throttled"));
     assert!(ends.events.iter().any(warned));
@@ -159,7 +159,7 @@ fn the_throttle_is_lifted_when_it_is_cancelled() {
         move || cancel.cancel()
     });
     let ends = moved(&guest, settings(&[StallStep::Throttle]), recorder, cancel);
-    assert_eq!(ends.source.phase, Phase::Cancelled, "{:?}", ends.source.error);
+    assert_eq!(ends.source.outcome, Outcome::Cancelled, "{:?}", ends.source.error);
     assert_eq!(guest.throttled(), [60, 0]);
     assert_eq!(guest.run_state(), RunState::Running);
 }
@@ -171,7 +171,7 @@ fn the_throttle_is_lifted_when_it_fails() {
     let recorder = at_the_throttle(move || faults.cut());
     let steps = settings(&[StallStep::Throttle]);
     let ends = moved_over(&guest, transport, steps, recorder, CancellationToken::new());
-    assert_eq!(ends.source.phase, Phase::Failed, "{:?}", ends.source.error);
+    assert_eq!(ends.source.outcome, Outcome::Failed, "{:?}", ends.source.error);
     assert_eq!(guest.throttled(), [60, 0]);
     assert_eq!(guest.run_state(), RunState::Running);
 }

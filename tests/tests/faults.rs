@@ -5,7 +5,7 @@
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use memferry::events::{Event, Phase, Role};
+use memferry::events::{Event, Outcome, Phase, Role};
 use memferry::settings::SourceSettings;
 use memferry_stages::geometry::PageSize;
 use memferry_tests::guest::{Fails, GuestCall};
@@ -69,7 +69,7 @@ impl Trial {
 fn moves_now(source: &Arc<TestGuest>, lanes: u16) {
     let destination = Arc::new(TestGuest::destination());
     let ends = Trial::new(lanes).run(source, &destination);
-    assert_eq!(ends.source.phase, Phase::Completed, "{:?}, {:?}", ends.source.error, ends.destination.error);
+    assert_eq!(ends.source.outcome, Outcome::Completed, "{:?}, {:?}", ends.source.error, ends.destination.error);
     assert!(source.bytes() == destination.bytes(), "the two memories differ");
     assert_eq!(ends.destination.verified, Some(true));
 }
@@ -89,7 +89,7 @@ fn bytes_moved(lanes: u16, direction: Direction) -> u64 {
     let trial = Trial::new(lanes);
     let faults = trial.faults();
     let ends = trial.run(&source().running(2), &Arc::new(TestGuest::destination()));
-    assert_eq!(ends.source.phase, Phase::Completed, "{:?}", ends.source.error);
+    assert_eq!(ends.source.outcome, Outcome::Completed, "{:?}", ends.source.error);
     faults.delivered(direction)
 }
 
@@ -109,7 +109,7 @@ fn cut_everywhere(lanes: u16, direction: Direction) {
         faults.cut_after(direction, after);
         let destination = Arc::new(TestGuest::destination());
         let ends = trial.run(&source, &destination);
-        if ends.source.phase == Phase::Failed {
+        if ends.source.outcome == Outcome::Failed {
             failed += 1;
             if cut % 8 != 7 {
                 continue;
@@ -158,7 +158,7 @@ fn stalled(
     let once = Mutex::new(Some((faults.clone(), cancel)));
     trial.recorder = Recorder::calling(move |role, event| {
         if let (Role::Source, Event::Ended(ended)) = (role, event)
-            && ended.phase != Phase::Completed
+            && ended.outcome != Outcome::Completed
         {
             faults.cut();
         }
@@ -175,7 +175,7 @@ fn stalled(
     let source = source().running(2);
     let destination = Arc::new(TestGuest::destination());
     let ends = trial.run(&source, &destination);
-    if ends.source.phase == Phase::Completed {
+    if ends.source.outcome == Outcome::Completed {
         assert!(source.bytes() == destination.bytes(), "the two memories differ");
     }
     (ends, source)
@@ -186,7 +186,7 @@ fn a_stall_that_ends_costs_time_only() {
     for direction in [Direction::ToDestination, Direction::ToSource] {
         for (lanes, at) in [(1, Phase::Setup), (1, Phase::Active), (3, Phase::Active), (1, Phase::Switchover)] {
             let (ends, _) = stalled(lanes, direction, at, |faults, _| faults.release(direction_of(faults)));
-            assert_eq!(ends.source.phase, Phase::Completed, "{direction:?} at {at:?}: {:?}", ends.source.error);
+            assert_eq!(ends.source.outcome, Outcome::Completed, "{direction:?} at {at:?}: {:?}", ends.source.error);
         }
     }
 }
@@ -203,7 +203,7 @@ fn a_stall_does_not_hold_up_a_cancel() {
         for (lanes, at) in [(1, Phase::Setup), (3, Phase::Active), (1, Phase::Switchover)] {
             // A source that waits for the stall to end would hang.
             let (ends, source) = stalled(lanes, direction, at, |_, cancel| cancel.cancel());
-            assert_eq!(ends.source.phase, Phase::Cancelled, "{direction:?} at {at:?}: {:?}", ends.source.error);
+            assert_eq!(ends.source.outcome, Outcome::Cancelled, "{direction:?} at {at:?}: {:?}", ends.source.error);
             if at == Phase::Switchover {
                 moves_now(&source, lanes);
             }
@@ -223,7 +223,7 @@ fn a_guest_that_fails_at_any_call_continues_at_the_source() {
     for (fails, word) in source_fails {
         let source = source().failing(fails).running(2);
         let ends = Trial::new(2).run(&source, &Arc::new(TestGuest::destination()));
-        assert_eq!(ends.source.phase, Phase::Failed);
+        assert_eq!(ends.source.outcome, Outcome::Failed);
         says(ends.source.error.as_ref(), &["the guest failed", word]);
         says(ends.destination.error.as_ref(), &["the source gave up", word]);
     }
@@ -245,7 +245,7 @@ fn a_start_that_fails_leaves_both_paused_and_both_say_so() {
     let fails = Fails { start: true, ..Fails::default() };
     let destination = Arc::new(TestGuest::destination().failing(fails));
     let ends = Trial::new(2).run(&source, &destination);
-    assert_eq!((ends.source.phase, ends.destination.phase), (Phase::Unconfirmed, Phase::Failed));
+    assert_eq!((ends.source.outcome, ends.destination.outcome), (Outcome::Unconfirmed, Outcome::Failed));
     says(ends.source.error.as_ref(), &["at start", "look at the destination"]);
     says(ends.destination.error.as_ref(), &["at start"]);
     assert!(!source.runs() && !destination.runs());
@@ -311,7 +311,7 @@ fn memory_that_fails_or_panics_at_the_source_is_named() {
         };
         let source = source().troubled(trouble).running(2);
         let ends = no_verify(Trial::new(2)).run(&source, &Arc::new(TestGuest::destination()));
-        assert_eq!(ends.source.phase, Phase::Failed);
+        assert_eq!(ends.source.outcome, Outcome::Failed);
         says(ends.source.error.as_ref(), words);
         source.repair();
         moves_now(&source, 2);
@@ -327,7 +327,7 @@ fn memory_that_panics_under_the_digests_is_survived_at_both_ends() {
         let source = source.running(0);
         let destination = Arc::new(TestGuest::destination());
         let ends = migrate_once(&source, &destination);
-        assert_eq!(ends.source.phase, Phase::Failed);
+        assert_eq!(ends.source.outcome, Outcome::Failed);
         assert!(source.runs() && !source.log().is_armed());
         assert_eq!(source.was_called(GuestCall::Pause), source.was_called(GuestCall::Resume));
         says(ends.source.error.as_ref(), &["page 70 is read"]);
@@ -336,7 +336,7 @@ fn memory_that_panics_under_the_digests_is_survived_at_both_ends() {
     let source = source().running(0);
     let destination = Arc::new(TestGuest::destination().troubled(Trouble::ReadPanics(70)));
     let ends = migrate_once(&source, &destination);
-    assert!(ends.source.phase == Phase::Failed && ends.destination.phase == Phase::Failed);
+    assert!(ends.source.outcome == Outcome::Failed && ends.destination.outcome == Outcome::Failed);
     says(ends.destination.error.as_ref(), &["page 70 is read"]);
     says(ends.source.error.as_ref(), &["page 70 is read"]);
     assert!(source.runs() && !destination.was_called(GuestCall::Start));
@@ -357,7 +357,7 @@ fn a_full_disk_at_the_destination_is_named_at_both_ends() {
         let source = source().running(2);
         let destination = Arc::new(TestGuest::destination().troubled(Trouble::DiskFull(room)));
         let ends = Trial::new(2).run(&source, &destination);
-        assert_eq!(ends.source.phase, Phase::Failed);
+        assert_eq!(ends.source.outcome, Outcome::Failed);
         says(ends.destination.error.as_ref(), &["loader", "cannot write", "page"]);
         says(ends.source.error.as_ref(), &["the destination gave up", "loader", "cannot write"]);
         moves_now(&source, 2);
@@ -374,7 +374,7 @@ fn a_log_that_fails_is_named() {
     for (trouble, words) in words {
         let source = source().troubled(trouble).running(2);
         let ends = Trial::new(1).run(&source, &Arc::new(TestGuest::destination()));
-        assert_eq!(ends.source.phase, Phase::Failed);
+        assert_eq!(ends.source.outcome, Outcome::Failed);
         says(ends.source.error.as_ref(), words);
         source.repair();
         moves_now(&source, 1);

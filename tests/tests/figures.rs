@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use memferry::bottleneck::{Bottleneck, Cause};
-use memferry::events::{Event, Phase, Progress, Role};
+use memferry::events::{Event, Outcome, Phase, Progress, Role};
 use memferry::guest::SourceGuest;
 use memferry::settings::{EncoderSettings, SourceSettings};
 use memferry_guests::workload::{FreeSettings, Workload, WorkloadSettings};
@@ -48,7 +48,7 @@ fn moved(
         migrate_watched(source, destination, Arc::new(transport), settings, CancellationToken::new(), recorder);
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let ends = runtime.block_on(async { tokio::time::timeout(HANG, moving).await.expect("it hangs") });
-    assert_eq!(ends.source.phase, Phase::Completed, "{:?}", ends.source.error);
+    assert_eq!(ends.source.outcome, Outcome::Completed, "{:?}", ends.source.error);
     ends
 }
 

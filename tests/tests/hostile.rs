@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use fastrand::Rng;
-use memferry::events::{Ended, Event, Phase};
+use memferry::events::{Ended, Event, Outcome};
 use memferry::guest::Guest;
 use memferry::settings::DestinationSettings;
 use memferry_stages::bitmap::DirtyBitmap;
@@ -117,11 +117,11 @@ fn two_hundred_unexpected_clients_do_not_keep_the_real_peer_out() {
         let late = clients(100..200);
         let way = Arc::new(TcpTransport::new("127.0.0.1", port, Duration::from_secs(10)));
         let sent = run::source(source.clone(), way, source_settings(2, 2), Arc::default(), cancel).await;
-        assert_eq!(sent.phase, Phase::Completed, "{:?}", sent.error);
+        assert_eq!(sent.outcome, Outcome::Completed, "{:?}", sent.error);
         drop((early, late.await.unwrap()));
         receiving.await.unwrap()
     });
-    assert_eq!(ended.phase, Phase::Completed, "{:?}", ended.error);
+    assert_eq!(ended.outcome, Outcome::Completed, "{:?}", ended.error);
     assert!(source.bytes() == destination.bytes(), "the two memories differ");
     let reasons = turned_away(&recorder);
     let (lines, clients) = (reasons.len(), reasons.iter().map(|(_, count)| count).sum::<u64>());
@@ -150,8 +150,8 @@ fn connections_that_stay_silent_make_room_for_the_real_peer() {
         drop(silent);
         (sent, receiving.await.unwrap())
     });
-    assert_eq!(sent.phase, Phase::Completed, "{:?}", sent.error);
-    assert_eq!(received.phase, Phase::Completed, "{:?}", received.error);
+    assert_eq!(sent.outcome, Outcome::Completed, "{:?}", sent.error);
+    assert_eq!(received.outcome, Outcome::Completed, "{:?}", received.error);
     assert!(source.bytes() == destination.bytes(), "the two memories differ");
 }
 
@@ -212,8 +212,8 @@ fn a_peer_that_cannot_be_taken_hears_why_and_the_wait_continues() {
         assert!(!receiving.is_finished());
         let sent =
             run::source(source.clone(), Arc::new(transport), source_settings(2, 2), Arc::default(), cancel).await;
-        assert_eq!(sent.phase, Phase::Completed, "{:?}", sent.error);
-        assert_eq!(receiving.await.unwrap().phase, Phase::Completed);
+        assert_eq!(sent.outcome, Outcome::Completed, "{:?}", sent.error);
+        assert_eq!(receiving.await.unwrap().outcome, Outcome::Completed);
     });
     assert!(source.bytes() == destination.bytes(), "the two memories differ");
     // The first of each kind is reported at once, and the others are counted.
@@ -249,7 +249,7 @@ fn a_guest_that_is_larger_than_the_host_is_refused_before_anything_is_allocated(
         };
         tokio::join!(receiving, source).0
     });
-    assert_eq!(ended.phase, Phase::Failed);
+    assert_eq!(ended.outcome, Outcome::Failed);
     assert!(destination.calls().is_empty(), "{:?}", destination.calls());
 }
 
@@ -431,7 +431,7 @@ fn a_destination_survives_three_hundred_hostile_streams() {
             let stream = [&before[..], &bytes, &recording.frames[place + 1..].concat()].concat();
             let (ended, guest, bound) = receive(&stream).await;
             let error = ended.error.unwrap_or_default();
-            assert_eq!(ended.phase, Phase::Failed, "stream {number}: {error}");
+            assert_eq!(ended.outcome, Outcome::Failed, "stream {number}: {error}");
             assert!(!guest.was_called(GuestCall::Start), "stream {number}: {error}");
             assert!(!must_fail || error.contains("byte"), "stream {number}: {error}");
             assert!(ended.memory_peak <= bound, "stream {number}: {} of {bound} bytes", ended.memory_peak);
@@ -454,7 +454,7 @@ async fn receive_file(bytes: &[u8], dir: &std::path::Path) -> (Ended, Arc<TestGu
 #[track_caller]
 fn refused((ended, guest): (Ended, Arc<TestGuest>), what: &str, words: &[&str]) {
     let error = ended.error.unwrap_or_default();
-    assert_eq!(ended.phase, Phase::Failed, "{what}: {error}");
+    assert_eq!(ended.outcome, Outcome::Failed, "{what}: {error}");
     assert!(words.iter().any(|word| error.contains(word)), "{what}: {error}");
     assert!(!guest.was_called(GuestCall::Start) && !guest.runs(), "{what}: {error}");
 }
@@ -464,7 +464,7 @@ fn a_file_that_is_whole_is_taken() {
     block_on(async {
         let (recording, dir) = (recording().await, tempfile::tempdir().unwrap());
         let (ended, guest) = receive_file(&recording.bytes(), dir.path()).await;
-        assert_eq!((ended.phase, ended.error), (Phase::Completed, None));
+        assert_eq!((ended.outcome, ended.error), (Outcome::Completed, None));
         assert!(guest.runs());
     });
 }
@@ -556,7 +556,7 @@ fn another_page_size_is_refused_with_both_figures() {
     });
     let error = ends.0.error.unwrap();
     assert!(error.contains("8192") && error.contains("4096"), "{error}");
-    assert_eq!(ends.1.phase, Phase::Cancelled, "the wait continued");
+    assert_eq!(ends.1.outcome, Outcome::Cancelled, "the wait continued");
     source.wait_for_writes();
     // A destination without a fixed page size accepts it.
     let ends = block_on(migrate(
@@ -566,5 +566,5 @@ fn another_page_size_is_refused_with_both_figures() {
         source_settings(1, 1),
         CancellationToken::new(),
     ));
-    assert_eq!(ends.source.phase, Phase::Completed, "{:?}", ends.source.error);
+    assert_eq!(ends.source.outcome, Outcome::Completed, "{:?}", ends.source.error);
 }

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use memferry::events::{Event, Phase, Role};
+use memferry::events::{Event, Outcome, Role};
 use memferry::guest::{Guest, SourceGuest};
 use memferry::settings::SourceSettings;
 use memferry_guests::kvm::{KvmGuest, KvmLogChoice, KvmSettings, KvmStatus, SharedSettings};
@@ -120,7 +120,7 @@ fn moves_whole_watched(
 ) -> (Arc<KvmGuest>, Ends) {
     let (builder, built) = keeping(KvmGuest::destination(dirty_log));
     let ends = moved(source, builder, MemoryTransport::new(64 << 10), settings, recorder);
-    assert_eq!(ends.source.phase, Phase::Completed, "{:?}, {:?}", ends.source.error, ends.destination.error);
+    assert_eq!(ends.source.outcome, Outcome::Completed, "{:?}, {:?}", ends.source.error, ends.destination.error);
     assert_eq!(ends.destination.verified, Some(true));
     let left = source.status();
     assert!(!left.running, "two run: {left:?}");
@@ -212,7 +212,7 @@ fn a_machine_continues_at_its_source_when_the_connection_breaks() {
         let quick = SourceSettings { max_bandwidth: None, max_rounds: 2, ..settings() };
         let (builder, built) = keeping(KvmGuest::destination(dirty_log));
         let ends = moved(&source, builder, transport, quick.clone(), recorder);
-        assert_eq!(ends.source.phase, Phase::Failed, "{:?}", ends.source.error);
+        assert_eq!(ends.source.outcome, Outcome::Failed, "{:?}", ends.source.error);
         assert!(built.get().is_none_or(|destination| !destination.status().running));
         continues(&source, &source.status());
         moves_whole(&source, dirty_log, quick);
@@ -228,7 +228,7 @@ fn a_machine_that_was_paused_by_its_operator_arrives_paused() {
     let (builder, built) = keeping(KvmGuest::destination(KvmLogChoice::DirtyLog));
     let quick = SourceSettings { max_bandwidth: None, ..settings() };
     let ends = moved(&source, builder, MemoryTransport::new(64 << 10), quick, Recorder::default());
-    assert_eq!(ends.source.phase, Phase::Completed, "{:?}", ends.source.error);
+    assert_eq!(ends.source.outcome, Outcome::Completed, "{:?}", ends.source.error);
     let destination = built.get().unwrap();
     let arrived = destination.status();
     assert_eq!((arrived.running, arrived.pass, arrived.heartbeats), (false, paused.pass, 0));
@@ -260,7 +260,13 @@ fn free_unplugged_and_shared_memory_of_a_machine_does_not_travel_and_what_it_use
             let transport = MemoryTransport::new(64 << 10);
             let faster = SourceSettings { max_bandwidth: Some(8 << 20), ..settings() };
             let ends = moved(&source, builder, transport, faster, Recorder::default());
-            assert_eq!(ends.source.phase, Phase::Completed, "{:?}, {:?}", ends.source.error, ends.destination.error);
+            assert_eq!(
+                ends.source.outcome,
+                Outcome::Completed,
+                "{:?}, {:?}",
+                ends.source.error,
+                ends.destination.error
+            );
             assert_eq!(ends.destination.verified, Some(true));
             let excluded = ends.source.excluded;
             println!("{dirty_log:?}: {excluded:?}");

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use memferry::blocking::Runtime;
-use memferry::events::{Event, Observers, Phase, Role};
+use memferry::events::{Event, Observers, Outcome, Role};
 use memferry::migration::{RunsHere, SendError};
 use memferry::settings::{After, EncoderSettings, OnMiss, Rule, Setting, SourceSettings, XbzrleSettings};
 use memferry_guests::workload::{Pattern, Region, Workload, WorkloadSettings, WriterSettings};
@@ -54,8 +54,8 @@ impl Moved {
     #[track_caller]
     fn check(&self) {
         let Moved { ends, source, destination } = self;
-        assert_eq!(ends.source.phase, Phase::Completed, "source: {:?}", ends.source.error);
-        assert_eq!(ends.destination.phase, Phase::Completed, "destination: {:?}", ends.destination.error);
+        assert_eq!(ends.source.outcome, Outcome::Completed, "source: {:?}", ends.source.error);
+        assert_eq!(ends.destination.outcome, Outcome::Completed, "destination: {:?}", ends.destination.error);
         assert!(source.bytes() == destination.bytes(), "the two memories differ");
         assert!(source.writes() > 0, "the writers never wrote");
         assert!(!source.runs() && destination.runs(), "the guest runs at the destination and there only");
@@ -134,8 +134,8 @@ fn a_snapshot_to_a_file_lets_the_source_continue() {
     let address = format!("file:{}", dir.path().join("guest.mf").display());
     let settings = SourceSettings { after: Some(After::Resume), ..source_settings(2, 1) };
     let moved = move_guest(transport(&address), settings, PageSize::DEFAULT);
-    assert_eq!(moved.ends.source.phase, Phase::Completed, "{:?}", moved.ends.source.error);
-    assert_eq!(moved.ends.destination.phase, Phase::Completed, "{:?}", moved.ends.destination.error);
+    assert_eq!(moved.ends.source.outcome, Outcome::Completed, "{:?}", moved.ends.source.error);
+    assert_eq!(moved.ends.destination.outcome, Outcome::Completed, "{:?}", moved.ends.destination.error);
     assert!(moved.source.was_called(GuestCall::Resume));
     moved.source.wait_for_writes();
     assert!(moved.source.resumed_with() == moved.destination.bytes());
@@ -191,7 +191,7 @@ fn a_guest_that_was_paused_by_its_operator_is_not_started() {
     let moving =
         migrate(source.clone(), destination.clone(), transport, source_settings(2, 1), CancellationToken::new());
     let ends = runtime.block_on(moving);
-    assert_eq!(ends.destination.phase, Phase::Completed, "{:?}", ends.destination.error);
+    assert_eq!(ends.destination.outcome, Outcome::Completed, "{:?}", ends.destination.error);
     assert!(!destination.runs() && !source.was_called(GuestCall::Pause));
     assert!(source.bytes() == destination.bytes());
 }

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use memferry::events::Phase;
+use memferry::events::Outcome;
 use memferry::settings::{EncoderSettings, SourceSettings};
 use memferry_stages::dirty_log::UserfaultLog;
 use memferry_stages::geometry::PageSize;
@@ -29,7 +29,7 @@ fn little_is_moved(backing: Backing, log: LogKind) {
     let migration = migrate(source.clone(), destination.clone(), transport, settings, CancellationToken::new());
     let ends = runtime.block_on(migration);
     let after = Held::here();
-    assert_eq!(ends.source.phase, Phase::Completed, "{:?}", ends.source.error);
+    assert_eq!(ends.source.outcome, Outcome::Completed, "{:?}", ends.source.error);
     assert_eq!(ends.destination.verified, Some(true));
 
     let (source, destination) = (source.counted(), destination.counted());

@@ -103,6 +103,46 @@ impl fmt::Display for Phase {
     }
 }
 
+/// How a migration ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Deserialize, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    /// The guest runs at the destination (or the file is complete).
+    Completed,
+    /// It failed; the source is as it was.
+    Failed,
+    /// It was cancelled; the source is as it was.
+    Cancelled,
+    /// Go was sent and no answer arrived.
+    Unconfirmed,
+}
+
+impl Outcome {
+    /// Its name in JSON.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        Phase::from(self).name()
+    }
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl From<Outcome> for Phase {
+    /// The last phase.
+    fn from(outcome: Outcome) -> Self {
+        match outcome {
+            Outcome::Completed => Self::Completed,
+            Outcome::Failed => Self::Failed,
+            Outcome::Cancelled => Self::Cancelled,
+            Outcome::Unconfirmed => Self::Unconfirmed,
+        }
+    }
+}
+
 /// A RAM block, for reports.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 pub struct BlockFacts {
@@ -383,8 +423,8 @@ impl Event {
 /// The result, with everything for the report that no earlier event carries.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Ended {
-    /// [`Phase::Completed`], [`Phase::Failed`], [`Phase::Cancelled`] or [`Phase::Unconfirmed`].
-    pub phase: Phase,
+    /// How it ended.
+    pub outcome: Outcome,
     /// Why it did not complete.
     pub error: Option<String>,
     /// The result of the comparison of digests; `None` if it did not take place.
@@ -421,7 +461,7 @@ impl Ended {
     /// How long the switchover took, from pause to Running, if it completed: the value to compare a forecast with.
     #[must_use]
     pub fn switchover(&self) -> Option<Duration> {
-        self.downtime.filter(|_| self.phase == Phase::Completed)
+        self.downtime.filter(|_| self.outcome == Outcome::Completed)
     }
 }
 

@@ -12,7 +12,7 @@ use crate::control::{Change, Changed};
 use crate::controller::forecast::{FixedCost, Forecast};
 use crate::controller::reason::{Met, Reason, Stalled};
 use crate::controller::{Decided, Decision};
-use crate::events::{BlockFacts, DowntimeParts, Ended, Event, Phase, Progress, Role, TurnedAwayKind};
+use crate::events::{BlockFacts, DowntimeParts, Ended, Event, Outcome, Phase, Progress, Role, TurnedAwayKind};
 
 fn reading(stage: StageId, busy: u64, input: u64, output: u64) -> Reading {
     let [busy, input_wait, output_wait] = [busy, input, output].map(Duration::from_millis);
@@ -33,7 +33,7 @@ fn reading(stage: StageId, busy: u64, input: u64, output: u64) -> Reading {
 pub fn ended(role: Role) -> Ended {
     let ms = Duration::from_millis;
     Ended {
-        phase: Phase::Completed,
+        outcome: Outcome::Completed,
         error: None,
         verified: Some(true),
         total: ms(2500),
@@ -181,7 +181,7 @@ pub fn every_event() -> Vec<Event> {
     events.push(Event::Resumed);
     events.push(Event::Ended(ended(Role::Source)));
     events.push(Event::Ended(Ended {
-        phase: Phase::Cancelled,
+        outcome: Outcome::Cancelled,
         error: Some("cancelled".into()),
         verified: None,
         downtime: None,

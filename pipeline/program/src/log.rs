@@ -48,8 +48,8 @@ impl Observer for LogObserver {
 fn log_end(role: &str, ended: &Ended) {
     let total = human::time(ended.total);
     match &ended.error {
-        Some(error) => info!(role, total, phase = ?ended.phase, "ended: {error}"),
-        None => info!(role, total, phase = ?ended.phase, "ended"),
+        Some(error) => info!(role, total, phase = ?ended.outcome, "ended: {error}"),
+        None => info!(role, total, phase = ?ended.outcome, "ended"),
     }
 }
 

@@ -27,7 +27,7 @@ use memferry::bottleneck::Bottleneck;
 use memferry::control::Changed;
 use memferry::controller::forecast::{Forecast, whole};
 use memferry::controller::{Decided, Decision};
-use memferry::events::{BlockFacts, DowntimeParts, Ended, Phase};
+use memferry::events::{BlockFacts, DowntimeParts, Ended, Outcome};
 use memferry::values::ms;
 
 /// The version of the report's field names.
@@ -41,7 +41,7 @@ pub struct Report {
     /// The ends that it is about.
     pub role: Ends,
     /// How it ended: completed, failed, cancelled or unconfirmed.
-    pub status: Phase,
+    pub status: Outcome,
     /// Its figures. With both ends, those of the source, supplemented by its destination's.
     #[serde(flatten)]
     pub end: EndReport,
@@ -270,7 +270,7 @@ impl Report {
         Self {
             schema: SCHEMA,
             role,
-            status: outcome(verdict.phase),
+            status: verdict.outcome,
             end,
             guest: guest(&account.status.blocks, account.status.pages),
             decisions: account.decided.iter().map(decision).collect(),
@@ -318,15 +318,6 @@ pub fn busiest(stages: &[Reading]) -> Option<(&Reading, f64)> {
     let share = |stage: &Reading| stage.busy.as_secs_f64() / stage.life().as_secs_f64().max(f64::MIN_POSITIVE);
     let shares = stages.iter().map(|stage| (stage, share(stage)));
     shares.max_by(|a, b| a.1.total_cmp(&b.1))
-}
-
-/// How a migration ended whose last phase is this one.
-#[must_use]
-pub fn outcome(phase: Phase) -> Phase {
-    match phase {
-        Phase::Setup | Phase::Active | Phase::Switchover => Phase::Failed,
-        end => end,
-    }
 }
 
 /// Bytes on the wire for each second after the setup.

@@ -6,10 +6,10 @@ use std::time::Duration;
 use memferry_stages::exclusions::ExcludedPages;
 
 use super::account::{Account, Round};
-use super::{busiest, error_percent, held_up, outcome, readings, throughput};
+use super::{busiest, error_percent, held_up, readings, throughput};
 use memferry::controller::forecast::{FixedCost, Forecast};
 use memferry::controller::{Decided, Decision};
-use memferry::events::{Ended, Phase};
+use memferry::events::{Ended, Outcome};
 use memferry::human;
 
 const HEADS: [&str; 11] =
@@ -25,7 +25,7 @@ const NAME: usize = 12;
 /// The verdict in one line.
 #[must_use]
 pub fn verdict(verdict: &Ended, account: &Account) -> String {
-    let outcome = outcome(verdict.phase);
+    let outcome = verdict.outcome;
     let mut line = outcome.to_string();
     if !verdict.total.is_zero() {
         write!(line, " after {}", human::time(verdict.total)).expect("a string takes it");
@@ -33,7 +33,7 @@ pub fn verdict(verdict: &Ended, account: &Account) -> String {
     if let Some(error) = verdict.error.as_ref().filter(|error| *error != outcome.name()) {
         write!(line, ": {error}").expect("a string takes it");
     }
-    if verdict.phase == Phase::Completed {
+    if verdict.outcome == Outcome::Completed {
         write!(line, ": {} moved", human::bytes(account.status.total_bytes())).expect("a string takes it");
         if let Some(downtime) = verdict.downtime {
             write!(line, ", downtime {}", human::time(downtime)).expect("a string takes it");

@@ -7,7 +7,7 @@ use super::*;
 use memferry::bottleneck::Cause;
 use memferry::controller::forecast::{FixedCost, Forecast};
 use memferry::controller::reason::{Reason, Stalled};
-use memferry::events::{Event, Observer, Role};
+use memferry::events::{Event, Observer, Outcome, Role};
 use memferry::samples::{ended, script};
 
 fn accountant() -> Accountant {
@@ -64,7 +64,7 @@ fn the_report_has_exactly_the_names_that_were_agreed() {
 #[test]
 fn the_report_says_what_the_events_said() {
     let report = report();
-    assert_eq!((report.schema, report.role, report.status), (1, Ends::Both, Phase::Completed));
+    assert_eq!((report.schema, report.role, report.status), (1, Ends::Both, Outcome::Completed));
     assert_eq!(report.end.verified, Some(true));
     let json = serde_json::to_value(&report).unwrap();
     assert_eq!((&json["role"], &json["status"]), (&"run".into(), &"completed".into()));
@@ -190,7 +190,8 @@ fn each_decision_is_reported_once_with_its_figures() {
 
 #[test]
 fn a_failure_says_why_and_claims_nothing() {
-    let failed = Ended { phase: Phase::Failed, error: Some("disk full".into()), verified: None, ..ended(Role::Source) };
+    let failed =
+        Ended { outcome: Outcome::Failed, error: Some("disk full".into()), verified: None, ..ended(Role::Source) };
     let verdict = |ended: &Ended| table::verdict(ended, &account::Account::default());
     assert_eq!(verdict(&failed), "failed after 2.50 s: disk full; the guest was paused for 213 ms");
     assert_eq!(verdict(&Ended { downtime: None, ..failed.clone() }), "failed after 2.50 s: disk full");

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use memferry::events::{Event, Phase, Role};
+use memferry::events::{Event, Outcome, Role};
 use memferry::guest::hints::{Hints, PageHinter, Point};
 use memferry::guest::{Guest, GuestError};
 use memferry::settings::SourceSettings;
@@ -72,7 +72,7 @@ fn play(
     let source = Arc::new(Noting { hashes, ..Noting::new(guest.clone(), vec![hinter], &Notes::default()) });
     let destination = Arc::new(TestGuest::destination());
     let ends = move_guest(source, destination.clone(), settings, CancellationToken::new(), Recorder::default());
-    assert_eq!(ends.source.phase, Phase::Completed, "{:?}, {:?}", ends.source.error, ends.destination.error);
+    assert_eq!(ends.source.outcome, Outcome::Completed, "{:?}, {:?}", ends.source.error, ends.destination.error);
     assert_eq!((ends.source.verified, ends.destination.verified), (Some(true), Some(true)));
     (ends, destination)
 }

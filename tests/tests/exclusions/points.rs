@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use memferry::events::{Event, Phase, Role};
+use memferry::events::{Event, Outcome, Phase, Role};
 use memferry::guest::GuestError;
 use memferry::guest::hints::{PageHinter, Point};
 use memferry::settings::SourceSettings;
@@ -102,7 +102,7 @@ fn a_migration_that_completes_notifies_of_all_points_around_its_syncs_and_swaps(
         let source = Arc::new(Noting::new(guest, vec![hinter(&notes)], &notes));
         let destination = Arc::new(TestGuest::destination());
         let ends = move_guest(source, destination, settings(), CancellationToken::new(), Recorder::default());
-        assert_eq!(ends.source.phase, Phase::Completed, "{:?}", ends.source.error);
+        assert_eq!(ends.source.outcome, Outcome::Completed, "{:?}", ends.source.error);
         let notes = notes.read();
         check_order(&notes, true);
         let open = notes.iter().any(|note| note == "after sync, open");
@@ -137,7 +137,7 @@ fn a_cancelled_migration_cleans_up_once_wherever_it_was() {
         });
         let destination = Arc::new(TestGuest::destination());
         let ends = move_guest(source, destination.clone(), settings(), cancel, recorder);
-        assert_eq!(ends.source.phase, Phase::Cancelled, "{:?}", ends.source.error);
+        assert_eq!(ends.source.outcome, Outcome::Cancelled, "{:?}", ends.source.error);
         check_order(&notes.read(), false);
         ends.check_law_seven(&guest, &destination);
     }
@@ -154,7 +154,7 @@ fn a_failed_migration_cleans_up_once() {
         let (guest, destination) = (guest.running(1), Arc::new(TestGuest::destination()));
         let source = Arc::new(Noting::new(guest.clone(), vec![hinter(&notes)], &notes));
         let ends = move_guest(source, destination.clone(), settings(), CancellationToken::new(), Recorder::default());
-        assert_eq!(ends.source.phase, Phase::Failed);
+        assert_eq!(ends.source.outcome, Outcome::Failed);
         check_order(&notes.read(), false);
         ends.check_law_seven(&guest, &destination);
     }
@@ -162,7 +162,7 @@ fn a_failed_migration_cleans_up_once() {
     let notes = Notes::default();
     let source = Arc::new(Noting::new(source(false).running(1), vec![hinter(&notes)], &notes));
     let ends = move_guest(source, Arc::new(destination), settings(), CancellationToken::new(), Recorder::default());
-    assert_eq!(ends.source.phase, Phase::Failed);
+    assert_eq!(ends.source.outcome, Outcome::Failed);
     check_order(&notes.read(), true);
 }
 
@@ -178,7 +178,7 @@ fn a_page_hinter_that_fails_at_setup_ends_it_and_later_only_warns() {
         let destination = Arc::new(TestGuest::destination());
         let source = Arc::new(Noting::new(guest.clone(), hinters, &Notes::default()));
         let ends = move_guest(source, destination.clone(), settings(), CancellationToken::new(), Recorder::default());
-        assert_eq!(ends.source.phase, Phase::Failed);
+        assert_eq!(ends.source.outcome, Outcome::Failed);
         assert!(ends.source.error.as_ref().unwrap().contains("made to"), "{:?}", ends.source.error);
         assert_eq!(notes.read(), ["a setup", "b setup", "a cleanup", "b cleanup"]);
         ends.check_law_seven(&guest, &destination);
@@ -191,7 +191,7 @@ fn a_page_hinter_that_fails_at_setup_ends_it_and_later_only_warns() {
             let source = Arc::new(Noting::new(source(false).running(1), vec![Arc::new(hinter)], &notes));
             let destination = Arc::new(TestGuest::destination());
             let ends = move_guest(source, destination, settings(), CancellationToken::new(), Recorder::default());
-            assert_eq!(ends.source.phase, Phase::Completed, "{:?}", ends.source.error);
+            assert_eq!(ends.source.outcome, Outcome::Completed, "{:?}", ends.source.error);
             check_order(&notes.read(), true);
             let warned = |(_, event): &(Role, Event)| matches!(event, Event::Warning(what) if what.contains("made to"));
             assert!(ends.events.iter().any(warned), "{fails_at}: nobody was warned");

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use memferry::events::Phase;
+use memferry::events::Outcome;
 use memferry::guest::GuestError;
 use memferry::guest::hints::{BlockPages, PageHinter, Point};
 use memferry::settings::{After, SourceSettings};
@@ -57,7 +57,7 @@ fn unplugged_memory_is_touched_at_neither_end() {
         let ranges = || vec![(0, UNPLUGGED.start..500), (0, 500..UNPLUGGED.end)];
         let [(source, from), (destination, to)] = unplugged(hashes, [ranges(), ranges()], &notes);
         let ends = run(source, destination, source_settings(2, 1));
-        assert_eq!(ends.source.phase, Phase::Completed, "{:?}", ends.source.error);
+        assert_eq!(ends.source.outcome, Outcome::Completed, "{:?}", ends.source.error);
         assert_eq!(ends.destination.verified, Some(true));
         assert!(!notes.read().contains(&"TOUCHED".to_owned()), "hashes: {hashes}, {:?}", notes.read());
         assert_eq!(ends.source.excluded.unplugged, UNPLUGGED.end - UNPLUGGED.start);
@@ -74,7 +74,7 @@ fn ends_that_do_not_agree_on_what_is_unplugged_are_found_out() {
     let notes = Notes::default();
     let [(source, _), (destination, _)] = unplugged(false, [vec![(0, 300..900)], vec![(0, UNPLUGGED)]], &notes);
     let ends = run(source, destination, source_settings(2, 1));
-    assert_eq!(ends.source.phase, Phase::Failed);
+    assert_eq!(ends.source.outcome, Outcome::Failed);
     let error = ends.source.error.unwrap();
     assert!(error.contains("page 900 of block 0 is unplugged or ignored here, and not at the source"), "{error}");
 }
@@ -103,7 +103,7 @@ fn an_ignored_block_never_travels() {
     let notes = Notes::default();
     let ((source, from), to) = (ignoring(&notes), Arc::new(TestGuest::destination()));
     let ends = run(source, Noting::new(to.clone(), vec![], &notes), source_settings(2, 1));
-    assert_eq!(ends.source.phase, Phase::Completed, "{:?}", ends.source.error);
+    assert_eq!(ends.source.outcome, Outcome::Completed, "{:?}", ends.source.error);
     assert_eq!(ends.destination.verified, Some(true));
     assert!(from.bytes()[0] == to.bytes()[0]);
     assert!(to.bytes()[1].iter().all(|&byte| byte == 0), "the ignored block was written");
@@ -117,7 +117,7 @@ fn a_block_that_is_ignored_at_one_end_only_is_refused() {
     // Its own memory, whatever the source's content.
     let destination = Noting { sends_all: true, ..Noting::new(Arc::new(TestGuest::destination()), vec![], &notes) };
     let ends = run(source, destination, source_settings(2, 1));
-    assert_eq!(ends.source.phase, Phase::Failed);
+    assert_eq!(ends.source.outcome, Outcome::Failed);
     let error = ends.source.error.unwrap();
     let expected = "block \"ram1\" is ignored, and so not sent, and the guest here does not share it";
     assert!(error.contains("the destination refused") && error.contains(expected), "{error}");

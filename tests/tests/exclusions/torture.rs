@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use memferry::events::{Event, Phase, Role};
+use memferry::events::{Event, Outcome, Role};
 use memferry::guest::SourceGuest;
 use memferry::settings::{EncoderSettings, SourceSettings};
 use memferry_guests::workload::{
@@ -28,7 +28,7 @@ fn move_workload(settings: WorkloadSettings, sending: SourceSettings, recorder: 
     let source = Workload::source(settings).unwrap();
     let (builder, built) = keeping(shared.map_or_else(Workload::destination, Workload::destination_sharing));
     let ends = move_guest(source, builder, sending, CancellationToken::new(), recorder);
-    assert_eq!(ends.source.phase, Phase::Completed, "{:?}, {:?}", ends.source.error, ends.destination.error);
+    assert_eq!(ends.source.outcome, Outcome::Completed, "{:?}, {:?}", ends.source.error, ends.destination.error);
     assert_eq!((ends.source.verified, ends.destination.verified), (Some(true), Some(true)));
     (ends, built.get().expect("it has arrived").clone())
 }
@@ -187,7 +187,7 @@ fn memory_is_plugged_before_or_after_a_migration_and_not_in_it() {
     });
     let (builder, built) = keeping(Workload::destination_sharing(folder.path().join("shared")));
     let ends = move_guest(source.clone(), builder, source_settings(1, 1), CancellationToken::new(), recorder);
-    assert_eq!(ends.source.phase, Phase::Completed, "{:?}", ends.source.error);
+    assert_eq!(ends.source.outcome, Outcome::Completed, "{:?}", ends.source.error);
     let error = tried.lock().unwrap().take().unwrap().unwrap_err().to_string();
     assert!(error.contains("memory cannot be plugged while the guest is migrated"), "{error}");
     let destination = built.get().unwrap().clone();
@@ -196,7 +196,7 @@ fn memory_is_plugged_before_or_after_a_migration_and_not_in_it() {
     // Continues from there, with all of the memory.
     let next = Workload::destination_sharing(folder.path().join("shared"));
     let ends = move_guest(destination, next, source_settings(1, 1), CancellationToken::new(), Recorder::default());
-    assert_eq!(ends.source.phase, Phase::Completed, "{:?}", ends.source.error);
+    assert_eq!(ends.source.outcome, Outcome::Completed, "{:?}", ends.source.error);
     assert_eq!((ends.source.excluded.unplugged, ends.source.excluded.ignored), (0, 256));
 }
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use memferry::events::{Event, Phase, Role};
+use memferry::events::{Event, Outcome, Role};
 use memferry_stages::geometry::PageSize;
 use memferry_stages::wire::{Kind, Message};
 use memferry_tests::guest::GuestCall;
@@ -27,7 +27,7 @@ fn cancel_before_anyone_listens() {
         };
         tokio::join!(sending, cancelling).0
     });
-    assert_eq!(ended.phase, Phase::Cancelled);
+    assert_eq!(ended.outcome, Outcome::Cancelled);
     guest.wait_for_writes();
     assert_eq!(guest.calls(), []);
 }
@@ -44,7 +44,7 @@ fn cancel_while_it_is_agreed() {
             cancel.cancel();
             assert_eq!(hand.hear_until(Kind::End).await, None);
         });
-        sent.stayed(Phase::Cancelled, &["cancelled"]);
+        sent.stayed(Outcome::Cancelled, &["cancelled"]);
     }
 }
 
@@ -56,7 +56,7 @@ fn cancel_in_the_first_round() {
         assert_eq!(hand.hear_until(Kind::Abort).await, Some(Message::Abort("cancelled at the source".into())));
         assert!(guest.runs(), "the guest continues before anything else");
     });
-    sent.stayed(Phase::Cancelled, &["cancelled"]);
+    sent.stayed(Outcome::Cancelled, &["cancelled"]);
     assert_eq!(sent.guest.calls(), [], "it was never paused");
 }
 
@@ -72,7 +72,7 @@ fn cancel_while_the_guest_is_paused_and_nobody_reads() {
         cancel.cancel();
         tokio::time::sleep(HANG).await;
     });
-    sent.stayed(Phase::Cancelled, &["cancelled"]);
+    sent.stayed(Outcome::Cancelled, &["cancelled"]);
     assert_eq!(sent.guest.calls(), RESUMED);
 }
 
@@ -83,7 +83,7 @@ fn cancel_while_loaded_is_awaited() {
         cancel.cancel();
         assert!(matches!(hand.hear().await, Some(Message::Abort(_))), "no Go");
     });
-    sent.stayed(Phase::Cancelled, &["cancelled"]);
+    sent.stayed(Outcome::Cancelled, &["cancelled"]);
 }
 
 #[test]
@@ -107,9 +107,9 @@ fn cancel_after_go_is_too_late() {
             }
         });
         if runs {
-            sent.gave_away(Phase::Completed, &[]);
+            sent.gave_away(Outcome::Completed, &[]);
         } else {
-            sent.gave_away(Phase::Unconfirmed, &["lost after Go"]);
+            sent.gave_away(Outcome::Unconfirmed, &["lost after Go"]);
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use memferry::events::{Ended, Event, Phase, Role};
+use memferry::events::{Ended, Event, Outcome, Role};
 use memferry::settings::DestinationSettings;
 use memferry_stages::geometry::{BlockInfo, PageSize};
 use memferry_stages::wire::messages::RunState;
@@ -53,15 +53,15 @@ pub(crate) fn receive_from(
 impl Received {
     /// Nothing was started; the error contains all of `words`.
     #[track_caller]
-    pub(crate) fn stayed_off(&self, phase: Phase, words: &[&str]) {
-        self.says(phase, words);
+    pub(crate) fn stayed_off(&self, outcome: Outcome, words: &[&str]) {
+        self.says(outcome, words);
         assert!(!self.guest.was_called(GuestCall::Start) && !self.guest.runs());
     }
 
     #[track_caller]
-    fn says(&self, phase: Phase, words: &[&str]) {
+    fn says(&self, outcome: Outcome, words: &[&str]) {
         let error = self.ended.error.clone().unwrap_or_default();
-        assert_eq!(self.ended.phase, phase, "{error}");
+        assert_eq!(self.ended.outcome, outcome, "{error}");
         for word in words {
             assert!(error.contains(word), "{word:?} is not in {error:?}");
         }
@@ -91,7 +91,7 @@ fn go_starts_the_guest_once_and_running_follows() {
         assert_eq!(hand.hear().await, Some(Message::Running));
         assert_eq!(hand.hear().await, None);
     });
-    received.says(Phase::Completed, &[]);
+    received.says(Outcome::Completed, &[]);
     assert_eq!(received.guest.calls(), [GuestCall::Build, GuestCall::Prepare, GuestCall::Start]);
 }
 
@@ -103,7 +103,7 @@ fn go_may_say_that_the_guest_stays_paused() {
         hand.send_message(Message::Go(RunState::Paused)).await;
         hand.hear().await;
     });
-    received.says(Phase::Completed, &[]);
+    received.says(Outcome::Completed, &[]);
     assert!(received.starts() == 1 && !received.guest.runs());
 }
 
@@ -113,7 +113,7 @@ fn the_source_cut_before_go() {
         send_all(&mut hand, &recording).await;
         assert_eq!(hand.hear().await, LOADED);
     });
-    received.stayed_off(Phase::Failed, &["before Go", "not started here"]);
+    received.stayed_off(Outcome::Failed, &["before Go", "not started here"]);
 }
 
 #[test]
@@ -123,7 +123,7 @@ fn the_source_gone_right_after_go_is_sent_nothing_and_the_guest_runs() {
         assert_eq!(hand.hear().await, LOADED);
         hand.send_message(Message::Go(RunState::Running)).await;
     });
-    received.says(Phase::Completed, &[]);
+    received.says(Outcome::Completed, &[]);
     assert!(received.starts() == 1 && received.guest.runs());
 }
 
@@ -136,7 +136,7 @@ fn abort_instead_of_go() {
         hand.send_message(Message::Go(RunState::Running)).await;
         assert!(matches!(hand.hear().await, Some(Message::Abort(_))));
     });
-    received.stayed_off(Phase::Failed, &["the source gave up: second thoughts"]);
+    received.stayed_off(Outcome::Failed, &["the source gave up: second thoughts"]);
 }
 
 #[test]
@@ -148,7 +148,7 @@ fn go_before_the_end() {
                 hand.send_message(Message::Go(RunState::Running)).await;
                 assert!(matches!(hand.hear_until(Kind::Abort).await, Some(Message::Abort(why)) if why.contains("Go")));
             });
-        received.stayed_off(Phase::Failed, &["unexpected message: Go"]);
+        received.stayed_off(Outcome::Failed, &["unexpected message: Go"]);
     }
 }
 
@@ -161,7 +161,7 @@ fn no_go_in_time() {
         assert!(matches!(hand.hear().await, Some(Message::Abort(why)) if why.contains("in time")));
         hand.send_message(Message::Go(RunState::Running)).await;
     });
-    received.stayed_off(Phase::Failed, &["Go did not come in time"]);
+    received.stayed_off(Outcome::Failed, &["Go did not come in time"]);
 }
 
 #[test]
@@ -173,7 +173,7 @@ fn something_else_instead_of_go() {
         hand.send_message(Message::Go(RunState::Running)).await;
         hand.hear_until(Kind::Abort).await;
     });
-    received.stayed_off(Phase::Failed, &["frame at byte"]);
+    received.stayed_off(Outcome::Failed, &["frame at byte"]);
 }
 
 #[test]
@@ -185,7 +185,7 @@ fn a_destination_that_fails_to_prepare_or_to_start() {
         assert!(matches!(hand.hear().await, Some(Message::Refused(why)) if why.contains("at prepare")));
         hand.send_message(Message::Go(RunState::Running)).await;
     });
-    received.stayed_off(Phase::Failed, &["at prepare"]);
+    received.stayed_off(Outcome::Failed, &["at prepare"]);
 
     let guest = failing(Fails { start: true, ..Fails::default() });
     let received = receive_from(guest, destination_settings(), async |mut hand, recording, _| {
@@ -195,7 +195,7 @@ fn a_destination_that_fails_to_prepare_or_to_start() {
         assert!(matches!(hand.hear().await, Some(Message::StartFailed(why)) if why.contains("at start")));
         assert_eq!(hand.hear().await, None, "a destination that began its start takes nothing back");
     });
-    received.says(Phase::Failed, &["at start"]);
+    received.says(Outcome::Failed, &["at start"]);
     assert_eq!(received.starts(), 1);
 }
 
@@ -207,7 +207,7 @@ fn a_source_that_does_not_say_what_it_sent() {
         hand.send_message(Message::End { run_state: RunState::Running, frames: 3 }).await;
         hand.hear_until(Kind::Abort).await;
     });
-    received.stayed_off(Phase::Failed, &["the end mark has 3"]);
+    received.stayed_off(Outcome::Failed, &["the end mark has 3"]);
 }
 
 #[test]
@@ -217,7 +217,7 @@ fn digests_left_out_or_wrong() {
         hand.send(&frames.collect::<Vec<_>>().concat()).await;
         assert!(matches!(hand.hear_until(Kind::Refused).await, Some(Message::Refused(_))));
     });
-    received.stayed_off(Phase::Failed, &["verification failed", "\"ram0\""]);
+    received.stayed_off(Outcome::Failed, &["verification failed", "\"ram0\""]);
     assert_eq!(received.ended.verified, Some(false));
 }
 
@@ -241,7 +241,7 @@ fn a_guest_that_is_built_otherwise_than_it_came_is_refused_before_any_page() {
             let said = hand.hear_until(Kind::Refused).await;
             assert!(matches!(&said, Some(Message::Refused(why)) if why.contains(words)), "{words:?}: {said:?}");
         });
-        received.stayed_off(Phase::Failed, &["the guest was built otherwise than it came", words]);
+        received.stayed_off(Outcome::Failed, &["the guest was built otherwise than it came", words]);
         assert_eq!(received.guest.calls(), [GuestCall::Build]);
     }
     // The kind of memory at the destination is the host's choice.
@@ -250,7 +250,7 @@ fn a_guest_that_is_built_otherwise_than_it_came_is_refused_before_any_page() {
         send_all(&mut hand, &recording).await;
         assert_eq!(hand.hear().await, LOADED);
     });
-    received.stayed_off(Phase::Failed, &[]);
+    received.stayed_off(Outcome::Failed, &[]);
 }
 
 #[test]
@@ -260,7 +260,7 @@ fn cancel_at_the_destination_at_each_point() {
         cancel.cancel();
         std::future::pending().await
     });
-    received.stayed_off(Phase::Cancelled, &["cancelled"]);
+    received.stayed_off(Outcome::Cancelled, &["cancelled"]);
     for before in [Kind::State, Kind::Pages, Kind::End] {
         let received = receive_from(never(), destination_settings(), async |mut hand, recording, cancel| {
             hand.send(&recording.frames[..recording.first(before)].concat()).await;
@@ -268,7 +268,7 @@ fn cancel_at_the_destination_at_each_point() {
             cancel.cancel();
             assert_eq!(hand.hear().await, Some(Message::Abort("cancelled at the destination".into())));
         });
-        received.stayed_off(Phase::Cancelled, &["cancelled"]);
+        received.stayed_off(Outcome::Cancelled, &["cancelled"]);
     }
     let received = receive_from(never(), destination_settings(), async |mut hand, recording, cancel| {
         send_all(&mut hand, &recording).await;
@@ -278,7 +278,7 @@ fn cancel_at_the_destination_at_each_point() {
         hand.send_message(Message::Go(RunState::Running)).await;
         std::future::pending().await
     });
-    received.stayed_off(Phase::Cancelled, &["cancelled"]);
+    received.stayed_off(Outcome::Cancelled, &["cancelled"]);
 }
 
 /// With a slow prepare the source may wait, cancel, or time out: the destination runs no guest.
@@ -290,5 +290,5 @@ fn a_source_that_loses_patience_with_a_slow_destination() {
         hand.send_message(Message::Abort("too slow".into())).await;
         hand.hear_until(Kind::Abort).await;
     });
-    received.stayed_off(Phase::Failed, &["the source gave up: too slow"]);
+    received.stayed_off(Outcome::Failed, &["the source gave up: too slow"]);
 }

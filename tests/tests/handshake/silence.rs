@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use memferry::events::Phase;
+use memferry::events::Outcome;
 use memferry::settings::{DestinationSettings, LEAST_PEER_TIMEOUT, SourceSettings};
 use memferry_stages::geometry::PageSize;
 use memferry_stages::wire::messages::RunState;
@@ -46,18 +46,18 @@ fn before_go_the_source_guest_continues() {
         hand.hear_until(Kind::Hello).await;
         std::future::pending().await
     });
-    sent.stayed(Phase::Failed, &WORDS);
+    sent.stayed(Outcome::Failed, &WORDS);
     let sent = send_to(source_settings(), async |mut hand, _, _| {
         hand.agree().await;
         std::future::pending().await
     });
-    sent.stayed(Phase::Failed, &WORDS);
+    sent.stayed(Outcome::Failed, &WORDS);
     let sent = send_to(source_settings(), async |mut hand, _, _| {
         hand.take_all().await;
         assert!(matches!(hand.hear().await, Some(Message::Abort(why)) if why.contains(WORDS[0])));
         std::future::pending().await
     });
-    sent.stayed(Phase::Failed, &WORDS);
+    sent.stayed(Outcome::Failed, &WORDS);
 }
 
 #[test]
@@ -68,7 +68,7 @@ fn after_go_the_source_guest_stays_paused() {
         hand.hear_until(Kind::Go).await;
         std::future::pending().await
     });
-    sent.gave_away(Phase::Unconfirmed, &[WORDS[0], "stays paused here", "look at the destination"]);
+    sent.gave_away(Outcome::Unconfirmed, &[WORDS[0], "stays paused here", "look at the destination"]);
 }
 
 #[test]
@@ -78,7 +78,7 @@ fn a_destination_that_is_alive_is_waited_for() {
         live_on(&mut hand).await;
         hand.send_message(Message::Refused("the disk is full".into())).await;
     });
-    sent.stayed(Phase::Failed, &["the disk is full"]);
+    sent.stayed(Outcome::Failed, &["the disk is full"]);
 }
 
 #[test]
@@ -89,13 +89,13 @@ fn a_destination_starts_nothing_for_a_silent_source() {
             assert!(matches!(hand.hear_until(Kind::Abort).await, Some(Message::Abort(why)) if why.contains(WORDS[0])));
             std::future::pending().await
         });
-        received.stayed_off(Phase::Failed, &WORDS);
+        received.stayed_off(Outcome::Failed, &WORDS);
     }
     let received = receive_from(TestGuest::destination(), watchful(), async |mut hand, recording, _| {
         send_all(&mut hand, &recording).await;
         std::future::pending().await
     });
-    received.stayed_off(Phase::Failed, &WORDS);
+    received.stayed_off(Outcome::Failed, &WORDS);
 }
 
 #[test]
@@ -109,7 +109,7 @@ fn a_source_that_is_alive_is_waited_for() {
         hand.send_message(Message::Go(RunState::Running)).await;
         assert_eq!(hand.hear().await, Some(Message::Running));
     });
-    assert_eq!(received.ended.phase, Phase::Completed, "{:?}", received.ended.error);
+    assert_eq!(received.ended.outcome, Outcome::Completed, "{:?}", received.ended.error);
 }
 
 /// Two ends over memory.
@@ -118,7 +118,7 @@ async fn both_ends(
     settings: SourceSettings,
     destination: DestinationSettings,
     stall: bool,
-) -> [(Phase, String); 2] {
+) -> [(Outcome, String); 2] {
     let (transport, cancel) = (MemoryTransport::new(64 << 10), CancellationToken::new());
     let faults = transport.faults();
     let listener = transport.listen().await.unwrap();
@@ -135,7 +135,7 @@ async fn both_ends(
         }
     };
     let (sent, received, ()) = tokio::join!(sending, receiving, stalling);
-    [sent, received].map(|ended| (ended.phase, ended.error.unwrap_or_default()))
+    [sent, received].map(|ended| (ended.outcome, ended.error.unwrap_or_default()))
 }
 
 /// Acts as a network that delivers nothing more, and closes nothing. Each end is tried with a patient peer, for what the
@@ -148,8 +148,8 @@ fn both_ends_notice_a_way_that_carries_nothing_more() {
     let patient_destination = DestinationSettings { peer_timeout: HANG, ..watchful() };
     let [noticed, _] = block_on(both_ends(source.clone(), slow, patient_destination, true));
     let [_, noticed_too] = block_on(both_ends(source.clone(), patient, watchful(), true));
-    for (phase, error) in [noticed, noticed_too] {
-        assert!(phase == Phase::Failed && WORDS.iter().all(|word| error.contains(word)), "{phase:?}: {error}");
+    for (outcome, error) in [noticed, noticed_too] {
+        assert!(outcome == Outcome::Failed && WORDS.iter().all(|word| error.contains(word)), "{outcome:?}: {error}");
     }
     source.wait_for_writes();
     assert!(!source.was_called(GuestCall::Committed));
@@ -159,8 +159,8 @@ fn both_ends_notice_a_way_that_carries_nothing_more() {
 #[test]
 fn an_end_that_blocks_is_not_silent() {
     let slow = TestGuest::source(PageSize::DEFAULT, &[LENGTH]).troubled(Trouble::LogStartTakes(LEAST_PEER_TIMEOUT * 2));
-    for (phase, error) in block_on(both_ends(Arc::new(slow), source_settings(), watchful(), false)) {
-        assert_eq!(phase, Phase::Completed, "{error}");
+    for (outcome, error) in block_on(both_ends(Arc::new(slow), source_settings(), watchful(), false)) {
+        assert_eq!(outcome, Outcome::Completed, "{error}");
     }
 }
 
@@ -194,6 +194,10 @@ fn a_destination_that_takes_no_pages_is_not_waited_for_though_it_is_alive() {
         }
     });
     let error = ended.error.unwrap_or_default();
-    assert!(ended.phase == Phase::Failed && error.contains("has taken nothing for"), "{:?}: {error}", ended.phase);
+    assert!(
+        ended.outcome == Outcome::Failed && error.contains("has taken nothing for"),
+        "{:?}: {error}",
+        ended.outcome
+    );
     guest.wait_for_writes();
 }

@@ -3,7 +3,7 @@
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use memferry::events::{Ended, Event, Phase};
+use memferry::events::{Ended, Event, Outcome};
 use memferry::guest::Guest;
 use memferry::settings::{EncoderSettings, SourceSettings};
 use memferry_stages::digest;
@@ -78,8 +78,8 @@ fn send_guest_to(
 impl Sent {
     /// The guest runs here and was never handed over; the error contains all of `words`.
     #[track_caller]
-    pub(crate) fn stayed(&self, phase: Phase, words: &[&str]) {
-        self.says(phase, words);
+    pub(crate) fn stayed(&self, outcome: Outcome, words: &[&str]) {
+        self.says(outcome, words);
         self.guest.wait_for_writes();
         assert!(!self.guest.was_called(GuestCall::Committed));
         let calls = self.guest.calls();
@@ -101,13 +101,13 @@ impl Sent {
 
     /// The guest was handed over and is paused here.
     #[track_caller]
-    pub(crate) fn gave_away(&self, phase: Phase, words: &[&str]) {
-        self.says(phase, words);
+    pub(crate) fn gave_away(&self, outcome: Outcome, words: &[&str]) {
+        self.says(outcome, words);
         assert!(!self.guest.runs());
         let calls = self.guest.calls();
         assert_eq!(calls[..HANDED_OVER.len()], HANDED_OVER);
         // Only the destination's answer releases the guard of the guest.
-        let moved: &[GuestCall] = if phase == Phase::Completed { &[GuestCall::Moved] } else { &[] };
+        let moved: &[GuestCall] = if outcome == Outcome::Completed { &[GuestCall::Moved] } else { &[] };
         assert_eq!(&calls[HANDED_OVER.len()..], moved);
         self.downtime_adds_up();
     }
@@ -115,7 +115,7 @@ impl Sent {
     /// The guest was handed over and taken back.
     #[track_caller]
     fn came_back(&self, words: &[&str]) {
-        self.says(Phase::Failed, words);
+        self.says(Outcome::Failed, words);
         self.guest.wait_for_writes();
         let calls = [
             GuestCall::Pause,
@@ -131,9 +131,9 @@ impl Sent {
     }
 
     #[track_caller]
-    fn says(&self, phase: Phase, words: &[&str]) {
+    fn says(&self, outcome: Outcome, words: &[&str]) {
         let error = self.ended.error.clone().unwrap_or_default();
-        assert_eq!(self.ended.phase, phase, "{error}");
+        assert_eq!(self.ended.outcome, outcome, "{error}");
         for word in words {
             assert!(error.contains(word), "{word:?} is not in {error:?}");
         }
@@ -147,7 +147,7 @@ impl Sent {
 #[test]
 fn cut_before_loaded() {
     let sent = send_to(settings(), async |mut hand, _, _| hand.take_all().await);
-    sent.stayed(Phase::Failed, &["lost before the handover"]);
+    sent.stayed(Outcome::Failed, &["lost before the handover"]);
 }
 
 #[test]
@@ -156,7 +156,7 @@ fn refused_after_everything_was_sent() {
         hand.take_all().await;
         hand.send_message(Message::Refused("the disk is full".into())).await;
     });
-    sent.stayed(Phase::Failed, &["the destination refused: the disk is full"]);
+    sent.stayed(Outcome::Failed, &["the destination refused: the disk is full"]);
 }
 
 #[test]
@@ -166,9 +166,9 @@ fn loaded_and_cut_before_go_is_read() {
         hand.send_message(Message::Loaded { verified: true }).await;
     });
     // Go may have left, or not: the guest may continue only if Go was not yet committed.
-    match sent.ended.phase {
-        Phase::Unconfirmed => sent.gave_away(Phase::Unconfirmed, &["look at the destination"]),
-        _ => sent.stayed(Phase::Failed, &["lost"]),
+    match sent.ended.outcome {
+        Outcome::Unconfirmed => sent.gave_away(Outcome::Unconfirmed, &["look at the destination"]),
+        _ => sent.stayed(Outcome::Failed, &["lost"]),
     }
 }
 
@@ -180,7 +180,7 @@ fn cut_after_go() {
         assert_eq!(hand.hear().await, Some(Message::Go(RunState::Running)));
     });
     let words = ["lost after Go", "stays paused here", "look at the destination", "only if it does not run there"];
-    sent.gave_away(Phase::Unconfirmed, &words);
+    sent.gave_away(Outcome::Unconfirmed, &words);
     assert_eq!(sent.ended.verified, Some(true));
 }
 
@@ -220,7 +220,7 @@ fn decided_before_the_pause(acknowledged: bool) -> Duration {
         }
         hand.hear_until(Kind::End).await.expect("the rest follows");
     });
-    sent.stayed(Phase::Failed, &["lost before the handover"]);
+    sent.stayed(Outcome::Failed, &["lost before the handover"]);
     paused.get().unwrap().duration_since(*decided.get().unwrap())
 }
 
@@ -235,7 +235,7 @@ fn running_completes_it() {
         hand.send_message(Message::Running).await;
         assert_eq!(hand.hear().await, None, "nothing follows Go");
     });
-    sent.gave_away(Phase::Completed, &[]);
+    sent.gave_away(Outcome::Completed, &[]);
     assert_eq!(sent.ended.error, None);
 }
 
@@ -272,7 +272,7 @@ fn a_start_that_fails_leaves_the_guest_paused() {
         hand.hear().await;
     });
     sent.gave_away(
-        Phase::Unconfirmed,
+        Outcome::Unconfirmed,
         &["began to start the guest and failed: no such device", "look at the destination"],
     );
 }
@@ -285,7 +285,7 @@ fn running_before_go_leaves_the_guest_paused() {
             hand.send_message(early).await;
             assert_eq!(hand.hear_until(Kind::Go).await, None, "no Go is sent");
         });
-        sent.says(Phase::Unconfirmed, &["before Go", "look at the destination"]);
+        sent.says(Outcome::Unconfirmed, &["before Go", "look at the destination"]);
         assert!(!sent.guest.runs() && !sent.guest.was_called(GuestCall::Resume));
     }
 }
@@ -300,7 +300,7 @@ fn running_said_in_the_pause_is_heard_though_the_connection_breaks() {
         hand.send_message(Message::Running).await;
     });
     // Running after Loaded answers a Go that may be in flight.
-    sent.gave_away(Phase::Completed, &[]);
+    sent.gave_away(Outcome::Completed, &[]);
 }
 
 #[test]
@@ -326,7 +326,7 @@ fn is_silent(handover_timeout: Duration) -> bool {
         return false;
     }
     assert!(matches!(&heard, Some(Message::Abort(why)) if why.contains("in time")), "{heard:?}");
-    sent.stayed(Phase::Failed, &["did not report that everything is loaded in time"]);
+    sent.stayed(Outcome::Failed, &["did not report that everything is loaded in time"]);
     let mut went = false;
     let sent = send_to(impatient, async |mut hand, _, _| {
         hand.agree().await;
@@ -337,7 +337,7 @@ fn is_silent(handover_timeout: Duration) -> bool {
     });
     if went {
         let words = ["did not confirm that the guest runs in time", "look at the destination"];
-        sent.gave_away(Phase::Unconfirmed, &words);
+        sent.gave_away(Outcome::Unconfirmed, &words);
     }
     went
 }
@@ -349,7 +349,7 @@ fn loaded_without_the_comparison_that_was_asked_for() {
         hand.send_message(Message::Loaded { verified: false }).await;
         assert!(matches!(hand.hear().await, Some(Message::Abort(_))), "no Go");
     });
-    sent.stayed(Phase::Failed, &["did not compare digests"]);
+    sent.stayed(Outcome::Failed, &["did not compare digests"]);
     assert_ne!(sent.ended.verified, Some(true));
 }
 
@@ -366,7 +366,7 @@ fn page_hashes_make_the_source_name_the_page() {
         hand.send_message(Message::Refused("block \"ram0\" differs".into())).await;
         hand.hear_until(Kind::Abort).await;
     });
-    sent.stayed(Phase::Failed, &["block \"ram0\" differs", "page 589 of block \"ram0\"", "0x24d000"]);
+    sent.stayed(Outcome::Failed, &["block \"ram0\" differs", "page 589 of block \"ram0\"", "0x24d000"]);
     assert_eq!(sent.ended.verified, Some(false));
 }
 
@@ -385,7 +385,7 @@ fn page_hashes_of_pages_that_are_not_there_are_survived() {
             hand.send_message(Message::Refused("it differs".into())).await;
             hand.hear_until(Kind::Abort).await;
         });
-        sent.stayed(Phase::Failed, &[word]);
+        sent.stayed(Outcome::Failed, &[word]);
     }
 }
 
@@ -403,7 +403,7 @@ fn messages_that_make_no_sense_leave_the_guest_here() {
             hand.send_message(strange()).await;
             hand.hear_until(Kind::Abort).await;
         });
-        sent.stayed(Phase::Failed, &[strange().kind().name(), "unexpected message"]);
+        sent.stayed(Outcome::Failed, &[strange().kind().name(), "unexpected message"]);
     }
 }
 
@@ -414,7 +414,7 @@ fn garbage_on_the_return_path_leaves_the_guest_here_before_go_and_paused_after_i
         hand.send(&[0x5a; 64]).await;
         hand.hear_until(Kind::Abort).await;
     });
-    sent.stayed(Phase::Failed, &["frame at byte", "damaged"]);
+    sent.stayed(Outcome::Failed, &["frame at byte", "damaged"]);
     let sent = send_to(settings(), async |mut hand, _, _| {
         hand.take_all().await;
         hand.send_message(Message::Loaded { verified: true }).await;
@@ -422,7 +422,7 @@ fn garbage_on_the_return_path_leaves_the_guest_here_before_go_and_paused_after_i
         hand.send(&[0x5a; 64]).await;
         hand.hear().await;
     });
-    sent.gave_away(Phase::Unconfirmed, &["frame at byte", "look at the destination"]);
+    sent.gave_away(Outcome::Unconfirmed, &["frame at byte", "look at the destination"]);
 }
 
 #[test]
@@ -433,5 +433,5 @@ fn more_acknowledged_than_was_sent() {
         hand.send_message(Message::Progress(Progress { bytes: 1, frames })).await;
         hand.hear_until(Kind::Abort).await;
     });
-    sent.stayed(Phase::Failed, &["lane 0", "acknowledged"]);
+    sent.stayed(Outcome::Failed, &["lane 0", "acknowledged"]);
 }

@@ -17,7 +17,7 @@
 //! use std::sync::Arc;
 //! use std::time::Duration;
 //! use memferry::control::{Change, Control, Happened};
-//! use memferry::events::{Event, Observers, Phase, Role};
+//! use memferry::events::{Event, Observers, Outcome, Phase, Role};
 //! use memferry::settings::{DestinationSettings, SourceSettings};
 //! use memferry::transports::{Transport, memory::MemoryTransport};
 //! use memferry_guests::region::Region;
@@ -47,7 +47,7 @@
 //! };
 //! let (sent, received, sped_up) = tokio::join!(sending, receiving, speeding_up);
 //! sped_up?;
-//! assert_eq!(sent?.ended.phase, Phase::Completed);
+//! assert_eq!(sent?.ended.outcome, Outcome::Completed);
 //! assert!(received.is_ok() && control.status().ended.is_some());
 //! # Ok::<(), Box<dyn std::error::Error>>(()) })?;
 //! # Ok::<(), Box<dyn std::error::Error>>(())

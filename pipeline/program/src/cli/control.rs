@@ -11,7 +11,7 @@ use serde_json::{Map, Value};
 use crate::api::client::{self, ClientError, Lines};
 use crate::api::patch;
 use memferry::bottleneck::Bottleneck;
-use memferry::events::{Phase, Role, TimeLeft};
+use memferry::events::{Outcome, Phase, Role, TimeLeft};
 use memferry::human;
 use memferry_report::event_json::{EndedJson, EventJson, EventLine};
 
@@ -117,14 +117,14 @@ impl Seen {
             };
         };
         let why = ended.end.error.map(|why| format!(": {why}")).unwrap_or_default();
-        match (ended.phase, self.role) {
+        match (ended.outcome, self.role) {
             _ if ended.resume_failed => Err(format!("the migration ended, and the guest is paused at the source{why}")),
-            (Phase::Cancelled | Phase::Failed, Some(Role::Destination)) => {
+            (Outcome::Cancelled | Outcome::Failed, Some(Role::Destination)) => {
                 Ok("cancelled here, at the destination: the source is notified and decides about the guest".into())
             }
-            (Phase::Cancelled, _) => Ok("cancelled: the guest continues at the source".into()),
-            (Phase::Failed, _) => Ok(format!("the migration failed, and the guest continues at the source{why}")),
-            (Phase::Completed, _) => Err("too late: the migration is completed".into()),
+            (Outcome::Cancelled, _) => Ok("cancelled: the guest continues at the source".into()),
+            (Outcome::Failed, _) => Ok(format!("the migration failed, and the guest continues at the source{why}")),
+            (Outcome::Completed, _) => Err("too late: the migration is completed".into()),
             _ => Err(format!("too late: the handover is not confirmed{why}")),
         }
     }
@@ -305,30 +305,31 @@ mod tests {
     fn a_cancel_says_where_the_guest_is() {
         let address = socket("/run/a.sock").unwrap();
         let line = |role, event| EventLine::new(Duration::ZERO, role, &event);
-        let ended = |phase, resume_failed| Event::Ended(Ended { phase, resume_failed, ..never_begun("why".into()) });
+        let ended =
+            |outcome, resume_failed| Event::Ended(Ended { outcome, resume_failed, ..never_begun("why".into()) });
         let says = |events: Vec<Event>, role, is_over| {
             let mut seen = Seen::default();
             events.into_iter().for_each(|event| seen.note(line(role, event)));
             seen.verdict(is_over, &address).unwrap_or_else(|why| format!("NO: {why}"))
         };
         let at_source = |events| says(events, Role::Source, true);
-        assert_eq!(at_source(vec![ended(Phase::Cancelled, false)]), "cancelled: the guest continues at the source");
+        assert_eq!(at_source(vec![ended(Outcome::Cancelled, false)]), "cancelled: the guest continues at the source");
         assert_eq!(
-            at_source(vec![ended(Phase::Cancelled, true)]),
+            at_source(vec![ended(Outcome::Cancelled, true)]),
             "NO: the migration ended, and the guest is paused at the source: why"
         );
-        assert_eq!(at_source(vec![ended(Phase::Completed, false)]), "NO: too late: the migration is completed");
+        assert_eq!(at_source(vec![ended(Outcome::Completed, false)]), "NO: too late: the migration is completed");
         assert_eq!(
-            at_source(vec![ended(Phase::Unconfirmed, false)]),
+            at_source(vec![ended(Outcome::Unconfirmed, false)]),
             "NO: too late: the handover is not confirmed: why"
         );
-        assert!(at_source(vec![ended(Phase::Failed, false)]).ends_with("the guest continues at the source: why"));
+        assert!(at_source(vec![ended(Outcome::Failed, false)]).ends_with("the guest continues at the source: why"));
         assert!(at_source(Vec::new()).starts_with("cancelled before it began"));
         assert!(at_source(vec![Event::Paused]).starts_with("NO: the program ended without saying"));
         let so_far = |events| says(events, Role::Source, false);
         assert!(so_far(vec![Event::Paused]).contains("not ended yet: the guest is paused at the source; ask again"));
         assert!(so_far(vec![Event::Paused, Event::Resumed]).contains(": the guest runs at the source; ask again"));
-        let there = says(vec![ended(Phase::Cancelled, false)], Role::Destination, true);
+        let there = says(vec![ended(Outcome::Cancelled, false)], Role::Destination, true);
         assert!(there.starts_with("cancelled here, at the destination"), "{there}");
     }
 

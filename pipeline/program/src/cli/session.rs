@@ -23,12 +23,12 @@ use crate::config::Config;
 use crate::log::LogObserver;
 use crate::metrics::MetricsObserver;
 use memferry::control::Control;
-use memferry::events::{Ended, Event, Observer, Observers, Phase, Role};
+use memferry::events::{Ended, Event, Observer, Observers, Outcome, Role};
 use memferry::guest::GuestError;
 use memferry::migration::{self, DataPlane};
 use memferry_report::account::{Account, Accountant};
 use memferry_report::todo::{Conclusion, conclusions};
-use memferry_report::{Ends, held_up, outcome, table};
+use memferry_report::{Ends, held_up, table};
 
 /// How long one end may take to detect that the other has ended, before it is cancelled.
 const FIND_OUT: Duration = Duration::from_secs(2);
@@ -111,8 +111,8 @@ impl Session {
         };
         // A user who ends a run that has moved its guest is done with the guest as well. This does not hold
         // for `recv`, where the guest is the only copy of one that others use.
-        let stop = match verdict.phase {
-            Phase::Completed => self.signals.arm_after_success(ENDING),
+        let stop = match verdict.outcome {
+            Outcome::Completed => self.signals.arm_after_success(ENDING),
             _ => self.signals.arm(ENDING),
         };
         let account = self.accountant.account(Role::Source);
@@ -133,7 +133,7 @@ impl Session {
         let ended = self.send_over(&guest, transport, self.control.clone()).await;
         let stop = self.signals.arm(ENDING);
         self.conclude(&ended, &self.accountant.account(Role::Source), None);
-        let stays = ended.phase != Phase::Completed || guest.home.runs_here();
+        let stays = ended.outcome != Outcome::Completed || guest.home.runs_here();
         self.host_if(stays, &guest.home, stop, exit_code(&ended)).await
     }
 
@@ -185,7 +185,7 @@ impl Session {
     ) -> (Ended, Option<Ended>) {
         let transport = self.config.transport_to(&self.config.address());
         let sent = self.send_over(source, transport, self.control.clone()).await;
-        if sent.phase != Phase::Completed {
+        if sent.outcome != Outcome::Completed {
             return (sent, None);
         }
         let transport = self.config.transport_to(&self.config.address());
@@ -218,7 +218,7 @@ impl Session {
         let receive = self.receive_from(destination, listener, destination_cancel.clone(), arrived);
         let (sent, received) = both(send, source_cancel.clone(), receive, destination_cancel).await;
         // A source that was not cancelled gave up at its limits: the destination only reports that.
-        let gave_up = sent.phase == Phase::Cancelled && !source_cancel.is_cancelled();
+        let gave_up = sent.outcome == Outcome::Cancelled && !source_cancel.is_cancelled();
         (sent, (!gave_up).then_some(received))
     }
 
@@ -286,7 +286,7 @@ impl Session {
         let mut lost = reports.finish();
         lost.extend(self.outlets.close());
         if !lost.is_empty() {
-            message!("memferry: LOST: {}; the verdict stands: {}", lost.join("; "), outcome(verdict.phase));
+            message!("memferry: LOST: {}; the verdict stands: {}", lost.join("; "), verdict.outcome);
         }
     }
 
@@ -353,7 +353,7 @@ async fn both(
 }
 
 async fn finish(ended: &Ended, mut rest: impl Future<Output = Ended> + Unpin, cancel: CancellationToken) -> Ended {
-    if ended.phase == Phase::Completed {
+    if ended.outcome == Outcome::Completed {
         return rest.await;
     }
     match tokio::time::timeout(FIND_OUT, &mut rest).await {
@@ -379,10 +379,10 @@ mod tests {
         let waiting = cancel_receive.clone();
         let receive = async move {
             waiting.cancelled().await;
-            Ended { phase: Phase::Cancelled, ..failed() }
+            Ended { outcome: Outcome::Cancelled, ..failed() }
         };
         let (sent, received) = both(async { failed() }, cancel_send.clone(), receive, cancel_receive).await;
-        assert_eq!((sent.phase, received.phase), (Phase::Failed, Phase::Cancelled));
+        assert_eq!((sent.outcome, received.outcome), (Outcome::Failed, Outcome::Cancelled));
         assert!(!cancel_send.is_cancelled());
     }
 
@@ -390,7 +390,7 @@ mod tests {
     async fn an_end_that_finds_out_is_left_alone() {
         let (cancel_send, cancel_receive) = (CancellationToken::new(), CancellationToken::new());
         let (sent, received) = both(async { failed() }, cancel_send, async { failed() }, cancel_receive.clone()).await;
-        assert_eq!((sent.phase, received.phase), (Phase::Failed, Phase::Failed));
+        assert_eq!((sent.outcome, received.outcome), (Outcome::Failed, Outcome::Failed));
         assert!(!cancel_receive.is_cancelled());
     }
 }

@@ -1,6 +1,6 @@
 //! The outcome of a migration as an exit code.
 
-use memferry::events::{Ended, Phase};
+use memferry::events::{Ended, Outcome};
 
 pub(super) const DONE: u8 = 0;
 pub(super) const FAILED: u8 = 1;
@@ -11,12 +11,12 @@ pub(super) const CANCELLED: u8 = 130;
 
 /// The exit code for an end.
 pub(super) fn exit_code(ended: &Ended) -> u8 {
-    match ended.phase {
+    match ended.outcome {
         _ if ended.resume_failed => NOT_RESUMED,
-        Phase::Completed => DONE,
-        Phase::Unconfirmed => UNCONFIRMED,
-        Phase::Cancelled => CANCELLED,
-        Phase::Setup | Phase::Active | Phase::Switchover | Phase::Failed => FAILED,
+        Outcome::Completed => DONE,
+        Outcome::Unconfirmed => UNCONFIRMED,
+        Outcome::Cancelled => CANCELLED,
+        Outcome::Failed => FAILED,
     }
 }
 
@@ -34,13 +34,13 @@ pub(super) fn joint(source: &Ended, destination: &Ended, asked_to_cancel: bool) 
         _ => 5,
     };
     let worse = if rank(destination) > rank(source) { destination } else { source };
-    Ended { phase: worse.phase, error: worse.error.clone(), verified: destination.verified, ..source.clone() }
+    Ended { outcome: worse.outcome, error: worse.error.clone(), verified: destination.verified, ..source.clone() }
 }
 
 /// The end of a migration that could not begin.
 pub(super) fn never_begun(error: String) -> Ended {
     Ended {
-        phase: Phase::Failed,
+        outcome: Outcome::Failed,
         error: Some(error),
         verified: None,
         total: std::time::Duration::ZERO,
@@ -60,41 +60,41 @@ pub(super) fn never_begun(error: String) -> Ended {
 
 /// The end of a migration that was cancelled while its guest was created.
 pub(super) fn cancelled_before_it_began() -> Ended {
-    Ended { phase: Phase::Cancelled, ..never_begun("before the guest was ready".into()) }
+    Ended { outcome: Outcome::Cancelled, ..never_begun("before the guest was ready".into()) }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn ended(phase: Phase, error: &str) -> Ended {
-        Ended { phase, error: (!error.is_empty()).then(|| error.to_owned()), ..never_begun(String::new()) }
+    fn ended(outcome: Outcome, error: &str) -> Ended {
+        Ended { outcome, error: (!error.is_empty()).then(|| error.to_owned()), ..never_begun(String::new()) }
     }
 
     #[test]
     fn exit_codes_are_those_that_were_promised() {
-        let codes = [Phase::Completed, Phase::Failed, Phase::Unconfirmed, Phase::Cancelled];
+        let codes = [Outcome::Completed, Outcome::Failed, Outcome::Unconfirmed, Outcome::Cancelled];
         assert_eq!(codes.map(|phase| exit_code(&ended(phase, ""))), [0, 1, 3, 130]);
-        let stuck = Ended { resume_failed: true, ..ended(Phase::Cancelled, "") };
+        let stuck = Ended { resume_failed: true, ..ended(Outcome::Cancelled, "") };
         assert_eq!(exit_code(&stuck), 4);
     }
 
     #[test]
     fn the_worse_end_decides() {
-        let done = ended(Phase::Completed, "");
-        let full = ended(Phase::Failed, "disk full");
+        let done = ended(Outcome::Completed, "");
+        let full = ended(Outcome::Failed, "disk full");
         assert_eq!(joint(&done, &full, false).error.as_deref(), Some("disk full"));
-        assert_eq!(joint(&full, &done, false).phase, Phase::Failed);
-        assert_eq!(joint(&done, &done, false).phase, Phase::Completed);
-        assert_eq!(joint(&ended(Phase::Unconfirmed, "?"), &full, false).phase, Phase::Unconfirmed);
+        assert_eq!(joint(&full, &done, false).outcome, Outcome::Failed);
+        assert_eq!(joint(&done, &done, false).outcome, Outcome::Completed);
+        assert_eq!(joint(&ended(Outcome::Unconfirmed, "?"), &full, false).outcome, Outcome::Unconfirmed);
     }
 
     #[test]
     fn a_cancel_explains_a_failure_only_if_it_was_asked_for() {
-        let cancelled = ended(Phase::Cancelled, "by the operator");
-        let failed = ended(Phase::Failed, "the peer gave up");
-        assert_eq!(joint(&cancelled, &failed, true).phase, Phase::Cancelled);
-        assert_eq!(joint(&failed, &cancelled, true).phase, Phase::Cancelled);
-        assert_eq!(joint(&failed, &cancelled, false).phase, Phase::Failed);
+        let cancelled = ended(Outcome::Cancelled, "by the operator");
+        let failed = ended(Outcome::Failed, "the peer gave up");
+        assert_eq!(joint(&cancelled, &failed, true).outcome, Outcome::Cancelled);
+        assert_eq!(joint(&failed, &cancelled, true).outcome, Outcome::Cancelled);
+        assert_eq!(joint(&failed, &cancelled, false).outcome, Outcome::Failed);
     }
 }

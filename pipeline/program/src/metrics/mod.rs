@@ -61,8 +61,8 @@ use metrics::{Label, Unit, counter, describe_counter, describe_gauge, describe_h
 
 use memferry::bottleneck::Cause;
 use memferry::controller::Decided;
-use memferry::events::{BlockFacts, DowntimeParts, Ended, Event, Observer, Phase, Progress, Role};
-use memferry_report::{decision_name, outcome};
+use memferry::events::{BlockFacts, DowntimeParts, Ended, Event, Observer, Outcome, Phase, Progress, Role};
+use memferry_report::decision_name;
 
 /// Upper bounds in seconds of the buckets of each histogram.
 pub const BUCKETS: [(&str, &[f64]); 4] = [
@@ -108,10 +108,10 @@ impl MetricsObserver {
             *counted = Counted::default();
         });
         let role = role.name();
-        if ended.phase == Phase::Completed {
+        if ended.outcome == Outcome::Completed {
             gauge!("memferry_dirty_pages", "role" => role).set(0.0);
         }
-        counter!("memferry_migrations_total", "role" => role, "status" => outcome(ended.phase).name()).increment(1);
+        counter!("memferry_migrations_total", "role" => role, "status" => ended.outcome.name()).increment(1);
         gauge!("memferry_memory_peak_bytes", "role" => role).set(float(ended.memory_peak));
         let ExcludedPages { hinted, unplugged, ignored, .. } = ended.excluded;
         for (why, pages) in [("hinted", hinted), ("unplugged", unplugged), ("ignored", ignored)] {

@@ -99,7 +99,7 @@ fn what_is_known_no_more_is_not_shown_as_it_was() {
 #[test]
 fn migrations_add_up_and_a_failed_one_is_still_there() {
     let failed =
-        Ended { phase: Phase::Failed, wire_bytes: 300, stages: Vec::new(), downtime: None, ..ended(Role::Source) };
+        Ended { outcome: Outcome::Failed, wire_bytes: 300, stages: Vec::new(), downtime: None, ..ended(Role::Source) };
     let recorded = figures(|observer| {
         play(observer, &[progress(250, 30), Event::Ended(failed)]);
         play(observer, &[progress(40, 5)]);

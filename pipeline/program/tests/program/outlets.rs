@@ -2,7 +2,7 @@
 
 use std::io::{Read, Write};
 
-use memferry::events::{Phase, Role};
+use memferry::events::{Outcome, Role};
 use memferry_report::event_json::{EventJson, EventLine};
 use rustix::process::Signal;
 
@@ -55,7 +55,7 @@ fn are_of_a_whole_migration(lines: &[EventLine]) {
         let of: Vec<_> = lines.iter().filter(|line| line.role == Some(role)).collect();
         assert!(of.windows(2).all(|pair| pair[0].ms <= pair[1].ms));
         let Some(EventJson::Ended(ended)) = of.last().map(|line| &line.event) else { panic!("{:?}", of.last()) };
-        assert_eq!(ended.phase, Phase::Completed);
+        assert_eq!(ended.outcome, Outcome::Completed);
         let rounds = of.iter().filter(|line| matches!(line.event, EventJson::RoundSent(_))).count();
         assert!(rounds >= 2, "{role:?} has {rounds} rounds");
         let progress = of.iter().filter(|line| matches!(line.event, EventJson::Progress(_))).count();

@@ -43,7 +43,7 @@ use super::{
 use memferry::bottleneck::Bottleneck;
 use memferry::controller::forecast::whole;
 use memferry::controller::{Decided, Decision};
-use memferry::events::{Ended, Event, Phase, Progress, Role, TimeLeft};
+use memferry::events::{Ended, Event, Outcome, Phase, Progress, Role, TimeLeft};
 
 /// The version of the names in a line.
 pub const SCHEMA: u32 = 1;
@@ -235,7 +235,8 @@ pub struct ProgressJson {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct EndedJson {
     /// Completed, failed, cancelled or unconfirmed.
-    pub phase: Phase,
+    #[serde(rename = "phase")]
+    pub outcome: Outcome,
     /// Its figures.
     #[serde(flatten)]
     pub end: EndReport,
@@ -362,7 +363,7 @@ impl From<&Progress> for ProgressJson {
 
 impl From<&Ended> for EndedJson {
     fn from(ended: &Ended) -> Self {
-        Self { phase: ended.phase, end: ended.into(), resume_failed: ended.resume_failed }
+        Self { outcome: ended.outcome, end: ended.into(), resume_failed: ended.resume_failed }
     }
 }
 

@@ -11,7 +11,7 @@ use memferry::bottleneck::Bottleneck;
 use memferry::control::{Change, Changed};
 use memferry::controller::Decision;
 use memferry::controller::reason::Reason;
-use memferry::events::{BlockFacts, Ended, Event, Progress, Role, TurnedAwayKind};
+use memferry::events::{BlockFacts, Ended, Event, Outcome, Progress, Role, TurnedAwayKind};
 use memferry::samples::{ended, script};
 use memferry::settings::After;
 use memferry::stage_id::StageId;
@@ -96,8 +96,8 @@ fn progress(at: u64) -> Event {
     })
 }
 
-fn failed(ended: &mut Ended, phase: Phase, error: &str) {
-    (ended.phase, ended.error, ended.verified, ended.downtime) = (phase, Some(error.into()), None, None);
+fn failed(ended: &mut Ended, outcome: Outcome, error: &str) {
+    (ended.outcome, ended.error, ended.verified, ended.downtime) = (outcome, Some(error.into()), None, None);
 }
 
 /// The page as XML. Of HTML's deviations it uses only the document type and void elements.
@@ -161,8 +161,8 @@ fn is_sound(page: &str) {
 fn pages_of_both_ends_and_of_every_ending_are_whole() {
     for role in [Ends::Both, Ends::Source, Ends::Destination] {
         is_sound(&Scene::new(role).page());
-        for phase in [Phase::Failed, Phase::Cancelled, Phase::Unconfirmed] {
-            is_sound(&Scene::new(role).ending(|ended| failed(ended, phase, "disk full")).page());
+        for outcome in [Outcome::Failed, Outcome::Cancelled, Outcome::Unconfirmed] {
+            is_sound(&Scene::new(role).ending(|ended| failed(ended, outcome, "disk full")).page());
         }
         let never = Scene::empty(role).ending(|ended| *ended = Ended { stages: Vec::new(), ..ended.clone() });
         is_sound(&never.page());
@@ -345,14 +345,14 @@ fn stories_say_what_happened_where_the_guest_is_and_what_to_do() {
         Scene::new(Ends::Source).ending(|ended| ended.downtime = Some(Duration::from_millis(301))),
         with(SourceSettings { after: Some(After::Pause), downtime_limit: Duration::ZERO, ..SourceSettings::default() })
             .without_samples(),
-        Scene::new(Ends::Source).ending(|ended| failed(ended, Phase::Failed, "disk full")),
-        Scene::empty(Ends::Source).ending(|ended| failed(ended, Phase::Failed, "nobody listens")),
-        Scene::new(Ends::Source).ending(|ended| failed(ended, Phase::Cancelled, "cancelled at the source")),
-        gave_up(Scene::new(Ends::Source).ending(|ended| failed(ended, Phase::Cancelled, "gave up"))),
-        Scene::new(Ends::Source).ending(|ended| failed(ended, Phase::Unconfirmed, "lost")),
+        Scene::new(Ends::Source).ending(|ended| failed(ended, Outcome::Failed, "disk full")),
+        Scene::empty(Ends::Source).ending(|ended| failed(ended, Outcome::Failed, "nobody listens")),
+        Scene::new(Ends::Source).ending(|ended| failed(ended, Outcome::Cancelled, "cancelled at the source")),
+        gave_up(Scene::new(Ends::Source).ending(|ended| failed(ended, Outcome::Cancelled, "gave up"))),
+        Scene::new(Ends::Source).ending(|ended| failed(ended, Outcome::Unconfirmed, "lost")),
         Scene::new(Ends::Source).ending(|ended| ended.resume_failed = true),
-        Scene::new(Ends::Destination).ending(|ended| failed(ended, Phase::Failed, "lost")),
-        Scene::new(Ends::Destination).ending(|ended| failed(ended, Phase::Cancelled, "cancelled")),
+        Scene::new(Ends::Destination).ending(|ended| failed(ended, Outcome::Failed, "lost")),
+        Scene::new(Ends::Destination).ending(|ended| failed(ended, Outcome::Cancelled, "cancelled")),
     ];
     let stories: Vec<_> = stories.iter().map(Scene::story).collect();
     insta::assert_snapshot!(stories.join("\n"), @r#"
@@ -406,7 +406,7 @@ fn stories_say_what_happened_where_the_guest_is_and_what_to_do() {
 
 #[test]
 fn a_guest_that_was_paused_for_nothing_says_for_how_long() {
-    let mut scene = Scene::new(Ends::Source).ending(|ended| failed(ended, Phase::Failed, "disk full"));
+    let mut scene = Scene::new(Ends::Source).ending(|ended| failed(ended, Outcome::Failed, "disk full"));
     let paused = scene.account.series.first(Happened::Paused).unwrap();
     scene.account.enter(&Event::Resumed, paused + Duration::from_millis(420));
     assert!(scene.story().contains("It was paused for 420 ms meanwhile."), "{}", scene.story());
@@ -415,7 +415,7 @@ fn a_guest_that_was_paused_for_nothing_says_for_how_long() {
 
 #[test]
 fn what_was_left_is_what_the_last_look_found() {
-    let mut scene = Scene::new(Ends::Source).ending(|ended| failed(ended, Phase::Failed, "disk full"));
+    let mut scene = Scene::new(Ends::Source).ending(|ended| failed(ended, Outcome::Failed, "disk full"));
     let left = |scene: &Scene| scene.on(|page| page.remaining().last().unwrap().1);
     let at = Duration::from_secs(9);
     scene.account.enter(&progress(1), at);
@@ -428,7 +428,7 @@ fn what_was_left_is_what_the_last_look_found() {
 #[test]
 fn what_comes_from_outside_stays_text() {
     let evil = "\"'><script>alert(1)</script><img src=x onerror=alert(1)>&amp;</code>\u{202e}\u{7}\u{0}";
-    let mut scene = Scene::new(Ends::Source).ending(|ended| failed(ended, Phase::Failed, evil));
+    let mut scene = Scene::new(Ends::Source).ending(|ended| failed(ended, Outcome::Failed, evil));
     let account = &mut scene.account;
     account.status.peer = Some(evil.into());
     account.status.blocks.push(BlockFacts { id: evil.into(), bytes: 4096, page_size: 4096 });

@@ -6,7 +6,7 @@ use super::{Page, clean, ms};
 use crate::Ends;
 use crate::series::Happened;
 use memferry::controller::Decision;
-use memferry::events::Phase;
+use memferry::events::Outcome;
 use memferry::human;
 use memferry::settings::After;
 
@@ -73,11 +73,11 @@ pub(super) fn story(page: &Page<'_>) -> Story {
         };
     }
     match (page.report.status, page.is_destination()) {
-        (Phase::Completed, false) => with_warnings(with_conclusions(sent(page), page), page),
-        (Phase::Completed, true) => with_warnings(arrived(page), page),
-        (Phase::Unconfirmed, _) => unconfirmed(page),
+        (Outcome::Completed, false) => with_warnings(with_conclusions(sent(page), page), page),
+        (Outcome::Completed, true) => with_warnings(arrived(page), page),
+        (Outcome::Unconfirmed, _) => unconfirmed(page),
         (status, true) => did_not_arrive(status),
-        (Phase::Cancelled, false) => with_conclusions(cancelled(page), page),
+        (Outcome::Cancelled, false) => with_conclusions(cancelled(page), page),
         (_, false) => failed(page),
     }
 }
@@ -143,9 +143,9 @@ fn with_warnings(story: Story, page: &Page<'_>) -> Story {
     Story { todo: if has_some { format!("{} Read the warnings below.", story.todo) } else { story.todo }, ..story }
 }
 
-fn did_not_arrive(status: Phase) -> Story {
+fn did_not_arrive(status: Outcome) -> Story {
     let (tone, headline, todo) = match status {
-        Phase::Cancelled => (
+        Outcome::Cancelled => (
             Tone::Warn,
             "The migration was cancelled before the guest was here.",
             "Nothing, if that was meant. Both ends can be started again at any time.",
@@ -192,7 +192,7 @@ fn cancelled(page: &Page<'_>) -> Story {
 }
 
 fn failed(page: &Page<'_>) -> Story {
-    let done_here = page.account.status.ended.as_ref().is_some_and(|ended| ended.phase == Phase::Completed);
+    let done_here = page.account.status.ended.as_ref().is_some_and(|ended| ended.outcome == Outcome::Completed);
     if done_here {
         return Story {
             tone: Tone::Bad,
@@ -272,7 +272,7 @@ fn figures(page: &Page<'_>) -> Vec<Figure> {
     if let Some(downtime) = report.end.downtime_ms {
         let limit = || super::downtime::limit(page).map(|limit| format!("limit {}", human::time(limit)));
         let tone = if over_limit(page).is_some() { Tone::Warn } else { Tone::Good };
-        figures.push(if report.status == Phase::Completed {
+        figures.push(if report.status == Outcome::Completed {
             Figure { name: "Downtime", value: ms(downtime), note: limit().unwrap_or_default(), tone: Some(tone) }
         } else {
             plain("Paused", ms(downtime), "until it was resumed at its source".into())
@@ -306,7 +306,7 @@ fn figures(page: &Page<'_>) -> Vec<Figure> {
 
 /// The progress of a migration that did not complete.
 fn left_over(page: &Page<'_>) -> Option<Figure> {
-    let (_, left) = *page.remaining().last().filter(|_| page.report.status != Phase::Completed)?;
+    let (_, left) = *page.remaining().last().filter(|_| page.report.status != Outcome::Completed)?;
     Some(Figure {
         name: "Left to send",
         value: human::bytes(left),

@@ -5,7 +5,7 @@ use memferry_stages::wire::Message;
 
 use super::{Attempt, Destination};
 use crate::bottleneck::Watch;
-use crate::events::{Ended, Event, Phase};
+use crate::events::{Ended, Event, Outcome};
 use crate::migration::course::destination::DestinationCourse;
 use crate::migration::error::MigrationError;
 use crate::migration::outcome::ReceiveError;
@@ -58,7 +58,7 @@ impl Destination<'_> {
         let (wire_bytes, memory_peak, stages) = figures.unwrap_or_default();
         let watch = flow.map(|flow| &flow.rates.watch);
         Ended {
-            phase: Phase::Failed,
+            outcome: Outcome::Failed,
             error: None,
             verified: course.verified(),
             total: self.started.elapsed(),
@@ -77,13 +77,13 @@ impl Destination<'_> {
     }
 
     fn report_end(&self, result: &Result<(), MigrationError>, figures: Ended) -> Ended {
-        let (phase, error) = match result {
-            Ok(()) => (Phase::Completed, None),
-            Err(error @ MigrationError::Cancelled) => (Phase::Cancelled, Some(error.to_string())),
-            Err(error) => (Phase::Failed, Some(error.to_string())),
+        let (outcome, error) = match result {
+            Ok(()) => (Outcome::Completed, None),
+            Err(error @ MigrationError::Cancelled) => (Outcome::Cancelled, Some(error.to_string())),
+            Err(error) => (Outcome::Failed, Some(error.to_string())),
         };
-        self.observers.notify(&Event::Phase(phase));
-        let ended = Ended { phase, error, total: self.started.elapsed(), ..figures };
+        self.observers.notify(&Event::Phase(outcome.into()));
+        let ended = Ended { outcome, error, total: self.started.elapsed(), ..figures };
         self.observers.notify(&Event::Ended(ended.clone()));
         ended
     }

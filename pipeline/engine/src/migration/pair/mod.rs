@@ -202,7 +202,7 @@ async fn run_both(script: &Script) -> Ran {
 /// Drives the source to its end, says farewell and closes its side.
 async fn source_ends(course: &mut Checked<SourceCourse>, world: &mut SourceModel) -> Option<MigrationError> {
     let mistake = drive(course, world).await.err();
-    let farewell = course.course.outcome().and_then(|outcome| farewell(&outcome.end));
+    let farewell = course.course.conclusion().and_then(|conclusion| farewell(&conclusion.end));
     world.port.close(farewell);
     mistake
 }
@@ -260,9 +260,9 @@ fn how_source(course: SourceCourse, mistake: Option<MigrationError>) -> Ended {
     if !course.is_over() && mistake.is_none() {
         return Ended::Hangs;
     }
-    let outcome = course.into_outcome(mistake);
-    match outcome.end {
-        _ if outcome.resume_error.is_some() => Ended::ResumeFailed,
+    let conclusion = course.into_conclusion(mistake);
+    match conclusion.end {
+        _ if conclusion.resume_error.is_some() => Ended::ResumeFailed,
         End::Completed => Ended::Completed,
         End::Failed(_) => Ended::Failed,
         End::Cancelled(_) => Ended::Cancelled,

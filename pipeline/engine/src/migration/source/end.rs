@@ -4,10 +4,10 @@ use memferry_stages::wire::Message;
 
 use super::figures::Figures;
 use super::{Attempt, Source};
-use crate::events::{Ended, Event, Phase};
+use crate::events::{Ended, Event, Outcome};
 use crate::guest::hints::Point;
 use crate::migration::FAREWELL;
-use crate::migration::course::source::{End, Outcome, SourceCourse};
+use crate::migration::course::source::{Conclusion, End, SourceCourse};
 use crate::migration::error::MigrationError;
 use crate::migration::outcome::{LOOK, SendError, Sent};
 
@@ -20,19 +20,19 @@ impl Source<'_> {
         mistake: Option<MigrationError>,
     ) -> Result<Sent, SendError> {
         self.operator.requests.close();
-        let completed = course.outcome().is_some_and(|outcome| matches!(outcome.end, End::Completed));
+        let completed = course.conclusion().is_some_and(|conclusion| matches!(conclusion.end, End::Completed));
         self.report_last_progress(&course, completed);
         let ended = self.ended(&course);
-        let outcome = course.into_outcome(mistake);
-        let ended = self.report_end(&outcome, ended);
+        let conclusion = course.into_conclusion(mistake);
+        let ended = self.report_end(&conclusion, ended);
         // The verdict is final; only cleanup remains.
-        self.take_leave(farewell(&outcome.end)).await;
+        self.take_leave(farewell(&conclusion.end)).await;
         // No stage runs any more: nothing is scanned or synced after this.
         self.transfer.hints.reach(Point::Cleanup, &self.observers).await;
         for failure in self.transfer.stop_logs().await {
             self.observers.notify(&Event::Warning(failure.to_string()));
         }
-        result(outcome, ended)
+        result(conclusion, ended)
     }
 
     /// Sends the last message and ends the connections and stages.
@@ -58,7 +58,7 @@ impl Source<'_> {
     fn ended(&self, course: &SourceCourse) -> Ended {
         let Figures { wire_bytes, memory_peak, stages } = self.figures(course.verified());
         Ended {
-            phase: Phase::Failed,
+            outcome: Outcome::Failed,
             error: None,
             verified: course.verified(),
             total: self.started.elapsed(),
@@ -77,18 +77,18 @@ impl Source<'_> {
     }
 
     /// Reports the verdict to observers.
-    fn report_end(&self, outcome: &Outcome, figures: Ended) -> Ended {
-        let (phase, error) = match &outcome.end {
-            End::Completed => (Phase::Completed, None),
-            End::Failed(why) => (Phase::Failed, Some(why.to_string())),
-            End::Cancelled(why) => (Phase::Cancelled, Some(why_cancelled(why))),
-            End::Unconfirmed(why) => (Phase::Unconfirmed, Some(format!("{why}; {LOOK}"))),
+    fn report_end(&self, conclusion: &Conclusion, figures: Ended) -> Ended {
+        let (outcome, error) = match &conclusion.end {
+            End::Completed => (Outcome::Completed, None),
+            End::Failed(why) => (Outcome::Failed, Some(why.to_string())),
+            End::Cancelled(why) => (Outcome::Cancelled, Some(why_cancelled(why))),
+            End::Unconfirmed(why) => (Outcome::Unconfirmed, Some(format!("{why}; {LOOK}"))),
         };
-        let resume_error = outcome.resume_error.as_ref();
+        let resume_error = conclusion.resume_error.as_ref();
         let resume = resume_error.map(|why| format!("the guest could not be resumed here and stays paused: {why}"));
         let error = [error, resume].into_iter().flatten().reduce(|all, more| format!("{all}; {more}"));
-        self.observers.notify(&Event::Phase(phase));
-        let ended = Ended { phase, error, resume_failed: resume_error.is_some(), ..figures };
+        self.observers.notify(&Event::Phase(outcome.into()));
+        let ended = Ended { outcome, error, resume_failed: resume_error.is_some(), ..figures };
         self.observers.notify(&Event::Ended(ended.clone()));
         ended
     }
@@ -111,8 +111,8 @@ fn why_cancelled(why: &MigrationError) -> String {
 }
 
 /// The result for the caller.
-fn result(outcome: Outcome, ended: Ended) -> Result<Sent, SendError> {
-    let Outcome { end, resume_error, stays_paused } = outcome;
+fn result(conclusion: Conclusion, ended: Ended) -> Result<Sent, SendError> {
+    let Conclusion { end, resume_error, stays_paused } = conclusion;
     let boxed = Box::new;
     match (end, resume_error) {
         (End::Completed, None) => Ok(Sent { resumed: !stays_paused, ended }),

@@ -164,7 +164,7 @@ impl End {
     }
 
     fn end(&mut self, ended: &EndedJson) {
-        self.phase = Some(ended.phase);
+        self.phase = Some(ended.outcome.into());
         self.ended = Some(ended.clone());
     }
 

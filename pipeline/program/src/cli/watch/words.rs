@@ -5,7 +5,7 @@ use std::time::Duration;
 use memferry_stages::untrusted::{Untrusted, shown};
 
 use crate::progress::figures;
-use memferry::events::{Phase, Role};
+use memferry::events::{Outcome, Phase, Role};
 use memferry::human;
 use memferry_report::event_json::{ChangedJson, EndedJson, EventJson, EventLine};
 
@@ -36,16 +36,16 @@ pub(super) fn phase(phase: Option<Phase>) -> (&'static str, &'static str) {
 
 /// The outcome, in one line.
 pub(super) fn verdict(ended: &EndedJson) -> String {
-    let (name, meaning) = phase(Some(ended.phase));
+    let (name, meaning) = phase(Some(ended.outcome.into()));
     let mut line = format!("{name} after {}", time(ended.end.total_ms));
     if let Some(error) = &ended.end.error {
         line.push_str(&format!(": {error}"));
     }
     if let Some(downtime) = ended.end.downtime_ms {
-        let word = if ended.phase == Phase::Completed { "downtime" } else { "the guest was paused for" };
+        let word = if ended.outcome == Outcome::Completed { "downtime" } else { "the guest was paused for" };
         line.push_str(&format!(", {word} {}", time(downtime)));
     }
-    if ended.phase == Phase::Completed {
+    if ended.outcome == Outcome::Completed {
         line.push_str(if ended.end.verified == Some(true) { ", verified" } else { ", not verified" });
     }
     let meaning = if ended.resume_failed { "the source guest could not be resumed and stays paused" } else { meaning };

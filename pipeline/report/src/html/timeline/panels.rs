@@ -10,7 +10,7 @@ use crate::html::{downtime, duration};
 use memferry::control::Change;
 use memferry::controller::Decision;
 use memferry::controller::forecast::whole;
-use memferry::events::Phase;
+use memferry::events::Outcome;
 use memferry::human;
 
 /// Two figures closer than this do not give a rate.
@@ -27,7 +27,7 @@ impl Course<'_> {
         let mut knots = vec![(self.time.from, as_f64(self.account.status.total_bytes()))];
         knots.extend(self.page.remaining().into_iter().map(|(at, bytes)| (at, as_f64(bytes))));
         let left =
-            if self.page.report.status == Phase::Completed { 0.0 } else { knots.last().map_or(0.0, |knot| knot.1) };
+            if self.page.report.status == Outcome::Completed { 0.0 } else { knots.last().map_or(0.0, |knot| knot.1) };
         knots.push((self.time.to, left));
         let (scale, ticks) = chart::bytes_scale(greatest(knots.iter().map(|knot| knot.1)), bytes);
         let points: Vec<_> = knots.iter().map(|(at, value)| self.point(scale, *at, *value)).collect();

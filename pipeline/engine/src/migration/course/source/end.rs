@@ -24,7 +24,7 @@ pub(in crate::migration) enum End {
 
 /// How the course ended.
 #[derive(Debug)]
-pub(in crate::migration) struct Outcome {
+pub(in crate::migration) struct Conclusion {
     pub(in crate::migration) end: End,
     /// Why the guest could not be resumed here, if it should have been.
     pub(in crate::migration) resume_error: Option<MigrationError>,
@@ -86,7 +86,7 @@ impl SourceCourse {
 
     fn over(&mut self, end: End, resume_error: Option<MigrationError>, stays_paused: bool) {
         let end = self.with_page(end);
-        self.state = State::Over(Box::new(Outcome { end, resume_error, stays_paused }));
+        self.state = State::Over(Box::new(Conclusion { end, resume_error, stays_paused }));
     }
 
     /// The failure with the page that differs, if one was named.

@@ -47,7 +47,7 @@ use crate::events::{DowntimeParts, Event, Phase, Role};
 use crate::migration::driver::Course;
 use crate::migration::error::{Failure, MigrationError};
 use crate::settings::SourceSettings;
-pub(in crate::migration) use end::{End, Outcome};
+pub(in crate::migration) use end::{Conclusion, End};
 use rounds::{AfterSync, Drain, Next, Round};
 use spent::{Part, Spent};
 
@@ -216,7 +216,7 @@ enum State {
     Committing,
     Completing,
     Resuming(End),
-    Over(Box<Outcome>),
+    Over(Box<Conclusion>),
 }
 
 /// What the migration has done to the guest.
@@ -303,25 +303,25 @@ impl SourceCourse {
         self.spent.parts()
     }
 
-    /// The outcome, once the course is over.
-    pub(in crate::migration) fn outcome(&self) -> Option<&Outcome> {
+    /// How it ended, once the course is over.
+    pub(in crate::migration) fn conclusion(&self) -> Option<&Conclusion> {
         match &self.state {
-            State::Over(outcome) => Some(outcome),
+            State::Over(conclusion) => Some(conclusion),
             _ => None,
         }
     }
 
-    /// The outcome. With a mistake the course did not end by itself: what was done to the guest is not undone then.
-    pub(in crate::migration) fn into_outcome(self, mistake: Option<MigrationError>) -> Outcome {
+    /// How it ended. With a mistake the course did not end by itself: what was done to the guest is not undone then.
+    pub(in crate::migration) fn into_conclusion(self, mistake: Option<MigrationError>) -> Conclusion {
         match (self.state, mistake) {
-            (State::Over(outcome), _) => *outcome,
+            (State::Over(conclusion), _) => *conclusion,
             (State::HandingOver { handshake: SourceHandshake::AwaitingRunning, .. }, Some(mistake)) => {
-                Outcome { end: End::Unconfirmed(mistake), resume_error: None, stays_paused: true }
+                Conclusion { end: End::Unconfirmed(mistake), resume_error: None, stays_paused: true }
             }
             (state, mistake) => {
                 let what = format!("the course ended as {state:?}");
                 let cause = MigrationError::Mistake(what);
-                Outcome {
+                Conclusion {
                     end: End::Failed(cause),
                     resume_error: mistake.filter(|_| self.done.paused),
                     stays_paused: false,
