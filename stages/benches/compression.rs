@@ -19,6 +19,7 @@ use memferry_stages::meter::Meter;
 use memferry_stages::pool::BufferPool;
 use memferry_stages::queue::bounded;
 use memferry_stages::stage_id::StageId;
+use memferry_stages::wire::WireFramer;
 
 const PAGE: usize = 4096;
 const EXTENT: usize = 64 * PAGE;
@@ -89,13 +90,14 @@ fn bare(codec: Codec, memory: &[u8], piece: usize) -> Figure {
 
 /// A lane's encoder on batches that are copied already.
 fn encoder(compress: Option<Codec>, memory: &[u8]) -> Figure {
-    let plan = EncoderPlan { compress, checksum: true, ..EncoderPlan::default() };
+    let plan = EncoderPlan { compress, delta: None };
     let extents = memory.len() / EXTENT;
     let (copies, own) = (BufferPool::new(extents, EXTENT), BufferPool::new(extents + 1, EXTENT));
     // Buffers are made beforehand, as they are in a run that has gone on for a while.
     let made: Vec<_> = (0..=extents).map(|_| own.try_take().expect("as many as that")).collect();
     made.into_iter().for_each(|mut buffer| buffer.space().fill(1));
-    let encoder = Encoder::new(0, PageSize::DEFAULT, plan, own, Meter::start(StageId::encoder(0)));
+    let encoder =
+        Encoder::new(0, PageSize::DEFAULT, plan, WireFramer::new(true), own, Meter::start(StageId::encoder(0)));
     let ((put, input), (output, got)) = (bounded(extents + 2), bounded(extents + 2));
     let runtime = tokio::runtime::Builder::new_current_thread().build().expect("no threads");
     runtime.block_on(async {

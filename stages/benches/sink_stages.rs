@@ -21,22 +21,20 @@ use common::inputs::{self, CHANGES};
 use common::{EXTENT, PAGE, Suite, or_of, timed};
 use fastrand::Rng;
 use futures::join;
-use memferry_stages::batch::Item;
+use memferry_stages::batch::{Arrived, Item, Mark, PageEncoding, payload_hash};
 use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::codec::{Codec, Compressor};
-use memferry_stages::encoder::{Mark, Outgoing};
+use memferry_stages::encoder::Outgoing;
 use memferry_stages::geometry::{BlockInfo, ExtentAt, LaneMap, Layout, PageSize};
 use memferry_stages::loader::{LaneProgress, Loader};
 use memferry_stages::memory::{GuestMemory, MappedMemory};
 use memferry_stages::meter::Meter;
 use memferry_stages::pool::{BufferPool, PooledBuffer};
 use memferry_stages::queue::bounded;
-use memferry_stages::receiver::{Arrived, Receiver};
+use memferry_stages::receiver::Receiver;
 use memferry_stages::sender::{Control, Sender};
 use memferry_stages::stage_id::StageId;
-use memferry_stages::wire::hello::Features;
-use memferry_stages::wire::pages::{PageEncoding, PagesHead, payload_hash};
-use memferry_stages::wire::reader::FrameReader;
+use memferry_stages::wire::{Features, FrameReader, PagesHead, WireDeframer};
 use memferry_stages::xbzrle::{Encoded, encode_page};
 use tokio::io::AsyncWrite;
 
@@ -158,7 +156,8 @@ async fn receive(stream: &[u8], pool: BufferPool) {
     let meter = Meter::start(StageId::receiver(0));
     let reader = FrameReader::new(stream, "memory".into(), PageSize::DEFAULT);
     let lanes = LaneMap::new(1, PageSize::DEFAULT);
-    let receiver = Receiver::new(0, 1, reader, layout(), lanes, pool, meter);
+    let deframer = WireDeframer::new(0, 1, reader, layout(), lanes, Features::default());
+    let receiver = Receiver::new(0, deframer, pool, meter);
     let ((outlet, arrived), (control, _messages)) = (bounded(WARM), bounded(1));
     let count = async {
         let mut frames = 0;
@@ -248,7 +247,7 @@ fn loads(suite: &mut Suite, name: &str, memory: &MappedMemory, guest: &GuestMemo
     let heads = || {
         // The lines that sparse deltas touch are few: without a sweep of others they would stay in cache.
         black_box(or_of(&others));
-        (0..EXTENTS).map(|extent| coded.head(extent, hash)).collect()
+        (0..EXTENTS).map(|extent| coded.head(extent, hash).into_arrived(true, 0)).collect()
     };
     let mut loaded = false;
     turns(
@@ -256,18 +255,17 @@ fn loads(suite: &mut Suite, name: &str, memory: &MappedMemory, guest: &GuestMemo
         "loader",
         name,
         || (heads(), loaded = true).0,
-        |heads| load(guest.clone(), heads, &coded.payload, pool.clone(), true),
+        |heads| load(guest.clone(), heads, &coded.payload, pool.clone()),
     );
     let mut extent = vec![0; EXTENT];
     memory.load(TURN - EXTENT, &mut extent);
     assert!(!loaded || extent == expected, "{name}");
 }
 
-async fn load(guest: GuestMemory, heads: Vec<PagesHead>, payload: &[u8], pool: BufferPool, checksum: bool) {
+async fn load(guest: GuestMemory, heads: Vec<Arrived>, payload: &[u8], pool: BufferPool) {
     let received = Arc::new(DirtyBitmap::filled(guest.layout()));
-    let allowed = Features { snap: true, lz4: true, zstd: true, xbzrle: true, ..Features::default() };
     let (progress, meter) = (Arc::new(LaneProgress::default()), Meter::start(StageId::loader(0)));
-    let loader = Loader::new(0, guest, received, checksum, allowed, progress.clone(), meter);
+    let loader = Loader::new(0, guest, received, progress.clone(), meter);
     let ((outlet, input), (output, _reports)) = (bounded(WARM), bounded(1));
     let feed = async {
         for head in heads {
@@ -276,7 +274,7 @@ async fn load(guest: GuestMemory, heads: Vec<PagesHead>, payload: &[u8], pool: B
                 buffer.set_filled(payload.len());
                 buffer
             });
-            outlet.put(Item::Batch(Arrived { head, payload, offset: 0 })).await.expect("the loader runs");
+            outlet.put(Item::Batch(Arrived { payload, ..head })).await.expect("the loader runs");
         }
         outlet.put(Item::Switchover).await.expect("the loader runs");
     };

@@ -16,11 +16,11 @@ use std::time::{Duration, Instant};
 use common::inputs::{self, CHANGES, CONTENTS};
 use common::{EXTENT, PAGE, Suite, memcpy, sweep, timed};
 use fastrand::Rng;
-use memferry_stages::batch::{Batch, CopiedBatch, Item};
+use memferry_stages::batch::{Batch, CopiedBatch, Item, Mark};
 use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::codec::Codec;
 use memferry_stages::encoder::misses::OnMiss;
-use memferry_stages::encoder::{DeltaPlan, Encoder, EncoderPlan, Mark};
+use memferry_stages::encoder::{DeltaPlan, Encoder, EncoderPlan};
 use memferry_stages::geometry::{ExtentAt, LaneMap, PageSize};
 use memferry_stages::in_flight::InFlight;
 use memferry_stages::memory::MappedMemory;
@@ -30,6 +30,7 @@ use memferry_stages::queue::{Inlet, bounded};
 use memferry_stages::scanner::{ScanOrder, Scanner};
 use memferry_stages::stage_id::StageId;
 use memferry_stages::tally::{PageTally, RoundTally};
+use memferry_stages::wire::WireFramer;
 use memferry_stages::zero_detector::ZeroDetector;
 
 /// Where the pages of a round lie, and how many extents it has.
@@ -186,21 +187,21 @@ impl Copies {
     }
 }
 
-fn new_encoder(plan: EncoderPlan) -> Encoder {
-    Encoder::new(0, PageSize::DEFAULT, plan, BufferPool::new(4, EXTENT), Meter::start(StageId::encoder(0)))
+fn new_encoder(plan: EncoderPlan, checksum: bool) -> Encoder<WireFramer> {
+    let (framer, pool) = (WireFramer::new(checksum), BufferPool::new(4, EXTENT));
+    Encoder::new(0, PageSize::DEFAULT, plan, framer, pool, Meter::start(StageId::encoder(0)))
 }
 
 /// Rounds before any delta: a new encoder for each.
 fn first_round(suite: &mut Suite, place: &str, extents: u32) {
-    let checked = EncoderPlan { checksum: true, ..EncoderPlan::default() };
     for (kind, content) in CONTENTS.into_iter().skip(1) {
         let (group, content) = (format!("encoder on {kind}, {place}"), content(bytes_of(extents)));
         memcpy(suite, &group, &content);
         let mut copies = Copies::of(&content);
-        let mut measure = |suite: &mut Suite, name: &str, controls: &[(&str, &str)], plan| {
+        let mut measure = |suite: &mut Suite, name: &str, controls: &[(&str, &str)], plan, checksum| {
             suite.measure(&group, name, copies.bytes(), controls, || {
                 let (output, frames) = bounded(2);
-                let (took, items) = run(new_encoder(plan).run(queue_of(copies.round(1)), output), &frames);
+                let (took, items) = run(new_encoder(plan, checksum).run(queue_of(copies.round(1)), output), &frames);
                 assert_eq!(items, extents as usize + 1);
                 copies.take_back();
                 took
@@ -209,9 +210,15 @@ fn first_round(suite: &mut Suite, place: &str, extents: u32) {
         if kind == "random" {
             let delta =
                 DeltaPlan { cache_bytes: 2 * content.len() as u64, on_miss: OnMiss::Raw, cache_first_round: true };
-            measure(suite, "raw", &MEMCPY, EncoderPlan::default());
-            measure(suite, "raw with checksum", &MEMCPY, checked);
-            measure(suite, "raw, cached in a new cache", &MEMCPY, EncoderPlan { delta: Some(delta), ..checked });
+            measure(suite, "raw", &MEMCPY, EncoderPlan::default(), false);
+            measure(suite, "raw with checksum", &MEMCPY, EncoderPlan::default(), true);
+            measure(
+                suite,
+                "raw, cached in a new cache",
+                &MEMCPY,
+                EncoderPlan { delta: Some(delta), compress: None },
+                true,
+            );
         }
         let mut out = vec![0; 2 * PAGE];
         suite.measure(&group, "lz4, library", content.len(), &[], || {
@@ -222,7 +229,7 @@ fn first_round(suite: &mut Suite, place: &str, extents: u32) {
             })
         });
         let controls = [("memcpy", "memcpy"), ("library", "lz4, library")];
-        measure(suite, "lz4 with checksum", &controls, EncoderPlan { compress: Some(Codec::Lz4), ..checked });
+        measure(suite, "lz4 with checksum", &controls, EncoderPlan { compress: Some(Codec::Lz4), delta: None }, true);
     }
 }
 
@@ -234,7 +241,7 @@ fn deltas(suite: &mut Suite, place: &str, extents: u32) {
         let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
         let delta = DeltaPlan { cache_bytes: 2 * content.len() as u64, on_miss: OnMiss::Raw, cache_first_round: true };
         let ((put, input), (output, frames)) = (bounded(extents as usize + 1), bounded(2));
-        let encoder = new_encoder(EncoderPlan { delta: Some(delta), checksum: true, ..EncoderPlan::default() });
+        let encoder = new_encoder(EncoderPlan { delta: Some(delta), compress: None }, true);
         let (mut stage, mut copies) = (Box::pin(encoder.run(input, output)), Copies::of(&content));
         let (mut round, mut random) = (0, Rng::with_seed(2));
         let mut once = || {

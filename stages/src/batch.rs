@@ -1,16 +1,24 @@
 //! What flows through a lane: the dirty pages of one extent, and the marks between them.
 //!
 //! ```text
-//! scanner ── Batch ──▶ zero detector ── CopiedBatch ──▶ encoder ── Frame ──▶ sender
-//!          (which)                        (the only copy)             (wire bytes)
+//! scanner ── Batch ──▶ zero detector ── CopiedBatch ──▶ encoder ── EncodedBatch ──▶ framer ══▶ deframer ── Arrived ──▶ loader
+//!          (which)                        (the only copy)       (how, and where)
 //! ```
 //!
-//! All three kinds travel as [`Item`]s of the lane's queues, so a round's end cannot overtake a batch (ARCHITECTURE.md, law 5:
-//! the round travels in band).
+//! What leaves the encoder is of no dialect: see [`dialect`](crate::dialect). Batches travel as [`Item`]s of the lane's queues, so a
+//! round's end cannot overtake a batch (ARCHITECTURE.md, law 5: the round travels in band).
+
+mod arrived;
+mod encoded;
+mod encoding;
 
 use crate::geometry::ExtentAt;
 use crate::pool::PooledBuffer;
 use crate::tally::RoundTally;
+pub(crate) use arrived::Piece;
+pub use arrived::{Arrived, PageFault, payload_hash};
+pub use encoded::EncodedBatch;
+pub use encoding::{GROUP_BYTES, PageEncoding, group_pages};
 
 /// What a lane's queue carries.
 #[derive(Debug)]
@@ -21,6 +29,24 @@ pub enum Item<B> {
     RoundComplete(RoundTally),
     /// The end of the lane: the guest is paused and everything was sent.
     Switchover,
+}
+
+/// What stands between the batches of a lane, once the encoder has completed its figures.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mark {
+    /// The end of a round: all of its frames precede this one in the lane, and the figures are complete.
+    RoundComplete(RoundTally),
+    /// The lane's last frame.
+    Switchover,
+}
+
+impl<B> From<Mark> for Item<B> {
+    fn from(mark: Mark) -> Self {
+        match mark {
+            Mark::RoundComplete(tally) => Self::RoundComplete(tally),
+            Mark::Switchover => Self::Switchover,
+        }
+    }
 }
 
 /// Which pages: taken from the bitmap, not read yet.

@@ -1,5 +1,4 @@
-//! Page compressors: snap, lz4, zstd. A page is compressed alone or with others of its batch, and carries its codec's number
-//! on the wire.
+//! Page compressors: snap, lz4, zstd. A page is compressed alone or with others of its batch.
 //!
 //! Takes pages, gives compressed bytes, and back. A [`Compressor`] and a [`Decompressor`] own their working memory and
 //! use it again for every page or group. Compressed bytes come from a peer: decompressing them gives exactly the
@@ -12,9 +11,8 @@ use std::str::FromStr;
 use lz4_flex::block::CompressTable;
 use zstd::zstd_safe::{self, CCtx, CParameter, DCtx, ResetDirective};
 
+use crate::batch::{PageEncoding, group_pages};
 use crate::geometry::PageSize;
-use crate::wire::PageEncoding;
-use crate::wire::pages::group_pages;
 
 /// The levels of zstd, fast to dense.
 pub const ZSTD_LEVELS: RangeInclusive<i32> = -7..=19;
@@ -46,7 +44,7 @@ impl Codec {
         }
     }
 
-    /// The encoding of its pages on the wire.
+    /// The encoding of its pages.
     #[must_use]
     pub fn encoding(self) -> PageEncoding {
         match self {

@@ -2,11 +2,11 @@
 
 use std::io;
 
+use crate::batch::PageFault;
 use crate::dirty_log::LogCall;
 use crate::geometry::PageAt;
 use crate::queue::Closed;
 use crate::stage_id::StageId;
-use crate::wire::frame::FrameError;
 use crate::wire::reader::ReadError;
 
 /// The error of one stage: which one, and what happened. Its text holds the cause's.
@@ -51,9 +51,14 @@ pub enum Cause {
         /// Why it failed.
         error: io::Error,
     },
-    /// An invalid frame.
-    #[error(transparent)]
-    Frame(#[from] FrameError),
+    /// The pages of a frame are damaged.
+    #[error("frame at byte {offset} of its stream: {fault}")]
+    Pages {
+        /// Where the frame began, in bytes from the stream's start.
+        offset: u64,
+        /// What is wrong with them.
+        fault: PageFault,
+    },
     /// A stream could not be read: an invalid frame, damage, an early end, or an error of the transport.
     #[error(transparent)]
     Read(#[from] ReadError),

@@ -14,6 +14,8 @@ pub mod batch;
 pub mod bitmap;
 pub mod bitmap_sync;
 pub mod codec;
+pub mod decoder;
+pub mod dialect;
 pub mod digest;
 pub mod dirty_log;
 pub mod encoder;

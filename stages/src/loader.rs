@@ -7,9 +7,8 @@
 //!                         └────────┘ ── RoundComplete, Switchover ──▶ controller
 //! ```
 //!
-//! It takes checked frames in the order they were sent, and promises (law 8: the peer is not trusted):
-//! - Nothing of a frame is written before its payload's hash was compared (where the stream has hashes) and its encodings
-//!   were agreed on.
+//! It takes batches as a [deframer](crate::dialect::Deframer) has checked them, in the order they were sent, and promises (law 8: the peer is not trusted):
+//! - Nothing of a frame is written before its payload's hash was compared, where the stream has hashes.
 //! - A page is written only once it is decoded completely: a compressed page is decompressed into a buffer, with all of its
 //!   group; a delta is checked to its last byte, and needs a received page to patch. Damage never leaves a wrong page; an error
 //!   names the frame's offset and the page.
@@ -26,22 +25,17 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::batch::Item;
+use crate::batch::{Arrived, Item, PageEncoding, PageFault, Piece};
 use crate::bitmap::DirtyBitmap;
-use crate::codec::Decompressor;
+use crate::decoder::Decoder;
 use crate::error::{Cause, StageError};
-use crate::geometry::{ExtentAt, PageAt, bits, run_mask, runs};
+use crate::geometry::{ExtentAt, PageAt, run_mask, runs};
 use crate::memory::GuestMemory;
 use crate::meter::Meter;
 use crate::queue::{Inlet, Outlet};
-use crate::receiver::Arrived;
 use crate::stage::Stage;
 use crate::stage_id::StageId;
 use crate::tally::RoundTally;
-use crate::wire::error::{FrameError, WireError};
-use crate::wire::hello::Features;
-use crate::wire::pages::{PageEncoding, PagesHead, group_pages};
-use crate::xbzrle::Delta;
 use first_touch::FirstTouch;
 
 /// The progress of a lane's loader, which the destination acknowledges. The loader writes it, any thread reads it.
@@ -76,47 +70,39 @@ pub struct Loader {
     lane: u16,
     memory: GuestMemory,
     received: Arc<DirtyBitmap>,
-    checksum: bool,
-    allowed: Features,
     progress: Arc<LaneProgress>,
     first_touch: FirstTouch,
-    decompressor: Decompressor,
-    /// A group of pages that is being decompressed.
-    group: Vec<u8>,
+    decoder: Decoder,
     stage: Stage,
 }
 
 /// Why a frame cannot be loaded.
 enum Fault {
-    /// The peer's frame is invalid.
-    Frame(WireError),
+    /// The peer's pages are damaged.
+    Pages(PageFault),
     /// The memory failed.
     Memory(PageAt, io::Error),
 }
 
-impl From<WireError> for Fault {
-    fn from(error: WireError) -> Self {
-        Self::Frame(error)
+impl From<PageFault> for Fault {
+    fn from(fault: PageFault) -> Self {
+        Self::Pages(fault)
     }
 }
 
 impl Loader {
-    /// The loader of one lane. The bitmap `received` starts empty and is shared by all lanes. `checksum` says whether
-    /// payloads carry their hash, `allowed` which encodings were agreed on.
+    /// The loader of one lane. The bitmap `received` starts empty and is shared by all lanes.
     #[must_use]
     pub fn new(
         lane: u16,
         memory: GuestMemory,
         received: Arc<DirtyBitmap>,
-        checksum: bool,
-        allowed: Features,
         progress: Arc<LaneProgress>,
         meter: Arc<Meter>,
     ) -> Self {
-        let group = vec![0; memory.page_size().bytes() * group_pages(memory.page_size())];
-        let (decompressor, stage) = (Decompressor::default(), Stage::new(StageId::loader(lane), meter));
-        let first_touch = FirstTouch::default();
-        Self { lane, memory, received, checksum, allowed, progress, first_touch, decompressor, group, stage }
+        let decoder = Decoder::new(memory.page_size());
+        let stage = Stage::new(StageId::loader(lane), meter);
+        Self { lane, memory, received, progress, first_touch: FirstTouch::default(), decoder, stage }
     }
 
     /// Runs until the lane's Switchover, or until there is no more input.
@@ -146,7 +132,7 @@ impl Loader {
     /// Loads a frame and acknowledges it.
     fn batch(&mut self, arrived: &Arrived) -> Result<(), StageError> {
         self.load(arrived).map_err(|fault| self.stage.fails(cause(fault, arrived.offset)))?;
-        let pages = u64::from(arrived.head.mask.count_ones());
+        let pages = u64::from(arrived.mask.count_ones());
         let bytes = pages * self.memory.page_size().bytes() as u64;
         self.stage.meter.count(pages, bytes);
         self.progress.bytes.fetch_add(bytes, Ordering::Release);
@@ -154,32 +140,12 @@ impl Loader {
         Ok(())
     }
 
-    fn load(&mut self, Arrived { head, payload, .. }: &Arrived) -> Result<(), Fault> {
-        let payload = payload.as_deref().unwrap_or_default();
-        if self.checksum {
-            head.check_payload(payload)?;
-        }
-        self.check_agreed(head)?;
-        self.clear(head.at, head.zero)?;
-        self.first_touch.prepare(&self.memory, &self.received, head.at, head.mask & !head.zero);
-        pieces(head, payload).try_for_each(|piece| self.place(head.at, &piece))
-    }
-
-    fn check_agreed(&self, head: &PagesHead) -> Result<(), WireError> {
-        for (bit, &(encoding, _)) in bits(head.mask & !head.zero).zip(&head.pages) {
-            let agreed = match encoding {
-                PageEncoding::Raw => true,
-                PageEncoding::Snap => self.allowed.snap,
-                PageEncoding::Lz4 => self.allowed.lz4,
-                PageEncoding::Zstd => self.allowed.zstd,
-                PageEncoding::Xbzrle => self.allowed.xbzrle,
-                PageEncoding::Grouped => self.allowed.groups,
-            };
-            if !agreed {
-                return Err(WireError::NotAgreed { page: head.at.page(bit), encoding });
-            }
-        }
-        Ok(())
+    fn load(&mut self, arrived: &Arrived) -> Result<(), Fault> {
+        let payload = arrived.payload.as_deref().unwrap_or_default();
+        arrived.check_payload(payload)?;
+        self.clear(arrived.at, arrived.zero)?;
+        self.first_touch.prepare(&self.memory, &self.received, arrived.at, arrived.mask & !arrived.zero);
+        arrived.pieces(payload).try_for_each(|piece| self.place(arrived.at, &piece))
     }
 
     /// Makes pages zero. Pages of a fresh block that were not received were never written: a write that fails ends the loader.
@@ -201,20 +167,16 @@ impl Loader {
         match piece.encoding {
             PageEncoding::Raw => self.write(at, piece.mask, piece.bytes),
             PageEncoding::Xbzrle => self.patch(at, piece),
-            codec => self.unpack(at, codec, piece),
+            _ => self.unpack(at, piece),
         }
     }
 
     /// Decompresses a group into a buffer, and writes its pages once all of them are complete.
-    fn unpack(&mut self, at: ExtentAt, codec: PageEncoding, piece: &Piece<'_>) -> Result<(), Fault> {
-        let page_bytes = self.memory.page_size().bytes();
-        let group = &mut self.group[..piece.mask.count_ones() as usize * page_bytes];
-        self.decompressor
-            .decompress(codec, piece.bytes, group)
-            .map_err(|error| WireError::PageData { page: piece.page(at), why: error.to_string() })?;
-        let mut pages = &self.group[..];
+    fn unpack(&mut self, at: ExtentAt, piece: &Piece<'_>) -> Result<(), Fault> {
+        self.decoder.unpack(at, piece)?;
+        let mut pages = self.decoder.group();
         for (first, count) in runs(piece.mask) {
-            let (run, rest) = pages.split_at(count as usize * page_bytes);
+            let (run, rest) = pages.split_at(count as usize * self.memory.page_size().bytes());
             self.write(at, run_mask(first, count), run)?;
             pages = rest;
         }
@@ -229,11 +191,7 @@ impl Loader {
 
     fn patch(&self, at: ExtentAt, piece: &Piece<'_>) -> Result<(), Fault> {
         let page = piece.page(at);
-        if !self.received.is_set(page) {
-            return Err(WireError::NotHeld { page }.into());
-        }
-        let delta = Delta::parse(piece.bytes, self.memory.page_size().bytes())
-            .map_err(|error| WireError::PageData { page, why: error.to_string() })?;
+        let delta = self.decoder.delta(at, piece, self.received.is_set(page))?;
         self.replace(at, piece.mask, || {
             self.memory.block(at.block).memory.patch(self.memory.page_size(), page.page, &delta)
         })
@@ -248,55 +206,13 @@ impl Loader {
     }
 }
 
-/// The unit of a loader's step: a delta, adjacent raw pages, or the pages of a group.
-struct Piece<'a> {
-    /// Which pages of the extent.
-    mask: u64,
-    encoding: PageEncoding,
-    bytes: &'a [u8],
-}
-
-impl Piece<'_> {
-    /// Its first page.
-    fn page(&self, at: ExtentAt) -> PageAt {
-        at.page(self.mask.trailing_zeros())
-    }
-}
-
-/// Splits the payload of a frame into pieces, in the order of the descriptors.
-///
-/// A page that carries bytes starts a piece. Adjacent raw pages join its piece, so that one call writes them; pages marked
-/// `grouped` belong to the compressed page before them, wherever they lie, and have no bytes of their own.
-fn pieces<'a>(head: &'a PagesHead, payload: &'a [u8]) -> impl Iterator<Item = Piece<'a>> {
-    let mut pages = bits(head.mask & !head.zero).zip(&head.pages).peekable();
-    let mut rest = payload;
-    std::iter::from_fn(move || {
-        let (first, &(encoding, bytes)) = pages.find(|(_, (encoding, _))| *encoding != PageEncoding::Grouped)?;
-        let (mut count, mut length) = (1, bytes as usize);
-        while encoding == PageEncoding::Raw
-            && let Some((_, &(_, bytes))) = pages.next_if(|&(bit, &(next, _))| next == encoding && bit == first + count)
-        {
-            count += 1;
-            length += bytes as usize;
-        }
-        let (bytes, behind) = rest.split_at(length);
-        rest = behind;
-        let followers = pages.clone().take_while(|(_, (next, _))| encoding.is_codec() && !next.is_codec());
-        let grouped = followers.filter(|(_, (next, _))| *next == PageEncoding::Grouped);
-        let mask = grouped.fold(run_mask(first, count), |mask, (bit, _)| mask | 1 << bit);
-        Some(Piece { mask, encoding, bytes })
-    })
-}
-
 fn cause(fault: Fault, offset: u64) -> Cause {
     match fault {
-        Fault::Frame(error) => Cause::Frame(FrameError { offset, stream: "its stream".into(), error }),
+        Fault::Pages(fault) => Cause::Pages { offset, fault },
         Fault::Memory(at, error) => Cause::Memory { doing: "cannot write", at, error },
     }
 }
 
-#[cfg(test)]
-pub(crate) mod frames;
 #[cfg(test)]
 pub(crate) mod recorder;
 #[cfg(test)]

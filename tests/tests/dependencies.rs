@@ -1,6 +1,7 @@
 //! The crates that a VMM depends on through the engine: those that `memferry` needs with its default features.
 
 use std::collections::BTreeSet;
+use std::path::Path;
 use std::process::Command;
 
 /// The most crates that the engine may need, itself and this workspace's crates included.
@@ -52,4 +53,26 @@ fn dependencies_between_the_crates_run_one_way() {
     for package in ["memferry-guests", "memferry-report"] {
         assert_eq!(below(package), engine.iter().cloned().chain(["memferry".into()]).collect(), "{package}");
     }
+}
+
+/// What encodes, decodes and places pages knows no stream: a dialect makes frames of what it gives.
+#[test]
+fn encoder_codec_and_loader_know_no_dialect() {
+    let stages = Path::new(env!("CARGO_MANIFEST_DIR")).join("../stages/src");
+    let mut left: Vec<_> =
+        ["batch", "batch.rs", "codec.rs", "decoder.rs", "dialect.rs", "encoder", "loader", "loader.rs", "receiver.rs"]
+            .map(|name| stages.join(name))
+            .into();
+    let mut files = 0;
+    while let Some(path) = left.pop() {
+        if path.is_dir() {
+            left.extend(path.read_dir().unwrap().map(|entry| entry.unwrap().path()));
+        } else if path.file_name() != Some("tests.rs".as_ref()) {
+            let text = std::fs::read_to_string(&path).unwrap();
+            let used = text.lines().find(|line| line.contains("wire::") && !line.trim_start().starts_with("//"));
+            assert_eq!(used, None, "{}", path.display());
+            files += 1;
+        }
+    }
+    assert!(files > 15, "{files} files");
 }

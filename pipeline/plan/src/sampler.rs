@@ -18,12 +18,12 @@ use std::io;
 use std::time::{Duration, Instant};
 
 use fastrand::Rng;
+use memferry_stages::batch::payload_hash;
 use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::encoder::estimate::Estimate;
 use memferry_stages::geometry::{ExtentAt, Layout, PageAt, bits};
 use memferry_stages::memory::GuestMemory;
 use memferry_stages::pool::{BufferPool, PooledBuffer};
-use memferry_stages::wire::pages::payload_hash;
 use memferry_stages::xbzrle::{self, Encoded};
 
 use super::trace::{Coded, Cost, DeltaSample, Deltas, Samples};

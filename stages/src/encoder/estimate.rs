@@ -1,9 +1,9 @@
 //! The size of pages that are sent whole, as the encoder codes them, but without a stage: for planning a migration.
 
 use super::whole_coder::WholeCoder;
+use crate::batch::group_pages;
 use crate::codec::Codec;
 use crate::geometry::PageSize;
-use crate::wire::pages::group_pages;
 
 /// Codes pages as an encoder's lane does, and keeps only their sizes.
 #[derive(Debug)]

@@ -1,4 +1,4 @@
-//! Stage: encoder. Makes the frames of a lane.
+//! Stage: encoder. Encodes the pages of a lane, and has the stream's framer make frames of them.
 //!
 //! - **Takes** copied batches and the marks between them.
 //! - **Gives** [`Outgoing`] frames, exactly one for each batch, even an empty one: the destination acknowledges the count of
@@ -9,7 +9,7 @@
 //!   cache entry equals what the destination holds, or is gone.
 //!
 //! ```text
-//! pages ──▶ page_coder: which encoding? ──▶ payload: where do their bytes lie? ───▶ here: the frame
+//! pages ──▶ page_coder: which encoding? ──▶ payload: where do their bytes lie? ──▶ here: EncodedBatch ──▶ framer
 //!                │  ├─▶ reference: what does the destination hold?
 //!                │  └─▶ misses: is it worth compressing what no delta helps?
 //!                └─▶ whole_coder: compressed together ──▶ sampler: is it worth a try?
@@ -17,6 +17,9 @@
 //!
 //! It takes buffers of a separate pool while it holds one of the detector's, so the two cannot wait for each other (law 9: memory
 //! is bounded). Where all pages of a batch are raw, the detector's buffer is the payload and no byte is copied.
+//!
+//! The stage knows no stream: its [`Framer`] is of the stream's [dialect](crate::dialect), and works in the lane's task, so that the
+//! hashes of payloads are computed in as many tasks as there are lanes.
 
 pub mod estimate;
 pub mod misses;
@@ -26,24 +29,24 @@ mod reference;
 mod sampler;
 mod whole_coder;
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 
-use crate::batch::{Batch, CopiedBatch, Item};
+use crate::batch::{Batch, CopiedBatch, EncodedBatch, Item, Mark, PageEncoding};
 use crate::bitmap::DirtyBitmap;
 use crate::codec::Codec;
+use crate::dialect::{Framed, Framer};
 use crate::error::StageError;
-use crate::geometry::{ExtentAt, PageSize, bits};
+use crate::geometry::{PageSize, bits};
 use crate::meter::Meter;
 use crate::pool::{BufferPool, PooledBuffer};
 use crate::queue::{Inlet, Outlet};
 use crate::stage::Stage;
 use crate::stage_id::StageId;
 use crate::tally::{PageTally, RoundTally};
-use crate::wire::pages::payload_hash;
-use crate::wire::{Message, PageEncoding, PagesHead};
 use misses::{OnMiss, Wire};
 use page_coder::{Coded, PageCoder};
 use payload::Payload;
@@ -56,8 +59,6 @@ pub struct EncoderPlan {
     pub compress: Option<Codec>,
     /// Deltas, from the first RoundComplete on.
     pub delta: Option<DeltaPlan>,
-    /// Whether each payload carries its xxh3-64.
-    pub checksum: bool,
 }
 
 /// How deltas are made.
@@ -80,17 +81,8 @@ pub struct Outgoing {
     pub head: Bytes,
     /// The payload.
     pub payload: Option<PooledBuffer>,
-    /// The mark that is reached when this frame is sent.
+    /// The mark that is reached when this frame is sent, for the sender to report.
     pub mark: Option<Mark>,
-}
-
-/// A mark for the sender to report.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mark {
-    /// The end of a round: all of its frames precede this one in the lane, and the figures are complete.
-    RoundComplete(RoundTally),
-    /// The lane's last frame.
-    Switchover,
 }
 
 /// The size of an encoder's cache. It may be changed while the encoder runs, and takes effect at its next batch.
@@ -127,10 +119,10 @@ impl CacheShare {
 
 /// The stage: see the module.
 #[derive(Debug)]
-pub struct Encoder {
+pub struct Encoder<F> {
     lane: u16,
     page_size: PageSize,
-    checksum: bool,
+    framer: F,
     coder: PageCoder,
     cache_share: CacheShare,
     pool: BufferPool,
@@ -138,27 +130,33 @@ pub struct Encoder {
     counted: PageTally,
     /// The bitmap of pages of which a delta may be made when they come again, if it was requested.
     cached: Option<Arc<DirtyBitmap>>,
-    /// The head of the frame in progress; its list of pages is reused.
-    head: PagesHead,
+    /// How each page of the batch in progress is encoded, and where its bytes lie.
+    pages: Vec<(PageEncoding, Range<u32>)>,
     stage: Stage,
 }
 
-impl Encoder {
-    /// The encoder of one lane. A buffer of `pool`, which must not be the detector's, holds a whole extent. The meter counts
-    /// batches, their pages, and the bytes of the Pages frames made of them.
+impl<F: Framer> Encoder<F> {
+    /// The encoder of one lane, with the framer of its stream. A buffer of `pool`, which must not be the detector's, holds a whole extent. The meter counts
+    /// batches, their pages, and the bytes of the frames made of them.
     #[must_use]
-    pub fn new(lane: u16, page_size: PageSize, plan: EncoderPlan, pool: BufferPool, meter: Arc<Meter>) -> Self {
-        let at = ExtentAt { block: 0, extent: 0 };
+    pub fn new(
+        lane: u16,
+        page_size: PageSize,
+        plan: EncoderPlan,
+        framer: F,
+        pool: BufferPool,
+        meter: Arc<Meter>,
+    ) -> Self {
         Self {
             lane,
             page_size,
-            checksum: plan.checksum,
+            framer,
             coder: PageCoder::new(page_size, &plan),
             cache_share: CacheShare::new(plan.delta.map_or(0, |delta| delta.cache_bytes)),
             pool,
             counted: PageTally::default(),
             cached: None,
-            head: PagesHead { at, round: 0, mask: 0, zero: 0, payload_hash: 0, pages: Vec::with_capacity(64) },
+            pages: Vec::new(),
             stage: Stage::new(StageId::encoder(lane), meter),
         }
     }
@@ -198,9 +196,9 @@ impl Encoder {
         let (input, output) = (input.metered(&self.stage.meter), output.metered(&self.stage.meter));
         while let Some(item) = input.next().await {
             let outgoing = match item {
-                Item::Batch(copied) => self.encode(copied).await,
+                Item::Batch(copied) => self.batch(copied).await,
                 Item::RoundComplete(tally) => self.round_complete(tally),
-                Item::Switchover => self.mark(&Message::Switchover, Mark::Switchover),
+                Item::Switchover => self.mark(Mark::Switchover),
             };
             let over = outgoing.mark == Some(Mark::Switchover);
             output.put(outgoing).await.map_err(|closed| self.stage.fails(closed))?;
@@ -213,10 +211,21 @@ impl Encoder {
     }
 
     /// The frame of a batch.
-    async fn encode(&mut self, copied: CopiedBatch) -> Outgoing {
+    async fn batch(&mut self, copied: CopiedBatch) -> Outgoing {
+        let taken = copied.batch.mask.count_ones();
+        let encoded = self.encode(copied).await;
+        let Framed { head, payload } = self.framer.batch(self.lane, encoded);
+        let bytes = (head.len() + payload.as_ref().map_or(0, |payload| payload.len())) as u64;
+        self.counted.bytes_out += bytes;
+        self.stage.meter.count(taken.into(), bytes);
+        self.stage.meter.holds(self.coder.memory_bytes());
+        Outgoing { lane: self.lane, head, payload, mark: None }
+    }
+
+    async fn encode(&mut self, copied: CopiedBatch) -> EncodedBatch {
         let CopiedBatch { batch, zero, pages } = copied;
         self.coder.resize_cache(self.cache_share.get());
-        self.head.pages.clear();
+        self.pages = Vec::with_capacity((batch.mask & !zero).count_ones() as usize);
         for bit in bits(zero) {
             self.coder.zero(batch.at.page(bit), &batch);
         }
@@ -230,14 +239,11 @@ impl Encoder {
         if let Some(cached) = &self.cached {
             cached.set_mask(batch.at, self.coder.caches(batch.mask, zero));
         }
-        self.head.at = batch.at;
-        self.head.round = batch.round;
-        self.head.mask = batch.mask & !unchanged;
-        self.head.zero = zero;
-        self.frame(payload, &batch)
+        let batch = Batch { mask: batch.mask & !unchanged, ..batch };
+        EncodedBatch { batch, zero, pages: std::mem::take(&mut self.pages), payload }
     }
 
-    /// Codes the pages in the payload's buffer, and lists them in the head. Returns those that are not sent.
+    /// Codes the pages in the payload's buffer, and lists them. Returns those that are not sent.
     fn code(&mut self, batch: &Batch, present: u64, payload: Payload) -> (u64, Option<PooledBuffer>) {
         if self.coder.makes_deltas() {
             self.code_each(batch, present, payload)
@@ -305,20 +311,9 @@ impl Encoder {
     }
 
     fn list(&mut self, encoding: PageEncoding, bytes: usize) {
-        self.head.pages.push((encoding, u32::try_from(bytes).expect("no more than a group")));
-    }
-
-    fn frame(&mut self, payload: Option<PooledBuffer>, batch: &Batch) -> Outgoing {
-        self.head.payload_hash = match &payload {
-            Some(payload) if self.checksum => payload_hash(payload),
-            _ => 0,
-        };
-        let head = self.head.to_bytes(self.lane);
-        let bytes = (head.len() + payload.as_ref().map_or(0, |payload| payload.len())) as u64;
-        self.counted.bytes_out += bytes;
-        self.stage.meter.count(u64::from(batch.mask.count_ones()), bytes);
-        self.stage.meter.holds(self.coder.memory_bytes());
-        Outgoing { lane: self.lane, head, payload, mark: None }
+        let start = self.pages.last().map_or(0, |(_, before)| before.end);
+        let bytes = u32::try_from(bytes).expect("no more than a group");
+        self.pages.push((encoding, start..start + bytes));
     }
 
     /// The round's figures are complete here, and the choice of encoding may change.
@@ -330,11 +325,11 @@ impl Encoder {
             "the encodings add up: {tally:?}"
         );
         self.coder.round_complete();
-        self.mark(&Message::RoundComplete(tally), Mark::RoundComplete(tally))
+        self.mark(Mark::RoundComplete(tally))
     }
 
-    fn mark(&self, message: &Message, mark: Mark) -> Outgoing {
-        Outgoing { lane: self.lane, head: message.encode(self.lane), payload: None, mark: Some(mark) }
+    fn mark(&mut self, mark: Mark) -> Outgoing {
+        Outgoing { lane: self.lane, head: self.framer.mark(self.lane, &mark), payload: None, mark: Some(mark) }
     }
 }
 

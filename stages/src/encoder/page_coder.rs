@@ -13,10 +13,9 @@ use super::reference::{Compared, Reference};
 use super::sampler::Span;
 use super::whole_coder::{Looks, WholeCoder};
 use super::{DeltaPlan, EncoderPlan};
-use crate::batch::Batch;
+use crate::batch::{Batch, PageEncoding};
 use crate::geometry::{PageAt, PageSize};
 use crate::tally::PageTally;
-use crate::wire::PageEncoding;
 
 /// How a page travels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

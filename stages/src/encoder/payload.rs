@@ -102,7 +102,7 @@ mod tests {
             (0..fates.len()).for_each(|page| pages.extend(&[u8::try_from(page).unwrap() + 1; PAGE]));
             let original = pages.as_ptr();
             let mut payload = Payload::new(PAGE, pages, room.try_take().unwrap());
-            let mut naive = Vec::new();
+            let mut naive = Vec::<u8>::new();
             for (index, &fate) in fates.iter().enumerate() {
                 let (page, coded) = payload.next_page();
                 prop_assert_eq!((page, coded.len()), (&[u8::try_from(index).unwrap() + 1; PAGE][..], PAGE));

@@ -5,12 +5,13 @@ use futures::FutureExt;
 use proptest::prelude::*;
 
 use super::*;
+use crate::batch::payload_hash;
 use crate::codec::{Compressor, Decompressor};
 use crate::geometry::Layout;
 use crate::queue::bounded;
 use crate::stage::testing::{batch, block_on, drain, layout, meter, page_size};
 use crate::token_bucket::TokenBucket;
-use crate::wire::{FrameHead, HEAD_BYTES};
+use crate::wire::{FrameHead, HEAD_BYTES, Message, PagesHead, WireFramer};
 use crate::xbzrle::Delta;
 
 const EXTENTS: usize = 2;
@@ -162,13 +163,18 @@ fn tally(copies: &[CopiedBatch], page_size: PageSize, round: u32, last: bool) ->
 /// An encoder to be fed round by round.
 struct Bench {
     source: Source,
-    encoder: Encoder,
+    encoder: Encoder<WireFramer>,
 }
 
 impl Bench {
     fn new(page_size: PageSize, plan: EncoderPlan) -> Self {
+        Self::with_checksums(page_size, plan, false)
+    }
+
+    fn with_checksums(page_size: PageSize, plan: EncoderPlan, checksum: bool) -> Self {
         let pool = BufferPool::new(64, page_size.extent_bytes());
-        let encoder = Encoder::new(LANE, page_size, plan, pool, meter()).with_wire(wire(Some(64 << 10)));
+        let encoder = Encoder::new(LANE, page_size, plan, WireFramer::new(checksum), pool, meter())
+            .with_wire(wire(Some(64 << 10)));
         Self { source: Source::new(page_size), encoder }
     }
 
@@ -177,7 +183,7 @@ impl Bench {
         writes.iter().for_each(|&(page, write, seed)| self.source.write(page, write, seed));
         let copies = self.source.copies(writes.iter().map(|&(page, ..)| page), round, last);
         let tally = tally(&copies, self.source.page_size, round, last);
-        let frames = copies.into_iter().map(|copied| self.encoder.encode(copied).now_or_never().unwrap()).collect();
+        let frames = copies.into_iter().map(|copied| self.encoder.batch(copied).now_or_never().unwrap()).collect();
         let complete = self.encoder.round_complete(tally);
         let Some(Mark::RoundComplete(figures)) = complete.mark else { panic!("{complete:?}") };
         (frames, figures)
@@ -227,11 +233,7 @@ fn on_miss() -> impl Strategy<Value = OnMiss> {
 fn plans() -> impl Strategy<Value = EncoderPlan> {
     let delta = (prop_oneof![Just(0u64), Just(6), Just(1000)], on_miss(), any::<bool>())
         .prop_map(|(pages, on_miss, first)| deltas(pages, on_miss, first).unwrap());
-    (codecs(), prop::option::of(delta), any::<bool>()).prop_map(|(compress, delta, checksum)| EncoderPlan {
-        compress,
-        delta,
-        checksum,
-    })
+    (codecs(), prop::option::of(delta)).prop_map(|(compress, delta)| EncoderPlan { compress, delta })
 }
 
 fn writes() -> impl Strategy<Value = Vec<(usize, Write, u64)>> {
@@ -253,18 +255,19 @@ proptest! {
     #[test]
     fn the_destination_holds_what_the_source_held_after_every_round(
         plan in plans(),
+        checksum: bool,
         kib in prop_oneof![8 => Just(4u64), 1 => Just(16), 1 => Just(64)],
         rounds in prop::collection::vec(
             (writes(), prop::bool::weighted(0.2), prop::option::weighted(0.3, 0..200_000u64)),
             1..8,
         ),
     ) {
-        let mut bench = Bench::new(page_size(kib), plan);
+        let mut bench = Bench::with_checksums(page_size(kib), plan, checksum);
         let mut destination = Destination::new(bench.source.layout());
         for (round, (writes, last, cache)) in (1..).zip(&rounds) {
             cache.iter().for_each(|&bytes| bench.encoder.cache_share().set(bytes));
             let (frames, tally) = bench.round(round, *last, writes);
-            let heads: Vec<_> = frames.iter().map(|frame| destination.load(frame, plan.checksum)).collect();
+            let heads: Vec<_> = frames.iter().map(|frame| destination.load(frame, checksum)).collect();
             prop_assert!(destination.memory == bench.source.memory, "round {round}");
 
             let bytes = |frame: &Outgoing| frame.head.len() + frame.payload.as_ref().map_or(0, |payload| payload.len());
@@ -327,7 +330,7 @@ fn a_delta_is_made_of_what_is_marked_as_cached_and_of_nothing_else() {
 
 #[test]
 fn compression_in_round_one_only_and_deltas_only_after_it() {
-    let plan = EncoderPlan { compress: Some(Codec::Lz4), delta: deltas(1000, OnMiss::Raw, true), checksum: true };
+    let plan = EncoderPlan { compress: Some(Codec::Lz4), delta: deltas(1000, OnMiss::Raw, true) };
     let mut bench = Bench::new(page_size(4), plan);
     assert_eq!(encodings(&bench.figures(1, 0..100, Write::Text)), [0, 0, 100, 0, 0]);
     assert_eq!(encodings(&bench.figures(2, 0..100, Write::Sparse)), [0, 0, 0, 100, 0]);
@@ -458,7 +461,7 @@ fn where_all_pages_go_raw_the_detectors_buffer_is_the_payload() {
         (3..20).for_each(|page| bench.source.write(page, Write::Random, page as u64));
         let copied = bench.source.copies(0..64, 1, false).remove(0);
         let buffer = copied.pages.as_ref().unwrap().as_ptr();
-        let frame = bench.encoder.encode(copied).now_or_never().unwrap();
+        let frame = bench.encoder.batch(copied).now_or_never().unwrap();
         assert_eq!(frame.payload.unwrap().as_ptr(), buffer);
     }
 }
@@ -493,7 +496,7 @@ fn a_tight_pool_makes_it_wait_until_a_frame_is_gone() {
     (0..PAGES).for_each(|page| source.write(page, Write::Text, page as u64));
     let plan = EncoderPlan { compress: Some(Codec::Lz4), ..EncoderPlan::default() };
     let pool = BufferPool::new(1, page_size.extent_bytes());
-    let encoder = Encoder::new(LANE, page_size, plan, pool, meter());
+    let encoder = Encoder::new(LANE, page_size, plan, WireFramer::new(false), pool, meter());
     let ((put, input), (output, got)) = (bounded(10), bounded(10));
     for copied in source.copies(0..PAGES, 1, false) {
         assert!(put.put(Item::Batch(copied)).now_or_never().is_some());

@@ -1,14 +1,13 @@
 //! Pages that are sent whole: compressed in groups, or raw.
 //!
 //! The [sampler](super::sampler) decides which pages are worth a try. Those of a batch that are, and look alike, are compressed
-//! together, up to [`GROUP_BYTES`](crate::wire::pages::GROUP_BYTES), even where others lie between: a codec finds more matches in
+//! together, up to [`GROUP_BYTES`](crate::batch::GROUP_BYTES), even where others lie between: a codec finds more matches in
 //! 64 KiB than in 4. Pages that do not shrink are sent raw.
 
 use super::sampler::{Sampler, Span, looks_like_noise};
+use crate::batch::{PageEncoding, group_pages};
 use crate::codec::{Codec, Compressor};
 use crate::geometry::{PageSize, runs};
-use crate::wire::PageEncoding;
-use crate::wire::pages::group_pages;
 
 /// A group that shrinks by less than one part in this many counts as a failed try.
 const WORTH: usize = 16;

@@ -1,11 +1,11 @@
 use proptest::prelude::*;
 
-use super::frames::{Frame, PAGE};
 use super::recorder::{Deed, Recorder};
 use super::*;
+use crate::batch::payload_hash;
 use crate::codec::Codec;
 use crate::queue::bounded;
-use crate::wire::pages::payload_hash;
+use crate::wire::frames::{Frame, PAGE};
 
 /// Pages of the guest of these tests: two extents, the second partial.
 const PAGES: usize = 64 + 17;
@@ -20,15 +20,10 @@ struct Bed {
 }
 
 fn bed(fresh: bool) -> Bed {
-    let features = Features { snap: true, lz4: true, zstd: true, groups: true, xbzrle: true, ..Features::default() };
-    bed_with(fresh, true, features)
-}
-
-fn bed_with(fresh: bool, checksum: bool, allowed: Features) -> Bed {
     let (guest, memory, received) = Recorder::guest(vec![if fresh { 0 } else { 0xee }; PAGES * PAGE], fresh);
     let progress = Arc::new(LaneProgress::default());
     let meter = Meter::start(StageId::loader(3));
-    let loader = Loader::new(3, guest, received.clone(), checksum, allowed, progress.clone(), meter);
+    let loader = Loader::new(3, guest, received.clone(), progress.clone(), meter);
     Bed { loader, memory, received, progress }
 }
 
@@ -38,11 +33,11 @@ impl Bed {
     }
 
     /// The error of a frame that cannot be loaded.
-    fn refuses(&mut self, frame: &Frame) -> WireError {
+    fn refuses(&mut self, frame: &Frame) -> PageFault {
         match self.load(frame).unwrap_err().cause {
-            Cause::Frame(error) => {
-                assert_eq!(error.offset, 1000);
-                error.error
+            Cause::Pages { offset, fault } => {
+                assert_eq!(offset, 1000);
+                fault
             }
             other => panic!("{other}"),
         }
@@ -105,17 +100,16 @@ fn a_damaged_payload_writes_nothing_of_its_frame() {
     let mut frame = Frame::new(0, 1).zero(0).raw(2, &text(2)).compressed(3, Codec::Snap, &text(3));
     frame.payload[4000] ^= 1;
     let expected = frame.head.payload_hash;
-    assert!(matches!(bed.refuses(&frame), WireError::PayloadHash { expected: hash, .. } if hash == expected));
+    assert!(matches!(bed.refuses(&frame), PageFault::PayloadHash { expected: hash, .. } if hash == expected));
     assert_eq!((bed.memory.deeds(), bed.received()), (vec![], [0, 0]));
     assert_eq!(bed.progress.frames.load(Ordering::Acquire), 0);
 }
 
 #[test]
 fn without_checksums_the_hash_is_not_looked_at() {
-    let mut bed = bed_with(true, false, Features::default());
-    let mut frame = Frame::new(0, 1).raw(2, &text(2));
-    frame.head.payload_hash = 0;
-    bed.load(&frame).unwrap();
+    let mut bed = bed(true);
+    let arrived = Frame::new(0, 1).raw(2, &text(2)).arrived(0);
+    bed.loader.batch(&Arrived { payload_hash: None, ..arrived }).unwrap();
     assert_eq!(bed.page(2), text(2));
 }
 
@@ -130,7 +124,7 @@ fn a_page_that_cannot_be_decompressed_stays_as_it_was() {
         let longer = [&good[..], good].concat();
         for bad in [cut, &longer, &[0xff; 100], &[0]] {
             let error = bed.refuses(&Frame::new(0, 2).coded(9, codec.encoding(), bad));
-            assert!(matches!(error, WireError::PageData { page, .. } if page == at(9)), "{codec:?}: {error}");
+            assert!(matches!(error, PageFault::Undecodable { page, .. } if page == at(9)), "{codec:?}: {error}");
             assert_eq!((bed.page(9), bed.received()), (text(9), [1 << 9, 0]), "{codec:?}");
         }
         bed.load(&whole).unwrap();
@@ -177,7 +171,7 @@ fn a_group_that_is_not_exactly_its_pages_leaves_all_of_them_as_they_were() {
         let cut = &three[..three.len() - 1];
         for bad in [group(&three, 1), group(&three, 2), group(&three, 4), group(cut, 3), group(&[0xff; 5000], 3)] {
             let error = bed.refuses(&bad);
-            assert!(matches!(error, WireError::PageData { page, .. } if page == at(8)), "{codec:?}: {error}");
+            assert!(matches!(error, PageFault::Undecodable { page, .. } if page == at(8)), "{codec:?}: {error}");
             assert_eq!([8, 9, 10].map(|page| bed.page(page)), [8, 9, 10].map(text), "{codec:?}");
             assert_eq!(bed.received(), [0b111 << 8, 0]);
         }
@@ -187,21 +181,13 @@ fn a_group_that_is_not_exactly_its_pages_leaves_all_of_them_as_they_were() {
 }
 
 #[test]
-fn groups_must_be_agreed_on() {
-    let mut bed = bed_with(false, true, Features { lz4: true, ..Features::default() });
-    let frame = Frame::new(0, 1).group(Codec::Lz4, &[(1, text(1)), (2, text(2))]);
-    assert_eq!(bed.refuses(&frame), WireError::NotAgreed { page: at(2), encoding: PageEncoding::Grouped });
-    assert_eq!((bed.memory.deeds(), bed.received()), (vec![], [0, 0]));
-}
-
-#[test]
 fn a_delta_is_checked_whole_before_its_page_is_touched() {
     let mut bed = bed(true);
     let mut new = text(1);
     (new[100], new[4000]) = (0, 0);
     let whole = Frame::new(0, 2).delta(9, &text(1), &new);
     assert_eq!(whole.head.pages.len(), 1);
-    assert_eq!(bed.refuses(&whole), WireError::NotHeld { page: at(9) });
+    assert_eq!(bed.refuses(&whole), PageFault::NotHeld { page: at(9) });
     bed.load(&Frame::new(0, 1).raw(9, &text(1))).unwrap();
     for cut in 1..whole.payload.len() {
         let error = bed.load(&Frame::new(0, 2).coded(9, PageEncoding::Xbzrle, &whole.payload[..cut]));
@@ -225,25 +211,6 @@ fn a_delta_may_patch_a_zero_page_that_was_never_written() {
     bed.load(&Frame::new(0, 1).zero(9)).unwrap();
     bed.load(&Frame::new(0, 2).delta(9, &[0; PAGE], &new)).unwrap();
     assert_eq!((bed.memory.deeds(), bed.page(9)), (vec![Deed::Patched(9)], new));
-}
-
-#[test]
-fn an_encoding_that_was_not_agreed_on_writes_nothing_of_its_frame() {
-    let none = Features::default;
-    for (encoding, agreed) in [
-        (PageEncoding::Snap, Features { snap: true, ..none() }),
-        (PageEncoding::Lz4, Features { lz4: true, ..none() }),
-        (PageEncoding::Zstd, Features { zstd: true, ..none() }),
-        (PageEncoding::Xbzrle, Features { xbzrle: true, ..none() }),
-    ] {
-        let mut bed = bed_with(false, true, none());
-        let frame = Frame::new(0, 1).zero(0).raw(1, &text(1)).coded(2, encoding, &[0xff; 7]);
-        assert_eq!(bed.refuses(&frame), WireError::NotAgreed { page: at(2), encoding });
-        assert_eq!((bed.memory.deeds(), bed.received()), (vec![], [0, 0]));
-
-        let error = bed_with(false, true, agreed).refuses(&frame);
-        assert!(!matches!(error, WireError::NotAgreed { .. }), "{error}");
-    }
 }
 
 #[test]

@@ -3,15 +3,16 @@ use proptest::prelude::*;
 use tokio::task::yield_now;
 
 use super::*;
+use crate::batch::PageEncoding;
 use crate::codec::Codec;
-use crate::geometry::{BlockInfo, ExtentAt, PageSize};
-use crate::loader::frames::{Frame, PAGE};
+use crate::geometry::{BlockInfo, ExtentAt, LaneMap, Layout, PageSize};
 use crate::loader::recorder::Recorder;
 use crate::loader::{LaneProgress, Loaded, Loader};
 use crate::queue::{Inlet, bounded};
-use crate::wire::hello::Features;
+use crate::tally::RoundTally;
+use crate::wire::frames::{Frame, PAGE};
 use crate::wire::messages::{Progress, RunState, StateChunk, StatePhase};
-use crate::wire::pages::PageEncoding;
+use crate::wire::{Features, FrameReader, Kind, Message, ReadError, WireDeframer, WireError};
 
 /// Extents of one stretch of 4 KiB pages: extent 8 is the second stretch.
 const STRETCH: u32 = 8;
@@ -34,7 +35,8 @@ async fn receive(connection: u16, stream: &[u8]) -> Outcome {
     let lane_map = LaneMap::new(3, PageSize::DEFAULT);
     let meter = Meter::start(StageId::receiver(connection));
     let pool = BufferPool::new(64, PageSize::DEFAULT.extent_bytes());
-    let receiver = Receiver::new(connection, 2, reader, layout(), lane_map, pool, meter);
+    let deframer = WireDeframer::new(connection, 2, reader, layout(), lane_map, Features::ALL);
+    let receiver = Receiver::new(connection, deframer, pool, meter);
     let mut inlets = Vec::new();
     let outlet = |lane: u16| {
         (lane % 2 == connection).then(|| {
@@ -54,7 +56,7 @@ async fn receive(connection: u16, stream: &[u8]) -> Outcome {
 async fn refuses(connection: u16, first: &[u8], second: &[u8]) -> WireError {
     let error = receive(connection, &[first, second].concat()).await.result.unwrap_err();
     match error.cause {
-        Cause::Frame(error) | Cause::Read(ReadError::Frame(error)) => {
+        Cause::Read(ReadError::Frame(error)) => {
             assert_eq!((error.offset, error.stream), (first.len() as u64, format!("connection {connection}")));
             error.error
         }
@@ -83,7 +85,7 @@ fn text(number: u8) -> Vec<u8> {
 /// What an item is, in short.
 fn brief(item: &Item<Arrived>) -> String {
     match item {
-        Item::Batch(arrived) => format!("extent {} at {}", arrived.head.at.extent, arrived.offset),
+        Item::Batch(arrived) => format!("extent {} at {}", arrived.at.extent, arrived.offset),
         Item::RoundComplete(tally) => format!("round {}", tally.round),
         Item::Switchover => "switchover".into(),
     }
@@ -200,7 +202,8 @@ async fn what_is_read_ahead_is_what_the_pool_holds() {
     let pool = BufferPool::new(2, PageSize::DEFAULT.extent_bytes());
     let lane_map = LaneMap::new(1, PageSize::DEFAULT);
     let meter = Meter::start(StageId::receiver(0));
-    let receiver = Receiver::new(0, 1, reader, layout(), lane_map, pool, meter);
+    let deframer = WireDeframer::new(0, 1, reader, layout(), lane_map, Features::ALL);
+    let receiver = Receiver::new(0, deframer, pool, meter);
     let ((outlet, lane), (control, _messages)) = (bounded(8), bounded(8));
     let task = tokio::spawn(receiver.run(vec![Some(outlet)], control));
     let mut held = Vec::new();
@@ -264,10 +267,11 @@ async fn land(stream: &[u8], checksum: bool) -> Landed {
     let reader = FrameReader::new(stream, "connection 0".into(), PageSize::DEFAULT);
     let pool = BufferPool::new(2, PageSize::DEFAULT.extent_bytes());
     let layout = guest.layout().clone();
-    let receiver = Receiver::new(0, 1, reader, layout, lane_map, pool, Meter::start(StageId::receiver(0)));
-    let allowed = Features { snap: true, lz4: true, zstd: true, groups: true, xbzrle: true, ..Features::default() };
+    let features = Features { checksum, ..Features::ALL };
+    let deframer = WireDeframer::new(0, 1, reader, layout, lane_map, features);
+    let receiver = Receiver::new(0, deframer, pool, Meter::start(StageId::receiver(0)));
     let progress = Arc::new(LaneProgress::default());
-    let loader = Loader::new(0, guest, received, checksum, allowed, progress, Meter::start(StageId::loader(0)));
+    let loader = Loader::new(0, guest, received, progress, Meter::start(StageId::loader(0)));
     let ((outlet, inlet), (control, _messages), (loaded, reports)) = (bounded(4), bounded(8), bounded(8));
     let (receiver, loader) = join!(receiver.run(vec![Some(outlet)], control), loader.run(inlet, loaded));
     Landed { receiver, loader, reports, memory: memory.bytes() }

@@ -29,7 +29,8 @@ use std::sync::Arc;
 use bytes::Bytes;
 use tokio::io::{AsyncWrite, AsyncWriteExt};
 
-use crate::encoder::{Mark, Outgoing};
+use crate::batch::Mark;
+use crate::encoder::Outgoing;
 use crate::error::{Cause, StageError};
 use crate::geometry::MAX_LANES;
 use crate::meter::{Meter, Wait};

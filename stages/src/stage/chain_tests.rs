@@ -6,11 +6,12 @@ use std::sync::Arc;
 use futures::FutureExt;
 
 use super::testing::{block_on, drain, guest, layout, mapped, meter, page_size};
+use crate::batch::Mark;
 use crate::bitmap::DirtyBitmap;
 use crate::bitmap_sync::{BitmapSync, SyncOrder, Synced};
 use crate::codec::Codec;
 use crate::dirty_log::{DirtyLog, SoftwareLog};
-use crate::encoder::{Encoder, EncoderPlan, Mark, Outgoing};
+use crate::encoder::{Encoder, EncoderPlan, Outgoing};
 use crate::error::StageError;
 use crate::geometry::{LaneMap, Layout, PageSize};
 use crate::in_flight::InFlight;
@@ -18,6 +19,7 @@ use crate::memory::{MappedMemory, Memory};
 use crate::pool::{BufferPool, PooledBuffer};
 use crate::queue::{Inlet, Outlet, bounded};
 use crate::scanner::{RoundScanned, ScanOrder, Scanner};
+use crate::wire::WireFramer;
 use crate::xbzrle::Delta;
 use crate::zero_detector::ZeroDetector;
 
@@ -58,7 +60,7 @@ impl Chain {
         let (frame, frames) = bounded(bounds.to_sender);
         let scanner = Scanner::new(bitmap.clone(), None, logs.clone(), lanes, in_flight.clone(), meter());
         let detector = ZeroDetector::new(0, memory, pool(bounds.copies), logs, meter());
-        let encoder = Encoder::new(0, page_size, plan, pool(bounds.frames), meter());
+        let encoder = Encoder::new(0, page_size, plan, WireFramer::new(false), pool(bounds.frames), meter());
         let run = async move {
             let scanner = scanner.run(ordered, vec![batch], answer);
             tokio::try_join!(scanner, detector.run(batches, copy), encoder.run(copies, frame)).map(|_| ())

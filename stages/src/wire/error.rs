@@ -2,9 +2,9 @@
 
 use std::fmt;
 
-use super::encoding::PageEncoding;
 use super::kind::Kind;
 use super::version::MAGIC;
+use crate::batch::PageEncoding;
 use crate::geometry::{ExtentAt, MAX_LANES, PageAt};
 use crate::untrusted::Untrusted;
 
@@ -238,14 +238,6 @@ pub enum WireError {
         /// Fixed part, descriptors, checksum and payload.
         parts: u64,
     },
-    /// The payload is damaged.
-    #[error("the payload is damaged (xxh3 {found:016x} instead of {expected:016x})")]
-    PayloadHash {
-        /// The hash in the frame.
-        expected: u64,
-        /// The hash of the payload.
-        found: u64,
-    },
 
     // ---- in context, found by code that knows the migration ----
     /// An unexpected frame.
@@ -301,20 +293,6 @@ pub enum WireError {
         page: PageAt,
         /// Its encoding.
         encoding: PageEncoding,
-    },
-    /// A delta against a page that was never loaded.
-    #[error("a delta for {page}, which was not loaded before")]
-    NotHeld {
-        /// The page.
-        page: PageAt,
-    },
-    /// A page that cannot be decoded.
-    #[error("{page} cannot be decoded: {why}")]
-    PageData {
-        /// The page.
-        page: PageAt,
-        /// What the decoder says.
-        why: String,
     },
 }
 

@@ -1,4 +1,5 @@
-//! The stream: frames of one shape, the same bytes on every transport.
+//! memferry's dialect: frames of one shape, the same bytes on every transport. [`WireFramer`] and [`WireDeframer`] are its ends
+//! (see [`dialect`](crate::dialect)).
 //!
 //! All integers are little-endian. A connection (or a file) is frames one after another, the first is Hello:
 //!
@@ -29,14 +30,19 @@
 //! directions on connection 0: a Heartbeat where there is nothing else. A peer that is silent for longer is stopped, hangs, or is
 //! unreachable.
 
+mod deframer;
 mod encoding;
 pub mod error;
 mod fields;
 pub mod frame;
+mod framer;
+#[cfg(test)]
+pub(crate) mod frames;
 pub mod hello;
 mod kind;
 mod limits;
 pub mod messages;
+mod order;
 pub mod pages;
 mod put;
 mod read_ahead;
@@ -44,12 +50,14 @@ pub mod reader;
 mod take;
 mod version;
 
-pub use encoding::PageEncoding;
+pub use deframer::WireDeframer;
 pub use error::{FrameError, WireError};
 pub use frame::{FrameHead, HEAD_BYTES};
+pub use framer::WireFramer;
 pub use hello::{Features, Hello, SessionId};
 pub use kind::Kind;
 pub use messages::Message;
+pub use order::Preface;
 pub use pages::PagesHead;
 pub use reader::{FrameReader, Incoming, PagesFrame, ReadError};
 pub use version::PROTOCOL_VERSION;

@@ -25,7 +25,7 @@
 //! payload      6000 bytes: pages 3, 5, 6 │ page 4 │ 900 bytes: pages 9, 12 │ page 13
 //! ```
 //!
-//! A group has at most [`GROUP_BYTES`] of pages, and fewer bytes than its pages; a compressed page without followers is a
+//! A group has at most [`GROUP_BYTES`](crate::batch::GROUP_BYTES) of pages, and fewer bytes than its pages; a compressed page without followers is a
 //! group of one. Groups need the `page-groups` feature.
 //!
 //! The payload's hash is 0 where the `payload-xxh3` feature is off. One frame is sent for each batch, even if
@@ -33,24 +33,15 @@
 
 use xxhash_rust::xxh3::xxh3_64;
 
-pub use super::encoding::PageEncoding;
+use super::encoding::{from_number, number, page_bytes};
 use super::error::WireError;
 use super::fields::{Fields, within};
 use super::frame::{FrameHead, HEAD_BYTES};
 use super::kind::Kind;
 use super::limits::{CHECKSUM_BYTES, DESCRIPTOR_BYTES};
 pub use super::limits::{FIXED_BYTES, MAX_HEAD_BYTES, MIN_HEAD_BYTES};
+use crate::batch::{Arrived, PageEncoding, group_pages};
 use crate::geometry::{ExtentAt, Layout, PageSize, bits};
-use crate::hash;
-
-/// The most bytes of pages that are compressed as one group; a larger page is a group of its own.
-pub const GROUP_BYTES: usize = 64 << 10;
-
-/// The most pages of one group.
-#[must_use]
-pub fn group_pages(page_size: PageSize) -> usize {
-    (GROUP_BYTES / page_size.bytes()).max(1)
-}
 
 /// Bytes before the payload, computed from the masks of the fixed part.
 #[must_use]
@@ -58,12 +49,6 @@ pub fn head_bytes(fixed: &[u8; FIXED_BYTES]) -> usize {
     let word = |at: usize| u64::from_le_bytes(fixed[at..at + 8].try_into().expect("8 bytes"));
     let (mask, zero) = (word(16), word(24));
     MIN_HEAD_BYTES + (mask & !zero).count_ones() as usize * DESCRIPTOR_BYTES
-}
-
-/// The xxh3-64 of a payload; never 0, which means no hash.
-#[must_use]
-pub fn payload_hash(payload: &[u8]) -> u64 {
-    hash::xxh3_64(payload).max(1)
 }
 
 /// The part of a Pages frame before its payload.
@@ -77,7 +62,7 @@ pub struct PagesHead {
     pub mask: u64,
     /// Those of `mask` that are all zero.
     pub zero: u64,
-    /// xxh3-64 of the payload, or 0.
+    /// The [`payload_hash`](crate::batch::payload_hash), or 0.
     pub payload_hash: u64,
     /// For each page of `mask & !zero`, lowest first: its encoding and the bytes it has in the payload (all bytes of a group
     /// at its first page).
@@ -112,7 +97,7 @@ impl PagesHead {
             out.extend(field.to_le_bytes());
         }
         for &(encoding, bytes) in &self.pages {
-            out.extend((encoding as u32 | bytes << 8).to_le_bytes());
+            out.extend((u32::from(number(encoding)) | bytes << 8).to_le_bytes());
         }
         let checksum = xxh3_64(&out[HEAD_BYTES..]);
         out.extend(checksum.to_le_bytes());
@@ -146,18 +131,18 @@ impl PagesHead {
         Ok(head)
     }
 
-    /// Checks that this is the payload that was sent. To be called where the `payload-xxh3` feature is on. An empty payload cannot
-    /// be damaged.
-    ///
-    /// # Errors
-    /// [`WireError::PayloadHash`] if it is not.
-    pub fn check_payload(&self, payload: &[u8]) -> Result<(), WireError> {
-        let found = payload_hash(payload);
-        if payload.is_empty() || found == self.payload_hash {
-            Ok(())
-        } else {
-            Err(WireError::PayloadHash { expected: self.payload_hash, found })
-        }
+    /// The batch of the frame that began at `offset`, without its payload. `checksum` says whether the stream has hashes.
+    #[must_use]
+    pub fn into_arrived(self, checksum: bool, offset: u64) -> Arrived {
+        let Self { at, round, mask, zero, payload_hash, pages } = self;
+        let mut end = 0;
+        let place = |(encoding, bytes)| {
+            let start = end;
+            end += bytes;
+            (encoding, start..end)
+        };
+        let pages = pages.into_iter().map(place).collect();
+        Arrived { at, round, mask, zero, pages, payload_hash: checksum.then_some(payload_hash), payload: None, offset }
     }
 
     fn check_lengths(&self, payload: u32, head_bytes: usize, frame_length: u32) -> Result<(), WireError> {
@@ -203,7 +188,7 @@ fn take_descriptors(
         let [encoding, bytes @ ..] = fields.array::<DESCRIPTOR_BYTES>("descriptors")?;
         let [b0, b1, b2] = bytes;
         let (page, bytes) = (at.page(bit), u32::from_le_bytes([b0, b1, b2, 0]));
-        let encoding = PageEncoding::from_u8(encoding).ok_or(WireError::UnknownEncoding { page, encoding })?;
+        let encoding = from_number(encoding).ok_or(WireError::UnknownEncoding { page, encoding })?;
         pages.push((encoding, bytes));
     }
     Ok(pages)
@@ -228,7 +213,7 @@ fn check_pages(
         if group > most_pages {
             return Err(WireError::GroupPages { page, pages: group, most: most_pages });
         }
-        let (least, most) = encoding.page_bytes(page_size, u32::try_from(group).expect("at most 16"));
+        let (least, most) = page_bytes(encoding, page_size, u32::try_from(group).expect("at most 16"));
         if !(least..=most).contains(&bytes) {
             return Err(WireError::PageBytes { page, encoding, bytes, least, most });
         }

@@ -12,9 +12,9 @@ use super::error::{FrameError, WireError};
 use super::frame::{FrameHead, HEAD_BYTES};
 use super::kind::Kind;
 use super::messages::Message;
-use super::pages::{FIXED_BYTES, MAX_HEAD_BYTES, MIN_HEAD_BYTES, PagesHead, head_bytes};
+use super::pages::{FIXED_BYTES, MAX_HEAD_BYTES, MIN_HEAD_BYTES, head_bytes};
 use super::read_ahead::ReadAhead;
-use crate::geometry::{Layout, PageSize};
+use crate::geometry::PageSize;
 
 /// A frame that came.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -178,15 +178,6 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
             }
         }
         Ok(None)
-    }
-
-    /// Checks a Pages frame of this stream against the layout.
-    ///
-    /// # Errors
-    /// [`ReadError::Frame`] that names the frame's place.
-    pub fn parse_pages(&self, frame: &PagesFrame, layout: &Layout) -> Result<PagesHead, ReadError> {
-        let parsed = PagesHead::parse(&frame.body, frame.frame_length, layout);
-        parsed.map_err(|error| FrameError { offset: frame.offset, stream: self.stream.clone(), error }.into())
     }
 
     /// Reads the payload of the current Pages frame, or the next part of it, into the whole of `buffer`.

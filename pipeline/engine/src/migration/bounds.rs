@@ -8,6 +8,7 @@
 
 use std::sync::Arc;
 
+use memferry_stages::batch::group_pages;
 use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::codec::{Compressor, Decompressor};
 use memferry_stages::dirty_log::DirtyLog;
@@ -17,7 +18,6 @@ use memferry_stages::in_flight::InFlight;
 use memferry_stages::meter::Meter;
 use memferry_stages::pool::BufferPool;
 use memferry_stages::wire::messages::MAX_STATE_CHUNK;
-use memferry_stages::wire::pages::group_pages;
 
 use super::digests;
 use super::error::MigrationError;

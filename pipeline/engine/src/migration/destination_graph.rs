@@ -9,7 +9,7 @@
 
 use std::sync::Arc;
 
-use memferry_stages::batch::Item;
+use memferry_stages::batch::{Arrived, Item};
 use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::geometry::LaneMap;
 use memferry_stages::loader::{LaneProgress, Loaded, Loader};
@@ -17,14 +17,14 @@ use memferry_stages::memory::GuestMemory;
 use memferry_stages::meter::{Meter, Reading};
 use memferry_stages::pool::BufferPool;
 use memferry_stages::queue::{Inlet, Outlet, bounded};
-use memferry_stages::receiver::{Arrived, Receiver};
+use memferry_stages::receiver::Receiver;
 use memferry_stages::sender::Control;
 use memferry_stages::stage_id::StageId;
-use memferry_stages::wire::Message;
 use memferry_stages::wire::hello::{Features, Hello};
+use memferry_stages::wire::{Message, WireDeframer};
 
 use super::bounds;
-use super::connection::Reader;
+use super::connection::{Deframer, Reader};
 use super::stage_set::StageSet;
 
 /// The running stages, and the ends of their queues that the controller holds.
@@ -66,11 +66,14 @@ impl DestinationGraph {
             pools: Vec::new(),
             received: Arc::new(DirtyBitmap::empty(memory.layout())),
         };
-        let mut lanes = graph.start_loaders(memory, hello.lanes, features, &loaded_out);
+        let mut lanes = graph.start_loaders(memory, hello.lanes, &loaded_out);
         for (connection, reader) in (0..).zip(readers) {
             let of_connection = |lane: usize| lane % usize::from(hello.connections) == usize::from(connection);
             let here = (0..lanes.len()).map(|lane| lanes[lane].take_if(|_| of_connection(lane))).collect();
-            graph.start_receiver(connection, hello, reader, memory, here, messages_out.clone());
+            let (connections, lane_map) = (hello.connections, LaneMap::new(hello.lanes, memory.page_size()));
+            let layout = memory.layout().clone();
+            let deframer = WireDeframer::new(connection, connections, reader, layout, lane_map, features);
+            graph.start_receiver(connection, deframer, memory, here, messages_out.clone());
         }
         graph
     }
@@ -90,7 +93,6 @@ impl DestinationGraph {
         &mut self,
         memory: &GuestMemory,
         lanes: u16,
-        features: Features,
         loaded: &Outlet<Loaded>,
     ) -> Vec<Option<Outlet<Item<Arrived>>>> {
         (0..lanes)
@@ -99,15 +101,7 @@ impl DestinationGraph {
                 let meter = self.meter(StageId::loader(lane));
                 let progress = Arc::new(LaneProgress::default());
                 self.progress.push(progress.clone());
-                let loader = Loader::new(
-                    lane,
-                    memory.clone(),
-                    self.received.clone(),
-                    features.checksum,
-                    features,
-                    progress,
-                    meter.clone(),
-                );
+                let loader = Loader::new(lane, memory.clone(), self.received.clone(), progress, meter);
                 let running = loader.run(arrived, loaded.clone());
                 self.stages.spawn(StageId::loader(lane), running);
                 Some(frames)
@@ -118,8 +112,7 @@ impl DestinationGraph {
     fn start_receiver(
         &mut self,
         connection: u16,
-        hello: &Hello,
-        reader: Reader,
+        deframer: Deframer,
         memory: &GuestMemory,
         lanes: Vec<Option<Outlet<Item<Arrived>>>>,
         messages: Outlet<Message>,
@@ -129,9 +122,7 @@ impl DestinationGraph {
         self.pools.push(pool.clone());
         let meter = self.meter(StageId::receiver(connection));
         self.receiver_meters.push(meter.clone());
-        let lane_map = LaneMap::new(hello.lanes, memory.page_size());
-        let receiver =
-            Receiver::new(connection, hello.connections, reader, memory.layout().clone(), lane_map, pool, meter);
+        let receiver = Receiver::new(connection, deframer, pool, meter);
         self.stages.spawn(StageId::receiver(connection), receiver.run(lanes, messages));
     }
 }

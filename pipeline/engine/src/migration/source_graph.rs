@@ -27,6 +27,7 @@ use memferry_stages::scanner::{RoundScanned, ScanOrder, Scanner};
 use memferry_stages::sender::{Control, Sent};
 use memferry_stages::stage_id::StageId;
 use memferry_stages::token_bucket::TokenBucket;
+use memferry_stages::wire::WireFramer;
 use memferry_stages::zero_detector::ZeroDetector;
 
 use super::senders::{Senders, lanes_of};
@@ -186,7 +187,8 @@ impl SourceGraph {
                 self.stages.spawn(StageId::zero_detector(lane), running);
 
                 let meter = self.meter(StageId::encoder(lane));
-                let mut encoder = Encoder::new(lane, page_size, plan(settings), code_pool, meter.clone());
+                let framer = WireFramer::new(settings.checksum);
+                let mut encoder = Encoder::new(lane, page_size, plan(settings), framer, code_pool, meter.clone());
                 if let Some(cached) = &self.cached {
                     encoder = encoder.with_cached(cached.clone());
                 }
@@ -219,6 +221,5 @@ fn plan(settings: &SourceSettings) -> EncoderPlan {
             on_miss: on_miss(xbzrle.on_miss, *compress),
             cache_first_round: xbzrle.cache_first_round,
         }),
-        checksum: settings.checksum,
     }
 }

@@ -1,18 +1,20 @@
 //! `memferry inspect`: the contents of a stream in a file, and its first damage.
 //!
-//! Reads a stream from its first byte, checks every frame and every payload, and returns an [`Inspection`] that
-//! displays as a table. A stream is complete if its end mark follows the last frame and has the right count of Pages
-//! frames.
+//! Reads a stream from its first byte with the rules of a destination, for the order of its frames as for their content: it
+//! decodes every page, and has no memory to write it to. It returns an [`Inspection`] that displays as a table. What only a
+//! destination can know is not checked: its settings, what its guest says of the state, and whether digests match.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 
-use memferry_stages::geometry::{LaneMap, Layout, PageSize};
+use memferry_stages::batch::{Arrived, Mark, PageEncoding, PageFault};
+use memferry_stages::decoder::Decoder;
+use memferry_stages::dialect::{Deframed, Deframer};
+use memferry_stages::geometry::{ExtentAt, LaneMap, Layout, PageSize};
 use memferry_stages::untrusted::Untrusted;
-use memferry_stages::wire::hello::feature;
-use memferry_stages::wire::messages::{RunState, StatePhase};
+use memferry_stages::wire::messages::{RunState, StateChunk, StatePhase};
 use memferry_stages::wire::{
-    FrameReader, HEAD_BYTES, Hello, Incoming, Kind, Message, PageEncoding, PagesFrame, ReadError, WireError,
+    Features, FrameReader, Hello, Incoming, Kind, Message, Preface, ReadError, WireDeframer, WireError,
 };
 use tokio::io::AsyncRead;
 
@@ -28,7 +30,7 @@ pub struct Inspection {
     end: Option<RunState>,
     bytes: u64,
     frames: u64,
-    damage: Option<String>,
+    damage: Option<Damage>,
 }
 
 #[derive(Debug, Default)]
@@ -50,6 +52,36 @@ struct Section {
     bytes: u64,
 }
 
+/// Why a stream is not complete.
+#[derive(Debug, thiserror::Error)]
+enum Damage {
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    #[error("frame at byte {offset} of {stream}: {fault}")]
+    Pages { offset: u64, stream: String, fault: PageFault },
+    #[error("{stream} ends at byte {end} without its end mark: it was cut off")]
+    CutOff { stream: String, end: u64 },
+}
+
+impl Damage {
+    /// The current frame of the stream may not be where it is.
+    fn misplaced<R: AsyncRead + Unpin>(reader: &FrameReader<R>, kind: Kind, why: &'static str) -> Self {
+        Self::Read(reader.fail(WireError::OutOfPlace { kind, why }).into())
+    }
+
+    fn cut_off<R: AsyncRead + Unpin>(reader: &FrameReader<R>) -> Self {
+        Self::CutOff { stream: reader.stream().to_owned(), end: reader.bytes_read() }
+    }
+}
+
+/// The pages so far, as a destination would have them.
+struct Pages {
+    decoder: Decoder,
+    /// Those of each extent that came.
+    received: HashMap<ExtentAt, u64>,
+    payload: Vec<u8>,
+}
+
 impl Inspection {
     /// Is the stream complete?
     #[must_use]
@@ -58,97 +90,102 @@ impl Inspection {
     }
 
     /// Reads a stream to its end or to its first damage. `name` identifies it in messages.
-    pub async fn of(stream: impl AsyncRead + Unpin, name: &str) -> Self {
+    pub async fn of(stream: impl AsyncRead + Unpin + Send, name: &str) -> Self {
         let mut reader = FrameReader::new(stream, name.to_owned(), PageSize::new(65536).expect("the largest"));
         let mut inspection = Self::default();
-        let walked = inspection.walk(&mut reader).await;
-        inspection.bytes = reader.bytes_read();
-        inspection.frames = reader.frames();
-        inspection.damage = match walked {
-            Ok(()) if inspection.end.is_none() => {
-                Some(format!("{name} ends at byte {} without its end mark: it was cut off", reader.bytes_read()))
+        let walked = match inspection.preface(&mut reader).await {
+            Ok((layout, lanes, features)) => {
+                let mut deframer = WireDeframer::new(0, 1, reader, layout, lanes, features);
+                let walked = inspection.walk(&mut deframer).await;
+                inspection.measure(deframer.reader());
+                walked
             }
-            Ok(()) => None,
-            Err(error) => Some(error.to_string()),
+            Err(damage) => {
+                inspection.measure(&reader);
+                Err(damage)
+            }
         };
+        inspection.damage = walked.err();
         inspection
     }
 
-    async fn walk<R: AsyncRead + Unpin>(&mut self, reader: &mut FrameReader<R>) -> Result<(), ReadError> {
-        let mut payload = Vec::new();
+    fn measure<R: AsyncRead + Unpin>(&mut self, reader: &FrameReader<R>) {
+        (self.bytes, self.frames) = (reader.bytes_read(), reader.frames());
+    }
+
+    /// Reads the stream up to its blocks.
+    async fn preface<R: AsyncRead + Unpin>(
+        &mut self,
+        reader: &mut FrameReader<R>,
+    ) -> Result<(Layout, LaneMap, Features), Damage> {
+        let mut preface = Preface::default();
         while let Some(incoming) = reader.next().await? {
-            if self.end.is_some() {
-                return Err(reader.fail(out_of_place(&incoming, "it follows the end mark")).into());
-            }
-            match incoming {
-                Incoming::Pages(frame) => self.pages(reader, &frame, &mut payload).await?,
-                Incoming::Message { message, .. } => self.message(reader, message)?,
-            }
-        }
-        Ok(())
-    }
-
-    async fn pages<R: AsyncRead + Unpin>(
-        &mut self,
-        reader: &mut FrameReader<R>,
-        frame: &PagesFrame,
-        payload: &mut Vec<u8>,
-    ) -> Result<(), ReadError> {
-        let (Some(layout), Some(hello)) = (&self.layout, &self.hello) else {
-            return Err(reader
-                .fail(WireError::OutOfPlace { kind: Kind::Pages, why: "no blocks came before it" })
-                .into());
-        };
-        let head = reader.parse_pages(frame, layout)?;
-        let right = LaneMap::new(hello.lanes, layout.page_size()).lane(head.at);
-        if frame.lane != right {
-            return Err(reader.fail(WireError::WrongLane { at: head.at, lane: frame.lane, right }).into());
-        }
-        payload.resize(head.payload_bytes(), 0);
-        reader.read_payload(payload).await?;
-        if has(hello, feature::CHECKSUM) {
-            head.check_payload(payload).map_err(|error| reader.fail(error))?;
-        }
-        let round = self.rounds.entry(head.round).or_default();
-        round.frames += 1;
-        round.zero += u64::from(head.zero.count_ones());
-        round.bytes += u64::from(frame.frame_length) + HEAD_BYTES as u64;
-        for (encoding, _) in head.pages {
-            *round.counter(encoding) += 1;
-        }
-        Ok(())
-    }
-
-    fn message<R: AsyncRead + Unpin>(
-        &mut self,
-        reader: &mut FrameReader<R>,
-        message: Message,
-    ) -> Result<(), ReadError> {
-        let misplaced = |kind, why| Err(reader.fail(WireError::OutOfPlace { kind, why }).into());
-        if self.hello.is_none() && !matches!(message, Message::Hello(_)) {
-            return misplaced(message.kind(), "a stream begins with Hello");
-        }
-        match message {
-            Message::Hello(_) if self.hello.is_some() => return misplaced(Kind::Hello, "it came twice"),
-            Message::Hello(hello) => {
-                reader.set_page_size(hello.page_size);
-                self.hello = Some(hello);
-            }
-            Message::Blocks(blocks) => {
-                let page_size = self.hello.as_ref().expect("checked above").page_size;
-                match Layout::new(page_size, blocks) {
-                    Ok(layout) => self.layout = Some(layout),
-                    Err(_) => return misplaced(Kind::Blocks, "its blocks are no guest's"),
+            preface.check(&incoming).map_err(|error| ReadError::from(reader.fail(error)))?;
+            let Incoming::Message { message, .. } = incoming else { continue };
+            match (message, &self.hello) {
+                (Message::Hello(hello), _) if hello.connections > 1 => {
+                    return Err(Damage::misplaced(reader, Kind::Hello, "a file holds one connection"));
                 }
+                (Message::Hello(hello), _) => {
+                    reader.set_page_size(hello.page_size);
+                    self.hello = Some(hello);
+                }
+                (Message::Blocks(blocks), Some(hello)) => {
+                    let Ok(layout) = Layout::new(hello.page_size, blocks) else {
+                        return Err(Damage::misplaced(reader, Kind::Blocks, "its blocks are no guest's"));
+                    };
+                    self.layout = Some(layout.clone());
+                    let features = Features::from_list(&hello.features);
+                    let features = features.map_err(|error| ReadError::from(reader.fail(error)))?;
+                    return Ok((layout, LaneMap::new(hello.lanes, hello.page_size), features));
+                }
+                (message, _) => self.message(reader, message)?,
             }
+        }
+        Err(Damage::cut_off(reader))
+    }
+
+    /// Reads the stream from its blocks to its end.
+    async fn walk<R: AsyncRead + Unpin + Send>(&mut self, deframer: &mut WireDeframer<R>) -> Result<(), Damage> {
+        let page_size = self.layout.as_ref().map_or(PageSize::DEFAULT, Layout::page_size);
+        let mut pages = Pages { decoder: Decoder::new(page_size), received: HashMap::new(), payload: Vec::new() };
+        while let Some(deframed) = deframer.next().await? {
+            match deframed {
+                Deframed::Batch { arrived, bytes, .. } => {
+                    pages.add(deframer, &arrived).await?;
+                    self.count(&arrived, bytes);
+                }
+                Deframed::Mark { mark: Mark::RoundComplete(tally), .. } => {
+                    self.rounds.entry(tally.round).or_default().unchanged += tally.pages.unchanged;
+                }
+                Deframed::Mark { .. } => {}
+                Deframed::Message(message) => self.message(deframer.reader(), message)?,
+            }
+        }
+        if self.end.is_some() { Ok(()) } else { Err(Damage::cut_off(deframer.reader())) }
+    }
+
+    fn count(&mut self, arrived: &Arrived, bytes: u64) {
+        let round = self.rounds.entry(arrived.round).or_default();
+        round.frames += 1;
+        round.zero += u64::from(arrived.zero.count_ones());
+        round.bytes += bytes;
+        for (encoding, _) in &arrived.pages {
+            *round.counter(*encoding) += 1;
+        }
+    }
+
+    /// Notes a message whose place was checked.
+    fn message<R: AsyncRead + Unpin>(&mut self, reader: &FrameReader<R>, message: Message) -> Result<(), Damage> {
+        match message {
             Message::State(chunk) => self.state(chunk),
-            Message::RoundComplete(tally) => {
-                self.rounds.entry(tally.round).or_default().unchanged += tally.pages.unchanged;
-            }
             Message::End { frames, .. } if frames != self.pages_frames() => {
-                return misplaced(Kind::End, "it counts another number of Pages frames before it");
+                let why = "it counts another number of Pages frames before it";
+                return Err(Damage::misplaced(reader, Kind::End, why));
             }
             Message::End { run_state, .. } => self.end = Some(run_state),
+            Message::Abort(_) => return Err(Damage::misplaced(reader, Kind::Abort, "the source gave up")),
+            Message::Go(_) => return Err(Damage::misplaced(reader, Kind::Go, "a stored stream has no handover")),
             _ => {}
         }
         Ok(())
@@ -158,7 +195,7 @@ impl Inspection {
         self.rounds.values().map(|round| round.frames).sum()
     }
 
-    fn state(&mut self, chunk: memferry_stages::wire::messages::StateChunk) {
+    fn state(&mut self, chunk: StateChunk) {
         let bytes = chunk.bytes.len() as u64;
         match self.sections.last_mut().filter(|last| last.phase == chunk.phase && last.name == chunk.name) {
             Some(section) => section.bytes += bytes,
@@ -170,6 +207,23 @@ impl Inspection {
     }
 }
 
+impl Pages {
+    /// Reads the payload of a batch and checks it as a loader would.
+    async fn add<R: AsyncRead + Unpin + Send>(
+        &mut self,
+        deframer: &mut WireDeframer<R>,
+        arrived: &Arrived,
+    ) -> Result<(), Damage> {
+        self.payload.resize(arrived.payload_bytes(), 0);
+        deframer.payload(&mut self.payload).await?;
+        let received = self.received.entry(arrived.at).or_default();
+        let checked = self.decoder.check(arrived, &self.payload, *received);
+        let stream = || deframer.reader().stream().to_owned();
+        *received = checked.map_err(|fault| Damage::Pages { offset: arrived.offset, stream: stream(), fault })?;
+        Ok(())
+    }
+}
+
 impl RoundCounts {
     fn counter(&mut self, encoding: PageEncoding) -> &mut u64 {
         match encoding {
@@ -178,18 +232,6 @@ impl RoundCounts {
             PageEncoding::Xbzrle => &mut self.xbzrle,
         }
     }
-}
-
-fn has(hello: &Hello, feature: &str) -> bool {
-    hello.features.iter().any(|known| known.raw() == feature)
-}
-
-fn out_of_place(incoming: &Incoming, why: &'static str) -> WireError {
-    let kind = match incoming {
-        Incoming::Pages(_) => Kind::Pages,
-        Incoming::Message { message, .. } => message.kind(),
-    };
-    WireError::OutOfPlace { kind, why }
 }
 
 impl fmt::Display for Inspection {
@@ -262,19 +304,20 @@ impl Inspection {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use memferry_stages::geometry::{BlockInfo, ExtentAt};
+    use memferry_stages::batch::payload_hash;
+    use memferry_stages::codec::{Codec, Compressor};
+    use memferry_stages::geometry::BlockInfo;
     use memferry_stages::tally::{PageTally, RoundTally};
-    use memferry_stages::wire::messages::StateChunk;
-    use memferry_stages::wire::pages::payload_hash;
     use memferry_stages::wire::{PROTOCOL_VERSION, PagesHead, SessionId};
 
     /// A stream of one round: one raw page, one zero page.
     fn stream() -> Vec<u8> {
-        stream_of(0b11, 0b10, vec![(PageEncoding::Raw, 4096)], &[9; 4096])
+        let features = Features { checksum: true, ..Features::default() };
+        stream_of(features, 0b11, 0b10, vec![(PageEncoding::Raw, 4096)], &[9; 4096])
     }
 
     /// A stream of one round of one frame.
-    fn stream_of(mask: u64, zero: u64, pages: Vec<(PageEncoding, u32)>, payload: &[u8]) -> Vec<u8> {
+    fn stream_of(features: Features, mask: u64, zero: u64, pages: Vec<(PageEncoding, u32)>, payload: &[u8]) -> Vec<u8> {
         let hello = Hello {
             version: PROTOCOL_VERSION,
             session: SessionId([7; 16]),
@@ -282,7 +325,7 @@ mod tests {
             connections: 1,
             lanes: 1,
             page_size: PageSize::DEFAULT,
-            features: vec![feature::CHECKSUM.into()],
+            features: features.to_list(),
         };
         let block = BlockInfo { guest_address: 0x4000_0000, ..BlockInfo::new("ram", 1 << 20) };
         let pages = PagesHead {
@@ -346,14 +389,38 @@ mod tests {
         ");
     }
 
+    /// Pages of one byte, compressed together.
+    fn compressed(codec: Codec, pages: usize) -> Vec<u8> {
+        let mut out = vec![0; pages * 4096 - 1];
+        let bytes = Compressor::new(codec).compress(&vec![9; pages * 4096], &mut out).unwrap();
+        out.truncate(bytes);
+        out
+    }
+
     #[test]
     fn each_page_of_a_group_counts_as_compressed() {
+        let (group, alone) = (compressed(Codec::Zstd { level: 1 }, 3), compressed(Codec::Lz4, 1));
+        let length = |bytes: &[u8]| u32::try_from(bytes.len()).unwrap();
         let (grouped, raw) = ((PageEncoding::Grouped, 0), (PageEncoding::Raw, 4096));
-        let pages = vec![(PageEncoding::Zstd, 300), grouped, raw, grouped, (PageEncoding::Lz4, 20)];
-        let inspection = inspect(&stream_of(0b11_1111, 0b10, pages, &[9; 4096 + 320]));
+        let (first, last) = ((PageEncoding::Zstd, length(&group)), (PageEncoding::Lz4, length(&alone)));
+        let pages = vec![first, grouped, raw, grouped, last];
+        let payload = [&group[..], &[9; 4096], &alone].concat();
+        let inspection = inspect(&stream_of(Features::ALL, 0b11_1111, 0b10, pages.clone(), &payload));
         assert!(inspection.is_whole(), "{inspection}");
         let round = &inspection.rounds[&1];
         assert_eq!((round.zero, round.raw, round.compressed, round.xbzrle), (1, 1, 4, 0));
+
+        let alone = Features { groups: false, ..Features::ALL };
+        let inspection = inspect(&stream_of(alone, 0b11_1111, 0b10, pages, &payload));
+        assert!(inspection.to_string().contains("page 2 of block 0 is coded as grouped, which was not agreed on"));
+    }
+
+    #[test]
+    fn a_page_that_no_destination_could_decode_is_damage() {
+        let inspection = inspect(&stream_of(Features::ALL, 1, 0, vec![(PageEncoding::Lz4, 100)], &[0xff; 100]));
+        assert!(inspection.to_string().contains("page 0 of block 0 cannot be decoded: lz4"), "{inspection}");
+        let inspection = inspect(&stream_of(Features::ALL, 1, 0, vec![(PageEncoding::Xbzrle, 3)], &[0, 1, 7]));
+        assert!(inspection.to_string().contains("which was not loaded before"), "{inspection}");
     }
 
     #[test]

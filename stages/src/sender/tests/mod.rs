@@ -7,11 +7,12 @@ use tokio::task::{JoinHandle, yield_now};
 
 use super::backlog::GATHER_FRAMES;
 use super::*;
+use crate::batch::{PageEncoding, payload_hash};
 use crate::geometry::{BlockInfo, ExtentAt, Layout, PageSize};
 use crate::pool::BufferPool;
 use crate::queue::bounded;
+use crate::wire::PagesHead;
 use crate::wire::messages::{Message, StateChunk, StatePhase};
-use crate::wire::pages::{PageEncoding, PagesHead, payload_hash};
 use crate::wire::reader::{FrameReader, Incoming};
 use wire::Wire;
 
@@ -354,10 +355,10 @@ async fn read_back(bytes: &[u8]) -> (Vec<u32>, Vec<u32>) {
     while let Some(incoming) = reader.next().await.unwrap() {
         match incoming {
             Incoming::Pages(frame) => {
-                let head = reader.parse_pages(&frame, &layout).unwrap();
+                let head = PagesHead::parse(&frame.body, frame.frame_length, &layout).unwrap();
                 let mut payload = vec![0; head.payload_bytes()];
                 reader.read_payload(&mut payload).await.unwrap();
-                head.check_payload(&payload).unwrap();
+                head.clone().into_arrived(true, frame.offset).check_payload(&payload).unwrap();
                 extents.push(head.at.extent);
             }
             Incoming::Message { message: Message::State(chunk), .. } => versions.push(chunk.version),

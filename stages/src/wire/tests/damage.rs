@@ -4,10 +4,24 @@ use futures::executor::block_on;
 
 use super::samples;
 use crate::geometry::PageSize;
-use crate::wire::{FrameReader, Incoming, ReadError};
+use crate::wire::{FrameError, FrameReader, Incoming, ReadError};
+
+/// Why a frame is not taken.
+#[derive(Debug)]
+enum Refusal {
+    Read(ReadError),
+    /// The payload of the frame that began here is damaged.
+    Payload(u64),
+}
+
+impl From<ReadError> for Refusal {
+    fn from(error: ReadError) -> Self {
+        Self::Read(error)
+    }
+}
 
 /// What a destination would take from a stream: every frame with its payload, and why it stopped.
-fn read_all(stream: &[u8]) -> (Vec<(Incoming, Vec<u8>)>, Option<ReadError>) {
+fn read_all(stream: &[u8]) -> (Vec<(Incoming, Vec<u8>)>, Option<Refusal>) {
     let mut reader = FrameReader::new(stream, "sample".into(), PageSize::DEFAULT);
     let mut frames = vec![];
     loop {
@@ -19,14 +33,14 @@ fn read_all(stream: &[u8]) -> (Vec<(Incoming, Vec<u8>)>, Option<ReadError>) {
     }
 }
 
-async fn read_one(reader: &mut FrameReader<&[u8]>) -> Result<Option<(Incoming, Vec<u8>)>, ReadError> {
+async fn read_one(reader: &mut FrameReader<&[u8]>) -> Result<Option<(Incoming, Vec<u8>)>, Refusal> {
     let Some(incoming) = reader.next().await? else { return Ok(None) };
     let mut payload = vec![];
     if let Incoming::Pages(frame) = &incoming {
-        let head = reader.parse_pages(frame, &samples::layout())?;
+        let head = samples::parse(frame).map_err(|error| ReadError::from(reader.fail(error)))?;
         payload.resize(frame.payload_bytes(), 0);
         reader.read_payload(&mut payload).await?;
-        head.check_payload(&payload).map_err(|error| reader.fail(error))?;
+        samples::check_payload(&head, &payload).map_err(|_| Refusal::Payload(frame.offset))?;
     }
     Ok(Some((incoming, payload)))
 }
@@ -51,7 +65,9 @@ fn a_stream_cut_anywhere_ends_between_frames_or_is_truncated() {
         let (index, begin) = frame_of(length, &starts);
         assert_eq!(frames.len(), index, "cut at {length}");
         match error {
-            Some(ReadError::Truncated { offset, end, .. }) => assert_eq!((offset, end), (begin, length as u64)),
+            Some(Refusal::Read(ReadError::Truncated { offset, end, .. })) => {
+                assert_eq!((offset, end), (begin, length as u64))
+            }
             other => panic!("cut at {length}: {other:?}"),
         }
     }
@@ -67,7 +83,9 @@ fn every_flipped_bit_is_an_error_of_its_frame() {
         let (index, begin) = frame_of(bit / 8, &starts);
         assert_eq!(frames, whole[..index], "bit {bit}");
         match error {
-            Some(ReadError::Frame(error)) => assert_eq!(error.offset, begin, "bit {bit}: {error}"),
+            Some(Refusal::Read(ReadError::Frame(FrameError { offset, .. })) | Refusal::Payload(offset)) => {
+                assert_eq!(offset, begin, "bit {bit}");
+            }
             other => panic!("bit {bit}: {other:?}"),
         }
         stream[bit / 8] ^= 1 << (bit % 8);

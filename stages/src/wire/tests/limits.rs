@@ -2,13 +2,14 @@
 
 use bytes::Bytes;
 
+use crate::batch::PageEncoding;
 use crate::geometry::{BlockInfo, ExtentAt, Layout, MAX_BLOCK_ID, MAX_BLOCKS, MAX_LANES, PageAt, PageSize};
 use crate::untrusted::Untrusted;
 use crate::wire::messages::{
     Figure, MAX_DIGESTS, MAX_FIGURE_NAME, MAX_FIGURES, MAX_REASON, MAX_STATE_CHUNK, MAX_STRETCH_PAGES, Progress,
     RunState, StateChunk, StatePhase, StretchDigest,
 };
-use crate::wire::{FrameHead, HEAD_BYTES, Kind, Message, PageEncoding, PagesHead};
+use crate::wire::{FrameHead, HEAD_BYTES, Kind, Message, PagesHead};
 
 use super::samples;
 

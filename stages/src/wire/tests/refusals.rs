@@ -4,9 +4,10 @@ use futures::executor::block_on;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::samples;
+use crate::batch::PageEncoding;
 use crate::geometry::{BlockInfo, PageSize};
 use crate::wire::frame::seal;
-use crate::wire::{Features, FrameHead, FrameReader, HEAD_BYTES, Kind, Message, PageEncoding, PagesHead, SessionId};
+use crate::wire::{Features, FrameHead, FrameReader, HEAD_BYTES, Kind, Message, PagesHead, SessionId};
 
 /// What is said of the frame's body with `bytes` put at `at` of its fields, under a right checksum.
 fn refusal(kind: Kind, at: usize, bytes: &[u8]) -> String {
@@ -182,9 +183,10 @@ fn pages() {
     let parse = |length| PagesHead::parse(&bytes[HEAD_BYTES..], length, &samples::layout()).map_err(|e| e.to_string());
     assert_eq!(parse(4266), Err("the frame is 4266 bytes long, its parts are 4265".into()));
     assert!(parse(4265).is_ok());
-    let refused = head.check_payload(&payload[1..]).unwrap_err().to_string();
+    let refused = samples::check_payload(&head, &payload[1..]).unwrap_err().to_string();
     assert!(refused.starts_with("the payload is damaged (xxh3 "), "{refused}");
-    assert!(PagesHead { payload_hash: 0, ..head }.check_payload(&payload).is_err(), "no hash is no right hash");
+    let none = PagesHead { payload_hash: 0, ..head };
+    assert!(samples::check_payload(&none, &payload).is_err(), "no hash is no right hash");
 }
 
 #[test]

@@ -6,13 +6,12 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 
 use super::samples;
+use crate::batch::{PageEncoding, group_pages};
 use crate::geometry::{BlockInfo, ExtentAt, Layout, MAX_LANES, PageAt, PageSize};
 use crate::tally::{PageTally, RoundTally};
 use crate::wire::messages::{Figure, MAX_COUNT, Progress, RunState, StateChunk, StatePhase, StretchDigest};
-use crate::wire::pages::group_pages;
 use crate::wire::{
-    FrameHead, FrameReader, HEAD_BYTES, Hello, Incoming, Kind, Message, PROTOCOL_VERSION, PageEncoding, PagesHead,
-    SessionId,
+    FrameHead, FrameReader, HEAD_BYTES, Hello, Incoming, Kind, Message, PROTOCOL_VERSION, PagesHead, SessionId,
 };
 
 fn page_size() -> impl Strategy<Value = PageSize> {
@@ -191,10 +190,10 @@ fn a_stream_of_all_kinds_is_read_back() {
                 messages.push(message);
             }
             Incoming::Pages(frame) => {
-                let head = reader.parse_pages(&frame, &samples::layout()).unwrap();
+                let head = samples::parse(&frame).unwrap();
                 let mut payload = vec![0; frame.payload_bytes()];
                 block_on(reader.read_payload(&mut payload)).unwrap();
-                head.check_payload(&payload).unwrap();
+                samples::check_payload(&head, &payload).unwrap();
                 let expected = match frame.lane {
                     0 => samples::grouped_pages(),
                     1 => (samples::zero_pages(), vec![]),

@@ -2,15 +2,25 @@
 
 use bytes::Bytes;
 
+use crate::batch::{PageEncoding, PageFault, payload_hash};
 use crate::geometry::{BlockInfo, ExtentAt, Layout, PageAt, PageSize};
 use crate::tally::{PageTally, RoundTally};
 use crate::wire::messages::{Figure, Progress, RunState, StateChunk, StatePhase, StretchDigest};
-use crate::wire::pages::payload_hash;
-use crate::wire::{Features, Hello, Message, PROTOCOL_VERSION, PageEncoding, PagesHead, SessionId};
+use crate::wire::{Features, Hello, Message, PROTOCOL_VERSION, PagesFrame, PagesHead, SessionId, WireError};
 
 /// Two blocks: 2 extents and 1 page, and a few bytes.
 pub(super) fn layout() -> Layout {
     Layout::new(PageSize::DEFAULT, vec![BlockInfo::new("ram", 129 * 4096), BlockInfo::new("rom", 700)]).unwrap()
+}
+
+/// The head of a frame of this layout.
+pub(super) fn parse(frame: &PagesFrame) -> Result<PagesHead, WireError> {
+    PagesHead::parse(&frame.body, frame.frame_length, &layout())
+}
+
+/// What a loader says to the payload of a frame with hashes.
+pub(super) fn check_payload(head: &PagesHead, payload: &[u8]) -> Result<(), PageFault> {
+    head.clone().into_arrived(true, 0).check_payload(payload)
 }
 
 pub(super) fn hello() -> Hello {

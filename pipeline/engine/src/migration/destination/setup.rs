@@ -8,9 +8,9 @@ use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::geometry::{BlockInfo, Layout, PageSize};
 use memferry_stages::queue::Outlet;
 use memferry_stages::sender::Control;
-use memferry_stages::wire::Message;
 use memferry_stages::wire::messages::StatePhase;
-use memferry_stages::wire::reader::Incoming;
+use memferry_stages::wire::reader::{Incoming, ReadError};
+use memferry_stages::wire::{Message, Preface};
 use memferry_transports::Listener;
 use tokio::time::MissedTickBehavior;
 use tokio_util::task::AbortOnDropHandle;
@@ -125,9 +125,6 @@ impl Acceptance {
         let described = tokio::time::timeout(self.settings.handover_timeout, reading).await;
         let (blocks, setup) = described
             .map_err(|_| MigrationError::TimedOut("the source did not describe its guest in time".into()))??;
-        if !self.session.features.ignored_blocks && blocks.iter().any(|block| block.ignored) {
-            return Err(MigrationError::Protocol("blocks are ignored, and that was not agreed".into()));
-        }
         let (page_size, lanes) = (self.session.hello.page_size, self.session.hello.lanes);
         let bound = |layout: &Layout| bounds::destination_bound(layout, lanes, self.settings.max_state_bytes);
         bounds::check_host(bound(&Layout::new(page_size, blocks.clone())?))?;
@@ -165,24 +162,24 @@ fn built(build: Build, page_size: PageSize, blocks: &[BlockInfo], setup: &GuestS
 /// Reads the state's setup part and the blocks, before the stages run.
 async fn read_setup(session: &mut Session, room: &mut Room) -> Result<(Vec<BlockInfo>, GuestState), MigrationError> {
     let mut setup = Assembly::new(StatePhase::Setup, *room);
-    loop {
-        match session.readers[0].next().await? {
-            Some(Incoming::Message { message: Message::State(chunk), .. }) => {
+    let mut preface = Preface::after_hello(session.features);
+    let reader = &mut session.readers[0];
+    while let Some(incoming) = reader.next().await? {
+        preface.check(&incoming).map_err(|error| ReadError::from(reader.fail(error)))?;
+        match incoming {
+            Incoming::Message { message: Message::State(chunk), .. } => {
                 setup.add(chunk)?;
                 *room = setup.room();
             }
-            Some(Incoming::Message { message: Message::Blocks(blocks), .. }) => return Ok((blocks, setup.finish()?)),
-            Some(Incoming::Message { message: Message::Heartbeat(_), .. }) => {}
-            Some(Incoming::Message { message: Message::Abort(why), .. }) => {
+            Incoming::Message { message: Message::Blocks(blocks), .. } => return Ok((blocks, setup.finish()?)),
+            Incoming::Message { message: Message::Abort(why), .. } => {
                 return Err(MigrationError::GivenUp { peer: Role::Source, why });
             }
-            Some(Incoming::Message { message, .. }) => {
-                return Err(MigrationError::Protocol(format!("{} came before the blocks", message.kind().name())));
-            }
-            Some(Incoming::Pages(_)) => return Err(MigrationError::Protocol("pages came before the blocks".into())),
-            None => return Err(ended_early()),
+            // A Heartbeat.
+            _ => {}
         }
     }
+    Err(ended_early())
 }
 
 /// Both ends must ignore the same blocks: a block that one does not send must exist at the other. Id, length and

@@ -1,10 +1,10 @@
 //! Pages frames made by hand, for tests: valid ones, and ones that no encoder makes.
 
+use super::pages::PagesHead;
+use crate::batch::{Arrived, PageEncoding, payload_hash};
 use crate::codec::{Codec, Compressor};
 use crate::geometry::ExtentAt;
 use crate::pool::BufferPool;
-use crate::receiver::Arrived;
-use crate::wire::pages::{PageEncoding, PagesHead, payload_hash};
 use crate::xbzrle::{Encoded, encode_page};
 
 pub(crate) const PAGE: usize = 4096;
@@ -73,11 +73,12 @@ impl Frame {
         }
     }
 
-    /// As a receiver hands it on.
+    /// As a receiver hands it on, of a stream with hashes.
     pub(crate) fn arrived(&self, offset: u64) -> Arrived {
         let mut buffer = BufferPool::new(1, self.payload.len().max(1)).try_take().unwrap();
         buffer.extend(&self.payload);
-        Arrived { head: self.head.clone(), payload: (!self.payload.is_empty()).then_some(buffer), offset }
+        let payload = (!self.payload.is_empty()).then_some(buffer);
+        Arrived { payload, ..self.head.clone().into_arrived(true, offset) }
     }
 
     /// Its bytes in a stream.
