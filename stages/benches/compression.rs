@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use memferry_stages::batch::{Batch, CopiedBatch, Item};
+use memferry_stages::batch::{Mark, RoundKind};
 use memferry_stages::codec::{Codec, Compressor};
 use memferry_stages::encoder::{Encoder, EncoderPlan};
 use memferry_stages::geometry::{ExtentAt, PageSize};
@@ -105,10 +106,10 @@ fn encoder(compress: Option<Codec>, memory: &[u8]) -> Figure {
             let mut pages = copies.take().await;
             pages.extend(bytes);
             let at = ExtentAt { block: 0, extent };
-            let batch = Batch { at, mask: u64::MAX, untouched: 0, round: 1, last: false };
+            let batch = Batch { at, mask: u64::MAX, untouched: 0, round: 1, kind: RoundKind::Live };
             put.put(Item::Batch(CopiedBatch { batch, zero: 0, pages: Some(pages) })).await.expect("room");
         }
-        put.put(Item::<CopiedBatch>::Switchover).await.expect("room");
+        put.put(Item::<CopiedBatch>::Mark(Mark::LaneEnds)).await.expect("room");
         let began = Instant::now();
         encoder.run(input, output).await.expect("nothing fails");
         let time = began.elapsed();

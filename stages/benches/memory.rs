@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use common::inputs::{self, CONTENTS};
 use common::{EXTENT, PAGE, PLACES, Suite, memcpy, sweep, timed};
+use memferry_stages::batch::RoundKind;
 use memferry_stages::batch::{Batch, CopiedBatch};
 use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::digest::{Known, stretch_count, stretch_digest};
@@ -118,7 +119,7 @@ fn report_all(log: &dyn DirtyLog, memory: &GuestMemory) {
         let mut into = buffer();
         let read = memory.block(0).memory.read_extent(PageSize::DEFAULT, at.first_page(), u64::MAX, &mut into);
         let zero = read.expect("reads");
-        let batch = Batch { at, mask: u64::MAX, untouched: 0, round: 1, last: false };
+        let batch = Batch { at, mask: u64::MAX, untouched: 0, round: 1, kind: RoundKind::Live };
         log.copied(&CopiedBatch { batch, zero, pages: (zero != u64::MAX).then_some(into) });
     }
 }

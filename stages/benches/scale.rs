@@ -8,6 +8,7 @@ use std::hint::black_box;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use memferry_stages::batch::RoundKind;
 use memferry_stages::batch::{Batch, Item};
 use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::bitmap_sync::{BitmapSync, SyncOrder};
@@ -18,6 +19,7 @@ use memferry_stages::meter::Meter;
 use memferry_stages::queue::{Inlet, bounded};
 use memferry_stages::scanner::{ScanOrder, Scanner};
 use memferry_stages::stage_id::StageId;
+use memferry_stages::take::PageTaker;
 use tokio::runtime::Runtime;
 
 const BYTES: u64 = 1 << 40;
@@ -110,11 +112,12 @@ impl Bench {
         let lanes = LaneMap::new(LANES, PageSize::DEFAULT);
         let in_flight = Arc::new(InFlight::new(&self.layout, lanes));
         let meter = Meter::start(StageId::SCANNER);
-        let scanner = Scanner::new(bitmap.clone(), None, Vec::new(), lanes, in_flight.clone(), meter.clone());
+        let scanner =
+            Scanner::new(PageTaker::new(bitmap.clone(), None, Vec::new(), in_flight.clone()), lanes, meter.clone());
         let (into, ends): (Vec<_>, Vec<_>) = (0..LANES).map(|_| bounded(16)).unzip();
         let ((order, orders), (answer, answers)) = (bounded(1), bounded(1));
         self.runtime.block_on(async {
-            order.put(ScanOrder::all(1, false)).await.expect("it takes orders");
+            order.put(ScanOrder::all(1, RoundKind::Live).into()).await.expect("it takes orders");
             drop(order);
             let drained = futures::future::join_all((0..).zip(&ends).map(|(lane, end)| drain(lane, end, &in_flight)));
             let since = Instant::now();

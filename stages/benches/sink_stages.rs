@@ -25,7 +25,9 @@ use memferry_stages::batch::{Arrived, Item, Mark, PageEncoding, payload_hash};
 use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::codec::{Codec, Compressor};
 use memferry_stages::encoder::Outgoing;
+use memferry_stages::geometry::BulkMap;
 use memferry_stages::geometry::{BlockInfo, ExtentAt, LaneMap, Layout, PageSize};
+use memferry_stages::loader::Direct;
 use memferry_stages::loader::{LaneProgress, Loader};
 use memferry_stages::memory::{GuestMemory, MappedMemory};
 use memferry_stages::meter::Meter;
@@ -87,7 +89,7 @@ fn outgoing(pool: &BufferPool) -> Vec<Outgoing> {
     let mut buffers: Vec<_> = std::iter::from_fn(|| pool.try_take()).collect();
     buffers.iter_mut().for_each(|buffer| buffer.set_filled(EXTENT));
     let frame = |(extent, payload)| {
-        let mark = (extent == EXTENTS - 1).then_some(Mark::Switchover);
+        let mark = (extent == EXTENTS - 1).then_some(Mark::LaneEnds);
         Outgoing { lane: 0, head: raw_head(extent, 0).to_bytes(0), payload: Some(payload), mark }
     };
     (0..).zip(buffers).map(frame).collect()
@@ -156,7 +158,7 @@ async fn receive(stream: &[u8], pool: BufferPool) {
     let meter = Meter::start(StageId::receiver(0));
     let reader = FrameReader::new(stream, "memory".into(), PageSize::DEFAULT);
     let lanes = LaneMap::new(1, PageSize::DEFAULT);
-    let deframer = WireDeframer::new(0, 1, reader, layout(), lanes, Features::default());
+    let deframer = WireDeframer::new(0, BulkMap::new(1, 1), reader, layout(), lanes, Features::default());
     let receiver = Receiver::new(0, deframer, pool, meter);
     let ((outlet, arrived), (control, _messages)) = (bounded(WARM), bounded(1));
     let count = async {
@@ -265,7 +267,7 @@ fn loads(suite: &mut Suite, name: &str, memory: &MappedMemory, guest: &GuestMemo
 async fn load(guest: GuestMemory, heads: Vec<Arrived>, payload: &[u8], pool: BufferPool) {
     let received = Arc::new(DirtyBitmap::filled(guest.layout()));
     let (progress, meter) = (Arc::new(LaneProgress::default()), Meter::start(StageId::loader(0)));
-    let loader = Loader::new(0, guest, received, progress.clone(), meter);
+    let loader = Loader::new(0, Direct::new(guest, received), progress.clone(), meter);
     let ((outlet, input), (output, _reports)) = (bounded(WARM), bounded(1));
     let feed = async {
         for head in heads {
@@ -276,7 +278,7 @@ async fn load(guest: GuestMemory, heads: Vec<Arrived>, payload: &[u8], pool: Buf
             });
             outlet.put(Item::Batch(Arrived { payload, ..head })).await.expect("the loader runs");
         }
-        outlet.put(Item::Switchover).await.expect("the loader runs");
+        outlet.put(Item::Mark(Mark::LaneEnds)).await.expect("the loader runs");
     };
     let (ran, ()) = join!(loader.run(input, output), feed);
     ran.expect("the frames are whole");

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use common::inputs::{self, CHANGES, CONTENTS};
 use common::{EXTENT, PAGE, Suite, memcpy, sweep, timed};
 use fastrand::Rng;
-use memferry_stages::batch::{Batch, CopiedBatch, Item, Mark};
+use memferry_stages::batch::{Batch, CopiedBatch, Item, Mark, RoundKind};
 use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::codec::Codec;
 use memferry_stages::encoder::misses::OnMiss;
@@ -27,8 +27,9 @@ use memferry_stages::memory::MappedMemory;
 use memferry_stages::meter::Meter;
 use memferry_stages::pool::{BufferPool, PooledBuffer};
 use memferry_stages::queue::{Inlet, bounded};
-use memferry_stages::scanner::{ScanOrder, Scanner};
+use memferry_stages::scanner::{ScanOrder, Scanner, ScannerOrder};
 use memferry_stages::stage_id::StageId;
+use memferry_stages::take::PageTaker;
 use memferry_stages::tally::{PageTally, RoundTally};
 use memferry_stages::wire::WireFramer;
 use memferry_stages::zero_detector::ZeroDetector;
@@ -54,7 +55,7 @@ fn bytes_of(extents: u32) -> usize {
 }
 
 fn batch(extent: u32, round: u32) -> Batch {
-    Batch { at: ExtentAt { block: 0, extent }, mask: u64::MAX, untouched: 0, round, last: false }
+    Batch { at: ExtentAt { block: 0, extent }, mask: u64::MAX, untouched: 0, round, kind: RoundKind::Live }
 }
 
 /// Runs a stage on this thread while what it gives is counted and dropped at once, and says how long it took.
@@ -98,9 +99,9 @@ fn scanner(suite: &mut Suite) {
             let lanes = LaneMap::new(1, PageSize::DEFAULT);
             let meter = Meter::start(StageId::SCANNER);
             let in_flight = Arc::new(InFlight::new(bitmap.layout(), lanes));
-            let scanner = Scanner::new(bitmap, None, Vec::new(), lanes, in_flight, meter);
+            let scanner = Scanner::new(PageTaker::new(bitmap, None, Vec::new(), in_flight), lanes, meter);
             let ((lane, batches), (answer, _answers)) = (bounded(4), bounded(1));
-            let orders = queue_of([ScanOrder::all(1, true)]);
+            let orders = queue_of([ScanOrder::all(1, RoundKind::Final).into(), ScannerOrder::EndLanes]);
             let (took, items) = run(scanner.run(orders, vec![lane], answer), &batches);
             assert_eq!(items, if dirty_pages == 0 { 2 } else { extents as usize + 2 });
             took
@@ -126,14 +127,14 @@ fn detect(suite: &mut Suite, group: &str, memory: &Arc<MappedMemory>, zero: u32)
     suite.measure(group, "stage", memory.len(), &[("memcpy", "memcpy"), ("sweep", "sweep")], || {
         let meter = Meter::start(StageId::zero_detector(0));
         let detector = ZeroDetector::new(0, guest.clone(), pool.clone(), Vec::new(), meter);
-        let tally = RoundTally::new(1, false);
+        let tally = RoundTally::new(1, RoundKind::Live);
         let batches = (0..extents).map(|extent| Item::Batch(batch(extent, 1)));
-        let batches = queue_of(batches.chain([Item::RoundComplete(tally)]));
+        let batches = queue_of(batches.chain([Item::Mark(Mark::RoundComplete(tally))]));
         let ((output, copies), found) = (bounded(2), std::cell::Cell::new(0));
         let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
         let consumer = async {
             while let Some(item) = copies.next().await {
-                if let Item::RoundComplete(tally) = item {
+                if let Item::Mark(Mark::RoundComplete(tally)) = item {
                     found.set(tally.pages.zero);
                 }
             }
@@ -170,9 +171,11 @@ impl Copies {
         let pages = (self.bytes() / PAGE) as u64;
         let copied =
             |(extent, pages)| Item::Batch(CopiedBatch { batch: batch(extent, round), zero: 0, pages: Some(pages) });
-        let tally =
-            RoundTally { pages: PageTally { all: pages, ..PageTally::default() }, ..RoundTally::new(round, false) };
-        (0..).zip(self.buffers.drain(..)).map(copied).chain([Item::RoundComplete(tally)]).collect()
+        let tally = RoundTally {
+            pages: PageTally { all: pages, ..PageTally::default() },
+            ..RoundTally::new(round, RoundKind::Live)
+        };
+        (0..).zip(self.buffers.drain(..)).map(copied).chain([Item::Mark(Mark::RoundComplete(tally))]).collect()
     }
 
     fn take_back(&mut self) {

@@ -25,27 +25,42 @@ pub use encoding::{GROUP_BYTES, PageEncoding, group_pages};
 pub enum Item<B> {
     /// Pages to send.
     Batch(B),
-    /// The end of a round: all of its batches precede this in the lane.
-    RoundComplete(RoundTally),
-    /// The end of the lane: the guest is paused and everything was sent.
-    Switchover,
+    /// A mark, which every stage passes on in its place.
+    Mark(Mark),
 }
 
-/// What stands between the batches of a lane, once the encoder has completed its figures.
+/// A mark between the batches of a lane. No batch and no other mark overtakes it, from the scanner to the loader.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mark {
-    /// The end of a round: all of its frames precede this one in the lane, and the figures are complete.
+    /// The end of a round: all of its batches precede this in the lane. Each stage adds its part to the figures.
     RoundComplete(RoundTally),
-    /// The lane's last frame.
-    Switchover,
+    /// The end of an epoch: what precedes this belongs to the checkpoint of this number.
+    Checkpoint(u64),
+    /// The switch to postcopy: pages that follow are not for the [`Direct`](crate::loader::Direct) sink.
+    DirectEnds,
+    /// The end of the lane: nothing follows.
+    LaneEnds,
 }
 
-impl<B> From<Mark> for Item<B> {
-    fn from(mark: Mark) -> Self {
-        match mark {
-            Mark::RoundComplete(tally) => Self::RoundComplete(tally),
-            Mark::Switchover => Self::Switchover,
-        }
+/// When the pages of a round may change again.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum RoundKind {
+    /// The guest runs: a page may be written while it travels, and is sent again in a later round.
+    #[default]
+    Live = 0,
+    /// The guest is paused, and the last sync is still to come: it brings pages that were written before the pause, or while the
+    /// state was saved.
+    Paused = 1,
+    /// No page changes any more: each is sent at most once.
+    Final = 2,
+}
+
+impl RoundKind {
+    /// Whether each page is sent at most once from here on.
+    #[must_use]
+    pub fn is_final(self) -> bool {
+        self == Self::Final
     }
 }
 
@@ -60,8 +75,8 @@ pub struct Batch {
     pub untouched: u64,
     /// The round, from 1.
     pub round: u32,
-    /// Whether this is the last round: the guest is paused and each page is sent at most once more.
-    pub last: bool,
+    /// Whether its pages may be sent again.
+    pub kind: RoundKind,
 }
 
 /// A batch whose pages were copied out of guest memory.

@@ -239,7 +239,7 @@ fn is_clean(words: &[AtomicU64]) -> bool {
 }
 
 /// The extent of a page, and its bit there.
-fn locate(at: PageAt) -> (ExtentAt, u64) {
+pub(crate) fn locate(at: PageAt) -> (ExtentAt, u64) {
     let extent = u32::try_from(at.page / EXTENT_PAGES).expect("a page of the layout");
     (ExtentAt { block: at.block, extent }, 1 << (at.page % EXTENT_PAGES))
 }

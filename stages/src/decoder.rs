@@ -42,7 +42,10 @@ impl Decoder {
         for piece in arrived.pieces(payload) {
             match piece.encoding {
                 PageEncoding::Raw => {}
-                PageEncoding::Xbzrle => drop(self.delta(arrived.at, &piece, piece.mask & !received == 0)?),
+                PageEncoding::Xbzrle if piece.mask & !received != 0 => {
+                    return Err(PageFault::NotHeld { page: piece.page(arrived.at) });
+                }
+                PageEncoding::Xbzrle => drop(self.delta(arrived.at, &piece)?),
                 _ => self.unpack(arrived.at, &piece)?,
             }
             received |= piece.mask;
@@ -62,12 +65,9 @@ impl Decoder {
         &self.group
     }
 
-    /// The delta of a page, checked to its last byte. `held` says whether the page was loaded before.
-    pub(crate) fn delta<'a>(&self, at: ExtentAt, piece: &Piece<'a>, held: bool) -> Result<Delta<'a>, PageFault> {
+    /// The delta of a page, checked to its last byte.
+    pub(crate) fn delta<'a>(&self, at: ExtentAt, piece: &Piece<'a>) -> Result<Delta<'a>, PageFault> {
         let page = piece.page(at);
-        if !held {
-            return Err(PageFault::NotHeld { page });
-        }
         let delta = Delta::parse(piece.bytes, self.page_size.bytes());
         delta.map_err(|error| PageFault::Undecodable { page, why: error.to_string() })
     }

@@ -5,6 +5,7 @@ use std::io;
 use crate::batch::PageFault;
 use crate::dirty_log::LogCall;
 use crate::geometry::PageAt;
+use crate::loader::SinkError;
 use crate::queue::Closed;
 use crate::stage_id::StageId;
 use crate::wire::reader::ReadError;
@@ -62,6 +63,9 @@ pub enum Cause {
     /// A stream could not be read: an invalid frame, damage, an early end, or an error of the transport.
     #[error(transparent)]
     Read(#[from] ReadError),
+    /// The page sink cannot do what a mark requires.
+    #[error(transparent)]
+    Sink(SinkError),
     /// The transport failed.
     #[error("the transport failed: {0}")]
     Transport(#[source] io::Error),

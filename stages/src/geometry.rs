@@ -325,6 +325,38 @@ impl LaneMap {
     }
 }
 
+/// Which bulk connection carries each lane: both ends follow it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BulkMap {
+    lanes: u16,
+    bulk: u16,
+}
+
+impl BulkMap {
+    /// A map for `lanes` lanes on the connections 0 to `bulk` - 1; connections of other roles follow them and carry no lane.
+    ///
+    /// # Panics
+    /// If there is no bulk connection, or there are more of them than lanes.
+    #[must_use]
+    pub fn new(lanes: u16, bulk: u16) -> Self {
+        assert!((1..=lanes).contains(&bulk), "{bulk} bulk connections for {lanes} lanes");
+        Self { lanes, bulk }
+    }
+
+    /// The connection that carries a lane.
+    #[must_use]
+    pub fn connection(self, lane: u16) -> u16 {
+        lane % self.bulk
+    }
+
+    /// How many lanes a connection carries.
+    #[must_use]
+    pub fn lanes_of(self, connection: u16) -> u16 {
+        let lanes = (0..self.lanes).filter(|&lane| self.connection(lane) == connection).count();
+        u16::try_from(lanes).expect("some of the lanes")
+    }
+}
+
 /// The positions of the set bits of a mask, lowest first.
 #[must_use]
 pub fn bits(mask: u64) -> Bits {
@@ -416,6 +448,13 @@ mod tests {
         let lane = |block, extent| map.lane(ExtentAt { block, extent });
         assert_eq!([0, 7, 8, 16, 24].map(|extent| lane(0, extent)), [0, 0, 1, 2, 0]);
         assert_eq!([0, 8].map(|extent| lane(1, extent)), [1, 2]);
+    }
+
+    #[test]
+    fn lanes_are_on_bulk_connections_alone() {
+        let map = BulkMap::new(5, 2);
+        assert_eq!([0, 1, 2, 3, 4].map(|lane| map.connection(lane)), [0, 1, 0, 1, 0]);
+        assert_eq!([0, 1, 2].map(|connection| map.lanes_of(connection)), [3, 2, 0]);
     }
 
     #[test]

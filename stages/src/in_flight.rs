@@ -12,8 +12,8 @@ use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, OnceLock};
 
 use crate::batch::Batch;
-use crate::bitmap::DirtyBitmap;
-use crate::geometry::{ExtentAt, LaneMap, Layout};
+use crate::bitmap::{DirtyBitmap, locate};
+use crate::geometry::{ExtentAt, LaneMap, Layout, PageAt};
 
 /// The least number of entries of a lane's list: more than are taken between two acknowledgements.
 const LEAST_ROOM: usize = 16384;
@@ -31,6 +31,9 @@ pub struct InFlight {
     lanes: Box<[Mutex<Lane>]>,
     /// The folded pages of all lanes, which have disjoint extents. Allocated when it is needed.
     folded: OnceLock<DirtyBitmap>,
+    /// Pages that were taken urgently: they travel outside of the lanes, and are acknowledged one by one. Allocated when it is
+    /// needed.
+    urgent: OnceLock<DirtyBitmap>,
 }
 
 impl InFlight {
@@ -42,10 +45,11 @@ impl InFlight {
 
     fn with_room(layout: &Layout, lane_map: LaneMap, room: usize) -> Self {
         let lanes = (0..lane_map.lanes()).map(|_| Mutex::default()).collect();
-        Self { layout: layout.clone(), lane_map, room, lanes, folded: OnceLock::new() }
+        Self { layout: layout.clone(), lane_map, room, lanes, folded: OnceLock::new(), urgent: OnceLock::new() }
     }
 
-    /// The most bytes it takes in a migration of such a guest over `lanes` lanes.
+    /// The most bytes it takes in a migration of such a guest over `lanes` lanes. Where pages are taken urgently,
+    /// [`DirtyBitmap::bytes_of`] it more.
     #[must_use]
     pub fn bound_bytes(layout: &Layout, lanes: u16) -> u64 {
         DirtyBitmap::bytes_of(layout) + u64::from(lanes) * (room(layout, lanes) * size_of::<Taken>()) as u64
@@ -58,7 +62,8 @@ impl InFlight {
     #[must_use]
     pub fn memory_bytes(&self) -> u64 {
         let lists: usize = self.each_lane().map(|lane| lane.list.capacity() * size_of::<Taken>()).sum();
-        self.folded.get().map_or(0, DirtyBitmap::memory_bytes) + lists as u64
+        let bitmaps = [&self.folded, &self.urgent].into_iter().filter_map(OnceLock::get);
+        bitmaps.map(DirtyBitmap::memory_bytes).sum::<u64>() + lists as u64
     }
 
     /// Adds a batch to a lane, as one more frame.
@@ -72,6 +77,23 @@ impl InFlight {
             here.fold(self.folded.get_or_init(|| DirtyBitmap::empty(&self.layout)));
         }
         here.record(batch.at, batch.mask);
+    }
+
+    /// Adds the pages of a batch that does not travel in a lane.
+    pub fn record_urgent(&self, batch: &Batch) {
+        let urgent = self.urgent.get_or_init(|| DirtyBitmap::empty(&self.layout));
+        let added = urgent.set_mask(batch.at, batch.mask);
+        debug_assert_eq!(added, batch.mask, "each page is sent at most once");
+    }
+
+    /// Notes that the destination has placed a page that was taken urgently. False if none such is in flight.
+    ///
+    /// # Panics
+    /// If there is no such page.
+    #[must_use]
+    pub fn acknowledge_urgent(&self, page: PageAt) -> bool {
+        let (at, mask) = locate(page);
+        self.urgent.get().is_some_and(|urgent| urgent.take_mask(at, mask) != 0)
     }
 
     /// Notes that the destination has loaded the first `frames_total` Pages frames of a lane. A count below an earlier one has no
@@ -99,7 +121,8 @@ impl InFlight {
     /// The number of pages in flight. A page that is in flight twice may count twice: it is sent twice.
     #[must_use]
     pub fn pages(&self) -> u64 {
-        self.each_lane().map(|lane| lane.pages + lane.folded_pages).sum()
+        let urgent = self.urgent.get().map_or(0, DirtyBitmap::count);
+        urgent + self.each_lane().map(|lane| lane.pages + lane.folded_pages).sum::<u64>()
     }
 
     /// Puts the bits of all pages in flight back into the bitmap, to be sent again. Nothing is in flight afterwards.
@@ -115,6 +138,9 @@ impl InFlight {
             self.unfold(lane, &mut here, &mut taken);
             here.pages = 0;
             here.list.drain(..).for_each(|Taken { at, mask, .. }| taken(at, mask));
+        }
+        if let Some(urgent) = self.urgent.get() {
+            urgent.all_dirty_extents().for_each(|at| taken(at, urgent.take(at)));
         }
     }
 

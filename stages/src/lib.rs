@@ -40,6 +40,7 @@ pub mod sender;
 pub mod silence;
 mod stage;
 pub mod stage_id;
+pub mod take;
 pub mod tally;
 pub mod token_bucket;
 pub mod untrusted;

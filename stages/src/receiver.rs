@@ -1,7 +1,7 @@
 //! Receiver: reads the batches of one connection, and passes them to the lanes that travel on it.
 //!
 //! ```text
-//!              ┌──────────┐ ── Arrived, RoundComplete, Switchover ──▶ loader of each lane (in band)
+//!              ┌──────────┐ ── Arrived, marks ──▶ loader of each lane (in band)
 //! Deframer ──▶ │ receiver │
 //!              └──────────┘ ── every other message ──▶ controller
 //! ```
@@ -73,7 +73,7 @@ impl<D: Deframer> Receiver<D> {
                     meter.count(u64::from(arrived.mask.count_ones()), bytes);
                     (lane, Item::Batch(arrived))
                 }
-                Deframed::Mark { lane, mark } => (lane, mark.into()),
+                Deframed::Mark { lane, mark } => (lane, Item::Mark(mark)),
                 Deframed::Message(message) => {
                     control.put(message).await?;
                     continue;

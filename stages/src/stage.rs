@@ -11,6 +11,8 @@ use crate::stage_id::StageId;
 mod chain_tests;
 #[cfg(test)]
 pub(crate) mod testing;
+#[cfg(test)]
+mod urgent_tests;
 
 /// The identity of a running stage. Its meter stops when this is dropped, with the stage or with its task.
 #[derive(Debug)]

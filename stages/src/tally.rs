@@ -4,13 +4,15 @@ use std::ops::AddAssign;
 
 use serde::{Deserialize, Serialize};
 
+use crate::batch::RoundKind;
+
 /// Figures of one round. Travels with RoundComplete: each stage adds its part.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RoundTally {
     /// The round, from 1.
     pub round: u32,
-    /// Whether it is the last round.
-    pub last: bool,
+    /// Its kind.
+    pub kind: RoundKind,
     /// Batches scanned.
     pub batches: u64,
     /// Its pages.
@@ -48,8 +50,8 @@ pub struct PageTally {
 impl RoundTally {
     /// An empty tally.
     #[must_use]
-    pub fn new(round: u32, last: bool) -> Self {
-        Self { round, last, ..Self::default() }
+    pub fn new(round: u32, kind: RoundKind) -> Self {
+        Self { round, kind, ..Self::default() }
     }
 }
 

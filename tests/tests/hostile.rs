@@ -13,7 +13,9 @@ use memferry::guest::Guest;
 use memferry::settings::DestinationSettings;
 use memferry_stages::batch::payload_hash;
 use memferry_stages::bitmap::DirtyBitmap;
+use memferry_stages::geometry::BulkMap;
 use memferry_stages::geometry::{BlockInfo, LaneMap, PageSize};
+use memferry_stages::loader::Direct;
 use memferry_stages::loader::{LaneProgress, Loader};
 use memferry_stages::memory::{GuestMemory, MappedMemory, RamBlock};
 use memferry_stages::meter::Meter;
@@ -21,6 +23,7 @@ use memferry_stages::pool::BufferPool;
 use memferry_stages::queue::bounded;
 use memferry_stages::receiver::Receiver;
 use memferry_stages::stage_id::StageId;
+use memferry_stages::wire::ConnectionRole;
 use memferry_stages::wire::frame::{FrameHead, HEAD_BYTES};
 use memferry_stages::wire::pages::{FIXED_BYTES, MIN_HEAD_BYTES, head_bytes};
 use memferry_stages::wire::reader::FrameReader;
@@ -85,7 +88,9 @@ fn knock(number: usize, address: &str, dice: &mut Rng) -> Option<TcpStream> {
 fn hello(version: u16, session: SessionId, connection: u16, connections: u16, lanes: u16) -> Bytes {
     let features = Features { checksum: true, ..Features::default() }.to_list();
     let page_size = PageSize::DEFAULT;
-    Message::Hello(Hello { version, session, connection, connections, lanes, page_size, features }).encode(0)
+    let (role, bulk) = (ConnectionRole::Bulk, connections);
+    Message::Hello(Hello { version, session, connection, role, connections, bulk, lanes, page_size, features })
+        .encode(0)
 }
 
 #[test]
@@ -166,7 +171,7 @@ fn turned_away(recorder: &Recorder) -> Vec<(String, u64)> {
 fn a_peer_that_cannot_be_taken_hears_why_and_the_wait_continues() {
     let lanes = |lanes: u16| {
         resealed(&hello(PROTOCOL_VERSION, SessionId([1; 16]), 0, 1, 1), |fields| {
-            fields[30..32].copy_from_slice(&lanes.to_le_bytes())
+            fields[33..35].copy_from_slice(&lanes.to_le_bytes())
         })
     };
     let mine = SessionId([9; 16]);
@@ -358,7 +363,8 @@ async fn read(memory: &GuestMemory, stream: &[u8], pool: &BufferPool) -> Result<
     let deframer = WireDeframer::new(0, 1, reader, memory.layout().clone(), lanes, features);
     let receiver = Receiver::new(0, deframer, pool.clone(), receiver_meter);
     let received = Arc::new(DirtyBitmap::filled(memory.layout()));
-    let loader = Loader::new(0, memory.clone(), received, Arc::new(LaneProgress::default()), loader_meter);
+    let sink = Direct::new(memory.clone(), received);
+    let loader = Loader::new(0, sink, Arc::new(LaneProgress::default()), loader_meter);
     let ((frames, arrived), (control, said), (loaded_out, loaded)) = (bounded(4), bounded(64), bounded(64));
     let (received, loading) = tokio::join!(receiver.run(vec![Some(frames)], control), loader.run(arrived, loaded_out));
     drop((said, loaded));

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use memferry_stages::batch::RoundKind;
 use memferry_stages::exclusions::ExcludedPages;
 use memferry_stages::meter::Reading;
 use memferry_stages::stage_id::StageId;
@@ -92,7 +93,7 @@ pub fn script(role: Role) -> Vec<Event> {
     };
     let last = RoundTally {
         round: 2,
-        last: true,
+        kind: RoundKind::Final,
         batches: 20,
         pages: PageTally {
             all: 1000,

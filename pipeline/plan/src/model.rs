@@ -12,6 +12,7 @@
 
 use std::time::Duration;
 
+use memferry_stages::batch::RoundKind;
 use memferry_stages::codec::Codec;
 use memferry_stages::encoder::misses;
 use memferry_stages::tally::{PageTally, RoundTally};
@@ -286,7 +287,7 @@ impl<'a> TracedGuest<'a> {
         let heads = extents as f64 * (HEAD_BYTES + MIN_HEAD_BYTES) as f64 + sum.filled * DESCRIPTOR_BYTES;
         let tally = RoundTally {
             round,
-            last: false,
+            kind: RoundKind::Live,
             batches: extents,
             pages: PageTally {
                 all: pages,

@@ -13,7 +13,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use memferry_stages::batch::{Batch, CopiedBatch};
+use memferry_stages::batch::{Batch, CopiedBatch, RoundKind};
 use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::bitmap_sync::ranges;
 use memferry_stages::dirty_log::{DirtyLog, LogCall};
@@ -312,7 +312,8 @@ impl<'a> Recorder<'a> {
             log.rearm(at, mask).map_err(|error| MigrationError::Log { doing: LogCall::Rearm, error })?;
         }
         if self.copies {
-            self.report_copies(Batch { at, mask, untouched, round: 1, last: false }).map_err(RecordError::Memory)?;
+            self.report_copies(Batch { at, mask, untouched, round: 1, kind: RoundKind::Live })
+                .map_err(RecordError::Memory)?;
         }
         Ok(())
     }

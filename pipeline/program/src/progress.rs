@@ -165,7 +165,7 @@ impl Shown {
             }
             Event::RoundSent { tally, duration } => {
                 self.rounds = Some(Rounds::and(self.rounds.take(), tally, *duration));
-                let long = *duration >= LINE_EVERY || tally.last;
+                let long = *duration >= LINE_EVERY || tally.kind.is_final();
                 if !due && !long {
                     return Vec::new();
                 }

@@ -102,8 +102,8 @@ impl Account {
         self.memory_bound = self.memory_bound.max(self.status.memory_bound);
         match event {
             Event::RoundSent { tally, duration } => {
-                let dirty_after = tally.last.then_some(0);
-                let is_sample = self.decided.last().is_some_and(Decided::asks_for_a_sample) && !tally.last;
+                let dirty_after = tally.kind.is_final().then_some(0);
+                let is_sample = self.decided.last().is_some_and(Decided::asks_for_a_sample) && !tally.kind.is_final();
                 self.rounds.push(Round { tally: *tally, duration: *duration, is_sample, dirty_after });
             }
             Event::Synced { after_round, dirty_pages, .. } => self.synced(*after_round, *dirty_pages),

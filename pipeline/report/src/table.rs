@@ -79,7 +79,7 @@ fn rounds(rounds: &[Round]) -> String {
 
 fn row(round: &Round) -> [String; 11] {
     let tally = &round.tally;
-    let kind = match (tally.last, round.is_sample) {
+    let kind = match (tally.kind.is_final(), round.is_sample) {
         (true, _) => " last",
         (_, true) => " sample",
         _ => "",

@@ -87,7 +87,7 @@ pub struct Outgoing {
 
 /// The size of an encoder's cache. It may be changed while the encoder runs, and takes effect at its next batch.
 ///
-/// The cache itself is moved here when the switchover has passed, and is freed with the last clone: freeing a large one takes
+/// The cache itself is moved here when the lane's end has passed, and is freed with the last clone: freeing a large one takes
 /// milliseconds, for which the paused guest would wait.
 #[derive(Clone, Debug)]
 pub struct CacheShare(Arc<Cache>);
@@ -188,7 +188,7 @@ impl<F: Framer> Encoder<F> {
         self.cache_share.clone()
     }
 
-    /// Runs until the switchover has passed, or there is no more input.
+    /// Runs until the lane's end has passed, or there is no more input.
     ///
     /// # Errors
     /// When the next stage has ended.
@@ -197,10 +197,9 @@ impl<F: Framer> Encoder<F> {
         while let Some(item) = input.next().await {
             let outgoing = match item {
                 Item::Batch(copied) => self.batch(copied).await,
-                Item::RoundComplete(tally) => self.round_complete(tally),
-                Item::Switchover => self.mark(Mark::Switchover),
+                Item::Mark(mark) => self.mark(mark),
             };
-            let over = outgoing.mark == Some(Mark::Switchover);
+            let over = outgoing.mark == Some(Mark::LaneEnds);
             output.put(outgoing).await.map_err(|closed| self.stage.fails(closed))?;
             if over {
                 self.cache_share.leave(self.coder);
@@ -317,7 +316,7 @@ impl<F: Framer> Encoder<F> {
     }
 
     /// The round's figures are complete here, and the choice of encoding may change.
-    fn round_complete(&mut self, mut tally: RoundTally) -> Outgoing {
+    fn round_complete(&mut self, mut tally: RoundTally) -> RoundTally {
         tally.pages += std::mem::take(&mut self.counted);
         debug_assert_eq!(
             tally.pages.zero + tally.pages.raw + tally.pages.compressed + tally.pages.xbzrle + tally.pages.unchanged,
@@ -325,10 +324,14 @@ impl<F: Framer> Encoder<F> {
             "the encodings add up: {tally:?}"
         );
         self.coder.round_complete();
-        self.mark(Mark::RoundComplete(tally))
+        tally
     }
 
     fn mark(&mut self, mark: Mark) -> Outgoing {
+        let mark = match mark {
+            Mark::RoundComplete(tally) => Mark::RoundComplete(self.round_complete(tally)),
+            other => other,
+        };
         Outgoing { lane: self.lane, head: self.framer.mark(self.lane, &mark), payload: None, mark: Some(mark) }
     }
 }

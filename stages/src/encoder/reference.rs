@@ -2,7 +2,7 @@
 //! reference is what the destination holds).
 //!
 //! However a page is sent, the destination holds that page afterwards. So when a method returns, the page's entry equals the page
-//! or is gone. In the last round entries are dropped instead of updated.
+//! or is gone. In a final round entries are dropped instead of updated.
 
 use crate::batch::Batch;
 use crate::geometry::{PageAt, PageSize};
@@ -65,7 +65,7 @@ impl Reference {
             Encoded::Delta(_) | Encoded::Overflow => Compared::Overflow,
         };
         match compared {
-            _ if batch.last => self.cache.remove(at),
+            _ if batch.kind.is_final() => self.cache.remove(at),
             Compared::Delta(bytes) if bytes <= page.len() / SPARSE => {
                 Delta::parse(&out[..bytes], page.len()).expect("our own delta").apply(held);
             }
@@ -87,7 +87,7 @@ impl Reference {
     }
 
     fn keep(&mut self, at: PageAt, page: &[u8], batch: &Batch, used: u32) {
-        if batch.last {
+        if batch.kind.is_final() {
             self.cache.remove(at);
         } else {
             self.cache.insert(at, page, used);
@@ -96,7 +96,7 @@ impl Reference {
 
     /// Handles a page that is sent as zero. `keep` says whether it gets an entry if it has none.
     pub(super) fn will_be_zero(&mut self, at: PageAt, batch: &Batch) {
-        if batch.last {
+        if batch.kind.is_final() {
             self.cache.remove(at);
         } else {
             self.cache.insert(at, &self.zero_page, batch.round);
@@ -116,6 +116,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::batch::RoundKind;
     use crate::stage::testing::{batch, page_size};
 
     /// A page's next content: mostly a small change, so that deltas fit.
@@ -156,7 +157,8 @@ mod tests {
             let mut out = vec![0; 4096];
             for (step, (page, seed, way, last)) in (0..).zip(passes) {
                 let at = PageAt { block: 0, page };
-                let batch = Batch { last, ..batch(0, 1, 1 + step / 20) };
+                let kind = if last { RoundKind::Final } else { RoundKind::Live };
+                let batch = Batch { kind, ..batch(0, 1, 1 + step / 20) };
                 let held = destination.entry(at).or_insert_with(|| vec![0; 4096]);
                 let next = changed(held, seed);
                 // Whether the destination holds it already, or nothing is sent.

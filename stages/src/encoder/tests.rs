@@ -5,7 +5,7 @@ use futures::FutureExt;
 use proptest::prelude::*;
 
 use super::*;
-use crate::batch::payload_hash;
+use crate::batch::{RoundKind, payload_hash};
 use crate::codec::{Compressor, Decompressor};
 use crate::geometry::Layout;
 use crate::queue::bounded;
@@ -129,12 +129,12 @@ impl Source {
     }
 
     /// The copies of these pages as the detector would hand them on, a batch for each extent.
-    fn copies(&self, dirty: impl IntoIterator<Item = usize>, round: u32, last: bool) -> Vec<CopiedBatch> {
+    fn copies(&self, dirty: impl IntoIterator<Item = usize>, round: u32, kind: RoundKind) -> Vec<CopiedBatch> {
         let mut masks = BTreeMap::new();
         for page in dirty {
             *masks.entry(u32::try_from(page / 64).unwrap()).or_insert(0) |= 1u64 << (page % 64);
         }
-        masks.into_iter().map(|(extent, mask)| self.copy(Batch { last, ..batch(extent, mask, round) })).collect()
+        masks.into_iter().map(|(extent, mask)| self.copy(Batch { kind, ..batch(extent, mask, round) })).collect()
     }
 
     fn copy(&self, batch: Batch) -> CopiedBatch {
@@ -150,8 +150,8 @@ impl Source {
 }
 
 /// What the scanner and the detector say of these copies.
-fn tally(copies: &[CopiedBatch], page_size: PageSize, round: u32, last: bool) -> RoundTally {
-    let mut tally = RoundTally { batches: copies.len() as u64, ..RoundTally::new(round, last) };
+fn tally(copies: &[CopiedBatch], page_size: PageSize, round: u32, kind: RoundKind) -> RoundTally {
+    let mut tally = RoundTally { batches: copies.len() as u64, ..RoundTally::new(round, kind) };
     for copied in copies {
         tally.pages.all += u64::from(copied.batch.mask.count_ones());
         tally.pages.zero += u64::from(copied.zero.count_ones());
@@ -179,12 +179,12 @@ impl Bench {
     }
 
     /// Writes these pages and encodes them as a round: its frames, and its figures.
-    fn round(&mut self, round: u32, last: bool, writes: &[(usize, Write, u64)]) -> (Vec<Outgoing>, RoundTally) {
+    fn round(&mut self, round: u32, kind: RoundKind, writes: &[(usize, Write, u64)]) -> (Vec<Outgoing>, RoundTally) {
         writes.iter().for_each(|&(page, write, seed)| self.source.write(page, write, seed));
-        let copies = self.source.copies(writes.iter().map(|&(page, ..)| page), round, last);
-        let tally = tally(&copies, self.source.page_size, round, last);
+        let copies = self.source.copies(writes.iter().map(|&(page, ..)| page), round, kind);
+        let tally = tally(&copies, self.source.page_size, round, kind);
         let frames = copies.into_iter().map(|copied| self.encoder.batch(copied).now_or_never().unwrap()).collect();
-        let complete = self.encoder.round_complete(tally);
+        let complete = self.encoder.mark(Mark::RoundComplete(tally));
         let Some(Mark::RoundComplete(figures)) = complete.mark else { panic!("{complete:?}") };
         (frames, figures)
     }
@@ -192,7 +192,7 @@ impl Bench {
     /// The same for `write` into all of `pages`: just the figures.
     fn figures(&mut self, round: u32, pages: std::ops::Range<usize>, write: Write) -> RoundTally {
         let writes: Vec<_> = pages.map(|page| (page, write, 77 + page as u64 + (u64::from(round) << 20))).collect();
-        self.round(round, false, &writes).1
+        self.round(round, RoundKind::Live, &writes).1
     }
 }
 
@@ -266,7 +266,8 @@ proptest! {
         let mut destination = Destination::new(bench.source.layout());
         for (round, (writes, last, cache)) in (1..).zip(&rounds) {
             cache.iter().for_each(|&bytes| bench.encoder.cache_share().set(bytes));
-            let (frames, tally) = bench.round(round, *last, writes);
+            let kind = if *last { RoundKind::Final } else { RoundKind::Live };
+            let (frames, tally) = bench.round(round, kind, writes);
             let heads: Vec<_> = frames.iter().map(|frame| destination.load(frame, checksum)).collect();
             prop_assert!(destination.memory == bench.source.memory, "round {round}");
 
@@ -304,7 +305,7 @@ fn misses_are_compressed_where_a_limit_holds_and_raw_where_nothing_does() {
         let auto = deltas(1000, OnMiss::Auto(Codec::Lz4), false);
         let mut bench = Bench::new(page_size(4), EncoderPlan { delta: auto, ..EncoderPlan::default() });
         bench.encoder = bench.encoder.with_wire(wire(limit));
-        bench.round(1, false, &[]);
+        bench.round(1, RoundKind::Live, &[]);
         // Until the first try has shrunk a page there is nothing to decide by.
         assert_eq!(encodings(&bench.figures(2, 0..PAGES, Write::Text)), [0, 128 - compressed, compressed, 0, 0]);
     }
@@ -317,12 +318,16 @@ fn a_delta_is_made_of_what_is_marked_as_cached_and_of_nothing_else() {
         let mut bench = Bench::new(page_size(4), plan);
         let cached = Arc::new(DirtyBitmap::empty(&bench.source.layout()));
         bench.encoder = bench.encoder.with_cached(cached.clone());
-        bench.round(1, false, &[(0, Write::Zeros, 1), (1, Write::Random, 1)]);
+        bench.round(1, RoundKind::Live, &[(0, Write::Zeros, 1), (1, Write::Random, 1)]);
         assert_eq!(cached.count(), u64::from(first_round));
         let writes: Vec<_> = (0..4).map(|page| (page, Write::Sparse, 2)).collect();
         for round in [2, 3] {
             let (dirty, before) = (4, cached.count());
-            assert_eq!(bench.round(round, false, &writes).1.pages.xbzrle_misses, dirty - before, "round {round}");
+            assert_eq!(
+                bench.round(round, RoundKind::Live, &writes).1.pages.xbzrle_misses,
+                dirty - before,
+                "round {round}"
+            );
             assert_eq!(cached.count(), dirty);
         }
     }
@@ -348,7 +353,7 @@ fn pages_that_shrink_are_compressed_together_across_those_that_do_not() {
         let writes: Vec<_> = (0..48)
             .map(|page| (page, if page % 3 == 0 { Write::Random } else { Write::Text }, 5 + page as u64))
             .collect();
-        let (frames, tally) = bench.round(round, false, &writes);
+        let (frames, tally) = bench.round(round, RoundKind::Live, &writes);
         assert_eq!(encodings(&tally), [0, 16, 32, 0, 0]);
         let head = destination.load(&frames[0], false);
         assert!(destination.memory == bench.source.memory);
@@ -373,7 +378,7 @@ fn together_they_are_fewer_bytes_than_alone() {
 fn a_page_of_64_kib_is_a_group_of_its_own() {
     let mut bench = Bench::new(page_size(64), EncoderPlan { compress: Some(Codec::Lz4), ..EncoderPlan::default() });
     let writes: Vec<_> = (0..5).map(|page| (page, Write::Text, 1)).collect();
-    let (frames, _) = bench.round(1, false, &writes);
+    let (frames, _) = bench.round(1, RoundKind::Live, &writes);
     let head = Destination::new(bench.source.layout()).load(&frames[0], false);
     assert!(head.pages.iter().all(|(encoding, _)| *encoding == PageEncoding::Lz4));
 }
@@ -436,7 +441,7 @@ fn a_zero_page_is_a_reference_and_an_equal_page_is_not_sent() {
     assert_eq!(encodings(&bench.figures(2, 0..3, Write::Zeros)), [3, 0, 0, 0, 0]);
     assert_eq!(encodings(&bench.figures(3, 0..3, Write::Sparse)), [0, 0, 0, 3, 0]);
     let same: Vec<_> = (0..3).map(|page| (page, Write::Same, 0)).collect();
-    let (frames, tally) = bench.round(4, false, &same);
+    let (frames, tally) = bench.round(4, RoundKind::Live, &same);
     assert_eq!(encodings(&tally), [0, 0, 0, 0, 3]);
     assert!(frames.len() == 1 && frames[0].payload.is_none());
     let head = Destination::new(bench.source.layout()).load(&frames[0], false);
@@ -448,7 +453,8 @@ fn the_last_round_makes_deltas_and_drops_what_it_used() {
     let plan = EncoderPlan { delta: deltas(1000, OnMiss::Raw, true), ..EncoderPlan::default() };
     let mut bench = Bench::new(page_size(4), plan);
     bench.figures(1, 0..4, Write::Random);
-    let (_, last) = bench.round(2, true, &[(0, Write::Sparse, 1), (1, Write::Zeros, 2), (2, Write::Dense, 3)]);
+    let (_, last) =
+        bench.round(2, RoundKind::Final, &[(0, Write::Sparse, 1), (1, Write::Zeros, 2), (2, Write::Dense, 3)]);
     assert_eq!(encodings(&last), [1, 1, 0, 1, 0]);
     let after = bench.figures(3, 0..4, Write::Sparse);
     assert_eq!((after.pages.xbzrle_misses, after.pages.xbzrle), (3, 1), "page 3 was not in the last round");
@@ -459,7 +465,7 @@ fn where_all_pages_go_raw_the_detectors_buffer_is_the_payload() {
     for plan in [EncoderPlan::default(), EncoderPlan { compress: Some(Codec::Lz4), ..EncoderPlan::default() }] {
         let mut bench = Bench::new(page_size(4), plan);
         (3..20).for_each(|page| bench.source.write(page, Write::Random, page as u64));
-        let copied = bench.source.copies(0..64, 1, false).remove(0);
+        let copied = bench.source.copies(0..64, 1, RoundKind::Live).remove(0);
         let buffer = copied.pages.as_ref().unwrap().as_ptr();
         let frame = bench.encoder.batch(copied).now_or_never().unwrap();
         assert_eq!(frame.payload.unwrap().as_ptr(), buffer);
@@ -467,13 +473,13 @@ fn where_all_pages_go_raw_the_detectors_buffer_is_the_payload() {
 }
 
 #[test]
-fn marks_travel_in_band_as_frames_and_it_ends_with_the_switchover() {
+fn marks_travel_in_band_as_frames_and_it_ends_with_the_lane() {
     let Bench { source, encoder } = Bench::new(page_size(4), EncoderPlan::default());
-    let copies = source.copies([0, 64], 1, true);
-    let tally = tally(&copies, source.page_size, 1, true);
+    let copies = source.copies([0, 64], 1, RoundKind::Final);
+    let tally = tally(&copies, source.page_size, 1, RoundKind::Final);
     let ((put, input), (output, got)) = (bounded(10), bounded(10));
-    let marks = [Item::RoundComplete(tally), Item::Switchover, Item::Switchover];
-    for item in copies.into_iter().map(Item::Batch).chain(marks) {
+    let marks = [Mark::RoundComplete(tally), Mark::Checkpoint(7), Mark::DirectEnds, Mark::LaneEnds, Mark::LaneEnds];
+    for item in copies.into_iter().map(Item::Batch).chain(marks.map(Item::Mark)) {
         assert_eq!(put.put(item).now_or_never(), Some(Ok(())));
     }
     let meter = encoder.stage.meter.clone();
@@ -482,9 +488,11 @@ fn marks_travel_in_band_as_frames_and_it_ends_with_the_switchover() {
     let marks: Vec<_> = frames.iter().map(|frame| frame.mark).collect();
     let bytes_out = (frames[0].head.len() + frames[1].head.len()) as u64;
     let complete = RoundTally { pages: PageTally { bytes_out, ..tally.pages }, ..tally };
-    assert_eq!(marks, [None, None, Some(Mark::RoundComplete(complete)), Some(Mark::Switchover)]);
-    assert_eq!(frames[2].head, Message::RoundComplete(complete).encode(LANE));
-    assert_eq!(frames[3].head, Message::Switchover.encode(LANE));
+    let wanted = [Mark::RoundComplete(complete), Mark::Checkpoint(7), Mark::DirectEnds, Mark::LaneEnds];
+    assert_eq!((&marks[..2], &marks[2..]), (&[None, None][..], &wanted.map(Some)[..]));
+    for (frame, mark) in frames[2..].iter().zip(wanted) {
+        assert_eq!(frame.head, Message::from(mark).encode(LANE));
+    }
     let reading = meter.read();
     assert_eq!((reading.batches, reading.pages, reading.bytes), (2, 2, bytes_out));
 }
@@ -498,7 +506,7 @@ fn a_tight_pool_makes_it_wait_until_a_frame_is_gone() {
     let pool = BufferPool::new(1, page_size.extent_bytes());
     let encoder = Encoder::new(LANE, page_size, plan, WireFramer::new(false), pool, meter());
     let ((put, input), (output, got)) = (bounded(10), bounded(10));
-    for copied in source.copies(0..PAGES, 1, false) {
+    for copied in source.copies(0..PAGES, 1, RoundKind::Live) {
         assert!(put.put(Item::Batch(copied)).now_or_never().is_some());
     }
     let mut run = Box::pin(encoder.run(input, output));

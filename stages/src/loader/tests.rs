@@ -1,10 +1,15 @@
+use std::sync::Mutex;
+
 use proptest::prelude::*;
 
 use super::recorder::{Deed, Recorder};
 use super::*;
-use crate::batch::payload_hash;
+use crate::batch::{RoundKind, payload_hash};
+use crate::bitmap::DirtyBitmap;
 use crate::codec::Codec;
+use crate::geometry::PageSize;
 use crate::queue::bounded;
+use crate::tally::RoundTally;
 use crate::wire::frames::{Frame, PAGE};
 
 /// Pages of the guest of these tests: two extents, the second partial.
@@ -23,7 +28,7 @@ fn bed(fresh: bool) -> Bed {
     let (guest, memory, received) = Recorder::guest(vec![if fresh { 0 } else { 0xee }; PAGES * PAGE], fresh);
     let progress = Arc::new(LaneProgress::default());
     let meter = Meter::start(StageId::loader(3));
-    let loader = Loader::new(3, guest, received.clone(), progress.clone(), meter);
+    let loader = Loader::new(3, Direct::new(guest, received.clone()), progress.clone(), meter);
     Bed { loader, memory, received, progress }
 }
 
@@ -224,18 +229,21 @@ fn a_page_whose_write_failed_is_not_held() {
 }
 
 #[tokio::test]
-async fn frames_are_acknowledged_and_marks_reported_in_order_until_the_switchover() {
+async fn frames_are_acknowledged_and_marks_reported_in_order_until_the_lane_ends() {
     let Bed { loader, progress, memory, .. } = bed(true);
     let meter = loader.stage.meter.clone();
     let ((input_end, input), (output, reports)) = (bounded(8), bounded(8));
-    let tally = RoundTally::new(1, true);
+    let tally = RoundTally::new(1, RoundKind::Final);
     input_end.put(Item::Batch(Frame::new(0, 1).raw(1, &text(1)).zero(2).arrived(0))).await.unwrap();
     input_end.put(Item::Batch(Frame::new(1, 1).arrived(9))).await.unwrap();
-    input_end.put(Item::RoundComplete(tally)).await.unwrap();
-    input_end.put(Item::Switchover).await.unwrap();
+    let marks = [Mark::RoundComplete(tally), Mark::Checkpoint(1), Mark::DirectEnds, Mark::LaneEnds];
+    for mark in marks {
+        input_end.put(Item::Mark(mark)).await.unwrap();
+    }
     loader.run(input, output).await.unwrap();
-    assert_eq!(reports.next().await, Some(Loaded::RoundComplete { lane: 3, tally }));
-    assert_eq!(reports.next().await, Some(Loaded::Switchover { lane: 3 }));
+    for mark in marks {
+        assert_eq!(reports.next().await, Some(Loaded { lane: 3, mark }));
+    }
     assert_eq!(reports.next().await, None);
     assert_eq!((progress.frames.load(Ordering::Acquire), progress.bytes.load(Ordering::Acquire)), (2, 8192));
     assert_eq!((meter.read().batches, meter.read().pages, memory.deeds().len()), (2, 2, 1));
@@ -326,4 +334,93 @@ proptest! {
             }
         }
     }
+}
+
+/// A sink that notes its calls.
+#[derive(Debug, Default)]
+struct Noted {
+    calls: Arc<Mutex<Vec<Call>>>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Call {
+    Begin { extent: u32, zero: u64, others: u64 },
+    Write { pages: u64, bytes: usize },
+    Patch(u64),
+    Mark(Mark),
+}
+
+impl Noted {
+    fn note(&mut self, call: Call) -> Result<(), SinkError> {
+        self.calls.lock().unwrap().push(call);
+        Ok(())
+    }
+}
+
+impl PageSink for Noted {
+    fn page_size(&self) -> PageSize {
+        PageSize::DEFAULT
+    }
+    fn begin(&mut self, at: ExtentAt, zero: u64, others: u64) -> Result<(), SinkError> {
+        self.note(Call::Begin { extent: at.extent, zero, others })
+    }
+    fn write(&mut self, _at: ExtentAt, pages: u64, bytes: &[u8]) -> Result<(), SinkError> {
+        self.note(Call::Write { pages, bytes: bytes.len() })
+    }
+    fn patch(&mut self, page: PageAt, _delta: &Delta<'_>) -> Result<(), SinkError> {
+        if page.page == 9 { Err(SinkError::NotReceived(page)) } else { self.note(Call::Patch(page.page)) }
+    }
+    fn mark(&mut self, mark: Mark) -> Result<(), SinkError> {
+        self.note(Call::Mark(mark))
+    }
+}
+
+#[tokio::test]
+async fn any_sink_gets_each_batch_decoded_in_runs_with_the_marks_in_their_places() {
+    let sink = Noted::default();
+    let calls = sink.calls.clone();
+    let meter = Meter::start(StageId::loader(3));
+    let features = Features { lz4: true, xbzrle: true, ..Features::default() };
+    let loader = Loader::new(3, sink, true, features, Arc::default(), meter);
+    let ((input_end, input), (output, reports)) = (bounded(8), bounded(8));
+    let changed = |page: u8| {
+        let mut changed = text(page);
+        changed[7] ^= 1;
+        changed
+    };
+    let first = Frame::new(0, 1).raw(2, &text(2)).raw(3, &text(3)).zero(4).compressed(6, Codec::Lz4, &text(6));
+    let second = Frame::new(1, 2).delta(0, &text(0), &changed(0));
+    let refused = Frame::new(0, 2).delta(9, &text(9), &changed(9));
+    input_end.put(Item::Batch(first.arrived(0))).await.unwrap();
+    input_end.put(Item::Mark(Mark::Checkpoint(1))).await.unwrap();
+    input_end.put(Item::Batch(second.arrived(0))).await.unwrap();
+    input_end.put(Item::Batch(refused.arrived(77))).await.unwrap();
+    let error = loader.run(input, output).await.unwrap_err();
+    assert!(
+        matches!(error.cause, Cause::Frame(FrameError { offset: 77, error: WireError::NotHeld { page }, .. }) if page == at(9))
+    );
+    assert_eq!(reports.next().await, Some(Loaded { lane: 3, mark: Mark::Checkpoint(1) }));
+    let calls = calls.lock().unwrap().clone();
+    assert_eq!(
+        calls,
+        [
+            Call::Begin { extent: 0, zero: 1 << 4, others: 0b100_1100 },
+            Call::Write { pages: 0b1100, bytes: 2 * PAGE },
+            Call::Write { pages: 1 << 6, bytes: PAGE },
+            Call::Mark(Mark::Checkpoint(1)),
+            Call::Begin { extent: 1, zero: 0, others: 1 },
+            Call::Patch(64),
+            Call::Begin { extent: 0, zero: 0, others: 1 << 9 },
+        ]
+    );
+}
+
+#[test]
+fn direct_takes_no_pages_after_direct_ends() {
+    let mut bed = bed(true);
+    bed.load(&Frame::new(0, 1).raw(1, &text(1))).unwrap();
+    bed.loader.sink.mark(Mark::DirectEnds).unwrap();
+    let refused = bed.refuses(&Frame::new(0, 1).zero(1).raw(2, &text(2)));
+    assert!(matches!(refused, WireError::OutOfPlace { kind: Kind::Pages, .. }), "{refused}");
+    assert_eq!((bed.page(1), bed.received()), (text(1), [0b10, 0]));
 }

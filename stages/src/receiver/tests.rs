@@ -3,14 +3,15 @@ use proptest::prelude::*;
 use tokio::task::yield_now;
 
 use super::*;
-use crate::batch::PageEncoding;
+use crate::batch::{Mark, PageEncoding, RoundKind};
 use crate::codec::Codec;
 use crate::geometry::{BlockInfo, ExtentAt, LaneMap, Layout, PageSize};
 use crate::loader::recorder::Recorder;
-use crate::loader::{LaneProgress, Loaded, Loader};
+use crate::loader::{Direct, LaneProgress, Loaded, Loader};
 use crate::queue::{Inlet, bounded};
 use crate::tally::RoundTally;
 use crate::wire::frames::{Frame, PAGE};
+use crate::wire::hello::Features;
 use crate::wire::messages::{Progress, RunState, StateChunk, StatePhase};
 use crate::wire::{Features, FrameReader, Kind, Message, ReadError, WireDeframer, WireError};
 
@@ -31,11 +32,15 @@ struct Outcome {
 
 /// Hands a stream to the receiver of connection `connection` of 2, in a migration of 3 lanes.
 async fn receive(connection: u16, stream: &[u8]) -> Outcome {
+    receive_agreed(connection, stream, Features::default()).await
+}
+
+async fn receive_agreed(connection: u16, stream: &[u8], agreed: Features) -> Outcome {
     let reader = FrameReader::new(stream, format!("connection {connection}"), PageSize::DEFAULT);
     let lane_map = LaneMap::new(3, PageSize::DEFAULT);
     let meter = Meter::start(StageId::receiver(connection));
     let pool = BufferPool::new(64, PageSize::DEFAULT.extent_bytes());
-    let deframer = WireDeframer::new(connection, 2, reader, layout(), lane_map, Features::ALL);
+    let deframer = WireDeframer::new(connection, BulkMap::new(3, 2), reader, layout(), lane_map, agreed);
     let receiver = Receiver::new(connection, deframer, pool, meter);
     let mut inlets = Vec::new();
     let outlet = |lane: u16| {
@@ -65,11 +70,11 @@ async fn refuses(connection: u16, first: &[u8], second: &[u8]) -> WireError {
 }
 
 fn round_complete(lane: u16, round: u32) -> Vec<u8> {
-    Message::RoundComplete(RoundTally::new(round, false)).encode(lane).to_vec()
+    Message::RoundComplete(RoundTally::new(round, RoundKind::Live)).encode(lane).to_vec()
 }
 
-fn switchover(lane: u16) -> Vec<u8> {
-    Message::Switchover.encode(lane).to_vec()
+fn lane_ends(lane: u16) -> Vec<u8> {
+    Message::LaneEnds.encode(lane).to_vec()
 }
 
 fn state(bytes: &'static [u8]) -> Message {
@@ -86,8 +91,8 @@ fn text(number: u8) -> Vec<u8> {
 fn brief(item: &Item<Arrived>) -> String {
     match item {
         Item::Batch(arrived) => format!("extent {} at {}", arrived.at.extent, arrived.offset),
-        Item::RoundComplete(tally) => format!("round {}", tally.round),
-        Item::Switchover => "switchover".into(),
+        Item::Mark(Mark::RoundComplete(tally)) => format!("round {}", tally.round),
+        Item::Mark(mark) => format!("{mark:?}"),
     }
 }
 
@@ -100,10 +105,10 @@ async fn frames_are_dealt_to_their_lanes_in_order_and_messages_to_the_controller
         round_complete(0, 1),
         Frame::new(1, 2).bytes(0),
         round_complete(2, 1),
-        switchover(2),
+        lane_ends(2),
         state(b"two").encode(0).to_vec(),
         round_complete(0, 2),
-        switchover(0),
+        lane_ends(0),
         Message::Go(RunState::Running).encode(0).to_vec(),
     ];
     let offsets: Vec<_> =
@@ -112,8 +117,8 @@ async fn frames_are_dealt_to_their_lanes_in_order_and_messages_to_the_controller
     outcome.result.unwrap();
     let lane = |index: usize| outcome.lanes[index].iter().map(brief).collect::<Vec<_>>();
     let second = format!("extent 1 at {}", offsets[4]);
-    assert_eq!(lane(0), ["extent 0 at 0", "round 1", &second, "round 2", "switchover"]);
-    assert_eq!(lane(1), [&format!("extent 16 at {}", offsets[1]), "round 1", "switchover"]);
+    assert_eq!(lane(0), ["extent 0 at 0", "round 1", &second, "round 2", "LaneEnds"]);
+    assert_eq!(lane(1), [&format!("extent 16 at {}", offsets[1]), "round 1", "LaneEnds"]);
     assert_eq!(outcome.control, [state(b"one"), state(b"two"), Message::Go(RunState::Running)]);
     let Item::Batch(first) = &outcome.lanes[0][0] else { panic!() };
     assert_eq!(first.payload.as_deref(), Some(&text(1)[..]));
@@ -129,10 +134,10 @@ async fn a_frame_must_be_of_its_lane_and_the_lane_of_the_connection() {
         refuses(0, &first, &Frame::new(STRETCH, 1).zero(1).bytes(0)).await,
         WireError::WrongLane { at, lane: 0, right: 1 }
     );
-    for frame in [Frame::new(STRETCH, 1).zero(1).bytes(1), round_complete(1, 1), switchover(1)] {
+    for frame in [Frame::new(STRETCH, 1).zero(1).bytes(1), round_complete(1, 1), lane_ends(1)] {
         assert_eq!(refuses(0, &first, &frame).await, WireError::WrongConnection { lane: 1, connection: 0, right: 1 });
     }
-    for frame in [Frame::new(3 * STRETCH, 1).bytes(3), round_complete(3, 1), switchover(3)] {
+    for frame in [Frame::new(3 * STRETCH, 1).bytes(3), round_complete(3, 1), lane_ends(3)] {
         assert_eq!(refuses(1, &[], &frame).await, WireError::NoLane { lane: 3, lanes: 3 });
     }
 }
@@ -154,15 +159,36 @@ async fn rounds_never_go_down_in_a_lane() {
 }
 
 #[tokio::test]
-async fn nothing_comes_in_a_lane_after_its_switchover() {
+async fn nothing_comes_in_a_lane_after_its_end() {
     for (frame, kind) in [
         (Frame::new(0, 9).zero(1).bytes(0), Kind::Pages),
         (round_complete(0, 9), Kind::RoundComplete),
-        (switchover(0), Kind::Switchover),
+        (lane_ends(0), Kind::LaneEnds),
     ] {
-        let error = refuses(0, &switchover(0), &frame).await;
+        let error = refuses(0, &lane_ends(0), &frame).await;
         assert!(matches!(error, WireError::OutOfPlace { kind: found, .. } if found == kind), "{error}");
     }
+}
+
+#[tokio::test]
+async fn marks_pass_in_order_where_they_were_agreed_on_and_are_refused_elsewhere() {
+    let marks = [Mark::Checkpoint(u64::MAX), Mark::DirectEnds];
+    let first = Frame::new(0, 1).zero(1).bytes(0);
+    for (mark, kind) in marks.into_iter().zip([Kind::Checkpoint, Kind::DirectEnds]) {
+        let refused = refuses(0, &first, &Message::from(mark).encode(0)).await;
+        assert_eq!(refused, WireError::MarkNotAgreed { kind, lane: 0 });
+        let wrong = refuses(0, &first, &Message::from(mark).encode(1)).await;
+        assert_eq!(wrong, WireError::WrongConnection { lane: 1, connection: 0, right: 1 });
+    }
+    let agreed = Features { checkpoints: true, direct_ends: true, ..Features::default() };
+    let frames = [round_complete(0, 1), Message::from(marks[0]).encode(0).to_vec(), first.clone()];
+    let behind = Frame::new(0, 2).zero(1).bytes(0);
+    let frames = [&frames[0], &frames[1], &behind, &Message::from(marks[1]).encode(0)[..], &lane_ends(0)].concat();
+    let outcome = receive_agreed(0, &frames, agreed).await;
+    outcome.result.unwrap();
+    let brief: Vec<_> = outcome.lanes[0].iter().map(brief).collect();
+    let extent = format!("extent 0 at {}", frames.len() - behind.len() - 2 * lane_ends(0).len());
+    assert_eq!(brief, ["round 1", "Checkpoint(18446744073709551615)", &extent, "DirectEnds", "LaneEnds"]);
 }
 
 #[tokio::test]
@@ -178,7 +204,7 @@ async fn the_return_paths_messages_are_refused() {
         Message::StartFailed("no".into()),
     ];
     for message in messages {
-        let error = refuses(0, &switchover(0), &message.encode(0)).await;
+        let error = refuses(0, &lane_ends(0), &message.encode(0)).await;
         assert!(matches!(error, WireError::OutOfPlace { kind, .. } if kind == message.kind()), "{error}");
     }
     let both_ways = Message::Abort("cancelled".into());
@@ -190,9 +216,9 @@ async fn the_return_paths_messages_are_refused() {
 async fn pages_must_lie_in_the_layout() {
     let mut frame = Frame::new(0, 1).zero(1);
     frame.head.at.block = 7;
-    assert_eq!(refuses(0, &switchover(2), &frame.bytes(0)).await, WireError::NoBlock { block: 7, blocks: 1 });
+    assert_eq!(refuses(0, &lane_ends(2), &frame.bytes(0)).await, WireError::NoBlock { block: 7, blocks: 1 });
     let frame = Frame::new(300, 1).zero(1);
-    assert!(matches!(refuses(0, &switchover(2), &frame.bytes(0)).await, WireError::NoExtent { extents: 256, .. }));
+    assert!(matches!(refuses(0, &lane_ends(2), &frame.bytes(0)).await, WireError::NoExtent { extents: 256, .. }));
 }
 
 #[tokio::test]
@@ -202,7 +228,7 @@ async fn what_is_read_ahead_is_what_the_pool_holds() {
     let pool = BufferPool::new(2, PageSize::DEFAULT.extent_bytes());
     let lane_map = LaneMap::new(1, PageSize::DEFAULT);
     let meter = Meter::start(StageId::receiver(0));
-    let deframer = WireDeframer::new(0, 1, reader, layout(), lane_map, Features::ALL);
+    let deframer = WireDeframer::new(0, BulkMap::new(1, 1), reader, layout(), lane_map, Features::ALL);
     let receiver = Receiver::new(0, deframer, pool, meter);
     let ((outlet, lane), (control, _messages)) = (bounded(8), bounded(8));
     let task = tokio::spawn(receiver.run(vec![Some(outlet)], control));
@@ -238,7 +264,7 @@ fn sample() -> (Vec<u8>, Vec<usize>) {
         Frame::new(0, 2).delta(1, &text(1), &new(1)).zero(2).delta(4, &text(4), &new(4)).bytes(0),
         Frame::new(0, 2).bytes(0),
         round_complete(0, 2),
-        switchover(0),
+        lane_ends(0),
     ];
     let ends = frames.iter().scan(0, |sum, frame| {
         *sum += frame.len();
@@ -268,10 +294,10 @@ async fn land(stream: &[u8], checksum: bool) -> Landed {
     let pool = BufferPool::new(2, PageSize::DEFAULT.extent_bytes());
     let layout = guest.layout().clone();
     let features = Features { checksum, ..Features::ALL };
-    let deframer = WireDeframer::new(0, 1, reader, layout, lane_map, features);
+    let deframer = WireDeframer::new(0, BulkMap::new(1, 1), reader, layout, lane_map, features);
     let receiver = Receiver::new(0, deframer, pool, Meter::start(StageId::receiver(0)));
     let progress = Arc::new(LaneProgress::default());
-    let loader = Loader::new(0, guest, received, progress, Meter::start(StageId::loader(0)));
+    let loader = Loader::new(0, Direct::new(guest, received), progress, Meter::start(StageId::loader(0)));
     let ((outlet, inlet), (control, _messages), (loaded, reports)) = (bounded(4), bounded(8), bounded(8));
     let (receiver, loader) = join!(receiver.run(vec![Some(outlet)], control), loader.run(inlet, loaded));
     Landed { receiver, loader, reports, memory: memory.bytes() }
@@ -312,10 +338,10 @@ async fn a_whole_stream_is_loaded() {
     loader.unwrap();
     let last: Vec<u8> = versions().iter().flat_map(|page| page.last().unwrap().clone()).collect();
     assert!(memory == last);
-    let tally = |round| RoundTally::new(round, false);
-    assert_eq!(reports.next().await, Some(Loaded::RoundComplete { lane: 0, tally: tally(1) }));
-    assert_eq!(reports.next().await, Some(Loaded::RoundComplete { lane: 0, tally: tally(2) }));
-    assert_eq!(reports.next().await, Some(Loaded::Switchover { lane: 0 }));
+    let tally = |round| RoundTally::new(round, RoundKind::Live);
+    assert_eq!(reports.next().await, Some(Loaded { lane: 0, mark: Mark::RoundComplete(tally(1)) }));
+    assert_eq!(reports.next().await, Some(Loaded { lane: 0, mark: Mark::RoundComplete(tally(2)) }));
+    assert_eq!(reports.next().await, Some(Loaded { lane: 0, mark: Mark::LaneEnds }));
 }
 
 #[tokio::test]

@@ -1,10 +1,10 @@
 //! Stage: dirty scanner. Takes dirty pages from the bitmap and distributes them to the lanes.
 //!
-//! - **Takes** a [`ScanOrder`] from the controller: one round, of all that is dirty or of a sample.
+//! - **Takes** a [`ScannerOrder`] from the controller: one round, of all that is dirty or of a sample, or a mark.
 //! - **Gives** each lane its batches in address order and, after them in the same queue, the round's
-//!   [`RoundComplete`](Item::RoundComplete) (ARCHITECTURE.md, law 5: the round travels in band); a [`RoundScanned`] to the
-//!   controller. The last round ends with [`Switchover`](Item::Switchover) in every lane.
-//! - **Owns** nothing: the bitmap is shared.
+//!   [`RoundComplete`](Mark::RoundComplete) (ARCHITECTURE.md, law 5: the round travels in band); a [`RoundScanned`] to the
+//!   controller. A mark that is ordered goes into every lane.
+//! - **Owns** nothing: the bitmap is shared, and [`PageTaker`] takes from it.
 //! - **Promises** law 1 (the bitmap is the truth): every bit that is taken is in exactly one batch, and batches have no other
 //!   bits. A round takes all bits that are set when the scanner reaches their word; a sample takes some of them and leaves the
 //!   others. And law 2 (clear, then re-arm, then read): the word is taken, then the logs are re-armed for its bits, and only then
@@ -17,25 +17,43 @@
 use std::num::NonZeroU32;
 use std::sync::Arc;
 
-use crate::batch::{Batch, Item};
-use crate::bitmap::DirtyBitmap;
-use crate::dirty_log::{DirtyLog, LogCall};
+use crate::batch::{Batch, Item, Mark, RoundKind};
+use crate::dirty_log::LogCall;
 use crate::error::{Cause, StageError};
-use crate::geometry::{ExtentAt, LaneMap, bits};
-use crate::in_flight::InFlight;
+use crate::geometry::LaneMap;
 use crate::meter::Meter;
 use crate::queue::{Inlet, Outlet};
 use crate::stage::Stage;
 use crate::stage_id::StageId;
+use crate::take::PageTaker;
 use crate::tally::RoundTally;
+
+/// What the scanner is to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ScannerOrder {
+    /// A round.
+    Scan(ScanOrder),
+    /// Mark the end of an epoch in every lane.
+    Checkpoint(u64),
+    /// Mark the switch to postcopy in every lane.
+    EndDirect,
+    /// End every lane, and the scanner.
+    EndLanes,
+}
+
+impl From<ScanOrder> for ScannerOrder {
+    fn from(order: ScanOrder) -> Self {
+        Self::Scan(order)
+    }
+}
 
 /// Scan the bitmap once, from its first word to its last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ScanOrder {
     /// The round's number, from 1.
     pub round: u32,
-    /// Whether the guest is paused and this is the last round.
-    pub last: bool,
+    /// Whether its pages may change again.
+    pub kind: RoundKind,
     /// About this many dirty pages from all over the guest, or `None` for all.
     pub sample: Option<NonZeroU32>,
 }
@@ -48,14 +66,14 @@ const SAMPLED_EACH: u32 = 16;
 impl ScanOrder {
     /// A round of all that is dirty.
     #[must_use]
-    pub fn all(round: u32, last: bool) -> Self {
-        Self { round, last, sample: None }
+    pub fn all(round: u32, kind: RoundKind) -> Self {
+        Self { round, kind, sample: None }
     }
 
     /// A round of about `pages` pages; the others stay dirty, for the next.
     #[must_use]
     pub fn sample(round: u32, pages: NonZeroU32) -> Self {
-        Self { round, last: false, sample: Some(pages) }
+        Self { round, kind: RoundKind::Live, sample: Some(pages) }
     }
 }
 
@@ -71,42 +89,28 @@ pub struct RoundScanned {
 /// The stage: see the module.
 #[derive(Debug)]
 pub struct Scanner {
-    bitmap: Arc<DirtyBitmap>,
-    untouched: Option<Arc<DirtyBitmap>>,
-    logs: Vec<Arc<dyn DirtyLog>>,
+    taker: PageTaker,
     lanes: LaneMap,
-    in_flight: Arc<InFlight>,
     stage: Stage,
 }
 
 impl Scanner {
-    /// A scanner of `bitmap` for the lanes of the map. The meter counts batches, their pages and the bytes of these.
-    ///
-    /// `untouched` are pages that were still untouched after the `logs` were armed: the first batch that takes one marks it so.
-    /// If a sync may come before the first scan, it needs them too
-    /// ([`BitmapSync::with_untouched`](crate::bitmap_sync::BitmapSync::with_untouched)).
+    /// A scanner of the taker's bitmap for the lanes of the map. The meter counts batches, their pages and the bytes of these.
     #[must_use]
-    pub fn new(
-        bitmap: Arc<DirtyBitmap>,
-        untouched: Option<Arc<DirtyBitmap>>,
-        logs: Vec<Arc<dyn DirtyLog>>,
-        lanes: LaneMap,
-        in_flight: Arc<InFlight>,
-        meter: Arc<Meter>,
-    ) -> Self {
-        Self { bitmap, untouched, logs, lanes, in_flight, stage: Stage::new(StageId::SCANNER, meter) }
+    pub fn new(taker: PageTaker, lanes: LaneMap, meter: Arc<Meter>) -> Self {
+        Self { taker, lanes, stage: Stage::new(StageId::SCANNER, meter) }
     }
 
-    /// Runs until the last round is scanned, or there are no more orders.
+    /// Runs until the lanes are ended, or there are no more orders.
     ///
     /// # Errors
     /// When a log cannot be re-armed, or a lane or the controller has ended.
     ///
     /// # Panics
-    /// If there is not one queue for each lane of the map.
+    /// If there is not one queue for each lane of the map, or a round is ordered that is not final while pages are taken urgently.
     pub async fn run(
         mut self,
-        input: Inlet<ScanOrder>,
+        input: Inlet<ScannerOrder>,
         lanes: Vec<Outlet<Item<Batch>>>,
         scanned: Outlet<RoundScanned>,
     ) -> Result<(), StageError> {
@@ -114,33 +118,43 @@ impl Scanner {
         let (input, scanned) = (input.metered(&self.stage.meter), scanned.metered(&self.stage.meter));
         let lanes: Vec<_> = lanes.into_iter().map(|lane| lane.metered(&self.stage.meter)).collect();
         while let Some(order) = input.next().await {
-            // No bit is ever added to them: once all are reported, the bitmap can be dropped.
-            drop(self.untouched.take_if(|untouched| untouched.is_empty()));
-            let pages = self.scan(order, &lanes).await?;
-            self.put(&scanned, RoundScanned { round: order.round, pages }).await?;
-            if order.last {
-                for lane in &lanes {
-                    self.put(lane, Item::Switchover).await?;
+            match order {
+                ScannerOrder::Scan(order) => {
+                    self.taker.begin_round(order.kind);
+                    let pages = self.scan(order, &lanes).await?;
+                    self.taker.end_round();
+                    self.put(&scanned, RoundScanned { round: order.round, pages }).await?;
                 }
-                break;
+                ScannerOrder::Checkpoint(number) => self.mark(&lanes, Mark::Checkpoint(number)).await?,
+                ScannerOrder::EndDirect => self.mark(&lanes, Mark::DirectEnds).await?,
+                ScannerOrder::EndLanes => return self.mark(&lanes, Mark::LaneEnds).await,
             }
+        }
+        Ok(())
+    }
+
+    async fn mark(&self, lanes: &[Outlet<Item<Batch>>], mark: Mark) -> Result<(), StageError> {
+        for lane in lanes {
+            self.put(lane, Item::Mark(mark)).await?;
         }
         Ok(())
     }
 
     /// One round: every lane gets its batches and then its RoundComplete. Returns how many pages were taken.
     async fn scan(&self, order: ScanOrder, lanes: &[Outlet<Item<Batch>>]) -> Result<u64, StageError> {
-        let mut tallies = vec![RoundTally::new(order.round, order.last); lanes.len()];
+        let mut tallies = vec![RoundTally::new(order.round, order.kind); lanes.len()];
         let (step, most) = order.sample.map_or((1, WHOLE), |pages| (self.step(pages), SAMPLED_EACH));
-        for at in self.bitmap.all_dirty_extents().step_by(step) {
-            let Some(batch) = self.take(at, most, order)? else { continue };
+        for at in self.taker.bitmap().all_dirty_extents().step_by(step) {
+            let taken = self.taker.take(at, most, order.round, order.kind);
+            let taken = taken.map_err(|error| self.stage.fails(Cause::Log { doing: LogCall::Rearm, error }))?;
+            let Some(batch) = taken else { continue };
             let lane = self.lanes.lane(at);
-            self.in_flight.record(lane, &batch);
+            self.taker.in_flight().record(lane, &batch);
             self.count(&batch, &mut tallies[usize::from(lane)]);
             self.put(&lanes[usize::from(lane)], Item::Batch(batch)).await?;
         }
         for (lane, &tally) in lanes.iter().zip(&tallies) {
-            self.put(lane, Item::RoundComplete(tally)).await?;
+            self.put(lane, Item::Mark(Mark::RoundComplete(tally))).await?;
         }
         Ok(tallies.iter().map(|tally| tally.pages.all).sum())
     }
@@ -150,35 +164,14 @@ impl Scanner {
     /// An extent gives its dirty pages, on average `each` of them and at most [`SAMPLED_EACH`]. `extents / N` extents give the wanted
     /// number of pages if `N = extents × each / pages`. N is odd: a step that divides a stretch would hit one lane only.
     fn step(&self, pages: NonZeroU32) -> usize {
-        let extents = self.bitmap.all_dirty_extents().count() as u64;
-        let each = (self.bitmap.count() / extents.max(1)).clamp(1, SAMPLED_EACH.into());
+        let extents = self.taker.bitmap().all_dirty_extents().count() as u64;
+        let each = (self.taker.bitmap().count() / extents.max(1)).clamp(1, SAMPLED_EACH.into());
         usize::try_from((extents * each / u64::from(pages.get())) | 1).unwrap_or(usize::MAX)
-    }
-
-    /// Takes at most `most` pages of a word: clear, then re-arm (law 2). The stage that gets the batch reads them.
-    fn take(&self, at: ExtentAt, most: u32, order: ScanOrder) -> Result<Option<Batch>, StageError> {
-        let mask = if most == WHOLE {
-            self.bitmap.take(at)
-        } else {
-            let some = bits(self.bitmap.peek(at)).take(most as usize).fold(0, |mask, bit| mask | 1 << bit);
-            self.bitmap.take_mask(at, some)
-        };
-        if mask == 0 {
-            return Ok(None);
-        }
-        let untouched = self.untouched.as_ref().map_or(0, |untouched| untouched.take_mask(at, mask));
-        for log in &self.logs {
-            log.rearm(at, mask).map_err(|error| {
-                self.bitmap.set_mask(at, mask);
-                self.stage.fails(Cause::Log { doing: LogCall::Rearm, error })
-            })?;
-        }
-        Ok(Some(Batch { at, mask, untouched, round: order.round, last: order.last }))
     }
 
     fn count(&self, batch: &Batch, tally: &mut RoundTally) {
         let pages = u64::from(batch.mask.count_ones());
-        let bytes = pages * self.bitmap.layout().page_size().bytes() as u64;
+        let bytes = pages * self.taker.bitmap().layout().page_size().bytes() as u64;
         tally.batches += 1;
         tally.pages.all += pages;
         tally.pages.bytes_in += bytes;

@@ -6,7 +6,10 @@ use futures::FutureExt;
 use proptest::prelude::*;
 
 use super::*;
-use crate::geometry::{EXTENT_PAGES, Layout, PageSize, bits};
+use crate::bitmap::DirtyBitmap;
+use crate::dirty_log::DirtyLog;
+use crate::geometry::{EXTENT_PAGES, ExtentAt, Layout, PageSize, bits};
+use crate::in_flight::InFlight;
 use crate::queue::bounded;
 use crate::stage::testing::{batches, block_on, drain, layout, meter, page_size, words};
 
@@ -60,7 +63,8 @@ impl Bench {
 
     fn scanner(&self) -> Scanner {
         let (bitmap, untouched) = (self.bitmap.clone(), self.untouched.clone());
-        Scanner::new(bitmap, untouched, self.logs.clone(), self.lanes, self.in_flight.clone(), meter())
+        let taker = PageTaker::new(bitmap, untouched, self.logs.clone(), self.in_flight.clone());
+        Scanner::new(taker, self.lanes, meter())
     }
 
     /// One scanner for all the orders, each after some bits were set; what came into each lane, and the answers.
@@ -72,10 +76,10 @@ impl Bench {
                 let mut scanned = Vec::new();
                 for (what, dirty) in rounds {
                     dirty.iter().for_each(|&(block, page)| self.bitmap.set_range(block, page..page + 1));
-                    order.put(*what).await.unwrap();
+                    order.put((*what).into()).await.unwrap();
                     scanned.push(answers.next().await.unwrap());
                 }
-                drop(order);
+                order.put(ScannerOrder::EndLanes).await.unwrap();
                 scanned
             };
             let (ended, scanned) = tokio::join!(self.scanner().run(orders, into, answer), controller);
@@ -86,7 +90,7 @@ impl Bench {
 }
 
 fn order(round: u32) -> ScanOrder {
-    ScanOrder::all(round, false)
+    ScanOrder::all(round, RoundKind::Live)
 }
 
 /// The lane rule of the design: by address, in stretches.
@@ -143,14 +147,14 @@ proptest! {
                 let tally = loop {
                     match got[lane].next() {
                         Some(Item::Batch(batch)) => of_round.push(batch),
-                        Some(Item::RoundComplete(tally)) => break tally,
+                        Some(Item::Mark(Mark::RoundComplete(tally))) => break tally,
                         other => panic!("lane {lane} has {other:?} in round {round}"),
                     }
                 };
                 prop_assert_eq!(&pages(&of_round), wanted);
-                prop_assert!(of_round.iter().all(|batch| batch.round == round && !batch.last && batch.untouched == 0));
+                prop_assert!(of_round.iter().all(|batch| batch.round == round && batch.kind == RoundKind::Live && batch.untouched == 0));
                 prop_assert!(of_round.is_sorted_by(|one, next| one.at < next.at), "one batch for each extent");
-                let mut figures = RoundTally::new(round, false);
+                let mut figures = RoundTally::new(round, RoundKind::Live);
                 (figures.batches, figures.pages.all) = (of_round.len() as u64, wanted.len() as u64);
                 figures.pages.bytes_in = figures.pages.all * page_bytes;
                 prop_assert_eq!(tally, figures);
@@ -158,24 +162,29 @@ proptest! {
             let total = naive.iter().map(Vec::len).sum::<usize>() as u64;
             prop_assert_eq!(scanned[round as usize - 1], RoundScanned { round, pages: total });
         }
+        prop_assert!(got.iter_mut().all(|lane| matches!(lane.next(), Some(Item::Mark(Mark::LaneEnds)))));
         prop_assert!(got.iter_mut().all(|lane| lane.next().is_none()));
         prop_assert_eq!(bench.bitmap.count(), 0);
     }
 }
 
 #[test]
-fn a_round_with_nothing_dirty_is_a_round_and_the_last_one_ends_with_switchover() {
+fn a_round_with_nothing_dirty_is_a_round_and_the_lanes_end_when_it_is_ordered() {
     let bench = Bench::new(&layout(page_size(4), &[8 << 20]), 3);
-    let (lanes, scanned) = bench.scan(&[(order(1), vec![]), (ScanOrder::all(2, true), vec![(0, 0)])]);
+    let (lanes, scanned) = bench.scan(&[(order(1), vec![]), (ScanOrder::all(2, RoundKind::Final), vec![(0, 0)])]);
     assert_eq!(scanned, [RoundScanned { round: 1, pages: 0 }, RoundScanned { round: 2, pages: 1 }]);
     for (lane, items) in lanes.into_iter().enumerate() {
         let mut items = items.into_iter();
-        assert!(matches!(items.next(), Some(Item::RoundComplete(tally)) if tally == RoundTally::new(1, false)));
+        assert!(
+            matches!(items.next(), Some(Item::Mark(Mark::RoundComplete(tally))) if tally == RoundTally::new(1, RoundKind::Live))
+        );
         if lane == 0 {
-            assert!(matches!(items.next(), Some(Item::Batch(batch)) if batch.last && batch.mask == 1));
+            assert!(matches!(items.next(), Some(Item::Batch(batch)) if batch.kind.is_final() && batch.mask == 1));
         }
-        assert!(matches!(items.next(), Some(Item::RoundComplete(tally)) if tally.round == 2 && tally.last));
-        assert!(matches!(items.next(), Some(Item::Switchover)));
+        assert!(
+            matches!(items.next(), Some(Item::Mark(Mark::RoundComplete(tally))) if tally.round == 2 && tally.kind.is_final())
+        );
+        assert!(matches!(items.next(), Some(Item::Mark(Mark::LaneEnds))));
         assert!(items.next().is_none());
     }
 }
@@ -244,7 +253,7 @@ fn a_full_lane_stops_the_scanner_with_exactly_one_batch_in_hand_taken_rearmed_an
     bench.bitmap.set_range(0, 0..layout.pages());
     let (lane, batches) = bounded(ROOM);
     let ((order_to, orders), (answer, _answers)) = (bounded(1), bounded(1));
-    assert_eq!(order_to.put(order(1)).now_or_never(), Some(Ok(())));
+    assert_eq!(order_to.put(order(1).into()).now_or_never(), Some(Ok(())));
     let mut run = Box::pin(bench.scanner().run(orders, vec![lane], answer));
 
     until_it_waits(&mut run);
@@ -307,7 +316,7 @@ fn a_log_that_cannot_be_rearmed_ends_the_scan_and_no_bit_is_lost() {
     let bench = Bench { logs: vec![Arc::new(log)], ..Bench::new(&layout, 1) };
     bench.bitmap.set_range(0, 10..200);
     let ((lane, _batches), (order_to, orders), (answer, _answers)) = (bounded(8), bounded(1), bounded(1));
-    assert_eq!(order_to.put(order(1)).now_or_never(), Some(Ok(())));
+    assert_eq!(order_to.put(order(1).into()).now_or_never(), Some(Ok(())));
     let error = block_on(bench.scanner().run(orders, vec![lane], answer)).unwrap_err();
     assert_eq!(error.to_string(), "scanner: the dirty log cannot re-arm: no more");
     bench.in_flight.put_back(&bench.bitmap);
@@ -320,7 +329,7 @@ fn a_lane_that_has_ended_ends_the_scanner() {
     bench.bitmap.set_range(0, 0..1);
     let ((lane, batches), (order_to, orders), (answer, _answers)) = (bounded(8), bounded(1), bounded(1));
     drop(batches);
-    assert_eq!(order_to.put(order(1)).now_or_never(), Some(Ok(())));
+    assert_eq!(order_to.put(order(1).into()).now_or_never(), Some(Ok(())));
     let error = block_on(bench.scanner().run(orders, vec![lane], answer)).unwrap_err();
     assert!(error.is_closed(), "{error}");
     assert_eq!(bench.in_flight.pages(), 1);

@@ -38,7 +38,6 @@ use crate::pending::pending;
 use crate::queue::{Closed, Inlet, Outlet};
 use crate::stage::Stage;
 use crate::stage_id::StageId;
-use crate::tally::RoundTally;
 use crate::token_bucket::{Share, TokenBucket};
 use backlog::Backlog;
 
@@ -52,21 +51,14 @@ pub enum Control {
     Finish,
 }
 
-/// A report of a sender. The receiver must take reports until the sender has ended, since it waits for room.
+/// A report of a sender: everything of the lane up to this mark was written (with durable rounds: a round's end is reported once it
+/// is flushed). The receiver must take reports until the sender has ended, since it waits for room.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Sent {
-    /// Everything of the lane up to the end of this round was written (with durable rounds: and flushed).
-    RoundComplete {
-        /// The lane.
-        lane: u16,
-        /// The round's figures in the lane.
-        tally: RoundTally,
-    },
-    /// The lane's last frame was written.
-    Switchover {
-        /// The lane.
-        lane: u16,
-    },
+pub struct Sent {
+    /// The lane.
+    pub lane: u16,
+    /// The mark.
+    pub mark: Mark,
 }
 
 /// The stage: see the module.
@@ -280,18 +272,16 @@ impl Marks {
     /// Holds a mark whose frame is written. Returns when all held marks may be reported.
     fn reached(&mut self, lane: u16, mark: Mark) -> Reached {
         let others_wait = !self.held.is_empty();
+        self.held.push(Sent { lane, mark });
         match mark {
             Mark::RoundComplete(tally) => {
-                self.held.push(Sent::RoundComplete { lane, tally });
                 let Some(lanes) = self.durable_lanes else { return Reached::Now };
                 self.rounds[usize::from(lane)] = tally.round;
                 let ended = self.rounds.iter().filter(|&&round| round >= tally.round).count();
                 if ended == lanes { Reached::AfterFlush } else { Reached::Later }
             }
-            Mark::Switchover => {
-                self.held.push(Sent::Switchover { lane });
-                if others_wait { Reached::Later } else { Reached::Now }
-            }
+            _ if others_wait => Reached::Later,
+            _ => Reached::Now,
         }
     }
 }

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use futures::FutureExt;
 
-use super::testing::{block_on, drain, guest, layout, mapped, meter, page_size};
-use crate::batch::Mark;
+use super::testing::{block_on, drain, guest, layout, mapped, meter, numbered, page_size};
+use crate::batch::{Mark, RoundKind};
 use crate::bitmap::DirtyBitmap;
 use crate::bitmap_sync::{BitmapSync, SyncOrder, Synced};
 use crate::codec::Codec;
@@ -18,7 +18,8 @@ use crate::in_flight::InFlight;
 use crate::memory::{MappedMemory, Memory};
 use crate::pool::{BufferPool, PooledBuffer};
 use crate::queue::{Inlet, Outlet, bounded};
-use crate::scanner::{RoundScanned, ScanOrder, Scanner};
+use crate::scanner::{RoundScanned, ScanOrder, Scanner, ScannerOrder};
+use crate::take::PageTaker;
 use crate::wire::WireFramer;
 use crate::xbzrle::Delta;
 use crate::zero_detector::ZeroDetector;
@@ -42,7 +43,7 @@ struct Chain {
     run: Running,
     bitmap: Arc<DirtyBitmap>,
     in_flight: Arc<InFlight>,
-    orders: Outlet<ScanOrder>,
+    orders: Outlet<ScannerOrder>,
     scanned: Inlet<RoundScanned>,
     frames: Inlet<Outgoing>,
 }
@@ -55,10 +56,11 @@ impl Chain {
         let lanes = LaneMap::new(1, page_size);
         let bitmap = Arc::new(DirtyBitmap::filled(memory.layout()));
         let in_flight = Arc::new(InFlight::new(memory.layout(), lanes));
-        let ((orders, ordered), (answer, scanned)) = (bounded(1), bounded(1));
+        let ((orders, ordered), (answer, scanned)) = (bounded(2), bounded(1));
         let ((batch, batches), (copy, copies)) = (bounded(bounds.to_detector), bounded(bounds.to_encoder));
         let (frame, frames) = bounded(bounds.to_sender);
-        let scanner = Scanner::new(bitmap.clone(), None, logs.clone(), lanes, in_flight.clone(), meter());
+        let scanner =
+            Scanner::new(PageTaker::new(bitmap.clone(), None, logs.clone(), in_flight.clone()), lanes, meter());
         let detector = ZeroDetector::new(0, memory, pool(bounds.copies), logs, meter());
         let encoder = Encoder::new(0, page_size, plan, WireFramer::new(false), pool(bounds.frames), meter());
         let run = async move {
@@ -75,7 +77,7 @@ impl Chain {
 
     /// One round from its order to its end: the frames of its batches.
     async fn round(&mut self, round: u32) -> Vec<Outgoing> {
-        self.orders.put(ScanOrder::all(round, false)).await.unwrap();
+        self.orders.put(ScanOrder::all(round, RoundKind::Live).into()).await.unwrap();
         let mut frames = Vec::new();
         loop {
             let frame = tokio::select! {
@@ -95,17 +97,10 @@ impl Chain {
     }
 }
 
-/// Memory in which every page holds its own number.
-fn numbered(bytes: u64) -> Arc<MappedMemory> {
-    let memory = mapped(bytes);
-    (0..bytes / 4096).for_each(|page| memory.store(usize::try_from(page * 4096).unwrap(), &(page + 1).to_le_bytes()));
-    memory
-}
-
 /// The most batches that are taken and not gone when the sender has taken `taken` frames and takes no more.
 fn on_their_way(bounds: Bounds, plan: EncoderPlan, taken: usize) -> u64 {
     let mut chain = Chain::new(numbered(64 * MIB), Vec::new(), plan, bounds);
-    assert_eq!(chain.orders.put(ScanOrder::all(1, true)).now_or_never(), Some(Ok(())));
+    assert_eq!(chain.orders.put(ScanOrder::all(1, RoundKind::Final).into()).now_or_never(), Some(Ok(())));
     for _ in 0..taken {
         chain.until_it_waits();
         assert!(chain.frames.try_next().is_some());
@@ -201,11 +196,12 @@ fn a_page_written_while_it_is_read_comes_again_with_what_was_written() {
 }
 
 #[test]
-fn the_stages_end_with_the_last_round() {
+fn the_stages_end_with_the_lanes() {
     let bounds = Bounds { copies: 4, frames: 1, to_detector: 2, to_encoder: 2, to_sender: 10 };
     let chain = Chain::new(numbered(MIB), Vec::new(), EncoderPlan::default(), bounds);
-    assert_eq!(chain.orders.put(ScanOrder::all(1, true)).now_or_never(), Some(Ok(())));
+    assert_eq!(chain.orders.put(ScanOrder::all(1, RoundKind::Final).into()).now_or_never(), Some(Ok(())));
+    assert_eq!(chain.orders.put(ScannerOrder::EndLanes).now_or_never(), Some(Ok(())));
     block_on(chain.run).unwrap();
     let marks: Vec<_> = drain(&chain.frames).into_iter().map(|frame| frame.mark).collect();
-    assert!(matches!(marks[..], [None, None, None, None, Some(Mark::RoundComplete(_)), Some(Mark::Switchover)]));
+    assert!(matches!(marks[..], [None, None, None, None, Some(Mark::RoundComplete(_)), Some(Mark::LaneEnds)]));
 }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::batch::{Batch, Item};
+use crate::batch::{Batch, Item, RoundKind};
 use crate::bitmap::DirtyBitmap;
 use crate::geometry::{BlockInfo, ExtentAt, Layout, PageSize};
 use crate::memory::{GuestMemory, MappedMemory, Memory, RamBlock};
@@ -41,6 +41,14 @@ pub(crate) fn mapped(length: u64) -> Arc<MappedMemory> {
     Arc::new(MappedMemory::anonymous(usize::try_from(length).expect("a few MiB")).expect("memory"))
 }
 
+/// Memory in which every page of 4 KiB holds its own number, from 1.
+pub(crate) fn numbered(bytes: u64) -> Arc<MappedMemory> {
+    let memory = mapped(bytes);
+    let at = |page: u64| usize::try_from(page * 4096).expect("a few MiB");
+    (0..bytes / 4096).for_each(|page| memory.store(at(page), &(page + 1).to_le_bytes()));
+    memory
+}
+
 /// A meter without a reader.
 pub(crate) fn meter() -> Arc<Meter> {
     Meter::start(StageId::SCANNER)
@@ -48,7 +56,7 @@ pub(crate) fn meter() -> Arc<Meter> {
 
 /// A batch of the first block.
 pub(crate) fn batch(extent: u32, mask: u64, round: u32) -> Batch {
-    Batch { at: ExtentAt { block: 0, extent }, mask, untouched: 0, round, last: false }
+    Batch { at: ExtentAt { block: 0, extent }, mask, untouched: 0, round, kind: RoundKind::Live }
 }
 
 /// Everything in a queue by now.

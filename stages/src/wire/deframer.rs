@@ -1,7 +1,7 @@
 //! The reading end of memferry's dialect, for one connection: see [`Deframer`] for what it promises.
 //!
-//! The rounds of a lane never decrease, nothing follows a lane's Switchover, End follows every Switchover of its connection, and
-//! the messages of no lane come in [order](super::order). A Heartbeat is not given.
+//! The rounds of a lane never decrease, nothing follows a lane's end, End follows the ends of all lanes of its connection, a mark was
+//! agreed on, and the messages of no lane come in [order](super::order). A Heartbeat is not given.
 
 use tokio::io::AsyncRead;
 
@@ -16,7 +16,7 @@ use super::pages::PagesHead;
 use super::reader::{FrameReader, Incoming, PagesFrame, ReadError};
 use crate::batch::{Arrived, Mark};
 use crate::dialect::{Deframed, Deframer};
-use crate::geometry::{LaneMap, Layout, bits};
+use crate::geometry::{BulkMap, LaneMap, Layout, bits};
 
 /// See the module.
 #[derive(Debug)]
@@ -26,12 +26,12 @@ pub struct WireDeframer<R> {
 }
 
 impl<R: AsyncRead + Unpin> WireDeframer<R> {
-    /// The deframer of connection number `connection` of `connections`, whose reader is behind Hello, and behind Blocks on
-    /// connection 0. The stream uses these features.
+    /// The deframer of connection number `connection`, which carries its lanes of `bulk`. Its reader is behind Hello, and behind
+    /// Blocks on connection 0. The stream uses these features.
     #[must_use]
     pub fn new(
         connection: u16,
-        connections: u16,
+        bulk: BulkMap,
         reader: FrameReader<R>,
         layout: Layout,
         lanes: LaneMap,
@@ -39,7 +39,7 @@ impl<R: AsyncRead + Unpin> WireDeframer<R> {
     ) -> Self {
         let places = vec![Place { round: 1, ended: false }; usize::from(lanes.lanes())];
         let order = Order::new(&layout, &features);
-        Self { reader, rules: Rules { connection, connections, layout, lanes, features, places, order } }
+        Self { reader, rules: Rules { connection, bulk, layout, lanes, features, places, order } }
     }
 
     /// The reader, for its position.
@@ -71,7 +71,7 @@ impl<R: AsyncRead + Unpin + Send> Deframer for WireDeframer<R> {
 #[derive(Debug)]
 struct Rules {
     connection: u16,
-    connections: u16,
+    bulk: BulkMap,
     layout: Layout,
     lanes: LaneMap,
     features: Features,
@@ -84,7 +84,7 @@ struct Rules {
 struct Place {
     /// The lowest round that may come.
     round: u32,
-    /// Whether its Switchover has come.
+    /// Whether its end has come.
     ended: bool,
 }
 
@@ -97,26 +97,38 @@ impl Rules {
                 let bytes = HEAD_BYTES as u64 + u64::from(frame.frame_length);
                 Deframed::Batch { lane: frame.lane, arrived, bytes }
             }
-            Incoming::Message { lane, message: Message::RoundComplete(tally) } => {
-                self.check_lane(Kind::RoundComplete, lane)?;
+            Incoming::Message { message: Message::Heartbeat(_), .. } => return Ok(None),
+            Incoming::Message { lane, message } => match message.into_mark() {
+                Ok(mark) => {
+                    self.mark(lane, mark)?;
+                    Deframed::Mark { lane, mark }
+                }
+                Err(message) => {
+                    self.order.message(&message, &self.layout)?;
+                    if matches!(message, Message::End { .. }) {
+                        self.check_all_ended()?;
+                    }
+                    Deframed::Message(message)
+                }
+            },
+        }))
+    }
+
+    fn mark(&mut self, lane: u16, mark: Mark) -> Result<(), WireError> {
+        let kind = Message::from(mark).kind();
+        self.check_lane(kind, lane)?;
+        if !self.features.allow(mark) {
+            return Err(WireError::MarkNotAgreed { kind, lane });
+        }
+        match mark {
+            Mark::RoundComplete(tally) => {
                 self.reach(lane, tally.round)?;
                 self.places[usize::from(lane)].round = tally.round.saturating_add(1);
-                Deframed::Mark { lane, mark: Mark::RoundComplete(tally) }
             }
-            Incoming::Message { lane, message: Message::Switchover } => {
-                self.check_lane(Kind::Switchover, lane)?;
-                self.places[usize::from(lane)].ended = true;
-                Deframed::Mark { lane, mark: Mark::Switchover }
-            }
-            Incoming::Message { message: Message::Heartbeat(_), .. } => return Ok(None),
-            Incoming::Message { message, .. } => {
-                self.order.message(&message, &self.layout)?;
-                if matches!(message, Message::End { .. }) {
-                    self.check_all_ended()?;
-                }
-                Deframed::Message(message)
-            }
-        }))
+            Mark::LaneEnds => self.places[usize::from(lane)].ended = true,
+            Mark::Checkpoint(_) | Mark::DirectEnds => {}
+        }
+        Ok(())
     }
 
     fn pages(&mut self, frame: &PagesFrame) -> Result<Arrived, WireError> {
@@ -143,15 +155,15 @@ impl Rules {
     /// Checks that a frame of this kind may come in this lane, on this connection, at this point.
     fn check_lane(&self, kind: Kind, lane: u16) -> Result<(), WireError> {
         self.order.check_place(kind)?;
-        let right = lane % self.connections;
         if lane >= self.lanes.lanes() {
             return Err(WireError::NoLane { lane, lanes: self.lanes.lanes() });
         }
+        let right = self.bulk.connection(lane);
         if right != self.connection {
             return Err(WireError::WrongConnection { lane, connection: self.connection, right });
         }
         if self.places[usize::from(lane)].ended {
-            return misplaced(kind, "the lane has ended with its Switchover");
+            return misplaced(kind, "the lane has ended");
         }
         Ok(())
     }
@@ -168,7 +180,7 @@ impl Rules {
 
     /// Checks that all lanes of this connection are over, as they are before the source ends its stream.
     fn check_all_ended(&self) -> Result<(), WireError> {
-        let here = self.places.iter().skip(self.connection.into()).step_by(self.connections.into());
-        if here.clone().all(|place| place.ended) { Ok(()) } else { misplaced(Kind::End, "a lane has not ended") }
+        let mut here = (0..).zip(&self.places).filter(|(lane, _)| self.bulk.connection(*lane) == self.connection);
+        if here.all(|(_, place)| place.ended) { Ok(()) } else { misplaced(Kind::End, "a lane has not ended") }
     }
 }

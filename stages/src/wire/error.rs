@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use super::hello::ConnectionRole;
 use super::kind::Kind;
 use super::version::MAGIC;
 use crate::batch::PageEncoding;
@@ -123,6 +124,16 @@ pub enum WireError {
         theirs: u16,
         /// [`super::PROTOCOL_VERSION`]
         ours: u16,
+    },
+    /// A role that does not fit the connection's number.
+    #[error("connection {connection} is {role}, and the first {bulk} are bulk, no others")]
+    Role {
+        /// The connection's number.
+        connection: u16,
+        /// The role it names.
+        role: ConnectionRole,
+        /// How many connections are bulk.
+        bulk: u16,
     },
     /// No page has this size.
     #[error("the page size is {bytes} bytes, it must be a power of two from 4096 to 65536")]
@@ -285,6 +296,14 @@ pub enum WireError {
         round: u32,
         /// The lane's round.
         current: u32,
+    },
+    /// A mark whose feature Hello does not name.
+    #[error("the {kind} mark in lane {lane} was not agreed on")]
+    MarkNotAgreed {
+        /// The kind of its frame.
+        kind: Kind,
+        /// The lane.
+        lane: u16,
     },
     /// An encoding whose feature Hello does not name.
     #[error("{page} is coded as {encoding}, which was not agreed on")]

@@ -44,9 +44,6 @@ impl Framer for WireFramer {
     }
 
     fn mark(&mut self, lane: u16, mark: &Mark) -> Bytes {
-        match *mark {
-            Mark::RoundComplete(tally) => Message::RoundComplete(tally).encode(lane),
-            Mark::Switchover => Message::Switchover.encode(lane),
-        }
+        Message::from(*mark).encode(lane)
     }
 }

@@ -2,12 +2,16 @@
 //!
 //! ```text
 //! fields of the body
-//! ┌─────────┬───────────┬────────────┬──────────────┬───────────────┬─────────┬─────────────┬──────────────┐
-//! │ magic 8 │ version 2 │ session 16 │ connection 2 │ connections 2 │ lanes 2 │ page size 4 │ features n 2 │
-//! ├─────────┴───────────┴────────────┴──────────────┴───────────────┴─────────┴─────────────┴──────────────┤
-//! │ n times: name of a feature: length 1, UTF-8                                                            │
-//! └────────────────────────────────────────────────────────────────────────────────────────────────────────┘
+//! ┌─────────┬───────────┬────────────┬──────────────┬────────┬───────────────┬────────┬─────────┬─────────────┐
+//! │ magic 8 │ version 2 │ session 16 │ connection 2 │ role 1 │ connections 2 │ bulk 2 │ lanes 2 │ page size 4 │
+//! ├─────────┴────┬────┴────────────┴──────────────┴────────┴───────────────┴────────┴─────────┴─────────────┤
+//! │ features n 2 │ n times: name of a feature: length 1, UTF-8                                              │
+//! └──────────────┴──────────────────────────────────────────────────────────────────────────────────────────┘
+//! role: 0 bulk, 1 urgent, 2 control
 //! ```
+//!
+//! The first `bulk` connections are bulk and carry the lanes ([`BulkMap`]); at most one urgent and one control connection follow
+//! them. Where there is no control connection, control travels on connection 0.
 //!
 //! Nothing is negotiated: the source names the features that its stream cannot be read without, and the destination accepts the stream
 //! or refuses it.
@@ -21,7 +25,8 @@ use std::io::{self, Read};
 use super::error::WireError;
 use super::fields::{Fields, put_list, put_name, within};
 use super::version::{MAGIC, PROTOCOL_VERSION};
-use crate::geometry::{MAX_LANES, PageSize};
+use crate::batch::Mark;
+use crate::geometry::{BulkMap, MAX_LANES, PageSize};
 use crate::untrusted::Untrusted;
 
 /// The most features of a stream.
@@ -30,6 +35,11 @@ pub const MAX_FEATURES: usize = 64;
 pub const MAX_FEATURE_NAME: usize = 64;
 /// The most bytes of a Hello's fields: more than this version needs, so that a later one can still be named.
 pub(super) const MAX_FIELDS: usize = 16 << 10;
+
+/// The most connections that are not bulk: one for urgent pages, one for control.
+const MAX_OTHERS: u64 = 2;
+/// By their numbers on the wire.
+const ROLES: [ConnectionRole; 3] = [ConnectionRole::Bulk, ConnectionRole::Urgent, ConnectionRole::Control];
 
 /// A random number that identifies one migration: all its connections carry the same.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -79,6 +89,10 @@ pub mod feature {
     pub const LEFT_OUT: &str = "left-out";
     /// Some blocks are ignored: both ends share their memory.
     pub const IGNORED_BLOCKS: &str = "ignored-blocks";
+    /// Checkpoint marks end the epochs of a lane.
+    pub const CHECKPOINTS: &str = "checkpoints";
+    /// DirectEnds marks the switch to postcopy in a lane.
+    pub const DIRECT_ENDS: &str = "direct-ends";
 }
 
 /// The features a stream uses, as a set of known ones.
@@ -102,6 +116,10 @@ pub struct Features {
     pub left_out: bool,
     /// [`feature::IGNORED_BLOCKS`]
     pub ignored_blocks: bool,
+    /// [`feature::CHECKPOINTS`]
+    pub checkpoints: bool,
+    /// [`feature::DIRECT_ENDS`]
+    pub direct_ends: bool,
 }
 
 impl Features {
@@ -116,7 +134,19 @@ impl Features {
         verify: true,
         left_out: true,
         ignored_blocks: true,
+        checkpoints: true,
+        direct_ends: true,
     };
+
+    /// Whether this mark may come in a lane.
+    #[must_use]
+    pub fn allow(self, mark: Mark) -> bool {
+        match mark {
+            Mark::RoundComplete(_) | Mark::LaneEnds => true,
+            Mark::Checkpoint(_) => self.checkpoints,
+            Mark::DirectEnds => self.direct_ends,
+        }
+    }
 
     /// The features that are used, by name.
     #[must_use]
@@ -141,7 +171,7 @@ impl Features {
         if unknown.is_empty() { Ok(features) } else { Err(WireError::UnknownFeatures { names: unknown }) }
     }
 
-    fn named(self) -> [(&'static str, bool); 9] {
+    fn named(self) -> [(&'static str, bool); 11] {
         [
             (feature::CHECKSUM, self.checksum),
             (feature::SNAP, self.snap),
@@ -152,6 +182,8 @@ impl Features {
             (feature::VERIFY, self.verify),
             (feature::LEFT_OUT, self.left_out),
             (feature::IGNORED_BLOCKS, self.ignored_blocks),
+            (feature::CHECKPOINTS, self.checkpoints),
+            (feature::DIRECT_ENDS, self.direct_ends),
         ]
     }
 
@@ -166,8 +198,32 @@ impl Features {
             feature::VERIFY => Some(&mut self.verify),
             feature::LEFT_OUT => Some(&mut self.left_out),
             feature::IGNORED_BLOCKS => Some(&mut self.ignored_blocks),
+            feature::CHECKPOINTS => Some(&mut self.checkpoints),
+            feature::DIRECT_ENDS => Some(&mut self.direct_ends),
             _ => None,
         }
+    }
+}
+
+/// What a connection carries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum ConnectionRole {
+    /// Lanes; the first also carries control where no connection is for that.
+    Bulk = 0,
+    /// Pages that are asked for, ahead of those in the lanes.
+    Urgent = 1,
+    /// Control alone.
+    Control = 2,
+}
+
+impl fmt::Display for ConnectionRole {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Bulk => "bulk",
+            Self::Urgent => "urgent",
+            Self::Control => "control",
+        })
     }
 }
 
@@ -180,9 +236,13 @@ pub struct Hello {
     pub session: SessionId,
     /// This connection's number, from 0.
     pub connection: u16,
-    /// How many connections there are: 1 to `lanes`.
+    /// Its role: bulk if and only if its number is less than `bulk`.
+    pub role: ConnectionRole,
+    /// How many connections there are, of all roles.
     pub connections: u16,
-    /// How many lanes there are. Lane `l` travels on connection `l mod connections`.
+    /// How many of them are bulk: 1 to `lanes`.
+    pub bulk: u16,
+    /// How many lanes there are. A [`BulkMap`] says which connection carries each.
     pub lanes: u16,
     /// The page size of every block.
     pub page_size: PageSize,
@@ -191,6 +251,12 @@ pub struct Hello {
 }
 
 impl Hello {
+    /// Which bulk connection carries each lane.
+    #[must_use]
+    pub fn bulk_map(&self) -> BulkMap {
+        BulkMap::new(self.lanes, self.bulk)
+    }
+
     /// # Panics
     /// If a number, a list or a name is out of its bounds.
     pub(super) fn put(&self, out: &mut Vec<u8>) {
@@ -199,7 +265,9 @@ impl Hello {
         out.extend(self.version.to_le_bytes());
         out.extend(self.session.0);
         out.extend(self.connection.to_le_bytes());
+        out.push(self.role as u8);
         out.extend(self.connections.to_le_bytes());
+        out.extend(self.bulk.to_le_bytes());
         out.extend(self.lanes.to_le_bytes());
         let page_size = u32::try_from(self.page_size.bytes()).expect("at most 64 KiB");
         out.extend(page_size.to_le_bytes());
@@ -219,7 +287,9 @@ impl Hello {
             version,
             session: SessionId(fields.array("session")?),
             connection: fields.u16("connection")?,
+            role: fields.choice("role of the connection", &ROLES)?,
             connections: fields.u16("number of connections")?,
+            bulk: fields.u16("number of bulk connections")?,
             lanes: fields.u16("number of lanes")?,
             page_size: take_page_size(fields)?,
             features: fields.list("number of features", 0..=MAX_FEATURES, take_feature)?,
@@ -230,8 +300,13 @@ impl Hello {
 
     fn check(&self) -> Result<(), WireError> {
         within("number of lanes", self.lanes.into(), 1..=MAX_LANES.into())?;
-        within("number of connections", self.connections.into(), 1..=self.lanes.into())?;
-        within("connection", self.connection.into(), 0..=u64::from(self.connections) - 1)?;
+        let (bulk, connections) = (u64::from(self.bulk), u64::from(self.connections));
+        within("number of bulk connections", bulk, 1..=self.lanes.into())?;
+        within("number of connections", connections, bulk..=bulk + MAX_OTHERS)?;
+        within("connection", self.connection.into(), 0..=connections - 1)?;
+        if (self.role == ConnectionRole::Bulk) != (self.connection < self.bulk) {
+            return Err(WireError::Role { connection: self.connection, role: self.role, bulk: self.bulk });
+        }
         let twice = |(index, name): &(usize, &Untrusted)| self.features[..*index].contains(name);
         match self.features.iter().enumerate().find(twice) {
             Some((_, name)) => Err(WireError::FeatureTwice { name: name.clone() }),

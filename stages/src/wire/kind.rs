@@ -17,7 +17,7 @@ pub enum Kind {
     /// The end of a round in a lane.
     RoundComplete = 5,
     /// The last frame of a lane.
-    Switchover = 6,
+    LaneEnds = 6,
     /// Hashes of stretches.
     Digests = 7,
     /// The destination may start the guest.
@@ -26,6 +26,10 @@ pub enum Kind {
     Abort = 9,
     /// The end mark of a stream without a return path.
     End = 10,
+    /// The end of an epoch in a lane.
+    Checkpoint = 11,
+    /// The switch to postcopy in a lane.
+    DirectEnds = 12,
     /// Return path: the answer to Hello.
     Accept = 32,
     /// Return path: the machine is built for the blocks.
@@ -48,17 +52,19 @@ pub enum Kind {
 
 impl Kind {
     /// Every kind, in the order of their numbers.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 21] = [
         Self::Hello,
         Self::State,
         Self::Blocks,
         Self::Pages,
         Self::RoundComplete,
-        Self::Switchover,
+        Self::LaneEnds,
         Self::Digests,
         Self::Go,
         Self::Abort,
         Self::End,
+        Self::Checkpoint,
+        Self::DirectEnds,
         Self::Accept,
         Self::Ready,
         Self::Progress,
@@ -85,11 +91,13 @@ impl Kind {
             Self::Blocks => "Blocks",
             Self::Pages => "Pages",
             Self::RoundComplete => "RoundComplete",
-            Self::Switchover => "Switchover",
+            Self::LaneEnds => "LaneEnds",
             Self::Digests => "Digests",
             Self::Go => "Go",
             Self::Abort => "Abort",
             Self::End => "End",
+            Self::Checkpoint => "Checkpoint",
+            Self::DirectEnds => "DirectEnds",
             Self::Accept => "Accept",
             Self::Ready => "Ready",
             Self::Progress => "Progress",
@@ -105,7 +113,7 @@ impl Kind {
     /// Whether a frame of this kind belongs to a lane. All others are control frames.
     #[must_use]
     pub fn is_of_lane(self) -> bool {
-        matches!(self, Self::Pages | Self::RoundComplete | Self::Switchover)
+        matches!(self, Self::Pages | Self::RoundComplete | Self::Checkpoint | Self::DirectEnds | Self::LaneEnds)
     }
 
     /// Whether a reader that does not know this kind must fail.

@@ -45,11 +45,12 @@ fn max_body_bytes(kind: Kind) -> usize {
         Kind::Digests => 4 + 8 + 2 + MAX_DIGESTS * (16 + 1 + MAX_STRETCH_EXTENTS * 8),
         Kind::Go | Kind::Loaded => 1,
         Kind::End => 1 + 8,
+        Kind::Checkpoint => 8,
         Kind::Progress => 8 + 2 + MAX_LANES as usize * 8,
         Kind::PageHashes => 4 + 8 + 2 + MAX_STRETCH_PAGES * 8,
         Kind::Heartbeat => 2 + MAX_FIGURES * (1 + MAX_FIGURE_NAME + 8),
         Kind::Abort | Kind::Refused | Kind::StartFailed => 2 + MAX_REASON,
-        Kind::Switchover | Kind::Accept | Kind::Ready | Kind::Running => 0,
+        Kind::DirectEnds | Kind::LaneEnds | Kind::Accept | Kind::Ready | Kind::Running => 0,
     };
     fields + CHECKSUM_BYTES
 }

@@ -8,14 +8,16 @@
 //! │ State         │ phase 1 · end 1 · version 4 · section: name · length 4 · bytes                       │
 //! │ Blocks        │ list of (id: name · length 8 · guest address 8 · backing page size 8); where any is  │
 //! │               │ ignored, behind it: list of (index of an ignored block 2), ascending                 │
-//! │ RoundComplete │ round 4 · last 1 · counts 8 each: batches · pages · zero · raw · compressed ·        │
+//! │ RoundComplete │ round 4 · kind 1 · counts 8 each: batches · pages · zero · raw · compressed ·        │
 //! │               │ xbzrle · unchanged · misses · overflows · bytes in · bytes out                       │
-//! │ Switchover    │                                                                                      │
+//! │ LaneEnds      │                                                                                      │
 //! │ Digests       │ block 4 · first stretch 8 · list of (xxh3-128 16 · masks n 1 · n masks 8 each);      │
 //! │               │ the masks of left out pages end with the last that is not 0                          │
 //! │ Go            │ run state 1                                                                          │
 //! │ Abort         │ reason                                                                               │
 //! │ End           │ run state 1 · Pages frames of all lanes 8                                            │
+//! │ Checkpoint    │ number 8                                                                             │
+//! │ DirectEnds    │                                                                                      │
 //! │ Accept        │                                                                                      │
 //! │ Ready         │                                                                                      │
 //! │ Progress      │ bytes 8 · list of (frames of a lane 8)                                               │
@@ -28,7 +30,8 @@
 //! └───────────────┴──────────────────────────────────────────────────────────────────────────────────────┘
 //!
 //! name:   length 1 (never 0) · UTF-8           list: count 2 · items
-//! reason: length 2 · UTF-8                     phase, run state, end, last, verified: 0 or 1
+//! reason: length 2 · UTF-8                     phase, run state, end, verified: 0 or 1
+//! kind of a round: 0 live, 1 paused, 2 final
 //! ```
 //!
 //! A value has only one form: bytes that decode are the bytes that the value encodes to.
@@ -37,6 +40,7 @@ use bytes::Bytes;
 
 use super::hello::Hello;
 use super::kind::Kind;
+use crate::batch::Mark;
 use crate::geometry::{BlockInfo, PageAt};
 use crate::tally::RoundTally;
 use crate::untrusted::Untrusted;
@@ -140,7 +144,7 @@ pub enum Message {
     /// End of a round in the frame's lane, with its figures.
     RoundComplete(RoundTally),
     /// Last frame of the lane.
-    Switchover,
+    LaneEnds,
     /// Digests of consecutive stretches of a block, from `first` on.
     Digests {
         /// Index of the block.
@@ -161,6 +165,10 @@ pub enum Message {
         /// Pages frames of all lanes.
         frames: u64,
     },
+    /// End of an epoch in the frame's lane, with the number of its checkpoint.
+    Checkpoint(u64),
+    /// The switch to postcopy in the frame's lane.
+    DirectEnds,
     /// The destination accepts the stream as its Hello describes it.
     Accept,
     /// The machine is built; pages may come.
@@ -190,7 +198,29 @@ pub enum Message {
     Heartbeat(Vec<Figure>),
 }
 
+impl From<Mark> for Message {
+    fn from(mark: Mark) -> Self {
+        match mark {
+            Mark::RoundComplete(tally) => Self::RoundComplete(tally),
+            Mark::Checkpoint(number) => Self::Checkpoint(number),
+            Mark::DirectEnds => Self::DirectEnds,
+            Mark::LaneEnds => Self::LaneEnds,
+        }
+    }
+}
+
 impl Message {
+    /// The mark of a lane that it is, or the message itself.
+    pub(crate) fn into_mark(self) -> Result<Mark, Self> {
+        match self {
+            Self::RoundComplete(tally) => Ok(Mark::RoundComplete(tally)),
+            Self::Checkpoint(number) => Ok(Mark::Checkpoint(number)),
+            Self::DirectEnds => Ok(Mark::DirectEnds),
+            Self::LaneEnds => Ok(Mark::LaneEnds),
+            other => Err(other),
+        }
+    }
+
     /// The kind of frame it travels in.
     #[must_use]
     pub fn kind(&self) -> Kind {
@@ -199,11 +229,13 @@ impl Message {
             Self::State(_) => Kind::State,
             Self::Blocks(_) => Kind::Blocks,
             Self::RoundComplete(_) => Kind::RoundComplete,
-            Self::Switchover => Kind::Switchover,
+            Self::LaneEnds => Kind::LaneEnds,
             Self::Digests { .. } => Kind::Digests,
             Self::Go(_) => Kind::Go,
             Self::Abort(_) => Kind::Abort,
             Self::End { .. } => Kind::End,
+            Self::Checkpoint(_) => Kind::Checkpoint,
+            Self::DirectEnds => Kind::DirectEnds,
             Self::Accept => Kind::Accept,
             Self::Ready => Kind::Ready,
             Self::Progress(_) => Kind::Progress,

@@ -9,7 +9,7 @@
 //! │ kind 1 │ flags 1 │ lane 2 │ length 4 │ seeded xxh3-64 of the 8 before  8 │
 //! └────────┴─────────┴────────┴──────────┴───────────────────────────────────┘
 //!   flags: bit 0 = must be understood, set in every kind but Heartbeat; all others 0
-//!   lane: of Pages, RoundComplete and Switchover; 0 for all others, which are control frames
+//!   lane: of Pages, RoundComplete, Checkpoint, DirectEnds and LaneEnds; 0 for all others, which are control frames
 //!   length: bytes that follow the head; at most what the kind allows, checked before anything is allocated
 //!
 //! body of every kind but Pages; its fields: see [`messages`] and [`hello`]
@@ -23,8 +23,9 @@
 //! An unknown kind is skipped if its must-understand bit is clear, and is an error if it is set. Both ends must agree on a
 //! feature (see [`hello`]) before a frame uses it.
 //!
-//! Direction: source to destination carries Hello, State, Blocks, Pages, RoundComplete, Switchover, Digests, Go, Abort, End,
-//! Heartbeat; the return path carries Accept, Ready, Progress, PageHashes, Loaded, Running, Refused, StartFailed, Abort, Heartbeat.
+//! Direction: source to destination carries Hello, State, Blocks, Pages, RoundComplete, Checkpoint, DirectEnds, LaneEnds,
+//! Digests, Go, Abort, End, Heartbeat; the return path carries Accept, Ready, Progress, PageHashes, Loaded, Running, Refused,
+//! StartFailed, Abort, Heartbeat.
 //!
 //! Where there is a return path, each end sends something at least every half second from Hello or Accept on, in both
 //! directions on connection 0: a Heartbeat where there is nothing else. A peer that is silent for longer is stopped, hangs, or is
@@ -54,7 +55,7 @@ pub use deframer::WireDeframer;
 pub use error::{FrameError, WireError};
 pub use frame::{FrameHead, HEAD_BYTES};
 pub use framer::WireFramer;
-pub use hello::{Features, Hello, SessionId};
+pub use hello::{ConnectionRole, Features, Hello, SessionId};
 pub use kind::Kind;
 pub use messages::Message;
 pub use order::Preface;

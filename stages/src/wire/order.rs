@@ -1,7 +1,7 @@
 //! The order of a stream's messages, where it does not depend on lanes.
 //!
 //! ```text
-//! Hello ─▶ State (setup) ─▶ Blocks ─▶ Pages, RoundComplete, Switchover of each lane · State (device) · Digests ─▶ End ─▶ Go
+//! Hello ─▶ State (setup) ─▶ Blocks ─▶ Pages, marks of each lane · State (device) · Digests ─▶ End ─▶ Go
 //! ```
 //!
 //! Abort and Heartbeat may come at any place. Setup, device state, digests and End travel on connection 0.
@@ -99,7 +99,7 @@ impl Order {
             }
             Message::Go(_) | Message::Abort(_) | Message::Heartbeat(_) => Ok(()),
             Message::Hello(_) | Message::Blocks(_) => misplaced(kind, "it belongs before the pages"),
-            Message::RoundComplete(_) | Message::Switchover => unreachable!("{kind} belongs to a lane"),
+            Message::RoundComplete(_) | Message::Checkpoint(_) | Message::DirectEnds | Message::LaneEnds => unreachable!("{kind} belongs to a lane"),
             Message::Accept
             | Message::Ready
             | Message::Progress(_)

@@ -41,12 +41,13 @@ impl Message {
                 out.push(*run_state as u8);
                 out.extend(frames.to_le_bytes());
             }
+            Self::Checkpoint(number) => out.extend(number.to_le_bytes()),
             Self::Progress(progress) => put_progress(out, progress),
             Self::PageHashes { first, hashes } => put_page_hashes(out, *first, hashes),
             Self::Loaded { verified } => out.push(u8::from(*verified)),
             Self::Abort(reason) | Self::Refused(reason) | Self::StartFailed(reason) => put_reason(out, reason.raw()),
             Self::Heartbeat(figures) => put_list(out, figures, 0..=MAX_FIGURES, put_figure),
-            Self::Switchover | Self::Accept | Self::Ready | Self::Running => {}
+            Self::DirectEnds | Self::LaneEnds | Self::Accept | Self::Ready | Self::Running => {}
         }
     }
 }
@@ -78,7 +79,7 @@ fn put_block(out: &mut Vec<u8>, block: &BlockInfo) {
 
 fn put_tally(out: &mut Vec<u8>, tally: &RoundTally) {
     out.extend(tally.round.to_le_bytes());
-    out.push(u8::from(tally.last));
+    out.push(tally.kind as u8);
     let counts = [
         tally.batches,
         tally.pages.all,

@@ -13,6 +13,7 @@ use super::messages::{
     Figure, MAX_COUNT, MAX_DIGESTS, MAX_FIGURE_NAME, MAX_FIGURES, MAX_REASON, MAX_SECTION_NAME, MAX_STATE_CHUNK,
     MAX_STRETCH_EXTENTS, MAX_STRETCH_PAGES, Message, Progress, RunState, StateChunk, StatePhase, StretchDigest,
 };
+use crate::batch::RoundKind;
 use crate::geometry::{BlockInfo, EXTENT_PAGES, MAX_BLOCK_ID, MAX_BLOCKS, MAX_LANES, PageAt};
 use crate::tally::{PageTally, RoundTally};
 use crate::untrusted::Untrusted;
@@ -51,11 +52,13 @@ fn take_message(kind: Kind, fields: &mut Fields<'_>) -> Result<Message, WireErro
         Kind::Blocks => Message::Blocks(take_blocks(fields)?),
         Kind::Pages => panic!("Pages is no message"),
         Kind::RoundComplete => Message::RoundComplete(take_tally(fields)?),
-        Kind::Switchover => Message::Switchover,
+        Kind::LaneEnds => Message::LaneEnds,
         Kind::Digests => take_digests(fields)?,
         Kind::Go => Message::Go(take_run_state(fields)?),
         Kind::Abort => Message::Abort(take_reason(fields)?),
         Kind::End => Message::End { run_state: take_run_state(fields)?, frames: fields.u64("number of frames")? },
+        Kind::Checkpoint => Message::Checkpoint(fields.u64("number of a checkpoint")?),
+        Kind::DirectEnds => Message::DirectEnds,
         Kind::Accept => Message::Accept,
         Kind::Ready => Message::Ready,
         Kind::Progress => Message::Progress(take_progress(fields)?),
@@ -107,11 +110,11 @@ fn take_block(fields: &mut Fields<'_>) -> Result<BlockInfo, WireError> {
 fn take_tally(fields: &mut Fields<'_>) -> Result<RoundTally, WireError> {
     let round = fields.u32("round")?;
     within("round", round.into(), 1..=u32::MAX.into())?;
-    let last = fields.bool("last byte of a round")?;
+    let kind = fields.choice("kind of a round", &[RoundKind::Live, RoundKind::Paused, RoundKind::Final])?;
     let mut count = |field| fields.u64(field).and_then(|count| within(field, count, 0..=MAX_COUNT));
     Ok(RoundTally {
         round,
-        last,
+        kind,
         batches: count("count of batches")?,
         pages: PageTally {
             all: count("count of pages")?,

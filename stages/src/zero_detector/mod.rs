@@ -10,7 +10,7 @@
 
 use std::sync::Arc;
 
-use crate::batch::{Batch, CopiedBatch, Item};
+use crate::batch::{Batch, CopiedBatch, Item, Mark};
 use crate::dirty_log::DirtyLog;
 use crate::error::{Cause, StageError};
 use crate::memory::GuestMemory;
@@ -43,7 +43,7 @@ impl ZeroDetector {
         Self { memory, pool, logs, stage: Stage::new(StageId::zero_detector(lane), meter) }
     }
 
-    /// Runs until the switchover has passed, or there is no more input.
+    /// Runs until the lane's end has passed, or there is no more input.
     ///
     /// # Errors
     /// When guest memory cannot be read, or the next stage has ended.
@@ -57,13 +57,13 @@ impl ZeroDetector {
                     zero_pages += u64::from(copied.zero.count_ones());
                     Item::Batch(copied)
                 }
-                Item::RoundComplete(mut tally) => {
+                Item::Mark(Mark::RoundComplete(mut tally)) => {
                     tally.pages.zero += std::mem::take(&mut zero_pages);
-                    Item::RoundComplete(tally)
+                    Item::Mark(Mark::RoundComplete(tally))
                 }
-                Item::Switchover => Item::Switchover,
+                Item::Mark(mark) => Item::Mark(mark),
             };
-            let over = matches!(item, Item::Switchover);
+            let over = matches!(item, Item::Mark(Mark::LaneEnds));
             output.put(item).await.map_err(|closed| self.stage.fails(closed))?;
             if over {
                 break;

@@ -7,6 +7,7 @@ use futures::FutureExt;
 use proptest::prelude::*;
 
 use super::*;
+use crate::batch::RoundKind;
 use crate::bitmap::DirtyBitmap;
 use crate::geometry::{PageSize, bits};
 use crate::memory::{MappedMemory, Memory};
@@ -176,15 +177,15 @@ fn zero_pages_are_counted_round_by_round() {
     let bench = Bench::new(4, 1, 4);
     bench.store(3, 4095, 1);
     let complete = |round| {
-        Item::RoundComplete(RoundTally {
+        Item::Mark(Mark::RoundComplete(RoundTally {
             pages: PageTally { all: 9, ..PageTally::default() },
-            ..RoundTally::new(round, false)
-        })
+            ..RoundTally::new(round, RoundKind::Live)
+        }))
     };
     let one = Batch { untouched: 0b1, ..batch(0, 0b1111, 1) };
     let items = vec![Item::Batch(one), Item::Batch(one), complete(1), Item::Batch(one), complete(2), complete(3)];
     let tallies = bench.detect(items).unwrap().into_iter().filter_map(|item| match item {
-        Item::RoundComplete(tally) => Some((tally.round, tally.pages.all, tally.pages.zero)),
+        Item::Mark(Mark::RoundComplete(tally)) => Some((tally.round, tally.pages.all, tally.pages.zero)),
         _ => None,
     });
     assert_eq!(tallies.collect::<Vec<_>>(), [(1, 9, 6), (2, 9, 3), (3, 9, 0)]);
@@ -235,6 +236,6 @@ fn memory_that_cannot_be_read_ends_the_stage_with_the_page_named() {
 #[test]
 fn it_ends_with_the_switchover() {
     let bench = Bench::new(4, 1, 1);
-    let items = bench.detect(vec![Item::Switchover, Item::Batch(batch(0, 1, 1))]).unwrap();
-    assert!(matches!(items[..], [Item::Switchover]));
+    let items = bench.detect(vec![Item::Mark(Mark::LaneEnds), Item::Batch(batch(0, 1, 1))]).unwrap();
+    assert!(matches!(items[..], [Item::Mark(Mark::LaneEnds)]));
 }

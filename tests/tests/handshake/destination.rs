@@ -141,7 +141,7 @@ fn abort_instead_of_go() {
 
 #[test]
 fn go_before_the_end() {
-    for before in [Kind::Pages, Kind::Switchover, Kind::End] {
+    for before in [Kind::Pages, Kind::LaneEnds, Kind::End] {
         let received =
             receive_from(TestGuest::destination(), destination_settings(), async |mut hand, recording, _| {
                 hand.send(&recording.frames[..recording.first(before)].concat()).await;

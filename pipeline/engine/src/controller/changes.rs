@@ -68,6 +68,7 @@ impl Controller {
 
 #[cfg(test)]
 mod tests {
+    use memferry_stages::batch::RoundKind;
     use memferry_stages::tally::{PageTally, RoundTally};
 
     use super::*;
@@ -95,7 +96,7 @@ mod tests {
     fn round(round: u32, pages: u64) -> RoundTally {
         RoundTally {
             pages: PageTally { all: pages, bytes_in: pages * 4096, bytes_out: pages * 4096, ..PageTally::default() },
-            ..RoundTally::new(round, false)
+            ..RoundTally::new(round, RoundKind::Live)
         }
     }
 

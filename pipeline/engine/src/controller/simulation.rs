@@ -7,6 +7,7 @@
 use std::num::NonZeroU32;
 use std::time::Duration;
 
+use memferry_stages::batch::RoundKind;
 use memferry_stages::tally::{PageTally, RoundTally};
 use memferry_stages::token_bucket::BURST;
 
@@ -94,7 +95,7 @@ impl Encoded {
             [all.zero, all.raw, all.compressed, all.xbzrle, all.unchanged].map(of);
         let tally = RoundTally {
             round: self.tally.round,
-            last: false,
+            kind: RoundKind::Live,
             batches: of(self.tally.batches),
             pages: PageTally {
                 all: zero + raw + compressed + xbzrle + unchanged,

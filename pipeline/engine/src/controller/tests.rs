@@ -1,5 +1,6 @@
 //! The controller with simulated guests and links.
 
+use memferry_stages::batch::RoundKind;
 use memferry_stages::tally::PageTally;
 use proptest::prelude::*;
 
@@ -152,7 +153,7 @@ fn deltas_are_sampled_before_anything_is_decided_by_them() {
 #[test]
 fn what_is_on_its_way_arrives_before_the_guest_is_paused_and_is_not_taken_for_a_guest_that_writes_faster() {
     let mut controller = Controller::new(&settings(), 4096);
-    let all = RoundTally { pages: sent(65_536, 256 << 20, 256 << 20), ..RoundTally::new(1, false) };
+    let all = RoundTally { pages: sent(65_536, 256 << 20, 256 << 20), ..RoundTally::new(1, RoundKind::Live) };
     controller.armed(Duration::ZERO);
     controller.round(&all, 1000 * MS, MS);
     let found = |elapsed, dirty_pages, in_flight_pages| Standing {

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use memferry_stages::batch::{Arrived, Item};
 use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::geometry::LaneMap;
-use memferry_stages::loader::{LaneProgress, Loaded, Loader};
+use memferry_stages::loader::{Direct, LaneProgress, Loaded, Loader};
 use memferry_stages::memory::GuestMemory;
 use memferry_stages::meter::{Meter, Reading};
 use memferry_stages::pool::BufferPool;
@@ -68,11 +68,11 @@ impl DestinationGraph {
         };
         let mut lanes = graph.start_loaders(memory, hello.lanes, &loaded_out);
         for (connection, reader) in (0..).zip(readers) {
-            let of_connection = |lane: usize| lane % usize::from(hello.connections) == usize::from(connection);
-            let here = (0..lanes.len()).map(|lane| lanes[lane].take_if(|_| of_connection(lane))).collect();
-            let (connections, lane_map) = (hello.connections, LaneMap::new(hello.lanes, memory.page_size()));
+            let of_connection = |lane: u16| hello.bulk_map().connection(lane) == connection;
+            let here = (0..).zip(&mut lanes).map(|(lane, outlet)| outlet.take_if(|_| of_connection(lane))).collect();
+            let (bulk, lane_map) = (hello.bulk_map(), LaneMap::new(hello.lanes, memory.page_size()));
             let layout = memory.layout().clone();
-            let deframer = WireDeframer::new(connection, connections, reader, layout, lane_map, features);
+            let deframer = WireDeframer::new(connection, bulk, reader, layout, lane_map, features);
             graph.start_receiver(connection, deframer, memory, here, messages_out.clone());
         }
         graph
@@ -101,7 +101,8 @@ impl DestinationGraph {
                 let meter = self.meter(StageId::loader(lane));
                 let progress = Arc::new(LaneProgress::default());
                 self.progress.push(progress.clone());
-                let loader = Loader::new(lane, memory.clone(), self.received.clone(), progress, meter);
+                let sink = Direct::new(memory.clone(), self.received.clone());
+                let loader = Loader::new(lane, sink, progress, meter);
                 let running = loader.run(arrived, loaded.clone());
                 self.stages.spawn(StageId::loader(lane), running);
                 Some(frames)

@@ -8,7 +8,7 @@ use memferry_stages::geometry::PageSize;
 use memferry_stages::queue::{Inlet, bounded};
 use memferry_stages::silence::{Attentive, Ear};
 use memferry_stages::untrusted::Untrusted;
-use memferry_stages::wire::hello::{Features, Hello, SessionId};
+use memferry_stages::wire::hello::{ConnectionRole, Features, Hello, SessionId};
 use memferry_stages::wire::reader::{FrameReader, Incoming};
 use memferry_stages::wire::{Message, PROTOCOL_VERSION};
 use memferry_transports::Transport;
@@ -58,6 +58,8 @@ pub(super) fn features(settings: &SourceSettings) -> Features {
         // The guest's properties are not known from settings.
         left_out: false,
         ignored_blocks: false,
+        checkpoints: false,
+        direct_ends: false,
     }
 }
 
@@ -78,7 +80,9 @@ impl Greeted {
                 version: PROTOCOL_VERSION,
                 session,
                 connection,
+                role: ConnectionRole::Bulk,
                 connections: settings.connections,
+                bulk: settings.connections,
                 lanes: settings.lanes,
                 page_size,
                 features: features.to_list(),

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use memferry_stages::encoder::Outgoing;
+use memferry_stages::geometry::BulkMap;
 use memferry_stages::meter::Meter;
 use memferry_stages::queue::{Inlet, Outlet, bounded};
 use memferry_stages::sender::{Control, Sender, Sent};
@@ -42,7 +43,7 @@ impl Senders {
         let mut senders = Self { stages: StageSet::new(plane), control, bulk, sent, meters, bucket };
         let most = settings.lanes.div_ceil(settings.connections);
         for (connection, writer) in (0..settings.connections).zip(writers) {
-            let lanes_here = lanes_of(connection, settings);
+            let lanes_here = bulk_map(settings).lanes_of(connection);
             let share = Share::new(lanes_here, settings.lanes, most);
             let lanes_here = usize::from(lanes_here);
             let bucket = Some((senders.bucket.clone(), share));
@@ -72,10 +73,9 @@ impl Senders {
     }
 }
 
-/// How many lanes a connection carries.
-pub(super) fn lanes_of(connection: u16, settings: &SourceSettings) -> u16 {
-    let lanes = (connection..settings.lanes).step_by(usize::from(settings.connections));
-    u16::try_from(lanes.count()).expect("some of the lanes")
+/// Which connection carries each lane: all of a source's connections are bulk.
+pub(super) fn bulk_map(settings: &SourceSettings) -> BulkMap {
+    BulkMap::new(settings.lanes, settings.connections)
 }
 
 /// Sends the last message on connection 0 and ends all connections, within the time given.

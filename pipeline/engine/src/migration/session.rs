@@ -19,7 +19,7 @@ use futures::stream::{FuturesUnordered, StreamExt};
 use memferry_stages::geometry::PageSize;
 use memferry_stages::silence::{Attentive, Ear};
 use memferry_stages::untrusted::Untrusted;
-use memferry_stages::wire::hello::{Features, Hello, SessionId};
+use memferry_stages::wire::hello::{ConnectionRole, Features, Hello, SessionId};
 use memferry_stages::wire::reader::{FrameReader, Incoming};
 use memferry_stages::wire::{Message, PROTOCOL_VERSION};
 use memferry_transports::{Connection, Listener, is_shortage};
@@ -409,6 +409,15 @@ fn acceptable(hello: &Hello, settings: &DestinationSettings) -> Result<Features,
         return Err(Refusal::Version(hello.version));
     }
     let features = Features::from_list(&hello.features).map_err(Refusal::Features)?;
+    if hello.role != ConnectionRole::Bulk {
+        return Err(Refusal::Role(hello.role));
+    }
+    if hello.connections > hello.bulk {
+        return Err(Refusal::OtherConnections { others: hello.connections - hello.bulk });
+    }
+    if features.checkpoints || features.direct_ends {
+        return Err(Refusal::Marks);
+    }
     if hello.lanes > settings.max_lanes {
         return Err(Refusal::Lanes { lanes: hello.lanes, most: settings.max_lanes });
     }

@@ -23,14 +23,15 @@ use memferry_stages::memory::GuestMemory;
 use memferry_stages::meter::{Meter, Reading};
 use memferry_stages::pool::BufferPool;
 use memferry_stages::queue::{Inlet, Outlet, bounded};
-use memferry_stages::scanner::{RoundScanned, ScanOrder, Scanner};
+use memferry_stages::scanner::{RoundScanned, Scanner, ScannerOrder};
 use memferry_stages::sender::{Control, Sent};
 use memferry_stages::stage_id::StageId;
+use memferry_stages::take::PageTaker;
 use memferry_stages::token_bucket::TokenBucket;
 use memferry_stages::wire::WireFramer;
 use memferry_stages::zero_detector::ZeroDetector;
 
-use super::senders::{Senders, lanes_of};
+use super::senders::{Senders, bulk_map};
 use super::stage_set::StageSet;
 use super::{blocking, bounds};
 use crate::settings::{EncoderSettings, OnMiss, SourceSettings};
@@ -49,7 +50,7 @@ pub(super) struct SourceParts {
 /// The running stages, and the ends of their queues that the controller holds.
 pub(super) struct SourceGraph {
     pub(super) stages: StageSet,
-    pub(super) scan: Outlet<ScanOrder>,
+    pub(super) scan: Outlet<ScannerOrder>,
     pub(super) scanned: Inlet<RoundScanned>,
     pub(super) sync: Outlet<SyncOrder>,
     pub(super) synced: Inlet<Synced>,
@@ -74,7 +75,8 @@ impl SourceGraph {
     /// Builds, joins and starts the stages before the senders. They wait for the first order.
     pub(super) fn start(parts: SourceParts, settings: &SourceSettings) -> Self {
         let lane_map = LaneMap::new(settings.lanes, parts.memory.page_size());
-        let (scan, scan_orders) = bounded(1);
+        // A round, and the end of the lanes behind it.
+        let (scan, scan_orders) = bounded(2);
         let (scanned_out, scanned) = bounded(1);
         let (sync, sync_orders) = bounded(1);
         let (synced_out, synced) = bounded(1);
@@ -99,14 +101,13 @@ impl SourceGraph {
         let lanes = graph.start_lanes(&parts.memory, &parts.logs, settings, &connections);
 
         let meter = graph.meter(StageId::SCANNER);
-        let scanner = Scanner::new(
+        let taker = PageTaker::new(
             parts.bitmap.clone(),
             Some(parts.untouched.clone()),
             parts.logs.clone(),
-            lane_map,
             graph.in_flight.clone(),
-            meter,
         );
+        let scanner = Scanner::new(taker, lane_map, meter);
         graph.stages.spawn(StageId::SCANNER, scanner.run(scan_orders, lanes, scanned_out));
 
         let meter = graph.meter(StageId::BITMAP_SYNC);
@@ -160,9 +161,10 @@ impl SourceGraph {
 
     /// The connection behind a lane's encoder.
     fn wire(&self, lane: u16, settings: &SourceSettings) -> Wire {
-        let connection = lane % settings.connections;
+        let bulk = bulk_map(settings);
+        let connection = bulk.connection(lane);
         let sender = self.sender_meters[usize::from(connection)].clone();
-        Wire::new(sender, self.bucket.clone(), lanes_of(connection, settings), settings.lanes)
+        Wire::new(sender, self.bucket.clone(), bulk.lanes_of(connection), settings.lanes)
     }
 
     fn start_lanes(
@@ -177,7 +179,7 @@ impl SourceGraph {
             .map(|lane| {
                 let (batches, detector_in) = bounded(bounds::SCANNED);
                 let (copies, encoder_in) = bounded(bounds::COPIED);
-                let frames = connections[usize::from(lane) % connections.len()].clone();
+                let frames = connections[usize::from(bulk_map(settings).connection(lane))].clone();
                 let (copy_pool, code_pool) = (bounds::copy_pool(page_size), bounds::code_pool(page_size));
                 self.pools.extend([copy_pool.clone(), code_pool.clone()]);
 

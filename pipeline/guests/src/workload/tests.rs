@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use fastrand::Rng;
 use memferry::guest::StateSection;
-use memferry_stages::batch::{Batch, CopiedBatch};
+use memferry_stages::batch::{Batch, CopiedBatch, RoundKind};
 use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::dirty_log::UserfaultLog;
 use memferry_stages::geometry::bits;
@@ -194,7 +194,7 @@ fn round(source: &Workload, logs: &[Arc<dyn DirtyLog>], bitmap: &DirtyBitmap, to
         for (bit, page) in bits(mask & !zero).zip(pages.chunks(size.bytes())) {
             to.block(at.block).memory.write_pages(size, at.page(bit).page, page).unwrap();
         }
-        let batch = Batch { at, mask, untouched: 0, round: 1, last: false };
+        let batch = Batch { at, mask, untouched: 0, round: 1, kind: RoundKind::Live };
         let copy = CopiedBatch { batch, zero, pages: (mask != zero).then_some(pages) };
         logs.iter().for_each(|log| log.copied(&copy));
     }

@@ -263,7 +263,8 @@ impl Inspection {
         let features = hello.features.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
         writeln!(f, "protocol    {}", hello.version)?;
         writeln!(f, "session     {}", hello.session)?;
-        writeln!(f, "lanes       {} on {} connections", hello.lanes, hello.connections)?;
+        writeln!(f, "connection  {} of {}, {}", hello.connection, hello.connections, hello.role)?;
+        writeln!(f, "lanes       {} on {} bulk connections", hello.lanes, hello.bulk)?;
         writeln!(f, "page size   {}", human::bytes(hello.page_size.bytes() as u64))?;
         writeln!(f, "features    {}", if features.is_empty() { "none" } else { &features })?;
         writeln!(f, "stream      {} in {} frames", human::bytes(self.bytes), human::count(self.frames))
@@ -304,11 +305,11 @@ impl Inspection {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use memferry_stages::batch::payload_hash;
+    use memferry_stages::batch::{RoundKind, payload_hash};
     use memferry_stages::codec::{Codec, Compressor};
     use memferry_stages::geometry::BlockInfo;
     use memferry_stages::tally::{PageTally, RoundTally};
-    use memferry_stages::wire::{PROTOCOL_VERSION, PagesHead, SessionId};
+    use memferry_stages::wire::{ConnectionRole, PROTOCOL_VERSION, PagesHead, SessionId};
 
     /// A stream of one round: one raw page, one zero page.
     fn stream() -> Vec<u8> {
@@ -322,7 +323,9 @@ mod tests {
             version: PROTOCOL_VERSION,
             session: SessionId([7; 16]),
             connection: 0,
+            role: ConnectionRole::Bulk,
             connections: 1,
+            bulk: 1,
             lanes: 1,
             page_size: PageSize::DEFAULT,
             features: features.to_list(),
@@ -348,10 +351,10 @@ mod tests {
         let tail: [&[u8]; 5] = [
             &Message::RoundComplete(RoundTally {
                 pages: PageTally { unchanged: 5, ..PageTally::default() },
-                ..RoundTally::new(1, true)
+                ..RoundTally::new(1, RoundKind::Final)
             })
             .encode(0),
-            &Message::Switchover.encode(0),
+            &Message::LaneEnds.encode(0),
             &Message::State(section(false)).encode(0),
             &Message::State(section(true)).encode(0),
             &Message::End { run_state: RunState::Running, frames: 1 }.encode(0),
@@ -371,7 +374,8 @@ mod tests {
         insta::assert_snapshot!(inspection, @r"
         protocol    2
         session     07070707070707070707070707070707
-        lanes       1 on 1 connections
+        connection  0 of 1, bulk
+        lanes       1 on 1 bulk connections
         page size   4.00 KiB
         features    payload-xxh3
         stream      4.46 KiB in 8 frames
@@ -448,7 +452,7 @@ mod tests {
     #[test]
     fn what_follows_the_end_mark_is_damage() {
         let mut bytes = stream();
-        bytes.extend_from_slice(&Message::Switchover.encode(0));
+        bytes.extend_from_slice(&Message::LaneEnds.encode(0));
         assert!(inspect(&bytes).to_string().contains("it follows the end mark"));
     }
 }

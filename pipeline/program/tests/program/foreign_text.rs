@@ -7,6 +7,7 @@ use std::thread;
 
 use memferry_stages::geometry::{BlockInfo, PageSize};
 use memferry_stages::untrusted::{Untrusted, is_unsafe};
+use memferry_stages::wire::ConnectionRole;
 use memferry_stages::wire::messages::{RunState, StateChunk, StatePhase};
 use memferry_stages::wire::{Hello, Message, PROTOCOL_VERSION, SessionId};
 
@@ -28,7 +29,9 @@ fn hello(features: Vec<Untrusted>) -> Message {
         version: PROTOCOL_VERSION,
         session: SessionId([7; 16]),
         connection: 0,
+        role: ConnectionRole::Bulk,
         connections: 1,
+        bulk: 1,
         lanes: 1,
         page_size: PageSize::DEFAULT,
         features,

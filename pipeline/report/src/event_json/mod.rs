@@ -373,7 +373,7 @@ fn rate(rate: f64) -> u64 {
 }
 
 fn round(tally: &RoundTally, duration: Duration) -> RoundJson {
-    RoundJson { round: tally.round, last: tally.last, duration_ms: ms(duration), pages: tally.pages }
+    RoundJson { round: tally.round, last: tally.kind.is_final(), duration_ms: ms(duration), pages: tally.pages }
 }
 
 #[cfg(test)]

@@ -4,7 +4,7 @@ use std::io;
 use std::sync::Arc;
 
 use super::{Breach, Case, Order, Subject, all_pages};
-use crate::batch::{Batch, CopiedBatch};
+use crate::batch::{Batch, CopiedBatch, RoundKind};
 use crate::bitmap::DirtyBitmap;
 use crate::dirty_log::DirtyLog;
 use crate::geometry::{ExtentAt, Layout, PageAt, bits};
@@ -53,7 +53,7 @@ impl Scanner {
 
     /// Takes an extent from the bitmap and re-arms it: what the scanner does before a lane gets it.
     pub(super) fn take(&self, at: ExtentAt) -> io::Result<Option<Taken>> {
-        let batch = |mask| Batch { at, mask, untouched: 0, round: 1, last: false };
+        let batch = |mask| Batch { at, mask, untouched: 0, round: 1, kind: RoundKind::Live };
         if self.order == Order::ReadBeforeTake && self.dirty.peek(at) != 0 {
             let copy = self.read_batch(batch(self.dirty.peek(at)))?;
             // Wide enough for a writer to be in.

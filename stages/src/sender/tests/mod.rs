@@ -7,10 +7,11 @@ use tokio::task::{JoinHandle, yield_now};
 
 use super::backlog::GATHER_FRAMES;
 use super::*;
-use crate::batch::{PageEncoding, payload_hash};
+use crate::batch::{PageEncoding, RoundKind, payload_hash};
 use crate::geometry::{BlockInfo, ExtentAt, Layout, PageSize};
 use crate::pool::BufferPool;
 use crate::queue::bounded;
+use crate::tally::RoundTally;
 use crate::wire::PagesHead;
 use crate::wire::messages::{Message, StateChunk, StatePhase};
 use crate::wire::reader::{FrameReader, Incoming};
@@ -77,15 +78,15 @@ fn large_frame(fill: u8, bytes: usize) -> Outgoing {
 }
 
 fn round_complete(lane: u16, round: u32, bytes: usize) -> Outgoing {
-    Outgoing { lane, mark: Some(Mark::RoundComplete(RoundTally::new(round, false))), ..frame(b'R', bytes) }
+    Outgoing { lane, mark: Some(Mark::RoundComplete(RoundTally::new(round, RoundKind::Live))), ..frame(b'R', bytes) }
 }
 
 fn switchover(lane: u16) -> Outgoing {
-    Outgoing { lane, mark: Some(Mark::Switchover), ..frame(b'S', 1) }
+    Outgoing { lane, mark: Some(Mark::LaneEnds), ..frame(b'S', 1) }
 }
 
 fn completed(lane: u16, round: u32) -> Option<Sent> {
-    Some(Sent::RoundComplete { lane, tally: RoundTally::new(round, false) })
+    Some(Sent { lane, mark: Mark::RoundComplete(RoundTally::new(round, RoundKind::Live)) })
 }
 
 /// The runs of equal bytes that were written.
@@ -98,7 +99,7 @@ async fn what_waits_goes_out_in_one_vectored_write() {
     let wire = Wire::open();
     let small: Vec<_> = (0..100).map(|_| frame(b'a', 64)).chain([switchover(0)]).collect();
     let running = start(&wire, 101, small).await;
-    assert_eq!(running.sent.next().await, Some(Sent::Switchover { lane: 0 }));
+    assert_eq!(running.sent.next().await, Some(Sent { lane: 0, mark: Mark::LaneEnds }));
     assert_eq!(wire.look().slices, [GATHER_FRAMES, GATHER_FRAMES, GATHER_FRAMES, 5]);
     assert_eq!(running.meter.read().bytes, 6401);
     running.finish().await.unwrap();
@@ -109,7 +110,7 @@ async fn large_frames_are_gathered_up_to_a_mebibyte_and_never_copied_together() 
     let wire = Wire::open();
     let large = (0..6).map(|fill| large_frame(fill, 256 << 10)).chain([switchover(0)]).collect();
     let running = start(&wire, 7, large).await;
-    assert_eq!(running.sent.next().await, Some(Sent::Switchover { lane: 0 }));
+    assert_eq!(running.sent.next().await, Some(Sent { lane: 0, mark: Mark::LaneEnds }));
     assert_eq!(wire.look().slices, [8, 5]);
     running.finish().await.unwrap();
 }
@@ -131,7 +132,7 @@ async fn a_stalled_writer_holds_exactly_a_gathering_and_a_full_queue() {
     assert!(producer.await.unwrap_err().is_cancelled());
     wire.set_room(usize::MAX);
     running.bulk.put(switchover(0)).await.unwrap();
-    assert_eq!(running.sent.next().await, Some(Sent::Switchover { lane: 0 }));
+    assert_eq!(running.sent.next().await, Some(Sent { lane: 0, mark: Mark::LaneEnds }));
     // Four of 256 KiB were gathered, eight waited in the queue, and the producer waited with the next.
     assert_eq!(written(&wire).len(), 4 + 8 + 1);
     running.finish().await.unwrap();
@@ -147,7 +148,7 @@ async fn control_comes_behind_the_frame_that_was_begun_and_before_all_others() {
     run_all().await;
     assert_eq!(written(&wire), [(b'a', 10)]);
     wire.set_room(usize::MAX);
-    assert_eq!(running.sent.next().await, Some(Sent::Switchover { lane: 0 }));
+    assert_eq!(running.sent.next().await, Some(Sent { lane: 0, mark: Mark::LaneEnds }));
     assert_eq!(written(&wire), [(b'a', 64), (b'!', 16), (b'?', 16), (b'b', 64), (b'c', 64), (b'S', 1)]);
     running.finish().await.unwrap();
 }
@@ -234,14 +235,14 @@ async fn durable_rounds_are_flushed_once_and_reported_after_it() {
     let reports = || running.sent.try_next();
     assert_eq!(
         [reports(), reports(), reports()],
-        [completed(0, 1), completed(0, 2), Some(Sent::Switchover { lane: 0 })]
+        [completed(0, 1), completed(0, 2), Some(Sent { lane: 0, mark: Mark::LaneEnds })]
     );
     assert_eq!([reports(), reports()], [completed(1, 1), None]);
     running.bulk.put(round_complete(1, 2, 4)).await.unwrap();
     running.bulk.put(switchover(1)).await.unwrap();
     run_all().await;
     assert_eq!(wire.look().flushes, [13, 18]);
-    assert_eq!([reports(), reports()], [completed(1, 2), Some(Sent::Switchover { lane: 1 })]);
+    assert_eq!([reports(), reports()], [completed(1, 2), Some(Sent { lane: 1, mark: Mark::LaneEnds })]);
     running.finish().await.unwrap();
 }
 
@@ -391,7 +392,7 @@ proptest! {
                 for frame in frames {
                     running.bulk.put(frame).await.unwrap();
                 }
-                let last = Outgoing { mark: Some(Mark::Switchover), ..pages_frame(count, 0, &BufferPool::new(1, 1)) };
+                let last = Outgoing { mark: Some(Mark::LaneEnds), ..pages_frame(count, 0, &BufferPool::new(1, 1)) };
                 running.bulk.put(last).await.unwrap();
             };
             let control = async {

@@ -46,7 +46,7 @@ fn heads() {
     );
     assert_eq!(head([77, 0, 0, 0, 1, 0, 16, 0]), "the frame of unknown kind 77 is 1048577 bytes long, at most 1048576");
     assert_eq!(head([10, 1, 0, 0, 18, 0, 0, 0]), "the End frame is 18 bytes long, at most 17");
-    assert_eq!(head([6, 1, 64, 0, 8, 0, 0, 0]), "the Switchover frame is on lane 64, at most 63");
+    assert_eq!(head([6, 1, 64, 0, 8, 0, 0, 0]), "the LaneEnds frame is on lane 64, at most 63");
     assert_eq!(head([8, 1, 1, 0, 9, 0, 0, 0]), "the Go frame is on lane 1, control frames are on lane 0");
     let damaged = "the frame head is damaged (checksum mismatch), or this is not a memferry stream";
     for garbage in [[0; HEAD_BYTES], [0xff; HEAD_BYTES], *b"GET / HTTP/1.1\r\n"] {
@@ -76,18 +76,24 @@ fn hellos() {
         refusal(8, &[2, 1, 0xff]),
         "the peer speaks protocol version 258, this program version 2: use the same release on both sides"
     );
-    assert_eq!(refusal(26, &[2, 0]), "connection is 2, it must be 0 to 1");
-    assert_eq!(refusal(28, &[4, 0]), "number of connections is 4, it must be 1 to 3");
-    assert_eq!(refusal(28, &[0, 0]), "number of connections is 0, it must be 1 to 3");
-    assert_eq!(refusal(30, &[65, 0]), "number of lanes is 65, it must be 1 to 64");
+    assert_eq!(refusal(26, &[3, 0]), "connection is 3, it must be 0 to 2");
+    assert_eq!(refusal(26, &[2, 0]), "connection 2 is bulk, and the first 2 are bulk, no others");
+    assert_eq!(refusal(28, &[1]), "connection 1 is urgent, and the first 2 are bulk, no others");
+    assert_eq!(refusal(28, &[2]), "connection 1 is control, and the first 2 are bulk, no others");
+    assert_eq!(refusal(28, &[3]), "role of the connection is 3, which has no meaning in this version");
+    assert_eq!(refusal(29, &[5, 0]), "number of connections is 5, it must be 2 to 4");
+    assert_eq!(refusal(29, &[1, 0]), "number of connections is 1, it must be 2 to 4");
+    assert_eq!(refusal(31, &[4, 0]), "number of bulk connections is 4, it must be 1 to 3");
+    assert_eq!(refusal(31, &[0, 0]), "number of bulk connections is 0, it must be 1 to 3");
+    assert_eq!(refusal(33, &[65, 0]), "number of lanes is 65, it must be 1 to 64");
     assert_eq!(
-        refusal(32, &[1, 16, 0, 0]),
+        refusal(35, &[1, 16, 0, 0]),
         "the page size is 4097 bytes, it must be a power of two from 4096 to 65536"
     );
-    assert_eq!(refusal(36, &[65, 0]), "number of features is 65, it must be 0 to 64");
-    assert_eq!(refusal(38, &[0]), "length of a feature's name is 0, it must be 1 to 64");
-    assert_eq!(refusal(38, &[65]), "length of a feature's name is 65, it must be 1 to 64");
-    assert_eq!(refusal(39, &[0xff]), "length of a feature's name is not UTF-8");
+    assert_eq!(refusal(39, &[65, 0]), "number of features is 65, it must be 0 to 64");
+    assert_eq!(refusal(41, &[0]), "length of a feature's name is 0, it must be 1 to 64");
+    assert_eq!(refusal(41, &[65]), "length of a feature's name is 65, it must be 1 to 64");
+    assert_eq!(refusal(42, &[0xff]), "length of a feature's name is not UTF-8");
 }
 
 #[test]
@@ -138,6 +144,7 @@ fn ignored_blocks() {
 
 #[test]
 fn rounds_and_digests() {
+    assert_eq!(refusal(Kind::RoundComplete, 4, &[3]), "kind of a round is 3, which has no meaning in this version");
     assert_eq!(refusal(Kind::RoundComplete, 0, &[0; 4]), "round is 0, it must be 1 to 4294967295");
     assert_eq!(
         refusal(Kind::RoundComplete, 5 + 10 * 8, &[1, 0, 0, 0, 0, 0, 0, 1]),

@@ -6,12 +6,13 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 
 use super::samples;
-use crate::batch::{PageEncoding, group_pages};
+use crate::batch::{PageEncoding, RoundKind, group_pages};
 use crate::geometry::{BlockInfo, ExtentAt, Layout, MAX_LANES, PageAt, PageSize};
 use crate::tally::{PageTally, RoundTally};
 use crate::wire::messages::{Figure, MAX_COUNT, Progress, RunState, StateChunk, StatePhase, StretchDigest};
 use crate::wire::{
-    FrameHead, FrameReader, HEAD_BYTES, Hello, Incoming, Kind, Message, PROTOCOL_VERSION, PagesHead, SessionId,
+    ConnectionRole, FrameHead, FrameReader, HEAD_BYTES, Hello, Incoming, Kind, Message, PROTOCOL_VERSION, PagesHead,
+    SessionId,
 };
 
 fn page_size() -> impl Strategy<Value = PageSize> {
@@ -24,14 +25,17 @@ fn run_state() -> impl Strategy<Value = RunState> {
 
 fn hello() -> impl Strategy<Value = Message> {
     let counts = (1..=MAX_LANES)
-        .prop_flat_map(|lanes| (Just(lanes), 1..=lanes))
-        .prop_flat_map(|(lanes, connections)| (Just(lanes), Just(connections), 0..connections));
+        .prop_flat_map(|lanes| (Just(lanes), 1..=lanes, 0..=2u16))
+        .prop_flat_map(|(lanes, bulk, others)| (Just(lanes), Just(bulk), Just(bulk + others), 0..bulk + others));
+    let other = prop_oneof![Just(ConnectionRole::Urgent), Just(ConnectionRole::Control)];
     let features = proptest::collection::btree_set("[a-zé-]{1,30}", 0..=64);
-    (any::<[u8; 16]>(), counts, page_size(), features).prop_map(|(session, counts, page_size, features)| {
-        let (lanes, connections, connection) = counts;
+    let fields = (any::<[u8; 16]>(), counts, other, page_size(), features);
+    fields.prop_map(|(session, counts, other, page_size, features)| {
+        let (lanes, bulk, connections, connection) = counts;
+        let role = if connection < bulk { ConnectionRole::Bulk } else { other };
         let features = features.into_iter().map(Into::into).collect();
         let (version, session) = (PROTOCOL_VERSION, SessionId(session));
-        Message::Hello(Hello { version, session, connection, connections, lanes, page_size, features })
+        Message::Hello(Hello { version, session, connection, role, connections, bulk, lanes, page_size, features })
     })
 }
 
@@ -57,11 +61,12 @@ fn block() -> impl Strategy<Value = BlockInfo> {
 }
 
 fn tally() -> impl Strategy<Value = Message> {
-    (1..=u32::MAX, any::<bool>(), proptest::array::uniform11(0..=MAX_COUNT)).prop_map(|(round, last, counts)| {
+    let kind = prop_oneof![Just(RoundKind::Live), Just(RoundKind::Paused), Just(RoundKind::Final)];
+    (1..=u32::MAX, kind, proptest::array::uniform11(0..=MAX_COUNT)).prop_map(|(round, kind, counts)| {
         let [batches, pages, zero, raw, compressed, xbzrle, unchanged, misses, overflows, bytes_in, bytes_out] = counts;
         Message::RoundComplete(RoundTally {
             round,
-            last,
+            kind,
             batches,
             pages: PageTally {
                 all: pages,
@@ -97,7 +102,9 @@ fn message() -> impl Strategy<Value = Message> {
         state(),
         vec(block(), 1..20).prop_map(Message::Blocks),
         tally(),
-        Just(Message::Switchover),
+        any::<u64>().prop_map(Message::Checkpoint),
+        Just(Message::DirectEnds),
+        Just(Message::LaneEnds),
         digests(),
         run_state().prop_map(Message::Go),
         "\\PC{0,200}".prop_map(|why| Message::Abort(why.into())),

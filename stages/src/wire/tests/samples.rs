@@ -2,11 +2,13 @@
 
 use bytes::Bytes;
 
-use crate::batch::{PageEncoding, PageFault, payload_hash};
+use crate::batch::{PageEncoding, PageFault, RoundKind, payload_hash};
 use crate::geometry::{BlockInfo, ExtentAt, Layout, PageAt, PageSize};
 use crate::tally::{PageTally, RoundTally};
 use crate::wire::messages::{Figure, Progress, RunState, StateChunk, StatePhase, StretchDigest};
-use crate::wire::{Features, Hello, Message, PROTOCOL_VERSION, PagesFrame, PagesHead, SessionId, WireError};
+use crate::wire::{
+    ConnectionRole, Features, Hello, Message, PROTOCOL_VERSION, PagesFrame, PagesHead, SessionId, WireError,
+};
 
 /// Two blocks: 2 extents and 1 page, and a few bytes.
 pub(super) fn layout() -> Layout {
@@ -29,7 +31,9 @@ pub(super) fn hello() -> Hello {
         version: PROTOCOL_VERSION,
         session: SessionId(*b"0123456789abcdef"),
         connection: 1,
-        connections: 2,
+        role: ConnectionRole::Bulk,
+        connections: 3,
+        bulk: 2,
         lanes: 3,
         page_size: PageSize::DEFAULT,
         features: features.to_list(),
@@ -39,7 +43,7 @@ pub(super) fn hello() -> Hello {
 pub(super) fn tally() -> RoundTally {
     RoundTally {
         round: 2,
-        last: true,
+        kind: RoundKind::Final,
         batches: 3,
         pages: PageTally {
             all: 15,
@@ -73,11 +77,13 @@ pub(super) fn messages() -> Vec<Message> {
         Message::State(chunk),
         Message::Blocks(vec![block]),
         Message::RoundComplete(tally()),
-        Message::Switchover,
+        Message::LaneEnds,
         Message::Digests { block: 1, first: 6, stretches: vec![all, some] },
         Message::Go(RunState::Paused),
         Message::Abort("disk full".into()),
         Message::End { run_state: RunState::Running, frames: 17 },
+        Message::Checkpoint(9),
+        Message::DirectEnds,
         Message::Accept,
         Message::Ready,
         Message::Progress(Progress { bytes: 1 << 33, frames: vec![8, 9] }),

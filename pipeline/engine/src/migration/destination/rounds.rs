@@ -55,12 +55,11 @@ impl Rates {
         if self.tallies.iter().filter(|tally| tally.round == round).count() < lanes {
             return None;
         }
-        let mut whole = RoundTally::new(round, false);
+        let mut whole = RoundTally::new(round, tally.kind);
         for tally in self.tallies.extract_if(.., |tally| tally.round == round) {
-            whole.last = tally.last;
             whole += tally;
         }
-        self.round = if whole.last { round } else { round.saturating_add(1) };
+        self.round = if whole.kind.is_final() { round } else { round.saturating_add(1) };
         let duration = self.round_began.elapsed();
         self.round_began = Instant::now();
         Some(Event::RoundSent { tally: whole, duration })

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use memferry_stages::batch::Mark;
 use memferry_stages::loader::Loaded;
 use memferry_stages::wire::Message;
 use memferry_stages::wire::messages::RunState;
@@ -127,7 +128,7 @@ impl Destination<'_> {
                 None
             }
             Signal::Received(message) => Some(Input::Received(message)),
-            Signal::Loaded(Loaded::RoundComplete { tally, .. }) => {
+            Signal::Loaded(Loaded { mark: Mark::RoundComplete(tally), .. }) => {
                 if let Some(event) = flow.rates.loaded(tally, flow.graph.progress.len()) {
                     self.observers.notify(&event);
                     // The source is about to decide, and counts on what it believes to be in flight.
@@ -135,7 +136,12 @@ impl Destination<'_> {
                 }
                 None
             }
-            Signal::Loaded(Loaded::Switchover { .. }) => Some(Input::LaneOver { frames: flow.loaded_frames() }),
+            Signal::Loaded(Loaded { mark: Mark::LaneEnds, .. }) => {
+                Some(Input::LaneOver { frames: flow.loaded_frames() })
+            }
+            Signal::Loaded(Loaded { mark, .. }) => {
+                return Err(MigrationError::Mistake(format!("{mark:?} in precopy: the receiver lets none pass")));
+            }
             Signal::StreamEnded => Some(Input::StreamEnded),
             Signal::Broke(failure) => Some(Input::Broke(failure)),
             Signal::Silent(silence) => Some(Input::Failed(MigrationError::Silent(silence))),

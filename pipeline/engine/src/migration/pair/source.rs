@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use memferry_stages::batch::Mark;
 use memferry_stages::bitmap_sync::Synced;
 use memferry_stages::scanner::{RoundScanned, ScanOrder};
 use memferry_stages::sender::Sent;
@@ -55,6 +56,8 @@ struct Scan {
     /// The next page of each lane.
     next: usize,
     tallies: Vec<RoundTally>,
+    /// Whether the lanes end behind it.
+    ends_lanes: bool,
 }
 
 #[derive(Debug)]
@@ -219,15 +222,14 @@ impl SourceModel {
             self.scan = Some(scan);
             return;
         }
-        let ScanOrder { round, last, .. } = scan.order;
-        self.timers.push((left, Timed::Scanned(round)));
+        self.timers.push((left, Timed::Scanned(scan.order.round)));
         for (lane, tally) in (0..lanes).zip(scan.tallies) {
             let connection = usize::from(lane % 2);
             let left = self.port.send(connection, Packet::RoundComplete, 60);
-            self.timers.push((left, Timed::Sent(Sent::RoundComplete { lane, tally })));
-            if last {
+            self.timers.push((left, Timed::Sent(Sent { lane, mark: Mark::RoundComplete(tally) })));
+            if scan.ends_lanes {
                 let left = self.port.send(connection, Packet::LaneOver, 20);
-                self.timers.push((left, Timed::Sent(Sent::Switchover { lane })));
+                self.timers.push((left, Timed::Sent(Sent { lane, mark: Mark::LaneEnds })));
             }
         }
     }
@@ -302,9 +304,13 @@ impl SourceModel {
                 None
             }
             Action::Scan(order) => {
-                let tallies = vec![RoundTally::new(order.round, order.last); usize::from(self.scene.lanes)];
-                self.scan = Some(Scan { order, next: 0, tallies });
+                let tallies = vec![RoundTally::new(order.round, order.kind); usize::from(self.scene.lanes)];
+                self.scan = Some(Scan { order, next: 0, tallies, ends_lanes: false });
                 self.after(MS / 10, Timed::Chunk);
+                None
+            }
+            Action::EndLanes => {
+                self.scan.as_mut().expect("a round is scanned").ends_lanes = true;
                 None
             }
             Action::Sync { after_round } => {

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use memferry_stages::untrusted::Untrusted;
 use memferry_stages::wire::reader::ReadError;
-use memferry_stages::wire::{FrameError, PROTOCOL_VERSION, WireError};
+use memferry_stages::wire::{ConnectionRole, FrameError, PROTOCOL_VERSION, WireError};
 
 use crate::events::TurnedAwayKind;
 use crate::values::Time;
@@ -26,6 +26,12 @@ pub(super) enum Refusal {
     Version(u16),
     #[error("{0}")]
     Features(WireError),
+    #[error("it is the {0} connection of its migration, and a precopy destination accepts bulk connections only")]
+    Role(ConnectionRole),
+    #[error("{others} of its connections are not bulk, and a precopy destination accepts bulk connections only")]
+    OtherConnections { others: u16 },
+    #[error("its lanes carry marks of checkpoints or of postcopy, and a precopy destination accepts neither")]
+    Marks,
     #[error("it has {lanes} lanes, at most {most} are accepted here")]
     Lanes { lanes: u16, most: u16 },
     #[error("its pages have {theirs} bytes, ours {ours}")]
@@ -70,7 +76,13 @@ impl Refusal {
             Self::Unreadable(error) if is_version(error) => TurnedAwayKind::Version,
             Self::NoHello | Self::Unreadable(_) => TurnedAwayKind::Protocol,
             Self::Version(_) => TurnedAwayKind::Version,
-            Self::Features(_) | Self::Lanes { .. } | Self::PageSize { .. } | Self::NoDigests => TurnedAwayKind::Unfit,
+            Self::Features(_)
+            | Self::Role(_)
+            | Self::OtherConnections { .. }
+            | Self::Marks
+            | Self::Lanes { .. }
+            | Self::PageSize { .. }
+            | Self::NoDigests => TurnedAwayKind::Unfit,
             Self::Busy(_) => TurnedAwayKind::Busy,
             Self::Contradicts | Self::Occupied(_) => TurnedAwayKind::Contradicts,
             Self::Incomplete { why: Incomplete::Shortage(_), .. } | Self::Shortage(_) => TurnedAwayKind::Shortage,

@@ -11,6 +11,7 @@ use tokio::task::JoinHandle;
 
 use super::*;
 use crate::events::{Event, Observer, Observers, Role, TurnedAwayKind};
+use memferry_stages::wire::ConnectionRole;
 
 /// No test here takes this long unless it hangs.
 const HANG: Duration = Duration::from_secs(60);
@@ -82,6 +83,17 @@ impl Gathering {
         knock(&self.transport, session, connection, connections).await
     }
 
+    /// A connection that has sent Hello after a change of it.
+    async fn knock_with(
+        &self,
+        session: u8,
+        connection: u16,
+        connections: u16,
+        change: impl FnOnce(&mut Hello),
+    ) -> Source {
+        knock_with(&self.transport, session, connection, connections, change).await
+    }
+
     /// A whole migration arrives and is accepted; returns the events until then, with the remaining counts.
     async fn ends_well(self) -> Vec<(TurnedAwayKind, u64, String)> {
         let _source = self.knock(99, 0, 1).await;
@@ -133,6 +145,34 @@ async fn a_migration_whose_connections_do_not_all_come_is_refused_with_the_reaso
     let turned_away_events = gathering.ends_well().await;
     assert!(turned_away_events.iter().all(|(kind, ..)| *kind == TurnedAwayKind::Incomplete), "{turned_away_events:?}");
     assert!(turned_away_events[0].2.contains("of the 3 connections"), "{turned_away_events:?}");
+}
+
+#[tokio::test]
+async fn what_precopy_does_not_use_is_refused_at_once_with_the_reason() {
+    let gathering = Gathering::start(2 * HANG).await;
+    let urgent = |hello: &mut Hello| (hello.role, hello.bulk) = (ConnectionRole::Urgent, 1);
+    let control = |hello: &mut Hello| (hello.role, hello.bulk) = (ConnectionRole::Control, 1);
+    let mut refused = Vec::new();
+    for mut source in [
+        gathering.knock_with(1, 1, 2, urgent).await,
+        gathering.knock_with(1, 1, 2, control).await,
+        gathering.knock_with(1, 0, 2, |hello| hello.bulk = 1).await,
+        gathering.knock_with(1, 0, 1, |hello| hello.features = vec!["checkpoints".into()]).await,
+        gathering.knock_with(1, 0, 1, |hello| hello.features = vec!["direct-ends".into()]).await,
+    ] {
+        refused.push(source.refused().await.to_string());
+    }
+    let marks = Refusal::Marks.to_string();
+    let reasons = [
+        Refusal::Role(ConnectionRole::Urgent).to_string(),
+        Refusal::Role(ConnectionRole::Control).to_string(),
+        Refusal::OtherConnections { others: 1 }.to_string(),
+        marks.clone(),
+        marks,
+    ];
+    assert_eq!(refused, reasons);
+    let turned_away_events = gathering.ends_well().await;
+    assert!(turned_away_events.iter().all(|(kind, ..)| *kind == TurnedAwayKind::Unfit), "{turned_away_events:?}");
 }
 
 #[tokio::test]

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use memferry_stages::bitmap_sync::SyncOrder;
+use memferry_stages::scanner::ScannerOrder;
 use memferry_stages::sender::Control;
 use memferry_stages::stage_id::StageKind;
 use memferry_stages::wire::Message;
@@ -283,7 +284,12 @@ impl Source<'_> {
         match action {
             Action::Scan(order) => {
                 flow.round_begins();
-                if flow.graph.scan.put(order).await.is_err() {
+                if flow.graph.scan.put(order.into()).await.is_err() {
+                    return self.broken().await;
+                }
+            }
+            Action::EndLanes => {
+                if flow.graph.scan.put(ScannerOrder::EndLanes).await.is_err() {
                     return self.broken().await;
                 }
             }

@@ -128,6 +128,8 @@ pub(in crate::migration) enum Action {
     StartStages(Option<u64>),
     /// Scan. Then: [`Input::Scanned`], and [`Input::Sent`] for each lane.
     Scan(ScanOrder),
+    /// End every lane behind the round that is scanned.
+    EndLanes,
     /// Everything sent is stored: nothing is in flight.
     AcknowledgeAll,
     /// Close the window for hints, and sync. Then: [`Input::Synced`].

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use memferry_stages::batch::{Mark, RoundKind};
 use memferry_stages::bitmap_sync::Synced;
 use memferry_stages::scanner::ScanOrder;
 use memferry_stages::sender::Sent;
@@ -54,14 +55,24 @@ pub(super) struct Round {
 }
 
 impl Round {
+    /// The guest is paused in the middle of the round: the last sync is still to come.
+    pub(super) fn paused(&mut self) {
+        if self.tally.kind == RoundKind::Live {
+            self.tally.kind = RoundKind::Paused;
+        }
+    }
+
     /// Counts a lane's mark. The lanes may complete a small round before the scanner reports its end.
     pub(super) fn note(&mut self, sent: Sent) {
-        match sent {
-            Sent::RoundComplete { tally, .. } => {
+        match sent.mark {
+            Mark::RoundComplete(tally) => {
                 self.tally += tally;
-                self.lanes_left -= u16::from(!self.tally.last);
+                // The end of the lane follows in a final round.
+                self.lanes_left -= u16::from(!self.tally.kind.is_final());
             }
-            Sent::Switchover { .. } => self.lanes_left -= 1,
+            Mark::LaneEnds => self.lanes_left -= 1,
+            // Precopy orders neither.
+            Mark::Checkpoint(_) | Mark::DirectEnds => {}
         }
     }
 }
@@ -103,20 +114,23 @@ impl SourceCourse {
         actions.extend(if self.facts.hints {
             self.sync(AfterSync::FirstRound, now)
         } else {
-            self.scan(ScanOrder::all(1, false), now)
+            self.scan(ScanOrder::all(1, RoundKind::Live), now)
         });
         actions
     }
 
     /// One round: all dirty pages, or a sample of them, until the last byte is handed to the transport.
-    pub(super) fn scan(&mut self, order: ScanOrder, now: Duration) -> Vec<Action> {
+    pub(super) fn scan(&mut self, mut order: ScanOrder, now: Duration) -> Vec<Action> {
         self.round = order.round;
+        if self.done.paused && !order.kind.is_final() {
+            order.kind = RoundKind::Paused;
+        }
         self.spent.on(Part::Transfer, now);
         self.state = State::Sending(Round {
             began: now,
             is_scanned: false,
             lanes_left: self.settings.lanes,
-            tally: RoundTally::new(order.round, order.last),
+            tally: RoundTally::new(order.round, order.kind),
             work: Duration::ZERO,
             quiet_since: now,
             bulk_bytes: 0,
@@ -140,10 +154,10 @@ impl SourceCourse {
             actions.push(Action::AcknowledgeAll);
         }
         actions.push(Action::notify(Event::RoundSent { tally, duration }));
-        actions.extend(match (tally.last, self.done.paused) {
-            (true, _) => self.last_round_sent(now),
-            (false, true) => self.save(now),
-            (false, false) => self.measure(Next::Decide, now),
+        actions.extend(match tally.kind {
+            RoundKind::Final => self.last_round_sent(now),
+            RoundKind::Paused => self.save(now),
+            RoundKind::Live => self.measure(Next::Decide, now),
         });
         actions
     }
@@ -166,7 +180,7 @@ impl SourceCourse {
             _ if self.done.paused => self.save(now),
             AfterSync::FirstRound => {
                 self.controller.armed(now);
-                self.scan(ScanOrder::all(1, false), now)
+                self.scan(ScanOrder::all(1, RoundKind::Live), now)
             }
             AfterSync::Decide => self.decide(&standing, now),
         });
@@ -178,7 +192,7 @@ impl SourceCourse {
         let mut actions = self.report(&decided);
         let round = self.round + 1;
         actions.extend(match decided.decision {
-            Decision::AnotherRound | Decision::RaiseLimit(_) => self.scan(ScanOrder::all(round, false), now),
+            Decision::AnotherRound | Decision::RaiseLimit(_) => self.scan(ScanOrder::all(round, RoundKind::Live), now),
             Decision::Sample(pages) => self.scan(ScanOrder::sample(round, pages), now),
             Decision::Drain => self.drain(None, Next::Decide, standing.in_flight_pages, now),
             Decision::Throttle(percent) => {
@@ -216,7 +230,7 @@ impl SourceCourse {
             actions.push(Action::notify(Event::Warning(error.to_string())));
         }
         if matches!(self.state, State::Throttling) {
-            actions.extend(self.scan(ScanOrder::all(self.round + 1, false), now));
+            actions.extend(self.scan(ScanOrder::all(self.round + 1, RoundKind::Live), now));
         }
         actions
     }

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use memferry_stages::batch::RoundKind;
 use memferry_stages::scanner::ScanOrder;
 use memferry_stages::wire::messages::RunState;
 
@@ -21,6 +22,9 @@ impl SourceCourse {
     /// pause that fails is followed by a resume.
     pub(super) fn pause_at_once(&mut self, now: Duration) -> Vec<Action> {
         self.done.paused = true;
+        if let State::Sending(round) = &mut self.state {
+            round.paused();
+        }
         self.spent.paused(now);
         let mut actions = vec![Self::phase(Phase::Switchover)];
         match self.facts.was {
@@ -71,7 +75,8 @@ impl SourceCourse {
         }
         self.spent.on(Part::State, now);
         actions.push(Action::SendState);
-        actions.extend(self.scan(ScanOrder::all(self.round + 1, true), now));
+        actions.extend(self.scan(ScanOrder::all(self.round + 1, RoundKind::Final), now));
+        actions.push(Action::EndLanes);
         actions
     }
 

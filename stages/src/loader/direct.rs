@@ -1,0 +1,92 @@
+//! The sink for the memory of a guest that does not run.
+
+use std::io;
+use std::sync::Arc;
+
+use super::first_touch::FirstTouch;
+use super::sink::{PageSink, SinkError};
+use crate::batch::Mark;
+use crate::bitmap::{DirtyBitmap, locate};
+use crate::geometry::{ExtentAt, PageAt, PageSize, run_mask, runs};
+use crate::memory::GuestMemory;
+use crate::xbzrle::Delta;
+
+/// Writes pages into guest memory, over what is there. The guest does not run, and no other sink writes the pages of the lane.
+///
+/// - A page's bit in the received bitmap is cleared before the page is written, and set once it is complete.
+/// - A zero page of a fresh block that was never received is not touched: it is zero already. In any other block it is written,
+///   since its content is unknown.
+/// - Memory is populated ahead of its first write (`first_touch`).
+/// - After [`Mark::DirectEnds`] it takes no pages.
+#[derive(Debug)]
+pub struct Direct {
+    memory: GuestMemory,
+    received: Arc<DirtyBitmap>,
+    first_touch: FirstTouch,
+    ended: bool,
+}
+
+impl Direct {
+    /// A sink for one lane. The bitmap `received` starts empty and is shared by all lanes.
+    #[must_use]
+    pub fn new(memory: GuestMemory, received: Arc<DirtyBitmap>) -> Self {
+        Self { memory, received, first_touch: FirstTouch::default(), ended: false }
+    }
+
+    /// Makes pages zero. Pages of a fresh block that were not received were never written: a write that fails ends the loader.
+    fn clear(&self, at: ExtentAt, zero: u64) -> Result<(), SinkError> {
+        let touched = if self.memory.block(at.block).fresh { self.received.peek(at) } else { u64::MAX };
+        for (first, count) in runs(zero & touched) {
+            let start = at.page(first);
+            self.replace(at, run_mask(first, count), || {
+                let pages = start.page..start.page + u64::from(count);
+                self.memory.block(at.block).memory.write_zeros(self.memory.page_size(), pages)
+            })?;
+        }
+        self.received.set_mask(at, zero & !touched);
+        Ok(())
+    }
+
+    /// Runs a write of pages, whose received bits are clear meanwhile.
+    fn replace(&self, at: ExtentAt, mask: u64, write: impl FnOnce() -> io::Result<()>) -> Result<(), SinkError> {
+        let _before = self.received.take_mask(at, mask);
+        write().map_err(|error| SinkError::Memory(at.page(mask.trailing_zeros()), error))?;
+        self.received.set_mask(at, mask);
+        Ok(())
+    }
+}
+
+impl PageSink for Direct {
+    fn page_size(&self) -> PageSize {
+        self.memory.page_size()
+    }
+
+    fn begin(&mut self, at: ExtentAt, zero: u64, others: u64) -> Result<(), SinkError> {
+        if self.ended {
+            return Err(SinkError::DirectEnded);
+        }
+        self.clear(at, zero)?;
+        self.first_touch.prepare(&self.memory, &self.received, at, others);
+        Ok(())
+    }
+
+    fn write(&mut self, at: ExtentAt, pages: u64, bytes: &[u8]) -> Result<(), SinkError> {
+        let first = at.page(pages.trailing_zeros()).page;
+        let block = &self.memory.block(at.block).memory;
+        self.replace(at, pages, || block.write_pages(self.memory.page_size(), first, bytes))
+    }
+
+    fn patch(&mut self, page: PageAt, delta: &Delta<'_>) -> Result<(), SinkError> {
+        if !self.received.is_set(page) {
+            return Err(SinkError::NotReceived(page));
+        }
+        let block = &self.memory.block(page.block).memory;
+        let (at, mask) = locate(page);
+        self.replace(at, mask, || block.patch(self.memory.page_size(), page.page, delta))
+    }
+
+    fn mark(&mut self, mark: Mark) -> Result<(), SinkError> {
+        self.ended |= mark == Mark::DirectEnds;
+        Ok(())
+    }
+}
