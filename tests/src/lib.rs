@@ -13,6 +13,8 @@ pub mod hot;
 pub mod leftovers;
 pub mod peer;
 pub mod run;
+pub mod sample;
+pub mod skip;
 pub mod sparse;
 pub mod trouble;
 
@@ -20,4 +22,5 @@ pub use guest::TestGuest;
 pub use host::warm_memory;
 pub use peer::{Hand, Recording};
 pub use run::{Ends, Recorder, migrate, migrate_watched, source_settings};
+pub use skip::skipped;
 pub use trouble::Trouble;

@@ -1,7 +1,7 @@
 //! Cancels migrations in every phase and over every kind of transport, repeatedly: the source guest always continues,
 //! and no resources leak.
 //!
-//! One test, since it counts the threads and descriptors of the whole process.
+//! A binary of its own, with one test: it counts the threads and descriptors of the whole process.
 
 use std::sync::Arc;
 use std::time::Duration;

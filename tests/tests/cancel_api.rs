@@ -1,5 +1,6 @@
 //! A hundred consecutive migrations in one process, each cancelled over its control API at a different event: no
-//! resources leak. The test is alone in its binary, because it counts the resources of the process.
+//! resources leak. A binary of its own, with one test: it counts the threads and
+//! descriptors of the whole process.
 
 use std::sync::Arc;
 use std::time::Duration;

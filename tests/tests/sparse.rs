@@ -1,5 +1,7 @@
 //! A mostly unwritten guest of 4 GiB: pages that were never touched are not read, not sent, not written and take no
 //! memory, at either end, digests included.
+//!
+//! A binary of its own: resident memory is counted for the whole process.
 
 use std::sync::Arc;
 
@@ -9,7 +11,7 @@ use memferry_stages::dirty_log::UserfaultLog;
 use memferry_stages::geometry::PageSize;
 use memferry_stages::memory::Memory;
 use memferry_tests::sparse::{Backing, Held, LogKind, SparseGuest, written};
-use memferry_tests::{migrate, source_settings};
+use memferry_tests::{migrate, skipped, source_settings};
 use memferry_transports::memory::MemoryTransport;
 use tokio_util::sync::CancellationToken;
 
@@ -53,13 +55,13 @@ fn little_is_moved(backing: Backing, log: LogKind) {
     }
 
     let (Some(before), Some(after)) = (before, after) else {
-        return println!("skipped: there is no /proc that says what is resident");
+        return skipped("there is no /proc that says what is resident");
     };
     let grown = after.resident.saturating_sub(before.resident);
     assert!(grown <= PAGES * 4 + ENGINE, "{grown} KiB more are resident");
 }
 
-/// One after another: resident memory is counted for the whole process.
+/// One after another, for the same reason.
 #[test]
 fn a_guest_of_which_little_was_written_costs_little() {
     let followed = UserfaultLog::supported();
@@ -67,7 +69,7 @@ fn a_guest_of_which_little_was_written_costs_little() {
         little_is_moved(backing, LogKind::Software);
         match &followed {
             Ok(()) => little_is_moved(backing, LogKind::Userfault),
-            Err(why) => println!("skipped: {why}"),
+            Err(why) => skipped(why),
         }
     }
 }

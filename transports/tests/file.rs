@@ -1,5 +1,8 @@
 //! A file is complete or absent, and only its owner's.
 
+#[path = "../../tests/src/skip.rs"]
+pub mod skip;
+
 use std::fs;
 use std::io::ErrorKind;
 use std::os::unix::fs::PermissionsExt;
@@ -11,6 +14,8 @@ use futures::FutureExt;
 use memferry_transports::file::FileTransport;
 use memferry_transports::{Connection, Transport};
 use tokio::io::{AsyncReadExt, AsyncWrite, AsyncWriteExt};
+
+use skip::skipped;
 
 type Writer = Box<dyn AsyncWrite + Send + Unpin>;
 
@@ -212,7 +217,7 @@ async fn a_full_disk_is_an_error_and_leaves_what_was_there() {
     let small = match Small::mount() {
         Ok(small) => small,
         Err(why) => {
-            println!("skipped: no small file system can be mounted ({})", why.trim());
+            skipped(format_args!("no small file system can be mounted ({})", why.trim()));
             return;
         }
     };

@@ -1,5 +1,8 @@
 //! The contract of every transport: bytes arrive complete and in order, either end may start first, errors name the place.
 
+#[path = "../../tests/src/skip.rs"]
+pub mod skip;
+
 use std::io::{ErrorKind, IoSlice};
 use std::time::{Duration, Instant};
 
@@ -7,6 +10,8 @@ use memferry_transports::memory::MemoryTransport;
 use memferry_transports::{Address, Connection, Transport, open};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
+
+use skip::skipped;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -144,7 +149,7 @@ async fn connecting_ends_in_time_with_the_cause() {
     ];
     match tokio::net::TcpListener::bind("[::1]:0").await {
         Ok(_) => nobody.push((tcp_on("[::1]").await.address(), ErrorKind::ConnectionRefused)),
-        Err(error) => println!("skipped: no IPv6 on this host ({error})"),
+        Err(error) => skipped(format_args!("no IPv6 on this host ({error})")),
     }
     for (address, kind) in nobody {
         let begun = Instant::now();
@@ -170,7 +175,7 @@ async fn a_name_that_does_not_resolve_is_named() {
 async fn host_names_and_ipv6_work() {
     both_directions(&*tcp_on("localhost").await, 1).await;
     if let Err(error) = tokio::net::TcpListener::bind("[::1]:0").await {
-        println!("skipped: no IPv6 on this host ({error})");
+        skipped(format_args!("no IPv6 on this host ({error})"));
         return;
     }
     let transport = tcp_on("[::1]").await;

@@ -167,7 +167,7 @@ fn the_hot_guest_is_cancelled_at_its_deadline_or_moved_all_the_same() {
 #[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
 fn the_machine_lives_through_its_move() {
     if let Err(why) = memferry_stages::host::kvm() {
-        return println!("skipped: {why}");
+        return crate::skip::skipped(why);
     }
     let scene = built();
     let small = ["guest.kvm.memory=32 MiB", "guest.kvm.region=4 MiB", NEVER, "migration.max_rounds=4"];

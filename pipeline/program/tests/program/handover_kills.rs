@@ -1,9 +1,8 @@
 //! A source that is killed around Go. Never do two guests run, and if none may run, a program reports that.
 //!
-//! The moments are frames on the wire. All random choices come from a seed that is printed: `MEMFERRY_SEED` sets it,
-//! and `MEMFERRY_KILLS` sets the number of kills.
+//! The moments are frames on the wire. All random choices come from the seed of `sample`, which sets the number of kills
+//! as well.
 
-use std::env;
 use std::sync::mpsc::{Sender, channel};
 use std::time::{Duration, Instant};
 
@@ -11,7 +10,8 @@ use memferry_stages::wire::Kind;
 use rustix::process::Signal;
 
 use crate::between::{Pass, between};
-use crate::harness::{Ended, Running, Scene, noise, random, seed};
+use crate::harness::{Ended, Running, Scene, noise, random};
+use crate::sample;
 use crate::writer::{COMMANDS, Writer};
 
 /// The moment at which a source is killed.
@@ -104,9 +104,8 @@ fn kill(moment: Moment, spins: u64, running: Running, sender: &Sender<Running>) 
 
 #[test]
 fn a_source_killed_around_go_leaves_one_guest_or_words_that_say_where_to_look() {
-    let seed = seed();
-    let kills = env::var("MEMFERRY_KILLS").map_or(10, |kills| kills.parse().expect("MEMFERRY_KILLS is a number"));
-    for kill in 0..kills {
+    let seed = sample::seed();
+    for kill in 0..sample::count(10) {
         let moment = MOMENTS[usize::try_from(kill).unwrap() % MOMENTS.len()];
         let spins = random(seed, kill) % 4000;
         let seen = killed(moment, spins);

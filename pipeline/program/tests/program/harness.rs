@@ -306,14 +306,6 @@ pub(crate) fn random(seed: u64, draw: u64) -> u64 {
     fastrand::Rng::with_seed(seed.wrapping_add(draw)).u64(..)
 }
 
-/// A seed from the environment, or else a random one. It is printed, so that a run can be repeated.
-pub(crate) fn seed() -> u64 {
-    let chosen = std::env::var("MEMFERRY_SEED").ok().map(|seed| seed.parse().expect("MEMFERRY_SEED is a number"));
-    let seed = chosen.unwrap_or_else(|| fastrand::u64(..));
-    eprintln!("MEMFERRY_SEED={seed}");
-    seed
-}
-
 /// Bytes without a pattern, the same for the same seed.
 pub(crate) fn noise(bytes: usize, seed: u64) -> Vec<u8> {
     let mut state = seed | 1;

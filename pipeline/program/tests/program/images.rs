@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use crate::harness::{Ended, Scene, free_port, noise, sparse};
 use crate::reports::Report;
+use crate::skip::skipped;
 use crate::writer::{COMMANDS, Writer, is_of_one_moment, number};
 
 const IMAGES: [&str; 9] =
@@ -115,7 +116,7 @@ fn tcp_with_four_lanes_on_one_connection() {
 #[test]
 fn tcp_with_four_lanes_on_four_connections() {
     if let Err(error) = std::net::TcpListener::bind("[::1]:0") {
-        return println!("skipped: no IPv6 on this host ({error})");
+        return skipped(format_args!("no IPv6 on this host ({error})"));
     }
     move_images("tcp:[::1]:0", 4096, &["pipeline.lanes=4", "pipeline.connections=4", "encoder.compress=none"]);
 }

@@ -1,5 +1,7 @@
 //! Programs that are killed, interrupted, or run out of disk space: the source is as it was, and nothing incomplete
 //! looks complete.
+//!
+//! Random moments come from the seed of `sample`, which sets the number of kills as well.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -13,11 +15,13 @@ use memferry_stages::wire::Kind;
 use rustix::process::Signal;
 
 use crate::between::{Pass, between};
-use crate::harness::{Ended, Running, Scene, noise, random, seed, until};
+use crate::harness::{Ended, Running, Scene, noise, random, until};
 use crate::reports::Report;
+use crate::sample;
+use crate::skip::skipped;
 use crate::writer::{COMMANDS, Writer};
 
-/// How often each end is killed.
+/// How often each end is killed, in the sample.
 const KILLS: u64 = 8;
 /// After the first round the writer is paused, and all that it wrote is sent uncompressed.
 const TWICE: [&str; 4] =
@@ -123,8 +127,8 @@ fn nothing_complete(scene: &Scene, folder: &str) {
 
 #[test]
 fn a_source_survives_its_destination() {
-    let seed = seed();
-    for step in 0..KILLS {
+    let seed = sample::seed();
+    for step in 0..sample::count(KILLS) {
         let (moment, crossing) = Crossing::held_at_random(seed, step);
         crossing.destination.signal(Signal::KILL);
         crossing.destination.until_it_is_dead();
@@ -160,8 +164,8 @@ fn the_next_one_removes(scene: &Scene, folder: &str, command: &[&str]) {
 
 #[test]
 fn a_destination_starts_nothing_when_its_source_is_killed() {
-    let seed = seed();
-    for step in 0..KILLS {
+    let seed = sample::seed();
+    for step in 0..sample::count(KILLS) {
         let (moment, crossing) = Crossing::held_at_random(seed, step);
         crossing.source.signal(Signal::KILL);
         crossing.writer.continues(&crossing.scene.path("from/ram"));
@@ -252,11 +256,11 @@ impl SmallDisk {
         match mounted {
             Ok(output) if output.status.success() => Some(Self(at.into())),
             Ok(output) => {
-                eprintln!("skipped: no file system to fill, {}", String::from_utf8_lossy(&output.stderr).trim());
+                skipped(format_args!("no file system to fill, {}", String::from_utf8_lossy(&output.stderr).trim()));
                 None
             }
             Err(error) => {
-                eprintln!("skipped: no file system to fill, mount cannot be run: {error}");
+                skipped(format_args!("no file system to fill, mount cannot be run: {error}"));
                 None
             }
         }

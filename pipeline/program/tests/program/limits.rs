@@ -9,6 +9,7 @@ use rustix::process::{Signal, getuid};
 
 use crate::harness::{Ended, Running, Scene, until};
 use crate::reports::Report;
+use crate::skip::skipped;
 
 const NOBODY: u32 = 65534;
 
@@ -36,7 +37,7 @@ impl Limited {
         } else {
             return Some(limited);
         };
-        println!("skipped: {why}");
+        skipped(why);
         None
     }
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 use rustix::process::Signal;
 
 use crate::harness::{Ended, PATIENCE, Running, Scene};
+use crate::skip::skipped;
 
 const CONFIG: &str = "\
 [guest.kvm]
@@ -26,7 +27,7 @@ const TWICE: [&str; 4] =
 /// A destination that waits, and its address as a setting; `None`, with a message, without KVM.
 fn scene() -> Option<Scene> {
     if let Err(why) = memferry_stages::host::kvm() {
-        println!("skipped: {why}");
+        skipped(why);
         return None;
     }
     let scene = Scene::new();

@@ -23,6 +23,10 @@ mod outlets;
 mod pages;
 mod plans;
 mod reports;
+#[path = "../../../../tests/src/sample.rs"]
+pub mod sample;
 mod signals;
+#[path = "../../../../tests/src/skip.rs"]
+pub mod skip;
 mod stuck;
 mod writer;

@@ -15,6 +15,7 @@ use tempfile::TempDir;
 
 use crate::harness::{Running, Scene, free_port, noise, until};
 use crate::reports::Report;
+use crate::skip::skipped;
 
 const KEYS: u64 = 20_000;
 /// Bytes of a value, after its version.
@@ -118,13 +119,13 @@ impl Cache {
     fn begin() -> Option<Self> {
         let found = Command::new("memcached").arg("-V").output();
         if let Err(error) = found {
-            println!("skipped: memcached cannot be run ({error}): install Debian's package memcached");
+            skipped(format_args!("memcached cannot be run ({error}): install Debian's package memcached"));
             return None;
         }
         let memory = match TempDir::new_in("/dev/shm") {
             Ok(memory) => memory,
             Err(error) => {
-                println!("skipped: no folder in shared memory, {error}");
+                skipped(format_args!("no folder in shared memory, {error}"));
                 return None;
             }
         };

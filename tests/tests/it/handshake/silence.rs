@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::destination::{receive_from, send_all};
 use super::source::send_to;
-use crate::{HANG, LENGTH, block_on, settings};
+use super::{HANG, LENGTH, block_on, settings};
 
 /// The words of the error about a silent peer.
 const WORDS: [&str; 2] = ["was silent for 2s (peer_timeout)", "look whether its program runs"];

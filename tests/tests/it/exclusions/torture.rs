@@ -14,14 +14,13 @@ use memferry_guests::workload::{
 use memferry_stages::dirty_log::UserfaultLog;
 use memferry_tests::run::Ends;
 use memferry_tests::run::keeping;
-use memferry_tests::{Recorder, source_settings};
+use memferry_tests::{Recorder, sample, skipped, source_settings};
 use tokio_util::sync::CancellationToken;
 
-use crate::guest::move_guest;
+use super::guest::move_guest;
 
-/// The number of runs in the suite; the environment may set more.
-const RUNS: usize = 3;
-const MORE: &str = "MEMFERRY_TORTURE_RUNS";
+/// The number of runs in the sample.
+const RUNS: u64 = 3;
 
 fn move_workload(settings: WorkloadSettings, sending: SourceSettings, recorder: Recorder) -> (Ends, Arc<Workload>) {
     let shared = settings.shared.as_ref().map(|shared| shared.path.clone());
@@ -84,7 +83,7 @@ fn torture_over(seed: u64, cap: u64) -> bool {
     if dirty_log == LogChoice::Userfault
         && let Err(why) = UserfaultLog::supported()
     {
-        println!("skipped: run {seed}: {why}");
+        skipped(format_args!("userfault log: {why}"));
         return true;
     }
     let writer = WriterSettings { pattern: Pattern::Uniform, pages_per_second: 20e3, bytes: 64, region: Region::ALL };
@@ -124,9 +123,9 @@ fn torture_over(seed: u64, cap: u64) -> bool {
 
 #[test]
 fn ranges_that_are_hinted_taken_and_written_all_the_time_lose_no_page() {
-    let runs = std::env::var(MORE).ok().map_or(RUNS, |runs| runs.parse().expect("a number of runs"));
-    for seed in 0..runs {
-        torture(seed as u64);
+    let (runs, first) = (sample::count(RUNS), sample::seed());
+    for run in 0..runs {
+        torture(first.wrapping_add(run));
     }
     println!("{runs} runs without a stale page");
 }
@@ -149,7 +148,7 @@ fn all_three_together_in_every_log() {
         if dirty_log == LogChoice::Userfault
             && let Err(why) = UserfaultLog::supported()
         {
-            println!("skipped: {why}");
+            skipped(format_args!("userfault log: {why}"));
             continue;
         }
         let folder = tempfile::tempdir().unwrap();

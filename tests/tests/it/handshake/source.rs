@@ -17,7 +17,7 @@ use memferry_transports::Transport;
 use memferry_transports::memory::MemoryTransport;
 use tokio_util::sync::CancellationToken;
 
-use crate::{LENGTH, block_on, settings};
+use super::{LENGTH, block_on, settings};
 
 /// The calls that a source guest receives if it continues after a pause.
 pub(crate) const RESUMED: [GuestCall; 5] =

@@ -8,6 +8,7 @@ use memferry_guests::workload::{Fill, FreeSettings, LogChoice, Pattern, Workload
 use memferry_plan::record::{RecordError, RecordSettings, Recorded, record, record_watched};
 use memferry_plan::trace::{Trace, read};
 use memferry_tests::foreseen::writer;
+use memferry_tests::skipped;
 use tokio_util::sync::CancellationToken;
 
 const PAGES: u64 = 4096;
@@ -39,7 +40,7 @@ async fn every_log_finds_what_is_written_and_nothing_else_and_can_be_used_again(
         let guest = match Workload::source(workload(log)) {
             Ok(guest) => guest,
             Err(why) => {
-                println!("skipped: {log:?}: {why}");
+                skipped(format_args!("{log:?}: {why}"));
                 continue;
             }
         };
@@ -56,7 +57,7 @@ async fn every_log_finds_what_is_written_and_nothing_else_and_can_be_used_again(
             let recorded = record_watched(guest.clone(), settings(None), &file, cancel, watch).await;
             let recorded = match recorded {
                 Err(RecordError::Guest(why)) if log == LogChoice::Userfault => {
-                    println!("skipped: {log:?}: {why}");
+                    skipped(format_args!("{log:?}: {why}"));
                     break;
                 }
                 recorded => recorded.unwrap(),

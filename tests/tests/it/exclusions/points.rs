@@ -12,7 +12,7 @@ use memferry_tests::guest::{Fails, GuestCall};
 use memferry_tests::{Recorder, TestGuest, Trouble, source_settings};
 use tokio_util::sync::CancellationToken;
 
-use crate::guest::{Notes, Noting, move_guest};
+use super::guest::{Notes, Noting, move_guest};
 
 const LENGTHS: [u64; 2] = [(3 << 20) + 100, 4097];
 

@@ -9,7 +9,7 @@ use memferry::events::{Event, Outcome, Phase, Role};
 use memferry::settings::SourceSettings;
 use memferry_stages::geometry::PageSize;
 use memferry_tests::guest::{Fails, GuestCall};
-use memferry_tests::{Ends, Recorder, TestGuest, Trouble, migrate_watched, source_settings};
+use memferry_tests::{Ends, Recorder, TestGuest, Trouble, migrate_watched, sample, source_settings};
 use memferry_transports::memory::{Direction, Faults, MemoryTransport};
 use tokio_util::sync::CancellationToken;
 
@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 const HANG: Duration = Duration::from_secs(60);
 /// Two blocks whose lengths are not multiples of a page; two stretches, so that several lanes have work.
 const LENGTHS: [u64; 2] = [(5 << 20) + 100, 4097];
-/// The number of places at which a stream is cut, in each direction and with each number of lanes.
+/// The number of places at which a stream is cut, in each direction and with each number of lanes, in the sample.
 const CUTS: u64 = 40;
 
 fn settings(lanes: u16) -> SourceSettings {
@@ -96,13 +96,13 @@ fn bytes_moved(lanes: u16, direction: Direction) -> u64 {
 fn cut_everywhere(lanes: u16, direction: Direction) {
     let mut all = bytes_moved(lanes, direction);
     let mut source = self::source().running(2);
-    let mut failed = 0;
-    for cut in 0..CUTS {
+    let (mut failed, cuts) = (0, sample::count(CUTS));
+    for cut in 0..cuts {
         // Both ends of the stream, with the handshakes, are cut byte by byte; the rest is cut evenly.
         let after = match cut {
             0..5 => 1 + 40 * cut,
-            35.. => all.saturating_sub((CUTS - cut) * 7).max(1),
-            _ => (all * cut / CUTS).max(1),
+            _ if cut + 5 >= cuts => all.saturating_sub((cuts - cut) * 7).max(1),
+            _ => (all * cut / cuts).max(1),
         };
         let trial = Trial::new(lanes);
         let faults = trial.faults();
@@ -121,7 +121,7 @@ fn cut_everywhere(lanes: u16, direction: Direction) {
         }
         source = self::source().running(2);
     }
-    println!("{failed} of {CUTS} cuts were in time");
+    println!("{failed} of {cuts} cuts were in time");
     assert!(failed >= 5, "not even the cuts in the greeting were in time: {failed}");
 }
 

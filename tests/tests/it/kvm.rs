@@ -1,8 +1,6 @@
 //! A virtual machine moves while it runs, with each dirty log, and survives failures: its own program checks every
 //! page. Skipped without KVM.
 
-#![cfg(all(target_os = "linux", target_arch = "x86_64"))]
-
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -12,7 +10,7 @@ use memferry::settings::SourceSettings;
 use memferry_guests::kvm::{KvmGuest, KvmLogChoice, KvmSettings, KvmStatus, SharedSettings};
 use memferry_stages::tally::RoundTally;
 use memferry_tests::run::{AnyBuilder, keeping};
-use memferry_tests::{Ends, Recorder, migrate_watched, source_settings};
+use memferry_tests::{Ends, Recorder, migrate_watched, skipped, source_settings};
 use memferry_transports::memory::MemoryTransport;
 use tokio_util::sync::CancellationToken;
 
@@ -35,13 +33,13 @@ fn machine_with(dirty_log: KvmLogChoice, more: KvmSettings) -> Option<Arc<KvmGue
 
 fn made(settings: KvmSettings) -> Option<Arc<KvmGuest>> {
     if let Err(why) = memferry_stages::host::kvm() {
-        println!("skipped: {why}");
+        skipped(why);
         return None;
     }
     match KvmGuest::source(settings) {
         Ok(guest) => Some(guest),
         Err(error) => {
-            println!("skipped: {error}");
+            skipped(error);
             None
         }
     }

@@ -11,8 +11,8 @@ use memferry_tests::{Recorder, TestGuest, run};
 use memferry_transports::memory::MemoryTransport;
 use tokio_util::sync::CancellationToken;
 
-use crate::source::{RESUMED, send_to, send_watched};
-use crate::{HANG, LENGTH, block_on, settings};
+use super::source::{RESUMED, send_to, send_watched};
+use super::{HANG, LENGTH, block_on, settings};
 
 #[test]
 fn cancel_before_anyone_listens() {

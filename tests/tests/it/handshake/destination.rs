@@ -15,7 +15,7 @@ use memferry_transports::Transport;
 use memferry_transports::memory::MemoryTransport;
 use tokio_util::sync::CancellationToken;
 
-use crate::{LENGTH, block_on};
+use super::{LENGTH, block_on};
 
 /// The outcome of a destination.
 pub(crate) struct Received {
@@ -33,7 +33,7 @@ pub(crate) fn receive_from(
     let guest = Arc::new(guest);
     block_on(async {
         let recording =
-            Recording::of(TestGuest::source(PageSize::DEFAULT, &[LENGTH]).running(0), crate::settings()).await;
+            Recording::of(TestGuest::source(PageSize::DEFAULT, &[LENGTH]).running(0), super::settings()).await;
         let (transport, cancel) = (MemoryTransport::new(64 << 10), CancellationToken::new());
         let listener = transport.listen().await.unwrap();
         let recorder = Arc::new(Recorder::default());

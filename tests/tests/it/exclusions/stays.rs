@@ -11,7 +11,7 @@ use memferry_tests::run::Ends;
 use memferry_tests::{Recorder, TestGuest, source_settings};
 use tokio_util::sync::CancellationToken;
 
-use crate::guest::{Notes, Noting, move_guest};
+use super::guest::{Notes, Noting, move_guest};
 
 const PAGE: usize = 4096;
 const UNPLUGGED: std::ops::Range<u64> = 300..1000;
