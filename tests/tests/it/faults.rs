@@ -18,7 +18,7 @@ const HANG: Duration = Duration::from_secs(60);
 /// Two blocks whose lengths are not multiples of a page; two stretches, so that several lanes have work.
 const LENGTHS: [u64; 2] = [(5 << 20) + 100, 4097];
 /// The number of places at which a stream is cut, in each direction and with each number of lanes, in the sample.
-const CUTS: u64 = 40;
+const CUTS: u64 = 24;
 
 fn settings(lanes: u16) -> SourceSettings {
     SourceSettings { max_rounds: 2, ..source_settings(lanes, lanes) }

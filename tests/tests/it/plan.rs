@@ -19,7 +19,7 @@ async fn what_is_sent_is_what_was_foreseen() {
             verify: false,
             ..source_settings(2, 2)
         };
-        let case = Case { name: "idle", mib: 64, writers: vec![], settings };
+        let case = Case { name: "idle", mib: 24, writers: vec![], settings };
         let (foreseen, went) = (case.foresee(Duration::from_millis(100)).await, case.run().await);
         println!("{compress:?}: foreseen {foreseen:.3?}, came to {went:.3?}");
         assert!(foreseen.moved && went.moved, "{compress:?}");
