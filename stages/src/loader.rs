@@ -168,7 +168,7 @@ fn cause(fault: Fault, offset: u64) -> Cause {
         Fault::Pages(fault) => fault,
         Fault::Sink(SinkError::NotReceived(page)) => PageFault::NotHeld { page },
         Fault::Sink(SinkError::Memory(at, error)) => return Cause::Memory { doing: "cannot write", at, error },
-        Fault::Sink(error) => return Cause::Sink(error),
+        Fault::Sink(SinkError::DirectEnded) => PageFault::DirectEnded,
     };
     Cause::Pages { offset, fault }
 }

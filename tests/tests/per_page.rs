@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use memferry::events::{Event, Phase, Role};
+use memferry::events::{Event, Outcome, Role};
 use memferry::settings::{After, EncoderSettings, OnMiss, SourceSettings, XbzrleSettings};
 use memferry_stages::codec::Codec;
 use memferry_stages::geometry::PageSize;
@@ -145,7 +145,7 @@ fn cost(encoding: Encoding, through_file: bool, bytes: u64) -> Cost {
     let (allocations, calls) = (ALLOCATIONS.load(Ordering::Relaxed), system_calls());
     let ends = runtime.block_on(moving);
     let (allocations, calls) = (ALLOCATIONS.load(Ordering::Relaxed) - allocations, system_calls().zip(calls));
-    assert_eq!(ends.destination.phase, Phase::Completed, "{:?}, {:?}", ends.source.error, ends.destination.error);
+    assert_eq!(ends.destination.outcome, Outcome::Completed, "{:?}, {:?}", ends.source.error, ends.destination.error);
     let rounds = ends.events.iter().filter_map(|(role, event)| match event {
         Event::RoundSent { tally, .. } if *role == Role::Source => Some(tally.pages),
         _ => None,

@@ -109,6 +109,9 @@ pub enum PageFault {
         /// The page.
         page: PageAt,
     },
+    /// Pages where the lane's DirectEnds came before them.
+    #[error("the lane's DirectEnds came before these pages")]
+    DirectEnded,
     /// A page that cannot be decoded.
     #[error("{page} cannot be decoded: {why}")]
     Undecodable {

@@ -7,10 +7,11 @@ use super::*;
 use crate::batch::{RoundKind, payload_hash};
 use crate::bitmap::DirtyBitmap;
 use crate::codec::Codec;
-use crate::geometry::PageSize;
+use crate::geometry::{PageAt, PageSize};
 use crate::queue::bounded;
 use crate::tally::RoundTally;
 use crate::wire::frames::{Frame, PAGE};
+use crate::xbzrle::Delta;
 
 /// Pages of the guest of these tests: two extents, the second partial.
 const PAGES: usize = 64 + 17;
@@ -380,8 +381,7 @@ async fn any_sink_gets_each_batch_decoded_in_runs_with_the_marks_in_their_places
     let sink = Noted::default();
     let calls = sink.calls.clone();
     let meter = Meter::start(StageId::loader(3));
-    let features = Features { lz4: true, xbzrle: true, ..Features::default() };
-    let loader = Loader::new(3, sink, true, features, Arc::default(), meter);
+    let loader = Loader::new(3, sink, Arc::default(), meter);
     let ((input_end, input), (output, reports)) = (bounded(8), bounded(8));
     let changed = |page: u8| {
         let mut changed = text(page);
@@ -396,9 +396,7 @@ async fn any_sink_gets_each_batch_decoded_in_runs_with_the_marks_in_their_places
     input_end.put(Item::Batch(second.arrived(0))).await.unwrap();
     input_end.put(Item::Batch(refused.arrived(77))).await.unwrap();
     let error = loader.run(input, output).await.unwrap_err();
-    assert!(
-        matches!(error.cause, Cause::Frame(FrameError { offset: 77, error: WireError::NotHeld { page }, .. }) if page == at(9))
-    );
+    assert!(matches!(error.cause, Cause::Pages { offset: 77, fault: PageFault::NotHeld { page } } if page == at(9)));
     assert_eq!(reports.next().await, Some(Loaded { lane: 3, mark: Mark::Checkpoint(1) }));
     let calls = calls.lock().unwrap().clone();
     assert_eq!(
@@ -421,6 +419,6 @@ fn direct_takes_no_pages_after_direct_ends() {
     bed.load(&Frame::new(0, 1).raw(1, &text(1))).unwrap();
     bed.loader.sink.mark(Mark::DirectEnds).unwrap();
     let refused = bed.refuses(&Frame::new(0, 1).zero(1).raw(2, &text(2)));
-    assert!(matches!(refused, WireError::OutOfPlace { kind: Kind::Pages, .. }), "{refused}");
+    assert_eq!(refused, PageFault::DirectEnded);
     assert_eq!((bed.page(1), bed.received()), (text(1), [0b10, 0]));
 }

@@ -5,13 +5,12 @@ use tokio::task::yield_now;
 use super::*;
 use crate::batch::{Mark, PageEncoding, RoundKind};
 use crate::codec::Codec;
-use crate::geometry::{BlockInfo, ExtentAt, LaneMap, Layout, PageSize};
+use crate::geometry::{BlockInfo, BulkMap, ExtentAt, LaneMap, Layout, PageSize};
 use crate::loader::recorder::Recorder;
 use crate::loader::{Direct, LaneProgress, Loaded, Loader};
 use crate::queue::{Inlet, bounded};
 use crate::tally::RoundTally;
 use crate::wire::frames::{Frame, PAGE};
-use crate::wire::hello::Features;
 use crate::wire::messages::{Progress, RunState, StateChunk, StatePhase};
 use crate::wire::{Features, FrameReader, Kind, Message, ReadError, WireDeframer, WireError};
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use futures::FutureExt;
 
-use super::testing::{block_on, drain, guest, layout, mapped, meter, numbered, page_size};
+use super::testing::{block_on, drain, guest, layout, meter, numbered, page_size};
 use crate::batch::{Mark, RoundKind};
 use crate::bitmap::DirtyBitmap;
 use crate::bitmap_sync::{BitmapSync, SyncOrder, Synced};

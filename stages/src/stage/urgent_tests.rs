@@ -13,7 +13,7 @@ use futures::future::try_join_all;
 use tokio::io::AsyncWrite;
 
 use super::testing::{block_on, guest, meter, numbered};
-use crate::batch::{Mark, RoundKind};
+use crate::batch::{Mark, PageEncoding, RoundKind};
 use crate::bitmap::DirtyBitmap;
 use crate::dirty_log::DirtyLog;
 use crate::encoder::{Encoder, EncoderPlan};
@@ -26,7 +26,7 @@ use crate::queue::{Inlet, Outlet, bounded};
 use crate::scanner::{RoundScanned, ScanOrder, Scanner, ScannerOrder};
 use crate::sender::{Control, Sender, Sent};
 use crate::take::{PageTaker, UrgentPage, UrgentTaker};
-use crate::wire::{FrameReader, Incoming, PageEncoding, PagesHead};
+use crate::wire::{FrameReader, Incoming, PagesHead, WireFramer};
 use crate::zero_detector::ZeroDetector;
 
 const PAGE: usize = 4096;
@@ -94,7 +94,7 @@ fn pages_of(stream: &[u8], layout: &Layout) -> Vec<(usize, u64, Vec<u8>)> {
     block_on(async {
         while let Some(incoming) = reader.next().await.unwrap() {
             let Incoming::Pages(frame) = incoming else { continue };
-            let head = reader.parse_pages(&frame, layout).unwrap();
+            let head = PagesHead::parse(&frame.body, frame.frame_length, layout).unwrap();
             let mut payload = vec![0; head.payload_bytes()];
             reader.read_payload(&mut payload).await.unwrap();
             let end = usize::try_from(reader.bytes_read()).unwrap();
@@ -222,7 +222,8 @@ impl Source {
             let ((batch, batches), (copy, copies)) = (bounded(2), bounded(2));
             let ((frame, frames), (order, orders)) = (bounded(2), bounded(1));
             let detector = ZeroDetector::new(lane, memory.clone(), pool(), logs.clone(), meter());
-            let encoder = Encoder::new(lane, PageSize::DEFAULT, EncoderPlan::default(), pool(), meter());
+            let encoder =
+                Encoder::new(lane, PageSize::DEFAULT, EncoderPlan::default(), WireFramer::new(false), pool(), meter());
             let writer = Bulk { connection: connection.into(), wire: wire.clone() };
             let sender = Sender::new(connection, writer, None, false, 1, meter());
             stages.push(Box::pin(detector.run(batches, copy)));

@@ -99,7 +99,9 @@ impl Order {
             }
             Message::Go(_) | Message::Abort(_) | Message::Heartbeat(_) => Ok(()),
             Message::Hello(_) | Message::Blocks(_) => misplaced(kind, "it belongs before the pages"),
-            Message::RoundComplete(_) | Message::Checkpoint(_) | Message::DirectEnds | Message::LaneEnds => unreachable!("{kind} belongs to a lane"),
+            Message::RoundComplete(_) | Message::Checkpoint(_) | Message::DirectEnds | Message::LaneEnds => {
+                unreachable!("{kind} belongs to a lane")
+            }
             Message::Accept
             | Message::Ready
             | Message::Progress(_)

@@ -360,7 +360,7 @@ async fn read(memory: &GuestMemory, stream: &[u8], pool: &BufferPool) -> Result<
     let lanes = LaneMap::new(1, PageSize::DEFAULT);
     let (receiver_meter, loader_meter) = (Meter::start(StageId::receiver(0)), Meter::start(StageId::loader(0)));
     let features = Features { ignored_blocks: false, ..Features::ALL };
-    let deframer = WireDeframer::new(0, 1, reader, memory.layout().clone(), lanes, features);
+    let deframer = WireDeframer::new(0, BulkMap::new(1, 1), reader, memory.layout().clone(), lanes, features);
     let receiver = Receiver::new(0, deframer, pool.clone(), receiver_meter);
     let received = Arc::new(DirtyBitmap::filled(memory.layout()));
     let sink = Direct::new(memory.clone(), received);

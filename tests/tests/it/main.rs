@@ -12,6 +12,7 @@
 //! | `figures` | the bottleneck, and the figures before and after the end |
 //! | `record`, `plan` | a recorded guest, and a plan compared with its migration |
 //! | `kvm`, `vm_memory` | guests: a KVM machine, memory of the crate `vm-memory` |
+//! | `verdicts` | `inspect` and a destination come to one verdict |
 //! | `dependencies`, `examples` | the crates that the engine needs, and the examples as a reader runs them |
 //!
 //! A test that measures its whole process is a binary of its own beside this folder: `cancel` and `cancel_api` count
@@ -35,4 +36,5 @@ mod kvm;
 mod plan;
 mod precopy;
 mod record;
+mod verdicts;
 mod vm_memory;

@@ -10,7 +10,7 @@ use std::fmt;
 use memferry_stages::batch::{Arrived, Mark, PageEncoding, PageFault};
 use memferry_stages::decoder::Decoder;
 use memferry_stages::dialect::{Deframed, Deframer};
-use memferry_stages::geometry::{ExtentAt, LaneMap, Layout, PageSize};
+use memferry_stages::geometry::{BulkMap, ExtentAt, LaneMap, Layout, PageSize};
 use memferry_stages::untrusted::Untrusted;
 use memferry_stages::wire::messages::{RunState, StateChunk, StatePhase};
 use memferry_stages::wire::{
@@ -95,7 +95,8 @@ impl Inspection {
         let mut inspection = Self::default();
         let walked = match inspection.preface(&mut reader).await {
             Ok((layout, lanes, features)) => {
-                let mut deframer = WireDeframer::new(0, 1, reader, layout, lanes, features);
+                let mut deframer =
+                    WireDeframer::new(0, BulkMap::new(lanes.lanes(), 1), reader, layout, lanes, features);
                 let walked = inspection.walk(&mut deframer).await;
                 inspection.measure(deframer.reader());
                 walked

@@ -5,9 +5,9 @@ use fastrand::Rng;
 use futures::executor::block_on;
 use xxhash_rust::xxh3::xxh3_64;
 
-use crate::batch::{Mark, PageEncoding};
+use crate::batch::{Mark, PageEncoding, RoundKind};
 use crate::dialect::{Deframed, Deframer};
-use crate::geometry::{BlockInfo, LaneMap, Layout, PageAt, PageSize, bits};
+use crate::geometry::{BlockInfo, BulkMap, LaneMap, Layout, PageAt, PageSize, bits};
 use crate::tally::RoundTally;
 use crate::wire::encoding::is_agreed;
 use crate::wire::frames::{Frame, PAGE};
@@ -30,7 +30,7 @@ fn layout() -> Layout {
 fn read(stream: &[u8], features: Features) -> (Vec<Deframed<Message>>, Result<(), ReadError>) {
     let reader = FrameReader::new(stream, "sample".into(), PageSize::DEFAULT);
     let lanes = LaneMap::new(2, PageSize::DEFAULT);
-    let mut deframer = WireDeframer::new(0, 1, reader, layout(), lanes, features);
+    let mut deframer = WireDeframer::new(0, BulkMap::new(2, 1), reader, layout(), lanes, features);
     let (mut frames, mut payload) = (vec![], vec![]);
     let ended = block_on(async {
         while let Some(deframed) = deframer.next().await? {
@@ -56,7 +56,7 @@ fn refusal(frames: &[Bytes], features: Features) -> WireError {
 }
 
 fn round_complete(lane: u16, round: u32) -> Bytes {
-    Message::RoundComplete(RoundTally::new(round, false)).encode(lane)
+    Message::RoundComplete(RoundTally::new(round, RoundKind::Live)).encode(lane)
 }
 
 fn state(name: &str, end: bool) -> Bytes {
@@ -87,8 +87,8 @@ fn sample() -> Vec<Bytes> {
         state("cpu", true),
         second.bytes(0).into(),
         round_complete(0, 2),
-        Message::Switchover.encode(0),
-        Message::Switchover.encode(1),
+        Message::LaneEnds.encode(0),
+        Message::LaneEnds.encode(1),
         digests(0, [1, 0, 0, 0, 0, 0, 0, 0]),
         digests(1, [0; 8]),
         end(),
@@ -109,7 +109,7 @@ fn a_stream_is_its_batches_marks_and_messages() {
     assert_eq!((arrived.mask, arrived.zero, arrived.payload_bytes()), (0b10_0010_0111, 1, 4256));
     assert_eq!((*bytes, arrived.offset), (frames[0].len() as u64, 0));
     assert!(matches!(taken[2], Deframed::Mark { lane: 0, mark: Mark::RoundComplete(tally) } if tally.round == 1));
-    assert!(matches!(taken[9], Deframed::Mark { lane: 1, mark: Mark::Switchover }));
+    assert!(matches!(taken[9], Deframed::Mark { lane: 1, mark: Mark::LaneEnds }));
     assert!(matches!(taken[12], Deframed::Message(Message::End { .. })));
 }
 
@@ -153,7 +153,7 @@ fn messages_come_in_order() {
         let error = refusal(frames, Features::ALL);
         assert!(matches!(error, WireError::OutOfPlace { kind: found, .. } if found == kind), "{error}");
     };
-    let over = [Message::Switchover.encode(0), Message::Switchover.encode(1)];
+    let over = [Message::LaneEnds.encode(0), Message::LaneEnds.encode(1)];
     let ended = [over.concat().into(), end()];
     let after_end = |frame: Bytes, kind| {
         let stream = [&over[..], &[end(), frame]].concat();
@@ -165,7 +165,7 @@ fn messages_come_in_order() {
     after_end(state("cpu", true), Kind::State);
     after_end(digests(0, [0; 8]), Kind::Digests);
     after_end(Frame::new(0, 1).bytes(0).into(), Kind::Pages);
-    after_end(Message::Switchover.encode(1), Kind::Switchover);
+    after_end(Message::LaneEnds.encode(1), Kind::LaneEnds);
     out_of_place(&[state("cpu", false), state("net", false)], Kind::State);
     out_of_place(&[over[0].clone(), over[1].clone(), state("cpu", false), end()], Kind::End);
     out_of_place(&[digests(1, [0; 8])], Kind::Digests);

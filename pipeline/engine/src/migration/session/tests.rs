@@ -106,17 +106,31 @@ impl Gathering {
 
 /// A connection that has sent Hello.
 async fn knock(transport: &MemoryTransport, session: u8, connection: u16, connections: u16) -> Source {
+    knock_with(transport, session, connection, connections, |_| ()).await
+}
+
+/// A connection that has sent Hello after a change of it.
+async fn knock_with(
+    transport: &MemoryTransport,
+    session: u8,
+    connection: u16,
+    connections: u16,
+    change: impl FnOnce(&mut Hello),
+) -> Source {
     let opened = transport.connect().await.unwrap();
     let (mut writer, reader) = (opened.writer.unwrap(), opened.reader.unwrap());
-    let hello = Hello {
+    let mut hello = Hello {
         version: PROTOCOL_VERSION,
         session: SessionId([session; 16]),
         connection,
+        role: ConnectionRole::Bulk,
         connections,
+        bulk: connections,
         lanes: connections,
         page_size: PageSize::DEFAULT,
         features: Vec::new(),
     };
+    change(&mut hello);
     writer.write_all(&Message::Hello(hello).encode(0)).await.unwrap();
     Source { reader: FrameReader::new(reader, "test".into(), PageSize::DEFAULT), writer }
 }

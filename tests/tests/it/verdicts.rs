@@ -4,15 +4,15 @@ use std::path::Path;
 use std::sync::Arc;
 
 use fastrand::Rng;
-use memferry::events::Phase;
+use memferry::events::Outcome;
 use memferry_cli::cli::inspect::Inspection;
-use memferry_stages::batch::{PageEncoding, payload_hash};
+use memferry_stages::batch::{PageEncoding, RoundKind, payload_hash};
 use memferry_stages::codec::{Codec, Compressor};
 use memferry_stages::geometry::{BlockInfo, ExtentAt, PageSize};
 use memferry_stages::tally::RoundTally;
 use memferry_stages::untrusted::Untrusted;
 use memferry_stages::wire::messages::{RunState, StateChunk, StatePhase, StretchDigest};
-use memferry_stages::wire::{Features, Hello, Message, PROTOCOL_VERSION, PagesHead, SessionId};
+use memferry_stages::wire::{ConnectionRole, Features, Hello, Message, PROTOCOL_VERSION, PagesHead, SessionId};
 use memferry_stages::xbzrle::{Encoded, encode_page};
 use memferry_tests::TestGuest;
 use memferry_tests::run::{self, destination_settings};
@@ -31,10 +31,18 @@ fn features() -> Features {
 }
 
 fn hello(features: Vec<Untrusted>) -> Vec<u8> {
-    let (version, session, page_size) = (PROTOCOL_VERSION, SessionId([7; 16]), PageSize::DEFAULT);
-    Message::Hello(Hello { version, session, connection: 0, connections: 1, lanes: 2, page_size, features })
-        .encode(0)
-        .to_vec()
+    let hello = Hello {
+        version: PROTOCOL_VERSION,
+        session: SessionId([7; 16]),
+        connection: 0,
+        role: ConnectionRole::Bulk,
+        connections: 1,
+        bulk: 1,
+        lanes: 2,
+        page_size: PageSize::DEFAULT,
+        features,
+    };
+    Message::Hello(hello).encode(0).to_vec()
 }
 
 fn state(phase: StatePhase, name: &str, end: bool, bytes: &'static [u8]) -> Vec<u8> {
@@ -83,8 +91,9 @@ fn sample(features: Features) -> Vec<Vec<u8>> {
     let zstd = compressed(Codec::Zstd { level: 1 }, &[page(2), page(3)].concat());
     let snap = compressed(Codec::Snap, &[7; PAGE]);
     let delta = delta(&page(1), &changed);
-    let complete = |lane, round| Message::RoundComplete(RoundTally::new(round, round == 2)).encode(lane).to_vec();
-    let over = |lane| Message::Switchover.encode(lane).to_vec();
+    let kind = |round| if round == 2 { RoundKind::Final } else { RoundKind::Live };
+    let complete = |lane, round| Message::RoundComplete(RoundTally::new(round, kind(round))).encode(lane).to_vec();
+    let over = |lane| Message::LaneEnds.encode(lane).to_vec();
     let digest = StretchDigest { hash: 1, left_out: [0; 8] };
     let digests = |first| Message::Digests { block: 0, first, stretches: vec![digest] }.encode(0).to_vec();
     vec![
@@ -114,7 +123,7 @@ async fn is_received(path: &Path) -> Result<(), String> {
     let listener = FileTransport::new(path).listen().await.unwrap();
     let (recorder, cancel) = (Arc::default(), CancellationToken::new());
     let ended = run::destination(guest.clone(), listener, destination_settings(), recorder, cancel).await;
-    assert_eq!(guest.runs(), ended.phase == Phase::Completed, "{:?}", ended.error);
+    assert_eq!(guest.runs(), ended.outcome == Outcome::Completed, "{:?}", ended.error);
     if guest.runs() { Ok(()) } else { Err(ended.error.unwrap_or_default()) }
 }
 
