@@ -104,19 +104,25 @@ fn the_names_in_a_stored_stream_show_nothing_but_text() {
     let scene = Scene::new();
     let state =
         StateChunk { phase: StatePhase::Device, name: EVIL.into(), version: 1, end: true, bytes: vec![1].into() };
-    let stream: Vec<u8> = [
-        hello(vec![EVIL.into()]),
-        Message::Blocks(vec![BlockInfo::new(EVIL, 4096)]),
-        Message::State(state),
-        Message::End { run_state: RunState::Running, frames: 0 },
-    ]
-    .iter()
-    .flat_map(|message| message.encode(0))
-    .collect();
-    scene.write("stream", stream);
+    let stream = |features| {
+        let messages = [
+            hello(features),
+            Message::Blocks(vec![BlockInfo::new(EVIL, 4096)]),
+            Message::State(state.clone()),
+            Message::LaneEnds,
+            Message::End { run_state: RunState::Running, frames: 0 },
+        ];
+        messages.iter().flat_map(|message| message.encode(0)).collect::<Vec<u8>>()
+    };
+    scene.write("stream", stream(Vec::new()));
     let inspected = scene.run(&["inspect", "stream"]).expect(0);
     is_harmless("inspect", &inspected.stdout);
-    assert_eq!(inspected.stdout.matches(SHOWN).count(), 3, "feature, block, section: {inspected}");
+    assert_eq!(inspected.stdout.matches(SHOWN).count(), 2, "block, section: {inspected}");
+    // A feature that nobody knows is refused, as a destination refuses it.
+    scene.write("stream", stream(vec![EVIL.into()]));
+    let refused = scene.run(&["inspect", "stream"]).expect(1).says(&[SHOWN]);
+    is_harmless("inspect", &refused.stdout);
+    is_harmless("inspect", &refused.stderr);
 }
 
 /// A command's output is text from outside, too.

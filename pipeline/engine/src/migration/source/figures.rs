@@ -27,8 +27,10 @@ pub(super) struct Rates {
 }
 
 impl Rates {
-    /// The stages run from here on.
+    /// The stages run from here on. Rates count from this moment: a small guest may be read before the first tick.
     pub(super) fn begin(&mut self, watch: Watch) {
+        self.wire.tick(0);
+        self.pages.tick(0);
         self.watch = Some(watch);
     }
 
