@@ -8,7 +8,7 @@
 //! - **Promises** law 1 (the bitmap is the truth): every bit that is taken is in exactly one batch, and batches have no other
 //!   bits. A round takes all bits that are set when the scanner reaches their word; a sample takes some of them and leaves the
 //!   others. And law 2 (clear, then re-arm, then read): the word is taken, then the logs are re-armed for its bits, and only then
-//!   is the batch passed on to be read. Taken bits are added to [`InFlight`] first, so they can be put back whenever the
+//!   is the batch passed on to be read. Taken bits are added to [`InFlight`](crate::in_flight::InFlight) first, so they can be put back whenever the
 //!   migration ends.
 //!
 //! Clean words are skipped by plain loads; a dirty one costs a swap and a put. When a lane is full the scanner waits, so it takes
