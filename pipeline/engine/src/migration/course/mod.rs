@@ -1,12 +1,12 @@
 //! The courses of a migration as values: what each end does, and when. No I/O, no clock, no tasks.
 //!
-//! A course takes inputs and the time and returns actions; the [driver](super::driver) delivers the ones and performs
+//! A course takes inputs and the time and returns actions; the driver (`driver.rs`) delivers the ones and performs
 //! the others. Its states carry their data. Each end has one:
 //!
 //! | | |
 //! |---|---|
-//! | [`source`] | setup, rounds, switchover, handover, end |
-//! | [`destination`] | setup, loading, verification, handover |
+//! | `source` | setup, rounds, switchover, handover, end |
+//! | `destination` | setup, loading, verification, handover |
 //! | [`handshake`] | the last handshake of both ends: where the guest is (law 7) |
 
 pub(super) mod destination;
