@@ -79,6 +79,8 @@ pub(super) struct SourceModel {
     paused: bool,
     /// What a paused guest has waited for.
     waited_for: Vec<String>,
+    state_sent: bool,
+    digests_begun: bool,
 }
 
 impl SourceModel {
@@ -99,6 +101,8 @@ impl SourceModel {
             stop: None,
             paused: false,
             waited_for: Vec::new(),
+            state_sent: false,
+            digests_begun: false,
         }
     }
 
@@ -256,16 +260,20 @@ impl SourceModel {
         None
     }
 
+    fn require(&self, holds: bool, what: &str) {
+        if !holds {
+            self.truth.lock().unwrap().violations.push(what.into());
+        }
+    }
+
     /// A paused guest waits for one sync, and for no measurement.
     fn note_waste(&mut self, what: &str) {
         if !self.paused {
             return;
         }
         self.waited_for.push(what.to_owned());
-        if self.waited_for != ["syncs"] {
-            let what = format!("the paused guest waits while the source {:?}", self.waited_for);
-            self.truth.lock().unwrap().violations.push(what);
-        }
+        let what = format!("the paused guest waits while the source {:?}", self.waited_for);
+        self.require(self.waited_for == ["syncs"], &what);
     }
 
     /// The guest is called: it takes a while, or fails.
@@ -343,7 +351,16 @@ impl SourceModel {
                 self.call(MS).await?;
                 Some(Input::Released)
             }
+            Action::SendState => {
+                self.state_sent = true;
+                None
+            }
+            Action::StartDigests => {
+                self.digests_begun = true;
+                None
+            }
             Action::AwaitDigests => {
+                self.require(self.digests_begun, "digests are awaited that were not begun");
                 self.after(2 * MS, Timed::Digested);
                 None
             }
@@ -352,6 +369,7 @@ impl SourceModel {
                 None
             }
             Action::SendEnd { run_state, frames } => {
+                self.require(self.state_sent, "the stream ends without device state");
                 self.port.send(0, Packet::Message(Message::End { run_state, frames }), 20);
                 Some(Input::EndSent)
             }
@@ -380,8 +398,6 @@ impl SourceModel {
             }
             Action::Explain(failure) => Some(Input::Failed(MigrationError::Stage(failure))),
             Action::AcknowledgeAll
-            | Action::SendState
-            | Action::StartDigests
             | Action::OpenHints { .. }
             | Action::CloseHints
             | Action::SetBandwidth(_)
