@@ -2,15 +2,16 @@
 
 use std::time::Duration;
 
+use memferry_stages::geometry::PageAt;
+use memferry_stages::stage_id::StageId;
 use memferry_stages::wire::Message;
 use memferry_stages::wire::messages::{Progress, RunState};
-use tokio::time::Instant;
 
-use super::link::{Found, Packet, Port};
+use super::end::{End, Happened};
+use super::link::{Found, Packet};
 use super::memory::{PAGES, apply};
-use super::script::{Fault, Faults, Scene};
-use super::source::sleep_until;
-use super::{Checked, Truth, change, guest_error, lie, mistake, silence};
+use super::script::{Fault, Scene};
+use super::{Checked, change, lie, silence};
 use crate::events::Role;
 use crate::migration::course::destination::{Action, Agreed, DestinationCourse, Input};
 use crate::migration::driver::World;
@@ -22,7 +23,7 @@ const TICK: Duration = Duration::from_millis(20);
 
 /// What happens by itself after a time.
 #[derive(Debug)]
-enum Timed {
+pub(super) enum Timed {
     Tick,
     Built,
     Compared,
@@ -32,52 +33,26 @@ enum Timed {
 
 #[derive(Debug)]
 pub(super) struct DestinationModel {
-    pub(super) truth: Truth,
-    pub(super) faults: Faults,
-    pub(super) port: Port,
+    pub(super) end: End<Timed>,
     /// The versions of the pages.
     pub(super) memory: Vec<u32>,
     scene: Scene,
-    begun: Instant,
-    timers: Vec<(Instant, Timed)>,
     /// Are pages loaded?
     is_running: bool,
     /// Pages and frames loaded.
     loaded: u64,
     frames: u64,
     digests: Option<Vec<u32>>,
-    stop: Option<Duration>,
 }
 
 impl DestinationModel {
-    pub(super) fn new(truth: Truth, faults: Faults, port: Port, scene: Scene) -> Self {
-        Self {
-            truth,
-            faults,
-            port,
-            memory: vec![0; PAGES],
-            scene,
-            begun: Instant::now(),
-            timers: Vec::new(),
-            is_running: false,
-            loaded: 0,
-            frames: 0,
-            digests: None,
-            stop: None,
-        }
-    }
-
-    fn after(&mut self, time: Duration, what: Timed) {
-        self.timers.push((Instant::now() + time, what));
-    }
-
-    fn earliest(&self) -> Option<(usize, Instant)> {
-        self.timers.iter().enumerate().map(|(index, (at, _))| (index, *at)).min_by_key(|&(index, at)| (at, index))
+    pub(super) fn new(end: End<Timed>, scene: Scene) -> Self {
+        Self { end, memory: vec![0; PAGES], scene, is_running: false, loaded: 0, frames: 0, digests: None }
     }
 
     fn acknowledge(&mut self) {
         let progress = Progress { bytes: self.loaded, frames: vec![self.frames] };
-        self.port.send(0, Packet::Message(Message::Progress(progress)), 30);
+        self.end.port.send(0, Packet::Message(Message::Progress(progress)), 30);
     }
 
     fn found(&mut self, found: Found) -> Option<Input> {
@@ -94,7 +69,7 @@ impl DestinationModel {
                 self.loaded += frames.len() as u64;
                 for frame in frames {
                     if let Err(violation) = apply(&mut self.memory, frame) {
-                        self.truth.lock().unwrap().violations.push(violation);
+                        self.end.truth.lock().unwrap().violations.push(violation);
                     }
                 }
                 None
@@ -113,14 +88,14 @@ impl DestinationModel {
     }
 
     fn received(&mut self, message: Message) -> Option<Input> {
-        let message = match self.faults.lie.take() {
+        let message = match self.end.faults.lie.take() {
             Some(number) => lie(number),
             None => message,
         };
         match message {
             Message::Blocks(_) if !self.is_running => {
-                self.timers.retain(|(_, timed)| !matches!(timed, Timed::NotDescribed));
-                self.after(5 * MS, Timed::Built);
+                self.end.forget(|timed| matches!(timed, Timed::NotDescribed));
+                self.end.after(5 * MS, Timed::Built);
                 None
             }
             Message::Abort(why) if !self.is_running => {
@@ -134,22 +109,17 @@ impl DestinationModel {
     fn timed(&mut self, timed: Timed, course: &DestinationCourse) -> Option<Input> {
         match timed {
             Timed::Tick => {
-                self.after(TICK, Timed::Tick);
+                self.end.after(TICK, Timed::Tick);
                 if course.is_loading() {
                     self.acknowledge();
                 }
                 None
             }
             Timed::Built => {
-                if let Some(fault) = self.faults.call.take() {
-                    let error = if fault == Fault::CallPanics {
-                        MigrationError::Mistake("a panic".into())
-                    } else {
-                        guest_error()
-                    };
+                if let Err(error) = self.end.called() {
                     return Some(Input::Failed(error));
                 }
-                self.port.send(0, Packet::Message(Message::Ready), 20);
+                self.end.port.send(0, Packet::Message(Message::Ready), 20);
                 Some(Input::Agreed(Agreed { lanes: self.scene.lanes, verify: self.scene.verify, return_path: true }))
             }
             Timed::Compared => Some(Input::Compared { equal: self.digests.as_ref() == Some(&self.memory) }),
@@ -157,131 +127,90 @@ impl DestinationModel {
         }
     }
 
-    /// What a fault does. Returns the input if it is one.
-    fn fault(&mut self, fault: Fault) -> Option<Input> {
+    /// The input for a fault. No switchover is requested here.
+    fn fault(fault: Fault) -> Option<Input> {
         match fault {
-            Fault::Cut => self.port.cut(),
-            Fault::Mute => self.port.mute(),
-            Fault::Cancel => return Some(Input::Cancel),
-            Fault::Stop(seconds) => self.stop = Some(Duration::from_secs(seconds.into())),
-            Fault::Stall(seconds) => {
-                let until = Instant::now() + Duration::from_secs(seconds.into());
-                self.truth.lock().unwrap().stalled_until = Some(until);
-            }
+            Fault::Cancel => Some(Input::Cancel),
             Fault::StageFails => {
-                let stage = memferry_stages::stage_id::StageId::loader(0);
-                return Some(Input::Broke(Failure::Panicked { stage, panic: "a fault".into() }));
+                Some(Input::Broke(Failure::Panicked { stage: StageId::loader(0), panic: "a fault".into() }))
             }
-            Fault::Mistake => mistake(),
-            Fault::SwitchOver | Fault::CallFails | Fault::CallPanics | Fault::Lie(_) => {}
-        }
-        None
-    }
-
-    /// The guest is called: it takes a while, or fails.
-    async fn call(&mut self, takes: Duration) -> Result<(), MigrationError> {
-        tokio::time::sleep(takes).await;
-        match self.faults.call.take() {
-            Some(Fault::CallPanics) => Err(MigrationError::Mistake("the guest panics".into())),
-            Some(_) => Err(guest_error()),
-            None => Ok(()),
+            _ => None,
         }
     }
 
-    async fn act(&mut self, action: Action) -> Result<Option<Input>, MigrationError> {
-        Ok(match action {
-            Action::Notify(_) | Action::Gather | Action::StartDigests => None,
-            Action::Agree => {
-                self.port.send(0, Packet::Message(Message::Accept), 20);
-                self.after(Duration::from_secs(20), Timed::NotDescribed);
-                None
-            }
-            Action::StartStages => {
-                self.is_running = true;
-                self.after(TICK, Timed::Tick);
-                None
-            }
-            Action::Report => {
-                self.acknowledge();
-                None
-            }
-            Action::Compare => {
-                self.after(2 * MS, Timed::Compared);
-                None
-            }
+    /// Performs a question, and returns its answer.
+    async fn ask(&mut self, question: Action) -> Result<Input, MigrationError> {
+        match question {
             Action::NameStretch => {
-                let hashes = Message::PageHashes {
-                    first: memferry_stages::geometry::PageAt { block: 0, page: 0 },
-                    hashes: Vec::new(),
-                };
-                self.port.send(0, Packet::Message(hashes), 100);
-                return Err(MigrationError::Differs("a stretch".into()));
+                let first = PageAt { block: 0, page: 0 };
+                let hashes = Message::PageHashes { first, hashes: Vec::new() };
+                self.end.port.send(0, Packet::Message(hashes), 100);
+                Err(MigrationError::Differs("a stretch".into()))
             }
             Action::Prepare => {
-                self.call(2 * MS).await?;
-                self.truth.lock().unwrap().prepared = true;
-                Some(Input::Prepared)
-            }
-            Action::Send(message) => {
-                self.port.send(0, Packet::Message(message), 20);
-                None
+                self.end.call(2 * MS).await?;
+                self.end.truth.lock().unwrap().prepared = true;
+                Ok(Input::Prepared)
             }
             Action::Start(run_state) => {
                 // A start that fails may have run part of the guest.
-                change(&self.truth, |shared| {
+                change(&self.end.truth, |shared| {
                     shared.start_begun = true;
                     shared.destination_runs = run_state == RunState::Running;
                 });
-                let started = self.call(MS).await;
-                change(&self.truth, |shared| shared.start_failed = started.is_err());
-                Some(Input::Started(started))
+                Ok(Input::Started(self.end.call(MS).await))
             }
-            Action::Explain(failure) => Some(Input::Failed(MigrationError::Stage(failure))),
-        })
+            Action::Explain(failure) => Err(MigrationError::Stage(failure)),
+            order => unreachable!("{order:?} is no question"),
+        }
+    }
+
+    /// Performs what has no answer.
+    fn order(&mut self, order: Action) {
+        match order {
+            Action::Agree => {
+                self.end.port.send(0, Packet::Message(Message::Accept), 20);
+                self.end.after(Duration::from_secs(20), Timed::NotDescribed);
+            }
+            Action::StartStages => {
+                self.is_running = true;
+                self.end.after(TICK, Timed::Tick);
+            }
+            Action::Report => self.acknowledge(),
+            Action::Compare => self.end.after(2 * MS, Timed::Compared),
+            Action::Send(message) => _ = self.end.port.send(0, Packet::Message(message), 20),
+            // What is left is nothing in this model.
+            _ => {}
+        }
     }
 }
 
 impl World<Checked<DestinationCourse>> for DestinationModel {
     fn now(&self) -> Duration {
-        self.begun.elapsed()
+        self.end.now()
     }
 
     async fn next(&mut self, course: &Checked<DestinationCourse>) -> Input {
         loop {
-            if let Some(fault) = self.faults.due() {
-                if let Some(input) = self.fault(fault) {
-                    self.faults.stepped();
-                    return input;
-                }
-                continue;
-            }
-            let earliest = self.earliest();
-            let input = tokio::select! {
-                biased;
-                () = sleep_until(earliest) => {
-                    let (index, _) = earliest.expect("it is what was waited for");
-                    let (_, timed) = self.timers.remove(index);
-                    self.timed(timed, &course.course)
-                }
-                found = self.port.next() => self.found(found),
+            let input = match self.end.next().await {
+                Happened::Fault(fault) => Self::fault(fault),
+                Happened::Timed(timed) => self.timed(timed, &course.course),
+                Happened::Found(found) => self.found(found),
             };
             if let Some(input) = input {
-                self.faults.stepped();
+                self.end.faults.stepped();
                 return input;
             }
         }
     }
 
     async fn perform(&mut self, action: Action, _: &Checked<DestinationCourse>) -> Option<Input> {
-        while let Some(fault) = self.faults.due_in_action() {
-            drop(self.fault(fault));
+        self.end.before_action().await;
+        if is_question(&action) {
+            return Some(self.ask(action).await.unwrap_or_else(Input::Failed));
         }
-        self.faults.stepped();
-        if let Some(time) = self.stop.take() {
-            self.port.stands_still(time);
-            tokio::time::sleep(time).await;
-        }
-        self.act(action).await.unwrap_or_else(|error| Some(Input::Failed(error)))
+        self.order(action);
+        None
     }
 }
 

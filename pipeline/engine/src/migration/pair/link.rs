@@ -92,7 +92,7 @@ impl Port {
         }
     }
 
-    /// From here on nothing this end sends arrives, and neither end is told.
+    /// From here on nothing this end sends arrives, and neither end is notified.
     pub(super) fn mute(&mut self) {
         if !self.is_muted {
             self.is_muted = true;
@@ -111,8 +111,8 @@ impl Port {
         }
     }
 
-    /// This end stands still for this time, and the peer hears nothing of it.
-    pub(super) fn stands_still(&self, time: Duration) {
+    /// The process of this end is stopped for this time: the peer receives nothing from it.
+    pub(super) fn stops(&self, time: Duration) {
         if time >= self.peer_timeout && !self.is_cut && !self.is_muted {
             drop(self.out.send((Instant::now() + self.peer_timeout, Found::Silent)));
         }

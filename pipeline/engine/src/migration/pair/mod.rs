@@ -5,6 +5,7 @@
 //! as Rust, so that a run that fails can be replayed: see `tests`.
 
 mod destination;
+mod end;
 mod link;
 mod memory;
 mod script;
@@ -19,13 +20,14 @@ use memferry_stages::wire::messages::RunState;
 use tokio::time::Instant;
 
 use super::course::destination::DestinationCourse;
-use super::course::source::{End, Facts, SourceCourse};
+use super::course::source::{End as SourceEnd, Facts, SourceCourse};
 use super::driver::{Course, drive};
 use super::error::{MigrationError, Silence};
 use crate::events::Role;
 use crate::guest::GuestError;
 use crate::settings::{ConvergenceSettings, OnDeadline, SourceSettings, StallStep};
 use destination::DestinationModel;
+use end::End;
 use link::link;
 use memory::SourceMemory;
 use script::{Fault, Faults, Scene, Script, Side};
@@ -45,9 +47,8 @@ struct Shared {
     committed: bool,
     /// Has Go left?
     go_left: bool,
-    /// Was the start begun at the destination, and did it fail?
+    /// Was the start begun at the destination?
     start_begun: bool,
-    start_failed: bool,
     /// Percent of its time that the source's guest is throttled.
     throttled: u8,
     /// The destination takes no pages until then.
@@ -171,8 +172,9 @@ async fn run_both(script: &Script) -> Ran {
     let settings = settings(&scene);
     let [here, there] = link(Duration::from_millis(1), 2e6, settings.peer_timeout);
     let memory = SourceMemory::new(scene.writes.into(), 7);
-    let mut source = SourceModel::new(truth.clone(), Faults::of(script, Side::Source), here, memory, scene);
-    let mut destination = DestinationModel::new(truth.clone(), Faults::of(script, Side::Destination), there, scene);
+    let mut source = SourceModel::new(End::new(truth.clone(), Faults::of(script, Side::Source), here), memory, scene);
+    let mut destination =
+        DestinationModel::new(End::new(truth.clone(), Faults::of(script, Side::Destination), there), scene);
     let facts = Facts { was: scene.was(), return_path: true, hints: scene.hints, page_bytes: memory::PAGE_BYTES };
     let handover_timeout = settings.handover_timeout;
     let mut source_course =
@@ -190,7 +192,7 @@ async fn run_both(script: &Script) -> Ran {
     };
     let (source_mistake, destination_mistake) =
         tokio::time::timeout(HANG, both).await.map_or((None, None), |mistakes| mistakes);
-    let steps = [source.faults.steps(), destination.faults.steps()];
+    let steps = [source.end.faults.steps(), destination.end.faults.steps()];
     let source_ended = how_source(source_course.course, source_mistake);
     let destination_ended = how_destination(destination_course.course, destination_mistake);
     let equal = destination.memory == source.memory.versions();
@@ -199,22 +201,22 @@ async fn run_both(script: &Script) -> Ran {
     Ran { steps, source: source_ended, destination: destination_ended, violations }
 }
 
-/// Drives the source to its end, says farewell and closes its side.
+/// Drives the source to its end, sends its last message and closes its side.
 async fn source_ends(course: &mut Checked<SourceCourse>, world: &mut SourceModel) -> Option<MigrationError> {
     let mistake = drive(course, world).await.err();
-    let farewell = course.course.conclusion().and_then(|conclusion| farewell(&conclusion.end));
-    world.port.close(farewell);
+    let farewell = course.course.conclusion().and_then(|conclusion| conclusion.end.farewell());
+    world.end.port.close(farewell);
     mistake
 }
 
-/// Drives the destination to its end, says farewell and closes its side.
+/// Drives the destination to its end, sends its last message and closes its side.
 async fn destination_ends(
     course: &mut Checked<DestinationCourse>,
     world: &mut DestinationModel,
 ) -> Option<MigrationError> {
     let mistake = drive(course, world).await.err();
     let farewell = (!course.course.start_begun()).then(|| Message::Abort("over".into()));
-    world.port.close(farewell);
+    world.end.port.close(farewell);
     mistake
 }
 
@@ -263,10 +265,10 @@ fn how_source(course: SourceCourse, mistake: Option<MigrationError>) -> Ended {
     let conclusion = course.into_conclusion(mistake);
     match conclusion.end {
         _ if conclusion.resume_error.is_some() => Ended::ResumeFailed,
-        End::Completed => Ended::Completed,
-        End::Failed(_) => Ended::Failed,
-        End::Cancelled(_) => Ended::Cancelled,
-        End::Unconfirmed(_) => Ended::Unconfirmed,
+        SourceEnd::Completed => Ended::Completed,
+        SourceEnd::Failed(_) => Ended::Failed,
+        SourceEnd::Cancelled(_) => Ended::Cancelled,
+        SourceEnd::Unconfirmed(_) => Ended::Unconfirmed,
     }
 }
 
@@ -278,14 +280,6 @@ fn how_destination(course: DestinationCourse, mistake: Option<MigrationError>) -
         Ok(()) => Ended::Completed,
         Err(MigrationError::Cancelled) => Ended::Cancelled,
         Err(_) => Ended::Failed,
-    }
-}
-
-/// The last message of a source.
-fn farewell(end: &End) -> Option<Message> {
-    match end {
-        End::Completed | End::Unconfirmed(_) => None,
-        End::Failed(_) | End::Cancelled(_) => Some(Message::Abort("over".into())),
     }
 }
 
@@ -306,7 +300,7 @@ fn settings(scene: &Scene) -> SourceSettings {
     }
 }
 
-/// What a lying peer says.
+/// The message of a peer that lies.
 fn lie(number: u8) -> Message {
     let lies = [
         Message::Accept,

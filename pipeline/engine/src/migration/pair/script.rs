@@ -38,7 +38,7 @@ pub(super) enum Fault {
     Cancel,
     /// The operator requests the switchover. At the source.
     SwitchOver,
-    /// This end stands still for this number of seconds, as a stopped process does.
+    /// The process of this end is stopped for this number of seconds.
     Stop(u16),
     /// The next call into the guest fails.
     CallFails,
@@ -48,7 +48,7 @@ pub(super) enum Fault {
     StageFails,
     /// The course itself panics, as a bug in it would.
     Mistake,
-    /// This end takes no pages for this number of seconds.
+    /// The destination takes no pages for this number of seconds.
     Stall(u16),
     /// The next message that this end receives is another one, of this number.
     Lie(u8),
@@ -109,7 +109,7 @@ impl Faults {
         self.step += 1;
     }
 
-    /// The next fault that is due by now. Faults of calls and messages are kept until there is one.
+    /// The next fault that is due by now. Faults of calls and messages wait until there is one.
     pub(super) fn due(&mut self) -> Option<Fault> {
         self.next(|_| true)
     }

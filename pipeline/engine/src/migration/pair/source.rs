@@ -6,15 +6,17 @@ use memferry_stages::batch::Mark;
 use memferry_stages::bitmap_sync::Synced;
 use memferry_stages::scanner::{RoundScanned, ScanOrder};
 use memferry_stages::sender::Sent;
+use memferry_stages::stage_id::StageId;
 use memferry_stages::tally::RoundTally;
 use memferry_stages::wire::Message;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
-use super::link::{Found, Packet, Port};
+use super::end::{End, Happened};
+use super::link::{Found, Packet};
 use super::memory::{Frame, PAGE_BYTES, PAGES, SourceMemory};
-use super::script::{Fault, Faults, Scene};
-use super::{Checked, Truth, change, guest_error, lie, mistake, silence};
+use super::script::{Fault, Scene};
+use super::{Checked, change, lie, silence};
 use crate::control::{Ask, Request};
 use crate::controller::forecast::Standing;
 use crate::events::Role;
@@ -30,7 +32,7 @@ const TICK: Duration = Duration::from_millis(100);
 
 /// What happens by itself after a time.
 #[derive(Debug)]
-enum Timed {
+pub(super) enum Timed {
     Tick,
     Chunk,
     Scanned(u32),
@@ -62,20 +64,16 @@ struct Scan {
 
 #[derive(Debug)]
 pub(super) struct SourceModel {
-    pub(super) truth: Truth,
-    pub(super) faults: Faults,
-    pub(super) port: Port,
+    pub(super) end: End<Timed>,
     pub(super) memory: SourceMemory,
     scene: Scene,
-    begun: Instant,
-    timers: Vec<(Instant, Timed)>,
     reach: Reach,
     scan: Option<Scan>,
     /// Pages sent and loaded.
     sent: u64,
     loaded: u64,
     bulk_bytes: u64,
-    stop: Option<Duration>,
+    pause_called: bool,
     paused: bool,
     /// What a paused guest has waited for.
     waited_for: Vec<String>,
@@ -84,21 +82,17 @@ pub(super) struct SourceModel {
 }
 
 impl SourceModel {
-    pub(super) fn new(truth: Truth, faults: Faults, port: Port, memory: SourceMemory, scene: Scene) -> Self {
+    pub(super) fn new(end: End<Timed>, memory: SourceMemory, scene: Scene) -> Self {
         Self {
-            truth,
-            faults,
-            port,
+            end,
             memory,
             scene,
-            begun: Instant::now(),
-            timers: Vec::new(),
             reach: Reach::Accept,
             scan: None,
             sent: 0,
             loaded: 0,
             bulk_bytes: 0,
-            stop: None,
+            pause_called: false,
             paused: false,
             waited_for: Vec::new(),
             state_sent: false,
@@ -106,26 +100,18 @@ impl SourceModel {
         }
     }
 
-    fn after(&mut self, time: Duration, what: Timed) {
-        self.timers.push((Instant::now() + time, what));
-    }
-
-    fn earliest(&self) -> Option<(usize, Instant)> {
-        self.timers.iter().enumerate().map(|(index, (at, _))| (index, *at)).min_by_key(|&(index, at)| (at, index))
-    }
-
     /// The guest writes up to now.
     fn write(&mut self) {
         let (runs, share) = {
-            let shared = self.truth.lock().unwrap();
+            let shared = self.end.truth.lock().unwrap();
             (shared.source_runs, 1.0 - f64::from(shared.throttled) / 100.0)
         };
-        self.memory.write(self.begun.elapsed(), runs, share);
+        self.memory.write(self.end.now(), runs, share);
     }
 
     fn standing(&self) -> Standing {
         Standing {
-            elapsed: self.begun.elapsed(),
+            elapsed: self.end.now(),
             dirty_pages: self.memory.dirty_pages(),
             cached_pages: self.memory.cached_pages(),
             in_flight_pages: self.sent.saturating_sub(self.loaded),
@@ -135,19 +121,19 @@ impl SourceModel {
 
     /// A message from the destination.
     fn received(&mut self, message: Message) -> Option<Input> {
-        let message = match self.faults.lie.take() {
+        let message = match self.end.faults.lie.take() {
             Some(number) => lie(number),
             None => message,
         };
         match (&self.reach, message) {
             (Reach::Accept, Message::Accept) => {
-                self.port.send(0, Packet::Message(Message::Blocks(Vec::new())), 100);
+                self.end.port.send(0, Packet::Message(Message::Blocks(Vec::new())), 100);
                 self.reach = Reach::Ready(Instant::now());
                 None
             }
             (&Reach::Ready(asked), Message::Ready) => {
                 self.reach = Reach::Reached;
-                self.timers.retain(|(_, timed)| !matches!(timed, Timed::NotAnswered));
+                self.end.forget(|timed| matches!(timed, Timed::NotAnswered));
                 Some(Input::Connected(asked.elapsed()))
             }
             (Reach::Reached, Message::Progress(progress)) => {
@@ -173,7 +159,7 @@ impl SourceModel {
     fn timed(&mut self, timed: Timed) -> Option<Input> {
         match timed {
             Timed::Tick => {
-                self.after(TICK, Timed::Tick);
+                self.end.after(TICK, Timed::Tick);
                 Some(Input::Tick { standing: self.standing(), bulk_bytes: self.bulk_bytes })
             }
             Timed::Chunk => {
@@ -194,9 +180,9 @@ impl SourceModel {
 
     /// Reads and sends the next pages of every lane.
     fn chunk(&mut self) {
-        let stalled = self.truth.lock().unwrap().stalled_until;
+        let stalled = self.end.truth.lock().unwrap().stalled_until;
         if let Some(until) = stalled.filter(|until| *until > Instant::now()) {
-            return self.timers.push((until, Timed::Chunk));
+            return self.end.at(until, Timed::Chunk);
         }
         self.write();
         let Some(mut scan) = self.scan.take() else { return };
@@ -218,51 +204,36 @@ impl SourceModel {
             tally.pages.bytes_out += bytes;
             self.sent += frames.len() as u64;
             self.bulk_bytes += bytes;
-            left = left.max(self.port.send(usize::from(lane % 2), Packet::Pages(frames), bytes));
+            left = left.max(self.end.port.send(usize::from(lane % 2), Packet::Pages(frames), bytes));
         }
         scan.next += CHUNK;
         if scan.next < PAGES {
-            self.timers.push((left + MS / 4, Timed::Chunk));
+            self.end.at(left + MS / 4, Timed::Chunk);
             self.scan = Some(scan);
             return;
         }
-        self.timers.push((left, Timed::Scanned(scan.order.round)));
+        self.end.at(left, Timed::Scanned(scan.order.round));
         for (lane, tally) in (0..lanes).zip(scan.tallies) {
             let connection = usize::from(lane % 2);
-            let left = self.port.send(connection, Packet::RoundComplete, 60);
-            self.timers.push((left, Timed::Sent(Sent { lane, mark: Mark::RoundComplete(tally) })));
+            let left = self.end.port.send(connection, Packet::RoundComplete, 60);
+            self.end.at(left, Timed::Sent(Sent { lane, mark: Mark::RoundComplete(tally) }));
             if scan.ends_lanes {
-                let left = self.port.send(connection, Packet::LaneOver, 20);
-                self.timers.push((left, Timed::Sent(Sent { lane, mark: Mark::LaneEnds })));
+                let left = self.end.port.send(connection, Packet::LaneOver, 20);
+                self.end.at(left, Timed::Sent(Sent { lane, mark: Mark::LaneEnds }));
             }
         }
     }
 
-    /// What a fault does. Returns the input if it is one.
+    /// The input for a fault.
     fn fault(&mut self, fault: Fault) -> Option<Input> {
         match fault {
-            Fault::Cut => self.port.cut(),
-            Fault::Mute => self.port.mute(),
-            Fault::Cancel => return Some(Input::Cancel),
+            Fault::Cancel => Some(Input::Cancel),
             Fault::SwitchOver => {
                 let (answer, _) = oneshot::channel();
                 let request = Request { ask: Ask::SwitchOver, answer };
-                return Some(Input::Asked { request, standing: self.standing() });
+                Some(Input::Asked { request, standing: self.standing() })
             }
-            Fault::Stop(seconds) => self.stop = Some(Duration::from_secs(seconds.into())),
-            Fault::StageFails => {
-                let stage = memferry_stages::stage_id::StageId::SCANNER;
-                return Some(Input::Broke(Failure::Panicked { stage, panic: "a fault".into() }));
-            }
-            Fault::Mistake => mistake(),
-            Fault::Stall(_) | Fault::CallFails | Fault::CallPanics | Fault::Lie(_) => {}
-        }
-        None
-    }
-
-    fn require(&self, holds: bool, what: &str) {
-        if !holds {
-            self.truth.lock().unwrap().violations.push(what.into());
+            _ => Some(Input::Broke(Failure::Panicked { stage: StageId::SCANNER, panic: "a fault".into() })),
         }
     }
 
@@ -273,190 +244,148 @@ impl SourceModel {
         }
         self.waited_for.push(what.to_owned());
         let what = format!("the paused guest waits while the source {:?}", self.waited_for);
-        self.require(self.waited_for == ["syncs"], &what);
+        self.end.require(self.waited_for == ["syncs"], &what);
     }
 
-    /// The guest is called: it takes a while, or fails.
-    async fn call(&mut self, takes: Duration) -> Result<(), MigrationError> {
-        tokio::time::sleep(takes).await;
-        match self.faults.call.take() {
-            Some(Fault::CallPanics) => Err(MigrationError::Mistake("the guest panics".into())),
-            Some(_) => Err(guest_error()),
-            None => Ok(()),
-        }
-    }
-
-    async fn act(&mut self, action: Action) -> Result<Option<Input>, MigrationError> {
-        Ok(match action {
-            Action::Notify(_) | Action::ReportChange { .. } => None,
-            Action::Answer(answer, result) => {
-                drop(answer.send(result));
-                None
-            }
-            Action::Connect => {
-                self.port.send(0, Packet::Hello, 100);
-                self.after(Duration::from_secs(20), Timed::NotAnswered);
-                None
-            }
+    /// Performs a question, and returns its answer.
+    async fn ask(&mut self, question: Action) -> Result<Input, MigrationError> {
+        Ok(match question {
             Action::Arm => {
-                self.call(3 * MS).await?;
-                Some(Input::Armed)
+                self.end.call(3 * MS).await?;
+                Input::Armed
             }
             Action::Measure => {
                 self.note_waste("measures digests");
                 tokio::time::sleep(MS).await;
-                Some(Input::Measured(MS))
+                Input::Measured(MS)
             }
-            Action::StartStages(_) => {
-                self.after(Duration::ZERO, Timed::Tick);
-                None
-            }
-            Action::Scan(order) => {
-                let tallies = vec![RoundTally::new(order.round, order.kind); usize::from(self.scene.lanes)];
-                self.scan = Some(Scan { order, next: 0, tallies, ends_lanes: false });
-                self.after(MS / 10, Timed::Chunk);
-                None
-            }
-            Action::EndLanes => {
-                self.scan.as_mut().expect("a round is scanned").ends_lanes = true;
-                None
-            }
-            Action::Sync { after_round } => {
-                self.note_waste("syncs");
-                let found = Synced { after_round, dirty_pages: 0, duration: MS };
-                self.after(MS, Timed::Synced(found));
-                None
+            Action::OpenHints { .. } => {
+                self.end.call(MS).await?;
+                Input::HintsOpen
             }
             Action::Throttle(percent, answer) => {
-                let throttled = self.call(MS).await;
+                let throttled = self.end.call(MS).await;
                 if throttled.is_ok() {
-                    self.write();
-                    self.truth.lock().unwrap().throttled = percent;
+                    self.throttle(percent);
                 }
                 answer.map(|answer| answer.send(Ok(())));
-                Some(Input::Throttled(throttled))
+                Input::Throttled(throttled)
             }
             Action::Pause => {
-                self.call(2 * MS).await?;
+                self.pause_called = true;
+                self.end.call(2 * MS).await?;
                 self.write();
-                change(&self.truth, |shared| shared.source_runs = false);
+                change(&self.end.truth, |shared| shared.source_runs = false);
                 self.paused = true;
-                Some(Input::Paused)
+                Input::Paused
             }
             Action::Save => {
-                self.call(MS).await?;
-                Some(Input::Saved)
+                self.end.call(MS).await?;
+                Input::Saved
             }
             Action::Release => {
-                self.call(MS).await?;
-                Some(Input::Released)
+                self.end.call(MS).await?;
+                Input::Released
             }
             Action::SendState => {
                 self.state_sent = true;
-                None
-            }
-            Action::StartDigests => {
-                self.digests_begun = true;
-                None
-            }
-            Action::AwaitDigests => {
-                self.require(self.digests_begun, "digests are awaited that were not begun");
-                self.after(2 * MS, Timed::Digested);
-                None
-            }
-            Action::SendDigests => {
-                self.port.send(0, Packet::Digests(self.memory.versions().to_vec()), 200);
-                None
+                Input::StateSent
             }
             Action::SendEnd { run_state, frames } => {
-                self.require(self.state_sent, "the stream ends without device state");
-                self.port.send(0, Packet::Message(Message::End { run_state, frames }), 20);
-                Some(Input::EndSent)
+                self.end.require(self.state_sent, "the stream ends without device state");
+                self.end.port.send(0, Packet::Message(Message::End { run_state, frames }), 20);
+                Input::EndSent
             }
-            Action::NamePage(_) => Some(Input::PageNamed("page 7".into())),
+            Action::NamePage(_) => Input::PageNamed("page 7".into()),
             Action::Commit => {
-                self.call(MS).await?;
-                self.truth.lock().unwrap().committed = true;
-                Some(Input::Committed)
-            }
-            Action::Go(run_state) => {
-                self.truth.lock().unwrap().go_left = true;
-                self.port.send(0, Packet::Message(Message::Go(run_state)), 20);
-                None
+                self.end.call(MS).await?;
+                self.end.truth.lock().unwrap().committed = true;
+                Input::Committed
             }
             Action::Resume { run, .. } => {
-                let resumed = self.call(MS).await;
+                let mistaken = self.end.truth.lock().unwrap().mistaken;
+                self.end.require(self.pause_called || !run || mistaken, "a guest is resumed that was never paused");
+                let resumed = self.end.call(MS).await;
                 if resumed.is_ok() && run {
-                    change(&self.truth, |shared| shared.source_runs = true);
+                    change(&self.end.truth, |shared| shared.source_runs = true);
                 }
-                Some(Input::Resumed(resumed))
+                Input::Resumed(resumed)
             }
-            Action::LiftThrottle => {
-                self.write();
-                self.truth.lock().unwrap().throttled = 0;
-                None
-            }
-            Action::Explain(failure) => Some(Input::Failed(MigrationError::Stage(failure))),
-            Action::AcknowledgeAll
-            | Action::OpenHints { .. }
-            | Action::CloseHints
-            | Action::SetBandwidth(_)
-            | Action::SetCache(_)
-            | Action::Finish
-            | Action::Moved => None,
+            Action::Explain(failure) => Input::Failed(MigrationError::Stage(failure)),
+            order => unreachable!("{order:?} is no question"),
         })
+    }
+
+    /// Performs what has no answer.
+    fn order(&mut self, order: Action) {
+        match order {
+            Action::Answer(answer, result) => drop(answer.send(result)),
+            Action::Connect => {
+                self.end.port.send(0, Packet::Hello, 100);
+                self.end.after(Duration::from_secs(20), Timed::NotAnswered);
+            }
+            Action::StartStages(_) => self.end.after(Duration::ZERO, Timed::Tick),
+            Action::Scan(order) => {
+                let tallies = vec![RoundTally::new(order.round, order.kind); usize::from(self.scene.lanes)];
+                self.scan = Some(Scan { order, next: 0, tallies, ends_lanes: false });
+                self.end.after(MS / 10, Timed::Chunk);
+            }
+            Action::EndLanes => self.scan.as_mut().expect("a round is scanned").ends_lanes = true,
+            Action::Sync { after_round } => {
+                self.note_waste("syncs");
+                let found = Synced { after_round, dirty_pages: 0, duration: MS };
+                self.end.after(MS, Timed::Synced(found));
+            }
+            Action::StartDigests => self.digests_begun = true,
+            Action::AwaitDigests => {
+                self.end.require(self.digests_begun, "digests are awaited that were not begun");
+                self.end.after(2 * MS, Timed::Digested);
+            }
+            Action::SendDigests => {
+                self.end.port.send(0, Packet::Digests(self.memory.versions().to_vec()), 200);
+            }
+            Action::Go(run_state) => {
+                self.end.truth.lock().unwrap().go_left = true;
+                self.end.port.send(0, Packet::Message(Message::Go(run_state)), 20);
+            }
+            Action::LiftThrottle => self.throttle(0),
+            // What is left is nothing in this model.
+            _ => {}
+        }
+    }
+
+    fn throttle(&mut self, percent: u8) {
+        self.write();
+        self.end.truth.lock().unwrap().throttled = percent;
     }
 }
 
 impl World<Checked<SourceCourse>> for SourceModel {
     fn now(&self) -> Duration {
-        self.begun.elapsed()
+        self.end.now()
     }
 
     async fn next(&mut self, _: &Checked<SourceCourse>) -> Input {
         loop {
-            if let Some(fault) = self.faults.due() {
-                if let Some(input) = self.fault(fault) {
-                    self.faults.stepped();
-                    return input;
-                }
-                continue;
-            }
-            let earliest = self.earliest();
-            let input = tokio::select! {
-                biased;
-                () = sleep_until(earliest) => {
-                    let (index, _) = earliest.expect("it is what was waited for");
-                    let (_, timed) = self.timers.remove(index);
-                    self.timed(timed)
-                }
-                found = self.port.next() => self.found(found),
+            let input = match self.end.next().await {
+                Happened::Fault(fault) => self.fault(fault),
+                Happened::Timed(timed) => self.timed(timed),
+                Happened::Found(found) => self.found(found),
             };
             if let Some(input) = input {
-                self.faults.stepped();
+                self.end.faults.stepped();
                 return input;
             }
         }
     }
 
     async fn perform(&mut self, action: Action, _: &Checked<SourceCourse>) -> Option<Input> {
-        while let Some(fault) = self.faults.due_in_action() {
-            drop(self.fault(fault));
+        self.end.before_action().await;
+        if is_question(&action) {
+            return Some(self.ask(action).await.unwrap_or_else(Input::Failed));
         }
-        self.faults.stepped();
-        if let Some(time) = self.stop.take() {
-            self.port.stands_still(time);
-            tokio::time::sleep(time).await;
-        }
-        self.act(action).await.unwrap_or_else(|error| Some(Input::Failed(error)))
-    }
-}
-
-/// Never returns without a moment.
-pub(super) async fn sleep_until(moment: Option<(usize, Instant)>) {
-    match moment {
-        Some((_, at)) => tokio::time::sleep_until(at).await,
-        None => std::future::pending().await,
+        self.order(action);
+        None
     }
 }
 
@@ -466,10 +395,12 @@ pub(super) fn is_question(action: &Action) -> bool {
         action,
         Action::Arm
             | Action::Measure
+            | Action::OpenHints { .. }
             | Action::Throttle(..)
             | Action::Pause
             | Action::Save
             | Action::Release
+            | Action::SendState
             | Action::SendEnd { .. }
             | Action::NamePage(_)
             | Action::Commit

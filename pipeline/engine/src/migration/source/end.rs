@@ -7,7 +7,7 @@ use super::{Attempt, Source};
 use crate::events::{Ended, Event, Outcome};
 use crate::guest::hints::Point;
 use crate::migration::FAREWELL;
-use crate::migration::course::source::{Conclusion, End, SourceCourse};
+use crate::migration::course::source::{Conclusion, End, SourceCourse, why_cancelled};
 use crate::migration::error::MigrationError;
 use crate::migration::outcome::{LOOK, SendError, Sent};
 
@@ -26,7 +26,7 @@ impl Source<'_> {
         let conclusion = course.into_conclusion(mistake);
         let ended = self.report_end(&conclusion, ended);
         // The verdict is final; only cleanup remains.
-        self.take_leave(farewell(&conclusion.end)).await;
+        self.take_leave(conclusion.end.farewell()).await;
         // No stage runs any more: nothing is scanned or synced after this.
         self.transfer.hints.reach(Point::Cleanup, &self.observers).await;
         for failure in self.transfer.stop_logs().await {
@@ -91,22 +91,6 @@ impl Source<'_> {
         let ended = Ended { outcome, error, resume_failed: resume_error.is_some(), ..figures };
         self.observers.notify(&Event::Ended(ended.clone()));
         ended
-    }
-}
-
-/// Why Go will not be sent, if it will not.
-fn farewell(end: &End) -> Option<Message> {
-    match end {
-        End::Completed | End::Unconfirmed(_) => None,
-        End::Failed(why) => Some(Message::Abort(why.to_string().into())),
-        End::Cancelled(why) => Some(Message::Abort(why_cancelled(why).into())),
-    }
-}
-
-fn why_cancelled(why: &MigrationError) -> String {
-    match why {
-        MigrationError::Cancelled => "cancelled at the source".into(),
-        gave_up => gave_up.to_string(),
     }
 }
 

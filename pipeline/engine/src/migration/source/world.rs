@@ -242,7 +242,7 @@ impl Source<'_> {
                 if let Some(bitmap) = &guest.bitmap {
                     guest.hints.open(runs, bitmap, &guest.logs, &self.observers).await?;
                 }
-                None
+                Some(Input::HintsOpen)
             }
             // Before the stages run they are settings like others.
             Action::SetBandwidth(bandwidth) => {
@@ -306,6 +306,7 @@ impl Source<'_> {
                         return Ok(Some(failed));
                     }
                 }
+                return Ok(Some(Input::StateSent));
             }
             Action::SendDigests => {
                 let Digests::Done(digests) = std::mem::replace(&mut self.digests, Digests::None) else {

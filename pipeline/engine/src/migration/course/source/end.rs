@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use memferry_stages::wire::Message;
 use memferry_stages::wire::messages::RunState;
 
 use super::{Action, Part, SourceCourse, State};
@@ -20,6 +21,25 @@ pub(in crate::migration) enum End {
     Cancelled(MigrationError),
     /// The guest is paused here, and may run at the destination.
     Unconfirmed(MigrationError),
+}
+
+impl End {
+    /// The last message to the destination: why Go will not be sent, if it will not.
+    pub(in crate::migration) fn farewell(&self) -> Option<Message> {
+        match self {
+            Self::Completed | Self::Unconfirmed(_) => None,
+            Self::Failed(why) => Some(Message::Abort(why.to_string().into())),
+            Self::Cancelled(why) => Some(Message::Abort(why_cancelled(why).into())),
+        }
+    }
+}
+
+/// Why a migration was cancelled, in words.
+pub(in crate::migration) fn why_cancelled(why: &MigrationError) -> String {
+    match why {
+        MigrationError::Cancelled => "cancelled at the source".into(),
+        gave_up => gave_up.to_string(),
+    }
 }
 
 /// How the course ended.

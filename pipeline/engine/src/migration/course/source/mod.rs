@@ -5,13 +5,14 @@
 //!                              │           ▲                             ├─▶ Draining ─▶ Syncing
 //!                              └─▶ Syncing ┘ (if hints may come)         ├─▶ Throttling ─▶ Sending
 //!                                                                        └─▶ Draining ─▶ Pausing
-//!  Pausing ─▶ Saving ─▶ Releasing ─▶ Syncing ─▶ Sending (the last round) ─▶ Digesting ─▶ Ending
+//!  Pausing ─▶ Saving ─▶ Releasing ─▶ Syncing ─▶ SendingSaved ─▶ Sending (the last round) ─▶ Digesting ─▶ Ending
 //!                                                         Ending ─┬─▶ HandingOver ─▶ Committing ─▶ HandingOver ─▶ Over
 //!                                                                 └─▶ Completing (a file) ─────────────────────▶ Over
 //! ```
 //!
-//! A deadline or the operator may pause the guest in any state before Pausing: the state completes its work, and Saving
-//! follows. Any failure, and a cancel before Go, leads to Resuming if the guest was paused, and to Over.
+//! Behind each Syncing comes OpeningHints if hints may come. A deadline or the operator may pause the guest in any state
+//! before Pausing: the state completes its work, and Saving follows. Any failure, and a cancel before Go, leads to
+//! Resuming if the guest was paused, and to Over.
 //!
 //! | | |
 //! |---|---|
@@ -47,7 +48,7 @@ use crate::events::{DowntimeParts, Event, Phase, Role};
 use crate::migration::driver::Course;
 use crate::migration::error::{Failure, MigrationError};
 use crate::settings::SourceSettings;
-pub(in crate::migration) use end::{Conclusion, End};
+pub(in crate::migration) use end::{Conclusion, End, why_cancelled};
 use rounds::{AfterSync, Drain, Next, Round};
 use spent::{Part, Spent};
 
@@ -71,6 +72,8 @@ pub(in crate::migration) enum Input {
     Sent(Sent, Duration),
     /// A sync is complete. `standing` is the state after it.
     Synced { found: Synced, standing: Standing },
+    /// Page hinters are notified of the sync, and hints count if they can be valid.
+    HintsOpen,
     /// This number of pages is in flight: the destination acknowledged others.
     Acknowledged(u64),
     /// The guest is paused.
@@ -81,6 +84,8 @@ pub(in crate::migration) enum Input {
     Saved,
     /// What only one side may hold is released.
     Released,
+    /// The saved state is queued.
+    StateSent,
     /// This end's digests are computed.
     Digested,
     /// The end mark is queued, and everything before it.
@@ -134,7 +139,8 @@ pub(in crate::migration) enum Action {
     AcknowledgeAll,
     /// Close the window for hints, and sync. Then: [`Input::Synced`].
     Sync { after_round: u32 },
-    /// Notify page hinters of the sync; of a running guest, open the window for hints, if hints can be valid.
+    /// Notify page hinters of the sync; of a running guest, open the window for hints, if hints can be valid. Answer:
+    /// [`Input::HintsOpen`].
     OpenHints { runs: bool },
     /// Throttle the guest, and then answer the request for it. Answer: [`Input::Throttled`].
     Throttle(u8, Option<Answer>),
@@ -154,7 +160,7 @@ pub(in crate::migration) enum Action {
     Release,
     /// Begin to compute digests. The bitmap leaves out no more pages from here on.
     StartDigests,
-    /// Send the saved state.
+    /// Send the saved state. Answer: [`Input::StateSent`].
     SendState,
     /// Wait for the digests, in the background. Then: [`Input::Digested`].
     AwaitDigests,
@@ -207,11 +213,13 @@ enum State {
     Measuring(Next),
     Sending(Round),
     Syncing(AfterSync),
+    OpeningHints { then: AfterSync, standing: Standing },
     Draining(Drain),
     Throttling,
     Pausing,
     Saving,
     Releasing,
+    SendingSaved,
     Digesting,
     Ending,
     HandingOver { handshake: SourceHandshake, give_up: Duration },
@@ -385,8 +393,10 @@ impl Course for SourceCourse {
                 let then = *then;
                 self.synced(found, standing, then, now)
             }
+            (Input::HintsOpen, &mut State::OpeningHints { then, standing }) => self.after_sync(then, &standing, now),
             (Input::Saved, State::Saving) => self.saved(),
             (Input::Released, State::Releasing) => self.sync(AfterSync::LastRound, now),
+            (Input::StateSent, State::SendingSaved) => self.state_sent(now),
             (Input::Digested, State::Digesting) => self.digested(),
             (Input::EndSent, State::Ending) => self.end_sent(now),
             (Input::Resumed(result), State::Resuming(_)) => self.resumed(result, now),

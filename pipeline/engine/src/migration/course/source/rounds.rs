@@ -173,18 +173,25 @@ impl SourceCourse {
         self.controller.fixed().sync = duration;
         let mut actions = vec![Action::notify(Event::Synced { after_round, dirty_pages, duration })];
         if self.facts.hints {
+            self.state = State::OpeningHints { then, standing };
             actions.push(Action::OpenHints { runs: self.facts.was == RunState::Running && !self.done.paused });
+        } else {
+            actions.extend(self.after_sync(then, &standing, now));
         }
-        actions.extend(match then {
-            AfterSync::LastRound => self.last_round(now),
+        actions
+    }
+
+    /// The sync and what page hinters do about it are complete: both may take time, in which the guest runs.
+    pub(super) fn after_sync(&mut self, then: AfterSync, standing: &Standing, now: Duration) -> Vec<Action> {
+        match then {
+            AfterSync::LastRound => self.send_state(now),
             _ if self.done.paused => self.save(now),
             AfterSync::FirstRound => {
                 self.controller.armed(now);
                 self.scan(ScanOrder::all(1, RoundKind::Live), now)
             }
-            AfterSync::Decide => self.decide(&standing, now),
-        });
-        actions
+            AfterSync::Decide => self.decide(standing, now),
+        }
     }
 
     fn decide(&mut self, standing: &Standing, now: Duration) -> Vec<Action> {

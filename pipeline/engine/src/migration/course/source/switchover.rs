@@ -68,14 +68,20 @@ impl SourceCourse {
     }
 
     /// The last sync is complete: from here on bits leave the bitmap only when pages are sent.
-    pub(super) fn last_round(&mut self, now: Duration) -> Vec<Action> {
+    pub(super) fn send_state(&mut self, now: Duration) -> Vec<Action> {
         let mut actions = Vec::new();
         if self.settings.verify {
             actions.push(Action::StartDigests);
         }
         self.spent.on(Part::State, now);
+        self.state = State::SendingSaved;
         actions.push(Action::SendState);
-        actions.extend(self.scan(ScanOrder::all(self.round + 1, RoundKind::Final), now));
+        actions
+    }
+
+    /// The rest of the pages follow the device state.
+    pub(super) fn state_sent(&mut self, now: Duration) -> Vec<Action> {
+        let mut actions = self.scan(ScanOrder::all(self.round + 1, RoundKind::Final), now);
         actions.push(Action::EndLanes);
         actions
     }
