@@ -206,6 +206,8 @@ impl Course for DestinationCourse {
                 self.loaded(now)
             }
             (Input::StreamEnded, &mut State::ReachingEnd(arrival, run_state)) => self.compare(arrival, run_state, now),
+            // Everything has arrived, and the source is gone.
+            (Input::StreamEnded, State::Comparing { .. } | State::Preparing { .. }) => self.over(Err(MigrationError::Lost(closed()))),
             (Input::StreamEnded, _) => self.over(Err(ended_early())),
             (Input::Received(message), State::ReachingEnd(..)) => self.over(Err(behind_the_end(&message))),
             (Input::Received(message), _) => self.over(Err(unwelcome(message))),
@@ -311,7 +313,7 @@ impl DestinationCourse {
     fn awaiting_go(&mut self, input: Input, now: Duration) -> Vec<Action> {
         let happening = match input {
             Input::Received(message) => Happening::Received(message),
-            Input::StreamEnded => Happening::Lost(Loss::Closed(Role::Source)),
+            Input::StreamEnded => Happening::Lost(closed()),
             Input::Cancel => Happening::Cancel,
             Input::Failed(MigrationError::Silent(silence)) => Happening::Lost(Loss::Silent(silence)),
             Input::Failed(error) => Happening::Broke(error.to_string()),
@@ -350,6 +352,11 @@ impl DestinationCourse {
     }
 }
 
+/// The stream ended where nothing more had to come.
+fn closed() -> Loss {
+    Loss::Closed(Role::Source)
+}
+
 /// The stream ended where more had to come.
 pub(in crate::migration) fn ended_early() -> MigrationError {
     MigrationError::Lost(Loss::Incomplete)
@@ -363,5 +370,29 @@ fn unwelcome(message: Message) -> MigrationError {
     match message {
         Message::Abort(why) => MigrationError::GivenUp { peer: Role::Source, why },
         other => MigrationError::Protocol(format!("unexpected message: {}", other.kind().name())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A course whose pages are loaded, and whose digests are compared.
+    fn comparing() -> DestinationCourse {
+        let mut course = DestinationCourse::new(Duration::from_secs(20));
+        let end = Message::End { run_state: RunState::Running, frames: 3 };
+        let agreed = Agreed { lanes: 1, verify: true, return_path: true };
+        for input in [Input::Gathered, Input::Agreed(agreed), Input::LaneOver { frames: 3 }, Input::Received(end)] {
+            course.step(input, Duration::ZERO);
+        }
+        course
+    }
+
+    #[test]
+    fn a_source_that_ends_while_digests_are_compared_has_closed_a_complete_stream() {
+        let mut course = comparing();
+        assert!(course.step(Input::StreamEnded, Duration::ZERO).is_empty());
+        let error = course.into_outcome(None).unwrap_err();
+        assert!(matches!(error, MigrationError::Lost(Loss::Closed(Role::Source))), "{error:?}");
     }
 }
