@@ -93,8 +93,8 @@ pub enum MigrationError {
     #[error("the connection was lost: {0}")]
     Lost(#[source] Loss),
     /// The destination does not start the guest.
-    #[error("the connection was lost: {0}")]
-    NotStarted(#[source] NotStarted),
+    #[error("{0}")]
+    NotStarted(#[from] NotStarted),
     /// The peer was silent for too long.
     #[error("{0}")]
     Silent(Silence),

@@ -315,8 +315,7 @@ impl DestinationCourse {
             Input::Received(message) => Happening::Received(message),
             Input::StreamEnded => Happening::Lost(closed()),
             Input::Cancel => Happening::Cancel,
-            Input::Failed(MigrationError::Silent(silence)) => Happening::Lost(Loss::Silent(silence)),
-            Input::Failed(error) => Happening::Broke(error.to_string()),
+            Input::Failed(error) => error.into(),
             _ => return Vec::new(),
         };
         self.happened(happening, now)
@@ -328,7 +327,7 @@ impl DestinationCourse {
             DestinationStep::Wait => Vec::new(),
             DestinationStep::Start(run_state) => self.start(run_state, true, now),
             DestinationStep::End(NotStarted::Cancelled) => self.over(Err(MigrationError::Cancelled)),
-            DestinationStep::End(why) => self.over(Err(MigrationError::NotStarted(why))),
+            DestinationStep::End(why) => self.over(Err(why.into())),
         }
     }
 

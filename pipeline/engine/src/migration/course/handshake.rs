@@ -18,7 +18,7 @@ use memferry_stages::untrusted::Untrusted;
 use memferry_stages::wire::messages::RunState;
 use memferry_stages::wire::{Kind, Message};
 
-use crate::migration::error::Loss;
+use crate::migration::error::{Loss, MigrationError};
 
 /// The result at the source.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -91,6 +91,16 @@ pub enum Happening {
     TimedOut,
     /// A part of this end failed.
     Broke(String),
+}
+
+impl From<MigrationError> for Happening {
+    fn from(error: MigrationError) -> Self {
+        match error {
+            MigrationError::Lost(loss) => Self::Lost(loss),
+            MigrationError::Silent(silence) => Self::Lost(Loss::Silent(silence)),
+            other => Self::Broke(other.to_string()),
+        }
+    }
 }
 
 /// The source's reaction.
@@ -392,6 +402,23 @@ mod tests {
             assert_eq!((source.step(heartbeat()), source), (SourceStep::Wait, state));
         }
         assert_eq!(awaiting_go(heartbeat()), DestinationStep::Wait);
+    }
+
+    #[test]
+    fn a_lost_connection_is_no_broken_part_and_is_named_once() {
+        let lost = || Happening::from(MigrationError::Lost(Loss::ReturnPathClosed));
+        assert_eq!(lost(), Happening::Lost(Loss::ReturnPathClosed));
+        let SourceStep::End(Verdict::Failed(before)) = SourceHandshake::AwaitingLoaded { verify: true }.step(lost())
+        else {
+            panic!("it survives");
+        };
+        let SourceStep::End(Verdict::Unconfirmed(after)) = SourceHandshake::AwaitingRunning.step(lost()) else {
+            panic!("it cannot know");
+        };
+        let DestinationStep::End(not_started) = awaiting_go(lost()) else { panic!("it starts nothing") };
+        for error in [before.into(), after.into(), MigrationError::from(not_started)] {
+            assert_eq!(error.to_string().matches("the connection was lost").count(), 1, "{error}");
+        }
     }
 
     #[test]

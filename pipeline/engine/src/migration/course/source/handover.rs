@@ -6,7 +6,7 @@ use super::{Action, End, Input, Part, SourceCourse, State};
 use crate::control::ControlError;
 use crate::events::Event;
 use crate::migration::course::handshake::{Happening, SourceHandshake, SourceStep, Verdict};
-use crate::migration::error::{Loss, MigrationError};
+use crate::migration::error::MigrationError;
 use crate::settings::After;
 
 impl SourceCourse {
@@ -31,7 +31,7 @@ impl SourceCourse {
             }
             (Input::Received(message), State::HandingOver { .. }) => self.happened(Happening::Received(message), now),
             (Input::Cancel, State::HandingOver { .. }) => self.happened(Happening::Cancel, now),
-            (Input::Failed(error), State::HandingOver { .. }) => self.happened(happening(error), now),
+            (Input::Failed(error), State::HandingOver { .. }) => self.happened(error.into(), now),
             _ => Vec::new(),
         }
     }
@@ -76,15 +76,6 @@ impl SourceCourse {
 
 fn warning(what: &str) -> Action {
     Action::notify(Event::Warning(what.into()))
-}
-
-/// The meaning of a failure for the last handshake.
-fn happening(error: MigrationError) -> Happening {
-    match error {
-        MigrationError::Lost(loss) => Happening::Lost(loss),
-        MigrationError::Silent(silence) => Happening::Lost(Loss::Silent(silence)),
-        other => Happening::Broke(other.to_string()),
-    }
 }
 
 impl From<Verdict> for End {
