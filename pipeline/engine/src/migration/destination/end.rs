@@ -7,6 +7,7 @@ use super::{Attempt, Destination};
 use crate::bottleneck::Watch;
 use crate::events::{Ended, Event, Outcome};
 use crate::migration::course::destination::DestinationCourse;
+use crate::migration::driver::Course;
 use crate::migration::error::MigrationError;
 use crate::migration::outcome::ReceiveError;
 
@@ -24,6 +25,10 @@ impl Destination<'_> {
             drop(door.await);
         }
         self.turned_away.finish();
+        if let Some(mistake) = mistake.as_ref().filter(|_| course.is_over()) {
+            // What the course ended with stands.
+            self.observers.notify(&Event::Warning(mistake.to_string()));
+        }
         let start_begun = course.start_begun();
         let figures = self.ended(&course);
         let result = course.into_outcome(mistake);

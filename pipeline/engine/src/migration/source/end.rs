@@ -8,6 +8,7 @@ use crate::events::{Ended, Event, Outcome};
 use crate::guest::hints::Point;
 use crate::migration::FAREWELL;
 use crate::migration::course::source::{Conclusion, End, SourceCourse, why_cancelled};
+use crate::migration::driver::Course;
 use crate::migration::error::MigrationError;
 use crate::migration::outcome::{LOOK, SendError, Sent};
 
@@ -20,6 +21,10 @@ impl Source<'_> {
         mistake: Option<MigrationError>,
     ) -> Result<Sent, SendError> {
         self.operator.requests.close();
+        if let Some(mistake) = mistake.as_ref().filter(|_| course.is_over()) {
+            // What the course ended with stands.
+            self.observers.notify(&Event::Warning(mistake.to_string()));
+        }
         let completed = course.conclusion().is_some_and(|conclusion| matches!(conclusion.end, End::Completed));
         self.report_last_progress(&course, completed);
         let ended = self.ended(&course);

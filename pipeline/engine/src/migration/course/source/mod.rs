@@ -321,22 +321,19 @@ impl SourceCourse {
         }
     }
 
-    /// How it ended. With a mistake the course did not end by itself: what was done to the guest is not undone then.
+    /// How it ended. With a mistake a course that is not over did not end by itself: what was done to the guest is not
+    /// undone then.
     pub(in crate::migration) fn into_conclusion(self, mistake: Option<MigrationError>) -> Conclusion {
+        let cause = |state: &State| MigrationError::Mistake(format!("the course ended as {state:?}"));
+        let failed = |cause| Conclusion { end: End::Failed(cause), resume_error: None, stays_paused: false };
         match (self.state, mistake) {
             (State::Over(conclusion), _) => *conclusion,
             (State::HandingOver { handshake: SourceHandshake::AwaitingRunning, .. }, Some(mistake)) => {
                 Conclusion { end: End::Unconfirmed(mistake), resume_error: None, stays_paused: true }
             }
-            (state, mistake) => {
-                let what = format!("the course ended as {state:?}");
-                let cause = MigrationError::Mistake(what);
-                Conclusion {
-                    end: End::Failed(cause),
-                    resume_error: mistake.filter(|_| self.done.paused),
-                    stays_paused: false,
-                }
-            }
+            (State::Resuming(end), resume_error @ Some(_)) => Conclusion { end, resume_error, stays_paused: false },
+            (state, resume_error @ Some(_)) if self.done.paused => Conclusion { resume_error, ..failed(cause(&state)) },
+            (state, mistake) => failed(mistake.unwrap_or_else(|| cause(&state))),
         }
     }
 }
