@@ -4,7 +4,7 @@
 //! [`receive`](crate::migration::receive). Every clone can make requests. The program's HTTP API holds one.
 //!
 //! ```text
-//!  set, switch_over ──▶ requests ──▶ the source's flow: a signal among its others, acted on and answered there
+//!  set, switch_over ──▶ requests ──▶ the source's course: an input among its others, acted on and answered there
 //!  cancel ────────────▶ token ─────▶ both ends, before anything else
 //!  status, events ◀──── an observer of the end's events
 //! ```
