@@ -3,7 +3,7 @@
 //!
 //! | | |
 //! |---|---|
-//! | [`course`] | what each end does and when, as a value: inputs and the time in, actions out |
+//! | `course` | what each end does and when, as a value: inputs and the time in, actions out |
 //! | `driver` | delivers inputs to a course and performs its actions |
 //! | `source`, `destination` | the worlds of the two courses: stages, peer, guest, operator, clock |
 //! | `source_graph`, `destination_graph` | the stages, joined |
@@ -21,8 +21,7 @@ mod alive;
 pub mod arming;
 mod bounds;
 mod connection;
-#[doc(hidden)]
-pub mod course;
+mod course;
 mod destination;
 mod destination_graph;
 mod digests;

@@ -22,7 +22,7 @@ use crate::migration::error::{Loss, MigrationError};
 
 /// The result at the source.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Verdict {
+pub(in crate::migration) enum Verdict {
     /// The guest runs at the destination.
     Completed,
     /// It does not run there and never will: the source guest may resume.
@@ -80,7 +80,7 @@ pub enum HandoverError {
 
 /// An event at one end.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Happening {
+pub(in crate::migration) enum Happening {
     /// The peer sent a message.
     Received(Message),
     /// The connection is lost.
@@ -105,7 +105,7 @@ impl From<MigrationError> for Happening {
 
 /// The source's reaction.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum SourceStep {
+pub(in crate::migration) enum SourceStep {
     /// Continue to wait.
     Wait,
     /// The destination sent the hashes of a stretch that differs: find the page and report it. Its Refused follows.
@@ -120,7 +120,7 @@ pub enum SourceStep {
 
 /// The source's side, from the moment its last frame is queued.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum SourceHandshake {
+pub(in crate::migration) enum SourceHandshake {
     /// The destination loads; the source may still resume.
     AwaitingLoaded {
         /// Must the destination have compared digests?
@@ -132,7 +132,7 @@ pub enum SourceHandshake {
 
 impl SourceHandshake {
     /// Handles one event.
-    pub fn step(&mut self, happening: Happening) -> SourceStep {
+    pub(in crate::migration) fn step(&mut self, happening: Happening) -> SourceStep {
         match self {
             Self::AwaitingLoaded { verify } => {
                 let step = before_go(*verify, happening);
@@ -186,7 +186,7 @@ fn after_go(happening: Happening) -> SourceStep {
 
 /// The destination's reaction.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum DestinationStep {
+pub(in crate::migration) enum DestinationStep {
     /// Continue to wait.
     Wait,
     /// Start the guest, and answer Running or StartFailed.
@@ -221,7 +221,7 @@ pub enum NotStarted {
 
 /// The destination's side, after it has sent Loaded: handles one event.
 #[must_use]
-pub fn awaiting_go(happening: Happening) -> DestinationStep {
+pub(in crate::migration) fn awaiting_go(happening: Happening) -> DestinationStep {
     let end = DestinationStep::End;
     match happening {
         Happening::Received(Message::Go(run_state)) => DestinationStep::Start(run_state),

@@ -10,5 +10,5 @@
 //! | [`handshake`] | the last handshake of both ends: where the guest is (law 7) |
 
 pub(super) mod destination;
-pub mod handshake;
+pub(super) mod handshake;
 pub(super) mod source;
