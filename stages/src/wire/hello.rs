@@ -251,6 +251,29 @@ pub struct Hello {
 }
 
 impl Hello {
+    /// The Hello of a bulk connection where all `bulk` connections are bulk, in this version of the protocol.
+    #[must_use]
+    pub fn bulk(
+        session: SessionId,
+        connection: u16,
+        bulk: u16,
+        lanes: u16,
+        page_size: PageSize,
+        features: Vec<Untrusted>,
+    ) -> Self {
+        Self {
+            version: PROTOCOL_VERSION,
+            session,
+            connection,
+            role: ConnectionRole::Bulk,
+            connections: bulk,
+            bulk,
+            lanes,
+            page_size,
+            features,
+        }
+    }
+
     /// Which bulk connection carries each lane.
     #[must_use]
     pub fn bulk_map(&self) -> BulkMap {

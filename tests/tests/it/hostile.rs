@@ -23,7 +23,6 @@ use memferry_stages::pool::BufferPool;
 use memferry_stages::queue::bounded;
 use memferry_stages::receiver::Receiver;
 use memferry_stages::stage_id::StageId;
-use memferry_stages::wire::ConnectionRole;
 use memferry_stages::wire::frame::{FrameHead, HEAD_BYTES};
 use memferry_stages::wire::pages::{FIXED_BYTES, MIN_HEAD_BYTES, head_bytes};
 use memferry_stages::wire::reader::FrameReader;
@@ -87,10 +86,8 @@ fn knock(number: usize, address: &str, dice: &mut Rng) -> Option<TcpStream> {
 
 fn hello(version: u16, session: SessionId, connection: u16, connections: u16, lanes: u16) -> Bytes {
     let features = Features { checksum: true, ..Features::default() }.to_list();
-    let page_size = PageSize::DEFAULT;
-    let (role, bulk) = (ConnectionRole::Bulk, connections);
-    Message::Hello(Hello { version, session, connection, role, connections, bulk, lanes, page_size, features })
-        .encode(0)
+    let hello = Hello::bulk(session, connection, connections, lanes, PageSize::DEFAULT, features);
+    Message::Hello(Hello { version, ..hello }).encode(0)
 }
 
 #[test]

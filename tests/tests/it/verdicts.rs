@@ -12,7 +12,7 @@ use memferry_stages::geometry::{BlockInfo, ExtentAt, PageSize};
 use memferry_stages::tally::RoundTally;
 use memferry_stages::untrusted::Untrusted;
 use memferry_stages::wire::messages::{RunState, StateChunk, StatePhase, StretchDigest};
-use memferry_stages::wire::{ConnectionRole, Features, Hello, Message, PROTOCOL_VERSION, PagesHead, SessionId};
+use memferry_stages::wire::{Features, Hello, Message, PagesHead, SessionId};
 use memferry_stages::xbzrle::{Encoded, encode_page};
 use memferry_tests::TestGuest;
 use memferry_tests::run::{self, destination_settings};
@@ -32,18 +32,7 @@ fn features() -> Features {
 }
 
 fn hello(features: Vec<Untrusted>) -> Vec<u8> {
-    let hello = Hello {
-        version: PROTOCOL_VERSION,
-        session: SessionId([7; 16]),
-        connection: 0,
-        role: ConnectionRole::Bulk,
-        connections: 1,
-        bulk: 1,
-        lanes: 2,
-        page_size: PageSize::DEFAULT,
-        features,
-    };
-    Message::Hello(hello).encode(0).to_vec()
+    Message::Hello(Hello::bulk(SessionId([7; 16]), 0, 1, 2, PageSize::DEFAULT, features)).encode(0).to_vec()
 }
 
 fn state(phase: StatePhase, name: &str, end: bool, bytes: &'static [u8]) -> Vec<u8> {

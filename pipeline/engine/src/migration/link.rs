@@ -8,9 +8,9 @@ use memferry_stages::geometry::PageSize;
 use memferry_stages::queue::{Inlet, bounded};
 use memferry_stages::silence::{Attentive, Ear};
 use memferry_stages::untrusted::Untrusted;
-use memferry_stages::wire::hello::{ConnectionRole, Features, Hello, SessionId};
+use memferry_stages::wire::Message;
+use memferry_stages::wire::hello::{Features, Hello, SessionId};
 use memferry_stages::wire::reader::{FrameReader, Incoming};
-use memferry_stages::wire::{Message, PROTOCOL_VERSION};
 use memferry_transports::Transport;
 use tokio::io::AsyncWriteExt;
 use tokio::runtime::Handle;
@@ -76,17 +76,9 @@ impl Greeted {
         for connection in 0..settings.connections {
             let opened = transport.connect().await?;
             let mut writer = opened.writer.expect("a source writes");
-            let hello = Hello {
-                version: PROTOCOL_VERSION,
-                session,
-                connection,
-                role: ConnectionRole::Bulk,
-                connections: settings.connections,
-                bulk: settings.connections,
-                lanes: settings.lanes,
-                page_size,
-                features: features.to_list(),
-            };
+            let features = features.to_list();
+            let hello =
+                Hello::bulk(session, connection, settings.connections, settings.lanes, page_size, features);
             writer.write_all(&Message::Hello(hello).encode(0)).await?;
             greeted.writers.push(writer);
             if connection == 0 {

@@ -310,7 +310,7 @@ mod tests {
     use memferry_stages::codec::{Codec, Compressor};
     use memferry_stages::geometry::BlockInfo;
     use memferry_stages::tally::{PageTally, RoundTally};
-    use memferry_stages::wire::{ConnectionRole, PROTOCOL_VERSION, PagesHead, SessionId};
+    use memferry_stages::wire::{PagesHead, SessionId};
 
     /// A stream of one round: one raw page, one zero page.
     fn stream() -> Vec<u8> {
@@ -320,17 +320,7 @@ mod tests {
 
     /// A stream of one round of one frame.
     fn stream_of(features: Features, mask: u64, zero: u64, pages: Vec<(PageEncoding, u32)>, payload: &[u8]) -> Vec<u8> {
-        let hello = Hello {
-            version: PROTOCOL_VERSION,
-            session: SessionId([7; 16]),
-            connection: 0,
-            role: ConnectionRole::Bulk,
-            connections: 1,
-            bulk: 1,
-            lanes: 1,
-            page_size: PageSize::DEFAULT,
-            features: features.to_list(),
-        };
+        let hello = Hello::bulk(SessionId([7; 16]), 0, 1, 1, PageSize::DEFAULT, features.to_list());
         let block = BlockInfo { guest_address: 0x4000_0000, ..BlockInfo::new("ram", 1 << 20) };
         let pages = PagesHead {
             at: ExtentAt { block: 0, extent: 0 },

@@ -7,9 +7,8 @@ use std::thread;
 
 use memferry_stages::geometry::{BlockInfo, PageSize};
 use memferry_stages::untrusted::{Untrusted, is_unsafe};
-use memferry_stages::wire::ConnectionRole;
 use memferry_stages::wire::messages::{RunState, StateChunk, StatePhase};
-use memferry_stages::wire::{Hello, Message, PROTOCOL_VERSION, SessionId};
+use memferry_stages::wire::{Hello, Message, SessionId};
 
 use crate::harness::{Scene, noise};
 
@@ -25,17 +24,7 @@ fn is_harmless(what: &str, text: &str) {
 }
 
 fn hello(features: Vec<Untrusted>) -> Message {
-    Message::Hello(Hello {
-        version: PROTOCOL_VERSION,
-        session: SessionId([7; 16]),
-        connection: 0,
-        role: ConnectionRole::Bulk,
-        connections: 1,
-        bulk: 1,
-        lanes: 1,
-        page_size: PageSize::DEFAULT,
-        features,
-    })
+    Message::Hello(Hello::bulk(SessionId([7; 16]), 0, 1, 1, PageSize::DEFAULT, features))
 }
 
 /// A destination that answers a source's Hello with these bytes and then waits for its end. Returns the setting for

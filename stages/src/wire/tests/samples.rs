@@ -6,9 +6,7 @@ use crate::batch::{PageEncoding, PageFault, RoundKind, payload_hash};
 use crate::geometry::{BlockInfo, ExtentAt, Layout, PageAt, PageSize};
 use crate::tally::{PageTally, RoundTally};
 use crate::wire::messages::{Figure, Progress, RunState, StateChunk, StatePhase, StretchDigest};
-use crate::wire::{
-    ConnectionRole, Features, Hello, Message, PROTOCOL_VERSION, PagesFrame, PagesHead, SessionId, WireError,
-};
+use crate::wire::{Features, Hello, Message, PagesFrame, PagesHead, SessionId, WireError};
 
 /// Two blocks: 2 extents and 1 page, and a few bytes.
 pub(super) fn layout() -> Layout {
@@ -27,17 +25,8 @@ pub(super) fn check_payload(head: &PagesHead, payload: &[u8]) -> Result<(), Page
 
 pub(super) fn hello() -> Hello {
     let features = Features { checksum: true, lz4: true, xbzrle: true, ..Features::default() };
-    Hello {
-        version: PROTOCOL_VERSION,
-        session: SessionId(*b"0123456789abcdef"),
-        connection: 1,
-        role: ConnectionRole::Bulk,
-        connections: 3,
-        bulk: 2,
-        lanes: 3,
-        page_size: PageSize::DEFAULT,
-        features: features.to_list(),
-    }
+    let session = SessionId(*b"0123456789abcdef");
+    Hello { connections: 3, ..Hello::bulk(session, 1, 2, 3, PageSize::DEFAULT, features.to_list()) }
 }
 
 pub(super) fn tally() -> RoundTally {

@@ -119,17 +119,8 @@ async fn knock_with(
 ) -> Source {
     let opened = transport.connect().await.unwrap();
     let (mut writer, reader) = (opened.writer.unwrap(), opened.reader.unwrap());
-    let mut hello = Hello {
-        version: PROTOCOL_VERSION,
-        session: SessionId([session; 16]),
-        connection,
-        role: ConnectionRole::Bulk,
-        connections,
-        bulk: connections,
-        lanes: connections,
-        page_size: PageSize::DEFAULT,
-        features: Vec::new(),
-    };
+    let session = SessionId([session; 16]);
+    let mut hello = Hello::bulk(session, connection, connections, connections, PageSize::DEFAULT, Vec::new());
     change(&mut hello);
     writer.write_all(&Message::Hello(hello).encode(0)).await.unwrap();
     Source { reader: FrameReader::new(reader, "test".into(), PageSize::DEFAULT), writer }
