@@ -522,6 +522,12 @@ impl Observers {
             observer.event(self.role, event);
         }
     }
+
+    /// Notifies every observer of the end: its phase, and its figures.
+    pub(crate) fn notify_end(&self, ended: &Ended) {
+        self.notify(&Event::Phase(ended.outcome.into()));
+        self.notify(&Event::Ended(ended.clone()));
+    }
 }
 
 #[cfg(test)]

@@ -87,9 +87,8 @@ impl Destination<'_> {
             Err(error @ MigrationError::Cancelled) => (Outcome::Cancelled, Some(error.to_string())),
             Err(error) => (Outcome::Failed, Some(error.to_string())),
         };
-        self.observers.notify(&Event::Phase(outcome.into()));
         let ended = Ended { outcome, error, total: self.started.elapsed(), ..figures };
-        self.observers.notify(&Event::Ended(ended.clone()));
+        self.observers.notify_end(&ended);
         ended
     }
 }

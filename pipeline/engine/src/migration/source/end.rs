@@ -92,9 +92,8 @@ impl Source<'_> {
         let resume_error = conclusion.resume_error.as_ref();
         let resume = resume_error.map(|why| format!("the guest could not be resumed here and stays paused: {why}"));
         let error = [error, resume].into_iter().flatten().reduce(|all, more| format!("{all}; {more}"));
-        self.observers.notify(&Event::Phase(outcome.into()));
         let ended = Ended { outcome, error, resume_failed: resume_error.is_some(), ..figures };
-        self.observers.notify(&Event::Ended(ended.clone()));
+        self.observers.notify_end(&ended);
         ended
     }
 }
