@@ -8,6 +8,7 @@ mod source;
 
 use std::time::Duration;
 
+use memferry::events::{Ended, Event, Outcome};
 use memferry::settings::SourceSettings;
 use memferry_tests::source_settings;
 
@@ -18,6 +19,17 @@ const LENGTH: u64 = (3 << 20) + 5;
 
 fn settings() -> SourceSettings {
     SourceSettings { max_rounds: 1, ..source_settings(1, 1) }
+}
+
+/// It ended this way and reported it last; the error contains all of `words`.
+#[track_caller]
+fn says(ended: &Ended, last: Option<&Event>, outcome: Outcome, words: &[&str]) {
+    let error = ended.error.clone().unwrap_or_default();
+    assert_eq!(ended.outcome, outcome, "{error}");
+    for word in words {
+        assert!(error.contains(word), "{word:?} is not in {error:?}");
+    }
+    assert_eq!(last, Some(&Event::Ended(ended.clone())));
 }
 
 fn block_on<T>(test: impl Future<Output = T>) -> T {

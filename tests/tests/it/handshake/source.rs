@@ -17,7 +17,7 @@ use memferry_transports::Transport;
 use memferry_transports::memory::MemoryTransport;
 use tokio_util::sync::CancellationToken;
 
-use super::{LENGTH, block_on, settings};
+use super::{LENGTH, block_on, says, settings};
 
 /// The calls that a source guest receives if it continues after a pause.
 pub(crate) const RESUMED: [GuestCall; 5] =
@@ -132,15 +132,10 @@ impl Sent {
 
     #[track_caller]
     fn says(&self, outcome: Outcome, words: &[&str]) {
-        let error = self.ended.error.clone().unwrap_or_default();
-        assert_eq!(self.ended.outcome, outcome, "{error}");
-        for word in words {
-            assert!(error.contains(word), "{word:?} is not in {error:?}");
-        }
+        says(&self.ended, self.events.last(), outcome, words);
         assert!(!self.guest.log().is_armed(), "the log was not stopped");
         assert_eq!(self.guest.log().misused(), None);
         assert!(!self.ended.resume_failed);
-        assert_eq!(self.events.last(), Some(&Event::Ended(self.ended.clone())));
     }
 }
 
