@@ -98,11 +98,13 @@ async fn next_actions<C: Course>(course: &mut C, world: &mut impl World<C>) -> V
 }
 
 /// Performs the actions, and those that answers lead to. An answer replaces what is left of its list: a question is the
-/// last of a list, and after a failure nothing of the list may follow.
+/// last of a list, and after a failure nothing of the list may follow. The last list of a course is performed to its end:
+/// once the course is over no answer changes anything.
 async fn perform_all<C: Course>(actions: Vec<C::Action>, course: &mut C, world: &mut impl World<C>) {
     let mut actions = actions.into_iter();
     while let Some(action) = actions.next() {
-        if let Some(answer) = world.perform(action, course).await {
+        let answer = world.perform(action, course).await;
+        if let Some(answer) = answer.filter(|_| !course.is_over()) {
             actions = course.step(answer, world.now()).into_iter();
         }
     }

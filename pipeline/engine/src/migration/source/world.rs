@@ -62,6 +62,10 @@ impl World<SourceCourse> for Source<'_> {
     }
 
     async fn perform(&mut self, action: Action, course: &SourceCourse) -> Option<Input> {
+        if matches!(action, Action::CloseHints | Action::LiftThrottle | Action::Moved) {
+            self.clean_up(action).await;
+            return None;
+        }
         // A panic in the guest's code is a failure like any other.
         match guarded(self.act(action, course)).await {
             Ok(answer) => answer,
@@ -176,104 +180,90 @@ impl Source<'_> {
     }
 
     async fn act(&mut self, action: Action, course: &SourceCourse) -> Answer {
-        let guest = &mut self.transfer;
-        Ok(match action {
-            Action::Notify(event) => {
-                self.observers.notify(&event);
-                None
-            }
+        match action {
+            Action::Notify(event) => self.observers.notify(&event),
             Action::ReportChange { round, from, to } => {
                 let memory_bound = self.bound(course.settings()) + bounds::logs_bytes(&self.transfer.logs);
                 self.observers.notify(&Event::Changed(Changed { round, from, to, memory_bound }));
-                None
             }
-            Action::Answer(answer, result) => {
-                // The requester may be gone.
-                drop(answer.send(result));
-                None
+            // The requester may be gone.
+            Action::Answer(answer, result) => drop(answer.send(result)),
+            Action::Connect => self.attempt = Attempt::Reaching(self.reach(course.settings())?),
+            Action::StartStages(bandwidth) => self.start_stages(course.settings(), bandwidth),
+            // Before the stages run they are settings like others.
+            Action::SetBandwidth(bandwidth) => {
+                self.attempt.flow().iter().for_each(|flow| flow.graph.set_bandwidth(bandwidth));
             }
-            Action::Connect => {
-                self.attempt = Attempt::Reaching(self.reach(course.settings())?);
-                None
-            }
-            Action::Arm => {
-                self.arm(course).await?;
-                Some(Input::Armed)
-            }
-            Action::Measure => Some(Input::Measured(guest.digest_time().await?)),
-            Action::StartStages(bandwidth) => {
-                self.start_stages(course.settings(), bandwidth);
-                None
-            }
-            Action::Throttle(percent, request) => {
-                let throttled = guest.throttle(percent).await;
-                request.map(|answer| answer.send(Ok(())));
-                Some(Input::Throttled(throttled))
-            }
-            Action::Pause => {
-                guest.pause().await?;
-                Some(Input::Paused)
-            }
-            Action::Save => {
-                guest.hints.reach(Point::Complete, &self.observers).await;
-                guest.save().await?;
-                Some(Input::Saved)
-            }
-            Action::Release => {
-                guest.release().await?;
-                Some(Input::Released)
-            }
-            Action::StartDigests => {
-                self.digests = Digests::Started(guest.start_digests());
-                None
-            }
+            Action::SetCache(bytes) => self.attempt.flow().iter().for_each(|flow| flow.graph.set_cache(bytes)),
+            Action::StartDigests => self.digests = Digests::Started(self.transfer.start_digests()),
             Action::AwaitDigests => {
                 if let Digests::Started(digests) = std::mem::replace(&mut self.digests, Digests::None) {
                     self.digests = Digests::Awaited(Box::pin(digests.finish()));
                 }
-                None
             }
-            Action::NamePage(message) => Some(Input::PageNamed(guest.name_page(&message).await)),
-            Action::Commit => {
-                guest.commit(self.transport.address()).await?;
-                Some(Input::Committed)
+            action => return self.call(action, course).await,
+        }
+        Ok(None)
+    }
+
+    /// Calls into the guest, and their answers.
+    async fn call(&mut self, action: Action, course: &SourceCourse) -> Answer {
+        let guest = &mut self.transfer;
+        Ok(Some(match action {
+            Action::Arm => {
+                self.arm(course).await?;
+                Input::Armed
             }
+            Action::Measure => Input::Measured(guest.digest_time().await?),
             Action::OpenHints { runs } => {
                 if let Some(bitmap) = &guest.bitmap {
                     guest.hints.open(runs, bitmap, &guest.logs, &self.observers).await?;
                 }
-                Some(Input::HintsOpen)
+                Input::HintsOpen
             }
-            // Before the stages run they are settings like others.
-            Action::SetBandwidth(bandwidth) => {
-                self.attempt.flow().iter().for_each(|flow| flow.graph.set_bandwidth(bandwidth));
-                None
+            Action::Throttle(percent, request) => {
+                let throttled = guest.throttle(percent).await;
+                request.map(|answer| answer.send(Ok(())));
+                Input::Throttled(throttled)
             }
-            Action::SetCache(bytes) => {
-                self.attempt.flow().iter().for_each(|flow| flow.graph.set_cache(bytes));
-                None
+            Action::Pause => {
+                guest.pause().await?;
+                Input::Paused
             }
-            Action::CloseHints => {
-                let closing = async {
-                    guest.hints.close().await;
-                    Ok(())
-                };
-                let closed = guarded(closing).await;
-                self.warn_of(closed);
-                None
+            Action::Save => {
+                guest.hints.reach(Point::Complete, &self.observers).await;
+                guest.save().await?;
+                Input::Saved
             }
-            Action::LiftThrottle => {
-                self.lift_throttle().await;
-                None
+            Action::Release => {
+                guest.release().await?;
+                Input::Released
             }
-            Action::Moved => {
-                let moved = guest.moved().await;
-                self.warn_of(moved);
-                None
+            Action::NamePage(message) => Input::PageNamed(guest.name_page(&message).await),
+            Action::Commit => {
+                guest.commit(self.transport.address()).await?;
+                Input::Committed
             }
-            Action::Resume { reacquire, run } => Some(Input::Resumed(guest.resume(reacquire, run).await)),
-            order => self.order(order, course).await?,
-        })
+            Action::Resume { reacquire, run } => Input::Resumed(guest.resume(reacquire, run).await),
+            order => return self.order(order, course).await,
+        }))
+    }
+
+    /// What precedes a resume. A failure is a warning: the rest of the list must follow, whatever a hinter or an
+    /// observer does.
+    async fn clean_up(&mut self, action: Action) {
+        let cleaned = guarded(async {
+            match action {
+                Action::CloseHints => self.transfer.hints.close().await,
+                Action::LiftThrottle => self.lift_throttle().await,
+                _ => self.transfer.moved().await?,
+            }
+            Ok(())
+        });
+        if let Err(error) = cleaned.await {
+            let observers = &self.observers;
+            drop(guarded(async { Ok(observers.notify(&Event::Warning(error.to_string()))) }).await);
+        }
     }
 
     /// Orders to the stages, and messages to the destination.
@@ -418,12 +408,6 @@ impl Source<'_> {
         if let Err(error) = self.transfer.throttle(0).await {
             self.is_throttled = true;
             self.observers.notify(&Event::Warning(format!("the guest may still be throttled: {error}")));
-        }
-    }
-
-    pub(super) fn warn_of(&self, result: Result<(), MigrationError>) {
-        if let Err(error) = result {
-            self.observers.notify(&Event::Warning(error.to_string()));
         }
     }
 }
