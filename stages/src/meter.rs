@@ -154,7 +154,7 @@ impl Meter {
         self.held_bytes.fetch_max(bytes, Ordering::Relaxed);
     }
 
-    /// The most bytes that the stage ever said it holds.
+    /// The most bytes that the stage ever reported to hold.
     #[must_use]
     pub fn peak_bytes(&self) -> u64 {
         self.held_bytes.load(Ordering::Relaxed)

@@ -375,7 +375,7 @@ pub enum Event {
     /// The number of pages skipped so far, by reason. Sent when the window for hints is closed, and where pages are
     /// excluded.
     Excluded(ExcludedPages),
-    /// The controller's decision after a sync or within a round, with its reason, in words and figures.
+    /// The controller's decision after a sync or within a round, with its reason and figures.
     Decided(Decided),
     /// A setting of the source was changed while it ran.
     Changed(Changed),

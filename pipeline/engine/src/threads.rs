@@ -2,7 +2,7 @@
 //!
 //! If a user's threads are limited (RLIMIT_NPROC, the limit of a control group), tokio panics when the first thread of
 //! a runtime cannot start, and waits forever for any other. So all threads that will be needed are started at once, and
-//! stay. If the limit is too low, the start fails with an error that says what to raise, and no thread is missing
+//! stay. If the limit is too low, the start fails with an error that names what to raise, and no thread is missing
 //! later.
 
 use std::io::{self, ErrorKind};

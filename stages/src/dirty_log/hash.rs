@@ -14,7 +14,7 @@
 //! - *in flight*: the page was taken, and that many of its copies are still to be made. Every sync reports it as dirty without
 //!   reading it. Otherwise a page that changes from A to B and back to A around a read would be lost: the copy has B, the sync
 //!   reads A, and the hash of the copy before was A's. Takes are counted because a sync may come between a take and its copy: the
-//!   page is then taken again, and the first copy says nothing about the second.
+//!   page is then taken again, and nothing about the second follows from the first copy.
 //!
 //! A page starts in flight, with no copy to come: its bit is set when a migration starts, so nothing needs to be compared
 //! before its first copy. Copies of a page are reported in the order in which they are sent (ARCHITECTURE.md, law 4: a page keeps

@@ -76,7 +76,7 @@ impl MappedMemory {
     /// As [`MappedMemory::memfd`], of huge pages of 2 MiB that the operator has reserved (hugetlbfs).
     ///
     /// # Errors
-    /// If the length is 0 or no multiple of 2 MiB, or the host has too few free huge pages: the message says how to
+    /// If the length is 0 or no multiple of 2 MiB, or the host has too few free huge pages: the message explains how to
     /// reserve them.
     pub fn hugetlb(name: &str, length: usize) -> io::Result<Self> {
         check_length(length)?;

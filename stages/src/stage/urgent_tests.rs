@@ -283,7 +283,7 @@ fn requests() -> Vec<u64> {
     pages
 }
 
-/// The pipeline stands still, as full as it gets, while a request is served: so the order of events depends on no clock.
+/// The pipeline is stopped, as full as it gets, while a request is served: so the order of events depends on no clock.
 #[test]
 fn ten_thousand_requested_pages_leave_once_and_before_all_that_is_taken_after_the_request() {
     let mut source = Source::new();

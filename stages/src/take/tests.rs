@@ -2,7 +2,7 @@ use super::*;
 use crate::geometry::{LaneMap, PageSize};
 use crate::stage::testing::{layout, page_size};
 
-/// A log that fails where it is told to.
+/// A log that fails at a given call.
 #[derive(Debug, Default)]
 struct Fails(Mutex<bool>);
 
@@ -47,7 +47,7 @@ fn page(page: u64) -> PageAt {
 const AT: ExtentAt = ExtentAt { block: 0, extent: 0 };
 
 #[test]
-fn a_page_is_taken_once_whoever_comes_first_and_is_in_flight_until_it_is_placed() {
+fn a_page_is_taken_once_by_the_first_and_is_in_flight_until_it_is_placed() {
     let Bench { taker, bitmap, untouched, in_flight, .. } = bench();
     let urgent = taker.open_urgent(7).unwrap();
     let batch = Batch { at: AT, mask: 1 << 3, untouched: 1 << 3, round: 7, kind: RoundKind::Final };

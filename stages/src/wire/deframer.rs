@@ -143,7 +143,7 @@ impl Rules {
         Ok(head.into_arrived(self.features.checksum, frame.offset))
     }
 
-    /// Checks that the pages are coded as Hello says that they may be.
+    /// Checks that the pages are coded as Hello allows.
     fn check_agreed(&self, head: &PagesHead) -> Result<(), WireError> {
         let mut pages = bits(head.mask & !head.zero).zip(&head.pages);
         match pages.find(|(_, (encoding, _))| !is_agreed(*encoding, &self.features)) {

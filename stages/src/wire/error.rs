@@ -238,7 +238,7 @@ pub enum WireError {
     PayloadSum {
         /// All pages together.
         sum: u64,
-        /// What the frame says.
+        /// The value in the frame.
         payload: u32,
     },
     /// The parts do not add up to the frame.
@@ -339,7 +339,7 @@ impl fmt::Display for Quoted<'_> {
     }
 }
 
-/// A kind's byte in words.
+/// A kind's byte as text.
 struct KindName(u8);
 
 impl fmt::Display for KindName {

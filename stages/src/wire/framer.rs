@@ -18,7 +18,7 @@ pub struct WireFramer {
 }
 
 impl WireFramer {
-    /// The framer of one lane. `checksum` says whether each payload carries its hash, as the `payload-xxh3` feature has it.
+    /// The framer of one lane. `checksum`: whether each payload carries its hash, as the `payload-xxh3` feature has it.
     #[must_use]
     pub fn new(checksum: bool) -> Self {
         let at = ExtentAt { block: 0, extent: 0 };

@@ -242,7 +242,7 @@ pub struct Hello {
     pub connections: u16,
     /// How many of them are bulk: 1 to `lanes`.
     pub bulk: u16,
-    /// How many lanes there are. A [`BulkMap`] says which connection carries each.
+    /// How many lanes there are. A [`BulkMap`] determines which connection carries each.
     pub lanes: u16,
     /// The page size of every block.
     pub page_size: PageSize,

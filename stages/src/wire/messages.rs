@@ -182,7 +182,7 @@ pub enum Message {
         /// One for each page.
         hashes: Vec<u64>,
     },
-    /// Loaded, verified and prepared; `verified` says whether digests were compared.
+    /// Loaded, verified and prepared; `verified`: whether digests were compared.
     Loaded {
         /// Whether digests were compared, and were equal.
         verified: bool,

@@ -131,7 +131,7 @@ impl PagesHead {
         Ok(head)
     }
 
-    /// The batch of the frame that began at `offset`, without its payload. `checksum` says whether the stream has hashes.
+    /// The batch of the frame that began at `offset`, without its payload. `checksum`: whether the stream has hashes.
     #[must_use]
     pub fn into_arrived(self, checksum: bool, offset: u64) -> Arrived {
         let Self { at, round, mask, zero, payload_hash, pages } = self;

@@ -1,7 +1,7 @@
 //! The reading end of a stream: bytes in, checked frames out.
 //!
 //! Takes any [`AsyncRead`], gives [`Incoming`]s. Owns the place in the stream: every error names the byte at which its
-//! frame began. Promises that a peer's bytes never make it panic, wait for more than a frame says, or hold more than the
+//! frame began. Promises that a peer's bytes never make it panic, wait for more than a frame announces, or hold more than the
 //! longest message (about 1 MiB); a Pages payload goes straight into the caller's buffer.
 
 use std::io;

@@ -49,7 +49,7 @@ fn agrees_wherever_pages_stand(name: &str, version: &Version, pages: [&[u8]; 2],
     }
 }
 
-/// A page of zeros, and the same with other bytes where `differs` says so.
+/// A page of zeros, and the same with other bytes where `differs` is set.
 fn pages(length: usize, differs: impl Fn(usize) -> bool) -> (Vec<u8>, Vec<u8>) {
     (vec![0; length], (0..length).map(|i| u8::from(differs(i))).collect())
 }

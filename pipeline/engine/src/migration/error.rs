@@ -21,7 +21,7 @@ use crate::events::Role;
 use crate::guest::GuestError;
 use crate::values::Time;
 
-/// The error that ended a migration. Its text is for the operator: it says what failed and where.
+/// The error that ended a migration. Its text is for the operator: what failed and where.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum MigrationError {
@@ -75,7 +75,7 @@ pub enum MigrationError {
     Refused {
         /// Which end the peer is.
         peer: Role,
-        /// The reason, in the peer's words.
+        /// The peer's reason.
         why: Untrusted,
     },
     /// The peer gave up, with its reason.
@@ -83,7 +83,7 @@ pub enum MigrationError {
     GivenUp {
         /// Which end the peer is.
         peer: Role,
-        /// The reason, in the peer's words.
+        /// The peer's reason.
         why: Untrusted,
     },
     /// The peer violated the protocol.
@@ -213,7 +213,7 @@ pub(super) async fn guarded<T>(future: impl Future<Output = Result<T, MigrationE
 pub(super) fn panic_words(panic: &(dyn Any + Send)) -> String {
     let text = panic.downcast_ref::<String>().cloned();
     text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()))
-        .unwrap_or_else(|| "a panic without words".into())
+        .unwrap_or_else(|| "a panic without a message".into())
 }
 
 #[cfg(test)]

@@ -77,8 +77,7 @@ impl Greeted {
             let opened = transport.connect().await?;
             let mut writer = opened.writer.expect("a source writes");
             let features = features.to_list();
-            let hello =
-                Hello::bulk(session, connection, settings.connections, settings.lanes, page_size, features);
+            let hello = Hello::bulk(session, connection, settings.connections, settings.lanes, page_size, features);
             writer.write_all(&Message::Hello(hello).encode(0)).await?;
             greeted.writers.push(writer);
             if connection == 0 {
@@ -138,8 +137,8 @@ impl Link {
     }
 
     /// Sends the last message and ends the connections, within the time given.
-    pub(super) async fn close(mut self, last_word: Message, within: Duration) {
-        close(&mut self.senders.stages, &self.senders.control, Some(last_word), within).await;
+    pub(super) async fn close(mut self, farewell: Message, within: Duration) {
+        close(&mut self.senders.stages, &self.senders.control, Some(farewell), within).await;
     }
 }
 

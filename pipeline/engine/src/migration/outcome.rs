@@ -1,4 +1,4 @@
-//! The results of [`send`](super::send) and [`receive`](super::receive), which say where the guest is.
+//! The results of [`send`](super::send) and [`receive`](super::receive), which state where the guest is.
 
 use std::sync::Arc;
 

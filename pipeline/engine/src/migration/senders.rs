@@ -82,11 +82,11 @@ pub(super) fn bulk_map(settings: &SourceSettings) -> BulkMap {
 pub(super) async fn close(
     stages: &mut StageSet,
     control: &[Outlet<Control>],
-    last_word: Option<Message>,
+    farewell: Option<Message>,
     within: Duration,
 ) {
     let closing = async {
-        if let Some(message) = last_word {
+        if let Some(message) = farewell {
             control[0].put(Control::Frame(message.encode(0))).await?;
         }
         for control in control {

@@ -5,7 +5,7 @@
 //! in a task of its own, within a time limit, and only a few are greeted at once. An incomplete migration is refused
 //! after that time, or at once if one of its connections ends or no further one can be accepted.
 //!
-//! The listener stays open while the guest is received: a second source is told that this destination is busy.
+//! The listener stays open while the guest is received: a second source is refused: this destination is busy.
 
 mod refusal;
 
@@ -119,7 +119,7 @@ struct Reception {
     received: Option<Untrusted>,
 }
 
-/// The listener, and whoever has come to it. Runs on the data plane, where its sockets belong.
+/// The listener, and the clients that have connected. Runs on the data plane, where its sockets belong.
 pub(super) struct Door {
     listener: Box<dyn Listener>,
     reception: Reception,
@@ -144,7 +144,7 @@ impl Door {
         }
     }
 
-    /// Refuses whoever comes, for a guest is received. Returns only if the listener fails, which then matters to nobody.
+    /// Refuses every client, for a guest is received. Returns only if the listener fails, which then matters to nobody.
     pub(super) async fn refuse_everybody(mut self) {
         while let Ok(None) = self.next().await {}
     }

@@ -114,7 +114,7 @@ pub(super) fn left_out(make: &dyn Fn() -> Subject, order: Order) -> Result<(), B
     scanner.stop().map_err(Breach::failed(case))
 }
 
-/// Writes page by page with `write` (which says whether it could) at the page's first or last byte, and expects the next
+/// Writes page by page with `write` (which returns whether it could) at the page's first or last byte, and expects the next
 /// sync to have the page.
 fn each_write_is_found(
     case: Case,

@@ -92,7 +92,7 @@ pub trait Writer: Send + Sync {
     }
 }
 
-/// A case of the kit; the [module](self) says what must hold in each.
+/// A case of the kit; the [module](self) lists what must hold in each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Case {

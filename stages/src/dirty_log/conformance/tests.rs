@@ -278,7 +278,7 @@ enum Mistake {
     RearmsTooEarly,
     ForgetsToRearm,
     ForgetsCopies,
-    /// Fetches, and now and then does not say what.
+    /// Fetches, and now and then does not report what.
     ForgetsBits,
     IgnoresMarks,
     /// Takes a second take of a page for the first.

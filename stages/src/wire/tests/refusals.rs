@@ -9,7 +9,7 @@ use crate::geometry::{BlockInfo, PageSize};
 use crate::wire::frame::seal;
 use crate::wire::{Features, FrameHead, FrameReader, HEAD_BYTES, Kind, Message, PagesHead, SessionId};
 
-/// What is said of the frame's body with `bytes` put at `at` of its fields, under a right checksum.
+/// The error for the frame's body with `bytes` put at `at` of its fields, under a right checksum.
 fn refusal(kind: Kind, at: usize, bytes: &[u8]) -> String {
     let sample = samples::messages().into_iter().find(|message| message.kind() == kind).expect("a sample of each kind");
     let mut body = sample.encode(0)[HEAD_BYTES..].to_vec();

@@ -18,7 +18,7 @@ pub(super) fn parse(frame: &PagesFrame) -> Result<PagesHead, WireError> {
     PagesHead::parse(&frame.body, frame.frame_length, &layout())
 }
 
-/// What a loader says to the payload of a frame with hashes.
+/// The verdict of a loader on the payload of a frame with hashes.
 pub(super) fn check_payload(head: &PagesHead, payload: &[u8]) -> Result<(), PageFault> {
     head.clone().into_arrived(true, 0).check_payload(payload)
 }

@@ -189,7 +189,7 @@ pub(super) fn held<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The built guest matches the received blocks: the same blocks, zero where it says so.
+/// The built guest matches the received blocks: the same blocks, zero where it must be.
 pub(super) fn what_is_wrong(memory: &GuestMemory, page_size: PageSize, blocks: &[BlockInfo]) -> Option<String> {
     if let Some(otherwise) = built_otherwise(memory, page_size, blocks) {
         return Some(otherwise);

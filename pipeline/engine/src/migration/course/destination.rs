@@ -207,7 +207,9 @@ impl Course for DestinationCourse {
             }
             (Input::StreamEnded, &mut State::ReachingEnd(arrival, run_state)) => self.compare(arrival, run_state, now),
             // Everything has arrived, and the source is gone.
-            (Input::StreamEnded, State::Comparing { .. } | State::Preparing { .. }) => self.over(Err(MigrationError::Lost(closed()))),
+            (Input::StreamEnded, State::Comparing { .. } | State::Preparing { .. }) => {
+                self.over(Err(MigrationError::Lost(closed())))
+            }
             (Input::StreamEnded, _) => self.over(Err(ended_early())),
             (Input::Received(message), State::ReachingEnd(..)) => self.over(Err(behind_the_end(&message))),
             (Input::Received(message), _) => self.over(Err(unwelcome(message))),
@@ -270,7 +272,7 @@ impl DestinationCourse {
         actions
     }
 
-    /// Goes on once the end mark and every lane's last frame have arrived.
+    /// Continues once the end mark and every lane's last frame have arrived.
     fn loaded(&mut self, now: Duration) -> Vec<Action> {
         let State::Loading(arrival @ Arrival { lanes_left: 0, end: Some((run_state, expected)), .. }) = self.state
         else {

@@ -240,7 +240,7 @@ mod tests {
     use super::*;
 
     fn all_happenings() -> Vec<Happening> {
-        let said = [
+        let messages = [
             Message::Ready,
             Message::Loaded { verified: true },
             Message::Loaded { verified: false },
@@ -250,7 +250,7 @@ mod tests {
             Message::StartFailed("broken".into()),
             Message::Go(RunState::Running),
         ];
-        let mut all: Vec<_> = said.into_iter().map(Happening::Received).collect();
+        let mut all: Vec<_> = messages.into_iter().map(Happening::Received).collect();
         all.extend([
             Happening::Lost(Loss::ReaderEnded),
             Happening::Cancel,
@@ -277,7 +277,7 @@ mod tests {
             let source_runs = matches!(world.verdict, Some(Verdict::Failed(_) | Verdict::Cancelled));
             assert!(!(source_runs && world.destination_runs), "two run: {:?}", world.verdict);
             if world.verdict == Some(Verdict::Completed) {
-                assert!(world.destination_runs, "none runs and nobody says so");
+                assert!(world.destination_runs, "none runs and nobody reports it");
             }
         }
         fn source_step(world: &mut World, happening: Happening) {

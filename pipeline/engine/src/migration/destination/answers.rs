@@ -49,8 +49,8 @@ impl Answers {
     }
 
     /// Sends the last message and ends the return path, within [`FAREWELL`].
-    pub(super) async fn close(mut self, last_word: Option<Message>) {
-        let Some(message) = last_word else { return };
+    pub(super) async fn close(mut self, farewell: Option<Message>) {
+        let Some(message) = farewell else { return };
         let closing = async {
             send_answer(Some(&self.outlet), &message).await?;
             finish(&self.outlet, &mut self.stages).await;

@@ -112,9 +112,9 @@ impl Flow {
     }
 
     /// Sends the last message and ends the connections, within [`FAREWELL`].
-    pub(super) async fn close(mut self, last_word: Option<Message>) {
+    pub(super) async fn close(mut self, farewell: Option<Message>) {
         let closing = async {
-            if let Some(message) = last_word {
+            if let Some(message) = farewell {
                 self.send(&message).await?;
             }
             if let Some(answer) = self.graph.answer.take() {

@@ -62,7 +62,7 @@ impl<'a> Destination<'a> {
         Box::pin(self.plane.run(door.gather()))
     }
 
-    /// The connections have arrived: whoever comes from here on is told that this destination is busy. A file has no
+    /// The connections have arrived: a source that connects from here on is refused: this destination is busy. A file has no
     /// second reader.
     pub(super) fn gathered(&mut self, session: Session, door: Door) {
         if session.answer.is_some() {

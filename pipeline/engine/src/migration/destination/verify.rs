@@ -64,7 +64,7 @@ pub(super) async fn page_hashes(
     hashes.map_err(MigrationError::Digest)
 }
 
-/// Where the memories differ, in words.
+/// Where the memories differ, as text.
 pub(super) fn describe(memory: &GuestMemory, stretch: StretchAt) -> MigrationError {
     let layout = memory.layout();
     let (block, first) = (&layout.blocks()[stretch.block as usize], digests::first_page(layout, stretch));

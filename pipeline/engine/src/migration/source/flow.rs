@@ -49,7 +49,7 @@ pub(super) enum Signal {
 /// The running stages of a source, as its course sees them.
 pub(super) struct Flow {
     pub(super) graph: SourceGraph,
-    said: Option<ReturnPath>,
+    return_path: Option<ReturnPath>,
     /// Set if there is a return path.
     pub(super) alive: Option<Alive>,
     ticks: Interval,
@@ -58,17 +58,17 @@ pub(super) struct Flow {
 }
 
 impl Flow {
-    pub(super) fn new(graph: SourceGraph, said: Option<ReturnPath>, alive: Option<Alive>) -> Self {
+    pub(super) fn new(graph: SourceGraph, return_path: Option<ReturnPath>, alive: Option<Alive>) -> Self {
         let mut ticks = tokio::time::interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        Self { graph, said, alive, ticks, round_began: Vec::new() }
+        Self { graph, return_path, alive, ticks, round_began: Vec::new() }
     }
 
     /// Waits for the next signal. Safe to race in a `select!`.
     pub(super) async fn next(&mut self) -> Signal {
         tokio::select! {
             biased;
-            said = heard(&mut self.said) => said.map_or_else(Signal::Lost, Signal::Received),
+            message = received(&mut self.return_path) => message.map_or_else(Signal::Lost, Signal::Received),
             sent = item(&self.graph.sent) => Signal::Sent(sent),
             scanned = item(&self.graph.scanned) => Signal::Scanned(scanned),
             synced = item(&self.graph.synced) => Signal::Synced(synced),
@@ -121,27 +121,27 @@ impl Flow {
     }
 
     /// The destination's message that decides where the guest is; else the first failure in order of time.
-    pub(super) async fn last_words(&mut self, failure: Failure) -> Result<Message, Failure> {
+    pub(super) async fn last_message(&mut self, failure: Failure) -> Result<Message, Failure> {
         let cause = self.graph.stages.root_cause(failure).await;
-        if self.said.is_none() {
+        if self.return_path.is_none() {
             return Err(cause);
         }
-        let last_words = async {
+        let last_message = async {
             loop {
-                match heard(&mut self.said).await {
-                    Ok(words) if decides(&words) => break Some(words),
+                match received(&mut self.return_path).await {
+                    Ok(message) if decides(&message) => break Some(message),
                     Ok(_) => {}
                     Err(_) => break None,
                 }
             }
         };
-        let said = tokio::time::timeout(PATIENCE, last_words).await.ok().flatten();
-        said.ok_or(cause)
+        let message = tokio::time::timeout(PATIENCE, last_message).await.ok().flatten();
+        message.ok_or(cause)
     }
 
     /// Sends the last message on every connection and ends them, within the time given.
-    pub(super) async fn close(&mut self, last_word: Option<Message>, within: Duration) {
-        senders::close(&mut self.graph.stages, &self.graph.control, last_word, within).await;
+    pub(super) async fn close(&mut self, farewell: Option<Message>, within: Duration) {
+        senders::close(&mut self.graph.stages, &self.graph.control, farewell, within).await;
     }
 }
 
@@ -154,9 +154,9 @@ async fn item<T>(inlet: &Inlet<T>) -> T {
 }
 
 /// The next message of the return path, if there is one.
-async fn heard(said: &mut Option<ReturnPath>) -> Result<Message, Loss> {
-    match said {
-        Some(said) => said.next().await,
+async fn received(return_path: &mut Option<ReturnPath>) -> Result<Message, Loss> {
+    match return_path {
+        Some(return_path) => return_path.next().await,
         None => std::future::pending().await,
     }
 }

@@ -1,4 +1,4 @@
-//! What the operator says to a source: cancel, and requests.
+//! What the operator sends to a source: cancel, and requests.
 
 use tokio_util::sync::CancellationToken;
 

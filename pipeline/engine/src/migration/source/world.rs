@@ -328,8 +328,8 @@ impl Source<'_> {
     /// Why a stage failed: the destination's message that decides where the guest is; else the first failure in time.
     async fn explain(&mut self, failure: Failure) -> Input {
         let Attempt::Running(flow) = &mut self.attempt else { return Input::Failed(MigrationError::Stage(failure)) };
-        match flow.last_words(failure).await {
-            Ok(words) => Input::Received(words),
+        match flow.last_message(failure).await {
+            Ok(message) => Input::Received(message),
             Err(cause) => Input::Failed(MigrationError::Stage(cause)),
         }
     }

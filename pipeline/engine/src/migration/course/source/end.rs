@@ -1,4 +1,4 @@
-//! The end, in every case: the guest is put where the result says.
+//! The end, in every case: the guest is put where the result has it.
 
 use std::time::Duration;
 
@@ -34,7 +34,7 @@ impl End {
     }
 }
 
-/// Why a migration was cancelled, in words.
+/// Why a migration was cancelled, as text.
 pub(in crate::migration) fn why_cancelled(why: &MigrationError) -> String {
     match why {
         MigrationError::Cancelled => "cancelled at the source".into(),
@@ -62,7 +62,7 @@ impl SourceCourse {
         self.end(end, now)
     }
 
-    /// Puts the guest where the result says.
+    /// Puts the guest where the result has it.
     pub(super) fn end(&mut self, end: End, now: Duration) -> Vec<Action> {
         let stays_paused = match end {
             End::Completed => self.settings.after != Some(After::Resume),

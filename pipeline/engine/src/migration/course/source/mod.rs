@@ -19,7 +19,7 @@
 //! | `rounds` | rounds while the guest runs, and what is decided between them |
 //! | `switchover` | the pause, and what the paused guest waits for |
 //! | `handover` | the last handshake, or the end of a file |
-//! | `end` | the guest is put where the result says |
+//! | `end` | the guest is put where the result has it |
 //! | `requests` | the operator changes a setting or requests the switchover |
 //! | `spent` | the parts of the downtime |
 
@@ -90,7 +90,7 @@ pub(in crate::migration) enum Input {
     Digested,
     /// The end mark is queued, and everything before it.
     EndSent,
-    /// The page that differs, in words.
+    /// The page that differs, as text.
     PageNamed(String),
     /// Nothing here resumes the guest on its own any more.
     Committed,

@@ -270,7 +270,7 @@ impl SourceCourse {
     }
 
     pub(super) fn tick(&mut self, standing: Standing, bulk_bytes: u64, now: Duration) -> Vec<Action> {
-        if let Some(why) = self.stands_still(bulk_bytes, now) {
+        if let Some(why) = self.stalled(bulk_bytes, now) {
             return self.fail(MigrationError::TimedOut(why), now);
         }
         let within_deadline = self.check_deadline(&Standing { elapsed: now, ..standing }, now);
@@ -279,7 +279,7 @@ impl SourceCourse {
 
     /// A destination that accepts no more data would block a round, and perhaps a paused guest, forever. Heartbeats may
     /// continue meanwhile, on another connection.
-    fn stands_still(&mut self, bulk_bytes: u64, now: Duration) -> Option<String> {
+    fn stalled(&mut self, bulk_bytes: u64, now: Duration) -> Option<String> {
         let State::Sending(round) = &mut self.state else { return None };
         if round.bulk_bytes != bulk_bytes {
             round.bulk_bytes = bulk_bytes;
