@@ -21,7 +21,7 @@ use common::inputs::{self, CHANGES};
 use common::{EXTENT, PAGE, Suite, or_of, timed};
 use fastrand::Rng;
 use futures::join;
-use memferry_stages::batch::{Arrived, Item, Mark, PageEncoding, payload_hash};
+use memferry_stages::batch::{Arrived, Item, Mark, PageEncoding};
 use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::codec::{Codec, Compressor};
 use memferry_stages::encoder::Outgoing;
@@ -90,7 +90,7 @@ fn outgoing(pool: &BufferPool) -> Vec<Outgoing> {
     buffers.iter_mut().for_each(|buffer| buffer.set_filled(EXTENT));
     let frame = |(extent, payload)| {
         let mark = (extent == EXTENTS - 1).then_some(Mark::LaneEnds);
-        Outgoing { lane: 0, head: raw_head(extent, 0).to_bytes(0), payload: Some(payload), mark }
+        Outgoing { lane: 0, head: raw_head(extent).to_bytes(0), payload: Some(payload), mark }
     };
     (0..).zip(buffers).map(frame).collect()
 }
@@ -145,7 +145,7 @@ impl AsyncWrite for Sink {
 fn receiver(suite: &mut Suite) {
     let payload = inputs::random(EXTENT);
     let stream: Vec<u8> =
-        (0..EXTENTS).flat_map(|extent| [&raw_head(extent, 0).to_bytes(0)[..], &payload].concat()).collect();
+        (0..EXTENTS).flat_map(|extent| [&raw_head(extent).to_bytes(0)[..], &payload].concat()).collect();
     let pool = BufferPool::new(WARM, EXTENT);
     let mut warm = vec![1; EXTENT];
     suite.measure("receiver", "memcpy", TURN, &[], || {
@@ -233,9 +233,10 @@ impl Coded {
         Some(coded)
     }
 
-    fn head(&self, extent: u32, payload_hash: u64) -> PagesHead {
+    fn head(&self, extent: u32) -> PagesHead {
         let (at, zero) = (ExtentAt { block: 0, extent }, if self.pages.is_empty() { u64::MAX } else { 0 });
-        PagesHead { at, round: 1, mask: u64::MAX, zero, payload_hash, pages: self.pages.clone() }
+        PagesHead { at, round: 1, mask: u64::MAX, zero, payload_hash: 0, pages: self.pages.clone() }
+            .with_hash_of(&self.payload)
     }
 }
 
@@ -244,12 +245,11 @@ fn loads(suite: &mut Suite, name: &str, memory: &MappedMemory, guest: &GuestMemo
     let pool = BufferPool::new(WARM, EXTENT);
     let filled_buffers: Vec<_> = (0..WARM).map(|_| filled(&pool, &coded.payload)).collect();
     drop(filled_buffers);
-    let hash = payload_hash(&coded.payload);
     let others = inputs::random(TURN);
     let heads = || {
         // The lines that sparse deltas touch are few: without a sweep of others they would stay in cache.
         black_box(or_of(&others));
-        (0..EXTENTS).map(|extent| coded.head(extent, hash).into_arrived(true, 0)).collect()
+        (0..EXTENTS).map(|extent| coded.head(extent).into_arrived(true, 0)).collect()
     };
     let mut loaded = false;
     turns(
@@ -290,9 +290,9 @@ fn layout() -> Layout {
     Layout::new(PageSize::DEFAULT, vec![info]).expect("a layout")
 }
 
-fn raw_head(extent: u32, payload_hash: u64) -> PagesHead {
+fn raw_head(extent: u32) -> PagesHead {
     let at = ExtentAt { block: 0, extent };
-    PagesHead { at, round: 1, mask: u64::MAX, zero: 0, payload_hash, pages: vec![(PageEncoding::Raw, 4096); 64] }
+    PagesHead { at, round: 1, mask: u64::MAX, zero: 0, payload_hash: 0, pages: vec![(PageEncoding::Raw, 4096); 64] }
 }
 
 fn filled(pool: &BufferPool, bytes: &[u8]) -> PooledBuffer {

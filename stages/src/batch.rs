@@ -11,14 +11,17 @@
 mod arrived;
 mod encoded;
 mod encoding;
+mod hashes;
 
 use crate::geometry::ExtentAt;
 use crate::pool::PooledBuffer;
 use crate::tally::RoundTally;
 pub(crate) use arrived::Piece;
-pub use arrived::{Arrived, PageFault, payload_hash};
+pub use arrived::{Arrived, PageFault};
 pub use encoded::EncodedBatch;
 pub use encoding::{GROUP_BYTES, PageEncoding, group_pages};
+pub(crate) use hashes::parts;
+pub use hashes::{page_hash, payload_hash};
 
 /// What a lane's queue carries.
 #[derive(Debug)]

@@ -15,6 +15,8 @@ pub struct Decoder {
     decompressor: Decompressor,
     /// The pages of a group, decompressed.
     group: Vec<u8>,
+    /// The hashes of the raw pages of a batch.
+    hashes: Vec<u64>,
 }
 
 impl fmt::Debug for Decoder {
@@ -28,7 +30,7 @@ impl Decoder {
     #[must_use]
     pub fn new(page_size: PageSize) -> Self {
         let group = vec![0; page_size.bytes() * group_pages(page_size)];
-        Self { page_size, decompressor: Decompressor::default(), group }
+        Self { page_size, decompressor: Decompressor::default(), group, hashes: Vec::new() }
     }
 
     /// Checks a batch as a loader does, and writes nothing. `received` are the pages of the extent that came before; returns
@@ -37,7 +39,7 @@ impl Decoder {
     /// # Errors
     /// [`PageFault`] where a loader would refuse the batch.
     pub fn check(&mut self, arrived: &Arrived, payload: &[u8], received: u64) -> Result<u64, PageFault> {
-        arrived.check_payload(payload)?;
+        arrived.check_payload(payload, &mut self.hashes)?;
         let mut received = received | arrived.zero;
         for piece in arrived.pieces(payload) {
             match piece.encoding {

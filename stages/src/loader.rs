@@ -61,6 +61,8 @@ pub struct Loader<S = Direct> {
     sink: S,
     progress: Arc<LaneProgress>,
     decoder: Decoder,
+    /// The hashes of the raw pages of the batch in progress, if they are needed.
+    raw_hashes: Vec<u64>,
     stage: Stage,
 }
 
@@ -89,7 +91,7 @@ impl<S: PageSink> Loader<S> {
     #[must_use]
     pub fn new(lane: u16, sink: S, progress: Arc<LaneProgress>, meter: Arc<Meter>) -> Self {
         let decoder = Decoder::new(sink.page_size());
-        Self { lane, sink, progress, decoder, stage: Stage::new(StageId::loader(lane), meter) }
+        Self { lane, sink, progress, decoder, raw_hashes: Vec::new(), stage: Stage::new(StageId::loader(lane), meter) }
     }
 
     /// Runs until the lane's end, or until there is no more input.
@@ -129,18 +131,25 @@ impl<S: PageSink> Loader<S> {
 
     fn load(&mut self, arrived: &Arrived) -> Result<(), Fault> {
         let payload = arrived.payload.as_deref().unwrap_or_default();
-        arrived.check_payload(payload)?;
-        self.sink.begin(arrived.at, arrived.zero, arrived.mask & !arrived.zero)?;
-        arrived.pieces(payload).try_for_each(|piece| self.place(arrived.at, &piece))
-    }
-
-    /// Decodes a piece and writes it.
-    fn place(&mut self, at: ExtentAt, piece: &Piece<'_>) -> Result<(), Fault> {
-        match piece.encoding {
-            PageEncoding::Raw => Ok(self.sink.write(at, piece.mask, piece.bytes)?),
-            PageEncoding::Xbzrle => self.patch(at, piece),
-            _ => self.unpack(at, piece),
+        arrived.check_payload(payload, &mut self.raw_hashes)?;
+        if self.sink.wants_hashes() {
+            arrived.hash_raw(payload, &mut self.raw_hashes);
         }
+        self.sink.begin(arrived.at, arrived.zero, arrived.mask & !arrived.zero)?;
+        let mut raw = 0;
+        for piece in arrived.pieces(payload) {
+            match piece.encoding {
+                PageEncoding::Raw => {
+                    let end = raw + piece.mask.count_ones() as usize;
+                    let hashes = self.raw_hashes.get(raw..end).unwrap_or_default();
+                    self.sink.write(arrived.at, piece.mask, piece.bytes, hashes)?;
+                    raw = end;
+                }
+                PageEncoding::Xbzrle => self.patch(arrived.at, &piece)?,
+                _ => self.unpack(arrived.at, &piece)?,
+            }
+        }
+        Ok(())
     }
 
     /// Decompresses a group into a buffer, and writes its pages once all of them are complete.
@@ -150,7 +159,7 @@ impl<S: PageSink> Loader<S> {
         let mut pages = self.decoder.group();
         for (first, count) in runs(piece.mask) {
             let (run, rest) = pages.split_at(count as usize * page_bytes);
-            self.sink.write(at, run_mask(first, count), run)?;
+            self.sink.write(at, run_mask(first, count), run, &[])?;
             pages = rest;
         }
         Ok(())

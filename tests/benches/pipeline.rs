@@ -26,7 +26,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use memferry::events::Outcome;
-use memferry::settings::{EncoderSettings, SourceSettings};
+use memferry::settings::{EncoderSettings, SourceSettings, Verify};
 use memferry_stages::codec::{Codec, ZSTD_DEFAULT_LEVEL};
 use memferry_stages::geometry::PageSize;
 use memferry_tests::{Ends, TestGuest, bare, migrate, source_settings, warm_memory};
@@ -78,7 +78,7 @@ fn settings(lanes: u16, connections: u16, checksum: bool) -> SourceSettings {
     SourceSettings {
         encoder: EncoderSettings { compress: None, xbzrle: None },
         checksum,
-        verify: false,
+        verify: Verify::Off,
         ..source_settings(lanes, connections)
     }
 }

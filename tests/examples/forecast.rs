@@ -10,7 +10,7 @@ use std::time::Duration;
 use memferry::codec::Codec;
 use memferry::controller::{Decided, Decision};
 use memferry::events::Event;
-use memferry::settings::{EncoderSettings, OnDeadline, SourceSettings, XbzrleSettings};
+use memferry::settings::{EncoderSettings, OnDeadline, SourceSettings, Verify, XbzrleSettings};
 use memferry_guests::workload::{Pattern, Workload, WorkloadSettings};
 use memferry_report::error_percent;
 use memferry_tests::foreseen::{settings, workload, writer};
@@ -121,5 +121,5 @@ fn moved((.., limit, encoder, verify): Plan) -> SourceSettings {
         Encoder::Lz4 => EncoderSettings { compress, xbzrle: None },
         Encoder::Deltas => EncoderSettings { compress, xbzrle: Some(XbzrleSettings::default()) },
     };
-    settings(encoder, None, limit, verify)
+    settings(encoder, None, limit, if verify { Verify::default() } else { Verify::Off })
 }

@@ -14,7 +14,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use memferry::events::{Event, Outcome};
-use memferry::settings::{ConvergenceSettings, EncoderSettings, OnMiss, SourceSettings, StallStep, XbzrleSettings};
+use memferry::settings::{
+    ConvergenceSettings, EncoderSettings, OnMiss, SourceSettings, StallStep, Verify, XbzrleSettings,
+};
 use memferry_guests::workload::{Fill, Pattern, Workload, WorkloadSettings};
 use memferry_tests::foreseen::{settings, workload, writer};
 use memferry_tests::migrate;
@@ -118,7 +120,7 @@ fn moved(limit: Option<u64>, on_miss: OnMiss) -> SourceSettings {
     let xbzrle = Some(XbzrleSettings { on_miss, ..XbzrleSettings::default() });
     SourceSettings {
         convergence: ConvergenceSettings { on_stall: vec![StallStep::SwitchOver], ..ConvergenceSettings::default() },
-        ..settings(EncoderSettings { xbzrle, ..EncoderSettings::default() }, limit, 300, false)
+        ..settings(EncoderSettings { xbzrle, ..EncoderSettings::default() }, limit, 300, Verify::Off)
     }
 }
 

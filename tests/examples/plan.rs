@@ -11,7 +11,7 @@ use std::error::Error;
 use std::time::Duration;
 
 use memferry::codec::Codec;
-use memferry::settings::{EncoderSettings, OnMiss, XbzrleSettings};
+use memferry::settings::{EncoderSettings, OnMiss, Verify, XbzrleSettings};
 use memferry_guests::workload::{Pattern, WriterSettings};
 use memferry_tests::foreseen::{Case, Went, median, off, settings, writer};
 
@@ -145,6 +145,6 @@ fn case(
             }),
         },
     };
-    let settings = settings(encoder, Some(cap), limit, verify);
+    let settings = settings(encoder, Some(cap), limit, if verify { Verify::Full } else { Verify::Off });
     Case { name, mib, writers, settings }
 }

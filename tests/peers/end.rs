@@ -20,7 +20,7 @@ use memferry::events::{Ended, Event, Observer, Observers, Outcome, Role};
 use memferry::guest::{GuestBuilder, SourceGuest};
 use memferry::migration::{DataPlane, receive, send};
 use memferry::settings::{
-    ConvergenceSettings, EncoderSettings, OnDeadline, OnMiss, SourceSettings, StallStep, ThrottleSettings,
+    ConvergenceSettings, EncoderSettings, OnDeadline, OnMiss, SourceSettings, StallStep, ThrottleSettings, Verify,
     XbzrleSettings,
 };
 use memferry_guests::workload::{Fill, Pattern, Region, Workload, WorkloadSettings, WriterSettings};
@@ -244,7 +244,7 @@ fn settings(how: How) -> SourceSettings {
     SourceSettings {
         encoder: EncoderSettings { compress, xbzrle },
         checksum: true,
-        verify: how.verify,
+        verify: if how.verify { Verify::Pages } else { Verify::Off },
         max_bandwidth: how.max_bandwidth,
         downtime_limit: how.downtime_limit,
         max_rounds: u32::MAX,

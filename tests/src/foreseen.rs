@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use memferry::events::{Event, Outcome, Role};
-use memferry::settings::{ConvergenceSettings, EncoderSettings, SourceSettings, StallStep};
+use memferry::settings::{ConvergenceSettings, EncoderSettings, SourceSettings, StallStep, Verify};
 use memferry::units::Units;
 use memferry_guests::workload::{Fill, Pattern, Region, Workload, WorkloadSettings, WriterSettings};
 use memferry_plan::bandwidth::Bandwidth;
@@ -65,7 +65,7 @@ pub fn workload(mib: u64, writers: Vec<WriterSettings>) -> WorkloadSettings {
 /// Settings for a link of this many MiB per second, if it has a limit, and a downtime limit in milliseconds. If the
 /// migration does not converge, the guest is throttled, and is switched over at the end.
 #[must_use]
-pub fn settings(encoder: EncoderSettings, link: Option<u64>, limit_ms: u64, verify: bool) -> SourceSettings {
+pub fn settings(encoder: EncoderSettings, link: Option<u64>, limit_ms: u64, verify: Verify) -> SourceSettings {
     SourceSettings {
         encoder,
         max_bandwidth: link.map(|mib| mib << 20),

@@ -11,7 +11,7 @@ use memferry::guest::{DestinationGuest, Guest, GuestBuilder, GuestError, GuestSt
 use memferry::migration::{DataPlane, ReceiveError, Received, RunsHere, SendError, Sent, receive, send};
 use memferry::settings::{
     ConvergenceSettings, DestinationSettings, EncoderSettings, OnDeadline, OnMiss, SourceSettings, SwitchoverBandwidth,
-    XbzrleSettings,
+    Verify, XbzrleSettings,
 };
 use memferry_guests::workload::WorkloadBuilder;
 use memferry_stages::codec::Codec;
@@ -125,7 +125,7 @@ pub fn source_settings(lanes: u16, connections: u16) -> SourceSettings {
         deadline: None,
         on_deadline: OnDeadline::SwitchOver,
         convergence: ConvergenceSettings::default(),
-        verify: true,
+        verify: Verify::Pages,
         after: None,
         max_state_bytes: memferry::settings::MAX_STATE_BYTES,
         handover_timeout: Duration::from_secs(20),

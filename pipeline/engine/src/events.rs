@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use memferry_stages::exclusions::ExcludedPages;
 use memferry_stages::meter::Reading;
+use memferry_stages::page_hashes::Coverage;
 use memferry_stages::tally::RoundTally;
 use memferry_stages::untrusted::Untrusted;
 use serde::{Deserialize, Serialize};
@@ -402,7 +403,7 @@ pub enum Event {
     /// The guest continues at the source.
     Resumed,
     /// The migration ended.
-    Ended(Ended),
+    Ended(Box<Ended>),
 }
 
 impl Event {
@@ -429,6 +430,8 @@ pub struct Ended {
     pub error: Option<String>,
     /// The result of the comparison of digests; `None` if it did not take place.
     pub verified: Option<bool>,
+    /// The pages that were read again, and equalled what this end had sent or loaded; `None` without page hashes.
+    pub checked: Option<Coverage>,
     /// From start to verdict.
     pub total: Duration,
     /// From start to the first page.
@@ -526,7 +529,7 @@ impl Observers {
     /// Notifies every observer of the end: its phase, and its figures.
     pub(crate) fn notify_end(&self, ended: &Ended) {
         self.notify(&Event::Phase(ended.outcome.into()));
-        self.notify(&Event::Ended(ended.clone()));
+        self.notify(&Event::Ended(Box::new(ended.clone())));
     }
 }
 

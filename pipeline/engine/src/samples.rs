@@ -5,6 +5,7 @@ use std::time::Duration;
 use memferry_stages::batch::RoundKind;
 use memferry_stages::exclusions::ExcludedPages;
 use memferry_stages::meter::Reading;
+use memferry_stages::page_hashes::Coverage;
 use memferry_stages::stage_id::StageId;
 use memferry_stages::tally::{PageTally, RoundTally};
 
@@ -37,6 +38,7 @@ pub fn ended(role: Role) -> Ended {
         outcome: Outcome::Completed,
         error: None,
         verified: Some(true),
+        checked: Some(Coverage { checked: 196_608, of: 262_144 }),
         total: ms(2500),
         setup: ms(100),
         downtime: Some(ms(213)),
@@ -129,7 +131,7 @@ pub fn script(role: Role) -> Vec<Event> {
         sync(100),
         Event::RoundSent { tally: last, duration: Duration::from_millis(90) },
         Event::Phase(Phase::Completed),
-        Event::Ended(ended(role)),
+        Event::Ended(Box::new(ended(role))),
     ]
 }
 
@@ -180,15 +182,16 @@ pub fn every_event() -> Vec<Event> {
     });
     events.push(Event::Warning("the guest cannot be throttled".into()));
     events.push(Event::Resumed);
-    events.push(Event::Ended(ended(Role::Source)));
-    events.push(Event::Ended(Ended {
+    events.push(Event::Ended(Box::new(ended(Role::Source))));
+    events.push(Event::Ended(Box::new(Ended {
         outcome: Outcome::Cancelled,
         error: Some("cancelled".into()),
         verified: None,
+        checked: None,
         downtime: None,
         forecast: None,
         ..ended(Role::Source)
-    }));
+    })));
     events.push(Event::Changed(Changed {
         round: 2,
         from: Change::DowntimeLimit(ms(300)),

@@ -9,7 +9,7 @@
 //! use memferry::settings::SourceSettings;
 //!
 //! let settings = SourceSettings { downtime_limit: Duration::from_millis(50), ..SourceSettings::default() };
-//! assert!(settings.verify);
+//! assert!(settings.verify.is_on());
 //! ```
 
 use std::time::Duration;
@@ -21,8 +21,10 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use crate::values::{Bandwidth, time};
 
 pub use rules::{Rule, Setting, SettingsError};
+pub use verify::Verify;
 
 mod rules;
+mod verify;
 
 /// The default limit for guest state: virtual devices take kilobytes to a few megabytes.
 pub const MAX_STATE_BYTES: u64 = 16 << 20;
@@ -221,8 +223,8 @@ pub struct SourceSettings {
     pub on_deadline: OnDeadline,
     /// The steps before that for a migration that does not converge.
     pub convergence: ConvergenceSettings,
-    /// Compare digests before the destination may run.
-    pub verify: bool,
+    /// How the destination's memory is compared with the source's before the guest may run there.
+    pub verify: Verify,
     /// The state of the guest at the end, for a transport without a return path.
     pub after: Option<After>,
     /// The most bytes that guest state may take, both of its parts together. It is part of the memory bound.
@@ -250,7 +252,7 @@ impl Default for SourceSettings {
             deadline: None,
             on_deadline: OnDeadline::Cancel,
             convergence: ConvergenceSettings::default(),
-            verify: true,
+            verify: Verify::default(),
             after: None,
             max_state_bytes: MAX_STATE_BYTES,
             handover_timeout: Duration::from_secs(30),

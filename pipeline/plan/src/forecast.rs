@@ -10,7 +10,7 @@ use memferry::controller::Decision;
 use memferry::controller::forecast::FixedCost;
 use memferry::controller::simulation::{Link, Run, simulate};
 use memferry::migration::DIGEST_PASSES;
-use memferry::settings::SourceSettings;
+use memferry::settings::{SourceSettings, Verify};
 
 /// The time of device state and the last handshake, for a guest that has not been paused yet.
 const HANDOVER: Duration = Duration::from_millis(2);
@@ -56,7 +56,7 @@ pub fn foresee(written: &Written<'_>, settings: &SourceSettings, bandwidth: Band
 /// The cost of a switchover without any pages.
 #[must_use]
 pub fn fixed_cost(trace: &Trace, settings: &SourceSettings) -> FixedCost {
-    let verify = if settings.verify { trace.guest.digests } else { Duration::ZERO };
+    let verify = if settings.verify == Verify::Full { trace.guest.digests } else { Duration::ZERO };
     FixedCost { sync: trace.sync(), verify, handover: HANDOVER }
 }
 

@@ -18,7 +18,7 @@ use std::io;
 use std::time::{Duration, Instant};
 
 use fastrand::Rng;
-use memferry_stages::batch::payload_hash;
+use memferry_stages::batch::page_hash;
 use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::encoder::estimate::Estimate;
 use memferry_stages::geometry::{ExtentAt, Layout, PageAt, bits};
@@ -111,7 +111,7 @@ impl Sampler {
             self.samples.touched.of += u64::from(mask.count_ones());
             self.samples.touched.part += u64::from(zero.count_ones());
             let began = Instant::now();
-            std::hint::black_box(payload_hash(&self.buffer));
+            std::hint::black_box(page_hash(&self.buffer));
             count(&mut self.samples.checksum, mask & !zero, began);
             code(&mut self.whole, &self.buffer, self.page.len(), &mut self.samples.whole);
         }

@@ -14,7 +14,7 @@ use super::trace::{Coded, DeltaSample, Deltas, GuestFacts, Interval, Runs, Sampl
 use super::written::Written;
 use memferry::controller::Decision;
 use memferry::controller::simulation::Run;
-use memferry::settings::{EncoderSettings, SourceSettings, StallStep, XbzrleSettings};
+use memferry::settings::{EncoderSettings, SourceSettings, StallStep, Verify, XbzrleSettings};
 use memferry::units::Units;
 
 const PAGE: u64 = 4096;
@@ -56,7 +56,7 @@ fn steady() -> Trace {
 }
 
 fn settings(encoder: EncoderSettings) -> SourceSettings {
-    SourceSettings { encoder, downtime_limit: TENTH, max_rounds: 30, verify: false, ..SourceSettings::default() }
+    SourceSettings { encoder, downtime_limit: TENTH, max_rounds: 30, verify: Verify::Off, ..SourceSettings::default() }
 }
 
 fn raw() -> SourceSettings {
@@ -248,7 +248,7 @@ fn misses_are_compressed_over_a_link_that_is_slower_than_the_compressor() {
 fn the_answer_shows_each_link_and_names_what_helps() {
     let trace = steady();
     let verified = SourceSettings {
-        verify: true,
+        verify: Verify::Full,
         convergence: memferry::settings::ConvergenceSettings {
             on_stall: vec![StallStep::Cancel],
             ..memferry::settings::ConvergenceSettings::default()

@@ -364,7 +364,7 @@ mod tests {
             (1200, sent(4)),
             (1400, throttle),
             (1600, sent(5)),
-            (1700, Event::Ended(memferry::samples::ended(Role::Source))),
+            (1700, Event::Ended(Box::new(memferry::samples::ended(Role::Source)))),
         ] {
             lines.show(&event, start + Duration::from_millis(ms));
         }

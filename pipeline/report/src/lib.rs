@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use memferry_stages::exclusions::ExcludedPages;
 use memferry_stages::meter::Reading;
+use memferry_stages::page_hashes::Coverage;
 use memferry_stages::tally::PageTally;
 use memferry_stages::untrusted::Untrusted;
 use serde::{Deserialize, Serialize};
@@ -68,6 +69,9 @@ pub struct EndReport {
     pub error: Option<Untrusted>,
     /// Whether the digests of both ends are equal; null if they were not compared.
     pub verified: Option<bool>,
+    /// How many pages were read again, of how many, and equalled what this end had sent or loaded; null without page hashes.
+    #[serde(default)]
+    pub checked: Option<Coverage>,
     /// From start to verdict.
     pub total_ms: f64,
     /// From start to the first page.
@@ -100,6 +104,7 @@ impl From<&Ended> for EndReport {
         Self {
             error: ended.error.as_deref().map(Untrusted::from),
             verified: ended.verified,
+            checked: ended.checked,
             total_ms: ms(ended.total),
             setup_ms: ms(ended.setup),
             downtime_ms: ended.downtime.map(ms),

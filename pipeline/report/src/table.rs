@@ -4,6 +4,7 @@ use std::fmt::Write;
 use std::time::Duration;
 
 use memferry_stages::exclusions::ExcludedPages;
+use memferry_stages::page_hashes::Coverage;
 
 use super::account::{Account, Round};
 use super::{busiest, error_percent, held_up, readings, throughput};
@@ -141,6 +142,14 @@ fn decisions(decided: &[Decided]) -> Vec<(&'static str, String)> {
     names.zip(lines).collect()
 }
 
+/// How much of each end's memory was read again and was as it had been sent or loaded; `None` without page hashes.
+fn checked(ended: &Ended, far: Option<&Ended>) -> Option<String> {
+    let of = |coverage: Coverage| format!("{} of {} pages", human::count(coverage.checked), human::count(coverage.of));
+    let source = of(ended.checked?);
+    let destination = far.and_then(|far| far.checked).map(|coverage| format!(", {} as loaded", of(coverage)));
+    Some(format!("{source} read again as sent{}", destination.unwrap_or_default()))
+}
+
 fn lines(ended: &Ended, account: &Account, other: Option<&Account>) -> Vec<(&'static str, String)> {
     let far = other.and_then(|account| account.status.ended.as_ref());
     let mut lines = decisions(&account.decided);
@@ -165,6 +174,9 @@ fn lines(ended: &Ended, account: &Account, other: Option<&Account>) -> Vec<(&'st
     }
     let rate = human::rate(throughput(ended));
     lines.push(("wire", format!("{} at {rate}, setup {}", human::bytes(ended.wire_bytes), human::time(ended.setup))));
+    if ended.verified == Some(true) {
+        lines.extend(checked(ended, far).map(|line| ("checked", line)));
+    }
     lines.extend(excluded(&ended.excluded).map(|line| ("excluded", line)));
     let peak = ended.memory_peak + far.map_or(0, |far| far.memory_peak);
     let bound = account.memory_bound + other.map_or(0, |other| other.memory_bound);

@@ -36,7 +36,7 @@ fn the_report_has_exactly_the_names_that_were_agreed() {
         words.sort_unstable();
         words.join(" ")
     };
-    let top = "schema role status error verified guest total_ms setup_ms downtime_ms downtime forecast decisions changes \
+    let top = "schema role status error verified checked guest total_ms setup_ms downtime_ms downtime forecast decisions changes \
                wire_bytes excluded throughput_bytes_per_s memory_bound_bytes memory_peak_bytes bottleneck \
                bottleneck_percent cpu_ms rounds stages";
     let round = "round ms sample pages zero raw compressed xbzrle unchanged xbzrle_misses xbzrle_overflows bytes_in bytes_out \
@@ -196,7 +196,7 @@ fn a_failure_says_why_and_claims_nothing() {
     assert_eq!(verdict(&failed), "failed after 2.50 s: disk full; the guest was paused for 213 ms");
     assert_eq!(verdict(&Ended { downtime: None, ..failed.clone() }), "failed after 2.50 s: disk full");
     let mut account = account::Account::default();
-    account.enter(&Event::Ended(failed), Duration::from_secs(1));
+    account.enter(&Event::Ended(Box::new(failed)), Duration::from_secs(1));
     let table = table::summary(&account, None);
     assert!(table.contains("downtime    213 ms until it was resumed at the source: sync "), "{table}");
     assert!(!table.contains("forecast"), "a forecast is measured by a switchover that came to its end: {table}");

@@ -2,9 +2,8 @@
 
 use std::ops::Range;
 
-use super::PageEncoding;
+use super::{PageEncoding, page_hash, parts, payload_hash};
 use crate::geometry::{ExtentAt, PageAt, bits, run_mask};
-use crate::hash;
 use crate::pool::PooledBuffer;
 
 /// A batch that was received and checked, except for the content of its payload.
@@ -36,14 +35,36 @@ impl Arrived {
         self.pages.last().map_or(0, |(_, range)| range.end as usize)
     }
 
-    /// Checks that this is the payload that was sent, where the stream has hashes. An empty payload cannot be damaged.
+    /// Checks that this is the payload that was sent, where the stream has hashes, and lists the hashes of its raw pages in `raw`,
+    /// which are computed for that. An empty payload cannot be damaged.
     ///
     /// # Errors
     /// [`PageFault::PayloadHash`] if it is not.
-    pub fn check_payload(&self, payload: &[u8]) -> Result<(), PageFault> {
+    ///
+    /// # Panics
+    /// If the payload does not have [`payload_bytes`](Self::payload_bytes).
+    pub fn check_payload(&self, payload: &[u8], raw: &mut Vec<u64>) -> Result<(), PageFault> {
+        assert_eq!(payload.len(), self.payload_bytes(), "the bytes of its pages");
+        raw.clear();
         let Some(expected) = self.payload_hash.filter(|_| !payload.is_empty()) else { return Ok(()) };
-        let found = payload_hash(payload);
+        let found = payload_hash(self.parts(payload).map(|(encoding, bytes)| {
+            let hash = page_hash(bytes);
+            raw.extend((encoding == PageEncoding::Raw).then_some(hash));
+            hash
+        }));
         if found == expected { Ok(()) } else { Err(PageFault::PayloadHash { expected, found }) }
+    }
+
+    /// Lists the hashes of the raw pages in `raw`, where the check of the payload has not done so.
+    pub(crate) fn hash_raw(&self, payload: &[u8], raw: &mut Vec<u64>) {
+        if self.payload_hash.is_none() {
+            let pages = self.parts(payload).filter(|(encoding, _)| *encoding == PageEncoding::Raw);
+            raw.extend(pages.map(|(_, page)| page_hash(page)));
+        }
+    }
+
+    fn parts<'a>(&self, payload: &'a [u8]) -> impl Iterator<Item = (PageEncoding, &'a [u8])> {
+        parts(self.pages.iter().map(|(encoding, range)| (*encoding, range.len())), payload)
     }
 
     /// The pieces of its payload, in the order of the pages.
@@ -84,12 +105,6 @@ impl Piece<'_> {
     pub(crate) fn page(&self, at: ExtentAt) -> PageAt {
         at.page(self.mask.trailing_zeros())
     }
-}
-
-/// The xxh3-64 of a payload; never 0.
-#[must_use]
-pub fn payload_hash(payload: &[u8]) -> u64 {
-    hash::xxh3_64(payload).max(1)
 }
 
 /// Why the pages of a batch that arrived are refused: the fault is the peer's.

@@ -17,4 +17,6 @@ pub struct EncodedBatch {
     pub pages: Vec<(PageEncoding, Range<u32>)>,
     /// The bytes of the pages; `None` if there are none. Where all pages are raw, it is the buffer that the zero detector filled.
     pub payload: Option<PooledBuffer>,
+    /// The [`page_hash`](super::page_hash) of each of `pages`, whatever its encoding. Empty where they are not computed.
+    pub hashes: Vec<u64>,
 }

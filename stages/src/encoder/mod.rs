@@ -35,13 +35,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 
-use crate::batch::{Batch, CopiedBatch, EncodedBatch, Item, Mark, PageEncoding};
+use crate::batch::{Batch, CopiedBatch, EncodedBatch, Item, Mark, PageEncoding, page_hash};
 use crate::bitmap::DirtyBitmap;
 use crate::codec::Codec;
 use crate::dialect::{Framed, Framer};
 use crate::error::StageError;
 use crate::geometry::{PageSize, bits};
 use crate::meter::Meter;
+use crate::page_hashes::PageHashes;
 use crate::pool::{BufferPool, PooledBuffer};
 use crate::queue::{Inlet, Outlet};
 use crate::stage::Stage;
@@ -130,6 +131,8 @@ pub struct Encoder<F> {
     counted: PageTally,
     /// The bitmap of pages of which a delta may be made when they come again, if it was requested.
     cached: Option<Arc<DirtyBitmap>>,
+    /// Where the hash of each page that is sent is recorded, if it was requested.
+    page_hashes: Option<Arc<PageHashes>>,
     /// How each page of the batch in progress is encoded, and where its bytes lie.
     pages: Vec<(PageEncoding, Range<u32>)>,
     stage: Stage,
@@ -156,6 +159,7 @@ impl<F: Framer> Encoder<F> {
             pool,
             counted: PageTally::default(),
             cached: None,
+            page_hashes: None,
             pages: Vec::new(),
             stage: Stage::new(StageId::encoder(lane), meter),
         }
@@ -166,6 +170,13 @@ impl<F: Framer> Encoder<F> {
     #[must_use]
     pub fn with_cached(mut self, cached: Arc<DirtyBitmap>) -> Self {
         self.cached = Some(cached);
+        self
+    }
+
+    /// Records the hash of each page that is sent in `page_hashes`.
+    #[must_use]
+    pub fn with_page_hashes(mut self, page_hashes: Arc<PageHashes>) -> Self {
+        self.page_hashes = Some(page_hashes);
         self
     }
 
@@ -228,6 +239,7 @@ impl<F: Framer> Encoder<F> {
         for bit in bits(zero) {
             self.coder.zero(batch.at.page(bit), &batch);
         }
+        let mut hashes = self.hash(&batch, zero, pages.as_deref().unwrap_or_default());
         let (unchanged, payload) = match pages {
             Some(pages) => {
                 let own = self.stage.take_buffer(&self.pool).await;
@@ -238,8 +250,18 @@ impl<F: Framer> Encoder<F> {
         if let Some(cached) = &self.cached {
             cached.set_mask(batch.at, self.coder.caches(batch.mask, zero));
         }
+        let mut copied = bits(batch.mask & !zero);
+        hashes.retain(|_| copied.next().is_some_and(|bit| unchanged >> bit & 1 == 0));
         let batch = Batch { mask: batch.mask & !unchanged, ..batch };
-        EncodedBatch { batch, zero, pages: std::mem::take(&mut self.pages), payload }
+        EncodedBatch { batch, zero, pages: std::mem::take(&mut self.pages), payload, hashes }
+    }
+
+    /// The hash of each copied page, recorded; none if no hashes are requested. Untouched pages are not to be read again.
+    fn hash(&self, batch: &Batch, zero: u64, pages: &[u8]) -> Vec<u64> {
+        let Some(page_hashes) = &self.page_hashes else { return Vec::new() };
+        let hashes: Vec<_> = pages.chunks_exact(self.page_size.bytes()).map(page_hash).collect();
+        page_hashes.record(batch.at, batch.mask, zero, !batch.untouched, hashes.iter().copied());
+        hashes
     }
 
     /// Codes the pages in the payload's buffer, and lists them. Returns those that are not sent.

@@ -5,7 +5,7 @@ use futures::FutureExt;
 use proptest::prelude::*;
 
 use super::*;
-use crate::batch::{RoundKind, payload_hash};
+use crate::batch::RoundKind;
 use crate::codec::{Compressor, Decompressor};
 use crate::geometry::Layout;
 use crate::queue::bounded;
@@ -38,7 +38,10 @@ impl Destination {
         let head = PagesHead::parse(body, frame.length, &self.layout).unwrap();
         let mut payload = outgoing.payload.as_deref().unwrap_or(&[]);
         assert_eq!((frame.lane, frame.length as usize), (LANE, body.len() + payload.len()));
-        assert_eq!(head.payload_hash, if checksum && !payload.is_empty() { payload_hash(payload) } else { 0 });
+        assert_eq!(
+            head.payload_hash,
+            if checksum && !payload.is_empty() { head.clone().with_hash_of(payload).payload_hash } else { 0 }
+        );
         let page_bytes = self.layout.page_size().bytes();
         let mut pages = head.pages.iter();
         let mut group = VecDeque::<Vec<u8>>::new();

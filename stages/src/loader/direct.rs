@@ -5,10 +5,11 @@ use std::sync::Arc;
 
 use super::first_touch::FirstTouch;
 use super::sink::{PageSink, SinkError};
-use crate::batch::Mark;
+use crate::batch::{Mark, page_hash};
 use crate::bitmap::{DirtyBitmap, locate};
 use crate::geometry::{ExtentAt, PageAt, PageSize, run_mask, runs};
 use crate::memory::GuestMemory;
+use crate::page_hashes::PageHashes;
 use crate::xbzrle::Delta;
 
 /// Writes pages into guest memory, over what is there. The guest does not run, and no other sink writes the pages of the lane.
@@ -23,6 +24,9 @@ pub struct Direct {
     memory: GuestMemory,
     received: Arc<DirtyBitmap>,
     first_touch: FirstTouch,
+    page_hashes: Option<Arc<PageHashes>>,
+    /// A page that is read back, for its hash.
+    page: Box<[u8]>,
     ended: bool,
 }
 
@@ -30,7 +34,15 @@ impl Direct {
     /// A sink for one lane. The bitmap `received` starts empty and is shared by all lanes.
     #[must_use]
     pub fn new(memory: GuestMemory, received: Arc<DirtyBitmap>) -> Self {
-        Self { memory, received, first_touch: FirstTouch::default(), ended: false }
+        let page = vec![0; memory.page_size().bytes()].into();
+        Self { memory, received, first_touch: FirstTouch::default(), page_hashes: None, page, ended: false }
+    }
+
+    /// Records the hash of each page in `page_hashes`.
+    #[must_use]
+    pub fn with_page_hashes(mut self, page_hashes: Arc<PageHashes>) -> Self {
+        self.page_hashes = Some(page_hashes);
+        self
     }
 
     /// Makes pages zero. Pages of a fresh block that were not received were never written: a write that fails ends the loader.
@@ -44,6 +56,10 @@ impl Direct {
             })?;
         }
         self.received.set_mask(at, zero & !touched);
+        if let Some(page_hashes) = &self.page_hashes {
+            // Where nothing was written there may be a hole.
+            page_hashes.record(at, zero, zero, 0, []);
+        }
         Ok(())
     }
 
@@ -61,6 +77,10 @@ impl PageSink for Direct {
         self.memory.page_size()
     }
 
+    fn wants_hashes(&self) -> bool {
+        self.page_hashes.is_some()
+    }
+
     fn begin(&mut self, at: ExtentAt, zero: u64, others: u64) -> Result<(), SinkError> {
         if self.ended {
             return Err(SinkError::DirectEnded);
@@ -70,10 +90,19 @@ impl PageSink for Direct {
         Ok(())
     }
 
-    fn write(&mut self, at: ExtentAt, pages: u64, bytes: &[u8]) -> Result<(), SinkError> {
+    fn write(&mut self, at: ExtentAt, pages: u64, bytes: &[u8], hashes: &[u64]) -> Result<(), SinkError> {
         let first = at.page(pages.trailing_zeros()).page;
         let block = &self.memory.block(at.block).memory;
-        self.replace(at, pages, || block.write_pages(self.memory.page_size(), first, bytes))
+        self.replace(at, pages, || block.write_pages(self.memory.page_size(), first, bytes))?;
+        match &self.page_hashes {
+            Some(page_hashes) if hashes.is_empty() => {
+                let hashes = bytes.chunks_exact(self.memory.page_size().bytes()).map(page_hash);
+                page_hashes.record(at, pages, 0, pages, hashes);
+            }
+            Some(page_hashes) => page_hashes.record(at, pages, 0, pages, hashes.iter().copied()),
+            None => {}
+        }
+        Ok(())
     }
 
     fn patch(&mut self, page: PageAt, delta: &Delta<'_>) -> Result<(), SinkError> {
@@ -82,7 +111,13 @@ impl PageSink for Direct {
         }
         let block = &self.memory.block(page.block).memory;
         let (at, mask) = locate(page);
-        self.replace(at, mask, || block.patch(self.memory.page_size(), page.page, delta))
+        self.replace(at, mask, || block.patch(self.memory.page_size(), page.page, delta))?;
+        if let Some(page_hashes) = &self.page_hashes {
+            let read = block.read_page(self.memory.page_size(), page.page, &mut self.page);
+            read.map_err(|error| SinkError::Memory(page, error))?;
+            page_hashes.record(at, mask, 0, mask, [page_hash(&self.page)]);
+        }
+        Ok(())
     }
 
     fn mark(&mut self, mark: Mark) -> Result<(), SinkError> {

@@ -34,7 +34,7 @@ use crate::xbzrle::Delta;
 ///         self.pages += zero.count_ones();
 ///         Ok(())
 ///     }
-///     fn write(&mut self, _at: ExtentAt, pages: u64, _bytes: &[u8]) -> Result<(), SinkError> {
+///     fn write(&mut self, _at: ExtentAt, pages: u64, _bytes: &[u8], _hashes: &[u64]) -> Result<(), SinkError> {
 ///         self.pages += pages.count_ones();
 ///         Ok(())
 ///     }
@@ -49,7 +49,7 @@ use crate::xbzrle::Delta;
 ///
 /// let mut sink = Count::default();
 /// sink.begin(ExtentAt { block: 0, extent: 0 }, 0b1, 0b110)?;
-/// sink.write(ExtentAt { block: 0, extent: 0 }, 0b110, &[7; 2 * 4096])?;
+/// sink.write(ExtentAt { block: 0, extent: 0 }, 0b110, &[7; 2 * 4096], &[])?;
 /// sink.mark(Mark::Checkpoint(1))?;
 /// assert_eq!((sink.pages, sink.epochs), (3, 1));
 /// # Ok::<(), SinkError>(())
@@ -58,17 +58,23 @@ pub trait PageSink: Send {
     /// The size of its pages.
     fn page_size(&self) -> PageSize;
 
+    /// Whether it needs the hash of each page. Raw pages are hashed for it then even in a stream without hashes.
+    fn wants_hashes(&self) -> bool {
+        false
+    }
+
     /// Begins a batch: makes the pages `zero` of the extent zero, and prepares for `others`, which follow.
     ///
     /// # Errors
     /// When the sink takes no pages any more, or its memory fails.
     fn begin(&mut self, at: ExtentAt, zero: u64, others: u64) -> Result<(), SinkError>;
 
-    /// Takes adjacent whole pages of the extent; `bytes` is their content.
+    /// Takes adjacent whole pages of the extent; `bytes` is their content. `hashes` are their [`page_hash`](crate::batch::page_hash)es
+    /// if they are known, and empty if not.
     ///
     /// # Errors
     /// When its memory fails.
-    fn write(&mut self, at: ExtentAt, pages: u64, bytes: &[u8]) -> Result<(), SinkError>;
+    fn write(&mut self, at: ExtentAt, pages: u64, bytes: &[u8], hashes: &[u64]) -> Result<(), SinkError>;
 
     /// Applies a delta to a page that it has taken before.
     ///

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 use super::recorder::{Deed, Recorder};
 use super::*;
-use crate::batch::{RoundKind, payload_hash};
+use crate::batch::RoundKind;
 use crate::bitmap::DirtyBitmap;
 use crate::codec::Codec;
 use crate::geometry::{PageAt, PageSize};
@@ -153,8 +153,7 @@ fn the_pages_of_a_group_are_written_in_runs_wherever_they_lie() {
         let tail = frame.payload.split_off(frame.head.pages[0].1 as usize);
         frame.payload = [whole.payload, tail].concat();
         frame.head.pages[0] = whole.head.pages[0];
-        frame.head.payload_hash = payload_hash(&frame.payload);
-        bed.load(&frame.group(codec, &[(11, text(11)), (12, text(12))])).unwrap();
+        bed.load(&frame.sealed().group(codec, &[(11, text(11)), (12, text(12))])).unwrap();
         assert_eq!(bed.memory.deeds(), [2..5, 7..8, 9..11, 5..6, 8..9, 11..13].map(Deed::Wrote), "{codec}");
         for page in [2, 3, 4, 5, 7, 8, 9, 10, 11, 12] {
             assert_eq!(bed.page(usize::from(page)), text(page), "{codec}, page {page}");
@@ -365,7 +364,7 @@ impl PageSink for Noted {
     fn begin(&mut self, at: ExtentAt, zero: u64, others: u64) -> Result<(), SinkError> {
         self.note(Call::Begin { extent: at.extent, zero, others })
     }
-    fn write(&mut self, _at: ExtentAt, pages: u64, bytes: &[u8]) -> Result<(), SinkError> {
+    fn write(&mut self, _at: ExtentAt, pages: u64, bytes: &[u8], _: &[u64]) -> Result<(), SinkError> {
         self.note(Call::Write { pages, bytes: bytes.len() })
     }
     fn patch(&mut self, page: PageAt, _delta: &Delta<'_>) -> Result<(), SinkError> {

@@ -1,10 +1,12 @@
 //! The writing end of memferry's dialect, for one lane.
 
+use std::ops::Range;
+
 use bytes::Bytes;
 
 use super::messages::Message;
 use super::pages::PagesHead;
-use crate::batch::{EncodedBatch, Mark, payload_hash};
+use crate::batch::{EncodedBatch, Mark, PageEncoding, page_hash, parts, payload_hash};
 use crate::dialect::{Framed, Framer};
 use crate::geometry::ExtentAt;
 
@@ -27,15 +29,25 @@ impl WireFramer {
     }
 }
 
+/// The hash of a payload. Pages that are raw, and hashed already, are not read again.
+fn hash_of(payload: &[u8], pages: &[(PageEncoding, Range<u32>)], hashes: &[u64]) -> u64 {
+    let listed = pages.iter().map(|(encoding, range)| (*encoding, range.len()));
+    let mut known = pages.iter().zip(hashes).filter(|((_, range), _)| !range.is_empty()).map(|(_, hash)| *hash);
+    payload_hash(parts(listed, payload).map(|(encoding, bytes)| match (known.next(), encoding) {
+        (Some(hash), PageEncoding::Raw) => hash,
+        _ => page_hash(bytes),
+    }))
+}
+
 impl Framer for WireFramer {
     fn batch(&mut self, lane: u16, encoded: EncodedBatch) -> Framed {
-        let EncodedBatch { batch, zero, pages, payload } = encoded;
+        let EncodedBatch { batch, zero, pages, payload, hashes } = encoded;
         self.head.at = batch.at;
         self.head.round = batch.round;
         self.head.mask = batch.mask;
         self.head.zero = zero;
         self.head.payload_hash = match &payload {
-            Some(payload) if self.checksum => payload_hash(payload),
+            Some(payload) if self.checksum => hash_of(payload, &pages, &hashes),
             _ => 0,
         };
         self.head.pages.clear();

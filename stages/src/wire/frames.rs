@@ -1,7 +1,7 @@
 //! Pages frames made by hand, for tests: valid ones, and ones that no encoder makes.
 
 use super::pages::PagesHead;
-use crate::batch::{Arrived, PageEncoding, payload_hash};
+use crate::batch::{Arrived, PageEncoding};
 use crate::codec::{Codec, Compressor};
 use crate::geometry::ExtentAt;
 use crate::pool::BufferPool;
@@ -20,8 +20,8 @@ impl Frame {
     /// A frame of no pages.
     pub(crate) fn new(extent: u32, round: u32) -> Self {
         let at = ExtentAt { block: 0, extent };
-        let head = PagesHead { at, round, mask: 0, zero: 0, payload_hash: payload_hash(&[]), pages: Vec::new() };
-        Self { head, payload: Vec::new() }
+        let head = PagesHead { at, round, mask: 0, zero: 0, payload_hash: 0, pages: Vec::new() };
+        Self { head: head.with_hash_of(&[]), payload: Vec::new() }
     }
 
     /// With a zero page at `bit`.
@@ -37,7 +37,12 @@ impl Frame {
         self.head.mask |= 1 << bit;
         self.head.pages.push((encoding, u32::try_from(bytes.len()).unwrap()));
         self.payload.extend(bytes);
-        self.head.payload_hash = payload_hash(&self.payload);
+        self.sealed()
+    }
+
+    /// With the hash of its payload.
+    pub(crate) fn sealed(mut self) -> Self {
+        self.head = self.head.with_hash_of(&self.payload);
         self
     }
 

@@ -85,6 +85,8 @@ pub mod feature {
     pub const XBZRLE: &str = "xbzrle";
     /// Digests precede the last handshake.
     pub const VERIFY: &str = "verify";
+    /// Digests are sums of page hashes, recorded as pages are sent and loaded. Without it they are hashes of the paused guest's memory.
+    pub const PAGE_HASHES: &str = "page-hashes";
     /// Some pages may not travel (hinted free, unplugged, of ignored blocks): digests leave them out.
     pub const LEFT_OUT: &str = "left-out";
     /// Some blocks are ignored: both ends share their memory.
@@ -112,6 +114,8 @@ pub struct Features {
     pub xbzrle: bool,
     /// [`feature::VERIFY`]
     pub verify: bool,
+    /// [`feature::PAGE_HASHES`]
+    pub page_hashes: bool,
     /// [`feature::LEFT_OUT`]
     pub left_out: bool,
     /// [`feature::IGNORED_BLOCKS`]
@@ -132,6 +136,7 @@ impl Features {
         groups: true,
         xbzrle: true,
         verify: true,
+        page_hashes: true,
         left_out: true,
         ignored_blocks: true,
         checkpoints: true,
@@ -171,7 +176,7 @@ impl Features {
         if unknown.is_empty() { Ok(features) } else { Err(WireError::UnknownFeatures { names: unknown }) }
     }
 
-    fn named(self) -> [(&'static str, bool); 11] {
+    fn named(self) -> [(&'static str, bool); 12] {
         [
             (feature::CHECKSUM, self.checksum),
             (feature::SNAP, self.snap),
@@ -180,6 +185,7 @@ impl Features {
             (feature::GROUPS, self.groups),
             (feature::XBZRLE, self.xbzrle),
             (feature::VERIFY, self.verify),
+            (feature::PAGE_HASHES, self.page_hashes),
             (feature::LEFT_OUT, self.left_out),
             (feature::IGNORED_BLOCKS, self.ignored_blocks),
             (feature::CHECKPOINTS, self.checkpoints),
@@ -196,6 +202,7 @@ impl Features {
             feature::GROUPS => Some(&mut self.groups),
             feature::XBZRLE => Some(&mut self.xbzrle),
             feature::VERIFY => Some(&mut self.verify),
+            feature::PAGE_HASHES => Some(&mut self.page_hashes),
             feature::LEFT_OUT => Some(&mut self.left_out),
             feature::IGNORED_BLOCKS => Some(&mut self.ignored_blocks),
             feature::CHECKPOINTS => Some(&mut self.checkpoints),

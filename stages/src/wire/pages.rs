@@ -28,7 +28,8 @@
 //! A group has at most [`GROUP_BYTES`](crate::batch::GROUP_BYTES) of pages, and fewer bytes than its pages; a compressed page without followers is a
 //! group of one. Groups need the `page-groups` feature.
 //!
-//! The payload's hash is 0 where the `payload-xxh3` feature is off. One frame is sent for each batch, even if
+//! The payload's hash is 0 where the `payload-xxh3` feature is off. It is the xxh3-64 of the xxh3-64s of the payload's parts, in order:
+//! the bytes of each raw page, delta and group. So a raw page's hash serves its frame and verification. One frame is sent for each batch, even if
 //! it brings no page: the count of frames in a lane is what Progress acknowledges.
 
 use xxhash_rust::xxh3::xxh3_64;
@@ -40,7 +41,7 @@ use super::frame::{FrameHead, HEAD_BYTES};
 use super::kind::Kind;
 use super::limits::{CHECKSUM_BYTES, DESCRIPTOR_BYTES};
 pub use super::limits::{FIXED_BYTES, MAX_HEAD_BYTES, MIN_HEAD_BYTES};
-use crate::batch::{Arrived, PageEncoding, group_pages};
+use crate::batch::{Arrived, PageEncoding, group_pages, page_hash, parts, payload_hash};
 use crate::geometry::{ExtentAt, Layout, PageSize, bits};
 
 /// Bytes before the payload, computed from the masks of the fixed part.
@@ -74,6 +75,18 @@ impl PagesHead {
     #[must_use]
     pub fn payload_bytes(&self) -> usize {
         self.pages.iter().map(|&(_, bytes)| bytes as usize).sum()
+    }
+
+    /// With the hash of this payload, made of its parts: raw pages, deltas, groups.
+    ///
+    /// # Panics
+    /// If the payload does not have the bytes of the pages.
+    #[must_use]
+    pub fn with_hash_of(mut self, payload: &[u8]) -> Self {
+        assert_eq!(payload.len(), self.payload_bytes(), "the bytes of its pages");
+        let pages = self.pages.iter().map(|&(encoding, bytes)| (encoding, bytes as usize));
+        self.payload_hash = payload_hash(parts(pages, payload).map(|(_, bytes)| page_hash(bytes)));
+        self
     }
 
     /// The frame's head and the body up to the payload, as they precede it on the wire.

@@ -11,7 +11,7 @@ use memferry::events::{Event, Outcome, Phase, Progress, Role};
 use memferry::guest::{RunState, SourceGuest};
 use memferry::settings::{
     ConvergenceSettings, EncoderSettings, OnDeadline, OnMiss, SourceSettings, StallStep, SwitchoverBandwidth,
-    ThrottleSettings, XbzrleSettings,
+    ThrottleSettings, Verify, XbzrleSettings,
 };
 use memferry_guests::workload::{Fill, LogChoice, Pattern, Region, Workload, WorkloadSettings, WriterSettings};
 use memferry_stages::tally::RoundTally;
@@ -29,7 +29,7 @@ fn endless() -> SourceSettings {
         max_bandwidth: Some(4 * MIB),
         downtime_limit: MS,
         max_rounds: u32::MAX,
-        verify: false,
+        verify: Verify::Off,
         ..source_settings(2, 2)
     }
 }
@@ -257,7 +257,7 @@ fn a_cache_grows_and_shrinks_and_the_destination_stays_exact() {
         encoder: EncoderSettings { compress: None, xbzrle: Some(xbzrle) },
         max_bandwidth: Some(16 * MIB),
         downtime_limit: Duration::from_nanos(1),
-        verify: true,
+        verify: Verify::Full,
         ..endless()
     };
     let (recorder, rounds) = of_rounds(|tally, _| (tally.pages.xbzrle_misses, tally.pages.all));

@@ -9,7 +9,7 @@ use memferry::controller::{Decided, Decision};
 use memferry::events::{Event, Outcome, Role};
 use memferry::guest::{RunState, SourceGuest};
 use memferry::settings::{
-    ConvergenceSettings, EncoderSettings, RaiseSettings, SourceSettings, StallStep, ThrottleSettings,
+    ConvergenceSettings, EncoderSettings, RaiseSettings, SourceSettings, StallStep, ThrottleSettings, Verify,
 };
 use memferry_guests::workload::Workload;
 use memferry_tests::hot::Hot;
@@ -24,7 +24,7 @@ fn settings(on_stall: &[StallStep]) -> SourceSettings {
         max_bandwidth: Some(4 << 20),
         downtime_limit: Duration::from_millis(100),
         max_rounds: 40,
-        verify: false,
+        verify: Verify::Off,
         convergence: ConvergenceSettings {
             on_stall: on_stall.to_vec(),
             stall_rounds: 1,

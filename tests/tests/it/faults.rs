@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use memferry::events::{Event, Outcome, Phase, Role};
-use memferry::settings::SourceSettings;
+use memferry::settings::{SourceSettings, Verify};
 use memferry_stages::geometry::PageSize;
 use memferry_tests::guest::{Fails, GuestCall};
 use memferry_tests::{Ends, Recorder, TestGuest, Trouble, migrate_watched, sample, source_settings};
@@ -306,7 +306,7 @@ fn memory_that_fails_or_panics_at_the_source_is_named() {
     ];
     for (trouble, words) in words {
         let no_verify = |mut trial: Trial| {
-            trial.settings.verify = false;
+            trial.settings.verify = Verify::Off;
             trial
         };
         let source = source().troubled(trouble).running(2);

@@ -7,7 +7,7 @@ use std::time::Duration;
 use memferry::bottleneck::{Bottleneck, Cause};
 use memferry::events::{Event, Outcome, Phase, Progress, Role};
 use memferry::guest::SourceGuest;
-use memferry::settings::{EncoderSettings, SourceSettings};
+use memferry::settings::{EncoderSettings, SourceSettings, Verify};
 use memferry_guests::workload::{FreeSettings, Workload, WorkloadSettings};
 use memferry_stages::geometry::PageSize;
 use memferry_tests::run::Expected;
@@ -23,7 +23,7 @@ fn settings() -> SourceSettings {
     SourceSettings {
         encoder: EncoderSettings { compress: None, xbzrle: None },
         max_rounds: 1,
-        verify: false,
+        verify: Verify::Off,
         ..source_settings(1, 1)
     }
 }

@@ -11,7 +11,7 @@ use fastrand::Rng;
 use memferry::events::{Ended, Event, Outcome};
 use memferry::guest::Guest;
 use memferry::settings::DestinationSettings;
-use memferry_stages::batch::payload_hash;
+use memferry_stages::batch::{page_hash, payload_hash};
 use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::geometry::BulkMap;
 use memferry_stages::geometry::{BlockInfo, LaneMap, PageSize};
@@ -302,11 +302,25 @@ fn pages_resealed(frame: &[u8], dice: &mut Rng) -> Vec<u8> {
     };
     body[at] = dice.u64(..).to_le_bytes()[0];
     let before_payload = head_bytes(body.first_chunk::<FIXED_BYTES>().unwrap()).min(body.len());
-    let hash = payload_hash(&body[before_payload..]).to_le_bytes();
+    let hash = hash_of_parts(&body[FIXED_BYTES..], &body[before_payload..]).to_le_bytes();
     body[32..40].copy_from_slice(&hash);
     let checksum = xxh3_64(&body[..before_payload - 8]).to_le_bytes();
     body[before_payload - 8..before_payload].copy_from_slice(&checksum);
     [&frame[..HEAD_BYTES], &body].concat()
+}
+
+/// The hash of a payload whose parts have the bytes that these descriptors name, as far as it has them.
+fn hash_of_parts(descriptors: &[u8], mut payload: &[u8]) -> u64 {
+    let lengths = descriptors.chunks_exact(4).map(|it| u32::from_le_bytes([it[1], it[2], it[3], 0]) as usize);
+    let mut parts = Vec::new();
+    for length in lengths.filter(|length| *length > 0) {
+        let (part, rest) = payload.split_at(length.min(payload.len()));
+        if !part.is_empty() {
+            parts.push(page_hash(part));
+        }
+        payload = rest;
+    }
+    payload_hash(parts.into_iter().take(64))
 }
 
 /// The possible changes of a frame by a malicious peer. The flag says whether the reader must refuse it.

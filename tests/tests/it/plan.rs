@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use memferry::codec::Codec;
-use memferry::settings::{EncoderSettings, SourceSettings};
+use memferry::settings::{EncoderSettings, SourceSettings, Verify};
 use memferry_tests::foreseen::{Case, off};
 use memferry_tests::source_settings;
 
@@ -16,7 +16,7 @@ async fn what_is_sent_is_what_was_foreseen() {
         let settings = SourceSettings {
             encoder: EncoderSettings { compress, xbzrle: None },
             downtime_limit: Duration::from_secs(20),
-            verify: false,
+            verify: Verify::Off,
             ..source_settings(2, 2)
         };
         let case = Case { name: "idle", mib: 24, writers: vec![], settings };

@@ -7,7 +7,7 @@ use std::time::Duration;
 use memferry::blocking::Runtime;
 use memferry::events::{Event, Observers, Outcome, Role};
 use memferry::migration::{RunsHere, SendError};
-use memferry::settings::{After, EncoderSettings, OnMiss, Rule, Setting, SourceSettings, XbzrleSettings};
+use memferry::settings::{After, EncoderSettings, OnMiss, Rule, Setting, SourceSettings, Verify, XbzrleSettings};
 use memferry_guests::workload::{Pattern, Region, Workload, WorkloadSettings, WriterSettings};
 use memferry_stages::codec::Codec;
 use memferry_stages::geometry::PageSize;
@@ -176,7 +176,7 @@ fn compression_in_the_first_round_and_deltas_after_it() {
 
 #[test]
 fn without_checksums_and_verification() {
-    let settings = SourceSettings { checksum: false, verify: false, ..source_settings(2, 1) };
+    let settings = SourceSettings { checksum: false, verify: Verify::Off, ..source_settings(2, 1) };
     let moved = move_guest(transport("tcp:127.0.0.1:0"), settings, PageSize::DEFAULT);
     moved.check();
     assert_eq!(moved.ends.source.verified, None);

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use fastrand::Rng;
 use memferry::events::Outcome;
 use memferry_cli::cli::inspect::Inspection;
-use memferry_stages::batch::{PageEncoding, RoundKind, payload_hash};
+use memferry_stages::batch::{PageEncoding, RoundKind};
 use memferry_stages::codec::{Codec, Compressor};
 use memferry_stages::geometry::{BlockInfo, ExtentAt, PageSize};
 use memferry_stages::tally::RoundTally;
@@ -48,9 +48,10 @@ fn pages(at: u32, round: u32, zero: u64, coded: &[(u32, PageEncoding, &[u8])]) -
         round,
         mask,
         zero,
-        payload_hash: payload_hash(&payload),
+        payload_hash: 0,
         pages: coded.iter().map(|(_, encoding, bytes)| (*encoding, u32::try_from(bytes.len()).unwrap())).collect(),
-    };
+    }
+    .with_hash_of(&payload);
     [&head.to_bytes(if at < 8 { 0 } else { 1 })[..], &payload].concat()
 }
 

@@ -81,7 +81,7 @@ impl Status {
                 self.memory_bound = changed.memory_bound;
             }
             Event::HandedOver => self.is_handed_over = true,
-            Event::Ended(ended) => (self.phase, self.ended) = (ended.outcome.into(), Some(ended.clone())),
+            Event::Ended(ended) => (self.phase, self.ended) = (ended.outcome.into(), Some((**ended).clone())),
             _ => {}
         }
         if let Some(what) = event.warning() {

@@ -16,13 +16,14 @@ use memferry_stages::exclusions::Exclusions;
 use memferry_stages::geometry::{Layout, PageSize};
 use memferry_stages::in_flight::InFlight;
 use memferry_stages::meter::Meter;
+use memferry_stages::page_hashes::PageHashes;
 use memferry_stages::pool::BufferPool;
 use memferry_stages::wire::messages::MAX_STATE_CHUNK;
 
 use super::digests;
 use super::error::MigrationError;
 use crate::host;
-use crate::settings::SourceSettings;
+use crate::settings::{SourceSettings, Verify};
 use crate::values::Size;
 
 /// The most memory that an idle program needs for one end, as `tests/program/memory.rs` measures it: its code and
@@ -107,16 +108,26 @@ pub fn cache_beyond_guest(cache: u64, guest_bytes: u64, page_bytes: u64, lanes: 
 
 /// The per-page state of a source: pages that are dirty, pages that are untouched, pages that can be sent as deltas,
 /// pages that do not travel, pages in flight, and digests.
-pub(super) fn source_keeps(layout: &Layout, in_flight: u64, verify: bool, may_leave_out: bool) -> u64 {
-    let digests = if verify { digests::bound_bytes(layout, may_leave_out) } else { 0 };
+pub(super) fn source_keeps(layout: &Layout, in_flight: u64, verify: Verify, may_leave_out: bool) -> u64 {
+    let digests = verification(layout, verify, may_leave_out);
     let exclusions = if may_leave_out { Exclusions::bytes_of(layout) } else { 0 };
     3 * DirtyBitmap::bytes_of(layout) + exclusions + in_flight + digests
 }
 
 /// The per-page state of a destination: received pages, pages that never come, and digests.
-pub(super) fn destination_keeps(layout: &Layout, verify: bool, may_leave_out: bool) -> u64 {
-    let digests = if verify { digests::bound_bytes(layout, may_leave_out) } else { 0 };
+pub(super) fn destination_keeps(layout: &Layout, verify: Verify, may_leave_out: bool) -> u64 {
+    let digests = verification(layout, verify, may_leave_out);
     (1 + u64::from(may_leave_out)) * DirtyBitmap::bytes_of(layout) + digests
+}
+
+/// The hashes that verification needs: of pages, and of stretches.
+fn verification(layout: &Layout, verify: Verify, may_leave_out: bool) -> u64 {
+    let digests = digests::bound_bytes(layout, may_leave_out);
+    match verify {
+        Verify::Off => 0,
+        Verify::Pages => PageHashes::bytes_of(layout) + digests,
+        Verify::Full => digests,
+    }
 }
 
 /// The memory of a guest's dirty logs.
@@ -130,8 +141,8 @@ pub(super) fn logs_bytes(logs: &[Arc<dyn DirtyLog>]) -> u64 {
 pub fn destination_bound(layout: &Layout, lanes: u16, max_state: u64) -> u64 {
     let extent = layout.page_size().extent_bytes() as u64;
     let decompressor = Decompressor::bound_bytes() + group_bytes(layout.page_size());
-    let pages =
-        u64::from(lanes) * (LOAD_BUFFERS as u64 * extent + decompressor) + destination_keeps(layout, true, true);
+    let pages = u64::from(lanes) * (LOAD_BUFFERS as u64 * extent + decompressor)
+        + destination_keeps(layout, Verify::Pages, true);
     PROCESS + pages + state_bytes(max_state, state_messages(lanes.into()))
 }
 

@@ -15,6 +15,7 @@ use memferry_stages::geometry::LaneMap;
 use memferry_stages::loader::{Direct, LaneProgress, Loaded, Loader};
 use memferry_stages::memory::GuestMemory;
 use memferry_stages::meter::{Meter, Reading};
+use memferry_stages::page_hashes::PageHashes;
 use memferry_stages::pool::BufferPool;
 use memferry_stages::queue::{Inlet, Outlet, bounded};
 use memferry_stages::receiver::Receiver;
@@ -52,6 +53,7 @@ impl DestinationGraph {
         readers: Vec<Reader>,
         stages: StageSet,
         answer: Option<Outlet<Control>>,
+        page_hashes: Option<&Arc<PageHashes>>,
     ) -> Self {
         let (loaded_out, loaded) = bounded(usize::from(hello.lanes) * 2);
         let (messages_out, messages) = bounded(bounds::CONTROL);
@@ -66,7 +68,7 @@ impl DestinationGraph {
             pools: Vec::new(),
             received: Arc::new(DirtyBitmap::empty(memory.layout())),
         };
-        let mut lanes = graph.start_loaders(memory, hello.lanes, &loaded_out);
+        let mut lanes = graph.start_loaders(memory, hello.lanes, page_hashes, &loaded_out);
         for (connection, reader) in (0..).zip(readers) {
             let of_connection = |lane: u16| hello.bulk_map().connection(lane) == connection;
             let here = (0..).zip(&mut lanes).map(|(lane, outlet)| outlet.take_if(|_| of_connection(lane))).collect();
@@ -93,6 +95,7 @@ impl DestinationGraph {
         &mut self,
         memory: &GuestMemory,
         lanes: u16,
+        page_hashes: Option<&Arc<PageHashes>>,
         loaded: &Outlet<Loaded>,
     ) -> Vec<Option<Outlet<Item<Arrived>>>> {
         (0..lanes)
@@ -101,7 +104,10 @@ impl DestinationGraph {
                 let meter = self.meter(StageId::loader(lane));
                 let progress = Arc::new(LaneProgress::default());
                 self.progress.push(progress.clone());
-                let sink = Direct::new(memory.clone(), self.received.clone());
+                let mut sink = Direct::new(memory.clone(), self.received.clone());
+                if let Some(page_hashes) = page_hashes {
+                    sink = sink.with_page_hashes(page_hashes.clone());
+                }
                 let loader = Loader::new(lane, sink, progress, meter);
                 let running = loader.run(arrived, loaded.clone());
                 self.stages.spawn(StageId::loader(lane), running);

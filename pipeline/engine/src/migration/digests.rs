@@ -1,7 +1,8 @@
 //! Verification: digests of both memories, compared while the guest is paused.
 //!
-//! Each stretch has one hash. Both ends hash on every core, and neither reads untouched pages, which the memory is
-//! asked for once. Pages that did not travel (hinted free, unplugged, of ignored blocks) are left out: the source sends
+//! Each stretch has one digest. By [page hashes](Verify::Pages) it is the sum of the hashes that were recorded as pages were sent
+//! and loaded. In [full](Verify::Full) it is a hash of the paused guest's memory: both ends hash on every core, and
+//! neither reads untouched pages, which the memory is asked for once. Pages that did not travel (hinted free, unplugged, of ignored blocks) are left out: the source sends
 //! which, for each stretch. The destination hashes at the same time and leaves out the pages that it knows of itself.
 //! It hashes a stretch again if the source leaves out more of it. If a hash differs, the destination sends the hashes
 //! of that stretch's pages, and the paused source finds the page.
@@ -17,6 +18,7 @@ use memferry_stages::digest::{self, Known, STRETCH_WORDS};
 use memferry_stages::geometry::{BlockInfo, EXTENT_PAGES, ExtentAt, Layout, PageAt, PageSize};
 use memferry_stages::host::cores;
 use memferry_stages::memory::{GuestMemory, MappedMemory, RamBlock};
+use memferry_stages::page_hashes::PageHashes;
 use memferry_stages::pool::{BufferPool, PooledBuffer};
 use memferry_stages::wire::Message;
 use memferry_stages::wire::messages::{MAX_DIGESTS, StretchDigest};
@@ -58,6 +60,17 @@ impl Digests {
     pub(super) fn none(layout: &Layout, may_leave_out: bool) -> Self {
         let left_out = may_leave_out.then(|| Arc::new(DirtyBitmap::empty(layout)));
         Self { layout: layout.clone(), blocks: vec![Vec::new(); layout.blocks().len()], left_out }
+    }
+
+    /// The sums of page hashes, without the pages that are left out.
+    pub(super) fn of_pages(layout: &Layout, page_hashes: &PageHashes, left_out: LeftOut) -> Self {
+        let mut digests = Self { left_out, ..Self::none(layout, false) };
+        for at in all_stretches(layout) {
+            let left_out = masks(digests.left_out.as_deref(), at);
+            let sum = page_hashes.stretch_sum(at.block, at.stretch, &left_out);
+            digests.blocks[at.block as usize].push(sum.into());
+        }
+        digests
     }
 
     /// Adds the content of a Digests frame: the next stretches of a block.
@@ -295,6 +308,12 @@ pub fn hashing_cost(bytes: u64) -> io::Result<HashingCost> {
     (0..MEASUREMENTS).map(measure).collect::<io::Result<_>>().map(HashingCost::of)
 }
 
+/// The recorded page hashes of a stretch, to be sent.
+pub(super) fn recorded_hashes(layout: &Layout, page_hashes: &PageHashes, left_out: &LeftOut, at: StretchAt) -> Message {
+    let hashes = page_hashes.of_stretch(at.block, at.stretch, &masks(left_out.as_deref(), at));
+    Message::PageHashes { first: first_page(layout, at), hashes }
+}
+
 /// The page hashes of a stretch, to be sent. Pages that are left out have none. May block.
 pub(super) fn page_hashes(memory: &GuestMemory, left_out: &LeftOut, at: StretchAt) -> io::Result<Message> {
     let first = first_page(memory.layout(), at);
@@ -303,9 +322,10 @@ pub(super) fn page_hashes(memory: &GuestMemory, left_out: &LeftOut, at: StretchA
     Ok(Message::PageHashes { first, hashes })
 }
 
-/// The first page whose hash differs from the given one. May block.
+/// The first page whose hash, by the recorded ones or by its memory, differs from the given one. May block.
 pub(super) fn first_differing_page(
     memory: &GuestMemory,
+    recorded: Option<&PageHashes>,
     left_out: &LeftOut,
     first: PageAt,
     theirs: &[u64],
@@ -316,10 +336,33 @@ pub(super) fn first_differing_page(
         return Err(io::Error::new(io::ErrorKind::InvalidData, format!("the peer asks about {first}")));
     }
     let at = StretchAt { block: first.block, stretch: first.page / pages };
-    let known = Known { untouched: None, left_out: masks(left_out.as_deref(), at) };
-    let ours = digest::page_hashes(memory, at.block, at.stretch, &known, &mut scratch(memory))?;
+    let left_out = masks(left_out.as_deref(), at);
+    let ours = match recorded {
+        Some(recorded) => recorded.of_stretch(at.block, at.stretch, &left_out),
+        None => {
+            let known = Known { untouched: None, left_out };
+            digest::page_hashes(memory, at.block, at.stretch, &known, &mut scratch(memory))?
+        }
+    };
     let differs = (first.page..).zip(ours.iter().zip(theirs)).find(|(_, (ours, theirs))| ours != theirs);
     Ok(differs.map(|(page, _)| PageAt { block: first.block, page }))
+}
+
+/// The first page of resting memory that differs from its recorded hash, among those that a check has noted. May block.
+pub(super) fn first_unrecorded_change(
+    memory: &GuestMemory,
+    page_hashes: &PageHashes,
+    left_out: &LeftOut,
+) -> io::Result<Option<PageAt>> {
+    let skip = |at| left_out.as_ref().map_or(0, |left_out| left_out.peek(at));
+    page_hashes.first_difference(memory, skip, &mut scratch(memory))
+}
+
+/// A page, in words.
+pub(super) fn describe(layout: &Layout, at: PageAt) -> String {
+    let block = &layout.blocks()[at.block as usize];
+    let offset = at.page * layout.page_size().bytes() as u64;
+    format!("page {} of block {:?}, at byte {offset:#x}", at.page, block.id)
 }
 
 /// The first page of a stretch.
@@ -373,7 +416,7 @@ impl<'a> Hasher<'a> {
 }
 
 /// A buffer to read an extent into.
-fn scratch(memory: &GuestMemory) -> PooledBuffer {
+pub(super) fn scratch(memory: &GuestMemory) -> PooledBuffer {
     BufferPool::new(1, memory.page_size().extent_bytes()).try_take().expect("it has one")
 }
 
@@ -452,7 +495,7 @@ mod tests {
         let differs = theirs_hashed.unwrap().first_difference(layout, &ours_hashed.unwrap()).unwrap();
         assert_eq!(differs, StretchAt { block: 2, stretch: 1 });
         let Message::PageHashes { first, hashes } = page_hashes(&theirs, &None, differs).unwrap() else { panic!() };
-        let page = first_differing_page(&ours, &None, first, &hashes).unwrap();
+        let page = first_differing_page(&ours, None, &None, first, &hashes).unwrap();
         assert_eq!(page, Some(PageAt { block: 2, page: (3 << 20) / 4096 }));
     }
 

@@ -115,6 +115,9 @@ pub enum MigrationError {
     /// A panic was caught, so that it does not end the guest's process.
     #[error("memferry or the guest's own code made a mistake: {0}")]
     Mistake(String),
+    /// A page of the paused source differs from what was last sent, and its bit is clear.
+    #[error("the dirty log lost a write: {0} differs from what was sent, and no log reported it")]
+    LostWrite(String),
     /// The digests of the two memories differ.
     #[error("verification failed: {0}")]
     Differs(String),

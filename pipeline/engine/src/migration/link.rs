@@ -21,7 +21,7 @@ use super::connection::{Reader, Writer};
 use super::error::{Loss, MigrationError, Silence};
 use super::senders::{Senders, close};
 use crate::events::Role;
-use crate::settings::SourceSettings;
+use crate::settings::{SourceSettings, Verify};
 
 /// The connections of one migration. Hello was sent on each, and nothing after it.
 pub(super) struct Greeted {
@@ -54,7 +54,8 @@ pub(super) fn features(settings: &SourceSettings) -> Features {
         zstd: matches!(codec, Some(Codec::Zstd { .. })),
         groups: codec.is_some(),
         xbzrle: settings.encoder.xbzrle.is_some(),
-        verify: settings.verify,
+        verify: settings.verify.is_on(),
+        page_hashes: settings.verify == Verify::Pages,
         // The guest's properties are not known from settings.
         left_out: false,
         ignored_blocks: false,

@@ -21,6 +21,7 @@ use memferry_stages::geometry::LaneMap;
 use memferry_stages::in_flight::InFlight;
 use memferry_stages::memory::GuestMemory;
 use memferry_stages::meter::{Meter, Reading};
+use memferry_stages::page_hashes::PageHashes;
 use memferry_stages::pool::BufferPool;
 use memferry_stages::queue::{Inlet, Outlet, bounded};
 use memferry_stages::scanner::{RoundScanned, Scanner, ScannerOrder};
@@ -44,7 +45,8 @@ pub(super) struct SourceParts {
     /// Set if there can be pages that do not travel.
     pub(super) exclusions: Option<Arc<Exclusions>>,
     pub(super) untouched: Arc<DirtyBitmap>,
-    pub(super) senders: Senders,
+    /// Set if the hash of each page is recorded.
+    pub(super) page_hashes: Option<Arc<PageHashes>>,
 }
 
 /// The running stages, and the ends of their queues that the controller holds.
@@ -73,14 +75,14 @@ pub(super) struct SourceGraph {
 
 impl SourceGraph {
     /// Builds, joins and starts the stages before the senders. They wait for the first order.
-    pub(super) fn start(parts: SourceParts, settings: &SourceSettings) -> Self {
+    pub(super) fn start(parts: SourceParts, senders: Senders, settings: &SourceSettings) -> Self {
         let lane_map = LaneMap::new(settings.lanes, parts.memory.page_size());
         // A round, and the end of the lanes behind it.
         let (scan, scan_orders) = bounded(2);
         let (scanned_out, scanned) = bounded(1);
         let (sync, sync_orders) = bounded(1);
         let (synced_out, synced) = bounded(1);
-        let Senders { stages, control, bulk: connections, sent, meters, bucket } = parts.senders;
+        let Senders { stages, control, bulk: connections, sent, meters, bucket } = senders;
         let mut graph = Self {
             stages,
             scan,
@@ -98,7 +100,7 @@ impl SourceGraph {
             caches: Vec::new(),
             sync_at_work: Arc::default(),
         };
-        let lanes = graph.start_lanes(&parts.memory, &parts.logs, settings, &connections);
+        let lanes = graph.start_lanes(&parts, settings, &connections);
 
         let meter = graph.meter(StageId::SCANNER);
         let taker = PageTaker::new(
@@ -169,11 +171,11 @@ impl SourceGraph {
 
     fn start_lanes(
         &mut self,
-        memory: &GuestMemory,
-        logs: &[Arc<dyn DirtyLog>],
+        parts: &SourceParts,
         settings: &SourceSettings,
         connections: &[Outlet<Outgoing>],
     ) -> Vec<Outlet<Item<Batch>>> {
+        let SourceParts { memory, logs, page_hashes, .. } = parts;
         let page_size = memory.page_size();
         (0..settings.lanes)
             .map(|lane| {
@@ -184,7 +186,7 @@ impl SourceGraph {
                 self.pools.extend([copy_pool.clone(), code_pool.clone()]);
 
                 let meter = self.meter(StageId::zero_detector(lane));
-                let detector = ZeroDetector::new(lane, memory.clone(), copy_pool, logs.to_vec(), meter.clone());
+                let detector = ZeroDetector::new(lane, memory.clone(), copy_pool, logs.clone(), meter.clone());
                 let running = detector.run(detector_in, copies);
                 self.stages.spawn(StageId::zero_detector(lane), running);
 
@@ -193,6 +195,9 @@ impl SourceGraph {
                 let mut encoder = Encoder::new(lane, page_size, plan(settings), framer, code_pool, meter.clone());
                 if let Some(cached) = &self.cached {
                     encoder = encoder.with_cached(cached.clone());
+                }
+                if let Some(page_hashes) = page_hashes {
+                    encoder = encoder.with_page_hashes(page_hashes.clone());
                 }
                 encoder = encoder.with_wire(self.wire(lane, settings));
                 self.caches.push(encoder.cache_share());

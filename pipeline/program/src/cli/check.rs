@@ -16,7 +16,7 @@ use crate::config::tables::{Config, GuestTable};
 use crate::config::{self, Purpose};
 use memferry::human;
 use memferry::migration::{self, DIGEST_PASSES, HashingCost, destination_bound, hashing_cost, source_bound};
-use memferry::settings::SourceSettings;
+use memferry::settings::{SourceSettings, Verify};
 use memferry::values::Size;
 use memferry_guests::SharedSettings;
 use memferry_guests::kvm::KvmLogChoice;
@@ -92,7 +92,7 @@ fn facts(config: &Config) -> Vec<String> {
         let whole = at_rate(bytes, cap);
         facts.push(format!("first round: {} if nothing shrinks, at {}/s", human::time(whole), human::bytes(cap)));
     }
-    if settings.verify || hashes_for_log(config) {
+    if settings.verify == Verify::Full || hashes_for_log(config) {
         facts.extend(hashing(config, bytes, &settings));
     }
     facts
@@ -170,7 +170,7 @@ fn hashing(config: &Config, bytes: u64, settings: &SourceSettings) -> Vec<String
     let Ok(one_pass) = hashing_cost(bytes) else { return Vec::new() };
     let digests = one_pass.times(DIGEST_PASSES);
     let mut facts = Vec::new();
-    if settings.verify {
+    if settings.verify == Verify::Full {
         facts.push(format!("verify: about {} of the downtime go to digests", measured(digests)));
         if digests.median > settings.downtime_limit {
             let limit = human::time(settings.downtime_limit);

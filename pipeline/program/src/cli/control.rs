@@ -305,8 +305,9 @@ mod tests {
     fn a_cancel_says_where_the_guest_is() {
         let address = socket("/run/a.sock").unwrap();
         let line = |role, event| EventLine::new(Duration::ZERO, role, &event);
-        let ended =
-            |outcome, resume_failed| Event::Ended(Ended { outcome, resume_failed, ..never_begun("why".into()) });
+        let ended = |outcome, resume_failed| {
+            Event::Ended(Box::new(Ended { outcome, resume_failed, ..never_begun("why".into()) }))
+        };
         let says = |events: Vec<Event>, role, is_over| {
             let mut seen = Seen::default();
             events.into_iter().for_each(|event| seen.note(line(role, event)));

@@ -306,7 +306,7 @@ impl Inspection {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use memferry_stages::batch::{RoundKind, payload_hash};
+    use memferry_stages::batch::RoundKind;
     use memferry_stages::codec::{Codec, Compressor};
     use memferry_stages::geometry::BlockInfo;
     use memferry_stages::tally::{PageTally, RoundTally};
@@ -322,14 +322,8 @@ mod tests {
     fn stream_of(features: Features, mask: u64, zero: u64, pages: Vec<(PageEncoding, u32)>, payload: &[u8]) -> Vec<u8> {
         let hello = Hello::bulk(SessionId([7; 16]), 0, 1, 1, PageSize::DEFAULT, features.to_list());
         let block = BlockInfo { guest_address: 0x4000_0000, ..BlockInfo::new("ram", 1 << 20) };
-        let pages = PagesHead {
-            at: ExtentAt { block: 0, extent: 0 },
-            round: 1,
-            mask,
-            zero,
-            payload_hash: payload_hash(payload),
-            pages,
-        };
+        let pages = PagesHead { at: ExtentAt { block: 0, extent: 0 }, round: 1, mask, zero, payload_hash: 0, pages }
+            .with_hash_of(payload);
         let section = |end| StateChunk {
             phase: StatePhase::Device,
             name: "cpu".into(),

@@ -260,7 +260,7 @@ impl Session {
     /// Ensures that every observer receives the end of the migration.
     fn end(&self, role: Role, ended: Ended) -> Ended {
         if self.accountant.account(role).status.ended.is_none() {
-            self.observers(role).notify(&Event::Ended(ended.clone()));
+            self.observers(role).notify(&Event::Ended(Box::new(ended.clone())));
         }
         ended
     }

@@ -43,6 +43,7 @@ pub(super) fn never_begun(error: String) -> Ended {
         outcome: Outcome::Failed,
         error: Some(error),
         verified: None,
+        checked: None,
         total: std::time::Duration::ZERO,
         setup: std::time::Duration::ZERO,
         downtime: None,

@@ -101,7 +101,7 @@ fn migrations_add_up_and_a_failed_one_is_still_there() {
     let failed =
         Ended { outcome: Outcome::Failed, wire_bytes: 300, stages: Vec::new(), downtime: None, ..ended(Role::Source) };
     let recorded = figures(|observer| {
-        play(observer, &[progress(250, 30), Event::Ended(failed)]);
+        play(observer, &[progress(250, 30), Event::Ended(Box::new(failed))]);
         play(observer, &[progress(40, 5)]);
     });
     assert_eq!(counter(&recorded, "memferry_wire_bytes_total"), 340);

@@ -26,7 +26,7 @@
 //! | `paused` | the guest is paused at the source | |
 //! | `handed_over` | a cancel is too late: the destination may run the guest | |
 //! | `resumed` | the guest is resumed at the source | |
-//! | `ended` | the last event of its end | `phase`, `error`, `verified`, `total_ms`, `setup_ms`, `downtime_ms`, `downtime` (its parts), `forecast`, `wire_bytes`, `excluded`, `memory_peak_bytes`, `bottleneck_percent`, `cpu_ms`, `stages`: as in the report; `resume_failed`: the source guest is still paused and runs nowhere |
+//! | `ended` | the last event of its end | `phase`, `error`, `verified`, `checked`, `total_ms`, `setup_ms`, `downtime_ms`, `downtime` (its parts), `forecast`, `wire_bytes`, `excluded`, `memory_peak_bytes`, `bottleneck_percent`, `cpu_ms`, `stages`: as in the report; `resume_failed`: the source guest is still paused and runs nowhere |
 //! | `lost` | the reader was too slow; has no role | `events`: how many are missing before this line |
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -314,7 +314,7 @@ impl From<&Event> for EventJson {
             Event::Paused => Self::Paused,
             Event::HandedOver => Self::HandedOver,
             Event::Resumed => Self::Resumed,
-            Event::Ended(ended) => Self::Ended(ended.into()),
+            Event::Ended(ended) => Self::Ended((&**ended).into()),
         }
     }
 }

@@ -506,7 +506,7 @@ proptest! {
             at += Duration::from_micros(later);
             scene.account.enter(&event, at);
         }
-        scene.account.enter(&Event::Ended(ended(Role::Source)), at);
+        scene.account.enter(&Event::Ended(Box::new(ended(Role::Source))), at);
         is_sound(&scene.page());
     }
 }

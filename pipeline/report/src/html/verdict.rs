@@ -1,6 +1,7 @@
 //! The verdict in sentences (what happened, where the guest is, what to do), then the main figures.
 
 use maud::{Markup, html};
+use memferry_stages::page_hashes::Coverage;
 
 use super::{Page, clean, ms};
 use crate::Ends;
@@ -316,10 +317,16 @@ fn left_over(page: &Page<'_>) -> Option<Figure> {
 }
 
 fn verified(page: &Page<'_>) -> Figure {
-    let (value, note, tone) = match page.report.end.verified {
-        Some(true) => ("yes", "every page compared by digest", Some(Tone::Good)),
-        Some(false) => ("differs", "a digest did not match", Some(Tone::Bad)),
-        None => ("no", "pages were not compared", None),
+    let end = &page.report.end;
+    let (value, note, tone) = match (end.verified, end.checked) {
+        (Some(true), Some(Coverage { checked, of })) => {
+            let percent = checked * 100 / of.max(1);
+            let note = format!("each page was loaded as it was sent; {percent} % of the source's were read again");
+            ("yes", note, Some(Tone::Good))
+        }
+        (Some(true), None) => ("yes", "both memories were compared as a whole".into(), Some(Tone::Good)),
+        (Some(false), _) => ("differs", "a digest did not match".into(), Some(Tone::Bad)),
+        (None, _) => ("no", "pages were not compared".into(), None),
     };
-    Figure { name: "Verified", value: value.into(), note: note.into(), tone }
+    Figure { name: "Verified", value: value.into(), note, tone }
 }

@@ -7,7 +7,7 @@ use tokio::task::{JoinHandle, yield_now};
 
 use super::backlog::GATHER_FRAMES;
 use super::*;
-use crate::batch::{PageEncoding, RoundKind, payload_hash};
+use crate::batch::{PageEncoding, RoundKind};
 use crate::geometry::{BlockInfo, ExtentAt, Layout, PageSize};
 use crate::pool::BufferPool;
 use crate::queue::bounded;
@@ -335,9 +335,10 @@ fn pages_frame(number: u32, payload_pages: u32, pool: &BufferPool) -> Outgoing {
         round: 1,
         mask,
         zero: 0,
-        payload_hash: payload_hash(&payload),
+        payload_hash: 0,
         pages: vec![(PageEncoding::Raw, 4096); payload_pages as usize],
     };
+    let head = head.with_hash_of(&payload);
     Outgoing { lane: 0, head: head.to_bytes(0), payload: (bytes > 0).then_some(payload), mark: None }
 }
 
@@ -359,7 +360,7 @@ async fn read_back(bytes: &[u8]) -> (Vec<u32>, Vec<u32>) {
                 let head = PagesHead::parse(&frame.body, frame.frame_length, &layout).unwrap();
                 let mut payload = vec![0; head.payload_bytes()];
                 reader.read_payload(&mut payload).await.unwrap();
-                head.clone().into_arrived(true, frame.offset).check_payload(&payload).unwrap();
+                head.clone().into_arrived(true, frame.offset).check_payload(&payload, &mut Vec::new()).unwrap();
                 extents.push(head.at.extent);
             }
             Incoming::Message { message: Message::State(chunk), .. } => versions.push(chunk.version),

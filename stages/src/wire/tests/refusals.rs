@@ -74,7 +74,7 @@ fn hellos() {
     assert_eq!(refusal(0, b"\x00emferrx"), r#"a Hello begins with "\x00emferrx" instead of "memferry""#);
     assert_eq!(
         refusal(8, &[2, 1, 0xff]),
-        "the peer speaks protocol version 258, this program version 2: use the same release on both sides"
+        "the peer speaks protocol version 258, this program version 3: use the same release on both sides"
     );
     assert_eq!(refusal(26, &[3, 0]), "connection is 3, it must be 0 to 2");
     assert_eq!(refusal(26, &[2, 0]), "connection 2 is bulk, and the first 2 are bulk, no others");
@@ -190,7 +190,7 @@ fn pages() {
     let parse = |length| PagesHead::parse(&bytes[HEAD_BYTES..], length, &samples::layout()).map_err(|e| e.to_string());
     assert_eq!(parse(4266), Err("the frame is 4266 bytes long, its parts are 4265".into()));
     assert!(parse(4265).is_ok());
-    let refused = samples::check_payload(&head, &payload[1..]).unwrap_err().to_string();
+    let refused = samples::check_payload(&head, &[&payload[1..], &[0]].concat()).unwrap_err().to_string();
     assert!(refused.starts_with("the payload is damaged (xxh3 "), "{refused}");
     let none = PagesHead { payload_hash: 0, ..head };
     assert!(samples::check_payload(&none, &payload).is_err(), "no hash is no right hash");

@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 
-use crate::batch::{PageEncoding, PageFault, RoundKind, payload_hash};
+use crate::batch::{PageEncoding, PageFault, RoundKind};
 use crate::geometry::{BlockInfo, ExtentAt, Layout, PageAt, PageSize};
 use crate::tally::{PageTally, RoundTally};
 use crate::wire::messages::{Figure, Progress, RunState, StateChunk, StatePhase, StretchDigest};
@@ -20,7 +20,7 @@ pub(super) fn parse(frame: &PagesFrame) -> Result<PagesHead, WireError> {
 
 /// The verdict of a loader on the payload of a frame with hashes.
 pub(super) fn check_payload(head: &PagesHead, payload: &[u8]) -> Result<(), PageFault> {
-    head.clone().into_arrived(true, 0).check_payload(payload)
+    head.clone().into_arrived(true, 0).check_payload(payload, &mut Vec::new())
 }
 
 pub(super) fn hello() -> Hello {
@@ -94,10 +94,10 @@ pub(super) fn grouped_pages() -> (PagesHead, Vec<u8>) {
         round: 1,
         mask: 0x6e,
         zero: 0,
-        payload_hash: payload_hash(&payload),
+        payload_hash: 0,
         pages: vec![(Lz4, 5000), (Raw, 4096), (Grouped, 0), (Zstd, 300), (Grouped, 0)],
     };
-    (head, payload)
+    (head.with_hash_of(&payload), payload)
 }
 
 /// A Pages frame with a zero page, a raw, a compressed and a delta, and its payload.
@@ -108,10 +108,10 @@ pub(super) fn pages() -> (PagesHead, Vec<u8>) {
         round: 2,
         mask: 0x8000_0000_0000_0017,
         zero: 0x12,
-        payload_hash: payload_hash(&payload),
+        payload_hash: 0,
         pages: vec![(PageEncoding::Raw, 4096), (PageEncoding::Lz4, 100), (PageEncoding::Xbzrle, 9)],
     };
-    (head, payload)
+    (head.with_hash_of(&payload), payload)
 }
 
 /// A frame that brings only zero pages.

@@ -29,7 +29,7 @@ fn says(ended: &Ended, last: Option<&Event>, outcome: Outcome, words: &[&str]) {
     for word in words {
         assert!(error.contains(word), "{word:?} is not in {error:?}");
     }
-    assert_eq!(last, Some(&Event::Ended(ended.clone())));
+    assert_eq!(last, Some(&Event::Ended(Box::new(ended.clone()))));
 }
 
 fn block_on<T>(test: impl Future<Output = T>) -> T {

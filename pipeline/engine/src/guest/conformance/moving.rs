@@ -15,7 +15,7 @@ use super::{BUILT, Breach, GuestBuilder, SourceGuest, Subject, contract};
 use crate::events::{Ended, Event, Observer, Observers, Phase, Role};
 use crate::guest::RunState;
 use crate::migration::{DataPlane, ReceiveError, SendError, Sent, receive, send};
-use crate::settings::{DestinationSettings, OnDeadline, SourceSettings, XbzrleSettings};
+use crate::settings::{DestinationSettings, OnDeadline, SourceSettings, Verify, XbzrleSettings};
 
 const LOGS: &str = "the dirty logs see every write, before the pause";
 const LOGS_SAVE: &str = "the dirty logs see what save writes";
@@ -214,7 +214,7 @@ fn source_settings() -> SourceSettings {
     let mut settings = SourceSettings {
         max_rounds: 4,
         on_deadline: OnDeadline::SwitchOver,
-        verify: false,
+        verify: Verify::Off,
         handover_timeout: PATIENCE,
         ..SourceSettings::default()
     };

@@ -59,13 +59,14 @@ impl Destination<'_> {
             Attempt::Running(flow) => Some(flow),
             _ => None,
         };
-        let figures = flow.map(|flow| self.figures(flow, course.verified().is_some()));
+        let figures = flow.map(|flow| self.figures(flow));
         let (wire_bytes, memory_peak, stages) = figures.unwrap_or_default();
         let watch = flow.map(|flow| &flow.rates.watch);
         Ended {
             outcome: Outcome::Failed,
             error: None,
             verified: course.verified(),
+            checked: flow.and_then(|flow| flow.page_hashes.as_ref()).map(|page_hashes| page_hashes.coverage()),
             total: self.started.elapsed(),
             setup: self.setup,
             downtime: None,

@@ -6,6 +6,7 @@ use std::time::Duration;
 use futures::future::BoxFuture;
 use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::geometry::{BlockInfo, Layout, PageSize};
+use memferry_stages::page_hashes::PageHashes;
 use memferry_stages::queue::Outlet;
 use memferry_stages::sender::Control;
 use memferry_stages::wire::messages::StatePhase;
@@ -21,6 +22,7 @@ use super::rounds::Rates;
 use super::{Attempt, Build, Built, Destination};
 use crate::events::{Event, Observers, Role};
 use crate::guest::{GuestError, GuestState};
+use crate::migration::checker::Checker;
 use crate::migration::course::destination::ended_early;
 use crate::migration::destination_graph::DestinationGraph;
 use crate::migration::error::MigrationError;
@@ -29,7 +31,7 @@ use crate::migration::session::{Door, Session};
 use crate::migration::stage_set::StageSet;
 use crate::migration::state::{Assembly, Room};
 use crate::migration::{block_facts, blocking, bounds, built_otherwise};
-use crate::settings::DestinationSettings;
+use crate::settings::{DestinationSettings, Verify};
 
 /// How often the source is notified of what is loaded.
 const TICK: Duration = Duration::from_millis(20);
@@ -90,7 +92,7 @@ impl<'a> Destination<'a> {
         self.attempt = Attempt::Agreeing(Box::pin(acceptance.make()), answers);
     }
 
-    pub(super) fn start_stages(&mut self, ready: Ready, answers: Option<Answers>) {
+    pub(super) fn start_stages(&mut self, ready: Ready, answers: Option<Answers>) -> Result<(), MigrationError> {
         let Ready { session: Session { hello, features, readers, .. }, built, .. } = ready;
         let mut ticks = tokio::time::interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -99,7 +101,16 @@ impl<'a> Destination<'a> {
             Some(Answers { stages, outlet, alive }) => (stages, Some(outlet), Some(alive)),
             None => (StageSet::new(self.plane.handle()), None, None),
         };
-        let graph = DestinationGraph::start(&built.memory, &hello, features, readers, stages, answer);
+        let verify = match (features.verify, features.page_hashes) {
+            (false, _) => Verify::Off,
+            (true, true) => Verify::Pages,
+            (true, false) => Verify::Full,
+        };
+        let page_hashes = (verify == Verify::Pages).then(|| Arc::new(PageHashes::new(built.memory.layout())));
+        let check = |page_hashes: &Arc<PageHashes>| Checker::start(built.memory.clone(), page_hashes.clone());
+        let checker = page_hashes.as_ref().map(check).transpose().map_err(MigrationError::Digest)?;
+        let graph =
+            DestinationGraph::start(&built.memory, &hello, features, readers, stages, answer, page_hashes.as_ref());
         if let (Some(alive), Some(answer)) = (&mut alive, &graph.answer) {
             let meters = graph.receiver_meters.clone();
             alive.report(answer.clone(), move || figures(&meters));
@@ -112,8 +123,12 @@ impl<'a> Destination<'a> {
             ticks,
             stages_left,
             rates: Rates::begin(),
+            verify,
+            page_hashes,
+            checker,
         }));
         self.built = Some(built);
+        Ok(())
     }
 }
 

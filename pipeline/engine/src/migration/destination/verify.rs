@@ -1,7 +1,10 @@
 //! Verification: this end's digests are compared with the source's.
 
+use std::sync::Arc;
+
 use futures::future::BoxFuture;
 use memferry_stages::memory::GuestMemory;
+use memferry_stages::page_hashes::PageHashes;
 use memferry_stages::wire::Message;
 
 use crate::migration::blocking;
@@ -11,12 +14,20 @@ use crate::migration::error::MigrationError;
 /// This end's digests, and their comparison.
 pub(super) enum Comparison {
     None,
-    /// They are computed, while the source computes its own.
-    Started(Pending),
+    /// This end's digests are begun, while the source makes its own.
+    Started(Ours),
     /// They are compared.
-    Running(BoxFuture<'static, Result<Option<StretchAt>, MigrationError>>),
+    Running(BoxFuture<'static, Result<Option<(StretchAt, LeftOut)>, MigrationError>>),
     /// This stretch differs. The digests leave out these pages.
-    Differs(StretchAt),
+    Differs(StretchAt, LeftOut),
+}
+
+/// What this end's digests are made of.
+pub(super) enum Ours {
+    /// The memory, hashed as a whole.
+    Memory(Pending),
+    /// The hashes of the pages as they were loaded, and the pages that never travel.
+    Pages(Arc<PageHashes>, LeftOut),
 }
 
 impl Comparison {
@@ -33,33 +44,72 @@ impl Comparison {
         let Self::Running(comparing) = self else { return std::future::pending().await };
         let differs = comparing.await;
         *self = Self::None;
-        let differs = differs?;
-        if let Some(stretch) = differs {
-            *self = Self::Differs(stretch);
-        }
-        Ok(differs.is_none())
+        let Some((stretch, left_out)) = differs? else { return Ok(true) };
+        *self = Self::Differs(stretch, left_out);
+        Ok(false)
     }
 }
 
-/// The first stretch that differs.
-async fn compared(memory: GuestMemory, ours: Pending, theirs: Digests) -> Result<Option<StretchAt>, MigrationError> {
+/// The first stretch that differs, and the pages that the digests leave out.
+async fn compared(
+    memory: GuestMemory,
+    ours: Ours,
+    theirs: Digests,
+) -> Result<Option<(StretchAt, LeftOut)>, MigrationError> {
     let left_out = theirs.left_out().clone();
-    let ours = ours.finish().await.map_err(MigrationError::Digest)?;
-    if let Some(page) = ours.first_left_out_beside(&left_out) {
-        let what = format!("{page} is unplugged or ignored here, and not at the source");
+    let ours = match ours {
+        Ours::Memory(pending) => {
+            let ours = pending.finish().await.map_err(MigrationError::Digest)?;
+            check_left_out(&ours, &left_out)?;
+            ours.leaving_out(&memory, left_out.clone()).await.map_err(MigrationError::Digest)?
+        }
+        Ours::Pages(page_hashes, excluded) => {
+            let (memory, left_out) = (memory.clone(), left_out.clone());
+            blocking(move || sums(&memory, &page_hashes, excluded, left_out)).await?
+        }
+    };
+    Ok(theirs.first_difference(memory.layout(), &ours).map(|stretch| (stretch, left_out)))
+}
+
+/// The sums of page hashes without `left_out`, unless a page was changed here after it was loaded. May block.
+fn sums(
+    memory: &GuestMemory,
+    page_hashes: &PageHashes,
+    excluded: LeftOut,
+    left_out: LeftOut,
+) -> Result<Digests, MigrationError> {
+    let layout = memory.layout();
+    let changed = digests::first_unrecorded_change(memory, page_hashes, &left_out).map_err(MigrationError::Digest)?;
+    if let Some(at) = changed {
+        let what = format!("{} was changed here after it was loaded", digests::describe(layout, at));
         return Err(MigrationError::Differs(what));
     }
-    let ours = ours.leaving_out(&memory, left_out).await.map_err(MigrationError::Digest)?;
-    Ok(theirs.first_difference(memory.layout(), &ours))
+    check_left_out(&Digests::of_pages(layout, page_hashes, excluded), &left_out)?;
+    Ok(Digests::of_pages(layout, page_hashes, left_out))
+}
+
+/// Pages that never come here are left out at the source too.
+fn check_left_out(ours: &Digests, theirs: &LeftOut) -> Result<(), MigrationError> {
+    match ours.first_left_out_beside(theirs) {
+        None => Ok(()),
+        Some(page) => {
+            let what = format!("{page} is unplugged or ignored here, and not at the source");
+            Err(MigrationError::Differs(what))
+        }
+    }
 }
 
 /// The page hashes of a stretch, so that the source can name the page that differs.
 pub(super) async fn page_hashes(
     memory: &GuestMemory,
-    left_out: LeftOut,
+    recorded: Option<&PageHashes>,
+    left_out: &LeftOut,
     stretch: StretchAt,
 ) -> Result<Message, MigrationError> {
-    let memory = memory.clone();
+    if let Some(recorded) = recorded {
+        return Ok(digests::recorded_hashes(memory.layout(), recorded, left_out, stretch));
+    }
+    let (memory, left_out) = (memory.clone(), left_out.clone());
     let hashes = blocking(move || digests::page_hashes(&memory, &left_out, stretch)).await;
     hashes.map_err(MigrationError::Digest)
 }

@@ -9,11 +9,12 @@ use memferry_stages::wire::messages::RunState;
 
 use super::flow::Signal;
 use super::setup::Ready;
-use super::verify::{Comparison, describe, page_hashes};
+use super::verify::{Comparison, Ours, describe, page_hashes};
 use super::{Attempt, Destination};
 use crate::events::Event;
 use crate::guest::GuestState;
 use crate::migration::alive::silenced;
+use crate::migration::checker::Checker;
 use crate::migration::course::destination::{Action, Agreed, DestinationCourse, Input};
 use crate::migration::driver::World;
 use crate::migration::error::{Failure, MigrationError, guarded};
@@ -177,7 +178,7 @@ impl Destination<'_> {
             }
             Action::StartStages => {
                 match std::mem::replace(&mut self.attempt, Attempt::None) {
-                    Attempt::Ready(ready, answers) => self.start_stages(*ready, answers),
+                    Attempt::Ready(ready, answers) => self.start_stages(*ready, answers)?,
                     _ => unreachable!("stages start when both ends have agreed"),
                 }
                 None
@@ -190,12 +191,17 @@ impl Destination<'_> {
             Action::Explain(failure) => Some(Input::Failed(self.explain(failure).await)),
             Action::StartDigests => {
                 let built = self.built.as_ref().expect("what is loaded was built");
-                self.comparison = Comparison::Started(digests::start(&built.memory, built.excluded.clone()));
+                let flow = self.attempt.running()?;
+                flow.checker.iter().for_each(Checker::stop);
+                self.comparison = Comparison::Started(match flow.page_hashes.clone() {
+                    Some(page_hashes) => Ours::Pages(page_hashes, built.excluded.clone()),
+                    None => Ours::Memory(digests::start(&built.memory, built.excluded.clone())),
+                });
                 None
             }
             Action::Compare => {
                 let built = self.built.as_ref().expect("what is loaded was built");
-                let theirs = self.attempt.running()?.arrived.digests.clone();
+                let theirs = self.attempt.running()?.arrived.take_digests(built.memory.layout());
                 self.comparison.compare(&built.memory, theirs);
                 None
             }
@@ -219,15 +225,15 @@ impl Destination<'_> {
 
     /// Sends the page hashes of the stretch that differs. Returns the error that names the stretch.
     async fn name_stretch(&mut self) -> Result<MigrationError, MigrationError> {
-        let (Some(built), &Comparison::Differs(stretch)) = (&self.built, &self.comparison) else {
+        let (Some(built), Comparison::Differs(stretch, left_out)) = (&self.built, &self.comparison) else {
             return Ok(MigrationError::Differs("a stretch".into()));
         };
         let flow = self.attempt.running()?;
         if flow.graph.answer.is_some() {
-            let hashes = page_hashes(&built.memory, flow.arrived.digests.left_out().clone(), stretch).await?;
+            let hashes = page_hashes(&built.memory, flow.page_hashes.as_deref(), left_out, *stretch).await?;
             flow.send(&hashes).await?;
         }
-        Ok(describe(&built.memory, stretch))
+        Ok(describe(&built.memory, *stretch))
     }
 
     /// Everything is loaded: applies the device state to the guest.

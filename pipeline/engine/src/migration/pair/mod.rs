@@ -25,7 +25,7 @@ use super::driver::{Course, drive};
 use super::error::{MigrationError, Silence};
 use crate::events::Role;
 use crate::guest::GuestError;
-use crate::settings::{ConvergenceSettings, OnDeadline, SourceSettings, StallStep};
+use crate::settings::{ConvergenceSettings, OnDeadline, SourceSettings, StallStep, Verify};
 use destination::DestinationModel;
 use end::End;
 use link::link;
@@ -286,7 +286,7 @@ fn how_destination(course: DestinationCourse, mistake: Option<MigrationError>) -
 fn settings(scene: &Scene) -> SourceSettings {
     let on_stall = if scene.throttles { vec![StallStep::Throttle] } else { Vec::new() };
     SourceSettings {
-        verify: scene.verify,
+        verify: if scene.verify { Verify::Full } else { Verify::Off },
         lanes: scene.lanes,
         connections: scene.lanes.min(2),
         downtime_limit: Duration::from_millis(scene.limit.into()),

@@ -61,11 +61,12 @@ impl Source<'_> {
 
     /// The figures of the outcome.
     fn ended(&self, course: &SourceCourse) -> Ended {
-        let Figures { wire_bytes, memory_peak, stages } = self.figures(course.verified());
+        let Figures { wire_bytes, memory_peak, stages } = self.figures(course.settings().verify);
         Ended {
             outcome: Outcome::Failed,
             error: None,
             verified: course.verified(),
+            checked: self.transfer.page_hashes.as_ref().map(|page_hashes| page_hashes.coverage()),
             total: self.started.elapsed(),
             setup: self.setup,
             downtime: course.downtime(),

@@ -14,6 +14,7 @@ use crate::events::{Event, Progress};
 use crate::migration::bounds;
 use crate::migration::course::source::SourceCourse;
 use crate::migration::speed::Speed;
+use crate::settings::Verify;
 
 /// The recent rates, and what limits them.
 #[derive(Default)]
@@ -114,16 +115,16 @@ impl Source<'_> {
         })
     }
 
-    pub(super) fn figures(&self, verified: Option<bool>) -> Figures {
-        self.attempt.flow().map(|flow| self.figures_of(flow, verified)).unwrap_or_default()
+    pub(super) fn figures(&self, verify: Verify) -> Figures {
+        self.attempt.flow().map(|flow| self.figures_of(flow, verify)).unwrap_or_default()
     }
 
-    fn figures_of(&self, flow: &Flow, verified: Option<bool>) -> Figures {
+    fn figures_of(&self, flow: &Flow, verify: Verify) -> Figures {
         let (graph, transfer) = (&flow.graph, &self.transfer);
         let keeps = bounds::source_keeps(
             transfer.layout(),
             graph.in_flight.memory_bytes(),
-            verified.is_some(),
+            verify,
             transfer.hints.exclusions().is_some(),
         );
         Figures {

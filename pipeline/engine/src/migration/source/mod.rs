@@ -33,7 +33,7 @@ use memferry_transports::Transport;
 
 use super::bounds;
 use super::course::source::{Facts, SourceCourse};
-use super::digests::{self, Pending};
+use super::digests;
 use super::driver::drive;
 use super::error::MigrationError;
 use super::link::Link;
@@ -160,16 +160,16 @@ impl Attempt<'_> {
 /// The digests of the paused guest.
 enum Digests {
     None,
-    /// They are computed while the last round is sent.
-    Started(Pending),
+    /// Those of the whole memory are computed while the last round is sent.
+    Started(BoxFuture<'static, Result<digests::Digests, MigrationError>>),
     /// They are waited for.
-    Awaited(BoxFuture<'static, std::io::Result<digests::Digests>>),
+    Awaited(BoxFuture<'static, Result<digests::Digests, MigrationError>>),
     Done(digests::Digests),
 }
 
 impl Digests {
     /// Waits for awaited digests. Safe to race in a `select!`.
-    async fn next(&mut self) -> std::io::Result<()> {
+    async fn next(&mut self) -> Result<(), MigrationError> {
         let Self::Awaited(digests) = self else { return std::future::pending().await };
         let digests = digests.await;
         *self = Self::None;

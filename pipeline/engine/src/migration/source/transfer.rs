@@ -1,23 +1,28 @@
 //! What survives a lost connection: the guest, its memory and its logs. Every call into the guest is here, besides those
 //! to its page hinters.
 
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::future::BoxFuture;
 use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::dirty_log::{DirtyLog, LogCall};
-use memferry_stages::geometry::{Layout, PageAt};
+use memferry_stages::geometry::Layout;
 use memferry_stages::memory::GuestMemory;
+use memferry_stages::page_hashes::PageHashes;
 use memferry_stages::wire::Message;
 use memferry_stages::wire::messages::{StateChunk, StatePhase};
 
 use super::hints::Hints;
 use crate::guest::{GuestError, GuestState, RunState, SourceGuest};
 use crate::migration::arming::{Armed, arm};
-use crate::migration::digests::{self, LeftOut, Pending};
+use crate::migration::checker::Checker;
+use crate::migration::digests::{self, Digests, LeftOut};
 use crate::migration::error::{MigrationError, guarded};
 use crate::migration::state::{self, Room};
 use crate::migration::{asked, blocking};
+use crate::settings::Verify;
 
 /// See the [module](self).
 pub(super) struct Transfer {
@@ -35,6 +40,9 @@ pub(super) struct Transfer {
     pub(super) state_room: Room,
     /// The saved device state, until it is sent.
     device: Option<GuestState>,
+    /// The hashes of the pages as they were sent, once the logs are armed, if they are what is compared.
+    pub(super) page_hashes: Option<Arc<PageHashes>>,
+    checker: Option<Checker>,
     /// The pages that the digests leave out, once the digests are begun.
     left_out: LeftOut,
 }
@@ -52,6 +60,8 @@ impl Transfer {
             untouched: None,
             state_room: Room::new(max_state_bytes),
             device: None,
+            page_hashes: None,
+            checker: None,
             left_out: None,
         }
     }
@@ -73,7 +83,7 @@ impl Transfer {
 
     /// Starts the logs, and only then asks which pages are untouched, so that a log sees every later write. All bits
     /// are set but those of pages that never travel: the bitmap is the truth from here on (law 1).
-    pub(super) async fn arm(&mut self) -> Result<(), MigrationError> {
+    pub(super) async fn arm(&mut self, verify: Verify) -> Result<(), MigrationError> {
         let (memory, logs) = (self.memory.clone(), self.logs.clone());
         let (excluded, may_leave_out) = (self.hints.excluded_ranges(), self.hints.may_leave_out());
         let Armed { bitmap, exclusions, untouched } =
@@ -81,6 +91,15 @@ impl Transfer {
         self.bitmap = Some(bitmap);
         self.untouched = Some(untouched);
         self.hints.armed(exclusions);
+        self.page_hashes = (verify == Verify::Pages).then(|| Arc::new(PageHashes::new(self.layout())));
+        Ok(())
+    }
+
+    /// Starts to check memory against the page hashes, if there are any, until digests are begun.
+    pub(super) fn start_check(&mut self) -> io::Result<()> {
+        if let Some(page_hashes) = &self.page_hashes {
+            self.checker = Some(Checker::start(self.memory.clone(), page_hashes.clone())?);
+        }
         Ok(())
     }
 
@@ -120,18 +139,29 @@ impl Transfer {
     }
 
     /// From here on bits leave the bitmap only when pages are sent. Pages left out so far are left out of the digests.
-    pub(super) fn start_digests(&mut self) -> Pending {
+    /// Digests of the whole memory are computed from here on. Sums of page hashes are made when they are awaited, after the last
+    /// round.
+    pub(super) fn start_digests(&mut self) -> BoxFuture<'static, Result<Digests, MigrationError>> {
         self.left_out = self.hints.exclusions().map(|exclusions| Arc::new(exclusions.left_out()));
-        digests::start(&self.memory, self.left_out.clone())
+        self.checker.iter().for_each(Checker::stop);
+        let (memory, left_out) = (self.memory.clone(), self.left_out.clone());
+        match self.page_hashes.clone() {
+            Some(page_hashes) => Box::pin(blocking(move || sums(&memory, &page_hashes, left_out))),
+            None => {
+                let pending = digests::start(&memory, left_out);
+                Box::pin(async move { pending.finish().await.map_err(MigrationError::Digest) })
+            }
+        }
     }
 
     /// The destination sent its hashes of a stretch that differs: finds the first page that differs.
     pub(super) async fn name_page(&self, message: &Message) -> String {
         let Message::PageHashes { first, hashes } = message else { return "no page was named".into() };
         let (memory, first, hashes) = (self.memory.clone(), *first, hashes.clone());
-        let left_out = self.left_out.clone();
-        match blocking(move || digests::first_differing_page(&memory, &left_out, first, &hashes)).await {
-            Ok(Some(at)) => describe_page(self.layout(), at),
+        let (left_out, recorded) = (self.left_out.clone(), self.page_hashes.clone());
+        let differing = move || digests::first_differing_page(&memory, recorded.as_deref(), &left_out, first, &hashes);
+        match blocking(differing).await {
+            Ok(Some(at)) => format!("the first page that differs is {}", digests::describe(self.layout(), at)),
             Ok(None) => "no page differs any more: the memory of one side changes while it is paused".into(),
             Err(error) => format!("the differing page cannot be named: {error}"),
         }
@@ -176,8 +206,11 @@ impl Transfer {
     }
 }
 
-fn describe_page(layout: &Layout, at: PageAt) -> String {
-    let block = &layout.blocks()[at.block as usize];
-    let offset = at.page * layout.page_size().bytes() as u64;
-    format!("the first page that differs is page {} of block {:?}, at byte {offset:#x}", at.page, block.id)
+/// The sums of page hashes, unless memory differs from what was sent where nothing is to be sent. May block.
+fn sums(memory: &GuestMemory, page_hashes: &PageHashes, left_out: LeftOut) -> Result<Digests, MigrationError> {
+    let differs = digests::first_unrecorded_change(memory, page_hashes, &left_out).map_err(MigrationError::Digest)?;
+    match differs {
+        Some(at) => Err(MigrationError::LostWrite(digests::describe(memory.layout(), at))),
+        None => Ok(Digests::of_pages(memory.layout(), page_hashes, left_out)),
+    }
 }

@@ -45,7 +45,7 @@ impl World<SourceCourse> for Source<'_> {
                 () = operator.cancel.next() => return Input::Cancel,
                 happened = attempt.next() => happened,
                 digested = digests.next() => {
-                    return digested.map_or_else(|error| Input::Failed(MigrationError::Digest(error)), |()| Input::Digested);
+                    return digested.map_or_else(Input::Failed, |()| Input::Digested);
                 }
                 request = operator.requests.next() => Happened::Asked(request),
             };
@@ -189,7 +189,7 @@ impl Source<'_> {
             // The requester may be gone.
             Action::Answer(answer, result) => drop(answer.send(result)),
             Action::Connect => self.attempt = Attempt::Reaching(self.reach(course.settings())?),
-            Action::StartStages(bandwidth) => self.start_stages(course.settings(), bandwidth),
+            Action::StartStages(bandwidth) => self.start_stages(course.settings(), bandwidth)?,
             // Before the stages run they are settings like others.
             Action::SetBandwidth(bandwidth) => {
                 self.attempt.flow().iter().for_each(|flow| flow.graph.set_bandwidth(bandwidth));
@@ -198,7 +198,7 @@ impl Source<'_> {
             Action::StartDigests => self.digests = Digests::Started(self.transfer.start_digests()),
             Action::AwaitDigests => {
                 if let Digests::Started(digests) = std::mem::replace(&mut self.digests, Digests::None) {
-                    self.digests = Digests::Awaited(Box::pin(digests.finish()));
+                    self.digests = Digests::Awaited(digests);
                 }
             }
             action => return self.call(action, course).await,
@@ -376,32 +376,39 @@ impl Source<'_> {
             pages: layout.pages(),
             memory_bound: self.bound(course.settings()) + bounds::logs_bytes(&self.transfer.logs),
         });
-        self.transfer.arm().await?;
+        self.transfer.arm(course.settings().verify).await?;
         self.transfer.hints.report(&self.observers);
         self.transfer.hints.warn_if_lost(&self.transfer.logs, &self.observers);
         Ok(())
     }
 
-    fn start_stages(&mut self, settings: &SourceSettings, bandwidth: Option<u64>) {
-        let transfer = &self.transfer;
+    fn start_stages(&mut self, settings: &SourceSettings, bandwidth: Option<u64>) -> Result<(), MigrationError> {
+        let transfer = &mut self.transfer;
         let link = match std::mem::replace(&mut self.attempt, Attempt::None) {
             Attempt::Linked(link) => link,
-            other => return self.attempt = other,
+            other => {
+                self.attempt = other;
+                return Ok(());
+            }
         };
-        let (Some(bitmap), Some(untouched)) = (transfer.bitmap.clone(), transfer.untouched.clone()) else { return };
+        let (Some(bitmap), Some(untouched)) = (transfer.bitmap.clone(), transfer.untouched.clone()) else {
+            return Ok(());
+        };
+        transfer.start_check().map_err(MigrationError::Digest)?;
         let parts = SourceParts {
             memory: transfer.memory.clone(),
             logs: transfer.logs.clone(),
             bitmap,
             exclusions: transfer.hints.exclusions(),
             untouched,
-            senders: link.senders,
+            page_hashes: transfer.page_hashes.clone(),
         };
-        let graph = SourceGraph::start(parts, settings);
+        let graph = SourceGraph::start(parts, link.senders, settings);
         graph.set_bandwidth(bandwidth);
         self.rates.begin(Watch::begin(self.transport.capabilities().return_path));
         self.setup = self.started.elapsed();
         self.attempt = Attempt::Running(Box::new(Flow::new(graph, link.return_path, link.alive)));
+        Ok(())
     }
 
     async fn lift_throttle(&mut self) {

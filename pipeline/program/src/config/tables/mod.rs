@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 pub use guest::{FileTable, FreeTable, ImageTable, WorkloadTable, WriterTable};
 use memferry::settings::{
     After, ConvergenceSettings, DestinationSettings, EncoderSettings, OnDeadline, OnMiss, SourceSettings,
-    SwitchoverBandwidth,
+    SwitchoverBandwidth, Verify,
 };
 use memferry::values::{Bandwidth, Deadline, Size, Time};
 use memferry_guests::kvm::KvmSettings;
@@ -171,7 +171,7 @@ table! {
         max_bandwidth: Bandwidth = source.max_bandwidth;
         #[serde(skip_serializing_if = "SwitchoverBandwidth::is_as_rounds")]
         switchover_bandwidth: SwitchoverBandwidth = source.switchover_bandwidth;
-        verify: bool = source.verify;
+        verify: Verify = source.verify;
         max_rounds: u32 = source.max_rounds;
         deadline: Deadline = source.deadline;
         on_deadline: OnDeadline = source.on_deadline;

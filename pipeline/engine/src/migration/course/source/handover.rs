@@ -48,7 +48,7 @@ impl SourceCourse {
             SourceStep::NamePage(message) => vec![Action::NamePage(message)],
             SourceStep::HandOver => {
                 self.spent.on(Part::Handover, now);
-                self.verified = self.settings.verify.then_some(true);
+                self.verified = self.settings.verify.is_on().then_some(true);
                 self.state = State::Committing;
                 vec![Action::Commit]
             }

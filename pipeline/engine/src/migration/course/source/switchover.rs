@@ -70,7 +70,7 @@ impl SourceCourse {
     /// The last sync is complete: from here on bits leave the bitmap only when pages are sent.
     pub(super) fn send_state(&mut self, now: Duration) -> Vec<Action> {
         let mut actions = Vec::new();
-        if self.settings.verify {
+        if self.settings.verify.is_on() {
             actions.push(Action::StartDigests);
         }
         self.spent.on(Part::State, now);
@@ -87,7 +87,7 @@ impl SourceCourse {
     }
 
     pub(super) fn last_round_sent(&mut self, now: Duration) -> Vec<Action> {
-        if !self.settings.verify {
+        if !self.settings.verify.is_on() {
             return self.send_end();
         }
         self.spent.on(Part::Verify, now);
@@ -111,8 +111,8 @@ impl SourceCourse {
             return self.complete_file(now);
         }
         // The destination's work since the last byte was sent: load it, and compare digests if they are required.
-        self.spent.on(if self.settings.verify { Part::Verify } else { Part::Transfer }, now);
-        let handshake = SourceHandshake::AwaitingLoaded { verify: self.settings.verify };
+        self.spent.on(if self.settings.verify.is_on() { Part::Verify } else { Part::Transfer }, now);
+        let handshake = SourceHandshake::AwaitingLoaded { verify: self.settings.verify.is_on() };
         self.state = State::HandingOver { handshake, give_up: now + self.settings.handover_timeout };
         Vec::new()
     }
