@@ -42,6 +42,7 @@ fn main() {
         if std::env::args().any(|argument| argument == "--bench") { (BYTES, RUNS) } else { (64 << 20, 1) };
     sockets(bytes, runs);
     codecs(bytes / 4, runs);
+    verification(bytes, runs);
 }
 
 /// Is the row selected, by a part of its name or of its table's name?
@@ -110,6 +111,34 @@ fn codecs(bytes: usize, runs: usize) {
             let saved = bytes as f64 / wire as f64;
             println!("{name:<34}{coded:>7.2} GB/s{plain:>7.2} GB/s{:>8.2}{saved:>8.2}", coded / plain);
         }
+    }
+}
+
+/// Each way of comparing the memories and none, in turn, on incompressible memory.
+fn verification(bytes: usize, runs: usize) {
+    println!("\n{} MiB of incompressible memory, tcp, 2 lanes, median of {runs} runs", bytes >> 20);
+    println!("{:<34}{:>12}{:>12}{:>8}{:>12}{:>12}", "", "memferry", "none", "ratio", "verify", "downtime");
+    for (name, verify) in [("page hashes", Verify::Pages), ("full digests", Verify::Full)] {
+        if !wanted("verification", name) {
+            continue;
+        }
+        let (mut compared, mut plain, mut parts) = (Vec::new(), Vec::new(), Vec::new());
+        for _ in 0..runs {
+            for (verify, times) in [(Verify::Off, &mut plain), (verify, &mut compared)] {
+                let settings = SourceSettings { verify, ..settings(2, 2, true) };
+                let source = TestGuest::incompressible(PageSize::DEFAULT, bytes as u64);
+                let (time, ends) = memferry(bytes, source, "tcp:127.0.0.1:0", &settings);
+                times.push(time);
+                if verify.is_on() {
+                    parts.push((ends.source.parts.verify, ends.source.downtime.unwrap_or_default()));
+                }
+            }
+        }
+        let (compared, plain) = (rate(bytes, &mut compared), rate(bytes, &mut plain));
+        parts.sort_unstable();
+        let (part, downtime) = parts[parts.len() / 2];
+        let ratio = compared / plain;
+        println!("{name:<34}{compared:>7.2} GB/s{plain:>7.2} GB/s{ratio:>8.2}{part:>12.2?}{downtime:>12.2?}");
     }
 }
 

@@ -344,6 +344,14 @@ impl TestGuest {
         block.store(offset, &[byte[0] ^ 1]);
     }
 
+    /// Waits until this page of any block has been read so often, from here on.
+    pub fn until_read(&self, page: u64, times: u64) {
+        self.troubles.watch(page);
+        while self.troubles.reads() < times {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+    }
+
     /// Its dirty log, once its memory exists.
     ///
     /// # Panics

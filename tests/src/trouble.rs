@@ -49,6 +49,9 @@ struct Shared {
     is_any: AtomicBool,
     trouble: Mutex<Option<Trouble>>,
     gate: Gate,
+    /// The page whose reads are counted, and how many there were.
+    watched: AtomicU64,
+    reads: AtomicU64,
 }
 
 impl Troubles {
@@ -62,6 +65,18 @@ impl Troubles {
     /// Waits until the log blocks.
     pub fn until_it_waits(&self) {
         self.0.gate.until_somebody_waits();
+    }
+
+    /// Counts how often this page of any block is read from here on.
+    pub fn watch(&self, page: u64) {
+        self.0.watched.store(page, Ordering::SeqCst);
+        self.0.reads.store(0, Ordering::SeqCst);
+    }
+
+    /// How often the watched page was read.
+    #[must_use]
+    pub fn reads(&self) -> u64 {
+        self.0.reads.load(Ordering::SeqCst)
     }
 
     fn get(&self) -> Option<Trouble> {
@@ -111,6 +126,8 @@ impl TroubledMemory {
     }
 
     fn before_reading(&self, holds: impl Fn(u64) -> bool) -> io::Result<()> {
+        let shared = &self.troubles.0;
+        shared.reads.fetch_add(u64::from(holds(shared.watched.load(Ordering::Relaxed))), Ordering::SeqCst);
         match self.troubles.get() {
             Some(Trouble::ReadPanics(page)) if holds(page) => panic!("made to panic when page {page} is read"),
             Some(Trouble::ReadFails(page)) if holds(page) => Err(io::Error::other("made to fail at reading")),

@@ -51,7 +51,7 @@ pub fn draw(answer: &Answer) -> String {
     }
     if answer.switchover_floor > answer.downtime_limit {
         let (floor, digests) = (time(answer.switchover_floor), time(answer.digests));
-        let without = "without them (--set migration.verify=false) only checksums on the wire guard the content";
+        let without = "--set migration.verify=true compares hashes of pages instead, which are made as pages are sent";
         let digests =
             if answer.digests > 0.0 { format!(", {digests} of it digests: {without}") } else { String::new() };
         line(&mut text, &format!("A switchover costs {floor} before a page is sent{digests}."));

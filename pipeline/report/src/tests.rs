@@ -137,6 +137,7 @@ fn the_table_fits_a_terminal() {
     downtime    213 ms: sync 3.00 ms, transfer 90.0 ms, state 10.0 ms, verify 100 ms, handover 10.0 ms
     forecast    212 ms (-0 %): sync 2.00 ms, transfer 95.0 ms, verify 110 ms, handover 5.00 ms
     wire        512 MiB at 213 MiB/s, setup 100 ms
+    checked     196,608 of 262,144 pages read again as sent, 196,608 of 262,144 pages as loaded
     excluded    5,000 pages hinted free, 2,048 pages unplugged
     memory      20.0 MiB at most, 128 MiB allowed
     bottleneck  processor 96 %, wire 25 %, destination 12 %, max_bandwidth 0 %

@@ -281,6 +281,7 @@ fn a_page_that_is_damaged_at_the_destination_is_found_and_named() {
     for (block, offset) in [(0, 3 * 4096 + 5), (0, (5 << 20) + 99), (1, 4096)] {
         let destination = Arc::new(TestGuest::destination());
         let mut trial = Trial::new(1);
+        trial.settings.verify = Verify::Full;
         let victim = destination.clone();
         // With one lane, Switchover is reported when every page is in place, before digests are compared.
         trial.recorder = Recorder::calling(move |role, event| {
@@ -347,7 +348,8 @@ fn migrate_once(source: &Arc<TestGuest>, destination: &Arc<TestGuest>) -> Ends {
     let transport = Arc::new(MemoryTransport::new(64 << 10));
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let (cancel, recorder) = (CancellationToken::new(), Recorder::default());
-    let moving = migrate_watched(source.clone(), destination.clone(), transport, settings(2), cancel, recorder);
+    let settings = SourceSettings { verify: Verify::Full, ..settings(2) };
+    let moving = migrate_watched(source.clone(), destination.clone(), transport, settings, cancel, recorder);
     runtime.block_on(async { tokio::time::timeout(HANG, moving).await.expect("it hangs") })
 }
 

@@ -173,7 +173,7 @@ fn a_peer_that_cannot_be_taken_hears_why_and_the_wait_continues() {
     };
     let mine = SessionId([9; 16]);
     let cases: [(Vec<u8>, &[&str]); 9] = [
-        (hello(PROTOCOL_VERSION + 1, mine, 0, 1, 1).to_vec(), &["protocol version 3", "version 2", "same release"]),
+        (hello(PROTOCOL_VERSION + 1, mine, 0, 1, 1).to_vec(), &["protocol version 4", "version 3", "same release"]),
         (lanes(0), &["number of lanes is 0"]),
         (lanes(u16::MAX), &["number of lanes is 65535"]),
         (hello(PROTOCOL_VERSION, mine, 0, 1, 64).to_vec(), &["64 lanes", "at most 8"]),
@@ -223,7 +223,7 @@ fn a_peer_that_cannot_be_taken_hears_why_and_the_wait_continues() {
     let turned_away = turned_away(&recorder);
     assert_eq!(turned_away.iter().map(|(_, count)| count).sum::<u64>(), 9, "{turned_away:?}");
     let words = [
-        "protocol version 3",
+        "protocol version 4",
         "number of lanes is 0",
         "at most 8",
         "contradicts",

@@ -12,6 +12,7 @@
 //! | `figures` | the bottleneck, and the figures before and after the end |
 //! | `record`, `plan` | a recorded guest, and a plan compared with its migration |
 //! | `kvm`, `vm_memory` | guests: a KVM machine, memory of the crate `vm-memory` |
+//! | `verify` | what each way of comparing the memories finds |
 //! | `verdicts` | `inspect` and a destination come to one verdict |
 //! | `dependencies`, `examples` | the crates that the engine needs, and the examples as a reader runs them |
 //!
@@ -37,4 +38,5 @@ mod plan;
 mod precopy;
 mod record;
 mod verdicts;
+mod verify;
 mod vm_memory;

@@ -28,7 +28,14 @@ const PAGES: u64 = 512 + 3;
 /// The features of the sample. Without digests, so that no verdict is left to the content of memory, and without those of
 /// other courses, which a precopy destination does not take.
 fn features() -> Features {
-    Features { verify: false, ignored_blocks: false, checkpoints: false, direct_ends: false, ..Features::ALL }
+    Features {
+        verify: false,
+        page_hashes: false,
+        ignored_blocks: false,
+        checkpoints: false,
+        direct_ends: false,
+        ..Features::ALL
+    }
 }
 
 fn hello(features: Vec<Untrusted>) -> Vec<u8> {

@@ -175,7 +175,7 @@ fn hashing(config: &Config, bytes: u64, settings: &SourceSettings) -> Vec<String
         if digests.median > settings.downtime_limit {
             let limit = human::time(settings.downtime_limit);
             facts.push(format!(
-                "the digests alone take longer than the downtime limit of {limit}: raise it, or verify = false"
+                "the digests alone take longer than the downtime limit of {limit}: raise it, or verify = true"
             ));
         }
     }
@@ -217,8 +217,12 @@ mod tests {
         assert!(text.contains("xbzrle_cache = \"64 MiB\""), "{text}");
         assert!(text.contains("# guest: 64.0 MiB in 16,384 pages"), "{text}");
         assert!(text.contains("# first round: 2.00 s if nothing shrinks, at 32.0 MiB/s"), "{text}");
-        assert!(text.contains("# verify: about ") && text.contains(" in 7 measurements) of the downtime"), "{text}");
+        assert!(!text.contains("# verify"), "{text}");
         assert!(!text.contains("# dirty log"), "{text}");
+        let full = "[guest.workload]\nmemory = \"64 MiB\"\n[transport]\naddress = \"tcp:localhost:0\"\n[migration]\nverify = \"full\"\n";
+        let text = described(full);
+        assert!(text.contains("# verify: about ") && text.contains(" in 7 measurements) of the downtime"), "{text}");
+        assert!(text.contains("\nverify = \"full\"\n"), "{text}");
     }
 
     fn configured(guest: &str, dirty_log: &str) -> Config {

@@ -357,7 +357,7 @@ mod tests {
         let inspection = inspect(&stream());
         assert!(inspection.is_whole(), "{inspection}");
         insta::assert_snapshot!(inspection, @r"
-        protocol    2
+        protocol    3
         session     07070707070707070707070707070707
         connection  0 of 1, bulk
         lanes       1 on 1 bulk connections

@@ -1,5 +1,6 @@
 //! Hints of free pages: later writes arrive, late hints are dropped, the digests agree.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -163,17 +164,20 @@ fn hints_outside_of_their_window_are_dropped() {
     let source = guest();
     let kept: Arc<Mutex<Vec<Hints>>> = Arc::default();
     let keeps = kept.clone();
+    let late = Arc::new(AtomicU64::new(0));
+    let counts = late.clone();
     let (ends, destination) = play(&source, false, settings(), move |at| {
         let old = |pages| keeps.lock().unwrap().first().map_or(0, |hints| hints.free(0, pages));
         match at {
             // The window of the first sync is open.
             At::After(0, Some(hints)) => keeps.lock().unwrap().push(hints.clone()),
-            // This sync has windows of its own: a hint that was reported in the first comes too late.
-            At::After(1, Some(hints)) => {
-                assert!(hints.are_wanted());
+            // Later syncs have windows of their own, or none if the guest is paused: a hint that was reported in the first comes too
+            // late. A slow machine needs more of them.
+            At::After(_, hints) => {
+                assert!(hints.is_none_or(|hints| hints.are_wanted()));
                 assert_eq!(old(0..64), 0);
+                counts.fetch_add(1, Ordering::Relaxed);
             }
-            At::After(_, hints) => assert!(hints.is_none() && old(0..64) == 0, "the guest is paused"),
             At::Cleanup => assert_eq!(old(0..64), 0),
             _ => {}
         }
@@ -182,7 +186,8 @@ fn hints_outside_of_their_window_are_dropped() {
     assert!(!kept.lock().unwrap()[0].are_wanted());
     assert!(source.bytes() == destination.bytes());
     // Hints after the verdict are not in it.
-    assert_eq!((ends.source.excluded.hinted, ends.source.excluded.dropped), (0, 2 * 64));
+    assert_eq!((ends.source.excluded.hinted, ends.source.excluded.dropped), (0, 64 * late.load(Ordering::Relaxed)));
+    assert!(late.load(Ordering::Relaxed) >= 2);
 }
 
 #[test]
