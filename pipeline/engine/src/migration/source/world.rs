@@ -261,8 +261,12 @@ impl Source<'_> {
             Ok(())
         });
         if let Err(error) = cleaned.await {
-            let observers = &self.observers;
-            drop(guarded(async { Ok(observers.notify(&Event::Warning(error.to_string()))) }).await);
+            let warn = async {
+                self.observers.notify(&Event::Warning(error.to_string()));
+                Ok(())
+            };
+            // An observer that panics is no reason to leave the guest paused.
+            drop(guarded(warn).await);
         }
     }
 
