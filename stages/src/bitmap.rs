@@ -189,12 +189,6 @@ impl DirtyBitmap {
         lines.flat_map(|line| line.iter().map(ones)).sum()
     }
 
-    /// How many bits are set here and in another bitmap of this layout.
-    #[must_use]
-    pub fn count_common(&self, other: &Self) -> u64 {
-        self.all_dirty_extents().map(|at| u64::from((self.peek(at) & other.peek(at)).count_ones())).sum()
-    }
-
     /// Whether no bit is set. Stops at the first that is.
     #[must_use]
     pub fn is_empty(&self) -> bool {

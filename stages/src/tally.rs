@@ -39,7 +39,7 @@ pub struct PageTally {
     pub unchanged: u64,
     /// Pages that were looked up and had no entry in the XBZRLE cache.
     pub xbzrle_misses: u64,
-    /// Pages whose delta was not smaller than the page.
+    /// Pages whose delta was not smaller than the page; where it is against zeros, than the page compressed.
     pub xbzrle_overflows: u64,
     /// Bytes of the pages scanned.
     pub bytes_in: u64,

@@ -6,7 +6,7 @@
 //! - **Owns** its lane's share of the XBZRLE cache, and the compressor.
 //! - **Promises** two laws of ARCHITECTURE.md. Law 5 (the round travels in band): the choice of encoding changes where the first
 //!   RoundComplete passes, and only there. Law 6 (the delta's reference is what the destination holds): once a page is sent, its
-//!   cache entry equals what the destination holds, or is gone.
+//!   cache entry equals what the destination holds, or is gone; a page that was sent as zero needs none.
 //!
 //! ```text
 //! pages ──▶ page_coder: which encoding? ──▶ payload: where do their bytes lie? ──▶ here: EncodedBatch ──▶ framer
@@ -22,6 +22,7 @@
 //! hashes of payloads are computed in as many tasks as there are lanes.
 
 pub mod estimate;
+mod known_zero;
 pub mod misses;
 mod page_coder;
 mod payload;
@@ -48,6 +49,7 @@ use crate::queue::{Inlet, Outlet};
 use crate::stage::Stage;
 use crate::stage_id::StageId;
 use crate::tally::{PageTally, RoundTally};
+pub use known_zero::KnownZero;
 use misses::{OnMiss, Wire};
 use page_coder::{Coded, PageCoder};
 use payload::Payload;
@@ -129,7 +131,7 @@ pub struct Encoder<F> {
     pool: BufferPool,
     /// What was counted since the last RoundComplete.
     counted: PageTally,
-    /// The bitmap of pages of which a delta may be made when they come again, if it was requested.
+    /// The bitmap of pages that were cached, if it was requested.
     cached: Option<Arc<DirtyBitmap>>,
     /// Where the hash of each page that is sent is recorded, if it was requested.
     page_hashes: Option<Arc<PageHashes>>,
@@ -166,7 +168,7 @@ impl<F: Framer> Encoder<F> {
     }
 
     /// Marks in `cached` each page that was cached: a delta can be made when it comes again, unless others have taken its place.
-    /// Bits are only ever set.
+    /// Bits are only ever set. Zero pages are not cached: see [`Encoder::with_known_zero`].
     #[must_use]
     pub fn with_cached(mut self, cached: Arc<DirtyBitmap>) -> Self {
         self.cached = Some(cached);
@@ -177,6 +179,14 @@ impl<F: Framer> Encoder<F> {
     #[must_use]
     pub fn with_page_hashes(mut self, page_hashes: Arc<PageHashes>) -> Self {
         self.page_hashes = Some(page_hashes);
+        self
+    }
+
+    /// Sets the pages that the destination holds as zero, shared with the other lanes: their first writes become deltas, whatever
+    /// the size of the cache. Without it, a page that was sent as zero misses. Where no deltas are planned it has no effect.
+    #[must_use]
+    pub fn with_known_zero(mut self, known_zero: Arc<KnownZero>) -> Self {
+        self.coder.set_known_zero(known_zero);
         self
     }
 
@@ -236,9 +246,7 @@ impl<F: Framer> Encoder<F> {
         let CopiedBatch { batch, zero, pages } = copied;
         self.coder.resize_cache(self.cache_share.get());
         self.pages = Vec::with_capacity((batch.mask & !zero).count_ones() as usize);
-        for bit in bits(zero) {
-            self.coder.zero(batch.at.page(bit), &batch);
-        }
+        self.coder.zeros(&batch, zero);
         let mut hashes = self.hash(&batch, zero, pages.as_deref().unwrap_or_default());
         let (unchanged, payload) = match pages {
             Some(pages) => {

@@ -6,8 +6,12 @@
 //! | deltas planned | compressed, or raw | a delta; what misses the cache or overflows: raw, or compressed, as [`super::misses`] decides |
 //!
 //! Pages that are compressed before deltas begin, or where none are planned, are compressed together (see
-//! [`super::whole_coder`]); afterwards each page is coded alone. Pages that do not shrink are sent raw.
+//! [`super::whole_coder`]); afterwards each page is coded alone. Pages that do not shrink are sent raw. A delta against zeros leaves
+//! out zeros and no more: where misses are compressed, a larger one travels only if the page is no smaller compressed.
 
+use std::sync::Arc;
+
+use super::known_zero::KnownZero;
 use super::misses::{Decision, OnMiss, Wire};
 use super::reference::{Compared, Reference};
 use super::sampler::Span;
@@ -16,6 +20,9 @@ use super::{DeltaPlan, EncoderPlan};
 use crate::batch::{Batch, PageEncoding};
 use crate::geometry::{PageAt, PageSize};
 use crate::tally::PageTally;
+
+/// A delta against zeros of at most this part of its page is sent without a try of the compressor.
+const SPARSE: usize = 16;
 
 /// How a page travels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,6 +71,13 @@ impl PageCoder {
     pub(super) fn set_wire(&mut self, wire: Wire) {
         if let Some(deltas) = self.deltas.as_mut().filter(|deltas| matches!(deltas.plan.on_miss, OnMiss::Auto(_))) {
             deltas.misses = Some(Decision::new(wire));
+        }
+    }
+
+    /// Sets the pages that are known to be zero, where deltas are planned.
+    pub(super) fn set_known_zero(&mut self, known_zero: Arc<KnownZero>) {
+        if let Some(deltas) = &mut self.deltas {
+            deltas.reference.set_known_zero(known_zero);
         }
     }
 
@@ -146,6 +160,7 @@ impl PageCoder {
         let coded = match self.compare(at, page, batch, out, counted) {
             Compared::Equal => Coded::Unchanged,
             Compared::Delta(bytes) => Coded::As(PageEncoding::Xbzrle, bytes),
+            Compared::DeltaOfZeros(bytes) => self.smaller(bytes, page, out, counted),
             Compared::Miss | Compared::Overflow => self.alone(page, out),
         };
         match coded {
@@ -157,21 +172,20 @@ impl PageCoder {
         coded
     }
 
-    /// Handles a page that is sent as zero. Once deltas are made it is cached as zero, since it was written and may be again; in
-    /// the first round most zero pages were never written.
-    pub(super) fn zero(&mut self, at: PageAt, batch: &Batch) {
-        match &mut self.deltas {
-            Some(deltas) if deltas.begun => deltas.reference.will_be_zero(at, batch),
-            Some(deltas) if deltas.plan.cache_first_round => deltas.reference.forget(at),
-            _ => {}
+    /// Handles the pages of a batch that are sent as zero, before its other pages. Until deltas begin those are sent whole, and
+    /// may have no entries.
+    pub(super) fn zeros(&mut self, batch: &Batch, zero: u64) {
+        let Some(deltas) = &mut self.deltas else { return };
+        deltas.reference.will_be_zero(batch.at, zero);
+        if !deltas.begun {
+            deltas.reference.will_not_be_zero(batch.at, batch.mask & !zero);
         }
     }
 
-    /// The pages of a batch that are cached; `zero` are the zero pages among them.
+    /// The pages of a batch that are cached; `zero` are the zero pages, which are not.
     pub(super) fn caches(&self, mask: u64, zero: u64) -> u64 {
         match &self.deltas {
-            Some(deltas) if deltas.begun => mask,
-            Some(deltas) if deltas.plan.cache_first_round => mask & !zero,
+            Some(deltas) if deltas.begun || deltas.plan.cache_first_round => mask & !zero,
             _ => 0,
         }
     }
@@ -183,6 +197,20 @@ impl PageCoder {
         counted.xbzrle_misses += u64::from(compared == Compared::Miss);
         counted.xbzrle_overflows += u64::from(compared == Compared::Overflow);
         compared
+    }
+
+    /// The smaller of a delta against zeros, which is in `out`, and the page compressed.
+    fn smaller(&mut self, delta: usize, page: &[u8], out: &mut [u8], counted: &mut PageTally) -> Coded {
+        if delta > page.len() / SPARSE {
+            match self.alone(page, out) {
+                Coded::As(codec, bytes) if bytes < delta => {
+                    counted.xbzrle_overflows += 1;
+                    return Coded::As(codec, bytes);
+                }
+                _ => self.deltas.iter().for_each(|deltas| deltas.reference.write_delta_of_zeros(page, out)),
+            }
+        }
+        Coded::As(PageEncoding::Xbzrle, delta)
     }
 
     fn alone(&mut self, page: &[u8], out: &mut [u8]) -> Coded {

@@ -2,20 +2,26 @@
 //! reference is what the destination holds).
 //!
 //! However a page is sent, the destination holds that page afterwards. So when a method returns, the page's entry equals the page
-//! or is gone. In a final round entries are dropped instead of updated.
+//! or is gone. In a final round entries are dropped instead of updated. A page that is sent as zero has no entry: its bit in
+//! [`KnownZero`] makes the zero page its reference.
 
+use std::sync::Arc;
+
+use super::known_zero::KnownZero;
 use crate::batch::Batch;
-use crate::geometry::{PageAt, PageSize};
+use crate::geometry::{ExtentAt, PageAt, PageSize, bits};
 use crate::xbzrle::{self, Delta, Encoded, XbzrleCache};
 
 /// A delta of at most this part of its page is applied to the page's entry. That leaves most of its cache lines unmodified, and
 /// they need not be written back to memory. For larger deltas a copy of the page costs less than a walk over their runs.
 const SPARSE: usize = 16;
 
-/// The cache of one lane, and the rule by which it is updated.
+/// The cache of one lane, the pages known to be zero, and the rule by which both are updated.
 #[derive(Debug)]
 pub(super) struct Reference {
     cache: XbzrleCache,
+    /// Without it, a page that was sent as zero has no reference.
+    known_zero: Option<Arc<KnownZero>>,
     zero_page: Box<[u8]>,
 }
 
@@ -26,16 +32,34 @@ pub(super) enum Compared {
     Equal,
     /// A delta of this many bytes, fewer than the page has, was written.
     Delta(usize),
+    /// The same, against a page of zeros.
+    DeltaOfZeros(usize),
     /// There is no reference.
     Miss,
     /// The delta would be no smaller than the page.
     Overflow,
 }
 
+impl Compared {
+    fn of(encoded: Encoded, page: &[u8]) -> Self {
+        match encoded {
+            Encoded::Equal => Self::Equal,
+            Encoded::Delta(bytes) if bytes < page.len() => Self::Delta(bytes),
+            Encoded::Delta(_) | Encoded::Overflow => Self::Overflow,
+        }
+    }
+}
+
 impl Reference {
-    /// A reference that takes at most `bytes`, bookkeeping included.
+    /// A reference that takes at most `bytes`, bookkeeping included. No page is known to be zero.
     pub(super) fn new(page_size: PageSize, bytes: u64) -> Self {
-        Self { cache: XbzrleCache::new(page_size, bytes), zero_page: vec![0; page_size.bytes()].into() }
+        let zero_page = vec![0; page_size.bytes()].into();
+        Self { cache: XbzrleCache::new(page_size, bytes), known_zero: None, zero_page }
+    }
+
+    /// Sets the pages that are known to be zero. They are shared with the other lanes, and do not count as its bytes.
+    pub(super) fn set_known_zero(&mut self, known_zero: Arc<KnownZero>) {
+        self.known_zero = Some(known_zero);
     }
 
     /// The most bytes it takes.
@@ -55,16 +79,16 @@ impl Reference {
 
     /// Compares a page that is about to be sent, and writes its delta into `out` (as long as a page).
     pub(super) fn compare(&mut self, at: PageAt, page: &[u8], batch: &Batch, out: &mut [u8]) -> Compared {
+        if self.known_zero.as_ref().is_some_and(|known_zero| known_zero.contains(at)) {
+            return self.compare_with_zeros(at, page, batch, out);
+        }
         let Some(held) = self.cache.get(at, batch.round) else {
             self.will_hold(at, page, batch);
             return Compared::Miss;
         };
-        let compared = match xbzrle::encode_page(held, page, out) {
-            Encoded::Equal => return Compared::Equal,
-            Encoded::Delta(bytes) if bytes < page.len() => Compared::Delta(bytes),
-            Encoded::Delta(_) | Encoded::Overflow => Compared::Overflow,
-        };
+        let compared = Compared::of(xbzrle::encode_page(held, page, out), page);
         match compared {
+            Compared::Equal => {}
             _ if batch.kind.is_final() => self.cache.remove(at),
             Compared::Delta(bytes) if bytes <= page.len() / SPARSE => {
                 Delta::parse(&out[..bytes], page.len()).expect("our own delta").apply(held);
@@ -72,6 +96,21 @@ impl Reference {
             _ => held.copy_from_slice(page),
         }
         compared
+    }
+
+    fn compare_with_zeros(&mut self, at: PageAt, page: &[u8], batch: &Batch, out: &mut [u8]) -> Compared {
+        let compared = match Compared::of(xbzrle::encode_page(&self.zero_page, page, out), page) {
+            Compared::Equal => return Compared::Equal,
+            Compared::Delta(bytes) => Compared::DeltaOfZeros(bytes),
+            other => other,
+        };
+        self.will_hold(at, page, batch);
+        compared
+    }
+
+    /// Writes the delta of a page against zeros into `out` again.
+    pub(super) fn write_delta_of_zeros(&self, page: &[u8], out: &mut [u8]) {
+        xbzrle::encode_page(&self.zero_page, page, out);
     }
 
     /// Handles a page that is sent whole.
@@ -87,6 +126,9 @@ impl Reference {
     }
 
     fn keep(&mut self, at: PageAt, page: &[u8], batch: &Batch, used: u32) {
+        if let Some(known_zero) = &self.known_zero {
+            known_zero.remove_page(at);
+        }
         if batch.kind.is_final() {
             self.cache.remove(at);
         } else {
@@ -94,18 +136,19 @@ impl Reference {
         }
     }
 
-    /// Handles a page that is sent as zero. `keep` says whether it gets an entry if it has none.
-    pub(super) fn will_be_zero(&mut self, at: PageAt, batch: &Batch) {
-        if batch.kind.is_final() {
-            self.cache.remove(at);
-        } else {
-            self.cache.insert(at, &self.zero_page, batch.round);
+    /// Handles pages that are sent as zero. Their entries make room for other pages.
+    pub(super) fn will_be_zero(&mut self, at: ExtentAt, zero: u64) {
+        bits(zero).for_each(|bit| self.cache.remove(at.page(bit)));
+        if let Some(known_zero) = &self.known_zero {
+            known_zero.insert(at, zero);
         }
     }
 
-    /// Removes the page's entry.
-    pub(super) fn forget(&mut self, at: PageAt) {
-        self.cache.remove(at);
+    /// Handles pages that are sent whole and have no entries.
+    pub(super) fn will_not_be_zero(&mut self, at: ExtentAt, whole: u64) {
+        if let Some(known_zero) = &self.known_zero {
+            known_zero.remove(at, whole);
+        }
     }
 }
 
@@ -117,7 +160,9 @@ mod tests {
 
     use super::*;
     use crate::batch::RoundKind;
-    use crate::stage::testing::{batch, page_size};
+    use crate::bitmap::{DirtyBitmap, locate};
+    use crate::geometry::Layout;
+    use crate::stage::testing::{batch, layout, page_size};
 
     /// A page's next content: mostly a small change, so that deltas fit.
     fn changed(page: &[u8], seed: u8) -> Vec<u8> {
@@ -143,52 +188,141 @@ mod tests {
         assert_eq!(reference.compare(idle, &[1; 4096], &third, &mut out), Compared::Miss);
     }
 
-    proptest! {
-        /// Law 6 (the delta's reference is what the destination holds) in a model: pages are sent in any way, and their entries
-        /// equal what
-    /// the destination holds.
-        #[test]
-        fn an_entry_is_what_the_destination_holds_or_gone(
-            cache_pages in 0..20u64,
-            passes in prop::collection::vec((0..24u64, any::<u8>(), 0..5u8, prop::bool::weighted(0.1)), 0..150),
-        ) {
+    /// What is done with one of two dozen pages.
+    #[derive(Clone, Copy, Debug)]
+    enum Pass {
+        Zero,
+        Whole(u8),
+        Compare(u8),
+        Resize(u8),
+        /// The page is put back: whether the destination has it is not known.
+        PutBack,
+        /// The destination discards everything.
+        DiscardAll,
+    }
+
+    fn passes() -> impl Strategy<Value = Vec<(u64, Pass, bool)>> {
+        let pass = prop_oneof![
+            4 => Just(Pass::Zero),
+            4 => any::<u8>().prop_map(Pass::Whole),
+            10 => any::<u8>().prop_map(Pass::Compare),
+            2 => any::<u8>().prop_map(Pass::Resize),
+            2 => Just(Pass::PutBack),
+            1 => Just(Pass::DiscardAll),
+        ];
+        prop::collection::vec((0..24u64, pass, prop::bool::weighted(0.1)), 0..150)
+    }
+
+    /// A reference, and what the destination holds: `None` where that is not known.
+    struct Model {
+        reference: Reference,
+        known_zero: Arc<KnownZero>,
+        layout: Layout,
+        destination: HashMap<PageAt, Option<Vec<u8>>>,
+        out: Vec<u8>,
+    }
+
+    impl Model {
+        fn new(cache_pages: u64) -> Self {
+            let layout = layout(page_size(4), &[24 * 4096]);
+            let known_zero = Arc::new(KnownZero::new(&layout));
             let mut reference = Reference::new(page_size(4), cache_pages * 4200);
-            let mut destination = HashMap::<PageAt, Vec<u8>>::new();
-            let mut out = vec![0; 4096];
-            for (step, (page, seed, way, last)) in (0..).zip(passes) {
-                let at = PageAt { block: 0, page };
-                let kind = if last { RoundKind::Final } else { RoundKind::Live };
-                let batch = Batch { kind, ..batch(0, 1, 1 + step / 20) };
-                let held = destination.entry(at).or_insert_with(|| vec![0; 4096]);
-                let next = changed(held, seed);
-                // Whether the destination holds it already, or nothing is sent.
-                let mut equal = false;
-                match way {
-                    0 => {
-                        reference.will_be_zero(at, &batch);
-                        held.fill(0);
-                    }
-                    1 => reference.forget(at),
-                    4 => {
-                        reference.resize(u64::from(seed % 32) * 4200);
-                        equal = true;
-                    }
-                    2 => {
-                        reference.will_hold(at, &next, &batch);
-                        *held = next;
-                    }
-                    _ => {
-                        equal = reference.compare(at, &next, &batch, &mut out) == Compared::Equal;
-                        prop_assert!(!equal || *held == next);
-                        *held = next;
-                    }
+            reference.set_known_zero(known_zero.clone());
+            Self { reference, known_zero, layout, destination: HashMap::new(), out: vec![0; 4096] }
+        }
+
+        fn pass(&mut self, at: PageAt, pass: Pass, batch: &Batch) {
+            let held = self.destination.get(&at).cloned().flatten();
+            let next = |seed| changed(held.as_ref().unwrap_or(&vec![3; 4096]), seed);
+            let held = match pass {
+                Pass::Zero => {
+                    let (extent, mask) = locate(at);
+                    self.reference.will_be_zero(extent, mask);
+                    Some(vec![0; 4096])
                 }
-                let kept = reference.cache.get(at, batch.round).map(|kept| kept.to_vec());
-                prop_assert!(kept.is_none_or(|kept| &kept == held && (!last || equal)));
-            }
-            for (at, held) in destination {
-                prop_assert!(reference.cache.get(at, u32::MAX).is_none_or(|kept| kept[..] == held[..]));
+                Pass::Whole(seed) => {
+                    self.reference.will_hold(at, &next(seed), batch);
+                    Some(next(seed))
+                }
+                Pass::Compare(seed) => Some(self.compare(at, held.as_ref(), next(seed), batch)),
+                Pass::Resize(seed) => {
+                    self.reference.resize(u64::from(seed % 32) * 4200);
+                    held
+                }
+                Pass::PutBack => {
+                    let lost = DirtyBitmap::empty(&self.layout);
+                    lost.set(at);
+                    self.known_zero.forget(&lost);
+                    self.reference.cache.remove(at);
+                    None
+                }
+                Pass::DiscardAll => {
+                    self.known_zero.forget_all();
+                    self.reference.resize(0);
+                    self.destination.clear();
+                    None
+                }
+            };
+            self.destination.insert(at, held);
+        }
+
+        /// The page as the destination makes it of what it holds.
+        fn compare(&mut self, at: PageAt, held: Option<&Vec<u8>>, next: Vec<u8>, batch: &Batch) -> Vec<u8> {
+            match self.reference.compare(at, &next, batch, &mut self.out) {
+                Compared::Equal => held.expect("it was sent").clone(),
+                Compared::Delta(bytes) | Compared::DeltaOfZeros(bytes) => {
+                    let mut page = held.expect("it was sent").clone();
+                    Delta::parse(&self.out[..bytes], 4096).unwrap().apply(&mut page);
+                    assert!(page == next);
+                    page
+                }
+                Compared::Miss | Compared::Overflow => next,
             }
         }
+
+        /// Whether each reference is what the destination holds.
+        fn is_kept(&mut self) -> bool {
+            let Self { reference, known_zero, destination, .. } = self;
+            destination.iter().all(|(&at, held)| {
+                let entry = reference.cache.get(at, 0).map(|entry| entry.to_vec());
+                let zero = known_zero.contains(at).then(|| vec![0; 4096]);
+                (entry.is_none() || zero.is_none())
+                    && entry.or(zero).is_none_or(|reference| held.as_ref() == Some(&reference))
+            })
+        }
+    }
+
+    proptest! {
+        /// Law 6 (the delta's reference is what the destination holds) in a model: pages are sent in any way, and what a delta may
+        /// refer to equals what the destination holds.
+        #[test]
+        fn a_reference_is_what_the_destination_holds_or_gone(cache_pages in 0..20u64, passes in passes()) {
+            let mut model = Model::new(cache_pages);
+            for (step, (page, pass, last)) in (0..).zip(passes) {
+                let at = PageAt { block: 0, page };
+                let kind = if last { RoundKind::Final } else { RoundKind::Live };
+                let before = model.reference.cache.get(at, 0).map(|entry| entry.to_vec());
+                model.pass(at, pass, &Batch { kind, ..batch(0, 1, 1 + step / 20) });
+                prop_assert!(model.is_kept(), "{pass:?} of page {page}");
+                let after = model.reference.cache.get(at, 0).map(|entry| entry.to_vec());
+                prop_assert!(!last || after.is_none() || after == before, "a final round makes no entries");
+            }
+        }
+    }
+
+    #[test]
+    fn a_page_that_becomes_zero_leaves_its_place_to_another() {
+        let mut model = Model::new(1);
+        let (first, second) = (batch(0, 1, 1), batch(0, 1, 2));
+        let [zero, other] = [0, 1].map(|page| PageAt { block: 0, page });
+        model.reference.will_hold(zero, &[1; 4096], &first);
+        model.reference.will_hold(other, &[1; 4096], &first);
+        assert!(model.reference.cache.get(other, 1).is_none(), "there is room for one page");
+        model.reference.will_be_zero(first.at, 1);
+        assert_eq!(model.reference.compare(other, &[2; 4096], &second, &mut model.out), Compared::Miss);
+        assert_eq!(model.reference.compare(other, &[2; 4096], &second, &mut model.out), Compared::Equal);
+        assert_eq!(model.reference.compare(zero, &[0; 4096], &second, &mut model.out), Compared::Equal);
+        assert_eq!(model.reference.compare(zero, &[1; 4096], &second, &mut model.out), Compared::Overflow);
+        assert!(!model.known_zero.contains(zero));
     }
 }

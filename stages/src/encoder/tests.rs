@@ -166,6 +166,7 @@ fn tally(copies: &[CopiedBatch], page_size: PageSize, round: u32, kind: RoundKin
 /// An encoder to be fed round by round.
 struct Bench {
     source: Source,
+    known_zero: Arc<KnownZero>,
     encoder: Encoder<WireFramer>,
 }
 
@@ -175,10 +176,12 @@ impl Bench {
     }
 
     fn with_checksums(page_size: PageSize, plan: EncoderPlan, checksum: bool) -> Self {
-        let pool = BufferPool::new(64, page_size.extent_bytes());
+        let (source, pool) = (Source::new(page_size), BufferPool::new(64, page_size.extent_bytes()));
+        let known_zero = Arc::new(KnownZero::new(&source.layout()));
         let encoder = Encoder::new(LANE, page_size, plan, WireFramer::new(checksum), pool, meter())
+            .with_known_zero(known_zero.clone())
             .with_wire(wire(Some(64 << 10)));
-        Self { source: Source::new(page_size), encoder }
+        Self { source, known_zero, encoder }
     }
 
     /// Writes these pages and encodes them as a round: its frames, and its figures.
@@ -322,16 +325,17 @@ fn a_delta_is_made_of_what_is_marked_as_cached_and_of_nothing_else() {
         let cached = Arc::new(DirtyBitmap::empty(&bench.source.layout()));
         bench.encoder = bench.encoder.with_cached(cached.clone());
         bench.round(1, RoundKind::Live, &[(0, Write::Zeros, 1), (1, Write::Random, 1)]);
-        assert_eq!(cached.count(), u64::from(first_round));
+        let at = batch(0, 1, 1).at;
+        assert_eq!((cached.peek(at), bench.known_zero.pages(at)), (u64::from(first_round) << 1, 1));
         let writes: Vec<_> = (0..4).map(|page| (page, Write::Sparse, 2)).collect();
         for round in [2, 3] {
-            let (dirty, before) = (4, cached.count());
+            let (dirty, before) = (4, cached.peek(at) | bench.known_zero.pages(at));
             assert_eq!(
                 bench.round(round, RoundKind::Live, &writes).1.pages.xbzrle_misses,
-                dirty - before,
+                dirty - u64::from(before.count_ones()),
                 "round {round}"
             );
-            assert_eq!(cached.count(), dirty);
+            assert_eq!((cached.peek(at), bench.known_zero.pages(at)), (0b1111, 0));
         }
     }
 }
@@ -460,7 +464,175 @@ fn the_last_round_makes_deltas_and_drops_what_it_used() {
         bench.round(2, RoundKind::Final, &[(0, Write::Sparse, 1), (1, Write::Zeros, 2), (2, Write::Dense, 3)]);
     assert_eq!(encodings(&last), [1, 1, 0, 1, 0]);
     let after = bench.figures(3, 0..4, Write::Sparse);
-    assert_eq!((after.pages.xbzrle_misses, after.pages.xbzrle), (3, 1), "page 3 was not in the last round");
+    assert_eq!(
+        (after.pages.xbzrle_misses, after.pages.xbzrle),
+        (2, 2),
+        "page 1 is known to be zero, and page 3 was not in the last round"
+    );
+}
+
+/// What is known to be zero takes no memory, so the size of the cache does not matter.
+#[test]
+fn the_first_write_to_a_zero_page_is_a_delta_whatever_the_cache_holds() {
+    for (cache_pages, cache_first_round) in [(0, true), (0, false), (1, true), (1000, false)] {
+        for compress in [None, Some(Codec::Snap), Some(Codec::Lz4), Some(Codec::Zstd { level: -1 })] {
+            let plan = EncoderPlan { compress, delta: deltas(cache_pages, OnMiss::Raw, cache_first_round) };
+            let mut bench = Bench::new(page_size(4), plan);
+            assert_eq!(encodings(&bench.figures(1, 0..PAGES, Write::Zeros)), [128, 0, 0, 0, 0]);
+            let second = bench.figures(2, 0..PAGES, Write::Sparse);
+            assert_eq!((encodings(&second), second.pages.xbzrle_misses), ([0, 0, 0, 128, 0], 0));
+            assert!(second.pages.bytes_out < 128 * 64, "{} bytes", second.pages.bytes_out);
+            let third = bench.figures(3, 0..PAGES, Write::Sparse);
+            assert_eq!(third.pages.xbzrle_misses, 128_u64.saturating_sub(cache_pages), "other pages need the cache");
+        }
+    }
+}
+
+#[test]
+fn a_zero_page_that_is_written_all_over_overflows_and_is_no_miss() {
+    let plan = EncoderPlan { delta: deltas(1000, OnMiss::Raw, true), ..EncoderPlan::default() };
+    let mut bench = Bench::new(page_size(4), plan);
+    bench.figures(1, 0..3, Write::Zeros);
+    let second = bench.figures(2, 0..3, Write::Random);
+    assert_eq!(encodings(&second), [0, 3, 0, 0, 0]);
+    assert_eq!((second.pages.xbzrle_misses, second.pages.xbzrle_overflows), (0, 3));
+    assert_eq!(encodings(&bench.figures(3, 0..3, Write::Sparse)), [0, 0, 0, 3, 0]);
+}
+
+/// Zeros are all that a delta against zeros leaves out.
+#[test]
+fn a_page_against_zeros_travels_as_the_smaller_of_delta_and_compressed() {
+    for (on_miss, text_is_compressed) in [(OnMiss::Raw, 0), (OnMiss::Compress(Codec::Lz4), 1)] {
+        let mut bench =
+            Bench::new(page_size(4), EncoderPlan { delta: deltas(0, on_miss, true), ..EncoderPlan::default() });
+        let mut destination = Destination::new(bench.source.layout());
+        let zeros: Vec<_> = (0..2).map(|page| (page, Write::Zeros, 0)).collect();
+        let (frames, _) = bench.round(1, RoundKind::Live, &zeros);
+        destination.load(&frames[0], false);
+        for (page, write) in [(0, Write::Text), (1, Write::Random)] {
+            bench.source.write(page, write, 9);
+            bench.source.page(page)[2048..].fill(0);
+        }
+        let (frames, tally) = bench.round(2, RoundKind::Live, &[(0, Write::Same, 0), (1, Write::Same, 0)]);
+        assert_eq!(encodings(&tally), [0, 0, text_is_compressed, 2 - text_is_compressed, 0]);
+        assert_eq!((tally.pages.xbzrle_misses, tally.pages.xbzrle_overflows), (0, text_is_compressed));
+        destination.load(&frames[0], false);
+        assert!(destination.memory == bench.source.memory);
+    }
+}
+
+#[test]
+fn a_page_is_known_to_be_zero_until_it_is_sent_otherwise() {
+    let plan = EncoderPlan { delta: deltas(0, OnMiss::Raw, true), ..EncoderPlan::default() };
+    let mut bench = Bench::new(page_size(4), plan);
+    bench.figures(1, 0..1, Write::Zeros);
+    let kinds = [RoundKind::Live, RoundKind::Paused, RoundKind::Final];
+    for (turn, kind) in (0u32..).zip(kinds) {
+        let mut round = |step: u32, write| bench.round(2 + 4 * turn + step, kind, &[(0, write, 5)]).1.pages;
+        assert_eq!(round(0, Write::Zeros).zero, 1, "a zero page is always sent as zero");
+        assert_eq!(round(1, Write::Sparse).xbzrle, 1);
+        assert_eq!(round(2, Write::Sparse).xbzrle_misses, 1, "it is neither zero nor cached");
+        assert_eq!(round(3, Write::Zeros).zero, 1);
+    }
+    assert_eq!(bench.known_zero.pages(batch(0, 1, 1).at), 1);
+}
+
+/// Deltas begin behind the first RoundComplete, and a page that comes again before it is sent whole.
+#[test]
+fn a_page_that_comes_again_in_the_first_round_is_not_known_to_be_zero() {
+    for cache_first_round in [true, false] {
+        let plan = EncoderPlan { compress: Some(Codec::Lz4), delta: deltas(0, OnMiss::Raw, cache_first_round) };
+        let mut bench = Bench::new(page_size(4), plan);
+        let at = batch(0, 1, 1).at;
+        for (write, known) in [(Write::Zeros, 1), (Write::Text, 0), (Write::Zeros, 1), (Write::Random, 0)] {
+            bench.source.write(0, write, 3);
+            let copied = bench.source.copies([0], 1, RoundKind::Live).remove(0);
+            let frame = bench.encoder.batch(copied).now_or_never().unwrap();
+            assert_eq!((frame.payload.is_none(), bench.known_zero.pages(at)), (known == 1, known), "{write:?}");
+        }
+        let pages = PageTally { all: 4, zero: 2, ..PageTally::default() };
+        bench.encoder.mark(Mark::RoundComplete(RoundTally { pages, ..RoundTally::new(1, RoundKind::Live) }));
+        assert_eq!(bench.figures(2, 0..1, Write::Sparse).pages.xbzrle_misses, 1);
+    }
+}
+
+/// No frame was made for a page that was hinted as free, and what the destination holds there is unknown.
+#[test]
+fn a_page_that_never_travelled_is_not_known_to_be_zero() {
+    let plan = EncoderPlan { delta: deltas(1000, OnMiss::Raw, true), ..EncoderPlan::default() };
+    let mut bench = Bench::new(page_size(4), plan);
+    bench.figures(1, 0..2, Write::Zeros);
+    let second = bench.figures(2, 0..4, Write::Sparse);
+    assert_eq!((second.pages.xbzrle, second.pages.xbzrle_misses), (2, 2));
+}
+
+#[test]
+fn a_page_that_was_never_touched_is_known_to_be_zero_once_its_frame_is_made() {
+    let plan = EncoderPlan { delta: deltas(1000, OnMiss::Raw, true), ..EncoderPlan::default() };
+    let mut bench = Bench::new(page_size(4), plan);
+    let untouched = Batch { untouched: 0b11, ..batch(0, 0b11, 1) };
+    let copied = CopiedBatch { batch: untouched, zero: 0b11, pages: None };
+    let head =
+        Destination::new(bench.source.layout()).load(&bench.encoder.batch(copied).now_or_never().unwrap(), false);
+    assert_eq!((head.zero, bench.known_zero.pages(untouched.at)), (0b11, 0b11));
+    bench.round(1, RoundKind::Live, &[]);
+    assert_eq!(encodings(&bench.figures(2, 0..2, Write::Sparse)), [0, 0, 0, 2, 0]);
+}
+
+#[test]
+fn what_was_put_back_or_discarded_misses() {
+    let plan = EncoderPlan { delta: deltas(1000, OnMiss::Raw, true), ..EncoderPlan::default() };
+    let mut bench = Bench::new(page_size(4), plan);
+    bench.figures(1, 0..8, Write::Zeros);
+    let lost = DirtyBitmap::empty(&bench.source.layout());
+    lost.set_range(0, 2..5);
+    bench.known_zero.forget(&lost);
+    let second = bench.figures(2, 0..6, Write::Sparse);
+    assert_eq!((second.pages.xbzrle, second.pages.xbzrle_misses), (3, 3));
+    bench.known_zero.forget_all();
+    let third = bench.figures(3, 6..8, Write::Sparse);
+    assert_eq!((third.pages.xbzrle, third.pages.xbzrle_misses), (0, 2));
+}
+
+#[test]
+fn a_cache_that_shrinks_to_nothing_leaves_zero_pages_known() {
+    let plan = EncoderPlan { delta: deltas(1000, OnMiss::Raw, true), ..EncoderPlan::default() };
+    let mut bench = Bench::new(page_size(4), plan);
+    bench.round(1, RoundKind::Live, &[(0, Write::Zeros, 1), (1, Write::Random, 1)]);
+    bench.encoder.cache_share().set(0);
+    let second = bench.figures(2, 0..2, Write::Sparse);
+    assert_eq!((second.pages.xbzrle, second.pages.xbzrle_misses), (1, 1));
+    bench.encoder.cache_share().set(1000 * 5000);
+    assert_eq!(bench.figures(3, 0..2, Write::Sparse).pages.xbzrle_misses, 2);
+    assert_eq!(bench.figures(4, 0..2, Write::Sparse).pages.xbzrle, 2);
+}
+
+#[test]
+fn each_lane_makes_its_own_zero_pages_known() {
+    let plan = EncoderPlan { delta: deltas(1000, OnMiss::Raw, true), ..EncoderPlan::default() };
+    let mut lanes = [0, 1].map(|_| Bench::new(page_size(4), plan));
+    let known_zero = lanes[0].known_zero.clone();
+    lanes[1].encoder.coder.set_known_zero(known_zero.clone());
+    // The first extent is of one lane, the second of the other.
+    for (bench, pages) in lanes.iter_mut().zip([0..64, 64..128]) {
+        assert_eq!(encodings(&bench.figures(1, pages.clone(), Write::Zeros)), [64, 0, 0, 0, 0]);
+    }
+    assert_eq!([0, 1].map(|extent| known_zero.pages(batch(extent, 1, 1).at)), [u64::MAX; 2]);
+    for (bench, pages) in lanes.iter_mut().zip([0..64, 64..96]) {
+        let count = pages.len() as u64;
+        assert_eq!(encodings(&bench.figures(2, pages, Write::Sparse)), [0, 0, 0, count, 0]);
+    }
+    assert_eq!([0, 1].map(|extent| known_zero.pages(batch(extent, 1, 1).at)), [0, u64::MAX << 32]);
+}
+
+#[test]
+fn without_the_set_of_zero_pages_they_are_no_reference() {
+    let plan = EncoderPlan { delta: deltas(1000, OnMiss::Raw, true), ..EncoderPlan::default() };
+    let mut bench = Bench::new(page_size(4), plan);
+    let pool = BufferPool::new(64, page_size(4).extent_bytes());
+    bench.encoder = Encoder::new(LANE, page_size(4), plan, WireFramer::new(false), pool, meter());
+    bench.figures(1, 0..4, Write::Zeros);
+    assert_eq!(bench.figures(2, 0..4, Write::Sparse).pages.xbzrle_misses, 4);
 }
 
 #[test]
@@ -477,7 +649,7 @@ fn where_all_pages_go_raw_the_detectors_buffer_is_the_payload() {
 
 #[test]
 fn marks_travel_in_band_as_frames_and_it_ends_with_the_lane() {
-    let Bench { source, encoder } = Bench::new(page_size(4), EncoderPlan::default());
+    let Bench { source, encoder, .. } = Bench::new(page_size(4), EncoderPlan::default());
     let copies = source.copies([0, 64], 1, RoundKind::Final);
     let tally = tally(&copies, source.page_size, 1, RoundKind::Final);
     let ((put, input), (output, got)) = (bounded(10), bounded(10));

@@ -209,13 +209,19 @@ fn a_delta_is_checked_whole_before_its_page_is_touched() {
 }
 
 #[test]
-fn a_delta_may_patch_a_zero_page_that_was_never_written() {
-    let mut bed = bed(true);
-    let mut new = vec![0; PAGE];
-    new[17] = 1;
-    bed.load(&Frame::new(0, 1).zero(9)).unwrap();
-    bed.load(&Frame::new(0, 2).delta(9, &[0; PAGE], &new)).unwrap();
-    assert_eq!((bed.memory.deeds(), bed.page(9)), (vec![Deed::Patched(9)], new));
+fn a_delta_may_patch_a_page_that_came_as_zero() {
+    for fresh in [true, false] {
+        let mut bed = bed(fresh);
+        let mut new = vec![0; PAGE];
+        new[17] = 1;
+        bed.load(&Frame::new(0, 1).zero(9)).unwrap();
+        bed.load(&Frame::new(0, 2).delta(9, &[0; PAGE], &new)).unwrap();
+        // In a fresh block the page was never written; in any other it held something else.
+        let cleared = if fresh { vec![] } else { vec![Deed::Zeroed(9..10)] };
+        assert_eq!((bed.memory.deeds(), bed.page(9)), ([cleared, vec![Deed::Patched(9)]].concat(), new.clone()));
+        let unnamed = Frame::new(0, 2).delta(8, &[0; PAGE], &new);
+        assert_eq!(bed.refuses(&unnamed), PageFault::NotHeld { page: at(8) }, "no frame has named it");
+    }
 }
 
 #[test]

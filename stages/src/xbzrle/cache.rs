@@ -125,6 +125,10 @@ impl XbzrleCache {
 
     /// Removes a page.
     pub fn remove(&mut self, at: PageAt) {
+        // An encoder removes each zero page of a first round, though no page may have entered yet.
+        if self.memory.taken == 0 {
+            return;
+        }
         if let Some(slot) = self.find(at) {
             self.slots[slot].key = 0;
         }

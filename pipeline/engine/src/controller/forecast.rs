@@ -2,12 +2,12 @@
 //! of a switchover.
 //!
 //! The bytes of a page on the wire depend on whether it can be sent as a delta. The number of dirty pages that can is
-//! known: the encoders record which pages entered their cache. The size of a delta is taken from the latest round of
-//! deltas, and so is the number of pages that the cache has lost again. Deltas get smaller from round to round if a
-//! page is written so often that a shorter round leaves fewer changes in it: the dirty rate rises by the same factor
-//! then, since a page counts once however often it is written. Before any round of deltas is measured, a sample of the
-//! dirty pages is sent and shows their size; until then every page counts as sent without a delta. Zero pages of the
-//! first round count as nothing: a written page is seldom zero.
+//! known: the encoders record which pages entered their cache and which were sent as zero. The size of a delta is taken
+//! from the latest round of deltas, and so is the number of pages that the cache has lost again. Deltas get smaller from
+//! round to round if a page is written so often that a shorter round leaves fewer changes in it: the dirty rate rises by
+//! the same factor then, since a page counts once however often it is written. Before any round of deltas is measured, a
+//! sample of the dirty pages is sent and shows their size; until then every page counts as sent without a delta. Zero
+//! pages of the first round count as nothing: a written page is seldom zero.
 //!
 //! The duration is that of the wire, or of the busiest stage if that is longer. The stages' own figures show which of
 //! the two limited a round.

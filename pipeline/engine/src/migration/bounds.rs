@@ -106,12 +106,12 @@ pub fn cache_beyond_guest(cache: u64, guest_bytes: u64, page_bytes: u64, lanes: 
     (cache > most).then(|| (what, format!("write {most} or less, or leave it out")))
 }
 
-/// The per-page state of a source: pages that are dirty, pages that are untouched, pages that can be sent as deltas,
-/// pages that do not travel, pages in flight, and digests.
+/// The per-page state of a source: pages that are dirty, pages that are untouched, pages that can be sent as deltas (in the
+/// cache, or known to be zero), pages that do not travel, pages in flight, and digests.
 pub(super) fn source_keeps(layout: &Layout, in_flight: u64, verify: Verify, may_leave_out: bool) -> u64 {
     let digests = verification(layout, verify, may_leave_out);
     let exclusions = if may_leave_out { Exclusions::bytes_of(layout) } else { 0 };
-    3 * DirtyBitmap::bytes_of(layout) + exclusions + in_flight + digests
+    4 * DirtyBitmap::bytes_of(layout) + exclusions + in_flight + digests
 }
 
 /// The per-page state of a destination: received pages, pages that never come, and digests.

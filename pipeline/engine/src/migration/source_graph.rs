@@ -15,9 +15,9 @@ use memferry_stages::bitmap_sync::{BitmapSync, SyncOrder, Synced};
 use memferry_stages::codec::Codec;
 use memferry_stages::dirty_log::DirtyLog;
 use memferry_stages::encoder::misses::{self, Wire};
-use memferry_stages::encoder::{CacheShare, DeltaPlan, Encoder, EncoderPlan, Outgoing};
+use memferry_stages::encoder::{CacheShare, DeltaPlan, Encoder, EncoderPlan, KnownZero, Outgoing};
 use memferry_stages::exclusions::Exclusions;
-use memferry_stages::geometry::LaneMap;
+use memferry_stages::geometry::{LaneMap, Layout};
 use memferry_stages::in_flight::InFlight;
 use memferry_stages::memory::GuestMemory;
 use memferry_stages::meter::{Meter, Reading};
@@ -61,7 +61,7 @@ pub(super) struct SourceGraph {
     pub(super) sent: Inlet<Sent>,
     pub(super) in_flight: Arc<InFlight>,
     /// Pages that can be sent as deltas, if deltas are enabled.
-    pub(super) cached: Option<Arc<DirtyBitmap>>,
+    pub(super) references: Option<References>,
     pub(super) meters: Vec<Arc<Meter>>,
     /// The senders' counters among them: they count the bytes that went to the wire.
     pub(super) sender_meters: Vec<Arc<Meter>>,
@@ -71,6 +71,25 @@ pub(super) struct SourceGraph {
     /// The XBZRLE cache, lane by lane.
     caches: Vec<CacheShare>,
     sync_at_work: Arc<Mutex<()>>,
+}
+
+/// The pages that the encoders can send as deltas.
+pub(super) struct References {
+    /// Those that entered the cache, and may have left it since.
+    cached: Arc<DirtyBitmap>,
+    known_zero: Arc<KnownZero>,
+}
+
+impl References {
+    fn new(layout: &Layout) -> Self {
+        Self { cached: Arc::new(DirtyBitmap::empty(layout)), known_zero: Arc::new(KnownZero::new(layout)) }
+    }
+
+    /// How many of these pages can be sent as deltas. One sweep over the words.
+    pub(super) fn count_in(&self, pages: &DirtyBitmap) -> u64 {
+        let can_be_deltas = |at| pages.peek(at) & (self.cached.peek(at) | self.known_zero.pages(at));
+        pages.all_dirty_extents().map(|at| u64::from(can_be_deltas(at).count_ones())).sum()
+    }
 }
 
 impl SourceGraph {
@@ -92,7 +111,7 @@ impl SourceGraph {
             control,
             sent,
             in_flight: Arc::new(InFlight::new(parts.memory.layout(), lane_map)),
-            cached: settings.encoder.xbzrle.as_ref().map(|_| Arc::new(DirtyBitmap::empty(parts.memory.layout()))),
+            references: settings.encoder.xbzrle.as_ref().map(|_| References::new(parts.memory.layout())),
             meters: meters.clone(),
             sender_meters: meters,
             pools: Vec::new(),
@@ -193,8 +212,8 @@ impl SourceGraph {
                 let meter = self.meter(StageId::encoder(lane));
                 let framer = WireFramer::new(settings.checksum);
                 let mut encoder = Encoder::new(lane, page_size, plan(settings), framer, code_pool, meter.clone());
-                if let Some(cached) = &self.cached {
-                    encoder = encoder.with_cached(cached.clone());
+                if let Some(References { cached, known_zero }) = &self.references {
+                    encoder = encoder.with_cached(cached.clone()).with_known_zero(known_zero.clone());
                 }
                 if let Some(page_hashes) = page_hashes {
                     encoder = encoder.with_page_hashes(page_hashes.clone());

@@ -175,8 +175,8 @@ impl Source<'_> {
 
     /// Dirty pages that can be sent as deltas. It takes a sweep over the bitmap.
     fn cached_pages(&self) -> u64 {
-        let cached = self.attempt.flow().and_then(|flow| flow.graph.cached.as_ref());
-        self.transfer.bitmap.as_ref().zip(cached).map_or(0, |(bitmap, cached)| bitmap.count_common(cached))
+        let references = self.attempt.flow().and_then(|flow| flow.graph.references.as_ref());
+        self.transfer.bitmap.as_ref().zip(references).map_or(0, |(bitmap, references)| references.count_in(bitmap))
     }
 
     async fn act(&mut self, action: Action, course: &SourceCourse) -> Answer {
