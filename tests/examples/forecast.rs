@@ -1,13 +1,16 @@
 //! Measures the accuracy of the downtime forecast: workloads from idle to a dirty rate far above the bandwidth are
 //! moved over links from 100 Mbit/s to the loopback's own rate, and the downtime expected at the switchover's
-//! decision is compared with the actual one. `cargo run --release --example forecast [TIMES] [NAME]` moves each
-//! workload, or those with this name, TIMES times.
+//! decision is compared with the actual one. `cargo run --release -p memferry-tests --example forecast [TIMES] [NAME]`
+//! moves each workload, or those with this name, TIMES times. With `PARTS` in the environment it prints the parts of
+//! each downtime below those of its forecast. The last lines are the medians of the errors, and how often the downtime
+//! was above the limit where the limit allowed the switchover.
 
 use std::error::Error;
 use std::sync::Arc;
 use std::time::Duration;
 
 use memferry::codec::Codec;
+use memferry::controller::reason::{Met, Reason};
 use memferry::controller::{Decided, Decision};
 use memferry::events::Event;
 use memferry::settings::{EncoderSettings, OnDeadline, SourceSettings, Verify, XbzrleSettings};
@@ -59,22 +62,44 @@ fn main() -> Result<(), Box<dyn Error>> {
         "| workload, link | outcome | rounds | s | MiB sent | throttled, % | limit, ms | expected, ms | downtime, ms | error, % |"
     );
     println!("|---|---|---|---|---|---|---|---|---|---|");
-    let mut errors = Vec::new();
+    let mut moved = Vec::new();
     for plan in PLANS.iter().filter(|plan| plan.0.contains(&name)) {
         for link in LINKS {
             for _ in 0..times {
-                errors.extend(run(*plan, link)?);
+                moved.extend(run(*plan, link)?);
             }
         }
     }
-    errors.sort_by(f64::total_cmp);
-    let median = errors.get(errors.len() / 2).ok_or("nothing was moved")?;
-    println!("median of the errors of {} runs, either way: {median:.1} %", errors.len());
+    println!("medians of the errors, either way:");
+    for (link, _) in LINKS {
+        println!("{link}: {}", median(moved.iter().filter(|moved| moved.link == link)));
+    }
+    println!("all: {}", median(moved.iter()));
+    let decided: Vec<_> = moved.iter().filter(|moved| moved.limit_decided).collect();
+    let over = decided.iter().filter(|moved| moved.is_over).count();
+    println!("above the limit: {over} of {} where the limit decided", decided.len());
     Ok(())
 }
 
-/// Runs a workload and prints its line: the error of the forecast, in percent.
-fn run(plan: Plan, (link, bandwidth): (&str, Option<u64>)) -> Result<Option<f64>, Box<dyn Error>> {
+/// A migration that was completed with a forecast.
+struct Moved {
+    link: &'static str,
+    /// The error of the forecast in percent, either way.
+    error: f64,
+    /// Did the controller switch over because the limit was met?
+    limit_decided: bool,
+    /// Was the downtime above the limit?
+    is_over: bool,
+}
+
+fn median<'a>(moved: impl Iterator<Item = &'a Moved>) -> String {
+    let mut errors: Vec<_> = moved.map(|moved| moved.error).collect();
+    errors.sort_by(f64::total_cmp);
+    errors.get(errors.len() / 2).map_or_else(|| "-".into(), |median| format!("{median:.1} % of {}", errors.len()))
+}
+
+/// Runs a workload and prints its line.
+fn run(plan: Plan, (link, bandwidth): (&'static str, Option<u64>)) -> Result<Option<Moved>, Box<dyn Error>> {
     let (name, limit) = (plan.0, plan.4);
     let transport = open(&"tcp:127.0.0.1:0".parse::<Address>()?, Duration::from_secs(10));
     let (source, destination) = (Workload::source(guest(plan))?, Workload::destination());
@@ -89,10 +114,12 @@ fn run(plan: Plan, (link, bandwidth): (&str, Option<u64>)) -> Result<Option<f64>
     let ends = runtime.block_on(moving);
     let ended = &ends.source;
     let (mut rounds, mut sent, mut throttled) = (0, 0, 0);
+    let mut switched = None;
     for (_, event) in &ends.events {
         match event {
             Event::RoundSent { tally, .. } => (rounds, sent) = (tally.round, sent + tally.pages.bytes_out),
             Event::Decided(Decided { decision: Decision::Throttle(percent), .. }) => throttled = *percent,
+            Event::Decided(decided) if decided.decision == Decision::SwitchOver => switched = Some(decided.clone()),
             _ => {}
         }
     }
@@ -100,14 +127,20 @@ fn run(plan: Plan, (link, bandwidth): (&str, Option<u64>)) -> Result<Option<f64>
     let outcome = format!("{:?}", ended.outcome).to_lowercase();
     let sent = sent as f64 / f64::from(1 << 20);
     print!("| {name}, {link} | {outcome} | {rounds} | {seconds:.1} | {sent:.1} | {throttled} | {limit} |");
-    let (Some(forecast), Some(downtime)) = (ended.forecast, ended.downtime) else {
+    let (Some(forecast), Some(downtime), Some(switched)) = (ended.forecast, ended.downtime, switched) else {
         println!(" - | - | - |");
         return Ok(None);
     };
     let error = error_percent(&forecast, downtime);
+    let limit_decided = matches!(switched.reason, Reason::Met(Met::WithinLimit) | Reason::Raised { .. });
+    let moved = Moved { link, error: error.abs(), limit_decided, is_over: downtime > switched.limit };
     let [expected, downtime] = [forecast.expected(), downtime].map(|time| time.as_secs_f64() * 1e3);
     println!(" {expected:.1} | {downtime:.1} | {error:+.0} |");
-    Ok(Some(error.abs()))
+    if std::env::var_os("PARTS").is_some() {
+        println!("    expected {}", forecast.parts());
+        println!("    measured {}", ended.parts);
+    }
+    Ok(Some(moved))
 }
 
 fn guest((_, pages_per_second, bytes, pattern, ..): Plan) -> WorkloadSettings {

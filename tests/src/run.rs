@@ -121,6 +121,9 @@ pub fn source_settings(lanes: u16, connections: u16) -> SourceSettings {
         switchover_bandwidth: SwitchoverBandwidth::AsRounds,
         downtime_limit: Duration::from_millis(300),
         max_downtime: None,
+        expected_pause: Duration::from_micros(250),
+        expected_prepare: Duration::from_micros(250),
+        expected_start: Duration::from_micros(250),
         max_rounds: 4,
         deadline: None,
         on_deadline: OnDeadline::SwitchOver,
@@ -183,6 +186,10 @@ impl Guest for AnyGuest {
 }
 
 impl DestinationGuest for AnyGuest {
+    fn make_durable(&self) -> Result<(), GuestError> {
+        self.0.make_durable()
+    }
+
     fn prepare(&self, state: &GuestState) -> Result<(), GuestError> {
         self.0.prepare(state)
     }

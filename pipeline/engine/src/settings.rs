@@ -29,6 +29,9 @@ mod verify;
 /// The default limit for guest state: virtual devices take kilobytes to a few megabytes.
 pub const MAX_STATE_BYTES: u64 = 16 << 20;
 
+/// How long a call into the guest is expected to take by default.
+const EXPECTED_CALL: Duration = Duration::from_micros(250);
+
 /// How pages are encoded.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EncoderSettings {
@@ -215,6 +218,13 @@ pub struct SourceSettings {
     /// The downtime that no switchover may exceed by the forecast, whatever causes it: a raised limit, a stall, the
     /// deadline.
     pub max_downtime: Option<Duration>,
+    /// How long pausing the guest takes. It is not known before it is done, so the forecast counts this: for a guest that
+    /// commands pause, set it to what they take, as the report of an earlier migration shows it.
+    pub expected_pause: Duration,
+    /// The same for preparing the guest at the destination.
+    pub expected_prepare: Duration,
+    /// The same for starting the guest at the destination.
+    pub expected_start: Duration,
     /// The most rounds before the last one.
     pub max_rounds: u32,
     /// The longest the migration may take, from the start.
@@ -248,6 +258,9 @@ impl Default for SourceSettings {
             switchover_bandwidth: SwitchoverBandwidth::AsRounds,
             downtime_limit: Duration::from_millis(300),
             max_downtime: None,
+            expected_pause: EXPECTED_CALL,
+            expected_prepare: EXPECTED_CALL,
+            expected_start: EXPECTED_CALL,
             max_rounds: 100,
             deadline: None,
             on_deadline: OnDeadline::Cancel,

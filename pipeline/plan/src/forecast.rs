@@ -57,7 +57,15 @@ pub fn foresee(written: &Written<'_>, settings: &SourceSettings, bandwidth: Band
 #[must_use]
 pub fn fixed_cost(trace: &Trace, settings: &SourceSettings) -> FixedCost {
     let verify = if settings.verify == Verify::Full { trace.guest.digests } else { Duration::ZERO };
-    FixedCost { sync: trace.sync(), verify, handover: HANDOVER }
+    FixedCost {
+        pause: settings.expected_pause,
+        sync: trace.sync(),
+        verify,
+        prepare: settings.expected_prepare,
+        start: settings.expected_start,
+        handover: HANDOVER,
+        ..FixedCost::default()
+    }
 }
 
 /// The time to estimate the cost of digests before a decision: one sample, on one core.

@@ -173,13 +173,31 @@ pub struct ForecastReport {
     pub error_percent: Option<f64>,
     /// Bytes that were expected to remain, after encoding.
     pub remaining_bytes: u64,
-    /// The expected time to send them.
-    pub transfer_ms: f64,
-    /// The expected time of the last sync.
+    /// The expected parts of the downtime: see [`DowntimeParts`].
+    #[serde(default)]
+    pub pause_ms: f64,
+    /// Device state.
+    #[serde(default)]
+    pub state_ms: f64,
+    /// The last sync.
     pub sync_ms: f64,
-    /// The expected time of the digests.
+    /// The last round.
+    pub transfer_ms: f64,
+    /// What the destination still has to load.
+    #[serde(default)]
+    pub load_ms: f64,
+    /// Verification.
     pub verify_ms: f64,
-    /// The expected time of device state and the last handshake.
+    /// Writing to disk.
+    #[serde(default)]
+    pub durable_ms: f64,
+    /// Preparing the guest.
+    #[serde(default)]
+    pub prepare_ms: f64,
+    /// Starting it.
+    #[serde(default)]
+    pub start_ms: f64,
+    /// The last handshake.
     pub handover_ms: f64,
 }
 
@@ -345,9 +363,15 @@ fn forecast_report(forecast: &Forecast, downtime: Option<Duration>) -> ForecastR
         expected_ms: ms(forecast.expected()),
         error_percent: downtime.map(|downtime| (error_percent(forecast, downtime) * 10.0).round() / 10.0),
         remaining_bytes: whole(forecast.remaining_bytes),
-        transfer_ms: ms(forecast.transfer),
+        pause_ms: ms(fixed.pause),
+        state_ms: ms(fixed.state),
         sync_ms: ms(fixed.sync),
+        transfer_ms: ms(forecast.transfer),
+        load_ms: ms(fixed.load),
         verify_ms: ms(fixed.verify),
+        durable_ms: ms(fixed.durable),
+        prepare_ms: ms(fixed.prepare),
+        start_ms: ms(fixed.start),
         handover_ms: ms(fixed.handover),
     }
 }

@@ -8,7 +8,7 @@ use memferry_stages::page_hashes::Coverage;
 
 use super::account::{Account, Round};
 use super::{busiest, error_percent, held_up, readings, throughput};
-use memferry::controller::forecast::{FixedCost, Forecast};
+use memferry::controller::forecast::Forecast;
 use memferry::controller::{Decided, Decision};
 use memferry::events::{Ended, Outcome};
 use memferry::human;
@@ -154,20 +154,8 @@ fn lines(ended: &Ended, account: &Account, other: Option<&Account>) -> Vec<(&'st
     let far = other.and_then(|account| account.status.ended.as_ref());
     let mut lines = decisions(&account.decided);
     if let Some(downtime) = ended.downtime {
-        let parts = &ended.parts;
-        let parts = [
-            ("sync", parts.final_sync),
-            ("transfer", parts.final_transfer),
-            ("state", parts.state),
-            ("verify", parts.verify),
-            ("handover", parts.handover),
-            ("resume", parts.resume),
-        ];
-        let parts = parts.iter().filter(|(name, time)| *name != "resume" || !time.is_zero());
-        let parts: Vec<_> = parts.map(|(name, time)| format!("{name} {}", human::time(*time))).collect();
-        let parts = parts.join(", ");
         let resumed = if ended.switchover().is_none() { " until it was resumed at the source" } else { "" };
-        lines.push(("downtime", format!("{}{resumed}: {parts}", human::time(downtime))));
+        lines.push(("downtime", format!("{}{resumed}: {}", human::time(downtime), ended.parts)));
     }
     if let (Some(forecast), Some(downtime)) = (&ended.forecast, ended.switchover()) {
         lines.push(("forecast", forecast_line(forecast, downtime)));
@@ -193,9 +181,6 @@ fn lines(ended: &Ended, account: &Account, other: Option<&Account>) -> Vec<(&'st
 
 /// The forecast of the downtime, and its error.
 fn forecast_line(forecast: &Forecast, downtime: Duration) -> String {
-    let FixedCost { sync, verify, handover } = forecast.fixed;
-    let [expected, transfer, sync, verify, handover] =
-        [forecast.expected(), forecast.transfer, sync, verify, handover].map(human::time);
-    let off = error_percent(forecast, downtime);
-    format!("{expected} ({off:+.0} %): sync {sync}, transfer {transfer}, verify {verify}, handover {handover}")
+    let (expected, off) = (human::time(forecast.expected()), error_percent(forecast, downtime));
+    format!("{expected} ({off:+.0} %): {}", forecast.parts())
 }

@@ -47,12 +47,14 @@ fn the_report_has_exactly_the_names_that_were_agreed() {
     assert_eq!(sorted(&names(&json["guest"]["blocks"][0])), "bytes id page_size");
     assert_eq!(
         sorted(&names(&json["downtime"])),
-        "final_sync_ms final_transfer_ms handover_ms resume_ms state_ms verify_ms"
+        "durable_ms final_sync_ms final_transfer_ms handover_ms load_ms pause_ms prepare_ms resume_ms start_ms state_ms \
+         verify_ms"
     );
     assert_eq!(sorted(&names(&json["excluded"])), "hinted hints_dropped ignored unplugged");
     assert_eq!(
         sorted(&names(&json["forecast"])),
-        "error_percent expected_ms handover_ms remaining_bytes sync_ms transfer_ms verify_ms"
+        "durable_ms error_percent expected_ms handover_ms load_ms pause_ms prepare_ms remaining_bytes start_ms state_ms \
+         sync_ms transfer_ms verify_ms"
     );
     let shares = "processor limit destination wire guest source";
     assert_eq!(sorted(&names(&json["bottleneck_percent"])), sorted(shares));
@@ -167,7 +169,7 @@ fn each_decision_is_reported_once_with_its_figures() {
         Decided { round, decision, reason, limit: Duration::from_millis(300), forecast: None }
     };
     let us = Duration::from_micros;
-    let fixed = FixedCost { sync: us(2160), verify: us(280_000), handover: us(1010) };
+    let fixed = FixedCost { sync: us(2160), verify: us(280_000), handover: us(1010), ..FixedCost::default() };
     let forecast = Forecast { remaining_bytes: 139.0 * 1024.0 * 1024.0, transfer: us(1_390_000), fixed };
     account.decided = vec![
         decided(1, Decision::AnotherRound),

@@ -10,6 +10,7 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
@@ -27,6 +28,8 @@ pub struct FileMemory {
     length: u64,
     /// Whether it had a name when it was opened. A memfd never has.
     had_name: bool,
+    /// Whether it was written since [`FileMemory::sync`] was last called.
+    written: AtomicBool,
 }
 
 impl FileMemory {
@@ -41,7 +44,7 @@ impl FileMemory {
         if length == 0 {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is empty, memory has at least one byte"));
         }
-        Ok(Self { file, path: path.into(), length, had_name: metadata.nlink() > 0 })
+        Ok(Self { file, path: path.into(), length, had_name: metadata.nlink() > 0, written: AtomicBool::new(false) })
     }
 
     /// Creates a file of `length` bytes, all of it a hole, that only its owner may read and write.
@@ -63,7 +66,7 @@ impl FileMemory {
     /// If the file cannot have that length; the message names it.
     pub fn over(file: File, path: &Path, length: u64) -> io::Result<Self> {
         file.set_len(length).map_err(|error| about(path, "cannot be created", error))?;
-        Ok(Self { file, path: path.into(), length, had_name: true })
+        Ok(Self { file, path: path.into(), length, had_name: true, written: AtomicBool::new(true) })
     }
 
     /// The path it was opened by.
@@ -72,12 +75,23 @@ impl FileMemory {
         &self.path
     }
 
-    /// Returns when everything written is on the disk.
+    /// Has something been written that [`FileMemory::sync`] has not made durable?
+    #[must_use]
+    pub fn is_written(&self) -> bool {
+        self.written.load(Ordering::Acquire)
+    }
+
+    /// Returns when everything written before the call is on the disk.
     ///
     /// # Errors
     /// When the disk fails.
     pub fn sync(&self) -> io::Result<()> {
-        self.file.sync_all().map_err(|error| about(&self.path, "cannot be made durable", error))
+        // What is written meanwhile is left for the next call.
+        self.written.store(false, Ordering::SeqCst);
+        self.file.sync_data().map_err(|error| {
+            self.written.store(true, Ordering::SeqCst);
+            about(&self.path, "cannot be made durable", error)
+        })
     }
 
     /// The bytes of some pages that are in the block.
@@ -137,7 +151,9 @@ impl FileMemory {
         let mut at = bytes.start;
         while at < bytes.end {
             let part = &ZEROS[..length_of(&(at..bytes.end)).min(ZEROS.len())];
-            self.file.write_all_at(part, at).map_err(|error| self.write_failed(at, error))?;
+            let written = self.file.write_all_at(part, at);
+            self.written.store(true, Ordering::SeqCst);
+            written.map_err(|error| self.write_failed(at, error))?;
             at += part.len() as u64;
         }
         Ok(())
@@ -184,7 +200,9 @@ impl Memory for FileMemory {
         let count = (bytes.len() / page_size.bytes()) as u64;
         let range = self.bytes_of(page_size, first_page..first_page + count);
         let inside = &bytes[..length_of(&range)];
-        self.file.write_all_at(inside, range.start).map_err(|error| self.write_failed(range.start, error))
+        let written = self.file.write_all_at(inside, range.start);
+        self.written.store(true, Ordering::SeqCst);
+        written.map_err(|error| self.write_failed(range.start, error))
     }
 
     fn write_zeros(&self, page_size: PageSize, pages: Range<u64>) -> io::Result<()> {
@@ -195,7 +213,9 @@ impl Memory for FileMemory {
         // To the end of a partial last page, or its block of the file would stay allocated.
         let whole_pages = (bytes.end - bytes.start).next_multiple_of(page_size.bytes() as u64);
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        match rustix::fs::fallocate(&self.file, flags, bytes.start, whole_pages) {
+        let punched = rustix::fs::fallocate(&self.file, flags, bytes.start, whole_pages);
+        self.written.store(true, Ordering::SeqCst);
+        match punched {
             Ok(()) => Ok(()),
             Err(Errno::OPNOTSUPP | Errno::NOSYS) => self.overwrite(bytes),
             Err(error) => Err(self.write_failed(bytes.start, error.into())),

@@ -169,3 +169,16 @@ fn no_figures_are_of_a_round_0() {
     assert!(synced.is_some());
     assert!(progress(&ends, Role::Source).iter().all(|now| now.round >= 1));
 }
+
+/// The source's clock cuts the downtime into parts, with those that are work of the destination.
+#[test]
+fn each_part_of_the_downtime_is_in_its_place() {
+    let takes = Duration::from_millis(50);
+    let slow = Arc::new(TestGuest::destination().preparing_for(takes));
+    let ends = moved(Arc::new(noise()), slow, settings(), transport(), Recorder::default());
+    let (source, destination) = (ends.source.parts, ends.destination.parts);
+    assert_eq!(Some(source.total()), ends.source.downtime, "{source:?}");
+    assert!(source.prepare >= takes && destination.prepare >= takes, "{source:?}, {destination:?}");
+    assert_eq!(source.verify, Duration::ZERO, "nothing is compared: {source:?}");
+    assert!(!source.start.is_zero() && source.start == destination.start, "{source:?}, {destination:?}");
+}

@@ -72,6 +72,7 @@ mod tests {
     use memferry_stages::tally::{PageTally, RoundTally};
 
     use super::*;
+    use crate::controller::forecast::Work;
     use crate::settings::{
         ConvergenceSettings, EncoderSettings, OnDeadline, RaiseSettings, SourceSettings, StallStep, ThrottleSettings,
     };
@@ -89,7 +90,7 @@ mod tests {
         change(&mut settings);
         let mut controller = Controller::new(&settings, 4096);
         controller.armed(Duration::ZERO);
-        controller.round(&round(1, 100_000), 1000 * MS, Duration::ZERO);
+        controller.round(&round(1, 100_000), 1000 * MS, Work::default());
         controller
     }
 
@@ -123,7 +124,7 @@ mod tests {
     fn stalled(controller: &mut Controller, rounds: u32) -> Vec<Decision> {
         let first = controller.round + 1;
         let mut decide = |number: u32| {
-            controller.round(&round(number, 100_000), 1000 * MS, Duration::ZERO);
+            controller.round(&round(number, 100_000), 1000 * MS, Work::default());
             controller.synced(&standing(number * 1000, 100)).decision
         };
         (first..first + rounds).map(&mut decide).collect()

@@ -10,7 +10,11 @@
 //! pages of the first round count as nothing: a written page is seldom zero.
 //!
 //! The duration is that of the wire, or of the busiest stage if that is longer. The stages' own figures show which of
-//! the two limited a round.
+//! the two limited a round. The rate of the wire is taken from the time in which the senders had anything to send: a
+//! round that the stages before them limited shows the same rate.
+//!
+//! Of several measurements the forecast takes neither the latest nor the mean, but a high quantile ([`QUANTILE`]): a
+//! limit that one lucky measurement meets is not met.
 
 use std::collections::VecDeque;
 use std::num::NonZeroU32;
@@ -18,6 +22,7 @@ use std::time::Duration;
 
 use memferry_stages::tally::RoundTally;
 
+use crate::events::DowntimeParts;
 use crate::settings::{OnMiss, SourceSettings, SwitchoverBandwidth};
 
 /// If a round took longer than its busiest stage worked by this factor, the wire was the limit.
@@ -38,8 +43,12 @@ const WORTH_A_SAMPLE: u64 = 64;
 const SAMPLE_PAGES: u64 = 512;
 /// A sample is at most one in this number of dirty pages: a small part of what remains.
 const SAMPLE_SHARE: u64 = 4;
-/// How many of those rounds may show the least that the wire carries.
+/// How many of those rounds show the time that the stages need for a page.
 const REPRESENTATIVE_ROUNDS: usize = 4;
+/// The quantile of the measurements that the forecast counts on: this share of them was no worse.
+pub const QUANTILE: f64 = 0.9;
+/// How many measurements of a part are stored, and how many windows show the rate of the wire.
+const MEASUREMENTS: usize = 10;
 /// Rounds that are stored: a window never needs more.
 const MOST_ROUNDS: usize = 64;
 /// From this share of `max_bandwidth` on, the cap limits the rounds, and not the link or the host.
@@ -47,14 +56,27 @@ const AT_CAP: f64 = 0.9;
 /// The share of the downtime limit that the backlog may still need when the guest is paused.
 const BACKLOG_SHARE: f64 = 0.05;
 
-/// The cost of a switchover that does not depend on the remaining pages.
+/// The cost of a switchover that does not depend on the remaining pages: the parts of the downtime besides the
+/// transfer. [`DowntimeParts`] says what each is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FixedCost {
-    /// One more bitmap sync: as long as the latest one.
+    /// Pausing the guest.
+    pub pause: Duration,
+    /// Device state.
+    pub state: Duration,
+    /// One more bitmap sync.
     pub sync: Duration,
-    /// Digests of the whole guest at both ends.
+    /// From the last byte sent until everything is loaded.
+    pub load: Duration,
+    /// Verification.
     pub verify: Duration,
-    /// Device state and the last handshake.
+    /// Writing to disk.
+    pub durable: Duration,
+    /// Preparing the guest.
+    pub prepare: Duration,
+    /// Starting the guest.
+    pub start: Duration,
+    /// The last handshake.
     pub handover: Duration,
 }
 
@@ -62,8 +84,82 @@ impl FixedCost {
     /// The sum.
     #[must_use]
     pub fn total(&self) -> Duration {
-        self.sync + self.verify + self.handover
+        self.with_transfer(Duration::ZERO).total()
     }
+
+    /// As the parts of a downtime with this transfer.
+    fn with_transfer(&self, transfer: Duration) -> DowntimeParts {
+        let Self { pause, state, sync, load, verify, durable, prepare, start, handover } = *self;
+        DowntimeParts {
+            pause,
+            state,
+            final_sync: sync,
+            final_transfer: transfer,
+            load,
+            verify,
+            durable,
+            prepare,
+            start,
+            handover,
+            resume: Duration::ZERO,
+        }
+    }
+}
+
+/// A part of the fixed cost that is measured while the guest runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Measured {
+    /// A bitmap sync.
+    Sync,
+    /// An estimate of what verification takes.
+    Verify,
+    /// The time from the last byte of a round sent until the destination acknowledged all of it.
+    Load,
+}
+
+/// The latest measurements of a part, the latest in front.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Recent(VecDeque<Duration>);
+
+impl Recent {
+    /// Adds a measurement. Returns the high quantile of the latest ones.
+    pub(crate) fn with(&mut self, time: Duration) -> Duration {
+        self.0.push_front(time);
+        self.0.truncate(MEASUREMENTS);
+        let mut sorted: Vec<_> = self.0.iter().copied().collect();
+        sorted.sort_unstable();
+        sorted[rank(sorted.len(), QUANTILE)]
+    }
+}
+
+/// The index of a quantile in a number of sorted values: the least index such that the share of values up to it reaches
+/// the quantile.
+fn rank(values: usize, quantile: f64) -> usize {
+    let last = values.saturating_sub(1);
+    let below = whole((values as f64 * quantile).ceil()).saturating_sub(1);
+    usize::try_from(below).map_or(last, |below| below.min(last))
+}
+
+/// How long the destination needs to make its memory durable: it does so while pages are loaded, and once more when
+/// everything is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct WriteBack {
+    /// For what is loaded and not durable yet.
+    pub backlog: Duration,
+    /// For a call, however little there is to write.
+    pub call: Duration,
+    /// For each MiB of pages.
+    pub per_mib: Duration,
+}
+
+/// How long the stages worked on a round.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Work {
+    /// The busiest stage.
+    pub busiest: Duration,
+    /// The time in which the busiest sender had anything to send: it wrote, or waited for the transport or the bandwidth
+    /// limit. If it is unknown, the duration of the round counts.
+    pub sending: Option<Duration>,
 }
 
 /// The state of the migration at one moment.
@@ -96,7 +192,13 @@ impl Forecast {
     /// The expected downtime.
     #[must_use]
     pub fn expected(&self) -> Duration {
-        self.transfer.saturating_add(self.fixed.total())
+        self.parts().total()
+    }
+
+    /// The expected parts of the downtime.
+    #[must_use]
+    pub fn parts(&self) -> DowntimeParts {
+        self.fixed.with_transfer(self.transfer)
     }
 }
 
@@ -110,6 +212,8 @@ struct Achieved {
     time: Duration,
     /// How long the busiest stage worked.
     work: Duration,
+    /// How long the busiest sender had anything to send.
+    sending: Duration,
     /// Pages that were sent whole, and how many of them were compressed.
     whole: u64,
     compressed: u64,
@@ -123,11 +227,19 @@ struct Achieved {
 
 impl Achieved {
     fn rate(&self) -> f64 {
-        self.wire_bytes as f64 / self.time.as_secs_f64()
+        self.wire_bytes as f64 / self.sending.as_secs_f64()
     }
 
     fn is_held_up_by_the_wire(&self) -> bool {
         self.time >= self.work.mul_f64(WIRE_HOLDS_UP)
+    }
+
+    /// Adds another round, as far as rates are computed of sums.
+    fn add(&mut self, round: &Self) {
+        self.pages += round.pages;
+        self.page_bytes += round.page_bytes;
+        self.wire_bytes += round.wire_bytes;
+        self.sending += round.sending;
     }
 
     fn hits(&self) -> f64 {
@@ -135,15 +247,22 @@ impl Achieved {
     }
 
     fn is_enough(&self) -> bool {
-        self.time >= WINDOW && self.page_bytes >= WINDOW_BYTES
+        self.sending >= WINDOW && self.page_bytes >= WINDOW_BYTES
     }
 }
 
 /// Makes forecasts from the measurements of the rounds.
 #[derive(Clone, Debug)]
 pub struct Forecaster {
-    /// The fixed cost of a switchover: the code that measures it updates it here.
+    /// The fixed cost of a switchover, as far as it is known.
     pub fixed: FixedCost,
+    syncs: Recent,
+    verifications: Recent,
+    loads: Recent,
+    /// How long the destination needs to make its memory durable, by its own forecast.
+    write_back: WriteBack,
+    /// Was the backlog of the latest round waited for?
+    is_drained: bool,
     page_bytes: u64,
     /// Are deltas enabled from the second round on?
     deltas: bool,
@@ -176,6 +295,11 @@ impl Forecaster {
         let xbzrle = settings.encoder.xbzrle.as_ref();
         Self {
             fixed: FixedCost::default(),
+            syncs: Recent::default(),
+            verifications: Recent::default(),
+            loads: Recent::default(),
+            write_back: WriteBack::default(),
+            is_drained: false,
             page_bytes,
             deltas: xbzrle.is_some(),
             on_miss: xbzrle.map_or(OnMiss::Raw, |xbzrle| xbzrle.on_miss),
@@ -198,9 +322,26 @@ impl Forecaster {
         (self.max_bandwidth, self.switchover_bandwidth) = (rounds, switchover);
     }
 
-    /// A round was sent, from its first batch to its last byte, in `time`; its busiest stage worked for `work`.
-    pub fn round(&mut self, tally: &RoundTally, time: Duration, work: Duration) {
+    /// A part of the fixed cost was measured.
+    pub fn measured(&mut self, part: Measured, time: Duration) {
+        match part {
+            Measured::Sync => self.fixed.sync = self.syncs.with(time),
+            Measured::Verify => self.fixed.verify = self.verifications.with(time),
+            // What waits at the end of the first round is far more than at the end of a small one.
+            Measured::Load if self.later.is_empty() => self.fixed.load = time,
+            Measured::Load => self.fixed.load = self.loads.with(time),
+        }
+    }
+
+    /// The destination's forecast of what it writes to disk.
+    pub fn write_back(&mut self, times: WriteBack) {
+        self.write_back = times;
+    }
+
+    /// A round was sent, from its first batch to its last byte, in `time`.
+    pub fn round(&mut self, tally: &RoundTally, time: Duration, work: Work) {
         let round = self.achieved(tally, time, work);
+        self.is_drained = false;
         self.latest_seconds_per_page = round.time.as_secs_f64() / tally.pages.all.max(1) as f64;
         if self.first.is_none() {
             self.first = Some(Achieved { pages: tally.pages.all - tally.pages.zero, ..round });
@@ -211,24 +352,28 @@ impl Forecaster {
     }
 
     /// The same for a sample of the pages that the last sync found.
-    pub fn sample(&mut self, tally: &RoundTally, time: Duration, work: Duration) {
+    pub fn sample(&mut self, tally: &RoundTally, time: Duration, work: Work) {
         self.sample = Some(self.achieved(tally, time, work));
         self.sent_of_it = Some(tally.pages.all);
     }
 
-    /// Time has passed in which none of the pages that the last sync found was sent.
+    /// Time has passed in which none of the pages that the last sync found was sent. What is not written to disk by then
+    /// is not waited for any longer.
     pub fn drained(&mut self) {
         self.sent_of_it.get_or_insert(0);
+        self.is_drained = true;
     }
 
-    fn achieved(&self, tally: &RoundTally, time: Duration, work: Duration) -> Achieved {
+    fn achieved(&self, tally: &RoundTally, time: Duration, work: Work) -> Achieved {
         let (found, cached) = self.found;
+        let least = Duration::from_nanos(1);
         Achieved {
             pages: tally.pages.all,
             page_bytes: tally.pages.bytes_in,
             wire_bytes: tally.pages.bytes_out,
-            time: time.max(Duration::from_nanos(1)),
-            work,
+            time: time.max(least),
+            work: work.busiest,
+            sending: work.sending.unwrap_or(time).clamp(least, time.max(least)),
             whole: tally.pages.raw + tally.pages.compressed,
             compressed: tally.pages.compressed,
             misses: tally.pages.xbzrle_misses,
@@ -281,13 +426,23 @@ impl Forecaster {
     #[must_use]
     pub fn forecast(&self, now: &Standing, limit: Duration) -> Option<Forecast> {
         let mut fixed = self.fixed;
-        if now.dirty_pages + now.in_flight_pages == 0 {
+        if !fixed.load.is_zero() {
+            // Neither took less than a round trip.
+            fixed.handover = fixed.handover.min(fixed.load);
+        }
+        // The guest continues to run while the rest of either backlog is drained.
+        let most = if self.is_drained { Duration::MAX } else { limit.mul_f64(BACKLOG_SHARE) };
+        let unwritten = self.write_back.backlog.min(most);
+        let writing = (self.write_back.backlog - unwritten).as_secs_f64();
+        fixed.durable = fixed.durable.saturating_add(self.write_back.call).saturating_add(unwritten);
+        if now.dirty_pages + now.in_flight_pages == 0 && writing == 0.0 {
             return Some(Forecast { remaining_bytes: 0.0, transfer: Duration::ZERO, fixed });
         }
         let backlog = now.in_flight_pages.min(self.backlog_pages(limit)?);
-        // The guest continues to run while the rest of the backlog is drained.
         let draining = (now.in_flight_pages - backlog) as f64 * self.latest_seconds_per_page;
-        let pages = now.dirty_pages as f64 + self.dirty_rate.unwrap_or(0.0) * draining + backlog as f64;
+        let pages = now.dirty_pages as f64 + self.dirty_rate.unwrap_or(0.0) * draining.max(writing) + backlog as f64;
+        let mib = pages * self.page_bytes as f64 / f64::from(1 << 20);
+        fixed.durable = fixed.durable.saturating_add(seconds(mib * self.write_back.per_mib.as_secs_f64()));
         let transfer = seconds(pages * self.switchover_seconds_per_page()?);
         // The source computes its digests while the rest is sent: that half adds no time.
         fixed.verify -= transfer.min(fixed.verify / 2);
@@ -300,6 +455,13 @@ impl Forecaster {
     pub fn backlog_pages(&self, limit: Duration) -> Option<u64> {
         let pages = limit.as_secs_f64() * BACKLOG_SHARE / self.switchover_seconds_per_page()?;
         Some(whole(pages))
+    }
+
+    /// Has the destination more to write to disk than may be left when the guest is paused? How long that takes.
+    #[must_use]
+    pub fn write_backlog(&self, limit: Duration) -> Option<Duration> {
+        let backlog = self.write_back.backlog;
+        (backlog > limit.mul_f64(BACKLOG_SHARE)).then_some(backlog)
     }
 
     /// How many of the dirty pages are to be sent as a sample: only if the size of deltas is unknown, and enough pages
@@ -396,18 +558,36 @@ impl Forecaster {
         Some((share(latest) / shrink).min(1.0))
     }
 
-    /// Bytes a second on the wire, by the rounds that the wire limited. If it limited none, by the round that shows
-    /// most, as a lower bound of what the link carries; but no more than the cap allows.
+    /// Bytes a second on the wire: the low quantile of the latest windows, but no more than the cap allows.
     fn wire_rate(&self) -> Option<f64> {
-        let held_up = lately(self.representative().filter(|round| round.is_held_up_by_the_wire()));
-        let rate = if held_up.pages > 0 {
-            held_up.rate()
-        } else {
-            let shown = self.representative().take(REPRESENTATIVE_ROUNDS).chain(&self.first).map(Achieved::rate);
-            shown.chain([lately(self.later.iter()).rate()]).filter(|rate| rate.is_finite()).fold(0.0, f64::max)
-        };
+        let mut slowest_last = self.windows();
+        slowest_last.sort_by(|a, b| b.total_cmp(a));
+        let rate = *slowest_last.get(rank(slowest_last.len(), QUANTILE))?;
         let rate = self.max_bandwidth.map_or(rate, |cap| rate.min(cap as f64));
         (rate > 0.0).then_some(rate)
+    }
+
+    /// The rate of each of the latest windows. Where the rounds after the first do not fill one, the first is added to
+    /// it.
+    fn windows(&self) -> Vec<f64> {
+        let mut rates = Vec::new();
+        let mut window = Achieved::default();
+        for round in &self.later {
+            window.add(round);
+            if window.is_enough() {
+                rates.push(std::mem::take(&mut window).rate());
+            }
+            if rates.len() == MEASUREMENTS {
+                return rates;
+            }
+        }
+        if rates.is_empty()
+            && let Some(first) = &self.first
+        {
+            window.add(first);
+            rates.push(window.rate());
+        }
+        rates
     }
 
     /// The rounds after the first that were large enough for an estimate, the latest in front.
@@ -415,11 +595,16 @@ impl Forecaster {
         self.later.iter().filter(|round| round.page_bytes >= TELLING_BYTES)
     }
 
-    /// Time that the busiest stage needs for a page, by the latest round that was large enough for an estimate, or by
-    /// the sample.
+    /// Time that the busiest stage needs for a page: the high quantile of the latest rounds that were large enough for
+    /// an estimate, or the sample.
     fn stage_seconds_per_page(&self) -> f64 {
-        let latest = self.representative().next().or(self.sample.as_ref().filter(|sample| sample.pages > 0));
-        latest.map_or(0.0, |latest| latest.work.as_secs_f64() / latest.pages as f64)
+        let of = |round: &Achieved| round.work.as_secs_f64() / round.pages as f64;
+        let mut slowest_last: Vec<_> = self.representative().take(REPRESENTATIVE_ROUNDS).map(of).collect();
+        if slowest_last.is_empty() {
+            slowest_last.extend(self.sample.as_ref().filter(|sample| sample.pages > 0).map(of));
+        }
+        slowest_last.sort_by(f64::total_cmp);
+        if slowest_last.is_empty() { 0.0 } else { slowest_last[rank(slowest_last.len(), QUANTILE)] }
     }
 
     /// In a round: the time of the wire, or of the stages if that is longer.
@@ -451,11 +636,7 @@ fn lately<'a>(rounds: impl Iterator<Item = &'a Achieved>) -> Achieved {
         if sum.is_enough() {
             break;
         }
-        sum.pages += round.pages;
-        sum.page_bytes += round.page_bytes;
-        sum.wire_bytes += round.wire_bytes;
-        sum.time += round.time;
-        sum.work += round.work;
+        sum.add(round);
     }
     sum
 }
@@ -482,7 +663,12 @@ mod tests {
     const MS: Duration = Duration::from_millis(1);
     const LIMIT: Duration = Duration::from_millis(100);
     /// The stages took negligible time.
-    const NONE: Duration = Duration::ZERO;
+    const NONE: Work = Work { busiest: Duration::ZERO, sending: None };
+
+    /// The busiest stage worked for this long.
+    fn worked(busiest: Duration) -> Work {
+        Work { busiest, sending: None }
+    }
 
     fn forecaster(xbzrle: Option<XbzrleSettings>) -> Forecaster {
         let encoder = EncoderSettings { xbzrle, ..EncoderSettings::default() };
@@ -572,7 +758,7 @@ mod tests {
         assert_eq!(forecaster.sample_wanted(&found(63, 1000)), None, "what so few pages come to is no matter");
 
         // Of 500 pages 100 bytes each, which took the stages a microsecond and the trip to the other end 5 ms.
-        forecaster.sample(&round(500, 0, 50_000), 5 * MS, MS / 2);
+        forecaster.sample(&round(500, 0, 50_000), 5 * MS, worked(MS / 2));
         forecaster.synced(&found(9_500, 1010));
         assert_eq!(forecaster.sample_wanted(&found(9_500, 1010)), None, "once");
         let forecast = forecaster.forecast(&found(9_500, 1010), LIMIT).unwrap();
@@ -604,11 +790,11 @@ mod tests {
             [(None, 1000, 4_096_000.0), (None, 100, 2_560_000.0), (Some(50 << 20), 1000, 2_560_000.0)]
         {
             let mut forecaster = Forecaster::new(&settings(limit), 4096);
-            forecaster.round(&first, 1000 * MS, work * MS);
+            forecaster.round(&first, 1000 * MS, worked(work * MS));
             assert!((remaining(&forecaster) - bytes).abs() < 1.0, "{limit:?}, {work} ms");
             // A quarter of the misses was compressed: half of those that shrink.
             let missed = of(PageTally { raw: 750, compressed: 250, xbzrle_misses: 1000, ..pages(1000, 0, 3_328_000) });
-            forecaster.round(&missed, 100 * MS, 50 * MS);
+            forecaster.round(&missed, 100 * MS, worked(50 * MS));
             assert!((remaining(&forecaster) - 3_328_000.0).abs() < 1.0, "{limit:?}, {work} ms");
         }
     }
@@ -618,7 +804,7 @@ mod tests {
         let mut forecaster = forecaster(Some(XbzrleSettings::default()));
         forecaster.round(&round(100_000, 0, 400_000_000), 1000 * MS, NONE);
         // A tenth of a second for 10,000 deltas of 10 bytes: the wire would have taken a quarter of a millisecond.
-        forecaster.round(&round(10_000, 0, 100_000), 100 * MS, 100 * MS);
+        forecaster.round(&round(10_000, 0, 100_000), 100 * MS, worked(100 * MS));
         assert!((transfer(&forecaster, 10_000) - 0.1).abs() < 1e-9);
     }
 
@@ -658,6 +844,67 @@ mod tests {
         forecaster.round(&round(100_000, 0, 400_000_000), 1000 * MS, NONE);
         let expected = |pages| forecaster.forecast(&dirty(pages), LIMIT).unwrap().expected();
         assert_eq!([expected(0), expected(1000), expected(10_000)], [40 * MS, 40 * MS, 120 * MS]);
+    }
+
+    #[test]
+    fn a_part_counts_by_a_high_quantile_of_its_measurements_and_not_by_the_latest() {
+        let mut forecaster = forecaster(None);
+        let sync = |forecaster: &mut Forecaster, ms: u32| {
+            forecaster.measured(Measured::Sync, ms * MS);
+            forecaster.fixed.sync
+        };
+        assert_eq!([5, 9, 1, 2].map(|ms| sync(&mut forecaster, ms)), [5, 9, 9, 9].map(|ms: u32| ms * MS));
+        // Of ten, nine are no worse than 5 ms.
+        let later = [1; 7].map(|ms| sync(&mut forecaster, ms));
+        assert_eq!((later[5], later[6]), (5 * MS, 2 * MS), "{later:?}");
+    }
+
+    #[test]
+    fn senders_that_wait_for_pages_show_what_the_wire_carries_while_they_send() {
+        let mut forecaster = forecaster(None);
+        // 400 MB in a second, of which the senders had something to send for a quarter.
+        let work = Work { busiest: 900 * MS, sending: Some(250 * MS) };
+        forecaster.round(&round(100_000, 0, 400_000_000), 1000 * MS, work);
+        assert!((transfer(&forecaster, 100_000) - 0.25).abs() < 1e-9);
+        // Two windows later, the slower one counts.
+        forecaster.round(
+            &round(100_000, 0, 400_000_000),
+            1000 * MS,
+            Work { sending: Some(400 * MS), ..Work::default() },
+        );
+        forecaster.round(
+            &round(100_000, 0, 400_000_000),
+            1000 * MS,
+            Work { sending: Some(200 * MS), ..Work::default() },
+        );
+        assert!((transfer(&forecaster, 100_000) - 0.4).abs() < 1e-9);
+    }
+
+    #[test]
+    fn what_the_destination_has_not_written_is_waited_for_once_and_then_counts() {
+        let mut forecaster = forecaster(None);
+        forecaster.round(&round(100_000, 0, 409_600_000), 1000 * MS, NONE);
+        forecaster.write_back(WriteBack { backlog: 500 * MS, call: 2 * MS, per_mib: MS });
+        assert_eq!(forecaster.write_backlog(LIMIT), Some(500 * MS));
+        // A call, a MiB, and what may be left of the backlog.
+        let durable = |forecaster: &Forecaster| forecaster.forecast(&dirty(256), LIMIT).unwrap().fixed.durable;
+        assert_eq!(durable(&forecaster), 8 * MS);
+        forecaster.drained();
+        assert_eq!(durable(&forecaster), 503 * MS);
+        forecaster.round(&round(256, 0, 1 << 20), 3 * MS, NONE);
+        assert_eq!(durable(&forecaster), 8 * MS);
+        forecaster.write_back(WriteBack { backlog: 5 * MS, call: 2 * MS, per_mib: MS });
+        assert_eq!((forecaster.write_backlog(LIMIT), durable(&forecaster)), (None, 8 * MS));
+    }
+
+    #[test]
+    fn the_handshake_takes_no_longer_than_a_round_took_to_be_acknowledged() {
+        let mut forecaster = forecaster(None);
+        forecaster.fixed.handover = 40 * MS;
+        assert_eq!(forecaster.forecast(&dirty(0), LIMIT).unwrap().fixed.handover, 40 * MS);
+        forecaster.measured(Measured::Load, 3 * MS);
+        let fixed = forecaster.forecast(&dirty(0), LIMIT).unwrap().fixed;
+        assert_eq!((fixed.load, fixed.handover), (3 * MS, 3 * MS));
     }
 
     #[test]
@@ -718,10 +965,10 @@ mod tests {
     #[test]
     fn rounds_that_the_stages_held_up_say_what_the_wire_carries_at_least() {
         let mut forecaster = forecaster(Some(XbzrleSettings::default()));
-        forecaster.round(&round(100_000, 0, 409_600_000), 1000 * MS, 500 * MS);
+        forecaster.round(&round(100_000, 0, 409_600_000), 1000 * MS, worked(500 * MS));
         forecaster.synced(&Standing { cached_pages: 0, ..dirty(10_000) });
         let deltas = of(PageTally { xbzrle_misses: 0, ..pages(10_000, 0, 100_000) });
-        forecaster.round(&deltas, 20 * MS, 20 * MS);
+        forecaster.round(&deltas, 20 * MS, Work { busiest: 20 * MS, sending: Some(MS / 4) });
         // A page that is sent whole takes 10 µs on the wire of the first round, not the 10 bytes in 2 µs of a delta.
         assert!((transfer_of(&forecaster, 1000, 0) - 0.01).abs() < 1e-4);
     }

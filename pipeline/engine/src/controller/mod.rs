@@ -37,7 +37,7 @@ use std::time::Duration;
 use memferry_stages::tally::RoundTally;
 
 use crate::settings::{OnDeadline, SourceSettings};
-use forecast::{FixedCost, Forecast, Forecaster, Standing, whole};
+use forecast::{FixedCost, Forecast, Forecaster, Measured, Standing, Work, WriteBack, whole};
 use reason::{Met, Reason, UsedUp};
 use stall::{Left, Stall};
 use steps::{Situation, Steps, Taken};
@@ -134,7 +134,7 @@ impl Controller {
         }
     }
 
-    /// The fixed cost of a switchover, to be updated by the code that measures it.
+    /// The fixed cost of a switchover, for the parts that are not measured repeatedly.
     pub fn fixed(&mut self) -> &mut FixedCost {
         &mut self.forecaster.fixed
     }
@@ -176,15 +176,29 @@ impl Controller {
         self.forecaster.backlog_pages(self.downtime_limit()).unwrap_or(0)
     }
 
+    /// How long the destination needs to write to disk what is to be written before the guest is paused, if anything is.
+    #[must_use]
+    pub fn write_backlog(&self) -> Option<Duration> {
+        self.forecaster.write_backlog(self.downtime_limit())
+    }
+
+    /// The destination's forecast of what it writes to disk.
+    pub fn write_back(&mut self, times: WriteBack) {
+        self.forecaster.write_back(times);
+    }
+
     /// The logs are armed, at a time since the migration began.
     pub fn armed(&mut self, elapsed: Duration) {
         self.forecaster.armed(elapsed);
     }
 
+    /// A part of the fixed cost was measured.
+    pub fn measured(&mut self, part: Measured, time: Duration) {
+        self.forecaster.measured(part, time);
+    }
+
     /// A round was sent, or the sample that was decided on, from its first batch to its last byte, in the given time.
-    ///
-    /// `work` is how long its busiest stage worked.
-    pub fn round(&mut self, tally: &RoundTally, time: Duration, work: Duration) {
+    pub fn round(&mut self, tally: &RoundTally, time: Duration, work: Work) {
         self.round = tally.round;
         if std::mem::take(&mut self.sampling) {
             self.forecaster.sample(tally, time, work);
@@ -253,7 +267,8 @@ impl Controller {
     /// The limit is met: the pages in flight arrive first, if they exceed the room that the limit has for them.
     fn drain_or_switch(&mut self, now: &Standing, met: Met) -> (Decision, Reason) {
         // Only once: a destination may be slow to report what has arrived.
-        if now.in_flight_pages > self.backlog_pages() && self.drained != Some(self.round) {
+        let is_behind = now.in_flight_pages > self.backlog_pages() || self.write_backlog().is_some();
+        if is_behind && self.drained != Some(self.round) {
             self.drained = Some(self.round);
             self.forecaster.drained();
             return (Decision::Drain, Reason::Backlog { pages: now.in_flight_pages, met });

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::time::Duration;
 
-use super::forecast::{FixedCost, Forecast, seconds, whole};
+use super::forecast::{Forecast, seconds, whole};
 use super::{Decided, Decision};
 use crate::human;
 
@@ -271,15 +271,9 @@ struct Outlook<'a> {
 impl fmt::Display for Outlook<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Some(forecast) = self.forecast else { return f.write_str("no forecast can be made yet") };
-        let FixedCost { sync, verify, handover } = forecast.fixed;
-        let [expected, transfer, sync, verify, handover, limit] =
-            [forecast.expected(), forecast.transfer, sync, verify, handover, self.limit].map(human::time);
+        let [expected, limit] = [forecast.expected(), self.limit].map(human::time);
         let rest = human::bytes(whole(forecast.remaining_bytes));
-        write!(
-            f,
-            "expected downtime {expected} (transfer {transfer} for {rest}, sync {sync}, verify {verify}, handover \
-             {handover}), limit {limit}"
-        )
+        write!(f, "expected downtime {expected} for {rest} ({}), limit {limit}", forecast.parts())
     }
 }
 
@@ -330,26 +324,27 @@ impl fmt::Display for UsedUp {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::controller::forecast::FixedCost;
 
     const MS: Duration = Duration::from_millis(1);
 
     fn words(decision: Decision, reason: Reason) -> String {
-        let forecast = Some(Forecast { remaining_bytes: 1e6, transfer: 20 * MS, fixed: FixedCost::default() });
+        let fixed = FixedCost { sync: 2 * MS, ..FixedCost::default() };
+        let forecast = Some(Forecast { remaining_bytes: 1e6, transfer: 20 * MS, fixed });
         Decided { round: 3, decision, reason, limit: 300 * MS, forecast }.to_string()
     }
 
     /// The text before the outlook, which ends every line but one.
     fn before_outlook(decision: Decision, reason: Reason) -> String {
         let words = words(decision, reason);
-        words.split_once("expected downtime 20.0 ms (").expect("an outlook").0.to_owned()
+        words.split_once("expected downtime 22.0 ms for 977 KiB (").expect("an outlook").0.to_owned()
     }
 
     #[test]
     fn a_decision_is_one_line_with_the_outlook_at_its_end() {
         assert_eq!(
             words(Decision::SwitchOver, Reason::Met(Met::WithinLimit)),
-            "switch over: expected downtime 20.0 ms (transfer 20.0 ms for 977 KiB, sync 0 µs, verify 0 µs, handover \
-             0 µs), limit 300 ms"
+            "switch over: expected downtime 22.0 ms for 977 KiB (sync 2.00 ms, transfer 20.0 ms), limit 300 ms"
         );
         let paused = words(Decision::SwitchOver, Reason::AlreadyPaused);
         assert_eq!(paused, "switch over: the guest is paused already");

@@ -11,7 +11,7 @@ use memferry_stages::batch::RoundKind;
 use memferry_stages::tally::{PageTally, RoundTally};
 use memferry_stages::token_bucket::BURST;
 
-use super::forecast::{FixedCost, Forecast, Standing, seconds, whole};
+use super::forecast::{FixedCost, Forecast, Standing, Work, seconds, whole};
 use super::{Controller, Decided, Decision};
 use crate::settings::{SourceSettings, SwitchoverBandwidth};
 
@@ -288,10 +288,11 @@ impl<'a> Simulation<'a> {
     fn sample(&mut self, pages: NonZeroU32) -> Decision {
         self.round += 1;
         let encoded = self.guest.look(self.round, self.dirty).sample(pages);
-        let time = round_time(&encoded, self.rate(), self.saved());
+        let (rate, saved) = (self.rate(), self.saved());
+        let time = round_time(&encoded, rate, saved);
         self.advance(time);
         self.count(&encoded, time);
-        self.controller.round(&encoded.tally, time, encoded.stages);
+        self.controller.round(&encoded.tally, time, work(&encoded, rate, saved));
         self.sync(self.guest_synced_before)
     }
 
@@ -300,7 +301,8 @@ impl<'a> Simulation<'a> {
     fn live_round(&mut self) -> Decision {
         self.round += 1;
         let pages = self.dirty;
-        let (encoded, time) = self.send(self.rate());
+        let (rate, saved) = (self.rate(), self.saved());
+        let (encoded, time) = self.send(rate);
         let began = self.now;
         while self.now - began < time {
             self.advance(TICK.min(time - (self.now - began)));
@@ -322,7 +324,7 @@ impl<'a> Simulation<'a> {
             }
         }
         self.count(&encoded, time);
-        self.controller.round(&encoded.tally, time, encoded.stages);
+        self.controller.round(&encoded.tally, time, work(&encoded, rate, saved));
         self.guest_synced_before = self.guest_synced;
         self.sync(self.guest_synced)
     }
@@ -382,12 +384,13 @@ impl<'a> Simulation<'a> {
             SwitchoverBandwidth::Unlimited => self.link.bytes_per_second,
             SwitchoverBandwidth::AtMost(most) => self.link.bytes_per_second.min(most as f64),
         };
-        let FixedCost { sync, verify, handover } = self.link.fixed;
+        let FixedCost { sync, verify, .. } = self.link.fixed;
+        let others = self.link.fixed.total() - sync - verify;
         self.round += 1;
         self.now += sync;
         let (encoded, transfer) = if self.dirty == 0 { Default::default() } else { self.send(rate) };
         // The source computes its digests while the rest is sent: that half adds no time.
-        self.now += transfer + (verify - transfer.min(verify / 2)) + handover;
+        self.now += transfer + (verify - transfer.min(verify / 2)) + others;
         self.count(&encoded, transfer);
         self.round -= 1;
         self.run.downtime = self.now - paused;
@@ -423,6 +426,15 @@ impl<'a> Simulation<'a> {
 
 /// The time of the wire after a pause that saved this credit, or of the stages if that is longer.
 fn round_time(encoded: &Encoded, rate: f64, saved: Duration) -> Duration {
-    let wire = seconds(encoded.tally.pages.bytes_out as f64 / rate).saturating_sub(saved);
-    wire.max(encoded.stages).max(ROUND_LATENCY)
+    wire_time(encoded, rate, saved).max(encoded.stages).max(ROUND_LATENCY)
+}
+
+fn wire_time(encoded: &Encoded, rate: f64, saved: Duration) -> Duration {
+    seconds(encoded.tally.pages.bytes_out as f64 / rate).saturating_sub(saved)
+}
+
+/// How long the stages work on a round. A round that is over within the saved credit shows no rate.
+fn work(encoded: &Encoded, rate: f64, saved: Duration) -> Work {
+    let sending = wire_time(encoded, rate, saved);
+    Work { busiest: encoded.stages, sending: Some(sending).filter(|sending| !sending.is_zero()) }
 }

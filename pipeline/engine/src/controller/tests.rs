@@ -71,7 +71,7 @@ fn uniform(rate: f64) -> Writers {
 }
 
 fn link(mib_per_second: f64) -> Link {
-    let fixed = FixedCost { sync: 2 * MS, verify: Duration::ZERO, handover: 5 * MS };
+    let fixed = FixedCost { sync: 2 * MS, handover: 5 * MS, ..FixedCost::default() };
     Link { bytes_per_second: mib_per_second * MIB, fixed, ..Link::default() }
 }
 
@@ -155,7 +155,7 @@ fn what_is_on_its_way_arrives_before_the_guest_is_paused_and_is_not_taken_for_a_
     let mut controller = Controller::new(&settings(), 4096);
     let all = RoundTally { pages: sent(65_536, 256 << 20, 256 << 20), ..RoundTally::new(1, RoundKind::Live) };
     controller.armed(Duration::ZERO);
-    controller.round(&all, 1000 * MS, MS);
+    controller.round(&all, 1000 * MS, Work { busiest: MS, sending: None });
     let found = |elapsed, dirty_pages, in_flight_pages| Standing {
         elapsed,
         dirty_pages,
@@ -173,7 +173,7 @@ fn what_is_on_its_way_arrives_before_the_guest_is_paused_and_is_not_taken_for_a_
     // If too much was written, another round sends it.
     let mut controller = Controller::new(&settings(), 4096);
     controller.armed(Duration::ZERO);
-    controller.round(&all, 1000 * MS, MS);
+    controller.round(&all, 1000 * MS, Work { busiest: MS, sending: None });
     assert_eq!(controller.synced(&found(1000 * MS, 100, 20_000)).decision, Decision::Drain);
     assert_eq!(controller.synced(&found(1333 * MS, 30_000, 0)).decision, Decision::AnotherRound);
 }
@@ -231,7 +231,7 @@ fn a_switchover_waits_until_no_more_remains_than_before() {
     let mut decisions = Vec::new();
     for (round, dirty_pages) in (1..).zip([9_000, 9_100, 9_200, 9_300, 9_400, 9_350]) {
         let tally = RoundTally { round, pages: sent(10_000, 40_960_000, 41_000_000), ..RoundTally::default() };
-        controller.round(&tally, 400 * MS, Duration::ZERO);
+        controller.round(&tally, 400 * MS, Work::default());
         elapsed += 400 * MS;
         decisions.push(controller.synced(&Standing { elapsed, dirty_pages, ..Standing::default() }).decision);
     }
@@ -246,7 +246,7 @@ fn a_guest_that_cannot_be_throttled_gets_the_next_step() {
     let mut last = Decision::AnotherRound;
     for round in 1..20 {
         let tally = RoundTally { round, pages: sent(10_000, 40_960_000, 41_000_000), ..RoundTally::default() };
-        controller.round(&tally, 400 * MS, Duration::ZERO);
+        controller.round(&tally, 400 * MS, Work::default());
         let now = Standing { elapsed: round * 400 * MS, dirty_pages: 10_000, ..Standing::default() };
         last = controller.synced(&now).decision;
         match last {
@@ -265,7 +265,7 @@ fn equality_with_the_limit_counts_and_the_least_more_does_not() {
         let mut controller = Controller::new(&limits, 1000);
         controller.fixed().sync = 10 * MS;
         let tally = RoundTally { round: 1, pages: sent(1000, 1_000_000, 1_000_000), ..RoundTally::default() };
-        controller.round(&tally, Duration::from_secs(1), Duration::ZERO);
+        controller.round(&tally, Duration::from_secs(1), Work::default());
         let now = Standing { elapsed: Duration::from_secs(1), dirty_pages, ..Standing::default() };
         controller.synced(&now)
     };
@@ -334,7 +334,7 @@ fn guests() -> impl Strategy<Value = Writers> {
 
 fn links() -> impl Strategy<Value = Link> {
     (1.0f64..4000.0, 0u64..50).prop_map(|(rate, handover)| {
-        let fixed = FixedCost { sync: MS, verify: Duration::ZERO, handover: MS * u32::try_from(handover).unwrap() };
+        let fixed = FixedCost { sync: MS, handover: MS * u32::try_from(handover).unwrap(), ..FixedCost::default() };
         Link { fixed, ..link(rate) }
     })
 }

@@ -20,7 +20,7 @@
 //!  pause            (only if it ran)                             ┊
 //!  save, release                                                 ┊
 //!  each log: sync, rearm, copied ════ last pages, state ════▶    ┊
-//!             ◀────────────────── Loaded ──────────────────   prepare
+//!             ◀────────────────── Loaded ──────────────────   make_durable, prepare
 //!  committed ───────────────────────── Go ─────────────────▶  start
 //!             ◀────────────────── Running ─────────────────
 //!  moved; each log: stop                                      receive returns the guest
@@ -40,8 +40,8 @@
 //!
 //! **Threads.** Every method but [`Guest::memory`], [`Guest::page_hinters`] and [`SourceGuest::run_state`] at the source is
 //! called from a thread where blocking is allowed. The calls come one after another, and the next step waits until a
-//! call returns: the time of [`SourceGuest::pause`], `save`, `release`, [`DestinationGuest::prepare`] and `start` is
-//! downtime. The calls come from different threads. A cancel takes effect after such a call, not in it; only
+//! call returns: the time of [`SourceGuest::pause`], `save`, `release`, [`DestinationGuest::make_durable`], `prepare`
+//! and `start` is downtime. The calls come from different threads. A cancel takes effect after such a call, not in it; only
 //! `setup_state` and `build` may still be running when a cancelled `send` or `receive` has returned. A panic in a
 //! method counts as an error of it.
 //!
@@ -326,6 +326,16 @@ where
 /// A guest that was built at a destination. If [`DestinationGuest::start`] is not called, it never runs, and it is
 /// dropped.
 pub trait DestinationGuest: Guest {
+    /// Returns when the memory that is loaded so far is on disk, for a guest whose memory shall be. Called beside the
+    /// loading, so that less is left for the last call: that comes once everything is loaded, before
+    /// [`DestinationGuest::prepare`]. Never called twice at a time. Nothing by default.
+    ///
+    /// # Errors
+    /// When it cannot be written; the guest is then resumed at its source.
+    fn make_durable(&self) -> Result<(), GuestError> {
+        Ok(())
+    }
+
     /// Everything is loaded: applies the device state and opens its resources. Called once. May fail; nothing runs yet.
     ///
     /// # Errors

@@ -26,7 +26,7 @@ use memferry_stages::pool::BufferPool;
 use memferry_stages::queue::{Inlet, Outlet, bounded};
 use memferry_stages::scanner::{RoundScanned, Scanner, ScannerOrder};
 use memferry_stages::sender::{Control, Sent};
-use memferry_stages::stage_id::StageId;
+use memferry_stages::stage_id::{StageId, StageKind};
 use memferry_stages::take::PageTaker;
 use memferry_stages::token_bucket::TokenBucket;
 use memferry_stages::wire::WireFramer;
@@ -35,6 +35,7 @@ use memferry_stages::zero_detector::ZeroDetector;
 use super::senders::{Senders, bulk_map};
 use super::stage_set::StageSet;
 use super::{blocking, bounds};
+use crate::controller::forecast::Work;
 use crate::settings::{EncoderSettings, OnMiss, SourceSettings};
 
 /// The data that the stages work on.
@@ -162,11 +163,17 @@ impl SourceGraph {
         self.caches.len()
     }
 
-    /// How long the busiest stage has worked since then.
-    pub(super) fn busiest_since(&self, before: &[Reading]) -> Duration {
-        let worked =
-            self.meters.iter().zip(before).map(|(meter, before)| meter.read().busy.saturating_sub(before.busy));
-        worked.max().unwrap_or_default()
+    /// How long the stages have worked since then.
+    pub(super) fn work_since(&self, before: &[Reading]) -> Work {
+        let mut work = Work::default();
+        for (now, before) in self.readings().iter().zip(before) {
+            work.busiest = work.busiest.max(now.busy.saturating_sub(before.busy));
+            if now.stage.kind == StageKind::Sender {
+                let sending = not_idle(now).saturating_sub(not_idle(before));
+                work.sending = work.sending.max(Some(sending));
+            }
+        }
+        work
     }
 
     /// How every stage has spent its time so far.
@@ -226,6 +233,11 @@ impl SourceGraph {
             })
             .collect()
     }
+}
+
+/// How long a stage had an input: it worked, or waited to give its output on.
+fn not_idle(reading: &Reading) -> Duration {
+    reading.busy + reading.output_wait + reading.limit_wait
 }
 
 /// How cache misses are encoded with this compressor.

@@ -17,6 +17,9 @@ use super::settings::{FileGuestSettings, Image};
 use super::state;
 use memferry::guest::{DestinationGuest, Guest, GuestBuilder, GuestError, GuestState, RunState};
 
+/// How many images are made durable at a time.
+const SYNCS_AT_A_TIME: usize = 16;
+
 /// Creates images for the received blocks.
 #[derive(Debug)]
 pub struct FileBuilder {
@@ -73,14 +76,26 @@ impl Guest for FileDestination {
 }
 
 impl DestinationGuest for FileDestination {
-    /// Returns when every image and every state file is on disk.
+    fn make_durable(&self) -> Result<(), GuestError> {
+        let written: Vec<_> = self.images.iter().filter(|image| image.is_written()).collect();
+        let sync = |images: &[&Arc<FileMemory>]| images.iter().try_for_each(|image| image.sync());
+        // Each waits for the disk. Those that wait at the same time are written in one commit of the file system.
+        std::thread::scope(|scope| {
+            let shares = written.chunks(written.len().div_ceil(SYNCS_AT_A_TIME).max(1));
+            let syncs: Vec<_> = shares.map(|share| scope.spawn(move || sync(share))).collect();
+            syncs.into_iter().try_for_each(|sync| sync.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+        })
+        .map_err(|error| GuestError(error.to_string()))
+    }
+
+    /// Returns when every state file is on disk.
     fn prepare(&self, device: &GuestState) -> Result<(), GuestError> {
         let mut files = self.files();
         let state_files = &self.settings.state_files;
         for (file, section) in state_files.iter().zip(state::of_files("device", device, state_files)?) {
             files.push(state_file(&file.path, &section.bytes)?);
         }
-        self.images.iter().try_for_each(|image| image.sync()).map_err(|error| GuestError(error.to_string()))
+        Ok(())
     }
 
     /// Renames every file into place, then runs the start command.

@@ -92,6 +92,14 @@ fn facts(config: &Config) -> Vec<String> {
         let whole = at_rate(bytes, cap);
         facts.push(format!("first round: {} if nothing shrinks, at {}/s", human::time(whole), human::bytes(cap)));
     }
+    let calls = [settings.expected_pause, settings.expected_prepare, settings.expected_start];
+    let calls = calls.into_iter().fold(Duration::ZERO, Duration::saturating_add);
+    if calls >= settings.downtime_limit {
+        let [calls, limit] = [calls, settings.downtime_limit].map(human::time);
+        facts.push(format!(
+            "pausing, preparing and starting the guest are expected to take {calls}, the downtime limit is {limit}: raise it"
+        ));
+    }
     if settings.verify == Verify::Full || hashes_for_log(config) {
         facts.extend(hashing(config, bytes, &settings));
     }

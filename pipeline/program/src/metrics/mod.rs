@@ -241,15 +241,7 @@ fn progress(role: &'static str, now: &Progress) {
 }
 
 fn downtime_parts(role: &'static str, parts: &DowntimeParts) {
-    let parts = [
-        ("final_sync", parts.final_sync),
-        ("final_transfer", parts.final_transfer),
-        ("state", parts.state),
-        ("verify", parts.verify),
-        ("handover", parts.handover),
-        ("resume", parts.resume),
-    ];
-    for (part, time) in parts {
+    for (part, time) in parts.named() {
         histogram!("memferry_downtime_part_seconds", "role" => role, "part" => part).record(time);
     }
 }

@@ -10,7 +10,8 @@ const TOP: &str = "schema role status error verified guest total_ms setup_ms dow
                    bottleneck_percent cpu_ms rounds stages";
 const GUEST: &str = "bytes pages blocks";
 const BLOCK: &str = "id bytes page_size";
-const DOWNTIME: &str = "final_sync_ms final_transfer_ms state_ms verify_ms handover_ms resume_ms";
+const DOWNTIME: &str = "pause_ms state_ms final_sync_ms final_transfer_ms load_ms verify_ms durable_ms prepare_ms start_ms \
+                        handover_ms resume_ms";
 const ROUND: &str = "round ms pages zero raw compressed xbzrle unchanged xbzrle_misses xbzrle_overflows bytes_in bytes_out \
                      dirty_after";
 const STAGE: &str = "name lane busy_ms input_wait_ms output_wait_ms limit_wait_ms batches pages";

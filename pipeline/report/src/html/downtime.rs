@@ -81,20 +81,39 @@ fn off(forecast: &ForecastReport) -> String {
 }
 
 fn parts(report: &Report) -> Vec<Part> {
-    let forecast = report.end.forecast.as_ref();
-    let part = |class, name, happened_ms, expected_ms| Part { class, name, happened_ms, expected_ms };
-    let DowntimeParts { final_sync, final_transfer, state, verify, handover, resume } = report.end.downtime;
-    let [final_sync, final_transfer, state, verify, handover, resume] =
-        [final_sync, final_transfer, state, verify, handover, resume].map(values::ms);
+    let DowntimeParts {
+        pause,
+        state,
+        final_sync,
+        final_transfer,
+        load,
+        verify,
+        durable,
+        prepare,
+        start,
+        handover,
+        resume,
+    } = report.end.downtime;
+    let part = |class, name, happened, of: fn(&ForecastReport) -> f64| Part {
+        class,
+        name,
+        happened_ms: values::ms(happened),
+        expected_ms: report.end.forecast.as_ref().map(of),
+    };
     let mut parts = vec![
-        part("part-sync", "last sync", final_sync, forecast.map(|forecast| forecast.sync_ms)),
-        part("part-transfer", "transfer", final_transfer, forecast.map(|forecast| forecast.transfer_ms)),
-        part("part-verify", "verify", verify, forecast.map(|forecast| forecast.verify_ms)),
-        part("part-state", "device state", state, None),
-        part("part-handover", "handover", handover, forecast.map(|forecast| forecast.handover_ms)),
+        part("part-pause", "pause", pause, |forecast| forecast.pause_ms),
+        part("part-state", "device state", state, |forecast| forecast.state_ms),
+        part("part-sync", "last sync", final_sync, |forecast| forecast.sync_ms),
+        part("part-transfer", "transfer", final_transfer, |forecast| forecast.transfer_ms),
+        part("part-load", "load", load, |forecast| forecast.load_ms),
+        part("part-verify", "verify", verify, |forecast| forecast.verify_ms),
+        part("part-durable", "durable write", durable, |forecast| forecast.durable_ms),
+        part("part-prepare", "prepare", prepare, |forecast| forecast.prepare_ms),
+        part("part-start", "start", start, |forecast| forecast.start_ms),
+        part("part-handover", "handover", handover, |forecast| forecast.handover_ms),
     ];
-    if resume > 0.0 {
-        parts.push(part("part-rest", "resume", resume, None));
+    if !resume.is_zero() {
+        parts.push(part("part-resume", "resume", resume, |_| 0.0));
     }
     parts
 }
@@ -131,6 +150,5 @@ fn table(parts: &[Part], downtime: f64, forecast: Option<&ForecastReport>) -> Ma
                 }
             }
         }
-        @if forecast.is_some() { p.note { "The forecast counts device state as a part of the handover." } }
     }
 }

@@ -216,6 +216,10 @@ impl SourceGuest for Noting {
 }
 
 impl DestinationGuest for Noting {
+    fn make_durable(&self) -> Result<(), GuestError> {
+        self.guest.make_durable()
+    }
+
     fn prepare(&self, state: &GuestState) -> Result<(), GuestError> {
         self.guest.prepare(state)
     }

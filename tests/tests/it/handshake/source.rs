@@ -9,7 +9,7 @@ use memferry::settings::{EncoderSettings, SourceSettings};
 use memferry_stages::digest;
 use memferry_stages::geometry::{PageAt, PageSize};
 use memferry_stages::pool::BufferPool;
-use memferry_stages::wire::messages::{Progress, RunState};
+use memferry_stages::wire::messages::{Figure, Progress, RunState};
 use memferry_stages::wire::{Kind, Message};
 use memferry_tests::guest::{Fails, GuestCall};
 use memferry_tests::{Hand, Recorder, TestGuest, run};
@@ -232,6 +232,27 @@ fn running_completes_it() {
     });
     sent.gave_away(Outcome::Completed, &[]);
     assert_eq!(sent.ended.error, None);
+}
+
+/// What the destination reports of its own work counts only as far as the source waited for it.
+#[test]
+fn what_the_destination_claims_about_its_work_does_not_lengthen_the_downtime() {
+    let claims =
+        ["verify_ns", "durable_ns", "prepare_ns", "start_ns", "write_backlog_ns", "write_call_ns", "write_mib_ns"];
+    let claims = claims.map(|name| Figure { name: name.into(), value: u64::MAX });
+    let sent = send_to(settings(), async |mut hand, _, _| {
+        hand.agree().await;
+        hand.send_message(Message::Heartbeat(claims.into())).await;
+        hand.hear_until(Kind::End).await.expect("a source ends its stream");
+        hand.send_message(Message::Loaded { verified: true }).await;
+        assert_eq!(hand.hear().await, Some(Message::Go(RunState::Running)));
+        hand.send_message(Message::Running).await;
+        hand.hear().await;
+    });
+    sent.gave_away(Outcome::Completed, &[]);
+    let parts = sent.ended.parts;
+    assert_eq!(Some(parts.total()), sent.ended.downtime, "{parts:?}");
+    assert_eq!((parts.load, parts.handover), (Duration::ZERO, Duration::ZERO), "all of it is claimed: {parts:?}");
 }
 
 /// Law 7: if it is not certain that nothing else resumes the guest, Go does not leave.

@@ -172,6 +172,10 @@ impl<G: DestinationGuest + SourceGuest> Guest for Arriving<G> {
 }
 
 impl<G: DestinationGuest + SourceGuest> DestinationGuest for Arriving<G> {
+    fn make_durable(&self) -> Result<(), GuestError> {
+        self.guest.make_durable()
+    }
+
     fn prepare(&self, state: &GuestState) -> Result<(), GuestError> {
         held(&self.seen).loaded = Image::of(&self.guest.memory()).ok();
         self.guest.prepare(state)?;

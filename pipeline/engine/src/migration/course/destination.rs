@@ -1,8 +1,11 @@
 //! The course of the destination in precopy.
 //!
 //! ```text
-//!  Gathering ─▶ Agreeing ─▶ Loading ─┬─────────────────────────▶ Comparing ─▶ Preparing ─┬─▶ AwaitingGo ─▶ Starting ─▶ Over
-//!                                    └▶ ReachingEnd (a file) ─▶                          └─▶ Starting (a file) ──────▶ Over
+//!  Gathering ─▶ Agreeing ─▶ Loading ─┬─────────────────────────▶ Comparing ─▶ Writing ─▶ Preparing ─┐
+//!                                    └▶ ReachingEnd (a file) ─▶                                     │
+//!                                       ┌───────────────────────────────────────────────────────────┘
+//!                                       ├─▶ AwaitingGo ─▶ Starting ─▶ Over
+//!                                       └─▶ Starting (a file) ──────▶ Over
 //! ```
 //!
 //! Any failure before Go leads to Over: nothing runs here, and the source gets the reason.
@@ -13,6 +16,7 @@ use memferry_stages::wire::Message;
 use memferry_stages::wire::messages::RunState;
 
 use super::handshake::{DestinationStep, Happening, NotStarted, awaiting_go};
+use super::times::DestinationTimes;
 use crate::events::{DowntimeParts, Event, Phase, Role};
 use crate::migration::driver::Course;
 use crate::migration::error::{Failure, Loss, MigrationError};
@@ -32,6 +36,8 @@ pub(in crate::migration) enum Input {
     StreamEnded,
     /// The digests are compared.
     Compared { equal: bool },
+    /// The guest's memory is durable.
+    Durable,
     /// The device state is applied to the guest.
     Prepared,
     /// The guest was started, or could not be.
@@ -74,6 +80,8 @@ pub(in crate::migration) enum Action {
     Compare,
     /// Send the page hashes of the first stretch that differs. Answer: [`Input::Failed`], with that stretch.
     NameStretch,
+    /// Make the guest's memory durable. Answer: [`Input::Durable`].
+    MakeDurable,
     /// Apply the device state to the guest. Answer: [`Input::Prepared`].
     Prepare,
     /// Send a message.
@@ -108,7 +116,8 @@ enum State {
     Loading(Arrival),
     ReachingEnd(Arrival, RunState),
     Comparing { return_path: bool, run_state: RunState, began: Duration },
-    Preparing { return_path: bool, run_state: RunState },
+    Writing { return_path: bool, run_state: RunState, began: Duration },
+    Preparing { return_path: bool, run_state: RunState, began: Duration },
     AwaitingGo { give_up: Duration },
     Starting { began: Duration, return_path: bool },
     Over(Result<(), MigrationError>),
@@ -216,14 +225,16 @@ impl Course for DestinationCourse {
             (Input::Compared { equal }, &mut State::Comparing { return_path, run_state, began }) => {
                 self.parts.verify = now.saturating_sub(began);
                 self.verified = Some(equal);
-                if equal { self.prepare(return_path, run_state) } else { vec![Action::NameStretch] }
+                if equal { self.make_durable(return_path, run_state, now) } else { vec![Action::NameStretch] }
             }
-            (Input::Prepared, &mut State::Preparing { return_path, run_state }) => {
-                if return_path {
-                    self.report_loaded(now)
-                } else {
-                    self.start(run_state, false, now)
-                }
+            (Input::Durable, &mut State::Writing { return_path, run_state, began }) => {
+                self.parts.durable = now.saturating_sub(began);
+                self.state = State::Preparing { return_path, run_state, began: now };
+                vec![Action::Prepare]
+            }
+            (Input::Prepared, &mut State::Preparing { return_path, run_state, began }) => {
+                self.parts.prepare = now.saturating_sub(began);
+                if return_path { self.report_loaded(now) } else { self.start(run_state, false, now) }
             }
             (input, state) => {
                 let what = format!("{input:?} where the destination is {state:?}");
@@ -295,21 +306,27 @@ impl DestinationCourse {
     fn compare(&mut self, arrival: Arrival, run_state: RunState, now: Duration) -> Vec<Action> {
         let return_path = arrival.agreed.return_path;
         if !arrival.agreed.verify {
-            return self.prepare(return_path, run_state);
+            return self.make_durable(return_path, run_state, now);
         }
         self.state = State::Comparing { return_path, run_state, began: now };
         vec![Action::Compare]
     }
 
-    fn prepare(&mut self, return_path: bool, run_state: RunState) -> Vec<Action> {
-        self.state = State::Preparing { return_path, run_state };
-        vec![Action::Prepare]
+    fn make_durable(&mut self, return_path: bool, run_state: RunState, now: Duration) -> Vec<Action> {
+        self.state = State::Writing { return_path, run_state, began: now };
+        vec![Action::MakeDurable]
+    }
+
+    /// The report of the parts that this end has worked on.
+    fn times(&self) -> Action {
+        let DowntimeParts { verify, durable, prepare, start, .. } = self.parts;
+        Action::Send(DestinationTimes { verify, durable, prepare, start }.message())
     }
 
     /// From here on this end waits for Go or the end.
     fn report_loaded(&mut self, now: Duration) -> Vec<Action> {
         self.state = State::AwaitingGo { give_up: now + self.handover_timeout };
-        vec![Action::Send(Message::Loaded { verified: self.verified == Some(true) })]
+        vec![self.times(), Action::Send(Message::Loaded { verified: self.verified == Some(true) })]
     }
 
     fn awaiting_go(&mut self, input: Input, now: Duration) -> Vec<Action> {
@@ -343,13 +360,13 @@ impl DestinationCourse {
         if !return_path {
             return self.over(result);
         }
-        self.parts.handover = took;
+        self.parts.start = took;
         let answer = match &result {
             Ok(()) => Message::Running,
             Err(error) => Message::StartFailed(error.to_string().into()),
         };
         self.over(result);
-        vec![Action::Send(answer)]
+        vec![self.times(), Action::Send(answer)]
     }
 }
 

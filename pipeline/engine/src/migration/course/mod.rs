@@ -8,7 +8,9 @@
 //! | `source` | setup, rounds, switchover, handover, end |
 //! | `destination` | setup, loading, verification, handover |
 //! | [`handshake`] | the last handshake of both ends: where the guest is (law 7) |
+//! | `times` | what the destination reports of the downtime's parts |
 
 pub(super) mod destination;
 pub(super) mod handshake;
 pub(super) mod source;
+pub(super) mod times;

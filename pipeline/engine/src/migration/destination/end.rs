@@ -34,6 +34,7 @@ impl Destination<'_> {
         let result = course.into_outcome(mistake);
         self.report_last_progress(result.is_ok());
         self.take_leave(farewell(&result, start_begun)).await;
+        self.writer.end().await;
         let ended = self.report_end(&result, figures);
         let Err(source) = result else { return Ok(ended) };
         let ended = Box::new(ended);

@@ -15,9 +15,11 @@ use tokio::time::Interval;
 
 use super::answers::{figures, finish, send_answer};
 use super::rounds::Rates;
+use crate::controller::forecast::WriteBack;
 use crate::migration::FAREWELL;
 use crate::migration::alive::{Alive, silenced};
 use crate::migration::checker::Checker;
+use crate::migration::course::times::write_back_figures;
 use crate::migration::destination_graph::DestinationGraph;
 use crate::migration::digests::Digests;
 use crate::migration::error::{Failure, Loss, MigrationError, Silence};
@@ -115,8 +117,10 @@ impl Flow {
     }
 
     /// Sends the source this end's figures at once, without waiting for the next heartbeat, and what is loaded.
-    pub(super) fn report(&self) -> Result<(), MigrationError> {
-        self.offer(&Message::Heartbeat(figures(&self.graph.receiver_meters)))?;
+    pub(super) fn report(&self, write_back: &WriteBack) -> Result<(), MigrationError> {
+        let mut figures = figures(&self.graph.receiver_meters);
+        figures.extend(write_back_figures(write_back));
+        self.offer(&Message::Heartbeat(figures))?;
         self.acknowledge()
     }
 

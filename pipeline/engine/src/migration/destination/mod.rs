@@ -8,6 +8,7 @@
 //! | `flow` | the stages, and what they report |
 //! | `rounds` | the rounds that have arrived, and figures for observers |
 //! | `verify` | digests are compared |
+//! | `write_back` | loaded memory is made durable |
 //! | `end` | the source is notified of the outcome, and everything is closed |
 
 mod answers;
@@ -17,6 +18,7 @@ mod rounds;
 mod setup;
 mod verify;
 mod world;
+mod write_back;
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -44,6 +46,7 @@ use crate::settings::DestinationSettings;
 use answers::Answers;
 use flow::Flow;
 use verify::Comparison;
+use write_back::Writer;
 
 /// Receives a guest from the first valid source that connects to `listener`: `builder` builds it for the blocks that
 /// arrive. Returns the guest when it is decided that it runs here, or is paused here as it was at its source.
@@ -134,6 +137,7 @@ struct Destination<'a> {
     built: Option<Built>,
     attempt: Attempt<'a>,
     comparison: Comparison,
+    writer: Writer,
 }
 
 /// What dies with a connection.
@@ -185,6 +189,7 @@ impl<'a> Destination<'a> {
             built: None,
             attempt: Attempt::None,
             comparison: Comparison::None,
+            writer: Writer::default(),
         }
     }
 

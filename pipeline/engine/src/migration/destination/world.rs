@@ -27,6 +27,8 @@ enum Happened {
     Gathered(Result<Box<(Session, Door)>, MigrationError>),
     Ready(Result<Ready, MigrationError>),
     Failed(MigrationError),
+    /// A part of the memory is durable.
+    Written(Result<(), MigrationError>),
     Signal(Signal),
 }
 
@@ -55,7 +57,7 @@ impl World<DestinationCourse> for Destination<'_> {
 
     async fn next(&mut self, course: &DestinationCourse) -> Input {
         loop {
-            let Self { cancel, attempt, comparison, .. } = self;
+            let Self { cancel, attempt, comparison, writer, .. } = self;
             let happened = tokio::select! {
                 biased;
                 () = cancel.cancelled() => return Input::Cancel,
@@ -63,6 +65,7 @@ impl World<DestinationCourse> for Destination<'_> {
                 equal = comparison.next() => {
                     return equal.map_or_else(Input::Failed, |equal| Input::Compared { equal });
                 }
+                written = writer.next() => Happened::Written(written),
             };
             let input = match happened {
                 Happened::Gathered(Ok(gathered)) => {
@@ -73,6 +76,9 @@ impl World<DestinationCourse> for Destination<'_> {
                 Happened::Ready(Ok(ready)) => Some(self.ready(ready)),
                 Happened::Gathered(Err(error)) | Happened::Ready(Err(error)) => Some(self.not_ready(error)),
                 Happened::Failed(error) => Some(Input::Failed(error)),
+                Happened::Written(written) => {
+                    written.and_then(|()| self.report_write_back(course)).err().map(Input::Failed)
+                }
                 Happened::Signal(signal) => {
                     self.input(signal, course).unwrap_or_else(|error| Some(Input::Failed(error)))
                 }
@@ -133,7 +139,8 @@ impl Destination<'_> {
                 if let Some(event) = flow.rates.loaded(tally, flow.graph.progress.len()) {
                     self.observers.notify(&event);
                     // The source is about to decide, and counts on what it believes to be in flight.
-                    flow.report()?;
+                    flow.report(&self.writer.times(flow.loaded_bytes()))?;
+                    self.write_back(course);
                 }
                 None
             }
@@ -150,6 +157,7 @@ impl Destination<'_> {
                 if course.is_loading() {
                     flow.acknowledge()?;
                 }
+                self.write_back(course);
                 self.watch_progress();
                 None
             }
@@ -183,6 +191,11 @@ impl Destination<'_> {
                 }
                 None
             }
+            Action::MakeDurable => {
+                let guest = self.built.as_ref().expect("what is loaded was built").guest.clone();
+                self.writer.finish(guest).await?;
+                Some(Input::Durable)
+            }
             Action::Prepare => {
                 self.prepare().await?;
                 Some(Input::Prepared)
@@ -207,12 +220,16 @@ impl Destination<'_> {
             }
             Action::NameStretch => return Err(self.name_stretch().await?),
             Action::Report => {
-                self.attempt.running()?.report()?;
+                let flow = self.attempt.running()?;
+                flow.report(&self.writer.times(flow.loaded_bytes()))?;
                 None
             }
             Action::Send(message) => {
                 let sent = self.attempt.running()?.send(&message).await;
                 if course.start_begun() && sent.is_err() {
+                    if matches!(message, Message::Heartbeat(_)) {
+                        return Ok(None);
+                    }
                     let what = "the source could not be notified that the guest was started here";
                     self.observers.notify(&Event::Warning(what.into()));
                     return Ok(None);
@@ -221,6 +238,24 @@ impl Destination<'_> {
                 None
             }
         })
+    }
+
+    /// While pages are loaded, begins to make durable what is loaded.
+    fn write_back(&mut self, course: &DestinationCourse) {
+        let (Attempt::Running(flow), Some(built)) = (&self.attempt, &self.built) else { return };
+        if course.is_loading() {
+            self.writer.begin(&built.guest, flow.loaded_bytes());
+        }
+    }
+
+    /// What was loaded some time ago is durable: reports it to the source, which may wait for it, and continues with what was
+    /// loaded since.
+    fn report_write_back(&mut self, course: &DestinationCourse) -> Result<(), MigrationError> {
+        let Attempt::Running(flow) = &self.attempt else { return Ok(()) };
+        if course.is_loading() {
+            flow.report(&self.writer.times(flow.loaded_bytes()))?;
+        }
+        Ok(())
     }
 
     /// Sends the page hashes of the stretch that differs. Returns the error that names the stretch.

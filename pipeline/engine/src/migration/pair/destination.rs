@@ -147,6 +147,10 @@ impl DestinationModel {
                 self.end.port.send(0, Packet::Message(hashes), 100);
                 Err(MigrationError::Differs("a stretch".into()))
             }
+            Action::MakeDurable => {
+                self.end.call(MS).await?;
+                Ok(Input::Durable)
+            }
             Action::Prepare => {
                 self.end.call(2 * MS).await?;
                 self.end.truth.lock().unwrap().prepared = true;
@@ -216,5 +220,8 @@ impl World<Checked<DestinationCourse>> for DestinationModel {
 
 /// Has the action an answer?
 pub(super) fn is_question(action: &Action) -> bool {
-    matches!(action, Action::NameStretch | Action::Prepare | Action::Start(_) | Action::Explain(_))
+    matches!(
+        action,
+        Action::NameStretch | Action::MakeDurable | Action::Prepare | Action::Start(_) | Action::Explain(_)
+    )
 }

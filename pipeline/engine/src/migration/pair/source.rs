@@ -18,7 +18,7 @@ use super::memory::{Frame, PAGE_BYTES, PAGES, SourceMemory};
 use super::script::{Fault, Scene};
 use super::{Checked, change, lie, silence};
 use crate::control::{Ask, Request};
-use crate::controller::forecast::Standing;
+use crate::controller::forecast::{Standing, Work};
 use crate::events::Role;
 use crate::migration::course::source::{Action, Input, SourceCourse};
 use crate::migration::driver::World;
@@ -138,7 +138,8 @@ impl SourceModel {
             }
             (Reach::Reached, Message::Progress(progress)) => {
                 self.loaded = progress.bytes.min(self.sent);
-                Some(Input::Acknowledged(self.sent - self.loaded))
+                let frames = progress.frames.iter().sum();
+                Some(Input::Acknowledged { in_flight: self.sent - self.loaded, frames })
             }
             (Reach::Reached, message) => Some(Input::Received(message)),
             (_, Message::Refused(why)) => Some(Input::Failed(MigrationError::Refused { peer: Role::Destination, why })),
@@ -167,7 +168,7 @@ impl SourceModel {
                 None
             }
             Timed::Scanned(round) => Some(Input::Scanned(RoundScanned { round, pages: 0 })),
-            Timed::Sent(sent) => Some(Input::Sent(sent, MS)),
+            Timed::Sent(sent) => Some(Input::Sent(sent, Work { busiest: MS, sending: None })),
             Timed::Synced(mut found) => {
                 self.write();
                 found.dirty_pages = self.memory.sync();

@@ -12,7 +12,9 @@ use memferry_stages::wire::Message;
 use memferry_stages::wire::messages::Progress as Acknowledged;
 use tokio::time::{Interval, MissedTickBehavior};
 
+use crate::controller::forecast::Work;
 use crate::migration::alive::{Alive, silenced};
+use crate::migration::course::source::Input;
 use crate::migration::error::{Failure, Loss, MigrationError, Silence};
 use crate::migration::link::ReturnPath;
 use crate::migration::senders;
@@ -86,23 +88,24 @@ impl Flow {
         self.round_began = self.graph.readings();
     }
 
-    /// How long the busiest stage has worked since the round began.
-    pub(super) fn busiest(&self) -> Duration {
-        self.graph.busiest_since(&self.round_began)
+    /// How long the stages have worked since the round began.
+    pub(super) fn work(&self) -> Work {
+        self.graph.work_since(&self.round_began)
     }
 
-    /// The destination has loaded this. Returns the number of pages that are still in flight.
+    /// The destination has loaded this.
     ///
     /// # Errors
     /// When it cannot be true.
-    pub(super) fn acknowledge(&self, acknowledged: &Acknowledged) -> Result<u64, MigrationError> {
+    pub(super) fn acknowledge(&self, acknowledged: &Acknowledged) -> Result<Input, MigrationError> {
         let in_flight = &self.graph.in_flight;
         for (lane, &frames) in (0..).zip(&acknowledged.frames).take(self.graph.lanes()) {
             in_flight.acknowledge(lane, frames).map_err(|sent| {
                 MigrationError::Protocol(format!("lane {lane}: {frames} frames acknowledged of {sent} sent"))
             })?;
         }
-        Ok(in_flight.pages())
+        let frames = acknowledged.frames.iter().fold(0, |sum: u64, &frames| sum.saturating_add(frames));
+        Ok(Input::Acknowledged { in_flight: in_flight.pages(), frames })
     }
 
     /// Bytes handed to the transport so far.

@@ -133,18 +133,18 @@ impl Source<'_> {
         let Attempt::Running(flow) = &mut self.attempt else { return None };
         match signal {
             Signal::Scanned(scanned) => Some(Input::Scanned(scanned)),
-            Signal::Sent(sent) => Some(Input::Sent(sent, flow.busiest())),
+            Signal::Sent(sent) => Some(Input::Sent(sent, flow.work())),
             Signal::Synced(found) => {
                 let standing = Standing { cached_pages: self.cached_pages(), ..self.standing_with(found.dirty_pages) };
                 Some(Input::Synced { found, standing })
             }
             Signal::Received(Message::Progress(acknowledged)) => {
                 self.rates.hear(&[]);
-                Some(flow.acknowledge(&acknowledged).map_or_else(Input::Failed, Input::Acknowledged))
+                Some(flow.acknowledge(&acknowledged).unwrap_or_else(Input::Failed))
             }
             Signal::Received(Message::Heartbeat(figures)) => {
                 self.rates.hear(&figures);
-                None
+                Some(Input::Received(Message::Heartbeat(figures)))
             }
             Signal::Received(message) => Some(Input::Received(message)),
             Signal::Lost(why) => Some(Input::Failed(MigrationError::Lost(why))),

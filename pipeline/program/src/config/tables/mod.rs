@@ -168,6 +168,9 @@ table! {
     MigrationTable {
         downtime_limit: Time = source.downtime_limit;
         max_downtime: Deadline = source.max_downtime;
+        expected_pause: Time = source.expected_pause;
+        expected_prepare: Time = source.expected_prepare;
+        expected_start: Time = source.expected_start;
         max_bandwidth: Bandwidth = source.max_bandwidth;
         #[serde(skip_serializing_if = "SwitchoverBandwidth::is_as_rounds")]
         switchover_bandwidth: SwitchoverBandwidth = source.switchover_bandwidth;

@@ -48,6 +48,9 @@ impl SourceCourse {
             SourceStep::NamePage(message) => vec![Action::NamePage(message)],
             SourceStep::HandOver => {
                 self.spent.on(Part::Handover, now);
+                self.spent.reported(Part::Verify, self.times.verify, Part::Load);
+                self.spent.reported(Part::Durable, self.times.durable, Part::Load);
+                self.spent.reported(Part::Prepare, self.times.prepare, Part::Load);
                 self.verified = self.settings.verify.is_on().then_some(true);
                 self.state = State::Committing;
                 vec![Action::Commit]
@@ -55,7 +58,11 @@ impl SourceCourse {
             SourceStep::TooLate => {
                 vec![warning("cancel comes too late: the destination may run the guest already")]
             }
-            SourceStep::End(verdict) => self.end(verdict.into(), now),
+            SourceStep::End(verdict) => {
+                let actions = self.end(verdict.into(), now);
+                self.spent.reported(Part::Start, self.times.start, Part::Handover);
+                actions
+            }
         }
     }
 
@@ -68,7 +75,7 @@ impl SourceCourse {
 
     /// A file has no return path: syncing its end mark to disk and renaming the file take the place of Go.
     pub(super) fn complete_file(&mut self, now: Duration) -> Vec<Action> {
-        self.spent.on(Part::Handover, now);
+        self.spent.on(Part::Durable, now);
         self.state = State::Completing;
         if self.settings.after == Some(After::Pause) { vec![Action::Commit] } else { vec![Action::Finish] }
     }

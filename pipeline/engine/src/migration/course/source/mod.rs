@@ -40,10 +40,11 @@ use memferry_stages::wire::messages::RunState;
 use tokio::sync::oneshot;
 
 use super::handshake::SourceHandshake;
+use super::times::{DestinationTimes, write_back_of};
 use crate::change::Change;
 use crate::control::{ControlError, Request};
 use crate::controller::Controller;
-use crate::controller::forecast::{Forecast, Standing};
+use crate::controller::forecast::{Forecast, Measured, Standing, Work};
 use crate::events::{DowntimeParts, Event, Phase, Role};
 use crate::migration::driver::Course;
 use crate::migration::error::{Failure, MigrationError};
@@ -52,8 +53,8 @@ pub(in crate::migration) use end::{Conclusion, End, why_cancelled};
 use rounds::{AfterSync, Drain, Next, Round};
 use spent::{Part, Spent};
 
-/// The cost of device state and handshake that the forecast assumes until they have been measured.
-const HANDOVER_GUESS: Duration = Duration::from_millis(1);
+/// The time for device state that the forecast assumes: it is not known before the guest is paused.
+const STATE_GUESS: Duration = Duration::from_micros(500);
 /// The most that one request and its answer may count as: building a large machine is not part of a handover.
 const HANDOVER_MOST: Duration = Duration::from_millis(50);
 
@@ -68,14 +69,14 @@ pub(in crate::migration) enum Input {
     Measured(Duration),
     /// The scanner reached the end of the bitmap.
     Scanned(RoundScanned),
-    /// A lane's mark was sent. The busiest stage has worked this long since the round began.
-    Sent(Sent, Duration),
+    /// A lane's mark was sent. The stages have worked this long since the round began.
+    Sent(Sent, Work),
     /// A sync is complete. `standing` is the state after it.
     Synced { found: Synced, standing: Standing },
     /// Page hinters are notified of the sync, and hints count if they can be valid.
     HintsOpen,
-    /// This number of pages is in flight: the destination acknowledged others.
-    Acknowledged(u64),
+    /// The destination acknowledged this number of frames, in all lanes. This number of pages is in flight.
+    Acknowledged { in_flight: u64, frames: u64 },
     /// The guest is paused.
     Paused,
     /// The guest is throttled as ordered, or cannot be.
@@ -98,7 +99,7 @@ pub(in crate::migration) enum Input {
     FileComplete,
     /// The guest is where it was, or cannot be resumed.
     Resumed(Result<(), MigrationError>),
-    /// The destination sent a message that decides something.
+    /// The destination sent a message that decides something, or a heartbeat with its figures.
     Received(Message),
     /// A stage ended with an error, possibly the consequence of another's.
     Broke(Failure),
@@ -246,12 +247,16 @@ pub(in crate::migration) struct SourceCourse {
     state: State,
     done: Done,
     spent: Spent,
+    /// What the destination has reported.
+    times: DestinationTimes,
     downtime: Option<Duration>,
     /// The forecast on which the controller decided to switch over.
     forecast: Option<Forecast>,
     round: u32,
     /// Frames of pages sent in complete rounds.
     frames: u64,
+    /// When the last of them was sent, until the destination has acknowledged it.
+    not_loaded: Option<Duration>,
     verified: Option<bool>,
     differing_page: Option<String>,
 }
@@ -259,7 +264,11 @@ pub(in crate::migration) struct SourceCourse {
 impl SourceCourse {
     pub(in crate::migration) fn new(settings: SourceSettings, facts: Facts) -> Self {
         let mut controller = Controller::new(&settings, facts.page_bytes);
-        controller.fixed().handover = HANDOVER_GUESS;
+        let fixed = controller.fixed();
+        fixed.pause = settings.expected_pause;
+        fixed.state = STATE_GUESS;
+        fixed.prepare = settings.expected_prepare;
+        fixed.start = settings.expected_start;
         Self {
             settings,
             facts,
@@ -267,10 +276,12 @@ impl SourceCourse {
             state: State::Connecting,
             done: Done::default(),
             spent: Spent::default(),
+            times: DestinationTimes::default(),
             downtime: None,
             forecast: None,
             round: 0,
             frames: 0,
+            not_loaded: None,
             verified: None,
             differing_page: None,
         }
@@ -351,9 +362,14 @@ impl Course for SourceCourse {
     }
 
     fn step(&mut self, input: Input, now: Duration) -> Vec<Action> {
-        if let Input::Broke(failure) = input {
-            return vec![Action::Explain(failure)];
-        }
+        let input = match input {
+            Input::Broke(failure) => return vec![Action::Explain(failure)],
+            Input::Received(Message::Heartbeat(figures)) => {
+                self.times.hear(&figures);
+                return write_back_of(&figures).map_or_else(Vec::new, |times| self.write_back(times, now));
+            }
+            input => input,
+        };
         if matches!(self.state, State::HandingOver { .. } | State::Committing | State::Completing) {
             return self.handing_over(input, now);
         }
@@ -367,19 +383,18 @@ impl Course for SourceCourse {
             (Input::Tick { standing, bulk_bytes }, _) => self.tick(standing, bulk_bytes, now),
             (Input::Paused, _) => self.paused(now),
             (Input::Throttled(result), _) => self.throttled(result, now),
-            (Input::Acknowledged(in_flight), State::Draining(_)) => self.drained(in_flight, now),
-            (Input::Acknowledged(_), _) => Vec::new(),
+            (Input::Acknowledged { in_flight, frames }, _) => self.acknowledged(in_flight, frames, now),
             (Input::Connected(answered_in), State::Connecting) => self.connected(answered_in),
             (Input::Armed, State::Arming) => self.armed(now),
             (Input::Measured(time), State::Measuring(next)) => {
-                self.controller.fixed().verify = time;
+                self.controller.measured(Measured::Verify, time);
                 let next = *next;
                 self.proceed(next, now)
             }
             (Input::Scanned(scanned), State::Sending(round)) => {
                 round.is_scanned = true;
                 let mut actions = vec![Action::notify(Event::RoundScanned { round: scanned.round })];
-                actions.extend(self.round_complete(Duration::ZERO, now));
+                actions.extend(self.round_complete(Work::default(), now));
                 actions
             }
             (Input::Sent(sent, work), State::Sending(round)) => {
@@ -429,7 +444,7 @@ impl SourceCourse {
     fn connected(&mut self, answered_in: Duration) -> Vec<Action> {
         // The handover takes two one-way trips, as this request and its answer do.
         let fixed = self.controller.fixed();
-        fixed.handover = fixed.handover.max(answered_in.min(HANDOVER_MOST));
+        fixed.handover = answered_in.min(HANDOVER_MOST);
         self.state = State::Arming;
         vec![Action::Arm]
     }

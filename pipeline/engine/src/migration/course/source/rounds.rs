@@ -10,7 +10,7 @@ use memferry_stages::tally::RoundTally;
 use memferry_stages::wire::messages::RunState;
 
 use super::{Action, Answer, End, Part, SourceCourse, State};
-use crate::controller::forecast::Standing;
+use crate::controller::forecast::{Measured, Standing, Work, WriteBack};
 use crate::controller::{Decided, Decision};
 use crate::events::{Event, Phase};
 use crate::migration::error::MigrationError;
@@ -48,8 +48,8 @@ pub(super) struct Round {
     pub(super) is_scanned: bool,
     lanes_left: u16,
     tally: RoundTally,
-    /// How long the busiest stage has worked on it.
-    work: Duration,
+    /// How long the stages have worked on it.
+    work: Work,
     /// Since when none of it was sent on the wire, and the bytes sent by then.
     quiet_since: Duration,
     bulk_bytes: u64,
@@ -81,8 +81,10 @@ impl Round {
 /// Pages in flight are waited for while the guest runs.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Drain {
-    /// The fewest pages that were in flight.
-    left: u64,
+    /// The pages in flight.
+    in_flight: u64,
+    /// The pages that were in flight, and the time for what was not durable, when either last became less.
+    left: (u64, Duration),
     /// The wait ends here if nothing arrives before.
     pub(super) give_up: Duration,
     /// The wait ends here in any case.
@@ -132,7 +134,7 @@ impl SourceCourse {
             is_scanned: false,
             lanes_left: self.settings.lanes,
             tally: RoundTally::new(order.round, order.kind),
-            work: Duration::ZERO,
+            work: Work::default(),
             quiet_since: now,
             bulk_bytes: 0,
         });
@@ -140,15 +142,17 @@ impl SourceCourse {
     }
 
     /// Ends the round once it is scanned and every lane has sent it.
-    pub(super) fn round_complete(&mut self, work: Duration, now: Duration) -> Vec<Action> {
+    pub(super) fn round_complete(&mut self, work: Work, now: Duration) -> Vec<Action> {
         let State::Sending(round) = &mut self.state else { return Vec::new() };
-        round.work = round.work.max(work);
+        round.work.busiest = round.work.busiest.max(work.busiest);
+        round.work.sending = round.work.sending.max(work.sending);
         if !round.is_scanned || round.lanes_left > 0 {
             return Vec::new();
         }
         let (tally, duration) = (round.tally, now.saturating_sub(round.began));
         self.frames += tally.batches;
         self.controller.round(&tally, duration, round.work);
+        self.not_loaded = Some(now);
         let mut actions = Vec::new();
         if !self.facts.return_path {
             // Written and flushed: without a return path this is the only acknowledgement.
@@ -171,7 +175,7 @@ impl SourceCourse {
 
     pub(super) fn synced(&mut self, found: Synced, standing: Standing, then: AfterSync, now: Duration) -> Vec<Action> {
         let Synced { after_round, dirty_pages, duration } = found;
-        self.controller.fixed().sync = duration;
+        self.controller.measured(Measured::Sync, duration);
         let mut actions = vec![Action::notify(Event::Synced { after_round, dirty_pages, duration })];
         if self.facts.hints {
             self.state = State::OpeningHints { then, standing };
@@ -250,21 +254,40 @@ impl SourceCourse {
             return self.proceed(next, now);
         }
         let end = at_most.and_then(|most| now.checked_add(most));
-        self.state = State::Draining(Drain { left: u64::MAX, give_up: now, end, next });
+        self.state = State::Draining(Drain { in_flight, left: (u64::MAX, Duration::MAX), give_up: now, end, next });
         self.drained(in_flight, now)
+    }
+
+    /// The destination acknowledged this number of frames.
+    pub(super) fn acknowledged(&mut self, in_flight: u64, frames: u64, now: Duration) -> Vec<Action> {
+        if frames >= self.frames
+            && let Some(sent) = self.not_loaded.take()
+        {
+            self.controller.measured(Measured::Load, now.saturating_sub(sent));
+        }
+        self.drained(in_flight, now)
+    }
+
+    /// The destination reports how long it needs to make its memory durable.
+    pub(super) fn write_back(&mut self, times: WriteBack, now: Duration) -> Vec<Action> {
+        self.controller.write_back(times);
+        let State::Draining(drain) = &self.state else { return Vec::new() };
+        self.drained(drain.in_flight, now)
     }
 
     /// This number of pages is still in flight.
     pub(super) fn drained(&mut self, in_flight: u64, now: Duration) -> Vec<Action> {
-        let enough = self.controller.backlog_pages();
+        let (enough, writing) = (self.controller.backlog_pages(), self.controller.write_backlog());
         let State::Draining(drain) = &mut self.state else { return Vec::new() };
-        if in_flight <= enough {
+        drain.in_flight = in_flight;
+        if in_flight <= enough && writing.is_none() {
             let next = drain.next;
             return self.proceed(next, now);
         }
-        if in_flight < drain.left {
-            let patience = now + PATIENCE;
-            drain.left = in_flight;
+        let left = (in_flight, writing.unwrap_or_default());
+        if left.0 < drain.left.0 || left.1 < drain.left.1 {
+            let patience = now + PATIENCE.max(left.1.saturating_mul(2).min(self.settings.handover_timeout));
+            drain.left = left;
             drain.give_up = drain.end.map_or(patience, |end| patience.min(end));
         }
         Vec::new()

@@ -25,7 +25,7 @@ impl SourceCourse {
         if let State::Sending(round) = &mut self.state {
             round.paused();
         }
-        self.spent.paused(now);
+        self.spent.pausing(now);
         let mut actions = vec![Self::phase(Phase::Switchover)];
         match self.facts.was {
             RunState::Running => actions.push(Action::Pause),
@@ -37,6 +37,7 @@ impl SourceCourse {
 
     /// The guest is paused, and the pages it waits for have a bandwidth limit of their own.
     pub(super) fn paused(&mut self, now: Duration) -> Vec<Action> {
+        self.spent.paused(now);
         let mut actions = vec![Action::SetBandwidth(self.bandwidth()), Action::notify(Event::Paused)];
         if matches!(self.state, State::Pausing | State::Draining(_)) {
             actions.extend(self.save(now));
@@ -110,8 +111,8 @@ impl SourceCourse {
         if !self.facts.return_path {
             return self.complete_file(now);
         }
-        // The destination's work since the last byte was sent: load it, and compare digests if they are required.
-        self.spent.on(if self.settings.verify.is_on() { Part::Verify } else { Part::Transfer }, now);
+        // The destination loads what it has not loaded yet, and reports how long the rest of its work took.
+        self.spent.on(Part::Load, now);
         let handshake = SourceHandshake::AwaitingLoaded { verify: self.settings.verify.is_on() };
         self.state = State::HandingOver { handshake, give_up: now + self.settings.handover_timeout };
         Vec::new()
