@@ -98,7 +98,7 @@ impl Seen {
         match line.event {
             EventJson::Phase { phase: Phase::Switchover } | EventJson::Paused => self.is_paused = true,
             EventJson::Resumed => self.is_paused = false,
-            EventJson::Ended(ended) => self.ended = Some(ended),
+            EventJson::Ended(ended) => self.ended = Some(*ended),
             _ => {}
         }
     }

@@ -131,7 +131,7 @@ pub enum EventJson {
     /// The guest is resumed at the source.
     Resumed,
     /// The migration ended.
-    Ended(EndedJson),
+    Ended(Box<EndedJson>),
     /// The reader was too slow for the events before this line.
     Lost {
         /// The number of missing events.
@@ -314,7 +314,7 @@ impl From<&Event> for EventJson {
             Event::Paused => Self::Paused,
             Event::HandedOver => Self::HandedOver,
             Event::Resumed => Self::Resumed,
-            Event::Ended(ended) => Self::Ended((&**ended).into()),
+            Event::Ended(ended) => Self::Ended(Box::new((&**ended).into())),
         }
     }
 }
