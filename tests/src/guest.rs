@@ -54,6 +54,8 @@ pub struct Fails {
     pub resume: bool,
     /// [`SourceGuest::committed`] fails.
     pub commit: bool,
+    /// [`DestinationGuest::make_durable`] fails.
+    pub durable: bool,
     /// [`DestinationGuest::prepare`] fails.
     pub prepare: bool,
     /// [`DestinationGuest::start`] fails.
@@ -80,6 +82,8 @@ pub struct TestGuest {
     state: GuestState,
     state_here: Mutex<GuestState>,
     resumed_with: Mutex<Vec<Vec<u8>>>,
+    /// The calls of [`DestinationGuest::make_durable`].
+    durable_calls: AtomicU64,
     /// The duration of [`DestinationGuest::prepare`].
     prepare_takes: Duration,
     /// How [`Arrives::build`] changes the blocks that arrive.
@@ -149,6 +153,7 @@ impl TestGuest {
             state: GuestState { sections: vec![section] },
             state_here: Mutex::default(),
             resumed_with: Mutex::default(),
+            durable_calls: AtomicU64::new(0),
             prepare_takes: Duration::ZERO,
             alters: |_| (),
         }
@@ -196,6 +201,12 @@ impl TestGuest {
     pub fn paced(mut self, pace: Duration) -> Self {
         self.pace = Some(pace);
         self
+    }
+
+    /// How often it was made durable.
+    #[must_use]
+    pub fn durable_calls(&self) -> u64 {
+        self.durable_calls.load(Ordering::SeqCst)
     }
 
     /// The same guest, whose prepare takes this long.
@@ -522,6 +533,11 @@ impl SourceGuest for TestGuest {
 }
 
 impl DestinationGuest for TestGuest {
+    fn make_durable(&self) -> Result<(), GuestError> {
+        self.durable_calls.fetch_add(1, Ordering::SeqCst);
+        if self.fails.durable { Err(GuestError("made to fail at make_durable".into())) } else { Ok(()) }
+    }
+
     fn prepare(&self, state: &GuestState) -> Result<(), GuestError> {
         self.note(GuestCall::Prepare);
         std::thread::sleep(self.prepare_takes);

@@ -407,7 +407,7 @@ mod tests {
         connected to 127.0.0.1:41234
         1.00 GiB in 262,144 pages, 1 RAM block
         round 1 done in 2.10 s: 262,144 pages, 1.00 GiB became 512 MiB
-        round 1: switch over: expected downtime 212 ms (transfer 95.0 ms for 87.9 KiB, sync 2.00 ms, verify 110 ms, handover 5.00 ms), limit 300 ms
+        round 1: switch over: expected downtime 212 ms for 87.9 KiB (pause 1.00 ms, state 1.00 ms, sync 2.00 ms, transfer 91.0 ms, load 1.00 ms, verify 110 ms, durable 1.00 ms, prepare 1.00 ms, start 2.00 ms, handover 2.00 ms), limit 300 ms
         the guest is paused at the source
         round 2 done in 90.0 ms: 1,000 pages, 3.91 MiB became 66.4 KiB
         ");

@@ -134,10 +134,13 @@ fn the_table_fits_a_terminal() {
          1  2.10 s 262,144 100,000 12,144    150,000      0         0 1.00 GiB  512 MiB         900
     2 last 90.0 ms   1,000       0     10          0    890       100 3.91 MiB 66.4 KiB           0
 
-    decided     round 1: switch over: expected downtime 212 ms (transfer 95.0 ms for 87.9 KiB, sync 2.00
-                ms, verify 110 ms, handover 5.00 ms), limit 300 ms
-    downtime    213 ms: sync 3.00 ms, transfer 90.0 ms, state 10.0 ms, verify 100 ms, handover 10.0 ms
-    forecast    212 ms (-0 %): sync 2.00 ms, transfer 95.0 ms, verify 110 ms, handover 5.00 ms
+    decided     round 1: switch over: expected downtime 212 ms for 87.9 KiB (pause 1.00 ms, state 1.00
+                ms, sync 2.00 ms, transfer 91.0 ms, load 1.00 ms, verify 110 ms, durable 1.00 ms,
+                prepare 1.00 ms, start 2.00 ms, handover 2.00 ms), limit 300 ms
+    downtime    213 ms: pause 2.00 ms, state 5.00 ms, sync 3.00 ms, transfer 88.0 ms, load 2.00 ms,
+                verify 100 ms, durable 1.00 ms, prepare 3.00 ms, start 4.00 ms, handover 5.00 ms
+    forecast    212 ms (-0 %): pause 1.00 ms, state 1.00 ms, sync 2.00 ms, transfer 91.0 ms, load 1.00
+                ms, verify 110 ms, durable 1.00 ms, prepare 1.00 ms, start 2.00 ms, handover 2.00 ms
     wire        512 MiB at 213 MiB/s, setup 100 ms
     checked     196,608 of 262,144 pages read again as sent, 196,608 of 262,144 pages as loaded
     excluded    5,000 pages hinted free, 2,048 pages unplugged
@@ -181,7 +184,7 @@ fn each_decision_is_reported_once_with_its_figures() {
     let lines: Vec<_> = text.lines().skip_while(|line| !line.starts_with("decided")).take(4).collect();
     insta::assert_snapshot!(lines.join("\n"), @r"
     decided     round 2: throttle the guest to 50 %: 2 rounds brought no new least of what remains;
-                expected downtime 1.67 s (transfer 1.39 s for 139 MiB, sync 2.16 ms, verify 280 ms,
+                expected downtime 1.67 s for 139 MiB (sync 2.16 ms, transfer 1.39 s, verify 280 ms,
                 handover 1.01 ms), limit 300 ms
                 round 4: the downtime limit is raised to 800 ms, for 2 rounds brought no new least of
     ");
@@ -201,6 +204,6 @@ fn a_failure_says_why_and_claims_nothing() {
     let mut account = account::Account::default();
     account.enter(&Event::Ended(Box::new(failed)), Duration::from_secs(1));
     let table = table::summary(&account, None);
-    assert!(table.contains("downtime    213 ms until it was resumed at the source: sync "), "{table}");
+    assert!(table.contains("downtime    213 ms until it was resumed at the source: pause "), "{table}");
     assert!(!table.contains("forecast"), "a forecast is measured by a switchover that came to its end: {table}");
 }

@@ -124,6 +124,9 @@ pub struct Progress {
 /// A reader ignores figures whose names it does not know, and requires none: names can be added without another version of the
 /// protocol. The names come from a peer, so they must be escaped before they are shown. A destination reports
 /// `receivers_worked_ns`: the nanoseconds since its start in which its receivers did not wait for bytes, the mean over connections.
+/// Before Ready it reports how long it took to build the guest: `build_ns`. Before Loaded and before Running it reports what its parts of the downtime took: `verify_ns`, `durable_ns`, `prepare_ns`,
+/// `start_ns`. With each round that is loaded, and each time that memory is on disk, it reports how long it needs to write to disk:
+/// `write_backlog_ns` for what is loaded, `write_call_ns` for any call, `write_mib_ns` for each MiB.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Figure {
     /// Its name, 1 to [`MAX_FIGURE_NAME`] bytes; the unit is part of it.

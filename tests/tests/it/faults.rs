@@ -240,6 +240,18 @@ fn a_destination_that_cannot_prepare_is_survived() {
 }
 
 #[test]
+fn a_destination_whose_disk_fails_beside_the_rounds_is_survived() {
+    let source = source().running(2);
+    let fails = Fails { durable: true, ..Fails::default() };
+    let destination = Arc::new(TestGuest::destination().failing(fails));
+    let ends = Trial::new(2).run(&source, &destination);
+    says(ends.source.error.as_ref(), &["the destination refused", "at make_durable"]);
+    says(ends.destination.error.as_ref(), &["at make_durable"]);
+    assert_eq!(destination.durable_calls(), 1, "the first error ends it");
+    moves_now(&source, 2);
+}
+
+#[test]
 fn a_start_that_fails_leaves_both_paused_and_both_say_so() {
     let source = source().running(2);
     let fails = Fails { start: true, ..Fails::default() };

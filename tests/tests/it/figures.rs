@@ -175,7 +175,8 @@ fn no_figures_are_of_a_round_0() {
 fn each_part_of_the_downtime_is_in_its_place() {
     let takes = Duration::from_millis(50);
     let slow = Arc::new(TestGuest::destination().preparing_for(takes));
-    let ends = moved(Arc::new(noise()), slow, settings(), transport(), Recorder::default());
+    let ends = moved(Arc::new(noise()), slow.clone(), settings(), transport(), Recorder::default());
+    assert!(slow.durable_calls() >= 2, "beside the first round, and at the end");
     let (source, destination) = (ends.source.parts, ends.destination.parts);
     assert_eq!(Some(source.total()), ends.source.downtime, "{source:?}");
     assert!(source.prepare >= takes && destination.prepare >= takes, "{source:?}, {destination:?}");

@@ -327,8 +327,9 @@ impl Forecaster {
         match part {
             Measured::Sync => self.fixed.sync = self.syncs.with(time),
             Measured::Verify => self.fixed.verify = self.verifications.with(time),
-            // What waits at the end of the first round is far more than at the end of a small one.
-            Measured::Load if self.later.is_empty() => self.fixed.load = time,
+            // What waits at the end of the first round is drained before the pause. A round trip is left, and the
+            // handshake is one.
+            Measured::Load if self.later.is_empty() => self.fixed.load = time.min(self.fixed.handover),
             Measured::Load => self.fixed.load = self.loads.with(time),
         }
     }
@@ -596,12 +597,12 @@ impl Forecaster {
     }
 
     /// Time that the busiest stage needs for a page: the high quantile of the latest rounds that were large enough for
-    /// an estimate, or the sample.
+    /// an estimate; else by the sample, or by the first round.
     fn stage_seconds_per_page(&self) -> f64 {
         let of = |round: &Achieved| round.work.as_secs_f64() / round.pages as f64;
         let mut slowest_last: Vec<_> = self.representative().take(REPRESENTATIVE_ROUNDS).map(of).collect();
         if slowest_last.is_empty() {
-            slowest_last.extend(self.sample.as_ref().filter(|sample| sample.pages > 0).map(of));
+            slowest_last.extend(self.sample.iter().chain(&self.first).find(|round| round.pages > 0).map(of));
         }
         slowest_last.sort_by(f64::total_cmp);
         if slowest_last.is_empty() { 0.0 } else { slowest_last[rank(slowest_last.len(), QUANTILE)] }
@@ -863,7 +864,7 @@ mod tests {
     fn senders_that_wait_for_pages_show_what_the_wire_carries_while_they_send() {
         let mut forecaster = forecaster(None);
         // 400 MB in a second, of which the senders had something to send for a quarter.
-        let work = Work { busiest: 900 * MS, sending: Some(250 * MS) };
+        let work = Work { busiest: 200 * MS, sending: Some(250 * MS) };
         forecaster.round(&round(100_000, 0, 400_000_000), 1000 * MS, work);
         assert!((transfer(&forecaster, 100_000) - 0.25).abs() < 1e-9);
         // Two windows later, the slower one counts.

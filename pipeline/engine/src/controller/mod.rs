@@ -50,8 +50,8 @@ const MARGIN: Duration = Duration::from_millis(150);
 pub enum Decision {
     /// Scan again while the guest runs.
     AnotherRound,
-    /// Drain the pages in flight, down to [`Controller::backlog_pages`], while the guest runs; then sync and decide
-    /// again.
+    /// Drain the pages in flight, down to [`Controller::backlog_pages`], and what the destination has to write to disk,
+    /// while the guest runs; then sync and decide again.
     Drain,
     /// Scan about this number of the dirty pages while the guest runs, to measure the size of deltas.
     Sample(NonZeroU32),
@@ -271,7 +271,8 @@ impl Controller {
         if is_behind && self.drained != Some(self.round) {
             self.drained = Some(self.round);
             self.forecaster.drained();
-            return (Decision::Drain, Reason::Backlog { pages: now.in_flight_pages, met });
+            let unwritten = self.write_backlog();
+            return (Decision::Drain, Reason::Backlog { pages: now.in_flight_pages, unwritten, met });
         }
         (Decision::SwitchOver, Reason::Met(met))
     }

@@ -17,10 +17,12 @@ pub enum Reason {
     DeltasUnknown,
     /// The limit allows a switchover.
     Met(Met),
-    /// The limit allows a switchover, except for the pages in flight.
+    /// The limit allows a switchover, except for the pages in flight, or for what the destination has to write to disk.
     Backlog {
         /// Pages in flight.
         pages: u64,
+        /// How long the destination needs to write to disk what is to be written first, if anything is.
+        unwritten: Option<Duration>,
         /// Why the limit would allow a switchover without them.
         met: Met,
     },
@@ -184,8 +186,12 @@ impl Decided {
             Reason::AlreadyPaused | Reason::AboveLimit => Ok(()),
             Reason::DeltasUnknown => f.write_str("nothing has shown yet what deltas come to; "),
             Reason::Met(met) => f.write_str(met.clause()),
-            Reason::Backlog { pages, met } => {
-                write!(f, "let {pages} pages arrive that are on their way: {}", met.clause())
+            Reason::Backlog { pages, unwritten, met } => {
+                write!(f, "let {pages} pages arrive that are on their way")?;
+                if let Some(time) = unwritten {
+                    write!(f, ", and the destination write to disk for {}", human::time(time))?;
+                }
+                write!(f, ": {}", met.clause())
             }
             Reason::Stall(stalled) => write!(f, "{stalled}; "),
             Reason::Raised { limit, stalled, met } => {
@@ -374,13 +380,13 @@ mod tests {
             (SwitchOver, Reason::Met(met), "switch over: the last round left nothing dirty; ".into()),
             (
                 Drain,
-                Reason::Backlog { pages: 9, met: Met::WithinLimit },
+                Reason::Backlog { pages: 9, unwritten: None, met: Met::WithinLimit },
                 "let 9 pages arrive that are on their way: ".into(),
             ),
             (
                 Drain,
-                Reason::Backlog { pages: 9, met },
-                "let 9 pages arrive that are on their way: the last round left nothing dirty; ".into(),
+                Reason::Backlog { pages: 9, unwritten: Some(30 * MS), met },
+                "let 9 pages arrive that are on their way, and the destination write to disk for 30.0 ms: the last round left nothing dirty; ".into(),
             ),
             (Throttle(50), Reason::Stall(stalled), format!("throttle the guest to 50 %: {stall}; ")),
             (

@@ -164,7 +164,7 @@ fn what_is_on_its_way_arrives_before_the_guest_is_paused_and_is_not_taken_for_a_
     };
     let decided = controller.synced(&found(1000 * MS, 100, 20_000));
     assert_eq!(decided.decision, Decision::Drain, "{decided:?}");
-    assert_eq!(decided.reason, Reason::Backlog { pages: 20_000, met: Met::WithinLimit });
+    assert_eq!(decided.reason, Reason::Backlog { pages: 20_000, unwritten: None, met: Met::WithinLimit });
     // Meanwhile as much is written as before, in a third of a second.
     let decided = controller.synced(&found(1333 * MS, 133, 0));
     assert_eq!(decided.decision, Decision::SwitchOver, "{decided:?}");

@@ -10,6 +10,7 @@ use memferry_stages::silence::{Attentive, Ear};
 use memferry_stages::untrusted::Untrusted;
 use memferry_stages::wire::Message;
 use memferry_stages::wire::hello::{Features, Hello, SessionId};
+use memferry_stages::wire::messages::Figure;
 use memferry_stages::wire::reader::{FrameReader, Incoming};
 use memferry_transports::Transport;
 use tokio::io::AsyncWriteExt;
@@ -117,9 +118,11 @@ impl Link {
         }
     }
 
-    /// Waits for one message and requires it to be the expected one. A stream without a return path is not answered.
-    pub(super) async fn expect(&mut self, expected: fn(&Message) -> bool) -> Result<(), MigrationError> {
-        let Some(return_path) = &mut self.return_path else { return Ok(()) };
+    /// Waits for one message and requires it to be the expected one. Returns the figures of the heartbeat before it. A
+    /// stream without a return path is not answered.
+    pub(super) async fn expect(&mut self, expected: fn(&Message) -> bool) -> Result<Vec<Figure>, MigrationError> {
+        let mut figures = Vec::new();
+        let Some(return_path) = &mut self.return_path else { return Ok(figures) };
         loop {
             let message = tokio::select! {
                 biased;
@@ -127,8 +130,11 @@ impl Link {
                 silence = silenced(self.alive.as_ref()) => return Err(MigrationError::Silent(silence)),
             };
             return match message {
-                Ok(Message::Heartbeat(_)) => continue,
-                Ok(message) if expected(&message) => Ok(()),
+                Ok(Message::Heartbeat(latest)) => {
+                    figures = latest;
+                    continue;
+                }
+                Ok(message) if expected(&message) => Ok(figures),
                 Ok(Message::Refused(why)) => Err(MigrationError::Refused { peer: Role::Destination, why }),
                 Ok(Message::Abort(why)) => Err(MigrationError::GivenUp { peer: Role::Destination, why }),
                 Ok(other) => Err(MigrationError::Protocol(format!("unexpected message: {}", other.kind().name()))),

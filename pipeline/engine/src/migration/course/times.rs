@@ -8,6 +8,7 @@ use memferry_stages::wire::messages::Figure;
 use crate::controller::forecast::WriteBack;
 
 /// Names of the figures: nanoseconds.
+const BUILD: &str = "build_ns";
 const BACKLOG: &str = "write_backlog_ns";
 const CALL: &str = "write_call_ns";
 const PER_MIB: &str = "write_mib_ns";
@@ -52,6 +53,17 @@ impl DestinationTimes {
     }
 }
 
+/// The message that reports, before Ready, how long the destination took to build the guest.
+pub(in crate::migration) fn build_message(time: Duration) -> Message {
+    Message::Heartbeat(vec![figure(BUILD, time)])
+}
+
+/// What it reports; zero if the figures are about something else.
+pub(in crate::migration) fn build_of(figures: &[Figure]) -> Duration {
+    let figure = figures.iter().find(|figure| figure.name.raw() == BUILD);
+    figure.map_or(Duration::ZERO, |figure| Duration::from_nanos(figure.value))
+}
+
 /// The figures that report how long the destination needs to make its memory durable.
 pub(in crate::migration) fn write_back_figures(times: &WriteBack) -> [Figure; 3] {
     [figure(BACKLOG, times.backlog), figure(CALL, times.call), figure(PER_MIB, times.per_mib)]
@@ -73,6 +85,12 @@ fn figure(name: &str, time: Duration) -> Figure {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_time_of_the_build_is_heard() {
+        let Message::Heartbeat(figures) = build_message(Duration::from_millis(7)) else { unreachable!("a heartbeat") };
+        assert_eq!((build_of(&figures), build_of(&[])), (Duration::from_millis(7), Duration::ZERO));
+    }
 
     #[test]
     fn the_times_of_the_write_back_are_heard_together_or_not_at_all() {

@@ -1,7 +1,7 @@
 //! Setup: connections are gathered, the stream is accepted, the machine is built, and the stages start.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures::future::BoxFuture;
 use memferry_stages::bitmap::DirtyBitmap;
@@ -24,6 +24,7 @@ use crate::events::{Event, Observers, Role};
 use crate::guest::{GuestError, GuestState};
 use crate::migration::checker::Checker;
 use crate::migration::course::destination::ended_early;
+use crate::migration::course::times::build_message;
 use crate::migration::destination_graph::DestinationGraph;
 use crate::migration::error::MigrationError;
 use crate::migration::excluded::excluded_ranges;
@@ -143,6 +144,7 @@ impl Acceptance {
         let (page_size, lanes) = (self.session.hello.page_size, self.session.hello.lanes);
         let bound = |layout: &Layout| bounds::destination_bound(layout, lanes, self.settings.max_state_bytes);
         bounds::check_host(bound(&Layout::new(page_size, blocks.clone())?))?;
+        let began = Instant::now();
         let build = self.build;
         let built = blocking(move || built(build, page_size, &blocks, &setup)).await?;
         let layout = built.memory.layout();
@@ -151,6 +153,7 @@ impl Acceptance {
             pages: layout.pages(),
             memory_bound: bound(layout),
         });
+        send_answer(self.answers.as_ref(), &build_message(began.elapsed())).await?;
         send_answer(self.answers.as_ref(), &Message::Ready).await?;
         Ok(Ready { session: self.session, built, room: self.room })
     }

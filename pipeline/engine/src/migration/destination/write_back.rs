@@ -28,8 +28,8 @@ pub(super) struct Writer {
 
 /// A call in progress.
 struct Running {
-    call: JoinHandle<Result<(), GuestError>>,
-    began: Instant,
+    /// Its time on the thread that makes it.
+    call: JoinHandle<Result<Duration, GuestError>>,
     /// Bytes that were loaded when it began.
     loaded_bytes: u64,
 }
@@ -41,22 +41,23 @@ impl Writer {
             return;
         }
         let guest = guest.clone();
-        let call = tokio::task::spawn_blocking(move || guest.make_durable());
-        self.running = Some(Running { call, began: Instant::now(), loaded_bytes });
+        let call = tokio::task::spawn_blocking(move || {
+            let began = Instant::now();
+            guest.make_durable().map(|()| began.elapsed())
+        });
+        self.running = Some(Running { call, loaded_bytes });
     }
 
     /// Waits for the end of the call in progress; never returns if there is none. Safe to race in a `select!`.
     pub(super) async fn next(&mut self) -> Result<(), MigrationError> {
         let Some(running) = &mut self.running else { return std::future::pending().await };
         let result = (&mut running.call).await;
-        if let Some(Running { began, loaded_bytes, .. }) = self.running.take() {
-            self.took(began.elapsed(), loaded_bytes - self.durable_bytes);
-            self.durable_bytes = loaded_bytes;
-        }
-        match result {
-            Ok(durable) => Ok(durable?),
-            Err(panic) => std::panic::resume_unwind(panic.into_panic()),
-        }
+        let loaded_bytes = running.loaded_bytes;
+        self.running = None;
+        let time = result.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))?;
+        self.took(time, loaded_bytes - self.durable_bytes);
+        self.durable_bytes = loaded_bytes;
+        Ok(())
     }
 
     /// Everything is loaded: returns when it is durable.

@@ -5,12 +5,13 @@ use std::time::{Duration, Instant};
 
 use futures::future::BoxFuture;
 use memferry_stages::memory::GuestMemory;
-use memferry_stages::wire::messages::StatePhase;
+use memferry_stages::wire::messages::{Figure, StatePhase};
 use memferry_stages::wire::{Features, Message};
 use memferry_transports::Transport;
 
 use super::Source;
 use crate::guest::SourceGuest;
+use crate::migration::course::times::build_of;
 use crate::migration::error::MigrationError;
 use crate::migration::link::{Greeted, Link, features};
 use crate::migration::plane::DataPlane;
@@ -21,7 +22,7 @@ use crate::settings::SourceSettings;
 /// A destination that accepts.
 pub(super) struct Reached {
     pub(super) link: Link,
-    /// The time of one request and its answer.
+    /// The time of one request and its answer, without the work that the destination reports.
     pub(super) answered_in: Duration,
     /// What guest state may still take.
     pub(super) room: Room,
@@ -95,12 +96,17 @@ impl Introduction {
         }
         link.send(&Message::Blocks(self.memory.layout().blocks().to_vec())).await?;
         let asked = Instant::now();
-        self.answer(link, "Ready", |message| *message == Message::Ready).await?;
-        Ok(asked.elapsed())
+        let figures = self.answer(link, "Ready", |message| *message == Message::Ready).await?;
+        Ok(asked.elapsed().saturating_sub(build_of(&figures)))
     }
 
-    /// Waits for an answer, for as long as the last handshake may take.
-    async fn answer(&self, link: &mut Link, name: &str, is_it: fn(&Message) -> bool) -> Result<(), MigrationError> {
+    /// Waits for an answer, for as long as the last handshake may take. Returns the figures that came before it.
+    async fn answer(
+        &self,
+        link: &mut Link,
+        name: &str,
+        is_it: fn(&Message) -> bool,
+    ) -> Result<Vec<Figure>, MigrationError> {
         let answered = tokio::time::timeout(self.settings.handover_timeout, link.expect(is_it)).await;
         answered.unwrap_or_else(|_| Err(MigrationError::TimedOut(format!("{} does not answer with {name}", link.peer))))
     }
