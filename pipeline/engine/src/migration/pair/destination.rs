@@ -43,16 +43,36 @@ pub(super) struct DestinationModel {
     loaded: u64,
     frames: u64,
     digests: Option<Vec<u32>>,
+    digests_begun: bool,
+    /// Were the digests found equal?
+    compared: bool,
 }
 
 impl DestinationModel {
     pub(super) fn new(end: End<Timed>, scene: Scene) -> Self {
-        Self { end, memory: vec![0; PAGES], scene, is_running: false, loaded: 0, frames: 0, digests: None }
+        Self {
+            end,
+            memory: vec![0; PAGES],
+            scene,
+            is_running: false,
+            loaded: 0,
+            frames: 0,
+            digests: None,
+            digests_begun: false,
+            compared: false,
+        }
+    }
+
+    /// Sends a message, if there is a return path.
+    fn send(&mut self, message: Message, bytes: u64) {
+        if self.scene.return_path {
+            self.end.port.send(0, Packet::Message(message), bytes);
+        }
     }
 
     fn acknowledge(&mut self) {
         let progress = Progress { bytes: self.loaded, frames: vec![self.frames] };
-        self.end.port.send(0, Packet::Message(Message::Progress(progress)), 30);
+        self.send(Message::Progress(progress), 30);
     }
 
     fn found(&mut self, found: Found) -> Option<Input> {
@@ -95,6 +115,8 @@ impl DestinationModel {
         match message {
             Message::Blocks(_) if !self.is_running => {
                 self.end.forget(|timed| matches!(timed, Timed::NotDescribed));
+                // A stored stream continues at once.
+                self.end.reads = self.scene.return_path;
                 self.end.after(5 * MS, Timed::Built);
                 None
             }
@@ -119,10 +141,15 @@ impl DestinationModel {
                 if let Err(error) = self.end.called() {
                     return Some(Input::Failed(error));
                 }
-                self.end.port.send(0, Packet::Message(Message::Ready), 20);
-                Some(Input::Agreed(Agreed { lanes: self.scene.lanes, verify: self.scene.verify, return_path: true }))
+                self.send(Message::Ready, 20);
+                let Scene { lanes, verify, return_path, .. } = self.scene;
+                Some(Input::Agreed(Agreed { lanes, verify, return_path }))
             }
-            Timed::Compared => Some(Input::Compared { equal: self.digests.as_ref() == Some(&self.memory) }),
+            Timed::Compared => {
+                let equal = self.digests.as_ref() == Some(&self.memory);
+                self.compared = equal;
+                Some(Input::Compared { equal })
+            }
             Timed::NotDescribed => Some(Input::Failed(MigrationError::TimedOut("not described".into()))),
         }
     }
@@ -144,7 +171,7 @@ impl DestinationModel {
             Action::NameStretch => {
                 let first = PageAt { block: 0, page: 0 };
                 let hashes = Message::PageHashes { first, hashes: Vec::new() };
-                self.end.port.send(0, Packet::Message(hashes), 100);
+                self.send(hashes, 100);
                 Err(MigrationError::Differs("a stretch".into()))
             }
             Action::MakeDurable => {
@@ -152,11 +179,14 @@ impl DestinationModel {
                 Ok(Input::Durable)
             }
             Action::Prepare => {
+                self.end.require(self.compared || !self.scene.verify, "a guest is prepared that was not compared");
                 self.end.call(2 * MS).await?;
                 self.end.truth.lock().unwrap().prepared = true;
                 Ok(Input::Prepared)
             }
             Action::Start(run_state) => {
+                let lies = self.end.truth.lock().unwrap().lies;
+                self.end.require(lies || run_state == self.scene.was(), "the guest is started otherwise than it was");
                 // A start that fails may have run part of the guest.
                 change(&self.end.truth, |shared| {
                     shared.start_begun = true;
@@ -173,16 +203,25 @@ impl DestinationModel {
     fn order(&mut self, order: Action) {
         match order {
             Action::Agree => {
-                self.end.port.send(0, Packet::Message(Message::Accept), 20);
+                self.send(Message::Accept, 20);
                 self.end.after(Duration::from_secs(20), Timed::NotDescribed);
             }
             Action::StartStages => {
                 self.is_running = true;
+                self.end.reads = true;
                 self.end.after(TICK, Timed::Tick);
             }
             Action::Report => self.acknowledge(),
-            Action::Compare => self.end.after(2 * MS, Timed::Compared),
-            Action::Send(message) => _ = self.end.port.send(0, Packet::Message(message), 20),
+            Action::StartDigests => self.digests_begun = true,
+            Action::Compare => {
+                self.end.require(self.digests_begun, "digests are compared that were not begun");
+                self.memory[0] += u32::from(self.end.faults.corrupt);
+                self.end.after(2 * MS, Timed::Compared);
+            }
+            Action::Send(message) => {
+                self.end.require(self.scene.return_path, "a message is sent where there is no return path");
+                self.send(message, 20);
+            }
             // What is left is nothing in this model.
             _ => {}
         }
@@ -210,6 +249,9 @@ impl World<Checked<DestinationCourse>> for DestinationModel {
 
     async fn perform(&mut self, action: Action, _: &Checked<DestinationCourse>) -> Option<Input> {
         self.end.before_action().await;
+        if let Action::Notify(event) = &action {
+            return self.end.notify(event).err().map(Input::Failed);
+        }
         if is_question(&action) {
             return Some(self.ask(action).await.unwrap_or_else(Input::Failed));
         }

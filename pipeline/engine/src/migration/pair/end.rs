@@ -4,9 +4,11 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::events::Events;
 use super::link::{Found, Port};
 use super::script::{Fault, Faults};
 use super::{Truth, guest_error, mistake};
+use crate::events::Event;
 use crate::migration::error::MigrationError;
 
 /// An end. `T` is what happens at it by itself after a time.
@@ -15,8 +17,12 @@ pub(super) struct End<T> {
     pub(super) truth: Truth,
     pub(super) faults: Faults,
     pub(super) port: Port,
+    /// Is the link read?
+    pub(super) reads: bool,
     begun: Instant,
     timers: Vec<(Instant, T)>,
+    /// What it has reported.
+    pub(super) events: Events,
     /// The process is to be stopped for this time, with the next action.
     stop: Option<Duration>,
 }
@@ -31,7 +37,16 @@ pub(super) enum Happened<T> {
 
 impl<T> End<T> {
     pub(super) fn new(truth: Truth, faults: Faults, port: Port) -> Self {
-        Self { truth, faults, port, begun: Instant::now(), timers: Vec::new(), stop: None }
+        Self {
+            truth,
+            faults,
+            port,
+            reads: true,
+            begun: Instant::now(),
+            timers: Vec::new(),
+            events: Events::default(),
+            stop: None,
+        }
     }
 
     /// The time since the migration began.
@@ -52,6 +67,29 @@ impl<T> End<T> {
         self.timers.retain(|(_, timed)| !is_it(timed));
     }
 
+    /// Notifies the observers.
+    ///
+    /// # Errors
+    /// If one of them panics.
+    pub(super) fn notify(&mut self, event: &Event) -> Result<(), MigrationError> {
+        if std::mem::take(&mut self.faults.notify) {
+            return Err(MigrationError::Mistake("an observer panics".into()));
+        }
+        let noted = self.events.note(event);
+        self.require_reported(noted);
+        Ok(())
+    }
+
+    /// A violation if this is an error, unless a panic has disturbed the lists of actions.
+    pub(super) fn require_reported(&self, checked: Result<(), String>) {
+        let mut shared = self.truth.lock().unwrap();
+        if let Err(violation) = checked
+            && !shared.is_disturbed()
+        {
+            shared.violations.push(violation);
+        }
+    }
+
     /// A violation, unless this holds.
     pub(super) fn require(&self, holds: bool, what: &str) {
         if !holds {
@@ -70,7 +108,7 @@ impl<T> End<T> {
         tokio::select! {
             biased;
             index = passed(earliest) => Happened::Timed(self.timers.remove(index).1),
-            found = self.port.next() => Happened::Found(found),
+            found = self.port.next(), if self.reads => Happened::Found(found),
         }
     }
 
@@ -95,9 +133,9 @@ impl<T> End<T> {
             Fault::Stop(time) => self.stop = Some(seconds(time)),
             Fault::Stall(time) => self.truth.lock().unwrap().stalled_until = Some(Instant::now() + seconds(time)),
             Fault::Mistake => mistake(),
-            Fault::Cancel | Fault::SwitchOver | Fault::StageFails => return false,
-            Fault::CallFails | Fault::CallPanics | Fault::Lie(_) => {
-                unreachable!("{fault:?} waits for a call or a message")
+            Fault::Cancel | Fault::SwitchOver | Fault::Set(_) | Fault::StageFails => return false,
+            Fault::CallFails | Fault::CallPanics | Fault::Lie(_) | Fault::NotifyPanics | Fault::Corrupt => {
+                unreachable!("{fault:?} waits for a call, a message or a notification")
             }
         }
         true

@@ -47,12 +47,14 @@ pub(super) struct Port {
     peer_timeout: Duration,
     is_cut: bool,
     is_muted: bool,
+    /// Is the stream stored? Then nobody listens meanwhile.
+    is_stored: bool,
     /// Was the end of the link reported?
     is_over: bool,
 }
 
 /// Both sides of a link.
-pub(super) fn link(delay: Duration, bytes_per_second: f64, peer_timeout: Duration) -> [Port; 2] {
+pub(super) fn link(delay: Duration, bytes_per_second: f64, peer_timeout: Duration, is_stored: bool) -> [Port; 2] {
     let (there, here) = (mpsc::unbounded_channel(), mpsc::unbounded_channel());
     let port = |out, incoming| Port {
         out,
@@ -64,6 +66,7 @@ pub(super) fn link(delay: Duration, bytes_per_second: f64, peer_timeout: Duratio
         peer_timeout,
         is_cut: false,
         is_muted: false,
+        is_stored,
         is_over: false,
     };
     [port(there.0, here.1), port(here.0, there.1)]
@@ -94,7 +97,7 @@ impl Port {
 
     /// From here on nothing this end sends arrives, and neither end is notified.
     pub(super) fn mute(&mut self) {
-        if !self.is_muted {
+        if !self.is_muted && !self.is_stored {
             self.is_muted = true;
             drop(self.out.send((Instant::now() + self.peer_timeout, Found::Silent)));
         }
@@ -113,7 +116,7 @@ impl Port {
 
     /// The process of this end is stopped for this time: the peer receives nothing from it.
     pub(super) fn stops(&self, time: Duration) {
-        if time >= self.peer_timeout && !self.is_cut && !self.is_muted {
+        if time >= self.peer_timeout && !self.is_cut && !self.is_muted && !self.is_stored {
             drop(self.out.send((Instant::now() + self.peer_timeout, Found::Silent)));
         }
     }

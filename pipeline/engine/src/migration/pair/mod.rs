@@ -6,8 +6,10 @@
 
 mod destination;
 mod end;
+mod events;
 mod link;
 mod memory;
+mod requests;
 mod script;
 mod source;
 mod tests;
@@ -20,12 +22,12 @@ use memferry_stages::wire::messages::RunState;
 use tokio::time::Instant;
 
 use super::course::destination::DestinationCourse;
-use super::course::source::{End as SourceEnd, Facts, SourceCourse};
+use super::course::source::{Conclusion, End as SourceEnd, Facts, SourceCourse};
 use super::driver::{Course, drive};
 use super::error::{MigrationError, Silence};
-use crate::events::Role;
+use crate::events::{DowntimeParts, Role};
 use crate::guest::GuestError;
-use crate::settings::{ConvergenceSettings, OnDeadline, SourceSettings, StallStep, Verify};
+use crate::settings::{After, ConvergenceSettings, OnDeadline, SourceSettings, StallStep, Verify};
 use destination::DestinationModel;
 use end::End;
 use link::link;
@@ -58,7 +60,18 @@ struct Shared {
     lies_to_destination: bool,
     /// Does an end make a mistake?
     mistaken: bool,
+    /// Does an observer panic?
+    unnotified: bool,
+    /// Is the stream stored, and the guest resumed after it? Then one that is started is a copy.
+    copies: bool,
     violations: Vec<String>,
+}
+
+impl Shared {
+    /// Does a panic take actions away from their lists?
+    fn is_disturbed(&self) -> bool {
+        self.mistaken || self.unnotified
+    }
 }
 
 type Truth = Arc<Mutex<Shared>>;
@@ -70,7 +83,7 @@ fn change(truth: &Truth, by: impl FnOnce(&mut Shared)) {
     // A peer that lies can make both ends run: a source by sending Go early, a destination by denying after Go that it
     // started the guest.
     let is_lied_to = shared.lies && (shared.go_left || shared.lies_to_destination);
-    if shared.source_runs && shared.destination_runs && !is_lied_to {
+    if shared.source_runs && shared.destination_runs && !is_lied_to && !shared.copies {
         shared.violations.push("law 7: two guests run".into());
     }
 }
@@ -138,7 +151,20 @@ struct Ran {
     /// How each end ended.
     source: Ended,
     destination: Ended,
+    figures: Figures,
     violations: Vec<String>,
+}
+
+/// Figures of a run.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Figures {
+    rounds: u32,
+    /// The downtime, and its parts at either end.
+    downtime: Option<Duration>,
+    parts: [DowntimeParts; 2],
+    verified: [Option<bool>; 2],
+    /// Did the decision to switch over have a forecast?
+    is_forecast: bool,
 }
 
 /// How an end ended.
@@ -150,6 +176,8 @@ enum Ended {
     Unconfirmed,
     ResumeFailed,
     Hangs,
+    /// It did not begin: no complete stream was stored.
+    NotBegun,
 }
 
 /// Runs a script.
@@ -167,15 +195,20 @@ async fn run_both(script: &Script) -> Ran {
         let mut lies = script.faults.iter().filter(|(_, _, fault)| matches!(fault, Fault::Lie(_)));
         shared.lies_to_destination = lies.clone().any(|(side, ..)| *side == Side::Destination);
         shared.lies = lies.next().is_some();
-        shared.mistaken = script.faults.iter().any(|(_, _, fault)| *fault == Fault::Mistake);
+        let has = |wanted| script.faults.iter().any(|(_, _, fault)| *fault == wanted);
+        shared.mistaken = has(Fault::Mistake);
+        shared.unnotified = has(Fault::NotifyPanics);
+        shared.copies = !scene.return_path && scene.resumes;
     }
     let settings = settings(&scene);
-    let [here, there] = link(Duration::from_millis(1), 2e6, settings.peer_timeout);
+    let [here, there] = link(Duration::from_millis(1), 2e6, settings.peer_timeout, !scene.return_path);
     let memory = SourceMemory::new(scene.writes.into(), 7);
-    let mut source = SourceModel::new(End::new(truth.clone(), Faults::of(script, Side::Source), here), memory, scene);
+    let here = End::new(truth.clone(), Faults::of(script, Side::Source), here);
+    let mut source = SourceModel::new(here, memory, scene, settings.clone());
     let mut destination =
         DestinationModel::new(End::new(truth.clone(), Faults::of(script, Side::Destination), there), scene);
-    let facts = Facts { was: scene.was(), return_path: true, hints: scene.hints, page_bytes: memory::PAGE_BYTES };
+    let facts =
+        Facts { was: scene.was(), return_path: scene.return_path, hints: scene.hints, page_bytes: memory::PAGE_BYTES };
     let handover_timeout = settings.handover_timeout;
     let mut source_course =
         Checked { course: SourceCourse::new(settings, facts), is_question: source::is_question, truth: truth.clone() };
@@ -185,20 +218,94 @@ async fn run_both(script: &Script) -> Ran {
         truth: truth.clone(),
     };
     let both = async {
-        tokio::join!(
-            source_ends(&mut source_course, &mut source),
-            destination_ends(&mut destination_course, &mut destination)
-        )
+        if scene.return_path {
+            let sending = source_ends(&mut source_course, &mut source);
+            return tokio::join!(sending, destination_ends(&mut destination_course, &mut destination));
+        }
+        let mistake = source_ends(&mut source_course, &mut source).await;
+        // What is not complete is no file.
+        if !is_complete(&source_course.course) {
+            return (mistake, None);
+        }
+        (mistake, destination_ends(&mut destination_course, &mut destination).await)
     };
     let (source_mistake, destination_mistake) =
         tokio::time::timeout(HANG, both).await.map_or((None, None), |mistakes| mistakes);
     let steps = [source.end.faults.steps(), destination.end.faults.steps()];
+    let figures = figures(&source_course.course, &destination_course.course);
+    let is_read = scene.return_path || is_complete(&source_course.course);
+    judge_conclusion(&scene, &source, source_course.course.conclusion());
     let source_ended = how_source(source_course.course, source_mistake);
-    let destination_ended = how_destination(destination_course.course, destination_mistake);
+    let destination_ended =
+        if is_read { how_destination(destination_course.course, destination_mistake) } else { Ended::NotBegun };
+    judge_reports(&mut source, &destination, source_ended, destination_ended);
     let equal = destination.memory == source.memory.versions();
     drop((source, destination));
     let violations = judge(&scene, &truth.lock().unwrap(), source_ended, destination_ended, equal);
-    Ran { steps, source: source_ended, destination: destination_ended, violations }
+    Ran { steps, source: source_ended, destination: destination_ended, figures, violations }
+}
+
+/// Did the source complete its stream?
+fn is_complete(course: &SourceCourse) -> bool {
+    course.conclusion().is_some_and(|conclusion| matches!(conclusion.end, SourceEnd::Completed))
+}
+
+fn figures(source: &SourceCourse, destination: &DestinationCourse) -> Figures {
+    Figures {
+        rounds: source.round(),
+        downtime: source.downtime(),
+        parts: [source.parts(), destination.parts()],
+        verified: [source.verified(), destination.verified()],
+        is_forecast: source.forecast().is_some(),
+    }
+}
+
+/// What follows from how the source ended: the guest stays here or not, and a cancel that comes too late is reported.
+fn judge_conclusion(scene: &Scene, source: &SourceModel, conclusion: Option<&Conclusion>) {
+    let Some(conclusion) = conclusion else { return };
+    let report = |holds: bool, what: &str| {
+        source.end.require_reported(if holds { Ok(()) } else { Err(what.into()) });
+    };
+    let completed = matches!(conclusion.end, SourceEnd::Completed);
+    let stays = match conclusion.end {
+        SourceEnd::Completed => scene.return_path || !scene.resumes,
+        SourceEnd::Unconfirmed(_) => true,
+        SourceEnd::Failed(_) | SourceEnd::Cancelled(_) => false,
+    };
+    report(conclusion.stays_paused == stays, "the source does not know whether its guest stays paused");
+    report((source.moved == 1) == (completed && stays), "a guest has moved and is still guarded, or it has not");
+    report(
+        !completed || !source.cancelled || source.end.events.warnings > 0,
+        "a cancel came too late without a report",
+    );
+}
+
+/// Each end reports its phases, and where the guest is; each request is answered; no hint counts at the end.
+fn judge_reports(source: &mut SourceModel, destination: &DestinationModel, here: Ended, there: Ended) {
+    if here == Ended::Hangs || there == Ended::Hangs {
+        return;
+    }
+    let report = |holds: bool, what: &str| {
+        source.end.require_reported(if holds { Ok(()) } else { Err(what.into()) });
+    };
+    let events = &source.end.events;
+    let completed = here == Ended::Completed;
+    report(!completed || (events.are_complete() && events.paused == 1), "a source completed without its phases");
+    report(events.resumed == source.resumed, "a guest runs here again and it is not reported, or it does not");
+    report(!source.window_is_open, "hints may come when the source is over");
+    let is_handed_over = source.end.truth.lock().unwrap().go_left;
+    report((events.handed_over == 1) == is_handed_over, "Go has left and it is not reported, or it has not");
+    let events = &destination.end.events;
+    report(there != Ended::Completed || events.are_complete(), "a destination completed without its phases");
+    let start_begun = destination.end.truth.lock().unwrap().start_begun;
+    report((events.handed_over == 1) == start_begun, "the start is begun and it is not reported, or it is not");
+    let settled = source.requests.settle();
+    source.end.require_reported(settled);
+    source.end.require_reported(if source.requests.are_settled() {
+        Ok(())
+    } else {
+        Err("a request has no answer".into())
+    });
 }
 
 /// Drives the source to its end, sends its last message and closes its side.
@@ -231,8 +338,18 @@ fn judge(scene: &Scene, shared: &Shared, source: Ended, destination: Ended, equa
     let as_it_was = shared.source_runs == scene.was_running;
     require(source != Ended::Hangs && destination != Ended::Hangs, "an end hangs");
     require(!shared.start_begun || shared.prepared, "law 7: a guest was started that was not prepared");
-    require(!shared.start_begun || shared.go_left || shared.lies, "law 7: a guest was started before Go");
+    let may_start = if scene.return_path { shared.go_left } else { source == Ended::Completed || scene.resumes };
+    require(!shared.start_begun || may_start || shared.lies, "law 7: a guest was started before Go");
     match source {
+        Ended::Completed if !scene.return_path => {
+            let runs = scene.resumes && scene.was_running;
+            require(
+                shared.source_runs == runs,
+                "the source guest is not as its settings want it after a stored stream",
+            );
+            require(scene.resumes || shared.committed, "law 7: a stream is complete before the source committed");
+            require(destination != Ended::Completed || equal || scene.resumes, "the memories differ");
+        }
         Ended::Completed => {
             require(!shared.source_runs, "law 7: a guest that has moved runs at its source");
             require(shared.lies || shared.start_begun, "law 7: completed, and nothing was started");
@@ -250,11 +367,12 @@ fn judge(scene: &Scene, shared: &Shared, source: Ended, destination: Ended, equa
             require(shared.committed || shared.lies, "law 7: unconfirmed before the source committed");
         }
         // A guest whose pause and resume both failed may run or not.
-        Ended::ResumeFailed | Ended::Hangs => {}
+        Ended::ResumeFailed | Ended::Hangs | Ended::NotBegun => {}
     }
     require(destination != Ended::Completed || shared.start_begun, "completed, and nothing was started");
     // A mistake in the very call that lifts the throttle is not mended.
     require(shared.mistaken || shared.throttled == 0, "the guest is still throttled");
+    require(scene.return_path || !shared.go_left, "Go is in a stored stream");
     violations
 }
 
@@ -293,6 +411,7 @@ fn settings(scene: &Scene) -> SourceSettings {
         deadline: scene.deadline.map(|ms| Duration::from_millis(ms.into())),
         on_deadline: if scene.switches_at_deadline { OnDeadline::SwitchOver } else { OnDeadline::Cancel },
         max_rounds: 20,
+        after: (!scene.return_path).then_some(if scene.resumes { After::Resume } else { After::Pause }),
         handover_timeout: Duration::from_secs(20),
         peer_timeout: Duration::from_secs(30),
         convergence: ConvergenceSettings { on_stall, stall_rounds: 2, ..ConvergenceSettings::default() },

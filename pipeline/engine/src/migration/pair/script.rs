@@ -25,6 +25,10 @@ pub(super) struct Scene {
     /// In milliseconds; what happens at the deadline is `switches_at_deadline`.
     pub(super) deadline: Option<u32>,
     pub(super) switches_at_deadline: bool,
+    /// The destination answers. Where it does not, the stream is stored, and the destination reads what is complete.
+    pub(super) return_path: bool,
+    /// Without a return path: the guest is resumed once the stream is complete.
+    pub(super) resumes: bool,
 }
 
 /// A fault, or what an operator does.
@@ -38,18 +42,24 @@ pub(super) enum Fault {
     Cancel,
     /// The operator requests the switchover. At the source.
     SwitchOver,
+    /// The operator requests changes of settings, of this number. At the source.
+    Set(u8),
     /// The process of this end is stopped for this number of seconds.
     Stop(u16),
     /// The next call into the guest fails.
     CallFails,
     /// The next call into the guest panics.
     CallPanics,
+    /// The next observer that is notified panics.
+    NotifyPanics,
     /// A stage fails.
     StageFails,
     /// The course itself panics, as a bug in it would.
     Mistake,
     /// The destination takes no pages for this number of seconds.
     Stall(u16),
+    /// A page of this end differs when digests are compared. At the destination.
+    Corrupt,
     /// The next message that this end receives is another one, of this number.
     Lie(u8),
 }
@@ -72,7 +82,12 @@ impl Scene {
         throttles: false,
         deadline: None,
         switches_at_deadline: true,
+        return_path: true,
+        resumes: false,
     };
+
+    /// A stream that is stored, and a guest that stays paused.
+    pub(super) const STORED: Self = Self { return_path: false, ..Self::PLAIN };
 
     pub(super) fn was(&self) -> RunState {
         if self.was_running { RunState::Running } else { RunState::Paused }
@@ -88,6 +103,10 @@ pub(super) struct Faults {
     pub(super) call: Option<Fault>,
     /// The next message is this one.
     pub(super) lie: Option<u8>,
+    /// The next notification panics.
+    pub(super) notify: bool,
+    /// A page differs.
+    pub(super) corrupt: bool,
 }
 
 impl Faults {
@@ -96,7 +115,7 @@ impl Faults {
             script.faults.iter().filter(|fault| fault.0 == side).map(|&(_, step, fault)| (step, fault)).collect();
         left.sort_unstable();
         left.reverse();
-        Self { left, step: 0, call: None, lie: None }
+        Self { left, step: 0, call: None, lie: None, notify: false, corrupt: false }
     }
 
     /// Steps so far.
@@ -109,14 +128,14 @@ impl Faults {
         self.step += 1;
     }
 
-    /// The next fault that is due by now. Faults of calls and messages wait until there is one.
+    /// The next fault that is due by now. Faults of calls, messages and notifications wait until there is one.
     pub(super) fn due(&mut self) -> Option<Fault> {
         self.next(|_| true)
     }
 
     /// The next fault that is due by now and is no input: an input waits until the action is performed.
     pub(super) fn due_in_action(&mut self) -> Option<Fault> {
-        self.next(|fault| !matches!(fault, Fault::Cancel | Fault::SwitchOver | Fault::StageFails))
+        self.next(|fault| !matches!(fault, Fault::Cancel | Fault::SwitchOver | Fault::Set(_) | Fault::StageFails))
     }
 
     fn next(&mut self, may_be: fn(Fault) -> bool) -> Option<Fault> {
@@ -128,6 +147,8 @@ impl Faults {
             match fault {
                 Fault::CallFails | Fault::CallPanics => self.call = Some(fault),
                 Fault::Lie(message) => self.lie = Some(message),
+                Fault::NotifyPanics => self.notify = true,
+                Fault::Corrupt => self.corrupt = true,
                 other => return Some(other),
             }
         }

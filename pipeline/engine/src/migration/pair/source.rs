@@ -2,27 +2,28 @@
 
 use std::time::Duration;
 
-use memferry_stages::batch::Mark;
+use memferry_stages::batch::{Mark, RoundKind};
 use memferry_stages::bitmap_sync::Synced;
 use memferry_stages::scanner::{RoundScanned, ScanOrder};
 use memferry_stages::sender::Sent;
 use memferry_stages::stage_id::StageId;
 use memferry_stages::tally::RoundTally;
 use memferry_stages::wire::Message;
-use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use super::end::{End, Happened};
 use super::link::{Found, Packet};
 use super::memory::{Frame, PAGE_BYTES, PAGES, SourceMemory};
+use super::requests::Requests;
 use super::script::{Fault, Scene};
 use super::{Checked, change, lie, silence};
-use crate::control::{Ask, Request};
+use crate::control::Request;
 use crate::controller::forecast::{Standing, Work};
 use crate::events::Role;
 use crate::migration::course::source::{Action, Input, SourceCourse};
 use crate::migration::driver::World;
 use crate::migration::error::{Failure, Loss, MigrationError};
+use crate::settings::SourceSettings;
 
 const MS: Duration = Duration::from_millis(1);
 /// Pages that are read at once.
@@ -39,6 +40,9 @@ pub(super) enum Timed {
     Sent(Sent),
     Synced(Synced),
     Digested,
+    /// A stream that is stored has a place.
+    Opened,
+    FileComplete,
     /// The destination has not answered in time.
     NotAnswered,
 }
@@ -78,11 +82,26 @@ pub(super) struct SourceModel {
     /// What a paused guest has waited for.
     waited_for: Vec<String>,
     state_sent: bool,
+    end_sent: bool,
     digests_begun: bool,
+    pub(super) requests: Requests,
+    /// Has a call failed that throttles the guest?
+    throttle_failed: bool,
+    /// May hints come?
+    pub(super) window_is_open: bool,
+    /// Was a cancel delivered?
+    pub(super) cancelled: bool,
+    released: bool,
+    /// Were digests measured since the last round began?
+    measured: bool,
+    /// How often the guest was reported to be elsewhere.
+    pub(super) moved: u32,
+    /// How often the guest was put to run again.
+    pub(super) resumed: u32,
 }
 
 impl SourceModel {
-    pub(super) fn new(end: End<Timed>, memory: SourceMemory, scene: Scene) -> Self {
+    pub(super) fn new(end: End<Timed>, memory: SourceMemory, scene: Scene, settings: SourceSettings) -> Self {
         Self {
             end,
             memory,
@@ -96,7 +115,16 @@ impl SourceModel {
             paused: false,
             waited_for: Vec::new(),
             state_sent: false,
+            end_sent: false,
             digests_begun: false,
+            requests: Requests::new(settings),
+            throttle_failed: false,
+            window_is_open: false,
+            cancelled: false,
+            released: false,
+            measured: false,
+            moved: 0,
+            resumed: 0,
         }
     }
 
@@ -175,6 +203,8 @@ impl SourceModel {
                 Some(Input::Synced { found, standing: self.standing() })
             }
             Timed::Digested => Some(Input::Digested),
+            Timed::Opened => Some(Input::Connected(Duration::ZERO)),
+            Timed::FileComplete => Some(Input::FileComplete),
             Timed::NotAnswered => Some(Input::Failed(MigrationError::TimedOut("no answer".into()))),
         }
     }
@@ -228,13 +258,27 @@ impl SourceModel {
     /// The input for a fault.
     fn fault(&mut self, fault: Fault) -> Option<Input> {
         match fault {
-            Fault::Cancel => Some(Input::Cancel),
-            Fault::SwitchOver => {
-                let (answer, _) = oneshot::channel();
-                let request = Request { ask: Ask::SwitchOver, answer };
-                Some(Input::Asked { request, standing: self.standing() })
+            Fault::Cancel => {
+                self.cancelled = true;
+                Some(Input::Cancel)
             }
+            Fault::SwitchOver => Some(self.asked(|requests| requests.switch_over())),
+            Fault::Set(number) => Some(self.asked(|requests| requests.set(number))),
             _ => Some(Input::Broke(Failure::Panicked { stage: StageId::SCANNER, panic: "a fault".into() })),
+        }
+    }
+
+    fn asked(&mut self, ask: impl FnOnce(&mut Requests) -> Request) -> Input {
+        Input::Asked { request: ask(&mut self.requests), standing: self.standing() }
+    }
+
+    /// The answers of the operator, and what must be in force.
+    fn check_requests(&mut self, action: &Action, course: &SourceCourse) {
+        let settled = self.requests.settle();
+        self.end.require_reported(settled);
+        if matches!(action, Action::Scan(_) | Action::Save | Action::SendEnd { .. }) {
+            let throttled = if self.throttle_failed { 0 } else { self.end.truth.lock().unwrap().throttled };
+            self.end.require_reported(self.requests.check(course, throttled));
         }
     }
 
@@ -256,18 +300,25 @@ impl SourceModel {
                 Input::Armed
             }
             Action::Measure => {
+                self.end.require(self.scene.verify, "digests are measured that are not compared");
+                self.measured = true;
                 self.note_waste("measures digests");
                 tokio::time::sleep(MS).await;
                 Input::Measured(MS)
             }
-            Action::OpenHints { .. } => {
+            Action::OpenHints { runs } => {
+                let guest_runs = self.end.truth.lock().unwrap().source_runs;
+                self.end.require(self.scene.hints, "hints are taken of a guest that has none");
+                self.end.require(runs == guest_runs, "hints are taken of a paused guest, or not of one that runs");
                 self.end.call(MS).await?;
+                self.window_is_open = runs;
                 Input::HintsOpen
             }
             Action::Throttle(percent, answer) => {
                 let throttled = self.end.call(MS).await;
-                if throttled.is_ok() {
-                    self.throttle(percent);
+                match throttled {
+                    Ok(()) => self.throttle(percent),
+                    Err(_) => self.throttle_failed = true,
                 }
                 answer.map(|answer| answer.send(Ok(())));
                 Input::Throttled(throttled)
@@ -281,10 +332,13 @@ impl SourceModel {
                 Input::Paused
             }
             Action::Save => {
+                let runs = self.end.truth.lock().unwrap().source_runs;
+                self.end.require(!runs, "the state of a guest is saved that runs");
                 self.end.call(MS).await?;
                 Input::Saved
             }
             Action::Release => {
+                self.released = true;
                 self.end.call(MS).await?;
                 Input::Released
             }
@@ -293,8 +347,10 @@ impl SourceModel {
                 Input::StateSent
             }
             Action::SendEnd { run_state, frames } => {
+                self.end.require(run_state == self.scene.was(), "the end mark has another state of the guest");
                 self.end.require(self.state_sent, "the stream ends without device state");
                 self.end.port.send(0, Packet::Message(Message::End { run_state, frames }), 20);
+                self.end_sent = true;
                 Input::EndSent
             }
             Action::NamePage(_) => Input::PageNamed("page 7".into()),
@@ -303,11 +359,13 @@ impl SourceModel {
                 self.end.truth.lock().unwrap().committed = true;
                 Input::Committed
             }
-            Action::Resume { run, .. } => {
-                let mistaken = self.end.truth.lock().unwrap().mistaken;
-                self.end.require(self.pause_called || !run || mistaken, "a guest is resumed that was never paused");
+            Action::Resume { run, reacquire } => {
+                let disturbed = self.end.truth.lock().unwrap().is_disturbed();
+                self.end.require(reacquire == self.released || disturbed, "what was released is not reacquired");
+                self.end.require(self.pause_called || !run || disturbed, "a guest is resumed that was never paused");
                 let resumed = self.end.call(MS).await;
                 if resumed.is_ok() && run {
+                    self.resumed += 1;
                     change(&self.end.truth, |shared| shared.source_runs = true);
                 }
                 Input::Resumed(resumed)
@@ -318,22 +376,56 @@ impl SourceModel {
     }
 
     /// Performs what has no answer.
-    fn order(&mut self, order: Action) {
+    fn order(&mut self, order: Action, course: &SourceCourse) {
         match order {
             Action::Answer(answer, result) => drop(answer.send(result)),
+            Action::Connect if !self.scene.return_path => {
+                self.end.port.send(0, Packet::Hello, 100);
+                self.end.port.send(0, Packet::Message(Message::Blocks(Vec::new())), 100);
+                self.end.after(MS, Timed::Opened);
+            }
             Action::Connect => {
                 self.end.port.send(0, Packet::Hello, 100);
                 self.end.after(Duration::from_secs(20), Timed::NotAnswered);
             }
-            Action::StartStages(_) => self.end.after(Duration::ZERO, Timed::Tick),
+            Action::StartStages(bandwidth) => {
+                self.requests.stages_start(bandwidth, course.settings());
+                self.end.after(Duration::ZERO, Timed::Tick);
+            }
+            Action::SetBandwidth(bandwidth) => self.requests.set_bandwidth(bandwidth),
+            Action::SetCache(bytes) => self.requests.set_cache(bytes),
+            Action::ReportChange { round, from, to } => {
+                self.end.require(round == course.round(), "a change is reported for another round");
+                self.requests.report(from, to);
+            }
+            Action::AcknowledgeAll => self.loaded = self.sent,
+            Action::Moved => self.moved += 1,
+            Action::CloseHints => self.window_is_open = false,
+            Action::Finish => {
+                let is_stored = !self.scene.return_path && self.end_sent;
+                self.end.require(is_stored, "a stream is completed that is not stored, or has no end");
+                self.end.after(2 * MS, Timed::FileComplete);
+            }
             Action::Scan(order) => {
+                let acknowledged = self.scene.return_path || self.loaded == self.sent;
+                let is_live = order.kind == RoundKind::Live;
+                let guest_runs = self.end.truth.lock().unwrap().source_runs;
+                self.end
+                    .require(!is_live || guest_runs == self.scene.was_running, "a round is live, and the guest paused");
+                let open = self.scene.hints && guest_runs && order.round > 0;
+                self.end.require(!is_live || self.window_is_open == open, "hints are not taken in a live round");
+                self.measured = false;
+                self.end.require(acknowledged, "what is stored counts as in flight");
                 let tallies = vec![RoundTally::new(order.round, order.kind); usize::from(self.scene.lanes)];
                 self.scan = Some(Scan { order, next: 0, tallies, ends_lanes: false });
                 self.end.after(MS / 10, Timed::Chunk);
             }
             Action::EndLanes => self.scan.as_mut().expect("a round is scanned").ends_lanes = true,
             Action::Sync { after_round } => {
+                let measured = !self.scene.verify || self.measured || self.paused;
+                self.end.require(measured || !self.scene.was_running, "digests were not measured before a decision");
                 self.note_waste("syncs");
+                self.window_is_open = false;
                 let found = Synced { after_round, dirty_pages: 0, duration: MS };
                 self.end.after(MS, Timed::Synced(found));
             }
@@ -346,6 +438,7 @@ impl SourceModel {
                 self.end.port.send(0, Packet::Digests(self.memory.versions().to_vec()), 200);
             }
             Action::Go(run_state) => {
+                self.end.require(run_state == self.scene.was(), "Go has another state of the guest");
                 self.end.truth.lock().unwrap().go_left = true;
                 self.end.port.send(0, Packet::Message(Message::Go(run_state)), 20);
             }
@@ -380,12 +473,16 @@ impl World<Checked<SourceCourse>> for SourceModel {
         }
     }
 
-    async fn perform(&mut self, action: Action, _: &Checked<SourceCourse>) -> Option<Input> {
+    async fn perform(&mut self, action: Action, course: &Checked<SourceCourse>) -> Option<Input> {
         self.end.before_action().await;
+        self.check_requests(&action, &course.course);
+        if let Action::Notify(event) = &action {
+            return self.end.notify(event).err().map(Input::Failed);
+        }
         if is_question(&action) {
             return Some(self.ask(action).await.unwrap_or_else(Input::Failed));
         }
-        self.order(action);
+        self.order(action, &course.course);
         None
     }
 }

@@ -2,10 +2,11 @@
 
 use std::collections::BTreeSet;
 use std::fmt::Write;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use fastrand::Rng;
 
+use super::requests::SETS;
 use super::script::{Fault, Scene, Script, Side};
 use super::{Ended, LIES, Ran, run};
 
@@ -14,7 +15,7 @@ const RUNS: usize = 10_000;
 /// Seeds the runs with several faults.
 const SEED: u64 = 14;
 
-const SCENES: [Scene; 9] = [
+const SCENES: [Scene; 12] = [
     Scene::PLAIN,
     Scene { verify: false, ..Scene::PLAIN },
     Scene { hints: true, ..Scene::PLAIN },
@@ -23,27 +24,38 @@ const SCENES: [Scene; 9] = [
     Scene { limit: 5, writes: 5000, throttles: true, ..Scene::PLAIN },
     Scene { limit: 5, writes: 5000, deadline: Some(400), ..Scene::PLAIN },
     Scene { limit: 5, writes: 5000, deadline: Some(60), ..Scene::PLAIN },
-    Scene { limit: 5, writes: 5000, deadline: Some(400), switches_at_deadline: false, ..Scene::PLAIN },
+    Scene::STORED,
+    Scene { resumes: true, hints: true, ..Scene::STORED },
+    Scene { verify: false, was_running: false, lanes: 1, ..Scene::STORED },
+    // The last: its deadline cancels it.
+    Scene { limit: 5, writes: 5000, throttles: true, deadline: Some(400), switches_at_deadline: false, ..Scene::PLAIN },
 ];
 
-/// Every fault that one end may have.
-fn faults() -> Vec<Fault> {
+/// Every fault that an end may have at a step. Of the requests for settings, which only a source has, each step has two.
+fn faults(side: Side, step: u32) -> Vec<Fault> {
     let mut faults = vec![
         Fault::Cut,
         Fault::Mute,
         Fault::Cancel,
-        Fault::SwitchOver,
         Fault::Stop(1),
         Fault::Stop(25),
         Fault::Stop(60),
         Fault::CallFails,
         Fault::CallPanics,
         Fault::StageFails,
+        Fault::NotifyPanics,
         Fault::Mistake,
         Fault::Stall(1),
         Fault::Stall(60),
     ];
     faults.extend((0..LIES).map(Fault::Lie));
+    if side == Side::Destination {
+        faults.push(Fault::Corrupt);
+    }
+    if side == Side::Source {
+        let number = u8::try_from(step % u32::from(SETS)).unwrap();
+        faults.extend([Fault::SwitchOver, Fault::Set(number), Fault::Set((number + SETS / 2) % SETS)]);
+    }
     faults
 }
 
@@ -68,17 +80,72 @@ fn rust(script: &Script) -> String {
 #[test]
 fn without_a_fault_each_scene_ends_as_it_must() {
     let ended = |scene| check(&Script { scene, faults: Vec::new() });
-    for scene in &SCENES[..8] {
+    let (cancelled, complete) = SCENES.split_last().unwrap();
+    for scene in complete {
         let ran = ended(*scene);
         assert_eq!((ran.source, ran.destination), (Ended::Completed, Ended::Completed), "{scene:?}");
     }
-    assert_eq!(ended(SCENES[8]).source, Ended::Cancelled, "its deadline cancels it");
+    assert_eq!(ended(*cancelled).source, Ended::Cancelled);
 }
 
 #[test]
 fn the_same_script_runs_the_same_way() {
     let script = Script { scene: Scene::PLAIN, faults: vec![(Side::Destination, 9, Fault::Stop(1))] };
     assert_eq!(check(&script), check(&script));
+}
+
+/// The parts of the downtime are what the models take for each: a sync 1 ms, a pause 2 ms, and so on.
+#[test]
+fn without_a_fault_the_downtime_has_these_parts() {
+    // Sync, state, verification, handover and resume at the source, in milliseconds; verification and handover at the
+    // destination. Where digests are not compared, the transfer includes the destination's work.
+    let parts = [
+        (Scene::PLAIN, [3, 2, 10, 6, 0], [2, 1]),
+        (Scene { verify: false, ..Scene::PLAIN }, [3, 2, 0, 6, 0], [0, 1]),
+        (Scene { hints: true, ..Scene::PLAIN }, [4, 2, 10, 6, 0], [2, 1]),
+        (Scene { was_running: false, ..Scene::PLAIN }, [1, 2, 10, 6, 0], [2, 1]),
+        (Scene::STORED, [3, 2, 2, 3, 0], [2, 0]),
+        (Scene { resumes: true, ..Scene::STORED }, [3, 2, 2, 2, 1], [2, 0]),
+        (Scene { verify: false, was_running: false, ..Scene::STORED }, [1, 2, 0, 3, 0], [0, 0]),
+    ];
+    for (scene, here, there) in parts {
+        let figures = check(&Script { scene, faults: Vec::new() }).figures;
+        let [source, destination] = figures.parts;
+        let ms = |part: Duration| part.as_millis();
+        let parts = [source.final_sync, source.state, source.verify, source.handover, source.resume];
+        assert_eq!(parts.map(ms), here, "{scene:?}");
+        assert_eq!([destination.verify, destination.handover].map(ms), there, "{scene:?}");
+        assert!(!source.final_transfer.is_zero() && figures.downtime == Some(source.total()), "{scene:?}: {figures:?}");
+        let compared = scene.verify.then_some(true);
+        assert_eq!(figures.verified, [compared.filter(|_| scene.return_path), compared], "{scene:?}");
+        assert!(figures.is_forecast, "{scene:?}");
+    }
+}
+
+#[test]
+fn a_page_that_differs_ends_it_at_both_ends_and_is_named() {
+    for scene in [Scene::PLAIN, Scene::STORED] {
+        let ran = check(&Script { scene, faults: vec![(Side::Destination, 0, Fault::Corrupt)] });
+        assert_eq!(ran.destination, Ended::Failed, "{scene:?}");
+        assert_eq!(ran.source, if scene.return_path { Ended::Failed } else { Ended::Completed });
+        assert_eq!(ran.figures.verified, [scene.return_path.then_some(false), Some(false)], "{scene:?}");
+    }
+}
+
+#[test]
+fn what_the_operator_sets_decides() {
+    let scene = Scene { limit: 1, writes: 5000, switches_at_deadline: false, ..Scene::PLAIN };
+    let set = |numbers: &[u8]| {
+        let faults = numbers.iter().map(|&number| (Side::Source, 40, Fault::Set(number))).collect();
+        let ran = check(&Script { scene, faults });
+        (ran.source, ran.figures.rounds)
+    };
+    let (ended, rounds) = set(&[]);
+    assert_eq!((ended, rounds), (Ended::Cancelled, 20), "the guest does not converge");
+    assert_eq!(set(&[4]).0, Ended::Completed, "the downtime limit is high enough");
+    assert_eq!(set(&[4, 5]).0, Ended::Cancelled, "the later request decides");
+    let (ended, rounds) = set(&[7]);
+    assert!(ended == Ended::Cancelled && rounds < 20, "the deadline ends it: {rounds} rounds");
 }
 
 #[test]
@@ -100,7 +167,7 @@ fn with_faults_at_every_step_the_laws_hold() {
         for (side, steps) in [Side::Source, Side::Destination].into_iter().zip(ran.steps) {
             let in_full = (0..steps + 1).filter(|step| *step < 25 || *step + 30 > steps);
             for step in in_full {
-                for fault in faults() {
+                for fault in faults(side, step) {
                     run_new(Script { scene, faults: vec![(side, step, fault)] });
                 }
             }
@@ -108,13 +175,14 @@ fn with_faults_at_every_step_the_laws_hold() {
         lengths.push(ran.steps);
     }
     let mut rng = Rng::with_seed(SEED);
-    let faults = faults();
     for _ in 0..RUNS / 4 {
         let at = rng.usize(..SCENES.len());
         let several = (0..rng.usize(2..4)).map(|_| {
             let (side, steps) =
                 if rng.bool() { (Side::Source, lengths[at][0]) } else { (Side::Destination, lengths[at][1]) };
-            (side, rng.u32(..=steps), faults[rng.usize(..faults.len())])
+            let step = rng.u32(..=steps);
+            let faults = faults(side, step);
+            (side, step, faults[rng.usize(..faults.len())])
         });
         let several = several.collect();
         run_new(Script { scene: SCENES[at], faults: several });
