@@ -33,13 +33,16 @@ fn changes(number: u8) -> Vec<Change> {
     }
 }
 
+/// Where the answer to a request comes.
+type Answered = Receiver<Result<(), ControlError>>;
+
 /// The requests of a run.
 #[derive(Debug)]
 pub(super) struct Requests {
     /// The settings that must be in force.
     settings: SourceSettings,
     /// Those that are not answered.
-    pending: Vec<(Vec<Change>, Receiver<Result<(), ControlError>>)>,
+    pending: Vec<(Vec<Change>, Answered)>,
     /// The changes reported since the last answer.
     reported: Vec<(Change, Change)>,
     /// What the stages were ordered to use, once they run.

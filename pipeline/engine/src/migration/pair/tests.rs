@@ -9,6 +9,7 @@ use fastrand::Rng;
 use super::requests::SETS;
 use super::script::{Fault, Scene, Script, Side};
 use super::{Ended, LIES, Ran, run};
+use crate::events::DowntimeParts;
 
 /// Distinct runs, at least.
 const RUNS: usize = 10_000;
@@ -97,24 +98,25 @@ fn the_same_script_runs_the_same_way() {
 /// The parts of the downtime are what the models take for each: a sync 1 ms, a pause 2 ms, and so on.
 #[test]
 fn without_a_fault_the_downtime_has_these_parts() {
-    // Sync, state, verification, handover and resume at the source, in milliseconds; verification and handover at the
-    // destination. Where digests are not compared, the transfer includes the destination's work.
+    // In milliseconds: pause, state, sync, verify, durable, prepare, start, handover and resume at the source; verify, durable, prepare
+    // and start at the destination.
     let parts = [
-        (Scene::PLAIN, [3, 2, 10, 6, 0], [2, 1]),
-        (Scene { verify: false, ..Scene::PLAIN }, [3, 2, 0, 6, 0], [0, 1]),
-        (Scene { hints: true, ..Scene::PLAIN }, [4, 2, 10, 6, 0], [2, 1]),
-        (Scene { was_running: false, ..Scene::PLAIN }, [1, 2, 10, 6, 0], [2, 1]),
-        (Scene::STORED, [3, 2, 2, 3, 0], [2, 0]),
-        (Scene { resumes: true, ..Scene::STORED }, [3, 2, 2, 2, 1], [2, 0]),
-        (Scene { verify: false, was_running: false, ..Scene::STORED }, [1, 2, 0, 3, 0], [0, 0]),
+        (Scene::PLAIN, [2, 2, 1, 4, 1, 2, 1, 5, 0], [2, 1, 2, 1]),
+        (Scene { verify: false, ..Scene::PLAIN }, [2, 2, 1, 0, 1, 2, 1, 5, 0], [0, 1, 2, 1]),
+        (Scene { hints: true, ..Scene::PLAIN }, [2, 2, 2, 4, 1, 2, 1, 5, 0], [2, 1, 2, 1]),
+        (Scene { was_running: false, ..Scene::PLAIN }, [0, 2, 1, 4, 1, 2, 1, 5, 0], [2, 1, 2, 1]),
+        (Scene::STORED, [2, 2, 1, 2, 3, 0, 0, 0, 0], [2, 1, 2, 0]),
+        (Scene { resumes: true, ..Scene::STORED }, [2, 2, 1, 2, 2, 0, 0, 0, 1], [2, 1, 2, 0]),
+        (Scene { verify: false, was_running: false, ..Scene::STORED }, [0, 2, 1, 0, 3, 0, 0, 0, 0], [0, 1, 2, 0]),
     ];
     for (scene, here, there) in parts {
         let figures = check(&Script { scene, faults: Vec::new() }).figures;
         let [source, destination] = figures.parts;
         let ms = |part: Duration| part.as_millis();
-        let parts = [source.final_sync, source.state, source.verify, source.handover, source.resume];
-        assert_eq!(parts.map(ms), here, "{scene:?}");
-        assert_eq!([destination.verify, destination.handover].map(ms), there, "{scene:?}");
+        let DowntimeParts { pause, state, final_sync, verify, durable, prepare, start, handover, resume, .. } = source;
+        let parts = [pause, state, final_sync, verify, durable, prepare, start, handover, resume].map(ms);
+        let theirs = [destination.verify, destination.durable, destination.prepare, destination.start].map(ms);
+        assert_eq!((parts, theirs), (here, there), "{scene:?}");
         assert!(!source.final_transfer.is_zero() && figures.downtime == Some(source.total()), "{scene:?}: {figures:?}");
         let compared = scene.verify.then_some(true);
         assert_eq!(figures.verified, [compared.filter(|_| scene.return_path), compared], "{scene:?}");
