@@ -38,6 +38,9 @@ use source::SourceModel;
 /// How long a run may take before it counts as one that hangs.
 const HANG: Duration = Duration::from_secs(3600);
 
+/// The most steps of a course: more than one takes that waits until [`HANG`].
+const MOST_STEPS: u32 = 100_000;
+
 /// What both ends of a run share: where the guest runs, and what went wrong.
 #[derive(Debug, Default)]
 struct Shared {
@@ -58,6 +61,8 @@ struct Shared {
     /// Does a peer lie? Then what follows from its words is its own.
     lies: bool,
     lies_to_destination: bool,
+    /// Does it claim to the source that it has begun to start the guest?
+    claims_start: bool,
     /// Does an end make a mistake?
     mistaken: bool,
     /// Does an observer panic?
@@ -88,9 +93,11 @@ fn change(truth: &Truth, by: impl FnOnce(&mut Shared)) {
     }
 }
 
-/// A course whose lists of actions are checked: a question is the last of its list.
+/// A course whose lists of actions are checked: a question is the last of its list. A course that steps without end ends
+/// with a panic.
 struct Checked<C: Course> {
     course: C,
+    steps: u32,
     is_question: fn(&C::Action) -> bool,
     truth: Truth,
 }
@@ -99,7 +106,12 @@ impl<C: Course> Checked<C>
 where
     C::Action: std::fmt::Debug,
 {
-    fn check(&self, actions: Vec<C::Action>) -> Vec<C::Action> {
+    fn check(&mut self, actions: Vec<C::Action>) -> Vec<C::Action> {
+        self.steps += 1;
+        if self.steps == MOST_STEPS {
+            self.truth.lock().unwrap().violations.push("a course steps without end".into());
+            mistake();
+        }
         let before_the_last = actions.iter().rev().skip(1);
         if let Some(question) = before_the_last.into_iter().find(|action| (self.is_question)(action)) {
             self.truth.lock().unwrap().violations.push(format!("{question:?} is not the last of {actions:?}"));
@@ -194,6 +206,8 @@ async fn run_both(script: &Script) -> Ran {
         shared.source_runs = scene.was_running;
         let mut lies = script.faults.iter().filter(|(_, _, fault)| matches!(fault, Fault::Lie(_)));
         shared.lies_to_destination = lies.clone().any(|(side, ..)| *side == Side::Destination);
+        let claims = |number| matches!(lie(number), Message::Running | Message::StartFailed(_));
+        shared.claims_start = lies.clone().any(|&(_, _, fault)| matches!(fault, Fault::Lie(number) if claims(number)));
         shared.lies = lies.next().is_some();
         let has = |wanted| script.faults.iter().any(|(_, _, fault)| *fault == wanted);
         shared.mistaken = has(Fault::Mistake);
@@ -210,10 +224,15 @@ async fn run_both(script: &Script) -> Ran {
     let facts =
         Facts { was: scene.was(), return_path: scene.return_path, hints: scene.hints, page_bytes: memory::PAGE_BYTES };
     let handover_timeout = settings.handover_timeout;
-    let mut source_course =
-        Checked { course: SourceCourse::new(settings, facts), is_question: source::is_question, truth: truth.clone() };
+    let mut source_course = Checked {
+        course: SourceCourse::new(settings, facts),
+        steps: 0,
+        is_question: source::is_question,
+        truth: truth.clone(),
+    };
     let mut destination_course = Checked {
         course: DestinationCourse::new(handover_timeout),
+        steps: 0,
         is_question: destination::is_question,
         truth: truth.clone(),
     };
@@ -364,7 +383,7 @@ fn judge(scene: &Scene, shared: &Shared, source: Ended, destination: Ended, equa
         }
         Ended::Unconfirmed => {
             require(!shared.source_runs, "law 7: unconfirmed, and the source guest runs");
-            require(shared.committed || shared.lies, "law 7: unconfirmed before the source committed");
+            require(shared.committed || shared.claims_start, "law 7: unconfirmed before the source committed");
         }
         // A guest whose pause and resume both failed may run or not.
         Ended::ResumeFailed | Ended::Hangs | Ended::NotBegun => {}
@@ -432,12 +451,13 @@ fn lie(number: u8) -> Message {
         Message::StartFailed("a lie".into()),
         Message::Go(RunState::Running),
         Message::End { run_state: RunState::Running, frames: 3 },
+        Message::Heartbeat(Vec::new()),
     ];
     lies[usize::from(number) % lies.len()].clone()
 }
 
 /// How many lies there are.
-const LIES: u8 = 10;
+const LIES: u8 = 11;
 
 fn guest_error() -> MigrationError {
     MigrationError::Guest(GuestError("the guest fails".into()))

@@ -120,7 +120,7 @@ fn without_a_fault_the_downtime_has_these_parts() {
         assert!(!source.final_transfer.is_zero() && figures.downtime == Some(source.total()), "{scene:?}: {figures:?}");
         let compared = scene.verify.then_some(true);
         assert_eq!(figures.verified, [compared.filter(|_| scene.return_path), compared], "{scene:?}");
-        assert!(figures.is_forecast, "{scene:?}");
+        assert!(figures.is_forecast && figures.rounds <= 3, "{scene:?}: {figures:?}");
     }
 }
 
