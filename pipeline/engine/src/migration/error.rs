@@ -61,6 +61,9 @@ pub enum MigrationError {
     /// Guest memory could not be read for a digest.
     #[error("guest memory cannot be read for its digest: {0}")]
     Digest(#[source] io::Error),
+    /// The background check of memory against page hashes cannot start.
+    #[error("memory cannot be checked in the background: {0}")]
+    Check(#[source] io::Error),
     /// A stage failed.
     #[error("{0}")]
     Stage(#[from] Failure),

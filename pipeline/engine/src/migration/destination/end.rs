@@ -67,7 +67,7 @@ impl Destination<'_> {
             outcome: Outcome::Failed,
             error: None,
             verified: course.verified(),
-            checked: flow.and_then(|flow| flow.page_hashes.as_ref()).map(|page_hashes| page_hashes.coverage()),
+            checked: flow.and_then(|flow| flow.verification.page_hashes()).map(|page_hashes| page_hashes.coverage()),
             total: self.started.elapsed(),
             setup: self.setup,
             downtime: None,

@@ -1,11 +1,9 @@
 //! The running stages of a destination: what they report, and what has arrived besides the pages.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use memferry_stages::geometry::Layout;
 use memferry_stages::loader::Loaded;
-use memferry_stages::page_hashes::PageHashes;
 use memferry_stages::sender::Control;
 use memferry_stages::stage_id::StageId;
 use memferry_stages::wire::Message;
@@ -15,16 +13,15 @@ use tokio::time::Interval;
 
 use super::answers::{figures, finish, send_answer};
 use super::rounds::Rates;
+use super::verify::Verification;
 use crate::controller::forecast::WriteBack;
 use crate::migration::FAREWELL;
 use crate::migration::alive::{Alive, silenced};
-use crate::migration::checker::Checker;
 use crate::migration::course::times::write_back_figures;
 use crate::migration::destination_graph::DestinationGraph;
 use crate::migration::digests::Digests;
 use crate::migration::error::{Failure, Loss, MigrationError, Silence};
 use crate::migration::state::{Assembly, Room};
-use crate::settings::Verify;
 
 /// See the [module](self).
 pub(super) struct Flow {
@@ -36,12 +33,7 @@ pub(super) struct Flow {
     /// Receivers and loaders that have not ended.
     pub(super) stages_left: usize,
     pub(super) rates: Rates,
-    /// How memories are compared.
-    pub(super) verify: Verify,
-    /// The hashes of the pages as they were loaded, if they are what is compared.
-    pub(super) page_hashes: Option<Arc<PageHashes>>,
-    /// Runs until everything is loaded.
-    pub(super) checker: Option<Checker>,
+    pub(super) verification: Verification,
 }
 
 /// Messages that arrive besides the pages.

@@ -103,7 +103,7 @@ impl Destination<'_> {
     /// Bytes on the wire, the peak of memory, and how every stage has spent its time.
     pub(super) fn figures(&self, flow: &Flow) -> (u64, u64, Vec<Reading>) {
         let Some(layout) = self.layout() else { return Default::default() };
-        let keeps = bounds::destination_keeps(layout, flow.verify, flow.arrived.may_leave_out);
+        let keeps = bounds::destination_keeps(layout, flow.verification.kind(), flow.arrived.may_leave_out);
         let state =
             bounds::state_bytes(self.state_room.taken(), bounds::state_messages(flow.graph.progress.len() as u64));
         let peak = bounds::peak(&flow.graph.pools, &flow.graph.meters, keeps) + state;

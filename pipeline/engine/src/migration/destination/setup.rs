@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 use futures::future::BoxFuture;
 use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::geometry::{BlockInfo, Layout, PageSize};
-use memferry_stages::page_hashes::PageHashes;
 use memferry_stages::queue::Outlet;
 use memferry_stages::sender::Control;
 use memferry_stages::wire::messages::StatePhase;
@@ -19,10 +18,10 @@ use tokio_util::task::AbortOnDropHandle;
 use super::answers::{Answers, figures, send_answer};
 use super::flow::{Arrived, Flow};
 use super::rounds::Rates;
+use super::verify::Verification;
 use super::{Attempt, Build, Built, Destination};
 use crate::events::{Event, Observers, Role};
 use crate::guest::{GuestError, GuestState};
-use crate::migration::checker::Checker;
 use crate::migration::course::destination::ended_early;
 use crate::migration::course::times::build_message;
 use crate::migration::destination_graph::DestinationGraph;
@@ -32,7 +31,7 @@ use crate::migration::session::{Door, Session};
 use crate::migration::stage_set::StageSet;
 use crate::migration::state::{Assembly, Room};
 use crate::migration::{block_facts, blocking, bounds, built_otherwise};
-use crate::settings::{DestinationSettings, Verify};
+use crate::settings::DestinationSettings;
 
 /// How often the source is notified of what is loaded.
 const TICK: Duration = Duration::from_millis(20);
@@ -41,6 +40,7 @@ const TICK: Duration = Duration::from_millis(20);
 pub(super) struct Ready {
     pub(super) session: Session,
     pub(super) built: Built,
+    pub(super) verification: Verification,
     /// What guest state may still take.
     pub(super) room: Room,
 }
@@ -93,8 +93,8 @@ impl<'a> Destination<'a> {
         self.attempt = Attempt::Agreeing(Box::pin(acceptance.make()), answers);
     }
 
-    pub(super) fn start_stages(&mut self, ready: Ready, answers: Option<Answers>) -> Result<(), MigrationError> {
-        let Ready { session: Session { hello, features, readers, .. }, built, .. } = ready;
+    pub(super) fn start_stages(&mut self, ready: Ready, answers: Option<Answers>) {
+        let Ready { session: Session { hello, features, readers, .. }, built, verification, .. } = ready;
         let mut ticks = tokio::time::interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let stages_left = readers.len() + usize::from(hello.lanes);
@@ -102,16 +102,15 @@ impl<'a> Destination<'a> {
             Some(Answers { stages, outlet, alive }) => (stages, Some(outlet), Some(alive)),
             None => (StageSet::new(self.plane.handle()), None, None),
         };
-        let verify = match (features.verify, features.page_hashes) {
-            (false, _) => Verify::Off,
-            (true, true) => Verify::Pages,
-            (true, false) => Verify::Full,
-        };
-        let page_hashes = (verify == Verify::Pages).then(|| Arc::new(PageHashes::new(built.memory.layout())));
-        let check = |page_hashes: &Arc<PageHashes>| Checker::start(built.memory.clone(), page_hashes.clone());
-        let checker = page_hashes.as_ref().map(check).transpose().map_err(MigrationError::Digest)?;
-        let graph =
-            DestinationGraph::start(&built.memory, &hello, features, readers, stages, answer, page_hashes.as_ref());
+        let graph = DestinationGraph::start(
+            &built.memory,
+            &hello,
+            features,
+            readers,
+            stages,
+            answer,
+            verification.page_hashes(),
+        );
         if let (Some(alive), Some(answer)) = (&mut alive, &graph.answer) {
             let meters = graph.receiver_meters.clone();
             alive.report(answer.clone(), move || figures(&meters));
@@ -124,12 +123,9 @@ impl<'a> Destination<'a> {
             ticks,
             stages_left,
             rates: Rates::begin(),
-            verify,
-            page_hashes,
-            checker,
+            verification,
         }));
         self.built = Some(built);
-        Ok(())
     }
 }
 
@@ -154,8 +150,9 @@ impl Acceptance {
             memory_bound: bound(layout),
         });
         send_answer(self.answers.as_ref(), &build_message(began.elapsed())).await?;
+        let verification = Verification::start(&built.memory, self.session.features)?;
         send_answer(self.answers.as_ref(), &Message::Ready).await?;
-        Ok(Ready { session: self.session, built, room: self.room })
+        Ok(Ready { session: self.session, built, verification, room: self.room })
     }
 }
 

@@ -6,10 +6,65 @@ use futures::future::BoxFuture;
 use memferry_stages::memory::GuestMemory;
 use memferry_stages::page_hashes::PageHashes;
 use memferry_stages::wire::Message;
+use memferry_stages::wire::hello::Features;
 
 use crate::migration::blocking;
+use crate::migration::checker::Checker;
 use crate::migration::digests::{self, Digests, LeftOut, Pending, StretchAt};
 use crate::migration::error::MigrationError;
+use crate::settings::Verify;
+
+/// How memories are compared, as the stream has it, and what this end keeps for it.
+pub(super) enum Verification {
+    Off,
+    Full,
+    /// The hashes of the pages as they are loaded, and the check of memory against them.
+    Pages(Arc<PageHashes>, Checker),
+}
+
+impl Verification {
+    /// As the stream's features have it. Memory is checked from here on.
+    ///
+    /// # Errors
+    /// When the check cannot start.
+    pub(super) fn start(memory: &GuestMemory, features: Features) -> Result<Self, MigrationError> {
+        if !features.verify {
+            return Ok(Self::Off);
+        }
+        if !features.page_hashes {
+            return Ok(Self::Full);
+        }
+        let page_hashes = Arc::new(PageHashes::new(memory.layout()));
+        let checker = Checker::start(memory.clone(), page_hashes.clone()).map_err(MigrationError::Check)?;
+        Ok(Self::Pages(page_hashes, checker))
+    }
+
+    pub(super) fn kind(&self) -> Verify {
+        match self {
+            Self::Off => Verify::Off,
+            Self::Full => Verify::Full,
+            Self::Pages(..) => Verify::Pages,
+        }
+    }
+
+    pub(super) fn page_hashes(&self) -> Option<&Arc<PageHashes>> {
+        match self {
+            Self::Pages(page_hashes, _) => Some(page_hashes),
+            Self::Off | Self::Full => None,
+        }
+    }
+
+    /// Everything is loaded: begins this end's digests. `excluded` are pages that never travel.
+    pub(super) fn finish(&self, memory: &GuestMemory, excluded: LeftOut) -> Ours {
+        match self {
+            Self::Pages(page_hashes, checker) => {
+                checker.stop();
+                Ours::Pages(page_hashes.clone(), excluded)
+            }
+            Self::Off | Self::Full => Ours::Memory(digests::start(memory, excluded)),
+        }
+    }
+}
 
 /// This end's digests, and their comparison.
 pub(super) enum Comparison {
@@ -102,7 +157,7 @@ fn check_left_out(ours: &Digests, theirs: &LeftOut) -> Result<(), MigrationError
 /// The page hashes of a stretch, so that the source can name the page that differs.
 pub(super) async fn page_hashes(
     memory: &GuestMemory,
-    recorded: Option<&PageHashes>,
+    recorded: Option<&Arc<PageHashes>>,
     left_out: &LeftOut,
     stretch: StretchAt,
 ) -> Result<Message, MigrationError> {

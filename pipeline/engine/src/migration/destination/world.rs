@@ -9,18 +9,17 @@ use memferry_stages::wire::messages::RunState;
 
 use super::flow::Signal;
 use super::setup::Ready;
-use super::verify::{Comparison, Ours, describe, page_hashes};
+use super::verify::{Comparison, describe, page_hashes};
 use super::{Attempt, Destination};
 use crate::events::Event;
 use crate::guest::GuestState;
 use crate::migration::alive::silenced;
-use crate::migration::checker::Checker;
 use crate::migration::course::destination::{Action, Agreed, DestinationCourse, Input};
 use crate::migration::driver::World;
 use crate::migration::error::{Failure, MigrationError, guarded};
 use crate::migration::session::{Door, Session};
 use crate::migration::state::Assembly;
-use crate::migration::{asked, blocking, digests};
+use crate::migration::{asked, blocking};
 
 /// What an attempt reports.
 enum Happened {
@@ -186,7 +185,7 @@ impl Destination<'_> {
             }
             Action::StartStages => {
                 match std::mem::replace(&mut self.attempt, Attempt::None) {
-                    Attempt::Ready(ready, answers) => self.start_stages(*ready, answers)?,
+                    Attempt::Ready(ready, answers) => self.start_stages(*ready, answers),
                     _ => unreachable!("stages start when both ends have agreed"),
                 }
                 None
@@ -205,11 +204,7 @@ impl Destination<'_> {
             Action::StartDigests => {
                 let built = self.built.as_ref().expect("what is loaded was built");
                 let flow = self.attempt.running()?;
-                flow.checker.iter().for_each(Checker::stop);
-                self.comparison = Comparison::Started(match flow.page_hashes.clone() {
-                    Some(page_hashes) => Ours::Pages(page_hashes, built.excluded.clone()),
-                    None => Ours::Memory(digests::start(&built.memory, built.excluded.clone())),
-                });
+                self.comparison = Comparison::Started(flow.verification.finish(&built.memory, built.excluded.clone()));
                 None
             }
             Action::Compare => {
@@ -265,7 +260,7 @@ impl Destination<'_> {
         };
         let flow = self.attempt.running()?;
         if flow.graph.answer.is_some() {
-            let hashes = page_hashes(&built.memory, flow.page_hashes.as_deref(), left_out, *stretch).await?;
+            let hashes = page_hashes(&built.memory, flow.verification.page_hashes(), left_out, *stretch).await?;
             flow.send(&hashes).await?;
         }
         Ok(describe(&built.memory, *stretch))

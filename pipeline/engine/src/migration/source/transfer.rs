@@ -1,7 +1,6 @@
 //! What survives a lost connection: the guest, its memory and its logs. Every call into the guest is here, besides those
 //! to its page hinters.
 
-use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -96,9 +95,13 @@ impl Transfer {
     }
 
     /// Starts to check memory against the page hashes, if there are any, until digests are begun.
-    pub(super) fn start_check(&mut self) -> io::Result<()> {
+    ///
+    /// # Errors
+    /// When the check cannot start.
+    pub(super) fn start_check(&mut self) -> Result<(), MigrationError> {
         if let Some(page_hashes) = &self.page_hashes {
-            self.checker = Some(Checker::start(self.memory.clone(), page_hashes.clone())?);
+            let checker = Checker::start(self.memory.clone(), page_hashes.clone());
+            self.checker = Some(checker.map_err(MigrationError::Check)?);
         }
         Ok(())
     }

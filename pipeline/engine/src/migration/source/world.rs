@@ -398,7 +398,7 @@ impl Source<'_> {
         let (Some(bitmap), Some(untouched)) = (transfer.bitmap.clone(), transfer.untouched.clone()) else {
             return Ok(());
         };
-        transfer.start_check().map_err(MigrationError::Digest)?;
+        transfer.start_check()?;
         let parts = SourceParts {
             memory: transfer.memory.clone(),
             logs: transfer.logs.clone(),
