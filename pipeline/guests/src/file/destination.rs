@@ -88,14 +88,15 @@ impl DestinationGuest for FileDestination {
         .map_err(|error| GuestError(error.to_string()))
     }
 
-    /// Returns when every state file is on disk.
+    /// Returns when every image and every state file is on disk.
     fn prepare(&self, device: &GuestState) -> Result<(), GuestError> {
         let mut files = self.files();
         let state_files = &self.settings.state_files;
         for (file, section) in state_files.iter().zip(state::of_files("device", device, state_files)?) {
             files.push(state_file(&file.path, &section.bytes)?);
         }
-        Ok(())
+        // Nothing is left where the images were made durable before.
+        self.make_durable()
     }
 
     /// Renames every file into place, then runs the start command.
@@ -110,6 +111,12 @@ impl DestinationGuest for FileDestination {
 }
 
 impl FileDestination {
+    /// How many images have something that is not durable.
+    #[cfg(test)]
+    pub(super) fn not_durable(&self) -> usize {
+        self.images.iter().filter(|image| image.is_written()).count()
+    }
+
     fn files(&self) -> MutexGuard<'_, Vec<Temporary>> {
         self.files.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -80,9 +80,13 @@ fn images_arrive_whole_with_their_length_and_their_holes() {
     .unwrap();
     let destination = built(&source, destination).unwrap();
     source.pause().unwrap();
+    destination.make_durable().unwrap();
+    assert_eq!(destination.not_durable(), 0);
     copy(&source.memory(), &destination.memory());
+    assert_eq!(destination.not_durable(), 2);
     let state = source.save().unwrap();
     destination.prepare(&state).unwrap();
+    assert_eq!(destination.not_durable(), 0, "even if nobody has asked for it before");
     let partial = entries(&there);
     assert_eq!(partial.len(), 2);
     assert!(partial.iter().all(|name| name.contains(".memferry-") && name.ends_with(".partial")), "{partial:?}");

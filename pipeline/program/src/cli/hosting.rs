@@ -118,6 +118,10 @@ impl Guest for Arriving {
 }
 
 impl DestinationGuest for Arriving {
+    fn make_durable(&self) -> Result<(), GuestError> {
+        self.guest.make_durable()
+    }
+
     fn prepare(&self, state: &GuestState) -> Result<(), GuestError> {
         self.guest.prepare(state)
     }
