@@ -6,11 +6,12 @@
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{Builder, JoinHandle};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use memferry_stages::memory::GuestMemory;
 use memferry_stages::page_hashes::PageHashes;
 use rustix::process::setpriority_process;
+use rustix::time::{ClockId, clock_gettime};
 
 use super::digests::scratch;
 use crate::threads::explained;
@@ -76,6 +77,11 @@ impl Stop {
     }
 }
 
+/// The processor time of this thread: while others have the processor, the check neither works nor needs to rest.
+fn processor_time() -> Duration {
+    Duration::try_from(clock_gettime(ClockId::ThreadCPUTime)).unwrap_or_default()
+}
+
 /// Checks until a stop is requested. Memory that cannot be read is not checked: whoever needs it finds the error.
 fn run(memory: &GuestMemory, page_hashes: &PageHashes, stop: &Stop) {
     // Without it the check competes with the guest for a tenth of a core, and no more.
@@ -85,12 +91,12 @@ fn run(memory: &GuestMemory, page_hashes: &PageHashes, stop: &Stop) {
     loop {
         let mut found = false;
         for at in page_hashes.all_extents().filter(|&at| page_hashes.readable(at) != 0) {
-            let began = Instant::now();
+            let began = processor_time();
             if page_hashes.check(memory, at, u64::MAX, &mut scratch).is_err() {
                 return;
             }
             found = true;
-            worked += began.elapsed();
+            worked += processor_time().saturating_sub(began);
             if worked * RESTS >= LEAST_REST && stop.rest(std::mem::take(&mut worked) * RESTS) {
                 return;
             }
