@@ -24,7 +24,8 @@ use std::time::{Duration, Instant};
 use memferry_stages::meter::Reading;
 use memferry_stages::stage_id::StageKind;
 use memferry_stages::wire::messages::Figure;
-use procfs::process::Process;
+use procfs::ProcResult;
+use procfs::process::{Process, Task};
 use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
@@ -381,11 +382,20 @@ pub fn process_time() -> Duration {
     Duration::try_from(time).unwrap_or_default()
 }
 
-/// Time in which the threads of this process waited for a processor; nothing on a kernel that does not count it.
+/// Time in which the threads of this process waited for a processor; nothing on a kernel that does not count it. A thread
+/// of a lower priority than the first one's is meant to wait, as the background check is, and does not count.
 fn run_delay() -> Duration {
-    let Ok(threads) = Process::myself().and_then(|process| process.tasks()) else { return Duration::ZERO };
-    let delays = threads.filter_map(|thread| thread.and_then(|thread| thread.schedstat()).ok());
-    Duration::from_nanos(delays.map(|stat| stat.run_delay).sum())
+    delays().map_or(Duration::ZERO, |delays| Duration::from_nanos(delays.sum()))
+}
+
+fn delays() -> ProcResult<impl Iterator<Item = u64>> {
+    let process = Process::myself()?;
+    let first = process.stat()?.nice;
+    let delay = move |thread: Task| {
+        let is_lowered = thread.stat()?.nice > first;
+        Ok(if is_lowered { 0 } else { thread.schedstat()?.run_delay })
+    };
+    Ok(process.tasks()?.filter_map(move |thread| thread.and_then(delay).ok()))
 }
 
 #[cfg(test)]
