@@ -23,6 +23,9 @@ const MARGIN: f64 = 2.0;
 const WINDOW_BYTES: u64 = 512 << 10;
 /// A wait this long gives a rate however little was written.
 const WINDOW: Duration = Duration::from_millis(20);
+/// Where compressing does not pay, a page of each batch of this number is tried all the same: the first tries find a cold
+/// processor, and pages change.
+const TRY_AGAIN: u32 = 8;
 /// The weight of a new measurement in the mean of the tries.
 const WEIGHT: f64 = 0.125;
 
@@ -126,11 +129,13 @@ pub(super) struct Decision {
     compresses: bool,
     /// Whether the next try is timed.
     times: bool,
+    /// Batches since one was tried.
+    untried: u32,
 }
 
 impl Decision {
     pub(super) fn new(wire: Wire) -> Self {
-        Self { wire, tries: None, compresses: true, times: true }
+        Self { wire, tries: None, compresses: true, times: true, untried: 0 }
     }
 
     /// Decides on the pages of the next batch. Until a page has shrunk, all are tried: the sampler skips pages that do not shrink,
@@ -139,10 +144,16 @@ impl Decision {
         let nanos_per_byte = self.wire.nanos_per_byte();
         self.compresses = self.tries.is_none_or(|Tries { nanos, saved }| pays(saved, nanos, nanos_per_byte));
         self.times = true;
+        self.untried += 1;
     }
 
-    pub(super) fn compresses(&self) -> bool {
-        self.compresses
+    /// Whether to compress the next page of the batch.
+    pub(super) fn compresses(&mut self) -> bool {
+        let tries = self.compresses || self.untried >= TRY_AGAIN;
+        if tries {
+            self.untried = 0;
+        }
+        tries
     }
 
     /// The start of a try, if it is to be timed: the first of a batch.
@@ -246,5 +257,24 @@ mod tests {
         decision.shrank(Instant::now(), 2048);
         decision.next_batch();
         assert!(!decision.compresses(), "nothing waits for the wire");
+    }
+
+    #[test]
+    fn where_it_does_not_pay_a_page_is_tried_now_and_then() {
+        let (mut decision, _) = decision(Some(10_000_000), (1, 1));
+        // A first try that took too long, of a cold processor.
+        assert!(!decides(&mut decision, 103_000.0));
+        let tried: Vec<_> = (0..2 * TRY_AGAIN)
+            .map(|_| {
+                decision.next_batch();
+                [decision.compresses(), decision.compresses()]
+            })
+            .collect();
+        assert_eq!(tried.iter().filter(|batch| **batch == [true, false]).count(), 2, "one page each");
+        assert!(tried.iter().all(|batch| !batch[1]));
+        // The next one is quick, and compressing pays from the next batch on.
+        decision.tries = decision.tries.map(|tries| tries.and(5_000.0, 2048.0));
+        decision.next_batch();
+        assert!(decision.compresses() && decision.compresses());
     }
 }

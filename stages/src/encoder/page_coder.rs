@@ -215,7 +215,7 @@ impl PageCoder {
 
     fn alone(&mut self, page: &[u8], out: &mut [u8]) -> Coded {
         let mut misses = self.deltas.as_mut().and_then(|deltas| deltas.misses.as_mut());
-        let Some(whole) = self.whole.as_mut().filter(|_| misses.as_ref().is_none_or(|misses| misses.compresses()))
+        let Some(whole) = self.whole.as_mut().filter(|_| misses.as_mut().is_none_or(|misses| misses.compresses()))
         else {
             return Coded::Raw;
         };
