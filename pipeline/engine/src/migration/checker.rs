@@ -1,7 +1,7 @@
 //! The check of memory against page hashes, in the background.
 //!
 //! One thread at each end reads the guest's memory again, in a circle, and notes what differs from what was sent or loaded (see
-//! [`PageHashes`]). It has the lowest priority and works at most a tenth of the time, so a migration hardly notices it.
+//! [`PageHashes`]). It has the lowest priority and works at most a twentieth of the time, so a migration hardly notices it.
 
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -17,7 +17,7 @@ use super::digests::scratch;
 use crate::threads::explained;
 
 /// It rests this many times as long as it has worked.
-const RESTS: u32 = 9;
+const RESTS: u32 = 19;
 /// The shortest rest: work of this order is done at once.
 const LEAST_REST: Duration = Duration::from_millis(2);
 /// How long it waits when there was nothing to check.
@@ -84,7 +84,7 @@ fn processor_time() -> Duration {
 
 /// Checks until a stop is requested. Memory that cannot be read is not checked: whoever needs it finds the error.
 fn run(memory: &GuestMemory, page_hashes: &PageHashes, stop: &Stop) {
-    // Without it the check competes with the guest for a tenth of a core, and no more.
+    // Without it the check competes with the guest for a twentieth of a core, and no more.
     let _lowered = setpriority_process(None, LOWEST_PRIORITY);
     let mut scratch = scratch(memory);
     let mut worked = Duration::ZERO;
