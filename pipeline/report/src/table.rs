@@ -7,7 +7,7 @@ use memferry_stages::exclusions::ExcludedPages;
 use memferry_stages::page_hashes::Coverage;
 
 use super::account::{Account, Round};
-use super::{busiest, error_percent, held_up, readings, throughput};
+use super::{Ends, busiest, error_percent, held_up, readings, throughput};
 use memferry::controller::forecast::Forecast;
 use memferry::controller::{Decided, Decision};
 use memferry::events::{Ended, Outcome};
@@ -48,7 +48,7 @@ pub fn verdict(verdict: &Ended, account: &Account) -> String {
 
 /// Everything below the verdict: the table of rounds, then the summary lines. Empty if no stage has run.
 #[must_use]
-pub fn summary(account: &Account, other: Option<&Account>) -> String {
+pub fn summary(role: Ends, account: &Account, other: Option<&Account>) -> String {
     let Some(ended) = account.status.ended.as_ref().filter(|ended| !ended.stages.is_empty()) else {
         return String::new();
     };
@@ -57,7 +57,7 @@ pub fn summary(account: &Account, other: Option<&Account>) -> String {
         text.push_str(&rounds(&account.rounds));
         text.push('\n');
     }
-    for (name, line) in lines(ended, account, other) {
+    for (name, line) in lines(role, ended, account, other) {
         for (index, part) in human::wrap(&line, WIDTH - NAME).iter().enumerate() {
             let name = if index == 0 { name } else { "" };
             writeln!(text, "{name:<NAME$}{part}").expect("a string takes it");
@@ -142,15 +142,20 @@ fn decisions(decided: &[Decided]) -> Vec<(&'static str, String)> {
     names.zip(lines).collect()
 }
 
-/// How much of each end's memory was read again and was as it had been sent or loaded; `None` without page hashes.
-fn checked(ended: &Ended, far: Option<&Ended>) -> Option<String> {
+/// What was compared: all memory, or page hashes, and how much of each end's memory was read again besides. `None` if the
+/// memories were not found equal.
+fn checked(role: Ends, ended: &Ended, far: Option<&Ended>) -> Option<String> {
+    ended.verified.filter(|equal| *equal)?;
+    let Some(own) = ended.checked else { return Some("all memory of both ends, while the guest was paused".into()) };
     let of = |coverage: Coverage| format!("{} of {} pages", human::count(coverage.checked), human::count(coverage.of));
-    let source = of(ended.checked?);
     let destination = far.and_then(|far| far.checked).map(|coverage| format!(", {} as loaded", of(coverage)));
-    Some(format!("{source} read again as sent{}", destination.unwrap_or_default()))
+    Some(match role {
+        Ends::Destination => format!("{} read again as loaded", of(own)),
+        _ => format!("{} read again as sent{}", of(own), destination.unwrap_or_default()),
+    })
 }
 
-fn lines(ended: &Ended, account: &Account, other: Option<&Account>) -> Vec<(&'static str, String)> {
+fn lines(role: Ends, ended: &Ended, account: &Account, other: Option<&Account>) -> Vec<(&'static str, String)> {
     let far = other.and_then(|account| account.status.ended.as_ref());
     let mut lines = decisions(&account.decided);
     if let Some(downtime) = ended.downtime {
@@ -162,9 +167,7 @@ fn lines(ended: &Ended, account: &Account, other: Option<&Account>) -> Vec<(&'st
     }
     let rate = human::rate(throughput(ended));
     lines.push(("wire", format!("{} at {rate}, setup {}", human::bytes(ended.wire_bytes), human::time(ended.setup))));
-    if ended.verified == Some(true) {
-        lines.extend(checked(ended, far).map(|line| ("checked", line)));
-    }
+    lines.extend(checked(role, ended, far).map(|line| ("checked", line)));
     lines.extend(excluded(&ended.excluded).map(|line| ("excluded", line)));
     let peak = ended.memory_peak + far.map_or(0, |far| far.memory_peak);
     let bound = account.memory_bound + other.map_or(0, |other| other.memory_bound);

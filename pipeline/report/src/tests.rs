@@ -126,7 +126,7 @@ fn the_table_fits_a_terminal() {
     let accountant = accountant();
     let (source, destination) = (accountant.account(Role::Source), accountant.account(Role::Destination));
     let verdict = table::verdict(&ended(Role::Source), &source);
-    let text = format!("{verdict}\n\n{}", table::summary(&source, Some(&destination)));
+    let text = format!("{verdict}\n\n{}", table::summary(Ends::Both, &source, Some(&destination)));
     insta::assert_snapshot!(text, @r"
     completed after 2.50 s: 1.00 GiB moved, downtime 213 ms, verified
 
@@ -158,7 +158,7 @@ fn of_many_rounds_the_first_and_the_last_are_shown() {
     let last = account.rounds.pop().unwrap();
     account.rounds.extend(vec![account.rounds[0].clone(); 29]);
     account.rounds.push(last);
-    let text = table::summary(&account, None);
+    let text = table::summary(Ends::Source, &account, None);
     let lines: Vec<_> = text.lines().collect();
     assert_eq!(lines[9], "  ... 19 rounds more");
     assert!(lines[13].starts_with("2 last") && lines[14].is_empty(), "{text}");
@@ -180,7 +180,7 @@ fn each_decision_is_reported_once_with_its_figures() {
         decided(4, Decision::RaiseLimit(Duration::from_millis(800))),
         decided(5, Decision::GiveUp),
     ];
-    let text = table::summary(&account, None);
+    let text = table::summary(Ends::Source, &account, None);
     let lines: Vec<_> = text.lines().skip_while(|line| !line.starts_with("decided")).take(4).collect();
     insta::assert_snapshot!(lines.join("\n"), @r"
     decided     round 2: throttle the guest to 50 %: 2 rounds brought no new least of what remains;
@@ -189,7 +189,7 @@ fn each_decision_is_reported_once_with_its_figures() {
                 round 4: the downtime limit is raised to 800 ms, for 2 rounds brought no new least of
     ");
     account.decided = (0..40).map(|round| decided(round, Decision::Throttle(50))).collect();
-    let text = table::summary(&account, None);
+    let text = table::summary(Ends::Source, &account, None);
     assert_eq!(text.lines().filter(|line| line.contains(": throttle the guest to 50 %")).count(), 12, "{text}");
     assert!(text.contains("... 28 decisions more"), "{text}");
 }
@@ -203,7 +203,7 @@ fn a_failure_says_why_and_claims_nothing() {
     assert_eq!(verdict(&Ended { downtime: None, ..failed.clone() }), "failed after 2.50 s: disk full");
     let mut account = account::Account::default();
     account.enter(&Event::Ended(Box::new(failed)), Duration::from_secs(1));
-    let table = table::summary(&account, None);
+    let table = table::summary(Ends::Source, &account, None);
     assert!(table.contains("downtime    213 ms until it was resumed at the source: pause "), "{table}");
     assert!(!table.contains("forecast"), "a forecast is measured by a switchover that came to its end: {table}");
 }

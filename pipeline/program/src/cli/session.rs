@@ -278,7 +278,7 @@ impl Session {
         let ending = Ending { role: self.role, verdict, account, far, conclusions: &conclusions };
         let reports = Reports::begin(&self.options.report, &self.config, &ending);
         self.print(&table::verdict(verdict, account));
-        let summary = table::summary(account, far);
+        let summary = table::summary(self.role, account, far);
         if !self.options.quiet && !summary.is_empty() {
             self.print(&format!("\n{}", summary.trim_end()));
             conclusions.iter().for_each(|conclusion| self.print(&format!("{:<11} {conclusion}", "to do")));

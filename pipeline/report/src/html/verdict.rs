@@ -321,7 +321,8 @@ fn verified(page: &Page<'_>) -> Figure {
     let (value, note, tone) = match (end.verified, end.checked) {
         (Some(true), Some(Coverage { checked, of })) => {
             let percent = checked * 100 / of.max(1);
-            let note = format!("each page was loaded as it was sent; {percent} % of the source's were read again");
+            let end = if page.is_destination() { "destination" } else { "source" };
+            let note = format!("each page was loaded as it was sent; {percent} % of the {end}'s were read again");
             ("yes", note, Some(Tone::Good))
         }
         (Some(true), None) => ("yes", "both memories were compared as a whole".into(), Some(Tone::Good)),
