@@ -63,7 +63,7 @@ pub struct PagesHead {
     pub mask: u64,
     /// Those of `mask` that are all zero.
     pub zero: u64,
-    /// The [`payload_hash`](crate::batch::payload_hash), or 0.
+    /// The [`payload_hash`], or 0.
     pub payload_hash: u64,
     /// For each page of `mask & !zero`, lowest first: its encoding and the bytes it has in the payload (all bytes of a group
     /// at its first page).
