@@ -177,6 +177,16 @@ impl ReturnPath {
         Self { messages, is_over: false, _listening: AbortOnDropHandle::new(listening) }
     }
 
+    /// Reads what is left, within the time given.
+    pub(super) async fn read_to_end(&mut self, within: Duration) {
+        let reading = async {
+            while !self.is_over {
+                drop(self.next().await);
+            }
+        };
+        drop(tokio::time::timeout(within, reading).await);
+    }
+
     /// The next message. The end of the return path is an error, reported once. Safe to race in a `select!`.
     pub(super) async fn next(&mut self) -> Result<Message, Loss> {
         if self.is_over {

@@ -144,7 +144,16 @@ impl Flow {
 
     /// Sends the last message on every connection and ends them, within the time given.
     pub(super) async fn close(&mut self, farewell: Option<Message>, within: Duration) {
-        senders::close(&mut self.graph.stages, &self.graph.control, farewell, within).await;
+        let Self { graph, return_path, .. } = self;
+        let is_answered = farewell.is_some();
+        let closing = senders::close(&mut graph.stages, &graph.control, farewell, within);
+        // A socket that is closed with messages unread is reset, and the destination may lose the last one to it.
+        let reading = async {
+            if let Some(return_path) = return_path.as_mut().filter(|_| is_answered) {
+                return_path.read_to_end(within).await;
+            }
+        };
+        tokio::join!(closing, reading);
     }
 }
 
