@@ -14,7 +14,7 @@ use common::{EXTENT, PAGE, PLACES, Suite, memcpy, sweep, timed};
 use memferry_stages::batch::RoundKind;
 use memferry_stages::batch::{Batch, CopiedBatch};
 use memferry_stages::bitmap::DirtyBitmap;
-use memferry_stages::digest::{Known, stretch_count, stretch_digest};
+use memferry_stages::digest::{Known, stretch_digest};
 use memferry_stages::dirty_log::{DirtyLog, HashLog, UserfaultLog};
 use memferry_stages::geometry::PageSize;
 use memferry_stages::memory::{FileMemory, GuestMemory, MappedMemory, Memory};
@@ -92,7 +92,7 @@ fn hash(suite: &mut Suite, content: &[u8], memory: &Arc<MappedMemory>) {
     suite.measure(group, "digest", content.len(), &CONTROLS, || {
         timed(|| {
             let digest = |stretch| stretch_digest(&guest, 0, stretch, &Known::default(), &mut scratch).expect("reads");
-            black_box((0..stretch_count(&guest, 0)).map(digest).fold(0, |all, digest| all ^ digest));
+            black_box((0..guest.layout().block_stretches(0)).map(digest).fold(0, |all, digest| all ^ digest));
         })
     });
     let log = HashLog::new(guest.clone());

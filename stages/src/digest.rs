@@ -7,7 +7,7 @@
 use std::io;
 
 use crate::bitmap::DirtyBitmap;
-use crate::geometry::{EXTENT_PAGES, ExtentAt, STRETCH_BYTES, bits};
+use crate::geometry::{EXTENT_PAGES, STRETCH_BYTES, bits};
 use crate::hash::{XxHash3_128, xxh3_64};
 use crate::memory::{GuestMemory, ZEROS};
 use crate::pool::PooledBuffer;
@@ -23,15 +23,6 @@ pub struct Known<'a> {
     pub untouched: Option<&'a DirtyBitmap>,
     /// Pages that did not travel (hinted free, unplugged), extent by extent of the stretch: not hashed.
     pub left_out: [u64; STRETCH_WORDS],
-}
-
-/// The number of stretches of a block.
-///
-/// # Panics
-/// If there is no such block.
-#[must_use]
-pub fn stretch_count(memory: &GuestMemory, block: u32) -> u64 {
-    u64::from(memory.layout().block_extents(block)).div_ceil(memory.page_size().stretch_extents())
 }
 
 /// The xxh3-128 of the pages of a stretch, one after another: holes as zeros, a partial last page padded with zeros, without
@@ -84,13 +75,9 @@ fn each_page(
     scratch: &mut PooledBuffer,
     mut use_page: impl FnMut(usize, &[u8]),
 ) -> io::Result<()> {
-    assert!(stretch < stretch_count(memory, block), "block {block} has no stretch {stretch}");
+    assert!(stretch < memory.layout().block_stretches(block), "block {block} has no stretch {stretch}");
     let (layout, size) = (memory.layout(), memory.page_size());
-    let first = u32::try_from(stretch * size.stretch_extents()).expect("an extent of the block");
-    let extents = u32::try_from(size.stretch_extents()).expect("a few");
-    let end = (first + extents).min(layout.block_extents(block));
-    for (extent, left_out) in (first..end).zip(known.left_out) {
-        let at = ExtentAt { block, extent };
+    for ((position, at), left_out) in (0..).zip(layout.stretch_extents(block, stretch)).zip(known.left_out) {
         let pages = layout.valid_mask(at) & !left_out;
         let untouched = known.untouched.map_or(0, |untouched| untouched.peek(at));
         let to_read = pages & !untouched;
@@ -102,7 +89,7 @@ fn each_page(
         let mut read = scratch.chunks_exact(size.bytes());
         for bit in bits(pages) {
             let is_zero = zero & (1 << bit) != 0;
-            let index = ((extent - first) * u64::BITS + bit) as usize;
+            let index = (position * u64::BITS + bit) as usize;
             use_page(index, if is_zero { &ZEROS[..size.bytes()] } else { read.next().expect("it was read") });
         }
     }
@@ -140,7 +127,7 @@ mod tests {
             let (guest, _, bytes) = guest(size);
             let mut scratch = BufferPool::new(1, size.extent_bytes()).try_take().unwrap();
             let stretches = bytes.chunks(usize::try_from(size.stretch_bytes()).unwrap());
-            assert_eq!(stretch_count(&guest, 0), 3);
+            assert_eq!(guest.layout().block_stretches(0), 3);
             for (stretch, bytes) in (0..).zip(stretches) {
                 let digest = stretch_digest(&guest, 0, stretch, &Known::default(), &mut scratch).unwrap();
                 assert_eq!(digest, xxh3_128(bytes), "stretch {stretch} of {size:?} pages");

@@ -269,6 +269,26 @@ impl Layout {
         u32::try_from(self.block_pages(block).div_ceil(EXTENT_PAGES)).expect("checked when built")
     }
 
+    /// Stretches of one block, the partial last one included.
+    ///
+    /// # Panics
+    /// If there is no such block.
+    #[must_use]
+    pub fn block_stretches(&self, block: u32) -> u64 {
+        u64::from(self.block_extents(block)).div_ceil(self.page_size.stretch_extents())
+    }
+
+    /// The extents of a stretch, in order; none beyond the end of its block.
+    ///
+    /// # Panics
+    /// If there is no such block.
+    pub fn stretch_extents(&self, block: u32, stretch: u64) -> impl Iterator<Item = ExtentAt> + use<> {
+        let extents = self.page_size.stretch_extents();
+        let first = stretch * extents;
+        let end = (first + extents).min(self.block_extents(block).into());
+        (first..end).map(move |extent| ExtentAt { block, extent: u32::try_from(extent).expect("of the block") })
+    }
+
     /// The bits of an extent that stand for pages: all ones except in a block's last extent. 0 for an extent or a block
     /// that does not exist, so it can check what a peer sent.
     #[must_use]

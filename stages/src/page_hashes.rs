@@ -27,7 +27,7 @@ use std::sync::atomic::{AtomicU64, Ordering, fence};
 use serde::{Deserialize, Serialize};
 
 use crate::batch::page_hash;
-use crate::bitmap::{DirtyBitmap, locate};
+use crate::bitmap::DirtyBitmap;
 use crate::digest::STRETCH_WORDS;
 use crate::geometry::{ExtentAt, Layout, PageAt, bits};
 use crate::memory::{GuestMemory, ZEROS};
@@ -71,11 +71,8 @@ impl PageHashes {
     /// No hashes yet. Memory is taken where they are recorded.
     #[must_use]
     pub fn new(layout: &Layout) -> Self {
-        let extents = layout.page_size().stretch_extents();
-        let block = |block| Block {
-            hashes: zeroed(layout.block_pages(block)),
-            sums: zeroed(u64::from(layout.block_extents(block)).div_ceil(extents)),
-        };
+        let block =
+            |block| Block { hashes: zeroed(layout.block_pages(block)), sums: zeroed(layout.block_stretches(block)) };
         Self {
             zero: page_hash(&ZEROS[..layout.page_size().bytes()]),
             blocks: (0..layout.block_count()).map(block).collect(),
@@ -89,10 +86,7 @@ impl PageHashes {
     /// The most bytes of memory that the hashes of a guest of this layout take.
     #[must_use]
     pub fn bytes_of(layout: &Layout) -> u64 {
-        let words = |block| {
-            let sums = u64::from(layout.block_extents(block)).div_ceil(layout.page_size().stretch_extents());
-            layout.block_pages(block) + sums
-        };
+        let words = |block| layout.block_pages(block) + layout.block_stretches(block);
         let words: u64 = (0..layout.block_count()).map(words).sum();
         words * size_of::<AtomicU64>() as u64 + 3 * DirtyBitmap::bytes_of(layout)
     }
@@ -135,7 +129,7 @@ impl PageHashes {
     pub fn stretch_sum(&self, block: u32, stretch: u64, left_out: &[u64; STRETCH_WORDS]) -> u64 {
         let block_hashes = &self.blocks[block as usize];
         let mut sum = block_hashes.sums[index(stretch)].load(Ordering::Relaxed);
-        for (at, left_out) in self.extents(block, stretch).zip(left_out) {
+        for (at, left_out) in self.layout.stretch_extents(block, stretch).zip(left_out) {
             for page in bits(*left_out).map(|bit| at.page(bit).page) {
                 let hash = block_hashes.hashes[index(page)].load(Ordering::Relaxed);
                 sum = sum.wrapping_sub(hash.wrapping_mul(factor(page)));
@@ -155,19 +149,13 @@ impl PageHashes {
             let hash = move |bit| if left_out >> bit & 1 == 1 { 0 } else { self.hash(at.page(bit)) };
             bits(self.layout.valid_mask(at)).map(hash)
         };
-        self.extents(block, stretch).zip(left_out).flat_map(of_extent).collect()
+        self.layout.stretch_extents(block, stretch).zip(left_out).flat_map(of_extent).collect()
     }
 
     /// Pages of an extent that a check may read.
     #[must_use]
     pub fn readable(&self, at: ExtentAt) -> u64 {
         self.readable.peek(at)
-    }
-
-    /// Pages of an extent that were found equal since they were last recorded.
-    #[must_use]
-    pub fn checked(&self, at: ExtentAt) -> u64 {
-        self.checked.peek(at)
     }
 
     /// Every extent.
@@ -232,9 +220,9 @@ impl PageHashes {
     }
 
     /// Whether a check has noted a difference at this page.
-    #[must_use]
-    pub fn is_noted(&self, page: PageAt) -> bool {
-        let (at, mask) = locate(page);
+    #[cfg(test)]
+    fn is_noted(&self, page: PageAt) -> bool {
+        let (at, mask) = crate::bitmap::locate(page);
         self.differing.peek(at) & mask != 0
     }
 
@@ -262,13 +250,6 @@ impl PageHashes {
 
     fn hash(&self, page: PageAt) -> u64 {
         self.blocks[page.block as usize].hashes[index(page.page)].load(Ordering::Relaxed)
-    }
-
-    fn extents(&self, block: u32, stretch: u64) -> impl Iterator<Item = ExtentAt> + use<> {
-        let extents = self.layout.page_size().stretch_extents();
-        let first = stretch * extents;
-        let end = (first + extents).min(self.layout.block_extents(block).into());
-        (first..end).map(move |extent| ExtentAt { block, extent: u32::try_from(extent).expect("of the block") })
     }
 }
 

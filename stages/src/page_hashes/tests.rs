@@ -3,6 +3,7 @@ use std::sync::Arc;
 use proptest::prelude::*;
 
 use super::*;
+use crate::bitmap::locate;
 use crate::geometry::{BlockInfo, PageSize};
 use crate::memory::{MappedMemory, RamBlock};
 use crate::pool::BufferPool;

@@ -85,7 +85,7 @@ impl Digests {
             return wrong(format!("digests of block {block}, which is not there"));
         };
         let next = here.len() as u64;
-        if first != next || next + stretches.len() as u64 > stretches_of(layout, block) {
+        if first != next || next + stretches.len() as u64 > layout.block_stretches(block) {
             let count = stretches.len();
             return wrong(format!("{count} digests of block {block} from stretch {first} on, where {next} comes next"));
         }
@@ -97,7 +97,7 @@ impl Digests {
                 }
                 continue;
             };
-            let mut extents = extents_of(layout, StretchAt { block, stretch });
+            let mut extents = layout.stretch_extents(block, stretch);
             for mask in digest.left_out {
                 match extents.next() {
                     Some(at) if mask & !layout.valid_mask(at) == 0 => _ = left_out.set_mask(at, mask),
@@ -172,7 +172,7 @@ impl Digests {
 pub(super) fn bound_bytes(layout: &Layout, may_leave_out: bool) -> u64 {
     // An upper bound, without walking the layout: it is a peer's, and whether this host has room for it is not checked
     // yet.
-    let stretches: u64 = (0..layout.block_count()).map(|block| stretches_of(layout, block)).sum();
+    let stretches: u64 = (0..layout.block_count()).map(|block| layout.block_stretches(block)).sum();
     let hashes = stretches * (2 * size_of::<u128>() + size_of::<StretchAt>()) as u64;
     (1 + u64::from(may_leave_out)) * DirtyBitmap::bytes_of(layout) + hashes
 }
@@ -420,28 +420,19 @@ pub(super) fn scratch(memory: &GuestMemory) -> PooledBuffer {
     BufferPool::new(1, memory.page_size().extent_bytes()).try_take().expect("it has one")
 }
 
-/// The extents of a stretch, in order.
-fn extents_of(layout: &Layout, at: StretchAt) -> impl Iterator<Item = ExtentAt> + use<> {
-    let extents = layout.page_size().stretch_extents();
-    let first = at.stretch * extents;
-    let end = (first + extents).min(layout.block_extents(at.block).into());
-    (first..end).map(move |extent| ExtentAt { block: at.block, extent: u32::try_from(extent).expect("of the block") })
-}
-
 /// The pages of a stretch that are left out, extent by extent.
 fn masks(pages: Option<&DirtyBitmap>, at: StretchAt) -> [u64; STRETCH_WORDS] {
     let mut masks = [0; STRETCH_WORDS];
     let Some(pages) = pages else { return masks };
-    masks.iter_mut().zip(extents_of(pages.layout(), at)).for_each(|(mask, at)| *mask = pages.peek(at));
+    masks
+        .iter_mut()
+        .zip(pages.layout().stretch_extents(at.block, at.stretch))
+        .for_each(|(mask, at)| *mask = pages.peek(at));
     masks
 }
 
-fn stretches_of(layout: &Layout, block: u32) -> u64 {
-    u64::from(layout.block_extents(block)).div_ceil(layout.page_size().stretch_extents())
-}
-
 fn all_stretches(layout: &Layout) -> impl Iterator<Item = StretchAt> + use<'_> {
-    let of_block = |block| (0..stretches_of(layout, block)).map(move |stretch| StretchAt { block, stretch });
+    let of_block = |block| (0..layout.block_stretches(block)).map(move |stretch| StretchAt { block, stretch });
     (0..layout.block_count()).flat_map(of_block)
 }
 
