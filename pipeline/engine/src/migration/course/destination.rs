@@ -216,9 +216,7 @@ impl Course for DestinationCourse {
             }
             (Input::StreamEnded, &mut State::ReachingEnd(arrival, run_state)) => self.compare(arrival, run_state, now),
             // Everything has arrived, and the source is gone.
-            (Input::StreamEnded, State::Comparing { .. } | State::Preparing { .. }) => {
-                self.over(Err(MigrationError::Lost(closed())))
-            }
+            (Input::StreamEnded, State::Comparing { .. }) => self.over(Err(MigrationError::Lost(closed()))),
             (Input::StreamEnded, _) => self.over(Err(ended_early())),
             (Input::Received(message), State::ReachingEnd(..)) => self.over(Err(behind_the_end(&message))),
             (Input::Received(message), _) => self.over(Err(unwelcome(message))),
