@@ -82,7 +82,7 @@ fn processor_time() -> Duration {
     Duration::try_from(clock_gettime(ClockId::ThreadCPUTime)).unwrap_or_default()
 }
 
-/// Checks until a stop is requested. Memory that cannot be read is not checked: whoever needs it finds the error.
+/// Checks until a stop is requested. Memory that cannot be read ends the check: the stage that needs it reports the error.
 fn run(memory: &GuestMemory, page_hashes: &PageHashes, stop: &Stop) {
     // Without it the check competes with the guest for a twentieth of a core, and no more.
     let _lowered = setpriority_process(None, LOWEST_PRIORITY);

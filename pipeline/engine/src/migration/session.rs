@@ -144,7 +144,7 @@ impl Door {
         }
     }
 
-    /// Refuses every client, for a guest is received. Returns only if the listener fails, which then matters to nobody.
+    /// Refuses every client, for a guest is received. Returns only if the listener fails, which has no effect then.
     pub(super) async fn refuse_everybody(mut self) {
         while let Ok(None) = self.next().await {}
     }

@@ -86,7 +86,7 @@ fn images_arrive_whole_with_their_length_and_their_holes() {
     assert_eq!(destination.not_durable(), 2);
     let state = source.save().unwrap();
     destination.prepare(&state).unwrap();
-    assert_eq!(destination.not_durable(), 0, "even if nobody has asked for it before");
+    assert_eq!(destination.not_durable(), 0, "even if it was not requested before");
     let partial = entries(&there);
     assert_eq!(partial.len(), 2);
     assert!(partial.iter().all(|name| name.contains(".memferry-") && name.ends_with(".partial")), "{partial:?}");

@@ -277,7 +277,7 @@ mod tests {
             let source_runs = matches!(world.verdict, Some(Verdict::Failed(_) | Verdict::Cancelled));
             assert!(!(source_runs && world.destination_runs), "two run: {:?}", world.verdict);
             if world.verdict == Some(Verdict::Completed) {
-                assert!(world.destination_runs, "none runs and nobody reports it");
+                assert!(world.destination_runs, "none runs and neither end reports it");
             }
         }
         fn source_step(world: &mut World, happening: Happening) {

@@ -47,7 +47,7 @@ pub(super) struct Port {
     peer_timeout: Duration,
     is_cut: bool,
     is_muted: bool,
-    /// Is the stream stored? Then nobody listens meanwhile.
+    /// Is the stream stored? Then nothing reads it meanwhile.
     is_stored: bool,
     /// Was the end of the link reported?
     is_over: bool,
