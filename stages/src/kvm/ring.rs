@@ -11,8 +11,11 @@
 //! in a row checks only after the last. Then it **overwrites** entries that were not read, and its count of written entries runs
 //! ahead by more than the ring holds.
 //!
-//! Two signs show that, and at least one is always there: every entry of the ring was dirty, or the kernel did not reset what
-//! was harvested, since it stops at an entry that is dirty again. The lost entries are unknown, so all pages count as written.
+//! Three signs show that, and at least one is always there: every entry of the ring was dirty; the kernel did not reset what was
+//! harvested, since it stops at an entry that is dirty again; or the last entry before the reset ones is written when the reset is
+//! over. The third is for an entry that the vCPU writes while the kernel resets it: the kernel checks an entry and frees it in two
+//! steps, and a write between them leaves no trace. The lost entries are unknown, so all pages count as written.
+//!
 //! Once everything was reset, the kernel's count is still ahead by a *gap* of entries that were never written at their place. The
 //! next dirty entry shows where the gap ends, and the gap is reset with it.
 //!
@@ -100,15 +103,19 @@ impl Reading {
 
     /// Lets the kernel reset the marked entries of the ring; `reset` returns how many it did reset. True if the kernel has overrun
     /// the ring, so that entries are lost.
-    pub(super) fn reset(&mut self, entries: usize, mut reset: impl FnMut() -> io::Result<usize>) -> io::Result<bool> {
-        let (all_were_dirty, mut in_vain) = (self.harvested == entries, 0);
+    pub(super) fn reset(&mut self, ring: &[Entry], mut reset: impl FnMut() -> io::Result<usize>) -> io::Result<bool> {
+        let entries = ring.len();
+        let all_were_dirty = self.harvested == entries;
+        // Entries are written in order: what comes around to the first reset entry has written this one before.
+        let last = self.next + entries - 1;
+        let mut in_vain = 0;
         while self.harvested > 0 && in_vain < MOST_IN_VAIN {
             let done = reset()?.min(self.harvested);
             in_vain = if done == 0 { in_vain + 1 } else { 0 };
             self.harvested -= done;
             self.next = (self.next + done) % entries;
         }
-        let is_run_over = self.harvested > 0 || all_were_dirty;
+        let is_run_over = self.harvested > 0 || all_were_dirty || at(ring, last).flags() != FREE;
         self.harvested = 0;
         if is_run_over {
             self.step = Step::Out;
@@ -168,6 +175,8 @@ fn at(ring: &[Entry], index: usize) -> &Entry {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
     use proptest::prelude::*;
 
@@ -176,7 +185,7 @@ mod tests {
 
     /// The kernel's side of a ring, as virt/kvm/dirty_ring.c keeps it.
     struct Kernel {
-        ring: Vec<Entry>,
+        ring: Arc<[Entry]>,
         entered: usize,
         reset: usize,
     }
@@ -197,11 +206,14 @@ mod tests {
             self.entered - self.reset >= ENTRIES - RESERVE
         }
 
-        /// Resets at most `most` entries.
-        fn reset(&mut self, most: usize) -> usize {
+        /// Resets at most `most` entries. The vCPU writes `amid` entries after the kernel has checked an entry, and before it
+        /// frees the entry.
+        fn reset(&mut self, most: usize, amid: Range<u64>) -> usize {
+            let mut amid = Some(amid);
             let began = self.reset;
             while self.reset - began < most && at(&self.ring, self.reset).flags() & HARVESTED != 0 {
                 assert!(self.reset < self.entered, "nothing is reset that was not entered");
+                amid.take().into_iter().flatten().for_each(|page| self.push(page));
                 at(&self.ring, self.reset).flags.store(FREE, Ordering::Release);
                 self.reset += 1;
             }
@@ -231,8 +243,9 @@ mod tests {
             }
         }
 
-        /// `between` writes come between harvest and reset; the kernel resets `most` at a time.
-        fn harvest(&mut self, is_full: bool, between: usize, most: usize) -> bool {
+        /// `between` writes come between harvest and reset, `amid` while the kernel resets the first entry of each call; the
+        /// kernel resets `most` at a time.
+        fn harvest(&mut self, is_full: bool, between: usize, amid: usize, most: usize) -> bool {
             let owed = &mut self.owed;
             let marked =
                 self.reading.harvest(&self.kernel.ring, is_full, &mut |_, page| owed.retain(|&own| own != page));
@@ -240,8 +253,7 @@ mod tests {
             if marked == 0 {
                 return false;
             }
-            let kernel = &mut self.kernel;
-            let is_run_over = self.reading.reset(ENTRIES, || Ok(kernel.reset(most))).unwrap();
+            let is_run_over = self.reset(amid, most);
             if is_run_over {
                 // All pages count as written.
                 self.owed.clear();
@@ -249,10 +261,24 @@ mod tests {
             is_run_over
         }
 
+        fn reset(&mut self, amid: usize, most: usize) -> bool {
+            // The mapping, which the reader shares with the kernel.
+            let ring = self.kernel.ring.clone();
+            let Self { kernel, reading, pages, owed, .. } = self;
+            reading
+                .reset(&ring, || {
+                    let written = *pages..*pages + amid as u64;
+                    *pages = written.end;
+                    owed.extend(written.clone());
+                    Ok(kernel.reset(most, written))
+                })
+                .unwrap()
+        }
+
         /// The vCPU is stopped: its ring is emptied until the kernel would let it continue.
         fn empty(&mut self) {
             for _ in 0..100 {
-                self.harvest(self.kernel.is_full(), 0, usize::MAX);
+                self.harvest(self.kernel.is_full(), 0, 0, usize::MAX);
             }
             assert!(!self.kernel.is_full(), "the guest continues");
             assert_eq!(self.owed, [0; 0], "every write is found, or all are declared lost");
@@ -264,7 +290,7 @@ mod tests {
         let mut bench = Bench::new();
         for count in [1, ENTRIES - 1, 0, 17] {
             bench.write(count);
-            assert!(!bench.harvest(false, 0, usize::MAX));
+            assert!(!bench.harvest(false, 0, 0, usize::MAX));
             assert_eq!(bench.owed, [0; 0]);
         }
     }
@@ -273,7 +299,7 @@ mod tests {
     fn a_reset_that_a_signal_cuts_short_is_gone_on_with() {
         let mut bench = Bench::new();
         bench.write(40);
-        assert!(!bench.harvest(false, 0, 7));
+        assert!(!bench.harvest(false, 0, 0, 7));
         assert_eq!(bench.kernel.reset, 40);
     }
 
@@ -282,9 +308,9 @@ mod tests {
         for count in [ENTRIES, ENTRIES + 5, 2 * ENTRIES + 3, 7 * ENTRIES] {
             let mut bench = Bench::new();
             bench.write(11);
-            bench.harvest(false, 0, usize::MAX);
+            bench.harvest(false, 0, 0, usize::MAX);
             bench.write(count);
-            assert!(bench.harvest(true, 0, usize::MAX), "{count}");
+            assert!(bench.harvest(true, 0, 0, usize::MAX), "{count}");
             bench.empty();
             // With a large gap a few entries may overrun the ring once more.
             for _ in 0..2 {
@@ -292,7 +318,7 @@ mod tests {
                 bench.empty();
             }
             bench.write(ENTRIES / 2);
-            assert!(!bench.harvest(false, 0, usize::MAX), "{count}: it is in step");
+            assert!(!bench.harvest(false, 0, 0, usize::MAX), "{count}: it is in step");
             assert_eq!(bench.kernel.entered, bench.kernel.reset, "{count}: without a gap");
         }
     }
@@ -301,7 +327,16 @@ mod tests {
     fn entries_that_are_written_over_between_harvest_and_reset_are_not_taken_for_read() {
         let mut bench = Bench::new();
         bench.write(20);
-        assert!(bench.harvest(false, ENTRIES, usize::MAX));
+        assert!(bench.harvest(false, ENTRIES, 0, usize::MAX));
+        bench.empty();
+    }
+
+    #[test]
+    fn an_entry_that_is_written_while_the_kernel_frees_it_is_declared_lost() {
+        let mut bench = Bench::new();
+        bench.write(20);
+        // The write after the one that fills the ring is on the entry that is being freed.
+        assert!(bench.harvest(false, 0, ENTRIES - 20 + 1, usize::MAX));
         bench.empty();
     }
 
@@ -309,17 +344,17 @@ mod tests {
     fn an_empty_ring_that_is_called_full_once_is_left_alone() {
         let mut bench = Bench::new();
         // Another thread emptied it between the vCPU's exit and its call.
-        bench.harvest(true, 0, usize::MAX);
+        bench.harvest(true, 0, 0, usize::MAX);
         bench.write(3);
-        bench.harvest(true, 0, usize::MAX);
-        bench.harvest(true, 0, usize::MAX);
+        bench.harvest(true, 0, 0, usize::MAX);
+        bench.harvest(true, 0, 0, usize::MAX);
         assert_eq!(bench.kernel.reset, 3);
     }
 
     proptest! {
         #[test]
         fn no_write_is_missed_in_silence(
-            steps in proptest::collection::vec((0..3 * ENTRIES, 0..2 * ENTRIES, 1..2 * ENTRIES, 0..5_u8), 1..60)
+            steps in proptest::collection::vec((0..3 * ENTRIES, 0..2 * ENTRIES, 1..2 * ENTRIES, 0..6_u8), 1..60)
         ) {
             let mut bench = Bench::new();
             for (count, between, most, kind) in steps {
@@ -327,8 +362,9 @@ mod tests {
                 if !bench.kernel.is_full() {
                     bench.write(count);
                 }
+                let amid = if kind == 1 { between } else { 0 };
                 let between = if kind == 0 { between } else { 0 };
-                bench.harvest(bench.kernel.is_full(), between, most);
+                bench.harvest(bench.kernel.is_full(), between, amid, most);
                 if kind == 4 {
                     bench.empty();
                 }

@@ -88,16 +88,14 @@ impl RingCalls for VmRings {
 
     fn harvest(&self, ring: usize, is_full: bool, found: &mut dyn FnMut(u32, u64)) -> usize {
         let mut rings = self.rings();
-        let Ring { start, entries, reading, .. } = &mut rings[ring];
-        // SAFETY: the ring was mapped for this many entries; the kernel shares them by atomic accesses.
-        let mapped = unsafe { std::slice::from_raw_parts(start.as_ptr(), *entries) };
+        let (mapped, reading) = rings[ring].parts();
         reading.harvest(mapped, is_full, found)
     }
 
     fn reset(&self, ring: usize) -> io::Result<bool> {
         let mut rings = self.rings();
-        let Ring { entries, reading, .. } = &mut rings[ring];
-        reading.reset(*entries, || {
+        let (mapped, reading) = rings[ring].parts();
+        reading.reset(mapped, || {
             // SAFETY: KVM_RESET_DIRTY_RINGS takes nothing.
             match unsafe { rustix::ioctl::ioctl(&self.memory.descriptor, Plain::<RESET_DIRTY_RINGS>(0)) } {
                 Ok(count) => Ok(usize::try_from(count).unwrap_or(0)),
@@ -105,6 +103,15 @@ impl RingCalls for VmRings {
                 Err(error) => Err(error.into()),
             }
         })
+    }
+}
+
+impl Ring {
+    /// Its entries, and the position at which they are read.
+    fn parts(&mut self) -> (&[Entry], &mut Reading) {
+        // SAFETY: the ring was mapped for this many entries; the kernel shares them by atomic accesses.
+        let mapped = unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.entries) };
+        (mapped, &mut self.reading)
     }
 }
 
