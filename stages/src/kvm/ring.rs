@@ -206,8 +206,8 @@ mod tests {
             self.entered - self.reset >= ENTRIES - RESERVE
         }
 
-        /// Resets at most `most` entries. The vCPU writes `amid` entries after the kernel has checked an entry, and before it
-        /// frees the entry.
+        /// Resets at most `most` entries. The vCPU writes `amid` entries after the kernel has checked the first one, and before
+        /// it frees that; afterwards, if there is none to free.
         fn reset(&mut self, most: usize, amid: Range<u64>) -> usize {
             let mut amid = Some(amid);
             let began = self.reset;
@@ -217,6 +217,7 @@ mod tests {
                 at(&self.ring, self.reset).flags.store(FREE, Ordering::Release);
                 self.reset += 1;
             }
+            amid.into_iter().flatten().for_each(|page| self.push(page));
             self.reset - began
         }
     }
@@ -243,8 +244,8 @@ mod tests {
             }
         }
 
-        /// `between` writes come between harvest and reset, `amid` while the kernel resets the first entry of each call; the
-        /// kernel resets `most` at a time.
+        /// `between` writes come between harvest and reset, `amid` while the kernel resets the first entry; the kernel
+        /// resets `most` at a time.
         fn harvest(&mut self, is_full: bool, between: usize, amid: usize, most: usize) -> bool {
             let owed = &mut self.owed;
             let marked =
@@ -264,20 +265,17 @@ mod tests {
         fn reset(&mut self, amid: usize, most: usize) -> bool {
             // The mapping, which the reader shares with the kernel.
             let ring = self.kernel.ring.clone();
-            let Self { kernel, reading, pages, owed, .. } = self;
-            reading
-                .reset(&ring, || {
-                    let written = *pages..*pages + amid as u64;
-                    *pages = written.end;
-                    owed.extend(written.clone());
-                    Ok(kernel.reset(most, written))
-                })
-                .unwrap()
+            let mut written = self.pages..self.pages + amid as u64;
+            self.pages = written.end;
+            self.owed.extend(written.clone());
+            let Self { kernel, reading, .. } = self;
+            reading.reset(&ring, || Ok(kernel.reset(most, std::mem::take(&mut written)))).unwrap()
         }
 
         /// The vCPU is stopped: its ring is emptied until the kernel would let it continue.
         fn empty(&mut self) {
-            for _ in 0..100 {
+            // With a large gap each harvest frees a quarter of the ring.
+            for _ in 0..2000 {
                 self.harvest(self.kernel.is_full(), 0, 0, usize::MAX);
             }
             assert!(!self.kernel.is_full(), "the guest continues");
