@@ -26,6 +26,16 @@ impl StageError {
     pub fn is_closed(&self) -> bool {
         matches!(self.cause, Cause::Closed(_))
     }
+
+    /// Whether the connection was lost. Another one may do better; where the peer sent what is invalid, none does.
+    #[must_use]
+    pub fn is_lost_connection(&self) -> bool {
+        match &self.cause {
+            Cause::Transport(_) => true,
+            Cause::Read(error) => error.is_lost_connection(),
+            _ => false,
+        }
+    }
 }
 
 /// The cause of a stage's end.

@@ -33,6 +33,9 @@ use crate::geometry::{ExtentAt, Layout, PageAt, bits};
 use crate::memory::{GuestMemory, ZEROS};
 use crate::pool::PooledBuffer;
 
+/// The hash of a page that has none.
+const NONE: u64 = 0;
+
 /// The hashes of a guest's pages. See the [module](self). Shared by reference: a page is recorded by one thread at a time, its lane's
 /// (ARCHITECTURE.md, law 4), and all else may happen meanwhile on another.
 #[derive(Debug)]
@@ -118,6 +121,17 @@ impl PageHashes {
         fence(Ordering::SeqCst);
         for notes in [&self.checked, &self.differing] {
             let _outdated = notes.take_mask(at, mask);
+        }
+    }
+
+    /// Forgets the hashes of all pages that are set in `lost`: they are sent again.
+    ///
+    /// # Panics
+    /// If `lost` is of another layout.
+    pub fn forget(&self, lost: &DirtyBitmap) {
+        for at in lost.all_dirty_extents() {
+            let mask = lost.peek(at);
+            self.record(at, mask, 0, 0, bits(mask).map(|_| NONE));
         }
     }
 

@@ -6,12 +6,13 @@
 //! cargo run --release -p memferry-tests --example control_latency [-- RUNS]
 //! ```
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use memferry::control::Control;
 use memferry_cli::api::{Server, client};
 use memferry_tests::busy::Busy;
-use memferry_transports::Address;
+use memferry_transports::{Address, open};
 
 /// The duration of each request.
 #[derive(Default)]
@@ -41,7 +42,9 @@ fn main() {
 
 async fn one(run: u64, socket: &Address, times: &mut Times) {
     let control = Control::new();
-    let server = Server::listen(socket, control.clone()).await.expect("a socket");
+    let server = Server::listen(socket, control.clone(), Arc::new(|address| open(address, Duration::ZERO).into()))
+        .await
+        .expect("a socket");
     let migration = Busy::begin(control);
     tokio::time::sleep(Duration::from_millis(200 + run * 37 % 300)).await;
     for number in 0..20_u64 {

@@ -548,6 +548,10 @@ impl DestinationGuest for TestGuest {
         Ok(())
     }
 
+    fn unprepare(&self) -> Result<(), GuestError> {
+        Ok(())
+    }
+
     fn start(&self, run_state: RunState) -> Result<(), GuestError> {
         self.note(GuestCall::Start);
         if self.fails.start {

@@ -93,7 +93,7 @@ impl Hand {
     /// If the source does not follow the protocol.
     pub async fn agree(&mut self) {
         self.hear_until(Kind::Hello).await.expect("a source sends Hello");
-        self.send_message(Message::Accept).await;
+        self.send_message(Message::Accept { waits_ms: 0 }).await;
         self.hear_until(Kind::Blocks).await.expect("a source sends what it has");
         self.send_message(Message::Ready).await;
     }

@@ -10,8 +10,8 @@ use memferry::guest::hints::PageHinter;
 use memferry::guest::{DestinationGuest, Guest, GuestBuilder, GuestError, GuestState, RunState, SourceGuest};
 use memferry::migration::{DataPlane, ReceiveError, Received, RunsHere, SendError, Sent, receive, send};
 use memferry::settings::{
-    ConvergenceSettings, DestinationSettings, EncoderSettings, OnDeadline, OnMiss, SourceSettings, SwitchoverBandwidth,
-    Verify, XbzrleSettings,
+    ConvergenceSettings, DestinationSettings, EncoderSettings, OnDeadline, OnMiss, RecoverySettings, SourceSettings,
+    SwitchoverBandwidth, Verify, XbzrleSettings,
 };
 use memferry_guests::workload::WorkloadBuilder;
 use memferry_stages::codec::Codec;
@@ -133,6 +133,8 @@ pub fn source_settings(lanes: u16, connections: u16) -> SourceSettings {
         max_state_bytes: memferry::settings::MAX_STATE_BYTES,
         handover_timeout: Duration::from_secs(20),
         peer_timeout: Duration::from_secs(30),
+        // A test that loses a connection on purpose sees it lost.
+        recovery: RecoverySettings::OFF,
     }
 }
 
@@ -147,6 +149,8 @@ pub fn destination_settings() -> DestinationSettings {
         max_state_bytes: memferry::settings::MAX_STATE_BYTES,
         handover_timeout: Duration::from_secs(20),
         peer_timeout: Duration::from_secs(30),
+        // A test that loses a connection on purpose sees it lost.
+        recovery: RecoverySettings::OFF,
     }
 }
 
@@ -192,6 +196,10 @@ impl DestinationGuest for AnyGuest {
 
     fn prepare(&self, state: &GuestState) -> Result<(), GuestError> {
         self.0.prepare(state)
+    }
+
+    fn unprepare(&self) -> Result<(), GuestError> {
+        self.0.unprepare()
     }
 
     fn start(&self, run_state: RunState) -> Result<(), GuestError> {

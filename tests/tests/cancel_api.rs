@@ -14,8 +14,8 @@ use memferry_guests::workload::Workload;
 use memferry_tests::hot::Hot;
 use memferry_tests::leftovers::Census;
 use memferry_tests::{migrate, source_settings};
-use memferry_transports::Address;
 use memferry_transports::memory::MemoryTransport;
+use memferry_transports::{Address, open};
 
 fn settings() -> SourceSettings {
     SourceSettings {
@@ -49,7 +49,9 @@ fn cancelled(guest: &Arc<Hot>, socket: &Address, when: When) {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     runtime.block_on(async {
         let control = Control::new();
-        let server = Server::listen(socket, control.clone()).await.unwrap();
+        let server = Server::listen(socket, control.clone(), Arc::new(|address| open(address, Duration::ZERO).into()))
+            .await
+            .unwrap();
         let transport = Arc::new(MemoryTransport::new(64 << 10));
         let moving = migrate(guest.clone(), Workload::destination(), transport, settings(), control.clone());
         let cancelling = async {

@@ -10,6 +10,8 @@
 //! | `file:/path` | [`mod@file`] | no | one |
 //! | (in the process) | [`memory`] | yes | several |
 //!
+//! [`faults`] cuts the connections of any of them, for trials.
+//!
 //! # What flush and shutdown mean
 //! The engine writes to a connection through [`AsyncWrite`]. `flush` returns when the bytes written so far are as durable
 //! as the transport makes them (a file: on disk). `shutdown` completes the stream (a file: flushed and renamed into
@@ -18,6 +20,7 @@
 #![forbid(unsafe_code)]
 
 pub mod address;
+pub mod faults;
 pub mod file;
 pub mod memory;
 pub mod regular;

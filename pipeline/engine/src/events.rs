@@ -61,6 +61,8 @@ pub enum Phase {
     Active,
     /// The guest is paused at the source.
     Switchover,
+    /// The connection is lost, and is to be made again. The guest runs at the source, or is paused if Go may have left.
+    Disconnected,
     /// The guest runs at the destination (or the file is complete).
     Completed,
     /// It failed; the source is as it was.
@@ -73,10 +75,11 @@ pub enum Phase {
 
 impl Phase {
     /// Every phase.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Setup,
         Self::Active,
         Self::Switchover,
+        Self::Disconnected,
         Self::Completed,
         Self::Failed,
         Self::Cancelled,
@@ -90,6 +93,7 @@ impl Phase {
             Self::Setup => "setup",
             Self::Active => "active",
             Self::Switchover => "switchover",
+            Self::Disconnected => "disconnected",
             Self::Completed => "completed",
             Self::Failed => "failed",
             Self::Cancelled => "cancelled",
@@ -351,11 +355,13 @@ pub enum TurnedAwayKind {
     Shortage,
     /// A guest is being received from another source.
     Busy,
+    /// It returns after a lost connection, and is not the source that was lost.
+    NotProven,
 }
 
 impl TurnedAwayKind {
     /// Every kind.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Silent,
         Self::Protocol,
         Self::Version,
@@ -364,6 +370,7 @@ impl TurnedAwayKind {
         Self::Incomplete,
         Self::Shortage,
         Self::Busy,
+        Self::NotProven,
     ];
 
     /// Its name in JSON.
@@ -378,6 +385,7 @@ impl TurnedAwayKind {
             Self::Incomplete => "incomplete",
             Self::Shortage => "shortage",
             Self::Busy => "busy",
+            Self::NotProven => "not_proven",
         }
     }
 }
@@ -445,6 +453,31 @@ pub enum Event {
     },
     /// A warning for the operator; the migration continues.
     Warning(String),
+    /// The connection is lost, and is to be made again.
+    Disconnected {
+        /// The number of the attempt that ended, from 1.
+        attempt: u32,
+        /// Why.
+        why: String,
+    },
+    /// The source could not make the connection again yet.
+    NotReached {
+        /// How often it has tried since the connection was lost.
+        tries: u32,
+        /// Why the latest try failed.
+        why: String,
+        /// When it tries again.
+        again_in: Duration,
+    },
+    /// The connection is made again, and the migration continues.
+    Reconnected {
+        /// The number of the attempt that begins. It rises with each try to reach the destination.
+        attempt: u32,
+        /// How long there was no connection.
+        outage: Duration,
+        /// Page bytes that were in flight when the connection was lost, and are sent again; 0 at the destination.
+        put_back_bytes: u64,
+    },
     /// The guest was paused at the source.
     Paused,
     /// A cancel is too late from here on: the source sends Go; the destination begins to start the guest.
@@ -507,6 +540,24 @@ pub struct Ended {
     pub cpu: Duration,
     /// Did the source guest fail to resume after it was paused? It is paused, and runs nowhere else.
     pub resume_failed: bool,
+    /// What lost connections have cost.
+    pub outages: Outages,
+}
+
+/// What lost connections have cost a migration.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(default)]
+pub struct Outages {
+    /// How many connections were lost.
+    pub lost: u32,
+    /// How long there was none, all together.
+    #[serde(rename = "time_ms", with = "millis")]
+    pub time: Duration,
+    /// Page bytes that were in flight when a connection was lost, and were sent again; 0 at the destination.
+    pub put_back_bytes: u64,
+    /// How long the guest was paused in switchovers that a lost connection interrupted. It is no part of the downtime.
+    #[serde(rename = "paused_ms", with = "millis")]
+    pub paused: Duration,
 }
 
 impl Ended {

@@ -14,7 +14,7 @@ use crate::control::{Change, Changed};
 use crate::controller::forecast::{FixedCost, Forecast};
 use crate::controller::reason::{Met, Reason, Stalled};
 use crate::controller::{Decided, Decision};
-use crate::events::{BlockFacts, DowntimeParts, Ended, Event, Outcome, Phase, Progress, Role, TurnedAwayKind};
+use crate::events::{BlockFacts, DowntimeParts, Ended, Event, Outages, Outcome, Phase, Progress, Role, TurnedAwayKind};
 
 fn reading(stage: StageId, busy: u64, input: u64, output: u64) -> Reading {
     let [busy, input_wait, output_wait] = [busy, input, output].map(Duration::from_millis);
@@ -88,6 +88,7 @@ pub fn ended(role: Role) -> Ended {
         }),
         cpu: ms(4600),
         resume_failed: false,
+        outages: Outages { lost: 1, time: ms(2300), put_back_bytes: 3 << 20, paused: ms(12) },
     }
 }
 
@@ -214,5 +215,9 @@ pub fn every_event() -> Vec<Event> {
         memory_bound: 64 << 20,
     }));
     events.push(Event::HandedOver);
+    events.push(Event::Disconnected { attempt: 1, why: "the connection was lost: the destination closed it".into() });
+    events.push(Event::NotReached { tries: 2, why: "connection refused".into(), again_in: ms(1000) });
+    events.push(Event::Reconnected { attempt: 2, outage: ms(2300), put_back_bytes: 3 << 20 });
+    events.push(Event::Phase(Phase::Disconnected));
     events
 }

@@ -196,6 +196,33 @@ pub enum After {
 /// The least `peer_timeout`: each end sends something every half second while it is alive.
 pub const LEAST_PEER_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// What is done about a lost connection. The transport needs a return path, and payloads a checksum; without either, a lost
+/// connection ends the migration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RecoverySettings {
+    /// How many lost connections a migration survives. With 0 the first one ends it.
+    pub attempts: u32,
+    /// The wait before the source tries again to reach the destination. It doubles with each try, up to ten seconds.
+    #[serde(with = "time")]
+    pub backoff: Duration,
+    /// How long an end waits for the other one. Of two ends that differ the shorter time counts.
+    #[serde(with = "time")]
+    pub give_up: Duration,
+}
+
+impl Default for RecoverySettings {
+    /// Suits a switch that is down for two minutes.
+    fn default() -> Self {
+        Self { attempts: 10, backoff: Duration::from_millis(500), give_up: Duration::from_secs(300) }
+    }
+}
+
+impl RecoverySettings {
+    /// A lost connection ends the migration.
+    pub const OFF: Self = Self { attempts: 0, backoff: Duration::from_millis(500), give_up: Duration::from_secs(300) };
+}
+
 /// Settings of a source.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SourceSettings {
@@ -242,9 +269,11 @@ pub struct SourceSettings {
     /// How long the last handshake may take before Go and after it, and how long the destination may accept no data or
     /// leave a request unanswered before that.
     pub handover_timeout: Duration,
-    /// How long the destination may be silent before the migration ends, if the transport has a return path. At least
+    /// How long the destination may be silent before the connection counts as lost, if the transport has a return path. At least
     /// [`LEAST_PEER_TIMEOUT`].
     pub peer_timeout: Duration,
+    /// What is done about a lost connection.
+    pub recovery: RecoverySettings,
 }
 
 impl Default for SourceSettings {
@@ -270,6 +299,7 @@ impl Default for SourceSettings {
             max_state_bytes: MAX_STATE_BYTES,
             handover_timeout: Duration::from_secs(30),
             peer_timeout: Duration::from_secs(30),
+            recovery: RecoverySettings::default(),
         }
     }
 }
@@ -327,9 +357,11 @@ pub struct DestinationSettings {
     pub hello_timeout: Duration,
     /// How long to wait for Go.
     pub handover_timeout: Duration,
-    /// How long the source may be silent before the migration ends, if there is a return path. At least
+    /// How long the source may be silent before the connection counts as lost, if there is a return path. At least
     /// [`LEAST_PEER_TIMEOUT`].
     pub peer_timeout: Duration,
+    /// What is done about a lost connection: of it, `attempts` and `give_up`.
+    pub recovery: RecoverySettings,
 }
 
 impl Default for DestinationSettings {
@@ -343,6 +375,7 @@ impl Default for DestinationSettings {
             hello_timeout: Duration::from_secs(10),
             handover_timeout: Duration::from_secs(30),
             peer_timeout: Duration::from_secs(30),
+            recovery: RecoverySettings::default(),
         }
     }
 }

@@ -205,6 +205,11 @@ macro_rules! as_written {
 
 as_written!(Size, Bandwidth, Time, Deadline);
 
+/// Whole milliseconds, at most as many as fit.
+pub(crate) fn whole_ms(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
 /// Milliseconds, to the microsecond.
 #[must_use]
 pub fn ms(time: Duration) -> f64 {

@@ -38,6 +38,11 @@ impl Observer for LogObserver {
             Event::Paused => info!(role, "the guest is paused"),
             Event::HandedOver => info!(role, "the guest is handed over"),
             Event::Resumed => info!(role, "the guest continues"),
+            Event::Disconnected { attempt, why } => warn!(role, attempt, "disconnected: {why}"),
+            Event::NotReached { tries, why, again_in } => info!(role, tries, ?again_in, "not connected again: {why}"),
+            Event::Reconnected { attempt, outage, put_back_bytes } => {
+                info!(role, attempt, ?outage, put_back_bytes, "connected again");
+            }
             Event::Ended(ended) => log_end(role, ended),
             other => debug!(role, "{other:?}"),
         }
@@ -108,6 +113,7 @@ mod tests {
                 count,
             };
             [1, 7].iter().for_each(|&count| LogObserver.event(Role::Destination, &away(count)));
+            LogObserver.event(Role::Source, &Event::Disconnected { attempt: 1, why: "it closed".into() });
             script(Role::Source).iter().for_each(|event| LogObserver.event(Role::Source, event));
         });
         let text = String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();
@@ -117,6 +123,7 @@ mod tests {
         assert!(text.contains(more), "{text}");
         assert!(text.contains(r#"INFO bitmap sync role="source" after_round=1 dirty_pages=900"#), "{text}");
         assert!(text.contains(r#"INFO ended role="source" total="2.50 s" phase=Completed"#), "{text}");
+        assert!(text.contains(r#"WARN disconnected: it closed role="source" attempt=1"#), "{text}");
         assert!(!text.contains("RoundScanned"), "{text}");
     }
 }

@@ -54,6 +54,38 @@ pub(crate) fn time_left(now: &ProgressJson) -> Option<TimeLeft> {
     (time != TimeLeft::Unknown).then_some(time)
 }
 
+/// The loss of a connection, and what each end does about it. After Go only the destination knows where the guest is to run.
+pub(crate) fn disconnected(role: Role, why: &dyn fmt::Display, is_handed_over: bool) -> String {
+    let meanwhile = match (role, is_handed_over) {
+        (Role::Source, false) => "the guest runs here; trying to connect again",
+        (Role::Source, true) => "the guest is paused until the destination answers; trying to connect again",
+        (Role::Destination, _) => "waiting for the source to return",
+    };
+    format!("disconnected: {why}; {meanwhile}")
+}
+
+/// A try to connect again that failed, this long after the connection was lost.
+pub(crate) fn not_reached(
+    lost_for: Option<Duration>,
+    why: &dyn fmt::Display,
+    again_in: Duration,
+    is_handed_over: bool,
+) -> String {
+    let lost_for = lost_for.map(|time| format!(" for {}", human::time(time))).unwrap_or_default();
+    let guest = if is_handed_over { "the guest is paused" } else { "the guest runs here" };
+    format!("disconnected{lost_for}: {why}; {guest}; trying again in {}", human::time(again_in))
+}
+
+/// A connection that was made again.
+pub(crate) fn reconnected(role: Role, attempt: u32, outage: Duration, put_back_bytes: u64) -> String {
+    let again = match (role, put_back_bytes) {
+        (Role::Source, 0) => ", nothing is sent again".into(),
+        (Role::Source, bytes) => format!(", {} are sent again", human::bytes(bytes)),
+        (Role::Destination, _) => String::new(),
+    };
+    format!("connected again after {} (attempt {attempt}){again}", human::time(outage))
+}
+
 /// As in JSON, except for the completed share: 99.97 % must not be shown as 100 %.
 fn unrounded(progress: &Progress) -> ProgressJson {
     ProgressJson { done_percent: progress.done().map(|done| done * 100.0), ..progress.into() }
@@ -149,6 +181,37 @@ struct Shown {
     last: Option<Instant>,
     /// Short rounds share a line.
     rounds: Option<Rounds>,
+    lost: Lost,
+}
+
+/// What the words about a lost connection depend on.
+#[derive(Debug, Default)]
+struct Lost {
+    since: Option<Instant>,
+    is_handed_over: bool,
+}
+
+impl Lost {
+    /// The line for an event about a lost connection.
+    fn line(&mut self, role: Role, event: &Event, at: Instant) -> Option<String> {
+        match event {
+            Event::HandedOver => self.is_handed_over = true,
+            Event::Disconnected { why, .. } => {
+                self.since = Some(at);
+                return Some(disconnected(role, why, self.is_handed_over));
+            }
+            Event::NotReached { why, again_in, .. } => {
+                let lost_for = self.since.map(|since| at.duration_since(since));
+                return Some(not_reached(lost_for, why, *again_in, self.is_handed_over));
+            }
+            Event::Reconnected { attempt, outage, put_back_bytes } => {
+                *self = Self::default();
+                return Some(reconnected(role, *attempt, *outage, *put_back_bytes));
+            }
+            _ => {}
+        }
+        None
+    }
 }
 
 impl Shown {
@@ -173,7 +236,7 @@ impl Shown {
                 None
             }
             Event::Ended(_) => None,
-            other => match milestone(role, other) {
+            other => match milestone(role, other).or_else(|| self.lost.line(role, other, at)) {
                 None => return Vec::new(),
                 line => line,
             },
@@ -241,6 +304,7 @@ pub struct ProgressDisplay {
     role: Role,
     bar: ProgressBar,
     round: Mutex<u32>,
+    lost: Mutex<Lost>,
 }
 
 impl fmt::Debug for ProgressDisplay {
@@ -256,9 +320,9 @@ impl ProgressDisplay {
     /// Never: the template is a constant.
     #[must_use]
     pub fn new(role: Role, screen: &Screen) -> Self {
-        let style = ProgressStyle::with_template("{prefix:>10} {bar:16} {wide_msg}").expect("a right template");
+        let style = ProgressStyle::with_template("{prefix:>12} {bar:16} {wide_msg}").expect("a right template");
         let bar = screen.0.add(ProgressBar::no_length()).with_style(style.progress_chars("█▌ "));
-        Self { role, bar, round: Mutex::new(0) }
+        Self { role, bar, round: Mutex::new(0), lost: Mutex::new(Lost::default()) }
     }
 
     /// The length of a round's bar is what the round began with.
@@ -275,8 +339,16 @@ impl ProgressDisplay {
     }
 
     fn show(&self, event: &Event) {
+        let mut lost = self.lost.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(line) = lost.line(self.role, event, Instant::now()) {
+            self.bar.set_message(line);
+        }
         match event {
+            // The line about the lost connection stays.
+            Event::Progress(_) if lost.since.is_some() => {}
             Event::Progress(progress) => self.progress(progress),
+            Event::Reconnected { .. } => *self.round.lock().unwrap_or_else(PoisonError::into_inner) = 0,
+            Event::Phase(Phase::Disconnected) => self.bar.set_prefix("disconnected"),
             Event::Ended(_) => self.bar.finish_and_clear(),
             Event::Phase(Phase::Setup) => self.bar.set_prefix("setup"),
             Event::Phase(Phase::Switchover) => self.bar.set_prefix("switchover"),
@@ -396,6 +468,36 @@ mod tests {
         ");
         let unknown = Progress { remaining_bytes: None, page_rate: 1e8, ..Progress::default() };
         assert_eq!(figures(&(&Progress { wire_rate: 1e8, ..unknown }).into()), "95.4 MiB/s");
+    }
+
+    #[test]
+    fn a_lost_connection_says_why_where_the_guest_is_and_when_it_tries_again() {
+        let told = |role, events: Vec<(u64, Event)>| {
+            let (lines, start) = (ProgressLines::new(role, Vec::new()), Instant::now());
+            events.iter().for_each(|(ms, event)| lines.show(event, start + Duration::from_millis(*ms)));
+            written(lines)
+        };
+        let lost = || Event::Disconnected { attempt: 1, why: "it closed".into() };
+        let tried = || Event::NotReached { tries: 3, why: "refused".into(), again_in: Duration::from_secs(1) };
+        let again = |put_back_bytes| Event::Reconnected { attempt: 2, outage: Duration::from_secs(12), put_back_bytes };
+        insta::assert_snapshot!(told(Role::Source, vec![(0, lost()), (4000, tried()), (5000, again(3 << 20))]), @r"
+        disconnected: it closed; the guest runs here; trying to connect again
+        disconnected for 4.00 s: refused; the guest runs here; trying again in 1.00 s
+        connected again after 12.0 s (attempt 2), 3.00 MiB are sent again
+        ");
+        insta::assert_snapshot!(
+            told(Role::Source, vec![(0, Event::HandedOver), (1, lost()), (4001, tried()), (9000, again(0)), (9500, lost())]),
+            @r"
+        disconnected: it closed; the guest is paused until the destination answers; trying to connect again
+        disconnected for 4.00 s: refused; the guest is paused; trying again in 1.00 s
+        connected again after 12.0 s (attempt 2), nothing is sent again
+        disconnected: it closed; the guest runs here; trying to connect again
+        "
+        );
+        insta::assert_snapshot!(told(Role::Destination, vec![(0, lost()), (5000, again(0))]), @r"
+        disconnected: it closed; waiting for the source to return
+        connected again after 12.0 s (attempt 2)
+        ");
     }
 
     #[test]

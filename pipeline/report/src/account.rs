@@ -1,6 +1,7 @@
 //! Accumulates the events of a migration for the report, its page and its final table: the latest [`Status`], and
 //! what the status does not retain.
 
+use std::fmt;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -10,6 +11,7 @@ use super::series::{Happened, Series};
 use memferry::control::{Changed, Status};
 use memferry::controller::Decided;
 use memferry::events::{Event, Observer, Role};
+use memferry::human;
 
 /// The most notices that are stored: peers may be refused for as long as the destination waits.
 const MOST_NOTICES: usize = 100;
@@ -41,6 +43,8 @@ pub struct Account {
     pub decided: Vec<Decided>,
     /// Settings that were changed during the migration, in order.
     pub changed: Vec<Changed>,
+    /// Connections that were lost, in order.
+    pub lost: Vec<Lost>,
     /// Progress samples and marks over time.
     pub series: Series,
     /// The first warnings and refused peers.
@@ -58,6 +62,25 @@ pub struct Notice {
     pub text: String,
 }
 
+/// A connection that was lost.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Lost {
+    /// The attempt that ended, from 1.
+    pub attempt: u32,
+    /// When.
+    pub at: Duration,
+    /// Why.
+    pub why: String,
+    /// How long there was no connection; `None` if it was not made again.
+    pub outage: Option<Duration>,
+    /// How often the source tried to make it again and failed.
+    pub tries: u32,
+    /// Page bytes that were in flight, and were sent again.
+    pub put_back_bytes: u64,
+    /// How long the guest was paused in the switchover that it interrupted, if there was one.
+    pub paused: Option<Duration>,
+}
+
 /// One round.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Round {
@@ -69,6 +92,24 @@ pub struct Round {
     pub is_sample: bool,
     /// Dirty pages that the next sync found: `None` before it, 0 after the last round.
     pub dirty_after: Option<u64>,
+}
+
+/// In words, for a line of the summary.
+impl fmt::Display for Lost {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "connection {} after {}", self.attempt, human::time(self.at))?;
+        match self.outage {
+            Some(outage) => write!(f, ", made again after {}", human::time(outage))?,
+            None => f.write_str(", not made again")?,
+        }
+        if self.put_back_bytes > 0 {
+            write!(f, ", {} sent again", human::bytes(self.put_back_bytes))?;
+        }
+        if let Some(paused) = self.paused {
+            write!(f, ", the guest was paused for {}", human::time(paused))?;
+        }
+        write!(f, ": {}", self.why)
+    }
 }
 
 impl Accountant {
@@ -109,10 +150,31 @@ impl Account {
             Event::Synced { after_round, dirty_pages, .. } => self.synced(*after_round, *dirty_pages),
             Event::Decided(decided) => self.decided.push(decided.clone()),
             Event::Changed(changed) => self.changed.push(*changed),
-            _ => {}
+            _ => self.recovery(event, at),
         }
         if let Some(text) = event.warning() {
             self.notice(text, at);
+        }
+    }
+
+    /// Records what an event says about a lost connection. One is lost at most as often as the settings allow.
+    fn recovery(&mut self, event: &Event, at: Duration) {
+        if let Event::Disconnected { attempt, why } = event {
+            let (attempt, why) = (*attempt, why.clone());
+            self.lost.push(Lost { attempt, at, why, outage: None, tries: 0, put_back_bytes: 0, paused: None });
+        }
+        let Some(lost) = self.lost.last_mut() else { return };
+        match event {
+            Event::NotReached { tries, .. } => lost.tries = *tries,
+            Event::Reconnected { outage, put_back_bytes, .. } => {
+                (lost.outage, lost.put_back_bytes) = (Some(*outage), *put_back_bytes);
+            }
+            // Its switchover is taken back at once or, after Go, once the destination has answered.
+            Event::Resumed if lost.paused.is_none() => {
+                let paused = self.series.last(Happened::Paused).filter(|paused| *paused <= lost.at);
+                lost.paused = paused.map(|paused| at.saturating_sub(paused));
+            }
+            _ => {}
         }
     }
 
@@ -127,6 +189,8 @@ impl Account {
             Event::Changed(_) => Happened::Changed(self.changed.len()),
             Event::Paused => Happened::Paused,
             Event::Resumed => Happened::Resumed,
+            Event::Disconnected { .. } => Happened::Disconnected(self.lost.len()),
+            Event::Reconnected { .. } => Happened::Reconnected,
             Event::Ended(_) => Happened::Ended,
             _ => return,
         };

@@ -22,13 +22,13 @@ use memferry_stages::tally::PageTally;
 use memferry_stages::untrusted::Untrusted;
 use serde::{Deserialize, Serialize};
 
-use account::{Account, Round};
+use account::{Account, Lost, Round};
 pub use file::write;
 use memferry::bottleneck::Bottleneck;
 use memferry::control::Changed;
 use memferry::controller::forecast::{Forecast, whole};
 use memferry::controller::{Decided, Decision};
-use memferry::events::{BlockFacts, DowntimeParts, Ended, Outcome};
+use memferry::events::{BlockFacts, DowntimeParts, Ended, Outages, Outcome};
 use memferry::values::ms;
 
 /// The version of the report's field names.
@@ -52,7 +52,9 @@ pub struct Report {
     pub decisions: Vec<DecisionReport>,
     /// Settings that were changed during the migration, in order.
     pub changes: Vec<ChangeReport>,
-    /// Bytes on the wire for each second after the setup.
+    /// The lost connections, in order.
+    pub lost_connections: Vec<LostConnectionReport>,
+    /// Bytes on the wire for each second after the setup, without the time in which there was no connection.
     pub throughput_bytes_per_s: f64,
     /// The bound of the engine's memory, known before the migration starts.
     pub memory_bound_bytes: u64,
@@ -97,6 +99,9 @@ pub struct EndReport {
     pub cpu_ms: f64,
     /// How each stage spent its time.
     pub stages: Vec<StageReport>,
+    /// What lost connections have cost.
+    #[serde(default)]
+    pub outages: Outages,
 }
 
 impl From<&Ended> for EndReport {
@@ -116,6 +121,7 @@ impl From<&Ended> for EndReport {
             bottleneck_percent: ended.bottleneck,
             cpu_ms: ms(ended.cpu),
             stages: ended.stages.iter().map(stage).collect(),
+            outages: ended.outages,
         }
     }
 }
@@ -231,6 +237,25 @@ pub struct ChangeReport {
     pub to: Untrusted,
 }
 
+/// A connection that was lost.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct LostConnectionReport {
+    /// The attempt that ended, from 1.
+    pub attempt: u32,
+    /// When, from this end's first event.
+    pub at_ms: f64,
+    /// Why.
+    pub why: Untrusted,
+    /// How long there was no connection; null if it was not made again.
+    pub outage_ms: Option<f64>,
+    /// How often the source tried to make it again and failed.
+    pub failed_tries: u32,
+    /// Page bytes that were in flight, and were sent again; 0 at the destination.
+    pub put_back_bytes: u64,
+    /// How long the guest was paused in the switchover that it interrupted; null if there was none.
+    pub paused_ms: Option<f64>,
+}
+
 /// One round.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct RoundReport {
@@ -298,6 +323,7 @@ impl Report {
             guest: guest(&account.status.blocks, account.status.pages),
             decisions: account.decided.iter().map(decision).collect(),
             changes: account.changed.iter().map(change).collect(),
+            lost_connections: account.lost.iter().map(lost_connection).collect(),
             throughput_bytes_per_s: throughput(ended).round(),
             memory_bound_bytes: account.memory_bound + other.map_or(0, |other| other.memory_bound),
             bottleneck: held_up.to_string(),
@@ -343,10 +369,10 @@ pub fn busiest(stages: &[Reading]) -> Option<(&Reading, f64)> {
     shares.max_by(|a, b| a.1.total_cmp(&b.1))
 }
 
-/// Bytes on the wire for each second after the setup.
+/// Bytes on the wire for each second after the setup, without the time in which there was no connection.
 #[must_use]
 pub fn throughput(ended: &Ended) -> f64 {
-    let seconds = ended.total.saturating_sub(ended.setup).as_secs_f64();
+    let seconds = ended.total.saturating_sub(ended.setup).saturating_sub(ended.outages.time).as_secs_f64();
     #[expect(clippy::cast_precision_loss, reason = "a rate")]
     let bytes = ended.wire_bytes as f64;
     if seconds > 0.0 { bytes / seconds } else { 0.0 }
@@ -410,6 +436,18 @@ pub fn decision_name(decision: Decision) -> &'static str {
 fn change(changed: &Changed) -> ChangeReport {
     let Changed { round, from, to, .. } = changed;
     ChangeReport { round: *round, key: to.key().into(), from: from.to_string().into(), to: to.to_string().into() }
+}
+
+fn lost_connection(lost: &Lost) -> LostConnectionReport {
+    LostConnectionReport {
+        attempt: lost.attempt,
+        at_ms: ms(lost.at),
+        why: lost.why.as_str().into(),
+        outage_ms: lost.outage.map(ms),
+        failed_tries: lost.tries,
+        put_back_bytes: lost.put_back_bytes,
+        paused_ms: lost.paused.map(ms),
+    }
 }
 
 fn round(round: &Round) -> RoundReport {

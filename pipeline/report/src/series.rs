@@ -106,6 +106,10 @@ pub enum Happened {
     Paused,
     /// The guest was resumed at the source.
     Resumed,
+    /// The connection was lost: its index among the lost ones.
+    Disconnected(usize),
+    /// The connection was made again.
+    Reconnected,
     /// The verdict.
     Ended,
 }
@@ -150,6 +154,37 @@ impl Series {
     #[must_use]
     pub fn first(&self, what: Happened) -> Option<Duration> {
         self.marks.iter().find(|mark| mark.what == what).map(|mark| mark.at)
+    }
+
+    /// The time of the last mark of this kind.
+    #[must_use]
+    pub fn last(&self, what: Happened) -> Option<Duration> {
+        self.marks.iter().rfind(|mark| mark.what == what).map(|mark| mark.at)
+    }
+
+    /// The ranges of time in which the guest was paused; the last may have no end.
+    #[must_use]
+    pub fn paused(&self) -> Vec<(Duration, Option<Duration>)> {
+        self.ranges(|what| what == Happened::Paused, Happened::Resumed)
+    }
+
+    /// The ranges of time in which there was no connection; the last may have no end.
+    #[must_use]
+    pub fn outages(&self) -> Vec<(Duration, Option<Duration>)> {
+        self.ranges(|what| matches!(what, Happened::Disconnected(_)), Happened::Reconnected)
+    }
+
+    fn ranges(&self, begins: impl Fn(Happened) -> bool, end: Happened) -> Vec<(Duration, Option<Duration>)> {
+        let mut ranges: Vec<(Duration, Option<Duration>)> = Vec::new();
+        for mark in &self.marks {
+            let open = ranges.last_mut().filter(|range| range.1.is_none());
+            match open {
+                Some(range) if mark.what == end => range.1 = Some(mark.at),
+                None if begins(mark.what) => ranges.push((mark.at, None)),
+                _ => {}
+            }
+        }
+        ranges
     }
 }
 

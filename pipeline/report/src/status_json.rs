@@ -9,7 +9,7 @@ use serde_json::{Map, Value};
 use super::event_json::{DecidedJson, EndedJson, ProgressJson};
 use super::{ForecastReport, forecast_report, ms};
 use memferry::control::{Change, Status};
-use memferry::events::{Phase, Role};
+use memferry::events::{Outages, Phase, Role};
 use memferry::settings::{SourceSettings, SwitchoverBandwidth};
 
 /// The version of the field names.
@@ -36,6 +36,12 @@ pub struct StatusJson {
     pub rounds: u32,
     /// Has the handover begun, so that a cancel is too late?
     pub handed_over: bool,
+    /// The attempt, from 1: one more for each connection that was lost and made again; 0 before the first.
+    pub attempt: u32,
+    /// Why there is no connection, while there is none: the reason of the loss, or of the latest try to make it again.
+    pub disconnected: Option<Untrusted>,
+    /// What lost connections have cost so far.
+    pub outages: Outages,
     /// The settings that can be changed, in the form that a PATCH takes; null at the destination.
     pub settings: Option<Map<String, Value>>,
     /// The latest figures.
@@ -62,6 +68,9 @@ impl From<&Status> for StatusJson {
             memory_bound_bytes: status.memory_bound,
             rounds: status.rounds,
             handed_over: status.is_handed_over,
+            attempt: status.attempt,
+            disconnected: status.disconnected.as_deref().map(Untrusted::from),
+            outages: status.outages,
             settings: status.settings.as_ref().map(settings),
             progress: status.progress.as_ref().map(ProgressJson::from),
             forecast: status.forecast.map(|forecast| forecast_report(&forecast, None)),

@@ -6,11 +6,11 @@ use std::time::Duration;
 use memferry_stages::exclusions::ExcludedPages;
 use memferry_stages::page_hashes::Coverage;
 
-use super::account::{Account, Round};
+use super::account::{Account, Lost, Round};
 use super::{Ends, busiest, error_percent, held_up, readings, throughput};
 use memferry::controller::forecast::Forecast;
 use memferry::controller::{Decided, Decision};
-use memferry::events::{Ended, Outcome};
+use memferry::events::{Ended, Outages, Outcome};
 use memferry::human;
 
 const HEADS: [&str; 11] =
@@ -155,6 +155,25 @@ fn checked(role: Ends, ended: &Ended, far: Option<&Ended>) -> Option<String> {
     })
 }
 
+/// The connections that were lost: all of them, or the first and the last ones if there are many, then what they have cost.
+fn outages(lost: &[Lost], cost: &Outages) -> Vec<(&'static str, String)> {
+    let mut lines: Vec<_> = lost.iter().map(ToString::to_string).collect();
+    let left_out = lines.len().saturating_sub(FIRST + LAST);
+    if left_out > 1 {
+        lines.splice(FIRST..FIRST + left_out, [format!("... {} more", human::counted(left_out as u64, "connection"))]);
+    }
+    if cost.lost > 1 {
+        let paused = match cost.paused {
+            Duration::ZERO => String::new(),
+            paused => format!(", the guest paused for {} in interrupted switchovers", human::time(paused)),
+        };
+        let (time, bytes) = (human::time(cost.time), human::bytes(cost.put_back_bytes));
+        lines.push(format!("{} connections in all: none for {time}, {bytes} sent again{paused}", cost.lost));
+    }
+    let names = std::iter::once("lost").chain(std::iter::repeat(""));
+    names.zip(lines).collect()
+}
+
 fn lines(role: Ends, ended: &Ended, account: &Account, other: Option<&Account>) -> Vec<(&'static str, String)> {
     let far = other.and_then(|account| account.status.ended.as_ref());
     let mut lines = decisions(&account.decided);
@@ -165,6 +184,7 @@ fn lines(role: Ends, ended: &Ended, account: &Account, other: Option<&Account>) 
     if let (Some(forecast), Some(downtime)) = (&ended.forecast, ended.switchover()) {
         lines.push(("forecast", forecast_line(forecast, downtime)));
     }
+    lines.extend(outages(&account.lost, &ended.outages));
     let rate = human::rate(throughput(ended));
     lines.push(("wire", format!("{} at {rate}, setup {}", human::bytes(ended.wire_bytes), human::time(ended.setup))));
     lines.extend(checked(role, ended, far).map(|line| ("checked", line)));

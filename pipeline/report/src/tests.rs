@@ -38,7 +38,7 @@ fn the_report_has_exactly_the_names_that_were_agreed() {
     };
     let top = "schema role status error verified checked guest total_ms setup_ms downtime_ms downtime forecast decisions changes \
                wire_bytes excluded throughput_bytes_per_s memory_bound_bytes memory_peak_bytes bottleneck \
-               bottleneck_percent cpu_ms rounds stages";
+               bottleneck_percent cpu_ms rounds stages lost_connections outages";
     let round = "round ms sample pages zero raw compressed xbzrle unchanged xbzrle_misses xbzrle_overflows bytes_in bytes_out \
                  dirty_after";
     let stage = "name lane busy_ms input_wait_ms output_wait_ms limit_wait_ms batches pages";
@@ -96,7 +96,8 @@ fn the_report_says_what_the_events_said() {
         (Some(0.125), None)
     );
     assert_eq!(report.end.cpu_ms, 4600.0);
-    assert!((report.throughput_bytes_per_s - f64::from(512 << 20) / 2.4).abs() < 1.0);
+    // 2.5 s, of which 100 ms are setup, and there was no connection for 2.3 s.
+    assert!((report.throughput_bytes_per_s - f64::from(512 << 20) / 0.1).abs() < 1.0);
 }
 
 #[test]
@@ -141,7 +142,7 @@ fn the_table_fits_a_terminal() {
                 verify 100 ms, durable 1.00 ms, prepare 3.00 ms, start 4.00 ms, handover 5.00 ms
     forecast    212 ms (-0 %): pause 1.00 ms, state 1.00 ms, sync 2.00 ms, transfer 91.0 ms, load 1.00
                 ms, verify 110 ms, durable 1.00 ms, prepare 1.00 ms, start 2.00 ms, handover 2.00 ms
-    wire        512 MiB at 213 MiB/s, setup 100 ms
+    wire        512 MiB at 5.00 GiB/s, setup 100 ms
     checked     196,608 of 262,144 pages read again as sent, 196,608 of 262,144 pages as loaded
     excluded    5,000 pages hinted free, 2,048 pages unplugged
     memory      20.0 MiB at most, 128 MiB allowed
@@ -192,6 +193,55 @@ fn each_decision_is_reported_once_with_its_figures() {
     let text = table::summary(Ends::Source, &account, None);
     assert_eq!(text.lines().filter(|line| line.contains(": throttle the guest to 50 %")).count(), 12, "{text}");
     assert!(text.contains("... 28 decisions more"), "{text}");
+}
+
+/// Two connections are lost: the first in a switchover, the second for good.
+fn disconnected() -> account::Account {
+    let mut account = account::Account::default();
+    let (s, why) = (Duration::from_secs, || "the destination closed it".to_owned());
+    for (at, event) in [
+        (3, Event::Paused),
+        (4, Event::Disconnected { attempt: 1, why: why() }),
+        (4, Event::Resumed),
+        (5, Event::NotReached { tries: 1, why: "refused".into(), again_in: s(1) }),
+        (6, Event::NotReached { tries: 2, why: "refused".into(), again_in: s(2) }),
+        (8, Event::Reconnected { attempt: 2, outage: s(4), put_back_bytes: 3 << 20 }),
+        (9, Event::Paused),
+        (10, Event::Resumed),
+        (12, Event::Disconnected { attempt: 2, why: why() }),
+        (12, Event::Ended(Box::new(ended(Role::Source)))),
+    ] {
+        account.enter(&event, s(at));
+    }
+    account
+}
+
+#[test]
+fn lost_connections_are_reported_with_what_they_cost() {
+    let account = disconnected();
+    let report = Report::new(Ends::Source, &ended(Role::Source), &account, None);
+    let lost = |attempt, at_ms, outage_ms, failed_tries, put_back_bytes, paused_ms| LostConnectionReport {
+        attempt,
+        at_ms,
+        why: "the destination closed it".into(),
+        outage_ms,
+        failed_tries,
+        put_back_bytes,
+        paused_ms,
+    };
+    let expected = [lost(1, 4000.0, Some(4000.0), 2, 3 << 20, Some(1000.0)), lost(2, 12_000.0, None, 0, 0, None)];
+    assert_eq!(report.lost_connections, expected);
+    let s = Duration::from_secs;
+    assert_eq!(account.series.outages(), [(s(4), Some(s(8))), (s(12), None)]);
+    assert_eq!(account.series.paused(), [(s(3), Some(s(4))), (s(9), Some(s(10)))]);
+    let text = table::summary(Ends::Source, &account, None);
+    let lines: Vec<_> = text.lines().skip_while(|line| !line.starts_with("lost ")).take(3).collect();
+    insta::assert_snapshot!(lines.join("\n"), @r"
+    lost        connection 1 after 4.00 s, made again after 4.00 s, 3.00 MiB sent again, the guest was
+                paused for 1.00 s: the destination closed it
+                connection 2 after 12.0 s, not made again: the destination closed it
+    ");
+    assert!(!table::summary(Ends::Source, &accountant().account(Role::Source), None).contains("lost "));
 }
 
 #[test]

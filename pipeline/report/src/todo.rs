@@ -3,6 +3,7 @@
 use memferry_stages::codec::Codec;
 use memferry_stages::tally::RoundTally;
 use std::fmt;
+use std::time::Duration;
 
 use super::account::{Account, Round};
 use memferry::bottleneck::{Bottleneck, Cause};
@@ -56,6 +57,13 @@ pub enum Conclusion {
         /// Is there a codec that takes less processor time than this one?
         has_lighter_codec: bool,
     },
+    /// Connections were lost.
+    ConnectionsLost {
+        /// How many.
+        lost: u32,
+        /// How long there was none.
+        time: Duration,
+    },
 }
 
 impl fmt::Display for Conclusion {
@@ -88,6 +96,12 @@ impl fmt::Display for Conclusion {
                 human::counted(cores as u64, "core"),
                 if has_lighter_codec { "compress = \"lz4\" takes less of it" } else { "leave it more cores" }
             ),
+            Self::ConnectionsLost { lost, time } => write!(
+                f,
+                "The connection was lost {}, and there was none for {}: find out what between both ends cut it.",
+                if lost == 1 { "once".to_owned() } else { format!("{lost} times") },
+                human::time(time)
+            ),
         }
     }
 }
@@ -105,7 +119,7 @@ pub fn conclusions(
         .zip(settings.max_bandwidth)
         .map(|(share, limit)| Conclusion::LimitHeld { share, limit });
     let processor = held(held_up, Cause::Processor).map(|share| processor(settings, share, cores));
-    [cache(settings, account), limit, processor].into_iter().flatten().collect()
+    [cache(settings, account), limit, processor, outages(account)].into_iter().flatten().collect()
 }
 
 /// The settings, including the changes made during the migration.
@@ -149,14 +163,17 @@ fn cache(settings: &SourceSettings, account: &Account) -> Option<Conclusion> {
     })
 }
 
+fn outages(account: &Account) -> Option<Conclusion> {
+    let outages = account.status.ended.as_ref()?.outages;
+    (outages.lost > 0).then_some(Conclusion::ConnectionsLost { lost: outages.lost, time: outages.time })
+}
+
 fn percent(share: f64) -> String {
     format!("{:.0} %", share * 100.0)
 }
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use memferry_stages::tally::PageTally;
 
     use super::*;
@@ -209,6 +226,18 @@ mod tests {
         assert!(matches!(most[..], [Conclusion::CacheTooSmall { would_do, .. }] if would_do < 1200 << 20), "{most:?}");
         let none = SourceSettings { encoder: EncoderSettings { compress: None, xbzrle: None }, ..settings() };
         assert_eq!(words(&none, &account(&[(60_000, 60_000)]), &Bottleneck::default()), [""; 0]);
+    }
+
+    #[test]
+    fn lost_connections_are_a_reason_to_look_at_the_network() {
+        let mut account = account(&[]);
+        account.status.ended = Some(memferry::samples::ended(memferry::events::Role::Source));
+        assert_eq!(
+            words(&settings(), &account, &Bottleneck::default()),
+            ["The connection was lost once, and there was none for 2.30 s: find out what between both ends cut it."]
+        );
+        account.status.ended.as_mut().unwrap().outages = memferry::events::Outages::default();
+        assert_eq!(words(&settings(), &account, &Bottleneck::default()), [""; 0]);
     }
 
     #[test]

@@ -30,9 +30,9 @@ mod reference;
 mod sampler;
 mod whole_coder;
 
-use std::ops::Range;
+use std::ops::{Deref, DerefMut, Range};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 
@@ -88,10 +88,11 @@ pub struct Outgoing {
     pub mark: Option<Mark>,
 }
 
-/// The size of an encoder's cache. It may be changed while the encoder runs, and takes effect at its next batch.
+/// An encoder's cache, as others see it. Its size may be changed while the encoder runs, and takes effect at its next batch.
 ///
-/// The cache itself is moved here when the lane's end has passed, and is freed with the last clone: freeing a large one takes
-/// milliseconds, for which the paused guest would wait.
+/// The cache itself is moved here when the encoder ends, in whatever way, and is freed with the last clone: freeing a large one takes
+/// milliseconds, for which the paused guest would wait. After a lost connection the next encoder of the lane takes it from here
+/// ([`Encoder::with_cache_of`]).
 #[derive(Clone, Debug)]
 pub struct CacheShare(Arc<Cache>);
 
@@ -115,8 +116,51 @@ impl CacheShare {
         self.0.bytes.load(Ordering::Relaxed)
     }
 
-    fn leave(&self, coder: PageCoder) {
-        *self.0.left_behind.lock().unwrap_or_else(PoisonError::into_inner) = Some(coder);
+    /// Drops the entries of all pages that are set in `lost`: the destination may not hold them. The encoder must have ended.
+    ///
+    /// # Panics
+    /// If it has not.
+    pub fn forget(&self, lost: &DirtyBitmap) {
+        let mut left_behind = self.left_behind();
+        let coder = left_behind.as_mut().expect("the encoder has ended");
+        lost.all_dirty_extents().for_each(|at| coder.forget(at, lost.peek(at)));
+    }
+
+    fn left_behind(&self) -> MutexGuard<'_, Option<PageCoder>> {
+        self.0.left_behind.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The coder of an encoder: moved to its share when the encoder ends.
+#[derive(Debug)]
+struct Lent {
+    coder: Option<PageCoder>,
+    share: CacheShare,
+}
+
+impl Lent {
+    fn new(coder: PageCoder, share: CacheShare) -> Self {
+        Self { coder: Some(coder), share }
+    }
+}
+
+impl Deref for Lent {
+    type Target = PageCoder;
+
+    fn deref(&self) -> &PageCoder {
+        self.coder.as_ref().expect("it is here until it is dropped")
+    }
+}
+
+impl DerefMut for Lent {
+    fn deref_mut(&mut self) -> &mut PageCoder {
+        self.coder.as_mut().expect("it is here until it is dropped")
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        *self.share.left_behind() = self.coder.take();
     }
 }
 
@@ -126,8 +170,7 @@ pub struct Encoder<F> {
     lane: u16,
     page_size: PageSize,
     framer: F,
-    coder: PageCoder,
-    cache_share: CacheShare,
+    coder: Lent,
     pool: BufferPool,
     /// What was counted since the last RoundComplete.
     counted: PageTally,
@@ -152,12 +195,12 @@ impl<F: Framer> Encoder<F> {
         pool: BufferPool,
         meter: Arc<Meter>,
     ) -> Self {
+        let share = CacheShare::new(plan.delta.map_or(0, |delta| delta.cache_bytes));
         Self {
             lane,
             page_size,
             framer,
-            coder: PageCoder::new(page_size, &plan),
-            cache_share: CacheShare::new(plan.delta.map_or(0, |delta| delta.cache_bytes)),
+            coder: Lent::new(PageCoder::new(page_size, &plan), share),
             pool,
             counted: PageTally::default(),
             cached: None,
@@ -197,6 +240,18 @@ impl<F: Framer> Encoder<F> {
         self
     }
 
+    /// Continues where the lane's encoder before it ended: with its cache, and with the encodings of the round that it was in. To be
+    /// called before everything else that is set.
+    ///
+    /// # Panics
+    /// If that encoder has not ended.
+    #[must_use]
+    pub fn with_cache_of(mut self, before: &CacheShare) -> Self {
+        let coder = before.left_behind().take().expect("the encoder has ended");
+        self.coder = Lent::new(coder, before.clone());
+        self
+    }
+
     /// The most bytes that its cache and its compressor take.
     #[must_use]
     pub fn bound_bytes(&self) -> u64 {
@@ -206,7 +261,7 @@ impl<F: Framer> Encoder<F> {
     /// The handle to the size of its cache. Where no deltas are planned it has no effect.
     #[must_use]
     pub fn cache_share(&self) -> CacheShare {
-        self.cache_share.clone()
+        self.coder.share.clone()
     }
 
     /// Runs until the lane's end has passed, or there is no more input.
@@ -223,7 +278,6 @@ impl<F: Framer> Encoder<F> {
             let over = outgoing.mark == Some(Mark::LaneEnds);
             output.put(outgoing).await.map_err(|closed| self.stage.fails(closed))?;
             if over {
-                self.cache_share.leave(self.coder);
                 break;
             }
         }
@@ -244,7 +298,8 @@ impl<F: Framer> Encoder<F> {
 
     async fn encode(&mut self, copied: CopiedBatch) -> EncodedBatch {
         let CopiedBatch { batch, zero, pages } = copied;
-        self.coder.resize_cache(self.cache_share.get());
+        let cache_bytes = self.coder.share.get();
+        self.coder.resize_cache(cache_bytes);
         self.pages = Vec::with_capacity((batch.mask & !zero).count_ones() as usize);
         self.coder.zeros(&batch, zero);
         let mut hashes = self.hash(&batch, zero, pages.as_deref().unwrap_or_default());

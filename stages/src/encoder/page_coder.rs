@@ -18,7 +18,7 @@ use super::sampler::Span;
 use super::whole_coder::{Looks, WholeCoder};
 use super::{DeltaPlan, EncoderPlan};
 use crate::batch::{Batch, PageEncoding};
-use crate::geometry::{PageAt, PageSize};
+use crate::geometry::{ExtentAt, PageAt, PageSize};
 use crate::tally::PageTally;
 
 /// A delta against zeros of at most this part of its page is sent without a try of the compressor.
@@ -179,6 +179,13 @@ impl PageCoder {
         deltas.reference.will_be_zero(batch.at, zero);
         if !deltas.begun {
             deltas.reference.will_not_be_zero(batch.at, batch.mask & !zero);
+        }
+    }
+
+    /// Drops the entries of these pages.
+    pub(super) fn forget(&mut self, at: ExtentAt, pages: u64) {
+        if let Some(deltas) = &mut self.deltas {
+            deltas.reference.forget(at, pages);
         }
     }
 

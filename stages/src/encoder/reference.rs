@@ -136,6 +136,12 @@ impl Reference {
         }
     }
 
+    /// Drops the entries of pages whose content at the destination is not known. The pages known to be zero are left to
+    /// [`KnownZero::forget`].
+    pub(super) fn forget(&mut self, at: ExtentAt, pages: u64) {
+        bits(pages).for_each(|bit| self.cache.remove(at.page(bit)));
+    }
+
     /// Handles pages that are sent as zero. Their entries make room for other pages.
     pub(super) fn will_be_zero(&mut self, at: ExtentAt, zero: u64) {
         bits(zero).for_each(|bit| self.cache.remove(at.page(bit)));

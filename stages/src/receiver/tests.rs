@@ -11,8 +11,8 @@ use crate::loader::{Direct, LaneProgress, Loaded, Loader};
 use crate::queue::{Inlet, bounded};
 use crate::tally::RoundTally;
 use crate::wire::frames::{Frame, PAGE};
-use crate::wire::messages::{Progress, RunState, StateChunk, StatePhase};
-use crate::wire::{Features, FrameReader, Kind, Message, ReadError, WireDeframer, WireError};
+use crate::wire::messages::{Progress, Resume, Run, RunState, StateChunk, StatePhase};
+use crate::wire::{Features, FrameReader, Kind, Message, Nonce, Proof, ReadError, WireDeframer, WireError};
 
 /// Extents of one stretch of 4 KiB pages: extent 8 is the second stretch.
 const STRETCH: u32 = 8;
@@ -193,7 +193,10 @@ async fn marks_pass_in_order_where_they_were_agreed_on_and_are_refused_elsewhere
 #[tokio::test]
 async fn the_return_paths_messages_are_refused() {
     let messages = [
-        Message::Accept,
+        Message::Accept { waits_ms: 0 },
+        Message::Challenge { nonce: Nonce::default(), proof: Proof([0; 32]) },
+        Message::Resume(Resume::default()),
+        Message::Received { block: 0, first: 0, runs: vec![Run { extents: 1, mask: 1 }] },
         Message::Ready,
         Message::Progress(Progress { bytes: 1, frames: vec![1] }),
         Message::PageHashes { first: ExtentAt { block: 0, extent: 0 }.page(0), hashes: vec![1] },

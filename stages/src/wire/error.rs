@@ -163,6 +163,14 @@ pub enum WireError {
         /// How many there are.
         blocks: u32,
     },
+    /// A part of the received bitmap that does not follow the part before it, is missing, or has pages that do not exist.
+    #[error("the received bitmap of block {block} is wrong at extent {first}")]
+    ReceivedMisplaced {
+        /// The block.
+        block: u32,
+        /// The extent.
+        first: u32,
+    },
     /// A block that both ends share: its pages never travel.
     #[error("pages of block {block}, which is ignored: its pages never travel")]
     IgnoredBlock {

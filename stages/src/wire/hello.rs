@@ -2,13 +2,16 @@
 //!
 //! ```text
 //! fields of the body
-//! ┌─────────┬───────────┬────────────┬──────────────┬────────┬───────────────┬────────┬─────────┬─────────────┐
-//! │ magic 8 │ version 2 │ session 16 │ connection 2 │ role 1 │ connections 2 │ bulk 2 │ lanes 2 │ page size 4 │
-//! ├─────────┴────┬────┴────────────┴──────────────┴────────┴───────────────┴────────┴─────────┴─────────────┤
-//! │ features n 2 │ n times: name of a feature: length 1, UTF-8                                              │
-//! └──────────────┴──────────────────────────────────────────────────────────────────────────────────────────┘
+//! ┌─────────┬───────────┬────────────┬───────────┬──────────┬──────────────┬────────┬───────────────┬────────┐
+//! │ magic 8 │ version 2 │ session 16 │ attempt 4 │ nonce 32 │ connection 2 │ role 1 │ connections 2 │ bulk 2 │
+//! ├─────────┼───────────┴─┬──────────┴───┬───────┴──────────┴──────────────┴────────┴───────────────┴────────┤
+//! │ lanes 2 │ page size 4 │ features n 2 │ n times: name of a feature: length 1, UTF-8                       │
+//! └─────────┴─────────────┴──────────────┴───────────────────────────────────────────────────────────────────┘
 //! role: 0 bulk, 1 urgent, 2 control
 //! ```
+//!
+//! The attempt is 1 for a new migration. A source that returns after a lost connection names a higher one, and proves that it is
+//! the same source: see [`proof`](super::proof).
 //!
 //! The first `bulk` connections are bulk and carry the lanes ([`BulkMap`]); at most one urgent and one control connection follow
 //! them. Where there is no control connection, control travels on connection 0.
@@ -24,6 +27,7 @@ use std::io::{self, Read};
 
 use super::error::WireError;
 use super::fields::{Fields, put_list, put_name, within};
+use super::proof::Nonce;
 use super::version::{MAGIC, PROTOCOL_VERSION};
 use crate::batch::Mark;
 use crate::geometry::{BulkMap, MAX_LANES, PageSize};
@@ -41,7 +45,7 @@ const MAX_OTHERS: u64 = 2;
 /// By their numbers on the wire.
 const ROLES: [ConnectionRole; 3] = [ConnectionRole::Bulk, ConnectionRole::Urgent, ConnectionRole::Control];
 
-/// A random number that identifies one migration: all its connections carry the same.
+/// A random number that identifies one migration: all its connections carry the same. It is no secret, and proves nothing.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct SessionId(pub [u8; 16]);
 
@@ -51,10 +55,15 @@ impl SessionId {
     /// # Errors
     /// When `/dev/urandom` cannot be read.
     pub fn random() -> io::Result<Self> {
-        let mut bytes = [0; 16];
-        File::open("/dev/urandom")?.read_exact(&mut bytes)?;
-        Ok(Self(bytes))
+        random().map(Self)
     }
+}
+
+/// Bytes from the system's generator.
+pub(super) fn random<const N: usize>() -> io::Result<[u8; N]> {
+    let mut bytes = [0; N];
+    File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+    Ok(bytes)
 }
 
 impl fmt::Debug for SessionId {
@@ -95,6 +104,8 @@ pub mod feature {
     pub const CHECKPOINTS: &str = "checkpoints";
     /// DirectEnds marks the switch to postcopy in a lane.
     pub const DIRECT_ENDS: &str = "direct-ends";
+    /// The source returns after a lost connection: a secret follows Accept.
+    pub const RECOVERY: &str = "recovery";
 }
 
 /// The features a stream uses, as a set of known ones.
@@ -124,6 +135,8 @@ pub struct Features {
     pub checkpoints: bool,
     /// [`feature::DIRECT_ENDS`]
     pub direct_ends: bool,
+    /// [`feature::RECOVERY`]
+    pub recovery: bool,
 }
 
 impl Features {
@@ -141,6 +154,7 @@ impl Features {
         ignored_blocks: true,
         checkpoints: true,
         direct_ends: true,
+        recovery: true,
     };
 
     /// Whether this mark may come in a lane.
@@ -176,7 +190,7 @@ impl Features {
         if unknown.is_empty() { Ok(features) } else { Err(WireError::UnknownFeatures { names: unknown }) }
     }
 
-    fn named(self) -> [(&'static str, bool); 12] {
+    fn named(self) -> [(&'static str, bool); 13] {
         [
             (feature::CHECKSUM, self.checksum),
             (feature::SNAP, self.snap),
@@ -190,6 +204,7 @@ impl Features {
             (feature::IGNORED_BLOCKS, self.ignored_blocks),
             (feature::CHECKPOINTS, self.checkpoints),
             (feature::DIRECT_ENDS, self.direct_ends),
+            (feature::RECOVERY, self.recovery),
         ]
     }
 
@@ -207,6 +222,7 @@ impl Features {
             feature::IGNORED_BLOCKS => Some(&mut self.ignored_blocks),
             feature::CHECKPOINTS => Some(&mut self.checkpoints),
             feature::DIRECT_ENDS => Some(&mut self.direct_ends),
+            feature::RECOVERY => Some(&mut self.recovery),
             _ => None,
         }
     }
@@ -241,6 +257,10 @@ pub struct Hello {
     pub version: u16,
     /// The migration.
     pub session: SessionId,
+    /// The attempt: 1 for a new migration, and one more each time the source returns after a lost connection.
+    pub attempt: u32,
+    /// The source's part of what both ends prove, where the attempt is not the first.
+    pub nonce: Nonce,
     /// This connection's number, from 0.
     pub connection: u16,
     /// Its role: bulk if and only if its number is less than `bulk`.
@@ -271,6 +291,8 @@ impl Hello {
         Self {
             version: PROTOCOL_VERSION,
             session,
+            attempt: 1,
+            nonce: Nonce::default(),
             connection,
             role: ConnectionRole::Bulk,
             connections: bulk,
@@ -294,6 +316,8 @@ impl Hello {
         out.extend(MAGIC);
         out.extend(self.version.to_le_bytes());
         out.extend(self.session.0);
+        out.extend(self.attempt.to_le_bytes());
+        out.extend(self.nonce.0);
         out.extend(self.connection.to_le_bytes());
         out.push(self.role as u8);
         out.extend(self.connections.to_le_bytes());
@@ -316,6 +340,8 @@ impl Hello {
         let hello = Self {
             version,
             session: SessionId(fields.array("session")?),
+            attempt: fields.u32("attempt")?,
+            nonce: Nonce(fields.array("nonce")?),
             connection: fields.u16("connection")?,
             role: fields.choice("role of the connection", &ROLES)?,
             connections: fields.u16("number of connections")?,

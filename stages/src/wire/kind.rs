@@ -30,6 +30,12 @@ pub enum Kind {
     Checkpoint = 11,
     /// The switch to postcopy in a lane.
     DirectEnds = 12,
+    /// What a source that returns proves itself by.
+    Secret = 13,
+    /// The source proves that it is the one that has the secret.
+    Proof = 14,
+    /// The source knows that the guest runs at the destination.
+    Settled = 15,
     /// Return path: the answer to Hello.
     Accept = 32,
     /// Return path: the machine is built for the blocks.
@@ -46,13 +52,19 @@ pub enum Kind {
     Refused = 38,
     /// Return path: the start began and failed.
     StartFailed = 39,
+    /// Return path: the answer to the Hello of a source that returns.
+    Challenge = 40,
+    /// Return path: what the destination has loaded, and whether it runs the guest.
+    Resume = 41,
+    /// Return path: a part of the received bitmap.
+    Received = 42,
     /// The sender is alive. Both directions.
     Heartbeat = 64,
 }
 
 impl Kind {
     /// Every kind, in the order of their numbers.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 27] = [
         Self::Hello,
         Self::State,
         Self::Blocks,
@@ -65,6 +77,9 @@ impl Kind {
         Self::End,
         Self::Checkpoint,
         Self::DirectEnds,
+        Self::Secret,
+        Self::Proof,
+        Self::Settled,
         Self::Accept,
         Self::Ready,
         Self::Progress,
@@ -73,6 +88,9 @@ impl Kind {
         Self::Running,
         Self::Refused,
         Self::StartFailed,
+        Self::Challenge,
+        Self::Resume,
+        Self::Received,
         Self::Heartbeat,
     ];
 
@@ -98,6 +116,9 @@ impl Kind {
             Self::End => "End",
             Self::Checkpoint => "Checkpoint",
             Self::DirectEnds => "DirectEnds",
+            Self::Secret => "Secret",
+            Self::Proof => "Proof",
+            Self::Settled => "Settled",
             Self::Accept => "Accept",
             Self::Ready => "Ready",
             Self::Progress => "Progress",
@@ -106,6 +127,9 @@ impl Kind {
             Self::Running => "Running",
             Self::Refused => "Refused",
             Self::StartFailed => "StartFailed",
+            Self::Challenge => "Challenge",
+            Self::Resume => "Resume",
+            Self::Received => "Received",
             Self::Heartbeat => "Heartbeat",
         }
     }

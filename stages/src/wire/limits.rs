@@ -3,8 +3,8 @@
 use super::hello::MAX_FIELDS;
 use super::kind::Kind;
 use super::messages::{
-    MAX_DIGESTS, MAX_FIGURE_NAME, MAX_FIGURES, MAX_REASON, MAX_SECTION_NAME, MAX_STATE_CHUNK, MAX_STRETCH_EXTENTS,
-    MAX_STRETCH_PAGES,
+    MAX_DIGESTS, MAX_FIGURE_NAME, MAX_FIGURES, MAX_REASON, MAX_RUNS, MAX_SECTION_NAME, MAX_STATE_CHUNK,
+    MAX_STRETCH_EXTENTS, MAX_STRETCH_PAGES,
 };
 use crate::geometry::{MAX_BLOCK_ID, MAX_BLOCKS, MAX_LANES, PageSize};
 
@@ -44,13 +44,18 @@ fn max_body_bytes(kind: Kind) -> usize {
         Kind::RoundComplete => 4 + 1 + 11 * 8,
         Kind::Digests => 4 + 8 + 2 + MAX_DIGESTS * (16 + 1 + MAX_STRETCH_EXTENTS * 8),
         Kind::Go | Kind::Loaded => 1,
+        Kind::Secret => 40,
+        Kind::Proof => 32,
+        Kind::Challenge => 64,
+        Kind::Resume => 1 + 2 + MAX_LANES as usize * 8,
+        Kind::Received => 4 + 4 + 2 + MAX_RUNS * (4 + 8),
         Kind::End => 1 + 8,
-        Kind::Checkpoint => 8,
+        Kind::Checkpoint | Kind::Accept => 8,
         Kind::Progress => 8 + 2 + MAX_LANES as usize * 8,
         Kind::PageHashes => 4 + 8 + 2 + MAX_STRETCH_PAGES * 8,
         Kind::Heartbeat => 2 + MAX_FIGURES * (1 + MAX_FIGURE_NAME + 8),
         Kind::Abort | Kind::Refused | Kind::StartFailed => 2 + MAX_REASON,
-        Kind::DirectEnds | Kind::LaneEnds | Kind::Accept | Kind::Ready | Kind::Running => 0,
+        Kind::DirectEnds | Kind::LaneEnds | Kind::Settled | Kind::Ready | Kind::Running => 0,
     };
     fields + CHECKSUM_BYTES
 }

@@ -18,7 +18,10 @@
 //! │ End           │ run state 1 · Pages frames of all lanes 8                                            │
 //! │ Checkpoint    │ number 8                                                                             │
 //! │ DirectEnds    │                                                                                      │
-//! │ Accept        │                                                                                      │
+//! │ Secret        │ secret 32 · milliseconds that the source tries to return 8                           │
+//! │ Proof         │ proof 32                                                                             │
+//! │ Settled       │                                                                                      │
+//! │ Accept        │ milliseconds that it waits for a source to return 8                                  │
 //! │ Ready         │                                                                                      │
 //! │ Progress      │ bytes 8 · list of (frames of a lane 8)                                               │
 //! │ PageHashes    │ block 4 · first page 8 · list of (xxh3-64 8)                                         │
@@ -26,11 +29,14 @@
 //! │ Running       │                                                                                      │
 //! │ Refused       │ reason                                                                               │
 //! │ StartFailed   │ reason                                                                               │
+//! │ Challenge     │ nonce 32 · proof 32                                                                  │
+//! │ Resume        │ started 1 · list of (frames of a lane 8)                                             │
+//! │ Received      │ block 4 · first extent 4 · list of (extents 4 · mask of each 8)                      │
 //! │ Heartbeat     │ list of (figure: name · value 8)                                                     │
 //! └───────────────┴──────────────────────────────────────────────────────────────────────────────────────┘
 //!
 //! name:   length 1 (never 0) · UTF-8           list: count 2 · items
-//! reason: length 2 · UTF-8                     phase, run state, end, verified: 0 or 1
+//! reason: length 2 · UTF-8                     phase, run state, end, verified, started: 0 or 1
 //! kind of a round: 0 live, 1 paused, 2 final
 //! ```
 //!
@@ -40,6 +46,7 @@ use bytes::Bytes;
 
 use super::hello::Hello;
 use super::kind::Kind;
+use super::proof::{Nonce, Proof, Secret};
 use crate::batch::Mark;
 use crate::geometry::{BlockInfo, PageAt};
 use crate::tally::RoundTally;
@@ -56,6 +63,9 @@ pub const MAX_DIGESTS: usize = 4096;
 pub const MAX_FIGURES: usize = 256;
 /// The longest name of a figure, in bytes of UTF-8.
 pub const MAX_FIGURE_NAME: usize = 64;
+
+/// The most runs of extents in one Received.
+pub const MAX_RUNS: usize = 4096;
 
 /// The longest name of a section of state, in bytes of UTF-8.
 pub const MAX_SECTION_NAME: usize = 255;
@@ -119,6 +129,24 @@ pub struct Progress {
     pub frames: Vec<u64>,
 }
 
+/// What a destination says to a source that returns.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Resume {
+    /// Whether the start of the guest was begun. Where it was not, no Go of an earlier attempt starts it any more.
+    pub started: bool,
+    /// Pages frames of the latest attempt that were loaded, by lane.
+    pub frames: Vec<u64>,
+}
+
+/// Extents that follow each other, with the same pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Run {
+    /// How many extents: 1 or more.
+    pub extents: u32,
+    /// The pages of each.
+    pub mask: u64,
+}
+
 /// One figure of a [`Message::Heartbeat`], by name.
 ///
 /// A reader ignores figures whose names it does not know, and requires none: names can be added without another version of the
@@ -172,8 +200,22 @@ pub enum Message {
     Checkpoint(u64),
     /// The switch to postcopy in the frame's lane.
     DirectEnds,
+    /// See [`Secret`].
+    Secret {
+        /// What both ends prove that they know.
+        secret: Secret,
+        /// How long the source tries to return after a lost connection, in milliseconds.
+        waits_ms: u64,
+    },
+    /// The source returns, and proves that it has the secret.
+    Proof(Proof),
+    /// The source knows that the guest runs at the destination, and asks no more.
+    Settled,
     /// The destination accepts the stream as its Hello describes it.
-    Accept,
+    Accept {
+        /// How long it waits for a source whose connection is lost, in milliseconds; 0 if it does not.
+        waits_ms: u64,
+    },
     /// The machine is built; pages may come.
     Ready,
     /// See [`Progress`].
@@ -196,6 +238,24 @@ pub enum Message {
     Refused(Untrusted),
     /// The destination began to start the guest and failed.
     StartFailed(Untrusted),
+    /// The destination proves that it has the secret, and asks for the source's proof.
+    Challenge {
+        /// Its part of what both ends prove.
+        nonce: Nonce,
+        /// Its proof.
+        proof: Proof,
+    },
+    /// See [`Resume`].
+    Resume(Resume),
+    /// The received pages of consecutive extents of a block, from `first` on.
+    Received {
+        /// Index of the block.
+        block: u32,
+        /// The first extent.
+        first: u32,
+        /// The extents.
+        runs: Vec<Run>,
+    },
     /// The sender is alive, with figures that it reports. Both directions, at any time from Hello or Accept on; a reader
     /// that does not know it may skip it.
     Heartbeat(Vec<Figure>),
@@ -239,7 +299,10 @@ impl Message {
             Self::End { .. } => Kind::End,
             Self::Checkpoint(_) => Kind::Checkpoint,
             Self::DirectEnds => Kind::DirectEnds,
-            Self::Accept => Kind::Accept,
+            Self::Secret { .. } => Kind::Secret,
+            Self::Proof(_) => Kind::Proof,
+            Self::Settled => Kind::Settled,
+            Self::Accept { .. } => Kind::Accept,
             Self::Ready => Kind::Ready,
             Self::Progress(_) => Kind::Progress,
             Self::PageHashes { .. } => Kind::PageHashes,
@@ -247,6 +310,9 @@ impl Message {
             Self::Running => Kind::Running,
             Self::Refused(_) => Kind::Refused,
             Self::StartFailed(_) => Kind::StartFailed,
+            Self::Challenge { .. } => Kind::Challenge,
+            Self::Resume(_) => Kind::Resume,
+            Self::Received { .. } => Kind::Received,
             Self::Heartbeat(_) => Kind::Heartbeat,
         }
     }

@@ -23,9 +23,9 @@
 //! An unknown kind is skipped if its must-understand bit is clear, and is an error if it is set. Both ends must agree on a
 //! feature (see [`hello`]) before a frame uses it.
 //!
-//! Direction: source to destination carries Hello, State, Blocks, Pages, RoundComplete, Checkpoint, DirectEnds, LaneEnds,
-//! Digests, Go, Abort, End, Heartbeat; the return path carries Accept, Ready, Progress, PageHashes, Loaded, Running, Refused,
-//! StartFailed, Abort, Heartbeat.
+//! Direction: source to destination carries Hello, Secret, Proof, State, Blocks, Pages, RoundComplete, Checkpoint, DirectEnds,
+//! LaneEnds, Digests, Go, Settled, Abort, End, Heartbeat; the return path carries Accept, Challenge, Resume, Received, Ready,
+//! Progress, PageHashes, Loaded, Running, Refused, StartFailed, Abort, Heartbeat.
 //!
 //! Where there is a return path, each end sends something at least every half second from Hello or Accept on, in both
 //! directions on connection 0: a Heartbeat where there is nothing else. A peer that is silent for longer is stopped, hangs, or is
@@ -45,9 +45,11 @@ mod limits;
 pub mod messages;
 mod order;
 pub mod pages;
+pub mod proof;
 mod put;
 mod read_ahead;
 pub mod reader;
+mod received;
 mod take;
 mod version;
 
@@ -60,7 +62,9 @@ pub use kind::Kind;
 pub use messages::Message;
 pub use order::Preface;
 pub use pages::PagesHead;
+pub use proof::{Meeting, Nonce, Proof, Prover, Secret};
 pub use reader::{FrameReader, Incoming, PagesFrame, ReadError};
+pub use received::{ReceivedParts, received_messages};
 pub use version::PROTOCOL_VERSION;
 
 #[cfg(test)]

@@ -1,8 +1,10 @@
 //! The order of a stream's messages, where it does not depend on lanes.
 //!
 //! ```text
-//! Hello ─▶ State (setup) ─▶ Blocks ─▶ Pages, marks of each lane · State (device) · Digests ─▶ End ─▶ Go
+//! Hello ─▶ Secret ─▶ State (setup) ─▶ Blocks ─▶ Pages, marks of each lane · State (device) · Digests ─▶ End ─▶ Go ─▶ Settled
 //! ```
+//!
+//! Secret and Settled come only where recovery was agreed on. A source that returns sends Hello, Proof, and then what follows Blocks.
 //!
 //! Abort and Heartbeat may come at any place. Setup, device state, digests and End travel on connection 0.
 
@@ -18,6 +20,8 @@ use crate::untrusted::Untrusted;
 #[derive(Debug, Default)]
 pub struct Preface {
     features: Option<Features>,
+    /// Whether the secret has come.
+    has_secret: bool,
     setup: Sections,
 }
 
@@ -25,7 +29,7 @@ impl Preface {
     /// The start of a stream whose Hello was read already.
     #[must_use]
     pub fn after_hello(features: Features) -> Self {
-        Self { features: Some(features), setup: Sections::default() }
+        Self { features: Some(features), ..Self::default() }
     }
 
     /// Checks that this frame may come next. After Blocks the preface is over.
@@ -38,15 +42,22 @@ impl Preface {
             Incoming::Message { message, .. } => message,
         };
         match (message, self.features) {
+            (Message::Hello(hello), None) if hello.attempt != 1 => {
+                return misplaced(Kind::Hello, "it is of a source that returns");
+            }
             (Message::Hello(hello), None) => self.features = Some(Features::from_list(&hello.features)?),
             (Message::Hello(_), Some(_)) => return misplaced(Kind::Hello, "it came twice"),
             (other, None) => return misplaced(other.kind(), "a stream begins with Hello"),
+            (Message::Secret { .. }, Some(features)) if features.recovery && !self.has_secret => self.has_secret = true,
+            (Message::Heartbeat(_) | Message::Abort(_), Some(_)) => {}
+            (other, Some(features)) if features.recovery && !self.has_secret => {
+                return misplaced(other.kind(), "the secret was agreed on and did not come before it");
+            }
             (Message::State(chunk), Some(_)) => self.setup.add(StatePhase::Setup, chunk)?,
             (Message::Blocks(blocks), Some(features)) => {
                 self.setup.check_complete(Kind::Blocks)?;
                 check_blocks(blocks, &features)?;
             }
-            (Message::Heartbeat(_) | Message::Abort(_), Some(_)) => {}
             (other, Some(_)) => return misplaced(other.kind(), "no blocks came before it"),
         }
         Ok(())
@@ -67,6 +78,7 @@ pub(super) struct Order {
     /// The next stretch whose digest may come, by block.
     digests: Vec<u64>,
     left_out: bool,
+    recovery: bool,
     /// Whether End has come.
     ended: bool,
 }
@@ -74,13 +86,19 @@ pub(super) struct Order {
 impl Order {
     pub(super) fn new(layout: &Layout, features: &Features) -> Self {
         let digests = vec![0; layout.blocks().len()];
-        Self { device: Sections::default(), digests, left_out: features.left_out, ended: false }
+        Self {
+            device: Sections::default(),
+            digests,
+            left_out: features.left_out,
+            recovery: features.recovery,
+            ended: false,
+        }
     }
 
-    /// Checks that a frame of this kind may come: only Go and Abort follow End.
+    /// Checks that a frame of this kind may come: only Go, Settled and Abort follow End.
     pub(super) fn check_place(&self, kind: Kind) -> Result<(), WireError> {
         match kind {
-            Kind::Go | Kind::Abort | Kind::Heartbeat => Ok(()),
+            Kind::Go | Kind::Settled | Kind::Abort | Kind::Heartbeat => Ok(()),
             _ if self.ended => misplaced(kind, "it follows the end mark"),
             _ => Ok(()),
         }
@@ -97,12 +115,18 @@ impl Order {
                 self.ended = true;
                 self.device.check_complete(Kind::End)
             }
-            Message::Go(_) | Message::Abort(_) | Message::Heartbeat(_) => Ok(()),
-            Message::Hello(_) | Message::Blocks(_) => misplaced(kind, "it belongs before the pages"),
+            Message::Settled if !self.recovery => misplaced(kind, "recovery was not agreed on"),
+            Message::Go(_) | Message::Settled | Message::Abort(_) | Message::Heartbeat(_) => Ok(()),
+            Message::Hello(_) | Message::Secret { .. } | Message::Proof(_) | Message::Blocks(_) => {
+                misplaced(kind, "it belongs before the pages")
+            }
             Message::RoundComplete(_) | Message::Checkpoint(_) | Message::DirectEnds | Message::LaneEnds => {
                 unreachable!("{kind} belongs to a lane")
             }
-            Message::Accept
+            Message::Accept { .. }
+            | Message::Challenge { .. }
+            | Message::Resume(_)
+            | Message::Received { .. }
             | Message::Ready
             | Message::Progress(_)
             | Message::PageHashes { .. }

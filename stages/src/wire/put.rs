@@ -7,8 +7,8 @@ use super::fields::{put_list, put_name};
 use super::frame::{FrameHead, HEAD_BYTES};
 use super::limits::CHECKSUM_BYTES;
 use super::messages::{
-    Figure, MAX_DIGESTS, MAX_FIGURE_NAME, MAX_FIGURES, MAX_REASON, MAX_SECTION_NAME, MAX_STATE_CHUNK,
-    MAX_STRETCH_PAGES, Message, Progress, StateChunk, StretchDigest,
+    Figure, MAX_DIGESTS, MAX_FIGURE_NAME, MAX_FIGURES, MAX_REASON, MAX_RUNS, MAX_SECTION_NAME, MAX_STATE_CHUNK,
+    MAX_STRETCH_PAGES, Message, Progress, Resume, Run, StateChunk, StretchDigest,
 };
 use crate::geometry::{BlockInfo, MAX_BLOCK_ID, MAX_BLOCKS, MAX_LANES, PageAt};
 use crate::tally::RoundTally;
@@ -47,7 +47,26 @@ impl Message {
             Self::Loaded { verified } => out.push(u8::from(*verified)),
             Self::Abort(reason) | Self::Refused(reason) | Self::StartFailed(reason) => put_reason(out, reason.raw()),
             Self::Heartbeat(figures) => put_list(out, figures, 0..=MAX_FIGURES, put_figure),
-            Self::DirectEnds | Self::LaneEnds | Self::Accept | Self::Ready | Self::Running => {}
+            Self::Secret { secret, waits_ms } => {
+                out.extend(secret.bytes());
+                out.extend(waits_ms.to_le_bytes());
+            }
+            Self::Proof(proof) => out.extend(proof.0),
+            Self::Accept { waits_ms } => out.extend(waits_ms.to_le_bytes()),
+            Self::Challenge { nonce, proof } => {
+                out.extend(nonce.0);
+                out.extend(proof.0);
+            }
+            Self::Resume(Resume { started, frames }) => {
+                out.push(u8::from(*started));
+                put_frames(out, frames);
+            }
+            Self::Received { block, first, runs } => {
+                out.extend(block.to_le_bytes());
+                out.extend(first.to_le_bytes());
+                put_list(out, runs, 1..=MAX_RUNS, put_run);
+            }
+            Self::DirectEnds | Self::LaneEnds | Self::Settled | Self::Ready | Self::Running => {}
         }
     }
 }
@@ -119,7 +138,16 @@ fn put_page_hashes(out: &mut Vec<u8>, first: PageAt, hashes: &[u64]) {
 
 fn put_progress(out: &mut Vec<u8>, progress: &Progress) {
     out.extend(progress.bytes.to_le_bytes());
-    put_list(out, &progress.frames, 0..=MAX_LANES.into(), |out, frames| out.extend(frames.to_le_bytes()));
+    put_frames(out, &progress.frames);
+}
+
+fn put_frames(out: &mut Vec<u8>, frames: &[u64]) {
+    put_list(out, frames, 0..=MAX_LANES.into(), |out, frames| out.extend(frames.to_le_bytes()));
+}
+
+fn put_run(out: &mut Vec<u8>, run: &Run) {
+    out.extend(run.extents.to_le_bytes());
+    out.extend(run.mask.to_le_bytes());
 }
 
 fn put_figure(out: &mut Vec<u8>, figure: &Figure) {

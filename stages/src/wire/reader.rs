@@ -80,6 +80,14 @@ pub enum ReadError {
     },
 }
 
+impl ReadError {
+    /// Whether the connection was lost, in contrast to an invalid frame.
+    #[must_use]
+    pub fn is_lost_connection(&self) -> bool {
+        matches!(self, Self::Io { .. } | Self::Truncated { .. })
+    }
+}
+
 /// Reads frames off a stream. See the module's text.
 #[derive(Debug)]
 pub struct FrameReader<R> {

@@ -10,9 +10,11 @@ use super::hello::Hello;
 use super::kind::Kind;
 use super::limits::CHECKSUM_BYTES;
 use super::messages::{
-    Figure, MAX_COUNT, MAX_DIGESTS, MAX_FIGURE_NAME, MAX_FIGURES, MAX_REASON, MAX_SECTION_NAME, MAX_STATE_CHUNK,
-    MAX_STRETCH_EXTENTS, MAX_STRETCH_PAGES, Message, Progress, RunState, StateChunk, StatePhase, StretchDigest,
+    Figure, MAX_COUNT, MAX_DIGESTS, MAX_FIGURE_NAME, MAX_FIGURES, MAX_REASON, MAX_RUNS, MAX_SECTION_NAME,
+    MAX_STATE_CHUNK, MAX_STRETCH_EXTENTS, MAX_STRETCH_PAGES, Message, Progress, Resume, Run, RunState, StateChunk,
+    StatePhase, StretchDigest,
 };
+use super::proof::{Nonce, Proof, Secret};
 use crate::batch::RoundKind;
 use crate::geometry::{BlockInfo, EXTENT_PAGES, MAX_BLOCK_ID, MAX_BLOCKS, MAX_LANES, PageAt};
 use crate::tally::{PageTally, RoundTally};
@@ -59,7 +61,13 @@ fn take_message(kind: Kind, fields: &mut Fields<'_>) -> Result<Message, WireErro
         Kind::End => Message::End { run_state: take_run_state(fields)?, frames: fields.u64("number of frames")? },
         Kind::Checkpoint => Message::Checkpoint(fields.u64("number of a checkpoint")?),
         Kind::DirectEnds => Message::DirectEnds,
-        Kind::Accept => Message::Accept,
+        Kind::Secret => Message::Secret {
+            secret: Secret::from(fields.array("secret")?),
+            waits_ms: fields.u64("milliseconds that it tries")?,
+        },
+        Kind::Proof => Message::Proof(Proof(fields.array("proof")?)),
+        Kind::Settled => Message::Settled,
+        Kind::Accept => Message::Accept { waits_ms: fields.u64("milliseconds that it waits")? },
         Kind::Ready => Message::Ready,
         Kind::Progress => Message::Progress(take_progress(fields)?),
         Kind::PageHashes => take_page_hashes(fields)?,
@@ -67,6 +75,11 @@ fn take_message(kind: Kind, fields: &mut Fields<'_>) -> Result<Message, WireErro
         Kind::Running => Message::Running,
         Kind::Refused => Message::Refused(take_reason(fields)?),
         Kind::StartFailed => Message::StartFailed(take_reason(fields)?),
+        Kind::Challenge => {
+            Message::Challenge { nonce: Nonce(fields.array("nonce")?), proof: Proof(fields.array("proof")?) }
+        }
+        Kind::Resume => Message::Resume(Resume { started: fields.bool("started byte")?, frames: take_frames(fields)? }),
+        Kind::Received => take_received(fields)?,
         Kind::Heartbeat => Message::Heartbeat(fields.list("number of figures", 0..=MAX_FIGURES, take_figure)?),
     })
 }
@@ -162,8 +175,24 @@ fn take_page_hashes(fields: &mut Fields<'_>) -> Result<Message, WireError> {
 
 fn take_progress(fields: &mut Fields<'_>) -> Result<Progress, WireError> {
     let bytes = fields.u64("bytes loaded")?;
-    let frames = fields.list("number of lanes", 0..=MAX_LANES.into(), |fields| fields.u64("frames loaded"))?;
-    Ok(Progress { bytes, frames })
+    Ok(Progress { bytes, frames: take_frames(fields)? })
+}
+
+fn take_frames(fields: &mut Fields<'_>) -> Result<Vec<u64>, WireError> {
+    fields.list("number of lanes", 0..=MAX_LANES.into(), |fields| fields.u64("frames loaded"))
+}
+
+fn take_received(fields: &mut Fields<'_>) -> Result<Message, WireError> {
+    let block = take_block_index(fields)?;
+    let first = fields.u32("first extent")?;
+    let mut left = MAX_EXTENTS - u64::from(first);
+    let runs = fields.list("number of runs", 1..=MAX_RUNS, |fields| {
+        let extents = fields.u32("extents of a run")?;
+        within("extents of a run", extents.into(), 1..=left)?;
+        left -= u64::from(extents);
+        Ok(Run { extents, mask: fields.u64("mask of a run")? })
+    })?;
+    Ok(Message::Received { block, first, runs })
 }
 
 fn take_figure(fields: &mut Fields<'_>) -> Result<Figure, WireError> {

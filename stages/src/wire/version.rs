@@ -4,4 +4,4 @@
 pub(super) const MAGIC: [u8; 8] = *b"memferry";
 
 /// The version of the stream's format. A peer of another version is refused with both versions named.
-pub const PROTOCOL_VERSION: u16 = 3;
+pub const PROTOCOL_VERSION: u16 = 4;

@@ -169,12 +169,12 @@ fn turned_away(recorder: &Recorder) -> Vec<(String, u64)> {
 fn a_peer_that_cannot_be_taken_hears_why_and_the_wait_continues() {
     let lanes = |lanes: u16| {
         resealed(&hello(PROTOCOL_VERSION, SessionId([1; 16]), 0, 1, 1), |fields| {
-            fields[33..35].copy_from_slice(&lanes.to_le_bytes())
+            fields[69..71].copy_from_slice(&lanes.to_le_bytes())
         })
     };
     let mine = SessionId([9; 16]);
     let cases: [(Vec<u8>, &[&str]); 9] = [
-        (hello(PROTOCOL_VERSION + 1, mine, 0, 1, 1).to_vec(), &["protocol version 4", "version 3", "same release"]),
+        (hello(PROTOCOL_VERSION + 1, mine, 0, 1, 1).to_vec(), &["protocol version 5", "version 4", "same release"]),
         (lanes(0), &["number of lanes is 0"]),
         (lanes(u16::MAX), &["number of lanes is 65535"]),
         (hello(PROTOCOL_VERSION, mine, 0, 1, 64).to_vec(), &["64 lanes", "at most 8"]),

@@ -11,8 +11,8 @@ use memferry_stages::codec::{Codec, Compressor};
 use memferry_stages::geometry::{BlockInfo, ExtentAt, PageSize};
 use memferry_stages::tally::RoundTally;
 use memferry_stages::untrusted::Untrusted;
-use memferry_stages::wire::messages::{RunState, StateChunk, StatePhase, StretchDigest};
-use memferry_stages::wire::{Features, Hello, Message, PagesHead, SessionId};
+use memferry_stages::wire::messages::{Resume, RunState, StateChunk, StatePhase, StretchDigest};
+use memferry_stages::wire::{Features, Hello, Message, PagesHead, Proof, SessionId};
 use memferry_stages::xbzrle::{Encoded, encode_page};
 use memferry_tests::TestGuest;
 use memferry_tests::run::{self, destination_settings};
@@ -34,6 +34,7 @@ fn features() -> Features {
         ignored_blocks: false,
         checkpoints: false,
         direct_ends: false,
+        recovery: false,
         ..Features::ALL
     }
 }
@@ -254,7 +255,11 @@ fn on_messages_that_a_file_does_not_hold() {
     let messages = [
         Message::Abort("disk full".into()),
         Message::Go(RunState::Running),
-        Message::Accept,
+        Message::Accept { waits_ms: 0 },
+        Message::Secret { secret: [1; 32].into(), waits_ms: 1 },
+        Message::Proof(Proof([2; 32])),
+        Message::Settled,
+        Message::Resume(Resume::default()),
         Message::Ready,
         Message::Running,
         Message::Loaded { verified: true },
@@ -267,5 +272,5 @@ fn on_messages_that_a_file_does_not_hold() {
             judge.judge(&frames.concat(), || format!("{} before frame {place}", message.kind()));
         }
     }
-    assert_eq!(judge.verdicts(), (5, 30), "a Heartbeat is passed over");
+    assert_eq!(judge.verdicts(), (5, 50), "a Heartbeat is passed over");
 }

@@ -60,6 +60,7 @@ mod status;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use memferry_transports::Transport;
 use tokio::sync::{broadcast, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
@@ -195,6 +196,18 @@ impl Control {
     pub async fn set(&self, changes: impl IntoIterator<Item = Change>) -> Result<(), ControlError> {
         let changes = changes.into_iter().collect();
         self.ask(Ask::Set(changes)).await
+    }
+
+    /// From here on the source looks for its destination over `transport`: the destination has another address, or is reached another
+    /// way. An open connection stays. While the connection is lost, the source tries the new one at once.
+    ///
+    /// # Errors
+    /// If lost connections of this migration are not made again, if it has ended, and at a destination.
+    pub async fn set_address(&self, transport: Arc<dyn Transport>) -> Result<(), ControlError> {
+        if !transport.capabilities().return_path {
+            return Err(ControlError::Refused("no destination answers there".into()));
+        }
+        self.ask(Ask::SetAddress(transport)).await
     }
 
     /// The current status.

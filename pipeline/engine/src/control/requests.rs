@@ -1,16 +1,21 @@
 //! Requests to a running source, in its queue.
 
+use std::sync::Arc;
+
+use memferry_transports::Transport;
 use tokio::sync::{mpsc, oneshot};
 
 use super::{Change, ControlError};
 
 /// A request.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub(crate) enum Ask {
     /// Change settings.
     Set(Vec<Change>),
     /// Switch over at once.
     SwitchOver,
+    /// Look for the destination over this transport.
+    SetAddress(Arc<dyn Transport>),
 }
 
 /// A request, and the channel for its answer.

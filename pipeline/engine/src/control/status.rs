@@ -7,7 +7,7 @@ use memferry_stages::untrusted::Untrusted;
 
 use crate::controller::Decided;
 use crate::controller::forecast::Forecast;
-use crate::events::{BlockFacts, Ended, Event, Phase, Progress, Role};
+use crate::events::{BlockFacts, Ended, Event, Outages, Phase, Progress, Role};
 use crate::settings::SourceSettings;
 
 /// The most warnings that are stored.
@@ -44,6 +44,12 @@ pub struct Status {
     pub warnings: Vec<String>,
     /// May the destination have received Go? A cancel is too late then.
     pub is_handed_over: bool,
+    /// The attempt, from 1: one more for each connection that was lost and made again.
+    pub attempt: u32,
+    /// Why there is no connection, while the phase is [`Phase::Disconnected`]: the reason of the loss, or of the latest try.
+    pub disconnected: Option<String>,
+    /// What lost connections have cost so far.
+    pub outages: Outages,
     /// How it ended.
     pub ended: Option<Ended>,
 }
@@ -64,7 +70,10 @@ impl Status {
     pub fn note(&mut self, event: &Event) {
         match event {
             Event::Phase(phase) => self.phase = *phase,
-            Event::Connected { peer } => self.peer = Some(peer.clone()),
+            Event::Connected { peer } => {
+                self.peer = Some(peer.clone());
+                self.attempt = self.attempt.max(1);
+            }
             Event::Guest { blocks, pages, memory_bound } => {
                 self.blocks.clone_from(blocks);
                 self.pages = *pages;
@@ -81,7 +90,25 @@ impl Status {
                 self.memory_bound = changed.memory_bound;
             }
             Event::HandedOver => self.is_handed_over = true,
-            Event::Ended(ended) => (self.phase, self.ended) = (ended.outcome.into(), Some((**ended).clone())),
+            Event::Disconnected { attempt, why } => {
+                self.attempt = *attempt;
+                self.outages.lost += 1;
+                self.disconnected = Some(why.clone());
+            }
+            Event::NotReached { why, .. } => self.disconnected = Some(why.clone()),
+            Event::Reconnected { attempt, outage, put_back_bytes } => {
+                self.attempt = *attempt;
+                self.disconnected = None;
+                self.outages.time += *outage;
+                self.outages.put_back_bytes += put_back_bytes;
+                // An earlier Go of this migration was not acted on.
+                self.is_handed_over = false;
+            }
+            Event::Ended(ended) => {
+                self.phase = ended.outcome.into();
+                self.outages = ended.outages;
+                self.ended = Some((**ended).clone());
+            }
             _ => {}
         }
         if let Some(what) = event.warning() {

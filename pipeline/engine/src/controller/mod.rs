@@ -212,6 +212,13 @@ impl Controller {
         self.steps.cannot_throttle();
     }
 
+    /// A lost connection has interrupted what was decided: the rounds continue.
+    pub fn interrupted(&mut self) {
+        self.sampling = false;
+        self.switching = false;
+        self.drained = None;
+    }
+
     /// A sync between rounds has found the dirty pages: decides.
     pub fn synced(&mut self, now: &Standing) -> Decided {
         self.forecaster.synced(now);

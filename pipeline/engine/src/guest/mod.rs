@@ -30,6 +30,8 @@
 //!                                         each log: stop; at the destination nothing more is called
 //!  ─ a snapshot that is complete ───────▶ the same: the guest continues here
 //!  ─ no answer after Go ────────────────▶ nothing more is called: the guest stays paused, and an operator decides
+//!  ─ a connection that is lost and made ▶ reacquire and resume, as after a failure, and unprepare (if prepare was called);
+//!    again, before Go arrived              rounds follow, and everything from pause on is called again
 //! ```
 //!
 //! **The form of the destination.** [`GuestBuilder::build`] consumes the builder and returns the guest, so that a guest without
@@ -170,7 +172,8 @@ pub trait SourceGuest: Guest {
     }
 
     /// Pauses the guest: when this returns, no vCPU, device thread or I/O in flight writes guest memory, until
-    /// [`SourceGuest::resume`]. Called once, and only if the guest ran. A deadline may cause the call in the middle of
+    /// [`SourceGuest::resume`]. Called once for each switchover, of which there is more than one if connections are lost, and only if
+    /// the guest ran. A deadline may cause the call in the middle of
     /// a round, so that [`SourceGuest::save`] may come much later.
     ///
     /// # Errors
@@ -336,11 +339,21 @@ pub trait DestinationGuest: Guest {
         Ok(())
     }
 
-    /// Everything is loaded: applies the device state and opens its resources. Called once. May fail; nothing runs yet.
+    /// Everything is loaded: applies the device state and opens its resources. Called once, and again after each
+    /// [`DestinationGuest::unprepare`]. May fail; nothing runs yet.
     ///
     /// # Errors
     /// When the state does not fit; the guest is then resumed at its source.
     fn prepare(&self, state: &GuestState) -> Result<(), GuestError>;
+
+    /// Takes back what [`DestinationGuest::prepare`] did: the connection was lost before Go, and the guest runs on at its source. What only
+    /// one side may hold is released. Pages are loaded again from here on, and `prepare` is called again with the state of a later moment.
+    ///
+    /// # Errors
+    /// If it cannot: the default. The migration then fails, and the guest stays at its source.
+    fn unprepare(&self) -> Result<(), GuestError> {
+        Err(GuestError("this guest cannot take back its preparation after a lost connection".into()))
+    }
 
     /// Starts the guest, or leaves it paused if it was paused; its operator starts it then. Called once, after
     /// [`DestinationGuest::prepare`]. Cannot be undone.

@@ -40,21 +40,39 @@ pub(super) struct DestinationGraph {
     /// The receivers' counters among them: they count the bytes received from the wire.
     pub(super) receiver_meters: Vec<Arc<Meter>>,
     pub(super) pools: Vec<BufferPool>,
+}
+
+/// Where pages are loaded. It survives a lost connection.
+#[derive(Clone)]
+pub(super) struct Place {
+    pub(super) memory: GuestMemory,
     /// The received bitmap.
     pub(super) received: Arc<DirtyBitmap>,
+    /// Set if the hash of each page is recorded.
+    pub(super) page_hashes: Option<Arc<PageHashes>>,
+}
+
+impl Place {
+    fn sink(&self) -> Direct {
+        let sink = Direct::new(self.memory.clone(), self.received.clone());
+        match &self.page_hashes {
+            Some(page_hashes) => sink.with_page_hashes(page_hashes.clone()),
+            None => sink,
+        }
+    }
 }
 
 impl DestinationGraph {
     /// Builds, joins and starts the stages. The stage that sends answers runs already.
     pub(super) fn start(
-        memory: &GuestMemory,
         hello: &Hello,
         features: Features,
         readers: Vec<Reader>,
         stages: StageSet,
         answer: Option<Outlet<Control>>,
-        page_hashes: Option<&Arc<PageHashes>>,
+        place: &Place,
     ) -> Self {
+        let memory = &place.memory;
         let (loaded_out, loaded) = bounded(usize::from(hello.lanes) * 2);
         let (messages_out, messages) = bounded(bounds::CONTROL);
         let mut graph = Self {
@@ -66,9 +84,8 @@ impl DestinationGraph {
             meters: Vec::new(),
             receiver_meters: Vec::new(),
             pools: Vec::new(),
-            received: Arc::new(DirtyBitmap::empty(memory.layout())),
         };
-        let mut lanes = graph.start_loaders(memory, hello.lanes, page_hashes, &loaded_out);
+        let mut lanes = graph.start_loaders(place, hello.lanes, &loaded_out);
         for (connection, reader) in (0..).zip(readers) {
             let of_connection = |lane: u16| hello.bulk_map().connection(lane) == connection;
             let here = (0..).zip(&mut lanes).map(|(lane, outlet)| outlet.take_if(|_| of_connection(lane))).collect();
@@ -93,9 +110,8 @@ impl DestinationGraph {
 
     fn start_loaders(
         &mut self,
-        memory: &GuestMemory,
+        place: &Place,
         lanes: u16,
-        page_hashes: Option<&Arc<PageHashes>>,
         loaded: &Outlet<Loaded>,
     ) -> Vec<Option<Outlet<Item<Arrived>>>> {
         (0..lanes)
@@ -104,11 +120,7 @@ impl DestinationGraph {
                 let meter = self.meter(StageId::loader(lane));
                 let progress = Arc::new(LaneProgress::default());
                 self.progress.push(progress.clone());
-                let mut sink = Direct::new(memory.clone(), self.received.clone());
-                if let Some(page_hashes) = page_hashes {
-                    sink = sink.with_page_hashes(page_hashes.clone());
-                }
-                let loader = Loader::new(lane, sink, progress, meter);
+                let loader = Loader::new(lane, place.sink(), progress, meter);
                 let running = loader.run(arrived, loaded.clone());
                 self.stages.spawn(StageId::loader(lane), running);
                 Some(frames)

@@ -19,6 +19,7 @@ use super::course::handshake::{HandoverError, NotStarted};
 use crate::controller::Decided;
 use crate::events::Role;
 use crate::guest::GuestError;
+use crate::human;
 use crate::values::Time;
 
 /// The error that ended a migration. Its text is for the operator: what failed and where.
@@ -101,6 +102,18 @@ pub enum MigrationError {
     /// The peer was silent for too long.
     #[error("{0}")]
     Silent(Silence),
+    /// The connection was lost, and was not made again in time.
+    #[error("{cause}; {not_recovered}")]
+    NotRecovered {
+        /// How it was lost.
+        #[source]
+        cause: Box<Self>,
+        /// What was tried.
+        not_recovered: NotRecovered,
+    },
+    /// After a lost connection, the peer does not prove that it is the one that was lost.
+    #[error("the {0} did not prove that it is the one whose connection was lost")]
+    NotProven(Role),
     /// The last handshake failed.
     #[error("{0}")]
     Handover(#[from] HandoverError),
@@ -124,6 +137,49 @@ pub enum MigrationError {
     /// The digests of the two memories differ.
     #[error("verification failed: {0}")]
     Differs(String),
+}
+
+/// What was tried to make a lost connection again.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum NotRecovered {
+    /// It was lost once more than the settings allow.
+    LostTooOften {
+        /// How many lost connections the settings allow.
+        attempts: u32,
+    },
+    /// The source has not reached the destination.
+    NotReached {
+        /// How often it has tried.
+        tries: u32,
+        /// For how long.
+        waited: Duration,
+        /// Why the latest try failed.
+        last: String,
+    },
+    /// The source has not come back to the destination.
+    NotReturned {
+        /// How long it was waited for.
+        waited: Duration,
+    },
+}
+
+impl fmt::Display for NotRecovered {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::LostTooOften { attempts } => {
+                write!(f, "it is not made again, for it was so {attempts} times already (recovery.attempts)")
+            }
+            Self::NotReached { tries, waited, last } => {
+                let waited = human::time(*waited);
+                let tries = if *tries == 1 { "1 try".into() } else { format!("{tries} tries") };
+                write!(f, "the destination was not reached again in {waited} (recovery.give_up) and {tries}: {last}")
+            }
+            Self::NotReturned { waited } => {
+                write!(f, "the source did not return within {} (recovery.give_up)", human::time(*waited))
+            }
+        }
+    }
 }
 
 /// How a connection was lost.
@@ -182,6 +238,19 @@ impl fmt::Display for Silence {
             "the {role} ({peer}) was silent for {limit} (peer_timeout): look whether its program runs and is not stopped, and whether \
              the network between the hosts carries anything"
         )
+    }
+}
+
+impl MigrationError {
+    /// Whether the connection was lost. Another one may do better; where an end made a mistake or gave up, none does.
+    pub(super) fn is_lost_connection(&self) -> bool {
+        match self {
+            Self::Lost(loss) => !matches!(loss, Loss::PagesReturned | Loss::SenderEnded | Loss::StageEnded),
+            Self::Silent(_) => true,
+            Self::Stage(Failure::Stage(error)) => error.is_lost_connection(),
+            Self::Read(error) => error.is_lost_connection(),
+            _ => false,
+        }
     }
 }
 

@@ -8,10 +8,10 @@ use memferry_stages::geometry::PageSize;
 use memferry_stages::queue::{Inlet, bounded};
 use memferry_stages::silence::{Attentive, Ear};
 use memferry_stages::untrusted::Untrusted;
-use memferry_stages::wire::Message;
 use memferry_stages::wire::hello::{Features, Hello, SessionId};
 use memferry_stages::wire::messages::Figure;
 use memferry_stages::wire::reader::{FrameReader, Incoming};
+use memferry_stages::wire::{Meeting, Message, Nonce, Prover, Secret};
 use memferry_transports::Transport;
 use tokio::io::AsyncWriteExt;
 use tokio::runtime::Handle;
@@ -24,7 +24,28 @@ use super::senders::{Senders, close};
 use crate::events::Role;
 use crate::settings::{SourceSettings, Verify};
 
-/// The connections of one migration. Hello was sent on each, and nothing after it.
+/// What the two ends of a migration know each other by.
+#[derive(Clone, Debug)]
+pub(super) struct Identity {
+    pub(super) session: SessionId,
+    /// Set if a lost connection is made again.
+    pub(super) secret: Option<Secret>,
+    /// The number of the attempt, from 1.
+    pub(super) attempt: u32,
+}
+
+impl Identity {
+    /// The identity of a migration that begins.
+    ///
+    /// # Errors
+    /// When the system has no random numbers.
+    pub(super) fn new(features: Features) -> Result<Self, MigrationError> {
+        let secret = if features.recovery { Some(Secret::random()?) } else { None };
+        Ok(Self { session: SessionId::random()?, secret, attempt: 1 })
+    }
+}
+
+/// The connections of one attempt. Hello was sent on each, and after a lost connection both ends have proven themselves on each.
 pub(super) struct Greeted {
     /// The peer's name, for messages.
     peer: Untrusted,
@@ -62,37 +83,84 @@ pub(super) fn features(settings: &SourceSettings) -> Features {
         ignored_blocks: false,
         checkpoints: false,
         direct_ends: false,
+        // The transport is not known from settings.
+        recovery: false,
     }
 }
 
 impl Greeted {
-    /// Opens every connection and sends Hello on it.
+    /// Opens every connection and sends Hello on it. Where a lost connection is made again, both ends prove themselves.
     pub(super) async fn open(
         transport: Arc<dyn Transport>,
         settings: SourceSettings,
         page_size: PageSize,
         features: Features,
+        identity: Identity,
     ) -> Result<Self, MigrationError> {
-        let session = SessionId::random()?;
         let mut greeted = Self { peer: transport.address().into(), writers: Vec::new(), reader: None };
         for connection in 0..settings.connections {
             let opened = transport.connect().await?;
             let mut writer = opened.writer.expect("a source writes");
             let features = features.to_list();
-            let hello = Hello::bulk(session, connection, settings.connections, settings.lanes, page_size, features);
-            writer.write_all(&Message::Hello(hello).encode(0)).await?;
-            greeted.writers.push(writer);
+            let (session, bulk) = (identity.session, settings.connections);
+            let mut hello = Hello::bulk(session, connection, bulk, settings.lanes, page_size, features);
+            if identity.attempt > 1 {
+                hello.attempt = identity.attempt;
+                hello.nonce = Nonce::random()?;
+            }
+            writer.write_all(&Message::Hello(hello.clone()).encode(0)).await?;
             if connection == 0 {
                 greeted.peer = opened.peer.into();
-                let name = format!("the return path from {}", greeted.peer);
-                greeted.reader = opened.reader.map(|reader| {
-                    let (reader, ear) = Attentive::new(reader);
-                    (FrameReader::new(reader, name, page_size), ear)
-                });
+            }
+            let name = format!("the return path from {}", greeted.peer);
+            let mut reader = opened.reader.map(|reader| {
+                let (reader, ear) = Attentive::new(reader);
+                (FrameReader::new(reader, name, page_size), ear)
+            });
+            if let (Some((reader, _)), Some(secret), 2..) = (&mut reader, &identity.secret, identity.attempt) {
+                prove(secret, &hello, reader, &mut writer).await?;
+            }
+            greeted.writers.push(writer);
+            if connection == 0 {
+                greeted.reader = reader;
             }
         }
         Ok(greeted)
     }
+}
+
+/// Both ends prove that they have the secret: the destination first, so that nobody else gets a proof of the source.
+async fn prove(secret: &Secret, hello: &Hello, reader: &mut Reader, writer: &mut Writer) -> Result<(), MigrationError> {
+    let (nonce, proof) = loop {
+        match reader.next().await? {
+            Some(Incoming::Message { message: Message::Challenge { nonce, proof }, .. }) => break (nonce, proof),
+            Some(Incoming::Message { message: Message::Heartbeat(_), .. }) => {}
+            Some(Incoming::Message { message: Message::Refused(why), .. }) => {
+                return Err(MigrationError::Refused { peer: Role::Destination, why });
+            }
+            Some(_) => return Err(MigrationError::Protocol("a challenge must answer a source that returns".into())),
+            None => return Err(MigrationError::Lost(Loss::Closed(Role::Destination))),
+        }
+    };
+    let meeting = Meeting {
+        session: hello.session,
+        attempt: hello.attempt,
+        connection: hello.connection,
+        source: hello.nonce,
+        destination: nonce,
+    };
+    if !secret.is_proven(Prover::Destination, &meeting, &proof) {
+        return Err(MigrationError::NotProven(Role::Destination));
+    }
+    writer.write_all(&Message::Proof(secret.prove(Prover::Source, &meeting)).encode(0)).await?;
+    Ok(())
+}
+
+/// A message of the destination that was waited for.
+pub(super) struct Heard {
+    pub(super) message: Message,
+    /// The figures of the heartbeat before it.
+    pub(super) figures: Vec<Figure>,
 }
 
 impl Link {
@@ -118,11 +186,10 @@ impl Link {
         }
     }
 
-    /// Waits for one message and requires it to be the expected one. Returns the figures of the heartbeat before it. A
-    /// stream without a return path is not answered.
-    pub(super) async fn expect(&mut self, expected: fn(&Message) -> bool) -> Result<Vec<Figure>, MigrationError> {
+    /// Waits for one message and requires it to be an expected one. A stream without a return path is not answered.
+    pub(super) async fn expect(&mut self, expected: fn(&Message) -> bool) -> Result<Option<Heard>, MigrationError> {
         let mut figures = Vec::new();
-        let Some(return_path) = &mut self.return_path else { return Ok(figures) };
+        let Some(return_path) = &mut self.return_path else { return Ok(None) };
         loop {
             let message = tokio::select! {
                 biased;
@@ -134,7 +201,7 @@ impl Link {
                     figures = latest;
                     continue;
                 }
-                Ok(message) if expected(&message) => Ok(figures),
+                Ok(message) if expected(&message) => Ok(Some(Heard { message, figures })),
                 Ok(Message::Refused(why)) => Err(MigrationError::Refused { peer: Role::Destination, why }),
                 Ok(Message::Abort(why)) => Err(MigrationError::GivenUp { peer: Role::Destination, why }),
                 Ok(other) => Err(MigrationError::Protocol(format!("unexpected message: {}", other.kind().name()))),

@@ -5,9 +5,11 @@
 //! in a task of its own, within a time limit, and only a few are greeted at once. An incomplete migration is refused
 //! after that time, or at once if one of its connections ends or no further one can be accepted.
 //!
-//! The listener stays open while the guest is received: a second source is refused: this destination is busy.
+//! The listener stays open while the guest is received: a second source is refused: this destination is busy. The source whose connection
+//! was lost may return, if it proves that it is the one: see `returning`.
 
 mod refusal;
+mod returning;
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -24,6 +26,7 @@ use memferry_stages::wire::reader::{FrameReader, Incoming};
 use memferry_stages::wire::{Message, PROTOCOL_VERSION};
 use memferry_transports::{Connection, Listener, is_shortage};
 use tokio::io::AsyncWriteExt;
+use tokio::sync::mpsc;
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{Instant, sleep_until};
 
@@ -33,6 +36,8 @@ use super::error::MigrationError;
 use super::turned_away::TurnedAways;
 use crate::settings::DestinationSettings;
 use refusal::{Incomplete, Refusal, Shortage};
+pub(super) use returning::Known;
+use returning::{prove, unnumbered};
 
 /// The most connections that are greeted at once.
 const MAX_GREETED: usize = 64;
@@ -83,8 +88,11 @@ struct Group {
     connections: Vec<Option<Greeted>>,
 }
 
+/// A migration that is gathered, and its attempt.
+type GroupId = (SessionId, u32);
+
 /// Returns when a connection of one of the groups has ended, with that group. Safe to race in a `select!`.
-async fn a_connection_ended(groups: &mut HashMap<SessionId, Group>) -> SessionId {
+async fn a_connection_ended(groups: &mut HashMap<GroupId, Group>) -> GroupId {
     let ends = groups.iter_mut().flat_map(|(&id, group)| {
         let connections = group.connections.iter_mut().flatten();
         connections.map(move |connection| connection.ended().map(move |()| id).boxed())
@@ -112,11 +120,13 @@ struct Reception {
     /// Connections that are being refused; the result is ignored.
     farewells: JoinSet<()>,
     waiting: Waiting,
-    groups: HashMap<SessionId, Group>,
+    groups: HashMap<GroupId, Group>,
     /// The latest migrations that were refused as a whole: more connections of each may arrive.
-    refused: VecDeque<(SessionId, Refusal)>,
+    refused: VecDeque<(GroupId, Refusal)>,
     /// The source whose guest is received, once there is one.
     received: Option<Untrusted>,
+    /// How it proves itself, if it returns.
+    known: Arc<Known>,
 }
 
 /// The listener, and the clients that have connected. Runs on the data plane, where its sockets belong.
@@ -130,8 +140,9 @@ impl Door {
         listener: Box<dyn Listener>,
         settings: DestinationSettings,
         turned_away: Arc<TurnedAways>,
+        known: Arc<Known>,
     ) -> Self {
-        Self { listener, reception: Reception::new(settings, turned_away) }
+        Self { listener, reception: Reception::new(settings, turned_away, known) }
     }
 
     /// Waits until all connections of one migration have arrived.
@@ -144,9 +155,16 @@ impl Door {
         }
     }
 
-    /// Refuses every client, for a guest is received. Returns only if the listener fails, which has no effect then.
-    pub(super) async fn refuse_everybody(mut self) {
-        while let Ok(None) = self.next().await {}
+    /// Refuses every client, for a guest is received, but its source, if that returns. Returns only if the listener fails, or nobody waits
+    /// for the source any more.
+    pub(super) async fn await_return(mut self, returned: mpsc::Sender<Session>) {
+        while let Ok(session) = self.next().await {
+            if let Some(session) = session
+                && returned.send(session).await.is_err()
+            {
+                return;
+            }
+        }
     }
 
     /// Waits for one thing to happen, and handles it. Returns the session if one is complete.
@@ -172,7 +190,7 @@ impl Door {
 }
 
 impl Reception {
-    fn new(settings: DestinationSettings, turned_away: Arc<TurnedAways>) -> Self {
+    fn new(settings: DestinationSettings, turned_away: Arc<TurnedAways>, known: Arc<Known>) -> Self {
         Self {
             settings,
             turned_away,
@@ -182,6 +200,7 @@ impl Reception {
             groups: HashMap::new(),
             refused: VecDeque::new(),
             received: None,
+            known,
         }
     }
 
@@ -202,7 +221,10 @@ impl Reception {
     /// Greets a connection. If none can be accepted, room is made.
     fn accepted(&mut self, accepted: io::Result<Connection>) -> Result<(), MigrationError> {
         match accepted {
-            Ok(connection) => self.waiting.add(self.greetings.spawn(greet(connection, self.settings.clone()))),
+            Ok(connection) => {
+                let greeting = greet(connection, self.settings.clone(), self.known.clone());
+                self.waiting.add(self.greetings.spawn(greeting));
+            }
             Err(error) if is_shortage(&error) => self.make_room(Shortage(Arc::new(error))),
             Err(error) => return Err(error.into()),
         }
@@ -244,10 +266,10 @@ impl Reception {
     /// reason for refusing it.
     fn place(&mut self, greeted: Greeted) -> Result<Option<Session>, Box<(Greeted, Refusal)>> {
         let away = |greeted: Greeted, refusal: Refusal| Err(Box::new((greeted, refusal)));
-        if let Some(source) = &self.received {
+        if let Some(source) = self.received.as_ref().filter(|_| greeted.hello.attempt == 1) {
             return away(greeted, Refusal::Busy(source.clone()));
         }
-        let id = greeted.hello.session;
+        let id = (greeted.hello.session, greeted.hello.attempt);
         if let Some((_, refusal)) = self.refused.iter().find(|(refused, _)| *refused == id) {
             return away(greeted, refusal.clone());
         }
@@ -260,8 +282,7 @@ impl Reception {
             since: Instant::now(),
             connections: (0..greeted.hello.connections).map(|_| None).collect(),
         });
-        let same =
-            |other: &Greeted| Hello { connection: greeted.hello.connection, ..other.hello.clone() } == greeted.hello;
+        let same = |other: &Greeted| unnumbered(&other.hello) == unnumbered(&greeted.hello);
         if !group.connections.iter().flatten().all(same) {
             return away(greeted, Refusal::Contradicts);
         }
@@ -274,10 +295,15 @@ impl Reception {
             return Ok(None);
         }
         let group = self.groups.remove(&id).expect("it is there");
+        let attempt = id.1;
+        if attempt > 1 && !self.known.begin(attempt) {
+            // Another attempt was faster; this source has given this one up.
+            return Ok(None);
+        }
         Ok(Some(complete(group.connections.into_iter().flatten())))
     }
 
-    fn oldest_group(&self) -> Option<SessionId> {
+    fn oldest_group(&self) -> Option<GroupId> {
         self.groups.iter().min_by_key(|(_, group)| group.since).map(|(&oldest, _)| oldest)
     }
 
@@ -301,7 +327,7 @@ impl Reception {
     }
 
     /// Refuses a migration as a whole: each connection is sent the reason, and one event reports it here.
-    fn refuse_group(&mut self, id: SessionId, why: Incomplete) {
+    fn refuse_group(&mut self, id: GroupId, why: Incomplete) {
         let Some(group) = self.groups.remove(&id) else { return };
         let of = group.connections.len();
         let connections: Vec<_> = group.connections.into_iter().flatten().collect();
@@ -366,8 +392,12 @@ impl Waiting {
 }
 
 /// Reads a connection's Hello and answers an unacceptable one with the reason.
-async fn greet(connection: Connection, settings: DestinationSettings) -> Result<Greeted, TurnedAway> {
-    let Connection { peer, writer, reader } = connection;
+async fn greet(
+    connection: Connection,
+    settings: DestinationSettings,
+    known: Arc<Known>,
+) -> Result<Greeted, TurnedAway> {
+    let Connection { peer, mut writer, reader } = connection;
     let peer = Untrusted::from(peer);
     let (reader, ear) = Attentive::new(reader.expect("a destination reads"));
     let mut reader = FrameReader::new(reader, format!("the stream from {peer}"), PageSize::DEFAULT);
@@ -375,7 +405,17 @@ async fn greet(connection: Connection, settings: DestinationSettings) -> Result<
         Ok(hello) => hello,
         Err(_) => Err(Refusal::Silent(settings.hello_timeout)),
     };
-    match hello.and_then(|hello| acceptable(&hello, &settings).map(|features| (hello, features))) {
+    let mut greeting = hello.and_then(|hello| acceptable(&hello, &settings).map(|features| (hello, features)));
+    if let Ok((hello, _)) = &greeting
+        && hello.attempt != 1
+    {
+        let proving = prove(&known, hello, &mut reader, &mut writer);
+        let proven = tokio::time::timeout(settings.hello_timeout, proving).await;
+        if let Err(refusal) = proven.unwrap_or(Err(Refusal::Silent(settings.hello_timeout))) {
+            greeting = Err(refusal);
+        }
+    }
+    match greeting {
         Ok((hello, features)) => {
             reader.set_page_size(hello.page_size);
             // On all connections but the first, no data arrives before the stages run.

@@ -60,18 +60,54 @@ pub(super) struct SourceGraph {
     /// Control frames, one for each connection.
     pub(super) control: Vec<Outlet<Control>>,
     pub(super) sent: Inlet<Sent>,
-    pub(super) in_flight: Arc<InFlight>,
-    /// Pages that can be sent as deltas, if deltas are enabled.
-    pub(super) references: Option<References>,
+    pub(super) lanes: Lanes,
     pub(super) meters: Vec<Arc<Meter>>,
     /// The senders' counters among them: they count the bytes that went to the wire.
     pub(super) sender_meters: Vec<Arc<Meter>>,
     pub(super) pools: Vec<BufferPool>,
     /// The cap on bandwidth.
     bucket: Arc<TokenBucket>,
+    sync_at_work: Arc<Mutex<()>>,
+}
+
+/// What the lanes know of the destination. It survives a lost connection.
+pub(super) struct Lanes {
+    pub(super) in_flight: Arc<InFlight>,
+    /// Pages that can be sent as deltas, if deltas are enabled.
+    pub(super) references: Option<References>,
     /// The XBZRLE cache, lane by lane.
     caches: Vec<CacheShare>,
-    sync_at_work: Arc<Mutex<()>>,
+}
+
+impl Lanes {
+    fn new(layout: &Layout, lane_map: LaneMap, settings: &SourceSettings) -> Self {
+        Self {
+            in_flight: Arc::new(InFlight::new(layout, lane_map)),
+            references: settings.encoder.xbzrle.as_ref().map(|_| References::new(layout)),
+            caches: Vec::new(),
+        }
+    }
+
+    /// The stages have ended, and the destination has loaded this number of frames in each lane. Returns the pages that were in flight:
+    /// what it holds of them is not known any more (law 6).
+    ///
+    /// # Errors
+    /// The number of frames that were sent, if it has loaded more.
+    pub(super) fn put_back(&self, layout: &Layout, frames: &[u64]) -> Result<DirtyBitmap, u64> {
+        for (lane, &frames) in (0..).zip(frames).take(self.caches.len()) {
+            self.in_flight.acknowledge(lane, frames)?;
+        }
+        let lost = DirtyBitmap::empty(layout);
+        self.in_flight.put_back(&lost);
+        self.caches.iter().for_each(|cache| cache.forget(&lost));
+        self.references.iter().for_each(|references| references.forget(&lost));
+        Ok(lost)
+    }
+
+    /// The lanes of the next attempt: frames are counted from its beginning.
+    fn next(self, layout: &Layout, lane_map: LaneMap) -> Self {
+        Self { in_flight: Arc::new(InFlight::new(layout, lane_map)), ..self }
+    }
 }
 
 /// The pages that the encoders can send as deltas.
@@ -86,6 +122,11 @@ impl References {
         Self { cached: Arc::new(DirtyBitmap::empty(layout)), known_zero: Arc::new(KnownZero::new(layout)) }
     }
 
+    fn forget(&self, lost: &DirtyBitmap) {
+        self.known_zero.forget(lost);
+        lost.all_dirty_extents().for_each(|at| _ = self.cached.take_mask(at, lost.peek(at)));
+    }
+
     /// How many of these pages can be sent as deltas. One sweep over the words.
     pub(super) fn count_in(&self, pages: &DirtyBitmap) -> u64 {
         let can_be_deltas = |at| pages.peek(at) & (self.cached.peek(at) | self.known_zero.pages(at));
@@ -94,8 +135,15 @@ impl References {
 }
 
 impl SourceGraph {
-    /// Builds, joins and starts the stages before the senders. They wait for the first order.
-    pub(super) fn start(parts: SourceParts, senders: Senders, settings: &SourceSettings) -> Self {
+    /// Builds, joins and starts the stages before the senders. They wait for the first order. After a lost connection the lanes continue
+    /// with what those of the attempt before know.
+    pub(super) fn start(
+        parts: SourceParts,
+        senders: Senders,
+        settings: &SourceSettings,
+        before: Option<Lanes>,
+    ) -> Self {
+        let layout = parts.memory.layout();
         let lane_map = LaneMap::new(settings.lanes, parts.memory.page_size());
         // A round, and the end of the lanes behind it.
         let (scan, scan_orders) = bounded(2);
@@ -111,13 +159,12 @@ impl SourceGraph {
             synced,
             control,
             sent,
-            in_flight: Arc::new(InFlight::new(parts.memory.layout(), lane_map)),
-            references: settings.encoder.xbzrle.as_ref().map(|_| References::new(parts.memory.layout())),
+            lanes: before
+                .map_or_else(|| Lanes::new(layout, lane_map, settings), |before| before.next(layout, lane_map)),
             meters: meters.clone(),
             sender_meters: meters,
             pools: Vec::new(),
             bucket,
-            caches: Vec::new(),
             sync_at_work: Arc::default(),
         };
         let lanes = graph.start_lanes(&parts, settings, &connections);
@@ -127,7 +174,7 @@ impl SourceGraph {
             parts.bitmap.clone(),
             Some(parts.untouched.clone()),
             parts.logs.clone(),
-            graph.in_flight.clone(),
+            graph.lanes.in_flight.clone(),
         );
         let scanner = Scanner::new(taker, lane_map, meter);
         graph.stages.spawn(StageId::SCANNER, scanner.run(scan_orders, lanes, scanned_out));
@@ -149,6 +196,11 @@ impl SourceGraph {
         blocking(move || drop(at_work.lock())).await;
     }
 
+    /// What the lanes know. The stages have ended.
+    pub(super) fn into_lanes(self) -> Lanes {
+        self.lanes
+    }
+
     /// Sets the limit in bytes a second from here on, all connections together.
     pub(super) fn set_bandwidth(&self, bytes_per_second: Option<u64>) {
         self.bucket.set_rate(bytes_per_second);
@@ -156,11 +208,12 @@ impl SourceGraph {
 
     /// Sets the bytes of the XBZRLE cache, all lanes together. Each lane applies it from its next batch on.
     pub(super) fn set_cache(&self, bytes: u64) {
-        self.caches.iter().for_each(|cache| cache.set(bytes / self.caches.len() as u64));
+        let caches = &self.lanes.caches;
+        caches.iter().for_each(|cache| cache.set(bytes / caches.len() as u64));
     }
 
     pub(super) fn lanes(&self) -> usize {
-        self.caches.len()
+        self.lanes.caches.len()
     }
 
     /// How long the stages have worked since then.
@@ -203,6 +256,7 @@ impl SourceGraph {
     ) -> Vec<Outlet<Item<Batch>>> {
         let SourceParts { memory, logs, page_hashes, .. } = parts;
         let page_size = memory.page_size();
+        let before = std::mem::take(&mut self.lanes.caches);
         (0..settings.lanes)
             .map(|lane| {
                 let (batches, detector_in) = bounded(bounds::SCANNED);
@@ -219,14 +273,17 @@ impl SourceGraph {
                 let meter = self.meter(StageId::encoder(lane));
                 let framer = WireFramer::new(settings.checksum);
                 let mut encoder = Encoder::new(lane, page_size, plan(settings), framer, code_pool, meter.clone());
-                if let Some(References { cached, known_zero }) = &self.references {
+                if let Some(cache) = before.get(usize::from(lane)) {
+                    encoder = encoder.with_cache_of(cache);
+                }
+                if let Some(References { cached, known_zero }) = &self.lanes.references {
                     encoder = encoder.with_cached(cached.clone()).with_known_zero(known_zero.clone());
                 }
                 if let Some(page_hashes) = page_hashes {
                     encoder = encoder.with_page_hashes(page_hashes.clone());
                 }
                 encoder = encoder.with_wire(self.wire(lane, settings));
-                self.caches.push(encoder.cache_share());
+                self.lanes.caches.push(encoder.cache_share());
                 let running = encoder.run(encoder_in, frames);
                 self.stages.spawn(StageId::encoder(lane), running);
                 batches

@@ -5,9 +5,9 @@ use std::future::Future;
 use std::time::Duration;
 
 use memferry_stages::error::StageError;
-use memferry_stages::stage_id::StageId;
+use memferry_stages::stage_id::{StageId, StageKind};
 use tokio::runtime::Handle;
-use tokio::task::{Id, JoinError, JoinSet};
+use tokio::task::{AbortHandle, Id, JoinError, JoinSet};
 
 use super::error::{Failure, panic_words};
 
@@ -21,6 +21,7 @@ pub(super) struct StageSet {
     plane: Handle,
     tasks: JoinSet<Result<(), StageError>>,
     ids: HashMap<Id, StageId>,
+    handles: Vec<(StageId, AbortHandle)>,
 }
 
 /// A stage that ended.
@@ -34,13 +35,14 @@ pub(super) struct StageEnd {
 
 impl StageSet {
     pub(super) fn new(plane: &Handle) -> Self {
-        Self { plane: plane.clone(), tasks: JoinSet::new(), ids: HashMap::new() }
+        Self { plane: plane.clone(), tasks: JoinSet::new(), ids: HashMap::new(), handles: Vec::new() }
     }
 
     /// Starts a stage.
     pub(super) fn spawn(&mut self, id: StageId, stage: impl Future<Output = Result<(), StageError>> + Send + 'static) {
         let task = self.tasks.spawn_on(stage, &self.plane);
         self.ids.insert(task.id(), id);
+        self.handles.push((id, task));
     }
 
     /// The next stage that ends, with or without an error. Never returns when none is left.
@@ -67,6 +69,21 @@ impl StageSet {
             }
         }
         cause
+    }
+
+    /// Ends the stages of a kind at their next wait.
+    pub(super) fn abort(&mut self, kind: StageKind) {
+        self.handles.iter().filter(|(id, _)| id.kind == kind).for_each(|(_, handle)| handle.abort());
+    }
+
+    /// Waits until no stage of a kind runs, at most [`STAGES_END`].
+    pub(super) async fn all_ended(&mut self, kind: StageKind) {
+        let ended = async {
+            while self.ids.values().any(|id| id.kind == kind) {
+                drop(self.next_end().await);
+            }
+        };
+        drop(tokio::time::timeout(STAGES_END, ended).await);
     }
 
     /// Ends every stage: once this returns, no stage accesses memory or logs.

@@ -7,8 +7,8 @@ use memferry_stages::codec::{Codec, ZSTD_LEVELS};
 use memferry_stages::geometry::MAX_LANES;
 
 use super::{
-    ConvergenceSettings, DestinationSettings, EncoderSettings, LEAST_PEER_TIMEOUT, OnMiss, SourceSettings, StallStep,
-    SwitchoverBandwidth,
+    ConvergenceSettings, DestinationSettings, EncoderSettings, LEAST_PEER_TIMEOUT, OnMiss, RecoverySettings,
+    SourceSettings, StallStep, SwitchoverBandwidth,
 };
 use crate::migration::least_cache;
 use crate::values::{Size, Time};
@@ -39,6 +39,10 @@ pub enum Setting {
     HandoverTimeout,
     /// `peer_timeout`, at either end.
     PeerTimeout,
+    /// [`RecoverySettings::backoff`].
+    RecoveryBackoff,
+    /// [`RecoverySettings::give_up`].
+    RecoveryGiveUp,
     /// [`SourceSettings::deadline`].
     Deadline,
     /// [`SourceSettings::max_bandwidth`].
@@ -80,6 +84,8 @@ impl Setting {
             Self::HelloTimeout => "migration.hello_timeout",
             Self::HandoverTimeout => "migration.handover_timeout",
             Self::PeerTimeout => "migration.peer_timeout",
+            Self::RecoveryBackoff => "migration.recovery.backoff",
+            Self::RecoveryGiveUp => "migration.recovery.give_up",
             Self::Deadline => "migration.deadline",
             Self::MaxBandwidth => "migration.max_bandwidth",
             Self::SwitchoverBandwidth => "migration.switchover_bandwidth",
@@ -101,6 +107,8 @@ impl Setting {
             Self::HandoverTimeout | Self::PeerTimeout => "\"30s\"",
             Self::Deadline => "\"5m\" or \"none\"",
             Self::RaiseStep => "\"100ms\"",
+            Self::RecoveryBackoff => "\"500ms\"",
+            Self::RecoveryGiveUp => "\"5m\"",
             _ => "\"300ms\"",
         }
     }
@@ -273,6 +281,7 @@ impl SourceSettings {
         rules.encoder(&self.encoder, page_bytes, self.lanes);
         rules.time(Setting::DowntimeLimit, self.downtime_limit);
         rules.timeouts(self.handover_timeout, self.peer_timeout);
+        rules.recovery(&self.recovery);
         self.deadline.iter().for_each(|&deadline| rules.time(Setting::Deadline, deadline));
         rules.need(self.max_bandwidth != Some(0), Setting::MaxBandwidth, Rule::Bandwidth);
         let is_zero = self.switchover_bandwidth == SwitchoverBandwidth::AtMost(0);
@@ -304,6 +313,7 @@ impl DestinationSettings {
         rules.need((1..=MAX_LANES).contains(&self.max_lanes), Setting::MaxLanes, Rule::Lanes(self.max_lanes));
         rules.time(Setting::HelloTimeout, self.hello_timeout);
         rules.timeouts(self.handover_timeout, self.peer_timeout);
+        rules.recovery(&self.recovery);
         rules.0
     }
 }
@@ -327,6 +337,11 @@ impl Broken {
     fn time(&mut self, setting: Setting, time: Duration) {
         self.need(!time.is_zero(), setting, Rule::LongerThanNothing);
         self.need(Time(time) <= Time::LONGEST, setting, Rule::AtMostACentury);
+    }
+
+    fn recovery(&mut self, recovery: &RecoverySettings) {
+        self.time(Setting::RecoveryBackoff, recovery.backoff);
+        self.time(Setting::RecoveryGiveUp, recovery.give_up);
     }
 
     fn timeouts(&mut self, handover: Duration, peer: Duration) {

@@ -99,6 +99,12 @@ impl DestinationGuest for FileDestination {
         self.make_durable()
     }
 
+    /// The state files come again. The images stay where they were loaded.
+    fn unprepare(&self) -> Result<(), GuestError> {
+        self.files().truncate(self.images.len());
+        Ok(())
+    }
+
     /// Renames every file into place, then runs the start command.
     fn start(&self, run_state: RunState) -> Result<(), GuestError> {
         place(&self.files(), self.settings.overwrite)?;

@@ -112,6 +112,11 @@ impl DestinationGuest for RegionGuest {
         Ok(())
     }
 
+    /// The state of a later moment replaces what was applied.
+    fn unprepare(&self) -> Result<(), GuestError> {
+        Ok(())
+    }
+
     fn start(&self, run_state: RunState) -> Result<(), GuestError> {
         if run_state == RunState::Running {
             self.store.resume();

@@ -82,6 +82,14 @@ impl Crew {
         Ok(())
     }
 
+    /// Ends the threads. Returns the writers.
+    pub(super) fn dismiss(self) -> Vec<Writer> {
+        let shared = self.shared.clone();
+        drop(self);
+        let shared = Arc::into_inner(shared).expect("its threads have ended");
+        shared.writers.into_iter().map(|writer| writer.into_inner().unwrap_or_else(PoisonError::into_inner)).collect()
+    }
+
     /// When this returns, no writer writes.
     pub(super) fn pause(&self) {
         self.shared.order(|command| command.is_paused = true);

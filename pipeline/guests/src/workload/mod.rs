@@ -273,6 +273,19 @@ impl DestinationGuest for Workload {
         Ok(())
     }
 
+    /// Its writers have not written here, and get the state of a later moment.
+    fn unprepare(&self) -> Result<(), GuestError> {
+        let mut life = self.life();
+        let Life::Whole { has_started: false, .. } = &*life else {
+            return Err(GuestError("the workload is not prepared, or has started already".into()));
+        };
+        let Life::Whole { crew, .. } = std::mem::replace(&mut *life, Life::Built { writers: Vec::new() }) else {
+            unreachable!("it is whole");
+        };
+        *life = Life::Built { writers: crew.dismiss() };
+        Ok(())
+    }
+
     fn start(&self, run_state: RunState) -> Result<(), GuestError> {
         let mut life = self.life();
         let Life::Whole { crew, has_started: has_started @ false, .. } = &mut *life else {

@@ -4,7 +4,7 @@
 //! | request | answer |
 //! |---|---|
 //! | `GET /migration` | the status: [`StatusJson`](memferry_report::status_json::StatusJson) |
-//! | `PATCH /migration` | changes settings, all of them or none; the status after the change |
+//! | `PATCH /migration` | changes settings, all of them or none, or gives a source without a connection another address; the status after the change |
 //! | `POST /migration/cancel` | requests a cancel; the status at that moment, which does not yet say where the guest is |
 //! | `POST /migration/switch-over` | requests a switchover at once; the status |
 //! | `GET /migration/events` | past events, then each new one, as lines of JSON: [`EventLine`](memferry_report::event_json::EventLine); ends with the migration |
@@ -24,4 +24,11 @@ pub(crate) mod patch;
 mod routes;
 mod server;
 
+use std::sync::Arc;
+
+use memferry_transports::{Address, Transport};
+
 pub use server::Server;
+
+/// Makes the transport to an address that an operator gives a source.
+pub type Reach = Arc<dyn Fn(&Address) -> Arc<dyn Transport> + Send + Sync>;

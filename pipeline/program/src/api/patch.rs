@@ -8,33 +8,68 @@ use std::time::Duration;
 use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::Value;
 
+use memferry_transports::Address;
+
 use memferry::control::Change;
 use memferry::settings::SwitchoverBandwidth;
 use memferry::values::{Bandwidth, Deadline, Size, Time};
 
 const KEYS: &str =
     "max_bandwidth, switchover_bandwidth, downtime_limit, max_downtime, deadline, throttle and xbzrle_cache";
+/// The key of an address, which is no setting.
+pub(crate) const ADDRESS: &str = "address";
 const RATE: &str = r#"a rate such as "200 MiB/s" or "1 Gbit/s", a number of bytes a second, or "unlimited""#;
 const TIME: &str = r#"a length of time such as "50ms", or a number of milliseconds"#;
 const TIME_OR_NONE: &str = r#"a length of time such as "5m", a number of milliseconds, or "none""#;
 const SIZE: &str = r#"a size such as "512 MiB", or a number of bytes"#;
 const PERCENT: &str = "a whole number from 0 to 99";
 
-/// The changes that a body requests, if all are valid; otherwise an error that names the setting.
-pub(super) fn changes(body: &[u8]) -> Result<Vec<Change>, String> {
-    let Entries(entries) = serde_json::from_slice(body)
-        .map_err(|error| format!(r#"the body is no JSON object such as {{ "downtime_limit": "50ms" }}: {error}"#))?;
-    let changes = entries.iter().map(|(key, value)| change(key, value)).collect::<Result<_, _>>()?;
-    given_once(&entries)?;
-    Ok(changes)
+/// What a body requests.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Patch {
+    /// Changes of settings.
+    Changes(Vec<Change>),
+    /// Another address of the destination.
+    Address(Address),
 }
 
-/// Refuses a setting that is given twice: the two values contradict each other, and neither may be ignored silently.
-pub(crate) fn given_once(entries: &[(String, Value)]) -> Result<(), String> {
+/// What a body requests, if all of it is valid; otherwise an error that names the setting.
+pub(super) fn read(body: &[u8]) -> Result<Patch, String> {
+    let Entries(entries) = serde_json::from_slice(body)
+        .map_err(|error| format!(r#"the body is no JSON object such as {{ "downtime_limit": "50ms" }}: {error}"#))?;
+    entries.iter().try_for_each(|(key, value)| check(key, value))?;
+    go_together(&entries)?;
+    match &entries[..] {
+        [(key, value)] if key == ADDRESS => address(value).map(Patch::Address),
+        _ => entries.iter().map(|(key, value)| change(key, value)).collect::<Result<_, _>>().map(Patch::Changes),
+    }
+}
+
+/// Refuses a setting that is given twice, for neither value may be ignored silently, and an address beside settings, which
+/// would not be changed with it or not at all.
+pub(crate) fn go_together(entries: &[(String, Value)]) -> Result<(), String> {
     let mut seen = HashSet::new();
-    match entries.iter().find(|(key, _)| !seen.insert(key)) {
-        Some((key, _)) => Err(format!("{key} is given twice: give it once")),
-        None => Ok(()),
+    if let Some((key, _)) = entries.iter().find(|(key, _)| !seen.insert(key)) {
+        return Err(format!("{key} is given twice: give it once"));
+    }
+    if seen.len() > 1 && entries.iter().any(|(key, _)| key == ADDRESS) {
+        return Err(format!("{ADDRESS} is given beside settings: give it alone"));
+    }
+    Ok(())
+}
+
+/// Can this be requested?
+pub(crate) fn check(key: &str, value: &Value) -> Result<(), String> {
+    if key == ADDRESS { address(value).map(drop) } else { change(key, value).map(drop) }
+}
+
+/// An address of a destination that answers.
+fn address(value: &Value) -> Result<Address, String> {
+    let wrong = |why: &str| format!("{ADDRESS}: {why}");
+    let text = value.as_str().ok_or_else(|| wrong("write tcp:HOST:PORT or unix:/PATH, in quotes"))?;
+    match text.parse::<Address>().map_err(|error| wrong(&error.to_string()))? {
+        Address::File(_) => Err(wrong("a file has no return path; write tcp:HOST:PORT or unix:/PATH")),
+        address => Ok(address),
     }
 }
 
@@ -64,7 +99,7 @@ impl<'de> Deserialize<'de> for Entries {
 }
 
 /// The change for a setting and its value.
-pub(crate) fn change(key: &str, value: &Value) -> Result<Change, String> {
+fn change(key: &str, value: &Value) -> Result<Change, String> {
     let change = match key {
         "max_bandwidth" => rate(value).map(Change::MaxBandwidth),
         "switchover_bandwidth" => switchover_bandwidth(value).map(Change::SwitchoverBandwidth),
@@ -75,7 +110,10 @@ pub(crate) fn change(key: &str, value: &Value) -> Result<Change, String> {
         "xbzrle_cache" => size(value).map(Change::XbzrleCache),
         _ => {
             let start: String = key.chars().take(40).collect();
-            return Err(format!("{start:?} is no setting that can be changed while it runs; these are: {KEYS}"));
+            return Err(format!(
+                "{start:?} is no setting that can be changed while it runs; these are: {KEYS}; \
+                 {ADDRESS} gives a source that has lost its connection another address of the destination"
+            ));
         }
     };
     let change = change.map_err(|expected| format!("{key}: {} is wrong here; write {expected}", shortened(value)))?;
@@ -143,6 +181,14 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    /// The changes that a body requests.
+    fn changes(body: &[u8]) -> Result<Vec<Change>, String> {
+        read(body).map(|patch| match patch {
+            Patch::Changes(changes) => changes,
+            Patch::Address(address) => panic!("{address}"),
+        })
+    }
 
     const MS: Duration = Duration::from_millis(1);
 
@@ -223,10 +269,27 @@ mod tests {
         assert_eq!(twice(escaped), "throttle is given twice: give it once");
     }
 
+    #[test]
+    fn an_address_is_checked_and_goes_alone() {
+        let given = |body: &str| read(body.as_bytes());
+        let there = Patch::Address(Address::Tcp { host: "10.0.0.3".into(), port: 7777 });
+        assert_eq!(given(r#"{ "address": "tcp:10.0.0.3:7777" }"#), Ok(there));
+        for (body, why) in [
+            (r#"{ "address": "file:/x" }"#, "no return path"),
+            (r#"{ "address": "10.0.0.3" }"#, "write tcp:HOST:PORT"),
+            (r#"{ "address": 7777 }"#, "write tcp:HOST:PORT"),
+            (r#"{ "address": "unix:/x", "throttle": 40 }"#, "give it alone"),
+            (r#"{ "address": "unix:/x", "address": "unix:/x" }"#, "give it once"),
+        ] {
+            let error = given(body).unwrap_err();
+            assert!(error.starts_with("address") && error.contains(why), "{error}");
+        }
+    }
+
     proptest! {
         #[test]
         fn any_bytes_are_changes_or_an_error(body in prop::collection::vec(any::<u8>(), 0..200)) {
-            drop(changes(&body));
+            drop(read(&body));
         }
 
         #[test]
@@ -234,8 +297,8 @@ mod tests {
             key in prop::sample::select(KEYS.split([',', ' ']).filter(|word| word.len() > 3).collect::<Vec<_>>()),
             value in "[-0-9a-zA-Z \"./\\[\\]{}]{0,20}",
         ) {
-            drop(changes(format!(r#"{{ "{key}": {value} }}"#).as_bytes()));
-            drop(changes(format!(r#"{{ "{key}": "{value}" }}"#).as_bytes()));
+            drop(read(format!(r#"{{ "{key}": {value} }}"#).as_bytes()));
+            drop(read(format!(r#"{{ "{key}": "{value}" }}"#).as_bytes()));
         }
     }
 }

@@ -14,7 +14,8 @@ use serde::Serialize;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 
-use super::patch;
+use super::Reach;
+use super::patch::{self, Patch};
 use crate::http::{Answer, Answerer, Asked, BodyError, whole};
 use memferry::control::{Control, ControlError, Events, Happened};
 use memferry_report::event_json::EventLine;
@@ -29,6 +30,7 @@ const WATCHERS: usize = 32;
 #[derive(Clone)]
 pub(super) struct Routes {
     control: Control,
+    reach: Reach,
     watchers: Arc<Semaphore>,
     closing: CancellationToken,
 }
@@ -60,8 +62,8 @@ impl Answerer for Routes {
 
 impl Routes {
     /// Serves requests for `control`. Streams of events end when `closing` is cancelled.
-    pub(super) fn new(control: Control, closing: CancellationToken) -> Self {
-        Self { control, watchers: Arc::new(Semaphore::new(WATCHERS)), closing }
+    pub(super) fn new(control: Control, reach: Reach, closing: CancellationToken) -> Self {
+        Self { control, reach, watchers: Arc::new(Semaphore::new(WATCHERS)), closing }
     }
 
     fn status(&self) -> Answer {
@@ -69,8 +71,10 @@ impl Routes {
     }
 
     async fn change(&self, body: Result<Bytes, BodyError>) -> Result<Answer, Refusal> {
-        let changes = patch::changes(&body?).map_err(|why| Refusal(StatusCode::BAD_REQUEST, why))?;
-        in_time(self.control.set(changes)).await?;
+        match patch::read(&body?).map_err(|why| Refusal(StatusCode::BAD_REQUEST, why))? {
+            Patch::Changes(changes) => in_time(self.control.set(changes)).await?,
+            Patch::Address(address) => in_time(self.control.set_address((self.reach)(&address))).await?,
+        }
         Ok(self.status())
     }
 

@@ -7,6 +7,7 @@ use memferry_transports::{Address, open};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
+use super::Reach;
 use super::routes::Routes;
 use crate::http;
 use memferry::control::Control;
@@ -19,19 +20,20 @@ pub struct Server {
 }
 
 impl Server {
-    /// Listens on a Unix socket that only its owner can open, and serves requests for `control`. A socket that a dead
+    /// Listens on a Unix socket that only its owner can open, and serves requests for `control`. `reach` makes the
+    /// transport to another address of the destination. A socket that a dead
     /// program left behind is replaced.
     ///
     /// # Errors
     /// If the address is not a Unix socket, if another process listens there, or if the system refuses.
-    pub async fn listen(address: &Address, control: Control) -> io::Result<Self> {
+    pub async fn listen(address: &Address, control: Control, reach: Reach) -> io::Result<Self> {
         if !matches!(address, Address::Unix(_)) {
             let what = format!("{address} is no Unix socket, which the control API needs; write unix:/PATH");
             return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
         }
         let listener = open(address, Duration::ZERO).listen().await?;
         let closing = CancellationToken::new();
-        let routes = Routes::new(control, closing.clone());
+        let routes = Routes::new(control, reach, closing.clone());
         let serving = tokio::spawn(http::serve(listener, routes, closing.clone()));
         Ok(Self { closing, serving: AbortOnDropHandle::new(serving) })
     }

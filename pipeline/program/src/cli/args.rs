@@ -107,10 +107,12 @@ Examples:
   memferry set /run/guest.sock max_bandwidth='200 MiB/s'
   memferry set /run/guest.sock downtime_limit=50ms deadline=none
   memferry set /run/guest.sock xbzrle_cache='1 GiB' throttle=50
+  memferry set /run/guest.sock address=tcp:10.0.0.3:7777
 
 Settings of a running source, as the configuration writes them: max_bandwidth, switchover_bandwidth, downtime_limit,
 max_downtime, deadline (from the start), throttle (the most, in percent), xbzrle_cache. All of them are changed or none: exit code 2
-for a key or a value that cannot be, with those that can; 1 if the migration refuses, or nobody answers.";
+for a key or a value that cannot be, with those that can; 1 if the migration refuses, or nobody answers. address is for a source
+that has lost its connection: where it reaches the same destination from here on. It is given alone.";
 
 const CANCEL_EXAMPLES: &str = "\
 Examples:

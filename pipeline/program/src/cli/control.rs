@@ -40,7 +40,7 @@ pub(super) fn setting(text: &str) -> Result<(String, Value), String> {
     }
     let plain = serde_json::from_str::<Value>(value).ok().filter(|value| value.is_number() || value.is_null());
     let value = plain.unwrap_or_else(|| value.into());
-    patch::change(key, &value)?;
+    patch::check(key, &value)?;
     Ok((key.to_owned(), value))
 }
 
@@ -54,8 +54,11 @@ pub(super) async fn status(address: &Address, json: bool) -> Result<String, Stri
 pub(super) async fn set(address: &Address, settings: Vec<(String, Value)>) -> Result<String, String> {
     let settings: Map<String, Value> = settings.into_iter().collect();
     let status = client::set(address, &settings).await.map_err(in_words)?;
-    let line = |key: &String| format!("{key} = {}", plain(&status["settings"][key]));
-    Ok(settings.keys().map(line).collect::<Vec<_>>().join("\n"))
+    let line = |(key, given): (&String, &Value)| match key.as_str() {
+        patch::ADDRESS => format!("the source tries to reach the destination at {}", plain(given)),
+        _ => format!("{key} = {}", plain(&status["settings"][key])),
+    };
+    Ok(settings.iter().map(line).collect::<Vec<_>>().join("\n"))
 }
 
 /// `memferry cancel`: waits for the end, and reports where the guest is.
@@ -191,6 +194,8 @@ fn describe(status: &Value) -> String {
             lines.push(format!("expected downtime {expected}, limit {limit}"));
         }
     }
+    lines.extend(text(&status["disconnected"]).map(|why| format!("disconnected: {why}")));
+    lines.extend(outages(&status["outages"]));
     lines.extend(
         text(&status["decision"]["why"]).map(|why| format!("decided after round {}: {why}", plain(&status["rounds"]))),
     );
@@ -203,6 +208,13 @@ fn describe(status: &Value) -> String {
         status["warnings"].as_array().into_iter().flatten().filter_map(text).map(|what| format!("warning: {what}")),
     );
     lines.join("\n")
+}
+
+/// What lost connections have cost so far, if there were any.
+fn outages(outages: &Value) -> Option<String> {
+    let lost = outages["lost"].as_u64().filter(|lost| *lost > 0)?;
+    let (time, again) = (time(&outages["time_ms"]), bytes(&outages["put_back_bytes"]));
+    Some(format!("{} lost, none for {time}, {again} sent again", human::counted(lost, "connection")))
 }
 
 /// Time until nothing remains, if it is known.
@@ -268,7 +280,7 @@ mod tests {
     use crate::cli::verdict::never_begun;
     use memferry::bottleneck::Cause;
     use memferry::control::Status;
-    use memferry::events::{Ended, Event, Progress};
+    use memferry::events::{Ended, Event, Outages, Progress};
     use memferry::settings::SourceSettings;
     use memferry_report::status_json::StatusJson;
     use memferry_stages::untrusted::is_unsafe;
@@ -386,6 +398,13 @@ deadline = none, downtime_limit = 300ms, max_bandwidth = unlimited, max_downtime
 max_bandwidth, xbzrle_cache = 256 MiB
 warning: a warning";
         assert_eq!(lines, expected);
+        let outages = Outages { lost: 2, time: Duration::from_secs(5), put_back_bytes: 3 << 20, ..Outages::default() };
+        let lost =
+            Status { phase: Phase::Disconnected, disconnected: Some("refused".into()), outages, ..status.clone() };
+        let lines = describe(&serde_json::to_value(StatusJson::from(&lost)).unwrap());
+        assert!(lines.starts_with("disconnected, source, for 4.20 s"), "{lines}");
+        let says = "\ndisconnected: refused\n2 connections lost, none for 5.00 s, 3.00 MiB sent again\n";
+        assert!(lines.contains(says), "{lines}");
         let unknown = Progress { round: 3, total_bytes: 1 << 30, ..Progress::default() };
         let status = Status { progress: Some(unknown), ..Status::default() };
         let lines = describe(&serde_json::to_value(StatusJson::from(&status)).unwrap());

@@ -126,6 +126,10 @@ impl DestinationGuest for Arriving {
         self.guest.prepare(state)
     }
 
+    fn unprepare(&self) -> Result<(), GuestError> {
+        self.guest.unprepare()
+    }
+
     fn start(&self, run_state: RunState) -> Result<(), GuestError> {
         self.guest.start(run_state)
     }

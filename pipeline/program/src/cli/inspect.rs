@@ -357,13 +357,13 @@ mod tests {
         let inspection = inspect(&stream());
         assert!(inspection.is_whole(), "{inspection}");
         insta::assert_snapshot!(inspection, @r"
-        protocol    3
+        protocol    4
         session     07070707070707070707070707070707
         connection  0 of 1, bulk
         lanes       1 on 1 bulk connections
         page size   4.00 KiB
         features    payload-xxh3
-        stream      4.46 KiB in 8 frames
+        stream      4.49 KiB in 8 frames
 
         block                         bytes          pages      guest address
         ram                        1.00 MiB            256         0x40000000
@@ -377,6 +377,9 @@ mod tests {
         whole: the end mark is there; the guest ran
         ");
     }
+
+    /// Every feature that a stored stream may have: its source does not return.
+    const STORED: Features = Features { recovery: false, ..Features::ALL };
 
     /// Pages of one byte, compressed together.
     fn compressed(codec: Codec, pages: usize) -> Vec<u8> {
@@ -394,21 +397,21 @@ mod tests {
         let (first, last) = ((PageEncoding::Zstd, length(&group)), (PageEncoding::Lz4, length(&alone)));
         let pages = vec![first, grouped, raw, grouped, last];
         let payload = [&group[..], &[9; 4096], &alone].concat();
-        let inspection = inspect(&stream_of(Features::ALL, 0b11_1111, 0b10, pages.clone(), &payload));
+        let inspection = inspect(&stream_of(STORED, 0b11_1111, 0b10, pages.clone(), &payload));
         assert!(inspection.is_whole(), "{inspection}");
         let round = &inspection.rounds[&1];
         assert_eq!((round.zero, round.raw, round.compressed, round.xbzrle), (1, 1, 4, 0));
 
-        let alone = Features { groups: false, ..Features::ALL };
+        let alone = Features { groups: false, ..STORED };
         let inspection = inspect(&stream_of(alone, 0b11_1111, 0b10, pages, &payload));
         assert!(inspection.to_string().contains("page 2 of block 0 is coded as grouped, which was not agreed on"));
     }
 
     #[test]
     fn a_page_that_no_destination_could_decode_is_damage() {
-        let inspection = inspect(&stream_of(Features::ALL, 1, 0, vec![(PageEncoding::Lz4, 100)], &[0xff; 100]));
+        let inspection = inspect(&stream_of(STORED, 1, 0, vec![(PageEncoding::Lz4, 100)], &[0xff; 100]));
         assert!(inspection.to_string().contains("page 0 of block 0 cannot be decoded: lz4"), "{inspection}");
-        let inspection = inspect(&stream_of(Features::ALL, 1, 0, vec![(PageEncoding::Xbzrle, 3)], &[0, 1, 7]));
+        let inspection = inspect(&stream_of(STORED, 1, 0, vec![(PageEncoding::Xbzrle, 3)], &[0, 1, 7]));
         assert!(inspection.to_string().contains("which was not loaded before"), "{inspection}");
     }
 

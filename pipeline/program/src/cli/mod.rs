@@ -67,7 +67,7 @@ pub fn main() -> ExitCode {
         Command::Record(options) => record(options),
         Command::Plan(options) => plan::run(&options),
         Command::Status { control, json } => ask(control::status(&control.address, json)),
-        Command::Set { control, settings } => match patch::given_once(&settings) {
+        Command::Set { control, settings } => match patch::go_together(&settings) {
             Ok(()) => ask(control::set(&control.address, settings)),
             Err(why) => complain(&why, BAD_USAGE),
         },

@@ -18,7 +18,7 @@ use super::outlets::Outlets;
 use super::reports::{Ending, Reports};
 use super::signals::Signals;
 use super::verdict::{FAILED, cancelled_before_it_began, exit_code, joint, never_begun};
-use crate::api::Server;
+use crate::api::{Reach, Server};
 use crate::config::Config;
 use crate::log::LogObserver;
 use crate::metrics::MetricsObserver;
@@ -49,6 +49,8 @@ pub(super) struct Session {
     control: Control,
     plane: DataPlane,
     outlets: Outlets,
+    /// Makes the source's transports.
+    reach: Reach,
 }
 
 impl Session {
@@ -72,7 +74,8 @@ impl Session {
             observers.push(console::progress(watch));
         }
         let (control, plane) = (cancel.into(), DataPlane::new()?);
-        Ok(Self { config, options, role, accountant, observers, signals, control, plane, outlets })
+        let reach = reach(&config);
+        Ok(Self { config, options, role, accountant, observers, signals, control, plane, outlets, reach })
     }
 
     /// Opens the file of events if the options name one.
@@ -85,7 +88,7 @@ impl Session {
     /// Serves the control API if the options request it.
     pub(super) async fn serve_control(&self) -> std::io::Result<Option<Server>> {
         match &self.options.control {
-            Some(address) => Server::listen(address, self.control.clone()).await.map(Some),
+            Some(address) => Server::listen(address, self.control.clone(), self.reach.clone()).await.map(Some),
             None => Ok(None),
         }
     }
@@ -129,8 +132,7 @@ impl Session {
             Ok(guest) => guest,
             Err(ended) => return self.could_not_begin(Role::Source, ended),
         };
-        let transport = self.config.transport_to(&self.config.address());
-        let ended = self.send_over(&guest, transport, self.control.clone()).await;
+        let ended = self.send_over(&guest, &self.config.address(), self.control.clone()).await;
         let stop = self.signals.arm(ENDING);
         self.conclude(&ended, &self.accountant.account(Role::Source), None);
         let stays = ended.outcome != Outcome::Completed || guest.home.runs_here();
@@ -183,8 +185,7 @@ impl Session {
         arrived: &mut Option<Arc<Arriving>>,
         cancel: &CancellationToken,
     ) -> (Ended, Option<Ended>) {
-        let transport = self.config.transport_to(&self.config.address());
-        let sent = self.send_over(source, transport, self.control.clone()).await;
+        let sent = self.send_over(source, &self.config.address(), self.control.clone()).await;
         if sent.outcome != Outcome::Completed {
             return (sent, None);
         }
@@ -210,11 +211,7 @@ impl Session {
         };
         let address: Address = listener.local_address().parse().expect("a listener knows its address");
         let (source_cancel, destination_cancel) = (cancel.child_token(), cancel.child_token());
-        let send = self.send_over(
-            source,
-            self.config.transport_to(&address),
-            self.control.also_ended_by(source_cancel.clone()),
-        );
+        let send = self.send_over(source, &address, self.control.also_ended_by(source_cancel.clone()));
         let receive = self.receive_from(destination, listener, destination_cancel.clone(), arrived);
         let (sent, received) = both(send, source_cancel.clone(), receive, destination_cancel).await;
         // A source that was not cancelled gave up at its limits: the destination only reports that.
@@ -222,9 +219,9 @@ impl Session {
         (sent, (!gave_up).then_some(received))
     }
 
-    async fn send_over(&self, guest: &Hosted, transport: Box<dyn Transport>, control: Control) -> Ended {
+    async fn send_over(&self, guest: &Hosted, address: &Address, control: Control) -> Ended {
         let (settings, observers) = (self.config.source(), self.observers(Role::Source));
-        let transport = Arc::from(transport);
+        let transport = (self.reach)(address);
         let sent = migration::send(guest.guest.clone(), transport, settings, &self.plane, observers, control).await;
         let ended = match sent {
             Ok(sent) => sent.ended,
@@ -333,6 +330,18 @@ impl Session {
             message!("memferry: {line}");
         }
     }
+}
+
+/// Makes the transports of a source: those of the configuration, with the faults that it asks for.
+fn reach(config: &Config) -> Reach {
+    let (config, cuts) = (config.clone(), config.cuts());
+    Arc::new(move |address| {
+        let transport: Arc<dyn Transport> = Arc::from(config.transport_to(address));
+        match &cuts {
+            Some(cuts) => cuts.on(transport),
+            None => transport,
+        }
+    })
 }
 
 /// Runs both ends at once. When one ends without success, the other detects it soon; if it does not, it is cancelled.

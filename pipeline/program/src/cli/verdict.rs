@@ -56,6 +56,7 @@ pub(super) fn never_begun(error: String) -> Ended {
         bottleneck: memferry::bottleneck::Bottleneck::default(),
         cpu: std::time::Duration::ZERO,
         resume_failed: false,
+        outages: memferry::events::Outages::default(),
     }
 }
 

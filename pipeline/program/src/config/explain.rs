@@ -76,6 +76,7 @@ fn example(field: &str) -> Option<&'static str> {
         "transport" => r#"a table [transport] with address = "tcp:127.0.0.1:7777""#,
         "address" => r#"address = "tcp:127.0.0.1:7777", "unix:/run/memferry.sock" or "file:/var/tmp/guest.memferry""#,
         "images" => r#"images = [{ id = "ram", path = "/dev/shm/guest.ram" }]"#,
+        "cut_after" => r#"cut_after = ["40 MiB", "90 MiB"]"#,
         "id" => r#"id = "ram": the name of the RAM block, the same at both ends"#,
         "path" => r#"path = "/dev/shm/guest.ram""#,
         "share" => "share = 0.5: of the memory",

@@ -22,6 +22,7 @@ pub use fault::{ConfigError, Fault};
 use overrides::Override;
 pub use tables::Config;
 
+use memferry::settings::RecoverySettings;
 use memferry_transports::whole_file;
 
 /// The longest configuration, in bytes.
@@ -78,7 +79,10 @@ pub fn parse(name: &str, text: &str, sets: &[String], purpose: Purpose) -> Resul
         .collect::<Result<Vec<_>, _>>()?;
     let effective = with_sets(text, &sets)?;
     let source = Source { name, text, original: &original, sets: &sets };
-    let config: Config = toml::from_str(&effective).map_err(|error| source.show([misread(&effective, &error)]))?;
+    let mut config: Config = toml::from_str(&effective).map_err(|error| source.show([misread(&effective, &error)]))?;
+    if !is_written(&effective, "migration.recovery") && rules::recovery_lacks(&config).is_some() {
+        config.migration.recovery = RecoverySettings::OFF;
+    }
     let faults = rules::check(&config, purpose);
     if faults.is_empty() { Ok(config) } else { Err(source.show(faults)) }
 }
@@ -93,6 +97,11 @@ fn with_sets(text: &str, sets: &[Override]) -> Result<String, ConfigError> {
         set.apply(&mut document).map_err(|what| bad_set(&set.text, what))?;
     }
     Ok(document.to_string())
+}
+
+/// Does the text have this key?
+fn is_written(effective: &str, path: &str) -> bool {
+    Document::parse(effective).is_ok_and(|document| place::exists(document.as_item(), path))
 }
 
 fn not_toml(name: &str, text: &str, error: &toml_edit::TomlError) -> ConfigError {

@@ -28,6 +28,8 @@ pub(super) fn check(config: &Config, purpose: Purpose) -> Vec<Fault> {
     encoder(config, &mut faults);
     bandwidths(config, &mut faults);
     check_snapshot(config, &mut faults);
+    recovery(config, &mut faults);
+    cuts(config, &mut faults);
     match &config.guest {
         GuestTable::Workload(workload) => check_workload(workload, &mut faults),
         GuestTable::File(file) => {
@@ -81,6 +83,55 @@ fn capabilities(config: &Config, can: Capabilities, purpose: Purpose, faults: &m
         "transport.address",
         "a file moves no guest by itself, and `after` does not define what becomes of the source",
         "write after = \"resume\" (a snapshot) or after = \"pause\" (a move) in [migration]",
+    );
+}
+
+/// What recovery from a lost connection needs and this configuration lacks, and what to write instead.
+pub(super) fn recovery_lacks(config: &Config) -> Option<(String, &'static str)> {
+    let address = &config.transport.address;
+    if !config.pipeline.checksum {
+        let what = "recovery from a lost connection needs checksums, and `checksum` is false";
+        return Some((what.into(), "write attempts = 0, or checksum = true in [pipeline]"));
+    }
+    let what = format!("recovery from a lost connection needs a return path, and {address} has none");
+    lacks_return_path(config).then_some((what, "write attempts = 0, or an address of tcp: or unix:"))
+}
+
+fn lacks_return_path(config: &Config) -> bool {
+    let address = config.transport.address.parse::<Address>();
+    address.is_ok_and(|address| !open(&address, Duration::ZERO).capabilities().return_path)
+}
+
+fn recovery(config: &Config, faults: &mut Vec<Fault>) {
+    let lacks = recovery_lacks(config).filter(|_| config.migration.recovery.attempts > 0);
+    faults.extend(lacks.map(|(what, help)| Fault::new("migration.recovery.attempts", what, help)));
+}
+
+/// The aid for trials: each cut comes after the one before it.
+fn cuts(config: &Config, faults: &mut Vec<Fault>) {
+    let Some(table) = &config.transport.faults else { return };
+    let what = format!("{} has no connection that could be cut", config.transport.address);
+    need(faults, !lacks_return_path(config), "transport.faults", what, "delete the table");
+    let mut before = Size(0);
+    for (number, &cut) in table.cut_after.iter().enumerate() {
+        let what = format!("a cut after {cut}, with {before} before it");
+        let path = format!("transport.faults.cut_after.{number}");
+        need(
+            faults,
+            cut > before,
+            &path,
+            what,
+            "write sizes that rise, counted from the beginning: [\"40 MiB\", \"90 MiB\"]",
+        );
+        before = cut;
+    }
+    let help = "write \"2s\"";
+    need(
+        faults,
+        table.refuse_for <= Time::LONGEST,
+        "transport.faults.refuse_for",
+        "this is longer than a hundred years",
+        help,
     );
 }
 

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use memferry_stages::codec::Codec;
 use memferry_stages::geometry::PageSize;
+use memferry_transports::faults::Cuts;
 use memferry_transports::tcp::TcpTransport;
 use memferry_transports::{Address, Transport};
 
@@ -46,6 +47,13 @@ impl Config {
     #[must_use]
     pub fn address(&self) -> Address {
         self.transport.address.parse().expect("the rules have checked it")
+    }
+
+    /// The faults that the configuration asks for: one count for all transports of a source.
+    #[must_use]
+    pub fn cuts(&self) -> Option<Cuts> {
+        let table = self.transport.faults.as_ref()?;
+        Some(Cuts::new(table.cut_after.iter().map(|size| size.0), table.refuse_for.0))
     }
 
     /// The transport to this address: the configured one, or the one that a listener is bound to.

@@ -420,6 +420,70 @@ fn a_checked_configuration_reads_back_as_it_is_printed() {
 }
 
 #[test]
+fn recovery_reaches_both_ends_and_is_off_where_it_cannot_be() {
+    let config = set(&["migration.recovery.attempts=3", "migration.recovery.give_up=2m"]).unwrap();
+    let expected = RecoverySettings { attempts: 3, give_up: Duration::from_secs(120), ..RecoverySettings::default() };
+    assert_eq!([config.source().recovery, config.destination().recovery], [expected; 2]);
+    let unable: [&[&str]; 2] =
+        [&["pipeline.checksum=false"], &["transport.address=file:x.memferry", "migration.after=pause"]];
+    for sets in unable {
+        let config = set(sets).unwrap();
+        assert_eq!(config.migration.recovery, RecoverySettings::OFF, "{sets:?}");
+        let printed = toml::to_string(&config).unwrap();
+        assert_eq!(parse("printed", &printed, &[], Purpose::Run).unwrap(), config);
+        let off = [sets, &["migration.recovery.attempts=0"]].concat();
+        assert_eq!(set(&off).unwrap().source().recovery, RecoverySettings::OFF);
+        let error = set(&[sets, &["migration.recovery.attempts=1"]].concat()).unwrap_err();
+        assert!(error.contains("--set:1:1") && error.contains("write attempts = 0, or "), "{error}");
+    }
+    assert_snapshot!(with("[pipeline]\nchecksum = false\n[migration.recovery]\nbackoff = \"0s\""), @r#"
+    error: this must be longer than nothing
+      --> run.toml:11:11
+       |
+    11 | backoff = "0s"
+       |           ^^^^
+       |
+       = help: write "500ms"
+
+    error: recovery from a lost connection needs checksums, and `checksum` is false
+      --> run.toml:10:1
+       |
+    10 | [migration.recovery]
+       | ^^^^^^^^^^^^^^^^^^^^
+       |
+       = help: write attempts = 0, or checksum = true in [pipeline]
+    "#);
+}
+
+#[test]
+fn cuts_for_trials_rise_and_need_a_connection() {
+    let config = set(&["transport.faults.cut_after=[\"40 MiB\", \"90 MiB\"]"]).unwrap();
+    assert!(config.cuts().is_some() && set(&[]).unwrap().cuts().is_none());
+    let printed = toml::to_string(&config).unwrap();
+    assert_eq!(parse("printed", &printed, &[], Purpose::Run).unwrap(), config);
+    assert_snapshot!(with("[transport.faults]\nrefuse_for = \"2s\""), @r#"
+    error: `cut_after` is missing in `transport.faults`
+     --> run.toml:8:1
+      |
+    8 | [transport.faults]
+      | ^^^^^^^^^^^^^^^^^^
+      |
+      = help: write cut_after = ["40 MiB", "90 MiB"]
+    "#);
+    assert_snapshot!(with("[transport.faults]\ncut_after = [\"40 MiB\", \"40 MiB\"]"), @r#"
+    error: a cut after 40 MiB, with 40 MiB before it
+     --> run.toml:9:24
+      |
+    9 | cut_after = ["40 MiB", "40 MiB"]
+      |                        ^^^^^^^^
+      |
+      = help: write sizes that rise, counted from the beginning: ["40 MiB", "90 MiB"]
+    "#);
+    let file = ["transport.address=file:x", "migration.after=pause", "transport.faults.cut_after=[\"1 MiB\"]"];
+    assert!(set(&file).unwrap_err().contains("has no connection that could be cut"));
+}
+
+#[test]
 fn every_configuration_that_ships_is_right_and_says_what_it_shows() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../configs");
     let mut files: Vec<_> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();

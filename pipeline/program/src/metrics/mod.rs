@@ -37,12 +37,15 @@
 //! | `memferry_memory_bound_bytes` | gauge | role | the most memory that the engine takes |
 //! | `memferry_memory_peak_bytes` | gauge | role | the peak of the engine's memory |
 //! | `memferry_stage_seconds_total` | counter | role, stage, lane, state | time of a stage: busy, input_wait, output_wait, limit_wait; no lane if there is only one |
+//! | `memferry_connections_lost_total` | counter | role | connections that were lost, made again or not |
+//! | `memferry_outage_seconds_total` | counter | role | time without a connection, after one was lost |
+//! | `memferry_sent_again_bytes_total` | counter | role | page bytes that were in flight when a connection was lost, and were sent again; 0 at the destination |
 //! | `memferry_turned_away_total` | counter | role | peers that were refused |
 //! | `memferry_warnings_total` | counter | role | warnings for the operator |
 //! | `memferry_build_info` | gauge | version | always 1 |
 //!
-//! The counters of the `metrics` crate are integers, and seconds are not: `memferry_stage_seconds_total` is recorded
-//! as a gauge that only increases. The program exposes it to Prometheus as a counter.
+//! The counters of the `metrics` crate are integers, and seconds are not: `memferry_stage_seconds_total` and
+//! `memferry_outage_seconds_total` are recorded as gauges that only increase. The program exposes them to Prometheus as counters.
 
 pub mod process;
 pub mod prometheus;
@@ -83,6 +86,7 @@ pub struct MetricsObserver {
 #[derive(Debug, Default)]
 struct Counted {
     wire_bytes: u64,
+    outage: Duration,
     /// Seconds of a stage in each of its states.
     stages: HashMap<StageId, [f64; 4]>,
 }
@@ -104,6 +108,8 @@ impl MetricsObserver {
     fn ended(&self, role: Role, ended: &Ended) {
         self.counted(role, |counted| {
             counted.rise(role.name(), ended.wire_bytes, &ended.stages);
+            // An outage that did not end is in none of the events before.
+            counted.outages(role.name(), ended.outages.time);
             // The next migration counts from zero.
             *counted = Counted::default();
         });
@@ -131,6 +137,13 @@ impl MetricsObserver {
 }
 
 impl Counted {
+    /// Adds the increase of all outages together.
+    fn outages(&mut self, role: &'static str, time: Duration) {
+        let more = time.saturating_sub(self.outage);
+        gauge!("memferry_outage_seconds_total", "role" => role).increment(more.as_secs_f64());
+        self.outage = time.max(self.outage);
+    }
+
     /// Adds the increase since the last time.
     fn rise(&mut self, role: &'static str, wire_bytes: u64, stages: &[Reading]) {
         counter!("memferry_wire_bytes_total", "role" => role).increment(wire_bytes.saturating_sub(self.wire_bytes));
@@ -179,6 +192,13 @@ impl Observer for MetricsObserver {
             Event::Progress(now) => self.progress(role, now),
             Event::TurnedAway { count, .. } => {
                 counter!("memferry_turned_away_total", "role" => role.name()).increment(*count);
+            }
+            Event::Disconnected { .. } => {
+                counter!("memferry_connections_lost_total", "role" => role.name()).increment(1);
+            }
+            Event::Reconnected { outage, put_back_bytes, .. } => {
+                self.counted(role, |counted| counted.outages(role.name(), counted.outage + *outage));
+                counter!("memferry_sent_again_bytes_total", "role" => role.name()).increment(*put_back_bytes);
             }
             Event::Warning(_) => counter!("memferry_warnings_total", "role" => role.name()).increment(1),
             Event::Ended(end) => self.ended(role, end),
@@ -285,6 +305,13 @@ fn describe() {
     describe_gauge!("memferry_memory_peak_bytes", Unit::Bytes, "The most memory that the engine took");
     describe_counter!("memferry_excluded_pages_total", "Pages that were not sent: hinted as free, unplugged, ignored");
     describe_gauge!("memferry_stage_seconds_total", Unit::Seconds, "How a stage spent its time");
+    describe_counter!("memferry_connections_lost_total", "Connections that were lost");
+    describe_gauge!("memferry_outage_seconds_total", Unit::Seconds, "Time without a connection, after one was lost");
+    describe_counter!(
+        "memferry_sent_again_bytes_total",
+        Unit::Bytes,
+        "Page bytes that were sent again after a lost connection"
+    );
     describe_gauge!("memferry_build_info", "The version of memferry, always 1");
     describe_counter!("memferry_warnings_total", "Warnings that the operator was given");
     describe_counter!("memferry_turned_away_total", "Connections that were turned away");

@@ -1,4 +1,5 @@
 use super::*;
+use memferry::events::Outages;
 use memferry::samples::{ended, every_event, script};
 use memferry::stage_id::StageId;
 use metrics_util::MetricKind;
@@ -108,6 +109,21 @@ fn migrations_add_up_and_a_failed_one_is_still_there() {
     assert!((gauge(&recorded, "memferry_stage_seconds_total encoder 1 busy") - 0.035).abs() < 1e-9);
     assert_eq!(counter(&recorded, "memferry_migrations_total failed"), 1);
     assert!(!recorded.contains_key("memferry_downtime_seconds"));
+}
+
+#[test]
+fn outages_add_up_and_one_without_an_end_counts() {
+    let outages = |lost, secs| Outages { lost, time: Duration::from_secs(secs), ..Outages::default() };
+    let end = |outages| Event::Ended(Box::new(Ended { outages, ..ended(Role::Source) }));
+    let lost = |attempt| Event::Disconnected { attempt, why: "closed".into() };
+    let again = |attempt, secs| Event::Reconnected { attempt, outage: Duration::from_secs(secs), put_back_bytes: 4096 };
+    let recorded = figures(|observer| {
+        play(observer, &[lost(1), again(2, 3), lost(2), again(3, 4), lost(3), end(outages(3, 17))]);
+        play(observer, &[lost(1), again(2, 5), end(outages(1, 5))]);
+    });
+    assert_eq!(counter(&recorded, "memferry_connections_lost_total"), 4);
+    assert_eq!(counter(&recorded, "memferry_sent_again_bytes_total"), 3 * 4096);
+    assert!((gauge(&recorded, "memferry_outage_seconds_total") - 22.0).abs() < 1e-9);
 }
 
 /// The rows of the module's table: name, kind, labels.

@@ -13,7 +13,7 @@ use crate::reports::Report;
 /// A limit that is never met on any machine: all rounds are run, and each brings a stall nearer.
 const NEVER: &str = "migration.downtime_limit=1us";
 /// How each configuration is reduced. One that is missing here, and has a table for workloads, gets the default.
-const SMALL: [(&str, &[&str]); 5] = [
+const SMALL: [(&str, &[&str]); 6] = [
     (
         "quickstart",
         &["guest.workload.memory=32 MiB", "migration.max_bandwidth=20 MiB/s", NEVER, "migration.max_rounds=3"],
@@ -30,6 +30,16 @@ const SMALL: [(&str, &[&str]); 5] = [
             "migration.max_rounds=8",
             "convergence.stall_rounds=1",
             "convergence.throttle={ start = 50, step = 49, most = 99 }",
+        ],
+    ),
+    (
+        "recover",
+        &[
+            "guest.workload.memory=32 MiB",
+            "transport.faults.cut_after=[\"4 MiB\", \"10 MiB\"]",
+            "transport.faults.refuse_for=300ms",
+            "migration.recovery.backoff=50ms",
+            FEW,
         ],
     ),
     (
@@ -125,7 +135,18 @@ fn shows_what_it_says(name: &str, report: &Report, scene: &Scene) {
         "unix" => assert!(!scene.path("target/memferry.sock").exists(), "the socket is removed"),
         "file" => drop(scene.run(&["inspect", "target/guest.memferry"]).expect(0)),
         "hints" => shows_what_was_excluded(report),
+        "recover" => shows_what_was_lost(report),
         other => panic!("{other} is new: say here what it shows"),
+    }
+}
+
+fn shows_what_was_lost(report: &Report) {
+    assert_eq!(report.at("/outages/lost"), 2);
+    let lost = report.at("/lost_connections").as_array().unwrap();
+    assert_eq!(lost.len(), 2, "{lost:#?}");
+    for (lost, attempt) in lost.iter().zip(1..) {
+        assert_eq!(lost["attempt"], attempt);
+        assert!(lost["outage_ms"].as_f64().is_some_and(|ms| ms >= 300.0), "{lost:#}");
     }
 }
 

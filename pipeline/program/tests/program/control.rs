@@ -134,6 +134,10 @@ fn an_operator_looks_changes_and_has_it_finish() {
     ]);
     let twice = asked.ask(&["set", "downtime_limit=3ms", "throttle=20", "downtime_limit=4ms"]);
     twice.expect(2).says(&["downtime_limit is given twice"]);
+    asked.ask(&["set", "address=file:x"]).expect(2).says(&["address: a file has no return path"]);
+    asked.ask(&["set", "address=unix:/x", "throttle=20"]).expect(2).says(&["address is given beside settings"]);
+    // The open connection stays.
+    asked.ask(&["set", "address=unix:/x"]).expect(0);
     asked.ask(&["set", "max_downtime=2ms"]).expect(0);
     asked
         .ask(&["switch-over"])

@@ -74,7 +74,8 @@ impl Scene {
         for (config, folder) in [("send.toml", "from"), ("recv.toml", "to")] {
             let image = |name: &&str| format!("    {{ id = \"{name}\", path = \"{folder}/{name}\" }},\n");
             let images: String = images.iter().map(image).collect();
-            let transport = "[transport]\naddress = \"tcp:127.0.0.1:0\"\nconnect_timeout = \"1m\"\n";
+            // A test that loses a connection on purpose sees it lost.
+            let transport = "[transport]\naddress = \"tcp:127.0.0.1:0\"\nconnect_timeout = \"1m\"\n\n[migration.recovery]\nattempts = 0\n";
             self.write(config, format!("[guest.file]\nimages = [\n{images}]\n\n{transport}"));
             fs::create_dir_all(self.path(folder)).unwrap();
         }

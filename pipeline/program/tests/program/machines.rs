@@ -19,6 +19,9 @@ dirty_log = \"dirty-log\"
 [transport]
 address = \"tcp:127.0.0.1:0\"
 connect_timeout = \"1m\"
+
+[migration.recovery]
+attempts = 0
 ";
 /// Two rounds; the second is the last, and takes long enough to be observed.
 const TWICE: [&str; 4] =

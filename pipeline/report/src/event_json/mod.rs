@@ -11,7 +11,7 @@
 //! | event | when | fields |
 //! |---|---|---|
 //! | `started` | first in a file of events; has no role | `schema`: 1; `unix_ms`: the time of day at `ms` 0 |
-//! | `phase` | the phase changed | `phase`: "setup", "active", "switchover", "completed", "failed", "cancelled", "unconfirmed" |
+//! | `phase` | the phase changed | `phase`: "setup", "active", "switchover", "disconnected", "completed", "failed", "cancelled", "unconfirmed" |
 //! | `connected` | the peer is connected and the handshake succeeded | `peer`: its address or file |
 //! | `guest` | the guest's memory is known | `bytes`, `pages`, `blocks` (`id`, `bytes`, `page_size`), `memory_bound_bytes`: the bound of the engine's memory |
 //! | `round_scanned` | the scanner reached the bitmap's end | `round`: from 1 |
@@ -26,7 +26,10 @@
 //! | `paused` | the guest is paused at the source | |
 //! | `handed_over` | a cancel is too late: the destination may run the guest | |
 //! | `resumed` | the guest is resumed at the source | |
-//! | `ended` | the last event of its end | `phase`, `error`, `verified`, `checked`, `total_ms`, `setup_ms`, `downtime_ms`, `downtime` (its parts), `forecast`, `wire_bytes`, `excluded`, `memory_peak_bytes`, `bottleneck_percent`, `cpu_ms`, `stages`: as in the report; `resume_failed`: the source guest is still paused and runs nowhere |
+//! | `disconnected` | the connection is lost, and is to be made again | `attempt`: the one that ended, from 1; `why` |
+//! | `not_reached` | the source could not make the connection again yet | `tries` since it was lost; `why` the latest failed; `again_in_ms` |
+//! | `reconnected` | the connection is made again, and the migration continues | `attempt`: the one that begins, from 2; `outage_ms`: how long there was none; `put_back_bytes` of pages that were in flight and are sent again, 0 at the destination |
+//! | `ended` | the last event of its end | `phase`, `error`, `verified`, `checked`, `total_ms`, `setup_ms`, `downtime_ms`, `downtime` (its parts), `forecast`, `wire_bytes`, `excluded`, `memory_peak_bytes`, `bottleneck_percent`, `cpu_ms`, `stages`, `outages`: as in the report; `resume_failed`: the source guest is still paused and runs nowhere |
 //! | `lost` | the reader was too slow; has no role | `events`: how many are missing before this line |
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -130,6 +133,31 @@ pub enum EventJson {
     HandedOver,
     /// The guest is resumed at the source.
     Resumed,
+    /// The connection is lost, and is to be made again.
+    Disconnected {
+        /// The attempt that ended, from 1.
+        attempt: u32,
+        /// Why.
+        why: Untrusted,
+    },
+    /// The source could not make the connection again yet.
+    NotReached {
+        /// How often it has tried since the connection was lost.
+        tries: u32,
+        /// Why the latest try failed.
+        why: Untrusted,
+        /// When it tries again.
+        again_in_ms: f64,
+    },
+    /// The connection is made again, and the migration continues.
+    Reconnected {
+        /// The attempt that begins, from 2.
+        attempt: u32,
+        /// How long there was no connection.
+        outage_ms: f64,
+        /// Page bytes that were in flight, and are sent again; 0 at the destination.
+        put_back_bytes: u64,
+    },
     /// The migration ended.
     Ended(Box<EndedJson>),
     /// The reader was too slow for the events before this line.
@@ -314,6 +342,13 @@ impl From<&Event> for EventJson {
             Event::Paused => Self::Paused,
             Event::HandedOver => Self::HandedOver,
             Event::Resumed => Self::Resumed,
+            Event::Disconnected { attempt, why } => Self::Disconnected { attempt: *attempt, why: why.as_str().into() },
+            Event::NotReached { tries, why, again_in } => {
+                Self::NotReached { tries: *tries, why: why.as_str().into(), again_in_ms: ms(*again_in) }
+            }
+            Event::Reconnected { attempt, outage, put_back_bytes } => {
+                Self::Reconnected { attempt: *attempt, outage_ms: ms(*outage), put_back_bytes: *put_back_bytes }
+            }
             Event::Ended(ended) => Self::Ended(Box::new((&**ended).into())),
         }
     }

@@ -184,20 +184,26 @@ pub(super) struct Backdrop {
     pub(super) rounds: Vec<Duration>,
     /// The decisions, with the class of each.
     pub(super) flags: Vec<(Duration, &'static str)>,
-    /// The interval in which the guest was paused.
-    pub(super) paused: Option<(Duration, Duration)>,
+    /// The ranges in which there was no connection.
+    pub(super) outages: Vec<(Duration, Duration)>,
+    /// The ranges in which the guest was paused.
+    pub(super) paused: Vec<(Duration, Duration)>,
 }
 
 impl Backdrop {
     fn svg(&self, height: u32) -> Markup {
         html! {
-            @if let Some((from, to)) = self.paused {
-                @let (left, right) = (self.time.share(from), self.time.share(to));
-                rect.paused x=(percent(left.min(0.995))) width=(percent((right - left).max(0.005))) y="0" height=(height) {}
-            }
+            @for range in &self.outages { (self.band("outage", range, height)) }
+            @for range in &self.paused { (self.band("paused", range, height)) }
             @for at in &self.rounds { (upright("round", self.time.share(*at), height)) }
             @for (at, class) in &self.flags { (upright(class, self.time.share(*at), height)) }
         }
+    }
+
+    fn band(&self, class: &str, (from, to): &(Duration, Duration), height: u32) -> Markup {
+        let (left, right) = (self.time.share(*from), self.time.share(*to));
+        let width = percent((right - left).max(0.005));
+        html! { rect class=(class) x=(percent(left.min(0.995))) width=(width) y="0" height=(height) {} }
     }
 }
 

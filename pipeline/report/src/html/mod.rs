@@ -9,6 +9,7 @@
 mod chart;
 mod decisions;
 mod downtime;
+mod outages;
 mod rounds;
 mod stages;
 mod timeline;
@@ -76,6 +77,7 @@ impl Page<'_> {
                         (timeline::section(self))
                         (rounds::section(self))
                         (downtime::section(self))
+                        (outages::section(self))
                         (stages::section(self))
                         (decisions::section(self))
                         (decisions::changes(self))

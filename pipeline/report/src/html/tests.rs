@@ -11,8 +11,8 @@ use memferry::bottleneck::Bottleneck;
 use memferry::control::{Change, Changed};
 use memferry::controller::Decision;
 use memferry::controller::reason::Reason;
-use memferry::events::{BlockFacts, Ended, Event, Outcome, Progress, Role, TurnedAwayKind};
-use memferry::samples::{ended, script};
+use memferry::events::{BlockFacts, Ended, Event, Outages, Outcome, Progress, Role, TurnedAwayKind};
+use memferry::samples::{ended, every_event, script};
 use memferry::settings::After;
 use memferry::stage_id::StageId;
 
@@ -37,7 +37,8 @@ impl Scene {
                 scene.account.enter(&progress(at), Duration::from_millis(at));
             }
         }
-        scene
+        // The script loses no connection.
+        scene.ending(|ended| ended.outages = Outages::default())
     }
 
     fn empty(role: Ends) -> Self {
@@ -414,6 +415,39 @@ fn a_guest_that_was_paused_for_nothing_says_for_how_long() {
 }
 
 #[test]
+fn lost_connections_are_listed_and_drawn_and_are_no_bandwidth() {
+    let mut scene = Scene::new(Ends::Source);
+    assert!(!scene.page().contains("Without one") && !scene.page().contains("there was no connection"));
+    let begun = scene.account.series.first(Happened::Phase(Phase::Active)).unwrap();
+    let (at, outage) = (begun + Duration::from_secs(5), Duration::from_secs(10));
+    scene.account.enter(&progress(4000), at);
+    scene.account.enter(&Event::Disconnected { attempt: 1, why: "it <closed>".into() }, at);
+    scene.account.enter(&Event::Reconnected { attempt: 2, outage, put_back_bytes: 3 << 20 }, at + outage);
+    scene.account.enter(&progress(8000), at + outage + Duration::from_secs(1));
+    scene = scene.ending(|ended| ended.wire_bytes = 2000 << 20);
+    let page = scene.page();
+    is_sound(&page);
+    assert!(page.contains("there was no connection") && page.contains("it &lt;closed&gt;"), "{page}");
+    parsed(&page, |document| {
+        let is_band = |node: &Node<'_, '_>| {
+            let inside = node.parent().is_some_and(|svg| svg.attribute("class") == Some("panel"));
+            inside && node.attribute("class") == Some("outage")
+        };
+        let bands = document.descendants().filter(is_band).count();
+        assert!(bands >= 3, "one in each panel: {bands}");
+        let row = elements(document, "tr").into_iter().map(words).find(|row| row.contains("it <closed>")).unwrap();
+        assert_eq!(row, "1 5.00 s 10.0 s 0 3.00 MiB no it <closed>");
+    });
+    // 1000 MiB in the second after the outage, not in the eleven since the figure before it.
+    scene.on(|page| {
+        let rate = |rate: f64| (rate / f64::from(1 << 20)).round();
+        let rates = super::timeline::rates_of(page);
+        let after: Vec<_> = rates.iter().filter(|(then, _)| *then >= at).map(|(_, of)| rate(*of)).collect();
+        assert_eq!(after[..3], [1000.0, 0.0, 1000.0], "{after:?}");
+    });
+}
+
+#[test]
 fn what_was_left_is_what_the_last_look_found() {
     let mut scene = Scene::new(Ends::Source).ending(|ended| failed(ended, Outcome::Failed, "disk full"));
     let left = |scene: &Scene| scene.on(|page| page.remaining().last().unwrap().1);
@@ -430,6 +464,7 @@ fn what_comes_from_outside_stays_text() {
     let evil = "\"'><script>alert(1)</script><img src=x onerror=alert(1)>&amp;</code>\u{202e}\u{7}\u{0}";
     let mut scene = Scene::new(Ends::Source).ending(|ended| failed(ended, Outcome::Failed, evil));
     let account = &mut scene.account;
+    account.enter(&Event::Disconnected { attempt: 1, why: evil.into() }, Duration::from_secs(1));
     account.status.peer = Some(evil.into());
     account.status.blocks.push(BlockFacts { id: evil.into(), bytes: 4096, page_size: 4096 });
     account.enter(&Event::Warning(evil.into()), Duration::from_secs(1));
@@ -443,7 +478,7 @@ fn what_comes_from_outside_stays_text() {
     assert!(shown.ends_with(r"</code>\u{202e}\u{7}\u{0}") && !page.contains('\u{202e}'));
     parsed(&page, |document| {
         let times = words(document.root_element()).matches(&shown).count();
-        assert_eq!(times, 7, "peer, error, block, warning, connection twice, configuration");
+        assert_eq!(times, 8, "peer, error, block, warning, connection twice, lost connection, configuration");
     });
 }
 
@@ -473,7 +508,7 @@ fn a_migration_of_a_moment_has_its_picture() {
 }
 
 fn an_event() -> impl Strategy<Value = Event> {
-    let script = [script(Role::Source), script(Role::Destination)].concat();
+    let script = [script(Role::Source), script(Role::Destination), every_event()].concat();
     prop_oneof![
         3 => (any::<Option<u64>>(), any::<u64>(), any::<Option<f64>>(), any::<Option<u64>>(), 0_u64..1000, 0_u8..=99).prop_map(
             |(remaining_bytes, wire_bytes, dirty_rate, expected, limit, throttle)| {

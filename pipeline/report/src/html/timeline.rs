@@ -78,7 +78,7 @@ impl<'a> Course<'a> {
         let rounds = marks.filter(|mark| matches!(mark.what, Happened::Round { .. })).map(|mark| mark.at);
         let rounds = chart::apart(BESIDE, rounds, |at| self.time.share(*at));
         let flags = self.flags().into_iter().map(|flag| (flag.at, flag.class)).collect();
-        Backdrop { time: self.time, rounds, flags, paused: self.paused() }
+        Backdrop { time: self.time, rounds, flags, outages: self.outages(), paused: self.paused() }
     }
 
     /// Decisions with an effect, and changed settings, in order of time.
@@ -101,16 +101,29 @@ impl<'a> Course<'a> {
         flags
     }
 
-    fn paused(&self) -> Option<(Duration, Duration)> {
-        let series = &self.account.series;
-        let paused = series.first(Happened::Paused)?;
-        Some((paused, series.first(Happened::Resumed).unwrap_or(self.time.to)))
+    /// The ranges in which the guest was paused.
+    fn paused(&self) -> Vec<(Duration, Duration)> {
+        self.up_to_the_end(self.account.series.paused())
+    }
+
+    /// The ranges in which there was no connection.
+    fn outages(&self) -> Vec<(Duration, Duration)> {
+        self.up_to_the_end(self.account.series.outages())
+    }
+
+    fn up_to_the_end(&self, ranges: Vec<(Duration, Option<Duration>)>) -> Vec<(Duration, Duration)> {
+        ranges.into_iter().map(|(from, to)| (from, to.unwrap_or(self.time.to))).collect()
+    }
+
+    /// When the guest was paused last.
+    fn paused_last(&self) -> Option<Duration> {
+        self.account.series.last(Happened::Paused)
     }
 
     /// The samples taken while the guest was not paused.
     fn running(&self) -> impl Iterator<Item = &Sample> {
         let paused = self.paused();
-        let is_paused = move |at| paused.is_some_and(|(from, to)| at >= from && at <= to);
+        let is_paused = move |at| paused.iter().any(|(from, to)| at >= *from && at <= *to);
         self.samples.iter().filter(move |sample| !is_paused(sample.at))
     }
 
@@ -120,7 +133,8 @@ impl<'a> Course<'a> {
         flags.truncate(EXPLAINED);
         html! {
             @if !self.account.rounds.is_empty() { (chart::upright_key("round", "a round was sent")) }
-            @if self.paused().is_some() { (chart::key("paused", "the guest was paused")) }
+            @if self.paused_last().is_some() { (chart::key("paused", "the guest was paused")) }
+            @if !self.account.lost.is_empty() { (chart::key("outage", "there was no connection")) }
             @for flag in flags {
                 span.key {
                     span class=(format!("number {}", flag.class)) { (flag.name) }
@@ -130,6 +144,12 @@ impl<'a> Course<'a> {
             @if more > 0 { span.key { "and " (more) " more, in the tables below" } }
         }
     }
+}
+
+/// The rates on the wire as they are drawn.
+#[cfg(test)]
+pub(super) fn rates_of(page: &Page<'_>) -> Vec<(Duration, f64)> {
+    Course::of(page).map(|course| course.wire_rates()).unwrap_or_default()
 }
 
 /// The flags' labels, above the flags. If the rows have no room for all labels, some flags have a line only.

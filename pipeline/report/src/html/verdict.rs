@@ -5,7 +5,6 @@ use memferry_stages::page_hashes::Coverage;
 
 use super::{Page, clean, ms};
 use crate::Ends;
-use crate::series::Happened;
 use memferry::controller::Decision;
 use memferry::events::Outcome;
 use memferry::human;
@@ -221,13 +220,12 @@ fn at_source(page: &Page<'_>) -> String {
 
 /// How long the guest was paused before it was resumed at the source, if it was.
 fn paused_meanwhile(page: &Page<'_>) -> String {
-    let series = &page.account.series;
-    match (series.first(Happened::Paused), series.first(Happened::Resumed)) {
-        (Some(paused), Some(resumed)) => {
-            format!(" It was paused for {} meanwhile.", human::time(resumed.saturating_sub(paused)))
-        }
-        _ => String::new(),
+    let paused = page.account.series.paused().into_iter();
+    let times: Vec<_> = paused.filter_map(|(from, to)| Some(to?.saturating_sub(from))).collect();
+    if times.is_empty() {
+        return String::new();
     }
+    format!(" It was paused for {} meanwhile.", human::time(times.iter().sum()))
 }
 
 /// An amount and its duration; numbers and their units are not broken across lines.
@@ -292,6 +290,7 @@ fn figures(page: &Page<'_>) -> Vec<Figure> {
     figures.push(plain("On the wire", human::bytes(report.end.wire_bytes), format!("{rate} on average")));
     let pages = report.rounds.iter().map(|round| round.pages.all).sum();
     figures.push(plain("Rounds", report.rounds.len().to_string(), format!("{} pages scanned", human::count(pages))));
+    figures.extend(outages(page));
     figures.push(verified(page));
     let bound = human::bytes(report.memory_bound_bytes);
     figures.push(plain("Engine's memory", human::bytes(report.end.memory_peak_bytes), format!("{bound} allowed")));
@@ -303,6 +302,17 @@ fn figures(page: &Page<'_>) -> Vec<Figure> {
         figures.push(plain("Excluded", human::count(excluded_pages), note));
     }
     figures
+}
+
+/// What lost connections have cost.
+fn outages(page: &Page<'_>) -> Option<Figure> {
+    let outages = page.report.end.outages;
+    (outages.lost > 0).then(|| Figure {
+        name: "Lost connections",
+        value: human::count(outages.lost.into()),
+        note: format!("none for {}; {} sent again", human::time(outages.time), human::bytes(outages.put_back_bytes)),
+        tone: Some(Tone::Warn),
+    })
 }
 
 /// The progress of a migration that did not complete.

@@ -6,8 +6,8 @@ use crate::batch::PageEncoding;
 use crate::geometry::{BlockInfo, ExtentAt, Layout, MAX_BLOCK_ID, MAX_BLOCKS, MAX_LANES, PageAt, PageSize};
 use crate::untrusted::Untrusted;
 use crate::wire::messages::{
-    Figure, MAX_DIGESTS, MAX_FIGURE_NAME, MAX_FIGURES, MAX_REASON, MAX_STATE_CHUNK, MAX_STRETCH_PAGES, Progress,
-    RunState, StateChunk, StatePhase, StretchDigest,
+    Figure, MAX_DIGESTS, MAX_FIGURE_NAME, MAX_FIGURES, MAX_REASON, MAX_RUNS, MAX_STATE_CHUNK, MAX_STRETCH_PAGES,
+    Progress, Run, RunState, StateChunk, StatePhase, StretchDigest,
 };
 use crate::wire::{FrameHead, HEAD_BYTES, Kind, Message, PagesHead};
 
@@ -38,6 +38,8 @@ fn largest() -> Vec<Message> {
             Message::Blocks(blocks) => *blocks = (0..MAX_BLOCKS).map(block).collect(),
             Message::Digests { stretches, .. } => *stretches = vec![digest; MAX_DIGESTS],
             Message::Progress(progress) => *progress = Progress { bytes: 1, frames: vec![2; MAX_LANES.into()] },
+            Message::Resume(resume) => resume.frames = vec![2; MAX_LANES.into()],
+            Message::Received { runs, .. } => *runs = vec![Run { extents: 3, mask: 1 }; MAX_RUNS],
             Message::PageHashes { hashes, .. } => *hashes = vec![1; MAX_STRETCH_PAGES],
             Message::Heartbeat(figures) => *figures = (0..MAX_FIGURES).map(figure).collect(),
             Message::Abort(text) | Message::Refused(text) | Message::StartFailed(text) => {

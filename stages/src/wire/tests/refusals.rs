@@ -74,26 +74,26 @@ fn hellos() {
     assert_eq!(refusal(0, b"\x00emferrx"), r#"a Hello begins with "\x00emferrx" instead of "memferry""#);
     assert_eq!(
         refusal(8, &[2, 1, 0xff]),
-        "the peer speaks protocol version 258, this program version 3: use the same release on both sides"
+        "the peer speaks protocol version 258, this program version 4: use the same release on both sides"
     );
-    assert_eq!(refusal(26, &[3, 0]), "connection is 3, it must be 0 to 2");
-    assert_eq!(refusal(26, &[2, 0]), "connection 2 is bulk, and the first 2 are bulk, no others");
-    assert_eq!(refusal(28, &[1]), "connection 1 is urgent, and the first 2 are bulk, no others");
-    assert_eq!(refusal(28, &[2]), "connection 1 is control, and the first 2 are bulk, no others");
-    assert_eq!(refusal(28, &[3]), "role of the connection is 3, which has no meaning in this version");
-    assert_eq!(refusal(29, &[5, 0]), "number of connections is 5, it must be 2 to 4");
-    assert_eq!(refusal(29, &[1, 0]), "number of connections is 1, it must be 2 to 4");
-    assert_eq!(refusal(31, &[4, 0]), "number of bulk connections is 4, it must be 1 to 3");
-    assert_eq!(refusal(31, &[0, 0]), "number of bulk connections is 0, it must be 1 to 3");
-    assert_eq!(refusal(33, &[65, 0]), "number of lanes is 65, it must be 1 to 64");
+    assert_eq!(refusal(62, &[3, 0]), "connection is 3, it must be 0 to 2");
+    assert_eq!(refusal(62, &[2, 0]), "connection 2 is bulk, and the first 2 are bulk, no others");
+    assert_eq!(refusal(64, &[1]), "connection 1 is urgent, and the first 2 are bulk, no others");
+    assert_eq!(refusal(64, &[2]), "connection 1 is control, and the first 2 are bulk, no others");
+    assert_eq!(refusal(64, &[3]), "role of the connection is 3, which has no meaning in this version");
+    assert_eq!(refusal(65, &[5, 0]), "number of connections is 5, it must be 2 to 4");
+    assert_eq!(refusal(65, &[1, 0]), "number of connections is 1, it must be 2 to 4");
+    assert_eq!(refusal(67, &[4, 0]), "number of bulk connections is 4, it must be 1 to 3");
+    assert_eq!(refusal(67, &[0, 0]), "number of bulk connections is 0, it must be 1 to 3");
+    assert_eq!(refusal(69, &[65, 0]), "number of lanes is 65, it must be 1 to 64");
     assert_eq!(
-        refusal(35, &[1, 16, 0, 0]),
+        refusal(71, &[1, 16, 0, 0]),
         "the page size is 4097 bytes, it must be a power of two from 4096 to 65536"
     );
-    assert_eq!(refusal(39, &[65, 0]), "number of features is 65, it must be 0 to 64");
-    assert_eq!(refusal(41, &[0]), "length of a feature's name is 0, it must be 1 to 64");
-    assert_eq!(refusal(41, &[65]), "length of a feature's name is 65, it must be 1 to 64");
-    assert_eq!(refusal(42, &[0xff]), "length of a feature's name is not UTF-8");
+    assert_eq!(refusal(75, &[65, 0]), "number of features is 65, it must be 0 to 64");
+    assert_eq!(refusal(77, &[0]), "length of a feature's name is 0, it must be 1 to 64");
+    assert_eq!(refusal(77, &[65]), "length of a feature's name is 65, it must be 1 to 64");
+    assert_eq!(refusal(78, &[0xff]), "length of a feature's name is not UTF-8");
 }
 
 #[test]

@@ -9,10 +9,12 @@ use super::samples;
 use crate::batch::{PageEncoding, RoundKind, group_pages};
 use crate::geometry::{BlockInfo, ExtentAt, Layout, MAX_LANES, PageAt, PageSize};
 use crate::tally::{PageTally, RoundTally};
-use crate::wire::messages::{Figure, MAX_COUNT, Progress, RunState, StateChunk, StatePhase, StretchDigest};
+use crate::wire::messages::{
+    Figure, MAX_COUNT, Progress, Resume, Run, RunState, StateChunk, StatePhase, StretchDigest,
+};
 use crate::wire::{
-    ConnectionRole, FrameHead, FrameReader, HEAD_BYTES, Hello, Incoming, Kind, Message, PROTOCOL_VERSION, PagesHead,
-    SessionId,
+    ConnectionRole, FrameHead, FrameReader, HEAD_BYTES, Hello, Incoming, Kind, Message, Nonce, PROTOCOL_VERSION,
+    PagesHead, Proof, SessionId,
 };
 
 fn page_size() -> impl Strategy<Value = PageSize> {
@@ -29,13 +31,25 @@ fn hello() -> impl Strategy<Value = Message> {
         .prop_flat_map(|(lanes, bulk, others)| (Just(lanes), Just(bulk), Just(bulk + others), 0..bulk + others));
     let other = prop_oneof![Just(ConnectionRole::Urgent), Just(ConnectionRole::Control)];
     let features = proptest::collection::btree_set("[a-zé-]{1,30}", 0..=64);
-    let fields = (any::<[u8; 16]>(), counts, other, page_size(), features);
-    fields.prop_map(|(session, counts, other, page_size, features)| {
+    let ids = (any::<[u8; 16]>(), any::<u32>(), any::<[u8; 32]>());
+    let fields = (ids, counts, other, page_size(), features);
+    fields.prop_map(|((session, attempt, nonce), counts, other, page_size, features)| {
         let (lanes, bulk, connections, connection) = counts;
         let role = if connection < bulk { ConnectionRole::Bulk } else { other };
         let features = features.into_iter().map(Into::into).collect();
-        let (version, session) = (PROTOCOL_VERSION, SessionId(session));
-        Message::Hello(Hello { version, session, connection, role, connections, bulk, lanes, page_size, features })
+        Message::Hello(Hello {
+            version: PROTOCOL_VERSION,
+            session: SessionId(session),
+            attempt,
+            nonce: Nonce(nonce),
+            connection,
+            role,
+            connections,
+            bulk,
+            lanes,
+            page_size,
+            features,
+        })
     })
 }
 
@@ -95,6 +109,14 @@ fn digests() -> impl Strategy<Value = Message> {
     })
 }
 
+fn received() -> impl Strategy<Value = Message> {
+    let runs = vec((1..1_000_u32, any::<u64>()), 1..40);
+    (0..1024u32, 0..1u32 << 31, runs).prop_map(|(block, first, runs)| {
+        let runs = runs.into_iter().map(|(extents, mask)| Run { extents, mask }).collect();
+        Message::Received { block, first, runs }
+    })
+}
+
 fn message() -> impl Strategy<Value = Message> {
     let first = (0..1024u32, 0..1u64 << 37).prop_map(|(block, page)| PageAt { block, page });
     prop_oneof![
@@ -109,7 +131,16 @@ fn message() -> impl Strategy<Value = Message> {
         run_state().prop_map(Message::Go),
         "\\PC{0,200}".prop_map(|why| Message::Abort(why.into())),
         (run_state(), any::<u64>()).prop_map(|(run_state, frames)| Message::End { run_state, frames }),
-        Just(Message::Accept),
+        (any::<[u8; 32]>(), any::<u64>())
+            .prop_map(|(secret, waits_ms)| Message::Secret { secret: secret.into(), waits_ms }),
+        any::<[u8; 32]>().prop_map(|proof| Message::Proof(Proof(proof))),
+        Just(Message::Settled),
+        any::<u64>().prop_map(|waits_ms| Message::Accept { waits_ms }),
+        (any::<[u8; 32]>(), any::<[u8; 32]>())
+            .prop_map(|(nonce, proof)| Message::Challenge { nonce: Nonce(nonce), proof: Proof(proof) }),
+        (any::<bool>(), vec(any::<u64>(), 0..=64))
+            .prop_map(|(started, frames)| Message::Resume(Resume { started, frames })),
+        received(),
         Just(Message::Ready),
         (any::<u64>(), vec(any::<u64>(), 0..=64))
             .prop_map(|(bytes, frames)| Message::Progress(Progress { bytes, frames })),

@@ -5,8 +5,8 @@ use bytes::Bytes;
 use crate::batch::{PageEncoding, PageFault, RoundKind};
 use crate::geometry::{BlockInfo, ExtentAt, Layout, PageAt, PageSize};
 use crate::tally::{PageTally, RoundTally};
-use crate::wire::messages::{Figure, Progress, RunState, StateChunk, StatePhase, StretchDigest};
-use crate::wire::{Features, Hello, Message, PagesFrame, PagesHead, SessionId, WireError};
+use crate::wire::messages::{Figure, Progress, Resume, Run, RunState, StateChunk, StatePhase, StretchDigest};
+use crate::wire::{Features, Hello, Message, Nonce, PagesFrame, PagesHead, Proof, SessionId, WireError};
 
 /// Two blocks: 2 extents and 1 page, and a few bytes.
 pub(super) fn layout() -> Layout {
@@ -73,7 +73,10 @@ pub(super) fn messages() -> Vec<Message> {
         Message::End { run_state: RunState::Running, frames: 17 },
         Message::Checkpoint(9),
         Message::DirectEnds,
-        Message::Accept,
+        Message::Secret { secret: [3; 32].into(), waits_ms: 60_000 },
+        Message::Proof(Proof([4; 32])),
+        Message::Settled,
+        Message::Accept { waits_ms: 300_000 },
         Message::Ready,
         Message::Progress(Progress { bytes: 1 << 33, frames: vec![8, 9] }),
         Message::PageHashes { first: PageAt { block: 1, page: 512 }, hashes: vec![10, 11] },
@@ -81,6 +84,9 @@ pub(super) fn messages() -> Vec<Message> {
         Message::Running,
         Message::Refused("blocks differ".into()),
         Message::StartFailed("no /dev/kvm".into()),
+        Message::Challenge { nonce: Nonce([5; 32]), proof: Proof([6; 32]) },
+        Message::Resume(Resume { started: true, frames: vec![8, 9] }),
+        Message::Received { block: 1, first: 2, runs: vec![Run { extents: 3, mask: 5 }] },
         Message::Heartbeat(vec![Figure { name: "loader.busy".into(), value: 12 }]),
     ]
 }

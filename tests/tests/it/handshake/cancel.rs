@@ -38,7 +38,7 @@ fn cancel_while_it_is_agreed() {
         let sent = send_to(settings(), async |mut hand, _, cancel| {
             hand.hear_until(Kind::Hello).await;
             if point == Kind::Blocks {
-                hand.send_message(Message::Accept).await;
+                hand.send_message(Message::Accept { waits_ms: 0 }).await;
                 hand.hear_until(Kind::Blocks).await;
             }
             cancel.cancel();

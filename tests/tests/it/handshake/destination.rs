@@ -73,7 +73,7 @@ const LOADED: Option<Message> = Some(Message::Loaded { verified: true });
 
 pub(crate) async fn send_all(hand: &mut Hand, recording: &Recording) {
     hand.send(&recording.bytes()).await;
-    assert_eq!(hand.hear().await, Some(Message::Accept));
+    assert_eq!(hand.hear().await, Some(Message::Accept { waits_ms: 0 }));
     assert_eq!(hand.hear().await, Some(Message::Ready));
 }
 

@@ -178,7 +178,7 @@ fn a_destination_that_takes_no_pages_is_not_waited_for_though_it_is_alive() {
             let _second = listener.accept().await.unwrap();
             let (mut writer, mut reader) = (first.writer.unwrap(), first.reader.unwrap());
             tokio::spawn(async move { tokio::io::copy(&mut reader, &mut tokio::io::sink()).await });
-            for message in [Message::Accept, Message::Ready] {
+            for message in [Message::Accept { waits_ms: 0 }, Message::Ready] {
                 writer.write_all(&message.encode(0)).await.unwrap();
             }
             loop {

@@ -409,7 +409,7 @@ fn page_hashes_of_pages_that_are_not_there_are_survived() {
 fn messages_that_make_no_sense_leave_the_guest_here() {
     let strange: [fn() -> Message; 4] = [
         || Message::Ready,
-        || Message::Accept,
+        || Message::Accept { waits_ms: 0 },
         || Message::Go(RunState::Running),
         || Message::End { run_state: RunState::Running, frames: 0 },
     ];

@@ -12,6 +12,7 @@
 //! | moving | the loaded memory is the source's at its pause, to the last byte; the guest runs there and only there |
 //! | paused | a guest that its operator paused arrives paused, with the same state, and can be resumed |
 //! | failures | after a cancel, a lost connection, a refusal, the source continues as it was, and can be moved after that |
+//! | recovered | a switchover that a lost connection interrupts is taken back, and the guest is moved afterwards |
 //! | strange peers | blocks and state that do not fit are refused or taken, without a panic, and nothing starts |
 //!
 //! # Example
@@ -109,6 +110,7 @@ pub fn check<S: Subject>(subject: &S) -> Result<(), Breach> {
     moving::moving(subject)?;
     moving::paused(subject)?;
     moving::failures(subject)?;
+    moving::recovered(subject)?;
     cases::strange_peers(subject)
 }
 

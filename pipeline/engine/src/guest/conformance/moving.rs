@@ -1,5 +1,6 @@
 //! Whole migrations inside this process: those that succeed, and those that do not.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -15,7 +16,7 @@ use super::{BUILT, Breach, GuestBuilder, SourceGuest, Subject, contract};
 use crate::events::{Ended, Event, Observer, Observers, Phase, Role};
 use crate::guest::RunState;
 use crate::migration::{DataPlane, ReceiveError, SendError, Sent, receive, send};
-use crate::settings::{DestinationSettings, OnDeadline, SourceSettings, Verify, XbzrleSettings};
+use crate::settings::{DestinationSettings, OnDeadline, RecoverySettings, SourceSettings, Verify, XbzrleSettings};
 
 const LOGS: &str = "the dirty logs see every write, before the pause";
 const LOGS_SAVE: &str = "the dirty logs see what save writes";
@@ -32,6 +33,16 @@ enum Trouble {
     CancelledAtSave,
     LostAtSave,
     Refused,
+    /// Lost once while it is saved, and made again.
+    MadeAgainAtSave,
+    /// Lost once when Go is about to leave, and made again.
+    MadeAgainAtCommit,
+}
+
+impl Trouble {
+    fn is_recovered(self) -> bool {
+        matches!(self, Self::MadeAgainAtSave | Self::MadeAgainAtCommit)
+    }
 }
 
 struct Moved<G> {
@@ -81,9 +92,27 @@ pub(super) fn failures<S: Subject>(subject: &S) -> Result<(), Breach> {
     move_running(subject, &source)
 }
 
+/// A guest whose switchover is interrupted by a lost connection, and which is moved when that is made again.
+pub(super) fn recovered<S: Subject>(subject: &S) -> Result<(), Breach> {
+    for trouble in [Trouble::MadeAgainAtSave, Trouble::MadeAgainAtCommit] {
+        let source = Trial::source("recovered", subject)?;
+        let moved = migrate(source.guest.clone(), subject.destination(), trouble);
+        if held(&moved.arrived).stays_prepared {
+            // It may refuse: then it stays at its source.
+            survives(subject, &source, trouble, &moved)?;
+        } else {
+            has_moved(subject, &source, &moved)?;
+        }
+    }
+    Ok(())
+}
+
 fn move_running<S: Subject>(subject: &S, source: &Trial<S::Guest>) -> Result<(), Breach> {
-    let moved = migrate(source.guest.clone(), subject.destination(), Trouble::Nothing);
-    let destination = arrives(source.case, &moved)?;
+    has_moved(subject, source, &migrate(source.guest.clone(), subject.destination(), Trouble::Nothing))
+}
+
+fn has_moved<S: Subject>(subject: &S, source: &Trial<S::Guest>, moved: &Moved<S::Guest>) -> Result<(), Breach> {
+    let destination = arrives(source.case, moved)?;
     source.is(RunState::Paused)?;
     source.stays_paused(NO_LONGER_HERE)?;
     destination.is(RunState::Running)?;
@@ -176,6 +205,8 @@ where
             let faults = transport.faults();
             left.at_save = Some(Box::new(move || faults.cut()));
         }
+        Trouble::MadeAgainAtSave => left.at_save = Some(once(&transport)),
+        Trouble::MadeAgainAtCommit => left.at_commit = Some(once(&transport)),
         Trouble::Nothing | Trouble::CancelledAtOnce | Trouble::Refused => {}
     }
     let left = Arc::new(left);
@@ -192,7 +223,8 @@ where
         let plane = DataPlane::new().expect("threads for the kit");
         let listener = transport.listen().await.expect("it has no listener");
         let sending = async {
-            let sent = send(left.clone(), Arc::new(transport), source_settings(), &plane, observers, cancel).await;
+            let sent =
+                send(left.clone(), Arc::new(transport), source_settings(trouble), &plane, observers, cancel).await;
             if sent.is_err() {
                 // It may wait for a source that never got this far.
                 tokio::time::sleep(Duration::from_millis(50)).await;
@@ -200,7 +232,8 @@ where
             }
             sent
         };
-        let settings = DestinationSettings { handover_timeout: PATIENCE, ..DestinationSettings::default() };
+        let recovery = recovery(trouble);
+        let settings = DestinationSettings { handover_timeout: PATIENCE, recovery, ..DestinationSettings::default() };
         let watched = Observers::none(Role::Destination);
         tokio::join!(sending, receive(builder, listener, settings, &plane, watched, over.clone()))
     });
@@ -210,12 +243,28 @@ where
 /// How long one end waits for the other.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-fn source_settings() -> SourceSettings {
+fn recovery(trouble: Trouble) -> RecoverySettings {
+    let attempts = if trouble.is_recovered() { 1 } else { 0 };
+    RecoverySettings { attempts, give_up: PATIENCE, ..RecoverySettings::default() }
+}
+
+/// Cuts the connections, once.
+fn once(transport: &MemoryTransport) -> Box<dyn Fn() + Send + Sync> {
+    let (faults, is_done) = (transport.faults(), AtomicBool::new(false));
+    Box::new(move || {
+        if !is_done.swap(true, Ordering::Relaxed) {
+            faults.cut();
+        }
+    })
+}
+
+fn source_settings(trouble: Trouble) -> SourceSettings {
     let mut settings = SourceSettings {
         max_rounds: 4,
         on_deadline: OnDeadline::SwitchOver,
         verify: Verify::Off,
         handover_timeout: PATIENCE,
+        recovery: recovery(trouble),
         ..SourceSettings::default()
     };
     settings.encoder.xbzrle = Some(XbzrleSettings { cache_bytes: 8 << 20, ..XbzrleSettings::default() });

@@ -30,6 +30,8 @@ pub(super) struct Leaving {
     seen: Mutex<Left>,
     /// Called when the guest is saved: provokes the failure.
     pub(super) at_save: Option<Box<dyn Fn() + Send + Sync>>,
+    /// Called when Go is about to leave.
+    pub(super) at_commit: Option<Box<dyn Fn() + Send + Sync>>,
 }
 
 impl fmt::Debug for Leaving {
@@ -40,7 +42,7 @@ impl fmt::Debug for Leaving {
 
 impl Leaving {
     pub(super) fn of(guest: Arc<dyn SourceGuest>) -> Self {
-        Self { guest, seen: Mutex::default(), at_save: None }
+        Self { guest, seen: Mutex::default(), at_save: None, at_commit: None }
     }
 
     pub(super) fn seen(&self) -> MutexGuard<'_, Left> {
@@ -104,7 +106,9 @@ impl SourceGuest for Leaving {
 
     fn committed(&self, destination: &str) -> Result<(), GuestError> {
         self.seen().committed = self.image();
-        self.guest.committed(destination)
+        self.guest.committed(destination)?;
+        self.at_commit.iter().for_each(|trouble| trouble());
+        Ok(())
     }
 
     fn moved(&self) {
@@ -123,11 +127,13 @@ pub(super) struct Arrived<G> {
     pub(super) loaded: Option<Image>,
     /// Its run state when prepare had returned.
     pub(super) prepared: Option<RunState>,
+    /// It does not take back its preparation.
+    pub(super) stays_prepared: bool,
 }
 
 impl<G> Default for Arrived<G> {
     fn default() -> Self {
-        Self { guest: None, badly_built: None, loaded: None, prepared: None }
+        Self { guest: None, badly_built: None, loaded: None, prepared: None, stays_prepared: false }
     }
 }
 
@@ -181,6 +187,10 @@ impl<G: DestinationGuest + SourceGuest> DestinationGuest for Arriving<G> {
         self.guest.prepare(state)?;
         held(&self.seen).prepared = Some(self.guest.run_state());
         if self.refuses { Err(GuestError("the conformance kit makes this call fail".into())) } else { Ok(()) }
+    }
+
+    fn unprepare(&self) -> Result<(), GuestError> {
+        self.guest.unprepare().inspect_err(|_| held(&self.seen).stays_prepared = true)
     }
 
     fn start(&self, run_state: RunState) -> Result<(), GuestError> {

@@ -4,11 +4,17 @@
 //!  Gathering ─▶ Agreeing ─▶ Loading ─┬─────────────────────────▶ Comparing ─▶ Writing ─▶ Preparing ─┐
 //!                                    └▶ ReachingEnd (a file) ─▶                                     │
 //!                                       ┌───────────────────────────────────────────────────────────┘
-//!                                       ├─▶ AwaitingGo ─▶ Starting ─▶ Over
-//!                                       └─▶ Starting (a file) ──────▶ Over
+//!                                       ├─▶ AwaitingGo ─▶ Starting ─▶ Settling ─▶ Over
+//!                                       └─▶ Starting (a file) ──────────────────▶ Over
+//!
+//!  a lost connection before the start ─▶ Disconnected ─▶ Agreeing ─▶ Loading (the source returns)
+//!                    after the start  ─▶ Settling ─────▶ Agreeing ─▶ Settling
 //! ```
 //!
-//! Any failure before Go leads to Over: nothing runs here, and the source gets the reason.
+//! Any failure before Go leads to Over: nothing runs here, and the source gets the reason. So does a lost connection, if it is not to be
+//! made again. A source that returns ends what is left of the attempt before, so that no Go of that is ever acted on.
+//!
+//! Settling: the guest was started, and the source may not know. Until it says that it does, this end answers a source that returns.
 
 use std::time::Duration;
 
@@ -17,9 +23,10 @@ use memferry_stages::wire::messages::RunState;
 
 use super::handshake::{DestinationStep, Happening, NotStarted, awaiting_go};
 use super::times::DestinationTimes;
-use crate::events::{DowntimeParts, Event, Phase, Role};
+use crate::events::{DowntimeParts, Event, Outages, Phase, Role};
 use crate::migration::driver::Course;
-use crate::migration::error::{Failure, Loss, MigrationError};
+use crate::migration::error::{Failure, Loss, MigrationError, NotRecovered};
+use crate::settings::RecoverySettings;
 
 /// What happened at the destination.
 #[derive(Debug)]
@@ -28,6 +35,8 @@ pub(in crate::migration) enum Input {
     Gathered,
     /// The guest is built, and the source was sent Ready.
     Agreed(Agreed),
+    /// The source has returned after a lost connection, and has proven itself.
+    Returned,
     /// A lane has loaded its last frame. This number of frames is loaded by now, in all lanes.
     LaneOver { frames: u64 },
     /// The source sent a message besides state and digests.
@@ -40,6 +49,8 @@ pub(in crate::migration) enum Input {
     Durable,
     /// The device state is applied to the guest.
     Prepared,
+    /// That is taken back.
+    Unprepared,
     /// The guest was started, or could not be.
     Started(Result<(), MigrationError>),
     /// A stage ended with an error, possibly the consequence of another's.
@@ -59,6 +70,10 @@ pub(in crate::migration) struct Agreed {
     pub(in crate::migration) verify: bool,
     /// Does the transport carry answers? Where it does not, the stream is stored.
     pub(in crate::migration) return_path: bool,
+    /// Is a lost connection made again?
+    pub(in crate::migration) recovers: bool,
+    /// How long the source tries to return.
+    pub(in crate::migration) awaited: Duration,
 }
 
 /// What is to be done at the destination. Those with an answer are questions: see [`Course::step`].
@@ -70,6 +85,10 @@ pub(in crate::migration) enum Action {
     Gather,
     /// Accept the stream and build the guest, in the background. Then: [`Input::Agreed`].
     Agree,
+    /// The connection is lost, or another one takes its place: stop to read, load what has arrived, and end the stages.
+    EndAttempt,
+    /// Report to the source that returned what is loaded, and whether the start was begun, in the background. Then: [`Input::Agreed`].
+    Rejoin { started: bool },
     /// Start the stages.
     StartStages,
     /// Begin to compute digests: every page has arrived, and the source computes them at the same time.
@@ -84,6 +103,8 @@ pub(in crate::migration) enum Action {
     MakeDurable,
     /// Apply the device state to the guest. Answer: [`Input::Prepared`].
     Prepare,
+    /// Take back that the device state was applied. Answer: [`Input::Unprepared`].
+    Unprepare,
     /// Send a message.
     Send(Message),
     /// Start the guest. Answer: [`Input::Started`].
@@ -112,14 +133,39 @@ struct Arrival {
 #[derive(Debug)]
 enum State {
     Gathering,
-    Agreeing,
+    /// Since when there was no connection, if one was lost.
+    Agreeing {
+        lost: Option<Duration>,
+    },
+    Disconnected {
+        since: Duration,
+        cause: MigrationError,
+    },
     Loading(Arrival),
     ReachingEnd(Arrival, RunState),
-    Comparing { return_path: bool, run_state: RunState, began: Duration },
-    Writing { return_path: bool, run_state: RunState, began: Duration },
-    Preparing { return_path: bool, run_state: RunState, began: Duration },
-    AwaitingGo { give_up: Duration },
-    Starting { began: Duration, return_path: bool },
+    Comparing {
+        return_path: bool,
+        run_state: RunState,
+        began: Duration,
+    },
+    Writing {
+        return_path: bool,
+        run_state: RunState,
+        began: Duration,
+    },
+    Preparing {
+        return_path: bool,
+        run_state: RunState,
+        began: Duration,
+    },
+    AwaitingGo {
+        give_up: Duration,
+    },
+    Starting {
+        began: Duration,
+        return_path: bool,
+    },
+    Settling,
     Over(Result<(), MigrationError>),
 }
 
@@ -128,21 +174,48 @@ enum State {
 pub(in crate::migration) struct DestinationCourse {
     state: State,
     handover_timeout: Duration,
+    recovery: RecoverySettings,
+    agreed: Option<Agreed>,
     verified: Option<bool>,
     parts: DowntimeParts,
+    outages: Outages,
+    /// Is the device state applied to the guest?
+    prepared: bool,
+    /// Why a source that returns is refused.
+    refusal: Option<MigrationError>,
     /// Was the start begun? After that nothing can be refused.
     start_begun: bool,
+    started: Option<Started>,
+}
+
+/// The guest was started, or could not be, and the source may not know.
+#[derive(Debug)]
+struct Started {
+    result: Result<(), MigrationError>,
+    /// A source that returns is answered until then.
+    until: Duration,
 }
 
 impl DestinationCourse {
-    pub(in crate::migration) fn new(handover_timeout: Duration) -> Self {
+    pub(in crate::migration) fn new(handover_timeout: Duration, recovery: RecoverySettings) -> Self {
         Self {
             state: State::Gathering,
             handover_timeout,
+            recovery,
+            agreed: None,
             verified: None,
             parts: DowntimeParts::default(),
+            outages: Outages::default(),
+            prepared: false,
+            refusal: None,
             start_begun: false,
+            started: None,
         }
+    }
+
+    /// What lost connections have cost.
+    pub(in crate::migration) fn outages(&self) -> Outages {
+        self.outages
     }
 
     /// Are pages still loaded?
@@ -192,19 +265,32 @@ impl Course for DestinationCourse {
             (_, State::Over(_)) => Vec::new(),
             (Input::Broke(failure), _) => vec![Action::Explain(failure)],
             (Input::Started(result), &mut State::Starting { began, return_path }) => {
-                self.started(result, return_path, now.saturating_sub(began))
+                self.started(result, return_path, began, now)
             }
             (Input::Failed(error), &mut State::Starting { began, return_path }) => {
-                self.started(Err(error), return_path, now.saturating_sub(began))
+                self.started(Err(error), return_path, began, now)
             }
+            (Input::Returned, State::Gathering | State::Agreeing { lost: None }) => {
+                let what = "the source returns before it has described its guest";
+                self.over(Err(MigrationError::Protocol(what.into())))
+            }
+            (Input::Returned, _) => self.returned(now),
+            (input, State::Settling) => self.settling(input),
             (input, State::AwaitingGo { .. }) => self.awaiting_go(input, now),
-            (Input::Failed(error), _) => self.over(Err(error)),
+            // The source cannot be notified before it returns.
+            (Input::Failed(error), State::Disconnected { .. }) => {
+                self.refusal = Some(error);
+                Vec::new()
+            }
+            (Input::Failed(error), _) => self.fail_or_wait(error, now),
             (Input::Cancel, _) => self.over(Err(MigrationError::Cancelled)),
             (Input::Gathered, State::Gathering) => {
-                self.state = State::Agreeing;
+                self.state = State::Agreeing { lost: None };
                 vec![Action::Agree]
             }
-            (Input::Agreed(agreed), State::Agreeing) => self.agreed(agreed),
+            (Input::Unprepared, State::Agreeing { .. }) => vec![Action::Rejoin { started: false }],
+            (Input::Unprepared, State::Disconnected { .. }) => Vec::new(),
+            (Input::Agreed(agreed), &mut State::Agreeing { lost }) => self.agreed(agreed, lost, now),
             (Input::LaneOver { frames }, State::Loading(arrival)) => {
                 arrival.frames = frames;
                 arrival.lanes_left -= 1;
@@ -216,8 +302,8 @@ impl Course for DestinationCourse {
             }
             (Input::StreamEnded, &mut State::ReachingEnd(arrival, run_state)) => self.compare(arrival, run_state, now),
             // Everything has arrived, and the source is gone.
-            (Input::StreamEnded, State::Comparing { .. }) => self.over(Err(MigrationError::Lost(closed()))),
-            (Input::StreamEnded, _) => self.over(Err(ended_early())),
+            (Input::StreamEnded, State::Comparing { .. }) => self.fail_or_wait(MigrationError::Lost(closed()), now),
+            (Input::StreamEnded, _) => self.fail_or_wait(ended_early(), now),
             (Input::Received(message), State::ReachingEnd(..)) => self.over(Err(behind_the_end(&message))),
             (Input::Received(message), _) => self.over(Err(unwelcome(message))),
             (Input::Compared { equal }, &mut State::Comparing { return_path, run_state, began }) => {
@@ -231,6 +317,7 @@ impl Course for DestinationCourse {
                 vec![Action::Prepare]
             }
             (Input::Prepared, &mut State::Preparing { return_path, run_state, began }) => {
+                self.prepared = true;
                 self.parts.prepare = now.saturating_sub(began);
                 if return_path { self.report_loaded(now) } else { self.start(run_state, false, now) }
             }
@@ -242,12 +329,24 @@ impl Course for DestinationCourse {
     }
 
     fn wake(&mut self, now: Duration) -> Vec<Action> {
-        self.happened(Happening::TimedOut, now)
+        match self.state {
+            State::AwaitingGo { .. } => self.happened(Happening::TimedOut, now),
+            State::Disconnected { .. } => self.not_returned(now),
+            State::Settling => {
+                let what = "the source has not confirmed that it knows that the guest was started here: look there";
+                let warning = Action::notify(Event::Warning(what.into()));
+                self.settled();
+                vec![warning]
+            }
+            _ => Vec::new(),
+        }
     }
 
     fn wakes_at(&self) -> Option<Duration> {
         match self.state {
             State::AwaitingGo { give_up } => Some(give_up),
+            State::Disconnected { since, .. } => Some(since + self.recovery.give_up),
+            State::Settling => self.started.as_ref().map(|started| started.until),
             _ => None,
         }
     }
@@ -263,9 +362,121 @@ impl DestinationCourse {
         Vec::new()
     }
 
-    fn agreed(&mut self, agreed: Agreed) -> Vec<Action> {
+    fn agreed(&mut self, agreed: Agreed, lost: Option<Duration>, now: Duration) -> Vec<Action> {
+        self.agreed = Some(agreed);
+        // Neither end waits for one that has given up.
+        self.recovery.give_up = self.recovery.give_up.min(agreed.awaited);
+        let mut actions = vec![Action::StartStages];
+        if let Some(since) = lost {
+            let outage = now.saturating_sub(since);
+            self.outages.time += outage;
+            let attempt = self.outages.lost + 1;
+            actions.push(Action::notify(Event::Reconnected { attempt, outage, put_back_bytes: 0 }));
+        }
+        if let Some(started) = &self.started {
+            actions.extend([self.times(), Action::Send(answer(&started.result))]);
+            self.state = State::Settling;
+            return actions;
+        }
         self.state = State::Loading(Arrival { agreed, lanes_left: agreed.lanes, frames: 0, end: None });
-        vec![Action::StartStages, Action::notify(Event::Phase(Phase::Active))]
+        actions.push(Action::notify(Event::Phase(Phase::Active)));
+        actions
+    }
+
+    fn recovers(&self) -> bool {
+        self.recovery.attempts > 0 && self.agreed.is_some_and(|agreed| agreed.recovers)
+    }
+
+    /// The migration fails, unless the error is a lost connection that can be made again.
+    fn fail_or_wait(&mut self, error: MigrationError, now: Duration) -> Vec<Action> {
+        if !self.recovers() || !error.is_lost_connection() {
+            return self.over(Err(error));
+        }
+        if self.started.is_some() {
+            self.state = State::Settling;
+            return vec![Action::EndAttempt];
+        }
+        let attempts = self.recovery.attempts;
+        if let State::Agreeing { lost: Some(since) } = self.state {
+            self.state = State::Disconnected { since, cause: error };
+            return vec![Action::EndAttempt];
+        }
+        if self.outages.lost == attempts {
+            let not_recovered = NotRecovered::LostTooOften { attempts };
+            return self.over(Err(MigrationError::NotRecovered { cause: Box::new(error), not_recovered }));
+        }
+        let mut actions = self.lost(error.to_string());
+        self.state = State::Disconnected { since: now, cause: error };
+        actions.push(Action::EndAttempt);
+        actions.extend(self.unprepare());
+        actions
+    }
+
+    /// The connection is lost, and with it what was begun to hand the guest over.
+    fn lost(&mut self, why: String) -> Vec<Action> {
+        self.outages.lost += 1;
+        self.verified = None;
+        self.parts = DowntimeParts::default();
+        let lost = Event::Disconnected { attempt: self.outages.lost, why };
+        vec![Action::notify(lost), Action::notify(Event::Phase(Phase::Disconnected))]
+    }
+
+    /// The source is back, possibly before this end has noticed that it was gone.
+    fn returned(&mut self, now: Duration) -> Vec<Action> {
+        let started = self.started.is_some();
+        let mut actions = Vec::new();
+        let since = match self.state {
+            State::Disconnected { since, .. } => since,
+            State::Agreeing { lost: Some(since) } => since,
+            _ if started => now,
+            _ => {
+                actions.extend(self.lost("the source returns on another one".into()));
+                now
+            }
+        };
+        actions.push(Action::EndAttempt);
+        if let Some(error) = self.refusal.take() {
+            actions.extend(self.over(Err(error)));
+            actions.push(Action::Rejoin { started });
+            return actions;
+        }
+        self.state = State::Agreeing { lost: Some(since) };
+        actions.push(self.unprepare().unwrap_or(Action::Rejoin { started }));
+        actions
+    }
+
+    /// The guest runs on at its source: what only one side may hold is released here. A guest that was started is not asked.
+    fn unprepare(&mut self) -> Option<Action> {
+        let is_over = self.started.is_some() || !std::mem::take(&mut self.prepared);
+        (!is_over).then_some(Action::Unprepare)
+    }
+
+    fn not_returned(&mut self, now: Duration) -> Vec<Action> {
+        let State::Disconnected { since, cause } = std::mem::replace(&mut self.state, State::Gathering) else {
+            return Vec::new();
+        };
+        let waited = now.saturating_sub(since);
+        self.outages.time += waited;
+        if let Some(error) = self.refusal.take() {
+            return self.over(Err(error));
+        }
+        let not_recovered = NotRecovered::NotReturned { waited };
+        self.over(Err(MigrationError::NotRecovered { cause: Box::new(cause), not_recovered }))
+    }
+
+    /// The guest was started: only what the source knows of it has an effect.
+    fn settling(&mut self, input: Input) -> Vec<Action> {
+        match input {
+            Input::Received(Message::Settled | Message::Abort(_)) | Input::Cancel => self.settled(),
+            Input::StreamEnded | Input::Failed(_) => return vec![Action::EndAttempt],
+            _ => {}
+        }
+        Vec::new()
+    }
+
+    fn settled(&mut self) {
+        let result = self.started.take().map_or(Ok(()), |started| started.result);
+        self.state = State::Over(result);
     }
 
     fn lane_over(&mut self, now: Duration) -> Vec<Action> {
@@ -329,6 +540,12 @@ impl DestinationCourse {
 
     fn awaiting_go(&mut self, input: Input, now: Duration) -> Vec<Action> {
         let happening = match input {
+            Input::Failed(error) if self.recovers() && error.is_lost_connection() => {
+                return self.fail_or_wait(error, now);
+            }
+            Input::StreamEnded if self.recovers() => {
+                return self.fail_or_wait(MigrationError::Lost(closed()), now);
+            }
             Input::Received(message) => Happening::Received(message),
             Input::StreamEnded => Happening::Lost(closed()),
             Input::Cancel => Happening::Cancel,
@@ -354,17 +571,33 @@ impl DestinationCourse {
         vec![Action::notify(Event::HandedOver), Action::Start(run_state)]
     }
 
-    fn started(&mut self, result: Result<(), MigrationError>, return_path: bool, took: Duration) -> Vec<Action> {
+    fn started(
+        &mut self,
+        result: Result<(), MigrationError>,
+        return_path: bool,
+        began: Duration,
+        now: Duration,
+    ) -> Vec<Action> {
         if !return_path {
             return self.over(result);
         }
-        self.parts.start = took;
-        let answer = match &result {
-            Ok(()) => Message::Running,
-            Err(error) => Message::StartFailed(error.to_string().into()),
-        };
-        self.over(result);
+        self.parts.start = now.saturating_sub(began);
+        let answer = answer(&result);
+        if self.recovers() {
+            self.started = Some(Started { result, until: now + self.recovery.give_up });
+            self.state = State::Settling;
+        } else {
+            self.over(result);
+        }
         vec![self.times(), Action::Send(answer)]
+    }
+}
+
+/// Whether the guest was started, for the source.
+fn answer(started: &Result<(), MigrationError>) -> Message {
+    match started {
+        Ok(()) => Message::Running,
+        Err(error) => Message::StartFailed(error.to_string().into()),
     }
 }
 
@@ -395,9 +628,9 @@ mod tests {
 
     /// A course whose pages are loaded, and whose digests are compared.
     fn comparing() -> DestinationCourse {
-        let mut course = DestinationCourse::new(Duration::from_secs(20));
+        let mut course = DestinationCourse::new(Duration::from_secs(20), RecoverySettings::OFF);
         let end = Message::End { run_state: RunState::Running, frames: 3 };
-        let agreed = Agreed { lanes: 1, verify: true, return_path: true };
+        let agreed = Agreed { lanes: 1, verify: true, return_path: true, recovers: false, awaited: Duration::ZERO };
         for input in [Input::Gathered, Input::Agreed(agreed), Input::LaneOver { frames: 3 }, Input::Received(end)] {
             course.step(input, Duration::ZERO);
         }

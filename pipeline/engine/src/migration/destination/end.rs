@@ -67,19 +67,20 @@ impl Destination<'_> {
             outcome: Outcome::Failed,
             error: None,
             verified: course.verified(),
-            checked: flow.and_then(|flow| flow.verification.page_hashes()).map(|page_hashes| page_hashes.coverage()),
+            checked: self.verification.page_hashes().map(|page_hashes| page_hashes.coverage()),
             total: self.started.elapsed(),
             setup: self.setup,
             downtime: None,
             forecast: None,
             parts: course.parts(),
-            wire_bytes,
+            wire_bytes: wire_bytes.max(self.before.wire_bytes),
             excluded: ExcludedPages::default(),
             memory_peak,
             bottleneck: watch.map(|watch| watch.all(&stages)).unwrap_or_default(),
             cpu: watch.map(Watch::cpu).unwrap_or_default(),
             stages,
             resume_failed: false,
+            outages: course.outages(),
         }
     }
 

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use memferry_stages::geometry::Layout;
 use memferry_stages::loader::Loaded;
 use memferry_stages::sender::Control;
-use memferry_stages::stage_id::StageId;
+use memferry_stages::stage_id::{StageId, StageKind};
 use memferry_stages::wire::Message;
 use memferry_stages::wire::hello::Features;
 use memferry_stages::wire::messages::{Progress as Acknowledged, StatePhase};
@@ -13,7 +13,6 @@ use tokio::time::Interval;
 
 use super::answers::{figures, finish, send_answer};
 use super::rounds::Rates;
-use super::verify::Verification;
 use crate::controller::forecast::WriteBack;
 use crate::migration::FAREWELL;
 use crate::migration::alive::{Alive, silenced};
@@ -33,7 +32,9 @@ pub(super) struct Flow {
     /// Receivers and loaders that have not ended.
     pub(super) stages_left: usize,
     pub(super) rates: Rates,
-    pub(super) verification: Verification,
+    /// Page bytes loaded, and bytes received from the wire, in the attempts before.
+    pub(super) loaded_before: u64,
+    pub(super) wire_before: u64,
 }
 
 /// Messages that arrive besides the pages.
@@ -64,6 +65,9 @@ impl Arrived {
 pub(super) enum Signal {
     Received(Message),
     Loaded(Loaded),
+    /// This connection has ended at a frame boundary, and others have not. Where there is a return path, a source closes all of them, and
+    /// only when it is over.
+    ConnectionEnded(StageId),
     /// Every connection has ended at a frame boundary, and everything received is loaded.
     StreamEnded,
     /// A stage failed.
@@ -89,6 +93,9 @@ impl Flow {
                     if self.stages_left == 0 {
                         return Signal::StreamEnded;
                     }
+                    if end.stage.kind == StageKind::Receiver && self.alive.is_some() {
+                        return Signal::ConnectionEnded(end.stage);
+                    }
                 }
                 silence = silenced(self.alive.as_ref()) => return Signal::Silent(silence),
                 _ = self.ticks.tick() => return Signal::Tick,
@@ -103,7 +110,7 @@ impl Flow {
 
     /// Reports to the source what is loaded.
     pub(super) fn acknowledge(&self) -> Result<(), MigrationError> {
-        let frames = self.graph.progress.iter().map(|lane| lane.frames.load(Ordering::Acquire)).collect();
+        let frames = self.loaded_by_lane();
         // If the previous figures are still queued, these are dropped: later figures replace them.
         self.offer(&Message::Progress(Acknowledged { bytes: self.loaded_bytes(), frames }))
     }
@@ -140,7 +147,33 @@ impl Flow {
 
     /// Page bytes that are loaded.
     pub(super) fn loaded_bytes(&self) -> u64 {
-        self.graph.progress.iter().map(|lane| lane.bytes.load(Ordering::Acquire)).sum()
+        let loaded: u64 = self.graph.progress.iter().map(|lane| lane.bytes.load(Ordering::Acquire)).sum();
+        self.loaded_before + loaded
+    }
+
+    /// Frames of pages that are loaded, by lane.
+    fn loaded_by_lane(&self) -> Vec<u64> {
+        self.graph.progress.iter().map(|lane| lane.frames.load(Ordering::Acquire)).collect()
+    }
+
+    /// Reads no more, loads what has arrived, and ends the stages. Returns the frames that are loaded, by lane: from here on nothing of
+    /// this attempt changes memory.
+    pub(super) async fn end(&mut self) -> Vec<u64> {
+        let Self { graph, .. } = self;
+        let DestinationGraph { stages, loaded, messages, .. } = graph;
+        stages.abort(StageKind::Receiver);
+        // The marks and messages that are left concern nobody any more, but hold up the stages that give them.
+        let drained = async {
+            let marks = async { while loaded.next().await.is_some() {} };
+            let rest = async { while messages.next().await.is_some() {} };
+            tokio::join!(marks, rest);
+        };
+        tokio::select! {
+            () = drained => {}
+            () = stages.all_ended(StageKind::Loader) => {}
+        }
+        stages.end().await;
+        self.loaded_by_lane()
     }
 
     /// Frames of pages that are loaded.
@@ -150,6 +183,6 @@ impl Flow {
 
     /// Bytes received from the wire.
     pub(super) fn wire_bytes(&self) -> u64 {
-        self.graph.receiver_meters.iter().map(|meter| meter.bytes()).sum()
+        self.wire_before + self.graph.receiver_meters.iter().map(|meter| meter.bytes()).sum::<u64>()
     }
 }

@@ -27,16 +27,18 @@ use futures::future::BoxFuture;
 use memferry_stages::geometry::{BlockInfo, Layout, PageSize};
 use memferry_stages::memory::GuestMemory;
 use memferry_transports::Listener;
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::course::destination::DestinationCourse;
+use super::destination_graph::Place;
 use super::digests::LeftOut;
 use super::driver::drive;
 use super::error::MigrationError;
 use super::outcome::{ReceiveError, Received};
 use super::plane::DataPlane;
-use super::session::{Door, Session};
+use super::session::{Door, Known, Session};
 use super::state::Room;
 use super::turned_away::TurnedAways;
 use crate::control::Control;
@@ -45,7 +47,8 @@ use crate::guest::{DestinationGuest, GuestBuilder, GuestError, GuestState};
 use crate::settings::DestinationSettings;
 use answers::Answers;
 use flow::Flow;
-use verify::Comparison;
+use rounds::Rates;
+use verify::{Comparison, Verification};
 use write_back::Writer;
 
 /// Receives a guest from the first valid source that connects to `listener`: `builder` builds it for the blocks that
@@ -70,7 +73,7 @@ pub fn receive<B: GuestBuilder>(
     async move {
         settings.check()?;
         let observers = control.destination_begins(&observers);
-        let course = DestinationCourse::new(settings.handover_timeout);
+        let course = DestinationCourse::new(settings.handover_timeout, settings.recovery);
         let destination = Destination::new(settings, plane, listener, build, observers, control.token());
         let ended = boxed(destination, course).await?;
         let guest = built.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -83,10 +86,10 @@ type Build =
     Box<dyn FnOnce(PageSize, &[BlockInfo], &GuestState) -> Result<Arc<dyn DestinationGuest>, GuestError> + Send>;
 
 /// Where a builder stores the guest that it has built.
-type Place<G> = Arc<Mutex<Option<Arc<G>>>>;
+type Slot<G> = Arc<Mutex<Option<Arc<G>>>>;
 
 /// A type-erased builder, so that the phases are compiled once, and the slot for the guest that it builds.
-fn erased<B: GuestBuilder>(builder: B) -> (Build, Place<B::Built>) {
+fn erased<B: GuestBuilder>(builder: B) -> (Build, Slot<B::Built>) {
     let built = Arc::new(Mutex::new(None));
     let place = built.clone();
     let build = move |page_size: PageSize, blocks: &[BlockInfo], setup: &GuestState| {
@@ -127,17 +130,42 @@ struct Destination<'a> {
     setup: Duration,
     /// The limit for guest state, and how much of it is used.
     state_room: Room,
+    /// The room that was left behind the setup part.
+    setup_room: Room,
     turned_away: Arc<TurnedAways>,
     /// Until connections are gathered.
     listener: Option<Box<dyn Listener>>,
-    /// Refuses other sources, once connections are gathered.
+    /// Refuses other sources, once connections are gathered, and lets the own one return.
     door: Option<AbortOnDropHandle<()>>,
+    /// How the source proves itself if it returns.
+    known: Arc<Known>,
+    /// Where a source that returned comes from, once connections are gathered.
+    returning: Option<mpsc::Receiver<Session>>,
+    /// The source that has returned last.
+    returned: Option<Box<Session>>,
     /// Until the guest is built.
     build: Option<Build>,
     built: Option<Built>,
+    /// Once the guest is built.
+    verification: Verification,
+    /// Where pages are loaded, once the guest is built.
+    place: Option<Place>,
+    before: Before,
     attempt: Attempt<'a>,
     comparison: Comparison,
     writer: Writer,
+}
+
+/// What attempts that ended have come to.
+#[derive(Default)]
+struct Before {
+    /// Pages frames of the latest one that were loaded, by lane.
+    frames: Vec<u64>,
+    /// Page bytes loaded, in all.
+    loaded_bytes: u64,
+    /// Bytes received from the wire, in all.
+    wire_bytes: u64,
+    rates: Option<Rates>,
 }
 
 /// What dies with a connection.
@@ -176,6 +204,7 @@ impl<'a> Destination<'a> {
     ) -> Self {
         Self {
             state_room: Room::new(settings.max_state_bytes),
+            setup_room: Room::new(settings.max_state_bytes),
             settings,
             plane,
             turned_away: Arc::new(TurnedAways::new(observers.clone())),
@@ -185,8 +214,14 @@ impl<'a> Destination<'a> {
             setup: Duration::ZERO,
             listener: Some(listener),
             door: None,
+            known: Arc::default(),
+            returning: None,
+            returned: None,
             build: Some(build),
             built: None,
+            verification: Verification::Off,
+            place: None,
+            before: Before::default(),
             attempt: Attempt::None,
             comparison: Comparison::None,
             writer: Writer::default(),

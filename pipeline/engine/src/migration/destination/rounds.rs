@@ -32,14 +32,18 @@ pub(super) struct Rates {
 }
 
 impl Rates {
-    /// The stages run from here on.
-    pub(super) fn begin() -> Self {
+    /// The stages run from here on, possibly after those of an attempt before.
+    pub(super) fn begin(before: Option<Self>) -> Self {
+        let (wire, pages, round) = before.map_or_else(
+            || (Speed::default(), Speed::default(), 1),
+            |before| (before.wire, before.pages, before.round),
+        );
         Self {
-            wire: Speed::default(),
-            pages: Speed::default(),
+            wire,
+            pages,
             watch: Watch::begin(false),
             tick: 0,
-            round: 1,
+            round,
             round_began: Instant::now(),
             tallies: Vec::new(),
         }
@@ -103,7 +107,7 @@ impl Destination<'_> {
     /// Bytes on the wire, the peak of memory, and how every stage has spent its time.
     pub(super) fn figures(&self, flow: &Flow) -> (u64, u64, Vec<Reading>) {
         let Some(layout) = self.layout() else { return Default::default() };
-        let keeps = bounds::destination_keeps(layout, flow.verification.kind(), flow.arrived.may_leave_out);
+        let keeps = bounds::destination_keeps(layout, self.verification.kind(), flow.arrived.may_leave_out);
         let state =
             bounds::state_bytes(self.state_room.taken(), bounds::state_messages(flow.graph.progress.len() as u64));
         let peak = bounds::peak(&flow.graph.pools, &flow.graph.meters, keeps) + state;

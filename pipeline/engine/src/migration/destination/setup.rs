@@ -8,10 +8,11 @@ use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::geometry::{BlockInfo, Layout, PageSize};
 use memferry_stages::queue::Outlet;
 use memferry_stages::sender::Control;
-use memferry_stages::wire::messages::StatePhase;
+use memferry_stages::wire::messages::{Resume, StatePhase};
 use memferry_stages::wire::reader::{Incoming, ReadError};
-use memferry_stages::wire::{Message, Preface};
+use memferry_stages::wire::{Message, Preface, Secret, received_messages};
 use memferry_transports::Listener;
+use tokio::sync::mpsc;
 use tokio::time::MissedTickBehavior;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -24,14 +25,15 @@ use crate::events::{Event, Observers, Role};
 use crate::guest::{GuestError, GuestState};
 use crate::migration::course::destination::ended_early;
 use crate::migration::course::times::build_message;
-use crate::migration::destination_graph::DestinationGraph;
+use crate::migration::destination_graph::{DestinationGraph, Place};
 use crate::migration::error::MigrationError;
 use crate::migration::excluded::excluded_ranges;
-use crate::migration::session::{Door, Session};
+use crate::migration::session::{Door, Known, Session};
 use crate::migration::stage_set::StageSet;
 use crate::migration::state::{Assembly, Room};
 use crate::migration::{block_facts, blocking, bounds, built_otherwise};
 use crate::settings::DestinationSettings;
+use crate::values::whole_ms;
 
 /// How often the source is notified of what is loaded.
 const TICK: Duration = Duration::from_millis(20);
@@ -39,10 +41,19 @@ const TICK: Duration = Duration::from_millis(20);
 /// A destination that is ready for pages.
 pub(super) struct Ready {
     pub(super) session: Session,
-    pub(super) built: Built,
-    pub(super) verification: Verification,
+    /// What was made for the first attempt.
+    pub(super) made: Option<(Built, Verification)>,
     /// What guest state may still take.
     pub(super) room: Room,
+}
+
+/// A source that returned, and what it is told.
+struct Return {
+    session: Session,
+    answers: Option<Outlet<Control>>,
+    resume: Resume,
+    received: Option<Arc<DirtyBitmap>>,
+    room: Room,
 }
 
 /// The values needed to accept a stream, separate from the destination, which waits for other things meanwhile.
@@ -51,6 +62,7 @@ struct Acceptance {
     build: Build,
     settings: DestinationSettings,
     observers: Observers,
+    known: Arc<Known>,
     room: Room,
     answers: Option<Outlet<Control>>,
 }
@@ -61,15 +73,17 @@ impl<'a> Destination<'a> {
         &self,
         listener: Box<dyn Listener>,
     ) -> BoxFuture<'a, Result<Box<(Session, Door)>, MigrationError>> {
-        let door = Door::open(listener, self.settings.clone(), self.turned_away.clone());
+        let door = Door::open(listener, self.settings.clone(), self.turned_away.clone(), self.known.clone());
         Box::pin(self.plane.run(door.gather()))
     }
 
-    /// The connections have arrived: a source that connects from here on is refused: this destination is busy. A file has no
-    /// second reader.
+    /// The connections have arrived: a source that connects from here on is refused: this destination is busy. The one that is received
+    /// may return. A file has no second reader.
     pub(super) fn gathered(&mut self, session: Session, door: Door) {
         if session.answer.is_some() {
-            self.door = Some(AbortOnDropHandle::new(self.plane.handle().spawn(door.refuse_everybody())));
+            let (returned, returning) = mpsc::channel(1);
+            self.returning = Some(returning);
+            self.door = Some(AbortOnDropHandle::new(self.plane.handle().spawn(door.await_return(returned))));
         }
         self.attempt = Attempt::Gathered(Box::new(session));
     }
@@ -78,23 +92,56 @@ impl<'a> Destination<'a> {
     pub(super) fn agree(&mut self, mut session: Session, build: Build) {
         self.turned_away.finish();
         self.observers.notify(&Event::Connected { peer: session.peer.clone() });
-        let answers = session.answer.take().map(|writer| {
-            let (peer, ears) = (session.peer.clone(), session.ears.clone());
-            Answers::start(writer, peer, ears, self.settings.peer_timeout, self.plane.handle())
-        });
+        let answers = self.answers(&mut session);
         let acceptance = Acceptance {
             session,
             build,
             settings: self.settings.clone(),
             observers: self.observers.clone(),
+            known: self.known.clone(),
             room: self.state_room,
             answers: answers.as_ref().map(|answers| answers.outlet.clone()),
         };
         self.attempt = Attempt::Agreeing(Box::pin(acceptance.make()), answers);
     }
 
-    pub(super) fn start_stages(&mut self, ready: Ready, answers: Option<Answers>) {
-        let Ready { session: Session { hello, features, readers, .. }, built, verification, .. } = ready;
+    /// Starts the return path of a session.
+    fn answers(&self, session: &mut Session) -> Option<Answers> {
+        let (peer, ears) = (session.peer.clone(), session.ears.clone());
+        let writer = session.answer.take()?;
+        Some(Answers::start(writer, peer, ears, self.settings.peer_timeout, self.plane.handle()))
+    }
+
+    /// The source has returned: starts the return path, and begins to say what is loaded.
+    pub(super) fn rejoin(&mut self, mut session: Session, started: bool) {
+        self.observers.notify(&Event::Connected { peer: session.peer.clone() });
+        let answers = self.answers(&mut session);
+        // The state of a switchover that did not happen takes no room.
+        self.state_room = self.setup_room;
+        let rejoining = Return {
+            session,
+            answers: answers.as_ref().map(|answers| answers.outlet.clone()),
+            resume: Resume { started, frames: self.before.frames.clone() },
+            received: self.place.as_ref().map(|place| place.received.clone()),
+            room: self.state_room,
+        };
+        self.attempt = Attempt::Agreeing(Box::pin(rejoining.make()), answers);
+    }
+
+    pub(super) fn start_stages(&mut self, ready: Ready, answers: Option<Answers>) -> Result<(), MigrationError> {
+        let Ready { session: Session { hello, features, readers, .. }, made, .. } = ready;
+        if let Some((built, verification)) = made {
+            self.place = Some(Place {
+                memory: built.memory.clone(),
+                received: Arc::new(DirtyBitmap::empty(built.memory.layout())),
+                page_hashes: verification.page_hashes().cloned(),
+            });
+            self.verification = verification;
+            self.built = Some(built);
+        } else if let Some(built) = &self.built {
+            self.verification.go_on(&built.memory)?;
+        }
+        let place = self.place.as_ref().expect("the guest is built");
         let mut ticks = tokio::time::interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let stages_left = readers.len() + usize::from(hello.lanes);
@@ -102,40 +149,38 @@ impl<'a> Destination<'a> {
             Some(Answers { stages, outlet, alive }) => (stages, Some(outlet), Some(alive)),
             None => (StageSet::new(self.plane.handle()), None, None),
         };
-        let graph = DestinationGraph::start(
-            &built.memory,
-            &hello,
-            features,
-            readers,
-            stages,
-            answer,
-            verification.page_hashes(),
-        );
+        let graph = DestinationGraph::start(&hello, features, readers, stages, answer, place);
         if let (Some(alive), Some(answer)) = (&mut alive, &graph.answer) {
             let meters = graph.receiver_meters.clone();
             alive.report(answer.clone(), move || figures(&meters));
         }
-        self.setup = self.started.elapsed();
+        if self.setup.is_zero() {
+            self.setup = self.started.elapsed();
+            self.setup_room = self.state_room;
+        }
         self.attempt = Attempt::Running(Box::new(Flow {
             alive,
-            arrived: Arrived::new(built.memory.layout(), self.state_room, features),
+            arrived: Arrived::new(place.memory.layout(), self.state_room, features),
             graph,
             ticks,
             stages_left,
-            rates: Rates::begin(),
-            verification,
+            rates: Rates::begin(self.before.rates.take()),
+            loaded_before: self.before.loaded_bytes,
+            wire_before: self.before.wire_bytes,
         }));
-        self.built = Some(built);
+        Ok(())
     }
 }
 
 impl Acceptance {
     /// Accepts the stream, reads the guest's description and builds the machine for it.
     async fn make(mut self) -> Result<Ready, MigrationError> {
-        send_answer(self.answers.as_ref(), &Message::Accept).await?;
+        let recovery = self.settings.recovery;
+        let waits_ms = if recovery.attempts > 0 { whole_ms(recovery.give_up) } else { 0 };
+        send_answer(self.answers.as_ref(), &Message::Accept { waits_ms }).await?;
         let reading = read_setup(&mut self.session, &mut self.room);
         let described = tokio::time::timeout(self.settings.handover_timeout, reading).await;
-        let (blocks, setup) = described
+        let Described { blocks, setup, returns } = described
             .map_err(|_| MigrationError::TimedOut("the source did not describe its guest in time".into()))??;
         let (page_size, lanes) = (self.session.hello.page_size, self.session.hello.lanes);
         let bound = |layout: &Layout| bounds::destination_bound(layout, lanes, self.settings.max_state_bytes);
@@ -151,8 +196,23 @@ impl Acceptance {
         });
         send_answer(self.answers.as_ref(), &build_message(began.elapsed())).await?;
         let verification = Verification::start(&built.memory, self.session.features)?;
+        if let Some((secret, awaited)) = returns.filter(|_| recovery.attempts > 0) {
+            self.known.learn(&self.session.hello, secret, awaited);
+        }
         send_answer(self.answers.as_ref(), &Message::Ready).await?;
-        Ok(Ready { session: self.session, built, verification, room: self.room })
+        Ok(Ready { session: self.session, made: Some((built, verification)), room: self.room })
+    }
+}
+
+impl Return {
+    /// Says what is loaded, and that pages may come.
+    async fn make(self) -> Result<Ready, MigrationError> {
+        send_answer(self.answers.as_ref(), &Message::Resume(self.resume)).await?;
+        for part in self.received.iter().flat_map(|received| received_messages(received)) {
+            send_answer(self.answers.as_ref(), &part).await?;
+        }
+        send_answer(self.answers.as_ref(), &Message::Ready).await?;
+        Ok(Ready { session: self.session, made: None, room: self.room })
     }
 }
 
@@ -174,19 +234,33 @@ fn built(build: Build, page_size: PageSize, blocks: &[BlockInfo], setup: &GuestS
     Ok(Built { guest, memory, excluded })
 }
 
+/// The guest, as its source describes it.
+struct Described {
+    blocks: Vec<BlockInfo>,
+    setup: GuestState,
+    /// By which secret the source returns after a lost connection, and how long it tries.
+    returns: Option<(Secret, Duration)>,
+}
+
 /// Reads the state's setup part and the blocks, before the stages run.
-async fn read_setup(session: &mut Session, room: &mut Room) -> Result<(Vec<BlockInfo>, GuestState), MigrationError> {
+async fn read_setup(session: &mut Session, room: &mut Room) -> Result<Described, MigrationError> {
     let mut setup = Assembly::new(StatePhase::Setup, *room);
+    let mut returns = None;
     let mut preface = Preface::after_hello(session.features);
     let reader = &mut session.readers[0];
     while let Some(incoming) = reader.next().await? {
         preface.check(&incoming).map_err(|error| ReadError::from(reader.fail(error)))?;
         match incoming {
+            Incoming::Message { message: Message::Secret { secret, waits_ms }, .. } => {
+                returns = Some((secret, Duration::from_millis(waits_ms)));
+            }
             Incoming::Message { message: Message::State(chunk), .. } => {
                 setup.add(chunk)?;
                 *room = setup.room();
             }
-            Incoming::Message { message: Message::Blocks(blocks), .. } => return Ok((blocks, setup.finish()?)),
+            Incoming::Message { message: Message::Blocks(blocks), .. } => {
+                return Ok(Described { blocks, setup: setup.finish()?, returns });
+            }
             Incoming::Message { message: Message::Abort(why), .. } => {
                 return Err(MigrationError::GivenUp { peer: Role::Source, why });
             }

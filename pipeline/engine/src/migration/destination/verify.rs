@@ -39,6 +39,17 @@ impl Verification {
         Ok(Self::Pages(page_hashes, checker))
     }
 
+    /// After a lost connection memory is checked again.
+    ///
+    /// # Errors
+    /// When the check cannot start.
+    pub(super) fn go_on(&mut self, memory: &GuestMemory) -> Result<(), MigrationError> {
+        if let Self::Pages(page_hashes, checker) = self {
+            *checker = Checker::start(memory.clone(), page_hashes.clone()).map_err(MigrationError::Check)?;
+        }
+        Ok(())
+    }
+
     pub(super) fn kind(&self) -> Verify {
         match self {
             Self::Off => Verify::Off,

@@ -4,8 +4,10 @@ use std::time::Duration;
 
 use memferry_stages::batch::Mark;
 use memferry_stages::loader::Loaded;
+use memferry_stages::stage_id::StageId;
 use memferry_stages::wire::Message;
 use memferry_stages::wire::messages::RunState;
+use tokio::sync::mpsc;
 
 use super::flow::Signal;
 use super::setup::Ready;
@@ -29,6 +31,19 @@ enum Happened {
     /// A part of the memory is durable.
     Written(Result<(), MigrationError>),
     Signal(Signal),
+    /// The source is back.
+    Returned(Session),
+}
+
+/// The next session of a source that returns. Safe to race in a `select!`.
+async fn returned(returning: &mut Option<mpsc::Receiver<Session>>) -> Session {
+    match returning {
+        Some(sessions) => match sessions.recv().await {
+            Some(session) => session,
+            None => std::future::pending().await,
+        },
+        None => std::future::pending().await,
+    }
 }
 
 impl Attempt<'_> {
@@ -56,11 +71,12 @@ impl World<DestinationCourse> for Destination<'_> {
 
     async fn next(&mut self, course: &DestinationCourse) -> Input {
         loop {
-            let Self { cancel, attempt, comparison, writer, .. } = self;
+            let Self { cancel, attempt, comparison, writer, returning, .. } = self;
             let happened = tokio::select! {
                 biased;
                 () = cancel.cancelled() => return Input::Cancel,
                 happened = attempt.next() => happened,
+                session = returned(returning) => Happened::Returned(session),
                 equal = comparison.next() => {
                     return equal.map_or_else(Input::Failed, |equal| Input::Compared { equal });
                 }
@@ -74,6 +90,10 @@ impl World<DestinationCourse> for Destination<'_> {
                 }
                 Happened::Ready(Ok(ready)) => Some(self.ready(ready)),
                 Happened::Gathered(Err(error)) | Happened::Ready(Err(error)) => Some(self.not_ready(error)),
+                Happened::Returned(session) => {
+                    self.returned = Some(Box::new(session));
+                    Some(Input::Returned)
+                }
                 Happened::Failed(error) => Some(Input::Failed(error)),
                 Happened::Written(written) => {
                     written.and_then(|()| self.report_write_back(course)).err().map(Input::Failed)
@@ -104,6 +124,8 @@ impl Destination<'_> {
             lanes: ready.session.hello.lanes,
             verify: ready.session.features.verify,
             return_path: answers.is_some(),
+            recovers: ready.session.features.recovery && answers.is_some(),
+            awaited: self.known.awaited(),
         };
         self.attempt = Attempt::Ready(Box::new(ready), answers);
         Input::Agreed(agreed)
@@ -149,6 +171,11 @@ impl Destination<'_> {
             Signal::Loaded(Loaded { mark, .. }) => {
                 return Err(MigrationError::Mistake(format!("{mark:?} in precopy: the receiver lets none pass")));
             }
+            // Pages are missing, or no message comes any more.
+            Signal::ConnectionEnded(receiver) if course.is_loading() || receiver == StageId::receiver(0) => {
+                Some(Input::StreamEnded)
+            }
+            Signal::ConnectionEnded(_) => None,
             Signal::StreamEnded => Some(Input::StreamEnded),
             Signal::Broke(failure) => Some(Input::Broke(failure)),
             Signal::Silent(silence) => Some(Input::Failed(MigrationError::Silent(silence))),
@@ -185,9 +212,18 @@ impl Destination<'_> {
             }
             Action::StartStages => {
                 match std::mem::replace(&mut self.attempt, Attempt::None) {
-                    Attempt::Ready(ready, answers) => self.start_stages(*ready, answers),
+                    Attempt::Ready(ready, answers) => self.start_stages(*ready, answers)?,
                     _ => unreachable!("stages start when both ends have agreed"),
                 }
+                None
+            }
+            Action::EndAttempt => {
+                self.end_attempt().await;
+                None
+            }
+            Action::Rejoin { started } => {
+                let session = self.returned.take().expect("the source has returned");
+                self.rejoin(*session, started);
                 None
             }
             Action::MakeDurable => {
@@ -199,12 +235,17 @@ impl Destination<'_> {
                 self.prepare().await?;
                 Some(Input::Prepared)
             }
+            Action::Unprepare => {
+                let guest = self.built.as_ref().expect("what is prepared was built").guest.clone();
+                blocking(move || guest.unprepare()).await?;
+                Some(Input::Unprepared)
+            }
             Action::Start(run_state) => Some(Input::Started(self.start(run_state).await)),
             Action::Explain(failure) => Some(Input::Failed(self.explain(failure).await)),
             Action::StartDigests => {
                 let built = self.built.as_ref().expect("what is loaded was built");
-                let flow = self.attempt.running()?;
-                self.comparison = Comparison::Started(flow.verification.finish(&built.memory, built.excluded.clone()));
+                let ours = self.verification.finish(&built.memory, built.excluded.clone());
+                self.comparison = Comparison::Started(ours);
                 None
             }
             Action::Compare => {
@@ -220,9 +261,14 @@ impl Destination<'_> {
                 None
             }
             Action::Send(message) => {
-                let sent = self.attempt.running()?.send(&message).await;
+                let Attempt::Running(flow) = &self.attempt else { return Ok(None) };
+                let sent = flow.send(&message).await;
                 if course.start_begun() && sent.is_err() {
                     if matches!(message, Message::Heartbeat(_)) {
+                        return Ok(None);
+                    }
+                    if self.known.is_learnt() {
+                        // It asks when it returns.
                         return Ok(None);
                     }
                     let what = "the source could not be notified that the guest was started here";
@@ -233,6 +279,17 @@ impl Destination<'_> {
                 None
             }
         })
+    }
+
+    /// Ends what dies with a connection, once all that has arrived is loaded.
+    async fn end_attempt(&mut self) {
+        self.comparison = Comparison::None;
+        if let Attempt::Running(mut flow) = std::mem::replace(&mut self.attempt, Attempt::None) {
+            self.before.frames = flow.end().await;
+            self.before.loaded_bytes = flow.loaded_bytes();
+            self.before.wire_bytes = flow.wire_bytes();
+            self.before.rates = Some(flow.rates);
+        }
     }
 
     /// While pages are loaded, begins to make durable what is loaded.
@@ -260,7 +317,7 @@ impl Destination<'_> {
         };
         let flow = self.attempt.running()?;
         if flow.graph.answer.is_some() {
-            let hashes = page_hashes(&built.memory, flow.verification.page_hashes(), left_out, *stretch).await?;
+            let hashes = page_hashes(&built.memory, self.verification.page_hashes(), left_out, *stretch).await?;
             flow.send(&hashes).await?;
         }
         Ok(describe(&built.memory, *stretch))

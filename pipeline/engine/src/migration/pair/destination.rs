@@ -5,10 +5,11 @@ use std::time::Duration;
 use memferry_stages::geometry::PageAt;
 use memferry_stages::stage_id::StageId;
 use memferry_stages::wire::Message;
-use memferry_stages::wire::messages::{Progress, RunState};
+use memferry_stages::wire::messages::{Progress, Resume, RunState};
+use tokio::sync::mpsc;
 
 use super::end::{End, Happened};
-use super::link::{Found, Packet};
+use super::link::{Found, Packet, Port};
 use super::memory::{PAGES, apply};
 use super::script::{Fault, Scene};
 use super::{Checked, change, lie, silence};
@@ -29,6 +30,8 @@ pub(super) enum Timed {
     Compared,
     /// The source has not described its guest in time.
     NotDescribed,
+    /// The source that returned knows what is loaded.
+    Rejoined,
 }
 
 #[derive(Debug)]
@@ -37,11 +40,15 @@ pub(super) struct DestinationModel {
     /// The versions of the pages.
     pub(super) memory: Vec<u32>,
     scene: Scene,
+    /// Where a link that is made again comes from, with its attempt; the latest that came; and the attempt that runs.
+    returns: mpsc::UnboundedReceiver<(u32, Port)>,
+    returned: Option<(u32, Port)>,
+    attempt: u32,
     /// Are pages loaded?
     is_running: bool,
     /// Pages and frames loaded.
     loaded: u64,
-    frames: u64,
+    frames: Vec<u64>,
     digests: Option<Vec<u32>>,
     digests_begun: bool,
     /// Were the digests found equal?
@@ -49,14 +56,17 @@ pub(super) struct DestinationModel {
 }
 
 impl DestinationModel {
-    pub(super) fn new(end: End<Timed>, scene: Scene) -> Self {
+    pub(super) fn new(end: End<Timed>, scene: Scene, returns: mpsc::UnboundedReceiver<(u32, Port)>) -> Self {
         Self {
             end,
             memory: vec![0; PAGES],
             scene,
+            returns,
+            returned: None,
+            attempt: 1,
             is_running: false,
             loaded: 0,
-            frames: 0,
+            frames: vec![0; usize::from(scene.lanes)],
             digests: None,
             digests_begun: false,
             compared: false,
@@ -71,7 +81,7 @@ impl DestinationModel {
     }
 
     fn acknowledge(&mut self) {
-        let progress = Progress { bytes: self.loaded, frames: vec![self.frames] };
+        let progress = Progress { bytes: self.loaded, frames: self.frames.clone() };
         self.send(Message::Progress(progress), 30);
     }
 
@@ -84,8 +94,8 @@ impl DestinationModel {
         };
         match packet {
             Packet::Hello => Some(Input::Gathered),
-            Packet::Pages(frames) => {
-                self.frames += 1;
+            Packet::Pages(lane, frames) => {
+                self.frames[usize::from(lane)] += 1;
                 self.loaded += frames.len() as u64;
                 for frame in frames {
                     if let Err(violation) = apply(&mut self.memory, frame) {
@@ -98,7 +108,7 @@ impl DestinationModel {
                 self.acknowledge();
                 None
             }
-            Packet::LaneOver => Some(Input::LaneOver { frames: self.frames }),
+            Packet::LaneOver => Some(Input::LaneOver { frames: self.frames.iter().sum() }),
             Packet::Digests(versions) => {
                 self.digests = Some(versions);
                 None
@@ -131,7 +141,8 @@ impl DestinationModel {
     fn timed(&mut self, timed: Timed, course: &DestinationCourse) -> Option<Input> {
         match timed {
             Timed::Tick => {
-                self.end.after(TICK, Timed::Tick);
+                // A long outage takes few steps.
+                self.end.after(if self.is_running { TICK } else { 100 * TICK }, Timed::Tick);
                 if course.is_loading() {
                     self.acknowledge();
                 }
@@ -142,9 +153,9 @@ impl DestinationModel {
                     return Some(Input::Failed(error));
                 }
                 self.send(Message::Ready, 20);
-                let Scene { lanes, verify, return_path, .. } = self.scene;
-                Some(Input::Agreed(Agreed { lanes, verify, return_path }))
+                Some(Input::Agreed(self.agreed()))
             }
+            Timed::Rejoined => Some(Input::Agreed(self.agreed())),
             Timed::Compared => {
                 let equal = self.digests.as_ref() == Some(&self.memory);
                 self.compared = equal;
@@ -152,6 +163,34 @@ impl DestinationModel {
             }
             Timed::NotDescribed => Some(Input::Failed(MigrationError::TimedOut("not described".into()))),
         }
+    }
+
+    fn agreed(&self) -> Agreed {
+        let Scene { lanes, verify, return_path, recovers, .. } = self.scene;
+        Agreed { lanes, verify, return_path, recovers, awaited: Duration::from_secs(300) }
+    }
+
+    /// The connection is lost, or another one takes its place: what was begun is over.
+    fn end_attempt(&mut self) {
+        self.end.port.end();
+        self.end.forget(|timed| !matches!(timed, Timed::Tick));
+        self.is_running = false;
+        self.digests = None;
+        self.digests_begun = false;
+        self.compared = false;
+    }
+
+    /// The source has returned: it is told what is loaded.
+    fn rejoin(&mut self, started: bool) {
+        let (attempt, port) = self.returned.take().expect("the source has returned");
+        self.end.require(attempt > self.attempt, "an earlier attempt takes the place of a later one");
+        self.attempt = attempt;
+        self.end.port = port;
+        let frames = std::mem::replace(&mut self.frames, vec![0; usize::from(self.scene.lanes)]);
+        self.loaded = 0;
+        self.send(Message::Resume(Resume { started, frames }), 60);
+        self.send(Message::Ready, 20);
+        self.end.after(MS, Timed::Rejoined);
     }
 
     /// The input for a fault. No switchover is requested here.
@@ -180,9 +219,17 @@ impl DestinationModel {
             }
             Action::Prepare => {
                 self.end.require(self.compared || !self.scene.verify, "a guest is prepared that was not compared");
+                let is_prepared = self.end.truth.lock().unwrap().prepared;
+                self.end.require(!is_prepared, "a guest is prepared twice");
                 self.end.call(2 * MS).await?;
                 self.end.truth.lock().unwrap().prepared = true;
                 Ok(Input::Prepared)
+            }
+            Action::Unprepare => {
+                self.end.require(self.end.truth.lock().unwrap().prepared, "what was not prepared is taken back");
+                self.end.call(MS).await?;
+                self.end.truth.lock().unwrap().prepared = false;
+                Ok(Input::Unprepared)
             }
             Action::Start(run_state) => {
                 let lies = self.end.truth.lock().unwrap().lies;
@@ -203,13 +250,18 @@ impl DestinationModel {
     fn order(&mut self, order: Action) {
         match order {
             Action::Agree => {
-                self.send(Message::Accept, 20);
+                let waits_ms = if self.scene.recovers { 300_000 } else { 0 };
+                self.send(Message::Accept { waits_ms }, 20);
                 self.end.after(Duration::from_secs(20), Timed::NotDescribed);
             }
+            Action::EndAttempt => self.end_attempt(),
+            Action::Rejoin { started } => self.rejoin(started),
             Action::StartStages => {
                 self.is_running = true;
                 self.end.reads = true;
-                self.end.after(TICK, Timed::Tick);
+                if self.attempt == 1 {
+                    self.end.after(TICK, Timed::Tick);
+                }
             }
             Action::Report => self.acknowledge(),
             Action::StartDigests => self.digests_begun = true,
@@ -235,7 +287,16 @@ impl World<Checked<DestinationCourse>> for DestinationModel {
 
     async fn next(&mut self, course: &Checked<DestinationCourse>) -> Input {
         loop {
-            let input = match self.end.next().await {
+            let happened = tokio::select! {
+                biased;
+                happened = self.end.next() => happened,
+                Some(returned) = self.returns.recv() => {
+                    self.returned = Some(returned);
+                    self.end.faults.stepped();
+                    return Input::Returned;
+                }
+            };
+            let input = match happened {
                 Happened::Fault(fault) => Self::fault(fault),
                 Happened::Timed(timed) => self.timed(timed, &course.course),
                 Happened::Found(found) => self.found(found),
@@ -264,6 +325,11 @@ impl World<Checked<DestinationCourse>> for DestinationModel {
 pub(super) fn is_question(action: &Action) -> bool {
     matches!(
         action,
-        Action::NameStretch | Action::MakeDurable | Action::Prepare | Action::Start(_) | Action::Explain(_)
+        Action::NameStretch
+            | Action::MakeDurable
+            | Action::Prepare
+            | Action::Unprepare
+            | Action::Start(_)
+            | Action::Explain(_)
     )
 }

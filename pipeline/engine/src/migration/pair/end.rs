@@ -129,6 +129,10 @@ impl<T> End<T> {
         let seconds = |seconds: u16| Duration::from_secs(seconds.into());
         match fault {
             Fault::Cut => self.port.cut(),
+            Fault::Outage(time) => {
+                self.truth.lock().unwrap().refused_until = Some(Instant::now() + seconds(time));
+                self.port.cut();
+            }
             Fault::Mute => self.port.mute(),
             Fault::Stop(time) => self.stop = Some(seconds(time)),
             Fault::Stall(time) => self.truth.lock().unwrap().stalled_until = Some(Instant::now() + seconds(time)),

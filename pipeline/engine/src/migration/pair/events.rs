@@ -12,7 +12,10 @@ pub(super) struct Events {
     pub(super) paused: u32,
     pub(super) resumed: u32,
     pub(super) handed_over: u32,
+    is_handed_over: bool,
+    is_paused: bool,
     pub(super) warnings: u32,
+    pub(super) disconnected: u32,
     /// The last round that was scanned, sent, and followed by a sync.
     scanned: u32,
     sent: u32,
@@ -26,6 +29,25 @@ impl Events {
     /// If it may not follow what was noted before.
     pub(super) fn note(&mut self, event: &Event) -> Result<(), String> {
         let follows = match event {
+            Event::Phase(Phase::Disconnected) => self.disconnected > 0,
+            // Go is answered once more.
+            Event::Phase(Phase::Switchover) if self.is_handed_over => self.disconnected > 0,
+            Event::Disconnected { .. } => {
+                self.disconnected += 1;
+                true
+            }
+            Event::Reconnected { .. } => {
+                // What is left of a round is sent as the same one.
+                self.scanned = self.sent;
+                true
+            }
+            Event::Phase(Phase::Active) if self.disconnected > 0 => {
+                // Rounds, and a switchover, follow again. An earlier Go starts nothing any more.
+                self.phases = 2;
+                self.is_handed_over = false;
+                self.is_paused = false;
+                true
+            }
             Event::Phase(phase) => {
                 self.phases += 1;
                 PHASES.get(self.phases - 1) == Some(phase)
@@ -39,15 +61,15 @@ impl Events {
             }
             Event::Paused => {
                 self.paused += 1;
-                self.paused == 1 && self.phases == 3
+                !std::mem::replace(&mut self.is_paused, true) && self.phases == 3
             }
             Event::HandedOver => {
                 self.handed_over += 1;
-                self.handed_over == 1 && self.phases == 3
+                !std::mem::replace(&mut self.is_handed_over, true) && self.phases == 3
             }
             Event::Resumed => {
                 self.resumed += 1;
-                self.resumed == 1 && self.paused <= 1
+                self.resumed <= self.paused.max(1)
             }
             Event::Warning(_) => {
                 self.warnings += 1;

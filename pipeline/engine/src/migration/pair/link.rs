@@ -14,7 +14,7 @@ pub(super) enum Packet {
     Hello,
     Message(Message),
     /// Pages of a lane.
-    Pages(Vec<Frame>),
+    Pages(u16, Vec<Frame>),
     /// A lane's round is complete.
     RoundComplete,
     /// The lane's last frame was sent.
@@ -112,6 +112,13 @@ impl Port {
         if !self.is_cut && !self.is_muted {
             drop(self.out.send((at.max(Instant::now()), Found::Lost)));
         }
+    }
+
+    /// This end has no connection any more.
+    pub(super) fn end(&mut self) {
+        self.close(None);
+        self.next = None;
+        self.is_over = true;
     }
 
     /// The process of this end is stopped for this time: the peer receives nothing from it.

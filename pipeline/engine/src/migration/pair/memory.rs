@@ -103,6 +103,14 @@ impl SourceMemory {
         frames
     }
 
+    /// These pages did not arrive: they are dirty, and nothing is known of what the destination holds of them (law 6).
+    pub(super) fn put_back(&mut self, pages: impl Iterator<Item = usize>) {
+        for page in pages {
+            self.dirty[page] = true;
+            self.cache[page] = None;
+        }
+    }
+
     pub(super) fn versions(&self) -> &[u32] {
         &self.versions
     }

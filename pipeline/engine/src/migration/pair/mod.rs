@@ -18,7 +18,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use memferry_stages::wire::Message;
-use memferry_stages::wire::messages::RunState;
+use memferry_stages::wire::messages::{Resume, RunState};
+use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use super::course::destination::DestinationCourse;
@@ -27,10 +28,10 @@ use super::driver::{Course, drive};
 use super::error::{MigrationError, Silence};
 use crate::events::{DowntimeParts, Role};
 use crate::guest::GuestError;
-use crate::settings::{After, ConvergenceSettings, OnDeadline, SourceSettings, StallStep, Verify};
+use crate::settings::{After, ConvergenceSettings, OnDeadline, RecoverySettings, SourceSettings, StallStep, Verify};
 use destination::DestinationModel;
 use end::End;
-use link::link;
+use link::{Port, link};
 use memory::SourceMemory;
 use script::{Fault, Faults, Scene, Script, Side};
 use source::SourceModel;
@@ -56,6 +57,8 @@ struct Shared {
     start_begun: bool,
     /// Percent of its time that the source's guest is throttled.
     throttled: u8,
+    /// No link is made until then.
+    refused_until: Option<Instant>,
     /// The destination takes no pages until then.
     stalled_until: Option<Instant>,
     /// Does a peer lie? Then what follows from its words is its own.
@@ -206,7 +209,12 @@ async fn run_both(script: &Script) -> Ran {
         shared.source_runs = scene.was_running;
         let mut lies = script.faults.iter().filter(|(_, _, fault)| matches!(fault, Fault::Lie(_)));
         shared.lies_to_destination = lies.clone().any(|(side, ..)| *side == Side::Destination);
-        let claims = |number| matches!(lie(number), Message::Running | Message::StartFailed(_));
+        let claims = |number| {
+            matches!(
+                lie(number),
+                Message::Running | Message::StartFailed(_) | Message::Resume(Resume { started: true, .. })
+            )
+        };
         shared.claims_start = lies.clone().any(|&(_, _, fault)| matches!(fault, Fault::Lie(number) if claims(number)));
         shared.lies = lies.next().is_some();
         let has = |wanted| script.faults.iter().any(|(_, _, fault)| *fault == wanted);
@@ -215,15 +223,21 @@ async fn run_both(script: &Script) -> Ran {
         shared.copies = !scene.return_path && scene.resumes;
     }
     let settings = settings(&scene);
-    let [here, there] = link(Duration::from_millis(1), 2e6, settings.peer_timeout, !scene.return_path);
+    let [here, there] = make_link(&scene);
     let memory = SourceMemory::new(scene.writes.into(), 7);
     let here = End::new(truth.clone(), Faults::of(script, Side::Source), here);
-    let mut source = SourceModel::new(here, memory, scene, settings.clone());
-    let mut destination =
-        DestinationModel::new(End::new(truth.clone(), Faults::of(script, Side::Destination), there), scene);
-    let facts =
-        Facts { was: scene.was(), return_path: scene.return_path, hints: scene.hints, page_bytes: memory::PAGE_BYTES };
-    let handover_timeout = settings.handover_timeout;
+    let (returns, returned) = mpsc::unbounded_channel();
+    let mut source = SourceModel::new(here, memory, scene, settings.clone(), returns);
+    let there = End::new(truth.clone(), Faults::of(script, Side::Destination), there);
+    let mut destination = DestinationModel::new(there, scene, returned);
+    let facts = Facts {
+        was: scene.was(),
+        return_path: scene.return_path,
+        recovers: scene.recovers,
+        hints: scene.hints,
+        page_bytes: memory::PAGE_BYTES,
+    };
+    let (handover_timeout, recovery) = (settings.handover_timeout, settings.recovery);
     let mut source_course = Checked {
         course: SourceCourse::new(settings, facts),
         steps: 0,
@@ -231,7 +245,7 @@ async fn run_both(script: &Script) -> Ran {
         truth: truth.clone(),
     };
     let mut destination_course = Checked {
-        course: DestinationCourse::new(handover_timeout),
+        course: DestinationCourse::new(handover_timeout, recovery),
         steps: 0,
         is_question: destination::is_question,
         truth: truth.clone(),
@@ -309,11 +323,15 @@ fn judge_reports(source: &mut SourceModel, destination: &DestinationModel, here:
     };
     let events = &source.end.events;
     let completed = here == Ended::Completed;
-    report(!completed || (events.are_complete() && events.paused == 1), "a source completed without its phases");
+    let interrupted = events.disconnected;
+    report(
+        !completed || (events.are_complete() && (1..=1 + interrupted).contains(&events.paused)),
+        "a source completed without its phases",
+    );
     report(events.resumed == source.resumed, "a guest runs here again and it is not reported, or it does not");
     report(!source.window_is_open, "hints may come when the source is over");
     let is_handed_over = source.end.truth.lock().unwrap().go_left;
-    report((events.handed_over == 1) == is_handed_over, "Go has left and it is not reported, or it has not");
+    report((events.handed_over > 0) == is_handed_over, "Go has left and it is not reported, or it has not");
     let events = &destination.end.events;
     report(there != Ended::Completed || events.are_complete(), "a destination completed without its phases");
     let start_begun = destination.end.truth.lock().unwrap().start_begun;
@@ -330,7 +348,7 @@ fn judge_reports(source: &mut SourceModel, destination: &DestinationModel, here:
 /// Drives the source to its end, sends its last message and closes its side.
 async fn source_ends(course: &mut Checked<SourceCourse>, world: &mut SourceModel) -> Option<MigrationError> {
     let mistake = drive(course, world).await.err();
-    let farewell = course.course.conclusion().and_then(|conclusion| conclusion.end.farewell());
+    let farewell = course.course.farewell();
     world.end.port.close(farewell);
     mistake
 }
@@ -433,15 +451,22 @@ fn settings(scene: &Scene) -> SourceSettings {
         after: (!scene.return_path).then_some(if scene.resumes { After::Resume } else { After::Pause }),
         handover_timeout: Duration::from_secs(20),
         peer_timeout: Duration::from_secs(30),
+        recovery: if scene.recovers { RecoverySettings::default() } else { RecoverySettings::OFF },
         convergence: ConvergenceSettings { on_stall, stall_rounds: 2, ..ConvergenceSettings::default() },
         ..SourceSettings::default()
     }
 }
 
+/// The link of an attempt.
+fn make_link(scene: &Scene) -> [Port; 2] {
+    let settings = settings(scene);
+    link(Duration::from_millis(1), 2e6, settings.peer_timeout, !scene.return_path)
+}
+
 /// The message of a peer that lies.
 fn lie(number: u8) -> Message {
     let lies = [
-        Message::Accept,
+        Message::Accept { waits_ms: 0 },
         Message::Ready,
         Message::Loaded { verified: true },
         Message::Loaded { verified: false },
@@ -452,12 +477,15 @@ fn lie(number: u8) -> Message {
         Message::Go(RunState::Running),
         Message::End { run_state: RunState::Running, frames: 3 },
         Message::Heartbeat(Vec::new()),
+        Message::Resume(Resume { started: true, frames: Vec::new() }),
+        Message::Resume(Resume::default()),
+        Message::Settled,
     ];
     lies[usize::from(number) % lies.len()].clone()
 }
 
 /// How many lies there are.
-const LIES: u8 = 11;
+const LIES: u8 = 14;
 
 fn guest_error() -> MigrationError {
     MigrationError::Guest(GuestError("the guest fails".into()))

@@ -29,6 +29,8 @@ pub(super) struct Scene {
     pub(super) return_path: bool,
     /// Without a return path: the guest is resumed once the stream is complete.
     pub(super) resumes: bool,
+    /// A lost connection is made again.
+    pub(super) recovers: bool,
 }
 
 /// A fault, or what an operator does.
@@ -36,6 +38,8 @@ pub(super) struct Scene {
 pub(super) enum Fault {
     /// The link is cut. Both ends notice.
     Cut,
+    /// The link is cut, and not made again for this number of seconds.
+    Outage(u16),
     /// What this end sends is lost from here on.
     Mute,
     /// This end is cancelled.
@@ -84,7 +88,11 @@ impl Scene {
         switches_at_deadline: true,
         return_path: true,
         resumes: false,
+        recovers: false,
     };
+
+    /// A lost connection is made again.
+    pub(super) const RECOVERS: Self = Self { recovers: true, ..Self::PLAIN };
 
     /// A stream that is stored, and a guest that stays paused.
     pub(super) const STORED: Self = Self { return_path: false, ..Self::PLAIN };

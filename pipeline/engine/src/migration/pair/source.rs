@@ -9,18 +9,20 @@ use memferry_stages::sender::Sent;
 use memferry_stages::stage_id::StageId;
 use memferry_stages::tally::RoundTally;
 use memferry_stages::wire::Message;
+use memferry_stages::wire::messages::Resume;
+use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use super::end::{End, Happened};
-use super::link::{Found, Packet};
+use super::link::{Found, Packet, Port};
 use super::memory::{Frame, PAGE_BYTES, PAGES, SourceMemory};
 use super::requests::Requests;
 use super::script::{Fault, Scene};
-use super::{Checked, change, lie, silence};
+use super::{Checked, change, lie, make_link, silence};
 use crate::control::Request;
 use crate::controller::forecast::{Standing, Work};
 use crate::events::Role;
-use crate::migration::course::source::{Action, Input, SourceCourse};
+use crate::migration::course::source::{Action, Connected, Input, Returned, SourceCourse};
 use crate::migration::driver::World;
 use crate::migration::error::{Failure, Loss, MigrationError};
 use crate::settings::SourceSettings;
@@ -45,6 +47,8 @@ pub(super) enum Timed {
     FileComplete,
     /// The destination has not answered in time.
     NotAnswered,
+    /// It is not reached again.
+    NotReached,
 }
 
 /// How far the destination is reached.
@@ -52,6 +56,8 @@ pub(super) enum Timed {
 enum Reach {
     Accept,
     Ready(Instant),
+    /// After a lost connection: it is to say what it has, and then that it is ready.
+    Resume(Option<Resume>),
     Reached,
 }
 
@@ -73,6 +79,10 @@ pub(super) struct SourceModel {
     scene: Scene,
     reach: Reach,
     scan: Option<Scan>,
+    /// Where the destination finds a link that is made again, with its attempt.
+    returns: mpsc::UnboundedSender<(u32, Port)>,
+    /// The pages of each frame of the attempt, by lane.
+    frames: Vec<Vec<Vec<usize>>>,
     /// Pages sent and loaded.
     sent: u64,
     loaded: u64,
@@ -89,6 +99,8 @@ pub(super) struct SourceModel {
     throttle_failed: bool,
     /// May hints come?
     pub(super) window_is_open: bool,
+    /// How long the destination waits for this source.
+    awaited: Duration,
     /// Was a cancel delivered?
     pub(super) cancelled: bool,
     released: bool,
@@ -101,13 +113,21 @@ pub(super) struct SourceModel {
 }
 
 impl SourceModel {
-    pub(super) fn new(end: End<Timed>, memory: SourceMemory, scene: Scene, settings: SourceSettings) -> Self {
+    pub(super) fn new(
+        end: End<Timed>,
+        memory: SourceMemory,
+        scene: Scene,
+        settings: SourceSettings,
+        returns: mpsc::UnboundedSender<(u32, Port)>,
+    ) -> Self {
         Self {
             end,
             memory,
             scene,
             reach: Reach::Accept,
             scan: None,
+            returns,
+            frames: vec![Vec::new(); usize::from(scene.lanes)],
             sent: 0,
             loaded: 0,
             bulk_bytes: 0,
@@ -120,6 +140,7 @@ impl SourceModel {
             requests: Requests::new(settings),
             throttle_failed: false,
             window_is_open: false,
+            awaited: Duration::ZERO,
             cancelled: false,
             released: false,
             measured: false,
@@ -154,7 +175,8 @@ impl SourceModel {
             None => message,
         };
         match (&self.reach, message) {
-            (Reach::Accept, Message::Accept) => {
+            (Reach::Accept, Message::Accept { waits_ms }) => {
+                self.awaited = Duration::from_millis(waits_ms);
                 self.end.port.send(0, Packet::Message(Message::Blocks(Vec::new())), 100);
                 self.reach = Reach::Ready(Instant::now());
                 None
@@ -162,8 +184,21 @@ impl SourceModel {
             (&Reach::Ready(asked), Message::Ready) => {
                 self.reach = Reach::Reached;
                 self.end.forget(|timed| matches!(timed, Timed::NotAnswered));
-                Some(Input::Connected(asked.elapsed()))
+                Some(Input::Connected(Connected { answered_in: asked.elapsed(), awaited: self.awaited }))
             }
+            (Reach::Resume(None), Message::Resume(resume)) => {
+                self.reach = Reach::Resume(Some(resume));
+                None
+            }
+            (Reach::Resume(Some(resume)), Message::Ready) => {
+                let resume = resume.clone();
+                self.reach = Reach::Reached;
+                self.end.forget(|timed| matches!(timed, Timed::NotReached));
+                Some(Input::Returned(self.put_back(&resume)))
+            }
+            (Reach::Resume(_), message @ (Message::Refused(_) | Message::Abort(_))) => Some(Input::Received(message)),
+            (Reach::Resume(_), Message::Heartbeat(_)) => None,
+            (Reach::Resume(_), other) => Some(self.not_reached(MigrationError::Protocol(format!("{other:?}")))),
             (Reach::Reached, Message::Progress(progress)) => {
                 self.loaded = progress.bytes.min(self.sent);
                 let frames = progress.frames.iter().sum();
@@ -180,6 +215,9 @@ impl SourceModel {
         match found {
             Found::Packet(Packet::Message(message)) => self.received(message),
             Found::Packet(_) => None,
+            Found::Lost | Found::Silent if matches!(self.reach, Reach::Resume(_)) => {
+                Some(self.not_reached(MigrationError::Lost(Loss::ReaderEnded)))
+            }
             Found::Lost => Some(Input::Failed(MigrationError::Lost(Loss::ReaderEnded))),
             Found::Silent => Some(Input::Failed(MigrationError::Silent(silence(Role::Destination)))),
         }
@@ -188,7 +226,9 @@ impl SourceModel {
     fn timed(&mut self, timed: Timed) -> Option<Input> {
         match timed {
             Timed::Tick => {
-                self.end.after(TICK, Timed::Tick);
+                // A long outage takes few steps.
+                let is_reached = matches!(self.reach, Reach::Reached);
+                self.end.after(if is_reached { TICK } else { 20 * TICK }, Timed::Tick);
                 Some(Input::Tick { standing: self.standing(), bulk_bytes: self.bulk_bytes })
             }
             Timed::Chunk => {
@@ -203,7 +243,8 @@ impl SourceModel {
                 Some(Input::Synced { found, standing: self.standing() })
             }
             Timed::Digested => Some(Input::Digested),
-            Timed::Opened => Some(Input::Connected(Duration::ZERO)),
+            Timed::Opened => Some(Input::Connected(Connected { answered_in: Duration::ZERO, awaited: Duration::ZERO })),
+            Timed::NotReached => Some(self.not_reached(MigrationError::TimedOut("nobody answers".into()))),
             Timed::FileComplete => Some(Input::FileComplete),
             Timed::NotAnswered => Some(Input::Failed(MigrationError::TimedOut("no answer".into()))),
         }
@@ -235,7 +276,8 @@ impl SourceModel {
             tally.pages.bytes_out += bytes;
             self.sent += frames.len() as u64;
             self.bulk_bytes += bytes;
-            left = left.max(self.end.port.send(usize::from(lane % 2), Packet::Pages(frames), bytes));
+            self.frames[usize::from(lane)].push(frames.iter().map(|frame| frame.page).collect());
+            left = left.max(self.end.port.send(usize::from(lane % 2), Packet::Pages(lane, frames), bytes));
         }
         scan.next += CHUNK;
         if scan.next < PAGES {
@@ -253,6 +295,58 @@ impl SourceModel {
                 self.end.at(left, Timed::Sent(Sent { lane, mark: Mark::LaneEnds }));
             }
         }
+    }
+
+    /// A try to reach the destination again has failed.
+    fn not_reached(&mut self, why: MigrationError) -> Input {
+        self.end.forget(|timed| matches!(timed, Timed::NotReached));
+        self.end.port.end();
+        Input::NotReached(why)
+    }
+
+    /// What the destination has not loaded is dirty again.
+    fn put_back(&mut self, resume: &Resume) -> Returned {
+        let mut put_back_pages = 0;
+        for (lane, frames) in self.frames.iter_mut().enumerate() {
+            let loaded = resume.frames.get(lane).and_then(|&frames| usize::try_from(frames).ok());
+            let loaded = loaded.unwrap_or(0).min(frames.len());
+            let lost: Vec<_> = frames.split_off(loaded).into_iter().flatten().collect();
+            put_back_pages += lost.len() as u64;
+            self.memory.put_back(lost.into_iter());
+            frames.clear();
+        }
+        Returned { started: resume.started, put_back_pages }
+    }
+
+    /// The connection is lost: what was begun is over.
+    fn end_attempt(&mut self) {
+        self.end.port.end();
+        self.end.forget(|timed| !matches!(timed, Timed::Tick));
+        self.scan = None;
+        self.sent = 0;
+        self.loaded = 0;
+        self.state_sent = false;
+        self.end_sent = false;
+        self.digests_begun = false;
+        self.waited_for.clear();
+        // No decision follows the sync of a source that returns.
+        self.measured = true;
+    }
+
+    /// Makes a link again.
+    fn reach_again(&mut self, attempt: u32) {
+        self.end.forget(|timed| matches!(timed, Timed::NotReached));
+        let refused_until = self.end.truth.lock().unwrap().refused_until;
+        self.reach = Reach::Resume(None);
+        if refused_until.is_some_and(|until| until > Instant::now()) {
+            self.end.port.end();
+            return self.end.after(MS, Timed::NotReached);
+        }
+        let [here, there] = make_link(&self.scene);
+        self.end.port = here;
+        // The destination may be gone: then nobody answers.
+        drop(self.returns.send((attempt, there)));
+        self.end.after(Duration::from_secs(20), Timed::NotReached);
     }
 
     /// The input for a fault.
@@ -368,6 +462,11 @@ impl SourceModel {
                     self.resumed += 1;
                     change(&self.end.truth, |shared| shared.source_runs = true);
                 }
+                if resumed.is_ok() {
+                    self.pause_called = false;
+                    self.paused = false;
+                    self.released = false;
+                }
                 Input::Resumed(resumed)
             }
             Action::Explain(failure) => Input::Failed(MigrationError::Stage(failure)),
@@ -379,6 +478,8 @@ impl SourceModel {
     fn order(&mut self, order: Action, course: &SourceCourse) {
         match order {
             Action::Answer(answer, result) => drop(answer.send(result)),
+            Action::EndAttempt => self.end_attempt(),
+            Action::Return { attempt } => self.reach_again(attempt),
             Action::Connect if !self.scene.return_path => {
                 self.end.port.send(0, Packet::Hello, 100);
                 self.end.port.send(0, Packet::Message(Message::Blocks(Vec::new())), 100);
@@ -390,7 +491,9 @@ impl SourceModel {
             }
             Action::StartStages(bandwidth) => {
                 self.requests.stages_start(bandwidth, course.settings());
-                self.end.after(Duration::ZERO, Timed::Tick);
+                if course.outages().lost == 0 {
+                    self.end.after(Duration::ZERO, Timed::Tick);
+                }
             }
             Action::SetBandwidth(bandwidth) => self.requests.set_bandwidth(bandwidth),
             Action::SetCache(bytes) => self.requests.set_cache(bytes),

@@ -16,7 +16,7 @@ const RUNS: usize = 10_000;
 /// Seeds the runs with several faults.
 const SEED: u64 = 14;
 
-const SCENES: [Scene; 12] = [
+const SCENES: [Scene; 17] = [
     Scene::PLAIN,
     Scene { verify: false, ..Scene::PLAIN },
     Scene { hints: true, ..Scene::PLAIN },
@@ -28,6 +28,11 @@ const SCENES: [Scene; 12] = [
     Scene::STORED,
     Scene { resumes: true, hints: true, ..Scene::STORED },
     Scene { verify: false, was_running: false, lanes: 1, ..Scene::STORED },
+    Scene::RECOVERS,
+    Scene { verify: false, lanes: 1, ..Scene::RECOVERS },
+    Scene { hints: true, ..Scene::RECOVERS },
+    Scene { was_running: false, ..Scene::RECOVERS },
+    Scene { limit: 5, writes: 5000, throttles: true, ..Scene::RECOVERS },
     // The last: its deadline cancels it.
     Scene { limit: 5, writes: 5000, throttles: true, deadline: Some(400), switches_at_deadline: false, ..Scene::PLAIN },
 ];
@@ -36,6 +41,8 @@ const SCENES: [Scene; 12] = [
 fn faults(side: Side, step: u32) -> Vec<Fault> {
     let mut faults = vec![
         Fault::Cut,
+        Fault::Outage(1),
+        Fault::Outage(400),
         Fault::Mute,
         Fault::Cancel,
         Fault::Stop(1),

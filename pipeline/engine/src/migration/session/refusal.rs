@@ -46,6 +46,12 @@ pub(super) enum Refusal {
     Incomplete { came: usize, of: usize, why: Incomplete },
     #[error("a guest is received from {0} here: try again when it has arrived, or another address")]
     Busy(Untrusted),
+    #[error("it returns to a migration that is not received here")]
+    NotLost,
+    #[error("it is attempt {attempt} of its migration, and attempt {latest} has begun")]
+    OldAttempt { attempt: u32, latest: u32 },
+    #[error("it does not prove that it is the source whose connection was lost")]
+    NotProven,
     #[error("{0}: raise its limit of open files (ulimit -n), or end what holds them")]
     Shortage(Shortage),
 }
@@ -84,6 +90,7 @@ impl Refusal {
             | Self::PageSize { .. }
             | Self::NoDigests => TurnedAwayKind::Unfit,
             Self::Busy(_) => TurnedAwayKind::Busy,
+            Self::NotLost | Self::OldAttempt { .. } | Self::NotProven => TurnedAwayKind::NotProven,
             Self::Contradicts | Self::Occupied(_) => TurnedAwayKind::Contradicts,
             Self::Incomplete { why: Incomplete::Shortage(_), .. } | Self::Shortage(_) => TurnedAwayKind::Shortage,
             Self::Incomplete { .. } => TurnedAwayKind::Incomplete,

@@ -11,7 +11,7 @@ use tokio::task::JoinHandle;
 
 use super::*;
 use crate::events::{Event, Observer, Observers, Role, TurnedAwayKind};
-use memferry_stages::wire::ConnectionRole;
+use memferry_stages::wire::{ConnectionRole, Meeting, Nonce, Prover, Secret};
 
 /// No test here takes this long unless it hangs.
 const HANG: Duration = Duration::from_secs(60);
@@ -73,7 +73,7 @@ impl Gathering {
         });
         let turned_away = Arc::new(TurnedAways::new(Observers::new(Role::Destination, vec![observer])));
         let settings = DestinationSettings { hello_timeout, ..DestinationSettings::default() };
-        let door = Door::open(listener, settings, turned_away.clone());
+        let door = Door::open(listener, settings, turned_away.clone(), Arc::default());
         let task = tokio::spawn(door.gather());
         Self { transport, is_short, accepted, turned_away_events, turned_away, task }
     }
@@ -262,7 +262,7 @@ async fn while_a_guest_is_received_another_source_is_told_so_and_the_listener_st
     let (session, door) = *tokio::time::timeout(HANG, task).await.expect("it hangs").unwrap().unwrap();
     assert_eq!(session.hello.session, SessionId([2; 16]));
     assert!(incomplete.refused().await.contains("a guest is received from"));
-    let refusing = tokio::spawn(door.refuse_everybody());
+    let refusing = tokio::spawn(door.await_return(mpsc::channel(1).0));
     for number in 3..6 {
         let mut late = knock(&transport, number, 0, 1).await;
         assert!(late.refused().await.contains("try again when it has arrived"));
@@ -272,4 +272,72 @@ async fn while_a_guest_is_received_another_source_is_told_so_and_the_listener_st
     turned_away.finish();
     let kinds: Vec<_> = turned_away_events.lock().unwrap().iter().map(|(kind, count, _)| (*kind, *count)).collect();
     assert_eq!(kinds, [(TurnedAwayKind::Busy, 1), (TurnedAwayKind::Busy, 3)]);
+}
+
+/// A connection of a source that returns with this secret, as this attempt. Whether it is challenged, and how it is refused.
+async fn returns(
+    transport: &MemoryTransport,
+    attempt: u32,
+    secret: &Secret,
+    change: impl FnOnce(&mut Hello),
+) -> (Source, Option<Untrusted>) {
+    let mut sent = None;
+    let mut source = knock_with(transport, 2, 0, 1, |hello| {
+        (hello.attempt, hello.nonce) = (attempt, Nonce([u8::try_from(attempt).unwrap(); 32]));
+        change(hello);
+        sent = Some(hello.clone());
+    })
+    .await;
+    let hello = sent.expect("it was sent");
+    let heard = tokio::time::timeout(HANG, source.reader.next()).await.expect("it hangs").unwrap();
+    let nonce = match heard {
+        Some(Incoming::Message { message: Message::Challenge { nonce, .. }, .. }) => nonce,
+        Some(Incoming::Message { message: Message::Refused(why), .. }) => return (source, Some(why)),
+        other => panic!("{other:?}"),
+    };
+    let (session, connection) = (hello.session, hello.connection);
+    let meeting = Meeting { session, attempt, connection, source: hello.nonce, destination: nonce };
+    source.writer.write_all(&Message::Proof(secret.prove(Prover::Source, &meeting)).encode(0)).await.unwrap();
+    (source, None)
+}
+
+#[tokio::test]
+async fn the_source_that_was_lost_returns_and_nobody_in_its_place() {
+    let secret = Secret::from([7; 32]);
+    let gathering = Gathering::start(HANG).await;
+    let _first = gathering.knock(2, 0, 1).await;
+    let Gathering { transport, task, turned_away_events, turned_away, .. } = gathering;
+    let (session, door) = *tokio::time::timeout(HANG, task).await.expect("it hangs").unwrap().unwrap();
+    let known = door.reception.known.clone();
+    let (returned, mut returning) = mpsc::channel(1);
+    let waiting = tokio::spawn(door.await_return(returned));
+
+    // It has not sent its secret yet.
+    let (_, refused) = returns(&transport, 2, &secret, |_| ()).await;
+    assert_eq!(refused, Some(Refusal::NotLost.to_string().into()));
+    known.learn(&session.hello, secret.clone(), HANG);
+
+    let (mut stranger, refused) = returns(&transport, 2, &Secret::from([8; 32]), |_| ()).await;
+    assert_eq!((refused, stranger.refused().await), (None, Refusal::NotProven.to_string().into()));
+    let (_, refused) = returns(&transport, 2, &secret, |hello| hello.session = SessionId([9; 16])).await;
+    assert_eq!(refused, Some(Refusal::NotLost.to_string().into()));
+    let (_, refused) = returns(&transport, 2, &secret, |hello| hello.features = vec!["lz4".into()]).await;
+    assert_eq!(refused, Some(Refusal::Contradicts.to_string().into()));
+
+    let (_source, refused) = returns(&transport, 5, &secret, |_| ()).await;
+    let session = tokio::time::timeout(HANG, returning.recv()).await.expect("it hangs").expect("it listens");
+    assert_eq!((refused, session.hello.attempt), (None, 5));
+    for attempt in [5, 4, 0] {
+        let (_, refused) = returns(&transport, attempt, &secret, |_| ()).await;
+        assert_eq!(refused, Some(Refusal::OldAttempt { attempt, latest: 5 }.to_string().into()));
+    }
+    // None of that has closed the door.
+    let (_source, _) = returns(&transport, 6, &secret, |_| ()).await;
+    let session = tokio::time::timeout(HANG, returning.recv()).await.expect("it hangs").expect("it listens");
+    assert_eq!(session.hello.attempt, 6);
+    waiting.abort();
+    turned_away.finish();
+    let turned_away_events = turned_away_events.lock().unwrap();
+    let not_proven = turned_away_events.iter().filter(|(kind, ..)| *kind == TurnedAwayKind::NotProven);
+    assert_eq!(not_proven.map(|(_, count, _)| count).sum::<u64>(), 6);
 }

@@ -28,10 +28,11 @@ impl Source<'_> {
         let completed = course.conclusion().is_some_and(|conclusion| matches!(conclusion.end, End::Completed));
         self.report_last_progress(&course, completed);
         let ended = self.ended(&course);
+        let farewell = course.farewell();
         let conclusion = course.into_conclusion(mistake);
         let ended = self.report_end(&conclusion, ended);
         // The verdict is final; only cleanup remains.
-        self.take_leave(conclusion.end.farewell()).await;
+        self.take_leave(farewell).await;
         // No stage runs any more: nothing is scanned or synced after this.
         self.transfer.hints.reach(Point::Cleanup, &self.observers).await;
         for failure in self.transfer.stop_logs().await {
@@ -55,7 +56,7 @@ impl Source<'_> {
                 }
                 flow.graph.end().await;
             }
-            Attempt::None | Attempt::Reaching(_) | Attempt::Linked(_) => {}
+            Attempt::None | Attempt::Reaching(_) | Attempt::ReachingAgain(_) | Attempt::Linked(_) => {}
         }
     }
 
@@ -79,6 +80,7 @@ impl Source<'_> {
             cpu: self.rates.cpu(),
             stages,
             resume_failed: false,
+            outages: course.outages(),
         }
     }
 

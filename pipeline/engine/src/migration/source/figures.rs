@@ -29,8 +29,10 @@ pub(super) struct Rates {
 
 impl Rates {
     /// The stages run from here on. Rates count from this moment: a small guest may be read before the first tick.
-    pub(super) fn begin(&mut self, watch: Watch) {
-        self.wire.tick(0);
+    pub(super) fn begin(&mut self, watch: Watch, wire_bytes: u64) {
+        self.wire.tick(wire_bytes);
+        // Those of an attempt before were counted by other stages.
+        self.pages = Speed::default();
         self.pages.tick(0);
         self.watch = Some(watch);
     }
@@ -107,7 +109,7 @@ impl Source<'_> {
             round: course.round().max(1),
             remaining_bytes: Some(self.transfer.page_bytes(now.dirty_pages + now.in_flight_pages)),
             total_bytes: self.transfer.layout().bytes(),
-            wire_bytes: flow.wire_bytes(),
+            wire_bytes: self.earlier_bytes + flow.wire_bytes(),
             downtime_limit: course.controller().downtime_limit(),
             stages: flow.graph.readings(),
             cpu: self.rates.cpu(),
@@ -116,19 +118,20 @@ impl Source<'_> {
     }
 
     pub(super) fn figures(&self, verify: Verify) -> Figures {
-        self.attempt.flow().map(|flow| self.figures_of(flow, verify)).unwrap_or_default()
+        let ended = || Figures { wire_bytes: self.earlier_bytes, ..Figures::default() };
+        self.attempt.flow().map_or_else(ended, |flow| self.figures_of(flow, verify))
     }
 
     fn figures_of(&self, flow: &Flow, verify: Verify) -> Figures {
         let (graph, transfer) = (&flow.graph, &self.transfer);
         let keeps = bounds::source_keeps(
             transfer.layout(),
-            graph.in_flight.memory_bytes(),
+            graph.lanes.in_flight.memory_bytes(),
             verify,
             transfer.hints.exclusions().is_some(),
         );
         Figures {
-            wire_bytes: flow.wire_bytes(),
+            wire_bytes: self.earlier_bytes + flow.wire_bytes(),
             memory_peak: bounds::peak(&graph.pools, &graph.meters, keeps)
                 + bounds::logs_bytes(&transfer.logs)
                 + bounds::state_bytes(transfer.state_room.taken(), bounds::STATE_FRAMES),

@@ -59,11 +59,16 @@ pub(super) struct Flow {
     round_began: Vec<Reading>,
 }
 
+/// The times at which figures are taken.
+pub(super) fn ticks() -> Interval {
+    let mut ticks = tokio::time::interval(TICK);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    ticks
+}
+
 impl Flow {
     pub(super) fn new(graph: SourceGraph, return_path: Option<ReturnPath>, alive: Option<Alive>) -> Self {
-        let mut ticks = tokio::time::interval(TICK);
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        Self { graph, return_path, alive, ticks, round_began: Vec::new() }
+        Self { graph, return_path, alive, ticks: ticks(), round_began: Vec::new() }
     }
 
     /// Waits for the next signal. Safe to race in a `select!`.
@@ -98,7 +103,7 @@ impl Flow {
     /// # Errors
     /// When it cannot be true.
     pub(super) fn acknowledge(&self, acknowledged: &Acknowledged) -> Result<Input, MigrationError> {
-        let in_flight = &self.graph.in_flight;
+        let in_flight = &self.graph.lanes.in_flight;
         for (lane, &frames) in (0..).zip(&acknowledged.frames).take(self.graph.lanes()) {
             in_flight.acknowledge(lane, frames).map_err(|sent| {
                 MigrationError::Protocol(format!("lane {lane}: {frames} frames acknowledged of {sent} sent"))

@@ -30,6 +30,7 @@ use std::time::{Duration, Instant};
 
 use futures::future::BoxFuture;
 use memferry_transports::Transport;
+use tokio::time::Interval;
 
 use super::bounds;
 use super::course::source::{Facts, SourceCourse};
@@ -44,9 +45,9 @@ use crate::events::Observers;
 use crate::guest::SourceGuest;
 use crate::settings::SourceSettings;
 use figures::Rates;
-use flow::{Flow, Signal};
+use flow::{Flow, Signal, ticks};
 use operator::Operator;
-use reach::Reached;
+use reach::{Reached, ReachedAgain, Unreached};
 use transfer::Transfer;
 
 /// Moves a guest to the other end of `transport`, and returns when it is decided where the guest is.
@@ -73,6 +74,7 @@ pub async fn send(
     let facts = Facts {
         was: transfer.was,
         return_path: transport.capabilities().return_path,
+        recovers: reach::recovers(&settings, transport.capabilities()),
         hints: transfer.hints.may_come(),
         page_bytes: layout.page_size().bytes() as u64,
     };
@@ -90,6 +92,8 @@ pub async fn send(
         rates: Rates::default(),
         digests: Digests::None,
         is_throttled: false,
+        earlier_bytes: 0,
+        ticks: ticks(),
     };
     boxed(source, SourceCourse::new(settings, facts)).await
 }
@@ -120,6 +124,10 @@ struct Source<'a> {
     digests: Digests,
     /// Could the throttle not be lifted?
     is_throttled: bool,
+    /// Bytes handed to the transport in attempts that ended.
+    earlier_bytes: u64,
+    /// While there is no connection.
+    ticks: Interval,
 }
 
 /// What dies with a connection.
@@ -127,6 +135,8 @@ enum Attempt<'a> {
     None,
     /// The destination is being reached.
     Reaching(BoxFuture<'a, Result<Box<Reached>, MigrationError>>),
+    /// It is being reached again, after a lost connection.
+    ReachingAgain(BoxFuture<'a, Result<Box<ReachedAgain>, Unreached>>),
     /// It is ready, and the stages do not run yet.
     Linked(Box<Link>),
     Running(Box<Flow>),
@@ -135,6 +145,8 @@ enum Attempt<'a> {
 /// What happens at a source.
 enum Happened {
     Reached(Result<Box<Reached>, MigrationError>),
+    ReachedAgain(Result<Box<ReachedAgain>, Unreached>),
+    Tick,
     Signal(Signal),
     Asked(Request),
 }
@@ -144,6 +156,7 @@ impl Attempt<'_> {
     async fn next(&mut self) -> Happened {
         match self {
             Self::Reaching(reaching) => Happened::Reached(reaching.await),
+            Self::ReachingAgain(reaching) => Happened::ReachedAgain(reaching.await),
             Self::Running(flow) => Happened::Signal(flow.next().await),
             Self::None | Self::Linked(_) => std::future::pending().await,
         }

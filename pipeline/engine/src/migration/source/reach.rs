@@ -1,31 +1,55 @@
-//! The destination is reached: connections are opened and greeted, and it accepts the guest.
+//! The destination is reached: connections are opened and greeted, and it accepts the guest; or, after a lost connection, both ends prove
+//! themselves, and it says what it has.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::future::BoxFuture;
+use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::memory::GuestMemory;
-use memferry_stages::wire::messages::{Figure, StatePhase};
-use memferry_stages::wire::{Features, Message};
-use memferry_transports::Transport;
+use memferry_stages::wire::messages::{Resume, StatePhase};
+use memferry_stages::wire::{Features, Message, ReceivedParts, WireError};
+use memferry_transports::{Capabilities, Transport};
 
 use super::Source;
+use super::transfer::Agreement;
 use crate::guest::SourceGuest;
+use crate::migration::course::source::Connected;
 use crate::migration::course::times::build_of;
 use crate::migration::error::MigrationError;
-use crate::migration::link::{Greeted, Link, features};
+use crate::migration::link::{Greeted, Heard, Identity, Link, features};
 use crate::migration::plane::DataPlane;
 use crate::migration::state::{self, Room};
 use crate::migration::{blocking, bounds};
 use crate::settings::SourceSettings;
+use crate::values::whole_ms;
+
+/// How long one try to reach a destination again may take, until both ends have proven themselves.
+const LONGEST_TRY: Duration = Duration::from_secs(10);
 
 /// A destination that accepts.
 pub(super) struct Reached {
     pub(super) link: Link,
-    /// The time of one request and its answer, without the work that the destination reports.
-    pub(super) answered_in: Duration,
+    pub(super) connected: Connected,
     /// What guest state may still take.
     pub(super) room: Room,
+}
+
+/// A destination that is reached again after a lost connection.
+pub(super) struct ReachedAgain {
+    pub(super) link: Link,
+    /// What it had loaded, and whether it runs the guest.
+    pub(super) resume: Resume,
+    /// The received bitmap.
+    pub(super) received: DirtyBitmap,
+}
+
+/// Why the destination was not reached again.
+pub(super) struct Unreached {
+    /// What went wrong.
+    pub(super) error: MigrationError,
+    /// Had the destination proven that it is the one whose connection was lost?
+    pub(super) is_proven: bool,
 }
 
 /// The values needed to reach the destination, separate from the source, whose settings may be changed meanwhile.
@@ -35,6 +59,7 @@ struct Introduction {
     transport: Arc<dyn Transport>,
     settings: SourceSettings,
     features: Features,
+    identity: Identity,
     /// The limit for guest state.
     room: Room,
 }
@@ -42,7 +67,7 @@ struct Introduction {
 impl<'a> Source<'a> {
     /// Begins to reach the destination.
     pub(super) fn reach(
-        &self,
+        &mut self,
         settings: &SourceSettings,
     ) -> Result<BoxFuture<'a, Result<Box<Reached>, MigrationError>>, MigrationError> {
         let transfer = &self.transfer;
@@ -55,40 +80,86 @@ impl<'a> Source<'a> {
         let features = Features {
             left_out: may_leave_out,
             ignored_blocks: transfer.layout().blocks().iter().any(|block| block.ignored),
+            recovery: recovers(settings, self.transport.capabilities()),
             ..features(settings)
         };
-        let introduction = Introduction {
+        self.transfer.agreement = Some(Agreement { features, identity: Identity::new(features)? });
+        Ok(Box::pin(self.introduction(settings)?.make(self.plane)))
+    }
+
+    /// Begins to reach the destination again, as this attempt.
+    pub(super) fn reach_again(
+        &mut self,
+        settings: &SourceSettings,
+        attempt: u32,
+    ) -> Result<BoxFuture<'a, Result<Box<ReachedAgain>, Unreached>>, MigrationError> {
+        if let Some(agreement) = &mut self.transfer.agreement {
+            agreement.identity.attempt = attempt;
+        }
+        Ok(Box::pin(self.introduction(settings)?.make_again(self.plane)))
+    }
+
+    fn introduction(&self, settings: &SourceSettings) -> Result<Introduction, MigrationError> {
+        let transfer = &self.transfer;
+        let agreement = transfer.agreement.clone();
+        let Agreement { features, identity } =
+            agreement.ok_or_else(|| MigrationError::Mistake("the source has no identity".into()))?;
+        Ok(Introduction {
             guest: transfer.guest.clone(),
             memory: transfer.memory.clone(),
             transport: self.transport.clone(),
             settings: settings.clone(),
             features,
+            identity,
             room: transfer.state_room,
-        };
-        Ok(Box::pin(introduction.make(self.plane)))
+        })
     }
+}
+
+/// Is a lost connection made again? A page that is lost is sent again only if it is known to be lost: payloads need checksums (law 8).
+pub(super) fn recovers(settings: &SourceSettings, transport: Capabilities) -> bool {
+    settings.recovery.attempts > 0 && settings.checksum && transport.return_path
 }
 
 impl Introduction {
     async fn make(mut self, plane: &DataPlane) -> Result<Box<Reached>, MigrationError> {
         let mut link = self.connect(plane).await?;
-        let answered_in = self.agree(&mut link).await?;
-        Ok(Box::new(Reached { link, answered_in, room: self.room }))
+        let connected = self.agree(&mut link).await?;
+        Ok(Box::new(Reached { link, connected, room: self.room }))
+    }
+
+    async fn make_again(self, plane: &DataPlane) -> Result<Box<ReachedAgain>, Unreached> {
+        let unproven = |error| Unreached { error, is_proven: false };
+        let connected = tokio::time::timeout(LONGEST_TRY, self.connect(plane)).await;
+        let nobody = || MigrationError::TimedOut(format!("{} does not answer", self.transport.address()));
+        let mut link = connected.unwrap_or_else(|_| Err(nobody())).map_err(unproven)?;
+        let resumed = self.resume(&mut link).await;
+        let (resume, received) = resumed.map_err(|error| Unreached { error, is_proven: true })?;
+        Ok(Box::new(ReachedAgain { link, resume, received }))
     }
 
     async fn connect(&self, plane: &DataPlane) -> Result<Link, MigrationError> {
-        let (transport, settings) = (self.transport.clone(), self.settings.clone());
+        let (transport, settings, identity) = (self.transport.clone(), self.settings.clone(), self.identity.clone());
         let (page_size, features) = (self.memory.page_size(), self.features);
-        let opening = async move { Greeted::open(transport, settings, page_size, features).await };
+        let opening = async move { Greeted::open(transport, settings, page_size, features, identity).await };
         let greeted = plane.run(opening).await?;
         // A bandwidth limit that was set in the meantime is applied when the stages start.
         Ok(Link::start(greeted, &self.settings, self.transport.capabilities().stored, plane.handle()))
     }
 
-    /// The destination accepts the stream, builds its machine and is ready for pages, before any is sent. Returns the
-    /// time of one request and its answer.
-    async fn agree(&mut self, link: &mut Link) -> Result<Duration, MigrationError> {
-        self.answer(link, "Accept", |message| matches!(message, Message::Accept)).await?;
+    /// The destination accepts the stream, builds its machine and is ready for pages, before any is sent.
+    async fn agree(&mut self, link: &mut Link) -> Result<Connected, MigrationError> {
+        let accept = self.answer(link, "Accept", |message| matches!(message, Message::Accept { .. })).await?;
+        let awaited = match accept {
+            Some(Heard { message: Message::Accept { waits_ms }, .. }) if self.features.recovery => {
+                Duration::from_millis(waits_ms)
+            }
+            _ => Duration::ZERO,
+        };
+        if let Some(secret) = &self.identity.secret {
+            let waits_ms = whole_ms(self.settings.recovery.give_up);
+            link.send(&Message::Secret { secret: secret.clone(), waits_ms }).await?;
+        }
         let guest = self.guest.clone();
         let setup = blocking(move || guest.setup_state()).await?;
         for chunk in state::chunks(StatePhase::Setup, setup, &mut self.room)? {
@@ -96,18 +167,38 @@ impl Introduction {
         }
         link.send(&Message::Blocks(self.memory.layout().blocks().to_vec())).await?;
         let asked = Instant::now();
-        let figures = self.answer(link, "Ready", |message| *message == Message::Ready).await?;
-        Ok(asked.elapsed().saturating_sub(build_of(&figures)))
+        let ready = self.answer(link, "Ready", |message| *message == Message::Ready).await?;
+        let figures = ready.map_or_else(Vec::new, |ready| ready.figures);
+        Ok(Connected { answered_in: asked.elapsed().saturating_sub(build_of(&figures)), awaited })
     }
 
-    /// Waits for an answer, for as long as the last handshake may take. Returns the figures that came before it.
+    /// The destination, which has proven itself, says what it has, and is ready for pages.
+    async fn resume(&self, link: &mut Link) -> Result<(Resume, DirtyBitmap), MigrationError> {
+        let resume = self.answer(link, "Resume", |message| matches!(message, Message::Resume(_))).await?;
+        let Some(Heard { message: Message::Resume(resume), .. }) = resume else {
+            return Err(MigrationError::Mistake("a stream that is stored cannot be resumed".into()));
+        };
+        let mut parts = ReceivedParts::new(self.memory.layout());
+        let is_next = |message: &Message| matches!(message, Message::Received { .. } | Message::Ready);
+        while let Some(Heard { message, .. }) = self.answer(link, "Ready", is_next).await? {
+            let Message::Received { block, first, runs } = message else { break };
+            parts.add(block, first, &runs).map_err(invalid)?;
+        }
+        Ok((resume, parts.finish().map_err(invalid)?))
+    }
+
+    /// Waits for an answer, for as long as the last handshake may take.
     async fn answer(
         &self,
         link: &mut Link,
         name: &str,
         is_it: fn(&Message) -> bool,
-    ) -> Result<Vec<Figure>, MigrationError> {
+    ) -> Result<Option<Heard>, MigrationError> {
         let answered = tokio::time::timeout(self.settings.handover_timeout, link.expect(is_it)).await;
         answered.unwrap_or_else(|_| Err(MigrationError::TimedOut(format!("{} does not answer with {name}", link.peer))))
     }
+}
+
+fn invalid(error: WireError) -> MigrationError {
+    MigrationError::Protocol(error.to_string())
 }

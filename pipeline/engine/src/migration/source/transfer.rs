@@ -10,8 +10,8 @@ use memferry_stages::dirty_log::{DirtyLog, LogCall};
 use memferry_stages::geometry::Layout;
 use memferry_stages::memory::GuestMemory;
 use memferry_stages::page_hashes::PageHashes;
-use memferry_stages::wire::Message;
 use memferry_stages::wire::messages::{StateChunk, StatePhase};
+use memferry_stages::wire::{Features, Message};
 
 use super::hints::Hints;
 use crate::guest::{GuestError, GuestState, RunState, SourceGuest};
@@ -19,6 +19,8 @@ use crate::migration::arming::{Armed, arm};
 use crate::migration::checker::Checker;
 use crate::migration::digests::{self, Digests, LeftOut};
 use crate::migration::error::{MigrationError, guarded};
+use crate::migration::link::Identity;
+use crate::migration::source_graph::Lanes;
 use crate::migration::state::{self, Room};
 use crate::migration::{asked, blocking};
 use crate::settings::Verify;
@@ -44,6 +46,17 @@ pub(super) struct Transfer {
     checker: Option<Checker>,
     /// The pages that the digests leave out, once the digests are begun.
     left_out: LeftOut,
+    /// What both ends have agreed on, once the destination is being reached.
+    pub(super) agreement: Option<Agreement>,
+    /// What the lanes know, while there is no connection.
+    pub(super) lanes: Option<Lanes>,
+}
+
+/// What both ends agree on in the first attempt.
+#[derive(Clone)]
+pub(super) struct Agreement {
+    pub(super) features: Features,
+    pub(super) identity: Identity,
 }
 
 impl Transfer {
@@ -62,6 +75,8 @@ impl Transfer {
             page_hashes: None,
             checker: None,
             left_out: None,
+            agreement: None,
+            lanes: None,
         }
     }
 
@@ -196,6 +211,44 @@ impl Transfer {
             Ok::<_, GuestError>(())
         };
         asked(moved).await
+    }
+
+    /// The connection is lost: what was begun for a switchover is given up.
+    pub(super) fn interrupted(&mut self, lanes: Lanes) {
+        self.lanes = Some(lanes);
+        self.device = None;
+        self.left_out = None;
+        self.checker = None;
+    }
+
+    /// The destination says what it has: pages that were in flight and did not arrive are dirty again, and nothing is known of what the
+    /// destination holds of them. Returns how many they are.
+    ///
+    /// # Errors
+    /// When the destination has acknowledged what it has not.
+    pub(super) fn put_back(&mut self, frames: &[u64], received: &DirtyBitmap) -> Result<u64, MigrationError> {
+        let (Some(bitmap), Some(lanes)) = (&self.bitmap, &self.lanes) else { return Ok(0) };
+        let lost = lanes.put_back(self.layout(), frames).map_err(|sent| {
+            MigrationError::Protocol(format!("{frames:?} frames of each lane are loaded, and a lane sent {sent}"))
+        })?;
+        lost.all_dirty_extents().for_each(|at| _ = bitmap.set_mask(at, lost.peek(at)));
+        self.page_hashes.iter().for_each(|page_hashes| page_hashes.forget(&lost));
+        self.check_received(bitmap, received)?;
+        Ok(lost.count())
+    }
+
+    /// Every page has arrived that is not dirty, unless it does not travel.
+    fn check_received(&self, bitmap: &DirtyBitmap, received: &DirtyBitmap) -> Result<(), MigrationError> {
+        let left_out = self.hints.exclusions().map(|exclusions| exclusions.left_out());
+        for at in bitmap.extents().filter(|at| !self.layout().blocks()[at.block as usize].ignored) {
+            let excused = left_out.as_ref().map_or(0, |left_out| left_out.peek(at));
+            let missing = self.layout().valid_mask(at) & !(bitmap.peek(at) | received.peek(at) | excused);
+            if missing != 0 {
+                let page = digests::describe(self.layout(), at.page(missing.trailing_zeros()));
+                return Err(MigrationError::Protocol(format!("{page} was acknowledged, and has not arrived")));
+            }
+        }
+        Ok(())
     }
 
     /// Stops every log, even if one of them fails. Returns the failures.

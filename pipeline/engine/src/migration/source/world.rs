@@ -9,7 +9,7 @@ use memferry_stages::stage_id::StageKind;
 use memferry_stages::wire::Message;
 
 use super::flow::{Flow, Signal, decides};
-use super::reach::Reached;
+use super::reach::{Reached, ReachedAgain, Unreached};
 use super::{Attempt, Digests, Happened, Source};
 use crate::bottleneck::Watch;
 use crate::change::Changed;
@@ -18,7 +18,7 @@ use crate::controller::forecast::{Standing, whole};
 use crate::events::Event;
 use crate::guest::hints::Point;
 use crate::migration::alive::silenced;
-use crate::migration::course::source::{Action, Input, SourceCourse};
+use crate::migration::course::source::{Action, Input, Returned, SourceCourse};
 use crate::migration::driver::World;
 use crate::migration::error::{Failure, Loss, MigrationError, guarded};
 use crate::migration::source_graph::{SourceGraph, SourceParts};
@@ -39,7 +39,7 @@ impl World<SourceCourse> for Source<'_> {
 
     async fn next(&mut self, course: &SourceCourse) -> Input {
         loop {
-            let Self { operator, attempt, digests, .. } = self;
+            let Self { operator, attempt, digests, ticks, .. } = self;
             let happened = tokio::select! {
                 biased;
                 () = operator.cancel.next() => return Input::Cancel,
@@ -48,10 +48,13 @@ impl World<SourceCourse> for Source<'_> {
                     return digested.map_or_else(Input::Failed, |()| Input::Digested);
                 }
                 request = operator.requests.next() => Happened::Asked(request),
+                _ = ticks.tick(), if course.is_disconnected() => Happened::Tick,
             };
             let input = match happened {
                 Happened::Reached(Ok(reached)) => Some(self.reached(*reached)),
                 Happened::Reached(Err(error)) => Some(self.not_reached(error)),
+                Happened::ReachedAgain(result) => Some(self.reached_again(result)),
+                Happened::Tick => Some(Input::Tick { standing: self.standing(), bulk_bytes: 0 }),
                 Happened::Signal(signal) => self.input(signal, course),
                 Happened::Asked(request) => self.asked(request, course),
             };
@@ -77,11 +80,36 @@ impl World<SourceCourse> for Source<'_> {
 
 impl Source<'_> {
     fn reached(&mut self, reached: Reached) -> Input {
-        let Reached { link, answered_in, room } = reached;
+        let Reached { link, connected, room } = reached;
         self.transfer.state_room = room;
         self.observers.notify(&Event::Connected { peer: link.peer.clone() });
         self.attempt = Attempt::Linked(Box::new(link));
-        Input::Connected(answered_in)
+        Input::Connected(connected)
+    }
+
+    /// A destination that has proven itself and gives up is done; after any other failure the source tries again.
+    fn reached_again(&mut self, result: Result<Box<ReachedAgain>, Unreached>) -> Input {
+        self.attempt = Attempt::None;
+        let reached = match result {
+            Ok(reached) => *reached,
+            Err(Unreached { error: MigrationError::Refused { why, .. }, is_proven: true }) => {
+                return Input::Received(Message::Refused(why));
+            }
+            Err(Unreached { error: MigrationError::GivenUp { why, .. }, is_proven: true }) => {
+                return Input::Received(Message::Abort(why));
+            }
+            Err(Unreached { error, .. }) => return Input::NotReached(error),
+        };
+        let ReachedAgain { link, resume, received } = reached;
+        self.observers.notify(&Event::Connected { peer: link.peer.clone() });
+        self.attempt = Attempt::Linked(Box::new(link));
+        if resume.started {
+            return Input::Returned(Returned { started: true, put_back_pages: 0 });
+        }
+        match self.transfer.put_back(&resume.frames, &received) {
+            Ok(put_back_pages) => Input::Returned(Returned { started: false, put_back_pages }),
+            Err(error) => Input::Failed(error),
+        }
     }
 
     fn not_reached(&mut self, error: MigrationError) -> Input {
@@ -168,14 +196,14 @@ impl Source<'_> {
 
     /// The state of the migration with the given number of dirty pages.
     fn standing_with(&self, dirty_pages: u64) -> Standing {
-        let in_flight_pages = self.attempt.flow().map_or(0, |flow| flow.graph.in_flight.pages());
+        let in_flight_pages = self.attempt.flow().map_or(0, |flow| flow.graph.lanes.in_flight.pages());
         let page_rate = whole(self.rates.pages_latest());
         Standing { elapsed: self.now(), dirty_pages, in_flight_pages, page_rate, ..Standing::default() }
     }
 
     /// Dirty pages that can be sent as deltas. It takes a sweep over the bitmap.
     fn cached_pages(&self) -> u64 {
-        let references = self.attempt.flow().and_then(|flow| flow.graph.references.as_ref());
+        let references = self.attempt.flow().and_then(|flow| flow.graph.lanes.references.as_ref());
         self.transfer.bitmap.as_ref().zip(references).map_or(0, |(bitmap, references)| references.count_in(bitmap))
     }
 
@@ -189,6 +217,11 @@ impl Source<'_> {
             // The requester may be gone.
             Action::Answer(answer, result) => drop(answer.send(result)),
             Action::Connect => self.attempt = Attempt::Reaching(self.reach(course.settings())?),
+            Action::EndAttempt => self.end_attempt(course).await,
+            Action::Return { attempt } => {
+                self.attempt = Attempt::ReachingAgain(self.reach_again(course.settings(), attempt)?);
+            }
+            Action::SetTransport(transport) => self.transport = transport,
             Action::StartStages(bandwidth) => self.start_stages(course.settings(), bandwidth)?,
             // Before the stages run they are settings like others.
             Action::SetBandwidth(bandwidth) => {
@@ -293,7 +326,7 @@ impl Source<'_> {
                     return self.broken().await;
                 }
             }
-            Action::AcknowledgeAll => flow.graph.in_flight.acknowledge_all(),
+            Action::AcknowledgeAll => flow.graph.lanes.in_flight.acknowledge_all(),
             Action::SendState => {
                 for chunk in self.transfer.take_state()? {
                     if let Some(failed) = self.send(&Message::State(chunk), course).await? {
@@ -386,6 +419,16 @@ impl Source<'_> {
         Ok(())
     }
 
+    /// Ends the stages. What the lanes know stays.
+    async fn end_attempt(&mut self, course: &SourceCourse) {
+        self.digests = Digests::None;
+        self.report_last_progress(course, false);
+        let Attempt::Running(mut flow) = std::mem::replace(&mut self.attempt, Attempt::None) else { return };
+        self.earlier_bytes += flow.wire_bytes();
+        flow.graph.end().await;
+        self.transfer.interrupted(flow.graph.into_lanes());
+    }
+
     fn start_stages(&mut self, settings: &SourceSettings, bandwidth: Option<u64>) -> Result<(), MigrationError> {
         let transfer = &mut self.transfer;
         let link = match std::mem::replace(&mut self.attempt, Attempt::None) {
@@ -407,10 +450,13 @@ impl Source<'_> {
             untouched,
             page_hashes: transfer.page_hashes.clone(),
         };
-        let graph = SourceGraph::start(parts, link.senders, settings);
+        let graph = SourceGraph::start(parts, link.senders, settings, transfer.lanes.take());
         graph.set_bandwidth(bandwidth);
-        self.rates.begin(Watch::begin(self.transport.capabilities().return_path));
-        self.setup = self.started.elapsed();
+        let watch = Watch::begin(self.transport.capabilities().return_path);
+        self.rates.begin(watch, self.earlier_bytes);
+        if self.setup.is_zero() {
+            self.setup = self.started.elapsed();
+        }
         self.attempt = Attempt::Running(Box::new(Flow::new(graph, link.return_path, link.alive)));
         Ok(())
     }

@@ -100,6 +100,11 @@ impl Crew {
         Ok(())
     }
 
+    /// Have the vCPUs their threads?
+    pub(super) fn is_hired(&self) -> bool {
+        !held(&self.threads).is_empty()
+    }
+
     /// When this returns, no vCPU runs.
     pub(super) fn pause(&self) {
         self.shared.order(&held(&self.threads), |command| command.is_paused = true);

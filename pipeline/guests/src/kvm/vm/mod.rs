@@ -225,9 +225,21 @@ impl DestinationGuest for KvmGuest {
             return Err(GuestError("the machine is prepared already".into()));
         };
         state::load(machine, state)?;
-        machine.crew.hire()?;
+        if !machine.crew.is_hired() {
+            machine.crew.hire()?;
+        }
         *before = machine.devices.log().heartbeats;
         *stage = Stage::Prepared;
+        Ok(())
+    }
+
+    /// Its vCPUs have not run here, and get the state of a later moment.
+    fn unprepare(&self) -> Result<(), GuestError> {
+        let mut life = self.life();
+        let Life { stage: stage @ Stage::Prepared, .. } = &mut *life else {
+            return Err(GuestError("the machine is not prepared, or has started already".into()));
+        };
+        *stage = Stage::Built;
         Ok(())
     }
 

@@ -56,6 +56,10 @@ pub(super) struct End {
     /// Decisions and warnings, the latest last.
     pub(super) remarks: VecDeque<Remark>,
     pub(super) ended: Option<EndedJson>,
+    /// When the connection was lost, and the latest reason why there is none.
+    pub(super) lost: Option<(f64, Untrusted)>,
+    /// May the destination have received Go?
+    pub(super) is_handed_over: bool,
     readings: VecDeque<(f64, Vec<StageReport>)>,
 }
 
@@ -102,8 +106,8 @@ impl Model {
         }
         match (&line.event, line.role) {
             (EventJson::Lost { events }, _) => self.lost = self.lost.saturating_add(*events),
-            (event, Some(Role::Source)) => self.source.take(line.ms, event),
-            (event, Some(Role::Destination)) => self.destination.take(line.ms, event),
+            (event, Some(Role::Source)) => self.source.take(line.ms, Role::Source, event),
+            (event, Some(Role::Destination)) => self.destination.take(line.ms, Role::Destination, event),
             (_, None) => {}
         }
     }
@@ -136,8 +140,9 @@ impl Model {
 }
 
 impl End {
-    fn take(&mut self, ms: f64, event: &EventJson) {
+    fn take(&mut self, ms: f64, role: Role, event: &EventJson) {
         self.heard = true;
+        self.outage(ms, role, event);
         match event {
             EventJson::Phase { phase } => self.phase(*phase),
             EventJson::Connected { peer } => self.peer = Some(peer.clone()),
@@ -153,6 +158,23 @@ impl End {
             EventJson::Ended(ended) => self.end(ended),
             _ => {}
         }
+    }
+
+    /// What an event says about a lost connection. Of the tries to make it again only the latest is of interest.
+    fn outage(&mut self, ms: f64, role: Role, event: &EventJson) {
+        match event {
+            EventJson::HandedOver => self.is_handed_over = true,
+            EventJson::Disconnected { why, .. } => self.lost = Some((ms, why.clone())),
+            EventJson::NotReached { why, .. } => self.lost.iter_mut().for_each(|lost| lost.1 = why.clone()),
+            EventJson::Reconnected { .. } => (self.lost, self.is_handed_over) = (None, false),
+            _ => {}
+        }
+        let kind = match event {
+            EventJson::Disconnected { .. } => RemarkKind::Warning,
+            EventJson::Reconnected { .. } => RemarkKind::Decision,
+            _ => return,
+        };
+        words::outage(Some(role), event).into_iter().for_each(|text| self.remark(ms, kind, text));
     }
 
     /// A setup after an end begins another migration.

@@ -7,7 +7,7 @@ use ratatui::backend::TestBackend;
 use super::model::{Model, greatest};
 use super::view::{self, Theme};
 use super::words::EventLines;
-use memferry::events::Phase;
+use memferry::events::{Phase, Role};
 use memferry_report::event_json::{EventJson, EventLine};
 use memferry_report::series::MOST_SAMPLES;
 
@@ -70,6 +70,41 @@ fn the_lines_where_there_is_no_screen() {
     let mut view = EventLines::default();
     let lines: Vec<_> = recorded().iter().filter_map(|line| view.line(line)).collect();
     insta::assert_snapshot!(lines.join("\n"));
+}
+
+/// The recorded migration, whose connection is lost in the middle, and not made again yet.
+fn disconnected(events: &[EventJson]) -> (Model, String) {
+    let (mut model, mut view, mut lines) = (after(middle()), EventLines::default(), Vec::new());
+    for (event, ms) in events.iter().zip([0.0, 500.0, 4000.0, 5000.0]) {
+        let line = EventLine { ms: middle() + ms, role: Some(Role::Source), event: event.clone() };
+        model.take(&line);
+        lines.extend(view.line(&line).map(|line| line[10..].to_owned()));
+    }
+    (model, lines.join("\n"))
+}
+
+#[test]
+fn a_lost_connection_is_shown_until_it_is_made_again() {
+    let lost = EventJson::Disconnected { attempt: 1, why: "the destination closed it".into() };
+    let phase = EventJson::Phase { phase: Phase::Disconnected };
+    let tried = EventJson::NotReached { tries: 3, why: "connection refused".into(), again_in_ms: 2000.0 };
+    let again = EventJson::Reconnected { attempt: 2, outage_ms: 5000.0, put_back_bytes: 3 << 20 };
+    let events = [lost, phase, tried, again];
+    let first = |model: &Model| screen(model, 110, 3).lines().next().unwrap().trim_end().to_owned();
+    let (model, _) = disconnected(&events[..3]);
+    let line = first(&model);
+    assert!(
+        line.starts_with("source     DISCONNECTED  for 4.0 s, the guest runs at the source: connection refused"),
+        "{line}"
+    );
+    let (model, lines) = disconnected(&events);
+    assert!(!first(&model).contains("refused"), "{}", first(&model));
+    insta::assert_snapshot!(lines, @r"
+    source: connection 1 is lost: the destination closed it
+    source: disconnected
+    source: not connected again: connection refused; next try in 2.00 s
+    source: connected again after 5.00 s (attempt 2), 3.00 MiB are sent again
+    ");
 }
 
 #[test]

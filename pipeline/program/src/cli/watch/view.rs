@@ -116,6 +116,7 @@ impl Page<'_, '_> {
         ];
         let said = match (&end.ended, &end.now) {
             (Some(ended), _) => format!("  {}", words::verdict(ended)),
+            (None, _) if end.lost.is_some() => lost(end, model.ms),
             (None, Some(now)) => format!("  round {}, {meaning}", now.round),
             (None, None) => format!("  {meaning}"),
         };
@@ -341,11 +342,18 @@ impl Page<'_, '_> {
     }
 }
 
+/// How long there has been no connection, and where the guest is.
+fn lost(end: &End, ms: f64) -> String {
+    let Some((since, why)) = &end.lost else { return String::new() };
+    let guest = if end.is_handed_over { "the guest is paused" } else { "the guest runs at the source" };
+    format!("  for {}, {guest}: {why}", words::clock(ms - since))
+}
+
 fn phase_colour(phase: Option<Phase>) -> Color {
     match phase {
         None | Some(Phase::Setup) => Color::Blue,
         Some(Phase::Active) => Color::Cyan,
-        Some(Phase::Switchover | Phase::Cancelled) => Color::Yellow,
+        Some(Phase::Switchover | Phase::Disconnected | Phase::Cancelled) => Color::Yellow,
         Some(Phase::Completed) => Color::Green,
         Some(Phase::Failed | Phase::Unconfirmed) => Color::Red,
     }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use memferry_stages::untrusted::{Untrusted, shown};
 
-use crate::progress::figures;
+use crate::progress::{figures, reconnected};
 use memferry::events::{Outcome, Phase, Role};
 use memferry::human;
 use memferry_report::event_json::{ChangedJson, EndedJson, EventJson, EventLine};
@@ -27,6 +27,7 @@ pub(super) fn phase(phase: Option<Phase>) -> (&'static str, &'static str) {
         Some(Phase::Setup) => ("setup", "the guest runs at the source"),
         Some(Phase::Active) => ("active", "the guest runs at the source"),
         Some(Phase::Switchover) => ("switchover", "the guest is paused"),
+        Some(Phase::Disconnected) => ("disconnected", "the guest runs at the source, unless it was handed over"),
         Some(Phase::Completed) => ("completed", "the guest is at the destination"),
         Some(Phase::Failed) => ("failed", "the source is as it was"),
         Some(Phase::Cancelled) => ("cancelled", "the source is as it was"),
@@ -64,7 +65,7 @@ impl EventLines {
         self.source_heard |= line.role == Some(Role::Source);
         let text = match &line.event {
             EventJson::Progress(now) if self.are_due(line) => format!("round {}: {}", now.round, figures(now)),
-            event => milestone(event)?,
+            event => outage(line.role, event).or_else(|| milestone(event))?,
         };
         let who = line.role.map_or(String::new(), |end| format!("{}: ", end.name()));
         Some(printable(&format!("{:>8}  {who}{text}", clock(line.ms))))
@@ -79,6 +80,21 @@ impl EventLines {
         }
         due
     }
+}
+
+/// A lost connection, or one that was made again.
+pub(super) fn outage(role: Option<Role>, event: &EventJson) -> Option<String> {
+    Some(match event {
+        EventJson::Disconnected { attempt, why } => format!("connection {attempt} is lost: {why}"),
+        EventJson::NotReached { why, again_in_ms, .. } => {
+            format!("not connected again: {why}; next try in {}", time(*again_in_ms))
+        }
+        EventJson::Reconnected { attempt, outage_ms, put_back_bytes } => {
+            let outage = Duration::try_from_secs_f64(outage_ms / 1e3).unwrap_or_default();
+            reconnected(role?, *attempt, outage, *put_back_bytes)
+        }
+        _ => return None,
+    })
 }
 
 fn milestone(event: &EventJson) -> Option<String> {

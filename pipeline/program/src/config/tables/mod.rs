@@ -9,8 +9,8 @@ use serde::{Deserialize, Serialize};
 
 pub use guest::{FileTable, FreeTable, ImageTable, WorkloadTable, WriterTable};
 use memferry::settings::{
-    After, ConvergenceSettings, DestinationSettings, EncoderSettings, OnDeadline, OnMiss, SourceSettings,
-    SwitchoverBandwidth, Verify,
+    After, ConvergenceSettings, DestinationSettings, EncoderSettings, OnDeadline, OnMiss, RecoverySettings,
+    SourceSettings, SwitchoverBandwidth, Verify,
 };
 use memferry::values::{Bandwidth, Deadline, Size, Time};
 use memferry_guests::kvm::KvmSettings;
@@ -106,11 +106,31 @@ pub struct TransportTable {
     /// How long a source retries while nothing listens.
     #[serde(default = "TransportTable::default_connect_timeout")]
     pub connect_timeout: Time,
+    /// An aid for trials: connections that are lost on purpose.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub faults: Option<FaultsTable>,
+}
+
+/// `[transport.faults]`: an aid for trials of recovery. The source's connections are cut.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct FaultsTable {
+    /// The bytes after which every connection is cut, counted from the beginning over all of them; one cut for each.
+    pub cut_after: Vec<Size>,
+    /// How long connections are refused after a cut.
+    #[serde(default = "FaultsTable::default_refuse_for")]
+    pub refuse_for: Time,
 }
 
 impl TransportTable {
     fn default_connect_timeout() -> Time {
         seconds(30)
+    }
+}
+
+impl FaultsTable {
+    fn default_refuse_for() -> Time {
+        seconds(0)
     }
 }
 
@@ -185,6 +205,7 @@ table! {
         max_state: Size = source.max_state_bytes, destination.max_state_bytes;
         handover_timeout: Time = source.handover_timeout, destination.handover_timeout;
         peer_timeout: Time = source.peer_timeout, destination.peer_timeout;
+        recovery: RecoverySettings = source.recovery, destination.recovery;
     }
 }
 

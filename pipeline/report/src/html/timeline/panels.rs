@@ -61,7 +61,7 @@ impl Course<'_> {
         let wire = self.wire_rates();
         let mut dirty: Vec<_> = self.running().filter_map(|sample| Some((sample.at, sample.dirty_rate?))).collect();
         let most_dirty = greatest(dirty.iter().map(|knot| knot.1));
-        dirty.extend(dirty.last().map(|(_, rate)| (self.paused().map_or(self.time.to, |paused| paused.0), *rate)));
+        dirty.extend(dirty.last().map(|(_, rate)| (self.paused_last().unwrap_or(self.time.to), *rate)));
         let most_wire = greatest(wire.iter().map(|knot| knot.1));
         let mut caps = self.caps();
         caps.retain(|cap| cap.2 <= 3.0 * most_wire.max(most_dirty));
@@ -127,8 +127,8 @@ impl Course<'_> {
             .collect()
     }
 
-    /// Bytes per second between consecutive figures, drawn from each point to the next.
-    fn wire_rates(&self) -> Vec<(Duration, f64)> {
+    /// Bytes per second between consecutive figures, drawn from each point to the next; 0 while there was no connection.
+    pub(super) fn wire_rates(&self) -> Vec<(Duration, f64)> {
         let end = self.account.status.ended.as_ref().map(|ended| (self.time.to, ended.wire_bytes));
         let mut knots = vec![(self.time.from, 0)];
         for (at, bytes) in self.samples.iter().map(|sample| (sample.at, sample.wire_bytes)) {
@@ -142,12 +142,8 @@ impl Course<'_> {
             }
             knots.push((at, bytes));
         }
-        let rate = |pair: &[(Duration, u64)]| {
-            let (from, to) = (pair[0], pair[1]);
-            let seconds = to.0.saturating_sub(from.0).as_secs_f64().max(1e-6);
-            (from.0, as_f64(to.1.saturating_sub(from.1)) / seconds)
-        };
-        let mut rates: Vec<_> = knots.windows(2).map(rate).collect();
+        let outages = self.outages();
+        let mut rates: Vec<_> = knots.windows(2).flat_map(|pair| rates(pair[0], pair[1], &outages)).collect();
         if let (Some((_, rate)), Some((at, _))) = (rates.last().copied(), knots.last()) {
             rates.push((*at, rate));
         }
@@ -165,7 +161,7 @@ impl Course<'_> {
         }
         let mut limits = downtime::limits(self.page);
         limits.extend(limits.last().map(|limit| (self.time.to, limit.1)));
-        let was = self.page.report.end.downtime_ms.map(duration).zip(self.paused().map(|paused| paused.0));
+        let was = self.page.report.end.downtime_ms.map(duration).zip(self.paused_last());
         let all = expected.iter().chain(&decided).chain(&limits).map(|knot| knot.1);
         let (scale, ticks) = chart::decades(all.chain(was.map(|was| was.0)));
         let points = |knots: &[(Duration, Duration)]| {
@@ -227,6 +223,19 @@ impl Course<'_> {
             (panel.svg(backdrop))
         }
     }
+}
+
+/// The rate from one figure to the next, of the time in which there was a connection, and 0 from the beginning of an outage to
+/// its end.
+fn rates(from: (Duration, u64), to: (Duration, u64), outages: &[(Duration, Duration)]) -> Vec<(Duration, f64)> {
+    let within = |(begin, end): &(Duration, Duration)| ((*begin).max(from.0), (*end).min(to.0));
+    let outages: Vec<_> = outages.iter().map(within).filter(|(begin, end)| begin < end).collect();
+    let without: Duration = outages.iter().map(|(begin, end)| *end - *begin).sum();
+    let seconds = to.0.saturating_sub(from.0).saturating_sub(without).as_secs_f64().max(1e-6);
+    let rate = as_f64(to.1.saturating_sub(from.1)) / seconds;
+    let mut rates = vec![(from.0, rate)];
+    rates.extend(outages.iter().flat_map(|(begin, end)| [(*begin, 0.0), (*end, rate)]));
+    rates
 }
 
 /// At most as many dots as are distinguishable.

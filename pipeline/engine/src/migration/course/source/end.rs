@@ -24,10 +24,11 @@ pub(in crate::migration) enum End {
 }
 
 impl End {
-    /// The last message to the destination: why Go will not be sent, if it will not.
-    pub(in crate::migration) fn farewell(&self) -> Option<Message> {
+    /// The last message to the destination: why Go will not be sent, if it will not. After Go it may wait for
+    /// this end, to answer it: it is notified that it need not.
+    pub(super) fn farewell(&self, is_awaited: bool) -> Option<Message> {
         match self {
-            Self::Completed | Self::Unconfirmed(_) => None,
+            Self::Completed | Self::Unconfirmed(_) => is_awaited.then_some(Message::Settled),
             Self::Failed(why) => Some(Message::Abort(why.to_string().into())),
             Self::Cancelled(why) => Some(Message::Abort(why_cancelled(why).into())),
         }
@@ -104,7 +105,7 @@ impl SourceCourse {
         vec![Action::notify(Event::Resumed)]
     }
 
-    fn over(&mut self, end: End, resume_error: Option<MigrationError>, stays_paused: bool) {
+    pub(super) fn over(&mut self, end: End, resume_error: Option<MigrationError>, stays_paused: bool) {
         let end = self.with_page(end);
         self.state = State::Over(Box::new(Conclusion { end, resume_error, stays_paused }));
     }

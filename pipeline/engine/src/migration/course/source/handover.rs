@@ -31,6 +31,9 @@ impl SourceCourse {
             }
             (Input::Received(message), State::HandingOver { .. }) => self.happened(Happening::Received(message), now),
             (Input::Cancel, State::HandingOver { .. }) => self.happened(Happening::Cancel, now),
+            (Input::Failed(error), State::HandingOver { .. }) if self.recovers() && error.is_lost_connection() => {
+                self.fail_or_recover(error, now)
+            }
             (Input::Failed(error), State::HandingOver { .. }) => self.happened(error.into(), now),
             _ => Vec::new(),
         }
@@ -55,9 +58,7 @@ impl SourceCourse {
                 self.state = State::Committing;
                 vec![Action::Commit]
             }
-            SourceStep::TooLate => {
-                vec![warning("cancel comes too late: the destination may run the guest already")]
-            }
+            SourceStep::TooLate => vec![self.too_late()],
             SourceStep::End(verdict) => {
                 let actions = self.end(verdict.into(), now);
                 self.spent.reported(Part::Start, self.times.start, Part::Handover);
@@ -71,6 +72,12 @@ impl SourceCourse {
         let give_up = now + self.settings.handover_timeout;
         self.state = State::HandingOver { handshake: SourceHandshake::AwaitingRunning, give_up };
         vec![Action::notify(Event::HandedOver), Action::Go(self.facts.was)]
+    }
+
+    /// The operator cancels after Go.
+    pub(super) fn too_late(&mut self) -> Action {
+        self.attempts.cancelled_late = true;
+        warning("cancel comes too late: the destination may run the guest already")
     }
 
     /// A file has no return path: syncing its end mark to disk and renaming the file take the place of Go.

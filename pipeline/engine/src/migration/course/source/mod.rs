@@ -12,24 +12,27 @@
 //!
 //! Behind each Syncing comes OpeningHints if hints may come. A deadline or the operator may pause the guest in any state
 //! before Pausing: the state completes its work, and Saving follows. Any failure, and a cancel before Go, leads to
-//! Resuming if the guest was paused, and to Over.
+//! Resuming if the guest was paused, and to Over. A lost connection leads to Disconnected instead: see `recovery`.
 //!
 //! | | |
 //! |---|---|
 //! | `rounds` | rounds while the guest runs, and what is decided between them |
 //! | `switchover` | the pause, and what the paused guest waits for |
 //! | `handover` | the last handshake, or the end of a file |
+//! | `recovery` | a lost connection is made again |
 //! | `end` | the guest is put where the result has it |
 //! | `requests` | the operator changes a setting or requests the switchover |
 //! | `spent` | the parts of the downtime |
 
 mod end;
 mod handover;
+mod recovery;
 mod requests;
 mod rounds;
 mod spent;
 mod switchover;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use memferry_stages::bitmap_sync::Synced;
@@ -37,6 +40,7 @@ use memferry_stages::scanner::{RoundScanned, ScanOrder};
 use memferry_stages::sender::Sent;
 use memferry_stages::wire::Message;
 use memferry_stages::wire::messages::RunState;
+use memferry_transports::Transport;
 use tokio::sync::oneshot;
 
 use super::handshake::SourceHandshake;
@@ -45,11 +49,13 @@ use crate::change::Change;
 use crate::control::{ControlError, Request};
 use crate::controller::Controller;
 use crate::controller::forecast::{Forecast, Measured, Standing, Work};
-use crate::events::{DowntimeParts, Event, Phase, Role};
+use crate::events::{DowntimeParts, Event, Outages, Phase, Role};
 use crate::migration::driver::Course;
 use crate::migration::error::{Failure, MigrationError};
 use crate::settings::SourceSettings;
 pub(in crate::migration) use end::{Conclusion, End, why_cancelled};
+pub(in crate::migration) use recovery::Returned;
+use recovery::{Attempts, Outage};
 use rounds::{AfterSync, Drain, Next, Round};
 use spent::{Part, Spent};
 
@@ -61,8 +67,12 @@ const HANDOVER_MOST: Duration = Duration::from_millis(50);
 /// What happened at the source.
 #[derive(Debug)]
 pub(in crate::migration) enum Input {
-    /// The destination is reached and ready for pages. One request and its answer took this time.
-    Connected(Duration),
+    /// The destination is reached and ready for pages.
+    Connected(Connected),
+    /// After a lost connection, the destination is reached again and ready for pages.
+    Returned(Returned),
+    /// After a lost connection, a try to reach the destination failed.
+    NotReached(MigrationError),
     /// The logs are started, and the bitmap is filled.
     Armed,
     /// The digests of both ends would take this time.
@@ -113,6 +123,15 @@ pub(in crate::migration) enum Input {
     Tick { standing: Standing, bulk_bytes: u64 },
 }
 
+/// The destination is reached.
+#[derive(Clone, Copy, Debug)]
+pub(in crate::migration) struct Connected {
+    /// How long one request and its answer took.
+    pub(in crate::migration) answered_in: Duration,
+    /// How long the destination waits for a source whose connection is lost; zero if it does not.
+    pub(in crate::migration) awaited: Duration,
+}
+
 /// The channel for the answer to a request.
 pub(in crate::migration) type Answer = oneshot::Sender<Result<(), ControlError>>;
 
@@ -126,6 +145,13 @@ pub(in crate::migration) enum Action {
     Explain(Failure),
     /// Reach the destination and agree, in the background. Then: [`Input::Connected`].
     Connect,
+    /// The connection is lost: end what dies with it, the stages and their queues.
+    EndAttempt,
+    /// Reach the destination again, in the background, as this attempt. An earlier try is given up. Then: [`Input::Returned`] or
+    /// [`Input::NotReached`]; where the destination has proven itself and gives up, [`Input::Received`].
+    Return { attempt: u32 },
+    /// From here on the destination is reached over this transport.
+    SetTransport(Arc<dyn Transport>),
     /// Start the logs and fill the bitmap. Answer: [`Input::Armed`].
     Arm,
     /// Measure the cost of digests. Answer: [`Input::Measured`].
@@ -200,6 +226,8 @@ pub(in crate::migration) struct Facts {
     pub(in crate::migration) was: RunState,
     /// Does the transport carry the destination's answers? Where it does not, it stores the stream.
     pub(in crate::migration) return_path: bool,
+    /// Is a lost connection made again, if the destination agrees?
+    pub(in crate::migration) recovers: bool,
     /// May the guest give hints?
     pub(in crate::migration) hints: bool,
     /// Bytes of a page.
@@ -226,6 +254,8 @@ enum State {
     HandingOver { handshake: SourceHandshake, give_up: Duration },
     Committing,
     Completing,
+    Restoring(Outage),
+    Disconnected(Outage),
     Resuming(End),
     Over(Box<Conclusion>),
 }
@@ -259,6 +289,7 @@ pub(in crate::migration) struct SourceCourse {
     not_loaded: Option<Duration>,
     verified: Option<bool>,
     differing_page: Option<String>,
+    attempts: Attempts,
 }
 
 impl SourceCourse {
@@ -284,6 +315,7 @@ impl SourceCourse {
             not_loaded: None,
             verified: None,
             differing_page: None,
+            attempts: Attempts::default(),
         }
     }
 
@@ -322,6 +354,21 @@ impl SourceCourse {
 
     pub(in crate::migration) fn parts(&self) -> DowntimeParts {
         self.spent.parts()
+    }
+
+    /// What lost connections have cost.
+    pub(in crate::migration) fn outages(&self) -> Outages {
+        self.attempts.outages
+    }
+
+    /// Is there no connection?
+    pub(in crate::migration) fn is_disconnected(&self) -> bool {
+        matches!(self.state, State::Disconnected(_))
+    }
+
+    /// The last message to the destination.
+    pub(in crate::migration) fn farewell(&self) -> Option<Message> {
+        self.conclusion().and_then(|conclusion| conclusion.end.farewell(self.recovers()))
     }
 
     /// How it ended, once the course is over.
@@ -370,21 +417,25 @@ impl Course for SourceCourse {
             }
             input => input,
         };
-        if matches!(self.state, State::HandingOver { .. } | State::Committing | State::Completing) {
-            return self.handing_over(input, now);
+        match self.state {
+            State::HandingOver { .. } | State::Committing | State::Completing => return self.handing_over(input, now),
+            State::Disconnected(_) => return self.while_disconnected(input, now),
+            _ => {}
         }
         match (input, &mut self.state) {
             (_, State::Over(_)) => Vec::new(),
             (Input::Failed(error), State::Resuming(_)) => self.resumed(Err(error), now),
+            (Input::Failed(error), State::Restoring(_)) => self.restored(Err(error), now),
+            (Input::Resumed(result), State::Restoring(_)) => self.restored(result, now),
             (Input::Cancel, _) => self.end(End::Cancelled(MigrationError::Cancelled), now),
-            (Input::Failed(error), _) => self.fail(error, now),
+            (Input::Failed(error), _) => self.fail_or_recover(error, now),
             (Input::Received(message), _) => self.fail(unwelcome(message), now),
             (Input::Asked { request, standing }, _) => self.asked(request, standing, now),
             (Input::Tick { standing, bulk_bytes }, _) => self.tick(standing, bulk_bytes, now),
             (Input::Paused, _) => self.paused(now),
             (Input::Throttled(result), _) => self.throttled(result, now),
             (Input::Acknowledged { in_flight, frames }, _) => self.acknowledged(in_flight, frames, now),
-            (Input::Connected(answered_in), State::Connecting) => self.connected(answered_in),
+            (Input::Connected(connected), State::Connecting) => self.connected(connected),
             (Input::Armed, State::Arming) => self.armed(now),
             (Input::Measured(time), State::Measuring(next)) => {
                 self.controller.measured(Measured::Verify, time);
@@ -423,6 +474,7 @@ impl Course for SourceCourse {
         match self.state {
             State::Draining(drain) => self.proceed(drain.next, now),
             State::HandingOver { .. } => self.handover_timed_out(now),
+            State::Disconnected(_) => self.try_again(now),
             _ => Vec::new(),
         }
     }
@@ -431,6 +483,7 @@ impl Course for SourceCourse {
         match &self.state {
             State::Draining(drain) => Some(drain.give_up),
             State::HandingOver { give_up, .. } => Some(*give_up),
+            State::Disconnected(outage) => Some(self.outage_wakes_at(outage)),
             _ => None,
         }
     }
@@ -441,7 +494,9 @@ impl Course for SourceCourse {
 }
 
 impl SourceCourse {
-    fn connected(&mut self, answered_in: Duration) -> Vec<Action> {
+    fn connected(&mut self, connected: Connected) -> Vec<Action> {
+        let Connected { answered_in, awaited } = connected;
+        self.attempts.awaited = awaited;
         // The handover takes two one-way trips, as this request and its answer do.
         let fixed = self.controller.fixed();
         fixed.handover = answered_in.min(HANDOVER_MOST);

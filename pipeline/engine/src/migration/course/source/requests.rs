@@ -1,6 +1,9 @@
 //! Requests of the operator to a running source: change settings, or switch over at once.
 
+use std::sync::Arc;
 use std::time::Duration;
+
+use memferry_transports::Transport;
 
 use super::{Action, Answer, SourceCourse, State};
 use crate::change::Change;
@@ -17,6 +20,7 @@ impl SourceCourse {
                 Ok(differences) => return self.change(differences, answer),
                 Err(why) => Err(why),
             },
+            Ask::SetAddress(transport) => return self.set_transport(transport, answer, now),
             Ask::SwitchOver => self.switch_over(&Standing { elapsed: now, ..standing }),
         };
         match decided {
@@ -27,6 +31,20 @@ impl SourceCourse {
             }
             Err(why) => vec![Action::Answer(answer, Err(why))],
         }
+    }
+
+    /// The destination is elsewhere from here on. While there is no connection it is tried there at once.
+    fn set_transport(&mut self, transport: Arc<dyn Transport>, answer: Answer, now: Duration) -> Vec<Action> {
+        if !self.recovers() {
+            let why =
+                "a lost connection of this migration is not made again, so the destination is not looked for elsewhere";
+            return vec![Action::Answer(answer, Err(ControlError::Refused(why.into())))];
+        }
+        let mut actions = vec![Action::SetTransport(transport), Action::Answer(answer, Ok(()))];
+        if self.is_disconnected() {
+            actions.extend(self.try_again(now));
+        }
+        actions
     }
 
     fn switch_over(&mut self, standing: &Standing) -> Result<Vec<Action>, ControlError> {
@@ -59,7 +77,8 @@ impl SourceCourse {
             actions.push(Action::ReportChange { round: self.round, from, to });
         }
         let less = self.controller.throttle();
-        actions.push(if less == throttle { Action::Answer(answer, Ok(())) } else { self.throttle(less, Some(answer)) });
+        let is_unchanged = less == throttle || self.is_disconnected();
+        actions.push(if is_unchanged { Action::Answer(answer, Ok(())) } else { self.throttle(less, Some(answer)) });
         actions
     }
 

@@ -37,6 +37,8 @@ pub(super) enum AfterSync {
     FirstRound,
     /// A decision.
     Decide,
+    /// What is dirty, after a lost connection was made again.
+    Rejoined,
     /// The last round, of a paused guest.
     LastRound,
 }
@@ -196,6 +198,7 @@ impl SourceCourse {
                 self.scan(ScanOrder::all(1, RoundKind::Live), now)
             }
             AfterSync::Decide => self.decide(standing, now),
+            AfterSync::Rejoined => self.rejoined(now),
         }
     }
 

@@ -1,0 +1,119 @@
+//! A source that returns after a lost connection proves on each connection that it is the one whose guest is received here.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use memferry_stages::wire::hello::{Hello, SessionId};
+use memferry_stages::wire::reader::Incoming;
+use memferry_stages::wire::{Meeting, Message, Nonce, Prover, Secret};
+use tokio::io::AsyncWriteExt;
+
+use super::refusal::Refusal;
+use crate::migration::connection::{Reader, Writer};
+
+/// The source whose guest is received, once it has sent its secret. Shared with the tasks that greet connections.
+#[derive(Debug, Default)]
+pub(in crate::migration) struct Known(Mutex<Option<Member>>);
+
+/// What a source must know, and be, to return.
+#[derive(Clone, Debug)]
+struct Member {
+    hello: Hello,
+    secret: Secret,
+    /// How long it tries to return.
+    awaited: Duration,
+    /// The latest attempt that was complete.
+    latest: u32,
+}
+
+impl Known {
+    /// The source of this Hello returns with this secret.
+    pub(in crate::migration) fn learn(&self, hello: &Hello, secret: Secret, awaited: Duration) {
+        *self.member() = Some(Member { hello: unnumbered(hello), secret, awaited, latest: hello.attempt });
+    }
+
+    /// How long the source tries to return; zero if it does not.
+    pub(in crate::migration) fn awaited(&self) -> Duration {
+        self.member().as_ref().map_or(Duration::ZERO, |member| member.awaited)
+    }
+
+    /// May the source return?
+    pub(in crate::migration) fn is_learnt(&self) -> bool {
+        self.member().is_some()
+    }
+
+    /// A connection of this Hello may prove itself, with this secret.
+    fn admit(&self, hello: &Hello) -> Result<Secret, Refusal> {
+        let member = self.member();
+        let Some(Member { hello: first, secret, latest, .. }) =
+            member.as_ref().filter(|known| is_of(known, hello.session))
+        else {
+            return Err(Refusal::NotLost);
+        };
+        if hello.attempt <= *latest {
+            return Err(Refusal::OldAttempt { attempt: hello.attempt, latest: *latest });
+        }
+        if unnumbered(hello) != *first {
+            return Err(Refusal::Contradicts);
+        }
+        Ok(secret.clone())
+    }
+
+    /// All connections of this attempt have come. False if a later one was faster.
+    pub(super) fn begin(&self, attempt: u32) -> bool {
+        match self.member().as_mut() {
+            Some(member) if member.latest < attempt => {
+                member.latest = attempt;
+                true
+            }
+            _ => false,
+        }
+    }
+
+    fn member(&self) -> MutexGuard<'_, Option<Member>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn is_of(member: &Member, session: SessionId) -> bool {
+    member.hello.session == session
+}
+
+/// What all connections of all attempts have in common.
+pub(super) fn unnumbered(hello: &Hello) -> Hello {
+    Hello { attempt: 1, nonce: Nonce::default(), connection: 0, ..hello.clone() }
+}
+
+/// Both ends prove that they have the secret. This end is first: what it proves is of no use to anybody else.
+///
+/// # Errors
+/// Why the connection is refused.
+pub(super) async fn prove(
+    known: &Known,
+    hello: &Hello,
+    reader: &mut Reader,
+    writer: &mut Option<Writer>,
+) -> Result<(), Refusal> {
+    let secret = known.admit(hello)?;
+    let Some(writer) = writer else { return Err(Refusal::NotLost) };
+    let nonce = Nonce::random().map_err(|_| Refusal::NotProven)?;
+    let meeting = Meeting {
+        session: hello.session,
+        attempt: hello.attempt,
+        connection: hello.connection,
+        source: hello.nonce,
+        destination: nonce,
+    };
+    let challenge = Message::Challenge { nonce, proof: secret.prove(Prover::Destination, &meeting) };
+    writer.write_all(&challenge.encode(0)).await.map_err(|_| Refusal::Ended)?;
+    match reader.next().await {
+        Ok(Some(Incoming::Message { message: Message::Proof(proof), .. }))
+            if secret.is_proven(Prover::Source, &meeting, &proof) =>
+        {
+            Ok(())
+        }
+        Ok(Some(_)) => Err(Refusal::NotProven),
+        Ok(None) => Err(Refusal::Ended),
+        Err(error) => Err(Refusal::Unreadable(error.into())),
+    }
+}
