@@ -13,6 +13,7 @@
 //! | `files` | stored streams with one bit flipped |
 //! | `hints` | migrations of a guest that hints, takes and writes pages all the time |
 //! | `kills` | kills of each end of two programs, at random moments |
+//! | `recovery` | migrations whose connections are cut, stalled, half-closed and refused, and as many cuts around Go |
 //!
 //! All but `cancel` run the test of that subject. The seed is random unless it is given; it is printed, and the same
 //! seed draws the same again.
@@ -23,25 +24,31 @@ use std::time::{Duration, Instant};
 use memferry_tests::busy::Busy;
 use tokio_util::sync::CancellationToken;
 
-/// A subject whose test draws what it tries: its test binary, and parts of the names of its tests.
+/// A subject whose tests draw what they try: their test binaries, and parts of their names.
 struct Subject {
     name: &'static str,
     count: u64,
-    binary: &'static str,
+    binaries: &'static [&'static str],
     tests: &'static [&'static str],
 }
 
-const SUBJECTS: [Subject; 6] = [
-    Subject { name: "cuts", count: 1000, binary: "it", tests: &["faults::cut_"] },
-    Subject { name: "frames", count: 1_000_000, binary: "it", tests: &["hostile::a_hostile_frame"] },
-    Subject { name: "streams", count: 10_000, binary: "it", tests: &["hostile::a_destination_survives"] },
-    Subject { name: "files", count: 10_000, binary: "it", tests: &["hostile::a_file_with_one_bit_flipped"] },
-    Subject { name: "hints", count: 100, binary: "it", tests: &["exclusions::torture::ranges"] },
+const SUBJECTS: [Subject; 7] = [
+    Subject { name: "cuts", count: 1000, binaries: &["it"], tests: &["faults::cut_"] },
+    Subject { name: "frames", count: 1_000_000, binaries: &["it"], tests: &["hostile::a_hostile_frame"] },
+    Subject { name: "streams", count: 10_000, binaries: &["it"], tests: &["hostile::a_destination_survives"] },
+    Subject { name: "files", count: 10_000, binaries: &["it"], tests: &["hostile::a_file_with_one_bit_flipped"] },
+    Subject { name: "hints", count: 100, binaries: &["it"], tests: &["exclusions::torture::ranges"] },
     Subject {
         name: "kills",
         count: 200,
-        binary: "program",
+        binaries: &["program"],
         tests: &["kills::a_source_survives", "kills::a_destination_starts", "handover_kills::"],
+    },
+    Subject {
+        name: "recovery",
+        count: 1000,
+        binaries: &["recovery", "it"],
+        tests: &["random_faults", "recovery::cuts_around_go"],
     },
 ];
 
@@ -67,7 +74,9 @@ impl Subject {
         println!("soak {} {count} {seed}", self.name);
         // As the README's test command, so that what it built is used.
         let mut cargo = Command::new(env!("CARGO"));
-        cargo.args(["test", "--workspace", "--release", "--test", self.binary, "--", "--nocapture"]).args(self.tests);
+        cargo.args(["test", "--workspace", "--release"]);
+        cargo.args(self.binaries.iter().flat_map(|binary| ["--test", binary]));
+        cargo.args(["--", "--nocapture"]).args(self.tests);
         cargo.current_dir(env!("CARGO_MANIFEST_DIR"));
         cargo.env("MEMFERRY_COUNT", count.to_string()).env("MEMFERRY_SEED", seed.to_string());
         let passed = cargo.status().expect("cargo runs").success();

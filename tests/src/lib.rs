@@ -6,12 +6,14 @@
 
 pub mod bare;
 pub mod busy;
+pub mod crossing;
 pub mod foreseen;
 pub mod guest;
 pub mod host;
 pub mod hot;
 pub mod leftovers;
 pub mod peer;
+pub mod proxy;
 pub mod run;
 pub mod sample;
 pub mod skip;

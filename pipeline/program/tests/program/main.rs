@@ -22,6 +22,8 @@ mod openapi;
 mod outlets;
 mod pages;
 mod plans;
+mod recovery;
+mod recovery_kills;
 mod reports;
 #[path = "../../../../tests/src/sample.rs"]
 pub mod sample;
