@@ -214,7 +214,7 @@ pub struct RecoverySettings {
 impl Default for RecoverySettings {
     /// Suits a switch that is down for two minutes.
     fn default() -> Self {
-        Self { attempts: 10, backoff: Duration::from_millis(500), give_up: Duration::from_secs(300) }
+        Self { attempts: 10, ..Self::OFF }
     }
 }
 

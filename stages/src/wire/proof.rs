@@ -17,7 +17,7 @@
 use std::fmt;
 use std::io;
 
-use super::hello::{SessionId, random};
+use super::hello::{Hello, SessionId, random};
 
 /// What the ends of one migration know each other by: 32 bytes from the operating system.
 #[derive(Clone, PartialEq, Eq)]
@@ -44,6 +44,15 @@ pub struct Meeting {
     pub source: Nonce,
     /// The destination's nonce, of its Challenge.
     pub destination: Nonce,
+}
+
+impl Meeting {
+    /// That of the connection of this Hello, with the nonce of the destination's Challenge.
+    #[must_use]
+    pub fn of(hello: &Hello, destination: Nonce) -> Self {
+        let Hello { session, attempt, connection, nonce: source, .. } = *hello;
+        Self { session, attempt, connection, source, destination }
+    }
 }
 
 /// The end that proves itself.

@@ -129,7 +129,7 @@ impl Greeted {
     }
 }
 
-/// Both ends prove that they have the secret: the destination first, so that nobody else gets a proof of the source.
+/// Both ends prove that they have the secret: the destination first, so that no other peer gets a proof of the source.
 async fn prove(secret: &Secret, hello: &Hello, reader: &mut Reader, writer: &mut Writer) -> Result<(), MigrationError> {
     let (nonce, proof) = loop {
         match reader.next().await? {
@@ -142,13 +142,7 @@ async fn prove(secret: &Secret, hello: &Hello, reader: &mut Reader, writer: &mut
             None => return Err(MigrationError::Lost(Loss::Closed(Role::Destination))),
         }
     };
-    let meeting = Meeting {
-        session: hello.session,
-        attempt: hello.attempt,
-        connection: hello.connection,
-        source: hello.nonce,
-        destination: nonce,
-    };
+    let meeting = Meeting::of(hello, nonce);
     if !secret.is_proven(Prover::Destination, &meeting, &proof) {
         return Err(MigrationError::NotProven(Role::Destination));
     }

@@ -155,8 +155,8 @@ impl Door {
         }
     }
 
-    /// Refuses every client, for a guest is received, but its source, if that returns. Returns only if the listener fails, or nobody waits
-    /// for the source any more.
+    /// Refuses every client, for a guest is received, but its source, if that returns. Returns only if the listener fails, or this end does not
+    /// wait for the source any more.
     pub(super) async fn await_return(mut self, returned: mpsc::Sender<Session>) {
         while let Ok(session) = self.next().await {
             if let Some(session) = session

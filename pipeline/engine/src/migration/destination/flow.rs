@@ -162,7 +162,7 @@ impl Flow {
         let Self { graph, .. } = self;
         let DestinationGraph { stages, loaded, messages, .. } = graph;
         stages.abort(StageKind::Receiver);
-        // The marks and messages that are left concern nobody any more, but hold up the stages that give them.
+        // The marks and messages that are left have no effect any more, but hold up the stages that send them.
         let drained = async {
             let marks = async { while loaded.next().await.is_some() {} };
             let rest = async { while messages.next().await.is_some() {} };

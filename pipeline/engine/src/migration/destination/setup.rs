@@ -47,7 +47,7 @@ pub(super) struct Ready {
     pub(super) room: Room,
 }
 
-/// A source that returned, and what it is told.
+/// A source that returned, and what is sent to it.
 struct Return {
     session: Session,
     answers: Option<Outlet<Control>>,
@@ -112,7 +112,7 @@ impl<'a> Destination<'a> {
         Some(Answers::start(writer, peer, ears, self.settings.peer_timeout, self.plane.handle()))
     }
 
-    /// The source has returned: starts the return path, and begins to say what is loaded.
+    /// The source has returned: starts the return path, and begins to report what is loaded.
     pub(super) fn rejoin(&mut self, mut session: Session, started: bool) {
         self.observers.notify(&Event::Connected { peer: session.peer.clone() });
         let answers = self.answers(&mut session);
@@ -205,7 +205,7 @@ impl Acceptance {
 }
 
 impl Return {
-    /// Says what is loaded, and that pages may come.
+    /// Reports what is loaded, and that pages may come.
     async fn make(self) -> Result<Ready, MigrationError> {
         send_answer(self.answers.as_ref(), &Message::Resume(self.resume)).await?;
         for part in self.received.iter().flat_map(|received| received_messages(received)) {

@@ -180,7 +180,7 @@ impl DestinationModel {
         self.compared = false;
     }
 
-    /// The source has returned: it is told what is loaded.
+    /// The source has returned: what is loaded is reported to it.
     fn rejoin(&mut self, started: bool) {
         let (attempt, port) = self.returned.take().expect("the source has returned");
         self.end.require(attempt > self.attempt, "an earlier attempt takes the place of a later one");

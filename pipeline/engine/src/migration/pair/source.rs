@@ -244,7 +244,7 @@ impl SourceModel {
             }
             Timed::Digested => Some(Input::Digested),
             Timed::Opened => Some(Input::Connected(Connected { answered_in: Duration::ZERO, awaited: Duration::ZERO })),
-            Timed::NotReached => Some(self.not_reached(MigrationError::TimedOut("nobody answers".into()))),
+            Timed::NotReached => Some(self.not_reached(MigrationError::TimedOut("no answer".into()))),
             Timed::FileComplete => Some(Input::FileComplete),
             Timed::NotAnswered => Some(Input::Failed(MigrationError::TimedOut("no answer".into()))),
         }
@@ -344,7 +344,7 @@ impl SourceModel {
         }
         let [here, there] = make_link(&self.scene);
         self.end.port = here;
-        // The destination may be gone: then nobody answers.
+        // The destination may be gone: then no answer comes.
         drop(self.returns.send((attempt, there)));
         self.end.after(Duration::from_secs(20), Timed::NotReached);
     }

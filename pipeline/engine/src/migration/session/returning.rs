@@ -3,7 +3,7 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use memferry_stages::wire::hello::{Hello, SessionId};
+use memferry_stages::wire::hello::Hello;
 use memferry_stages::wire::reader::Incoming;
 use memferry_stages::wire::{Meeting, Message, Nonce, Prover, Secret};
 use tokio::io::AsyncWriteExt;
@@ -46,7 +46,7 @@ impl Known {
     fn admit(&self, hello: &Hello) -> Result<Secret, Refusal> {
         let member = self.member();
         let Some(Member { hello: first, secret, latest, .. }) =
-            member.as_ref().filter(|known| is_of(known, hello.session))
+            member.as_ref().filter(|known| known.hello.session == hello.session)
         else {
             return Err(Refusal::NotLost);
         };
@@ -75,10 +75,6 @@ impl Known {
     }
 }
 
-fn is_of(member: &Member, session: SessionId) -> bool {
-    member.hello.session == session
-}
-
 /// What all connections of all attempts have in common.
 pub(super) fn unnumbered(hello: &Hello) -> Hello {
     Hello { attempt: 1, nonce: Nonce::default(), connection: 0, ..hello.clone() }
@@ -97,13 +93,7 @@ pub(super) async fn prove(
     let secret = known.admit(hello)?;
     let Some(writer) = writer else { return Err(Refusal::NotLost) };
     let nonce = Nonce::random().map_err(|_| Refusal::NotProven)?;
-    let meeting = Meeting {
-        session: hello.session,
-        attempt: hello.attempt,
-        connection: hello.connection,
-        source: hello.nonce,
-        destination: nonce,
-    };
+    let meeting = Meeting::of(hello, nonce);
     let challenge = Message::Challenge { nonce, proof: secret.prove(Prover::Destination, &meeting) };
     writer.write_all(&challenge.encode(0)).await.map_err(|_| Refusal::Ended)?;
     match reader.next().await {

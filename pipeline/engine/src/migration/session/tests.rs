@@ -295,8 +295,7 @@ async fn returns(
         Some(Incoming::Message { message: Message::Refused(why), .. }) => return (source, Some(why)),
         other => panic!("{other:?}"),
     };
-    let (session, connection) = (hello.session, hello.connection);
-    let meeting = Meeting { session, attempt, connection, source: hello.nonce, destination: nonce };
+    let meeting = Meeting::of(&hello, nonce);
     source.writer.write_all(&Message::Proof(secret.prove(Prover::Source, &meeting)).encode(0)).await.unwrap();
     (source, None)
 }

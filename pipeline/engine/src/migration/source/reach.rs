@@ -1,5 +1,5 @@
 //! The destination is reached: connections are opened and greeted, and it accepts the guest; or, after a lost connection, both ends prove
-//! themselves, and it says what it has.
+//! themselves, and it reports what it has.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -131,8 +131,8 @@ impl Introduction {
     async fn make_again(self, plane: &DataPlane) -> Result<Box<ReachedAgain>, Unreached> {
         let unproven = |error| Unreached { error, is_proven: false };
         let connected = tokio::time::timeout(LONGEST_TRY, self.connect(plane)).await;
-        let nobody = || MigrationError::TimedOut(format!("{} does not answer", self.transport.address()));
-        let mut link = connected.unwrap_or_else(|_| Err(nobody())).map_err(unproven)?;
+        let no_answer = || MigrationError::TimedOut(format!("{} does not answer", self.transport.address()));
+        let mut link = connected.unwrap_or_else(|_| Err(no_answer())).map_err(unproven)?;
         let resumed = self.resume(&mut link).await;
         let (resume, received) = resumed.map_err(|error| Unreached { error, is_proven: true })?;
         Ok(Box::new(ReachedAgain { link, resume, received }))
@@ -172,7 +172,7 @@ impl Introduction {
         Ok(Connected { answered_in: asked.elapsed().saturating_sub(build_of(&figures)), awaited })
     }
 
-    /// The destination, which has proven itself, says what it has, and is ready for pages.
+    /// The destination, which has proven itself, reports what it has, and is ready for pages.
     async fn resume(&self, link: &mut Link) -> Result<(Resume, DirtyBitmap), MigrationError> {
         let resume = self.answer(link, "Resume", |message| matches!(message, Message::Resume(_))).await?;
         let Some(Heard { message: Message::Resume(resume), .. }) = resume else {

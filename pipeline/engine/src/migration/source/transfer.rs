@@ -221,7 +221,7 @@ impl Transfer {
         self.checker = None;
     }
 
-    /// The destination says what it has: pages that were in flight and did not arrive are dirty again, and nothing is known of what the
+    /// The destination has reported what it has: pages that were in flight and did not arrive are dirty again, and nothing is known of what the
     /// destination holds of them. Returns how many they are.
     ///
     /// # Errors

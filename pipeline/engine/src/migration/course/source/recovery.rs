@@ -59,14 +59,12 @@ pub(super) struct Outage {
     since: Duration,
     /// Go may have left: the guest stays paused until the destination has answered.
     is_handed_over: bool,
-    /// How often the destination was tried to be reached, in vain.
+    /// How many tries to reach the destination have failed.
     tries: u32,
     /// Why the latest try failed.
     last: Option<String>,
     /// When the next try begins; `None` while one is made.
     again_at: Option<Duration>,
-    /// The destination is reached, and the guest is to be resumed before the rounds continue.
-    is_reached: bool,
 }
 
 /// The destination is reached again.
@@ -88,9 +86,19 @@ impl SourceCourse {
         if self.attempts.outages.lost < attempts {
             return self.disconnect(error, now);
         }
-        let not_recovered = NotRecovered::LostTooOften { attempts };
-        let error = MigrationError::NotRecovered { cause: Box::new(error), not_recovered };
-        if self.is_handed_over() { self.end(End::Unconfirmed(error), now) } else { self.fail(error, now) }
+        self.give_up(error, NotRecovered::LostTooOften { attempts }, self.is_handed_over(), now)
+    }
+
+    /// The connection is not made again.
+    fn give_up(
+        &mut self,
+        cause: MigrationError,
+        not_recovered: NotRecovered,
+        is_handed_over: bool,
+        now: Duration,
+    ) -> Vec<Action> {
+        let error = MigrationError::NotRecovered { cause: Box::new(cause), not_recovered };
+        if is_handed_over { self.end(End::Unconfirmed(error), now) } else { self.fail(error, now) }
     }
 
     /// Do both ends make a lost connection again?
@@ -109,8 +117,7 @@ impl SourceCourse {
             self.round = self.round.saturating_sub(1);
         }
         self.attempts.outages.lost += 1;
-        let (tries, last, again_at) = (0, None, None);
-        let outage = Outage { cause, since: now, is_handed_over, tries, last, again_at, is_reached: false };
+        let outage = Outage { cause, since: now, is_handed_over, tries: 0, last: None, again_at: None };
         let mut actions = Vec::new();
         if !is_handed_over {
             actions.push(Action::CloseHints);
@@ -153,7 +160,8 @@ impl SourceCourse {
         }
         self.forget_switchover();
         let resumed = was_running.then(|| Action::notify(Event::Resumed));
-        if outage.is_reached {
+        if outage.is_handed_over {
+            // The destination is reached already: it has answered that Go was not acted on.
             return resumed.into_iter().chain(self.rejoin(now)).collect();
         }
         let lost = self.report_outage(&outage);
@@ -198,9 +206,8 @@ impl SourceCourse {
         let waited = now.saturating_sub(outage.since);
         let last = outage.last.unwrap_or_else(|| "it did not answer".into());
         let not_recovered = NotRecovered::NotReached { tries: outage.tries.max(1), waited, last };
-        let error = MigrationError::NotRecovered { cause: Box::new(outage.cause), not_recovered };
         self.attempts.outages.time += waited;
-        if outage.is_handed_over { self.end(End::Unconfirmed(error), now) } else { self.fail(error, now) }
+        self.give_up(outage.cause, not_recovered, outage.is_handed_over, now)
     }
 
     /// When the course waits no longer for the destination, or tries again to reach it.
@@ -223,10 +230,11 @@ impl SourceCourse {
             Input::NotReached(why) => {
                 let wait = self.settings.recovery.backoff.saturating_mul(2_u32.saturating_pow(outage.tries));
                 let again_in = wait.min(LONGEST_BACKOFF);
+                let why = why.to_string();
                 outage.tries += 1;
-                outage.last = Some(why.to_string());
+                outage.last = Some(why.clone());
                 outage.again_at = Some(now + again_in);
-                vec![Action::notify(Event::NotReached { tries: outage.tries, why: why.to_string(), again_in })]
+                vec![Action::notify(Event::NotReached { tries: outage.tries, why, again_in })]
             }
             Input::Cancel if is_handed_over => vec![self.too_late()],
             Input::Cancel => self.end(End::Cancelled(MigrationError::Cancelled), now),
@@ -265,7 +273,7 @@ impl SourceCourse {
     }
 
     fn returned(&mut self, returned: Returned, now: Duration) -> Vec<Action> {
-        let State::Disconnected(mut outage) = std::mem::replace(&mut self.state, State::Connecting) else {
+        let State::Disconnected(outage) = std::mem::replace(&mut self.state, State::Connecting) else {
             unreachable!("only what is lost is reached again");
         };
         let time = now.saturating_sub(outage.since);
@@ -285,7 +293,6 @@ impl SourceCourse {
                 actions.extend(self.end(End::Cancelled(MigrationError::Cancelled), now));
             }
             (true, false) => {
-                outage.is_reached = true;
                 actions.extend(self.lift_throttle());
                 actions.push(self.restore(outage, now));
             }
