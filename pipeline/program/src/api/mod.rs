@@ -4,7 +4,7 @@
 //! | request | answer |
 //! |---|---|
 //! | `GET /migration` | the status: [`StatusJson`](memferry_report::status_json::StatusJson) |
-//! | `PATCH /migration` | changes settings, all of them or none, or gives a source without a connection another address; the status after the change |
+//! | `PATCH /migration` | changes settings, all of them or none, or gives the source another address of its destination; the status after the change |
 //! | `POST /migration/cancel` | requests a cancel; the status at that moment, which does not yet say where the guest is |
 //! | `POST /migration/switch-over` | requests a switchover at once; the status |
 //! | `GET /migration/events` | past events, then each new one, as lines of JSON: [`EventLine`](memferry_report::event_json::EventLine); ends with the migration |

@@ -112,7 +112,7 @@ fn change(key: &str, value: &Value) -> Result<Change, String> {
             let start: String = key.chars().take(40).collect();
             return Err(format!(
                 "{start:?} is no setting that can be changed while it runs; these are: {KEYS}; \
-                 {ADDRESS} gives a source that has lost its connection another address of the destination"
+                 {ADDRESS} gives the source another address of its destination"
             ));
         }
     };

@@ -111,8 +111,8 @@ Examples:
 
 Settings of a running source, as the configuration writes them: max_bandwidth, switchover_bandwidth, downtime_limit,
 max_downtime, deadline (from the start), throttle (the most, in percent), xbzrle_cache. All of them are changed or none: exit code 2
-for a key or a value that cannot be, with those that can; 1 if the migration refuses, or nobody answers. address is for a source
-that has lost its connection: where it reaches the same destination from here on. It is given alone.";
+for a key or a value that cannot be, with those that can; 1 if the migration refuses, or nobody answers. address is where the
+source reaches the same destination from its next attempt on; an open connection stays. It is given alone.";
 
 const CANCEL_EXAMPLES: &str = "\
 Examples:
