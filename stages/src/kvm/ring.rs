@@ -16,6 +16,9 @@
 //! over. The third is for an entry that the vCPU writes while the kernel resets it: the kernel checks an entry and frees it in two
 //! steps, and a write between them leaves no trace. The lost entries are unknown, so all pages count as written.
 //!
+//! The third sign counts on entries that are written in order from the first reset one. A reader that is out of step does not
+//! know where the next one is written, so whatever it resets counts as overrun.
+//!
 //! Once everything was reset, the kernel's count is still ahead by a *gap* of entries that were never written at their place. The
 //! next dirty entry shows where the gap ends, and the gap is reset with it.
 //!
@@ -115,7 +118,8 @@ impl Reading {
             self.harvested -= done;
             self.next = (self.next + done) % entries;
         }
-        let is_run_over = self.harvested > 0 || all_were_dirty || at(ring, last).flags() != FREE;
+        let is_run_over =
+            self.harvested > 0 || all_were_dirty || at(ring, last).flags() != FREE || self.step != Step::In;
         self.harvested = 0;
         if is_run_over {
             self.step = Step::Out;
