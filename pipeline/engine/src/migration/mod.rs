@@ -50,6 +50,7 @@ use std::time::Duration;
 use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::geometry::{BlockInfo, Layout, PageSize};
 use memferry_stages::memory::GuestMemory;
+use tokio::time::{Interval, MissedTickBehavior};
 
 pub use bounds::{cache_beyond_guest, cache_bytes, check_source, least_cache};
 pub use bounds::{destination_bound, source_bound};
@@ -74,6 +75,13 @@ use error::guarded;
 
 /// How long a peer may take to read the reason of a failure before its connections are dropped.
 const FAREWELL: Duration = Duration::from_millis(500);
+
+/// Ticks at this interval. After a delay the next one comes an interval later.
+fn ticks(every: Duration) -> Interval {
+    let mut ticks = tokio::time::interval(every);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    ticks
+}
 
 /// Runs a call that may block, on a thread where blocking is allowed.
 ///

@@ -20,8 +20,8 @@ const STAGES_END: Duration = Duration::from_secs(5);
 pub(super) struct StageSet {
     plane: Handle,
     tasks: JoinSet<Result<(), StageError>>,
-    ids: HashMap<Id, StageId>,
-    handles: Vec<(StageId, AbortHandle)>,
+    /// Those that have not ended.
+    running: HashMap<Id, (StageId, AbortHandle)>,
 }
 
 /// A stage that ended.
@@ -35,14 +35,13 @@ pub(super) struct StageEnd {
 
 impl StageSet {
     pub(super) fn new(plane: &Handle) -> Self {
-        Self { plane: plane.clone(), tasks: JoinSet::new(), ids: HashMap::new(), handles: Vec::new() }
+        Self { plane: plane.clone(), tasks: JoinSet::new(), running: HashMap::new() }
     }
 
     /// Starts a stage.
     pub(super) fn spawn(&mut self, id: StageId, stage: impl Future<Output = Result<(), StageError>> + Send + 'static) {
         let task = self.tasks.spawn_on(stage, &self.plane);
-        self.ids.insert(task.id(), id);
-        self.handles.push((id, task));
+        self.running.insert(task.id(), (id, task));
     }
 
     /// The next stage that ends, with or without an error. Never returns when none is left.
@@ -73,13 +72,13 @@ impl StageSet {
 
     /// Ends the stages of a kind at their next wait.
     pub(super) fn abort(&mut self, kind: StageKind) {
-        self.handles.iter().filter(|(id, _)| id.kind == kind).for_each(|(_, handle)| handle.abort());
+        self.running.values().filter(|(id, _)| id.kind == kind).for_each(|(_, task)| task.abort());
     }
 
     /// Waits until no stage of a kind runs, at most [`STAGES_END`].
     pub(super) async fn all_ended(&mut self, kind: StageKind) {
         let ended = async {
-            while self.ids.values().any(|id| id.kind == kind) {
+            while self.running.values().any(|(id, _)| id.kind == kind) {
                 drop(self.next_end().await);
             }
         };
@@ -92,7 +91,7 @@ impl StageSet {
     }
 
     fn ended(&mut self, id: Id) -> StageId {
-        self.ids.remove(&id).expect("every task is a stage")
+        self.running.remove(&id).expect("every task is a stage").0
     }
 }
 

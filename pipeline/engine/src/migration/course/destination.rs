@@ -383,13 +383,19 @@ impl DestinationCourse {
         actions
     }
 
-    fn recovers(&self) -> bool {
+    /// Is a lost connection made again?
+    pub(in crate::migration) fn recovers(&self) -> bool {
         self.recovery.attempts > 0 && self.agreed.is_some_and(|agreed| agreed.recovers)
+    }
+
+    /// Is this a lost connection that is made again?
+    fn is_recoverable(&self, error: &MigrationError) -> bool {
+        self.recovers() && error.is_lost_connection()
     }
 
     /// The migration fails, unless the error is a lost connection that can be made again.
     fn fail_or_wait(&mut self, error: MigrationError, now: Duration) -> Vec<Action> {
-        if !self.recovers() || !error.is_lost_connection() {
+        if !self.is_recoverable(&error) {
             return self.over(Err(error));
         }
         if self.started.is_some() {
@@ -476,7 +482,7 @@ impl DestinationCourse {
 
     fn settled(&mut self) {
         let result = self.started.take().map_or(Ok(()), |started| started.result);
-        self.state = State::Over(result);
+        self.over(result);
     }
 
     fn lane_over(&mut self, now: Duration) -> Vec<Action> {
@@ -540,7 +546,7 @@ impl DestinationCourse {
 
     fn awaiting_go(&mut self, input: Input, now: Duration) -> Vec<Action> {
         let happening = match input {
-            Input::Failed(error) if self.recovers() && error.is_lost_connection() => {
+            Input::Failed(error) if self.is_recoverable(&error) => {
                 return self.fail_or_wait(error, now);
             }
             Input::StreamEnded if self.recovers() => {

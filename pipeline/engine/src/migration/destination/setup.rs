@@ -13,7 +13,6 @@ use memferry_stages::wire::reader::{Incoming, ReadError};
 use memferry_stages::wire::{Message, Preface, Secret, received_messages};
 use memferry_transports::Listener;
 use tokio::sync::mpsc;
-use tokio::time::MissedTickBehavior;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::answers::{Answers, figures, send_answer};
@@ -31,7 +30,7 @@ use crate::migration::excluded::excluded_ranges;
 use crate::migration::session::{Door, Known, Session};
 use crate::migration::stage_set::StageSet;
 use crate::migration::state::{Assembly, Room};
-use crate::migration::{block_facts, blocking, bounds, built_otherwise};
+use crate::migration::{block_facts, blocking, bounds, built_otherwise, ticks};
 use crate::settings::DestinationSettings;
 use crate::values::whole_ms;
 
@@ -138,12 +137,12 @@ impl<'a> Destination<'a> {
             });
             self.verification = verification;
             self.built = Some(built);
+            self.setup = self.started.elapsed();
+            self.setup_room = self.state_room;
         } else if let Some(built) = &self.built {
             self.verification.go_on(&built.memory)?;
         }
         let place = self.place.as_ref().expect("the guest is built");
-        let mut ticks = tokio::time::interval(TICK);
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let stages_left = readers.len() + usize::from(hello.lanes);
         let (stages, answer, mut alive) = match answers {
             Some(Answers { stages, outlet, alive }) => (stages, Some(outlet), Some(alive)),
@@ -154,15 +153,11 @@ impl<'a> Destination<'a> {
             let meters = graph.receiver_meters.clone();
             alive.report(answer.clone(), move || figures(&meters));
         }
-        if self.setup.is_zero() {
-            self.setup = self.started.elapsed();
-            self.setup_room = self.state_room;
-        }
         self.attempt = Attempt::Running(Box::new(Flow {
             alive,
             arrived: Arrived::new(place.memory.layout(), self.state_room, features),
             graph,
-            ticks,
+            ticks: ticks(TICK),
             stages_left,
             rates: Rates::begin(self.before.rates.take()),
             loaded_before: self.before.loaded_bytes,

@@ -267,7 +267,7 @@ impl Destination<'_> {
                     if matches!(message, Message::Heartbeat(_)) {
                         return Ok(None);
                     }
-                    if self.known.is_learnt() {
+                    if course.recovers() {
                         // It asks when it returns.
                         return Ok(None);
                     }

@@ -37,11 +37,6 @@ impl Known {
         self.member().as_ref().map_or(Duration::ZERO, |member| member.awaited)
     }
 
-    /// May the source return?
-    pub(in crate::migration) fn is_learnt(&self) -> bool {
-        self.member().is_some()
-    }
-
     /// A connection of this Hello may prove itself, with this secret.
     fn admit(&self, hello: &Hello) -> Result<Secret, Refusal> {
         let member = self.member();

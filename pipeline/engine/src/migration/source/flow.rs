@@ -10,7 +10,6 @@ use memferry_stages::sender::{Control, Sent};
 use memferry_stages::stage_id::StageId;
 use memferry_stages::wire::Message;
 use memferry_stages::wire::messages::Progress as Acknowledged;
-use tokio::time::{Interval, MissedTickBehavior};
 
 use crate::controller::forecast::Work;
 use crate::migration::alive::{Alive, silenced};
@@ -20,8 +19,6 @@ use crate::migration::link::ReturnPath;
 use crate::migration::senders;
 use crate::migration::source_graph::SourceGraph;
 
-/// How often figures are taken and the deadline is checked.
-const TICK: Duration = Duration::from_millis(100);
 /// How long the engine waits for the peer's reason after a connection has failed.
 const PATIENCE: Duration = Duration::from_millis(500);
 
@@ -44,8 +41,6 @@ pub(super) enum Signal {
     StageDone(StageId),
     /// A stage failed.
     Broke(Failure),
-    /// The tick interval has passed.
-    Tick,
 }
 
 /// The running stages of a source, as its course sees them.
@@ -54,21 +49,13 @@ pub(super) struct Flow {
     return_path: Option<ReturnPath>,
     /// Set if there is a return path.
     pub(super) alive: Option<Alive>,
-    ticks: Interval,
     /// How every stage had spent its time when the round began.
     round_began: Vec<Reading>,
 }
 
-/// The times at which figures are taken.
-pub(super) fn ticks() -> Interval {
-    let mut ticks = tokio::time::interval(TICK);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    ticks
-}
-
 impl Flow {
     pub(super) fn new(graph: SourceGraph, return_path: Option<ReturnPath>, alive: Option<Alive>) -> Self {
-        Self { graph, return_path, alive, ticks: ticks(), round_began: Vec::new() }
+        Self { graph, return_path, alive, round_began: Vec::new() }
     }
 
     /// Waits for the next signal. Safe to race in a `select!`.
@@ -84,7 +71,6 @@ impl Flow {
                 Err(failure) => Signal::Broke(failure),
             },
             silence = silenced(self.alive.as_ref()) => Signal::Silent(silence),
-            _ = self.ticks.tick() => Signal::Tick,
         }
     }
 

@@ -40,12 +40,13 @@ use super::error::MigrationError;
 use super::link::Link;
 use super::outcome::{SendError, Sent};
 use super::plane::DataPlane;
+use super::ticks;
 use crate::control::{Control, Request};
 use crate::events::Observers;
 use crate::guest::SourceGuest;
 use crate::settings::SourceSettings;
 use figures::Rates;
-use flow::{Flow, Signal, ticks};
+use flow::{Flow, Signal};
 use operator::Operator;
 use reach::{Reached, ReachedAgain, Unreached};
 use transfer::Transfer;
@@ -93,7 +94,7 @@ pub async fn send(
         digests: Digests::None,
         is_throttled: false,
         earlier_bytes: 0,
-        ticks: ticks(),
+        ticks: ticks(TICK),
     };
     boxed(source, SourceCourse::new(settings, facts)).await
 }
@@ -108,6 +109,9 @@ async fn run(mut source: Source<'_>, mut course: SourceCourse) -> Result<Sent, S
     let mistake = drive(&mut course, &mut source).await.err();
     source.conclude(course, mistake).await
 }
+
+/// How often figures are taken and the deadline is checked.
+const TICK: Duration = Duration::from_millis(100);
 
 /// See the [module](self).
 struct Source<'a> {
@@ -126,7 +130,7 @@ struct Source<'a> {
     is_throttled: bool,
     /// Bytes handed to the transport in attempts that ended.
     earlier_bytes: u64,
-    /// While there is no connection.
+    /// When figures are taken, and the deadline is checked.
     ticks: Interval,
 }
 

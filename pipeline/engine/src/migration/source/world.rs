@@ -39,6 +39,7 @@ impl World<SourceCourse> for Source<'_> {
 
     async fn next(&mut self, course: &SourceCourse) -> Input {
         loop {
+            let is_begun = self.attempt.flow().is_some() || course.is_disconnected();
             let Self { operator, attempt, digests, ticks, .. } = self;
             let happened = tokio::select! {
                 biased;
@@ -48,14 +49,14 @@ impl World<SourceCourse> for Source<'_> {
                     return digested.map_or_else(Input::Failed, |()| Input::Digested);
                 }
                 request = operator.requests.next() => Happened::Asked(request),
-                _ = ticks.tick(), if course.is_disconnected() => Happened::Tick,
+                _ = ticks.tick(), if is_begun => Happened::Tick,
             };
             let input = match happened {
                 Happened::Reached(Ok(reached)) => Some(self.reached(*reached)),
                 Happened::Reached(Err(error)) => Some(self.not_reached(error)),
                 Happened::ReachedAgain(result) => Some(self.reached_again(result)),
-                Happened::Tick => Some(Input::Tick { standing: self.standing(), bulk_bytes: 0 }),
-                Happened::Signal(signal) => self.input(signal, course),
+                Happened::Tick => Some(self.tick(course)),
+                Happened::Signal(signal) => self.input(signal),
                 Happened::Asked(request) => self.asked(request, course),
             };
             if let Some(input) = input {
@@ -157,7 +158,7 @@ impl Source<'_> {
     }
 
     /// The input for a signal, if the course needs it.
-    fn input(&mut self, signal: Signal, course: &SourceCourse) -> Option<Input> {
+    fn input(&mut self, signal: Signal) -> Option<Input> {
         let Attempt::Running(flow) = &mut self.attempt else { return None };
         match signal {
             Signal::Scanned(scanned) => Some(Input::Scanned(scanned)),
@@ -180,13 +181,15 @@ impl Source<'_> {
             Signal::StageDone(stage) if stage.kind == StageKind::Sender => Some(Input::FileComplete),
             Signal::StageDone(_) => None,
             Signal::Broke(failure) => Some(Input::Broke(failure)),
-            Signal::Tick => {
-                let standing = self.standing();
-                self.report_progress(course, &standing);
-                let bulk_bytes = self.attempt.flow().map_or(0, Flow::bulk_bytes);
-                Some(Input::Tick { standing, bulk_bytes })
-            }
         }
+    }
+
+    /// Time has passed, with or without a connection.
+    fn tick(&mut self, course: &SourceCourse) -> Input {
+        let standing = self.standing();
+        self.report_progress(course, &standing);
+        let bulk_bytes = self.attempt.flow().map_or(0, Flow::bulk_bytes);
+        Input::Tick { standing, bulk_bytes }
     }
 
     /// The state of the migration, by the bitmap alone.

@@ -31,7 +31,7 @@ impl SourceCourse {
             }
             (Input::Received(message), State::HandingOver { .. }) => self.happened(Happening::Received(message), now),
             (Input::Cancel, State::HandingOver { .. }) => self.happened(Happening::Cancel, now),
-            (Input::Failed(error), State::HandingOver { .. }) if self.recovers() && error.is_lost_connection() => {
+            (Input::Failed(error), State::HandingOver { .. }) if self.is_recoverable(&error) => {
                 self.fail_or_recover(error, now)
             }
             (Input::Failed(error), State::HandingOver { .. }) => self.happened(error.into(), now),

@@ -79,7 +79,7 @@ pub(in crate::migration) struct Returned {
 impl SourceCourse {
     /// The migration fails, unless the error is a lost connection that can be made again.
     pub(super) fn fail_or_recover(&mut self, error: MigrationError, now: Duration) -> Vec<Action> {
-        if !self.recovers() || !error.is_lost_connection() {
+        if !self.is_recoverable(&error) {
             return self.fail(error, now);
         }
         let attempts = self.settings.recovery.attempts;
@@ -104,6 +104,11 @@ impl SourceCourse {
     /// Do both ends make a lost connection again?
     pub(super) fn recovers(&self) -> bool {
         self.facts.recovers && !self.attempts.awaited.is_zero()
+    }
+
+    /// Is this a lost connection that can be made again?
+    pub(super) fn is_recoverable(&self, error: &MigrationError) -> bool {
+        self.recovers() && error.is_lost_connection()
     }
 
     fn is_handed_over(&self) -> bool {
