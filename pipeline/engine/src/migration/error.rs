@@ -247,7 +247,7 @@ impl MigrationError {
         match self {
             Self::Lost(loss) => !matches!(loss, Loss::PagesReturned | Loss::SenderEnded | Loss::StageEnded),
             Self::Silent(_) => true,
-            Self::Stage(Failure::Stage(error)) => error.is_lost_connection(),
+            Self::Stage(failure) => failure.is_lost_connection(),
             Self::Read(error) => error.is_lost_connection(),
             _ => false,
         }
@@ -268,9 +268,21 @@ pub enum Failure {
         /// The panic message.
         panic: String,
     },
+    /// Its connection ended at a frame boundary, but not at the end of the stream.
+    #[error("{0}: the connection ended before its stream did")]
+    Ended(StageId),
 }
 
 impl Failure {
+    /// Whether the connection was lost. Another one may do better.
+    pub(super) fn is_lost_connection(&self) -> bool {
+        match self {
+            Self::Stage(error) => error.is_lost_connection(),
+            Self::Ended(_) => true,
+            Self::Panicked { .. } => false,
+        }
+    }
+
     /// Is it only the consequence of a neighbour's end?
     pub(super) fn is_echo(&self) -> bool {
         matches!(self, Self::Stage(error) if error.is_closed())

@@ -75,6 +75,8 @@ use error::guarded;
 
 /// How long a peer may take to read the reason of a failure before its connections are dropped.
 const FAREWELL: Duration = Duration::from_millis(500);
+/// How long an end waits for its peer's reason after a connection has failed.
+const PATIENCE: Duration = Duration::from_millis(500);
 
 /// Ticks at this interval. After a delay the next one comes an interval later.
 fn ticks(every: Duration) -> Interval {

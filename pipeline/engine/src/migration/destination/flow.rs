@@ -6,6 +6,7 @@ use memferry_stages::geometry::Layout;
 use memferry_stages::loader::Loaded;
 use memferry_stages::sender::Control;
 use memferry_stages::stage_id::{StageId, StageKind};
+use memferry_stages::untrusted::Untrusted;
 use memferry_stages::wire::Message;
 use memferry_stages::wire::hello::Features;
 use memferry_stages::wire::messages::{Progress as Acknowledged, StatePhase};
@@ -14,13 +15,14 @@ use tokio::time::Interval;
 use super::answers::{figures, finish, send_answer};
 use super::rounds::Rates;
 use crate::controller::forecast::WriteBack;
-use crate::migration::FAREWELL;
+use crate::events::Role;
 use crate::migration::alive::{Alive, silenced};
 use crate::migration::course::times::write_back_figures;
 use crate::migration::destination_graph::DestinationGraph;
 use crate::migration::digests::Digests;
 use crate::migration::error::{Failure, Loss, MigrationError, Silence};
 use crate::migration::state::{Assembly, Room};
+use crate::migration::{FAREWELL, PATIENCE};
 
 /// See the [module](self).
 pub(super) struct Flow {
@@ -99,6 +101,27 @@ impl Flow {
                 }
                 silence = silenced(self.alive.as_ref()) => return Signal::Silent(silence),
                 _ = self.ticks.tick() => return Signal::Tick,
+            }
+        }
+    }
+
+    /// Why a stage failed: what the source says, if its connection was lost; else the first failure in order of time.
+    pub(super) async fn explain(&mut self, failure: Failure) -> MigrationError {
+        let cause = self.graph.stages.root_cause(failure).await;
+        if cause.is_lost_connection() {
+            // A source that gives up says so on connection 0, and closes the others at the same time.
+            if let Ok(Some(why)) = tokio::time::timeout(PATIENCE, self.given_up()).await {
+                return MigrationError::GivenUp { peer: Role::Source, why };
+            }
+        }
+        MigrationError::Stage(cause)
+    }
+
+    /// The source's reason to give up. `None` if it says none.
+    async fn given_up(&mut self) -> Option<Untrusted> {
+        loop {
+            if let Message::Abort(why) = self.graph.messages.next().await? {
+                return Some(why);
             }
         }
     }

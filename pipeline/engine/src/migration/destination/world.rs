@@ -171,10 +171,10 @@ impl Destination<'_> {
             Signal::Loaded(Loaded { mark, .. }) => {
                 return Err(MigrationError::Mistake(format!("{mark:?} in precopy: the receiver lets none pass")));
             }
-            // Pages are missing, or no message comes any more.
-            Signal::ConnectionEnded(receiver) if course.is_loading() || receiver == StageId::receiver(0) => {
-                Some(Input::StreamEnded)
-            }
+            // No message comes any more.
+            Signal::ConnectionEnded(receiver) if receiver == StageId::receiver(0) => Some(Input::StreamEnded),
+            // Pages are missing.
+            Signal::ConnectionEnded(receiver) if course.is_loading() => Some(Input::Broke(Failure::Ended(receiver))),
             Signal::ConnectionEnded(_) => None,
             Signal::StreamEnded => Some(Input::StreamEnded),
             Signal::Broke(failure) => Some(Input::Broke(failure)),
@@ -339,7 +339,7 @@ impl Destination<'_> {
     /// The failure that came first in time.
     async fn explain(&mut self, failure: Failure) -> MigrationError {
         match &mut self.attempt {
-            Attempt::Running(flow) => MigrationError::Stage(flow.graph.stages.root_cause(failure).await),
+            Attempt::Running(flow) => flow.explain(failure).await,
             _ => MigrationError::Stage(failure),
         }
     }

@@ -12,15 +12,13 @@ use memferry_stages::wire::Message;
 use memferry_stages::wire::messages::Progress as Acknowledged;
 
 use crate::controller::forecast::Work;
+use crate::migration::PATIENCE;
 use crate::migration::alive::{Alive, silenced};
 use crate::migration::course::source::Input;
 use crate::migration::error::{Failure, Loss, MigrationError, Silence};
 use crate::migration::link::ReturnPath;
 use crate::migration::senders;
 use crate::migration::source_graph::SourceGraph;
-
-/// How long the engine waits for the peer's reason after a connection has failed.
-const PATIENCE: Duration = Duration::from_millis(500);
 
 /// What the stages, or the destination, report.
 #[derive(Debug)]
