@@ -16,17 +16,21 @@
 //!
 //! Settling: the guest was started, and the source may not know. Until it says that it does, this end answers a source that returns.
 
+mod handover;
+mod recovery;
+
 use std::time::Duration;
 
 use memferry_stages::wire::Message;
 use memferry_stages::wire::messages::RunState;
 
-use super::handshake::{DestinationStep, Happening, NotStarted, awaiting_go};
+use super::handshake::Happening;
 use super::times::DestinationTimes;
 use crate::events::{DowntimeParts, Event, Outages, Phase, Role};
 use crate::migration::driver::Course;
-use crate::migration::error::{Failure, Loss, MigrationError, NotRecovered};
+use crate::migration::error::{Failure, Loss, MigrationError};
 use crate::settings::RecoverySettings;
+use handover::answer;
 
 /// What happened at the destination.
 #[derive(Debug)]
@@ -383,108 +387,6 @@ impl DestinationCourse {
         actions
     }
 
-    /// Is a lost connection made again?
-    pub(in crate::migration) fn recovers(&self) -> bool {
-        self.recovery.attempts > 0 && self.agreed.is_some_and(|agreed| agreed.recovers)
-    }
-
-    /// Is this a lost connection that is made again?
-    fn is_recoverable(&self, error: &MigrationError) -> bool {
-        self.recovers() && error.is_lost_connection()
-    }
-
-    /// The migration fails, unless the error is a lost connection that can be made again.
-    fn fail_or_wait(&mut self, error: MigrationError, now: Duration) -> Vec<Action> {
-        if !self.is_recoverable(&error) {
-            return self.over(Err(error));
-        }
-        if self.started.is_some() {
-            self.state = State::Settling;
-            return vec![Action::EndAttempt];
-        }
-        let attempts = self.recovery.attempts;
-        if let State::Agreeing { lost: Some(since) } = self.state {
-            self.state = State::Disconnected { since, cause: error };
-            return vec![Action::EndAttempt];
-        }
-        if self.outages.lost == attempts {
-            let not_recovered = NotRecovered::LostTooOften { attempts };
-            return self.over(Err(MigrationError::NotRecovered { cause: Box::new(error), not_recovered }));
-        }
-        let mut actions = self.lost(error.to_string());
-        self.state = State::Disconnected { since: now, cause: error };
-        actions.push(Action::EndAttempt);
-        actions.extend(self.unprepare());
-        actions
-    }
-
-    /// The connection is lost, and with it what was begun to hand the guest over.
-    fn lost(&mut self, why: String) -> Vec<Action> {
-        self.outages.lost += 1;
-        self.verified = None;
-        self.parts = DowntimeParts::default();
-        let lost = Event::Disconnected { attempt: self.outages.lost, why };
-        vec![Action::notify(lost), Action::notify(Event::Phase(Phase::Disconnected))]
-    }
-
-    /// The source is back, possibly before this end has noticed that it was gone.
-    fn returned(&mut self, now: Duration) -> Vec<Action> {
-        let started = self.started.is_some();
-        let mut actions = Vec::new();
-        let since = match self.state {
-            State::Disconnected { since, .. } => since,
-            State::Agreeing { lost: Some(since) } => since,
-            _ if started => now,
-            _ => {
-                actions.extend(self.lost("the source returns on another one".into()));
-                now
-            }
-        };
-        actions.push(Action::EndAttempt);
-        if let Some(error) = self.refusal.take() {
-            actions.extend(self.over(Err(error)));
-            actions.push(Action::Rejoin { started });
-            return actions;
-        }
-        self.state = State::Agreeing { lost: Some(since) };
-        actions.push(self.unprepare().unwrap_or(Action::Rejoin { started }));
-        actions
-    }
-
-    /// The guest runs on at its source: what only one side may hold is released here. A guest that was started is not asked.
-    fn unprepare(&mut self) -> Option<Action> {
-        let is_over = self.started.is_some() || !std::mem::take(&mut self.prepared);
-        (!is_over).then_some(Action::Unprepare)
-    }
-
-    fn not_returned(&mut self, now: Duration) -> Vec<Action> {
-        let State::Disconnected { since, cause } = std::mem::replace(&mut self.state, State::Gathering) else {
-            return Vec::new();
-        };
-        let waited = now.saturating_sub(since);
-        self.outages.time += waited;
-        if let Some(error) = self.refusal.take() {
-            return self.over(Err(error));
-        }
-        let not_recovered = NotRecovered::NotReturned { waited };
-        self.over(Err(MigrationError::NotRecovered { cause: Box::new(cause), not_recovered }))
-    }
-
-    /// The guest was started: only what the source knows of it has an effect.
-    fn settling(&mut self, input: Input) -> Vec<Action> {
-        match input {
-            Input::Received(Message::Settled | Message::Abort(_)) | Input::Cancel => self.settled(),
-            Input::StreamEnded | Input::Failed(_) => return vec![Action::EndAttempt],
-            _ => {}
-        }
-        Vec::new()
-    }
-
-    fn settled(&mut self) {
-        let result = self.started.take().map_or(Ok(()), |started| started.result);
-        self.over(result);
-    }
-
     fn lane_over(&mut self, now: Duration) -> Vec<Action> {
         let State::Loading(arrival) = self.state else { return Vec::new() };
         let mut actions = Vec::new();
@@ -536,74 +438,6 @@ impl DestinationCourse {
     fn times(&self) -> Action {
         let DowntimeParts { verify, durable, prepare, start, .. } = self.parts;
         Action::Send(DestinationTimes { verify, durable, prepare, start }.message())
-    }
-
-    /// From here on this end waits for Go or the end.
-    fn report_loaded(&mut self, now: Duration) -> Vec<Action> {
-        self.state = State::AwaitingGo { give_up: now + self.handover_timeout };
-        vec![self.times(), Action::Send(Message::Loaded { verified: self.verified == Some(true) })]
-    }
-
-    fn awaiting_go(&mut self, input: Input, now: Duration) -> Vec<Action> {
-        let happening = match input {
-            Input::Failed(error) if self.is_recoverable(&error) => {
-                return self.fail_or_wait(error, now);
-            }
-            Input::StreamEnded if self.recovers() => {
-                return self.fail_or_wait(MigrationError::Lost(closed()), now);
-            }
-            Input::Received(message) => Happening::Received(message),
-            Input::StreamEnded => Happening::Lost(closed()),
-            Input::Cancel => Happening::Cancel,
-            Input::Failed(error) => error.into(),
-            _ => return Vec::new(),
-        };
-        self.happened(happening, now)
-    }
-
-    /// One step of the last handshake: see [`handshake`](super::handshake).
-    fn happened(&mut self, happening: Happening, now: Duration) -> Vec<Action> {
-        match awaiting_go(happening) {
-            DestinationStep::Wait => Vec::new(),
-            DestinationStep::Start(run_state) => self.start(run_state, true, now),
-            DestinationStep::End(NotStarted::Cancelled) => self.over(Err(MigrationError::Cancelled)),
-            DestinationStep::End(why) => self.over(Err(why.into())),
-        }
-    }
-
-    fn start(&mut self, run_state: RunState, return_path: bool, now: Duration) -> Vec<Action> {
-        self.start_begun = true;
-        self.state = State::Starting { began: now, return_path };
-        vec![Action::notify(Event::HandedOver), Action::Start(run_state)]
-    }
-
-    fn started(
-        &mut self,
-        result: Result<(), MigrationError>,
-        return_path: bool,
-        began: Duration,
-        now: Duration,
-    ) -> Vec<Action> {
-        if !return_path {
-            return self.over(result);
-        }
-        self.parts.start = now.saturating_sub(began);
-        let answer = answer(&result);
-        if self.recovers() {
-            self.started = Some(Started { result, until: now + self.recovery.give_up });
-            self.state = State::Settling;
-        } else {
-            self.over(result);
-        }
-        vec![self.times(), Action::Send(answer)]
-    }
-}
-
-/// Whether the guest was started, for the source.
-fn answer(started: &Result<(), MigrationError>) -> Message {
-    match started {
-        Ok(()) => Message::Running,
-        Err(error) => Message::StartFailed(error.to_string().into()),
     }
 }
 
