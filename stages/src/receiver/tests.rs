@@ -11,7 +11,7 @@ use crate::loader::{Direct, LaneProgress, Loaded, Loader};
 use crate::queue::{Inlet, bounded};
 use crate::tally::RoundTally;
 use crate::wire::frames::{Frame, PAGE};
-use crate::wire::messages::{Progress, Resume, Run, RunState, StateChunk, StatePhase};
+use crate::wire::messages::{BitmapPart, Progress, Resume, Run, RunState, StateChunk, StatePhase};
 use crate::wire::{Features, FrameReader, Kind, Message, Nonce, Proof, ReadError, WireDeframer, WireError};
 
 /// Extents of one stretch of 4 KiB pages: extent 8 is the second stretch.
@@ -196,7 +196,7 @@ async fn the_return_paths_messages_are_refused() {
         Message::Accept { waits_ms: 0 },
         Message::Challenge { nonce: Nonce::default(), proof: Proof([0; 32]) },
         Message::Resume(Resume::default()),
-        Message::Received { block: 0, first: 0, runs: vec![Run { extents: 1, mask: 1 }] },
+        Message::Received(BitmapPart { block: 0, first: 0, runs: vec![Run { extents: 1, mask: 1 }] }),
         Message::Ready,
         Message::Progress(Progress { bytes: 1, frames: vec![1] }),
         Message::PageHashes { first: ExtentAt { block: 0, extent: 0 }.page(0), hashes: vec![1] },

@@ -163,9 +163,9 @@ pub enum WireError {
         /// How many there are.
         blocks: u32,
     },
-    /// A part of the received bitmap that does not follow the part before it, is missing, or has pages that do not exist.
-    #[error("the received bitmap of block {block} is wrong at extent {first}")]
-    ReceivedMisplaced {
+    /// A part of a bitmap that does not follow the part before it, is missing, or has pages that do not exist.
+    #[error("the bitmap of block {block} is wrong at extent {first}")]
+    PartMisplaced {
         /// The block.
         block: u32,
         /// The extent.

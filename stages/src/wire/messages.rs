@@ -64,7 +64,7 @@ pub const MAX_FIGURES: usize = 256;
 /// The longest name of a figure, in bytes of UTF-8.
 pub const MAX_FIGURE_NAME: usize = 64;
 
-/// The most runs of extents in one Received.
+/// The most runs of extents in one part of a bitmap.
 pub const MAX_RUNS: usize = 4096;
 
 /// The longest name of a section of state, in bytes of UTF-8.
@@ -136,6 +136,17 @@ pub struct Resume {
     pub started: bool,
     /// Pages frames of the latest attempt that were loaded, by lane.
     pub frames: Vec<u64>,
+}
+
+/// A part of a bitmap: consecutive extents of a block.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BitmapPart {
+    /// Index of the block.
+    pub block: u32,
+    /// The first extent.
+    pub first: u32,
+    /// The extents.
+    pub runs: Vec<Run>,
 }
 
 /// Extents that follow each other, with the same pages.
@@ -247,15 +258,8 @@ pub enum Message {
     },
     /// See [`Resume`].
     Resume(Resume),
-    /// The received pages of consecutive extents of a block, from `first` on.
-    Received {
-        /// Index of the block.
-        block: u32,
-        /// The first extent.
-        first: u32,
-        /// The extents.
-        runs: Vec<Run>,
-    },
+    /// A part of the received bitmap.
+    Received(BitmapPart),
     /// The sender is alive, with figures that it reports. Both directions, at any time from Hello or Accept on; a reader
     /// that does not know it may skip it.
     Heartbeat(Vec<Figure>),
@@ -312,7 +316,7 @@ impl Message {
             Self::StartFailed(_) => Kind::StartFailed,
             Self::Challenge { .. } => Kind::Challenge,
             Self::Resume(_) => Kind::Resume,
-            Self::Received { .. } => Kind::Received,
+            Self::Received(_) => Kind::Received,
             Self::Heartbeat(_) => Kind::Heartbeat,
         }
     }

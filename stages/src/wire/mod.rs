@@ -31,6 +31,7 @@
 //! directions on connection 0: a Heartbeat where there is nothing else. A peer that is silent for longer is stopped, hangs, or is
 //! unreachable.
 
+mod bitmap_parts;
 mod deframer;
 mod encoding;
 pub mod error;
@@ -49,10 +50,10 @@ pub mod proof;
 mod put;
 mod read_ahead;
 pub mod reader;
-mod received;
 mod take;
 mod version;
 
+pub use bitmap_parts::{BitmapParts, bitmap_parts};
 pub use deframer::WireDeframer;
 pub use error::{FrameError, WireError};
 pub use frame::{FrameHead, HEAD_BYTES};
@@ -64,7 +65,6 @@ pub use order::Preface;
 pub use pages::PagesHead;
 pub use proof::{Meeting, Nonce, Proof, Prover, Secret};
 pub use reader::{FrameReader, Incoming, PagesFrame, ReadError};
-pub use received::{ReceivedParts, received_messages};
 pub use version::PROTOCOL_VERSION;
 
 #[cfg(test)]

@@ -126,7 +126,7 @@ impl Order {
             Message::Accept { .. }
             | Message::Challenge { .. }
             | Message::Resume(_)
-            | Message::Received { .. }
+            | Message::Received(_)
             | Message::Ready
             | Message::Progress(_)
             | Message::PageHashes { .. }

@@ -7,8 +7,8 @@ use super::fields::{put_list, put_name};
 use super::frame::{FrameHead, HEAD_BYTES};
 use super::limits::CHECKSUM_BYTES;
 use super::messages::{
-    Figure, MAX_DIGESTS, MAX_FIGURE_NAME, MAX_FIGURES, MAX_REASON, MAX_RUNS, MAX_SECTION_NAME, MAX_STATE_CHUNK,
-    MAX_STRETCH_PAGES, Message, Progress, Resume, Run, StateChunk, StretchDigest,
+    BitmapPart, Figure, MAX_DIGESTS, MAX_FIGURE_NAME, MAX_FIGURES, MAX_REASON, MAX_RUNS, MAX_SECTION_NAME,
+    MAX_STATE_CHUNK, MAX_STRETCH_PAGES, Message, Progress, Resume, Run, StateChunk, StretchDigest,
 };
 use crate::geometry::{BlockInfo, MAX_BLOCK_ID, MAX_BLOCKS, MAX_LANES, PageAt};
 use crate::tally::RoundTally;
@@ -61,14 +61,16 @@ impl Message {
                 out.push(u8::from(*started));
                 put_frames(out, frames);
             }
-            Self::Received { block, first, runs } => {
-                out.extend(block.to_le_bytes());
-                out.extend(first.to_le_bytes());
-                put_list(out, runs, 1..=MAX_RUNS, put_run);
-            }
+            Self::Received(part) => put_bitmap_part(out, part),
             Self::DirectEnds | Self::LaneEnds | Self::Settled | Self::Ready | Self::Running => {}
         }
     }
+}
+
+fn put_bitmap_part(out: &mut Vec<u8>, part: &BitmapPart) {
+    out.extend(part.block.to_le_bytes());
+    out.extend(part.first.to_le_bytes());
+    put_list(out, &part.runs, 1..=MAX_RUNS, put_run);
 }
 
 fn put_state(out: &mut Vec<u8>, chunk: &StateChunk) {

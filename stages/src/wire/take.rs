@@ -10,7 +10,7 @@ use super::hello::Hello;
 use super::kind::Kind;
 use super::limits::CHECKSUM_BYTES;
 use super::messages::{
-    Figure, MAX_COUNT, MAX_DIGESTS, MAX_FIGURE_NAME, MAX_FIGURES, MAX_REASON, MAX_RUNS, MAX_SECTION_NAME,
+    BitmapPart, Figure, MAX_COUNT, MAX_DIGESTS, MAX_FIGURE_NAME, MAX_FIGURES, MAX_REASON, MAX_RUNS, MAX_SECTION_NAME,
     MAX_STATE_CHUNK, MAX_STRETCH_EXTENTS, MAX_STRETCH_PAGES, Message, Progress, Resume, Run, RunState, StateChunk,
     StatePhase, StretchDigest,
 };
@@ -79,7 +79,7 @@ fn take_message(kind: Kind, fields: &mut Fields<'_>) -> Result<Message, WireErro
             Message::Challenge { nonce: Nonce(fields.array("nonce")?), proof: Proof(fields.array("proof")?) }
         }
         Kind::Resume => Message::Resume(Resume { started: fields.bool("started byte")?, frames: take_frames(fields)? }),
-        Kind::Received => take_received(fields)?,
+        Kind::Received => Message::Received(take_bitmap_part(fields)?),
         Kind::Heartbeat => Message::Heartbeat(fields.list("number of figures", 0..=MAX_FIGURES, take_figure)?),
     })
 }
@@ -182,7 +182,7 @@ fn take_frames(fields: &mut Fields<'_>) -> Result<Vec<u64>, WireError> {
     fields.list("number of lanes", 0..=MAX_LANES.into(), |fields| fields.u64("frames loaded"))
 }
 
-fn take_received(fields: &mut Fields<'_>) -> Result<Message, WireError> {
+fn take_bitmap_part(fields: &mut Fields<'_>) -> Result<BitmapPart, WireError> {
     let block = take_block_index(fields)?;
     let first = fields.u32("first extent")?;
     let mut left = MAX_EXTENTS - u64::from(first);
@@ -192,7 +192,7 @@ fn take_received(fields: &mut Fields<'_>) -> Result<Message, WireError> {
         left -= u64::from(extents);
         Ok(Run { extents, mask: fields.u64("mask of a run")? })
     })?;
-    Ok(Message::Received { block, first, runs })
+    Ok(BitmapPart { block, first, runs })
 }
 
 fn take_figure(fields: &mut Fields<'_>) -> Result<Figure, WireError> {

@@ -10,7 +10,7 @@ use crate::batch::{PageEncoding, RoundKind, group_pages};
 use crate::geometry::{BlockInfo, ExtentAt, Layout, MAX_LANES, PageAt, PageSize};
 use crate::tally::{PageTally, RoundTally};
 use crate::wire::messages::{
-    Figure, MAX_COUNT, Progress, Resume, Run, RunState, StateChunk, StatePhase, StretchDigest,
+    BitmapPart, Figure, MAX_COUNT, Progress, Resume, Run, RunState, StateChunk, StatePhase, StretchDigest,
 };
 use crate::wire::{
     ConnectionRole, FrameHead, FrameReader, HEAD_BYTES, Hello, Incoming, Kind, Message, Nonce, PROTOCOL_VERSION,
@@ -113,7 +113,7 @@ fn received() -> impl Strategy<Value = Message> {
     let runs = vec((1..1_000_u32, any::<u64>()), 1..40);
     (0..1024u32, 0..1u32 << 31, runs).prop_map(|(block, first, runs)| {
         let runs = runs.into_iter().map(|(extents, mask)| Run { extents, mask }).collect();
-        Message::Received { block, first, runs }
+        Message::Received(BitmapPart { block, first, runs })
     })
 }
 

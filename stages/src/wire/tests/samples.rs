@@ -5,7 +5,9 @@ use bytes::Bytes;
 use crate::batch::{PageEncoding, PageFault, RoundKind};
 use crate::geometry::{BlockInfo, ExtentAt, Layout, PageAt, PageSize};
 use crate::tally::{PageTally, RoundTally};
-use crate::wire::messages::{Figure, Progress, Resume, Run, RunState, StateChunk, StatePhase, StretchDigest};
+use crate::wire::messages::{
+    BitmapPart, Figure, Progress, Resume, Run, RunState, StateChunk, StatePhase, StretchDigest,
+};
 use crate::wire::{Features, Hello, Message, Nonce, PagesFrame, PagesHead, Proof, SessionId, WireError};
 
 /// Two blocks: 2 extents and 1 page, and a few bytes.
@@ -86,7 +88,7 @@ pub(super) fn messages() -> Vec<Message> {
         Message::StartFailed("no /dev/kvm".into()),
         Message::Challenge { nonce: Nonce([5; 32]), proof: Proof([6; 32]) },
         Message::Resume(Resume { started: true, frames: vec![8, 9] }),
-        Message::Received { block: 1, first: 2, runs: vec![Run { extents: 3, mask: 5 }] },
+        Message::Received(BitmapPart { block: 1, first: 2, runs: vec![Run { extents: 3, mask: 5 }] }),
         Message::Heartbeat(vec![Figure { name: "loader.busy".into(), value: 12 }]),
     ]
 }

@@ -10,7 +10,7 @@ use memferry_stages::queue::Outlet;
 use memferry_stages::sender::Control;
 use memferry_stages::wire::messages::{Resume, StatePhase};
 use memferry_stages::wire::reader::{Incoming, ReadError};
-use memferry_stages::wire::{Message, Preface, Secret, received_messages};
+use memferry_stages::wire::{Message, Preface, Secret, bitmap_parts};
 use memferry_transports::Listener;
 use tokio::sync::mpsc;
 use tokio_util::task::AbortOnDropHandle;
@@ -203,8 +203,8 @@ impl Return {
     /// Reports what is loaded, and that pages may come.
     async fn make(self) -> Result<Ready, MigrationError> {
         send_answer(self.answers.as_ref(), &Message::Resume(self.resume)).await?;
-        for part in self.received.iter().flat_map(|received| received_messages(received)) {
-            send_answer(self.answers.as_ref(), &part).await?;
+        for part in self.received.iter().flat_map(|received| bitmap_parts(received)) {
+            send_answer(self.answers.as_ref(), &Message::Received(part)).await?;
         }
         send_answer(self.answers.as_ref(), &Message::Ready).await?;
         Ok(Ready { session: self.session, made: None, room: self.room })

@@ -8,7 +8,7 @@ use futures::future::BoxFuture;
 use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::memory::GuestMemory;
 use memferry_stages::wire::messages::{Resume, StatePhase};
-use memferry_stages::wire::{Features, Message, ReceivedParts, WireError};
+use memferry_stages::wire::{BitmapParts, Features, Message, WireError};
 use memferry_transports::{Capabilities, Transport};
 
 use super::Source;
@@ -178,11 +178,11 @@ impl Introduction {
         let Some(Heard { message: Message::Resume(resume), .. }) = resume else {
             return Err(MigrationError::Mistake("a stream that is stored cannot be resumed".into()));
         };
-        let mut parts = ReceivedParts::new(self.memory.layout());
-        let is_next = |message: &Message| matches!(message, Message::Received { .. } | Message::Ready);
+        let mut parts = BitmapParts::new(self.memory.layout());
+        let is_next = |message: &Message| matches!(message, Message::Received(_) | Message::Ready);
         while let Some(Heard { message, .. }) = self.answer(link, "Ready", is_next).await? {
-            let Message::Received { block, first, runs } = message else { break };
-            parts.add(block, first, &runs).map_err(invalid)?;
+            let Message::Received(part) = message else { break };
+            parts.add(&part).map_err(invalid)?;
         }
         Ok((resume, parts.finish().map_err(invalid)?))
     }
