@@ -2,8 +2,9 @@
 //! moved over links from 100 Mbit/s to the loopback's own rate, and the downtime expected at the switchover's
 //! decision is compared with the actual one. `cargo run --release -p memferry-tests --example forecast [TIMES] [NAME]`
 //! moves each workload, or those with this name, TIMES times. With `PARTS` in the environment it prints the parts of
-//! each downtime below those of its forecast. The last lines are the medians of the errors, and how often the downtime
-//! was above the limit where the limit allowed the switchover.
+//! each downtime below those of its forecast. The last lines are the medians of the errors, what they would be for a
+//! forecast that knew beforehand how long each workload's downtimes are, and how often the downtime was above the limit
+//! where the limit allowed the switchover.
 
 use std::error::Error;
 use std::sync::Arc;
@@ -72,9 +73,11 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     println!("medians of the errors, either way:");
     for (link, _) in LINKS {
-        println!("{link}: {}", median(moved.iter().filter(|moved| moved.link == link)));
+        println!("{link}: {}", median(moved.iter().filter(|moved| moved.link == link).map(|moved| moved.error)));
     }
-    println!("all: {}", median(moved.iter()));
+    println!("all: {}", median(moved.iter().map(|moved| moved.error)));
+    println!("of a forecast that knows the workload's downtimes, their median: {}", median(known(&moved, 0.5)));
+    println!("of one that knows them, their 0.9 quantile: {}", median(known(&moved, 0.9)));
     let decided: Vec<_> = moved.iter().filter(|moved| moved.limit_decided).collect();
     let over = decided.iter().filter(|moved| moved.is_over).count();
     println!("above the limit: {over} of {} where the limit decided", decided.len());
@@ -83,7 +86,9 @@ fn main() -> Result<(), Box<dyn Error>> {
 
 /// A migration that was completed with a forecast.
 struct Moved {
+    workload: &'static str,
     link: &'static str,
+    downtime: Duration,
     /// The error of the forecast in percent, either way.
     error: f64,
     /// Did the controller switch over because the limit was met?
@@ -92,8 +97,20 @@ struct Moved {
     is_over: bool,
 }
 
-fn median<'a>(moved: impl Iterator<Item = &'a Moved>) -> String {
-    let mut errors: Vec<_> = moved.map(|moved| moved.error).collect();
+/// The errors in percent, if the forecast of each migration were this quantile of the downtimes of its workload over its
+/// link: the downtimes' own spread. It takes several runs of each to say anything.
+fn known(moved: &[Moved], quantile: f64) -> impl Iterator<Item = f64> + '_ {
+    moved.iter().map(move |one| {
+        let is_alike = |other: &&Moved| (other.workload, other.link) == (one.workload, one.link);
+        let mut downtimes: Vec<_> = moved.iter().filter(is_alike).map(|other| other.downtime).collect();
+        downtimes.sort();
+        let forecast = downtimes[((downtimes.len() - 1) as f64 * quantile).round() as usize];
+        (forecast.as_secs_f64() / one.downtime.as_secs_f64() - 1.0).abs() * 100.0
+    })
+}
+
+fn median(errors: impl Iterator<Item = f64>) -> String {
+    let mut errors: Vec<_> = errors.collect();
     errors.sort_by(f64::total_cmp);
     errors.get(errors.len() / 2).map_or_else(|| "-".into(), |median| format!("{median:.1} % of {}", errors.len()))
 }
@@ -133,7 +150,8 @@ fn run(plan: Plan, (link, bandwidth): (&'static str, Option<u64>)) -> Result<Opt
     };
     let error = error_percent(&forecast, downtime);
     let limit_decided = matches!(switched.reason, Reason::Met(Met::WithinLimit) | Reason::Raised { .. });
-    let moved = Moved { link, error: error.abs(), limit_decided, is_over: downtime > switched.limit };
+    let moved =
+        Moved { workload: name, link, downtime, error: error.abs(), limit_decided, is_over: downtime > switched.limit };
     let [expected, downtime] = [forecast.expected(), downtime].map(|time| time.as_secs_f64() * 1e3);
     println!(" {expected:.1} | {downtime:.1} | {error:+.0} |");
     if std::env::var_os("PARTS").is_some() {
