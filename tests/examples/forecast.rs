@@ -76,8 +76,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         println!("{link}: {}", median(moved.iter().filter(|moved| moved.link == link).map(|moved| moved.error)));
     }
     println!("all: {}", median(moved.iter().map(|moved| moved.error)));
-    println!("of a forecast that knows the workload's downtimes, their median: {}", median(known(&moved, 0.5)));
-    println!("of one that knows them, their 0.9 quantile: {}", median(known(&moved, 0.9)));
+    println!("of a forecast that knows the workload's downtimes, their median: {}", median(known(&moved, 50)));
+    println!("of one that knows them, their 90th percentile: {}", median(known(&moved, 90)));
     let decided: Vec<_> = moved.iter().filter(|moved| moved.limit_decided).collect();
     let over = decided.iter().filter(|moved| moved.is_over).count();
     println!("above the limit: {over} of {} where the limit decided", decided.len());
@@ -97,14 +97,14 @@ struct Moved {
     is_over: bool,
 }
 
-/// The errors in percent, if the forecast of each migration were this quantile of the downtimes of its workload over its
+/// The errors in percent, if the forecast of each migration were this percentile of the downtimes of its workload over its
 /// link: the downtimes' own spread. It takes several runs of each to say anything.
-fn known(moved: &[Moved], quantile: f64) -> impl Iterator<Item = f64> + '_ {
+fn known(moved: &[Moved], percent: usize) -> impl Iterator<Item = f64> + '_ {
     moved.iter().map(move |one| {
         let is_alike = |other: &&Moved| (other.workload, other.link) == (one.workload, one.link);
         let mut downtimes: Vec<_> = moved.iter().filter(is_alike).map(|other| other.downtime).collect();
         downtimes.sort();
-        let forecast = downtimes[((downtimes.len() - 1) as f64 * quantile).round() as usize];
+        let forecast = downtimes[(downtimes.len() - 1) * percent / 100];
         (forecast.as_secs_f64() / one.downtime.as_secs_f64() - 1.0).abs() * 100.0
     })
 }
