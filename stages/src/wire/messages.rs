@@ -245,7 +245,7 @@ pub enum Message {
     },
     /// The guest runs at the destination.
     Running,
-    /// The destination refuses, and has started nothing.
+    /// The destination refuses this connection, this attempt or this guest. It has started nothing, unless the source returns.
     Refused(Untrusted),
     /// The destination began to start the guest and failed.
     StartFailed(Untrusted),

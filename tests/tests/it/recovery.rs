@@ -420,6 +420,27 @@ fn cuts_around_go_leave_one_guest() {
     }
 }
 
+/// A refusal of one attempt is no word about the guest: the source returns again, and does not resume the guest while it may run.
+#[test]
+fn an_attempt_that_is_refused_is_made_again() {
+    let refused = Step::new(When::Before(Kind::Proof), Fault::HalfClose);
+    for first in [early(Fault::Cut), Step::new(When::Before(Kind::Running), Fault::Cut)] {
+        for (way, lanes) in WAYS {
+            let (source, destination) = guests();
+            let both = Both::watch(&source, &destination);
+            let crossed = block_on(async {
+                let mut crossing = crossing(way, lanes, &[first, refused]).await;
+                crossing.destination.hello_timeout = Duration::from_millis(300);
+                crossing.run(source.clone(), destination.clone()).await
+            });
+            assert!(!both.have_run(), "two ran: {crossed:?}");
+            crossed.check_completed(&source, &destination);
+            assert_eq!(crossed.proxy.breaks(), 2, "{crossed:?}");
+            assert!(!source.was_called(GuestCall::Resume), "{crossed:?}");
+        }
+    }
+}
+
 #[test]
 fn only_a_peer_that_never_comes_back_is_unconfirmed() {
     for (kind, starts, there) in [(Kind::Go, 0, Outcome::Failed), (Kind::Running, 1, Outcome::Completed)] {

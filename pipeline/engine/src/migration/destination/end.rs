@@ -30,10 +30,11 @@ impl Destination<'_> {
             self.observers.notify(&Event::Warning(mistake.to_string()));
         }
         let start_begun = course.start_begun();
+        let has_returned = course.outages().lost > 0;
         let figures = self.ended(&course);
         let result = course.into_outcome(mistake);
         self.report_last_progress(result.is_ok());
-        self.take_leave(farewell(&result, start_begun)).await;
+        self.take_leave(farewell(&result, start_begun, has_returned)).await;
         self.writer.end().await;
         let ended = self.report_end(&result, figures);
         let Err(source) = result else { return Ok(ended) };
@@ -97,11 +98,13 @@ impl Destination<'_> {
 }
 
 /// The last message to the source if the start was not begun. Once a start was begun, the source has had every message.
-fn farewell(result: &Result<(), MigrationError>, start_begun: bool) -> Option<Message> {
+fn farewell(result: &Result<(), MigrationError>, start_begun: bool, has_returned: bool) -> Option<Message> {
     match result {
         Ok(()) => None,
         Err(_) if start_begun => None,
         Err(MigrationError::Cancelled) => Some(Message::Abort("cancelled at the destination".into())),
+        // A source that returns takes Refused for the listener's word about this attempt, and tries another.
+        Err(error) if has_returned => Some(Message::Abort(error.to_string().into())),
         Err(
             error @ (MigrationError::Guest(_)
             | MigrationError::BuiltOtherwise(_)

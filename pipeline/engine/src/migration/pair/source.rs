@@ -196,7 +196,7 @@ impl SourceModel {
                 self.end.forget(|timed| matches!(timed, Timed::NotReached));
                 Some(Input::Returned(self.put_back(&resume)))
             }
-            (Reach::Resume(_), message @ (Message::Refused(_) | Message::Abort(_))) => Some(Input::Received(message)),
+            (Reach::Resume(_), message @ Message::Abort(_)) => Some(Input::Received(message)),
             (Reach::Resume(_), Message::Heartbeat(_)) => None,
             (Reach::Resume(_), other) => Some(self.not_reached(MigrationError::Protocol(format!("{other:?}")))),
             (Reach::Reached, Message::Progress(progress)) => {

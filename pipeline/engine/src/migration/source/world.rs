@@ -93,9 +93,6 @@ impl Source<'_> {
         self.attempt = Attempt::None;
         let reached = match result {
             Ok(reached) => *reached,
-            Err(Unreached { error: MigrationError::Refused { why, .. }, is_proven: true }) => {
-                return Input::Received(Message::Refused(why));
-            }
             Err(Unreached { error: MigrationError::GivenUp { why, .. }, is_proven: true }) => {
                 return Input::Received(Message::Abort(why));
             }

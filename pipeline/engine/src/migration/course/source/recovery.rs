@@ -244,9 +244,10 @@ impl SourceCourse {
             Input::Cancel if is_handed_over => vec![self.too_late()],
             Input::Cancel => self.end(End::Cancelled(MigrationError::Cancelled), now),
             // The destination, which has proven itself, gives up: after Go too it starts nothing any more.
-            Input::Received(Message::Abort(why) | Message::Refused(why)) if is_handed_over => {
+            Input::Received(Message::Abort(why)) if is_handed_over => {
                 self.end(End::Failed(HandoverError::NotStarted(why).into()), now)
             }
+            Input::Received(message) if is_handed_over => self.end(End::Unconfirmed(super::unwelcome(message)), now),
             Input::Received(message) => self.fail(super::unwelcome(message), now),
             Input::Failed(error) if is_handed_over => self.end(End::Unconfirmed(error), now),
             Input::Failed(error) => self.fail(error, now),
