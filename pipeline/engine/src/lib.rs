@@ -36,6 +36,8 @@ pub mod host;
 #[doc(hidden)]
 pub mod human;
 #[doc(hidden)]
+pub mod model;
+#[doc(hidden)]
 pub mod outlet;
 #[cfg(any(test, feature = "samples"))]
 #[doc(hidden)]

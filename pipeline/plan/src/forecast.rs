@@ -8,8 +8,9 @@ use super::trace::{GuestFacts, Trace};
 use super::written::Written;
 use memferry::controller::Decision;
 use memferry::controller::forecast::FixedCost;
-use memferry::controller::simulation::{Link, Run, simulate};
+use memferry::controller::simulation::{Conditions, Run, simulate};
 use memferry::migration::DIGEST_PASSES;
+use memferry::model::link::Link;
 use memferry::settings::{SourceSettings, Verify};
 
 /// The time of device state and the last handshake, for a guest that has not been paused yet.
@@ -41,14 +42,14 @@ pub fn foresee(written: &Written<'_>, settings: &SourceSettings, bandwidth: Band
     let trace = written.trace();
     let mut guest = TracedGuest::new(written, settings, bandwidth);
     let fixed = fixed_cost(trace, settings);
-    let link = Link {
-        bytes_per_second: bandwidth.bytes_per_second,
+    let conditions = Conditions {
+        link: Link::new(bandwidth.bytes_per_second),
         fixed,
         setup: trace.guest.arming,
         decision: look_at_digests(&trace.guest, fixed.verify),
         drain: DRAIN,
     };
-    let run = simulate(&mut guest, &link, settings);
+    let run = simulate(&mut guest, &conditions, settings);
     let meets = run.end == Decision::SwitchOver && run.downtime <= settings.downtime_limit.mul_f64(TOLERANCE);
     Foreseen { bandwidth, meets, repeated: guest.reached() > trace.length(), run }
 }

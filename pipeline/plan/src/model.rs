@@ -25,7 +25,7 @@ use super::mix::{Mix, least_equal};
 use super::trace::{Coded, DeltaSample, Deltas, Samples, Trace};
 use super::written::Written;
 use memferry::controller::forecast::whole;
-use memferry::controller::simulation::{Encoded, Found, Guest, Sending};
+use memferry::model::guest::{Encoded, Found, Guest, Sending};
 use memferry::settings::{OnMiss, SourceSettings, XbzrleSettings};
 
 /// Bytes of a page's descriptor in a frame.

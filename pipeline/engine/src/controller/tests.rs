@@ -5,8 +5,10 @@ use memferry_stages::tally::PageTally;
 use proptest::prelude::*;
 
 use super::reason::Stalled;
-use super::simulation::{Costs, Encoded, Found, Guest, Link, Run, Sending, simulate};
+use super::simulation::{Conditions, Run, simulate};
 use super::*;
+use crate::model::guest::{Costs, Encoded, Found, Guest, Sending};
+use crate::model::link::Link;
 use crate::settings::{ConvergenceSettings, EncoderSettings, RaiseSettings, StallStep, ThrottleSettings};
 
 /// Pages that were sent, whatever their encoding.
@@ -70,9 +72,10 @@ fn uniform(rate: f64) -> Writers {
     Writers { pages: 65_536, sets: vec![(65_536.0, rate)], period: None, costs: RAW }
 }
 
-fn link(mib_per_second: f64) -> Link {
+fn link(mib_per_second: f64) -> Conditions {
     let fixed = FixedCost { sync: 2 * MS, handover: 5 * MS, ..FixedCost::default() };
-    Link { bytes_per_second: mib_per_second * MIB, fixed, ..Link::default() }
+    let link = Link::new(mib_per_second * MIB);
+    Conditions { link, fixed, setup: Duration::ZERO, decision: Duration::ZERO, drain: Duration::ZERO }
 }
 
 fn settings() -> SourceSettings {
@@ -91,7 +94,7 @@ fn on_stall(steps: &[StallStep]) -> SourceSettings {
     }
 }
 
-fn run(guest: &Writers, link: &Link, settings: &SourceSettings) -> Run {
+fn run(guest: &Writers, link: &Conditions, settings: &SourceSettings) -> Run {
     simulate(&mut guest.clone(), link, settings)
 }
 
@@ -332,10 +335,10 @@ fn guests() -> impl Strategy<Value = Writers> {
     )
 }
 
-fn links() -> impl Strategy<Value = Link> {
+fn links() -> impl Strategy<Value = Conditions> {
     (1.0f64..4000.0, 0u64..50).prop_map(|(rate, handover)| {
         let fixed = FixedCost { sync: MS, handover: MS * u32::try_from(handover).unwrap(), ..FixedCost::default() };
-        Link { fixed, ..link(rate) }
+        Conditions { fixed, ..link(rate) }
     })
 }
 
@@ -432,7 +435,7 @@ proptest! {
         guest in guests(), link in links(), faster in 1.0f64..20.0, settings in all_settings()
     ) {
         let guest = Writers { period: None, ..guest };
-        let better = Link { bytes_per_second: link.bytes_per_second * faster, ..link };
+        let better = Conditions { link: Link::new(link.link.bytes_per_second * faster), ..link };
         let (slow, fast) = (run(&guest, &link, &settings), run(&guest, &better, &settings));
         let by_the_limit = |forecast: Forecast| forecast.expected() <= settings.downtime_limit;
         if slow.end != Decision::SwitchOver || !slow.forecast().is_some_and(by_the_limit) {

@@ -1,4 +1,4 @@
-//! The link between two ends: a delay and a bandwidth, in order on each connection.
+//! The link between two ends: what travels over a [`Wire`] in each direction, and how it is lost.
 
 use std::time::Duration;
 
@@ -7,6 +7,7 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use super::memory::Frame;
+use crate::model::link::{Link, Wire};
 
 /// What travels.
 #[derive(Clone, Debug)]
@@ -40,10 +41,9 @@ pub(super) struct Port {
     incoming: mpsc::UnboundedReceiver<(Instant, Found)>,
     /// What has come, and is on its way until then.
     next: Option<(Instant, Found)>,
-    /// When the connections are free to carry more.
-    busy: [Instant; 2],
-    delay: Duration,
-    bytes_per_second: f64,
+    /// What this end sends, since the link was made.
+    wire: Wire,
+    made: Instant,
     peer_timeout: Duration,
     is_cut: bool,
     is_muted: bool,
@@ -54,15 +54,14 @@ pub(super) struct Port {
 }
 
 /// Both sides of a link.
-pub(super) fn link(delay: Duration, bytes_per_second: f64, peer_timeout: Duration, is_stored: bool) -> [Port; 2] {
+pub(super) fn link(link: Link, peer_timeout: Duration, is_stored: bool) -> [Port; 2] {
     let (there, here) = (mpsc::unbounded_channel(), mpsc::unbounded_channel());
     let port = |out, incoming| Port {
         out,
         incoming,
         next: None,
-        busy: [Instant::now(); 2],
-        delay,
-        bytes_per_second,
+        wire: Wire::new(link, 2),
+        made: Instant::now(),
         peer_timeout,
         is_cut: false,
         is_muted: false,
@@ -75,22 +74,29 @@ pub(super) fn link(delay: Duration, bytes_per_second: f64, peer_timeout: Duratio
 impl Port {
     /// Sends a packet of this size over a connection. Returns when it has left this end.
     pub(super) fn send(&mut self, connection: usize, packet: Packet, bytes: u64) -> Instant {
-        let takes = Duration::from_secs_f64(bytes as f64 / self.bytes_per_second);
-        let left = self.busy[connection].max(Instant::now()) + takes;
-        self.busy[connection] = left;
+        let left = self.made + self.wire.send(connection, self.made.elapsed(), bytes);
         if !self.is_cut && !self.is_muted {
             // The peer may be gone.
-            drop(self.out.send((left + self.delay, Found::Packet(packet))));
+            drop(self.out.send((left + self.wire.link().latency, Found::Packet(packet))));
         }
         left
+    }
+
+    /// When everything has arrived that this end has sent.
+    fn all_arrived(&self) -> Instant {
+        (self.made + self.wire.all_arrived()).max(Instant::now())
+    }
+
+    /// Caps what this end sends.
+    pub(super) fn set_cap(&mut self, bytes_per_second: Option<u64>) {
+        self.wire.set_cap(self.made.elapsed(), bytes_per_second);
     }
 
     /// The link is cut: what is on its way to the peer still arrives, and nothing after it. Each end notices.
     pub(super) fn cut(&mut self) {
         if !self.is_cut {
             self.is_cut = true;
-            let at = *self.busy.iter().max().unwrap() + self.delay;
-            drop(self.out.send((at.max(Instant::now()), Found::Lost)));
+            drop(self.out.send((self.all_arrived(), Found::Lost)));
             self.next = Some((Instant::now(), Found::Lost));
         }
     }
@@ -108,9 +114,8 @@ impl Port {
         if let Some(message) = farewell {
             self.send(0, Packet::Message(message), 20);
         }
-        let at = *self.busy.iter().max().expect("two connections") + self.delay;
         if !self.is_cut && !self.is_muted {
-            drop(self.out.send((at.max(Instant::now()), Found::Lost)));
+            drop(self.out.send((self.all_arrived(), Found::Lost)));
         }
     }
 
@@ -135,7 +140,7 @@ impl Port {
         }
         if self.next.is_none() {
             // The peer closes its side with everything it sent before.
-            let at = Instant::now() + self.delay;
+            let at = Instant::now() + self.wire.link().latency;
             self.next = Some(self.incoming.recv().await.unwrap_or((at, Found::Lost)));
         }
         if let Some((at, _)) = &self.next {

@@ -3,6 +3,10 @@
 use std::time::Duration;
 
 use fastrand::Rng;
+use memferry_stages::tally::{PageTally, RoundTally};
+
+use crate::controller::forecast::whole;
+use crate::model::guest::{Encoded, Found, Guest, Sending, own_time};
 
 /// Pages of the guest.
 pub(super) const PAGES: usize = 48;
@@ -27,20 +31,23 @@ impl Frame {
     }
 }
 
-/// The source's memory, bitmap and cache.
-#[derive(Debug)]
+/// Consecutive writes of which each page has at least one: earlier ones only write pages that are written again.
+const ALL_WRITTEN: u64 = 2 * PAGES as u64;
+
+/// The source's memory, bitmap and cache. A version is the number of the write that made it.
+#[derive(Clone, Debug)]
 pub(super) struct SourceMemory {
     versions: Vec<u32>,
-    /// Written since the last sync.
-    written: Vec<bool>,
     dirty: Vec<bool>,
     /// What the destination holds, as the encoder believes (law 6).
     cache: Vec<Option<u32>>,
-    /// Pages a second that the guest writes while it runs.
+    /// Writes in a second of the guest's own time.
     rate: f64,
-    /// The time up to which it has written.
+    seed: u64,
+    /// The time up to which it has written, that time as the guest's own, and the guest's own time of the last sync.
     until: Duration,
-    rng: Rng,
+    own: Duration,
+    synced: Duration,
 }
 
 impl SourceMemory {
@@ -48,36 +55,47 @@ impl SourceMemory {
     pub(super) fn new(rate: f64, seed: u64) -> Self {
         Self {
             versions: vec![1; PAGES],
-            written: vec![false; PAGES],
             dirty: vec![true; PAGES],
             cache: vec![None; PAGES],
             rate,
+            seed,
             until: Duration::ZERO,
-            rng: Rng::with_seed(seed),
+            own: Duration::ZERO,
+            synced: Duration::ZERO,
         }
     }
 
-    /// The guest writes up to this moment, if it runs. `share` of its time it is not throttled.
-    pub(super) fn write(&mut self, now: Duration, runs: bool, share: f64) {
-        let time = now.saturating_sub(self.until).as_secs_f64();
+    /// The guest writes up to this moment, if it runs.
+    pub(super) fn write(&mut self, now: Duration, runs: bool, throttle: u8) {
+        let time = now.saturating_sub(self.until);
         self.until = now;
-        let mut writes = if runs { time * self.rate * share } else { 0.0 };
-        // More writes than pages only write them again.
-        writes = writes.min(4.0 * PAGES as f64);
-        while writes >= 1.0 || self.rng.f64() < writes {
-            writes -= 1.0;
-            let page = self.rng.usize(..PAGES);
-            self.versions[page] += 1;
-            self.written[page] = true;
+        if runs {
+            let from = self.own;
+            self.own += own_time(time, throttle);
+            for (page, version) in self.writes(from, self.own) {
+                self.versions[page] = version;
+            }
         }
     }
 
-    /// A sync: what was written becomes dirty. Returns the number of dirty pages.
+    /// The writes between two moments of the guest's own time: each other one is to the next page in turn, and the ones
+    /// between are to any page.
+    fn writes(&self, from: Duration, to: Duration) -> impl Iterator<Item = (usize, u32)> + use<> {
+        let [first, end] = [from, to].map(|moment| whole(moment.as_secs_f64() * self.rate));
+        let seed = self.seed;
+        (first.max(end.saturating_sub(ALL_WRITTEN))..end).map(move |number| {
+            let page = match usize::try_from(number).expect("a small number") {
+                even if even % 2 == 0 => even / 2 % PAGES,
+                _ => Rng::with_seed(seed.wrapping_add(number)).usize(..PAGES),
+            };
+            (page, u32::try_from(number).expect("a small number") + 2)
+        })
+    }
+
+    /// A sync: what was written since the last one becomes dirty. Returns the number of dirty pages.
     pub(super) fn sync(&mut self) -> u64 {
-        for page in 0..PAGES {
-            self.dirty[page] |= std::mem::take(&mut self.written[page]);
-        }
-        self.dirty_pages()
+        let from = std::mem::replace(&mut self.synced, self.own);
+        self.written(from, self.own).dirty
     }
 
     pub(super) fn dirty_pages(&self) -> u64 {
@@ -114,6 +132,48 @@ impl SourceMemory {
     pub(super) fn versions(&self) -> &[u32] {
         &self.versions
     }
+}
+
+/// The same guest for a simulation, which takes all pages of a round at once.
+impl Guest for SourceMemory {
+    fn pages(&self) -> u64 {
+        PAGES as u64
+    }
+
+    fn page_bytes(&self) -> u64 {
+        PAGE_BYTES
+    }
+
+    fn send(&mut self, sending: &Sending<'_>) -> Encoded {
+        let mut tally = RoundTally { round: sending.round, ..RoundTally::default() };
+        count(&self.take(0..PAGES, sending.round > 1), &mut tally.pages);
+        Encoded { tally, stages: Duration::ZERO }
+    }
+
+    fn look(&self, round: u32, pages: u64) -> Encoded {
+        self.clone().send(&Sending { round, pages, from: None, takes: &|_| Duration::ZERO })
+    }
+
+    /// Pages that were not taken since the last sync are still dirty.
+    fn written(&mut self, from: Duration, to: Duration) -> Found {
+        for (page, _) in self.writes(from, to) {
+            self.dirty[page] = true;
+        }
+        Found { dirty: self.dirty_pages(), cached: self.cached_pages() }
+    }
+}
+
+/// Counts pages as an encoder does. Returns their bytes on the wire.
+pub(super) fn count(frames: &[Frame], pages: &mut PageTally) -> u64 {
+    let bytes = frames.iter().map(Frame::bytes).sum();
+    let deltas = frames.iter().filter(|frame| frame.reference.is_some()).count() as u64;
+    let all = frames.len() as u64;
+    pages.all += all;
+    pages.xbzrle += deltas;
+    pages.raw += all - deltas;
+    pages.bytes_in += all * PAGE_BYTES;
+    pages.bytes_out += bytes;
+    bytes
 }
 
 /// Applies a page at the destination. A delta whose reference is not there is a violation of law 6.

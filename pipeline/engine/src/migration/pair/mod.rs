@@ -26,8 +26,10 @@ use super::course::destination::DestinationCourse;
 use super::course::source::{Conclusion, End as SourceEnd, Facts, SourceCourse};
 use super::driver::{Course, drive};
 use super::error::{MigrationError, Silence};
+use crate::controller::forecast::FixedCost;
 use crate::events::{DowntimeParts, Role};
 use crate::guest::GuestError;
+use crate::model::link::Link;
 use crate::settings::{After, ConvergenceSettings, OnDeadline, RecoverySettings, SourceSettings, StallStep, Verify};
 use destination::DestinationModel;
 use end::End;
@@ -38,6 +40,9 @@ use source::SourceModel;
 
 /// How long a run may take before it counts as one that hangs.
 const HANG: Duration = Duration::from_secs(3600);
+
+/// The link, of which each end has two connections.
+const LINK: Link = Link::new(2e6);
 
 /// The most steps of a course: more than one takes that waits until [`HANG`].
 const MOST_STEPS: u32 = 100_000;
@@ -178,8 +183,8 @@ struct Figures {
     downtime: Option<Duration>,
     parts: [DowntimeParts; 2],
     verified: [Option<bool>; 2],
-    /// Did the decision to switch over have a forecast?
-    is_forecast: bool,
+    /// The fixed cost in the forecast that the decision to switch over rests on.
+    fixed: Option<FixedCost>,
 }
 
 /// How an end ended.
@@ -224,10 +229,9 @@ async fn run_both(script: &Script) -> Ran {
     }
     let settings = settings(&scene);
     let [here, there] = make_link(&scene);
-    let memory = SourceMemory::new(scene.writes.into(), 7);
     let here = End::new(truth.clone(), Faults::of(script, Side::Source), here);
     let (returns, returned) = mpsc::unbounded_channel();
-    let mut source = SourceModel::new(here, memory, scene, settings.clone(), returns);
+    let mut source = SourceModel::new(here, guest(&scene), scene, settings.clone(), returns);
     let there = End::new(truth.clone(), Faults::of(script, Side::Destination), there);
     let mut destination = DestinationModel::new(there, scene, returned);
     let facts = Facts {
@@ -289,7 +293,7 @@ fn figures(source: &SourceCourse, destination: &DestinationCourse) -> Figures {
         downtime: source.downtime(),
         parts: [source.parts(), destination.parts()],
         verified: [source.verified(), destination.verified()],
-        is_forecast: source.forecast().is_some(),
+        fixed: source.forecast().map(|forecast| forecast.fixed),
     }
 }
 
@@ -457,10 +461,14 @@ fn settings(scene: &Scene) -> SourceSettings {
     }
 }
 
+fn guest(scene: &Scene) -> SourceMemory {
+    SourceMemory::new(scene.writes.into(), 7)
+}
+
 /// The link of an attempt.
 fn make_link(scene: &Scene) -> [Port; 2] {
     let settings = settings(scene);
-    link(Duration::from_millis(1), 2e6, settings.peer_timeout, !scene.return_path)
+    link(LINK, settings.peer_timeout, !scene.return_path)
 }
 
 /// The message of a peer that lies.

@@ -15,7 +15,7 @@ use tokio::time::Instant;
 
 use super::end::{End, Happened};
 use super::link::{Found, Packet, Port};
-use super::memory::{Frame, PAGE_BYTES, PAGES, SourceMemory};
+use super::memory::{PAGES, SourceMemory, count};
 use super::requests::Requests;
 use super::script::{Fault, Scene};
 use super::{Checked, change, lie, make_link, silence};
@@ -151,11 +151,8 @@ impl SourceModel {
 
     /// The guest writes up to now.
     fn write(&mut self) {
-        let (runs, share) = {
-            let shared = self.end.truth.lock().unwrap();
-            (shared.source_runs, 1.0 - f64::from(shared.throttled) / 100.0)
-        };
-        self.memory.write(self.end.now(), runs, share);
+        let shared = self.end.truth.lock().unwrap();
+        self.memory.write(self.end.now(), shared.source_runs, shared.throttled);
     }
 
     fn standing(&self) -> Standing {
@@ -266,14 +263,9 @@ impl SourceModel {
             if frames.is_empty() {
                 continue;
             }
-            let bytes = frames.iter().map(Frame::bytes).sum();
             let tally = &mut scan.tallies[usize::from(lane)];
             tally.batches += 1;
-            tally.pages.all += frames.len() as u64;
-            tally.pages.xbzrle += frames.iter().filter(|frame| frame.reference.is_some()).count() as u64;
-            tally.pages.raw += frames.iter().filter(|frame| frame.reference.is_none()).count() as u64;
-            tally.pages.bytes_in += frames.len() as u64 * PAGE_BYTES;
-            tally.pages.bytes_out += bytes;
+            let bytes = count(&frames, &mut tally.pages);
             self.sent += frames.len() as u64;
             self.bulk_bytes += bytes;
             self.frames[usize::from(lane)].push(frames.iter().map(|frame| frame.page).collect());
@@ -491,11 +483,15 @@ impl SourceModel {
             }
             Action::StartStages(bandwidth) => {
                 self.requests.stages_start(bandwidth, course.settings());
+                self.end.port.set_cap(bandwidth);
                 if course.outages().lost == 0 {
                     self.end.after(Duration::ZERO, Timed::Tick);
                 }
             }
-            Action::SetBandwidth(bandwidth) => self.requests.set_bandwidth(bandwidth),
+            Action::SetBandwidth(bandwidth) => {
+                self.requests.set_bandwidth(bandwidth);
+                self.end.port.set_cap(bandwidth);
+            }
             Action::SetCache(bytes) => self.requests.set_cache(bytes),
             Action::ReportChange { round, from, to } => {
                 self.end.require(round == course.round(), "a change is reported for another round");

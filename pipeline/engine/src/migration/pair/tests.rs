@@ -8,7 +8,9 @@ use fastrand::Rng;
 
 use super::requests::SETS;
 use super::script::{Fault, Scene, Script, Side};
-use super::{Ended, LIES, Ran, run};
+use super::{Ended, LIES, LINK, Ran, guest, run, settings};
+use crate::controller::Decision;
+use crate::controller::simulation::{Conditions, simulate};
 use crate::events::DowntimeParts;
 
 /// Distinct runs, at least.
@@ -127,7 +129,7 @@ fn without_a_fault_the_downtime_has_these_parts() {
         assert!(!source.final_transfer.is_zero() && figures.downtime == Some(source.total()), "{scene:?}: {figures:?}");
         let compared = scene.verify.then_some(true);
         assert_eq!(figures.verified, [compared.filter(|_| scene.return_path), compared], "{scene:?}");
-        assert!(figures.is_forecast && figures.rounds <= 3, "{scene:?}: {figures:?}");
+        assert!(figures.fixed.is_some() && figures.rounds <= 3, "{scene:?}: {figures:?}");
     }
 }
 
@@ -155,6 +157,36 @@ fn what_the_operator_sets_decides() {
     assert_eq!(set(&[4, 5]).0, Ended::Cancelled, "the later request decides");
     let (ended, rounds) = set(&[7]);
     assert!(ended == Ended::Cancelled && rounds < 20, "the deadline ends it: {rounds} rounds");
+}
+
+/// A simulation moves the pair's guest over the pair's link, with the fixed cost that the pair has measured.
+#[test]
+fn a_simulation_of_the_same_guest_and_link_has_the_same_rounds_and_decision() {
+    let pair = |scene| check(&Script { scene, faults: Vec::new() });
+    let plain = Scene { verify: false, lanes: 1, switches_at_deadline: false, ..Scene::PLAIN };
+    let fixed = pair(Scene { limit: 10_000, ..plain }).figures.fixed.unwrap();
+    let (setup, none) = (Duration::from_millis(10), Duration::ZERO);
+    let conditions = Conditions { link: LINK, fixed, setup, decision: none, drain: none };
+    for (writes, limit, ended, rounds) in [
+        (0, 20, Ended::Completed, 2),
+        (40, 17, Ended::Completed, 3),
+        (40, 41, Ended::Completed, 2),
+        (200, 17, Ended::Completed, 3),
+        (1000, 17, Ended::Completed, 3),
+        (5000, 21, Ended::Completed, 3),
+        (5000, 1, Ended::Cancelled, 20),
+    ] {
+        let scene = Scene { writes, limit, ..plain };
+        let ran = pair(scene);
+        assert_eq!((ran.source, ran.figures.rounds), (ended, rounds), "{scene:?}");
+        let run = simulate(&mut guest(&scene), &conditions, &settings(&scene));
+        // The pair counts the round of the paused guest.
+        let simulated = match run.end {
+            Decision::SwitchOver => (Ended::Completed, run.rounds + 1),
+            _ => (Ended::Cancelled, run.rounds),
+        };
+        assert_eq!(simulated, (ended, rounds), "{scene:?}: {run:#?}");
+    }
 }
 
 #[test]
