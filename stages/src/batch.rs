@@ -15,6 +15,7 @@ mod hashes;
 
 use crate::geometry::ExtentAt;
 use crate::pool::PooledBuffer;
+pub use crate::tally::RoundKind;
 use crate::tally::RoundTally;
 pub(crate) use arrived::Piece;
 pub use arrived::{Arrived, PageFault};
@@ -43,28 +44,6 @@ pub enum Mark {
     DirectEnds,
     /// The end of the lane: nothing follows.
     LaneEnds,
-}
-
-/// When the pages of a round may change again.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-#[repr(u8)]
-pub enum RoundKind {
-    /// The guest runs: a page may be written while it travels, and is sent again in a later round.
-    #[default]
-    Live = 0,
-    /// The guest is paused, and the last sync is still to come: it brings pages that were written before the pause, or while the
-    /// state was saved.
-    Paused = 1,
-    /// No page changes any more: each is sent at most once.
-    Final = 2,
-}
-
-impl RoundKind {
-    /// Whether each page is sent at most once from here on.
-    #[must_use]
-    pub fn is_final(self) -> bool {
-        self == Self::Final
-    }
 }
 
 /// Which pages: taken from the bitmap, not read yet.

@@ -5,7 +5,7 @@ use std::io;
 use crate::batch::PageFault;
 use crate::dirty_log::LogCall;
 use crate::geometry::PageAt;
-use crate::loader::SinkError;
+use crate::loader::sink::SinkError;
 use crate::queue::Closed;
 use crate::stage_id::StageId;
 use crate::wire::reader::ReadError;

@@ -19,7 +19,7 @@
 
 mod direct;
 mod first_touch;
-mod sink;
+pub(crate) mod sink;
 
 pub use direct::Direct;
 pub use sink::{PageSink, SinkError};

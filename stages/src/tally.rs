@@ -1,10 +1,30 @@
-//! The figures of a round, counted by the stages of a lane and added up over the lanes.
+//! The kinds of rounds, and the figures of a round, counted by the stages of a lane and added up over the lanes.
 
 use std::ops::AddAssign;
 
 use serde::{Deserialize, Serialize};
 
-use crate::batch::RoundKind;
+/// When the pages of a round may change again.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum RoundKind {
+    /// The guest runs: a page may be written while it travels, and is sent again in a later round.
+    #[default]
+    Live = 0,
+    /// The guest is paused, and the last sync is still to come: it brings pages that were written before the pause, or while the
+    /// state was saved.
+    Paused = 1,
+    /// No page changes any more: each is sent at most once.
+    Final = 2,
+}
+
+impl RoundKind {
+    /// Whether each page is sent at most once from here on.
+    #[must_use]
+    pub fn is_final(self) -> bool {
+        self == Self::Final
+    }
+}
 
 /// Figures of one round. Travels with RoundComplete: each stage adds its part.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

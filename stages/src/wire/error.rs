@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::hello::ConnectionRole;
+use super::identity::ConnectionRole;
 use super::kind::Kind;
 use super::version::MAGIC;
 use crate::batch::PageEncoding;

@@ -45,8 +45,9 @@
 use bytes::Bytes;
 
 use super::hello::Hello;
+use super::identity::Nonce;
 use super::kind::Kind;
-use super::proof::{Nonce, Proof, Secret};
+use super::proof::{Proof, Secret};
 use crate::batch::Mark;
 use crate::geometry::{BlockInfo, PageAt};
 use crate::tally::RoundTally;

@@ -41,6 +41,7 @@ mod framer;
 #[cfg(test)]
 pub(crate) mod frames;
 pub mod hello;
+mod identity;
 mod kind;
 mod limits;
 pub mod messages;
@@ -58,12 +59,13 @@ pub use deframer::WireDeframer;
 pub use error::{FrameError, WireError};
 pub use frame::{FrameHead, HEAD_BYTES};
 pub use framer::WireFramer;
-pub use hello::{ConnectionRole, Features, Hello, SessionId};
+pub use hello::{Features, Hello};
+pub use identity::{ConnectionRole, Nonce, SessionId};
 pub use kind::Kind;
 pub use messages::Message;
 pub use order::Preface;
 pub use pages::PagesHead;
-pub use proof::{Meeting, Nonce, Proof, Prover, Secret};
+pub use proof::{Meeting, Proof, Prover, Secret};
 pub use reader::{FrameReader, Incoming, PagesFrame, ReadError};
 pub use version::PROTOCOL_VERSION;
 

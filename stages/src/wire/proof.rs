@@ -17,15 +17,12 @@
 use std::fmt;
 use std::io;
 
-use super::hello::{Hello, SessionId, random};
+use super::hello::Hello;
+use super::identity::{Nonce, SessionId, random};
 
 /// What the ends of one migration know each other by: 32 bytes from the operating system.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret([u8; 32]);
-
-/// A random number that is used once.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Nonce(pub [u8; 32]);
 
 /// Shows that one end has the secret.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -113,16 +110,6 @@ impl fmt::Debug for Secret {
     /// Logs do not hold secrets.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Secret")
-    }
-}
-
-impl Nonce {
-    /// A number from the system's generator.
-    ///
-    /// # Errors
-    /// When `/dev/urandom` cannot be read.
-    pub fn random() -> io::Result<Self> {
-        random().map(Self)
     }
 }
 

@@ -7,6 +7,7 @@ use xxhash_rust::xxh3::xxh3_64;
 use super::error::WireError;
 use super::fields::{Fields, within};
 use super::hello::Hello;
+use super::identity::Nonce;
 use super::kind::Kind;
 use super::limits::CHECKSUM_BYTES;
 use super::messages::{
@@ -14,7 +15,7 @@ use super::messages::{
     MAX_STATE_CHUNK, MAX_STRETCH_EXTENTS, MAX_STRETCH_PAGES, Message, Progress, Resume, Run, RunState, StateChunk,
     StatePhase, StretchDigest,
 };
-use super::proof::{Nonce, Proof, Secret};
+use super::proof::{Proof, Secret};
 use crate::batch::RoundKind;
 use crate::geometry::{BlockInfo, EXTENT_PAGES, MAX_BLOCK_ID, MAX_BLOCKS, MAX_LANES, PageAt};
 use crate::tally::{PageTally, RoundTally};
