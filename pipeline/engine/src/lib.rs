@@ -21,6 +21,7 @@ pub mod blocking;
 mod change;
 pub mod control;
 pub mod controller;
+mod downtime;
 pub mod events;
 pub mod guest;
 pub mod migration;

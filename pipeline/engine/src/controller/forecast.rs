@@ -22,7 +22,7 @@ use std::time::Duration;
 
 use memferry_stages::tally::RoundTally;
 
-use crate::events::DowntimeParts;
+use crate::downtime::DowntimeParts;
 use crate::settings::{OnMiss, SourceSettings, SwitchoverBandwidth};
 
 /// If a round took longer than its busiest stage worked by this factor, the wire was the limit.

@@ -31,6 +31,7 @@ mod error;
 #[doc(hidden)]
 pub mod excluded;
 mod link;
+mod loss;
 mod outcome;
 #[cfg(test)]
 mod pair;
@@ -59,9 +60,8 @@ pub use destination::receive;
 pub use digests::downtime as digest_downtime;
 pub use digests::{DIGEST_PASSES, HashingCost, hashing_cost};
 pub use error::Failure as StageFailure;
-pub use error::Loss;
-pub use error::MigrationError;
-pub use error::Silence;
+pub use error::{MigrationError, NotRecovered};
+pub use loss::{Loss, Silence};
 pub use memferry_stages::wire::WireError;
 pub use memferry_stages::wire::reader::ReadError;
 pub use outcome::{ReceiveError, Received, RunsHere, SendError, Sent};

@@ -18,7 +18,7 @@ use memferry_stages::untrusted::Untrusted;
 use memferry_stages::wire::messages::RunState;
 use memferry_stages::wire::{Kind, Message};
 
-use crate::migration::error::{Loss, MigrationError};
+use crate::migration::loss::Loss;
 
 /// The result at the source.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -91,16 +91,6 @@ pub(in crate::migration) enum Happening {
     TimedOut,
     /// A part of this end failed.
     Broke(String),
-}
-
-impl From<MigrationError> for Happening {
-    fn from(error: MigrationError) -> Self {
-        match error {
-            MigrationError::Lost(loss) => Self::Lost(loss),
-            MigrationError::Silent(silence) => Self::Lost(Loss::Silent(silence)),
-            other => Self::Broke(other.to_string()),
-        }
-    }
 }
 
 /// The source's reaction.
@@ -238,6 +228,7 @@ pub(in crate::migration) fn awaiting_go(happening: Happening) -> DestinationStep
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::migration::error::MigrationError;
 
     fn all_happenings() -> Vec<Happening> {
         let messages = [
