@@ -19,12 +19,12 @@ impl Destination<'_> {
         course: DestinationCourse,
         mistake: Option<MigrationError>,
     ) -> Result<Ended, ReceiveError> {
-        if let Some(door) = self.door.take() {
+        if let Some(door) = self.gate.door.take() {
             // The listener is closed when this returns.
             door.abort();
             drop(door.await);
         }
-        self.turned_away.finish();
+        self.gate.turned_away.finish();
         if let Some(mistake) = mistake.as_ref().filter(|_| course.is_over()) {
             // What the course ended with stands.
             self.observers.notify(&Event::Warning(mistake.to_string()));
@@ -68,7 +68,11 @@ impl Destination<'_> {
             outcome: Outcome::Failed,
             error: None,
             verified: course.verified(),
-            checked: self.verification.page_hashes().map(|page_hashes| page_hashes.coverage()),
+            checked: self
+                .built
+                .as_ref()
+                .and_then(|built| built.verification.page_hashes())
+                .map(|hashes| hashes.coverage()),
             total: self.started.elapsed(),
             setup: self.setup,
             downtime: None,

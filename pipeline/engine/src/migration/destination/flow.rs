@@ -13,7 +13,7 @@ use memferry_stages::wire::messages::{Progress as Acknowledged, StatePhase};
 use tokio::time::Interval;
 
 use super::answers::{figures, finish, send_answer};
-use super::rounds::Rates;
+use super::rates::Rates;
 use crate::controller::forecast::WriteBack;
 use crate::events::Role;
 use crate::migration::alive::{Alive, silenced};

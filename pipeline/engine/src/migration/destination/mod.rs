@@ -6,15 +6,17 @@
 //! | `setup` | connections are gathered, and the guest is built |
 //! | `answers` | the return path |
 //! | `flow` | the stages, and what they report |
-//! | `rounds` | the rounds that have arrived, and figures for observers |
+//! | `rates` | the rounds that have arrived, and the rates |
+//! | `figures` | figures for observers |
 //! | `verify` | digests are compared |
 //! | `write_back` | loaded memory is made durable |
 //! | `end` | the source is notified of the outcome, and everything is closed |
 
 mod answers;
 mod end;
+mod figures;
 mod flow;
-mod rounds;
+mod rates;
 mod setup;
 mod verify;
 mod world;
@@ -26,6 +28,7 @@ use std::time::{Duration, Instant};
 use futures::future::BoxFuture;
 use memferry_stages::geometry::{BlockInfo, Layout, PageSize};
 use memferry_stages::memory::GuestMemory;
+use memferry_stages::wire::Features;
 use memferry_transports::Listener;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -47,7 +50,7 @@ use crate::guest::{DestinationGuest, GuestBuilder, GuestError, GuestState};
 use crate::settings::DestinationSettings;
 use answers::Answers;
 use flow::Flow;
-use rounds::Rates;
+use rates::Rates;
 use verify::{Comparison, Verification};
 use write_back::Writer;
 
@@ -111,27 +114,34 @@ async fn run(mut destination: Destination<'_>, mut course: DestinationCourse) ->
     destination.conclude(course, mistake).await
 }
 
-/// A built guest, and the answers that the engine got from it.
+/// A built guest, and what is made for it once.
 struct Built {
     guest: Arc<dyn DestinationGuest>,
-    memory: GuestMemory,
+    /// Where its pages are loaded.
+    place: Place,
     /// Pages that never travel, as this end knows them.
     excluded: LeftOut,
+    verification: Verification,
 }
 
-/// See the [module](self).
-struct Destination<'a> {
-    settings: DestinationSettings,
-    plane: &'a DataPlane,
-    observers: Observers,
-    cancel: CancellationToken,
-    started: Instant,
-    /// The time before the first page.
-    setup: Duration,
-    /// The limit for guest state, and how much of it is used.
-    state_room: Room,
-    /// The room that was left behind the setup part.
-    setup_room: Room,
+impl Built {
+    fn memory(&self) -> &GuestMemory {
+        &self.place.memory
+    }
+
+    /// Verifies as the stream's features have it.
+    ///
+    /// # Errors
+    /// When the check of memory cannot start.
+    fn verify(&mut self, features: Features) -> Result<(), MigrationError> {
+        self.verification = Verification::start(self.memory(), features)?;
+        self.place.page_hashes = self.verification.page_hashes().cloned();
+        Ok(())
+    }
+}
+
+/// Where sources come from.
+struct Gate {
     turned_away: Arc<TurnedAways>,
     /// Until connections are gathered.
     listener: Option<Box<dyn Listener>>,
@@ -143,13 +153,30 @@ struct Destination<'a> {
     returning: Option<mpsc::Receiver<Session>>,
     /// The source that has returned last.
     returned: Option<Box<Session>>,
+}
+
+/// The limit for guest state, and how much of it is used.
+struct StateRoom {
+    /// By all of it so far.
+    left: Room,
+    /// By the setup part alone.
+    behind_setup: Room,
+}
+
+/// See the [module](self).
+struct Destination<'a> {
+    settings: DestinationSettings,
+    plane: &'a DataPlane,
+    observers: Observers,
+    cancel: CancellationToken,
+    started: Instant,
+    /// The time before the first page.
+    setup: Duration,
+    state_room: StateRoom,
+    gate: Gate,
     /// Until the guest is built.
     build: Option<Build>,
     built: Option<Built>,
-    /// Once the guest is built.
-    verification: Verification,
-    /// Where pages are loaded, once the guest is built.
-    place: Option<Place>,
     before: Before,
     attempt: Attempt<'a>,
     comparison: Comparison,
@@ -202,25 +229,26 @@ impl<'a> Destination<'a> {
         observers: Observers,
         cancel: CancellationToken,
     ) -> Self {
-        Self {
-            state_room: Room::new(settings.max_state_bytes),
-            setup_room: Room::new(settings.max_state_bytes),
-            settings,
-            plane,
+        let room = Room::new(settings.max_state_bytes);
+        let gate = Gate {
             turned_away: Arc::new(TurnedAways::new(observers.clone())),
-            observers,
-            cancel,
-            started: Instant::now(),
-            setup: Duration::ZERO,
             listener: Some(listener),
             door: None,
             known: Arc::default(),
             returning: None,
             returned: None,
+        };
+        Self {
+            state_room: StateRoom { left: room, behind_setup: room },
+            gate,
+            settings,
+            plane,
+            observers,
+            cancel,
+            started: Instant::now(),
+            setup: Duration::ZERO,
             build: Some(build),
             built: None,
-            verification: Verification::Off,
-            place: None,
             before: Before::default(),
             attempt: Attempt::None,
             comparison: Comparison::None,
@@ -230,6 +258,6 @@ impl<'a> Destination<'a> {
 
     /// The layout of the guest, once it is built.
     fn layout(&self) -> Option<&Layout> {
-        self.built.as_ref().map(|built| built.memory.layout())
+        self.built.as_ref().map(|built| built.memory().layout())
     }
 }

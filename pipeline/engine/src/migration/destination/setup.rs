@@ -17,7 +17,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::answers::{Answers, figures, send_answer};
 use super::flow::{Arrived, Flow};
-use super::rounds::Rates;
+use super::rates::Rates;
 use super::verify::Verification;
 use super::{Attempt, Build, Built, Destination};
 use crate::events::{Event, Observers, Role};
@@ -41,7 +41,7 @@ const TICK: Duration = Duration::from_millis(20);
 pub(super) struct Ready {
     pub(super) session: Session,
     /// What was made for the first attempt.
-    pub(super) made: Option<(Built, Verification)>,
+    pub(super) made: Option<Built>,
     /// What guest state may still take.
     pub(super) room: Room,
 }
@@ -72,7 +72,7 @@ impl<'a> Destination<'a> {
         &self,
         listener: Box<dyn Listener>,
     ) -> BoxFuture<'a, Result<Box<(Session, Door)>, MigrationError>> {
-        let door = Door::open(listener, self.settings.clone(), self.turned_away.clone(), self.known.clone());
+        let door = Door::open(listener, self.settings.clone(), self.gate.turned_away.clone(), self.gate.known.clone());
         Box::pin(self.plane.run(door.gather()))
     }
 
@@ -81,15 +81,15 @@ impl<'a> Destination<'a> {
     pub(super) fn gathered(&mut self, session: Session, door: Door) {
         if session.answer.is_some() {
             let (returned, returning) = mpsc::channel(1);
-            self.returning = Some(returning);
-            self.door = Some(AbortOnDropHandle::new(self.plane.handle().spawn(door.await_return(returned))));
+            self.gate.returning = Some(returning);
+            self.gate.door = Some(AbortOnDropHandle::new(self.plane.handle().spawn(door.await_return(returned))));
         }
         self.attempt = Attempt::Gathered(Box::new(session));
     }
 
     /// The connections have arrived: starts the return path, and begins to accept.
     pub(super) fn agree(&mut self, mut session: Session, build: Build) {
-        self.turned_away.finish();
+        self.gate.turned_away.finish();
         self.observers.notify(&Event::Connected { peer: session.peer.clone() });
         let answers = self.answers(&mut session);
         let acceptance = Acceptance {
@@ -97,8 +97,8 @@ impl<'a> Destination<'a> {
             build,
             settings: self.settings.clone(),
             observers: self.observers.clone(),
-            known: self.known.clone(),
-            room: self.state_room,
+            known: self.gate.known.clone(),
+            room: self.state_room.left,
             answers: answers.as_ref().map(|answers| answers.outlet.clone()),
         };
         self.attempt = Attempt::Agreeing(Box::pin(acceptance.make()), answers);
@@ -116,33 +116,27 @@ impl<'a> Destination<'a> {
         self.observers.notify(&Event::Connected { peer: session.peer.clone() });
         let answers = self.answers(&mut session);
         // The state of a switchover that did not happen takes no room.
-        self.state_room = self.setup_room;
+        self.state_room.left = self.state_room.behind_setup;
         let rejoining = Return {
             session,
             answers: answers.as_ref().map(|answers| answers.outlet.clone()),
             resume: Resume { started, frames: self.before.frames.clone() },
-            received: self.place.as_ref().map(|place| place.received.clone()),
-            room: self.state_room,
+            received: self.built.as_ref().map(|built| built.place.received.clone()),
+            room: self.state_room.left,
         };
         self.attempt = Attempt::Agreeing(Box::pin(rejoining.make()), answers);
     }
 
     pub(super) fn start_stages(&mut self, ready: Ready, answers: Option<Answers>) -> Result<(), MigrationError> {
         let Ready { session: Session { hello, features, readers, .. }, made, .. } = ready;
-        if let Some((built, verification)) = made {
-            self.place = Some(Place {
-                memory: built.memory.clone(),
-                received: Arc::new(DirtyBitmap::empty(built.memory.layout())),
-                page_hashes: verification.page_hashes().cloned(),
-            });
-            self.verification = verification;
+        if let Some(built) = made {
             self.built = Some(built);
             self.setup = self.started.elapsed();
-            self.setup_room = self.state_room;
-        } else if let Some(built) = &self.built {
-            self.verification.go_on(&built.memory)?;
+            self.state_room.behind_setup = self.state_room.left;
+        } else if let Some(Built { place, verification, .. }) = &mut self.built {
+            verification.go_on(&place.memory)?;
         }
-        let place = self.place.as_ref().expect("the guest is built");
+        let place = &self.built.as_ref().expect("the guest is built").place;
         let stages_left = readers.len() + usize::from(hello.lanes);
         let (stages, answer, mut alive) = match answers {
             Some(Answers { stages, outlet, alive }) => (stages, Some(outlet), Some(alive)),
@@ -155,7 +149,7 @@ impl<'a> Destination<'a> {
         }
         self.attempt = Attempt::Running(Box::new(Flow {
             alive,
-            arrived: Arrived::new(place.memory.layout(), self.state_room, features),
+            arrived: Arrived::new(place.memory.layout(), self.state_room.left, features),
             graph,
             ticks: ticks(TICK),
             stages_left,
@@ -182,20 +176,20 @@ impl Acceptance {
         bounds::check_host(bound(&Layout::new(page_size, blocks.clone())?))?;
         let began = Instant::now();
         let build = self.build;
-        let built = blocking(move || built(build, page_size, &blocks, &setup)).await?;
-        let layout = built.memory.layout();
+        let mut built = blocking(move || built(build, page_size, &blocks, &setup)).await?;
+        let layout = built.memory().layout();
         self.observers.notify(&Event::Guest {
             blocks: block_facts(layout),
             pages: layout.pages(),
             memory_bound: bound(layout),
         });
         send_answer(self.answers.as_ref(), &build_message(began.elapsed())).await?;
-        let verification = Verification::start(&built.memory, self.session.features)?;
+        built.verify(self.session.features)?;
         if let Some((secret, awaited)) = returns.filter(|_| recovery.attempts > 0) {
             self.known.learn(&self.session.hello, secret, awaited);
         }
         send_answer(self.answers.as_ref(), &Message::Ready).await?;
-        Ok(Ready { session: self.session, made: Some((built, verification)), room: self.room })
+        Ok(Ready { session: self.session, made: Some(built), room: self.room })
     }
 }
 
@@ -226,7 +220,9 @@ fn built(build: Build, page_size: PageSize, blocks: &[BlockInfo], setup: &GuestS
         ranges.into_iter().for_each(|(_, block, pages)| out.set_range(block, pages));
         Arc::new(out)
     });
-    Ok(Built { guest, memory, excluded })
+    let received = Arc::new(DirtyBitmap::empty(memory.layout()));
+    let place = Place { memory, received, page_hashes: None };
+    Ok(Built { guest, place, excluded, verification: Verification::Off })
 }
 
 /// The guest, as its source describes it.

@@ -71,12 +71,12 @@ impl World<DestinationCourse> for Destination<'_> {
 
     async fn next(&mut self, course: &DestinationCourse) -> Input {
         loop {
-            let Self { cancel, attempt, comparison, writer, returning, .. } = self;
+            let Self { cancel, attempt, comparison, writer, gate, .. } = self;
             let happened = tokio::select! {
                 biased;
                 () = cancel.cancelled() => return Input::Cancel,
                 happened = attempt.next() => happened,
-                session = returned(returning) => Happened::Returned(session),
+                session = returned(&mut gate.returning) => Happened::Returned(session),
                 equal = comparison.next() => {
                     return equal.map_or_else(Input::Failed, |equal| Input::Compared { equal });
                 }
@@ -91,7 +91,7 @@ impl World<DestinationCourse> for Destination<'_> {
                 Happened::Ready(Ok(ready)) => Some(self.ready(ready)),
                 Happened::Gathered(Err(error)) | Happened::Ready(Err(error)) => Some(self.not_ready(error)),
                 Happened::Returned(session) => {
-                    self.returned = Some(Box::new(session));
+                    self.gate.returned = Some(Box::new(session));
                     Some(Input::Returned)
                 }
                 Happened::Failed(error) => Some(Input::Failed(error)),
@@ -119,13 +119,13 @@ impl Destination<'_> {
         let Attempt::Agreeing(_, answers) = std::mem::replace(&mut self.attempt, Attempt::None) else {
             unreachable!("only an agreement makes it ready");
         };
-        self.state_room = ready.room;
+        self.state_room.left = ready.room;
         let agreed = Agreed {
             lanes: ready.session.hello.lanes,
             verify: ready.session.features.verify,
             return_path: answers.is_some(),
             recovers: ready.session.features.recovery && answers.is_some(),
-            awaited: self.known.awaited(),
+            awaited: self.gate.known.awaited(),
         };
         self.attempt = Attempt::Ready(Box::new(ready), answers);
         Input::Agreed(agreed)
@@ -147,7 +147,7 @@ impl Destination<'_> {
             Signal::Received(Message::State(chunk)) if course.is_loading() => {
                 if let Some(device) = &mut flow.arrived.device {
                     device.add(chunk)?;
-                    self.state_room = device.room();
+                    self.state_room.left = device.room();
                 }
                 None
             }
@@ -197,7 +197,7 @@ impl Destination<'_> {
                 None
             }
             Action::Gather => {
-                let listener = self.listener.take().expect("connections are gathered once");
+                let listener = self.gate.listener.take().expect("connections are gathered once");
                 self.attempt = Attempt::Gathering(self.gather(listener));
                 None
             }
@@ -222,7 +222,7 @@ impl Destination<'_> {
                 None
             }
             Action::Rejoin { started } => {
-                let session = self.returned.take().expect("the source has returned");
+                let session = self.gate.returned.take().expect("the source has returned");
                 self.rejoin(*session, started);
                 None
             }
@@ -244,14 +244,14 @@ impl Destination<'_> {
             Action::Explain(failure) => Some(Input::Failed(self.explain(failure).await)),
             Action::StartDigests => {
                 let built = self.built.as_ref().expect("what is loaded was built");
-                let ours = self.verification.finish(&built.memory, built.excluded.clone());
+                let ours = built.verification.finish(built.memory(), built.excluded.clone());
                 self.comparison = Comparison::Started(ours);
                 None
             }
             Action::Compare => {
                 let built = self.built.as_ref().expect("what is loaded was built");
-                let theirs = self.attempt.running()?.arrived.take_digests(built.memory.layout());
-                self.comparison.compare(&built.memory, theirs);
+                let theirs = self.attempt.running()?.arrived.take_digests(built.memory().layout());
+                self.comparison.compare(built.memory(), theirs);
                 None
             }
             Action::NameStretch => return Err(self.name_stretch().await?),
@@ -317,10 +317,10 @@ impl Destination<'_> {
         };
         let flow = self.attempt.running()?;
         if flow.graph.answer.is_some() {
-            let hashes = page_hashes(&built.memory, self.verification.page_hashes(), left_out, *stretch).await?;
+            let hashes = page_hashes(built.memory(), built.verification.page_hashes(), left_out, *stretch).await?;
             flow.send(&hashes).await?;
         }
-        Ok(describe(&built.memory, *stretch))
+        Ok(describe(built.memory(), *stretch))
     }
 
     /// Everything is loaded: applies the device state to the guest.
