@@ -1,4 +1,7 @@
-//! The crates that a VMM depends on through the engine: those that `memferry` needs with its default features.
+//! The crates that a VMM depends on through the engine: those that `memferry` needs with its default features. Dependencies between
+//! crates and modules run one way.
+
+mod circles;
 
 use std::collections::BTreeSet;
 use std::path::Path;
