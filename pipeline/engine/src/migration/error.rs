@@ -21,7 +21,7 @@ use crate::events::Role;
 use crate::guest::GuestError;
 use crate::human;
 
-pub use super::loss::{Loss, Silence};
+pub(super) use super::loss::{Loss, Silence};
 
 /// The error that ended a migration. Its text is for the operator: what failed and where.
 #[derive(Debug, thiserror::Error)]

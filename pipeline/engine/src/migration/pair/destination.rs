@@ -291,8 +291,12 @@ impl World<Checked<DestinationCourse>> for DestinationModel {
                 biased;
                 happened = self.end.next() => happened,
                 Some(returned) = self.returns.recv() => {
-                    self.returned = Some(returned);
                     self.end.faults.stepped();
+                    if std::mem::take(&mut self.end.faults.refuse) {
+                        refuse(returned.1);
+                        continue;
+                    }
+                    self.returned = Some(returned);
                     return Input::Returned;
                 }
             };
@@ -319,6 +323,12 @@ impl World<Checked<DestinationCourse>> for DestinationModel {
         self.order(action);
         None
     }
+}
+
+/// The listener refuses an attempt. The course is not asked.
+fn refuse(mut port: Port) {
+    port.send(0, Packet::Message(Message::Refused("not all of its connections came".into())), 60);
+    port.end();
 }
 
 /// Has the action an answer?

@@ -138,8 +138,13 @@ impl<T> End<T> {
             Fault::Stall(time) => self.truth.lock().unwrap().stalled_until = Some(Instant::now() + seconds(time)),
             Fault::Mistake => mistake(),
             Fault::Cancel | Fault::SwitchOver | Fault::Set(_) | Fault::StageFails => return false,
-            Fault::CallFails | Fault::CallPanics | Fault::Lie(_) | Fault::NotifyPanics | Fault::Corrupt => {
-                unreachable!("{fault:?} waits for a call, a message or a notification")
+            Fault::CallFails
+            | Fault::CallPanics
+            | Fault::Lie(_)
+            | Fault::NotifyPanics
+            | Fault::Corrupt
+            | Fault::Refuse => {
+                unreachable!("{fault:?} waits for a call, a message, a notification or a source that returns")
             }
         }
         true

@@ -62,6 +62,8 @@ pub(super) enum Fault {
     Mistake,
     /// The destination takes no pages for this number of seconds.
     Stall(u16),
+    /// The listener refuses the next attempt of a source that returns. At the destination.
+    Refuse,
     /// A page of this end differs when digests are compared. At the destination.
     Corrupt,
     /// The next message that this end receives is another one, of this number.
@@ -115,6 +117,8 @@ pub(super) struct Faults {
     pub(super) notify: bool,
     /// A page differs.
     pub(super) corrupt: bool,
+    /// The next attempt is refused.
+    pub(super) refuse: bool,
 }
 
 impl Faults {
@@ -123,7 +127,7 @@ impl Faults {
             script.faults.iter().filter(|fault| fault.0 == side).map(|&(_, step, fault)| (step, fault)).collect();
         left.sort_unstable();
         left.reverse();
-        Self { left, step: 0, call: None, lie: None, notify: false, corrupt: false }
+        Self { left, step: 0, call: None, lie: None, notify: false, corrupt: false, refuse: false }
     }
 
     /// Steps so far.
@@ -136,7 +140,7 @@ impl Faults {
         self.step += 1;
     }
 
-    /// The next fault that is due by now. Faults of calls, messages and notifications wait until there is one.
+    /// The next fault that is due by now. Faults of calls, messages, notifications and returns wait until there is one.
     pub(super) fn due(&mut self) -> Option<Fault> {
         self.next(|_| true)
     }
@@ -157,6 +161,7 @@ impl Faults {
                 Fault::Lie(message) => self.lie = Some(message),
                 Fault::NotifyPanics => self.notify = true,
                 Fault::Corrupt => self.corrupt = true,
+                Fault::Refuse => self.refuse = true,
                 other => return Some(other),
             }
         }

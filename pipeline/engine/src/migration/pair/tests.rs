@@ -211,6 +211,10 @@ fn with_faults_at_every_step_the_laws_hold() {
                 for fault in faults(side, step) {
                     run_new(Script { scene, faults: vec![(side, step, fault)] });
                 }
+                if scene.recovers {
+                    let refused = (Side::Destination, 0, Fault::Refuse);
+                    run_new(Script { scene, faults: vec![(side, step, Fault::Cut), refused] });
+                }
             }
         }
         lengths.push(ran.steps);
