@@ -179,7 +179,7 @@ async fn marks_pass_in_order_where_they_were_agreed_on_and_are_refused_elsewhere
         let wrong = refuses(0, &first, &Message::from(mark).encode(1)).await;
         assert_eq!(wrong, WireError::WrongConnection { lane: 1, connection: 0, right: 1 });
     }
-    let agreed = Features { checkpoints: true, direct_ends: true, ..Features::default() };
+    let agreed = Features { checkpoints: true, postcopy: true, ..Features::default() };
     let frames = [round_complete(0, 1), Message::from(marks[0]).encode(0).to_vec(), first.clone()];
     let behind = Frame::new(0, 2).zero(1).bytes(0);
     let frames = [&frames[0], &frames[1], &behind, &Message::from(marks[1]).encode(0)[..], &lane_ends(0)].concat();
@@ -197,6 +197,9 @@ async fn the_return_paths_messages_are_refused() {
         Message::Challenge { nonce: Nonce::default(), proof: Proof([0; 32]) },
         Message::Resume(Resume::default()),
         Message::Received(BitmapPart { block: 0, first: 0, runs: vec![Run { extents: 1, mask: 1 }] }),
+        Message::Discarded,
+        Message::PageRequest(ExtentAt { block: 0, extent: 0 }.page(0)),
+        Message::Complete,
         Message::Ready,
         Message::Progress(Progress { bytes: 1, frames: vec![1] }),
         Message::PageHashes { first: ExtentAt { block: 0, extent: 0 }.page(0), hashes: vec![1] },

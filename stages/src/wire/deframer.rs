@@ -1,7 +1,8 @@
 //! The reading end of memferry's dialect, for one connection: see [`Deframer`] for what it promises.
 //!
-//! The rounds of a lane never decrease, nothing follows a lane's end, End follows the ends of all lanes of its connection, a mark was
-//! agreed on, and the messages of no lane come in [order](super::order). A Heartbeat is not given.
+//! The rounds of a lane never decrease, nothing follows a lane's end, End follows the end or the DirectEnds of each lane of its
+//! connection, a mark was agreed on, and the messages of no lane come in [order](super::order). An urgent connection carries pages of
+//! all lanes, and nothing else. A Heartbeat is not given.
 
 use tokio::io::AsyncRead;
 
@@ -37,9 +38,13 @@ impl<R: AsyncRead + Unpin> WireDeframer<R> {
         lanes: LaneMap,
         features: Features,
     ) -> Self {
-        let places = vec![Place { round: 1, ended: false }; usize::from(lanes.lanes())];
-        let order = Order::new(&layout, &features);
-        Self { reader, rules: Rules { connection, bulk, layout, lanes, features, places, order } }
+        Self { reader, rules: Rules::new(Carries::Lanes { connection, bulk }, layout, lanes, features) }
+    }
+
+    /// The deframer of the urgent connection. Its reader is behind Hello.
+    #[must_use]
+    pub fn urgent(reader: FrameReader<R>, layout: Layout, lanes: LaneMap, features: Features) -> Self {
+        Self { reader, rules: Rules::new(Carries::Urgent, layout, lanes, features) }
     }
 
     /// The reader, for its position.
@@ -70,8 +75,7 @@ impl<R: AsyncRead + Unpin + Send> Deframer for WireDeframer<R> {
 /// What a frame must be to be taken.
 #[derive(Debug)]
 struct Rules {
-    connection: u16,
-    bulk: BulkMap,
+    carries: Carries,
     layout: Layout,
     lanes: LaneMap,
     features: Features,
@@ -79,16 +83,52 @@ struct Rules {
     order: Order,
 }
 
+/// What a connection carries.
+#[derive(Clone, Copy, Debug)]
+enum Carries {
+    /// Its lanes of these.
+    Lanes { connection: u16, bulk: BulkMap },
+    /// Urgent pages of all lanes.
+    Urgent,
+}
+
+impl Carries {
+    /// Whether it carries the frames of a lane, and else what is wrong.
+    fn check_lane(self, lane: u16) -> Result<(), WireError> {
+        match self {
+            Self::Lanes { connection, bulk } if bulk.connection(lane) != connection => {
+                Err(WireError::WrongConnection { lane, connection, right: bulk.connection(lane) })
+            }
+            Self::Lanes { .. } | Self::Urgent => Ok(()),
+        }
+    }
+
+    fn check_message(self, kind: Kind) -> Result<(), WireError> {
+        match self {
+            Self::Lanes { .. } => Ok(()),
+            Self::Urgent => misplaced(kind, "an urgent connection carries pages"),
+        }
+    }
+}
+
 /// The progress of a lane.
 #[derive(Clone, Copy, Debug)]
 struct Place {
     /// The lowest round that may come.
     round: u32,
+    /// Whether its DirectEnds has come: its other pages follow Go.
+    switched: bool,
     /// Whether its end has come.
     ended: bool,
 }
 
 impl Rules {
+    fn new(carries: Carries, layout: Layout, lanes: LaneMap, features: Features) -> Self {
+        let places = vec![Place { round: 1, switched: false, ended: false }; usize::from(lanes.lanes())];
+        let order = Order::new(&layout, &features);
+        Self { carries, layout, lanes, features, places, order }
+    }
+
     /// What a frame brings; `None` if it only shows that the source is alive.
     fn take(&mut self, incoming: Incoming) -> Result<Option<Deframed<Message>>, WireError> {
         Ok(Some(match incoming {
@@ -104,6 +144,7 @@ impl Rules {
                     Deframed::Mark { lane, mark }
                 }
                 Err(message) => {
+                    self.carries.check_message(message.kind())?;
                     self.order.message(&message, &self.layout)?;
                     if matches!(message, Message::End { .. }) {
                         self.check_all_ended()?;
@@ -116,17 +157,21 @@ impl Rules {
 
     fn mark(&mut self, lane: u16, mark: Mark) -> Result<(), WireError> {
         let kind = Message::from(mark).kind();
+        self.carries.check_message(kind)?;
         self.check_lane(kind, lane)?;
         if !self.features.allow(mark) {
             return Err(WireError::MarkNotAgreed { kind, lane });
         }
+        let place = &mut self.places[usize::from(lane)];
         match mark {
             Mark::RoundComplete(tally) => {
                 self.reach(lane, tally.round)?;
                 self.places[usize::from(lane)].round = tally.round.saturating_add(1);
             }
-            Mark::LaneEnds => self.places[usize::from(lane)].ended = true,
-            Mark::Checkpoint(_) | Mark::DirectEnds => {}
+            Mark::LaneEnds => place.ended = true,
+            Mark::DirectEnds if place.switched => return misplaced(kind, "it came twice in its lane"),
+            Mark::DirectEnds => place.switched = true,
+            Mark::Checkpoint(_) => {}
         }
         Ok(())
     }
@@ -154,18 +199,14 @@ impl Rules {
 
     /// Checks that a frame of this kind may come in this lane, on this connection, at this point.
     fn check_lane(&self, kind: Kind, lane: u16) -> Result<(), WireError> {
-        self.order.check_place(kind)?;
-        if lane >= self.lanes.lanes() {
+        let Some(place) = self.places.get(usize::from(lane)) else {
             return Err(WireError::NoLane { lane, lanes: self.lanes.lanes() });
-        }
-        let right = self.bulk.connection(lane);
-        if right != self.connection {
-            return Err(WireError::WrongConnection { lane, connection: self.connection, right });
-        }
-        if self.places[usize::from(lane)].ended {
+        };
+        self.carries.check_lane(lane)?;
+        if place.ended {
             return misplaced(kind, "the lane has ended");
         }
-        Ok(())
+        if place.switched { Ok(()) } else { self.order.check_place(kind) }
     }
 
     /// Checks that the rounds of a lane never decrease.
@@ -178,9 +219,10 @@ impl Rules {
         Ok(())
     }
 
-    /// Checks that all lanes of this connection are over, as they are before the source ends its stream.
+    /// Checks that all lanes of this connection are over, or have switched to postcopy, as they have before the source ends its stream.
     fn check_all_ended(&self) -> Result<(), WireError> {
-        let mut here = (0..).zip(&self.places).filter(|(lane, _)| self.bulk.connection(*lane) == self.connection);
-        if here.all(|(_, place)| place.ended) { Ok(()) } else { misplaced(Kind::End, "a lane has not ended") }
+        let mut here = (0..).zip(&self.places).filter(|(lane, _)| self.carries.check_lane(*lane).is_ok());
+        let is_over = |(_, place): (u16, &Place)| place.ended || place.switched;
+        if here.all(is_over) { Ok(()) } else { misplaced(Kind::End, "a lane has not ended") }
     }
 }

@@ -65,8 +65,8 @@ pub mod feature {
     pub const IGNORED_BLOCKS: &str = "ignored-blocks";
     /// Checkpoint marks end the epochs of a lane.
     pub const CHECKPOINTS: &str = "checkpoints";
-    /// DirectEnds marks the switch to postcopy in a lane.
-    pub const DIRECT_ENDS: &str = "direct-ends";
+    /// The guest may be started before all of its pages have arrived, and asks for those that it misses.
+    pub const POSTCOPY: &str = "postcopy";
     /// The source returns after a lost connection: a secret follows Accept.
     pub const RECOVERY: &str = "recovery";
 }
@@ -96,8 +96,8 @@ pub struct Features {
     pub ignored_blocks: bool,
     /// [`feature::CHECKPOINTS`]
     pub checkpoints: bool,
-    /// [`feature::DIRECT_ENDS`]
-    pub direct_ends: bool,
+    /// [`feature::POSTCOPY`]
+    pub postcopy: bool,
     /// [`feature::RECOVERY`]
     pub recovery: bool,
 }
@@ -116,7 +116,7 @@ impl Features {
         left_out: true,
         ignored_blocks: true,
         checkpoints: true,
-        direct_ends: true,
+        postcopy: true,
         recovery: true,
     };
 
@@ -126,7 +126,7 @@ impl Features {
         match mark {
             Mark::RoundComplete(_) | Mark::LaneEnds => true,
             Mark::Checkpoint(_) => self.checkpoints,
-            Mark::DirectEnds => self.direct_ends,
+            Mark::DirectEnds => self.postcopy,
         }
     }
 
@@ -166,7 +166,7 @@ impl Features {
             (feature::LEFT_OUT, self.left_out),
             (feature::IGNORED_BLOCKS, self.ignored_blocks),
             (feature::CHECKPOINTS, self.checkpoints),
-            (feature::DIRECT_ENDS, self.direct_ends),
+            (feature::POSTCOPY, self.postcopy),
             (feature::RECOVERY, self.recovery),
         ]
     }
@@ -184,7 +184,7 @@ impl Features {
             feature::LEFT_OUT => Some(&mut self.left_out),
             feature::IGNORED_BLOCKS => Some(&mut self.ignored_blocks),
             feature::CHECKPOINTS => Some(&mut self.checkpoints),
-            feature::DIRECT_ENDS => Some(&mut self.direct_ends),
+            feature::POSTCOPY => Some(&mut self.postcopy),
             feature::RECOVERY => Some(&mut self.recovery),
             _ => None,
         }

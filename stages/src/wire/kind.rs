@@ -36,6 +36,10 @@ pub enum Kind {
     Proof = 14,
     /// The source knows that the guest runs at the destination.
     Settled = 15,
+    /// Pages that the destination does not hold at the switch to postcopy.
+    Missing = 16,
+    /// The destination is to discard the pages that were named.
+    Discard = 17,
     /// Return path: the answer to Hello.
     Accept = 32,
     /// Return path: the machine is built for the blocks.
@@ -58,13 +62,19 @@ pub enum Kind {
     Resume = 41,
     /// Return path: a part of the received bitmap.
     Received = 42,
+    /// Return path: the pages are discarded.
+    Discarded = 43,
+    /// Return path of the urgent connection: the guest waits for this page.
+    PageRequest = 44,
+    /// Return path: every page is placed.
+    Complete = 45,
     /// The sender is alive. Both directions.
     Heartbeat = 64,
 }
 
 impl Kind {
     /// Every kind, in the order of their numbers.
-    pub const ALL: [Self; 27] = [
+    pub const ALL: [Self; 32] = [
         Self::Hello,
         Self::State,
         Self::Blocks,
@@ -80,6 +90,8 @@ impl Kind {
         Self::Secret,
         Self::Proof,
         Self::Settled,
+        Self::Missing,
+        Self::Discard,
         Self::Accept,
         Self::Ready,
         Self::Progress,
@@ -91,6 +103,9 @@ impl Kind {
         Self::Challenge,
         Self::Resume,
         Self::Received,
+        Self::Discarded,
+        Self::PageRequest,
+        Self::Complete,
         Self::Heartbeat,
     ];
 
@@ -119,6 +134,8 @@ impl Kind {
             Self::Secret => "Secret",
             Self::Proof => "Proof",
             Self::Settled => "Settled",
+            Self::Missing => "Missing",
+            Self::Discard => "Discard",
             Self::Accept => "Accept",
             Self::Ready => "Ready",
             Self::Progress => "Progress",
@@ -130,6 +147,9 @@ impl Kind {
             Self::Challenge => "Challenge",
             Self::Resume => "Resume",
             Self::Received => "Received",
+            Self::Discarded => "Discarded",
+            Self::PageRequest => "PageRequest",
+            Self::Complete => "Complete",
             Self::Heartbeat => "Heartbeat",
         }
     }

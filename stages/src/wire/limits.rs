@@ -48,14 +48,22 @@ fn max_body_bytes(kind: Kind) -> usize {
         Kind::Proof => 32,
         Kind::Challenge => 64,
         Kind::Resume => 1 + 2 + MAX_LANES as usize * 8,
-        Kind::Received => 4 + 4 + 2 + MAX_RUNS * (4 + 8),
+        Kind::Missing | Kind::Received => 4 + 4 + 2 + MAX_RUNS * (4 + 8),
         Kind::End => 1 + 8,
+        Kind::PageRequest => 4 + 8,
         Kind::Checkpoint | Kind::Accept => 8,
         Kind::Progress => 8 + 2 + MAX_LANES as usize * 8,
         Kind::PageHashes => 4 + 8 + 2 + MAX_STRETCH_PAGES * 8,
         Kind::Heartbeat => 2 + MAX_FIGURES * (1 + MAX_FIGURE_NAME + 8),
         Kind::Abort | Kind::Refused | Kind::StartFailed => 2 + MAX_REASON,
-        Kind::DirectEnds | Kind::LaneEnds | Kind::Settled | Kind::Ready | Kind::Running => 0,
+        Kind::DirectEnds
+        | Kind::LaneEnds
+        | Kind::Settled
+        | Kind::Discard
+        | Kind::Ready
+        | Kind::Running
+        | Kind::Discarded
+        | Kind::Complete => 0,
     };
     fields + CHECKSUM_BYTES
 }

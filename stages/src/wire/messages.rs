@@ -21,6 +21,8 @@
 //! │ Secret        │ secret 32 · milliseconds that the source tries to return 8                           │
 //! │ Proof         │ proof 32                                                                             │
 //! │ Settled       │                                                                                      │
+//! │ Missing       │ block 4 · first extent 4 · list of (extents 4 · mask of each 8)                      │
+//! │ Discard       │                                                                                      │
 //! │ Accept        │ milliseconds that it waits for a source to return 8                                  │
 //! │ Ready         │                                                                                      │
 //! │ Progress      │ bytes 8 · list of (frames of a lane 8)                                               │
@@ -32,6 +34,9 @@
 //! │ Challenge     │ nonce 32 · proof 32                                                                  │
 //! │ Resume        │ started 1 · list of (frames of a lane 8)                                             │
 //! │ Received      │ block 4 · first extent 4 · list of (extents 4 · mask of each 8)                      │
+//! │ Discarded     │                                                                                      │
+//! │ PageRequest   │ block 4 · page 8                                                                     │
+//! │ Complete      │                                                                                      │
 //! │ Heartbeat     │ list of (figure: name · value 8)                                                     │
 //! └───────────────┴──────────────────────────────────────────────────────────────────────────────────────┘
 //!
@@ -223,6 +228,11 @@ pub enum Message {
     Proof(Proof),
     /// The source knows that the guest runs at the destination, and asks no more.
     Settled,
+    /// A part of the bitmap of pages that the destination does not hold at the switch to postcopy. The bitmap comes twice: behind
+    /// DirectEnds, and with the device state, when it has what the last sync found besides.
+    Missing(BitmapPart),
+    /// The pages named so far are to be discarded, while the guest still runs at the source.
+    Discard,
     /// The destination accepts the stream as its Hello describes it.
     Accept {
         /// How long it waits for a source whose connection is lost, in milliseconds; 0 if it does not.
@@ -261,6 +271,12 @@ pub enum Message {
     Resume(Resume),
     /// A part of the received bitmap.
     Received(BitmapPart),
+    /// The pages that the source has named are discarded.
+    Discarded,
+    /// The guest waits for this page.
+    PageRequest(PageAt),
+    /// Every page is placed: the source is not needed any more.
+    Complete,
     /// The sender is alive, with figures that it reports. Both directions, at any time from Hello or Accept on; a reader
     /// that does not know it may skip it.
     Heartbeat(Vec<Figure>),
@@ -307,6 +323,8 @@ impl Message {
             Self::Secret { .. } => Kind::Secret,
             Self::Proof(_) => Kind::Proof,
             Self::Settled => Kind::Settled,
+            Self::Missing(_) => Kind::Missing,
+            Self::Discard => Kind::Discard,
             Self::Accept { .. } => Kind::Accept,
             Self::Ready => Kind::Ready,
             Self::Progress(_) => Kind::Progress,
@@ -318,6 +336,9 @@ impl Message {
             Self::Challenge { .. } => Kind::Challenge,
             Self::Resume(_) => Kind::Resume,
             Self::Received(_) => Kind::Received,
+            Self::Discarded => Kind::Discarded,
+            Self::PageRequest(_) => Kind::PageRequest,
+            Self::Complete => Kind::Complete,
             Self::Heartbeat(_) => Kind::Heartbeat,
         }
     }

@@ -24,8 +24,9 @@
 //! feature (see [`hello`]) before a frame uses it.
 //!
 //! Direction: source to destination carries Hello, Secret, Proof, State, Blocks, Pages, RoundComplete, Checkpoint, DirectEnds,
-//! LaneEnds, Digests, Go, Settled, Abort, End, Heartbeat; the return path carries Accept, Challenge, Resume, Received, Ready,
-//! Progress, PageHashes, Loaded, Running, Refused, StartFailed, Abort, Heartbeat.
+//! LaneEnds, Missing, Discard, Digests, Go, Settled, Abort, End, Heartbeat; the return path carries Accept, Challenge, Resume,
+//! Received, Ready, Progress, PageHashes, Discarded, Loaded, Running, Complete, Refused, StartFailed, Abort, Heartbeat. The urgent
+//! connection carries Pages, and on its return path PageRequest.
 //!
 //! Where there is a return path, each end sends something at least every half second from Hello or Accept on, in both
 //! directions on connection 0: a Heartbeat where there is nothing else. A peer that is silent for longer is stopped, hangs, or is

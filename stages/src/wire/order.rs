@@ -4,6 +4,13 @@
 //! Hello ─▶ Secret ─▶ State (setup) ─▶ Blocks ─▶ Pages, marks of each lane · State (device) · Digests ─▶ End ─▶ Go ─▶ Settled
 //! ```
 //!
+//! In a switch to postcopy a part of the pages follows Go:
+//!
+//! ```text
+//! Pages, marks of each lane ─▶ DirectEnds of each lane · Missing ─▶ Discard ─▶ State (device) · Missing · Digests ─▶ End ─▶ Go
+//!                           ─▶ Pages, marks of each lane
+//! ```
+//!
 //! Secret and Settled come only where recovery was agreed on. A source that returns sends Hello, Proof, and then what follows Blocks.
 //!
 //! Abort and Heartbeat may come at any place. Setup, device state, digests and End travel on connection 0.
@@ -79,6 +86,9 @@ pub(super) struct Order {
     digests: Vec<u64>,
     left_out: bool,
     recovery: bool,
+    postcopy: bool,
+    /// Whether Discard has come.
+    discards: bool,
     /// Whether End has come.
     ended: bool,
 }
@@ -91,11 +101,13 @@ impl Order {
             digests,
             left_out: features.left_out,
             recovery: features.recovery,
+            postcopy: features.postcopy,
+            discards: false,
             ended: false,
         }
     }
 
-    /// Checks that a frame of this kind may come: only Go, Settled and Abort follow End.
+    /// Checks that a frame of no lane, or of a lane without DirectEnds, may come: only Go, Settled and Abort follow End.
     pub(super) fn check_place(&self, kind: Kind) -> Result<(), WireError> {
         match kind {
             Kind::Go | Kind::Settled | Kind::Abort | Kind::Heartbeat => Ok(()),
@@ -116,7 +128,15 @@ impl Order {
                 self.device.check_complete(Kind::End)
             }
             Message::Settled if !self.recovery => misplaced(kind, "recovery was not agreed on"),
-            Message::Go(_) | Message::Settled | Message::Abort(_) | Message::Heartbeat(_) => Ok(()),
+            Message::Missing(_) | Message::Discard if !self.postcopy => misplaced(kind, "postcopy was not agreed on"),
+            Message::Discard if self.discards => misplaced(kind, "it came twice"),
+            Message::Discard => {
+                self.discards = true;
+                Ok(())
+            }
+            Message::Missing(_) | Message::Go(_) | Message::Settled | Message::Abort(_) | Message::Heartbeat(_) => {
+                Ok(())
+            }
             Message::Hello(_) | Message::Secret { .. } | Message::Proof(_) | Message::Blocks(_) => {
                 misplaced(kind, "it belongs before the pages")
             }
@@ -127,6 +147,9 @@ impl Order {
             | Message::Challenge { .. }
             | Message::Resume(_)
             | Message::Received(_)
+            | Message::Discarded
+            | Message::PageRequest(_)
+            | Message::Complete
             | Message::Ready
             | Message::Progress(_)
             | Message::PageHashes { .. }

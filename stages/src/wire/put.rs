@@ -61,8 +61,19 @@ impl Message {
                 out.push(u8::from(*started));
                 put_frames(out, frames);
             }
-            Self::Received(part) => put_bitmap_part(out, part),
-            Self::DirectEnds | Self::LaneEnds | Self::Settled | Self::Ready | Self::Running => {}
+            Self::Missing(part) | Self::Received(part) => put_bitmap_part(out, part),
+            Self::PageRequest(PageAt { block, page }) => {
+                out.extend(block.to_le_bytes());
+                out.extend(page.to_le_bytes());
+            }
+            Self::DirectEnds
+            | Self::LaneEnds
+            | Self::Settled
+            | Self::Discard
+            | Self::Ready
+            | Self::Running
+            | Self::Discarded
+            | Self::Complete => {}
         }
     }
 }

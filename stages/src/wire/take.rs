@@ -68,6 +68,8 @@ fn take_message(kind: Kind, fields: &mut Fields<'_>) -> Result<Message, WireErro
         },
         Kind::Proof => Message::Proof(Proof(fields.array("proof")?)),
         Kind::Settled => Message::Settled,
+        Kind::Missing => Message::Missing(take_bitmap_part(fields)?),
+        Kind::Discard => Message::Discard,
         Kind::Accept => Message::Accept { waits_ms: fields.u64("milliseconds that it waits")? },
         Kind::Ready => Message::Ready,
         Kind::Progress => Message::Progress(take_progress(fields)?),
@@ -81,6 +83,9 @@ fn take_message(kind: Kind, fields: &mut Fields<'_>) -> Result<Message, WireErro
         }
         Kind::Resume => Message::Resume(Resume { started: fields.bool("started byte")?, frames: take_frames(fields)? }),
         Kind::Received => Message::Received(take_bitmap_part(fields)?),
+        Kind::Discarded => Message::Discarded,
+        Kind::PageRequest => Message::PageRequest(take_page(fields)?),
+        Kind::Complete => Message::Complete,
         Kind::Heartbeat => Message::Heartbeat(fields.list("number of figures", 0..=MAX_FIGURES, take_figure)?),
     })
 }
@@ -172,6 +177,12 @@ fn take_page_hashes(fields: &mut Fields<'_>) -> Result<Message, WireError> {
     let hashes = fields.list("number of page hashes", 1..=MAX_STRETCH_PAGES, |fields| fields.u64("a page hash"))?;
     within("first page", first.page, 0..=MAX_EXTENTS * EXTENT_PAGES - hashes.len() as u64)?;
     Ok(Message::PageHashes { first, hashes })
+}
+
+fn take_page(fields: &mut Fields<'_>) -> Result<PageAt, WireError> {
+    let block = take_block_index(fields)?;
+    let page = within("page", fields.u64("page")?, 0..=MAX_EXTENTS * EXTENT_PAGES - 1)?;
+    Ok(PageAt { block, page })
 }
 
 fn take_progress(fields: &mut Fields<'_>) -> Result<Progress, WireError> {

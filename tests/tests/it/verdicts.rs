@@ -33,7 +33,7 @@ fn features() -> Features {
         page_hashes: false,
         ignored_blocks: false,
         checkpoints: false,
-        direct_ends: false,
+        postcopy: false,
         recovery: false,
         ..Features::ALL
     }

@@ -81,7 +81,7 @@ pub(super) fn features(settings: &SourceSettings) -> Features {
         left_out: false,
         ignored_blocks: false,
         checkpoints: false,
-        direct_ends: false,
+        postcopy: false,
         // The transport is not known from settings.
         recovery: false,
     }

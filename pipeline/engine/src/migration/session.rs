@@ -454,7 +454,7 @@ fn acceptable(hello: &Hello, settings: &DestinationSettings) -> Result<Features,
     if hello.connections > hello.bulk {
         return Err(Refusal::OtherConnections { others: hello.connections - hello.bulk });
     }
-    if features.checkpoints || features.direct_ends {
+    if features.checkpoints || features.postcopy {
         return Err(Refusal::Marks);
     }
     if hello.lanes > settings.max_lanes {

@@ -11,7 +11,7 @@ use crate::geometry::{BlockInfo, BulkMap, LaneMap, Layout, PageAt, PageSize, bit
 use crate::tally::RoundTally;
 use crate::wire::encoding::is_agreed;
 use crate::wire::frames::{Frame, PAGE};
-use crate::wire::messages::{RunState, StateChunk, StatePhase, StretchDigest};
+use crate::wire::messages::{BitmapPart, Run, RunState, StateChunk, StatePhase, StretchDigest};
 use crate::wire::pages::{FIXED_BYTES, head_bytes};
 use crate::wire::{
     Features, FrameError, FrameHead, FrameReader, HEAD_BYTES, Kind, Message, ReadError, WireDeframer, WireError,
@@ -111,6 +111,85 @@ fn a_stream_is_its_batches_marks_and_messages() {
     assert!(matches!(taken[2], Deframed::Mark { lane: 0, mark: Mark::RoundComplete(tally) } if tally.round == 1));
     assert!(matches!(taken[9], Deframed::Mark { lane: 1, mark: Mark::LaneEnds }));
     assert!(matches!(taken[12], Deframed::Message(Message::End { .. })));
+}
+
+fn missing() -> Bytes {
+    Message::Missing(BitmapPart { block: 0, first: 0, runs: vec![Run { extents: 10, mask: 1 }] }).encode(0)
+}
+
+/// A stream that switches to postcopy behind round 1.
+fn switch() -> Vec<Bytes> {
+    vec![
+        Frame::new(0, 1).zero(0).bytes(0).into(),
+        round_complete(0, 1),
+        round_complete(1, 1),
+        Message::DirectEnds.encode(0),
+        Message::DirectEnds.encode(1),
+        missing(),
+        Message::Discard.encode(0),
+        state("cpu", true),
+        missing(),
+        end(),
+        Message::Go(RunState::Running).encode(0),
+        Frame::new(0, 2).zero(0).bytes(0).into(),
+        round_complete(1, 2),
+        Message::LaneEnds.encode(1),
+        Message::LaneEnds.encode(0),
+    ]
+}
+
+#[test]
+fn in_a_switch_to_postcopy_pages_follow_go() {
+    let frames = switch();
+    let (taken, ended) = read(&frames.concat(), Features::ALL);
+    ended.unwrap();
+    assert_eq!(taken.len(), frames.len());
+    let refused = |frames: &[Bytes]| refusal(frames, Features::ALL);
+    let out_of_place = |frames: &[Bytes], kind: Kind| {
+        let error = refused(frames);
+        assert!(matches!(error, WireError::OutOfPlace { kind: found, .. } if found == kind), "{error}");
+    };
+    out_of_place(&[Message::DirectEnds.encode(0), end()], Kind::End);
+    out_of_place(&[Message::DirectEnds.encode(0), Message::DirectEnds.encode(0)], Kind::DirectEnds);
+    out_of_place(&[Message::Discard.encode(0), Message::Discard.encode(0)], Kind::Discard);
+    let ended = &frames[3..10];
+    out_of_place(&[ended, &[missing()]].concat(), Kind::Missing);
+    out_of_place(&[ended, &[Message::DirectEnds.encode(0)]].concat(), Kind::DirectEnds);
+    out_of_place(&[&frames[..], &[Frame::new(0, 2).zero(0).bytes(0).into()]].concat(), Kind::Pages);
+}
+
+#[test]
+fn postcopy_is_refused_unless_it_was_agreed_on() {
+    let without = Features { postcopy: false, ..Features::ALL };
+    assert_eq!(
+        refusal(&[Message::DirectEnds.encode(0)], without),
+        WireError::MarkNotAgreed { kind: Kind::DirectEnds, lane: 0 }
+    );
+    for message in [missing(), Message::Discard.encode(0)] {
+        assert!(matches!(refusal(&[message], without), WireError::OutOfPlace { .. }));
+    }
+}
+
+#[test]
+fn an_urgent_connection_carries_pages_of_all_lanes_and_nothing_else() {
+    let read = |stream: &[u8]| {
+        let reader = FrameReader::new(stream, "sample".into(), PageSize::DEFAULT);
+        let lanes = LaneMap::new(2, PageSize::DEFAULT);
+        let mut deframer = WireDeframer::urgent(reader, layout(), lanes, Features::ALL);
+        block_on(async {
+            let mut lanes = vec![];
+            while let Some(Deframed::Batch { lane, .. }) = deframer.next().await? {
+                lanes.push(lane);
+            }
+            Ok::<_, ReadError>(lanes)
+        })
+    };
+    let pages = [Frame::new(8, 2).zero(3).bytes(1), Frame::new(0, 2).zero(0).bytes(0)].concat();
+    assert_eq!(read(&pages).unwrap(), [1, 0]);
+    let wrong = [Frame::new(8, 2).zero(3).bytes(0), round_complete(0, 1).into(), end().into(), missing().into()];
+    for frame in wrong {
+        assert!(matches!(read(&frame), Err(ReadError::Frame(_))));
+    }
 }
 
 #[test]

@@ -39,7 +39,7 @@ fn largest() -> Vec<Message> {
             Message::Digests { stretches, .. } => *stretches = vec![digest; MAX_DIGESTS],
             Message::Progress(progress) => *progress = Progress { bytes: 1, frames: vec![2; MAX_LANES.into()] },
             Message::Resume(resume) => resume.frames = vec![2; MAX_LANES.into()],
-            Message::Received(part) => part.runs = vec![Run { extents: 3, mask: 1 }; MAX_RUNS],
+            Message::Missing(part) | Message::Received(part) => part.runs = vec![Run { extents: 3, mask: 1 }; MAX_RUNS],
             Message::PageHashes { hashes, .. } => *hashes = vec![1; MAX_STRETCH_PAGES],
             Message::Heartbeat(figures) => *figures = (0..MAX_FIGURES).map(figure).collect(),
             Message::Abort(text) | Message::Refused(text) | Message::StartFailed(text) => {

@@ -159,6 +159,12 @@ fn rounds_and_digests() {
     assert_eq!(refusal(Kind::Digests, 30, &[9]), "number of left out masks is 9, it must be 0 to 8");
     assert_eq!(refusal(Kind::Digests, 47 + 16, &[0; 8]), "the left out masks of a stretch end with a zero word");
     assert_eq!(refusal(Kind::PageHashes, 12, &[1, 2]), "number of page hashes is 513, it must be 1 to 512");
+    assert_eq!(refusal(Kind::PageRequest, 0, &[0, 4, 0, 0]), "block is 1024, it must be 0 to 1023");
+    assert_eq!(
+        refusal(Kind::PageRequest, 4, &[0, 0, 0, 0, 0x40, 0, 0, 0]),
+        "page is 274877906944, it must be 0 to 274877906879"
+    );
+    assert_eq!(refusal(Kind::Missing, 8, &[0, 0]), "number of runs is 0, it must be 1 to 4096");
     assert_eq!(refusal(Kind::Progress, 8, &[65, 0]), "number of lanes is 65, it must be 0 to 64");
 }
 

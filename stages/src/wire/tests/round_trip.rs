@@ -109,11 +109,11 @@ fn digests() -> impl Strategy<Value = Message> {
     })
 }
 
-fn received() -> impl Strategy<Value = Message> {
+fn bitmap_part() -> impl Strategy<Value = BitmapPart> {
     let runs = vec((1..1_000_u32, any::<u64>()), 1..40);
     (0..1024u32, 0..1u32 << 31, runs).prop_map(|(block, first, runs)| {
         let runs = runs.into_iter().map(|(extents, mask)| Run { extents, mask }).collect();
-        Message::Received(BitmapPart { block, first, runs })
+        BitmapPart { block, first, runs }
     })
 }
 
@@ -140,7 +140,12 @@ fn message() -> impl Strategy<Value = Message> {
             .prop_map(|(nonce, proof)| Message::Challenge { nonce: Nonce(nonce), proof: Proof(proof) }),
         (any::<bool>(), vec(any::<u64>(), 0..=64))
             .prop_map(|(started, frames)| Message::Resume(Resume { started, frames })),
-        received(),
+        bitmap_part().prop_map(Message::Received),
+        bitmap_part().prop_map(Message::Missing),
+        Just(Message::Discard),
+        Just(Message::Discarded),
+        first.clone().prop_map(Message::PageRequest),
+        Just(Message::Complete),
         Just(Message::Ready),
         (any::<u64>(), vec(any::<u64>(), 0..=64))
             .prop_map(|(bytes, frames)| Message::Progress(Progress { bytes, frames })),

@@ -78,6 +78,8 @@ pub(super) fn messages() -> Vec<Message> {
         Message::Secret { secret: [3; 32].into(), waits_ms: 60_000 },
         Message::Proof(Proof([4; 32])),
         Message::Settled,
+        Message::Missing(BitmapPart { block: 1, first: 2, runs: vec![Run { extents: 3, mask: 5 }] }),
+        Message::Discard,
         Message::Accept { waits_ms: 300_000 },
         Message::Ready,
         Message::Progress(Progress { bytes: 1 << 33, frames: vec![8, 9] }),
@@ -89,6 +91,9 @@ pub(super) fn messages() -> Vec<Message> {
         Message::Challenge { nonce: Nonce([5; 32]), proof: Proof([6; 32]) },
         Message::Resume(Resume { started: true, frames: vec![8, 9] }),
         Message::Received(BitmapPart { block: 1, first: 2, runs: vec![Run { extents: 3, mask: 5 }] }),
+        Message::Discarded,
+        Message::PageRequest(PageAt { block: 1, page: 513 }),
+        Message::Complete,
         Message::Heartbeat(vec![Figure { name: "loader.busy".into(), value: 12 }]),
     ]
 }

@@ -163,7 +163,7 @@ async fn what_precopy_does_not_use_is_refused_at_once_with_the_reason() {
         gathering.knock_with(1, 1, 2, control).await,
         gathering.knock_with(1, 0, 2, |hello| hello.bulk = 1).await,
         gathering.knock_with(1, 0, 1, |hello| hello.features = vec!["checkpoints".into()]).await,
-        gathering.knock_with(1, 0, 1, |hello| hello.features = vec!["direct-ends".into()]).await,
+        gathering.knock_with(1, 0, 1, |hello| hello.features = vec!["postcopy".into()]).await,
     ] {
         refused.push(source.refused().await.to_string());
     }
