@@ -7,11 +7,8 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use memferry_stages::exclusions::ExcludedPages;
 use memferry_stages::meter::Reading;
-use memferry_stages::page_hashes::Coverage;
 use memferry_stages::tally::RoundTally;
-use memferry_stages::untrusted::Untrusted;
 use serde::{Deserialize, Serialize};
 
 use crate::bottleneck::Bottleneck;
@@ -22,6 +19,9 @@ use crate::human;
 use crate::values::millis;
 
 pub use crate::downtime::DowntimeParts;
+pub use memferry_stages::exclusions::ExcludedPages;
+pub use memferry_stages::page_hashes::Coverage;
+pub use memferry_stages::untrusted::Untrusted;
 pub use queued::Queued;
 
 /// Which end of a migration.

@@ -1,5 +1,5 @@
 //! When to switch over, and what to do about a guest that does not converge: figures and the time in, decisions out. No
-//! I/O, no clock, no tasks. The running migration and the [`simulation`] drive the same [`Controller`].
+//! I/O, no clock, no tasks. The running migration and the simulation that `plan` uses drive the same controller.
 //!
 //! ```text
 //!  each round sent ──▶ round ─┐
@@ -11,7 +11,7 @@
 //!
 //! 1. Is the size of deltas unknown? Then a sample of the dirty pages is sent first, while the budgets have room for
 //!    one.
-//! 2. Is the expected downtime ([`forecast`]) at or below the limit, or is nothing dirty? Then it switches over; but
+//! 2. Is the expected downtime (`forecast`) at or below the limit, or is nothing dirty? Then it switches over; but
 //!    first the pages in flight must have arrived, up to a small share of the limit, and another sync must confirm it.
 //! 3. Are the rounds used up, or is there no other way to meet the deadline? Then `on_deadline` applies.
 //! 4. Have `stall_rounds` rounds brought no new minimum of what remains, or is it certain that the rounds left will not
@@ -23,8 +23,11 @@
 //! A sample is so short that only the deadline itself ends it.
 
 mod changes;
+// Shared with the other crates of this workspace. Not part of the public interface; changes without notice.
+#[doc(hidden)]
 pub mod forecast;
 pub mod reason;
+#[doc(hidden)]
 pub mod simulation;
 mod stall;
 mod steps;
@@ -37,7 +40,8 @@ use std::time::Duration;
 use memferry_stages::tally::RoundTally;
 
 use crate::settings::{OnDeadline, SourceSettings};
-use forecast::{FixedCost, Forecast, Forecaster, Measured, Standing, Work, WriteBack, whole};
+pub use forecast::{FixedCost, Forecast};
+use forecast::{Forecaster, Measured, Standing, Work, WriteBack, whole};
 use reason::{Met, Reason, UsedUp};
 use stall::{Left, Stall};
 use steps::{Situation, Steps, Taken};
@@ -50,7 +54,7 @@ const MARGIN: Duration = Duration::from_millis(150);
 pub enum Decision {
     /// Scan again while the guest runs.
     AnotherRound,
-    /// Drain the pages in flight, down to [`Controller::backlog_pages`], and what the destination has to write to disk,
+    /// Drain the pages in flight, down to a small share of the limit, and what the destination has to write to disk,
     /// while the guest runs; then sync and decide again.
     Drain,
     /// Scan about this number of the dirty pages while the guest runs, to measure the size of deltas.
@@ -88,6 +92,7 @@ impl Decided {
 }
 
 /// The state of a migration's convergence: see the [module](self).
+#[doc(hidden)]
 #[derive(Clone, Debug)]
 pub struct Controller {
     forecaster: Forecaster,

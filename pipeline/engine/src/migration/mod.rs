@@ -53,12 +53,13 @@ use memferry_stages::geometry::{BlockInfo, Layout, PageSize};
 use memferry_stages::memory::GuestMemory;
 use tokio::time::{Interval, MissedTickBehavior};
 
-pub use bounds::{cache_beyond_guest, cache_bytes, check_source, least_cache};
-pub use bounds::{destination_bound, source_bound};
+// Shared with the other crates of this workspace. Not part of the public interface; changes without notice.
+#[doc(hidden)]
+pub use bounds::{cache_beyond_guest, cache_bytes, check_source, destination_bound, least_cache, source_bound};
 pub use course::handshake::{HandoverError, NotStarted};
 pub use destination::receive;
-pub use digests::downtime as digest_downtime;
-pub use digests::{DIGEST_PASSES, HashingCost, hashing_cost};
+#[doc(hidden)]
+pub use digests::{DIGEST_PASSES, HashingCost, downtime as digest_downtime, hashing_cost};
 pub use error::Failure as StageFailure;
 pub use error::{MigrationError, NotRecovered};
 pub use loss::{Loss, Silence};
