@@ -9,7 +9,7 @@
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::geometry::{EXTENT_PAGES, ExtentAt, Layout, PageAt, run_mask};
+use crate::geometry::{EXTENT_PAGES, ExtentAt, Layout, PageAt, run_mask, runs};
 
 /// Words that are tested together when clean ones are skipped: a cache line.
 const LINE: usize = 8;
@@ -89,6 +89,36 @@ impl DirtyBitmap {
     pub fn all_dirty_extents(&self) -> impl Iterator<Item = ExtentAt> + use<'_> {
         let of_block = |block| self.dirty_extents(block, 0..self.layout.block_extents(block));
         (0..self.layout.block_count()).flat_map(of_block)
+    }
+
+    /// The runs of set bits of a block as ranges of pages, ascending. A run does not end with an extent.
+    ///
+    /// # Panics
+    /// If there is no such block.
+    pub fn page_runs(&self, block: u32) -> impl Iterator<Item = Range<u64>> + use<'_> {
+        let extents = self.dirty_extents(block, 0..self.layout.block_extents(block));
+        let of_extent = |at: ExtentAt| {
+            runs(self.peek(at)).map(move |(first, count)| {
+                let start = at.page(first).page;
+                start..start + u64::from(count)
+            })
+        };
+        let mut parts = extents.flat_map(of_extent).peekable();
+        std::iter::from_fn(move || {
+            let mut run = parts.next()?;
+            while let Some(next) = parts.next_if(|next| next.start == run.end) {
+                run.end = next.end;
+            }
+            Some(run)
+        })
+    }
+
+    /// A bitmap with the same bits.
+    #[must_use]
+    pub fn copied(&self) -> Self {
+        let copy = Self::empty(&self.layout);
+        self.all_dirty_extents().for_each(|at| _ = copy.set_mask(at, self.peek(at)));
+        copy
     }
 
     /// Takes the word of an extent: its bits are returned and cleared in one step (Acquire). A clean word costs a plain
@@ -345,6 +375,12 @@ mod tests {
                 prop_assert_eq!(&kept, &naive);
                 prop_assert_eq!(bitmap.count(), naive.len() as u64);
                 prop_assert_eq!(bitmap.is_empty(), naive.is_empty());
+                for block in 0..3 {
+                    let pages = bitmap.page_runs(block).flatten().map(|page| PageAt { block, page });
+                    prop_assert!(pages.eq(naive.iter().copied().filter(|at| at.block == block)));
+                    prop_assert!(bitmap.page_runs(block).is_sorted_by(|one, two| one.end < two.start));
+                }
+                prop_assert!(bitmap.copied().extents().all(|at| bitmap.copied().peek(at) == bitmap.peek(at)));
             }
         }
 

@@ -14,10 +14,10 @@ use std::ptr::{NonNull, null_mut};
 use std::sync::Arc;
 
 use rustix::fs::MemfdFlags;
-use rustix::mm::{MapFlags, ProtFlags};
+use rustix::mm::{Advice, MapFlags, ProtFlags};
 
 use super::populate::{HUGE_BYTES, HugePages, populate};
-use super::{Memory, copy, holes, present, with_scratch};
+use super::{Memory, copy, discard, holes, present, with_scratch};
 use crate::geometry::{PageSize, bits};
 use crate::pool::PooledBuffer;
 use crate::xbzrle::Delta;
@@ -207,6 +207,49 @@ impl MappedMemory {
         // SAFETY: the range is in this mapping, to which no reference exists; its content becomes zero or stays.
         unsafe { rustix::mm::madvise(start.cast(), end - offset, rustix::mm::Advice::LinuxDontNeed) }?;
         Ok(())
+    }
+
+    /// Drops ranges of pages: they read as zeros afterwards, and are touched for the first time again. Those of shared memory are
+    /// dropped for every mapping of it, those of a file become holes. A dirty log may not see this.
+    ///
+    /// Huge pages are no longer requested for this memory, because a huge page could fill what was dropped.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::InvalidInput`] if the host's pages are larger; when the kernel refuses, as for locked memory. Some of the pages
+    /// may be dropped then.
+    ///
+    /// # Panics
+    /// If a page is not of this memory.
+    pub fn discard(&self, page_size: PageSize, pages: impl IntoIterator<Item = Range<u64>>) -> io::Result<()> {
+        let host = rustix::param::page_size();
+        if !page_size.bytes().is_multiple_of(host) {
+            let why = format!("pages of {page_size:?} on a host with pages of {host} B");
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
+        }
+        self.advise_no_huge();
+        let bytes = |pages: Range<u64>| {
+            let bytes = self.bytes_of(page_size, pages);
+            bytes.start..bytes.end.next_multiple_of(host)
+        };
+        let ranges = pages.into_iter().map(bytes).filter(|range| !range.is_empty());
+        match &self.backing {
+            Backing::Shared(file) => discard::punch(file, ranges),
+            Backing::Lent { kind: Lent::Shared, .. } => {
+                // SAFETY: the ranges are of this mapping, to which no reference exists, and end with a page of the host.
+                unsafe { discard::advise(self.start, Advice::LinuxRemove, ranges) }
+            }
+            Backing::Anonymous | Backing::Lent { kind: Lent::Anonymous, .. } => {
+                // SAFETY: as above.
+                unsafe { discard::drop_private(self.start, ranges) }
+            }
+        }
+    }
+
+    /// Asks the kernel for no huge pages here. Areas of huge pages become one mapping again, as userfaultfd needs it.
+    pub(crate) fn advise_no_huge(&self) {
+        let length = self.length.next_multiple_of(rustix::param::page_size());
+        // SAFETY: the range is this mapping; the advice changes no content. A kernel without huge pages refuses it, and needs none.
+        let _advice = unsafe { rustix::mm::madvise(self.as_ptr().cast(), length, Advice::LinuxNoHugepage) };
     }
 
     /// The address of `length` bytes at `offset`.
@@ -404,6 +447,8 @@ fn check_length(length: usize) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::bitmap::DirtyBitmap;
+    use crate::geometry::PageAt;
     use crate::pool::BufferPool;
 
     const PAGE: PageSize = PageSize::DEFAULT;
@@ -546,6 +591,39 @@ mod tests {
         let mut bytes = [0; 3 * 4096 - 10];
         memory.load(0, &mut bytes);
         assert!(bytes[..4096] == [1; 4096] && bytes[4096..] == [0; 8182]);
+    }
+
+    /// Every page holds its own number, from 1.
+    fn number_pages(memory: &MappedMemory, size: PageSize) {
+        for (page, offset) in (0..memory.len()).step_by(size.bytes()).enumerate() {
+            memory.store(offset, &[u8::try_from(page % 255 + 1).unwrap()]);
+        }
+    }
+
+    #[test]
+    fn exactly_the_pages_that_are_discarded_read_as_zeros() {
+        let mut random = fastrand::Rng::with_seed(7);
+        for kib in [4, 16] {
+            let size = PageSize::new(kib << 10).unwrap();
+            // More ranges than one call takes, and a partial last page.
+            let length = 6000 * size.bytes() - 3000;
+            let layout = crate::stage::testing::layout(size, &[length as u64]);
+            for memory in all_kinds(length) {
+                _ = memory.advise_huge();
+                number_pages(&memory, size);
+                let bits = DirtyBitmap::empty(&layout);
+                (0..6000).filter(|_| random.u8(..3) > 0).for_each(|page| _ = bits.set(PageAt { block: 0, page }));
+                bits.set(PageAt { block: 0, page: 5999 });
+                memory.discard(size, bits.page_runs(0)).unwrap();
+                for page in 0..6000 {
+                    let mut first = [9];
+                    memory.load(usize::try_from(page).unwrap() * size.bytes(), &mut first);
+                    let kept = u8::try_from(page % 255 + 1).unwrap();
+                    let expected = if bits.is_set(PageAt { block: 0, page }) { 0 } else { kept };
+                    assert_eq!(first, [expected], "page {page} of {memory:?}");
+                }
+            }
+        }
     }
 
     #[test]

@@ -6,6 +6,7 @@
 //! compared, hashed or encoded is one copy).
 
 mod copy;
+mod discard;
 pub mod file;
 mod holes;
 pub mod mapped;
