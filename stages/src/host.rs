@@ -5,6 +5,7 @@ use std::fs::{self, OpenOptions};
 use std::io;
 use std::thread::available_parallelism;
 
+use crate::kernel::missing::MissingFaults;
 use crate::kernel::{self, WP_ASYNC, WP_SHARED, WP_UNPOPULATED};
 use crate::kvm::{self, Offers};
 
@@ -20,6 +21,8 @@ pub struct Probe {
     pub cores: usize,
     /// Whether userfaultfd opens.
     pub userfaultfd: Answer,
+    /// Whether it reports faults on missing pages, those of the kernel included. Postcopy and lazy restores need it.
+    pub missing_faults: Answer,
     /// Whether it has asynchronous write protection. The userfault log needs it.
     pub wp_async: Answer,
     /// Whether it can protect absent pages. The userfault log needs it.
@@ -54,6 +57,7 @@ impl Probe {
         Self {
             page_bytes: rustix::param::page_size(),
             cores: cores(),
+            missing_faults: missing_faults(),
             wp_async: feature(&features, WP_ASYNC),
             wp_unpopulated: feature(&features, WP_UNPOPULATED),
             wp_shared: feature(&features, WP_SHARED),
@@ -78,6 +82,7 @@ impl Probe {
             ("page size", Ok(format!("{} bytes", self.page_bytes))),
             ("cores", Ok(self.cores.to_string())),
             ("userfaultfd", self.userfaultfd.clone()),
+            ("  missing faults", self.missing_faults.clone()),
             ("  asynchronous write protection", self.wp_async.clone()),
             ("  protection of absent pages", self.wp_unpopulated.clone()),
             ("  protection of shared memory", self.wp_shared.clone()),
@@ -111,6 +116,10 @@ fn feature(features: &Result<u64, String>, feature: u64) -> Answer {
         Ok(_) => Err("Linux 6.7 or later has it".into()),
         Err(_) => Err("userfaultfd does not open".into()),
     }
+}
+
+fn missing_faults() -> Answer {
+    MissingFaults::open(true).map(|_| "yes, also of the kernel".into()).map_err(|why| why.to_string())
 }
 
 /// Whether this user can open /dev/kvm.

@@ -1,11 +1,13 @@
 //! Two kernel interfaces that track the writes to memory of this process: userfaultfd in asynchronous write-protect
-//! mode, and the PAGEMAP_SCAN ioctl. Used by the userfault log and by mapped memory.
+//! mode, and the PAGEMAP_SCAN ioctl. Used by the userfault log and by mapped memory. Missing faults are in [`missing`].
 //!
 //! A scan walks a range of page tables and returns ranges of pages with the same categories. It can write-protect what it reports
 //! in the same step, so that no write falls between. In asynchronous mode the kernel itself lets a write to a protected page
 //! through, and records it: no thread has to handle faults.
 //!
 //! `unsafe` is needed because the kernel is given addresses; the structs are those of linux/fs.h and linux/userfaultfd.h.
+
+pub(crate) mod missing;
 
 use std::ffi::c_void;
 use std::fs::File;

@@ -31,6 +31,7 @@ pub mod kvm;
 pub mod loader;
 pub mod memory;
 pub mod meter;
+pub mod missing;
 pub mod page_hashes;
 mod pending;
 pub mod pool;
