@@ -73,7 +73,7 @@ pub enum Cause {
     /// A stream could not be read: an invalid frame, damage, an early end, or an error of the transport.
     #[error(transparent)]
     Read(#[from] ReadError),
-    /// The page sink cannot do what a mark requires.
+    /// The page sink cannot do what a mark requires, or cannot place a page.
     #[error(transparent)]
     Sink(SinkError),
     /// The transport failed.

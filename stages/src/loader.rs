@@ -19,9 +19,11 @@
 
 mod direct;
 mod first_touch;
+mod place;
 pub(crate) mod sink;
 
 pub use direct::Direct;
+pub use place::{Hybrid, Place};
 pub use sink::{PageSink, SinkError};
 
 use std::sync::Arc;
@@ -32,6 +34,7 @@ use crate::decoder::Decoder;
 use crate::error::{Cause, StageError};
 use crate::geometry::{ExtentAt, run_mask, runs};
 use crate::meter::Meter;
+use crate::missing::PlaceError;
 use crate::queue::{Inlet, Outlet};
 use crate::stage::Stage;
 use crate::stage_id::StageId;
@@ -178,6 +181,9 @@ fn cause(fault: Fault, offset: u64) -> Cause {
         Fault::Sink(SinkError::NotReceived(page)) => PageFault::NotHeld { page },
         Fault::Sink(SinkError::Memory(at, error)) => return Cause::Memory { doing: "cannot write", at, error },
         Fault::Sink(SinkError::DirectEnded) => PageFault::DirectEnded,
+        Fault::Sink(SinkError::Delta(page)) => PageFault::Delta { page },
+        Fault::Sink(SinkError::Place(PlaceError::NotExpected(page))) => PageFault::NotExpected { page },
+        Fault::Sink(error @ SinkError::Place(_)) => return Cause::Sink(error),
     };
     Cause::Pages { offset, fault }
 }

@@ -127,6 +127,18 @@ pub enum PageFault {
     /// Pages where the lane's DirectEnds came before them.
     #[error("the lane's DirectEnds came before these pages")]
     DirectEnded,
+    /// A delta where pages are placed whole.
+    #[error("a delta for {page}, though no page has an earlier version any more")]
+    Delta {
+        /// The page.
+        page: PageAt,
+    },
+    /// A page that was not missing when the guest switched.
+    #[error("{page} was not missing")]
+    NotExpected {
+        /// The page.
+        page: PageAt,
+    },
     /// A page that cannot be decoded.
     #[error("{page} cannot be decoded: {why}")]
     Undecodable {

@@ -22,9 +22,9 @@ use crate::xbzrle::Delta;
 #[derive(Debug)]
 pub struct Direct {
     memory: GuestMemory,
-    received: Arc<DirtyBitmap>,
+    pub(super) received: Arc<DirtyBitmap>,
     first_touch: FirstTouch,
-    page_hashes: Option<Arc<PageHashes>>,
+    pub(super) page_hashes: Option<Arc<PageHashes>>,
     /// A page that is read back, for its hash.
     page: Box<[u8]>,
     ended: bool,

@@ -4,13 +4,14 @@ use std::io;
 
 use crate::batch::Mark;
 use crate::geometry::{ExtentAt, PageAt, PageSize};
+use crate::missing::PlaceError;
 use crate::xbzrle::Delta;
 
 /// Takes the pages of one lane from its loader, decoded and checked.
 ///
 /// A batch is one [`begin`](Self::begin), and then a call for each run of adjacent pages or delta. A sink may be moved between
 /// threads, and is called by one at a time. It decides what a page may replace: [`Direct`](super::Direct) writes into the memory of a
-/// guest that does not run.
+/// guest that does not run, and [`Place`](super::Place) fills what is missing in one that does.
 ///
 /// # Example
 /// ```
@@ -99,6 +100,12 @@ pub enum SinkError {
     /// Pages for [`Direct`](super::Direct) after DirectEnds.
     #[error("pages follow the lane's DirectEnds")]
     DirectEnded,
+    /// A delta for [`Place`](super::Place), whose pages have no earlier version.
+    #[error("a delta for {0}, which is placed whole")]
+    Delta(PageAt),
+    /// A page cannot be placed.
+    #[error(transparent)]
+    Place(#[from] PlaceError),
     /// The memory failed.
     #[error("cannot write {0}: {1}")]
     Memory(PageAt, #[source] io::Error),
