@@ -18,6 +18,9 @@ pub enum Loss {
     /// The peer was silent for too long.
     #[error("{0}")]
     Silent(Silence),
+    /// The destination took no pages for this long (`handover_timeout`).
+    #[error("the destination has taken nothing for {} (handover_timeout)", Time(*.0))]
+    NothingTaken(Duration),
     /// It could not be read, with the error's text.
     #[error("{0}")]
     Unreadable(String),

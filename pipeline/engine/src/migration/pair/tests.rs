@@ -189,6 +189,17 @@ fn a_simulation_of_the_same_guest_and_link_has_the_same_rounds_and_decision() {
     }
 }
 
+/// It may be noticed before the silence of a peer is, and is no other loss than that.
+#[test]
+fn a_destination_that_takes_nothing_costs_the_connection_and_not_the_migration() {
+    let stalled = |scene, step| check(&Script { scene, faults: vec![(Side::Source, step, Fault::Stall(60))] }).source;
+    let steps = check(&Script { scene: Scene::RECOVERS, faults: Vec::new() }).steps[0];
+    for step in 0..steps {
+        assert_eq!(stalled(Scene::RECOVERS, step), Ended::Completed, "step {step}");
+    }
+    assert!((0..steps).any(|step| stalled(Scene::PLAIN, step) == Ended::Failed), "without recovery it fails");
+}
+
 #[test]
 fn with_faults_at_every_step_the_laws_hold() {
     let begun = Instant::now();

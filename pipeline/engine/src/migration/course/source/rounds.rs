@@ -13,7 +13,7 @@ use super::{Action, Answer, End, Part, SourceCourse, State};
 use crate::controller::forecast::{Measured, Standing, Work, WriteBack};
 use crate::controller::{Decided, Decision};
 use crate::events::{Event, Phase};
-use crate::migration::error::MigrationError;
+use crate::migration::error::{Loss, MigrationError};
 use crate::settings::Verify;
 
 /// A destination that has acknowledged nothing for this time is not waited for: it may acknowledge only at the end.
@@ -298,23 +298,22 @@ impl SourceCourse {
 
     pub(super) fn tick(&mut self, standing: Standing, bulk_bytes: u64, now: Duration) -> Vec<Action> {
         if let Some(why) = self.stalled(bulk_bytes, now) {
-            return self.fail(MigrationError::TimedOut(why), now);
+            return self.fail_or_recover(MigrationError::Lost(why), now);
         }
         let within_deadline = self.check_deadline(&Standing { elapsed: now, ..standing }, now);
         if within_deadline.is_empty() { self.drained(standing.in_flight_pages, now) } else { within_deadline }
     }
 
     /// A destination that accepts no more data would block a round, and perhaps a paused guest, forever. Heartbeats may
-    /// continue meanwhile, on another connection.
-    fn stalled(&mut self, bulk_bytes: u64, now: Duration) -> Option<String> {
+    /// continue meanwhile, on another connection. Where they do not, this may be noticed before the silence is.
+    fn stalled(&mut self, bulk_bytes: u64, now: Duration) -> Option<Loss> {
         let State::Sending(round) = &mut self.state else { return None };
         if round.bulk_bytes != bulk_bytes {
             round.bulk_bytes = bulk_bytes;
             round.quiet_since = now;
         }
         let limit = self.settings.handover_timeout;
-        (now.saturating_sub(round.quiet_since) >= limit)
-            .then(|| format!("the destination has taken nothing for {limit:.1?}"))
+        (now.saturating_sub(round.quiet_since) >= limit).then_some(Loss::NothingTaken(limit))
     }
 
     /// The deadline may end the rounds in the middle of one. Then the migration ends at once, or the guest is paused at
