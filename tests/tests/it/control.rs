@@ -264,7 +264,6 @@ fn a_cache_grows_and_shrinks_and_the_destination_stays_exact() {
     let ends = asked(warm(), settings, recorder, |control| async move {
         // The share of misses among the latest 1000 pages, in percent. The rounds after a change fill the cache over
         // time.
-        // is, sooner or later.
         let come_to = |what: &'static str, is_so: fn(u64) -> bool| {
             let (from, rounds) = (rounds.lock().unwrap().len(), rounds.clone());
             let control = control.clone();
