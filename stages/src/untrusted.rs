@@ -6,6 +6,7 @@
 
 use std::borrow::Cow;
 use std::fmt::{self, Write};
+use std::path::Path;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
@@ -61,6 +62,13 @@ impl From<String> for Untrusted {
 impl From<&str> for Untrusted {
     fn from(text: &str) -> Self {
         Self(text.to_owned())
+    }
+}
+
+/// The name of a file, which may be chosen by others too.
+impl From<&Path> for Untrusted {
+    fn from(path: &Path) -> Self {
+        Self(path.to_string_lossy().into_owned())
     }
 }
 

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use memferry_stages::geometry::BlockInfo;
 use memferry_stages::memory::MappedMemory;
+use memferry_stages::untrusted::Untrusted;
 use memferry_transports::regular;
 use serde::{Deserialize, Serialize};
 
@@ -65,7 +66,7 @@ impl SharedSettings {
     }
 
     fn failed(&self, error: std::io::Error) -> GuestError {
-        GuestError::caused(format_args!("the shared block {}", self.path.display()), error)
+        GuestError::caused(format_args!("the shared block {}", Untrusted::from(self.path.as_path())), error)
     }
 
     /// Maps the file. A file of another length is refused, and not changed.

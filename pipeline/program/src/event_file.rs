@@ -18,6 +18,7 @@ use rustix::io::Errno;
 use memferry::events::{Event, Observer, Role};
 use memferry::outlet::{Direct, Outlet, Sink};
 use memferry_report::event_json::EventLine;
+use memferry_stages::untrusted::Untrusted;
 
 /// The number of lines that may be queued: about a minute of a migration, some 2 MiB.
 const WAITING: usize = 1024;
@@ -91,7 +92,7 @@ impl EventFile {
     /// Writes the queued lines, and reports what is missing, if anything. Later events are not written.
     pub(crate) fn close(&self) -> Option<String> {
         let is_over = self.lines.close(LAST_WORDS);
-        let (name, missing) = (self.name.display(), self.missing.so_far());
+        let (name, missing) = (Untrusted::from(self.name.as_path()), self.missing.so_far());
         let events = missing.events;
         match &missing.error {
             _ if !is_over && missing.is_unread => Some(format!("the events in {name}: nobody reads this pipe")),
@@ -155,7 +156,10 @@ impl Sink<EventLine> for Writer {
         self.dropped(1);
         let mut missing = self.missing.so_far();
         if missing.error.is_none() {
-            tracing::warn!("events cannot be written to {}: {error}; the migration continues", self.name.display());
+            tracing::warn!(
+                "events cannot be written to {}: {error}; the migration continues",
+                Untrusted::from(self.name.as_path())
+            );
             missing.error = Some(error);
         }
     }

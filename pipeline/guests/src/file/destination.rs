@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use memferry_stages::geometry::{BlockInfo, PageSize};
 use memferry_stages::memory::{FileMemory, GuestMemory, RamBlock};
-use memferry_stages::untrusted::listed;
+use memferry_stages::untrusted::{Untrusted, listed};
 use memferry_transports::temporary::{Temporary, remove_abandoned, target_of};
 
 use super::commands;
@@ -154,7 +154,10 @@ impl FileBuilder {
         for Image { path, .. } in self.settings.images.iter().chain(&self.settings.state_files) {
             let target = self.check_target(path)?;
             if !taken.insert(target) {
-                return Err(GuestError(format!("{} leads to the place of another file", path.display())));
+                return Err(GuestError(format!(
+                    "{} leads to the place of another file",
+                    Untrusted::from(path.as_path())
+                )));
             }
         }
         Ok(())
@@ -163,14 +166,14 @@ impl FileBuilder {
     /// The target that a path resolves to.
     fn check_target(&self, path: &Path) -> Result<PathBuf, GuestError> {
         match path.metadata() {
-            Ok(found) if found.is_dir() => Err(GuestError(format!("{} is a folder", path.display()))),
+            Ok(found) if found.is_dir() => Err(GuestError(format!("{} is a folder", Untrusted::from(path)))),
             Ok(found) if !found.is_file() => {
-                Err(GuestError(format!("{} is no regular file, and stays: name another", path.display())))
+                Err(GuestError(format!("{} is no regular file, and stays: name another", Untrusted::from(path))))
             }
             Ok(_) if !self.settings.overwrite => {
-                Err(GuestError(format!("{} exists: remove it, or set overwrite = true", path.display())))
+                Err(GuestError(format!("{} exists: remove it, or set overwrite = true", Untrusted::from(path))))
             }
-            _ => target_of(path).map_err(|error| GuestError::caused(path.display(), error)),
+            _ => target_of(path).map_err(|error| GuestError::caused(Untrusted::from(path), error)),
         }
     }
 }
@@ -187,20 +190,20 @@ fn state_file(target: &Path, bytes: &[u8]) -> Result<Temporary, GuestError> {
     let (mut file, temporary) = create(target)?;
     let written = file.write_all(bytes).and_then(|()| file.sync_all());
     written.map_err(|error| {
-        GuestError::caused(format_args!("{}: cannot be written", temporary.path().display()), error)
+        GuestError::caused(format_args!("{}: cannot be written", Untrusted::from(temporary.path())), error)
     })?;
     Ok(temporary)
 }
 
 fn create(target: &Path) -> Result<(File, Temporary), GuestError> {
-    Temporary::create(target).map_err(|error| GuestError::caused(target.display(), error))
+    Temporary::create(target).map_err(|error| GuestError::caused(Untrusted::from(target), error))
 }
 
 /// Places all files. If none may be replaced and a place is taken, it places none. A replaced file cannot be restored.
 fn place(files: &[Temporary], overwrite: bool) -> Result<(), GuestError> {
     for (index, file) in files.iter().enumerate() {
         let Err(error) = (if overwrite { file.replace() } else { file.place() }) else { continue };
-        let failed = format!("{} cannot take its place: {error}", file.target().display());
+        let failed = format!("{} cannot take its place: {error}", Untrusted::from(file.target()));
         let stays = |file: &&Temporary| overwrite || file.displace().is_err();
         let in_place: Vec<_> = files[..index].iter().filter(stays).map(Temporary::target).collect();
         return Err(GuestError(if in_place.is_empty() {
@@ -213,7 +216,7 @@ fn place(files: &[Temporary], overwrite: bool) -> Result<(), GuestError> {
     folders.into_iter().try_for_each(|folder| {
         let synced = File::open(folder).and_then(|open| open.sync_all());
         synced.map_err(|error| {
-            GuestError::caused(format_args!("the images are in place, but {}", folder.display()), error)
+            GuestError::caused(format_args!("the images are in place, but {}", Untrusted::from(folder)), error)
         })
     })
 }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use memferry_stages::geometry::PageSize;
+use memferry_stages::untrusted::Untrusted;
 
 use memferry::guest::GuestError;
 
@@ -74,7 +75,7 @@ impl FileGuestSettings {
                 return refuse(format!("two files have the id {:?}", image.id));
             }
             if !paths.insert(&image.path) {
-                return refuse(format!("two files have the path {}", image.path.display()));
+                return refuse(format!("two files have the path {}", Untrusted::from(image.path.as_path())));
             }
         }
         for (name, command) in [("pause", &self.pause), ("resume", &self.resume), ("start", &self.start)] {

@@ -10,6 +10,7 @@ use std::time::Duration;
 use memferry_stages::dirty_log::{DirtyLog, HashLog};
 use memferry_stages::geometry::BlockInfo;
 use memferry_stages::memory::{FileMemory, GuestMemory, Memory, RamBlock};
+use memferry_stages::untrusted::Untrusted;
 
 use super::commands;
 use super::destination::{self, FileBuilder};
@@ -148,7 +149,8 @@ impl FileGuest {
     /// Checks that every path still resolves to the file that was opened, with the same length.
     fn compare_files(&self) -> Result<(), GuestError> {
         for ((image, opened), block) in self.settings.images.iter().zip(&self.opened).zip(self.memory.blocks()) {
-            let (path, length, now) = (image.path.display(), block.info.length, identity(&image.path)?);
+            let (path, length, now) =
+                (Untrusted::from(image.path.as_path()), block.info.length, identity(&image.path)?);
             if (now.device, now.inode) != (opened.device, opened.inode) {
                 return Err(GuestError(format!("image {}: another file took the place of {path}", image.id)));
             }
@@ -247,9 +249,9 @@ impl SourceGuest for FileGuest {
 
 fn open(image: &Image) -> Result<RamBlock, GuestError> {
     let Image { id, path, .. } = image;
-    let memory = regular::open(path)
-        .and_then(|file| FileMemory::of_source(file, path))
-        .map_err(|error| GuestError::caused(format_args!("image {id}: {}: cannot be opened", path.display()), error))?;
+    let memory = regular::open(path).and_then(|file| FileMemory::of_source(file, path)).map_err(|error| {
+        GuestError::caused(format_args!("image {id}: {}: cannot be opened", Untrusted::from(path.as_path())), error)
+    })?;
     let info = BlockInfo {
         backing_page_size: rustix::param::page_size() as u64,
         ..BlockInfo::new(id.clone(), memory.length())
@@ -261,13 +263,13 @@ fn identity(path: &Path) -> Result<Identity, GuestError> {
     let of = |found: Metadata| Identity { device: found.dev(), inode: found.ino(), length: found.len() };
     std::fs::metadata(path)
         .map(of)
-        .map_err(|error| GuestError::caused(format_args!("the image {}", path.display()), error))
+        .map_err(|error| GuestError::caused(format_args!("the image {}", Untrusted::from(path)), error))
 }
 
 /// The content of a small file.
 fn read_whole(file: &Image) -> Result<Vec<u8>, GuestError> {
     whole_file::read(&file.path, MAX_STATE_FILE_BYTES).map_err(|error| {
         let hint = if error.kind() == ErrorKind::FileTooLarge { ": make it an image" } else { "" };
-        GuestError(format!("state file {}: {}: {error}{hint}", file.id, file.path.display()))
+        GuestError(format!("state file {}: {}: {error}{hint}", file.id, Untrusted::from(file.path.as_path())))
     })
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::dirty_log::{HashLog, KvmLog};
 use memferry_stages::geometry::{BlockInfo, Layout, PageSize};
+use memferry_stages::untrusted::Untrusted;
 use memferry_transports::Address;
 use memferry_transports::file::FileTransport;
 
@@ -123,7 +124,7 @@ fn layout(config: &Config) -> Result<Layout, String> {
                 let found = std::fs::metadata(&image.path).map(|file| file.len());
                 found
                     .map(|length| BlockInfo::new(image.id.clone(), length))
-                    .map_err(|e| format!("{}: {e}", image.path.display()))
+                    .map_err(|e| format!("{}: {e}", Untrusted::from(image.path.as_path())))
             };
             (settings.page_size, settings.images.iter().map(length).collect::<Result<_, _>>()?)
         }

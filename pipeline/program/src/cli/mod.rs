@@ -30,7 +30,7 @@ use std::time::Duration;
 
 use clap::Parser;
 use memferry_stages::host::cores;
-use memferry_stages::untrusted::shown_lines;
+use memferry_stages::untrusted::{Untrusted, shown_lines};
 use memferry_transports::{Address, regular};
 
 use crate::api::patch;
@@ -153,7 +153,10 @@ fn named_twice(options: &Migrate) -> Option<String> {
         let folder = name.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let file = folder.canonicalize().unwrap_or_else(|_| folder.into()).join(name.file_name().unwrap_or_default());
         if seen.contains(&file) {
-            return Some(format!("{} is named twice, and one would be written over the other", name.display()));
+            return Some(format!(
+                "{} is named twice, and one would be written over the other",
+                Untrusted::from(name.as_path())
+            ));
         }
         seen.push(file);
     }
@@ -162,12 +165,13 @@ fn named_twice(options: &Migrate) -> Option<String> {
 
 /// Why the file of an option cannot be created there, if that is known before the start.
 fn unwritable(option: &str, file: &Path) -> Option<String> {
-    let name = file.display();
+    let name = Untrusted::from(file);
     let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     if file.is_dir() || file.file_name().is_none() {
         return Some(format!("{option} {name} is a folder: name a file in it"));
     }
-    (!folder.is_dir()).then(|| format!("{option} {name}: there is no folder {}: make it first", folder.display()))
+    (!folder.is_dir())
+        .then(|| format!("{option} {name}: there is no folder {}: make it first", Untrusted::from(folder)))
 }
 
 fn check(options: &args::Check) -> ExitCode {
@@ -202,7 +206,7 @@ fn record(options: Record) -> ExitCode {
 }
 
 fn inspect(file: &Path) -> ExitCode {
-    let name = file.display().to_string();
+    let name = Untrusted::from(file).to_string();
     let inspected = on_control_plane(async {
         let stream = regular::open(file)?;
         Ok(Inspection::of(tokio::fs::File::from_std(stream), &name).await)

@@ -8,6 +8,7 @@ use super::args::Migrate;
 use crate::event_file::EventFile;
 use crate::metrics::prometheus;
 use memferry::events::Observer;
+use memferry_stages::untrusted::Untrusted;
 
 /// The open outlets. Metrics are served for as long as the program lives.
 #[derive(Debug, Default)]
@@ -40,7 +41,7 @@ impl Outlets {
         let create = |file: &Path| {
             EventFile::create(file)
                 .map(Arc::new)
-                .map_err(|error| format!("--events {} cannot be written: {error}", file.display()))
+                .map_err(|error| format!("--events {} cannot be written: {error}", Untrusted::from(file)))
         };
         self.events = options.events.as_deref().map(create).transpose()?;
         Ok(())

@@ -4,7 +4,7 @@ use std::io::IsTerminal;
 use std::path::Path;
 use std::process::ExitCode;
 
-use memferry_stages::untrusted::shown_json;
+use memferry_stages::untrusted::{Untrusted, shown_json};
 
 use super::args::Plan;
 use super::verdict::{BAD_USAGE, DONE, FAILED};
@@ -21,7 +21,7 @@ const BITMAPS: u64 = 12;
 
 /// Runs the plan, and returns the exit code.
 pub(super) fn run(options: &Plan) -> ExitCode {
-    let name = options.trace.display();
+    let name = Untrusted::from(options.trace.as_path());
     let trace = match read(&options.trace) {
         Ok(trace) => trace,
         Err(error) => return complain(&format!("{name}: {error}"), FAILED),
@@ -59,5 +59,5 @@ fn recorded(trace: &Path, guest: &GuestFacts, sets: &[String]) -> Result<Config,
         "{}\n[guest.file]\nimages = [{{ id = \"ram\", path = \"ram\" }}]\n\n[transport]\naddress = \"{address}\"\n",
         guest.settings.raw()
     );
-    config::parse(&format!("the settings in {}", trace.display()), &text, sets, Purpose::Check)
+    config::parse(&format!("the settings in {}", Untrusted::from(trace)), &text, sets, Purpose::Check)
 }

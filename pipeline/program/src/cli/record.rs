@@ -12,6 +12,7 @@ use crate::config::tables::{EncoderTable, MigrationTable, PipelineTable};
 use memferry::human;
 use memferry::settings::ConvergenceSettings;
 use memferry_plan::record::{INTERVAL, RecordError, RecordSettings, Recorded, record_watched};
+use memferry_stages::untrusted::Untrusted;
 
 /// The level of zstd that is measured if none is configured.
 const ZSTD_LEVEL: i32 = 1;
@@ -58,10 +59,12 @@ pub(super) async fn run(config: Config, options: Record) -> std::io::Result<u8> 
     let stop = signals.arm("ending");
     let code = match recorded {
         Ok(recorded) => {
-            print(&format!("{} recorded: {}", options.output.display(), summary(&recorded, interval)));
+            print(&format!("{} recorded: {}", Untrusted::from(options.output.as_path()), summary(&recorded, interval)));
             DONE
         }
-        Err(error @ RecordError::Write(_)) => failed(&format!("{}: {error}", options.output.display())),
+        Err(error @ RecordError::Write(_)) => {
+            failed(&format!("{}: {error}", Untrusted::from(options.output.as_path())))
+        }
         Err(error) => failed(&error.to_string()),
     };
     if !guest.home.lives_here() {

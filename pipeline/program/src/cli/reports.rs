@@ -14,6 +14,7 @@ use memferry_report::account::Account;
 use memferry_report::html::Page;
 use memferry_report::todo::Conclusion;
 use memferry_report::{Ends, Report, write};
+use memferry_stages::untrusted::Untrusted;
 
 /// The time limit for all of them.
 const TIME: Duration = Duration::from_secs(10);
@@ -100,7 +101,7 @@ impl Writing {
     }
 
     fn finish(&self, end: Instant) -> Option<String> {
-        let file = self.file.display();
+        let file = Untrusted::from(self.file.as_path());
         let left = end.saturating_duration_since(Instant::now());
         if self.outlet.as_ref().is_some_and(|outlet| !outlet.close(left)) {
             return Some(format!("the report {file}: it has taken too little for {TIME:?}"));

@@ -23,6 +23,7 @@ use overrides::Override;
 pub use tables::Config;
 
 use memferry::settings::RecoverySettings;
+use memferry_stages::untrusted::Untrusted;
 use memferry_transports::whole_file;
 
 /// The longest configuration, in bytes.
@@ -46,7 +47,7 @@ pub enum Purpose {
 /// # Errors
 /// [`ConfigError`] with all faults.
 pub fn load(file: &Path, sets: &[String], purpose: Purpose) -> Result<Config, ConfigError> {
-    let name = file.display().to_string();
+    let name = Untrusted::from(file).to_string();
     let help = "name a TOML file: configs/quickstart.toml is one to begin with";
     let text = whole_file::read(file, MOST_BYTES)
         .and_then(|bytes| String::from_utf8(bytes).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error)));

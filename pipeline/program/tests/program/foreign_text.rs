@@ -131,3 +131,32 @@ fn the_output_of_a_command_shows_nothing_but_text() {
         ended.says(&[shown]);
     }
 }
+
+/// So is the name of a file that somebody else made.
+#[test]
+fn the_name_of_a_file_shows_nothing_but_text() {
+    const NAME: &str = "evil\n\u{1b}[2K\u{7}memferry: completed";
+    let scene = Scene::new();
+    scene.configure(&["ram"]);
+    scene.write(NAME, "[guest.file]\nimages = []\n");
+    let missing = r#"guest.file.images=[{ id = "ram", path = "missing\nmemferry: completed\u001b" }]"#;
+    let into_itself = format!("{NAME}/events");
+    let named: [&[&str]; 9] = [
+        &["check", NAME],
+        &["inspect", NAME],
+        &["watch", NAME],
+        &["plan", NAME],
+        &["recv", "no\n such\u{1b}"],
+        &["send", "send.toml", "--set", missing],
+        &["run", "send.toml", "--events", NAME, "--report", NAME],
+        &["send", "send.toml", "--report", &into_itself],
+        &["check", "send.toml", "--set", missing],
+    ];
+    for arguments in named {
+        let ended = scene.run(arguments);
+        assert_ne!(ended.code, 0, "{ended}");
+        is_harmless("stdout", &ended.stdout);
+        is_harmless("stderr", &ended.stderr);
+        assert!(ended.stderr.contains("\\n") || ended.stdout.contains("\\n"), "the name is shown: {ended}");
+    }
+}

@@ -18,6 +18,7 @@ use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::Duration;
 
 use crossterm::event::{self, KeyCode, KeyEventKind, KeyModifiers};
+use memferry_stages::untrusted::shown;
 use ratatui::DefaultTerminal;
 
 use super::verdict::{DONE, FAILED};
@@ -56,7 +57,7 @@ pub(super) async fn watch(name: &str, speed: Option<f64>) -> io::Result<u8> {
             return Ok(FAILED);
         }
     };
-    let name = if name == "-" { "standard input" } else { name }.to_owned();
+    let name = if name == "-" { "standard input".into() } else { shown(name).into_owned() };
     let show = move || if on_screen { show(&name, &heard, &stop) } else { print(&name, &heard, &stop) };
     tokio::task::spawn_blocking(show).await.map_err(io::Error::other)?
 }

@@ -15,6 +15,7 @@ use super::super::control::{in_words, socket};
 use crate::api::client::{self, ClientError};
 use memferry::threads::explained;
 use memferry_report::event_json::EventLine;
+use memferry_stages::untrusted::shown;
 
 /// The number of lines that may be queued for display.
 const WAITING: usize = 256;
@@ -58,9 +59,9 @@ pub(super) async fn open(name: &str, speed: Option<f64>) -> Result<Receiver<Hear
     } else {
         let file = File::open(name).map_err(|error| {
             let hint = "name what --control was given, a file that --events wrote, or - for lines on standard input";
-            format!("{name}: {error}; {hint}")
+            format!("{}: {error}; {hint}", shown(name))
         })?;
-        listen(name, Box::new(file), speed)
+        listen(&shown(name), Box::new(file), speed)
     }
 }
 
