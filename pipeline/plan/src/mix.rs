@@ -16,6 +16,9 @@ pub(super) struct Mix {
 }
 
 impl Mix {
+    /// Where nothing was sampled: no delta helps.
+    pub(super) const WHOLE: Self = Self { to_zero: 0.0, equal: 0.0, overflows: 1.0, deltas: 0.0, delta_bytes: 0.0 };
+
     pub(super) fn of(sample: DeltaSample) -> Self {
         let share = |part: u64| if sample.pages == 0 { 0.0 } else { part as f64 / sample.pages as f64 };
         Self {
@@ -52,13 +55,13 @@ impl Mix {
         Self { equal: self.equal.min(most), ..self }
     }
 
-    /// Relative to the pages whose copy was not zero.
+    /// Relative to the pages that were compared.
     pub(super) fn share_of_compared(&self, of: impl Fn(&Self) -> f64) -> f64 {
         let compared = self.to_zero + self.equal + self.overflows + self.deltas;
         if compared > 0.0 { of(self) / compared } else { 0.0 }
     }
 
-    /// Relative to those that are also not zero now.
+    /// Relative to those that are not zero now.
     pub(super) fn share_of_changes(&self, of: impl Fn(&Self) -> f64) -> f64 {
         let changes = self.equal + self.overflows + self.deltas;
         if changes > 0.0 { of(self) / changes } else { 0.0 }

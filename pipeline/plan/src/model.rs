@@ -7,6 +7,7 @@
 //! - **Within a round.** Pages are sent in the order of their numbers. A page that was written before it was sent and
 //!   not after is still found by the sync (unless the log re-arms late), but the destination already has its content:
 //!   if its copy is in the cache, the page is unchanged.
+//! - **Zeros** need no cache: the first write to a page that was sent as zero is a delta.
 //! - **The cache** holds a copy of a page with a probability that follows from the cache's size: pages that were
 //!   written last are retained first.
 
@@ -155,28 +156,44 @@ impl<'a> TracedGuest<'a> {
         let mut sum = Sum::default();
         for (kind, hit) in kinds.iter().zip(cached) {
             let sample = self.deltas_over(self.window, kind.again);
+            let to_zero = sample.share_of_compared(|sample| sample.to_zero);
+            let [changed, unchanged] = [kind.changed, kind.unchanged].map(|pages| pages * (1.0 - to_zero));
+            sum.zero += (kind.changed + kind.unchanged) * to_zero;
+            sum.read_nanos += (kind.changed + kind.unchanged) * self.samples().read.per_page();
+            // What the first round sent as zero needs no copy in the cache.
             let was_zero = if kind.first { self.samples().first_written.share() } else { 0.0 };
-            let written = kind.changed + kind.unchanged;
-            sum.zero += written * sample.share_of_compared(|sample| sample.to_zero);
-            let filled = written * (1.0 - sample.share_of_compared(|sample| sample.to_zero));
-            let hits = filled * hit * (1.0 - was_zero);
-            let misses = filled - hits;
+            let from_zero = changed * was_zero;
+            self.add_compared(&mut sum, from_zero, &self.first_writes_over(self.window, &whole), &whole);
+            self.add_compared(&mut sum, (changed - from_zero) * hit, &sample, &whole);
+            sum.unchanged += unchanged * hit;
+            sum.encode_nanos += unchanged * hit * self.samples().delta.per_page();
             // A page without a copy in the cache is sent again even if it was not written since it was sent.
-            let compared = if written > 0.0 { hits * kind.changed / written } else { 0.0 };
-            let deltas = compared * sample.share_of_changes(|sample| sample.deltas);
-            let overflows = compared * sample.share_of_changes(|sample| sample.overflows);
-            sum.unchanged += hits - deltas - overflows;
-            sum.deltas += deltas;
+            let misses = (changed - from_zero + unchanged) * (1.0 - hit);
             sum.misses += misses;
-            sum.overflows += overflows;
-            sum.bytes += deltas * sample.delta_bytes + (misses + overflows) * whole.bytes;
-            sum.compressed += (misses + overflows) * whole.compressed;
-            sum.filled += deltas + overflows + misses;
-            sum.encode_nanos += hits * self.samples().delta.per_page();
-            sum.encode_nanos += (misses + overflows) * (whole.nanos + self.checksum());
-            sum.read_nanos += written * self.samples().read.per_page();
+            self.add_whole(&mut sum, misses, &whole);
         }
         sum
+    }
+
+    /// Changed pages that are compared with what the destination holds.
+    fn add_compared(&self, sum: &mut Sum, pages: f64, sample: &Mix, whole: &PageCost) {
+        let deltas = pages * sample.share_of_changes(|sample| sample.deltas);
+        let overflows = pages * sample.share_of_changes(|sample| sample.overflows);
+        sum.unchanged += pages - deltas - overflows;
+        sum.deltas += deltas;
+        sum.overflows += overflows;
+        sum.filled += deltas;
+        sum.bytes += deltas * sample.delta_bytes;
+        sum.encode_nanos += pages * self.samples().delta.per_page();
+        self.add_whole(sum, overflows, whole);
+    }
+
+    /// Pages that no delta helps.
+    fn add_whole(&self, sum: &mut Sum, pages: f64, whole: &PageCost) {
+        sum.filled += pages;
+        sum.bytes += pages * whole.bytes;
+        sum.compressed += pages * whole.compressed;
+        sum.encode_nanos += pages * (whole.nanos + self.checksum());
     }
 
     /// The cost of a page for which a delta is not possible, as the encoders decide.
@@ -247,35 +264,40 @@ impl<'a> TracedGuest<'a> {
 
     fn all_deltas(&self) -> Mix {
         let mut all = DeltaSample::default();
-        for Deltas { again, rested, .. } in &self.samples().deltas {
-            all += *again;
-            all += *rested;
+        for Deltas { again, rested, from_zero, .. } in &self.samples().deltas {
+            [again, rested, from_zero].into_iter().for_each(|sample| all += *sample);
         }
         Mix::of(all)
     }
 
-    /// Deltas against copies of this age, interpolated from the sampled spans nearest to it.
+    /// Deltas against copies of this age.
     fn deltas_over(&self, age: Duration, again: bool) -> Mix {
-        let of_kind = |deltas: &Deltas, again: bool| if again { deltas.again } else { deltas.rested };
-        for again in [again, !again] {
-            let spans = self.samples().deltas.iter().map(|deltas| (deltas.span, of_kind(deltas, again)));
-            let spans: Vec<_> = spans.filter(|(_, sample)| sample.pages >= ENOUGH).collect();
-            let Some(&(_, first)) = spans.first() else { continue };
-            let longer = spans.iter().position(|&(span, _)| span > age);
-            let mix = match longer {
-                Some(0) => Mix::of(first),
-                None => Mix::of(spans[spans.len() - 1].1),
-                Some(next) => {
-                    let ((short, one), (long, other)) = (spans[next - 1], spans[next]);
-                    let log = |time: Duration| time.as_secs_f64().ln();
-                    let share = (log(age) - log(short)) / (log(long) - log(short));
-                    Mix::of(one).and(Mix::of(other), share)
-                }
-            };
-            return mix.with_equal_at_most(least_equal(&spans));
-        }
-        // No writes were sampled: whole pages.
-        Mix { overflows: 1.0, ..Mix::default() }
+        let of_kind = |again| self.interpolated(age, |deltas| if again { deltas.again } else { deltas.rested });
+        of_kind(again).or_else(|| of_kind(!again)).unwrap_or(Mix::WHOLE)
+    }
+
+    /// Deltas against zeros of pages that were written in this time, or the whole page where that is smaller.
+    fn first_writes_over(&self, time: Duration, whole: &PageCost) -> Mix {
+        let mix = self.interpolated(time, |deltas| deltas.from_zero).unwrap_or(Mix::WHOLE);
+        Mix { delta_bytes: mix.delta_bytes.min(whole.bytes), ..mix }
+    }
+
+    /// Samples over this time, interpolated from the sampled spans nearest to it. `None` if no writes were sampled.
+    fn interpolated(&self, time: Duration, of_kind: impl Fn(&Deltas) -> DeltaSample) -> Option<Mix> {
+        let spans = self.samples().deltas.iter().map(|deltas| (deltas.span, of_kind(deltas)));
+        let spans: Vec<_> = spans.filter(|(_, sample)| sample.pages >= ENOUGH).collect();
+        let &(_, first) = spans.first()?;
+        let mix = match spans.iter().position(|&(span, _)| span > time) {
+            Some(0) => Mix::of(first),
+            None => Mix::of(spans[spans.len() - 1].1),
+            Some(next) => {
+                let ((short, one), (long, other)) = (spans[next - 1], spans[next]);
+                let log = |time: Duration| time.as_secs_f64().ln();
+                let share = (log(time) - log(short)) / (log(long) - log(short));
+                Mix::of(one).and(Mix::of(other), share)
+            }
+        };
+        Some(mix.with_equal_at_most(least_equal(&spans)))
     }
 
     fn encoded(&self, round: u32, pages: u64, extents: u64, sum: &Sum) -> Encoded {
@@ -368,9 +390,9 @@ impl TracedGuest<'_> {
         let Some(xbzrle) = &self.settings.encoder.xbzrle else { return Found { dirty, cached: 0 } };
         let known = self.dirty.iter().zip(&self.known).map(|(dirty, known)| u64::from((dirty & known).count_ones()));
         let known: u64 = known.sum();
-        // In the first round the cache receives the non-zero pages, if any.
-        let filled = if xbzrle.cache_first_round { 1.0 - self.samples().first_written.share() } else { 0.0 };
-        Found { dirty, cached: known + whole((dirty - known) as f64 * filled) }
+        // The first round leaves the pages that are not zero in the cache, or none; zeros need no copy.
+        let referred = if xbzrle.cache_first_round { 1.0 } else { self.samples().first_written.share() };
+        Found { dirty, cached: known + whole((dirty - known) as f64 * referred) }
     }
 
     /// Marks which pages of a round that begins will be written before they are sent.

@@ -7,7 +7,7 @@
 //! **Deltas.** The size of a delta depends on the age of the copy: a page that is written all the time changes more
 //! in a second than in a tenth of it. So pages are followed over spans of several lengths at once. In each span two
 //! kinds are followed: pages that were written in the span before (and would have been sent at its end), and any
-//! others, which were not. The set of pages written in a span is never in memory as a whole; a uniform sample of it
+//! others, which were not. Pages of which the destination would hold zeros count by themselves. The set of pages written in a span is never in memory as a whole; a uniform sample of it
 //! is drawn by retaining the pages with the smallest hashes.
 //!
 //! The sampler reads a few hundred pages per interval and stores at most 12 MiB of copies. The copies are taken while
@@ -56,6 +56,7 @@ pub struct Sampler {
     zero: DirtyBitmap,
     random: Rng,
     buffer: PooledBuffer,
+    zero_page: Box<[u8]>,
     page: Vec<u8>,
     delta: Vec<u8>,
 }
@@ -81,6 +82,7 @@ impl Sampler {
             zero: DirtyBitmap::empty(memory.layout()),
             random: Rng::with_seed(0x6d65_6d66_6572_7279),
             buffer,
+            zero_page: vec![0; size.bytes()].into(),
             page: vec![0; size.bytes()],
             delta: vec![0; size.bytes()],
             samples,
@@ -151,7 +153,10 @@ impl Sampler {
     /// The samples, given the duration of an interval.
     #[must_use]
     pub fn finish(mut self, interval: Duration) -> Samples {
-        let deltas = |span: &Span| Deltas { span: interval * span.intervals, again: span.again, rested: span.rested };
+        let deltas = |span: &Span| {
+            let &Span { intervals, again, rested, from_zero, .. } = span;
+            Deltas { span: interval * intervals, again, rested, from_zero }
+        };
         self.samples.deltas = self.spans.iter().map(deltas).filter(|deltas| !deltas.span.is_zero()).collect();
         self.samples
     }
@@ -160,7 +165,11 @@ impl Sampler {
     fn turn(&mut self, span: &mut Span, unread: &DirtyBitmap) -> io::Result<()> {
         for copy in std::mem::take(&mut span.copies).into_iter().filter(|copy| copy.written) {
             let found = self.compare(&copy)?;
-            *(if copy.again { &mut span.again } else { &mut span.rested }) += found;
+            *match (&copy.copy, copy.again) {
+                (None, _) => &mut span.from_zero,
+                (Some(_), true) => &mut span.again,
+                (Some(_), false) => &mut span.rested,
+            } += found;
         }
         let again = span.written.take().into_iter().map(|at| (at, true));
         let rested = std::mem::take(&mut span.candidates).into_iter().filter(|page| !page.written);
@@ -184,15 +193,12 @@ impl Sampler {
     fn compare(&mut self, copy: &Followed) -> io::Result<DeltaSample> {
         self.memory.block(copy.at.block).memory.read_page(self.memory.page_size(), copy.at.page, &mut self.page)?;
         let mut found = DeltaSample { pages: 1, ..DeltaSample::default() };
-        let Some(held) = &copy.copy else {
-            found.from_zero = 1;
-            return Ok(found);
-        };
         if is_zero(&self.page) {
             found.to_zero = 1;
             return Ok(found);
         }
         let began = Instant::now();
+        let held = copy.copy.as_deref().unwrap_or(&self.zero_page);
         let encoded = xbzrle::encode_page(held, &self.page, &mut self.delta);
         count(&mut self.samples.delta, 1, began);
         match encoded {
@@ -293,13 +299,23 @@ struct Span {
     candidates: Vec<Followed>,
     again: DeltaSample,
     rested: DeltaSample,
+    from_zero: DeltaSample,
 }
 
 impl Span {
     fn new(intervals: u32, followed: usize) -> Self {
         let written = LeastHashes::new(followed, u64::from(intervals));
-        let (again, rested) = (DeltaSample::default(), DeltaSample::default());
-        Self { intervals, followed, written, copies: Vec::new(), candidates: Vec::new(), again, rested }
+        let none = DeltaSample::default();
+        Self {
+            intervals,
+            followed,
+            written,
+            copies: Vec::new(),
+            candidates: Vec::new(),
+            again: none,
+            rested: none,
+            from_zero: none,
+        }
     }
 }
 

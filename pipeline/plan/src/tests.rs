@@ -44,7 +44,7 @@ fn trace(turns: impl IntoIterator<Item = std::ops::Range<u64>>) -> Trace {
             whole: [coded; 3],
             written: [coded; 3],
             alone: [coded; 3],
-            deltas: vec![Deltas { span: TENTH, again: sample, rested: sample }],
+            deltas: vec![Deltas { span: TENTH, again: sample, rested: sample, from_zero: sample }],
             ..Samples::default()
         },
     }
@@ -124,6 +124,24 @@ fn deltas_count_as_they_were_sampled_and_miss_where_the_cache_is_small() {
     assert!((1000..1800).contains(&missed.pages.xbzrle_misses), "{missed:?}");
 }
 
+/// 2,000 pages that the first round sends as zero.
+#[test]
+fn the_first_write_to_a_zero_page_is_a_delta_without_a_copy_in_the_cache() {
+    let mut trace = steady();
+    trace.samples.first_written.part = 100;
+    let mut settings = deltas();
+    settings.encoder.xbzrle.as_mut().unwrap().cache_first_round = false;
+    let second = |trace: &Trace| behind_the_sample(&plan(trace, &settings, mbyte(50.0)).run);
+    let known = second(&trace);
+    assert!(known.pages.xbzrle > 1900 && known.pages.xbzrle_misses < 100, "{known:?}");
+    assert!(known.pages.bytes_out < 2000 * PAGE / 10, "{known:?}");
+    // What is written whole at once is sent whole.
+    let all = DeltaSample { pages: 100, overflows: 100, ..DeltaSample::default() };
+    trace.samples.deltas[0].from_zero = all;
+    let filled = second(&trace);
+    assert!(filled.pages.xbzrle_overflows > 1900 && filled.pages.bytes_out > 1900 * PAGE, "{filled:?}");
+}
+
 /// Written once during the first round, before or after the page is sent.
 #[test]
 fn what_is_written_before_its_turn_is_unchanged_or_not_even_found() {
@@ -172,7 +190,7 @@ fn advice_is_what_the_guest_does_not_notice_where_that_suffices() {
     // Pages that change completely: neither deltas nor a compressor help.
     let mut trace = trace.clone();
     let overflows = DeltaSample { pages: 100, overflows: 100, ..DeltaSample::default() };
-    trace.samples.deltas = vec![Deltas { span: TENTH, again: overflows, rested: overflows }];
+    trace.samples.deltas = vec![Deltas { span: TENTH, again: overflows, rested: overflows, from_zero: overflows }];
     let noise = Coded { pages: 1000, compressed: 0, bytes: 1000 * PAGE, nanos: 1_000_000 };
     (trace.samples.whole, trace.samples.written, trace.samples.alone) = ([noise; 3], [noise; 3], [noise; 3]);
     // With different pages in each interval, a throttle leaves fewer of them.

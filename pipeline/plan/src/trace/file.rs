@@ -42,7 +42,7 @@ use memferry_transports::temporary::is_no_plain_file;
 use memferry_transports::whole_file;
 
 const MAGIC: [u8; 8] = *b"mfytrace";
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 const HEAD_BYTES: usize = 16;
 const SECTION_BYTES: usize = 16;
 /// The largest file that is read: one day of a large and busy guest.
@@ -404,12 +404,12 @@ fn check_samples(samples: &Samples) -> Result<(), Wrong> {
     if deltas.last().is_some_and(|one| one.span > LONGEST) {
         return Err("no span is so long");
     }
-    deltas.iter().flat_map(|one| [&one.again, &one.rested]).try_for_each(check_deltas)
+    deltas.iter().flat_map(|one| [&one.again, &one.rested, &one.from_zero]).try_for_each(check_deltas)
 }
 
 /// The sums over all spans fit their types: page counts and bytes are bounded.
 fn check_deltas(sample: &DeltaSample) -> Result<(), Wrong> {
-    let parts = [sample.from_zero, sample.to_zero, sample.equal, sample.overflows, sample.deltas];
+    let parts = [sample.to_zero, sample.equal, sample.overflows, sample.deltas];
     let sum = parts.iter().try_fold(0_u64, |sum, &part| sum.checked_add(part));
     if sum != Some(sample.pages) {
         return Err("what became of the deltas does not add up");

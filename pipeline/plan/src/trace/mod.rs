@@ -195,15 +195,15 @@ pub struct Deltas {
     pub again: DeltaSample,
     /// Pages that were not.
     pub rested: DeltaSample,
+    /// Pages that were all zero, of either kind.
+    pub from_zero: DeltaSample,
 }
 
-/// The results of encoding deltas: `from_zero + to_zero + equal + overflows + deltas = pages`.
+/// The results of encoding deltas: `to_zero + equal + overflows + deltas = pages`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 pub struct DeltaSample {
     /// Pages that were written in the span.
     pub pages: u64,
-    /// Pages whose copy was all zero.
-    pub from_zero: u64,
     /// Pages that are all zero now.
     pub to_zero: u64,
     /// Pages that are unchanged.
@@ -219,7 +219,6 @@ pub struct DeltaSample {
 impl std::ops::AddAssign for DeltaSample {
     fn add_assign(&mut self, other: Self) {
         self.pages += other.pages;
-        self.from_zero += other.from_zero;
         self.to_zero += other.to_zero;
         self.equal += other.equal;
         self.overflows += other.overflows;

@@ -71,18 +71,18 @@ fn coded() -> impl Strategy<Value = [Coded; 3]> {
 }
 
 fn deltas() -> impl Strategy<Value = DeltaSample> {
-    any::<(u32, u32, u32, u32, u32, u32)>().prop_map(|(from_zero, to_zero, equal, overflows, deltas, bytes)| {
-        let [from_zero, to_zero, equal, overflows, deltas, delta_bytes] =
-            [from_zero, to_zero, equal, overflows, deltas, bytes].map(u64::from);
-        let pages = from_zero + to_zero + equal + overflows + deltas;
-        DeltaSample { pages, from_zero, to_zero, equal, overflows, deltas, delta_bytes }
+    any::<(u32, u32, u32, u32, u32)>().prop_map(|(to_zero, equal, overflows, deltas, bytes)| {
+        let [to_zero, equal, overflows, deltas, delta_bytes] =
+            [to_zero, equal, overflows, deltas, bytes].map(u64::from);
+        let pages = to_zero + equal + overflows + deltas;
+        DeltaSample { pages, to_zero, equal, overflows, deltas, delta_bytes }
     })
 }
 
 prop_compose! {
     fn samples()(
         level in -7_i32..=19, touched in any::<u32>(), codeds in [coded(), coded(), coded()],
-        costs in any::<[(u32, u32); 3]>(), deltas in prop::collection::vec((deltas(), deltas()), 0..6),
+        costs in any::<[(u32, u32); 3]>(), deltas in prop::collection::vec([deltas(), deltas(), deltas()], 0..6),
     ) -> Samples {
         let [whole, written, alone] = codeds;
         let cost = |(pages, nanos): (u32, u32)| Cost { pages: pages.into(), nanos: nanos.into() };
@@ -97,7 +97,10 @@ prop_compose! {
             read: cost(costs[0]),
             checksum: cost(costs[1]),
             delta: cost(costs[2]),
-            deltas: (0..).zip(deltas).map(|(at, (again, rested))| Deltas { span: span(at), again, rested }).collect(),
+            deltas: (0..)
+                .zip(deltas)
+                .map(|(at, [again, rested, from_zero])| Deltas { span: span(at), again, rested, from_zero })
+                .collect(),
         }
     }
 }
@@ -195,7 +198,7 @@ fn sections(bytes: &[u8]) -> Vec<(u32, Vec<u8>)> {
 /// A file of these sections, each with the checksum for its position.
 fn sealed(sections: &[(u32, Vec<u8>)]) -> Vec<u8> {
     let mut bytes = b"mfytrace".to_vec();
-    bytes.extend(2_u32.to_le_bytes());
+    bytes.extend(3_u32.to_le_bytes());
     let sum = xxhash_rust::xxh3::xxh3_64(&bytes).to_le_bytes();
     bytes.extend(&sum[..4]);
     for (kind, body) in sections {
@@ -257,7 +260,7 @@ fn what_is_no_trace_or_of_another_version_is_said_to_be_that() {
         bytes[8] = version;
         let sum = xxhash_rust::xxh3::xxh3_64(&bytes[..12]).to_le_bytes();
         bytes[12..16].copy_from_slice(&sum[..4]);
-        assert_eq!(say(&bytes), format!("byte 8: a trace of version {version}, and this program reads version 2"));
+        assert_eq!(say(&bytes), format!("byte 8: a trace of version {version}, and this program reads version 3"));
     }
 }
 
@@ -271,17 +274,18 @@ fn the_format_is_that_of_its_version() {
     trace.samples.touched = Share { of: 300, part: 20 };
     trace.samples.alone[2] = Coded { pages: 1, compressed: 1, bytes: 2, nanos: 3 };
     trace.samples.delta = Cost { pages: 4, nanos: 5 };
-    let again = DeltaSample { pages: 15, from_zero: 1, to_zero: 2, equal: 3, overflows: 4, deltas: 5, delta_bytes: 6 };
-    trace.samples.deltas = vec![Deltas { span: Duration::new(7, 8), again, rested: DeltaSample::default() }];
+    let again = DeltaSample { pages: 14, to_zero: 2, equal: 3, overflows: 4, deltas: 5, delta_bytes: 6 };
+    let from_zero = DeltaSample { pages: 1, deltas: 1, delta_bytes: 9, ..DeltaSample::default() };
+    trace.samples.deltas = vec![Deltas { span: Duration::new(7, 8), again, rested: DeltaSample::default(), from_zero }];
     let bytes = write(&trace);
-    assert_eq!(bytes[..12], *b"mfytrace\x02\0\0\0");
+    assert_eq!(bytes[..12], *b"mfytrace\x03\0\0\0");
     let none = r"\x00";
     // Level, shares; the codecs; costs; deltas.
     let samples = [
         r"\x05\xac\x02\x14\x00\x00".into(),
         none.repeat(8 * 4) + r"\x01\x01\x02\x03",
         none.repeat(2 * 2) + r"\x04\x05",
-        r"\x01\x07\x08\x0f\x01\x02\x03\x04\x05\x06".to_owned() + &none.repeat(7),
+        r"\x01\x07\x08\x0e\x02\x03\x04\x05\x06".to_owned() + &none.repeat(6) + r"\x01\x00\x00\x00\x01\t",
     ]
     .concat();
     let bodies = sections(&bytes).into_iter().map(|(kind, body)| (kind, body.escape_ascii().to_string()));
