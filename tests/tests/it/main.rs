@@ -13,7 +13,7 @@
 //! | `figures` | the bottleneck, and the figures before and after the end |
 //! | `record`, `plan` | a recorded guest, and a plan compared with its migration |
 //! | `kvm`, `vm_memory` | guests: a KVM machine, memory of the crate `vm-memory` |
-//! | `verify` | what each way of comparing the memories finds |
+//! | `verify`, `broken_logs` | what each way of comparing the memories finds |
 //! | `verdicts` | `inspect` and a destination come to one verdict |
 //! | `dependencies`, `examples` | the crates that the engine needs, and the examples as a reader runs them |
 //!
@@ -24,6 +24,7 @@
 //! `pipeline/engine/src/migration/pair`, transports in `transports/tests`, guests in `pipeline/guests/tests`, the
 //! program in `pipeline/program/tests`.
 
+mod broken_logs;
 mod control;
 mod convergence;
 mod dependencies;
