@@ -9,7 +9,7 @@ use super::account::{Account, Round};
 use memferry::bottleneck::{Bottleneck, Cause};
 use memferry::human;
 use memferry::settings::SourceSettings;
-use memferry::values::{Bandwidth, Size};
+use memferry::values::{Bandwidth, Size, Time};
 
 /// The share of the time from which something counts as the bottleneck.
 const HELD: f64 = 0.8;
@@ -17,6 +17,8 @@ const HELD: f64 = 0.8;
 const MISSED: f64 = 0.5;
 /// Fewer misses than this are ignored.
 const WORTH: u64 = 1000;
+/// A call into the guest that takes longer than expected by less than one part in this number of the downtime limit is ignored.
+const SLOW_PART: u32 = 20;
 /// Bytes that the cache stores in addition to each page.
 const SLOT_BYTES: u64 = 16;
 
@@ -57,6 +59,15 @@ pub enum Conclusion {
         /// Is there a codec that takes less processor time than this one?
         has_lighter_codec: bool,
     },
+    /// Calls into the guest took longer than the forecast counted on. Those that did not are `None`.
+    CallsTookLonger {
+        /// What pausing the guest took.
+        pause: Option<Duration>,
+        /// What preparing it at the destination took.
+        prepare: Option<Duration>,
+        /// What starting it there took.
+        start: Option<Duration>,
+    },
     /// Connections were lost.
     ConnectionsLost {
         /// How many.
@@ -96,6 +107,19 @@ impl fmt::Display for Conclusion {
                 human::counted(cores as u64, "core"),
                 if has_lighter_codec { "compress = \"lz4\" takes less of it" } else { "leave it more cores" }
             ),
+            Self::CallsTookLonger { pause, prepare, start } => {
+                let took = [("expected_pause", pause), ("expected_prepare", prepare), ("expected_start", start)];
+                let set: Vec<_> = took
+                    .into_iter()
+                    .filter_map(|(key, took)| Some(format!("{key} = \"{}\"", Time(whole_ms(took?)))))
+                    .collect();
+                write!(
+                    f,
+                    "Calls into the guest took longer than the forecast counts on: {} is what they took. Set the longest of several \
+                     migrations.",
+                    set.join(", ")
+                )
+            }
             Self::ConnectionsLost { lost, time } => write!(
                 f,
                 "The connection was lost {}, and there was none for {}: find out what between both ends cut it.",
@@ -119,7 +143,8 @@ pub fn conclusions(
         .zip(settings.max_bandwidth)
         .map(|(share, limit)| Conclusion::LimitHeld { share, limit });
     let processor = held(held_up, Cause::Processor).map(|share| processor(settings, share, cores));
-    [cache(settings, account), limit, processor, outages(account)].into_iter().flatten().collect()
+    let all = [cache(settings, account), limit, processor, calls(settings, account), outages(account)];
+    all.into_iter().flatten().collect()
 }
 
 /// The settings, including the changes made during the migration.
@@ -161,6 +186,24 @@ fn cache(settings: &SourceSettings, account: &Account) -> Option<Conclusion> {
         cache,
         would_do,
     })
+}
+
+/// A shorter time is no reason to expect less: another migration may take longer.
+fn calls(settings: &SourceSettings, account: &Account) -> Option<Conclusion> {
+    let ended = account.status.ended.as_ref().filter(|ended| ended.switchover().is_some())?;
+    let worth = settings.downtime_limit / SLOW_PART;
+    let longer = |took: Duration, expected: Duration| (took > expected.saturating_add(worth)).then_some(took);
+    let pause = longer(ended.parts.pause, settings.expected_pause);
+    let prepare = longer(ended.parts.prepare, settings.expected_prepare);
+    let start = longer(ended.parts.start, settings.expected_start);
+    pause.or(prepare).or(start)?;
+    Some(Conclusion::CallsTookLonger { pause, prepare, start })
+}
+
+/// In whole milliseconds, rounded up.
+fn whole_ms(time: Duration) -> Duration {
+    const MS: u128 = 1_000_000;
+    Duration::from_millis(u64::try_from(time.as_nanos().div_ceil(MS)).unwrap_or(u64::MAX))
 }
 
 fn outages(account: &Account) -> Option<Conclusion> {
@@ -238,6 +281,31 @@ mod tests {
         );
         account.status.ended.as_mut().unwrap().outages = memferry::events::Outages::default();
         assert_eq!(words(&settings(), &account, &Bottleneck::default()), [""; 0]);
+    }
+
+    #[test]
+    fn calls_that_took_longer_than_expected_are_named_with_what_they_took_and_no_others() {
+        let took = |pause, start| {
+            let mut account = account(&[]);
+            let mut ended = memferry::samples::ended(memferry::events::Role::Source);
+            ended.outages = memferry::events::Outages::default();
+            (ended.parts.pause, ended.parts.start) = (Duration::from_micros(pause), Duration::from_micros(start));
+            account.status.ended = Some(ended);
+            account
+        };
+        let ms = Duration::from_millis;
+        let settings = SourceSettings { downtime_limit: ms(300), expected_start: ms(900), ..settings() };
+        assert_eq!(
+            words(&settings, &took(271_300, 268_000), &Bottleneck::default()),
+            [
+                "Calls into the guest took longer than the forecast counts on: expected_pause = \"272ms\" is what they took. Set the \
+              longest of several migrations."
+            ]
+        );
+        let both = conclusions(&settings, &took(271_000, 1_000_000), &Bottleneck::default(), 4);
+        assert_eq!(both, [Conclusion::CallsTookLonger { pause: Some(ms(271)), prepare: None, start: Some(ms(1000)) }]);
+        // A twentieth of the limit is not worth a setting, and neither is a pause that was over sooner.
+        assert_eq!(words(&settings, &took(15_000, 0), &Bottleneck::default()), [""; 0]);
     }
 
     #[test]

@@ -377,7 +377,7 @@ fn stories_say_what_happened_where_the_guest_is_and_what_to_do() {
       Nothing at once. It was paused for longer than the 300 ms allowed: below is what that time went to.
     Warn: The stream is complete: 1.00 GiB in 2.50 s, of which it was paused for 213 ms.
       It is paused here, and all of it is in the file.
-      Start it from the file where it is to run (memferry recv). Resume it here only if it will run nowhere else. It was paused for longer than the 0 µs allowed: below is what that time went to.
+      Start it from the file where it is to run (memferry recv). Resume it here only if it will run nowhere else. It was paused for longer than the 0 µs allowed: below is what that time went to. Calls into the guest took longer than the forecast counts on: expected_pause = "2ms", expected_prepare = "3ms", expected_start = "4ms" is what they took. Set the longest of several migrations.
     Bad: The migration failed; the guest is at its source.
       It is at its source, whole, in the state that it had.
       Put right what is named above, then start it again. Nothing has to be cleaned up.
