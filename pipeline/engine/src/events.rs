@@ -445,7 +445,8 @@ pub struct Ended {
     /// The parts of the downtime, as far as the migration came. At the source they add up to the downtime. A
     /// destination does not know the downtime, and reports the parts that it works on.
     pub parts: DowntimeParts,
-    /// The controller's forecast when it decided to switch over, if it did and had one.
+    /// The likely cost when the controller decided to switch over, by the medians of what was measured, if it had a forecast.
+    /// The forecast that the decision rests on, by high quantiles, is that of [`Event::Decided`].
     pub forecast: Option<Forecast>,
     /// Bytes handed to the transport (source) or taken from it (destination).
     pub wire_bytes: u64,

@@ -169,7 +169,7 @@ pub struct GuestReport {
     pub blocks: Vec<BlockFacts>,
 }
 
-/// The forecast that the switchover rests on, beside the actual result.
+/// A forecast, and beside the actual result the likely one: see [`Ended::forecast`](memferry::events::Ended::forecast).
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ForecastReport {
     /// The expected downtime.

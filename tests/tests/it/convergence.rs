@@ -101,7 +101,7 @@ fn throttled_it_meets_the_limit_and_the_throttle_is_lifted() {
     assert!(risen.first() == Some(&60) && risen.is_sorted(), "{levels:?}");
     let last = decided.last().unwrap();
     assert_eq!(last.limit, LIMIT, "{last}");
-    assert!(ends.source.forecast.unwrap().expected() <= LIMIT, "{last:#?}");
+    assert!(last.forecast.unwrap().expected() <= LIMIT, "{last:#?}");
 }
 
 #[test]
@@ -110,7 +110,7 @@ fn it_is_moved_under_a_limit_that_is_raised() {
     let decided = completed(&ends);
     assert!(guest.throttled().is_empty());
     assert!(matches!(decided.last().unwrap().reason, Reason::Raised { .. }), "{decided:#?}");
-    let expected = ends.source.forecast.unwrap().expected();
+    let expected = decided.last().unwrap().forecast.unwrap().expected();
     assert!(expected > LIMIT && expected <= MOST, "{expected:?}");
 }
 
@@ -119,7 +119,7 @@ fn it_is_switched_over_above_its_limit_and_under_the_ceiling() {
     let (_, ends) = ended_by(&[StallStep::SwitchOver]);
     let decided = completed(&ends);
     assert!(matches!(decided.last().unwrap().reason, Reason::Minimum { .. }), "{decided:#?}");
-    assert!(ends.source.forecast.unwrap().expected() > LIMIT);
+    assert!(decided.last().unwrap().forecast.unwrap().expected() > LIMIT);
 }
 
 #[test]

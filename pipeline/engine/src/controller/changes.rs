@@ -50,7 +50,8 @@ impl Controller {
     /// # Errors
     /// If `max_downtime` forbids it, by the forecast or because there is none.
     pub fn switch_over(&mut self, now: &Standing) -> Result<Decided, Box<AboveMaxDowntime>> {
-        let forecast = self.with_unseen(now).and_then(|now| self.forecast(&now));
+        let found = self.with_unseen(now);
+        let forecast = found.and_then(|now| self.forecast(&now));
         let limit = self.downtime_limit();
         if !self.is_allowed(forecast.as_ref()) {
             let max_downtime = self.limits.max_downtime.unwrap_or_default();
@@ -61,6 +62,7 @@ impl Controller {
             return Err(Box::new(AboveMaxDowntime { max_downtime, limit, forecast, left }));
         }
         self.switching = true;
+        found.iter().for_each(|now| self.note_likely(now));
         let round = self.round + 1;
         Ok(Decided { round, decision: Decision::SwitchOver, reason: Reason::Operator, limit, forecast })
     }

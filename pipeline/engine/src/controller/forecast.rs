@@ -13,8 +13,9 @@
 //! the two limited a round. The rate of the wire is taken from the time in which the senders had anything to send: a
 //! round that the stages before them limited shows the same rate.
 //!
-//! Of several measurements the forecast takes neither the latest nor the mean, but a high quantile ([`QUANTILE`]): a
-//! limit that one lucky measurement meets is not met.
+//! Of several measurements a decision takes neither the latest nor the mean, but a high quantile ([`QUANTILE`]): a
+//! limit that one lucky measurement meets is not met. What it leads to is the same by the median of them
+//! ([`Forecaster::likely`]), which the report compares with what is measured.
 
 use std::collections::VecDeque;
 use std::num::NonZeroU32;
@@ -47,6 +48,8 @@ const SAMPLE_SHARE: u64 = 4;
 const REPRESENTATIVE_ROUNDS: usize = 4;
 /// The quantile of the measurements that the forecast counts on: this share of them was no worse.
 pub const QUANTILE: f64 = 0.9;
+/// The quantile of what is as likely to be more as less.
+const MEDIAN: f64 = 0.5;
 /// How many measurements of a part are stored, and how many windows show the rate of the wire.
 const MEASUREMENTS: usize = 10;
 /// Rounds that are stored: a window never needs more.
@@ -126,9 +129,14 @@ impl Recent {
     pub(crate) fn with(&mut self, time: Duration) -> Duration {
         self.0.push_front(time);
         self.0.truncate(MEASUREMENTS);
+        self.quantile(QUANTILE).unwrap_or(time)
+    }
+
+    /// A quantile of the latest measurements, if there are any.
+    fn quantile(&self, quantile: f64) -> Option<Duration> {
         let mut sorted: Vec<_> = self.0.iter().copied().collect();
         sorted.sort_unstable();
-        sorted[rank(sorted.len(), QUANTILE)]
+        sorted.get(rank(sorted.len(), quantile)).copied()
     }
 }
 
@@ -419,14 +427,30 @@ impl Forecaster {
     /// Bytes of pages a second that rounds have sent lately.
     #[must_use]
     pub fn page_bytes_per_second(&self) -> Option<f64> {
-        self.round_seconds_per_page().map(|seconds| self.page_bytes as f64 / seconds)
+        self.round_seconds_per_page(QUANTILE).map(|seconds| self.page_bytes as f64 / seconds)
     }
 
     /// The cost of a switchover at this moment, with a backlog that is drained as far as `limit` requires. `None` while
     /// nothing is measured and something remains.
     #[must_use]
     pub fn forecast(&self, now: &Standing, limit: Duration) -> Option<Forecast> {
-        let mut fixed = self.fixed;
+        self.forecast_by(QUANTILE, self.fixed, now, limit)
+    }
+
+    /// The same by the median of what was measured: the real cost is as likely to be more as less.
+    #[must_use]
+    pub fn likely(&self, now: &Standing, limit: Duration) -> Option<Forecast> {
+        let median = |recent: &Recent, otherwise| recent.quantile(MEDIAN).unwrap_or(otherwise);
+        let fixed = FixedCost {
+            sync: median(&self.syncs, self.fixed.sync),
+            verify: median(&self.verifications, self.fixed.verify),
+            load: median(&self.loads, self.fixed.load),
+            ..self.fixed
+        };
+        self.forecast_by(MEDIAN, fixed, now, limit)
+    }
+
+    fn forecast_by(&self, quantile: f64, mut fixed: FixedCost, now: &Standing, limit: Duration) -> Option<Forecast> {
         if !fixed.load.is_zero() {
             // Neither took less than a round trip.
             fixed.handover = fixed.handover.min(fixed.load);
@@ -444,7 +468,7 @@ impl Forecaster {
         let pages = now.dirty_pages as f64 + self.dirty_rate.unwrap_or(0.0) * draining.max(writing) + backlog as f64;
         let mib = pages * self.page_bytes as f64 / f64::from(1 << 20);
         fixed.durable = fixed.durable.saturating_add(seconds(mib * self.write_back.per_mib.as_secs_f64()));
-        let transfer = seconds(pages * self.switchover_seconds_per_page()?);
+        let transfer = seconds(pages * self.switchover_seconds_per_page(quantile)?);
         // The source computes its digests while the rest is sent: that half adds no time.
         fixed.verify -= transfer.min(fixed.verify / 2);
         Some(Forecast { remaining_bytes: pages * self.wire_bytes_per_page()?, transfer, fixed })
@@ -454,7 +478,7 @@ impl Forecaster {
     /// limit.
     #[must_use]
     pub fn backlog_pages(&self, limit: Duration) -> Option<u64> {
-        let pages = limit.as_secs_f64() * BACKLOG_SHARE / self.switchover_seconds_per_page()?;
+        let pages = limit.as_secs_f64() * BACKLOG_SHARE / self.switchover_seconds_per_page(QUANTILE)?;
         Some(whole(pages))
     }
 
@@ -479,13 +503,13 @@ impl Forecaster {
     /// The duration of another round.
     #[must_use]
     pub fn round_time(&self, now: &Standing) -> Option<Duration> {
-        Some(seconds(now.dirty_pages as f64 * self.round_seconds_per_page()?))
+        Some(seconds(now.dirty_pages as f64 * self.round_seconds_per_page(QUANTILE)?))
     }
 
     /// Pages that the guest dirties in the time in which a round sends one: at 1 or above, rounds do not get smaller.
     #[must_use]
     pub fn dirty_ratio(&self) -> Option<f64> {
-        Some(self.dirty_rate? * self.round_seconds_per_page()?)
+        Some(self.dirty_rate? * self.round_seconds_per_page(QUANTILE)?)
     }
 
     /// Pages that were written since the last sync and not found yet, by the rate before it; `None` before the first.
@@ -559,11 +583,11 @@ impl Forecaster {
         Some((share(latest) / shrink).min(1.0))
     }
 
-    /// Bytes a second on the wire: the low quantile of the latest windows, but no more than the cap allows.
-    fn wire_rate(&self) -> Option<f64> {
+    /// Bytes a second on the wire: this share of the latest windows was no slower. No more than the cap allows.
+    fn wire_rate(&self, quantile: f64) -> Option<f64> {
         let mut slowest_last = self.windows();
         slowest_last.sort_by(|a, b| b.total_cmp(a));
-        let rate = *slowest_last.get(rank(slowest_last.len(), QUANTILE))?;
+        let rate = *slowest_last.get(rank(slowest_last.len(), quantile))?;
         let rate = self.max_bandwidth.map_or(rate, |cap| rate.min(cap as f64));
         (rate > 0.0).then_some(rate)
     }
@@ -596,36 +620,36 @@ impl Forecaster {
         self.later.iter().filter(|round| round.page_bytes >= TELLING_BYTES)
     }
 
-    /// Time that the busiest stage needs for a page: the high quantile of the latest rounds that were large enough for
-    /// an estimate; else by the sample, or by the first round.
-    fn stage_seconds_per_page(&self) -> f64 {
+    /// Time that the busiest stage needs for a page: the quantile of the latest rounds that were large enough for an
+    /// estimate; else by the sample, or by the first round.
+    fn stage_seconds_per_page(&self, quantile: f64) -> f64 {
         let of = |round: &Achieved| round.work.as_secs_f64() / round.pages as f64;
         let mut slowest_last: Vec<_> = self.representative().take(REPRESENTATIVE_ROUNDS).map(of).collect();
         if slowest_last.is_empty() {
             slowest_last.extend(self.sample.iter().chain(&self.first).find(|round| round.pages > 0).map(of));
         }
         slowest_last.sort_by(f64::total_cmp);
-        if slowest_last.is_empty() { 0.0 } else { slowest_last[rank(slowest_last.len(), QUANTILE)] }
+        if slowest_last.is_empty() { 0.0 } else { slowest_last[rank(slowest_last.len(), quantile)] }
     }
 
     /// In a round: the time of the wire, or of the stages if that is longer.
-    fn round_seconds_per_page(&self) -> Option<f64> {
-        let wire = self.wire_bytes_per_page()? / self.wire_rate()?;
-        Some(wire.max(self.stage_seconds_per_page()))
+    fn round_seconds_per_page(&self, quantile: f64) -> Option<f64> {
+        let wire = self.wire_bytes_per_page()? / self.wire_rate(quantile)?;
+        Some(wire.max(self.stage_seconds_per_page(quantile)))
     }
 
     /// In the switchover, which may have a bandwidth limit of its own.
-    fn switchover_seconds_per_page(&self) -> Option<f64> {
-        let rate = self.wire_rate()?;
+    fn switchover_seconds_per_page(&self, quantile: f64) -> Option<f64> {
+        let rate = self.wire_rate(quantile)?;
         let at_cap = self.max_bandwidth.is_some_and(|cap| rate >= AT_CAP * cap as f64);
         match self.switchover_bandwidth {
             // The rounds waited for their cap: their duration does not measure the stages.
             SwitchoverBandwidth::AtMost(most) if at_cap => Some(self.wire_bytes_per_page()? / most as f64),
             SwitchoverBandwidth::AtMost(most) => {
                 let wire = self.wire_bytes_per_page()? / rate.min(most as f64);
-                Some(wire.max(self.stage_seconds_per_page()))
+                Some(wire.max(self.stage_seconds_per_page(quantile)))
             }
-            SwitchoverBandwidth::AsRounds | SwitchoverBandwidth::Unlimited => self.round_seconds_per_page(),
+            SwitchoverBandwidth::AsRounds | SwitchoverBandwidth::Unlimited => self.round_seconds_per_page(quantile),
         }
     }
 }
@@ -858,6 +882,27 @@ mod tests {
         // Of ten, nine are no worse than 5 ms.
         let later = [1; 7].map(|ms| sync(&mut forecaster, ms));
         assert_eq!((later[5], later[6]), (5 * MS, 2 * MS), "{later:?}");
+    }
+
+    #[test]
+    fn what_is_likely_goes_by_the_median_of_what_the_decision_takes_the_high_quantile_of() {
+        let mut forecaster = forecaster(None);
+        for ms in [1, 2, 9] {
+            forecaster.measured(Measured::Sync, ms * MS);
+        }
+        // 100 MB a round, at 1000, 400 and 500 MB a second.
+        for ms in [250, 100, 250, 200] {
+            forecaster.round(&round(25_000, 0, 100_000_000), ms * MS, NONE);
+        }
+        forecaster.synced(&dirty(1000));
+        let [decided, likely] = [Forecaster::forecast, Forecaster::likely];
+        let of = |forecast: fn(&Forecaster, &Standing, Duration) -> Option<Forecast>| {
+            let forecast = forecast(&forecaster, &dirty(1000), LIMIT).unwrap();
+            (forecast.fixed.sync, forecast.transfer)
+        };
+        assert_eq!(of(decided).0, 9 * MS);
+        assert_eq!(of(likely).0, 2 * MS);
+        assert!(of(likely).1 < of(decided).1, "{:?} {:?}", of(likely), of(decided));
     }
 
     #[test]

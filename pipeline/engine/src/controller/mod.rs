@@ -106,6 +106,8 @@ pub struct Controller {
     sampling: bool,
     /// Is the switchover decided already?
     switching: bool,
+    /// See [`Controller::likely`].
+    likely: Option<Forecast>,
 }
 
 #[derive(Clone, Debug)]
@@ -136,6 +138,7 @@ impl Controller {
             drained: None,
             sampling: false,
             switching: false,
+            likely: None,
         }
     }
 
@@ -173,6 +176,17 @@ impl Controller {
     #[must_use]
     pub fn forecast_within(&self, now: &Standing) -> Option<Forecast> {
         self.with_unseen(now).map_or_else(|| self.forecast(now), |now| self.forecast(&now))
+    }
+
+    /// The likely cost of a switchover where the last decision was made, by the medians of what was measured. Decisions rest on high
+    /// quantiles instead.
+    #[must_use]
+    pub fn likely(&self) -> Option<Forecast> {
+        self.likely
+    }
+
+    fn note_likely(&mut self, now: &Standing) {
+        self.likely = self.forecaster.likely(now, self.downtime_limit());
     }
 
     /// The pages that may still be in flight when the guest is paused.
@@ -227,6 +241,7 @@ impl Controller {
     /// A sync between rounds has found the dirty pages: decides.
     pub fn synced(&mut self, now: &Standing) -> Decided {
         self.forecaster.synced(now);
+        self.note_likely(now);
         let forecast = self.forecast(now);
         let (decision, reason) = if self.switching {
             (Decision::SwitchOver, Reason::AlreadyPaused)
@@ -299,7 +314,8 @@ impl Controller {
     /// now.
     pub fn tick(&mut self, now: &Standing) -> Option<Decided> {
         let deadline = self.limits.deadline.filter(|_| !self.switching)?;
-        let forecast = self.with_unseen(now).and_then(|now| self.forecast(&now));
+        let found = self.with_unseen(now);
+        let forecast = found.and_then(|now| self.forecast(&now));
         let used_up = if now.elapsed >= deadline {
             UsedUp::Deadline { deadline, in_round: Some(self.round + 1) }
         } else {
@@ -309,6 +325,7 @@ impl Controller {
         };
         let (decision, reason) = self.end(used_up, forecast.as_ref());
         self.switching = decision == Decision::SwitchOver;
+        found.iter().for_each(|now| self.note_likely(now));
         Some(Decided { round: self.round + 1, decision, reason, limit: self.downtime_limit(), forecast })
     }
 

@@ -280,7 +280,7 @@ pub(in crate::migration) struct SourceCourse {
     /// What the destination has reported.
     times: DestinationTimes,
     downtime: Option<Duration>,
-    /// The forecast on which the controller decided to switch over.
+    /// The likely cost of the switchover when the controller decided on it, if that had a forecast.
     forecast: Option<Forecast>,
     round: u32,
     /// Frames of pages sent in complete rounds.

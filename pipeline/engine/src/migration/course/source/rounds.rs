@@ -224,10 +224,10 @@ impl SourceCourse {
         actions
     }
 
-    /// Reports a decision, and stores the forecast that a switchover rests on.
+    /// Reports a decision, and stores the forecast of a switchover.
     pub(super) fn report(&mut self, decided: &Decided) -> Vec<Action> {
         if decided.decision == Decision::SwitchOver {
-            self.forecast = decided.forecast;
+            self.forecast = decided.forecast.and(self.controller.likely());
         }
         vec![Action::notify(Event::Decided(decided.clone()))]
     }
