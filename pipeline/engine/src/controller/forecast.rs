@@ -264,6 +264,15 @@ impl Achieved {
 pub struct Forecaster {
     /// The fixed cost of a switchover, as far as it is known.
     pub fixed: FixedCost,
+    recent: RecentCosts,
+    way: Way,
+    rounds: Rounds,
+    dirtied: Dirtied,
+}
+
+/// Parts of the cost of a switchover that vary.
+#[derive(Clone, Debug, Default)]
+struct RecentCosts {
     syncs: Recent,
     verifications: Recent,
     loads: Recent,
@@ -271,6 +280,11 @@ pub struct Forecaster {
     write_back: WriteBack,
     /// Was the backlog of the latest round waited for?
     is_drained: bool,
+}
+
+/// How pages travel.
+#[derive(Clone, Debug)]
+struct Way {
     page_bytes: u64,
     /// Are deltas enabled from the second round on?
     deltas: bool,
@@ -278,6 +292,11 @@ pub struct Forecaster {
     on_miss: OnMiss,
     max_bandwidth: Option<u64>,
     switchover_bandwidth: SwitchoverBandwidth,
+}
+
+/// The rounds so far.
+#[derive(Clone, Debug, Default)]
+struct Rounds {
     first: Option<Achieved>,
     /// The rounds after the first, the latest in front.
     later: VecDeque<Achieved>,
@@ -287,12 +306,17 @@ pub struct Forecaster {
     sent_of_it: Option<u64>,
     /// The time of a page in the latest round, zero pages included: the pages in flight are of that round.
     latest_seconds_per_page: f64,
-    /// Pages a second that the guest dirties, if two syncs have measured it.
-    dirty_rate: Option<f64>,
+}
+
+/// What the guest dirties.
+#[derive(Clone, Debug, Default)]
+struct Dirtied {
+    /// Pages a second, if two syncs have measured it.
+    rate: Option<f64>,
     /// Dirty pages that the last sync found, and how many of them can be sent as deltas.
     found: (u64, u64),
     last_sync: Duration,
-    /// The sync from which the dirty rate was measured.
+    /// The sync from which the rate was measured.
     measured_from: Duration,
 }
 
@@ -301,80 +325,72 @@ impl Forecaster {
     #[must_use]
     pub fn new(settings: &SourceSettings, page_bytes: u64) -> Self {
         let xbzrle = settings.encoder.xbzrle.as_ref();
-        Self {
-            fixed: FixedCost::default(),
-            syncs: Recent::default(),
-            verifications: Recent::default(),
-            loads: Recent::default(),
-            write_back: WriteBack::default(),
-            is_drained: false,
+        let way = Way {
             page_bytes,
             deltas: xbzrle.is_some(),
             on_miss: xbzrle.map_or(OnMiss::Raw, |xbzrle| xbzrle.on_miss),
             max_bandwidth: settings.max_bandwidth,
             switchover_bandwidth: settings.switchover_bandwidth,
-            first: None,
-            later: VecDeque::new(),
-            sample: None,
-            sent_of_it: None,
-            latest_seconds_per_page: 0.0,
-            dirty_rate: None,
-            found: (0, 0),
-            last_sync: Duration::ZERO,
-            measured_from: Duration::ZERO,
+        };
+        Self {
+            fixed: FixedCost::default(),
+            recent: RecentCosts::default(),
+            way,
+            rounds: Rounds::default(),
+            dirtied: Dirtied::default(),
         }
     }
 
     /// Other bandwidths apply from here on. Earlier measurements count as far as the new limits allow.
     pub fn set_bandwidth(&mut self, rounds: Option<u64>, switchover: SwitchoverBandwidth) {
-        (self.max_bandwidth, self.switchover_bandwidth) = (rounds, switchover);
+        (self.way.max_bandwidth, self.way.switchover_bandwidth) = (rounds, switchover);
     }
 
     /// A part of the fixed cost was measured.
     pub fn measured(&mut self, part: Measured, time: Duration) {
         match part {
-            Measured::Sync => self.fixed.sync = self.syncs.with(time),
-            Measured::Verify => self.fixed.verify = self.verifications.with(time),
+            Measured::Sync => self.fixed.sync = self.recent.syncs.with(time),
+            Measured::Verify => self.fixed.verify = self.recent.verifications.with(time),
             // What waits at the end of the first round is drained before the pause. A round trip is left, and the
             // handshake is one.
-            Measured::Load if self.later.is_empty() => self.fixed.load = time.min(self.fixed.handover),
-            Measured::Load => self.fixed.load = self.loads.with(time),
+            Measured::Load if self.rounds.later.is_empty() => self.fixed.load = time.min(self.fixed.handover),
+            Measured::Load => self.fixed.load = self.recent.loads.with(time),
         }
     }
 
     /// The destination's forecast of what it writes to disk.
     pub fn write_back(&mut self, times: WriteBack) {
-        self.write_back = times;
+        self.recent.write_back = times;
     }
 
     /// A round was sent, from its first batch to its last byte, in `time`.
     pub fn round(&mut self, tally: &RoundTally, time: Duration, work: Work) {
         let round = self.achieved(tally, time, work);
-        self.is_drained = false;
-        self.latest_seconds_per_page = round.time.as_secs_f64() / tally.pages.all.max(1) as f64;
-        if self.first.is_none() {
-            self.first = Some(Achieved { pages: tally.pages.all - tally.pages.zero, ..round });
+        self.recent.is_drained = false;
+        self.rounds.latest_seconds_per_page = round.time.as_secs_f64() / tally.pages.all.max(1) as f64;
+        if self.rounds.first.is_none() {
+            self.rounds.first = Some(Achieved { pages: tally.pages.all - tally.pages.zero, ..round });
             return;
         }
-        self.later.push_front(round);
-        self.later.truncate(MOST_ROUNDS);
+        self.rounds.later.push_front(round);
+        self.rounds.later.truncate(MOST_ROUNDS);
     }
 
     /// The same for a sample of the pages that the last sync found.
     pub fn sample(&mut self, tally: &RoundTally, time: Duration, work: Work) {
-        self.sample = Some(self.achieved(tally, time, work));
-        self.sent_of_it = Some(tally.pages.all);
+        self.rounds.sample = Some(self.achieved(tally, time, work));
+        self.rounds.sent_of_it = Some(tally.pages.all);
     }
 
     /// Time has passed in which none of the pages that the last sync found was sent. What is not written to disk by then
     /// is not waited for any longer.
     pub fn drained(&mut self) {
-        self.sent_of_it.get_or_insert(0);
-        self.is_drained = true;
+        self.rounds.sent_of_it.get_or_insert(0);
+        self.recent.is_drained = true;
     }
 
     fn achieved(&self, tally: &RoundTally, time: Duration, work: Work) -> Achieved {
-        let (found, cached) = self.found;
+        let (found, cached) = self.dirtied.found;
         let least = Duration::from_nanos(1);
         Achieved {
             pages: tally.pages.all,
@@ -387,47 +403,47 @@ impl Forecaster {
             compressed: tally.pages.compressed,
             misses: tally.pages.xbzrle_misses,
             cached: cached as f64 * tally.pages.all as f64 / found.max(1) as f64,
-            dirty_rate: self.dirty_rate,
+            dirty_rate: self.dirtied.rate,
         }
     }
 
     /// The logs are armed, at a time since the migration began: writes are logged from here on.
     pub fn armed(&mut self, elapsed: Duration) {
-        self.last_sync = elapsed;
+        self.dirtied.last_sync = elapsed;
     }
 
     /// A sync found the dirty pages.
     pub fn synced(&mut self, now: &Standing) {
         // Pages that were left then are found again: both syncs count as one.
-        let sent = self.sent_of_it.take();
+        let sent = self.rounds.sent_of_it.take();
         if sent.is_none() {
-            self.measured_from = self.last_sync;
+            self.dirtied.measured_from = self.dirtied.last_sync;
         }
         let dirty = now.dirty_pages + sent.unwrap_or(0);
-        let since = now.elapsed.saturating_sub(self.measured_from).as_secs_f64();
+        let since = now.elapsed.saturating_sub(self.dirtied.measured_from).as_secs_f64();
         if since > 0.0 {
-            self.dirty_rate = Some(dirty as f64 / since);
+            self.dirtied.rate = Some(dirty as f64 / since);
         }
-        self.found = (now.dirty_pages, now.cached_pages);
-        self.last_sync = now.elapsed;
+        self.dirtied.found = (now.dirty_pages, now.cached_pages);
+        self.dirtied.last_sync = now.elapsed;
     }
 
     /// Bytes of the given number of pages.
     #[must_use]
     pub fn page_bytes(&self, pages: u64) -> u64 {
-        self.page_bytes * pages
+        self.way.page_bytes * pages
     }
 
     /// Bytes of pages a second that the guest dirtied before the last sync, if there was one.
     #[must_use]
     pub fn dirty_bytes_per_second(&self) -> Option<f64> {
-        Some(self.dirty_rate? * self.page_bytes as f64)
+        Some(self.dirtied.rate? * self.way.page_bytes as f64)
     }
 
     /// Bytes of pages a second that rounds have sent lately.
     #[must_use]
     pub fn page_bytes_per_second(&self) -> Option<f64> {
-        self.round_seconds_per_page(QUANTILE).map(|seconds| self.page_bytes as f64 / seconds)
+        self.round_seconds_per_page(QUANTILE).map(|seconds| self.way.page_bytes as f64 / seconds)
     }
 
     /// The cost of a switchover at this moment, with a backlog that is drained as far as `limit` requires. `None` while
@@ -442,9 +458,9 @@ impl Forecaster {
     pub fn likely(&self, now: &Standing, limit: Duration) -> Option<Forecast> {
         let median = |recent: &Recent, otherwise| recent.quantile(MEDIAN).unwrap_or(otherwise);
         let fixed = FixedCost {
-            sync: median(&self.syncs, self.fixed.sync),
-            verify: median(&self.verifications, self.fixed.verify),
-            load: median(&self.loads, self.fixed.load),
+            sync: median(&self.recent.syncs, self.fixed.sync),
+            verify: median(&self.recent.verifications, self.fixed.verify),
+            load: median(&self.recent.loads, self.fixed.load),
             ..self.fixed
         };
         self.forecast_by(MEDIAN, fixed, now, limit)
@@ -456,18 +472,18 @@ impl Forecaster {
             fixed.handover = fixed.handover.min(fixed.load);
         }
         // The guest continues to run while the rest of either backlog is drained.
-        let most = if self.is_drained { Duration::MAX } else { limit.mul_f64(BACKLOG_SHARE) };
-        let unwritten = self.write_back.backlog.min(most);
-        let writing = (self.write_back.backlog - unwritten).as_secs_f64();
-        fixed.durable = fixed.durable.saturating_add(self.write_back.call).saturating_add(unwritten);
+        let most = if self.recent.is_drained { Duration::MAX } else { limit.mul_f64(BACKLOG_SHARE) };
+        let unwritten = self.recent.write_back.backlog.min(most);
+        let writing = (self.recent.write_back.backlog - unwritten).as_secs_f64();
+        fixed.durable = fixed.durable.saturating_add(self.recent.write_back.call).saturating_add(unwritten);
         if now.dirty_pages + now.in_flight_pages == 0 && writing == 0.0 {
             return Some(Forecast { remaining_bytes: 0.0, transfer: Duration::ZERO, fixed });
         }
         let backlog = now.in_flight_pages.min(self.backlog_pages(limit)?);
-        let draining = (now.in_flight_pages - backlog) as f64 * self.latest_seconds_per_page;
-        let pages = now.dirty_pages as f64 + self.dirty_rate.unwrap_or(0.0) * draining.max(writing) + backlog as f64;
-        let mib = pages * self.page_bytes as f64 / f64::from(1 << 20);
-        fixed.durable = fixed.durable.saturating_add(seconds(mib * self.write_back.per_mib.as_secs_f64()));
+        let draining = (now.in_flight_pages - backlog) as f64 * self.rounds.latest_seconds_per_page;
+        let pages = now.dirty_pages as f64 + self.dirtied.rate.unwrap_or(0.0) * draining.max(writing) + backlog as f64;
+        let mib = pages * self.way.page_bytes as f64 / f64::from(1 << 20);
+        fixed.durable = fixed.durable.saturating_add(seconds(mib * self.recent.write_back.per_mib.as_secs_f64()));
         let transfer = seconds(pages * self.switchover_seconds_per_page(quantile)?);
         // The source computes its digests while the rest is sent: that half adds no time.
         fixed.verify -= transfer.min(fixed.verify / 2);
@@ -485,7 +501,7 @@ impl Forecaster {
     /// Has the destination more to write to disk than may be left when the guest is paused? How long that takes.
     #[must_use]
     pub fn write_backlog(&self, limit: Duration) -> Option<Duration> {
-        let backlog = self.write_back.backlog;
+        let backlog = self.recent.write_back.backlog;
         (backlog > limit.mul_f64(BACKLOG_SHARE)).then_some(backlog)
     }
 
@@ -493,8 +509,8 @@ impl Forecaster {
     /// remain for it to matter.
     #[must_use]
     pub fn sample_wanted(&self, now: &Standing) -> Option<NonZeroU32> {
-        let is_shown = self.sample.is_some() || self.later.iter().any(|round| round.hits() > 0.0);
-        if !self.deltas || self.first.is_none() || is_shown || now.cached_pages < WORTH_A_SAMPLE {
+        let is_shown = self.rounds.sample.is_some() || self.rounds.later.iter().any(|round| round.hits() > 0.0);
+        if !self.way.deltas || self.rounds.first.is_none() || is_shown || now.cached_pages < WORTH_A_SAMPLE {
             return None;
         }
         u32::try_from((now.dirty_pages / SAMPLE_SHARE).min(SAMPLE_PAGES)).ok().and_then(NonZeroU32::new)
@@ -509,25 +525,25 @@ impl Forecaster {
     /// Pages that the guest dirties in the time in which a round sends one: at 1 or above, rounds do not get smaller.
     #[must_use]
     pub fn dirty_ratio(&self) -> Option<f64> {
-        Some(self.dirty_rate? * self.round_seconds_per_page(QUANTILE)?)
+        Some(self.dirtied.rate? * self.round_seconds_per_page(QUANTILE)?)
     }
 
     /// Pages that were written since the last sync and not found yet, by the rate before it; `None` before the first.
     #[must_use]
     pub fn unseen_pages(&self, elapsed: Duration) -> Option<f64> {
-        Some(self.dirty_rate? * elapsed.saturating_sub(self.last_sync).as_secs_f64())
+        Some(self.dirtied.rate? * elapsed.saturating_sub(self.dirtied.last_sync).as_secs_f64())
     }
 
     /// The bytes of a dirty page on the wire, by recent rounds.
     fn wire_bytes_per_page(&self) -> Option<f64> {
-        self.first?;
+        self.rounds.first?;
         let whole = self.wire_bytes_of_a_whole_page();
-        if !self.deltas {
+        if !self.way.deltas {
             return Some(whole);
         }
-        let shown = self.representative().next().or(self.later.iter().find(|round| round.pages > 0));
-        let Some(round) = shown.or(self.sample.as_ref()) else { return Some(whole) };
-        let (dirty, cached) = (self.found.0.max(1) as f64, self.found.1 as f64);
+        let shown = self.representative().next().or(self.rounds.later.iter().find(|round| round.pages > 0));
+        let Some(round) = shown.or(self.rounds.sample.as_ref()) else { return Some(whole) };
+        let (dirty, cached) = (self.dirtied.found.0.max(1) as f64, self.dirtied.found.1 as f64);
         let still_cached = if round.cached == 0.0 { 1.0 } else { (round.hits() / round.cached).min(1.0) };
         let hits = (cached / dirty * still_cached).min(1.0);
         // Without a hit the size of a delta is unknown.
@@ -542,33 +558,33 @@ impl Forecaster {
 
     /// How often a dirty page was written lately, as a share of how often the pages of a round were.
     fn writes_since(&self, round: &Achieved) -> f64 {
-        let (Some(before), Some(lately)) = (round.dirty_rate, self.dirty_rate) else { return 1.0 };
+        let (Some(before), Some(lately)) = (round.dirty_rate, self.dirtied.rate) else { return 1.0 };
         (before / lately.max(f64::MIN_POSITIVE)).clamp(LEAST_OF_A_DELTA, 1.0)
     }
 
     /// The same for a page that is sent without a delta.
     fn wire_bytes_of_a_whole_page(&self) -> f64 {
         let of = |achieved: Achieved| achieved.wire_bytes as f64 / achieved.pages as f64;
-        if !self.deltas {
-            let later = self.representative().next().copied().unwrap_or_else(|| lately(self.later.iter()));
+        if !self.way.deltas {
+            let later = self.representative().next().copied().unwrap_or_else(|| lately(self.rounds.later.iter()));
             if later.pages > 0 {
                 return of(later);
             }
         }
-        let raw = self.page_bytes as f64;
-        let first = self.first.filter(|first| first.pages > 0).map_or(raw, of);
-        if self.deltas { raw + (first - raw) * self.misses_compressed() } else { first }
+        let raw = self.way.page_bytes as f64;
+        let first = self.rounds.first.filter(|first| first.pages > 0).map_or(raw, of);
+        if self.way.deltas { raw + (first - raw) * self.misses_compressed() } else { first }
     }
 
     /// The share of the pages not helped by a delta that is encoded as in the first round.
     fn misses_compressed(&self) -> f64 {
-        match self.on_miss {
+        match self.way.on_miss {
             OnMiss::Raw => 0.0,
             OnMiss::Compress => 1.0,
             OnMiss::Auto => self.misses_were_compressed().unwrap_or_else(|| {
                 // The encoders know the limit beforehand; without one they discover what the first round has shown.
                 let wire_holds =
-                    self.max_bandwidth.is_some() || self.first.is_some_and(|it| it.is_held_up_by_the_wire());
+                    self.way.max_bandwidth.is_some() || self.rounds.first.is_some_and(|it| it.is_held_up_by_the_wire());
                 f64::from(u8::from(wire_holds))
             }),
         }
@@ -578,8 +594,8 @@ impl Forecaster {
     /// later.
     fn misses_were_compressed(&self) -> Option<f64> {
         let share = |round: &Achieved| round.compressed as f64 / round.whole as f64;
-        let latest = self.later.iter().chain(&self.sample).find(|round| round.whole > 0)?;
-        let shrink = self.first.as_ref().filter(|first| first.compressed > 0).map_or(1.0, share);
+        let latest = self.rounds.later.iter().chain(&self.rounds.sample).find(|round| round.whole > 0)?;
+        let shrink = self.rounds.first.as_ref().filter(|first| first.compressed > 0).map_or(1.0, share);
         Some((share(latest) / shrink).min(1.0))
     }
 
@@ -588,7 +604,7 @@ impl Forecaster {
         let mut slowest_last = self.windows();
         slowest_last.sort_by(|a, b| b.total_cmp(a));
         let rate = *slowest_last.get(rank(slowest_last.len(), quantile))?;
-        let rate = self.max_bandwidth.map_or(rate, |cap| rate.min(cap as f64));
+        let rate = self.way.max_bandwidth.map_or(rate, |cap| rate.min(cap as f64));
         (rate > 0.0).then_some(rate)
     }
 
@@ -597,7 +613,7 @@ impl Forecaster {
     fn windows(&self) -> Vec<f64> {
         let mut rates = Vec::new();
         let mut window = Achieved::default();
-        for round in &self.later {
+        for round in &self.rounds.later {
             window.add(round);
             if window.is_enough() {
                 rates.push(std::mem::take(&mut window).rate());
@@ -607,7 +623,7 @@ impl Forecaster {
             }
         }
         if rates.is_empty()
-            && let Some(first) = &self.first
+            && let Some(first) = &self.rounds.first
         {
             window.add(first);
             rates.push(window.rate());
@@ -617,7 +633,7 @@ impl Forecaster {
 
     /// The rounds after the first that were large enough for an estimate, the latest in front.
     fn representative(&self) -> impl Iterator<Item = &Achieved> {
-        self.later.iter().filter(|round| round.page_bytes >= TELLING_BYTES)
+        self.rounds.later.iter().filter(|round| round.page_bytes >= TELLING_BYTES)
     }
 
     /// Time that the busiest stage needs for a page: the quantile of the latest rounds that were large enough for an
@@ -626,7 +642,8 @@ impl Forecaster {
         let of = |round: &Achieved| round.work.as_secs_f64() / round.pages as f64;
         let mut slowest_last: Vec<_> = self.representative().take(REPRESENTATIVE_ROUNDS).map(of).collect();
         if slowest_last.is_empty() {
-            slowest_last.extend(self.sample.iter().chain(&self.first).find(|round| round.pages > 0).map(of));
+            slowest_last
+                .extend(self.rounds.sample.iter().chain(&self.rounds.first).find(|round| round.pages > 0).map(of));
         }
         slowest_last.sort_by(f64::total_cmp);
         if slowest_last.is_empty() { 0.0 } else { slowest_last[rank(slowest_last.len(), quantile)] }
@@ -641,8 +658,8 @@ impl Forecaster {
     /// In the switchover, which may have a bandwidth limit of its own.
     fn switchover_seconds_per_page(&self, quantile: f64) -> Option<f64> {
         let rate = self.wire_rate(quantile)?;
-        let at_cap = self.max_bandwidth.is_some_and(|cap| rate >= AT_CAP * cap as f64);
-        match self.switchover_bandwidth {
+        let at_cap = self.way.max_bandwidth.is_some_and(|cap| rate >= AT_CAP * cap as f64);
+        match self.way.switchover_bandwidth {
             // The rounds waited for their cap: their duration does not measure the stages.
             SwitchoverBandwidth::AtMost(most) if at_cap => Some(self.wire_bytes_per_page()? / most as f64),
             SwitchoverBandwidth::AtMost(most) => {
