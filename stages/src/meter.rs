@@ -29,6 +29,12 @@ pub struct Meter {
     /// What [`TokenBucket::filling`] read then, in nanoseconds.
     filling: AtomicU64,
     bucket: OnceLock<Arc<TokenBucket>>,
+    passed: Passed,
+}
+
+/// What has passed a stage.
+#[derive(Debug, Default)]
+struct Passed {
     batches: AtomicU64,
     pages: AtomicU64,
     bytes: AtomicU64,
@@ -116,48 +122,44 @@ impl Meter {
             limited: zero(),
             filling: zero(),
             bucket: OnceLock::new(),
-            batches: zero(),
-            pages: zero(),
-            bytes: zero(),
-            control_bytes: zero(),
-            held_bytes: zero(),
+            passed: Passed::default(),
         })
     }
 
     /// Counts a batch with its pages and bytes.
     pub fn count(&self, pages: u64, bytes: u64) {
-        self.batches.fetch_add(1, Ordering::Relaxed);
-        self.pages.fetch_add(pages, Ordering::Relaxed);
-        self.bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.passed.batches.fetch_add(1, Ordering::Relaxed);
+        self.passed.pages.fetch_add(pages, Ordering::Relaxed);
+        self.passed.bytes.fetch_add(bytes, Ordering::Relaxed);
     }
 
     /// Counts a control frame of `bytes` bytes.
     pub fn count_control(&self, bytes: u64) {
         self.count(0, bytes);
-        self.control_bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.passed.control_bytes.fetch_add(bytes, Ordering::Relaxed);
     }
 
     /// Bytes that passed so far, control frames aside.
     #[must_use]
     pub fn bulk_bytes(&self) -> u64 {
-        self.bytes().saturating_sub(self.control_bytes.load(Ordering::Relaxed))
+        self.bytes().saturating_sub(self.passed.control_bytes.load(Ordering::Relaxed))
     }
 
     /// Bytes that passed so far.
     #[must_use]
     pub fn bytes(&self) -> u64 {
-        self.bytes.load(Ordering::Relaxed)
+        self.passed.bytes.load(Ordering::Relaxed)
     }
 
     /// Sets the bytes of memory that the stage itself holds, without pooled buffers.
     pub fn holds(&self, bytes: u64) {
-        self.held_bytes.fetch_max(bytes, Ordering::Relaxed);
+        self.passed.held_bytes.fetch_max(bytes, Ordering::Relaxed);
     }
 
     /// The most bytes that the stage ever reported to hold.
     #[must_use]
     pub fn peak_bytes(&self) -> u64 {
-        self.held_bytes.load(Ordering::Relaxed)
+        self.passed.held_bytes.load(Ordering::Relaxed)
     }
 
     /// What limits the stage's bandwidth, which [`Wait::Limit`] waits for: once, before it waits.
@@ -236,9 +238,9 @@ impl Meter {
             input_wait,
             output_wait: output_wait - limit_wait - late,
             limit_wait,
-            batches: load(&self.batches),
-            pages: load(&self.pages),
-            bytes: load(&self.bytes),
+            batches: load(&self.passed.batches),
+            pages: load(&self.passed.pages),
+            bytes: load(&self.passed.bytes),
         }
     }
 }
