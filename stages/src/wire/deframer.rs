@@ -203,10 +203,10 @@ impl Rules {
             return Err(WireError::NoLane { lane, lanes: self.lanes.lanes() });
         };
         self.carries.check_lane(lane)?;
-        if place.ended {
-            return misplaced(kind, "the lane has ended");
+        if !place.switched {
+            self.order.check_place(kind)?;
         }
-        if place.switched { Ok(()) } else { self.order.check_place(kind) }
+        if place.ended { misplaced(kind, "the lane has ended") } else { Ok(()) }
     }
 
     /// Checks that the rounds of a lane never decrease.
