@@ -157,7 +157,9 @@ fn threads_that_touch_missing_pages_get_what_is_placed() {
             });
             (0..scene.pages()).for_each(|page| scene.assert_page(page, scene.content(page)));
             let counts = scene.missing.counts();
-            assert_eq!((counts.placed, counts.duplicates, counts.discarded), (scene.expected.count(), 0, 0));
+            // A page whose thread is awake may be placed once more before it counts as placed.
+            assert!(counts.duplicates <= counts.requests, "{counts:?}");
+            assert_eq!((counts.placed, counts.discarded), (scene.expected.count(), 0));
             assert!(counts.requests > 0 && counts.zeros > 0 && counts.faults >= counts.requests, "{counts:?}");
             assert_eq!(counts.waits.count(), counts.requests);
             assert!(scene.missing.outstanding().is_empty() && scene.missing.is_complete());
@@ -255,10 +257,14 @@ fn touches_placements_and_discards_in_any_order_agree_with_a_model() {
                     let end = scene.serve(&mut faults);
                     assert_eq!(end, Next::Stopped);
                 });
+                // However the threads are scheduled, one page is asked for and one is discarded before it arrives.
+                let each = size.bytes() / HOST;
+                model.touch(scene, each);
+                model.discard(scene, 2 * each..3 * each);
                 let toucher = |seed| {
                     move || {
                         let mut random = Rng::with_seed(seed);
-                        (0..150).for_each(|_| model.touch(scene, random.usize(..host_pages - size.bytes() / HOST)));
+                        (0..150).for_each(|_| model.touch(scene, random.usize(..host_pages - each)));
                     }
                 };
                 let mut threads: Vec<_> = (0..2).map(|thread| scope.spawn(toucher(seed * 10 + thread))).collect();
@@ -277,6 +283,7 @@ fn touches_placements_and_discards_in_any_order_agree_with_a_model() {
                         let (last_at, last_mask) = locate(PageAt { block: 0, page: last });
                         let keep = if at == last_at { !last_mask } else { u64::MAX };
                         scene.place(at, scene.expected.peek(at) & random.u64(..) & random.u64(..) & keep);
+                        thread::yield_now();
                     }
                 }));
                 let ended: Vec<_> = threads.into_iter().map(|thread| thread.join()).collect();
