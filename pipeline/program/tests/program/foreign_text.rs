@@ -148,7 +148,7 @@ fn the_name_of_a_file_shows_nothing_but_text() {
         &["plan", NAME],
         &["recv", "no\n such\u{1b}"],
         &["send", "send.toml", "--set", missing],
-        &["run", "send.toml", "--events", NAME, "--report", NAME],
+        &["send", "send.toml", "--events", NAME, "--report", NAME],
         &["send", "send.toml", "--report", &into_itself],
         &["check", "send.toml", "--set", missing],
     ];
