@@ -235,9 +235,13 @@ impl Failure {
         }
     }
 
-    /// Is it only the consequence of a neighbour's end?
+    /// May it be the consequence of another failure, which is about to be reported?
     pub(super) fn is_echo(&self) -> bool {
-        matches!(self, Self::Stage(error) if error.is_closed())
+        match self {
+            Self::Stage(error) => error.is_closed(),
+            Self::Ended(_) => true,
+            Self::Panicked { .. } => false,
+        }
     }
 }
 

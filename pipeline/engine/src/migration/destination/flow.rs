@@ -17,6 +17,7 @@ use super::rates::Rates;
 use crate::controller::forecast::WriteBack;
 use crate::events::Role;
 use crate::migration::alive::{Alive, silenced};
+use crate::migration::course::destination::ended_early;
 use crate::migration::course::times::write_back_figures;
 use crate::migration::destination_graph::DestinationGraph;
 use crate::migration::digests::Digests;
@@ -114,7 +115,10 @@ impl Flow {
                 return MigrationError::GivenUp { peer: Role::Source, why };
             }
         }
-        MigrationError::Stage(cause)
+        match cause {
+            Failure::Ended(_) => ended_early(),
+            cause => MigrationError::Stage(cause),
+        }
     }
 
     /// The source's reason to give up. `None` if it says none.

@@ -171,10 +171,10 @@ impl Destination<'_> {
             Signal::Loaded(Loaded { mark, .. }) => {
                 return Err(MigrationError::Mistake(format!("{mark:?} in precopy: the receiver lets none pass")));
             }
+            // Pages are missing, or a loader is about to fail at what came last.
+            Signal::ConnectionEnded(receiver) if course.is_loading() => Some(Input::Broke(Failure::Ended(receiver))),
             // No message comes any more.
             Signal::ConnectionEnded(receiver) if receiver == StageId::receiver(0) => Some(Input::StreamEnded),
-            // Pages are missing.
-            Signal::ConnectionEnded(receiver) if course.is_loading() => Some(Input::Broke(Failure::Ended(receiver))),
             Signal::ConnectionEnded(_) => None,
             Signal::StreamEnded => Some(Input::StreamEnded),
             Signal::Broke(failure) => Some(Input::Broke(failure)),
