@@ -99,7 +99,7 @@ pub(crate) enum Event {
 /// The result of placing a range of pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Step {
-    /// All is there, and whoever waited runs.
+    /// All pages are there, and the threads that waited continue.
     Done,
     /// Only that many bytes are there: what stopped the rest, a further call says. 0 while a discard is under way.
     Again(usize),
@@ -152,7 +152,7 @@ impl MissingFaults {
         Ok(false)
     }
 
-    /// Unregisters a range: whoever waits in it runs, and pages that are not there read as zeros.
+    /// Unregisters a range: threads that wait in it continue, and pages that are not there read as zeros.
     ///
     /// # Errors
     /// EINVAL for a range that is no mapping.
@@ -160,7 +160,7 @@ impl MissingFaults {
         self.0.unregister(range)
     }
 
-    /// Places whole pages that are missing from `to` on, and wakes whoever waits for them. A page that is there is never changed.
+    /// Places whole pages that are missing from `to` on, and wakes the threads that wait for them. A page that is there is never changed.
     pub(crate) fn copy(&self, to: usize, from: &[u8]) -> Step {
         let (length, from) = (from.len() as u64, from.as_ptr().expose_provenance() as u64);
         let mut arg = CopyArg { to: to as u64, from, length, mode: 0, copied: 0 };
@@ -178,7 +178,7 @@ impl MissingFaults {
         step(result, arg.done)
     }
 
-    /// Makes missing pages unusable: whoever touches one, or waits for it, gets SIGBUS, or EFAULT in a system call. They stay so
+    /// Makes missing pages unusable: a thread that touches one, or waits for it, gets SIGBUS, or EFAULT in a system call. They stay so
     /// when this descriptor is closed. Needs Linux 6.6.
     pub(crate) fn poison(&self, range: Range<usize>) -> Step {
         let mut arg = RangeOfMode { range: range.into(), mode: 0, done: 0 };
@@ -187,7 +187,7 @@ impl MissingFaults {
         step(result, arg.done)
     }
 
-    /// Wakes whoever waits in a range: they touch it again.
+    /// Wakes the threads that wait in a range: they touch it again.
     ///
     /// # Errors
     /// EINVAL for a range that is no whole pages.

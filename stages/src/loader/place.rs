@@ -13,7 +13,7 @@ use crate::xbzrle::Delta;
 
 /// Places pages that are missing, each once. The guest may run, and other sinks and threads may place pages of the same memory.
 ///
-/// - A page that is there already is left as it is: whoever came first has placed the same content.
+/// - A page that is there already is left as it is: another sink or thread has placed the same content.
 /// - A page's bit in the received bitmap is set once it is placed (law 8).
 /// - Memory is written through the [`MissingMemory`] alone.
 /// - Deltas are refused: a page that is missing has no earlier version.

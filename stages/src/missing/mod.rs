@@ -11,7 +11,7 @@
 //! ```
 //!
 //! A [`MissingMemory`] has the pages that are *expected*, a bitmap that is given at the start. Each of them is placed once, by
-//! whoever brings it first. All other pages are zero, and are resolved when they are touched, without a request. When all pages are
+//! by the thread that brings it first. All other pages are zero, and are resolved when they are touched, without a request. When all pages are
 //! placed the memory is unregistered, and is like any other.
 //!
 //! Nothing here accesses the memory itself: pages are placed through the userfaultfd alone. So the memory may as well be another
@@ -85,7 +85,7 @@ pub struct MissingMemory {
     expected: DirtyBitmap,
     /// Those of them that are not placed yet.
     missing: DirtyBitmap,
-    /// Those of them that nobody places at the moment.
+    /// Those of them that no thread places at the moment.
     unclaimed: DirtyBitmap,
     /// How many are missing.
     left: AtomicU64,
@@ -332,8 +332,8 @@ impl MissingMemory {
         self.kick();
     }
 
-    /// Gives the missing pages up: whoever touches one, or waits for it, gets SIGBUS, or EFAULT in a system call. Returns how many there
-    /// were. To be called when nobody places pages any more.
+    /// Gives the missing pages up: a thread that touches one, or waits for it, gets SIGBUS, or EFAULT in a system call. Returns how many
+    /// there were. To be called when no thread places pages any more.
     ///
     /// # Errors
     /// When the kernel cannot: Linux 6.6 or later can.
@@ -382,7 +382,7 @@ impl MissingMemory {
         Ok(claimed & !discarded)
     }
 
-    /// Claims those of the pages that nobody else has, settles them run by run, and returns them.
+    /// Claims those of the pages that no other thread has, settles them run by run, and returns them.
     fn claim(
         &self,
         at: ExtentAt,
@@ -549,7 +549,7 @@ impl MissingMemory {
                 self.settled(at, claimed);
             }
         }
-        // Whoever waits touches the page again, and finds it discarded. Where this fails nobody waits: the range is unregistered.
+        // A thread that waits touches the page again, and finds it discarded. Where this fails no thread waits: the range is unregistered.
         let _woken = self.target.faults.wake(range.clone());
     }
 
