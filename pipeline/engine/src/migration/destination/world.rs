@@ -261,24 +261,25 @@ impl Destination<'_> {
                 None
             }
             Action::Send(message) => {
-                let Attempt::Running(flow) = &self.attempt else { return Ok(None) };
-                let sent = flow.send(&message).await;
-                if course.start_begun() && sent.is_err() {
-                    if matches!(message, Message::Heartbeat(_)) {
-                        return Ok(None);
-                    }
-                    if course.recovers() {
-                        // It asks when it returns.
-                        return Ok(None);
-                    }
-                    let what = "the source could not be notified that the guest was started here";
-                    self.observers.notify(&Event::Warning(what.into()));
-                    return Ok(None);
-                }
-                sent?;
+                self.send(&message, course).await?;
                 None
             }
         })
+    }
+
+    /// Sends a message. Once the start was begun, a source that does not get it changes nothing.
+    async fn send(&mut self, message: &Message, course: &DestinationCourse) -> Result<(), MigrationError> {
+        let Attempt::Running(flow) = &self.attempt else { return Ok(()) };
+        let sent = flow.send(message).await;
+        if sent.is_ok() || !course.start_begun() {
+            return sent;
+        }
+        // A source that can return asks then.
+        if !matches!(message, Message::Heartbeat(_)) && !course.recovers() {
+            let what = "the source could not be notified that the guest was started here";
+            self.observers.notify(&Event::Warning(what.into()));
+        }
+        Ok(())
     }
 
     /// Ends what dies with a connection, once all that has arrived is loaded.

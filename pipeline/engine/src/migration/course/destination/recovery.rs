@@ -1,4 +1,4 @@
-//! Lost connections, and what the source is told when it returns.
+//! Lost connections, and what a source that returns is sent.
 
 use std::time::Duration;
 
