@@ -1,7 +1,7 @@
 //! A guest for tests: memory with writers that never rest, and a record of every call that it received.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -68,6 +68,8 @@ pub struct TestGuest {
     memory: Mutex<Option<GuestMemory>>,
     blocks: Mutex<Vec<Arc<MappedMemory>>>,
     log: Mutex<Option<Arc<WatchedLog>>>,
+    /// A second log, of other writes.
+    second_log: OnceLock<Arc<dyn DirtyLog>>,
     calls: Mutex<Vec<GuestCall>>,
     running: Arc<AtomicBool>,
     writers: Mutex<Vec<JoinHandle<()>>>,
@@ -141,6 +143,7 @@ impl TestGuest {
             memory: Mutex::default(),
             blocks: Mutex::default(),
             log: Mutex::default(),
+            second_log: OnceLock::new(),
             calls: Mutex::default(),
             running: Arc::new(AtomicBool::new(false)),
             writers: Mutex::default(),
@@ -372,6 +375,14 @@ impl TestGuest {
         self.log.lock().unwrap().clone().expect("built")
     }
 
+    /// Adds a second log. Writes by other means than the guest's own are in it alone.
+    ///
+    /// # Panics
+    /// If there is one.
+    pub fn add_log(&self, log: Arc<dyn DirtyLog>) {
+        self.second_log.set(log).expect("one second log");
+    }
+
     /// The calls that it received since the previous `take_calls`.
     #[must_use]
     pub fn take_calls(&self) -> Vec<GuestCall> {
@@ -472,7 +483,8 @@ impl SourceGuest for TestGuest {
     }
 
     fn dirty_logs(&self) -> Result<Vec<Arc<dyn DirtyLog>>, GuestError> {
-        Ok(vec![self.log()])
+        let first: Arc<dyn DirtyLog> = self.log();
+        Ok(std::iter::once(first).chain(self.second_log.get().cloned()).collect())
     }
 
     fn pause(&self) -> Result<(), GuestError> {

@@ -5,17 +5,16 @@
 use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
 use memferry::events::Outcome;
-use memferry::guest::{Guest, GuestError, GuestState, RunState, SourceGuest};
+use memferry::guest::Guest;
 use memferry::settings::{SourceSettings, Verify};
 use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::dirty_log::DirtyLog;
 use memferry_stages::dirty_log::model::{Hypervisor, ModelLog};
 use memferry_stages::geometry::{EXTENT_PAGES, ExtentAt, PageAt, PageSize};
-use memferry_stages::memory::GuestMemory;
 use memferry_tests::{Ends, TestGuest, migrate, source_settings};
 use memferry_transports::memory::MemoryTransport;
 use tokio_util::sync::CancellationToken;
@@ -40,7 +39,7 @@ enum Mistake {
 /// The log, which writes to the guest at the moments that matter.
 #[derive(Debug)]
 struct Broken {
-    guest: Arc<TestGuest>,
+    guest: Weak<TestGuest>,
     hypervisor: Arc<Hypervisor>,
     right: ModelLog,
     mistake: Mistake,
@@ -51,16 +50,22 @@ struct Broken {
 }
 
 impl Broken {
-    fn new(guest: Arc<TestGuest>, mistake: Mistake, verify: Verify) -> Self {
+    fn new(guest: &Arc<TestGuest>, mistake: Mistake, verify: Verify) -> Self {
         let memory = guest.memory();
+        let guest = Arc::downgrade(guest);
         let hypervisor = Hypervisor::new(memory.layout());
         let right = ModelLog::new(hypervisor.clone(), memory.layout());
         Self { guest, hypervisor, right, mistake, verify, syncs: AtomicU32::new(0), lost: Mutex::default() }
     }
 
+    /// The guest under that hypervisor, whose own writes are in another log.
+    fn guest(&self) -> Arc<TestGuest> {
+        self.guest.upgrade().expect("the guest is there")
+    }
+
     fn write(&self, at: PageAt) {
         let offset = usize::try_from(at.page * 4096 + 17).unwrap();
-        self.hypervisor.write(at, || self.guest.corrupt(0, offset));
+        self.hypervisor.write(at, || self.guest().corrupt(0, offset));
     }
 
     /// The second round has sent the page.
@@ -72,7 +77,7 @@ impl Broken {
         let lost = *self.lost.lock().unwrap();
         if let (Some(lost), Verify::Pages) = (lost, self.verify) {
             // The background check has read it after the write: the second read begins behind the end of the first.
-            self.guest.until_read(lost.page, 3);
+            self.guest().until_read(lost.page, 3);
         }
     }
 }
@@ -128,57 +133,16 @@ impl DirtyLog for Broken {
     }
 }
 
-/// The guest under that hypervisor. What its devices write is in a log of its own.
-#[derive(Debug)]
-struct Strict {
-    guest: Arc<TestGuest>,
-    log: Arc<Broken>,
-}
-
-impl Guest for Strict {
-    fn memory(&self) -> GuestMemory {
-        self.guest.memory()
-    }
-}
-
-impl SourceGuest for Strict {
-    fn run_state(&self) -> RunState {
-        self.guest.run_state()
-    }
-
-    fn dirty_logs(&self) -> Result<Vec<Arc<dyn DirtyLog>>, GuestError> {
-        let mut logs = self.guest.dirty_logs()?;
-        logs.push(self.log.clone());
-        Ok(logs)
-    }
-
-    fn setup_state(&self) -> Result<GuestState, GuestError> {
-        self.guest.setup_state()
-    }
-
-    fn pause(&self) -> Result<(), GuestError> {
-        self.guest.pause()
-    }
-
-    fn resume(&self) -> Result<(), GuestError> {
-        self.guest.resume()
-    }
-
-    fn save(&self) -> Result<GuestState, GuestError> {
-        self.guest.save()
-    }
-}
-
 fn moved(mistake: Mistake, verify: Verify) -> (Ends, Arc<Broken>, [Vec<Vec<u8>>; 2]) {
     let source = TestGuest::source(PageSize::DEFAULT, &[768 * 4096]).running(0);
     let destination = Arc::new(TestGuest::destination());
-    let log = Arc::new(Broken::new(source.clone(), mistake, verify));
-    let guest = Arc::new(Strict { guest: source.clone(), log: log.clone() });
+    let log = Arc::new(Broken::new(&source, mistake, verify));
+    source.add_log(log.clone());
     // Nothing but a sync that finds nothing allows the switchover.
     let settings = SourceSettings { verify, downtime_limit: Duration::from_nanos(1), ..source_settings(2, 1) };
     let transport = Arc::new(MemoryTransport::new(64 << 10));
     let runtime = tokio::runtime::Runtime::new().unwrap();
-    let moving = migrate(guest, destination.clone(), transport, settings, CancellationToken::new());
+    let moving = migrate(source.clone(), destination.clone(), transport, settings, CancellationToken::new());
     let ends = runtime.block_on(moving);
     let completed = ends.source.outcome == Outcome::Completed;
     assert_eq!((source.runs(), destination.runs()), (!completed, completed));
