@@ -33,6 +33,8 @@ pub mod memory;
 pub mod meter;
 pub mod missing;
 pub mod page_hashes;
+pub mod page_requester;
+pub mod page_server;
 mod pending;
 pub mod pool;
 pub mod queue;

@@ -93,8 +93,18 @@ impl<S: PageSink> Loader<S> {
     /// The loader of one lane, into `sink`.
     #[must_use]
     pub fn new(lane: u16, sink: S, progress: Arc<LaneProgress>, meter: Arc<Meter>) -> Self {
+        Self::of(StageId::loader(lane), lane, sink, progress, meter)
+    }
+
+    /// The loader of pages of all lanes that were asked for. They are in no lane's order, so the sink must place each page once.
+    #[must_use]
+    pub fn urgent(sink: S, meter: Arc<Meter>) -> Self {
+        Self::of(StageId::URGENT_LOADER, 0, sink, Arc::default(), meter)
+    }
+
+    fn of(id: StageId, lane: u16, sink: S, progress: Arc<LaneProgress>, meter: Arc<Meter>) -> Self {
         let decoder = Decoder::new(sink.page_size());
-        Self { lane, sink, progress, decoder, raw_hashes: Vec::new(), stage: Stage::new(StageId::loader(lane), meter) }
+        Self { lane, sink, progress, decoder, raw_hashes: Vec::new(), stage: Stage::new(id, meter) }
     }
 
     /// Runs until the lane's end, or until there is no more input.

@@ -16,24 +16,33 @@ pub enum StageKind {
     Encoder,
     /// [`Sender`](crate::sender::Sender)
     Sender,
+    /// [`PageServer`](crate::page_server::PageServer)
+    PageServer,
     /// [`Receiver`](crate::receiver::Receiver)
     Receiver,
     /// [`Loader`](crate::loader::Loader)
     Loader,
+    /// The [`Loader`](crate::loader::Loader) of pages that were asked for.
+    UrgentLoader,
+    /// [`PageRequester`](crate::page_requester::PageRequester)
+    PageRequester,
     /// A [`Sender`](crate::sender::Sender) of the destination, which carries answers only.
     Answers,
 }
 
 impl StageKind {
     /// Every kind.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 11] = [
         Self::BitmapSync,
         Self::Scanner,
         Self::ZeroDetector,
         Self::Encoder,
         Self::Sender,
+        Self::PageServer,
         Self::Receiver,
         Self::Loader,
+        Self::UrgentLoader,
+        Self::PageRequester,
         Self::Answers,
     ];
 
@@ -46,8 +55,11 @@ impl StageKind {
             Self::ZeroDetector => "zero detector",
             Self::Encoder => "encoder",
             Self::Sender => "sender",
+            Self::PageServer => "page server",
             Self::Receiver => "receiver",
             Self::Loader => "loader",
+            Self::UrgentLoader => "urgent loader",
+            Self::PageRequester => "page requester",
             Self::Answers => "answers",
         }
     }
@@ -112,6 +124,12 @@ impl StageId {
     pub const BITMAP_SYNC: Self = Self::alone(StageKind::BitmapSync);
     /// The scanner.
     pub const SCANNER: Self = Self::alone(StageKind::Scanner);
+    /// The stage that sends the pages that a destination asks for.
+    pub const PAGE_SERVER: Self = Self::alone(StageKind::PageServer);
+    /// The stage that loads the pages that were asked for.
+    pub const URGENT_LOADER: Self = Self::alone(StageKind::UrgentLoader);
+    /// The stage that asks for pages.
+    pub const PAGE_REQUESTER: Self = Self::alone(StageKind::PageRequester);
     /// The stage that sends a destination's answers.
     pub const ANSWERS: Self = Self::alone(StageKind::Answers);
 

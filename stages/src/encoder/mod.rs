@@ -415,7 +415,11 @@ impl<F: Framer> Encoder<F> {
     fn mark(&mut self, mark: Mark) -> Outgoing {
         let mark = match mark {
             Mark::RoundComplete(tally) => Mark::RoundComplete(self.round_complete(tally)),
-            other => other,
+            Mark::DirectEnds => {
+                self.coder.direct_ends();
+                mark
+            }
+            Mark::Checkpoint(_) | Mark::LaneEnds => mark,
         };
         Outgoing { lane: self.lane, head: self.framer.mark(self.lane, &mark), payload: None, mark: Some(mark) }
     }

@@ -5,6 +5,8 @@
 //! | no deltas planned | compressed, or raw | the same |
 //! | deltas planned | compressed, or raw | a delta; what misses the cache or overflows: raw, or compressed, as [`super::misses`] decides |
 //!
+//! After DirectEnds pages are coded as before the first RoundComplete: each travels once, to memory that does not hold it.
+//!
 //! Pages that are compressed before deltas begin, or where none are planned, are compressed together (see
 //! [`super::whole_coder`]); afterwards each page is coded alone. Pages that do not shrink are sent raw. A delta against zeros leaves
 //! out zeros and no more: where misses are compressed, a larger one travels only if the page is no smaller compressed.
@@ -18,6 +20,7 @@ use super::sampler::Span;
 use super::whole_coder::{Looks, WholeCoder};
 use super::{DeltaPlan, EncoderPlan};
 use crate::batch::{Batch, PageEncoding};
+use crate::codec::Codec;
 use crate::geometry::{ExtentAt, PageAt, PageSize};
 use crate::tally::PageTally;
 
@@ -39,6 +42,8 @@ pub(super) enum Coded {
 #[derive(Debug)]
 pub(super) struct PageCoder {
     page_size: PageSize,
+    /// The compressor of the first round.
+    compress: Option<Codec>,
     /// Compresses pages that are sent whole, where they are compressed.
     whole: Option<WholeCoder>,
     deltas: Option<Deltas>,
@@ -64,7 +69,7 @@ impl PageCoder {
             begun: false,
         };
         let whole = plan.compress.map(|codec| WholeCoder::new(page_size, codec));
-        Self { page_size, whole, deltas: plan.delta.map(deltas) }
+        Self { page_size, compress: plan.compress, whole, deltas: plan.delta.map(deltas) }
     }
 
     /// Sets the connection behind it, by which misses are decided on where the plan leaves it open.
@@ -112,6 +117,12 @@ impl PageCoder {
             let codec = deltas.plan.on_miss.codec().filter(|_| is_known);
             self.whole = codec.map(|codec| WholeCoder::new(self.page_size, codec));
         }
+    }
+
+    /// Handles the switch to postcopy: deltas end, with all that is known of what the destination holds (law 6).
+    pub(super) fn direct_ends(&mut self) {
+        self.deltas = None;
+        self.whole = self.compress.map(|codec| WholeCoder::new(self.page_size, codec));
     }
 
     /// Whether deltas have begun. Then pages are coded one at a time.

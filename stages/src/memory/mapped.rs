@@ -303,6 +303,10 @@ impl Memory for MappedMemory {
         self.length as u64
     }
 
+    fn mapped(self: Arc<Self>) -> Option<Arc<MappedMemory>> {
+        Some(self)
+    }
+
     fn read_extent(&self, page_size: PageSize, first_page: u64, mask: u64, into: &mut PooledBuffer) -> io::Result<u64> {
         let (mut zero, mut filled) = (0, 0);
         let mut bits = bits(mask).peekable();

@@ -36,6 +36,11 @@ pub trait Memory: Send + Sync + fmt::Debug {
     /// True length in bytes.
     fn length(&self) -> u64;
 
+    /// The mapping that it is, where the whole of it is mapped into this process.
+    fn mapped(self: Arc<Self>) -> Option<Arc<MappedMemory>> {
+        None
+    }
+
     /// Reads the pages of `mask` of an extent (bit 0 is page `first_page`), each byte once, in one pass with the zero
     /// test: pages that are not zero are put whole one after another into `into` from its start (its filled length is set
     /// to their sum), zero pages are left out. Returns the mask of the zero pages.

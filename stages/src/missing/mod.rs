@@ -237,7 +237,7 @@ impl MissingMemory {
         self.left.load(Ordering::Acquire)
     }
 
-    /// Whether all pages are placed, and the memory is like any other.
+    /// Whether all pages are placed or [abandoned](Self::abandon), and the memory is like any other.
     #[must_use]
     pub fn is_complete(&self) -> bool {
         self.complete.load(Ordering::Acquire)
@@ -349,6 +349,12 @@ impl MissingMemory {
             poisoned += u64::from(placed.count_ones());
         }
         Ok(poisoned)
+    }
+
+    /// Gives the missing pages up before the guest runs: the memory is like any other, and missing pages read as zeros until they are
+    /// written. A thread that waits for one continues with zeros, so what it does must be of no effect.
+    pub fn abandon(&self) {
+        self.finish();
     }
 
     // ---- placing ----
@@ -667,7 +673,7 @@ impl fmt::Debug for MissingMemory {
 
 impl Drop for MissingMemory {
     fn drop(&mut self) {
-        if self.left() > 0 {
+        if self.left() > 0 && !self.is_complete() {
             self.target.leak();
         }
     }

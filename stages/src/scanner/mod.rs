@@ -16,6 +16,7 @@
 
 use std::num::NonZeroU32;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::batch::{Batch, Item, Mark, RoundKind};
 use crate::dirty_log::LogCall;
@@ -86,11 +87,27 @@ pub struct RoundScanned {
     pub pages: u64,
 }
 
+/// Ends rounds before the bitmap's end: what is not scanned stays dirty. Clones share it.
+#[derive(Clone, Debug, Default)]
+pub struct Cut(Arc<AtomicBool>);
+
+impl Cut {
+    /// From here on every round that is not final ends with the batch that is being taken, the round in progress too.
+    pub fn cut(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    fn ends(&self, kind: RoundKind) -> bool {
+        !kind.is_final() && self.0.load(Ordering::Relaxed)
+    }
+}
+
 /// The stage: see the module.
 #[derive(Debug)]
 pub struct Scanner {
     taker: PageTaker,
     lanes: LaneMap,
+    cut: Cut,
     stage: Stage,
 }
 
@@ -98,7 +115,13 @@ impl Scanner {
     /// A scanner of the taker's bitmap for the lanes of the map. The meter counts batches, their pages and the bytes of these.
     #[must_use]
     pub fn new(taker: PageTaker, lanes: LaneMap, meter: Arc<Meter>) -> Self {
-        Self { taker, lanes, stage: Stage::new(StageId::SCANNER, meter) }
+        Self { taker, lanes, cut: Cut::default(), stage: Stage::new(StageId::SCANNER, meter) }
+    }
+
+    /// What ends its rounds early.
+    #[must_use]
+    pub fn cut(&self) -> Cut {
+        self.cut.clone()
     }
 
     /// Runs until the lanes are ended, or there are no more orders.
@@ -145,6 +168,9 @@ impl Scanner {
         let mut tallies = vec![RoundTally::new(order.round, order.kind); lanes.len()];
         let (step, most) = order.sample.map_or((1, WHOLE), |pages| (self.step(pages), SAMPLED_EACH));
         for at in self.taker.bitmap().all_dirty_extents().step_by(step) {
+            if self.cut.ends(order.kind) {
+                break;
+            }
             let taken = self.taker.take(at, most, order.round, order.kind);
             let taken = taken.map_err(|error| self.stage.fails(Cause::Log { doing: LogCall::Rearm, error }))?;
             let Some(batch) = taken else { continue };

@@ -185,6 +185,9 @@ pub enum WireError {
         /// How many the block has.
         extents: u32,
     },
+    /// A page is asked for that no block has.
+    #[error("{0} is asked for, which does not exist")]
+    NoPage(PageAt),
     /// Pages beyond the end of a block.
     #[error("pages {mask:#x} of extent {} of block {}, which has the pages {valid:#x}", at.extent, at.block)]
     BeyondBlock {

@@ -46,7 +46,7 @@ mod identity;
 mod kind;
 mod limits;
 pub mod messages;
-mod order;
+pub(crate) mod order;
 pub mod pages;
 pub mod proof;
 mod put;

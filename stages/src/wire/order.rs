@@ -220,6 +220,6 @@ impl Sections {
     }
 }
 
-pub(super) fn misplaced<T>(kind: Kind, why: &'static str) -> Result<T, WireError> {
+pub(crate) fn misplaced<T>(kind: Kind, why: &'static str) -> Result<T, WireError> {
     Err(WireError::OutOfPlace { kind, why })
 }
