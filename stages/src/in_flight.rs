@@ -96,6 +96,15 @@ impl InFlight {
         self.urgent.get().is_some_and(|urgent| urgent.take_mask(at, mask) != 0)
     }
 
+    /// Takes all pages that were taken urgently for sent: once the guest runs at the destination, that reports which pages it has.
+    pub fn forget_urgent(&self) {
+        self.urgent
+            .get()
+            .into_iter()
+            .flat_map(|urgent| urgent.all_dirty_extents().map(move |at| urgent.take(at)))
+            .for_each(drop);
+    }
+
     /// Notes that the destination has loaded the first `frames_total` Pages frames of a lane. A count below an earlier one has no
     /// effect.
     ///

@@ -324,6 +324,7 @@ impl Crossed {
             Outcome::Unconfirmed => {
                 assert!(!source.runs() && pauses == resumes + 1 && calls.contains(&GuestCall::Committed), "{context}");
             }
+            Outcome::Lost => assert!(starts == 1 && !source.runs(), "{context}"),
             Outcome::Failed | Outcome::Cancelled => {
                 assert!(starts == 0 && there != Some(Outcome::Completed) && pauses == resumes, "{context}");
                 assert!(self.source.error.is_some(), "{context}");

@@ -475,6 +475,15 @@ impl Guest for TestGuest {
     fn memory(&self) -> GuestMemory {
         self.memory.lock().unwrap().clone().expect("built")
     }
+
+    fn can_be_userfaulted(&self) -> Result<(), GuestError> {
+        Ok(())
+    }
+
+    /// Nothing else maps it, and no page is pinned.
+    fn mapping_is_exclusive(&self) -> Result<(), GuestError> {
+        Ok(())
+    }
 }
 
 impl SourceGuest for TestGuest {

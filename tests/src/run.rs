@@ -135,6 +135,7 @@ pub fn source_settings(lanes: u16, connections: u16) -> SourceSettings {
         peer_timeout: Duration::from_secs(30),
         // A test that loses a connection on purpose sees it lost.
         recovery: RecoverySettings::OFF,
+        ..SourceSettings::default()
     }
 }
 
@@ -186,6 +187,14 @@ impl Guest for AnyGuest {
 
     fn page_hinters(&self) -> Vec<Arc<dyn PageHinter>> {
         self.0.page_hinters()
+    }
+
+    fn can_be_userfaulted(&self) -> Result<(), GuestError> {
+        self.0.can_be_userfaulted()
+    }
+
+    fn mapping_is_exclusive(&self) -> Result<(), GuestError> {
+        self.0.mapping_is_exclusive()
     }
 }
 
@@ -253,6 +262,7 @@ fn sent(result: Result<Sent, SendError>) -> Ended {
         Err(SendError::Failed { .. }) => assert_eq!(ended.outcome, Outcome::Failed, "{context}"),
         Err(SendError::Cancelled { .. }) => assert_eq!(ended.outcome, Outcome::Cancelled, "{context}"),
         Err(SendError::Unconfirmed { .. }) => assert_eq!(ended.outcome, Outcome::Unconfirmed, "{context}"),
+        Err(SendError::Lost { .. }) => assert_eq!(ended.outcome, Outcome::Lost, "{context}"),
         Err(SendError::ResumeFailed { .. }) => assert!(ended.resume_failed, "{context}"),
         Err(other) => panic!("{other:?}"),
     }

@@ -153,6 +153,10 @@ impl Memory for TroubledMemory {
         self.memory.length()
     }
 
+    fn into_mapping(self: Arc<Self>) -> Option<Arc<MappedMemory>> {
+        self.memory.clone().into_mapping()
+    }
+
     fn read_extent(&self, page_size: PageSize, first_page: u64, mask: u64, into: &mut PooledBuffer) -> io::Result<u64> {
         self.before_reading(|page| page.checked_sub(first_page).is_some_and(|bit| bit < 64 && mask >> bit & 1 == 1))?;
         self.memory.read_extent(page_size, first_page, mask, into)

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use memferry_stages::meter::Reading;
+use memferry_stages::missing::MissingCounts;
 use memferry_stages::tally::RoundTally;
 use serde::{Deserialize, Serialize};
 
@@ -62,6 +63,8 @@ pub enum Phase {
     Active,
     /// The guest is paused at the source.
     Switchover,
+    /// The guest runs at the destination, and pages of it are still at the source.
+    Postcopy,
     /// The connection is lost, and is to be made again. The guest runs at the source, or is paused if Go may have left.
     Disconnected,
     /// The guest runs at the destination (or the file is complete).
@@ -72,19 +75,23 @@ pub enum Phase {
     Cancelled,
     /// Go was sent and no answer arrived.
     Unconfirmed,
+    /// The guest ran at the destination, and lost pages that were still at the source.
+    Lost,
 }
 
 impl Phase {
     /// Every phase.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 10] = [
         Self::Setup,
         Self::Active,
         Self::Switchover,
+        Self::Postcopy,
         Self::Disconnected,
         Self::Completed,
         Self::Failed,
         Self::Cancelled,
         Self::Unconfirmed,
+        Self::Lost,
     ];
 
     /// Its name in JSON.
@@ -94,11 +101,13 @@ impl Phase {
             Self::Setup => "setup",
             Self::Active => "active",
             Self::Switchover => "switchover",
+            Self::Postcopy => "postcopy",
             Self::Disconnected => "disconnected",
             Self::Completed => "completed",
             Self::Failed => "failed",
             Self::Cancelled => "cancelled",
             Self::Unconfirmed => "unconfirmed",
+            Self::Lost => "lost",
         }
     }
 }
@@ -121,6 +130,8 @@ pub enum Outcome {
     Cancelled,
     /// Go was sent and no answer arrived.
     Unconfirmed,
+    /// The guest was lost in postcopy: it ran at the destination, and pages that were still at the source did not reach it.
+    Lost,
 }
 
 impl Outcome {
@@ -145,6 +156,7 @@ impl From<Outcome> for Phase {
             Outcome::Failed => Self::Failed,
             Outcome::Cancelled => Self::Cancelled,
             Outcome::Unconfirmed => Self::Unconfirmed,
+            Outcome::Lost => Self::Lost,
         }
     }
 }
@@ -464,6 +476,25 @@ pub struct Ended {
     pub resume_failed: bool,
     /// What lost connections have cost.
     pub outages: Outages,
+    /// What happened in postcopy, if it came to that.
+    pub postcopy: Option<Postcopy>,
+}
+
+/// A guest that was started at the destination before all of its pages were there.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Postcopy {
+    /// Pages that were missing when the guest was handed over.
+    pub missing_pages: u64,
+    /// From the start of the guest until the last page was there, or was given up.
+    pub time: Duration,
+    /// Pages that were sent or placed for threads that waited.
+    pub urgent_pages: u64,
+    /// How long the destination discarded pages before the guest was paused (destination).
+    pub discarded_ahead: Duration,
+    /// The same while the guest was paused (destination).
+    pub discarded_paused: Duration,
+    /// What happened to missing pages, and how long threads waited for them (destination).
+    pub faults: Option<MissingCounts>,
 }
 
 /// What lost connections have cost a migration.

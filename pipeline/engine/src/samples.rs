@@ -89,6 +89,7 @@ pub fn ended(role: Role) -> Ended {
         cpu: ms(4600),
         resume_failed: false,
         outages: Outages { lost: 1, time: ms(2300), put_back_bytes: 3 << 20, paused: ms(12) },
+        postcopy: None,
     }
 }
 

@@ -20,9 +20,11 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::values::{Bandwidth, time};
 
+pub use postcopy::{Mode, PostcopyAfter, PostcopySettings};
 pub use rules::{Rule, Setting, SettingsError};
 pub use verify::Verify;
 
+mod postcopy;
 mod rules;
 mod verify;
 
@@ -139,6 +141,8 @@ pub enum StallStep {
     RaiseDowntimeLimit,
     /// The guest is switched over as soon as less remains than a round before.
     SwitchOver,
+    /// The guest is started at the destination before all of its pages are there: needs [`Mode::Hybrid`].
+    Postcopy,
     /// The migration is cancelled.
     Cancel,
 }
@@ -274,6 +278,12 @@ pub struct SourceSettings {
     pub peer_timeout: Duration,
     /// What is done about a lost connection.
     pub recovery: RecoverySettings,
+    /// When the guest is started at the destination.
+    pub mode: Mode,
+    /// When [`Mode::Hybrid`] switches to postcopy; `None`: when the operator asks for it, or as a step of `convergence`.
+    pub postcopy_after: Option<PostcopyAfter>,
+    /// What follows a switch to postcopy.
+    pub postcopy: PostcopySettings,
 }
 
 impl Default for SourceSettings {
@@ -300,6 +310,9 @@ impl Default for SourceSettings {
             handover_timeout: Duration::from_secs(30),
             peer_timeout: Duration::from_secs(30),
             recovery: RecoverySettings::default(),
+            mode: Mode::default(),
+            postcopy_after: None,
+            postcopy: PostcopySettings::default(),
         }
     }
 }

@@ -113,7 +113,7 @@ fn milestone(role: Role, event: &Event) -> Option<String> {
             Some(format!("{bytes} in {pages} pages, {} RAM block{plural}", blocks.len()))
         }
         Event::Decided(decided) => match decided.decision {
-            Decision::Throttle(_) | Decision::RaiseLimit(_) | Decision::SwitchOver => {
+            Decision::Throttle(_) | Decision::RaiseLimit(_) | Decision::SwitchOver | Decision::Postcopy => {
                 Some(format!("round {}: {decided}", decided.round))
             }
             // The verdict reports that it gave up.

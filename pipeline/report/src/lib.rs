@@ -429,6 +429,7 @@ pub fn decision_name(decision: Decision) -> &'static str {
         Decision::Throttle(_) => "throttle",
         Decision::RaiseLimit(_) => "raise-downtime-limit",
         Decision::SwitchOver => "switch-over",
+        Decision::Postcopy => "postcopy",
         Decision::GiveUp => "give-up",
     }
 }

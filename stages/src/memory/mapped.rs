@@ -303,7 +303,7 @@ impl Memory for MappedMemory {
         self.length as u64
     }
 
-    fn mapped(self: Arc<Self>) -> Option<Arc<MappedMemory>> {
+    fn into_mapping(self: Arc<Self>) -> Option<Arc<MappedMemory>> {
         Some(self)
     }
 

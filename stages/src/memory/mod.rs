@@ -37,7 +37,7 @@ pub trait Memory: Send + Sync + fmt::Debug {
     fn length(&self) -> u64;
 
     /// The mapping that it is, where the whole of it is mapped into this process.
-    fn mapped(self: Arc<Self>) -> Option<Arc<MappedMemory>> {
+    fn into_mapping(self: Arc<Self>) -> Option<Arc<MappedMemory>> {
         None
     }
 

@@ -37,6 +37,7 @@ mod hostile;
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 mod kvm;
 mod plan;
+mod postcopy;
 mod precopy;
 mod record;
 mod recovery;

@@ -190,6 +190,15 @@ impl Guest for Vm {
     fn memory(&self) -> GuestMemory {
         self.memory.clone()
     }
+
+    fn can_be_userfaulted(&self) -> Result<(), GuestError> {
+        Ok(())
+    }
+
+    /// Nothing else maps it, and no page is pinned.
+    fn mapping_is_exclusive(&self) -> Result<(), GuestError> {
+        Ok(())
+    }
 }
 
 impl SourceGuest for Vm {

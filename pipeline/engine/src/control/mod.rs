@@ -187,6 +187,15 @@ impl Control {
         self.ask(Ask::SwitchOver).await
     }
 
+    /// Switches to postcopy: what is left of the round in progress, and all that is dirty then, is sent while the guest runs at the
+    /// destination. If little enough is left, the guest is switched over as in precopy instead. Returns when it is accepted.
+    ///
+    /// # Errors
+    /// If the [mode](crate::settings::Mode) does not allow it, if the guest is paused or moved already, and at a destination.
+    pub async fn postcopy(&self) -> Result<(), ControlError> {
+        self.ask(Ask::Postcopy).await
+    }
+
     /// Changes settings while it runs: all of them or, on an error, none. Each takes effect at once: a limit at the
     /// next decision, a bandwidth at the next write, a cache at each lane's next batch.
     ///

@@ -14,6 +14,8 @@ pub(crate) enum Ask {
     Set(Vec<Change>),
     /// Switch over at once.
     SwitchOver,
+    /// Start the guest at the destination before its pages are all there.
+    Postcopy,
     /// Look for the destination over this transport.
     SetAddress(Arc<dyn Transport>),
 }

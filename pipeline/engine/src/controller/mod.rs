@@ -39,7 +39,7 @@ use std::time::Duration;
 
 use memferry_stages::tally::RoundTally;
 
-use crate::settings::{OnDeadline, SourceSettings};
+use crate::settings::{OnDeadline, PostcopyAfter, SourceSettings};
 pub use forecast::{FixedCost, Forecast};
 use forecast::{Forecaster, Measured, Standing, Work, WriteBack, whole};
 use reason::{Met, Reason, UsedUp};
@@ -65,6 +65,8 @@ pub enum Decision {
     RaiseLimit(Duration),
     /// Pause the guest and send the rest.
     SwitchOver,
+    /// Start the guest at the destination, and send the rest while it runs there.
+    Postcopy,
     /// Cancel: the limits cannot be met.
     GiveUp,
 }
@@ -106,8 +108,18 @@ pub struct Controller {
     sampling: bool,
     /// Is the switchover decided already?
     switching: bool,
+    postcopy: Postcopy,
     /// See [`Controller::likely`].
     likely: Option<Forecast>,
+}
+
+/// When to switch to postcopy.
+#[derive(Clone, Copy, Debug)]
+struct Postcopy {
+    /// As the settings have it.
+    after: Option<PostcopyAfter>,
+    /// Has the operator asked for it?
+    asked: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -138,6 +150,7 @@ impl Controller {
             drained: None,
             sampling: false,
             switching: false,
+            postcopy: Postcopy { after: settings.postcopy_after, asked: false },
             likely: None,
         }
     }
@@ -231,6 +244,44 @@ impl Controller {
         self.steps.cannot_throttle();
     }
 
+    /// The operator asks for postcopy: it is decided on after the round in progress.
+    pub fn ask_for_postcopy(&mut self) {
+        self.postcopy.asked = true;
+    }
+
+    /// Is it time for postcopy, in the middle of a round too?
+    #[must_use]
+    pub fn is_postcopy_due(&self, elapsed: Duration) -> bool {
+        let is_late = matches!(self.postcopy.after, Some(PostcopyAfter::Time(time)) if elapsed >= time);
+        !self.switching && (self.postcopy.asked || is_late)
+    }
+
+    /// Postcopy before any page is sent.
+    #[must_use]
+    pub fn postcopy_at_once(&self) -> Decided {
+        let reason = Reason::PostcopyDue(PostcopyAfter::Rounds(0));
+        Decided {
+            round: self.round,
+            decision: Decision::Postcopy,
+            reason,
+            limit: self.downtime_limit(),
+            forecast: None,
+        }
+    }
+
+    /// Why it is time for postcopy between two rounds, if it is.
+    fn postcopy_due(&self, now: &Standing) -> Option<Reason> {
+        if self.postcopy.asked {
+            return Some(Reason::Operator);
+        }
+        let after = self.postcopy.after?;
+        let is_due = match after {
+            PostcopyAfter::Rounds(rounds) => self.round >= rounds,
+            PostcopyAfter::Time(time) => now.elapsed >= time,
+        };
+        is_due.then_some(Reason::PostcopyDue(after))
+    }
+
     /// A lost connection has interrupted what was decided: the rounds continue.
     pub fn interrupted(&mut self) {
         self.sampling = false;
@@ -255,7 +306,9 @@ impl Controller {
     }
 
     fn decide(&mut self, now: &Standing, forecast: Option<&Forecast>) -> (Decision, Reason) {
-        if let Some(pages) = self.forecaster.sample_wanted(now).filter(|_| self.has_room(now)) {
+        let postcopy = self.postcopy_due(now);
+        let samples = postcopy.is_none() && self.has_room(now);
+        if let Some(pages) = self.forecaster.sample_wanted(now).filter(|_| samples) {
             return (Decision::Sample(pages), Reason::DeltasUnknown);
         }
         let left = Left {
@@ -265,6 +318,9 @@ impl Controller {
         let stalled = self.stall.note(forecast, self.downtime_limit(), left);
         if let Some(met) = self.is_met(now, forecast) {
             return self.drain_or_switch(now, met);
+        }
+        if let Some(due) = postcopy {
+            return (Decision::Postcopy, due);
         }
         if let Some(used_up) = self.used_up(now, forecast) {
             return self.end(used_up, forecast);
@@ -287,6 +343,7 @@ impl Controller {
                 None => (Decision::RaiseLimit(limit), Reason::Stall(stalled)),
             },
             Taken::SwitchOver { waited, stalled } => (Decision::SwitchOver, Reason::Minimum { stalled, waited }),
+            Taken::Postcopy { stalled } => (Decision::Postcopy, Reason::Stall(stalled)),
             Taken::Cancel { stalled } => (Decision::GiveUp, Reason::Stall(stalled)),
         }
     }

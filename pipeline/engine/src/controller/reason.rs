@@ -6,6 +6,7 @@ use std::time::Duration;
 use super::forecast::{Forecast, seconds, whole};
 use super::{Decided, Decision};
 use crate::human;
+use crate::settings::PostcopyAfter;
 
 /// Why a decision was made.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -53,6 +54,8 @@ pub enum Reason {
         /// The `max_downtime` that forbids a switchover, if it does.
         forbidden_by: Option<Duration>,
     },
+    /// The settings have postcopy begin at this point.
+    PostcopyDue(PostcopyAfter),
     /// The operator requested it.
     Operator,
 }
@@ -147,6 +150,7 @@ impl Reason {
             Self::Raised { .. } => "limit-raised",
             Self::Minimum { .. } => "stall-minimum",
             Self::UsedUp { .. } => "budget-used-up",
+            Self::PostcopyDue(_) => "postcopy-due",
             Self::Operator => "operator",
         }
     }
@@ -175,6 +179,7 @@ impl Decided {
             Decision::Throttle(percent) => write!(f, "throttle the guest to {percent} %: "),
             Decision::RaiseLimit(limit) => write!(f, "the downtime limit is raised to {}, for ", human::time(limit)),
             Decision::SwitchOver => f.write_str("switch over: "),
+            Decision::Postcopy => f.write_str("postcopy: "),
             Decision::GiveUp => f.write_str("gave up: "),
         }
     }
@@ -208,6 +213,8 @@ impl Decided {
             Reason::UsedUp { budget, forbidden_by: Some(most) } => {
                 write!(f, "{budget}, and max_downtime is {}; ", human::time(most))
             }
+            Reason::PostcopyDue(PostcopyAfter::Rounds(0)) => f.write_str("before the first round (mode); "),
+            Reason::PostcopyDue(after) => write!(f, "{after} have passed (postcopy_after); "),
             Reason::Operator => f.write_str("the operator asked for it; "),
         }
     }
@@ -416,6 +423,11 @@ mod tests {
                 "gave up: 60 rounds are used up, and max_downtime is 500 ms; ".into(),
             ),
             (SwitchOver, Reason::Operator, "switch over: the operator asked for it; ".into()),
+            (
+                Decision::Postcopy,
+                Reason::PostcopyDue(PostcopyAfter::Rounds(3)),
+                "postcopy: 3 rounds have passed (postcopy_after); ".into(),
+            ),
         ];
         for (decision, reason, expected) in lines {
             assert_eq!(before_outlook(decision, reason), expected);

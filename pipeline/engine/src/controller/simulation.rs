@@ -148,6 +148,7 @@ impl<'a> Simulation<'a> {
                     self.live_round()
                 }
                 Decision::SwitchOver => return self.switch_over(),
+                Decision::Postcopy => return self.postcopy(),
                 Decision::GiveUp => return self.end(decision),
             }
         }
@@ -258,6 +259,21 @@ impl<'a> Simulation<'a> {
         self.round -= 1;
         self.run.downtime = self.now - paused;
         self.end(Decision::SwitchOver)
+    }
+
+    /// Pauses the guest for what a switchover costs without a page, and sends the rest while it runs at the destination.
+    fn postcopy(mut self) -> Run {
+        self.find(self.guest_synced_before);
+        let paused = *self.paused.get_or_insert(self.now);
+        self.run.limit = self.controller.downtime_limit();
+        self.now += self.conditions.fixed.total();
+        self.run.downtime = self.now - paused;
+        self.round += 1;
+        let (encoded, transfer) = if self.dirty == 0 { Default::default() } else { self.send() };
+        self.now += transfer;
+        self.count(&encoded, transfer);
+        self.round -= 1;
+        self.end(Decision::Postcopy)
     }
 
     fn end(mut self, end: Decision) -> Run {

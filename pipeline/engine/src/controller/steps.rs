@@ -5,11 +5,11 @@
 //! | throttle | a little more each time | the ceiling is reached, or the guest cannot be throttled |
 //! | raise the downtime limit | a little more each time | the highest is reached |
 //! | switch over | once no more remains than a round before, or after as many rounds as make a stall | `max_downtime` forbids it then |
+//! | postcopy | at once | |
 //! | cancel | at once | |
 //!
 //! Only the operator takes a step back: the throttle only rises, and the caller of the controller lifts it at the end.
-//! So it cannot oscillate between two levels. Postcopy, which ends every stall, has its place in `Steps::next` beside
-//! the switchover.
+//! So it cannot oscillate between two levels.
 
 use std::time::Duration;
 
@@ -30,6 +30,8 @@ pub(super) enum Taken {
     Raise { limit: Duration, stalled: Stalled },
     /// The guest is switched over: at a local minimum, or after this number of rounds without one.
     SwitchOver { waited: Option<u32>, stalled: Stalled },
+    /// The guest is started at the destination before its pages are all there.
+    Postcopy { stalled: Stalled },
     /// The migration is cancelled.
     Cancel { stalled: Stalled },
 }
@@ -145,6 +147,7 @@ impl Steps {
                     Wait::On => return None,
                     Wait::InVain => None,
                 },
+                StallStep::Postcopy => Some(Taken::Postcopy { stalled }),
                 StallStep::Cancel => Some(Taken::Cancel { stalled }),
             };
             if let Some(taken) = taken {

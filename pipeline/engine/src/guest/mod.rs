@@ -126,10 +126,8 @@ pub trait Guest: Send + Sync + fmt::Debug {
         Vec::new()
     }
 
-    // ---- Reserved for later courses. Nothing calls them yet; each default refuses, with the reason. ----
-
-    /// Reserved: can faults on its memory be handled in user space? Postcopy asks at the destination, a snapshot at the
-    /// source.
+    /// Can faults on its memory be handled in user space, those of the kernel on its behalf too (KVM, system calls)? Postcopy asks at the
+    /// destination: threads that touch a page which is still at the source wait for it. Asked once the guest is built.
     ///
     /// # Errors
     /// Why not. By default: it is unknown.
@@ -137,8 +135,8 @@ pub trait Guest: Send + Sync + fmt::Debug {
         Err(GuestError("this guest does not report that its memory can be userfaulted".into()))
     }
 
-    /// Reserved: is the mapping that it lends the only one, with none of it pinned or locked (VFIO, vhost-user, mlock)?
-    /// Postcopy and snapshots ask.
+    /// Is the mapping that it lends the only one, with none of it pinned or locked (VFIO, vhost-user, mlock)? Postcopy asks at the
+    /// destination: an access that does not go through this mapping finds zeros where a page is missing.
     ///
     /// # Errors
     /// What else maps or pins it. By default: it is unknown.
@@ -356,7 +354,8 @@ pub trait DestinationGuest: Guest {
     }
 
     /// Starts the guest, or leaves it paused if it was paused; its operator starts it then. Called once, after
-    /// [`DestinationGuest::prepare`]. Cannot be undone.
+    /// [`DestinationGuest::prepare`]. Cannot be undone. In postcopy it must not access guest memory itself: a page may be missing for as
+    /// long as the connection is lost. The threads that it starts wait where they touch one, and so may `prepare`.
     ///
     /// # Errors
     /// When it does not start; the operators of both sides are notified.

@@ -84,7 +84,10 @@ pub fn source_bound(layout: &Layout, settings: &SourceSettings, may_leave_out: b
     // After a lost connection: the received bitmap as it arrives, and what is put back. No stage has buffers then.
     let put_back = if settings.recovery.attempts > 0 { 2 * DirtyBitmap::bytes_of(layout) } else { 0 };
     let pools = pools.max(put_back);
-    let all_else = PROCESS + pools + compressors + source_keeps(layout, in_flight, settings.verify, may_leave_out);
+    // A switch to postcopy: the pages that were named, those that were found besides, and those that are sent urgently.
+    let switch = if settings.mode.may_switch() { 3 * DirtyBitmap::bytes_of(layout) } else { 0 };
+    let all_else =
+        PROCESS + pools + switch + compressors + source_keeps(layout, in_flight, settings.verify, may_leave_out);
     // These settings are the operator's and may have any value.
     all_else.saturating_add(cache).saturating_add(state_bytes(settings.max_state_bytes, STATE_FRAMES))
 }

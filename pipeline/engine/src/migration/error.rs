@@ -20,6 +20,7 @@ use crate::controller::Decided;
 use crate::events::Role;
 use crate::guest::GuestError;
 use crate::human;
+use crate::settings::Mode;
 
 pub(super) use super::loss::{Loss, Silence};
 
@@ -132,6 +133,12 @@ pub enum MigrationError {
     /// A panic was caught, so that it does not end the guest's process.
     #[error("memferry or the guest's own code made a mistake: {0}")]
     Mistake(String),
+    /// Postcopy over a transport without answers, such as a file.
+    #[error("mode {:?} needs a destination that answers: write mode = \"precopy\", or choose another transport", .0.name())]
+    NoReturnPath(Mode),
+    /// The guest runs without pages that are still at the other end, and does not get them.
+    #[error("the guest was started before all of its memory was there, and the rest is lost: {0}")]
+    PagesLost(#[source] Box<Self>),
     /// A page of the paused source differs from what was last sent, and its bit is clear.
     #[error("the dirty log lost a write: {0} differs from what was sent, and no log reported it")]
     LostWrite(String),

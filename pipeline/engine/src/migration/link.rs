@@ -10,7 +10,7 @@ use memferry_stages::silence::{Attentive, Ear};
 use memferry_stages::untrusted::Untrusted;
 use memferry_stages::wire::messages::Figure;
 use memferry_stages::wire::reader::{FrameReader, Incoming};
-use memferry_stages::wire::{Features, Hello, Meeting, Message, Nonce, Prover, Secret, SessionId};
+use memferry_stages::wire::{ConnectionRole, Features, Hello, Meeting, Message, Nonce, Prover, Secret, SessionId};
 use memferry_transports::Transport;
 use tokio::io::AsyncWriteExt;
 use tokio::runtime::Handle;
@@ -52,6 +52,13 @@ pub(super) struct Greeted {
     writers: Vec<Writer>,
     /// The return path, on connection 0, if the transport has one.
     reader: Option<(Reader, Arc<Ear>)>,
+    urgent: Option<Urgent>,
+}
+
+/// The connection for pages that the destination asks for, which follows the bulk connections.
+pub(super) struct Urgent {
+    pub(super) requests: Reader,
+    pub(super) pages: Writer,
 }
 
 /// The link to the destination, before the stages run.
@@ -63,6 +70,8 @@ pub(super) struct Link {
     pub(super) return_path: Option<ReturnPath>,
     /// Set if there is a return path.
     pub(super) alive: Option<Alive>,
+    /// Set if the guest may be started before all of its pages are there.
+    pub(super) urgent: Option<Urgent>,
 }
 
 /// The stream features that a source uses, by its settings.
@@ -77,11 +86,11 @@ pub(super) fn features(settings: &SourceSettings) -> Features {
         xbzrle: settings.encoder.xbzrle.is_some(),
         verify: settings.verify.is_on(),
         page_hashes: settings.verify == Verify::Pages,
-        // The guest's properties are not known from settings.
-        left_out: false,
+        // The guest's properties are not known from settings. In a switch to postcopy digests leave out what is missing.
+        left_out: settings.mode.may_switch(),
         ignored_blocks: false,
         checkpoints: false,
-        postcopy: false,
+        postcopy: settings.mode.may_switch(),
         // The transport is not known from settings.
         recovery: false,
     }
@@ -96,13 +105,18 @@ impl Greeted {
         features: Features,
         identity: Identity,
     ) -> Result<Self, MigrationError> {
-        let mut greeted = Self { peer: transport.address().into(), writers: Vec::new(), reader: None };
-        for connection in 0..settings.connections {
+        let mut greeted = Self { peer: transport.address().into(), writers: Vec::new(), reader: None, urgent: None };
+        let urgent = features.postcopy.then_some(settings.connections);
+        for connection in (0..settings.connections).chain(urgent) {
             let opened = transport.connect().await?;
             let mut writer = opened.writer.expect("a source writes");
-            let features = features.to_list();
-            let (session, bulk) = (identity.session, settings.connections);
-            let mut hello = Hello::bulk(session, connection, bulk, settings.lanes, page_size, features);
+            let bulk = settings.connections;
+            let mut hello =
+                Hello::bulk(identity.session, connection, bulk, settings.lanes, page_size, features.to_list());
+            hello.connections += u16::from(urgent.is_some());
+            if urgent == Some(connection) {
+                hello.role = ConnectionRole::Urgent;
+            }
             if identity.attempt > 1 {
                 hello.attempt = identity.attempt;
                 hello.nonce = Nonce::random()?;
@@ -118,6 +132,12 @@ impl Greeted {
             });
             if let (Some((reader, _)), Some(secret), 2..) = (&mut reader, &identity.secret, identity.attempt) {
                 prove(secret, &hello, reader, &mut writer).await?;
+            }
+            if urgent == Some(connection) {
+                let (requests, _) =
+                    reader.ok_or_else(|| MigrationError::Mistake("an urgent connection answers".into()))?;
+                greeted.urgent = Some(Urgent { requests, pages: writer });
+                continue;
             }
             greeted.writers.push(writer);
             if connection == 0 {
@@ -159,7 +179,7 @@ pub(super) struct Heard {
 impl Link {
     /// Starts the senders, and the task that reads the destination's messages. Called on the caller's runtime.
     pub(super) fn start(greeted: Greeted, settings: &SourceSettings, durable_rounds: bool, plane: &Handle) -> Self {
-        let Greeted { peer, writers, reader } = greeted;
+        let Greeted { peer, writers, reader, urgent } = greeted;
         let senders = Senders::start(writers, settings, durable_rounds, plane);
         let (return_path, alive) = reader
             .map(|(reader, ear)| {
@@ -168,7 +188,7 @@ impl Link {
                 (ReturnPath::listen(reader), alive)
             })
             .unzip();
-        Self { peer, senders, return_path, alive }
+        Self { peer, senders, return_path, alive, urgent }
     }
 
     /// Sends a message before the stages run.

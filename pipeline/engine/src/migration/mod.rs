@@ -46,6 +46,7 @@ mod state;
 mod turned_away;
 
 use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use memferry_stages::bitmap::DirtyBitmap;
@@ -95,6 +96,11 @@ async fn blocking<T: Send + 'static>(call: impl FnOnce() -> T + Send + 'static) 
         Ok(value) => value,
         Err(error) => std::panic::resume_unwind(error.into_panic()),
     }
+}
+
+/// What was put aside, if it was not taken before: a mutex makes it shared, and is never locked.
+fn unparked<T>(parked: &mut Mutex<Option<T>>) -> Option<T> {
+    parked.get_mut().unwrap_or_else(PoisonError::into_inner).take()
 }
 
 /// Asks a guest for something that the migration can do without. A panic in the call is an error like any other.

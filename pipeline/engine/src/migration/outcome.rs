@@ -10,6 +10,11 @@ use crate::settings::SettingsError;
 pub(super) const LOOK: &str =
     "the guest stays paused here: look at the destination; resume it here only if it does not run there";
 
+/// What an operator does about a guest that was lost in postcopy.
+pub(super) const LOST_HERE: &str = "the guest was started at the destination without all of its memory, and the rest stays here: end what is \
+                                    left of it there; what is paused here is the guest as it was at the switchover, which may be resumed \
+                                    only if nothing that it did since matters";
+
 /// The guest runs at the destination, or the stream in a file is complete.
 #[must_use]
 #[derive(Clone, Debug)]
@@ -44,6 +49,8 @@ pub enum RunsHere {
     ResumeFailed,
     /// It is paused here, and may run at the destination.
     Unknown,
+    /// It was started at the destination and does not get all of its memory. Here it is paused as it was at the switchover.
+    Lost,
 }
 
 /// Why a guest was not sent, and where it is.
@@ -99,6 +106,16 @@ pub enum SendError {
         /// The figures up to then.
         ended: Box<Ended>,
     },
+    /// The guest was started at the destination before all of its memory was there, and the rest does not reach it any more: the guest is
+    /// lost. Here it is paused as it was at the switchover.
+    #[error("the guest was lost in postcopy: {source}; {LOST_HERE}")]
+    #[non_exhaustive]
+    Lost {
+        /// Why the rest does not reach it.
+        source: MigrationError,
+        /// The figures up to then.
+        ended: Box<Ended>,
+    },
 }
 
 impl SendError {
@@ -110,7 +127,8 @@ impl SendError {
             Self::Failed { ended, .. }
             | Self::Cancelled { ended, .. }
             | Self::ResumeFailed { ended, .. }
-            | Self::Unconfirmed { ended, .. } => Some(ended),
+            | Self::Unconfirmed { ended, .. }
+            | Self::Lost { ended, .. } => Some(ended),
         }
     }
 
@@ -120,6 +138,7 @@ impl SendError {
             Self::Settings { .. } | Self::Failed { .. } | Self::Cancelled { .. } => RunsHere::AsBefore,
             Self::ResumeFailed { .. } => RunsHere::ResumeFailed,
             Self::Unconfirmed { .. } => RunsHere::Unknown,
+            Self::Lost { .. } => RunsHere::Lost,
         }
     }
 }
@@ -175,6 +194,16 @@ pub enum ReceiveError {
         /// The figures up to then.
         ended: Box<Ended>,
     },
+    /// The guest was started here before all of its memory was here, and the rest does not come any more: it is lost. Threads that
+    /// touched a page that is missing wait until this process ends.
+    #[error("the guest was lost in postcopy: {source}")]
+    #[non_exhaustive]
+    Lost {
+        /// Why the rest does not come.
+        source: MigrationError,
+        /// The figures up to then.
+        ended: Box<Ended>,
+    },
 }
 
 impl ReceiveError {
@@ -183,7 +212,10 @@ impl ReceiveError {
     pub fn ended(&self) -> Option<&Ended> {
         match self {
             Self::Settings { .. } => None,
-            Self::Failed { ended, .. } | Self::Cancelled { ended, .. } | Self::StartFailed { ended, .. } => Some(ended),
+            Self::Failed { ended, .. }
+            | Self::Cancelled { ended, .. }
+            | Self::StartFailed { ended, .. }
+            | Self::Lost { ended, .. } => Some(ended),
         }
     }
 }

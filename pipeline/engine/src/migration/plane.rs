@@ -4,6 +4,7 @@
 
 use std::future::Future;
 use std::io;
+use std::sync::OnceLock;
 
 use memferry_stages::host::cores;
 use tokio::runtime::{Handle, Runtime};
@@ -18,6 +19,8 @@ const BLOCKING_THREADS: usize = 3;
 #[derive(Debug)]
 pub struct DataPlane {
     runtime: Option<Runtime>,
+    /// One thread for pages that a guest waits for: no computation of the data plane delays them. Started when it is needed.
+    urgent: OnceLock<Runtime>,
 }
 
 impl DataPlane {
@@ -27,7 +30,22 @@ impl DataPlane {
     /// When the system cannot start the threads, with the limit to raise.
     pub fn new() -> io::Result<Self> {
         let runtime = threads::runtime("memferry-data", cores(), BLOCKING_THREADS)?;
-        Ok(Self { runtime: Some(runtime) })
+        Ok(Self { runtime: Some(runtime), urgent: OnceLock::new() })
+    }
+
+    /// The runtime of one thread for pages that a guest waits for.
+    ///
+    /// # Errors
+    /// When the system cannot start the thread, with the limit to raise.
+    pub(super) fn urgent(&self) -> io::Result<&Handle> {
+        if self.urgent.get().is_none() {
+            // One that is started at the same time is of no use, and ends.
+            let started = threads::runtime("memferry-urgent", 1, 0)?;
+            if let Err(second) = self.urgent.set(started) {
+                second.shutdown_background();
+            }
+        }
+        Ok(self.urgent.get().expect("it is started").handle())
     }
 
     pub(super) fn handle(&self) -> &Handle {
@@ -48,6 +66,9 @@ impl Drop for DataPlane {
     fn drop(&mut self) {
         if let Some(runtime) = self.runtime.take() {
             runtime.shutdown_background();
+        }
+        if let Some(urgent) = self.urgent.take() {
+            urgent.shutdown_background();
         }
     }
 }

@@ -54,12 +54,20 @@ pub(super) struct Session {
     pub(super) hello: Hello,
     /// The features that the stream uses.
     pub(super) features: Features,
-    /// One for each connection, in order.
+    /// One for each bulk connection, in order.
     pub(super) readers: Vec<Reader>,
     /// The liveness of each of them.
     pub(super) ears: Vec<Arc<Ear>>,
     /// The return path, on connection 0, if the transport has one.
     pub(super) answer: Option<Writer>,
+    /// The connection for pages that are asked for, if the guest may be started before all of them are here.
+    pub(super) urgent: Option<Urgent>,
+}
+
+/// The connection for pages that this end asks for.
+pub(super) struct Urgent {
+    pub(super) pages: Reader,
+    pub(super) requests: Writer,
 }
 
 /// A connection that sent an acceptable Hello.
@@ -448,14 +456,20 @@ fn acceptable(hello: &Hello, settings: &DestinationSettings) -> Result<Features,
         return Err(Refusal::Version(hello.version));
     }
     let features = Features::from_list(&hello.features).map_err(Refusal::Features)?;
-    if hello.role != ConnectionRole::Bulk {
+    if hello.role != ConnectionRole::Bulk && !(features.postcopy && hello.role == ConnectionRole::Urgent) {
         return Err(Refusal::Role(hello.role));
     }
-    if hello.connections > hello.bulk {
+    if hello.connections != hello.bulk + u16::from(features.postcopy) {
         return Err(Refusal::OtherConnections { others: hello.connections - hello.bulk });
     }
-    if features.checkpoints || features.postcopy {
+    if features.checkpoints {
         return Err(Refusal::Marks);
+    }
+    if features.postcopy && !(features.checksum && features.recovery) {
+        return Err(Refusal::UnsafePostcopy);
+    }
+    if features.postcopy && settings.recovery.attempts == 0 {
+        return Err(Refusal::PostcopyWithoutRecovery);
     }
     if hello.lanes > settings.max_lanes {
         return Err(Refusal::Lanes { lanes: hello.lanes, most: settings.max_lanes });
@@ -486,8 +500,15 @@ fn complete(connections: impl Iterator<Item = Greeted>) -> Session {
     let first = connections.peek_mut().expect("there is at least one");
     let (peer, hello, features) = (first.peer.clone(), first.hello.clone(), first.features);
     let answer = first.writer.take();
-    let (readers, ears) = connections.map(|greeted| (greeted.reader, greeted.ear)).unzip();
-    Session { peer, hello, features, readers, ears, answer }
+    let mut session = Session { peer, hello, features, readers: Vec::new(), ears: Vec::new(), answer, urgent: None };
+    for Greeted { hello, reader, ear, writer, .. } in connections {
+        session.ears.push(ear);
+        match (hello.role, writer) {
+            (ConnectionRole::Urgent, Some(requests)) => session.urgent = Some(Urgent { pages: reader, requests }),
+            _ => session.readers.push(reader),
+        }
+    }
+    session
 }
 
 #[cfg(test)]

@@ -22,16 +22,19 @@ use memferry_stages::in_flight::InFlight;
 use memferry_stages::memory::GuestMemory;
 use memferry_stages::meter::{Meter, Reading};
 use memferry_stages::page_hashes::PageHashes;
+use memferry_stages::page_server::PageServer;
 use memferry_stages::pool::BufferPool;
 use memferry_stages::queue::{Inlet, Outlet, bounded};
-use memferry_stages::scanner::{RoundScanned, Scanner, ScannerOrder};
+use memferry_stages::scanner::{Cut, RoundScanned, Scanner, ScannerOrder};
 use memferry_stages::sender::{Control, Sent};
 use memferry_stages::stage_id::{StageId, StageKind};
-use memferry_stages::take::PageTaker;
+use memferry_stages::take::{PageTaker, UrgentRefused};
 use memferry_stages::token_bucket::TokenBucket;
 use memferry_stages::wire::WireFramer;
 use memferry_stages::zero_detector::ZeroDetector;
+use tokio::runtime::Handle;
 
+use super::link::Urgent;
 use super::senders::{Senders, bulk_map};
 use super::stage_set::StageSet;
 use super::{blocking, bounds};
@@ -68,6 +71,9 @@ pub(super) struct SourceGraph {
     /// The cap on bandwidth.
     bucket: Arc<TokenBucket>,
     sync_at_work: Arc<Mutex<()>>,
+    taker: PageTaker,
+    memory: GuestMemory,
+    cut: Cut,
 }
 
 /// What the lanes know of the destination. It survives a lost connection.
@@ -151,6 +157,12 @@ impl SourceGraph {
         let (sync, sync_orders) = bounded(1);
         let (synced_out, synced) = bounded(1);
         let Senders { stages, control, bulk: connections, sent, meters, bucket } = senders;
+        let lanes =
+            before.map_or_else(|| Lanes::new(layout, lane_map, settings), |before| before.next(layout, lane_map));
+        let untouched = Some(parts.untouched.clone());
+        let taker = PageTaker::new(parts.bitmap.clone(), untouched, parts.logs.clone(), lanes.in_flight.clone());
+        let scanner_meter = Meter::start(StageId::SCANNER);
+        let scanner = Scanner::new(taker.clone(), lane_map, scanner_meter.clone());
         let mut graph = Self {
             stages,
             scan,
@@ -159,24 +171,19 @@ impl SourceGraph {
             synced,
             control,
             sent,
-            lanes: before
-                .map_or_else(|| Lanes::new(layout, lane_map, settings), |before| before.next(layout, lane_map)),
+            lanes,
             meters: meters.clone(),
             sender_meters: meters,
             pools: Vec::new(),
             bucket,
             sync_at_work: Arc::default(),
+            taker,
+            memory: parts.memory.clone(),
+            cut: scanner.cut(),
         };
         let lanes = graph.start_lanes(&parts, settings, &connections);
 
-        let meter = graph.meter(StageId::SCANNER);
-        let taker = PageTaker::new(
-            parts.bitmap.clone(),
-            Some(parts.untouched.clone()),
-            parts.logs.clone(),
-            graph.lanes.in_flight.clone(),
-        );
-        let scanner = Scanner::new(taker, lane_map, meter);
+        graph.meters.push(scanner_meter);
         graph.stages.spawn(StageId::SCANNER, scanner.run(scan_orders, lanes, scanned_out));
 
         let meter = graph.meter(StageId::BITMAP_SYNC);
@@ -187,6 +194,31 @@ impl SourceGraph {
         graph.sync_at_work = bitmap_sync.at_work();
         graph.stages.spawn(StageId::BITMAP_SYNC, bitmap_sync.run(sync_orders, synced_out));
         graph
+    }
+
+    /// Ends the round that is scanned: what is left of it stays dirty.
+    pub(super) fn cut_round(&self) {
+        self.cut.cut();
+    }
+
+    /// In a switch to postcopy, nothing is known of what the destination holds of pages that are sent after it (law 6).
+    pub(super) fn forget_references(&mut self) {
+        self.lanes.references = None;
+    }
+
+    /// Serves pages that the destination asks for, from here on, on this runtime. `round` is the one that follows.
+    ///
+    /// # Errors
+    /// When a page could overtake an earlier version of itself.
+    pub(super) fn serve(&mut self, urgent: Urgent, round: u32, runtime: &Handle) -> Result<(), UrgentRefused> {
+        let taker = self.taker.open_urgent(round)?;
+        let lanes = LaneMap::new(u16::try_from(self.lanes()).expect("as many as were set"), self.memory.page_size());
+        let meter = self.meter(StageId::PAGE_SERVER);
+        // They count what goes to the wire.
+        self.sender_meters.push(meter.clone());
+        let server = PageServer::new(taker, self.memory.clone(), lanes, WireFramer::new(true), meter);
+        self.stages.spawn_on(StageId::PAGE_SERVER, server.run(urgent.requests, urgent.pages), runtime);
+        Ok(())
     }
 
     /// Ends every stage: once this returns, no stage accesses memory or logs.

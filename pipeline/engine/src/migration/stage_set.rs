@@ -40,7 +40,18 @@ impl StageSet {
 
     /// Starts a stage.
     pub(super) fn spawn(&mut self, id: StageId, stage: impl Future<Output = Result<(), StageError>> + Send + 'static) {
-        let task = self.tasks.spawn_on(stage, &self.plane);
+        let plane = self.plane.clone();
+        self.spawn_on(id, stage, &plane);
+    }
+
+    /// Starts a stage on a runtime of its own.
+    pub(super) fn spawn_on(
+        &mut self,
+        id: StageId,
+        stage: impl Future<Output = Result<(), StageError>> + Send + 'static,
+        runtime: &Handle,
+    ) {
+        let task = self.tasks.spawn_on(stage, runtime);
         self.running.insert(task.id(), (id, task));
     }
 

@@ -7,8 +7,8 @@ use memferry_stages::codec::{Codec, ZSTD_LEVELS};
 use memferry_stages::geometry::MAX_LANES;
 
 use super::{
-    ConvergenceSettings, DestinationSettings, EncoderSettings, LEAST_PEER_TIMEOUT, OnMiss, RecoverySettings,
-    SourceSettings, StallStep, SwitchoverBandwidth,
+    ConvergenceSettings, DestinationSettings, EncoderSettings, LEAST_PEER_TIMEOUT, Mode, OnMiss, PostcopyAfter,
+    RecoverySettings, SourceSettings, StallStep, SwitchoverBandwidth,
 };
 use crate::migration::least_cache;
 use crate::values::{Size, Time};
@@ -43,6 +43,10 @@ pub enum Setting {
     RecoveryBackoff,
     /// [`RecoverySettings::give_up`].
     RecoveryGiveUp,
+    /// [`SourceSettings::mode`].
+    Mode,
+    /// [`SourceSettings::postcopy_after`].
+    PostcopyAfter,
     /// [`SourceSettings::deadline`].
     Deadline,
     /// [`SourceSettings::max_bandwidth`].
@@ -86,6 +90,8 @@ impl Setting {
             Self::PeerTimeout => "migration.peer_timeout",
             Self::RecoveryBackoff => "migration.recovery.backoff",
             Self::RecoveryGiveUp => "migration.recovery.give_up",
+            Self::Mode => "migration.mode",
+            Self::PostcopyAfter => "migration.postcopy_after",
             Self::Deadline => "migration.deadline",
             Self::MaxBandwidth => "migration.max_bandwidth",
             Self::SwitchoverBandwidth => "migration.switchover_bandwidth",
@@ -106,6 +112,7 @@ impl Setting {
             Self::HelloTimeout => "\"10s\"",
             Self::HandoverTimeout | Self::PeerTimeout => "\"30s\"",
             Self::Deadline => "\"5m\" or \"none\"",
+            Self::PostcopyAfter => "3 (rounds) or \"10s\"",
             Self::RaiseStep => "\"100ms\"",
             Self::RecoveryBackoff => "\"500ms\"",
             Self::RecoveryGiveUp => "\"5m\"",
@@ -192,6 +199,12 @@ pub enum Rule {
         /// The downtime that no switchover may exceed.
         most: Duration,
     },
+    /// A guest that runs on pages that follow needs checksums: a page that was damaged on its way must not reach it.
+    PostcopyChecksum(Mode),
+    /// It needs lost connections to be made again: without that, each one loses the guest.
+    PostcopyRecovery(Mode),
+    /// Only `hybrid` switches to postcopy later than at once.
+    HybridOnly(Mode),
 }
 
 /// What is wrong.
@@ -225,6 +238,13 @@ impl fmt::Display for Rule {
             Self::LimitBelowMost { limit, most } => {
                 write!(f, "a downtime_limit of {} above a max_downtime of {}", Time(limit), Time(most))
             }
+            Self::PostcopyChecksum(mode) => {
+                write!(f, "mode {:?} without checksums: a damaged page would reach a guest that runs", mode.name())
+            }
+            Self::PostcopyRecovery(mode) => {
+                write!(f, "mode {:?} without recovery: a lost connection would lose the guest", mode.name())
+            }
+            Self::HybridOnly(mode) => write!(f, "mode {:?} does not switch to postcopy later", mode.name()),
         }
     }
 }
@@ -256,6 +276,9 @@ impl SettingsError {
             Rule::StartsBelowMost { .. } => "write a start of at most `most`".into(),
             Rule::RaisesLimit { .. } => "write more than downtime_limit, or leave \"raise-downtime-limit\" out".into(),
             Rule::LimitBelowMost { .. } => "write at least the downtime_limit, or \"none\"".into(),
+            Rule::PostcopyChecksum(_) => "write checksum = true, or mode = \"precopy\"".into(),
+            Rule::PostcopyRecovery(_) => "write recovery.attempts = 10, or mode = \"precopy\"".into(),
+            Rule::HybridOnly(_) => "write mode = \"hybrid\", or leave it out".into(),
         }
     }
 }
@@ -288,6 +311,7 @@ impl SourceSettings {
         rules.need(!is_zero, Setting::SwitchoverBandwidth, Rule::Bandwidth);
         rules.need(self.max_rounds > 0, Setting::MaxRounds, Rule::Rounds);
         rules.convergence(&self.convergence, self.downtime_limit);
+        rules.postcopy(self);
         if let Some(most) = self.max_downtime {
             let limit = self.downtime_limit;
             rules.need(limit <= most, Setting::MaxDowntime, Rule::LimitBelowMost { limit, most });
@@ -342,6 +366,22 @@ impl Broken {
     fn recovery(&mut self, recovery: &RecoverySettings) {
         self.time(Setting::RecoveryBackoff, recovery.backoff);
         self.time(Setting::RecoveryGiveUp, recovery.give_up);
+    }
+
+    fn postcopy(&mut self, settings: &SourceSettings) {
+        let (mode, is_hybrid) = (settings.mode, settings.mode == Mode::Hybrid);
+        if mode.may_switch() {
+            self.need(settings.checksum, Setting::Mode, Rule::PostcopyChecksum(mode));
+            self.need(settings.recovery.attempts > 0, Setting::Mode, Rule::PostcopyRecovery(mode));
+        }
+        match settings.postcopy_after {
+            Some(_) if !is_hybrid => self.need(false, Setting::PostcopyAfter, Rule::HybridOnly(mode)),
+            Some(PostcopyAfter::Rounds(rounds)) => self.need(rounds > 0, Setting::PostcopyAfter, Rule::Rounds),
+            Some(PostcopyAfter::Time(time)) => self.time(Setting::PostcopyAfter, time),
+            None => {}
+        }
+        let step = settings.convergence.on_stall.contains(&StallStep::Postcopy);
+        self.need(!step || is_hybrid, Setting::OnStall, Rule::HybridOnly(mode));
     }
 
     fn timeouts(&mut self, handover: Duration, peer: Duration) {
@@ -441,6 +481,21 @@ mod tests {
         assert_eq!(broken(|set| set.convergence.throttle.step = 100), (step, Rule::Percent(100)));
         let most = Rule::LimitBelowMost { limit: ms(300), most: ms(200) };
         assert_eq!(broken(|set| set.max_downtime = Some(ms(200))), (Setting::MaxDowntime, most));
+        let hybrid = |set: &mut SourceSettings| set.mode = Mode::Hybrid;
+        let unchecked = |set: &mut SourceSettings| (set.checksum, set.mode) = (false, Mode::Hybrid);
+        assert_eq!(broken(unchecked), (Setting::Mode, Rule::PostcopyChecksum(Mode::Hybrid)));
+        let once = |set: &mut SourceSettings| (set.recovery, set.mode) = (RecoverySettings::OFF, Mode::Postcopy);
+        assert_eq!(broken(once), (Setting::Mode, Rule::PostcopyRecovery(Mode::Postcopy)));
+        let after = |after| move |set: &mut SourceSettings| set.postcopy_after = Some(after);
+        let later = (Setting::PostcopyAfter, Rule::HybridOnly(Mode::Precopy));
+        assert_eq!(broken(after(PostcopyAfter::Rounds(1))), later);
+        let step = |set: &mut SourceSettings| set.convergence.on_stall = vec![StallStep::Postcopy];
+        assert_eq!(broken(step), (Setting::OnStall, Rule::HybridOnly(Mode::Precopy)));
+        let no_rounds = |set: &mut SourceSettings| {
+            hybrid(set);
+            after(PostcopyAfter::Rounds(0))(set);
+        };
+        assert_eq!(broken(no_rounds), (Setting::PostcopyAfter, Rule::Rounds));
         let none = DestinationSettings { max_lanes: 0, ..DestinationSettings::default() };
         assert_eq!(none.check(), Err(SettingsError { setting: Setting::MaxLanes, broken: Rule::Lanes(0) }));
     }

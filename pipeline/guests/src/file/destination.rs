@@ -73,6 +73,10 @@ impl Guest for FileDestination {
     fn memory(&self) -> GuestMemory {
         self.memory.clone()
     }
+
+    fn can_be_userfaulted(&self) -> Result<(), GuestError> {
+        Err(GuestError("images are read by another program, whose access to a page that is missing nobody sees".into()))
+    }
 }
 
 impl DestinationGuest for FileDestination {

@@ -65,6 +65,15 @@ impl Guest for RegionGuest {
     fn memory(&self) -> GuestMemory {
         self.store.memory().clone()
     }
+
+    fn can_be_userfaulted(&self) -> Result<(), GuestError> {
+        Ok(())
+    }
+
+    /// Nothing else maps it, and no page is pinned.
+    fn mapping_is_exclusive(&self) -> Result<(), GuestError> {
+        Ok(())
+    }
 }
 
 impl SourceGuest for RegionGuest {

@@ -204,6 +204,15 @@ impl Guest for Workload {
     fn page_hinters(&self) -> Vec<Arc<dyn PageHinter>> {
         Balloon::of(self.machine.clone())
     }
+
+    fn can_be_userfaulted(&self) -> Result<(), GuestError> {
+        Ok(())
+    }
+
+    /// Nothing else maps it, and no page is pinned.
+    fn mapping_is_exclusive(&self) -> Result<(), GuestError> {
+        Ok(())
+    }
 }
 
 impl SourceGuest for Workload {

@@ -115,6 +115,14 @@ impl Guest for Arriving {
     fn page_hinters(&self) -> Vec<Arc<dyn PageHinter>> {
         self.guest.page_hinters()
     }
+
+    fn can_be_userfaulted(&self) -> Result<(), GuestError> {
+        self.guest.can_be_userfaulted()
+    }
+
+    fn mapping_is_exclusive(&self) -> Result<(), GuestError> {
+        self.guest.mapping_is_exclusive()
+    }
 }
 
 impl DestinationGuest for Arriving {

@@ -7,6 +7,7 @@ pub(super) const FAILED: u8 = 1;
 pub(super) const BAD_USAGE: u8 = 2;
 pub(super) const UNCONFIRMED: u8 = 3;
 pub(super) const NOT_RESUMED: u8 = 4;
+pub(super) const LOST: u8 = 5;
 pub(super) const CANCELLED: u8 = 130;
 
 /// The exit code for an end.
@@ -15,6 +16,7 @@ pub(super) fn exit_code(ended: &Ended) -> u8 {
         _ if ended.resume_failed => NOT_RESUMED,
         Outcome::Completed => DONE,
         Outcome::Unconfirmed => UNCONFIRMED,
+        Outcome::Lost => LOST,
         Outcome::Cancelled => CANCELLED,
         Outcome::Failed => FAILED,
     }
@@ -57,6 +59,7 @@ pub(super) fn never_begun(error: String) -> Ended {
         cpu: std::time::Duration::ZERO,
         resume_failed: false,
         outages: memferry::events::Outages::default(),
+        postcopy: None,
     }
 }
 
@@ -75,8 +78,8 @@ mod tests {
 
     #[test]
     fn exit_codes_are_those_that_were_promised() {
-        let codes = [Outcome::Completed, Outcome::Failed, Outcome::Unconfirmed, Outcome::Cancelled];
-        assert_eq!(codes.map(|phase| exit_code(&ended(phase, ""))), [0, 1, 3, 130]);
+        let codes = [Outcome::Completed, Outcome::Failed, Outcome::Unconfirmed, Outcome::Lost, Outcome::Cancelled];
+        assert_eq!(codes.map(|phase| exit_code(&ended(phase, ""))), [0, 1, 3, 5, 130]);
         let stuck = Ended { resume_failed: true, ..ended(Outcome::Cancelled, "") };
         assert_eq!(exit_code(&stuck), 4);
     }

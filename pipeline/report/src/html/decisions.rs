@@ -12,7 +12,7 @@ pub(super) fn class(decision: Decision) -> &'static str {
         Decision::AnotherRound | Decision::Sample(_) | Decision::Drain => "flag-round",
         Decision::Throttle(_) => "flag-throttle",
         Decision::RaiseLimit(_) => "flag-limit",
-        Decision::SwitchOver => "flag-switch",
+        Decision::SwitchOver | Decision::Postcopy => "flag-switch",
         Decision::GiveUp => "flag-give-up",
     }
 }
@@ -26,6 +26,7 @@ pub(super) fn name(decision: Decision) -> String {
         Decision::Throttle(percent) => format!("throttle to {percent} %"),
         Decision::RaiseLimit(limit) => format!("limit raised to {}", human::time(limit)),
         Decision::SwitchOver => "switch over".into(),
+        Decision::Postcopy => "postcopy".into(),
         Decision::GiveUp => "give up".into(),
     }
 }

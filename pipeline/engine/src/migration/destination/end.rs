@@ -41,6 +41,7 @@ impl Destination<'_> {
         let ended = Box::new(ended);
         Err(match source {
             MigrationError::Cancelled => ReceiveError::Cancelled { source, ended },
+            MigrationError::PagesLost(source) => ReceiveError::Lost { source: *source, ended },
             _ if start_begun => ReceiveError::StartFailed { source, ended },
             _ => ReceiveError::Failed { source, ended },
         })
@@ -86,6 +87,7 @@ impl Destination<'_> {
             stages,
             resume_failed: false,
             outages: course.outages(),
+            postcopy: self.postcopy(),
         }
     }
 
@@ -93,6 +95,7 @@ impl Destination<'_> {
         let (outcome, error) = match result {
             Ok(()) => (Outcome::Completed, None),
             Err(error @ MigrationError::Cancelled) => (Outcome::Cancelled, Some(error.to_string())),
+            Err(error @ MigrationError::PagesLost(_)) => (Outcome::Lost, Some(error.to_string())),
             Err(error) => (Outcome::Failed, Some(error.to_string())),
         };
         let ended = Ended { outcome, error, total: self.started.elapsed(), ..figures };
@@ -105,6 +108,7 @@ impl Destination<'_> {
 fn farewell(result: &Result<(), MigrationError>, start_begun: bool, has_returned: bool) -> Option<Message> {
     match result {
         Ok(()) => None,
+        Err(error @ MigrationError::PagesLost(_)) => Some(Message::Abort(error.to_string().into())),
         Err(_) if start_begun => None,
         Err(MigrationError::Cancelled) => Some(Message::Abort("cancelled at the destination".into())),
         // A source that returns takes Refused for the listener's word about this attempt, and tries another.

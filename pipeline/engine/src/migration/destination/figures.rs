@@ -3,6 +3,7 @@
 use memferry_stages::meter::Reading;
 
 use super::flow::Flow;
+use super::postcopy::Switch;
 use super::{Attempt, Destination};
 use crate::events::{Event, Progress};
 use crate::migration::bounds;
@@ -19,7 +20,10 @@ impl Destination<'_> {
         if !flow.rates.tick.is_multiple_of(TICKS_PER_EVENT) {
             return;
         }
-        let (still, loaded) = (still(flow, total_bytes), flow.loaded_bytes());
+        let missing = self.switch.as_ref().and_then(Switch::left);
+        let page_bytes = self.built.as_ref().map_or(0, |built| built.memory().page_size().bytes() as u64);
+        let (mut still, loaded) = (still(flow, total_bytes), flow.loaded_bytes());
+        still.remaining_bytes = missing.map(|pages| pages * page_bytes).or(still.remaining_bytes);
         let progress = Progress {
             wire_rate: flow.rates.wire.tick(still.wire_bytes),
             page_rate: flow.rates.pages.tick(loaded),

@@ -1,5 +1,7 @@
 //! The running stages of a destination: what they report, and what has arrived besides the pages.
 
+use std::collections::VecDeque;
+use std::sync::Mutex;
 use std::sync::atomic::Ordering;
 
 use memferry_stages::geometry::Layout;
@@ -19,9 +21,10 @@ use crate::events::Role;
 use crate::migration::alive::{Alive, silenced};
 use crate::migration::course::destination::ended_early;
 use crate::migration::course::times::write_back_figures;
-use crate::migration::destination_graph::DestinationGraph;
+use crate::migration::destination_graph::{DestinationGraph, Stream};
 use crate::migration::digests::Digests;
 use crate::migration::error::{Failure, Loss, MigrationError, Silence};
+use crate::migration::session::Urgent;
 use crate::migration::state::{Assembly, Room};
 use crate::migration::{FAREWELL, PATIENCE};
 
@@ -38,6 +41,11 @@ pub(super) struct Flow {
     /// Page bytes loaded, and bytes received from the wire, in the attempts before.
     pub(super) loaded_before: u64,
     pub(super) wire_before: u64,
+    pub(super) stream: Stream,
+    /// Until pages are asked for.
+    pub(super) urgent: Mutex<Option<Urgent>>,
+    /// Signals that came while something else was waited for.
+    pub(super) later: VecDeque<Signal>,
 }
 
 /// Messages that arrive besides the pages.
@@ -73,6 +81,8 @@ pub(super) enum Signal {
     ConnectionEnded(StageId),
     /// Every connection has ended at a frame boundary, and everything received is loaded.
     StreamEnded,
+    /// No page is missing.
+    Filled,
     /// A stage failed.
     Broke(Failure),
     /// The source was silent for too long.
@@ -83,6 +93,9 @@ pub(super) enum Signal {
 impl Flow {
     /// Waits for the next signal. Safe to race in a `select!`.
     pub(super) async fn next(&mut self) -> Signal {
+        if let Some(signal) = self.later.pop_front() {
+            return signal;
+        }
         loop {
             tokio::select! {
                 biased;
@@ -93,6 +106,9 @@ impl Flow {
                         return Signal::Broke(failure);
                     }
                     self.stages_left -= usize::from(end.stage != StageId::ANSWERS);
+                    if end.stage == StageId::PAGE_REQUESTER {
+                        return Signal::Filled;
+                    }
                     if self.stages_left == 0 {
                         return Signal::StreamEnded;
                     }
@@ -102,6 +118,29 @@ impl Flow {
                 }
                 silence = silenced(self.alive.as_ref()) => return Signal::Silent(silence),
                 _ = self.ticks.tick() => return Signal::Tick,
+            }
+        }
+    }
+
+    /// Waits until the connection is lost, or an end gives up. Other signals are kept for later. Safe to race in a `select!`.
+    pub(super) async fn lost(&mut self) {
+        let mut others = Vec::new();
+        loop {
+            let signal = self.next().await;
+            let is_over = matches!(
+                signal,
+                Signal::Broke(_)
+                    | Signal::ConnectionEnded(_)
+                    | Signal::StreamEnded
+                    | Signal::Silent(_)
+                    | Signal::Received(Message::Abort(_))
+            );
+            if !matches!(signal, Signal::Tick) {
+                others.push(signal);
+            }
+            if is_over {
+                self.later.extend(others);
+                return;
             }
         }
     }

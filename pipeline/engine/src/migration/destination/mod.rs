@@ -9,6 +9,7 @@
 //! | `rates` | the rounds that have arrived, and the rates |
 //! | `figures` | figures for observers |
 //! | `verify` | digests are compared |
+//! | `postcopy` | pages are discarded, and missing from then on |
 //! | `write_back` | loaded memory is made durable |
 //! | `end` | the source is notified of the outcome, and everything is closed |
 
@@ -16,6 +17,7 @@ mod answers;
 mod end;
 mod figures;
 mod flow;
+mod postcopy;
 mod rates;
 mod setup;
 mod verify;
@@ -50,6 +52,7 @@ use crate::guest::{DestinationGuest, GuestBuilder, GuestError, GuestState};
 use crate::settings::DestinationSettings;
 use answers::Answers;
 use flow::Flow;
+use postcopy::Switch;
 use rates::Rates;
 use verify::{Comparison, Verification};
 use write_back::Writer;
@@ -181,6 +184,8 @@ struct Destination<'a> {
     attempt: Attempt<'a>,
     comparison: Comparison,
     writer: Writer,
+    /// Set where the guest may be started before all of its memory is here.
+    switch: Option<Switch>,
 }
 
 /// What attempts that ended have come to.
@@ -253,6 +258,7 @@ impl<'a> Destination<'a> {
             attempt: Attempt::None,
             comparison: Comparison::None,
             writer: Writer::default(),
+            switch: None,
         }
     }
 

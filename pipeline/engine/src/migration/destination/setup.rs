@@ -1,6 +1,7 @@
 //! Setup: connections are gathered, the stream is accepted, the machine is built, and the stages start.
 
-use std::sync::Arc;
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use futures::future::BoxFuture;
@@ -10,13 +11,14 @@ use memferry_stages::queue::Outlet;
 use memferry_stages::sender::Control;
 use memferry_stages::wire::messages::{Resume, StatePhase};
 use memferry_stages::wire::reader::{Incoming, ReadError};
-use memferry_stages::wire::{Message, Preface, Secret, bitmap_parts};
+use memferry_stages::wire::{Features, Message, Preface, Secret, bitmap_parts};
 use memferry_transports::Listener;
 use tokio::sync::mpsc;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::answers::{Answers, figures, send_answer};
 use super::flow::{Arrived, Flow};
+use super::postcopy::Switch;
 use super::rates::Rates;
 use super::verify::Verification;
 use super::{Attempt, Build, Built, Destination};
@@ -24,7 +26,7 @@ use crate::events::{Event, Observers, Role};
 use crate::guest::{GuestError, GuestState};
 use crate::migration::course::destination::ended_early;
 use crate::migration::course::times::build_message;
-use crate::migration::destination_graph::{DestinationGraph, Place};
+use crate::migration::destination_graph::{DestinationGraph, Place, Sinks, Stream};
 use crate::migration::error::MigrationError;
 use crate::migration::excluded::excluded_ranges;
 use crate::migration::session::{Door, Known, Session};
@@ -121,28 +123,35 @@ impl<'a> Destination<'a> {
             session,
             answers: answers.as_ref().map(|answers| answers.outlet.clone()),
             resume: Resume { started, frames: self.before.frames.clone() },
-            received: self.built.as_ref().map(|built| built.place.received.clone()),
+            received: self.here(),
             room: self.state_room.left,
         };
         self.attempt = Attempt::Agreeing(Box::pin(rejoining.make()), answers);
     }
 
+    /// The pages that the source need not send again, unless they are dirty.
+    fn here(&self) -> Option<Arc<DirtyBitmap>> {
+        let of_running = self.switch.as_ref().and_then(Switch::here);
+        of_running.or_else(|| self.built.as_ref().map(|built| built.place.received.clone()))
+    }
+
     pub(super) fn start_stages(&mut self, ready: Ready, answers: Option<Answers>) -> Result<(), MigrationError> {
-        let Ready { session: Session { hello, features, readers, .. }, made, .. } = ready;
+        let Ready { session: Session { hello, features, readers, urgent, .. }, made, .. } = ready;
         if let Some(built) = made {
             self.built = Some(built);
             self.setup = self.started.elapsed();
             self.state_room.behind_setup = self.state_room.left;
-        } else if let Some(Built { place, verification, .. }) = &mut self.built {
+        } else if let Some(Built { place, verification, .. }) = self.built.as_mut().filter(|_| self.switch.is_none()) {
             verification.go_on(&place.memory)?;
         }
+        let sinks = self.sinks(features);
         let place = &self.built.as_ref().expect("the guest is built").place;
         let stages_left = readers.len() + usize::from(hello.lanes);
         let (stages, answer, mut alive) = match answers {
             Some(Answers { stages, outlet, alive }) => (stages, Some(outlet), Some(alive)),
             None => (StageSet::new(self.plane.handle()), None, None),
         };
-        let graph = DestinationGraph::start(&hello, features, readers, stages, answer, place);
+        let graph = DestinationGraph::start(&hello, features, readers, stages, answer, place, &sinks);
         if let (Some(alive), Some(answer)) = (&mut alive, &graph.answer) {
             let meters = graph.receiver_meters.clone();
             alive.report(answer.clone(), move || figures(&meters));
@@ -156,8 +165,27 @@ impl<'a> Destination<'a> {
             rates: Rates::begin(self.before.rates.take()),
             loaded_before: self.before.loaded_bytes,
             wire_before: self.before.wire_bytes,
+            stream: Stream { lanes: hello.lanes, bulk: hello.bulk, features },
+            urgent: Mutex::new(urgent),
+            later: VecDeque::new(),
         }));
+        if matches!(sinks, Sinks::Place(_)) {
+            self.start_urgent()?;
+        }
         Ok(())
+    }
+
+    /// How the lanes write: where the guest runs already, only what is missing.
+    fn sinks(&mut self, features: Features) -> Sinks {
+        if let Some(missing) = self.switch.as_ref().and_then(|switch| switch.missing.clone()) {
+            return Sinks::Place(missing);
+        }
+        let layout = self.built.as_ref().map(|built| built.memory().layout().clone());
+        let Some(layout) = layout.filter(|_| features.postcopy) else { return Sinks::Direct };
+        let switch = Switch::new(&layout);
+        let switched = switch.switched.clone();
+        self.switch = Some(switch);
+        Sinks::Hybrid(switched)
     }
 }
 
@@ -183,6 +211,9 @@ impl Acceptance {
             pages: layout.pages(),
             memory_bound: bound(layout),
         });
+        if self.session.features.postcopy {
+            super::postcopy::check(&*built.guest, built.memory())?;
+        }
         send_answer(self.answers.as_ref(), &build_message(began.elapsed())).await?;
         built.verify(self.session.features)?;
         if let Some((secret, awaited)) = returns.filter(|_| recovery.attempts > 0) {

@@ -19,7 +19,7 @@ pub(super) enum Verification {
     Off,
     Full,
     /// The hashes of the pages as they are loaded, and the check of memory against them.
-    Pages(Arc<PageHashes>, Checker),
+    Pages(Arc<PageHashes>, Option<Checker>),
 }
 
 impl Verification {
@@ -36,7 +36,7 @@ impl Verification {
         }
         let page_hashes = Arc::new(PageHashes::new(memory.layout()));
         let checker = Checker::start(memory.clone(), page_hashes.clone()).map_err(MigrationError::Check)?;
-        Ok(Self::Pages(page_hashes, checker))
+        Ok(Self::Pages(page_hashes, Some(checker)))
     }
 
     /// After a lost connection memory is checked again.
@@ -45,9 +45,17 @@ impl Verification {
     /// When the check cannot start.
     pub(super) fn go_on(&mut self, memory: &GuestMemory) -> Result<(), MigrationError> {
         if let Self::Pages(page_hashes, checker) = self {
-            *checker = Checker::start(memory.clone(), page_hashes.clone()).map_err(MigrationError::Check)?;
+            *checker = Some(Checker::start(memory.clone(), page_hashes.clone()).map_err(MigrationError::Check)?);
         }
         Ok(())
+    }
+
+    /// Memory is not checked from here on. Dropping what is returned waits until it is not read any more.
+    pub(super) fn rest(&mut self) -> Option<Checker> {
+        match self {
+            Self::Pages(_, checker) => checker.take(),
+            Self::Off | Self::Full => None,
+        }
     }
 
     pub(super) fn kind(&self) -> Verify {
@@ -69,7 +77,7 @@ impl Verification {
     pub(super) fn finish(&self, memory: &GuestMemory, excluded: LeftOut) -> Ours {
         match self {
             Self::Pages(page_hashes, checker) => {
-                checker.stop();
+                checker.iter().for_each(Checker::stop);
                 Ours::Pages(page_hashes.clone(), excluded)
             }
             Self::Off | Self::Full => Ours::Memory(digests::start(memory, excluded)),

@@ -10,6 +10,7 @@ use memferry_stages::wire::messages::RunState;
 use tokio::sync::mpsc;
 
 use super::flow::Signal;
+use super::postcopy::Switch;
 use super::setup::Ready;
 use super::verify::{Comparison, describe, page_hashes};
 use super::{Attempt, Destination};
@@ -18,7 +19,7 @@ use crate::guest::GuestState;
 use crate::migration::alive::silenced;
 use crate::migration::course::destination::{Action, Agreed, DestinationCourse, Input};
 use crate::migration::driver::World;
-use crate::migration::error::{Failure, MigrationError, guarded};
+use crate::migration::error::{Failure, Loss, MigrationError, guarded};
 use crate::migration::session::{Door, Session};
 use crate::migration::state::Assembly;
 use crate::migration::{asked, blocking};
@@ -151,6 +152,10 @@ impl Destination<'_> {
                 }
                 None
             }
+            Signal::Received(Message::Missing(part)) if course.is_loading() => {
+                self.switch()?.add(&part)?;
+                None
+            }
             Signal::Received(Message::Digests { block, first, stretches }) if course.is_loading() => {
                 flow.arrived.digests.add(block, first, stretches)?;
                 None
@@ -168,11 +173,24 @@ impl Destination<'_> {
             Signal::Loaded(Loaded { mark: Mark::LaneEnds, .. }) => {
                 Some(Input::LaneOver { frames: flow.loaded_frames() })
             }
-            Signal::Loaded(Loaded { mark, .. }) => {
-                return Err(MigrationError::Mistake(format!("{mark:?} in precopy: the receiver lets none pass")));
+            Signal::Loaded(Loaded { mark: Mark::DirectEnds, .. }) => {
+                Some(Input::DirectEnded { frames: flow.loaded_frames() })
+            }
+            Signal::Loaded(Loaded { mark: mark @ Mark::Checkpoint(_), .. }) => {
+                return Err(MigrationError::Mistake(format!("{mark:?}: the receiver lets none pass")));
+            }
+            Signal::Filled => Some(Input::Filled),
+            // No page is missing: the source serves none any more.
+            Signal::ConnectionEnded(receiver)
+                if receiver == StageId::receiver(flow.stream.bulk)
+                    && self.switch.as_ref().and_then(Switch::left) == Some(0) =>
+            {
+                None
             }
             // Pages are missing, or a loader is about to fail at what came last.
-            Signal::ConnectionEnded(receiver) if course.is_loading() => Some(Input::Broke(Failure::Ended(receiver))),
+            Signal::ConnectionEnded(receiver) if course.is_loading() || course.is_filling() => {
+                Some(Input::Broke(Failure::Ended(receiver)))
+            }
             // No message comes any more.
             Signal::ConnectionEnded(receiver) if receiver == StageId::receiver(0) => Some(Input::StreamEnded),
             Signal::ConnectionEnded(_) => None,
@@ -180,7 +198,7 @@ impl Destination<'_> {
             Signal::Broke(failure) => Some(Input::Broke(failure)),
             Signal::Silent(silence) => Some(Input::Failed(MigrationError::Silent(silence))),
             Signal::Tick => {
-                if course.is_loading() {
+                if course.is_loading() || course.is_filling() {
                     flow.acknowledge()?;
                 }
                 self.write_back(course);
@@ -219,12 +237,23 @@ impl Destination<'_> {
             }
             Action::EndAttempt => {
                 self.end_attempt().await;
+                if !course.start_begun() {
+                    self.abandon_missing();
+                }
                 None
             }
             Action::Rejoin { started } => {
                 let session = self.gate.returned.take().expect("the source has returned");
                 self.rejoin(*session, started);
                 None
+            }
+            Action::Discard => {
+                self.discard_ahead().await?;
+                Some(Input::Discarded)
+            }
+            Action::Register => {
+                self.register().await?;
+                Some(Input::Registered)
             }
             Action::MakeDurable => {
                 let guest = self.built.as_ref().expect("what is loaded was built").guest.clone();
@@ -244,7 +273,7 @@ impl Destination<'_> {
             Action::Explain(failure) => Some(Input::Failed(self.explain(failure).await)),
             Action::StartDigests => {
                 let built = self.built.as_ref().expect("what is loaded was built");
-                let ours = built.verification.finish(built.memory(), built.excluded.clone());
+                let ours = built.verification.finish(built.memory(), self.left_out());
                 self.comparison = Comparison::Started(ours);
                 None
             }
@@ -329,10 +358,28 @@ impl Destination<'_> {
         let guest = self.built.as_ref().expect("what is loaded was built").guest.clone();
         let device = self.attempt.running()?.arrived.device.take();
         let device = device.map_or_else(|| Ok(GuestState::default()), Assembly::finish)?;
-        Ok(blocking(move || guest.prepare(&device)).await?)
+        let preparing = guest.clone();
+        let mut prepared = Box::pin(blocking(move || preparing.prepare(&device)));
+        let missing = self.switch.as_ref().and_then(|switch| switch.missing.clone());
+        let (Some(missing), Self { attempt: Attempt::Running(flow), cancel, .. }) = (missing, &mut *self) else {
+            return Ok(prepared.await?);
+        };
+        tokio::select! {
+            biased;
+            prepared = &mut prepared => return Ok(prepared?),
+            () = cancel.cancelled() => {}
+            () = flow.lost() => {}
+        }
+        // It may wait for a page that does not come. What it does with zeros has no effect: the guest is not started.
+        missing.abandon();
+        if prepared.await.is_ok() {
+            blocking(move || guest.unprepare()).await?;
+        }
+        Err(if self.cancel.is_cancelled() { MigrationError::Cancelled } else { MigrationError::Lost(Loss::Incomplete) })
     }
 
     async fn start(&mut self, run_state: RunState) -> Result<(), MigrationError> {
+        self.switch.iter_mut().for_each(Switch::starts);
         let guest = self.built.as_ref().expect("what is prepared was built").guest.clone();
         asked(move || guest.start(run_state)).await
     }

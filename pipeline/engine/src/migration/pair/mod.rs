@@ -194,6 +194,7 @@ enum Ended {
     Failed,
     Cancelled,
     Unconfirmed,
+    Lost,
     ResumeFailed,
     Hangs,
     /// It did not begin: no complete stream was stored.
@@ -306,7 +307,7 @@ fn judge_conclusion(scene: &Scene, source: &SourceModel, conclusion: Option<&Con
     let completed = matches!(conclusion.end, SourceEnd::Completed);
     let stays = match conclusion.end {
         SourceEnd::Completed => scene.return_path || !scene.resumes,
-        SourceEnd::Unconfirmed(_) => true,
+        SourceEnd::Unconfirmed(_) | SourceEnd::Lost(_) => true,
         SourceEnd::Failed(_) | SourceEnd::Cancelled(_) => false,
     };
     report(conclusion.stays_paused == stays, "the source does not know whether its guest stays paused");
@@ -407,6 +408,10 @@ fn judge(scene: &Scene, shared: &Shared, source: Ended, destination: Ended, equa
             require(!shared.source_runs, "law 7: unconfirmed, and the source guest runs");
             require(shared.committed || shared.claims_start, "law 7: unconfirmed before the source committed");
         }
+        Ended::Lost => {
+            require(!shared.source_runs, "law 7: the guest was started elsewhere, and the source guest runs");
+            require(shared.lies || shared.start_begun, "a guest is lost that was not started");
+        }
         // A guest whose pause and resume both failed may run or not.
         Ended::ResumeFailed | Ended::Hangs | Ended::NotBegun => {}
     }
@@ -428,6 +433,7 @@ fn how_source(course: SourceCourse, mistake: Option<MigrationError>) -> Ended {
         SourceEnd::Failed(_) => Ended::Failed,
         SourceEnd::Cancelled(_) => Ended::Cancelled,
         SourceEnd::Unconfirmed(_) => Ended::Unconfirmed,
+        SourceEnd::Lost(_) => Ended::Lost,
     }
 }
 
@@ -438,6 +444,7 @@ fn how_destination(course: DestinationCourse, mistake: Option<MigrationError>) -
     match course.into_outcome(mistake) {
         Ok(()) => Ended::Completed,
         Err(MigrationError::Cancelled) => Ended::Cancelled,
+        Err(MigrationError::PagesLost(_)) => Ended::Lost,
         Err(_) => Ended::Failed,
     }
 }

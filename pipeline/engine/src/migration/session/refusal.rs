@@ -26,12 +26,18 @@ pub(super) enum Refusal {
     Version(u16),
     #[error("{0}")]
     Features(WireError),
-    #[error("it is the {0} connection of its migration, and a precopy destination accepts bulk connections only")]
+    #[error("it is the {0} connection of its migration, whose features have no use for one")]
     Role(ConnectionRole),
-    #[error("{others} of its connections are not bulk, and a precopy destination accepts bulk connections only")]
+    #[error("{others} of its connections are not bulk: there is one more for postcopy, and none without it")]
     OtherConnections { others: u16 },
-    #[error("its lanes carry marks of checkpoints or of postcopy, and a precopy destination accepts neither")]
+    #[error("its lanes carry marks of checkpoints, which this destination does not accept")]
     Marks,
+    #[error(
+        "its mode is postcopy without checksums or without recovery: a damaged page or a lost connection would lose the guest"
+    )]
+    UnsafePostcopy,
+    #[error("its mode is postcopy, and this destination does not wait for a lost connection (recovery.attempts = 0)")]
+    PostcopyWithoutRecovery,
     #[error("it has {lanes} lanes, at most {most} are accepted here")]
     Lanes { lanes: u16, most: u16 },
     #[error("its pages have {theirs} bytes, ours {ours}")]
@@ -86,6 +92,8 @@ impl Refusal {
             | Self::Role(_)
             | Self::OtherConnections { .. }
             | Self::Marks
+            | Self::UnsafePostcopy
+            | Self::PostcopyWithoutRecovery
             | Self::Lanes { .. }
             | Self::PageSize { .. }
             | Self::NoDigests => TurnedAwayKind::Unfit,

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use memferry_stages::wire::hello::Hello;
 use memferry_stages::wire::reader::Incoming;
-use memferry_stages::wire::{Meeting, Message, Nonce, Prover, Secret};
+use memferry_stages::wire::{ConnectionRole, Meeting, Message, Nonce, Prover, Secret};
 use tokio::io::AsyncWriteExt;
 
 use super::refusal::Refusal;
@@ -72,7 +72,7 @@ impl Known {
 
 /// What all connections of all attempts have in common.
 pub(super) fn unnumbered(hello: &Hello) -> Hello {
-    Hello { attempt: 1, nonce: Nonce::default(), connection: 0, ..hello.clone() }
+    Hello { attempt: 1, nonce: Nonce::default(), connection: 0, role: ConnectionRole::Bulk, ..hello.clone() }
 }
 
 /// Both ends prove that they have the secret. This end is first: what it proves is of no use to anybody else.

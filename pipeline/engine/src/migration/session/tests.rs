@@ -153,7 +153,7 @@ async fn a_migration_whose_connections_do_not_all_come_is_refused_with_the_reaso
 }
 
 #[tokio::test]
-async fn what_precopy_does_not_use_is_refused_at_once_with_the_reason() {
+async fn what_a_stream_has_no_use_for_is_refused_at_once_with_the_reason() {
     let gathering = Gathering::start(2 * HANG).await;
     let urgent = |hello: &mut Hello| (hello.role, hello.bulk) = (ConnectionRole::Urgent, 1);
     let control = |hello: &mut Hello| (hello.role, hello.bulk) = (ConnectionRole::Control, 1);
@@ -164,16 +164,17 @@ async fn what_precopy_does_not_use_is_refused_at_once_with_the_reason() {
         gathering.knock_with(1, 0, 2, |hello| hello.bulk = 1).await,
         gathering.knock_with(1, 0, 1, |hello| hello.features = vec!["checkpoints".into()]).await,
         gathering.knock_with(1, 0, 1, |hello| hello.features = vec!["postcopy".into()]).await,
+        gathering.knock_with(1, 0, 2, |hello| (hello.features, hello.bulk) = (vec!["postcopy".into()], 1)).await,
     ] {
         refused.push(source.refused().await.to_string());
     }
-    let marks = Refusal::Marks.to_string();
     let reasons = [
         Refusal::Role(ConnectionRole::Urgent).to_string(),
         Refusal::Role(ConnectionRole::Control).to_string(),
         Refusal::OtherConnections { others: 1 }.to_string(),
-        marks.clone(),
-        marks,
+        Refusal::Marks.to_string(),
+        Refusal::OtherConnections { others: 0 }.to_string(),
+        Refusal::UnsafePostcopy.to_string(),
     ];
     assert_eq!(refused, reasons);
     let turned_away_events = gathering.ends_well().await;

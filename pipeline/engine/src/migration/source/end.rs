@@ -4,13 +4,13 @@ use memferry_stages::wire::Message;
 
 use super::figures::Figures;
 use super::{Attempt, Source};
-use crate::events::{Ended, Event, Outcome};
+use crate::events::{Ended, Event, Outcome, Postcopy};
 use crate::guest::hints::Point;
 use crate::migration::FAREWELL;
 use crate::migration::course::source::{Conclusion, End, SourceCourse, why_cancelled};
 use crate::migration::driver::Course;
 use crate::migration::error::MigrationError;
-use crate::migration::outcome::{LOOK, SendError, Sent};
+use crate::migration::outcome::{LOOK, LOST_HERE, SendError, Sent};
 
 impl Source<'_> {
     /// The course is over: reports the outcome, notifies the peer, and stops stages and logs. `mistake` is why the course
@@ -81,7 +81,19 @@ impl Source<'_> {
             stages,
             resume_failed: false,
             outages: course.outages(),
+            postcopy: self.postcopy(course),
         }
+    }
+
+    /// The figures of a guest that was started before all of its pages had left.
+    fn postcopy(&self, course: &SourceCourse) -> Option<Postcopy> {
+        let since = course.serving_since()?;
+        Some(Postcopy {
+            missing_pages: self.transfer.missing_pages,
+            time: self.started.elapsed().saturating_sub(since),
+            urgent_pages: self.urgent_pages(),
+            ..Postcopy::default()
+        })
     }
 
     /// Reports the verdict to observers.
@@ -90,6 +102,7 @@ impl Source<'_> {
             End::Completed => (Outcome::Completed, None),
             End::Failed(why) => (Outcome::Failed, Some(why.to_string())),
             End::Cancelled(why) => (Outcome::Cancelled, Some(why_cancelled(why))),
+            End::Lost(why) => (Outcome::Lost, Some(format!("{why}; {LOST_HERE}"))),
             End::Unconfirmed(why) => (Outcome::Unconfirmed, Some(format!("{why}; {LOOK}"))),
         };
         let resume_error = conclusion.resume_error.as_ref();
@@ -116,6 +129,7 @@ fn result(conclusion: Conclusion, ended: Ended) -> Result<Sent, SendError> {
         }
         (End::Failed(source), None) => Err(SendError::Failed { source, ended: boxed(ended) }),
         (End::Cancelled(source), None) => Err(SendError::Cancelled { source, ended: boxed(ended) }),
+        (End::Lost(source), _) => Err(SendError::Lost { source, ended: boxed(ended) }),
         // A guest that may run elsewhere is not resumed, so there is no resume error.
         (End::Unconfirmed(source), _) => Err(SendError::Unconfirmed { source, ended: boxed(ended) }),
     }

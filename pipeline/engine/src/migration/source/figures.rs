@@ -73,7 +73,14 @@ impl Source<'_> {
     pub(super) fn report_progress(&mut self, course: &SourceCourse, now: &Standing) {
         let Some(still) = self.still(course, now) else { return };
         let (controller, is_paused) = (course.controller(), course.is_paused());
-        let expected = if is_paused { controller.forecast(now) } else { controller.forecast_within(now) };
+        let serving = course.is_serving();
+        let expected = if serving {
+            None
+        } else if is_paused {
+            controller.forecast(now)
+        } else {
+            controller.forecast_within(now)
+        };
         let dirty_rate = controller.forecaster().dirty_bytes_per_second();
         let read_bytes = self.transfer.page_bytes(read_pages(&still.stages));
         let progress = Progress {
@@ -115,6 +122,11 @@ impl Source<'_> {
             cpu: self.rates.cpu(),
             ..Progress::default()
         })
+    }
+
+    /// Pages that were sent since the destination asked for them.
+    pub(super) fn urgent_pages(&self) -> u64 {
+        self.earlier_urgent + self.attempt.flow().map_or(0, Flow::urgent_pages)
     }
 
     pub(super) fn figures(&self, verify: Verify) -> Figures {

@@ -1,5 +1,6 @@
 //! The signals of the source's stages and of the destination while the stages run.
 
+use std::sync::Mutex;
 use std::time::Duration;
 
 use memferry_stages::bitmap_sync::Synced;
@@ -16,7 +17,7 @@ use crate::migration::PATIENCE;
 use crate::migration::alive::{Alive, silenced};
 use crate::migration::course::source::Input;
 use crate::migration::error::{Failure, Loss, MigrationError, Silence};
-use crate::migration::link::ReturnPath;
+use crate::migration::link::{ReturnPath, Urgent};
 use crate::migration::senders;
 use crate::migration::source_graph::SourceGraph;
 
@@ -47,13 +48,20 @@ pub(super) struct Flow {
     return_path: Option<ReturnPath>,
     /// Set if there is a return path.
     pub(super) alive: Option<Alive>,
+    /// Until pages are served.
+    pub(super) urgent: Mutex<Option<Urgent>>,
     /// How every stage had spent its time when the round began.
     round_began: Vec<Reading>,
 }
 
 impl Flow {
-    pub(super) fn new(graph: SourceGraph, return_path: Option<ReturnPath>, alive: Option<Alive>) -> Self {
-        Self { graph, return_path, alive, round_began: Vec::new() }
+    pub(super) fn new(
+        graph: SourceGraph,
+        return_path: Option<ReturnPath>,
+        alive: Option<Alive>,
+        urgent: Option<Urgent>,
+    ) -> Self {
+        Self { graph, return_path, alive, urgent: Mutex::new(urgent), round_began: Vec::new() }
     }
 
     /// Waits for the next signal. Safe to race in a `select!`.
@@ -105,6 +113,12 @@ impl Flow {
     /// Bytes of frames of pages among them.
     pub(super) fn bulk_bytes(&self) -> u64 {
         self.graph.sender_meters.iter().map(|meter| meter.bulk_bytes()).sum()
+    }
+
+    /// Pages that were sent since the destination asked for them.
+    pub(super) fn urgent_pages(&self) -> u64 {
+        let readings = self.graph.readings();
+        readings.iter().filter(|stage| stage.stage == StageId::PAGE_SERVER).map(|stage| stage.pages).sum()
     }
 
     /// Queues a message on connection 0, ahead of queued pages.

@@ -94,6 +94,7 @@ pub async fn send(
         digests: Digests::None,
         is_throttled: false,
         earlier_bytes: 0,
+        earlier_urgent: 0,
         ticks: ticks(TICK),
     };
     boxed(source, SourceCourse::new(settings, facts)).await
@@ -130,6 +131,8 @@ struct Source<'a> {
     is_throttled: bool,
     /// Bytes handed to the transport in attempts that ended.
     earlier_bytes: u64,
+    /// Pages that the destination asked for in attempts that ended.
+    earlier_urgent: u64,
     /// When figures are taken, and the deadline is checked.
     ticks: Interval,
 }

@@ -78,11 +78,14 @@ impl<'a> Source<'a> {
             settings,
         )?;
         let features = Features {
-            left_out: may_leave_out,
+            left_out: may_leave_out || settings.mode.may_switch(),
             ignored_blocks: transfer.layout().blocks().iter().any(|block| block.ignored),
             recovery: recovers(settings, self.transport.capabilities()),
             ..features(settings)
         };
+        if features.postcopy && !self.transport.capabilities().return_path {
+            return Err(MigrationError::NoReturnPath(settings.mode));
+        }
         self.transfer.agreement = Some(Agreement { features, identity: Identity::new(features)? });
         Ok(Box::pin(self.introduction(settings)?.make(self.plane)))
     }

@@ -11,7 +11,7 @@ use memferry_stages::geometry::Layout;
 use memferry_stages::memory::GuestMemory;
 use memferry_stages::page_hashes::PageHashes;
 use memferry_stages::wire::messages::{StateChunk, StatePhase};
-use memferry_stages::wire::{Features, Message};
+use memferry_stages::wire::{Features, Message, bitmap_parts};
 
 use super::hints::Hints;
 use crate::guest::{GuestError, GuestState, RunState, SourceGuest};
@@ -46,6 +46,10 @@ pub(super) struct Transfer {
     checker: Option<Checker>,
     /// The pages that the digests leave out, once the digests are begun.
     left_out: LeftOut,
+    /// The pages that the destination was to discard, in a switch to postcopy.
+    named: Option<DirtyBitmap>,
+    /// Pages that were missing when the guest was handed over.
+    pub(super) missing_pages: u64,
     /// What both ends have agreed on, once the destination is being reached.
     pub(super) agreement: Option<Agreement>,
     /// What the lanes know, while there is no connection.
@@ -75,6 +79,8 @@ impl Transfer {
             page_hashes: None,
             checker: None,
             left_out: None,
+            named: None,
+            missing_pages: 0,
             agreement: None,
             lanes: None,
         }
@@ -160,7 +166,7 @@ impl Transfer {
     /// Digests of the whole memory are computed from here on. Sums of page hashes are made when they are awaited, after the last
     /// round.
     pub(super) fn start_digests(&mut self) -> BoxFuture<'static, Result<Digests, MigrationError>> {
-        self.left_out = self.hints.exclusions().map(|exclusions| Arc::new(exclusions.left_out()));
+        self.left_out = self.left_out();
         self.checker.iter().for_each(Checker::stop);
         let (memory, left_out) = (self.memory.clone(), self.left_out.clone());
         match self.page_hashes.clone() {
@@ -170,6 +176,47 @@ impl Transfer {
                 Box::pin(async move { pending.finish().await.map_err(MigrationError::Digest) })
             }
         }
+    }
+
+    /// The pages that digests leave out: those that do not travel, and in a switch to postcopy those that the destination does not have.
+    fn left_out(&self) -> LeftOut {
+        let out = self.hints.exclusions().map(|exclusions| exclusions.left_out());
+        let (Some(_), Some(bitmap)) = (&self.named, &self.bitmap) else { return out.map(Arc::new) };
+        let out = out.unwrap_or_else(|| DirtyBitmap::empty(bitmap.layout()));
+        bitmap.all_dirty_extents().for_each(|at| _ = out.set_mask(at, bitmap.peek(at)));
+        Some(Arc::new(out))
+    }
+
+    /// The pages that the destination is to discard: all that are dirty.
+    pub(super) fn name_missing(&mut self) -> Vec<Message> {
+        let Some(bitmap) = &self.bitmap else { return Vec::new() };
+        let named = bitmap.copied();
+        let messages = bitmap_parts(&named).map(Message::Missing).chain([Message::Discard]).collect();
+        self.named = Some(named);
+        messages
+    }
+
+    /// Those that the last sync has found besides.
+    pub(super) fn name_more(&mut self) -> Vec<Message> {
+        let (Some(bitmap), Some(named)) = (&self.bitmap, &self.named) else { return Vec::new() };
+        self.missing_pages = bitmap.count();
+        let more = DirtyBitmap::empty(bitmap.layout());
+        bitmap.all_dirty_extents().for_each(|at| _ = more.set_mask(at, bitmap.peek(at) & !named.peek(at)));
+        bitmap_parts(&more).map(Message::Missing).collect()
+    }
+
+    /// The destination runs the guest, and has these pages: all others are dirty.
+    pub(super) fn sends_the_rest(&self, received: &DirtyBitmap) {
+        let Some(bitmap) = &self.bitmap else { return };
+        for at in bitmap.extents().filter(|at| !self.layout().blocks()[at.block as usize].ignored) {
+            _ = bitmap.take(at);
+            bitmap.set_mask(at, self.layout().valid_mask(at) & !received.peek(at));
+        }
+    }
+
+    /// Was a switch to postcopy begun?
+    pub(super) fn is_switching(&self) -> bool {
+        self.named.is_some()
     }
 
     /// The destination sent its hashes of a stretch that differs: finds the first page that differs.
@@ -227,6 +274,7 @@ impl Transfer {
     /// # Errors
     /// When the destination has acknowledged what it has not.
     pub(super) fn put_back(&mut self, frames: &[u64], received: &DirtyBitmap) -> Result<u64, MigrationError> {
+        self.named = None;
         let (Some(bitmap), Some(lanes)) = (&self.bitmap, &self.lanes) else { return Ok(0) };
         let lost = lanes.put_back(self.layout(), frames).map_err(|sent| {
             MigrationError::Protocol(format!("{frames:?} frames of each lane are loaded, and a lane sent {sent}"))

@@ -22,7 +22,7 @@ use crate::migration::course::source::{Action, Input, Returned, SourceCourse};
 use crate::migration::driver::World;
 use crate::migration::error::{Failure, Loss, MigrationError, guarded};
 use crate::migration::source_graph::{SourceGraph, SourceParts};
-use crate::migration::{block_facts, bounds};
+use crate::migration::{block_facts, bounds, unparked};
 use crate::settings::SourceSettings;
 use crate::values::Size;
 
@@ -102,6 +102,9 @@ impl Source<'_> {
         self.observers.notify(&Event::Connected { peer: link.peer.clone() });
         self.attempt = Attempt::Linked(Box::new(link));
         if resume.started {
+            if self.transfer.is_switching() {
+                self.transfer.sends_the_rest(&received);
+            }
             return Input::Returned(Returned { started: true, put_back_pages: 0 });
         }
         match self.transfer.put_back(&resume.frames, &received) {
@@ -183,6 +186,9 @@ impl Source<'_> {
 
     /// Time has passed, with or without a connection.
     fn tick(&mut self, course: &SourceCourse) -> Input {
+        if course.is_serving() {
+            self.attempt.flow().iter().for_each(|flow| flow.graph.lanes.in_flight.forget_urgent());
+        }
         let standing = self.standing();
         self.report_progress(course, &standing);
         let bulk_bytes = self.attempt.flow().map_or(0, Flow::bulk_bytes);
@@ -315,10 +321,29 @@ impl Source<'_> {
                     return self.broken().await;
                 }
             }
+            Action::CutRound => flow.graph.cut_round(),
             Action::EndLanes => {
                 if flow.graph.scan.put(ScannerOrder::EndLanes).await.is_err() {
                     return self.broken().await;
                 }
+            }
+            Action::EndDirect => {
+                flow.graph.forget_references();
+                if flow.graph.scan.put(ScannerOrder::EndDirect).await.is_err() {
+                    return self.broken().await;
+                }
+                let named = self.transfer.name_missing();
+                return self.send_all(named, course).await;
+            }
+            Action::Serve => {
+                let urgent = unparked(&mut flow.urgent);
+                let urgent = urgent.ok_or_else(|| MigrationError::Mistake("there is no urgent connection".into()))?;
+                let served = flow.graph.serve(urgent, course.round() + 1, self.plane.urgent()?);
+                served.map_err(|refused| MigrationError::Mistake(refused.to_string()))?;
+            }
+            Action::SendMissing => {
+                let more = self.transfer.name_more();
+                return self.send_all(more, course).await;
             }
             Action::Sync { after_round } => {
                 self.transfer.hints.before_sync(&self.observers).await;
@@ -328,22 +353,15 @@ impl Source<'_> {
             }
             Action::AcknowledgeAll => flow.graph.lanes.in_flight.acknowledge_all(),
             Action::SendState => {
-                for chunk in self.transfer.take_state()? {
-                    if let Some(failed) = self.send(&Message::State(chunk), course).await? {
-                        return Ok(Some(failed));
-                    }
-                }
-                return Ok(Some(Input::StateSent));
+                let chunks = self.transfer.take_state()?;
+                let failed = self.send_all(chunks.into_iter().map(Message::State), course).await?;
+                return Ok(failed.or(Some(Input::StateSent)));
             }
             Action::SendDigests => {
                 let Digests::Done(digests) = std::mem::replace(&mut self.digests, Digests::None) else {
                     return Ok(None);
                 };
-                for message in digests.messages() {
-                    if let Some(failed) = self.send(&message, course).await? {
-                        return Ok(Some(failed));
-                    }
-                }
+                return self.send_all(digests.messages(), course).await;
             }
             Action::SendEnd { run_state, frames } => {
                 let failed = self.send(&Message::End { run_state, frames }, course).await?;
@@ -388,6 +406,15 @@ impl Source<'_> {
         Ok(Some(failed.unwrap_or_else(|_| Input::Failed(MigrationError::Lost(Loss::StageEnded)))))
     }
 
+    async fn send_all(&mut self, messages: impl IntoIterator<Item = Message>, course: &SourceCourse) -> Answer {
+        for message in messages {
+            if let Some(failed) = self.send(&message, course).await? {
+                return Ok(Some(failed));
+            }
+        }
+        Ok(None)
+    }
+
     /// Sends a control message. A destination that does not read delays neither a cancel nor, forever, a paused guest.
     async fn send(&mut self, message: &Message, course: &SourceCourse) -> Answer {
         let Self { attempt: Attempt::Running(flow), operator, .. } = self else { return Ok(None) };
@@ -425,6 +452,7 @@ impl Source<'_> {
         self.report_last_progress(course, false);
         let Attempt::Running(mut flow) = std::mem::replace(&mut self.attempt, Attempt::None) else { return };
         self.earlier_bytes += flow.wire_bytes();
+        self.earlier_urgent += flow.urgent_pages();
         flow.graph.end().await;
         self.transfer.interrupted(flow.graph.into_lanes());
     }
@@ -457,7 +485,7 @@ impl Source<'_> {
         if self.setup.is_zero() {
             self.setup = self.started.elapsed();
         }
-        self.attempt = Attempt::Running(Box::new(Flow::new(graph, link.return_path, link.alive)));
+        self.attempt = Attempt::Running(Box::new(Flow::new(graph, link.return_path, link.alive, link.urgent)));
         Ok(())
     }
 

@@ -353,9 +353,9 @@ fn phase_colour(phase: Option<Phase>) -> Color {
     match phase {
         None | Some(Phase::Setup) => Color::Blue,
         Some(Phase::Active) => Color::Cyan,
-        Some(Phase::Switchover | Phase::Disconnected | Phase::Cancelled) => Color::Yellow,
+        Some(Phase::Switchover | Phase::Postcopy | Phase::Disconnected | Phase::Cancelled) => Color::Yellow,
         Some(Phase::Completed) => Color::Green,
-        Some(Phase::Failed | Phase::Unconfirmed) => Color::Red,
+        Some(Phase::Failed | Phase::Unconfirmed | Phase::Lost) => Color::Red,
     }
 }
 

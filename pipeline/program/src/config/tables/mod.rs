@@ -9,8 +9,8 @@ use serde::{Deserialize, Serialize};
 
 pub use guest::{FileTable, FreeTable, ImageTable, WorkloadTable, WriterTable};
 use memferry::settings::{
-    After, ConvergenceSettings, DestinationSettings, EncoderSettings, OnDeadline, OnMiss, RecoverySettings,
-    SourceSettings, SwitchoverBandwidth, Verify,
+    After, ConvergenceSettings, DestinationSettings, EncoderSettings, Mode, OnDeadline, OnMiss, PostcopyAfter,
+    PostcopySettings, RecoverySettings, SourceSettings, SwitchoverBandwidth, Verify,
 };
 use memferry::values::{Bandwidth, Deadline, Size, Time};
 use memferry_guests::kvm::KvmSettings;
@@ -206,6 +206,10 @@ table! {
         handover_timeout: Time = source.handover_timeout, destination.handover_timeout;
         peer_timeout: Time = source.peer_timeout, destination.peer_timeout;
         recovery: RecoverySettings = source.recovery, destination.recovery;
+        mode: Mode = source.mode;
+        #[serde(skip_serializing_if = "Option::is_none")]
+        postcopy_after: Option<PostcopyAfter> = source.postcopy_after;
+        postcopy: PostcopySettings = source.postcopy;
     }
 }
 

@@ -62,13 +62,18 @@ impl DestinationCourse {
         }
         self.parts.start = now.saturating_sub(began);
         let answer = answer(&result);
+        let mut actions = vec![self.times(), Action::Send(answer)];
         if self.recovers() {
+            let runs = result.is_ok();
             self.started = Some(Started { result, until: now + self.recovery.give_up });
             self.state = State::Settling;
+            if runs {
+                actions.extend(self.fill());
+            }
         } else {
             self.over(result);
         }
-        vec![self.times(), Action::Send(answer)]
+        actions
     }
 }
 

@@ -11,12 +11,15 @@
 //!                    after the start  ─▶ Settling ─────▶ Agreeing ─▶ Settling
 //! ```
 //!
+//! `postcopy` has what a switch to postcopy adds.
+//!
 //! Any failure before Go leads to Over: nothing runs here, and the source gets the reason. So does a lost connection, if it is not to be
 //! made again. A source that returns ends what is left of the attempt before, so that no Go of that is ever acted on.
 //!
 //! Settling: the guest was started, and the source may not know. Until it says that it does, this end answers a source that returns.
 
 mod handover;
+mod postcopy;
 mod recovery;
 
 use std::time::Duration;
@@ -31,6 +34,7 @@ use crate::migration::driver::Course;
 use crate::migration::error::{Failure, Loss, MigrationError};
 use crate::settings::RecoverySettings;
 use handover::answer;
+use postcopy::Postcopy;
 
 /// What happened at the destination.
 #[derive(Debug)]
@@ -41,6 +45,14 @@ pub(in crate::migration) enum Input {
     Agreed(Agreed),
     /// The source has returned after a lost connection, and has proven itself.
     Returned,
+    /// A lane writes directly no more. This number of frames is loaded by now, in all lanes.
+    DirectEnded { frames: u64 },
+    /// The pages that the source has named are discarded.
+    Discarded,
+    /// Pages that are missing can be asked for.
+    Registered,
+    /// Every page is there.
+    Filled,
     /// A lane has loaded its last frame. This number of frames is loaded by now, in all lanes.
     LaneOver { frames: u64 },
     /// The source sent a message besides state and digests.
@@ -95,6 +107,10 @@ pub(in crate::migration) enum Action {
     Rejoin { started: bool },
     /// Start the stages.
     StartStages,
+    /// Discard the pages that the source has named. Answer: [`Input::Discarded`].
+    Discard,
+    /// Discard what the last sync has found besides, and ask for pages that are missing from here on. Answer: [`Input::Registered`].
+    Register,
     /// Begin to compute digests: every page has arrived, and the source computes them at the same time.
     StartDigests,
     /// Report to the source what is loaded, at once.
@@ -131,6 +147,10 @@ struct Arrival {
     frames: u64,
     /// The end mark: the guest's state at its source, and the number of frames.
     end: Option<(RunState, u64)>,
+    /// Lanes whose DirectEnds has not come.
+    direct_left: u16,
+    /// Has Discard come?
+    discards: bool,
 }
 
 /// The state, with its data.
@@ -146,6 +166,8 @@ enum State {
         cause: MigrationError,
     },
     Loading(Arrival),
+    Discarding(Arrival),
+    Registering(Arrival, RunState),
     ReachingEnd(Arrival, RunState),
     Comparing {
         return_path: bool,
@@ -169,6 +191,8 @@ enum State {
         began: Duration,
         return_path: bool,
     },
+    /// The guest runs, and pages are missing.
+    Filling,
     Settling,
     Over(Result<(), MigrationError>),
 }
@@ -190,6 +214,7 @@ pub(in crate::migration) struct DestinationCourse {
     /// Was the start begun? After that nothing can be refused.
     start_begun: bool,
     started: Option<Started>,
+    postcopy: Postcopy,
 }
 
 /// The guest was started, or could not be, and the source may not know.
@@ -214,6 +239,7 @@ impl DestinationCourse {
             refusal: None,
             start_begun: false,
             started: None,
+            postcopy: Postcopy::default(),
         }
     }
 
@@ -265,6 +291,7 @@ impl Course for DestinationCourse {
     }
 
     fn step(&mut self, input: Input, now: Duration) -> Vec<Action> {
+        let is_filling = self.is_filling();
         match (input, &mut self.state) {
             (_, State::Over(_)) => Vec::new(),
             (Input::Broke(failure), _) => vec![Action::Explain(failure)],
@@ -279,8 +306,20 @@ impl Course for DestinationCourse {
                 self.over(Err(MigrationError::Protocol(what.into())))
             }
             (Input::Returned, _) => self.returned(now),
+            (Input::Filled, _) => self.filled(now),
             (input, State::Settling) => self.settling(input),
+            (input, State::Filling) => self.filling(input, now),
+            (Input::Cancel, State::Disconnected { .. }) if is_filling => self.lose(MigrationError::Cancelled),
+            (Input::Failed(error), State::Agreeing { lost: Some(_) }) if is_filling => {
+                if error.is_lost_connection() {
+                    self.fail_or_wait(error, now)
+                } else {
+                    self.lose(error)
+                }
+            }
+            (Input::Cancel, State::Agreeing { .. }) if is_filling => self.lose(MigrationError::Cancelled),
             (input, State::AwaitingGo { .. }) => self.awaiting_go(input, now),
+            (Input::Failed(error), State::Disconnected { .. }) if is_filling => self.lose(error),
             // The source cannot be notified before it returns.
             (Input::Failed(error), State::Disconnected { .. }) => {
                 self.refusal = Some(error);
@@ -295,6 +334,24 @@ impl Course for DestinationCourse {
             (Input::Unprepared, State::Agreeing { .. }) => vec![Action::Rejoin { started: false }],
             (Input::Unprepared, State::Disconnected { .. }) => Vec::new(),
             (Input::Agreed(agreed), &mut State::Agreeing { lost }) => self.agreed(agreed, lost, now),
+            (Input::DirectEnded { frames }, State::Loading(arrival)) if arrival.direct_left > 0 => {
+                arrival.frames = frames;
+                arrival.direct_left -= 1;
+                self.discard_if_named()
+            }
+            (Input::Received(Message::Discard), State::Loading(arrival)) => {
+                arrival.discards = true;
+                self.discard_if_named()
+            }
+            (Input::Discarded, State::Discarding(arrival)) => {
+                self.state = State::Loading(*arrival);
+                vec![Action::Send(Message::Discarded)]
+            }
+            (Input::Registered, &mut State::Registering(arrival, run_state)) => {
+                let mut actions = if arrival.agreed.verify { vec![Action::StartDigests] } else { Vec::new() };
+                actions.extend(self.compare(arrival, run_state, now));
+                actions
+            }
             (Input::LaneOver { frames }, State::Loading(arrival)) => {
                 arrival.frames = frames;
                 arrival.lanes_left -= 1;
@@ -349,6 +406,8 @@ impl Course for DestinationCourse {
     fn wakes_at(&self) -> Option<Duration> {
         match self.state {
             State::AwaitingGo { give_up } => Some(give_up),
+            // Only the operator gives a guest up that runs here.
+            State::Disconnected { .. } if self.is_filling() => None,
             State::Disconnected { since, .. } => Some(since + self.recovery.give_up),
             State::Settling => self.started.as_ref().map(|started| started.until),
             _ => None,
@@ -379,10 +438,11 @@ impl DestinationCourse {
         }
         if let Some(started) = &self.started {
             actions.extend([self.times(), Action::Send(answer(&started.result))]);
-            self.state = State::Settling;
+            actions.extend(self.fill());
             return actions;
         }
-        self.state = State::Loading(Arrival { agreed, lanes_left: agreed.lanes, frames: 0, end: None });
+        let (lanes_left, direct_left) = (agreed.lanes, agreed.lanes);
+        self.state = State::Loading(Arrival { agreed, lanes_left, frames: 0, end: None, direct_left, discards: false });
         actions.push(Action::notify(Event::Phase(Phase::Active)));
         actions
     }
@@ -402,6 +462,9 @@ impl DestinationCourse {
 
     /// Continues once the end mark and every lane's last frame have arrived.
     fn loaded(&mut self, now: Duration) -> Vec<Action> {
+        if self.postcopy == Postcopy::Switching {
+            return self.switched();
+        }
         let State::Loading(arrival @ Arrival { lanes_left: 0, end: Some((run_state, expected)), .. }) = self.state
         else {
             return Vec::new();
@@ -418,6 +481,19 @@ impl DestinationCourse {
             self.state = State::ReachingEnd(arrival, run_state);
         }
         actions
+    }
+
+    /// The end mark of a switch to postcopy: everything that is sent before Go is here.
+    fn switched(&mut self) -> Vec<Action> {
+        let State::Loading(arrival @ Arrival { end: Some((run_state, expected)), .. }) = self.state else {
+            return Vec::new();
+        };
+        if arrival.frames != expected {
+            let what = format!("{} Pages frames came, the end mark has {expected}", arrival.frames);
+            return self.over(Err(MigrationError::Protocol(what)));
+        }
+        self.state = State::Registering(arrival, run_state);
+        vec![Action::notify(Event::Phase(Phase::Switchover)), Action::Report, Action::Register]
     }
 
     fn compare(&mut self, arrival: Arrival, run_state: RunState, now: Duration) -> Vec<Action> {

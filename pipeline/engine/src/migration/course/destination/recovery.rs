@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use memferry_stages::wire::Message;
 
-use super::{Action, DestinationCourse, Input, State};
+use super::{Action, DestinationCourse, Input, Postcopy, State};
 use crate::events::{DowntimeParts, Event, Phase};
 use crate::migration::error::{MigrationError, NotRecovered};
 
@@ -24,7 +24,7 @@ impl DestinationCourse {
         if !self.is_recoverable(&error) {
             return self.over(Err(error));
         }
-        if self.started.is_some() {
+        if self.started.is_some() && !self.is_filling() {
             self.state = State::Settling;
             return vec![Action::EndAttempt];
         }
@@ -39,16 +39,26 @@ impl DestinationCourse {
         }
         let mut actions = self.lost(error.to_string());
         self.state = State::Disconnected { since: now, cause: error };
+        self.interrupt();
         actions.push(Action::EndAttempt);
         actions.extend(self.unprepare());
         actions
     }
 
+    /// A switch to postcopy that a lost connection interrupts before the start did not happen.
+    fn interrupt(&mut self) {
+        if self.started.is_none() {
+            self.postcopy = Postcopy::No;
+        }
+    }
+
     /// The connection is lost, and with it what was begun to hand the guest over.
-    fn lost(&mut self, why: String) -> Vec<Action> {
+    pub(super) fn lost(&mut self, why: String) -> Vec<Action> {
         self.outages.lost += 1;
-        self.verified = None;
-        self.parts = DowntimeParts::default();
+        if self.started.is_none() {
+            self.verified = None;
+            self.parts = DowntimeParts::default();
+        }
         let lost = Event::Disconnected { attempt: self.outages.lost, why };
         vec![Action::notify(lost), Action::notify(Event::Phase(Phase::Disconnected))]
     }
@@ -60,12 +70,13 @@ impl DestinationCourse {
         let since = match self.state {
             State::Disconnected { since, .. } => since,
             State::Agreeing { lost: Some(since) } => since,
-            _ if started => now,
+            State::Settling => now,
             _ => {
                 actions.extend(self.lost("the source returns on another one".into()));
                 now
             }
         };
+        self.interrupt();
         actions.push(Action::EndAttempt);
         if let Some(error) = self.refusal.take() {
             actions.extend(self.over(Err(error)));

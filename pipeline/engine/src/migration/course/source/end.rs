@@ -21,6 +21,8 @@ pub(in crate::migration) enum End {
     Cancelled(MigrationError),
     /// The guest is paused here, and may run at the destination.
     Unconfirmed(MigrationError),
+    /// The guest ran at the destination, and does not get the pages that are here.
+    Lost(MigrationError),
 }
 
 impl End {
@@ -29,7 +31,7 @@ impl End {
     pub(super) fn farewell(&self, is_awaited: bool) -> Option<Message> {
         match self {
             Self::Completed | Self::Unconfirmed(_) => is_awaited.then_some(Message::Settled),
-            Self::Failed(why) => Some(Message::Abort(why.to_string().into())),
+            Self::Failed(why) | Self::Lost(why) => Some(Message::Abort(why.to_string().into())),
             Self::Cancelled(why) => Some(Message::Abort(why_cancelled(why).into())),
         }
     }
@@ -67,12 +69,14 @@ impl SourceCourse {
     pub(super) fn end(&mut self, end: End, now: Duration) -> Vec<Action> {
         let stays_paused = match end {
             End::Completed => self.settings.after != Some(After::Resume),
-            End::Unconfirmed(_) => true,
+            End::Unconfirmed(_) | End::Lost(_) => true,
             End::Failed(_) | End::Cancelled(_) => false,
         };
         let completed = matches!(end, End::Completed);
-        self.spent.on(Part::Resume, now);
-        self.downtime = self.spent.total().filter(|_| completed);
+        if !self.is_serving() {
+            self.spent.on(Part::Resume, now);
+            self.downtime = self.spent.total().filter(|_| completed);
+        }
         let mut actions = vec![Action::CloseHints];
         if self.done.throttled {
             actions.push(Action::LiftThrottle);

@@ -60,7 +60,8 @@ impl SourceCourse {
             }
             SourceStep::TooLate => vec![self.too_late()],
             SourceStep::End(verdict) => {
-                let actions = self.end(verdict.into(), now);
+                let runs_there = self.is_switching() && verdict == Verdict::Completed;
+                let actions = if runs_there { self.serve(now) } else { self.end(verdict.into(), now) };
                 self.spent.reported(Part::Start, self.times.start, Part::Handover);
                 actions
             }

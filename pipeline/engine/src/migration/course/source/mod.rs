@@ -20,12 +20,14 @@
 //! | `switchover` | the pause, and what the paused guest waits for |
 //! | `handover` | the last handshake, or the end of a file |
 //! | `recovery` | a lost connection is made again |
+//! | `postcopy` | the guest runs at the destination before its pages are there |
 //! | `end` | the guest is put where the result has it |
 //! | `requests` | the operator changes a setting or requests the switchover |
 //! | `spent` | the parts of the downtime |
 
 mod end;
 mod handover;
+mod postcopy;
 mod recovery;
 mod requests;
 mod rounds;
@@ -51,9 +53,10 @@ use crate::controller::Controller;
 use crate::controller::forecast::{Forecast, Measured, Standing, Work};
 use crate::events::{DowntimeParts, Event, Outages, Phase, Role};
 use crate::migration::driver::Course;
-use crate::migration::error::{Failure, MigrationError};
+use crate::migration::error::{Failure, Loss, MigrationError};
 use crate::settings::SourceSettings;
 pub(in crate::migration) use end::{Conclusion, End, why_cancelled};
+use postcopy::Postcopy;
 pub(in crate::migration) use recovery::Returned;
 use recovery::{Attempts, Outage};
 use rounds::{AfterSync, Drain, Next, Round};
@@ -160,8 +163,17 @@ pub(in crate::migration) enum Action {
     StartStages(Option<u64>),
     /// Scan. Then: [`Input::Scanned`], and [`Input::Sent`] for each lane.
     Scan(ScanOrder),
+    /// End the round in progress: what is not scanned stays dirty.
+    CutRound,
     /// End every lane behind the round that is scanned.
     EndLanes,
+    /// Mark the end of direct writes in every lane, and let the destination discard what is dirty. Then: [`Input::Received`], with
+    /// Discarded.
+    EndDirect,
+    /// Serve pages that the destination asks for. Between End's sync and here no page is taken.
+    Serve,
+    /// Send which pages the last sync has found besides those that were discarded.
+    SendMissing,
     /// Everything sent is stored: nothing is in flight.
     AcknowledgeAll,
     /// Close the window for hints, and sync. Then: [`Input::Synced`].
@@ -242,7 +254,11 @@ enum State {
     Measuring(Next),
     Sending(Round),
     Syncing(AfterSync),
-    OpeningHints { then: AfterSync, standing: Standing },
+    Discarding,
+    OpeningHints {
+        then: AfterSync,
+        standing: Standing,
+    },
     Draining(Drain),
     Throttling,
     Pausing,
@@ -251,9 +267,14 @@ enum State {
     SendingSaved,
     Digesting,
     Ending,
-    HandingOver { handshake: SourceHandshake, give_up: Duration },
+    HandingOver {
+        handshake: SourceHandshake,
+        give_up: Duration,
+    },
     Committing,
     Completing,
+    /// The guest runs at the destination. The round that is sent, if it is not complete.
+    Serving(Option<Round>),
     Restoring(Outage),
     Disconnected(Outage),
     Resuming(End),
@@ -290,6 +311,7 @@ pub(in crate::migration) struct SourceCourse {
     verified: Option<bool>,
     differing_page: Option<String>,
     attempts: Attempts,
+    postcopy: Postcopy,
 }
 
 impl SourceCourse {
@@ -316,6 +338,7 @@ impl SourceCourse {
             verified: None,
             differing_page: None,
             attempts: Attempts::default(),
+            postcopy: Postcopy::default(),
         }
     }
 
@@ -401,7 +424,10 @@ impl Course for SourceCourse {
     type Action = Action;
 
     fn begin(&mut self) -> Vec<Action> {
-        vec![Action::notify(Event::Phase(Phase::Setup)), Action::Connect]
+        let mut actions = vec![Action::notify(Event::Phase(Phase::Setup))];
+        actions.extend(self.warn_of_postcopy());
+        actions.push(Action::Connect);
+        actions
     }
 
     fn failed(error: MigrationError) -> Input {
@@ -420,6 +446,7 @@ impl Course for SourceCourse {
         match self.state {
             State::HandingOver { .. } | State::Committing | State::Completing => return self.handing_over(input, now),
             State::Disconnected(_) => return self.while_disconnected(input, now),
+            State::Serving(_) => return self.serving(input, now),
             _ => {}
         }
         match (input, &mut self.state) {
@@ -429,6 +456,7 @@ impl Course for SourceCourse {
             (Input::Resumed(result), State::Restoring(_)) => self.restored(result, now),
             (Input::Cancel, _) => self.end(End::Cancelled(MigrationError::Cancelled), now),
             (Input::Failed(error), _) => self.fail_or_recover(error, now),
+            (Input::Received(Message::Discarded), State::Discarding) => self.discarded(now),
             (Input::Received(message), _) => self.fail(unwelcome(message), now),
             (Input::Asked { request, standing }, _) => self.asked(request, standing, now),
             (Input::Tick { standing, bulk_bytes }, _) => self.tick(standing, bulk_bytes, now),
@@ -448,6 +476,8 @@ impl Course for SourceCourse {
                 actions.extend(self.round_complete(Work::default(), now));
                 actions
             }
+            // The marks of the switch.
+            (Input::Sent(..), _) if self.postcopy == Postcopy::Switching => Vec::new(),
             (Input::Sent(sent, work), State::Sending(round)) => {
                 round.note(sent);
                 self.round_complete(work, now)
@@ -472,6 +502,10 @@ impl Course for SourceCourse {
 
     fn wake(&mut self, now: Duration) -> Vec<Action> {
         match self.state {
+            State::Draining(Drain { next: Next::Postcopy, .. }) => {
+                let limit = self.settings.handover_timeout;
+                self.fail_or_recover(MigrationError::Lost(Loss::NothingTaken(limit)), now)
+            }
             State::Draining(drain) => self.proceed(drain.next, now),
             State::HandingOver { .. } => self.handover_timed_out(now),
             State::Disconnected(_) => self.try_again(now),

@@ -21,7 +21,7 @@ use memferry_stages::wire::messages::RunState;
 
 use super::rounds::AfterSync;
 use super::spent::{Part, Spent};
-use super::{Action, Done, End, Input, SourceCourse, State};
+use super::{Action, Done, End, Input, Postcopy, SourceCourse, State};
 use crate::control::{Ask, ControlError};
 use crate::controller::Decision;
 use crate::controller::forecast::Standing;
@@ -76,6 +76,16 @@ pub(in crate::migration) struct Returned {
     pub(in crate::migration) put_back_pages: u64,
 }
 
+/// What ends the wait for a destination that runs the guest.
+fn lost_while_serving(input: &Input) -> Option<MigrationError> {
+    match input {
+        Input::Cancel => Some(MigrationError::Cancelled),
+        Input::Received(message) => Some(super::unwelcome(message.clone())),
+        Input::Failed(error) => Some(MigrationError::Mistake(error.to_string())),
+        _ => None,
+    }
+}
+
 impl SourceCourse {
     /// The migration fails, unless the error is a lost connection that can be made again.
     pub(super) fn fail_or_recover(&mut self, error: MigrationError, now: Duration) -> Vec<Action> {
@@ -112,10 +122,12 @@ impl SourceCourse {
     }
 
     fn is_handed_over(&self) -> bool {
-        matches!(self.state, State::HandingOver { handshake: SourceHandshake::AwaitingRunning, .. })
+        let awaits_running =
+            matches!(self.state, State::HandingOver { handshake: SourceHandshake::AwaitingRunning, .. });
+        awaits_running || self.is_serving()
     }
 
-    fn disconnect(&mut self, cause: MigrationError, now: Duration) -> Vec<Action> {
+    pub(super) fn disconnect(&mut self, cause: MigrationError, now: Duration) -> Vec<Action> {
         let is_handed_over = self.is_handed_over();
         if matches!(self.state, State::Sending(_)) {
             // What is left of the round is sent as the same one.
@@ -182,6 +194,7 @@ impl SourceCourse {
         self.forecast = None;
         self.verified = None;
         self.differing_page = None;
+        self.postcopy = Postcopy::No;
         self.controller.interrupted();
     }
 
@@ -201,7 +214,7 @@ impl SourceCourse {
     pub(super) fn try_again(&mut self, now: Duration) -> Vec<Action> {
         let give_up = self.waits_for();
         let State::Disconnected(outage) = &mut self.state else { return Vec::new() };
-        if now < outage.since + give_up {
+        if now < outage.since.saturating_add(give_up) {
             outage.again_at = None;
             // A number is used once: the destination may have seen it, though its answer was lost.
             self.attempts.number += 1;
@@ -217,17 +230,26 @@ impl SourceCourse {
 
     /// When the course waits no longer for the destination, or tries again to reach it.
     pub(super) fn outage_wakes_at(&self, outage: &Outage) -> Duration {
-        let give_up = outage.since + self.waits_for();
+        let give_up = outage.since.saturating_add(self.waits_for());
         outage.again_at.map_or(give_up, |again| again.min(give_up))
     }
 
-    /// How long an outage may last: neither end waits for an end that is gone.
+    /// How long an outage may last: neither end waits for an end that is gone. Once the guest runs there, giving up loses it: only the
+    /// operator does that.
     fn waits_for(&self) -> Duration {
+        if self.is_serving() {
+            return Duration::MAX;
+        }
         self.settings.recovery.give_up.min(self.attempts.awaited)
     }
 
     /// Handles an input while there is no connection.
     pub(super) fn while_disconnected(&mut self, input: Input, now: Duration) -> Vec<Action> {
+        if self.is_serving()
+            && let Some(lost) = lost_while_serving(&input)
+        {
+            return self.end(End::Lost(lost), now);
+        }
         let State::Disconnected(outage) = &mut self.state else { return Vec::new() };
         let is_handed_over = outage.is_handed_over;
         match input {
@@ -254,7 +276,7 @@ impl SourceCourse {
             Input::Asked { request, standing } => match request.ask {
                 Ask::SetAddress(_) => self.asked(request, standing, now),
                 _ if is_handed_over => self.handing_over(Input::Asked { request, standing }, now),
-                Ask::SwitchOver => {
+                Ask::SwitchOver | Ask::Postcopy => {
                     let why = "the connection is lost: ask again once it is made again".into();
                     vec![Action::Answer(request.answer, Err(ControlError::Refused(why)))]
                 }
@@ -289,11 +311,19 @@ impl SourceCourse {
         let attempt = self.attempts.outages.lost + 1;
         let mut actions = vec![Action::notify(Event::Reconnected { attempt, outage: time, put_back_bytes })];
         match (outage.is_handed_over, returned.started) {
+            (true, true) if self.is_serving() => actions.extend(self.serve_again(now)),
+            (true, false) if self.is_serving() => {
+                let what = "the destination has started the guest, and reports that it has not";
+                actions.extend(self.end(End::Lost(MigrationError::Protocol(what.into())), now));
+            }
             (true, true) => {
                 // It answers Go once more.
                 let give_up = now + self.settings.handover_timeout;
                 self.state = State::HandingOver { handshake: SourceHandshake::AwaitingRunning, give_up };
                 actions.extend([Self::phase(Phase::Switchover), Action::StartStages(self.bandwidth())]);
+                if self.is_switching() {
+                    actions.push(Action::Serve);
+                }
             }
             (true, false) if self.attempts.cancelled_late => {
                 actions.extend(self.end(End::Cancelled(MigrationError::Cancelled), now));
@@ -325,6 +355,9 @@ impl SourceCourse {
         if percent > 0 {
             self.state = State::Throttling;
             return vec![self.throttle(percent, None)];
+        }
+        if self.begins_with_postcopy() {
+            return self.postcopy_at_once();
         }
         self.scan(ScanOrder::all(self.round + 1, RoundKind::Live), now)
     }

@@ -21,6 +21,7 @@ impl SourceCourse {
                 Err(why) => Err(why),
             },
             Ask::SetAddress(transport) => return self.set_transport(transport, answer, now),
+            Ask::Postcopy => return self.postcopy(answer, now),
             Ask::SwitchOver => self.switch_over(&Standing { elapsed: now, ..standing }),
         };
         match decided {
@@ -44,6 +45,25 @@ impl SourceCourse {
         if self.is_disconnected() {
             actions.extend(self.try_again(now));
         }
+        actions
+    }
+
+    /// Postcopy is decided on when the round in progress has ended, which is at once.
+    fn postcopy(&mut self, answer: Answer, now: Duration) -> Vec<Action> {
+        let refused = if !self.settings.mode.may_switch() {
+            let why = "its mode is \"precopy\", and the destination does not expect another: set mode = \"hybrid\" at the source";
+            Some(ControlError::Refused(why.into()))
+        } else if self.controller.is_switching() || self.done.paused || self.is_switching() {
+            Some(ControlError::TooLate("it switches over already".into()))
+        } else {
+            None
+        };
+        if let Some(why) = refused {
+            return vec![Action::Answer(answer, Err(why))];
+        }
+        self.controller.ask_for_postcopy();
+        let mut actions = vec![Action::Answer(answer, Ok(()))];
+        actions.extend(self.cut_if_due(now));
         actions
     }
 

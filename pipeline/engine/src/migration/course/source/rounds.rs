@@ -28,6 +28,8 @@ pub(super) enum Next {
     Decide,
     /// The guest is paused.
     Pause,
+    /// The switch to postcopy.
+    Postcopy,
 }
 
 /// What follows a sync.
@@ -58,6 +60,29 @@ pub(super) struct Round {
 }
 
 impl Round {
+    /// A round that is about to be scanned.
+    pub(super) fn new(order: ScanOrder, lanes: u16, now: Duration) -> Self {
+        Self {
+            began: now,
+            is_scanned: false,
+            lanes_left: lanes,
+            tally: RoundTally::new(order.round, order.kind),
+            work: Work::default(),
+            quiet_since: now,
+            bulk_bytes: 0,
+        }
+    }
+
+    /// Does the guest run?
+    pub(super) fn is_live(&self) -> bool {
+        self.tally.kind == RoundKind::Live
+    }
+
+    /// Its figures and how long it took, once it is scanned and every lane has sent it.
+    pub(super) fn complete(&self, now: Duration) -> Option<(RoundTally, Duration)> {
+        (self.is_scanned && self.lanes_left == 0).then(|| (self.tally, now.saturating_sub(self.began)))
+    }
+
     /// The guest is paused in the middle of the round: the last sync is still to come.
     pub(super) fn paused(&mut self) {
         if self.tally.kind == RoundKind::Live {
@@ -100,6 +125,7 @@ impl SourceCourse {
             Next::FirstRound => self.first_round(now),
             Next::Decide => self.sync(AfterSync::Decide, now),
             Next::Pause => self.pause(now),
+            Next::Postcopy => self.end_direct(),
         }
     }
 
@@ -118,6 +144,8 @@ impl SourceCourse {
         // Hints may arrive in the first round already; after it they follow a sync.
         actions.extend(if self.facts.hints {
             self.sync(AfterSync::FirstRound, now)
+        } else if self.begins_with_postcopy() {
+            self.postcopy_at_once()
         } else {
             self.scan(ScanOrder::all(1, RoundKind::Live), now)
         });
@@ -131,15 +159,7 @@ impl SourceCourse {
             order.kind = RoundKind::Paused;
         }
         self.spent.on(Part::Transfer, now);
-        self.state = State::Sending(Round {
-            began: now,
-            is_scanned: false,
-            lanes_left: self.settings.lanes,
-            tally: RoundTally::new(order.round, order.kind),
-            work: Work::default(),
-            quiet_since: now,
-            bulk_bytes: 0,
-        });
+        self.state = State::Sending(Round::new(order, self.settings.lanes, now));
         vec![Action::Scan(order)]
     }
 
@@ -148,12 +168,10 @@ impl SourceCourse {
         let State::Sending(round) = &mut self.state else { return Vec::new() };
         round.work.busiest = round.work.busiest.max(work.busiest);
         round.work.sending = round.work.sending.max(work.sending);
-        if !round.is_scanned || round.lanes_left > 0 {
-            return Vec::new();
-        }
-        let (tally, duration) = (round.tally, now.saturating_sub(round.began));
+        let Some((tally, duration)) = round.complete(now) else { return Vec::new() };
         self.frames += tally.batches;
-        self.controller.round(&tally, duration, round.work);
+        let work = round.work;
+        self.controller.round(&tally, duration, work);
         self.not_loaded = Some(now);
         let mut actions = Vec::new();
         if !self.facts.return_path {
@@ -195,6 +213,9 @@ impl SourceCourse {
             _ if self.done.paused => self.save(now),
             AfterSync::FirstRound => {
                 self.controller.armed(now);
+                if self.begins_with_postcopy() {
+                    return self.postcopy_at_once();
+                }
                 self.scan(ScanOrder::all(1, RoundKind::Live), now)
             }
             AfterSync::Decide => self.decide(standing, now),
@@ -219,6 +240,7 @@ impl SourceCourse {
             Decision::SwitchOver => {
                 self.drain(Some(self.controller.downtime_limit()), Next::Pause, standing.in_flight_pages, now)
             }
+            Decision::Postcopy => self.drain(None, Next::Postcopy, standing.in_flight_pages, now),
             Decision::GiveUp => self.end(End::Cancelled(MigrationError::GaveUp(Box::new(decided))), now),
         });
         actions
@@ -280,8 +302,12 @@ impl SourceCourse {
 
     /// This number of pages is still in flight.
     pub(super) fn drained(&mut self, in_flight: u64, now: Duration) -> Vec<Action> {
-        let (enough, writing) = (self.controller.backlog_pages(), self.controller.write_backlog());
         let State::Draining(drain) = &mut self.state else { return Vec::new() };
+        if drain.next == Next::Postcopy {
+            return self.drained_wholly(in_flight, now);
+        }
+        let enough = self.controller.backlog_pages();
+        let writing = self.controller.write_backlog();
         drain.in_flight = in_flight;
         if in_flight <= enough && writing.is_none() {
             let next = drain.next;
@@ -296,18 +322,36 @@ impl SourceCourse {
         Vec::new()
     }
 
+    /// A page must not overtake an earlier version of itself: the switch to postcopy waits until nothing is in flight.
+    fn drained_wholly(&mut self, in_flight: u64, now: Duration) -> Vec<Action> {
+        let State::Draining(drain) = &mut self.state else { return Vec::new() };
+        if in_flight == 0 {
+            return self.proceed(Next::Postcopy, now);
+        }
+        if in_flight < drain.left.0 {
+            drain.left.0 = in_flight;
+            drain.give_up = now + self.settings.handover_timeout;
+        }
+        Vec::new()
+    }
+
     pub(super) fn tick(&mut self, standing: Standing, bulk_bytes: u64, now: Duration) -> Vec<Action> {
         if let Some(why) = self.stalled(bulk_bytes, now) {
             return self.fail_or_recover(MigrationError::Lost(why), now);
         }
         let within_deadline = self.check_deadline(&Standing { elapsed: now, ..standing }, now);
-        if within_deadline.is_empty() { self.drained(standing.in_flight_pages, now) } else { within_deadline }
+        if !within_deadline.is_empty() {
+            return within_deadline;
+        }
+        let mut actions = self.cut_if_due(now);
+        actions.extend(self.drained(standing.in_flight_pages, now));
+        actions
     }
 
     /// A destination that accepts no more data would block a round, and perhaps a paused guest, forever. Heartbeats may
     /// continue meanwhile, on another connection. Where they do not, this may be noticed before the silence is.
-    fn stalled(&mut self, bulk_bytes: u64, now: Duration) -> Option<Loss> {
-        let State::Sending(round) = &mut self.state else { return None };
+    pub(super) fn stalled(&mut self, bulk_bytes: u64, now: Duration) -> Option<Loss> {
+        let (State::Sending(round) | State::Serving(Some(round))) = &mut self.state else { return None };
         if round.bulk_bytes != bulk_bytes {
             round.bulk_bytes = bulk_bytes;
             round.quiet_since = now;

@@ -48,7 +48,7 @@ impl SourceCourse {
     /// The limit in force at this moment, in bytes a second on the wire.
     pub(super) fn bandwidth(&self) -> Option<u64> {
         match self.settings.switchover_bandwidth {
-            _ if !self.done.paused => self.settings.max_bandwidth,
+            _ if !self.done.paused || self.is_serving() => self.settings.max_bandwidth,
             SwitchoverBandwidth::AsRounds => self.settings.max_bandwidth,
             SwitchoverBandwidth::Unlimited => None,
             SwitchoverBandwidth::AtMost(most) => Some(most),
@@ -74,6 +74,9 @@ impl SourceCourse {
         if self.settings.verify.is_on() {
             actions.push(Action::StartDigests);
         }
+        if self.is_switching() {
+            actions.extend([Action::Serve, Action::SendMissing]);
+        }
         self.spent.on(Part::State, now);
         self.state = State::SendingSaved;
         actions.push(Action::SendState);
@@ -82,6 +85,9 @@ impl SourceCourse {
 
     /// The rest of the pages follow the device state.
     pub(super) fn state_sent(&mut self, now: Duration) -> Vec<Action> {
+        if self.is_switching() {
+            return self.last_round_sent(now);
+        }
         let mut actions = self.scan(ScanOrder::all(self.round + 1, RoundKind::Final), now);
         actions.push(Action::EndLanes);
         actions
