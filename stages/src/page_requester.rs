@@ -21,8 +21,9 @@ use tokio::sync::{Notify, oneshot};
 
 use crate::error::{Cause, StageError};
 use crate::loader::SinkError;
-use crate::meter::Meter;
+use crate::meter::{Meter, Wait};
 use crate::missing::{Faults, MissingMemory, Next, PlaceError, Stop};
+use crate::pending::pending;
 use crate::stage::Stage;
 use crate::stage_id::StageId;
 use crate::wire::Message;
@@ -63,7 +64,9 @@ impl PageRequester {
         let work = move || drop(ended.send(asking.run(&runtime)));
         let thread = thread::Builder::new().name("memferry-faults".into()).spawn(work).map_err(no_faults)?;
         let _running = Running { stop, stopped, thread: Some(thread) };
-        end.await.unwrap_or_else(|_| Err(no_faults(io::ErrorKind::Other.into())))
+        // It works when a thread of the guest waits, which is measured as that thread's wait.
+        let end = pending(end, &self.stage.meter, Wait::Input).await;
+        end.unwrap_or_else(|_| Err(no_faults(io::ErrorKind::Other.into())))
     }
 }
 

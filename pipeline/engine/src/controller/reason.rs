@@ -214,7 +214,7 @@ impl Decided {
                 write!(f, "{budget}, and max_downtime is {}; ", human::time(most))
             }
             Reason::PostcopyDue(PostcopyAfter::Rounds(0)) => f.write_str("before the first round (mode); "),
-            Reason::PostcopyDue(after) => write!(f, "{after} have passed (postcopy_after); "),
+            Reason::PostcopyDue(after) => write!(f, "postcopy_after is {after}; "),
             Reason::Operator => f.write_str("the operator asked for it; "),
         }
     }
@@ -426,7 +426,7 @@ mod tests {
             (
                 Decision::Postcopy,
                 Reason::PostcopyDue(PostcopyAfter::Rounds(3)),
-                "postcopy: 3 rounds have passed (postcopy_after); ".into(),
+                "postcopy: postcopy_after is 3 rounds; ".into(),
             ),
         ];
         for (decision, reason, expected) in lines {

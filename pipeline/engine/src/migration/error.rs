@@ -201,6 +201,11 @@ impl MigrationError {
             _ => false,
         }
     }
+
+    /// Whether this process made a mistake, an observer or the guest's code included.
+    pub(super) fn is_mistake(&self) -> bool {
+        matches!(self, Self::Mistake(_))
+    }
 }
 
 impl From<MigrationError> for Happening {

@@ -2,16 +2,19 @@
 
 use std::time::Duration;
 
+use fastrand::Rng;
 use memferry_stages::geometry::PageAt;
 use memferry_stages::stage_id::StageId;
 use memferry_stages::wire::Message;
 use memferry_stages::wire::messages::{Progress, Resume, RunState};
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 
 use super::end::{End, Happened};
 use super::link::{Found, Packet, Port};
-use super::memory::{PAGES, apply};
+use super::memory::{Frame, PAGES, apply};
 use super::script::{Fault, Scene};
+use super::source::PATIENCE;
 use super::{Checked, change, lie, silence};
 use crate::events::Role;
 use crate::migration::course::destination::{Action, Agreed, DestinationCourse, Input};
@@ -32,6 +35,10 @@ pub(super) enum Timed {
     NotDescribed,
     /// The source that returned knows what is loaded.
     Rejoined,
+    /// A thread of the guest touches memory.
+    Touch,
+    /// Every page is there.
+    Filled,
 }
 
 #[derive(Debug)]
@@ -49,10 +56,44 @@ pub(super) struct DestinationModel {
     /// Pages and frames loaded.
     loaded: u64,
     frames: Vec<u64>,
-    digests: Option<Vec<u32>>,
+    digests: Option<Vec<Option<u32>>>,
     digests_begun: bool,
     /// Were the digests found equal?
     compared: bool,
+    switch: Switch,
+}
+
+/// A switch to postcopy.
+#[derive(Debug)]
+struct Switch {
+    /// Pages that the source has named, until they are discarded.
+    named: Vec<bool>,
+    /// Pages that are discarded.
+    discarded: Vec<bool>,
+    /// Those of them that have not come; set from the registration on.
+    missing: Option<Vec<bool>>,
+    /// Those that were asked for over this connection.
+    asked: Vec<bool>,
+    direct_ended: bool,
+    is_filled: bool,
+    lost_since: Option<Instant>,
+    touches: Rng,
+}
+
+impl Default for Switch {
+    fn default() -> Self {
+        let none = || vec![false; PAGES];
+        Self {
+            named: none(),
+            discarded: none(),
+            missing: None,
+            asked: none(),
+            direct_ended: false,
+            is_filled: false,
+            lost_since: None,
+            touches: Rng::with_seed(17),
+        }
+    }
 }
 
 impl DestinationModel {
@@ -70,6 +111,7 @@ impl DestinationModel {
             digests: None,
             digests_begun: false,
             compared: false,
+            switch: Switch::default(),
         }
     }
 
@@ -97,13 +139,22 @@ impl DestinationModel {
             Packet::Pages(lane, frames) => {
                 self.frames[usize::from(lane)] += 1;
                 self.loaded += frames.len() as u64;
-                for frame in frames {
-                    if let Err(violation) = apply(&mut self.memory, frame) {
-                        self.end.truth.lock().unwrap().violations.push(violation);
-                    }
-                }
+                frames.into_iter().for_each(|frame| self.load(frame));
                 None
             }
+            Packet::Urgent(frames) => {
+                frames.into_iter().for_each(|frame| self.load(frame));
+                None
+            }
+            Packet::DirectEnds => {
+                self.switch.direct_ended = true;
+                Some(Input::DirectEnded { frames: self.frames.iter().sum() })
+            }
+            Packet::Missing(pages) => {
+                pages.iter().zip(&mut self.switch.named).for_each(|(missing, named)| *named |= missing);
+                None
+            }
+            Packet::Received(_) => None,
             Packet::RoundComplete => {
                 self.acknowledge();
                 None
@@ -115,6 +166,59 @@ impl DestinationModel {
             }
             Packet::Message(message) => self.received(message),
         }
+    }
+
+    /// Writes a page, or places it where it is missing.
+    fn load(&mut self, frame: Frame) {
+        let loaded = match &mut self.switch.missing {
+            None if self.switch.direct_ended => Err("a page follows the end of direct writes".into()),
+            None => apply(&mut self.memory, frame),
+            Some(_) if !self.switch.discarded[frame.page] => Err(format!("page {} was not missing", frame.page)),
+            Some(missing) => {
+                // Where it is not, somebody else was faster.
+                let is_missing = std::mem::take(&mut missing[frame.page]);
+                if is_missing { apply(&mut self.memory, frame) } else { Ok(()) }
+            }
+        };
+        if let Err(violation) = loaded {
+            self.end.truth.lock().unwrap().violations.push(violation);
+        }
+        self.note_filled();
+    }
+
+    fn note_filled(&mut self) {
+        let is_complete = self.switch.missing.as_ref().is_some_and(|missing| !missing.contains(&true));
+        if is_complete && self.is_running && !std::mem::replace(&mut self.switch.is_filled, true) {
+            self.end.after(Duration::ZERO, Timed::Filled);
+        }
+    }
+
+    /// Threads of the guest touch a page, and wait for it if it is missing.
+    fn touch(&mut self) {
+        let page = self.switch.touches.usize(..PAGES);
+        let is_missing = self.switch.missing.as_ref().is_some_and(|missing| missing[page]);
+        if is_missing && self.is_running && !std::mem::replace(&mut self.switch.asked[page], true) {
+            self.send(Message::PageRequest(PageAt { block: 0, page: page as u64 }), 20);
+        }
+        if self.switch.missing.is_some() && self.is_running && !self.switch.is_filled {
+            self.end.after(MS, Timed::Touch);
+        }
+    }
+
+    /// Named pages are dropped.
+    fn discard(&mut self) {
+        for page in 0..PAGES {
+            if std::mem::take(&mut self.switch.named[page]) {
+                self.switch.discarded[page] = true;
+                self.memory[page] = 0;
+            }
+        }
+    }
+
+    /// The operator gives a source up that has not returned for long.
+    fn gives_up(&self, course: &DestinationCourse) -> bool {
+        let waited = self.switch.lost_since.map_or(Duration::ZERO, |since| since.elapsed());
+        course.is_filling() && waited > PATIENCE
     }
 
     fn received(&mut self, message: Message) -> Option<Input> {
@@ -143,11 +247,16 @@ impl DestinationModel {
             Timed::Tick => {
                 // A long outage takes few steps.
                 self.end.after(if self.is_running { TICK } else { 100 * TICK }, Timed::Tick);
-                if course.is_loading() {
+                if course.is_loading() || (course.is_filling() && self.is_running) {
                     self.acknowledge();
                 }
+                self.gives_up(course).then_some(Input::Cancel)
+            }
+            Timed::Touch => {
+                self.touch();
                 None
             }
+            Timed::Filled => Some(Input::Filled),
             Timed::Built => {
                 if let Err(error) = self.end.called() {
                     return Some(Input::Failed(error));
@@ -157,12 +266,20 @@ impl DestinationModel {
             }
             Timed::Rejoined => Some(Input::Agreed(self.agreed())),
             Timed::Compared => {
-                let equal = self.digests.as_ref() == Some(&self.memory);
+                let equal = self.digests.as_ref() == Some(&self.versions());
                 self.compared = equal;
                 Some(Input::Compared { equal })
             }
             Timed::NotDescribed => Some(Input::Failed(MigrationError::TimedOut("not described".into()))),
         }
+    }
+
+    /// The versions of the pages that are here.
+    fn versions(&self) -> Vec<Option<u32>> {
+        let is_missing = |page| self.switch.missing.as_ref().is_some_and(|missing| missing[page]);
+        // Pages that were placed before Go are not compared either.
+        let is_compared = |page: usize| !is_missing(page) && !self.switch.discarded[page];
+        self.memory.iter().enumerate().map(|(page, version)| is_compared(page).then_some(*version)).collect()
     }
 
     fn agreed(&self) -> Agreed {
@@ -178,6 +295,12 @@ impl DestinationModel {
         self.digests = None;
         self.digests_begun = false;
         self.compared = false;
+        self.switch.lost_since.get_or_insert_with(Instant::now);
+        self.switch.asked.fill(false);
+        self.switch.is_filled = false;
+        if !self.end.truth.lock().unwrap().start_begun {
+            self.switch = Switch::default();
+        }
     }
 
     /// The source has returned: what is loaded is reported to it.
@@ -188,7 +311,12 @@ impl DestinationModel {
         self.end.port = port;
         let frames = std::mem::replace(&mut self.frames, vec![0; usize::from(self.scene.lanes)]);
         self.loaded = 0;
+        self.switch.lost_since = None;
         self.send(Message::Resume(Resume { started, frames }), 60);
+        if let Some(missing) = &self.switch.missing {
+            let received = missing.iter().map(|missing| !missing).collect();
+            self.end.port.send(0, Packet::Received(received), 60);
+        }
         self.send(Message::Ready, 20);
         self.end.after(MS, Timed::Rejoined);
     }
@@ -212,6 +340,20 @@ impl DestinationModel {
                 let hashes = Message::PageHashes { first, hashes: Vec::new() };
                 self.send(hashes, 100);
                 Err(MigrationError::Differs("a stretch".into()))
+            }
+            Action::Discard => {
+                self.end.require(self.switch.direct_ended, "pages are discarded that lanes may write");
+                tokio::time::sleep(MS).await;
+                self.discard();
+                Ok(Input::Discarded)
+            }
+            Action::Register => {
+                tokio::time::sleep(MS).await;
+                self.discard();
+                self.switch.missing = Some(self.switch.discarded.clone());
+                self.end.after(MS, Timed::Touch);
+                self.note_filled();
+                Ok(Input::Registered)
             }
             Action::MakeDurable => {
                 self.end.call(MS).await?;
@@ -259,6 +401,10 @@ impl DestinationModel {
             Action::StartStages => {
                 self.is_running = true;
                 self.end.reads = true;
+                if self.switch.missing.is_some() {
+                    self.end.after(MS, Timed::Touch);
+                    self.note_filled();
+                }
                 if self.attempt == 1 {
                     self.end.after(TICK, Timed::Tick);
                 }
@@ -336,6 +482,8 @@ pub(super) fn is_question(action: &Action) -> bool {
     matches!(
         action,
         Action::NameStretch
+            | Action::Discard
+            | Action::Register
             | Action::MakeDurable
             | Action::Prepare
             | Action::Unprepare

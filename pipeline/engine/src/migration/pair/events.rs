@@ -30,6 +30,7 @@ impl Events {
     pub(super) fn note(&mut self, event: &Event) -> Result<(), String> {
         let follows = match event {
             Event::Phase(Phase::Disconnected) => self.disconnected > 0,
+            Event::Phase(Phase::Postcopy) => self.is_handed_over,
             // Go is answered once more.
             Event::Phase(Phase::Switchover) if self.is_handed_over => self.disconnected > 0,
             Event::Disconnected { .. } => {

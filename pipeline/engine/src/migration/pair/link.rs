@@ -20,8 +20,16 @@ pub(super) enum Packet {
     RoundComplete,
     /// The lane's last frame was sent.
     LaneOver,
+    /// The lane writes directly no more.
+    DirectEnds,
+    /// Pages that the destination does not hold.
+    Missing(Vec<bool>),
+    /// Pages that were asked for.
+    Urgent(Vec<Frame>),
+    /// Pages that the destination holds.
+    Received(Vec<bool>),
     /// The versions of all pages, in place of their digests.
-    Digests(Vec<u32>),
+    Digests(Vec<Option<u32>>),
 }
 
 /// What an end finds at its side of the link.

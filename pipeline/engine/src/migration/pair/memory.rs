@@ -121,6 +121,26 @@ impl SourceMemory {
         frames
     }
 
+    /// What is dirty: the pages that the destination is not to hold.
+    pub(super) fn dirty(&self) -> &[bool] {
+        &self.dirty
+    }
+
+    /// Sets what is dirty: the destination runs the guest, and holds the other pages.
+    pub(super) fn set_dirty(&mut self, dirty: Vec<bool>) {
+        self.dirty = dirty;
+    }
+
+    /// From here on nothing is known of what the destination holds (law 6).
+    pub(super) fn forget(&mut self) {
+        self.cache.fill(None);
+    }
+
+    /// The versions of the pages that the destination holds.
+    pub(super) fn clean_versions(&self) -> Vec<Option<u32>> {
+        self.versions.iter().zip(&self.dirty).map(|(version, dirty)| (!dirty).then_some(*version)).collect()
+    }
+
     /// These pages did not arrive: they are dirty, and nothing is known of what the destination holds of them (law 6).
     pub(super) fn put_back(&mut self, pages: impl Iterator<Item = usize>) {
         for page in pages {

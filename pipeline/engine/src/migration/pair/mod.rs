@@ -30,12 +30,14 @@ use crate::controller::forecast::FixedCost;
 use crate::events::{DowntimeParts, Role};
 use crate::guest::GuestError;
 use crate::model::link::Link;
-use crate::settings::{After, ConvergenceSettings, OnDeadline, RecoverySettings, SourceSettings, StallStep, Verify};
+use crate::settings::{
+    After, ConvergenceSettings, Mode, OnDeadline, PostcopyAfter, RecoverySettings, SourceSettings, StallStep, Verify,
+};
 use destination::DestinationModel;
 use end::End;
 use link::{Port, link};
 use memory::SourceMemory;
-use script::{Fault, Faults, Scene, Script, Side};
+use script::{Fault, Faults, Postcopy, Scene, Script, Side};
 use source::SourceModel;
 
 /// How long a run may take before it counts as one that hangs.
@@ -364,7 +366,8 @@ async fn destination_ends(
     world: &mut DestinationModel,
 ) -> Option<MigrationError> {
     let mistake = drive(course, world).await.err();
-    let farewell = (!course.course.start_begun()).then(|| Message::Abort("over".into()));
+    let is_sent = !course.course.start_begun() || course.course.is_lost();
+    let farewell = is_sent.then(|| Message::Abort("over".into()));
     world.end.port.close(farewell);
     mistake
 }
@@ -463,6 +466,16 @@ fn settings(scene: &Scene) -> SourceSettings {
         handover_timeout: Duration::from_secs(20),
         peer_timeout: Duration::from_secs(30),
         recovery: if scene.recovers { RecoverySettings::default() } else { RecoverySettings::OFF },
+        mode: match scene.postcopy {
+            Postcopy::No => Mode::Precopy,
+            Postcopy::AfterRound | Postcopy::After(_) => Mode::Hybrid,
+            Postcopy::AtOnce => Mode::Postcopy,
+        },
+        postcopy_after: match scene.postcopy {
+            Postcopy::AfterRound => Some(PostcopyAfter::Rounds(1)),
+            Postcopy::After(ms) => Some(PostcopyAfter::Time(Duration::from_millis(ms.into()))),
+            Postcopy::No | Postcopy::AtOnce => None,
+        },
         convergence: ConvergenceSettings { on_stall, stall_rounds: 2, ..ConvergenceSettings::default() },
         ..SourceSettings::default()
     }

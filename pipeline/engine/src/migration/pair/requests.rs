@@ -134,6 +134,7 @@ impl Requests {
         let Some(stages) = self.stages.filter(|_| self.are_settled()) else { return Ok(()) };
         let Self { settings, .. } = self;
         let bandwidth = match settings.switchover_bandwidth {
+            _ if course.is_serving() => settings.max_bandwidth,
             SwitchoverBandwidth::AtMost(most) if course.is_paused() => Some(most),
             SwitchoverBandwidth::Unlimited if course.is_paused() => None,
             _ => settings.max_bandwidth,

@@ -31,6 +31,20 @@ pub(super) struct Scene {
     pub(super) resumes: bool,
     /// A lost connection is made again.
     pub(super) recovers: bool,
+    pub(super) postcopy: Postcopy,
+}
+
+/// When the guest is started at the destination.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Postcopy {
+    /// Once all pages are there.
+    No,
+    /// After the first round, if it does not converge.
+    AfterRound,
+    /// After this time, in milliseconds.
+    After(u16),
+    /// Before the first round.
+    AtOnce,
 }
 
 /// A fault, or what an operator does.
@@ -91,7 +105,11 @@ impl Scene {
         return_path: true,
         resumes: false,
         recovers: false,
+        postcopy: Postcopy::No,
     };
+
+    /// A guest that does not converge, and is started before its pages are all there.
+    pub(super) const HYBRID: Self = Self { limit: 1, writes: 5000, postcopy: Postcopy::AfterRound, ..Self::RECOVERS };
 
     /// A lost connection is made again.
     pub(super) const RECOVERS: Self = Self { recovers: true, ..Self::PLAIN };

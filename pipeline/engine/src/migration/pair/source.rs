@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use memferry_stages::batch::{Mark, RoundKind};
 use memferry_stages::bitmap_sync::Synced;
+use memferry_stages::geometry::PageAt;
 use memferry_stages::scanner::{RoundScanned, ScanOrder};
 use memferry_stages::sender::Sent;
 use memferry_stages::stage_id::StageId;
@@ -32,6 +33,8 @@ const MS: Duration = Duration::from_millis(1);
 const CHUNK: usize = 8;
 /// How often figures are taken.
 const TICK: Duration = Duration::from_millis(100);
+/// How long the operator waits for a connection that is lost in postcopy.
+pub(super) const PATIENCE: Duration = Duration::from_secs(900);
 
 /// What happens by itself after a time.
 #[derive(Debug)]
@@ -72,6 +75,21 @@ struct Scan {
     ends_lanes: bool,
 }
 
+/// A switch to postcopy.
+#[derive(Debug, Default)]
+struct Switch {
+    /// The pages that were named to be discarded.
+    named: Option<Vec<bool>>,
+    /// Are pages served that are asked for?
+    serves: bool,
+    /// Those that were sent since they were asked for.
+    urgent: Vec<usize>,
+    /// What a destination that runs the guest says it holds.
+    received: Option<Vec<bool>>,
+    /// Since when there is no connection.
+    lost_since: Option<Instant>,
+}
+
 #[derive(Debug)]
 pub(super) struct SourceModel {
     pub(super) end: End<Timed>,
@@ -104,6 +122,7 @@ pub(super) struct SourceModel {
     /// Was a cancel delivered?
     pub(super) cancelled: bool,
     released: bool,
+    switch: Switch,
     /// Were digests measured since the last round began?
     measured: bool,
     /// How often the guest was reported to be elsewhere.
@@ -143,6 +162,7 @@ impl SourceModel {
             awaited: Duration::ZERO,
             cancelled: false,
             released: false,
+            switch: Switch::default(),
             measured: false,
             moved: 0,
             resumed: 0,
@@ -193,6 +213,10 @@ impl SourceModel {
                 self.end.forget(|timed| matches!(timed, Timed::NotReached));
                 Some(Input::Returned(self.put_back(&resume)))
             }
+            (Reach::Reached, Message::PageRequest(page)) => {
+                self.serve(page);
+                None
+            }
             (Reach::Resume(_), message @ Message::Abort(_)) => Some(Input::Received(message)),
             (Reach::Resume(_), Message::Heartbeat(_)) => None,
             (Reach::Resume(_), other) => Some(self.not_reached(MigrationError::Protocol(format!("{other:?}")))),
@@ -211,6 +235,10 @@ impl SourceModel {
     fn found(&mut self, found: Found) -> Option<Input> {
         match found {
             Found::Packet(Packet::Message(message)) => self.received(message),
+            Found::Packet(Packet::Received(pages)) => {
+                self.switch.received = Some(pages);
+                None
+            }
             Found::Packet(_) => None,
             Found::Lost | Found::Silent if matches!(self.reach, Reach::Resume(_)) => {
                 Some(self.not_reached(MigrationError::Lost(Loss::ReaderEnded)))
@@ -226,6 +254,10 @@ impl SourceModel {
                 // A long outage takes few steps.
                 let is_reached = matches!(self.reach, Reach::Reached);
                 self.end.after(if is_reached { TICK } else { 20 * TICK }, Timed::Tick);
+                if self.gives_up() {
+                    self.cancelled = true;
+                    return Some(Input::Cancel);
+                }
                 Some(Input::Tick { standing: self.standing(), bulk_bytes: self.bulk_bytes })
             }
             Timed::Chunk => {
@@ -255,7 +287,8 @@ impl SourceModel {
         }
         self.write();
         let Some(mut scan) = self.scan.take() else { return };
-        let (lanes, deltas) = (self.scene.lanes, scan.order.round > 1);
+        let lanes = self.scene.lanes;
+        let deltas = scan.order.round > 1 && self.switch.named.is_none();
         let mut left = Instant::now();
         for lane in 0..lanes {
             let pages = (scan.next..scan.next + CHUNK).filter(|page| page % usize::from(lanes) == usize::from(lane));
@@ -296,8 +329,37 @@ impl SourceModel {
         Input::NotReached(why)
     }
 
+    /// Sends a page that is asked for, unless somebody else has.
+    fn serve(&mut self, page: PageAt) {
+        if !self.switch.serves {
+            return;
+        }
+        let frames = self.memory.take(usize::try_from(page.page).into_iter(), false);
+        if let Some(frame) = frames.first() {
+            self.switch.urgent.push(frame.page);
+            let bytes = frame.bytes();
+            self.end.port.send(1, Packet::Urgent(frames), bytes);
+        }
+    }
+
+    /// The operator gives a destination up that has not been reached for long.
+    fn gives_up(&self) -> bool {
+        let waited = self.switch.lost_since.map_or(Duration::ZERO, |since| since.elapsed());
+        self.switch.named.is_some() && waited > PATIENCE
+    }
+
     /// What the destination has not loaded is dirty again.
     fn put_back(&mut self, resume: &Resume) -> Returned {
+        self.switch.lost_since = None;
+        if resume.started && self.switch.named.is_some() {
+            let received = self.switch.received.take().unwrap_or_default();
+            self.frames.iter_mut().for_each(Vec::clear);
+            self.memory.set_dirty((0..PAGES).map(|page| !received.get(page).copied().unwrap_or(true)).collect());
+            return Returned { started: true, put_back_pages: 0 };
+        }
+        self.switch.named = None;
+        let urgent = std::mem::take(&mut self.switch.urgent);
+        self.memory.put_back(urgent.into_iter());
         let mut put_back_pages = 0;
         for (lane, frames) in self.frames.iter_mut().enumerate() {
             let loaded = resume.frames.get(lane).and_then(|&frames| usize::try_from(frames).ok());
@@ -321,6 +383,9 @@ impl SourceModel {
         self.end_sent = false;
         self.digests_begun = false;
         self.waited_for.clear();
+        self.switch.serves = false;
+        self.switch.received = None;
+        self.switch.lost_since.get_or_insert_with(Instant::now);
         // No decision follows the sync of a source that returns.
         self.measured = true;
     }
@@ -519,6 +584,28 @@ impl SourceModel {
                 self.scan = Some(Scan { order, next: 0, tallies, ends_lanes: false });
                 self.end.after(MS / 10, Timed::Chunk);
             }
+            Action::CutRound => self.scan.iter_mut().for_each(|scan| scan.next = PAGES),
+            Action::EndDirect => {
+                self.end.require(self.sent == self.loaded, "a switch begins with pages in flight");
+                self.memory.forget();
+                for lane in 0..self.scene.lanes {
+                    self.end.port.send(usize::from(lane % 2), Packet::DirectEnds, 20);
+                }
+                let named = self.memory.dirty().to_vec();
+                self.switch.named = Some(named.clone());
+                self.end.port.send(0, Packet::Missing(named), 60);
+                self.end.port.send(0, Packet::Message(Message::Discard), 20);
+            }
+            Action::Serve => {
+                let guest_runs = self.end.truth.lock().unwrap().source_runs;
+                self.end.require(!guest_runs, "pages of a guest are served that runs here");
+                self.switch.serves = true;
+            }
+            Action::SendMissing => {
+                let named = self.switch.named.clone().unwrap_or_default();
+                let more = self.memory.dirty().iter().zip(&named).map(|(dirty, named)| *dirty && !named).collect();
+                self.end.port.send(0, Packet::Missing(more), 60);
+            }
             Action::EndLanes => self.scan.as_mut().expect("a round is scanned").ends_lanes = true,
             Action::Sync { after_round } => {
                 let measured = !self.scene.verify || self.measured || self.paused;
@@ -534,7 +621,11 @@ impl SourceModel {
                 self.end.after(2 * MS, Timed::Digested);
             }
             Action::SendDigests => {
-                self.end.port.send(0, Packet::Digests(self.memory.versions().to_vec()), 200);
+                let versions = match self.switch.named {
+                    Some(_) => self.memory.clean_versions(),
+                    None => self.memory.versions().iter().copied().map(Some).collect(),
+                };
+                self.end.port.send(0, Packet::Digests(versions), 200);
             }
             Action::Go(run_state) => {
                 self.end.require(run_state == self.scene.was(), "Go has another state of the guest");

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use fastrand::Rng;
 
 use super::requests::SETS;
-use super::script::{Fault, Scene, Script, Side};
+use super::script::{Fault, Postcopy, Scene, Script, Side};
 use super::{Ended, LIES, LINK, Ran, guest, run, settings};
 use crate::controller::Decision;
 use crate::controller::simulation::{Conditions, simulate};
@@ -18,7 +18,7 @@ const RUNS: usize = 10_000;
 /// Seeds the runs with several faults.
 const SEED: u64 = 14;
 
-const SCENES: [Scene; 17] = [
+const SCENES: [Scene; 22] = [
     Scene::PLAIN,
     Scene { verify: false, ..Scene::PLAIN },
     Scene { hints: true, ..Scene::PLAIN },
@@ -35,6 +35,11 @@ const SCENES: [Scene; 17] = [
     Scene { hints: true, ..Scene::RECOVERS },
     Scene { was_running: false, ..Scene::RECOVERS },
     Scene { limit: 5, writes: 5000, throttles: true, ..Scene::RECOVERS },
+    Scene::HYBRID,
+    Scene { verify: false, lanes: 1, postcopy: Postcopy::After(20), ..Scene::HYBRID },
+    Scene { hints: true, writes: 200, ..Scene::HYBRID },
+    Scene { postcopy: Postcopy::AtOnce, ..Scene::HYBRID },
+    Scene { postcopy: Postcopy::AtOnce, was_running: false, hints: true, ..Scene::HYBRID },
     // The last: its deadline cancels it.
     Scene { limit: 5, writes: 5000, throttles: true, deadline: Some(400), switches_at_deadline: false, ..Scene::PLAIN },
 ];
@@ -249,4 +254,5 @@ fn with_faults_at_every_step_the_laws_hold() {
     for source in [Ended::Completed, Ended::Failed, Ended::Cancelled, Ended::Unconfirmed, Ended::ResumeFailed] {
         assert!(ends.iter().any(|ends| ends.0 == source), "no run ended {source:?}: {ends:?}");
     }
+    assert!(ends.contains(&(Ended::Lost, Ended::Lost)), "no guest was lost: {ends:?}");
 }

@@ -309,17 +309,12 @@ impl Course for DestinationCourse {
             (Input::Filled, _) => self.filled(now),
             (input, State::Settling) => self.settling(input),
             (input, State::Filling) => self.filling(input, now),
-            (Input::Cancel, State::Disconnected { .. }) if is_filling => self.lose(MigrationError::Cancelled),
-            (Input::Failed(error), State::Agreeing { lost: Some(_) }) if is_filling => {
-                if error.is_lost_connection() {
-                    self.fail_or_wait(error, now)
-                } else {
-                    self.lose(error)
-                }
+            (input @ (Input::Cancel | Input::Failed(_)), State::Disconnected { .. } | State::Agreeing { .. })
+                if is_filling =>
+            {
+                self.waiting_for_pages(input, now)
             }
-            (Input::Cancel, State::Agreeing { .. }) if is_filling => self.lose(MigrationError::Cancelled),
             (input, State::AwaitingGo { .. }) => self.awaiting_go(input, now),
-            (Input::Failed(error), State::Disconnected { .. }) if is_filling => self.lose(error),
             // The source cannot be notified before it returns.
             (Input::Failed(error), State::Disconnected { .. }) => {
                 self.refusal = Some(error);

@@ -36,6 +36,12 @@ impl DestinationCourse {
         self.postcopy == Postcopy::Switching && self.runs()
     }
 
+    /// Did the guest not get its pages?
+    #[cfg(test)]
+    pub(in crate::migration) fn is_lost(&self) -> bool {
+        matches!(self.state, State::Over(Err(MigrationError::PagesLost(_))))
+    }
+
     fn runs(&self) -> bool {
         self.started.as_ref().is_some_and(|started| started.result.is_ok())
     }
@@ -82,7 +88,8 @@ impl DestinationCourse {
     pub(super) fn filling(&mut self, input: Input, now: Duration) -> Vec<Action> {
         match input {
             Input::Received(Message::Abort(why)) => self.lose(MigrationError::GivenUp { peer: Role::Source, why }),
-            Input::Failed(error) if error.is_lost_connection() => self.wait_for_pages(error, now),
+            // A mistake, such as an observer's panic, is no reason to lose a guest either.
+            Input::Failed(error) if error.is_lost_connection() || error.is_mistake() => self.wait_for_pages(error, now),
             Input::StreamEnded => self.wait_for_pages(MigrationError::Lost(closed()), now),
             Input::Failed(error) => self.lose(error),
             Input::Cancel => {
@@ -100,6 +107,23 @@ impl DestinationCourse {
         self.state = State::Disconnected { since: now, cause };
         actions.push(Action::EndAttempt);
         actions
+    }
+
+    /// While there is no connection, or what is missing is being reported: what fails is tried again when the source returns.
+    pub(super) fn waiting_for_pages(&mut self, input: Input, now: Duration) -> Vec<Action> {
+        match input {
+            Input::Cancel => self.lose(MigrationError::Cancelled),
+            Input::Failed(cause) => {
+                let since = match self.state {
+                    State::Disconnected { since, .. } => since,
+                    State::Agreeing { lost } => lost.unwrap_or(now),
+                    _ => now,
+                };
+                self.state = State::Disconnected { since, cause };
+                vec![Action::EndAttempt]
+            }
+            _ => Vec::new(),
+        }
     }
 
     /// The guest was started here and does not get its pages.

@@ -70,9 +70,14 @@ impl SourceCourse {
 
     /// Nothing here resumes the guest on its own any more. No part of Go leaves before this.
     fn go(&mut self, now: Duration) -> Vec<Action> {
-        let give_up = now + self.settings.handover_timeout;
+        let give_up = self.gives_up_running(now);
         self.state = State::HandingOver { handshake: SourceHandshake::AwaitingRunning, give_up };
         vec![Action::notify(Event::HandedOver), Action::Go(self.facts.was)]
+    }
+
+    /// When Running is waited for no longer. In postcopy the destination needs this end, however long the start takes; its silence is noticed.
+    pub(super) fn gives_up_running(&self, now: Duration) -> Duration {
+        if self.is_switching() { Duration::MAX } else { now + self.settings.handover_timeout }
     }
 
     /// The operator cancels after Go.

@@ -254,7 +254,8 @@ enum State {
     Measuring(Next),
     Sending(Round),
     Syncing(AfterSync),
-    Discarding,
+    /// The destination discards pages, until it is waited for no longer.
+    Discarding(Duration),
     OpeningHints {
         then: AfterSync,
         standing: Standing,
@@ -456,7 +457,7 @@ impl Course for SourceCourse {
             (Input::Resumed(result), State::Restoring(_)) => self.restored(result, now),
             (Input::Cancel, _) => self.end(End::Cancelled(MigrationError::Cancelled), now),
             (Input::Failed(error), _) => self.fail_or_recover(error, now),
-            (Input::Received(Message::Discarded), State::Discarding) => self.discarded(now),
+            (Input::Received(Message::Discarded), State::Discarding(_)) => self.discarded(now),
             (Input::Received(message), _) => self.fail(unwelcome(message), now),
             (Input::Asked { request, standing }, _) => self.asked(request, standing, now),
             (Input::Tick { standing, bulk_bytes }, _) => self.tick(standing, bulk_bytes, now),
@@ -507,6 +508,7 @@ impl Course for SourceCourse {
                 self.fail_or_recover(MigrationError::Lost(Loss::NothingTaken(limit)), now)
             }
             State::Draining(drain) => self.proceed(drain.next, now),
+            State::Discarding(_) => self.not_discarded(now),
             State::HandingOver { .. } => self.handover_timed_out(now),
             State::Disconnected(_) => self.try_again(now),
             _ => Vec::new(),
@@ -516,6 +518,7 @@ impl Course for SourceCourse {
     fn wakes_at(&self) -> Option<Duration> {
         match &self.state {
             State::Draining(drain) => Some(drain.give_up),
+            State::Discarding(give_up) => Some(*give_up),
             State::HandingOver { give_up, .. } => Some(*give_up),
             State::Disconnected(outage) => Some(self.outage_wakes_at(outage)),
             _ => None,

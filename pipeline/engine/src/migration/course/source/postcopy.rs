@@ -27,6 +27,7 @@ use super::spent::Part;
 use super::{Action, End, Input, SourceCourse, State};
 use crate::control::{Ask, ControlError};
 use crate::events::{Event, Phase};
+use crate::human;
 use crate::migration::error::MigrationError;
 use crate::settings::Mode;
 
@@ -89,19 +90,26 @@ impl SourceCourse {
     }
 
     /// Before the first round: there is nothing in flight.
-    pub(super) fn postcopy_at_once(&mut self) -> Vec<Action> {
+    pub(super) fn postcopy_at_once(&mut self, now: Duration) -> Vec<Action> {
         let decided = self.controller.postcopy_at_once();
         let mut actions = self.report(&decided);
-        actions.extend(self.end_direct());
+        actions.extend(self.end_direct(now));
         actions
     }
 
     /// Nothing is in flight: the destination discards what is dirty, while the guest runs here. Hints end: a page that is hinted free from
     /// here on would be missing there.
-    pub(super) fn end_direct(&mut self) -> Vec<Action> {
+    pub(super) fn end_direct(&mut self, now: Duration) -> Vec<Action> {
         self.postcopy = Postcopy::Switching;
-        self.state = State::Discarding;
+        self.state = State::Discarding(now + self.settings.handover_timeout);
         vec![Action::CloseHints, Action::EndDirect]
+    }
+
+    /// The destination has not discarded in time. It may be alive: another connection would change nothing.
+    pub(super) fn not_discarded(&mut self, now: Duration) -> Vec<Action> {
+        let limit = human::time(self.settings.handover_timeout);
+        let what = format!("the destination has not discarded what is dirty within {limit} (handover_timeout)");
+        self.fail(MigrationError::TimedOut(what), now)
     }
 
     /// The destination has discarded what it was sent.
@@ -129,7 +137,8 @@ impl SourceCourse {
             self.state = State::Serving(None);
             return Vec::new();
         }
-        let order = ScanOrder::all(self.round + 1, RoundKind::Final);
+        self.round += 1;
+        let order = ScanOrder::all(self.round, RoundKind::Final);
         self.state = State::Serving(Some(Round::new(order, self.settings.lanes, now)));
         vec![Action::Scan(order), Action::EndLanes]
     }
@@ -141,7 +150,8 @@ impl SourceCourse {
             // After a reconnect the destination answers Go once more.
             Input::Received(Message::Running) => Vec::new(),
             Input::Received(message) => self.end(End::Lost(super::unwelcome(message)), now),
-            Input::Failed(error) if error.is_lost_connection() => self.disconnect(error, now),
+            // A mistake, such as an observer's panic, is no reason to lose a guest either.
+            Input::Failed(error) if error.is_lost_connection() || error.is_mistake() => self.disconnect(error, now),
             Input::Failed(error) => self.end(End::Lost(error), now),
             Input::Cancel => vec![self.too_late()],
             Input::Asked { request, standing } => match request.ask {

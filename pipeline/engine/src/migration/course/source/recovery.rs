@@ -81,7 +81,6 @@ fn lost_while_serving(input: &Input) -> Option<MigrationError> {
     match input {
         Input::Cancel => Some(MigrationError::Cancelled),
         Input::Received(message) => Some(super::unwelcome(message.clone())),
-        Input::Failed(error) => Some(MigrationError::Mistake(error.to_string())),
         _ => None,
     }
 }
@@ -121,6 +120,11 @@ impl SourceCourse {
         self.recovers() && error.is_lost_connection()
     }
 
+    /// Is there no connection, and may the guest run at the destination?
+    fn is_waiting_behind_go(&self) -> bool {
+        matches!(self.state, State::Disconnected(Outage { is_handed_over: true, .. }))
+    }
+
     fn is_handed_over(&self) -> bool {
         let awaits_running =
             matches!(self.state, State::HandingOver { handshake: SourceHandshake::AwaitingRunning, .. });
@@ -129,7 +133,7 @@ impl SourceCourse {
 
     pub(super) fn disconnect(&mut self, cause: MigrationError, now: Duration) -> Vec<Action> {
         let is_handed_over = self.is_handed_over();
-        if matches!(self.state, State::Sending(_)) {
+        if matches!(self.state, State::Sending(_) | State::Serving(Some(_))) {
             // What is left of the round is sent as the same one.
             self.round = self.round.saturating_sub(1);
         }
@@ -237,7 +241,8 @@ impl SourceCourse {
     /// How long an outage may last: neither end waits for an end that is gone. Once the guest runs there, giving up loses it: only the
     /// operator does that.
     fn waits_for(&self) -> Duration {
-        if self.is_serving() {
+        let is_lost_by_giving_up = self.is_switching() && self.is_waiting_behind_go();
+        if is_lost_by_giving_up {
             return Duration::MAX;
         }
         self.settings.recovery.give_up.min(self.attempts.awaited)
@@ -250,6 +255,8 @@ impl SourceCourse {
         {
             return self.end(End::Lost(lost), now);
         }
+        let is_serving = self.is_serving();
+        let is_switching = self.is_switching();
         let State::Disconnected(outage) = &mut self.state else { return Vec::new() };
         let is_handed_over = outage.is_handed_over;
         match input {
@@ -263,6 +270,9 @@ impl SourceCourse {
                 outage.again_at = Some(now + again_in);
                 vec![Action::notify(Event::NotReached { tries: outage.tries, why, again_in })]
             }
+            Input::Cancel if is_handed_over && is_switching => {
+                self.end(End::Unconfirmed(MigrationError::Cancelled), now)
+            }
             Input::Cancel if is_handed_over => vec![self.too_late()],
             Input::Cancel => self.end(End::Cancelled(MigrationError::Cancelled), now),
             // The destination, which has proven itself, gives up: after Go too it starts nothing any more.
@@ -271,6 +281,11 @@ impl SourceCourse {
             }
             Input::Received(message) if is_handed_over => self.end(End::Unconfirmed(super::unwelcome(message)), now),
             Input::Received(message) => self.fail(super::unwelcome(message), now),
+            // What failed here is tried again: giving up would lose the guest.
+            Input::Failed(_) if is_serving => {
+                outage.again_at = Some(now + self.settings.recovery.backoff);
+                vec![Action::EndAttempt]
+            }
             Input::Failed(error) if is_handed_over => self.end(End::Unconfirmed(error), now),
             Input::Failed(error) => self.fail(error, now),
             Input::Asked { request, standing } => match request.ask {
@@ -318,7 +333,7 @@ impl SourceCourse {
             }
             (true, true) => {
                 // It answers Go once more.
-                let give_up = now + self.settings.handover_timeout;
+                let give_up = self.gives_up_running(now);
                 self.state = State::HandingOver { handshake: SourceHandshake::AwaitingRunning, give_up };
                 actions.extend([Self::phase(Phase::Switchover), Action::StartStages(self.bandwidth())]);
                 if self.is_switching() {
@@ -357,7 +372,7 @@ impl SourceCourse {
             return vec![self.throttle(percent, None)];
         }
         if self.begins_with_postcopy() {
-            return self.postcopy_at_once();
+            return self.postcopy_at_once(now);
         }
         self.scan(ScanOrder::all(self.round + 1, RoundKind::Live), now)
     }

@@ -125,7 +125,7 @@ impl SourceCourse {
             Next::FirstRound => self.first_round(now),
             Next::Decide => self.sync(AfterSync::Decide, now),
             Next::Pause => self.pause(now),
-            Next::Postcopy => self.end_direct(),
+            Next::Postcopy => self.end_direct(now),
         }
     }
 
@@ -145,7 +145,7 @@ impl SourceCourse {
         actions.extend(if self.facts.hints {
             self.sync(AfterSync::FirstRound, now)
         } else if self.begins_with_postcopy() {
-            self.postcopy_at_once()
+            self.postcopy_at_once(now)
         } else {
             self.scan(ScanOrder::all(1, RoundKind::Live), now)
         });
@@ -214,7 +214,7 @@ impl SourceCourse {
             AfterSync::FirstRound => {
                 self.controller.armed(now);
                 if self.begins_with_postcopy() {
-                    return self.postcopy_at_once();
+                    return self.postcopy_at_once(now);
                 }
                 self.scan(ScanOrder::all(1, RoundKind::Live), now)
             }
