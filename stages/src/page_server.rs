@@ -29,6 +29,7 @@ use crate::memory::GuestMemory;
 use crate::meter::{Meter, Wait};
 use crate::pending::pending;
 use crate::pool::BufferPool;
+use crate::scanner::Background;
 use crate::stage::Stage;
 use crate::stage_id::StageId;
 use crate::take::{UrgentPage, UrgentTaker};
@@ -44,6 +45,7 @@ pub struct PageServer<F> {
     lanes: LaneMap,
     framer: F,
     pool: BufferPool,
+    background: Arc<Background>,
     /// The frame in progress: it is written in one call.
     frame: Vec<u8>,
     stage: Stage,
@@ -54,7 +56,15 @@ impl<F: Framer> PageServer<F> {
     #[must_use]
     pub fn new(taker: UrgentTaker, memory: GuestMemory, lanes: LaneMap, framer: F, meter: Arc<Meter>) -> Self {
         let pool = BufferPool::new(1, memory.page_size().bytes());
-        Self { taker, memory, lanes, framer, pool, frame: Vec::new(), stage: Stage::new(StageId::PAGE_SERVER, meter) }
+        let stage = Stage::new(StageId::PAGE_SERVER, meter);
+        Self { taker, memory, lanes, framer, pool, background: Arc::default(), frame: Vec::new(), stage }
+    }
+
+    /// Reports to a scanner where pages are asked for.
+    #[must_use]
+    pub fn with_background(mut self, background: Arc<Background>) -> Self {
+        self.background = background;
+        self
     }
 
     /// Runs until the destination asks no more.
@@ -78,6 +88,7 @@ impl<F: Framer> PageServer<F> {
         while let Some(incoming) = pending(requests.next(), &meter, Wait::Input).await? {
             let page = requested(&incoming, self.memory.layout());
             let Some(page) = page.map_err(|error| ReadError::from(requests.fail(error)))? else { continue };
+            self.background.asked_for(locate(page).0);
             if self.take(page).await? {
                 pending(pages.write_all(&self.frame), &meter, Wait::Output).await.map_err(Cause::Transport)?;
                 meter.count(1, self.frame.len() as u64);

@@ -14,6 +14,8 @@
 //! Clean words are skipped by plain loads; a dirty one costs a swap and a put. When a lane is full the scanner waits, so it takes
 //! nothing that has no room.
 
+mod background;
+
 use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -21,13 +23,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use crate::batch::{Batch, Item, Mark, RoundKind};
 use crate::dirty_log::LogCall;
 use crate::error::{Cause, StageError};
-use crate::geometry::LaneMap;
-use crate::meter::Meter;
+use crate::geometry::{ExtentAt, LaneMap};
+use crate::meter::{Meter, Wait};
+use crate::pending::pending;
 use crate::queue::{Inlet, Outlet};
 use crate::stage::Stage;
 use crate::stage_id::StageId;
 use crate::take::PageTaker;
 use crate::tally::RoundTally;
+pub use background::Background;
 
 /// What the scanner is to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -108,6 +112,9 @@ pub struct Scanner {
     taker: PageTaker,
     lanes: LaneMap,
     cut: Cut,
+    background: Arc<Background>,
+    /// Whether the guest runs at the destination, or is about to.
+    is_direct_ended: bool,
     stage: Stage,
 }
 
@@ -115,7 +122,21 @@ impl Scanner {
     /// A scanner of the taker's bitmap for the lanes of the map. The meter counts batches, their pages and the bytes of these.
     #[must_use]
     pub fn new(taker: PageTaker, lanes: LaneMap, meter: Arc<Meter>) -> Self {
-        Self { taker, lanes, cut: Cut::default(), stage: Stage::new(StageId::SCANNER, meter) }
+        Self {
+            taker,
+            lanes,
+            cut: Cut::default(),
+            background: Arc::default(),
+            is_direct_ended: false,
+            stage: Stage::new(StageId::SCANNER, meter),
+        }
+    }
+
+    /// Learns from `background` what is sent and asked for, once [`ScannerOrder::EndDirect`] was given.
+    #[must_use]
+    pub fn with_background(mut self, background: Arc<Background>) -> Self {
+        self.background = background;
+        self
     }
 
     /// What ends its rounds early.
@@ -144,12 +165,19 @@ impl Scanner {
             match order {
                 ScannerOrder::Scan(order) => {
                     self.taker.begin_round(order.kind);
-                    let pages = self.scan(order, &lanes).await?;
+                    let pages = if self.is_direct_ended {
+                        self.scan_in_background(order, &lanes).await?
+                    } else {
+                        self.scan(order, &lanes).await?
+                    };
                     self.taker.end_round();
                     self.put(&scanned, RoundScanned { round: order.round, pages }).await?;
                 }
                 ScannerOrder::Checkpoint(number) => self.mark(&lanes, Mark::Checkpoint(number)).await?,
-                ScannerOrder::EndDirect => self.mark(&lanes, Mark::DirectEnds).await?,
+                ScannerOrder::EndDirect => {
+                    self.is_direct_ended = true;
+                    self.mark(&lanes, Mark::DirectEnds).await?;
+                }
                 ScannerOrder::EndLanes => return self.mark(&lanes, Mark::LaneEnds).await,
             }
         }
@@ -171,15 +199,48 @@ impl Scanner {
             if self.cut.ends(order.kind) {
                 break;
             }
-            let taken = self.taker.take(at, most, order.round, order.kind);
-            let taken = taken.map_err(|error| self.stage.fails(Cause::Log { doing: LogCall::Rearm, error }))?;
-            let Some(batch) = taken else { continue };
-            let lane = self.lanes.lane(at);
-            self.taker.in_flight().record(lane, &batch);
-            self.count(&batch, &mut tallies[usize::from(lane)]);
-            self.put(&lanes[usize::from(lane)], Item::Batch(batch)).await?;
+            self.take(at, most, order, lanes, &mut tallies).await?;
         }
-        for (lane, &tally) in lanes.iter().zip(&tallies) {
+        self.complete(lanes, &tallies).await
+    }
+
+    /// The round of a guest that runs at the destination: see [`background`].
+    async fn scan_in_background(&self, order: ScanOrder, lanes: &[Outlet<Item<Batch>>]) -> Result<u64, StageError> {
+        let mut tallies = vec![RoundTally::new(order.round, order.kind); lanes.len()];
+        let mut taken = self.background.sent();
+        let mut at = ExtentAt { block: 0, extent: 0 };
+        loop {
+            let room = self.background.room(taken);
+            pending(room, &self.stage.meter, Wait::Output).await;
+            let Some(next) = self.background.next(self.taker.bitmap(), at) else { break };
+            at = next;
+            taken += u64::from(self.take(at, background::PAGES, order, lanes, &mut tallies).await?);
+        }
+        self.complete(lanes, &tallies).await
+    }
+
+    /// Takes pages of an extent, and gives them to their lane. Whether there were any.
+    async fn take(
+        &self,
+        at: ExtentAt,
+        most: u32,
+        order: ScanOrder,
+        lanes: &[Outlet<Item<Batch>>],
+        tallies: &mut [RoundTally],
+    ) -> Result<bool, StageError> {
+        let taken = self.taker.take(at, most, order.round, order.kind);
+        let taken = taken.map_err(|error| self.stage.fails(Cause::Log { doing: LogCall::Rearm, error }))?;
+        let Some(batch) = taken else { return Ok(false) };
+        let lane = self.lanes.lane(at);
+        self.taker.in_flight().record(lane, &batch);
+        self.count(&batch, &mut tallies[usize::from(lane)]);
+        self.put(&lanes[usize::from(lane)], Item::Batch(batch)).await?;
+        Ok(true)
+    }
+
+    /// Ends a round in every lane. Returns how many pages were taken.
+    async fn complete(&self, lanes: &[Outlet<Item<Batch>>], tallies: &[RoundTally]) -> Result<u64, StageError> {
+        for (lane, &tally) in lanes.iter().zip(tallies) {
             self.put(lane, Item::Mark(Mark::RoundComplete(tally))).await?;
         }
         Ok(tallies.iter().map(|tally| tally.pages.all).sum())

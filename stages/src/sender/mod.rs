@@ -36,6 +36,7 @@ use crate::geometry::MAX_LANES;
 use crate::meter::{Meter, Wait};
 use crate::pending::pending;
 use crate::queue::{Closed, Inlet, Outlet};
+use crate::scanner::Background;
 use crate::stage::Stage;
 use crate::stage_id::StageId;
 use crate::token_bucket::{Share, TokenBucket};
@@ -72,6 +73,8 @@ pub struct Sender<W> {
     backlog: Backlog,
     bulk_open: bool,
     marks: Marks,
+    /// Where frames of pages are reported that are written.
+    background: Option<Arc<Background>>,
     stage: Stage,
 }
 
@@ -105,8 +108,16 @@ impl<W: AsyncWrite + Unpin + Send> Sender<W> {
             backlog: Backlog::default(),
             bulk_open: true,
             marks: Marks::new(durable_rounds.then_some(lanes_here)),
+            background: None,
             stage: Stage::new(StageId::sender(connection), meter),
         }
+    }
+
+    /// Reports each frame of pages that is written to a scanner that waits for it.
+    #[must_use]
+    pub fn with_background(mut self, background: Arc<Background>) -> Self {
+        self.background = Some(background);
+        self
     }
 
     /// Runs until [`Control::Finish`]. After the end of bulk, control is still written.
@@ -228,7 +239,10 @@ impl<W: AsyncWrite + Unpin + Send> Sender<W> {
     async fn wrote(&mut self, bytes: usize, sent: &Outlet<Sent>) -> Result<(), Cause> {
         self.stage.meter.count(0, bytes as u64);
         while let Some(frame) = self.backlog.pop_written() {
-            let Some(mark) = frame.mark else { continue };
+            let Some(mark) = frame.mark else {
+                self.background.iter().for_each(|background| background.frame_sent());
+                continue;
+            };
             match self.marks.reached(frame.lane, mark) {
                 Reached::Later => continue,
                 Reached::AfterFlush => self.flush().await?,

@@ -7,6 +7,7 @@ use memferry_stages::encoder::Outgoing;
 use memferry_stages::geometry::BulkMap;
 use memferry_stages::meter::Meter;
 use memferry_stages::queue::{Inlet, Outlet, bounded};
+use memferry_stages::scanner::Background;
 use memferry_stages::sender::{Control, Sender, Sent};
 use memferry_stages::stage_id::{StageId, StageKind};
 use memferry_stages::token_bucket::{Share, TokenBucket};
@@ -31,6 +32,8 @@ pub(super) struct Senders {
     pub(super) meters: Vec<Arc<Meter>>,
     /// The cap on bandwidth.
     pub(super) bucket: Arc<TokenBucket>,
+    /// Where written frames are reported.
+    pub(super) background: Arc<Background>,
 }
 
 impl Senders {
@@ -40,7 +43,8 @@ impl Senders {
         let (sent_out, sent) = bounded(usize::from(settings.lanes) * 2);
         let bucket = Arc::new(settings.max_bandwidth.map_or_else(TokenBucket::unlimited, TokenBucket::new));
         let (control, bulk, meters) = (Vec::new(), Vec::new(), Vec::new());
-        let mut senders = Self { stages: StageSet::new(plane), control, bulk, sent, meters, bucket };
+        let mut senders =
+            Self { stages: StageSet::new(plane), control, bulk, sent, meters, bucket, background: Arc::default() };
         let most = settings.lanes.div_ceil(settings.connections);
         for (connection, writer) in (0..settings.connections).zip(writers) {
             let lanes_here = bulk_map(settings).lanes_of(connection);
@@ -51,7 +55,8 @@ impl Senders {
             let (control, control_frames) = bounded(bounds::CONTROL);
             let id = StageId::sender(connection);
             let meter = Meter::start(id);
-            let sender = Sender::new(connection, writer, bucket, durable_rounds, lanes_here, meter.clone());
+            let sender = Sender::new(connection, writer, bucket, durable_rounds, lanes_here, meter.clone())
+                .with_background(senders.background.clone());
             let running = sender.run(control_frames, bulk, sent_out.clone());
             senders.stages.spawn(id, running);
             senders.control.push(control);

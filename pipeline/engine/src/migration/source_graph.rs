@@ -25,7 +25,7 @@ use memferry_stages::page_hashes::PageHashes;
 use memferry_stages::page_server::PageServer;
 use memferry_stages::pool::BufferPool;
 use memferry_stages::queue::{Inlet, Outlet, bounded};
-use memferry_stages::scanner::{Cut, RoundScanned, Scanner, ScannerOrder};
+use memferry_stages::scanner::{Background, Cut, RoundScanned, Scanner, ScannerOrder};
 use memferry_stages::sender::{Control, Sent};
 use memferry_stages::stage_id::{StageId, StageKind};
 use memferry_stages::take::{PageTaker, UrgentRefused};
@@ -74,6 +74,7 @@ pub(super) struct SourceGraph {
     taker: PageTaker,
     memory: GuestMemory,
     cut: Cut,
+    background: Arc<Background>,
 }
 
 /// What the lanes know of the destination. It survives a lost connection.
@@ -156,13 +157,13 @@ impl SourceGraph {
         let (scanned_out, scanned) = bounded(1);
         let (sync, sync_orders) = bounded(1);
         let (synced_out, synced) = bounded(1);
-        let Senders { stages, control, bulk: connections, sent, meters, bucket } = senders;
+        let Senders { stages, control, bulk: connections, sent, meters, bucket, background } = senders;
         let lanes =
             before.map_or_else(|| Lanes::new(layout, lane_map, settings), |before| before.next(layout, lane_map));
         let untouched = Some(parts.untouched.clone());
         let taker = PageTaker::new(parts.bitmap.clone(), untouched, parts.logs.clone(), lanes.in_flight.clone());
         let scanner_meter = Meter::start(StageId::SCANNER);
-        let scanner = Scanner::new(taker.clone(), lane_map, scanner_meter.clone());
+        let scanner = Scanner::new(taker.clone(), lane_map, scanner_meter.clone()).with_background(background.clone());
         let mut graph = Self {
             stages,
             scan,
@@ -180,6 +181,7 @@ impl SourceGraph {
             taker,
             memory: parts.memory.clone(),
             cut: scanner.cut(),
+            background,
         };
         let lanes = graph.start_lanes(&parts, settings, &connections);
 
@@ -216,7 +218,8 @@ impl SourceGraph {
         let meter = self.meter(StageId::PAGE_SERVER);
         // They count what goes to the wire.
         self.sender_meters.push(meter.clone());
-        let server = PageServer::new(taker, self.memory.clone(), lanes, WireFramer::new(true), meter);
+        let server = PageServer::new(taker, self.memory.clone(), lanes, WireFramer::new(true), meter)
+            .with_background(self.background.clone());
         self.stages.spawn_on(StageId::PAGE_SERVER, server.run(urgent.requests, urgent.pages), runtime);
         Ok(())
     }

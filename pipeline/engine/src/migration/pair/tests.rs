@@ -205,6 +205,21 @@ fn a_destination_that_takes_nothing_costs_the_connection_and_not_the_migration()
     assert!((0..steps).any(|step| stalled(Scene::PLAIN, step) == Ended::Failed), "without recovery it fails");
 }
 
+/// Before Go the guest runs at its source meanwhile, and the switch is made again; after it the pages follow once the source is back.
+#[test]
+fn a_connection_that_is_cut_at_any_step_of_a_switch_to_postcopy_costs_nothing() {
+    for postcopy in [Postcopy::AfterRound, Postcopy::AtOnce] {
+        let scene = Scene { postcopy, ..Scene::HYBRID };
+        let steps = check(&Script { scene, faults: Vec::new() }).steps;
+        for (side, steps) in [Side::Source, Side::Destination].into_iter().zip(steps) {
+            for script in (8..steps).map(|step| Script { scene, faults: vec![(side, step, Fault::Cut)] }) {
+                let ran = check(&script);
+                assert_eq!((ran.source, ran.destination), (Ended::Completed, Ended::Completed), "{}", rust(&script));
+            }
+        }
+    }
+}
+
 #[test]
 fn with_faults_at_every_step_the_laws_hold() {
     let begun = Instant::now();

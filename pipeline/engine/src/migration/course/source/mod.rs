@@ -477,12 +477,12 @@ impl Course for SourceCourse {
                 actions.extend(self.round_complete(Work::default(), now));
                 actions
             }
-            // The marks of the switch.
-            (Input::Sent(..), _) if self.postcopy == Postcopy::Switching => Vec::new(),
             (Input::Sent(sent, work), State::Sending(round)) => {
                 round.note(sent);
                 self.round_complete(work, now)
             }
+            // The marks of the switch.
+            (Input::Sent(..), _) if self.postcopy == Postcopy::Switching => Vec::new(),
             (Input::Synced { found, standing }, State::Syncing(then)) => {
                 let then = *then;
                 self.synced(found, standing, then, now)

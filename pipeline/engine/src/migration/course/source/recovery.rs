@@ -141,6 +141,7 @@ impl SourceCourse {
         let outage = Outage { cause, since: now, is_handed_over, tries: 0, last: None, again_at: None };
         let mut actions = Vec::new();
         if !is_handed_over {
+            self.postcopy = Postcopy::No;
             actions.push(Action::CloseHints);
             actions.extend(self.lift_throttle());
         }
