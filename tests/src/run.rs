@@ -349,9 +349,9 @@ async fn both_ends(
 ) -> Ends {
     let recorder = Arc::new(recorder);
     let over = CancellationToken::new();
+    let there = DestinationSettings { recovery: settings.recovery, ..destination_settings() };
     let sending = |transport| self::source(source, transport, settings, recorder.clone(), control);
-    let receiving =
-        |listener| self::destination(destination, listener, destination_settings(), recorder.clone(), over.clone());
+    let receiving = |listener| self::destination(destination, listener, there, recorder.clone(), over.clone());
     let (source, destination) = if transport.capabilities().stored {
         let source = sending(transport.clone()).await;
         (source, receiving(transport.listen().await.expect("a file to read")).await)

@@ -6,8 +6,9 @@ use std::time::{Duration, Instant};
 
 use memferry::events::{Event, Outcome, Role};
 use memferry::guest::{Guest, SourceGuest};
-use memferry::settings::SourceSettings;
+use memferry::settings::{Mode, PostcopyAfter, RecoverySettings, SourceSettings};
 use memferry_guests::kvm::{KvmGuest, KvmLogChoice, KvmSettings, KvmStatus, SharedSettings};
+use memferry_stages::missing;
 use memferry_stages::tally::RoundTally;
 use memferry_tests::run::{AnyBuilder, keeping};
 use memferry_tests::{Ends, Recorder, migrate_watched, skipped, source_settings};
@@ -126,6 +127,31 @@ fn moves_whole_watched(
     continues(&destination, &left);
     assert_eq!(source.status(), left, "it was left paused");
     (destination, ends)
+}
+
+/// Its vCPUs touch pages that are still at the source: the kernel's faults wait for them.
+#[test]
+fn a_machine_is_started_before_its_memory_is_there() {
+    if let Err(why) = missing::supported() {
+        return skipped(why);
+    }
+    for (dirty_log, mode) in [(KvmLogChoice::DirtyLog, Mode::Hybrid), (KvmLogChoice::Userfault, Mode::Postcopy)] {
+        let Some(source) = machine(dirty_log) else { return };
+        until(&source, |status| status.pass >= 2);
+        let settings = SourceSettings {
+            mode,
+            postcopy_after: (mode == Mode::Hybrid).then_some(PostcopyAfter::Rounds(1)),
+            downtime_limit: Duration::from_nanos(1),
+            recovery: RecoverySettings::default(),
+            ..settings()
+        };
+        let (_, ends) = moves_whole(&source, dirty_log, settings);
+        let there = ends.destination.postcopy.expect("postcopy");
+        let counts = there.faults.expect("the destination counts");
+        println!("{mode:?}: downtime {:?}, {there:?}", ends.source.downtime);
+        assert!(counts.requests > 0, "its vCPUs waited for no page: {counts:?}");
+        assert_eq!(counts.placed + counts.discarded, there.missing_pages, "{counts:?}");
+    }
 }
 
 #[test]
