@@ -147,7 +147,7 @@ fn a_machine_is_started_before_its_memory_is_there() {
         };
         let (_, ends) = moves_whole(&source, dirty_log, settings);
         let there = ends.destination.postcopy.expect("postcopy");
-        let counts = there.faults.expect("the destination counts");
+        let counts = there.faults.as_ref().expect("the destination counts");
         println!("{mode:?}: downtime {:?}, {there:?}", ends.source.downtime);
         assert!(counts.requests > 0, "its vCPUs waited for no page: {counts:?}");
         assert_eq!(counts.placed + counts.discarded, there.missing_pages, "{counts:?}");

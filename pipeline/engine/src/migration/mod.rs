@@ -20,6 +20,7 @@ mod alive;
 #[doc(hidden)]
 pub mod arming;
 mod bounds;
+mod cancel;
 mod checker;
 mod connection;
 mod course;

@@ -13,6 +13,7 @@
 //! | paused | a guest that its operator paused arrives paused, with the same state, and can be resumed |
 //! | failures | after a cancel, a lost connection, a refusal, the source continues as it was, and can be moved after that |
 //! | recovered | a switchover that a lost connection interrupts is taken back, and the guest is moved afterwards |
+//! | postcopied | a guest that allows it is started before its memory is there, and gets it whole; one that does not stays at its source |
 //! | strange peers | blocks and state that do not fit are refused or taken, without a panic, and nothing starts |
 //!
 //! # Example
@@ -111,6 +112,7 @@ pub fn check<S: Subject>(subject: &S) -> Result<(), Breach> {
     moving::paused(subject)?;
     moving::failures(subject)?;
     moving::recovered(subject)?;
+    moving::postcopied(subject)?;
     cases::strange_peers(subject)
 }
 

@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use memferry_stages::missing;
 use memferry_transports::Transport;
 use memferry_transports::memory::MemoryTransport;
 use tokio::runtime::Builder;
@@ -14,9 +15,9 @@ use super::image::Image;
 use super::witness::{Arrived, Expecting, Leaving, held};
 use super::{BUILT, Breach, GuestBuilder, SourceGuest, Subject, contract};
 use crate::events::{Ended, Event, Observer, Observers, Phase, Role};
-use crate::guest::RunState;
+use crate::guest::{Guest, RunState};
 use crate::migration::{DataPlane, ReceiveError, SendError, Sent, receive, send};
-use crate::settings::{DestinationSettings, OnDeadline, RecoverySettings, SourceSettings, Verify, XbzrleSettings};
+use crate::settings::{DestinationSettings, Mode, OnDeadline, RecoverySettings, SourceSettings, Verify, XbzrleSettings};
 
 const LOGS: &str = "the dirty logs see every write, before the pause";
 const LOGS_SAVE: &str = "the dirty logs see what save writes";
@@ -37,11 +38,13 @@ enum Trouble {
     MadeAgainAtSave,
     /// Lost once when Go is about to leave, and made again.
     MadeAgainAtCommit,
+    /// Started before any page is there.
+    Postcopy,
 }
 
 impl Trouble {
     fn is_recovered(self) -> bool {
-        matches!(self, Self::MadeAgainAtSave | Self::MadeAgainAtCommit)
+        matches!(self, Self::MadeAgainAtSave | Self::MadeAgainAtCommit | Self::Postcopy)
     }
 }
 
@@ -105,6 +108,22 @@ pub(super) fn recovered<S: Subject>(subject: &S) -> Result<(), Breach> {
         }
     }
     Ok(())
+}
+
+/// A guest that is started before its memory is there. One that does not allow that is refused, and stays at its source.
+pub(super) fn postcopied<S: Subject>(subject: &S) -> Result<(), Breach> {
+    if missing::supported().is_err() {
+        return Ok(());
+    }
+    let source = Trial::source("postcopied", subject)?;
+    let moved = migrate(source.guest.clone(), subject.destination(), Trouble::Postcopy);
+    let built = held(&moved.arrived).guest.clone();
+    let allows = |guest: Arc<S::Guest>| guest.can_be_userfaulted().is_ok() && guest.mapping_is_exclusive().is_ok();
+    if built.is_some_and(allows) {
+        has_moved(subject, &source, &moved)
+    } else {
+        survives(subject, &source, Trouble::Postcopy, &moved)
+    }
 }
 
 fn move_running<S: Subject>(subject: &S, source: &Trial<S::Guest>) -> Result<(), Breach> {
@@ -207,7 +226,7 @@ where
         }
         Trouble::MadeAgainAtSave => left.at_save = Some(once(&transport)),
         Trouble::MadeAgainAtCommit => left.at_commit = Some(once(&transport)),
-        Trouble::Nothing | Trouble::CancelledAtOnce | Trouble::Refused => {}
+        Trouble::Nothing | Trouble::CancelledAtOnce | Trouble::Refused | Trouble::Postcopy => {}
     }
     let left = Arc::new(left);
     let at_once = cancel.clone();
@@ -265,6 +284,7 @@ fn source_settings(trouble: Trouble) -> SourceSettings {
         verify: Verify::Off,
         handover_timeout: PATIENCE,
         recovery: recovery(trouble),
+        mode: if trouble == Trouble::Postcopy { Mode::Postcopy } else { Mode::Precopy },
         ..SourceSettings::default()
     };
     settings.encoder.xbzrle = Some(XbzrleSettings { cache_bytes: 8 << 20, ..XbzrleSettings::default() });

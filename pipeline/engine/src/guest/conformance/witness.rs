@@ -175,6 +175,14 @@ impl<G: DestinationGuest + SourceGuest> Guest for Arriving<G> {
     fn memory(&self) -> GuestMemory {
         self.guest.memory()
     }
+
+    fn can_be_userfaulted(&self) -> Result<(), GuestError> {
+        self.guest.can_be_userfaulted()
+    }
+
+    fn mapping_is_exclusive(&self) -> Result<(), GuestError> {
+        self.guest.mapping_is_exclusive()
+    }
 }
 
 impl<G: DestinationGuest + SourceGuest> DestinationGuest for Arriving<G> {

@@ -36,6 +36,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
+use super::cancel::Cancel;
 use super::course::destination::DestinationCourse;
 use super::destination_graph::Place;
 use super::digests::LeftOut;
@@ -171,7 +172,7 @@ struct Destination<'a> {
     settings: DestinationSettings,
     plane: &'a DataPlane,
     observers: Observers,
-    cancel: CancellationToken,
+    cancel: Cancel,
     started: Instant,
     /// The time before the first page.
     setup: Duration,
@@ -249,7 +250,7 @@ impl<'a> Destination<'a> {
             settings,
             plane,
             observers,
-            cancel,
+            cancel: Cancel::new(cancel),
             started: Instant::now(),
             setup: Duration::ZERO,
             build: Some(build),

@@ -75,7 +75,7 @@ impl World<DestinationCourse> for Destination<'_> {
             let Self { cancel, attempt, comparison, writer, gate, .. } = self;
             let happened = tokio::select! {
                 biased;
-                () = cancel.cancelled() => return Input::Cancel,
+                () = cancel.next() => return Input::Cancel,
                 happened = attempt.next() => happened,
                 session = returned(&mut gate.returning) => Happened::Returned(session),
                 equal = comparison.next() => {
@@ -367,7 +367,7 @@ impl Destination<'_> {
         tokio::select! {
             biased;
             prepared = &mut prepared => return Ok(prepared?),
-            () = cancel.cancelled() => {}
+            () = cancel.token.cancelled() => {}
             () = flow.lost() => {}
         }
         // It may wait for a page that does not come. What it does with zeros has no effect: the guest is not started.
@@ -375,7 +375,7 @@ impl Destination<'_> {
         if prepared.await.is_ok() {
             blocking(move || guest.unprepare()).await?;
         }
-        Err(if self.cancel.is_cancelled() { MigrationError::Cancelled } else { MigrationError::Lost(Loss::Incomplete) })
+        Err(if self.cancel.token.is_cancelled() { MigrationError::Cancelled } else { MigrationError::Lost(Loss::Incomplete) })
     }
 
     async fn start(&mut self, run_state: RunState) -> Result<(), MigrationError> {

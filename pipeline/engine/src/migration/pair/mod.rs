@@ -17,6 +17,7 @@ mod tests;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use memferry_stages::geometry::PageAt;
 use memferry_stages::wire::Message;
 use memferry_stages::wire::messages::{Resume, RunState};
 use tokio::sync::mpsc;
@@ -508,12 +509,16 @@ fn lie(number: u8) -> Message {
         Message::Resume(Resume { started: true, frames: Vec::new() }),
         Message::Resume(Resume::default()),
         Message::Settled,
+        Message::Discard,
+        Message::Discarded,
+        Message::PageRequest(PageAt { block: 0, page: 3 }),
+        Message::Complete,
     ];
     lies[usize::from(number) % lies.len()].clone()
 }
 
 /// How many lies there are.
-const LIES: u8 = 14;
+const LIES: u8 = 18;
 
 fn guest_error() -> MigrationError {
     MigrationError::Guest(GuestError("the guest fails".into()))

@@ -3,6 +3,7 @@
 use tokio_util::sync::CancellationToken;
 
 use crate::control::{Request, Requests};
+use crate::migration::cancel::Cancel;
 
 /// The operator's side of a source.
 pub(super) struct Operator {
@@ -12,24 +13,7 @@ pub(super) struct Operator {
 
 impl Operator {
     pub(super) fn new(token: CancellationToken, requests: Requests) -> Self {
-        Self { cancel: Cancel { token, is_reported: false }, requests: Open(Some(requests)) }
-    }
-}
-
-/// The operator's cancel.
-pub(super) struct Cancel {
-    pub(super) token: CancellationToken,
-    is_reported: bool,
-}
-
-impl Cancel {
-    /// Waits for it. Reported once.
-    pub(super) async fn next(&mut self) {
-        if self.is_reported {
-            return std::future::pending().await;
-        }
-        self.token.cancelled().await;
-        self.is_reported = true;
+        Self { cancel: Cancel::new(token), requests: Open(Some(requests)) }
     }
 }
 
