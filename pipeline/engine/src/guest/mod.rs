@@ -32,6 +32,8 @@
 //!  ─ no answer after Go ────────────────▶ nothing more is called: the guest stays paused, and an operator decides
 //!  ─ a connection that is lost and made ▶ reacquire and resume, as after a failure, and unprepare (if prepare was called);
 //!    again, before Go arrived              rounds follow, and everything from pause on is called again
+//!  ─ postcopy ──────────────────────────▶ after build: can_be_userfaulted, mapping_is_exclusive. After the start pages that are missing
+//!                                         follow, threads that touch one wait for it, and receive returns once all are there
 //! ```
 //!
 //! **The form of the destination.** [`GuestBuilder::build`] consumes the builder and returns the guest, so that a guest without
@@ -48,7 +50,7 @@
 //! method counts as an error of it.
 //!
 //! **Memory.** Between `dirty_logs` and the end the engine reads the blocks from its own threads at any time, while the guest
-//! runs. At the destination it writes them between `build` and `prepare`. No Rust reference to that memory may exist: it is
+//! runs. At the destination it writes them between `build` and `prepare`, and in postcopy through a userfaultfd until it returns. No Rust reference to that memory may exist: it is
 //! [`MappedMemory`](crate::memory::MappedMemory) that a VMM lends, or its own [`Memory`](crate::memory::Memory).
 //!
 //! **Pages that need not travel.** A guest with free or unplugged pages returns [page hinters](Guest::page_hinters). A block
