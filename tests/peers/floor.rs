@@ -97,7 +97,9 @@ fn connect(address: &Address, sockets: Sockets) -> Fallible<Vec<Box<dyn Socket>>
                 Box::new(socket)
             }
             Address::Unix(path) => Box::new(UnixStream::connect(path)?),
-            Address::File(_) => return Err("a file is no socket".into()),
+            Address::File(_) | Address::TlsTcp { .. } | Address::TlsUnix(_) => {
+                return Err("this is no plain socket".into());
+            }
         };
         socket.write_all(&[number])?;
         Ok(socket)
@@ -119,7 +121,7 @@ impl Listening {
                 drop(std::fs::remove_file(path));
                 Ok(Self::Unix(UnixListener::bind(path)?))
             }
-            Address::File(_) => Err("a file is no socket".into()),
+            Address::File(_) | Address::TlsTcp { .. } | Address::TlsUnix(_) => Err("this is no plain socket".into()),
         }
     }
 

@@ -46,7 +46,7 @@ impl Hand {
     /// # Panics
     /// If the listener fails.
     pub async fn accept(listener: &mut dyn Listener) -> Self {
-        Self::new(listener.accept().await.expect("somebody connects"))
+        Self::new(listener.accept_ready().await.expect("somebody connects"))
     }
 
     /// Sends a message; a peer that is gone does not receive it.

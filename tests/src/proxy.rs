@@ -568,7 +568,7 @@ impl Listener {
         match address {
             Address::Tcp { host, port } => Ok(Self::Tcp(TcpListener::bind((host.as_str(), *port)).await?)),
             Address::Unix(path) => Ok(Self::Unix(UnixListener::bind(path)?)),
-            Address::File(_) => Err(io::ErrorKind::Unsupported.into()),
+            Address::File(_) | Address::TlsTcp { .. } | Address::TlsUnix(_) => Err(io::ErrorKind::Unsupported.into()),
         }
     }
 
@@ -611,7 +611,7 @@ impl Socket {
         match address {
             Address::Tcp { host, port } => Self::tcp(TcpStream::connect((host.as_str(), *port)).await?),
             Address::Unix(path) => Ok(Self::Unix(UnixStream::connect(path).await?)),
-            Address::File(_) => Err(io::ErrorKind::Unsupported.into()),
+            Address::File(_) | Address::TlsTcp { .. } | Address::TlsUnix(_) => Err(io::ErrorKind::Unsupported.into()),
         }
     }
 

@@ -60,7 +60,7 @@ impl Cuts {
 
     /// The connection, counted and cut.
     fn watch(&self, connection: Connection) -> Connection {
-        let Connection { peer, writer, reader } = connection;
+        let Connection { peer, identity, writer, reader } = connection;
         let mut state = self.state();
         state.open.retain(|half| half.strong_count() > 0);
         let writer = writer.map(|writer| {
@@ -68,7 +68,7 @@ impl Cuts {
             Box::new(Writer { half, cuts: self.clone() }) as Box<dyn AsyncWrite + Send + Unpin>
         });
         let reader = reader.map(|reader| Box::new(Reader(state.add(reader))) as Box<dyn AsyncRead + Send + Unpin>);
-        Connection { peer, writer, reader }
+        Connection { peer, identity, writer, reader }
     }
 }
 
@@ -248,7 +248,7 @@ mod tests {
     const REFUSES: Duration = Duration::from_secs(2);
 
     async fn connected(transport: &dyn Transport, listener: &mut dyn Listener) -> (Connection, Connection) {
-        let (source, destination) = tokio::join!(transport.connect(), listener.accept());
+        let (source, destination) = tokio::join!(transport.connect(), listener.accept_ready());
         (source.expect("connected"), destination.expect("accepted"))
     }
 

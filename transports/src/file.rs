@@ -37,7 +37,7 @@ use tokio::task::{JoinHandle, block_in_place, spawn_blocking};
 use crate::regular;
 use crate::retry::in_context;
 use crate::temporary::{Temporary, target_of};
-use crate::{Capabilities, Connection, Listener, Transport};
+use crate::{Arrival, Capabilities, Connection, Listener, Transport};
 
 /// A stream in a file.
 #[derive(Clone, Debug)]
@@ -75,7 +75,7 @@ impl FileTransport {
 
 impl Transport for FileTransport {
     fn capabilities(&self) -> Capabilities {
-        Capabilities { return_path: false, max_connections: 1, stored: true }
+        Capabilities { return_path: false, max_connections: 1, stored: true, authenticated: false }
     }
 
     fn address(&self) -> String {
@@ -85,7 +85,12 @@ impl Transport for FileTransport {
     fn connect(&self) -> BoxFuture<'_, io::Result<Connection>> {
         async move {
             let writer = FileWriter::create(&self.path).map_err(|error| self.cannot("write", &error))?;
-            Ok(Connection { peer: self.path.display().to_string(), writer: Some(Box::new(writer)), reader: None })
+            Ok(Connection {
+                peer: self.path.display().to_string(),
+                identity: None,
+                writer: Some(Box::new(writer)),
+                reader: None,
+            })
         }
         .boxed()
     }
@@ -104,7 +109,7 @@ struct Listening {
 
 impl Listener for Listening {
     /// The file, once; a missing file is an error at once. After the file no connection ever comes.
-    fn accept(&mut self) -> BoxFuture<'_, io::Result<Connection>> {
+    fn accept(&mut self) -> BoxFuture<'_, io::Result<Arrival>> {
         async move {
             if self.given {
                 return std::future::pending().await;
@@ -112,7 +117,8 @@ impl Listener for Listening {
             let path = &self.transport.path;
             let reader = FileReader::open(path).map_err(|error| self.transport.cannot("read", &error))?;
             self.given = true;
-            Ok(Connection { peer: path.display().to_string(), writer: None, reader: Some(Box::new(reader)) })
+            let peer = path.display().to_string();
+            Ok(Connection { peer, identity: None, writer: None, reader: Some(Box::new(reader)) }.into())
         }
         .boxed()
     }

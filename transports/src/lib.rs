@@ -7,6 +7,7 @@
 //! |---|---|---|---|
 //! | `tcp:host:port`, `tcp:[::1]:port` | [`tcp`] | yes | several |
 //! | `unix:/path` | [`unix`] | yes | several |
+//! | `tls:host:port`, `tls+unix:/path` | TCP or a Unix socket beneath the crate memferry-transports-tls | yes | several |
 //! | `file:/path` | [`mod@file`] | no | one |
 //! | (in the process) | [`memory`] | yes | several |
 //!
@@ -20,30 +21,38 @@
 #![forbid(unsafe_code)]
 
 pub mod address;
+mod arrival;
 pub mod faults;
 pub mod file;
+mod identity;
 pub mod memory;
 pub mod regular;
 mod retry;
 pub mod tcp;
 pub mod temporary;
 pub mod unix;
+mod unregistered;
 pub mod whole_file;
 
 use std::fmt;
 use std::io;
 use std::time::Duration;
 
+use futures::FutureExt;
 use futures::future::BoxFuture;
 use tokio::io::{AsyncRead, AsyncWrite};
 
 pub use address::{Address, AddressError};
+pub use arrival::Arrival;
+pub use identity::Identity;
 pub use retry::is_shortage;
 
 /// One reliable ordered byte stream, seen from one end.
 pub struct Connection {
     /// The other end, for messages: "127.0.0.1:41234", a file's name.
     pub peer: String,
+    /// Who the peer is; `None` where the transport does not authenticate it.
+    pub identity: Option<Identity>,
     /// Bytes to the other end; `None` where this end only reads (a file's destination).
     pub writer: Option<Box<dyn AsyncWrite + Send + Unpin>>,
     /// Bytes from the other end; `None` where this end only writes (a file's source).
@@ -65,6 +74,9 @@ pub struct Capabilities {
     pub max_connections: u16,
     /// Whether the stream is stored, to be read later and more than once.
     pub stored: bool,
+    /// Whether bytes that were changed or added on their way are refused, as TLS does: then no checksum of the stream's own is
+    /// needed to trust what arrived.
+    pub authenticated: bool,
 }
 
 /// How bytes travel from a source to a destination.
@@ -78,7 +90,7 @@ pub struct Capabilities {
 /// let transport = MemoryTransport::new(64 * 1024);
 /// let mut listener = transport.listen().await?;
 /// let mut source = transport.connect().await?;
-/// let mut destination = listener.accept().await?;
+/// let mut destination = listener.accept_ready().await?;
 /// source.writer.as_mut().unwrap().write_all(b"page").await?;
 /// let mut bytes = [0; 4];
 /// destination.reader.as_mut().unwrap().read_exact(&mut bytes).await?;
@@ -102,11 +114,17 @@ pub trait Transport: Send + Sync + fmt::Debug {
 
 /// Waits for connections. Dropping it stops listening and removes what it created.
 pub trait Listener: Send + fmt::Debug {
-    /// The next connection. Errors of single connection attempts are ignored.
+    /// The next connection, before its handshake. Errors of single connection attempts are ignored.
     ///
     /// A returned error is the listener's own. It is final unless [`is_shortage`] recognizes it: then the caller frees resources
     /// and calls again. A listener waits a moment before it returns a shortage.
-    fn accept(&mut self) -> BoxFuture<'_, io::Result<Connection>>;
+    fn accept(&mut self) -> BoxFuture<'_, io::Result<Arrival>>;
+
+    /// The next connection, after its handshake. A silent peer holds it up, and the error may be that of one peer: for programs whose
+    /// peers are known.
+    fn accept_ready(&mut self) -> BoxFuture<'_, io::Result<Connection>> {
+        async move { self.accept().await?.complete().await }.boxed()
+    }
 
     /// The address that it listens on, with the port that the system chose for port 0.
     fn local_address(&self) -> String;
@@ -114,12 +132,14 @@ pub trait Listener: Send + fmt::Debug {
 
 /// The transport of an address.
 ///
-/// `connect_timeout` is how long a source keeps trying while nobody listens.
+/// `connect_timeout` is how long a source keeps trying while nobody listens. The transport of a TLS address is in a crate of its own,
+/// which puts it over one of these ([`Address::beneath`]); the one returned here for such an address refuses, and says so.
 #[must_use]
 pub fn open(address: &Address, connect_timeout: Duration) -> Box<dyn Transport> {
     match address {
         Address::Tcp { host, port } => Box::new(tcp::TcpTransport::new(host, *port, connect_timeout)),
         Address::Unix(path) => Box::new(unix::UnixTransport::new(path, connect_timeout)),
         Address::File(path) => Box::new(file::FileTransport::new(path)),
+        Address::TlsTcp { .. } | Address::TlsUnix(_) => Box::new(unregistered::Unregistered::new(address)),
     }
 }

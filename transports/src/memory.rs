@@ -17,7 +17,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::{mpsc, watch};
 use tokio::task::coop::poll_proceed;
 
-use crate::{Capabilities, Connection, Listener, Transport};
+use crate::{Arrival, Capabilities, Connection, Listener, Transport};
 
 /// The most connections that wait to be accepted.
 const BACKLOG: usize = 64;
@@ -56,7 +56,7 @@ impl MemoryTransport {
 
 impl Transport for MemoryTransport {
     fn capabilities(&self) -> Capabilities {
-        Capabilities { return_path: true, max_connections: u16::MAX, stored: false }
+        Capabilities { return_path: true, max_connections: u16::MAX, stored: false, authenticated: false }
     }
 
     fn address(&self) -> String {
@@ -107,8 +107,8 @@ impl Transport for MemoryTransport {
 struct Listening(mpsc::Receiver<Connection>);
 
 impl Listener for Listening {
-    fn accept(&mut self) -> BoxFuture<'_, io::Result<Connection>> {
-        async move { self.0.recv().await.ok_or_else(|| ErrorKind::NotConnected.into()) }.boxed()
+    fn accept(&mut self) -> BoxFuture<'_, io::Result<Arrival>> {
+        async move { self.0.recv().await.map(Arrival::from).ok_or_else(|| ErrorKind::NotConnected.into()) }.boxed()
     }
 
     fn local_address(&self) -> String {
@@ -192,6 +192,7 @@ impl Faults {
         let (back, hearer) = self.pipe(Direction::ToSource, buffer_bytes);
         let end = |peer: &str, writer, reader| Connection {
             peer: format!("the {peer} in memory"),
+            identity: None,
             writer: Some(Box::new(writer)),
             reader: Some(Box::new(reader)),
         };

@@ -22,7 +22,7 @@ use tokio::net::{TcpListener, TcpStream, lookup_host};
 use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::retry::{Failure, after_failed_accept, connect_within, in_context};
-use crate::{Address, Capabilities, Connection, Listener, Transport};
+use crate::{Address, Arrival, Capabilities, Connection, Listener, Transport};
 
 /// How long a peer may acknowledge nothing, unless [`TcpTransport::with_peer_timeout`] sets it.
 const PEER_TIMEOUT: Duration = Duration::from_secs(30);
@@ -106,7 +106,7 @@ impl TcpTransport {
 
 impl Transport for TcpTransport {
     fn capabilities(&self) -> Capabilities {
-        Capabilities { return_path: true, max_connections: u16::MAX, stored: false }
+        Capabilities { return_path: true, max_connections: u16::MAX, stored: false, authenticated: false }
     }
 
     fn address(&self) -> String {
@@ -150,13 +150,16 @@ struct Listening {
 }
 
 impl Listener for Listening {
-    fn accept(&mut self) -> BoxFuture<'_, io::Result<Connection>> {
+    fn accept(&mut self) -> BoxFuture<'_, io::Result<Arrival>> {
         async move {
             loop {
                 let accepting = self.sockets.iter().map(|socket| socket.accept().boxed());
                 let (accepted, ..) = select_all(accepting).await;
-                match accepted.and_then(|(stream, peer)| connection(stream, peer, self.peer_timeout)) {
-                    Ok(connection) => return Ok(connection),
+                let arrive = |(stream, peer): (TcpStream, SocketAddr)| {
+                    Ok(Arrival::new(connection(stream, peer, self.peer_timeout)?, Some(peer.ip())))
+                };
+                match accepted.and_then(arrive) {
+                    Ok(arrival) => return Ok(arrival),
                     Err(error) => after_failed_accept(&self.address, &error).await?,
                 }
             }
@@ -213,7 +216,12 @@ fn refuse_itself(stream: TcpStream) -> io::Result<TcpStream> {
 fn connection(stream: TcpStream, peer: SocketAddr, peer_timeout: Duration) -> io::Result<Connection> {
     prepare(&stream, peer_timeout)?;
     let (reader, writer) = stream.into_split();
-    Ok(Connection { peer: peer.to_string(), writer: Some(Box::new(writer)), reader: Some(Box::new(reader)) })
+    Ok(Connection {
+        peer: peer.to_string(),
+        identity: None,
+        writer: Some(Box::new(writer)),
+        reader: Some(Box::new(reader)),
+    })
 }
 
 fn prepare(stream: &TcpStream, peer_timeout: Duration) -> io::Result<()> {
@@ -321,7 +329,7 @@ mod tests {
         for address in [bound[1], bound[0], bound[1]] {
             let stream = connect_to(address).await.expect("connected");
             let accepted = listener.accept().await.expect("accepted");
-            assert_eq!(accepted.peer, stream.local_addr().expect("an address").to_string());
+            assert_eq!(accepted.peer(), stream.local_addr().expect("an address").to_string());
         }
 
         let error = bind_all(&addresses[2..3]).await.expect_err("of another host");

@@ -26,7 +26,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::time::{Instant, sleep};
 
 use crate::retry::{Failure, after_failed_accept, connect_within, in_context};
-use crate::{Capabilities, Connection, Listener, Transport};
+use crate::{Arrival, Capabilities, Connection, Listener, Transport};
 
 /// The longest path of a socket, in bytes: the kernel's limit.
 const MAX_PATH: usize = 107;
@@ -96,7 +96,7 @@ fn is_passing(kind: ErrorKind) -> bool {
 
 impl Transport for UnixTransport {
     fn capabilities(&self) -> Capabilities {
-        Capabilities { return_path: true, max_connections: u16::MAX, stored: false }
+        Capabilities { return_path: true, max_connections: u16::MAX, stored: false, authenticated: false }
     }
 
     fn address(&self) -> String {
@@ -132,13 +132,13 @@ struct Listening {
 }
 
 impl Listener for Listening {
-    fn accept(&mut self) -> BoxFuture<'_, io::Result<Connection>> {
+    fn accept(&mut self) -> BoxFuture<'_, io::Result<Arrival>> {
         async move {
             loop {
                 match self.socket.accept().await {
                     Ok((stream, _)) => {
                         let peer = name_of_peer(&stream);
-                        return Ok(connection(stream, peer));
+                        return Ok(connection(stream, peer).into());
                     }
                     Err(error) => after_failed_accept(&self.address, &error).await?,
                 }
@@ -154,7 +154,7 @@ impl Listener for Listening {
 
 fn connection(stream: UnixStream, peer: String) -> Connection {
     let (reader, writer) = stream.into_split();
-    Connection { peer, writer: Some(Box::new(writer)), reader: Some(Box::new(reader)) }
+    Connection { peer, identity: None, writer: Some(Box::new(writer)), reader: Some(Box::new(reader)) }
 }
 
 fn name_of_peer(stream: &UnixStream) -> String {

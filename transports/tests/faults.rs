@@ -12,7 +12,7 @@ const SHORT: Duration = Duration::from_millis(30);
 
 async fn connected(transport: &MemoryTransport) -> (Box<dyn Listener>, Connection, Connection) {
     let mut listener = transport.listen().await.expect("listening");
-    let (source, destination) = tokio::join!(transport.connect(), listener.accept());
+    let (source, destination) = tokio::join!(transport.connect(), listener.accept_ready());
     (listener, source.expect("connected"), destination.expect("accepted"))
 }
 
@@ -37,7 +37,7 @@ async fn a_cut_loses_what_is_in_flight_and_resets_both_ends() {
     assert_eq!(write(&mut source, b"x").await, Err(ErrorKind::ConnectionReset));
     assert_eq!(write(&mut destination, b"x").await, Err(ErrorKind::ConnectionReset));
 
-    let (source, destination) = tokio::join!(transport.connect(), listener.accept());
+    let (source, destination) = tokio::join!(transport.connect(), listener.accept_ready());
     let (mut source, mut destination) = (source.expect("connected"), destination.expect("accepted"));
     write(&mut source, b"again").await.expect("written");
     assert_eq!(read(&mut destination, 5).await.as_deref(), Ok(&b"again"[..]));

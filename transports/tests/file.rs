@@ -36,7 +36,7 @@ async fn writer(path: &Path) -> Writer {
 
 async fn read(path: &Path) -> std::io::Result<Vec<u8>> {
     let mut listener = FileTransport::new(path).listen().await?;
-    let Connection { writer, reader, .. } = listener.accept().await?;
+    let Connection { writer, reader, .. } = listener.accept_ready().await?;
     assert!(writer.is_none());
     let mut bytes = Vec::new();
     reader.expect("a reader").read_to_end(&mut bytes).await?;
@@ -175,12 +175,12 @@ async fn only_a_regular_file_is_replaced_or_read() {
 async fn a_missing_file_is_an_error_at_once_and_may_come_later() {
     let (_directory, path) = place();
     let mut listener = FileTransport::new(&path).listen().await.expect("at once");
-    let error = listener.accept().await.expect_err("missing");
+    let error = listener.accept_ready().await.expect_err("missing");
     assert_eq!(error.kind(), ErrorKind::NotFound);
     assert!(error.to_string().contains(path.to_str().expect("a path")), "{error}");
     fs::write(&path, b"here").expect("written");
-    listener.accept().await.expect("there");
-    assert!(listener.accept().now_or_never().is_none(), "a file is one connection");
+    listener.accept_ready().await.expect("there");
+    assert!(listener.accept_ready().now_or_never().is_none(), "a file is one connection");
 }
 
 #[tokio::test]

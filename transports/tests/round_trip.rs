@@ -60,7 +60,7 @@ async fn both_directions(transport: &dyn Transport, connections: usize) {
     let mut listener = transport.listen().await.expect("listening");
     let bytes = pattern(3 << 20);
     for _ in 0..connections {
-        let (source, destination) = tokio::join!(transport.connect(), listener.accept());
+        let (source, destination) = tokio::join!(transport.connect(), listener.accept_ready());
         let (mut source, mut destination) = (source.expect("connected"), destination.expect("accepted"));
         let (received, answer) = tokio::join!(
             async {
@@ -93,7 +93,7 @@ async fn connections_are_independent() {
         let mut listener = transport.listen().await.expect("listening");
         let mut pairs = Vec::new();
         for _ in 0..4 {
-            let (source, destination) = tokio::join!(transport.connect(), listener.accept());
+            let (source, destination) = tokio::join!(transport.connect(), listener.accept_ready());
             pairs.push((source.expect("connected"), destination.expect("accepted")));
         }
         for (number, (source, _)) in pairs.iter_mut().enumerate() {
@@ -112,7 +112,7 @@ async fn the_source_may_start_first() {
     for transport in with_return_path(&directory).await {
         let late = async {
             tokio::time::sleep(Duration::from_millis(120)).await;
-            transport.listen().await.expect("listening").accept().await.expect("accepted")
+            transport.listen().await.expect("listening").accept_ready().await.expect("accepted")
         };
         let (source, mut destination) = tokio::join!(transport.connect(), late);
         source.expect("connected").writer.expect("a writer").write_u8(9).await.expect("written");
@@ -125,7 +125,7 @@ async fn a_dropped_end_is_noticed() {
     let directory = tempfile::tempdir().expect("a directory");
     for transport in with_return_path(&directory).await {
         let mut listener = transport.listen().await.expect("listening");
-        let (source, destination) = tokio::join!(transport.connect(), listener.accept());
+        let (source, destination) = tokio::join!(transport.connect(), listener.accept_ready());
         let mut source = source.expect("connected");
         drop(destination.expect("accepted"));
         assert!(read_all(&mut source).await.is_empty());
@@ -197,7 +197,7 @@ async fn a_tcp_port_can_be_listened_to_again_at_once() {
     let transport = tcp_on("127.0.0.1").await;
     for _ in 0..3 {
         let mut listener = transport.listen().await.expect("listening");
-        let (source, destination) = tokio::join!(transport.connect(), listener.accept());
+        let (source, destination) = tokio::join!(transport.connect(), listener.accept_ready());
         // The listening end closes first: its port lingers in TIME_WAIT.
         drop(destination.expect("accepted"));
         assert!(read_all(&mut source.expect("connected")).await.is_empty());

@@ -59,7 +59,7 @@ async fn a_stale_socket_is_replaced() {
     let before = fs::metadata(&path).expect("stale").ino();
     let mut listener = transport(&path).listen().await.expect("replaced");
     let transport = transport(&path);
-    let (source, destination) = tokio::join!(transport.connect(), listener.accept());
+    let (source, destination) = tokio::join!(transport.connect(), listener.accept_ready());
     let (_source, destination) = (source.expect("connected"), destination.expect("accepted"));
     assert_eq!(destination.peer, format!("process {}", std::process::id()));
     assert_eq!(listener.local_address(), format!("unix:{}", path.display()));

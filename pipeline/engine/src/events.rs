@@ -288,13 +288,16 @@ pub enum TurnedAwayKind {
     Shortage,
     /// A guest is being received from another source.
     Busy,
-    /// It returns after a lost connection, and is not the source that was lost.
+    /// It returns after a lost connection, and is not the source that was lost; or one of its connections has another certificate
+    /// than the others.
     NotProven,
+    /// The handshake of its transport failed: its certificate is refused, or it does not speak TLS.
+    Handshake,
 }
 
 impl TurnedAwayKind {
     /// Every kind.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Silent,
         Self::Protocol,
         Self::Version,
@@ -304,6 +307,7 @@ impl TurnedAwayKind {
         Self::Shortage,
         Self::Busy,
         Self::NotProven,
+        Self::Handshake,
     ];
 
     /// Its name in JSON.
@@ -319,6 +323,7 @@ impl TurnedAwayKind {
             Self::Shortage => "shortage",
             Self::Busy => "busy",
             Self::NotProven => "not_proven",
+            Self::Handshake => "handshake",
         }
     }
 }

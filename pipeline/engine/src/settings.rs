@@ -200,8 +200,8 @@ pub enum After {
 /// The least `peer_timeout`: each end sends something every half second while it is alive.
 pub const LEAST_PEER_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// What is done about a lost connection. The transport needs a return path, and payloads a checksum; without either, a lost
-/// connection ends the migration.
+/// What is done about a lost connection. The transport needs a return path, and payloads a checksum or a transport that
+/// authenticates them; without either, a lost connection ends the migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RecoverySettings {

@@ -21,7 +21,7 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use memferry_transports::{Connection, Listener, is_shortage};
+use memferry_transports::{Arrival, Connection, Listener, is_shortage};
 use tokio::task::{AbortHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 
@@ -89,7 +89,7 @@ pub(crate) async fn serve(mut listener: Box<dyn Listener>, answerer: impl Answer
             () = closing.cancelled() => break,
             Some(_) = clients.tasks.join_next() => {}
             accepted = listener.accept(), if clients.may_be_one_more() => match accepted {
-                Ok(connection) => clients.serve(connection, answerer.clone(), closing.clone()),
+                Ok(arrival) => clients.serve(arrival, answerer.clone(), closing.clone()),
                 // The shortage is temporary: clients that are served end, and so do others of this process.
                 Err(error) if is_shortage(&error) => {}
                 Err(error) => {
@@ -130,7 +130,7 @@ impl Clients {
         self.connected.len() < CONNECTIONS || self.connected.iter().any(Client::can_go)
     }
 
-    fn serve(&mut self, connection: Connection, answerer: impl Answerer, closing: CancellationToken) {
+    fn serve(&mut self, arrival: Arrival, answerer: impl Answerer, closing: CancellationToken) {
         self.connected.retain(|client| !client.task.is_finished());
         if self.connected.len() >= CONNECTIONS
             && let Some(client) =
@@ -139,18 +139,13 @@ impl Clients {
             client.task.abort();
         }
         let is_heard = Arc::<AtomicBool>::default();
-        let task = self.tasks.spawn(serve_one(connection, answerer, is_heard.clone(), closing));
+        let task = self.tasks.spawn(serve_one(arrival, answerer, is_heard.clone(), closing));
         self.connected.push_back(Client { task, is_heard });
     }
 }
 
-async fn serve_one(
-    connection: Connection,
-    answerer: impl Answerer,
-    is_heard: Arc<AtomicBool>,
-    closing: CancellationToken,
-) {
-    let Connection { reader: Some(reader), writer: Some(writer), .. } = connection else { return };
+async fn serve_one(arrival: Arrival, answerer: impl Answerer, is_heard: Arc<AtomicBool>, closing: CancellationToken) {
+    let Ok(Connection { reader: Some(reader), writer: Some(writer), .. }) = arrival.complete().await else { return };
     let service = service_fn(move |request: Request<Incoming>| {
         let (answerer, is_heard) = (answerer.clone(), is_heard.clone());
         async move {

@@ -116,6 +116,17 @@ pub enum MigrationError {
     /// After a lost connection, the peer does not prove that it is the one that was lost.
     #[error("the {0} did not prove that it is the one whose connection was lost")]
     NotProven(Role),
+    /// A connection leads to another peer than the first one of the migration did.
+    #[error(
+        "{name} has another certificate than the {peer} that the migration began with: every connection must lead to the same \
+         {peer}"
+    )]
+    OtherPeer {
+        /// Which end the peer is.
+        peer: Role,
+        /// Its name.
+        name: Untrusted,
+    },
     /// The last handshake failed.
     #[error("{0}")]
     Handover(#[from] HandoverError),

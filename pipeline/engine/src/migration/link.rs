@@ -1,6 +1,6 @@
 //! The source's link to its destination: opens the connections and sends Hello on each.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use memferry_stages::codec::Codec;
@@ -11,7 +11,7 @@ use memferry_stages::untrusted::Untrusted;
 use memferry_stages::wire::messages::Figure;
 use memferry_stages::wire::reader::{FrameReader, Incoming};
 use memferry_stages::wire::{ConnectionRole, Features, Hello, Meeting, Message, Nonce, Prover, Secret, SessionId};
-use memferry_transports::Transport;
+use memferry_transports::{Connection, Transport};
 use tokio::io::AsyncWriteExt;
 use tokio::runtime::Handle;
 use tokio_util::task::AbortOnDropHandle;
@@ -31,6 +31,8 @@ pub(super) struct Identity {
     pub(super) secret: Option<Secret>,
     /// The number of the attempt, from 1.
     pub(super) attempt: u32,
+    /// Who the destination is, once its first connection was made: all others, those of later attempts included, lead to the same.
+    destination: Arc<OnceLock<Option<memferry_transports::Identity>>>,
 }
 
 impl Identity {
@@ -40,7 +42,15 @@ impl Identity {
     /// When the system has no random numbers.
     pub(super) fn new(features: Features) -> Result<Self, MigrationError> {
         let secret = if features.recovery { Some(Secret::random()?) } else { None };
-        Ok(Self { session: SessionId::random()?, secret, attempt: 1 })
+        Ok(Self { session: SessionId::random()?, secret, attempt: 1, destination: Arc::default() })
+    }
+
+    /// Requires the connection to lead to the destination of the first one.
+    fn same_destination(&self, opened: &Connection) -> Result<(), MigrationError> {
+        if *self.destination.get_or_init(|| opened.identity) == opened.identity {
+            return Ok(());
+        }
+        Err(MigrationError::OtherPeer { peer: Role::Destination, name: opened.peer.as_str().into() })
     }
 }
 
@@ -109,6 +119,7 @@ impl Greeted {
         let urgent = features.postcopy.then_some(settings.connections);
         for connection in (0..settings.connections).chain(urgent) {
             let opened = transport.connect().await?;
+            identity.same_destination(&opened)?;
             let mut writer = opened.writer.expect("a source writes");
             let bulk = settings.connections;
             let mut hello =

@@ -2,7 +2,8 @@
 //!
 //! Anyone can reach a listening socket: port scanners, other programs, other versions, a source that died during setup.
 //! None of them may end the wait for the real peer, delay it, or make it use more memory. So each connection is greeted
-//! in a task of its own, within a time limit, and only a few are greeted at once. An incomplete migration is refused
+//! in a task of its own, within a time limit, the handshake of its transport included, and only so many are greeted at once: `waiting`
+//! has the rule by which one gives way to the next. An incomplete migration is refused
 //! after that time, or at once if one of its connections ends or no further one can be accepted.
 //!
 //! The listener stays open while the guest is received: a second source is refused: this destination is busy. The source whose connection
@@ -10,6 +11,7 @@
 
 mod refusal;
 mod returning;
+mod waiting;
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -23,10 +25,10 @@ use memferry_stages::silence::{Attentive, Ear};
 use memferry_stages::untrusted::Untrusted;
 use memferry_stages::wire::reader::{FrameReader, Incoming};
 use memferry_stages::wire::{ConnectionRole, Features, Hello, Message, PROTOCOL_VERSION, SessionId};
-use memferry_transports::{Connection, Listener, is_shortage};
+use memferry_transports::{Arrival, Connection, Identity, Listener, is_shortage};
 use tokio::io::AsyncWriteExt;
 use tokio::sync::mpsc;
-use tokio::task::{AbortHandle, JoinSet};
+use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
 
 use super::FAREWELL;
@@ -34,15 +36,11 @@ use super::connection::{Reader, Writer};
 use super::error::MigrationError;
 use super::turned_away::TurnedAways;
 use crate::settings::DestinationSettings;
-use refusal::{Incomplete, Refusal, Shortage};
+use refusal::{Earlier, Incomplete, Refusal, Shortage};
 pub(super) use returning::Known;
 use returning::{prove, unnumbered};
+use waiting::Waiting;
 
-/// The most connections that are greeted at once.
-const MAX_GREETED: usize = 64;
-/// How long a connection may be silent before it can be dropped for the next one. The real peer sends Hello at once,
-/// but it may arrive in a burst of other clients, at a busy host.
-const GRACE: Duration = Duration::from_millis(250);
 /// The most migrations that are gathered at once.
 const MAX_GATHERED: usize = 16;
 
@@ -50,6 +48,8 @@ const MAX_GATHERED: usize = 16;
 pub(super) struct Session {
     /// The peer's name, for messages.
     pub(super) peer: Untrusted,
+    /// Whose certificate every connection shows, where the transport has certificates.
+    pub(super) identity: Option<Identity>,
     /// The content of every connection's Hello, except its number.
     pub(super) hello: Hello,
     /// The features that the stream uses.
@@ -73,6 +73,7 @@ pub(super) struct Urgent {
 /// A connection that sent an acceptable Hello.
 struct Greeted {
     peer: Untrusted,
+    identity: Option<Identity>,
     hello: Hello,
     features: Features,
     reader: Reader,
@@ -182,7 +183,7 @@ impl Door {
         let turned_away = reception.turned_away.clone();
         tokio::select! {
             accepted = listener.accept(), if !is_full => reception.accepted(accepted)?,
-            () = reception.waiting.oldest_had_its_time(), if is_full => reception.waiting.drop_oldest(),
+            () = reception.waiting.one_had_its_time(), if is_full => reception.waiting.drop_one(),
             () = reception.a_group_had_its_time() => reception.refuse_late_groups(),
             id = a_connection_ended(&mut reception.groups) => reception.refuse_group(id, Incomplete::OneEnded),
             () = turned_away.report_next() => {}
@@ -226,11 +227,12 @@ impl Reception {
     }
 
     /// Greets a connection. If none can be accepted, room is made.
-    fn accepted(&mut self, accepted: io::Result<Connection>) -> Result<(), MigrationError> {
+    fn accepted(&mut self, accepted: io::Result<Arrival>) -> Result<(), MigrationError> {
         match accepted {
-            Ok(connection) => {
-                let greeting = greet(connection, self.settings.clone(), self.known.clone());
-                self.waiting.add(self.greetings.spawn(greeting));
+            Ok(arrival) => {
+                let host = arrival.host();
+                let greeting = greet(arrival, self.settings.clone(), self.known.clone());
+                self.waiting.add(host, self.greetings.spawn(greeting));
             }
             Err(error) if is_shortage(&error) => self.make_room(Shortage(Arc::new(error))),
             Err(error) => return Err(error.into()),
@@ -241,8 +243,8 @@ impl Reception {
     /// No connection can be accepted, so a migration that waits for more of them cannot become complete. The one that
     /// has waited longest is refused, after connections that sent nothing in their time.
     fn make_room(&mut self, shortage: Shortage) {
-        if self.waiting.oldest_is_late() {
-            return self.waiting.drop_oldest();
+        if self.waiting.one_is_late() {
+            return self.waiting.drop_one();
         }
         match self.oldest_group() {
             Some(id) => self.refuse_group(id, Incomplete::Shortage(shortage)),
@@ -292,6 +294,9 @@ impl Reception {
         let same = |other: &Greeted| unnumbered(&other.hello) == unnumbered(&greeted.hello);
         if !group.connections.iter().flatten().all(same) {
             return away(greeted, Refusal::Contradicts);
+        }
+        if !group.connections.iter().flatten().all(|other| other.identity == greeted.identity) {
+            return away(greeted, Refusal::OtherPeer(Earlier::Connection));
         }
         let number = usize::from(greeted.hello.connection);
         match group.connections.get_mut(number) {
@@ -362,49 +367,13 @@ impl Reception {
     }
 }
 
-/// Connections that have not sent Hello yet, the oldest first, each with its arrival time.
-///
-/// They must not keep out the real peer. If too many are being greeted, the one that has been silent longest is
-/// dropped, but none before its [`GRACE`] is over.
-#[derive(Default)]
-struct Waiting(VecDeque<(Instant, AbortHandle)>);
-
-impl Waiting {
-    fn add(&mut self, greeting: AbortHandle) {
-        self.0.push_back((Instant::now(), greeting));
-    }
-
-    fn forget_finished(&mut self) {
-        self.0.retain(|(_, greeting)| !greeting.is_finished());
-    }
-
-    fn is_full(&self) -> bool {
-        self.0.len() >= MAX_GREETED
-    }
-
-    /// Returns when the oldest may be dropped.
-    fn oldest_had_its_time(&self) -> impl Future<Output = ()> + use<> {
-        let since = self.0.front().map_or_else(Instant::now, |&(since, _)| since);
-        sleep_until(since + GRACE)
-    }
-
-    /// Has the oldest been silent for its grace time?
-    fn oldest_is_late(&self) -> bool {
-        self.0.front().is_some_and(|(since, _)| since.elapsed() >= GRACE)
-    }
-
-    fn drop_oldest(&mut self) {
-        self.0.pop_front().into_iter().for_each(|(_, greeting)| greeting.abort());
-    }
-}
-
-/// Reads a connection's Hello and answers an unacceptable one with the reason.
-async fn greet(
-    connection: Connection,
-    settings: DestinationSettings,
-    known: Arc<Known>,
-) -> Result<Greeted, TurnedAway> {
-    let Connection { peer, mut writer, reader } = connection;
+/// Completes a connection's handshake, reads its Hello and answers an unacceptable one with the reason.
+async fn greet(arrival: Arrival, settings: DestinationSettings, known: Arc<Known>) -> Result<Greeted, TurnedAway> {
+    let stranger = Untrusted::from(arrival.peer().to_owned());
+    let Connection { peer, identity, mut writer, reader } = match completed(arrival, settings.hello_timeout).await {
+        Ok(connection) => connection,
+        Err(why) => return Err(TurnedAway { peer: stranger, why, stored: false }),
+    };
     let peer = Untrusted::from(peer);
     let (reader, ear) = Attentive::new(reader.expect("a destination reads"));
     let mut reader = FrameReader::new(reader, format!("the stream from {peer}"), PageSize::DEFAULT);
@@ -416,7 +385,7 @@ async fn greet(
     if let Ok((hello, _)) = &greeting
         && hello.attempt != 1
     {
-        let proving = prove(&known, hello, &mut reader, &mut writer);
+        let proving = prove(&known, hello, identity, &mut reader, &mut writer);
         let proven = tokio::time::timeout(settings.hello_timeout, proving).await;
         if let Err(refusal) = proven.unwrap_or(Err(Refusal::Silent(settings.hello_timeout))) {
             greeting = Err(refusal);
@@ -427,9 +396,17 @@ async fn greet(
             reader.set_page_size(hello.page_size);
             // On all connections but the first, no data arrives before the stages run.
             ear.expect_nothing();
-            Ok(Greeted { peer, hello, features, reader, ear, writer })
+            Ok(Greeted { peer, identity, hello, features, reader, ear, writer })
         }
         Err(refusal) => Err(turn_away(peer, writer, refusal).await),
+    }
+}
+
+/// The connection after its handshake, or why there is none.
+async fn completed(arrival: Arrival, within: Duration) -> Result<Connection, Refusal> {
+    match tokio::time::timeout(within, arrival.complete()).await {
+        Ok(completed) => completed.map_err(|error| Refusal::Handshake(Arc::new(error))),
+        Err(_) => Err(Refusal::Silent(within)),
     }
 }
 
@@ -499,8 +476,10 @@ fn complete(connections: impl Iterator<Item = Greeted>) -> Session {
     let mut connections = connections.peekable();
     let first = connections.peek_mut().expect("there is at least one");
     let (peer, hello, features) = (first.peer.clone(), first.hello.clone(), first.features);
+    let identity = first.identity;
     let answer = first.writer.take();
-    let mut session = Session { peer, hello, features, readers: Vec::new(), ears: Vec::new(), answer, urgent: None };
+    let (readers, ears) = (Vec::new(), Vec::new());
+    let mut session = Session { peer, identity, hello, features, readers, ears, answer, urgent: None };
     for Greeted { hello, reader, ear, writer, .. } in connections {
         session.ears.push(ear);
         match (hello.role, writer) {

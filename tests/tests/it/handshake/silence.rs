@@ -174,8 +174,8 @@ fn a_destination_that_takes_no_pages_is_not_waited_for_though_it_is_alive() {
         let transport = MemoryTransport::new(64 << 10);
         let mut listener = transport.listen().await.unwrap();
         let alive = async {
-            let first = listener.accept().await.unwrap();
-            let _second = listener.accept().await.unwrap();
+            let first = listener.accept_ready().await.unwrap();
+            let _second = listener.accept_ready().await.unwrap();
             let (mut writer, mut reader) = (first.writer.unwrap(), first.reader.unwrap());
             tokio::spawn(async move { tokio::io::copy(&mut reader, &mut tokio::io::sink()).await });
             for message in [Message::Accept { waits_ms: 0 }, Message::Ready] {

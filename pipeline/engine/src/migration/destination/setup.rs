@@ -217,7 +217,7 @@ impl Acceptance {
         send_answer(self.answers.as_ref(), &build_message(began.elapsed())).await?;
         built.verify(self.session.features)?;
         if let Some((secret, awaited)) = returns.filter(|_| recovery.attempts > 0) {
-            self.known.learn(&self.session.hello, secret, awaited);
+            self.known.learn(&self.session.hello, self.session.identity, secret, awaited);
         }
         send_answer(self.answers.as_ref(), &Message::Ready).await?;
         Ok(Ready { session: self.session, made: Some(built), room: self.room })

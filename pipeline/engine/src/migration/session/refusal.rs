@@ -46,6 +46,10 @@ pub(super) enum Refusal {
     NoDigests,
     #[error("it contradicts another connection of the same migration")]
     Contradicts,
+    #[error("its handshake failed: {0}")]
+    Handshake(Arc<io::Error>),
+    #[error("it has another certificate than {0} of its migration")]
+    OtherPeer(Earlier),
     #[error("connection {0} of its migration is there already")]
     Occupied(usize),
     #[error("{came} of the {of} connections of its migration came, and {why}")]
@@ -60,6 +64,15 @@ pub(super) enum Refusal {
     NotProven,
     #[error("{0}: raise its limit of open files (ulimit -n), or end what holds them")]
     Shortage(Shortage),
+}
+
+/// What a connection of the same migration had shown who its peer is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum Earlier {
+    #[error("an earlier connection")]
+    Connection,
+    #[error("the source whose connection was lost")]
+    LostSource,
 }
 
 /// Why no more connections of a migration are waited for.
@@ -98,7 +111,9 @@ impl Refusal {
             | Self::PageSize { .. }
             | Self::NoDigests => TurnedAwayKind::Unfit,
             Self::Busy(_) => TurnedAwayKind::Busy,
+            Self::Handshake(_) => TurnedAwayKind::Handshake,
             Self::NotLost | Self::OldAttempt { .. } | Self::NotProven => TurnedAwayKind::NotProven,
+            Self::OtherPeer(_) => TurnedAwayKind::NotProven,
             Self::Contradicts | Self::Occupied(_) => TurnedAwayKind::Contradicts,
             Self::Incomplete { why: Incomplete::Shortage(_), .. } | Self::Shortage(_) => TurnedAwayKind::Shortage,
             Self::Incomplete { .. } => TurnedAwayKind::Incomplete,

@@ -6,9 +6,10 @@ use std::time::Duration;
 use memferry_stages::wire::hello::Hello;
 use memferry_stages::wire::reader::Incoming;
 use memferry_stages::wire::{ConnectionRole, Meeting, Message, Nonce, Prover, Secret};
+use memferry_transports::Identity;
 use tokio::io::AsyncWriteExt;
 
-use super::refusal::Refusal;
+use super::refusal::{Earlier, Refusal};
 use crate::migration::connection::{Reader, Writer};
 
 /// The source whose guest is received, once it has sent its secret. Shared with the tasks that greet connections.
@@ -19,6 +20,8 @@ pub(in crate::migration) struct Known(Mutex<Option<Member>>);
 #[derive(Clone, Debug)]
 struct Member {
     hello: Hello,
+    /// Whose certificate all of its connections show, where the transport has certificates.
+    identity: Option<Identity>,
     secret: Secret,
     /// How long it tries to return.
     awaited: Duration,
@@ -27,9 +30,15 @@ struct Member {
 }
 
 impl Known {
-    /// The source of this Hello returns with this secret.
-    pub(in crate::migration) fn learn(&self, hello: &Hello, secret: Secret, awaited: Duration) {
-        *self.member() = Some(Member { hello: unnumbered(hello), secret, awaited, latest: hello.attempt });
+    /// The source of this Hello, which is this peer, returns with this secret.
+    pub(in crate::migration) fn learn(
+        &self,
+        hello: &Hello,
+        identity: Option<Identity>,
+        secret: Secret,
+        awaited: Duration,
+    ) {
+        *self.member() = Some(Member { hello: unnumbered(hello), identity, secret, awaited, latest: hello.attempt });
     }
 
     /// How long the source tries to return; zero if it does not.
@@ -37,16 +46,19 @@ impl Known {
         self.member().as_ref().map_or(Duration::ZERO, |member| member.awaited)
     }
 
-    /// A connection of this Hello may prove itself, with this secret.
-    fn admit(&self, hello: &Hello) -> Result<Secret, Refusal> {
+    /// A connection of this Hello and this peer may prove itself, with this secret.
+    fn admit(&self, hello: &Hello, identity: Option<Identity>) -> Result<Secret, Refusal> {
         let member = self.member();
-        let Some(Member { hello: first, secret, latest, .. }) =
+        let Some(Member { hello: first, identity: known, secret, latest, .. }) =
             member.as_ref().filter(|known| known.hello.session == hello.session)
         else {
             return Err(Refusal::NotLost);
         };
         if hello.attempt <= *latest {
             return Err(Refusal::OldAttempt { attempt: hello.attempt, latest: *latest });
+        }
+        if identity != *known {
+            return Err(Refusal::OtherPeer(Earlier::LostSource));
         }
         if unnumbered(hello) != *first {
             return Err(Refusal::Contradicts);
@@ -82,10 +94,11 @@ pub(super) fn unnumbered(hello: &Hello) -> Hello {
 pub(super) async fn prove(
     known: &Known,
     hello: &Hello,
+    identity: Option<Identity>,
     reader: &mut Reader,
     writer: &mut Option<Writer>,
 ) -> Result<(), Refusal> {
-    let secret = known.admit(hello)?;
+    let secret = known.admit(hello, identity)?;
     let Some(writer) = writer else { return Err(Refusal::NotLost) };
     let nonce = Nonce::random().map_err(|_| Refusal::NotProven)?;
     let meeting = Meeting::of(hello, nonce);

@@ -25,7 +25,7 @@ struct Starved {
 }
 
 impl Listener for Starved {
-    fn accept(&mut self) -> BoxFuture<'_, io::Result<Connection>> {
+    fn accept(&mut self) -> BoxFuture<'_, io::Result<Arrival>> {
         Box::pin(async {
             loop {
                 let moment = tokio::time::timeout(Duration::from_millis(5), self.listener.accept());
@@ -315,7 +315,7 @@ async fn the_source_that_was_lost_returns_and_nobody_in_its_place() {
     // It has not sent its secret yet.
     let (_, refused) = returns(&transport, 2, &secret, |_| ()).await;
     assert_eq!(refused, Some(Refusal::NotLost.to_string().into()));
-    known.learn(&session.hello, secret.clone(), HANG);
+    known.learn(&session.hello, session.identity, secret.clone(), HANG);
 
     let (mut stranger, refused) = returns(&transport, 2, &Secret::from([8; 32]), |_| ()).await;
     assert_eq!((refused, stranger.refused().await), (None, Refusal::NotProven.to_string().into()));

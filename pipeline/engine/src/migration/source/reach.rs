@@ -119,9 +119,10 @@ impl<'a> Source<'a> {
     }
 }
 
-/// Is a lost connection made again? A page that is lost is sent again only if it is known to be lost: payloads need checksums (law 8).
+/// Is a lost connection made again? A page that is lost is sent again only if it is known to be lost: payloads need checksums, or a
+/// transport that authenticates them (law 8).
 pub(super) fn recovers(settings: &SourceSettings, transport: Capabilities) -> bool {
-    settings.recovery.attempts > 0 && settings.checksum && transport.return_path
+    settings.recovery.attempts > 0 && (settings.checksum || transport.authenticated) && transport.return_path
 }
 
 impl Introduction {
