@@ -5,12 +5,16 @@
 //! it. So a pool hands out a fixed number of buffers of one size, allocates each on first use, and takes them back when they are
 //! dropped. The buffer that came back last goes out first: it is the likeliest to be still in a processor's cache, and no more
 //! buffers are allocated than are in use at once.
+//!
+//! Buffers hold pages of the guest, also when they are idle. They are left out of core dumps: each lies on whole pages of the host.
 
 use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::{Semaphore, SemaphorePermit};
+
+use crate::memory::undumped::Undumped;
 
 /// A fixed number of buffers of one size. Clones share the buffers.
 #[derive(Clone, Debug)]
@@ -21,7 +25,7 @@ pub struct BufferPool {
 #[derive(Debug)]
 struct Shared {
     /// Allocated and not in use; the last is the one that came back last.
-    idle: Mutex<Vec<Vec<u8>>>,
+    idle: Mutex<Vec<Undumped>>,
     /// A permit for each buffer that is not in use, allocated or not.
     free: Semaphore,
     buffer_bytes: usize,
@@ -71,14 +75,14 @@ impl BufferPool {
         let idle = self.shared.idle().pop();
         let buffer = idle.unwrap_or_else(|| {
             self.shared.made.fetch_add(1, Ordering::Relaxed);
-            vec![0; self.shared.buffer_bytes]
+            Undumped::new(self.shared.buffer_bytes)
         });
         PooledBuffer { filled: 0, buffer, home: self.shared.clone() }
     }
 }
 
 impl Shared {
-    fn idle(&self) -> MutexGuard<'_, Vec<Vec<u8>>> {
+    fn idle(&self) -> MutexGuard<'_, Vec<Undumped>> {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -87,19 +91,19 @@ impl Shared {
 #[derive(Debug)]
 pub struct PooledBuffer {
     filled: usize,
-    buffer: Vec<u8>,
+    buffer: Undumped,
     home: Arc<Shared>,
 }
 
 impl PooledBuffer {
     /// The whole buffer, to be written.
     pub fn space(&mut self) -> &mut [u8] {
-        &mut self.buffer
+        self.buffer.bytes_mut()
     }
 
     /// The part that is not filled yet, to be written.
     pub fn spare(&mut self) -> &mut [u8] {
-        &mut self.buffer[self.filled..]
+        &mut self.buffer.bytes_mut()[self.filled..]
     }
 
     /// Sets how many bytes from the start are filled.
@@ -107,7 +111,7 @@ impl PooledBuffer {
     /// # Panics
     /// If the buffer is shorter.
     pub fn set_filled(&mut self, bytes: usize) {
-        assert!(bytes <= self.buffer.len(), "{bytes} bytes in a buffer of {}", self.buffer.len());
+        assert!(bytes <= self.buffer.bytes().len(), "{bytes} bytes in a buffer of {}", self.buffer.bytes().len());
         self.filled = bytes;
     }
 
@@ -123,7 +127,7 @@ impl PooledBuffer {
     /// How many bytes the buffer can hold.
     #[must_use]
     pub fn capacity(&self) -> usize {
-        self.buffer.len()
+        self.buffer.bytes().len()
     }
 }
 
@@ -131,13 +135,13 @@ impl Deref for PooledBuffer {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        &self.buffer[..self.filled]
+        &self.buffer.bytes()[..self.filled]
     }
 }
 
 impl DerefMut for PooledBuffer {
     fn deref_mut(&mut self) -> &mut [u8] {
-        &mut self.buffer[..self.filled]
+        &mut self.buffer.bytes_mut()[..self.filled]
     }
 }
 

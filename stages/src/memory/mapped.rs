@@ -193,6 +193,17 @@ impl MappedMemory {
         Ok(())
     }
 
+    /// Leaves the memory out of core dumps.
+    ///
+    /// # Errors
+    /// If the kernel cannot.
+    pub(crate) fn leave_out_of_dumps(&self) -> io::Result<()> {
+        let length = self.length.next_multiple_of(rustix::param::page_size());
+        // SAFETY: the range is this mapping; the advice changes no content.
+        unsafe { rustix::mm::madvise(self.as_ptr().cast(), length, Advice::LinuxDontDump) }?;
+        Ok(())
+    }
+
     /// Returns private memory to the host: it reads as zeros afterwards. A dirty log may not see this, so mark the pages.
     /// On shared memory it changes only this mapping's tables; punch a hole into the file instead.
     ///

@@ -12,6 +12,7 @@ mod holes;
 pub mod mapped;
 mod populate;
 mod present;
+pub(crate) mod undumped;
 
 use std::cell::RefCell;
 use std::fmt;

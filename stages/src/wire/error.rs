@@ -16,6 +16,9 @@ pub enum WireError {
     /// The head's checksum does not match: damage, or no memferry stream at all.
     #[error("the frame head is damaged (checksum mismatch), or this is not a memferry stream")]
     HeadChecksum,
+    /// The stream begins as TLS does.
+    #[error("the peer speaks TLS here: write tls: in the address at both ends, or at neither")]
+    Tls,
     /// Flag bits that this version does not define.
     #[error("the frame has the unknown flags {flags:#04x}")]
     UnknownFlags {

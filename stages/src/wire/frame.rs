@@ -63,6 +63,12 @@ impl FrameHead {
         Ok(head)
     }
 
+    /// Are these the first bytes of a TLS handshake or alert? Their second byte is no flag of a head.
+    #[must_use]
+    pub fn is_tls(bytes: &[u8; HEAD_BYTES]) -> bool {
+        matches!(bytes, [0x15 | 0x16, 3, 0..=4, ..])
+    }
+
     /// The head's bytes.
     #[must_use]
     pub fn to_bytes(self) -> [u8; HEAD_BYTES] {

@@ -223,7 +223,11 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
             return Ok(None);
         }
         let mut head = [0; HEAD_BYTES];
-        self.fill(&mut head).await?;
+        let filled = self.fill(&mut head).await;
+        if self.offset == 0 && FrameHead::is_tls(&head) {
+            return Err(self.fail(WireError::Tls).into());
+        }
+        filled?;
         let head = FrameHead::parse(&head, self.page_size).map_err(|error| self.fail(error))?;
         self.frames += 1;
         Ok(Some(head))

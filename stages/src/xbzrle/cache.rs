@@ -225,7 +225,10 @@ impl PageMemory {
     fn take(&mut self) -> Option<u32> {
         assert!(self.taken < self.pages, "all {} pages are taken", self.pages);
         if self.taken == self.chunks.len() * self.chunk_pages {
-            self.chunks.push(MappedMemory::anonymous(self.chunk_pages * self.page_bytes).ok()?);
+            let chunk = MappedMemory::anonymous(self.chunk_pages * self.page_bytes).ok()?;
+            // A host that cannot leave the guest's pages out of core dumps is no error.
+            drop(chunk.leave_out_of_dumps());
+            self.chunks.push(chunk);
             self.advise_last();
         }
         self.taken += 1;
