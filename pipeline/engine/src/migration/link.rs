@@ -288,3 +288,66 @@ impl ReturnPath {
         message
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+    use std::io;
+    use std::sync::Mutex;
+
+    use futures::FutureExt;
+    use futures::future::BoxFuture;
+    use memferry_transports::memory::MemoryTransport;
+    use memferry_transports::{Capabilities, Identity as Certificate, Listener};
+
+    use super::*;
+
+    /// Memory whose destinations show these certificates, one after another.
+    #[derive(Debug)]
+    struct Shown(MemoryTransport, Mutex<VecDeque<Option<Certificate>>>);
+
+    impl Transport for Shown {
+        fn capabilities(&self) -> Capabilities {
+            self.0.capabilities()
+        }
+
+        fn address(&self) -> String {
+            self.0.address()
+        }
+
+        fn connect(&self) -> BoxFuture<'_, io::Result<Connection>> {
+            let identity = self.1.lock().unwrap().pop_front().expect("no more connections");
+            async move { Ok(Connection { identity, ..self.0.connect().await? }) }.boxed()
+        }
+
+        fn listen(&self) -> BoxFuture<'_, io::Result<Box<dyn Listener>>> {
+            self.0.listen()
+        }
+    }
+
+    /// Opens the connections of an attempt to destinations that show these certificates.
+    async fn opens(identity: &Identity, shown: [Option<Certificate>; 2]) -> Result<(), MigrationError> {
+        let memory = MemoryTransport::new(4096);
+        let _listener = memory.listen().await.unwrap();
+        let transport = Arc::new(Shown(memory, Mutex::new(shown.into())));
+        let settings = SourceSettings { connections: 2, ..SourceSettings::default() };
+        let features = features(&settings);
+        Greeted::open(transport, settings, PageSize::DEFAULT, features, identity.clone()).await.map(drop)
+    }
+
+    #[tokio::test]
+    async fn every_connection_leads_to_the_destination_of_the_first() {
+        let of = |byte| Some(Certificate::of_digest([byte; 32]));
+        let identity = Identity::new(Features::default()).unwrap();
+        opens(&identity, [of(1), of(1)]).await.unwrap();
+        // A later attempt is of the same migration.
+        for shown in [[of(2), of(2)], [of(1), of(2)], [of(1), None], [None, None]] {
+            let error = opens(&identity, shown).await.unwrap_err();
+            assert!(matches!(error, MigrationError::OtherPeer { peer: Role::Destination, .. }), "{error}");
+        }
+        opens(&identity, [of(1), of(1)]).await.unwrap();
+        let plain = Identity::new(Features::default()).unwrap();
+        opens(&plain, [None, None]).await.unwrap();
+        assert!(matches!(opens(&plain, [of(1), of(1)]).await, Err(MigrationError::OtherPeer { .. })));
+    }
+}

@@ -22,6 +22,8 @@ struct Starved {
     listener: Box<dyn Listener>,
     is_short: Arc<AtomicBool>,
     accepted: Arc<AtomicUsize>,
+    /// What the certificate of the next connections is.
+    certificate: Arc<Mutex<Option<Identity>>>,
 }
 
 impl Listener for Starved {
@@ -35,7 +37,9 @@ impl Listener for Starved {
                 }
                 if let Ok(accepted) = moment.await {
                     self.accepted.fetch_add(1, Ordering::Relaxed);
-                    return accepted;
+                    let identity = *self.certificate.lock().unwrap();
+                    let shown = move |connection| async move { Ok(Connection { identity, ..connection }) };
+                    return accepted.map(|arrival| arrival.then(shown));
                 }
             }
         })
@@ -53,6 +57,7 @@ struct Gathering {
     transport: MemoryTransport,
     is_short: Arc<AtomicBool>,
     accepted: Arc<AtomicUsize>,
+    certificate: Arc<Mutex<Option<Identity>>>,
     turned_away_events: TurnedAwayEvents,
     turned_away: Arc<TurnedAways>,
     task: JoinHandle<Result<Box<(Session, Door)>, MigrationError>>,
@@ -64,7 +69,13 @@ impl Gathering {
             (MemoryTransport::new(4096), Arc::new(AtomicBool::new(false)), TurnedAwayEvents::default());
         let accepted = Arc::new(AtomicUsize::new(0));
         let listener = transport.listen().await.unwrap();
-        let listener = Box::new(Starved { listener, is_short: is_short.clone(), accepted: accepted.clone() });
+        let certificate = Arc::<Mutex<Option<Identity>>>::default();
+        let listener = Box::new(Starved {
+            listener,
+            is_short: is_short.clone(),
+            accepted: accepted.clone(),
+            certificate: certificate.clone(),
+        });
         let listening = turned_away_events.clone();
         let observer: Arc<dyn Observer> = Arc::new(move |_: Role, event: &Event| {
             if let Event::TurnedAway { kind, why, count, .. } = event {
@@ -75,7 +86,7 @@ impl Gathering {
         let settings = DestinationSettings { hello_timeout, ..DestinationSettings::default() };
         let door = Door::open(listener, settings, turned_away.clone(), Arc::default());
         let task = tokio::spawn(door.gather());
-        Self { transport, is_short, accepted, turned_away_events, turned_away, task }
+        Self { transport, is_short, accepted, certificate, turned_away_events, turned_away, task }
     }
 
     /// A connection that has sent Hello.
@@ -340,4 +351,79 @@ async fn the_source_that_was_lost_returns_and_nobody_in_its_place() {
     let turned_away_events = turned_away_events.lock().unwrap();
     let not_proven = turned_away_events.iter().filter(|(kind, ..)| *kind == TurnedAwayKind::NotProven);
     assert_eq!(not_proven.map(|(_, count, _)| count).sum::<u64>(), 6);
+}
+
+fn identity(byte: u8) -> Option<Identity> {
+    Some(Identity::of_digest([byte; 32]))
+}
+
+#[tokio::test]
+async fn every_connection_of_a_migration_shows_the_same_certificate() {
+    let gathering = Gathering::start(HANG).await;
+    let certificate = gathering.certificate.clone();
+    *certificate.lock().unwrap() = identity(1);
+    let _first = gathering.knock(2, 0, 2).await;
+    while gathering.accepted.load(Ordering::Relaxed) < 1 {
+        tokio::task::yield_now().await;
+    }
+    for other in [identity(2), None] {
+        *certificate.lock().unwrap() = other;
+        let mut stranger = gathering.knock(2, 1, 2).await;
+        assert_eq!(stranger.refused().await, Refusal::OtherPeer(Earlier::Connection).to_string());
+    }
+    *certificate.lock().unwrap() = identity(1);
+    let _second = gathering.knock(2, 1, 2).await;
+    let Gathering { task, turned_away, turned_away_events, .. } = gathering;
+    let (session, _door) = *tokio::time::timeout(HANG, task).await.expect("it hangs").unwrap().unwrap();
+    assert_eq!((session.identity, session.readers.len()), (identity(1), 2));
+    turned_away.finish();
+    let turned_away_events = turned_away_events.lock().unwrap();
+    assert!(turned_away_events.iter().all(|(kind, ..)| *kind == TurnedAwayKind::NotProven), "{turned_away_events:?}");
+}
+
+#[tokio::test]
+async fn a_source_that_returns_shows_the_certificate_that_it_had() {
+    let secret = Secret::from([7; 32]);
+    let gathering = Gathering::start(HANG).await;
+    let certificate = gathering.certificate.clone();
+    *certificate.lock().unwrap() = identity(1);
+    let _first = gathering.knock(2, 0, 1).await;
+    let Gathering { transport, task, .. } = gathering;
+    let (session, door) = *tokio::time::timeout(HANG, task).await.expect("it hangs").unwrap().unwrap();
+    door.reception.known.learn(&session.hello, session.identity, secret.clone(), HANG);
+    let (returned, mut returning) = mpsc::channel(1);
+    let waiting = tokio::spawn(door.await_return(returned));
+    for other in [identity(2), None] {
+        *certificate.lock().unwrap() = other;
+        // Though it has the secret.
+        let (_, refused) = returns(&transport, 2, &secret, |_| ()).await;
+        assert_eq!(refused, Some(Refusal::OtherPeer(Earlier::LostSource).to_string().into()));
+    }
+    *certificate.lock().unwrap() = identity(1);
+    let (_source, refused) = returns(&transport, 2, &secret, |_| ()).await;
+    assert_eq!(refused, None);
+    let session = tokio::time::timeout(HANG, returning.recv()).await.expect("it hangs").expect("it listens");
+    assert_eq!((session.hello.attempt, session.identity), (2, identity(1)));
+    waiting.abort();
+}
+
+/// In virtual time: a thousand clients that send nothing are there before the real peer, which comes behind them.
+#[tokio::test(start_paused = true)]
+async fn a_thousand_silent_clients_delay_the_real_peer_by_less_than_a_second() {
+    let gathering = Gathering::start(Duration::from_secs(30)).await;
+    let transport = gathering.transport.clone();
+    let silent = tokio::spawn(async move {
+        let connecting = (0..1000).map(|_| transport.connect());
+        let _silent = futures::future::join_all(connecting).await;
+        std::future::pending::<()>().await;
+    });
+    while gathering.accepted.load(Ordering::Relaxed) < waiting::MAX_GREETED {
+        tokio::task::yield_now().await;
+    }
+    let begun = Instant::now();
+    let _source = gathering.knock(9, 0, 1).await;
+    let gathered = tokio::time::timeout(HANG, gathering.task).await.expect("it hangs").unwrap();
+    assert_eq!(gathered.unwrap_or_else(|_| panic!("no session")).0.hello.session, SessionId([9; 16]));
+    assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
+    silent.abort();
 }

@@ -13,7 +13,7 @@ use std::time::Duration;
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep_until};
 
-/// The most connections that are greeted at once. One takes a descriptor, and about 64 KiB once it sends something.
+/// The most connections that are greeted at once. One takes a descriptor, and 100 KiB or so once it sends something.
 pub(super) const MAX_GREETED: usize = 256;
 /// How long a connection may be silent before it can be dropped for the next one. The real peer sends Hello at once,
 /// but it may arrive in a burst of other clients, at a busy host. `MAX_GREETED / GRACE` is how many silent clients pass in a second.
