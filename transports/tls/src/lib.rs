@@ -75,6 +75,9 @@ const LEAST_PATIENCE: Duration = Duration::from_secs(5);
 const WAIT: Duration = Duration::from_millis(100);
 /// The most plaintext that waits to be written, encrypted.
 const MOST_BUFFERED: usize = 256 << 10;
+/// The most bytes that a connection takes in this process, besides those of the connection beneath: what is read ahead, what waits
+/// to be written, and records at work.
+pub const CONNECTION_BYTES: u64 = (stream::READ_AHEAD + MOST_BUFFERED + (128 << 10)) as u64;
 
 /// TLS over another transport.
 #[derive(Debug)]

@@ -17,6 +17,7 @@
 use std::fmt;
 use std::io::{self, ErrorKind, IoSlice};
 use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, Weak};
 use std::task::{Context, Poll, Wake, Waker, ready};
 
@@ -28,7 +29,7 @@ use tokio_rustls::TlsStream;
 use crate::words::Words;
 
 /// How much is read from the connection beneath in one system call: several records of 16 KiB. TLS itself asks for 4 KiB at a time.
-const READ_AHEAD: usize = 128 << 10;
+pub(crate) const READ_AHEAD: usize = 128 << 10;
 
 type Writer = Box<dyn AsyncWrite + Send + Unpin>;
 type Reader = Box<dyn AsyncRead + Send + Unpin>;
@@ -112,6 +113,8 @@ struct Shared {
 struct Wakers {
     writer: AtomicWaker,
     flusher: AtomicWaker,
+    /// The flusher has found the TLS in use, and waits for whoever uses it.
+    flusher_missed: AtomicBool,
 }
 
 impl Wake for Wakers {
@@ -187,15 +190,14 @@ async fn flush(shared: Weak<Shared>, wakers: Arc<Wakers>) {
     std::future::poll_fn(|context| {
         wakers.flusher.register(context.waker());
         let Some(shared) = shared.upgrade() else { return Poll::Ready(()) };
+        wakers.flusher_missed.store(true, Ordering::SeqCst);
         let mut tls = match shared.tls.try_lock() {
             Ok(tls) => tls,
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-            Err(TryLockError::WouldBlock) => {
-                // A writer leaves nothing without waiting for room, but a reader may hold it.
-                context.waker().wake_by_ref();
-                return Poll::Pending;
-            }
+            // A writer writes what is left itself, or waits for room and is woken with this task; a reader wakes it.
+            Err(TryLockError::WouldBlock) => return Poll::Pending,
         };
+        wakers.flusher_missed.store(false, Ordering::SeqCst);
         let is_left = tls.get_ref().1.wants_write() && tls.get_ref().0.writer.is_some();
         let waker = Waker::from(wakers.clone());
         if is_left && let Poll::Ready(Err(_)) = Pin::new(&mut *tls).poll_flush(&mut Context::from_waker(&waker)) {
@@ -219,6 +221,9 @@ impl AsyncWrite for WriteHalf {
         context: &mut Context<'_>,
         slices: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        if slices.iter().all(|slice| slice.is_empty()) {
+            return Poll::Ready(Ok(0));
+        }
         self.0.poll_write(context, |tls, context| tls.poll_write_vectored(context, slices))
     }
 
@@ -246,8 +251,10 @@ struct ReadHalf(Arc<Shared>);
 
 impl AsyncRead for ReadHalf {
     fn poll_read(self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let mut tls = self.0.lock();
-        let read = ready!(Pin::new(&mut *tls).poll_read(context, buffer));
-        Poll::Ready(read.map_err(|error| self.0.words.of(error)))
+        let read = Pin::new(&mut *self.0.lock()).poll_read(context, buffer);
+        if self.0.wakers.flusher_missed.swap(false, Ordering::SeqCst) {
+            self.0.wakers.flusher.wake();
+        }
+        Poll::Ready(ready!(read).map_err(|error| self.0.words.of(error)))
     }
 }

@@ -66,9 +66,9 @@ pub(crate) fn check(key: &str, value: &Value) -> Result<(), String> {
 /// An address of a destination that answers.
 fn address(value: &Value) -> Result<Address, String> {
     let wrong = |why: &str| format!("{ADDRESS}: {why}");
-    let text = value.as_str().ok_or_else(|| wrong("write tcp:HOST:PORT or unix:/PATH, in quotes"))?;
+    let text = value.as_str().ok_or_else(|| wrong("write tls:HOST:PORT, tcp:HOST:PORT or unix:/PATH, in quotes"))?;
     match text.parse::<Address>().map_err(|error| wrong(&error.to_string()))? {
-        Address::File(_) => Err(wrong("a file has no return path; write tcp:HOST:PORT or unix:/PATH")),
+        Address::File(_) => Err(wrong("a file has no return path; write tls:HOST:PORT, tcp:HOST:PORT or unix:/PATH")),
         address => Ok(address),
     }
 }

@@ -148,8 +148,17 @@ NO_COLOR=1 leaves the colours out. Exit code 1 if nobody is there or the events 
 const PROBE_EXAMPLES: &str = "\
 Examples:
   memferry probe
+  memferry probe source.toml      and warns of certificates that end within 30 days
 
 Says what this host can do for a migration: userfaultfd and its modes, PAGEMAP_SCAN, KVM, huge pages.";
+
+const CERTS_EXAMPLES: &str = "\
+Examples:
+  memferry certs pki --host dest.example --host 10.0.0.7
+
+Makes an authority, and a certificate and key for the source and for the destination, under the names that QEMU and Cloud Hypervisor
+use: copy the directory to both hosts and name it in [transport.tls] of either, as directory. Each certificate is valid for every HOST,
+for localhost, and for 90 days. For trials: whoever has the directory can be either end. Exit code 1 if a file is there already.";
 
 /// `memferry …`
 #[derive(Debug, Parser)]
@@ -220,7 +229,22 @@ pub(super) enum Command {
     },
     /// What this host can do
     #[command(after_help = PROBE_EXAMPLES)]
-    Probe,
+    Probe {
+        /// A configuration whose certificates are looked at too
+        config: Option<PathBuf>,
+        /// Changes a key of it, as in --set transport.tls.directory=pki
+        #[arg(long = "set", value_name = "KEY=VALUE", requires = "config")]
+        sets: Vec<String>,
+    },
+    /// Certificates for a trial of TLS
+    #[command(after_help = CERTS_EXAMPLES)]
+    Certs {
+        /// Where to make them; nothing that is there is replaced
+        directory: PathBuf,
+        /// A name or an IP address by which an end is reached; may be given often
+        #[arg(long = "host", value_name = "NAME", required = true)]
+        hosts: Vec<String>,
+    },
     /// Runs pause and resume, and resumes a paused guest should memferry be killed
     #[command(hide = true)]
     Guard,
@@ -283,6 +307,9 @@ pub(super) struct Migrate {
     /// What is logged to standard error: error, warn, info, debug or trace [default: warn]
     #[arg(long, value_name = "LEVEL")]
     pub(super) log: Option<String>,
+    /// Writes no core dump, whatever fails: a dump of this program holds a guest's memory. Commands that it starts write none either
+    #[arg(long)]
+    pub(super) no_core: bool,
     /// Prints nothing but the verdict
     #[arg(long)]
     pub(super) quiet: bool,
@@ -413,7 +440,8 @@ mod tests {
                 "switch-over",
                 "inspect",
                 "watch",
-                "probe"
+                "probe",
+                "certs"
             ]
         );
     }

@@ -31,7 +31,7 @@ pub(super) fn describe(config: &Config, purpose: Purpose) -> Result<String, Stri
     can_start(config, purpose)?;
     let mut text = written(config);
     text.push('\n');
-    for line in facts(config) {
+    for line in facts(config).into_iter().chain(config::warnings(config, purpose)) {
         writeln!(text, "# {line}").expect("a string takes it");
     }
     Ok(text)
@@ -89,6 +89,10 @@ fn facts(config: &Config) -> Vec<String> {
             human::bytes(destination_bound(&layout, settings.lanes, config.destination().max_state_bytes))
         ),
     ];
+    if config.tls().is_some() {
+        let bytes = u64::from(settings.connections) * memferry_transports_tls::CONNECTION_BYTES;
+        facts.push(format!("memory of TLS at either end besides: at most {}", human::bytes(bytes)));
+    }
     if let Some(cap) = settings.max_bandwidth {
         let whole = at_rate(bytes, cap);
         facts.push(format!("first round: {} if nothing shrinks, at {}/s", human::time(whole), human::bytes(cap)));

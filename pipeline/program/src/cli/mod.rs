@@ -8,9 +8,11 @@ macro_rules! message {
 }
 
 mod args;
+mod certs;
 mod check;
 mod console;
 mod control;
+mod core_dumps;
 mod hosting;
 pub mod inspect;
 mod outlets;
@@ -24,7 +26,7 @@ mod watch;
 
 use std::future::Future;
 use std::io::{ErrorKind, IsTerminal, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -75,12 +77,18 @@ pub fn main() -> ExitCode {
         Command::SwitchOver(control) => ask(control::switch_over(&control.address)),
         Command::Inspect { file } => inspect(&file),
         Command::Watch { address, speed } => watch(&address, speed),
-        Command::Probe => probe(),
+        Command::Probe { config, sets } => probe(config, sets),
+        Command::Certs { directory, hosts } => certs::make(&directory, &hosts),
         Command::Guard => guard::main(),
     }
 }
 
 fn migrate(options: Migrate, role: Ends, purpose: Purpose, watch: Role) -> ExitCode {
+    if options.no_core
+        && let Err(error) = core_dumps::none()
+    {
+        return complain(&format!("--no-core: core dumps cannot be switched off: {error}"), FAILED);
+    }
     let config = match load(&options.configured, purpose) {
         Ok(config) => config,
         Err(code) => return code,
@@ -94,6 +102,7 @@ fn migrate(options: Migrate, role: Ends, purpose: Purpose, watch: Role) -> ExitC
     if let Err(error) = log::start(options.log_level(), || console::Stderr) {
         return complain(&error, BAD_USAGE);
     }
+    config::warnings(&config, purpose).iter().for_each(|line| message!("memferry: {line}"));
     let command = async {
         let outlets = match Outlets::open(&options).await {
             Ok(outlets) => outlets,
@@ -110,7 +119,7 @@ fn migrate(options: Migrate, role: Ends, purpose: Purpose, watch: Role) -> ExitC
         let code = match purpose {
             Purpose::Send => session.send().await,
             Purpose::Receive => session.receive().await,
-            Purpose::Run | Purpose::Check => session.run().await,
+            Purpose::Run | Purpose::Check | Purpose::Plan => session.run().await,
         };
         if let Some(server) = server {
             server.close().await;
@@ -224,8 +233,15 @@ fn watch(address: &str, speed: Option<f64>) -> ExitCode {
     }
 }
 
-fn probe() -> ExitCode {
-    print(&memferry_stages::host::Probe::run().to_string(), DONE)
+fn probe(config: Option<PathBuf>, sets: Vec<String>) -> ExitCode {
+    let mut text = memferry_stages::host::Probe::run().to_string();
+    if let Some(config) = config {
+        match load(&Configured { config, sets }, Purpose::Check) {
+            Ok(config) => text.extend(config::warnings(&config, Purpose::Check).iter().map(|line| format!("{line}\n"))),
+            Err(code) => return code,
+        }
+    }
+    print(&text, DONE)
 }
 
 /// The configuration, or the exit code after its errors are shown.

@@ -32,7 +32,7 @@ pub(super) fn run(options: &Plan) -> ExitCode {
         return complain(&format!("{name}: {why}"), FAILED);
     }
     let config = match &options.config {
-        Some(config) => config::load(config, &options.sets, Purpose::Check),
+        Some(config) => config::load(config, &options.sets, Purpose::Plan),
         None => recorded(&options.trace, &trace.guest, &options.sets),
     };
     let settings = match config {
@@ -59,5 +59,5 @@ fn recorded(trace: &Path, guest: &GuestFacts, sets: &[String]) -> Result<Config,
         "{}\n[guest.file]\nimages = [{{ id = \"ram\", path = \"ram\" }}]\n\n[transport]\naddress = \"{address}\"\n",
         guest.settings.raw()
     );
-    config::parse(&format!("the settings in {}", Untrusted::from(trace)), &text, sets, Purpose::Check)
+    config::parse(&format!("the settings in {}", Untrusted::from(trace)), &text, sets, Purpose::Plan)
 }

@@ -5,10 +5,12 @@
 
 use std::fmt::Display;
 use std::future::Future;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use memferry_transports::{Address, Listener, Transport};
+use memferry_transports_tls::ClientCertificates;
 use tokio_util::sync::CancellationToken;
 
 use super::args::Migrate;
@@ -145,6 +147,7 @@ impl Session {
             Ok(ready) => ready,
             Err(ended) => return self.could_not_begin(Role::Destination, ended),
         };
+        self.warning_of_strangers(&listener.local_address()).iter().for_each(|warning| self.note(warning));
         self.note(&format!("waiting at {}", listener.local_address()));
         let mut arrived = None;
         let ended = self.receive_from(builder, listener, self.control.clone(), &mut arrived).await;
@@ -169,6 +172,17 @@ impl Session {
     async fn both_guests(&self) -> Result<(Hosted, Builder), GuestError> {
         let cancel = self.control.token();
         Ok((Hosted::source(&self.config, &cancel).await?, hosting::destination(&self.config, true).await?))
+    }
+
+    /// Who may send a guest to this address, if that is anybody.
+    fn warning_of_strangers(&self, address: &str) -> Option<String> {
+        let settings = self.config.tls();
+        let is_open = settings.is_none_or(|tls| tls.client_certificates == ClientCertificates::None);
+        let (Address::Tcp { host, .. } | Address::TlsTcp { host, .. }) = address.parse().ok()? else { return None };
+        let is_local = host == "localhost" || host.parse().is_ok_and(|ip: IpAddr| ip.is_loopback());
+        (is_open && !is_local).then(|| {
+            format!("anybody who reaches {address} may send it a guest: tls: with certificates at both ends authenticates the source (docs/security.md)")
+        })
     }
 
     async fn destination_ready(&self) -> Result<(Builder, Box<dyn Listener>), String> {

@@ -11,6 +11,7 @@ mod place;
 mod rules;
 pub mod settings;
 pub mod tables;
+mod tls;
 
 use std::io;
 use std::path::Path;
@@ -21,6 +22,7 @@ use fault::Shown;
 pub use fault::{ConfigError, Fault};
 use overrides::Override;
 pub use tables::Config;
+pub(crate) use tls::warnings;
 
 use memferry::settings::RecoverySettings;
 use memferry_stages::untrusted::Untrusted;
@@ -40,6 +42,8 @@ pub enum Purpose {
     Receive,
     /// For inspection only.
     Check,
+    /// The settings alone, on a host that may have none of the files.
+    Plan,
 }
 
 /// Reads a configuration file, applies the `--set`s, and checks the result.

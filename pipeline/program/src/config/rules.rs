@@ -11,7 +11,7 @@ use super::tables::{
     Compress, Config, DeltaChoice, EncoderTable, FileTable, FreeTable, GuestTable, ImageTable, WorkloadTable,
     WriterTable,
 };
-use super::{Purpose, settings};
+use super::{Purpose, settings, tls};
 use memferry::migration::cache_beyond_guest;
 use memferry::settings::{After, Rule, SwitchoverBandwidth};
 use memferry::values::{Bandwidth, Size, Time};
@@ -24,6 +24,7 @@ use memferry_guests::workload::{Fill, Pattern};
 pub(super) fn check(config: &Config, purpose: Purpose) -> Vec<Fault> {
     let mut faults = Vec::new();
     transport(config, purpose, &mut faults);
+    tls::check(config, purpose, &mut faults);
     library(config, &mut faults);
     encoder(config, &mut faults);
     bandwidths(config, &mut faults);
@@ -53,8 +54,9 @@ fn transport(config: &Config, purpose: Purpose, faults: &mut Vec<Fault>) {
         Ok(address) => capabilities(config, open(&address, Duration::ZERO).capabilities(), purpose, faults),
         Err(error) => {
             let error = error.to_string();
-            let (what, help) =
-                error.split_once("; ").unwrap_or((&error, "write tcp:HOST:PORT, unix:/PATH or file:/PATH"));
+            let (what, help) = error
+                .split_once("; ")
+                .unwrap_or((&error, "write tls:HOST:PORT, tcp:HOST:PORT, unix:/PATH or file:/PATH"));
             faults.push(Fault::new("transport.address", what, help));
         }
     }
@@ -89,12 +91,13 @@ fn capabilities(config: &Config, can: Capabilities, purpose: Purpose, faults: &m
 /// What recovery from a lost connection needs and this configuration lacks, and what to write instead.
 pub(super) fn recovery_lacks(config: &Config) -> Option<(String, &'static str)> {
     let address = &config.transport.address;
-    if !config.pipeline.checksum {
-        let what = "recovery from a lost connection needs checksums, and `checksum` is false";
-        return Some((what.into(), "write attempts = 0, or checksum = true in [pipeline]"));
+    let is_authenticated = config.transport.address.parse::<Address>().is_ok_and(|address| address.beneath().is_some());
+    if !config.pipeline.checksum && !is_authenticated {
+        let what = "recovery from a lost connection needs checksums or TLS, and `checksum` is false";
+        return Some((what.into(), "write attempts = 0, or checksum = true in [pipeline], or an address of tls:"));
     }
     let what = format!("recovery from a lost connection needs a return path, and {address} has none");
-    lacks_return_path(config).then_some((what, "write attempts = 0, or an address of tcp: or unix:"))
+    lacks_return_path(config).then_some((what, "write attempts = 0, or an address of tls:, tcp: or unix:"))
 }
 
 fn lacks_return_path(config: &Config) -> bool {

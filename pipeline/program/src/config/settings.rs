@@ -9,8 +9,12 @@ use memferry_stages::geometry::PageSize;
 use memferry_transports::faults::Cuts;
 use memferry_transports::tcp::TcpTransport;
 use memferry_transports::{Address, Transport};
+use memferry_transports_tls::{ClientCertificates, TlsSettings, TlsTransport};
 
-use super::tables::{self, Compress, Config, DeltaChoice, EncoderTable, Ends, FileTable, WorkloadTable, WriterTable};
+use super::tables::{
+    self, ClientCertificatesChoice, Compress, Config, DeltaChoice, EncoderTable, Ends, FileTable, WorkloadTable,
+    WriterTable,
+};
 use memferry::settings::{DestinationSettings, EncoderSettings, SourceSettings, XbzrleSettings};
 use memferry::values::Size;
 use memferry_guests::file::{FileGuestSettings, Image};
@@ -60,10 +64,39 @@ impl Config {
     #[must_use]
     pub fn transport_to(&self, address: &Address) -> Box<dyn Transport> {
         let [connect, peer] = [self.transport.connect_timeout, self.migration.peer_timeout].map(|timeout| timeout.0);
+        if let Some(beneath) = address.beneath() {
+            let settings = self.tls().expect("the rules ask for it");
+            return Box::new(TlsTransport::new(self.transport_to(&beneath), settings, connect));
+        }
         match address {
             Address::Tcp { host, port } => Box::new(TcpTransport::new(host, *port, connect).with_peer_timeout(peer)),
             other => memferry_transports::open(other, connect),
         }
+    }
+
+    /// The settings of TLS, if the address has it. The destination's name is that of the configured address: a listener is bound to an
+    /// IP address, and a source that is given another address during the migration still reaches the same destination.
+    #[must_use]
+    pub fn tls(&self) -> Option<TlsSettings> {
+        let address: Address = self.transport.address.parse().ok()?;
+        let host = match address.beneath()? {
+            Address::Tcp { host, .. } => Some(host.split('%').next().unwrap_or_default().to_owned()),
+            _ => None,
+        };
+        let table = self.transport.tls.clone()?;
+        Some(TlsSettings {
+            directory: table.directory,
+            ca: table.ca,
+            certificate: table.certificate,
+            key: table.key,
+            crl: table.crl,
+            peer_name: table.peer_name.or(host),
+            allow: table.allow,
+            client_certificates: match table.client_certificates {
+                ClientCertificatesChoice::Required => ClientCertificates::Required,
+                ClientCertificatesChoice::None => ClientCertificates::None,
+            },
+        })
     }
 }
 

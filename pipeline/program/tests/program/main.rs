@@ -27,6 +27,7 @@ mod recovery_kills;
 mod reports;
 #[path = "../../../../tests/src/sample.rs"]
 pub mod sample;
+mod security;
 mod signals;
 #[path = "../../../../tests/src/skip.rs"]
 pub mod skip;

@@ -2,6 +2,7 @@
 
 mod guest;
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use memferry_stages::codec::Codec;
@@ -101,14 +102,59 @@ pub enum DeltaChoice {
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct TransportTable {
-    /// `tcp:host:port`, `unix:/path` or `file:/path`.
+    /// `tls:host:port`, `tcp:host:port`, `tls+unix:/path`, `unix:/path` or `file:/path`.
     pub address: String,
     /// How long a source retries while nothing listens.
     #[serde(default = "TransportTable::default_connect_timeout")]
     pub connect_timeout: Time,
+    /// The certificates of an address with TLS.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tls: Option<TlsTable>,
     /// An aid for trials: connections that are lost on purpose.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub faults: Option<FaultsTable>,
+}
+
+/// `[transport.tls]`: who this end is, and whom it accepts. The same table serves both ends.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TlsTable {
+    /// A directory with `ca-cert.pem`, `server-cert.pem` and `server-key.pem` (destination), `client-cert.pem` and `client-key.pem`
+    /// (source), and `ca-crl.pem` if certificates are revoked: the names of QEMU and of Cloud Hypervisor.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub directory: Option<PathBuf>,
+    /// The certificates of the authorities whose word about the peer counts.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ca: Option<PathBuf>,
+    /// This end's certificate, with intermediate ones behind it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub certificate: Option<PathBuf>,
+    /// Its private key, which only its owner may read.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub key: Option<PathBuf>,
+    /// Revoked certificates.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub crl: Option<PathBuf>,
+    /// The name that the destination's certificate must have, if it is not the host of the address.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub peer_name: Option<String>,
+    /// The peers that are accepted, by a name of their certificate; `*` stands for any characters but `.` and `/`. By default whomever
+    /// an authority vouches for.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub allow: Vec<String>,
+    /// Must the source have a certificate?
+    pub client_certificates: ClientCertificatesChoice,
+}
+
+/// Whether the source must prove who it is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ClientCertificatesChoice {
+    /// Both ends have certificates.
+    #[default]
+    Required,
+    /// Only the destination has one: anybody who reaches it may send it a guest.
+    None,
 }
 
 /// `[transport.faults]`: an aid for trials of recovery. The source's connections are cut.
