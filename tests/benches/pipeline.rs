@@ -11,12 +11,15 @@
 //! (`bare, huge`). On a virtual machine the host may back memory only when it is touched, a cost that belongs to
 //! neither. So before each run as much memory as it needs is touched and freed.
 //!
+//! The same over TLS, compared with bare rustls: its own streams over the same sockets, with the same certificates, one thread at each
+//! end of each connection.
+//!
 //! Then the cost or benefit of the codecs over the same two lanes of TCP: each is compared with no codec, on
 //! compressible memory, on incompressible memory, and on pages that alternate. `wire` is page bytes over wire bytes.
 //!
 //! ```text
 //! cargo bench -p memferry-tests --bench pipeline
-//! cargo bench -p memferry-tests --bench pipeline -- codecs              (or: sockets, or a part of a row's name)
+//! cargo bench -p memferry-tests --bench pipeline -- codecs              (or: sockets, tls, or a part of a row's name)
 //! ```
 
 use std::io::{Read, Write};
@@ -30,7 +33,12 @@ use memferry::settings::{EncoderSettings, SourceSettings, Verify};
 use memferry_stages::codec::{Codec, ZSTD_DEFAULT_LEVEL};
 use memferry_stages::geometry::PageSize;
 use memferry_tests::{Ends, TestGuest, bare, migrate, source_settings, warm_memory};
-use memferry_transports::{Address, open};
+use memferry_transports::{Address, Transport, open};
+use memferry_transports_tls::{TlsSettings, TlsTransport, trial};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::server::WebPkiClientVerifier;
+use rustls::{ClientConfig, ClientConnection, RootCertStore, ServerConfig, ServerConnection};
 use tokio_util::sync::CancellationToken;
 
 const BYTES: usize = 1 << 30;
@@ -41,6 +49,7 @@ fn main() {
     let (bytes, runs) =
         if std::env::args().any(|argument| argument == "--bench") { (BYTES, RUNS) } else { (64 << 20, 1) };
     sockets(bytes, runs);
+    tls(bytes, runs);
     codecs(bytes / 4, runs);
     verification(bytes, runs);
 }
@@ -65,6 +74,26 @@ fn sockets(bytes: usize, runs: usize) {
         let tcp = |touch| bare_tcp(bytes, connections, touch);
         compare(&name("tcp"), runs, bytes, "tcp:127.0.0.1:0", &settings, tcp);
         compare(&name("unix"), runs, bytes, &unix, &settings, |touch| bare_unix(bytes, connections, &socket, touch));
+    }
+}
+
+fn tls(bytes: usize, runs: usize) {
+    println!("\n{} MiB of incompressible memory over TLS, median of {runs} runs, page bytes a second", bytes >> 20);
+    println!("{:<30}{:>12}{:>12}{:>8}{:>14}{:>8}", "", "memferry", "rustls", "ratio", "rustls, huge", "ratio");
+    let directory = tempfile::tempdir().expect("a folder for certificates");
+    trial::write(directory.path(), &["localhost".into()]).expect("certificates");
+    let settings_of_tls = TlsSettings { directory: Some(directory.path().to_owned()), ..TlsSettings::default() };
+    for (lanes, checksum) in [(1, true), (1, false), (2, false), (4, false)] {
+        let name = format!("tls, {lanes} lanes{}", if checksum { "" } else { ", no checksum" });
+        let beneath = || {
+            let free = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("a port");
+            plain(&format!("tcp:{free}"))
+        };
+        let transport = || -> Box<dyn Transport> {
+            Box::new(TlsTransport::new(beneath(), settings_of_tls.clone(), Duration::from_secs(5)))
+        };
+        let bare = |touch| bare_tls(bytes, lanes, directory.path(), touch);
+        compare_with("tls", &name, runs, bytes, &transport, &settings(lanes, lanes, checksum), bare);
     }
 }
 
@@ -176,14 +205,26 @@ fn compare(
     settings: &SourceSettings,
     bare: impl Fn(Touch) -> Duration,
 ) {
-    if !wanted("sockets", name) {
+    compare_with("sockets", name, runs, bytes, &|| plain(address), settings, bare);
+}
+
+fn compare_with(
+    table: &str,
+    name: &str,
+    runs: usize,
+    bytes: usize,
+    transport: &dyn Fn() -> Box<dyn Transport>,
+    settings: &SourceSettings,
+    bare: impl Fn(Touch) -> Duration,
+) {
+    if !wanted(table, name) {
         return;
     }
     let (mut ours, mut plain, mut huge, mut last) = (Vec::new(), Vec::new(), Vec::new(), None);
     for _ in 0..runs {
         plain.push(bare(Touch::Pages));
         let source = TestGuest::incompressible(PageSize::DEFAULT, bytes as u64);
-        let (time, ends) = memferry(bytes, source, address, settings);
+        let (time, ends) = memferry_over(transport(), bytes, source, settings);
         ours.push(time);
         huge.push(bare(Touch::HugePages));
         last = Some(ends);
@@ -213,10 +254,22 @@ fn print_stages(ends: &Ends) {
     }
 }
 
+fn plain(address: &str) -> Box<dyn Transport> {
+    open(&address.parse::<Address>().expect("a good address"), Duration::from_secs(5))
+}
+
 fn memferry(bytes: usize, source: TestGuest, address: &str, settings: &SourceSettings) -> (Duration, Ends) {
+    memferry_over(plain(address), bytes, source, settings)
+}
+
+fn memferry_over(
+    transport: Box<dyn Transport>,
+    bytes: usize,
+    source: TestGuest,
+    settings: &SourceSettings,
+) -> (Duration, Ends) {
     let source = Arc::new(source);
     let destination = Arc::new(TestGuest::destination());
-    let transport = open(&address.parse::<Address>().expect("a good address"), Duration::from_secs(5));
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("threads");
     warm_the_host(bytes);
     let began = Instant::now();
@@ -256,6 +309,52 @@ fn bare_unix(bytes: usize, connections: u16, path: &std::path::Path, touch: Touc
     let time = bare_sockets(bytes, (0..connections).map(|_| connect()).collect(), touch);
     drop(std::fs::remove_file(path));
     time
+}
+
+/// TLS 1.3 by rustls alone, with both ends' certificates from a directory.
+fn bare_tls(bytes: usize, connections: u16, directory: &std::path::Path, touch: Touch) -> Duration {
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let certificate = |name| CertificateDer::from_pem_file(directory.join(name)).expect("a certificate");
+    let key = |name| PrivateKeyDer::from_pem_file(directory.join(name)).expect("a key");
+    let mut roots = RootCertStore::empty();
+    roots.add(certificate("ca-cert.pem")).expect("an authority");
+    let roots = Arc::new(roots);
+    let verifier = WebPkiClientVerifier::builder_with_provider(roots.clone(), provider.clone()).build().expect("roots");
+    let client = ClientConfig::builder_with_provider(provider.clone())
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .expect("TLS 1.3")
+        .with_root_certificates(roots)
+        .with_client_auth_cert(vec![certificate("client-cert.pem")], key("client-key.pem"))
+        .expect("a certificate with its key");
+    let server = ServerConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .expect("TLS 1.3")
+        .with_client_cert_verifier(verifier)
+        .with_single_cert(vec![certificate("server-cert.pem")], key("server-key.pem"))
+        .expect("a certificate with its key");
+    let (client, server) = (Arc::new(client), Arc::new(server));
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let address = listener.local_addr().expect("it has one");
+    let connect = || {
+        let mut out = TcpStream::connect(address).expect("it listens");
+        out.set_nodelay(true).expect("a socket");
+        let mut inn = listener.accept().expect("it comes").0;
+        let name = "localhost".try_into().expect("a name");
+        let mut source = ClientConnection::new(client.clone(), name).expect("a client");
+        let mut destination = ServerConnection::new(server.clone()).expect("a server");
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while source.is_handshaking() {
+                    source.complete_io(&mut out).expect("a handshake");
+                }
+            });
+            while destination.is_handshaking() {
+                destination.complete_io(&mut inn).expect("a handshake");
+            }
+        });
+        (rustls::StreamOwned::new(source, out), rustls::StreamOwned::new(destination, inn))
+    };
+    bare_sockets(bytes, (0..connections).map(|_| connect()).collect(), touch)
 }
 
 /// Moves the bytes over bare sockets.

@@ -12,6 +12,7 @@
 //! | `streams` | streams with such a frame, received by a whole destination |
 //! | `files` | stored streams with one bit flipped |
 //! | `hints` | migrations of a guest that hints, takes and writes pages all the time |
+//! | `tls` | hostile clients at a TLS port, before and beside a real migration |
 //! | `kills` | kills of each end of two programs, at random moments |
 //! | `recovery` | migrations whose connections are cut, stalled, half-closed and refused, and as many cuts around Go |
 //!
@@ -32,12 +33,13 @@ struct Subject {
     tests: &'static [&'static str],
 }
 
-const SUBJECTS: [Subject; 7] = [
+const SUBJECTS: [Subject; 8] = [
     Subject { name: "cuts", count: 1000, binaries: &["it"], tests: &["faults::cut_"] },
     Subject { name: "frames", count: 1_000_000, binaries: &["it"], tests: &["hostile::a_hostile_frame"] },
     Subject { name: "streams", count: 10_000, binaries: &["it"], tests: &["hostile::a_destination_survives"] },
     Subject { name: "files", count: 10_000, binaries: &["it"], tests: &["hostile::a_file_with_one_bit_flipped"] },
     Subject { name: "hints", count: 100, binaries: &["it"], tests: &["exclusions::torture::ranges"] },
+    Subject { name: "tls", count: 10_000, binaries: &["tls_hostile"], tests: &["hostile_clients"] },
     Subject {
         name: "kills",
         count: 200,

@@ -7,6 +7,7 @@ use memferry::events::{Ended, Event, Outcome, Phase, Role};
 use memferry::guest::SourceGuest;
 use memferry::settings::{DestinationSettings, RecoverySettings, SourceSettings};
 use memferry_transports::{Address, Listener, Transport, open};
+use memferry_transports_tls::{TlsSettings, TlsTransport, trial};
 use tempfile::TempDir;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -36,6 +37,46 @@ pub enum Way {
     Tcp,
     /// Unix sockets.
     Unix,
+    /// TLS over TCP.
+    TlsTcp,
+    /// TLS over Unix sockets.
+    TlsUnix,
+}
+
+/// The transports of both ends: plain, or TLS over them.
+#[derive(Debug)]
+struct Opener {
+    /// The folder of the certificates.
+    certificates: Option<TempDir>,
+}
+
+impl Opener {
+    fn new(way: Way) -> Self {
+        let with_tls = matches!(way, Way::TlsTcp | Way::TlsUnix);
+        let certificates = with_tls.then(|| {
+            let folder = tempfile::tempdir().expect("a folder for certificates");
+            trial::write(folder.path(), &["localhost".into()]).expect("certificates");
+            folder
+        });
+        Self { certificates }
+    }
+
+    fn open(&self, address: &Address) -> Box<dyn Transport> {
+        let plain = open(address, CONNECT);
+        match &self.certificates {
+            Some(folder) => {
+                let settings = TlsSettings { directory: Some(folder.path().to_owned()), ..TlsSettings::default() };
+                Box::new(TlsTransport::new(plain, settings, CONNECT))
+            }
+            None => plain,
+        }
+    }
+}
+
+/// The plain address of a listener, where a proxy finds it.
+fn plain(address: &str) -> Address {
+    let address: Address = address.parse().expect("the address of a listener");
+    address.beneath().unwrap_or(address)
 }
 
 type Hook = Box<dyn Fn(Role, &Event) + Send + Sync>;
@@ -50,6 +91,7 @@ pub struct Crossing {
     pub destination: DestinationSettings,
     listener: Box<dyn Listener>,
     hook: Hook,
+    opener: Opener,
     folder: TempDir,
 }
 
@@ -67,15 +109,16 @@ impl Crossing {
     pub async fn new(way: Way, lanes: u16, plan: Plan) -> Self {
         let folder = tempfile::tempdir().expect("a folder for a test");
         let [front, back] = ["front", "back"].map(|name| match way {
-            Way::Tcp => Address::Tcp { host: "127.0.0.1".into(), port: 0 },
-            Way::Unix => Address::Unix(folder.path().join(name)),
+            Way::Tcp | Way::TlsTcp => Address::Tcp { host: "127.0.0.1".into(), port: 0 },
+            Way::Unix | Way::TlsUnix => Address::Unix(folder.path().join(name)),
         });
-        let listener = open(&back, CONNECT).listen().await.expect("a transport that listens");
-        let back = listener.local_address().parse().expect("the address of a listener");
+        let opener = Opener::new(way);
+        let listener = opener.open(&back).listen().await.expect("a transport that listens");
+        let back = plain(&listener.local_address());
         let proxy = Arc::new(Proxy::begin(&front, back, plan).await.expect("a proxy"));
         let source = SourceSettings { recovery: RECOVERY, ..source_settings(lanes, lanes) };
         let destination = DestinationSettings { recovery: RECOVERY, ..destination_settings() };
-        Self { proxy, source, destination, listener, hook: Box::new(|_, _| ()), folder }
+        Self { proxy, source, destination, listener, hook: Box::new(|_, _| ()), opener, folder }
     }
 
     /// Sets how recovery is done, at both ends.
@@ -101,7 +144,7 @@ impl Crossing {
             counted.send_modify(|events| *events += 1);
         }));
         let [cancel_source, cancel_destination] = [(); 2].map(|()| CancellationToken::new());
-        let way: Arc<dyn Transport> = open(self.proxy.address(), CONNECT).into();
+        let way: Arc<dyn Transport> = self.opener.open(self.proxy.address()).into();
         let behind = self.listener.local_address();
         let sending = run::source(source, way, self.source, recorder.clone(), cancel_source.clone());
         let receiving = run::destination(
@@ -120,6 +163,7 @@ impl Crossing {
             source: tokio::spawn(sending),
             destination: tokio::spawn(receiving),
             behind,
+            opener: self.opener,
             folder: self.folder,
         }
     }
@@ -145,6 +189,7 @@ pub struct Underway {
     recorder: Arc<Recorder>,
     events: watch::Sender<u64>,
     behind: String,
+    opener: Opener,
     folder: TempDir,
 }
 
@@ -167,7 +212,7 @@ impl Underway {
     /// If the listener has no address.
     #[must_use]
     pub fn past_the_proxy(&self) -> Box<dyn Transport> {
-        open(&self.behind.parse().expect("the address of a listener"), CONNECT)
+        self.opener.open(&plain(&self.behind))
     }
 
     /// Waits for an event of one end. It may have come already.
@@ -293,7 +338,7 @@ impl Crossed {
         assert!(attempts.collect::<Vec<_>>().is_sorted(), "{self:?}");
         assert!(lost.iter().zip(&regained).all(|(end, (next, ..))| end < next), "{self:?}");
         assert_eq!(outages.put_back_bytes, regained.iter().map(|it| it.2).sum::<u64>(), "{self:?}");
-        assert!(outages.time >= regained.iter().map(|it| it.1).sum(), "{self:?}");
+        assert!(outages.time >= regained.iter().map(|it| it.1).sum::<Duration>(), "{self:?}");
         assert!(!lost.is_empty() || outages.time.is_zero(), "{self:?}");
         let there = self.destination.as_ref().map_or(0, |ended| ended.outages.put_back_bytes);
         assert_eq!(there, 0, "{self:?}");

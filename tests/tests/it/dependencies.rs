@@ -36,7 +36,7 @@ fn the_engine_needs_few_crates_and_none_of_a_program() {
 #[test]
 fn the_program_needs_them() {
     let program = needed("memferry-cli");
-    for name in ["clap", "hyper", "maud", "ratatui", "toml"] {
+    for name in ["clap", "hyper", "maud", "ratatui", "rustls", "toml"] {
         assert!(program.iter().any(|entry| entry.starts_with(&format!("{name} "))), "{name}: {program:?}");
     }
 }
@@ -52,6 +52,7 @@ fn dependencies_between_the_crates_run_one_way() {
     let engine = BTreeSet::from(["memferry-stages", "memferry-transports"].map(str::to_owned));
     assert_eq!(below("memferry-stages"), BTreeSet::new());
     assert_eq!(below("memferry-transports"), BTreeSet::new());
+    assert_eq!(below("memferry-transports-tls"), BTreeSet::from(["memferry-transports".to_owned()]));
     assert_eq!(below("memferry"), engine);
     for package in ["memferry-guests", "memferry-report"] {
         assert_eq!(below(package), engine.iter().cloned().chain(["memferry".into()]).collect(), "{package}");

@@ -7,6 +7,7 @@
 //! | `handshake` | the last handshake against a peer played by hand (law 7) |
 //! | `faults` | faults in the middle: cuts, stalls, guests, memory and logs that fail |
 //! | `recovery` | lost connections that are made again, through a proxy that cuts them |
+//! | `tls` | migrations over TLS, lost connections and truncation among them |
 //! | `hostile` | peers and files that are malicious (law 8) |
 //! | `convergence` | guests that do not converge, and each step against them |
 //! | `control` | settings that change while a migration runs, and the switchover on request |
@@ -18,7 +19,7 @@
 //! | `dependencies`, `examples` | the crates that the engine needs, and the examples as a reader runs them |
 //!
 //! A test that measures its whole process is a binary of its own beside this folder: `cancel` and `cancel_api` count
-//! threads and descriptors, `recovery` as well while connections are lost at random, `sparse` resident memory, `per_page` allocations and system calls (law 10).
+//! threads and descriptors, `recovery` as well while connections are lost at random, `sparse` and `tls_hostile` resident memory, `per_page` allocations and system calls (law 10).
 //!
 //! Other tests are with what they test: pure logic and stages in their modules, both courses in virtual time in
 //! `pipeline/engine/src/migration/pair`, transports in `transports/tests`, guests in `pipeline/guests/tests`, the
@@ -41,6 +42,7 @@ mod postcopy;
 mod precopy;
 mod record;
 mod recovery;
+mod tls;
 mod verdicts;
 mod verify;
 mod vm_memory;
