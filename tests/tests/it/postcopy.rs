@@ -18,7 +18,8 @@ use memferry_transports::memory::Direction;
 const HANG: Duration = Duration::from_secs(120);
 /// Two blocks whose lengths are not multiples of a page, with work for four lanes.
 const LENGTHS: [u64; 2] = [(9 << 20) + 100, 4097];
-const WAYS: [(Way, u16); 4] = [(Way::Tcp, 1), (Way::Tcp, 4), (Way::Unix, 1), (Way::Unix, 4)];
+const WAYS: [(Way, u16); 6] =
+    [(Way::Tcp, 1), (Way::Tcp, 4), (Way::Unix, 1), (Way::Unix, 4), (Way::TlsTcp, 1), (Way::TlsUnix, 4)];
 
 /// Whether this host can run these tests.
 fn can_run() -> bool {

@@ -108,9 +108,10 @@ struct Shared {
     words: Words,
 }
 
-/// Who waits for room in the connection beneath.
+/// Who waits for the connection beneath.
 #[derive(Default)]
 struct Wakers {
+    reader: AtomicWaker,
     writer: AtomicWaker,
     flusher: AtomicWaker,
     /// The flusher has found the TLS in use, and waits for whoever uses it.
@@ -150,11 +151,14 @@ impl Shared {
 
     /// The reason of a failed write. The peer may have sent it before it closed the connection, which is what failed the write.
     fn explain(&self, tls: &mut TlsStream<Joined>, error: io::Error) -> io::Error {
-        let mut context = Context::from_waker(Waker::noop());
-        let is_broken = matches!(error.kind(), ErrorKind::BrokenPipe | ErrorKind::ConnectionReset);
-        // What the peer has sent besides is left for the reader.
-        match Pin::new(tls).poll_fill_buf(&mut context) {
-            Poll::Ready(Err(reason)) if is_broken && reason.kind() == ErrorKind::InvalidData => self.words.of(reason),
+        if !matches!(error.kind(), ErrorKind::BrokenPipe | ErrorKind::ConnectionReset) {
+            return self.words.of(error);
+        }
+        // What the peer has sent besides is left for the reader, which waits again.
+        let filled = Pin::new(tls).poll_fill_buf(&mut Context::from_waker(Waker::noop())).map_ok(|_| ());
+        self.wakers.reader.wake();
+        match filled {
+            Poll::Ready(Err(reason)) if reason.kind() == ErrorKind::InvalidData => self.words.of(reason),
             _ => self.words.of(error),
         }
     }
@@ -251,6 +255,7 @@ struct ReadHalf(Arc<Shared>);
 
 impl AsyncRead for ReadHalf {
     fn poll_read(self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        self.0.wakers.reader.register(context.waker());
         let read = Pin::new(&mut *self.0.lock()).poll_read(context, buffer);
         if self.0.wakers.flusher_missed.swap(false, Ordering::SeqCst) {
             self.0.wakers.flusher.wake();

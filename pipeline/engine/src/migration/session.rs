@@ -476,10 +476,16 @@ fn complete(connections: impl Iterator<Item = Greeted>) -> Session {
     let mut connections = connections.peekable();
     let first = connections.peek_mut().expect("there is at least one");
     let (peer, hello, features) = (first.peer.clone(), first.hello.clone(), first.features);
-    let identity = first.identity;
-    let answer = first.writer.take();
-    let (readers, ears) = (Vec::new(), Vec::new());
-    let mut session = Session { peer, identity, hello, features, readers, ears, answer, urgent: None };
+    let mut session = Session {
+        peer,
+        identity: first.identity,
+        hello,
+        features,
+        readers: Vec::new(),
+        ears: Vec::new(),
+        answer: first.writer.take(),
+        urgent: None,
+    };
     for Greeted { hello, reader, ear, writer, .. } in connections {
         session.ears.push(ear);
         match (hello.role, writer) {

@@ -276,8 +276,8 @@ mod tests {
         assert_eq!(given(r#"{ "address": "tcp:10.0.0.3:7777" }"#), Ok(there));
         for (body, why) in [
             (r#"{ "address": "file:/x" }"#, "no return path"),
-            (r#"{ "address": "10.0.0.3" }"#, "write tcp:HOST:PORT"),
-            (r#"{ "address": 7777 }"#, "write tcp:HOST:PORT"),
+            (r#"{ "address": "10.0.0.3" }"#, "write tls:HOST:PORT, tcp:HOST:PORT"),
+            (r#"{ "address": 7777 }"#, "write tls:HOST:PORT, tcp:HOST:PORT"),
             (r#"{ "address": "unix:/x", "throttle": 40 }"#, "give it alone"),
             (r#"{ "address": "unix:/x", "address": "unix:/x" }"#, "give it once"),
         ] {

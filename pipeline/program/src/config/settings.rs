@@ -64,8 +64,9 @@ impl Config {
     #[must_use]
     pub fn transport_to(&self, address: &Address) -> Box<dyn Transport> {
         let [connect, peer] = [self.transport.connect_timeout, self.migration.peer_timeout].map(|timeout| timeout.0);
-        if let Some(beneath) = address.beneath() {
-            let settings = self.tls().expect("the rules ask for it");
+        // An address that a source is given during the migration may lack what TLS needs: then it refuses. One without TLS leads to a peer
+        // without the certificate that the migration began with, which the engine refuses.
+        if let (Some(beneath), Some(settings)) = (address.beneath(), self.tls()) {
             return Box::new(TlsTransport::new(self.transport_to(&beneath), settings, connect));
         }
         match address {

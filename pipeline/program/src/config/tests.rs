@@ -374,7 +374,7 @@ fn a_wrong_set_is_shown_as_it_was_given() {
     1 | transport.address=tpc:x
       | ^^^^^^^^^^^^^^^^^^^^^^^
       |
-      = help: write tcp:HOST:PORT, unix:/PATH or file:/PATH
+      = help: write tls:HOST:PORT, tcp:HOST:PORT, unix:/PATH or file:/PATH
     "#);
     assert_snapshot!(set(&["encoder.compres=lz4"]).unwrap_err(), @r#"
     error: unknown key `compres`
