@@ -1,5 +1,5 @@
-//! The client side of the control API: the requests of the program's `status`, `set`, `cancel`, `switch-over` and
-//! `watch`.
+//! The client side of the control API: the requests of the program's `status`, `set`, `cancel`, `switch-over`,
+//! `postcopy` and `watch`.
 //!
 //! Each function takes the address of a migration's control socket, opens a connection, and returns the answer.
 
@@ -74,6 +74,14 @@ pub async fn cancel(address: &Address) -> Result<Value, ClientError> {
 /// If the request fails, or the migration refuses it.
 pub async fn switch_over(address: &Address) -> Result<Value, ClientError> {
     ask(address, Method::POST, "/migration/switch-over", Bytes::new()).await
+}
+
+/// Requests postcopy, and returns the status after the request.
+///
+/// # Errors
+/// If the request fails, or the migration refuses it.
+pub async fn postcopy(address: &Address) -> Result<Value, ClientError> {
+    ask(address, Method::POST, "/migration/postcopy", Bytes::new()).await
 }
 
 /// The events of the migration, from its beginning on.

@@ -7,6 +7,7 @@
 //! | `PATCH /migration` | changes settings, all of them or none, or gives the source another address of its destination; the status after the change |
 //! | `POST /migration/cancel` | requests a cancel; the status at that moment, which does not yet say where the guest is |
 //! | `POST /migration/switch-over` | requests a switchover at once; the status |
+//! | `POST /migration/postcopy` | requests that the guest is started at the destination before all of its memory is there; the status |
 //! | `GET /migration/events` | past events, then each new one, as lines of JSON: [`EventLine`](memferry_report::event_json::EventLine); ends with the migration |
 //!
 //! `openapi.yaml` beside this crate's manifest describes the API. An error is answered with `{ "error": "…" }`: 400

@@ -51,7 +51,8 @@ impl Answerer for Routes {
             ("/migration", _) => return not_allowed("GET, PATCH"),
             ("/migration/cancel", &Method::POST) => self.cancel(),
             ("/migration/switch-over", &Method::POST) => self.switch_over().await,
-            ("/migration/cancel" | "/migration/switch-over", _) => return not_allowed("POST"),
+            ("/migration/postcopy", &Method::POST) => self.postcopy().await,
+            ("/migration/cancel" | "/migration/switch-over" | "/migration/postcopy", _) => return not_allowed("POST"),
             ("/migration/events", &Method::GET) => self.events(),
             ("/migration/events", _) => return not_allowed("GET"),
             _ => Err(Refusal(StatusCode::NOT_FOUND, "there is nothing here; begin at /migration".into())),
@@ -80,6 +81,11 @@ impl Routes {
 
     async fn switch_over(&self) -> Result<Answer, Refusal> {
         in_time(self.control.switch_over()).await?;
+        Ok(self.status())
+    }
+
+    async fn postcopy(&self) -> Result<Answer, Refusal> {
+        in_time(self.control.postcopy()).await?;
         Ok(self.status())
     }
 

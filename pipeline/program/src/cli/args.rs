@@ -27,6 +27,7 @@ Exit codes:
   2    bad usage or configuration
   3    handed over but not confirmed; the source guest is paused
   4    the source guest could not be resumed
+  5    lost in postcopy: the guest was started at the destination, and the rest of its memory did not come
   130  cancelled; the source guest is as it was
 A report, or events, that cannot be written change none of these: the last line then says what is lost.";
 
@@ -128,6 +129,15 @@ Examples:
 Pauses the guest at once and sends what is left, whatever downtime_limit says. Exit code 1 if max_downtime forbids it, with the
 figures.";
 
+const POSTCOPY_EXAMPLES: &str = "\
+Examples:
+  memferry postcopy /run/guest.sock
+
+Has the guest start at the destination before all of its memory is there: what it touches travels first, the rest in the background. For
+a guest that writes faster than its memory travels. It needs mode = \"hybrid\" or \"postcopy\", which both ends agree on at the start.
+From then on, losing either program or host loses the guest; a lost connection is made again. Exit code 1 if the mode forbids it, it is
+too late, or nobody answers.";
+
 const INSPECT_EXAMPLES: &str = "\
 Examples:
   memferry inspect /var/tmp/guest.memferry
@@ -150,7 +160,7 @@ Examples:
   memferry probe
   memferry probe source.toml      and warns of certificates that end within 30 days
 
-Says what this host can do for a migration: userfaultfd and its modes, PAGEMAP_SCAN, KVM, huge pages.";
+Says what this host can do for a migration: userfaultfd and its modes, missing pages for postcopy, PAGEMAP_SCAN, KVM, huge pages.";
 
 const CERTS_EXAMPLES: &str = "\
 Examples:
@@ -212,6 +222,9 @@ pub(super) enum Command {
     /// Has a running migration pause its guest and finish
     #[command(after_help = SWITCH_OVER_EXAMPLES)]
     SwitchOver(Controlled),
+    /// Has a running migration start its guest at the destination, and send the rest afterwards
+    #[command(after_help = POSTCOPY_EXAMPLES)]
+    Postcopy(Controlled),
     /// What a stream in a file holds: blocks, rounds, encodings, first damage
     #[command(after_help = INSPECT_EXAMPLES)]
     Inspect {
@@ -313,7 +326,7 @@ pub(super) struct Migrate {
     /// Prints nothing but the verdict
     #[arg(long)]
     pub(super) quiet: bool,
-    /// Lets status, set, cancel and switch-over reach it at a Unix socket, as in unix:/run/guest.sock
+    /// Lets status, set, cancel, switch-over and postcopy reach it at a Unix socket, as in unix:/run/guest.sock
     #[arg(long, value_name = "ADDRESS", value_parser = socket)]
     pub(super) control: Option<Address>,
     /// How long a guest that lives in this program is hosted after the verdict, as in 10s; 0s ends at once
@@ -438,6 +451,7 @@ mod tests {
                 "set",
                 "cancel",
                 "switch-over",
+                "postcopy",
                 "inspect",
                 "watch",
                 "probe",

@@ -1,5 +1,5 @@
 //! The commands that query or change a running migration through its control API: `status`, `set`, `cancel`,
-//! `switch-over`.
+//! `switch-over`, `postcopy`.
 
 use std::io::ErrorKind;
 use std::time::Duration;
@@ -79,6 +79,7 @@ pub(super) async fn cancel(address: &Address) -> Result<String, String> {
 struct Seen {
     role: Option<Role>,
     is_paused: bool,
+    is_postcopy: bool,
     ended: Option<EndedJson>,
 }
 
@@ -101,6 +102,7 @@ impl Seen {
         match line.event {
             EventJson::Phase { phase: Phase::Switchover } | EventJson::Paused => self.is_paused = true,
             EventJson::Resumed => self.is_paused = false,
+            EventJson::Phase { phase: Phase::Postcopy } => self.is_postcopy = true,
             EventJson::Ended(ended) => self.ended = Some(*ended),
             _ => {}
         }
@@ -128,12 +130,16 @@ impl Seen {
             (Outcome::Cancelled, _) => Ok("cancelled: the guest continues at the source".into()),
             (Outcome::Failed, _) => Ok(format!("the migration failed, and the guest continues at the source{why}")),
             (Outcome::Completed, _) => Err("too late: the migration is completed".into()),
+            (Outcome::Lost, _) => Err(format!(
+                "the guest is lost: it was started without all of its memory, and the rest did not come{why}"
+            )),
             _ => Err(format!("too late: the handover is not confirmed{why}")),
         }
     }
 
     fn guest(&self) -> &'static str {
         match self.role {
+            _ if self.is_postcopy => ": the guest runs at the destination and needs both ends",
             Some(Role::Source) if self.is_paused => ": the guest is paused at the source",
             Some(Role::Source) => ": the guest runs at the source",
             _ => "",
@@ -145,6 +151,12 @@ impl Seen {
 pub(super) async fn switch_over(address: &Address) -> Result<String, String> {
     let status = client::switch_over(address).await.map_err(in_words)?;
     Ok(text(&status["decision"]["why"]).map_or_else(|| "it switches over".into(), |why| why.to_string()))
+}
+
+/// `memferry postcopy`
+pub(super) async fn postcopy(address: &Address) -> Result<String, String> {
+    client::postcopy(address).await.map_err(in_words)?;
+    Ok("accepted: what is left follows while the guest runs at the destination, unless it is little enough to be sent first".into())
 }
 
 /// What the operator can do about it.
@@ -336,11 +348,16 @@ mod tests {
             at_source(vec![ended(Outcome::Unconfirmed, false)]),
             "NO: too late: the handover is not confirmed: why"
         );
+        assert!(
+            at_source(vec![ended(Outcome::Lost, false)]).starts_with("NO: the guest is lost: it was started without")
+        );
         assert!(at_source(vec![ended(Outcome::Failed, false)]).ends_with("the guest continues at the source: why"));
         assert!(at_source(Vec::new()).starts_with("cancelled before it began"));
         assert!(at_source(vec![Event::Paused]).starts_with("NO: the program ended without saying"));
         let so_far = |events| says(events, Role::Source, false);
         assert!(so_far(vec![Event::Paused]).contains("not ended yet: the guest is paused at the source; ask again"));
+        let postcopy = vec![Event::Paused, Event::Phase(Phase::Postcopy)];
+        assert!(so_far(postcopy).contains(": the guest runs at the destination and needs both ends; ask again"));
         assert!(so_far(vec![Event::Paused, Event::Resumed]).contains(": the guest runs at the source; ask again"));
         let there = says(vec![ended(Outcome::Cancelled, false)], Role::Destination, true);
         assert!(there.starts_with("cancelled here, at the destination"), "{there}");

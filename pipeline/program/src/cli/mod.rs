@@ -75,6 +75,7 @@ pub fn main() -> ExitCode {
         },
         Command::Cancel(control) => ask(control::cancel(&control.address)),
         Command::SwitchOver(control) => ask(control::switch_over(&control.address)),
+        Command::Postcopy(control) => ask(control::postcopy(&control.address)),
         Command::Inspect { file } => inspect(&file),
         Command::Watch { address, speed } => watch(&address, speed),
         Command::Probe { config, sets } => probe(config, sets),
