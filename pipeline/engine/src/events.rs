@@ -519,10 +519,10 @@ pub struct Outages {
 }
 
 impl Ended {
-    /// How long the switchover took, from pause to Running, if it completed: the value to compare a forecast with.
+    /// How long the switchover took, from pause to Running, if it came to that: the value to compare a forecast with.
     #[must_use]
     pub fn switchover(&self) -> Option<Duration> {
-        self.downtime.filter(|_| self.outcome == Outcome::Completed)
+        self.downtime.filter(|_| matches!(self.outcome, Outcome::Completed | Outcome::Lost))
     }
 }
 

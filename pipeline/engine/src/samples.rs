@@ -5,6 +5,7 @@ use std::time::Duration;
 use memferry_stages::batch::RoundKind;
 use memferry_stages::exclusions::ExcludedPages;
 use memferry_stages::meter::Reading;
+use memferry_stages::missing::MissingCounts;
 use memferry_stages::page_hashes::Coverage;
 use memferry_stages::stage_id::StageId;
 use memferry_stages::tally::{PageTally, RoundTally};
@@ -14,7 +15,10 @@ use crate::control::{Change, Changed};
 use crate::controller::forecast::{FixedCost, Forecast};
 use crate::controller::reason::{Met, Reason, Stalled};
 use crate::controller::{Decided, Decision};
-use crate::events::{BlockFacts, DowntimeParts, Ended, Event, Outages, Outcome, Phase, Progress, Role, TurnedAwayKind};
+use crate::events::{
+    BlockFacts, DowntimeParts, Ended, Event, Outages, Outcome, Phase, Postcopy, Progress, Role, TurnedAwayKind,
+};
+use crate::settings::PostcopyAfter;
 
 fn reading(stage: StageId, busy: u64, input: u64, output: u64) -> Reading {
     let [busy, input_wait, output_wait] = [busy, input, output].map(Duration::from_millis);
@@ -90,6 +94,22 @@ pub fn ended(role: Role) -> Ended {
         resume_failed: false,
         outages: Outages { lost: 1, time: ms(2300), put_back_bytes: 3 << 20, paused: ms(12) },
         postcopy: None,
+    }
+}
+
+/// What happened at a destination that was started before all of its pages were there.
+#[must_use]
+pub fn postcopy() -> Postcopy {
+    let mut counts = MissingCounts::default();
+    (counts.faults, counts.requests, counts.zeros) = (6001, 5678, 12);
+    (counts.placed, counts.discarded, counts.retries) = (24_583, 8, 1);
+    Postcopy {
+        missing_pages: 24_691,
+        time: Duration::from_millis(4210),
+        urgent_pages: counts.requests,
+        discarded_ahead: Duration::from_micros(3200),
+        discarded_paused: Duration::from_micros(410),
+        faults: Some(counts),
     }
 }
 
@@ -178,13 +198,22 @@ pub fn every_event() -> Vec<Event> {
     };
     let mut events = script(Role::Source);
     events.retain(|event| !matches!(event, Event::Decided(_) | Event::Phase(_) | Event::Ended(_)));
-    let phases = [Phase::Setup, Phase::Active, Phase::Switchover, Phase::Failed, Phase::Unconfirmed];
+    let phases = [
+        Phase::Setup,
+        Phase::Active,
+        Phase::Switchover,
+        Phase::Postcopy,
+        Phase::Failed,
+        Phase::Unconfirmed,
+        Phase::Lost,
+    ];
     events.extend(phases.map(Event::Phase));
     let decisions = [
         (Decision::AnotherRound, Reason::AboveLimit),
         (Decision::Throttle(20), stall),
         (Decision::RaiseLimit(ms(400)), stall),
         (Decision::SwitchOver, Reason::Operator),
+        (Decision::Postcopy, Reason::PostcopyDue(PostcopyAfter::Rounds(3))),
         (Decision::GiveUp, stall),
     ];
     events.extend(decisions.map(decided));
@@ -208,6 +237,12 @@ pub fn every_event() -> Vec<Event> {
         downtime: None,
         forecast: None,
         ..ended(Role::Source)
+    })));
+    events.push(Event::Ended(Box::new(Ended {
+        outcome: Outcome::Lost,
+        error: Some("cancelled by the operator".into()),
+        postcopy: Some(postcopy()),
+        ..ended(Role::Destination)
     })));
     events.push(Event::Changed(Changed {
         round: 2,

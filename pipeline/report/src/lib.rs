@@ -5,6 +5,7 @@ pub mod account;
 pub mod event_json;
 mod file;
 pub mod html;
+pub mod postcopy;
 pub mod series;
 pub mod status_json;
 pub mod table;
@@ -30,6 +31,7 @@ use memferry::controller::forecast::{Forecast, whole};
 use memferry::controller::{Decided, Decision};
 use memferry::events::{BlockFacts, DowntimeParts, Ended, Outages, Outcome};
 use memferry::values::ms;
+use postcopy::PostcopyReport;
 
 /// The version of the report's field names.
 pub const SCHEMA: u32 = 1;
@@ -41,7 +43,7 @@ pub struct Report {
     pub schema: u32,
     /// The ends that it is about.
     pub role: Ends,
-    /// How it ended: completed, failed, cancelled or unconfirmed.
+    /// How it ended: completed, failed, cancelled, unconfirmed or lost.
     pub status: Outcome,
     /// Its figures. With both ends, those of the source, supplemented by its destination's.
     #[serde(flatten)]
@@ -83,7 +85,8 @@ pub struct EndReport {
     pub downtime_ms: Option<f64>,
     /// The parts of the downtime, which add up to it at the source.
     pub downtime: DowntimeParts,
-    /// The controller's forecast when it decided to switch over; null if it did not decide so, or had no forecast.
+    /// The controller's forecast when it decided to switch over; null if it did not decide so, had no forecast, or the guest was handed
+    /// over before its pages were sent.
     pub forecast: Option<ForecastReport>,
     /// Bytes written to the transport, or read from it.
     pub wire_bytes: u64,
@@ -102,6 +105,9 @@ pub struct EndReport {
     /// What lost connections have cost.
     #[serde(default)]
     pub outages: Outages,
+    /// What happened in postcopy; null if it did not come to that.
+    #[serde(default)]
+    pub postcopy: Option<PostcopyReport>,
 }
 
 impl From<&Ended> for EndReport {
@@ -114,7 +120,10 @@ impl From<&Ended> for EndReport {
             setup_ms: ms(ended.setup),
             downtime_ms: ended.downtime.map(ms),
             downtime: ended.parts,
-            forecast: ended.forecast.map(|forecast| forecast_report(&forecast, ended.switchover())),
+            forecast: ended
+                .forecast
+                .filter(|_| ended.postcopy.is_none())
+                .map(|forecast| forecast_report(&forecast, ended.switchover())),
             wire_bytes: ended.wire_bytes,
             excluded: ended.excluded,
             memory_peak_bytes: ended.memory_peak,
@@ -122,6 +131,7 @@ impl From<&Ended> for EndReport {
             cpu_ms: ms(ended.cpu),
             stages: ended.stages.iter().map(stage).collect(),
             outages: ended.outages,
+            postcopy: ended.postcopy.as_ref().map(PostcopyReport::from),
         }
     }
 }
@@ -212,7 +222,7 @@ pub struct ForecastReport {
 pub struct DecisionReport {
     /// The round after which, or in which, it was made.
     pub round: u32,
-    /// "another-round", "sample", "drain", "throttle", "raise-downtime-limit", "switch-over" or "give-up".
+    /// "another-round", "sample", "drain", "throttle", "raise-downtime-limit", "switch-over", "postcopy" or "give-up".
     pub decision: Untrusted,
     /// The expected downtime; null if it is unknown.
     pub expected_ms: Option<f64>,
@@ -313,6 +323,7 @@ impl Report {
             memory_peak_bytes: ended.memory_peak + far.map_or(0, |far| far.memory_peak),
             bottleneck_percent: held_up,
             stages: stages.iter().map(stage).collect(),
+            postcopy: PostcopyReport::joined(ended.postcopy.as_ref(), far.and_then(|far| far.postcopy.as_ref())),
             ..ended.into()
         };
         Self {

@@ -165,21 +165,26 @@ impl Series {
     /// The ranges of time in which the guest was paused; the last may have no end.
     #[must_use]
     pub fn paused(&self) -> Vec<(Duration, Option<Duration>)> {
-        self.ranges(|what| what == Happened::Paused, Happened::Resumed)
+        let runs = |what| matches!(what, Happened::Resumed | Happened::Phase(Phase::Postcopy));
+        self.ranges(|what| what == Happened::Paused, runs)
     }
 
     /// The ranges of time in which there was no connection; the last may have no end.
     #[must_use]
     pub fn outages(&self) -> Vec<(Duration, Option<Duration>)> {
-        self.ranges(|what| matches!(what, Happened::Disconnected(_)), Happened::Reconnected)
+        self.ranges(|what| matches!(what, Happened::Disconnected(_)), |what| what == Happened::Reconnected)
     }
 
-    fn ranges(&self, begins: impl Fn(Happened) -> bool, end: Happened) -> Vec<(Duration, Option<Duration>)> {
+    fn ranges(
+        &self,
+        begins: impl Fn(Happened) -> bool,
+        ends: impl Fn(Happened) -> bool,
+    ) -> Vec<(Duration, Option<Duration>)> {
         let mut ranges: Vec<(Duration, Option<Duration>)> = Vec::new();
         for mark in &self.marks {
             let open = ranges.last_mut().filter(|range| range.1.is_none());
             match open {
-                Some(range) if mark.what == end => range.1 = Some(mark.at),
+                Some(range) if ends(mark.what) => range.1 = Some(mark.at),
                 None if begins(mark.what) => ranges.push((mark.at, None)),
                 _ => {}
             }

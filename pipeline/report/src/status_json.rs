@@ -36,6 +36,8 @@ pub struct StatusJson {
     pub rounds: u32,
     /// Has the handover begun, so that a cancel is too late?
     pub handed_over: bool,
+    /// Does the guest run at the destination, with pages of it still at the source? It stays so while there is no connection.
+    pub postcopy: bool,
     /// The attempt, from 1: one more for each connection that was lost and made again; 0 before the first.
     pub attempt: u32,
     /// Why there is no connection, while there is none: the reason of the loss, or of the latest try to make it again.
@@ -68,6 +70,7 @@ impl From<&Status> for StatusJson {
             memory_bound_bytes: status.memory_bound,
             rounds: status.rounds,
             handed_over: status.is_handed_over,
+            postcopy: status.is_postcopy,
             attempt: status.attempt,
             disconnected: status.disconnected.as_deref().map(Untrusted::from),
             outages: status.outages,

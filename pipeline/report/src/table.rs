@@ -7,6 +7,7 @@ use memferry_stages::exclusions::ExcludedPages;
 use memferry_stages::page_hashes::Coverage;
 
 use super::account::{Account, Lost, Round};
+use super::postcopy::PostcopyReport;
 use super::{Ends, busiest, error_percent, held_up, readings, throughput};
 use memferry::controller::forecast::Forecast;
 use memferry::controller::{Decided, Decision};
@@ -34,6 +35,9 @@ pub fn verdict(verdict: &Ended, account: &Account) -> String {
     if let Some(error) = verdict.error.as_ref().filter(|error| *error != outcome.name()) {
         write!(line, ": {error}").expect("a string takes it");
     }
+    if verdict.outcome == Outcome::Lost {
+        line.push_str(&lost_pages(verdict, account));
+    }
     if verdict.outcome == Outcome::Completed {
         write!(line, ": {} moved", human::bytes(account.status.total_bytes())).expect("a string takes it");
         if let Some(downtime) = verdict.downtime {
@@ -44,6 +48,18 @@ pub fn verdict(verdict: &Ended, account: &Account) -> String {
         write!(line, "; the guest was paused for {}", human::time(downtime)).expect("a string takes it");
     }
     line
+}
+
+/// What is lost at the end that knows, the destination, and what to do there.
+fn lost_pages(verdict: &Ended, account: &Account) -> String {
+    let postcopy = verdict.postcopy.as_ref().map(PostcopyReport::from);
+    let Some(lost) = postcopy.and_then(|postcopy| postcopy.lost_pages()) else { return String::new() };
+    let page_bytes = account.status.total_bytes().checked_div(account.status.pages).unwrap_or(0);
+    let (pages, bytes) = (human::count(lost), human::bytes(lost * page_bytes));
+    format!(
+        "; {pages} of its pages ({bytes}) are missing here, and threads that touch one wait for ever: end what is left of the guest \
+         here; its source has it as it was at the switchover"
+    )
 }
 
 /// Everything below the verdict: the table of rounds, then the summary lines. Empty if no stage has run.
@@ -130,7 +146,8 @@ fn excluded(excluded: &ExcludedPages) -> Option<String> {
 /// if there are many. The decision to give up is left to the verdict.
 fn decisions(decided: &[Decided]) -> Vec<(&'static str, String)> {
     let shown = |decided: &&Decided| {
-        matches!(decided.decision, Decision::Throttle(_) | Decision::RaiseLimit(_) | Decision::SwitchOver)
+        let Decided { decision, .. } = decided;
+        matches!(decision, Decision::Throttle(_) | Decision::RaiseLimit(_) | Decision::SwitchOver | Decision::Postcopy)
     };
     let mut lines: Vec<_> =
         decided.iter().filter(shown).map(|decided| format!("round {}: {decided}", decided.round)).collect();
@@ -181,9 +198,12 @@ fn lines(role: Ends, ended: &Ended, account: &Account, other: Option<&Account>) 
         let resumed = if ended.switchover().is_none() { " until it was resumed at the source" } else { "" };
         lines.push(("downtime", format!("{}{resumed}: {}", human::time(downtime), ended.parts)));
     }
-    if let (Some(forecast), Some(downtime)) = (&ended.forecast, ended.switchover()) {
+    // A forecast is of what sends the rest with the guest paused.
+    if let (Some(forecast), Some(downtime), None) = (&ended.forecast, ended.switchover(), &ended.postcopy) {
         lines.push(("forecast", forecast_line(forecast, downtime)));
     }
+    let postcopy = PostcopyReport::joined(ended.postcopy.as_ref(), far.and_then(|far| far.postcopy.as_ref()));
+    lines.extend(postcopy.iter().flat_map(PostcopyReport::lines));
     lines.extend(outages(&account.lost, &ended.outages));
     let rate = human::rate(throughput(ended));
     lines.push(("wire", format!("{} at {rate}, setup {}", human::bytes(ended.wire_bytes), human::time(ended.setup))));

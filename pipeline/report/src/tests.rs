@@ -38,7 +38,7 @@ fn the_report_has_exactly_the_names_that_were_agreed() {
     };
     let top = "schema role status error verified checked guest total_ms setup_ms downtime_ms downtime forecast decisions changes \
                wire_bytes excluded throughput_bytes_per_s memory_bound_bytes memory_peak_bytes bottleneck \
-               bottleneck_percent cpu_ms rounds stages lost_connections outages";
+               bottleneck_percent cpu_ms rounds stages lost_connections outages postcopy";
     let round = "round ms sample pages zero raw compressed xbzrle unchanged xbzrle_misses xbzrle_overflows bytes_in bytes_out \
                  dirty_after";
     let stage = "name lane busy_ms input_wait_ms output_wait_ms limit_wait_ms batches pages";
@@ -61,6 +61,14 @@ fn the_report_has_exactly_the_names_that_were_agreed() {
     assert_eq!(sorted(&names(&json["decisions"][0])), "decision expected_ms reason round why");
     assert_eq!(sorted(&names(&json["rounds"][0])), sorted(round));
     assert_eq!(sorted(&names(&json["stages"][0])), sorted(stage));
+    let json = serde_json::to_value(postcopy::sample()).unwrap();
+    let top = "missing_pages time_ms urgent_pages discarded_ahead_ms discarded_paused_ms faults";
+    assert_eq!(sorted(&names(&json)), sorted(top));
+    let faults = "faults requests zeros placed duplicates discarded retries waits";
+    assert_eq!(sorted(&names(&json["faults"])), sorted(faults));
+    let waits = "count total_ms p50_ms p99_ms max_ms histogram";
+    assert_eq!(sorted(&names(&json["faults"]["waits"])), sorted(waits));
+    assert_eq!(json["faults"]["waits"]["histogram"][0], serde_json::json!([160.0, 400]));
 }
 
 #[test]
@@ -242,6 +250,27 @@ fn lost_connections_are_reported_with_what_they_cost() {
                 connection 2 after 12.0 s, not made again: the destination closed it
     ");
     assert!(!table::summary(Ends::Source, &accountant().account(Role::Source), None).contains("lost "));
+}
+
+#[test]
+fn a_guest_that_was_lost_in_postcopy_says_what_is_missing_and_what_to_do() {
+    let lost = Ended {
+        outcome: Outcome::Lost,
+        error: Some("the rest is lost: cancelled".into()),
+        postcopy: Some(memferry::samples::postcopy()),
+        ..ended(Role::Destination)
+    };
+    let mut account = accountant().account(Role::Destination);
+    account.enter(&Event::Ended(Box::new(lost.clone())), Duration::from_secs(1));
+    insta::assert_snapshot!(table::verdict(&lost, &account), @"lost after 2.50 s: the rest is lost: cancelled; 100 of its pages (400 KiB) are missing here, and threads that touch one wait for ever: end what is left of the guest here; its source has it as it was at the switchover; the guest was paused for 213 ms");
+    let text = table::summary(Ends::Destination, &account, None);
+    let lines: Vec<_> =
+        text.lines().filter(|line| line.starts_with("postcopy") || line.starts_with("discards")).collect();
+    insta::assert_snapshot!(lines.join("\n"), @r"
+    postcopy    24,691 pages missing at the start, 100 of them still after 4.21 s; 5,678 urgent (5,678
+    discards    3.20 ms while the guest ran at its source, 410 µs while it was paused, 8 pages by the
+    ");
+    assert!(!text.contains("forecast") && !text.contains("until it was resumed"), "{text}");
 }
 
 #[test]

@@ -44,6 +44,8 @@ pub struct Status {
     pub warnings: Vec<String>,
     /// May the destination have received Go? A cancel is too late then.
     pub is_handed_over: bool,
+    /// Does the guest run at the destination, with pages of it still at the source? It stays so while the connection is lost.
+    pub is_postcopy: bool,
     /// The attempt, from 1: one more for each connection that was lost and made again.
     pub attempt: u32,
     /// Why there is no connection, while the phase is [`Phase::Disconnected`]: the reason of the loss, or of the latest try.
@@ -69,7 +71,10 @@ impl Status {
     #[doc(hidden)]
     pub fn note(&mut self, event: &Event) {
         match event {
-            Event::Phase(phase) => self.phase = *phase,
+            Event::Phase(phase) => {
+                self.phase = *phase;
+                self.is_postcopy |= *phase == Phase::Postcopy;
+            }
             Event::Connected { peer } => {
                 self.peer = Some(peer.clone());
                 self.attempt = self.attempt.max(1);
@@ -101,11 +106,12 @@ impl Status {
                 self.disconnected = None;
                 self.outages.time += *outage;
                 self.outages.put_back_bytes += put_back_bytes;
-                // An earlier Go of this migration was not acted on.
-                self.is_handed_over = false;
+                // An earlier Go of this migration was not acted on, unless the guest runs there.
+                self.is_handed_over = self.is_postcopy;
             }
             Event::Ended(ended) => {
                 self.phase = ended.outcome.into();
+                self.is_postcopy = false;
                 self.outages = ended.outages;
                 self.ended = Some((**ended).clone());
             }

@@ -94,7 +94,9 @@ impl Routes {
         if status.ended.is_some() {
             return Err(ControlError::Over.into());
         }
-        if status.is_handed_over {
+        // A guest that runs without all of its pages can be given up while there is no connection.
+        let can_give_up = status.is_postcopy && status.disconnected.is_some();
+        if status.is_handed_over && !can_give_up {
             return Err(ControlError::TooLate("the destination may run the guest already".into()).into());
         }
         self.control.cancel();

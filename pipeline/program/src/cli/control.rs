@@ -181,6 +181,9 @@ pub(super) fn in_words(error: ClientError) -> String {
 fn describe(status: &Value) -> String {
     let progress = &status["progress"];
     let mut lines = vec![headline(status)];
+    if status["postcopy"] == true {
+        lines.push("the guest runs at the destination and needs both ends".into());
+    }
     if progress.is_object() {
         let (round, total) = (plain(&progress["round"]), bytes(&progress["total_bytes"]));
         lines.push(match progress["done_percent"].as_f64() {
@@ -415,6 +418,10 @@ deadline = none, downtime_limit = 300ms, max_bandwidth = unlimited, max_downtime
 max_bandwidth, xbzrle_cache = 256 MiB
 warning: a warning";
         assert_eq!(lines, expected);
+        let postcopy = Status { phase: Phase::Postcopy, is_postcopy: true, ..status.clone() };
+        let lines = describe(&serde_json::to_value(StatusJson::from(&postcopy)).unwrap());
+        assert!(lines.starts_with("postcopy, source, for 4.20 s"), "{lines}");
+        assert!(lines.contains("\nthe guest runs at the destination and needs both ends\nround 3: "), "{lines}");
         let outages = Outages { lost: 2, time: Duration::from_secs(5), put_back_bytes: 3 << 20, ..Outages::default() };
         let lost =
             Status { phase: Phase::Disconnected, disconnected: Some("refused".into()), outages, ..status.clone() };

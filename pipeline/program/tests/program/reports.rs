@@ -7,7 +7,7 @@ use serde_json::Value;
 
 const TOP: &str = "schema role status error verified guest total_ms setup_ms downtime_ms downtime forecast decisions changes \
                    wire_bytes throughput_bytes_per_s memory_bound_bytes memory_peak_bytes bottleneck \
-                   bottleneck_percent cpu_ms rounds stages lost_connections outages";
+                   bottleneck_percent cpu_ms rounds stages lost_connections outages postcopy";
 const GUEST: &str = "bytes pages blocks";
 const BLOCK: &str = "id bytes page_size";
 const DOWNTIME: &str = "pause_ms state_ms final_sync_ms final_transfer_ms load_ms verify_ms durable_ms prepare_ms start_ms \
@@ -70,7 +70,7 @@ impl Report {
         list(&self.0["rounds"]).iter().for_each(|round| names(round, ROUND));
         list(&self.0["stages"]).iter().for_each(|stage| names(stage, STAGE));
         assert_eq!(self.number("schema"), 1);
-        assert!(["completed", "failed", "cancelled", "unconfirmed"].contains(&self.text("status")));
+        assert!(["completed", "failed", "cancelled", "unconfirmed", "lost"].contains(&self.text("status")));
         assert_eq!(self.0["error"].is_null(), self.text("status") == "completed", "{:#}", self.0);
     }
 

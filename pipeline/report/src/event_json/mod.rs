@@ -11,14 +11,14 @@
 //! | event | when | fields |
 //! |---|---|---|
 //! | `started` | first in a file of events; has no role | `schema`: 1; `unix_ms`: the time of day at `ms` 0 |
-//! | `phase` | the phase changed | `phase`: "setup", "active", "switchover", "disconnected", "completed", "failed", "cancelled", "unconfirmed" |
+//! | `phase` | the phase changed | `phase`: "setup", "active", "switchover", "postcopy", "disconnected", "completed", "failed", "cancelled", "unconfirmed", "lost" |
 //! | `connected` | the peer is connected and the handshake succeeded | `peer`: its address or file |
 //! | `guest` | the guest's memory is known | `bytes`, `pages`, `blocks` (`id`, `bytes`, `page_size`), `memory_bound_bytes`: the bound of the engine's memory |
 //! | `round_scanned` | the scanner reached the bitmap's end | `round`: from 1 |
 //! | `round_sent` | a round is sent; at the destination: loaded | `round`, `last`, `duration_ms`, `pages` (= `zero` + `raw` + `compressed` + `xbzrle` + `unchanged`), `xbzrle_misses`, `xbzrle_overflows`, `bytes_in` of the pages, `bytes_out` of the frames |
 //! | `synced` | a bitmap sync is done | `after_round`, `dirty_pages`, `duration_ms` |
 //! | `excluded` | pages need not travel | so far: `hinted`, `hints_dropped`, `unplugged`, `ignored` |
-//! | `decided` | the controller decided | `round`, `decision`: "another-round", "sample" (a part of the dirty pages is sent, to measure their deltas), "drain" (pages in flight are to arrive first), "throttle", "raise-downtime-limit", "switch-over", "give-up"; `expected_ms`, `why`: in words; `reason`: "already-paused", "deltas-unknown", "within-limit", "nothing-dirty", "backlog", "above-limit", "stall", "limit-raised", "stall-minimum", "budget-used-up", "operator"; `throttle_percent` or `downtime_limit_ms` where that is decided; `forecast`: as in the report |
+//! | `decided` | the controller decided | `round`, `decision`: "another-round", "sample" (a part of the dirty pages is sent, to measure their deltas), "drain" (pages in flight are to arrive first), "throttle", "raise-downtime-limit", "switch-over", "postcopy" (the guest is started at the destination, and the rest follows), "give-up"; `expected_ms`, `why`: in words; `reason`: "already-paused", "deltas-unknown", "within-limit", "nothing-dirty", "backlog", "above-limit", "stall", "limit-raised", "stall-minimum", "budget-used-up", "postcopy-due", "operator"; `throttle_percent` or `downtime_limit_ms` where that is decided; `forecast`: as in the report |
 //! | `changed` | a setting was changed during the migration | `round`, `key`, `from` and `to`: as the configuration writes them; `memory_bound_bytes`: from here on |
 //! | `progress` | ten times a second | `round`, `remaining_bytes`, `total_bytes`, `wire_bytes`, `wire_bytes_per_s`, `page_bytes_per_s`, `dirty_bytes_per_s`, `expected_downtime_ms`, `downtime_limit_ms` (null at the destination, as `remaining_bytes` and `done_percent` are there after the first round), `throttle_percent`, `done_percent` of the guest's memory, `time_left_ms` (null if nothing is measured, or it does not converge), `bottleneck_percent` (over the latest seconds: `processor`, `limit`, `destination`, `wire`, `guest`, `source`; null where this end cannot know), `cpu_ms` of the process since the first page, `stages` (`name`, `lane`, `busy_ms`, `input_wait_ms`, `output_wait_ms`, `limit_wait_ms`, `batches`, `pages`: from its start on). The last one, before the end, has rates of 0, and 0 remaining after completion |
 //! | `turned_away` | peers were refused for a reason of this kind: the first is reported at once, later ones are counted | `kind`, `peer`, `why`, `count` |
@@ -29,7 +29,7 @@
 //! | `disconnected` | the connection is lost, and is to be made again | `attempt`: the one that ended, from 1; `why` |
 //! | `not_reached` | the source could not make the connection again yet | `tries` since it was lost; `why` the latest failed; `again_in_ms` |
 //! | `reconnected` | the connection is made again, and the migration continues | `attempt`: the one that begins, from 2; `outage_ms`: how long there was none; `put_back_bytes` of pages that were in flight and are sent again, 0 at the destination |
-//! | `ended` | the last event of its end | `phase`, `error`, `verified`, `checked`, `total_ms`, `setup_ms`, `downtime_ms`, `downtime` (its parts), `forecast`, `wire_bytes`, `excluded`, `memory_peak_bytes`, `bottleneck_percent`, `cpu_ms`, `stages`, `outages`: as in the report; `resume_failed`: the source guest is still paused and runs nowhere |
+//! | `ended` | the last event of its end | `phase`, `error`, `verified`, `checked`, `total_ms`, `setup_ms`, `downtime_ms`, `downtime` (its parts), `forecast`, `wire_bytes`, `excluded`, `memory_peak_bytes`, `bottleneck_percent`, `cpu_ms`, `stages`, `outages`, `postcopy`: as in the report; `resume_failed`: the source guest is still paused and runs nowhere |
 //! | `lost` | the reader was too slow; has no role | `events`: how many are missing before this line |
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -262,7 +262,7 @@ pub struct ProgressJson {
 /// How the migration ended.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct EndedJson {
-    /// Completed, failed, cancelled or unconfirmed.
+    /// Completed, failed, cancelled, unconfirmed or lost.
     #[serde(rename = "phase")]
     pub outcome: Outcome,
     /// Its figures.

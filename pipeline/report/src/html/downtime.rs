@@ -8,7 +8,7 @@ use super::chart;
 use super::{Page, ms, wide};
 use crate::{ForecastReport, Report};
 use memferry::controller::Decision;
-use memferry::events::{DowntimeParts, Outcome};
+use memferry::events::DowntimeParts;
 use memferry::human;
 use memferry::values;
 
@@ -61,7 +61,7 @@ pub(super) fn section(page: &Page<'_>) -> Markup {
                 }
                 p.caption {
                     b { "It was " (ms(downtime)) }
-                    @if report.status != Outcome::Completed { ", until the guest was resumed at its source" }
+                    @if !page.was_handed_over() { ", until the guest was resumed at its source" }
                 }
                 (bar("The downtime's parts", &parts, whole, limit, |part| Some(part.happened_ms)))
                 @if let Some(forecast) = &report.end.forecast {

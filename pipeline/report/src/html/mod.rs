@@ -10,6 +10,7 @@ mod chart;
 mod decisions;
 mod downtime;
 mod outages;
+mod postcopy;
 mod rounds;
 mod stages;
 mod timeline;
@@ -28,7 +29,7 @@ use super::todo::Conclusion;
 use super::{Ends, GuestReport, Report, file};
 use memferry::control::Changed;
 use memferry::controller::Decided;
-use memferry::events::Phase;
+use memferry::events::{Outcome, Phase};
 use memferry::human;
 use memferry::settings::SourceSettings;
 
@@ -77,6 +78,7 @@ impl Page<'_> {
                         (timeline::section(self))
                         (rounds::section(self))
                         (downtime::section(self))
+                        (postcopy::section(self))
                         (outages::section(self))
                         (stages::section(self))
                         (decisions::section(self))
@@ -115,6 +117,11 @@ impl Page<'_> {
 
     fn is_destination(&self) -> bool {
         self.report.role == Ends::Destination
+    }
+
+    /// Did the guest run at the destination?
+    fn was_handed_over(&self) -> bool {
+        matches!(self.report.status, Outcome::Completed | Outcome::Lost)
     }
 
     /// The origin of the page's time axis: when pages began to move.

@@ -5,6 +5,7 @@ use proptest::prelude::*;
 use roxmltree::{Document, Node};
 
 use super::*;
+use crate::postcopy::{PostcopyReport, sample};
 use crate::series::Series;
 use crate::todo;
 use memferry::bottleneck::Bottleneck;
@@ -22,6 +23,8 @@ struct Scene {
     account: Account,
     settings: SourceSettings,
     configuration: String,
+    /// What replaces that of the account.
+    postcopy: Option<PostcopyReport>,
 }
 
 impl Scene {
@@ -43,7 +46,7 @@ impl Scene {
 
     fn empty(role: Ends) -> Self {
         let configuration = "[guest.workload]\nmemory = \"1 GiB\"\n".to_owned();
-        Self { role, account: Account::default(), settings: SourceSettings::default(), configuration }
+        Self { role, account: Account::default(), settings: SourceSettings::default(), configuration, postcopy: None }
     }
 
     /// The same migration with a different end.
@@ -59,9 +62,12 @@ impl Scene {
     }
 
     fn on<T>(&self, look: impl FnOnce(&Page<'_>) -> T) -> T {
-        let Self { role, account, settings, configuration } = self;
+        let Self { role, account, settings, configuration, postcopy } = self;
         let verdict = account.status.ended.as_ref().unwrap();
-        let report = &Report::new(*role, verdict, account, None);
+        let report = &mut Report::new(*role, verdict, account, None);
+        if postcopy.is_some() {
+            report.end.postcopy.clone_from(postcopy);
+        }
         let conclusions = &todo::conclusions(settings, account, &Bottleneck::default(), 2);
         look(&Page {
             report,
@@ -162,7 +168,7 @@ fn is_sound(page: &str) {
 fn pages_of_both_ends_and_of_every_ending_are_whole() {
     for role in [Ends::Both, Ends::Source, Ends::Destination] {
         is_sound(&Scene::new(role).page());
-        for outcome in [Outcome::Failed, Outcome::Cancelled, Outcome::Unconfirmed] {
+        for outcome in [Outcome::Failed, Outcome::Cancelled, Outcome::Unconfirmed, Outcome::Lost] {
             is_sound(&Scene::new(role).ending(|ended| failed(ended, outcome, "disk full")).page());
         }
         let never = Scene::empty(role).ending(|ended| *ended = Ended { stages: Vec::new(), ..ended.clone() });
@@ -505,6 +511,54 @@ fn a_migration_of_a_moment_has_its_picture() {
     // From the first page at 7.5 ms to the verdict at 32.5 ms: 512 MiB in 25 ms.
     assert!(page.contains("Rates over time: at most 20.0 GiB/s on the wire"), "{page}");
     assert!(page.contains("Bytes remaining over time, from 1.00 GiB to 0 B; the least that a sync found is 400 KiB."));
+}
+
+#[test]
+fn a_postcopy_is_drawn_with_how_long_threads_waited() {
+    let scene = Scene { postcopy: Some(sample()), ..Scene::new(Ends::Both) };
+    let page = scene.page();
+    is_sound(&page);
+    parsed(&page, |document| {
+        let section =
+            elements(document, "section").into_iter().find(|it| it.attribute("aria-labelledby") == Some("postcopy"));
+        let section = section.expect("a section");
+        let columns = section.descendants().filter(|node| node.attribute("class") == Some("busy")).count();
+        assert_eq!(columns, sample().faults.unwrap().waits.histogram.len());
+        let text = words(section);
+        for figure in [
+            "Half of them took up to",
+            "256 µs",
+            "1.28 ms",
+            "4.12 ms",
+            "1.81 s",
+            "24,691",
+            "5,678",
+            "3.20 ms",
+            "410 µs",
+        ] {
+            assert!(text.contains(figure), "{figure} in {text}");
+        }
+    });
+    assert!(!Scene::new(Ends::Both).page().contains("Postcopy"));
+}
+
+#[test]
+fn a_guest_that_was_lost_is_said_to_be_at_neither_end() {
+    let lost = |role, postcopy| {
+        let scene = Scene { postcopy, ..Scene::new(role).ending(|ended| ended.outcome = Outcome::Lost) };
+        is_sound(&scene.page());
+        scene.story()
+    };
+    let mut missing = sample();
+    missing.faults.as_mut().unwrap().placed -= 100;
+    insta::assert_snapshot!([lost(Ends::Source, None), lost(Ends::Destination, Some(missing))].join("\n"), @r"
+    Bad: The guest is lost: it was started without all of its memory, and the rest did not come.
+      It was started at the destination. Pages of it did not reach it. Here it is paused as it was at the switchover.
+      End what is left of the guest at the destination. Resume it here only if nothing that it did since matters.
+    Bad: The guest is lost: it was started without all of its memory, and the rest did not come.
+      It was started here. 100 pages of it are missing, and threads that touch one wait for ever.
+      End what is left of the guest here. Its source has it as it was at the switchover.
+    ");
 }
 
 fn an_event() -> impl Strategy<Value = Event> {

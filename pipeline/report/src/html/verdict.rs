@@ -5,6 +5,7 @@ use memferry_stages::page_hashes::Coverage;
 
 use super::{Page, clean, ms};
 use crate::Ends;
+use crate::postcopy::PostcopyReport;
 use memferry::controller::Decision;
 use memferry::events::Outcome;
 use memferry::human;
@@ -76,6 +77,7 @@ pub(super) fn story(page: &Page<'_>) -> Story {
         (Outcome::Completed, false) => with_warnings(with_conclusions(sent(page), page), page),
         (Outcome::Completed, true) => with_warnings(arrived(page), page),
         (Outcome::Unconfirmed, _) => unconfirmed(page),
+        (Outcome::Lost, is_destination) => lost(page, is_destination),
         (status, true) => did_not_arrive(status),
         (Outcome::Cancelled, false) => with_conclusions(cancelled(page), page),
         (_, false) => failed(page),
@@ -158,6 +160,30 @@ fn did_not_arrive(status: Outcome) -> Story {
     };
     let guest = "It does not run here. Its source has it: the report there says in what state.";
     Story { tone, headline: headline.into(), guest: guest.into(), todo: todo.into() }
+}
+
+fn lost(page: &Page<'_>, is_destination: bool) -> Story {
+    let missing = page.report.end.postcopy.as_ref().and_then(PostcopyReport::lost_pages);
+    let missing = missing.map_or("Pages of it".to_owned(), |pages| human::counted(pages, "page") + " of it");
+    let (guest, todo) = if is_destination {
+        (
+            format!("It was started here. {missing} are missing, and threads that touch one wait for ever."),
+            "End what is left of the guest here. Its source has it as it was at the switchover.",
+        )
+    } else {
+        (
+            format!(
+                "It was started at the destination. {missing} did not reach it. Here it is paused as it was at the switchover."
+            ),
+            "End what is left of the guest at the destination. Resume it here only if nothing that it did since matters.",
+        )
+    };
+    Story {
+        tone: Tone::Bad,
+        headline: "The guest is lost: it was started without all of its memory, and the rest did not come.".into(),
+        guest,
+        todo: todo.into(),
+    }
 }
 
 fn unconfirmed(page: &Page<'_>) -> Story {
@@ -271,7 +297,7 @@ fn figures(page: &Page<'_>) -> Vec<Figure> {
     if let Some(downtime) = report.end.downtime_ms {
         let limit = || super::downtime::limit(page).map(|limit| format!("limit {}", human::time(limit)));
         let tone = if over_limit(page).is_some() { Tone::Warn } else { Tone::Good };
-        figures.push(if report.status == Outcome::Completed {
+        figures.push(if page.was_handed_over() {
             Figure { name: "Downtime", value: ms(downtime), note: limit().unwrap_or_default(), tone: Some(tone) }
         } else {
             plain("Paused", ms(downtime), "until it was resumed at its source".into())
@@ -290,6 +316,7 @@ fn figures(page: &Page<'_>) -> Vec<Figure> {
     figures.push(plain("On the wire", human::bytes(report.end.wire_bytes), format!("{rate} on average")));
     let pages = report.rounds.iter().map(|round| round.pages.all).sum();
     figures.push(plain("Rounds", report.rounds.len().to_string(), format!("{} pages scanned", human::count(pages))));
+    figures.extend(postcopy(page));
     figures.extend(outages(page));
     figures.push(verified(page));
     let bound = human::bytes(report.memory_bound_bytes);
@@ -302,6 +329,19 @@ fn figures(page: &Page<'_>) -> Vec<Figure> {
         figures.push(plain("Excluded", human::count(excluded_pages), note));
     }
     figures
+}
+
+/// How long the guest ran without all of its pages.
+fn postcopy(page: &Page<'_>) -> Option<Figure> {
+    let postcopy = page.report.end.postcopy.as_ref()?;
+    let (missing, urgent) = (human::count(postcopy.missing_pages), human::count(postcopy.urgent_pages));
+    let is_whole = page.report.status == Outcome::Completed;
+    Some(Figure {
+        name: "Postcopy",
+        value: ms(postcopy.time_ms),
+        note: format!("{missing} pages missing at the start, {urgent} urgent"),
+        tone: (!is_whole).then_some(Tone::Bad),
+    })
 }
 
 /// What lost connections have cost.
