@@ -7,6 +7,7 @@ use std::time::Duration;
 use memferry_stages::bitmap::DirtyBitmap;
 use memferry_stages::dirty_log::{HashLog, KvmLog};
 use memferry_stages::geometry::{BlockInfo, Layout, PageSize};
+use memferry_stages::missing;
 use memferry_stages::untrusted::Untrusted;
 use memferry_transports::Address;
 use memferry_transports::file::FileTransport;
@@ -22,6 +23,10 @@ use memferry::values::Size;
 use memferry_guests::SharedSettings;
 use memferry_guests::kvm::KvmLogChoice;
 use memferry_guests::workload::LogChoice;
+
+/// What postcopy costs in safety.
+const POSTCOPY: &str = "postcopy: once the guest runs at the destination without all of its memory, losing either end loses the guest; a \
+                        lost connection is made again";
 
 /// The configuration as TOML, followed by its bounds and its lower limits as comments.
 ///
@@ -104,6 +109,12 @@ fn facts(config: &Config) -> Vec<String> {
         facts.push(format!(
             "pausing, preparing and starting the guest are expected to take {calls}, the downtime limit is {limit}: raise it"
         ));
+    }
+    if settings.mode.may_switch() {
+        facts.push(POSTCOPY.into());
+        facts.extend(
+            missing::supported().err().map(|why| format!("postcopy: as a destination this host refuses it: {why}")),
+        );
     }
     if settings.verify == Verify::Full || hashes_for_log(config) {
         facts.extend(hashing(config, bytes, &settings));

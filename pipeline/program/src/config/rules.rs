@@ -30,6 +30,7 @@ pub(super) fn check(config: &Config, purpose: Purpose) -> Vec<Fault> {
     bandwidths(config, &mut faults);
     check_snapshot(config, &mut faults);
     recovery(config, &mut faults);
+    postcopy(config, &mut faults);
     cuts(config, &mut faults);
     match &config.guest {
         GuestTable::Workload(workload) => check_workload(workload, &mut faults),
@@ -110,6 +111,21 @@ fn recovery(config: &Config, faults: &mut Vec<Fault>) {
     faults.extend(lacks.map(|(what, help)| Fault::new("migration.recovery.attempts", what, help)));
 }
 
+/// A guest that is started before all of its memory is there asks its source for the rest, and the kernel sees what it touches.
+fn postcopy(config: &Config, faults: &mut Vec<Fault>) {
+    let mode = config.migration.mode;
+    if !mode.may_switch() {
+        return;
+    }
+    let (path, name) = ("migration.mode", mode.name());
+    let what = format!("mode {name:?} needs a destination that answers, and {} has none", config.transport.address);
+    need(faults, !lacks_return_path(config), path, what, "write mode = \"precopy\", or an address of tcp: or unix:");
+    let what = format!(
+        "mode {name:?} with a guest of files: images are read by another program, whose access to a page that is missing nobody sees"
+    );
+    need(faults, !matches!(config.guest, GuestTable::File(_)), path, what, "write mode = \"precopy\"");
+}
+
 /// The aid for trials: each cut comes after the one before it.
 fn cuts(config: &Config, faults: &mut Vec<Fault>) {
     let Some(table) = &config.transport.faults else { return };
@@ -148,6 +164,9 @@ fn library(config: &Config, faults: &mut Vec<Fault>) {
     }
     // The bandwidth zero is below the configuration's own minimum.
     broken.retain(|error| error.broken != Rule::Bandwidth);
+    // Recovery is off where it is not possible, and what it lacks is a fault of its own.
+    let lacks_more = recovery_lacks(config).is_some();
+    broken.retain(|error| !(lacks_more && matches!(error.broken, Rule::PostcopyRecovery(_))));
     faults.extend(broken.iter().map(|error| Fault::new(error.setting.key(), error.broken.to_string(), error.help())));
 }
 

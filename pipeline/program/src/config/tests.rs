@@ -2,7 +2,7 @@
 
 use super::*;
 use insta::assert_snapshot;
-use memferry::settings::{DestinationSettings, SourceSettings};
+use memferry::settings::{DestinationSettings, Mode, PostcopyAfter, SourceSettings, StallStep};
 use std::time::Duration;
 
 const GOOD: &str = r#"
@@ -40,6 +40,109 @@ fn a_peer_timeout_leaves_room_for_heartbeats() {
     assert!(short.contains("at least \"2s\""), "{short}");
     let config = set(&["migration.peer_timeout=2s"]).unwrap();
     assert_eq!([config.source().peer_timeout, config.destination().peer_timeout], [Duration::from_secs(2); 2]);
+}
+
+#[test]
+fn postcopy_needs_answers_and_memory_that_only_its_guest_maps() {
+    let file = "[guest.workload]\nmemory = \"64 MiB\"\n\n[transport]\naddress = \"file:/tmp/x\"\n\n[migration]\nafter = \"pause\"\nmode = \"hybrid\"\n";
+    assert_snapshot!(refused(file), @r#"
+    error: mode "hybrid" needs a destination that answers, and file:/tmp/x has none
+     --> run.toml:9:8
+      |
+    9 | mode = "hybrid"
+      |        ^^^^^^^^
+      |
+      = help: write mode = "precopy", or an address of tcp: or unix:
+    "#);
+    let images = "[guest.file]\nimages = [{ id = \"ram\", path = \"/a\", copy = \"/b\" }]\n\n[transport]\naddress = \"tcp:127.0.0.1:0\"\n\n[migration]\nmode = \"postcopy\"\n";
+    assert_snapshot!(refused(images), @r#"
+    error: mode "postcopy" with a guest of files: images are read by another program, whose access to a page that is missing nobody sees
+     --> run.toml:8:8
+      |
+    8 | mode = "postcopy"
+      |        ^^^^^^^^^^
+      |
+      = help: write mode = "precopy"
+    "#);
+    assert_snapshot!(with("[migration]\nmode = \"hybrid\"\n[pipeline]\nchecksum = false"), @r#"
+    error: mode "hybrid" without checksums: a damaged page would reach a guest that runs
+     --> run.toml:9:8
+      |
+    9 | mode = "hybrid"
+      |        ^^^^^^^^
+      |
+      = help: write checksum = true, or mode = "precopy"
+    "#);
+    assert_snapshot!(with("[migration]\nmode = \"hybrid\"\nrecovery = { attempts = 0 }"), @r#"
+    error: mode "hybrid" without recovery: a lost connection would lose the guest
+     --> run.toml:9:8
+      |
+    9 | mode = "hybrid"
+      |        ^^^^^^^^
+      |
+      = help: write recovery.attempts = 10, or mode = "precopy"
+    "#);
+    assert_snapshot!(with("[migration]\npostcopy_after = 3"), @r#"
+    error: mode "precopy" does not switch to postcopy later
+     --> run.toml:9:18
+      |
+    9 | postcopy_after = 3
+      |                  ^
+      |
+      = help: write mode = "hybrid", or leave it out
+    "#);
+    assert_snapshot!(with("[migration]\nmode = \"hybrid\"\npostcopy_after = 0"), @r"
+    error: 0 rounds
+      --> run.toml:10:18
+       |
+    10 | postcopy_after = 0
+       |                  ^
+       |
+       = help: write 1 or more
+    ");
+    assert_snapshot!(with("[migration]\nmode = \"hybrid\"\npostcopy_after = \"soon\""), @r#"
+    error: "soon" is not a length of time
+      --> run.toml:10:18
+       |
+    10 | postcopy_after = "soon"
+       |                  ^^^^^^
+       |
+       = help: write a number of rounds such as 3, or "10s"
+    "#);
+    assert_snapshot!(with("[migration]\nmode = \"postcopi\""), @r#"
+    error: unknown value `postcopi`
+     --> run.toml:9:8
+      |
+    9 | mode = "postcopi"
+      |        ^^^^^^^^^^
+      |
+      = help: did you mean `postcopy`? it is one of `precopy`, `hybrid`, `postcopy`
+    "#);
+    assert_snapshot!(with("[convergence]\non_stall = [\"postcopy\"]"), @r#"
+    error: mode "precopy" does not switch to postcopy later
+     --> run.toml:9:12
+      |
+    9 | on_stall = ["postcopy"]
+      |            ^^^^^^^^^^^^
+      |
+      = help: write mode = "hybrid", or leave it out
+    "#);
+}
+
+#[test]
+fn postcopy_is_set_by_its_keys() {
+    let sets =
+        ["migration.mode=hybrid", "migration.postcopy_after=10s", "convergence.on_stall=[\"throttle\", \"postcopy\"]"];
+    let settings = set(&sets).unwrap().source();
+    assert_eq!(
+        (settings.mode, settings.postcopy_after),
+        (Mode::Hybrid, Some(PostcopyAfter::Time(Duration::from_secs(10))))
+    );
+    assert_eq!(settings.convergence.on_stall, [StallStep::Throttle, StallStep::Postcopy]);
+    let rounds = set(&["migration.mode=hybrid", "migration.postcopy_after=3", "migration.postcopy.background=false"]);
+    let settings = rounds.unwrap().source();
+    assert_eq!((settings.postcopy_after, settings.postcopy.background), (Some(PostcopyAfter::Rounds(3)), false));
+    assert_eq!(set(&["migration.mode=postcopy"]).unwrap().source().mode, Mode::Postcopy);
 }
 
 #[test]
