@@ -54,11 +54,51 @@ pub(crate) fn time_left(now: &ProgressJson) -> Option<TimeLeft> {
     (time != TimeLeft::Unknown).then_some(time)
 }
 
-/// The loss of a connection, and what each end does about it. After Go only the destination knows where the guest is to run.
-pub(crate) fn disconnected(role: Role, why: &dyn fmt::Display, is_handed_over: bool) -> String {
-    let meanwhile = match (role, is_handed_over) {
-        (Role::Source, false) => "the guest runs here; trying to connect again",
-        (Role::Source, true) => "the guest is paused until the destination answers; trying to connect again",
+/// Where the guest is, as far as a source knows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Whereabouts {
+    /// It runs at the source.
+    #[default]
+    Source,
+    /// Go may have left: only the destination knows where it is to run.
+    HandedOver,
+    /// It runs at the destination, and pages of it are still at the source.
+    Destination,
+}
+
+impl Whereabouts {
+    /// Where it is after an event: of Go, of postcopy, or of a connection that was made again.
+    pub(crate) fn after(self, event: Moves) -> Self {
+        match (self, event) {
+            (Self::Destination, _) | (_, Moves::Postcopy) => Self::Destination,
+            (_, Moves::HandedOver) => Self::HandedOver,
+            // An earlier Go was not acted on.
+            (_, Moves::Reconnected) => Self::Source,
+        }
+    }
+}
+
+/// What moves a guest, or shows that it has not moved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Moves {
+    HandedOver,
+    Postcopy,
+    Reconnected,
+}
+
+/// The loss of a connection, and what each end does about it.
+pub(crate) fn disconnected(role: Role, why: &dyn fmt::Display, guest: Whereabouts) -> String {
+    let meanwhile = match (role, guest) {
+        (Role::Source, Whereabouts::Source) => "the guest runs here; trying to connect again",
+        (Role::Source, Whereabouts::HandedOver) => {
+            "the guest is paused until the destination answers; trying to connect again"
+        }
+        (Role::Source, Whereabouts::Destination) => {
+            "the guest runs at the destination and needs what is left here; trying to connect again until a cancel gives the guest up"
+        }
+        (Role::Destination, Whereabouts::Destination) => {
+            "the guest runs here and waits for pages that are missing; waiting for the source to return until a cancel gives the guest up"
+        }
         (Role::Destination, _) => "waiting for the source to return",
     };
     format!("disconnected: {why}; {meanwhile}")
@@ -69,10 +109,14 @@ pub(crate) fn not_reached(
     lost_for: Option<Duration>,
     why: &dyn fmt::Display,
     again_in: Duration,
-    is_handed_over: bool,
+    guest: Whereabouts,
 ) -> String {
     let lost_for = lost_for.map(|time| format!(" for {}", human::time(time))).unwrap_or_default();
-    let guest = if is_handed_over { "the guest is paused" } else { "the guest runs here" };
+    let guest = match guest {
+        Whereabouts::Source => "the guest runs here",
+        Whereabouts::HandedOver => "the guest is paused",
+        Whereabouts::Destination => "the guest needs what is left here",
+    };
     format!("disconnected{lost_for}: {why}; {guest}; trying again in {}", human::time(again_in))
 }
 
@@ -92,14 +136,19 @@ fn unrounded(progress: &Progress) -> ProgressJson {
 }
 
 /// The figures of a line, with the main bottleneck.
-fn line_of_figures(progress: &Progress) -> String {
-    let text = format!("round {}: {}", progress.round, figures(&unrounded(progress)));
+fn line_of_figures(progress: &Progress, guest: Whereabouts) -> String {
+    let text = format!("{}: {}", stretch(progress.round, guest), figures(&unrounded(progress)));
     match progress.bottleneck.greatest() {
         Some((cause, share)) if share >= HELD_UP => {
             format!("{text}, held up by: {cause} {:.0} %", share * 100.0)
         }
         _ => text,
     }
+}
+
+/// The name of what is in progress.
+fn stretch(round: u32, guest: Whereabouts) -> String {
+    if guest == Whereabouts::Destination { "postcopy".into() } else { format!("round {round}") }
 }
 
 /// Events with a line of their own.
@@ -124,6 +173,10 @@ fn milestone(role: Role, event: &Event) -> Option<String> {
         Event::Resumed => Some("the guest continues at the source".into()),
         // The source reports why it switches over.
         Event::Phase(Phase::Switchover) if role == Role::Destination => Some("switching over".into()),
+        Event::Phase(Phase::Postcopy) => Some(match role {
+            Role::Source => "the guest runs at the destination, and what is left follows".into(),
+            Role::Destination => "the guest runs here, and what is missing follows".into(),
+        }),
         _ => None,
     }
 }
@@ -188,24 +241,25 @@ struct Shown {
 #[derive(Debug, Default)]
 struct Lost {
     since: Option<Instant>,
-    is_handed_over: bool,
+    guest: Whereabouts,
 }
 
 impl Lost {
     /// The line for an event about a lost connection.
     fn line(&mut self, role: Role, event: &Event, at: Instant) -> Option<String> {
         match event {
-            Event::HandedOver => self.is_handed_over = true,
+            Event::HandedOver => self.guest = self.guest.after(Moves::HandedOver),
+            Event::Phase(Phase::Postcopy) => self.guest = self.guest.after(Moves::Postcopy),
             Event::Disconnected { why, .. } => {
                 self.since = Some(at);
-                return Some(disconnected(role, why, self.is_handed_over));
+                return Some(disconnected(role, why, self.guest));
             }
             Event::NotReached { why, again_in, .. } => {
                 let lost_for = self.since.map(|since| at.duration_since(since));
-                return Some(not_reached(lost_for, why, *again_in, self.is_handed_over));
+                return Some(not_reached(lost_for, why, *again_in, self.guest));
             }
             Event::Reconnected { attempt, outage, put_back_bytes } => {
-                *self = Self::default();
+                *self = Self { since: None, guest: self.guest.after(Moves::Reconnected) };
                 return Some(reconnected(role, *attempt, *outage, *put_back_bytes));
             }
             _ => {}
@@ -224,7 +278,7 @@ impl Shown {
                     return Vec::new();
                 }
                 self.last = Some(at);
-                Some(line_of_figures(progress))
+                Some(line_of_figures(progress, self.lost.guest))
             }
             Event::RoundSent { tally, duration } => {
                 self.rounds = Some(Rounds::and(self.rounds.take(), tally, *duration));
@@ -236,10 +290,13 @@ impl Shown {
                 None
             }
             Event::Ended(_) => None,
-            other => match milestone(role, other).or_else(|| self.lost.line(role, other, at)) {
-                None => return Vec::new(),
-                line => line,
-            },
+            other => {
+                let lost = self.lost.line(role, other, at);
+                match milestone(role, other).or(lost) {
+                    None => return Vec::new(),
+                    line => line,
+                }
+            }
         };
         let rounds = self.rounds.take().map(|rounds| rounds.to_string());
         rounds.into_iter().chain(line).collect()
@@ -326,12 +383,12 @@ impl ProgressDisplay {
     }
 
     /// The length of a round's bar is what the round began with.
-    fn progress(&self, progress: &Progress) {
+    fn progress(&self, progress: &Progress, guest: Whereabouts) {
         let mut round = self.round.lock().unwrap_or_else(PoisonError::into_inner);
         if *round != progress.round {
             *round = progress.round;
             self.bar.set_length(progress.remaining_bytes.unwrap_or(0).max(1));
-            self.bar.set_prefix(format!("round {}", progress.round));
+            self.bar.set_prefix(stretch(progress.round, guest));
         }
         let length = self.bar.length().unwrap_or(0);
         self.bar.set_position(length.saturating_sub(progress.remaining_bytes.unwrap_or(length)));
@@ -346,7 +403,11 @@ impl ProgressDisplay {
         match event {
             // The line about the lost connection stays.
             Event::Progress(_) if lost.since.is_some() => {}
-            Event::Progress(progress) => self.progress(progress),
+            Event::Progress(progress) => self.progress(progress, lost.guest),
+            Event::Phase(Phase::Postcopy) => {
+                *self.round.lock().unwrap_or_else(PoisonError::into_inner) = 0;
+                self.bar.set_prefix("postcopy");
+            }
             Event::Reconnected { .. } => *self.round.lock().unwrap_or_else(PoisonError::into_inner) = 0,
             Event::Phase(Phase::Disconnected) => self.bar.set_prefix("disconnected"),
             Event::Ended(_) => self.bar.finish_and_clear(),
@@ -455,8 +516,8 @@ mod tests {
         let Event::Progress(now) = progress(2) else { unreachable!() };
         let held_up =
             |share| Progress { bottleneck: Bottleneck::made_up(&[(Cause::Destination, share)]), ..now.clone() };
-        assert!(line_of_figures(&held_up(0.97)).ends_with(", held up by: destination 97 %"));
-        assert!(!line_of_figures(&held_up(0.4)).contains("held up"));
+        assert!(line_of_figures(&held_up(0.97), Whereabouts::Source).ends_with(", held up by: destination 97 %"));
+        assert!(!line_of_figures(&held_up(0.4), Whereabouts::Source).contains("held up"));
         let text = |page_rate, dirty_rate| {
             let now = Progress { page_rate, dirty_rate, throttle: 50, expected_downtime: None, ..now.clone() };
             figures(&unrounded(&now))
@@ -494,6 +555,22 @@ mod tests {
         disconnected: it closed; the guest runs here; trying to connect again
         "
         );
+        let postcopy =
+            || vec![(0, Event::HandedOver), (1, Event::Phase(Phase::Postcopy)), (2, progress(3)), (10, lost())];
+        let source = [postcopy(), vec![(4010, tried()), (9000, again(0)), (9500, lost())]].concat();
+        insta::assert_snapshot!(told(Role::Source, source), @r"
+        the guest runs at the destination, and what is left follows
+        postcopy: 87 % done, 123 MiB left, 98.2 MiB/s, 785 ms to go, dirtied 34.0 MiB/s, expected downtime 1.24 s
+        disconnected: it closed; the guest runs at the destination and needs what is left here; trying to connect again until a cancel gives the guest up
+        disconnected for 4.00 s: refused; the guest needs what is left here; trying again in 1.00 s
+        connected again after 12.0 s (attempt 2), nothing is sent again
+        disconnected: it closed; the guest runs at the destination and needs what is left here; trying to connect again until a cancel gives the guest up
+        ");
+        insta::assert_snapshot!(told(Role::Destination, postcopy()), @r"
+        the guest runs here, and what is missing follows
+        postcopy: 87 % done, 123 MiB left, 98.2 MiB/s, 785 ms to go, dirtied 34.0 MiB/s, expected downtime 1.24 s
+        disconnected: it closed; the guest runs here and waits for pages that are missing; waiting for the source to return until a cancel gives the guest up
+        ");
         insta::assert_snapshot!(told(Role::Destination, vec![(0, lost()), (5000, again(0))]), @r"
         disconnected: it closed; waiting for the source to return
         connected again after 12.0 s (attempt 2)

@@ -17,7 +17,7 @@ use signal_hook::low_level;
 use tokio_util::sync::CancellationToken;
 
 use super::console;
-use super::verdict::CANCELLED;
+use super::verdict::{CANCELLED, LOST};
 use memferry::events::{Event, Observer, Phase, Role};
 use memferry::threads::explained;
 
@@ -51,6 +51,8 @@ struct Armed {
     /// The message to print when the signal arrives.
     notice: &'static str,
     stop: Stop,
+    /// Does the guest run without all of its pages? Ending this program loses it.
+    is_postcopy: bool,
 }
 
 /// The action of Ctrl-Z (SIGTSTP).
@@ -113,18 +115,22 @@ impl Signals {
 /// between.
 impl Observer for Signals {
     fn event(&self, _: Role, event: &Event) {
-        if *event == Event::Phase(Phase::Switchover) {
-            let mut armed = self.armed();
-            if armed.stop == Stop::AtOnce {
-                armed.stop = Stop::Later;
+        match event {
+            Event::Phase(Phase::Switchover) => {
+                let mut armed = self.armed();
+                if armed.stop == Stop::AtOnce {
+                    armed.stop = Stop::Later;
+                }
             }
+            Event::Phase(Phase::Postcopy) => self.armed().is_postcopy = true,
+            _ => {}
         }
     }
 }
 
 impl Armed {
     fn new(token: CancellationToken, notice: &'static str) -> Self {
-        Self { token, arrived: false, notice, stop: Stop::AtOnce }
+        Self { token, arrived: false, notice, stop: Stop::AtOnce, is_postcopy: false }
     }
 
     fn next(&mut self, notice: &'static str) -> CancellationToken {
@@ -137,10 +143,15 @@ impl Armed {
 
     fn end_asked(&mut self) {
         if self.token.is_cancelled() {
-            message!("memferry: second signal, ending at once");
+            let (lost, code) = if self.is_postcopy {
+                (": the guest is lost, for it runs without all of its memory", LOST)
+            } else {
+                ("", CANCELLED)
+            };
+            message!("memferry: second signal, ending at once{lost}");
             console::flush(LAST_LINE);
             // No cleanup may delay this.
-            low_level::exit(i32::from(CANCELLED));
+            low_level::exit(i32::from(code));
         }
         self.arrived = true;
         self.token.cancel();

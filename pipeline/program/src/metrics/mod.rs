@@ -40,12 +40,21 @@
 //! | `memferry_connections_lost_total` | counter | role | connections that were lost, made again or not |
 //! | `memferry_outage_seconds_total` | counter | role | time without a connection, after one was lost |
 //! | `memferry_sent_again_bytes_total` | counter | role | page bytes that were in flight when a connection was lost, and were sent again; 0 at the destination |
+//! | `memferry_postcopy_missing_pages_total` | counter | role | pages that were missing when a guest was handed over |
+//! | `memferry_postcopy_urgent_pages_total` | counter | role | pages that were sent, or asked for, because threads waited for them |
+//! | `memferry_postcopy_faults_total` | counter | role | faults on missing pages; at the destination only, as all that follow up to the discards |
+//! | `memferry_postcopy_waits_total` | counter | role | waits of threads for a page that was requested |
+//! | `memferry_postcopy_waited_seconds_total` | counter | role | all of these waits together |
+//! | `memferry_postcopy_wait_seconds` | gauge | role, quantile | the length of these waits in the last migration: 0.5, 0.99, 1 |
+//! | `memferry_postcopy_discarded_pages_total` | counter | role | missing pages that the guest discarded |
+//! | `memferry_postcopy_discard_seconds` | histogram | role, when | how long the destination discarded pages: ahead of the pause, or paused |
+//! | `memferry_postcopy_seconds` | histogram | role | how long a guest ran without all of its pages |
 //! | `memferry_turned_away_total` | counter | role | peers that were refused |
 //! | `memferry_warnings_total` | counter | role | warnings for the operator |
 //! | `memferry_build_info` | gauge | version | always 1 |
 //!
-//! The counters of the `metrics` crate are integers, and seconds are not: `memferry_stage_seconds_total` and
-//! `memferry_outage_seconds_total` are recorded as gauges that only increase. The program exposes them to Prometheus as counters.
+//! The counters of the `metrics` crate are integers, and seconds are not: `memferry_stage_seconds_total`,
+//! `memferry_outage_seconds_total` and `memferry_postcopy_waited_seconds_total` are recorded as gauges that only increase. The program exposes them to Prometheus as counters.
 
 pub mod process;
 pub mod prometheus;
@@ -64,15 +73,17 @@ use metrics::{Label, Unit, counter, describe_counter, describe_gauge, describe_h
 
 use memferry::bottleneck::Cause;
 use memferry::controller::Decided;
-use memferry::events::{BlockFacts, DowntimeParts, Ended, Event, Observer, Outcome, Phase, Progress, Role};
+use memferry::events::{BlockFacts, DowntimeParts, Ended, Event, Observer, Outcome, Phase, Postcopy, Progress, Role};
 use memferry_report::decision_name;
 
 /// Upper bounds in seconds of the buckets of each histogram.
-pub const BUCKETS: [(&str, &[f64]); 4] = [
+pub const BUCKETS: [(&str, &[f64]); 6] = [
     ("memferry_round_seconds", &[0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0]),
     ("memferry_sync_seconds", &[0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0]),
     ("memferry_downtime_seconds", &[0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0, 30.0]),
     ("memferry_downtime_part_seconds", &[0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0]),
+    ("memferry_postcopy_discard_seconds", &[0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0]),
+    ("memferry_postcopy_seconds", &[0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0]),
 ];
 
 /// Records the events of consecutive migrations in the installed recorder; records nothing if there is none.
@@ -129,6 +140,7 @@ impl MetricsObserver {
         if ended.switchover().is_some() {
             downtime_parts(role, &ended.parts);
         }
+        ended.postcopy.iter().for_each(|figures| postcopy(role, figures));
     }
 
     fn counted(&self, role: Role, change: impl FnOnce(&mut Counted)) {
@@ -266,6 +278,25 @@ fn downtime_parts(role: &'static str, parts: &DowntimeParts) {
     }
 }
 
+/// The figures of a guest that ran before all of its pages were there.
+fn postcopy(role: &'static str, figures: &Postcopy) {
+    counter!("memferry_postcopy_missing_pages_total", "role" => role).increment(figures.missing_pages);
+    counter!("memferry_postcopy_urgent_pages_total", "role" => role).increment(figures.urgent_pages);
+    histogram!("memferry_postcopy_seconds", "role" => role).record(figures.time);
+    let Some(faults) = &figures.faults else { return };
+    counter!("memferry_postcopy_faults_total", "role" => role).increment(faults.faults);
+    counter!("memferry_postcopy_discarded_pages_total", "role" => role).increment(faults.discarded);
+    let waits = &faults.waits;
+    counter!("memferry_postcopy_waits_total", "role" => role).increment(waits.count());
+    gauge!("memferry_postcopy_waited_seconds_total", "role" => role).increment(waits.total().as_secs_f64());
+    for (quantile, part) in [("0.5", 0.5), ("0.99", 0.99), ("1", 1.0)] {
+        gauge!("memferry_postcopy_wait_seconds", "role" => role, "quantile" => quantile).set(waits.quantile(part));
+    }
+    for (when, time) in [("ahead", figures.discarded_ahead), ("paused", figures.discarded_paused)] {
+        histogram!("memferry_postcopy_discard_seconds", "role" => role, "when" => when).record(time);
+    }
+}
+
 #[expect(clippy::cast_precision_loss, reason = "gauges are floating-point")]
 fn float(number: u64) -> f64 {
     number as f64
@@ -312,7 +343,23 @@ fn describe() {
         Unit::Bytes,
         "Page bytes that were sent again after a lost connection"
     );
+    describe_postcopy();
     describe_gauge!("memferry_build_info", "The version of memferry, always 1");
     describe_counter!("memferry_warnings_total", "Warnings that the operator was given");
     describe_counter!("memferry_turned_away_total", "Connections that were turned away");
+}
+
+fn describe_postcopy() {
+    describe_counter!("memferry_postcopy_missing_pages_total", "Pages that were missing when a guest was handed over");
+    describe_counter!(
+        "memferry_postcopy_urgent_pages_total",
+        "Pages that were sent, or asked for, because threads waited"
+    );
+    describe_counter!("memferry_postcopy_faults_total", "Faults on missing pages");
+    describe_counter!("memferry_postcopy_waits_total", "Waits of threads for a page that was requested");
+    describe_gauge!("memferry_postcopy_waited_seconds_total", Unit::Seconds, "All waits for requested pages together");
+    describe_gauge!("memferry_postcopy_wait_seconds", Unit::Seconds, "The length of the waits in the last migration");
+    describe_counter!("memferry_postcopy_discarded_pages_total", "Missing pages that the guest discarded");
+    describe_histogram!("memferry_postcopy_discard_seconds", Unit::Seconds, "How long the destination discarded pages");
+    describe_histogram!("memferry_postcopy_seconds", Unit::Seconds, "How long a guest ran without all of its pages");
 }

@@ -126,6 +126,18 @@ fn outages_add_up_and_one_without_an_end_counts() {
     assert!((gauge(&recorded, "memferry_outage_seconds_total") - 22.0).abs() < 1e-9);
 }
 
+#[test]
+fn postcopy_leaves_its_figures() {
+    let lost = Ended { outcome: Outcome::Lost, postcopy: Some(memferry::samples::postcopy()), ..ended(Role::Source) };
+    let recorded = figures(|observer| play(observer, &[Event::Ended(Box::new(lost))]));
+    assert_eq!(counter(&recorded, "memferry_migrations_total lost"), 1);
+    assert_eq!(counter(&recorded, "memferry_postcopy_missing_pages_total"), 24_691);
+    assert_eq!(counter(&recorded, "memferry_postcopy_faults_total"), 6001);
+    assert_eq!(recorded["memferry_postcopy_seconds"], DebugValue::Histogram(vec![4.21.into()]));
+    assert_eq!(recorded["memferry_postcopy_discard_seconds paused"], DebugValue::Histogram(vec![0.00041.into()]));
+    assert!(recorded.contains_key("memferry_postcopy_wait_seconds 0.99"));
+}
+
 /// The rows of the module's table: name, kind, labels.
 fn table() -> BTreeSet<(String, String, String)> {
     let source = include_str!("mod.rs");

@@ -8,6 +8,7 @@ use memferry_stages::stage_id::StageKind;
 use memferry_stages::untrusted::Untrusted;
 
 use super::words;
+use crate::progress::{Moves, Whereabouts};
 use memferry::events::{Phase, Role};
 use memferry_report::event_json::{ChangedJson, EndedJson, EventJson, EventLine, GuestJson, ProgressJson, RoundJson};
 use memferry_report::series::Thinned;
@@ -58,8 +59,8 @@ pub(super) struct End {
     pub(super) ended: Option<EndedJson>,
     /// When the connection was lost, and the latest reason why there is none.
     pub(super) lost: Option<(f64, Untrusted)>,
-    /// May the destination have received Go?
-    pub(super) is_handed_over: bool,
+    /// Where the guest is.
+    pub(super) guest_at: Whereabouts,
     readings: VecDeque<(f64, Vec<StageReport>)>,
 }
 
@@ -163,10 +164,14 @@ impl End {
     /// What an event says about a lost connection. Of the tries to make it again only the latest is of interest.
     fn outage(&mut self, ms: f64, role: Role, event: &EventJson) {
         match event {
-            EventJson::HandedOver => self.is_handed_over = true,
+            EventJson::HandedOver => self.guest_at = self.guest_at.after(Moves::HandedOver),
+            EventJson::Phase { phase: Phase::Postcopy } => self.guest_at = self.guest_at.after(Moves::Postcopy),
             EventJson::Disconnected { why, .. } => self.lost = Some((ms, why.clone())),
             EventJson::NotReached { why, .. } => self.lost.iter_mut().for_each(|lost| lost.1 = why.clone()),
-            EventJson::Reconnected { .. } => (self.lost, self.is_handed_over) = (None, false),
+            EventJson::Reconnected { .. } => {
+                self.lost = None;
+                self.guest_at = self.guest_at.after(Moves::Reconnected);
+            }
             _ => {}
         }
         let kind = match event {

@@ -108,6 +108,31 @@ fn a_lost_connection_is_shown_until_it_is_made_again() {
 }
 
 #[test]
+fn postcopy_says_where_the_guest_runs_and_what_remains() {
+    let at_source = |event| EventLine { ms: middle() + 10.0, role: Some(Role::Source), event };
+    let mut model = after(middle());
+    model.take(&at_source(EventJson::HandedOver));
+    model.take(&at_source(EventJson::Phase { phase: Phase::Postcopy }));
+    let top = |model: &Model| screen(model, 100, 7);
+    insta::assert_snapshot!(top(&model), @r"
+    source     POSTCOPY  the guest runs at the destination and needs both ends                    46.2 s
+    done       ██████████████░░░░░░░░░░░░░░░░░░░░░░░  39 %  58.5 MiB of 96.0 MiB left, does not converge
+    wire       2.58 MiB/s     ▁▁▄▄▄▄▄▅▆▆▆█▂▄▆▇▇▆▂▁▁▁ ▂▁▁
+    dirtied    3.85 MiB/s               ▃▃▃▃▃▃████████▂▂
+    left       58.5 MiB      █▇▇▆▅▅▄▃▂▁ ▅▄▃▂▁ ▅▄▃▃▂▂▁ ▅▄
+    downtime   over: what is left follows while the guest runs   throttled 50 %   memory ≤ 7.77 MiB
+    held up    max_bandwidth 87 %, processor 9 %, guest 7 %, destination 0 %, wire 0 %
+    ");
+    let lost = EventJson::Disconnected { attempt: 1, why: "it closed".into() };
+    [lost, EventJson::Phase { phase: Phase::Disconnected }].into_iter().for_each(|event| model.take(&at_source(event)));
+    let first = top(&model).lines().next().unwrap().to_owned();
+    assert!(first.contains("the guest runs at the destination and needs both ends: "), "{first}");
+    let again = EventJson::Reconnected { attempt: 2, outage_ms: 5000.0, put_back_bytes: 0 };
+    [again, EventJson::Phase { phase: Phase::Postcopy }].into_iter().for_each(|event| model.take(&at_source(event)));
+    assert!(top(&model).contains("over: what is left follows"), "{}", top(&model));
+}
+
+#[test]
 fn no_size_is_too_small() {
     let (begin, middle, end) = (Model::default(), after(middle()), after(f64::INFINITY));
     for width in (0..=100).chain([200, 500]) {

@@ -20,7 +20,7 @@ use ratatui::widgets::{Paragraph, Sparkline};
 
 use super::model::{End, Model, Remark, RemarkKind, Sample, Shares, greatest, without_lanes};
 use super::words;
-use crate::progress::time_left;
+use crate::progress::{Whereabouts, time_left};
 use memferry::events::Phase;
 use memferry::human;
 use memferry_report::event_json::{ProgressJson, RoundJson};
@@ -117,8 +117,8 @@ impl Page<'_, '_> {
         let said = match (&end.ended, &end.now) {
             (Some(ended), _) => format!("  {}", words::verdict(ended)),
             (None, _) if end.lost.is_some() => lost(end, model.ms),
-            (None, Some(now)) => format!("  round {}, {meaning}", now.round),
-            (None, None) => format!("  {meaning}"),
+            (None, Some(now)) if end.phase != Some(Phase::Postcopy) => format!("  round {}, {meaning}", now.round),
+            (None, _) => format!("  {meaning}"),
         };
         let clock = words::clock(model.ms);
         let used: usize = LABEL + name.len() + 2 + clock.len();
@@ -208,6 +208,9 @@ impl Page<'_, '_> {
             return vec![Span::raw(format!("{} in all", words::time(downtime)))];
         }
         let limit = now.downtime_limit_ms.map(words::time).map_or(String::new(), |limit| format!(", limit {limit}"));
+        if end.guest_at == Whereabouts::Destination {
+            return vec![Span::raw("over: what is left follows while the guest runs")];
+        }
         let Some(expected) = now.expected_downtime_ms else {
             return vec![Span::raw(format!("not known yet{limit}"))];
         };
@@ -345,7 +348,11 @@ impl Page<'_, '_> {
 /// How long there has been no connection, and where the guest is.
 fn lost(end: &End, ms: f64) -> String {
     let Some((since, why)) = &end.lost else { return String::new() };
-    let guest = if end.is_handed_over { "the guest is paused" } else { "the guest runs at the source" };
+    let guest = match end.guest_at {
+        Whereabouts::Source => "the guest runs at the source",
+        Whereabouts::HandedOver => "the guest is paused",
+        Whereabouts::Destination => "the guest runs at the destination and needs both ends",
+    };
     format!("  for {}, {guest}: {why}", words::clock(ms - since))
 }
 

@@ -27,7 +27,7 @@ pub(super) fn phase(phase: Option<Phase>) -> (&'static str, &'static str) {
         Some(Phase::Setup) => ("setup", "the guest runs at the source"),
         Some(Phase::Active) => ("active", "the guest runs at the source"),
         Some(Phase::Switchover) => ("switchover", "the guest is paused"),
-        Some(Phase::Postcopy) => ("postcopy", "the guest runs at the destination, and needs both ends"),
+        Some(Phase::Postcopy) => ("postcopy", "the guest runs at the destination and needs both ends"),
         Some(Phase::Disconnected) => ("disconnected", "the guest runs at the source, unless it was handed over"),
         Some(Phase::Completed) => ("completed", "the guest is at the destination"),
         Some(Phase::Failed) => ("failed", "the source is as it was"),
