@@ -2,7 +2,7 @@
 //! migration.
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
@@ -95,6 +95,17 @@ pub(super) async fn destination(config: &Config, run: bool) -> Result<Builder, G
         GuestTable::Kvm(table) => machine::destination(&table),
     })
     .await
+}
+
+/// Where a builder leaves what it has built.
+pub(super) type Built = Arc<OnceLock<Arc<Arriving>>>;
+
+/// A builder that leaves the guest in `built` too: whoever holds that decides when it is dropped.
+pub(super) fn keeping(builder: Builder, built: Built) -> Builder {
+    Box::new(move |page_size, blocks, setup| {
+        let guest = builder(page_size, blocks, setup)?;
+        Ok(built.get_or_init(|| guest).clone())
+    })
 }
 
 fn arriving<B: GuestBuilder>(builder: B, home: fn(Arc<B::Built>) -> Arriving) -> Builder {

@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::args::Migrate;
 use super::console;
-use super::hosting::{self, Arriving, Builder, Home, Hosted};
+use super::hosting::{self, Arriving, Builder, Built, Home, Hosted};
 use super::outlets::Outlets;
 use super::reports::{Ending, Reports};
 use super::signals::Signals;
@@ -253,6 +253,8 @@ impl Session {
         arrived: &mut Option<Arc<Arriving>>,
     ) -> Ended {
         let (settings, observers) = (self.config.destination(), self.observers(Role::Destination));
+        let built = Built::default();
+        let builder = hosting::keeping(builder, built.clone());
         let received = migration::receive(builder, listener, settings, &self.plane, observers, control).await;
         let ended = match received {
             Ok(received) => {
@@ -261,6 +263,10 @@ impl Session {
             }
             Err(error) => error.ended().cloned().unwrap_or_else(|| never_begun(error.to_string())),
         };
+        if ended.outcome == Outcome::Lost {
+            // Its threads may wait for pages that do not come: dropping it would wait for them.
+            std::mem::forget(built);
+        }
         self.end(Role::Destination, ended)
     }
 
