@@ -13,7 +13,7 @@ use crate::reports::Report;
 /// A limit that is never met on any machine: all rounds are run, and each brings a stall nearer.
 const NEVER: &str = "migration.downtime_limit=1us";
 /// How each configuration is reduced. One that is missing here, and has a table for workloads, gets the default.
-const SMALL: [(&str, &[&str]); 6] = [
+const SMALL: [(&str, &[&str]); 7] = [
     (
         "quickstart",
         &["guest.workload.memory=32 MiB", "migration.max_bandwidth=20 MiB/s", NEVER, "migration.max_rounds=3"],
@@ -41,6 +41,10 @@ const SMALL: [(&str, &[&str]); 6] = [
             "migration.recovery.backoff=50ms",
             FEW,
         ],
+    ),
+    (
+        "postcopy",
+        &["guest.workload.memory=32 MiB", "migration.max_bandwidth=20 MiB/s", NEVER, "migration.postcopy_after=1"],
     ),
     (
         "xbzrle-only",
@@ -115,6 +119,12 @@ fn each_says_what_it_shows_and_is_accepted() {
 fn each_runs_as_it_is() {
     let others = ["quickstart", "hot", "image-send", "image-recv", "kvm", "memcached"];
     for name in configs().iter().filter(|name| !others.contains(&name.as_str())) {
+        if name == "postcopy"
+            && let Err(why) = memferry_stages::missing::supported()
+        {
+            crate::skip::skipped(why.to_string());
+            continue;
+        }
         let scene = built();
         run(&scene, name, &[MOVED]).expect(0).says(&["completed after", "guest alive: ", " 0 stale pages"]);
         let report = Report::read(&scene.path("report.json"));
@@ -136,6 +146,10 @@ fn shows_what_it_says(name: &str, report: &Report, scene: &Scene) {
         "file" => drop(scene.run(&["inspect", "target/guest.memferry"]).expect(0)),
         "hints" => shows_what_was_excluded(report),
         "recover" => shows_what_was_lost(report),
+        "postcopy" => {
+            assert!(report.decided("postcopy"), "{}", report.at("/decisions"));
+            assert!(report.at("/postcopy/faults/placed").as_u64() > Some(0), "{}", report.at("/postcopy"));
+        }
         other => panic!("{other} is new: say here what it shows"),
     }
 }

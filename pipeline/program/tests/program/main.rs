@@ -22,6 +22,7 @@ mod openapi;
 mod outlets;
 mod pages;
 mod plans;
+mod postcopy;
 mod recovery;
 mod recovery_kills;
 mod reports;
