@@ -4,7 +4,7 @@
 //! these are tried in order, and the first that suffices is the answer:
 //!
 //! 1. the encoding of pages: deltas, a cache that holds the guest, another compressor;
-//! 2. with the best of these, a longer downtime and a throttled guest, each by itself: only an operator can weigh
+//! 2. with the best of these, a longer downtime, a throttled guest and postcopy, each by itself: only an operator can weigh
 //!    their costs.
 //!
 //! A `max_bandwidth` below what the link carries is the operator's choice: a higher one that meets the limit is
@@ -20,7 +20,8 @@ use super::model::SLOT_BYTES;
 use super::written::Written;
 use memferry::controller::forecast::whole;
 use memferry::settings::{
-    ConvergenceSettings, EncoderSettings, OnMiss, SourceSettings, StallStep, ThrottleSettings, XbzrleSettings,
+    ConvergenceSettings, EncoderSettings, Mode, OnMiss, PostcopyAfter, SourceSettings, StallStep, ThrottleSettings,
+    XbzrleSettings,
 };
 use memferry::units::Units;
 use memferry::values::{Size, Time};
@@ -54,7 +55,7 @@ pub struct Advice {
     pub foreseen: Foreseen,
 }
 
-/// The smallest bandwidth at which the limit is met without any of the steps against a stall; `None` if there is
+/// The smallest bandwidth at which the limit is met without any of the steps against a stall and without postcopy; `None` if there is
 /// none.
 #[must_use]
 pub fn smallest_bandwidth(written: &Written<'_>, settings: &SourceSettings, units: Units) -> Option<Bandwidth> {
@@ -86,10 +87,11 @@ pub fn with_margin(smallest: Bandwidth) -> Bandwidth {
     Bandwidth { bytes_per_second: smallest.bytes_per_second / (1.0 - MARGIN), ..smallest }.rounded_up(2)
 }
 
-/// Changes that meet the limit at this bandwidth: encodings, or else a longer limit or a throttle, or none; and in
+/// Changes that meet the limit at this bandwidth: encodings, or else a longer limit, a throttle or postcopy, or none; and in
 /// addition a higher `max_bandwidth`.
 #[must_use]
 pub fn gentlest(written: &Written<'_>, settings: &SourceSettings, bandwidth: Bandwidth) -> Vec<Advice> {
+    let as_set = settings;
     let settings = without_steps(settings);
     let advice = |changed: &SourceSettings, sets| Advice { sets, foreseen: foresee(written, changed, bandwidth) };
     let mut best: Option<(SourceSettings, Advice)> = None;
@@ -120,9 +122,24 @@ pub fn gentlest(written: &Written<'_>, settings: &SourceSettings, bandwidth: Ban
     found.extend(longer);
     let convergence =
         ConvergenceSettings { on_stall: vec![StallStep::Throttle], throttle: THROTTLE, ..best.convergence.clone() };
-    let throttled = advice(&SourceSettings { convergence, ..best }, with("convergence.on_stall=[\"throttle\"]".into()));
+    let throttled =
+        advice(&SourceSettings { convergence, ..best.clone() }, with("convergence.on_stall=[\"throttle\"]".into()));
     found.extend(throttled.foreseen.meets.then_some(throttled));
+    found.extend(postcopy(written, as_set, bandwidth));
     found
+}
+
+/// Postcopy after the first round, where that is possible and not set already.
+fn postcopy(written: &Written<'_>, settings: &SourceSettings, bandwidth: Bandwidth) -> Option<Advice> {
+    let is_possible = settings.after.is_none() && settings.checksum && settings.recovery.attempts > 0;
+    if settings.mode.may_switch() || !is_possible {
+        return None;
+    }
+    let after = Some(PostcopyAfter::Rounds(1));
+    let changed = SourceSettings { mode: Mode::Hybrid, postcopy_after: after, ..without_steps(settings) };
+    let sets = vec!["migration.mode=hybrid".into(), "migration.postcopy_after=1".into()];
+    let foreseen = foresee(written, &changed, bandwidth);
+    foreseen.meets.then_some(Advice { sets, foreseen })
 }
 
 /// A higher `max_bandwidth` that meets the limit, if the configured one is below the link's bandwidth.
@@ -166,7 +183,7 @@ pub fn cheaper(written: &Written<'_>, settings: &SourceSettings, as_set: &Forese
         let run = &foreseen.run;
         let in_time = run.downtime <= settings.downtime_limit.mul_f64(1.0 - MARGIN);
         let as_fast = run.total <= as_set.run.total.mul_f64(LONGER_TOTAL);
-        (foreseen.meets && run.throttle == 0 && in_time && as_fast).then_some(Advice { sets, foreseen })
+        (foreseen.is_gentle() && in_time && as_fast).then_some(Advice { sets, foreseen })
     })
 }
 
@@ -176,9 +193,10 @@ fn rest(advice: &Advice) -> Duration {
     forecasts.map(|forecast| forecast.expected()).min().unwrap_or(Duration::MAX)
 }
 
+/// The same settings without steps against a stall, and without postcopy.
 fn without_steps(settings: &SourceSettings) -> SourceSettings {
     let convergence = ConvergenceSettings { on_stall: Vec::new(), ..settings.convergence.clone() };
-    SourceSettings { convergence, ..settings.clone() }
+    SourceSettings { convergence, mode: Mode::Precopy, postcopy_after: None, ..settings.clone() }
 }
 
 /// Other encodings, those nearest to the settings first: the settings themselves, then deltas, a cache that holds the

@@ -32,7 +32,7 @@ pub struct Answer {
     pub max_bandwidth: Option<u64>,
     /// The forecast at each bandwidth that was asked for.
     pub bandwidths: Vec<AtBandwidth>,
-    /// Bytes per second that are needed to meet the limit without a throttle; `None`: no link suffices.
+    /// Bytes per second that are needed to meet the limit without a throttle or postcopy; `None`: no link suffices.
     pub smallest_bandwidth: Option<f64>,
     /// The same with a margin.
     pub bandwidth_with_margin: Option<f64>,
@@ -64,7 +64,7 @@ pub struct AtBandwidth {
     /// The units in which it was asked for.
     #[serde(skip)]
     pub units: Units,
-    /// The share of the bandwidth in excess of what meets the limit, if the settings meet it without a throttle.
+    /// The share of the bandwidth in excess of what meets the limit, if the settings meet it without a throttle or postcopy.
     pub margin: Option<f64>,
     /// The forecast with the settings as they are.
     pub foreseen: Figures,
@@ -87,6 +87,8 @@ pub struct Figures {
     pub total: f64,
     /// How long the guest is paused; 0 if it is not moved.
     pub downtime: f64,
+    /// How long it runs at its destination before all of its pages are there, part of the total; `None` if all are there when it starts.
+    pub postcopy: Option<f64>,
     /// Bytes on the wire.
     pub bytes: u64,
     /// The highest throttle of the guest, in percent.
@@ -99,7 +101,7 @@ pub struct Figures {
     pub why: String,
     /// The expected cost of a switchover after each round.
     pub expected_downtimes: Vec<f64>,
-    /// Bytes that each round put on the wire; the last one is the switchover's.
+    /// Bytes that each round put on the wire; the last one is the switchover's, or what follows in postcopy.
     pub round_bytes: Vec<u64>,
 }
 
@@ -149,7 +151,7 @@ fn at(
     smallest: Option<Bandwidth>,
 ) -> AtBandwidth {
     let foreseen = foresee(written, settings, bandwidth);
-    let is_gentle = foreseen.meets && foreseen.run.throttle == 0;
+    let is_gentle = foreseen.is_gentle();
     let advice = if is_gentle { Vec::new() } else { gentlest(written, settings, bandwidth) };
     // A setting that already has this value is not advice.
     let advice = advice.into_iter().filter(|advice| !advice.sets.is_empty());
@@ -172,7 +174,8 @@ fn advice_figures(Advice { sets, foreseen }: Advice) -> AdviceFigures {
 
 fn figures(foreseen: &Foreseen, limit: Duration) -> Figures {
     let run = &foreseen.run;
-    let moves = run.end == Decision::SwitchOver;
+    let is_postcopy = run.end == Decision::Postcopy;
+    let moves = run.end == Decision::SwitchOver || is_postcopy;
     let expected = run.decided.iter().filter_map(|decided| decided.forecast);
     Figures {
         moves,
@@ -180,6 +183,7 @@ fn figures(foreseen: &Foreseen, limit: Duration) -> Figures {
         rounds: run.rounds,
         total: run.total.as_secs_f64(),
         downtime: run.downtime.as_secs_f64(),
+        postcopy: is_postcopy.then(|| run.sent.last().map_or(0.0, |rest| rest.time.as_secs_f64())),
         bytes: run.bytes,
         throttle: run.throttle,
         raised_limit: (moves && run.limit > limit).then_some(run.limit.as_secs_f64()),

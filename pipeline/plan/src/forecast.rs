@@ -36,6 +36,14 @@ pub struct Foreseen {
     pub repeated: bool,
 }
 
+impl Foreseen {
+    /// Does it meet the limit without what a guest notices or an operator has to weigh: a throttle, or postcopy?
+    #[must_use]
+    pub fn is_gentle(&self) -> bool {
+        self.meets && self.run.throttle == 0 && self.run.end == Decision::SwitchOver
+    }
+}
+
 /// Runs a migration over a link in simulated time.
 #[must_use]
 pub fn foresee(written: &Written<'_>, settings: &SourceSettings, bandwidth: Bandwidth) -> Foreseen {
@@ -50,7 +58,8 @@ pub fn foresee(written: &Written<'_>, settings: &SourceSettings, bandwidth: Band
         drain: DRAIN,
     };
     let run = simulate(&mut guest, &conditions, settings);
-    let meets = run.end == Decision::SwitchOver && run.downtime <= settings.downtime_limit.mul_f64(TOLERANCE);
+    let moves = matches!(run.end, Decision::SwitchOver | Decision::Postcopy);
+    let meets = moves && run.downtime <= settings.downtime_limit.mul_f64(TOLERANCE);
     Foreseen { bandwidth, meets, repeated: guest.reached() > trace.length(), run }
 }
 

@@ -15,6 +15,10 @@ const BAR: usize = 46;
 /// The most rounds of a chart; of more, those in the middle are omitted.
 const ROUNDS: usize = 12;
 
+/// What a plan does not weigh.
+const POSTCOPY: &str = "Postcopy: the guest runs at its destination before all of its pages are there, and losing either\n\
+                        end loses it then. A guest of files cannot do that.";
+
 /// The complete picture.
 #[must_use]
 pub fn draw(answer: &Answer) -> String {
@@ -63,6 +67,9 @@ pub fn draw(answer: &Answer) -> String {
         let cap = rate(cap as f64, answer.units);
         line(&mut text, &format!("max_bandwidth is set to {cap}: a link that carries more is used no further."));
     }
+    if answer.bandwidths.iter().flat_map(foreseen).any(|figures| figures.postcopy.is_some()) {
+        line(&mut text, POSTCOPY);
+    }
     if answer.bandwidths.iter().flat_map(foreseen).any(|figures| figures.repeats_trace) {
         let recorded = time(trace.length);
         line(
@@ -103,6 +110,7 @@ fn table(answer: &Answer) -> String {
 
 fn outcome(figures: &Figures) -> String {
     let mut outcome = match (figures.moves, figures.meets) {
+        (true, true) if figures.postcopy.is_some() => "moves by postcopy".to_owned(),
         (true, true) => "converges".to_owned(),
         (true, false) => "moves, above the limit".into(),
         (false, _) => "does not converge".into(),
@@ -129,7 +137,11 @@ fn chart(at: &AtBandwidth, limit: f64) -> String {
             continue;
         }
         let switches = round + 1 == expected.len() && at.foreseen.moves;
-        let end = if switches { "  switchover" } else { "" };
+        let end = match (switches, at.foreseen.postcopy) {
+            (false, _) => "",
+            (true, None) => "  switchover",
+            (true, Some(_)) => "  postcopy",
+        };
         writeln!(chart, "{:>5} {} {:>8}{end}", round + 1, bar(columns(seconds), limit_at), time(seconds))
             .expect("a string takes it");
     }
@@ -152,6 +164,9 @@ fn bar(columns: f64, limit_at: usize) -> String {
 fn advise(text: &mut String, at: &AtBandwidth, limit: &str) {
     let name = name(at);
     let Figures { meets, throttle, .. } = at.foreseen;
+    if meets && let Some(seconds) = at.foreseen.postcopy {
+        return advise_postcopy(text, at, seconds, limit);
+    }
     if at.advice.is_empty() {
         let words = match (meets, throttle) {
             (true, 0) => return advise_met(text, at, limit),
@@ -165,6 +180,14 @@ fn advise(text: &mut String, at: &AtBandwidth, limit: &str) {
     let how =
         if meets { "the guest is throttled; this would do without" } else { "the settings do not meet it; this would" };
     line(text, &format!("At {name} {how}:"));
+    at.advice.iter().for_each(|advice| line(text, &sentence(advice)));
+}
+
+/// The settings meet the limit by postcopy: what that costs, and what would do without.
+fn advise_postcopy(text: &mut String, at: &AtBandwidth, seconds: f64, limit: &str) {
+    let (name, seconds) = (name(at), time(seconds));
+    let without = if at.advice.is_empty() { "nothing gentler does" } else { "this would do without" };
+    line(text, &format!("At {name} they meet {limit} by postcopy, for {seconds}; {without}."));
     at.advice.iter().for_each(|advice| line(text, &sentence(advice)));
 }
 
@@ -199,6 +222,9 @@ fn sentence(AdviceFigures { set, foreseen }: &AdviceFigures) -> String {
     );
     if foreseen.throttle > 0 {
         write!(words, "; the guest runs at {} % near the end", 100 - foreseen.throttle).expect("a string takes it");
+    }
+    if let Some(seconds) = foreseen.postcopy {
+        write!(words, "; {} of it in postcopy", time(seconds)).expect("a string takes it");
     }
     words
 }

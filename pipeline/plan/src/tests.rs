@@ -14,7 +14,7 @@ use super::trace::{Coded, DeltaSample, Deltas, GuestFacts, Interval, Runs, Sampl
 use super::written::Written;
 use memferry::controller::Decision;
 use memferry::controller::simulation::Run;
-use memferry::settings::{EncoderSettings, SourceSettings, StallStep, Verify, XbzrleSettings};
+use memferry::settings::{EncoderSettings, Mode, PostcopyAfter, SourceSettings, StallStep, Verify, XbzrleSettings};
 use memferry::units::Units;
 
 const PAGE: u64 = 4096;
@@ -202,8 +202,8 @@ fn advice_is_what_the_guest_does_not_notice_where_that_suffices() {
         .collect();
     let found = gentlest(&Written::of(&trace), &raw(), mbyte(50.0));
     let last: Vec<_> = found.iter().map(|advice| advice.sets.last().unwrap().as_str()).collect();
-    assert!(last.len() == 2 && last[0].starts_with("migration.downtime_limit="), "{last:?}");
-    assert_eq!(last[1], "convergence.on_stall=[\"throttle\"]");
+    assert!(last.len() == 3 && last[0].starts_with("migration.downtime_limit="), "{last:?}");
+    assert_eq!(last[1..], ["convergence.on_stall=[\"throttle\"]", "migration.postcopy_after=1"]);
     assert!(found.iter().all(|advice| advice.foreseen.meets) && found[1].foreseen.run.throttle > 0);
 }
 
@@ -299,4 +299,52 @@ fn a_migration_that_is_longer_than_its_trace_is_marked_and_the_mark_is_explained
     assert!(short.contains("ms*") && short.contains("\n* longer than the 100 ms that were recorded"), "{short}");
     assert!(!long.contains('*'), "{long}");
     assert!(!short.contains(" 1 rounds"), "{short}");
+}
+
+/// Half of all pages, all the time: 32 MB each tenth of a second.
+fn hot() -> Trace {
+    trace(std::iter::repeat_n(4000..12_000, 50))
+}
+
+#[test]
+fn postcopy_pauses_the_guest_for_no_page_and_sends_the_rest_as_it_runs() {
+    let trace = hot();
+    let precopy = plan(&trace, &raw(), mbyte(20.0));
+    assert_eq!((precopy.meets, precopy.run.end), (false, Decision::GiveUp));
+    let hybrid = SourceSettings { mode: Mode::Hybrid, postcopy_after: Some(PostcopyAfter::Rounds(1)), ..raw() };
+    let run = plan(&trace, &hybrid, mbyte(20.0)).run;
+    assert_eq!((run.end, run.rounds), (Decision::Postcopy, 1));
+    assert!(run.downtime < Duration::from_millis(10), "{:?}", run.downtime);
+    let [first, rest] = run.sent[..] else { panic!("{:?}", run.sent) };
+    assert_eq!((first.tally.pages.all, rest.tally.pages.all), (PAGES, 8000));
+    assert!(run.total >= first.time + rest.time);
+    let at_once = SourceSettings { mode: Mode::Postcopy, ..raw() };
+    let run = plan(&trace, &at_once, mbyte(20.0)).run;
+    assert_eq!((run.end, run.rounds, run.sent.len()), (Decision::Postcopy, 0, 1));
+    assert_eq!(run.sent[0].tally.pages.all, PAGES);
+    // In the middle of the first round, which takes about 2.5 s.
+    let second = SourceSettings { postcopy_after: Some(PostcopyAfter::Time(Duration::from_secs(1))), ..hybrid.clone() };
+    let run = plan(&trace, &second, mbyte(20.0)).run;
+    let [rest] = run.sent[..] else { panic!("{:?}", run.sent) };
+    assert!((10_000..PAGES).contains(&rest.tally.pages.all), "{rest:?}");
+    // Deltas are off.
+    let encoder = deltas().encoder;
+    let run = plan(&trace, &SourceSettings { encoder, ..hybrid }, mbyte(20.0)).run;
+    assert_eq!(run.sent.last().unwrap().tally.pages.xbzrle, 0);
+}
+
+#[test]
+fn a_guest_that_does_not_converge_is_told_of_postcopy() {
+    let trace = hot();
+    // Too slow for deltas too.
+    let text = |settings: &SourceSettings| draw(&Answer::of(&Written::of(&trace), settings, &[mbyte(2.0)]));
+    let precopy = text(&raw());
+    assert!(precopy.contains("--set migration.mode=hybrid --set migration.postcopy_after=1\n"), "{precopy}");
+    assert!(precopy.contains("of it in postcopy") && precopy.contains("losing either\nend loses it then"), "{precopy}");
+    let hybrid = SourceSettings { mode: Mode::Hybrid, postcopy_after: Some(PostcopyAfter::Rounds(1)), ..raw() };
+    let set = text(&hybrid);
+    assert!(set.contains("moves by postcopy") && set.contains("they meet 100 ms by postcopy, for "), "{set}");
+    assert!(!set.contains("mode=hybrid"), "{set}");
+    let once = SourceSettings { checksum: false, ..raw() };
+    assert!(!text(&once).contains("ostcopy"), "it needs checksums");
 }

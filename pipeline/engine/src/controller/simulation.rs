@@ -13,7 +13,7 @@ use super::forecast::{FixedCost, Forecast, Standing, Work, whole};
 use super::{Controller, Decided, Decision};
 use crate::model::guest::{Encoded, Found, Guest, Sending, own_time};
 use crate::model::link::{Link, Wire};
-use crate::settings::{SourceSettings, SwitchoverBandwidth};
+use crate::settings::{Mode, SourceSettings, SwitchoverBandwidth};
 
 /// How often the controller looks at the deadline within a round.
 const TICK: Duration = Duration::from_millis(100);
@@ -36,7 +36,7 @@ pub struct Conditions {
 /// The result of a simulated migration.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Run {
-    /// [`Decision::SwitchOver`] or [`Decision::GiveUp`].
+    /// [`Decision::SwitchOver`], [`Decision::Postcopy`] or [`Decision::GiveUp`].
     pub end: Decision,
     /// Rounds before the last.
     pub rounds: u32,
@@ -52,7 +52,7 @@ pub struct Run {
     pub throttle: u8,
     /// All decisions, in order.
     pub decided: Vec<Decided>,
-    /// The size and duration of each round, in order; the last one is that of the switchover.
+    /// The size and duration of each round, in order; the last one is that of the switchover, or what follows in postcopy.
     pub sent: Vec<Round>,
 }
 
@@ -93,6 +93,9 @@ struct Simulation<'a> {
     throttle: u8,
     round: u32,
     dirty: u64,
+    /// Pages of a round that was cut short, which were not sent, and the share of the round that was.
+    unsent: u64,
+    sent_share: f64,
     cached: u64,
     run: Run,
 }
@@ -118,6 +121,8 @@ impl<'a> Simulation<'a> {
             throttle: 0,
             round: 0,
             dirty: guest.pages(),
+            unsent: 0,
+            sent_share: 1.0,
             cached: 0,
             guest,
             run: Run {
@@ -135,7 +140,7 @@ impl<'a> Simulation<'a> {
     }
 
     fn run(mut self) -> Run {
-        let mut decision = Decision::AnotherRound;
+        let mut decision = self.first();
         loop {
             decision = match decision {
                 Decision::AnotherRound | Decision::RaiseLimit(_) => self.live_round(),
@@ -152,6 +157,17 @@ impl<'a> Simulation<'a> {
                 Decision::GiveUp => return self.end(decision),
             }
         }
+    }
+
+    /// The first decision.
+    fn first(&mut self) -> Decision {
+        if self.settings.mode != Mode::Postcopy {
+            return Decision::AnotherRound;
+        }
+        (self.unsent, self.sent_share) = (self.dirty, 0.0);
+        let decided = self.controller.postcopy_at_once();
+        self.run.decided.push(decided);
+        Decision::Postcopy
     }
 
     /// A sample of the dirty pages, while the guest runs. The sync after it finds the pages that were left out as well.
@@ -176,6 +192,9 @@ impl<'a> Simulation<'a> {
         while self.now - began < time {
             self.advance(TICK.min(time - (self.now - began)));
             let share_left = 1.0 - (self.now - began).as_secs_f64() / time.as_secs_f64();
+            if share_left > 0.0 && self.controller.is_postcopy_due(self.now) {
+                return self.cut(&encoded, pages, share_left);
+            }
             let now = Standing {
                 elapsed: self.now,
                 dirty_pages: whole((pages as f64 * share_left).round()),
@@ -198,8 +217,21 @@ impl<'a> Simulation<'a> {
         self.sync(self.guest_synced)
     }
 
+    /// The round ends before this share of it is sent: it is time for postcopy.
+    fn cut(&mut self, encoded: &Encoded, pages: u64, share_left: f64) -> Decision {
+        self.unsent = whole((pages as f64 * share_left).round());
+        self.sent_share = 1.0 - share_left;
+        self.run.bytes += whole(encoded.tally.pages.bytes_out as f64 * (1.0 - share_left));
+        self.guest_synced_before = self.guest_synced;
+        self.sync(self.guest_synced)
+    }
+
     /// Sends the dirty pages. Returns their size on the wire, and the duration.
     fn send(&mut self) -> (Encoded, Duration) {
+        self.send_by(|guest, sending| guest.send(sending))
+    }
+
+    fn send_by(&mut self, send: impl FnOnce(&mut dyn Guest, &Sending<'_>) -> Encoded) -> (Encoded, Duration) {
         let (wire, now, throttle) = (&self.wire, self.now, self.throttle);
         let sending = Sending {
             round: self.round,
@@ -207,7 +239,7 @@ impl<'a> Simulation<'a> {
             from: self.paused.is_none().then_some(self.guest_now),
             takes: &|encoded| own_time(round_time(wire, now, encoded), throttle),
         };
-        let encoded = self.guest.send(&sending);
+        let encoded = send(self.guest, &sending);
         let time = self.round_time(&encoded);
         (encoded, time)
     }
@@ -231,7 +263,9 @@ impl<'a> Simulation<'a> {
     /// Adds the pages written from a moment of the guest's time to this one to the dirty pages.
     fn find(&mut self, from: Duration) {
         let Found { dirty, cached } = self.guest.written(from, self.guest_now);
-        (self.dirty, self.cached) = (dirty, cached);
+        // Those that were not sent are dirty, written or not: the others are taken to be spread evenly.
+        let others = whole((dirty as f64 * self.sent_share).round());
+        (self.dirty, self.cached) = ((self.unsent + others).min(self.guest.pages()), cached);
     }
 
     /// Pauses the guest, syncs once more, and sends the rest.
@@ -263,13 +297,17 @@ impl<'a> Simulation<'a> {
 
     /// Pauses the guest for what a switchover costs without a page, and sends the rest while it runs at the destination.
     fn postcopy(mut self) -> Run {
+        if self.round > 0 {
+            self.advance(self.conditions.drain);
+        }
         self.find(self.guest_synced_before);
         let paused = *self.paused.get_or_insert(self.now);
         self.run.limit = self.controller.downtime_limit();
         self.now += self.conditions.fixed.total();
         self.run.downtime = self.now - paused;
         self.round += 1;
-        let (encoded, transfer) = if self.dirty == 0 { Default::default() } else { self.send() };
+        let (encoded, transfer) =
+            if self.dirty == 0 { Default::default() } else { self.send_by(|guest, sending| guest.send_whole(sending)) };
         self.now += transfer;
         self.count(&encoded, transfer);
         self.round -= 1;

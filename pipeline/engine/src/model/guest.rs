@@ -23,6 +23,11 @@ pub trait Guest {
     /// all pages.
     fn send(&mut self, sending: &Sending<'_>) -> Encoded;
 
+    /// As `send`, without deltas: the pages of a guest that runs at its destination. By default their size is that of a round.
+    fn send_whole(&mut self, sending: &Sending<'_>) -> Encoded {
+        self.send(sending)
+    }
+
     /// The size of the pages of such a round if it were sent: a sample is a share of that.
     fn look(&self, round: u32, pages: u64) -> Encoded;
 

@@ -51,12 +51,12 @@ pub(super) fn run(options: &Plan) -> ExitCode {
 }
 
 /// The settings of the recording, changed by the `--set`s. A trace does not contain guest and address, and they do
-/// not matter.
+/// not matter: they are of a kind that refuses no setting.
 fn recorded(trace: &Path, guest: &GuestFacts, sets: &[String]) -> Result<Config, ConfigError> {
     let is_stored = guest.settings.raw().lines().any(|line| line.starts_with("after = "));
     let address = if is_stored { "file:/recorded" } else { "tcp:recorded:1" };
     let text = format!(
-        "{}\n[guest.file]\nimages = [{{ id = \"ram\", path = \"ram\" }}]\n\n[transport]\naddress = \"{address}\"\n",
+        "{}\n[guest.workload]\nmemory = \"192 GiB\"\n\n[transport]\naddress = \"{address}\"\n",
         guest.settings.raw()
     );
     config::parse(&format!("the settings in {}", Untrusted::from(trace)), &text, sets, Purpose::Plan)

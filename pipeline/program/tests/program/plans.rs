@@ -49,6 +49,10 @@ fn a_plan_answers_in_words_and_in_json_with_the_settings_of_the_recording_or_oth
     let json = scene.run(&set).expect(0).stdout;
     let json: serde_json::Value = serde_json::from_str(&json).unwrap();
     assert_eq!((&json["downtime_limit"], json["bandwidths"].as_array().unwrap().len()), (&0.07.into(), 3));
+    let hybrid = ["--set", "migration.mode=hybrid", "--set", "migration.postcopy_after=1"];
+    let slow = ["plan", "guest.trace", "--bandwidth", "1 Mbit/s", "--set", "migration.downtime_limit=1ms"];
+    let postcopy = scene.run(&[&slow[..], &hybrid[..]].concat()).expect(0);
+    postcopy.says(&["Postcopy: the guest runs at its destination before all of its pages are there"]);
     scene.write("other.toml", GUEST.replace("2s", "90ms"));
     scene.run(&["plan", "guest.trace", "other.toml"]).expect(0).says(&["downtime limit: 90.0 ms"]);
 }
