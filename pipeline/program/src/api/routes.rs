@@ -94,8 +94,9 @@ impl Routes {
         if status.ended.is_some() {
             return Err(ControlError::Over.into());
         }
-        // A guest that runs without all of its pages can be given up while there is no connection.
-        let can_give_up = status.is_postcopy && status.disconnected.is_some();
+        // A guest that runs without all of its pages, or may, can be given up while there is no connection.
+        let may_switch = status.settings.as_ref().is_some_and(|settings| settings.mode.may_switch());
+        let can_give_up = status.disconnected.is_some() && (status.is_postcopy || may_switch);
         if status.is_handed_over && !can_give_up {
             return Err(ControlError::TooLate("the destination may run the guest already".into()).into());
         }
