@@ -51,8 +51,21 @@ struct Armed {
     /// The message to print when the signal arrives.
     notice: &'static str,
     stop: Stop,
-    /// Does the guest run without all of its pages? Ending this program loses it.
-    is_postcopy: bool,
+    postcopy: Postcopy,
+}
+
+/// Whether the guest runs without all of its pages: ending this program loses it then.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Postcopy {
+    #[default]
+    No,
+    /// They follow. A cancel is too late, and a signal is kept from it: once there is no connection it would have no effect.
+    Follow {
+        /// Has a signal arrived?
+        is_warned: bool,
+    },
+    /// There is no connection: a cancel gives the guest up.
+    Disconnected,
 }
 
 /// The action of Ctrl-Z (SIGTSTP).
@@ -122,7 +135,7 @@ impl Observer for Signals {
                     armed.stop = Stop::Later;
                 }
             }
-            Event::Phase(Phase::Postcopy) => self.armed().is_postcopy = true,
+            Event::Phase(phase) => self.armed().note(*phase),
             _ => {}
         }
     }
@@ -130,7 +143,7 @@ impl Observer for Signals {
 
 impl Armed {
     fn new(token: CancellationToken, notice: &'static str) -> Self {
-        Self { token, arrived: false, notice, stop: Stop::AtOnce, is_postcopy: false }
+        Self { token, arrived: false, notice, stop: Stop::AtOnce, postcopy: Postcopy::No }
     }
 
     fn next(&mut self, notice: &'static str) -> CancellationToken {
@@ -141,12 +154,29 @@ impl Armed {
         self.token.clone()
     }
 
+    fn note(&mut self, phase: Phase) {
+        match (phase, self.postcopy) {
+            (Phase::Postcopy, Postcopy::No | Postcopy::Disconnected) => {
+                self.postcopy = Postcopy::Follow { is_warned: false };
+            }
+            (Phase::Disconnected, Postcopy::Follow { .. }) => self.postcopy = Postcopy::Disconnected,
+            _ => {}
+        }
+    }
+
     fn end_asked(&mut self) {
-        if self.token.is_cancelled() {
-            let (lost, code) = if self.is_postcopy {
-                (": the guest is lost, for it runs without all of its memory", LOST)
-            } else {
-                ("", CANCELLED)
+        if self.postcopy == (Postcopy::Follow { is_warned: false }) && !self.token.is_cancelled() {
+            self.postcopy = Postcopy::Follow { is_warned: true };
+            message!(
+                "memferry: the guest runs at the destination and needs both ends: it can be given up only while there is no \
+                 connection; once more to end at once and lose it"
+            );
+            return;
+        }
+        if self.token.is_cancelled() || self.postcopy == (Postcopy::Follow { is_warned: true }) {
+            let (lost, code) = match self.postcopy {
+                Postcopy::No => ("", CANCELLED),
+                _ => (": the guest is lost, for it runs without all of its memory", LOST),
             };
             message!("memferry: second signal, ending at once{lost}");
             console::flush(LAST_LINE);
@@ -194,6 +224,22 @@ mod tests {
         // The other end in the same program.
         signals.event(Role::Destination, &Event::Phase(Phase::Switchover));
         assert_eq!(signals.armed().stop, Stop::Waits);
+    }
+
+    #[test]
+    fn in_postcopy_a_signal_cancels_only_while_there_is_no_connection() {
+        let signals = Signals(Arc::new(Mutex::new(Armed::new(CancellationToken::new(), ""))));
+        signals.event(Role::Source, &Event::Phase(Phase::Postcopy));
+        signals.armed().end_asked();
+        assert!(!signals.armed().token.is_cancelled());
+        assert_eq!(signals.armed().postcopy, Postcopy::Follow { is_warned: true });
+        signals.event(Role::Source, &Event::Phase(Phase::Disconnected));
+        signals.event(Role::Source, &Event::Phase(Phase::Postcopy));
+        signals.armed().end_asked();
+        assert!(!signals.armed().token.is_cancelled(), "it is the first since the connection was made again");
+        signals.event(Role::Source, &Event::Phase(Phase::Disconnected));
+        signals.armed().end_asked();
+        assert!(signals.armed().token.is_cancelled());
     }
 
     #[test]

@@ -211,6 +211,8 @@ fn every_answer_is_as_the_openapi_file_has_it() {
         ("PATCH", "/migration", r#"{ "deadline": null }"#, "409"),
         ("GET", "/", "", "404"),
         ("DELETE", "/migration", "", "405"),
+        ("POST", "/migration/postcopy", "", "409"),
+        ("GET", "/migration/postcopy", "", "405"),
     ] {
         let answer = asked.request(method, path, body);
         assert_eq!(code(&answer), expected, "{answer}");
@@ -302,6 +304,7 @@ fn a_destination_is_watched_and_cancelled_but_not_changed() {
     scene.run(&["status", SOCKET]).expect(0).says(&["setup, destination, for "]);
     scene.run(&["set", SOCKET, "max_bandwidth=unlimited"]).expect(1).says(&["this is the destination", "ask there"]);
     scene.run(&["switch-over", SOCKET]).expect(1).says(&["this is the destination"]);
+    scene.run(&["postcopy", SOCKET]).expect(1).says(&["this is the destination"]);
     scene.run(&["cancel", SOCKET]).expect(0);
     destination.end().expect(130);
 }
@@ -309,7 +312,7 @@ fn a_destination_is_watched_and_cancelled_but_not_changed() {
 #[test]
 fn where_nobody_listens_it_says_what_to_check() {
     let scene = Scene::new();
-    for command in ["status", "cancel", "switch-over"] {
+    for command in ["status", "cancel", "switch-over", "postcopy"] {
         scene
             .run(&[command, "nowhere.sock"])
             .expect(1)
