@@ -17,7 +17,9 @@ use super::{BUILT, Breach, GuestBuilder, SourceGuest, Subject, contract};
 use crate::events::{Ended, Event, Observer, Observers, Phase, Role};
 use crate::guest::{Guest, RunState};
 use crate::migration::{DataPlane, ReceiveError, SendError, Sent, receive, send};
-use crate::settings::{DestinationSettings, Mode, OnDeadline, RecoverySettings, SourceSettings, Verify, XbzrleSettings};
+use crate::settings::{
+    DestinationSettings, Mode, OnDeadline, RecoverySettings, SourceSettings, Verify, XbzrleSettings,
+};
 
 const LOGS: &str = "the dirty logs see every write, before the pause";
 const LOGS_SAVE: &str = "the dirty logs see what save writes";

@@ -375,7 +375,11 @@ impl Destination<'_> {
         if prepared.await.is_ok() {
             blocking(move || guest.unprepare()).await?;
         }
-        Err(if self.cancel.token.is_cancelled() { MigrationError::Cancelled } else { MigrationError::Lost(Loss::Incomplete) })
+        Err(if self.cancel.token.is_cancelled() {
+            MigrationError::Cancelled
+        } else {
+            MigrationError::Lost(Loss::Incomplete)
+        })
     }
 
     async fn start(&mut self, run_state: RunState) -> Result<(), MigrationError> {
