@@ -94,6 +94,8 @@ impl<F: Framer> PageServer<F> {
                 meter.count(1, self.frame.len() as u64);
             }
         }
+        // Over TLS a connection that is only dropped is a lost one. That the end cannot be notified is an end too.
+        drop(pending(pages.shutdown(), &meter, Wait::Output).await);
         Ok(())
     }
 

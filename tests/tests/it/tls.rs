@@ -66,12 +66,11 @@ fn migrations_complete_and_need_no_checksums_of_their_own() {
 /// made again, without checksums too, because TLS authenticates what arrived.
 #[test]
 fn lost_and_truncated_connections_are_made_again() {
-    let steps = [early(Fault::Cut), early(Fault::HalfClose), early(Fault::CutOne)];
     for (way, lanes) in WAYS {
-        for checksum in [true, false] {
-            let crossed = migrate(way, lanes, &steps, |crossing| crossing.source.checksum = checksum);
+        for (fault, checksum) in [(Fault::Cut, false), (Fault::HalfClose, false), (Fault::CutOne, true)] {
+            let crossed = migrate(way, lanes, &[early(fault)], |crossing| crossing.source.checksum = checksum);
             crossed.check_outages();
-            assert_eq!((crossed.source.verified, crossed.source.outages.lost), (Some(true), 3), "{crossed:?}");
+            assert_eq!((crossed.source.verified, crossed.source.outages.lost), (Some(true), 1), "{crossed:?}");
         }
     }
 }
