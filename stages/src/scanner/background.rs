@@ -76,7 +76,7 @@ mod tests {
 
     #[test]
     fn the_scan_continues_where_a_page_was_asked_for_and_around_the_end() {
-        let bitmap = DirtyBitmap::empty(&layout(page_size(4), &[64 << 12, 3 * 64 << 12]));
+        let bitmap = DirtyBitmap::empty(&layout(page_size(4), &[64 << 12, (3 * 64) << 12]));
         let at = |block, extent| ExtentAt { block, extent };
         let background = Background::default();
         assert_eq!(background.next(&bitmap, at(1, 1)), None);
