@@ -138,8 +138,8 @@ fn main() {
 fn report(what: &str, waits: &[Duration]) {
     let mut sorted = waits.to_vec();
     sorted.sort_unstable();
-    let at = |part: f64| sorted.get((sorted.len() as f64 * part) as usize).copied().unwrap_or_default();
-    let [p50, p99, all] = [at(0.5), at(0.99), waits.iter().sum()];
+    let at = |percent: usize| sorted.get(sorted.len() * percent / 100).copied().unwrap_or_default();
+    let [p50, p99, all] = [at(50), at(99), waits.iter().sum()];
     println!("{what}: {} waits, p50 {p50:.1?}, p99 {p99:.1?}, {all:.1?} in all", waits.len());
 }
 
