@@ -23,7 +23,7 @@ const WAYS: [(Way, u16); 6] =
 
 /// Whether this host can run these tests.
 fn can_run() -> bool {
-    missing::supported().map_err(|why| skipped(&why.to_string())).is_ok()
+    missing::supported().map_err(|why| skipped(why.to_string())).is_ok()
 }
 
 fn block_on<T>(test: impl Future<Output = T>) -> T {
