@@ -548,13 +548,13 @@ fn recovery_reaches_both_ends_and_is_off_where_it_cannot_be() {
        |
        = help: write "500ms"
 
-    error: recovery from a lost connection needs checksums, and `checksum` is false
+    error: recovery from a lost connection needs checksums or TLS, and `checksum` is false
       --> run.toml:10:1
        |
     10 | [migration.recovery]
        | ^^^^^^^^^^^^^^^^^^^^
        |
-       = help: write attempts = 0, or checksum = true in [pipeline]
+       = help: write attempts = 0, or checksum = true in [pipeline], or an address of tls:
     "#);
 }
 
