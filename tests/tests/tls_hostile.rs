@@ -16,7 +16,7 @@ use memferry_tests::{TestGuest, sample};
 use memferry_transports::tcp::TcpTransport;
 use memferry_transports::{Address, Transport, open};
 use memferry_transports_tls::{TlsSettings, TlsTransport, trial};
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
@@ -44,10 +44,9 @@ async fn client_hello(stranger: &TlsSettings) -> Vec<u8> {
     let tcp = TcpTransport::new("127.0.0.1", port, Duration::ZERO);
     let client = TlsTransport::new(Box::new(tcp), stranger.clone(), Duration::ZERO);
     let connecting = tokio::spawn(async move { drop(client.connect().await) });
-    let (stream, _) = catching.accept().await.unwrap();
+    let (mut stream, _) = catching.accept().await.unwrap();
     let mut hello = vec![0; 4096];
-    stream.readable().await.unwrap();
-    let bytes = stream.try_read(&mut hello).unwrap();
+    let bytes = stream.read(&mut hello).await.unwrap();
     hello.truncate(bytes);
     drop(stream);
     connecting.abort();
@@ -79,7 +78,7 @@ async fn client(number: u64, port: u16, hello: Arc<Vec<u8>>, stranger: TlsSettin
     drop(stream.write_all(bytes).await);
     // It stays until it is dropped, or for a while.
     let mut byte = [0; 64];
-    drop(timeout(Duration::from_millis(500), tokio::io::AsyncReadExt::read(&mut stream, &mut byte)).await);
+    drop(timeout(Duration::from_millis(500), stream.read(&mut byte)).await);
 }
 
 /// Numbered clients, a bounded number of them at once.
