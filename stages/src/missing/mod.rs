@@ -378,14 +378,18 @@ impl MissingMemory {
         pages: u64,
         place: impl Fn(u64) -> Result<(), PlaceError>,
     ) -> Result<u64, PlaceError> {
-        let claimed = self.claim(at, pages, place)?;
-        let discarded = self.removed_in(at, claimed);
         let count =
             |counter: &AtomicU64, pages: u64| counter.fetch_add(u64::from(pages.count_ones()), Ordering::Relaxed);
+        let claimed = self.claim(at, pages, |run| {
+            place(run)?;
+            // Before the last page makes the memory complete: whoever waits for that reads the counts.
+            let discarded = self.removed_in(at, run);
+            count(&self.counters.discarded, discarded);
+            count(&self.counters.placed, run & !discarded);
+            Ok(())
+        })?;
         count(&self.counters.duplicates, pages & !claimed);
-        count(&self.counters.discarded, discarded);
-        count(&self.counters.placed, claimed & !discarded);
-        Ok(claimed & !discarded)
+        Ok(claimed & !self.removed_in(at, claimed))
     }
 
     /// Claims those of the pages that no other thread has, settles them run by run, and returns them.
