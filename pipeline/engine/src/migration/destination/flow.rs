@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 
 use memferry_stages::geometry::Layout;
 use memferry_stages::loader::Loaded;
+use memferry_stages::missing::MissingMemory;
 use memferry_stages::sender::Control;
 use memferry_stages::stage_id::{StageId, StageKind};
 use memferry_stages::untrusted::Untrusted;
@@ -122,19 +123,25 @@ impl Flow {
         }
     }
 
-    /// Waits until the connection is lost, or an end gives up. Other signals are kept for later. Safe to race in a `select!`.
-    pub(super) async fn lost(&mut self) {
+    /// Waits until the connection is lost, or an end gives up, while pages of `missing` may be waited for. Other signals are kept for
+    /// later. Safe to race in a `select!`.
+    pub(super) async fn lost(&mut self, missing: &MissingMemory) {
         let mut others = Vec::new();
         loop {
             let signal = self.next().await;
-            let is_over = matches!(
-                signal,
-                Signal::Broke(_)
-                    | Signal::ConnectionEnded(_)
-                    | Signal::StreamEnded
-                    | Signal::Silent(_)
-                    | Signal::Received(Message::Abort(_))
-            );
+            // Once every page is there the source serves none any more.
+            let urgent = StageId::receiver(self.stream.bulk);
+            let is_served =
+                matches!(signal, Signal::ConnectionEnded(receiver) if receiver == urgent) && missing.left() == 0;
+            let is_over = !is_served
+                && matches!(
+                    signal,
+                    Signal::Broke(_)
+                        | Signal::ConnectionEnded(_)
+                        | Signal::StreamEnded
+                        | Signal::Silent(_)
+                        | Signal::Received(Message::Abort(_))
+                );
             if !matches!(signal, Signal::Tick) {
                 others.push(signal);
             }

@@ -368,7 +368,7 @@ impl Destination<'_> {
             biased;
             prepared = &mut prepared => return Ok(prepared?),
             () = cancel.token.cancelled() => {}
-            () = flow.lost() => {}
+            () = flow.lost(&missing) => {}
         }
         // It may wait for a page that does not come. What it does with zeros has no effect: the guest is not started.
         missing.abandon();
