@@ -94,9 +94,14 @@ pub(super) enum Signal {
 impl Flow {
     /// Waits for the next signal. Safe to race in a `select!`.
     pub(super) async fn next(&mut self) -> Signal {
-        if let Some(signal) = self.later.pop_front() {
-            return signal;
+        match self.later.pop_front() {
+            Some(signal) => signal,
+            None => self.arriving().await,
         }
+    }
+
+    /// Waits for a signal that was not there before. Safe to race in a `select!`.
+    async fn arriving(&mut self) -> Signal {
         loop {
             tokio::select! {
                 biased;
@@ -123,30 +128,23 @@ impl Flow {
         }
     }
 
-    /// Waits until the connection is lost, or an end gives up, while pages of `missing` may be waited for. Other signals are kept for
-    /// later. Safe to race in a `select!`.
+    /// Waits until the connection is lost, or an end gives up, while pages of `missing` may be waited for. All signals are kept for later.
+    /// Safe to race in a `select!`.
     pub(super) async fn lost(&mut self, missing: &MissingMemory) {
-        let mut others = Vec::new();
+        // Once every page is there the source serves none any more.
+        let is_served = |receiver, urgent| receiver == urgent && missing.left() == 0;
         loop {
-            let signal = self.next().await;
-            // Once every page is there the source serves none any more.
-            let urgent = StageId::receiver(self.stream.bulk);
-            let is_served =
-                matches!(signal, Signal::ConnectionEnded(receiver) if receiver == urgent) && missing.left() == 0;
-            let is_over = !is_served
-                && matches!(
-                    signal,
-                    Signal::Broke(_)
-                        | Signal::ConnectionEnded(_)
-                        | Signal::StreamEnded
-                        | Signal::Silent(_)
-                        | Signal::Received(Message::Abort(_))
-                );
-            if !matches!(signal, Signal::Tick) {
-                others.push(signal);
-            }
+            let signal = self.arriving().await;
+            let is_over = match signal {
+                Signal::Tick => continue,
+                Signal::ConnectionEnded(receiver) => !is_served(receiver, StageId::receiver(self.stream.bulk)),
+                Signal::Broke(_) | Signal::StreamEnded | Signal::Silent(_) | Signal::Received(Message::Abort(_)) => {
+                    true
+                }
+                Signal::Received(_) | Signal::Loaded(_) | Signal::Filled => false,
+            };
+            self.later.push_back(signal);
             if is_over {
-                self.later.extend(others);
                 return;
             }
         }
